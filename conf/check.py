@@ -26,9 +26,15 @@ from conf.schema import (
     Offload,
     Recompute,
     ScoreFunction,
+    Supervise,
+    TooLong,
 )
 
 NEEDS_NO_DATA = (Mode.generate, Mode.score, Mode.plan, Mode.dry_run, Mode.prove)
+NOT_CHATS, FOR_CHATS = (
+    "says how chats are learnt, and the data of this recipe are none",
+    "set data.format=chat, or leave it out",
+)
 MAX_EXPERTS = 32767
 """Expert ids are sorted and sent as int16."""
 SMALLEST_SHARE = 1e-6
@@ -399,6 +405,31 @@ DATA: tuple[ConfigCheck, ...] = (
     JoinedRule("data.mix", lambda c, v: _mix_share(c, v) >= SMALLEST_SHARE,
                lambda c, v: f"is {_mix_share(c, v):.1g} of the mix, and with less than {SMALLEST_SHARE:g} a source may never be read",
                "raise it or drop {v.path}", each=True, named="data.mix.weight", shown=lambda c, v: v.weight),
+    JoinedRule("checkpoint.keep_best", lambda c, v: not v or c.log.validate_every or c.mode is not Mode.train,
+               "needs held-out losses on the way", "set log.validate_every=N, in steps"),
+    ConditionalRules(lambda c: not c.data.chats, (
+        JoinedRule("data.template", lambda c, v: v is None, NOT_CHATS, FOR_CHATS),
+        JoinedRule("data.supervise", lambda c, v: v is Supervise.assistant, NOT_CHATS, FOR_CHATS),
+        JoinedRule("data.too_long", lambda c, v: v is TooLong.refuse, NOT_CHATS, FOR_CHATS),
+        JoinedRule("data.cut_reasoning", lambda c, v: not v, NOT_CHATS, FOR_CHATS),
+        JoinedRule("mode", lambda c, v: v is not Mode.show_data, "shows chats as they are learnt, and this recipe has none", FOR_CHATS),
+    )),
+    ConditionalRules(lambda c: c.data.chats, (
+        JoinedRule("data.mix", lambda c, v: all(source.format is DataFormat.chat for source in v),
+                   "has chats and other text, which are not trained on together", "give every source format: chat, or none",
+                   shown=lambda c, v: [str(source.format) for source in v]),
+        JoinedRule("data.fim_rate", lambda c, v: v == 0, "rearranges text, and chats stay as they are", "set data.fim_rate=0"),
+        JoinedRule("data.mask_documents", lambda c, v: not v, "is for packed text: chats are apart in any case", "leave it out"),
+        JoinedRule("data.min_tokens", lambda c, v: v == 0, "is for long documents, and no chat is left out for being short", "leave it out"),
+        JoinedRule("optim.qk_clip", lambda c, v: v is None or c.mode is Mode.prove,
+                   "looks at the scores of all positions, also of those that only fill a sequence of chats up", "leave it out with chats"),
+        JoinedRule("data.source", lambda c, v: not v, "gives text, and chats are read of files", "leave one of them out"),
+        JoinedRule("optim.extra_loss", lambda c, v: not v, "is a mean over all positions, also of those that are not learnt of chats",
+                   "leave it out with chats"),
+        JoinedRule("mode", lambda c, v: v is not Mode.evaluate,
+                   "measures text: the loss on held-out chats is in the records of the run (log.validate_every)",
+                   "give text as data.path, without data.format=chat"),
+    )),
 )
 
 PARALLEL: tuple[ConfigCheck, ...] = (

@@ -43,6 +43,8 @@ class Mode(StrEnum):
     """Write a checkpoint as a Hugging Face folder."""
     average = "average"
     """Write the mean of the weights of several checkpoints, as a run folder."""
+    show_data = "show_data"
+    """Show chats as they are learnt, and how many tokens that is."""
     dashboard = "dashboard"
     """Make a W&B workspace that shows the run."""
 
@@ -56,7 +58,9 @@ SELECTIVE = [Recompute.norm, Recompute.mla_up, Recompute.swiglu]
 """What the paper recomputes."""
 Offload = StrEnum("Offload", ["attention", "ffn", "layer"])
 """Parts of a block whose activations wait in the host's memory for backward; no paper recipe has any."""
-DataFormat = StrEnum("DataFormat", ["auto", "stdlib", "text", "jsonl", "parquet", "huggingface", "memmap"])
+DataFormat = StrEnum("DataFormat", ["auto", "stdlib", "text", "jsonl", "parquet", "huggingface", "memmap", "chat"])
+Supervise = StrEnum("Supervise", ["assistant", "last", "all"])
+TooLong = StrEnum("TooLong", ["refuse", "cut", "drop"])
 WandbMode = StrEnum("WandbMode", ["auto", "offline", "disabled"])
 PipelineSchedule = StrEnum("PipelineSchedule", list(SCHEDULES))  # pyrefly: ignore[invalid-argument]  words of the table
 DispatchKind = StrEnum("DispatchKind", list(DISPATCHES))  # pyrefly: ignore[invalid-argument]  words of the table
@@ -236,7 +240,8 @@ class Data:
     """Text folder or file, .jsonl[.gz|.zst], .parquet, a folder of those, hf://NAME[@CONFIG][:SPLIT], a folder of tokens
     (train/data/token_store.py)."""
     format: DataFormat = DataFormat.auto
-    """How to read path; auto looks at the names. stdlib: Python's standard library when there is no path, else auto."""
+    """How to read path; auto looks at the names. stdlib: Python's standard library when there is no path, else auto. chat: chats to tune
+    on, JSONL or Parquet (train/docs/fine_tuning.md)."""
     text_key: str = "text"
     """Field that holds the text in JSONL, Parquet and Hugging Face data."""
     mix: list[MixSource] = field(default_factory=list)
@@ -255,10 +260,23 @@ class Data:
     text that is not connected."""
     validation_fraction: float = number(0.05, above=0, below=1, what="a share")
     """Share of documents (whole files for text) held out for validation."""
+    template: str | None = None
+    """Chats: how messages become text. A Jinja file, or `plain` for ours; null takes that of the tokenizer's folder."""
+    supervise: Supervise = Supervise.assistant
+    """Chats: what is learnt. assistant: the assistant's turns with their stop token; last: the last of them; all: every token."""
+    too_long: TooLong = TooLong.refuse
+    """Chats: what becomes of one that is longer than a sequence: refuse (an error before the start), cut (its end) or drop."""
+    cut_reasoning: bool = False
+    """Chats: leave out the reasoning of the assistant's turns before the last question, as some templates do."""
     cache: str = "${oc.env:SLUICE_CACHE,${oc.env:HOME}/.cache/sluice}"
     """Folder for tokenizers and tokens, named by content, shared by runs."""
     workers: int = number(0, least=0)
     """Processes that tokenise; 0 means one per core."""
+
+    @property
+    def chats(self) -> bool:
+        """Whether samples are chats, which are packed and apart, and of which some tokens are learnt."""
+        return DataFormat.chat in [source.format for source in self.mix or [self]]
 
 
 @dataclass
@@ -313,6 +331,10 @@ class Optim:
     """Decay of the moving average of the weights kept in CPU memory; 0 for none."""
     muon: MuonOptim = expert(make=MuonOptim)
     """For name=muon."""
+    freeze_routers: bool = False
+    """Leave the weights of all routers as they are. With bias_speed 0 tokens go on to the experts that know them."""
+    detach_mtp: bool = False
+    """Train the MTP modules alone by their losses: neither the main model nor embedding and head learn from them."""
     qk_clip: float | None = number(None, above=0)
     """Largest attention score that a head may have: the weights of one with a larger one are scaled down after the step (Kimi K2; 100
     there); null for no limit."""
@@ -574,6 +596,9 @@ class Checkpoint:
     """Newest checkpoints that stay, and beside them the one that a run resumed from, as long as it goes on; 0 keeps all."""
     keep_every: int = number(0, least=0)
     """Checkpoints at multiples of this many steps stay for good; 0 for none."""
+    keep_best: bool = False
+    """Save after every validation with the least held-out loss so far (log.validate_every), and keep that checkpoint; best.json says which
+    it is."""
     asynchronous: bool = expert(True)
     """Write beside the training; false waits for the disk."""
     staging_bytes: float = expert(0.0, least=0)
@@ -876,6 +901,8 @@ class Config:
     """Seed of the weights, the sample order and FIM."""
     steps: int = number(300, least=1)
     """Optimizer steps of the whole run."""
+    epochs: float | None = number(None, above=0)
+    """How often the data are read, instead of steps, which follow from it; with a mix, as many sequences as all sources have together."""
     seq_len: int = number(256, least=1)
     """Tokens per sequence."""
     batch_size: int = number(16, least=1)

@@ -73,6 +73,7 @@ def do(config: Config, alone: bool) -> int:
         Mode.plan: _plan,
         Mode.dry_run: _dry_run,
         Mode.prove: _prove,
+        Mode.show_data: _show_data,
     }
     try:
         return modes[config.mode](config, alone=alone)
@@ -88,6 +89,10 @@ def _train(config: Config, alone: bool) -> int:
     from train.metrics.origin import record_start
     from train.metrics.writer import tell_of_end
 
+    if config.epochs is not None:
+        from train.data.epochs import with_steps  # reads the data
+
+        config = with_steps(config)
     if not is_driver():
         return launch(config, Path(config.runs) / config.name, [], _run_rank)
     check_before_start(config)
@@ -164,6 +169,12 @@ def _prove(config: Config, alone: bool) -> int:
     from train.prove.run import prove
 
     return prove(config, alone)
+
+
+def _show_data(config: Config, alone: bool) -> int:
+    from train.data.show_data import show_data
+
+    return show_data(config)
 
 
 def _report(config: Config, alone: bool) -> int:

@@ -87,6 +87,7 @@ def parallelize(
         is_expert=lambda name: ".experts." in name,
         facts=optim.facts,
         weight_decay=optim.weight_decay,
+        is_frozen=lambda name: optim.freeze_routers and name.endswith(".router.weight"),
         tied=tied_embedding(config, mesh, chunks),
         units=(Block, MTP),
     )
@@ -221,6 +222,9 @@ def build_chunks(
             device=device,
         )
         initialise(chunk, None if restored else config.seed, device)
+        chunk.detaches_mtp = config.optim.detach_mtp
+        for router in chunk.routers().values():
+            router.frozen = config.optim.freeze_routers
         embedding = getattr(chunk, "embedding", embedding)
         chunks.append(chunk)
     return chunks, stage_ids, num_stages

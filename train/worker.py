@@ -114,7 +114,7 @@ def _run(config: Config, place: Place, stop: StopRequest) -> int:
     if why := idle_gpu(config, device):
         notes.append(why)
     if place.rank == 0:
-        data.tokenizer.save(paths.path)
+        data.save_words(paths.path)
         gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
         record_machine(paths.path, gpu or cpu_name(), place.world, gpu is not None)
     flops = count_flops(config, device, kernels)

@@ -1,7 +1,7 @@
 """Forward and backward of all micro-batches of a step, over the stages of a pipeline.
 
 torch.distributed.pipelining owns the order of the actions and the transfers between stages.  Every rank of a pipeline
-reads the same batch; tokens_BS (and documents_BS) are cut into micro-batches along B and reach every local chunk
+reads the same batch; tokens_BS (and documents_BS and supervised_BS) are cut into micro-batches along B and reach every local chunk
 as keywords, so that only hidden states cross stages.  The last chunk turns them into its loss, of shape (1,): no
 logits enter the schedule.  The schedule weighs each loss by 1 / micro-batches (of the mean pipeline, where those that work
 side by side have shares of a batch that differ) and sums gradients, so gradients are those of the mean over micro-batches.  A single stage is a pipeline of one and runs through the same object, in the
@@ -50,7 +50,7 @@ class Pipeline(Generic[Chunk]):
     ):
         """Collective over group.
 
-        modules: this rank's chunks in stage order, called as chunk(x, tokens_BS=..., documents_BS=...) where x is tokens_BS
+        modules: this rank's chunks in stage order, called as chunk(x, tokens_BS=..., documents_BS=..., supervised_BS=...) where x is tokens_BS
         for stage 0 and hidden states (B, T, D) else; stage_ids: the numbers of their stages; group: the ranks of this
         pipeline in order (None: the world); hidden: D; dtype: of the hidden states between stages; cp: ranks that share the
         positions of each sequence, of which T = (S - 1) / cp cross from stage to stage; overlap: whether the
@@ -82,16 +82,22 @@ class Pipeline(Generic[Chunk]):
         return self.stage_ids[-1] == self.num_stages - 1
 
     def step(
-        self, tokens_BS: Tensor, documents_BS: Tensor | None = None, *, micro_batches: int, mean: float | None = None
+        self,
+        tokens_BS: Tensor,
+        documents_BS: Tensor | None = None,
+        supervised_BS: Tensor | None = None,
+        *,
+        micro_batches: int,
+        mean: float | None = None,
     ) -> Tensor | None:
         """Run all micro-batches forward and backward; gradients are added to the parameters' .grad.
 
-        tokens_BS int64 and documents_BS int32 (or None; on the host) are the same on every rank of the pipeline, with B a
-        multiple of micro_batches. mean: what losses are divided by, micro_batches if it is not given. Returns the sum of the
+        tokens_BS int64, documents_BS int32 and supervised_BS bool (or None; both on the host) are the same on every rank of the
+        pipeline, with B a multiple of micro_batches. mean: what losses are divided by, micro_batches if it is not given. Returns the sum of the
         losses after that, a detached scalar, on the rank with the last stage, and None elsewhere.
         """
         schedule = self._schedule(tokens_BS, micro_batches, float(micro_batches) if mean is None else mean)
-        keywords = {"tokens_BS": tokens_BS} | ({} if documents_BS is None else {"documents_BS": documents_BS})
+        keywords = {"tokens_BS": tokens_BS} | _given(documents_BS, supervised_BS)
         losses: list[Tensor] = []
         if self._host is not None:
             self._host.start(*self._actions(micro_batches))
@@ -101,7 +107,14 @@ class Pipeline(Generic[Chunk]):
         return torch.stack(losses).sum().detach() if self.has_last else None
 
     @torch.no_grad()
-    def evaluate(self, tokens_BS: Tensor, documents_BS: Tensor | None = None, *, micro_batches: int) -> Tensor | None:
+    def evaluate(
+        self,
+        tokens_BS: Tensor,
+        documents_BS: Tensor | None = None,
+        supervised_BS: Tensor | None = None,
+        *,
+        micro_batches: int,
+    ) -> Tensor | None:
         """Mean loss over micro-batches without gradients, on the rank with the last stage; None elsewhere.
 
         Arguments as in step; any number of micro-batches that divides B will do. The modules are in eval mode meanwhile. The stages
@@ -114,15 +127,15 @@ class Pipeline(Generic[Chunk]):
         try:
             for module in self.modules:
                 module.eval()
-            return self._evaluate(tokens_BS, documents_BS, micro_batches)
+            return self._evaluate(tokens_BS, _given(documents_BS, supervised_BS), micro_batches)
         finally:
             for module, training in zip(self.modules, was_training, strict=True):
                 module.train(training)
 
-    def _evaluate(self, tokens_BS: Tensor, documents_BS: Tensor | None, micro_batches: int) -> Tensor | None:
+    def _evaluate(self, tokens_BS: Tensor, given: dict[str, Tensor], micro_batches: int) -> Tensor | None:
         assert len(tokens_BS) % micro_batches == 0, (tokens_BS.shape, micro_batches)
         tokens = tokens_BS.chunk(micro_batches)
-        documents = [None] * micro_batches if documents_BS is None else documents_BS.chunk(micro_batches)
+        parts = {name: value.chunk(micro_batches) for name, value in given.items()}
         inputs: dict[tuple[int, int], Tensor] = {}
         total = torch.zeros((), device=self.device)
         for slot in range(micro_batches + self.num_stages - 1):
@@ -131,7 +144,7 @@ class Pipeline(Generic[Chunk]):
                 m = slot - stage
                 if 0 <= m < micro_batches:
                     x = tokens[m] if stage == 0 else inputs.pop((stage, m))
-                    keywords = {} if documents[m] is None else {"documents_BS": documents[m]}
+                    keywords = {name: part[m] for name, part in parts.items()}
                     outputs[stage, m] = module(x, tokens_BS=tokens[m], **keywords)
             loss = outputs.pop((self.num_stages - 1, slot - self.num_stages + 1), None)
             if loss is not None:
@@ -221,3 +234,9 @@ class Pipeline(Generic[Chunk]):
         if boundary == self.num_stages:
             return torch.empty(1, dtype=torch.float32, device="meta", requires_grad=True)
         return torch.empty(B, (S - 1) // self._cp, self.hidden, dtype=self.dtype, device="meta", requires_grad=True)
+
+
+def _given(documents_BS: Tensor | None, supervised_BS: Tensor | None) -> dict[str, Tensor]:
+    """Keywords of a chunk beside its tokens."""
+    named = {"documents_BS": documents_BS, "supervised_BS": supervised_BS}
+    return {name: value for name, value in named.items() if value is not None}

@@ -16,6 +16,7 @@ import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 import torch.distributed as dist
@@ -60,11 +61,12 @@ class Zero:
         is_expert: Callable[[str], bool],
         facts: OptimizerFacts,
         weight_decay: float,
+        is_frozen: Callable[[str], bool] = lambda _: False,
         tied: nn.Parameter | None = None,
         units: tuple[type[nn.Module], ...] = (),
     ):
         """offload: master weights and the optimizer's state lie in the host's memory. is_expert: what a parameter's global name says
-        about it. facts: of the optimizer. tied: a parameter that the first and the last rank of
+        about it. facts: of the optimizer. is_frozen: whether a parameter of this name is never moved. tied: a parameter that the first and the last rank of
         the pipeline both hold; its gradients are summed over the two. units: modules whose weights are gathered together at stage 3.
         """
         self.mesh = mesh
@@ -91,7 +93,8 @@ class Zero:
                 param.ds_zero_placement_family = "autoep_expert"  # pyrefly: ignore[missing-attribute]  see above
                 param.ds_zero_partition_group_name = expert_name  # pyrefly: ignore[missing-attribute]  see above
         rules = {param: facts.choose_rule(name, param.dim()) for param, name in self.names.items()}
-        groups = _parameter_groups(rules, facts.rules, weight_decay, expert_name)
+        frozen = {param for param, name in self.names.items() if is_frozen(name)}
+        groups = _parameter_groups(rules, facts.rules, weight_decay, expert_name, frozen)
         on_cuda = next(iter(self.names)).is_cuda
         config = _config(stage, clip, dtype, self._reduced_elements(stage, dtype))
         if offload:
@@ -135,7 +138,7 @@ class Zero:
 
     def set_lr(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = 0.0 if group["frozen"] else lr
 
     def scale_rows(self, factors: Mapping[str, Tensor]) -> None:
         """Have the next update multiply rows of master weights when it has moved them. factors: of weights by name, one a row."""
@@ -260,16 +263,21 @@ def _unique_names(chunks: Sequence[nn.Module]) -> dict[nn.Parameter, str]:
 
 
 def _parameter_groups(
-    rules: dict[nn.Parameter, UpdateRule], order: Sequence[UpdateRule], weight_decay: float, expert_name: str
+    rules: dict[nn.Parameter, UpdateRule],
+    order: Sequence[UpdateRule],
+    weight_decay: float,
+    expert_name: str,
+    frozen: set[nn.Parameter],
 ) -> list[dict]:
-    """Weights of one rule that reduce over the same ranks: those that all ranks of a stage share, then experts."""
+    """Weights of one rule that reduce over the same ranks: those that all ranks of a stage share, then experts; frozen ones apart."""
     groups = []
     for is_expert in (False, True):
         kind = {"name": expert_name, "moe": True} if is_expert else {}
-        for rule in order:
+        for rule, is_frozen in product(order, (False, True)):
             params = [p for p, own in rules.items() if own == rule and getattr(p, "allreduce", True) != is_expert]
+            params = [p for p in params if (p in frozen) == is_frozen]
             group = {"name": rule.name, "rule": rule, "weight_decay": weight_decay * rule.decays, **kind}
-            groups += [{"params": params, **group}] * bool(params)
+            groups += [{"params": params, "frozen": is_frozen, **group}] * bool(params)
     return groups
 
 

@@ -8,6 +8,7 @@ import torch
 import train.kernels.cpu.libraries as native
 from conf.load import compose
 from conf.schema import Model, Recompute
+from train.data.batch import Batch
 from train.kernels.choice import build_kernels
 from train.kernels.plain.high import HighPrecision
 from train.kernels.plain.plain_kernels import PlainKernels
@@ -89,7 +90,7 @@ def test_losses_and_gradients_equal_the_plain_formulas(change, packed):
     model(tokens_BS, documents_BS=documents_BS).backward()
 
     reference = reference_of(model, alpha)
-    seen = gradients(reference, tokens_BS, documents_BS, 0.3)
+    seen = gradients(reference, Batch(tokens_BS, documents_BS), 0.3)
     torch.testing.assert_close(model.losses.main, seen.main.detach())
     torch.testing.assert_close(model.losses.mtp, [loss.detach() for loss in seen.mtp])
     for name, parameter in model.named_parameters():

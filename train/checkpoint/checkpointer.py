@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cluster.run_files import data_name
+from cluster.run_files import data_name, step_name
 from conf.disk import explain
 from conf.errors import DiskFailed, UserError
 from parallel.shard import Shard
@@ -136,6 +136,8 @@ class Checkpointer:
         self._unsaved: int | None = None
         """The step of the last save, until it is known to have succeeded."""
         self._protected: Path | None = None
+        self._best: list[Path] = []
+        """Checkpoints with the least held-out loss so far; the last one may not be there yet."""
 
     def save(self, step: int, shards: dict[str, Shard], meta: dict[str, Any]) -> float:
         """Write the state as the checkpoint of `step`; returns how long the caller was held up, in seconds.
@@ -188,6 +190,10 @@ class Checkpointer:
         meta = load(path, wanted)
         self._protected = Path(path).resolve()
         return meta
+
+    def keep_best(self, step: int) -> None:
+        """The checkpoint of this step is never pruned, once it is there, until another one is the best."""
+        self._best.append(self.committer.root / step_name(step))
 
     def _longest(self) -> float:
         """How long a save may take, in seconds: `timeout` for each of writing, votes and the lock."""
@@ -296,7 +302,8 @@ class Checkpointer:
     def _prune(self, warning: str | None) -> str | None:
         """Remove old checkpoints; a failure of any kind is a warning, as the new one is safe."""
         try:
-            self.committer.prune(self.keep, self.keep_every, self._protected)
+            best = next((path for path in reversed(self._best) if path.exists()), None)
+            self.committer.prune(self.keep, self.keep_every, self._protected, best)
         except Exception as error:
             return f"old checkpoints not removed: {error!r}"
         return warning

@@ -195,7 +195,7 @@ class Committer:
         shutil.rmtree(aside, ignore_errors=True)
         return final
 
-    def prune(self, keep: int, keep_every: int, protected: Path | None) -> None:
+    def prune(self, keep: int, keep_every: int, *protected: Path | None) -> None:
         """Rank 0: remove what is neither among the `keep` newest intact ones (0: all), nor at a multiple of
         `keep_every` steps, nor `protected`. Damaged folders are not counted and not touched.
         """
@@ -206,7 +206,7 @@ class Committer:
             self._check_fence()
             for manifest in checkpoints(self.root)[keep:]:
                 held = keep_every > 0 and manifest.step % keep_every == 0
-                if held or (protected is not None and manifest.folder == protected):
+                if held or manifest.folder in protected:
                     continue
                 # Renamed first, so that no reader takes a half-removed folder for a damaged checkpoint.
                 doomed.append(manifest.folder.rename(self._hidden(manifest.folder.name, "pruned")))

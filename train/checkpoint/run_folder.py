@@ -9,6 +9,7 @@ runs/NAME/
     logs/rank_N.log
     starts.json        how it was started, by what code and where, see train/metrics/origin.py
     sample.json        what the model wrote at the end
+    best.json          step and held-out loss of the checkpoint that checkpoint.keep_best keeps
     report.html
     wandb/
     .lock              locked, with process and host, as long as the driver of the run lives
@@ -17,6 +18,7 @@ runs/NAME/
 """
 
 import fcntl
+import json
 import os
 import re
 import shutil
@@ -24,7 +26,7 @@ import socket
 import sys
 import time
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,11 +34,13 @@ from cluster.run_files import STEP_FOLDERS
 from cluster.spawn import lives, longest_afterlife
 from conf.disk import disk_errors, explain, naming, room
 from conf.errors import EXIT_USER, UserError
-from conf.files import atomic_write_text, open_lock, try_lock
+from conf.files import atomic_write_json, atomic_write_text, open_lock, try_lock
 from conf.load import write_config
 from conf.schema import Config
 from conf.words import say
 from train.checkpoint.manifest import FoundCheckpoint, checkpoints, newest_intact, read_manifest, verify
+
+BEST = "best.json"
 
 
 class RunPaths:
@@ -297,6 +301,18 @@ def _refuse_existing(config: Config, folder: Path) -> None:
         )
 
 
+def write_best(folder: Path, step: int, loss: float) -> None:
+    """Say which checkpoint of a run is the one with the least held-out loss."""
+    atomic_write_json(folder / BEST, {"step": step, "validation_loss": loss})
+
+
+def best_step(folder: Path) -> int | None:
+    """Step of the checkpoint with the least held-out loss, where a run keeps it."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return int(json.loads((folder / BEST).read_bytes())["step"])
+    return None
+
+
 def check_space(config: Config, checkpoint_bytes: int) -> None:
     """UserError if the disk cannot take the checkpoints still missing from `keep`, the one in the making, and beside them that which
     the run resumes from.
@@ -304,6 +320,7 @@ def check_space(config: Config, checkpoint_bytes: int) -> None:
     paths = RunPaths(config)
     there = len(checkpoints(paths.checkpoints))
     most = config.checkpoint.keep + 1 if config.checkpoint.every else 1  # without any on the way: the one at the end
+    most += config.checkpoint.keep_best
     copies = max(1, most + (there > 0) - there)
     place = next(folder for folder in (paths.path, *paths.path.parents) if folder.exists())
     needed, free = copies * checkpoint_bytes, shutil.disk_usage(place).free

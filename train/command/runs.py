@@ -1,7 +1,7 @@
 """`sluice runs [runs=FOLDER] [--json]`: the runs of a folder; `sluice runs clean [NAME ...] [--yes]`: what of them can go.
 
 Cleaning shows first what it would free, and does it with --yes. Without names it takes, of runs that nobody trains now, all checkpoints but
-the newest sound one and those of checkpoint.keep_every, and runs that never made a step; with names, those runs as a whole.
+the newest sound one, those of checkpoint.keep_every and the best one (checkpoint.keep_best), and runs that never made a step; with names, those runs as a whole.
 """
 
 import json
@@ -24,7 +24,7 @@ from conf.load import report
 from conf.screen import Terminal
 from conf.words import say
 from train.checkpoint.manifest import newest_intact
-from train.checkpoint.run_folder import is_held
+from train.checkpoint.run_folder import best_step, is_held
 from train.metrics.jsonl import METRICS_FILE
 from train.metrics.progress import duration
 
@@ -189,6 +189,11 @@ def _superfluous(folder: Path, runs: Iterable[RunSummary]) -> Iterator[Path]:
             )
             if newest is None or not isinstance(every, int):
                 continue  # without its settings nobody knows which are to stay
+            best = best_step(path)
             for other in sorted((path / "checkpoints").glob(STEP_FOLDERS)):
-                if other != newest and not (every and int(other.name.removeprefix("step_")) % every == 0):
+                if (
+                    other != newest
+                    and int(other.name.removeprefix("step_")) != best
+                    and not (every and int(other.name.removeprefix("step_")) % every == 0)
+                ):
                     yield other

@@ -17,12 +17,14 @@ from pathlib import Path
 
 from conf.errors import UserError
 from conf.own_code import TARGET, refused
-from conf.schema import Config, DataFormat, MixSource
+from conf.schema import Config, DataFormat, MixSource, TooLong
+from train.data.chat_template import ChatTemplate
+from train.data.chat_tokens import FittedChats, chat_tokenizer, fit_chats, tokenise_chats
 from train.data.held_out import all_documents, long_documents, split, training_texts
 from train.data.own_documents import KEY, OwnDocuments
 from train.data.packing import Documents
 from train.data.source_files import ReportProgress, unreadable
-from train.data.sources import DocumentSource, format_of, no_text, open_source, sources_of
+from train.data.sources import DocumentSource, FileSource, format_of, no_text, open_chats, open_source, sources_of
 from train.data.token_store import STORE_VERSION, DamagedStore, StoreWriter, TokenStore, keep_text, locked, open_store
 from train.data.tokenise import tokenise
 from train.data.tokenizer import SMALLEST_VOCAB, Tokenizer, check_fit, load_tokenizer, train_bpe
@@ -54,6 +56,8 @@ class Corpus:
     """Hash of the contents, the tokenizer, the weights and the split."""
     notes: list[str] = field(default_factory=list)
     """What the user may want to know, one sentence each."""
+    template: str | None = None
+    """What made chats into text, a Jinja template; None of other data."""
 
 
 def silent(stage: str, done: int, total: int) -> None:
@@ -74,6 +78,8 @@ class _Builder:
         self.notes: list[str] = []
 
     def build(self) -> Corpus:
+        if self.data.chats:
+            return self._build_chats(sources_of(self.config))
         choice = self.data.tokenizer
         given = None if choice is None else (load_tokenizer(choice), choice)  # before long data are read
         if self.data.source:
@@ -113,6 +119,77 @@ class _Builder:
         part = CorpusPart(documents.name, content, 1.0, held, held, held)
         fingerprint = _hash(content, tokenizer.fingerprint, self.data.validation_fraction)
         return Corpus([part], tokenizer, fingerprint, self.notes)
+
+    def _build_chats(self, named: list[tuple[MixSource, str]]) -> Corpus:
+        tokenizer, template = chat_tokenizer(self.config)
+        check_fit(tokenizer, self.data.tokenizer or str(self.config.init_from), self.config.model.vocab_size, 0)
+        way = f"{template.fingerprint}:{self.data.supervise}:{self.data.cut_reasoning}"
+        parts, contents, long = [], [], []
+        for part, key in named:
+            source = open_chats(part, key, way)
+            digest = source.digest(self.cache / "manifests", self.progress)
+            path = self.cache / "tokens" / _hash(digest, tokenizer.fingerprint)
+            store = self._store(path, lambda path, source=source: self._write_chats(path, source, tokenizer, template))
+            name = _name(part)
+            if dropped := store.meta.get("unlearnt", 0):
+                self._note(f"{name}: {dropped} chats have nothing to learn and are left out")
+            if len(store.hashes_D) < 2:
+                rule = f"has {len(store.hashes_D)} chats to learn from, and one at least is held out"
+                raise UserError(key, part.path, rule, "give more chats")
+            sides = split(store, tokenizer, self.data.validation_fraction)
+            fitted = [
+                fit_chats(side, self.config.seq_len + 1, self.data.too_long) for side in (*sides, all_documents(store))
+            ]
+            long.append((name, fitted[-1]))
+            parts.append(CorpusPart(name, _hash(store.meta), part.weight, *(side.documents for side in fitted)))
+            contents.append([store.meta, part.weight])
+        self._tell_of_long(long, parts)
+        fingerprint = _hash(contents, tokenizer.fingerprint, self.data.too_long, self.data.validation_fraction)
+        return Corpus(parts, tokenizer, fingerprint, self.notes, template.source)
+
+    def _tell_of_long(self, fitted: list[tuple[str, FittedChats]], parts: list[CorpusPart]) -> None:
+        """Refuse chats that are too long, or say what became of them."""
+        long = sum(one.long for _, one in fitted)
+        if long and self.data.too_long is TooLong.refuse:
+            count = sum(len(one.documents) + one.emptied + one.dropped for _, one in fitted)
+            longest = max(one.longest for _, one in fitted)
+            raise UserError(
+                "seq_len",
+                self.config.seq_len,
+                f"{long} of {count} chats are longer, the longest has {longest} tokens",
+                f"set seq_len={longest - 1} or more, or data.too_long=cut (their end) or data.too_long=drop",
+            )
+        for name, one in fitted:
+            if one.long:
+                words = [f"{one.cut} cut" * bool(one.cut), f"{one.dropped} dropped" * bool(one.dropped)]
+                words.append(f"{one.emptied} dropped as nothing to learn is left of them" * bool(one.emptied))
+                told = ", ".join(word for word in words if word)
+                self._note(f"{name}: of chats longer than {self.config.seq_len + 1} tokens {told}")
+        for part in parts:
+            if not len(part.train) or not len(part.validation):
+                side = "training" if not len(part.train) else "held-out"
+                rule = f"leaves no {side} chat of {part.name}"
+                raise UserError("data.too_long", self.data.too_long, rule, "set a larger seq_len, or data.too_long=cut")
+
+    def _write_chats(self, path: Path, source: FileSource, tokenizer: Tokenizer, template: ChatTemplate) -> None:
+        done, unlearnt = 0, 0
+        self.progress("tokenising chats", 0, source.size)
+        settings = self.data.supervise, self.data.cut_reasoning
+        with StoreWriter(
+            path, tokenizer.vocab_size, tokenizer.json_text, tokenizer.fingerprint, source.size, supervised=True
+        ) as writer:
+            for task in tokenise_chats(source.documents(), tokenizer, template, source.field, source.name, *settings):
+                writer.append(
+                    task.ids_N, task.lengths_D, task.hashes_D, task.text_bytes, supervised_N=task.supervised_N
+                )
+                done, unlearnt = done + task.text_bytes, unlearnt + task.unlearnt
+                self.progress("tokenising chats", done, max(source.size, done))
+            if writer.tokens == 0:
+                rule = f"holds no chat with something to learn ({unlearnt} have nothing)"
+                raise UserError(
+                    source.field, source.name, rule, "look at the weights of messages, and at data.supervise"
+                )
+            writer.more = {"unlearnt": unlearnt}
 
     def _without_short(self, name: str, *sides: Documents) -> tuple[Documents, ...]:
         """Training and held-out documents, and both, as data.min_tokens wants them. What is held out does not depend on it."""
@@ -188,6 +265,10 @@ class _Builder:
     def _tokens(self, source: DocumentSource, digest: str, tokenizer: Tokenizer) -> TokenStore:
         """The token folder of a source."""
         path = self.cache / "tokens" / _hash(digest, tokenizer.fingerprint)
+        return self._store(path, lambda path: self._write(path, source, tokenizer))
+
+    def _store(self, path: Path, write: Callable[[Path], None]) -> TokenStore:
+        """What is there, or what `write` makes."""
 
         def ready() -> TokenStore | None:
             if not path.exists():
@@ -199,7 +280,7 @@ class _Builder:
                 return None
 
         def make() -> TokenStore:
-            self._write(path, source, tokenizer)
+            write(path)
             return open_store(path, self.cache / "marks")
 
         return self._once(path, ready, make)

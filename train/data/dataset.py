@@ -8,44 +8,44 @@ import torch
 
 from conf.schema import Config
 from train.data.batch import Batch
+from train.data.chat_packing import PackedChats
 from train.data.corpus import Corpus
 from train.data.mix import Schedule
-from train.data.packing import Stream
+from train.data.packing import Documents, Stream
 from train.data.shuffle import key
+from train.data.tokenizer import Tokenizer
 
 
 class TrainingData:
     """Endless training samples. Sample i is a function of the data, seq_len, the seed and i alone."""
 
     def __init__(self, corpus: Corpus, config: Config):
-        self.seq_len, self.mask = config.seq_len, config.data.mask_documents
+        self.seq_len, self.mask, self.chats = config.seq_len, config.data.mask_documents, config.data.chats
         self._names = [part.name for part in corpus.parts]
         self._schedule = Schedule([part.weight for part in corpus.parts])
         self._streams = [
-            Stream(
-                part.train,
-                config.seq_len,
-                corpus.tokenizer.eos_id,
-                key(config.seed, number),
-                corpus.tokenizer.fim_ids,
-                config.data.fim_rate,
-            )
+            _stream(part.train, config, corpus.tokenizer, key(config.seed, number), config.data.fim_rate)
             for number, part in enumerate(corpus.parts)
         ]
 
+    @property
+    def sequences(self) -> float:
+        """Samples of all sources, each read once."""
+        return sum(stream.sequences for stream in self._streams)
+
     def batch(self, first_sample: int, count: int) -> Batch:
         """Samples first_sample .. first_sample + count - 1, as tokens (count, seq_len + 1)."""
-        tokens_BS, numbers_BS = _empty(count, self.seq_len, self.mask)
+        rows = _Rows(count, self.seq_len, self.mask, self.chats)
         for stream, (rows_B, samples_B) in zip(self._streams, self._schedule.assign(first_sample, count), strict=True):
             for row, window in zip(rows_B.tolist(), stream.windows_N(samples_B).tolist(), strict=True):
-                stream.read(window * self.seq_len, tokens_BS[row], None if numbers_BS is None else numbers_BS[row])
-        return _batch(tokens_BS, numbers_BS)
+                stream.fill(window, *rows.of(row))
+        return rows.batch
 
     def epochs(self, samples: int) -> dict[str, float]:
         """How often the training text of each source has been read after this many samples."""
         counts = self._schedule.counts(samples)
         return {
-            name: float(count * self.seq_len / stream.mean_tokens)
+            name: float(count / stream.sequences)
             for name, count, stream in zip(self._names, counts, self._streams, strict=True)
         }
 
@@ -75,21 +75,21 @@ class ValidationData:
 
     def __init__(self, corpus: Corpus, config: Config, sequences: int | None = None):
         """sequences: how many, shared among the sources by weight; None takes log.validation_sequences."""
-        self.seq_len, self.mask = config.seq_len, config.data.mask_documents
+        self.seq_len, self.mask, self.chats = config.seq_len, config.data.mask_documents, config.data.chats
         self.notes: list[str] = []
         self._tokenizer = corpus.tokenizer
         sequences = config.log.validation_sequences if sequences is None else sequences
         wanted = Schedule([part.weight for part in corpus.parts]).counts(sequences)
-        self._places: list[tuple[Stream, int]] = []
+        self._places: list[tuple[Stream | PackedChats, int]] = []
         for part, count in zip(corpus.parts, wanted, strict=True):
-            stream = Stream(part.validation, config.seq_len, corpus.tokenizer.eos_id, seed=0)
-            whole = (stream.tokens_before(1) - 1) // config.seq_len
-            if count > 0 and whole == 0:
+            stream = _stream(part.validation, config, corpus.tokenizer, seed=0)
+            whole = stream.whole_windows
+            if count > 0 and whole == 0 and isinstance(stream, Stream):
                 self.notes.append(
                     f"the held-out text has only {stream.tokens_before(1)} tokens: validation reads it more than once"
                 )
             count = min(count, max(1, whole))
-            self._places += [(stream, max(1, whole) * place // count * config.seq_len) for place in range(count)]
+            self._places += [(stream, max(1, whole) * place // count) for place in range(count)]
 
     def __len__(self) -> int:
         """Sequences: those wanted, or as many as there are."""
@@ -98,20 +98,42 @@ class ValidationData:
     def batch(self, first: int, count: int) -> Batch:
         """Sequences first .. first + count - 1, fewer at the end, as tokens (count, seq_len + 1)."""
         places = self._places[first : first + count]
-        tokens_BS, numbers_BS = _empty(len(places), self.seq_len, self.mask)
-        for row, (stream, place) in enumerate(places):
-            stream.read(place, tokens_BS[row], None if numbers_BS is None else numbers_BS[row])
-        return _batch(tokens_BS, numbers_BS)
+        rows = _Rows(len(places), self.seq_len, self.mask, self.chats)
+        for row, (stream, window) in enumerate(places):
+            stream.fill(window, *rows.of(row))
+        return rows.batch
 
     def text_bytes(self, batch: Batch) -> int:
-        """Bytes of text that the targets of this batch decode to."""
-        return int(self._tokenizer.bytes_V[batch.tokens_BS[:, 1:].numpy()].sum())
+        """Bytes of text that the targets of this batch decode to, of chats those that are learnt."""
+        bytes_BT = self._tokenizer.bytes_V[batch.tokens_BS[:, 1:].numpy()]
+        learnt_BT = batch.learnt_BT
+        return int(bytes_BT.sum() if learnt_BT is None else bytes_BT[learnt_BT.numpy()].sum())
 
 
-def _empty(count: int, seq_len: int, mask: bool) -> tuple[np.ndarray, np.ndarray | None]:
-    shape = (count, seq_len + 1)
-    return np.empty(shape, np.int64), np.empty(shape, np.int32) if mask else None
+def _stream(
+    documents: Documents, config: Config, tokenizer: Tokenizer, seed: int, fim_rate: float = 0.0
+) -> Stream | PackedChats:
+    """What reads these documents: as one text, or chats each by itself."""
+    if config.data.chats:
+        return PackedChats(documents, config.seq_len, tokenizer.eos_id, seed)
+    return Stream(documents, config.seq_len, tokenizer.eos_id, seed, tokenizer.fim_ids, fim_rate)
 
 
-def _batch(tokens_BS: np.ndarray, numbers_BS: np.ndarray | None) -> Batch:
-    return Batch(torch.from_numpy(tokens_BS), None if numbers_BS is None else torch.from_numpy(numbers_BS))
+class _Rows:
+    """A batch that is being filled."""
+
+    def __init__(self, count: int, seq_len: int, mask: bool, chats: bool):
+        shape = (count, seq_len + 1)
+        self._tokens_BS = np.empty(shape, np.int64)
+        self._numbers_BS = np.empty(shape, np.int32) if mask or chats else None
+        self._supervised_BS = np.empty(shape, np.bool_) if chats else None
+
+    def of(self, row: int) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+        """Tokens, numbers of documents and what is learnt, to be written."""
+        numbers_S = None if self._numbers_BS is None else self._numbers_BS[row]
+        return self._tokens_BS[row], numbers_S, None if self._supervised_BS is None else self._supervised_BS[row]
+
+    @property
+    def batch(self) -> Batch:
+        more = (None if part is None else torch.from_numpy(part) for part in (self._numbers_BS, self._supervised_BS))
+        return Batch(torch.from_numpy(self._tokens_BS), *more)

@@ -42,20 +42,21 @@ def split(store: TokenStore, tokenizer: Tokenizer, fraction: float) -> tuple[Doc
         held_D = np.array([False, True])
     else:
         held_D = held_out_D(store.hashes_D, fraction)
-    sides = (Documents(store.tokens_N, starts_D[side_D], lengths_D[side_D]) for side_D in (~held_D, held_D))
+    mask_N = store.supervised_N
+    sides = (Documents(store.tokens_N, starts_D[side_D], lengths_D[side_D], mask_N) for side_D in (~held_D, held_D))
     train, validation = sides
     return train, validation
 
 
 def all_documents(store: TokenStore) -> Documents:
     """The documents of a token folder, undivided."""
-    return Documents(store.tokens_N, store.offsets_D1[:-1], np.diff(store.offsets_D1))
+    return Documents(store.tokens_N, store.offsets_D1[:-1], np.diff(store.offsets_D1), store.supervised_N)
 
 
 def long_documents(documents: Documents, least: int) -> Documents:
     """Those of `least` tokens or more."""
     long_D = documents.lengths_D >= least
-    return Documents(documents.tokens, documents.starts_D[long_D], documents.lengths_D[long_D])
+    return Documents(documents.tokens, documents.starts_D[long_D], documents.lengths_D[long_D], documents.supervised)
 
 
 def _cut(tokens_N: np.ndarray, bytes_V: np.ndarray, fraction: float) -> int:

@@ -38,6 +38,8 @@ class Documents:
     """First token of each document (int64)."""
     lengths_D: np.ndarray
     """Tokens of each document, without eos (int64)."""
+    supervised: np.ndarray | None = None
+    """uint8, of the whole file: whether a token is learnt. None where all are."""
 
     def __len__(self) -> int:
         return len(self.starts_D)
@@ -96,6 +98,22 @@ class Stream:
             windows_N[done:upto] = first + inside_N
             done = upto
         return windows_N
+
+    @property
+    def sequences(self) -> float:
+        """Samples of an epoch, on average."""
+        return float(self.mean_tokens / self.seq_len)
+
+    @property
+    def whole_windows(self) -> int:
+        """Windows that lie in the first epoch alone."""
+        return (self.tokens_before(1) - 1) // self.seq_len
+
+    def fill(
+        self, window: int, tokens_S: np.ndarray, numbers_S: np.ndarray | None, supervised_S: np.ndarray | None = None
+    ) -> None:
+        """Fill in a window: its tokens, and the numbers of their documents, from 0."""
+        self.read(window * self.seq_len, tokens_S, numbers_S)
 
     def read(self, first_token: int, tokens_S: np.ndarray, numbers_S: np.ndarray | None) -> None:
         """Fill tokens_S from this place of the stream on; numbers_S gets the document numbers, from 0."""

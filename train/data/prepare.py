@@ -1,9 +1,12 @@
 """The one call that a rank makes for its data."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from conf.files import atomic_write_text
 from conf.schema import Config
+from train.data.chat_template import TEMPLATE_FILE
 from train.data.corpus import build_corpus, silent
 from train.data.dataset import TrainingData, ValidationData
 from train.data.own_documents import OwnDocuments
@@ -24,6 +27,14 @@ class PreparedData:
     source."""
     notes: list[str] = field(default_factory=list)
     """What the user may want to know, one sentence each."""
+    template: str | None = None
+    """What made chats into text, a Jinja template; None of other data."""
+
+    def save_words(self, folder: Path) -> None:
+        """Write what turns text and chats into tokens: tokenizer.json with its settings, and chat_template.jinja."""
+        self.tokenizer.save(folder)
+        if self.template is not None:
+            atomic_write_text(folder / TEMPLATE_FILE, self.template)
 
 
 def prepare(config: Config, progress: ReportProgress = silent) -> PreparedData:
@@ -41,6 +52,5 @@ def prepare(config: Config, progress: ReportProgress = silent) -> PreparedData:
         "fraction": config.data.validation_fraction,
         "sources": [[part.name, part.content] for part in corpus.parts],
     }
-    return PreparedData(
-        train, validation, corpus.tokenizer, corpus.fingerprint, held_out, corpus.notes + validation.notes
-    )
+    notes = corpus.notes + validation.notes
+    return PreparedData(train, validation, corpus.tokenizer, corpus.fingerprint, held_out, notes, corpus.template)

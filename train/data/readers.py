@@ -72,24 +72,33 @@ def _decode(raw: bytes, file: SourceFile, offset: int, field: str) -> str:
 
 def read_jsonl(file: SourceFile, text_key: str, field: str) -> Iterator[tuple[str, str]]:
     """One document per line, whose string stands under text_key."""
+    for name, place, record in read_jsonl_records(file, field):
+        yield name, _text_of(record, text_key, place, field)
+
+
+def read_jsonl_records(file: SourceFile, field: str) -> Iterator[tuple[str, str, object]]:
+    """Stable id, place for errors and value of every line."""
     offset = number = 0
     for line in read_lines(file, field):
         number, size = number + 1, len(line)
         if line.strip():
             text = _decode(line, file, offset, field)
             del line  # a line may be as large as the file
-            text = _text_of(text, text_key, f"{file.path}:{number}", field)
-            yield f"{file.name}:{number}", text
+            place = f"{file.path}:{number}"
+            yield f"{file.name}:{number}", place, _parse(text, place, field)
         offset += size
 
 
-def _text_of(line: str, text_key: str, place: str, field: str) -> str:
+def _parse(line: str, place: str, field: str) -> object:
     try:
-        record = json.loads(line)
+        return json.loads(line)
     except RecursionError as error:
         raise UserError(field, place, "is JSON nested too deep to read", "remove this line") from error
     except ValueError as error:
         raise UserError(field, place, f"is not JSON: {error}", "correct or remove this line") from error
+
+
+def _text_of(record: object, text_key: str, place: str, field: str) -> str:
     if not isinstance(record, dict):
         rule = f"must be an object with the text under {text_key!r}, and is a {type(record).__name__}"
         raise UserError(field, place, rule, "write one object per line (jq -c '.[]' does so with a list)")
@@ -187,19 +196,31 @@ class _Zstandard(io.RawIOBase):
 
 def read_parquet(file: SourceFile, text_key: str, field: str) -> Iterator[tuple[str, str]]:
     """One document per row, from the column text_key."""
+
+    def of_text(names: list[str]) -> list[str]:
+        if text_key not in names:
+            rule = f"has no column {text_key!r}, only: {', '.join(names[:20])}"
+            raise UserError(field, file.path, rule, f"set {text_key_of(field)} to the column of the text")
+        return [text_key]
+
+    for name, place, record in read_parquet_records(file, field, of_text):
+        yield name, check_text(record[text_key], place, text_key, field)
+
+
+def read_parquet_records(
+    file: SourceFile, field: str, columns: Callable[[list[str]], list[str]]
+) -> Iterator[tuple[str, str, dict[str, object]]]:
+    """Stable id, place for errors and values of every row, of the columns that are chosen from the names of all."""
     import pyarrow
     import pyarrow.parquet  # half a second that only those who have such files wait for
 
     try:
         with pyarrow.parquet.ParquetFile(file.path) as table:
-            if text_key not in table.schema_arrow.names:
-                rule = f"has no column {text_key!r}, only: {', '.join(table.schema_arrow.names[:20])}"
-                raise UserError(field, file.path, rule, f"set {text_key_of(field)} to the column of the text")
+            wanted = columns(table.schema_arrow.names)
             row = 0
-            for batch in table.iter_batches(batch_size=256, columns=[text_key]):
-                for value in batch.column(0).to_pylist():
-                    place = f"{file.path}, row {row}"
-                    yield f"{file.name}:{row}", check_text(value, place, text_key, field)
+            for batch in table.iter_batches(batch_size=256, columns=wanted):
+                for record in batch.to_pylist():
+                    yield f"{file.name}:{row}", f"{file.path}, row {row}", record
                     row += 1
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(field, file.path, f"is damaged or no Parquet: {error}", "fetch or write it again") from error

@@ -16,11 +16,19 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from conf.errors import UserError
 from conf.schema import Config, DataFormat, MixSource
-from train.data.readers import read_jsonl, read_parquet, read_text, text_key_of
+from train.data.chats import CHAT_KEYS, Chat, read_chat
+from train.data.readers import (
+    read_jsonl,
+    read_jsonl_records,
+    read_parquet,
+    read_parquet_records,
+    read_text,
+    text_key_of,
+)
 from train.data.source_files import ReportProgress, SourceFile, digest_files, find_files, hash_id, unreadable
 
 JSONL = (".jsonl", ".ndjson", ".jsonl.gz", ".jsonl.zst", ".ndjson.gz", ".ndjson.zst", ".json.gz", ".json.zst")
@@ -65,7 +73,7 @@ class FileSource:
     name: str
     root: Path
     files: list[SourceFile]
-    reader: Callable[[SourceFile], Iterator[tuple[str, str]]]
+    reader: Callable[[SourceFile], Iterator[tuple[str, Any]]]
     way: str
     """Format and text key, part of the digest."""
     binary: set[str] = field(default_factory=set)
@@ -114,6 +122,7 @@ def sources_of(config: Config) -> list[tuple[MixSource, str]]:
 def open_source(source: MixSource, key: str) -> DocumentSource:
     """Find the files of a source. Raises UserError when there is no data or the format is unclear."""
     kind = format_of(source, key)
+    assert kind is not DataFormat.chat, "open_chats has those"
     if kind in (DataFormat.text, DataFormat.stdlib) and source.text_key != "text":
         rule = f"names a field, and {source.path or STDLIB} is read as plain text, each file a document"
         cure = f"leave it out, or set {key.removesuffix('path')}format to jsonl or parquet"
@@ -137,6 +146,31 @@ def open_source(source: MixSource, key: str) -> DocumentSource:
         raise UserError(key, source.path, f"holds no {kind} files", "check the path")
     way = kind if kind == DataFormat.text else f"{kind}:{text_key}"
     return FileSource(key, source.path, root, files, reader, way, binary)
+
+
+def open_chats(source: MixSource, key: str, way: str) -> FileSource:
+    """Find the files of a source of chats; its documents are `Chat`s. way: what else decides their tokens."""
+    if source.path.startswith("hf://"):
+        rule, cure = (
+            "is on the Hugging Face Hub, and chats are read of files",
+            "fetch its Parquet files, and give their folder",
+        )
+        raise UserError(key, source.path, rule, cure)
+    root = Path(source.path).expanduser()
+    files = [file for file in find_files(root, key) if file.name.endswith((*JSONL, ".json", *PARQUET))]
+    if not files:
+        raise UserError(key, source.path, "holds no .jsonl or .parquet files", "check the path")
+
+    def read(file: SourceFile) -> Iterator[tuple[str, Chat]]:
+        records = (
+            read_parquet_records(file, key, lambda names: [name for name in CHAT_KEYS if name in names])
+            if file.name.endswith(PARQUET)
+            else read_jsonl_records(file, key)
+        )
+        for name, place, record in records:
+            yield name, read_chat(record, place, key)
+
+    return FileSource(key, source.path, root, files, read, f"chat:{way}")
 
 
 def no_text(source: DocumentSource) -> UserError:

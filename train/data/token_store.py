@@ -4,6 +4,7 @@ A folder with
   tokens.bin      all documents one after another, little-endian uint16 or uint32, without eos
   documents.npy   int64 (D + 1): document d is tokens[documents[d] : documents[d + 1]]
   hashes.npy      uint64 (D): hash of each document's stable id, which decides the side it falls on
+  supervised.bin  of chats alone: a byte of every token, 1 where it is learnt, 0 where not
   tokenizer.json  what made the tokens
   meta.json       version, dtype, tokens, documents, text_bytes, tokenizer (fingerprint), crc32 of each file
 A folder is written under another name, synced and renamed, so that it is whole or absent. On opening, sizes are always
@@ -54,6 +55,8 @@ class TokenStore:
     hashes_D: np.ndarray
     meta: dict[str, Any]
     largest_id: int
+    supervised_N: np.ndarray | None = None
+    """uint8, memory-mapped: whether a token is learnt. None where all are."""
 
 
 @contextmanager
@@ -105,9 +108,22 @@ def locked(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
 class StoreWriter:
     """Writes a token folder. Use as a context: it appears under its name on success, and leaves nothing on failure."""
 
-    def __init__(self, path: Path, vocab_size: int, tokenizer_json: str, fingerprint: str, expected: int = 0):
-        """expected: bytes of text that will come, about; an error of a full disk says how much room they take."""
+    def __init__(
+        self,
+        path: Path,
+        vocab_size: int,
+        tokenizer_json: str,
+        fingerprint: str,
+        expected: int = 0,
+        supervised: bool = False,
+    ):
+        """expected: bytes of text that will come, about; an error of a full disk says how much room they take. supervised: whether
+        `append` says which tokens are learnt.
+        """
         self.path, self.expected = path, expected
+        self._masks: list[np.ndarray] | None = [] if supervised else None
+        self.more: dict[str, Any] = {}
+        """What meta.json says besides."""
         self.dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
         self.tokenizer_json, self.fingerprint = tokenizer_json, fingerprint
         self.lengths: list[np.ndarray] = []
@@ -129,8 +145,9 @@ class StoreWriter:
         hashes_D: np.ndarray,
         text_bytes: int,
         continues: bool = False,
+        supervised_N: np.ndarray | None = None,
     ) -> None:
-        """Add documents: their tokens one after another, and per document its length and hash.
+        """Add documents: their tokens one after another, and per document its length and hash. supervised_N: uint8.
 
         continues: the first one goes on with the last one before. Documents without a token are left out.
         """
@@ -146,6 +163,9 @@ class StoreWriter:
             self.hashes.append(hashes_D)
         self.tokens += len(ids_N)
         self.text_bytes += text_bytes
+        if self._masks is not None:
+            assert supervised_N is not None and len(supervised_N) == len(ids_N)
+            self._masks.append(supervised_N)
 
     def _needed(self, more: int = 0) -> int:
         """Bytes of all tokens, as far as those that are there and `more` bytes of them tell."""
@@ -171,7 +191,10 @@ class StoreWriter:
         _save(self._temporary / "documents.npy", offsets_D1)
         _save(self._temporary / "hashes.npy", hashes_D[lengths_D > 0].astype("<u8"))
         (self._temporary / "tokenizer.json").write_text(self.tokenizer_json, encoding="utf-8")
-        names = ("documents.npy", "hashes.npy", "tokenizer.json")
+        names = ["documents.npy", "hashes.npy", "tokenizer.json"]
+        if self._masks is not None:
+            (self._temporary / "supervised.bin").write_bytes(np.concatenate(self._masks).astype(np.uint8).tobytes())
+            names.append("supervised.bin")
         checksums = {name: zlib.crc32((self._temporary / name).read_bytes()) for name in names}
         meta = {
             "version": STORE_VERSION,
@@ -181,6 +204,7 @@ class StoreWriter:
             "text_bytes": self.text_bytes,
             "tokenizer": self.fingerprint,
             "crc32": {"tokens.bin": self.crc, **checksums},
+            **self.more,
         }
         (self._temporary / "meta.json").write_text(json.dumps(meta, indent=1))
 
@@ -231,7 +255,13 @@ def _open(path: Path, marks: Path) -> TokenStore:
         raise DamagedStore("documents.npy and hashes.npy do not divide tokens.bin into documents")
     tokens_N = np.asarray(np.memmap(path / "tokens.bin", dtype=dtype.newbyteorder("<"), mode="r"))
     largest = _check_content(path, tokens_N, meta.get("crc32", {}), marks)
-    return TokenStore(path, tokens_N, offsets_D1.astype(np.int64), hashes_D.astype(np.uint64), meta, largest)
+    supervised_N = None
+    if "supervised.bin" in meta.get("crc32", {}):
+        supervised_N = np.asarray(np.memmap(path / "supervised.bin", dtype=np.uint8, mode="r"))
+        if len(supervised_N) != count:
+            raise DamagedStore(f"supervised.bin has {len(supervised_N)} bytes, not {count}")
+    starts_D1, hashes_D = offsets_D1.astype(np.int64), hashes_D.astype(np.uint64)
+    return TokenStore(path, tokens_N, starts_D1, hashes_D, meta, largest, supervised_N)
 
 
 def _check_content(path: Path, tokens_N: np.ndarray, checksums: dict[str, int], marks: Path) -> int:

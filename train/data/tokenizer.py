@@ -21,7 +21,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import Encoding, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
 from conf.errors import UserError
@@ -105,6 +105,18 @@ class Tokenizer:
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text."""
         return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    @cached_property
+    def _of_templates(self) -> Backend:
+        """Takes names of special tokens in a text as the tokens, as chat templates mean them."""
+        made = Backend.from_str(self.json_text)
+        made.no_truncation()
+        made.no_padding()
+        return made
+
+    def encode_rendered(self, texts: list[str]) -> list[Encoding]:
+        """Encodings of texts that chat templates made, whose special tokens are spelled out; nothing is added."""
+        return self._of_templates.encode_batch(texts, add_special_tokens=False)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of these ids; special tokens appear by name, broken UTF-8 as U+FFFD, unused rows as nothing."""

@@ -70,7 +70,7 @@ def export(config: Config) -> int:
         _write_weights(folder, files, manifest, ema, progress)
         write_json(folder / index_of(FAMILIES[family].stem), index_json(files))
         length = _write_configs(folder, config, family, manifest.meta["seq_len"], tokenizer.eos_id)
-        write_tokenizer(folder, tokenizer, _tokenizer_folder(config), length)
+        write_tokenizer(folder, tokenizer, _tokenizer_folder(config), length, manifest.folder.parent.parent)
         source = {"checkpoint": str(checkpoint.absolute()), "step": manifest.step, "ema": ema}
         notes = list(_notes(config.model, FAMILIES[family]))
         (folder / CARD_FILE).write_text(model_card(config, manifest, family, notes, length), encoding="utf-8")
@@ -82,8 +82,8 @@ def export(config: Config) -> int:
 
 def _tokenizer_folder(config: Config) -> Path | None:
     """Where the user's tokenizer came from, with what else it brought."""
-    path = Path(config.data.tokenizer or "").expanduser()
-    return path if config.data.tokenizer and path.is_dir() else None
+    choice = config.data.tokenizer or (config.init_from if config.data.chats else None)
+    return Path(choice).expanduser() if choice and Path(choice).expanduser().is_dir() else None
 
 
 def _check_family(config: Config, family: ModelFamily) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from conf.errors import UserError
 from conf.read_json import parse_json, read_json, read_text
+from train.data.chat_template import TEMPLATE_FILE
 from train.data.tokenizer import Tokenizer
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -45,11 +46,18 @@ def _meaning(text: str) -> tuple[Any, ...]:
     return words | added, merges
 
 
-def write_tokenizer(folder: Path, tokenizer: Tokenizer, source: Path | None, length: int) -> None:
+def write_tokenizer(
+    folder: Path, tokenizer: Tokenizer, source: Path | None, length: int, template: Path | None = None
+) -> None:
     """Write tokenizer.json, and tokenizer_config.json for AutoTokenizer. length: most tokens of a sequence.
 
-    source: a folder whose tokenizer_config.json came with this tokenizer; its chat template and the like are kept.
+    source: a folder whose tokenizer_config.json came with this tokenizer; its chat template and the like are kept. template: the
+    folder of a run whose chat template is that of the chats it was tuned on, which goes first.
     """
+    for place in (template, source):
+        if place is not None and (place / TEMPLATE_FILE).is_file():
+            (folder / TEMPLATE_FILE).write_text((place / TEMPLATE_FILE).read_text(encoding="utf-8"), encoding="utf-8")
+            break
     settings: dict[str, Any] = {}
     if source is not None and (source / TOKENIZER_SETTINGS_FILE).is_file():
         settings = read_json(source / TOKENIZER_SETTINGS_FILE, "data.tokenizer", "correct or remove this file")

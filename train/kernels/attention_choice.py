@@ -45,7 +45,7 @@ def choose_attention(config: Config, device: torch.device) -> tuple[AttentionCor
     """
     parts = ATTENTION_PARTS if config.parallel.cp > 1 else ATTENTION_PARTS[:2]
     whole, notes = _first_right(config, device, [part for part in parts if part != "documents"], CORES)
-    if not config.data.mask_documents:
+    if not (config.data.mask_documents or config.data.chats):
         return whole, notes
     cores = {name: core for name, core in CORES.items() if core.takes_documents}
     documents, more = _first_right(config, device, parts, cores)

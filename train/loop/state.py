@@ -31,6 +31,8 @@ class RunState:
         self.mesh, self.zero, self.routers = mesh, parts.zero, parts.routers()
         self.step = 0
         self.samples = 0
+        self.best: tuple[int, float] | None = None
+        """Step and value of the least held-out loss so far, where the run keeps the best checkpoint."""
         self.skipped = 0
         self.family = ModelFamily.deepseek_v3
         size_LE = len(moe_layers(config.model)), config.model.experts
@@ -80,6 +82,8 @@ class RunState:
         """Take over after the wanted shards were filled."""
         self.step, self.samples, self.skipped = meta["step"], meta["samples"], meta["skipped"]
         self.family = ModelFamily(meta.get("family", self.family))  # older checkpoints know of one
+        if best := meta.get("best"):
+            self.best = int(best[0]), float(best[1])
         self.zero.finish_load(meta["updates"])
         if self.ema is not None and not with_ema:
             self.ema.restart()
@@ -92,7 +96,7 @@ class RunState:
             "updates": self.zero.client.updates,
             "has_ema": self.ema is not None,
             "family": str(self.family),
-        }
+        } | ({} if self.best is None else {"best": list(self.best)})
 
     def _averages(self, shards: dict[str, Shard]) -> dict[str, Shard]:
         assert self.ema is not None

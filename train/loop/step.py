@@ -50,7 +50,7 @@ class TrainingStep:
     """Makes the steps of one rank; every rank makes the same ones."""
 
     def __init__(self, config: Config, parts: ParallelModel, rank: RankSetup):
-        self._config, self._parts, self._device = config, parts, rank.device
+        self._config, self._parts, self._device, self._layout = config, parts, rank.device, rank.mesh.layout
         self._sequences = config.micro_batch_size * rank.mesh.layout.dp
         """Sequences of one micro-batch of every data-parallel rank."""
         self._mean_micro_batches = 0.0
@@ -101,7 +101,11 @@ class TrainingStep:
         """Forward and backward of all micro-batches."""
         tokens_BS, micro_batches = to_device(batch.tokens_BS, self._device), self._micro_batches(batch)
         self._parts.pipeline.step(
-            tokens_BS, batch.documents_BS, micro_batches=micro_batches, mean=self._mean_micro_batches
+            tokens_BS,
+            batch.documents_BS,
+            supervised_BS=batch.supervised_BS,
+            micro_batches=micro_batches,
+            mean=self._mean_micro_batches,
         )
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # what the passes took is part of what all ranks are told
@@ -113,7 +117,26 @@ class TrainingStep:
         self._mean_micro_batches = plan.batch_size / self._sequences
         self.measure.clear(self._micro_batches(batch) / self._mean_micro_batches)
         self._parts.precision.start_step(plan.step)
-        set_weights(self._parts.chunks, plan, self._config.optim.balance_loss / self._mean_micro_batches)
+        targets, sequences = self._totals(batch, plan)
+        balance_weight = self._config.optim.balance_loss * self._sequences / sequences
+        set_weights(self._parts.chunks, plan, balance_weight)
+        for chunk in self._parts.chunks:
+            chunk.loss_divisor = None
+            if targets is not None:
+                chunk.loss_divisor = targets / (self._layout.stage_ranks * self._mean_micro_batches)
+
+    def _totals(self, batch: Batch, plan: StepPlan) -> tuple[int | None, int]:
+        """Supervised tokens, and sequences or samples, of the whole step: each weighs the same, on whichever rank and in whichever
+        micro-batch it is. None where all tokens are learnt, and all ranks have as many.
+        """
+        if batch.supervised_BS is None:
+            return None, plan.batch_size
+        totals = torch.tensor([batch.targets, batch.sequences], dtype=torch.int64, device=self._device)
+        if self._layout.world > 1:
+            dist.all_reduce(totals)
+        alike = self._layout.pp * self._layout.cp  # ranks that have the same share
+        targets, sequences = totals.tolist()
+        return targets // alike, sequences // alike
 
     def _update_biases(self, loads_LE: Tensor, plan: StepPlan) -> None:
         for name, router in self.measure.routers.items():

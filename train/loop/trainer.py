@@ -23,7 +23,7 @@ from conf.words import say
 from parallel.exchange import gather
 from train.checkpoint.checkpointer import Checkpointer, SaveResult
 from train.checkpoint.memory_copies import MemoryCopies
-from train.checkpoint.run_folder import RunPaths
+from train.checkpoint.run_folder import RunPaths, write_best
 from train.data.batch import Batch
 from train.data.prefetch import Prefetch
 from train.data.prepare import PreparedData
@@ -120,6 +120,8 @@ class Trainer:
         """Seconds of this rank's own forward and backward in the step before; a straggler has more than the others."""
         self._stall = 0.0
         """Seconds that the training waited for a checkpoint since the last record."""
+        if state.best is not None:
+            self.checkpointer.keep_best(state.best[0])
 
     def run(self) -> int:
         """Train from the state's step to the last; returns the exit code. Raises Diverged, DiskFailed."""
@@ -190,17 +192,30 @@ class Trainer:
             record |= self.validate()
         self._log(record)
         self.callbacks.tell("on_step", plan.step, record)
-        self._save_when_due(plan.step)  # after its record is written: a run that resumes here goes on with the next
+        # After its record is written: a run that resumes here goes on with the next.
+        self._save_when_due(plan.step, self._is_best(plan.step, record.get("validation_loss")))
         return measured.stop
 
-    def _save_when_due(self, step: int) -> None:
+    def _is_best(self, step: int, loss: float | None) -> bool:
+        """Whether the held-out loss is the least so far, in a run that keeps such a state; it then belongs to the state."""
+        if not self.config.checkpoint.keep_best or loss is None or not math.isfinite(loss):
+            return False
+        if self.state.best is not None and loss >= self.state.best[1]:
+            return False
+        self.state.best = step, loss
+        self.checkpointer.keep_best(step)
+        if self.writer is not None:
+            write_best(RunPaths(self.config).path, step, loss)
+        return True
+
+    def _save_when_due(self, step: int, best: bool) -> None:
         """In memory, on disk, both or neither; the last state is saved when the run ends."""
         saving = self.config.checkpoint
         if step == self.config.steps:
             return
         if self.copies is not None and step % saving.every_memory == 0:
             self._copy(self.copies)
-        if saving.every and step % saving.every == 0:
+        if best or (saving.every and step % saving.every == 0):
             self._save()
         if (every := self.config.log.sample_every) and step % every == 0:
             self._sample(step)

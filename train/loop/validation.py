@@ -19,7 +19,7 @@ class Sums:
 
     sequences: int = 0
     tokens: int = 0
-    """Targets, eos included."""
+    """Targets that are learnt, eos included."""
     text_bytes: int = 0
     """Bytes of text that the targets stand for."""
     nats: float = 0.0
@@ -67,12 +67,17 @@ def held_out_loss(
         # repeats the first sequences and does not count them.
         mine = first + mesh.dp_rank * size
         batch = data.batch(mine if mine < len(data) else 0, size)
-        loss = pipeline.evaluate(batch.tokens_BS.to(device), batch.documents_BS, micro_batches=1)
+        loss = pipeline.evaluate(
+            batch.tokens_BS.to(device), batch.documents_BS, supervised_BS=batch.supervised_BS, micro_batches=1
+        )
         own = torch.zeros(4, dtype=torch.float64)
         if loss is not None:
-            # The ranks that share sequences have a loss each, of as many positions; one of them counts what is the sequences'.
-            tokens, counts = batch.tokens_BS[:, 1:].numel() // mesh.layout.cp, mesh.cp_rank == 0
-            sums = [len(batch.tokens_BS) * counts, tokens, data.text_bytes(batch) * counts, loss.item() * tokens]
+            # The ranks that share sequences have a loss each: the mean of as many positions, or the sum of those that are supervised.
+            # One of them counts what is the sequences'.
+            counts, nats = mesh.cp_rank == 0, loss.item()
+            if batch.supervised_BS is None:
+                nats *= batch.targets // mesh.layout.cp
+            sums = [len(batch.tokens_BS) * counts, batch.targets * counts, data.text_bytes(batch) * counts, nats]
             own = torch.tensor(sums, dtype=torch.float64)
         own = own if more is None else torch.cat([own, more().cpu()])
         totals = totals + own * (mine < len(data))

@@ -9,6 +9,7 @@ pipeline has a table under the same name, physically the first chunk's where bot
 Shapes: B sequences, S = T + 1 tokens of a sample, T positions, D width, V vocabulary.
 """
 
+import math
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -85,24 +86,45 @@ class Head(nn.Module):
         self.extra_loss: Callable[[ModelOutputs], Tensor] | None = None
         """A term of the user's own, set by whoever builds the model for a training."""
 
-    def forward(self, states: list[Tensor], tokens_BS: Tensor, positions: Positions) -> list[Tensor]:
+    def forward(
+        self,
+        states: list[Tensor],
+        tokens_BS: Tensor,
+        positions: Positions,
+        supervised_BS: Tensor | None = None,
+        divisor: float | None = None,
+        detaches_mtp: bool = False,
+    ) -> list[Tensor]:
         """Losses of the main model (states[0], (B, T, D)) and of the MTP depths (one position shorter each), in training followed by
         the term of the user's own, if there is one.
 
-        Divided by all positions of the main model here, also at MTP depths, which have fewer (eq. 24).
+        Of the supervised tokens, or of all. Sums over divisor, also at MTP depths, which have fewer targets (eq. 24); None for
+        all positions of the main model here. detaches_mtp: the weight learns of the main model's loss alone.
         """
-        targets = (positions.shorter(depth).take(tokens_BS, depth + 1) for depth in range(len(states)))
-        divisor = len(tokens_BS) * positions.count
-        losses = [self.loss(hidden, target_BT, divisor) for hidden, target_BT in zip(states, targets, strict=True)]
+        divisor = len(tokens_BS) * positions.count if divisor is None else divisor
+        losses = []
+        for depth, hidden_BTD in enumerate(states):
+            left = positions.shorter(depth) if depth else positions
+            learnt_N = None if supervised_BS is None else left.learnt(supervised_BS)
+            weight_VD = self.weight.detach() if detaches_mtp and depth else self.weight
+            losses.append(self.loss(hidden_BTD, left.take(tokens_BS, depth + 1), divisor, learnt_N, weight_VD))
         if self.training and self.extra_loss is not None:
             outputs = ModelOutputs(states[0], positions.take(tokens_BS, 1), self.weight)
             losses.append(_scalar(self.extra_loss(outputs)))
         return losses
 
-    def loss(self, hidden_BTD: Tensor, targets_BT: Tensor, divisor: int) -> Tensor:
-        """Sum of the cross-entropies over divisor."""
+    def loss(
+        self, hidden_BTD: Tensor, targets_BT: Tensor, divisor: float, learnt_N: Tensor | None, weight_VD: Tensor
+    ) -> Tensor:
+        """Sum of the cross-entropies over divisor. learnt_N: of these rows alone, on the host; None for all."""
         hidden_ND, targets_N = hidden_BTD.flatten(0, 1), targets_BT.flatten()
-        return cross_entropy(hidden_ND, self.weight, targets_N, divisor, self._chunk, self._kernels)
+        if learnt_N is not None and len(learnt_N) == 0:
+            # The graph must be whole, as other ranks wait in its backward: one row that weighs nothing.
+            learnt_N, divisor = learnt_N.new_zeros(1), math.inf
+        if learnt_N is not None:
+            learnt_N = learnt_N.to(hidden_ND.device)
+            hidden_ND, targets_N = hidden_ND.index_select(0, learnt_N), targets_N.index_select(0, learnt_N)
+        return cross_entropy(hidden_ND, weight_VD, targets_N, divisor, self._chunk, self._kernels)
 
 
 def _scalar(loss: Tensor) -> Tensor:
@@ -150,6 +172,11 @@ class DeepSeekV3(nn.Module):
         self.losses = Losses(config.mtp_depth)
         self.mtp_weight = 0.0
         """Weight lambda of the MTP losses, set by whoever runs the step."""
+        self.detaches_mtp = False
+        """Whether MTP losses train the MTP modules alone, set by whoever builds it."""
+        self.loss_divisor: float | None = None
+        """What sums of losses are divided by in training, set by whoever runs the step; None for the positions here. In eval mode
+        the loss of supervised tokens is their sum."""
         self.observer: Callable[[list[Tensor], Tensor, Positions], None] | None = None
         """In eval mode, where the MTP modules else stay idle, they run for it: it is called with what the head takes, the states
         of the main model (B, T, D) and of every depth, tokens_BS and the positions here."""
@@ -188,18 +215,27 @@ class DeepSeekV3(nn.Module):
             **rest,
         )
 
-    def forward(self, x: Tensor, *, tokens_BS: Tensor | None = None, documents_BS: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        tokens_BS: Tensor | None = None,
+        documents_BS: Tensor | None = None,
+        supervised_BS: Tensor | None = None,
+    ) -> Tensor:
         """Hidden states (B, T, D), or of the last chunk the loss, fp32 (1,).
 
         x: tokens (B, S) for the first chunk, else hidden states of the positions here. tokens_BS: of whole sequences, needed
         by the last chunk (where it is the first too, x will do) and where sequences are shared. documents_BS: document of
-        every token; keeps attention inside documents. The training loss is main + mtp_weight / depths * sum of MTP losses,
+        every token; keeps attention inside documents. supervised_BS: tokens that are learnt; documents are then samples that are apart
+        (`Positions.samples_BS`). Both on the host. The training loss is main + mtp_weight / depths * sum of MTP losses,
         of the positions here; in eval mode it is the main loss.
         """
         tokens_BS = x if self.has_embedding else tokens_BS
         documents_BT = None if documents_BS is None else documents_BS[:, :-1]
         length = x.size(1) if tokens_BS is None else tokens_BS.size(1) - 1
-        positions = Positions(length, documents_BT, self._share)
+        samples_BS = None if supervised_BS is None else documents_BS
+        positions = Positions(length, documents_BT, self._share, samples_BS=samples_BS)
         embedding_BTD = None
         if self.has_embedding or self._depths:
             assert tokens_BS is not None
@@ -210,7 +246,7 @@ class DeepSeekV3(nn.Module):
         if not self.has_head:
             return hidden_BTD
         assert tokens_BS is not None
-        loss = self._loss(self.norm(hidden_BTD), embedding_BTD, tokens_BS, positions)
+        loss = self._loss(self.norm(hidden_BTD), embedding_BTD, tokens_BS, positions, supervised_BS)
         return torch.stack([loss])  # no view: pipeline schedules detach it in place
 
     def logits(self, x: Tensor, last: bool = False) -> Tensor:
@@ -247,16 +283,26 @@ class DeepSeekV3(nn.Module):
         return hidden_BTD
 
     def _loss(
-        self, hidden_BTD: Tensor, embedding_BTD: Tensor | None, tokens_BS: Tensor, positions: Positions
+        self,
+        hidden_BTD: Tensor,
+        embedding_BTD: Tensor | None,
+        tokens_BS: Tensor,
+        positions: Positions,
+        supervised_BS: Tensor | None = None,
     ) -> Tensor:
         """Scalar loss from the hidden states after the final norm."""
         states = [hidden_BTD]
         for depth, module in zip(range(1, self._depths + 1), self.mtp, strict=False):
             assert embedding_BTD is not None
+            if self.detaches_mtp and depth == 1:
+                embedding_BTD, states = embedding_BTD.detach(), [hidden_BTD.detach()]
             left = positions.shorter(depth)
             later_BTD = positions.shifted(embedding_BTD, self._depths, depth)
             states.append(module(states[-1].narrow(1, 0, left.count), later_BTD, left))
-        main, *mtp = self.head(states if self.training else states[:1], tokens_BS, positions)
+        states[0] = hidden_BTD
+        divisor = self.loss_divisor if self.training else None if supervised_BS is None else 1.0
+        states_in = states if self.training else states[:1]
+        main, *mtp = self.head(states_in, tokens_BS, positions, supervised_BS, divisor, self.detaches_mtp)
         if not self.training:
             if self.observer is not None:
                 self.observer(states, tokens_BS, positions)

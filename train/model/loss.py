@@ -20,7 +20,7 @@ from train.model.weight_gradient import weight_gradient
 
 
 def cross_entropy(
-    hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, divisor: int, chunk: int, kernels: Kernels
+    hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, divisor: float, chunk: int, kernels: Kernels
 ) -> Tensor:
     """Sum over tokens of -log softmax(hidden head^T)[target], divided by divisor; fp32 scalar."""
     return _CrossEntropy.apply(hidden_ND, head_VD, targets_N, divisor, chunk, kernels)
@@ -28,7 +28,7 @@ def cross_entropy(
 
 class _CrossEntropy(Function):
     @staticmethod
-    def forward(ctx, hidden_ND, head_VD, targets_N, divisor: int, chunk: int, kernels: Kernels):
+    def forward(ctx, hidden_ND, head_VD, targets_N, divisor: float, chunk: int, kernels: Kernels):
         head = head_VD.to(hidden_ND.dtype)
         want_hidden, want_head = ctx.needs_input_grad[:2]
         scale = 1 / divisor if want_hidden or want_head else None

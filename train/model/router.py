@@ -7,6 +7,7 @@
 The bias only selects. Equal scores go to the lower index. The sequence-wise loss (eq. 17-20) is
     weight * mean over sequences of sum_i f_i P_i,    P_i = mean_t s_it / sum_j s_jt,
     f_i = experts / (top_k T) * how often i is in the top_k of the *unbiased* s.
+Where samples share a sequence and are apart, the mean is over samples, and T is that of the sample.
 Its gradient enters here, with the gate's own: no loss value travels to the last pipeline stage.
 
 Shapes: B sequences, T positions, D width, E experts, K = top_k, G groups.
@@ -28,8 +29,9 @@ class Router(nn.Module):
     """Chooses experts and counts what it chose.
 
     bias_E (fp32) is state of the run: it is saved and updated, never trained by gradient. balance_weight is set by
-    whoever runs the step: alpha / micro-batches. While training, every forward adds to load_E (tokens per expert, int64),
-    score_E (sum over sequences of P_i) and balance_loss (its weighted value); `clear` starts a new step. Where ranks share
+    whoever runs the step: alpha / micro-batches. frozen: whether the weight learns nothing, set by whoever builds it. While training, every forward adds to load_E (tokens per expert, int64),
+    score_E (sum over sequences of P_i) and balance_loss (its weighted value); `clear` starts a new step. Positions that do not
+    count (`Positions.counted_BT`) are chosen for and left out of all three. Where ranks share
     sequences, how often an expert is chosen is counted over all of each, and what is added to is this rank's part.
     """
 
@@ -52,7 +54,7 @@ class Router(nn.Module):
         limit = config.groups, config.top_groups
         self.rule = RoutingRule(config.top_k, *limit, config.route_scale, config.resolved_group_top_k)
         self.rule = self.rule._replace(softmax=config.scores == ScoreFunction.softmax)
-        self.balance_weight = 0.0
+        self.balance_weight, self.frozen = 0.0, False
         self._kernels = kernels
 
     def forward(
@@ -73,7 +75,8 @@ class Router(nn.Module):
     def score(self, x_BTD: Tensor, recipe: AbstractContextManager) -> Tensor:
         """What the sigmoid takes, fp32 (B, T, E). A router of the user's own may say otherwise."""
         with recipe:
-            return _Logits.apply(x_BTD, self.weight, self._kernels)
+            weight_ED = self.weight.detach() if self.frozen else self.weight
+            return _Logits.apply(x_BTD, weight_ED, self._kernels)
 
     def _apply(self, fn, recurse=True):
         """Move the buffers with the module but never round them: engines call module.bfloat16() and mean the weights."""

@@ -61,6 +61,23 @@ class Rectangle(NamedTuple):
     before: int
 
 
+class PackedSamples:
+    """Samples that share sequences, as a router counts them. Made once a micro-batch and depth, for all layers."""
+
+    def __init__(self, number_BT: Tensor, lengths_N: Tensor):
+        """number_BT: of the sample of every position here, over all sequences; N of one that does not count. lengths_N: positions of
+        every sample that count, here or elsewhere. Both on the host.
+        """
+        self._number_BT, self._lengths_N = number_BT, lengths_N
+        self._there: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """number_BT and lengths_N, int64, on the device."""
+        if device not in self._there:
+            self._there[device] = self._number_BT.to(device), self._lengths_N.to(device)
+        return self._there[device]
+
+
 class SeenKeys:
     """Which queries of this process see which keys of one block. Made once a micro-batch, for all layers."""
 
@@ -89,6 +106,9 @@ class Positions:
     """None where whole sequences are here."""
     whole: int = field(default=-1)
     """T of the main model, which an MTP depth has fewer of; -1 for `length`."""
+    samples_BS: Tensor | None = None
+    """Number of the sample of every token, on the host, from 0 in each sequence and -1 of what only fills it up: samples that share
+    a sequence and are apart. None where no border keeps a token from being the target of the one before."""
 
     @property
     def whole_length(self) -> int:
@@ -115,6 +135,38 @@ class Positions:
     def count(self) -> int:
         """Positions that are here."""
         return sum(map(len, self.here))
+
+    @cached_property
+    def counted_BT(self) -> Tensor | None:
+        """Whether a position counts, bool on the host: its target is of the same sample. None where all do.
+
+        What does not count is behind all that does in its sample, so that attention brings nothing of it there.
+        """
+        if self.samples_BS is None:
+            return None
+        ahead = self.whole_length - self.length + 1
+        here_BT, target_BT = self.samples_BS[:, : self.length], self.samples_BS[:, ahead : ahead + self.length]
+        return (here_BT == target_BT) & (here_BT >= 0)
+
+    @cached_property
+    def packed(self) -> "PackedSamples | None":
+        """The samples of all sequences; None where they are not told apart."""
+        if self.samples_BS is None or self.counted_BT is None:
+            return None
+        samples_B = self.samples_BS.amax(1).long() + 1
+        before_B, count = samples_B.cumsum(0) - samples_B, int(samples_B.sum())
+        number_BT = self.samples_BS[:, : self.length].long() + before_B.unsqueeze(1)
+        number_BT = number_BT.masked_fill(~self.counted_BT, count)
+        lengths = torch.bincount(number_BT.flatten(), minlength=count + 1)[:count]
+        return PackedSamples(self.take(number_BT), lengths)
+
+    def learnt(self, supervised_BS: Tensor) -> Tensor:
+        """Rows of (B, positions here) in one axis whose target is supervised and of the same sample; int64 on the host."""
+        ahead = self.whole_length - self.length + 1
+        learnt_BT = supervised_BS[:, ahead : ahead + self.length]
+        if self.counted_BT is not None:
+            learnt_BT = learnt_BT & self.counted_BT
+        return self.take(learnt_BT).flatten().nonzero().squeeze(-1)
 
     def shorter(self, by: int) -> "Positions":
         """Without the last ones of each sequence, which leaves the first `count` of those here."""

@@ -114,7 +114,7 @@ class HeadSlopes(NamedTuple):
 
 
 def head(
-    x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, positions: int, high: PlainFormat, order: float
+    x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, positions: float, high: PlainFormat, order: float
 ) -> HeadSlopes:
     """Sum of -log softmax(x W^T)[target], over so many positions. Logits and their gradients are kept in the activations' format; order:
     what the order of their sums may change, of the magnitudes that it adds up.
@@ -158,9 +158,9 @@ def gates(scores_BTE: Tensor, sizes_BTE: Tensor, ids_BTK: Tensor, route_scale: f
     return Total(made, made * (1 + 2 * sizes_BTE.amax(-1, keepdim=True)), None)
 
 
-def frequency(scores_BTE: Tensor, top_k: int) -> Tensor:
-    """How often each expert is among the best without bias, (B, E)."""
-    return F.one_hot(best(scores_BTE, top_k), scores_BTE.size(-1)).sum((1, 2)).double()
+def among_best(scores_BTE: Tensor, top_k: int) -> Tensor:
+    """Whether each expert is among the best without bias: 1 or 0, (B, T, E)."""
+    return F.one_hot(best(scores_BTE, top_k), scores_BTE.size(-1)).sum(2).double()
 
 
 def route_back(
@@ -169,7 +169,7 @@ def route_back(
     weight_ED: Tensor,
     ids_BTK: Tensor,
     route_scale: float,
-    balance_B1E: Tensor,
+    balance_BTE: Tensor,
     off_B1E: Tensor,
     softmax: bool,
 ) -> RouterSlopes:
@@ -183,9 +183,9 @@ def route_back(
     size_BT1 = (dgates_BTK * chosen_BTK).abs().sum(-1, keepdim=True) / sum_BT1
     total_BT1 = scores_BTE.sum(-1, keepdim=True)
     # share = s / sum(s) over all experts
-    mean_BT1 = (scores_BTE * balance_B1E).sum(-1, keepdim=True) / total_BT1
-    dscores = (balance_B1E - mean_BT1) / total_BT1
-    size = (balance_B1E + mean_BT1).abs() / total_BT1
+    mean_BT1 = (scores_BTE * balance_BTE).sum(-1, keepdim=True) / total_BT1
+    dscores = (balance_BTE - mean_BT1) / total_BT1
+    size = (balance_BTE + mean_BT1).abs() / total_BT1
     off = (off_B1E + (scores_BTE * off_B1E).sum(-1, keepdim=True) / total_BT1) / total_BT1
     dscores = dscores.scatter_add(-1, ids_BTK, (dgates_BTK - inner_BT1) * factor_BT1)
     size = size.scatter_add(-1, ids_BTK, (dgates_BTK.abs() + size_BT1) * factor_BT1)

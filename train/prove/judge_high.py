@@ -7,14 +7,16 @@ from torch import Tensor
 
 from train.prove import high_precision as high
 from train.prove import low_precision as low
+from train.prove import reference
 from train.prove.bounds import Bound
-from train.prove.evidence import places_of
+from train.prove.evidence import depth_of, places_of
 from train.prove.judge_attention import AttentionJudge
 from train.prove.judge_parts import ELEMENTS, PartCall, PartJudges, SumOverCalls
 from train.prove.low_precision import FORMATS, FP32, NearNumbers, Total
 
 HALF = 2.0**-9
 """Relative: what a rounding to bf16 changes at most."""
+NO_GRADIENT = Bound(0.0, "what is not learnt gives no gradient")
 SPLIT = 2.0**-15
 """A GPU multiplies a router's gradient in fp32 as two numbers of bf16."""
 
@@ -141,7 +143,7 @@ class WholeJudge(AttentionJudge):
     # Output head
 
     def _head(self, name: str) -> None:
-        for call, made in self._heads_calls():
+        for call, made, _ in self._heads_calls():
             assert made.loss.off is not None
             bound = Bound(2 * ELEMENTS, "a logarithm and a sum in fp32")
             self._total(
@@ -156,7 +158,7 @@ class WholeJudge(AttentionJudge):
 
     def _head_back(self, name: str) -> None:
         made_of_all, order = SumOverCalls(), self._in_rows(self.config.model.vocab_size)
-        for call, made in self._heads_calls():
+        for call, made, learnt_N in self._heads_calls():
             if not call.has("dx", "dy"):
                 self._fail("parts", call.name, call.rank.info.rank, 0, 1, "not every micro-batch came back")
                 continue
@@ -164,16 +166,30 @@ class WholeJudge(AttentionJudge):
             x, weight = _times(made.x, low.nearest(slope, self.recipe.high)), _times(made.weight, slope)
             twice = low.spacing(x.x, self.recipe.high)  # the product is rounded, and its multiple
             x = Total(x.x, x.size, twice if x.off is None else twice + x.off)
-            self._total("output head", call, "dx", call.rows("dx"), x, order)
+            dx_ND = call.rows("dx")
+            if learnt_N is not None:
+                none = torch.zeros_like(dx_ND[~learnt_N])
+                self._compare(
+                    "gradients of what is not learnt",
+                    call.name,
+                    call.rank.info.rank,
+                    dx_ND[~learnt_N],
+                    none,
+                    NO_GRADIENT,
+                )
+                dx_ND = dx_ND[learnt_N]
+            self._total("output head", call, "dx", dx_ND, x, order)
             # Of a piece of the tokens, and on a CPU without instructions for bf16 of sums inside a piece as well.
+            if self.config.optim.detach_mtp and call.name != "head.0":
+                continue  # the head learns nothing of it
             pieces = 2 * HALF * weight.size if self.rounds_gradients else torch.zeros_like(weight.x)
             made_of_all.add(
                 Total(weight.x, weight.size, pieces if weight.off is None else pieces + weight.off), False, len(x.x)
             )
         self._gradient("head.weight", made_of_all, self._in_rows(made_of_all.terms))
 
-    def _heads_calls(self) -> Iterator[tuple[PartCall, high.HeadSlopes]]:
-        """The calls of heads of the main model and of every depth."""
+    def _heads_calls(self) -> Iterator[tuple[PartCall, high.HeadSlopes, Tensor | None]]:
+        """The calls of heads of the main model and of every depth, with the rows that are learnt; None for all."""
         order, weight = self._in_rows(self.config.model.hidden).value, self.weights["head.weight"]
         for depth in range(1 + self.config.model.mtp_depth):
             for call in self.calls.get(f"head.{depth}", []):
@@ -181,8 +197,30 @@ class WholeJudge(AttentionJudge):
                 targets = self.batch.tokens_BS[self._samples(call.rank, call.number)][
                     :, [place + depth + 1 for place in places]
                 ]
-                count = len(targets) * self.config.seq_len // self.cp
-                yield call, high.head(call.rows("x"), weight, targets.flatten(), count, self.recipe.high, order)
+                seats = reference.Seats.of(self.batch, depth)
+                if seats.learnt_BT is None:
+                    count = len(targets) * self.config.seq_len // self.cp
+                    yield (
+                        call,
+                        high.head(call.rows("x"), weight, targets.flatten(), count, self.recipe.high, order),
+                        None,
+                    )
+                    continue
+                learnt_N = seats.learnt_BT[self._samples(call.rank, call.number)][:, places].flatten()
+                count = self._learnt() / (self.shared * self._mean_micro_batches(call))
+                x_ND, targets_N = call.rows("x")[learnt_N], targets.flatten()[learnt_N]
+                yield call, high.head(x_ND, weight, targets_N, count, self.recipe.high, order), learnt_N
+
+    def _learnt(self) -> int:
+        """Tokens of the whole step that the main model learns."""
+        learnt_BT = reference.Seats.of(self.batch, 0).learnt_BT
+        assert learnt_BT is not None
+        return int(learnt_BT.sum())
+
+    def _mean_micro_batches(self, call: PartCall) -> float:
+        """Micro-batches that a data-parallel rank has on average in this step."""
+        info = call.rank.info
+        return info.plan["batch_size"] / (info.micro_batch_size * info.dp)
 
     # Router
 
@@ -219,33 +257,44 @@ class WholeJudge(AttentionJudge):
             if call.has("dx"):
                 self._total("router", call, "dx", call.rows("dx"), slopes.x, order)
             made.add(slopes.weight, False, ids_BTK[..., 0].numel())
+        if self.config.optim.freeze_routers:
+            return  # its gradient is nothing, as other passes show
         self._gradient(f"{name}.weight", made, Bound(order.value + self._in_rows(made.terms).value, order.reason))
 
     def _balance(self, call: PartCall, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """What the balance loss (eq. 17-20) multiplies shares of scores with, (B, 1, E), counted over whole sequences, and by how much
-        near ties may move it.
+        """What the balance loss (eq. 17-20) multiplies shares of scores with, (B, T, E), counted over whole sequences, or over each
+        sample of them, and by how much near ties may move it.
         """
-        model, info = self.config.model, call.rank.info
+        model, info, length = self.config.model, call.rank.info, self.config.seq_len - depth_of(call.name)
         mates = [
             one for one in self.calls[call.name] if one.number == call.number and one.rank.info.dp_rank == info.dp_rank
         ]
-        scores = [high.route_scores(one.get("x"), weight, model.scores == "softmax") for one in mates]
-        length = sum(one.size(1) for one, _ in scores)
-        often_BE = torch.stack([high.frequency(one, model.top_k) for one, _ in scores]).sum(0)
-        may_BE = torch.zeros_like(often_BE)
-        if model.top_k < model.experts:
-            for score_BTE, size_BTE in scores:
+        seats = reference.Seats.of(self.batch, depth_of(call.name))
+        often_BTE = torch.zeros(info.micro_batch_size, length, model.experts, dtype=torch.float64)
+        may_BTE = torch.zeros_like(often_BTE)
+        for one in mates:
+            places = places_of(one.rank.info, self.config.seq_len, depth_of(call.name))
+            score_BTE, size_BTE = high.route_scores(one.get("x"), weight, model.scores == "softmax")
+            often_BTE[:, places] = high.among_best(score_BTE, model.top_k)
+            if model.top_k < model.experts:
                 kth = score_BTE.sort(dim=-1, descending=True).values[..., model.top_k - 1 : model.top_k + 1]
                 near = FP32 * (
                     1 + size_BTE.amax(-1, keepdim=True)
                 )  # some roundings of the sum, a sigmoid's slope of 1/4
                 is_tie = kth[..., :1] - kth[..., 1:] <= 2 * near
                 close = ((score_BTE - kth[..., :1]).abs() <= 2 * near) | ((score_BTE - kth[..., 1:]).abs() <= 2 * near)
-                may_BE += (is_tie & close).sum(1)
-        micro_batches = info.plan["batch_size"] / (info.micro_batch_size * info.dp)
-        factor = self.config.optim.balance_loss / micro_batches * info.cp / (len(often_BE) * length)
-        factor *= model.experts / (model.top_k * length)
-        return factor * often_BE.unsqueeze(1), factor * may_BE.unsqueeze(1)
+                may_BTE[:, places] = (is_tie & close).double()
+        samples_BT, count = torch.zeros(often_BTE.shape[:2]), info.plan["batch_size"]
+        if seats.samples_BT is not None:
+            samples_BT, count = seats.samples_BT[self._samples(call.rank, call.number)], seats.samples
+        together_BTT = ((samples_BT[:, :, None] == samples_BT[:, None]) & (samples_BT >= 0)[:, None]).double()
+        length_BT1 = together_BTT.sum(-1, keepdim=True).clamp_min(1)
+        factor_BT1 = (
+            self.config.optim.balance_loss * self.shared / count * model.experts / (model.top_k * length_BT1**2)
+        )
+        here = places_of(info, self.config.seq_len, depth_of(call.name))
+        often_BTE, may_BTE = ((factor_BT1 * (together_BTT @ one))[:, here] for one in (often_BTE, may_BTE))
+        return often_BTE, may_BTE
 
     def _routed(self, call: PartCall, phase: str, what: str) -> Tensor | None:
         """(B, T, K), fp64."""

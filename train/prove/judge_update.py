@@ -101,7 +101,8 @@ class UpdateJudge(Comparisons):
             names = [f"{kind}.{name}" for kind in kinds]
             held = [before[each] for each in names]
             gradient = gradient * factor
-            one = WeightUpdate(self.config, name, plan.lr, self.tally.updates, rule.decays)
+            lr = reference.rate_of(optim, name, plan.lr)
+            one = WeightUpdate(self.config, name, lr, self.tally.updates, rule.decays)
             new = formula.make(one, held[0], gradient, *held[1:])
             sizes = formula.size_roundings(one, held, gradient, new)
             if name in factors:
@@ -237,7 +238,7 @@ class UpdateJudge(Comparisons):
         bound = averaged(self.proof, self.config, count)
         batch = self.samples.batch(-count, count)
         with torch.no_grad():
-            want = float(self._plain(after).losses(batch.tokens_BS, batch.documents_BS, with_mtp=False).main)
+            want = float(self._plain(after).losses(batch, with_mtp=False).main)
         for rank in ranks:
             got = math.nan if rank.info.validation_loss is None else rank.info.validation_loss
             self._number("held-out loss", "main_loss", rank.info.rank, got, want, bound)

@@ -28,6 +28,7 @@ from conf.schema import (
     Cluster,
     Config,
     Data,
+    DataFormat,
     DispatchKind,
     DryRun,
     Evaluate,
@@ -123,7 +124,9 @@ def shrink(cfg: Config) -> Miniature:
         resume="never",
         init_from=None,
         model=model,
-        data=Data(mask_documents=cfg.data.mask_documents),
+        data=Data(
+            mask_documents=cfg.data.mask_documents, format=DataFormat.chat if cfg.data.chats else DataFormat.auto
+        ),
         optim=_shrink_optim(cfg.optim, start * share - less, (full - start) * share),
         parallel=replace(cfg.parallel, pp=layout.pp, dp=layout.dp, cp=layout.cp, ep=layout.ep, split=split),
         cluster=Cluster(

@@ -18,6 +18,7 @@ R rope width, N tokens in a row (B*T), E experts, G groups, K experts of a token
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -201,6 +202,49 @@ class WatchedPass:
         return value
 
 
+class PlainBatch(Protocol):
+    """Samples that are trained on together."""
+
+    @property
+    def tokens_BS(self) -> Tensor: ...
+
+    @property
+    def documents_BS(self) -> Tensor | None:
+        """Number of the document of every token, in which attention stays; -1 of what only fills a row up."""
+        ...
+
+    @property
+    def supervised_BS(self) -> Tensor | None:
+        """Which tokens are learnt; documents are then samples that know nothing of one another. None where all of one text are."""
+        ...
+
+
+@dataclass(frozen=True)
+class Seats:
+    """Who sits where in the rows of a batch, at an MTP depth k: position i has token i and predicts token i + k + 1."""
+
+    documents_BT: Tensor | None
+    samples_BT: Tensor | None = None
+    """Number of the sample of a position, -1 of one whose target is another's or fills up; None where samples are not apart."""
+    learnt_BT: Tensor | None = None
+    """Whether the target is learnt; None for all."""
+    samples: int = 0
+    """All that are in the batch."""
+
+    @classmethod
+    def of(cls, batch: PlainBatch, depth: int) -> "Seats":
+        documents_BS, supervised_BS = batch.documents_BS, batch.supervised_BS
+        if documents_BS is None:
+            return cls(None)
+        documents_BT, targets_BT = documents_BS[:, : -depth - 1], documents_BS[:, depth + 1 :]
+        if supervised_BS is None:
+            return cls(documents_BT)
+        samples_BT = torch.where(documents_BT == targets_BT, documents_BT, -1)
+        learnt_BT = supervised_BS[:, depth + 1 :] & (samples_BT >= 0)
+        samples = sum(len(row[row >= 0].unique()) for row in documents_BS)
+        return cls(documents_BT, samples_BT, learnt_BT, samples)
+
+
 class PlainModel:
     """The model with given weights and routers' biases.
 
@@ -215,52 +259,59 @@ class PlainModel:
         self.watched: type[WatchedPass] = WatchedPass
         self.best_without_bias: Callable[[Tensor, int], Tensor] = best
 
-    def losses(self, tokens_BS: Tensor, documents_BS: Tensor | None, with_mtp: bool = True) -> WatchedPass:
-        """Main loss, MTP losses (eq. 21-25) and balance losses of a batch, as means over all sequences.
-
-        documents_BS: number of the document of every token; attention then stays inside documents.
-        """
+    def losses(self, batch: PlainBatch, with_mtp: bool = True) -> WatchedPass:
+        """Main loss, MTP losses (eq. 21-25) and balance losses of a batch, as means over all that is learnt."""
         model, seen = self.model, self.watched()
+        tokens_BS, seats = batch.tokens_BS, Seats.of(batch, 0)
         inputs_BT = tokens_BS[:, :-1]
-        documents_BT = None if documents_BS is None else documents_BS[:, :-1]
-        x_BTD = embedded_BTD = seen.keep("embedding", self.weights["embedding.weight"][inputs_BT])
+        embedded_BTD = seen.keep("embedding", self.weights["embedding.weight"][inputs_BT])
+        x_BTD = embedded_BTD
         for layer in range(model.layers):
-            x_BTD = self.block(f"layers.{layer}", layer < model.dense_layers, x_BTD, documents_BT, seen)
+            x_BTD = self.block(f"layers.{layer}", layer < model.dense_layers, x_BTD, seats, seen)
         state_BTD = seen.keep("norm", rms_norm(x_BTD, self.weights["norm.weight"], model.norm_eps))
-        seen.main = self.cross_entropy(state_BTD, tokens_BS[:, 1:], inputs_BT.numel())
+        learnt = inputs_BT.numel() if seats.learnt_BT is None else int(seats.learnt_BT.sum())
+        seen.main = self.cross_entropy(state_BTD, tokens_BS[:, 1:], seats, learnt)
         for depth in range(1, model.mtp_depth + 1) if with_mtp else ():
             # Position i of depth k knows tokens up to i + k and predicts token i + k + 1.
-            documents = None if documents_BT is None else documents_BT[:, :-depth]
-            state_BTD = self.mtp(f"mtp.{depth - 1}", state_BTD[:, :-1], embedded_BTD[:, depth:], documents, seen)
-            seen.mtp.append(self.cross_entropy(state_BTD, tokens_BS[:, depth + 1 :], inputs_BT.numel()))
+            seats = Seats.of(batch, depth)
+            if self.optim.detach_mtp and depth == 1:
+                state_BTD, embedded_BTD = state_BTD.detach(), embedded_BTD.detach()
+            state_BTD = self.mtp(f"mtp.{depth - 1}", state_BTD[:, :-1], embedded_BTD[:, depth:], seats, seen)
+            seen.mtp.append(
+                self.cross_entropy(state_BTD, tokens_BS[:, depth + 1 :], seats, learnt, self.optim.detach_mtp)
+            )
         return seen
 
-    def cross_entropy(self, state_BTD: Tensor, targets_BT: Tensor, positions: int) -> Tensor:
-        """Sum of -log softmax(head state)[target], over the positions of the main model, also at MTP depths (eq. 24)."""
-        logits_NV = state_BTD.flatten(0, 1) @ self.weights["head.weight"].T
-        return F.cross_entropy(logits_NV, targets_BT.flatten(), reduction="sum") / positions
-
-    def mtp(
-        self, name: str, state_BTD: Tensor, next_BTD: Tensor, documents_BT: Tensor | None, seen: WatchedPass
+    def cross_entropy(
+        self, state_BTD: Tensor, targets_BT: Tensor, seats: "Seats", learnt: int, alone: bool = False
     ) -> Tensor:
+        """Sum of -log softmax(head state)[target], over what the main model learns, also at MTP depths (eq. 24). alone: the
+        head learns nothing of it.
+        """
+        head_VD = self.weights["head.weight"]
+        logits_NV = state_BTD.flatten(0, 1) @ (head_VD.detach() if alone else head_VD).T
+        each_N = F.cross_entropy(logits_NV, targets_BT.flatten(), reduction="none")
+        return (each_N if seats.learnt_BT is None else each_N[seats.learnt_BT.flatten()]).sum() / learnt
+
+    def mtp(self, name: str, state_BTD: Tensor, next_BTD: Tensor, seats: "Seats", seen: WatchedPass) -> Tensor:
         """One MTP module: join the state with the embedding of a later token, and run a whole block (eq. 21, 22)."""
         w, eps = self.weights, self.model.norm_eps
         embedding_BTD = rms_norm(next_BTD, w[f"{name}.embedding_norm.weight"], eps)
         hidden_BTD = rms_norm(state_BTD, w[f"{name}.hidden_norm.weight"], eps)
         joined = torch.cat([embedding_BTD, hidden_BTD], -1) @ w[f"{name}.projection.weight"].T
-        x_BTD = self.block(f"{name}.block", False, joined, documents_BT, seen)
+        x_BTD = self.block(f"{name}.block", False, joined, seats, seen)
         return seen.keep(name, rms_norm(x_BTD, w[f"{name}.norm.weight"], eps))
 
-    def block(self, name: str, dense: bool, x_BTD: Tensor, documents_BT: Tensor | None, seen: WatchedPass) -> Tensor:
+    def block(self, name: str, dense: bool, x_BTD: Tensor, seats: "Seats", seen: WatchedPass) -> Tensor:
         """x += attention(norm(x)); x += ffn(norm(x)), the FFN dense or a mixture of experts."""
         w, eps = self.weights, self.model.norm_eps
         normed_BTD = rms_norm(x_BTD, w[f"{name}.attention_norm.weight"], eps)
-        x_BTD = x_BTD + self.attention(f"{name}.attention", normed_BTD, documents_BT, seen)
+        x_BTD = x_BTD + self.attention(f"{name}.attention", normed_BTD, seats.documents_BT, seen)
         normed_BTD = rms_norm(x_BTD, w[f"{name}.ffn_norm.weight"], eps)
         if dense:
             ffn_BTD = swiglu(normed_BTD, w[f"{name}.ffn.w13.weight"], w[f"{name}.ffn.w2.weight"])
             return seen.keep(name, x_BTD + seen.keep(f"{name}.ffn", ffn_BTD))
-        return seen.keep(name, x_BTD + self.experts(f"{name}.moe", normed_BTD, seen))
+        return seen.keep(name, x_BTD + self.experts(f"{name}.moe", normed_BTD, seats, seen))
 
     def attention(self, name: str, x_BTD: Tensor, documents_BT: Tensor | None, seen: WatchedPass) -> Tensor:
         """Multi-head latent attention (eq. 1-11): queries, keys and values come from two small latents."""
@@ -296,10 +347,10 @@ class PlainModel:
         out_BHTV = scores_BHTT.softmax(-1) @ v_BHTV
         return seen.keep(name, out_BHTV.transpose(1, 2).flatten(2) @ w[f"{name}.out.weight"].T)
 
-    def experts(self, name: str, x_BTD: Tensor, seen: WatchedPass) -> Tensor:
+    def experts(self, name: str, x_BTD: Tensor, seats: "Seats", seen: WatchedPass) -> Tensor:
         """Shared experts, which every token meets, plus the gated sum of the chosen ones (eq. 12). No token is dropped."""
         w, x_ND = self.weights, x_BTD.flatten(0, 1)
-        gates_NK, ids_NK = self.route(f"{name}.router", x_BTD, seen)
+        gates_NK, ids_NK = self.route(f"{name}.router", x_BTD, seats, seen)
         y_ND = torch.zeros_like(x_ND)
         for expert in range(self.model.experts):
             token, place = (ids_NK == expert).nonzero(as_tuple=True)
@@ -311,19 +362,34 @@ class PlainModel:
             y_ND = y_ND + seen.keep(f"{name}.shared", shared)
         return seen.keep(name, y_ND.view(x_BTD.shape))
 
-    def route(self, name: str, x_BTD: Tensor, seen: WatchedPass) -> tuple[Tensor, Tensor]:
-        """Gates (N, K) and expert ids (N, K) (eq. 13-16). The bias takes part in the choice alone, never in the gate."""
+    def route(self, name: str, x_BTD: Tensor, seats: "Seats", seen: WatchedPass) -> tuple[Tensor, Tensor]:
+        """Gates (N, K) and expert ids (N, K) (eq. 13-16). The bias takes part in the choice alone, never in the gate. What has no
+        target of its own sample is in no load and no balance loss.
+        """
         layer = name.removesuffix(".moe.router").removesuffix(".block")
-        logits_NE = x_BTD.flatten(0, 1) @ self.weights[f"{name}.weight"].T
+        weight_ED = self.weights[f"{name}.weight"]
+        logits_NE = x_BTD.flatten(0, 1) @ (weight_ED.detach() if self.optim.freeze_routers else weight_ED).T
         scores_NE = logits_NE.softmax(-1) if self.model.scores == "softmax" else logits_NE.sigmoid()
         biased_NE = seen.keep(f"{name}.biased", (scores_NE + self.biases[layer]).detach())
         ids_NK = self.choices.get(name, choose(self.model, biased_NE))
         chosen_NK = scores_NE.gather(1, ids_NK)
         gates_NK = self.model.route_scale * chosen_NK / (chosen_NK.sum(1, keepdim=True) + 1e-20)
-        seen.loads[layer] = torch.bincount(ids_NK.flatten(), minlength=self.model.experts)
-        seen.balance = seen.balance + self.optim.balance_loss * self.balance_loss(scores_NE.view(*x_BTD.shape[:2], -1))
+        counted_NK = ids_NK if seats.samples_BT is None else ids_NK[seats.samples_BT.flatten() >= 0]
+        seen.loads[layer] = torch.bincount(counted_NK.flatten(), minlength=self.model.experts)
+        scores_BTE = scores_NE.view(*x_BTD.shape[:2], -1)
+        seen.balance = seen.balance + self.optim.balance_loss * self.balance_losses(scores_BTE, seats)
         seen.values[f"{name}.ids"] = ids_NK
         return seen.keep(f"{name}.gates", gates_NK), ids_NK
+
+    def balance_losses(self, scores_BTE: Tensor, seats: "Seats") -> Tensor:
+        """Mean over sequences, or over samples where those are apart: one after another, each as if it were alone."""
+        if seats.samples_BT is None:
+            return self.balance_loss(scores_BTE)
+        total = scores_BTE.new_zeros(())
+        for scores_TE, samples_T in zip(scores_BTE, seats.samples_BT, strict=True):
+            for sample in samples_T[samples_T >= 0].unique():
+                total = total + self.balance_loss(scores_TE[samples_T == sample].unsqueeze(0))
+        return total / seats.samples
 
     def balance_loss(self, scores_BTE: Tensor) -> Tensor:
         """sum_i f_i P_i of every sequence (eq. 17-20), mean over sequences: f_i says how often expert i is among the K best
@@ -360,12 +426,12 @@ def group_scores(model: Model, biased_NE: Tensor) -> Tensor:
 # --- Backward and update (4.2) --------------------------------------------------------------------------------------
 
 
-def gradients(plain: PlainModel, tokens_BS: Tensor, documents_BS: Tensor | None, mtp_weight: float) -> WatchedPass:
+def gradients(plain: PlainModel, batch: PlainBatch, mtp_weight: float) -> WatchedPass:
     """Forward and backward of a batch: every weight's `.grad`, and those of what was watched. The minimised loss is
 
     main + mtp_weight / depths * sum of MTP losses + balance_loss * sum over layers of sequence-wise losses
     """
-    seen = plain.losses(tokens_BS, documents_BS)
+    seen = plain.losses(batch)
     loss = seen.main + seen.balance
     if seen.mtp:
         loss = loss + mtp_weight / len(seen.mtp) * sum(seen.mtp)
@@ -392,6 +458,11 @@ def adamw(
     square = beta2 * square + (1 - beta2) * gradient.square()
     step = (mean / (1 - beta1**update)) / ((square / (1 - beta2**update)).sqrt() + optim.eps)
     return weight * (1 - lr * optim.weight_decay * decays) - lr * step, mean, square
+
+
+def rate_of(optim: Optim, name: str, lr: float) -> float:
+    """Learning rate of a weight: 0 of what is frozen."""
+    return 0.0 if optim.freeze_routers and name.endswith(".router.weight") else lr
 
 
 def average(before: Tensor, weight: Tensor, decay: float) -> Tensor:

@@ -36,10 +36,10 @@ class Samples:
 
     def batch(self, first_sample: int, count: int) -> Batch:
         rows = [self._sample(number) for number in range(first_sample, first_sample + count)]
-        tokens_BS = torch.stack([tokens_S for tokens_S, _ in rows])
-        if not self._config.data.mask_documents:
-            return Batch(tokens_BS)
-        return Batch(tokens_BS, torch.stack([documents_S for _, documents_S in rows]))
+        tokens_BS, documents_BS, supervised_BS = (torch.stack(part) for part in zip(*rows, strict=True))
+        if self._config.data.chats:
+            return Batch(tokens_BS, documents_BS, supervised_BS)
+        return Batch(tokens_BS, documents_BS) if self._config.data.mask_documents else Batch(tokens_BS)
 
     def epochs(self, samples: int) -> dict[str, float]:
         """Samples that are drawn come to no end."""
@@ -48,12 +48,25 @@ class Samples:
     def read_once(self, before: int, after: int) -> list[str]:
         return []
 
-    def _sample(self, number: int) -> tuple[Tensor, Tensor]:
+    def _sample(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens, the document of each, and which are supervised. Of chats some rows are filled up, and every third one has nothing to
+        learn, so that micro-batches differ.
+        """
         draw, length = _generator(f"{self._config.seed}/sample/{number}"), self._config.seq_len + 1
         share_S = torch.rand(length, generator=draw, dtype=torch.float64)
         tokens_S = (share_S**2 * self._config.model.vocab_size).long()
         ends_S = torch.rand(length, generator=draw) < 3 / length
-        return tokens_S, ends_S.cumsum(0).int()
+        documents_S = ends_S.cumsum(0).int()
+        if not self._config.data.chats:
+            return tokens_S, documents_S, torch.ones(length, dtype=torch.bool)
+        documents_S -= documents_S[0].item()
+        filled_S = (
+            torch.arange(length) >= length * (1 - 0.3 * torch.rand((), generator=draw))
+            if number % 2
+            else ends_S & False
+        )
+        supervised_S = (torch.rand(length, generator=draw) < 0.5) & ~filled_S & (number % 3 != 2)
+        return tokens_S, documents_S.masked_fill(filled_S, -1), supervised_S
 
 
 @dataclass

@@ -39,7 +39,7 @@ class ReferenceStep:
 def run_step(plain: PlainModel, samples: Samples, plan: PlainPlan) -> ReferenceStep:
     """Forward and backward of the batch of a step. A weight that nothing reached has a gradient of zeros."""
     batch = samples.batch(plan.first_sample, plan.batch_size)
-    seen = reference.gradients(plain, batch.tokens_BS, batch.documents_BS, plan.mtp_weight)
+    seen = reference.gradients(plain, batch, plan.mtp_weight)
     return ReferenceStep(seen, {n: torch.zeros_like(w) if w.grad is None else w.grad for n, w in plain.weights.items()})
 
 

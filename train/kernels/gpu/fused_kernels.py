@@ -108,8 +108,10 @@ class FusedKernels(PlainKernels):
         counters: RouterCounters | None,
         positions: Positions,
     ) -> tuple[Tensor, Tensor]:
-        # fp64 is a proof's; ranks that share a sequence exchange counts between the two kernels; the kernel knows the sigmoid alone
-        one_kernel = logits_BTE.dtype == torch.float32 and positions.share is None and not rule.softmax
+        # fp64 is a proof's; ranks that share a sequence exchange counts between the two kernels; the kernel knows the sigmoid alone, and
+        # no samples that are counted one by one
+        plain = positions.share is not None or positions.samples_BS is not None or rule.softmax
+        one_kernel = logits_BTE.dtype == torch.float32 and not plain
         route = FusedRoute if one_kernel else Route
         return route.apply(logits_BTE, bias_E, rule, balance_weight, counters, positions)
 

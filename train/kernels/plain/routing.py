@@ -1,6 +1,6 @@
 """What the router does with its logits (train/model/router.py has the formulas), in torch's operations.
 
-Shapes: B sequences, T positions, E experts, K = top_k, G groups.
+Shapes: B sequences, T positions, E experts, K = top_k, G groups, N sequences or samples that are counted one by one.
 """
 
 import torch
@@ -35,6 +35,55 @@ def count(ids: Tensor, experts: int) -> Tensor:
     return ids.new_zeros(ids.size(0), experts).scatter_add_(1, ids, torch.ones_like(ids))
 
 
+class _Whole:
+    """Counts by sequence: N = B."""
+
+    def __init__(self, length: int):
+        self._length = length
+
+    def count(self, ids_BTK: Tensor, experts: int) -> Tensor:
+        """How often each expert is chosen: int64 (N, E)."""
+        return count(ids_BTK, experts)
+
+    def frequency(self, best_NE: Tensor, experts: int, top_k: int) -> Tensor:
+        """f from how often each expert is among the best of all positions: (N, E)."""
+        return best_NE * (experts / (top_k * self._length))
+
+    def mean(self, scores_BTE: Tensor, total_BT1: Tensor) -> Tensor:
+        """P: the sum over positions here of the shares of the scores, over all positions: (N, E)."""
+        return ((1 / total_BT1).transpose(1, 2) @ scores_BTE).squeeze(1) / self._length
+
+    def spread(self, frequency_NE: Tensor, length: int) -> Tensor:
+        """f of every position, times how much more it weighs than one of `length` positions: (B, 1 or T, E)."""
+        return frequency_NE.unsqueeze(1)
+
+
+class _Packed:
+    """Counts by sample: N samples, and one more for what does not count, which is dropped."""
+
+    def __init__(self, number_BT: Tensor, lengths_N: Tensor):
+        self._number_BT = number_BT
+        self._lengths_N1 = lengths_N.clamp_min(1).unsqueeze(-1)  # one token has no position
+
+    def count(self, ids_BTK: Tensor, experts: int) -> Tensor:
+        places = (self._number_BT.unsqueeze(-1) * experts + ids_BTK).flatten()
+        counts = places.new_zeros((len(self._lengths_N1) + 1) * experts)
+        return counts.scatter_add_(0, places, torch.ones_like(places)).view(-1, experts)[:-1]
+
+    def frequency(self, best_NE: Tensor, experts: int, top_k: int) -> Tensor:
+        return best_NE * (experts / top_k) / self._lengths_N1
+
+    def mean(self, scores_BTE: Tensor, total_BT1: Tensor) -> Tensor:
+        sums = scores_BTE.new_zeros(len(self._lengths_N1) + 1, scores_BTE.size(-1))
+        sums.index_add_(0, self._number_BT.flatten(), (scores_BTE / total_BT1).flatten(0, 1))
+        return sums[:-1] / self._lengths_N1
+
+    def spread(self, frequency_NE: Tensor, length: int) -> Tensor:
+        scaled_NE = frequency_NE * length / self._lengths_N1
+        scaled_NE = torch.cat([scaled_NE, scaled_NE.new_zeros(1, scaled_NE.size(-1))])
+        return scaled_NE[self._number_BT]
+
+
 class Route(Function):
     """`train.model.operations.Kernels.route`: one backward for the gates and the balance loss."""
 
@@ -48,21 +97,24 @@ class Route(Function):
         chosen_BTK = scores_BTE.gather(-1, ids_BTK)
         factor_BT1 = rule.route_scale / (chosen_BTK.sum(-1, keepdim=True) + 1e-20)
         gates_BTK = chosen_BTK * factor_BT1
-        frequency_B1E = total_BT1 = None
+        frequency_BXE = total_BT1 = None
         if counters is not None and length > 0:
             total_BT1 = scores_BTE.sum(-1, keepdim=True)
+            counted = _Whole(length) if positions.packed is None else _Packed(*positions.packed.on(scores_BTE.device))
+            frequency_NE = None
             if balance_weight:
-                best_BE = count(top_indices(scores_BTE, rule.top_k), experts)
-                best_BE = best_BE if share is None else share.total(best_BE)
-                frequency_B1E = best_BE.unsqueeze(1) * (experts / (rule.top_k * length))
+                best_NE = counted.count(top_indices(scores_BTE, rule.top_k), experts)
+                best_NE = best_NE if share is None else share.total(best_NE)
+                frequency_NE = counted.frequency(best_NE, experts, rule.top_k)
+                frequency_BXE = counted.spread(frequency_NE, length)
             if not is_repeated():
                 load_E, score_E, balance_loss = counters
-                load_E += count(ids_BTK, experts).sum(0)
-                share_BE = ((1 / total_BT1).transpose(1, 2) @ scores_BTE).squeeze(1) / length
-                score_E += share_BE.sum(0)
-                if frequency_B1E is not None:
-                    balance_loss += balance_weight * (frequency_B1E.squeeze(1) * share_BE).sum() / batch
-        ctx.save_for_backward(scores_BTE, ids_BTK, gates_BTK, factor_BT1, frequency_B1E, total_BT1)
+                load_E += counted.count(ids_BTK, experts).sum(0)
+                share_NE = counted.mean(scores_BTE, total_BT1)
+                score_E += share_NE.sum(0)
+                if frequency_NE is not None:
+                    balance_loss += balance_weight * (frequency_NE * share_NE).sum() / batch
+        ctx.save_for_backward(scores_BTE, ids_BTK, gates_BTK, factor_BT1, frequency_BXE, total_BT1)
         ctx.route_scale, ctx.softmax = rule.route_scale, rule.softmax
         # The gradients of those that share sequences are averaged, where each has a part of the loss.
         ctx.balance_weight = balance_weight * (1 if share is None else share.parts) / (batch * max(length, 1))
@@ -72,15 +124,18 @@ class Route(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_BTK: Tensor, _):
-        scores_BTE, ids_BTK, gates_BTK, factor_BT1, frequency_B1E, total_BT1 = ctx.saved_tensors
+        scores_BTE, ids_BTK, gates_BTK, factor_BT1, frequency_BXE, total_BT1 = ctx.saved_tensors
         inner_BT1 = (grad_BTK * gates_BTK).sum(-1, keepdim=True) / ctx.route_scale
         dchosen_BTK = (grad_BTK - inner_BT1) * factor_BT1
-        if frequency_B1E is None:
+        if frequency_BXE is None:
             dscores_BTE = torch.zeros_like(scores_BTE)
         else:
             # d/ds_j of sum_i f_i s_i / S is (f_j - sum_i f_i s_i / S) / S
-            mean_BT1 = (scores_BTE @ frequency_B1E.transpose(1, 2)) / total_BT1
-            dscores_BTE = (frequency_B1E - mean_BT1) * (ctx.balance_weight / total_BT1)
+            if frequency_BXE.size(1) == 1:
+                mean_BT1 = (scores_BTE @ frequency_BXE.transpose(1, 2)) / total_BT1
+            else:
+                mean_BT1 = (scores_BTE * frequency_BXE).sum(-1, keepdim=True) / total_BT1
+            dscores_BTE = (frequency_BXE - mean_BT1) * (ctx.balance_weight / total_BT1)
         dscores_BTE.scatter_add_(-1, ids_BTK, dchosen_BTK)
         if ctx.softmax:
             inner_BT1 = (dscores_BTE * scores_BTE).sum(-1, keepdim=True)

@@ -339,8 +339,9 @@ class _End(DeepSeekV3):
         *,
         tokens_BS: Tensor | None = None,
         documents_BS: Tensor | None = None,
+        supervised_BS: Tensor | None = None,
     ) -> Tensor:
-        assert tokens_BS is not None and documents_BS is None
+        assert tokens_BS is not None and documents_BS is None and supervised_BS is None
         positions = Positions(tokens_BS.size(1) - 1, None, self._share)
         if embedding_BTD is None and len(self.mtp):
             embedding_BTD = self._embed(positions.take_with_next(tokens_BS, self._depths))

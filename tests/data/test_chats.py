@@ -1,0 +1,358 @@
+"""Chats as data: their forms, templates and masks, and every error before anything starts."""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import transformers
+from tokenizers import Tokenizer as Backend
+
+from conf.errors import UserError
+from conf.load import compose
+from conf.schema import Supervise
+from train.data.chat_packing import PackedChats, pack
+from train.data.chat_template import CannotRender, ChatTemplate, load_template
+from train.data.chat_tokens import chat_tokenizer, learnt_tokens
+from train.data.chats import Chat, read_chat
+from train.data.corpus import build_corpus
+from train.data.dataset import TrainingData, ValidationData
+from train.data.packing import Documents
+from train.data.show_data import show_data
+from train.data.tokenizer import Tokenizer, train_bpe
+
+MARKED = """{%- for message in messages %}
+{{- '<|im_start|>' + message['role'] + '\n' }}
+{%- if message['role'] == 'assistant' %}
+{%- generation %}{{- message['content'] or '' }}
+{%- for call in message['tool_calls'] or [] %}{{- '<tool>' + (call['function'] | tojson) + '</tool>' }}{%- endfor %}
+{{- '<|im_end|>' }}{%- endgeneration %}{{- '\n' }}
+{%- else %}{{- message['content'] + '<|im_end|>\n' }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""
+CHATML = """{% if tools %}<|im_start|>system
+{{ tools | tojson }}<|im_end|>
+{% endif %}{% for message in messages %}<|im_start|>{{ message.role }}
+{{ message.content or '' }}{% for call in message.tool_calls or [] %}<tool>{{ call.function | tojson }}</tool>{% endfor %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+R1 = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{{ '<|User|>' + message['content'] }}{% elif message['role'] == 'tool' %}{{ '<|Tool|>' + message['content'] }}"
+    "{% elif message['content'] is none %}{{ '<|Assistant|>' }}{% for call in message['tool_calls'] %}"
+    "{{ '<|Call|>' + call['function']['name'] }}{% endfor %}{{ eos_token }}"
+    "{% else %}{% set content = message['content'] %}{% if '</think>' in content %}"
+    "{% set content = content.split('</think>')[-1] %}{% endif %}"
+    "{{ '<|Assistant|>' + content + eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|Assistant|><think>\n' }}{% endif %}"
+)
+TOKENS = [
+    "<|im_start|>", "<|im_end|>", "<|User|>", "<|Assistant|>", "<|Tool|>", "<|Call|>",
+]  # fmt: skip
+EOS = "<\uff5cend\u2581of\u2581sentence\uff5c>"
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    backend = Backend.from_str(train_bpe(["what is one plus two? it is three, and a tool says so.\n"] * 20, 320))
+    backend.add_special_tokens(TOKENS)
+    return Tokenizer(backend.to_str())
+
+
+def template(source: str) -> ChatTemplate:
+    return ChatTemplate({"default": source}, {"eos_token": EOS, "bos_token": ""}, "data.template", "test")
+
+
+def chat(*turns: tuple[str, str], tools=None, **more) -> Chat:
+    messages = [{"role": role, "content": content} for role, content in turns]
+    return read_chat({"messages": messages, "tools": tools} | more, "here:1", "data.path")
+
+
+def learnt(source: str, given: Chat, supervise: Supervise = Supervise.assistant) -> list[str]:
+    made = template(source).render(given, supervise)
+    return [made.text[begin:end] for begin, end in made.learnt]
+
+
+QUESTION = ("user", "one?"), ("assistant", "two"), ("user", "three?"), ("assistant", " four ")
+
+
+@pytest.mark.parametrize("source", [MARKED, CHATML])
+def test_the_assistants_turns_are_learnt_with_their_stop_token(source):
+    assert learnt(source, chat(*QUESTION)) == ["two<|im_end|>", " four <|im_end|>"]
+    assert learnt(source, chat(*QUESTION), Supervise.last) == [" four <|im_end|>"]
+    (whole,) = learnt(source, chat(*QUESTION), Supervise.all)
+    assert whole.startswith("<|im_start|>user\none?")
+
+
+def test_a_weight_of_0_keeps_a_turn_from_being_learnt():
+    messages = [
+        {"role": role, "content": content, "weight": number % 3} for number, (role, content) in enumerate(QUESTION)
+    ]
+    messages[1]["weight"], messages[2]["weight"], messages[3]["weight"] = 0, 1, 1
+    given = read_chat({"messages": messages}, "here", "data.path")
+    assert learnt(CHATML, given) == [" four <|im_end|>"]
+
+
+def test_calls_of_tools_are_learnt_and_successive_replies_stay():
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    messages = [
+        {"role": "user", "content": "one?"},
+        {"role": "assistant", "content": None, "tool_calls": [call, call]},
+        {"role": "tool", "content": "3"},
+        {"role": "tool", "content": "4"},
+        {"role": "assistant", "content": "three"},
+    ]
+    given = read_chat({"messages": messages}, "here", "data.path")
+    said = '<tool>{"name": "add", "arguments": {"a": 1}}</tool>'
+    for source in (MARKED, CHATML):
+        assert learnt(source, given) == [f"{said}{said}<|im_end|>", "three<|im_end|>"]
+    made = template(R1).render(given, Supervise.assistant)
+    assert made.text == f"<|User|>one?<|Assistant|><|Call|>add<|Call|>add{EOS}<|Tool|>3<|Tool|>4<|Assistant|>three{EOS}"
+    assert [made.text[slice(*span)] for span in made.learnt] == [f"<|Call|>add<|Call|>add{EOS}", f"three{EOS}"]
+    one_reply = R1.replace(
+        "'<|Tool|>' + message['content']",
+        "'<|Tool|>' + message['content'] if loop.last or messages[loop.index].role != 'tool' else ''",
+    )
+    with pytest.raises(CannotRender, match="leaves out a message of role 'tool'"):
+        template(one_reply).render(given, Supervise.assistant)
+
+
+def test_reasoning_is_cut_on_request_alone():
+    """Also where the template cuts all of it, as DeepSeek-R1's does."""
+    messages = [
+        {"role": "user", "content": "one?"},
+        {"role": "assistant", "content": "two", "reasoning_content": "one and one"},
+        {"role": "user", "content": "more?"},
+        {"role": "assistant", "content": "<think>\nand one\n</think>\n\nthree"},
+    ]
+    given = read_chat({"messages": messages}, "here", "data.path")
+    first, second = "<think>\none and one\n</think>\n\ntwo", "<think>\nand one\n</think>\n\nthree"
+    for source, stop in ((R1, EOS), (CHATML, "<|im_end|>")):
+        assert learnt(source, given) == [first + stop, second + stop]
+        assert learnt(source, given.without_old_reasoning()) == ["two" + stop, second + stop]
+
+
+def test_a_template_that_puts_an_empty_thought_before_the_last_turn_puts_none_before_a_thought():
+    """As Qwen 3's: the prompt of generation has none, so that the model writes it."""
+    source = CHATML.replace(
+        "{{ message.content or '' }}",
+        "{% if message.role == 'assistant' and loop.last and '</think>' not in (message.content or '') %}<think>\n\n</think>\n\n{% endif %}"
+        "{{ message.content or '' }}",
+    )
+    assert learnt(source, chat(*QUESTION)) == ["two<|im_end|>", "<think>\n\n</think>\n\n four <|im_end|>"]
+    thought = (*QUESTION[:3], ("assistant", "<think>\nx\n</think>\n\nfour"))
+    assert learnt(source, chat(*thought)) == ["two<|im_end|>", "<think>\nx\n</think>\n\nfour<|im_end|>"]
+
+
+def test_three_forms_are_one_chat():
+    want = chat(("user", "one?"), ("assistant", "two"))
+    for record in (
+        {"prompt": "one?", "completion": "two"},
+        {"prompt": [{"role": "user", "content": "one?"}], "completion": [{"role": "assistant", "content": "two"}]},
+        {"conversations": [{"from": "human", "value": "one?"}, {"from": "gpt", "value": "two"}]},
+        {"messages": json.dumps(want.messages)},
+    ):
+        assert read_chat(record, "here", "data.path") == want
+    earlier = {"prompt": want.messages, "completion": "three"}
+    assert read_chat(earlier, "here", "data.path").learnt == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ({"messages": [{"role": "user", "content": "one?"}]}, "no turn of the assistant"),
+        ({"messages": [{"role": "robot", "content": "one?"}]}, "role 'robot', which is unknown"),
+        ({"conversations": [{"from": "robot", "value": "one?"}]}, "from 'robot'"),
+        ({"messages": []}, "an empty one"),
+        ({"text": "one"}, "none of messages, prompt with completion"),
+        ({"messages": [{"role": "assistant", "content": 3}]}, "int as content"),
+        ({"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]}, "weight 0.5"),
+        ([], "a chat is an object"),
+    ],
+)
+def test_what_is_no_chat_is_refused_with_its_place(record, words):
+    with pytest.raises(UserError, match=words) as error:
+        read_chat(record, "chats.jsonl:7", "data.path")
+    assert "chats.jsonl:7" in str(error.value)
+
+
+def test_a_broken_template_is_refused_with_its_line(tokenizer, tmp_path):
+    (tmp_path / "broken.jinja").write_text("one\n{% for message in %}\n")
+    with pytest.raises(UserError, match="line 2 of the template is no Jinja"):
+        load_template(str(tmp_path / "broken.jinja"), None, tokenizer)
+    with pytest.raises(CannotRender, match=r"line 2 of the template ends with: .*divi"):
+        template("one\n{{ 1 / 0 }}").render(chat(*QUESTION), Supervise.assistant)
+    with pytest.raises(CannotRender, match=r"not safe|unsafe"):
+        template("{{ messages.__class__.__mro__ }}").render(chat(*QUESTION), Supervise.assistant)
+
+
+def test_a_token_that_the_tokenizer_lacks_is_refused(tokenizer, tmp_path):
+    (tmp_path / "other.jinja").write_text("<|im_start|> <|unknown_turn|>")
+    with pytest.raises(UserError, match=r"writes <\|unknown_turn\|>, which the tokenizer has not"):
+        load_template(str(tmp_path / "other.jinja"), None, tokenizer)
+
+
+def generated(count: int) -> list[dict]:
+    """Chats with tools, empty turns, spaces at the ends and other scripts."""
+    draw = random.Random(5)
+    words = ["one", "two?", " three", "caf\u00e9", "\u56db", "\n", "<b>", "  ", "five,"]
+    chats = []
+    for _ in range(count):
+        messages = [{"role": "system", "content": "be short"}] * draw.randint(0, 1)
+        for _ in range(draw.randint(1, 4)):
+            messages.append({"role": "user", "content": "q" + "".join(draw.choices(words, k=3))})
+            if draw.random() < 0.3:
+                call = {"type": "function", "function": {"name": "add", "arguments": {"a": draw.randint(0, 9)}}}
+                messages.append({"role": "assistant", "content": "", "tool_calls": [call] * draw.randint(1, 2)})
+                messages += [{"role": "tool", "content": str(number)} for number in range(draw.randint(1, 3))]
+            messages.append({"role": "assistant", "content": "".join(draw.choices(words, k=draw.randint(0, 5)))})
+        chats.append({"messages": messages})
+    return chats
+
+
+def test_masks_are_those_of_transformers(tokenizer):
+    """Token for token, on 200 chats, of the template that marks the turns; and the other way to the turns gives the same."""
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=Backend.from_str(tokenizer.json_text))
+    ours = template(MARKED)
+    unmarked = template(MARKED.replace("{%- generation %}", "").replace("{%- endgeneration %}", ""))
+    for record in generated(200):
+        given = read_chat(record, "here", "data.path")
+        want = theirs.apply_chat_template(
+            record["messages"], chat_template=MARKED, return_assistant_tokens_mask=True, return_dict=True
+        )
+        for one in (ours, unmarked):
+            made = one.render(given, Supervise.assistant)
+            ids, mask = learnt_tokens(tokenizer.encode_rendered([made.text])[0], made)
+            assert ids.tolist() == want["input_ids"]
+            assert mask.tolist() == want["assistant_masks"], made.text
+
+
+def write(folder: Path, tokenizer: Tokenizer, records: list[dict], source: str = CHATML) -> list[str]:
+    """Overrides of a recipe over these chats."""
+    tokenizer.save(folder)
+    (folder / "chat_template.jinja").write_text(source)
+    (folder / "chats.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return [
+        "conf=tiny", "data.format=chat", f"data.path={folder / 'chats.jsonl'}", f"data.tokenizer={folder}",
+        f"data.cache={folder / 'cache'}", "model.vocab_size=512", "seq_len=511",
+    ]  # fmt: skip
+
+
+def test_every_chat_is_in_one_sequence_of_an_epoch(tokenizer, tmp_path):
+    """Whole, once, with its mask; the order is another one in the next epoch, and a sample follows from its number."""
+    config = compose(*write(tmp_path, tokenizer, generated(60)))
+    corpus = build_corpus(config)
+    data, part = TrainingData(corpus, config), corpus.parts[0]
+    count = int(data.sequences)
+    assert count < len(part.train)
+
+    def chats_of(first: int) -> list[tuple]:
+        batch, found = data.batch(first, count), []
+        for tokens_S, numbers_S, learnt_S in zip(*vars(batch).values(), strict=True):
+            for number in range(int(numbers_S.max()) + 1):
+                here = (numbers_S == number).nonzero().flatten()
+                assert here.tolist() == list(range(int(here[0]), int(here[-1]) + 1))
+                found.append((tuple(tokens_S[here].tolist()), tuple(learnt_S[here].tolist())))
+            assert not learnt_S[numbers_S < 0].any()
+        return found
+
+    want = [
+        (tuple(part.train.tokens[a : a + n].tolist()), tuple((part.train.supervised[a : a + n] > 0).tolist()))
+        for a, n in zip(part.train.starts_D.tolist(), part.train.lengths_D.tolist(), strict=True)
+    ]
+    first, second = chats_of(0), chats_of(count)
+    assert sorted(first) == sorted(want) == sorted(second)
+    assert first != second
+    again = TrainingData(build_corpus(config), config)
+    assert (again.batch(count + 1, 1).tokens_BS == data.batch(count, count).tokens_BS[1]).all()
+    held_out = ValidationData(corpus, config)
+    batch = held_out.batch(0, len(held_out))
+    assert batch.targets > 0 and held_out.text_bytes(batch) > 0
+
+
+def test_parquet_and_mixes(tokenizer, tmp_path):
+    records = generated(40)
+    overrides = write(tmp_path, tokenizer, records)
+    pyarrow.parquet.write_table(
+        pyarrow.table({"messages": [one["messages"] for one in records]}), tmp_path / "chats.parquet"
+    )
+    mix = (
+        f"[{{path: {tmp_path}/chats.jsonl, weight: 3, format: chat}}, {{path: {tmp_path}/chats.parquet, format: chat}}]"
+    )
+    mixed = [word for word in overrides if not word.startswith(("data.path", "data.format"))]
+    config = compose(*mixed, f"data.mix={mix}")
+    corpus = build_corpus(config)
+    lines, rows = (sorted(part.whole.lengths_D.tolist()) for part in corpus.parts)
+    assert lines == rows
+    counts = TrainingData(corpus, config).epochs(400)
+    assert [round(share * len(part.train)) > 0 for share, part in zip(counts.values(), corpus.parts, strict=True)]
+
+
+def test_chats_that_are_too_long_are_refused_cut_or_dropped_and_counted(tokenizer, tmp_path, capsys):
+    records = generated(30)
+    records[4]["messages"].append({"role": "assistant", "content": "five " * 200})
+    records[9]["messages"] = [{"role": "user", "content": "q " * 400}, {"role": "assistant", "content": "four"}]
+    overrides = write(tmp_path, tokenizer, records)
+    with pytest.raises(UserError, match="2 of 30 chats are longer"):
+        build_corpus(compose(*overrides))
+    for choice, words, left in (("cut", "1 cut, 1 dropped as nothing to learn", 29), ("drop", "2 dropped", 28)):
+        corpus = build_corpus(compose(*overrides, f"data.too_long={choice}"))
+        assert len(corpus.parts[0].whole) == left and corpus.parts[0].whole.lengths_D.max() <= 512
+        assert any(words in note for note in corpus.notes)
+    assert show_data(compose(*overrides, "data.too_long=cut", "mode=show_data")) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "What is learnt is green" in told and "1 cut, 1 dropped" in told and "<|im_end|>" in told
+
+
+def test_best_fit_leaves_little_room_and_is_seeded():
+    lengths_D = np.random.default_rng(0).integers(1, 100, 1000)
+    sequences = pack(lengths_D, 256, seed=1)
+    assert sorted(number for one in sequences for number in one) == list(range(1000))
+    assert max(lengths_D[one].sum() for one in sequences) <= 256
+    assert len(sequences) <= 1.02 * lengths_D.sum() / 256
+    assert sequences == pack(lengths_D, 256, seed=1) != pack(lengths_D, 256, seed=2)
+
+
+def test_a_tokenizer_without_a_template_says_what_to_do(tokenizer, tmp_path):
+    overrides = write(tmp_path, tokenizer, generated(5))
+    (tmp_path / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match=r"data\.template=plain"):
+        build_corpus(compose(*overrides))
+    _, plain = chat_tokenizer(compose(*overrides, "data.template=plain"))
+    made = plain.render(chat(*QUESTION), Supervise.assistant)
+    assert [made.text[slice(*span)] for span in made.learnt] == [f" two{EOS}", f"  four {EOS}"]
+    assert made.text.startswith("User: one?\nAssistant: two")
+    assert made.text.startswith(plain.prompt(chat(*QUESTION[:2]).messages[:1]))
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("data.fim_rate=0.1", "chats stay as they are"),
+        ("data.mask_documents=true", "chats are apart in any case"),
+        ("optim.qk_clip=100", "positions"),
+        ("mode=evaluate", "measures text"),
+        ("data.mix=[{path: a, format: chat}, {path: b}]", "chats and other text"),
+    ],
+)
+def test_what_does_not_go_with_chats_is_refused(override, words):
+    given = ["conf=tiny", "data.format=chat", "data.path=chats.jsonl", override]
+    if override.startswith("data.mix"):
+        given = ["conf=tiny", override]
+    with pytest.raises(UserError, match=words):
+        compose(*given)
+
+
+def test_keys_of_chats_without_chats_are_refused():
+    with pytest.raises(UserError, match=r"data\.supervise"):
+        compose("conf=tiny", "data.supervise=all")
+
+
+def test_a_packed_chat_needs_its_mask():
+    documents = Documents(np.arange(5, dtype=np.uint16), np.array([0]), np.array([5]))
+    with pytest.raises(AssertionError):
+        PackedChats(documents, 8, 0, 1)

@@ -1,0 +1,158 @@
+"""A record of JSONL or Parquet as a chat: messages with roles, the tools they may call, and which turns are learnt.
+
+Three forms, told apart by their keys:
+  messages        [{role, content, ...}], and `tools` beside it; OpenAI's and Hugging Face's form. `weight: 0` on a message of the
+                  assistant keeps it from being learnt.
+  prompt, completion  texts, or messages; the completion alone is learnt
+  conversations   ShareGPT's [{from, value}]
+Reasoning under `reasoning_content` (or reasoning, thinking) becomes <think>...</think> in front of the content.
+"""
+
+import json
+from dataclasses import dataclass, replace
+from typing import Any
+
+from conf.errors import UserError
+from train.data.readers import SURROGATE
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+SHAREGPT = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+}
+REASONING = ("reasoning_content", "reasoning", "thinking")
+THINK, THOUGHT = "<think>", "</think>"
+CHAT_KEYS = ("messages", "prompt", "completion", "conversations", "tools", "system")
+"""Columns that are read of Parquet, as far as there are."""
+MARKS = "\ufdd0\ufdd1"
+"""No characters (Unicode's noncharacters), with which places are marked in a text (train/data/chat_template.py)."""
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Chat:
+    """Messages as templates take them."""
+
+    messages: list[Message]
+    tools: list[Any] | None
+    learnt: list[bool]
+    """Whether each message is the assistant's and may be learnt."""
+
+    def without_old_reasoning(self) -> "Chat":
+        """The assistant's turns before the last question have no reasoning."""
+        last = max((n for n, message in enumerate(self.messages) if message["role"] == "user"), default=0)
+        return replace(
+            self,
+            messages=[_cut(message) if n < last else message for n, message in enumerate(self.messages)],
+        )
+
+
+def _cut(message: Message) -> Message:
+    content = message.get("content")
+    if message["role"] != "assistant" or not isinstance(content, str):
+        return message
+    return message | {"content": content.rpartition(THOUGHT)[2].lstrip("\n")}
+
+
+def read_chat(record: Any, place: str, field: str) -> Chat:
+    """Raises UserError with the place of the record: unknown roles, no turn of the assistant, and whatever else is no chat."""
+
+    def refuse(rule: str, cure: str) -> UserError:
+        return UserError(field, place, rule, cure)
+
+    if not isinstance(record, dict):
+        raise refuse(f"is a {type(record).__name__}, and a chat is an object", "write one object per line")
+    record = {key: value for key, value in record.items() if value is not None}
+    skip = 0
+    if "messages" in record:
+        messages = _list(record["messages"], "messages", refuse)
+    elif "prompt" in record and "completion" in record:
+        before, messages = _turns(record["prompt"], "user", refuse), _turns(record["completion"], "assistant", refuse)
+        skip, messages = len(before), [*before, *messages]
+    elif "conversations" in record:
+        messages = [_from_sharegpt(one, refuse) for one in _list(record["conversations"], "conversations", refuse)]
+        if isinstance(record.get("system"), str):
+            messages = [{"role": "system", "content": record["system"]}, *messages]
+    else:
+        raise refuse(
+            f"has none of messages, prompt with completion, and conversations; only: {', '.join(list(record)[:8])}",
+            "write chats in one of these forms (train/docs/fine_tuning.md)",
+        )
+    tools = _list(record["tools"], "tools", refuse) if record.get("tools") else None
+    found = [_message(one, number, refuse) for number, one in enumerate(messages)]
+    learnt = [
+        message["role"] == "assistant" and weight and number >= skip for number, (message, weight) in enumerate(found)
+    ]
+    if not any(message["role"] == "assistant" for message, _ in found):
+        raise refuse("has no turn of the assistant, so there is nothing to learn", "remove it, or add the answer")
+    return Chat([message for message, _ in found], tools, learnt)
+
+
+def _list(value: Any, key: str, refuse: Any) -> list:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise refuse(f"has a text under {key!r} that is no JSON: {error}", "write a list") from error
+    if not isinstance(value, list) or not value:
+        raise refuse(f"has no list under {key!r}, or an empty one", f"write {key} as a list of objects")
+    return value
+
+
+def _turns(value: Any, role: str, refuse: Any) -> list:
+    return [{"role": role, "content": value}] if isinstance(value, str) else _list(value, role, refuse)
+
+
+def _from_sharegpt(turn: Any, refuse: Any) -> Message:
+    if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
+        raise refuse("has a turn of conversations without from or value", 'write {"from": "human", "value": "..."}')
+    role = SHAREGPT.get(turn["from"])
+    if role is None:
+        known = ", ".join(SHAREGPT)
+        raise refuse(f"has a turn from {turn['from']!r}, and known are: {known}", "rename it, or remove the chat")
+    return {"role": role, "content": turn["value"]} | ({"weight": turn["weight"]} if "weight" in turn else {})
+
+
+def _message(given: Any, number: int, refuse: Any) -> tuple[Message, bool]:
+    """The message as templates take it, and whether its weight is not 0."""
+    where = f"message {number + 1}"
+    if not isinstance(given, dict):
+        raise refuse(f"{where} is a {type(given).__name__}, not an object", 'write {"role": ..., "content": ...}')
+    message = {key: value for key, value in given.items() if value is not None}
+    role, weight = message.get("role"), message.pop("weight", 1)
+    if role not in ROLES:
+        cure = f"use one of {', '.join(ROLES)}"
+        raise refuse(f"{where} has {'no role' if role is None else f'the role {role!r}, which is unknown'}", cure)
+    if weight not in (0, 1):
+        raise refuse(f"{where} has weight {weight!r}", "a weight is 0 (not learnt) or 1 (learnt)")
+    content = message.get("content", "")
+    if isinstance(content, list):
+        parts = [part.get("text") if isinstance(part, dict) else part for part in content]
+        if not all(isinstance(part, str) for part in parts):
+            raise refuse(f"{where} has parts that are no text", "leave out what is no text")
+        content = "".join(map(str, parts))
+    if not isinstance(content, str):
+        raise refuse(f"{where} has a {type(content).__name__} as content", "content is a text")
+    if SURROGATE.search(content) or any(mark in content for mark in MARKS):
+        raise refuse(f"{where} is not Unicode text: it holds half a pair, or U+FDD0 or U+FDD1", "correct this message")
+    for key in REASONING:
+        if reasoning := message.pop(key, None):
+            if role != "assistant" or not isinstance(reasoning, str):
+                raise refuse(f"{where} has {key} that is no text of the assistant", "correct this message")
+            content = f"{THINK}\n{reasoning}\n{THOUGHT}\n\n{content}"
+    if not content and not message.get("tool_calls") and role == "user":
+        raise refuse(f"{where}, of the user, is empty", "remove the chat, or write what was asked")
+    if content or "content" in given or not message.get("tool_calls"):
+        message["content"] = content
+    if message.get("tool_calls") and given.get("content") is None and not content:
+        message["content"] = None  # as OpenAI's form has it, which some templates ask for
+    return message, weight == 1
