@@ -28,14 +28,14 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from conf.errors import UserError
 from conf.read_json import read_json, read_text
 from conf.schema import Supervise
-from train.data.chats import MARKS, THOUGHT, Chat, Message
+from train.data.chats import PLACE_MARKS, THOUGHT, Chat, Message
 from train.data.tokenizer import Tokenizer
 
 PLAIN = "plain"
 TEMPLATE_FILE = "chat_template.jinja"
 """Beside tokenizer.json, as Hugging Face has it."""
-BEGIN, END = MARKS
-PROBE = BEGIN
+TURN_BEGIN, TURN_END = PLACE_MARKS
+PROBE = TURN_BEGIN
 NAMED_TOKEN = re.compile(r"<\|[^<>|\s]+\|>|<\uff5c[^<>\uff5c\s]+\uff5c>")
 """How models spell tokens of their templates."""
 Span = tuple[int, int]
@@ -69,7 +69,7 @@ class _Generation(Extension):
         return jinja2.nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
 
     def _mark(self, caller: Any) -> str:
-        return f"{BEGIN}{caller()}{END}"
+        return f"{TURN_BEGIN}{caller()}{TURN_END}"
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
@@ -148,7 +148,7 @@ class ChatTemplate:
     def prompt(self, chat_messages: Sequence[Message], tools: list[Any] | None = None) -> str:
         """What the model goes on from when it is to answer."""
         text = self._run(list(chat_messages), tools, add_generation_prompt=True)
-        return text.replace(BEGIN, "").replace(END, "")
+        return text.replace(TURN_BEGIN, "").replace(TURN_END, "")
 
     def _has(self, text: str, content: str, chat: Chat) -> bool:
         """Whether every message of this content is in the text: several may be alike."""
@@ -243,12 +243,12 @@ class ChatTemplate:
 
 def _unmarked(text: str) -> tuple[str, list[Span]]:
     """The text without marks, and what was between them."""
-    parts = re.split(f"([{BEGIN}{END}])", text)
+    parts = re.split(f"([{TURN_BEGIN}{TURN_END}])", text)
     plain, begins, spans = "", [], []
     for part in parts:
-        if part == BEGIN:
+        if part == TURN_BEGIN:
             begins.append(len(plain))
-        elif part == END:
+        elif part == TURN_END:
             spans.append((begins.pop(), len(plain)))
         else:
             plain += part

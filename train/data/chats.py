@@ -32,7 +32,7 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 THINK, THOUGHT = "<think>", "</think>"
 CHAT_KEYS = ("messages", "prompt", "completion", "conversations", "tools", "system")
 """Columns that are read of Parquet, as far as there are."""
-MARKS = "\ufdd0\ufdd1"
+PLACE_MARKS = "\ufdd0\ufdd1"
 """No characters (Unicode's noncharacters), with which places are marked in a text (train/data/chat_template.py)."""
 
 Message = dict[str, Any]
@@ -142,7 +142,7 @@ def _message(given: Any, number: int, refuse: Any) -> tuple[Message, bool]:
         content = "".join(map(str, parts))
     if not isinstance(content, str):
         raise refuse(f"{where} has a {type(content).__name__} as content", "content is a text")
-    if SURROGATE.search(content) or any(mark in content for mark in MARKS):
+    if SURROGATE.search(content) or any(mark in content for mark in PLACE_MARKS):
         raise refuse(f"{where} is not Unicode text: it holds half a pair, or U+FDD0 or U+FDD1", "correct this message")
     for key in REASONING:
         if reasoning := message.pop(key, None):
