@@ -100,7 +100,8 @@ def from_params(field: str, path: Path) -> dict[str, Any]:
         name for name in found if name not in known and name not in harmless and name.partition(".")[0] not in harmless
     ]
     original, growth = (found.get(f"{part}.original_max_position_embeddings") for part in ("yarn", "llama_4_scaling"))
-    width = [found.get(f"qk_{part}_head_dim") for part in ("nope", "rope")]
+    parts = [found.get(f"qk_{part}_head_dim") for part in ("nope", "rope")]
+    width = sum(part for part in parts if type(part) is int)
     wrong, cure = None, "give other weights"
     if found.get("quantization") is not None or any(name.startswith("quantization.") for name in found):
         wrong = "its weights are FP8 with one scale a tensor, or NVFP4, which nothing here unpacks"
@@ -114,8 +115,8 @@ def from_params(field: str, path: Path) -> dict[str, Any]:
         wrong = f"{differing[0]} must be {PARAMS_FIXED[differing[0]]}, as in Mistral Large 3, and is {found[differing[0]]!r:.80}"
     elif "yarn.factor" not in found or growth not in (None, original):
         wrong = "yarn must state a factor, and llama_4_scaling the same original_max_position_embeddings as yarn"
-    elif all(type(part) is int for part in width) and found.get("head_dim") not in (None, sum(width)):
-        wrong = f"head_dim must be {sum(width)}, as the other fields say, and is {found['head_dim']!r:.80}"
+    elif all(type(part) is int for part in parts) and found.get("head_dim") not in (None, width):
+        wrong = f"head_dim must be {width}, as the other fields say, and is {found['head_dim']!r:.80}"
     if wrong:
         raise UserError(field, path, wrong, cure)
     body = _nested({theirs: found[name] for name, theirs in PARAMS_FIELDS.items() if name in found})
