@@ -27,6 +27,7 @@ def attempts(tmp_path_factory):
         "log.wandb=offline",
         "log.sample_tokens=0",
         "log.validate_every=2",
+        "log.norms_every=2",
         "checkpoint.every=2",
         "optim.qk_clip=0.01",
         "optim.extra_loss={_target_: tests.own_term.squared_states}",
