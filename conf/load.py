@@ -222,7 +222,9 @@ def register() -> None:
     for key in OWN_CODE:
         section, _, name = key.rpartition(".")
         place = OmegaConf.select(schema, section) if section else schema
-        place._get_node(name)._set_flag("struct", False)  # the keys of code of the user's own are no keys of the schema
+        OmegaConf.set_struct(
+            place._get_node(name), False
+        )  # the keys of code of the user's own are no keys of the schema
     ConfigStore.instance().store(name="train", node=schema)
     Plugins.instance()  # which would put its own reader there later
     SourcesRegistry.instance().types["file"] = RecipeFiles

@@ -34,6 +34,8 @@ class Thresholds:
     """Elements of matrices that a rank orthogonalises at a time, at most, but for one that is larger."""
     norm_row: int = 4096
     """Elements whose squares are summed in fp32."""
+    compared_elements: int = 1 << 24
+    """Elements of a weight that are compared with those before an update at a time: 64 MB on the device."""
     bucket_elements: int = 50_000_000
     """Gradients that are reduced together, at most."""
     host_page_bytes: int = 1 << 16
@@ -56,6 +58,7 @@ LOWERED = Thresholds(
     adamw_elements=4096,
     muon_elements=2000,
     norm_row=60,
+    compared_elements=70,
     bucket_elements=3000,
     host_page_bytes=1 << 10,
     gpu_page_bytes=1 << 12,

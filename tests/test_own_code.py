@@ -445,7 +445,7 @@ def test_texts_are_not_written_through_blocks_of_one_s_own(reference):
 
     config = own(reference, "name=one", "mode=generate")
     with pytest.raises(UserError, match="token by token"):
-        open_source(config, torch.device("cpu"))
+        open_source(config, torch.device("cpu"), None)
 
 
 def test_an_export_of_it_is_refused(reference):

@@ -13,11 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from conf.schema import Config, Model
+from conf.thresholds import THRESHOLDS
 from parallel.zero.engine import Zero
 from train.metrics.names import Record
-
-COMPARED_ELEMENTS = 1 << 24
-"""Elements of a weight that are compared at a time: 64 MB on the device."""
 
 
 def layer_names(model: Model) -> list[str]:
@@ -46,7 +44,8 @@ class LayerNorms:
         squares_2L = torch.zeros(2, len(self._layers), dtype=torch.float64)
         for name, master in self._masters():
             before, row = self._before.pop(name), self._layers.index(_layer_of(name))
-            for now, old in zip(master.split(COMPARED_ELEMENTS), before.split(COMPARED_ELEMENTS), strict=True):
+            size = THRESHOLDS.compared_elements
+            for now, old in zip(master.split(size), before.split(size), strict=True):
                 pair = [now, now - old.to(now.device)]
                 squares_2L[:, row] += self._zero.client.sums_of_squares(pair).cpu()
         squares_2L = squares_2L.to(self._device)
