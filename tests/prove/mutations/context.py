@@ -157,8 +157,8 @@ def balance_gradient_of_a_share(bug: Seams) -> None:
     "loss",
 )
 def loss_divided_by_all_positions(bug: Seams) -> None:
-    def loss(original, self, hidden_BTD, targets_BT, divisor):
-        return original(self, hidden_BTD, targets_BT, 2 * divisor)
+    def loss(original, self, hidden_BTD, targets_BT, divisor, *given):
+        return original(self, hidden_BTD, targets_BT, 2 * divisor, *given)
 
     bug.around(Head, "loss", loss)
 

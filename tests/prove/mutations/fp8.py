@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -158,13 +159,13 @@ def copies_of_weights_never_refreshed_on_two_ranks(bug: Seams) -> None:
 def wgrad_with_the_cache_of_the_micro_batch_before(bug: Seams) -> None:
     held: dict[int, object] = {}
 
-    def unpack(original, tensors, forms):
-        weight, kept = original(tensors, forms)
-        before = held.get(id(weight), kept)
-        held[id(weight)] = kept
-        return [weight, before if before.shape == kept.shape and type(before) is type(kept) else kept]
+    def weight_gradient(original, ctx, argument, weight, product):
+        left, right = product.args
+        before = held.get(weight.data_ptr(), right)
+        held[weight.data_ptr()] = right
+        return original(ctx, argument, weight, partial(product.func, left, before))
 
-    bug.around(linear, "unpack", unpack)
+    bug.around(linear, "weight_gradient", weight_gradient)
 
 
 @mutation(OURS + ": a row of padding is taken for an expert's row", "fp8", FORWARD, EXPERTS, LOW)

@@ -68,8 +68,8 @@ def ranks_with_less_weigh_more(bug: Seams) -> None:
     "mtp_loss",
 )
 def mtp_losses_over_their_own_positions(bug: Seams) -> None:
-    def forward(original, self, states, tokens_BS, positions):
-        losses = original(self, states, tokens_BS, positions)
+    def forward(original, self, states, tokens_BS, positions, *given):
+        losses = original(self, states, tokens_BS, positions, *given)
         counts = [positions.shorter(depth).count if depth else positions.count for depth in range(len(losses))]
         return [loss * (counts[0] / count) for loss, count in zip(losses, counts, strict=True)]
 
@@ -78,10 +78,10 @@ def mtp_losses_over_their_own_positions(bug: Seams) -> None:
 
 @mutation("radixark/miles#2215: the targets of MTP one position off", "copies", FORWARD, "mtp")
 def mtp_targets_shifted_by_one(bug: Seams) -> None:
-    def forward(original, self, states, tokens_BS, positions):
-        found = original(self, states[:1], tokens_BS, positions)
+    def forward(original, self, states, tokens_BS, positions, *given):
+        found = original(self, states[:1], tokens_BS, positions, *given)
         for depth, hidden_BTD in enumerate(states[1:], 1):  # the head's first target is the second of its tokens
-            found += original(self, [hidden_BTD], tokens_BS[:, depth - 1 : -1], positions)
+            found += original(self, [hidden_BTD], tokens_BS[:, depth - 1 : -1], positions, *given)
         return found
 
     bug.around(Head, "forward", forward)
@@ -157,11 +157,11 @@ def mtp_embedding_detached(bug: Seams) -> None:
 
 @mutation(OURS + ": the head gets no gradient of MTP", "copies", BACKWARD, "head")
 def mtp_head_detached(bug: Seams) -> None:
-    def forward(original, self, states, tokens_BS, positions):
-        with_mtp, weight = original(self, states, tokens_BS, positions), self.weight
+    def forward(original, self, states, *given):
+        with_mtp, weight = original(self, states, *given), self.weight
         del self._parameters["weight"]
         self.weight = weight.detach()
-        without = original(self, states, tokens_BS, positions)
+        without = original(self, states, *given)
         del self.weight
         self._parameters["weight"] = weight
         return with_mtp[:1] + without[1:]
@@ -198,7 +198,7 @@ def chunks_of_the_loss_averaged(bug: Seams) -> None:
 
 @mutation(OURS + ": the last target of a sequence is left out", "copies", FORWARD, "main_loss")
 def last_target_left_out(bug: Seams) -> None:
-    def loss(original, self, hidden_BTD, targets_BT, divisor):
-        return original(self, hidden_BTD[:, :-1], targets_BT[:, :-1], divisor)
+    def loss(original, self, hidden_BTD, targets_BT, *given):
+        return original(self, hidden_BTD[:, :-1], targets_BT[:, :-1], *given)
 
     bug.around(Head, "loss", loss)

@@ -71,8 +71,8 @@ def gradients_scaled_twice(bug: Seams) -> None:
 
 @mutation("sii-research/siiRL#69: stages have the documents of other sequences", "pipeline", FORWARD, "attention")
 def documents_of_another_micro_batch(bug: Seams) -> None:
-    def step(original, self, tokens_BS, documents_BS=None, **keywords):
-        return original(self, tokens_BS, documents_BS.roll(1, 0), **keywords)
+    def step(original, self, tokens_BS, documents_BS=None, supervised_BS=None, **keywords):
+        return original(self, tokens_BS, documents_BS.roll(1, 0), supervised_BS, **keywords)
 
     bug.around(Pipeline, "step", step)
 
@@ -151,8 +151,8 @@ def virtual_stages_in_another_order(bug: Seams) -> None:
 
 @mutation(OURS + ": the held-out loss sees across documents", "pipeline", VALIDATION, "held-out")
 def held_out_loss_across_documents(bug: Seams) -> None:
-    def evaluate(original, self, tokens_BS, documents_BS=None, **keywords):
-        return original(self, tokens_BS, None, **keywords)
+    def evaluate(original, self, tokens_BS, documents_BS=None, supervised_BS=None, **keywords):
+        return original(self, tokens_BS, None, supervised_BS, **keywords)
 
     bug.around(Pipeline, "evaluate", evaluate)
 
@@ -161,9 +161,9 @@ def held_out_loss_across_documents(bug: Seams) -> None:
 def held_out_loss_of_the_first_sequences(bug: Seams) -> None:
     first: list[torch.Tensor] = []
 
-    def evaluate(original, self, tokens_BS, documents_BS=None, **keywords):
-        first[:] = first or [tokens_BS, documents_BS]
-        return original(self, first[0], first[1], **keywords)
+    def evaluate(original, self, *batch, **keywords):
+        first[:] = first or batch
+        return original(self, *first, **keywords)
 
     bug.around(Pipeline, "evaluate", evaluate)
 
