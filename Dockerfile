@@ -14,9 +14,9 @@ FROM python:${PYTHON}
 RUN apt-get update && apt-get install -y --no-install-recommends g++ gcc libc6-dev git procps iproute2 && rm -rf /var/lib/apt/lists/*
 COPY --from=wheel /wheels /wheels
 COPY constraints.txt /wheels/
-# torch from the default index is the CUDA build; --build-arg INDEX=https://download.pytorch.org/whl/cpu takes the one for CPUs.
-ARG INDEX=https://pypi.org/simple
-RUN pip install --no-cache-dir --extra-index-url "${INDEX}" -c /wheels/constraints.txt /wheels/*.whl "ray[default]" && rm -r /wheels
+# torch comes from pip's own index; --build-arg INDEX=URL adds another one, as that of torch's builds for CPUs.
+ARG INDEX=
+RUN pip install --no-cache-dir ${INDEX:+--extra-index-url "${INDEX}"} -c /wheels/constraints.txt /wheels/*.whl "ray[default]" && rm -r /wheels
 # Not root: files in a mounted folder belong to this user (docker run --user, or fsGroup, for another).
 RUN useradd --create-home --uid 1000 sluice
 USER sluice
