@@ -41,6 +41,7 @@ EVENT_KINDS = {
     "idle": "a smaller layout leaves nodes without ranks, and why. nodes: names",
     "limits": "what the layout can lose, where that is no node at all",
     "first_step": "the attempt has finished its first step. step, seconds: since the order to start",
+    "quiet": "steps take much longer than usual, and which ranks are behind; said once for each silence",
     "straggler": "a rank is slower than the others. rank, node, seconds and median per step",
     "clock": "the clock of a node jumped. node",
     "disk": "a node has little room left for temporary files. node",

@@ -5,6 +5,7 @@ from functools import cache
 
 from cluster.cause import Failure, RankReport
 from cluster.driver import messages as m
+from cluster.driver.journal import EVENT_KINDS
 from cluster.driver.policy import Policy
 from cluster.driver.shapes import Shapes
 from cluster.driver.supervisor import Supervisor
@@ -69,6 +70,7 @@ class World:
 
     def tell(self, event: m.Event) -> None:
         for action in self.supervisor.handle(self.now, event):
+            assert not isinstance(action, m.Note) or action.kind in EVENT_KINDS, action.kind
             self.actions.append(action)
             self._do(action)
 

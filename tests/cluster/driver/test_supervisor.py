@@ -86,6 +86,7 @@ def test_a_hang_is_found_within_its_limit_and_named():
         world.run(0.5)
     assert world.now - began <= 6 + 5 + 2 * STEP  # the time of a step, and that of a stack
     assert "rank 2 on n2 gives no stack" in last_failure(world).text
+    assert "ranks 0 on n0, 1 on n1, 2 on n2 are in step" in world.notes("quiet")[0].text
     world.run(60)
     assert world.finish.code == EXIT_OK
 
