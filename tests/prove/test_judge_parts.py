@@ -18,7 +18,7 @@ from train.prove.judge_parts import TOLD, UNTOLD
 from train.prove.judge_update import assemble
 from train.prove.layouts import run_part, watched_steps
 from train.prove.parts import own_rows
-from train.prove.reference import plan_step
+from train.prove.reference_step import plan_step
 from train.prove.samples import Samples
 
 TINY = [

@@ -11,12 +11,12 @@ from torch import Tensor
 from conf.load import compose
 from conf.schema import Optim
 from tests.small import SMALL
-from train.prove import reference
+from train.prove import reference_step
 from train.prove.evidence import Evidence, StepInfo
 from train.prove.findings import ProofFindings
 from train.prove.judge_update import Tally, UpdateJudge
 from train.prove.miniature import RATE, shrink
-from train.prove.reference import PlainPlan
+from train.prove.reference_step import PlainPlan
 
 STEPS = 3
 SHAPES = {"embedding.weight": (40, 16), "layers.0.attention.out.weight": (24, 16), "norm.weight": (16,)}
@@ -143,7 +143,7 @@ def judge_updates(trainee: Callable[[Optim], Trainee], lr: float, moments: str =
         load_E = torch.randint(0, 9, (8,), generator=draw).double()
         one.run(plan, step, gradients, load_E)
         evidence = Evidence(StepInfo("fp32", 0, step, 0, "one", "cpu", updates=step, samples=8 * step))
-        evidence.info.grad_norm = float(reference.global_norm({n: g.double() for n, g in gradients.items()}))
+        evidence.info.grad_norm = float(reference_step.global_norm({n: g.double() for n, g in gradients.items()}))
         for kind, tensors in (("reduced", gradients), ("after", one.state())):
             for name, tensor in tensors.items():
                 evidence.add(kind, name, tensor.flatten())

@@ -34,7 +34,7 @@ from train.kernels.plain.plain_kernels import PlainKernels
 from train.kernels.precision import build_precision
 from train.model.deepseek import DeepSeekV3
 from train.model.init import initialise
-from train.prove import reference
+from train.prove import reference, reference_step
 from train.prove.bounds import UNIT, Bound, averaged, chosen, coarsest, computed
 from train.prove.comparisons import size_of
 from train.prove.evidence import EVIDENCE, Evidence, depth_of, places_of, read_steps
@@ -125,7 +125,7 @@ class Judge(WireJudge, ReductionJudge, UpdateJudge):
         for number, step, ranks in self.steps:
             self.part, self.step, self.findings.device = number, step, ranks[0].info.device
             if step in watched_steps(self.config) and before is not None:
-                plan = reference.plan_step(self.config, step)
+                plan = reference_step.plan_step(self.config, step)
                 self._judge_parts(ranks, before, self.samples.batch(plan.first_sample, plan.batch_size))
             before = self._after(ranks)
         assert before is not None, f"no rank left evidence of pass {self.proof}"
@@ -185,7 +185,7 @@ class Judge(WireJudge, ReductionJudge, UpdateJudge):
 
     def _judge_step(self, ranks: list[Evidence], before: State) -> State | None:
         """The state after it; None where nothing that follows can be compared."""
-        plan = replace(reference.plan_step(self.config, self.step), first_sample=self.tally.samples)
+        plan = replace(reference_step.plan_step(self.config, self.step), first_sample=self.tally.samples)
         self.phase = "settings"
         for rank in ranks:
             for name, value in rank.info.plan.items():

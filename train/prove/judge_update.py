@@ -14,7 +14,7 @@ from conf.errors import UserError
 from conf.schema import Config
 from parallel.shard import whole
 from train.checkpoint.read_shards import load
-from train.prove import reference, reference_muon
+from train.prove import reference_muon, reference_step
 from train.prove.bounds import EXACT, UNIT, Bound, averaged
 from train.prove.comparisons import Comparisons
 from train.prove.evidence import Evidence
@@ -71,21 +71,21 @@ class UpdateJudge(Comparisons):
         for rank in ranks:
             for name, bias in rank.of_kind("after"):
                 layer = name.removeprefix("bias.")
-                want = reference.move_bias(before[name], seen.loads[layer], speed)
+                want = reference_step.move_bias(before[name], seen.loads[layer], speed)
                 bound = Bound(4 * UNIT["fp64"], "two roundings of a sum in fp64")
                 self._compare("biases", name, rank.info.rank, bias, want, bound)
 
     def _judge_update(
-        self, ranks: list[Evidence], before: State, seen: WatchedPass, plan: reference.PlainPlan
+        self, ranks: list[Evidence], before: State, seen: WatchedPass, plan: reference_step.PlainPlan
     ) -> State:
         """The update of the gradients that the ranks had, which were judged by themselves."""
         self.phase = "update"
         reduced, after, optim = assemble(ranks, "reduced"), self._after(ranks), self.config.optim
-        norm = float(reference.global_norm(reduced))
+        norm = float(reference_step.global_norm(reduced))
         fp32 = Bound(16 * UNIT["fp32"], "sums of squares in fp32 by rows, 16 x 2^-24")
         for rank in ranks:
             self._number("global norm", "all weights", rank.info.rank, rank.info.grad_norm, norm, fp32)
-        factor = reference.clip_factor(norm, optim)
+        factor = reference_step.clip_factor(norm, optim)
         self._judge_applied(ranks, 1.0, "every step counts")
         self._count(ranks, plan, updates=1)
         self._same_names("state", after, before)
@@ -101,7 +101,7 @@ class UpdateJudge(Comparisons):
             names = [f"{kind}.{name}" for kind in kinds]
             held = [before[each] for each in names]
             gradient = gradient * factor
-            lr = reference.rate_of(optim, name, plan.lr)
+            lr = reference_step.rate_of(optim, name, plan.lr)
             one = WeightUpdate(self.config, name, lr, self.tally.updates, rule.decays)
             new = formula.make(one, held[0], gradient, *held[1:])
             sizes = formula.size_roundings(one, held, gradient, new)
@@ -114,12 +114,12 @@ class UpdateJudge(Comparisons):
                 self._judge_decay(names[0], held[0], after[names[0]], new[0], rounded[names[0]])
             if optim.ema_decay:
                 average = f"ema.{name}"
-                want[average] = reference.average(before[average], after[names[0]], optim.ema_decay)
+                want[average] = reference_step.average(before[average], after[names[0]], optim.ema_decay)
                 moved = (want[average] - before[average]).abs()
                 rounded[average] = UNIT["fp32"] * (torch.maximum(before[average].abs(), want[average].abs()) + moved)
         for layer, load_E in seen.loads.items():
             name = f"bias.{layer}"
-            want[name] = reference.move_bias(before[name], load_E, plan.bias_speed)
+            want[name] = reference_step.move_bias(before[name], load_E, plan.bias_speed)
             rounded[name] = UNIT["fp32"] * (torch.maximum(before[name].abs(), want[name].abs()) + plan.bias_speed)
         for name in want:
             if name in after:
@@ -130,7 +130,9 @@ class UpdateJudge(Comparisons):
         self._judge_validation(ranks, after)
         return after
 
-    def _judge_exact(self, ranks: list[Evidence], before: State, clipped: State, plan: reference.PlainPlan) -> None:
+    def _judge_exact(
+        self, ranks: list[Evidence], before: State, clipped: State, plan: reference_step.PlainPlan
+    ) -> None:
         """The updates that the ranks made in fp64 of the same gradients. clipped: those, as the reference clips them."""
         found, gradients, optim = assemble(ranks, "exact"), assemble(ranks, "exact_gradient"), self.config.optim
         fp64 = Bound(
@@ -160,7 +162,7 @@ class UpdateJudge(Comparisons):
                 found |= reference_muon.qk_factors(self.config, name, scores_H)
         return found
 
-    def _judge_skip(self, ranks: list[Evidence], before: State, plan: reference.PlainPlan) -> State:
+    def _judge_skip(self, ranks: list[Evidence], before: State, plan: reference_step.PlainPlan) -> State:
         """A step in which one rank had a gradient that is not finite: on every rank it moves nothing but the position in the data."""
         self.phase = "update"
         self._judge_applied(ranks, 0.0, "a gradient that is not finite on one rank skips the step on all")
@@ -181,7 +183,7 @@ class UpdateJudge(Comparisons):
                 "applied updates", "all weights", rank.info.rank, float(rank.info.applied), want, Bound(0.0, why)
             )
 
-    def _count(self, ranks: list[Evidence], plan: reference.PlainPlan, updates: int = 0, skipped: int = 0) -> None:
+    def _count(self, ranks: list[Evidence], plan: reference_step.PlainPlan, updates: int = 0, skipped: int = 0) -> None:
         held = self.tally
         self.tally = Tally(held.updates + updates, held.samples + plan.batch_size, held.skipped + skipped)
         self._judge_tally(ranks)

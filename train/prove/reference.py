@@ -1,13 +1,12 @@
-"""DeepSeek-V3 and its training in one file, as plain as the formulas are: what mode=prove holds every layout against.
+"""DeepSeek-V3 in one file, as plain as the formulas are: what mode=prove holds every layout against.
 
 Read it from top to bottom to learn the model. Nothing here is fast: one process, one expert after another, autograd, all in the format
 of the given weights, fp64 in a proof. It shares no code with what it judges, only the settings (conf/schema.py) and names of weights.
 
-    settings of a step     learning rate, weights and batch size as the run goes on          plan_step
     forward                embedding -> blocks -> head and MTP modules -> losses             PlainModel
     backward               autograd                                                          gradients
-    update                 clip by the global norm, AdamW, average of the weights            clip_factor, adamw, average
-    balance                the routers' biases follow the loads                              move_bias
+
+Settings of a step and the update that follows are reference_step.py.
 
 Equations and sections are those of the DeepSeek-V3 report (arXiv 2412.19437).
 
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from conf.schema import Config, Model, Optim, Phase, Shape
+from conf.schema import Config, Model
 
 Weights = dict[str, Tensor]
 """Every weight by its name; those of the experts are stacked: w13 (E, 2F, D) with the rows of w1, then of w3, w2 (E, D, F)."""
@@ -72,58 +71,6 @@ def layers_with_experts(model: Model) -> list[str]:
     """In the order of a forward pass; every MTP module is one."""
     main = [f"layers.{layer}" for layer in range(model.dense_layers, model.layers)]
     return main + [f"mtp.{depth}" for depth in range(model.mtp_depth)]
-
-
-# --- Settings of a step (4.2) ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class PlainPlan:
-    """What one step trains with."""
-
-    first_sample: int
-    batch_size: int
-    lr: float
-    mtp_weight: float
-    bias_speed: float
-
-
-def plan_step(config: Config, step: int) -> PlainPlan:
-    """Settings of step 1, 2, ... Schedules are measured in samples: a step stands at the middle of its batch."""
-    sizes = [batch_size(config, index) for index in range(config.steps)]
-    optim, before = config.optim, sum(sizes[: step - 1])
-    done = (before + sizes[step - 1] / 2) / sum(sizes)
-    warmed = 1.0 if optim.warmup_steps == 0 else min(1.0, step / optim.warmup_steps)
-    return PlainPlan(
-        before,
-        sizes[step - 1],
-        optim.lr * warmed * scheduled(optim.lr_schedule, done),
-        scheduled(optim.mtp_weight, done),
-        scheduled(optim.bias_speed, done),
-    )
-
-
-def batch_size(config: Config, index: int) -> int:
-    """Sequences of the step with this index from 0: they grow linearly, in whole increments, over the ramp."""
-    optim = config.optim
-    if optim.batch_ramp_start is None or index >= optim.batch_ramp_steps:
-        return config.batch_size
-    share = index / optim.batch_ramp_steps
-    grown = optim.batch_ramp_start + (config.batch_size - optim.batch_ramp_start) * share
-    return math.floor(grown / optim.batch_ramp_increment) * optim.batch_ramp_increment
-
-
-def scheduled(phases: list[Phase], done: float) -> float:
-    """Value of a schedule when this share of the run is done. Each phase starts at the value in which the one before ended."""
-    index = next(i for i, phase in enumerate(phases) if done <= phase.until)
-    phase, earlier = phases[index], phases[index - 1] if index else None
-    start, value = (0.0, phase.value) if earlier is None else (earlier.until, earlier.value)
-    part = (done - start) / (phase.until - start)
-    if phase.shape == Shape.constant:
-        return phase.value
-    if phase.shape == Shape.cosine:
-        part = (1 - math.cos(math.pi * part)) / 2
-    return value + (phase.value - value) * part
 
 
 # --- Parts of a block -----------------------------------------------------------------------------------------------
@@ -437,39 +384,3 @@ def gradients(plain: PlainModel, batch: PlainBatch, mtp_weight: float) -> Watche
         loss = loss + mtp_weight / len(seen.mtp) * sum(seen.mtp)
     loss.backward()
     return seen
-
-
-def global_norm(gradients_of: Weights) -> Tensor:
-    """The norm of the gradients of all weights together."""
-    return torch.stack([gradient.square().sum() for gradient in gradients_of.values()]).sum().sqrt()
-
-
-def clip_factor(norm: float, optim: Optim) -> float:
-    """What gradients are multiplied with so that their norm is at most optim.clip; 1e-6 as in torch.nn.utils."""
-    return 1.0 if optim.clip == 0 else min(1.0, optim.clip / (norm + 1e-6))
-
-
-def adamw(
-    optim: Optim, lr: float, update: int, weight: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, decays: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Weight, mean and mean of squares after update number 1, 2, ... decays: not so for the gains of norms."""
-    beta1, beta2 = optim.betas
-    mean = beta1 * mean + (1 - beta1) * gradient
-    square = beta2 * square + (1 - beta2) * gradient.square()
-    step = (mean / (1 - beta1**update)) / ((square / (1 - beta2**update)).sqrt() + optim.eps)
-    return weight * (1 - lr * optim.weight_decay * decays) - lr * step, mean, square
-
-
-def rate_of(optim: Optim, name: str, lr: float) -> float:
-    """Learning rate of a weight: 0 of what is frozen."""
-    return 0.0 if optim.freeze_routers and name.endswith(".router.weight") else lr
-
-
-def average(before: Tensor, weight: Tensor, decay: float) -> Tensor:
-    """The moving average of the weights (3.2.3)."""
-    return decay * before + (1 - decay) * weight
-
-
-def move_bias(bias_E: Tensor, load_E: Tensor, speed: float) -> Tensor:
-    """Balance without a loss (2.1.2): an expert with more than the mean load is chosen less from now on, and the reverse."""
-    return bias_E + speed * torch.sign(load_E.to(bias_E.dtype).mean() - load_E)

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from train.prove import reference
 from train.prove.bounds import UNIT, Bound
-from train.prove.reference import PlainModel, PlainPlan, WatchedPass, Weights
+from train.prove.reference import PlainModel, WatchedPass, Weights
+from train.prove.reference_step import PlainPlan
 from train.prove.samples import Samples
 
 RUNS, FP32_RUNS = 3, 8

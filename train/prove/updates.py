@@ -9,7 +9,7 @@ from torch import Tensor
 
 from conf.optimizers import ADAMW, MUON
 from conf.schema import Config
-from train.prove import reference, reference_muon
+from train.prove import reference_muon, reference_step
 from train.prove.bounds import UNIT
 
 STEP_ROUNDINGS = 8
@@ -46,7 +46,7 @@ class PlainUpdate:
 
 def make_adamw(one: WeightUpdate, weight: Tensor, gradient: Tensor, mean: Tensor, square: Tensor) -> tuple[Tensor, ...]:
     """By the reference, at the rate that AdamW has."""
-    return reference.adamw(
+    return reference_step.adamw(
         one.config.optim, adamw_rate(one), one.number, weight, gradient, mean, square, decays=one.decays
     )
 
