@@ -796,9 +796,9 @@ class Profile:
     """Where the time of a step goes, by torch's profiler: a trace for Perfetto and a table of the ten largest (train/docs/slow.md)."""
 
     steps: list[int] = field(default_factory=list)
-    """First and last step that are watched, such as [10,12]; none for no profile."""
+    """First and last step that are watched, such as [10,12]; none for no profile. In mode=dry_run as many steps after all others."""
     ranks: list[int] = field(default_factory=lambda: [0])
-    """Which ranks are watched."""
+    """Which ranks are watched; in mode=dry_run the one that runs."""
 
 
 @dataclass

@@ -106,7 +106,7 @@ OWN_KEYS: dict[str, tuple[Mode, ...]] = {
     "plan.search": (Mode.plan,),
     "plan.tokens": (Mode.plan,),
     "plan.write": (Mode.plan,),
-    "profile": (Mode.train,),
+    "profile": (Mode.train, Mode.dry_run),
     "prove": (Mode.prove,),
     "score": (Mode.score,),
 }

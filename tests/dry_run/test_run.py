@@ -1,6 +1,7 @@
 """Ranks run alone, as a user starts them: measured memory beside the planned, and every action of the schedule."""
 
 import gc
+import gzip
 import json
 from collections import Counter
 
@@ -77,6 +78,18 @@ def idle(action, piece) -> bool:
     """A backward in one piece (two MTP modules) leaves nothing for its W."""
     last = action.stage == len(piece.layers) - 1
     return action.kind == "W" and last and piece.config.model.mtp_depth > 1
+
+
+@pytest.mark.slow
+def test_its_steps_are_watched_by_the_profiler_where_that_is_asked(tmp_path):
+    overrides = ["mode=dry_run", "name=alone", "parallel.dp=2", "parallel.ep=2", "dry_run.steps=1", "dry_run.rank=1"]
+    done = train(tmp_path, *overrides, "profile.steps=[1,2]")
+    assert done.returncode == EXIT_OK, done.stderr
+    assert "rank 1, steps 1 to 2: the largest of a step" in done.stdout
+    folder = tmp_path / "runs" / "alone" / "profile"
+    assert len(json.loads((folder / "rank_1.json").read_text())["rows"]) == 10
+    trace = gzip.decompress((folder / "rank_1.trace.json.gz").read_bytes()).decode()
+    assert all(f'"name": "{part}"' in trace for part in ("attention", "dispatch", "experts", "optimizer"))
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

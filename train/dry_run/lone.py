@@ -7,6 +7,7 @@ arrive, and instead of the all-to-all a dispatcher that returns as many rows as 
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -15,13 +16,16 @@ from torch import Tensor
 
 from conf.errors import UserError
 from conf.schema import Config
+from conf.words import say
 from parallel.context import LoneContext
 from parallel.expert.build import build_stand_in, build_wire
 from parallel.mesh import build_mesh
 from parallel.pipeline.lone_stage import LoneStage
+from train.checkpoint.run_folder import RunPaths
 from train.dry_run.assumed_rows import group_of
 from train.dry_run.piece import DryRunPiece
 from train.kernels.choice import choose_kernels
+from train.loop.profiler import StepProfiler
 from train.parallelize import ParallelModel, parallelize
 from train.plan.job import layout_of
 from train.plan.memory.ledger import PeakMeter
@@ -69,6 +73,8 @@ def run_alone(piece: DryRunPiece, device: torch.device) -> MeasuredRank:
         parts = parallelize(config, mesh, device, kernels, dispatcher=dispatcher, layers=piece.layers, share=share)
         parts.pipeline.stage_type = LoneStage
         measured = _steps(config, parts, RankSetup(device, mesh))
+        if config.profile.steps:
+            _watch(config, parts, RankSetup(device, mesh), piece.rank)
         parts.zero.engine.destroy()  # its hooks would keep all of it alive for the rest of a sweep
         return measured
     except torch.OutOfMemoryError as error:
@@ -109,6 +115,16 @@ def _steps(config: Config, parts: ParallelModel, rank: RankSetup) -> MeasuredRan
     for number in range(3, 3 + config.dry_run.steps):
         run(number, measured)
     return measured
+
+
+def _watch(config: Config, parts: ParallelModel, rank: RankSetup, number: int) -> None:
+    """Let torch's profiler watch as many steps as profile.steps asks for, after those whose time counts."""
+    watched = replace(config, profile=replace(config.profile, ranks=[number]))
+    timed, (first, last) = TimedStep(config, parts, rank), config.profile.steps
+    with closing(StepProfiler(watched, number, parts, RunPaths(config).path, say)) as profiler:
+        for step in range(first, last + 1):
+            with profiler.step(step):
+                timed.run(step)
 
 
 def _items(parts: ParallelModel) -> dict[str, int]:

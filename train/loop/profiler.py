@@ -91,7 +91,7 @@ class StepProfiler:
         rows = largest(self._profile.events() or [], steps)
         trace = self._folder / f"rank_{self._rank}.trace.json.gz"
         try:
-            self._folder.mkdir(exist_ok=True)
+            self._folder.mkdir(parents=True, exist_ok=True)
             self._profile.export_chrome_trace(str(trace))
             body = {"rank": self._rank, "steps": [self._first, self._last], "rows": rows}
             atomic_write_text(self._folder / f"rank_{self._rank}.json", json.dumps(body))
