@@ -5,6 +5,7 @@ import faulthandler
 import os
 import re
 import signal
+import sys
 from pathlib import Path
 from typing import IO
 
@@ -18,7 +19,9 @@ _kept_open: list[IO] = []
 def answer_requests(logs: Path | None, rank: int) -> None:
     """From here on this process writes its stacks at SIGUSR1: to the file of `stacks_path`, or to stderr where there are no logs."""
     if logs is None:
-        faulthandler.register(signal.SIGUSR1, all_threads=True)
+        faulthandler.register(
+            signal.SIGUSR1, sys.__stderr__ or sys.stderr, all_threads=True
+        )  # a notebook's own has no file
         return
     logs.mkdir(parents=True, exist_ok=True)
     file = stacks_path(logs, rank).open("a")

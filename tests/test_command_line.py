@@ -108,7 +108,7 @@ MISTAKES = {
     "dp=2": "did you mean parallel.dp=2?",
     "device=cuda": "did you mean cluster.device=cuda",
     "batch=4": "did you mean batch_size=4?",
-    "epochs=3": "`python -m train --help`, lists recipes, groups and keys",
+    "colour=3": "`python -m train --help`, lists recipes, groups and keys",
     "-m stesp=1,2": "did you mean steps=1,2",
     "precision=bf16 precision.fp8.cache.linear=fp8": "choose precision=fp8 or precision=fp8_ue8m0, or leave it out",
     # way of writing

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from conf.thresholds import THRESHOLDS
 from parallel.shard import Shard
 from tests.small import MODEL, metrics, train
 from train.checkpoint.manifest import read_manifest
@@ -73,7 +74,7 @@ def test_steps_between_have_none_and_the_report_draws_the_others(folder):
 
 
 def test_a_large_weight_is_compared_in_parts(folder, monkeypatch, tmp_path):
-    monkeypatch.setattr(layer_norms, "COMPARED_ELEMENTS", 7)
+    monkeypatch.setattr(THRESHOLDS, "compared_elements", 7)
 
     class Client:
         def sums_of_squares(self, pieces):

@@ -46,12 +46,17 @@ def composed(*overrides: str) -> Config:
 
 def recipe(name: str, *overrides: str) -> Config:
     """The recipe with groups and values. Hydra, which takes a second, composes each set of groups once."""
+    if name == "tiny_chat":  # chats are apart in any case
+        overrides = tuple(override for override in overrides if not override.startswith("data.mask_documents"))
     groups = [override for override in overrides if override.split("=")[0] in ("parallel", "precision")]
     given = [group.split("=")[0] for group in groups]
     plain = [
         f"{group}={value}" for group, value in (("parallel", "single"), ("precision", "bf16")) if group not in given
     ]
-    cfg = deepcopy(composed(f"conf={name}", *plain, *groups))
+    ramp = (
+        ["optim.batch_ramp_increment=1024"] if name == "moonlight_16b" else []
+    )  # 2048 does not divide the batch of all
+    cfg = deepcopy(composed(f"conf={name}", *plain, *groups, *ramp))
     for override in overrides:
         if override not in groups:
             key, value = override.split("=")

@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 from train.metrics.names import Record
-from train.metrics.report import REPORT, write_report
 
 FIRST_REPORT = 60.0
 """Seconds after the first step."""
@@ -46,10 +45,12 @@ class ReportSink:
             self._child.kill()
             self._child.wait()
             self._child = None
-            for begun in self._folder.glob(f".{REPORT}.*.tmp"):
+            for begun in self._folder.glob(".report.html.*.tmp"):
                 begun.unlink()
 
 
 if __name__ == "__main__":
     os.nice(10)  # at 19 it would hardly get a turn beside ranks that use all cores
+    from train.metrics.report import write_report  # here, as it brings plotly, which a rank does not need
+
     write_report(Path(sys.argv[1]))
