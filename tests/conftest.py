@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from collections import Counter
 
 import pytest
@@ -40,3 +41,13 @@ def pytest_runtest_setup() -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if said := os.environ.get("SLUICE_GPU_CHECKS"):
         terminalreporter.write_line(said)
+
+
+@pytest.fixture(autouse=True)
+def no_process_group_is_left(request):
+    """One that a test leaves behind would fail another test of this process, far away from it: it is ended, and the test named."""
+    yield
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized():
+        distributed.destroy_process_group()
+        warnings.warn(f"{request.node.nodeid} left a process group behind", stacklevel=1)

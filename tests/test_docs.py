@@ -159,6 +159,9 @@ def test_the_commands_of_a_page_run_one_after_another(page, tmp_path):
     elif page == "export":
         assert all((tmp_path / f"exported{kind}" / "export.json").exists() for kind in ("", "_fp8", "_fp32"))
         assert "started from the weights of exported" in said[-1]
+    elif page == "average":
+        assert "The mean of long/step_" in said[1]
+        assert re.search(r"started from the weights of \S*long_mean", said[-1].replace("\n", ""))
     else:
         assert "all its 20 steps behind it" in said[1] and "resumed from step 20" in said[2]
         assert [path.name[-2:] for path in sorted((tmp_path / "runs/often/checkpoints").glob("step_*"))] == [
