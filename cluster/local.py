@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from math import inf
 from pathlib import Path
 from types import FrameType
 from typing import IO
@@ -103,7 +102,7 @@ def _start(ranks: list[Child], start: StartRank, world: int, logs: Path, store: 
 def _watch(ranks: list[Child], logs: Path, asked: list[int], patience: Patience | None) -> int:
     now = time.monotonic()
     held_up = HeldUp(2 * RANKS_LOOK_SECONDS, now)
-    watch = RankWatch(range(len(ranks)), {}, patience or Patience(inf, inf), now)
+    watch = RankWatch(range(len(ranks)), {}, patience, now) if patience is not None else None
     while True:
         reports, now = _reports(ranks, logs), time.monotonic()
         if any(report.bad for report in reports):
@@ -111,12 +110,13 @@ def _watch(ranks: list[Child], logs: Path, asked: list[int], patience: Patience 
         codes = [report.code for report in reports if report.code is not None]
         if len(codes) == len(reports):
             return max(codes)
-        watch.forgive(now, held_up.since_last_look(now))
-        watch.take(now, reports)
-        if watch.first_step is not None and watch.is_hung(now):  # before it data may be made for hours
-            return _show(_name_hang(ranks, logs, now - watch.moved), ranks, logs)
-        if text := watch.tell_quiet(now):
-            say(text, file=sys.stderr)
+        if watch is not None:
+            watch.forgive(now, held_up.since_last_look(now))
+            watch.take(now, reports)
+            if watch.first_step is not None and watch.is_hung(now):  # before it data may be made for hours
+                return _show(_name_hang(ranks, logs, now - watch.moved), ranks, logs)
+            if text := watch.tell_quiet(now):
+                say(text, file=sys.stderr)
         time.sleep(RANKS_LOOK_SECONDS)
 
 

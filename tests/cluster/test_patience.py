@@ -123,6 +123,24 @@ def test_local_ranks_that_hang_are_named_by_where_they_are(tmp_path, capfd):
     assert "in load_batch" in said and "ended with it: ranks [0, 2]" in said
 
 
+STEPS = """
+from cluster.run_files import progress_path
+for step in range(1, 21):
+    path = progress_path(logs, rank).with_suffix(".new")
+    path.write_text('{"step": %d, "phase": "step"}' % step)
+    path.rename(progress_path(logs, rank))
+    time.sleep(0.1)
+time.sleep(4)
+"""
+
+
+@pytest.mark.slow
+def test_ranks_that_nobody_watches_may_be_quiet(tmp_path, capfd):
+    """As those of a proof, which pause between its passes."""
+    assert run_local([sys.executable, "-c", PROLOGUE + STEPS, str(tmp_path)], 2, tmp_path) == 0
+    assert capfd.readouterr().err == ""
+
+
 ALONE = """
 import queue, sys, time
 from pathlib import Path
