@@ -20,41 +20,31 @@ class Patience:
     def __init__(self, hang_after: float, start_timeout: float):
         self._hang_after, self._start_timeout = hang_after, start_timeout
         self._seconds: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=REMEMBERED))
-        self._longest: dict[str, float] = {}
         self._work = 1.0
 
     def take(self, doing: str, seconds: float) -> None:
         """The ranks got on after so many seconds without news in this phase."""
-        times = self._seconds[doing]
-        dropped = times[0] if len(times) == REMEMBERED else None
-        times.append(seconds)
-        if dropped == self._longest.get(doing):
-            self._longest[doing] = max(times)
-        else:
-            self._longest[doing] = max(self._longest.get(doing, 0.0), seconds)
+        self._seconds[doing].append(seconds)
 
     def take_work(self, sequences: float) -> None:
         """A step has so many sequences from here on; times of steps grow with them."""
-        if sequences > self._work and STEP_PHASE in self._longest:
+        if sequences > self._work:
             growth = sequences / self._work
             self._seconds[STEP_PHASE] = deque((growth * seconds for seconds in self._seconds[STEP_PHASE]), REMEMBERED)
-            self._longest[STEP_PHASE] *= growth
         self._work = sequences
 
     def forget_steps(self) -> None:
         """Another layout begins, whose steps may take any time."""
-        self._seconds.pop(STEP_PHASE, None), self._longest.pop(STEP_PHASE, None)
+        self._seconds[STEP_PHASE].clear()
 
     def limit(self, doing: str) -> float:
         """Seconds without news in this phase after which the run counts as hung."""
-        most = self._hang_after if doing == STEP_PHASE else self._start_timeout
-        if doing not in self._longest:
-            return most
-        room = HANG_ROOM + FIRST_HANG_ROOM / len(self._seconds[doing])
-        floor = STEP_FLOOR if doing == STEP_PHASE else OTHER_FLOOR
-        return min(most, max(floor, room * self._longest[doing]))
+        most, floor = (self._hang_after, STEP_FLOOR) if doing == STEP_PHASE else (self._start_timeout, OTHER_FLOOR)
+        times = self._seconds[doing]
+        room = HANG_ROOM + FIRST_HANG_ROOM / max(1, len(times))
+        return min(most, max(floor, room * max(times, default=most)))
 
     def quiet_after(self) -> float | None:
         """Seconds without news in steps that are worth a word; None before enough were seen."""
-        times = sorted(self._seconds.get(STEP_PHASE, ()))
+        times = sorted(self._seconds[STEP_PHASE])
         return max(QUIET_SECONDS, QUIET_STEPS * times[len(times) // 2]) if len(times) >= 5 else None
