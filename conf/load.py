@@ -133,7 +133,7 @@ def _choose(config: Config) -> Iterator[str]:
 
 
 def _choose_optimizer(config: Config) -> tuple[OptimizerName, str]:
-    """That of the run if it exists, else that of the weights it starts from; and why, where it is not what it always is."""
+    """The optimizer of the run if it exists, else of the weights it starts from; and why, where it is not what it always is."""
     own = Path(config.runs, config.name, "config.yaml")
     if config.init_from is None or own.is_file():
         return OptimizerName[_optimizer_of(own)], ""

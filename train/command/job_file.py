@@ -47,7 +47,7 @@ class Job:
     """What was typed of the recipe."""
     nodes: int
     devices: int
-    """Those of each node."""
+    """Devices of each node."""
     gpu: str | None
     """Name of the devices; None for processors."""
     memory_bytes: float

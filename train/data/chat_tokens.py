@@ -116,12 +116,12 @@ class FittedChats:
 
     @property
     def long(self) -> int:
-        """Those that were too long."""
+        """Chats that were too long."""
         return self.cut + self.dropped + self.emptied
 
 
 def fit_chats(documents: Documents, room: int, too_long: TooLong) -> FittedChats:
-    """Those of at most `room` tokens: longer ones lose their end, or are dropped."""
+    """Keep chats of at most `room` tokens: longer ones lose their end, or are dropped."""
     long_D = documents.lengths_D > room
     longest = int(documents.lengths_D.max(initial=0))
     if not long_D.any():

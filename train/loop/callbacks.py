@@ -34,7 +34,7 @@ class RunView:
 
 
 class Callbacks:
-    """Those of a recipe, in its order."""
+    """The callbacks of a recipe, in its order."""
 
     def __init__(self, config: Config, run: RunView | None = None):
         """run: None where they are only to be checked. Raises UserError."""

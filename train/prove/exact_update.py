@@ -18,7 +18,7 @@ from train.prove.evidence import Evidence
 
 
 class ExactUpdates:
-    """Those of one step of this rank."""
+    """Updates of whole matrices in fp64, of one step of this rank."""
 
     def __init__(self, config: Config, zero: Zero):
         self._config, self._zero = config, zero
