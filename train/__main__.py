@@ -1,11 +1,14 @@
 """`sluice [conf=RECIPE] [group=option] [key=value]`, or `python -m train`: compose, check, then do what `mode` says."""
 
+import importlib
 import os
 import signal
 import sys
 
 IS_COMMAND = __name__ == "__main__" or os.path.basename(sys.argv[0]) == "sluice"
 """And not a module that something else imports."""
+WORDS = {"doctor": "doctor", "runs": "runs", "launch": "job_file"}
+"""What follows `sluice` in place of a recipe, and its module in train/command, whose docstring is what --help says."""
 if IS_COMMAND:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is who takes it: no traceback of an import
 
@@ -253,19 +256,20 @@ def command() -> int:
 
 
 def _command(words: list[str]) -> int:
-    if words[:1] in (["--version"], ["doctor"]):
-        from train.command import doctor
+    first, *rest = words or [""]
+    if first == "--version":
+        from train.command.doctor import version_line
 
-        return doctor.main(words)
-    if words[:1] == ["runs"]:
-        from train.command import runs
-
-        return runs.main(words[1:])
-    if words[:1] == ["launch"]:
-        from train.command import job_file
-
-        return job_file.main(words[1:], _plan_of_job)
-    if {"--help", "-h"} & set(words):
+        say(version_line())
+        return EXIT_OK
+    asks = bool({"--help", "-h"} & set(words))
+    if first in WORDS:
+        module = importlib.import_module(f"train.command.{WORDS[first]}")
+        if asks:
+            say(module.__doc__.strip())
+            return EXIT_OK
+        return module.main(rest, _plan_of_job) if first == "launch" else module.main(rest)
+    if asks:
         from conf.help import show_help
 
         return show_help(words)

@@ -205,8 +205,8 @@ class Driver:
                 self._stop = str(error)
             return
         for id in set(self._known) - set(listed):
-            self._forget(id)
-            self._tell(m.NodeLost(id, "the cluster lists it as dead"))
+            back = self.fleet.describe_return(self._forget(id))
+            self._tell(m.NodeLost(id, f"the cluster lists it as dead{back and '; '}{back}"))
         for id, node in listed.items():
             if id not in self._known and id not in self._released:
                 self._known[id] = node

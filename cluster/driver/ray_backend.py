@@ -117,6 +117,8 @@ class RayFleet:
         self._actors: dict[str, Any] = {}
         self._resources: dict[str, dict[str, float]] = {}
         """What every node has that was listed, by its id."""
+        self._named: set[str] = set()
+        """Ids of nodes whose name is a label."""
         self._next: collections.deque[tuple[Any, str, str, tuple]] = collections.deque()
         """Calls that wait for their turn, as (actor, node, method, arguments)."""
         self._out = 0
@@ -209,6 +211,8 @@ class RayFleet:
             devices = self._devices(resources)
             if devices:
                 name = labels.get("train/node") or entry["NodeManagerHostname"]
+                if "train/node" in labels:
+                    self._named.add(entry["NodeID"])
                 address = entry["NodeManagerAddress"]
                 found.append(Node(entry["NodeID"], name, address, devices, labels.get("train/rack", "")))
         return found
@@ -225,6 +229,16 @@ class RayFleet:
             if silent > CONNECT_LIMIT:
                 raise FleetLost(f"Ray's head at {self._head} has not answered for {silent:.0f} s: {error}") from error
         return not self._headless
+
+    def describe_return(self, node: Node) -> str:
+        if self._config.cluster.address is None:
+            return ""
+        labels = [f"train/rack={node.rack}"] * bool(node.rack) + [f"train/node={node.name}"] * (node.id in self._named)
+        given = f" --labels={','.join(labels)}" * bool(labels)
+        command = f"ray start --address={self._head}{given}"
+        return (
+            f"Ray takes no node back that it took for dead: once it is there, `{command}` brings it back, given on it"
+        )
 
     def release(self, node: str) -> None:
         if actor := self._actors.pop(node, None):

@@ -79,6 +79,9 @@ class LocalFleet:
     def draining(self) -> dict[str, str]:
         return self.leaving
 
+    def describe_return(self, node: Node) -> str:
+        return f"bring {node.name} back"
+
     def release(self, node: str) -> None:
         self.agents.pop(node).close()
 

@@ -24,7 +24,7 @@ def screen(*findings: DoctorLine) -> tuple[int, str]:
 
 
 def test_every_part_has_a_line(capsys):
-    assert main(["doctor", "cluster.device=cpu"]) == EXIT_OK
+    assert main(["cluster.device=cpu"]) == EXIT_OK
     said = capsys.readouterr().out
     for label in (
         "Program",
@@ -40,7 +40,7 @@ def test_every_part_has_a_line(capsys):
         "Folder",
     ):
         assert f"\n  {label} " in said, said
-    assert main(["doctor", "modle.layers=4"]) == EXIT_USER
+    assert main(["modle.layers=4"]) == EXIT_USER
 
 
 def test_a_machine_without_a_compiler_is_told_to_install_one(monkeypatch):

@@ -1,4 +1,4 @@
-"""`sluice doctor [OVERRIDES]`: what of this machine a run of the recipe would use, and what to do where something lacks.
+"""`sluice doctor [--constraints] [OVERRIDES]`: what of this machine a run of the recipe would use, and what to do where something lacks.
 
 Each finding asks the code that a run asks. Nothing is started or written, but for compiled code, which is built and kept
 as a run would.
@@ -48,15 +48,12 @@ class DoctorLine:
 
 
 def main(words: list[str]) -> int:
-    """`--version`, `doctor --constraints`, or `doctor` and overrides of a recipe; returns the exit code."""
-    if words[0] == "--version":
-        say(version_line())
-        return EXIT_OK
-    if words[1:] == ["--constraints"]:
+    """What follows `doctor`: `--constraints`, or overrides of a recipe; returns the exit code."""
+    if words == ["--constraints"]:
         say("\n".join(constraints()))
         return EXIT_OK
     try:
-        config = compose(*words[1:])
+        config = compose(*words)
         console = Terminal()
         with console.status("looking at this machine"):
             findings = list(look(config))

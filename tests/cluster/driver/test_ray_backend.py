@@ -22,6 +22,7 @@ from cluster.driver import ray_backend
 from cluster.driver.fleet import FleetLost
 from cluster.driver.journal import read_events
 from cluster.driver.ray_backend import MOST_OUT, RayFleet
+from cluster.topology import Node
 from conf.errors import EXIT_CRASH, EXIT_OK, EXIT_USER, UserError
 from tests.cluster.drive import find_event, hold, let_end, once, set_fault
 
@@ -225,3 +226,17 @@ def test_thousands_of_calls_go_out_in_turns_and_nodes_that_do_not_answer_hold_up
                 outcome.set_result(None)
         heard += len(fleet.replies(0.0))
     assert len(made) == 2000 and heard == 2000 - MOST_OUT and not any(outcome.done() for outcome in silent)
+
+
+@pytest.mark.parametrize(("named", "label"), [(set(), ""), ({"id7"}, ",train/node=n7")])
+def test_a_node_that_was_listed_as_dead_is_told_the_command_that_brings_it_back(named, label):
+    fleet = RayFleet.__new__(RayFleet)
+    fleet._config, fleet._head, fleet._named = (
+        SimpleNamespace(cluster=SimpleNamespace(address="h:1")),
+        "10.0.0.1:6379",
+        named,
+    )
+    text = fleet.describe_return(Node("id7", "n7", "10.0.0.7", 8, "r1"))
+    assert f"`ray start --address=10.0.0.1:6379 --labels=train/rack=r1{label}`" in text
+    fleet._config.cluster.address = None
+    assert fleet.describe_return(Node("id7", "n7", "10.0.0.7", 8)) == "", "a Ray of the run's own goes with it"
