@@ -17,6 +17,8 @@ from conf.micro_batches import batch_unit, check_batch
 from conf.own_code import check_targets
 from conf.pipeline_schedules import SCHEDULES
 from conf.schema import (
+    Adapter,
+    AdapterTarget,
     Config,
     DataFormat,
     Fp8Backend,
@@ -37,6 +39,8 @@ NOT_CHATS, FOR_CHATS = (
 )
 MAX_EXPERTS = 32767
 """Expert ids are sorted and sent as int16."""
+IN_EVERY_LAYER = (AdapterTarget.q_up, AdapterTarget.kv_up, AdapterTarget.down, AdapterTarget.out)
+"""Targets of an adapter that every block has."""
 SMALLEST_SHARE = 1e-6
 """The smallest share of a mix: what train/data/mix.py can tell from nothing."""
 IN_PARTS = next(name for name, facts in SCHEDULES.items() if facts.stages is None)
@@ -113,7 +117,7 @@ def check_spread(config: Config) -> None:
     parallel."""
     check_batch(config)  # what most layouts of a search break, and costs nothing
     check_fields(config.parallel, "parallel.")
-    hold((*OPTIM, *PARALLEL), config)
+    hold((*OPTIM, *ADAPTERS, *PARALLEL), config)
 
 
 def check_model(model: Model) -> None:
@@ -186,6 +190,17 @@ def _check_products(config: Config) -> None:
             given = ", ".join(f"{key}={value}" for key, value in operands.items())
             cure = " ".join(f"{path}.{key}=bf16" for key in operands)
             raise UserError(path, given, "both operands of a product are bf16 or neither is", cure)
+
+
+def adapted_targets(model: Model) -> list[AdapterTarget]:
+    """The targets of an adapter that a model has, the head last."""
+    has_experts = _has_experts(Config(model=model))
+    lacking = {
+        AdapterTarget.routed: not has_experts,
+        AdapterTarget.shared: not (has_experts and model.shared_experts),
+        AdapterTarget.dense: model.dense_layers == 0,
+    }
+    return [target for target in AdapterTarget if not lacking.get(target)]
 
 
 def _mix_share(c: Config, source: Any) -> float:
@@ -343,10 +358,10 @@ MODEL: tuple[ConfigCheck, ...] = (
     ),
 )
 
-def _set_here(muon: MuonOptim) -> dict[str, Any]:
+def _set_here(section: MuonOptim | Adapter) -> dict[str, Any]:
     """The keys of a section that are not at their defaults."""
-    plain = vars(MuonOptim())
-    return {key: value for key, value in vars(muon).items() if value != plain[key]}
+    plain = vars(type(section)())
+    return {key: value for key, value in vars(section).items() if value != plain[key]}
 
 
 OPTIM: tuple[ConfigCheck, ...] = (
@@ -379,6 +394,40 @@ OPTIM: tuple[ConfigCheck, ...] = (
                        "must divide batch_ramp_start and batch_size", lambda c, v: f"take {batch_unit(c)}"),
         ),
     ),
+)
+
+ADAPTERS: tuple[ConfigCheck, ...] = (
+    JoinedRule("adapter", lambda c, v: v.on or v == Adapter(),
+               "has keys of an adapter, and this run trains the weights themselves",
+               lambda c, v: f"add adapter=lora, or leave out {', '.join(f'adapter.{key}' for key in _set_here(v))}",
+               shown=lambda c, v: ", ".join(f"{key}={value}" for key, value in _set_here(v).items())),
+    ConditionalRules(lambda c: c.adapter.on, (
+        JoinedRule("adapter.targets", lambda c, v: v, "names nothing to adapt", "leave it out for all that the model has but the head"),
+        JoinedRule("adapter.targets", lambda c, v: len(set(v)) == len(v), "names one twice", "name each once",
+                   shown=lambda c, v: [str(target) for target in v]),
+        JoinedRule("adapter.targets", lambda c, v: v in adapted_targets(c.model),
+                   lambda c, v: f"is a target that this model has not; it has {', '.join(adapted_targets(c.model))}",
+                   "leave it out of adapter.targets", each=True, shown=lambda c, v: str(v)),
+        JoinedRule("adapter.targets", lambda c, v: c.parallel.pp == 1 or set(v) & set(IN_EVERY_LAYER),
+                   f"must have one of {', '.join(IN_EVERY_LAYER)} with parallel.pp > 1: a stage without an adapter has nothing to train",
+                   f"add {IN_EVERY_LAYER[0]}, or take parallel.pp=1", shown=lambda c, v: [str(target) for target in v]),
+        JoinedRule("adapter.rank", lambda c, v: v % 8 == 0 or AdapterTarget.routed not in c.adapter.targets,
+                   "must be a multiple of 8 with the target routed: the grouped product of the experts wants rows of a multiple of 16 bytes",
+                   lambda c, v: f"take {-(-v // 8) * 8}, or leave routed out of adapter.targets"),
+        JoinedRule("init_from", lambda c, v: v or c.mode is not Mode.train,
+                   "is missing: an adapter is trained beside the weights of a model that is there",
+                   "set init_from to a folder of weights, or to a run"),
+        JoinedRule("optim.name", lambda c, v: not c.optim.facts.matrices.is_whole,
+                   "orthogonalises matrices, and those of an adapter are factors of one", "set optim.name=adamw"),
+        JoinedRule("optim.bias_speed", lambda c, v: not any(phase.value for phase in v),
+                   "must be 0 with an adapter: the balance biases belong to the base, which stays as it is",
+                   "add optim=tune, or set optim.bias_speed=[{{value: 0}}]", shown=lambda c, v: [phase.value for phase in v]),
+        JoinedRule("optim.qk_clip", lambda c, v: v is None, "scales weights of the base, which an adapter leaves as they are",
+                   "leave it out with an adapter"),
+        JoinedRule("parallel.zero", lambda c, v: v < 3,
+                   "must be 1 or 2 with an adapter: the weights of the base are whole on every rank of a stage",
+                   "set parallel.zero=1; where the base does not fit, raise parallel.pp or parallel.ep"),
+    )),
 )
 
 DATA: tuple[ConfigCheck, ...] = (
@@ -513,4 +562,4 @@ EXPORT: tuple[ConfigCheck, ...] = (
 )
 
 # fmt: on
-RULES = (*TOP, *MODEL, *OPTIM, *DATA, *PARALLEL, *PRECISION, *PLAN, *EVALUATE, *SCORE, *EXPORT)
+RULES = (*TOP, *MODEL, *OPTIM, *ADAPTERS, *DATA, *PARALLEL, *PRECISION, *PLAN, *EVALUATE, *SCORE, *EXPORT)

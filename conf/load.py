@@ -28,7 +28,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from conf.check import check
+from conf.adapters import ON_REQUEST
+from conf.check import adapted_targets, check
 from conf.command_line import check_words, explain, refuse_keys_of_other_modes
 from conf.disk import disk_errors
 from conf.errors import EXIT_OK, UserError
@@ -68,6 +69,7 @@ class _Primary(Config):
             {"model": "tiny"},
             {"data": "stdlib"},
             {"optim": "tiny"},
+            {"adapter": "none"},
             {"parallel": "single"},
             {"precision": "bf16"},
             {"cluster": "local"},
@@ -114,6 +116,8 @@ def _choose(config: Config) -> Iterator[str]:
         config.optim.name, why = _choose_optimizer(config)
         if why:
             yield f"optim.name={config.optim.name} is chosen: {why}"
+    if config.adapter.on and config.adapter.targets is None:
+        config.adapter.targets = [target for target in adapted_targets(config.model) if target not in ON_REQUEST]
     if config.micro_batch_size is None:
         config.micro_batch_size = size = choose_micro_batch_size(config)
         count = config.batch_size // (size * config.parallel.dp)
@@ -135,6 +139,8 @@ def _choose(config: Config) -> Iterator[str]:
 def _choose_optimizer(config: Config) -> tuple[OptimizerName, str]:
     """The optimizer of the run if it exists, else of the weights it starts from; and why, where it is not what it always is."""
     own = Path(config.runs, config.name, "config.yaml")
+    if config.adapter.on:
+        return OptimizerName[ADAMW], ""
     if config.init_from is None or own.is_file():
         return OptimizerName[_optimizer_of(own)], ""
     known = None

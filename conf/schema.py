@@ -9,6 +9,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
 
+from conf.adapters import ADAPTER_TARGETS
 from conf.dispatches import DISPATCHES, FLAT_DISPATCH, DispatchFacts
 from conf.fields import LEFT_OUT, FilledKey, expert, number
 from conf.optimizers import ADAMW, OPTIMIZERS, OptimizerFacts
@@ -76,6 +77,8 @@ ExportType = StrEnum("ExportType", ["bf16", "fp32", "fp8"])
 ScoreFunction = StrEnum("ScoreFunction", ["sigmoid", "softmax"])
 ModelFamily = StrEnum("ModelFamily", ["deepseek_v3", "kimi_k25", "glm4_moe_lite", "mistral_large_3"])
 """Whose names the fields and tensors of a folder have (train/hf/families.py)."""
+AdapterKind = StrEnum("AdapterKind", ["none", "lora"])
+AdapterTarget = StrEnum("AdapterTarget", list(ADAPTER_TARGETS))  # pyrefly: ignore[invalid-argument]  words of the table
 ClusterBackend = StrEnum("ClusterBackend", ["local", "ray"])
 DeviceKind = StrEnum("DeviceKind", ["auto", "cpu", "cuda"])
 
@@ -348,6 +351,34 @@ class Optim:
     def facts(self) -> OptimizerFacts:
         """What is known of the optimizer."""
         return OPTIMIZERS[self.name or ADAMW]
+
+
+@dataclass
+class Adapter:
+    """What is trained beside frozen weights, in their place (train/docs/fine_tuning.md)."""
+
+    name: AdapterKind = AdapterKind.none
+    """none: the weights themselves are trained. lora: a low-rank pair beside each weight of the targets, y = W x + alpha / rank B A x, and
+    nothing else."""
+    rank: int = number(16, least=1)
+    """Rows of A and columns of B."""
+    alpha: float = number(32.0, above=0)
+    """What the pairs give is multiplied with alpha / rank."""
+    dropout: float = number(0.0, least=0, below=1, what="a share")
+    """Share of the inputs of the pairs that training sets to 0, and scales the others up for."""
+    targets: FilledKey[list[AdapterTarget]] = LEFT_OUT
+    """Which weights: q_up, kv_up, down (both down projections of attention), out, routed, shared, dense, head; null takes all that the model
+    has but the head."""
+
+    @property
+    def on(self) -> bool:
+        """Whether there is one."""
+        return self.name is not AdapterKind.none
+
+    @property
+    def scale(self) -> float:
+        """Factor on what the pairs give."""
+        return self.alpha / self.rank
 
 
 class RankCounts(Protocol):
@@ -930,6 +961,7 @@ class Config:
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     optim: Optim = field(default_factory=Optim)
+    adapter: Adapter = field(default_factory=Adapter)
     parallel: Parallel = field(default_factory=Parallel)
     precision: Precision = field(default_factory=Precision)
     cluster: Cluster = field(default_factory=Cluster)
