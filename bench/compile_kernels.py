@@ -188,8 +188,10 @@ def of_the_model() -> dict[str, Callable]:
     made = logits, ids, eight, one, one
     return {
         "model: route": lambda: triton_route.route(logits, bias, rule, made, sums, False, True),
-        "model: route, finish": lambda: triton_route.finish(sums, (loads, bias, count), bias, rule, ROWS, 1e-4, True),
-        "model: route_bwd": lambda: triton_route.backward(eight, (*made, bias), logits, rule, 1e-4),
+        "model: route, finish": lambda: triton_route.finish_route(
+            sums, (loads, bias, count), bias, rule, ROWS, 1e-4, True
+        ),
+        "model: route_bwd": lambda: triton_route.route_backward(eight, (*made, bias), logits, rule, 1e-4),
         "model: swiglu": lambda: fused_rows.swiglu(h, None),
         "model: swiglu, gated": lambda: fused_rows.swiglu(h, gates),
         "model: swiglu_bwd": lambda: fused_rows.swiglu_backward(rows, h, None),
@@ -213,7 +215,7 @@ def of_the_dispatch() -> dict[str, Callable]:
             wide[:, :HIDDEN], places, places, wide[:, :HIDDEN]
         ),
         "dispatch: collect, side words": lambda: triton_dispatch.collect(gates, places, places, gates),
-        "dispatch: encode": lambda: triton_dispatch.encode(rows, coded, 1e-4),
+        "dispatch: encode": lambda: triton_dispatch.encode_rows(rows, coded, 1e-4),
     }
 
 

@@ -58,7 +58,7 @@ class StubHost:
             datagram, driver = self._echo.recvfrom(pulse.LONGEST_DATAGRAM)
             number, id = pulse.unseal(self._key, pulse.QUESTION, datagram)
             if not self._nodes[id].silent:
-                self._echo.sendto(pulse.seal(self._key, pulse.ANSWER, number, id), driver)
+                self._echo.sendto(pulse.seal_datagram(self._key, pulse.ANSWER, number, id), driver)
 
     async def call(self, id: str, method: str, *arguments: Any) -> Any:
         node = self._nodes.setdefault(id, StubNode())
@@ -83,7 +83,7 @@ class StubHost:
 
     async def _facts(self, node: StubNode, question: preflight.Question) -> preflight.Facts:
         self._key = question.key
-        return dataclasses.replace(preflight.gather(question), pulse=self._echo.getsockname(), test_port=1)
+        return dataclasses.replace(preflight.gather_facts(question), pulse=self._echo.getsockname(), test_port=1)
 
     async def _network(self, node: StubNode, turns: list[tuple[str, int] | None]) -> list[NodeLink]:
         return [NodeLink(turn[0], 0.1, 10.0) for turn in turns if turn is not None]

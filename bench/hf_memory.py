@@ -32,8 +32,8 @@ from train.hf import export as exporting
 from train.hf.blocks import requantize
 from train.hf.config import config_json, read_model
 from train.hf.folder import index_of, match, open_folder
-from train.hf.plan import WrittenTensor, index_json, plan, write_json
-from train.hf.read import fill
+from train.hf.plan import WrittenTensor, index_json, plan_files, write_json
+from train.hf.read import fill_from_folder
 from train.hf.tensor_names import tensors
 from train.hf.write import PieceWriter
 
@@ -68,7 +68,7 @@ def make(config: Config, folder: Path) -> None:
     """A folder with random weights, made a tensor at a time."""
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
-    files = plan(list(tensors(config.model)), config.export.dtype, config.export.shard_gb * 1e9)
+    files = plan_files(list(tensors(config.model)), config.export.dtype, config.export.shard_gb * 1e9)
     shared = {
         name: torch.randn(config.model.vocab_size, config.model.hidden, generator=generator) * 0.02
         for name in ("master.embedding.weight", "master.head.weight")
@@ -102,7 +102,7 @@ def import_ranks(config: Config, source: Path, ranks: int) -> dict[str, float]:
     base, found = peak(), {}
     for rank in reversed(range(ranks)):  # rank 0 waits for the files of the others
         wanted = shares(config, rank, ranks)
-        read = fill(folder, placed, wanted)
+        read = fill_from_folder(folder, placed, wanted)
         size = sum(shard.local.nbytes for shard in wanted.values())
         found = found or {"share": size, "import_read": read, "import_added": peak() - base}
         savers[rank].save(0, wanted, meta)

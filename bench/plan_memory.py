@@ -143,7 +143,7 @@ def run_rank(rank: int, store: str, overrides: list[str], world: int, results) -
     """Body of one rank's process."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)  # as train.rank does
-    routing.choose = even
+    routing.choose_experts = even
     dist.init_process_group("gloo", init_method=f"file://{store}/store", rank=rank, world_size=world)
     results.put((rank, measure(compose(*overrides), rank)))
     dist.barrier()

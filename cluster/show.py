@@ -6,7 +6,7 @@
 import re
 import sys
 
-from cluster.topology import Node, require, table
+from cluster.topology import Node, placement_table, require
 from conf.errors import EXIT_OK, UserError
 from conf.load import compose, report
 from conf.words import say
@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> int:
         return EXIT_OK
     try:
         parallel = compose(*arguments[1:]).parallel
-        say(table(require(nodes_of(arguments[0]), parallel.pp, parallel.stage_ranks, parallel.ep)))
+        say(placement_table(require(nodes_of(arguments[0]), parallel.pp, parallel.stage_ranks, parallel.ep)))
     except UserError as error:
         return report(error)
     return EXIT_OK

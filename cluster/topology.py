@@ -130,7 +130,7 @@ def place(
     return None
 
 
-def room(nodes: Iterable[Node], ep: int) -> int:
+def count_group_places(nodes: Iterable[Node], ep: int) -> int:
     """How many expert groups of this size the nodes hold."""
     return max(len(seats) for seats in _rooms(sorted(nodes, key=_position), ep))
 
@@ -238,7 +238,7 @@ def _number(nodes: list[Node], seats: _Seats, pp: int, shape: StageShape) -> Pla
     return Placement(pp, shape, tuple(sorted(placed, key=lambda seat: seat.rank)), spares)
 
 
-def table(placement: Placement) -> str:
+def placement_table(placement: Placement) -> str:
     """The placement for people: one line per node with ranks."""
     rows = [("node", "rack", "address", "stages", "expert groups", "ranks")]
     for seats in placement.by_node().values():

@@ -111,7 +111,7 @@ def _cure(error: OSError) -> str | None:
     return None
 
 
-def room(path: Path | str) -> str:
+def describe_room(path: Path | str) -> str:
     """The disk that holds, or would hold, this path, and how much of it is free."""
     place = Path(path).absolute()
     while not place.exists():
@@ -119,10 +119,10 @@ def room(path: Path | str) -> str:
     usage = shutil.disk_usage(place)
     while not os.path.ismount(place):
         place = place.parent
-    return f"the disk at {place} has {size(usage.free)} of {size(usage.total)} free"
+    return f"the disk at {place} has {size_in_words(usage.free)} of {size_in_words(usage.total)} free"
 
 
-def size(count: float) -> str:
+def size_in_words(count: float) -> str:
     """Bytes for people."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
@@ -131,12 +131,12 @@ def size(count: float) -> str:
     return f"{count:.3g} TB"
 
 
-def explain(error: OSError) -> str:
+def explain_disk_error(error: OSError) -> str:
     """What the system says, and, of a full disk, which one it is and how much is missing."""
     if error.errno not in FULL or not isinstance(error.filename, str):
         return str(error)
     needed = getattr(error, "needed", None)
-    return f"{error}; {room(error.filename)}" + (f", {size(needed)} are needed" if needed else "")
+    return f"{error}; {describe_room(error.filename)}" + (f", {size_in_words(needed)} are needed" if needed else "")
 
 
 class Backlog:
@@ -185,7 +185,7 @@ def disk_errors(*configs: Config, kind: type[UserError] = UserError) -> Iterator
         cure = cure_of_writing(error)
         if error.errno in FULL:
             needed = getattr(error, "needed", None)
-            rule += f"; {room(path)}" + (f", {size(needed)} are needed" if needed else "")
+            rule += f"; {describe_room(path)}" + (f", {size_in_words(needed)} are needed" if needed else "")
             cure += f", or set {field} to a folder on a larger disk"
         elif field != "file" and error.errno not in HANDLES:
             cure += f", or set {field} to another folder"

@@ -43,7 +43,7 @@ from conf.removed_keys import drop_removed_keys
 from conf.run_settings import LOOKS_AT_A_RUN, over_run_settings
 from conf.schema import ROOT, Config, Hardware, Mode, OptimizerName
 from conf.words import say, say_note
-from conf.yaml_file import UNREADABLE, escaped, read_yaml, unreadable
+from conf.yaml_file import UNREADABLE, escaped, read_yaml, yaml_error
 
 
 def recipes() -> list[str]:
@@ -270,7 +270,7 @@ def run(job: Callable[[list[Config]], int]) -> int:
         except AssertionError as error:
             return report(explain(error, words))
         except UNREADABLE as error:
-            raise unreadable(error) from error
+            raise yaml_error(error) from error
         for node in nodes:
             refuse_keys_of_other_modes(node.mode, words)
         configs = [to_config(node, _say if node.mode in SPREADS else None) for node in nodes]

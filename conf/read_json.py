@@ -18,14 +18,14 @@ def read_json(path: Path, field: str, cure: str, kind: type = dict, value: objec
     cure: of wrong content; a disk that refuses has its own.
     """
     try:
-        return parse_json(read_text(path), kind)
+        return parse_json(read_plain_text(path), kind)
     except ValueError as error:
         if isinstance(error.__cause__, OSError):
             cure = cure_of_reading(error.__cause__)
         raise UserError(field, value or path, f"{path.name} cannot be read: {error}", cure) from error
 
 
-def read_text(path: Path) -> str:
+def read_plain_text(path: Path) -> str:
     """The text of a plain file. Raises ValueError, in words for a user."""
     try:
         if not path.is_file():

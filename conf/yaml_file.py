@@ -33,7 +33,7 @@ def read_yaml(path: Path, trust: bool = False) -> DictConfig:
         plain = OmegaConf.to_container(found)
         calls = [] if trust else list(_calls(plain))
     except UNREADABLE as error:
-        raise unreadable(error, path) from error
+        raise yaml_error(error, path) from error
     if not (isinstance(found, DictConfig) and isinstance(plain, dict)):
         raise UserError(path.name, path, "must be a mapping of settings (key: value)", CURE)
     for key, text in calls:
@@ -72,7 +72,7 @@ def escaped(value: Any) -> Any:
     return value
 
 
-def unreadable(error: Exception, path: Path | None = None) -> UserError:
+def yaml_error(error: Exception, path: Path | None = None) -> UserError:
     """An error of UNREADABLE for the user. path: the file, where it is known; errors of YAML know theirs."""
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
     place = mark.name if mark else getattr(error, "name", None) or getattr(error, "filename", None) or path

@@ -66,6 +66,48 @@ def test_a_constant_of_the_product_has_one_meaning():
     assert set(found) == set(SHARED), {name: files for name, files in found.items() if name not in SHARED}
 
 
+SEVERAL = {
+    **dict.fromkeys(
+        ("complete", "compose", "load", "run"), "train/api.py gives them to others under the name that we use"
+    ),
+    **dict.fromkeys(("main", "run_rank"), "where a process begins"),
+    **dict.fromkeys(
+        [
+            "collect",
+            "count_hits",
+            "dequantize",
+            "grouped",
+            "grouped_weight_gradient",
+            "head",
+            "heads",
+            "heads_backward",
+            "linear",
+            "product",
+            "rms_norm",
+            "rotate",
+            "swiglu",
+            "swiglu_backward",
+            "weight_gradient",
+            "wgrad",
+        ],
+        "one operation: computed in several ways, counted by a plan, or written down again by the reference of a proof",
+    ),
+}
+"""Names of several public functions, and why they are one."""
+
+
+def test_a_public_function_has_a_name_of_its_own():
+    """Unless the others mean the same, so that a search for a name finds one thing."""
+    found = twice(
+        (node.name, str(file.relative_to(ROOT)))
+        for folder in PRODUCT
+        for file in sorted((ROOT / folder).rglob("*.py"))
+        for node in ast.parse(file.read_text()).body
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
+    )
+    assert {name: files for name, files in found.items() if name not in SEVERAL} == {}
+
+
 def test_a_file_of_the_product_has_a_name_of_its_own():
     """Apart from what Python names, and the `run.py` of each mode."""
     places = defaultdict(list)

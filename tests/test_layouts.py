@@ -15,7 +15,7 @@ from parallel.shard import Shard
 from tests.layouts import run_layout
 from tests.small import arguments, metrics
 from train.checkpoint.manifest import read_manifest
-from train.checkpoint.read_shards import load
+from train.checkpoint.read_shards import load_shards
 
 STEPS = 5
 BASE = ["model.layers=8", "micro_batch_size=1", "checkpoint.every=0", f"steps={STEPS}", "optim.ema_decay=0.9"]
@@ -140,7 +140,7 @@ def everything(tmp_path, name: str, step: int) -> dict[str, torch.Tensor]:
         for key, entry in read_manifest(folder).tensors.items()
     }
     shapes = {key: entry.shape for key, entry in read_manifest(folder).tensors.items()}
-    load(folder, {key: Shard(tensor, 0, shapes[key]) for key, tensor in tensors.items()})
+    load_shards(folder, {key: Shard(tensor, 0, shapes[key]) for key, tensor in tensors.items()})
     return tensors
 
 

@@ -15,7 +15,7 @@ from parallel.shard import whole
 from tests.layouts import run_layout
 from tests.small import MODEL, metrics, train
 from train.checkpoint.manifest import read_manifest
-from train.checkpoint.read_shards import load
+from train.checkpoint.read_shards import load_shards
 
 STEPS = 4
 BASE = [
@@ -94,7 +94,7 @@ def masters(checkpoint: Path, name: str) -> torch.Tensor:
     """Those of a weight in a checkpoint."""
     shape = tuple(read_manifest(checkpoint).tensors[f"master.{name}"].shape)
     found = torch.empty(shape)
-    load(checkpoint, {f"master.{name}": whole(found)})
+    load_shards(checkpoint, {f"master.{name}": whole(found)})
     return found
 
 

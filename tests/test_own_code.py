@@ -13,7 +13,7 @@ import torch
 
 from cluster.cause import Failure
 from cluster.clocks import SteadyClock
-from cluster.node.preflight import Preflight, Question, gather
+from cluster.node.preflight import Preflight, Question, gather_facts
 from cluster.topology import Node
 from conf.errors import EXIT_USER, UserError
 from conf.load import compose
@@ -399,7 +399,7 @@ def test_a_node_without_the_code_says_so(tmp_path):
         str(place): Question(str(other), "word", "n", 1, False, targets=("only_here.Data",), typed_in=str(place))
         for place in (tmp_path, other)
     }
-    assert {place: gather(question).lacking for place, question in asked.items()} == {
+    assert {place: gather_facts(question).lacking for place, question in asked.items()} == {
         str(tmp_path): (),
         str(other): ("only_here.Data",),
     }
@@ -408,7 +408,7 @@ def test_a_node_without_the_code_says_so(tmp_path):
     node = Node("n", "n", "127.0.0.1", 1)
     question = preflight.question(node)
     assert question.targets == ("only_here.Data",)
-    facts = gather(replace(question, typed_in=str(other)))
+    facts = gather_facts(replace(question, typed_in=str(other)))
     assert facts.lacking == ("only_here.Data",)
     assert "there is no only_here.Data in" in (preflight.problem(node, facts) or "")
     preflight.close()
@@ -441,11 +441,11 @@ def test_a_plan_counts_the_weights_of_a_block_and_names_what_it_does_not_know(fo
 
 
 def test_texts_are_not_written_through_blocks_of_one_s_own(reference):
-    from train.generate.source import open_source
+    from train.generate.source import open_weights
 
     config = own(reference, "name=one", "mode=generate")
     with pytest.raises(UserError, match="token by token"):
-        open_source(config, torch.device("cpu"), None)
+        open_weights(config, torch.device("cpu"), None)
 
 
 def test_an_export_of_it_is_refused(reference):

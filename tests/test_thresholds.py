@@ -10,8 +10,8 @@ from pathlib import Path
 from conf.load import compose
 from conf.schema import ROOT
 from conf.thresholds import LOWERED, THRESHOLDS, Thresholds, lowered
-from train.model.count import count
-from train.prove.layouts import in_tiles
+from train.model.count import count_parameters
+from train.prove.layouts import with_two_tiles
 from train.prove.miniature import shrink
 
 STEP = ("train/model", "train/kernels", "train/optim", "train/loop", "train/checkpoint", "parallel")
@@ -166,9 +166,9 @@ def sizes_in_cpp() -> dict[str, int]:
 
 
 def test_a_proof_or_a_test_goes_beyond_every_size_in_cpp():
-    small = in_tiles(shrink(compose("mode=prove", "conf=deepseek_v3")).cfg)
+    small = with_two_tiles(shrink(compose("mode=prove", "conf=deepseek_v3")).cfg)
     beyond = {
-        "adamw.cpp: PIECE": count(small.model).total // small.parallel.world,
+        "adamw.cpp: PIECE": count_parameters(small.model).total // small.parallel.world,
         "attention.cpp: QUERIES": small.seq_len - small.model.mtp_depth,
         "products.cpp: DEPTH": 2 * small.model.hidden,
         "rows.cpp: PART": small.seq_len - small.model.mtp_depth,

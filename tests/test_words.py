@@ -28,7 +28,7 @@ from parallel.shard import whole
 from tests.checkpoint.test_damage import rewrite
 from tests.checkpoint.world import checkpointers, save
 from train.checkpoint.manifest import Meta, newest_intact, read_manifest
-from train.checkpoint.read_shards import load
+from train.checkpoint.read_shards import load_shards
 from train.checkpoint.run_folder import RunFolder
 from train.checkpoint.trained_with import require_model
 from train.data.prepare_progress import _Bar, _Lines
@@ -168,7 +168,7 @@ def manifest_field(tmp_path):
 def manifest_dtype(tmp_path):
     folder = a_checkpoint(tmp_path)
     rewrite(folder / "manifest.json", lambda body: body["tensors"]["w"].__setitem__(0, EVIL))
-    load(folder, {"w": whole(torch.zeros(3))})
+    load_shards(folder, {"w": whole(torch.zeros(3))})
 
 
 def lock_file(tmp_path):

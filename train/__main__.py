@@ -195,9 +195,9 @@ def _export(config: Config, alone: bool) -> int:
 
 
 def _average(config: Config, alone: bool) -> int:
-    from train.checkpoint.average import average
+    from train.checkpoint.average import write_average
 
-    return average(config)
+    return write_average(config)
 
 
 def _evaluate(config: Config, alone: bool) -> int:

@@ -156,11 +156,11 @@ def load(path: Path | str, *overrides: str) -> "LoadedModel":
     Raises UserError for what is not there, is damaged or does not fit in memory.
     """
     from cluster.launch import Place
-    from train.generate.source import open_source
+    from train.generate.source import open_weights
     from train.rank import choose_device
 
     config = compose("mode=generate", f"generate.checkpoint={_quoted(escaped(str(path)))}", *overrides)
-    return open_source(config, choose_device(config, Place()), config.generate.checkpoint)
+    return open_weights(config, choose_device(config, Place()), config.generate.checkpoint)
 
 
 def complete(model: "LoadedModel", prompt: str, *, tokens: int = 200, **how: Any) -> str:

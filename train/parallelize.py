@@ -16,7 +16,7 @@ from parallel.expert.build import RemoteDispatcher, build_dispatcher
 from parallel.mesh import Mesh
 from parallel.pipeline.host_store import HostStore
 from parallel.pipeline.schedule import Pipeline
-from parallel.pipeline.split import split_as_given, split_evenly, split_layers
+from parallel.pipeline.split import split_as_given, split_layers, split_layers_evenly
 from parallel.zero.engine import Zero
 from train.kernels.choice import build_kernels
 from train.kernels.fp8.fp8 import Fp8Precision
@@ -163,13 +163,13 @@ def build_pipeline(
     )
 
 
-def split(config: Config) -> list[range]:
+def stage_layers(config: Config) -> list[range]:
     """Layers of every stage, as parallel.split says: by cost they are balanced by the operations of a training step."""
     model, seq_len, parallel = config.model, config.seq_len, config.parallel
     if isinstance(parallel.split, list):
         return split_as_given(parallel.split)
     if parallel.split == "even":
-        return split_evenly(model.layers, sum(map(len, parallel.placement)))
+        return split_layers_evenly(model.layers, sum(map(len, parallel.placement)))
     dense, moe = (layer_flops(model, seq_len, dense=kind) for kind in (True, False))
     costs = [dense] * model.dense_layers + [moe] * (model.layers - model.dense_layers)
     mtp = moe + 12 * model.hidden**2 + head_flops(model)
@@ -196,11 +196,11 @@ def build_chunks(
 ) -> tuple[list[DeepSeekV3], list[int], int]:
     """This rank's chunks with the weights of config.seed, their stage numbers, and the number of stages.
 
-    layers: of every stage; None for `split`. restored: as in `parallelize`. host: takes what model.offload names.
+    layers: of every stage; None for `stage_layers`. restored: as in `parallelize`. host: takes what model.offload names.
     """
     placement = config.parallel.placement
     stage_ids, num_stages = placement[mesh.pp_rank], sum(len(ids) for ids in placement)
-    layers = layers or split(config)
+    layers = layers or stage_layers(config)
     held = config.model.experts // mesh.layout.ep
     dtype = activation_dtype(config.precision)
     chunks: list[DeepSeekV3] = []

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from cluster.cause import Failure, begin_work, end_work
 from cluster.launch import Place, given_meeting
 from cluster.stacks import answer_requests
-from conf.disk import explain
+from conf.disk import explain_disk_error
 from conf.errors import EXIT_CRASH, EXIT_STOPPED, EXIT_USER, RunEnded, UserError, causes
 from conf.own_code import named_by
 from conf.schema import ROOT, Config
@@ -66,7 +66,10 @@ def _marked(place: Place, failures: Path | None) -> Iterator[None]:
     try:
         begin_work(failures, place.rank)
     except OSError as error:
-        say(f"the mark of a rank at work could not be written ({explain(error)}); the run goes on", file=sys.stderr)
+        say(
+            f"the mark of a rank at work could not be written ({explain_disk_error(error)}); the run goes on",
+            file=sys.stderr,
+        )
     yield
     with suppress(OSError):  # the disk has become read-only, which stops the run anyway
         end_work(failures, place.rank)

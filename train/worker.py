@@ -29,7 +29,7 @@ from train.kernels.cpu.processor import cpu_name
 from train.kernels.device import idle_gpu
 from train.kernels.precision import activation_dtype
 from train.loop.device_errors import raise_explained
-from train.loop.finish import finish
+from train.loop.finish import finish_run
 from train.loop.resume import find_start, restore
 from train.loop.state import RunState
 from train.loop.stop import StopRequest
@@ -146,7 +146,7 @@ def _run(config: Config, place: Place, stop: StopRequest) -> int:
                 writer.show(sample_table(state.step, text))
     if writer is not None and not trainer.goes_on:
         with disk_errors(config, kind=DiskFailed):
-            finish(config, code, seconds, writer.wandb_run, text)
+            finish_run(config, code, seconds, writer.wandb_run, text)
     return code
 
 

@@ -317,7 +317,7 @@ def dispatched(machine: Machine) -> Finding:
     for x in wide(machine):
         wire, rows = Fp8Wire(), x[:8].to(machine.device)
         coded = torch.empty(8, wire.row_bytes(x.shape[1], x.dtype), dtype=torch.uint8, device=machine.device)
-        triton_dispatch.encode(rows, coded, wire.activation_floor)
+        triton_dispatch.encode_rows(rows, coded, wire.activation_floor)
         pairs.append((f"wire of {x.dtype}", coded, wire.encode(x[:8])))
         sources = torch.arange(copies) % len(x)
         out = torch.empty(tokens, x.shape[1], dtype=x.dtype, device=machine.device)

@@ -30,7 +30,7 @@ from cluster.node.preflight import Preflight
 from cluster.run_files import NONE, Age
 from cluster.spawn import spawn
 from cluster.topology import Node, Placement, StageShape
-from conf.disk import explain, naming
+from conf.disk import explain_disk_error, naming
 from conf.errors import EXIT_OK, EXIT_STOPPED, EXIT_USER
 from conf.load import write_config
 from conf.own_code import targets_of
@@ -465,7 +465,9 @@ class Driver:
             copies = self._tell_of_copies(number, placement)
         except OSError as error:  # the disk of the run folder is full, say
             self._tell(
-                m.StartFailed(number, reply.node, f"the driver cannot tell the ranks what to do: {explain(error)}")
+                m.StartFailed(
+                    number, reply.node, f"the driver cannot tell the ranks what to do: {explain_disk_error(error)}"
+                )
             )
             return
         shared = copies | {

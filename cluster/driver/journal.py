@@ -22,7 +22,7 @@ from typing import Any
 
 from cluster.clocks import SteadyClock
 from cluster.run_files import log_path
-from conf.disk import Backlog, explain, naming
+from conf.disk import Backlog, explain_disk_error, naming
 from conf.words import say
 
 EVENTS_FILE = "events.jsonl"
@@ -98,7 +98,9 @@ class Journal:
         except OSError as error:
             if not self._refused:
                 self._refused = True
-                self._note(f"events or output of ranks could not be written ({explain(error)}); the run goes on")
+                self._note(
+                    f"events or output of ranks could not be written ({explain_disk_error(error)}); the run goes on"
+                )
 
 
 def read_events(folder: Path) -> list[dict[str, Any]]:

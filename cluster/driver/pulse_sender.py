@@ -8,7 +8,7 @@ import secrets
 import socket
 from collections.abc import Callable, Iterator
 
-from cluster.node.pulse_echo import ANSWER, LONGEST_DATAGRAM, QUESTION, seal, unseal
+from cluster.node.pulse_echo import ANSWER, LONGEST_DATAGRAM, QUESTION, seal_datagram, unseal
 
 QUESTION_TRIES = 5
 """Questions to a node within a heartbeat, at least."""
@@ -79,7 +79,7 @@ class Pulse:
                 self._asked[node] = self.number
                 way, place = self._places[node]
                 try:
-                    way.sendto(seal(self.key, QUESTION, self.number, node), place)
+                    way.sendto(seal_datagram(self.key, QUESTION, self.number, node), place)
                 except OSError:  # the link is down, or the queue full; the next one may come through
                     continue
 

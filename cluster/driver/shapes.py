@@ -23,7 +23,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from cluster.topology import Node, StageShape, room
+from cluster.topology import Node, StageShape, count_group_places
 from conf.check import check
 from conf.errors import UserError
 from conf.micro_batches import batch_sizes, micro_batch_counts, most_micro_batches
@@ -150,7 +150,7 @@ class Shapes:
     def why_idle(self, shape: StageShape, nodes: Sequence[Node]) -> str:
         """Why these nodes do not do more than this layout, and what would make them."""
         faster = [other for other in (self.own, *self.smaller) if other.micro_batches < shape.micro_batches]
-        rooms = {ep: room(nodes, ep) // self.pp * ep for ep in {other.ep for other in faster}}
+        rooms = {ep: count_group_places(nodes, ep) // self.pp * ep for ep in {other.ep for other in faster}}
         refused = [other for other in faster if rooms[other.ep] >= other.dp]
         if refused:
             best = refused[0]
@@ -167,6 +167,6 @@ class Shapes:
         every = (self.own, *self.smaller)
         least = min((s for s in every if self.allows(s, nodes)), key=lambda shape: shape.dp)
         text = f"add nodes: the smallest layout that may run, {self.name(least)}, takes {self.pp * least.dp} devices"
-        rooms = {ep: room(nodes, ep) // self.pp * ep for ep in {shape.ep for shape in every}}
+        rooms = {ep: count_group_places(nodes, ep) // self.pp * ep for ep in {shape.ep for shape in every}}
         refused = next((shape for shape in every if rooms[shape.ep] >= shape.dp), None)
         return text if refused is None else f"{text}; {self.name(refused)} has room, but {self.why_not(refused, nodes)}"

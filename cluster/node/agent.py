@@ -37,7 +37,7 @@ from cluster.clocks import SteadyClock
 from cluster.node.copy_store import OpenedCopy, Store, held, sweep, why_not_opened
 from cluster.node.network_probe import NetworkProbe, NodeLink
 from cluster.node.ports import free_port
-from cluster.node.preflight import Facts, Question, gather
+from cluster.node.preflight import Facts, Question, gather_facts
 from cluster.node.pulse_echo import Echo
 from cluster.private_folder import PrivateFolder, remove_dead
 from cluster.run_files import failure_path, log_path, stop_path
@@ -141,7 +141,9 @@ class Agent:
         if question.key and self._echo is None:
             with contextlib.suppress(OSError):  # the driver asks it more often instead
                 self._echo = Echo(question.node, question.address, question.key, self._renew)
-        return dataclasses.replace(gather(question), pulse=self._echo.place if self._echo else None, test_port=port)
+        return dataclasses.replace(
+            gather_facts(question), pulse=self._echo.place if self._echo else None, test_port=port
+        )
 
     def _renew(self) -> None:
         self._asked = time.monotonic()

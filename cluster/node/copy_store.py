@@ -91,7 +91,7 @@ def prune(folder: Path, keep: Collection[str], attempt: int) -> None:
             shutil.rmtree(inner, ignore_errors=True)  # another writer of this node removes it as well
 
 
-def size(folder: Path) -> int:
+def folder_bytes(folder: Path) -> int:
     """Bytes of all files in the folder."""
     total = 0
     for path in folder.rglob("*"):

@@ -88,7 +88,7 @@ class Facts:
     """Where it listens for the network test; 0 where it does not."""
 
 
-def gather(question: Question) -> Facts:
+def gather_facts(question: Question) -> Facts:
     """The facts of this node."""
     storage, recipe = _try_storage(question)
     gpus = _gpu_bytes() if question.on_gpus else []
@@ -161,7 +161,7 @@ class Preflight:
         self._sent: dict[str, float] = {}
         (folder / PROBES).mkdir(exist_ok=True)
         (folder / PROBES / "driver").write_text(self._word)
-        self._mine = gather(Question(str(folder), self._word, "self", 1, False))
+        self._mine = gather_facts(Question(str(folder), self._word, "self", 1, False))
 
     def question(self, node: Node, tests_network: bool = False) -> Question:
         self._sent[node.id] = self._clock.now()

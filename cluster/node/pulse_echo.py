@@ -22,7 +22,7 @@ END_LOOK_SECONDS = 0.5
 """Seconds between looks whether to end."""
 
 
-def seal(key: bytes, kind: bytes, number: int, node: str) -> bytes:
+def seal_datagram(key: bytes, kind: bytes, number: int, node: str) -> bytes:
     """A datagram: a question to the node of this id, or the answer to it."""
     word = NUMBER.pack(kind, number) + node.encode()
     return hmac.digest(key, word, "sha256")[:SEAL] + word
@@ -66,7 +66,7 @@ class Echo:
                     if asked is not None and asked[1] == self._node and asked[0] > newest:
                         newest = asked[0]
                         self._heard()
-                        self._socket.sendto(seal(self._key, ANSWER, newest, self._node), driver)
+                        self._socket.sendto(seal_datagram(self._key, ANSWER, newest, self._node), driver)
 
     def close(self) -> None:
         self._closed.set()

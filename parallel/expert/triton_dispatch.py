@@ -22,7 +22,7 @@ COUNT_BLOCKS = 32
 COLLECT_COLUMNS = 1024
 """Columns of a program of `collect`: eight values a thread."""
 ENCODE_ROWS, ENCODE_TILES = 8, 4
-"""Rows and tiles of a program of `encode`: the exponents of four tiles are one word."""
+"""Rows and tiles of a program of `encode_rows`: the exponents of four tiles are one word."""
 
 
 @triton.jit
@@ -165,7 +165,7 @@ def collect(rows_CX: Tensor, copy_C: Tensor, start_S: Tensor, out_SX: Tensor) ->
         )
 
 
-def encode(x_RD: Tensor, bytes_RB: Tensor, floor: float) -> None:
+def encode_rows(x_RD: Tensor, bytes_RB: Tensor, floor: float) -> None:
     """Rows, whole tiles wide, to the bytes of the FP8 wire."""
     (rows, width), row = x_RD.shape, bytes_RB.shape[1]
     tiles, words = width // 128, bytes_RB.view(torch.int32)

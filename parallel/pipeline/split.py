@@ -77,7 +77,7 @@ def check_split(lengths: Sequence[int], name: str, pp: int, layers: int, virtual
         )
 
 
-def split_evenly(layers: int, stages: int) -> list[range]:
+def split_layers_evenly(layers: int, stages: int) -> list[range]:
     """Contiguous layers of every stage, as many for each as can be; with too few, the first and the last do without."""
     bounds = [layers * stage // stages for stage in range(stages + 1)]
     if stages > 2 and layers < stages:
@@ -118,7 +118,7 @@ def split_layers(
             and bounds[-2] <= layers
         )
 
-    best = [0, *(one.stop for one in split_evenly(layers, stages))]
+    best = [0, *(one.stop for one in split_layers_evenly(layers, stages))]
     while True:
         moved = (_move(best, source, target) for source, target in permutations(range(stages), 2))
         found = min((bounds for bounds in moved if allowed(bounds)), key=badness, default=best)

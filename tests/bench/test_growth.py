@@ -7,7 +7,7 @@ import pytest
 from bench import growth, startup
 from bench.growth_cell import Arithmetic, Cell, Sample, count
 from tests.small import arguments
-from train.model.count import count as parameters
+from train.model.count import count_parameters as parameters
 from train.model.count import flops_per_token
 
 

@@ -14,9 +14,9 @@ from parallel.shard import Shard
 from tests.small import metrics, train
 from train.api import compose
 from train.checkpoint import average as averaging
-from train.checkpoint.average import average
+from train.checkpoint.average import write_average
 from train.checkpoint.manifest import read_manifest, verify
-from train.checkpoint.read_shards import load
+from train.checkpoint.read_shards import load_shards
 
 KEPT = "checkpoints/step_0000000{}"
 
@@ -41,7 +41,7 @@ def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     for name, entry in read_manifest(checkpoint).tensors.items():
         if name.startswith(averaging.AVERAGED_KINDS):
             found[name] = Shard(torch.empty(math.prod(entry.shape)), 0, entry.shape)
-    load(checkpoint, found)
+    load_shards(checkpoint, found)
     return {name: shard.local for name, shard in found.items()}
 
 
@@ -49,7 +49,7 @@ def made(folder: Path, *words: str) -> Path:
     """The checkpoint that mode=average wrote."""
     target = folder / "runs" / "mean"
     shutil.rmtree(target, ignore_errors=True)
-    average(compose("mode=average", f"runs={folder / 'runs'}", f"average.to={target}", *words))
+    write_average(compose("mode=average", f"runs={folder / 'runs'}", f"average.to={target}", *words))
     return next(target.glob("checkpoints/step_*"))
 
 
@@ -117,4 +117,6 @@ def test_what_does_not_fit_together_is_refused_with_nothing_left_behind(folder):
         assert said in str(error.value)
         assert not list((folder / "runs").glob("*mean*"))
     with pytest.raises(UserError, match="must be empty"):
-        average(compose("mode=average", "name=alone", f"runs={folder}/runs", "average.last=2", f"average.to={alone}"))
+        write_average(
+            compose("mode=average", "name=alone", f"runs={folder}/runs", "average.last=2", f"average.to={alone}")
+        )

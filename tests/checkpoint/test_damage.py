@@ -15,7 +15,7 @@ from parallel.shard import whole
 from tests.checkpoint.world import blank, checkpointers, same_bits, save
 from train.checkpoint import manifest
 from train.checkpoint.manifest import CheckpointDamaged, newest_intact, read_manifest, seal, verify
-from train.checkpoint.read_shards import load
+from train.checkpoint.read_shards import load_shards
 
 torch.set_num_threads(1)
 
@@ -52,7 +52,7 @@ def test_a_missing_or_short_file_costs_one_checkpoint(tmp_path, name, damage):
     assert f"step_00000020/{name}" in warning
     assert any(word in warning for word in ("missing", "bytes, but", "not valid JSON"))
     with pytest.raises(CheckpointDamaged, match=name):
-        load(tmp_path / "step_00000020", {f"w{rank}": whole(torch.zeros(300)) for rank in range(2)})
+        load_shards(tmp_path / "step_00000020", {f"w{rank}": whole(torch.zeros(300)) for rank in range(2)})
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -69,7 +69,7 @@ def test_every_flipped_bit_is_found(tmp_path, name):
     (path / name).write_bytes(original)
     assert verify(path, full=True) == []
     wanted = blank(shards[0])
-    load(path, wanted)
+    load_shards(path, wanted)
     assert same_bits(wanted, shards[0])
 
 
@@ -79,9 +79,9 @@ def test_a_flipped_bit_stops_only_who_reads_it(tmp_path):
     flip(tmp_path / "step_00000020" / "rank_00001.safetensors", 600)
     found = newest_intact(tmp_path)
     assert found.path == tmp_path / "step_00000020" and found.warnings == []
-    load(found.path, {"w0": whole(torch.zeros(300))})
+    load_shards(found.path, {"w0": whole(torch.zeros(300))})
     with pytest.raises(CheckpointDamaged, match=r"(?s)rank_00001\.safetensors.*the checksum of block 0 does not match"):
-        load(found.path, {"w1": whole(torch.zeros(300))})
+        load_shards(found.path, {"w1": whole(torch.zeros(300))})
     assert newest_intact(tmp_path, skip={found.path}).path == tmp_path / "step_00000010"
     found = newest_intact(tmp_path, full=True)
     assert found.path == tmp_path / "step_00000010" and "rank_00001.safetensors" in found.warnings[0]
@@ -154,7 +154,7 @@ def test_a_forged_interval_is_damage(tmp_path, interval):
     folder = tmp_path / "step_00000020"
     rewrite(folder / "manifest.json", lambda body: body["tensors"]["w0"][2].append(interval))
     with pytest.raises(CheckpointDamaged, match=r"manifest\.json\n.*w0"):
-        load(folder, {"w0": whole(torch.zeros(300))})
+        load_shards(folder, {"w0": whole(torch.zeros(300))})
     assert newest_intact(tmp_path).path == tmp_path / "step_00000010"
 
 
@@ -209,4 +209,4 @@ def test_a_sealed_index_that_describes_no_data_file_is_damaged(tmp_path):
         checksum = [len(text), zlib.crc32(text)]
         rewrite(folder / "manifest.json", lambda body, it=checksum: body["files"].update({"rank_00000.json": it}))
         with pytest.raises(CheckpointDamaged, match=r"rank_00000\.json"):
-            load(folder, {"w0": whole(torch.zeros(300))})
+            load_shards(folder, {"w0": whole(torch.zeros(300))})

@@ -15,7 +15,7 @@ from tests.checkpoint.world import checkpointers, save
 from tests.ranks import CONTEXT
 from train.checkpoint.commit import next_attempt
 from train.checkpoint.manifest import newest_intact
-from train.checkpoint.read_shards import load
+from train.checkpoint.read_shards import load_shards
 
 SIZE = 20_000
 
@@ -32,7 +32,7 @@ def resume(root: Path) -> int:
     if found.path is None:
         return 0
     wanted = {"w": Shard(torch.zeros(2 * SIZE), 0, (2 * SIZE,))}
-    step = load(found.path, wanted)["step"]
+    step = load_shards(found.path, wanted)["step"]
     assert (wanted["w"].local == step).all() and found.path.name == f"step_{step:08d}"
     return step
 

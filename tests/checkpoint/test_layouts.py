@@ -17,7 +17,7 @@ from conf.thresholds import THRESHOLDS
 from parallel.shard import Shard, whole
 from tests.checkpoint.world import blank, checkpointers, random_tensors, same_bits, save, spread
 from train.checkpoint.manifest import seal, verify
-from train.checkpoint.read_shards import load
+from train.checkpoint.read_shards import load_shards
 
 torch.set_num_threads(1)
 
@@ -43,7 +43,7 @@ def test_any_layout_reads_any_other(seed, writers, readers, small):
         assert verify(results[0].path, full=True) == []
         for expected in spread(rng, tensors, readers):
             wanted = blank(expected)
-            meta = load(results[0].path, wanted)
+            meta = load_shards(results[0].path, wanted)
             assert same_bits(wanted, expected)
             assert meta == {"samples": 112, "step": 7, "attempt": 0, "world_size": writers}
 
@@ -65,7 +65,7 @@ def test_replicas_on_several_ranks_are_read_once(tmp_path):
     shards = [{"bias": whole(bias)}, {"bias": Shard(bias.view(-1)[4:], 4, (3, 4))}, {"bias": whole(bias)}]
     path = save(checkpointers(tmp_path, 3), 1, shards)[0].path
     wanted = {"bias": Shard(torch.zeros(9), 2, (3, 4))}
-    load(path, wanted)
+    load_shards(path, wanted)
     assert torch.equal(wanted["bias"].local, bias.view(-1)[2:11])
 
 
@@ -76,7 +76,7 @@ def test_a_part_costs_only_its_blocks(tmp_path, monkeypatch):
     read, real = [], os.preadv
     monkeypatch.setattr(os, "preadv", lambda *a: read.append(real(*a)) or read[-1])
     wanted = {"big": Shard(torch.zeros(20, dtype=torch.float64), 50_001, (100_000,))}
-    load(path, wanted)
+    load_shards(path, wanted)
     assert torch.equal(wanted["big"].local, big[50_001:50_021])
     assert sum(read) == 3 * 64  # elements 1 to 20 after a border, 8 to a block
 
@@ -96,7 +96,7 @@ def test_wider_types_take_every_value(tmp_path):
     moments = torch.randn(50).bfloat16()
     path = save(checkpointers(tmp_path, 1), 1, [{"exp_avg.w": whole(moments)}])[0].path
     wanted = {"exp_avg.w": whole(torch.zeros(50))}
-    load(path, wanted)
+    load_shards(path, wanted)
     assert torch.equal(wanted["exp_avg.w"].local, moments.float())
 
 
@@ -118,7 +118,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path, name,
     path = save(checkpointers(tmp_path, 1), 1, [{"a": whole(torch.ones(4)), "w": whole(torch.ones(2, 3))}])[0].path
     wanted = {"a": whole(torch.zeros(4)), name: shard}
     with pytest.raises(UserError) as caught:
-        load(path, wanted)
+        load_shards(path, wanted)
     assert caught.value.field == field and rule in caught.value.rule and caught.value.cure
     assert not any(shard.local.any() for shard in wanted.values())
 
@@ -134,12 +134,12 @@ def test_a_hole_is_named_at_the_save(tmp_path):
 def test_folders_that_are_not_ours(tmp_path):
     wanted = {"w": whole(torch.zeros(2))}
     with pytest.raises(UserError, match="does not exist"):
-        load(tmp_path / "nowhere", wanted)
+        load_shards(tmp_path / "nowhere", wanted)
     with pytest.raises(UserError, match=r"holds no manifest\.json"):
-        load(tmp_path, wanted)
+        load_shards(tmp_path, wanted)
     (tmp_path / "manifest.json").write_text('{"name": "some web app"}')
     with pytest.raises(UserError, match="does not say format"):
-        load(tmp_path, wanted)
+        load_shards(tmp_path, wanted)
     (tmp_path / "manifest.json").write_text(seal({"format": "sluice checkpoint", "version": 99}))
     with pytest.raises(UserError, match="format version 99, newer than 1"):
-        load(tmp_path, wanted)
+        load_shards(tmp_path, wanted)

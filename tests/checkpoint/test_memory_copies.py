@@ -14,7 +14,7 @@ from parallel.shard import Shard, whole
 from tests.checkpoint.world import blank, random_tensors, same_bits, spread
 from tests.ranks import run_ranks
 from train.checkpoint.memory_copies import MemoryCopies
-from train.checkpoint.read_shards import fill
+from train.checkpoint.read_shards import fill_shards
 
 
 def shelves_of(folder: Path, stores: list[Store], resume: str | None = None, full_size: bool = True) -> Shelves:
@@ -58,7 +58,7 @@ def test_two_ranks_read_what_three_kept_after_one_node_is_lost(tmp_path):
     for rank, shards in enumerate(spread(random.Random(7), tensors, 2)):
         copies = MemoryCopies(shelves, "secret", rank=rank, world_size=2, attempt=2, timeout=10)
         wanted = blank(shards)
-        meta = fill(copies.manifest(), copies.files(), wanted)
+        meta = fill_shards(copies.manifest(), copies.files(), wanted)
         assert same_bits(wanted, shards) and meta["step"] == 15 and meta["world_size"] == 3
     for store in stores:
         store.close(remove=True)

@@ -18,7 +18,7 @@ from tests.checkpoint.world import blank, checkpointers, same_bits, save
 from train.checkpoint.checkpointer import Checkpointer, SaveFailed
 from train.checkpoint.commit import AttemptFenced, Committer, Save, next_attempt
 from train.checkpoint.manifest import newest_intact, read_manifest, verify
-from train.checkpoint.read_shards import load
+from train.checkpoint.read_shards import load_shards
 from train.checkpoint.staging import StagingBuffers
 
 torch.set_num_threads(1)
@@ -68,7 +68,7 @@ def test_a_save_is_a_snapshot(tmp_path, monkeypatch):
     gate.set()
     (result,) = checkpointer.finish()
     wanted = blank(live)
-    assert load(result.path, wanted)["samples"] == [1] and same_bits(wanted, before)
+    assert load_shards(result.path, wanted)["samples"] == [1] and same_bits(wanted, before)
 
 
 def test_the_next_save_waits_for_the_one_before(tmp_path, monkeypatch):
@@ -134,7 +134,7 @@ def test_a_rank_that_is_stuck_costs_one_checkpoint_and_is_named(tmp_path, monkey
     assert first[0].ranks == second[0].ranks == (1,) and "no files from ranks 1 within" in first[0].warning
     assert steps(tmp_path) == [2, 3] and leftovers(tmp_path) == []
     wanted = blank(state(1, 2))
-    load(tmp_path / "step_00000002", wanted)
+    load_shards(tmp_path / "step_00000002", wanted)
     assert same_bits(wanted, state(1, 2))
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.show import main as show
-from cluster.topology import Node, Placement, StageShape, place, require, table
+from cluster.topology import Node, Placement, StageShape, place, placement_table, require
 from conf.errors import EXIT_OK, EXIT_USER, UserError
 
 
@@ -40,7 +40,7 @@ def test_deepseek_v3_on_2048_devices_in_under_a_second():
     nodes = cluster(258)
     started = time.perf_counter()
     placement = largest(nodes, pp=16, dp=128, ep=64)
-    table(placement)
+    placement_table(placement)
     assert time.perf_counter() - started < 1
     assert placement.world == 2048
     assert [seat.rank for seat in placement.seats] == list(range(2048))

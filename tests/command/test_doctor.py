@@ -11,11 +11,11 @@ from conf.errors import EXIT_OK, EXIT_USER
 from conf.load import compose
 from tests.kernels.fp8.test_hopper_probe import GOOD
 from train.command import doctor
-from train.command.doctor import DoctorLine, doctor_screen, look, main, requirements
+from train.command.doctor import DoctorLine, doctor_screen, find_all, main, requirements
 
 
 def found(label: str, *overrides: str) -> DoctorLine:
-    return next(one for one in look(compose("cluster.device=cpu", *overrides)) if one.label == label)
+    return next(one for one in find_all(compose("cluster.device=cpu", *overrides)) if one.label == label)
 
 
 def screen(*findings: DoctorLine) -> tuple[int, str]:
@@ -73,7 +73,7 @@ def test_a_gpu_that_is_asked_for_and_absent_stops_runs():
     torch = pytest.importorskip("torch")
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    one = next(one for one in look(compose("cluster.device=cuda")) if one.label == "Device")
+    one = next(one for one in find_all(compose("cluster.device=cuda")) if one.label == "Device")
     assert one.stops and "needs a CUDA device" in one.state
 
 
@@ -84,15 +84,15 @@ def cards(monkeypatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda number: card)
-    monkeypatch.setattr("train.kernels.fp8.installed.look", lambda: GOOD)
+    monkeypatch.setattr("train.kernels.fp8.installed.look_up_versions", lambda: GOOD)
 
 
 def test_a_gpu_without_a_c_compiler_is_not_ready(cards, monkeypatch):
     """Triton builds what starts its kernels with it, in bf16 too."""
-    lines = {one.label: one for one in look(compose("cluster.device=cuda"))}
+    lines = {one.label: one for one in find_all(compose("cluster.device=cuda"))}
     assert "python3." in lines["Triton"].state and not lines["Triton"].stops and lines["Triton"].cure is None
     monkeypatch.setenv("CC", "no-such-compiler")
-    lines = {one.label: one for one in look(compose("cluster.device=cuda"))}
+    lines = {one.label: one for one in find_all(compose("cluster.device=cuda"))}
     assert lines["Triton"].stops and "CC=no-such-compiler" in lines["Triton"].state
     assert "build-essential" in lines["Triton"].cure
     assert lines["Device"].state.startswith("8 of CUDA ") and not lines["FP8"].stops
@@ -110,8 +110,8 @@ def test_a_gpu_without_a_c_compiler_is_not_ready(cards, monkeypatch):
 )
 def test_a_gpu_and_its_fp8_products_have_a_line_each(cards, monkeypatch, change, recipe, stops):
     """As train/kernels/fp8/installed.py would describe them."""
-    monkeypatch.setattr("train.kernels.fp8.installed.look", lambda: dataclasses.replace(GOOD, **change))
-    lines = {one.label: one for one in look(compose("cluster.device=cuda", *recipe))}
+    monkeypatch.setattr("train.kernels.fp8.installed.look_up_versions", lambda: dataclasses.replace(GOOD, **change))
+    lines = {one.label: one for one in find_all(compose("cluster.device=cuda", *recipe))}
     assert (
         lines["Device"].state.startswith("8 of CUDA ") and "NVIDIA H100 80GB HBM3 with 80 GB" in lines["Device"].state
     )

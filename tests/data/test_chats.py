@@ -14,7 +14,7 @@ from tokenizers import Tokenizer as Backend
 from conf.errors import UserError
 from conf.load import compose
 from conf.schema import Supervise
-from train.data.chat_packing import PackedChats, pack
+from train.data.chat_packing import PackedChats, pack_chats
 from train.data.chat_template import CannotRender, ChatTemplate, load_template
 from train.data.chat_tokens import chat_tokenizer, learnt_tokens
 from train.data.chats import Chat, read_chat
@@ -310,11 +310,11 @@ def test_chats_that_are_too_long_are_refused_cut_or_dropped_and_counted(tokenize
 
 def test_best_fit_leaves_little_room_and_is_seeded():
     lengths_D = np.random.default_rng(0).integers(1, 100, 1000)
-    sequences = pack(lengths_D, 256, seed=1)
+    sequences = pack_chats(lengths_D, 256, seed=1)
     assert sorted(number for one in sequences for number in one) == list(range(1000))
     assert max(lengths_D[one].sum() for one in sequences) <= 256
     assert len(sequences) <= 1.02 * lengths_D.sum() / 256
-    assert sequences == pack(lengths_D, 256, seed=1) != pack(lengths_D, 256, seed=2)
+    assert sequences == pack_chats(lengths_D, 256, seed=1) != pack_chats(lengths_D, 256, seed=2)
 
 
 def test_a_tokenizer_without_a_template_says_what_to_do(tokenizer, tmp_path):

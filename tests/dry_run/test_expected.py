@@ -9,7 +9,7 @@ from conf.errors import UserError
 from tests.dry_run.pieces import invented, piece_of, screen_of
 from train.dry_run import expected as module
 from train.dry_run.dry_run_result import find
-from train.dry_run.expected import again, expect
+from train.dry_run.expected import expect, plan_again
 from train.plan.time.step_time import plan_time
 
 CPU = torch.device("cpu")
@@ -27,7 +27,7 @@ def test_what_is_measured_as_planned_leaves_the_job_as_planned(on_h100, schedule
     piece = piece_of(*JOB, f"parallel.schedule={schedule}")
     times = expect(piece, CPU)
     assert times.reason == "" and times.job.step_seconds == plan_time(piece.job).step_seconds
-    same = again(times, times.piece.actions, times.piece.update.seconds)
+    same = plan_again(times, times.piece.actions, times.piece.update.seconds)
     assert same == pytest.approx(times.job.step_seconds)
 
 
@@ -42,9 +42,11 @@ def test_a_rank_alone_waits_for_no_transfer(on_h100):
 
 def test_slower_computing_makes_a_slower_job_but_leaves_its_transfers(on_h100):
     times = expect(piece_of(*JOB), CPU)
-    twice = again(times, {kind: 2 * each for kind, each in times.piece.actions.items()}, 2 * times.piece.update.seconds)
+    twice = plan_again(
+        times, {kind: 2 * each for kind, each in times.piece.actions.items()}, 2 * times.piece.update.seconds
+    )
     assert times.job.step_seconds < twice < 2 * times.job.step_seconds
-    update = again(times, times.piece.actions, 2 * times.piece.update.seconds)
+    update = plan_again(times, times.piece.actions, 2 * times.piece.update.seconds)
     assert update - times.job.step_seconds == pytest.approx(times.whole.update.seconds)
 
 
@@ -53,7 +55,7 @@ def test_a_rank_that_was_cut_speaks_for_all_its_layers(on_h100):
     layers = [range(layers.start, layers.stop - 1) for layers in piece.layers]
     times = expect(dataclasses.replace(piece, layers=layers, left_out=2), CPU)
     assert times.piece.schedule < times.whole.schedule
-    assert again(times, times.piece.actions, times.piece.update.seconds) == pytest.approx(times.job.step_seconds)
+    assert plan_again(times, times.piece.actions, times.piece.update.seconds) == pytest.approx(times.job.step_seconds)
 
 
 def test_a_shrunken_rank_says_nothing_about_the_job(on_h100):

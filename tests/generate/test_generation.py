@@ -10,7 +10,7 @@ from conf.schema import Model
 from tests.generate.test_decoder import random_model
 from train.generate.decoder import Decoder
 from train.generate.generation import EndReason, Generation, Limits
-from train.generate.sampling import Sampler, draw, verify
+from train.generate.sampling import Sampler, accept_drafts, draw
 from train.model.deepseek import DeepSeekV3
 
 torch.set_num_threads(1)
@@ -127,14 +127,14 @@ def chi_square(counts: list[int], p: list[float]) -> float:
 
 
 def test_accepted_and_replaced_tokens_have_the_models_distribution():
-    """Of `verify` alone, with a drafter that has nothing to do with the model."""
+    """Of `accept_drafts` alone, with a drafter that has nothing to do with the model."""
     torch.manual_seed(3)
     vocab, rows = 6, 40_000
     p_LV = torch.rand(2, vocab).softmax(-1)
     q_V = torch.tensor([0.5, 0.3, 0.2, 0.0, 0.0, 0.0])
     q_BKV = q_V.expand(rows, 1, vocab)
     drafts_BK = draw(q_BKV[:, 0], torch.rand(rows)).unsqueeze(1)
-    counts_B, next_B = verify(drafts_BK, q_BKV, p_LV.expand(rows, 2, vocab), torch.rand(rows, 2))
+    counts_B, next_B = accept_drafts(drafts_BK, q_BKV, p_LV.expand(rows, 2, vocab), torch.rand(rows, 2))
     first_B = torch.where(counts_B == 1, drafts_BK[:, 0], next_B)
     # 5 degrees of freedom: chance exceeds 20.5 once in a thousand times, and the seed is fixed.
     assert chi_square(first_B.bincount(minlength=vocab).tolist(), p_LV[0].tolist()) < 20.5

@@ -12,7 +12,7 @@ from tests.hf.small import FP8, MODEL, released_config
 from train.hf.config import check_recipe, config_json, read_model
 from train.hf.plan import write_json
 from train.hf.tensor_names import tensors
-from train.model.count import count
+from train.model.count import count_parameters
 
 RELEASED = {
     **FP8,
@@ -96,7 +96,7 @@ def test_all_671b_parameters_have_a_name():
     model = compose("conf=deepseek_v3", "data=stdlib").model
     theirs = list(tensors(model))
     assert len({each.theirs for each in theirs}) == len(theirs)
-    numbers = count(model)
+    numbers = count_parameters(model)
     biases = (model.layers - model.dense_layers + 1) * model.experts
     assert sum(each.count for each in theirs if not each.copy) == numbers.total + numbers.mtp + biases
     names = {each.theirs for each in theirs}

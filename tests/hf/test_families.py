@@ -24,7 +24,7 @@ from train.hf.folder import match, open_model
 from train.hf.plan import write_json
 from train.hf.tensor_names import tensors
 from train.hf.whole_model import load_hf_model
-from train.model.count import count
+from train.model.count import count_parameters
 
 torch.set_num_threads(1)
 
@@ -244,7 +244,7 @@ def test_every_parameter_of_the_real_size_has_a_name(tmp_path, name):
     body, size = PUBLISHED[name]
     write_json(tmp_path / ("params.json" if "moe" in body else "config.json"), body)
     model, family = read_model(tmp_path), find_family(tmp_path, "init_from")
-    assert count(model).total == pytest.approx(size * 1e9, rel=0.01)
+    assert count_parameters(model).total == pytest.approx(size * 1e9, rel=0.01)
     names = [each.theirs for each in tensors(model, family.name)]
     assert len(set(names)) == len(names) and all(each.startswith(family.prefix) for each in names)
 

@@ -178,14 +178,14 @@ def double_averages(checkpoints: Path) -> None:
     """Write the newest checkpoint again, with averages that differ from the weights."""
     from tests.checkpoint.world import checkpointers, save
     from train.checkpoint.manifest import newest_intact, read_manifest
-    from train.checkpoint.read_shards import TORCH, load
+    from train.checkpoint.read_shards import TORCH, load_shards
 
     manifest = read_manifest(newest_intact(checkpoints).path)
     shards = {}
     for name, entry in manifest.tensors.items():
         count = sum(size for *_, size in entry.intervals)
         shards[name] = Shard(torch.empty(count, dtype=TORCH[entry.dtype]), 0, entry.shape)
-    load(manifest.folder, shards)
+    load_shards(manifest.folder, shards)
     for name, shard in shards.items():
         if name.startswith("ema."):
             shard.local.mul_(2)

@@ -24,7 +24,7 @@ from tests.hf.small import (
 from tests.small import arguments
 from train.evaluate.target import find_target
 from train.generate.decoder import Decoder
-from train.generate.source import open_source
+from train.generate.source import open_weights
 from train.hf.config import check_recipe
 from train.hf.folder import match, open_model
 from train.hf.tokenizer_files import write_tokenizer
@@ -156,7 +156,7 @@ def test_every_way_in_passes_the_same_gate(tmp_path):
     ways = {
         "init_from": lambda: check_start(start, TOKENIZER)[1],
         "evaluate.checkpoint": lambda: find_target(evaluation).notes,
-        "generate.checkpoint": lambda: open_source(generation, torch.device("cpu"), str(folder)).notes,
+        "generate.checkpoint": lambda: open_weights(generation, torch.device("cpu"), str(folder)).notes,
     }
     for way in ways.values():
         (note,) = way()

@@ -10,7 +10,7 @@ from conf.thresholds import THRESHOLDS
 from parallel.shard import Shard
 from tests.small import MODEL, metrics, train
 from train.checkpoint.manifest import read_manifest
-from train.checkpoint.read_shards import load
+from train.checkpoint.read_shards import load_shards
 from train.loop import layer_norms
 from train.metrics.report import write_report
 
@@ -37,7 +37,7 @@ def masters(folder: Path, step: int) -> dict[str, torch.Tensor]:
     checkpoint = folder / "runs" / "alone" / "checkpoints" / f"step_{step:08}"
     entries = {name: one for name, one in read_manifest(checkpoint).tensors.items() if name.startswith("master.")}
     found = {name: Shard(torch.empty(math.prod(one.shape)), 0, one.shape) for name, one in entries.items()}
-    load(checkpoint, found)
+    load_shards(checkpoint, found)
     return {name.removeprefix("master."): shard.local.double() for name, shard in found.items()}
 
 

@@ -13,7 +13,7 @@ from tests.data.test_chats import CHATML, TOKENS, Backend, Tokenizer, generated,
 from tests.layouts import train_on
 from tests.small import SMALL, metrics
 from train.checkpoint.manifest import read_manifest
-from train.checkpoint.read_shards import load
+from train.checkpoint.read_shards import load_shards
 from train.data.epochs import with_steps
 
 ROUTER = "master.layers.1.moe.router.weight"
@@ -35,7 +35,7 @@ def overrides(folder: Path, *more: str) -> list[str]:
 
 def read(checkpoint: Path, name: str, shape: tuple[int, ...]) -> torch.Tensor:
     found = torch.empty(shape)
-    load(checkpoint, {name: Shard(found.view(-1), 0, shape)})
+    load_shards(checkpoint, {name: Shard(found.view(-1), 0, shape)})
     return found
 
 

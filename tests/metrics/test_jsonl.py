@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from train.metrics.jsonl import JsonlSink, encode, read_heads, read_steps
+from train.metrics.jsonl import JsonlSink, encode_record, read_heads, read_steps
 from train.metrics.names import LAYERS, LAYERS_MARK, SCALARS
 from train.metrics.progress import Progress
 from train.metrics.writer import MetricsWriter
@@ -30,7 +30,7 @@ def steps(path) -> list[int]:
 
 
 def test_line_is_strict_json_in_the_order_of_the_table():
-    line = encode(
+    line = encode_record(
         {
             "load": {"layers.1": torch.tensor([3, 0]), "mtp.0": np.array([1, 2])},
             "layer_max_vio": {"layers.1": 0.5, "mtp.0": 1.0},
@@ -50,13 +50,13 @@ def test_line_is_strict_json_in_the_order_of_the_table():
 
 def test_a_name_outside_the_table_is_a_bug():
     with pytest.raises(AssertionError, match="lossy"):
-        encode({"step": 1, "lossy": 2.0})
+        encode_record({"step": 1, "lossy": 2.0})
 
 
 def test_table_has_no_name_twice_and_layers_come_last():
     names = [metric.name for metric in SCALARS + LAYERS]
     assert len(set(names)) == len(names)
-    line = encode({"step": 1, LAYERS[0].name: {}})
+    line = encode_record({"step": 1, LAYERS[0].name: {}})
     assert LAYERS_MARK in line
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from conf.load import compose
 from train.kernels.plain.plain_kernels import PlainKernels
-from train.model.count import count, flops_per_token
+from train.model.count import count_parameters, flops_per_token
 from train.model.deepseek import DeepSeekV3
 from train.model.moe import Experts
 
@@ -14,7 +14,7 @@ def recipe(name: str):
 
 
 def test_deepseek_v3_has_671b_parameters_and_36_6b_active():
-    counts = count(recipe("deepseek_v3"))
+    counts = count_parameters(recipe("deepseek_v3"))
     assert round(counts.total / 1e9, 2) == 671.03
     assert round(counts.active_without_embedding / 1e9, 2) == 36.63
     assert round(counts.moe_block / 1e9 - counts.attention / 1e9, 2) == 11.32
@@ -23,14 +23,14 @@ def test_deepseek_v3_has_671b_parameters_and_36_6b_active():
 
 
 def test_16b_shape_has_15_706b_parameters():
-    counts = count(recipe("deepseek_v3_16b"))
+    counts = count_parameters(recipe("deepseek_v3_16b"))
     assert round(counts.total / 1e9, 3) == 15.706
     assert round(counts.active_without_embedding / 1e9, 3) == 2.451
 
 
 def test_models_of_moonshot_have_their_sizes():
     """Moonlight's report counts neither embedding nor head. That of Kimi K2 says 1.04T and 32.6B, without a formula."""
-    moonlight, kimi = (count(recipe(name)) for name in ("moonlight_16b", "kimi_k2"))
+    moonlight, kimi = (count_parameters(recipe(name)) for name in ("moonlight_16b", "kimi_k2"))
     embeddings = 2 * 163840 * 2048
     assert round((moonlight.total - embeddings) / 1e9, 2) == 15.29
     assert round((moonlight.active_without_embedding - embeddings / 2) / 1e9, 2) == 2.24
@@ -50,7 +50,7 @@ def test_flops_of_deepseek_v3_at_4096():
 def test_counts_equal_the_model_built(name):
     config = recipe(name)
     model = DeepSeekV3.whole(config, _Nothing(), seq_len=64, device="meta")
-    counts = count(config)
+    counts = count_parameters(config)
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     assert sum(sizes.values()) == counts.total + counts.mtp
     assert sum(n for name, n in sizes.items() if not name.startswith("mtp.")) == counts.total

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from conf.schema import Model, ScoreFunction
 from train.kernels.choice import build_kernels
-from train.kernels.plain.routing import choose, top_indices
+from train.kernels.plain.routing import choose_experts, top_indices
 from train.model.operations import RoutingRule
 from train.model.router import Router
 
@@ -38,7 +38,7 @@ def test_choice_with_ties_and_negative_scores(data):
     biased = data.draw(
         st.lists(st.sampled_from([-2.0, -0.5, 0.0, 0.25, 1.0]), min_size=groups * size, max_size=groups * size)
     )
-    ids = choose(torch.tensor(biased).view(1, 1, -1), rule)
+    ids = choose_experts(torch.tensor(biased).view(1, 1, -1), rule)
     assert ids.flatten().tolist() == plain_choice(biased, rule)
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from conf.errors import UserError
 from conf.pipeline_schedules import SCHEDULES
-from parallel.pipeline.split import check_split, split_as_given, split_evenly, split_layers
+from parallel.pipeline.split import check_split, split_as_given, split_layers, split_layers_evenly
 
 
 def stage_placement(name: str, *sizes: int) -> list[list[int]]:
@@ -82,8 +82,8 @@ def test_placement():
 
 
 def test_an_even_split_and_one_by_hand():
-    assert [len(one) for one in split_evenly(7, 4)] == [1, 2, 2, 2]
-    assert [len(one) for one in split_evenly(2, 4)] == [0, 1, 1, 0]
+    assert [len(one) for one in split_layers_evenly(7, 4)] == [1, 2, 2, 2]
+    assert [len(one) for one in split_layers_evenly(2, 4)] == [0, 1, 1, 0]
     assert split_as_given([0, 2, 1]) == [range(0), range(2), range(2, 3)]
 
 

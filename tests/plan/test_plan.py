@@ -14,7 +14,7 @@ from conf.load import compose
 from conf.schema import ROOT, Config, PipelineSchedule, Rate
 from parallel.pipeline.orders import Action
 from tests.small import environment
-from train.model.count import count
+from train.model.count import count_parameters
 from train.plan import reserve
 from train.plan.budget import Verdict, make_plan, verdict_of
 from train.plan.memory.rank_memory import HELD_COPIES, plan_memory, scene_of
@@ -25,7 +25,7 @@ from train.plan.search import candidates
 from train.plan.search import lower_bounds as bounds
 from train.plan.search import search as searching
 from train.plan.search.candidates import Frame, frames
-from train.plan.search.changes import broken_rule, changed, fitted_ramp, overrides, write_parallel
+from train.plan.search.changes import broken_rule, fitted_ramp, overrides, with_changes, write_parallel
 from train.plan.search.cures import WORTH, find_cures, find_stages
 from train.plan.search.search import search
 from train.plan.time.rates import load_rates
@@ -138,7 +138,7 @@ def test_a_search_finds_the_fastest_and_explains_the_rest(found):
     assert len(times) == 10 and times == sorted(times) and found.devices == 4
     base = compose(*SMALL, "model.layers=6", "parallel.dp=4")
     for dp, ep, size in ((4, 1, 2), (4, 4, 2), (4, 2, 4), (2, 2, 2)):
-        config = changed(base, pp=4 // dp, dp=dp, ep=ep, micro_batch_size=size)
+        config = with_changes(base, pp=4 // dp, dp=dp, ep=ep, micro_batch_size=size)
         assert broken_rule(config) is None and plan_time(config).step_seconds >= times[0] * (1 - 1e-9)
     shown = {f"pp={one.config.parallel.pp}" for one in found.best}
     assert shown | {family.name.split()[0] for family in found.rejected} == {"pp=1", "pp=2", "pp=4"}
@@ -159,7 +159,7 @@ def few_choices(monkeypatch):
 
 def _layouts(frame: Frame) -> Iterator[Config]:
     for again, (dispatch, wire), host in product(frame.recompute, frame.ways, frame.hosts):
-        yield changed(frame.config, recompute=again, dispatch=dispatch, wire=wire, offload_optimizer=host)
+        yield with_changes(frame.config, recompute=again, dispatch=dispatch, wire=wire, offload_optimizer=host)
 
 
 @pytest.mark.parametrize("share", [0.2, 0.6])
@@ -175,7 +175,7 @@ def test_a_search_finds_what_trying_everything_finds(share, few_choices, monkeyp
     fitting = [one for one, peak in zip(every, peaks, strict=True) if peak <= memory]
     alone = [one for one in fitting if not one.parallel.offload_optimizer]
     hosted = [one for one in fitting if one.parallel.offload_optimizer]
-    needed = [one for one in hosted if changed(one, offload_optimizer=False) not in alone]
+    needed = [one for one in hosted if with_changes(one, offload_optimizer=False) not in alone]
     assert needed and {one.parallel.dispatch for one in fitting} == {"flat", "deepep"}
     times = sorted(plan_time(one).step_seconds for one in (*alone, *needed))
     found = search(replace(base, hardware=replace(base.hardware, memory_bytes=float(memory))))
@@ -198,7 +198,7 @@ def test_bounds_are_below_what_they_bound(few_choices):
 def test_stages_of_a_rank_are_named_where_they_make_a_step_faster():
     plan = make_plan(compose(*SMALL, "parallel.pp=4", "parallel.schedule=1f1b", "model.layers=16", "mode=plan"))
     found = find_stages(plan)
-    every = {each: changed(plan.config, schedule="interleaved", virtual_stages=each) for each in (2, 3, 4)}
+    every = {each: with_changes(plan.config, schedule="interleaved", virtual_stages=each) for each in (2, 3, 4)}
     times = {each: plan_time(config).step_seconds for each, config in every.items()}
     best = min(times, key=times.get)
     assert found.overrides == overrides(every[best], plan.config)
@@ -207,7 +207,7 @@ def test_stages_of_a_rank_are_named_where_they_make_a_step_faster():
     assert find_stages(make_plan(every[best])) is None
     tight = replace(plan, config=replace(plan.config, hardware=replace(plan.config.hardware, memory_bytes=1e9)))
     assert find_stages(tight) is None
-    assert find_stages(make_plan(changed(plan.config, schedule="zbv"))) is None
+    assert find_stages(make_plan(with_changes(plan.config, schedule="zbv"))) is None
 
 
 def test_virtual_stages_are_tried_where_the_layers_allow_and_leave_with_interleaved():
@@ -215,8 +215,8 @@ def test_virtual_stages_are_tried_where_the_layers_allow_and_leave_with_interlea
     spreads = [one.config.parallel for one in frames(base, 4)]
     tried = {(spread.pp, spread.virtual_stages) for spread in spreads if spread.schedule == "interleaved"}
     assert tried == {(2, 2), (2, 3), (2, 4), (4, 2)}
-    assert "parallel.virtual_stages=4" in overrides(changed(base, virtual_stages=4), base)
-    assert broken_rule(changed(base, schedule=PipelineSchedule.zbv)) is None
+    assert "parallel.virtual_stages=4" in overrides(with_changes(base, virtual_stages=4), base)
+    assert broken_rule(with_changes(base, schedule=PipelineSchedule.zbv)) is None
 
 
 def test_the_choice_is_a_group_file_that_loads(found):
@@ -379,4 +379,6 @@ def test_stage_3_starts_with_all_weights_of_a_rank():
              "model.hidden=4096")  # fmt: skip
     rank = make_plan(compose(*words)).fullest
     assert rank.items == {"weights": rank.peak_bytes} and rank.peak_event.startswith("start")
-    assert rank.peak_bytes == 2 * (count(compose(*words).model).total + count(compose(*words).model).mtp)
+    assert rank.peak_bytes == 2 * (
+        count_parameters(compose(*words).model).total + count_parameters(compose(*words).model).mtp
+    )

@@ -25,7 +25,7 @@ from tests.prove.mutations.recipes import RECIPES
 from tests.prove.mutations.registry import FORWARD, UPDATE
 from tests.prove.mutations.seams import Seams
 from tests.ranks import CONTEXT, run_processes
-from train.prove.evidence import Evidence, read_steps
+from train.prove.evidence import Evidence, read_evidence
 from train.prove.findings import Difference, ProofFindings, first_of, is_blurred, is_of_a_part
 from train.prove.judge import Judge
 from train.prove.layouts import PROOFS
@@ -164,7 +164,7 @@ def changes_nothing(name: str, folder: Path) -> bool:
         given = f"{config.runs}/config.yaml", [name, twin], world, f"{scratch}/store"
         run_processes(_prove_mutants, *given, world_size=world, timeout=2 * TIMEOUT)
     folders = [Path(config.runs) / of(config, one).name / EVIDENCE for one in (name, twin)]
-    sides = [[one for *_, ranks in read_steps(each, mutation.proof) for one in ranks] for each in folders]
+    sides = [[one for *_, ranks in read_evidence(each, mutation.proof) for one in ranks] for each in folders]
     shutil.rmtree(config.runs)
     return len(sides[0]) == len(sides[1]) and all(map(_is_same, *sides))
 

@@ -11,7 +11,7 @@ import torch
 from conf.schema import Config
 from tests.prove.proofs import gather_evidence, small_proof
 from train.checkpoint.run_folder import RunPaths
-from train.prove.evidence import EVIDENCE, Evidence, read_steps
+from train.prove.evidence import EVIDENCE, Evidence, read_evidence
 from train.prove.findings import Difference, ProofFindings
 from train.prove.judge_high import WholeJudge
 from train.prove.judge_parts import TOLD, UNTOLD
@@ -33,7 +33,7 @@ class Judged:
 
     def __init__(self, config: Config):
         self.config, (step,) = run_part(config, 0, 1).config, watched_steps(config)
-        steps = {(part, step): ranks for part, step, ranks in read_steps(RunPaths(config).path / EVIDENCE, "recipe")}
+        steps = {(part, step): ranks for part, step, ranks in read_evidence(RunPaths(config).path / EVIDENCE, "recipe")}
         self.before, self.evidence = assemble(steps[0, step - 1], "after"), steps[0, step][0]
         plan = plan_step(self.config, step)
         self.batch = Samples(self.config).batch(plan.first_sample, plan.batch_size)

@@ -115,7 +115,7 @@ def test_swiglu_goes_back_as_autograd_does():
     gate, up = leaf_h.chunk(2, -1)
     a = F.silu(gate) * up * leaf_gates[:, None]
     a.backward(da)
-    back = low.swiglu_back(NearNumbers(h), gates, NearNumbers(da), BF16)
+    back = low.swiglu_backward(NearNumbers(h), gates, NearNumbers(da), BF16)
     torch.testing.assert_close(low.swiglu(h, gates), a.detach())
     torch.testing.assert_close(back.dh.x, leaf_h.grad)
     torch.testing.assert_close(back.dgates.x, leaf_gates.grad)

@@ -13,7 +13,7 @@ from conf.micro_batches import batch_sizes
 from conf.schema import Config
 from train.kernels import device as gpu
 from train.loop.layout_check import check_layout
-from train.model.count import count
+from train.model.count import count_parameters
 from train.plan.job import layout_of
 from train.prove.miniature import CLIP, Miniature, shrink
 
@@ -99,7 +99,7 @@ def test_every_recipe_in_every_layout_shrinks_to_one_that_passes_the_checks(name
     check(mini.cfg)
     check_layout(mini.cfg)
     assert_same_structure(cfg, mini)
-    assert count(mini.cfg.model).total < 3e6
+    assert count_parameters(mini.cfg.model).total < 3e6
     assert mini.cfg.batch_size // (mini.cfg.micro_batch_size * mini.cfg.parallel.dp) <= 7
 
 

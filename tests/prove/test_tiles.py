@@ -10,7 +10,7 @@ from tests.prove.mutations import MUTATIONS
 from tests.prove.test_miniature import paper, recipe
 from train.kernels import device as gpu
 from train.loop.layout_check import check_layout
-from train.prove.layouts import in_tiles, passes_of, watched_steps
+from train.prove.layouts import passes_of, watched_steps, with_two_tiles
 from train.prove.miniature import shrink
 from train.prove.samples import STEP, TILE, initial_biases, initial_weights
 
@@ -23,7 +23,7 @@ TILED = {
 
 
 def tiled(name: str) -> Config:
-    return in_tiles(shrink(recipe(*TILED[name])).cfg)
+    return with_two_tiles(shrink(recipe(*TILED[name])).cfg)
 
 
 @pytest.mark.parametrize("name", TILED)
@@ -47,7 +47,7 @@ def test_deepep_has_two_tiles_that_are_full(monkeypatch):
     cfg = recipe("deepseek_v3", "parallel=deepseek_v3", "precision=fp8", "parallel.dispatch=deepep")
     monkeypatch.setattr(gpu, "usable_gpu", lambda wanted: True)
     cfg.cluster.device = "cuda"
-    assert in_tiles(shrink(cfg).cfg).model.hidden == 2 * TILE
+    assert with_two_tiles(shrink(cfg).cfg).model.hidden == 2 * TILE
 
 
 def test_recipes_without_scales_have_no_such_pass():

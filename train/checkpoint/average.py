@@ -22,9 +22,9 @@ from conf.schema import Average, Config, Mode
 from conf.words import one_line, say, say_note
 from parallel.shard import Shard
 from train.checkpoint.commit import Committer, Save
-from train.checkpoint.intervals import merge
+from train.checkpoint.intervals import merge_indexes
 from train.checkpoint.manifest import Manifest, checkpoints, read_manifest
-from train.checkpoint.read_shards import TORCH, FolderFiles, fill
+from train.checkpoint.read_shards import TORCH, FolderFiles, fill_shards
 from train.checkpoint.run_folder import RunPaths, find_checkpoint
 from train.checkpoint.staging import StagingBuffers
 from train.data.prepare_progress import show_progress
@@ -45,7 +45,7 @@ StoredShapes = Mapping[str, tuple[str, tuple[int, ...]]]
 """By tensor the name of its type and its shape."""
 
 
-def average(config: Config) -> int:
+def write_average(config: Config) -> int:
     """Write the run folder average.to; returns the exit code. Raises UserError, with nothing left behind, for sources that are not
     there, are damaged or are not of one model and tokenizer.
     """
@@ -153,7 +153,7 @@ def _write(root: Path, sources: Sequence[Manifest], meta: dict, progress: Report
         committer.vote(save, rank, {"rank": rank, "step": save.step, "attempt": committer.attempt, **index})
         done += sum(TORCH[shapes[name][0]].itemsize * count for name, (_, count) in part.items())
         progress("averaging", done, total)
-    committer.commit(save, merge(committer.await_votes(save), meta))
+    committer.commit(save, merge_indexes(committer.await_votes(save), meta))
 
 
 def _parts(sizes: Mapping[str, int]) -> Iterator[WeightsPart]:
@@ -177,7 +177,7 @@ def _means(sources: Sequence[Manifest], part: WeightsPart, shapes: StoredShapes)
     sums = {name: torch.zeros(count, dtype=torch.float64) for name, (_, count) in part.items()}
     read = {name: torch.empty(count, dtype=TORCH[shapes[name][0]]) for name, (_, count) in part.items()}
     for source in sources:
-        fill(source, FolderFiles(source.folder), {n: Shard(read[n], part[n][0], shapes[n][1]) for n in part})
+        fill_shards(source, FolderFiles(source.folder), {n: Shard(read[n], part[n][0], shapes[n][1]) for n in part})
         for name, values in read.items():
             if not torch.isfinite(values).all():
                 raise UserError(

@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from cluster.run_files import data_name, step_name
-from conf.disk import explain
+from conf.disk import explain_disk_error
 from conf.errors import DiskFailed, UserError
 from parallel.shard import Shard
 from train.checkpoint.commit import AttemptFenced, Committer, Save, SaveAbandoned
-from train.checkpoint.intervals import NotCovered, merge
-from train.checkpoint.read_shards import load
+from train.checkpoint.intervals import NotCovered, merge_indexes
+from train.checkpoint.read_shards import load_shards
 from train.checkpoint.staging import StagingBuffers
 
 SAVE_PATIENCE = 0.8
@@ -186,8 +186,8 @@ class Checkpointer:
         return results
 
     def load(self, path: Path, wanted: dict[str, Shard]) -> dict[str, Any]:
-        """As `train.checkpoint.read_shards.load`; the checkpoint is never pruned as long as this object lives."""
-        meta = load(path, wanted)
+        """As `train.checkpoint.read_shards.load_shards`; the checkpoint is never pruned as long as this object lives."""
+        meta = load_shards(path, wanted)
         self._protected = Path(path).resolve()
         return meta
 
@@ -257,7 +257,7 @@ class Checkpointer:
             flight.writes = False
             path = self._commit(save, meta) if self.rank == 0 else self.committer.path(save)
         except OSError as error:
-            failure = explain(error)
+            failure = explain_disk_error(error)
         except SaveAbandoned as error:
             failure, ranks, late = str(error), error.ranks, error.late
         except (AttemptFenced, NotCovered) as error:
@@ -290,14 +290,16 @@ class Checkpointer:
             except OSError as error:
                 with suppress(OSError):  # what is there of the file takes room that others may need
                     (folder / data_name(self.rank)).unlink(missing_ok=True)
-                warning = f"try {attempt + 1} to write the checkpoint of step {save.step} failed: {explain(error)}"
+                warning = (
+                    f"try {attempt + 1} to write the checkpoint of step {save.step} failed: {explain_disk_error(error)}"
+                )
                 if attempt == self.retries:
                     raise
                 time.sleep(self.retry_wait * 2**attempt)
         return warning
 
     def _commit(self, save: Save, meta: dict[str, Any]) -> Path:
-        return self.committer.commit(save, merge(self.committer.await_votes(save), meta))
+        return self.committer.commit(save, merge_indexes(self.committer.await_votes(save), meta))
 
     def _prune(self, warning: str | None) -> str | None:
         """Remove old checkpoints; a failure of any kind is a warning, as the new one is safe."""

@@ -23,7 +23,7 @@ def first_hole(intervals: list[tuple[int, int]], start: int, stop: int) -> int |
     return reached if reached < stop else None
 
 
-def merge(indexes: list[bytes], meta: dict[str, Any]) -> dict[str, Any]:
+def merge_indexes(indexes: list[bytes], meta: dict[str, Any]) -> dict[str, Any]:
     """Body of the manifest for the index files of ranks 0, 1, ...; NotCovered if a tensor has a hole.
 
     Intervals may overlap: replicas that several ranks hold are read from any of them.

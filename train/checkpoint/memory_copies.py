@@ -20,17 +20,17 @@ import torch
 import torch.distributed as dist
 
 from cluster.driver.copies import Shelves
-from cluster.node.copy_store import Peer, SetId, prune, size
+from cluster.node.copy_store import Peer, SetId, folder_bytes, prune
 from cluster.run_files import data_name, index_name
 from conf.errors import UserError
 from conf.files import atomic_write_json
 from parallel.exchange import gather
 from parallel.shard import Shard
 from train.checkpoint.checkpointer import SAVE_PATIENCE
-from train.checkpoint.intervals import merge
+from train.checkpoint.intervals import merge_indexes
 from train.checkpoint.manifest import CheckpointDamaged, Manifest, manifest_of
 from train.checkpoint.read_shards import FolderFiles, ReadSpan
-from train.checkpoint.staging import StagingBuffers, plan
+from train.checkpoint.staging import StagingBuffers, lay_out_shards
 
 SETS = 2
 """Sets that a node holds at most."""
@@ -142,8 +142,8 @@ class MemoryCopies:
         on fewer nodes has larger parts, and must rather go on.
         """
         home = self.shelves.home(self.rank)
-        room = shutil.disk_usage(self._folder).free + size(self._folder)
-        everyone = gather((home, room, plan(shards).data_bytes))
+        room = shutil.disk_usage(self._folder).free + folder_bytes(self._folder)
+        everyone = gather((home, room, lay_out_shards(shards).data_bytes))
         for node, shelf in enumerate(self.shelves.nodes):
             rooms = [free for at, free, _ in everyone if at == node]
             parts = [bytes_ for at, _, bytes_ in everyone if node in (at, self.shelves.next(at))]
@@ -175,7 +175,7 @@ class MemoryCopies:
         folder, files = Path(self.shelves.resume), self.files()
         try:
             indexes = [files.index(rank) for rank in range(len(self.shelves.holders))]
-            return manifest_of(folder, merge(indexes, json.loads(indexes[0])["meta"]))
+            return manifest_of(folder, merge_indexes(indexes, json.loads(indexes[0])["meta"]))
         except (OSError, ValueError) as error:
             raise CheckpointDamaged(folder, f"its parts in memory cannot be put together ({error})") from error
 

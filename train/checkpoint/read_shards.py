@@ -73,17 +73,17 @@ class FolderFiles:
             yield lambda view, position: os.preadv(file.fileno(), [view], position)
 
 
-def load(path: Path, wanted: dict[str, Shard]) -> dict[str, Any]:
+def load_shards(path: Path, wanted: dict[str, Shard]) -> dict[str, Any]:
     """Fill the memory of every wanted shard from the checkpoint in `path`.
 
     Returns the stored meta, and `step`, `attempt` and `world_size` of the run that wrote it. Raises UserError, before
     anything is written, if the folder is no checkpoint, is newer, or lacks a tensor or part of it, or if shape or
     type differ; Damaged (a UserError too) if a file is missing or a checksum wrong: then shards may be half filled.
     """
-    return fill(read_manifest(path), FolderFiles(path), wanted)
+    return fill_shards(read_manifest(path), FolderFiles(path), wanted)
 
 
-def fill(manifest: Manifest, files: Files, wanted: dict[str, Shard]) -> dict[str, Any]:
+def fill_shards(manifest: Manifest, files: Files, wanted: dict[str, Shard]) -> dict[str, Any]:
     """Fill shards from a checkpoint whose manifest is known and whose files may be anywhere."""
     pieces: dict[int, list[FilePiece]] = {}
     for name, shard in wanted.items():

@@ -32,7 +32,7 @@ from pathlib import Path
 
 from cluster.run_files import STEP_FOLDERS
 from cluster.spawn import lives, longest_afterlife
-from conf.disk import disk_errors, explain, naming, room
+from conf.disk import describe_room, disk_errors, explain_disk_error, naming
 from conf.errors import EXIT_USER, UserError
 from conf.files import atomic_write_json, atomic_write_text, open_lock, try_lock
 from conf.load import write_config
@@ -94,7 +94,7 @@ class RunFolder(RunPaths):
             else:
                 atomic_write_text(self.config_path, self._before)
         except OSError as error:  # why the ranks refused is told in any case
-            say(f"{self.config_path} keeps the settings of this start: {explain(error)}", file=sys.stderr)
+            say(f"{self.config_path} keeps the settings of this start: {explain_disk_error(error)}", file=sys.stderr)
 
     def close(self) -> None:
         """Let go of the lock. The kernel does it too when the process dies, however it dies."""
@@ -243,7 +243,7 @@ def _make(config: Config, root: Path) -> None:
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        rule = f"the run folder {root} cannot be created: {error.strerror}; {room(root)}"
+        rule = f"the run folder {root} cannot be created: {error.strerror}; {describe_room(root)}"
         raise UserError("runs", config.runs, rule, "set runs=FOLDER") from error
     owner = root.stat().st_uid
     if owner != os.geteuid():
@@ -329,6 +329,6 @@ def check_space(config: Config, checkpoint_bytes: int) -> None:
             "runs",
             config.runs,
             f"no disk space: {copies} checkpoints of about {checkpoint_bytes / 1e9:.1f} GB need {needed / 1e9:.1f} GB, "
-            f"and {free / 1e9:.1f} GB are free: {room(place)}",
+            f"and {free / 1e9:.1f} GB are free: {describe_room(place)}",
             "free some, set runs= to a larger disk, or lower checkpoint.keep",
         )

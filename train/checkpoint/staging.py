@@ -55,7 +55,7 @@ class StagedLayout:
     data_bytes: int
 
 
-def plan(shards: dict[str, Shard]) -> StagedLayout:
+def lay_out_shards(shards: dict[str, Shard]) -> StagedLayout:
     """The file of these shards; it names each by an interval of one dimension."""
     for name, shard in shards.items():
         assert shard.local.dtype in DTYPES, f"{name}: {shard.local.dtype} has no name in the safetensors format"
@@ -101,7 +101,7 @@ class StagingBuffers:
 
     def copy(self, shards: dict[str, Shard]) -> None:
         """Take a snapshot. When this returns, the shards may change, but not before the end of `write` where they are `in_pieces`."""
-        self.layout, self._live = plan(shards), shards
+        self.layout, self._live = lay_out_shards(shards), shards
         self._fit(self._room)
         if not self.in_pieces:
             self._fill(0)

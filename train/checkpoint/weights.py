@@ -11,10 +11,10 @@ from conf.schema import Config, Model
 from parallel.mesh import Mesh
 from parallel.pipeline.schedule import Pipeline
 from parallel.shard import Shard, whole
-from train.checkpoint.read_shards import load
+from train.checkpoint.read_shards import load_shards
 from train.kernels.choice import build_kernels, choose_kernels
 from train.kernels.precision import activation_dtype, build_precision
-from train.model.count import count
+from train.model.count import count_parameters
 from train.model.deepseek import DeepSeekV3
 from train.model.init import materialise
 from train.parallelize import build_chunks, build_pipeline, make_dispatcher, make_share
@@ -22,7 +22,7 @@ from train.parallelize import build_chunks, build_pipeline, make_dispatcher, mak
 
 def weight_bytes(config: Model, item_bytes: int) -> int:
     """Memory of all weights, MTP modules included."""
-    counts = count(config)
+    counts = count_parameters(config)
     return item_bytes * (counts.total + counts.mtp)
 
 
@@ -52,7 +52,7 @@ def load_model(config: Config, checkpoint: Path, device: torch.device) -> DeepSe
     dtype, precision = activation_dtype(config.precision), build_precision(config.precision, device, kernels)
     model = DeepSeekV3.whole(config.model, precision, seq_len=config.seq_len, device="meta")
     materialise(model, "cpu")
-    fill([model], checkpoint)
+    read_into_chunks([model], checkpoint)
     for param in model.parameters():
         param.data = param.data.to(dtype)
     return model.to(device).eval()
@@ -67,12 +67,14 @@ def load_pipeline(config: Config, mesh: Mesh, device: torch.device, checkpoint: 
     chunks, stage_ids, num_stages = build_chunks(
         config, mesh, device, dispatcher, precision, restored=True, share=share
     )
-    fill(chunks, checkpoint, "ema" if config.evaluate.ema else "master", mesh.ep_rank, mesh.layout.ep)
+    read_into_chunks(chunks, checkpoint, "ema" if config.evaluate.ema else "master", mesh.ep_rank, mesh.layout.ep)
     return build_pipeline(config, mesh, device, chunks, stage_ids, num_stages, overlap=False)
 
 
 @torch.no_grad()
-def fill(chunks: list[DeepSeekV3], checkpoint: Path, kind: str = "master", ep_rank: int = 0, ep: int = 1) -> None:
+def read_into_chunks(
+    chunks: list[DeepSeekV3], checkpoint: Path, kind: str = "master", ep_rank: int = 0, ep: int = 1
+) -> None:
     """Read weights (kind: master, or ema, their average) and balance biases into the chunks, which hold the experts of
     rank ep_rank of ep.
     """
@@ -86,6 +88,6 @@ def fill(chunks: list[DeepSeekV3], checkpoint: Path, kind: str = "master", ep_ra
             weights[param] = param.view(-1) if in_place else torch.empty(param.numel(), dtype=torch.float32)
             wanted[f"{kind}.{name}"] = Shard(weights[param], offset, shape)
         wanted |= {f"bias.{name}": whole(router.bias_E) for name, router in chunk.routers().items()}
-    load(checkpoint, wanted)
+    load_shards(checkpoint, wanted)
     for param, weight in weights.items():
         param.copy_(weight.view(param.shape))

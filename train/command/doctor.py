@@ -19,7 +19,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from rich.console import Console
 
-from conf.disk import room, size
+from conf.disk import describe_room, size_in_words
 from conf.errors import EXIT_OK, EXIT_USER, UserError
 from conf.load import compose, report
 from conf.schema import ROOT, Config
@@ -29,7 +29,7 @@ from train import __version__
 from train.command.program import COMMAND, DISTRIBUTION, install_words
 from train.kernels.cpu.processor import cpu_name
 from train.kernels.fp8.installed import version
-from train.metrics.screens import GOOD, WARN, show
+from train.metrics.screens import GOOD, WARN, show_rows
 
 FEATURES = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
 """Features of CPUs, as Linux calls them, that the compiled code or torch's products gain by."""
@@ -56,7 +56,7 @@ def main(words: list[str]) -> int:
         config = compose(*words)
         console = Terminal()
         with console.status("looking at this machine"):
-            findings = list(look(config))
+            findings = list(find_all(config))
     except UserError as error:
         return report(error)
     return doctor_screen(findings, console)
@@ -77,11 +77,11 @@ def doctor_screen(findings: list[DoctorLine], console: Console) -> int:
     title = "ready to train" if not bad else f"not ready to train: {', '.join(one.label for one in bad)}"
     if lacks and not bad:
         title += f"; could be better: {', '.join(one.label for one in lacks)}"
-    show(console, title, WARN if lacks else GOOD, rows)
+    show_rows(console, title, WARN if lacks else GOOD, rows)
     return EXIT_USER if bad else EXIT_OK
 
 
-def look(config: Config) -> Iterator[DoctorLine]:
+def find_all(config: Config) -> Iterator[DoctorLine]:
     """All findings, in the order in which one reads them."""
     yield _program()
     yield _packages()
@@ -155,8 +155,7 @@ def _device(config: Config) -> Iterator[DoctorLine]:
 
     from train.kernels.device import idle_gpu, sees_gpu
     from train.kernels.fp8.hopper import needs_deep_gemm
-    from train.kernels.fp8.installed import look as look_at_fp8
-    from train.kernels.fp8.installed import misfits
+    from train.kernels.fp8.installed import look_up_versions, misfits
     from train.kernels.gpu.host_compiler import PYTHON, compiler_command, missing_for_triton
 
     try:
@@ -169,13 +168,13 @@ def _device(config: Config) -> Iterator[DoctorLine]:
         yield DoctorLine("Device", f"CPU{f' ({why})' if why else ''}", why and "install a build of torch with CUDA")
         return
     devices = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
-    names = ", ".join(f"{one.name} with {size(one.total_memory)}" for one in devices)
+    names = ", ".join(f"{one.name} with {size_in_words(one.total_memory)}" for one in devices)
     yield DoctorLine("Device", f"{len(devices)} of CUDA {torch.version.cuda}: {names}")
     lacks, cure = missing_for_triton() or (None, None)
     yield DoctorLine(
         "Triton", lacks or f"starts kernels by {compiler_command()} and {PYTHON}'s headers", cure, bool(lacks)
     )
-    found = look_at_fp8()
+    found = look_up_versions()
     fp8, wanted = config.precision.fp8, config.precision.fp8 is not None
     bad = misfits(found, deep_gemm=fp8 is not None and needs_deep_gemm(fp8))
     problems, cures = "; ".join(problem for problem, _ in bad), "; ".join(dict.fromkeys(cure for _, cure in bad))
@@ -194,7 +193,7 @@ def _cpu(config: Config) -> Iterator[DoctorLine]:
     yield DoctorLine(
         "CPU",
         f"{cpu_name()}, {cores} cores, {', '.join(features) or 'no features that help'}; "
-        f"memory {size(memory.available)} of {size(memory.total)} free",
+        f"memory {size_in_words(memory.available)} of {size_in_words(memory.total)} free",
     )
     example = source(LIBRARY_NAMES[0], "cluster.compiled", "cluster.compiled=false: torch's operations, slower")
     try:
@@ -257,7 +256,9 @@ def _disk(label: str, folder: Path, setting: str, needed: int) -> DoctorLine:
     place = folder.expanduser().absolute()
     while not place.exists():
         place = place.parent
-    state = f"{folder}: {room(place)}" + (f"; checkpoints of this recipe take {size(needed)}" if needed else "")
+    state = f"{folder}: {describe_room(place)}" + (
+        f"; checkpoints of this recipe take {size_in_words(needed)}" if needed else ""
+    )
     if not os.access(place, os.W_OK | os.X_OK):
         return DoctorLine(
             label, f"{state}; {place} cannot be written", f"set {setting} to a folder of yours", stops=True

@@ -18,7 +18,7 @@ import yaml
 from rich.table import Table
 
 from cluster.run_files import STEP_FOLDERS
-from conf.disk import size
+from conf.disk import size_in_words
 from conf.errors import EXIT_OK, UserError
 from conf.load import report
 from conf.screen import Terminal
@@ -79,7 +79,7 @@ def _main(words: Sequence[str]) -> int:
     for run in found.values():
         of = f" of {run.steps}" if run.steps else ""
         loss = "" if run.loss is None else f"{run.loss:.4f}"
-        table.add_row(run.name, run.state, f"{run.step}{of}", loss, duration(run.age_s), size(run.disk_bytes))
+        table.add_row(run.name, run.state, f"{run.step}{of}", loss, duration(run.age_s), size_in_words(run.disk_bytes))
     Terminal().print(table if found else f"no run in {folder.absolute()}")
     return EXIT_OK
 
@@ -160,10 +160,10 @@ def _clean(folder: Path, found: dict[str, RunSummary], names: Sequence[str], doe
     freed = 0
     for path in going:
         freed += (bytes_ := disk_bytes(path))
-        say(f"{'removed' if does else 'would remove'} {path}: {size(bytes_)}")
+        say(f"{'removed' if does else 'would remove'} {path}: {size_in_words(bytes_)}")
         if does:
             _remove(path)
-    say(f"{size(freed)} {'freed' if does else 'would be freed'}")
+    say(f"{size_in_words(freed)} {'freed' if does else 'would be freed'}")
     if going and not does:
         say("nothing was removed; --yes does it", file=sys.stderr)
     return EXIT_OK

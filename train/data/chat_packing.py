@@ -18,7 +18,7 @@ from train.data.packing import Documents
 from train.data.shuffle import key, permute_N, shuffled_D
 
 
-def pack(lengths_D: np.ndarray, room: int, seed: int) -> list[list[int]]:
+def pack_chats(lengths_D: np.ndarray, room: int, seed: int) -> list[list[int]]:
     """Numbers of the chats of every sequence of so many tokens, in which each is whole. No chat is longer than that."""
     order_D = shuffled_D(key(seed, 0), len(lengths_D))
     order_D = order_D[np.argsort(-lengths_D[order_D], kind="stable")]
@@ -52,7 +52,7 @@ class PackedChats:
         """eos: what fills sequences up."""
         assert documents.supervised is not None and len(documents) > 0
         self._documents, self._supervised, self._eos, self._seed = documents, documents.supervised, eos, seed
-        self._sequences = pack(documents.lengths_D, seq_len + 1, seed)
+        self._sequences = pack_chats(documents.lengths_D, seq_len + 1, seed)
 
     @property
     def sequences(self) -> float:

@@ -26,7 +26,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from conf.errors import UserError
-from conf.read_json import read_json, read_text
+from conf.read_json import read_json, read_plain_text
 from conf.schema import Supervise
 from train.data.chats import PLACE_MARKS, THOUGHT, Chat, Message
 from train.data.tokenizer import Tokenizer
@@ -300,7 +300,7 @@ def load_template(choice: str | None, folder: Path | None, tokenizer: Tokenizer)
 
 def _text(path: Path) -> str:
     try:
-        return read_text(path)
+        return read_plain_text(path)
     except ValueError as error:
         raise UserError("data.template", path, f"cannot be read: {error}", "give a Jinja file in UTF-8") from error
 

@@ -20,7 +20,7 @@ from conf.own_code import TARGET, refused
 from conf.schema import Config, DataFormat, MixSource, TooLong
 from train.data.chat_template import ChatTemplate
 from train.data.chat_tokens import FittedChats, chat_tokenizer, fit_chats, tokenise_chats
-from train.data.held_out import all_documents, long_documents, split, training_texts
+from train.data.held_out import all_documents, long_documents, split_documents, training_texts
 from train.data.own_documents import KEY, OwnDocuments
 from train.data.packing import Documents
 from train.data.source_files import ReportProgress, unreadable
@@ -101,7 +101,7 @@ class _Builder:
                 store = self._tokens(sources[key], digests[key], tokenizer)
                 for note in sources[key].notes():
                     self._note(note)
-            sides = split(store, tokenizer, self.data.validation_fraction)
+            sides = split_documents(store, tokenizer, self.data.validation_fraction)
             sides = self._without_short(_name(part), *sides, all_documents(store))
             parts.append(CorpusPart(_name(part), _hash(store.meta), part.weight, *sides))
             contents.append([store.meta, part.weight])
@@ -136,7 +136,7 @@ class _Builder:
             if len(store.hashes_D) < 2:
                 rule = f"has {len(store.hashes_D)} chats to learn from, and one at least is held out"
                 raise UserError(key, part.path, rule, "give more chats")
-            sides = split(store, tokenizer, self.data.validation_fraction)
+            sides = split_documents(store, tokenizer, self.data.validation_fraction)
             fitted = [
                 fit_chats(side, self.config.seq_len + 1, self.data.too_long) for side in (*sides, all_documents(store))
             ]

@@ -33,7 +33,7 @@ def held_out_D(hashes_D: np.ndarray, fraction: float) -> np.ndarray:
     return held_D
 
 
-def split(store: TokenStore, tokenizer: Tokenizer, fraction: float) -> tuple[Documents, Documents]:
+def split_documents(store: TokenStore, tokenizer: Tokenizer, fraction: float) -> tuple[Documents, Documents]:
     """Training and held-out documents of a token folder."""
     starts_D, lengths_D = store.offsets_D1[:-1], np.diff(store.offsets_D1)
     if len(starts_D) == 1:

@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from conf.disk import FULL, REFUSED, cure_of_writing, is_refusal, reading, room, size
+from conf.disk import FULL, REFUSED, cure_of_writing, describe_room, is_refusal, reading, size_in_words
 from conf.errors import UserError
 from conf.files import atomic_write_text, open_lock
 
@@ -66,8 +66,8 @@ def space_errors(path: Path, needed: int | None = None) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in FULL:
-            more = f", about {size(needed)} are needed" if needed else ""
-            rule = f"no space left on this disk: {room(path)}{more}"
+            more = f", about {size_in_words(needed)} are needed" if needed else ""
+            rule = f"no space left on this disk: {describe_room(path)}{more}"
         elif error.errno in REFUSED | {errno.EEXIST, errno.ENOENT}:
             rule = f"cannot be written: {error.strerror}"
         else:

@@ -26,7 +26,7 @@ from tokenizers import Tokenizer as Backend
 
 from conf.errors import UserError
 from conf.files import atomic_write_text
-from conf.read_json import read_json, read_text
+from conf.read_json import read_json, read_plain_text
 
 EOS = "<\uff5cend\u2581of\u2581sentence\uff5c>"  # full-width bars and low blocks, as in DeepSeek's file
 FIM = tuple(f"<\uff5cfim\u2581{part}\uff5c>" for part in ("begin", "hole", "end"))
@@ -160,7 +160,7 @@ def load_tokenizer(choice: str) -> Tokenizer:
                 f"data.tokenizer={Path(choice).name}; or leave data.tokenizer out, which trains one on the data",
             )
     try:
-        text = read_text(path)
+        text = read_plain_text(path)
     except ValueError as error:
         raise _refuse(choice, f"cannot be read: {error}", "give the path of a tokenizer.json") from error
     return Tokenizer(text, _configured_eos(path.with_name("tokenizer_config.json")), name=choice)

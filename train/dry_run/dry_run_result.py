@@ -11,11 +11,11 @@ from rich.console import Console
 
 from conf.own_code import targets_of
 from conf.screen import Terminal
-from train.dry_run.expected import ExpectedTimes, Times, again
+from train.dry_run.expected import ExpectedTimes, Times, plan_again
 from train.dry_run.lone import LONE_PHASES, MeasuredRank
 from train.dry_run.piece import DryRunPiece
 from train.metrics.quantities import error, gib, seconds
-from train.metrics.screens import GOOD, WARN, show
+from train.metrics.screens import GOOD, WARN, show_rows
 from train.plan.budget import verdict_of
 from train.plan.memory.rank_memory import chunk_parts, phases, rank_memory, scene_of
 from train.plan.memory.rank_weights import FP32_BYTES, rank_weights
@@ -106,7 +106,7 @@ def find(piece: DryRunPiece, measured: MeasuredRank, times: Times, device: torch
         job_peak=job_peak,
         job_room=tensor_memory(job) - job_peak if job.hardware.memory_bytes else None,
         job_step=times.job.step_seconds if times.job else None,
-        job_step_again=again(times, actions, steps["reduction"] + steps["update"]) if times.whole else None,
+        job_step_again=plan_again(times, actions, steps["reduction"] + steps["update"]) if times.whole else None,
         reason=times.reason,
     )
 
@@ -193,7 +193,7 @@ def dry_run_screen(found: Findings, folder: Path, console: Console | None = None
     ]
     peak = f"peak {_size(found.peak.measured)}, plan {found.peak.error}"
     title = f"{piece.job.name}, rank {piece.rank} alone on {found.device}: {peak}"
-    show(console or Terminal(), title, GOOD if piece.whole else WARN, rows)
+    show_rows(console or Terminal(), title, GOOD if piece.whole else WARN, rows)
 
 
 def _what_ran(found: Findings) -> str:

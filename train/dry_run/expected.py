@@ -18,7 +18,7 @@ from conf.schema import Config, Rate
 from parallel.pipeline.orders import Action
 from parallel.pipeline.simulate import simulate
 from train.dry_run.piece import DryRunPiece
-from train.parallelize import split
+from train.parallelize import stage_layers
 from train.plan.job import layout_of
 from train.plan.time.rates import LINKS, load_rates
 from train.plan.time.stages import Stages, require_rule
@@ -74,11 +74,11 @@ def expect(piece: DryRunPiece, device: torch.device) -> Times:
     part = _expected(config, piece, piece.layers, step.actions[piece.pp_rank])
     if piece.shrink > 1:
         return Times(step, part, None, "only times at full width say something about the job")
-    whole = _expected(_with_load(job, piece), piece, split(job), step.actions[piece.pp_rank])
+    whole = _expected(_with_load(job, piece), piece, stage_layers(job), step.actions[piece.pp_rank])
     return Times(step, part, whole, "")
 
 
-def again(times: Times, measured: Mapping[str, float], update: float) -> float:
+def plan_again(times: Times, measured: Mapping[str, float], update: float) -> float:
     """Seconds of the job's step with the measured times put back.
 
     measured: seconds a step of the piece by kind of action; update: of its reduction and update together.

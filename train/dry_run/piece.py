@@ -15,7 +15,7 @@ from conf.errors import UserError
 from conf.schema import Config, DeviceKind, Hardware, Model
 from parallel.expert.stand_in import Load
 from train.model.count import head_flops, layer_flops
-from train.parallelize import split
+from train.parallelize import stage_layers
 from train.plan.job import layout_of
 from train.plan.memory.part import Scene
 from train.plan.memory.rank_memory import plan_memory, rank_memory, scene_of
@@ -134,7 +134,7 @@ def _cut(job: Config, config: Config, rank: int, load: Load, factor: int, room: 
     """As many of the rank's layers as fit; None where not even the fewest do."""
     pp_rank, scene = rank // job.parallel.stage_ranks, _alone(config, load)
     placement = job.parallel.placement
-    layers, stages = split(job), placement[pp_rank]
+    layers, stages = stage_layers(job), placement[pp_rank]
     last = sum(map(len, placement)) - 1
     needed = rank_memory(config, pp_rank, scene, layers).peak_bytes
     peak, left_out = needed, 0
@@ -157,7 +157,7 @@ def _alone(config: Config, load: Load) -> Scene:
 def _work(job: Config, config: Config, rank: int) -> float:
     """Operations of one step of this rank with all its layers, by the recipe as it runs here."""
     model, seq_len, parallel = config.model, config.seq_len, config.parallel
-    placement, layers = parallel.placement, split(job)
+    placement, layers = parallel.placement, stage_layers(job)
     stages = placement[rank // parallel.stage_ranks]
     dense = sum(index < model.dense_layers for stage in stages for index in layers[stage])
     moe = sum(len(layers[stage]) for stage in stages) - dense

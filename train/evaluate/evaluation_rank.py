@@ -21,10 +21,10 @@ from train.checkpoint.run_folder import RunPaths
 from train.checkpoint.trained_with import require_tokenizer
 from train.checkpoint.weights import load_pipeline, require_memory
 from train.data.corpus import Corpus, build_corpus
-from train.evaluate.held_out_sources import EvaluatedSource, choose
+from train.evaluate.held_out_sources import EvaluatedSource, choose_sources
 from train.evaluate.needle import NeedleCell
 from train.evaluate.observed import ObservedChunk
-from train.evaluate.result import Evaluation, show
+from train.evaluate.result import Evaluation, show_result
 from train.evaluate.retrieve import read_fillers, search_needles
 from train.evaluate.target import Target, find_target
 from train.generate.source import start_token
@@ -62,7 +62,7 @@ def _run(config: Config, place: Place) -> int:
     corpus = in_turn(place, lambda progress: build_corpus(config, progress))
     if target.meta is not None:
         require_tokenizer(corpus.tokenizer.fingerprint, config.data.tokenizer, target.checkpoint, target.meta)
-    sources = choose(corpus, config, target.meta and target.meta["held_out"])
+    sources = choose_sources(corpus, config, target.meta and target.meta["held_out"])
     pipeline = _load(target, mesh, device)
     losses = [(source, _loss(config, source, pipeline, mesh, device)) for source in sources]
     needle, tasks = [], {}
@@ -128,9 +128,9 @@ def _report(
     try:
         path = evaluation.write(RunPaths(config).path)
     except OSError:
-        show(evaluation, "no file: its disk refused it", console)
+        show_result(evaluation, "no file: its disk refused it", console)
         raise
-    show(evaluation, str(path), console)
+    show_result(evaluation, str(path), console)
     _tell_wandb(config, evaluation, console)
 
 

@@ -29,7 +29,7 @@ class EvaluatedSource:
     data: ValidationData
 
 
-def choose(corpus: Corpus, config: Config, held_out: dict[str, Any] | None) -> list[EvaluatedSource]:
+def choose_sources(corpus: Corpus, config: Config, held_out: dict[str, Any] | None) -> list[EvaluatedSource]:
     """The sources that get sequences, in the order of the mix. held_out: what the checkpoint says of the run's data."""
     known = {word for source in held_out["sources"] for word in source} if held_out else set()
     wanted = config.evaluate.sequences

@@ -98,7 +98,7 @@ def figures(sums: Sums, seq_len: int) -> dict[str, Any]:
     }
 
 
-def show(evaluation: Evaluation, path: str, console: Console) -> None:
+def show_result(evaluation: Evaluation, path: str, console: Console) -> None:
     """A line per source, one per result of a task, and where the file is; wide only where names are long."""
     plain = evaluation.plain()
     step = "" if evaluation.step is None else f", step {evaluation.step}"

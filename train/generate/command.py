@@ -19,7 +19,7 @@ from conf.words import say, sentence
 from train.generate.cache import bytes_per_token, multi_head_bytes_per_token
 from train.generate.complete import start
 from train.generate.generation import Generation
-from train.generate.source import LoadedModel, open_source
+from train.generate.source import LoadedModel, open_weights
 from train.generate.text import TextStream, write
 from train.rank import choose_device
 
@@ -31,7 +31,7 @@ PLAIN_TOKENS = 32
 
 def generate(config: Config) -> int:
     """Returns the exit code. Raises UserError."""
-    source = open_source(config, choose_device(config, Place()), config.generate.checkpoint)
+    source = open_weights(config, choose_device(config, Place()), config.generate.checkpoint)
     writer = Writer(config, source)
     for line in (writer.headline(), *source.notes):
         _say(line)

@@ -18,7 +18,7 @@ from torch import Tensor
 from conf.errors import UserError
 from train.generate.decoder import Decoder
 from train.generate.drafter import Drafter
-from train.generate.sampling import Sampler, draw, uniforms, verify
+from train.generate.sampling import Sampler, accept_drafts, draw, uniforms
 
 
 class EndReason(Enum):
@@ -156,7 +156,7 @@ class Generation:
             counts = [1] * len(counts)
         else:
             drafts_BK, q_BKV = drafted
-            accepted_B, next_B = verify(drafts_BK, q_BKV, p_BLV, u_BX[:, self.drafts :])
+            accepted_B, next_B = accept_drafts(drafts_BK, q_BKV, p_BLV, u_BX[:, self.drafts :])
             following_BL = torch.cat([drafts_BK, next_B.unsqueeze(1)], 1).scatter_(
                 1, accepted_B.unsqueeze(1), next_B.unsqueeze(1)
             )

@@ -53,7 +53,7 @@ def draw(p_BV: Tensor, u_B: Tensor) -> Tensor:
     return torch.searchsorted(cumulated_BV, targets_B1, right=True).squeeze(-1)
 
 
-def verify(drafts_BK: Tensor, q_BKV: Tensor, p_BLV: Tensor, u_BL: Tensor) -> tuple[Tensor, Tensor]:
+def accept_drafts(drafts_BK: Tensor, q_BKV: Tensor, p_BLV: Tensor, u_BL: Tensor) -> tuple[Tensor, Tensor]:
     """How many drafts of each row are accepted (B,), and the token that follows them (B,).
 
     p_BLV: the model's distributions at the places of the K drafts and behind them, L = K + 1. u_BL: K for the tests, one for

@@ -39,7 +39,7 @@ class LoadedModel:
     """What else the user should know of it."""
 
 
-def open_source(config: Config, device: torch.device, checkpoint: str | None, field: str = FIELD) -> LoadedModel:
+def open_weights(config: Config, device: torch.device, checkpoint: str | None, field: str = FIELD) -> LoadedModel:
     """The model of a checkpoint or folder; None is the newest intact checkpoint of the run. field: what errors name. Raises UserError."""
     given = checkpoint and Path(checkpoint).expanduser()
     if given and is_hf_folder(given):

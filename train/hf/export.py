@@ -23,7 +23,7 @@ from conf.schema import Config, ExportType, Model, ModelFamily
 from conf.words import one_line, say
 from parallel.shard import Shard
 from train.checkpoint.manifest import Manifest, read_manifest
-from train.checkpoint.read_shards import TORCH, FolderFiles, fill
+from train.checkpoint.read_shards import TORCH, FolderFiles, fill_shards
 from train.checkpoint.run_folder import find_checkpoint
 from train.checkpoint.trained_with import tokenizer_of
 from train.data.prepare_progress import show_progress
@@ -33,7 +33,17 @@ from train.hf.config import GROUP_TOP_K, LATENT_NORM_EPS, SCALE_BLOCK, config_js
 from train.hf.families import FAMILIES, PARAMS_FILE, FamilyFacts
 from train.hf.folder import index_of
 from train.hf.model_card import CARD_FILE, model_card
-from train.hf.plan import PlannedFile, WrittenTensor, fates, index_json, left_out, lines, plan, source_name, write_json
+from train.hf.plan import (
+    PlannedFile,
+    WrittenTensor,
+    fates,
+    index_json,
+    left_out,
+    lines,
+    plan_files,
+    source_name,
+    write_json,
+)
 from train.hf.tensor_names import tensors
 from train.hf.tokenizer_files import write_tokenizer
 from train.hf.write import PieceWriter
@@ -63,7 +73,7 @@ def export(config: Config) -> int:
     _check_family(config, family)
     placed = list(tensors(config.model, family))
     rest = left_out(manifest, placed, ema)
-    files = plan(placed, config.export.dtype, config.export.shard_gb * 1e9, FAMILIES[family].stem)
+    files = plan_files(placed, config.export.dtype, config.export.shard_gb * 1e9, FAMILIES[family].stem)
     _check_room(target, files)
     rows = fates(files, rest, ema)
     with written_whole(target, "export.to") as folder, show_progress() as progress:
@@ -204,7 +214,7 @@ def _read(manifest: Manifest, batch: list[ExportSlice], ema: bool) -> dict[str, 
     for name, cuts in needed.items():
         low, high = min(cut.start for cut in cuts), max(cut.start + cut.count for cut in cuts)
         spans[name] = Shard(torch.empty(high - low), low, cuts[0].written.placed.whole)
-    fill(manifest, FolderFiles(manifest.folder), spans)
+    fill_shards(manifest, FolderFiles(manifest.folder), spans)
     for name, span in spans.items():
         if not torch.isfinite(span.local).all():
             raise UserError(

@@ -18,7 +18,7 @@ from train.checkpoint.manifest import Manifest
 from train.data.sources import STDLIB
 from train.hf.families import FAMILIES
 from train.metrics.jsonl import read_heads
-from train.model.count import count
+from train.model.count import count_parameters
 
 CARD_FILE = "README.md"
 CARD_HEAD = {"library_name": "transformers", "pipeline_tag": "text-generation"}
@@ -47,7 +47,7 @@ def _head(family: ModelFamily) -> dict[str, Any]:
 
 def model_card(config: Config, checkpoint: Manifest, family: ModelFamily, notes: list[str], length: int) -> str:
     """The text. notes: where transformers computes otherwise. length: most tokens of a sequence."""
-    counts, step = count(config.model), checkpoint.step
+    counts, step = count_parameters(config.model), checkpoint.step
     folder, settings = checkpoint.folder.absolute(), checkpoint.meta.get("config", {})
     weights = "the moving average of the weights" if config.export.ema else "the weights themselves"
     parts = [

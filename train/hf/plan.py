@@ -41,7 +41,9 @@ class PlannedFile:
     written: list[WrittenTensor]
 
 
-def plan(placed: list[PlacedTensor], dtype: ExportType, shard_bytes: float, stem: str = "model") -> list[PlannedFile]:
+def plan_files(
+    placed: list[PlacedTensor], dtype: ExportType, shard_bytes: float, stem: str = "model"
+) -> list[PlannedFile]:
     """Their tensors in order, cut into files of at most shard_bytes (a tensor that is larger has its own)."""
     groups: list[list[WrittenTensor]] = []
     room = 0.0

@@ -35,7 +35,7 @@ class ShardPart:
     """The memory to fill, or for a copy to compare with."""
 
 
-def fill(folder: Folder, placed: list[PlacedTensor], wanted: dict[str, Shard]) -> int:
+def fill_from_folder(folder: Folder, placed: list[PlacedTensor], wanted: dict[str, Shard]) -> int:
     """Fill every wanted shard with the folder's values, dequantised and, for shards of another type, rounded to it.
 
     placed: from `match`. Returns the bytes read. Raises UserError where a value is not finite, or where an MTP module's

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.errors import UserError
-from conf.read_json import parse_json, read_json, read_text
+from conf.read_json import parse_json, read_json, read_plain_text
 from train.data.chat_template import TEMPLATE_FILE
 from train.data.tokenizer import Tokenizer
 
@@ -21,7 +21,7 @@ def check_tokenizer(folder: Path, tokenizer: Tokenizer, choice: str | None) -> l
             f"{folder} holds no {TOKENIZER_FILE}, so nobody can tell whether its weights know the tokens of this run"
         ]
     try:
-        text = read_text(path)
+        text = read_plain_text(path)
         same = text == tokenizer.json_text or _meaning(text) == _meaning(tokenizer.json_text)
     except ValueError as error:
         raise UserError("init_from", path, f"cannot be read: {error}", "download it again") from error

@@ -8,7 +8,7 @@ from conf.schema import Model
 from parallel.shard import whole
 from train.hf.families import FAMILIES
 from train.hf.folder import match, open_model
-from train.hf.read import fill
+from train.hf.read import fill_from_folder
 from train.kernels.plain.high import HighPrecision
 from train.kernels.plain.plain_kernels import PlainKernels
 from train.model.deepseek import DeepSeekV3
@@ -40,6 +40,6 @@ def load_hf_model(
     wanted = {f"master.{name}": whole(param) for name, param in model.named_parameters()}
     if FAMILIES[headers.family].has_biases:
         wanted |= {f"bias.{name}": whole(router.bias_E) for name, router in model.routers().items()}
-    fill(headers, placed, wanted)
+    fill_from_folder(headers, placed, wanted)
     tokenizer = path / "tokenizer.json"
     return config, model.eval(), tokenizer if tokenizer.is_file() else None

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from cluster.run_files import stop_path
-from conf.disk import explain
+from conf.disk import explain_disk_error
 from conf.errors import EXIT_OK, EXIT_STOPPED, UserError
 from conf.schema import Config
 from train.checkpoint.manifest import newest_intact, read_manifest
@@ -17,7 +17,7 @@ from train.metrics.screens import final_screen, stopped_screen
 from train.metrics.series import read_series
 
 
-def finish(config: Config, code: int, seconds: float, wandb: str | None, text: str | None) -> None:
+def finish_run(config: Config, code: int, seconds: float, wandb: str | None, text: str | None) -> None:
     """Called on rank 0 when the run has ended with this exit code. seconds: wall time of the training; text: what the model wrote."""
     paths = RunPaths(config)
     checkpoint = newest_intact(paths.checkpoints).path
@@ -53,7 +53,7 @@ def _report(config: Config, folder: Path) -> Path | str:
     try:
         return write_report(folder)
     except OSError as error:
-        why = explain(error)
+        why = explain_disk_error(error)
     except UserError as error:  # a file of the run folder is damaged
         why = f"{error.value} {error.rule}"
     return f"not written ({why}); later: python -m train mode=report name={config.name} runs={config.runs}"

@@ -28,9 +28,9 @@ def check_layout(config: Config) -> None:
 
 def _check_offload(config: Config) -> None:
     """Some block has to be left that does not run again."""
-    from train.parallelize import split
+    from train.parallelize import stage_layers
 
-    again, longest = config.model.repeated_layers, max(map(len, split(config)))
+    again, longest = config.model.repeated_layers, max(map(len, stage_layers(config)))
     if again >= longest:
         raise UserError(
             "model.offload",

@@ -21,7 +21,7 @@ import torch
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from conf.disk import explain
+from conf.disk import explain_disk_error
 from conf.files import atomic_write_text
 from conf.schema import Config
 from train.model.deepseek import Head
@@ -96,7 +96,7 @@ class StepProfiler:
             body = {"rank": self._rank, "steps": [self._first, self._last], "rows": rows}
             atomic_write_text(self._folder / f"rank_{self._rank}.json", json.dumps(body))
         except OSError as error:
-            self._note(f"the profile could not be written ({explain(error)})")
+            self._note(f"the profile could not be written ({explain_disk_error(error)})")
             return
         title = f"rank {self._rank}, steps {self._first} to {self._last}: the largest of a step"
         self._note(

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cluster.run_files import progress_path
-from conf.disk import explain
+from conf.disk import explain_disk_error
 from conf.files import atomic_write_text
 
 
@@ -34,7 +34,7 @@ class RankProgress:
             self._write_over(text)
             if not self._refused:
                 self._refused = True
-                self._note(f"progress could not be written ({explain(error)}); training goes on")
+                self._note(f"progress could not be written ({explain_disk_error(error)}); training goes on")
 
     def _write_over(self, text: str) -> None:
         """Put the text in the place of the old one, which takes no more room: a rank whose file stands still looks as if it hung."""

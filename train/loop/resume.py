@@ -14,7 +14,7 @@ from parallel.shard import Shard
 from train.checkpoint.checkpointer import Checkpointer
 from train.checkpoint.manifest import CheckpointDamaged, manifest_of, newest_intact, read_manifest
 from train.checkpoint.memory_copies import MemoryCopies
-from train.checkpoint.read_shards import fill
+from train.checkpoint.read_shards import fill_shards
 from train.checkpoint.run_folder import RunPaths, resume_point
 from train.checkpoint.trained_with import refuse_mean, require_model, require_tokenizer
 from train.data.prepare import PreparedData
@@ -87,7 +87,7 @@ def restore(
     if start.copy is not None and copies is not None:
         manifest = manifest_of(Path(start.copy["folder"]), start.copy)
         _fits(config, data.tokenizer, manifest.folder, manifest.meta)
-        problem = _load(state, manifest.meta, optimizer, lambda wanted: fill(manifest, copies.files(), wanted))
+        problem = _load(state, manifest.meta, optimizer, lambda wanted: fill_shards(manifest, copies.files(), wanted))
         if problem is None:
             copies.mark_resumed()
             return _resumed(config, data, manifest.meta, notes, f"copies in memory, {manifest.folder}")

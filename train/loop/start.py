@@ -71,13 +71,13 @@ def start_from(config: Config, source: Folder | Path, state: "RunState") -> None
     kinds = ("master.", "bias.") if isinstance(source, Path) or FAMILIES[source.family].has_biases else ("master.",)
     weights = {name: shard for name, shard in state.wanted(False).items() if name.startswith(kinds)}
     if isinstance(source, Path):
-        from train.checkpoint.read_shards import load  # torch
+        from train.checkpoint.read_shards import load_shards  # torch
 
-        family = load(source, weights).get("family")
+        family = load_shards(source, weights).get("family")
     else:
-        from train.hf.read import fill  # torch
+        from train.hf.read import fill_from_folder  # torch
 
-        fill(source, match(source, config.model), weights)
+        fill_from_folder(source, match(source, config.model), weights)
         family = source.family
     meta = {"step": 0, "samples": 0, "skipped": 0, "updates": 0} | ({} if family is None else {"family": family})
     state.finish_load(meta, with_ema=False)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from conf.disk import explain
+from conf.disk import explain_disk_error
 from conf.schema import Config
 from parallel.exchange import gather
 from parallel.mesh import Mesh
@@ -52,7 +52,7 @@ class TimelineSampler:
             try:
                 write_timeline(self._folder, sampled)
             except OSError as error:
-                note(f"the timeline of step {step} could not be written ({explain(error)})")
+                note(f"the timeline of step {step} could not be written ({explain_disk_error(error)})")
 
 
 def plain_actions(record: StepRecord, rank: int, pp_rank: int) -> list[dict[str, Any]]:

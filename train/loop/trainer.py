@@ -28,7 +28,7 @@ from train.data.batch import Batch
 from train.data.prefetch import Prefetch
 from train.data.prepare import PreparedData
 from train.data.streamed import StreamedData
-from train.kernels.fp8.health import Report, merge
+from train.kernels.fp8.health import Report, merge_reports
 from train.loop.callbacks import Callbacks, RunView
 from train.loop.layer_norms import LayerNorms
 from train.loop.measure import MeasuredStep
@@ -302,7 +302,7 @@ class Trainer:
         if fp8 is None or not fp8.health.every or plan.step % fp8.health.every:
             return {}
         reports = gather(asdict(self.parts.precision.health()))
-        together = merge([Report(**report) for report in reports])
+        together = merge_reports([Report(**report) for report in reports])
         for warning in together.warnings:
             self._note(warning)
         return together.metrics | together.layers

@@ -10,7 +10,7 @@ from train.checkpoint.weights import fits_here
 from train.data.tokenizer import Tokenizer
 from train.generate.complete import complete
 from train.generate.source import from_checkpoint
-from train.metrics.report import SAMPLE, read_samples
+from train.metrics.report import SAMPLE, read_written_texts
 
 SAMPLE_TEMPERATURE = 0.8
 KEPT_SAMPLES = 100
@@ -33,7 +33,7 @@ def sample(config: Config, tokenizer: Tokenizer, device: torch.device) -> str | 
     source = from_checkpoint(config, checkpoint, tokenizer, device)
     text = complete(source, "", tokens=config.log.sample_tokens, temperature=SAMPLE_TEMPERATURE, seed=config.seed)
     step = read_manifest(checkpoint).step
-    earlier = [one for one in read_samples(paths.path) if one["step"] < step]
+    earlier = [one for one in read_written_texts(paths.path) if one["step"] < step]
     newest = {"step": step, "temperature": SAMPLE_TEMPERATURE, "text": text}
     atomic_write_json(paths.path / SAMPLE, newest | {"earlier": earlier[1 - KEPT_SAMPLES :]})
     return text

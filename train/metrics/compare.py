@@ -23,10 +23,10 @@ from train.metrics.headline import clipped, last, median, tail_mean
 from train.metrics.jsonl import METRICS_FILE
 from train.metrics.names import SCALARS, Curve
 from train.metrics.origin import ran_on_gpu
-from train.metrics.plot import LINE_COLOURS, Figure, add_curve, log_axis, look
+from train.metrics.plot import LINE_COLOURS, Figure, add_curve, log_axis, set_look
 from train.metrics.progress import short
 from train.metrics.report import read_settings, write_report
-from train.metrics.report_page import HOW_TO_READ, closing, figure_html, opening, table
+from train.metrics.report_page import HOW_TO_READ, closing, figure_html, opening, table_html
 from train.metrics.series import Series, read_series
 
 COMPARISON_PAGE, OF_A_SWEEP = "comparison.html", "sweep.html"
@@ -105,10 +105,10 @@ def _write(path: Path, title: str, runs: list[RunToCompare]) -> Path:
     rows = [(key, *(clipped(run.settings.get(key, "")) for run in runs)) for key in differing]
     parts = opening(title, "Curves lie over the tokens trained, so that runs with different batches can be compared.")
     parts += ["<h2>What differs</h2>"]
-    parts += [table(("setting", *(run.name for run in runs)), rows)] if rows else ["<p>No setting differs.</p>"]
+    parts += [table_html(("setting", *(run.name for run in runs)), rows)] if rows else ["<p>No setting differs.</p>"]
     parts += [
         "<h2>How they ended</h2>",
-        table(("", *(label for label, _ in COMPARED_RESULTS)), [(run.name, *_results(run, runs)) for run in runs]),
+        table_html(("", *(label for label, _ in COMPARED_RESULTS)), [(run.name, *_results(run, runs)) for run in runs]),
         f'<h2>Over the course of training</h2><p class="sub">{html.escape(HOW_TO_READ)}</p>',
         f'<div class="figures">{"".join(map(figure_html, figures))}</div>',
         *closing(figures),
@@ -164,7 +164,7 @@ def _figures(runs: list[RunToCompare]) -> Iterator[Figure]:
                 curve = Curve("", run.name, colour, 1.0, metric == "validation_loss", dash, metric != "lr")
                 add_curve(plot, curve, _tokens(run.series), run.series.columns[metric])
         if plot.data:
-            look(plot, 440 if metric == "validation_loss" else 360).update_xaxes(title="tokens")
+            set_look(plot, 440 if metric == "validation_loss" else 360).update_xaxes(title="tokens")
             plot.update_yaxes(title=UNITS[metric], rangemode="tozero" if metric == "tokens_per_second" else "normal")
             if metric == "grad_norm":
                 log_axis(plot)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import Any
 
-from conf.disk import Backlog, explain, naming
+from conf.disk import Backlog, explain_disk_error, naming
 from train.metrics.names import LAYERS_MARK, Record, is_layer_metric, order
 
 METRICS_FILE = "metrics.jsonl"
@@ -23,7 +23,7 @@ LOADS_PER_STEP = 1024
 _STEP = re.compile(rb'\{"step":(\d+)[,}]')
 
 
-def encode(record: Record) -> bytes:
+def encode_record(record: Record) -> bytes:
     """One line, newline included: known names in the order of the table, null for what is not finite."""
     plain = {name: _plain(record[name]) for name in sorted(record, key=order)}
     return json.dumps(plain, separators=(",", ":"), allow_nan=False).encode() + b"\n"
@@ -61,11 +61,11 @@ class JsonlSink:
 
     def write(self, record: Record) -> None:
         try:
-            self._lines.add(encode(_with_loads_now_and_then(record)))
+            self._lines.add(encode_record(_with_loads_now_and_then(record)))
         except OSError as error:
             self._refused += 1
             if self._refused == 1:
-                text = f"metrics.jsonl: a line could not be written ({explain(error)})"
+                text = f"metrics.jsonl: a line could not be written ({explain_disk_error(error)})"
                 self._note(f"{text}; training goes on, and lines wait in memory until there is room")
         else:
             self._tell_of_room()

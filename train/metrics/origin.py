@@ -49,7 +49,7 @@ StartRecord = dict[str, Any]
 def record_start(folder: Path) -> None:
     """Add this command to the file."""
     commit, modified = code_version()
-    start = {"time": time.time(), "command": command(), "folder": os.getcwd()}
+    start = {"time": time.time(), "command": typed_words(), "folder": os.getcwd()}
     _write(folder, [*read_starts(folder), start | {"commit": commit, "modified": modified}])
 
 
@@ -110,7 +110,7 @@ def command_to_go_on(folder: Path) -> str:
     return shlex.join(word for word in shlex.split(starts[-1]["command"]) if not word.startswith("resume="))
 
 
-def command() -> str:
+def typed_words() -> str:
     """What was typed, as a shell takes it."""
     if (place := given_place()) is not None:
         nodes = ["--nnodes", str(place.world // place.local_world)] if place.world > place.local_world else []

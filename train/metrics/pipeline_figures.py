@@ -7,7 +7,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from train.metrics.names import BLUE, GREEN, PURPLE
-from train.metrics.plot import IDLE, Figure, figure, look
+from train.metrics.plot import IDLE, Figure, figure, set_look
 from train.metrics.timeline_file import SampledStep
 
 PICTURE_ROWS, BARS = 16, 12_000
@@ -47,7 +47,7 @@ def timeline_figure(sampled: SampledStep | None) -> Figure | None:
             if actions:
                 bars = _bars(actions, rows, later, scale, unit, numbered=len(kept) <= NUMBERED)
                 plot.add_trace(bars.update(showlegend=not later or len(actions) == len(of_kind)))
-    look(plot, height=150 + 44 * len(rows))
+    set_look(plot, height=150 + 44 * len(rows))
     plot.update_layout(barmode="overlay", bargap=0.18, hovermode="closest")
     if len(kept) <= NUMBERED:
         plot.update_layout(uniformtext={"minsize": 9, "mode": "hide"})  # a number that does not fit is left out

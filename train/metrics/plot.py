@@ -104,7 +104,7 @@ def add_tokens_axis(plot: go.Figure, series: Series) -> None:
     plot.update_layout(legend={"y": 1.16}, margin={"t": 80})
 
 
-def look(plot: go.Figure, height: int = 320) -> go.Figure:
+def set_look(plot: go.Figure, height: int = 320) -> go.Figure:
     """The look that all figures share; train/metrics/report_page.py adds what depends on light or dark."""
     plot.update_layout(
         height=height,
@@ -119,7 +119,7 @@ def look(plot: go.Figure, height: int = 320) -> go.Figure:
 
 def style(plot: go.Figure, step_N: np.ndarray, height: int = 320) -> go.Figure:
     """The look of figures whose x axis shows the steps step_N."""
-    look(plot, height).update_xaxes(title="step", nticks=10, tickformat=",d")
+    set_look(plot, height).update_xaxes(title="step", nticks=10, tickformat=",d")
     if len(step_N) <= 10:  # else the axis would show halves of steps
         plot.update_xaxes(tickvals=step_N.tolist())
     return plot

@@ -29,7 +29,7 @@ from train.metrics.plot import DOTTED_STEPS, Figure
 from train.metrics.progress import short
 from train.metrics.proof_rows import report_rows
 from train.metrics.quantities import gib
-from train.metrics.report_page import HOW_TO_READ, cards_html, closing, figure_html, opening, reloading, table
+from train.metrics.report_page import HOW_TO_READ, cards_html, closing, figure_html, opening, reloading, table_html
 from train.metrics.screens import printable
 from train.metrics.series import POINTS, Series, read_series
 from train.metrics.timeline_file import SampledStep, read_timeline
@@ -92,7 +92,7 @@ def _profile_parts(run_folder: Path) -> list[str]:
         except (OSError, ValueError, KeyError, TypeError):
             continue  # the rest of the page does not depend on it
         head = f"<h2>Where the time went</h2><p>Rank {html.escape(str(body.get('rank')))}, a step of {first} to {last}.</p>"
-        found += [head, table(("part", "operation", "calls", "ms", "share"), rows)]
+        found += [head, table_html(("part", "operation", "calls", "ms", "share"), rows)]
     return found
 
 
@@ -146,7 +146,7 @@ def _page(
         "<h2>Configuration</h2><details><summary>Every setting of this run (config.yaml)</summary>",
         f"<pre>{html.escape(settings_text) or 'This folder has no config.yaml.'}</pre></details>",
         "<details><summary>What the names in metrics.jsonl mean</summary>",
-        table(
+        table_html(
             ("name", "unit", "meaning", "when"),
             [(m.name, m.unit, m.meaning, m.when or "always") for m in (*SCALARS, *EVENTS)],
         ),
@@ -183,7 +183,7 @@ def _description(settings: Mapping[str, Any]) -> str:
     )
 
 
-def read_samples(run_folder: Path) -> list[dict[str, Any]]:
+def read_written_texts(run_folder: Path) -> list[dict[str, Any]]:
     """What the model wrote, oldest first: step, temperature, text. Raises UserError for a damaged file."""
     path = run_folder / SAMPLE
     if not path.exists():
@@ -202,7 +202,7 @@ def read_samples(run_folder: Path) -> list[dict[str, Any]]:
 
 def _sample_parts(run_folder: Path) -> list[str]:
     """What the model wrote, the newest text first."""
-    if not (samples := read_samples(run_folder)):
+    if not (samples := read_written_texts(run_folder)):
         return []
     *earlier, newest = samples
     how = f"Drawn at temperature {newest['temperature']:g} from nothing but the start of a document."
@@ -231,11 +231,15 @@ def _origin_parts(run_folder: Path) -> list[str]:
     parts = [
         "<h2>How it was started</h2>",
         f'<pre class="text">{html.escape(newest["command"])}</pre>',
-        table(("fact", "value"), _origin_rows(newest)),
+        table_html(("fact", "value"), _origin_rows(newest)),
     ]
     if earlier:
         rows = [(_when(start), start["command"], code_words(start)) for start in earlier]
-        parts += ["<details><summary>Earlier starts</summary>", table(("time", "command", "code"), rows), "</details>"]
+        parts += [
+            "<details><summary>Earlier starts</summary>",
+            table_html(("time", "command", "code"), rows),
+            "</details>",
+        ]
     return parts
 
 
@@ -265,7 +269,7 @@ def _plan_parts(rows: list[PlanRow]) -> list[str]:
     text = "Medians over the run, times as means over its ranks; the error is that of the plan."
     return [
         f'<h2>Planned and measured</h2><p class="sub">{text}</p>',
-        table(("", "planned", "measured", "error"), rows),
+        table_html(("", "planned", "measured", "error"), rows),
     ]
 
 
@@ -276,7 +280,7 @@ def _cluster_parts(cluster: tuple[str, list] | None) -> list[str]:
     sentence, rows = cluster
     return [
         f'<h2>On the cluster</h2><p class="sub">{html.escape(sentence)}</p>',
-        f"<details><summary>Events</summary>{table(('time', 'attempt', 'event', 'what happened'), rows)}</details>",
+        f"<details><summary>Events</summary>{table_html(('time', 'attempt', 'event', 'what happened'), rows)}</details>",
     ]
 
 
@@ -286,10 +290,10 @@ def _proof_parts(proof: tuple[str, list] | None) -> list[str]:
         return []
     sentence, rows = proof
     head = ("pass", "quantity", "", "worst error", "allowed", "why so much")
-    return [f'<h2>Proven</h2><p class="sub">{html.escape(sentence)}</p>', table(head, rows)]
+    return [f'<h2>Proven</h2><p class="sub">{html.escape(sentence)}</p>', table_html(head, rows)]
 
 
 def _checkpoint_table(checkpoints: list[tuple[str, str, str]]) -> list[str]:
     if not checkpoints:
         return []
-    return ["<h2>Checkpoints in this folder</h2>", table(("name", "size", "written"), checkpoints)]
+    return ["<h2>Checkpoints in this folder</h2>", table_html(("name", "size", "written"), checkpoints)]

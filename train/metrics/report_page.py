@@ -182,7 +182,7 @@ def figure_html(figure: Figure) -> str:
     return f"<figure{wide}><h3>{html.escape(figure.title)}</h3>{choice}{place}{caption}</figure>"
 
 
-def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+def table_html(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     titles = "".join(f"<th>{html.escape(text)}</th>" for text in head)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in row) + "</tr>" for row in rows)
     return f'<div class="scroll"><table><tr>{titles}</tr>{body}</table></div>'

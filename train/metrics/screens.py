@@ -53,7 +53,7 @@ def final_screen(
         rows.append(("Report", f"{report}  (open it in a browser)" if isinstance(report, Path) else report))
     if wandb:
         rows.append(("W&B", wandb if wandb.startswith("http") else f"offline; upload with: wandb sync {wandb}"))
-    show(console or Terminal(), f"{name}: {steps} steps done{took}", GOOD, rows)
+    show_rows(console or Terminal(), f"{name}: {steps} steps done{took}", GOOD, rows)
 
 
 def stopped_screen(
@@ -72,7 +72,7 @@ def stopped_screen(
         ("Checkpoint", str(checkpoint) if checkpoint else "none yet: the run would start again"),
         ("Go on with", command),
     ]
-    show(console or Terminal(), f"{name}: stopped at step {step} of {steps}", WARN, rows)
+    show_rows(console or Terminal(), f"{name}: stopped at step {step} of {steps}", WARN, rows)
 
 
 def _held_out(loss: float, bits_per_byte: float | None) -> str:
@@ -88,7 +88,7 @@ def _quoted(sample: str) -> str:
     return "\n".join(f"| {line}" for line in shown)
 
 
-def show(console: Console, title: str, style: str, rows: list[tuple[str, str]]) -> None:
+def show_rows(console: Console, title: str, style: str, rows: list[tuple[str, str]]) -> None:
     """A title in a style (GOOD, WARN), then labelled lines."""
     console.print()
     console.print(Text(printable(title, console.encoding), style=style), soft_wrap=True)

@@ -63,7 +63,7 @@ def expert_params(config: Model) -> int:
     return 3 * config.hidden * config.expert_width
 
 
-def count(config: Model) -> Counts:
+def count_parameters(config: Model) -> Counts:
     """Parameters of every part."""
     attention = attention_products(config) + (config.q_rank or 0) + config.kv_rank
     outside_ffn = attention + 2 * config.hidden
@@ -119,6 +119,6 @@ def flops_per_token(config: Model, seq_len: int, causal: bool = True, mtp: bool 
 
 def checkpoint_bytes(config: Config) -> int:
     """Size of one checkpoint: fp32 master weights, what the optimizer keeps, and the average of the weights where one is kept."""
-    counts = count(config.model)
+    counts = count_parameters(config.model)
     kept = config.optim.facts.count_state_bytes(config.precision.moment_bytes)
     return (counts.total + counts.mtp) * (4 + kept + (4 if config.optim.ema_decay else 0))

@@ -63,7 +63,7 @@ class AdamW(torch.optim.Optimizer):
 
     @classmethod
     def make(cls, groups: list[dict], config: Config, parts: Collection[str]) -> "AdamW":
-        """That of a run. parts: of a step that run as compiled code, see `Kernels.parts`."""
+        """AdamW as a run asks for it, over these parameter groups. parts: of a step that run as compiled code, see `Kernels.parts`."""
         return cls(groups, config.optim, moments_dtype(config.precision), "adamw" in parts)
 
     @staticmethod

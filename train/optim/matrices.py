@@ -47,7 +47,7 @@ STACKS: dict[str, MatrixStack] = {
 
 
 def logical_matrices(name: str, shape: Sequence[int], model: Model, by_head: bool) -> list[LogicalMatrix]:
-    """Those of a weight that Muon updates. shape: (rows, columns), or of any number of experts (E, rows, columns).
+    """The logical matrices of a weight that Muon updates. shape: (rows, columns), or of any number of experts (E, rows, columns).
 
     by_head: whether attention's products are split by heads.
     """

@@ -14,7 +14,7 @@ class OptimizerClass(Protocol):
     """What is asked of an optimizer before there is one."""
 
     def make(self, groups: list[dict], config: Config, parts: Collection[str]) -> ShardedOptimizer:
-        """That of a run. parts: of a step that run as compiled code, see `Kernels.parts`."""
+        """The optimizer that a run asks for, over these parameter groups. parts: of a step that run as compiled code, see `Kernels.parts`."""
 
     def count_scratch_bytes(self, kind: str, precision: Precision, elements: int, compiled: bool) -> int:
         """What an update of so many elements takes beside its operands. kind: of the device."""

@@ -14,7 +14,7 @@ from conf.files import atomic_write_text
 from conf.screen import Terminal
 from train.metrics.progress import duration
 from train.metrics.proof_rows import PROOF_CARD_FILE, PROOF_FILE
-from train.metrics.screens import GOOD, WARN, show
+from train.metrics.screens import GOOD, WARN, show_rows
 from train.prove.findings import Difference, ProofVerdict, first_of
 
 PROOFS_SAY = {
@@ -117,7 +117,7 @@ class Certificate:
         rows.append(("Not proven", "\n".join(self.not_proven)))
         rows.append(("Files", f"{path}, {PROOF_CARD_FILE}"))
         title = f"{self.name}: {said}, in miniature, after {duration(self.seconds)}"
-        show(console or Terminal(), title, GOOD if self.holds else WARN, rows)
+        show_rows(console or Terminal(), title, GOOD if self.holds else WARN, rows)
 
 
 @dataclass(frozen=True)

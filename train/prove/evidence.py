@@ -117,7 +117,7 @@ class Evidence:
         return cls(StepInfo(**json.loads(metadata["info"])), tensors, places)
 
 
-def read_steps(folder: Path, proof: str) -> Iterator[tuple[int, int, list[Evidence]]]:
+def read_evidence(folder: Path, proof: str) -> Iterator[tuple[int, int, list[Evidence]]]:
     """(part, step, every rank's view of it) of a pass, in order. Each is read when it is asked for, as all are gigabytes."""
     found: dict[tuple[int, int], list[Path]] = {}
     for path in folder.glob(f"{proof}_*.safetensors"):

@@ -37,7 +37,7 @@ from train.model.init import initialise
 from train.prove import reference, reference_step
 from train.prove.bounds import UNIT, Bound, averaged, chosen, coarsest, computed
 from train.prove.comparisons import size_of
-from train.prove.evidence import EVIDENCE, Evidence, depth_of, places_of, read_steps
+from train.prove.evidence import EVIDENCE, Evidence, depth_of, places_of, read_evidence
 from train.prove.findings import ProofFindings, together
 from train.prove.high_precision import choice_excess
 from train.prove.judge_high import WholeJudge
@@ -48,7 +48,7 @@ from train.prove.judge_wire import WireJudge
 from train.prove.layouts import PROOFS, passes_of, run_part, save_step, watched_steps
 from train.prove.reference import WatchedPass
 from train.prove.samples import initial_biases, initial_weights
-from train.prove.shaken import ReferenceStep, ShakenRuns, run_step
+from train.prove.shaken import ReferenceStep, ShakenRuns, run_shaken_step
 
 
 def judge_all(config: Config, proofs: Sequence[str] | None = None, at_a_time: int = 1) -> ProofFindings:
@@ -76,7 +76,7 @@ class Judge(WireJudge, ReductionJudge, UpdateJudge):
         """config: as the ranks ran it."""
         super().__init__(proof, config, findings, RunPaths(replace(config, name=f"{config.name}/{proof}")).checkpoints)
         self.recipe, self.model = config, config.model
-        self.steps = read_steps(folder, proof)
+        self.steps = read_evidence(folder, proof)
         self.bound = computed(proof, config)
 
     def judge(self) -> None:
@@ -194,7 +194,7 @@ class Judge(WireJudge, ReductionJudge, UpdateJudge):
         if not self._has_the_batch(ranks, plan.batch_size):
             return None
         plain = self._plain(before, self._choices(ranks, plan.batch_size))
-        self.want = run_step(plain, self.samples, plan)
+        self.want = run_shaken_step(plain, self.samples, plan)
         unit = UNIT[coarsest(self.config) if self.is_rounded else "fp32"]
         near = None if self.is_rounded else 2 * chosen(self.proof, self.config).value
         self.shaken = None if self.proof == "exact" else ShakenRuns(plain, self.samples, plan, unit, near)

@@ -126,7 +126,7 @@ class WholeJudge(AttentionJudge):
     def _swiglu_back(self, name: str) -> None:
         for first, second in self._pairs(name):
             if second.has("dx") and first.has("dy"):
-                back = low.swiglu_back(
+                back = low.swiglu_backward(
                     NearNumbers(first.rows("y")), None, NearNumbers(second.rows("dx")), self.recipe.high
                 )
                 self._total("SwiGLU", first, "dy", first.rows("dy"), back.dh, self._in_elements())

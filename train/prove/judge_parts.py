@@ -212,7 +212,7 @@ class PartsJudge(Comparisons):
             da_RF = by_expert(dy_RD, counts, w2, here)
             da = low.rounded(da_RF, high, self._order(w2.x.size(-1)).value * da_RF.size)
             h = low.cast_rows(NearNumbers(call.get("h")), counts, self.recipe.swiglu, -1)
-            back = low.swiglu_back(h, call.get("gates"), da, high)
+            back = low.swiglu_backward(h, call.get("gates"), da, high)
             self._total("SwiGLU of experts", call, "dh", call.get("dh"), back.dh, _elements())
             if call.has("dgates"):
                 gates, order = call.get("dgates"), self._order(da.x.size(-1))
@@ -344,7 +344,9 @@ class SumOverCalls:
             self.total = Total(*(torch.zeros_like(weight) for _ in range(3)))
         x, size, off = self.total
         assert off is not None
-        for expert, left_e, right_e in zip(here, low.split(left, counts), low.split(right, counts), strict=True):
+        for expert, left_e, right_e in zip(
+            here, low.split_rows(left, counts), low.split_rows(right, counts), strict=True
+        ):
             if len(left_e.x):
                 part = SumOverCalls()
                 part.total = Total(x[expert], size[expert], off[expert])
@@ -363,7 +365,7 @@ def _elements() -> Bound:
 def by_expert(rows: NearNumbers, counts: Sequence[int], weight: NearNumbers, here: range) -> Total:
     """Rows of each expert times its own matrix. weight: (E, N, C), of all experts."""
     parts = []
-    for expert, one in zip(here, low.split(rows, counts), strict=True):
+    for expert, one in zip(here, low.split_rows(rows, counts), strict=True):
         if len(one.x):
             parts.append(
                 low.product(one, NearNumbers(weight.x[expert], None if weight.off is None else weight.off[expert]))

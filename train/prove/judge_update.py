@@ -13,7 +13,7 @@ from cluster.run_files import step_name
 from conf.errors import UserError
 from conf.schema import Config
 from parallel.shard import whole
-from train.checkpoint.read_shards import load
+from train.checkpoint.read_shards import load_shards
 from train.prove import reference_muon, reference_step
 from train.prove.bounds import EXACT, UNIT, Bound, averaged
 from train.prove.comparisons import Comparisons
@@ -114,7 +114,7 @@ class UpdateJudge(Comparisons):
                 self._judge_decay(names[0], held[0], after[names[0]], new[0], rounded[names[0]])
             if optim.ema_decay:
                 average = f"ema.{name}"
-                want[average] = reference_step.average(before[average], after[names[0]], optim.ema_decay)
+                want[average] = reference_step.moving_average(before[average], after[names[0]], optim.ema_decay)
                 moved = (want[average] - before[average]).abs()
                 rounded[average] = UNIT["fp32"] * (torch.maximum(before[average].abs(), want[average].abs()) + moved)
         for layer, load_E in seen.loads.items():
@@ -203,7 +203,7 @@ class UpdateJudge(Comparisons):
         path = self._checkpoints / step_name(self.step)
         found = {name: torch.full_like(tensor, math.nan) for name, tensor in state.items()}
         try:
-            load(path, {name: whole(tensor) for name, tensor in found.items()})
+            load_shards(path, {name: whole(tensor) for name, tensor in found.items()})
         except (OSError, UserError) as error:
             self._fail("state in a checkpoint", path.name, None, math.nan, math.nan, str(error))
             return

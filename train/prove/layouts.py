@@ -38,7 +38,7 @@ would have a neighbour whose scale it could be given."""
 TILED_HEADS = 4
 
 
-def in_tiles(config: Config) -> Config:
+def with_two_tiles(config: Config) -> Config:
     """The recipe with few layers that are wide, for two steps. Where a rank is in a pipeline changes no scale, so all ranks have all layers;
     the way to experts stays.
     """
@@ -70,7 +70,7 @@ PROOFS: dict[str, Callable[[Config], Config]] = {
     "exact": in_fp32,
     "fp32": in_fp32,
     "recipe": lambda config: config,
-    "tiles": in_tiles,
+    "tiles": with_two_tiles,
 }
 """The passes, and the recipe as it runs in each."""
 
@@ -132,7 +132,7 @@ def run_part(config: Config, number: int, ranks: int) -> RunPart:
 
 
 def run_parts(proof: str, config: Config, ranks: int, numbers: Sequence[int]) -> list[RunPart]:
-    """Those of these numbers that a pass has."""
+    """The parts of a run, of those with these numbers, that a pass has."""
     if proof == "tiles":
         return [RunPart(0, config, config.steps, None) for number in numbers if number == 0]
     return [run_part(config, number, ranks) for number in numbers]

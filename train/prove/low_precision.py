@@ -337,7 +337,7 @@ def swiglu(h_R2F: Tensor, gates_R: Tensor | None) -> Tensor:
     return made if gates_R is None else made * gates_R[:, None]
 
 
-def swiglu_back(h_R2F: NearNumbers, gates_R: Tensor | None, da_RF: NearNumbers, high: PlainFormat) -> SwigluSlopes:
+def swiglu_backward(h_R2F: NearNumbers, gates_R: Tensor | None, da_RF: NearNumbers, high: PlainFormat) -> SwigluSlopes:
     """From the gradient of the output to those of h and of the gates. h: as it waited."""
     factor_R1 = 1.0 if gates_R is None else gates_R[:, None]
 
@@ -377,13 +377,13 @@ def cast_rows(
     rows = None if rule is None else rule.block(along)[0]
     if rule is None or rows in (None, 1):
         return cast(given, rule, along, noise)
-    parts = [cast(one, rule, along, noise) for one in split(given, counts)]
+    parts = [cast(one, rule, along, noise) for one in split_rows(given, counts)]
     offs = [torch.zeros_like(part.x) if part.off is None else part.off for part in parts]
     has_off = any(part.off is not None for part in parts)
     return NearNumbers(torch.cat([part.x for part in parts]), torch.cat(offs) if has_off else None)
 
 
-def split(given: NearNumbers, counts: Sequence[int]) -> list[NearNumbers]:
+def split_rows(given: NearNumbers, counts: Sequence[int]) -> list[NearNumbers]:
     """The rows of each expert."""
     offs = [None] * len(counts) if given.off is None else given.off.split(list(counts))
     return [NearNumbers(x, off) for x, off in zip(given.x.split(list(counts)), offs, strict=True)]

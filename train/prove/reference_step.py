@@ -91,7 +91,7 @@ def rate_of(optim: Optim, name: str, lr: float) -> float:
     return 0.0 if optim.freeze_routers and name.endswith(".router.weight") else lr
 
 
-def average(before: Tensor, weight: Tensor, decay: float) -> Tensor:
+def moving_average(before: Tensor, weight: Tensor, decay: float) -> Tensor:
     """The moving average of the weights (3.2.3)."""
     return decay * before + (1 - decay) * weight
 

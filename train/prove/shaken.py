@@ -37,7 +37,7 @@ class ReferenceStep:
     gradients: Weights
 
 
-def run_step(plain: PlainModel, samples: Samples, plan: PlainPlan) -> ReferenceStep:
+def run_shaken_step(plain: PlainModel, samples: Samples, plan: PlainPlan) -> ReferenceStep:
     """Forward and backward of the batch of a step. A weight that nothing reached has a gradient of zeros."""
     batch = samples.batch(plan.first_sample, plan.batch_size)
     seen = reference.gradients(plain, batch, plan.mtp_weight)
@@ -87,7 +87,7 @@ class ShakenRuns:
         weights = {name: shake(weight.detach()).requires_grad_() for name, weight in plain.weights.items()}
         moved = PlainModel(plain.config, weights, plain.biases, plain.choices)
         moved.watched = ShakenParts
-        return run_step(moved, self._samples, self._plan)
+        return run_shaken_step(moved, self._samples, self._plan)
 
     def _run_turned(self, near: float) -> ReferenceStep:
         """Balance losses count the other one of two experts that nearly tie for the last place."""
@@ -102,4 +102,4 @@ class ShakenRuns:
         weights = {name: weight.detach().clone().requires_grad_() for name, weight in self._plain.weights.items()}
         turned = PlainModel(self._plain.config, weights, self._plain.biases, self._plain.choices)
         turned.best_without_bias = best
-        return run_step(turned, self._samples, self._plan)
+        return run_shaken_step(turned, self._samples, self._plan)

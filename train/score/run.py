@@ -19,9 +19,9 @@ from conf.errors import EXIT_OK, UserError
 from conf.schema import Config
 from conf.words import one_line, say, say_note
 from train.generate.decoder import Decoder
-from train.generate.source import open_source
+from train.generate.source import open_weights
 from train.rank import choose_device
-from train.score.scored_samples import ScoredSample, read_samples
+from train.score.scored_samples import ScoredSample, read_scored_samples
 
 SCHEMA = pyarrow.schema(
     {
@@ -43,11 +43,11 @@ def score(config: Config) -> int:
     target = Path(config.score.to).expanduser().absolute()
     if target.exists():
         raise UserError("score.to", target, "exists already", "give the name of a new file")
-    source = open_source(config, choose_device(config, Place()), config.score.checkpoint, "score.checkpoint")
+    source = open_weights(config, choose_device(config, Place()), config.score.checkpoint, "score.checkpoint")
     for note in source.notes:
         say_note(note)
     path, size = Path(config.score.data).expanduser(), source.decoder.config.vocab_size
-    samples = read_samples(path, source.tokenizer.encode, source.start_id, size, source.context)
+    samples = read_scored_samples(path, source.tokenizer.encode, source.start_id, size, source.context)
     _write(target, _rows(source.decoder, samples, config.model.loss_chunk))
     counted = sum(len(sample.tokens) - sample.first for sample in samples)
     say(one_line(f"Scored {len(samples)} samples, {counted} tokens, with {source.title}: {target}"))

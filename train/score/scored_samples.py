@@ -25,7 +25,7 @@ class ScoredSample:
     """The first token whose log-probability counts to the sum: never 0, which nothing precedes."""
 
 
-def read_samples(
+def read_scored_samples(
     path: Path, encode: Callable[[str], list[int]], start_id: int, vocab_size: int, longest: int
 ) -> list[ScoredSample]:
     """All samples of a file (.jsonl, .jsonl.gz, .jsonl.zst, .parquet), in order.

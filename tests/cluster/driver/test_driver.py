@@ -21,7 +21,7 @@ from cluster.driver.journal import Journal, goodput, read_events
 from cluster.driver.view import View
 from cluster.node.agent import Agent
 from cluster.node.copy_store import Store
-from cluster.node.preflight import gather
+from cluster.node.preflight import gather_facts
 from cluster.run_files import NONE, Age
 from cluster.topology import Node
 from conf.errors import EXIT_CRASH, EXIT_OK, EXIT_STOPPED, EXIT_USER
@@ -292,10 +292,10 @@ def test_a_node_whose_clock_is_off_is_taken_once_it_is_right(tmp_path, monkeypat
     off = iter([3600.0, 3600.0])
 
     def gather_off(question):
-        facts = gather(question)
+        facts = gather_facts(question)
         return replace(facts, clock=facts.clock + next(off, 0.0)) if question.node == "id1" else facts
 
-    monkeypatch.setattr("cluster.node.agent.gather", gather_off)
+    monkeypatch.setattr("cluster.node.agent.gather_facts", gather_off)
     run = Run(tmp_path, nodes=2, dp=2)
     assert run.run() == EXIT_OK, run.finish.text
     assert "n1: its clock is 3600.0 s off" in run.only("node_refused")["text"], "told once"

@@ -9,7 +9,7 @@ from cluster.cause import Failure, RankReport, name_cause
 from cluster.clocks import SteadyClock
 from cluster.driver.vitals import Vitals
 from cluster.node.agent import Agent, Answer, Order
-from cluster.node.preflight import SCRATCH_LIMIT, Preflight, Question, gather
+from cluster.node.preflight import SCRATCH_LIMIT, Preflight, Question, gather_facts
 from cluster.topology import Node
 
 NODES = [Node(f"id{i}", f"n{i}", "127.0.0.1", 1) for i in range(4)]
@@ -59,7 +59,7 @@ def test_an_agent_gives_the_times_of_failures_as_before_its_clock_was_set(tmp_pa
 def test_the_first_failure_is_found_beside_a_clock_that_was_off_when_its_node_was_checked(vitals, tmp_path, ahead):
     (tmp_path / "config.yaml").write_text("steps: 1")
     preflight, now = Preflight(tmp_path, False, SteadyClock()), time.time()
-    facts = gather(preflight.question(NODES[1]))
+    facts = gather_facts(preflight.question(NODES[1]))
     found = preflight.ahead(NODES[1], replace(facts, clock=facts.clock + ahead))
     assert found == (0.0 if ahead == 0 else pytest.approx(ahead, abs=5.0))
     vitals.know(NODES[1], found)

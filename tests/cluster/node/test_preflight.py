@@ -9,7 +9,7 @@ import pytest
 from cluster.clocks import SteadyClock
 from cluster.driver.network import NetworkTest, rounds
 from cluster.node.network_probe import BYTES, NetworkProbe, NodeLink, measure
-from cluster.node.preflight import Preflight, Question, _digest_of_program, gather
+from cluster.node.preflight import Preflight, Question, _digest_of_program, gather_facts
 from cluster.topology import Node
 from tests.cluster.local_fleet import LocalFleet
 
@@ -23,7 +23,7 @@ def preflight(tmp_path):
 
 
 def test_a_node_like_the_driver_may_hold_ranks(preflight, tmp_path):
-    assert preflight.problem(NODE, gather(preflight.question(NODE))) is None
+    assert preflight.problem(NODE, gather_facts(preflight.question(NODE))) is None
     preflight.close()
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
@@ -41,7 +41,7 @@ def test_a_node_like_the_driver_may_hold_ranks(preflight, tmp_path):
     ],
 )
 def test_a_node_that_differs_is_refused_with_the_cure(preflight, change, words):
-    facts = dataclasses.replace(gather(preflight.question(NODE)), **change)
+    facts = dataclasses.replace(gather_facts(preflight.question(NODE)), **change)
     assert words in preflight.problem(NODE, facts)
 
 
@@ -59,11 +59,11 @@ def test_another_source_of_any_language_is_another_program(tmp_path, monkeypatch
 
 def test_a_folder_of_the_same_name_is_not_shared_storage(preflight, tmp_path):
     question = preflight.question(NODE)
-    facts = gather(question)
+    facts = gather_facts(question)
     (tmp_path / ".preflight" / NODE.id).unlink()  # the node wrote to a disk of its own
     assert "does not arrive here" in preflight.problem(NODE, facts)
     other = dataclasses.replace(question, folder=str(tmp_path / "elsewhere"))
-    assert "cannot read" in gather(other).storage
+    assert "cannot read" in gather_facts(other).storage
 
 
 @pytest.mark.parametrize("count", [2, 3, 8, 9])

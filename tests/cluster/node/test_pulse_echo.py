@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from cluster.driver.pulse_sender import Pulse
-from cluster.node.pulse_echo import ANSWER, QUESTION, Echo, seal, unseal
+from cluster.node.pulse_echo import ANSWER, QUESTION, Echo, seal_datagram, unseal
 
 KEY = b"k" * 32
 
@@ -34,19 +34,19 @@ def send(node: Node, *datagrams: bytes, last: int) -> list[bytes]:
     """What comes back, up to the answer to a question of this number behind them: they are taken in their order."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way:
         way.settimeout(60)
-        for datagram in (*datagrams, seal(KEY, QUESTION, last, "id1")):
+        for datagram in (*datagrams, seal_datagram(KEY, QUESTION, last, "id1")):
             way.sendto(datagram, node.echo.place)
         found = [way.recv(512)]
-        while found[-1] != seal(KEY, ANSWER, last, "id1"):
+        while found[-1] != seal_datagram(KEY, ANSWER, last, "id1"):
             found.append(way.recv(512))
         return found[:-1]
 
 
 def test_a_question_is_answered_once_and_only_to_who_has_the_key(node):
-    question = seal(KEY, QUESTION, 7, "id1")
-    assert send(node, question, question, last=8) == [seal(KEY, ANSWER, 7, "id1")]
-    old, other = seal(KEY, QUESTION, 6, "id1"), seal(KEY, QUESTION, 9, "id2")
-    strangers = [seal(b"s" * 32, QUESTION, 10, "id1"), seal(KEY, ANSWER, 10, "id1"), b"", b"x" * 400]
+    question = seal_datagram(KEY, QUESTION, 7, "id1")
+    assert send(node, question, question, last=8) == [seal_datagram(KEY, ANSWER, 7, "id1")]
+    old, other = seal_datagram(KEY, QUESTION, 6, "id1"), seal_datagram(KEY, QUESTION, 9, "id2")
+    strangers = [seal_datagram(b"s" * 32, QUESTION, 10, "id1"), seal_datagram(KEY, ANSWER, 10, "id1"), b"", b"x" * 400]
     assert send(node, old, other, *strangers, last=11) == [] and node.asked == 3
     assert unseal(KEY, QUESTION, question) == (7, "id1") and unseal(KEY, ANSWER, question) is None
 
@@ -91,11 +91,16 @@ def test_a_forged_answer_is_no_answer():
     pulse.ask(100.0, lambda id: True)
     (way,) = pulse._sockets.values()
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:
-        for answer in (seal(KEY, ANSWER, 1, "id1"), seal(pulse.key, ANSWER, 2, "id1"), b"", b"x" * 400):
+        for answer in (
+            seal_datagram(KEY, ANSWER, 1, "id1"),
+            seal_datagram(pulse.key, ANSWER, 2, "id1"),
+            b"",
+            b"x" * 400,
+        ):
             stranger.sendto(answer, way.getsockname())
         assert list(pulse.answers(100.1)) == []
-        stranger.sendto(seal(pulse.key, ANSWER, 1, "id1"), way.getsockname())
-        stranger.sendto(seal(pulse.key, ANSWER, 1, "id1"), way.getsockname())
+        stranger.sendto(seal_datagram(pulse.key, ANSWER, 1, "id1"), way.getsockname())
+        stranger.sendto(seal_datagram(pulse.key, ANSWER, 1, "id1"), way.getsockname())
         assert list(pulse.answers(100.2)) == [("id1", 1)]
     pulse.close()
     node.echo.close()

@@ -149,9 +149,9 @@ def test_meta_tensors_take_what_real_ones_take():
 
 def test_they_are_taken_where_they_pay_and_may_be(monkeypatch):
     calls = []
-    real = compiled_products.run
+    real = compiled_products.run_products
     monkeypatch.setattr(
-        compiled_products, "run", lambda name, *args, **more: calls.append(name) or real(name, *args, **more)
+        compiled_products, "run_products", lambda name, *args, **more: calls.append(name) or real(name, *args, **more)
     )
     x, weight, experts = draw(30, 48), draw(64, 48), (draw(2, 32, 48), draw(2, 48, 16))
     gates, counts = torch.ones(30), torch.tensor([10, 20])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from conf.schema import ROOT
 from parallel.expert.quantized_rows import QuantizedRows
-from train.kernels.cpu.cpp_function import Array, Kernel, Number, Size, Struct, Table, Threads, Zeros, table
+from train.kernels.cpu.cpp_function import Array, Kernel, Number, Size, Struct, Table, Threads, Zeros, rows_of_table
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -60,7 +60,7 @@ def test_a_struct_lies_in_memory_as_c_lays_it():
     struct = Struct(x=Array(FP32, "N D", apart=1), n=Size("N"), eps=Number(c_float), rest=Zeros(1), f=Number(c_double))
     x = torch.zeros(3, 5)
     words, parts, count, last = kernel(settings=struct, parts=Table(2), last=Number(c_int64))(
-        x, 0.5, 0.25, table([(1, 2)]), 7
+        x, 0.5, 0.25, rows_of_table([(1, 2)]), 7
     )
     read = Settings.from_buffer_copy(words)
     assert (read.x, read.row, read.n, read.eps, read.rest, read.f) == (x.data_ptr(), 5, 3, 0.5, 0, 0.25)
@@ -145,8 +145,8 @@ def test_complex_numbers_that_stand_for_their_conjugates_are_refused():
 
 def test_a_table_is_one():
     parts = kernel(parts=Table(3))
-    assert parts(table([]))[1] == 0
-    for wrong in ([1, 2, 3], table([(1, 2)]), torch.zeros(3, dtype=torch.int64)):
+    assert parts(rows_of_table([]))[1] == 0
+    for wrong in ([1, 2, 3], rows_of_table([(1, 2)]), torch.zeros(3, dtype=torch.int64)):
         with pytest.raises(AssertionError, match="parts must be a table of 3 columns"):
             parts(wrong)
 

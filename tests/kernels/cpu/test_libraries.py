@@ -61,7 +61,7 @@ def made(tmp_path, monkeypatch):
     old = os.umask(0)  # the worst that a user can have
     try:
         source = build.CppSource(tmp_path / "one.cpp", "field", "field=false")
-        assert build.load(source).one() == 1
+        assert build.load_library(source).one() == 1
     finally:
         os.umask(old)
     (library,) = (tmp_path / "cache" / "kernels").iterdir()
@@ -88,7 +88,7 @@ def test_what_others_could_have_written_is_not_loaded(made, which, mode, owner, 
     path.chmod(mode)
     os.chown(path, -1 if owner is None else owner, -1 if group is None else group)
     with pytest.raises(UserError) as refused:
-        build.load(source)
+        build.load_library(source)
     said = str(refused.value)
     assert words in said and f"{path} " in said and "field=false" in said and "SLUICE_CACHE" in said
     assert ("chmod" in said) is (owner is None)
@@ -101,10 +101,10 @@ def test_a_group_of_the_user_alone_may_write(made):
         path.chmod(0o775)
     private = build._is_private(library.stat().st_gid)
     if private:
-        assert build.load(source).one() == 1
+        assert build.load_library(source).one() == 1
     else:
         with pytest.raises(UserError, match="can be written by group"):
-            build.load(source)
+            build.load_library(source)
 
 
 def test_which_group_is_private(monkeypatch):

@@ -22,7 +22,7 @@ from conf.schema import ROOT, Model, Optim
 from train.kernels.cpu import compiled_products, compiled_rows
 from train.kernels.cpu.compiled_attention import CompiledAttention, _attention_kept, _most_kept
 from train.kernels.cpu.compiled_rows import CompiledHeads
-from train.kernels.cpu.cpp_function import Array, Kernel, Number, Parameter, Struct, Table, table
+from train.kernels.cpu.cpp_function import Array, Kernel, Number, Parameter, Struct, Table, rows_of_table
 from train.kernels.fp8 import scaled_products
 from train.kernels.fp8.compiled_casts import load_casts
 from train.kernels.fp8.formats import E4M3, E5M2, E5M6, TILE, WHOLE_SIDE, Cast, unpack_e5m6
@@ -346,11 +346,11 @@ def attention_forward(draw: Draw) -> None:
 
 def attention_kept(draw: Draw) -> None:
     """A row has whole panels of keys up to its diagonal, two vectors each."""
-    panel = _attention_kept(table([(0, 0, 1, 0)]), 1, 1)
+    panel = _attention_kept(rows_of_table([(0, 0, 1, 0)]), 1, 1)
     assert panel in (16, 32)
     lengths = draw(st.lists(st.sampled_from([0, 1, 16, 31, 33, 100]), max_size=5))
     heads, longest = draw(st.integers(1, 3)), draw(st.sampled_from([0, 31, 50, 100]))
-    spans = table((0, 0, length, 7) for length in lengths)
+    spans = rows_of_table((0, 0, length, 7) for length in lengths)
     places, sum_of_all = [], 0
     for length in lengths:
         places.append(sum_of_all if length <= longest else -1)

@@ -10,7 +10,7 @@ from conf.errors import UserError
 from conf.load import compose
 from train.kernels.fp8 import hopper_probe
 from train.kernels.fp8.hopper import has_fp8_experts, needs_deep_gemm
-from train.kernels.fp8.installed import OTHER_BUILD, InstalledVersions, look, misfits, refusal
+from train.kernels.fp8.installed import OTHER_BUILD, InstalledVersions, look_up_versions, misfits, refusal
 from train.kernels.fp8.products import CpuEngine
 
 GOOD = InstalledVersions(
@@ -72,7 +72,7 @@ def test_all_misfits_stand_in_one_error():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_this_machine_is_described():
-    found = look()
+    found = look_up_versions()
     assert found.torch == torch.__version__ and found.gpu is None
     assert "no GPU" in str(found)
 

@@ -115,7 +115,7 @@ def _compare_peaks(rank: int, overrides: list[str], bucket: int | None) -> None:
     import train.kernels.plain.routing as routing
 
     torch.set_num_threads(1)
-    routing.choose = even
+    routing.choose_experts = even
     if bucket is not None:
         THRESHOLDS.bucket_elements = bucket
     config = compose(*overrides)

@@ -7,7 +7,7 @@ from conf.load import compose
 from parallel.expert.build import build_dispatcher
 from parallel.mesh import Layout
 from tests.ranks import run_ranks
-from train.kernels.plain.routing import choose
+from train.kernels.plain.routing import choose_experts
 from train.model.operations import RoutingRule
 from train.plan.time.traffic import reached, spread_of
 
@@ -23,7 +23,9 @@ def test_random_routing_is_the_routers(more):
     """Distinct nodes and ranks of 20,000 tokens through the real rule; standard errors are below 0.5 % on either side."""
     model = _config(*more).model
     scores = torch.rand(1, 20_000, 16, generator=torch.Generator().manual_seed(3))
-    ids = choose(scores, RoutingRule(model.top_k, model.groups, model.top_groups, 1.0, model.resolved_group_top_k))[0]
+    ids = choose_experts(
+        scores, RoutingRule(model.top_k, model.groups, model.top_groups, 1.0, model.resolved_group_top_k)
+    )[0]
     for holders, mine in ((2, 0), (4, 1)):
         distinct = torch.zeros(len(ids), holders).scatter_(1, ids // (16 // holders), 1.0).sum(1).mean().item()
         assert reached(model, 2, 2)[mine] == pytest.approx(distinct, rel=0.02)
@@ -54,7 +56,7 @@ def _compare_bytes(rank: int, dispatch: str, wire: str) -> None:
     generator = torch.Generator().manual_seed(rank)
     tokens, model = 4096, config.model
     rule = RoutingRule(model.top_k, model.groups, model.top_groups, 1.0, model.resolved_group_top_k)
-    ids = choose(torch.rand(1, tokens, 16, generator=generator), rule)[0]
+    ids = choose_experts(torch.rand(1, tokens, 16, generator=generator), rule)[0]
     x = torch.randn(tokens, 64, generator=generator).requires_grad_()
     gates = torch.rand(tokens, 4, generator=generator).requires_grad_()
     routed = dispatcher.dispatch(x, ids, gates)

@@ -73,7 +73,7 @@ def balance_counts_the_chosen(bug: Seams) -> None:
     def top_indices(original, scores, k):
         return chosen[0] if chosen and scores.size(-1) > k and k == chosen[0].size(-1) else original(scores, k)
 
-    bug.around(routing, "choose", choose)
+    bug.around(routing, "choose_experts", choose)
     bug.around(routing, "top_indices", top_indices)
 
 
@@ -86,7 +86,9 @@ def loads_of_unrestricted_scores(bug: Seams) -> None:
         if counters is not None:
             experts = logits_BTE.size(-1)
             best_BTK = routing.top_indices(logits_BTE, rule.top_k)
-            counters[0].add_((routing.count(best_BTK, experts) - routing.count(ids_BTK, experts)).sum(0))
+            counters[0].add_(
+                (routing.count_experts(best_BTK, experts) - routing.count_experts(ids_BTK, experts)).sum(0)
+            )
         return gates, ids_BTK
 
     bug.around(routing.Route, "forward", forward)

@@ -146,7 +146,7 @@ def virtual_stages_in_another_order(bug: Seams) -> None:
         layers = original(config)
         return [layers[0], layers[2], layers[1], *layers[3:]]
 
-    bug.around(parallelize, "split", split)
+    bug.around(parallelize, "stage_layers", split)
 
 
 @mutation(OURS + ": the held-out loss sees across documents", "pipeline", VALIDATION, "held-out")

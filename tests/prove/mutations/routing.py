@@ -40,7 +40,7 @@ def groups_by_their_best_expert(bug: Seams) -> None:
     def choose(original, biased_BTE, rule):
         return original(biased_BTE, rule._replace(group_top_k=1))
 
-    bug.around(routing, "choose", choose)
+    bug.around(routing, "choose_experts", choose)
 
 
 @mutation(
@@ -83,7 +83,7 @@ def groups_taken_in_order(bug: Seams) -> None:
         closed = torch.zeros_like(biased_BTE).index_fill_(-1, torch.arange(open_ones, biased_BTE.size(-1)), -torch.inf)
         return original(biased_BTE + closed, rule._replace(groups=1, top_groups=1))
 
-    bug.around(routing, "choose", choose)
+    bug.around(routing, "choose_experts", choose)
 
 
 @mutation(OURS + ": experts chosen without the bias", "copies", FORWARD, "chosen experts")

@@ -6,7 +6,18 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from train.kernels.cpu.cpp_function import Array, Kernel, Number, Parameter, Size, Struct, Table, Threads, Zeros, table
+from train.kernels.cpu.cpp_function import (
+    Array,
+    Kernel,
+    Number,
+    Parameter,
+    Size,
+    Struct,
+    Table,
+    Threads,
+    Zeros,
+    rows_of_table,
+)
 from train.kernels.cpu.libraries import library
 from train.kernels.plain.plain_attention import PlainAttention
 from train.model.attention import AttentionInput, AttentionOutput
@@ -67,7 +78,7 @@ class CompiledAttention(PlainAttention):
             return super().forward(given, keep, largest)
         q, k, v = map(_readable, given[:3])
         B, H, T, V = v.shape
-        rows = table((*span, 0) for span in spans)
+        rows = rows_of_table((*span, 0) for span in spans)
         kept = v.new_empty(
             _attention_kept(rows, H, _most_kept(given) if keep else 0)
         )  # writes into it what is kept where
@@ -85,7 +96,7 @@ class CompiledAttention(PlainAttention):
             return super().backward(dout_BHTV, given, made)
         q, k, v, dout = map(_readable, (*given[:3], dout_BHTV))
         dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))
-        rows = table((*span, 0) for span in spans)
+        rows = rows_of_table((*span, 0) for span in spans)
         kept = v.new_empty(0) if made.kept is None else made.kept
         _attention_kept(rows, v.size(1), _most_kept(given) if kept.numel() else 0)
         _attention_backward(

@@ -26,7 +26,7 @@ from train.kernels.cpu.cpp_function import (
     Struct,
     Table,
     Threads,
-    table,
+    rows_of_table,
 )
 from train.kernels.cpu.libraries import library
 
@@ -66,7 +66,7 @@ def product(left_OC: Tensor, right_NC: Tensor, dtype: torch.dtype, into_ON: Tens
     """left right^T: (O, N). into: fp32, to which the product is added."""
     (rows, contraction), columns = left_OC.shape, right_NC.shape[0]
     out_ON = left_OC.new_empty(rows, columns, dtype=dtype) if into_ON is None else into_ON
-    run("gemm", left_OC, right_NC, out_ON, [(0, rows, 0, 0, contraction, 0)], into=into_ON is not None)
+    run_products("gemm", left_OC, right_NC, out_ON, [(0, rows, 0, 0, contraction, 0)], into=into_ON is not None)
     return out_ON
 
 
@@ -74,7 +74,7 @@ def grouped(left_RC: Tensor, right_ENC: Tensor, rows: Sequence[int]) -> Tensor:
     """Each expert's rows times its own matrix, transposed: (R, N). rows: of every expert."""
     _, columns, contraction = right_ENC.shape
     out_RN = left_RC.new_empty(left_RC.shape[0], columns)
-    run("grouped_gemm", left_RC, right_ENC, out_RN, parts_by_rows(_starts(rows), rows, columns, contraction))
+    run_products("grouped_gemm", left_RC, right_ENC, out_RN, parts_by_rows(_starts(rows), rows, columns, contraction))
     return out_RN
 
 
@@ -85,7 +85,7 @@ def grouped_weight_gradient(
     outer, columns = left_OR.shape[0], right_NR.shape[0]
     out_EON = left_OR.new_empty(len(rows), outer, columns, dtype=dtype) if into_EON is None else into_EON
     parts = parts_by_sums(_starts(rows), rows, outer, columns)
-    run("grouped_gemm", left_OR, right_NR, out_EON, parts, into=into_EON is not None)
+    run_products("grouped_gemm", left_OR, right_NR, out_EON, parts, into=into_EON is not None)
     return out_EON
 
 
@@ -103,7 +103,7 @@ def _starts(rows: Sequence[int]) -> list[int]:
     return list(accumulate(rows, initial=0))[:-1]
 
 
-def run(
+def run_products(
     name: str, left: Tensor, right: Tensor, out: Tensor, parts: Sequence[Part], left_scales=NO_SCALES, right_scales=NO_SCALES,
     into: bool = False,
 ) -> None:  # fmt: skip
@@ -122,7 +122,7 @@ def run(
     ), (parts, left.shape, right.shape, out.shape)  # fmt: skip
     # A name costs a percent of the step of a small model, also where nobody reads it.
     with record_function(name) if torch.autograd._profiler_enabled() else nullcontext():
-        _products(left, *left_scales, right, *right_scales, out, int(into), table(parts))
+        _products(left, *left_scales, right, *right_scales, out, int(into), rows_of_table(parts))
 
 
 def readable(x: Tensor) -> Tensor:

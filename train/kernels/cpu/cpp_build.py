@@ -44,7 +44,7 @@ class CppSource:
     headers: tuple[Path, ...] = ()
 
 
-def load(source: CppSource) -> ctypes.CDLL:
+def load_library(source: CppSource) -> ctypes.CDLL:
     """The library, built if it is not there yet. Raises UserError where nothing can build, keep or load it."""
     path = _built(source)
     try:

@@ -187,7 +187,7 @@ class Zeros:
 
 
 class Table:
-    """Rows of so many int64, as `table` makes them: their address and their number."""
+    """Rows of so many int64, as `rows_of_table` makes them: their address and their number."""
 
     types = [c_void_p, c_int64]
 
@@ -204,7 +204,7 @@ class Table:
         return f"a table of {self._columns} columns"
 
 
-def table(rows: Iterable[Iterable[int]]) -> ctypes.Array:
+def rows_of_table(rows: Iterable[Iterable[int]]) -> ctypes.Array:
     """For `Table`."""
     words = list(chain.from_iterable(rows))
     return (c_int64 * len(words))(*words)

@@ -9,7 +9,7 @@ from functools import cache, partial
 from pathlib import Path
 
 from conf.errors import UserError
-from train.kernels.cpu.cpp_build import CppSource, cpu_features, has_avx2, load
+from train.kernels.cpu.cpp_build import CppSource, cpu_features, has_avx2, load_library
 from train.kernels.cpu.cpp_function import Kernel
 
 LIBRARY_NAMES = ("adamw", "attention", "products", "rows")
@@ -47,7 +47,7 @@ def products_pay(measured: bool = True) -> bool:
 @cache
 def library(name: str) -> ctypes.CDLL:
     """Raises UserError where it cannot be built, kept or loaded."""
-    return load(source(name, "cluster.compiled", "cluster.compiled=false: torch's operations, slower"))
+    return load_library(source(name, "cluster.compiled", "cluster.compiled=false: torch's operations, slower"))
 
 
 _bf16_rate = Kernel(partial(library, "products"), "bf16_rate", ctypes.c_double)

@@ -8,7 +8,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from train.kernels.cpu.cpp_build import CppSource, load
+from train.kernels.cpu.cpp_build import CppSource, load_library
 from train.kernels.cpu.cpp_function import Array, Kernel, Number, Size, Struct, Threads
 from train.kernels.fp8.formats import E4M3, Cast
 from train.kernels.fp8.quantize import QuantizedTensor, fitted
@@ -41,7 +41,7 @@ def _matrices(of: str, out: bool = False) -> Struct:
     return Struct(**{f"{of}_{name}": part for name, part in parts.items()})
 
 
-_load = partial(load, CASTS_SOURCE)
+_load = partial(load_library, CASTS_SOURCE)
 _SIZES = {"matrices": Size("M"), "rows": Size("R"), "columns": Size("C")}
 _cast_matrices = Kernel(
     _load, "cast_matrices", source=_matrices("in"), out=_matrices("out", out=True),
@@ -110,7 +110,7 @@ class CompiledCasts:
 @cache
 def load_casts() -> CompiledCasts:
     """The compiled casts. Raises UserError where they cannot be built, kept or loaded."""
-    load(CASTS_SOURCE)
+    load_library(CASTS_SOURCE)
     return CompiledCasts()
 
 

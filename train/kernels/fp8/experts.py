@@ -29,7 +29,7 @@ from train.kernels.fp8.formats import E4M3, TILE, Cast
 from train.kernels.fp8.groups import PaddedGroups
 from train.kernels.fp8.health import LayerProbe
 from train.kernels.fp8.linear import gradient_operands, keep, left_source
-from train.kernels.fp8.products import Engine, Source, pack, unpack
+from train.kernels.fp8.products import Engine, Source, pack_sources, unpack_sources
 from train.model.needed import Function, gradients_needed
 from train.model.weight_gradient import weight_gradient
 
@@ -68,7 +68,7 @@ class _Up(Function):
             source = left_source(x, source, rules)
         left = engine.operand(source, rules.fprop.left)
         h_P2F = engine.grouped(left, engine.operand(w13_E2FD, rules.fprop.right), groups, dtype)
-        tensors, ctx.forms = pack(x)
+        tensors, ctx.forms = pack_sources(x)
         ctx.save_for_backward(w13_E2FD, *tensors)
         ctx.groups, ctx.engine, ctx.rules, ctx.probe, ctx.dtype = groups, engine, rules, probe, dtype
         if probe is not None:
@@ -80,7 +80,7 @@ class _Up(Function):
     def backward(ctx, dh_P2F):
         groups, engine, rules = ctx.groups, ctx.engine, ctx.rules
         w13_E2FD, *tensors = ctx.saved_tensors
-        (x,) = unpack(tensors, ctx.forms)
+        (x,) = unpack_sources(tensors, ctx.forms)
         x_needed, weight_needed, *_ = gradients_needed(ctx)
         dx_RD = dw13_E2FD = None
         dh, dh_t = gradient_operands(dh_P2F, engine, rules, x_needed, weight_needed, groups)
@@ -103,7 +103,7 @@ class _Down(Function):
         rules, dtype, gates_P = casts.experts_down, h_P2F.dtype, groups.pad(gates_R)
         a, h = engine.swiglu(h_P2F, gates_P, rules.fprop.left, casts.swiglu)
         y_PD = engine.grouped(a, engine.operand(w2_EDF, rules.fprop.right), groups, dtype)
-        tensors, ctx.forms = pack(h)
+        tensors, ctx.forms = pack_sources(h)
         ctx.save_for_backward(gates_P, w2_EDF, *tensors)
         ctx.groups, ctx.engine, ctx.rules, ctx.probe, ctx.dtype = groups, engine, rules, probe, dtype
         if probe is not None:
@@ -115,7 +115,7 @@ class _Down(Function):
     def backward(ctx, dy_RD):
         groups, engine, rules = ctx.groups, ctx.engine, ctx.rules
         gates_P, w2_EDF, *tensors = ctx.saved_tensors
-        (h,) = unpack(tensors, ctx.forms)
+        (h,) = unpack_sources(tensors, ctx.forms)
         h_needed, gates_needed, weight_needed, *_ = gradients_needed(ctx)
         dh_P2F = dgates_R = dw2_EDF = None
         dy = _arrived(dy_RD, groups, engine, rules.dgrad.left)
@@ -129,7 +129,7 @@ class _Down(Function):
             if ctx.probe is not None:
                 ctx.probe.operand("gradient", groups.pad(dy_RD), rules.dgrad.left)
         else:
-            a_PF = engine.swiglu_again(h, gates_P)
+            a_PF = engine.recompute_swiglu(h, gates_P)
         if weight_needed:
             dy = engine.operand(dy, rules.wgrad.left, transposed=True, groups=groups)
             a = engine.operand(a_PF, rules.wgrad.right, transposed=True, groups=groups)

@@ -20,7 +20,7 @@ from train.kernels.fp8.experts import expert_ffn
 from train.kernels.fp8.health import HealthWatch, Report
 from train.kernels.fp8.hopper import load_hopper
 from train.kernels.fp8.linear import keep, linear
-from train.kernels.fp8.products import CpuEngine, Engine, pack, unpack
+from train.kernels.fp8.products import CpuEngine, Engine, pack_sources, unpack_sources
 from train.model.layers import HeldInput
 from train.model.operations import Kernels
 
@@ -51,10 +51,10 @@ class Fp8Precision:
         if rules.cache is None or not torch.is_grad_enabled():
             return None
         kept = keep(x.detach().reshape(-1, x.shape[-1]), self._engine, rules)
-        (tensors, forms), shape, as_it_was = pack(kept), x.shape, OperandRule(None)
+        (tensors, forms), shape, as_it_was = pack_sources(kept), x.shape, OperandRule(None)
 
         def values(*tensors: Tensor) -> Tensor:
-            (source,) = unpack(tensors, forms)
+            (source,) = unpack_sources(tensors, forms)
             return self._engine.operand(source, as_it_was).reshape(shape)
 
         return HeldInput(kept, tensors, values)

@@ -150,7 +150,7 @@ WARNINGS = 5
 """Warnings of a step that are shown one by one; the rest are counted."""
 
 
-def merge(reports: Sequence[Report]) -> Report:
+def merge_reports(reports: Sequence[Report]) -> Report:
     """The reports of all ranks as one: of several values for a name the worst."""
     together = Report({}, {}, [])
     for report in reports:

@@ -210,7 +210,7 @@ class HopperEngine:
             h, scale = h.q, h.scale
         return self._kernels.swiglu_backward(h, gates_P, da_PF, scale)
 
-    def swiglu_again(self, h: Source, gates_P: Tensor) -> Tensor:
+    def recompute_swiglu(self, h: Source, gates_P: Tensor) -> Tensor:
         # the same kernel, so the same bits; what it also computes from the zeros is not used
         da_PF = gates_P.new_zeros(h.shape[0], h.shape[1] // 2, dtype=torch.bfloat16)
         return self.swiglu_backward(h, gates_P, da_PF)[0]

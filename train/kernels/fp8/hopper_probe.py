@@ -23,7 +23,7 @@ from conf.errors import UserError
 from conf.files import atomic_write_text
 from conf.load import read_config, write_config
 from conf.schema import Config, Fp8
-from train.kernels.fp8.installed import CHOOSE_BF16, WITHOUT_PACKAGES, look, misfits, refusal
+from train.kernels.fp8.installed import CHOOSE_BF16, WITHOUT_PACKAGES, look_up_versions, misfits, refusal
 
 if TYPE_CHECKING:
     import torch
@@ -97,7 +97,7 @@ def main() -> int:
     from train.kernels.fp8.hopper import load_hopper, needs_deep_gemm
 
     torch.cuda.set_device(device)
-    found, deep_gemm = look(device), needs_deep_gemm(fp8)
+    found, deep_gemm = look_up_versions(device), needs_deep_gemm(fp8)
     say(stage="comparing versions", found=str(found), bad=misfits(found, deep_gemm))
     if said["bad"]:
         return 0

@@ -76,7 +76,7 @@ class InstalledVersions:
         return f"torch {self.torch} ({cuda}, {abi}), {packages}, {compiler}, {driver}, {gpu}"
 
 
-def look(device: int | None = None) -> InstalledVersions:
+def look_up_versions(device: int | None = None) -> InstalledVersions:
     """What there is. device: number of the GPU, None for the current one. Initialises CUDA where that can be."""
     import torch
     from torch.nn import functional as F
@@ -116,7 +116,7 @@ def misfits(found: InstalledVersions, deep_gemm: bool) -> list[tuple[str, str]]:
 
 def require_fit(deep_gemm: bool) -> None:
     """Raises UserError for what does not fit. deep_gemm: as in `misfits`."""
-    found = look()
+    found = look_up_versions()
     if bad := misfits(found, deep_gemm):
         raise refusal(bad, str(found))
 

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from train.kernels.fp8.cast_rules import LayerCasts
 from train.kernels.fp8.groups import PaddedGroups
 from train.kernels.fp8.health import LayerProbe
-from train.kernels.fp8.products import Engine, Source, pack, unpack
+from train.kernels.fp8.products import Engine, Source, pack_sources, unpack_sources
 from train.kernels.fp8.quantize import fitted
 from train.model.layers import HeldInput
 from train.model.needed import Function, gradients_needed
@@ -77,7 +77,7 @@ class _Linear(Function):
         kept = x_TK if only_forward or free else keep(x_TK, engine, rules) if held is None else held.source
         left = engine.operand(left_source(kept, x_TK, rules), rules.fprop.left)
         y_TN = engine.product(left, engine.operand(weight_NK, rules.fprop.right), x_TK.dtype)
-        tensors, ctx.forms = pack(kept)
+        tensors, ctx.forms = pack_sources(kept)
         ctx.save_for_backward(weight_NK, *tensors)
         ctx.engine, ctx.rules, ctx.probe, ctx.dtype = engine, rules, probe, x_TK.dtype
         if probe is not None:
@@ -91,7 +91,7 @@ class _Linear(Function):
     def backward(ctx, dy_TN):
         engine, rules, probe = ctx.engine, ctx.rules, ctx.probe
         weight_NK, *tensors = ctx.saved_tensors
-        (kept,) = unpack(tensors, ctx.forms)
+        (kept,) = unpack_sources(tensors, ctx.forms)
         x_needed, weight_needed, *_ = gradients_needed(ctx)
         dx_TK = dw_NK = None
         left, left_t = gradient_operands(dy_TN, engine, rules, x_needed, weight_needed)

@@ -53,8 +53,8 @@ SourceForm = tuple[Cast, torch.Size] | Cast | None
 """A source without its tensors."""
 
 
-def pack(*kept: Source) -> tuple[list[Tensor], list[SourceForm]]:
-    """Tensors for autograd to save, and what `unpack` needs to put them together again."""
+def pack_sources(*kept: Source) -> tuple[list[Tensor], list[SourceForm]]:
+    """Tensors for autograd to save, and what `unpack_sources` needs to put them together again."""
     tensors: list[Tensor] = []
     forms: list[SourceForm] = []
     for one in kept:
@@ -70,8 +70,8 @@ def pack(*kept: Source) -> tuple[list[Tensor], list[SourceForm]]:
     return tensors, forms
 
 
-def unpack(tensors: Sequence[Tensor], forms: list[SourceForm]) -> list[Source]:
-    """Inverse of `pack`."""
+def unpack_sources(tensors: Sequence[Tensor], forms: list[SourceForm]) -> list[Source]:
+    """Inverse of `pack_sources`."""
     rest = iter(tensors)
 
     def one(form: SourceForm) -> Source:
@@ -129,7 +129,7 @@ class Engine(Protocol):
     def swiglu_backward(self, h: Source, gates_P: Tensor, da_PF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """a (P, F), dh (P, 2F) and the gradient of the gates (P,)."""
 
-    def swiglu_again(self, h: Source, gates_P: Tensor) -> Tensor:
+    def recompute_swiglu(self, h: Source, gates_P: Tensor) -> Tensor:
         """The a of `swiglu_backward` alone."""
 
 
@@ -225,8 +225,8 @@ class CpuEngine:
     def swiglu_backward(self, h: Source, gates_P: Tensor, da_PF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return swiglu.backward(self._values(h), gates_P, da_PF)
 
-    def swiglu_again(self, h: Source, gates_P: Tensor) -> Tensor:
-        return swiglu.again(self._values(h), gates_P)
+    def recompute_swiglu(self, h: Source, gates_P: Tensor) -> Tensor:
+        return swiglu.recompute(self._values(h), gates_P)
 
     def _values(self, source: Source, dtype: torch.dtype | None = None) -> Tensor:
         """What a source stands for, exactly or in a format."""

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from train.kernels.cpu.compiled_products import NO_SCALES, Part, parts_by_rows, parts_by_sums, run
-from train.kernels.cpu.cpp_build import load
+from train.kernels.cpu.compiled_products import NO_SCALES, Part, parts_by_rows, parts_by_sums, run_products
+from train.kernels.cpu.cpp_build import load_library
 from train.kernels.cpu.libraries import source
 from train.kernels.fp8.formats import TILE
 from train.kernels.fp8.groups import PaddedGroups
@@ -58,13 +58,15 @@ def grouped_wgrad(
 
 def need_compiled() -> None:
     """Raises UserError where the code cannot be built, kept or loaded."""
-    load(source("products", "precision.fp8.compiled", "precision.fp8.compiled=false: torch's operations, slower"))
+    load_library(
+        source("products", "precision.fp8.compiled", "precision.fp8.compiled=false: torch's operations, slower")
+    )
 
 
 def _run(
     name: str, left: ScaledOperand, right: ScaledOperand, out: Tensor, parts: Sequence[Part], into: bool = False
 ) -> None:
-    run(name, _values(left), _values(right), out, parts, _scales(left), _scales(right), into)
+    run_products(name, _values(left), _values(right), out, parts, _scales(left), _scales(right), into)
 
 
 def _values(x: ScaledOperand) -> Tensor:

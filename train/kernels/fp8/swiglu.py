@@ -29,7 +29,7 @@ def chunks(x_P: Tensor, h_P2F: Tensor | None = None) -> tuple[Tensor, ...]:
     return x_P.split(max(1, THRESHOLDS.fp8_gate_and_up // max(h_P2F.shape[1], 1)))
 
 
-def again(h_P2F: Tensor, gates_P: Tensor) -> Tensor:
+def recompute(h_P2F: Tensor, gates_P: Tensor) -> Tensor:
     """a (P, F) in bf16, as `backward` gives it."""
     a_PF = gates_P.new_empty(h_P2F.shape[0], h_P2F.shape[1] // 2, dtype=torch.bfloat16)
     for h, gates, a in zip(*(chunks(tensor, h_P2F) for tensor in (h_P2F, gates_P, a_PF)), strict=True):

@@ -187,7 +187,7 @@ def route(
     )  # fmt: skip
 
 
-def finish(
+def finish_route(
     sums: tuple[Tensor, Tensor, Tensor],
     counters: RouterCounters,
     frequency_BE: Tensor,
@@ -206,7 +206,7 @@ def finish(
     )  # fmt: skip
 
 
-def backward(
+def route_backward(
     grad_BTK: Tensor,
     kept: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
     dlogits_BTE: Tensor,

@@ -18,7 +18,7 @@ def top_indices(scores: Tensor, k: int) -> Tensor:
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
 
 
-def choose(biased_BTE: Tensor, rule: RoutingRule) -> Tensor:
+def choose_experts(biased_BTE: Tensor, rule: RoutingRule) -> Tensor:
     """Expert ids (B, T, K) from biased scores, in the allowed groups only."""
     if rule.top_groups < rule.groups:
         grouped_BTGX = biased_BTE.unflatten(-1, (rule.groups, -1))
@@ -29,7 +29,7 @@ def choose(biased_BTE: Tensor, rule: RoutingRule) -> Tensor:
     return top_indices(biased_BTE, rule.top_k)
 
 
-def count(ids: Tensor, experts: int) -> Tensor:
+def count_experts(ids: Tensor, experts: int) -> Tensor:
     """How often each expert occurs along all but the first axis: int64 (B, E)."""
     ids = ids.flatten(1)
     return ids.new_zeros(ids.size(0), experts).scatter_add_(1, ids, torch.ones_like(ids))
@@ -43,7 +43,7 @@ class _Whole:
 
     def count(self, ids_BTK: Tensor, experts: int) -> Tensor:
         """How often each expert is chosen: int64 (N, E)."""
-        return count(ids_BTK, experts)
+        return count_experts(ids_BTK, experts)
 
     def frequency(self, best_NE: Tensor, experts: int, top_k: int) -> Tensor:
         """f from how often each expert is among the best of all positions: (N, E)."""
@@ -93,7 +93,7 @@ class Route(Function):
         scores_BTE = logits_BTE.softmax(-1) if rule.softmax else logits_BTE.sigmoid()
         ids_BTK = recall()
         if ids_BTK is None:
-            ids_BTK = remember(choose(scores_BTE + bias_E, rule))
+            ids_BTK = remember(choose_experts(scores_BTE + bias_E, rule))
         chosen_BTK = scores_BTE.gather(-1, ids_BTK)
         factor_BT1 = rule.route_scale / (chosen_BTK.sum(-1, keepdim=True) + 1e-20)
         gates_BTK = chosen_BTK * factor_BT1

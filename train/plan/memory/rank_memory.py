@@ -19,7 +19,7 @@ from conf.schema import Config, Model
 from parallel.expert.stand_in import Group, Load
 from parallel.pipeline.orders import ORDERS
 from train.kernels.choice import build_kernels
-from train.parallelize import split
+from train.parallelize import stage_layers
 from train.plan.job import actions_of, device_kind, layout_of
 from train.plan.memory.chunk import Parts, chunk_of
 from train.plan.memory.part import AGAIN, AWAY, FrozenSection, Scene, kind_of
@@ -207,7 +207,7 @@ def chunk_parts(config: Config, layers: list[range] | None = None) -> list[dict[
     """For every pipeline rank the parts of its stages. layers: of every stage, instead of the split of the layout."""
     placement = config.parallel.placement
     last, dense = sum(map(len, placement)) - 1, config.model.dense_layers
-    layers = layers or split(config)
+    layers = layers or stage_layers(config)
 
     def parts(stage: int) -> Parts:
         blocks = [
@@ -229,7 +229,7 @@ def _behind(model: Model, place: int) -> str:
 
 def _layers(config: Config, layers: list[range] | None = None) -> list[list[range]]:
     placement = config.parallel.placement
-    layers = layers or split(config)
+    layers = layers or stage_layers(config)
     return [[layers[stage] for stage in stages] for stages in placement]
 
 

@@ -13,9 +13,9 @@ from conf.files import atomic_write_text
 from train.metrics.headline import Card
 from train.metrics.names import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY
 from train.metrics.pipeline_figures import timeline_figure
-from train.metrics.plot import Figure, figure, look
+from train.metrics.plot import Figure, figure, set_look
 from train.metrics.quantities import GIB, amount, gib, length_of_run, seconds, share
-from train.metrics.report_page import HOW_TO_READ, cards_html, closing, figure_html, opening, table
+from train.metrics.report_page import HOW_TO_READ, cards_html, closing, figure_html, opening, table_html
 from train.metrics.timeline_file import SampledStep
 from train.plan.budget import RunPlan
 from train.plan.report.plan_record import (
@@ -113,7 +113,7 @@ def _cures(record: dict[str, Any]) -> list[str]:
             (" ".join(cure["overrides"]), gib(cure["room_bytes"]), seconds(cure["step_seconds"]), str(cure["devices"]))
             for cure in cures
         ]
-        parts += [f"<h2>{title}</h2>", table(("change", "room left", "step", "devices"), rows)] if rows else []
+        parts += [f"<h2>{title}</h2>", table_html(("change", "room left", "step", "devices"), rows)] if rows else []
     return parts
 
 
@@ -135,7 +135,7 @@ def _stages(record: dict[str, Any]) -> str:
                 *times,
             )
         )
-    return table(("stage", "pipeline rank", "layers", "forward of a micro-batch", "backward"), rows)
+    return table_html(("stage", "pipeline rank", "layers", "forward of a micro-batch", "backward"), rows)
 
 
 def _shown(stage: dict[str, Any]) -> tuple[Any, ...]:
@@ -160,7 +160,7 @@ def memory_figure(plan: RunPlan) -> Figure | None:
             marker={"color": colour},
             hovertemplate=f"{label} %{{y:.2f}} GiB<extra></extra>",
         )
-    look(plot, 420)
+    set_look(plot, 420)
     plot.update_layout(barmode="stack", bargap=0.25)
     limit = (plan.memory_bytes - sum(plan.reserve.values())) / GIB
     plot.add_hline(
@@ -194,7 +194,7 @@ def time_figure(plan: RunPlan) -> Figure | None:
         labels, values = [name.replace("_", " ") for name, _ in rows], [value for _, value in rows]
         hover = "%{y}: %{x:.4g} s<extra></extra>"
         plot.add_bar(name=title, y=labels, x=values, orientation="h", marker={"color": colour}, hovertemplate=hover)
-    look(plot, 200 + 22 * (len(whole) + len(work)))
+    set_look(plot, 200 + 22 * (len(whole) + len(work)))
     plot.update_layout(hovermode="closest")
     plot.update_yaxes(autorange="reversed", automargin=True)
     plot.update_xaxes(title="seconds of a step")

@@ -14,7 +14,7 @@ from parallel.pipeline.orders import Action
 from train.kernels.cpu.processor import cpu_name
 from train.metrics.planned import recipe_of
 from train.metrics.quantities import amount, gib, length_of_run, seconds, share
-from train.parallelize import split as stage_layers
+from train.parallelize import stage_layers
 from train.plan.budget import Budget, RunPlan
 from train.plan.job import layout_of, micro_batches_of
 from train.plan.search.changes import words as as_typed

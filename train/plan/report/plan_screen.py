@@ -11,7 +11,7 @@ from conf.schema import Config
 from conf.screen import Terminal
 from train.metrics.planned import PLAN_FILE
 from train.metrics.quantities import amount, gib, seconds, share
-from train.metrics.screens import GOOD, WARN, show
+from train.metrics.screens import GOOD, WARN, show_rows
 from train.optim.matrices import logical_matrices
 from train.plan.budget import RunPlan, Verdict
 from train.plan.memory.part import FrozenSection
@@ -75,7 +75,7 @@ def plan_screen(
         rows.append(("Own code", "\n".join(f"{what}: {words}" for what, words in own.items())))
     rows.append(("Written", f"{folder / PLAN_FILE}, {folder / PLAN_PAGE}  (open it in a browser)"))
     what = f"{config.name} on {devices} x {config.hardware.name}"
-    show(
+    show_rows(
         console or Terminal(),
         f"{what}: {verdict(plan)}",
         GOOD if plan.verdict == Verdict.fits else WARN,
@@ -169,7 +169,7 @@ def search_screen(found: Search, written: Path | None, console: Console | None =
     if written is not None:
         rows.append(("Written", f"{written}  (use it with {' '.join(found.command(written.stem))})"))
     title = f"{len(found.best)} best of {found.tried} layouts on {found.devices} devices"
-    show(console or Terminal(), title, GOOD, rows)
+    show_rows(console or Terminal(), title, GOOD, rows)
 
 
 def _found(one: FoundLayout, search: Search) -> str:
@@ -179,4 +179,4 @@ def _found(one: FoundLayout, search: Search) -> str:
 
 def calibration_screen(path: Path, console: Console | None = None) -> None:
     rows = [("Written", str(path)), ("Use it with", f"mode=plan plan.calibration={path}")]
-    show(console or Terminal(), "calibrated this device", GOOD, rows)
+    show_rows(console or Terminal(), "calibrated this device", GOOD, rows)

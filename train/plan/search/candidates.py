@@ -9,7 +9,7 @@ from conf.micro_batches import divisors
 from conf.pipeline_schedules import PLAIN_SCHEDULE, SCHEDULES
 from conf.schema import Config, PipelineSchedule, Recompute, WireFormat
 from train.plan.job import can_offload, device_kind
-from train.plan.search.changes import LIGHTEST, changed, fitted_ramp
+from train.plan.search.changes import LIGHTEST, fitted_ramp, with_changes
 
 MICRO_BATCHES = (1, 2, 4, 8)
 VIRTUAL_STAGES = (2, 3, 4)
@@ -75,7 +75,7 @@ def frames(config: Config, devices: int) -> Iterator[Frame]:
                     able = [way for way in WAYS if DISPATCHES[way[0]].is_able(ep, model.hidden, on_gpu)]
                     ways = able if ep > 1 else able[:1]
                     for zero in (1,) if pp > 1 else (1, 2, 3):
-                        one = changed(
+                        one = with_changes(
                             ramp, pp=pp, dp=dp, cp=cp, ep=ep, schedule=schedule, virtual_stages=virtual, micro_batch_size=size,
                             zero=zero, dispatch=FLAT_DISPATCH, wire="bf16", overlap=True, offload_optimizer=False,
                         )  # fmt: skip

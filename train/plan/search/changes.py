@@ -18,7 +18,7 @@ LIGHTEST = list(SELECTIVE)
 """All that may be recomputed."""
 
 
-def changed(config: Config, **values: Any) -> Config:
+def with_changes(config: Config, **values: Any) -> Config:
     """The recipe with other values of parallel's fields, micro_batch_size, recompute, offload, loss_chunk, moments. A list of layers that
     another pipeline has no stages for gives way to a split by cost, and virtual stages leave with the schedule that has them."""
     parallel = {name: value for name, value in values.items() if hasattr(config.parallel, name)}
@@ -107,36 +107,36 @@ def lighter(config: Config) -> Iterator[Config]:
     parallel, model = config.parallel, config.model
     for again in (LIGHTEST, [*LIGHTEST, f"{Recompute.layer}:1"], [Recompute.layer]):
         if set(model.recompute) != set(again):
-            yield changed(config, recompute=again)
+            yield with_changes(config, recompute=again)
     if can_offload(config) and parallel.zero < 3 and not parallel.offload_optimizer:
-        yield changed(config, offload_optimizer=True)
+        yield with_changes(config, offload_optimizer=True)
     if can_offload(config) and not model.offload and Recompute.layer not in model.recompute:
-        yield changed(config, offload=[Offload.layer])
+        yield with_changes(config, offload=[Offload.layer])
     size = config.micro_batch_size
     if size > 1:
-        yield changed(config, micro_batch_size=size // 2)
-        yield changed(config, micro_batch_size=1)
+        yield with_changes(config, micro_batch_size=size // 2)
+        yield with_changes(config, micro_batch_size=1)
     for stage in (2, 3):
         if parallel.pp == 1 and parallel.zero < stage and parallel.dp > 1:
-            yield changed(config, zero=stage)
+            yield with_changes(config, zero=stage)
     for schedule in PipelineSchedule:
         if parallel.pp > 1 and schedule != parallel.schedule:
-            yield changed(config, schedule=schedule)
+            yield with_changes(config, schedule=schedule)
     for factor in (2, 4):
         if parallel.dp % (parallel.ep * factor) == 0:
-            yield changed(config, ep=parallel.ep * factor)
+            yield with_changes(config, ep=parallel.ep * factor)
         if parallel.dp % factor == 0 and parallel.dp > 1:
             dp = parallel.dp // factor
-            yield changed(config, pp=parallel.pp * factor, dp=dp, ep=min(parallel.ep, dp), zero=1)
+            yield with_changes(config, pp=parallel.pp * factor, dp=dp, ep=min(parallel.ep, dp), zero=1)
     if parallel.dp % 2 == 0 and config.seq_len % (4 * parallel.cp) == 0:
-        yield changed(config, dp=parallel.dp // 2, cp=parallel.cp * 2)
+        yield with_changes(config, dp=parallel.dp // 2, cp=parallel.cp * 2)
     if parallel.pp > 1 and parallel.pp % 2 == 0:
-        yield changed(config, pp=parallel.pp // 2, dp=parallel.dp * 2)
+        yield with_changes(config, pp=parallel.pp // 2, dp=parallel.dp * 2)
     if config.precision.moments == "fp32":
-        yield changed(config, moments="bf16")
+        yield with_changes(config, moments="bf16")
     if model.loss_chunk > 512:
-        yield changed(config, loss_chunk=512)
-    yield changed(config, dp=parallel.dp * 2)
+        yield with_changes(config, loss_chunk=512)
+    yield with_changes(config, dp=parallel.dp * 2)
 
 
 def write_parallel(config: Config, name: str, base: Config, folder: Path | None = None) -> Path:

@@ -9,7 +9,7 @@ from train.plan.job import layout_of
 from train.plan.memory.rank_memory import host_lacking, plan_memory, rank_memory, scene_of
 from train.plan.reserve import tensor_memory
 from train.plan.search.candidates import VIRTUAL_STAGES
-from train.plan.search.changes import broken_rule, changed, lighter, overrides
+from train.plan.search.changes import broken_rule, lighter, overrides, with_changes
 from train.plan.time.rates import load_rates
 from train.plan.time.stages import Stages
 from train.plan.time.step_time import plan_time
@@ -67,7 +67,7 @@ def find_split(plan: RunPlan) -> FasterSplit | None:
     if layout.pp == 1:
         return None
     lengths = Stages(plan.config, layout, load_rates(plan.config, alone=False)).balanced()
-    config = changed(plan.config, split=lengths)
+    config = with_changes(plan.config, split=lengths)
     seconds = plan_time(config).step_seconds
     if seconds > plan.step.step_seconds * (1 - WORTH):
         return None
@@ -80,7 +80,9 @@ def find_stages(plan: RunPlan) -> Cure | None:
     schedule = plan.config.parallel.schedule_facts.in_parts
     if plan.config.parallel.pp == 1 or schedule is None:
         return None
-    tried = [changed(plan.config, schedule=PipelineSchedule(schedule), virtual_stages=each) for each in VIRTUAL_STAGES]
+    tried = [
+        with_changes(plan.config, schedule=PipelineSchedule(schedule), virtual_stages=each) for each in VIRTUAL_STAGES
+    ]
     found = [
         cure for one in tried if broken_rule(one) is None for cure in _cure(one, plan, _peak_of_fullest(one, plan))
     ]
@@ -111,7 +113,7 @@ def _both(base: Config, one: Config, other: Config) -> Config | None:
     values = [_values(config, base) for config in (one, other)]
     if values[0].keys() & values[1].keys():
         return None
-    return changed(base, **values[0], **values[1])
+    return with_changes(base, **values[0], **values[1])
 
 
 def _values(config: Config, base: Config) -> dict[str, object]:

@@ -20,7 +20,7 @@ from train.plan.memory.part import Scene
 from train.plan.memory.rank_memory import chunk_parts
 from train.plan.reserve import tensor_memory
 from train.plan.search.candidates import Candidate, Frame
-from train.plan.search.changes import changed
+from train.plan.search.changes import with_changes
 from train.plan.time.rates import Rates
 from train.plan.time.stages import Stages
 from train.plan.time.step_time import slowest_update
@@ -44,12 +44,12 @@ class FrameBounds:
         held = [count_weights(frame.config, stages.layers, ids, last) for ids in stages.placement]
         parallel, count = frame.config.parallel, stages.sizes.micro_batches
         flight = _waiting(parallel, count)
-        placed = [changed(frame.config, offload_optimizer=host) for host in frame.hosts]
+        placed = [with_changes(frame.config, offload_optimizer=host) for host in frame.hosts]
         state = [[_state_bytes(config, one) for one in held] for config in placed]
-        memory = {way[0]: tensor_memory(changed(frame.config, dispatch=way[0])) for way in frame.ways}
+        memory = {way[0]: tensor_memory(with_changes(frame.config, dispatch=way[0])) for way in frame.ways}
         updates: dict[bool, float] = {}
         for again in frame.recompute:
-            config = changed(frame.config, recompute=again)
+            config = with_changes(frame.config, recompute=again)
             kept = [_kept_bytes(config, stages, ids, flight[rank]) for rank, ids in enumerate(stages.placement)]
             least = [[sum(pair) for pair in zip(one, kept, strict=True)] for one in state]
             for dispatch, wire in frame.ways:
@@ -57,14 +57,14 @@ class FrameBounds:
                 if not able:
                     self.lacking.append(min(map(max, least)) - memory[dispatch])
                     continue
-                one = changed(config, dispatch=dispatch, wire=wire)
+                one = with_changes(config, dispatch=dispatch, wire=wire)
                 passes = _pipeline_seconds(self._stages(one))
                 for number in able:
                     host, total = frame.hosts[number], max(least[number])
                     if host not in updates:
                         updates[host] = slowest_update(self._stages(placed[number])).seconds
                     rank = least[number].index(total)
-                    there = changed(one, offload_optimizer=host)
+                    there = with_changes(one, offload_optimizer=host)
                     yield Candidate(there, frame.family, passes + updates[host], total, rank, kept[rank])
 
     def _stages(self, config: Config) -> Stages:

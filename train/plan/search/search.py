@@ -27,7 +27,7 @@ from train.plan.job import layout_of, require_hardware, require_host
 from train.plan.memory.rank_memory import host_lacking, rank_memory, scene_of
 from train.plan.reserve import tensor_memory
 from train.plan.search.candidates import Candidate, Frame, frames
-from train.plan.search.changes import broken_layout, changed, overrides
+from train.plan.search.changes import broken_layout, overrides, with_changes
 from train.plan.search.cures import WORTH
 from train.plan.search.lower_bounds import FrameBounds, traced_bound
 from train.plan.time.rates import load_rates
@@ -176,7 +176,7 @@ class _Finder:
         errors = {FLAT_DISPATCH: flat}
         if flat is None:
             others = {dispatch for dispatch, _ in frame.ways} - {FLAT_DISPATCH}
-            errors |= {dispatch: broken_layout(changed(frame.config, dispatch=dispatch)) for dispatch in others}
+            errors |= {dispatch: broken_layout(with_changes(frame.config, dispatch=dispatch)) for dispatch in others}
         family.rule = family.rule or next(filter(None, errors.values()), None)
         ways = [way for way in frame.ways if way[0] in errors and errors[way[0]] is None]
         family.runs |= bool(ways)
@@ -205,7 +205,7 @@ class _Finder:
     def _needs_no_host(self, one: Candidate) -> bool:
         """Whether a layout with the optimizer on the host fits without that, which is faster."""
         host = one.config.parallel.offload_optimizer
-        return host and self._name(changed(one.config, offload_optimizer=False)) in self._on_devices
+        return host and self._name(with_changes(one.config, offload_optimizer=False)) in self._on_devices
 
     def _name(self, config: Config) -> tuple[str, ...]:
         return tuple(overrides(config, self._base))
@@ -233,7 +233,7 @@ class _Finder:
         stages = self._stages(fit.config)
         if estimate_step(stages)[1] < UNEVEN:
             return fit
-        config = changed(fit.config, split=stages.balanced())
+        config = with_changes(fit.config, split=stages.balanced())
         seconds, _ = estimate_step(self._stages(config))
         if seconds > fit.step_seconds * (1 - WORTH):
             return fit

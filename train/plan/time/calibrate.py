@@ -145,7 +145,7 @@ def _all_rates(config: Config, device: torch.device) -> tuple[dict[str, dict], d
     fits = {kind: fit_rate(found) for kind, found in samples.items()}
     rates = {kind: rate for kind, (rate, _) in fits.items()}
     for sizes, run in kernels.loss():
-        counted = work.head(sizes, [sizes.tokens]).forward
+        counted = work.head_work(sizes, [sizes.tokens]).forward
         products = Rates(rates, "").seconds(one for one in counted if one.kind[:6] in ("fprop_", "dgrad_", "wgrad_"))
         (loss,) = (one for one in counted if one.kind == "loss")
         samples["loss"].append((0.0, loss.bytes, max(seconds_of(run, device) - products, 1e-7)))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.errors import UserError
-from conf.read_json import parse_json, read_text
+from conf.read_json import parse_json, read_plain_text
 from conf.schema import Config, Rate
 from train.kernels.choice import build_kernels
 from train.kernels.cpu.processor import cpu_name
@@ -172,7 +172,7 @@ def load_rates(config: Config, alone: bool) -> Rates:
 def read_calibration(path: str) -> dict[str, Any]:
     """Content of a calibration file."""
     try:
-        found = parse_json(read_text(Path(path)))
+        found = parse_json(read_plain_text(Path(path)))
     except ValueError as error:
         raise UserError(
             "plan.calibration", path, f"must be a file that plan.calibrate=true wrote ({error})", "calibrate again"

@@ -16,7 +16,7 @@ from parallel.mesh import Layout
 from parallel.pipeline.host_store import reads
 from parallel.pipeline.orders import Action
 from parallel.pipeline.split import split_layers
-from train.parallelize import split
+from train.parallelize import stage_layers
 from train.plan.job import micro_batches_of
 from train.plan.memory.chunk import chunk_of
 from train.plan.memory.rank_memory import chunk_parts, scene_of
@@ -71,7 +71,7 @@ class Stages:
         """memo: what was counted for other layouts of this recipe at the same rates, and is added to."""
         self.config, self.layout, self.rates = config, layout, rates
         self.placement = config.parallel.placement
-        self.layers = split(config)
+        self.layers = stage_layers(config)
         self.taken = config.hardware.communication_share
         parallel = config.parallel
         self.sizes = Sizes(
@@ -144,7 +144,7 @@ class Stages:
                 layers.append(self._counted(f"join {depth}", lambda part=part: work.mtp_join(part)))
                 layers.append(self._block(False, Recompute.layer in model.recompute))
             positions = [self._positions(depth) for depth in range(model.mtp_depth + 1)]
-            layers.append(self._counted("head", lambda: work.head(self.sizes, positions)))
+            layers.append(self._counted("head", lambda: work.head_work(self.sizes, positions)))
         made = Directions.joined(layers)
         if self.config.parallel.zero == 3 or (last and model.mtp_depth > 1):  # backward_in_one_piece
             made = Directions(made.forward, made.backward, made.backward, PassTime())

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from conf.schema import Config
 from parallel.mesh import Layout
 from parallel.owners import KEEPS
-from train.model.count import count
+from train.model.count import count_parameters
 from train.optim.matrices import logical_matrices
 from train.optim.newton_schulz import products
 from train.plan.job import device_kind
@@ -79,7 +79,7 @@ class Orthogonal:
 def count_weights(config: Config, layers: list[range], stage_ids: list[int], last: int) -> WeightCounts:
     """Weights of the stages of one pipeline rank, experts those of one rank of the expert group."""
     model, parallel = config.model, config.parallel
-    counts = count(model)
+    counts = count_parameters(model)
     per_layer = counts.expert * model.experts
     dense = experts = 0.0
     for stage in stage_ids:

@@ -269,7 +269,7 @@ def embedding(sizes: Sizes) -> Passes:
     )
 
 
-def head(sizes: Sizes, positions: list[int]) -> Passes:
+def head_work(sizes: Sizes, positions: list[int]) -> Passes:
     """Final norm, output head and loss at every depth; positions: tokens of each depth. Gradients come in forward."""
     model = sizes.config.model
     width, vocabulary, element = model.hidden, model.vocab_size, sizes.element
