@@ -5,8 +5,8 @@
 For the first seed, each optimizer is trained once at every rate; the rate with the lowest held-out loss at the end is its own, and the
 other seeds are trained at that one. Every run is a `python -m train` in a run folder of its own; one whose run is complete is not
 run again. Writes loss.json and loss.svg to --out: means over the seeds, and as a band the smallest and the largest. Time is steps
-times what a step of that optimizer takes: the mean of the faster quarter of the steps of all its runs, as other work on a machine only
-adds to a step.
+times the core-seconds that a step of that optimizer takes: their median over all steps of its runs, which other work on the machine
+hardly changes.
 
 Takes about 40 minutes on one core.
 """
@@ -16,6 +16,8 @@ import json
 import multiprocessing
 import statistics
 import sys
+import time
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +36,18 @@ class TrainedRun(NamedTuple):
     held_out: list[float]
     """Behind so many tokens."""
     seconds: list[float]
-    """Of every step."""
+    """Core-seconds of every step but the first, which compiles."""
+
+
+class CoreClock:
+    """A callback that writes how many core-seconds the process has used behind every step."""
+
+    FILE = "core_seconds.txt"
+
+    def on_step(self, run, step: int, record: dict) -> None:
+        """Called by the run behind each step."""
+        with (run.folder / self.FILE).open("a") as file:
+            file.write(f"{time.process_time()}\n")
 
 
 def main() -> None:
@@ -54,12 +67,14 @@ def main() -> None:
             print(f"{optimizer:8s} rate {rate:>6s}  seed {first}  held-out loss {run.held_out[-1]:.4f}", flush=True)
         rates[optimizer] = best
         found[optimizer] = [swept[best], *(train(optimizer, best, seed, options, overrides) for seed in others)]
-    per_step = {name: step_seconds(runs) for name, runs in found.items()}
+    per_step = {
+        name: statistics.median(second for run in runs for second in run.seconds) for name, runs in found.items()
+    }
     for name, runs in found.items():
         last = [run.held_out[-1] for run in runs]
         print(
             f"{name:8s} at {rates[name]}: {statistics.mean(last):.4f} ({min(last):.4f} to {max(last):.4f}) after "
-            f"{runs[0].tokens[-1]} tokens, {per_step[name]:.2f} s a step"
+            f"{runs[0].tokens[-1]} tokens, {per_step[name]:.2f} core-seconds a step"
         )
     options.out.mkdir(parents=True, exist_ok=True)
     kept = {name: [run._asdict() for run in runs] for name, runs in found.items()}
@@ -77,14 +92,19 @@ def train(optimizer: str, rate: str, seed: str, options: argparse.Namespace, ove
         depth = [] if options.shape == "tiny" else ["model.mtp_depth=0"]
         words = ["conf=tiny", f"name={name}", f"runs={options.out}", f"seed={seed}", f"steps={options.steps}"]
         words += [f"optim.lr={rate}", f"optim={optimizer}", *sizes, *depth, "checkpoint.every=0", "log.sample_tokens=0"]
-        words += ["log.wandb=disabled", f"log.validate_every={max(1, options.steps // POINTS)}", *overrides]
+        words += [
+            "log.wandb=disabled",
+            "callbacks=[{_target_: bench.optimizer_loss.CoreClock}]",
+            f"log.validate_every={max(1, options.steps // POINTS)}",
+            *overrides,
+        ]
         run_forked(words)
-    records = read(metrics)
+    records, clock = read(metrics), [float(line) for line in (metrics.parent / CoreClock.FILE).read_text().split()]
     measured = [record for record in records if "validation_loss" in record]
     return TrainedRun(
         [record["tokens"] for record in measured],
         [record["validation_loss"] for record in measured],
-        [record["step_seconds"] for record in records],
+        [later - earlier for earlier, later in pairwise(clock)],
     )
 
 
@@ -113,12 +133,6 @@ def read(metrics: Path) -> list[dict]:
     return [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
 
 
-def step_seconds(runs: list[TrainedRun]) -> float:
-    """The mean of the faster quarter of all steps."""
-    every = sorted(second for run in runs for second in run.seconds)
-    return statistics.mean(every[: max(1, len(every) // 4)])
-
-
 def draw(
     found: dict[str, list[TrainedRun]], per_step: dict[str, float], rates: dict[str, str], width: int = 860
 ) -> str:
@@ -135,12 +149,12 @@ def draw(
     def y(loss: float) -> float:
         return bottom - (bottom - top) * (loss - low) / ((high - low) or 1.0)
 
-    for number, unit in enumerate(("million tokens", "seconds of one core")):
+    for number, unit in enumerate(("million tokens", "core-seconds")):
         left = 50 + number * (panel + 60)
         curves = {}
         for name, runs in found.items():
             tokens = runs[0].tokens
-            steps = [len(runs[0].seconds) * count / tokens[-1] for count in tokens]
+            steps = [(len(runs[0].seconds) + 1) * count / tokens[-1] for count in tokens]
             curves[name] = [step * per_step[name] for step in steps] if number else [count / 1e6 for count in tokens]
         right = max(max(along) for along in curves.values())
         for mark in range(5):
