@@ -62,7 +62,7 @@ class Failure:
     """A screen of ours, or the traceback of the error that was raised first."""
     code: int
     ranks: list[int] = field(default_factory=list)
-    """Where it began, if the rank knows that."""
+    """Ranks where the failure began, if the reporting rank knows that."""
     headline: str = ""
     """One line; empty where the message has its own."""
     whole: str = ""
@@ -288,6 +288,6 @@ def waits_for_ranks(stack: str) -> bool:
 
 
 def innermost(stack: str) -> str:
-    """Where its main thread is, in words."""
+    """In words, where the main thread of a stack is."""
     frames = _main_thread(stack)
     return f", at {frames[0]}" if frames else ""

@@ -33,9 +33,9 @@ class LowRankNames(NamedTuple):
     """The two parameters of one pair."""
 
     a: str
-    """Of A: (rank, inputs), with the experts of this rank in front where they are stacked."""
+    """Name of A: (rank, inputs), with the experts of this rank in front where they are stacked."""
     b: str
-    """Of B: (outputs, rank), likewise."""
+    """Name of B: (outputs, rank), with the experts in front as in A."""
 
 
 def find_target(base: str) -> str | None:

@@ -33,7 +33,7 @@ class Bounds:
         return math.isfinite(value) and self.above < value < self.below and self.least <= value <= self.most
 
     def rule(self) -> str:
-        """As a rule for a person."""
+        """The limit as a rule that a person reads."""
         if self.what:
             return f"is {self.what}, {self.words()}"
         return "must not be negative" if self == Bounds(least=0) else f"must be {self.words()}"

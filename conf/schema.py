@@ -226,7 +226,7 @@ class MixSource:
     """One part of a data mix."""
 
     path: str = ""
-    """Where it lies, as data.path; empty for format stdlib."""
+    """Where the source lies, as data.path; empty for format stdlib."""
     weight: float = number(1.0, above=0)
     """Share of the samples, relative to the other parts."""
     format: DataFormat = DataFormat.auto

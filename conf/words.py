@@ -38,7 +38,7 @@ def _shown(character: str) -> str:
 
 
 def say(*words: object, sep: str = " ", file: TextIO | None = None, flush: bool = False) -> None:
-    """As print does, to standard output unless `file` says otherwise; the one place that prints."""
+    """Print words, to standard output unless `file` says otherwise; the one place that prints."""
     print(harmless(sep.join(map(str, words))), file=file or sys.stdout, flush=flush)
 
 

@@ -45,7 +45,7 @@ class RankModel:
     """None where this rank has whole sequences."""
 
     def routers(self) -> dict[str, Router]:
-        """Those of all chunks, by layer."""
+        """Routers of all chunks, by layer."""
         return {name: router for chunk in self.chunks for name, router in chunk.routers().items()}
 
 

@@ -11,7 +11,7 @@ class Policy:
     """What the run wants, and its patience in seconds."""
 
     shapes: Shapes
-    """Its layout, and those that it may shrink to."""
+    """The run's layout, and those that it may shrink to."""
     first_attempt: int = 1
     wait: float = 60.0
     """For enough nodes."""

@@ -139,7 +139,7 @@ class Shapes:
         return f"pp {self.pp} x dp {shape.dp // cp}" + (f" ({', '.join(more)})" if more else "")
 
     def words(self, shape: StageShape) -> str:
-        """Those of the command line that ask for it."""
+        """Words of the command line that ask for a shape."""
         parallel = with_shape(self._config, shape).parallel
         found = [f"parallel.dp={parallel.dp}"]
         found += [f"parallel.ep={shape.ep}"] if shape.ep != self.own.ep else []

@@ -83,7 +83,7 @@ class Stragglers:
         return sorted(found, key=lambda slow: slow.rank)
 
     def _judge(self, ranks: np.ndarray, factor: float, wanted: np.ndarray) -> list[SlowRank]:
-        """Those of the wanted ranks that became slow beside these. Shapes: R ranks, B blocks, S steps of a block."""
+        """The wanted ranks that became slow beside `ranks`. Shapes: R ranks, B blocks, S steps of a block."""
         order_RW = (self._seen_R[ranks, None] + np.arange(BLOCK_STEPS * WINDOW_BLOCKS)) % (
             BLOCK_STEPS * WINDOW_BLOCKS
         )  # oldest first

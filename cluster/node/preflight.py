@@ -85,7 +85,7 @@ class Facts:
     pulse: tuple[str, int] | None = None
     """Address and port where the node answers the driver's pulse."""
     test_port: int = 0
-    """Where it listens for the network test; 0 where it does not."""
+    """Port where the node listens for the network test; 0 where it does not."""
 
 
 def gather_facts(question: Question) -> Facts:

@@ -65,7 +65,7 @@ class DispatchPlan:
     entry_of_row: Tensor | None = None
     """For node-limited dispatch: which entry of the arrivals' gates, (M, K) flattened, is each row's."""
     gates_dtype: torch.dtype = torch.float32
-    """As the router made them: they and their gradients travel so."""
+    """Format of the gates, which the router chose: they and their gradients travel in it."""
 
 
 class CombinableRows(Protocol):

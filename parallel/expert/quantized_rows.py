@@ -23,7 +23,7 @@ Widen = Callable[[Tensor], Tensor]
 
 
 def widen(q_RD: Tensor) -> Tensor:
-    """As is fast on the device. torch converts FP8 on a CPU one by one; to look up each of the 256 takes a fifth of that.
+    """FP8 values in fp32, by the way that is fast on the device. torch converts FP8 on a CPU one by one; to look up each of the 256 takes a fifth of that.
 
     The table follows the rows to the meta device, where plans see what a CPU does.
     """

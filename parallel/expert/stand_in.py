@@ -244,7 +244,7 @@ class _Buffer:
 
 
 def _cycle(x_SX: Tensor, rows: int) -> Tensor:
-    """So many rows, from the first again where x has fewer."""
+    """The asked number of rows of x, from the first again where x has fewer."""
     out_RX = x_SX.new_empty(rows, *x_SX.shape[1:])
     for first in range(0, rows, max(1, len(x_SX))):
         part = out_RX[first : first + len(x_SX)]

@@ -197,7 +197,7 @@ class _Batch:
 
     def __init__(self, pieces: list[_Piece], before: "_Batch | None", pages: "_Pages"):
         self.held = pieces
-        """As long as it is on its way, out or back: the device's memory must not be let go of under a copy."""
+        """Pieces as long as they are on their way, out or back: the device's memory must not be let go of under a copy."""
         self.pieces = [ref(piece) for piece in pieces]
         """Those that backward still wants."""
         self.before = before

@@ -186,7 +186,7 @@ class Checkpointer:
         return results
 
     def load(self, path: Path, wanted: dict[str, Shard]) -> dict[str, Any]:
-        """As `train.checkpoint.read_shards.load_shards`; the checkpoint is never pruned as long as this object lives."""
+        """Fill shards as `train.checkpoint.read_shards.load_shards` does; the checkpoint is never pruned as long as this object lives."""
         meta = load_shards(path, wanted)
         self._protected = Path(path).resolve()
         return meta
@@ -226,7 +226,7 @@ class Checkpointer:
         self._end(flight, SaveResult(flight.save.step, None, warning, False, seconds, 0, ranks, late=True))
 
     def _end(self, flight: SaveInFlight, result: SaveResult) -> None:
-        """Its first result counts."""
+        """End a save; the first result of a save counts."""
         with self._ending:
             if not flight.over:
                 flight.over = True

@@ -30,7 +30,7 @@ def main(folders: list[str]) -> int:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """Those of a run, or the checkpoint itself. Raises UserError for a run without any: nothing read is nothing proven."""
+    """Checkpoints of a run, or the folder itself where it is one. Raises UserError for a run without any: nothing read is nothing proven."""
     inner = folder / "checkpoints"
     if not inner.is_dir():
         return [folder]

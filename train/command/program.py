@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-"""As conf.schema.ROOT, which cannot be imported yet."""
+"""Root of the program, equal to conf.schema.ROOT, which cannot be imported yet."""
 COMMAND = "sluice"
 DISTRIBUTION = "sluice-train"
 """What pip calls the program; PyPI's `sluice` is another project."""

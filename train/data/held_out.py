@@ -54,7 +54,7 @@ def all_documents(store: TokenStore) -> Documents:
 
 
 def long_documents(documents: Documents, least: int) -> Documents:
-    """Those of `least` tokens or more."""
+    """The documents of `least` tokens or more."""
     long_D = documents.lengths_D >= least
     return Documents(documents.tokens, documents.starts_D[long_D], documents.lengths_D[long_D], documents.supervised)
 

@@ -32,7 +32,7 @@ class StreamMark:
     """Where a sample begins."""
 
     sample: int = 0
-    """Its number."""
+    """Number of the sample."""
     passes: int = 0
     """Passes behind it."""
     document: int = 0
@@ -93,7 +93,7 @@ class OwnDocuments:
         return hash_id(str(document.number)) < self._fraction * 2**64
 
     def tokens(self, document: OwnDocument) -> np.ndarray:
-        """Its token ids, int64, eos behind them; nothing of an empty one."""
+        """Token ids of a document, int64, eos behind them; none of an empty one."""
         assert self._tokenizer is not None
         if isinstance(document.content, str):
             ids = [id for part in self._tokenizer.encode_batch(list(in_parts(document.content))) for id in part]

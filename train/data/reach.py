@@ -12,7 +12,7 @@ REACH_SECONDS = 10.0
 
 
 def hub() -> str:
-    """Its address, as its libraries take it."""
+    """Address of the hub, from where its libraries take it."""
     return os.environ.get("HF_ENDPOINT", "https://huggingface.co")
 
 

@@ -235,7 +235,7 @@ def _times(found: Findings) -> dict[str, ComparedFigure]:
 
 
 def _size(value: float) -> str:
-    """As gib, with three digits below one GiB."""
+    """Bytes in GiB, or in MiB with three digits below one GiB."""
     return gib(value) if value >= 2**30 else f"{value / 2**20:.3g} MiB"
 
 

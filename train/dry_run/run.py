@@ -37,7 +37,7 @@ def dry_run(config: Config) -> int:
 
 
 def _choose_device(config: Config) -> torch.device:
-    """As a run of one rank; a CPU with as many threads as its calibration had."""
+    """The device that a run of one rank has; a CPU with as many threads as its calibration had."""
     device = choose_device(config, Place())
     if device.type == "cpu" and config.plan.calibration is not None and not config.cluster.threads:
         torch.set_num_threads(read_calibration(config.plan.calibration)["threads"])

@@ -63,7 +63,7 @@ class NeedleCell:
     """Mean loss of a key."""
 
     def plain(self) -> dict[str, Any]:
-        """As in evaluate.json."""
+        """The result as evaluate.json has it."""
         return vars(self) | {"nats": self.nats if math.isfinite(self.nats) else None}
 
 

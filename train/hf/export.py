@@ -180,7 +180,7 @@ class ExportSlice:
         return self.written.placed.start + self.first
 
     def of(self, span: Shard) -> Tensor:
-        """Its values in a span of ours that holds them."""
+        """Values of the piece in a span of ours that holds them."""
         return span.local[self.start - span.offset :][: self.count].view(self.shape)
 
 

@@ -33,7 +33,7 @@ class StoredTensor:
 
     file: str
     dtype: str
-    """As safetensors names it."""
+    """The name that safetensors gives the format."""
     shape: tuple[int, ...]
 
 

@@ -20,7 +20,7 @@ class ExportTensor:
 
     name: str
     dtype: str
-    """As safetensors names it."""
+    """The name that safetensors gives the format."""
     shape: tuple[int, ...]
 
     @property

@@ -109,12 +109,12 @@ class CollectedMeasures:
     def __init__(self, measure: Measure, vector: Tensor, sizes: list[int], scores_LH: Tensor):
         self._measure, self._sizes = measure, sizes
         self.scores_LH = scores_LH
-        """As `QKClip.largest` gives them, on the device."""
+        """Largest attention scores as `QKClip.largest` gives them, on the device."""
         losses, loads, *_ = vector.split(sizes)
         self.finite = losses[0].isfinite()
-        """Whether the main loss is: bool, on the device."""
+        """Whether the main loss is finite: bool, on the device."""
         self.loads_LE = loads.view(-1, measure.model.experts)
-        """As in `MeasuredStep`, on the device."""
+        """Loads of the experts as in `MeasuredStep`, on the device."""
         self._host = vector
         if vector.is_cuda:
             self._host = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True).copy_(vector, non_blocking=True)

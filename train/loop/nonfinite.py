@@ -55,7 +55,7 @@ class RankSightings:
     backward: Sighting | None
 
     def plain(self) -> dict[str, Any]:
-        """As JSON has it, for the other ranks."""
+        """The record in types of JSON, for the other ranks."""
         seen = {name: None if (at := getattr(self, name)) is None else list(vars(at).values()) for name in PASSES}
         return vars(self) | seen
 
@@ -155,7 +155,7 @@ def bad_weights(named: Iterable[tuple[str, Tensor]]) -> list[str]:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where it began, as far as that can be known."""
+    """Where a value that is not finite began, as far as that can be known."""
 
     what: str
     """`non-finite loss` or `non-finite gradient`."""

@@ -14,7 +14,7 @@ class StopKind(Enum):
 
     none = 0
     in_memory = 1
-    """Its next attempt is at hand, and goes on from the copies."""
+    """The run's next attempt is at hand, and goes on from the copies."""
     on_disk = 2
 
 

@@ -95,7 +95,7 @@ def read_series(path: Path) -> Series:
 
 
 def _norms(path: Path, steps: list[int]) -> list[Record]:
-    """As many of the steps as a heat map has columns, evenly spaced."""
+    """Norms of as many steps as a heat map has columns, evenly spaced."""
     if not steps:
         return []
     wanted = {steps[i] for i in np.linspace(0, len(steps) - 1, min(HEAT_STEPS, len(steps))).round().astype(int)}

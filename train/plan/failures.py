@@ -75,7 +75,7 @@ class Failures:
     """Steps between checkpoints with the largest effective share."""
     best_share: float
     spare_nodes: int
-    """So many spare nodes are enough in COVERED of the time, where each failure takes a node away until it is repaired."""
+    """Spare nodes that are enough in COVERED of the time, where each failure takes a node away until it is repaired."""
 
 
 def plan_failures(config: Config, step_seconds: float) -> Failures | None:

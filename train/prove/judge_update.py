@@ -233,7 +233,7 @@ class UpdateJudge(Comparisons):
         self._number("decay of weights", name, None, error, 0.0, Bound(bound, why), 1.0)
 
     def _judge_validation(self, ranks: list[Evidence], after: State) -> None:
-        """Where it is time for one: after the last step of each part."""
+        """Judge a validation where it is time for one: after the last step of each part."""
         self.phase, count = "validation", self.config.log.validation_sequences
         if self.run is None or self.step != self.run.last:
             return

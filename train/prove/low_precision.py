@@ -325,7 +325,7 @@ class SwigluSlopes(NamedTuple):
     """What goes back through SwiGLU."""
 
     a: NearNumbers
-    """Its output, made again, in the activations' format."""
+    """Output of SwiGLU, made again, in the activations' format."""
     dh: Total
     dgates: Total
 

@@ -368,7 +368,7 @@ class _ProvenTrainer(Trainer):
 
 
 class _Gradients:
-    """Those of one step: of this rank before they are reduced, and its shard of them after."""
+    """Gradients of one step: of this rank before they are reduced, and its shard of them after."""
 
     def __init__(self) -> None:
         self.reduced: dict[str, Shard] = {}

@@ -167,7 +167,7 @@ class Size:
 
 
 class Threads:
-    """As many as torch uses. Nobody gives it."""
+    """An argument for the number of threads: as many as torch uses. No caller gives it."""
 
     def __init__(self, kind: type = c_int64):
         self.types = [kind]

@@ -67,7 +67,7 @@ class CastRules:
     """The attention's output projection."""
     experts_up: LayerCasts
     experts_down: LayerCasts
-    """Its cache is None: its input is recomputed from the SwiGLU input."""
+    """The cache of experts_down is None: its input is recomputed from the SwiGLU input."""
     swiglu: Cast | None
     """None keeps the input of the experts' SwiGLU in bf16."""
 

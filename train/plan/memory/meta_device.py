@@ -139,4 +139,4 @@ _DEEP_GEMM = SimpleNamespace(
     m_grouped_fp8_gemm_nt_contiguous=lambda *args, **kwargs: None,
     k_grouped_fp8_gemm_nt_contiguous=lambda *args, **kwargs: None,
 )
-"""Its kernels do, too."""
+"""In place of DeepGEMM, whose kernels write into tensors that the engine made."""

@@ -243,7 +243,7 @@ def _highest(lanes: Sequence[PassMemory]) -> int:
 
 
 def _name(action: Action) -> str:
-    """As a person reads it: forward of stage 3, micro-batch 12."""
+    """Words for an action: forward of stage 3, micro-batch 12."""
     kinds = {"F": "forward", "B": "backward", "I": "backward of inputs", "W": "backward of weights"}
     if action.halves:
         return " beside ".join(map(_name, action.halves))

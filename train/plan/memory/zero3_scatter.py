@@ -134,7 +134,7 @@ class _UnitRun(Run):
             self._begun.append((unit, len(self._pieces)))
 
     def _watch(self, out: Tensor | list[Tensor], unit: str) -> None:
-        """Its backward begins with the gradient of an output."""
+        """Note when the backward of a unit begins: with the gradient of an output."""
         for tensor in out if isinstance(out, list) else [out]:
             tensor.register_hook(lambda _: self._visit(unit))
 

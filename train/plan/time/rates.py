@@ -91,7 +91,7 @@ class Rates:
     threads: int | None = None
     """Threads of a rank on the CPU that was calibrated."""
     spread: float | None = None
-    """As PUBLISHED_SPREAD; None where nobody has held such plans against jobs."""
+    """Spread of jobs around a plan, as PUBLISHED_SPREAD; None where nobody has held such plans against jobs."""
     _found: dict[str, Rate] = field(default_factory=dict, init=False, compare=False, repr=False)
     """By kind, as they were asked for."""
 
