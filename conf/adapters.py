@@ -38,7 +38,7 @@ class LowRankNames(NamedTuple):
     """Name of B: (outputs, rank), with the experts in front as in A."""
 
 
-def find_target(base: str) -> str | None:
+def target_of(base: str) -> str | None:
     """The target that adapts the base parameter of this global name; None for one that nothing adapts."""
     return next(
         (target for target, ends in ADAPTER_TARGETS.items() if f".{base}".endswith(tuple(f".{end}" for end in ends))),

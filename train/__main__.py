@@ -7,7 +7,7 @@ import sys
 
 IS_COMMAND = __name__ == "__main__" or os.path.basename(sys.argv[0]) == "sluice"
 """And not a module that something else imports."""
-WORDS = {"doctor": "doctor", "runs": "runs", "launch": "job_file"}
+COMMAND_MODULES = {"doctor": "doctor", "runs": "runs", "launch": "job_file"}
 """What follows `sluice` in place of a recipe, and its module in train/command, whose docstring is what --help says."""
 if IS_COMMAND:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is who takes it: no traceback of an import
@@ -263,8 +263,8 @@ def _command(words: list[str]) -> int:
         say(version_line())
         return EXIT_OK
     asks = bool({"--help", "-h"} & set(words))
-    if first in WORDS:
-        module = importlib.import_module(f"train.command.{WORDS[first]}")
+    if first in COMMAND_MODULES:
+        module = importlib.import_module(f"train.command.{COMMAND_MODULES[first]}")
         if asks:
             say(module.__doc__.strip())
             return EXIT_OK
