@@ -266,7 +266,7 @@ def _command(words: list[str]) -> int:
     if first in COMMAND_MODULES:
         module = importlib.import_module(f"train.command.{COMMAND_MODULES[first]}")
         if asks:
-            say(module.__doc__.strip())
+            say((module.__doc__ or "").strip())
             return EXIT_OK
         return module.main(rest, _plan_of_job) if first == "launch" else module.main(rest)
     if asks:

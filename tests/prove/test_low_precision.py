@@ -131,12 +131,12 @@ def test_tiles_along_the_rows_are_those_of_one_expert():
 
 
 def test_the_recipes_of_the_paper_are_read():
-    recipe = low.read_recipe(compose(*SMALL, "data.path=none", "precision=fp8").precision)
-    assert recipe.dense.fprop == (TILES, BLOCKS) and recipe.dense.kept == TILES and recipe.swiglu == TILES
-    assert recipe.output.kept == Rule(FORMATS["e5m6"], "1x128", True, 1e-4)
-    assert recipe.up.fprop[0] == POWERS and recipe.down.dgrad[0] == replace(POWERS, floor=1e-12)
-    assert recipe.dense.wgrad == (replace(TILES, floor=1e-12), TILES) and recipe.down.kept is None
-    assert not low.read_recipe(compose(*SMALL, "data.path=none", "precision=bf16").precision).is_fp8
+    rounding = low.read_rounding(compose(*SMALL, "data.path=none", "precision=fp8").precision)
+    assert rounding.dense.fprop == (TILES, BLOCKS) and rounding.dense.kept == TILES and rounding.swiglu == TILES
+    assert rounding.output.kept == Rule(FORMATS["e5m6"], "1x128", True, 1e-4)
+    assert rounding.up.fprop[0] == POWERS and rounding.down.dgrad[0] == replace(POWERS, floor=1e-12)
+    assert rounding.dense.wgrad == (replace(TILES, floor=1e-12), TILES) and rounding.down.kept is None
+    assert not low.read_rounding(compose(*SMALL, "data.path=none", "precision=bf16").precision).is_fp8
 
 
 @pytest.mark.parametrize("field", ["activation", "gradient"])
@@ -147,7 +147,7 @@ def test_a_format_without_a_reference_is_refused(field, text):
     product = replace(products.wgrad, **{field: text})
     unknown = replace(precision, fp8=replace(precision.fp8, dense=replace(products, wgrad=product)))
     with pytest.raises(UserError, match="knows no such format"):
-        low.read_recipe(unknown)
+        low.read_rounding(unknown)
 
 
 def test_a_proof_of_such_a_recipe_is_refused_before_anything_starts(tmp_path):
@@ -162,7 +162,7 @@ def test_a_cache_without_a_reference_is_refused():
     precision = compose(*SMALL, "data.path=none", "precision=fp8").precision
     cache = replace(precision.fp8.cache, swiglu="e5m6")
     with pytest.raises(UserError, match="knows no such format"):
-        low.read_recipe(replace(precision, fp8=replace(precision.fp8, cache=cache)))
+        low.read_rounding(replace(precision, fp8=replace(precision.fp8, cache=cache)))
 
 
 def test_the_reference_shares_no_code_with_what_it_judges():

@@ -35,7 +35,7 @@ FOLDER = "profile"
 TABLE_ROWS = 10
 METHODS: dict[type, dict[str, str]] = {
     Embedding: {"forward": "embedding"},
-    RMSNorm: {"forward": "norm", "with_recipe": "norm"},
+    RMSNorm: {"forward": "norm", "with_remake": "norm"},
     MLA: {"forward": "attention"},
     FFN: {"forward": "FFN"},
     Router: {"forward": "router"},

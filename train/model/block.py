@@ -56,14 +56,14 @@ class Block(nn.Module):
             return self._run(positions, x_BTD)
 
     def _run(self, positions: Positions | None, x_BTD: Tensor) -> Tensor:
-        normed_BTD, recipe = self.attention_norm.with_recipe(x_BTD)
+        normed_BTD, remake = self.attention_norm.with_remake(x_BTD)
         with self._offloaded("attention", x_BTD):
-            x_BTD = x_BTD + self.attention(normed_BTD, recipe, positions)
-        normed_BTD, recipe = self.ffn_norm.with_recipe(x_BTD)
+            x_BTD = x_BTD + self.attention(normed_BTD, remake, positions)
+        normed_BTD, remake = self.ffn_norm.with_remake(x_BTD)
         with self._offloaded("ffn", x_BTD):
             if self._is_dense:
-                return x_BTD + self.ffn(normed_BTD.flatten(0, 1), recipe).view(x_BTD.shape)
-            return x_BTD + self.moe(normed_BTD, recipe, positions)
+                return x_BTD + self.ffn(normed_BTD.flatten(0, 1), remake).view(x_BTD.shape)
+            return x_BTD + self.moe(normed_BTD, remake, positions)
 
     def _offloaded(self, part: str, x_BTD: Tensor) -> AbstractContextManager:
         """The context of a part of the block that takes x."""

@@ -112,7 +112,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return _RMSNorm.apply(x, self.weight, self._eps, self._kernels)
 
-    def with_recipe(self, x: Tensor) -> tuple[Tensor, AbstractContextManager]:
+    def with_remake(self, x: Tensor) -> tuple[Tensor, AbstractContextManager]:
         """The output, and the context for the products that take it (see `RecomputedOutputs`)."""
         y = self(x)
         if not (self._recompute and torch.is_grad_enabled()):
@@ -167,9 +167,9 @@ class FFN(nn.Module):
         self.w2 = Linear(inner, width, precision, **factory)
         self._recompute, self._kernels = recompute, precision.kernels
 
-    def forward(self, x_ND: Tensor, recipe: AbstractContextManager) -> Tensor:
-        """recipe: the context in which saving x costs nothing (`RMSNorm.with_recipe`)."""
-        with recipe:
+    def forward(self, x_ND: Tensor, remake: AbstractContextManager) -> Tensor:
+        """remake: the context in which saving x costs nothing (`RMSNorm.with_remake`)."""
+        with remake:
             h_N2F = self.w13(x_ND)
         a_NF = swiglu(h_N2F, None, self._kernels)
         with recomputed_swiglu(a_NF, h_N2F, None, self._kernels) if self._recompute else nullcontext():

@@ -49,12 +49,12 @@ class MLA(nn.Module):
         self.watch: LargestScores | None = None
         """Who wants to know the scores of training, if anyone does."""
 
-    def forward(self, x_BTD: Tensor, recipe: AbstractContextManager, positions: Positions | None = None) -> Tensor:
-        """recipe: the context in which saving x costs nothing (`RMSNorm.with_recipe`). positions: those of x; None for all of
+    def forward(self, x_BTD: Tensor, remake: AbstractContextManager, positions: Positions | None = None) -> Tensor:
+        """remake: the context in which saving x costs nothing (`RMSNorm.with_remake`). positions: those of x; None for all of
         whole sequences. Returns (B, T, D).
         """
         positions = positions or Positions(x_BTD.size(1))
-        with recipe:
+        with remake:
             # q_latent is the whole query where queries are not compressed
             q_latent = self.q(x_BTD) if self._config.q_rank is None else self.q_down(x_BTD)
             kv_latent, k_rope_BTR = self.kv_down(x_BTD).split([self._config.kv_rank, self._config.rope_head_dim], -1)
@@ -88,8 +88,8 @@ class MLA(nn.Module):
         """Queries, keys (B, H, T, Q) and values (B, H, T, V) from the latents."""
         config = self._config
         q_latent = self._up_queries(q_latent, [range(q_latent.size(1))])
-        kv_latent, recipe = self.kv_norm.with_recipe(kv_latent)
-        with recipe:
+        kv_latent, remake = self.kv_norm.with_remake(kv_latent)
+        with remake:
             kv = self.kv_up(kv_latent)
         table = self._rope.table(q_latent.size(1), q_latent.device)
         q, kv = (t.unflatten(-1, (config.heads, -1)) for t in (q_latent, kv))
@@ -101,8 +101,8 @@ class MLA(nn.Module):
         if self._config.q_rank is None:
             q = q_latent.clone() if self._recompute_up else q_latent  # backward comes here again with the same
             return self._rope.grow(q, positions_T)
-        q_latent, recipe = self.q_norm.with_recipe(q_latent)
-        with recipe:
+        q_latent, remake = self.q_norm.with_remake(q_latent)
+        with remake:
             q = self.q_up(q_latent)
         return self._rope.grow(q, positions_T)
 

@@ -168,12 +168,12 @@ class MoE(nn.Module):
             self.shared = FFN(config.hidden, width, precision, recompute, **factory)
         self._precision, self.dispatcher = precision, dispatcher
 
-    def forward(self, x_BTD: Tensor, recipe: AbstractContextManager, positions: Positions | None = None) -> Tensor:
-        """recipe: the context in which saving x costs nothing (`RMSNorm.with_recipe`). Returns (B, T, D)."""
-        gates_TK, ids_TK = self.router(x_BTD, recipe, positions)
+    def forward(self, x_BTD: Tensor, remake: AbstractContextManager, positions: Positions | None = None) -> Tensor:
+        """remake: the context in which saving x costs nothing (`RMSNorm.with_remake`). Returns (B, T, D)."""
+        gates_TK, ids_TK = self.router(x_BTD, remake, positions)
         x_TD = x_BTD.flatten(0, 1)
         pending = self.dispatcher.dispatch_begin(x_TD, ids_TK, gates_TK, recall())
-        shared_TD = None if self.shared is None else self.shared(x_TD, recipe)  # while the tokens are on their way
+        shared_TD = None if self.shared is None else self.shared(x_TD, remake)  # while the tokens are on their way
         routed = pending.wait()
         remember(routed.state)
         out_RD = self.run_experts(routed)

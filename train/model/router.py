@@ -58,23 +58,23 @@ class Router(nn.Module):
         self._kernels = kernels
 
     def forward(
-        self, x_BTD: Tensor, recipe: AbstractContextManager, positions: Positions | None = None
+        self, x_BTD: Tensor, remake: AbstractContextManager, positions: Positions | None = None
     ) -> tuple[Tensor, Tensor]:
         """Gate values fp32 (B*T, K), differentiable, and expert ids int64 (B*T, K).
 
-        recipe: the context in which saving x costs nothing (`RMSNorm.with_recipe`). positions: those of x; None for all of
+        remake: the context in which saving x costs nothing (`RMSNorm.with_remake`). positions: those of x; None for all of
         whole sequences.
         """
         positions = positions or Positions(x_BTD.size(1))
-        logits_BTE = self.score(x_BTD, recipe)
+        logits_BTE = self.score(x_BTD, remake)
         counters = (self.load_E, self.score_E, self.balance_loss) if self.training else None
         weight = self.balance_weight if self.training else 0.0
         gates_BTK, ids_BTK = self._kernels.route(logits_BTE, self.bias_E, self.rule, weight, counters, positions)
         return gates_BTK.flatten(0, 1), ids_BTK.flatten(0, 1)
 
-    def score(self, x_BTD: Tensor, recipe: AbstractContextManager) -> Tensor:
+    def score(self, x_BTD: Tensor, remake: AbstractContextManager) -> Tensor:
         """What the sigmoid takes, fp32 (B, T, E). A router of the user's own may say otherwise."""
-        with recipe:
+        with remake:
             weight_ED = self.weight.detach() if self.frozen else self.weight
             return _Logits.apply(x_BTD, weight_ED, self._kernels)
 

@@ -75,7 +75,7 @@ class Judge(WireJudge, ReductionJudge, UpdateJudge):
     def __init__(self, proof: str, config: Config, folder: Path, findings: ProofFindings):
         """config: as the ranks ran it."""
         super().__init__(proof, config, findings, RunPaths(replace(config, name=f"{config.name}/{proof}")).checkpoints)
-        self.recipe, self.model = config, config.model
+        self.job, self.model = config, config.model
         self.steps = read_evidence(folder, proof)
         self.bound = computed(proof, config)
 
@@ -106,14 +106,14 @@ class Judge(WireJudge, ReductionJudge, UpdateJudge):
                 saved = before, self.tally
                 self._judge_written(before)
             elif (
-                self.run is not None and step == self.run.last and (number or step < self.recipe.steps)
+                self.run is not None and step == self.run.last and (number or step < self.job.steps)
             ):  # else the second part wrote over it
                 self._judge_written(before)
         assert before is not None, f"no rank left evidence of pass {self.proof}"
 
     def _reset(self, state: State, tally: Tally) -> tuple[State, Tally]:
         """What a run goes on with from a checkpoint: all of it, but for what another optimizer kept."""
-        if self.recipe.optim.name == self.recipe.prove.first_optimizer or self.recipe.prove.first_optimizer is None:
+        if self.job.optim.name == self.job.prove.first_optimizer or self.job.prove.first_optimizer is None:
             return state, tally
         fresh = self._given()
         kept = {name: tensor for name, tensor in state.items() if name.startswith(("master.", "bias.", "ema."))}
@@ -140,7 +140,7 @@ class Judge(WireJudge, ReductionJudge, UpdateJudge):
         if number == 1:
             self.findings.second_layout = f"{ranks[0].info.layout}, {len(ranks)} ranks"
         if self.proof != "exact" and (self.run is None or self.run.number != number):
-            self.run = run_part(self.recipe, number, len(ranks))
+            self.run = run_part(self.job, number, len(ranks))
             self.config = self.run.config
             self.bound = computed(self.proof, self.config)
 

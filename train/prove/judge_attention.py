@@ -94,7 +94,7 @@ class AttentionJudge(PartsJudge):
 
     def _kept(self, out: PartCall) -> Tensor:
         """Attention's output as its backward takes it: in the form in which the projection behind it keeps its input (3.3.3)."""
-        kept = low.kept(out.rows("x"), self.recipe.output.kept).x
+        kept = low.kept(out.rows("x"), self.rounding.output.kept).x
         return _heads_of(kept.view(out.tensors["x"].shape), self.config.model.heads)
 
     def _of_same(self, name: str, call: PartCall) -> PartCall:
@@ -115,7 +115,7 @@ class AttentionJudge(PartsJudge):
         return high.unseen(length, self.batch.documents_BS[self._samples(call.rank, call.number), :length])
 
     def _in_scores(self) -> Bound:
-        if self.recipe.high == FORMATS["fp32"]:
+        if self.rounding.high == FORMATS["fp32"]:
             return self._in_rows(self.config.seq_len)
         return Bound(SCORES, "4 x 2^-9: probabilities and their slopes may be rounded to bf16, each by 2^-9 of itself")
 
@@ -155,7 +155,7 @@ class AttentionJudge(PartsJudge):
             if calls := self._through(f"{name}.kv_down", mate):
                 rope_BTR = calls[number].get("y")[..., self.config.model.kv_rank :]
                 places = places_of(mate.info, self.config.seq_len, depth_of(name))
-                made = low.nearest(high.turned(rope_BTR, self.config, places).x, self.recipe.high)
+                made = low.nearest(high.turned(rope_BTR, self.config, places).x, self.rounding.high)
                 whole = made.new_zeros(len(made), length, made.size(-1)) if whole is None else whole
                 whole[:, places] = made
         assert whole is not None, f"no rank has {name}"
@@ -164,14 +164,14 @@ class AttentionJudge(PartsJudge):
     def _turned_heads(self, q_BTX: Tensor, places: Sequence[int]) -> Tensor:
         q_BHTQ, nope = _heads_of(q_BTX, self.config.model.heads), self.config.model.nope_head_dim
         q_BHTQ = self._grown(q_BHTQ, places)
-        rope = low.nearest(high.turned(q_BHTQ[..., nope:], self.config, places).x, self.recipe.high)
+        rope = low.nearest(high.turned(q_BHTQ[..., nope:], self.config, places).x, self.rounding.high)
         return torch.cat([q_BHTQ[..., :nope], rope], -1)
 
     def _grown(self, q_BHTQ: Tensor, places: Sequence[int]) -> Tensor:
         """Queries of these positions as they go to be turned: a model whose queries grow rounds them once more."""
         if not self.config.model.yarn.query_growth:
             return q_BHTQ
-        return low.nearest(q_BHTQ * high.query_sizes(self.config, places), self.recipe.high)
+        return low.nearest(q_BHTQ * high.query_sizes(self.config, places), self.rounding.high)
 
     def _shared_back(self, call: "SharedCall", scale: float) -> None:
         """Queries, and of the keys and values what these queries give each block of positions."""

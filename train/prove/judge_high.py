@@ -107,7 +107,7 @@ class WholeJudge(AttentionJudge):
     def _sum(self, call: PartCall, name: str, got: Tensor, one: Tensor, other: Tensor) -> None:
         total = Total(one + other, one.abs() + other.abs(), None)
         bound = Bound(4 * FP32, "one addition and one rounding")
-        self._near("sums past attention and FFN", name, call.rank.info.rank, got, total, bound, self.recipe.high)
+        self._near("sums past attention and FFN", name, call.rank.info.rank, got, total, bound, self.rounding.high)
 
     def _seen(self, call: PartCall, phase: str, name: str) -> Tensor:
         """What was seen of a call's micro-batch, by `EvidenceWatch`: (rows, width), fp64."""
@@ -127,7 +127,7 @@ class WholeJudge(AttentionJudge):
         for first, second in self._pairs(name):
             if second.has("dx") and first.has("dy"):
                 back = low.swiglu_backward(
-                    NearNumbers(first.rows("y")), None, NearNumbers(second.rows("dx")), self.recipe.high
+                    NearNumbers(first.rows("y")), None, NearNumbers(second.rows("dx")), self.rounding.high
                 )
                 self._total("SwiGLU", first, "dy", first.rows("dy"), back.dh, self._in_elements())
 
@@ -163,8 +163,8 @@ class WholeJudge(AttentionJudge):
                 self._fail("parts", call.name, call.rank.info.rank, 0, 1, "not every micro-batch came back")
                 continue
             slope = call.get("dy")
-            x, weight = _times(made.x, low.nearest(slope, self.recipe.high)), _times(made.weight, slope)
-            twice = low.spacing(x.x, self.recipe.high)  # the product is rounded, and its multiple
+            x, weight = _times(made.x, low.nearest(slope, self.rounding.high)), _times(made.weight, slope)
+            twice = low.spacing(x.x, self.rounding.high)  # the product is rounded, and its multiple
             x = Total(x.x, x.size, twice if x.off is None else twice + x.off)
             dx_ND = call.rows("dx")
             if learnt_N is not None:
@@ -202,14 +202,14 @@ class WholeJudge(AttentionJudge):
                     count = len(targets) * self.config.seq_len // self.cp
                     yield (
                         call,
-                        high.head(call.rows("x"), weight, targets.flatten(), count, self.recipe.high, order),
+                        high.head(call.rows("x"), weight, targets.flatten(), count, self.rounding.high, order),
                         None,
                     )
                     continue
                 learnt_N = seats.learnt_BT[self._samples(call.rank, call.number)][:, places].flatten()
                 count = self._learnt() / (self.shared * self._mean_micro_batches(call))
                 x_ND, targets_N = call.rows("x")[learnt_N], targets.flatten()[learnt_N]
-                yield call, high.head(x_ND, weight, targets_N, count, self.recipe.high, order), learnt_N
+                yield call, high.head(x_ND, weight, targets_N, count, self.rounding.high, order), learnt_N
 
     def _learnt(self) -> int:
         """Tokens of the whole step that the main model learns."""

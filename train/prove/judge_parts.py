@@ -80,15 +80,17 @@ class PartsJudge(Comparisons):
         super().__init__(proof, config, findings)
         info, self.ranks, self.batch = ranks[0].info, ranks, batch
         self.part, self.step = info.part, info.step
-        self.recipe = low.read_recipe(self.config.precision)
+        self.rounding = low.read_rounding(self.config.precision)
         self.on_gpu = info.device == "cuda"
         masters = {name.removeprefix("master."): w for name, w in before.items() if name.startswith("master.")}
-        self.weights = {name: low.nearest(master, self.recipe.high) for name, master in masters.items()}
+        self.weights = {name: low.nearest(master, self.rounding.high) for name, master in masters.items()}
         self.reduced = assemble(ranks, "reduced")
         self.shared = info.dp * info.cp
         """Ranks over which gradients are averaged."""
         self.cp = info.cp
-        self.rounds_gradients = self.recipe.high != FORMATS["fp32"] and not all(one.info.sums_in_fp32 for one in ranks)
+        self.rounds_gradients = self.rounding.high != FORMATS["fp32"] and not all(
+            one.info.sums_in_fp32 for one in ranks
+        )
         """Whether the gradient of a micro-batch may be rounded to bf16 before it is added up, as torch's products on a CPU do."""
         self.biases = {name.removeprefix("bias."): bias for name, bias in before.items() if name.startswith("bias.")}
         self.calls = calls_of(ranks)
@@ -173,17 +175,17 @@ class PartsJudge(Comparisons):
         self._gradient(f"{name}.weight", made)
 
     def _rules(self, name: str) -> LinearRules:
-        return self.recipe.output if name.endswith(".attention.out") else self.recipe.dense
+        return self.rounding.output if name.endswith(".attention.out") else self.rounding.dense
 
     @property
     def _rounds_gradients(self) -> bool:
         """Whether that is so of products that a recipe may have in FP8."""
-        return self.rounds_gradients and not self.recipe.is_fp8
+        return self.rounds_gradients and not self.rounding.is_fp8
 
     # Experts
 
     def _experts(self, name: str) -> None:
-        up, down, high = self.recipe.up, self.recipe.down, self.recipe.high
+        up, down, high = self.rounding.up, self.rounding.down, self.rounding.high
         w13 = low.weight_for("fprop", self.weights[f"{name}.experts.w13"], up)
         w2 = low.weight_for("fprop", self.weights[f"{name}.experts.w2"], down)
         for call in self.calls.get(name, []):
@@ -200,7 +202,7 @@ class PartsJudge(Comparisons):
             self._total("products of experts", call, "y", call.get("y"), y_RD, self._order(w2.x.size(-1)))
 
     def _experts_back(self, name: str) -> None:
-        up, down, high = self.recipe.up, self.recipe.down, self.recipe.high
+        up, down, high = self.rounding.up, self.rounding.down, self.rounding.high
         w13 = _turned(low.weight_for("dgrad", self.weights[f"{name}.experts.w13"], up))
         w2 = _turned(low.weight_for("dgrad", self.weights[f"{name}.experts.w2"], down))
         made13, made2 = SumOverCalls(), SumOverCalls()
@@ -211,7 +213,7 @@ class PartsJudge(Comparisons):
             dy_RD = low.cast_rows(NearNumbers(call.get("dy")), counts, down.dgrad[0], -1)
             da_RF = by_expert(dy_RD, counts, w2, here)
             da = low.rounded(da_RF, high, self._order(w2.x.size(-1)).value * da_RF.size)
-            h = low.cast_rows(NearNumbers(call.get("h")), counts, self.recipe.swiglu, -1)
+            h = low.cast_rows(NearNumbers(call.get("h")), counts, self.rounding.swiglu, -1)
             back = low.swiglu_backward(h, call.get("gates"), da, high)
             self._total("SwiGLU of experts", call, "dh", call.get("dh"), back.dh, _elements())
             if call.has("dgates"):
@@ -239,7 +241,7 @@ class PartsJudge(Comparisons):
 
     def _order(self, terms: int) -> Bound:
         """What the order of a sum may change, of the magnitudes that it adds up."""
-        if self.on_gpu and self.recipe.is_fp8:
+        if self.on_gpu and self.rounding.is_fp8:
             return Bound(SHORT, "tensor cores sum products of FP8 in some 14 bits")
         value = 8 * FP32 * max(terms, 1) ** 0.5
         return Bound(value, f"8 x 2^-24 x sqrt({terms} terms), of their magnitudes, and one rounding of the result")
@@ -255,7 +257,7 @@ class PartsJudge(Comparisons):
         form: PlainFormat | None = None,
     ) -> None:
         self._near(
-            quantity, f"{WHAT[what]} of {call.name}", call.rank.info.rank, got, want, bound, form or self.recipe.high
+            quantity, f"{WHAT[what]} of {call.name}", call.rank.info.rank, got, want, bound, form or self.rounding.high
         )
 
     def _gradient(self, name: str, made: "SumOverCalls", bound: Bound | None = None) -> None:

@@ -179,7 +179,7 @@ def _whole(blocks: Tensor, shape: torch.Size) -> Tensor:
     return blocks.flatten(-4, -3).flatten(-2, -1)[..., : shape[-2], : shape[-1]]
 
 
-# --- The recipe -----------------------------------------------------------------------------------------------------
+# --- Rounding --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ class LinearRules:
 
 
 @dataclass(frozen=True)
-class PlainRecipe:
+class PlainRounding:
     """The casts of all linear layers, by what they are."""
 
     high: PlainFormat
@@ -209,19 +209,19 @@ class PlainRecipe:
     is_fp8: bool
 
 
-def read_recipe(precision: Precision) -> PlainRecipe:
+def read_rounding(precision: Precision) -> PlainRounding:
     """Raises UserError for a format that this file does not know: what has no reference is not proven."""
     fp8, high = precision.fp8, FORMATS["fp32" if precision.name == "fp32" else "bf16"]
     if fp8 is None:
         plain = LinearRules((None, None), (None, None), (None, None), None)
-        return PlainRecipe(high, plain, plain, plain, plain, None, False)
+        return PlainRounding(high, plain, plain, plain, plain, None, False)
     cache = fp8.cache
     down = _rules(fp8, fp8.experts_down, "bf16", "experts_down")
     kept = None
     if _known("precision.fp8.cache.swiglu", cache.swiglu, ("fp8", "bf16")) == "fp8":
         is_power = down.fprop[0] is not None and down.fprop[0].is_power
         kept = Rule(FORMATS["e4m3"], "1x128", is_power, fp8.activation_floor)
-    return PlainRecipe(
+    return PlainRounding(
         high,
         _rules(fp8, fp8.dense, cache.linear, "dense"),
         _rules(fp8, fp8.output, cache.attention_output, "output"),

@@ -29,7 +29,7 @@ PROOF_FOLDER = "prove"
 def prove(config: Config, alone: bool) -> int:
     """Returns the exit code: 0 only if all of it held. alone: the only job of this process, which may then be its rank."""
     tune_cpu()  # of the ranks, which are forks of this process
-    from train.prove.low_precision import read_recipe
+    from train.prove.low_precision import read_rounding
     from train.prove.miniature import shrink
 
     started = time.monotonic()
@@ -37,7 +37,7 @@ def prove(config: Config, alone: bool) -> int:
         rule = "mode=prove starts its ranks on this machine, or is started by torchrun"
         raise UserError("cluster.backend", config.cluster.backend, rule, "leave cluster=ray out")
     check_layout(config)
-    read_recipe(config.precision)  # of a format without a reference nothing could be proven
+    read_rounding(config.precision)  # of a format without a reference nothing could be proven
     run_folder = Path(config.runs).absolute() / config.name
     mini = shrink(config)
     small = replace(mini.cfg, runs=str(run_folder), name=PROOF_FOLDER)

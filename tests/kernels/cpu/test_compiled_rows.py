@@ -225,7 +225,7 @@ def test_what_is_made_again_has_the_same_bits():
         for parameter in parameters:
             torch.nn.init.normal_(parameter)
         x = draw(50, 40).requires_grad_()
-        y = ffn(*normed.with_recipe(x))
+        y = ffn(*normed.with_remake(x))
         results.append([y, *torch.autograd.grad(y, [x, *parameters], draw(50, 40))])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from tests.prove.mutations.fp8 import ATTENTION, EXPERTS, LOW, MADE, WEIGHTS, with_recipe, with_rules
+from tests.prove.mutations.fp8 import ATTENTION, EXPERTS, LOW, MADE, WEIGHTS, with_cast_rules, with_rules
 from tests.prove.mutations.registry import BACKWARD, FORWARD, OURS, mutation
 from tests.prove.mutations.seams import Seams
 from train.kernels.fp8 import cast_rules, swiglu
@@ -34,7 +34,7 @@ def bytes_lose_their_last_bit(bug: Seams) -> None:
 
 @mutation(OURS + ": SwiGLU's input is kept in E5M2", "fp8", BACKWARD, EXPERTS, LOW)
 def swiglu_kept_in_e5m2(bug: Seams) -> None:
-    with_recipe(bug, lambda made: replace(made, swiglu=replace(made.swiglu, format=E5M2)))
+    with_cast_rules(bug, lambda made: replace(made, swiglu=replace(made.swiglu, format=E5M2)))
 
 
 @mutation(OURS + ": attention's output is kept in E4M3", "fp8", BACKWARD, ATTENTION, LOW)
@@ -42,7 +42,7 @@ def attention_output_kept_in_e4m3(bug: Seams) -> None:
     def change(made: CastRules) -> CastRules:
         return replace(made, output=replace(made.output, cache=Cast(E4M3, (1, TILE), True, 1e-4)))
 
-    with_recipe(bug, change)
+    with_cast_rules(bug, change)
 
 
 @mutation(OURS + ": the two values of three bytes change places", "fp8", BACKWARD, ATTENTION, LOW)

@@ -40,7 +40,7 @@ def is_weight(rule: OperandRule) -> bool:
     return rule.granularity == "128x128"
 
 
-def with_recipe(bug: Seams, change: Callable[[CastRules], CastRules]) -> None:
+def with_cast_rules(bug: Seams, change: Callable[[CastRules], CastRules]) -> None:
     bug.around(fp8, "build_rules", lambda original, section: change(original(section)))
 
 
