@@ -22,6 +22,7 @@ from train.kernels.choice import build_kernels
 from train.kernels.fp8.fp8 import Fp8Precision
 from train.kernels.plain.high import HighPrecision
 from train.kernels.precision import activation_dtype, build_precision
+from train.model.adapter import add_adapters
 from train.model.block import Block
 from train.model.count import head_flops, layer_flops
 from train.model.deepseek import DeepSeekV3, ModelOutputs
@@ -88,7 +89,7 @@ def parallelize(
         facts=optim.facts,
         weight_decay=optim.weight_decay,
         is_frozen=lambda name: optim.freeze_routers and name.endswith(".router.weight"),
-        tied=tied_embedding(config, mesh, chunks),
+        tied=None if config.adapter.on else tied_embedding(config, mesh, chunks),
         units=(Block, MTP),
     )
     for chunk in chunks:
@@ -222,6 +223,8 @@ def build_chunks(
             device=device,
         )
         initialise(chunk, None if restored else config.seed, device)
+        if config.adapter.on:
+            add_adapters(chunk, config.adapter, precision.kernels, config.seed)
         chunk.detaches_mtp = config.optim.detach_mtp
         for router in chunk.routers().values():
             router.frozen = config.optim.freeze_routers

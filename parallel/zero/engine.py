@@ -70,7 +70,8 @@ class Zero:
         the pipeline both hold; its gradients are summed over the two. units: modules whose weights are gathered together at stage 3.
         """
         self.mesh = mesh
-        self.names = _unique_names(chunks)
+        names = _unique_names(chunks)
+        self.names = {param: name for param, name in names.items() if param.requires_grad}
         self.shapes = {param: tuple(param.shape) for param in self.names}
         self.tied = tied
         # Of two copies, the last rank's is left out of the norm and of checkpoints.
@@ -84,8 +85,9 @@ class Zero:
         self._bad: list[str] = []
         dtype = next(iter(self.names)).dtype
         expert_name = f"ep_size_{mesh.layout.ep}"
-        for param, name in self.names.items():
-            param.grad_dtype = torch.float32
+        for param, name in names.items():  # DeepSpeed tells everyone the first rank's, also of what nobody trains
+            if param.requires_grad:
+                param.grad_dtype = torch.float32
             if is_expert(name):
                 # What DeepSpeed knows experts by, stage 3 by the last two.
                 param.allreduce = False  # pyrefly: ignore[missing-attribute]  see above
@@ -254,7 +256,7 @@ class Zero:
 
 
 def _unique_names(chunks: Sequence[nn.Module]) -> dict[nn.Parameter, str]:
-    """Global name of every trained parameter; one shared by two chunks keeps its first name."""
+    """Global name of every parameter; one shared by two chunks keeps its first name."""
     names: dict[nn.Parameter, str] = {}
     for chunk in chunks:
         for name, param in chunk.named_parameters():

@@ -29,9 +29,9 @@ from train.rank import RankSetup
 
 
 def set_weights(chunks: Sequence[DeepSeekV3], plan: StepPlan, balance_weight: float) -> None:
-    """What routers and the MTP modules count in this step. balance_weight: alpha / micro-batches."""
+    """What routers and the MTP modules count in this step, and which it is. balance_weight: alpha / micro-batches."""
     for chunk in chunks:
-        chunk.mtp_weight = plan.mtp_weight
+        chunk.mtp_weight, chunk.step = plan.mtp_weight, plan.step
         for router in chunk.routers().values():
             router.balance_weight = balance_weight
 

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from conf.own_code import subclass
 from conf.schema import Model, Recompute
 from train.model.block import Block
-from train.model.layers import Embedding, LayerPrecision, RMSNorm
+from train.model.layers import AddedProduct, Embedding, LayerPrecision, RMSNorm
 from train.model.loss import cross_entropy
 from train.model.moe import Dispatcher, LocalDispatcher
 from train.model.mtp import MTP
@@ -83,6 +83,8 @@ class Head(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, width, **factory))
         self._chunk, self._kernels = chunk, kernels
+        self.added: AddedProduct | None = None
+        """The adapter of the weight, set by whoever trains one."""
         self.extra_loss: Callable[[ModelOutputs], Tensor] | None = None
         """A term of the user's own, set by whoever builds the model for a training."""
 
@@ -113,6 +115,10 @@ class Head(nn.Module):
             losses.append(_scalar(self.extra_loss(outputs)))
         return losses
 
+    def adapted(self, hidden: Tensor, weight_VD: Tensor) -> tuple[Tensor, Tensor]:
+        """Operands of the product that gives the logits of hidden states (..., D)."""
+        return (hidden, weight_VD) if self.added is None else self.added.widen(hidden, weight_VD)
+
     def loss(
         self, hidden_BTD: Tensor, targets_BT: Tensor, divisor: float, learnt_N: Tensor | None, weight_VD: Tensor
     ) -> Tensor:
@@ -124,6 +130,7 @@ class Head(nn.Module):
         if learnt_N is not None:
             learnt_N = learnt_N.to(hidden_ND.device)
             hidden_ND, targets_N = hidden_ND.index_select(0, learnt_N), targets_N.index_select(0, learnt_N)
+        hidden_ND, weight_VD = self.adapted(hidden_ND, weight_VD)
         return cross_entropy(hidden_ND, weight_VD, targets_N, divisor, self._chunk, self._kernels)
 
 
@@ -170,6 +177,8 @@ class DeepSeekV3(nn.Module):
         local_experts = range(config.experts) if local_experts is None else local_experts
         self.config, self.has_embedding, self.has_head = config, has_embedding, has_head
         self.losses = Losses(config.mtp_depth)
+        self.step = 0
+        """Number of the step, set by whoever runs it: which inputs an adapter drops follows from it."""
         self.mtp_weight = 0.0
         """Weight lambda of the MTP losses, set by whoever runs the step."""
         self.detaches_mtp = False
@@ -254,7 +263,7 @@ class DeepSeekV3(nn.Module):
         hidden_BTD = self.norm(self._run_layers(self._embed(x) if self.has_embedding else x, Positions(x.size(1))))
         if last:
             hidden_BTD = hidden_BTD[:, -1:]
-        return F.linear(hidden_BTD, self.head.weight.to(hidden_BTD.dtype)).float()
+        return F.linear(*self.head.adapted(hidden_BTD, self.head.weight.to(hidden_BTD.dtype))).float()
 
     def routers(self) -> dict[str, Router]:
         """Routers of this chunk, MTP modules included, by the global name of their block."""

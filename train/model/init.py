@@ -50,8 +50,23 @@ def materialise(chunk: nn.Module, device: torch.device | str | None = None) -> N
                 setattr(module, name, torch.zeros_like(buffer, device=device or "cpu"))
 
 
+def draw_uniform(weight: Tensor, key: str, bound: float, experts: range | None = None) -> None:
+    """Uniform in +-bound, by a key. experts: which the rows along the first dimension are, each with a key of its own."""
+    for index, one in [(None, weight)] if experts is None else zip(experts, weight, strict=True):
+        generator = _generator(weight, key if index is None else f"{key}/{index}")
+        exact = torch.empty(one.shape, dtype=torch.float32, device=weight.device)
+        one.copy_(exact.uniform_(-bound, bound, generator=generator))
+
+
 def _draw(weight: Tensor, key: str, std: float) -> None:
-    generator = torch.Generator(weight.device)
-    generator.manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little", signed=True))
     exact = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
-    weight.copy_(exact.normal_(0, std, generator=generator))
+    weight.copy_(exact.normal_(0, std, generator=_generator(weight, key)))
+
+
+def _generator(weight: Tensor, key: str) -> torch.Generator:
+    return torch.Generator(weight.device).manual_seed(key_number(key))
+
+
+def key_number(key: str) -> int:
+    """64 bits that follow from the key."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little", signed=True)

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from train.model.needed import Function, gradients_needed
-from train.model.operations import Kernels
+from train.model.operations import ExpertGroups, Kernels
 from train.model.recompute import RecomputedOutputs
 
 
@@ -28,6 +28,16 @@ class HeldInput(NamedTuple):
     """What of it takes memory."""
     values: Callable[..., Tensor]
     """Given the tensors, what they stand for, in the shape and format of the input."""
+
+
+class AddedProduct(Protocol):
+    """What stands beside a product and is added to its output."""
+
+    def add(self, y: Tensor, x: Tensor, groups: ExpertGroups | None = None) -> Tensor:
+        """y (..., O) with what x (..., I) makes added. groups: of rows that are sorted by expert."""
+
+    def widen(self, x: Tensor, weight_OI: Tensor) -> tuple[Tensor, Tensor]:
+        """Operands of one product that gives the sum: x with more columns, and the weight with as many."""
 
 
 class LayerPrecision(Protocol):
@@ -45,12 +55,18 @@ class LayerPrecision(Protocol):
         """The form in which `linear` keeps x for backward, for others that keep it too; None where it keeps x as it is."""
 
     def expert_ffn(
-        self, rows_RD: Tensor, gates_R: Tensor, w13_E2FD: Tensor, w2_EDF: Tensor, counts_E: Tensor
+        self,
+        rows_RD: Tensor,
+        gates_R: Tensor,
+        w13_E2FD: Tensor,
+        w2_EDF: Tensor,
+        counts_E: Tensor,
+        added: "tuple[AddedProduct | None, AddedProduct | None]" = (None, None),
     ) -> Tensor:
         """SwiGLU FFN of every expert on its own rows: (R, D).
 
         rows_RD is sorted by expert and counts_E (int64) says how many rows each has. The gate value of a row scales the
-        SwiGLU output, before the down-projection.
+        SwiGLU output, before the down-projection. added: to the products of w13 and of w2.
         """
 
 
@@ -64,9 +80,12 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs, **factory))
         self._precision, self._kind = precision, kind
+        self.added: AddedProduct | None = None
+        """The adapter of the weight, set by whoever trains one."""
 
     def forward(self, x: Tensor, held: HeldInput | None = None) -> Tensor:
-        return self._precision.linear(x, self.weight, self._kind, held)
+        y = self._precision.linear(x, self.weight, self._kind, held)
+        return y if self.added is None else self.added.add(y, x)
 
     def hold(self, x: Tensor) -> HeldInput | None:
         """See `LayerPrecision.hold`."""

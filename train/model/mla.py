@@ -137,11 +137,11 @@ class MLA(nn.Module):
             return SharedAttention.apply(
                 q_BHTQ,
                 latents_BTX,
-                self.kv_up.weight,
                 keys,
                 self._kernels.core,
                 self._rope.softmax_scale,
                 positions,
                 gathering,
                 self.watch,
+                *(weight for weight in self.kv_up.parameters() if weight.requires_grad),
             )

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from conf.own_code import subclass
 from conf.schema import Model, Recompute
-from train.model.layers import FFN, LayerPrecision
+from train.model.layers import FFN, AddedProduct, LayerPrecision
 from train.model.needed import Function
 from train.model.operations import Kernels
 from train.model.recompute import recall, remember
@@ -150,6 +150,9 @@ class Experts(nn.Module):
         self.local = local
         self.w13 = nn.Parameter(torch.empty(len(local), 2 * inner, width, **factory))
         self.w2 = nn.Parameter(torch.empty(len(local), width, inner, **factory))
+        self.added_up: AddedProduct | None = None
+        self.added_down: AddedProduct | None = None
+        """The adapters of w13 and of w2, set by whoever trains them."""
 
 
 class MoE(nn.Module):
@@ -184,6 +187,8 @@ class MoE(nn.Module):
 
     def run_experts(self, routed: RoutedRows) -> Tensor:
         """Outputs of the local experts on the rows that came."""
+        experts = self.experts
+        added = experts.added_up, experts.added_down
         return self._precision.expert_ffn(
-            routed.rows_RD, routed.gates_R, self.experts.w13, self.experts.w2, routed.counts_E
+            routed.rows_RD, routed.gates_R, experts.w13, experts.w2, routed.counts_E, added
         )

@@ -15,7 +15,7 @@ too. A pass that wants weights alone (needed.py) takes what the pass before it p
 Shapes: B sequences, T positions here, H heads, Q qk width, V value width, L positions of a block, C kv_rank, R rope width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,9 +48,12 @@ class KeysOfLatents:
         return self.make(self.up(latent_BLC), k_rope_BLR)
 
     def gradients(
-        self, latents_BLX: Tensor, weight: Tensor, attend: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of the queries, the latents and the weight. attend: from keys and values to the gradients of
+        self,
+        latents_BLX: Tensor,
+        weights: Sequence[Tensor],
+        attend: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]],
+    ) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
+        """Gradients of the queries, the latents and the weights. attend: from keys and values to the gradients of
         queries, keys and values.
         """
         latent_BLC, k_rope_BLR = latents_BLX.split([self.kv_rank, latents_BLX.size(-1) - self.kv_rank], -1)
@@ -59,15 +62,15 @@ class KeysOfLatents:
             kv_BLX = self.up(source_BLC)
         dq, dk, dv = attend(*self.make(kv_BLX.detach(), k_rope_BLR))
         dkv_BLX = torch.cat([dk[..., : self.nope], dv], -1).transpose(1, 2).flatten(2)
-        dlatent_BLC, dweight = torch.autograd.grad(kv_BLX, (source_BLC, weight), dkv_BLX)
+        dlatent_BLC, *dweights = torch.autograd.grad(kv_BLX, (source_BLC, *weights), dkv_BLX)
         dk_rope_BLR = dk[..., self.nope :].sum(1, dtype=torch.float32).to(dlatent_BLC.dtype)
-        return dq, torch.cat([dlatent_BLC, dk_rope_BLR], -1), dweight
+        return dq, torch.cat([dlatent_BLC, dk_rope_BLR], -1), dweights
 
 
 class SharedAttention(Function):
     """softmax(scale q k^T) v of the queries here over the keys of all positions: (B, H, T, V).
 
-    latents_BTX: [latent | turned rope key] of the positions here. weight: that of keys.up. gathering: of the latents of all. watch: as in
+    latents_BTX: [latent | turned rope key] of the positions here. weights: those of keys.up that learn. gathering: of the latents of all. watch: as in
     `AttentionInput`.
     """
 
@@ -76,13 +79,13 @@ class SharedAttention(Function):
         ctx,
         q_BHTQ: Tensor,
         latents_BTX: Tensor,
-        weight: Tensor,
         keys: KeysOfLatents,
         core: AttentionCore,
         scale: float,
         positions: Positions,
         gathering: PendingGather,
         watch: LargestScores | None,
+        *weights: Tensor,
     ) -> Tensor:
         B, H, T, _ = q_BHTQ.shape
         watch = watch if any(ctx.needs_input_grad) else None
@@ -109,24 +112,25 @@ class SharedAttention(Function):
         assert out_BHTV is not None and lse_BHT is not None, "a sequence has a piece"
         out_BHTV = positions_first(out_BHTV, q_BHTQ.dtype)
         ctx.save_for_backward(q_BHTQ, latents_BTX, out_BHTV, lse_BHT)
-        ctx.weight, ctx.keys, ctx.core, ctx.scale, ctx.positions = weight, keys, core, scale, positions
+        ctx.weights, ctx.keys, ctx.core, ctx.scale, ctx.positions = weights, keys, core, scale, positions
         ctx.put_aside = None
         return out_BHTV
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout_BHTV: Tensor):
-        q_needed, latents_needed, weight_needed, *_ = gradients_needed(ctx)
+        q_needed, latents_needed, *needed = gradients_needed(ctx)
         rest = (None,) * 6
+        weights_needed = any(needed[len(rest) :])
         if ctx.put_aside is not None and not (q_needed or latents_needed):
-            dweight, ctx.put_aside = ctx.put_aside, None
-            return None, None, dweight, *rest
+            dweights, ctx.put_aside = ctx.put_aside, None
+            return None, None, *rest, *dweights
         q_BHTQ, latents_BTX, out_BHTV, lse_BHT = ctx.saved_tensors
         positions, whole = ctx.positions, AttentionOutput(out_BHTV, lse_BHT)
         rows = [len(piece) for piece in positions.pieces]
         gathering = positions.share.gather_begin(latents_BTX, rows)
         dq_BHTQ = torch.zeros(q_BHTQ.shape, dtype=torch.float32, device=q_BHTQ.device)
-        dweight = torch.zeros(ctx.weight.shape, dtype=torch.float32, device=q_BHTQ.device)
+        dweights = [torch.zeros(one.shape, dtype=torch.float32, device=q_BHTQ.device) for one in ctx.weights]
         dlatents = []
         for seen, latents_BLX in zip(positions.seen, gathering.wait(), strict=True):
             if not seen.rectangles:
@@ -136,11 +140,12 @@ class SharedAttention(Function):
             def attend(k, v, seen=seen):
                 return ctx.core.backward(dout_BHTV, AttentionInput(q_BHTQ, k, v, ctx.scale, seen), whole)
 
-            dq, dlatents_BLX, part = ctx.keys.gradients(latents_BLX, ctx.weight, attend)
+            dq, dlatents_BLX, parts = ctx.keys.gradients(latents_BLX, ctx.weights, attend)
             dq_BHTQ += dq
-            dweight += part
+            for dweight, part in zip(dweights, parts, strict=True):
+                dweight += part
             dlatents.append(dlatents_BLX)
         dlatents_BTX = positions.share.scatter_sum(dlatents)
-        if not weight_needed:
-            ctx.put_aside = dweight
-        return dq_BHTQ.to(q_BHTQ.dtype), dlatents_BTX, dweight if weight_needed else None, *rest
+        if not weights_needed:
+            ctx.put_aside = dweights
+        return dq_BHTQ.to(q_BHTQ.dtype), dlatents_BTX, *rest, *(dweights if weights_needed else [None] * len(dweights))

@@ -8,7 +8,7 @@ autograd sees an undefined gradient then. It still runs the weight's node, once 
 that is where to learn that the gradient of a pass is complete (parallel/zero/sharded_weights.py), for hooks of the tensor are
 called for gradients alone that autograd adds itself.
 
-Shapes: N rows (any leading axes flattened), I inputs and O outputs of a product.
+Shapes: N rows (any leading axes flattened), I inputs and O outputs of a product, R rows sorted by expert, E experts.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from train.model.needed import Function, gradients_needed, node_of, will_accumulate
-from train.model.operations import Kernels
+from train.model.operations import ExpertGroups, Kernels
 
 WeightProduct = Callable[[torch.dtype, Tensor | None], Tensor]
 """The product: given the format of the gradient, and either the fp32 sum that it adds to and returns, or None."""
@@ -66,6 +66,30 @@ class LinearProduct(Function):
         if weight_needed:
             dweight_OI = weight_gradient(ctx, 1, weight_OI, partial(kernels.product, dy_NO.t(), _rows(x).t()))
         return dx, dweight_OI, None
+
+
+class GroupedProduct(Function):
+    """x W^T with the weight of each row's expert. Saves the weight itself, where F.grouped_mm's own backward would keep
+    a view of it: a view holds its memory also where the weight is let go until backward (ZeRO stage 3).
+    """
+
+    @staticmethod
+    def forward(ctx, x_RI: Tensor, weight_EOI: Tensor, groups: ExpertGroups, kernels: Kernels):
+        ctx.save_for_backward(x_RI, weight_EOI)
+        ctx.groups, ctx.kernels = groups, kernels
+        return kernels.grouped_product(x_RI, weight_EOI.transpose(1, 2), groups)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_RO):
+        x_RI, weight_EOI = ctx.saved_tensors
+        x_needed, weight_needed, *_ = gradients_needed(ctx)
+        dx_RI = ctx.kernels.grouped_product(grad_RO, weight_EOI, ctx.groups) if x_needed else None
+        dweight_EOI = None
+        if weight_needed:
+            product = partial(ctx.kernels.grouped_weight_gradient, grad_RO, x_RI, ctx.groups)
+            dweight_EOI = weight_gradient(ctx, 1, weight_EOI, product)
+        return dx_RI, dweight_EOI, None, None
 
 
 def _rows(x: Tensor) -> Tensor:

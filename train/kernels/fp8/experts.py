@@ -30,7 +30,10 @@ from train.kernels.fp8.groups import PaddedGroups
 from train.kernels.fp8.health import LayerProbe
 from train.kernels.fp8.linear import gradient_operands, keep, left_source
 from train.kernels.fp8.products import Engine, Source, pack_sources, unpack_sources
+from train.model.layers import AddedProduct, recomputed_swiglu
+from train.model.layers import swiglu as swiglu_of
 from train.model.needed import Function, gradients_needed
+from train.model.operations import Kernels
 from train.model.weight_gradient import weight_gradient
 
 Probes = tuple[LayerProbe, LayerProbe]
@@ -39,21 +42,61 @@ Probes = tuple[LayerProbe, LayerProbe]
 def expert_ffn(
     rows_RD: Tensor,
     gates_R: Tensor,
-    w13_E2FD: Tensor,
-    w2_EDF: Tensor,
+    weights: tuple[Tensor, Tensor],
     counts_E: Tensor,
     engine: Engine,
     casts: CastRules,
     probes: Probes | None,
+    added: tuple[AddedProduct | None, AddedProduct | None],
+    kernels: Kernels,
 ) -> Tensor:
-    """SwiGLU FFN of every expert on its own rows: (R, D) in the rows' format. probes: of w13 and of w2.
+    """SwiGLU FFN of every expert on its own rows: (R, D) in the rows' format. weights, probes, added: of w13 and of w2.
 
-    rows_RD and the gradient of the result may be `QuantizedRows`.
+    rows_RD and the gradient of the result may be `QuantizedRows`. kernels: of what is added, which takes rows in a high format.
     """
-    groups = engine.groups(counts_E, len(rows_RD), casts.experts_in_tiles)
+    groups, (w13_E2FD, w2_EDF) = engine.groups(counts_E, len(rows_RD), casts.experts_in_tiles), weights
     up, down = (None, None) if probes is None else probes
     h_P2F = _Up.apply(rows_RD, w13_E2FD, groups, engine, casts, up)
-    return _Down.apply(h_P2F, gates_R, w2_EDF, groups, engine, casts, down)
+    if added == (None, None):
+        return _Down.apply(h_P2F, gates_R, w2_EDF, groups, engine, casts, down)
+    (added_up, added_down), high = added, kernels.groups(counts_E, rows_RD.dtype)
+    if added_up is not None:
+        h_P2F = _Padded.apply(added_up.add(_Unpadded.apply(h_P2F, groups), rows_RD, high), groups)
+    y_RD = _Down.apply(h_P2F, gates_R, w2_EDF, groups, engine, casts, down)
+    if added_down is None:
+        return y_RD
+    h_R2F = _Unpadded.apply(h_P2F, groups)
+    a_RF = swiglu_of(h_R2F, gates_R, kernels)
+    with recomputed_swiglu(a_RF, h_R2F, gates_R, kernels):
+        return added_down.add(y_RD, a_RF, high)
+
+
+class _Padded(Function):
+    """Rows as products take them."""
+
+    @staticmethod
+    def forward(ctx, rows_RX, groups):
+        ctx.groups = groups
+        return groups.pad(rows_RX)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_PX):
+        return ctx.groups.unpad(grad_PX), None
+
+
+class _Unpadded(Function):
+    """Rows as the dispatcher gave them."""
+
+    @staticmethod
+    def forward(ctx, rows_PX, groups):
+        ctx.groups = groups
+        return groups.unpad(rows_PX)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_RX):
+        return ctx.groups.pad(grad_RX), None
 
 
 class _Up(Function):

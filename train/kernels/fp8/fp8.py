@@ -21,7 +21,7 @@ from train.kernels.fp8.health import HealthWatch, Report
 from train.kernels.fp8.hopper import load_hopper
 from train.kernels.fp8.linear import keep, linear
 from train.kernels.fp8.products import CpuEngine, Engine, pack_sources, unpack_sources
-from train.model.layers import HeldInput
+from train.model.layers import AddedProduct, HeldInput
 from train.model.operations import Kernels
 
 
@@ -60,12 +60,19 @@ class Fp8Precision:
         return HeldInput(kept, tensors, values)
 
     def expert_ffn(
-        self, rows_RD: Tensor, gates_R: Tensor, w13_E2FD: Tensor, w2_EDF: Tensor, counts_E: Tensor
+        self,
+        rows_RD: Tensor,
+        gates_R: Tensor,
+        w13_E2FD: Tensor,
+        w2_EDF: Tensor,
+        counts_E: Tensor,
+        added: tuple[AddedProduct | None, AddedProduct | None] = (None, None),
     ) -> Tensor:
         """SwiGLU FFN of every expert on its own rows: (R, D)."""
         up, down = self._health.probe(w13_E2FD), self._health.probe(w2_EDF)
         probes = (up, down) if up is not None and down is not None else None
-        return expert_ffn(rows_RD, gates_R, w13_E2FD, w2_EDF, counts_E, self._engine, self._rules, probes)
+        weights = w13_E2FD, w2_EDF
+        return expert_ffn(rows_RD, gates_R, weights, counts_E, self._engine, self._rules, probes, added, self.kernels)
 
     def watch(self, model: nn.Module) -> None:
         """Learn the names of the model's layers, for the health readings."""

@@ -2,21 +2,18 @@
 
 What multiplies are the kernels that the object is given (train/model/operations.py).
 
-Shapes: D width, F inner width, E experts of this rank, R rows sorted by expert; I inputs and O outputs of a product.
+Shapes: D width, F inner width, E experts of this rank, R rows sorted by expert.
 """
 
 from contextlib import nullcontext
-from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from train.kernels.fp8.health import Report
-from train.model.layers import HeldInput, recomputed_swiglu, swiglu
-from train.model.needed import Function, gradients_needed
-from train.model.operations import ExpertGroups, Kernels
-from train.model.weight_gradient import weight_gradient
+from train.model.layers import AddedProduct, HeldInput, recomputed_swiglu, swiglu
+from train.model.operations import Kernels
+from train.model.weight_gradient import GroupedProduct
 
 
 class HighPrecision:
@@ -36,13 +33,22 @@ class HighPrecision:
         """Inputs are kept as they are."""
 
     def expert_ffn(
-        self, rows_RD: Tensor, gates_R: Tensor, w13_E2FD: Tensor, w2_EDF: Tensor, counts_E: Tensor
+        self,
+        rows_RD: Tensor,
+        gates_R: Tensor,
+        w13_E2FD: Tensor,
+        w2_EDF: Tensor,
+        counts_E: Tensor,
+        added: tuple[AddedProduct | None, AddedProduct | None] = (None, None),
     ) -> Tensor:
-        kernels, groups = self.kernels, self.kernels.groups(counts_E, self.dtype)
-        h_R2F = _GroupedProduct.apply(rows_RD, w13_E2FD.to(self.dtype), groups, kernels)
+        (up, down), kernels, groups = added, self.kernels, self.kernels.groups(counts_E, self.dtype)
+        h_R2F = GroupedProduct.apply(rows_RD, w13_E2FD.to(self.dtype), groups, kernels)
+        if up is not None:
+            h_R2F = up.add(h_R2F, rows_RD, groups)
         a_RF = swiglu(h_R2F, gates_R, kernels)
         with recomputed_swiglu(a_RF, h_R2F, gates_R, kernels) if self._recompute_swiglu else nullcontext():
-            return _GroupedProduct.apply(a_RF, w2_EDF.to(self.dtype), groups, kernels)
+            y_RD = GroupedProduct.apply(a_RF, w2_EDF.to(self.dtype), groups, kernels)
+            return y_RD if down is None else down.add(y_RD, a_RF, groups)
 
     def watch(self, model: nn.Module) -> None:
         """Nothing is quantised, so there is nothing to watch."""
@@ -53,27 +59,3 @@ class HighPrecision:
     def health(self) -> Report:
         """See watch."""
         return Report({}, {}, [])
-
-
-class _GroupedProduct(Function):
-    """x W^T with the weight of each row's expert. Saves the weight itself, where F.grouped_mm's own backward would keep
-    a view of it: a view holds its memory also where the weight is let go until backward (ZeRO stage 3).
-    """
-
-    @staticmethod
-    def forward(ctx, x_RI: Tensor, weight_EOI: Tensor, groups: ExpertGroups, kernels: Kernels):
-        ctx.save_for_backward(x_RI, weight_EOI)
-        ctx.groups, ctx.kernels = groups, kernels
-        return kernels.grouped_product(x_RI, weight_EOI.transpose(1, 2), groups)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_RO):
-        x_RI, weight_EOI = ctx.saved_tensors
-        x_needed, weight_needed, *_ = gradients_needed(ctx)
-        dx_RI = ctx.kernels.grouped_product(grad_RO, weight_EOI, ctx.groups) if x_needed else None
-        dweight_EOI = None
-        if weight_needed:
-            product = partial(ctx.kernels.grouped_weight_gradient, grad_RO, x_RI, ctx.groups)
-            dweight_EOI = weight_gradient(ctx, 1, weight_EOI, product)
-        return dx_RI, dweight_EOI, None, None

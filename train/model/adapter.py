@@ -1,0 +1,129 @@
+"""Low-rank pairs beside frozen weights (LoRA, arXiv 2106.09685): y = W x + scale B (A dropout(x)).
+
+What the model asks for its products stays as it is, in any precision and with weights of any form: a module that is adapted adds
+to its output what its pairs give. They compute in the format of the activations, and their gradients are summed in fp32 like those
+of any weight. A starts uniform in +-1 / sqrt(inputs), as PEFT draws it, and B at 0.
+
+Dropout draws nothing: whether an input counts follows from a hash of its row, its column, the step and the name of the pair. So a
+block that backward runs again, a resumed run and any layout drop the same inputs, and only rows that are equal share a mask.
+
+Shapes: N rows (any leading axes), R rows sorted by expert, I inputs and O outputs of a product, E experts of this rank, Q rank.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from conf.adapters import LowRankNames, target_of, name_pairs
+from conf.schema import Adapter
+from train.model.deepseek import DeepSeekV3
+from train.model.init import draw_uniform, key_number
+from train.model.operations import ExpertGroups, Kernels
+from train.model.recompute import RecomputedOutputs
+from train.model.weight_gradient import GroupedProduct
+
+MIX = (-0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)
+"""Multipliers of splitmix64, as signed numbers."""
+
+
+class LowRankPairs:
+    """What the pairs of one weight add to its product. The parameters are those of the module that has the weight."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        names: Sequence[LowRankNames],
+        adapter: Adapter,
+        kernels: Kernels,
+        chunk: DeepSeekV3,
+        salt: str,
+    ):
+        """names: inside the module; the outputs of the pairs stand side by side. chunk: knows the step. salt: what dropout follows from
+        beside step and row."""
+        self._module, self._names, self._kernels, self._chunk = module, names, kernels, chunk
+        self._scale, self._dropout, self._salt = adapter.scale, adapter.dropout, salt
+
+    def add(self, y: Tensor, x: Tensor, groups: ExpertGroups | None = None) -> Tensor:
+        """y, and beside it what the pairs make of x (N, I): (N, O). groups: of rows that are sorted by expert."""
+        dropped, keep = self._drop(x)
+        parts = []
+        for name_a, name_b in self._names:
+            with keep:
+                inner = self._product(dropped, getattr(self._module, name_a), groups) * self._scale
+            parts.append(self._product(inner, getattr(self._module, name_b), groups))
+        return y + (parts[0] if len(parts) == 1 else torch.cat(parts, -1))
+
+    def widen(self, x: Tensor, weight_OI: Tensor) -> tuple[Tensor, Tensor]:
+        """Operands whose product is the adapted one: the low-rank inputs beside x, and B beside the weight."""
+        ((name_a, name_b),) = self._names
+        dropped, keep = self._drop(x)
+        with keep:
+            inner = self._kernels.linear(dropped, getattr(self._module, name_a)) * self._scale
+        return torch.cat([x, inner], -1), torch.cat([weight_OI, getattr(self._module, name_b)], -1)
+
+    def _product(self, x: Tensor, weight: Tensor, groups: ExpertGroups | None) -> Tensor:
+        if groups is None:
+            return self._kernels.linear(x, weight)
+        return GroupedProduct.apply(x, weight, groups, self._kernels)
+
+    def _drop(self, x: Tensor) -> tuple[Tensor, AbstractContextManager]:
+        """x as the pairs take it, and the context in which saving that keeps nothing."""
+        if not (self._dropout and self._module.training):
+            return x, nullcontext()
+        drop = partial(_drop, share=self._dropout, salt=key_number(f"{self._chunk.step}/{self._salt}"))
+        dropped = drop(x)
+        if not torch.is_grad_enabled():
+            return dropped, nullcontext()
+        return dropped, RecomputedOutputs(drop, (x,), dropped)
+
+
+def _drop(x: Tensor, share: float, salt: int) -> Tensor:
+    """x with a share of its values at 0 and the others scaled up. Every value counts by the top bits of a product of two odd
+    numbers, one of its row and one of its column.
+    """
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    column_I = _mixed(torch.arange(x.size(-1), device=x.device)) | 1
+    row_N1 = (x.detach().contiguous().view(bits) * column_I).sum(-1, keepdim=True)
+    row_N1 = _mixed(row_N1 ^ salt) | 1
+    kept = row_N1 * column_I >= int((share - 0.5) * 2**64)
+    return torch.where(kept, x / (1 - share), 0)
+
+
+def _mixed(number: Tensor) -> Tensor:
+    """splitmix64 of int64 numbers; shifts keep the sign, which mixes as well."""
+    first, second, third = MIX
+    number = number + first
+    number = (number ^ (number >> 30)) * second
+    number = (number ^ (number >> 27)) * third
+    return number ^ (number >> 31)
+
+
+ADDED = {"weight": "added", "w13": "added_up", "w2": "added_down"}
+"""Where a module takes what is added, by the last part of its weight's name."""
+
+
+def add_adapters(chunk: DeepSeekV3, adapter: Adapter, kernels: Kernels, seed: int) -> None:
+    """Freeze the weights of a chunk, and put pairs beside those of the targets, drawn by name so that every layout has the same.
+    On the meta device, for plans, nothing is drawn.
+    """
+    bases = [(name, param) for name, param in chunk.named_parameters() if target_of(name) in (adapter.targets or ())]
+    for param in chunk.parameters():
+        param.requires_grad_(False)
+    for base, weight in bases:
+        prefix, _, own = base.rpartition(".")
+        module = chunk.get_submodule(prefix)
+        names = [LowRankNames(*(name.rpartition(".")[2] for name in pair)) for pair in name_pairs(base)]
+        *experts, outputs, inputs = weight.shape
+        for name_a, name_b in names:
+            a = weight.new_empty(*experts, adapter.rank, inputs)
+            if not a.is_meta:
+                draw_uniform(a, f"{seed}/{prefix}.{name_a}", inputs**-0.5, module.local if experts else None)
+            setattr(module, name_a, nn.Parameter(a))
+            setattr(module, name_b, nn.Parameter(weight.new_zeros(*experts, outputs // len(names), adapter.rank)))
+        setattr(module, ADDED[own], LowRankPairs(module, names, adapter, kernels, chunk, f"{seed}/{base}"))
+    if bases and hasattr(chunk, "embedding"):
+        # What backward meets first must ask for a gradient, or a block that runs again would keep another graph than its first run.
+        chunk.embedding.register_forward_hook(lambda module, given, out: out.requires_grad_(torch.is_grad_enabled()))
