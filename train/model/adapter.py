@@ -17,7 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from conf.adapters import LowRankNames, target_of, name_pairs
+from conf.adapters import LowRankNames, name_pairs, target_of
 from conf.schema import Adapter
 from train.model.deepseek import DeepSeekV3
 from train.model.init import draw_uniform, key_number

@@ -35,17 +35,17 @@ def gate_on_the_input_of_experts(bug: Seams) -> None:
 )
 def empty_expert_dropped(bug: Seams) -> None:
     def expert_ffn(original, self, *operands):
-        *others, counts_E = operands
+        *others, counts_E, added = operands
         filled = counts_E[counts_E > 0]
-        return original(self, *others, F.pad(filled, (0, len(counts_E) - len(filled))))
+        return original(self, *others, F.pad(filled, (0, len(counts_E) - len(filled))), added)
 
     bug.around(HighPrecision, "expert_ffn", expert_ffn)
 
 
 @mutation(OURS + ": experts of a rank in another order", "experts", FORWARD, "moe")
 def experts_in_another_order(bug: Seams) -> None:
-    def expert_ffn(original, self, rows_RD, gates_R, w13_E2FD, w2_EDF, counts_E):
-        return original(self, rows_RD, gates_R, w13_E2FD.flip(0), w2_EDF.flip(0), counts_E)
+    def expert_ffn(original, self, rows_RD, gates_R, w13_E2FD, w2_EDF, *rest):
+        return original(self, rows_RD, gates_R, w13_E2FD.flip(0), w2_EDF.flip(0), *rest)
 
     bug.around(HighPrecision, "expert_ffn", expert_ffn)
 
@@ -61,7 +61,7 @@ def gate_and_up_change_places(bug: Seams) -> None:
 @mutation(OURS + ": what is over a capacity is dropped", "experts", FORWARD, "moe")
 def tokens_over_a_capacity_dropped(bug: Seams) -> None:
     def expert_ffn(original, self, *operands):
-        out_RD, counts_E = original(self, *operands), operands[-1]
+        out_RD, counts_E = original(self, *operands), operands[4]
         last = counts_E.cumsum(0)[counts_E.argmax()] - 1
         return torch.where(torch.arange(len(out_RD)).unsqueeze(1) == last, 0, out_RD)
 
