@@ -90,7 +90,7 @@ def measure_beside_transformers(options: argparse.Namespace) -> None:
             )  # fmt: skip
 
     def run_ours() -> Generation:
-        limits = Limits(options.tokens, length, end_id=-1)
+        limits = Limits(options.tokens, length, end_ids=frozenset())
         generation = Generation(decoder, tokens_BT.tolist(), Sampler(config.vocab_size, temperature=0), limits, seed=1)
         for _ in generation.steps():
             pass

@@ -8,6 +8,8 @@ of a KeyboardInterrupt, and a destructor would drop it; so it is raised right af
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -45,6 +47,16 @@ def _imports(frame: FrameType | None) -> bool:
 
 
 NOTHING_STARTED = "stopped by Ctrl-C; nothing was started"
+
+
+@contextmanager
+def every_interrupt() -> Iterator[None]:
+    """In this block each Ctrl-C is a KeyboardInterrupt, and none ends the process: for conversations, in which it ends a reply."""
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class Interrupts:

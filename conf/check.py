@@ -17,6 +17,7 @@ from conf.micro_batches import batch_unit, check_batch
 from conf.own_code import check_targets
 from conf.pipeline_schedules import SCHEDULES
 from conf.schema import (
+    CHATS,
     Adapter,
     AdapterTarget,
     Config,
@@ -32,6 +33,8 @@ from conf.schema import (
     TooLong,
 )
 
+OF_STDLIB = (DataFormat.stdlib, DataFormat.docstrings)
+"""Formats that need no path."""
 NEEDS_NO_DATA = (Mode.generate, Mode.score, Mode.plan, Mode.dry_run, Mode.prove)
 NOT_CHATS, FOR_CHATS = (
     "says how chats are learnt, and the data of this recipe are none",
@@ -446,10 +449,10 @@ DATA: tuple[ConfigCheck, ...] = (
     ),
     JoinedRule("data.text_key", lambda c, v: not c.data.mix or v == "text",
                "does not reach the sources of data.mix, which have their own", "set text_key in the entries of data.mix"),
-    JoinedRule("data.path", lambda c, v: v or c.data.mix or c.data.source or c.data.format == DataFormat.stdlib or c.mode in NEEDS_NO_DATA,
+    JoinedRule("data.path", lambda c, v: v or c.data.mix or c.data.source or c.data.format in OF_STDLIB or c.mode in NEEDS_NO_DATA,
                "this recipe brings no data of its own", "set data.path=FOLDER_OR_FILE, or take data=stdlib"),
-    JoinedRule("data.mix", lambda c, v: v.path or v.format == DataFormat.stdlib,
-               "every part of a mix needs a path, unless its format is stdlib",
+    JoinedRule("data.mix", lambda c, v: v.path or v.format in OF_STDLIB,
+               f"every part of a mix needs a path, unless its format is {' or '.join(OF_STDLIB)}",
                "give it", each=True, named="data.mix.path", shown=lambda c, v: v.path),
     JoinedRule("data.mix", lambda c, v: _mix_share(c, v) >= SMALLEST_SHARE,
                lambda c, v: f"is {_mix_share(c, v):.1g} of the mix, and with less than {SMALLEST_SHARE:g} a source may never be read",
@@ -457,14 +460,14 @@ DATA: tuple[ConfigCheck, ...] = (
     JoinedRule("checkpoint.keep_best", lambda c, v: not v or c.log.validate_every or c.mode is not Mode.train,
                "needs held-out losses on the way", "set log.validate_every=N, in steps"),
     ConditionalRules(lambda c: not c.data.chats, (
-        JoinedRule("data.template", lambda c, v: v is None, NOT_CHATS, FOR_CHATS),
+        JoinedRule("data.template", lambda c, v: v is None or c.generate.chat, NOT_CHATS, FOR_CHATS),
         JoinedRule("data.supervise", lambda c, v: v is Supervise.assistant, NOT_CHATS, FOR_CHATS),
         JoinedRule("data.too_long", lambda c, v: v is TooLong.refuse, NOT_CHATS, FOR_CHATS),
         JoinedRule("data.cut_reasoning", lambda c, v: not v, NOT_CHATS, FOR_CHATS),
         JoinedRule("mode", lambda c, v: v is not Mode.show_data, "shows chats as they are learnt, and this recipe has none", FOR_CHATS),
     )),
     ConditionalRules(lambda c: c.data.chats, (
-        JoinedRule("data.mix", lambda c, v: all(source.format is DataFormat.chat for source in v),
+        JoinedRule("data.mix", lambda c, v: all(source.format in CHATS for source in v),
                    "has chats and other text, which are not trained on together", "give every source format: chat, or none",
                    shown=lambda c, v: [str(source.format) for source in v]),
         JoinedRule("data.fim_rate", lambda c, v: v == 0, "rearranges text, and chats stay as they are", "set data.fim_rate=0"),
@@ -475,9 +478,7 @@ DATA: tuple[ConfigCheck, ...] = (
         JoinedRule("data.source", lambda c, v: not v, "gives text, and chats are read of files", "leave one of them out"),
         JoinedRule("optim.extra_loss", lambda c, v: not v, "is a mean over all positions, also of those that are not learnt of chats",
                    "leave it out with chats"),
-        JoinedRule("mode", lambda c, v: v is not Mode.evaluate,
-                   "measures text: the loss on held-out chats is in the records of the run (log.validate_every)",
-                   "give text as data.path, without data.format=chat"),
+        JoinedRule("evaluate.needle", lambda c, v: not v, "hides keys in text, and the data are chats", "leave it out with chats"),
     )),
 )
 
@@ -545,6 +546,13 @@ EVALUATE: tuple[ConfigCheck, ...] = (
                "must not exceed seq_len = {seq_len}, the context of the model",
                "take {seq_len} or less, or set seq_len too, which asks the model for more than it was trained with", each=True),
     _pieces("evaluate.needle", each=True),
+    ConditionalRules(lambda c: c.mode is Mode.evaluate and c.evaluate.answers, (
+        JoinedRule("evaluate.answers", lambda c, v: c.data.chats, "are to questions of chats, and the data are none", "set evaluate.answers=0"),
+        JoinedRule("evaluate.answers", lambda c, v: c.parallel.world == 1, "are written in one process",
+                   "leave parallel out, or set evaluate.answers=0"),
+        JoinedRule("evaluate.answers", lambda c, v: not c.model.block,
+                   "are written token by token, by the parts of DeepSeek-V3's own block", "set evaluate.answers=0"),
+    )),
 )
 
 SCORE: tuple[ConfigCheck, ...] = (

@@ -59,7 +59,11 @@ SELECTIVE = [Recompute.norm, Recompute.mla_up, Recompute.swiglu]
 """What the paper recomputes."""
 Offload = StrEnum("Offload", ["attention", "ffn", "layer"])
 """Parts of a block whose activations wait in the host's memory for backward; no paper recipe has any."""
-DataFormat = StrEnum("DataFormat", ["auto", "stdlib", "text", "jsonl", "parquet", "huggingface", "memmap", "chat"])
+DataFormat = StrEnum(
+    "DataFormat", ["auto", "stdlib", "text", "jsonl", "parquet", "huggingface", "memmap", "chat", "docstrings"]
+)
+CHATS = (DataFormat.chat, DataFormat.docstrings)
+"""What is read as chats."""
 Supervise = StrEnum("Supervise", ["assistant", "last", "all"])
 TooLong = StrEnum("TooLong", ["refuse", "cut", "drop"])
 WandbMode = StrEnum("WandbMode", ["auto", "offline", "disabled"])
@@ -226,7 +230,7 @@ class MixSource:
     """One part of a data mix."""
 
     path: str = ""
-    """Where the source lies, as data.path; empty for format stdlib."""
+    """Where the source lies, as data.path; empty for formats stdlib and docstrings."""
     weight: float = number(1.0, above=0)
     """Share of the samples, relative to the other parts."""
     format: DataFormat = DataFormat.auto
@@ -244,7 +248,8 @@ class Data:
     (train/data/token_store.py)."""
     format: DataFormat = DataFormat.auto
     """How to read path; auto looks at the names. stdlib: Python's standard library when there is no path, else auto. chat: chats to tune
-    on, JSONL or Parquet (train/docs/fine_tuning.md)."""
+    on, JSONL or Parquet (train/docs/fine_tuning.md). docstrings: questions and answers made of those of Python's standard library when there
+    is no path, else chat."""
     text_key: str = "text"
     """Field that holds the text in JSONL, Parquet and Hugging Face data."""
     mix: list[MixSource] = field(default_factory=list)
@@ -279,7 +284,7 @@ class Data:
     @property
     def chats(self) -> bool:
         """Whether samples are chats, which are packed and apart, and of which some tokens are learnt."""
-        return DataFormat.chat in [source.format for source in self.mix or [self]]
+        return any(source.format in CHATS for source in self.mix or [self])
 
 
 @dataclass
@@ -850,6 +855,9 @@ class Evaluate:
     """Examples of each task, the first ones; 0 for all."""
     shots: int | None = number(None, least=0)
     """Solved examples in front of each question; null leaves it to the task."""
+    answers: int = number(0, least=0)
+    """Chats: held-out questions that the model answers, beside the weights that the run started from, its own answers to other questions, and
+    the commonest answer (train/evaluate/answers.py); 0 for none."""
     needle: list[int] = field(default_factory=list)
     """Lengths of texts, in tokens, in which the model is to find a pass key (train/evaluate/needle.py); none for no such test."""
     needle_depths: list[float] = expert(make=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
@@ -874,6 +882,8 @@ class Generate:
     """Draw only from the likeliest tokens that together have this probability."""
     seed: int = number(1, least=0, most=LARGEST_SEED)
     """Where sampling starts: equal seeds, prompts and settings give the same text."""
+    chat: bool = False
+    """A conversation instead of texts: lines are questions, answered by the chat template of the weights, or data.template."""
     speculative: bool = False
     """Let the MTP modules draft tokens that the model then checks together: the same distribution, fewer steps."""
 

@@ -335,7 +335,7 @@ def test_a_tokenizer_without_a_template_says_what_to_do(tokenizer, tmp_path):
         ("data.fim_rate=0.1", "chats stay as they are"),
         ("data.mask_documents=true", "chats are apart in any case"),
         ("optim.qk_clip=100", "positions"),
-        ("mode=evaluate", "measures text"),
+        ("evaluate.needle=[32]", "hides keys in text"),
         ("data.mix=[{path: a, format: chat}, {path: b}]", "chats and other text"),
     ],
 )

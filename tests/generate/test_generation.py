@@ -35,7 +35,9 @@ def run(
 ) -> Generation:
     speculative = how.pop("speculative", False)
     sampler = Sampler(decoder.config.vocab_size, **how)
-    generation = Generation(decoder, prompts, sampler, Limits(tokens, CONTEXT, end), seed=seed, speculative=speculative)
+    generation = Generation(
+        decoder, prompts, sampler, Limits(tokens, CONTEXT, frozenset([end])), seed=seed, speculative=speculative
+    )
     streamed = Counter()
     for new in generation.steps():
         streamed.update({index: len(ids) for index, ids in new.items()})
@@ -151,7 +153,7 @@ def test_speculative_text_has_the_distribution_of_plain_text():
         counter = Counter()
         sampler = Sampler(4, temperature=1.2, top_p=0.95)
         generation = Generation(
-            decoder, [[1, 2]] * rows, sampler, Limits(4, CONTEXT, -1), seed=0, speculative=speculative
+            decoder, [[1, 2]] * rows, sampler, Limits(4, CONTEXT, frozenset()), seed=0, speculative=speculative
         )
         for seed, row in enumerate(generation._rows):  # rows of one prompt would else draw the same
             row.generator.manual_seed(2 * seed + speculative)

@@ -36,6 +36,8 @@ TEMPLATE_FILE = "chat_template.jinja"
 """Beside tokenizer.json, as Hugging Face has it."""
 TURN_BEGIN, TURN_END = PLACE_MARKS
 PROBE = TURN_BEGIN
+PROBED_ANSWER = "an answer"
+"""A content behind which the stop token is looked for."""
 NAMED_TOKEN = re.compile(r"<\|[^<>|\s]+\|>|<\uff5c[^<>\uff5c\s]+\uff5c>")
 """How models spell tokens of their templates."""
 Span = tuple[int, int]
@@ -149,6 +151,12 @@ class ChatTemplate:
         """What the model goes on from when it is to answer."""
         text = self._run(list(chat_messages), tools, add_generation_prompt=True)
         return text.replace(TURN_BEGIN, "").replace(TURN_END, "")
+
+    def stop(self) -> str:
+        """What ends a turn of the assistant, behind its content. Raises CannotRender."""
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": PROBED_ANSWER}]
+        behind = self._run(turns, None).rpartition(PROBED_ANSWER)[2]
+        return behind.partition(TURN_END)[0] if TURN_END in behind else behind.strip()
 
     def _has(self, text: str, content: str, chat: Chat) -> bool:
         """Whether every message of this content is in the text: several may be alike."""

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Encoding
 
+from cluster.run_files import MANIFEST
 from conf.errors import UserError
 from conf.schema import Config, Supervise, TooLong
 from train.data.chat_template import CannotRender, ChatTemplate, RenderedChat, load_template
@@ -45,7 +46,10 @@ def chat_tokenizer(config: Config) -> tuple[Tokenizer, ChatTemplate]:
     if choice is None:
         rule = "chats need the tokenizer of the model that is tuned; none can be made of chats"
         raise UserError("data.tokenizer", None, rule, "set init_from=FOLDER, or data.tokenizer to the model's folder")
-    tokenizer, path = load_tokenizer(choice), Path(choice).expanduser()
+    path = Path(choice).expanduser()
+    if config.data.tokenizer is None and (path / MANIFEST).is_file():
+        path = path.absolute().parents[1]  # a checkpoint, whose run has the tokenizer
+    tokenizer = load_tokenizer(str(path))
     folder = path if path.is_dir() else path.parent if path.is_file() else None
     return tokenizer, load_template(config.data.template, folder, tokenizer)
 

@@ -6,6 +6,7 @@ What a document is:
   jsonl    the string under text_key of each line; plain, .gz or .zst
   parquet  each value of the column text_key
   stdlib   each .py file of Python's own standard library, less site-packages and the library's tests
+  docstrings  chats made of those files (train/data/docstring_chats.py)
 Documents without text are left out. Which are held out for validation follows from the stable id alone: the path
 relative to the source's root, with the line or row inside it.
 """
@@ -14,13 +15,14 @@ import hashlib
 import os
 import sysconfig
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from conf.errors import UserError
-from conf.schema import Config, DataFormat, MixSource
+from conf.schema import CHATS, Config, DataFormat, MixSource
 from train.data.chats import CHAT_KEYS, Chat, read_chat
+from train.data.docstring_chats import read_docstring_chats
 from train.data.readers import (
     read_jsonl,
     read_jsonl_records,
@@ -122,7 +124,7 @@ def sources_of(config: Config) -> list[tuple[MixSource, str]]:
 def open_source(source: MixSource, key: str) -> DocumentSource:
     """Find the files of a source. Raises UserError when there is no data or the format is unclear."""
     kind = format_of(source, key)
-    assert kind is not DataFormat.chat, "open_chats has those"
+    assert kind not in CHATS, "open_chats has those"
     if kind in (DataFormat.text, DataFormat.stdlib) and source.text_key != "text":
         rule = f"names a field, and {source.path or STDLIB} is read as plain text, each file a document"
         cure = f"leave it out, or set {key.removesuffix('path')}format to jsonl or parquet"
@@ -156,6 +158,8 @@ def open_chats(source: MixSource, key: str, way: str) -> FileSource:
             "fetch its Parquet files, and give their folder",
         )
         raise UserError(key, source.path, rule, cure)
+    if not source.path:
+        return replace(_stdlib(key), reader=lambda file: read_docstring_chats(file, key), way=f"docstrings:{way}")
     root = Path(source.path).expanduser()
     files = [file for file in find_files(root, key) if file.name.endswith((*JSONL, ".json", *PARQUET))]
     if not files:
@@ -184,7 +188,7 @@ def format_of(source: MixSource, key: str) -> DataFormat:
     return _guess(source, key) if source.format in (DataFormat.auto, DataFormat.stdlib) else source.format
 
 
-def _stdlib(key: str) -> DocumentSource:
+def _stdlib(key: str) -> FileSource:
     root = Path(sysconfig.get_path("stdlib"))
     files = [file for file in find_files(root, key, NOT_STDLIB) if file.name.endswith(".py")]
     if not files:

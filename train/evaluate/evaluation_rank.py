@@ -1,6 +1,7 @@
 """One rank of an evaluation, top to bottom. `python -m train.evaluate.evaluation_rank CONFIG` is a rank that the driver started."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import train.kernels.cpu.tuned  # noqa: F401  before torch allocates anything
@@ -21,17 +22,30 @@ from train.checkpoint.run_folder import RunPaths
 from train.checkpoint.trained_with import require_tokenizer
 from train.checkpoint.weights import load_pipeline, require_memory
 from train.data.corpus import Corpus, build_corpus
+from train.evaluate.answers import (
+    SHOWN_QUESTIONS,
+    AnswerScore,
+    JudgedAnswers,
+    answer_questions,
+    commonest_answer,
+    find_questions,
+    mean_rouge_l,
+    text_of,
+    to_other_questions,
+)
 from train.evaluate.held_out_sources import EvaluatedSource, choose_sources
 from train.evaluate.needle import NeedleCell
 from train.evaluate.observed import ObservedChunk
 from train.evaluate.result import Evaluation, show_result
 from train.evaluate.retrieve import read_fillers, search_needles
 from train.evaluate.target import Target, find_target
+from train.generate.decoder import Decoder
 from train.generate.source import start_token
 from train.hf.whole_model import load_hf_model
 from train.kernels.choice import choose_kernels
 from train.kernels.precision import activation_dtype
 from train.loop.validation import Sums, held_out_loss
+from train.metrics.report import write_report
 from train.metrics.wandb_items import evaluation_tables
 from train.metrics.wandb_sink import wants_wandb
 from train.metrics.writer import open_wandb
@@ -69,12 +83,15 @@ def _run(config: Config, place: Place) -> int:
     if config.evaluate.needle:
         fillers = read_fillers(config, corpus, sources[0].part)
         needle = search_needles(config, pipeline, mesh, device, corpus.tokenizer, fillers, _start_id(target, corpus))
+    answers = None
+    if config.evaluate.answers:
+        answers = _answers(target, pipeline, corpus, sources, losses, mesh, device)
     if config.evaluate.tasks:
         from train.evaluate.harness import run_tasks
 
         tasks = run_tasks(config, pipeline.modules[0].eval(), corpus.tokenizer, _start_id(target, corpus))
     if place.rank == 0:
-        _report(config, target, losses, needle, tasks)
+        _report(config, target, losses, needle, tasks, answers)
     return EXIT_OK
 
 
@@ -94,9 +111,51 @@ def _load(target: Target, mesh: Mesh, device: torch.device) -> Pipeline[DeepSeek
 def _loss(
     config: Config, source: EvaluatedSource, pipeline: Pipeline[DeepSeekV3], mesh: Mesh, device: torch.device
 ) -> Sums:
+    if config.data.chats:  # whose positions are those of the chats that share a sequence
+        return held_out_loss(pipeline, source.data, mesh, config.micro_batch_size, device)
     last = pipeline.modules[-1] if pipeline.has_last else None
     observed = ObservedChunk(config.model.mtp_depth, config.seq_len, last)
     return held_out_loss(pipeline, source.data, mesh, config.micro_batch_size, device, observed.take)
+
+
+def _answers(
+    target: Target,
+    pipeline: Pipeline[DeepSeekV3],
+    corpus: Corpus,
+    sources: list[EvaluatedSource],
+    losses: list[tuple[EvaluatedSource, Sums]],
+    mesh: Mesh,
+    device: torch.device,
+) -> JudgedAnswers:
+    """Answers of these weights, and of those that the run started from if they are still there, to questions of the first source."""
+    config, part, tokenizer = target.config, sources[0].part, corpus.tokenizer
+    questions = find_questions(part.validation, config.evaluate.answers)
+    truth = [text_of(tokenizer, each.answer) for each in questions]
+
+    def answer(pipeline: Pipeline[DeepSeekV3]) -> list[str]:
+        decoder = Decoder(pipeline.modules[0].eval(), config.seq_len)
+        return answer_questions(decoder, tokenizer, questions, config.seq_len)
+
+    by_model = {f"{target.checkpoint.name}, these weights": answer(pipeline)}
+    of_losses = [sum((sums for _, sums in losses), Sums()).loss]
+    if config.init_from is not None and Path(config.init_from).expanduser().exists():
+        section = replace(config.evaluate, checkpoint=config.init_from, ema=False)
+        start = _load(find_target(replace(config, evaluate=section)), mesh, device)
+        by_model[f"{config.init_from}, before the tune"] = answer(start)
+        of_losses.append(sum((_loss(config, source, start, mesh, device) for source in sources), Sums()).loss)
+    scores = [
+        AnswerScore(whose, mean_rouge_l(answers, truth), loss)
+        for (whose, answers), loss in zip(by_model.items(), of_losses, strict=True)
+    ]
+    own, common = next(iter(by_model.values())), commonest_answer(part.train, tokenizer)
+    scores.append(AnswerScore("these answers, each to another question", mean_rouge_l(to_other_questions(own), truth)))
+    scores.append(AnswerScore(f"the commonest answer: {common:.60}", mean_rouge_l([common] * len(truth), truth)))
+    examples = [
+        {"question": tokenizer.decode(questions[n].prompt), "true answer": truth[n]}
+        | {whose: answers[n] for whose, answers in by_model.items()}
+        for n in range(0, len(questions), -(-len(questions) // SHOWN_QUESTIONS))
+    ]
+    return JudgedAnswers(len(questions), scores, examples)
 
 
 def _start_id(target: Target, corpus: Corpus) -> int:
@@ -110,6 +169,7 @@ def _report(
     losses: list[tuple[EvaluatedSource, Sums]],
     needle: list[NeedleCell],
     tasks: dict,
+    answers: JudgedAnswers | None,
 ) -> None:
     evaluation = Evaluation(
         name=config.name,
@@ -121,6 +181,7 @@ def _report(
         sources=losses,
         needle=needle,
         tasks=tasks,
+        answers=answers,
     )
     console = Terminal()
     for note in (*target.notes, *(note for source, _ in losses for note in source.data.notes)):
@@ -131,6 +192,8 @@ def _report(
         show_result(evaluation, "no file: its disk refused it", console)
         raise
     show_result(evaluation, str(path), console)
+    if answers is not None and RunPaths(config).metrics.exists():
+        write_report(path.parent)
     _tell_wandb(config, evaluation, console)
 
 

@@ -7,15 +7,17 @@
     sources                         one object per source: name, documents (held out, or all), and as in total
     needle                          one object per length and depth: length, depth, texts, found (texts whose key the model names),
                                     nats (of a key, mean; 11.5 for whoever guesses), see needle.py
+    answers                         null, or how near answers to held-out questions are to the true ones (answers.py): questions, scores
+                                    (of, rouge_l, loss) and examples
     tasks                           task -> metric -> number, as lm-evaluation-harness names them
 In total and in each source:
     sequences, tokens, text_bytes   what was read: sequences of seq_len, targets, bytes of text they stand for
     loss                            nats per token of the main model, as validation_loss in metrics.jsonl
     perplexity                      e to the loss
     bits_per_byte                   comparable between tokenizers; null where the targets are no text
-    positions                       one object per range of positions: first, last (counted from 1: position i sees i tokens and
+    positions                       one object per range of positions, none of chats: first, last (counted from 1: position i sees i tokens and
                                     predicts the next), loss
-    mtp                             one object per depth: depth, loss (as mtp_loss in metrics.jsonl), and agreement, the
+    mtp                             one object per depth, none of chats: depth, loss (as mtp_loss in metrics.jsonl), and agreement, the
                                     share of positions where it names the token that the main model names
 """
 
@@ -28,6 +30,7 @@ from typing import Any
 from rich.console import Console
 
 from conf.files import atomic_write_text
+from train.evaluate.answers import JudgedAnswers
 from train.evaluate.held_out_sources import EvaluatedSource
 from train.evaluate.needle import NeedleCell, needle_lines
 from train.evaluate.observed import position_ranges
@@ -49,6 +52,7 @@ class Evaluation:
     sources: list[tuple[EvaluatedSource, Sums]]
     needle: list[NeedleCell] = field(default_factory=list)
     tasks: dict[str, dict[str, float]] = field(default_factory=dict)
+    answers: JudgedAnswers | None = None
 
     def plain(self) -> dict[str, Any]:
         """The object of evaluate.json."""
@@ -67,6 +71,7 @@ class Evaluation:
             "sources": rows,
             "needle": [cell.plain() for cell in self.needle],
             "tasks": self.tasks,
+            "answers": self.answers and self.answers.plain(),
         }
 
     def write(self, folder: Path) -> Path:
@@ -77,7 +82,7 @@ class Evaluation:
 
 def figures(sums: Sums, seq_len: int) -> dict[str, Any]:
     """Rates from sums; `more` of the sums is that of train/evaluate/observed.py."""
-    ranges = position_ranges(seq_len)
+    ranges = position_ranges(seq_len) if sums.more else []
     by_range, by_depth = sums.more[: len(ranges)], sums.more[len(ranges) :]
     mtp = []
     for depth, (nats, agreed) in enumerate(zip(by_depth[::2], by_depth[1::2], strict=True), 1):
@@ -110,6 +115,8 @@ def show_result(evaluation: Evaluation, path: str, console: Console) -> None:
     lines += [_line(row, words) for row, words in rows]
     lines += _by_position(plain["total"]["positions"])
     lines += needle_lines(evaluation.needle)
+    if evaluation.answers is not None:
+        lines += lines_of_answers(evaluation.answers)
     for task, metrics in evaluation.tasks.items():
         lines += [f"{task:>12}  {metric} {value:.4f}" for metric, value in metrics.items()]
     for line in [*lines, f"Written to {path}"]:
@@ -129,7 +136,7 @@ def _line(row: dict[str, Any], words: str) -> str:
 
 def _by_position(ranges: list[dict[str, Any]]) -> list[str]:
     """Two lines where there are several ranges."""
-    if len(ranges) == 1:
+    if len(ranges) <= 1:
         return []
     titles = (f"{each['first']}-{each['last']}" for each in ranges)
     losses = (_text(each["loss"], 4) for each in ranges)
@@ -137,6 +144,16 @@ def _by_position(ranges: list[dict[str, Any]]) -> list[str]:
         f"{name:>12}{''.join(f'{word:>15}' for word in words)}"
         for name, words in (("positions", titles), ("loss", losses))
     ]
+
+
+def lines_of_answers(judged: JudgedAnswers) -> list[str]:
+    """A line for each whose answers were compared."""
+    title = f"{'ROUGE-L':>12}  {'loss':>8}  answers to {judged.questions} held-out questions"
+    rows = [
+        f"{score.rouge_l:>12.4f}  {'' if score.loss is None else _text(score.loss, 4):>8}  {score.of}"
+        for score in judged.scores
+    ]
+    return [title, *rows]
 
 
 def _which(source: EvaluatedSource) -> str:

@@ -11,6 +11,7 @@ import readline  # noqa: F401, gives input() its history and editing
 import sys
 from collections.abc import Iterator
 
+from cluster.interrupts import every_interrupt
 from cluster.launch import Place
 from conf.errors import EXIT_INTERRUPTED, EXIT_OK, UserError
 from conf.load import report
@@ -18,6 +19,7 @@ from conf.schema import Config
 from conf.words import say, sentence
 from train.generate.cache import bytes_per_token, multi_head_bytes_per_token
 from train.generate.complete import start
+from train.generate.conversation import Conversation, answer_each_line, converse
 from train.generate.generation import Generation
 from train.generate.source import LoadedModel, open_weights
 from train.generate.text import TextStream, write
@@ -33,18 +35,18 @@ def generate(config: Config) -> int:
     """Returns the exit code. Raises UserError."""
     source = open_weights(config, choose_device(config, Place()), config.generate.checkpoint)
     writer = Writer(config, source)
+    conversation = Conversation(config, source, _say) if config.generate.chat else None
     for line in (writer.headline(), *source.notes):
         _say(line)
     try:
-        if config.generate.prompt is not None:
+        if conversation is not None:
+            _answer(config, conversation)
+        elif config.generate.prompt is not None:
             writer.show([config.generate.prompt])
         elif sys.stdin.isatty():
             _converse(writer)
         else:
-            if isinstance(sys.stdin, io.TextIOWrapper):
-                sys.stdin.reconfigure(errors="surrogateescape")  # `start` says what is not UTF-8, whatever the locale
-            lines = (line.rstrip("\r\n") for line in sys.stdin)
-            for prompts in _batches(lines):
+            for prompts in _batches(_lines_of_stdin()):
                 writer.show(prompts, titles=True)
     except KeyboardInterrupt:
         write("\n")
@@ -52,6 +54,23 @@ def generate(config: Config) -> int:
     except BrokenPipeError:  # the reader has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return EXIT_OK
+
+
+def _answer(config: Config, conversation: Conversation) -> None:
+    if config.generate.prompt is not None:
+        answer_each_line(conversation, iter([config.generate.prompt]))
+    elif sys.stdin.isatty():
+        converse(conversation)
+    else:
+        answer_each_line(conversation, _lines_of_stdin())
+
+
+def _lines_of_stdin() -> Iterator[str]:
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(
+            errors="surrogateescape"
+        )  # bytes that are not UTF-8 are refused later, whatever the locale
+    return (line.rstrip("\r\n") for line in sys.stdin)
 
 
 class Writer:
@@ -147,18 +166,17 @@ class Writer:
 def _converse(writer: Writer) -> None:
     """A person types prompts until end of file; an interrupt stops the text, not the conversation."""
     _say("Type the beginning of a text and press Enter. Ctrl-C stops a text, Ctrl-D ends.")
-    while True:
-        try:
-            prompt = input("> ")
-        except EOFError:
-            write("\n")
-            return
-        try:
-            writer.show([prompt])
-        except KeyboardInterrupt:
-            write("\n")
-        except UserError as error:
-            report(error)
+    with every_interrupt():
+        while True:
+            try:
+                writer.show([input("> ")])
+            except EOFError:
+                write("\n")
+                return
+            except KeyboardInterrupt:
+                write("\n")
+            except UserError as error:
+                report(error)
 
 
 def _batches(lines: Iterator[str]) -> Iterator[list[str]]:

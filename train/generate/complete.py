@@ -35,7 +35,7 @@ def start(
         source.decoder,
         [[source.start_id, *source.tokenizer.encode(prompt)] for prompt in prompts],
         Sampler(source.tokenizer.vocab_size, temperature, top_p),
-        Limits(tokens, source.context, source.tokenizer.eos_id),
+        Limits(tokens, source.context, frozenset([source.tokenizer.eos_id])),
         seed=seed,
         speculative=speculative,
     )

@@ -37,8 +37,8 @@ class Limits:
     """Tokens of one text, at most."""
     context: int
     """Tokens of prompt and text together, at most."""
-    end_id: int
-    """Token that ends a text."""
+    end_ids: frozenset[int]
+    """Tokens that end a text."""
 
 
 @dataclass
@@ -173,7 +173,7 @@ class Generation:
         for row, ids in zip(self._live, new, strict=True):
             before = len(row.tokens)
             for token in ids:
-                if token == self._limits.end_id:
+                if token in self._limits.end_ids:
                     row.end = EndReason.document
                     break
                 row.tokens.append(token)

@@ -35,6 +35,8 @@ class LoadedModel:
     """Token in front of every text."""
     title: str
     """What it is, for the user."""
+    words: Path
+    """The folder with its tokenizer, and its chat template if it has one."""
     notes: tuple[str, ...] = ()
     """What else the user should know of it."""
 
@@ -51,7 +53,7 @@ def from_checkpoint(config: Config, checkpoint: Path, tokenizer: Tokenizer, devi
     """A checkpoint of the run that config describes."""
     decoder = Decoder(load_model(config, checkpoint, device), config.seq_len)
     title = f"{config.name}, step {read_manifest(checkpoint).step}"
-    return LoadedModel(decoder, tokenizer, config.seq_len, tokenizer.eos_id, title)
+    return LoadedModel(decoder, tokenizer, config.seq_len, tokenizer.eos_id, title, checkpoint.absolute().parents[1])
 
 
 def _from_run(config: Config, device: torch.device, given: str | None, field: str) -> LoadedModel:
@@ -82,7 +84,7 @@ def _from_hugging_face(config: Config, folder: Path, device: torch.device, field
     check_fit(tokenizer, choice, model_config.vocab_size, fim_rate=0)
     decoder = Decoder(model.to(device), min(model_config.max_seq_len, model_config.yarn.original_seq_len))
     start_id = start_token(folder, tokenizer)
-    return LoadedModel(decoder, tokenizer, model_config.max_seq_len, start_id, folder.name, tuple(notes))
+    return LoadedModel(decoder, tokenizer, model_config.max_seq_len, start_id, folder.name, folder, tuple(notes))
 
 
 def start_token(folder: Path, tokenizer: Tokenizer) -> int:

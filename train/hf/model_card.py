@@ -12,8 +12,9 @@ from typing import Any
 
 import yaml
 
+from conf.check import OF_STDLIB
 from conf.read_json import read_json
-from conf.schema import Config, DataFormat, ModelFamily
+from conf.schema import Config, ModelFamily
 from train.checkpoint.manifest import Manifest
 from train.data.sources import STDLIB
 from train.hf.families import FAMILIES
@@ -117,7 +118,7 @@ def _sources(config: Config) -> list[str]:
     data = config.data
     if data.mix:
         return [f"{_name(source.path) or STDLIB} (weight {source.weight:g})" for source in data.mix]
-    return [STDLIB if not data.path and data.format == DataFormat.stdlib else _name(data.path or UNFINISHED)]
+    return [STDLIB if not data.path and data.format in OF_STDLIB else _name(data.path or UNFINISHED)]
 
 
 def _sections(settings: dict[str, Any]) -> dict[str, Any]:

@@ -53,6 +53,7 @@ def write_report(run_folder: Path) -> Path:
         _sample_parts(run_folder)
         + _plan_parts(plan_rows(run_folder, series))
         + _proof_parts(report_rows(run_folder))
+        + _answer_parts(run_folder)
         + _cluster_parts(cluster_summary(run_folder))
         + _profile_parts(run_folder)
     )
@@ -94,6 +95,29 @@ def _profile_parts(run_folder: Path) -> list[str]:
         head = f"<h2>Where the time went</h2><p>Rank {html.escape(str(body.get('rank')))}, a step of {first} to {last}.</p>"
         found += [head, table_html(("part", "operation", "calls", "ms", "share"), rows)]
     return found
+
+
+def _answer_parts(run_folder: Path) -> list[str]:
+    """How a model answers held-out questions, by the newest evaluation (train/evaluate/answers.py)."""
+    try:
+        found = json.loads((run_folder / "evaluate.json").read_text(encoding="utf-8"))["answers"]
+        if not found:
+            return []
+        rows = [
+            (row["of"], f"{row['rouge_l']:.4f}", "" if row["loss"] is None else f"{row['loss']:.4f}")
+            for row in found["scores"]
+        ]
+        examples = [tuple(str(text) for text in example.values()) for example in found["examples"]]
+        heads = tuple(found["examples"][0])
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
+        return []  # no evaluation, or one of an earlier version
+    words = (
+        f"Answers to {found['questions']} held-out questions, compared with the true ones by ROUGE-L (the longest common subsequence of words, "
+        "0 to 1). A form that all answers have raises it, so answers to other questions and the commonest answer stand beside it. Loss: nats "
+        "per learnt token of the held-out chats."
+    )
+    head = f"<h2>Answers</h2><p>{html.escape(words)}</p>"
+    return [head, table_html(("answers of", "ROUGE-L", "loss"), rows), table_html(heads, examples)]
 
 
 def _read_text(path: Path) -> str:

@@ -1,0 +1,69 @@
+"""Questions and answers made of the docstrings of Python code: chats to tune on that every machine with Python has.
+
+    user        What does the function textwrap.dedent(text) do?
+    assistant   Remove any common leading whitespace from every line in `text`.
+
+Of each module, public class, function and method the first paragraph of the docstring is the answer, if it is a sentence of SHORTEST_ANSWER to
+LONGEST_ANSWER characters. Every chat has the name of its file, so that files are held out as a whole: those that conf=tiny holds out of the
+same library, at an equal data.validation_fraction.
+"""
+
+import ast
+import inspect
+import warnings
+from collections.abc import Iterator
+
+from train.data.chats import Chat, read_chat
+from train.data.readers import read_text
+from train.data.source_files import SourceFile
+
+SHORTEST_ANSWER, LONGEST_ANSWER = 12, 240
+"""Characters of an answer: shorter ones say nothing, longer ones are no summaries."""
+LONGEST_SIGNATURE = 80
+"""Characters of a list of parameters in a question."""
+Documented = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def read_docstring_chats(file: SourceFile, field: str) -> Iterator[tuple[str, Chat]]:
+    """The chats of a file of Python code, each under the file's name; none where it is no Python of this version."""
+    code = "".join(text for _, text in read_text(file, field, None))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what the library's authors write is not the user's concern
+            module = ast.parse(code)
+    except (SyntaxError, ValueError, RecursionError):
+        return
+    name = file.name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+    for question, answer in _pairs(module, name):
+        yield file.name, read_chat({"prompt": question, "completion": answer}, f"{file.path}: {question}", field)
+
+
+def _pairs(module: ast.Module, name: str) -> Iterator[tuple[str, str]]:
+    if answer := _answer(module):
+        yield f"What is the module {name}?", answer
+    yield from _of_definitions(module, name)
+
+
+def _of_definitions(parent: ast.Module | ast.ClassDef, name: str) -> Iterator[tuple[str, str]]:
+    for node in parent.body:
+        if not isinstance(node, Documented) or node.name.startswith("_"):
+            continue
+        whole, answer = f"{name}.{node.name}", _answer(node)
+        if isinstance(node, ast.ClassDef):
+            if answer:
+                yield f"What is the class {whole}?", answer
+            yield from _of_definitions(node, whole)
+        elif answer:
+            kind = "method" if isinstance(parent, ast.ClassDef) else "function"
+            yield f"What does the {kind} {whole}({_parameters(node)}) do?", answer
+
+
+def _parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
+    text = ast.unparse(function.args)
+    return text if len(text) <= LONGEST_SIGNATURE else "..."
+
+
+def _answer(node: ast.Module | Documented) -> str | None:
+    text = ast.get_docstring(node, clean=False)
+    paragraph = " ".join(inspect.cleandoc(text).partition("\n\n")[0].split()) if text else ""
+    return paragraph if SHORTEST_ANSWER <= len(paragraph) <= LONGEST_ANSWER and " " in paragraph else None

@@ -1,0 +1,137 @@
+"""Answers to held-out questions beside the true ones, and beside what a format alone would get.
+
+A question is a held-out chat up to its last learnt turn, as its tokens are in training; the true answer is that turn. Answers are the
+likeliest tokens, up to the stop token of the chats or ANSWER_TOKENS. Each is compared with the true one by ROUGE-L: F1 of the longest common
+subsequence of words (Lin 2004; lower case, letters and digits). Words that nearly all answers have raise it for any answer of that form, so
+two figures stand beside it: the model's own answers, each to another question, and the commonest answer of the training chats to all.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from train.data.packing import Documents
+from train.data.tokenizer import Tokenizer
+from train.generate.decoder import Decoder
+from train.generate.generation import Generation, Limits
+from train.generate.sampling import Sampler
+
+ANSWER_TOKENS = 64
+ANSWERED_AT_ONCE = 32
+"""Questions that are answered together."""
+SHOWN_QUESTIONS = 5
+"""Questions whose answers are kept word for word."""
+
+
+@dataclass(frozen=True)
+class HeldOutQuestion:
+    """A chat up to an answer, and the answer."""
+
+    prompt: list[int]
+    answer: list[int]
+    """The tokens of the answer, with its stop token."""
+
+
+@dataclass(frozen=True)
+class AnswerScore:
+    """How near some answers are to the true ones."""
+
+    of: str
+    """Whose answers they are, for a person."""
+    rouge_l: float
+    """Mean over the questions, from 0 to 1."""
+    loss: float | None = None
+    """Nats per learnt token of the held-out chats; None for what is no model."""
+
+
+@dataclass(frozen=True)
+class JudgedAnswers:
+    """What evaluate.json keeps of answers."""
+
+    questions: int
+    scores: list[AnswerScore]
+    examples: list[dict[str, str]]
+    """question, true answer, and an answer by each model."""
+
+    def plain(self) -> dict[str, Any]:
+        """The object of evaluate.json."""
+        return asdict(self)
+
+
+def find_questions(documents: Documents, count: int) -> list[HeldOutQuestion]:
+    """At most so many, from all over the chats, whose answer ends with the stop token that most have."""
+    found = list(_last_turns(documents))
+    stop = Counter(each.answer[-1] for each in found).most_common(1)[0][0]
+    whole = [each for each in found if each.answer[-1] == stop and len(each.answer) > 1]
+    return [whole[place * len(whole) // min(count, len(whole))] for place in range(min(count, len(whole)))]
+
+
+def _last_turns(documents: Documents) -> Iterator[HeldOutQuestion]:
+    assert documents.supervised is not None
+    for start, length in zip(documents.starts_D.tolist(), documents.lengths_D.tolist(), strict=True):
+        learnt_N = documents.supervised[start : start + length] > 0
+        last = int(np.flatnonzero(learnt_N)[-1]) + 1
+        before_N = np.flatnonzero(~learnt_N[:last])
+        first = int(before_N[-1]) + 1 if len(before_N) else 1
+        ids = documents.tokens[start : start + last].tolist()
+        yield HeldOutQuestion(ids[:first], ids[first:])
+
+
+def commonest_answer(documents: Documents, tokenizer: Tokenizer) -> str:
+    """The answer that most chats have; the first of several."""
+    answers = Counter(tuple(each.answer) for each in _last_turns(documents))
+    return text_of(tokenizer, list(answers.most_common(1)[0][0]))
+
+
+def answer_questions(
+    decoder: Decoder, tokenizer: Tokenizer, questions: list[HeldOutQuestion], context: int
+) -> list[str]:
+    """The model's answers. context: tokens of question and answer together, at most."""
+    stops = frozenset({tokenizer.eos_id, questions[0].answer[-1]})
+    texts = []
+    for first in range(0, len(questions), ANSWERED_AT_ONCE):
+        prompts = [each.prompt for each in questions[first : first + ANSWERED_AT_ONCE]]
+        limits, sampler = Limits(ANSWER_TOKENS, context, stops), Sampler(tokenizer.vocab_size, temperature=0)
+        generation = Generation(decoder, prompts, sampler, limits, seed=0)
+        for _ in generation.steps():
+            pass
+        texts += [text_of(tokenizer, ids) for ids in generation.tokens]
+    return texts
+
+
+def text_of(tokenizer: Tokenizer, ids: list[int]) -> str:
+    """An answer without the stop token behind it."""
+    special = tokenizer.bytes_V[ids[-1]] == 0 if ids else False
+    return tokenizer.decode(ids[:-1] if special else ids).strip()
+
+
+def mean_rouge_l(answers: list[str], truth: list[str]) -> float:
+    """Mean ROUGE-L."""
+    return float(np.mean([rouge_l(*pair) for pair in zip(answers, truth, strict=True)]))
+
+
+def to_other_questions(answers: list[str]) -> list[str]:
+    """These answers in another order, each at the place of another one."""
+    order = torch.randperm(len(answers), generator=torch.Generator().manual_seed(0)).tolist()
+    moved = [""] * len(answers)
+    for here, there in zip(order, [*order[1:], order[0]], strict=True):
+        moved[there] = answers[here]
+    return moved
+
+
+def rouge_l(answer: str, truth: str) -> float:
+    """F1 of the longest common subsequence of words, from 0 to 1."""
+    found, wanted = (re.findall("[a-z0-9]+", text.lower()) for text in (answer, truth))
+    lengths = [0] * (len(wanted) + 1)
+    for word in found:
+        diagonal = 0
+        for place, other in enumerate(wanted, 1):
+            above = lengths[place]
+            lengths[place] = diagonal + 1 if word == other else max(above, lengths[place - 1])
+            diagonal = above
+    return 2 * lengths[-1] / (len(found) + len(wanted)) if found and wanted else 0.0

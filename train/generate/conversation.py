@@ -1,0 +1,196 @@
+"""generate.chat=true: questions and answers, turn by turn, by the chat template that the weights were tuned with.
+
+A prompt is what the template makes of the turns so far, as training saw it; an answer ends with the stop token that the template writes
+behind one. Where the turns no longer fit into the model's context, the oldest are left out, which is said once.
+
+In a terminal a person asks until Ctrl-D or /quit, /reset forgets the turns, and Ctrl-C ends an answer: what there is of it stays a turn.
+Elsewhere each line of standard input is a question.
+"""
+
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+
+from cluster.interrupts import every_interrupt
+from conf.errors import UserError
+from conf.load import report
+from conf.schema import Config
+from train.data.chat_template import CannotRender, ChatTemplate, load_template
+from train.data.chats import Message
+from train.generate.generation import EndReason, Generation, Limits
+from train.generate.sampling import Sampler
+from train.generate.source import LoadedModel
+from train.generate.text import TextStream, write
+
+RESET, QUIT = "/reset", "/quit"
+HELP = f"Ask, and press Enter. Ctrl-C ends an answer, {RESET} forgets what was said, {QUIT} or Ctrl-D leaves."
+
+
+class Conversation:
+    """Turns of a user and of a model that answers."""
+
+    def __init__(self, config: Config, source: LoadedModel, say: Callable[[str], None]):
+        """say: takes a sentence for the user. Raises UserError where the weights have no template, or it cannot be used."""
+        self._settings, self._source, self._say = config.generate, source, say
+        self._template = _template(config, source)
+        self._stop = self._stop_token()
+        self.turns: list[Message] = []
+        self._asked = 0
+        self._told = False
+
+    def forget(self) -> None:
+        """Begin anew."""
+        self.turns = []
+
+    def answer(self, question: str) -> Iterator[str]:
+        """The text of an answer as it grows, whole characters. Both become turns, also where nobody asks for the rest.
+
+        Raises UserError for a question that alone is longer than the context, which becomes no turn.
+        """
+        prompt = self._prompt([*self.turns, {"role": "user", "content": question}])
+        how, decoder = self._settings, self._source.decoder
+        generation = Generation(
+            decoder,
+            [prompt],
+            Sampler(self._source.tokenizer.vocab_size, how.temperature, how.top_p),
+            Limits(how.tokens, self._source.context, frozenset({self._stop, self._source.tokenizer.eos_id})),
+            seed=how.seed + self._asked,
+            speculative=how.speculative,
+        )
+        stream, text = TextStream(self._source.tokenizer), ""
+        self._asked += 1
+        try:
+            for new in generation.steps():
+                piece = stream.feed(new.get(0, [])) + (stream.finish() if generation.ends[0] else "")
+                piece = piece if text else piece.lstrip()
+                text += piece
+                yield piece
+        finally:
+            self.turns += [{"role": "user", "content": question}, {"role": "assistant", "content": text.strip()}]
+        if generation.ends[0] is not EndReason.document:
+            self._say(f"[{generation.ends[0].value}]")
+
+    def _prompt(self, turns: list[Message]) -> list[int]:
+        """Tokens of the turns, without the oldest where all are too many, so that half the context stays for an answer."""
+        most = self._source.context - min(self._settings.tokens, self._source.context // 2)
+        while len(ids := self._encode(self._rendered(turns))) > most and len(turns) > 2:
+            turns = turns[2:]
+            if not self._told:
+                self._say(
+                    f"[more turns than the {self._source.context} tokens of the model's context: the oldest are left out]"
+                )
+                self._told = True
+        if len(ids) >= self._source.context:
+            rule = f"must be shorter than the model's context of {self._source.context} tokens"
+            raise UserError("generate.chat", f"{len(ids)} tokens", rule, "shorten the question")
+        return ids
+
+    def _rendered(self, turns: list[Message]) -> str:
+        try:
+            return self._template.prompt(turns)
+        except CannotRender as error:
+            raise UserError("data.template", self._template.name, error.rule, error.cure) from error
+
+    def _encode(self, text: str) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                "generate.chat", ascii(text)[-60:], "is not UTF-8", "convert it (iconv -t UTF-8)"
+            ) from error
+        return self._source.tokenizer.encode_rendered([text])[0].ids
+
+    def _stop_token(self) -> int:
+        """What the template writes behind an answer, else the end of a document."""
+        try:
+            ids = self._encode(self._template.stop())
+        except CannotRender as error:
+            raise UserError("data.template", self._template.name, error.rule, error.cure) from error
+        return ids[0] if ids else self._source.tokenizer.eos_id
+
+
+def _template(config: Config, source: LoadedModel) -> ChatTemplate:
+    try:
+        return load_template(config.data.template, source.words, source.tokenizer)
+    except UserError as error:
+        if config.data.template is not None:
+            raise
+        rule = (
+            f"needs a chat template, and {source.title} has none: it was not tuned on chats, or it keeps it elsewhere"
+        )
+        cure = "tune it on chats (train/docs/fine_tuning.md), or name a template: data.template=FILE, or data.template=plain"
+        raise UserError("generate.chat", True, rule, cure) from error
+
+
+def converse(conversation: Conversation) -> None:
+    """Answer what a person types, until Ctrl-D or /quit."""
+    conversation._say(HELP)
+    with every_interrupt():
+        while True:
+            try:
+                question = input("> ").strip()
+                if question == QUIT:
+                    return
+                if question:
+                    _one_turn(conversation, question)
+            except EOFError:
+                write("\n")
+                return
+            except KeyboardInterrupt:
+                write("\n")
+            except UserError as error:
+                report(error)
+
+
+def answer_each_line(conversation: Conversation, lines: Iterator[str]) -> None:
+    """Answer each line that is not empty, until /quit; every question stands above its answer."""
+    for line in lines:
+        if (question := line.strip()) == QUIT:
+            return
+        if question:
+            _one_turn(conversation, question, f"> {question}\n")
+
+
+def _one_turn(conversation: Conversation, question: str, title: str = "") -> None:
+    if question == RESET:
+        conversation.forget()
+        conversation._say("[forgotten]")
+        return
+    if question.startswith("/"):
+        conversation._say(HELP)
+        return
+    write(title)
+    wrap = _WordWrap(shutil.get_terminal_size().columns) if sys.stdout.isatty() else None
+    answer = conversation.answer(question)
+    try:
+        for piece in answer:
+            write(wrap.feed(piece) if wrap else piece)
+    finally:
+        answer.close()
+        write((wrap.finish() if wrap else "") + "\n\n")
+
+
+class _WordWrap:
+    """Text that grows, broken between words where a line of the terminal would end."""
+
+    def __init__(self, columns: int):
+        self._columns, self._at, self._word = columns, 0, ""
+
+    def feed(self, piece: str) -> str:
+        shown = ""
+        for character in piece:
+            if not character.isspace():
+                self._word += character
+                continue
+            shown += self.finish()
+            if character == "\n" or self._at < self._columns - 1:
+                shown += character
+                self._at = 0 if character == "\n" else self._at + 1
+        return shown
+
+    def finish(self) -> str:
+        """The word that is not whole yet."""
+        word, self._word = self._word, ""
+        breaks = self._at > 0 and self._at + len(word) >= self._columns
+        self._at = len(word) if breaks else self._at + len(word)
+        return "\n" + word if breaks else word
