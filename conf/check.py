@@ -44,6 +44,8 @@ MAX_EXPERTS = 32767
 """Expert ids are sorted and sent as int16."""
 IN_EVERY_LAYER = (AdapterTarget.q_up, AdapterTarget.kv_up, AdapterTarget.down, AdapterTarget.out)
 """Targets of an adapter that every block has."""
+ADDS_ADAPTERS = (Mode.evaluate, Mode.generate, Mode.score, Mode.export)
+"""Modes that add adapter.path to the weights."""
 SMALLEST_SHARE = 1e-6
 """The smallest share of a mix: what train/data/mix.py can tell from nothing."""
 IN_PARTS = next(name for name, facts in SCHEDULES.items() if facts.stages is None)
@@ -400,10 +402,14 @@ OPTIM: tuple[ConfigCheck, ...] = (
 )
 
 ADAPTERS: tuple[ConfigCheck, ...] = (
-    JoinedRule("adapter", lambda c, v: v.on or v == Adapter(),
+    JoinedRule("adapter", lambda c, v: v.on or v == Adapter(path=v.path),
                "has keys of an adapter, and this run trains the weights themselves",
                lambda c, v: f"add adapter=lora, or leave out {', '.join(f'adapter.{key}' for key in _set_here(v))}",
                shown=lambda c, v: ", ".join(f"{key}={value}" for key, value in _set_here(v).items())),
+    JoinedRule("adapter.path", lambda c, v: v is None or c.mode in ADDS_ADAPTERS, "names an adapter, and this mode adds none to its weights",
+               f"leave it out, or take mode={', '.join(ADDS_ADAPTERS)}"),
+    JoinedRule("adapter.path", lambda c, v: v is None or c.mode is not Mode.export or c.export.merge,
+               "names an adapter, and without export.merge=true there is nothing to write but what it holds already", "add export.merge=true"),
     ConditionalRules(lambda c: c.adapter.on, (
         JoinedRule("adapter.targets", lambda c, v: v, "names nothing to adapt", "leave it out for all that the model has but the head"),
         JoinedRule("adapter.targets", lambda c, v: len(set(v)) == len(v), "names one twice", "name each once",

@@ -374,6 +374,8 @@ class Adapter:
     targets: FilledKey[list[AdapterTarget]] = LEFT_OUT
     """Which weights: q_up, kv_up, down (both down projections of attention), out, routed, shared, dense, head; null takes all that the model
     has but the head."""
+    path: str | None = None
+    """A folder of PEFT's (adapter_config.json, adapter_model.safetensors), which mode=evaluate, generate, score and export add to the weights."""
 
     @property
     def on(self) -> bool:
@@ -914,6 +916,8 @@ class Export:
     """Take the moving average of the weights (optim.ema_decay) instead of the weights."""
     family: ModelFamily | None = None
     """Whose names fields and tensors get; null takes those of the folder that the run started from, else deepseek_v3."""
+    merge: bool = False
+    """Write a whole folder, the adapter added to its base, and not the adapter in PEFT's form."""
     shard_gb: float = expert(5.0, above=0)
     """Largest size of one file, in GB."""
 

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.run_files import MANIFEST, STEP_FOLDERS, Age, data_name, index_name
+from conf.adapters import is_adapter
 from conf.disk import cure_of_reading
 from conf.errors import UserError
 from conf.words import one_line
@@ -121,6 +122,11 @@ class Manifest:
         """What `manifest_of` makes this manifest of again, for another rank; JSON."""
         tensors = {name: (entry.dtype, entry.shape, entry.intervals) for name, entry in self.tensors.items()}
         return {**vars(self), "folder": str(self.folder), "tensors": tensors}
+
+
+def holds_adapter(manifest: Manifest) -> bool:
+    """Whether a checkpoint has an adapter in the place of the weights."""
+    return any(is_adapter(name) for name in manifest.tensors)
 
 
 def seal(body: dict[str, Any]) -> str:

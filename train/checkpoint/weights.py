@@ -1,17 +1,18 @@
 """The weights of a checkpoint of ours, without optimizer and gradients: in the chunks of a layout, or whole in one process."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import torch
 
 from conf.errors import UserError
-from conf.schema import Config, Model
+from conf.schema import Adapter, Config, Model
 from parallel.mesh import Mesh
 from parallel.pipeline.schedule import Pipeline
 from parallel.shard import Shard, whole
-from train.checkpoint.read_shards import load_shards
+from train.checkpoint.stored_weights import StoredWeights
 from train.kernels.choice import build_kernels, choose_kernels
 from train.kernels.precision import activation_dtype, build_precision
 from train.model.count import count_parameters
@@ -52,7 +53,7 @@ def load_model(config: Config, checkpoint: Path, device: torch.device) -> DeepSe
     dtype, precision = activation_dtype(config.precision), build_precision(config.precision, device, kernels)
     model = DeepSeekV3.whole(config.model, precision, seq_len=config.seq_len, device="meta")
     materialise(model, "cpu")
-    read_into_chunks([model], checkpoint)
+    read_into_chunks([model], StoredWeights(config, checkpoint))
     for param in model.parameters():
         param.data = param.data.to(dtype)
     return model.to(device).eval()
@@ -64,16 +65,16 @@ def load_pipeline(config: Config, mesh: Mesh, device: torch.device, checkpoint: 
     kernels, _ = choose_kernels(config, device)
     precision = build_precision(config.precision, device, kernels)
     share = None if mesh.layout.cp == 1 else make_share(mesh)
-    chunks, stage_ids, num_stages = build_chunks(
-        config, mesh, device, dispatcher, precision, restored=True, share=share
-    )
-    read_into_chunks(chunks, checkpoint, "ema" if config.evaluate.ema else "master", mesh.ep_rank, mesh.layout.ep)
+    plain = replace(config, adapter=Adapter())  # what an adapter does is in the weights
+    chunks, stage_ids, num_stages = build_chunks(plain, mesh, device, dispatcher, precision, restored=True, share=share)
+    kind = "ema" if config.evaluate.ema else "master"
+    read_into_chunks(chunks, StoredWeights(config, checkpoint, kind), kind, mesh.ep_rank, mesh.layout.ep)
     return build_pipeline(config, mesh, device, chunks, stage_ids, num_stages, overlap=False)
 
 
 @torch.no_grad()
 def read_into_chunks(
-    chunks: list[DeepSeekV3], checkpoint: Path, kind: str = "master", ep_rank: int = 0, ep: int = 1
+    chunks: list[DeepSeekV3], stored: StoredWeights, kind: str = "master", ep_rank: int = 0, ep: int = 1
 ) -> None:
     """Read weights (kind: master, or ema, their average) and balance biases into the chunks, which hold the experts of
     rank ep_rank of ep.
@@ -88,6 +89,6 @@ def read_into_chunks(
             weights[param] = param.view(-1) if in_place else torch.empty(param.numel(), dtype=torch.float32)
             wanted[f"{kind}.{name}"] = Shard(weights[param], offset, shape)
         wanted |= {f"bias.{name}": whole(router.bias_E) for name, router in chunk.routers().items()}
-    load_shards(checkpoint, wanted)
+    stored.fill(wanted)
     for param, weight in weights.items():
         param.copy_(weight.view(param.shape))

@@ -104,7 +104,14 @@ def _load(target: Target, mesh: Mesh, device: torch.device) -> Pipeline[DeepSeek
     if target.meta is not None:
         return load_pipeline(target.config, mesh, device, target.checkpoint)
     kernels, _ = choose_kernels(target.config, device)
-    _, model, _ = load_hf_model(target.checkpoint, dtype, "evaluate.checkpoint", kernels, target.config.text_only)
+    _, model, _ = load_hf_model(
+        target.checkpoint,
+        dtype,
+        "evaluate.checkpoint",
+        kernels,
+        target.config.text_only,
+        target.config.adapter.path,
+    )
     return build_pipeline(target.config, mesh, device, [model.to(device)], [0], 1, overlap=False)
 
 

@@ -80,7 +80,7 @@ def _from_hugging_face(config: Config, folder: Path, device: torch.device, field
     choice = config.data.tokenizer or str(folder)
     tokenizer = load_tokenizer(choice)
     kernels = build_kernels(device.type, config.cluster.compiled)
-    model_config, model, _ = load_hf_model(folder, dtype, field, kernels, config.text_only)
+    model_config, model, _ = load_hf_model(folder, dtype, field, kernels, config.text_only, config.adapter.path)
     check_fit(tokenizer, choice, model_config.vocab_size, fim_rate=0)
     decoder = Decoder(model.to(device), min(model_config.max_seq_len, model_config.yarn.original_seq_len))
     start_id = start_token(folder, tokenizer)

@@ -1,4 +1,5 @@
-"""mode=export: a checkpoint of any layout, as a folder that Hugging Face's classes load (train/hf/families.py).
+"""mode=export: a checkpoint of any layout, as a folder that Hugging Face's classes load (train/hf/families.py). That of an adapter is
+written as PEFT's classes load it (adapter_names.py), or with export.merge=true as a whole folder, added to its base.
 
 Every tensor of theirs is an interval of one of ours (tensor_names.py). So the export walks over theirs in order, reads the
 elements that the next few need, wherever the ranks left them, converts and writes them, and lets go: memory for a few
@@ -12,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,12 +24,14 @@ from conf.own_code import TARGET
 from conf.schema import Config, ExportType, Model, ModelFamily
 from conf.words import one_line, say
 from parallel.shard import Shard
-from train.checkpoint.manifest import Manifest, read_manifest
-from train.checkpoint.read_shards import TORCH, FolderFiles, fill_shards
+from train.checkpoint.manifest import read_manifest
+from train.checkpoint.read_shards import TORCH
 from train.checkpoint.run_folder import find_checkpoint
+from train.checkpoint.stored_weights import StoredWeights
 from train.checkpoint.trained_with import tokenizer_of
 from train.data.prepare_progress import show_progress
 from train.data.source_files import ReportProgress
+from train.hf.adapter_names import ADAPTER_CONFIG, ADAPTER_FILE, BASE_MARK, peft_config
 from train.hf.blocks import requantize
 from train.hf.config import GROUP_TOP_K, LATENT_NORM_EPS, SCALE_BLOCK, config_json
 from train.hf.families import FAMILIES, PARAMS_FILE, FamilyFacts
@@ -70,20 +74,33 @@ def export(config: Config) -> int:
         raise UserError("export.ema", ema, f"{checkpoint} holds no average of the weights", "leave export.ema out")
     tokenizer = tokenizer_of(config, manifest)
     family = config.export.family or ModelFamily(manifest.meta.get("family", ModelFamily.deepseek_v3))
-    _check_family(config, family)
-    placed = list(tensors(config.model, family))
+    stored = StoredWeights(config, checkpoint, "ema" if ema else "master")
+    if config.export.merge and stored.pairs is None:
+        rule = f"adds an adapter to its base, and {checkpoint} holds whole weights"
+        raise UserError("export.merge", True, rule, "leave it out, or name an adapter: adapter.path=FOLDER")
+    adapted = stored.pairs.adapted if stored.pairs is not None and not config.export.merge else []
+    alone = bool(adapted)
+    _check_family(config, family, alone)
+    placed = [part for one in adapted for part in (one.a, one.b)] or list(tensors(config.model, family))
     rest = left_out(manifest, placed, ema)
     files = plan_files(placed, config.export.dtype, config.export.shard_gb * 1e9, FAMILIES[family].stem)
+    if alone:
+        files = [PlannedFile(ADAPTER_FILE, [written for file in files for written in file.written])]
     _check_room(target, files)
-    rows = fates(files, rest, ema)
+    rows, notes = fates(files, rest, ema), list(_notes(config.model, FAMILIES[family]))
+    body = config_json(config.model, manifest.meta["seq_len"], config.export.dtype, tokenizer.eos_id, family)
+    length = body.get(FAMILIES[family].section, body)["max_position_embeddings"]
     with written_whole(target, "export.to") as folder, show_progress() as progress:
-        _write_weights(folder, files, manifest, ema, progress)
-        write_json(folder / index_of(FAMILIES[family].stem), index_json(files))
-        length = _write_configs(folder, config, family, manifest.meta["seq_len"], tokenizer.eos_id)
+        mark = {BASE_MARK: stored.base_mark(config.model)} if alone else {}
+        _write_weights(folder, files, stored, ema, progress, mark)
+        if alone:
+            write_json(folder / ADAPTER_CONFIG, peft_config(config.adapter, adapted, str(config.init_from)))
+        else:
+            write_json(folder / index_of(FAMILIES[family].stem), index_json(files))
+            _write_configs(folder, body, family, tokenizer.eos_id)
+            (folder / CARD_FILE).write_text(model_card(config, manifest, family, notes, length), encoding="utf-8")
         write_tokenizer(folder, tokenizer, _tokenizer_folder(config), length, manifest.folder.parent.parent)
         source = {"checkpoint": str(checkpoint.absolute()), "step": manifest.step, "ema": ema}
-        notes = list(_notes(config.model, FAMILIES[family]))
-        (folder / CARD_FILE).write_text(model_card(config, manifest, family, notes, length), encoding="utf-8")
         write_json(folder / "export.json", {**source, "family": family, "dtype": config.export.dtype, "tensors": rows})
     for line in (*lines(rows), *notes, f"Exported step {manifest.step} of {checkpoint} to {target}"):
         say(one_line(line))
@@ -96,10 +113,26 @@ def _tokenizer_folder(config: Config) -> Path | None:
     return Path(choice).expanduser() if choice and Path(choice).expanduser().is_dir() else None
 
 
-def _check_family(config: Config, family: ModelFamily) -> None:
-    """Raise UserError where folders of this family cannot say what the model computes, or cannot hold its weights."""
+def _check_family(config: Config, family: ModelFamily, alone: bool) -> None:
+    """Raise UserError where folders of this family cannot say what the model computes, or cannot hold its weights. alone: an adapter is
+    to be written.
+    """
     facts, model = FAMILIES[family], config.model
     for wrong, field, value, rule, cure in (
+        (
+            alone and not facts.loader,
+            "export.family",
+            family,
+            f"has names that no program reads adapters by: PEFT takes those of transformers' classes, which has none for {facts.title}",
+            "add export.merge=true, which writes a whole folder",
+        ),
+        (
+            alone and config.export.dtype == ExportType.fp8,
+            "export.dtype",
+            config.export.dtype,
+            "is no format of an adapter",
+            "take bf16 or fp32, or add export.merge=true",
+        ),
         (
             facts.scores != model.scores,
             "export.family",
@@ -148,13 +181,20 @@ def _check_room(target: Path, files: list[PlannedFile]) -> None:
 
 
 def _write_weights(
-    folder: Path, files: list[PlannedFile], manifest: Manifest, ema: bool, progress: ReportProgress
+    folder: Path,
+    files: list[PlannedFile],
+    stored: StoredWeights,
+    ema: bool,
+    progress: ReportProgress,
+    metadata: dict[str, str] | None = None,
 ) -> None:
+    """Write every file, a few rows at a time. metadata: of each."""
     total, done = sum(written.placed.count for file in files for written in file.written), 0
     for file in files:
-        with PieceWriter(folder / file.name, [out for written in file.written for out in written.outs]) as writer:
+        outs = [out for written in file.written for out in written.outs]
+        with PieceWriter(folder / file.name, outs, metadata) as writer:
             for batch in _batches(file.written):
-                spans = _read(manifest, batch, ema)
+                spans = _read(stored, batch, ema)
                 for cut in batch:
                     _write(writer, cut, cut.of(spans[source_name(cut.written.placed, ema)]))
                     done += cut.count
@@ -205,7 +245,7 @@ def _cuts(written: WrittenTensor) -> Iterator[ExportSlice]:
         yield ExportSlice(written, row * width, (min(step, rows - row), *rest))
 
 
-def _read(manifest: Manifest, batch: list[ExportSlice], ema: bool) -> dict[str, Shard]:
+def _read(stored: StoredWeights, batch: list[ExportSlice], ema: bool) -> dict[str, Shard]:
     """The elements of each tensor of ours that the batch needs: they follow each other, as our order is theirs."""
     spans: dict[str, Shard] = {}
     needed = defaultdict(list)
@@ -214,11 +254,14 @@ def _read(manifest: Manifest, batch: list[ExportSlice], ema: bool) -> dict[str, 
     for name, cuts in needed.items():
         low, high = min(cut.start for cut in cuts), max(cut.start + cut.count for cut in cuts)
         spans[name] = Shard(torch.empty(high - low), low, cuts[0].written.placed.whole)
-    fill_shards(manifest, FolderFiles(manifest.folder), spans)
+    stored.fill(spans)
     for name, span in spans.items():
         if not torch.isfinite(span.local).all():
             raise UserError(
-                "export.checkpoint", manifest.folder, f"{name} holds values that are not finite", "give an earlier one"
+                "export.checkpoint",
+                stored.manifest.folder,
+                f"{name} holds values that are not finite",
+                "give an earlier one",
             )
     return spans
 
@@ -234,12 +277,10 @@ def _write(writer: PieceWriter, cut: ExportSlice, values: Tensor) -> None:
     writer.write(scales[0].name, first_row * scale.shape[1], scale)
 
 
-def _write_configs(folder: Path, config: Config, family: ModelFamily, seq_len: int, eos_id: int) -> int:
-    """config.json and generation_config.json; returns the most tokens of a sequence. seq_len: that of the training."""
-    body = config_json(config.model, seq_len, config.export.dtype, eos_id, family)
+def _write_configs(folder: Path, body: dict[str, Any], family: ModelFamily, eos_id: int) -> None:
+    """config.json and generation_config.json."""
     write_json(folder / FAMILIES[family].config_file, body)
     write_json(folder / "generation_config.json", {"bos_token_id": eos_id, "eos_token_id": eos_id})
-    return body.get(FAMILIES[family].section, body)["max_position_embeddings"]
 
 
 def _notes(model: Model, family: FamilyFacts) -> Iterator[str]:

@@ -14,6 +14,7 @@ from conf.disk import cure_of_reading, is_refusal
 from conf.errors import UserError
 from conf.read_json import read_json
 from conf.schema import Model, ModelFamily
+from train.hf.adapter_names import ADAPTER_CONFIG
 from train.hf.config import SCALE_BLOCK, read_model, scale_shape, some
 from train.hf.families import FAMILIES, find_family
 from train.hf.tensor_names import MTP_NAMES, SCALE, PlacedTensor, tensors
@@ -21,7 +22,6 @@ from train.hf.tensor_names import MTP_NAMES, SCALE, PlacedTensor, tensors
 STEMS = tuple({facts.stem: None for facts in FAMILIES.values()})
 """How names of files with weights begin."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-ADAPTER = "adapter_config.json"
 PLAIN_TYPES = ("F32", "BF16", "F16")
 SCALE_TYPES = ("F32", "BF16", "F16", "F8_E8M0")
 FP8 = "F8_E4M3"
@@ -64,7 +64,7 @@ def open_folder(path: Path, field: str = "init_from") -> Folder:
     except OSError as error:
         raise folder.refuse(f"cannot be read: {error.strerror or error}", cure_of_reading(error)) from error
     for file, names in files.items():
-        here = _header(folder, file)
+        here = read_header(folder, file)
         if absent := [name for name in names if name not in here]:
             raise folder.refuse(
                 f"{file} must hold what {_listing(folder)} says, and lacks {some(absent)}", "download it again"
@@ -131,10 +131,10 @@ def _refuse_others(folder: Folder, files: dict[str, list[str]]) -> None:
             f"holds weights beside those of {_listing(folder)}, which nothing would read: {some(others)}",
             "move them out of the folder, or, where they belong to the model, download the index that names them",
         )
-    if ADAPTER in names:
+    if ADAPTER_CONFIG in names:
         raise folder.refuse(
-            f"holds an adapter ({ADAPTER}), which would not be added to the weights",
-            "merge it into them with the program that made it, or move it out of the folder",
+            f"holds an adapter ({ADAPTER_CONFIG}), which would not be added to the weights",
+            "give it as adapter.path, from a folder of its own, or merge it into the weights with the program that made it",
         )
 
 
@@ -183,7 +183,8 @@ def _index(folder: Folder) -> dict[str, list[str]]:
     return files
 
 
-def _header(folder: Folder, file: str) -> dict[str, StoredTensor]:
+def read_header(folder: Folder, file: str) -> dict[str, StoredTensor]:
+    """The tensors of one file. Raises UserError where it is damaged."""
     try:
         with safe_open(folder.path / file, framework="np") as reader:
             slices = {name: reader.get_slice(name) for name in reader.keys()}  # noqa: SIM118, no mapping

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from conf.adapters import is_adapter
 from conf.errors import UserError
 from conf.optimizers import OPTIMIZERS
 from conf.schema import ExportType
-from train.checkpoint.manifest import Manifest
+from train.checkpoint.manifest import Manifest, holds_adapter
 from train.hf.config import scale_shape
 from train.hf.tensor_names import SCALE, PlacedTensor
 from train.hf.write import ExportTensor
@@ -82,13 +83,17 @@ def left_out(manifest: Manifest, placed: list[PlacedTensor], ema: bool) -> dict[
     that the model needs are not there.
     """
     needed = {source_name(each, ema): each.whole for each in placed}
+    if is_merged := holds_adapter(manifest) and not any(is_adapter(name) for name in needed):
+        needed = {name: shape for name, shape in needed.items() if name in manifest.tensors}  # the rest is the base's
     reasons = OPTIMIZER_TENSORS | (
         {"master.": "the weights themselves, as their average is exported"}
         if ema
         else {"ema.": "average of the weights"}
     )
     if not any(each.ours.startswith("bias.") for each in placed):
-        reasons = reasons | {"bias.": "balance biases, which are 0 in this family"}
+        reasons = reasons | {"bias.": "balance biases, which are 0 in this family, or those of the base"}
+    if is_merged and not ema:
+        reasons = reasons | {"master.": "an adapter, added to the weights"}
     rest = {name: _reason(name, reasons) for name in manifest.tensors if name not in needed}
     unfit = [name for name, reason in rest.items() if reason is None]
     unfit += [

@@ -1,11 +1,13 @@
 """The whole model of a Hugging Face folder in one process."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from conf.schema import Model
 from parallel.shard import whole
+from train.checkpoint.stored_weights import open_pairs
 from train.hf.families import FAMILIES
 from train.hf.folder import match, open_model
 from train.hf.read import fill_from_folder
@@ -22,12 +24,13 @@ def load_hf_model(
     field: str = "init_from",
     kernels: Kernels | None = None,
     text_only: bool = False,
+    adapter: str | None = None,
 ) -> tuple[Model, DeepSeekV3, Path | None]:
     """The whole model of a folder on CPU in eval mode, its configuration, and the path of its tokenizer.json, if any.
 
     Weights are held and multiplied in dtype, and read straight into it: memory for the model once. field: what errors
     name. kernels: that the model computes with; torch's operations if not given. text_only: leave out what belongs to no language
-    model. Raises UserError for a folder that is no sound DeepSeek-V3.
+    model. adapter: a folder of PEFT's to be added to the weights. Raises UserError for a folder that is no sound DeepSeek-V3.
     """
     path = Path(folder).expanduser()
     headers, config, _ = open_model(path, field, text_only)
@@ -40,6 +43,7 @@ def load_hf_model(
     wanted = {f"master.{name}": whole(param) for name, param in model.named_parameters()}
     if FAMILIES[headers.family].has_biases:
         wanted |= {f"bias.{name}": whole(router.bias_E) for name, router in model.routers().items()}
-    fill_from_folder(headers, placed, wanted)
+    pairs = open_pairs(adapter, config, headers.family, partial(fill_from_folder, headers, placed))
+    fill_from_folder(headers, placed, wanted, None if pairs is None else pairs.add)
     tokenizer = path / "tokenizer.json"
     return config, model.eval(), tokenizer if tokenizer.is_file() else None

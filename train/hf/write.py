@@ -31,10 +31,10 @@ class ExportTensor:
 class PieceWriter:
     """One safetensors file, open. Use it in `with`; leaving it without error means that every byte was written."""
 
-    def __init__(self, path: Path, outs: list[ExportTensor]):
+    def __init__(self, path: Path, outs: list[ExportTensor], metadata: dict[str, str] | None = None):
         self._outs = {out.name: out for out in outs}
         tensors = [(out.name, out.dtype, out.shape) for out in outs]
-        header, self._offsets, self._left = safetensors_header(tensors, {"format": "pt"})
+        header, self._offsets, self._left = safetensors_header(tensors, {"format": "pt"} | (metadata or {}))
         self._start = len(header)
         self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         self._write(header, 0)

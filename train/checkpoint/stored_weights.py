@@ -1,0 +1,159 @@
+"""Weights as a checkpoint means them: those that it holds or, of an adapter's run, those of its base with the adapter added.
+
+    W + scale B A       in fp32, before anything rounds it
+
+An adapter's pairs come from the checkpoint of its run, or from a folder of PEFT's (adapter.path) beside a whole model. Either way they are
+added while the base is read, interval by interval, so that no more of them is in memory than a few tensors.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from conf.errors import UserError
+from conf.schema import Config, Model, ModelFamily
+from parallel.shard import Shard
+from train.checkpoint.manifest import holds_adapter, read_manifest
+from train.checkpoint.read_shards import FolderFiles, fill_shards
+from train.checkpoint.run_folder import find_checkpoint
+from train.hf.adapter_folder import ADAPTER_FIELD, open_adapter
+from train.hf.adapter_names import ADAPTER_FILE, BASE_MARK, AdaptedTensor, adapted_tensors
+from train.hf.folder import is_hf_folder, match, open_model
+from train.hf.read import fill_from_folder, parts_of
+from train.hf.tensor_names import PlacedTensor
+
+FillShards = Callable[[dict[str, Shard]], Any]
+"""Fills shards of weights and balance biases by their names in a checkpoint."""
+CACHED_TENSORS = 8
+"""Tensors of an adapter's checkpoint that are kept for the matrices that follow: those of one layer's experts."""
+
+
+class StoredPairs:
+    """What an adapter adds to the matrices of its base."""
+
+    def __init__(self, adapted: Iterable[AdaptedTensor], scale: float, read: Callable[[PlacedTensor], Tensor]):
+        """read: gives an A or a B, in fp32."""
+        self.adapted = list(adapted)
+        self._by_place = {(one.base.ours, one.base.start): one for one in self.adapted}
+        self._scale, self._read = scale, read
+
+    def add(self, placed: PlacedTensor, first: int, values: Tensor) -> None:
+        """Add scale B A to some elements of a matrix of theirs, flat and in fp32. first: the number of the first one."""
+        found = self._by_place.get((placed.ours, placed.start))
+        if found is None:
+            return
+        width = placed.shape[1]
+        row, end = first // width, -(-(first + values.numel()) // width)
+        delta = self._read(found.b)[row:end] @ self._read(found.a)
+        values.add_(delta.flatten()[first - row * width :][: values.numel()], alpha=self._scale)
+
+    def add_to(self, wanted: dict[str, Shard]) -> None:
+        """Add to all shards that adapted matrices lie in. wanted: weights in fp32, by our names."""
+        for part in parts_of([one.base for one in self.adapted], wanted):
+            self.add(part.placed, part.start, part.target)
+
+
+class StoredWeights:
+    """The weights of a checkpoint, whole or in part."""
+
+    def __init__(self, config: Config, checkpoint: Path, kind: str = "master"):
+        """kind: master, or ema, their average: of an adapter's run that of the adapter. Reads no weights. Raises UserError where
+        the base is not there, or is not that of the adapter.
+        """
+        self.manifest, self._kind = read_manifest(checkpoint), kind
+        self._own = partial(fill_shards, self.manifest, FolderFiles(checkpoint))
+        self._base: FillShards | None = None
+        family = ModelFamily(self.manifest.meta.get("family", ModelFamily.deepseek_v3))
+        adapter, self._whole = config.adapter, lru_cache(CACHED_TENSORS)(self._read_whole)
+        if not holds_adapter(self.manifest):
+            self.pairs = open_pairs(adapter.path, config.model, family, self._own)
+            return
+        if adapter.path is not None:
+            raise UserError(ADAPTER_FIELD, adapter.path, f"{checkpoint} holds an adapter already", "leave it out")
+        self._base = open_base(config)
+        adapted = adapted_tensors(config.model, family, adapter.targets, adapter.rank)
+        self.pairs = StoredPairs(adapted, adapter.scale, self.read)
+
+    def fill(self, wanted: dict[str, Shard]) -> None:
+        """A `FillShards`; weights in fp32."""
+        here = {name: shard for name, shard in wanted.items() if self._base is None or name in self.manifest.tensors}
+        self._own(here)
+        if self._base is not None:
+            self._base({plain_name(name): shard for name, shard in wanted.items() if name not in here})
+        if self.pairs is not None:
+            self.pairs.add_to({plain_name(name): shard for name, shard in wanted.items()})
+
+    def base_mark(self, model: Model) -> str:
+        """The mark of its base (`mark_of`), of a checkpoint that holds an adapter."""
+        assert self._base is not None
+        return mark_of(self._base, model)
+
+    def read(self, placed: PlacedTensor) -> Tensor:
+        """An A or a B of the adapter that it holds, in fp32."""
+        values = self._whole(placed.ours, placed.whole)
+        return values[placed.start : placed.start + placed.count].view(placed.shape)
+
+    def _read_whole(self, ours: str, shape: tuple[int, ...]) -> Tensor:
+        name = f"{self._kind}.{ours.removeprefix('master.')}"
+        values = torch.empty(shape)
+        self._own({name: Shard(values.view(-1), 0, shape)})
+        return values.view(-1)
+
+
+def plain_name(name: str) -> str:
+    """The name of the weights of which this may be the average."""
+    return f"master.{name.removeprefix('ema.')}" if name.startswith("ema.") else name
+
+
+def open_base(config: Config) -> FillShards:
+    """The weights of init_from, which an adapter was trained on. Raises UserError."""
+    if config.init_from is None:
+        rule = "must say where the weights are that the adapter belongs to: its checkpoints do not hold them"
+        raise UserError("init_from", None, rule, "set init_from to the base of the training")
+    path = Path(config.init_from).expanduser()
+    if is_hf_folder(path):
+        folder, _, _ = open_model(path, text_only=config.text_only)
+        return partial(fill_from_folder, folder, match(folder, config.model))
+    checkpoint = find_checkpoint(config, str(path), "init_from")
+    return partial(fill_shards, read_manifest(checkpoint), FolderFiles(checkpoint))
+
+
+def mark_of(fill_base: FillShards, model: Model) -> str:
+    """A mark by which a base is known again, in whatever format it is stored: of its last gain and its first token's vector."""
+    gain, vector = torch.empty(model.hidden), torch.empty(model.hidden)
+    fill_base(
+        {
+            "master.norm.weight": Shard(gain, 0, (model.hidden,)),
+            "master.embedding.weight": Shard(vector, 0, (model.vocab_size, model.hidden)),
+        }
+    )
+    bits = torch.cat([gain, vector]).bfloat16().view(torch.int16).numpy().tobytes()
+    return hashlib.sha256(bits).hexdigest()[:16]
+
+
+def open_pairs(path: str | None, model: Model, family: ModelFamily, fill_base: FillShards) -> StoredPairs | None:
+    """The pairs of a folder of PEFT's; None without a path. Raises UserError where they do not belong to the base."""
+    if path is None:
+        return None
+    found = open_adapter(Path(path).expanduser(), model, family)
+    opened = safe_open(found.folder.path / ADAPTER_FILE, framework="pt", backend="pread")
+    mark = (opened.metadata() or {}).get(BASE_MARK)
+    if mark is not None and mark != mark_of(fill_base, model):
+        raise found.folder.refuse(
+            f"is an adapter of other weights than these: it was made for {found.base}",
+            "give the base that it was trained on",
+        )
+
+    def read(placed: PlacedTensor) -> Tensor:
+        values = opened.get_tensor(placed.theirs).float()
+        if not torch.isfinite(values).all():
+            raise found.folder.refuse(f"{placed.theirs} holds values that are not finite", "give another adapter")
+        return values
+
+    return StoredPairs(found.adapted, found.scale, read)

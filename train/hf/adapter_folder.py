@@ -1,0 +1,105 @@
+"""A folder of PEFT's with an adapter, by its headers: whether it belongs to our model, and is computed as we compute it. No torch."""
+
+import math
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from conf.adapters import ADAPTER_TARGETS
+from conf.read_json import read_json
+from conf.schema import Model, ModelFamily
+from train.hf.adapter_names import ADAPTER_CONFIG, ADAPTER_FILE, PREFIX, AdaptedTensor, adapted_tensors
+from train.hf.config import some
+from train.hf.folder import PLAIN_TYPES, Folder, read_header
+
+ADAPTER_FIELD = "adapter.path"
+PEFT_FIXED: dict[str, Any] = {
+    "peft_type": "LORA",
+    "bias": "none",
+    "lora_bias": False,
+    "modules_to_save": None,
+    "use_dora": False,
+    "use_qalora": False,
+    "fan_in_fan_out": False,
+    "layer_replication": None,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "alora_invocation_tokens": None,
+}
+"""Fields with one value that means y = W x + scale B A x with one rank; a file may leave them out."""
+
+
+class AdapterFolder(NamedTuple):
+    """A sound adapter of a model."""
+
+    folder: Folder
+    adapted: list[AdaptedTensor]
+    """Those that it has pairs for."""
+    scale: float
+    """Factor on B A."""
+    base: str
+    """Where its author says that the weights are."""
+
+
+def open_adapter(path: Path, model: Model, family: ModelFamily) -> AdapterFolder:
+    """Read and check the headers of adapter.path. Raises UserError for what is no adapter, is damaged, is computed otherwise,
+    or belongs to another model.
+    """
+    folder = Folder(path, {}, ADAPTER_FIELD)
+    if not os.path.isdir(path):
+        raise folder.refuse("no such folder", f"give a folder with {ADAPTER_CONFIG} and {ADAPTER_FILE}")
+    lacking = [name for name in (ADAPTER_CONFIG, ADAPTER_FILE) if not (path / name).is_file()]
+    if lacking:
+        raise folder.refuse(
+            f"lacks {' and '.join(lacking)}", "give a folder that PEFT or export.to wrote, in safetensors"
+        )
+    body = read_json(path / ADAPTER_CONFIG, ADAPTER_FIELD, "export it again")
+    rank, scale = _read_settings(folder, body)
+    folder.stored.update(read_header(folder, ADAPTER_FILE))
+    return AdapterFolder(
+        folder, _match_pairs(folder, model, family, rank), scale, str(body.get("base_model_name_or_path"))
+    )
+
+
+def _read_settings(folder: Folder, body: dict[str, Any]) -> tuple[int, float]:
+    """Rank, and factor on B A."""
+    for key, value in PEFT_FIXED.items():
+        if (found := body.get(key, value)) not in (value, None):
+            raise folder.refuse(f"{key} must be {value}, and is {found!r:.80}", "give a plain LoRA adapter of one rank")
+    rank, alpha = body.get("r"), body.get("lora_alpha")
+    if not isinstance(rank, int) or rank is True or rank < 1:
+        raise folder.refuse(f"r must be a rank of at least 1, and is {rank!r:.80}", "export it again")
+    if not isinstance(alpha, int | float) or alpha is True or not 0 < alpha < math.inf:
+        raise folder.refuse(f"lora_alpha must be a number above 0, and is {alpha!r:.80}", "export it again")
+    return rank, alpha / (math.sqrt(rank) if body.get("use_rslora") else rank)
+
+
+def _match_pairs(folder: Folder, model: Model, family: ModelFamily, rank: int) -> list[AdaptedTensor]:
+    stored = folder.stored
+    possible = list(adapted_tensors(model, family, ADAPTER_TARGETS, rank))
+    known = {part.theirs: part for one in possible for part in (one.a, one.b)}
+    if stacked := [name for name in stored if ".experts.lora_" in name or ".experts.base_layer." in name]:
+        raise folder.refuse(
+            f"holds experts stacked as PEFT saves them from transformers 5: {some(stacked)}",
+            f"name them one by one, as in {PREFIX}model.layers.1.mlp.experts.0.gate_proj.lora_A.weight",
+        )
+    if unknown := [name for name in stored if name not in known]:
+        raise folder.refuse(
+            f"adapts what the model has not, or nothing here adapts: {some(unknown)}", "give an adapter of this base"
+        )
+    found = [one for one in possible if one.a.theirs in stored or one.b.theirs in stored]
+    parts = [part for one in found for part in (one.a, one.b)]
+    if missing := [part.theirs for part in parts if part.theirs not in stored]:
+        raise folder.refuse(f"lacks the other half of {len(missing)} pairs: {some(missing)}", "export it again")
+    if wrong := [
+        f"{p.theirs} {stored[p.theirs].shape}, not {p.shape}" for p in parts if stored[p.theirs].shape != p.shape
+    ]:
+        raise folder.refuse(
+            f"{len(wrong)} tensors have another shape than rank {rank} on this base gives: {some(wrong)}",
+            "give an adapter of this base",
+        )
+    if odd := [f"{name} is {one.dtype}" for name, one in stored.items() if one.dtype not in PLAIN_TYPES]:
+        raise folder.refuse(f"has types that are not read here: {some(odd)}", f"give it in {', '.join(PLAIN_TYPES)}")
+    if not found:
+        raise folder.refuse("holds no tensors", "export it again")
+    return found
