@@ -115,6 +115,7 @@ def check_before_start(config: Config) -> None:
     """What can be refused before anything is written, the quickest first: a layout that cannot work, a disk or a memory that
     is too small, a checkpoint of another model, data that cannot be read.
     """
+    from train.checkpoint.adapter_base import describe_base, require_adapter, require_base
     from train.checkpoint.run_folder import check_space, resume_point
     from train.checkpoint.trained_with import refuse_mean, require_model
     from train.data.corpus import build_corpus
@@ -139,15 +140,17 @@ def check_before_start(config: Config) -> None:
     if start is not None:
         require_model(config, start.folder, start.meta)
         refuse_mean(config, start.folder, start.meta)
+        require_adapter(config, start.folder, start.meta)
     with show_progress() as progress:
         corpus = build_corpus(config, progress)
     if warning := warn_of_spare_rows(corpus.tokenizer, config.model.vocab_size):
         say_note(warning)
-    if config.init_from is not None and start is None:
+    if config.init_from is not None and (start is None or config.adapter.on):
         from train.loop.start import check_start, own_start
 
-        if own_start(config, corpus.tokenizer) is None:
-            check_start(config, corpus.tokenizer)
+        source = own_start(config, corpus.tokenizer) or check_start(config, corpus.tokenizer)[0]
+        if start is not None:
+            require_base(config, start.folder, start.meta, describe_base(source))
 
 
 def _run_rank(config: Config, place: Place) -> int:

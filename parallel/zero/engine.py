@@ -72,7 +72,9 @@ class Zero:
         self.mesh = mesh
         names = _unique_names(chunks)
         self.names = {param: name for param, name in names.items() if param.requires_grad}
-        self.shapes = {param: tuple(param.shape) for param in self.names}
+        self.untrained = {param: name for param, name in names.items() if not param.requires_grad}
+        """Weights without gradient, master and state: whole on every rank of a stage, and in no checkpoint."""
+        self.shapes = {param: tuple(param.shape) for param in names}
         self.tied = tied
         # Of two copies, the last rank's is left out of the norm and of checkpoints.
         self.copy = tied if tied is not None and mesh.pp_rank > 0 else None

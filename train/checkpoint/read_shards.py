@@ -73,21 +73,21 @@ class FolderFiles:
             yield lambda view, position: os.preadv(file.fileno(), [view], position)
 
 
-def load_shards(path: Path, wanted: dict[str, Shard]) -> dict[str, Any]:
-    """Fill the memory of every wanted shard from the checkpoint in `path`.
+def load_shards(path: Path, wanted: dict[str, Shard], rounded: bool = False) -> dict[str, Any]:
+    """Fill the memory of every wanted shard from the checkpoint in `path`. rounded: to the type of the shard, where that is a smaller one.
 
     Returns the stored meta, and `step`, `attempt` and `world_size` of the run that wrote it. Raises UserError, before
     anything is written, if the folder is no checkpoint, is newer, or lacks a tensor or part of it, or if shape or
     type differ; Damaged (a UserError too) if a file is missing or a checksum wrong: then shards may be half filled.
     """
-    return fill_shards(read_manifest(path), FolderFiles(path), wanted)
+    return fill_shards(read_manifest(path), FolderFiles(path), wanted, rounded)
 
 
-def fill_shards(manifest: Manifest, files: Files, wanted: dict[str, Shard]) -> dict[str, Any]:
-    """Fill shards from a checkpoint whose manifest is known and whose files may be anywhere."""
+def fill_shards(manifest: Manifest, files: Files, wanted: dict[str, Shard], rounded: bool = False) -> dict[str, Any]:
+    """Fill shards from a checkpoint whose manifest is known and whose files may be anywhere. rounded: as in `load_shards`."""
     pieces: dict[int, list[FilePiece]] = {}
     for name, shard in wanted.items():
-        for rank, piece in _pieces(manifest, name, shard):
+        for rank, piece in _pieces(manifest, name, shard, rounded):
             pieces.setdefault(rank, []).append(piece)
     buffer = torch.empty(CRC_BLOCK, dtype=torch.uint8)
     for rank, parts in sorted(pieces.items()):
@@ -100,9 +100,9 @@ def fill_shards(manifest: Manifest, files: Files, wanted: dict[str, Shard]) -> d
     return {**manifest.meta, **identity}
 
 
-def _pieces(manifest: Manifest, name: str, shard: Shard) -> list[tuple[int, FilePiece]]:
+def _pieces(manifest: Manifest, name: str, shard: Shard, rounded: bool) -> list[tuple[int, FilePiece]]:
     """(rank, piece) that together make up one wanted shard; overlaps of the stored intervals are read once."""
-    entry = _compatible(manifest, name, shard)
+    entry = _compatible(manifest, name, shard, rounded)
     stop = shard.offset + shard.local.numel()
     spans = [(start, count) for _, start, count in entry.intervals]
     if (hole := first_hole(spans, shard.offset, stop)) is not None:
@@ -122,7 +122,7 @@ def _pieces(manifest: Manifest, name: str, shard: Shard) -> list[tuple[int, File
     return found
 
 
-def _compatible(manifest: Manifest, name: str, shard: Shard) -> Entry:
+def _compatible(manifest: Manifest, name: str, shard: Shard, rounded: bool) -> Entry:
     """The entry of a wanted tensor, or UserError if there is none that fits it."""
     entry, shape = manifest.tensors.get(name), tuple(shard.shape)
     if entry is None:
@@ -144,7 +144,7 @@ def _compatible(manifest: Manifest, name: str, shard: Shard) -> Entry:
             manifest.folder / MANIFEST, f"{name} has an element type {entry.dtype} that does not exist"
         )
     stored, dtype = TORCH[entry.dtype], shard.local.dtype
-    if dtype != stored and dtype not in LOSSLESS.get(stored, ()):
+    if not (dtype == stored or dtype in LOSSLESS.get(stored, ()) or (rounded and stored in LOSSLESS.get(dtype, ()))):
         raise UserError(
             f"checkpoint: {name}",
             manifest.folder,

@@ -11,6 +11,7 @@ from conf.optimizers import written_by
 from conf.schema import Config, ModelFamily
 from parallel.exchange import from_rank_0, gather
 from parallel.shard import Shard
+from train.checkpoint.adapter_base import require_adapter, require_base
 from train.checkpoint.checkpointer import Checkpointer
 from train.checkpoint.manifest import CheckpointDamaged, manifest_of, newest_intact, read_manifest
 from train.checkpoint.memory_copies import MemoryCopies
@@ -83,10 +84,11 @@ def restore(
     another model, another tokenizer or a longer run.
     """
     skip: set[Path] = set()
+    begun = _start(config, data.tokenizer, state) if config.adapter.on else []  # its checkpoints do not hold the base
     notes, optimizer = list(start.notes), config.optim.facts.name
     if start.copy is not None and copies is not None:
         manifest = manifest_of(Path(start.copy["folder"]), start.copy)
-        _fits(config, data.tokenizer, manifest.folder, manifest.meta)
+        _fits(config, data.tokenizer, manifest.folder, manifest.meta, state.base)
         problem = _load(state, manifest.meta, optimizer, lambda wanted: fill_shards(manifest, copies.files(), wanted))
         if problem is None:
             copies.mark_resumed()
@@ -97,7 +99,7 @@ def restore(
     while start.checkpoint is not None:
         path = Path(start.checkpoint)
         meta = read_manifest(path).meta
-        _fits(config, data.tokenizer, path, meta)
+        _fits(config, data.tokenizer, path, meta, state.base)
         problem = _load(state, meta, optimizer, lambda wanted, path=path: checkpointer.load(path, wanted))
         if problem is None:
             return _resumed(config, data, meta, notes, str(path))
@@ -113,7 +115,9 @@ def restore(
             f"there is no checkpoint on disk, and copies in memory are of no use: {'; '.join(notes)}",
             "start once with checkpoint.every_memory=0 to begin from the start, or take another name=",
         )
-    return RestoredState([] if config.init_from is None else _start(config, data.tokenizer, state))
+    if config.init_from is not None and not config.adapter.on:
+        begun = _start(config, data.tokenizer, state)
+    return RestoredState(begun)
 
 
 def _resumed(config: Config, data: PreparedData, meta: dict[str, Any], notes: list[str], where: str) -> RestoredState:
@@ -178,8 +182,12 @@ def _start(config: Config, tokenizer: Tokenizer, state: RunState) -> list[str]:
     return [*notes, f"started from the weights of {folder.path}: {len(folder.stored)} tensors"]
 
 
-def _fits(config: Config, tokenizer: Tokenizer, path: Path, meta: dict[str, Any]) -> None:
+def _fits(config: Config, tokenizer: Tokenizer, path: Path, meta: dict[str, Any], base: dict[str, str] | None) -> None:
+    """Raise UserError where the run cannot go on from a checkpoint. base: what its adapter is trained beside."""
     require_model(config, path, meta)
+    require_adapter(config, path, meta)
+    if base is not None:
+        require_base(config, path, meta, base)
     refuse_mean(config, path, meta)
     require_tokenizer(tokenizer.fingerprint, config.data.tokenizer, path, meta)
     if meta["step"] > config.steps:

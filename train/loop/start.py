@@ -12,6 +12,7 @@ from cluster.run_files import MANIFEST
 from conf.optimizers import pretrained_with
 from conf.read_json import read_json
 from conf.schema import Config
+from train.checkpoint.adapter_base import describe_base, refuse_adapter
 from train.checkpoint.manifest import read_manifest
 from train.checkpoint.run_folder import find_checkpoint
 from train.checkpoint.trained_with import require_model, require_tokenizer
@@ -63,21 +64,27 @@ def own_start(config: Config, tokenizer: Tokenizer) -> Path | None:
     meta = read_manifest(checkpoint).meta
     require_model(config, checkpoint, meta)
     require_tokenizer(tokenizer.fingerprint, config.data.tokenizer, checkpoint, meta)
+    refuse_adapter(checkpoint, meta)
     return checkpoint
 
 
 def start_from(config: Config, source: Folder | Path, state: "RunState") -> None:
-    """Fill this rank's part of the state from what `check_start` or `own_start` has found sound."""
-    kinds = ("master.", "bias.") if isinstance(source, Path) or FAMILIES[source.family].has_biases else ("master.",)
-    weights = {name: shard for name, shard in state.wanted(False).items() if name.startswith(kinds)}
+    """Fill this rank's part of the state, of an adapter's run that of its base, from what `check_start` or `own_start` has found sound."""
+    weights = state.wanted_of_start()
+    if not (isinstance(source, Path) or FAMILIES[source.family].has_biases):
+        weights = {name: shard for name, shard in weights.items() if not name.startswith("bias.")}
     if isinstance(source, Path):
         from train.checkpoint.read_shards import load_shards  # torch
 
-        family = load_shards(source, weights).get("family")
+        family = load_shards(source, weights, rounded=config.adapter.on).get("family")
     else:
         from train.hf.read import fill_from_folder  # torch
 
         fill_from_folder(source, match(source, config.model), weights)
         family = source.family
+    if config.adapter.on:
+        from parallel.exchange import from_rank_0  # torch
+
+        state.base = from_rank_0(lambda: describe_base(source))
     meta = {"step": 0, "samples": 0, "skipped": 0, "updates": 0} | ({} if family is None else {"family": family})
     state.finish_load(meta, with_ema=False)

@@ -3,11 +3,11 @@
     master.*                            fp32 weights
     STATE.*                             what the optimizer keeps, by its names (conf/optimizers.py)
     ema.*                               average of the weights, when the run keeps one
-    bias.LAYER                          balance bias of every MoE layer
+    bias.LAYER                          balance bias of every MoE layer; not where an adapter is trained, whose base has them
     running.load, running.idle          past expert loads, from which MaxVio and dead experts are told
 
-The rest is in the meta: step, samples (the data position), updates, and the family of the folder whose weights the run started
-from; schedules follow from the step. Nothing
+The rest is in the meta: step, samples (the data position), updates, the family of the folder whose weights the run started
+from, and of an adapter's run its base (train/checkpoint/adapter_base.py); schedules follow from the step. Nothing
 in a run draws random numbers after the weights are made, so there is no generator state to keep.
 """
 
@@ -35,6 +35,9 @@ class RunState:
         """Step and value of the least held-out loss so far, where the run keeps the best checkpoint."""
         self.skipped = 0
         self.family = ModelFamily.deepseek_v3
+        self._trains_adapter = config.adapter.on
+        self.base: dict[str, str] | None = None
+        """What an adapter is trained beside, once it is there."""
         size_LE = len(moe_layers(config.model)), config.model.experts
         self.load_LE = torch.zeros(size_LE, dtype=torch.float64)
         self.idle_LE = torch.zeros(size_LE, dtype=torch.int64)
@@ -59,7 +62,7 @@ class RunState:
         if self.ema is not None:
             self.ema.flush()
             shards |= self._averages(shards)
-        if self.mesh.stage_rank == 0:
+        if self.mesh.stage_rank == 0 and not self._trains_adapter:
             shards |= self._biases()
         if self.mesh.rank == 0:
             shards |= self._loads()
@@ -76,7 +79,17 @@ class RunState:
                 shards[name].local.zero_()
             shards = masters
         averages = self._averages(shards) if self.ema is not None and with_ema else {}
-        return shards | averages | self._biases() | self._loads()
+        biases = {} if self._trains_adapter else self._biases()
+        return shards | averages | biases | self._loads()
+
+    def wanted_of_start(self) -> dict[str, Shard]:
+        """What this rank reads of the weights that a run starts from: its masters, or the base of an adapter where it lies; and the
+        balance biases."""
+        if not self._trains_adapter:
+            return {name: shard for name, shard in self.wanted(False).items() if name.startswith(("master.", "bias."))}
+        place, untrained = self.zero.place, self.zero.untrained
+        base = {f"master.{name}": Shard(param.detach().view(-1), *place(param, 0)) for param, name in untrained.items()}
+        return base | self._biases()
 
     def finish_load(self, meta: dict[str, Any], with_ema: bool) -> None:
         """Take over after the wanted shards were filled."""
@@ -96,7 +109,9 @@ class RunState:
             "updates": self.zero.client.updates,
             "has_ema": self.ema is not None,
             "family": str(self.family),
-        } | ({} if self.best is None else {"best": list(self.best)})
+            **({} if self.best is None else {"best": list(self.best)}),
+            **({} if self.base is None else {"base": self.base}),
+        }
 
     def _averages(self, shards: dict[str, Shard]) -> dict[str, Shard]:
         assert self.ema is not None
