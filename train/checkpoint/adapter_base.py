@@ -29,7 +29,7 @@ def describe_base(source: Folder | Path) -> dict[str, str]:
     found = hashlib.sha256()
     if isinstance(source, Path):
         found.update(json.dumps(sorted(read_manifest(source).files.items())).encode())
-        return {"path": str(source), "fingerprint": found.hexdigest()}
+        return {"path": str(source.absolute()), "fingerprint": found.hexdigest()}
     found.update(json.dumps(sorted((name, *vars(at).values()) for name, at in source.stored.items())).encode())
     for file in sorted({at.file for at in source.stored.values()}):
         try:
@@ -40,7 +40,7 @@ def describe_base(source: Folder | Path) -> dict[str, str]:
                     found.update(opened.read(BYTES_OF_PLACE))
         except OSError as error:
             raise source.refuse(f"{file} cannot be read: {error}", cure_of_reading(error)) from error
-    return {"path": str(source.path), "fingerprint": found.hexdigest()}
+    return {"path": str(source.path.absolute()), "fingerprint": found.hexdigest()}
 
 
 def require_adapter(config: Config, checkpoint: Path, meta: dict[str, Any]) -> None:
