@@ -9,6 +9,7 @@ all others      the bugs, a file for each area
 from tests.prove.mutations import (
     attention,
     balance,
+    chats,
     context,
     dispatch,
     formats,
@@ -33,6 +34,7 @@ _FILES = (
     routing,
     balance,
     losses,
+    chats,
     attention,
     context,
     dispatch,

@@ -15,6 +15,7 @@ BASE = [
 ]  # fmt: skip
 MORE = ["batch_size=12", "optim.batch_ramp_start=8", "optim.batch_ramp_increment=4"]
 COPIES, EXPERTS = [*BASE, "parallel.dp=2"], [*BASE, "parallel.dp=2", "parallel.ep=2"]
+CHATS = ["data.mask_documents=false", "data.format=chat"]
 NODES = ["parallel.dispatch=node_limited"]
 FEW = [
     "model.layers=2",
@@ -43,6 +44,9 @@ RECIPES = {
         "optim.batch_ramp_start=null",
         "optim.batch_ramp_steps=0",
     ],
+    "chats": [*COPIES, *CHATS],
+    "chats shared": [*BASE, *CHATS, "parallel.cp=2"],
+    "chats with biases": [*COPIES, *CHATS, "optim.bias_speed=[{until: 1.0, value: 0.0}]"],
     "shared": [*BASE, "parallel.cp=2"],
     "pipeline": [*BASE, "parallel.pp=2"],
     "zbv": [*STAGES, "parallel.schedule=zbv"],

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from functools import wraps
+from functools import cached_property, wraps
 from typing import Any
 
 import pytest
@@ -28,7 +28,8 @@ class Seams:
         """
         held = inspect.getattr_static(owner, name)
         place = self._add(owner, name)
-        original = held.fget if isinstance(held, property) else getattr(owner, name)
+        getters = {property: "fget", cached_property: "func"}
+        original = getattr(held, getters[type(held)]) if type(held) in getters else getattr(owner, name)
         _check_arguments(original, wrapper, place)
 
         @wraps(original)
@@ -36,7 +37,7 @@ class Seams:
             self.ran.add(place)
             return wrapper(original, *arguments, **keywords)
 
-        kind = {property: property, staticmethod: staticmethod}.get(type(held), lambda function: function)
+        kind = {property: property, cached_property: property, staticmethod: staticmethod}.get(type(held), lambda x: x)
         self._patch.setattr(owner, name, kind(replaced))
 
     def value(self, owner: object, name: str, value: Any) -> None:
