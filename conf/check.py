@@ -467,12 +467,18 @@ DATA: tuple[ConfigCheck, ...] = (
                "needs held-out losses on the way", "set log.validate_every=N, in steps"),
     ConditionalRules(lambda c: not c.data.chats, (
         JoinedRule("data.template", lambda c, v: v is None or c.generate.chat, NOT_CHATS, FOR_CHATS),
+        JoinedRule("data.template_function", lambda c, v: not v or c.generate.chat, NOT_CHATS, FOR_CHATS, shown=lambda c, v: v["_target_"]),
         JoinedRule("data.supervise", lambda c, v: v is Supervise.assistant, NOT_CHATS, FOR_CHATS),
         JoinedRule("data.too_long", lambda c, v: v is TooLong.refuse, NOT_CHATS, FOR_CHATS),
         JoinedRule("data.cut_reasoning", lambda c, v: not v, NOT_CHATS, FOR_CHATS),
         JoinedRule("mode", lambda c, v: v is not Mode.show_data, "shows chats as they are learnt, and this recipe has none", FOR_CHATS),
     )),
+    JoinedRule("data.template_function", lambda c, v: not v or c.data.template is None,
+               "makes texts of chats, and data.template does, too", "keep one of them", shown=lambda c, v: v["_target_"]),
     ConditionalRules(lambda c: c.data.chats, (
+        JoinedRule("model.yarn.query_growth", lambda c, v: v == 0 or c.seq_len <= c.model.yarn.original_seq_len,
+                   "counts positions from the beginning of a sequence, in which chats come one after another",
+                   "set seq_len={model.yarn.original_seq_len} or less"),
         JoinedRule("data.mix", lambda c, v: all(source.format in CHATS for source in v),
                    "has chats and other text, which are not trained on together", "give every source format: chat, or none",
                    shown=lambda c, v: [str(source.format) for source in v]),

@@ -25,10 +25,11 @@ from conf.schema import ROOT, Config, Mode
 TARGET = "_target_"
 CodeSection = Mapping[str, Any]
 """What a recipe says of a piece of code: its target, and its keys."""
-OWN_CODE = ("data.source", "model.block", "model.router", "optim.extra_loss", "callbacks")
+OWN_CODE = ("data.source", "data.template_function", "model.block", "model.router", "optim.extra_loss", "callbacks")
 """The keys that take code; the last one takes a list of it."""
 READ_FROM_RUNS: dict[str, tuple[Mode, ...]] = {
     "data.source": (Mode.evaluate,),
+    "data.template_function": (Mode.evaluate, Mode.generate),
     "model.block": (Mode.evaluate,),
     "model.router": (Mode.evaluate, Mode.generate, Mode.score),
 }

@@ -57,6 +57,8 @@ def over_run_settings(node: DictConfig, overrides: Sequence[str], groups: Sequen
     for key, modes in READ_FROM_RUNS.items():
         typed = {key, f"{key}._target_", key.partition(".")[0]} & {*keys}
         section = OmegaConf.select(settings, key)
+        if key == "data.template_function" and node.mode == Mode.generate and not node.generate.chat:
+            continue  # texts need none
         if node.mode in modes and section and not node.trust and not typed:
             rule = f"stands in {file}, and would be imported: code that runs as you"
             cure = f"set trust=true, if you trust who wrote the file, or give your own recipe: conf=NAME, or {key}=null for none"

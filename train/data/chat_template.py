@@ -37,7 +37,8 @@ TEMPLATE_FILE = "chat_template.jinja"
 TURN_BEGIN, TURN_END = PLACE_MARKS
 PROBE = TURN_BEGIN
 PROBED_ANSWER = "an answer"
-"""A content behind which the stop token is looked for."""
+PROBED_TURNS = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": PROBED_ANSWER}]
+"""A chat, behind whose last content the stop token is looked for."""
 NAMED_TOKEN = re.compile(r"<\|[^<>|\s]+\|>|<\uff5c[^<>\uff5c\s]+\uff5c>")
 """How models spell tokens of their templates."""
 Span = tuple[int, int]
@@ -113,21 +114,15 @@ class ChatTemplate:
         return hashlib.blake2b(known.encode(), digest_size=16).hexdigest()
 
     @property
-    def source(self) -> str:
-        """The template of chats without tools."""
+    def source(self) -> str | None:
+        """The template of chats without tools; None where it is no text."""
         return self._sources["default"]
 
     def require_tokens(self, tokenizer: Tokenizer) -> None:
         """Raise UserError where the template spells a token that the tokenizer would cut into letters."""
         for source in self._sources.values():
             for token in NAMED_TOKEN.findall(source):
-                if tokenizer.id_of(token) is None:
-                    raise UserError(
-                        self._field,
-                        self.name,
-                        f"writes {token}, which the tokenizer has not: it would be cut into letters",
-                        "take the tokenizer and the template of one checkpoint, or data.template=plain",
-                    )
+                refuse_unknown_token(token, tokenizer, self._field, self.name)
 
     def render(self, chat: Chat, supervise: Supervise) -> RenderedChat:
         """Raises CannotRender."""
@@ -154,8 +149,7 @@ class ChatTemplate:
 
     def stop(self) -> str:
         """What ends a turn of the assistant, behind its content. Raises CannotRender."""
-        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": PROBED_ANSWER}]
-        behind = self._run(turns, None).rpartition(PROBED_ANSWER)[2]
+        behind = self._run(PROBED_TURNS, None).rpartition(PROBED_ANSWER)[2]
         return behind.partition(TURN_END)[0] if TURN_END in behind else behind.strip()
 
     def _has(self, text: str, content: str, chat: Chat) -> bool:
@@ -281,6 +275,15 @@ def _spans(pieces: Sequence[str], contents: Sequence[str], around: Sequence[tupl
         begin = at - len(lead) if piece.endswith(lead) else at
         at += len(content)
         yield [(begin, at + _shared(tail, behind))]
+
+
+def refuse_unknown_token(token: str, tokenizer: Tokenizer, field: str, name: str) -> None:
+    """Raise UserError for a special token that the tokenizer has not. field, name: of the template, for the error."""
+    if tokenizer.id_of(token) is None:
+        rule = f"writes {token}, which the tokenizer has not: it would be cut into letters"
+        raise UserError(
+            field, name, rule, "take the tokenizer and the template of one checkpoint, or data.template=plain"
+        )
 
 
 def load_template(choice: str | None, folder: Path | None, tokenizer: Tokenizer) -> ChatTemplate:

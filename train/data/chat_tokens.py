@@ -17,9 +17,10 @@ from tokenizers import Encoding
 from cluster.run_files import MANIFEST
 from conf.errors import UserError
 from conf.schema import Config, Supervise, TooLong
-from train.data.chat_template import CannotRender, ChatTemplate, RenderedChat, load_template
+from train.data.chat_template import CannotRender, ChatTemplate, RenderedChat
 from train.data.packing import Documents
 from train.data.source_files import hash_id
+from train.data.template_function import template_of
 from train.data.tokenizer import Tokenizer, load_tokenizer
 
 AT_ONCE = 256
@@ -51,7 +52,7 @@ def chat_tokenizer(config: Config) -> tuple[Tokenizer, ChatTemplate]:
         path = path.absolute().parents[1]  # a checkpoint, whose run has the tokenizer
     tokenizer = load_tokenizer(str(path))
     folder = path if path.is_dir() else path.parent if path.is_file() else None
-    return tokenizer, load_template(config.data.template, folder, tokenizer)
+    return tokenizer, template_of(config.data, folder, tokenizer)
 
 
 def tokenise_chats(

@@ -15,8 +15,9 @@ from cluster.interrupts import every_interrupt
 from conf.errors import UserError
 from conf.load import report
 from conf.schema import Config
-from train.data.chat_template import CannotRender, ChatTemplate, load_template
+from train.data.chat_template import CannotRender, ChatTemplate
 from train.data.chats import Message
+from train.data.template_function import template_of
 from train.generate.generation import EndReason, Generation, Limits
 from train.generate.sampling import Sampler
 from train.generate.source import LoadedModel
@@ -67,8 +68,8 @@ class Conversation:
                 yield piece
         finally:
             self.turns += [{"role": "user", "content": question}, {"role": "assistant", "content": text.strip()}]
-        if generation.ends[0] is not EndReason.document:
-            self._say(f"[{generation.ends[0].value}]")
+        if (end := generation.ends[0]) is not None and end is not EndReason.document:
+            self._say(f"[{end.value}]")
 
     def _prompt(self, turns: list[Message]) -> list[int]:
         """Tokens of the turns, without the oldest where all are too many, so that half the context stays for an answer."""
@@ -111,9 +112,9 @@ class Conversation:
 
 def _template(config: Config, source: LoadedModel) -> ChatTemplate:
     try:
-        return load_template(config.data.template, source.words, source.tokenizer)
+        return template_of(config.data, source.words, source.tokenizer)
     except UserError as error:
-        if config.data.template is not None:
+        if config.data.template is not None or config.data.template_function:
             raise
         rule = (
             f"needs a chat template, and {source.title} has none: it was not tuned on chats, or it keeps it elsewhere"

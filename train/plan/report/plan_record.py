@@ -111,6 +111,7 @@ OWN_CODE_PLANNED = {
     "model.router": "memory is traced with it, time is that of DeepSeek-V3's router",
     "optim.extra_loss": "neither memory nor time is known: measure one rank with mode=dry_run",
     "data.source": "not counted",
+    "data.template_function": "not counted",
     "callbacks": "not counted",
 }
 
