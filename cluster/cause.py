@@ -275,7 +275,7 @@ def name_hang(reports: list[RankReport], stacks: dict[int, str], names: dict[int
     return _cause(Kind.hang, text, found, names, EXIT_CRASH, log)
 
 
-def _main_thread(stack: str) -> list[str]:
+def main_thread_frames(stack: str) -> list[str]:
     """Lines of the main thread, innermost first; faulthandler prints it last."""
     start = max(stack.rfind("\nThread "), stack.rfind("\nCurrent thread "), 0)
     return [line.strip() for line in stack[start:].splitlines() if line.lstrip().startswith("File ")]
@@ -283,11 +283,11 @@ def _main_thread(stack: str) -> list[str]:
 
 def waits_for_ranks(stack: str) -> bool:
     """Whether the innermost frames of the main thread wait for other ranks: threads and queues of Python wait for something here."""
-    frames = [frame for frame in _main_thread(stack)[:4] if not _OF_PYTHON.search(frame)]
+    frames = [frame for frame in main_thread_frames(stack)[:4] if not _OF_PYTHON.search(frame)]
     return any(frame.rpartition(" in ")[2].lstrip("_").startswith(WAITS) for frame in frames)
 
 
 def innermost(stack: str) -> str:
     """In words, where the main thread of a stack is."""
-    frames = _main_thread(stack)
+    frames = main_thread_frames(stack)
     return f", at {frames[0]}" if frames else ""

@@ -12,19 +12,24 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from cluster.cause import Cause, Kind, RankReport, name_cause, name_hang, read_report
+from cluster.cause import Cause, Kind, RankReport, name_cause, read_report
 from cluster.clocks import HeldUp
+from cluster.comm_ring import RankTrace, read_traces
+from cluster.compare_ranks import Finding
+from cluster.incident import describe_incident, incident_screen, judge_failure, judge_hang, write_incident
 from cluster.patience import Patience
 from cluster.private_folder import PrivateFolder
 from cluster.rank_watch import RankWatch
-from cluster.run_files import AT_WORK, FAILURES, PROGRESS, log_path
-from cluster.spawn import ForkedProcess, spawn, waited_for_core
+from cluster.run_files import AT_WORK, FAILURES, PROGRESS, RINGS, log_path
+from cluster.spawn import ForkedProcess, is_stopped, spawn, waited_for_core
 from cluster.stacks import ask_stacks, read_stacks
+from conf.disk import explain_disk_error
 from conf.errors import EXIT_STOPPED
 from conf.words import say
 
@@ -53,7 +58,7 @@ def run_children(start: StartRank, world: int, logs: Path, patience: Patience | 
     SIGTERM and Ctrl-C are passed on to the ranks as SIGTERM; a second Ctrl-C ends them at once, as KeyboardInterrupt.
     """
     logs.mkdir(parents=True, exist_ok=True)
-    for old in [path for pattern in (FAILURES, AT_WORK, PROGRESS) for path in logs.glob(pattern)]:
+    for old in [path for pattern in (FAILURES, AT_WORK, PROGRESS, RINGS) for path in logs.glob(pattern)]:
         old.unlink()
     with PrivateFolder("sluice-store-") as folder:
         return _run(start, world, logs, folder.path / "store", patience)
@@ -121,19 +126,57 @@ def _watch(ranks: list[Child], logs: Path, asked: list[int], patience: Patience 
 
 
 def _name_hang(ranks: list[Child], logs: Path, seconds: float) -> Cause:
-    """Who hangs, from where the threads of all ranks are."""
-    asked = [rank for rank, child in enumerate(ranks) if child.poll() is None and ask_stacks(logs, rank, child.pid)]
+    """Who hangs, from what all ranks did and where their threads are."""
+    traces, stacks, reports = read_traces(logs), _stacks(ranks, logs), _reports(ranks, logs)
+    cause, finding = judge_hang(reports, traces, stacks, {}, seconds)
+    return _keep(logs, cause, finding, traces, stacks, seconds)
+
+
+def _name_failure(ranks: list[Child], logs: Path, cause: Cause) -> Cause:
+    """Who made a rank fail."""
+    if not (traces := read_traces(logs)):
+        return cause
+    stacks = _stacks(ranks, logs)
+    cause, finding = judge_failure(cause, traces, stacks, {})
+    return _keep(logs, cause, finding, traces, stacks)
+
+
+def _keep(
+    logs: Path,
+    cause: Cause,
+    finding: Finding,
+    traces: dict[int, RankTrace],
+    stacks: dict[int, str],
+    seconds: float = 0.0,
+) -> Cause:
+    """Have the incident on the disk, and its screen in front of what explains the cause."""
+    if not traces or cause.kind is Kind.user:
+        return cause
+    incident = describe_incident(cause, finding, traces, stacks, seconds)
+    path = None
+    try:
+        path = write_incident(logs, incident)
+    except OSError as error:
+        say(f"the incident could not be written ({explain_disk_error(error)})", file=sys.stderr)
+    return replace(cause, log=f"{cause.log.rstrip()}\n{incident_screen(incident, path)}".strip())
+
+
+def _stacks(ranks: list[Child], logs: Path) -> dict[int, str]:
+    """Where the threads of those ranks are that can say it."""
+    alive = [rank for rank, child in enumerate(ranks) if child.poll() is None and not is_stopped(child.pid)]
+    asked = [rank for rank in alive if ask_stacks(logs, rank, ranks[rank].pid)]
     ends, stacks = time.monotonic() + STACKS_SECONDS, dict[int, str]()
     while len(stacks) < len(asked) and time.monotonic() < ends:
         time.sleep(RANKS_LOOK_SECONDS)
         stacks = {rank: text for rank in asked if (text := read_stacks(logs, rank))}
-    return name_hang(_reports(ranks, logs), stacks, {}, seconds)
+    return stacks
 
 
 def _reports(ranks: list[Child], logs: Path) -> list[RankReport]:
     reports = [read_report(number, rank.poll(), logs) for number, rank in enumerate(ranks)]
     for report, rank in zip(reports, ranks, strict=True):
         report.waited_for_core = waited_for_core(rank.pid)
+        report.state = "T" if not report.ended and is_stopped(rank.pid) else ""
     reports[0].log_tail = None  # a log would be of an earlier run
     return reports
 
@@ -151,7 +194,7 @@ def _explain(ranks: list[Child], logs: Path, asked: list[int]) -> int:
     if asked and any(report.code == EXIT_STOPPED for report in reports):
         say("stopped: some ranks had not done a step and ended at once", file=sys.stderr)
         return EXIT_STOPPED
-    return _show(cause, ranks, logs)
+    return _show(_name_failure(ranks, logs, cause), ranks, logs)
 
 
 def _show(cause: Cause, ranks: list[Child], logs: Path) -> int:

@@ -11,6 +11,8 @@ logs/rank_3.error.json                   cluster.cause.Failure, written before i
 logs/rank_3.at_work                      there from the start of its work until it has said how that ended; blanks, whose room
                                          on the disk rank_3.error.json takes where there is no other
 logs/rank_3.stacks                       where its threads were when SIGUSR1 last asked for that, by faulthandler
+logs/rank_3.ring                         what it communicated last; see cluster/comm_ring.py
+logs/incident_1.json                     who broke the run or held it up; see cluster/incident.py
 logs/stop.txt                            why the ranks are asked to stop, where their agent knows
 logs/rank_3.progress.json                {"step": 17, "phase": "step", "time": ..., "sequences": 64, "busy": ...}, at
                                          every step; busy, if there: seconds of the last step that were its own work
@@ -34,6 +36,8 @@ AT_WORK = "rank_*.at_work"
 """Pattern of `at_work_path`."""
 PROGRESS = "rank_*.progress.json"
 """Pattern of `progress_path`."""
+RINGS = "rank_*.ring"
+"""Pattern of `cluster.comm_ring.ring_path`."""
 RANK_FILE = re.compile(r"rank_(\d{5,18})\.(safetensors|json)")
 LOCK = ".lock"
 _FENCE = ".fence"

@@ -1,24 +1,38 @@
-"""A rank that no driver of ours watches, under torchrun or alone in its process, sees by itself that it hangs."""
+"""A rank that no driver of ours watches, under torchrun or alone in its process, sees by itself that it hangs, and who holds it up."""
 
-import faulthandler
 import os
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
 
-from cluster.cause import innermost, read_report, waits_for_ranks
+from cluster.cause import Cause, Kind, RankReport, read_report
 from cluster.clocks import HeldUp
+from cluster.comm_ring import RankTrace, read_traces
+from cluster.incident import (
+    describe_incident,
+    incident_screen,
+    judge_failure,
+    judge_hang,
+    newest_incident,
+    write_incident,
+)
 from cluster.patience import Patience
 from cluster.rank_watch import RankWatch
 from cluster.run_files import progress_path
-from cluster.spawn import waited_for_core
-from conf.errors import EXIT_CRASH
+from cluster.spawn import is_stopped, lives, waited_for_core
+from cluster.stacks import ask_stacks, own_stacks, read_stacks
+from conf.disk import explain_disk_error
+from conf.errors import EXIT_CRASH, EXIT_USER, RunEnded, UserError
+from conf.files import exclusive
 from conf.words import say
 
 LOOK_SECONDS = 0.25
 """Between two looks."""
+STACKS_WITHIN_SECONDS = 2.0
+"""That other ranks of this host get to say where they are."""
+SAME_INCIDENT_SECONDS = 60.0
+"""A rank that fails so soon after another one told why needs not tell it again."""
 
 
 class SelfWatch:
@@ -28,6 +42,7 @@ class SelfWatch:
 
     def __init__(self, logs: Path, rank: int, patience: Patience, ends: bool):
         self._logs, self._rank, self._ends = logs, rank, ends
+        self._began = time.time()
         self._watch = RankWatch([rank], {}, patience, time.monotonic())
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._look, name="watch of this rank", daemon=True)
@@ -37,9 +52,11 @@ class SelfWatch:
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._stop.set()
         self._thread.join()
+        if self._ends and error is not None and not isinstance(error, UserError | KeyboardInterrupt):
+            self._tell_failure(error)
 
     def _look(self) -> None:
         held_up, told_at = HeldUp(2 * LOOK_SECONDS, time.monotonic()), None
@@ -53,18 +70,65 @@ class SelfWatch:
                 continue
             if self._watch.is_hung(now) and told_at != self._watch.moved:
                 told_at = self._watch.moved
-                self._tell(now - told_at)
+                self._tell_hang(now - told_at)
             elif text := self._watch.tell_quiet(now):
                 say(text, file=sys.stderr)
 
-    def _tell(self, seconds: float) -> None:
-        with tempfile.TemporaryFile("w+") as file:
-            faulthandler.dump_traceback(file, all_threads=True)
-            file.seek(0)
-            stack = file.read()
-        what = "waits for other ranks" if waits_for_ranks(stack) else "is not in a collective"
-        say(f"{stack}error: no step finished for {seconds:.0f} s: rank {self._rank} in step {self._watch.step} {what}{innermost(stack)}",
-            file=sys.stderr)  # fmt: skip
+    def _tell_hang(self, seconds: float) -> None:
+        traces = read_traces(self._logs)
+        reports = self._reports(traces)
+        stacks = self._stacks(traces) | {self._rank: own_stacks()}
+        cause, finding = judge_hang(reports, traces, stacks, {}, seconds)
+        self._tell(cause, describe_incident(cause, finding, traces, stacks, seconds), stacks[self._rank])
         if self._ends:
             sys.stderr.flush()
             os._exit(EXIT_CRASH)
+
+    def _tell_failure(self, error: BaseException) -> None:
+        """An error of this rank, which may come from what another one did."""
+        traces = read_traces(self._logs)
+        stacks = self._stacks(traces)
+        code = error.code if isinstance(error, RunEnded) else EXIT_CRASH
+        kind = Kind.diverged if code not in (EXIT_CRASH, EXIT_USER) else Kind.crash
+        ranks = tuple(getattr(error, "ranks", ())) or (self._rank,)
+        cause = Cause(kind, f"rank {self._rank} failed: {type(error).__name__}: {error}", ranks, code=code)
+        if gone := [rank for rank, trace in traces.items() if trace.is_here and not lives(trace.pid)]:
+            text = f"{', '.join(f'rank {rank}' for rank in gone)} ended in the middle of the work"
+            cause = Cause(Kind.killed, f"{text}, which rank {self._rank} failed of", tuple(gone))
+        cause, finding = judge_failure(cause, traces, stacks, {})
+        self._tell(cause, describe_incident(cause, finding, traces, stacks), "")
+
+    def _tell(self, cause: Cause, incident: dict, stack: str) -> None:
+        """One rank of a run tells the incident, the first; the others that they end with it."""
+        path = None
+        try:
+            with exclusive(self._logs / ".incident.lock", STACKS_WITHIN_SECONDS):
+                told = newest_incident(self._logs)
+                if told is not None and told[1]["time"] > max(self._began, time.time() - SAME_INCIDENT_SECONDS):
+                    say(f"rank {self._rank} ends with an incident that another rank told: {told[0]}", file=sys.stderr)
+                    return
+                path = write_incident(self._logs, incident)
+        except (OSError, TimeoutError) as error:
+            why = explain_disk_error(error) if isinstance(error, OSError) else str(error)
+            say(f"the incident could not be written ({why})", file=sys.stderr)
+        say(f"{stack}error: {cause.text}\n{incident_screen(incident, path)}", file=sys.stderr)
+
+    def _reports(self, traces: dict[int, RankTrace]) -> list[RankReport]:
+        """All ranks that left a ring, as far as this one sees them."""
+        reports = [read_report(rank, None, self._logs) for rank in sorted({*traces, self._rank})]
+        for report in reports:
+            if report.rank in traces and traces[report.rank].is_here:
+                report.state = "T" if is_stopped(traces[report.rank].pid) else ""
+        return reports
+
+    def _stacks(self, traces: dict[int, RankTrace]) -> dict[int, str]:
+        """Where the other ranks of this host are."""
+        others = [
+            rank for rank, trace in traces.items() if trace.is_here and rank != self._rank and not is_stopped(trace.pid)
+        ]
+        asked = [rank for rank in others if ask_stacks(self._logs, rank, traces[rank].pid)]
+        ends, stacks = time.monotonic() + STACKS_WITHIN_SECONDS, dict[int, str]()
+        while len(stacks) < len(asked) and time.monotonic() < ends:
+            time.sleep(LOOK_SECONDS / 5)
+            stacks = {rank: text for rank in asked if (text := read_stacks(self._logs, rank))}
+        return stacks

@@ -124,6 +124,14 @@ def lives(pid: int) -> bool:
         return False
 
 
+def is_stopped(pid: int) -> bool:
+    """Whether a signal or a debugger has stopped the process."""
+    try:
+        return psutil.Process(pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+    except psutil.NoSuchProcess:
+        return False
+
+
 def waited_for_core(pid: int) -> float:
     """Seconds that the main thread of a process could have run so far, and had no core; 0 where the kernel does not say."""
     try:

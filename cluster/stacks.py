@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 from pathlib import Path
 from typing import IO
 
@@ -38,6 +39,14 @@ def ask_stacks(logs: Path, rank: int, pid: int) -> bool:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGUSR1)
     return True
+
+
+def own_stacks() -> str:
+    """Where the threads of this process are."""
+    with tempfile.TemporaryFile("w+") as file:
+        faulthandler.dump_traceback(file, all_threads=True)
+        file.seek(0)
+        return file.read()
 
 
 def read_stacks(logs: Path, rank: int) -> str | None:

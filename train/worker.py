@@ -14,6 +14,7 @@ from cluster.driver.copies import given_shelves
 from cluster.launch import Place, given_attempt, given_place, given_run
 from cluster.patience import Patience
 from cluster.self_watch import SelfWatch
+from cluster.stacks import answer_requests
 from conf.disk import disk_errors, let_output_be_lost
 from conf.errors import EXIT_OK, DiskFailed
 from conf.schema import Config
@@ -30,6 +31,7 @@ from train.kernels.device import idle_gpu
 from train.kernels.precision import activation_dtype
 from train.loop.device_errors import raise_explained
 from train.loop.finish import finish_run
+from train.loop.record import Record, recorded
 from train.loop.resume import find_start, restore
 from train.loop.state import RunState
 from train.loop.stop import StopRequest
@@ -56,28 +58,31 @@ def run_rank(config: Config, place: Place, failures: Path | None = None) -> int:
     """Train as one rank; returns the exit code. failures: see train.rank.guarded."""
     stop = StopRequest()
     try:
-        return guarded(
-            place, failures, disk_errors(config)(lambda: _run_explained(config, place, stop, failures is not None))
-        )
+        return guarded(place, failures, disk_errors(config)(lambda: _run_explained(config, place, stop, failures)))
     finally:
         stop.close()
 
 
-def _run_explained(config: Config, place: Place, stop: StopRequest, driven: bool) -> int:
-    """driven: by a driver of ours, which sees a rank that hangs."""
-    paths = RunPaths(config)
+def _run_explained(config: Config, place: Place, stop: StopRequest, failures: Path | None) -> int:
+    """failures: None where no driver of ours sees a rank that hangs."""
+    paths, driven = RunPaths(config), failures is not None
     patience = Patience(config.cluster.hang_after, config.cluster.start_timeout)
+    logs = failures or paths.logs
+    if not driven and given_place() is not None:
+        answer_requests(logs, place.rank)  # where whoever compares the ranks looks for them
     with (
         held_by_rank_0(paths) if place.rank == 0 else nullcontext(),
         nullcontext() if driven else SelfWatch(paths.logs, place.rank, patience, ends=given_place() is not None),
         raise_explained(config, place.rank, paths.path / "logs"),
+        recorded(logs, place) as record,
     ):
-        return _run(config, place, stop)
+        return _run(config, place, stop, record)
 
 
-def _run(config: Config, place: Place, stop: StopRequest) -> int:
+def _run(config: Config, place: Place, stop: StopRequest, record: Record) -> int:
     rank = set_up_rank(config, place)
     device, mesh = rank.device, rank.mesh
+    record.name_groups(mesh)
     kernels, kernel_notes = choose_kernels(config, device)
     data = in_turn(place, lambda progress: prepare(config, progress))
     paths = RunPaths(config)
@@ -136,7 +141,9 @@ def _run(config: Config, place: Place, stop: StopRequest) -> int:
             outputs=Outputs(checkpointer, copies, writer),
             flops=flops,
             stop=stop,
+            ring=record.ring,
         )
+        record.watch_parts(parts)
         code = trainer.run()
         seconds = time.monotonic() - started
         if writer is not None and code == EXIT_OK:

@@ -1,9 +1,11 @@
 """One attempt to run: its ranks as their agents last saw them, its progress, and what went wrong with it."""
 
 from collections.abc import Collection
+from typing import Any
 
-from cluster.cause import Cause, Kind, RankReport, name_cause, name_hang
+from cluster.cause import Cause, Kind, RankReport, name_cause
 from cluster.driver.straggler import SlowRank, Stragglers
+from cluster.incident import describe_incident, judge_failure, judge_hang, unpack_traces
 from cluster.patience import Patience
 from cluster.rank_watch import RankWatch
 from cluster.topology import Placement
@@ -27,6 +29,9 @@ class Attempt(RankWatch):
         self.cause: Cause | None = None
         self.hang_since: float | None = None
         self.stacks: dict[int, str] = {}
+        self.rings: dict[int, bytes] = {}
+        """What ranks communicated last, packed."""
+        self.incident: dict[str, Any] | None = None
         dp = placement.dp
         self._stragglers = Stragglers([range(stage * dp, (stage + 1) * dp) for stage in range(placement.pp)])
 
@@ -69,7 +74,7 @@ class Attempt(RankWatch):
         return bool(self.lost or self.cause) or all(report.bad or report.ended for report in reports)
 
     def judge(self, now: float) -> Cause:
-        """The first failure, from all that is known."""
+        """The first failure, from all that is known; `incident` has the whole of it."""
         found = name_cause(self.live_reports, self.names)
         if found is not None and found.kind is Kind.user:
             return found
@@ -77,9 +82,15 @@ class Attempt(RankWatch):
             return self._lost_nodes()
         if self.cause is not None:
             return self.cause
+        traces, seconds = unpack_traces(self.rings), 0.0
         if self.hang_since is not None and (found is None or found.kind is not Kind.killed):
-            return name_hang(self.live_reports, self.stacks, self.names, now - self.hang_since)
-        assert found is not None, "judged without a failure"
+            seconds = now - self.hang_since
+            found, finding = judge_hang(self.live_reports, traces, self.stacks, self.names, seconds)
+        else:
+            assert found is not None, "judged without a failure"
+            found, finding = judge_failure(found, traces, self.stacks, self.names)
+        if traces:
+            self.incident = describe_incident(found, finding, traces, self.stacks, seconds)
         return found
 
     def _lost_nodes(self) -> Cause:

@@ -24,6 +24,7 @@ from cluster.driver.shapes import Shapes, with_shape
 from cluster.driver.supervisor import NAP, Supervisor
 from cluster.driver.view import View
 from cluster.driver.vitals import Vitals
+from cluster.incident import incident_screen, write_incident
 from cluster.node.agent import Agent, Answer, Order
 from cluster.node.copy_store import OpenedCopy
 from cluster.node.preflight import Preflight
@@ -347,8 +348,8 @@ class Driver:
         self._tell(m.AgentBeat(node, answer.attempt, answer.ranks))
         if answer.leaving:
             self._tell(m.NodeDraining(node, "its agent was told to end"))
-        if answer.stacks:
-            self._tell(m.StacksPrinted(answer.attempt, answer.stacks))
+        if answer.stacks or answer.rings:
+            self._tell(m.StacksPrinted(answer.attempt, answer.stacks, answer.rings))
         if attempt is not None and attempt.stepping and self._first_step is None:
             self._first_step = attempt.step
             seconds = self.clock() - self._started_at
@@ -436,9 +437,19 @@ class Driver:
             case m.Note(number, kind, text, fields):
                 self.journal.write(kind, number, text, **fields)
                 self.view.note(kind, text)
+            case m.KeepIncident(_, incident):
+                self._keep_incident(incident)
             case m.FinishRun(code, text):
                 refused = "".join(f"\n  refused: {name}: {why}" for name, why in self._refused.items())
                 self._finish = m.FinishRun(code, text + (refused if code != EXIT_OK else ""))
+
+    def _keep_incident(self, incident: dict) -> None:
+        path = None
+        try:
+            path = write_incident(self.folder / "logs", incident)
+        except OSError as error:
+            self._note("incident", f"an incident could not be written ({explain_disk_error(error)})")
+        self._note("incident", incident_screen(incident, path), ranks=incident["ranks"], fault=incident["fault"])
 
     def _let_go(self) -> None:
         """End the agents of nodes that are about to go; nothing of the run is there any more."""

@@ -48,6 +48,7 @@ EVENT_KINDS = {
     "checkpoint": "a checkpoint is whole. step",
     "failure": "an attempt failed. cause: user, node, killed, crash, hang, diverged, start; ranks and nodes: first to "
     "fail; log: output or stacks that show it",
+    "incident": "who broke the attempt or held it up, by what all ranks did. ranks; fault: see cluster/compare_ranks.py",
     "recovered": "the first step after a failure. seconds: from the failure, or from the last step before a hang; "
     "steps_again: steps done twice",
     "grow": "the run stops to go on with nodes that came back",

@@ -48,10 +48,11 @@ class NodeProbed:
 
 @dataclass(frozen=True)
 class StacksPrinted:
-    """Tracebacks of hung ranks of an attempt, by rank."""
+    """Tracebacks of the ranks of an attempt, and what they communicated last, packed; by rank."""
 
     attempt: int
     texts: dict[int, str]
+    rings: dict[int, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -164,9 +165,17 @@ class Note:
 
 
 @dataclass(frozen=True)
+class KeepIncident:
+    """Write it, as cluster/incident.py has it, and show its screen."""
+
+    attempt: int
+    incident: dict
+
+
+@dataclass(frozen=True)
 class FinishRun:
     code: int
     text: str
 
 
-SupervisorAction = StartAttempt | EndRanks | StopRanks | ProbeLinks | CollectStacks | Note | FinishRun
+SupervisorAction = StartAttempt | EndRanks | StopRanks | ProbeLinks | CollectStacks | Note | KeepIncident | FinishRun

@@ -111,9 +111,10 @@ class Supervisor:
                     self._probing.discard(node)
                     # One that was held up has as long as the others had to say why its ranks failed.
                     self._settled_at = max(self._settled_at, now + self.policy.settle)
-            case m.StacksPrinted(number, texts):
+            case m.StacksPrinted(number, texts, rings):
                 if self.attempt and number == self.number:
                     self.attempt.stacks |= texts
+                    self.attempt.rings |= rings
             case m.StartFailed(number, node, text):
                 self._start_failed(number, node, text)
             case m.CheckpointSaved(age):
@@ -354,7 +355,6 @@ class Supervisor:
 
     def _hang(self, now: float) -> None:
         self.current.hang_since = self._failed_at = self.current.moved
-        self._out.append(m.CollectStacks(self.number, self.current.reachable))
         self._judge(now, self.policy.stacks)
 
     def _leave(self, now: float) -> None:
@@ -390,7 +390,7 @@ class Supervisor:
             self._failed_at = now
         self._probing = set(self.current.reachable)
         self._probed_at, self._settled_at = now + self.policy.probe + self._calls(), now + settle
-        self._out.append(m.ProbeLinks(self.current.reachable))
+        self._out += [m.CollectStacks(self.number, self.current.reachable), m.ProbeLinks(self.current.reachable)]
 
     def _decide(self, now: float) -> None:
         if not self.current.is_settled(now, self._settled_at) or (self._probing and now < self._probed_at):
@@ -402,6 +402,8 @@ class Supervisor:
         self._spent[cause.kind] = self._spent.get(cause.kind, 0) + 1
         fields = {"cause": cause.kind.name, "ranks": list(cause.ranks), "nodes": list(cause.nodes), "log": cause.log}
         self._note("failure", cause.text, **fields)
+        if self.current.incident is not None:
+            self._out.append(m.KeepIncident(self.number, self.current.incident))
         self._end_ranks(now)
 
     def _end_ranks(self, now: float) -> None:

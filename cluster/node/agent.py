@@ -34,6 +34,7 @@ import psutil
 
 from cluster.cause import RankReport, read_report
 from cluster.clocks import SteadyClock
+from cluster.comm_ring import pack_ring, ring_path
 from cluster.node.copy_store import OpenedCopy, Store, held, sweep, why_not_opened
 from cluster.node.network_probe import NetworkProbe, NodeLink
 from cluster.node.ports import free_port
@@ -41,7 +42,7 @@ from cluster.node.preflight import Facts, Question, gather_facts
 from cluster.node.pulse_echo import Echo
 from cluster.private_folder import PrivateFolder, remove_dead
 from cluster.run_files import failure_path, log_path, stop_path
-from cluster.spawn import die_with_parent, spawn, waited_for_core
+from cluster.spawn import die_with_parent, is_stopped, spawn, waited_for_core
 from cluster.stacks import ask_stacks, handles, read_stacks
 from conf.errors import EXIT_STOPPED
 
@@ -80,6 +81,8 @@ class Answer:
     """New output of ranks, from the offset that was asked for."""
     stacks: dict[int, str] = field(default_factory=dict)
     """Tracebacks since they were last asked for."""
+    rings: dict[int, bytes] = field(default_factory=dict)
+    """What ranks communicated last, packed by cluster/comm_ring.py; once behind each question for stacks."""
     held: dict[str, list[int]] = field(default_factory=dict)
     """Copies of the state in this node's memory: ranks by set, see cluster/node/copy_store.py."""
     clock_set: float = 0.0
@@ -94,9 +97,13 @@ class Answer:
 class _Child:
     process: subprocess.Popen
     log: Path
+    world: int
+    """Ranks of the run."""
     stopped_by: int | None = None
     """The signal by which it was asked to stop."""
     stacks_asked: bool = False
+    ring_due: bool = False
+    """The next answer has what it communicated last."""
 
 
 class Agent:
@@ -190,7 +197,7 @@ class Agent:
     def _spawn(self, order: Order, rank: int, local_rank: int, logs: Path) -> _Child:
         log = log_path(logs, rank)
         log.touch()
-        interface = interface_of(order.address)
+        interface, world = interface_of(order.address), int(order.environment["WORLD_SIZE"])
         environment = order.environment | {
             "RANK": str(rank),
             "LOCAL_RANK": str(local_rank),
@@ -207,9 +214,11 @@ class Agent:
             with contextlib.suppress(BrokenPipeError):  # it ended just now; its exit code tells
                 standby.stdin.write(json.dumps(line).encode() + b"\n")
                 standby.stdin.close()
-            return _Child(standby, log)
+            return _Child(standby, log, world)
         with log.open("ab") as output:
-            return _Child(self._popen(order.arguments, order.folder, environment, subprocess.DEVNULL, output), log)
+            return _Child(
+                self._popen(order.arguments, order.folder, environment, subprocess.DEVNULL, output), log, world
+            )
 
     def _popen(self, arguments: list[str], folder: str | None, environment: dict, stdin: Any, output: Any) -> Any:
         return spawn([sys.executable, *arguments], _inherited() | environment, output, folder, stdin)
@@ -256,6 +265,9 @@ class Agent:
                     answer.output[rank] = piece
                 if child.stacks_asked and (stacks := read_stacks(child.log.parent, rank)):
                     answer.stacks[rank] = stacks
+                if child.ring_due and (ring := pack_ring(ring_path(child.log.parent, rank), child.world)):
+                    answer.rings[rank] = ring
+                child.ring_due = False
             return answer
 
     def last_words(self, offsets: dict[int, int], attempt: int) -> Answer:
@@ -273,7 +285,9 @@ class Agent:
 
     def _has_news(self, waited: float) -> bool:
         with self._lock:
-            stacks = waited >= STACKS_WITHIN and any(child.stacks_asked for child in self._children.values())
+            stacks = waited >= STACKS_WITHIN and any(
+                child.stacks_asked or child.ring_due for child in self._children.values()
+            )
             return stacks or self._news() != self._told
 
     def _report(self, rank: int, child: _Child) -> RankReport:
@@ -285,16 +299,15 @@ class Agent:
             report.failure.time -= self._clock.set_by()
         if code is None:
             report.waited_for_core = waited_for_core(child.process.pid)
-            with contextlib.suppress(psutil.NoSuchProcess):  # it ended just now
-                stopped = psutil.Process(child.process.pid).status() == psutil.STATUS_STOPPED
-                report.state = "T" if stopped else ""
+            report.state = "T" if is_stopped(child.process.pid) else ""
         return report
 
     def ask_stacks(self, attempt: int) -> None:
-        """Make every rank print its stacks; they come with the next answers."""
+        """Make every rank print its stacks; they come with the next answers, and what all ranks communicated with the next one."""
         if attempt != self._attempt:
             return
         for rank, child in self._children.items():
+            child.ring_due = True
             if child.process.poll() is None:
                 child.stacks_asked = ask_stacks(child.log.parent, rank, child.process.pid)
 

@@ -10,7 +10,7 @@ side by side have shares of a batch that differ) and sums gradients, so gradient
 Shapes: B sequences, S = T + 1 tokens of a batch row (T inputs and T targets), T positions, D hidden width.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Generic, TypeVar
 
@@ -66,6 +66,8 @@ class Pipeline(Generic[Chunk]):
         """When each action of the last steps ran."""
         self.stage_type: type[Stage] = Stage
         """What stages are made as, before the first step."""
+        self.on_action: Callable[[str, int, int], None] = lambda kind, stage, micro_batch: None
+        """Told of every action as it begins."""
         self._host = host
         self._lanes = Lanes(device, timeout) if overlap and self.facts.pairs else None
         placement = self.facts.place_stages(num_stages // each, each)
@@ -223,6 +225,7 @@ class Pipeline(Generic[Chunk]):
         self, kind: str, stage: int, micro_batch: int, backward: tuple[int, int] | None = None
     ) -> Iterator[None]:
         """Around every action; arguments as in `Timeline.action`."""
+        self.on_action(kind, stage, micro_batch)
         hosted = nullcontext() if self._host is None else self._host.acting(kind, stage, micro_batch)
         with self.timeline.action(kind, stage, micro_batch, backward), hosted:
             yield

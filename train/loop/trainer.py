@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Any
 
+from cluster.comm_ring import CommRing
 from cluster.run_files import step_name
 from conf.changed_settings import settings_of
 from conf.disk import disk_errors
@@ -48,6 +49,9 @@ from train.metrics.writer import MetricsWriter
 from train.optim.schedules import Schedules, StepPlan
 from train.parallelize import ParallelModel
 from train.rank import RankSetup
+
+NEXT_PHASE = {"schedule": "reduction", "reduction": "update", "update": "record"}
+"""What a step is at after each of its phases."""
 
 
 class RunDiverged(RunEnded):
@@ -99,7 +103,10 @@ class Trainer:
         outputs: Outputs,
         flops: Flops,
         stop: StopRequest,
+        ring: CommRing | None = None,
     ):
+        """ring: what this rank is at is written there."""
+        self.ring = ring
         self.config, self.device, self.mesh = config, rank.device, rank.mesh
         self.parts, self.state, self.data = parts, state, data
         self.checkpointer, self.copies, self.writer = outputs.checkpointer, outputs.copies, outputs.writer
@@ -162,13 +169,15 @@ class Trainer:
         """One step; returns how the run was asked to stop."""
         started = time.perf_counter()
         waited = batches.waited
+        self._enter("data", plan.step)
         batch = next(batches)
+        self._enter("schedule")
         data_wait = batches.waited - waited
         if self.timeline.wants(plan.step):
             self.timeline.align()
         with self.profiler.step(plan.step):
             outcome = self.training_step.run(
-                plan, batch, stopping=self.stop.pending, on_phase=lambda phase: self.norms.keep(plan.step, phase)
+                plan, batch, stopping=self.stop.pending, on_phase=lambda phase: self._end_phase(plan.step, phase)
             )
         self.stop.has_stepped = True
         measured, update = outcome.measured, outcome.update
@@ -195,6 +204,14 @@ class Trainer:
         # After its record is written: a run that resumes here goes on with the next.
         self._save_when_due(plan.step, self._is_best(plan.step, record.get("validation_loss")))
         return measured.stop
+
+    def _end_phase(self, step: int, phase: str) -> None:
+        self._enter(NEXT_PHASE[phase])
+        self.norms.keep(step, phase)
+
+    def _enter(self, phase: str, step: int | None = None) -> None:
+        if self.ring is not None:
+            self.ring.enter(phase, step)
 
     def _is_best(self, step: int, loss: float | None) -> bool:
         """Whether the held-out loss is the least so far, in a run that keeps such a state; it then belongs to the state."""
@@ -406,6 +423,7 @@ class Trainer:
                 self.callbacks.tell("on_checkpoint", result.step, result.path)
 
     def _event(self, text: str | None) -> None:
+        self._enter(text or "record")
         if text is not None:
             self.rank_progress.write(self.state.step, text)
         if self.writer is not None:

@@ -1,0 +1,326 @@
+"""Faults of a few lines each, which a callback of the recipe puts into a rank that trains: nothing of the product knows of them.
+
+`Saboteur` is the callback. At the end of the step before, it installs the fault named by the environment on the ranks that it concerns;
+the fault strikes in the next step, and notes when in the run's folder. See bench/faults_named.py.
+"""
+
+import ctypes
+import itertools
+import json
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+FAULTS_VARIABLE = "SLUICE_BENCH_FAULTS"
+"""Environment: JSON of {rank: name of a fault}."""
+STRIKES_AFTER = 6
+"""Steps that are as usual."""
+LONG = 1e6
+_strikes: list[Path] = []
+"""Where the moment of the fault is noted."""
+
+
+class Saboteur:
+    """See the top of the file."""
+
+    def on_step(self, run: Any, step: int, record: dict) -> None:
+        if step == STRIKES_AFTER:
+            faults = json.loads(os.environ.get(FAULTS_VARIABLE, "{}"))
+            if name := faults.get(str(run.rank)):
+                _strikes.append(run.folder / f"struck_{run.rank}")
+                FAULTS[name](run)
+
+
+def strike() -> None:
+    """The fault happens now."""
+    if not _strikes[0].exists():
+        _strikes[0].write_text(str(time.time()))
+
+
+class NoWork:
+    """What stands for a collective that was left out."""
+
+    def wait(self, *_: object) -> None:
+        pass
+
+
+def meddle(name: str, number: int, act: Callable) -> None:
+    """Have the call of this number of a function of torch.distributed done by `act`."""
+    original, calls = getattr(dist, name), itertools.count(1)
+
+    def meddled(*given: Any, **named: Any) -> Any:
+        if next(calls) != number:
+            return original(*given, **named)
+        strike()
+        return act(original, *given, **named)
+
+    setattr(dist, name, meddled)
+
+
+def skip(original: Callable, *given: Any, **named: Any) -> NoWork | None:
+    return NoWork() if named.get("async_op") else None
+
+
+def repeat(original: Callable, tensor: Any, *given: Any, **named: Any) -> Any:
+    original(tensor.clone(), *given, **named)
+    return original(tensor, *given, **named)
+
+
+def resize(original: Callable, tensor: Any, *given: Any, **named: Any) -> Any:
+    return original(torch.cat([tensor.flatten(), tensor.flatten()]), *given, **named)
+
+
+def retype(original: Callable, tensor: Any, *given: Any, **named: Any) -> Any:
+    return original(tensor.to(torch.int64), *given, **named)
+
+
+def delay(original: Callable, *given: Any, **named: Any) -> Any:
+    time.sleep(LONG)
+
+
+def swap_all_reduces(run: Any) -> None:
+    """The next two change places."""
+    original, kept = dist.all_reduce, []
+
+    def first(_: Callable, *given: Any, **named: Any) -> None:
+        kept.append((given, named))
+
+    def meddled(*given: Any, **named: Any) -> Any:
+        if not kept:
+            strike()
+            kept.append((given, named))
+            return None
+        dist.all_reduce = original
+        result = original(*given, **named)
+        early, keywords = kept[0]
+        original(*early, **keywords)
+        return result
+
+    dist.all_reduce = meddled
+
+
+def gather_instead(original: Callable, tensor: Any, *given: Any, **named: Any) -> None:
+    group = named.get("group")
+    dist.all_gather([torch.empty_like(tensor) for _ in range(dist.get_world_size(group))], tensor, group=group)
+
+
+def in_forward(run: Any, act: Callable[[], Any], layer: int = -1) -> None:
+    """At the next forward of a block."""
+    block = list(run.chunks[0].layers.values())[layer]
+
+    def enter(module: Any, given: tuple) -> None:
+        handle.remove()
+        strike()
+        act()
+
+    handle = block.register_forward_pre_hook(enter)
+
+
+def in_backward(run: Any, act: Callable[[], Any]) -> None:
+    block = list(run.chunks[0].layers.values())[-1]
+
+    def leave(module: Any, given: tuple, output: Any) -> None:
+        handle.remove()
+        tensor = output[0] if isinstance(output, tuple) else output
+        tensor.register_hook(lambda _: (strike(), act())[1])
+
+    handle = block.register_forward_hook(leave)
+
+
+def in_loader(act: Callable[[], Any]) -> None:
+    """At the next sequence that the loader makes; some batches are ready."""
+    from train.data import dataset
+
+    original = dataset._Rows.of
+
+    def of(rows: Any, row: int) -> Any:
+        strike()
+        act()
+        return original(rows, row)
+
+    dataset._Rows.of = of
+
+
+def raise_error() -> None:
+    raise RuntimeError("an error of the user's code")
+
+
+def sleep_long() -> None:
+    time.sleep(LONG)
+
+
+def take_held_lock() -> None:
+    lock = threading.Lock()
+    threading.Thread(target=lambda: (lock.acquire(), time.sleep(LONG)), daemon=True).start()
+    time.sleep(0.1)
+    lock.acquire()
+
+
+def join_dead_thread() -> None:
+    thread = threading.Thread(target=lambda: time.sleep(LONG), daemon=True)
+    thread.start()
+    thread.join()
+
+
+def wait_for_event() -> None:
+    threading.Event().wait()
+
+
+def read_dead_pipe() -> None:
+    reader, _ = os.pipe()
+    os.read(reader, 1)
+
+
+def wait_for_process() -> None:
+    import subprocess
+
+    subprocess.run(["sleep", "1000"], check=False)
+
+
+def loop_in_python() -> None:
+    while True:
+        pass
+
+
+def loop_in_c() -> None:
+    re.match(r"(a+)+$", "a" * 60 + "b")
+
+
+def kill(number: int) -> Callable[[], None]:
+    return lambda: os.kill(os.getpid(), number)
+
+
+def read_nowhere() -> None:
+    ctypes.string_at(0)
+
+
+def leave(code: int) -> Callable[[], None]:
+    return lambda: os._exit(code)
+
+
+def poison(kind: str) -> Callable[[Any], None]:
+    """A number that is not finite from the next step on."""
+
+    def install(run: Any) -> None:
+        strike()
+        block = list(run.chunks[0].layers.values())[-1]
+        if kind == "weight":
+            with torch.no_grad():
+                next(param for param in block.parameters() if param.dim() == 2 and param.numel()).view(-1)[3] = float(
+                    "nan"
+                )
+        elif kind == "output":
+            block.register_forward_hook(lambda module, given, output: output * float("nan"))
+        else:
+            block.register_full_backward_hook(
+                lambda module, given, output: tuple(g * float("inf") if g is not None else g for g in given)
+            )
+
+    return install
+
+
+def be_slow(run: Any) -> None:
+    block = list(run.chunks[0].layers.values())[-1]
+    strike()
+    block.register_forward_pre_hook(lambda module, given: time.sleep(0.5))
+
+
+def drop_message(keep: Callable[[Any], bool]) -> Callable[[Any], None]:
+    """Leave a send or a receive of a pipeline out."""
+
+    def install(run: Any) -> None:
+        original = dist.batch_isend_irecv
+
+        def meddled(operations: list) -> list:
+            left = [operation for operation in operations if keep(operation)]
+            if len(left) < len(operations):
+                dist.batch_isend_irecv = original
+                strike()
+            return original(left) if left else []
+
+        dist.batch_isend_irecv = meddled
+
+    return install
+
+
+def resize_message(run: Any) -> None:
+    original = dist.batch_isend_irecv
+
+    def meddled(operations: list) -> list:
+        for operation in operations:
+            if operation.op is dist.isend:
+                dist.batch_isend_irecv = original
+                strike()
+                operation.tensor = operation.tensor.flatten()[: operation.tensor.numel() // 2].contiguous()
+        return original(operations)
+
+    dist.batch_isend_irecv = meddled
+
+
+def die_in_helper(run: Any) -> None:
+    """A thread of the user's ends the process."""
+    threading.Thread(target=lambda: (strike(), os._exit(1)), daemon=True).start()
+
+
+def _forward(act: Callable[[], Any]) -> Callable[[Any], None]:
+    return lambda run: in_forward(run, act)
+
+
+def _meddle(name: str, act: Callable, number: int = 1) -> Callable[[Any], None]:
+    return lambda run: meddle(name, number, act)
+
+
+FAULTS: dict[str, Callable[[Any], None]] = {
+    "loader_sleep": lambda run: in_loader(sleep_long),
+    "loader_pipe": lambda run: in_loader(read_dead_pipe),
+    "loader_error": lambda run: in_loader(raise_error),
+    "loader_killed": lambda run: in_loader(kill(signal.SIGKILL)),
+    "sleep_before": _meddle("all_reduce", delay),
+    "sleep_before_exchange": _meddle("all_to_all_single", delay),
+    "sleep_in_forward": _forward(sleep_long),
+    "sleep_in_backward": lambda run: in_backward(run, sleep_long),
+    "lock": _forward(take_held_lock),
+    "join": _forward(join_dead_thread),
+    "event": _forward(wait_for_event),
+    "pipe": _forward(read_dead_pipe),
+    "process": _forward(wait_for_process),
+    "loop": _forward(loop_in_python),
+    "loop_in_c": _forward(loop_in_c),
+    "skip": _meddle("all_reduce", skip),
+    "skip_later": _meddle("all_reduce", skip, 2),
+    "skip_exchange": _meddle("all_to_all_single", skip, 3),
+    "skip_gather": _meddle("all_gather_into_tensor", skip),
+    "repeat": _meddle("all_reduce", repeat),
+    "swap": swap_all_reduces,
+    "size": _meddle("all_reduce", resize),
+    "type": _meddle("all_reduce", retype),
+    "other": _meddle("all_reduce", gather_instead),
+    "stop": _forward(kill(signal.SIGSTOP)),
+    "killed": _forward(kill(signal.SIGKILL)),
+    "abort": _forward(os.abort),
+    "segfault": _forward(read_nowhere),
+    "exit_0": _forward(leave(0)),
+    "exit_2": _forward(leave(2)),
+    "exit_3": _forward(leave(3)),
+    "exit_75": _forward(leave(75)),
+    "sys_exit": _forward(lambda: sys.exit(0)),
+    "error": _forward(raise_error),
+    "error_in_backward": lambda run: in_backward(run, raise_error),
+    "helper_exits": die_in_helper,
+    "nan_weight": poison("weight"),
+    "nan_output": poison("output"),
+    "inf_gradient": poison("gradient"),
+    "slow": be_slow,
+    "send_left_out": drop_message(lambda operation: operation.op is not dist.isend),
+    "receive_left_out": drop_message(lambda operation: operation.op is not dist.irecv),
+    "send_of_half": resize_message,
+}

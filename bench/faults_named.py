@@ -1,0 +1,278 @@
+"""Faults of a few lines each, in ranks that train: is the right rank named, with the right cause, and after how many seconds?
+
+    python -m bench.faults_named [--only NAME ...] [--limit 90] [--out faults_named.json]
+
+A hook of this benchmark (bench/fault_hooks.py) puts the fault into a tiny model that trains on this machine, in pipelines, with
+experts over ranks, with shared sequences and with replicas; ranks run under the driver of one machine (`local`) or as torchrun starts them
+(`torchrun`). What logs/incident_N.json says then is judged: all culprits and no other must be named, and the cause must be one of those
+that are right for the fault. A wrong rank is a failure, and so is *unknown*. Seconds are from the fault to the incident.
+
+To hold another trainer against it: take bench/fault_hooks.py, which needs torch alone but for `in_loader` and `Saboteur`, and call a fault of
+its table in a rank between two steps.
+
+Takes about 20 minutes.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import IO, NamedTuple
+
+from bench.fault_hooks import FAULTS_VARIABLE
+from cluster.incident import newest_incident
+from cluster.launch import Place
+from cluster.local import run_children
+from cluster.patience import Patience
+from cluster.spawn import ForkedProcess
+from conf.errors import EXIT_OK
+from conf.load import compose, write_config
+from conf.schema import Config
+from conf.words import say
+
+LAYOUTS = {
+    "dp2": ("parallel.dp=2",),
+    "dp4": ("parallel.dp=4",),
+    "pp2dp2": ("parallel.pp=2", "parallel.dp=2"),
+    "ep2": ("parallel.dp=2", "parallel.ep=2"),
+    "ep2_zero3": ("parallel.dp=2", "parallel.ep=2", "parallel.zero=3"),
+    "cp2": ("parallel.cp=2",),
+    "pp2": ("parallel.pp=2",),
+}
+OURS = {"killed", "abort", "segfault"}
+
+
+class FaultCase(NamedTuple):
+    """One trial."""
+
+    layout: str
+    faults: dict[int, str]
+    """By rank, a fault of bench/fault_hooks.py."""
+    right: tuple[str, ...]
+    """Faults or kinds of causes that are right."""
+    words: str = ""
+    """That the sentence must have."""
+    launcher: str = "local"
+
+    @property
+    def name(self) -> str:
+        return f"{self.layout}:{'+'.join(self.faults.values())}:{self.launcher}"
+
+
+HANGS = ("absent",)
+CASES = (
+    FaultCase("dp2", {1: "loader_sleep"}, ("loader",)),
+    FaultCase("dp4", {2: "loader_pipe"}, ("loader",)),
+    FaultCase("dp4", {3: "sleep_before"}, HANGS),
+    FaultCase("pp2dp2", {2: "sleep_before"}, HANGS),
+    FaultCase("ep2", {1: "sleep_before_exchange"}, HANGS),
+    FaultCase("pp2dp2", {0: "sleep_in_forward"}, HANGS),
+    FaultCase("pp2dp2", {3: "sleep_in_backward"}, HANGS),
+    FaultCase("cp2", {1: "sleep_in_forward"}, HANGS),
+    FaultCase("dp4", {1: "lock"}, ("lock",)),
+    FaultCase("pp2", {1: "join"}, ("lock",)),
+    FaultCase("ep2", {0: "event"}, ("lock",)),
+    FaultCase("dp2", {0: "pipe"}, HANGS),
+    FaultCase("dp2", {1: "process"}, ("lock", "absent")),
+    FaultCase("dp2", {1: "loop"}, HANGS),
+    FaultCase("dp2", {1: "loop_in_c"}, HANGS),
+    FaultCase("dp2", {1: "skip"}, ("skipped",)),
+    FaultCase("dp4", {2: "skip"}, ("skipped",)),
+    FaultCase("dp4", {0: "skip_later"}, ("skipped",)),
+    FaultCase("pp2dp2", {1: "skip"}, ("skipped",)),
+    FaultCase("ep2", {1: "skip_exchange"}, ("skipped",)),
+    FaultCase("cp2", {1: "skip_gather"}, ("skipped",)),
+    FaultCase("ep2_zero3", {0: "skip_gather"}, ("skipped",)),
+    FaultCase("dp2", {0: "repeat"}, ("repeated",)),
+    FaultCase("dp4", {3: "repeat"}, ("repeated",)),
+    FaultCase("dp2", {1: "swap"}, ("reordered",)),
+    FaultCase("pp2dp2", {2: "swap"}, ("reordered",)),
+    FaultCase("dp2", {1: "size"}, ("resized",)),
+    FaultCase("dp4", {0: "size"}, ("resized",)),
+    FaultCase("dp2", {0: "type"}, ("retyped",)),
+    FaultCase("dp4", {2: "other"}, ("other",)),
+    FaultCase("dp2", {1: "stop"}, ("stopped",)),
+    FaultCase("pp2dp2", {2: "stop"}, ("stopped",)),
+    FaultCase("ep2", {0: "stop"}, ("stopped",)),
+    FaultCase("dp4", {1: "killed"}, ("kind:killed",), "SIGKILL"),
+    FaultCase("pp2dp2", {3: "killed"}, ("kind:killed",), "SIGKILL"),
+    FaultCase("dp2", {1: "loader_killed"}, ("kind:killed",), "SIGKILL"),
+    FaultCase("dp2", {0: "segfault"}, ("kind:killed",), "SIGSEGV"),
+    FaultCase("dp4", {2: "abort"}, ("kind:killed",), "SIGABRT"),
+    FaultCase("dp2", {1: "exit_0"}, ("kind:killed",), "exit code 0"),
+    FaultCase("pp2", {0: "exit_2"}, ("kind:killed",), "exit code 2"),
+    FaultCase("dp4", {1: "exit_3"}, ("kind:killed",), "exit code 3"),
+    FaultCase("cp2", {0: "exit_75"}, ("kind:killed",), "exit code 75"),
+    FaultCase("dp2", {1: "sys_exit"}, ("kind:crash",), "SystemExit"),
+    FaultCase("ep2", {1: "error"}, ("kind:crash",), "an error of the user's code"),
+    FaultCase("pp2dp2", {1: "error_in_backward"}, ("kind:crash",), "an error of the user's code"),
+    FaultCase("dp2", {0: "loader_error"}, ("kind:crash",), "an error of the user's code"),
+    FaultCase("dp2", {1: "helper_exits"}, ("kind:killed",), "exit code 1"),
+    FaultCase("dp4", {2: "nan_output"}, ("kind:diverged",)),
+    FaultCase("pp2dp2", {3: "inf_gradient"}, ("kind:diverged",)),
+    FaultCase("pp2", {0: "send_left_out"}, ("skipped", "unsent")),
+    FaultCase("pp2", {1: "receive_left_out"}, ("skipped",)),
+    FaultCase("pp2dp2", {0: "send_of_half"}, ("resized",)),
+    FaultCase("dp4", {1: "stop", 3: "sleep_before"}, ("stopped",)),
+    FaultCase("dp4", {0: "loader_sleep", 2: "loader_sleep"}, ("loader",)),
+    FaultCase("dp4", {1: "killed", 2: "killed"}, ("kind:killed",)),
+    FaultCase("dp2", {1: "loader_sleep"}, ("loader",), launcher="torchrun"),
+    FaultCase("pp2dp2", {2: "stop"}, ("stopped",), launcher="torchrun"),
+    FaultCase("dp4", {2: "skip"}, ("skipped",), launcher="torchrun"),
+    FaultCase("dp2", {1: "killed"}, ("kind:killed",), launcher="torchrun"),
+    FaultCase("ep2", {1: "error"}, ("kind:crash",), "an error of the user's code", launcher="torchrun"),
+)
+
+
+class Judged(NamedTuple):
+    """What came of a trial."""
+
+    case: str
+    rank: bool
+    """All culprits and no other were named."""
+    cause: bool
+    seconds: float | None
+    said: str
+    """What was named, for a person."""
+
+
+def run_case(case: FaultCase, folder: Path, limit: float) -> Judged:
+    """Try one fault. folder: of corpus, cache and runs."""
+    config = _config(case, folder)
+    run = Path(config.runs) / config.name
+    (run / "logs").mkdir(parents=True, exist_ok=True)
+    (run / "checkpoints").mkdir(exist_ok=True)
+    write_config(config, str(run / "config.yaml"))
+    started = time.time()
+    drive = multiprocessing.get_context("fork").Process(target=_drive, args=(case, config, run))
+    drive.start()
+    drive.join(limit)
+    if drive.is_alive():
+        os.kill(drive.pid or 0, signal.SIGKILL)  # its ranks die with it
+        drive.join()
+    return judge_case(case, run, started)
+
+
+def judge_case(case: FaultCase, run: Path, started: float) -> Judged:
+    """Hold what the run says of its end against the fault."""
+    struck = [float(path.read_text()) for path in run.glob("struck_*")]
+    found = newest_incident(run / "logs")
+    if not struck:
+        return Judged(case.name, False, False, None, "the fault did not come to pass")
+    if found is None or found[1]["time"] < started:
+        return Judged(case.name, False, False, None, "no incident")
+    incident = found[1]
+    rank = sorted(incident["ranks"]) == sorted(case.faults)
+    fits = incident["fault"] in case.right or f"kind:{incident['kind']}" in case.right
+    said = f"ranks {incident['ranks']} {incident['fault']} ({incident['kind']}): {incident['text'].splitlines()[0]}"
+    cause = rank and fits and case.words in incident["text"]
+    return Judged(case.name, rank, cause, incident["time"] - max(struck), said)
+
+
+def _config(case: FaultCase, folder: Path) -> Config:
+    from tests.small import arguments
+
+    name = case.name.replace(":", "_").replace("+", "_")
+    settings = [
+        f"name={name}", *LAYOUTS[case.layout], "steps=40", "checkpoint.every=0", "log.validate_every=0", "log.progress=false",
+        "log.sample_tokens=0", "optim.max_bad_steps=2", "callbacks=[{_target_: bench.fault_hooks.Saboteur}]", "cluster.timeout=60",
+    ]  # fmt: skip
+    return compose(*arguments(folder, *settings))
+
+
+def _drive(case: FaultCase, config: Config, run: Path) -> None:
+    """In a process of its own: start the ranks as the launcher does, and see them end."""
+    with (run / "driver.log").open("wb") as log:
+        for stream in (1, 2):
+            os.dup2(log.fileno(), stream)
+    os.environ[FAULTS_VARIABLE] = json.dumps({str(rank): fault for rank, fault in case.faults.items()})
+    world, logs = config.parallel.world, run / "logs"
+    if case.launcher == "local":
+        work = partial(_work, config, world, logs)
+        start: Callable = lambda environment, output: ForkedProcess(partial(work, environment), environment, output)  # noqa: E731
+        sys.exit(run_children(start, world, logs, Patience(config.cluster.hang_after, config.cluster.start_timeout)))
+    _drive_like_torchrun(config, world, run)
+
+
+def _work(config: Config, world: int, logs: Path | None, environment: dict[str, str]) -> int:
+    """One rank, in its own process."""
+    from train.worker import run_rank
+
+    rank = int(environment["RANK"])
+    return run_rank(config, Place(rank, world, rank, world), logs)
+
+
+def _drive_like_torchrun(config: Config, world: int, run: Path) -> None:
+    """Ranks meet at rank 0, nobody watches them, and the first to fail ends all."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks, shared = [], {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
+    for rank in range(world):
+        environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        output: IO = (run / f"rank_{rank}.out").open("wb")
+        ranks.append(ForkedProcess(partial(_work, config, world, None, environment), environment, output))
+    while all(rank.poll() is None for rank in ranks) or all(rank.poll() in (None, EXIT_OK) for rank in ranks):
+        if all(rank.poll() == EXIT_OK for rank in ranks):
+            sys.exit(EXIT_OK)
+        time.sleep(0.05)
+        if any(rank.poll() not in (None, EXIT_OK) for rank in ranks):
+            time.sleep(3.0)  # torchrun gives the others up to 30 s behind SIGTERM
+            break
+    for rank in ranks:
+        if rank.poll() is None:
+            rank.kill()
+    sys.exit(1)
+
+
+def show_judged(judged: Sequence[Judged]) -> None:
+    """A table, and what it comes to."""
+    for one in judged:
+        seconds = f"{one.seconds:5.1f} s" if one.seconds is not None else "      -"
+        say(
+            f"{one.case:40} rank {'yes' if one.rank else 'NO ':3} cause {'yes' if one.cause else 'NO ':3} {seconds}  {one.said[:150]}"
+        )
+    times = [one.seconds for one in judged if one.rank and one.seconds is not None]
+    median = f"{statistics.median(times):.1f} s" if times else "-"
+    named, right = sum(one.rank for one in judged), sum(one.cause for one in judged)
+    say(f"of {len(judged)}: right rank {named}, right cause {right}, median of those {median}")
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", default=[], help="parts of names of cases")
+    parser.add_argument("--limit", type=float, default=90.0, help="seconds of a case")
+    parser.add_argument("--out", type=Path, default=Path("faults_named.json"))
+    given = parser.parse_args(words)
+    _import_ahead()
+    judged: list[Judged] = []
+    with tempfile.TemporaryDirectory(prefix="faults-named-") as scratch:
+        for case in CASES:
+            if given.only and not any(part in case.name for part in given.only):
+                continue
+            judged.append(run_case(case, Path(scratch), given.limit))
+            show_judged(judged[-1:])
+            given.out.write_text(json.dumps([one._asdict() for one in judged], indent=1))
+    show_judged(judged)
+    return EXIT_OK
+
+
+def _import_ahead() -> None:
+    """What ranks need, once: they are forks of this process, which computes nothing."""
+    from parallel.zero.engine import import_deepspeed
+    from train import worker  # noqa: F401
+
+    import_deepspeed(on_cuda=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,336 @@
+"""What a rank did last, in a file that outlives it: every collective, send and receive, with the step, the phase and the action of the
+pipeline in which it was begun. Mapped into memory, so that the kernel keeps what a process wrote that SIGKILL ended.
+
+    80 bytes     header: magic, version, number of records, rank, ranks of the run, process, Unix time of the start, host
+    48 bytes     what the rank is at: step, phase, layer, action, since when
+    rest of 64 KiB   a JSON value a line: groups, and places of the program, each before the first record that has its number
+    records      88 bytes each, the oldest is overwritten
+
+One thread or several write, without a lock: a record has a number that only it has, and it is whole where that number stands at both
+of its ends. So a reader, which may be another process at any time, leaves out what was half written. Nothing here knows torch.
+"""
+
+import itertools
+import json
+import mmap
+import os
+import socket
+import struct
+import time
+import zlib
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+MAGIC, FORMAT = b"SLUICERING\0\0", 1
+RECORDS = 8192
+"""Of a file; some steps of a large layout."""
+NOW_AT, TABLE_AT, RECORDS_AT = 80, 128, 64 << 10
+"""Offsets in bytes."""
+HEADER = struct.Struct("<12sIIIIId32s")
+NOW = struct.Struct("<IhBxHHH2xd")
+"""Step, layer, phase, kind of action, stage, micro-batch, Unix time."""
+RECORD = struct.Struct("<QIHHBBhIi4xQQHHHBxdddQ")
+"""Serial, seq, group, place, kind, type, layer, step, peer, sent, received, action, stage, micro-batch, phase, began, waited, ended, serial."""
+WAITED_AT, ENDED_AT = 64, 72
+"""Offsets of two times in a record."""
+PHASES = ("start", "data", "schedule", "reduction", "update", "record", "validation", "checkpoint")
+"""What a rank is at."""
+KINDS = (
+    "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "barrier", "send", "receive", "reduce", "gather", "scatter",
+)  # fmt: skip
+DTYPES = (
+    "",
+    "float32",
+    "float64",
+    "bfloat16",
+    "float16",
+    "uint8",
+    "int8",
+    "int32",
+    "int64",
+    "bool",
+    "int16",
+    "float8_e4m3fn",
+    "other",
+)
+"""Types of elements; the first where nothing is sent."""
+_KIND_NUMBERS = {kind: number for number, kind in enumerate(KINDS)}
+_DTYPE_NUMBERS = {dtype: number for number, dtype in enumerate(DTYPES)}
+_OTHER = DTYPES.index("other")
+_TIME, _SERIAL, _COUNT = struct.Struct("<d"), struct.Struct("<Q"), struct.Struct("<I")
+LEAST_SENT, ALL_SENT = 128, 1 << 20
+"""Records that a rank sends at least, and that all ranks send together."""
+NOBODY = -1
+NO_LAYER = -1
+
+
+class CommGroup(NamedTuple):
+    """Ranks that communicate. name: equal on all of them; label: what the layout calls it."""
+
+    name: str
+    label: str
+    ranks: tuple[int, ...]
+
+
+class CommRecord(NamedTuple):
+    """One collective, send or receive, as one rank did it."""
+
+    group: CommGroup
+    seq: int
+    """Its number in the group on this rank, from 1; of sends and receives the number between these two ranks."""
+    kind: str
+    dtype: str
+    sent: int
+    received: int
+    """Elements of this rank."""
+    peer: int
+    """Rank of the other end of a send or receive; -1 else."""
+    step: int
+    phase: str
+    layer: int
+    """The block that was entered last in this action; -1 where none was."""
+    action: str
+    """Such as `F2.0`: the forward of micro-batch 0 through stage 2; empty outside of a pipeline's actions."""
+    place: str
+    """File and line of who asked for it."""
+    began: float
+    waited: float
+    """Unix time from which the rank did nothing but wait for it; 0 if it did not."""
+    ended: float
+    """Unix time at which the rank knew that it was over; 0 if it does not."""
+
+    @property
+    def blocks(self) -> bool:
+        """Whether its rank waits for it."""
+        return self.waited > 0 and self.ended == 0
+
+
+@dataclass
+class RankTrace:
+    """What one rank left."""
+
+    rank: int
+    world: int
+    pid: int
+    host: str
+    started: float
+    """Unix time."""
+    records: list[CommRecord] = field(default_factory=list)
+    """The newest, oldest first."""
+    step: int = 0
+    phase: str = "start"
+    layer: int = NO_LAYER
+    action: str = ""
+    since: float = 0.0
+    """Unix time at which the phase or the action began."""
+
+    @property
+    def is_here(self) -> bool:
+        """Whether its process is of this host."""
+        return self.host.encode() == _host()
+
+    @property
+    def blocked(self) -> list[CommRecord]:
+        """What it waits for, oldest first."""
+        return [record for record in self.records if record.blocks]
+
+
+def ring_path(logs: Path, rank: int) -> Path:
+    return logs / f"rank_{rank}.ring"
+
+
+class CommRing:
+    """The writer's side. Raises OSError if the disk has no room for the whole of it: later it asks for none."""
+
+    def __init__(self, path: Path, rank: int, world: int, records: int = RECORDS):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        size = RECORDS_AT + records * RECORD.size
+        with suppress(FileNotFoundError):
+            path.unlink()  # whoever reads the one of an attempt before keeps it
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            os.posix_fallocate(handle, 0, size)  # else a full disk would end the rank by SIGBUS
+            self._map = mmap.mmap(handle, size)
+        finally:
+            os.close(handle)
+        self._records, self._serials, self._table_end = records, itertools.count(1), TABLE_AT
+        self._numbers: dict[Any, int] = {}
+        """Of groups and places in the table."""
+        self.step, self.phase, self.layer, self._action = 0, 0, NO_LAYER, (0, 0, 0)
+        HEADER.pack_into(self._map, 0, MAGIC, FORMAT, records, rank, world, os.getpid(), time.time(), _host())
+        self._tell()
+
+    def enter(self, phase: str, step: int | None = None) -> None:
+        """The rank is at something else from here on. phase: of PHASES."""
+        self.phase, self.layer, self._action = PHASES.index(phase), NO_LAYER, (0, 0, 0)
+        if step is not None:
+            self.step = step
+        self._tell()
+
+    def act(self, kind: str, stage: int, micro_batch: int) -> None:
+        """An action of the pipeline begins. kind: one or two letters."""
+        self.layer, self._action = NO_LAYER, (int.from_bytes(kind.encode(), "little"), stage, micro_batch)
+        self._tell()
+
+    def _tell(self) -> None:
+        NOW.pack_into(self._map, NOW_AT, self.step, self.layer, self.phase, *self._action, time.time())
+
+    def name_group(self, name: str, label: str, ranks: Sequence[int]) -> int:
+        """The number of a group, by which `begin` knows it."""
+        return self._number((name, *ranks), ["group", name, label, _as_range(ranks)])
+
+    def place(self, file: str, line: int) -> int:
+        """The number of a place in the program."""
+        return self._number((file, line), ["place", file, line])
+
+    def _number(self, key: Any, entry: list) -> int:
+        """Numbers count up in the order of the table; 0 is what no room was left for."""
+        found = self._numbers.get(key)
+        if found is None:
+            text = json.dumps(entry, separators=(",", ":")).encode() + b"\n"
+            fits = self._table_end + len(text) < RECORDS_AT
+            found = self._numbers[key] = 1 + sum(number > 0 for number in self._numbers.values()) if fits else 0
+            if fits:
+                self._map[self._table_end : self._table_end + len(text)] = text
+                self._table_end += len(text)
+        return found
+
+    def begin(
+        self, group: int, seq: int, kind: str, dtype: str, sent: int, received: int, peer: int, place: int
+    ) -> int:
+        """Something begins; returns where it stands, for `wait` and `end`. group, place: numbers; kind: of KINDS."""
+        serial, now = next(self._serials), time.time()
+        at = RECORDS_AT + (serial - 1) % self._records * RECORD.size
+        action, stage, micro_batch = self._action
+        RECORD.pack_into(
+            self._map, at, serial, seq, group, place, _KIND_NUMBERS[kind], _DTYPE_NUMBERS.get(dtype, _OTHER), self.layer, self.step, peer, sent, received, action, stage,
+            micro_batch, self.phase, now, 0.0, 0.0, serial,
+        )  # fmt: skip
+        return at
+
+    def wait(self, at: int) -> None:
+        """From here on the rank waits for it."""
+        _TIME.pack_into(self._map, at + WAITED_AT, time.time())
+
+    def end(self, at: int) -> None:
+        """It is over, as far as this rank can know."""
+        _TIME.pack_into(self._map, at + ENDED_AT, time.time())
+
+    def close(self) -> None:
+        """The file stays."""
+        self._map.close()
+
+
+def _host() -> bytes:
+    return socket.gethostname().encode()[:32]
+
+
+def _as_range(ranks: Sequence[int]) -> list[int]:
+    """First, behind the last, and step, where that says all; else the ranks behind a 0."""
+    if len(ranks) > 1:
+        stride = ranks[1] - ranks[0]
+        if stride > 0 and list(ranks) == list(range(ranks[0], ranks[-1] + 1, stride)):
+            return [ranks[0], ranks[-1] + 1, stride]
+    return [0, *ranks]
+
+
+def _from_range(said: list[int]) -> tuple[int, ...]:
+    return tuple(range(*said)) if len(said) == 3 and said[2] > 0 and said[1] > said[0] else tuple(said[1:])
+
+
+def read_trace(raw: bytes, last: int = RECORDS) -> RankTrace:
+    """What stands in a ring. last: most records, the newest. Raises ValueError for what is none."""
+    if len(raw) < RECORDS_AT or raw[: len(MAGIC)] != MAGIC:
+        raise ValueError("no ring of a rank")
+    _, version, records, rank, world, pid, started, host = HEADER.unpack_from(raw)
+    if version != FORMAT:
+        raise ValueError(f"a ring of format {version}, where this version reads {FORMAT}")
+    trace = RankTrace(rank, world, pid, host.rstrip(b"\0").decode(errors="replace"), started)
+    trace.step, trace.layer, phase, *action, trace.since = NOW.unpack_from(raw, NOW_AT)
+    trace.phase, trace.action = PHASES[min(phase, len(PHASES) - 1)], _action(*action)
+    groups, places = _read_table(raw[TABLE_AT:RECORDS_AT])
+    found = []
+    for at in range(RECORDS_AT, min(len(raw), RECORDS_AT + records * RECORD.size) - RECORD.size + 1, RECORD.size):
+        values = RECORD.unpack_from(raw, at)
+        if values[0] and values[0] == values[-1]:
+            found.append(values)
+    found.sort()
+    trace.records = [_record(values, groups, places) for values in found[-last:]]
+    return trace
+
+
+def _read_table(table: bytes) -> tuple[dict[int, CommGroup], dict[int, str]]:
+    groups, places = dict[int, CommGroup](), dict[int, str]()
+    for number, line in enumerate(table.split(b"\0", 1)[0].splitlines(), 1):
+        with suppress(ValueError, IndexError, TypeError):  # a line that was half written has no record yet
+            what, *rest = json.loads(line)
+            if what == "group":
+                groups[number] = CommGroup(rest[0], rest[1], _from_range(rest[2]))
+            else:
+                places[number] = f"{rest[0]}:{rest[1]}"
+    return groups, places
+
+
+def _record(values: tuple, groups: dict[int, CommGroup], places: dict[int, str]) -> CommRecord:
+    (
+        _,
+        seq,
+        group,
+        place,
+        kind,
+        dtype,
+        layer,
+        step,
+        peer,
+        sent,
+        received,
+        action,
+        stage,
+        micro_batch,
+        phase,
+        began,
+        waited,
+        ended,
+        _,
+    ) = values
+    return CommRecord(
+        groups.get(group, CommGroup("?", "?", ())), seq, KINDS[min(kind, len(KINDS) - 1)], DTYPES[min(dtype, len(DTYPES) - 1)], sent,
+        received, peer, step, PHASES[min(phase, len(PHASES) - 1)], layer, _action(action, stage, micro_batch), places.get(place, ""),
+        began, waited, ended,
+    )  # fmt: skip
+
+
+def _action(kind: int, stage: int, micro_batch: int) -> str:
+    letters = kind.to_bytes(2, "little").rstrip(b"\0").decode("ascii", "replace")
+    return f"{letters}{stage}.{micro_batch}" if letters else ""
+
+
+def read_traces(logs: Path, since: float = 0.0) -> dict[int, RankTrace]:
+    """What the ranks of a run left in this folder, by rank. since: Unix time; rings of ranks that began before it are of an earlier start."""
+    traces = dict[int, RankTrace]()
+    for path in logs.glob("rank_*.ring"):
+        with suppress(OSError, ValueError):  # its rank has just begun, or another version wrote it
+            trace = read_trace(path.read_bytes())
+            if trace.started >= since:
+                traces[trace.rank] = trace
+    world = max((trace.world for trace in sorted(traces.values(), key=lambda one: one.started)[-1:]), default=0)
+    return {rank: trace for rank, trace in traces.items() if rank < world}
+
+
+def pack_ring(path: Path, world: int) -> bytes | None:
+    """A ring as it travels, with as many of the newest records as all ranks of such a run may send; None where there is none."""
+    try:
+        raw = path.read_bytes()
+    except OSError:
+        return None
+    most = min(RECORDS, max(LEAST_SENT, ALL_SENT // max(1, world)))
+    records = [raw[at : at + RECORD.size] for at in range(RECORDS_AT, len(raw) - RECORD.size + 1, RECORD.size)]
+    newest = sorted(records, key=lambda record: _SERIAL.unpack_from(record)[0])[-most:]
+    head = bytearray(raw[:RECORDS_AT])
+    if len(head) < RECORDS_AT:
+        return None
+    _COUNT.pack_into(head, 16, len(newest))
+    return zlib.compress(bytes(head) + b"".join(newest), 1)

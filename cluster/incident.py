@@ -1,0 +1,192 @@
+"""An incident of a run: who broke it or holds it up, what they did and where, who waits since when, and what to do.
+
+The judgement of cluster/cause.py, where ranks said something themselves, and that of cluster/compare_ranks.py, where what they did shows
+more: a rank that left a collective out makes another one fail. A screen says it; logs/incident_N.json has the whole:
+
+    time, kind, text     Unix time, the kind of the cause and its sentence
+    fault, ranks, among  of compare_ranks.Fault; the culprits, and ranks of which one is, where that is not known
+    where, advice        file and line; what to do
+    seconds              since the last news, of a hang
+    waits                [{"rank": 0, "for": [1], "what": "all_reduce 7 of ...", "place": "file:line", "seconds": 12.1}, ...]
+    by_rank              of each rank step, phase, action, layer, process, stack and its last records
+"""
+
+import json
+import time
+import zlib
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from cluster.cause import Cause, Kind, RankReport, name_hang
+from cluster.comm_ring import CommRecord, RankTrace, read_trace
+from cluster.compare_ranks import Fault, Finding, compare_ranks, find_difference, name_record
+from conf.disk import naming
+from conf.errors import EXIT_CRASH
+from conf.files import atomic_write_text
+
+SHOWN_RECORDS = 40
+"""Last records of a rank in the file."""
+SHOWN_WAITS, LINE = 6, 400
+"""Ranks that wait, and characters of a sentence, on the screen."""
+ADVICE_OF_CAUSE = {
+    Kind.killed: "look at dmesg for the kernel's out-of-memory kills and at the device of this rank",
+    Kind.crash: "the lines above come from the rank that failed first",
+    Kind.diverged: "look at the data and weights that are named",
+    Kind.node: "look at the node: power, network, its own logs",
+}
+
+
+def judge_hang(
+    reports: Sequence[RankReport],
+    traces: Mapping[int, RankTrace],
+    stacks: dict[int, str],
+    names: dict[int, str],
+    seconds: float,
+) -> tuple[Cause, Finding]:
+    """Who holds the run up that had no news for so long. names: node of each rank, or none."""
+    by_stacks = name_hang(list(reports), stacks, names, seconds)
+    if not traces:
+        fault = Fault.stopped if any(report.state == "T" for report in reports) else Fault.absent
+        known = by_stacks.ranks if 0 < len(by_stacks.ranks) < len(reports) else ()
+        return by_stacks, Finding(fault if known else Fault.unknown, known, by_stacks.text)
+    stopped = [report.rank for report in reports if report.state == "T"]
+    finding = compare_ranks(traces, stacks, stopped, [report.rank for report in reports if report.ended])
+    if finding.fault is Fault.unknown and not finding.among:
+        return by_stacks, finding
+    steps = f"steps {min(report.step for report in reports)} to {max(report.step for report in reports)}"
+    text = f"no step finished for {seconds:.0f} s ({steps}): {_on_nodes(finding, names)}"
+    nodes = tuple(sorted({names[rank] for rank in finding.ranks if rank in names}))
+    ranks = finding.ranks or tuple(sorted(traces))
+    return Cause(Kind.hang, text, ranks, nodes, EXIT_CRASH, by_stacks.log), finding
+
+
+def judge_failure(
+    cause: Cause, traces: Mapping[int, RankTrace], stacks: Mapping[int, str], names: dict[int, str]
+) -> tuple[Cause, Finding]:
+    """The cause that ranks gave, or the one that shows in what they did before: ranks that do different things as the same
+    collective fail in it, or in a later one, and often not those that are wrong.
+    """
+    finding = None
+    if cause.kind is Kind.hang and traces:  # they gave up waiting, and what each did then stands in its ring
+        finding = compare_ranks(traces, stacks)
+    elif cause.kind is Kind.crash or "SIGABRT" in cause.text:
+        finding = find_difference(traces)
+    if finding is None or not finding.ranks:
+        return cause, finding or Finding(Fault.unknown, cause.ranks, cause.text)
+    nodes = tuple(sorted({names[rank] for rank in finding.ranks if rank in names}))
+    text = f"{_on_nodes(finding, names)}\n  what failed of it: {cause.text.splitlines()[0]}"
+    return replace(cause, text=text, ranks=finding.ranks, nodes=nodes), finding
+
+
+def _on_nodes(finding: Finding, names: dict[int, str]) -> str:
+    where = sorted({names[rank] for rank in finding.ranks if rank in names})
+    return finding.text + (f" (on {', '.join(where)})" if where else "")
+
+
+def describe_incident(
+    cause: Cause, finding: Finding, traces: Mapping[int, RankTrace], stacks: Mapping[int, str], seconds: float = 0.0
+) -> dict[str, Any]:
+    """The incident as its file has it; see the top of this file."""
+    now = time.time()
+    waits = [
+        {
+            "rank": wait.rank,
+            "for": list(wait.missing),
+            "what": name_record(wait.record),
+            "place": wait.record.place,
+            "seconds": round(now - wait.record.waited, 3),
+        }
+        for wait in finding.waits
+    ]
+    by_rank = {str(rank): _rank(trace, stacks.get(rank, ""), now) for rank, trace in sorted(traces.items())}
+    advice = (
+        finding.advice
+        if finding.fault is not Fault.unknown or finding.among
+        else ADVICE_OF_CAUSE.get(cause.kind, finding.advice)
+    )
+    return {
+        "time": now,
+        "kind": cause.kind.name,
+        "text": cause.text,
+        "fault": finding.fault.name,
+        "ranks": list(finding.ranks if finding.ranks or finding.among else cause.ranks),
+        "among": list(finding.among),
+        "where": finding.where,
+        "advice": advice,
+        "seconds": round(seconds, 3),
+        "waits": waits,
+        "by_rank": by_rank,
+    }
+
+
+def _rank(trace: RankTrace, stack: str, now: float) -> dict[str, Any]:
+    return {
+        "step": trace.step,
+        "phase": trace.phase,
+        "action": trace.action,
+        "layer": trace.layer,
+        "seconds": round(now - trace.since, 3),
+        "process": trace.pid,
+        "stack": stack,
+        "records": [_plain(record) for record in trace.records[-SHOWN_RECORDS:]],
+    }
+
+
+def _plain(record: CommRecord) -> dict[str, Any]:
+    return record._asdict() | {"group": {"label": record.group.label, "ranks": list(record.group.ranks)}}
+
+
+def write_incident(logs: Path, incident: dict[str, Any]) -> Path:
+    """To the next incident_N.json of the folder. OSError if the disk refuses it."""
+    number = 1 + max((int(path.stem.rpartition("_")[2]) for path in logs.glob("incident_*.json")), default=0)
+    path = logs / f"incident_{number}.json"
+    with naming(path):
+        atomic_write_text(path, json.dumps(incident), durable=False)
+    return path
+
+
+def newest_incident(logs: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The last incident of a run, or None."""
+    paths = sorted(logs.glob("incident_*.json"), key=lambda path: path.stat().st_mtime)
+    for path in reversed(paths):
+        with suppress(OSError, ValueError, AttributeError):
+            incident = json.loads(path.read_text())
+            if {"text", "fault", "ranks", "waits"} <= incident.keys():
+                return path, incident
+    return None
+
+
+def incident_screen(incident: Mapping[str, Any], path: Path | None = None) -> str:
+    """One screen of it."""
+    ranks, among = incident["ranks"], incident["among"]
+    who = ", ".join(map(str, ranks)) or (f"one of {', '.join(map(str, among[:8]))}" if among else "not known")
+    head = str(incident["text"]).split("\n  what failed of it: ")
+    lines = [f"culprit: {'ranks' if len(ranks) > 1 else 'rank'} {who}" if ranks else f"culprit: {who}"]
+    lines.append(f"  what:    {head[0].splitlines()[0][:LINE]}")
+    lines += [f"  then:    {rest.splitlines()[0][:LINE]}" for rest in head[1:]]
+    if incident["where"]:
+        lines.append(f"  where:   {incident['where']}")
+    for number, wait in enumerate(incident["waits"][:SHOWN_WAITS]):
+        missing = f"for {', '.join(map(str, wait['for'][:8]))}" if wait["for"] else "though all are in"
+        place = f" ({wait['place']})" if wait["place"] else ""
+        lines.append(
+            f"  {'waits:  ' if number == 0 else '        '} rank {wait['rank']} {missing}, {wait['seconds']:.0f} s, in {wait['what']}{place}"
+        )
+    if (more := len(incident["waits"]) - SHOWN_WAITS) > 0:
+        lines.append(f"           and {more} more")
+    lines.append(f"  to do:   {incident['advice']}")
+    if path is not None:
+        lines.append(f"  whole:   {path}")
+    return "\n".join(lines)
+
+
+def unpack_traces(rings: Mapping[int, bytes]) -> dict[int, RankTrace]:
+    """Rings as agents send them, read."""
+    traces = dict[int, RankTrace]()
+    for rank, packed in rings.items():
+        with suppress(ValueError, zlib.error):
+            traces[rank] = read_trace(zlib.decompress(packed))
+    return traces
