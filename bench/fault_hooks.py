@@ -79,6 +79,10 @@ def resize(original: Callable, tensor: Any, *given: Any, **named: Any) -> Any:
     return original(torch.cat([tensor.flatten(), tensor.flatten()]), *given, **named)
 
 
+def retype_to_half(original: Callable, tensor: Any, *given: Any, **named: Any) -> Any:
+    return original(tensor.float(), *given, **named)
+
+
 def retype(original: Callable, tensor: Any, *given: Any, **named: Any) -> Any:
     return original(tensor.to(torch.int64), *given, **named)
 
@@ -303,6 +307,7 @@ FAULTS: dict[str, Callable[[Any], None]] = {
     "swap": swap_all_reduces,
     "size": _meddle("all_reduce", resize),
     "type": _meddle("all_reduce", retype),
+    "type_of_half": _meddle("all_reduce", retype_to_half),
     "other": _meddle("all_reduce", gather_instead),
     "stop": _forward(kill(signal.SIGSTOP)),
     "killed": _forward(kill(signal.SIGKILL)),

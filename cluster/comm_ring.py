@@ -24,9 +24,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-MAGIC, FORMAT = b"SLUICERING\0\0", 1
+MAGIC, RING_FORMAT = b"SLUICERING\0\0", 1
 RECORDS = 8192
-"""Of a file; some steps of a large layout."""
+"""Records of a file; some steps of a large layout."""
 NOW_AT, TABLE_AT, RECORDS_AT = 80, 128, 64 << 10
 """Offsets in bytes."""
 HEADER = struct.Struct("<12sIIIIId32s")
@@ -36,12 +36,12 @@ RECORD = struct.Struct("<QIHHBBhIi4xQQHHHBxdddQ")
 """Serial, seq, group, place, kind, type, layer, step, peer, sent, received, action, stage, micro-batch, phase, began, waited, ended, serial."""
 WAITED_AT, ENDED_AT = 64, 72
 """Offsets of two times in a record."""
-PHASES = ("start", "data", "schedule", "reduction", "update", "record", "validation", "checkpoint")
+RANK_PHASES = ("start", "data", "schedule", "reduction", "update", "record", "validation", "checkpoint")
 """What a rank is at."""
 KINDS = (
     "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "barrier", "send", "receive", "reduce", "gather", "scatter",
 )  # fmt: skip
-DTYPES = (
+ELEMENT_TYPES = (
     "",
     "float32",
     "float64",
@@ -58,12 +58,11 @@ DTYPES = (
 )
 """Types of elements; the first where nothing is sent."""
 _KIND_NUMBERS = {kind: number for number, kind in enumerate(KINDS)}
-_DTYPE_NUMBERS = {dtype: number for number, dtype in enumerate(DTYPES)}
-_OTHER = DTYPES.index("other")
+_DTYPE_NUMBERS = {dtype: number for number, dtype in enumerate(ELEMENT_TYPES)}
+_OTHER = ELEMENT_TYPES.index("other")
 _TIME, _SERIAL, _COUNT = struct.Struct("<d"), struct.Struct("<Q"), struct.Struct("<I")
 LEAST_SENT, ALL_SENT = 128, 1 << 20
 """Records that a rank sends at least, and that all ranks send together."""
-NOBODY = -1
 NO_LAYER = -1
 
 
@@ -80,7 +79,7 @@ class CommRecord(NamedTuple):
 
     group: CommGroup
     seq: int
-    """Its number in the group on this rank, from 1; of sends and receives the number between these two ranks."""
+    """Number in the group on this rank, from 1; of sends and receives the number between these two ranks."""
     kind: str
     dtype: str
     sent: int
@@ -158,14 +157,14 @@ class CommRing:
             os.close(handle)
         self._records, self._serials, self._table_end = records, itertools.count(1), TABLE_AT
         self._numbers: dict[Any, int] = {}
-        """Of groups and places in the table."""
+        """Numbers of groups and places in the table."""
         self.step, self.phase, self.layer, self._action = 0, 0, NO_LAYER, (0, 0, 0)
-        HEADER.pack_into(self._map, 0, MAGIC, FORMAT, records, rank, world, os.getpid(), time.time(), _host())
+        HEADER.pack_into(self._map, 0, MAGIC, RING_FORMAT, records, rank, world, os.getpid(), time.time(), _host())
         self._tell()
 
     def enter(self, phase: str, step: int | None = None) -> None:
-        """The rank is at something else from here on. phase: of PHASES."""
-        self.phase, self.layer, self._action = PHASES.index(phase), NO_LAYER, (0, 0, 0)
+        """The rank is at something else from here on. phase: of RANK_PHASES."""
+        self.phase, self.layer, self._action = RANK_PHASES.index(phase), NO_LAYER, (0, 0, 0)
         if step is not None:
             self.step = step
         self._tell()
@@ -246,11 +245,11 @@ def read_trace(raw: bytes, last: int = RECORDS) -> RankTrace:
     if len(raw) < RECORDS_AT or raw[: len(MAGIC)] != MAGIC:
         raise ValueError("no ring of a rank")
     _, version, records, rank, world, pid, started, host = HEADER.unpack_from(raw)
-    if version != FORMAT:
-        raise ValueError(f"a ring of format {version}, where this version reads {FORMAT}")
+    if version != RING_FORMAT:
+        raise ValueError(f"a ring of format {version}, where this version reads {RING_FORMAT}")
     trace = RankTrace(rank, world, pid, host.rstrip(b"\0").decode(errors="replace"), started)
     trace.step, trace.layer, phase, *action, trace.since = NOW.unpack_from(raw, NOW_AT)
-    trace.phase, trace.action = PHASES[min(phase, len(PHASES) - 1)], _action(*action)
+    trace.phase, trace.action = RANK_PHASES[min(phase, len(RANK_PHASES) - 1)], _action(*action)
     groups, places = _read_table(raw[TABLE_AT:RECORDS_AT])
     found = []
     for at in range(RECORDS_AT, min(len(raw), RECORDS_AT + records * RECORD.size) - RECORD.size + 1, RECORD.size):
@@ -297,8 +296,8 @@ def _record(values: tuple, groups: dict[int, CommGroup], places: dict[int, str])
         _,
     ) = values
     return CommRecord(
-        groups.get(group, CommGroup("?", "?", ())), seq, KINDS[min(kind, len(KINDS) - 1)], DTYPES[min(dtype, len(DTYPES) - 1)], sent,
-        received, peer, step, PHASES[min(phase, len(PHASES) - 1)], layer, _action(action, stage, micro_batch), places.get(place, ""),
+        groups.get(group, CommGroup("?", "?", ())), seq, KINDS[min(kind, len(KINDS) - 1)], ELEMENT_TYPES[min(dtype, len(ELEMENT_TYPES) - 1)], sent,
+        received, peer, step, RANK_PHASES[min(phase, len(RANK_PHASES) - 1)], layer, _action(action, stage, micro_batch), places.get(place, ""),
         began, waited, ended,
     )  # fmt: skip
 

@@ -12,6 +12,7 @@ more: a rank that left a collective out makes another one fail. A screen says it
 """
 
 import json
+import signal
 import time
 import zlib
 from collections.abc import Mapping, Sequence
@@ -20,9 +21,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cluster.cause import Cause, Kind, RankReport, name_hang
+from cluster.cause import CERTAIN, Cause, Kind, RankReport, innermost, name_hang, waits_for_ranks
 from cluster.comm_ring import CommRecord, RankTrace, read_trace
-from cluster.compare_ranks import Fault, Finding, compare_ranks, find_difference, name_record
+from cluster.compare_ranks import compare_ranks
+from cluster.judgement import Fault, Judgement, name_record
+from cluster.rank_differences import find_difference
 from conf.disk import naming
 from conf.errors import EXIT_CRASH
 from conf.files import atomic_write_text
@@ -45,13 +48,15 @@ def judge_hang(
     stacks: dict[int, str],
     names: dict[int, str],
     seconds: float,
-) -> tuple[Cause, Finding]:
+) -> tuple[Cause, Judgement]:
     """Who holds the run up that had no news for so long. names: node of each rank, or none."""
     by_stacks = name_hang(list(reports), stacks, names, seconds)
+    if not traces and len(reports) == 1 and reports[0].rank in stacks:
+        return _judge_alone(reports[0], stacks[reports[0].rank], seconds)
     if not traces:
         fault = Fault.stopped if any(report.state == "T" for report in reports) else Fault.absent
         known = by_stacks.ranks if 0 < len(by_stacks.ranks) < len(reports) else ()
-        return by_stacks, Finding(fault if known else Fault.unknown, known, by_stacks.text)
+        return by_stacks, Judgement(fault if known else Fault.unknown, known, by_stacks.text)
     stopped = [report.rank for report in reports if report.state == "T"]
     finding = compare_ranks(traces, stacks, stopped, [report.rank for report in reports if report.ended])
     if finding.fault is Fault.unknown and not finding.among:
@@ -63,31 +68,45 @@ def judge_hang(
     return Cause(Kind.hang, text, ranks, nodes, EXIT_CRASH, by_stacks.log), finding
 
 
+def _judge_alone(report: RankReport, stack: str, seconds: float) -> tuple[Cause, Judgement]:
+    """A rank that sees nothing of the others."""
+    waits = waits_for_ranks(stack)
+    what = "waits for other ranks" if waits else "is not in a collective"
+    text = f"no step finished for {seconds:.0f} s: rank {report.rank} in step {report.step} {what}{innermost(stack)}"
+    finding = Judgement(Fault.unknown if waits else Fault.absent, () if waits else (report.rank,), text)
+    return Cause(Kind.hang, text, (report.rank,), (), EXIT_CRASH, stack), finding
+
+
 def judge_failure(
     cause: Cause, traces: Mapping[int, RankTrace], stacks: Mapping[int, str], names: dict[int, str]
-) -> tuple[Cause, Finding]:
+) -> tuple[Cause, Judgement]:
     """The cause that ranks gave, or the one that shows in what they did before: ranks that do different things as the same
     collective fail in it, or in a later one, and often not those that are wrong.
     """
     finding = None
     if cause.kind is Kind.hang and traces:  # they gave up waiting, and what each did then stands in its ring
         finding = compare_ranks(traces, stacks)
-    elif cause.kind is Kind.crash or "SIGABRT" in cause.text:
+    elif cause.kind in (Kind.crash, Kind.killed) and not _is_certain(cause):
         finding = find_difference(traces)
     if finding is None or not finding.ranks:
-        return cause, finding or Finding(Fault.unknown, cause.ranks, cause.text)
+        return cause, finding or Judgement(Fault.failed, cause.ranks, cause.text)
     nodes = tuple(sorted({names[rank] for rank in finding.ranks if rank in names}))
     text = f"{_on_nodes(finding, names)}\n  what failed of it: {cause.text.splitlines()[0]}"
     return replace(cause, text=text, ranks=finding.ranks, nodes=nodes), finding
 
 
-def _on_nodes(finding: Finding, names: dict[int, str]) -> str:
+def _is_certain(cause: Cause) -> bool:
+    """Whether the rank ended as no victim of others does."""
+    return any(signal.Signals(-code).name in cause.text for code in CERTAIN)
+
+
+def _on_nodes(finding: Judgement, names: dict[int, str]) -> str:
     where = sorted({names[rank] for rank in finding.ranks if rank in names})
     return finding.text + (f" (on {', '.join(where)})" if where else "")
 
 
 def describe_incident(
-    cause: Cause, finding: Finding, traces: Mapping[int, RankTrace], stacks: Mapping[int, str], seconds: float = 0.0
+    cause: Cause, finding: Judgement, traces: Mapping[int, RankTrace], stacks: Mapping[int, str], seconds: float = 0.0
 ) -> dict[str, Any]:
     """The incident as its file has it; see the top of this file."""
     now = time.time()
@@ -102,11 +121,7 @@ def describe_incident(
         for wait in finding.waits
     ]
     by_rank = {str(rank): _rank(trace, stacks.get(rank, ""), now) for rank, trace in sorted(traces.items())}
-    advice = (
-        finding.advice
-        if finding.fault is not Fault.unknown or finding.among
-        else ADVICE_OF_CAUSE.get(cause.kind, finding.advice)
-    )
+    advice = ADVICE_OF_CAUSE.get(cause.kind, finding.advice) if finding.fault is Fault.failed else finding.advice
     return {
         "time": now,
         "kind": cause.kind.name,

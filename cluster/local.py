@@ -21,10 +21,11 @@ from typing import IO
 from cluster.cause import Cause, Kind, RankReport, name_cause, read_report
 from cluster.clocks import HeldUp
 from cluster.comm_ring import RankTrace, read_traces
-from cluster.compare_ranks import Finding
 from cluster.incident import describe_incident, incident_screen, judge_failure, judge_hang, write_incident
+from cluster.judgement import Judgement
 from cluster.patience import Patience
 from cluster.private_folder import PrivateFolder
+from cluster.rank_differences import find_difference
 from cluster.rank_watch import RankWatch
 from cluster.run_files import AT_WORK, FAILURES, PROGRESS, RINGS, log_path
 from cluster.spawn import ForkedProcess, is_stopped, spawn, waited_for_core
@@ -37,6 +38,8 @@ SETTLE = 3.0
 """Seconds that the other ranks get to report after the first one failed."""
 STACKS_SECONDS = 5.0
 """Seconds that ranks which hang get to say where."""
+DIFFERENCE_SECONDS = 15.0
+"""Seconds between looks at what ranks did."""
 RANKS_LOOK_SECONDS = 0.05
 """Seconds between looks at the ranks."""
 Child = subprocess.Popen | ForkedProcess
@@ -108,12 +111,15 @@ def _watch(ranks: list[Child], logs: Path, asked: list[int], patience: Patience 
     now = time.monotonic()
     held_up = HeldUp(2 * RANKS_LOOK_SECONDS, now)
     watch = RankWatch(range(len(ranks)), {}, patience, now) if patience is not None else None
+    look_at, told = now + DIFFERENCE_SECONDS, False
     while True:
         reports, now = _reports(ranks, logs), time.monotonic()
         if any(report.bad for report in reports):
             return _explain(ranks, logs, asked)
         codes = [report.code for report in reports if report.code is not None]
         if len(codes) == len(reports):
+            if watch is not None and not told:
+                _tell_difference(logs)
             return max(codes)
         if watch is not None:
             watch.forgive(now, held_up.since_last_look(now))
@@ -122,6 +128,8 @@ def _watch(ranks: list[Child], logs: Path, asked: list[int], patience: Patience 
                 return _show(_name_hang(ranks, logs, now - watch.moved), ranks, logs)
             if text := watch.tell_quiet(now):
                 say(text, file=sys.stderr)
+            if now >= look_at and not told:
+                told, look_at = _tell_difference(logs), now + DIFFERENCE_SECONDS
         time.sleep(RANKS_LOOK_SECONDS)
 
 
@@ -141,10 +149,28 @@ def _name_failure(ranks: list[Child], logs: Path, cause: Cause) -> Cause:
     return _keep(logs, cause, finding, traces, stacks)
 
 
+def _tell_difference(logs: Path) -> bool:
+    """Whether ranks did different things as the same collective, which need not fail and still makes every number wrong: then say so."""
+    traces = read_traces(logs)
+    if (finding := find_difference(traces)) is None:
+        return False
+    cause = Cause(
+        Kind.crash,
+        f"the numbers of this run are wrong from step {_step_of(traces)} or before on: {finding.text}",
+        finding.ranks,
+    )
+    say(_keep(logs, cause, finding, traces, {}).log, file=sys.stderr)
+    return True
+
+
+def _step_of(traces: dict[int, RankTrace]) -> int:
+    return min(trace.step for trace in traces.values())
+
+
 def _keep(
     logs: Path,
     cause: Cause,
-    finding: Finding,
+    finding: Judgement,
     traces: dict[int, RankTrace],
     stacks: dict[int, str],
     seconds: float = 0.0,

@@ -23,7 +23,7 @@ from cluster.run_files import progress_path
 from cluster.spawn import is_stopped, lives, waited_for_core
 from cluster.stacks import ask_stacks, own_stacks, read_stacks
 from conf.disk import explain_disk_error
-from conf.errors import EXIT_CRASH, EXIT_USER, RunEnded, UserError
+from conf.errors import EXIT_CRASH, EXIT_USER, RunEnded, UserError, causes
 from conf.files import exclusive
 from conf.words import say
 
@@ -91,7 +91,9 @@ class SelfWatch:
         code = error.code if isinstance(error, RunEnded) else EXIT_CRASH
         kind = Kind.diverged if code not in (EXIT_CRASH, EXIT_USER) else Kind.crash
         ranks = tuple(getattr(error, "ranks", ())) or (self._rank,)
-        cause = Cause(kind, f"rank {self._rank} failed: {type(error).__name__}: {error}", ranks, code=code)
+        first = list(causes(error))[-1]  # the pipeline wraps what fails in it in a page of its own
+        words = next((line for line in str(first).splitlines() if line.strip()), "")
+        cause = Cause(kind, f"rank {self._rank} failed: {type(first).__name__}: {words}", ranks, code=code)
         if gone := [rank for rank, trace in traces.items() if trace.is_here and not lives(trace.pid)]:
             text = f"{', '.join(f'rank {rank}' for rank in gone)} ended in the middle of the work"
             cause = Cause(Kind.killed, f"{text}, which rank {self._rank} failed of", tuple(gone))

@@ -21,7 +21,7 @@ from torch.distributed import ProcessGroup
 
 from conf.schema import ROOT
 
-METHODS = {
+GROUP_METHODS = {
     "allreduce": "all_reduce",
     "allreduce_coalesced": "all_reduce",
     "allgather": "all_gather",
@@ -82,7 +82,7 @@ class RecordedWork:
         self._work, self._log, self._at, self._ends = work, log, at, ends
 
     def wait(self, *given: Any, **named: Any) -> Any:
-        """As of the work; where it raises, it has no end."""
+        """Wait for the work; where that raises, it has no end."""
         self._log.wait(self._at)
         result = self._work.wait(*given, **named)
         if self._ends:
@@ -107,9 +107,9 @@ class CommRecorder:
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Everything that begins inside is seen."""
-        kept = {name: getattr(ProcessGroup, name) for name in METHODS if hasattr(ProcessGroup, name)}
+        kept = {name: getattr(ProcessGroup, name) for name in GROUP_METHODS if hasattr(ProcessGroup, name)}
         for name, method in kept.items():
-            setattr(ProcessGroup, name, self._seen(method, METHODS[name]))
+            setattr(ProcessGroup, name, self._seen(method, GROUP_METHODS[name]))
         try:
             yield
         finally:

@@ -31,7 +31,7 @@ ELSEWHERE = {*dir(torch.Tensor), *dir(queue.Queue)}
 OTHERS = {
     "_exit": "os", "_internal": "hydra", "_is_none": "omegaconf", "_get_node": "omegaconf",
     "_fingerprint": "datasets", "_type_": "ctypes", "_to_model": "wandb", "_replace": "NamedTuple", "_fields": "NamedTuple",
-    "_asdict": "NamedTuple",
+    "_asdict": "NamedTuple", "_getframe": "sys",
 }  # fmt: skip
 """Whose other private names are."""
 

@@ -31,7 +31,7 @@ from train.kernels.device import idle_gpu
 from train.kernels.precision import activation_dtype
 from train.loop.device_errors import raise_explained
 from train.loop.finish import finish_run
-from train.loop.record import Record, recorded
+from train.loop.record import RankRecorder, recorded
 from train.loop.resume import find_start, restore
 from train.loop.state import RunState
 from train.loop.stop import StopRequest
@@ -79,7 +79,7 @@ def _run_explained(config: Config, place: Place, stop: StopRequest, failures: Pa
         return _run(config, place, stop, record)
 
 
-def _run(config: Config, place: Place, stop: StopRequest, record: Record) -> int:
+def _run(config: Config, place: Place, stop: StopRequest, record: RankRecorder) -> int:
     rank = set_up_rank(config, place)
     device, mesh = rank.device, rank.mesh
     record.name_groups(mesh)

@@ -20,7 +20,7 @@ from train.parallelize import ParallelModel
 
 
 @dataclass
-class Record:
+class RankRecorder:
     """What a rank writes to, while it runs."""
 
     ring: CommRing | None = None
@@ -58,15 +58,15 @@ class Record:
 
 
 @contextmanager
-def recorded(logs: Path, place: Place) -> Iterator[Record]:
+def recorded(logs: Path, place: Place) -> Iterator[RankRecorder]:
     """Everything that is communicated inside goes to the ring of this rank."""
     try:
         ring = CommRing(ring_path(logs, place.rank), place.rank, place.world)
     except OSError as error:
         said = "what this rank communicates could not be recorded, so that a hang is only told by stacks"
         say(f"{said} ({explain_disk_error(error)}); training goes on", file=sys.stderr)
-        yield Record()
+        yield RankRecorder()
         return
     recorder = CommRecorder(ring)
     with recorder.recording():
-        yield Record(ring, recorder)
+        yield RankRecorder(ring, recorder)

@@ -1,0 +1,120 @@
+"""What can be said of a run that failed or hangs: the fault, whose it is, who waits for whom, and the words for these."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import NamedTuple
+
+from cluster.comm_ring import CommRecord
+
+
+class Fault(Enum):
+    """What was found; its value says it of one rank."""
+
+    stopped = "is stopped"
+    failed = "failed, as it says itself or its process shows"
+    skipped = "left out a collective, or puts it off"
+    repeated = "did a collective once more"
+    reordered = "changed the order of two collectives"
+    resized = "takes part with another size"
+    retyped = "takes part with another type of elements"
+    other = "takes part in another collective"
+    loader = "waits for its data"
+    lock = "waits for a lock, a thread or a queue of its own process"
+    absent = "does not come"
+    unsent = "has not sent what another rank waits for"
+    stuck = "is in, as all others, and does not get out"
+    running = "gets on"
+    unknown = "is not known"
+
+
+FAULT_ADVICE = {
+    Fault.stopped: "find out who stopped it (a debugger, a job scheduler, SIGSTOP); `kill -CONT` lets it go on",
+    Fault.failed: "the lines above come from the rank that failed first",
+    Fault.skipped: "a condition around the collective holds on this rank alone; make it the same on all",
+    Fault.repeated: "a loop around the collective runs once more on this rank alone; make it the same on all",
+    Fault.reordered: "call both in the same order on all ranks",
+    Fault.resized: "the tensor has another shape on this rank: look at what it is made from",
+    Fault.retyped: "the tensor has another type on this rank: look at what it is made from",
+    Fault.other: "the ranks went different ways in the code: look at the condition before this line",
+    Fault.loader: "look at the file system of the data, and at the loader's thread in the stacks",
+    Fault.lock: "look at who holds it: the other threads of this rank in the stacks",
+    Fault.absent: "look at this line: what does it wait for, or compute?",
+    Fault.unsent: "look at the stage before: its actions should send what is waited for",
+    Fault.stuck: "look at the network and the devices of these ranks: dmesg, links, switches",
+    Fault.running: "nothing; ask again if it stays so",
+    Fault.unknown: "the stacks and the last records of all ranks are in the file of the incident",
+}
+
+
+class RankWait(NamedTuple):
+    """A rank that waits, for what, and for whom."""
+
+    rank: int
+    record: CommRecord
+    missing: tuple[int, ...]
+    """Ranks that have not come; none where all are in."""
+
+
+@dataclass
+class Judgement:
+    """What the comparison says."""
+
+    fault: Fault
+    ranks: tuple[int, ...] = ()
+    """The culprits; none where they are not known."""
+    text: str = ""
+    """A sentence about them."""
+    where: str = ""
+    """File and line."""
+    waits: list[RankWait] = field(default_factory=list)
+    among: tuple[int, ...] = ()
+    """Ranks of which one is the culprit, where it is not known which."""
+
+    @property
+    def certain(self) -> bool:
+        """Whether ranks are named by what they did, and not by the silence of others."""
+        return bool(self.ranks)
+
+    @property
+    def advice(self) -> str:
+        return FAULT_ADVICE[self.fault]
+
+
+def name_record(record: CommRecord) -> str:
+    """A collective, send or receive in words."""
+    if record.peer >= 0:
+        return f"{record.kind} {record.seq} {'to' if record.kind == 'send' else 'from'} rank {record.peer}"
+    return f"{record.kind} {record.seq} of {record.group.label} {list_ranks(record.group.ranks)}"
+
+
+def channel_of(record: CommRecord) -> tuple:
+    """What a number counts in."""
+    group = record.group.name, record.group.ranks
+    return (*group, record.kind, record.peer) if record.peer >= 0 else group
+
+
+def record_in_words(record: CommRecord) -> str:
+    """A record with its size."""
+    sizes = sorted({record.sent, record.received} - {0}) or [0]
+    what = f"{record.kind} of {' and '.join(map(str, sizes))} {record.dtype}" if record.dtype else record.kind
+    if record.peer >= 0:
+        what += f" {'to' if record.kind == 'send' else 'from'} rank {record.peer}"
+    return what + place_in_words(record.place)
+
+
+def place_in_words(place: str) -> str:
+    return f" ({place})" if place else ""
+
+
+def ranks_in_words(ranks: Iterable[int]) -> str:
+    ranks = sorted(ranks)
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {list_ranks(ranks)}"
+
+
+def list_ranks(ranks: Iterable[int]) -> str:
+    """Numbers of ranks; of many the first and the last."""
+    ranks = sorted(ranks)
+    if len(ranks) > 8:
+        return f"[{ranks[0]}, {ranks[1]}, ... {ranks[-1]}]"
+    return f"[{', '.join(map(str, ranks))}]"

@@ -1,0 +1,135 @@
+"""The ring of a rank: what is read is what was written, after a wrap, after SIGKILL, and never half a record."""
+
+import os
+import signal
+import struct
+import subprocess
+import sys
+
+import pytest
+
+from cluster import comm_ring
+from cluster.comm_ring import RECORD, RECORDS_AT, CommRing, pack_ring, read_trace, read_traces, ring_path
+from cluster.incident import unpack_traces
+
+
+def fill(ring: CommRing, count: int, ends: bool = True) -> None:
+    group = ring.name_group("7", "dp", range(0, 8, 2))
+    for seq in range(1, count + 1):
+        at = ring.begin(group, seq, "all_reduce", "bfloat16", seq, 2 * seq, -1, ring.place("a/b.py", 12))
+        ring.wait(at)
+        if ends:
+            ring.end(at)
+
+
+def test_what_was_written_is_read(tmp_path):
+    ring = CommRing(ring_path(tmp_path, 3), 3, 8, records=16)
+    ring.enter("schedule", 5)
+    ring.act("FB", 2, 300)
+    ring.layer = 4
+    fill(ring, 2)
+    strange = ring.name_group("8", "odd", (0, 3, 4))
+    ring.begin(strange, 1, "send", "float8_e5m2", 9, 0, 4, 0)
+    trace = read_traces(tmp_path)[3]
+    assert (trace.rank, trace.world, trace.pid, trace.step, trace.phase, trace.action) == (
+        3,
+        8,
+        os.getpid(),
+        5,
+        "schedule",
+        "FB2.300",
+    )
+    assert trace.is_here
+    first, second, message = trace.records
+    assert (first.group.label, first.group.ranks, first.seq, first.kind, first.dtype) == (
+        "dp",
+        (0, 2, 4, 6),
+        1,
+        "all_reduce",
+        "bfloat16",
+    )
+    assert (second.sent, second.received, second.place, second.layer, second.action) == (
+        2,
+        4,
+        "a/b.py:12",
+        4,
+        "FB2.300",
+    )
+    assert 0 < first.began <= first.waited <= first.ended and not first.blocks
+    assert (message.group.ranks, message.peer, message.dtype, message.place, message.ended) == (
+        (0, 3, 4),
+        4,
+        "other",
+        "",
+        0.0,
+    )
+
+
+def test_it_wraps_and_keeps_the_newest(tmp_path):
+    ring = CommRing(ring_path(tmp_path, 0), 0, 1, records=16)
+    fill(ring, 50)
+    records = read_traces(tmp_path)[0].records
+    assert [record.seq for record in records] == list(range(35, 51))
+    packed = unpack_traces({0: pack_ring(ring_path(tmp_path, 0), 1)})
+    assert packed[0].records == records
+
+
+def test_a_run_of_many_ranks_sends_fewer_records(tmp_path):
+    fill(CommRing(ring_path(tmp_path, 0), 0, 1), 3000)
+    assert len(unpack_traces({0: pack_ring(ring_path(tmp_path, 0), 1 << 20)})[0].records) == comm_ring.LEAST_SENT
+    assert unpack_traces({0: b"no ring", 1: pack_ring(ring_path(tmp_path, 0), 1)}).keys() == {1}
+
+
+def test_half_a_record_is_left_out(tmp_path):
+    ring = CommRing(ring_path(tmp_path, 0), 0, 1, records=16)
+    fill(ring, 20)
+    raw = bytearray(ring_path(tmp_path, 0).read_bytes())
+    struct.pack_into("<Q", raw, RECORDS_AT + 2 * RECORD.size, 35)  # its new number is there, its end is not
+    assert [record.seq for record in read_trace(bytes(raw)).records] == [seq for seq in range(5, 21) if seq != 19]
+    assert not read_trace(bytes(raw[:RECORDS_AT])).records
+
+
+@pytest.mark.parametrize("raw", [b"", b"x" * RECORDS_AT])
+def test_what_is_no_ring_is_refused(raw, tmp_path):
+    with pytest.raises(ValueError, match="no ring"):
+        read_trace(raw)
+    ring_path(tmp_path, 0).write_bytes(raw)
+    assert read_traces(tmp_path) == {}
+
+
+def test_a_full_table_costs_names_and_no_record(tmp_path):
+    ring = CommRing(ring_path(tmp_path, 0), 0, 1, records=16)
+    for line in range(5000):
+        ring.place("some/long/path/of/a/file.py", line)
+    fill(ring, 1)
+    assert read_traces(tmp_path)[0].records[-1].group.label == "?"
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from tests.cluster.test_comm_ring import fill
+from cluster.comm_ring import CommRing, ring_path
+ring = CommRing(ring_path(Path(sys.argv[1]), 1), 1, 2)
+fill(ring, 3, ends=False)
+print("written", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_it_outlives_a_rank_that_is_killed(tmp_path):
+    writer = subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert writer.stdout.readline() == b"written\n"
+    writer.send_signal(signal.SIGKILL)
+    writer.wait()
+    trace = read_traces(tmp_path)[1]
+    assert trace.pid == writer.pid and [record.seq for record in trace.blocked] == [1, 2, 3]
+
+
+def test_rings_of_a_larger_start_before_are_not_read(tmp_path):
+    CommRing(ring_path(tmp_path, 5), 5, 8, records=16)
+    for rank in range(2):
+        CommRing(ring_path(tmp_path, rank), rank, 2, records=16)
+    assert read_traces(tmp_path).keys() == {0, 1}

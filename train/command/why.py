@@ -1,0 +1,136 @@
+"""`sluice why NAME [runs=FOLDER] [--json]`: who broke a run, or holds up one that hangs now: which rank, what it did and where, and who
+waits for it since when.
+
+Of a run whose ranks are on this machine, what they did last is read from the memory that they share with nobody else, without stopping them, and
+they say where their threads are. Of a run that is over, or whose ranks are elsewhere, the newest logs/incident_N.json is shown.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from cluster.cause import Cause, Kind, RankReport, read_report
+from cluster.comm_ring import RankTrace, read_traces
+from cluster.compare_ranks import GETS_ON_SECONDS
+from cluster.driver.journal import read_events
+from cluster.incident import describe_incident, incident_screen, judge_hang, newest_incident
+from cluster.spawn import is_stopped, lives
+from cluster.stacks import ask_stacks, read_stacks
+from conf.errors import EXIT_OK, UserError
+from conf.load import report
+from conf.words import say
+from train.checkpoint.run_folder import is_held
+
+ASKED_SECONDS = 3.0
+"""That ranks get to say where they are."""
+
+
+def main(words: Sequence[str]) -> int:
+    """What follows `why` on the command line; returns the exit code."""
+    try:
+        return _main(words)
+    except UserError as error:
+        return report(error)
+
+
+def _main(words: Sequence[str]) -> int:
+    given = [word.removeprefix("runs=") for word in words if word.startswith("runs=")]
+    flags = [word for word in words if word.startswith("-")]
+    names = [word for word in words if not word.startswith(("runs=", "-"))]
+    if unknown := [flag for flag in flags if flag != "--json"]:
+        raise UserError("sluice why", unknown[0], "is no flag of it", "`sluice why NAME --json`")
+    if len(names) != 1:
+        raise UserError(
+            "sluice why", " ".join(names) or "nothing", "takes the name of one run", "`sluice runs` lists them"
+        )
+    folder = Path(given[-1] if given else "runs") / names[0]
+    if not folder.is_dir():
+        rule = f"there is no run in {folder}"
+        raise UserError("sluice why", names[0], rule, "`sluice runs` lists them; `runs=FOLDER` looks in another folder")
+    tell = _tell_as_json if "--json" in flags else _tell
+    tell(folder)
+    return EXIT_OK
+
+
+def _tell_as_json(folder: Path) -> None:
+    if traces := alive_traces(folder / "logs"):
+        say(json.dumps(look_at(folder / "logs", traces), indent=1))
+    else:
+        found = newest_incident(folder / "logs")
+        say(json.dumps(found[1] if found else None, indent=1))
+
+
+def _tell(folder: Path) -> None:
+    logs = folder / "logs"
+    if traces := alive_traces(logs):
+        silent = time.time() - last_news(traces)
+        if silent < GETS_ON_SECONDS:
+            steps = sorted({trace.step for trace in traces.values()})
+            say(f"{folder.name} gets on: {len(traces)} ranks, step {steps[-1]}, the last news {silent:.1f} s ago")
+        else:
+            say(f"{folder.name} has no news for {silent:.1f} s\n{incident_screen(look_at(logs, traces))}")
+        return
+    found = newest_incident(logs)
+    held = is_held(folder)
+    if held:
+        say(
+            f"{folder.name} runs, and its ranks are not on this machine: its driver compares them when they hang or fail"
+        )
+    if found is None:
+        last = next((event for event in reversed(read_events(folder)) if event["kind"] == "failure"), None)
+        say(f"the last failure: {last['text']}" if last else f"nothing has happened to {folder.name} so far")
+        return
+    path, incident = found
+    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(incident["time"]))
+    say(f"{folder.name}, {when}\n{incident_screen(incident, path)}")
+
+
+def alive_traces(logs: Path) -> dict[int, RankTrace]:
+    """What ranks did that live on this machine, and what those of them did that have ended since they began; empty where none lives."""
+    traces = read_traces(logs)
+    return traces if any(trace.is_here and _is_its(trace) for trace in traces.values()) else {}
+
+
+def _is_its(trace: RankTrace) -> bool:
+    """Whether the process of this number is still the rank's."""
+    with suppress(psutil.Error):
+        return lives(trace.pid) and psutil.Process(trace.pid).create_time() <= trace.started + 1.0
+    return False
+
+
+def last_news(traces: dict[int, RankTrace]) -> float:
+    """Unix time at which a rank last began or ended anything."""
+    return max(
+        max(trace.since, *(max(record.began, record.ended) for record in trace.records[-50:]), 0.0)
+        for trace in traces.values()
+    )
+
+
+def look_at(logs: Path, traces: dict[int, RankTrace]) -> dict[str, Any]:
+    """The state of a run that lives here, as an incident."""
+    reports, asked = [], []
+    for rank, trace in traces.items():
+        here = trace.is_here and _is_its(trace)
+        stopped = here and is_stopped(trace.pid)
+        known = read_report(rank, None, logs)
+        reports.append(RankReport(rank, None if here else 1, step=known.step, state="T" if stopped else ""))
+        with suppress(PermissionError):
+            if here and not stopped and ask_stacks(logs, rank, trace.pid):
+                asked.append(rank)
+    stacks, ends = dict[int, str](), time.monotonic() + ASKED_SECONDS
+    while len(stacks) < len(asked) and time.monotonic() < ends:
+        time.sleep(0.05)
+        stacks = {rank: text for rank in asked if (text := read_stacks(logs, rank))}
+    if gone := [each.rank for each in reports if each.ended]:
+        text = f"ranks {gone} have ended, and the others have not yet noticed"
+        cause, finding = judge_hang(reports, traces, stacks, {}, time.time() - last_news(traces))
+        cause = Cause(Kind.killed, text, tuple(gone)) if not finding.ranks else cause
+        return describe_incident(cause, finding, traces, stacks)
+    seconds = time.time() - last_news(traces)
+    cause, finding = judge_hang(reports, traces, stacks, {}, seconds)
+    return describe_incident(cause, finding, traces, stacks, seconds)
