@@ -173,7 +173,9 @@ def judge_case(case: FaultCase, run: Path, started: float) -> Judged:
     incident = found[1]
     rank = sorted(incident["ranks"]) == sorted(case.faults)
     fits = incident["fault"] in case.right or f"kind:{incident['kind']}" in case.right
-    said = f"ranks {incident['ranks']} {incident['fault']} ({incident['kind']}): {incident['text'].splitlines()[0]}"
+    said = (
+        f"ranks {incident['ranks']} {incident['fault']} ({incident['kind']}): {incident['text'].partition(chr(10))[0]}"
+    )
     cause = rank and fits and case.words in incident["text"]
     return Judged(case.name, rank, cause, incident["time"] - max(struck), said)
 

@@ -53,6 +53,7 @@ ROW for the number of a row of one rank."""
 ELSEWHERE = {
     "compile_kernels": "tests/bench/test_compile_kernels.py",
     "gpu": "tests/bench/gpu/test_dry.py",
+    "faults_named": "tests/bench/test_faults_named.py",
     "growth": "tests/bench/test_growth.py",
     "hf_memory": "tests/hf/test_memory.py",
     "startup": "tests/bench/test_growth.py",
