@@ -248,8 +248,7 @@ class Data:
     (train/data/token_store.py)."""
     format: DataFormat = DataFormat.auto
     """How to read path; auto looks at the names. stdlib: Python's standard library when there is no path, else auto. chat: chats to tune
-    on, JSONL or Parquet (train/docs/fine_tuning.md). docstrings: questions and answers made of those of Python's standard library when there
-    is no path, else chat."""
+    on (train/docs/fine_tuning.md). docstrings: chats made of that library's when there is no path, else chat."""
     text_key: str = "text"
     """Field that holds the text in JSONL, Parquet and Hugging Face data."""
     mix: list[MixSource] = field(default_factory=list)
