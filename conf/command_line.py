@@ -11,8 +11,9 @@ import re
 import shlex
 import typing
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, field, fields, is_dataclass, make_dataclass
 from enum import Enum
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -464,10 +465,20 @@ def _refused(key: str, value: Any) -> OmegaConfBaseException | None:
     if not is_dataclass(kind):
         return None
     try:
-        OmegaConf.update(OmegaConf.structured(kind), name, value)
+        OmegaConf.update(OmegaConf.structured(_section_of_one(kind, name)), name, value)
     except OmegaConfBaseException as error:
         return error
     return None
+
+
+@cache
+def _section_of_one(section: type, name: str) -> type:
+    """This section with one of its keys alone, as OmegaConf takes 10 ms to read all of them; the section itself if it has no such key."""
+    key = next((each for each in fields(section) if each.name == name), None)
+    if key is None:
+        return section
+    own = field(default=key.default, default_factory=key.default_factory)
+    return make_dataclass(section.__name__, [(name, typing.get_type_hints(section)[name], own)])
 
 
 def _default(key: str) -> Any:

@@ -152,6 +152,7 @@ def dotted_keys() -> list[str]:
     return walk(Config, "")
 
 
+@cache
 def kinds(section: type) -> dict[str, Any]:
     """The type of every field of a section, that of `int | None` being int."""
     return {name: plain(kind)[0] for name, kind in typing.get_type_hints(section).items()}

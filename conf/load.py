@@ -173,8 +173,7 @@ def compose(*overrides: str) -> Config:
     """Checked configuration for these words of a command line. Raises UserError for what is mistyped or does not fit together."""
     overrides = tuple(map(_reworded, overrides))
     with explained(overrides):
-        node = compose_node(*overrides)
-        return to_config(over_run_settings(node, list(overrides), list(node.hydra.runtime.choices)))
+        return to_config(_composed(overrides))
 
 
 def compose_node(*overrides: str) -> DictConfig:
@@ -246,25 +245,11 @@ def run(job: Callable[[list[Config]], int]) -> int:
         check_words(words)
     except UserError as error:
         return report(error)
-    register()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing, so that every error has one form
-    nodes: list[DictConfig] = []
-
-    @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="train")
-    def collect(node: DictConfig) -> None:
-        hydra_config = HydraConfig.get()
-        if node.name is None:
-            node.name = hydra_config.runtime.choices["conf"]
-        if hydra_config.mode == RunMode.MULTIRUN and node.mode not in (*LOOKS_AT_A_RUN, Mode.report):
-            # Each job of a sweep has its own run folder.
-            node.name = f"{node.name}/{hydra_config.job.num}"
-        nodes.append(over_run_settings(node, hydra_config.overrides.task, list(hydra_config.runtime.choices)))
-
     try:
         try:
-            with tempfile.TemporaryDirectory() as scratch:  # takes Hydra's own note of a sweep
-                OmegaConf.register_new_resolver("scratch", lambda: scratch, replace=True)
-                collect()
+            plain = not any(word.startswith("-") or word.lstrip("+~").startswith("hydra") for word in words)
+            nodes = [_composed(words)] if plain else _composed_by_hydra()
         except (UserError, HydraException, OmegaConfBaseException):
             raise
         except AssertionError as error:
@@ -280,6 +265,33 @@ def run(job: Callable[[list[Config]], int]) -> int:
         return report(error)
     except (HydraException, OmegaConfBaseException) as error:
         return report(explain(error, words))
+
+
+def _composed(words: Sequence[str]) -> DictConfig:
+    """The settings of one run, for words that are nothing but settings: Hydra's own command would compose them twice."""
+    node = compose_node(*words)
+    return over_run_settings(node, list(words), list(node.hydra.runtime.choices))
+
+
+def _composed_by_hydra() -> list[DictConfig]:
+    """The settings of every job of the command in sys.argv; none where it asks Hydra for something else, which prints it."""
+    register()
+    nodes: list[DictConfig] = []
+
+    @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="train")
+    def collect(node: DictConfig) -> None:
+        hydra_config = HydraConfig.get()
+        if node.name is None:
+            node.name = hydra_config.runtime.choices["conf"]
+        if hydra_config.mode == RunMode.MULTIRUN and node.mode not in (*LOOKS_AT_A_RUN, Mode.report):
+            # Each job of a sweep has its own run folder.
+            node.name = f"{node.name}/{hydra_config.job.num}"
+        nodes.append(over_run_settings(node, hydra_config.overrides.task, list(hydra_config.runtime.choices)))
+
+    with tempfile.TemporaryDirectory() as scratch:  # takes Hydra's own note of a sweep
+        OmegaConf.register_new_resolver("scratch", lambda: scratch, replace=True)
+        collect()
+    return nodes
 
 
 def _say(choice: str) -> None:
