@@ -639,6 +639,9 @@ class Checkpoint:
     keep_best: bool = False
     """Save after every validation with the least held-out loss so far (log.validate_every), and keep that checkpoint; best.json says which
     it is."""
+    weights_every: int = number(0, least=0)
+    """Steps between folders of weights as mode=export writes them, while the run trains and at its end: NAME/weights/newest links to the
+    newest of two (train/docs/fine_tuning.md). A multiple of checkpoint.every; 0 for none."""
     asynchronous: bool = expert(True)
     """Write beside the training; false waits for the disk."""
     staging_bytes: float = expert(0.0, least=0)

@@ -130,15 +130,19 @@ def converse(conversation: Conversation) -> None:
         while True:
             try:
                 question = input("> ").strip()
-                if question == QUIT:
-                    return
-                if question:
-                    _one_turn(conversation, question)
             except EOFError:
                 write("\n")
                 return
             except KeyboardInterrupt:
                 write("\n")
+                continue
+            if question == QUIT:
+                return
+            try:
+                if question:
+                    _one_turn(conversation, question)
+            except KeyboardInterrupt:
+                continue  # what there is of the answer is a turn
             except UserError as error:
                 report(error)
 

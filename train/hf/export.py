@@ -59,7 +59,16 @@ SMALL_FILES = 64 << 20
 
 
 def export(config: Config) -> int:
-    """Write the folder export.to; returns the exit code. Raises UserError, with nothing left behind."""
+    """Write the folder export.to and say what is in it; returns the exit code. Raises UserError, with nothing left behind."""
+    with show_progress() as progress:
+        said = write_export(config, progress)
+    for line in said:
+        say(one_line(line))
+    return EXIT_OK
+
+
+def write_export(config: Config, progress: ReportProgress) -> list[str]:
+    """Write the folder export.to; returns what there is to say of it. Raises UserError, with nothing left behind."""
     target = new_folder(config.export.to, "export.to")
     for key, own in (("model.block", config.model.block), ("model.router", config.model.router)):
         if own:
@@ -90,7 +99,7 @@ def export(config: Config) -> int:
     rows, notes = fates(files, rest, ema), list(_notes(config.model, FAMILIES[family]))
     body = config_json(config.model, manifest.meta["seq_len"], config.export.dtype, tokenizer.eos_id, family)
     length = body.get(FAMILIES[family].section, body)["max_position_embeddings"]
-    with written_whole(target, "export.to") as folder, show_progress() as progress:
+    with written_whole(target, "export.to") as folder:
         mark = {BASE_MARK: stored.base_mark(config.model)} if alone else {}
         _write_weights(folder, files, stored, ema, progress, mark)
         if alone:
@@ -102,9 +111,7 @@ def export(config: Config) -> int:
         write_tokenizer(folder, tokenizer, _tokenizer_folder(config), length, manifest.folder.parent.parent)
         source = {"checkpoint": str(checkpoint.absolute()), "step": manifest.step, "ema": ema}
         write_json(folder / "export.json", {**source, "family": family, "dtype": config.export.dtype, "tensors": rows})
-    for line in (*lines(rows), *notes, f"Exported step {manifest.step} of {checkpoint} to {target}"):
-        say(one_line(line))
-    return EXIT_OK
+    return [*lines(rows), *notes, f"Exported step {manifest.step} of {checkpoint} to {target}"]
 
 
 def _tokenizer_folder(config: Config) -> Path | None:

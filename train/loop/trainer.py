@@ -36,6 +36,7 @@ from train.loop.measure import MeasuredStep
 from train.loop.nonfinite import SHOWN_TENSORS, Origin, RankSightings, Watch, bad_weights, find_origin
 from train.loop.peak_memory import peak_memory
 from train.loop.profiler import StepProfiler
+from train.loop.published_weights import publish_weights
 from train.loop.rank_progress import RankProgress
 from train.loop.state import RunState
 from train.loop.step import TrainingStep
@@ -158,6 +159,8 @@ class Trainer:
                         self._save(final=True)
                     return EXIT_STOPPED
         self._save(final=True)
+        if self.config.checkpoint.weights_every:
+            self._publish(self.state.step)
         return EXIT_OK
 
     def _share(self, plan: StepPlan) -> tuple[int, int]:
@@ -236,6 +239,8 @@ class Trainer:
             self._save()
         if (every := self.config.log.sample_every) and step % every == 0:
             self._sample(step)
+        if saving.weights_every and step % saving.weights_every == 0:
+            self._publish(step)
 
     def _skipped(self, plan: StepPlan, batch: Batch, measured: MeasuredStep, bad: list[str]) -> None:
         """Count and name a step without update; too many in a row end the run."""
@@ -406,6 +411,16 @@ class Trainer:
         text = sample(self.config, self.data.tokenizer, self.device)
         if text is not None:
             self.writer.show(sample_table(step, text))
+        self._event(None)
+
+    def _publish(self, step: int) -> None:
+        """Weights of this step's checkpoint for others, by rank 0 once the checkpoint is there. The other ranks meet it in the next step."""
+        if self.writer is None:
+            return
+        self._event("checkpoint")
+        self._tell_of(self.checkpointer.finish())
+        if (RunPaths(self.config).checkpoints / step_name(step)).exists():  # else it is told why not
+            publish_weights(self.config, step)
         self._event(None)
 
     def _tell_of(self, results: Sequence[SaveResult]) -> None:

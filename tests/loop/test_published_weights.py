@@ -1,0 +1,46 @@
+"""checkpoint.weights_every: whole folders while the run trains, and a link to the newest that is never broken."""
+
+import os
+
+import pytest
+import torch
+
+from conf.errors import UserError
+from conf.load import compose
+from tests.hf.small import read_folder
+from tests.layouts import train_on
+from tests.small import arguments
+from train.hf.export import export
+from train.loop.published_weights import publish_weights
+
+torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_newest_folder_is_what_an_export_gives(tmp_path, ranks):
+    words = arguments(tmp_path, "name=loop", "checkpoint.every=2", "checkpoint.weights_every=2", f"parallel.dp={ranks}")
+    config = compose(*words, "log.progress=false", "log.sample_tokens=0", "export.dtype=fp32")
+    train_on(config, ranks)
+    folder = tmp_path / "runs" / "loop" / "weights"
+    assert sorted(os.listdir(folder)) == ["newest", "step_00000004", "step_00000006"]
+    assert os.readlink(folder / "newest") == "step_00000006"
+    where = ["mode=export", "name=loop", f"runs={tmp_path}/runs", "export.dtype=fp32"]
+    export(compose(*where, f"export.to={tmp_path}/out"))
+    got, want = read_folder(folder / "newest"), read_folder(tmp_path / "out")
+    assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
+    earlier = read_folder(folder / "step_00000004")
+    assert not torch.equal(earlier["lm_head.weight"], want["lm_head.weight"])
+    assert publish_weights(config, 6) == folder / "step_00000006"  # again, as by a run that was cut off there
+
+
+@pytest.mark.parametrize(
+    ("words", "rule"),
+    [
+        (["checkpoint.every=4", "checkpoint.weights_every=6"], "a multiple of checkpoint.every = 4"),
+        (["checkpoint.weights_every=100", "model.router={_target_: a.B}"], "code of your own"),
+    ],
+)
+def test_what_cannot_be_published_is_refused(words, rule):
+    with pytest.raises(UserError, match=rule) as error:
+        compose("conf=tiny", *words)
+    assert error.value.field == "checkpoint.weights_every"
