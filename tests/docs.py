@@ -49,7 +49,7 @@ PROGRAMS = {
     ),
 }
 TRAIN = re.compile(r"(?:-m\s+train|(?:^|\s)sluice|sluice\.sbatch)(?=\s|$)")
-ASKS = {"doctor", "runs", "clean", "launch"}
+ASKS = {"doctor", "runs", "clean", "launch", "why"}
 """Words that ask about the machine; overrides may follow."""
 NEEDS = re.compile(r"^\*Needs: (.+)\.\*$")
 ALL_NEED = re.compile(r"^\*All commands of this page need: (.+)\.\*$", re.M)
@@ -82,7 +82,7 @@ class Command:
         skip = False
         for word in words:
             if skip or word.startswith("-") or word in ASKS:
-                skip = word in ("--cfg", "--config-dir", "--info", "--help", "--print", "expert")
+                skip = word in ("--cfg", "--config-dir", "--info", "--help", "--print", "expert", "why")
                 continue
             key, _, value = word.partition("=")
             several = value.split(",") if sweeps and not value.startswith(("[", "{")) else [value]

@@ -46,6 +46,7 @@ SMALLEST = {
     "plan_published": "--only H800",
     "plan_time": "--calibration RATES --only 'one rank' --steps 4",
     "prove": "--rows ROW",
+    "ring_cost": "--calls 100",
     "train_step": "--shape tiny --length 8 --threads 1 --rounds 1",
 }
 """Arguments. SMALL and DATA stand for the settings of a small run and those of its data, RUN for its folder, RATES for rates,

@@ -1,0 +1,101 @@
+"""What it costs to record everything that a rank communicates: events of a step times the cost of one, over the time of a step.
+
+    python -m bench.ring_cost [--calls 20000] [--runs FOLDER ...]
+
+The cost of one is the difference in CPU time between calls of a method of torch's groups with the recorder and without, where the method itself
+does nothing, so that no message and no other work is in it; the least of five rounds. Beside it stand those of an action of the pipeline and of a phase. For each run folder, from its
+rings and metrics.jsonl: events of a step of the rank that has most, median seconds of a step, and the share.
+
+Takes about 20 seconds.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+from cluster.comm_ring import CommRing, read_traces, ring_path
+from conf.errors import EXIT_OK
+from conf.words import say
+from parallel.comm_recorder import CommRecorder
+
+ROUNDS = 5
+
+
+def cost_of_one(calls: int) -> dict[str, float]:
+    """Seconds of CPU for a collective with its wait, an action and a phase."""
+    with tempfile.TemporaryDirectory() as folder:
+        ring = CommRing(ring_path(Path(folder), 0), 0, 1)
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            group, tensor, work = dist.group.WORLD, torch.zeros(8), _NoWait()
+            with mock.patch.object(dist.ProcessGroup, "allreduce", lambda *_: work):
+                bare = _seconds(calls, lambda: group.allreduce([tensor]).wait())
+                with CommRecorder(ring).recording():
+                    seen = _seconds(calls, lambda: group.allreduce([tensor]).wait())
+        finally:
+            dist.destroy_process_group()
+        empty = _seconds(calls, lambda: None)
+        action = _seconds(calls, lambda: ring.act("F", 1, 2)) - empty
+        return {
+            "collective": seen - bare,
+            "action": action,
+            "phase": _seconds(calls, lambda: ring.enter("data")) - empty,
+        }
+
+
+class _NoWait:
+    """A work that is over."""
+
+    def wait(self) -> None:
+        pass
+
+
+def _seconds(calls: int, call: Callable[[], object]) -> float:
+    """CPU seconds of a call, the least of some rounds."""
+    rounds = []
+    for _ in range(ROUNDS):
+        began = time.process_time()
+        for _ in range(calls):
+            call()
+        rounds.append((time.process_time() - began) / calls)
+    return min(rounds)
+
+
+def share_of_run(folder: Path, cost: dict[str, float]) -> tuple[int, float, float]:
+    """Events of a step, seconds of a step, and what recording takes of it. Actions and phases count as one for each event, which is
+    more than there are.
+    """
+    events = 0
+    for trace in read_traces(folder / "logs").values():
+        counts = Counter(record.step for record in trace.records if 0 < record.step < trace.step)
+        events = max(events, *counts.values(), 0) if counts else events
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    seconds = statistics.median(json.loads(line)["step_seconds"] for line in lines)
+    return events, seconds, events * sum(cost.values()) / seconds
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--calls", type=int, default=20_000)
+    parser.add_argument("--runs", type=Path, nargs="*", default=[], help="run folders")
+    given = parser.parse_args(words)
+    cost = cost_of_one(given.calls)
+    say(", ".join(f"{what} {1e6 * seconds:.2f} us" for what, seconds in cost.items()))
+    for folder in given.runs:
+        events, seconds, share = share_of_run(folder, cost)
+        say(f"{folder.name}: {events} events in a step of {seconds:.3g} s: {share:.3%}")
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())
