@@ -18,6 +18,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from cluster.cause import Failure
+from cluster.comm_ring import CommRing, ring_path
 from cluster.stacks import answer_requests
 
 config = OmegaConf.load(sys.argv[1])
@@ -100,14 +101,20 @@ def fault(step: int) -> None:
 def run() -> int:
     peers = meet()
     step = newest()
+    ring = CommRing(ring_path(logs, rank), rank, world)
+    group = ring.name_group("0", "all ranks", range(world))
     print(f"rank {rank} of {world} resumes at {step} with dp {config.parallel.dp}", flush=True)
     while True:
         progress(step + 1, 0.05)
+        ring.enter("schedule", step + 1)
         time.sleep(float(os.environ.get("FAKE_STEP", "0.05")))
         fault(step)
         step += 1
         ending = rank == 0 and step >= config.steps and not (folder / "hold").exists()
+        at = ring.begin(group, step, "all_reduce", "uint8", 1, 1, -1, ring.place("fake_rank.py", 1))
+        ring.wait(at)
         flags = all_reduce(peers, STOPPING * bool(stop) | ENDING * ending)
+        ring.end(at)
         if rank == 0 and (flags or step % config.checkpoint.every == 0):
             save(step)
         if flags:

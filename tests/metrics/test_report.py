@@ -12,6 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cluster.cause import Cause, Kind
+from cluster.incident import describe_incident, write_incident
+from cluster.judgement import Fault, Judgement
 from conf.errors import UserError
 from tests.metrics.synthetic import sampled_step, write_run
 from train.metrics.balance import balance_record, update_running
@@ -136,6 +139,16 @@ def test_what_the_user_wrote_is_escaped(tmp_path):
     )
     page = write_report(tmp_path).read_text()
     assert evil not in page and page.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 4
+
+
+def test_the_newest_incident_stands_in_the_report(tmp_path):
+    write_run(tmp_path, 2)
+    (tmp_path / "logs").mkdir(exist_ok=True)
+    assert "incident" not in write_report(tmp_path).read_text()
+    found = Judgement(Fault.lock, (1,), "rank 1 <b>waits</b>", "file.py:7")
+    write_incident(tmp_path / "logs", describe_incident(Cause(Kind.hang, found.text, (1,)), found, {}, {}))
+    page = write_report(tmp_path).read_text()
+    assert "culprit: rank 1" in page and "rank 1 &lt;b&gt;waits" in page and "file.py:7" in page
 
 
 def test_imbalance_of_batches_and_of_the_mean_load_are_told_apart(tmp_path):

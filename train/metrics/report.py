@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from cluster.incident import incident_screen, newest_incident
 from cluster.run_files import STEP_FOLDERS
 from conf.errors import UserError
 from conf.files import atomic_write_text
@@ -56,6 +57,7 @@ def write_report(run_folder: Path) -> Path:
         + _answer_parts(run_folder)
         + _cluster_parts(cluster_summary(run_folder))
         + _profile_parts(run_folder)
+        + _incident_parts(run_folder)
     )
     sections += _checkpoint_table(_checkpoints(run_folder)) + _origin_parts(run_folder)
     gpu = ran_on_gpu(run_folder)
@@ -71,6 +73,14 @@ def _until(run_folder: Path, settings: Mapping[str, Any]) -> float | None:
         return None
     every = (settings.get("log") or {}).get("report_every")
     return time.time() + TRUSTED + (every if isinstance(every, int | float) else 0.0)
+
+
+def _incident_parts(run_folder: Path) -> list[str]:
+    """Who broke the run or held it up last, see cluster/incident.py."""
+    if (found := newest_incident(run_folder / "logs")) is None:
+        return []
+    path, incident = found
+    return [f"<h2>The newest incident</h2><pre>{html.escape(incident_screen(incident, path))}</pre>"]
 
 
 def _profile_parts(run_folder: Path) -> list[str]:
