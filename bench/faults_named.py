@@ -10,7 +10,7 @@ that are right for the fault. A wrong rank is a failure, and so is *unknown*. Se
 To hold another trainer against it: take bench/fault_hooks.py, which needs torch alone but for `in_loader` and `Saboteur`, and call a fault of
 its table in a rank between two steps.
 
-Takes about 20 minutes.
+Takes about 18 minutes.
 """
 
 import argparse
