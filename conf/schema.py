@@ -66,6 +66,7 @@ CHATS = (DataFormat.chat, DataFormat.docstrings)
 """What is read as chats."""
 Supervise = StrEnum("Supervise", ["assistant", "last", "all"])
 TooLong = StrEnum("TooLong", ["refuse", "cut", "drop"])
+ScoredRouting = StrEnum("ScoredRouting", ["own", "write", "replay"])
 WandbMode = StrEnum("WandbMode", ["auto", "offline", "disabled"])
 PipelineSchedule = StrEnum("PipelineSchedule", list(SCHEDULES))  # pyrefly: ignore[invalid-argument]  words of the table
 DispatchKind = StrEnum("DispatchKind", list(DISPATCHES))  # pyrefly: ignore[invalid-argument]  words of the table
@@ -903,6 +904,9 @@ class Score:
     """A .jsonl or .parquet of samples: tokens, or prompt and completion, or text."""
     to: str | None = None
     """The Parquet file to write; it must not exist yet."""
+    routing: ScoredRouting = ScoredRouting.own
+    """Experts of every token: own (as the routers choose), write (the same, and the column `experts` says which) or replay (those that each
+    sample has under `experts`, as an inference engine chose them)."""
     checkpoint: str | None = None
     """A checkpoint or run folder, or a Hugging Face folder; null takes the newest intact checkpoint of this run."""
 

@@ -1,8 +1,9 @@
 """20 steps of a tune on chats equal those of transformers' model under torch's AdamW, in fp32, from one folder of weights.
 
 Ours packs chats into sequences; theirs sees one chat at a time, so that nothing of another can reach it. The same batches, loss per learnt
-token of the step, clipping, rates and decay (of matrices alone). Losses agree to 1e-5 of themselves, and weights to 2e-3 of the largest
-movement of their tensor: gradients that are nearly 0 have a relative error near 1, and AdamW makes whole steps of them.
+token of the step, clipping, rates and decay (of matrices alone). Losses agree to 2e-6 of themselves, and weights to 1e-4 of the largest
+movement of their tensor: gradients that are nearly 0 have a relative error near 1, and AdamW makes whole
+steps of them (2.8e-7 and 1.2e-5 where this was written).
 """
 
 import pytest
@@ -82,7 +83,7 @@ def test_twenty_steps_are_those_of_transformers(tmp_path):
     losses, want = theirs_trained(folder, config)
     ours = metrics(tmp_path, "tuned")
     worst = max(abs(ours[step]["main_loss"] / losses[step - 1] - 1) for step in ours)
-    assert losses[-1] < 0.95 * losses[0] and worst < 1e-5, worst
+    assert losses[-1] < 0.95 * losses[0] and worst < 2e-6, worst
     to = ["mode=export", "name=tuned", f"runs={tmp_path}/runs", f"export.to={tmp_path}/out", "export.dtype=fp32"]
     export(compose(*to))
     got = read_folder(tmp_path / "out")
@@ -94,5 +95,4 @@ def test_twenty_steps_are_those_of_transformers(tmp_path):
             assert torch.equal(got[name], start[name]) and moved == 0
             continue
         off[name] = ((got[name] - value).abs().max() / moved).item()
-    print(f"losses {worst:.2g}, weights {max(off.values()):.2g}")
-    assert max(off.values()) < 2e-3, max(off.items(), key=lambda pair: pair[1])
+    assert max(off.values()) < 1e-4, max(off.items(), key=lambda pair: pair[1])

@@ -2,7 +2,7 @@
 
 One row a sample, in the order of the file: `sample` (its number), `tokens`, `logprobs` (of every token given those before it, in nats, at
 temperature 1; null for the first, which nothing precedes), `first` (the first token of the completion, or 1), `logprob` (the sum from there on) and
-`count` (of how many tokens). Samples are computed one at a time, without padding, so that none changes another's numbers.
+`count` (of how many tokens); and with score.routing=write `experts` (replayed_routing.py). Samples are computed one at a time, without padding, so that none changes another's numbers.
 """
 
 import os
@@ -16,14 +16,15 @@ from torch import Tensor
 
 from cluster.launch import Place
 from conf.errors import EXIT_OK, UserError
-from conf.schema import Config
+from conf.schema import Config, ScoredRouting
 from conf.words import one_line, say, say_note
 from train.generate.decoder import Decoder
 from train.generate.source import open_weights
 from train.rank import choose_device
+from train.score.replayed_routing import RoutingTap
 from train.score.scored_samples import ScoredSample, read_scored_samples
 
-SCHEMA = pyarrow.schema(
+SCORE_COLUMNS = pyarrow.schema(
     {
         "sample": pyarrow.int64(),
         "tokens": pyarrow.list_(pyarrow.int32()),
@@ -33,6 +34,8 @@ SCHEMA = pyarrow.schema(
         "count": pyarrow.int32(),
     }
 )
+EXPERTS_COLUMN = pyarrow.field("experts", pyarrow.list_(pyarrow.list_(pyarrow.list_(pyarrow.int16()))))
+"""By token but the last, and MoE layer."""
 ROWS_AT_ONCE = 256
 """Samples that wait to be written together."""
 
@@ -47,8 +50,12 @@ def score(config: Config) -> int:
     for note in source.notes:
         say_note(note)
     path, size = Path(config.score.data).expanduser(), source.decoder.config.vocab_size
-    samples = read_scored_samples(path, source.tokenizer.encode, source.start_id, size, source.context)
-    _write(target, _rows(source.decoder, samples, config.model.loss_chunk))
+    how = config.score.routing
+    tap = None if how is ScoredRouting.own else RoutingTap(source.decoder.model)
+    replayed = tap.shape if tap is not None and how is ScoredRouting.replay else None
+    samples = read_scored_samples(path, source.tokenizer.encode, source.start_id, size, source.context, replayed)
+    columns = SCORE_COLUMNS.append(EXPERTS_COLUMN) if how is ScoredRouting.write else SCORE_COLUMNS
+    _write(target, _rows(source.decoder, samples, config.model.loss_chunk, tap), columns)
     counted = sum(len(sample.tokens) - sample.first for sample in samples)
     say(one_line(f"Scored {len(samples)} samples, {counted} tokens, with {source.title}: {target}"))
     return EXIT_OK
@@ -67,8 +74,11 @@ def logprobs(decoder: Decoder, tokens: list[int], chunk: int) -> Tensor:
     return torch.cat(parts)[:, 0].double().cpu()
 
 
-def _rows(decoder: Decoder, samples: list[ScoredSample], chunk: int) -> Iterator[dict]:
+def _rows(decoder: Decoder, samples: list[ScoredSample], chunk: int, tap: RoutingTap | None) -> Iterator[dict]:
+    """All columns that there may be; a schema takes its own."""
     for number, sample in enumerate(samples):
+        if tap is not None and sample.experts is not None:
+            tap.given_TLK = torch.tensor(sample.experts, device=decoder.device)
         found_T = logprobs(decoder, sample.tokens, chunk)
         if not torch.isfinite(found_T).all():
             raise UserError(
@@ -84,22 +94,23 @@ def _rows(decoder: Decoder, samples: list[ScoredSample], chunk: int) -> Iterator
             "first": sample.first,
             "logprob": found_T[sample.first - 1 :].sum().item(),
             "count": len(sample.tokens) - sample.first,
+            "experts": None if tap is None else tap.take().tolist(),
         }
 
 
-def _write(target: Path, rows: Iterator[dict]) -> None:
+def _write(target: Path, rows: Iterator[dict], columns: pyarrow.Schema) -> None:
     """All rows, in a hidden file beside the target that gets its name when it is whole."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with pyarrow.parquet.ParquetWriter(temporary, SCHEMA) as writer:
+        with pyarrow.parquet.ParquetWriter(temporary, columns) as writer:
             waiting = []
             for row in rows:
                 waiting.append(row)
                 if len(waiting) == ROWS_AT_ONCE:
-                    writer.write_table(pyarrow.Table.from_pylist(waiting, SCHEMA))
+                    writer.write_table(pyarrow.Table.from_pylist(waiting, columns))
                     waiting = []
-            writer.write_table(pyarrow.Table.from_pylist(waiting, SCHEMA))
+            writer.write_table(pyarrow.Table.from_pylist(waiting, columns))
         temporary.rename(target)
     except OSError as error:
         raise UserError(

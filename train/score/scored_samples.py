@@ -1,7 +1,7 @@
 """The samples that mode=score is given: from JSONL or Parquet to token ids, or an error that names the line. No torch."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,22 @@ class ScoredSample:
     tokens: list[int]
     first: int
     """The first token whose log-probability counts to the sum: never 0, which nothing precedes."""
+    experts: list | None = None
+    """Expert ids by token but the last, MoE layer and place, where they are replayed."""
 
 
 def read_scored_samples(
-    path: Path, encode: Callable[[str], list[int]], start_id: int, vocab_size: int, longest: int
+    path: Path,
+    encode: Callable[[str], list[int]],
+    start_id: int,
+    vocab_size: int,
+    longest: int,
+    replayed: tuple[int, int, int] | None = None,
 ) -> list[ScoredSample]:
     """All samples of a file (.jsonl, .jsonl.gz, .jsonl.zst, .parquet), in order.
 
-    encode: text to ids; start_id: the token in front of every text; longest: tokens of a sample, at most. Raises UserError for a file
+    encode: text to ids; start_id: the token in front of every text; longest: tokens of a sample, at most. replayed: MoE
+    layers, experts of a token and of a layer, where samples say where their tokens go. Raises UserError for a file
     that cannot be read, and for the first sample that is none.
     """
     if not path.is_file():
@@ -51,7 +59,7 @@ def read_scored_samples(
             )
         if sample.first == len(sample.tokens):
             raise UserError(SCORE_DATA, place, "has a completion without a token", "leave it out")
-        found.append(sample)
+        found.append(sample if replayed is None else _with_experts(sample, place, record, *replayed))
     if not found:
         raise UserError(SCORE_DATA, path, "holds no sample", "give a file with one a line or row")
     return found
@@ -72,6 +80,30 @@ def _sample(place: str, record: dict[str, Any], encode: Callable[[str], list[int
     texts = [encode(check_text(record[key], place, key, SCORE_DATA)) for key in form]
     before = [start_id, *(texts[0] if len(texts) > 1 else [])]
     return ScoredSample([*before, *texts[-1]], len(before))
+
+
+def _with_experts(
+    sample: ScoredSample, place: str, record: dict[str, Any], layers: int, top_k: int, experts: int
+) -> ScoredSample:
+    """The sample with its experts; those of the last token, which predicts nothing, may be there. Raises UserError."""
+    given, positions = record.get("experts"), len(sample.tokens) - 1
+    good = isinstance(given, list) and len(given) in (positions, positions + 1)
+    if not (good and all(_is_choice(of_token, layers, top_k, experts) for of_token in given)):
+        rule = (
+            f"must have under experts, for each of its {positions} tokens but the last, {layers} lists (one a MoE layer) of {top_k} different "
+            f"experts, 0 to {experts - 1}"
+        )
+        raise UserError(SCORE_DATA, place, rule, "write them as score.routing=write does, or set score.routing=own")
+    return replace(sample, experts=given[:positions])
+
+
+def _is_choice(of_token: Any, layers: int, top_k: int, experts: int) -> bool:
+    return (
+        isinstance(of_token, list)
+        and len(of_token) == layers
+        and all(isinstance(ids, list) and len(ids) == len({*ids}) == top_k for ids in of_token)
+        and all(type(one) is int and 0 <= one < experts for ids in of_token for one in ids)
+    )
 
 
 def _jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
