@@ -84,7 +84,9 @@ def restore(
     another model, another tokenizer or a longer run.
     """
     skip: set[Path] = set()
-    begun = _start(config, data.tokenizer, state) if config.adapter.on else []  # its checkpoints do not hold the base
+    begun = (
+        _start(config, data.tokenizer, state) if config.adapter.on and config.init_from else []
+    )  # no checkpoint holds the base
     notes, optimizer = list(start.notes), config.optim.facts.name
     if start.copy is not None and copies is not None:
         manifest = manifest_of(Path(start.copy["folder"]), start.copy)

@@ -32,6 +32,7 @@ from train.checkpoint.run_folder import RunPaths
 from train.data.batch import Batch
 from train.kernels.plain.plain_kernels import PlainKernels
 from train.kernels.precision import build_precision
+from train.model.adapter import add_adapters
 from train.model.deepseek import DeepSeekV3
 from train.model.init import initialise
 from train.prove import reference, reference_step
@@ -146,7 +147,8 @@ class Judge(WireJudge, ReductionJudge, UpdateJudge):
 
     def _given(self) -> State:
         """What a proof starts from."""
-        weights = {name: weight.double() for name, weight in initial_weights(self.config).items()}
+        trained = reference.trained_shapes(self.config)
+        weights = {name: weight.double() for name, weight in initial_weights(self.config).items() if name in trained}
         biases = {f"bias.{name}": bias.double() for name, bias in initial_biases(self.config).items()}
         state = {f"master.{name}": weight for name, weight in weights.items()} | biases
         for name, weight in weights.items():
@@ -178,7 +180,9 @@ class Judge(WireJudge, ReductionJudge, UpdateJudge):
         plain = build_precision(self.config.precision, torch.device("cpu"), PlainKernels())
         whole = DeepSeekV3.whole(self.model, plain, seq_len=self.config.seq_len, device="meta")
         initialise(whole, self.config.seed, device)
-        want = {name: weight.double().cpu() for name, weight in whole.named_parameters()}
+        if self.config.adapter.on:
+            add_adapters(whole, self.config.adapter, plain.kernels, self.config.seed)
+        want = {name: weight.double().cpu() for name, weight in whole.named_parameters() if weight.requires_grad}
         self._same_names("initial weights", drawn, want)
         for name in want:
             self._compare("initial weights", name, None, drawn[name], want[name], Bound(0.0, "bit for bit"))
@@ -199,7 +203,7 @@ class Judge(WireJudge, ReductionJudge, UpdateJudge):
         near = None if self.is_rounded else 2 * chosen(self.proof, self.config).value
         self.shaken = None if self.proof == "exact" else ShakenRuns(plain, self.samples, plan, unit, near)
         seen = self.want.seen
-        if self.is_rounded and self.step in watched_steps(self.config):
+        if self.is_rounded and self.step in watched_steps(self.config) and not self.config.adapter.on:
             self._judge_parts(ranks, before, self.samples.batch(plan.first_sample, plan.batch_size))
         self._judge_forward(ranks, seen, plan.batch_size)
         if self.is_rounded:
@@ -350,7 +354,7 @@ class Judge(WireJudge, ReductionJudge, UpdateJudge):
                 name, number = key.rsplit("/", 1)
                 came.setdefault(name, []).append((rank, int(number), value))
         exact = self.proof == "exact"
-        found = sum_over_ranks(ranks, reference.weight_shapes(self.model)) if exact else assemble(ranks, "reduced")
+        found = sum_over_ranks(ranks, reference.trained_shapes(self.config)) if exact else assemble(ranks, "reduced")
         gradients = self.want.gradients
         self._same_names("gradients of weights", found, gradients)
         for name in backward_order(list(gradients), list(came)):

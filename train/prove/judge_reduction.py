@@ -44,7 +44,7 @@ class ReductionJudge(Comparisons):
 
     def _judge_reduction(self, ranks: list[Evidence]) -> None:
         self.phase = "reduction"
-        shapes = reference.weight_shapes(self.config.model)
+        shapes = reference.trained_shapes(self.config)
         reduced, want = assemble(ranks, "reduced"), sum_over_ranks(ranks, shapes)
         sizes = sum_over_ranks(ranks, shapes, signs=False)
         self._same_names("reduced gradients", reduced, want)

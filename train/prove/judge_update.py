@@ -21,7 +21,7 @@ from train.prove.evidence import Evidence
 from train.prove.findings import ProofFindings
 from train.prove.layouts import RunPart
 from train.prove.reference import PlainModel, WatchedPass
-from train.prove.samples import Samples
+from train.prove.samples import Samples, initial_weights
 from train.prove.updates import UPDATES, WeightUpdate
 
 State = dict[str, Tensor]
@@ -57,14 +57,26 @@ class UpdateJudge(Comparisons):
 
     def _after(self, ranks: list[Evidence]) -> State:
         """The state, put together from the shards of all ranks."""
-        return {name: tensor for name, tensor in assemble(ranks, "after").items() if not name.startswith("running.")}
+        found = {name: tensor for name, tensor in assemble(ranks, "after").items() if not name.startswith("running.")}
+        if self.config.adapter.on:  # the biases belong to the base, which is not saved
+            found |= {name: bias.double() for rank in ranks for name, bias in rank.of_kind("own")}
+        return found
 
     def _plain(self, before: State, choices: dict[str, Tensor] | None = None) -> PlainModel:
         weights = {}
-        for name, master in under("master", before).items():
+        masters = under("master", before)
+        for name, master in (self._base() | masters).items():
             rounded = master.bfloat16().double() if self.is_low else master
-            weights[name] = rounded.clone().requires_grad_()
+            weights[name] = rounded.clone().requires_grad_(name in masters)
         return PlainModel(self.config, weights, under("bias", before), choices)
+
+    def _base(self) -> State:
+        """What an adapter is trained beside, which no step moves; without one nothing."""
+        if not self.config.adapter.on:
+            return {}
+        return {
+            name: weight.double() for name, weight in initial_weights(self.config).items()
+        }  # pairs are in the state
 
     def _judge_biases(self, ranks: list[Evidence], before: State, seen: WatchedPass, speed: float) -> None:
         self.phase = "update"
@@ -201,7 +213,8 @@ class UpdateJudge(Comparisons):
         """The checkpoint of this step on disk."""
         self.phase = "checkpoint"
         path = self._checkpoints / step_name(self.step)
-        found = {name: torch.full_like(tensor, math.nan) for name, tensor in state.items()}
+        own = {name for name in state if not (self.config.adapter.on and name.startswith("bias."))}
+        found = {name: torch.full_like(tensor, math.nan) for name, tensor in state.items() if name in own}
         try:
             load_shards(path, {name: whole(tensor) for name, tensor in found.items()})
         except (OSError, UserError) as error:

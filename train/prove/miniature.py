@@ -58,12 +58,14 @@ ODD = 15
 """Width of the latent of keys and values, so that no vector divides its gain or a shard; a GPU's products want
 multiples of 16 bytes."""
 EXPERTS = 32
+RANK = 8
+"""The rank of an adapter; its scale stays."""
 CLIP = 0.1
 """Gradients of the miniature are longer than this, so that clipping acts."""
 RATE = 1e-3
 """At least, of learning. What a smaller one moves in a step, or what the average of the weights makes of that, may be less than
 weights are rounded by; no branch depends on it."""
-SHOWN = ("model", "optim", "parallel", "data")
+SHOWN = ("model", "adapter", "optim", "parallel", "data")
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,7 @@ def shrink(cfg: Config) -> Miniature:
     if cfg.parallel.uneven and layout.dp > together:
         start = full  # a ramp has larger steps than the difference of the shares
         less = micro_batch_size * together
+    rank = min(cfg.adapter.rank, RANK)
     small = replace(
         cfg,
         mode=Mode.prove,
@@ -124,6 +127,7 @@ def shrink(cfg: Config) -> Miniature:
         resume="never",
         init_from=None,
         model=model,
+        adapter=replace(cfg.adapter, rank=rank, alpha=cfg.adapter.scale * rank, dropout=0.0),
         data=Data(
             mask_documents=cfg.data.mask_documents, format=DataFormat.chat if cfg.data.chats else DataFormat.auto
         ),

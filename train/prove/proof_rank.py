@@ -171,6 +171,8 @@ class _LocalGradients:
                     if id(weight) in done:
                         continue  # a table that two chunks share
                     done.add(id(weight))
+                    if not weight.requires_grad and weight.grad is None:
+                        continue  # the base of an adapter
                     first = module.local.start * weight[0].numel() if isinstance(module, Experts) else 0
                     gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad
                     evidence.add("local", f"{prefix}.{name}", gradient)
@@ -228,6 +230,10 @@ def _train(proof: str, part: RunPart, place: Place, device: torch.device) -> Non
     parts = parallelize(config, rank.mesh, device, kernels, restored=part.number > 0)
     state = RunState(config, rank.mesh, parts)
     start = Evidence(StepInfo(proof, part.number, 0, place.rank, layout_name(config), device.type))
+    if config.adapter.on:
+        fill_chunks(parts.chunks, initial_weights(config))
+        fill_biases(parts, initial_biases(config))
+        state.base = {"path": "drawn", "fingerprint": "drawn"}
     if part.number == 0:
         for name, shard in state.zero.shards().items():
             if name.startswith("master.") and proof == "fp32":
@@ -307,7 +313,7 @@ class _ProvenTrainer(Trainer):
         """Train as `run` does. start: what is known of the state before the first step."""
         self._rank, self._proof, self._part = rank, start.info.proof, part
         self._folder = RunPaths(self.config).path.parent / EVIDENCE
-        watched = is_rounded(self._proof, self.config)
+        watched = is_rounded(self._proof, self.config) and not self.config.adapter.on
         self._watch = EvidenceWatch(self.parts.chunks, sent=watched)
         self._parts_watch = PartsWatch(self.parts.chunks, self.parts.precision) if watched else None
         needs_whole = self._proof == "fp32" and self.config.optim.facts.matrices.is_whole

@@ -16,14 +16,16 @@ R rope width, N tokens in a row (B*T), E experts, G groups, K experts of a token
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from conf.schema import Config, Model
+from conf.schema import Adapter, Config, Model
+from train.prove.reference_adapter import adapted, adapter_shapes
 
 Weights = dict[str, Tensor]
 """Every weight by its name; those of the experts are stacked: w13 (E, 2F, D) with the rows of w1, then of w3, w2 (E, D, F)."""
@@ -65,6 +67,12 @@ def weight_shapes(model: Model) -> dict[str, tuple[int, ...]]:
     for depth in range(model.mtp_depth):
         shapes |= under(f"mtp.{depth}", joined | under("block", block[False]) | {"norm.weight": (D,)})
     return shapes
+
+
+def trained_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """Those that learn: all, or an adapter alone."""
+    shapes = weight_shapes(config.model)
+    return adapter_shapes(config, shapes) if config.adapter.on else shapes
 
 
 def layers_with_experts(model: Model) -> list[str]:
@@ -208,6 +216,10 @@ class PlainModel:
 
     def losses(self, batch: PlainBatch, with_mtp: bool = True) -> WatchedPass:
         """Main loss, MTP losses (eq. 21-25) and balance losses of a batch, as means over all that is learnt."""
+        if self.config.adapter.on:
+            whole = copy(self)
+            whole.config, whole.weights = replace(self.config, adapter=Adapter()), adapted(self.config, self.weights)
+            return whole.losses(batch, with_mtp)
         model, seen = self.model, self.watched()
         tokens_BS, seats = batch.tokens_BS, Seats.of(batch, 0)
         inputs_BT = tokens_BS[:, :-1]

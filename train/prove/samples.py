@@ -18,7 +18,7 @@ from torch import Tensor
 
 from conf.schema import Config
 from train.data.batch import Batch
-from train.prove.reference import layers_with_experts, weight_shapes
+from train.prove.reference import layers_with_experts, trained_shapes, weight_shapes
 
 BIAS = 0.05
 """Spread of the routers' biases at the start, beside scores between 0 and 1."""
@@ -104,9 +104,9 @@ class ProofData:
 
 
 def initial_weights(config: Config) -> dict[str, Tensor]:
-    """Every weight, fp32, by name: a product of normal size for an input of normal size, gains about 1; by tiles, see above."""
+    """Every weight, those of an adapter too, fp32, by name: a product of normal size for an input of normal size, gains about 1; by tiles, see above."""
     weights = {}
-    for name, shape in weight_shapes(config.model).items():
+    for name, shape in (weight_shapes(config.model) | trained_shapes(config)).items():
         drawn = torch.randn(shape, generator=_generator(f"{config.seed}/{name}"))
         if len(shape) == 1:
             weights[name] = 1 + 0.2 * drawn

@@ -41,7 +41,10 @@ def run_shaken_step(plain: PlainModel, samples: Samples, plan: PlainPlan) -> Ref
     """Forward and backward of the batch of a step. A weight that nothing reached has a gradient of zeros."""
     batch = samples.batch(plan.first_sample, plan.batch_size)
     seen = reference.gradients(plain, batch, plan.mtp_weight)
-    return ReferenceStep(seen, {n: torch.zeros_like(w) if w.grad is None else w.grad for n, w in plain.weights.items()})
+    return ReferenceStep(
+        seen,
+        {n: torch.zeros_like(w) if w.grad is None else w.grad for n, w in plain.weights.items() if w.requires_grad},
+    )
 
 
 class ShakenRuns:
@@ -84,7 +87,9 @@ class ShakenRuns:
                 return super().keep(name, value)
 
         plain = self._plain
-        weights = {name: shake(weight.detach()).requires_grad_() for name, weight in plain.weights.items()}
+        weights = {
+            name: shake(weight.detach()).requires_grad_(weight.requires_grad) for name, weight in plain.weights.items()
+        }
         moved = PlainModel(plain.config, weights, plain.biases, plain.choices)
         moved.watched = ShakenParts
         return run_shaken_step(moved, self._samples, self._plan)
@@ -99,7 +104,10 @@ class ShakenRuns:
                 ids[..., count - 1] = ids[..., count].where(tie, ids[..., count - 1])
             return ids[..., :count]
 
-        weights = {name: weight.detach().clone().requires_grad_() for name, weight in self._plain.weights.items()}
+        weights = {
+            name: weight.detach().clone().requires_grad_(weight.requires_grad)
+            for name, weight in self._plain.weights.items()
+        }
         turned = PlainModel(self._plain.config, weights, self._plain.biases, self._plain.choices)
         turned.best_without_bias = best
         return run_shaken_step(turned, self._samples, self._plan)

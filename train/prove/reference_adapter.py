@@ -1,0 +1,58 @@
+"""What an adapter is, as plain as the formula: every adapted matrix W counts as W + alpha / rank B A, and B and A alone learn.
+
+Shares no code with what it judges, only the settings and the names of weights. w13 is two matrices, one below the other, with a pair
+each; every expert has its own.
+
+Shapes: O outputs, I inputs, E experts, F inner width.
+"""
+
+import torch
+from torch import Tensor
+
+from conf.schema import Config
+
+PARTS = {
+    "q_up": ("attention.q.weight", "attention.q_up.weight"),
+    "kv_up": ("attention.kv_up.weight",),
+    "down": ("attention.q_down.weight", "attention.kv_down.weight"),
+    "out": ("attention.out.weight",),
+    "routed": ("moe.experts.w13", "moe.experts.w2"),
+    "shared": ("moe.shared.w13.weight", "moe.shared.w2.weight"),
+    "dense": ("ffn.w13.weight", "ffn.w2.weight"),
+    "head": ("head.weight",),
+}
+"""By target the ends of the names of its weights."""
+
+
+def pairs_of(config: Config, weight: str) -> list[str]:
+    """What the names of the pairs of a weight begin with, one for each matrix in it; none where it is not adapted."""
+    targets = config.adapter.targets or ()
+    if not config.adapter.on or not any(weight.endswith(end) for target in targets for end in PARTS[target]):
+        return []
+    if weight.endswith(".experts.w13"):
+        return [weight[:-3] + "w1_lora_", weight[:-3] + "w3_lora_"]
+    if weight.endswith(".experts.w2"):
+        return [weight + "_lora_"]
+    module = weight.removesuffix("weight")
+    return [module + "w1_lora_", module + "w3_lora_"] if module.endswith(".w13.") else [module + "lora_"]
+
+
+def adapter_shapes(config: Config, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """All pairs: A (rank, I) and B (O, rank), those of experts stacked. shapes: of the weights."""
+    found: dict[str, tuple[int, ...]] = {}
+    for weight, (*experts, outputs, inputs) in ((name, shape) for name, shape in shapes.items() if len(shape) > 1):
+        pairs = pairs_of(config, weight)
+        for pair in pairs:
+            found[f"{pair}A"] = (*experts, config.adapter.rank, inputs)
+            found[f"{pair}B"] = (*experts, outputs // len(pairs), config.adapter.rank)
+    return found
+
+
+def adapted(config: Config, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights that the model computes with, in which the pairs learn."""
+    scale, found = config.adapter.alpha / config.adapter.rank, dict(weights)
+    for name in weights:
+        if pairs := pairs_of(config, name):
+            products = [weights[f"{pair}B"] @ weights[f"{pair}A"] for pair in pairs]
+            found[name] = weights[name] + scale * torch.cat(products, -2)
+    return found
