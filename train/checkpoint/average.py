@@ -23,7 +23,7 @@ from conf.words import one_line, say, say_note
 from parallel.shard import Shard
 from train.checkpoint.commit import Committer, Save
 from train.checkpoint.intervals import merge_indexes
-from train.checkpoint.manifest import Manifest, checkpoints, read_manifest
+from train.checkpoint.manifest import Manifest, checkpoints, holds_adapter, read_manifest
 from train.checkpoint.read_shards import TORCH, FolderFiles, fill_shards
 from train.checkpoint.run_folder import RunPaths, find_checkpoint
 from train.checkpoint.staging import StagingBuffers
@@ -109,6 +109,11 @@ def _require_equal(one: Manifest, other: Manifest) -> None:
     if differ := [key for key in computes if key not in NOT_COMPUTED and mine[key] != theirs[key]]:
         told = ", ".join(f"model.{key} = {theirs[key]} and not {mine[key]}" for key in sorted(differ))
         raise refuse(f"another model ({told})")
+    if holds_adapter(one):
+        rule = f"{one.folder} holds an adapter: the mean of the factors of two products is not that of the products"
+        raise UserError(
+            SOURCES_FIELD, other.folder, rule, "average checkpoints of whole weights, or exports of merged ones"
+        )
     if _shapes(one) != _shapes(other):
         raise refuse(f"other tensors ({min(map(str, _shapes(one).items() ^ _shapes(other).items()))})")
     if one.meta["tokenizer"] != other.meta["tokenizer"]:

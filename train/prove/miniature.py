@@ -148,6 +148,8 @@ def shrink(cfg: Config) -> Miniature:
         generate=Generate(),
         export=Export(),
     )
+    if small.adapter.on and small.precision.weight_bytes < 4:
+        structure = [*structure, "Beside an adapter single parts are not judged in formats that round; whole ones are."]
     return Miniature(small, [*structure, *_differences(whole, small)])
 
 

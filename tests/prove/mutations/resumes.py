@@ -163,8 +163,8 @@ def biases_reach_the_first_rank_alone(bug: Seams) -> None:
     "state (from the|in a) checkpoint",
 )
 def a_piece_of_another_place(bug: Seams) -> None:
-    def pieces(original, manifest, name, shard):
-        found = original(manifest, name, shard)
+    def pieces(original, manifest, name, shard, rounded):
+        found = original(manifest, name, shard, rounded)
         if len(found) != 2 or len(found[0][1].target) != len(found[1][1].target):
             return found
         (rank, first), (other, second) = found

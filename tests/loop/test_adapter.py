@@ -1,0 +1,102 @@
+"""Adapters in whole runs: a base that stays as it is, checkpoints that hold the adapter alone, and what is refused before a start."""
+
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+
+from conf.adapters import is_adapter
+from conf.errors import UserError
+from conf.load import compose
+from tests.layouts import run_layout
+from tests.small import SMALL, arguments, metrics
+from train.__main__ import check_before_start
+from train.checkpoint.average import write_average
+from train.checkpoint.manifest import read_manifest
+
+LORA = ["adapter=lora", "adapter.rank=8", "optim.bias_speed=[{value: 0}]", "optim.lr=0.01"]
+
+
+def losses(folder: Path, name: str) -> list[float]:
+    return [record["loss"] for _, record in sorted(metrics(folder, name).items())]
+
+
+def test_a_run_trains_the_adapter_alone_and_goes_on_in_another_layout(tmp_path):
+    run_layout(tmp_path, "base", 1, "steps=2")
+    start = [*LORA, f"init_from={tmp_path}/runs/base", f"data.tokenizer={tmp_path}/runs/base"]
+    run_layout(tmp_path, "whole", 1, *start[3:], "steps=1")
+    run_layout(tmp_path, "one", 1, *start, "steps=4", "optim.ema_decay=0.5")
+    assert losses(tmp_path, "one")[0] == losses(tmp_path, "whole")[0], (
+        "B is 0: the loss is that of the base, bit for bit"
+    )
+
+    checkpoint = read_manifest(tmp_path / "runs/one/checkpoints/step_00000004")
+    kinds = {name.split(".", 1)[0] for name in checkpoint.tensors}
+    assert kinds == {"master", "exp_avg", "exp_avg_sq", "ema", "running"}
+    assert all(is_adapter(name) for name in checkpoint.tensors if not name.startswith("running."))
+    assert checkpoint.meta["base"]["path"].endswith("base/checkpoints/step_00000002")
+
+    run_layout(tmp_path, "two", 1, *start, "steps=4", "optim.ema_decay=0.5", "checkpoint.every=2")
+    shutil.rmtree(tmp_path / "runs/two/checkpoints/step_00000004")
+    moved = ["parallel.dp=2", "parallel.ep=2", "parallel.zero=2", "steps=4", "optim.ema_decay=0.5"]
+    run_layout(tmp_path, "two", 2, *start, *moved)
+    assert losses(tmp_path, "two")[2:] == pytest.approx(losses(tmp_path, "one")[2:], rel=1e-5)
+
+
+def test_what_an_adapter_cannot_go_on_from(tmp_path):
+    for name in ("base", "other"):
+        run_layout(tmp_path, name, 1, "steps=1", f"seed={len(name)}")
+    given = [f"data.tokenizer={tmp_path}/runs/base", "steps=2"]
+    base = [f"init_from={tmp_path}/runs/base", *given]
+    run_layout(tmp_path, "tuned", 1, *LORA, *base)
+
+    def refused(*words: str) -> str:
+        config = compose(*arguments(tmp_path, *words))
+        with pytest.raises(UserError) as error:
+            check_before_start(config)
+        return str(error.value)
+
+    tuned = [*LORA, "name=tuned"]
+    assert "holds an adapter alone, and this run trains whole weights" in refused("name=tuned", *given)
+    assert "holds whole weights, and this run trains an adapter" in refused(*LORA, "name=base", *base)
+    assert "adapter.rank=8" in refused(*tuned, *base, "adapter.rank=16")
+    assert "adapter.targets=[q_up,kv_up,down,out,routed,shared,dense]" in refused(
+        *tuned, *base, "adapter.targets=[out]"
+    )
+    assert "other weights than those that the adapter" in refused(*tuned, *given, f"init_from={tmp_path}/runs/other")
+    assert "merge it into them first" in refused(*LORA, "name=next", *given, f"init_from={tmp_path}/runs/tuned")
+    with pytest.raises(UserError, match="holds an adapter"):
+        write_average(compose(*SMALL, "data.path=none", f"runs={tmp_path}/runs", "name=tuned", "mode=average",
+                        "average.last=2", f"average.to={tmp_path}/mean"))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        (["adapter.rank=8"], "adapter"),
+        (["adapter=lora"], "init_from"),
+        (["adapter=lora", "init_from=X", "adapter.rank=0"], "adapter.rank"),
+        (["adapter=lora", "init_from=X", "adapter.rank=4"], "adapter.rank"),
+        (["adapter=lora", "init_from=X", "adapter.dropout=1"], "adapter.dropout"),
+        (["adapter=lora", "init_from=X", "adapter.targets=[dense]", "model.dense_layers=0"], "adapter.targets"),
+        (["adapter=lora", "init_from=X", "adapter.targets=[]"], "adapter.targets"),
+        (["adapter=lora", "init_from=X", "adapter.targets=[out,out]"], "adapter.targets"),
+        (["adapter=lora", "init_from=X", "adapter.targets=[routed]", "parallel.pp=2"], "adapter.targets"),
+        (["adapter=lora", "init_from=X", "optim=muon"], "optim.name"),
+        (["adapter=lora", "init_from=X"], "optim.bias_speed"),
+        (["adapter=lora", "init_from=X", "optim=tune", "parallel.zero=3", "parallel.dp=2"], "parallel.zero"),
+        (["adapter=lora", "init_from=X", "optim=tune", "optim.qk_clip=100"], "optim.qk_clip"),
+        (["adapter=lora", "init_from=X", "optim=tune", "adapter.targets=[head]", "optim.detach_mtp=true"], "adapter.targets"),
+    ],
+)  # fmt: skip
+def test_what_no_adapter_can_be(words, key):
+    with pytest.raises(UserError) as error:
+        compose(*words)
+    assert error.value.field == key
+
+
+def test_targets_that_are_left_out_are_those_of_the_model():
+    words = ["adapter=lora", "init_from=X", "optim=tune", "model.shared_experts=0", "model.dense_layers=0"]
+    assert compose(*words).adapter.targets == ["q_up", "kv_up", "down", "out", "routed"]
+    assert math.isclose(compose(*words, "adapter.alpha=8").adapter.scale, 0.5)

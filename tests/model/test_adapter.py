@@ -1,0 +1,96 @@
+"""Low-rank pairs beside frozen weights, in one process."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from conf.adapters import name_pairs, target_of
+from conf.load import compose
+from tests.small import SMALL
+from train.kernels.choice import build_kernels
+from train.kernels.precision import activation_dtype, build_precision
+from train.model.adapter import LowRankPairs, add_adapters
+from train.model.deepseek import DeepSeekV3
+from train.model.init import initialise
+
+ALL = "adapter.targets=[q_up,kv_up,down,out,routed,shared,dense,head]"
+CPU = torch.device("cpu")
+
+
+def build(*words: str, adapter: bool = True, b: float = 0.0) -> DeepSeekV3:
+    """b: standard deviation of B."""
+    given = ["data.path=none", "adapter=lora", "adapter.rank=8", "init_from=X", "optim.bias_speed=[{value: 0}]", ALL]
+    config = compose(*SMALL, *given, *words)
+    kernels = build_kernels("cpu", True)
+    precision = build_precision(config.precision, CPU, kernels)
+    model = DeepSeekV3.whole(
+        config.model, precision, seq_len=24, device="meta", dtype=activation_dtype(config.precision)
+    )
+    initialise(model, 1, CPU)
+    if adapter:
+        add_adapters(model, config.adapter, kernels, 1)
+    draw = torch.Generator().manual_seed(2)
+    for name, param in model.named_parameters():
+        if name.endswith("lora_B"):
+            param.data.copy_(torch.randn(param.shape, generator=draw) * b)
+    model.mtp_weight, model.step = 0.3, 1
+    return model
+
+
+def loss(model: DeepSeekV3) -> Tensor:
+    return model(torch.randint(0, 320, (2, 25), generator=torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
+def test_a_fresh_adapter_changes_nothing_and_alone_has_gradients(precision):
+    model = build(f"precision={precision}")
+    got = loss(model)
+    assert got.item() == loss(build(f"precision={precision}", adapter=False)).item()
+    got.backward()
+    learns = {name for name, param in model.named_parameters() if param.grad is not None}
+    assert learns == {name for name, _ in model.named_parameters() if name.endswith(("lora_A", "lora_B"))}
+    assert all(model.get_parameter(name).grad.any() == name.endswith("lora_B") for name in learns), "A waits for B"
+
+
+def test_pairs_are_what_their_product_added_to_the_weight_is():
+    model = build(b=0.1)
+    want, params = loss(model), dict(model.named_parameters())
+    assert abs(want.item() - loss(build(adapter=False)).item()) > 1e-3
+    with torch.no_grad():
+        for name, weight in params.items():
+            if target_of(name):
+                scale = 32 / 8
+                weight += scale * torch.cat([params[b] @ params[a] for a, b in name_pairs(name)], -2)
+        for name, param in params.items():
+            if name.endswith("lora_B"):
+                param.zero_()
+    torch.testing.assert_close(loss(model), want, rtol=1e-5, atol=0)
+
+
+def test_dropout_follows_from_the_step_and_is_in_no_evaluation(monkeypatch):
+    plain, model = build(b=0.1), build("adapter.dropout=0.3", b=0.1)
+    first = loss(model).item()
+    assert first != loss(plain).item() and first == loss(model).item()
+    again = build("adapter.dropout=0.3", "model.recompute=[layer]", b=0.1)
+    loss(model).backward()
+    loss(again).backward()
+    for name, param in model.named_parameters():
+        if param.grad is not None:
+            torch.testing.assert_close(again.get_parameter(name).grad, param.grad, rtol=1e-4, atol=1e-6)
+    model.step = 2
+    assert loss(model).item() != first
+    with torch.no_grad():
+        assert loss(model.eval()).item() == loss(plain.eval()).item()
+
+
+def test_the_share_that_is_dropped():
+    pairs, x = build("adapter.dropout=0.3").layers["0"].attention.q_up.added, torch.randn(512, 640)
+    assert isinstance(pairs, LowRankPairs)
+    dropped, _ = pairs._drop(x)
+    kept = dropped != 0
+    torch.testing.assert_close(dropped[kept], x[kept] / 0.7)
+    for axis in (0, 1):
+        shares = 1 - kept.double().mean(axis)
+        assert abs(shares.mean() - 0.3) < 0.005 and 0.7 < shares.std() / (0.21 / x.size(axis)) ** 0.5 < 1.3
+    both = (~kept[:, :-1] & ~kept[:, 1:]).double().mean()
+    assert abs(both - 0.09) < 0.005, "neighbours have nothing to do with one another"
