@@ -49,7 +49,7 @@ def test_what_an_adapter_cannot_go_on_from(tmp_path):
         run_layout(tmp_path, name, 1, "steps=1", f"seed={len(name)}")
     given = [f"data.tokenizer={tmp_path}/runs/base", "steps=2"]
     base = [f"init_from={tmp_path}/runs/base", *given]
-    run_layout(tmp_path, "tuned", 1, *LORA, *base)
+    run_layout(tmp_path, "tuned", 1, *LORA, *base, "checkpoint.every=1")
 
     def refused(*words: str) -> str:
         config = compose(*arguments(tmp_path, *words))

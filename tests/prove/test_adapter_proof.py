@@ -10,7 +10,7 @@ from train.model import adapter
 from train.model.adapter import LowRankPairs
 from train.prove.judge import judge_all, judge_pass
 
-LORA = ["adapter=lora", "adapter.rank=8", "optim.bias_speed=[{value: 0}]", "optim.clip=0.1"]
+LORA = ["mode=prove", "adapter=lora", "adapter.rank=8", "optim.bias_speed=[{value: 0}]", "optim.clip=0.1"]
 EXACT = {
     "one process, and the head": ["adapter.targets=[q_up,kv_up,down,out,routed,shared,dense,head]"],
     "ep 2": ["parallel.dp=2", "parallel.ep=2"],
