@@ -29,7 +29,8 @@ from statistics import median
 from cluster.drill.faults import DrillGround, HostsGround, small_disk
 from cluster.drill.hosts import Hosts, missing
 from cluster.driver.checkpoints import newest
-from cluster.driver.journal import goodput, read_events
+from cluster.driver.journal import read_events
+from cluster.driver.time_split import split_time
 from cluster.run_files import NONE, Age
 from conf.errors import EXIT_CRASH, EXIT_OK, EXIT_STOPPED, EXIT_USER, UserError
 from conf.load import compose, report
@@ -230,7 +231,7 @@ def _compare(folders: dict[str, Path], drill: Drill, options: argparse.Namespace
     events = read_events(folders["drill"])
     down = [event["seconds"] for event in events if event["kind"] == "recovered"]
     step, difference = worst_difference(losses(folders["unbroken"]), losses(folders["drill"]))
-    record = goodput(events)
+    record = split_time(events)
     for fault, seconds in drill.met.items():
         cost = f"the next checkpoint after {median(seconds):.1f} s in the median, at most {max(seconds):.1f} s"
         say(f"{len(seconds):4} x {fault}: {cost}")

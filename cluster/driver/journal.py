@@ -15,7 +15,6 @@ import contextlib
 import errno
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,12 +46,14 @@ EVENT_KINDS = {
     "disk": "a node has little room left for temporary files. node",
     "checkpoint": "a checkpoint is whole. step",
     "failure": "an attempt failed. cause: user, node, killed, crash, hang, diverged, start; ranks and nodes: first to "
-    "fail; log: output or stacks that show it",
+    "fail; log: output or stacks that show it; seconds: since its ranks last got on",
+    "waiting": "the next attempt cannot begin at once",
     "incident": "who broke the attempt or held it up, by what all ranks did. ranks; fault: see cluster/compare_ranks.py",
     "recovered": "the first step after a failure. seconds: from the failure, or from the last step before a hang; "
     "steps_again: steps done twice",
+    "caught_up": "the steps that were done twice are over. step",
     "grow": "the run stops to go on with nodes that came back",
-    "drain": "a node is about to go: the run stops to go on without it. node",
+    "drain": "a node is about to go. node, stops: whether the run stops to go on without it",
     "stop": "a request to stop",
     "finish": "the run ended. code: exit code",
 }
@@ -120,53 +121,3 @@ def _is_event(found: Any) -> bool:
         case {"time": int() | float(), "kind": str(), "attempt": int(attempt), "text": str()}:
             return 0 <= attempt < 10**15
     return False
-
-
-@dataclass(frozen=True)
-class Goodput:
-    """How a run used its time, over all its launches."""
-
-    attempts: int
-    nodes: int
-    """Nodes with ranks in the newest attempt."""
-    downtime_seconds: float
-    """Without training, starts included."""
-    seconds: float
-    """In which a driver ran."""
-
-    @property
-    def share(self) -> float:
-        """The share of the time that went into training; 1 is best."""
-        return 1 - self.downtime_seconds / self.seconds if self.seconds > 0 else 0.0
-
-
-def goodput(events: list[dict[str, Any]], now: float | None = None) -> Goodput:
-    """Add up the events of a run. now: Unix time while it runs; None if the last event was its end.
-
-    An attempt trains from its first finished step to its failure, or to the start of the next one. In a hang training
-    ended with the last step before it. Nobody wanted training between two launches, so that time does not count.
-    """
-    attempts, nodes, down, seconds = 0, 0, 0.0, 0.0
-    began = idle = failed = None
-    for before, event in zip(events[:1] + events, events, strict=False):
-        time_, kind = event["time"], event["kind"]
-        if began is None or kind == "launch":
-            if began is not None:
-                seconds += before["time"] - began
-                down += before["time"] - idle if idle is not None else 0.0
-            began = idle = time_
-        if kind == "attempt":
-            attempts, nodes = attempts + 1, len(event.get("nodes", []))
-        if kind in ("attempt", "failure") and idle is None:
-            idle = time_
-        if kind == "failure":
-            failed = time_
-        if kind == "first_step" and idle is not None:
-            down, idle = down + time_ - idle, None
-        if kind == "recovered" and failed is not None:
-            down += max(0.0, event["seconds"] - (time_ - failed))
-    if began is not None:
-        end = events[-1]["time"] if now is None else now
-        seconds += end - began
-        down += end - idle if idle is not None else 0.0
-    return Goodput(attempts, nodes, down, seconds)

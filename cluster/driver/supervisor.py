@@ -70,6 +70,10 @@ class Supervisor:
         self._probing: set[str] = set()
         self._settled_at = self._probed_at = now
         self._failed_at: float | None = None
+        self._quiet_since = now
+        """When ranks last got on before the failure that is judged."""
+        self._again_until: int | None = None
+        """Steps up to here were done before, and are done again."""
         self._reached = -1
         """Highest step that a rank of this launch worked on."""
         self._safe = -1
@@ -177,7 +181,10 @@ class Supervisor:
             down, again = now - self._failed_at, attempt.count_repeated(self._reached)
             text = f"step {attempt.step} after {down:.1f} s; {again} steps done again"
             self._note("recovered", text, seconds=round(down, 2), steps_again=again)
-            self._failed_at = None
+            self._failed_at, self._again_until = None, self._reached if again else None
+        if self._again_until is not None and attempt.step > self._again_until:
+            self._note("caught_up", f"step {attempt.step}: what follows was not done before", step=attempt.step)
+            self._again_until = None
         self._reached = max(self._reached, attempt.step)
 
     def _start_failed(self, number: int, id: str, text: str) -> None:
@@ -217,9 +224,9 @@ class Supervisor:
         state = self.nodes.get(id)
         if state is None or state.draining:
             return
-        state.draining = True
-        self._note("drain", f"{state.node.name}: {why}", node=state.node.name)
-        if self.phase is DriverPhase.running and id in self.current.ranks_of:
+        state.draining, stops = True, self.phase is DriverPhase.running and id in self.current.ranks_of
+        self._note("drain", f"{state.node.name}: {why}", node=state.node.name, stops=stops)
+        if stops:
             going = f"{state.node.name} is about to go, and the run goes on without it: {why}"
             self._stop_ranks(now, going) if self.current.step >= 0 else self._end_ranks(now)
 
@@ -385,7 +392,7 @@ class Supervisor:
 
     def _judge(self, now: float, settle: float) -> None:
         """A failure was noticed: ask every node whether it lives, and give the ranks time to say what they know."""
-        self.phase = DriverPhase.judging
+        self.phase, self._quiet_since = DriverPhase.judging, min(now, self.current.moved)
         if self._failed_at is None:
             self._failed_at = now
         self._probing = set(self.current.reachable)
@@ -401,7 +408,7 @@ class Supervisor:
         self.failures.append((self.number, cause))
         self._spent[cause.kind] = self._spent.get(cause.kind, 0) + 1
         fields = {"cause": cause.kind.name, "ranks": list(cause.ranks), "nodes": list(cause.nodes), "log": cause.log}
-        self._note("failure", cause.text, **fields)
+        self._note("failure", cause.text, **fields, seconds=round(now - self._quiet_since, 2))
         if self.current.incident is not None:
             self._out.append(m.KeepIncident(self.number, self.current.incident))
         self._end_ranks(now)
@@ -447,6 +454,9 @@ class Supervisor:
         enough = self._place(self._usable())
         self._deadline = now + (self.policy.return_wait if enough else self.policy.wait)
         self._gather(now)
+        if self.phase is DriverPhase.gathering:
+            what = "a node whose agent starts again" if enough else "nodes"
+            self._note("waiting", f"for {what}, {self._deadline - now:.0f} s at most")
 
     def _stop_ranks(self, now: float, why: str, in_memory: bool = False) -> None:
         self.phase = DriverPhase.stopping

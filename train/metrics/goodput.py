@@ -5,7 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cluster.clocks import SteadyClock
-from cluster.driver.journal import EVENTS_FILE, Goodput, goodput, read_events
+from cluster.driver.journal import EVENTS_FILE, read_events
+from cluster.driver.time_split import TimeSplit, split_time
 from train.metrics.names import Record
 from train.metrics.progress import duration
 
@@ -37,7 +38,7 @@ class GoodputRecord:
             for event in self._events[seen:]:
                 if event["kind"] in ALERTS:
                     self._tell(ALERTS[event["kind"]], event["text"])
-        found = goodput(self._events, now=self._clock.now())
+        found = split_time(self._events, now=self._clock.now())
         return {
             "cluster/attempt": found.attempts,
             "cluster/nodes": found.nodes,
@@ -67,10 +68,10 @@ def cluster_summary(run_folder: Path) -> tuple[str, list[tuple[str, str, str, st
         )
         for event in shown[-EVENT_ROWS:]
     ]
-    return _sentence(goodput(events), len(shown)), rows
+    return _sentence(split_time(events), len(shown)), rows
 
 
-def _sentence(found: Goodput, events: int) -> str:
+def _sentence(found: TimeSplit, events: int) -> str:
     newest = f" The newest {EVENT_ROWS} of {events} events:" if events > EVENT_ROWS else ""
     return (
         f"{found.attempts} attempts, the newest on {found.nodes} nodes. The run trained for {found.share:.1%} of the "

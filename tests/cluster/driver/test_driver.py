@@ -17,7 +17,8 @@ from cluster.driver import driver as driver_module
 from cluster.driver.checkpoints import claim_attempt, newest, written_since
 from cluster.driver.driver import Driver
 from cluster.driver.fleet import Reply
-from cluster.driver.journal import Journal, goodput, read_events
+from cluster.driver.journal import Journal, read_events
+from cluster.driver.time_split import split_time
 from cluster.driver.view import View
 from cluster.node.agent import Agent
 from cluster.node.copy_store import Store
@@ -126,7 +127,7 @@ def test_a_run_ends_well_and_leaves_a_record(tmp_path):
     assert run.only("network")["pairs"] == 6 and run.only("attempt")["dp"] == 4
     assert "rank 3 of 4 resumes at 0" in (run.folder / "logs" / "rank_3.log").read_text()
     assert not (run.folder / ".preflight").exists()
-    record = goodput(run.events)
+    record = split_time(run.events)
     assert record.attempts == 1 and record.nodes == 4 and 0 < record.share < 1
 
 

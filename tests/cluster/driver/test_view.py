@@ -5,7 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from cluster.driver.journal import Journal, goodput, read_events
+from cluster.driver.journal import Journal, read_events
+from cluster.driver.time_split import split_time
 from cluster.driver.view import View, last_record, status
 from tests.cluster.world import World
 
@@ -66,7 +67,7 @@ def test_goodput_counts_starts_failures_and_hangs_but_not_the_night_between_two_
         {"time": 51, "kind": "attempt", "nodes": ["a"]},
         {"time": 55, "kind": "first_step"},  # 5 s down
         {"time": 55, "kind": "recovered", "seconds": 25},  # and 20 more
-        {"time": 70, "kind": "drain"},
+        {"time": 70, "kind": "drain"},  # 5 s in which it stops
         {"time": 75, "kind": "attempt", "nodes": ["b"]},
         {"time": 80, "kind": "first_step"},  # 5 s down
         {"time": 100, "kind": "finish"},
@@ -75,8 +76,8 @@ def test_goodput_counts_starts_failures_and_hangs_but_not_the_night_between_two_
         {"time": 9010, "kind": "first_step"},  # 10 s down
         {"time": 9100, "kind": "finish"},
     ]
-    record = goodput(events)
-    assert record.attempts == 4 and record.nodes == 2 and record.downtime_seconds == 50 and record.seconds == 200
-    assert record.share == 0.75
-    assert goodput(events[:5], now=53).downtime_seconds == 10 + 3 and goodput(events[:3], now=20).share == 0.5
-    assert goodput([]).share == 0
+    record = split_time(events)
+    assert record.attempts == 4 and record.nodes == 2 and record.downtime_seconds == 55 and record.seconds == 200
+    assert record.share == 0.725
+    assert split_time(events[:5], now=53).downtime_seconds == 10 + 3 and split_time(events[:3], now=20).share == 0.5
+    assert split_time([]).share == 0
