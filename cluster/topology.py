@@ -21,7 +21,7 @@ Every node holds the same number of ranks of an expert group, as the two-hop dis
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 from conf.errors import UserError
 
@@ -115,13 +115,12 @@ def place(
     near: an earlier placement, whose ranks stay where they were if the shape is the same.
     """
     ordered = sorted(nodes, key=_position)
-    rooms: dict[int, list[_Seats]] = {}
+    seats_of = cache(lambda ep, inside: list(_seats(ordered, ep, inside)))
     for shape in shapes:
         assert shape.dp % shape.ep == 0
-        if shape.ep not in rooms:
-            rooms[shape.ep] = _rooms(ordered, shape.ep)
         wanted = pp * shape.dp // shape.ep
-        seats = next((seats for seats in rooms[shape.ep] if len(seats) >= wanted), None)
+        rooms = (seats_of(shape.ep, inside) for inside in _parts(shape.ep))
+        seats = next((seats for seats in rooms if len(seats) >= wanted), None)
         if seats is None or not allowed(shape):
             continue
         fresh = _number(ordered, seats[:wanted], pp, shape)
@@ -132,7 +131,8 @@ def place(
 
 def count_group_places(nodes: Iterable[Node], ep: int) -> int:
     """How many expert groups of this size the nodes hold."""
-    return max(len(seats) for seats in _rooms(sorted(nodes, key=_position), ep))
+    ordered = sorted(nodes, key=_position)
+    return max(len(list(_seats(ordered, ep, inside))) for inside in _parts(ep))
 
 
 def require(nodes: list[Node], pp: int, dp: int, ep: int) -> Placement:
@@ -188,6 +188,7 @@ def _position(node: Node) -> tuple:
     return _natural(node.rack), _natural(node.name), _natural(node.address), node.id
 
 
+@cache
 def _natural(text: str) -> list[tuple[bool, int, str]]:
     """Sort key by which node10 comes after node9."""
     return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in re.split(r"(\d+)", text)]
@@ -196,9 +197,9 @@ def _natural(text: str) -> list[tuple[bool, int, str]]:
 _Seats = list[list[tuple[Node, int]]]
 
 
-def _rooms(ordered: list[Node], ep: int) -> list[_Seats]:
-    """All places of expert groups, for every number of ranks that a node may have of each; the largest number first."""
-    return [list(_seats(ordered, ep, inside)) for inside in range(ep, 0, -1) if ep % inside == 0]
+def _parts(ep: int) -> Iterator[int]:
+    """How many ranks of an expert group a node may have, the largest number first: every group has it the same on all its nodes."""
+    return (inside for inside in range(ep, 0, -1) if ep % inside == 0)
 
 
 def _seats(nodes: list[Node], ep: int, inside: int) -> Iterator[list[tuple[Node, int]]]:

@@ -1,0 +1,195 @@
+"""What months of faults cost a run, by the real supervisor on nodes that exist only as numbers:
+
+    python -m cluster.simulate [--faults trace|chance] [--spares 0,4,8,16] [--days DAYS] [--least-ep EP] [--json] [--step S] ... [key=value]
+
+Without flags: 256 servers of the trace of a year (cluster/simulate/trace) with 0, 4, 8 and 16 spares, and 2,048 and 16,384 devices with faults by
+chance; each with copies in memory and without. With overrides of a recipe its layout is simulated. Takes about a minute.
+"""
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+from rich.table import Table
+
+from cluster.driver.shapes import LAYOUTS_FILE, Shapes, digest_of
+from cluster.driver.time_split import TimePart, TimeSplit, split_time
+from cluster.show import nodes_of
+from cluster.simulate.faults import DAY, RATE_PER_DEVICE, TRACE_DAYS, TRACE_SERVERS, by_chance, traced
+from cluster.simulate.run import Pace, SimulatedRun
+from conf.errors import EXIT_OK, UserError
+from conf.load import compose, report, write_config
+from conf.schema import Config
+from conf.screen import Terminal
+from conf.words import say
+
+RECIPE = ["conf=deepseek_v3", "data=stdlib", "cluster=ray"]
+LARGER = ["parallel.dp=1024", "batch_size=32768", "optim.batch_ramp_start=null", "optim.batch_ramp_steps=0"]
+"""The same recipe on 16,384 devices, whose pipelines need more sequences."""
+COPIES, DISK = ["checkpoint.every_memory=20"], ["checkpoint.every_memory=0", "checkpoint.every=100"]
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A run to simulate. least_ep: the smallest parallel.ep that the memory of the devices holds; None where it stays as it is."""
+
+    words: list[str]
+    faults: str
+    spares: int
+    days: float
+    least_ep: int | None
+    seed: int = 1
+
+
+@dataclass(frozen=True)
+class ScenarioResult:
+    """What a scenario came to. Shares are of all its time."""
+
+    faults: str
+    devices: int
+    spares: int
+    copies: bool
+    days: float
+    outages: int
+    attempts: int
+    launches: int
+    shares: dict[str, float]
+    """By part (cluster/driver/time_split.py); smaller: training that a smaller layout did not do; ended: no driver ran."""
+    effective: float
+    effective_held: float
+    """The same where spares count as held."""
+
+
+def simulate(scenario: Scenario, pace: Pace) -> ScenarioResult:
+    """Play a scenario. UserError for more servers than the trace has, or a layout that does not fill whole nodes."""
+    config = compose(*scenario.words)
+    per_node, world = config.cluster.ranks_per_node or config.hardware.devices_per_node, config.parallel.world
+    count = math.ceil(world / per_node) + scenario.spares
+    if scenario.faults == "trace":
+        if count > TRACE_SERVERS:
+            rule = f"the trace has {TRACE_SERVERS} servers"
+            raise UserError("--faults", f"trace for {count} servers", rule, "take --faults chance, or a smaller layout")
+        outages = traced(count, scenario.days, scenario.seed)
+    else:
+        outages = by_chance(count, scenario.days, scenario.seed, RATE_PER_DEVICE * per_node)
+    nodes = [replace(node, device_bytes=1) for node in nodes_of(f"{count}x{per_node}")]  # of which _shapes says what fits
+    seconds = scenario.days * DAY
+    with tempfile.TemporaryDirectory() as folder:
+        shapes = _shapes(config, Path(folder), scenario.least_ep)
+        run = SimulatedRun(config, shapes, nodes, outages, seconds, pace)
+        events = run.play()
+    split = split_time(events, now=None if run.ended else run.now)
+    return ScenarioResult(
+        faults=scenario.faults,
+        devices=world,
+        spares=scenario.spares,
+        copies=config.checkpoint.every_memory > 0,
+        days=scenario.days,
+        outages=len(outages),
+        attempts=split.attempts,
+        launches=sum(event["kind"] == "launch" for event in events),
+        shares=_shares(split, run.now, run.stalled),
+        effective=(split.effective_seconds - run.stalled) / run.now,
+        effective_held=(split.effective_seconds - run.stalled) / (split.held_seconds + run.now - split.seconds),
+    )
+
+
+def _shapes(config: Config, folder: Path, least_ep: int | None) -> Shapes:
+    """The layouts of a run. With least_ep, memory is known: whatever shares experts among fewer ranks does not fit."""
+    if least_ep is None:
+        return Shapes(config)
+    write_config(config, str(folder / "config.yaml"))
+    layouts = [{"dp": ep, "ep": ep, "bytes": 0} for ep in range(least_ep, config.parallel.ep + 1)]
+    plan = {"config": digest_of(folder), "layouts": layouts, "problem": None}
+    (folder / LAYOUTS_FILE).write_text(json.dumps(plan))
+    shapes = Shapes(config, folder)
+    assert shapes.is_planned  # read before the folder goes
+    return shapes
+
+
+def _shares(split: TimeSplit, seconds: float, stalled: float) -> dict[str, float]:
+    """Of all the time; they add up to 1."""
+    found = {part.value: value / seconds for part, value in split.seconds_in.items()}
+    smaller = (split.seconds_in[TimePart.training] - split.effective_seconds) / seconds
+    found[TimePart.training.value] -= smaller + stalled / seconds
+    return found | {"smaller": smaller, "stall": stalled / seconds, "ended": 1 - split.seconds / seconds}
+
+
+def scenarios(options: argparse.Namespace) -> Iterator[Scenario]:
+    """Those that were asked for, or all of the table."""
+    if options.words or options.faults or options.spares:
+        faults = options.faults or "trace"
+        days = options.days or (TRACE_DAYS if faults == "trace" else 90.0)
+        for spares in options.spares or [8]:
+            yield Scenario([*RECIPE, *COPIES, *options.words], faults, spares, days, options.least_ep)
+        return
+    for saving in (COPIES, DISK):
+        for spares in (0, 4, 8, 16):
+            yield Scenario([*RECIPE, *saving], "trace", spares, options.days or TRACE_DAYS, options.least_ep)
+    for words, spares, days in (([], 12, 90.0), (LARGER, 64, 14.0)):
+        for saving in (COPIES, DISK):
+            yield Scenario([*RECIPE, *words, *saving], "chance", spares, options.days or days, options.least_ep)
+
+
+def _parse(words: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m cluster.simulate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--faults", choices=("trace", "chance"), help="of the trace of a year, or by chance at Llama 3's rate"
+    )
+    parser.add_argument(
+        "--spares", type=lambda text: [int(one) for one in text.split(",")], help="spare nodes, for example 0,8"
+    )
+    parser.add_argument("--days", type=float, help="days that are played")
+    parser.add_argument(
+        "--least-ep", type=int, help="smallest parallel.ep that devices have memory for; else it stays as it is"
+    )
+    parser.add_argument("--seed", type=int, default=1, help="which servers of the trace, or which chance")
+    parser.add_argument("--json", action="store_true", help="one JSON object a scenario instead of the table")
+    for one in fields(Pace):
+        parser.add_argument(
+            f"--{one.name}", type=float, default=one.default, help=f"seconds; {one.default:g} by default"
+        )
+    parser.add_argument("words", nargs="*", metavar="key=value", help="overrides of conf=deepseek_v3")
+    return parser.parse_args(words)
+
+
+def main(words: Sequence[str]) -> int:
+    """The table, or JSON; returns the exit code."""
+    options = _parse(words)
+    pace = Pace(**{one.name: getattr(options, one.name) for one in fields(Pace)})
+    columns = ["training", "smaller", "again", "stall", "detection", "restart", "start", "waiting", "ended"]
+    table = Table(
+        "faults", "devices", "spares", "copies", "starts", "effective", *columns, box=None, header_style="dim"
+    )
+    try:
+        for scenario in scenarios(options):
+            found = simulate(Scenario(**asdict(scenario) | {"seed": options.seed}), pace)
+            if options.json:
+                say(json.dumps(asdict(found)), flush=True)
+                continue
+            shares = [f"{100 * found.shares[name]:.2f}" for name in columns]
+            kind = f"{found.outages} in {found.days:.0f} days, {found.faults}"
+            copies = "yes" if found.copies else "no"
+            effective = f"{found.effective:.2%} ({found.effective_held:.2%})"
+            table.add_row(
+                kind, f"{found.devices:,}", str(found.spares), copies, str(found.attempts), effective, *shares
+            )
+    except UserError as error:
+        return report(error)
+    if not options.json:
+        Terminal(width=None).print(table)
+        say(
+            "effective: training x ranks at work / ranks wanted, in brackets over all nodes held; the rest in % of all time"
+        )
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,57 @@
+"""When which node of a simulated run is gone: by the trace of a year on 400 servers, or by chance.
+
+The trace (trace/README.md) has no severity below a lost node: hangs, slow ranks and wrong numbers are not in it. Faults by chance come at the rate
+that was published of another job, and a node is away for as long as one of the trace was.
+"""
+
+import csv
+import random
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+DAY = 86400.0
+TRACE = Path(__file__).parent / "trace" / "faults.csv"
+TRACE_SERVERS, TRACE_DAYS = 400, 348.98
+RATE_PER_DEVICE = 419 / 54 / 24 / 16384
+"""Failures of a device and hour: 419 unplanned stops of 16,384 H100 in 54 days (Llama 3, arXiv 2407.21783, table 5)."""
+
+
+@dataclass(frozen=True)
+class Outage:
+    """A node is gone for a while. Seconds since the beginning of the simulation."""
+
+    node: int
+    begin: float
+    end: float
+
+
+@cache
+def _trace() -> list[Outage]:
+    """All faults of the trace, by server, in seconds since its first day."""
+    with TRACE.open(newline="") as file:
+        rows = [(int(row["server"]), float(row["begin"]), float(row["end"])) for row in csv.DictReader(file)]
+    return [Outage(server, DAY * begin, DAY * end) for server, begin, end in rows]
+
+
+def traced(nodes: int, days: float, seed: int) -> list[Outage]:
+    """The faults of so many servers of the trace, drawn at random, at most 400; in the order of time."""
+    place = {server: node for node, server in enumerate(random.Random(seed).sample(range(TRACE_SERVERS), nodes))}
+    found = [Outage(place[one.node], one.begin, one.end) for one in _trace() if one.node in place]
+    return [one for one in found if one.begin < days * DAY]
+
+
+def by_chance(nodes: int, days: float, seed: int, per_node_hour: float) -> list[Outage]:
+    """Faults at random times, at this rate of every node that is there; in the order of time."""
+    draw, repairs = random.Random(seed), [one.end - one.begin for one in _trace()]
+    away: dict[int, float] = defaultdict(float)
+    found, now = [], 0.0
+    while per_node_hour > 0:
+        now += draw.expovariate(nodes * per_node_hour / 3600)
+        if now >= days * DAY:
+            break
+        if away[node := draw.randrange(nodes)] <= now:
+            away[node] = now + max(1.0, draw.choice(repairs))
+            found.append(Outage(node, now, away[node]))
+    return found

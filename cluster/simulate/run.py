@@ -1,0 +1,366 @@
+"""A run on nodes that exist only as numbers: carries out what the real supervisor decides, and answers as agents and ranks would.
+
+The clock goes in small steps where the supervisor waits for something, and jumps from one change to the next while all ranks train: the
+supervisor takes a jump for a time in which its own process was held up, and blames nobody. One rank speaks for all: they step together. What
+the supervisor tells is written down as its journal would be, and cluster/driver/time_split.py reads it.
+
+A run that gave up is started again `Pace.relaunch` seconds later, once the whole layout has its nodes.
+"""
+
+import bisect
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.cause import RankReport
+from cluster.driver import messages as m
+from cluster.driver.node_state import DriverPhase
+from cluster.driver.policy import policy_of
+from cluster.driver.shapes import Shapes
+from cluster.driver.supervisor import Supervisor
+from cluster.patience import STEP_PHASE
+from cluster.run_files import NONE, Age
+from cluster.simulate.faults import Outage
+from cluster.topology import Node, Placement
+from conf.errors import EXIT_STOPPED
+from conf.schema import Config
+
+SIMULATED_TICK = 0.25
+"""Seconds between decisions while the supervisor waits for something; the real driver decides more often."""
+HEARD_EVERY = 1.0
+"""Seconds between answers of nodes to the pulse."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How long things take, in seconds."""
+
+    step: float = 20.0
+    """A step of the whole layout; a smaller one takes as much longer as its busiest rank has more micro-batches."""
+    start: float = 120.0
+    """From the order to start until the first step is done, with its state read."""
+    stall: float = 0.1
+    """For which the training waits at each checkpoint, on disk or in memory."""
+    write: float = 25.0
+    """From then until a checkpoint on disk counts."""
+    send: float = 1.0
+    """From then until a copy in memory counts."""
+    answer: float = 1.0
+    """For agents to answer, and to end their ranks."""
+    relaunch: float = 600.0
+    """Until somebody starts a run again that gave up."""
+
+
+@dataclass(frozen=True)
+class CopySet:
+    """A state in the memory of nodes: each holds its own part and that of the node before it in a ring."""
+
+    age: Age
+    ring: tuple[str, ...]
+    lost: frozenset[str] = frozenset()
+    """Nodes that were gone since, if only for a while."""
+
+    @property
+    def whole(self) -> bool:
+        pairs = zip(self.ring, (*self.ring[1:], self.ring[0]), strict=True)
+        return not any(one in self.lost and other in self.lost for one, other in pairs)
+
+
+class Stretch:
+    """The steps of one attempt since its first was done. base: the step that it resumed at; period: seconds a step, stalls included."""
+
+    def __init__(self, number: int, base: int, begin: float, period: float):
+        self.number, self.base, self.begin, self.period = number, base, begin, period
+
+    def done(self, now: float) -> int:
+        """Steps done at this time; the first one is done at the beginning."""
+        return self.base + 1 + int((now - self.begin) / self.period + 1e-9)
+
+    def ends(self, step: int) -> float:
+        """When this step is done."""
+        return self.begin + (step - self.base - 1) * self.period
+
+    def newest(self, now: float, every: int, takes: float) -> Age | None:
+        """The newest state that counts, of those that are kept every so many steps and count so many seconds later."""
+        step = self.done(now - takes) // every * every if every and now - takes >= self.begin else 0
+        return Age(self.number, step) if step > self.base else None
+
+
+class SimulatedRun:
+    """See the top of the file. outages: in the order of time, nodes by their index; seconds: how long it is played."""
+
+    def __init__(
+        self,
+        config: Config,
+        shapes: Shapes,
+        nodes: Sequence[Node],
+        outages: Sequence[Outage],
+        seconds: float,
+        pace: Pace,
+    ):
+        self.config, self.shapes, self.nodes, self.seconds, self.pace = config, shapes, nodes, seconds, pace
+        self.now, self.events = 0.0, list[dict[str, Any]]()
+        self._changes = sorted(
+            [(one.begin, one.node, False) for one in outages] + [(one.end, one.node, True) for one in outages]
+        )
+        self._next_change = 0
+        self._up = {node.id: node for node in nodes}
+        self._supervisor: Supervisor | None = None
+        self._number, self._launch_at = 0, 0.0
+        self._placement: Placement | None = None
+        self._hurt = self._may_grow = False
+        """A node of the attempt was lost, or one came back."""
+        self._first_step_at = 0.0
+        self._caught_up_at: float | None = None
+        self._stretch: Stretch | None = None
+        self.stalled = 0.0
+        """Seconds of training that waited for checkpoints, weighted by the share of the ranks that waited."""
+        self._reached = self._new_from = 0
+        """The step that was worked on last, and the first that was new in this attempt."""
+        self._stalls = 0.0
+        """Seconds of each step."""
+        self._saved = NONE
+        self._copies: CopySet | None = None
+        self._due: list[tuple[float, int, Callable[[], None]]] = []
+        """Answers on their way: when, a running number, and what happens."""
+        self._answers, self._heard_at = 0, 0.0
+
+    @property
+    def ended(self) -> bool:
+        """Whether no driver runs now."""
+        return self._supervisor is None
+
+    def play(self) -> list[dict[str, Any]]:
+        """All events, with seconds since the beginning as their time."""
+        while self.now < self.seconds:
+            if self._supervisor is None:
+                self._wait_for_launch()
+            elif self._supervisor.phase is DriverPhase.running and not self._hurt:
+                self._train()
+            else:
+                self._pass(self.now + SIMULATED_TICK)
+                self._tell(m.Tick())
+        self._count_stalls()
+        return self.events
+
+    # Time -----------------------------------------------------------------------------------------------------------
+
+    def _pass(self, until: float) -> None:
+        """Go there, and let happen what happens until then."""
+        while self._due and self._due[0][0] <= until:
+            self.now, _, happens = self._due.pop(0)
+            happens()
+        while self._next_change < len(self._changes) and self._changes[self._next_change][0] <= until:
+            at, index, is_up = self._changes[self._next_change]
+            self._next_change += 1
+            self.now = max(self.now, at)
+            self._return(self.nodes[index]) if is_up else self._lose(self.nodes[index])
+        self.now = max(self.now, until)
+        if self._supervisor is not None and self.now - self._heard_at >= HEARD_EVERY:
+            self._hear()
+
+    def _hear(self) -> None:
+        self._heard_at = self.now
+        for id in self._up:
+            self._tell(m.NodeHeard(id))
+
+    def _answer(self, after: float, happens: Callable[[], None]) -> None:
+        self._answers += 1
+        bisect.insort(self._due, (self.now + after, self._answers, happens))
+
+    def _next(self) -> float:
+        """When a node goes or comes."""
+        return self._changes[self._next_change][0] if self._next_change < len(self._changes) else self.seconds
+
+    def _wait_for_launch(self) -> None:
+        """A launch needs all nodes of the whole layout."""
+        if self.now < self._launch_at or sum(node.devices for node in self._up.values()) < self.config.parallel.world:
+            waits_for = self._launch_at if self.now < self._launch_at else self._next()
+            self._pass(min(self.seconds, waits_for))
+            return
+        self._supervisor = Supervisor(policy_of(self.config, self._number + 1, self.shapes), self.now)
+        self._write("launch", 0, "", world=self.config.parallel.world)
+        self._reached, self._due = 0, []
+        for node in self._up.values():
+            self._tell(m.NodeJoined(node))
+        self._tell_states()
+        self._tell(m.Tick())
+
+    # Training -------------------------------------------------------------------------------------------------------
+
+    def _train(self) -> None:
+        """Until something changes: the first step, the end of steps done again, a state that the run may grow from, or a node."""
+        change, stretch = min(self._next(), self.seconds), self._stretch
+        first = self._first_step_at if stretch is None else math.inf
+        caught_up = math.inf if self._caught_up_at is None else self._caught_up_at
+        grows = self._grows_at(stretch) if stretch is not None and self._may_grow else math.inf
+        until = max(self.now, min(change, first, caught_up, grows))
+        if until >= change:
+            self._jump(until)
+            return
+        self.now = until
+        self._tell(m.Tick())
+        self._hear()
+        if until >= first:
+            self._begin(until)
+        elif until >= caught_up:
+            self._caught_up_at = None
+            self._beat(until)
+        else:
+            self._may_grow = False
+            self._keep_states(until + 1e-3)
+            self._tell_states()
+
+    def _grows_at(self, stretch: Stretch) -> float:
+        """When the next state counts that the run may go on from with more nodes."""
+        saving = self.config.checkpoint
+        every, takes = (saving.every_memory, self.pace.send) if saving.every_memory else (saving.every, self.pace.write)
+        step = (stretch.done(max(stretch.begin, self.now - takes)) // every + 1) * every
+        return stretch.ends(step) + takes
+
+    def _count_stalls(self) -> None:
+        """Of the attempt that has ended."""
+        self.stalled += self._stalls * max(0, self._reached - self._new_from)
+        self._new_from = self._reached
+
+    def _jump(self, until: float) -> None:
+        """To a change of nodes, with all that the run has done by then."""
+        if self._stretch is not None and until >= self._stretch.begin:
+            self._beat(max(self.now, self._stretch.ends(self._stretch.done(until))))
+            self._keep_states(until)
+            self._tell_states()
+        self.now = until
+        self._tell(m.Tick())
+        self._hear()
+        self._pass(until)
+
+    def _begin(self, now: float) -> None:
+        """The first step is done."""
+        sup, placement = self._supervisor, self._placement
+        assert sup is not None and placement is not None
+        base, own = sup.current.saved, self.shapes.own
+        saving = self.config.checkpoint
+        stalls = sum(self.pace.stall / every for every in (saving.every, saving.every_memory) if every)
+        period = self.pace.step * placement.shape.micro_batches / own.micro_batches + stalls
+        self._new_from, self._stalls = (
+            max(base + 1, self._reached),
+            stalls * placement.world / self.config.parallel.world,
+        )
+        self.now, self._stretch = now, Stretch(self._number, base, now, period)
+        if self._reached > base + 1:
+            self._caught_up_at = self._stretch.ends(self._reached)
+        self._beat(now, base + 1)
+        self._beat(now)
+        self._write("first_step", self._number, f"step {base + 1}", seconds=self.pace.start)
+        self._may_grow = placement.shape != own
+
+    def _beat(self, now: float, step: int | None = None) -> None:
+        """A rank says which step it works on, at this time."""
+        assert self._stretch is not None and self._placement is not None
+        self.now, seat = max(self.now, now), self._placement.seats[0]
+        step = self._stretch.done(now) + 1 if step is None else step
+        self._reached = max(self._reached, step)
+        self._tell(m.AgentBeat(seat.node.id, self._number, [RankReport(seat.rank, step=step, phase=STEP_PHASE)]))
+
+    # States ---------------------------------------------------------------------------------------------------------
+
+    def _keep_states(self, now: float) -> None:
+        """The newest checkpoint and the newest copy in memory that count at this time."""
+        if self._stretch is None or self._placement is None:
+            return
+        saving = self.config.checkpoint
+        self._saved = self._stretch.newest(now, saving.every, self.pace.write) or self._saved
+        if age := self._stretch.newest(now, saving.every_memory, self.pace.send):
+            self._hold(age)
+
+    def _hold(self, age: Age) -> None:
+        assert self._placement is not None
+        self._copies = CopySet(age, tuple(node.id for node in self._placement.nodes))
+
+    def _tell_states(self) -> None:
+        self._tell(m.CheckpointSaved(self._saved))
+        self._tell(m.CopyHeld(self._copies.age if self._copies is not None and self._copies.whole else NONE))
+
+    # Nodes ----------------------------------------------------------------------------------------------------------
+
+    def _lose(self, node: Node) -> None:
+        """It is gone: its ranks and its memory with it. The supervisor hears no more of it; a spare is listed as dead."""
+        del self._up[node.id]
+        if self._copies is not None:
+            self._copies = dataclasses.replace(self._copies, lost=self._copies.lost | {node.id})
+        if self._supervisor is None:
+            return
+        attempt = self._supervisor.attempt
+        if attempt is not None and node.id in attempt.ranks_of:
+            self._hurt = True
+        else:
+            self._tell(m.NodeLost(node.id, "the cluster lists it as dead"))
+
+    def _return(self, node: Node) -> None:
+        self._up[node.id] = node
+        if self._supervisor is None:
+            return
+        self._tell(m.NodeLost(node.id, "the cluster lists it as dead"))
+        self._tell(m.NodeJoined(node))
+        self._may_grow = self._placement is not None and self._placement.shape != self.shapes.own
+
+    # What the supervisor decides ------------------------------------------------------------------------------------
+
+    def _tell(self, event: m.Event) -> None:
+        if self._supervisor is not None:
+            for action in self._supervisor.handle(self.now, event):
+                self._do(action)
+
+    def _do(self, action: m.SupervisorAction) -> None:
+        match action:
+            case m.StartAttempt(number, placement):
+                self._count_stalls()
+                self._number, self._placement, self._stretch = number, placement, None
+                self._caught_up_at, self._first_step_at = None, self.now + self.pace.start
+                self._hurt = any(node.id not in self._up for node in placement.nodes)
+            case m.EndRanks(number, nodes):
+                self._tell_states()
+                self._answer(self.pace.answer, lambda: self._say_ended(number, nodes))
+            case m.StopRanks(number, nodes, _, in_memory):
+                self._stop(number, nodes, in_memory)
+            case m.ProbeLinks(nodes):
+                self._answer(self.pace.answer, lambda: [self._tell(m.NodeProbed(id)) for id in nodes if id in self._up])
+            case m.Note(number, kind, text, fields):
+                self._write(kind, number, text, **fields)
+            case m.FinishRun():
+                self._count_stalls()
+                self._supervisor, self._launch_at = None, self.now + self.pace.relaunch
+
+    def _say_ended(self, number: int, nodes: Sequence[str]) -> None:
+        """Agents hold no rank of the attempt any more."""
+        for id in nodes:
+            if id in self._up:
+                self._tell(m.AgentBeat(id, number, []))
+
+    def _stop(self, number: int, nodes: Sequence[str], in_memory: bool) -> None:
+        """The ranks end their step, keep their state, and leave."""
+        assert self._stretch is not None
+        step = self._stretch.done(self.now) + 1
+        takes = (
+            self._stretch.ends(step) - self.now + self.pace.stall + (self.pace.send if in_memory else self.pace.write)
+        )
+
+        def leave() -> None:
+            if self._hurt or self._supervisor is None or self._supervisor.number != number:
+                return
+            if in_memory:
+                self._hold(Age(number, step))
+            else:
+                self._saved = Age(number, step)
+            self._stretch, self._reached = None, step
+            self._tell_states()
+            for id in nodes:
+                ranks = self._supervisor.current.ranks_of[id]
+                self._tell(m.AgentBeat(id, number, [RankReport(rank, code=EXIT_STOPPED) for rank in ranks]))
+
+        self._answer(takes, leave)
+
+    def _write(self, kind: str, attempt: int, text: str, **fields: Any) -> None:
+        self.events.append({"time": self.now, "kind": kind, "attempt": attempt, "text": text, **fields})
