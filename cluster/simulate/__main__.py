@@ -15,8 +15,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-from rich.table import Table
-
 from cluster.driver.shapes import LAYOUTS_FILE, Shapes, digest_of
 from cluster.driver.time_split import TimePart, TimeSplit, split_time
 from cluster.show import nodes_of
@@ -25,7 +23,6 @@ from cluster.simulate.run import Pace, SimulatedRun
 from conf.errors import EXIT_OK, UserError
 from conf.load import compose, report, write_config
 from conf.schema import Config
-from conf.screen import Terminal
 from conf.words import say
 
 RECIPE = ["conf=deepseek_v3", "data=stdlib", "cluster=ray"]
@@ -77,7 +74,9 @@ def simulate(scenario: Scenario, pace: Pace) -> ScenarioResult:
         outages = traced(count, scenario.days, scenario.seed)
     else:
         outages = by_chance(count, scenario.days, scenario.seed, RATE_PER_DEVICE * per_node)
-    nodes = [replace(node, device_bytes=1) for node in nodes_of(f"{count}x{per_node}")]  # of which _shapes says what fits
+    nodes = [
+        replace(node, device_bytes=1) for node in nodes_of(f"{count}x{per_node}")
+    ]  # of which _shapes says what fits
     seconds = scenario.days * DAY
     with tempfile.TemporaryDirectory() as folder:
         shapes = _shapes(config, Path(folder), scenario.least_ep)
@@ -164,31 +163,28 @@ def main(words: Sequence[str]) -> int:
     """The table, or JSON; returns the exit code."""
     options = _parse(words)
     pace = Pace(**{one.name: getattr(options, one.name) for one in fields(Pace)})
-    columns = ["training", "smaller", "again", "stall", "detection", "restart", "start", "waiting", "ended"]
-    table = Table(
-        "faults", "devices", "spares", "copies", "starts", "effective", *columns, box=None, header_style="dim"
-    )
+    columns = ["smaller", "again", "stall", "detection", "restart", "waiting", "ended"]
+    head = f"{'faults':<22} {'devices':>7} {'spares':>6} {'copies':>6} {'starts':>6} {'effective':>9} {'of held':>7}  "
+    if not options.json:
+        say(head + " ".join(f"{name:>9}" for name in columns))
     try:
         for scenario in scenarios(options):
-            found = simulate(Scenario(**asdict(scenario) | {"seed": options.seed}), pace)
-            if options.json:
-                say(json.dumps(asdict(found)), flush=True)
-                continue
-            shares = [f"{100 * found.shares[name]:.2f}" for name in columns]
-            kind = f"{found.outages} in {found.days:.0f} days, {found.faults}"
-            copies = "yes" if found.copies else "no"
-            effective = f"{found.effective:.2%} ({found.effective_held:.2%})"
-            table.add_row(
-                kind, f"{found.devices:,}", str(found.spares), copies, str(found.attempts), effective, *shares
-            )
+            found = simulate(replace(scenario, seed=options.seed), pace)
+            say(json.dumps(asdict(found)) if options.json else _row(found, columns), flush=True)
     except UserError as error:
         return report(error)
     if not options.json:
-        Terminal(width=None).print(table)
         say(
-            "effective: training x ranks at work / ranks wanted, in brackets over all nodes held; the rest in % of all time"
+            "effective: training x ranks at work / ranks wanted; of held: over all nodes held, idle spares too; the rest in % of all time"
         )
     return EXIT_OK
+
+
+def _row(found: ScenarioResult, columns: Sequence[str]) -> str:
+    kind, copies = f"{found.outages} in {found.days:.0f} days, {found.faults}", "yes" if found.copies else "no"
+    shares = " ".join(f"{100 * found.shares[name]:>9.3f}" for name in columns)
+    head = f"{kind:<22} {found.devices:>7,} {found.spares:>6} {copies:>6} {found.attempts:>6}"
+    return f"{head} {found.effective:>9.2%} {found.effective_held:>7.1%}  {shares}"
 
 
 if __name__ == "__main__":

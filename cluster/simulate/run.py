@@ -68,7 +68,7 @@ class CopySet:
         return not any(one in self.lost and other in self.lost for one, other in pairs)
 
 
-class Stretch:
+class SimulatedSteps:
     """The steps of one attempt since its first was done. base: the step that it resumed at; period: seconds a step, stalls included."""
 
     def __init__(self, number: int, base: int, begin: float, period: float):
@@ -114,7 +114,7 @@ class SimulatedRun:
         """A node of the attempt was lost, or one came back."""
         self._first_step_at = 0.0
         self._caught_up_at: float | None = None
-        self._stretch: Stretch | None = None
+        self._stretch: SimulatedSteps | None = None
         self.stalled = 0.0
         """Seconds of training that waited for checkpoints, weighted by the share of the ranks that waited."""
         self._reached = self._new_from = 0
@@ -213,7 +213,7 @@ class SimulatedRun:
             self._keep_states(until + 1e-3)
             self._tell_states()
 
-    def _grows_at(self, stretch: Stretch) -> float:
+    def _grows_at(self, stretch: SimulatedSteps) -> float:
         """When the next state counts that the run may go on from with more nodes."""
         saving = self.config.checkpoint
         every, takes = (saving.every_memory, self.pace.send) if saving.every_memory else (saving.every, self.pace.write)
@@ -248,7 +248,7 @@ class SimulatedRun:
             max(base + 1, self._reached),
             stalls * placement.world / self.config.parallel.world,
         )
-        self.now, self._stretch = now, Stretch(self._number, base, now, period)
+        self.now, self._stretch = now, SimulatedSteps(self._number, base, now, period)
         if self._reached > base + 1:
             self._caught_up_at = self._stretch.ends(self._reached)
         self._beat(now, base + 1)
@@ -326,12 +326,17 @@ class SimulatedRun:
             case m.StopRanks(number, nodes, _, in_memory):
                 self._stop(number, nodes, in_memory)
             case m.ProbeLinks(nodes):
-                self._answer(self.pace.answer, lambda: [self._tell(m.NodeProbed(id)) for id in nodes if id in self._up])
+                self._answer(self.pace.answer, lambda: self._say_probed(nodes))
             case m.Note(number, kind, text, fields):
                 self._write(kind, number, text, **fields)
             case m.FinishRun():
                 self._count_stalls()
                 self._supervisor, self._launch_at = None, self.now + self.pace.relaunch
+
+    def _say_probed(self, nodes: Sequence[str]) -> None:
+        for id in nodes:
+            if id in self._up:
+                self._tell(m.NodeProbed(id))
 
     def _say_ended(self, number: int, nodes: Sequence[str]) -> None:
         """Agents hold no rank of the attempt any more."""
