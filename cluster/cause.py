@@ -108,6 +108,10 @@ class RankReport:
     """start, step, checkpoint or validation, as the rank says."""
     busy: float | None = None
     """Seconds of the last step that were its own work, not waiting for other ranks; None if it does not say."""
+    seconds: float | None = None
+    """Of that whole step."""
+    memory: int = 0
+    """Peak bytes of its device, or of the process on a CPU; 0 if it does not say."""
     sequences: float = 0.0
     """In the step that it works on, over all ranks; 0 if it does not say."""
     waited_for_core: float = 0.0
@@ -145,6 +149,7 @@ def read_report(rank: int, code: int | None, logs: Path) -> RankReport:
         progress = json.loads(progress_path(logs, rank).read_text())
         report.step, report.phase, report.busy = progress["step"], progress["phase"], progress.get("busy")
         report.sequences = progress.get("sequences", 0.0)
+        report.seconds, report.memory = progress.get("seconds"), progress.get("memory", 0)
     with contextlib.suppress(FileNotFoundError):  # a rank that did not fail wrote none
         report.failure = Failure(**json.loads(failure_path(logs, rank).read_text()))
     report.deserted = code is not None and report.failure is None and at_work_path(logs, rank).exists()

@@ -14,8 +14,10 @@ logs/rank_3.stacks                       where its threads were when SIGUSR1 las
 logs/rank_3.ring                         what it communicated last; see cluster/comm_ring.py
 logs/incident_1.json                     who broke the run or held it up; see cluster/incident.py
 logs/stop.txt                            why the ranks are asked to stop, where their agent knows
-logs/rank_3.progress.json                {"step": 17, "phase": "step", "time": ..., "sequences": 64, "busy": ...}, at
-                                         every step; busy, if there: seconds of the last step that were its own work
+logs/rank_3.progress.json                {"step": 17, "phase": "step", "time": ..., "sequences": 64, "busy": ..., "seconds": ...,
+                                         "memory": ..., "pid": ..., "host": ...}, at every step; busy, if there: seconds of the last
+                                         step that were its own work, of all its seconds
+ranks.json                               how all ranks are, as the driver of cluster=ray knows, see cluster/driver/rank_table.py
 """
 
 import re

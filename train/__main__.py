@@ -7,7 +7,7 @@ import sys
 
 IS_COMMAND = __name__ == "__main__" or os.path.basename(sys.argv[0]) == "sluice"
 """And not a module that something else imports."""
-COMMAND_MODULES = {"doctor": "doctor", "runs": "runs", "launch": "job_file", "why": "why"}
+COMMAND_MODULES = {"doctor": "doctor", "runs": "runs", "launch": "job_file", "why": "why", "top": "top"}
 """What follows `sluice` in place of a recipe, and its module in train/command, whose docstring is what --help says."""
 if IS_COMMAND:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is who takes it: no traceback of an import

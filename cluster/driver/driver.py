@@ -20,6 +20,7 @@ from cluster.driver.network import NetworkTest
 from cluster.driver.node_state import DriverPhase, NodeHealth
 from cluster.driver.policy import policy_of
 from cluster.driver.pulse_sender import Pulse
+from cluster.driver.rank_table import RankTable
 from cluster.driver.shapes import Shapes, with_shape
 from cluster.driver.supervisor import NAP, Supervisor
 from cluster.driver.view import View
@@ -88,7 +89,7 @@ class Driver:
         self._planner = [*planner, "cuda" if gpus else "cpu"] if planner else []
         self._planning: subprocess.Popen | None = None
         self._limits_told = False
-        self.vitals = Vitals()
+        self.vitals, self._rank_table = Vitals(), RankTable(folder)
         self._finish: m.FinishRun | None = None
         self._known: dict[str, Node] = {}
         """Nodes that were listed, by id; checked ones are those that the supervisor knows."""
@@ -161,6 +162,7 @@ class Driver:
             self._look_at_copies()
         self._tell(m.Tick())
         self.view.update(self.supervisor)
+        self._rank_table.update(self.supervisor, self._ticked)
 
     def _feel_pulse(self) -> None:
         """Ask nodes whether they live. One whose agent is stuck does not, though its system may answer."""

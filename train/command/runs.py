@@ -25,11 +25,9 @@ from conf.screen import Terminal
 from conf.words import say
 from train.checkpoint.manifest import newest_intact
 from train.checkpoint.run_folder import best_step, is_held
-from train.metrics.jsonl import METRICS_FILE
+from train.metrics.jsonl import METRICS_FILE, read_last
 from train.metrics.progress import duration
 
-TAIL = 1 << 18
-"""Bytes of the end of metrics.jsonl in which the last step is looked for."""
 LIST_RUNS = "`sluice runs` lists them; `sluice runs runs=FOLDER` those of another folder"
 
 
@@ -93,7 +91,7 @@ def summaries(folder: Path) -> Iterator[RunSummary]:
 
 def _summary(folder: Path, run: Path) -> RunSummary:
     steps = _setting(run, "steps")
-    last = _last_record(run / METRICS_FILE)
+    last = read_last(run / METRICS_FILE)
     step, saved = last.get("step", 0), any((run / "checkpoints").glob(STEP_FOLDERS))
     if is_held(run):
         state = "trains now"
@@ -118,24 +116,6 @@ def _setting(run: Path, *keys: str) -> Any:
     except (OSError, ValueError, TypeError, KeyError, RecursionError, yaml.YAMLError):
         return None
     return value
-
-
-def _last_record(file: Path) -> dict:
-    """The last whole line of metrics.jsonl that is of a step; empty where there is none."""
-    try:
-        with file.open("rb") as lines:
-            lines.seek(max(0, file.stat().st_size - TAIL))
-            tail = lines.read().splitlines()
-    except OSError:
-        return {}
-    for line in reversed(tail):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            return record
-    return {}
 
 
 def disk_bytes(path: Path) -> int:

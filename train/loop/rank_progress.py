@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +14,10 @@ from conf.files import atomic_write_text
 
 
 class RankProgress:
-    """Writes the file of cluster.run_files.progress_path: step, phase (step, validation, checkpoint), Unix time, and busy.
+    """Writes the file of cluster.run_files.progress_path: step, phase (step, validation, checkpoint), Unix time, and how the rank is.
 
     sequences: of the step, over all ranks. busy: seconds of the step before that the rank worked, without its waits for other
-    ranks; null at the start.
+    ranks, and seconds: of that whole step; null at the start. memory: peak bytes of its device, or of the process on a CPU.
     note: called with a sentence, once, when the disk refuses the file; training goes on.
     """
 
@@ -24,10 +25,18 @@ class RankProgress:
         self._path = progress_path(logs, rank)
         self._note, self._refused = note, False
 
-    def write(self, step: int, phase: str, sequences: int = 0, busy: float | None = None) -> None:
+    def write(
+        self,
+        step: int,
+        phase: str,
+        sequences: int = 0,
+        busy: float | None = None,
+        seconds: float | None = None,
+        memory: int = 0,
+    ) -> None:
         """Replace the file in one move, so that a reader never sees a part."""
         news = {"step": step, "phase": phase, "time": time.time(), "sequences": sequences, "busy": busy}
-        text = json.dumps(news)
+        text = json.dumps(news | {"seconds": seconds, "memory": memory, "pid": os.getpid(), "host": platform.node()})
         try:
             atomic_write_text(self._path, text, durable=False)
         except OSError as error:

@@ -126,6 +126,8 @@ class Trainer:
         self._bad_in_a_row = 0
         self._busy: float | None = None
         """Seconds of this rank's own forward and backward in the step before; a straggler has more than the others."""
+        self._seconds: float | None = None
+        """Seconds of that whole step."""
         self._stall = 0.0
         """Seconds that the training waited for a checkpoint since the last record."""
         if state.best is not None:
@@ -151,7 +153,7 @@ class Trainer:
         shares = (self._share(self.schedules.plan(step, shift)) for step in steps)
         with Prefetch(self.data.train.batch, shares) as batches:
             for plan in plans:
-                self.rank_progress.write(plan.step, "step", plan.batch_size, self._busy)
+                self._say_progress("step", plan.step, plan.batch_size)
                 stop = self._step(plan, batches)
                 if stop is not StopKind.none:
                     self.goes_on = stop is StopKind.in_memory and self._copy_and_wait()
@@ -195,7 +197,8 @@ class Trainer:
         for source in self.data.train.read_once(plan.first_sample, self.state.samples):
             self._note(f"step {plan.step}: all training text of {source} has been read once; from here on it repeats")
         record = self._record(plan, measured, update.grad_norm, data_wait)
-        record |= self._speed(plan, time.perf_counter() - started)
+        self._seconds = time.perf_counter() - started
+        record |= self._speed(plan, self._seconds)
         record |= self._health(plan) | self.norms.collect(plan.step)
         if self.timeline.wants(plan.step):
             self.timeline.save(plan.step, self._note)
@@ -437,10 +440,14 @@ class Trainer:
             if result.path is not None:
                 self.callbacks.tell("on_checkpoint", result.step, result.path)
 
+    def _say_progress(self, phase: str, step: int, sequences: int = 0) -> None:
+        memory = peak_memory(self.device)
+        self.rank_progress.write(step, phase, sequences, self._busy, self._seconds, memory)
+
     def _event(self, text: str | None) -> None:
         self._enter(text or "record")
         if text is not None:
-            self.rank_progress.write(self.state.step, text)
+            self._say_progress(text, self.state.step)
         if self.writer is not None:
             self.writer.event(text)
 

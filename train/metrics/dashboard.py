@@ -81,8 +81,9 @@ SECTIONS = {
     "Cluster": {
         "attempt": "Attempt",
         "nodes": "Nodes",
-        "goodput": "Goodput: share of the time with training",
+        "goodput": "Goodput: share of the time with training; effective: with steps that last, on all ranks",
         "downtime": "Time without training",
+        "lost": "What the lost time went into",
     },
     "Memory": {"memory": "Peak of the logging rank, and as planned"},
 }

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cluster.clocks import SteadyClock
 from cluster.driver.journal import EVENTS_FILE, read_events
-from cluster.driver.time_split import TimeSplit, split_time
+from cluster.driver.time_split import TimePart, TimeSplit, split_time
 from train.metrics.names import Record
 from train.metrics.progress import duration
 
@@ -43,7 +43,12 @@ class GoodputRecord:
             "cluster/attempt": found.attempts,
             "cluster/nodes": found.nodes,
             "cluster/goodput": found.share,
+            "cluster/effective": found.effective_share,
             "cluster/downtime_seconds": found.downtime_seconds,
+        } | {
+            f"cluster/{part}_seconds": seconds
+            for part, seconds in found.seconds_in.items()
+            if part != TimePart.training
         }
 
 

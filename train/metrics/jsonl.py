@@ -20,6 +20,8 @@ from train.metrics.names import LAYERS_MARK, Record, is_layer_metric, order
 METRICS_FILE = "metrics.jsonl"
 LOADS_PER_STEP = 1024
 """Expert loads in a line on average, about: a larger model (16,000 loads in the 671B one) has them in every n-th line."""
+TAIL = 1 << 18
+"""Bytes of the end of the file in which the last steps are looked for."""
 _STEP = re.compile(rb'\{"step":(\d+)[,}]')
 
 
@@ -132,6 +134,22 @@ def read_heads_with_loads(path: Path) -> Iterator[tuple[Record, bool]]:
         head, mark, layers = line.partition(LAYERS_MARK)
         for record in _parse(head + b"}" if mark else line):
             yield record, b'"load":' in layers
+
+
+def read_last_lines(file: Path) -> list[Record]:
+    """The whole lines at the end of metrics.jsonl that are of a step, oldest first; empty where there is no file."""
+    try:
+        with file.open("rb") as lines:
+            lines.seek(max(0, file.stat().st_size - TAIL))
+            tail = lines.read().splitlines()
+    except OSError:
+        return []
+    return [record for line in tail for record in _parse(line)]
+
+
+def read_last(file: Path) -> Record:
+    """The newest of them; empty where there is none."""
+    return next(reversed(read_last_lines(file)), {})
 
 
 def read_steps(path: Path, steps: Container[int]) -> Iterator[Record]:

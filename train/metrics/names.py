@@ -396,12 +396,30 @@ SCALARS = (
         panel="goodput",
     ),
     Metric(
+        "cluster/effective",
+        float,
+        "share",
+        "of that time, the part with steps that last, on as many ranks as the run wants",
+        CLUSTER_WHEN,
+        panel="goodput",
+    ),
+    Metric(
         "cluster/downtime_seconds",
         float,
         "s",
         "time so far without training, starts included",
         CLUSTER_WHEN,
         panel="downtime",
+    ),
+    *(
+        Metric(f"cluster/{part}_seconds", float, "s", f"time so far: {meaning}", CLUSTER_WHEN, panel="lost")
+        for part, meaning in (
+            ("again", "steps that had been done before"),
+            ("start", "launches until their first step"),
+            ("detection", "from the last news of the ranks to the cause of a failure"),
+            ("restart", "from there to the next step"),
+            ("waiting", "waiting for nodes"),
+        )
     ),
     Metric("time", float, "s", "Unix time at the end of the step"),
 )
@@ -412,8 +430,8 @@ EVENTS = (
         dict,
         "event",
         "step and checkpoint that this attempt goes on from; settings that differ from the run that wrote it, old and new; whether "
-        "all are known; facts",
-        "the first step after a resume",
+        "all are known; facts; again, until: steps that were done before and are done again, and the Unix time of the last of them",
+        "the first step after a resume, or after a start that does steps again",
     ),
 )
 """What is no number in a line."""

@@ -27,13 +27,14 @@ from train.metrics.names import EVENTS, SCALARS
 from train.metrics.origin import StartRecord, code_words, ran_on_gpu, read_starts
 from train.metrics.planned import PlanRow, plan_rows
 from train.metrics.plot import DOTTED_STEPS, Figure
-from train.metrics.progress import short
+from train.metrics.progress import duration, short
 from train.metrics.proof_rows import report_rows
 from train.metrics.quantities import gib
 from train.metrics.report_page import HOW_TO_READ, cards_html, closing, figure_html, opening, reloading, table_html
 from train.metrics.screens import printable
 from train.metrics.series import POINTS, Series, read_series
 from train.metrics.timeline_file import SampledStep, read_timeline
+from train.metrics.wall_time import WallTime, split_wall_time
 
 REPORT = "report.html"
 SAMPLE = "sample.json"
@@ -55,6 +56,7 @@ def write_report(run_folder: Path) -> Path:
         + _plan_parts(plan_rows(run_folder, series))
         + _proof_parts(report_rows(run_folder))
         + _answer_parts(run_folder)
+        + _wall_time_parts(split_wall_time(run_folder))
         + _cluster_parts(cluster_summary(run_folder))
         + _profile_parts(run_folder)
         + _incident_parts(run_folder)
@@ -305,6 +307,18 @@ def _plan_parts(rows: list[PlanRow]) -> list[str]:
         f'<h2>Planned and measured</h2><p class="sub">{text}</p>',
         table_html(("", "planned", "measured", "error"), rows),
     ]
+
+
+def _wall_time_parts(found: WallTime | None) -> list[str]:
+    """What the wall time went into."""
+    if found is None:
+        return []
+    rows = [(words, duration(found.seconds_in[part]), f"{share:.2%}") for part, words, share in found.rows()]
+    text = (
+        f"{duration(found.seconds)} in {found.starts} starts. Effective time {found.effective:.1%}: steps that last, by the share of the "
+        "wanted ranks that made them."
+    )
+    return [f'<h2>Where the wall time went</h2><p class="sub">{text}</p>', table_html(("part", "time", "share"), rows)]
 
 
 def _cluster_parts(cluster: tuple[str, list] | None) -> list[str]:

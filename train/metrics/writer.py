@@ -15,7 +15,7 @@ from conf.errors import EXIT_DIVERGED, DiskFailed
 from conf.schema import Config
 from conf.words import say
 from train.metrics.goodput import GoodputRecord, last_failure
-from train.metrics.jsonl import METRICS_FILE, JsonlSink
+from train.metrics.jsonl import METRICS_FILE, JsonlSink, read_last
 from train.metrics.names import Record
 from train.metrics.origin import read_starts
 from train.metrics.planned import planned
@@ -140,6 +140,7 @@ def open_writer(
         progress.note(text)
         writer.alert("a disk refused metrics", text)
 
+    resumed = _with_steps_again(run_folder / METRICS_FILE, resumed_step, resumed)
     sinks: list[Sink] = [JsonlSink(run_folder / METRICS_FILE, resumed_step, disk_note)]
     if config.log.report_every:
         sinks.append(ReportSink(run_folder, config.log.report_every))
@@ -161,6 +162,15 @@ def open_writer(
     if attempt is not None and attempt > 1:
         writer.alert(f"restarted, attempt {attempt}", f"From step {resumed_step:,}. {last_failure(run_folder)}")
     return writer
+
+
+def _with_steps_again(metrics: Path, resumed_step: int, resumed: Record | None) -> Record | None:
+    """`resumed`, with the steps that the file has behind the resumed one, which are done again, and the time of the last of them."""
+    last = read_last(metrics)
+    again = last.get("step", 0) - resumed_step
+    if again <= 0:
+        return resumed
+    return (resumed or {"step": 0, "from": "the beginning"}) | {"again": again, "until": last.get("time")}
 
 
 def open_wandb(

@@ -1,0 +1,140 @@
+"""What the wall time of a run went into, over all its starts: the parts add up to it.
+
+With a driver of cluster=ray its events say most of it (cluster/driver/time_split.py); of other runs starts.json says when they were started,
+and metrics.jsonl when each step was done. Of the time with steps metrics.jsonl says further what was waited for:
+
+    data        waiting for data
+    stall       waiting for a checkpoint, on disk or in memory
+    beside      between steps, for what is neither: validation, sampled text, lines of the log
+
+What was recorded of steps that are done again is gone from the file, so that of these nothing more is known. Of a run that went on elsewhere
+without a driver nobody knows when it ended: its last step counts as the end.
+"""
+
+import math
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.driver.journal import read_events
+from cluster.driver.time_split import TimePart, split_time
+from train.checkpoint.run_folder import is_held
+from train.metrics.jsonl import METRICS_FILE, read_heads
+from train.metrics.names import Record
+from train.metrics.origin import read_starts
+
+WORDS = {
+    "training": "steps that last",
+    "again": "steps done again",
+    "start": "starts, until the first step",
+    "data": "waiting for data",
+    "stall": "waiting for checkpoints",
+    "beside": "validation and else between steps",
+    "detection": "until a failure was named",
+    "restart": "restarts after it",
+    "waiting": "waiting for nodes",
+}
+"""The parts, in the order in which they are shown."""
+Span = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class WallTime:
+    """seconds_in: of each part of WORDS. effective: training on as many ranks as are wanted, over all time."""
+
+    seconds_in: dict[str, float]
+    effective: float
+    starts: int
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.seconds_in.values())
+
+    def rows(self) -> list[tuple[str, str, float]]:
+        """Part, words and share of the wall time of all that took any."""
+        whole = self.seconds or 1.0
+        return [
+            (part, words, self.seconds_in[part] / whole) for part, words in WORDS.items() if self.seconds_in[part] > 0
+        ]
+
+
+def split_wall_time(run_folder: Path, now: float | None = None) -> WallTime | None:
+    """None before the first start. now: Unix time for a run that goes on; by default that of this machine where it does."""
+    if now is None and is_held(run_folder):
+        now = time.time()
+    metrics = run_folder / METRICS_FILE
+    heads = list(read_heads(metrics)) if metrics.exists() else []
+    events = read_events(run_folder)
+    if events:
+        split = split_time(events, now)
+        trained = split.seconds_in[TimePart.training]
+        weight = split.effective_seconds / trained if trained > 0 else 1.0
+        seconds_in, spans, starts = (
+            {str(part): value for part, value in split.seconds_in.items()},
+            split.spans,
+            split.attempts,
+        )
+    else:
+        seconds_in, spans, starts = _of_starts([start["time"] for start in read_starts(run_folder)], heads, now)
+        weight = 1.0
+    if not sum(seconds_in.values()):
+        return None
+    waited = _waits(heads, spans)
+    training = seconds_in["training"] - sum(waited.values())
+    seconds_in = dict.fromkeys(WORDS, 0.0) | seconds_in | waited | {"training": training}
+    return WallTime(seconds_in, weight * training / sum(seconds_in.values()), starts)
+
+
+def _of_starts(starts: list[float], heads: list[Record], now: float | None) -> tuple[dict[str, float], list[Span], int]:
+    """Seconds by part, spans with steps that last, and the number of starts, of a run without a driver that tells."""
+    found, spans = dict.fromkeys(("start", "training", "again"), 0.0), list[Span]()
+    for place, begin in enumerate(starts):
+        until = starts[place + 1] if place + 1 < len(starts) else math.inf
+        mine = [head for head in heads if begin <= head.get("time", -1.0) < until]
+        last = max([begin, *(head["time"] for head in mine)])
+        if until < math.inf:  # what this start did last may be done again by a later one, which says when it was done
+            later = next((head for head in heads if head.get("time", -1.0) >= until), {})
+            cut = (later.get("resumed") or {}).get("until") or begin
+            last = max(last, cut) if cut < until else last
+        elif now is not None:
+            last = max(last, now)
+        first = mine[0]["time"] if mine else last
+        found["start"] += first - begin
+        resumed = (mine[0].get("resumed") or {}) if mine else {}
+        again = [head["time"] for head in mine if head["step"] <= resumed.get("step", 0) + resumed.get("again", 0)]
+        caught_up = max(again, default=first)
+        found["again"] += caught_up - first
+        found["training"] += last - caught_up
+        spans.append((caught_up, last))
+    return found, spans, len(starts)
+
+
+def _waits(heads: Iterable[Record], spans: list[Span]) -> dict[str, float]:
+    """Seconds of data, stall and beside in the spans, each record's own at most."""
+    found = dict.fromkeys(("data", "stall", "beside"), 0.0)
+    for before, head, length in _pairs(heads, spans):
+        steps = max(1, head["step"] - before["step"])
+        step = _number(head, "step_seconds") * steps
+        data = min(length, _number(head, "data_wait_seconds") * steps)
+        stall = min(length - data, _number(head, "checkpoint_stall_seconds"))
+        found["data"] += data
+        found["stall"] += stall
+        found["beside"] += max(0.0, length - stall - max(step, data))
+    return found
+
+
+def _pairs(heads: Iterable[Record], spans: list[Span]) -> Iterator[tuple[Record, Record, float]]:
+    """Records one after the other in one span, and the seconds between them."""
+    before: Record | None = None
+    for head in heads:
+        if before is not None and "time" in head and "time" in before:
+            begin, end = before["time"], head["time"]
+            if any(first - 1e-3 <= begin and end <= last + 1e-3 for first, last in spans):
+                yield before, head, max(0.0, end - begin)
+        before = head
+
+
+def _number(head: Record, name: str) -> float:
+    value = head.get(name, 0.0)
+    return value if isinstance(value, int | float) and math.isfinite(value) else 0.0
