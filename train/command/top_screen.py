@@ -28,7 +28,7 @@ STATES = {
     "empty": "dim",
 }
 LEAST_RANGE = 0.2
-"""Share of the median between the lightest and the darkest cell, at least: less is noise, and has one shade."""
+"""Share of the median between the lightest and the darkest cell, at least: less is noise."""
 MAP_ROWS, WIDEST_CELL = 16, 6
 LABEL_WIDTH = 9
 

@@ -36,7 +36,7 @@ WORDS = {
     "waiting": "waiting for nodes",
 }
 """The parts, in the order in which they are shown."""
-Span = tuple[float, float]
+TimeSpan = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,11 @@ def split_wall_time(run_folder: Path, now: float | None = None) -> WallTime | No
     return WallTime(seconds_in, weight * training / sum(seconds_in.values()), starts)
 
 
-def _of_starts(starts: list[float], heads: list[Record], now: float | None) -> tuple[dict[str, float], list[Span], int]:
+def _of_starts(
+    starts: list[float], heads: list[Record], now: float | None
+) -> tuple[dict[str, float], list[TimeSpan], int]:
     """Seconds by part, spans with steps that last, and the number of starts, of a run without a driver that tells."""
-    found, spans = dict.fromkeys(("start", "training", "again"), 0.0), list[Span]()
+    found, spans = dict.fromkeys(("start", "training", "again"), 0.0), list[TimeSpan]()
     for place, begin in enumerate(starts):
         until = starts[place + 1] if place + 1 < len(starts) else math.inf
         mine = [head for head in heads if begin <= head.get("time", -1.0) < until]
@@ -110,7 +112,7 @@ def _of_starts(starts: list[float], heads: list[Record], now: float | None) -> t
     return found, spans, len(starts)
 
 
-def _waits(heads: Iterable[Record], spans: list[Span]) -> dict[str, float]:
+def _waits(heads: Iterable[Record], spans: list[TimeSpan]) -> dict[str, float]:
     """Seconds of data, stall and beside in the spans, each record's own at most."""
     found = dict.fromkeys(("data", "stall", "beside"), 0.0)
     for before, head, length in _pairs(heads, spans):
@@ -124,7 +126,7 @@ def _waits(heads: Iterable[Record], spans: list[Span]) -> dict[str, float]:
     return found
 
 
-def _pairs(heads: Iterable[Record], spans: list[Span]) -> Iterator[tuple[Record, Record, float]]:
+def _pairs(heads: Iterable[Record], spans: list[TimeSpan]) -> Iterator[tuple[Record, Record, float]]:
     """Records one after the other in one span, and the seconds between them."""
     before: Record | None = None
     for head in heads:
