@@ -109,7 +109,7 @@ class RankReport:
     busy: float | None = None
     """Seconds of the last step that were its own work, not waiting for other ranks; None if it does not say."""
     seconds: float | None = None
-    """Of that whole step."""
+    """Seconds of that whole step."""
     memory: int = 0
     """Peak bytes of its device, or of the process on a CPU; 0 if it does not say."""
     sequences: float = 0.0

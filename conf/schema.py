@@ -686,7 +686,8 @@ class Cluster:
     stop_timeout: float = expert(600.0, above=0)
     """Ray: longest wait for the last checkpoint after a request to stop, in seconds."""
     restarts: int = number(3, least=0)
-    """Ray: restarts after failures of one kind without a new checkpoint in between; then the run ends with a diagnosis."""
+    """Ray: restarts after failures of one kind without a new checkpoint in between, of lost nodes after losses of the same one; then the run
+    ends with a diagnosis."""
     standby: bool = expert(True)
     """Ray: keep one process per rank that has imported the program, so that a restart saves that time (0.5 GB each)."""
     straggler_factor: float = expert(1.2, least=0)
@@ -824,6 +825,8 @@ class Log:
     """What W&B shows together; null makes the jobs of a sweep one group."""
     wandb_alerts: bool = expert(True)
     """Let W&B write to you (as your account says) of divergence, crashes, restarts, stalled or slow ranks and full disks."""
+    prometheus: int = expert(0, least=0, most=65535)
+    """Port at which rank 0 tells the numbers of its newest step to a Prometheus server, at http://HOST:PORT/metrics; 0 for none."""
     progress: bool = True
     """Show the live progress bar (in a terminal) or a line now and then (elsewhere)."""
     sample_tokens: int = number(160, least=0)

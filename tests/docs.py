@@ -49,7 +49,7 @@ PROGRAMS = {
     ),
 }
 TRAIN = re.compile(r"(?:-m\s+train|(?:^|\s)sluice|sluice\.sbatch)(?=\s|$)")
-ASKS = {"doctor", "runs", "clean", "launch", "why"}
+ASKS = {"doctor", "runs", "clean", "launch", "why", "top", "NAME"}
 """Words that ask about the machine; overrides may follow."""
 NEEDS = re.compile(r"^\*Needs: (.+)\.\*$")
 ALL_NEED = re.compile(r"^\*All commands of this page need: (.+)\.\*$", re.M)

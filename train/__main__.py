@@ -123,6 +123,7 @@ def check_before_start(config: Config) -> None:
     from train.data.tokenizer import warn_of_spare_rows
     from train.kernels.deterministic import check_settings
     from train.kernels.device import check_gpu, check_memory
+    from train.metrics.prometheus import require_port
 
     check_layout(config)
     if given_place() is not None:
@@ -130,6 +131,7 @@ def check_before_start(config: Config) -> None:
     check_space(config, checkpoint_bytes(config))
     check_memory(config, checkpoint_bytes(config))
     check_gpu(config)
+    require_port(config)
     if config.cluster.deterministic:
         check_settings()
     if targets_of(config):

@@ -17,10 +17,12 @@ costs little. Rules that hold whatever happens:
       is idle then is told. When nodes come back, the run stops itself right after a checkpoint or a whole copy in memory, and
       goes on with more. When a node is about to go, it writes a checkpoint at
       once and goes on without that node.
-    - Every kind of cause has a budget of failures without a new checkpoint in between. So a run that moves on survives
-      any number of lost nodes, and one that cannot get past a step ends soon.
+    - Every kind of cause has a budget of failures without a new checkpoint in between, and of lost nodes each node has its own: that
+      others are lost as well says nothing of the run. So a run that moves on survives any number of lost nodes, and one that cannot
+      get past a step ends soon.
 """
 
+from collections import Counter
 from functools import partial
 
 from cluster.cause import Cause, Kind
@@ -43,6 +45,11 @@ SHOWN_NODES = 8
 """Names of idle nodes in a sentence; the event has all."""
 
 
+def _budgets(cause: Cause) -> list[tuple[Kind, str]]:
+    """What a failure is counted against."""
+    return [(cause.kind, name) for name in cause.nodes] if cause.kind is Kind.node else [(cause.kind, "")]
+
+
 class Supervisor:
     """The state machine; see the top of the file."""
 
@@ -57,7 +64,7 @@ class Supervisor:
         self.held = NONE
         """The newest copy in the memory of the nodes that answer."""
         self.failures: list[tuple[int, Cause]] = []
-        self._spent: dict[Kind, int] = {}
+        self._spent = Counter[tuple[Kind, str]]()
         self._patience = Patience(policy.hang_after, policy.start_timeout)
         self._out: list[m.SupervisorAction] = []
         self._held_up = HeldUp(NAP * policy.heartbeat, now)
@@ -406,7 +413,7 @@ class Supervisor:
             self._lose(id, NodeHealth.silent, f"no answer to a probe within {self.policy.probe:.0f} s")
         cause = self.current.cause = self.current.judge(now)
         self.failures.append((self.number, cause))
-        self._spent[cause.kind] = self._spent.get(cause.kind, 0) + 1
+        self._spent.update(_budgets(cause))
         fields = {"cause": cause.kind.name, "ranks": list(cause.ranks), "nodes": list(cause.nodes), "log": cause.log}
         self._note("failure", cause.text, **fields, seconds=round(now - self._quiet_since, 2))
         if self.current.incident is not None:
@@ -435,7 +442,7 @@ class Supervisor:
         if cause is None:
             self._finish(EXIT_STOPPED, f"{self._stop_why}{self._left_alone()}; no step was done yet")
             return
-        spent = self._spent.get(cause.kind, 0)
+        spent = max(self._spent[budget] for budget in _budgets(cause))
         allowed = min(1, self.policy.restarts) if cause.kind is Kind.diverged else self.policy.restarts
         if cause.kind is Kind.user:
             self._finish(EXIT_USER, cause.text)

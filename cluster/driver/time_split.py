@@ -69,7 +69,7 @@ class TimeSplit:
 
     @property
     def held_share(self) -> float:
-        """The same over all nodes that the run held, spares included."""
+        """Effective time over all nodes that the run held, spares included."""
         return self.effective_seconds / self.held_seconds if self.held_seconds > 0 else 0.0
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from cluster.driver.shapes import LAYOUTS_FILE, Shapes, digest_of
 from cluster.driver.time_split import TimePart, TimeSplit, split_time
 from cluster.show import nodes_of
-from cluster.simulate.faults import DAY, RATE_PER_DEVICE, TRACE_DAYS, TRACE_SERVERS, by_chance, traced
+from cluster.simulate.outages import DAY, RATE_PER_DEVICE, TRACE_DAYS, TRACE_SERVERS, by_chance, traced
 from cluster.simulate.run import Pace, SimulatedRun
 from conf.errors import EXIT_OK, UserError
 from conf.load import compose, report, write_config
@@ -27,7 +27,7 @@ from conf.words import say
 
 RECIPE = ["conf=deepseek_v3", "data=stdlib", "cluster=ray"]
 LARGER = ["parallel.dp=1024", "batch_size=32768", "optim.batch_ramp_start=null", "optim.batch_ramp_steps=0"]
-"""The same recipe on 16,384 devices, whose pipelines need more sequences."""
+"""The words for that recipe on 16,384 devices, whose pipelines need more sequences."""
 COPIES, DISK = ["checkpoint.every_memory=20"], ["checkpoint.every_memory=0", "checkpoint.every=100"]
 
 
@@ -59,10 +59,10 @@ class ScenarioResult:
     """By part (cluster/driver/time_split.py); smaller: training that a smaller layout did not do; ended: no driver ran."""
     effective: float
     effective_held: float
-    """The same where spares count as held."""
+    """Effective time where spares count as held."""
 
 
-def simulate(scenario: Scenario, pace: Pace) -> ScenarioResult:
+def play_scenario(scenario: Scenario, pace: Pace) -> ScenarioResult:
     """Play a scenario. UserError for more servers than the trace has, or a layout that does not fill whole nodes."""
     config = compose(*scenario.words)
     per_node, world = config.cluster.ranks_per_node or config.hardware.devices_per_node, config.parallel.world
@@ -112,7 +112,7 @@ def _shapes(config: Config, folder: Path, least_ep: int | None) -> Shapes:
 
 
 def _shares(split: TimeSplit, seconds: float, stalled: float) -> dict[str, float]:
-    """Of all the time; they add up to 1."""
+    """Shares of all the time; they add up to 1."""
     found = {part.value: value / seconds for part, value in split.seconds_in.items()}
     smaller = (split.seconds_in[TimePart.training] - split.effective_seconds) / seconds
     found[TimePart.training.value] -= smaller + stalled / seconds
@@ -169,7 +169,7 @@ def main(words: Sequence[str]) -> int:
         say(head + " ".join(f"{name:>9}" for name in columns))
     try:
         for scenario in scenarios(options):
-            found = simulate(replace(scenario, seed=options.seed), pace)
+            found = play_scenario(replace(scenario, seed=options.seed), pace)
             say(json.dumps(asdict(found)) if options.json else _row(found, columns), flush=True)
     except UserError as error:
         return report(error)

@@ -22,7 +22,7 @@ from cluster.driver.shapes import Shapes
 from cluster.driver.supervisor import Supervisor
 from cluster.patience import STEP_PHASE
 from cluster.run_files import NONE, Age
-from cluster.simulate.faults import Outage
+from cluster.simulate.outages import Outage
 from cluster.topology import Node, Placement
 from conf.errors import EXIT_STOPPED
 from conf.schema import Config
@@ -221,7 +221,7 @@ class SimulatedRun:
         return stretch.ends(step) + takes
 
     def _count_stalls(self) -> None:
-        """Of the attempt that has ended."""
+        """Add what the attempt that has ended waited for."""
         self.stalled += self._stalls * max(0, self._reached - self._new_from)
         self._new_from = self._reached
 

@@ -9,8 +9,8 @@ from cluster.driver.shapes import Shapes
 from cluster.driver.time_split import TimePart, split_time
 from cluster.run_files import Age
 from cluster.show import nodes_of
-from cluster.simulate.__main__ import Scenario, main, simulate
-from cluster.simulate.faults import DAY, RATE_PER_DEVICE, Outage, _trace, by_chance, traced
+from cluster.simulate.__main__ import Scenario, main, play_scenario
+from cluster.simulate.outages import DAY, RATE_PER_DEVICE, Outage, _trace, by_chance, traced
 from cluster.simulate.run import CopySet, Pace, SimulatedRun
 from conf.errors import EXIT_USER
 from conf.load import compose
@@ -99,5 +99,5 @@ def test_the_command_has_json_whose_shares_add_up_and_refuses_what_the_trace_lac
 @pytest.mark.slow
 def test_memory_decides_how_small_an_expert_group_may_become():
     words = [*SMALL, "parallel.ep=8", "checkpoint.every_memory=20"]
-    stays, smaller = (simulate(Scenario(words, "trace", 0, 349, least), PACE).effective for least in (None, 1))
+    stays, smaller = (play_scenario(Scenario(words, "trace", 0, 349, least), PACE).effective for least in (None, 1))
     assert stays < smaller

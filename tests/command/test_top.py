@@ -16,7 +16,7 @@ from rich.console import Console
 
 from conf.errors import EXIT_OK, EXIT_USER
 from train.command import top
-from train.command.top_screen import MAPS, SORTS, TopChoice, choose, rank_screen, run_screen
+from train.command.top_screen import MAPS, SORTS, TopChoice, press_key, rank_screen, run_screen
 from train.command.top_state import RankView, RunPicture, RunReader
 
 NOW = time.time()
@@ -156,12 +156,12 @@ def test_the_map_shows_which_rank_stands_out_and_noise_takes_two_shades_at_most(
 def test_keys_sort_choose_a_rank_and_come_back():
     picture, choice = picture_of(2, 4), TopChoice()
     for _ in SORTS:
-        choice = choose(choice, "s", picture)
+        choice = press_key(choice, "s", picture)
     assert choice == TopChoice()
-    choice = choose(choose(choose(choice, "w", picture), "down", picture), "enter", picture)
+    choice = press_key(press_key(press_key(choice, "w", picture), "down", picture), "enter", picture)
     assert (choice.map, choice.sort, choice.rank) == ("waiting", "waiting", 2)
-    assert choose(choice, "t", picture).stacks and choose(choice, "esc", picture).rank is None
-    assert choose(TopChoice(line=0), "up", picture).line == 0
+    assert press_key(choice, "t", picture).stacks and press_key(choice, "esc", picture).rank is None
+    assert press_key(TopChoice(line=0), "up", picture).line == 0
     lines = shown(rank_screen(picture, 2, ["a" * 100 + "end", "\x1b[2J"], "the end of its log", 80, 24), 80)
     assert "stage 0, replica 2" in lines[0] and lines[2].endswith("end") and "\\x1b[2J" in lines[3]
 

@@ -26,7 +26,7 @@ from conf.errors import EXIT_OK, UserError
 from conf.load import report
 from conf.screen import Terminal
 from conf.words import say
-from train.command.top_screen import TopChoice, choose, rank_screen, run_screen
+from train.command.top_screen import TopChoice, press_key, rank_screen, run_screen
 from train.command.top_state import RunPicture, RunReader
 
 LOOKS_EVERY = 1.0
@@ -80,7 +80,7 @@ def _watch(console: Terminal, reader: RunReader) -> None:
                     return
                 if key == "t":
                     stacks.forget()
-                choice = choose(choice, key, picture)
+                choice = press_key(choice, key, picture)
             if time.monotonic() - read_at >= LOOKS_EVERY:
                 picture, read_at = reader.read(), time.monotonic()
 

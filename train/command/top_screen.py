@@ -18,7 +18,7 @@ from train.metrics.quantities import gib
 
 SHADES = "·░▒▓█"
 COLOURS = ("grey37", "dodger_blue2", "green3", "gold3", "red3")
-"""Of a cell, from the least to the most; the characters tell the same without colour."""
+"""Colours of cells, from the least to the most; the characters tell the same without colour."""
 STATES = {
     "trains": "bold green",
     "done": "bold green",
@@ -58,8 +58,8 @@ SORTS: dict[str, Callable[[RankView], tuple]] = {
     "step": lambda one: (one.step, -one.age, one.rank),
     "rank": lambda one: (one.rank,),
 }
-KEYS = "b busy  w waiting  m memory  s sort  up/down and enter: a rank  q quit"
-RANK_KEYS = "l log  t stacks now  esc back  q quit"
+SCREEN_KEYS = "b busy  w waiting  m memory  s sort  up/down and enter: a rank  q quit"
+RANK_SCREEN_KEYS = "l log  t stacks now  esc back  q quit"
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class TopChoice:
     stacks: bool = False
 
 
-def choose(choice: TopChoice, key: str, picture: RunPicture) -> TopChoice:
+def press_key(choice: TopChoice, key: str, picture: RunPicture) -> TopChoice:
     """What a key makes of it."""
     first = {"b": "busy", "w": "waiting", "m": "memory"}
     if choice.rank is not None:
@@ -125,7 +125,7 @@ def run_screen(picture: RunPicture, choice: TopChoice, width: int, height: int, 
     if news and room:
         lines += [Text("newest events", style="bold"), *news[-room:]]
     if live:
-        lines = [*lines[: height - 1], Text(KEYS[:width], style="reverse")]
+        lines = [*lines[: height - 1], Text(SCREEN_KEYS[:width], style="reverse")]
     return Group(*lines)
 
 
@@ -139,7 +139,7 @@ def rank_screen(picture: RunPicture, rank: int, text: Sequence[str], what: str, 
     lines = [Text(head[:width], style="bold"), Text(f"{what}:"[:width], style="dim")]
     room = max(1, height - 3)
     shown = [_end_of(one_line(line), width) for line in text[-room:]] or ["(nothing)"]
-    return Group(*lines, *(Text(line) for line in shown), Text(RANK_KEYS[:width], style="reverse"))
+    return Group(*lines, *(Text(line) for line in shown), Text(RANK_SCREEN_KEYS[:width], style="reverse"))
 
 
 def _end_of(line: str, width: int) -> str:
@@ -179,7 +179,7 @@ def _head(picture: RunPicture, width: int) -> Iterator[Text]:
 
 
 def _lines_of(pieces: Sequence[str], width: int) -> Iterator[Text]:
-    """As many pieces on a line as fit."""
+    """Lines with as many pieces as fit."""
     line = ""
     for piece in pieces:
         if line and len(line) + 2 + len(piece) > width:

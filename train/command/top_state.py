@@ -74,7 +74,7 @@ class RunPicture:
     incidents: Sequence[dict[str, Any]] = field(default=())
 
     def plain(self) -> dict[str, Any]:
-        """The same as JSON has it."""
+        """This picture as JSON has it."""
         found = asdict(self)
         record = {key: value for key, value in self.record.items() if isinstance(value, int | float)}
         ranks = [asdict(each) | {"waiting": each.waiting} for each in self.ranks]

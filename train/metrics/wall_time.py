@@ -24,7 +24,7 @@ from train.metrics.jsonl import METRICS_FILE, read_heads
 from train.metrics.names import Record
 from train.metrics.origin import read_starts
 
-WORDS = {
+PART_WORDS = {
     "training": "steps that last",
     "again": "steps done again",
     "start": "starts, until the first step",
@@ -41,7 +41,7 @@ TimeSpan = tuple[float, float]
 
 @dataclass(frozen=True)
 class WallTime:
-    """seconds_in: of each part of WORDS. effective: training on as many ranks as are wanted, over all time."""
+    """seconds_in: of each part of PART_WORDS. effective: training on as many ranks as are wanted, over all time."""
 
     seconds_in: dict[str, float]
     effective: float
@@ -55,7 +55,9 @@ class WallTime:
         """Part, words and share of the wall time of all that took any."""
         whole = self.seconds or 1.0
         return [
-            (part, words, self.seconds_in[part] / whole) for part, words in WORDS.items() if self.seconds_in[part] > 0
+            (part, words, self.seconds_in[part] / whole)
+            for part, words in PART_WORDS.items()
+            if self.seconds_in[part] > 0
         ]
 
 
@@ -82,7 +84,7 @@ def split_wall_time(run_folder: Path, now: float | None = None) -> WallTime | No
         return None
     waited = _waits(heads, spans)
     training = seconds_in["training"] - sum(waited.values())
-    seconds_in = dict.fromkeys(WORDS, 0.0) | seconds_in | waited | {"training": training}
+    seconds_in = dict.fromkeys(PART_WORDS, 0.0) | seconds_in | waited | {"training": training}
     return WallTime(seconds_in, weight * training / sum(seconds_in.values()), starts)
 
 

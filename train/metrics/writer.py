@@ -20,6 +20,7 @@ from train.metrics.names import Record
 from train.metrics.origin import read_starts
 from train.metrics.planned import planned
 from train.metrics.progress import Progress
+from train.metrics.prometheus import PrometheusSink
 from train.metrics.report_sink import ReportSink
 from train.metrics.wandb_items import Item, alert
 from train.metrics.wandb_sink import WandbSink, wants_wandb
@@ -144,6 +145,8 @@ def open_writer(
     sinks: list[Sink] = [JsonlSink(run_folder / METRICS_FILE, resumed_step, disk_note)]
     if config.log.report_every:
         sinks.append(ReportSink(run_folder, config.log.report_every))
+    if config.log.prometheus:
+        sinks.append(PrometheusSink(config.log.prometheus, name))
     if wants_wandb(config.log.wandb):
         code = {name: start[name] for start in read_starts(run_folder)[-1:] for name in ("commit", "modified")}
         sinks.append(open_wandb(config, run_folder, progress.note, settings_of(config) | {"code": code}))

@@ -371,3 +371,17 @@ def test_any_schedule_of_faults(faults, stop, devices):
     assert world.finish.code in (EXIT_OK, EXIT_CRASH, EXIT_STOPPED)
     stops = [note for kind in ("failure", "grow", "drain") for note in world.notes(kind)]
     assert len(world.starts) <= 1 + len(stops)
+
+
+def test_losses_of_other_nodes_say_nothing_of_the_run_and_those_of_the_same_end_it():
+    world = World(nodes=8, words=("parallel.dp=2",), every=1000, steps=1000, restarts=1)
+    for index in range(5):  # each a node of the attempt, as the next one takes its place
+        world.run(12)
+        world.power_off(int(world.starts[-1].placement.nodes[-1].id.removeprefix("id")))
+        world.run(12)
+        assert world.finish is None and len(world.starts) == index + 2
+    again = int(world.starts[-1].placement.nodes[0].id.removeprefix("id"))
+    for _ in range(2):
+        world.kill_agent(again)
+        world.run(15)
+    assert world.finish is not None and "failure 2 of the kind 'node lost'" in world.finish.text
