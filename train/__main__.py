@@ -106,7 +106,7 @@ def _train(config: Config, alone: bool) -> int:
         code = launch(config, folder.path, command, _run_rank, alone, planner, watched=True)
         if code == EXIT_USER:
             folder.take_back()
-        elif config.cluster.backend == "ray" and code in (EXIT_CRASH, EXIT_DIVERGED):
+        elif code in (EXIT_CRASH, EXIT_DIVERGED):
             tell_of_end(config, folder.path, code)
         return code
 

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from cluster.cause import Kind
+from cluster.incident import newest_incident
 from cluster.launch import given_attempt
 from conf.changed_settings import settings_of
 from conf.errors import EXIT_DIVERGED, DiskFailed
@@ -196,8 +198,21 @@ def open_wandb(
 
 
 def tell_of_end(config: Config, run_folder: Path, code: int) -> None:
-    """Alert of a run on a cluster that has failed for good; its rank 0, which sends the other alerts, is gone."""
-    if config.log.wandb_alerts and wants_wandb(config.log.wandb) and (run_folder / "wandb" / "run_id").is_file():
+    """Alert of a run that has failed for good, where its rank 0, which sends the other alerts, is gone: on a cluster, or ended as it hung."""
+    text = last_failure(run_folder) if config.cluster.backend == "ray" else _hang_of(run_folder)
+    if (
+        text
+        and config.log.wandb_alerts
+        and wants_wandb(config.log.wandb)
+        and (run_folder / "wandb" / "run_id").is_file()
+    ):
         sink = open_wandb(config, run_folder, lambda text: say(text, file=sys.stderr))
-        sink.do(alert(f"{config.name}: ended with exit code {code}", last_failure(run_folder)))
+        sink.do(alert(f"{config.name}: ended with exit code {code}", text))
         sink.close()
+
+
+def _hang_of(run_folder: Path) -> str:
+    """The sentence on what held up the newest start; empty where it did not end for that."""
+    _, incident = newest_incident(run_folder / "logs") or (None, {})
+    begun = next((start["time"] for start in reversed(read_starts(run_folder))), 0.0)
+    return incident["text"] if incident.get("kind") == Kind.hang.value and incident["time"] >= begun else ""
