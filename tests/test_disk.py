@@ -45,7 +45,7 @@ class Training:
         self.outputs = [tmp_path / "stdout", tmp_path / "stderr"]
         self.hold = tmp_path / HOLD
         command = "train", arguments(tmp_path, *overrides), ROOT, environment() | {"HOLD": str(self.hold)}
-        self.process = start_module(*command, self.outputs)
+        self.process = start_module(*command, self.outputs, forks=True)
 
     def wait_for_step(self, step: int, rank: int = 0) -> None:
         """Until a rank is at this step, as its progress tells, which a full disk does not stop."""

@@ -19,10 +19,10 @@ from tests.ranks import CONTEXT, be_module
 
 
 class ForkedRank:
-    """What the agent asks of a subprocess.Popen, for a rank of the trainer from the fork server: imports are behind it."""
+    """What the agent asks of a subprocess.Popen, for a rank from the fork server: imports are behind it."""
 
-    def __init__(self, module: str, arguments: list[str], folder: str, environment: dict[str, str], log: str):
-        words = module, arguments, Path(folder), environment, [Path(log), Path(log)]
+    def __init__(self, arguments: list[str], folder: str | None, environment: dict[str, str], log: str):
+        words = arguments, Path(folder or os.getcwd()), environment, [Path(log), Path(log)]
         self._process = CONTEXT.Process(target=_be_rank, args=words)
         self._process.start()
         self.pid = self._process.pid
@@ -41,18 +41,22 @@ class ForkedRank:
             os.kill(self.pid, number)
 
 
-def _be_rank(module: str, arguments: list[str], *words: Any) -> None:
+def _be_rank(arguments: list[str], *words: Any) -> None:
+    """Become `python -m MODULE ...` or `python tests/cluster/fake_rank.py ...`."""
     os.setsid()  # the agent ends whole sessions
-    hold_on(Path(arguments[-1]).parents[1] / HOLD)
+    module, *arguments = arguments[1:] if arguments[0] == "-m" else ["tests.cluster.fake_rank", *arguments[1:]]
+    if module == "train.worker":
+        hold_on(Path(arguments[-1]).parents[1] / HOLD)
     be_module(module, arguments, *words)
 
 
 class ForkingAgent(Agent):
-    """Starts `-m MODULE` from the fork server."""
+    """Starts ranks from the fork server; standbys, which are told on stdin what to do, from nothing."""
 
     def _popen(self, arguments: list[str], folder: str | None, environment: dict, stdin: Any, output: Any) -> Any:
-        _, module, *words = arguments
-        return ForkedRank(module, words, folder, _inherited() | environment, output.name)
+        if stdin == subprocess.PIPE:
+            return super()._popen(arguments, folder, environment, stdin, output)
+        return ForkedRank(arguments, folder, _inherited() | environment, output.name)
 
 
 class LocalFleet:

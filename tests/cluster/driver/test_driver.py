@@ -28,7 +28,7 @@ from cluster.topology import Node
 from conf.errors import EXIT_CRASH, EXIT_OK, EXIT_STOPPED, EXIT_USER
 from conf.load import compose, write_config
 from tests.cluster.drive import hold, let_end, once, set_fault
-from tests.cluster.local_fleet import LocalFleet
+from tests.cluster.local_fleet import ForkingAgent, LocalFleet
 from train.checkpoint.commit import AttemptFenced, Committer
 
 RANK = Path(__file__).parents[1] / "fake_rank.py"
@@ -54,7 +54,7 @@ class Run:
         self.folder = runs / "run"
         self.folder.mkdir(exist_ok=True)
         write_config(self.config, str(self.folder / "config.yaml"))
-        self.fleet = LocalFleet(nodes, devices)
+        self.fleet = LocalFleet(nodes, devices, agent=ForkingAgent)
         view = View("run", self.folder / "metrics.jsonl", self.config.steps)
         root = str(RANK.parents[2])
         self.driver = Driver(self.config, self.folder, [str(RANK), "CONFIG"], self.fleet, root, False, view)
