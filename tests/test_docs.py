@@ -169,3 +169,30 @@ def test_the_commands_of_a_page_run_one_after_another(page, tmp_path):
             "05",
             "06",
         ]
+
+
+@pytest.mark.slow
+def test_a_first_run_is_tuned_and_answers_as_its_page_says(tmp_path):
+    """The first commands of the page, in order: a base, its tune on docstrings, answers, a folder, and a conversation with that."""
+    write_corpus(tmp_path / "corpus")
+    words = [word for word in SMALL if not word.startswith(("data.format", "seq_len", "steps"))]
+    words += ["data.cache=cache", "seq_len=128", "model.max_seq_len=4096", "log.progress=false"]
+    first = [command for command in commands(ROOT / "train" / "docs" / "fine_tuning.md") if command.trains][:7]
+    said = []
+    for command in first:
+        given = [re.sub("^steps=300$", "steps=4", word) for word in command.arguments()]
+        if "conf=tiny_chat" in given:
+            given += ["epochs=0.01", "optim.warmup_steps=1"]
+        elif given[0] == "name=first":
+            given += ["data.path=corpus", "data.format=text"]
+        own = [] if {"mode=generate", "mode=evaluate", "mode=export"} & {*given} else [*words]
+        own += ["cluster.threads=1", "cluster.device=cpu"]  # which no mode takes from a run
+        own += ["evaluate.answers=4"] * ("mode=evaluate" in given)
+        done = run_module("train", [*given, *own], tmp_path, in_any_folder())
+        assert done.returncode == 0, f"{command.text}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+        said.append(done.stdout + done.stderr)
+    assert "sequences of 128 positions" in said[1] and "started from the weights of" in said[2]
+    assert "before the tune" in said[3] and "the commonest answer" in said[3]
+    assert "Answers" in (tmp_path / "runs" / "tuned" / "report.html").read_text()
+    assert (tmp_path / "tuned_hf" / "chat_template.jinja").is_file()
+    assert "tuned_hf: " in said[6]
