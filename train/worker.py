@@ -162,8 +162,8 @@ def count_flops(config: Config, device: torch.device, kernels: Kernels) -> Flops
     kept = Path(config.data.cache)
     peak = peak_flops(device, activation_dtype(config.precision), kernels, given=config.log.peak_flops, cache=kept)
     return Flops(
-        causal=flops_per_token(config.model, config.seq_len),
-        full=flops_per_token(config.model, config.seq_len, causal=False),
+        causal=flops_per_token(config.model, config.seq_len, frozen=config.adapter.on),
+        full=flops_per_token(config.model, config.seq_len, causal=False, frozen=config.adapter.on),
         peak=peak.flops,
         label=f"{peak.flops / 1e12:.3g} TFLOP/s per rank: {peak.label}",
     )

@@ -31,10 +31,12 @@ from tests.hf.small import (
     write_folder,
 )
 from tests.small import arguments
+from train.checkpoint.adapter_base import describe_base
 from train.checkpoint.run_folder import RunPaths
 from train.checkpoint.weights import load_model
 from train.hf.adapter_names import adapted_tensors
 from train.hf.export import export
+from train.hf.folder import open_folder
 from train.hf.tensor_names import tensors
 from train.hf.whole_model import load_hf_model
 
@@ -63,6 +65,7 @@ def adapter_run(
     }
     paths = RunPaths(config)
     meta = {"has_ema": False, "tokenizer": TOKENIZER.fingerprint, "seq_len": SEQ_LEN, "samples": 0}
+    meta |= {"base": describe_base(open_folder(base)), "config": {"adapter": {"rank": RANK}}}
     ranks = spread(random.Random(1), pairs, 2)
     assert all(one.ok for one in save(checkpointers(paths.checkpoints, 2), 1, ranks, **meta))
     TOKENIZER.save(paths.path)
@@ -247,8 +250,16 @@ def test_what_cannot_be_exported_is_refused(tmp_path):
             exported(config, tmp_path / "out", **changed)
     with pytest.raises(UserError, match="holds an adapter already"):
         exported(replace(config, adapter=replace(config.adapter, path=str(tmp_path))), tmp_path / "out", merge=True)
-    with pytest.raises(UserError, match="must say where the weights are"):
-        exported(replace(config, init_from=None), tmp_path / "out")
+    base.rename(tmp_path / "moved")
+    with pytest.raises(UserError, match="must be where the weights are"):
+        exported(config, tmp_path / "out")
+    exported(replace(config, init_from=str(tmp_path / "moved")), tmp_path / "there")
+    other = write_folder(tmp_path / "other", WHOLE, random_tensors(WHOLE, "fp32", seed=1))
+    with pytest.raises(UserError, match="holds other weights than those that the adapter"):
+        exported(replace(config, init_from=str(other)), tmp_path / "out")
+    with pytest.raises(UserError, match="must be 8, with which"):
+        changed = replace(config.adapter, rank=16)
+        exported(replace(config, init_from=str(tmp_path / "moved"), adapter=changed), tmp_path / "out")
     with pytest.raises(UserError, match="nothing to write but what it holds"):
         compose(*arguments(tmp_path, "mode=export", "export.to=out", f"adapter.path={base}"))
     with pytest.raises(UserError, match="this mode adds none"):

@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any
 
 from cluster.run_files import MANIFEST, STEP_FOLDERS, Age, data_name, index_name
-from conf.adapters import is_adapter
 from conf.disk import cure_of_reading
 from conf.errors import UserError
 from conf.words import one_line
@@ -126,7 +125,7 @@ class Manifest:
 
 def holds_adapter(manifest: Manifest) -> bool:
     """Whether a checkpoint has an adapter in the place of the weights."""
-    return any(is_adapter(name) for name in manifest.tensors)
+    return "base" in manifest.meta
 
 
 def seal(body: dict[str, Any]) -> str:

@@ -19,7 +19,8 @@ from torch import Tensor
 from conf.errors import UserError
 from conf.schema import Config, Model, ModelFamily
 from parallel.shard import Shard
-from train.checkpoint.manifest import holds_adapter, read_manifest
+from train.checkpoint.adapter_base import describe_base, require_adapter, require_base
+from train.checkpoint.manifest import Manifest, holds_adapter, read_manifest
 from train.checkpoint.read_shards import FolderFiles, fill_shards
 from train.checkpoint.run_folder import find_checkpoint
 from train.hf.adapter_folder import ADAPTER_FIELD, open_adapter
@@ -76,7 +77,8 @@ class StoredWeights:
             return
         if adapter.path is not None:
             raise UserError(ADAPTER_FIELD, adapter.path, f"{checkpoint} holds an adapter already", "leave it out")
-        self._base = open_base(config)
+        require_adapter(config, checkpoint, self.manifest.meta)
+        self._base = open_base(config, self.manifest)
         adapted = adapted_tensors(config.model, family, adapter.targets, adapter.rank)
         self.pairs = StoredPairs(adapted, adapter.scale, self.read)
 
@@ -111,16 +113,21 @@ def plain_name(name: str) -> str:
     return f"master.{name.removeprefix('ema.')}" if name.startswith("ema.") else name
 
 
-def open_base(config: Config) -> FillShards:
-    """The weights of init_from, which an adapter was trained on. Raises UserError."""
-    if config.init_from is None:
-        rule = "must say where the weights are that the adapter belongs to: its checkpoints do not hold them"
-        raise UserError("init_from", None, rule, "set init_from to the base of the training")
-    path = Path(config.init_from).expanduser()
+def open_base(config: Config, manifest: Manifest) -> FillShards:
+    """The weights that the adapter in a checkpoint was trained beside: where they lay then, else init_from. Raises UserError."""
+    meta = manifest.meta
+    path = Path(meta["base"]["path"])
+    if not path.exists():
+        path = Path(config.init_from or path).expanduser()
+    if not path.exists():
+        rule = f"must be where the weights are that the adapter in {manifest.folder} belongs to: they lay in {path}"
+        raise UserError("init_from", config.init_from, rule, "set init_from to where they are now")
     if is_hf_folder(path):
         folder, _, _ = open_model(path, text_only=config.text_only)
+        require_base(config, manifest.folder, meta, describe_base(folder))
         return partial(fill_from_folder, folder, match(folder, config.model))
     checkpoint = find_checkpoint(config, str(path), "init_from")
+    require_base(config, manifest.folder, meta, describe_base(checkpoint))
     return partial(fill_shards, read_manifest(checkpoint), FolderFiles(checkpoint))
 
 

@@ -118,7 +118,7 @@ def _items(piece: DryRunPiece, measured: MeasuredRank, planned_peak: int) -> dic
     items = {name: ComparedFigure(measured.items[name], plan.get(name, 0)) for name in state}
     if piece.config.parallel.zero == 1:  # further stages keep no gradients of whole weights
         chunks = list(chunk_parts(piece.config, piece.layers)[piece.pp_rank].values())
-        gradients = FP32_BYTES * sum(weight.elements for weight in rank_weights(piece.config, chunks))
+        gradients = FP32_BYTES * sum(w.elements for w in rank_weights(piece.config, chunks) if w.is_trained)
         items["gradients"] = ComparedFigure(measured.items["gradients"], gradients)
     held = sum(items[name].measured for name in state), sum(items[name].planned or 0 for name in state)
     return items | {"rest": ComparedFigure(measured.peak - held[0], planned_peak - held[1])}

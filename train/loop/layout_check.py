@@ -19,6 +19,8 @@ def check_layout(config: Config) -> None:
         check_split(parallel.split, parallel.schedule, parallel.pp, config.model.layers, parallel.virtual_stages)
     if config.model.offload and config.model.repeated_layers:
         _check_offload(config)
+    if config.adapter.on and parallel.pp > 1:
+        _check_adapter(config)
     if parallel.ep > 1 and parallel.dispatch_facts.by_nodes:
         from parallel.mesh import read_layout
 
@@ -39,3 +41,18 @@ def _check_offload(config: Config) -> None:
             f"than {longest}",
             "lower N of layer:N in model.recompute, or leave out one of the two",
         )
+
+
+def _check_adapter(config: Config) -> None:
+    """Every rank of a pipeline has a block, and in it something to train."""
+    from train.parallelize import stage_layers
+
+    layers = stage_layers(config)
+    for rank, stages in enumerate(config.parallel.placement):
+        if not any(len(layers[stage]) for stage in stages):
+            raise UserError(
+                "parallel.pp",
+                config.parallel.pp,
+                f"leaves rank {rank} of the pipeline without a block, where an adapter has nothing to train",
+                "lower parallel.pp, or give parallel.split",
+            )

@@ -91,34 +91,60 @@ def count_parameters(config: Model) -> Counts:
     )
 
 
-def layer_flops(config: Model, seq_len: int, dense: bool, causal: bool = True) -> float:
-    """Training operations per token of one block. causal: count only the half of attention that is needed."""
+def layer_flops(config: Model, seq_len: int, dense: bool, causal: bool = True, frozen: bool = False) -> float:
+    """Training operations per token of one block. causal: count only the half of attention that is needed. frozen: its weights have no
+    gradient; an adapter beside them is not counted.
+    """
     if dense:
         ffn = 3 * config.hidden * config.dense_width
     else:
         ffn = (config.top_k + config.shared_experts) * expert_params(config)
     widths = config.nope_head_dim + config.rope_head_dim + config.v_head_dim
     core = seq_len * config.heads * widths * (0.5 if causal else 1.0)
-    return 6 * (attention_products(config) + ffn + core)
+    return 6 * core + (4 if frozen else 6) * (attention_products(config) + ffn)
 
 
-def head_flops(config: Model) -> float:
+def head_flops(config: Model, frozen: bool = False) -> float:
     """Training operations per token of the output head."""
-    return 6 * config.vocab_size * config.hidden
+    return (4 if frozen else 6) * config.vocab_size * config.hidden
 
 
-def flops_per_token(config: Model, seq_len: int, causal: bool = True, mtp: bool = False) -> float:
-    """Training operations per token, forward and backward. DeepSeek's own MFU figures leave MTP out (mtp=False)."""
-    moe = layer_flops(config, seq_len, dense=False, causal=causal)
-    total = config.dense_layers * layer_flops(config, seq_len, dense=True, causal=causal) + head_flops(config)
+def flops_per_token(config: Model, seq_len: int, causal: bool = True, mtp: bool = False, frozen: bool = False) -> float:
+    """Training operations per token, forward and backward. DeepSeek's own MFU figures leave MTP out (mtp=False). frozen: as in
+    `layer_flops`."""
+    dense, moe = (layer_flops(config, seq_len, kind, causal, frozen) for kind in (True, False))
+    total = config.dense_layers * dense + head_flops(config, frozen)
     total += (config.layers - config.dense_layers) * moe
     if mtp:
-        total += config.mtp_depth * (moe + head_flops(config) + 6 * 2 * config.hidden**2)
+        total += config.mtp_depth * (moe + head_flops(config, frozen) + (4 if frozen else 6) * 2 * config.hidden**2)
     return total
 
 
+def count_adapter(config: Config) -> int:
+    """Parameters of the adapter: rank times the inputs and outputs of every matrix that it stands beside."""
+    model = config.model
+    hidden, inner, value = model.hidden, model.expert_width, model.heads * model.v_head_dim
+    queries, keys = model.heads * (model.nope_head_dim + model.rope_head_dim), model.kv_rank + model.rope_head_dim
+    ffn = 3 * hidden  # and three times the inner width
+    sizes = {
+        "q_up": (model.q_rank or hidden) + queries,
+        "kv_up": model.kv_rank + model.heads * model.nope_head_dim + value,
+        "down": hidden + keys + (0 if model.q_rank is None else hidden + model.q_rank),
+        "out": value + hidden,
+        "dense": ffn + 3 * model.dense_width,
+        "routed": model.experts * (ffn + 3 * inner),
+        "shared": ffn + 3 * model.shared_experts * inner,
+        "head": hidden + model.vocab_size,
+    }
+    moe = model.layers - model.dense_layers + model.mtp_depth
+    blocks = {"dense": model.dense_layers, "routed": moe, "shared": moe, "head": 1}
+    everywhere = model.layers + model.mtp_depth
+    return config.adapter.rank * sum(sizes[one] * blocks.get(one, everywhere) for one in config.adapter.targets or ())
+
+
 def checkpoint_bytes(config: Config) -> int:
-    """Size of one checkpoint: fp32 master weights, what the optimizer keeps, and the average of the weights where one is kept."""
+    """Size of one checkpoint: fp32 master weights, those of an adapter alone where one is trained, what the optimizer keeps, and the average of the weights where one is kept."""
     counts = count_parameters(config.model)
+    stored = count_adapter(config) if config.adapter.on else counts.total + counts.mtp
     kept = config.optim.facts.count_state_bytes(config.precision.moment_bytes)
-    return (counts.total + counts.mtp) * (4 + kept + (4 if config.optim.ema_decay else 0))
+    return stored * (4 + kept + (4 if config.optim.ema_decay else 0))

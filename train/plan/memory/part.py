@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 from torch.distributed.pipelining._backward import stage_backward_input
 
-from conf.schema import Model, Precision, Recompute
+from conf.schema import Adapter, Model, Precision, Recompute
 from parallel.context import LoneContext
 from parallel.expert.build import build_stand_in
 from parallel.expert.stand_in import Group, Load
 from parallel.pipeline.graph import backward_of_weights, kept_graph
 from parallel.pipeline.host_store import page_bytes
 from train.kernels.precision import activation_dtype
+from train.model.adapter import add_adapters
 from train.model.deepseek import DeepSeekV3
 from train.model.mla import MLA
 from train.model.moe import Dispatcher, LocalDispatcher, RoutedRows
@@ -58,6 +59,9 @@ class FrozenSection(Generic[Section]):
         return hash(self._text)
 
 
+NO_ADAPTER = FrozenSection(Adapter())
+
+
 @dataclass(frozen=True)
 class Scene:
     """Everything that the memory of a micro-batch's passes through a part depends on."""
@@ -83,6 +87,7 @@ class Scene:
     """A CPU runs compiled code where it can (train/kernels/choice.py), which keeps and takes less."""
     cp: int = 1
     """Ranks that share every sequence; those with the first and the last piece have no fewer than others."""
+    adapter: FrozenSection[Adapter] = NO_ADAPTER
 
 
 @dataclass(frozen=True)
@@ -195,7 +200,7 @@ class Run:
     def __enter__(self) -> "Run":
         self._module = _build(self._scene, self._part, self._cut, self._ledger, self._host)
         _make_tables(self._module, self._scene)
-        for param in self._module.parameters():
+        for param in (param for param in self._module.parameters() if param.requires_grad):
             param.grad_dtype = torch.float32
             param.grad = None if self._first else torch.empty_like(param, dtype=torch.float32)
         self._ledger.__enter__()
@@ -229,6 +234,7 @@ class Run:
             self._y = self._module(*self._inputs, tokens_BS=self._tokens_BS)
         else:
             self._y = self._module(self._inputs[0], tokens_BS=self._tokens_BS)
+        self._y.requires_grad_()  # also where only what is frozen made it
         run = self._finish()
         output = self._y.untyped_storage().nbytes()
         kept = Counter(self._ledger.now.by_tag)
@@ -425,6 +431,8 @@ def _build(scene: Scene, part: str, on_wait: Callable[[], None], ledger: Ledger,
         dtype=activation_dtype(scene.precision.section),
         device="meta",
     )
+    if scene.adapter.section.on:
+        add_adapters(chunk, scene.adapter.section, kernels, seed=0)
     if part == "end":
         chunk.head.register_forward_pre_hook(lambda *_: setattr(ledger, "tag", "logits"))
         chunk.head.register_forward_hook(lambda *_: setattr(ledger, "tag", "activations"))

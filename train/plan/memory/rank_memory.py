@@ -131,7 +131,8 @@ def _moments(
 ) -> tuple[Counter, Counter, dict[str, MemoryPeak]]:
     """What a rank holds all the time, what of it on the host, and on top of the first the peak of each phase."""
     chunks = chunk_parts(config, layers)[pp_rank]
-    groups = shards(config, rank_weights(config, list(chunks.values())))
+    weights = rank_weights(config, list(chunks.values()))
+    groups = shards(config, weights)
     if config.parallel.zero == 3:
         chunk = chunk_of(scene, chunks[0])
         stage3, host = Zero3Memory(config, groups, chunk), Counter(activations=chunk.host_bytes[0])
@@ -145,6 +146,7 @@ def _moments(
     else:
         reduced, updated = StepEnd(config, groups, stage_rank, scene).peaks()
         (schedule, waiting), state = _walk(config, pp_rank, chunks, scene, shortest), state_items(config, groups)
+        state["weights"] += config.precision.weight_bytes * sum(w.elements for w in weights if not w.is_trained)
         host = Counter(activations=waiting)
         if config.parallel.offload_optimizer:
             host += Counter(
@@ -195,6 +197,7 @@ def scene_of(config: Config, load: Load | None = None) -> Scene:
         gloo=device_kind(config) == "cpu",
         compiled=_is_compiled(device_kind(config), config.cluster.compiled),
         cp=parallel.cp,
+        adapter=FrozenSection(config.adapter),
     )
 
 
@@ -272,7 +275,8 @@ def _walk(
     last = max(max(stages) for stages in parallel.placement)
 
     def gradients(*names: str) -> int:
-        return FP32_BYTES * sum(w.elements for name in names for w in part_weights(scene.model, name, share))
+        found = (w for name in names for w in part_weights(scene.model, name, share, scene.adapter))
+        return FP32_BYTES * sum(w.elements for w in found if w.is_trained)
 
     stages = {
         stage: StagePlan(

@@ -11,12 +11,13 @@ from functools import lru_cache
 import torch
 
 from conf.optimizers import UpdateRule
-from conf.schema import Config, Model
+from conf.schema import Adapter, Config, Model
 from train.kernels.plain.high import HighPrecision
 from train.kernels.plain.plain_kernels import PlainKernels
+from train.model.adapter import add_adapters
 from train.model.deepseek import DeepSeekV3
 from train.plan.memory.chunk import Parts
-from train.plan.memory.part import FrozenSection, kind_of
+from train.plan.memory.part import NO_ADAPTER, FrozenSection, kind_of
 
 FP32_BYTES = 4
 """Bytes."""
@@ -26,6 +27,8 @@ FP32_BYTES = 4
 class Weight:
     name: str
     shape: tuple[int, ...]
+    is_trained: bool = True
+    """False for a weight that an adapter is trained beside: it has no master, moments or gradient."""
 
     @property
     def elements(self) -> int:
@@ -37,7 +40,9 @@ class Weight:
 
 
 @lru_cache(maxsize=256)
-def part_weights(model: FrozenSection[Model], part: str, local_experts: int) -> tuple[Weight, ...]:
+def part_weights(
+    model: FrozenSection[Model], part: str, local_experts: int, adapter: FrozenSection[Adapter] = NO_ADAPTER
+) -> tuple[Weight, ...]:
     """The weights of a part (train/plan/memory/part.py); of the end without the embedding, which is a part of its own."""
     config = model.section
     layers = {"dense": range(1), "moe": range(config.dense_layers, config.dense_layers + 1)}.get(
@@ -53,8 +58,10 @@ def part_weights(model: FrozenSection[Model], part: str, local_experts: int) -> 
         local_experts=range(local_experts),
         device="meta",
     )
+    if adapter.section.on:
+        add_adapters(chunk, adapter.section, PlainKernels(), seed=0)
     return tuple(
-        Weight(name, tuple(param.shape))
+        Weight(name, tuple(param.shape), param.requires_grad)
         for name, param in chunk.named_parameters()
         if part == "embedding" or not name.startswith("embedding")
     )
@@ -67,7 +74,8 @@ def rank_weights(config: Config, chunks: Sequence[Parts]) -> list[Weight]:
     model, share = FrozenSection(config.model), config.model.experts // config.parallel.ep
     has_table = any(needs_table(config.model, parts) for parts in chunks)
     names = ["embedding"] * has_table + [part for parts in chunks for part in parts if part != "embedding"]
-    return [weight for name in names for weight in part_weights(model, name, share)]
+    adapter = FrozenSection(config.adapter)
+    return [weight for name in names for weight in part_weights(model, name, share, adapter)]
 
 
 def needs_table(model: Model, parts: Parts) -> bool:
@@ -102,7 +110,7 @@ def shards(config: Config, weights: Sequence[Weight]) -> list[Shards]:
     """The groups of a rank that are not empty, in DeepSpeed's order."""
     parallel, facts = config.parallel, config.optim.facts
     kinds = {(experts, rule): [] for experts in (False, True) for rule in facts.rules}
-    for weight in weights:
+    for weight in (weight for weight in weights if weight.is_trained):
         kinds[weight.is_expert, facts.choose_rule(weight.name, len(weight.shape))].append(weight)
     ranks = parallel.stage_ranks, parallel.stage_ranks // parallel.ep
     return [Shards(found, ranks[experts], rule) for (experts, rule), found in kinds.items() if found]

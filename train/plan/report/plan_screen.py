@@ -12,6 +12,7 @@ from conf.screen import Terminal
 from train.metrics.planned import PLAN_FILE
 from train.metrics.quantities import amount, gib, seconds, share
 from train.metrics.screens import GOOD, WARN, show_rows
+from train.model.count import count_adapter, count_parameters
 from train.optim.matrices import logical_matrices
 from train.plan.budget import RunPlan, Verdict
 from train.plan.memory.part import FrozenSection
@@ -65,6 +66,7 @@ def plan_screen(
             f"{seconds(step.step_seconds)}{interval_words(step)}: pipeline {seconds(step.pipeline_seconds)} with {share(step.bubble_share)} bubble, "
             f"reduction {seconds(update.reduce)}, optimizer {seconds(update.optimizer)}, gather {seconds(update.gather)}",
         ),
+        *([("Adapter", _adapter(plan))] if config.adapter.on else []),
         *([("Matrices", _matrices(config))] if config.optim.facts.matrices.is_whole else []),
         ("Experts", _exchange(plan)),
         ("Speed", _speed(plan)),
@@ -126,6 +128,15 @@ def _matrices(config: Config) -> str:
     return ", ".join(
         f"{kind} {' and '.join(f'{count} of {rows} x {columns}' for (rows, columns), count in shapes.items())}"
         for kind, shapes in found.items()
+    )
+
+
+def _adapter(plan: RunPlan) -> str:
+    """What is trained, and what lies whole on every rank beside it."""
+    counts = count_parameters(plan.config.model)
+    return (
+        f"{amount(count_adapter(plan.config))} of {amount(counts.total + counts.mtp)} parameters are trained; ZeRO 1 and 2 shard their "
+        "state alone: frozen weights are whole on every rank of a stage, experts over ep"
     )
 
 

@@ -130,7 +130,7 @@ def _lengths(stages: Stages, stage: int) -> tuple[float, float, float]:
 
 
 def _state_bytes(config: Config, held: WeightCounts) -> int:
-    """Weights, fp32 gradients, master weights and moments of a rank, sharded as ZeRO does."""
+    """Weights, fp32 gradients, master weights and moments of a rank, sharded as ZeRO does; frozen weights are whole."""
     parallel = config.parallel
     element = config.precision.weight_bytes
     shard = held.dense / parallel.stage_ranks + held.experts / (parallel.stage_ranks // parallel.ep)
@@ -139,7 +139,7 @@ def _state_bytes(config: Config, held: WeightCounts) -> int:
     weights = shard if parallel.zero == 3 else whole
     gradients = shard if parallel.zero == 3 else whole
     state = 0 if parallel.offload_optimizer else shard * (4 + moments)
-    return int(weights * element + gradients * 4 + state)
+    return int((weights + held.frozen) * element + gradients * 4 + state)
 
 
 def _kept_bytes(config: Config, stages: Stages, ids: list[int], flight: int) -> int:

@@ -178,7 +178,7 @@ class Stages:
 
     def _dense(self) -> Passes:
         passes = work.norm(self.sizes, self.sizes.tokens, self.config.model.hidden)
-        passes.add(work.ffn(self.sizes, self.config.model.dense_width))
+        passes.add(work.ffn(self.sizes, self.config.model.dense_width, "dense"))
         residual = work.add(self.sizes, self.sizes.tokens, self.config.model.hidden)
         return passes.add(Passes([residual], [residual]))
 
@@ -220,7 +220,9 @@ class Stages:
         imbalance = self.config.plan.imbalance if self.layout.ep > 1 else 1.0
         rows = sizes.tokens * model.top_k * imbalance
         router, experts = work.router(sizes), work.experts(sizes, rows)
-        shared = work.ffn(sizes, model.shared_experts * model.expert_width) if model.shared_experts else Passes()
+        shared = (
+            work.ffn(sizes, model.shared_experts * model.expert_width, "shared") if model.shared_experts else Passes()
+        )
         sums = [work.add(sizes, sizes.tokens, model.hidden)] * (2 if model.shared_experts else 1)
         out, back = work.permutation(sizes, self.spread)
         spread = self.spread

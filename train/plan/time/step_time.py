@@ -203,4 +203,5 @@ def mfu(config: Config, step_seconds: float, causal: bool) -> float | None:
     if not config.hardware.bf16_flops:
         return None
     rate = config.batch_size * config.seq_len / step_seconds / config.parallel.world
-    return rate * flops_per_token(config.model, config.seq_len, causal) / config.hardware.bf16_flops
+    flops = flops_per_token(config.model, config.seq_len, causal, frozen=config.adapter.on)
+    return rate * flops / config.hardware.bf16_flops

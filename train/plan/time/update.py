@@ -22,7 +22,8 @@ from train.optim.matrices import logical_matrices
 from train.optim.newton_schulz import products
 from train.plan.job import device_kind
 from train.plan.memory.part import FrozenSection
-from train.plan.memory.rank_weights import part_weights
+from train.plan.memory.rank_memory import chunk_parts
+from train.plan.memory.rank_weights import part_weights, rank_weights
 from train.plan.time.rates import Rates
 from train.plan.time.work import Work
 
@@ -54,6 +55,8 @@ class WeightCounts:
     experts: float
     orthogonal: tuple["Orthogonal", ...] = ()
     """What is made orthogonal of the two, where the optimizer does that."""
+    frozen: float = 0.0
+    """Weights beside which an adapter is trained; the others are then those of the adapter."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,13 @@ class Orthogonal:
 def count_weights(config: Config, layers: list[range], stage_ids: list[int], last: int) -> WeightCounts:
     """Weights of the stages of one pipeline rank, experts those of one rank of the expert group."""
     model, parallel = config.model, config.parallel
+    if config.adapter.on:
+        chunks = [parts for rank in chunk_parts(config, layers) for stage, parts in rank.items() if stage in stage_ids]
+        found = rank_weights(config, chunks)
+        dense, experts = (
+            sum(w.elements for w in found if w.is_trained and w.is_expert == kind) for kind in (False, True)
+        )
+        return WeightCounts(dense, experts, frozen=sum(weight.elements for weight in found if not weight.is_trained))
     counts = count_parameters(model)
     per_layer = counts.expert * model.experts
     dense = experts = 0.0

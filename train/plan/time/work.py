@@ -9,10 +9,13 @@ Shapes: T tokens of a micro-batch, D width, F inner width, R rows of this rank's
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from conf.schema import Config, Fp8Backend, Recompute
+from conf.schema import AdapterTarget, Config, Fp8Backend, Recompute
 from train.kernels.choice import build_kernels
 from train.plan.job import device_kind
 from train.plan.time.traffic import Spread
+
+HIGH = "high"
+"""The family of products that are never in FP8."""
 
 
 class Work(NamedTuple):
@@ -62,7 +65,7 @@ class Sizes:
     def fp8(self, family: str) -> bool:
         """Whether the products of this family of layers are in FP8: dense, output, experts_up or experts_down."""
         fp8 = self.config.precision.fp8
-        return fp8 is not None and getattr(fp8, family).fprop.activation != "bf16"
+        return fp8 is not None and family != HIGH and getattr(fp8, family).fprop.activation != "bf16"
 
     def recomputes(self, what: Recompute) -> bool:
         return what in self.config.model.recompute
@@ -97,14 +100,38 @@ class Sizes:
         return [Work(kind, flops, operands + weights * self.element), added]
 
 
-def linear(sizes: Sizes, rows: float, inputs: int, outputs: int, family: str = "dense") -> Passes:
-    """y = x w^T of rows x inputs; in FP8 with the casts of all operands."""
-    return _product(sizes, rows, inputs, outputs, 1, family, "")
+def linear(
+    sizes: Sizes, rows: float, inputs: int, outputs: int, family: str = "dense", target: str = "", pairs: int = 1
+) -> Passes:
+    """y = x w^T of rows x inputs; in FP8 with the casts of all operands. target: by which an adapter has `pairs` pairs beside the weight."""
+    passes = _product(sizes, rows, inputs, outputs, 1, family, "")
+    return _beside(sizes, passes, rows, inputs, outputs, 1, target, pairs)
 
 
-def grouped(sizes: Sizes, rows: float, inputs: int, outputs: int, family: str) -> Passes:
-    """The work of a product with the weight of each row's expert."""
-    return _product(sizes, rows, inputs, outputs, sizes.local_experts, family, "grouped_")
+def grouped(sizes: Sizes, rows: float, inputs: int, outputs: int, family: str, pairs: int = 1) -> Passes:
+    """The work of a product with the weight of each row's expert, which an adapter has `pairs` pairs beside."""
+    passes = _product(sizes, rows, inputs, outputs, sizes.local_experts, family, "grouped_")
+    return _beside(sizes, passes, rows, inputs, outputs, sizes.local_experts, "routed", pairs)
+
+
+def _beside(
+    sizes: Sizes, passes: Passes, rows: float, inputs: int, outputs: int, experts: int, target: str, pairs: int
+) -> Passes:
+    """With an adapter no gradient of the weight, and of a target the products of its pairs and their sum with the output."""
+    adapter = sizes.config.adapter
+    if not adapter.on:
+        return passes
+    passes.weights.clear()
+    if target not in (adapter.targets or ()):
+        return passes
+    prefix = "grouped_" if experts > 1 else ""
+    for _ in range(pairs):
+        for pair in ((inputs, adapter.rank), (adapter.rank, outputs // pairs)):
+            passes.add(_product(sizes, rows, *pair, experts, HIGH, prefix))
+    joined = [add(sizes, rows, outputs)]
+    if pairs > 1:
+        joined.append(Work("copy", bytes=2 * rows * outputs * sizes.element))
+    return passes.add(Passes(joined, [add(sizes, rows, inputs)]))
 
 
 def _product(sizes: Sizes, rows: float, inputs: int, outputs: int, experts: int, family: str, prefix: str) -> Passes:
@@ -156,14 +183,14 @@ def attention(sizes: Sizes) -> Passes:
     passes = norm(sizes, tokens, model.hidden)
     up = Passes()
     if model.q_rank is None:
-        passes.add(linear(sizes, tokens, model.hidden, heads * qk))
+        passes.add(linear(sizes, tokens, model.hidden, heads * qk, target="q_up"))
     else:
-        passes.add(linear(sizes, tokens, model.hidden, model.q_rank))
-        up.add(norm(sizes, tokens, model.q_rank)).add(linear(sizes, tokens, model.q_rank, heads * qk))
-    passes.add(linear(sizes, tokens, model.hidden, model.kv_rank + model.rope_head_dim))
+        passes.add(linear(sizes, tokens, model.hidden, model.q_rank, target="down"))
+        up.add(norm(sizes, tokens, model.q_rank)).add(linear(sizes, tokens, model.q_rank, heads * qk, target="q_up"))
+    passes.add(linear(sizes, tokens, model.hidden, model.kv_rank + model.rope_head_dim, target="down"))
     up.add(norm(sizes, tokens, model.kv_rank))
     shared = sizes.config.parallel.cp  # keys and values of all positions, and again in backward
-    keys = linear(sizes, tokens * shared, model.kv_rank, heads * (model.nope_head_dim + value))
+    keys = linear(sizes, tokens * shared, model.kv_rank, heads * (model.nope_head_dim + value), target="kv_up")
     up.add(keys)
     if shared > 1 and not sizes.recomputes(Recompute.mla_up):
         passes.inputs += keys.forward
@@ -183,7 +210,7 @@ def attention(sizes: Sizes) -> Passes:
     copy = Work("copy", bytes=2 * tokens * heads * value * sizes.element)
     passes.forward.append(copy)
     passes.inputs.append(copy)
-    passes.add(linear(sizes, tokens, heads * value, model.hidden, "output"))
+    passes.add(linear(sizes, tokens, heads * value, model.hidden, "output", "out"))
     residual = add(sizes, tokens, model.hidden)
     passes.forward.append(residual)
     passes.inputs += [residual, residual]  # the norm's gradient joins the residual's; q_down's joins kv_down's
@@ -198,12 +225,12 @@ def swiglu(sizes: Sizes, rows: float, inner: int) -> Passes:
     return passes
 
 
-def ffn(sizes: Sizes, inner: int) -> Passes:
+def ffn(sizes: Sizes, inner: int, target: str) -> Passes:
     """A dense FFN or the shared experts, without norm and residual."""
     width = sizes.config.model.hidden
-    passes = linear(sizes, sizes.tokens, width, 2 * inner)
+    passes = linear(sizes, sizes.tokens, width, 2 * inner, target=target, pairs=2)
     passes.add(swiglu(sizes, sizes.tokens, inner))
-    return passes.add(linear(sizes, sizes.tokens, inner, width))
+    return passes.add(linear(sizes, sizes.tokens, inner, width, target=target))
 
 
 def router(sizes: Sizes) -> Passes:
@@ -220,7 +247,8 @@ def router(sizes: Sizes) -> Passes:
     product = [Work(f"fprop_{form}", flops, moved), Work("copy", bytes=widened)]
     passes.forward += [*product, Work("route_forward", bytes=logits)]
     passes.inputs += [Work("route_backward", bytes=logits), Work(f"dgrad_{form}", parts * flops, moved)]
-    passes.weights += [Work(f"wgrad_{form}", parts * flops, moved), Work("copy", bytes=widened)]
+    if not sizes.config.adapter.on:
+        passes.weights += [Work(f"wgrad_{form}", parts * flops, moved), Work("copy", bytes=widened)]
     residual = add(sizes, tokens, model.hidden)
     passes.inputs += [residual] * 3  # the residual, and the router's, experts' and shared experts' gradients of one x
     return passes
@@ -229,9 +257,9 @@ def router(sizes: Sizes) -> Passes:
 def experts(sizes: Sizes, rows: float) -> Passes:
     """The routed experts of this rank."""
     model = sizes.config.model
-    passes = grouped(sizes, rows, model.hidden, 2 * model.expert_width, "experts_up")
+    passes = grouped(sizes, rows, model.hidden, 2 * model.expert_width, "experts_up", 2)
     passes.add(swiglu(sizes, rows, model.expert_width))
-    return passes.add(grouped(sizes, rows, model.expert_width, model.hidden, "experts_down"))
+    return passes.add(grouped(sizes, rows, model.expert_width, model.hidden, "experts_down", 1))
 
 
 def permutation(sizes: Sizes, spread: Spread) -> tuple[list[Work], list[Work]]:
@@ -259,8 +287,11 @@ def embedding(sizes: Sizes) -> Passes:
     model, tokens = sizes.config.model, sizes.tokens
     table = model.vocab_size * model.hidden
     row = tokens * model.hidden
+    forward = [Work("embed_forward", bytes=2 * row * sizes.element)]
+    if sizes.config.adapter.on:
+        return Passes(forward)
     return Passes(
-        [Work("embed_forward", bytes=2 * row * sizes.element)],
+        forward,
         [],
         [
             Work("embed_backward", bytes=4 * table + row * (sizes.element + 8)),
@@ -274,17 +305,23 @@ def head_work(sizes: Sizes, positions: list[int]) -> Passes:
     model = sizes.config.model
     width, vocabulary, element = model.hidden, model.vocab_size, sizes.element
     passes = norm(sizes, sizes.tokens, width)
-    table = width * vocabulary
+    table, adapter = width * vocabulary, sizes.config.adapter
+    trained = not adapter.on or AdapterTarget.head in (
+        adapter.targets or ()
+    )  # its pair is a part of one matrix with it
+    names = ("fprop", "dgrad", *["wgrad"] * trained)
     for tokens in positions:
         chunks = -(-tokens // model.loss_chunk)
         flops, logits = 2 * tokens * width * vocabulary, tokens * vocabulary
         moved = (tokens * width + chunks * table + logits) * element
-        passes.forward += [Work(f"{name}_{sizes.high}", flops, moved, chunks) for name in ("fprop", "dgrad", "wgrad")]
+        passes.forward += [Work(f"{name}_{sizes.high}", flops, moved, chunks) for name in names]
         passes.forward.append(Work("loss", bytes=4 * logits, calls=chunks))
-        passes.forward.append(Work("accumulate", bytes=table * (8 * chunks + 4 * (chunks - 1))))
         passes.inputs.append(Work("copy", bytes=2 * tokens * width * element))
-        passes.weights.append(Work("accumulate", bytes=8 * table))
-    passes.weights.append(Work("accumulate", bytes=12 * table * (len(positions) - 1 / sizes.micro_batches)))
+        if trained:
+            passes.forward.append(Work("accumulate", bytes=table * (8 * chunks + 4 * (chunks - 1))))
+            passes.weights.append(Work("accumulate", bytes=8 * table))
+    if trained:
+        passes.weights.append(Work("accumulate", bytes=12 * table * (len(positions) - 1 / sizes.micro_batches)))
     return passes
 
 

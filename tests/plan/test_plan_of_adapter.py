@@ -1,0 +1,74 @@
+"""What a plan knows of an adapter: frozen weights are only read, and everything else is that of its pairs."""
+
+import pytest
+
+from conf.errors import UserError
+from conf.load import compose
+from conf.schema import Config
+from train.loop.layout_check import check_layout
+from train.model.count import checkpoint_bytes, count_adapter, count_parameters
+from train.plan.budget import make_plan
+from train.plan.memory.rank_memory import chunk_parts
+from train.plan.memory.rank_weights import rank_weights
+from train.plan.search.lower_bounds import _state_bytes
+from train.plan.time import work
+from train.plan.time.update import count_weights
+
+ALL = "adapter.targets=[q_up,kv_up,down,out,routed,shared,dense,head]"
+
+
+def planned(*overrides: str) -> Config:
+    return compose("mode=plan", "hardware=h100", "optim=tune", "data.path=none", "precision=bf16", *overrides)
+
+
+@pytest.mark.parametrize("model", ["tiny", "moonlight_16b", "kimi_k2"])
+def test_the_counted_adapter_is_the_one_that_is_built(model):
+    config = planned(f"conf={model}", "parallel=single", "adapter=lora", ALL)
+    found = rank_weights(config, list(chunk_parts(config)[0].values()))
+    assert sum(weight.elements for weight in found if weight.is_trained) == count_adapter(config)
+    counts = count_parameters(config.model)
+    assert sum(weight.elements for weight in found if not weight.is_trained) == counts.total + counts.mtp
+    assert checkpoint_bytes(config) < checkpoint_bytes(planned(f"conf={model}", "parallel=single")) / 6
+
+
+def test_frozen_weights_have_no_master_moments_or_gradients():
+    config = planned(
+        "conf=tiny", "adapter=lora", "parallel.dp=2", "parallel.ep=2", "batch_size=16", "micro_batch_size=2"
+    )
+    plan = make_plan(config)
+    held = count_weights(config, [range(config.model.layers)], [0], 0)
+    trained = held.dense + held.experts
+    items = plan.fullest.items
+    assert items["weights"] == pytest.approx(2 * (trained + held.frozen), rel=1e-3)
+    assert items["master"] == pytest.approx(4 * (held.dense / 2 + held.experts), rel=1e-3)
+    assert items["gradients"] == 4 * trained  # of several micro-batches, all are there at the peak
+    assert _state_bytes(config, held) <= plan.fullest.peak_bytes
+    whole = make_plan(planned("conf=tiny", "parallel.dp=2", "parallel.ep=2", "batch_size=16", "micro_batch_size=2"))
+    assert plan.step.update.reduce < whole.step.update.reduce / 4
+    assert plan.fullest.peak_bytes < whole.fullest.peak_bytes
+
+
+def test_the_only_gradients_of_weights_are_those_of_pairs():
+    config = planned("conf=tiny", "adapter=lora", "adapter.rank=8", "adapter.targets=[out,routed]")
+    sizes = work.Sizes(config, tokens=32, micro_batches=1, local_experts=4)
+
+    def flops(passes: list[work.Work]) -> float:
+        return sum(one.flops for one in passes if "grad" in one.kind)
+
+    assert not work.linear(sizes, 32, 64, 48, target="q_up").weights
+    pair = work.linear(sizes, 32, 64, 48, "output", "out")
+    assert flops(pair.weights) == 2 * 32 * 8 * (64 + 48)
+    assert sum(one.flops for one in pair.forward) == 2 * 32 * (64 * 48 + 8 * (64 + 48))
+    up = work.grouped(sizes, 32, 64, 2 * 48, "experts_up", 2)
+    assert flops(up.weights) == 2 * 2 * 32 * 8 * (64 + 48)
+    assert flops(up.inputs) == 2 * 32 * 64 * 96 + flops(up.weights)
+    assert not work.embedding(sizes).weights and not work.router(sizes).weights
+
+
+def test_a_rank_without_a_block_is_refused():
+    """The last stage has the head and the MTP module here, which weigh more than a layer."""
+    config = planned(
+        "conf=tiny", "model.layers=3", "adapter=lora", "parallel.pp=3", "parallel.split=[2,1,0]", "batch_size=12"
+    )
+    with pytest.raises(UserError, match="leaves rank 2 of the pipeline without a block"):
+        check_layout(config)
