@@ -51,7 +51,7 @@ class LinearProduct(Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight_OI: Tensor, kernels: Kernels) -> Tensor:
-        ctx.save_for_backward(x, weight_OI)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight_OI)  # a frozen weight wants nothing of x
         ctx.kernels = kernels
         return kernels.product(_rows(x), weight_OI, x.dtype).view(*x.shape[:-1], -1)
 
@@ -62,7 +62,7 @@ class LinearProduct(Function):
         x_needed, weight_needed, *_ = gradients_needed(ctx)
         dy_NO, dx, dweight_OI = _rows(dy), None, None
         if x_needed:
-            dx = kernels.product(dy_NO, weight_OI.t(), x.dtype).view(x.shape)
+            dx = kernels.product(dy_NO, weight_OI.t(), dy.dtype).view(*dy.shape[:-1], -1)
         if weight_needed:
             dweight_OI = weight_gradient(ctx, 1, weight_OI, partial(kernels.product, dy_NO.t(), _rows(x).t()))
         return dx, dweight_OI, None
@@ -75,7 +75,7 @@ class GroupedProduct(Function):
 
     @staticmethod
     def forward(ctx, x_RI: Tensor, weight_EOI: Tensor, groups: ExpertGroups, kernels: Kernels):
-        ctx.save_for_backward(x_RI, weight_EOI)
+        ctx.save_for_backward(x_RI if ctx.needs_input_grad[1] else None, weight_EOI)
         ctx.groups, ctx.kernels = groups, kernels
         return kernels.grouped_product(x_RI, weight_EOI.transpose(1, 2), groups)
 

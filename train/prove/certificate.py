@@ -176,7 +176,11 @@ def sharpness_of(verdicts: Sequence[ProofVerdict]) -> list[Sharpness]:
 def _lines(proof: str, verdicts: list[ProofVerdict]) -> list[str]:
     """What failed; or how much was compared, how sharply, what came nearest to its bound, and what was not seen."""
     if not verdicts:
-        return ["did not run: nothing has a scale for every 128 of it" if proof == "tiles" else "did not run"]
+        return [
+            "did not run: nothing has a scale for every 128 of it, or an adapter stands beside"
+            if proof == "tiles"
+            else "did not run"
+        ]
     if failed := [verdict for verdict in verdicts if verdict.failed]:
         return [
             f"FAILED: {one.quantity}, error {one.worst:.2g}, allowed {one.bound:.2g} ({one.where})" for one in failed

@@ -76,8 +76,9 @@ PROOFS: dict[str, Callable[[Config], Config]] = {
 
 
 def passes_of(config: Config) -> list[str]:
-    """Those that a recipe needs: `tiles` where something has a scale for every 128 of it."""
-    return [proof for proof in PROOFS if proof != "tiles" or is_tiled(config)]
+    """Those that a recipe needs: `tiles`, which looks at single parts, where something has a scale for every 128 of it and no adapter stands beside
+    them."""
+    return [proof for proof in PROOFS if proof != "tiles" or (is_tiled(config) and not config.adapter.on)]
 
 
 LOOSE_CLIP = 1e4

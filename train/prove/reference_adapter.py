@@ -11,7 +11,7 @@ from torch import Tensor
 
 from conf.schema import Config
 
-PARTS = {
+ADAPTED_ENDS = {
     "q_up": ("attention.q.weight", "attention.q_up.weight"),
     "kv_up": ("attention.kv_up.weight",),
     "down": ("attention.q_down.weight", "attention.kv_down.weight"),
@@ -27,7 +27,7 @@ PARTS = {
 def pairs_of(config: Config, weight: str) -> list[str]:
     """What the names of the pairs of a weight begin with, one for each matrix in it; none where it is not adapted."""
     targets = config.adapter.targets or ()
-    if not config.adapter.on or not any(weight.endswith(end) for target in targets for end in PARTS[target]):
+    if not config.adapter.on or not any(weight.endswith(end) for target in targets for end in ADAPTED_ENDS[target]):
         return []
     if weight.endswith(".experts.w13"):
         return [weight[:-3] + "w1_lora_", weight[:-3] + "w3_lora_"]
