@@ -21,8 +21,8 @@ def train_slow_rank(rank: int, config_path: str, world: int, store: str) -> None
         time.sleep(DELAY)
         return forward(self, *arguments, **keywords)
 
-    def write_down(self, step: int, phase: str, sequences: int = 0, busy: float | None = None) -> None:
-        write(self, step, phase, sequences, busy)
+    def write_down(self, step: int, phase: str, sequences: int = 0, busy: float | None = None, *more) -> None:
+        write(self, step, phase, sequences, busy, *more)
         if step >= 3 and busy is not None:
             with (Path(config_path).parent / f"busy_{rank}").open("a") as file:
                 print(busy, file=file)

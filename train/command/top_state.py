@@ -101,7 +101,8 @@ class RunReader:
 
     def read(self) -> RunPicture:
         settings, now = read_settings(self.folder), time.time()
-        parallel = settings.get("parallel") if isinstance(settings.get("parallel"), dict) else {}
+        said = settings.get("parallel")
+        parallel = said if isinstance(said, dict) else {}
         stages, replicas = _whole(parallel.get("pp"), 1), _whole(parallel.get("dp"), 1) * _whole(parallel.get("cp"), 1)
         records = read_last_lines(self.folder / METRICS_FILE)
         newest = records[-1] if records else {}

@@ -67,7 +67,7 @@ def _server(port: int, text: Callable[[], bytes]) -> ThreadingHTTPServer:
             self.end_headers()
             self.wfile.write(body)
 
-        def log_message(self, *_) -> None:
+        def log_message(self, format: str, *_: object) -> None:
             """Nobody wants a line for each question."""
 
     try:
