@@ -232,6 +232,16 @@ def poison(kind: str) -> Callable[[Any], None]:
     return install
 
 
+def flip_bit(run: Any) -> None:
+    """One bit of one weight of this copy."""
+    strike()
+    block = list(run.chunks[0].layers.values())[-1]
+    weight = next(param for param in block.parameters() if param.dim() == 2 and param.numel())
+    whole = {2: torch.int16, 4: torch.int32}[weight.element_size()]
+    with torch.no_grad():
+        weight.view(whole).view(-1)[5] ^= 1 << 3
+
+
 def be_slow(run: Any) -> None:
     block = list(run.chunks[0].layers.values())[-1]
     strike()
@@ -324,6 +334,7 @@ FAULTS: dict[str, Callable[[Any], None]] = {
     "nan_weight": poison("weight"),
     "nan_output": poison("output"),
     "inf_gradient": poison("gradient"),
+    "flip": flip_bit,
     "slow": be_slow,
     "send_left_out": drop_message(lambda operation: operation.op is not dist.isend),
     "receive_left_out": drop_message(lambda operation: operation.op is not dist.irecv),

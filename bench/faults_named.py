@@ -119,6 +119,7 @@ CASES = (
     FaultCase("dp2", {1: "helper_exits"}, ("kind:killed",), "exit code 1"),
     FaultCase("dp4", {2: "nan_output"}, ("kind:diverged",)),
     FaultCase("pp2dp2", {3: "inf_gradient"}, ("kind:diverged",)),
+    FaultCase("dp4", {2: "flip"}, ("kind:crash",), "holds other weights"),
     FaultCase("ep2", {0: "nan_weight"}, ("kind:diverged",)),
     FaultCase("cp2", {1: "loop"}, HANGS),
     FaultCase("pp2dp2", {1: "loader_pipe"}, ("loader",)),
@@ -191,7 +192,7 @@ def _config(case: FaultCase, folder: Path) -> Config:
     name = case.name.replace(":", "_").replace("+", "_")
     settings = [
         f"name={name}", *LAYOUTS[case.layout], "steps=40", "checkpoint.every=0", "log.validate_every=0", "log.progress=false",
-        "log.sample_tokens=0", "optim.max_bad_steps=2", "callbacks=[{_target_: bench.fault_hooks.Saboteur}]", "cluster.timeout=60",
+        "log.sample_tokens=0", "optim.max_bad_steps=2", "log.replicas_every=1", "callbacks=[{_target_: bench.fault_hooks.Saboteur}]", "cluster.timeout=60",
     ]  # fmt: skip
     return compose(*arguments(folder, *settings))
 

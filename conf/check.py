@@ -294,6 +294,8 @@ TOP: tuple[ConfigCheck, ...] = (
                "writes folders that compute DeepSeek-V3 alone, and the model has code of your own", "leave it out"),
     JoinedRule("log.sample_every", lambda c, v: v == 0 or c.log.sample_tokens > 0,
                "asks for texts, and log.sample_tokens is 0", "raise log.sample_tokens, or leave log.sample_every at 0"),
+    JoinedRule("log.replicas_every", lambda c, v: v == 0 or c.parallel.zero < 3,
+               "compares copies of weights, and with parallel.zero=3 no weight has one", "leave log.replicas_every at 0"),
     JoinedRule("log.wandb_tags", lambda c, v: 1 <= len(v) <= 64,
                "must have 1 to 64 characters, as W&B asks", "shorten it", each=True),
     JoinedRule("cluster.address", lambda c, v: v is None or c.cluster.backend == "ray",

@@ -808,6 +808,9 @@ class Log:
     norms_every: int = expert(50, least=0)
     """Steps between measurements of the norms of weights and updates of every layer; 0 for none. During the update of such a step the
     master weights of a rank lie in the host's memory once more."""
+    replicas_every: int = expert(0, least=0)
+    """Steps between comparisons of weights that several ranks hold, bit by bit, before the update; a run whose copies differ ends with the
+    rank and the weight; 0 for none (train/docs/why.md)."""
     report_every: float = expert(300.0, least=0)
     """Seconds between writings of report.html while the run trains, by a process of its own at a low priority; 0 for one at the end
     alone."""

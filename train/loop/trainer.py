@@ -38,6 +38,7 @@ from train.loop.peak_memory import peak_memory
 from train.loop.profiler import StepProfiler
 from train.loop.published_weights import publish_weights
 from train.loop.rank_progress import RankProgress
+from train.loop.replicas import ReplicaCheck
 from train.loop.state import RunState
 from train.loop.step import TrainingStep
 from train.loop.stop import StopKind, StopRequest
@@ -117,6 +118,7 @@ class Trainer:
         self.training_step = TrainingStep(config, parts, rank)
         self.measure = self.training_step.measure
         self.norms = LayerNorms(config, parts.zero, self.device)
+        self.replicas = ReplicaCheck(config.log.replicas_every, parts.zero, self.mesh)
         self.timeline = TimelineSampler(config, self.mesh, parts.pipeline, state.step)
         self.profiler = StepProfiler(config, self.mesh.rank, parts, RunPaths(config).path, self._warn)
         self.callbacks = Callbacks(config, RunView(self.mesh.rank, RunPaths(config).path, parts.chunks))
@@ -212,6 +214,8 @@ class Trainer:
         return measured.stop
 
     def _end_phase(self, step: int, phase: str) -> None:
+        if phase == "schedule":
+            self.replicas.require_equal(step)
         self._enter(NEXT_PHASE[phase])
         self.norms.keep(step, phase)
 

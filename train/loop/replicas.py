@@ -1,0 +1,87 @@
+"""Whether weights that several ranks hold are equal on all of them, to the bit: a bit that flipped in one copy makes no error anywhere.
+
+Weights are compared at the end of the backward passes, before the update: after it they are made anew from the master weights, which
+only one rank has, and a flip would be gone, but not what it did to gradients. Each rank adds up the bits of each of its weights as
+integers, so that one flipped bit changes the sum; the least and the largest sum of all copies follow from one reduction of two numbers a
+weight. What cannot be seen: a flip that is gone by then, one in a master weight or a moment, experts that only one rank holds, and
+stage 3 of ZeRO, where no weight has a copy.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from conf.errors import EXIT_CRASH, RunEnded
+from parallel.mesh import Mesh
+from parallel.zero.engine import Zero
+
+SHOWN_WEIGHTS = 4
+"""Names in a sentence."""
+
+
+class ReplicasDiffer(RunEnded):
+    """Copies of a weight are not equal; the gradients of this step are wrong, and the update was not made."""
+
+    code = EXIT_CRASH
+
+
+class ReplicaCheck:
+    """Compares the copies of what one rank holds, with all that hold the same. every: steps between; 0 never."""
+
+    def __init__(self, every: int, zero: Zero, mesh: Mesh):
+        self._every = every
+        shared = {param: name for param, name in zero.names.items() if getattr(param, "allreduce", True)}
+        experts = {param: name for param, name in zero.names.items() if param not in shared}
+        self._sets = [
+            (group, list(named), list(named.values()))
+            for group, named in ((mesh.stage_group, shared), (mesh.edp_group, experts))
+            if named and dist.get_world_size(group) > 1
+        ]
+
+    def require_equal(self, step: int) -> None:
+        """Call before the update of every step, on all ranks. Raises ReplicasDiffer, on the ranks that hold such a weight."""
+        if not self._every or step % self._every:
+            return
+        for group, params, names in self._sets:
+            sums = torch.stack([sum_of_bits(param) for param in params])
+            ends = torch.stack([sums, ~sums])  # ~ turns the order round, as a minus does, and never overflows
+            dist.all_reduce(ends, dist.ReduceOp.MAX, group=group)
+            if bool((ends[0] != ~ends[1]).any()):
+                self._tell(step, group, sums, names)
+
+    def _tell(self, step: int, group: ProcessGroup, sums: Tensor, names: Sequence[str]) -> None:
+        """Name the copies that differ from most others."""
+        of_rank = [torch.empty_like(sums) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(of_rank, sums, group=group)
+        ranks = dist.get_process_group_ranks(group)
+        rows = [each.tolist() for each in of_rank]
+        odd, weights = set[int](), []
+        for place, name in enumerate(names):
+            values = [row[place] for row in rows]
+            (most, count), *others = Counter(values).most_common()
+            if others:
+                weights.append(name)
+                if 2 * count > len(values):
+                    odd |= {rank for rank, value in zip(ranks, values, strict=True) if value != most}
+        who = (
+            f"rank {', '.join(map(str, sorted(odd)))} holds"
+            if odd
+            else f"ranks {ranks} hold, and which of them is wrong cannot be told,"
+        )
+        rest = weights[SHOWN_WEIGHTS:]
+        shown = ", ".join(weights[:SHOWN_WEIGHTS]) + (f" and {len(rest)} more" if rest else "")
+        raise ReplicasDiffer(
+            f"step {step}: {who} other weights than the copies elsewhere: {shown}. No update was made of it; a run that goes on from "
+            "its last checkpoint has them right. Where it comes again on the same device, take that out",
+            sorted(odd) or ranks,
+        )
+
+
+def sum_of_bits(weight: Tensor) -> Tensor:
+    """Bits of a weight as whole numbers, added up modulo 2^64: int64, a scalar on its device."""
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
+    return weight.detach().contiguous().view(whole).sum(dtype=torch.int64)
