@@ -242,12 +242,6 @@ def flip_bit(run: Any) -> None:
         weight.view(whole).view(-1)[5] ^= 1 << 3
 
 
-def be_slow(run: Any) -> None:
-    block = list(run.chunks[0].layers.values())[-1]
-    strike()
-    block.register_forward_pre_hook(lambda module, given: time.sleep(0.5))
-
-
 def drop_message(keep: Callable[[Any], bool]) -> Callable[[Any], None]:
     """Leave a send or a receive of a pipeline out."""
 
@@ -335,7 +329,6 @@ FAULTS: dict[str, Callable[[Any], None]] = {
     "nan_output": poison("output"),
     "inf_gradient": poison("gradient"),
     "flip": flip_bit,
-    "slow": be_slow,
     "send_left_out": drop_message(lambda operation: operation.op is not dist.isend),
     "receive_left_out": drop_message(lambda operation: operation.op is not dist.irecv),
     "send_of_half": resize_message,

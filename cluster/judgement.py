@@ -24,7 +24,6 @@ class Fault(Enum):
     absent = "does not come"
     unsent = "has not sent what another rank waits for"
     stuck = "is in, as all others, and does not get out"
-    running = "gets on"
     unknown = "is not known"
 
 
@@ -42,7 +41,6 @@ FAULT_ADVICE = {
     Fault.absent: "look at this line: what does it wait for, or compute?",
     Fault.unsent: "look at the stage before: its actions should send what is waited for",
     Fault.stuck: "look at the network and the devices of these ranks: dmesg, links, switches",
-    Fault.running: "nothing; ask again if it stays so",
     Fault.unknown: "the stacks and the last records of all ranks are in the file of the incident",
 }
 
@@ -70,11 +68,6 @@ class Judgement:
     waits: list[RankWait] = field(default_factory=list)
     among: tuple[int, ...] = ()
     """Ranks of which one is the culprit, where it is not known which."""
-
-    @property
-    def certain(self) -> bool:
-        """Whether ranks are named by what they did, and not by the silence of others."""
-        return bool(self.ranks)
 
     @property
     def advice(self) -> str:
