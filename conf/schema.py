@@ -9,7 +9,6 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
 
-from conf.adapters import ADAPTER_TARGETS
 from conf.dispatches import DISPATCHES, FLAT_DISPATCH, DispatchFacts
 from conf.fields import LEFT_OUT, FilledKey, expert, number
 from conf.optimizers import ADAMW, OPTIMIZERS, OptimizerFacts
@@ -83,7 +82,8 @@ ScoreFunction = StrEnum("ScoreFunction", ["sigmoid", "softmax"])
 ModelFamily = StrEnum("ModelFamily", ["deepseek_v3", "kimi_k25", "glm4_moe_lite", "mistral_large_3"])
 """Whose names the fields and tensors of a folder have (train/hf/families.py)."""
 AdapterKind = StrEnum("AdapterKind", ["none", "lora"])
-AdapterTarget = StrEnum("AdapterTarget", list(ADAPTER_TARGETS))  # pyrefly: ignore[invalid-argument]  words of the table
+AdapterTarget = StrEnum("AdapterTarget", ["q_up", "kv_up", "down", "out", "routed", "shared", "dense", "head"])
+"""What an adapter stands beside (conf/adapters.py)."""
 ClusterBackend = StrEnum("ClusterBackend", ["local", "ray"])
 DeviceKind = StrEnum("DeviceKind", ["auto", "cpu", "cuda"])
 

@@ -2,9 +2,10 @@
 
 import pytest
 
+from conf.adapters import ADAPTER_TARGETS
 from conf.errors import UserError
 from conf.load import compose
-from conf.schema import Config
+from conf.schema import AdapterTarget, Config
 from train.loop.layout_check import check_layout
 from train.model.count import checkpoint_bytes, count_adapter, count_parameters
 from train.plan.budget import make_plan
@@ -19,6 +20,10 @@ ALL = "adapter.targets=[q_up,kv_up,down,out,routed,shared,dense,head]"
 
 def planned(*overrides: str) -> Config:
     return compose("mode=plan", "hardware=h100", "optim=tune", "data.path=none", "precision=bf16", *overrides)
+
+
+def test_every_word_of_the_table_is_a_target():
+    assert list(AdapterTarget) == list(ADAPTER_TARGETS)
 
 
 @pytest.mark.parametrize("model", ["tiny", "moonlight_16b", "kimi_k2"])
