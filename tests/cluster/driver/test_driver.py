@@ -127,6 +127,9 @@ def test_a_run_ends_well_and_leaves_a_record(tmp_path):
     assert run.only("network")["pairs"] == 6 and run.only("attempt")["dp"] == 4
     assert "rank 3 of 4 resumes at 0" in (run.folder / "logs" / "rank_3.log").read_text()
     assert not (run.folder / ".preflight").exists()
+    table = json.loads((run.folder / "ranks.json").read_text())
+    assert (table["pp"], table["dp"], table["attempt"], table["phase"]) == (1, 4, 1, "done")
+    assert [row[:2] for row in table["ranks"]] == [[0, "n0"], [1, "n1"], [2, "n2"], [3, "n3"]]
     record = split_time(run.events)
     assert record.attempts == 1 and record.nodes == 4 and 0 < record.share < 1
 
