@@ -21,6 +21,7 @@ from conf.adapters import LowRankNames, name_pairs, target_of
 from conf.schema import Adapter
 from train.model.deepseek import DeepSeekV3
 from train.model.init import draw_uniform, key_number
+from train.model.moe import Experts
 from train.model.operations import ExpertGroups, Kernels
 from train.model.recompute import RecomputedOutputs
 from train.model.weight_gradient import GroupedProduct
@@ -120,7 +121,8 @@ def add_adapters(chunk: DeepSeekV3, adapter: Adapter, kernels: Kernels, seed: in
         for name_a, name_b in names:
             a = weight.new_empty(*experts, adapter.rank, inputs)
             if not a.is_meta:
-                draw_uniform(a, f"{seed}/{prefix}.{name_a}", inputs**-0.5, module.local if experts else None)
+                local = module.local if isinstance(module, Experts) else None
+                draw_uniform(a, f"{seed}/{prefix}.{name_a}", inputs**-0.5, local)
             setattr(module, name_a, nn.Parameter(a))
             setattr(module, name_b, nn.Parameter(weight.new_zeros(*experts, outputs // len(names), adapter.rank)))
         setattr(module, ADDED[own], LowRankPairs(module, names, adapter, kernels, chunk, f"{seed}/{base}"))
