@@ -3,7 +3,7 @@
     python -m cluster.simulate [--faults trace|chance] [--spares 0,4,8,16] [--days DAYS] [--least-ep EP] [--json] [--step S] ... [key=value]
 
 Without flags: 256 servers of the trace of a year (cluster/simulate/trace) with 0, 4, 8 and 16 spares, and 2,048 and 16,384 devices with faults by
-chance; each with copies in memory and without. With overrides of a recipe its layout is simulated. Takes about a minute.
+chance; with copies in memory, and some without. With overrides of a recipe its layout is simulated. A year of 256 servers takes some 15 s of a core.
 """
 
 import argparse
@@ -127,9 +127,8 @@ def scenarios(options: argparse.Namespace) -> Iterator[Scenario]:
         for spares in options.spares or [8]:
             yield Scenario([*RECIPE, *COPIES, *options.words], faults, spares, days, options.least_ep)
         return
-    for saving in (COPIES, DISK):
-        for spares in (0, 4, 8, 16):
-            yield Scenario([*RECIPE, *saving], "trace", spares, options.days or TRACE_DAYS, options.least_ep)
+    for saving, spares in ((COPIES, 0), (COPIES, 4), (COPIES, 8), (COPIES, 16), (DISK, 8)):
+        yield Scenario([*RECIPE, *saving], "trace", spares, options.days or TRACE_DAYS, options.least_ep)
     for words, spares, days in (([], 12, 90.0), (LARGER, 64, 14.0)):
         for saving in (COPIES, DISK):
             yield Scenario([*RECIPE, *words, *saving], "chance", spares, options.days or days, options.least_ep)
