@@ -15,6 +15,7 @@ from conf.schema import ROOT, Config, PipelineSchedule, Rate
 from parallel.pipeline.orders import Action
 from tests.small import environment
 from train.model.count import count_parameters
+from train.parallelize import stage_layers
 from train.plan import reserve
 from train.plan.budget import Verdict, make_plan, verdict_of
 from train.plan.memory.rank_memory import HELD_COPIES, plan_memory, scene_of
@@ -24,7 +25,7 @@ from train.plan.reserve import reserve_of, tensor_memory
 from train.plan.search import candidates
 from train.plan.search import lower_bounds as bounds
 from train.plan.search import search as searching
-from train.plan.search.candidates import Frame, frames
+from train.plan.search.candidates import Frame, Saving, frames
 from train.plan.search.changes import broken_rule, fitted_ramp, overrides, with_changes, write_parallel
 from train.plan.search.cures import WORTH, find_cures, find_stages
 from train.plan.search.search import search
@@ -153,13 +154,17 @@ FEW = (*SMALL, "mode=plan", "plan.search=true", "plan.devices=4", "plan.reserve=
 def few_choices(monkeypatch):
     """So that a test can try everything; whole layers again with DeepEP under every schedule among it."""
     monkeypatch.setattr(candidates, "MICRO_BATCHES", (2,))
-    monkeypatch.setattr(candidates, "RECOMPUTE", ([], ["layer"]))
+    savings = Saving([]), Saving(["layer"]), Saving([], blocks="recompute"), Saving([], blocks="offload")
+    monkeypatch.setattr(candidates, "SAVINGS", savings)
     monkeypatch.setattr(candidates, "WAYS", (("flat", "bf16"), ("deepep", "fp8")))
 
 
-def _layouts(frame: Frame) -> Iterator[Config]:
-    for again, (dispatch, wire), host in product(frame.recompute, frame.ways, frame.hosts):
-        yield with_changes(frame.config, recompute=again, dispatch=dispatch, wire=wire, offload_optimizer=host)
+def _layouts(frame: Frame) -> Iterator[list[Config]]:
+    """Layouts that differ in the number of blocks that a saving takes, the fewest first."""
+    longest = max(map(len, stage_layers(frame.config)))
+    for saving, (dispatch, wire), host in product(frame.savings, frame.ways, frame.hosts):
+        one = with_changes(frame.config, dispatch=dispatch, wire=wire, offload_optimizer=host)
+        yield [saving.applied(one, blocks) for blocks in range((longest if saving.blocks else 0) + 1)]
 
 
 @pytest.mark.parametrize("share", [0.2, 0.6])
@@ -169,10 +174,15 @@ def test_a_search_finds_what_trying_everything_finds(share, few_choices, monkeyp
         searching, "UNEVEN", float("inf")
     )  # other splits of the stages are tried of layouts that fit alone
     base = compose(*FEW)
-    every = [one for frame in frames(base, 4) for one in _layouts(frame) if broken_rule(one) is None]
-    peaks = [max(rank.peak_bytes for rank in plan_memory(one)) for one in every]
-    memory = sorted(peaks)[round(share * len(peaks))]
-    fitting = [one for one, peak in zip(every, peaks, strict=True) if peak <= memory]
+    every = [each for frame in frames(base, 4) for each in _layouts(frame) if broken_rule(each[0]) is None]
+    peaks = [[max(rank.peak_bytes for rank in plan_memory(one)) for one in each] for each in every]
+    memory = sorted(map(min, peaks))[round(share * len(peaks))]
+    chosen = [
+        next(one for one, peak in zip(each, peak_of, strict=True) if peak <= memory)
+        for each, peak_of in zip(every, peaks, strict=True)
+        if min(peak_of) <= memory
+    ]
+    fitting = list({tuple(overrides(one, base)): one for one in chosen}.values())
     alone = [one for one in fitting if not one.parallel.offload_optimizer]
     hosted = [one for one in fitting if one.parallel.offload_optimizer]
     needed = [one for one in hosted if with_changes(one, offload_optimizer=False) not in alone]
@@ -190,9 +200,11 @@ def test_bounds_are_below_what_they_bound(few_choices):
     bounded = [one for frame in admitted for one in bounds.FrameBounds(frame, rates, memo).candidates()]
     assert {one.config.parallel.schedule for one in bounded} == set(PipelineSchedule)
     for one in bounded:
-        peak = max(rank.peak_bytes for rank in plan_memory(one.config))
-        assert max(one.least_bytes, bounds.traced_bound(one, scene_of(one.config))) <= peak, one
-        assert one.seconds <= plan_time(one.config).step_seconds * (1 + 1e-9), one
+        for blocks in {min(1, one.blocks), one.blocks}:
+            config = one.saving.applied(one.config, blocks)
+            peak = max(rank.peak_bytes for rank in plan_memory(config))
+            assert max(one.least_bytes, bounds.traced_bound(one, config, scene_of(config))) <= peak, one
+            assert one.seconds <= plan_time(config).step_seconds * (1 + 1e-9), one
 
 
 def test_stages_of_a_rank_are_named_where_they_make_a_step_faster():

@@ -1,12 +1,14 @@
 """mode=plan: plan, show, and write runs/<name>/plan.json and plan.html. Starts no run and asks for no GPU."""
 
 import json
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from conf.errors import EXIT_OK
 from conf.files import atomic_write_text
 from conf.schema import Config
+from conf.words import say
 from train.metrics.planned import PLAN_FILE
 from train.plan.budget import later_phases, make_plan
 from train.plan.report.plan_page import PLAN_PAGE, write_page
@@ -14,7 +16,12 @@ from train.plan.report.plan_record import plan_record
 from train.plan.report.plan_screen import calibration_screen, plan_screen, search_screen
 from train.plan.search.changes import write_parallel
 from train.plan.search.cures import find_cures, find_split, find_stages
-from train.plan.search.search import Search, search
+from train.plan.search.search import FoundLayout, Search, search
+
+
+def tell_best(found: FoundLayout) -> None:
+    """A line on standard error, while a search goes on."""
+    say(f"search: {found.step_seconds:.3g} s a step: {' '.join(found.overrides)}", file=sys.stderr, flush=True)
 
 
 def run_plan(config: Config) -> int:
@@ -27,7 +34,7 @@ def run_plan(config: Config) -> int:
     folder = Path(config.runs) / config.name
     found: Search | None = None
     if config.plan.search:
-        found = search(config)
+        found = search(config, tell_best)
         written = write_parallel(found.best[0].config, config.plan.write, config) if config.plan.write else None
         search_screen(found, written)
         config = replace(found.best[0].config, plan=config.plan)

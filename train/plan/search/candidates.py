@@ -1,7 +1,7 @@
 """The layouts that a search looks at: every combination of its choices for a number of devices."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 
 from conf.dispatches import DISPATCHES, FLAT_DISPATCH
@@ -15,28 +15,52 @@ MICRO_BATCHES = (1, 2, 4, 8)
 VIRTUAL_STAGES = (2, 3, 4)
 CONTEXT_TOKENS = 4096
 """Tokens of a sequence that a rank has at least where ranks share sequences."""
-RECOMPUTE = ([], [Recompute.norm, Recompute.swiglu], LIGHTEST, [*LIGHTEST, f"{Recompute.layer}:1"], [Recompute.layer])
 WAYS = [*product(DISPATCHES, WireFormat)]
 """Dispatch and wire."""
 
 
 @dataclass(frozen=True)
+class Saving:
+    """What a layout does to keep fewer activations on a device."""
+
+    recompute: list[str]
+    offload: list[str] = field(default_factory=list)
+    blocks: str = ""
+    """recompute or offload, where beside that the first blocks of every stage run again or wait on the host: as few as memory
+    asks for."""
+
+    def applied(self, config: Config, blocks: int) -> Config:
+        """The recipe with so many such blocks a stage."""
+        more = [f"layer:{blocks}"] if self.blocks and blocks else []
+        recompute = self.recompute + more * (self.blocks == "recompute")
+        return with_changes(config, recompute=recompute, offload=self.offload + more * (self.blocks == "offload"))
+
+
+SOME: list[str] = [Recompute.norm, Recompute.swiglu]
+"""What is recomputed for a small part of a step."""
+SAVINGS = (
+    Saving([]), Saving(SOME), Saving(LIGHTEST), Saving(LIGHTEST, blocks="recompute"), Saving([str(Recompute.layer)]),
+    Saving(SOME, blocks="offload"), Saving(LIGHTEST, blocks="offload"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Frame:
-    """Layouts that differ in nothing but what is recomputed, how rows travel, and where the optimizer lies."""
+    """Layouts that differ in nothing but what is kept of activations, how rows travel, and where the optimizer lies."""
 
     config: Config
     """With flat dispatch in bf16, and the optimizer on the device."""
     family: str
     """All layouts of one pipeline length and schedule."""
-    recompute: list[list[str]]
+    savings: Sequence[Saving]
     ways: Sequence[tuple[str, WireFormat]]
     hosts: list[bool]
     """Whether the optimizer lies on the host."""
 
     @property
     def layouts(self) -> int:
-        """How many."""
-        return len(self.recompute) * len(self.ways) * len(self.hosts)
+        """How many; those that differ in a number of blocks count as one."""
+        return len(self.savings) * len(self.ways) * len(self.hosts)
 
 
 @dataclass
@@ -44,7 +68,11 @@ class Candidate:
     """One layout that bounds do not rule out (train/plan/search/lower_bounds.py)."""
 
     config: Config
+    """With all blocks that its saving may have."""
     family: str
+    saving: Saving
+    blocks: int
+    """Most of those that a stage has."""
     seconds: float
     """Bound on the step."""
     least_bytes: int
@@ -57,12 +85,12 @@ class Candidate:
 
 def frames(config: Config, devices: int) -> Iterator[Frame]:
     """Every combination for these devices, whatever the rules say of it."""
-    model = config.model
-    recompute = [list(what) for what in RECOMPUTE if not (model.offload and Recompute.layer in what)]
-    if model.recompute not in recompute:
-        recompute.append(model.recompute)
+    model, able = config.model, can_offload(config)
+    savings = [one for one in SAVINGS if able or one.blocks != "offload"]
+    own = Saving(model.recompute, model.offload)
+    savings += [own] * (own not in savings)
     on_gpu = device_kind(config) == "cuda"
-    hosts = [False, True] if can_offload(config) else [config.parallel.offload_optimizer]
+    hosts = [False, True] if able else [config.parallel.offload_optimizer]
     spreads = [(pp, cp) for pp in divisors(devices) for cp in _contexts(config, devices // pp)]
     for pp, cp in spreads:
         dp = devices // (pp * cp)
@@ -72,14 +100,14 @@ def frames(config: Config, devices: int) -> Iterator[Frame]:
             for size in MICRO_BATCHES:
                 ramp = _ramp(config, size * dp, pp, schedule)
                 for ep in groups:
-                    able = [way for way in WAYS if DISPATCHES[way[0]].is_able(ep, model.hidden, on_gpu)]
-                    ways = able if ep > 1 else able[:1]
+                    ways = [way for way in WAYS if DISPATCHES[way[0]].is_able(ep, model.hidden, on_gpu)]
+                    ways = ways if ep > 1 else ways[:1]
                     for zero in (1,) if pp > 1 else (1, 2, 3):
                         one = with_changes(
                             ramp, pp=pp, dp=dp, cp=cp, ep=ep, schedule=schedule, virtual_stages=virtual, micro_batch_size=size,
                             zero=zero, dispatch=FLAT_DISPATCH, wire="bf16", overlap=True, offload_optimizer=False,
                         )  # fmt: skip
-                        yield Frame(one, family, recompute, ways, hosts if zero < 3 else [False])
+                        yield Frame(one, family, savings, ways, hosts if zero < 3 else [False])
 
 
 def _orders(config: Config, pp: int) -> Iterator[tuple[str, int]]:

@@ -14,7 +14,7 @@ from train.loop.layout_check import check_layout
 from train.plan.job import can_offload, with_nodes
 from train.plan.time.stages import require_rule
 
-LIGHTEST = list(SELECTIVE)
+LIGHTEST: list[str] = [str(what) for what in SELECTIVE]
 """All that may be recomputed."""
 
 

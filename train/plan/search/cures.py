@@ -121,6 +121,7 @@ def _values(config: Config, base: Config) -> dict[str, object]:
     for name, mine, theirs in (
         ("micro_batch_size", config.micro_batch_size, base.micro_batch_size),
         ("recompute", config.model.recompute, base.model.recompute),
+        ("offload", config.model.offload, base.model.offload),
         ("loss_chunk", config.model.loss_chunk, base.model.loss_chunk),
         ("moments", config.precision.moments, base.precision.moments),
     ):

@@ -3,7 +3,8 @@
 memory   weights, gradients and optimizer of each rank, and the least that its micro-batches in flight keep
 time     the busiest rank's work, the schedule's idle time in closed form, the update
 
-Layouts of a frame share their weights, their update and what is in flight. Memory comes first, and is all that is asked of
+Layouts of a frame share their weights, their update and what is in flight. Of a saving by blocks, memory counts with all of them and time
+with none. Memory comes first, and is all that is asked of
 a layout that it rules out. Times of equal layers under equal conditions are counted once in a search.
 """
 
@@ -48,8 +49,11 @@ class FrameBounds:
         state = [[_state_bytes(config, one) for one in held] for config in placed]
         memory = {way[0]: tensor_memory(with_changes(frame.config, dispatch=way[0])) for way in frame.ways}
         updates: dict[bool, float] = {}
-        for again in frame.recompute:
-            config = with_changes(frame.config, recompute=again)
+        longest = max(map(len, stages.layers))
+        passes: dict[tuple[str, ...], float] = {}
+        for saving in frame.savings:
+            blocks = longest if saving.blocks else 0
+            config = saving.applied(frame.config, blocks)
             kept = [_kept_bytes(config, stages, ids, flight[rank]) for rank, ids in enumerate(stages.placement)]
             least = [[sum(pair) for pair in zip(one, kept, strict=True)] for one in state]
             for dispatch, wire in frame.ways:
@@ -57,23 +61,27 @@ class FrameBounds:
                 if not able:
                     self.lacking.append(min(map(max, least)) - memory[dispatch])
                     continue
-                one = with_changes(config, dispatch=dispatch, wire=wire)
-                passes = _pipeline_seconds(self._stages(one))
+                key = (*saving.recompute, "", *saving.offload, dispatch, wire)
+                if key not in passes:
+                    fastest = with_changes(saving.applied(frame.config, 0), dispatch=dispatch, wire=wire)
+                    passes[key] = _pipeline_seconds(self._stages(fastest))
                 for number in able:
                     host, total = frame.hosts[number], max(least[number])
                     if host not in updates:
                         updates[host] = slowest_update(self._stages(placed[number])).seconds
                     rank = least[number].index(total)
-                    there = with_changes(one, offload_optimizer=host)
-                    yield Candidate(there, frame.family, passes + updates[host], total, rank, kept[rank])
+                    there = with_changes(config, dispatch=dispatch, wire=wire, offload_optimizer=host)
+                    seconds = passes[key] + updates[host]
+                    yield Candidate(there, frame.family, saving, blocks, seconds, total, rank, kept[rank])
 
     def _stages(self, config: Config) -> Stages:
         return Stages(config, layout_of(config), self._rates, self._memo)
 
 
-def traced_bound(candidate: Candidate, scene: Scene) -> int:
-    """The bound on memory with what a forward pass of the model's own code really keeps."""
-    config, rank = candidate.config, candidate.fullest
+def traced_bound(candidate: Candidate, config: Config, scene: Scene) -> int:
+    """The bound on memory with what a forward pass of the model's own code really keeps. config: the candidate's, with any number of
+    the blocks of its saving."""
+    rank = candidate.fullest
     kept = min(sum(chunk_of(scene, parts).kept.values()) for parts in chunk_parts(config)[rank].values())
     flight = _waiting(config.parallel, micro_batches_of(config))[rank]
     return candidate.least_bytes - candidate.kept_bytes + flight * kept

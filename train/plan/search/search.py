@@ -1,19 +1,20 @@
 """plan.search=true: which layout is fastest on these devices, and why the others are not.
 
-    1. Every combination of pipeline, contexts, experts, schedule, micro-batch, recomputation, dispatch, wire and place of the optimizer
-       that the rules admit (candidates.py).
-    2. Bounds on its memory and, where that may fit, on its step (bounds.py).
+    1. Every combination of pipeline, contexts, experts, schedule, micro-batch, recomputation, activations on the host, dispatch, wire and
+       place of the optimizer that the rules admit (candidates.py).
+    2. Bounds on its memory and, where that may fit, on its step (lower_bounds.py).
     3. From the smallest bound on time upwards the simulation, and from the shortest step upwards the memory model, until ten fit and
        no bound of the rest undercuts them. Where ranks of a pipeline work unevenly, a layout that fits is also tried with the split of
        stages that the planned times call for.
 
-The optimizer lies on the host where a layout does not fit otherwise: that only takes time. A family is all layouts of one
+The optimizer lies on the host where a layout does not fit otherwise, and as few blocks run again or wait on the host as memory asks for:
+that only takes time. Whoever interrupts a search gets the best that it has found so far. A family is all layouts of one
 pipeline length and schedule. Of each family that has no place among the best it is said why: the rule that all of it breaks, how
 far its lightest layout is from fitting, or how much slower its best one is.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from heapq import heapify, heappop, heappush
 
@@ -37,6 +38,8 @@ from train.plan.time.step_time import estimate_step, mfu, simulate_step
 SHOWN_LAYOUTS = 10
 REASONS = 3
 """Kinds of layouts whose rule is told where none runs."""
+_UNSEEN = -1
+"""In place of a number of blocks: of a candidate of which only bounds are known."""
 UNEVEN = 1.03
 """The busiest rank's work over the mean from which on another split of the stages is looked at."""
 
@@ -74,6 +77,7 @@ class Choice:
 class SearchRecord:
     devices: int
     tried: int
+    complete: bool
     best: list[Choice]
     rejected: list[Family]
 
@@ -85,12 +89,14 @@ class Search:
     base: Config
     devices: int
     tried: int
+    complete: bool = True
+    """False where somebody interrupted it."""
     best: list[FoundLayout] = field(default_factory=list)
     rejected: list[Family] = field(default_factory=list)
 
     def record(self) -> SearchRecord:
         best = [Choice(one.overrides, one.step_seconds, one.room_bytes, one.mfu_causal) for one in self.best]
-        return SearchRecord(self.devices, self.tried, best, self.rejected)
+        return SearchRecord(self.devices, self.tried, self.complete, best, self.rejected)
 
     def command(self, name: str) -> list[str]:
         """The arguments that use the best layout once it is written under this name."""
@@ -98,16 +104,19 @@ class Search:
         return [f"parallel={name}", *rest]
 
 
-def search(config: Config) -> Search:
-    """The ten fastest layouts that fit. Raises UserError where none does."""
+def search(config: Config, tell: Callable[[FoundLayout], None] = lambda found: None) -> Search:
+    """The ten fastest layouts that fit; after an interrupt (SIGINT), of those looked at so far. tell: called with every layout that is
+    the best so far. Raises UserError where none fits, KeyboardInterrupt where none was found yet.
+    """
     require_hardware(config.hardware)
     require_host(config)
     check(config)
     require_rule(config)
     devices = config.plan.devices or config.parallel.world
-    finder = _Finder(config, devices)
+    finder = _Finder(config, devices, tell)
     fits = finder.run()
     found = Search(config, devices, finder.tried)
+    found.complete = finder.complete
     found.best = [finder.found(fit) for fit in fits]
     found.rejected = list(finder.rejected(fits))
     if not fits:
@@ -144,10 +153,13 @@ class _Looked:
 class _Finder:
     """One search."""
 
-    def __init__(self, config: Config, devices: int):
-        self._base, self._devices, self.tried = config, devices, 0
+    def __init__(self, config: Config, devices: int, tell: Callable[[FoundLayout], None]):
+        self._base, self._devices, self._tell, self.tried = config, devices, tell, 0
+        self.complete = True
         self._rates, self._memo = load_rates(config, alone=devices == 1), {}
         self._families: defaultdict[str, _Looked] = defaultdict(_Looked)
+        self._looked: dict[tuple[str, ...], tuple[int, str]] = {}
+        """What layouts lack, by their overrides."""
         self._on_devices: set[tuple[str, ...]] = set()
         """Layouts that fit with the optimizer on the devices."""
 
@@ -165,7 +177,17 @@ class _Finder:
                 bounds = FrameBounds(replace(frame, ways=ways), self._rates, self._memo)
                 family.possible += bounds.candidates()
                 family.lacking += bounds.lacking
-        fits = sorted(self._fits(), key=lambda fit: fit.step_seconds)[:SHOWN_LAYOUTS]
+        fits = []
+        try:
+            for fit in self._fits():
+                fits.append(fit)
+                if min(fits, key=lambda one: one.step_seconds) is fit:
+                    self._tell(self.found(fit))
+        except KeyboardInterrupt:
+            if not fits:
+                raise
+            self.complete = False
+        fits = sorted(fits, key=lambda fit: fit.step_seconds)[:SHOWN_LAYOUTS]
         for fit in fits:
             fit.step_seconds = simulate_step(self._stages(fit.config)).seconds
         return sorted(fits, key=lambda fit: fit.step_seconds)
@@ -185,47 +207,71 @@ class _Finder:
     def _fits(self) -> Iterator[_Fit]:
         """Layouts that fit, until none of the rest can be among the ten fastest."""
         possible = [one for family in self._families.values() for one in family.possible]
-        queue = [(one.seconds, number, False) for number, one in enumerate(possible)]
+        queue = [(one.seconds, number, _UNSEEN) for number, one in enumerate(possible)]
         heapify(queue)
         best: list[float] = []
         while queue and not (len(best) == SHOWN_LAYOUTS and queue[0][0] > best[-1]):
-            seconds, number, simulated = heappop(queue)
+            seconds, number, blocks = heappop(queue)
             one = possible[number]
-            if self._needs_no_host(one) or not (simulated or self._may_fit(one)):
+            if blocks == _UNSEEN:
+                if (one.blocks or not self._needs_no_host(one.config)) and (fewest := self._fewest(one)) is not None:
+                    heappush(queue, (self._seconds(one, fewest), number, fewest))
                 continue
-            if not simulated:
-                heappush(queue, (estimate_step(self._stages(one.config))[0], number, True))
-            elif fit := self._fit(one, seconds):
+            config = one.saving.applied(one.config, blocks)
+            if self._needs_no_host(config):
+                continue
+            lacking, what = self._look(one, config)
+            if lacking <= 0 and (blocks or not one.blocks):  # without a block it is the layout of another saving
+                fit = self._fit(one.family, config, -lacking, seconds)
                 best = sorted([*best, fit.step_seconds])[:SHOWN_LAYOUTS]
                 yield fit
+            elif lacking > 0 and blocks < one.blocks and not what:  # a node's own memory only gets fuller
+                heappush(queue, (self._seconds(one, blocks + 1), number, blocks + 1))
+
+    def _fewest(self, one: Candidate) -> int | None:
+        """The fewest blocks of its saving with which a bound on memory lets a candidate fit; None where it does not with all."""
+        low, high = 0, one.blocks
+        if (lacking := self._lacking(one, high)) > 0:
+            self._families[one.family].missed.append((lacking, ""))
+            return None
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self._lacking(one, middle) <= 0 else (middle + 1, high)
+        return low
+
+    def _lacking(self, one: Candidate, blocks: int) -> int:
+        config = one.saving.applied(one.config, blocks)
+        return traced_bound(one, config, scene_of(config)) - tensor_memory(config)
+
+    def _seconds(self, one: Candidate, blocks: int) -> float:
+        return estimate_step(self._stages(one.saving.applied(one.config, blocks)))[0]
 
     def _stages(self, config: Config) -> Stages:
         return Stages(config, layout_of(config), self._rates, self._memo)
 
-    def _needs_no_host(self, one: Candidate) -> bool:
+    def _needs_no_host(self, config: Config) -> bool:
         """Whether a layout with the optimizer on the host fits without that, which is faster."""
-        host = one.config.parallel.offload_optimizer
-        return host and self._name(with_changes(one.config, offload_optimizer=False)) in self._on_devices
+        host = config.parallel.offload_optimizer
+        return host and self._name(with_changes(config, offload_optimizer=False)) in self._on_devices
 
     def _name(self, config: Config) -> tuple[str, ...]:
         return tuple(overrides(config, self._base))
 
-    def _may_fit(self, one: Candidate) -> bool:
-        lacking = traced_bound(one, scene_of(one.config)) - tensor_memory(one.config)
-        if lacking > 0:
-            self._families[one.family].missed.append((lacking, ""))
-        return lacking <= 0
+    def _look(self, one: Candidate, config: Config) -> tuple[int, str]:
+        """`_missed` of a candidate with some blocks, kept for savings that share a layout."""
+        name = self._name(config)
+        if name not in self._looked:
+            self._looked[name] = _missed(config, one.fullest)
+            if self._looked[name][0] > 0:
+                self._families[one.family].missed.append(self._looked[name])
+        return self._looked[name]
 
-    def _fit(self, one: Candidate, seconds: float) -> _Fit | None:
+    def _fit(self, family: str, config: Config, room: int, seconds: float) -> _Fit:
         """A layout that fits, with the faster of two splits of its stages."""
-        family, missed = self._families[one.family], _missed(one.config, one.fullest)
-        if missed[0] > 0:
-            family.missed.append(missed)
-            return None
-        if not one.config.parallel.offload_optimizer:
-            self._on_devices.add(self._name(one.config))
-        fit = self._faster(_Fit(one.config, one.family, -missed[0], seconds))
-        family.steps.append(fit.step_seconds)
+        if not config.parallel.offload_optimizer:
+            self._on_devices.add(self._name(config))
+        fit = self._faster(_Fit(config, family, room, seconds))
+        self._families[family].steps.append(fit.step_seconds)
         return fit
 
     def _faster(self, fit: _Fit) -> _Fit:

@@ -284,7 +284,7 @@ class Stages:
         """A key that is equal for every layout of which the stages do the same."""
         kinds = [self.kind(half.stage) for half in action.halves or (action,)]
         more = Recompute.layer in self.config.model.recompute, self.config.parallel.zero == 3
-        return (*self._routed, action.kind, *kinds, *more)
+        return (*self._routed, action.kind, *kinds, *more, *self.config.model.offload)
 
     def _time(self, action: Action) -> ElapsedTime:
         return self._beside_copies(action, self._computing(action))
