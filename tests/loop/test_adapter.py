@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from conf.adapters import is_adapter
+from conf.adapters import ADAPTER_TARGETS, is_adapter
 from conf.errors import UserError
 from conf.load import compose
+from conf.schema import AdapterTarget
 from tests.layouts import run_layout
 from tests.small import SMALL, arguments, metrics
 from train.__main__ import check_before_start
@@ -100,3 +101,7 @@ def test_targets_that_are_left_out_are_those_of_the_model():
     words = ["adapter=lora", "init_from=X", "optim=tune", "model.shared_experts=0", "model.dense_layers=0"]
     assert compose(*words).adapter.targets == ["q_up", "kv_up", "down", "out", "routed"]
     assert math.isclose(compose(*words, "adapter.alpha=8").adapter.scale, 0.5)
+
+
+def test_every_target_says_what_it_adapts():
+    assert [*ADAPTER_TARGETS] == [*AdapterTarget]

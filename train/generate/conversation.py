@@ -9,7 +9,7 @@ Elsewhere each line of standard input is a question.
 
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 from cluster.interrupts import every_interrupt
 from conf.errors import UserError
@@ -43,7 +43,7 @@ class Conversation:
         """Begin anew."""
         self.turns = []
 
-    def answer(self, question: str) -> Iterator[str]:
+    def answer(self, question: str) -> Generator[str]:
         """The text of an answer as it grows, whole characters. Both become turns, also where nobody asks for the rest.
 
         Raises UserError for a question that alone is longer than the context, which becomes no turn.
