@@ -83,11 +83,7 @@ ModelFamily = StrEnum("ModelFamily", ["deepseek_v3", "kimi_k25", "glm4_moe_lite"
 """Whose names the fields and tensors of a folder have (train/hf/families.py)."""
 AdapterKind = StrEnum("AdapterKind", ["none", "lora"])
 AdapterTarget = StrEnum("AdapterTarget", ["q_up", "kv_up", "down", "out", "routed", "shared", "dense", "head"])
-<<<<<<< HEAD
 """What an adapter stands beside (conf/adapters.py)."""
-=======
-"""What each adapts is in conf/adapters.py."""
->>>>>>> a04e5c7 (Types of what is new hold before the checker)
 ClusterBackend = StrEnum("ClusterBackend", ["local", "ray"])
 DeviceKind = StrEnum("DeviceKind", ["auto", "cpu", "cuda"])
 

@@ -25,7 +25,7 @@ from train.plan.reserve import reserve_of, tensor_memory
 from train.plan.search import candidates
 from train.plan.search import lower_bounds as bounds
 from train.plan.search import search as searching
-from train.plan.search.candidates import Frame, Saving, frames
+from train.plan.search.candidates import ActivationSaving, Frame, frames
 from train.plan.search.changes import broken_rule, fitted_ramp, overrides, with_changes, write_parallel
 from train.plan.search.cures import WORTH, find_cures, find_stages
 from train.plan.search.search import search
@@ -154,7 +154,12 @@ FEW = (*SMALL, "mode=plan", "plan.search=true", "plan.devices=4", "plan.reserve=
 def few_choices(monkeypatch):
     """So that a test can try everything; whole layers again with DeepEP under every schedule among it."""
     monkeypatch.setattr(candidates, "MICRO_BATCHES", (2,))
-    savings = Saving([]), Saving(["layer"]), Saving([], blocks="recompute"), Saving([], blocks="offload")
+    savings = (
+        ActivationSaving([]),
+        ActivationSaving(["layer"]),
+        ActivationSaving([], blocks="recompute"),
+        ActivationSaving([], blocks="offload"),
+    )
     monkeypatch.setattr(candidates, "SAVINGS", savings)
     monkeypatch.setattr(candidates, "WAYS", (("flat", "bf16"), ("deepep", "fp8")))
 

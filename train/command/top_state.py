@@ -101,13 +101,8 @@ class RunReader:
 
     def read(self) -> RunPicture:
         settings, now = read_settings(self.folder), time.time()
-<<<<<<< HEAD
         said = settings.get("parallel")
         parallel = said if isinstance(said, dict) else {}
-=======
-        parallel = settings.get("parallel")
-        parallel = parallel if isinstance(parallel, dict) else {}
->>>>>>> a04e5c7 (Types of what is new hold before the checker)
         stages, replicas = _whole(parallel.get("pp"), 1), _whole(parallel.get("dp"), 1) * _whole(parallel.get("cp"), 1)
         records = read_last_lines(self.folder / METRICS_FILE)
         newest = records[-1] if records else {}

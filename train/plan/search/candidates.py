@@ -20,7 +20,7 @@ WAYS = [*product(DISPATCHES, WireFormat)]
 
 
 @dataclass(frozen=True)
-class Saving:
+class ActivationSaving:
     """What a layout does to keep fewer activations on a device."""
 
     recompute: list[str]
@@ -39,8 +39,8 @@ class Saving:
 SOME: list[str] = [Recompute.norm, Recompute.swiglu]
 """What is recomputed for a small part of a step."""
 SAVINGS = (
-    Saving([]), Saving(SOME), Saving(LIGHTEST), Saving(LIGHTEST, blocks="recompute"), Saving([str(Recompute.layer)]),
-    Saving(SOME, blocks="offload"), Saving(LIGHTEST, blocks="offload"),
+    ActivationSaving([]), ActivationSaving(SOME), ActivationSaving(LIGHTEST), ActivationSaving(LIGHTEST, blocks="recompute"), ActivationSaving([str(Recompute.layer)]),
+    ActivationSaving(SOME, blocks="offload"), ActivationSaving(LIGHTEST, blocks="offload"),
 )  # fmt: skip
 
 
@@ -52,7 +52,7 @@ class Frame:
     """With flat dispatch in bf16, and the optimizer on the device."""
     family: str
     """All layouts of one pipeline length and schedule."""
-    savings: Sequence[Saving]
+    savings: Sequence[ActivationSaving]
     ways: Sequence[tuple[str, WireFormat]]
     hosts: list[bool]
     """Whether the optimizer lies on the host."""
@@ -70,7 +70,7 @@ class Candidate:
     config: Config
     """With all blocks that its saving may have."""
     family: str
-    saving: Saving
+    saving: ActivationSaving
     blocks: int
     """Most of those that a stage has."""
     seconds: float
@@ -87,7 +87,7 @@ def frames(config: Config, devices: int) -> Iterator[Frame]:
     """Every combination for these devices, whatever the rules say of it."""
     model, able = config.model, can_offload(config)
     savings = [one for one in SAVINGS if able or one.blocks != "offload"]
-    own = Saving(model.recompute, model.offload)
+    own = ActivationSaving(model.recompute, model.offload)
     savings += [own] * (own not in savings)
     on_gpu = device_kind(config) == "cuda"
     hosts = [False, True] if able else [config.parallel.offload_optimizer]
