@@ -107,9 +107,10 @@ class CommRecorder:
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Everything that begins inside is seen."""
-        kept = {name: getattr(ProcessGroup, name) for name in GROUP_METHODS if hasattr(ProcessGroup, name)}
-        for name, method in kept.items():
-            setattr(ProcessGroup, name, self._seen(method, GROUP_METHODS[name]))
+        # What getattr gives of a method from C++ does not bind to an instance once it is set again; what the class holds does.
+        kept = {name: vars(ProcessGroup)[name] for name in GROUP_METHODS if name in vars(ProcessGroup)}
+        for name in kept:
+            setattr(ProcessGroup, name, self._seen(getattr(ProcessGroup, name), GROUP_METHODS[name]))
         try:
             yield
         finally:
