@@ -5,7 +5,7 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from conf.errors import EXIT_OK
+from conf.errors import EXIT_INTERRUPTED, EXIT_OK
 from conf.files import atomic_write_text
 from conf.schema import Config
 from conf.words import say
@@ -50,4 +50,4 @@ def run_plan(config: Config) -> int:
     atomic_write_text(folder / PLAN_FILE, json.dumps(record, indent=1))
     write_page(folder / PLAN_PAGE, plan, split, record)
     plan_screen(plan, cures, split, stages, phases, folder)
-    return EXIT_OK
+    return EXIT_OK if found is None or found.complete else EXIT_INTERRUPTED

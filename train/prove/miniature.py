@@ -116,7 +116,9 @@ def shrink(cfg: Config) -> Miniature:
     if cfg.parallel.uneven and layout.dp > together:
         start = full  # a ramp has larger steps than the difference of the shares
         less = micro_batch_size * together
-    rank = min(cfg.adapter.rank, RANK)
+    adapter, rank = cfg.adapter, min(cfg.adapter.rank, RANK)
+    if adapter.on:
+        adapter = replace(adapter, rank=rank, alpha=adapter.scale * rank, dropout=0.0)
     small = replace(
         cfg,
         mode=Mode.prove,
@@ -127,7 +129,7 @@ def shrink(cfg: Config) -> Miniature:
         resume="never",
         init_from=None,
         model=model,
-        adapter=replace(cfg.adapter, rank=rank, alpha=cfg.adapter.scale * rank, dropout=0.0),
+        adapter=adapter,
         data=Data(
             mask_documents=cfg.data.mask_documents, format=DataFormat.chat if cfg.data.chats else DataFormat.auto
         ),

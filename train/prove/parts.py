@@ -193,8 +193,8 @@ class _WatchedExperts(_Watched):
         super().__init__(inner, watch, name)
         self._first = torch.tensor(first)
 
-    def expert_ffn(self, rows_RD: Tensor, gates_R: Tensor, *rest: Tensor) -> Tensor:
-        watch, counts = self._watch, rest[-1]
+    def expert_ffn(self, rows_RD: Tensor, gates_R: Tensor, *rest: Any) -> Tensor:
+        watch, (_, _, counts, *_) = self._watch, rest
         if not (watch.is_watching() and torch.is_grad_enabled()):
             return self._inner.expert_ffn(rows_RD, gates_R, *rest)
         key, each = watch.begin(self._name), counts.tolist()

@@ -180,7 +180,7 @@ def search_screen(found: Search, written: Path | None, console: Console | None =
     if written is not None:
         rows.append(("Written", f"{written}  (use it with {' '.join(found.command(written.stem))})"))
     title = f"{len(found.best)} best of {found.tried} layouts on {found.devices} devices"
-    title += "" if found.complete else ", as far as the search went"
+    title += "" if found.complete else ", stopped by Ctrl-C"
     show_rows(console or Terminal(), title, GOOD, rows)
 
 
