@@ -44,7 +44,7 @@ def test_an_agent_gives_the_times_of_failures_as_before_its_clock_was_set(tmp_pa
         program += "Failure(0, time.time() + 3600, 'crash', 'broke', 1).write(pathlib.Path(os.environ['SLUICE_LOGS']))"
         began = real()
         monkeypatch.setattr(time, "time", lambda: real() + 3600)
-        agent.start(Order(1, [(0, 0)], ["-c", program], {}, "127.0.0.1"))
+        agent.start(Order(1, [(0, 0)], ["-c", program], {"WORLD_SIZE": "1"}, "127.0.0.1"))
         while (answer := agent.ask({}, 1, patience=5.0)).ranks[0].failure is None and real() < began + 60:
             pass
         assert 3599 < answer.clock_set < 3601

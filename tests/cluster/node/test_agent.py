@@ -132,7 +132,7 @@ def test_that_ranks_began_as_ordered_is_news_of_rank_0_alone(agent):
     while not (all(child.process.poll() is not None for child in agent._children.values())):
         assert time.monotonic() < deadline
     assert agent._has_news(0.0), "its ranks ended"
-    agent.start(Order(2, [(0, 0)], ["-c", "import time; time.sleep(60)"], {}, "127.0.0.1"))
+    agent.start(Order(2, [(0, 0)], ["-c", "import time; time.sleep(60)"], {"WORLD_SIZE": "1"}, "127.0.0.1"))
     assert agent._has_news(0.0)
     agent.ask({})
     assert not agent._has_news(0.0)
@@ -188,7 +188,7 @@ def test_rank_0_finds_why_it_is_asked_to_stop(agent):
         print("ready", flush=True)
         time.sleep(60)
     """
-    agent.start(Order(1, [(0, 0)], ["-c", textwrap.dedent(body)], {}, "127.0.0.1"))
+    agent.start(Order(1, [(0, 0)], ["-c", textwrap.dedent(body)], {"WORLD_SIZE": "1"}, "127.0.0.1"))
     until(agent, lambda answer: answer.output)
     agent.stop(1, why="n2 is about to go")
     assert [report.code for report in until(agent, ended).ranks] == [75]
@@ -238,7 +238,7 @@ def test_no_rank_outlives_a_killed_agent(tmp_path):
 import os, sys, time
 from cluster.node.agent import Agent, Order
 agent = Agent(30.0)
-agent.start(Order(1, [(0, 0)], ["-c", "import time; time.sleep(60)"], {}, "127.0.0.1", None))
+agent.start(Order(1, [(0, 0)], ["-c", "import time; time.sleep(60)"], {"WORLD_SIZE": "1"}, "127.0.0.1", None))
 agent.warm(["-m", "json.tool"], None, 1)
 (standby,) = agent._standbys["json.tool", None]
 print(agent._children[0].process.pid, standby.pid, flush=True)
