@@ -84,7 +84,7 @@ class Fp8Wire:
         floor = self.gradient_floor if gradient else self.activation_floor
         if x_RD.is_cuda and width % TILE == 0:
             bytes_RB = torch.empty(rows, self.row_bytes(width, x_RD.dtype), dtype=torch.uint8, device=x_RD.device)
-            triton_dispatch().encode(x_RD, bytes_RB, floor)
+            triton_dispatch().encode_rows(x_RD, bytes_RB, floor)
             return bytes_RB
         tiles_RST = in_tiles(x_RD.float())
         amax_RS = tiles_RST.abs().amax(2).clamp_min(floor)

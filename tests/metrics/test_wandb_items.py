@@ -110,7 +110,7 @@ def test_whoever_watches_is_told_of_divergence_restarts_slow_ranks_and_the_end(t
     event("straggler", "of an attempt before")
     event("failure", "rank 3 hung in a collective")
     monkeypatch.setenv("SLUICE_ATTEMPT", "2")
-    config = compose("log.wandb=offline", "name=watched")
+    config = compose("log.wandb=offline", "name=watched", "cluster=ray")
     with pytest.raises(RunDiverged), open_writer(config, tmp_path, resumed_step=40) as writer:
         writer.write({"step": 41})
         event("straggler", "rank 5 takes 1.4 times as long")

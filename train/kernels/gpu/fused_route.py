@@ -34,7 +34,7 @@ class FusedRoute(Function):
             made = scores_BTE, ids_BTK, gates_BTK, factor_BT1, total_BT1
             kernels.route(logits_BTE, bias_E, rule, made, sums, known_BTK is not None, bool(weight))
             if counters is not None:
-                kernels.finish(sums, counters, frequency_BE, rule, T, weight, not is_repeated())
+                kernels.finish_route(sums, counters, frequency_BE, rule, T, weight, not is_repeated())
         if known_BTK is None:
             remember(ids_BTK)
         ctx.save_for_backward(scores_BTE, ids_BTK, gates_BTK, factor_BT1, total_BT1, frequency_BE)
@@ -48,7 +48,7 @@ class FusedRoute(Function):
         scores_BTE = ctx.saved_tensors[0]
         dlogits_BTE = torch.empty_like(scores_BTE)
         if runs(dlogits_BTE):
-            _triton().backward(grad_BTK.contiguous(), ctx.saved_tensors, dlogits_BTE, ctx.rule, ctx.weight)
+            _triton().route_backward(grad_BTK.contiguous(), ctx.saved_tensors, dlogits_BTE, ctx.rule, ctx.weight)
         return dlogits_BTE, None, None, None, None, None
 
 
