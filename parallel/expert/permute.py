@@ -16,8 +16,6 @@ torch's operations.
 Shapes: S sources, C copies, N targets, K entries per source, X any width.
 """
 
-import importlib
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -121,6 +119,8 @@ def collect(rows_CX: Tensor, fan: FanOut, out_SX: Tensor | None = None) -> Tenso
     return out_SX
 
 
-def triton_dispatch() -> ModuleType:
-    """The kernels of a GPU."""
-    return importlib.import_module("parallel.expert.triton_dispatch")
+def triton_dispatch():
+    """The kernels of a GPU, with their names for the type checker."""
+    from parallel.expert import triton_dispatch as kernels
+
+    return kernels

@@ -1,8 +1,5 @@
 """The router's choice on a GPU: what the kernels of train/kernels/gpu/triton_route.py read and write. Shapes as in train/kernels/plain/routing.py."""
 
-import importlib
-from types import ModuleType
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -30,10 +27,11 @@ class FusedRoute(Function):
             kernels, sums = _triton(), None
             if counters is not None:
                 blocks, dtypes = -(-T // kernels.ROUTE_TOKENS), (torch.int32, torch.float32, torch.int32)
-                sums = tuple(logits_BTE.new_empty(B, blocks, E, dtype=dtype) for dtype in dtypes)
+                count, score, balance = (logits_BTE.new_empty(B, blocks, E, dtype=dtype) for dtype in dtypes)
+                sums = count, score, balance
             made = scores_BTE, ids_BTK, gates_BTK, factor_BT1, total_BT1
             kernels.route(logits_BTE, bias_E, rule, made, sums, known_BTK is not None, bool(weight))
-            if counters is not None:
+            if sums is not None:
                 kernels.finish_route(sums, counters, frequency_BE, rule, T, weight, not is_repeated())
         if known_BTK is None:
             remember(ids_BTK)
@@ -52,5 +50,8 @@ class FusedRoute(Function):
         return dlogits_BTE, None, None, None, None, None
 
 
-def _triton() -> ModuleType:
-    return importlib.import_module("train.kernels.gpu.triton_route")
+def _triton():
+    """The kernels of a GPU, with their names for the type checker."""
+    from train.kernels.gpu import triton_route
+
+    return triton_route

@@ -4,9 +4,6 @@ Triton is imported when the first of them runs: plans are made for GPUs on machi
 real ones would, so that plans count it. Shapes as in train/model/operations.py.
 """
 
-import importlib
-from types import ModuleType
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -67,8 +64,8 @@ def heads_backward(dq_BHTQ: Tensor, dk_BHTQ: Tensor, dv_BHTV: Tensor, table: Ten
     dq_BTHQ, dkv_BTHX = (dq_BHTQ.new_empty(B, T, H, width) for width in (Q, Q - rope + dv_BHTV.size(3)))
     dk_rope_BTR = dq_BHTQ.new_empty(B, T, rope)
     if runs(dq_BTHQ):
-        given = [t if t.stride(3) == 1 else t.contiguous() for t in (dq_BHTQ, dk_BHTQ, dv_BHTV)]
-        _triton().heads_backward(*given, _reals(table), dq_BTHQ, dkv_BTHX, dk_rope_BTR)
+        dq, dk, dv = (t if t.stride(3) == 1 else t.contiguous() for t in (dq_BHTQ, dk_BHTQ, dv_BHTV))
+        _triton().heads_backward(dq, dk, dv, _reals(table), dq_BTHQ, dkv_BTHX, dk_rope_BTR)
     return dq_BTHQ, dkv_BTHX, dk_rope_BTR
 
 
@@ -82,5 +79,8 @@ def _reals(table: Tensor) -> Tensor:
     return torch.view_as_real(table.contiguous())
 
 
-def _triton() -> ModuleType:
-    return importlib.import_module("train.kernels.gpu.triton_rows")
+def _triton():
+    """The kernels of a GPU, with their names for the type checker."""
+    from train.kernels.gpu import triton_rows
+
+    return triton_rows
