@@ -36,7 +36,7 @@ class TrainedRun(NamedTuple):
     held_out: list[float]
     """Behind so many tokens."""
     seconds: list[float]
-    """Core-seconds of every step but the first, which compiles."""
+    """Core-seconds of every step but the first, which compiles; of that one where it is alone."""
 
 
 class CoreClock:
@@ -104,7 +104,7 @@ def train(optimizer: str, rate: str, seed: str, options: argparse.Namespace, ove
     return TrainedRun(
         [record["tokens"] for record in measured],
         [record["validation_loss"] for record in measured],
-        [later - earlier for earlier, later in pairwise(clock)],
+        [later - earlier for earlier, later in pairwise(clock)] or clock,
     )
 
 

@@ -174,13 +174,14 @@ def newest_incident(logs: Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
-def incident_screen(incident: Mapping[str, Any], path: Path | None = None) -> str:
-    """One screen of it."""
+def incident_screen(incident: Mapping[str, Any], path: Path | None = None, told: bool = False) -> str:
+    """One screen of it. told: the text of the failure stands above it, and is left out where a rank said that itself."""
     ranks, among = incident["ranks"], incident["among"]
     who = ", ".join(map(str, ranks)) or (f"one of {', '.join(map(str, among[:8]))}" if among else "not known")
     head = str(incident["text"]).split("\n  what failed of it: ")
     lines = [f"culprit: {'ranks' if len(ranks) > 1 else 'rank'} {who}" if ranks else f"culprit: {who}"]
-    lines.append(f"  what:    {head[0].splitlines()[0][:LINE]}")
+    if not (told and incident["fault"] == Fault.failed.name):
+        lines.append(f"  what:    {head[0].splitlines()[0][:LINE]}")
     lines += [f"  then:    {rest.splitlines()[0][:LINE]}" for rest in head[1:]]
     if incident["where"]:
         lines.append(f"  where:   {incident['where']}")

@@ -184,7 +184,7 @@ def _keep(
         path = write_incident(logs, incident)
     except OSError as error:
         say(f"the incident could not be written ({explain_disk_error(error)})", file=sys.stderr)
-    return replace(cause, log=f"{cause.log.rstrip()}\n{incident_screen(incident, path)}".strip())
+    return replace(cause, log=f"{cause.log.rstrip()}\n{incident_screen(incident, path, told=True)}".strip())
 
 
 def _stacks(ranks: list[Child], logs: Path) -> dict[int, str]:

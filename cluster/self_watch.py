@@ -113,7 +113,7 @@ class SelfWatch:
         except (OSError, TimeoutError) as error:
             why = explain_disk_error(error) if isinstance(error, OSError) else str(error)
             say(f"the incident could not be written ({why})", file=sys.stderr)
-        say(f"{stack}error: {cause.text}\n{incident_screen(incident, path)}", file=sys.stderr)
+        say(f"{stack}error: {cause.text}\n{incident_screen(incident, path, told=True)}", file=sys.stderr)
 
     def _reports(self, traces: dict[int, RankTrace]) -> list[RankReport]:
         """All ranks that left a ring, as far as this one sees them."""
