@@ -34,11 +34,20 @@ def main() -> None:
     import torch
     import torch.distributed as dist
 
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        compare(options)
+    finally:
+        dist.destroy_process_group()
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Train with each in turn, and print what that took."""
+    import torch
+
     from train.plan.time.update import count_weights
 
-    torch.set_num_threads(1)
-    if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     case = Case(options.shape, threads=1, length=options.length)
     steps = {name: own_step(case, more=[f"optim={name}"]) for name in OPTIMIZERS}
     for step in steps.values():
