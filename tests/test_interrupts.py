@@ -46,12 +46,12 @@ def wait_for_steps(folder: Path, run: subprocess.Popen, count: int) -> None:
 
 
 def ended(run: subprocess.Popen, codes: tuple[int, ...]) -> str:
-    """The last words, which are no more than two lines beside those on data."""
-    _, words = run.communicate(timeout=120)
+    """The last words, which are no more than two lines beside those on data; behind them what a run says that got as far as its steps."""
+    screen, words = run.communicate(timeout=120)
     lines = [line for line in words.splitlines() if not line.startswith(("data: ", "note: "))]
     assert run.returncode in codes and "Traceback" not in words and "Exception" not in words, words
     assert len(lines) <= 2, words
-    return "\n".join(lines)
+    return "\n".join([*lines, screen])
 
 
 @pytest.mark.slow
