@@ -25,6 +25,7 @@ from conf.screen import Terminal
 from conf.words import say
 from train.checkpoint.manifest import newest_intact
 from train.checkpoint.run_folder import best_step, is_held
+from train.command.command_words import sort_words
 from train.metrics.jsonl import METRICS_FILE, read_last
 from train.metrics.progress import duration
 
@@ -56,20 +57,15 @@ def main(words: Sequence[str]) -> int:
 
 
 def _main(words: Sequence[str]) -> int:
-    given = [word.removeprefix("runs=") for word in words if word.startswith("runs=")]
-    flags = {word for word in words if word.startswith("-")}
-    names = [word for word in words if not word.startswith(("runs=", "-"))]
+    given = sort_words("sluice runs", words)
+    names, flags, folder = given.names, given.flags, given.runs
     cleans = names[:1] == ["clean"]
-    if unknown := sorted(flags - ({"--yes"} if cleans else {"--json"})):
-        raise UserError(
-            "sluice runs", unknown[0], "is no flag of it", "`sluice runs --json`, `sluice runs clean --yes`"
-        )
-    folder = Path(given[-1] if given else "runs")
+    given.require_flags({"--yes"} if cleans else {"--json"}, "`sluice runs --json`, `sluice runs clean --yes`")
     found = {run.name: run for run in summaries(folder)}
     if cleans:
         return _clean(folder, found, names[1:], "--yes" in flags)
     if names:
-        raise UserError("sluice runs", names[0], "is followed by runs=FOLDER, --json or clean alone", LIST_RUNS)
+        raise UserError(given.command, names[0], "is followed by runs=FOLDER, --json or clean alone", LIST_RUNS)
     if "--json" in flags:
         say(json.dumps([asdict(run) for run in found.values()], indent=1))
         return EXIT_OK

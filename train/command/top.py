@@ -15,7 +15,6 @@ import termios
 import time
 import tty
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import psutil
 from rich.console import Group
@@ -26,6 +25,7 @@ from conf.errors import EXIT_OK, UserError
 from conf.load import report
 from conf.screen import Terminal
 from conf.words import say
+from train.command.command_words import sort_words
 from train.command.top_screen import TopChoice, press_key, rank_screen, run_screen
 from train.command.top_state import RunPicture, RunReader
 
@@ -54,18 +54,13 @@ def main(words: Sequence[str]) -> int:
 
 
 def _asked(words: Sequence[str]) -> tuple[RunReader, bool]:
-    flags = [word for word in words if word.startswith("-")]
-    runs = Path(next((word.removeprefix("runs=") for word in words if word.startswith("runs=")), "runs"))
-    names = [word for word in words if not word.startswith(("-", "runs="))]
-    cure = "`sluice top NAME [runs=FOLDER] [--json]`; `sluice runs` lists the names"
-    if unknown := [flag for flag in flags if flag != "--json"]:
-        raise UserError("sluice top", unknown[0], "is no flag of it", cure)
-    if len(names) != 1:
-        raise UserError("sluice top", " ".join(names), "takes the name of one run", cure)
-    folder = runs / names[0]
+    given = sort_words("sluice top", words)
+    name = given.one_run()
+    folder = given.runs / name
     if not (folder / "config.yaml").is_file():
-        raise UserError("sluice top", names[0], f"is no run in {runs.absolute()}", cure)
-    return RunReader(folder, names[0]), bool(flags)
+        cure = "`sluice runs` lists the names; `runs=FOLDER` looks in another folder"
+        raise UserError(given.command, name, f"is no run in {given.runs.absolute()}", cure)
+    return RunReader(folder, name), bool(given.flags)
 
 
 def _watch(console: Terminal, reader: RunReader) -> None:

@@ -25,6 +25,7 @@ from conf.errors import EXIT_OK, UserError
 from conf.load import report
 from conf.words import say
 from train.checkpoint.run_folder import is_held
+from train.command.command_words import sort_words
 
 ASKED_SECONDS = 3.0
 """That ranks get to say where they are."""
@@ -39,20 +40,13 @@ def main(words: Sequence[str]) -> int:
 
 
 def _main(words: Sequence[str]) -> int:
-    given = [word.removeprefix("runs=") for word in words if word.startswith("runs=")]
-    flags = [word for word in words if word.startswith("-")]
-    names = [word for word in words if not word.startswith(("runs=", "-"))]
-    if unknown := [flag for flag in flags if flag != "--json"]:
-        raise UserError("sluice why", unknown[0], "is no flag of it", "`sluice why NAME --json`")
-    if len(names) != 1:
-        raise UserError(
-            "sluice why", " ".join(names) or "nothing", "takes the name of one run", "`sluice runs` lists them"
-        )
-    folder = Path(given[-1] if given else "runs") / names[0]
+    given = sort_words("sluice why", words)
+    name = given.one_run()
+    folder = given.runs / name
     if not folder.is_dir():
         rule = f"there is no run in {folder}"
-        raise UserError("sluice why", names[0], rule, "`sluice runs` lists them; `runs=FOLDER` looks in another folder")
-    tell = _tell_as_json if "--json" in flags else _tell
+        raise UserError(given.command, name, rule, "`sluice runs` lists them; `runs=FOLDER` looks in another folder")
+    tell = _tell_as_json if given.flags else _tell
     tell(folder)
     return EXIT_OK
 
