@@ -13,7 +13,7 @@ from typing import Any
 from conf.disk import cure_of_reading
 from conf.errors import UserError
 from conf.schema import Config
-from train.checkpoint.manifest import read_manifest
+from train.checkpoint.manifest import holds_adapter, read_manifest
 from train.hf.folder import Folder
 
 PLACES, BYTES_OF_PLACE = 16, 4096
@@ -45,7 +45,7 @@ def describe_base(source: Folder | Path) -> dict[str, str]:
 
 def require_adapter(config: Config, checkpoint: Path, meta: dict[str, Any]) -> None:
     """UserError unless both the checkpoint and the run are of whole weights, or of adapters of one shape."""
-    if config.adapter.on != ("base" in meta):
+    if config.adapter.on != holds_adapter(meta):
         here, there = "trains an adapter", "whole weights"
         cure = f"set init_from={checkpoint} and another name=, or leave adapter=lora out"
         if not config.adapter.on:
@@ -70,7 +70,7 @@ def require_base(config: Config, checkpoint: Path, meta: dict[str, Any], base: d
 
 def refuse_adapter(checkpoint: Path, meta: dict[str, Any]) -> None:
     """UserError for a checkpoint that a run would start from and that holds an adapter alone."""
-    if "base" in meta:
+    if holds_adapter(meta):
         rule = f"{checkpoint} holds an adapter alone, beside the weights of {meta['base']['path']}"
         cure = "merge it into them first, by mode=export of its run with export.merge=true, and start from that folder"
         raise UserError("init_from", checkpoint, rule, cure)

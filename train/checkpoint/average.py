@@ -109,7 +109,7 @@ def _require_equal(one: Manifest, other: Manifest) -> None:
     if differ := [key for key in computes if key not in NOT_COMPUTED and mine[key] != theirs[key]]:
         told = ", ".join(f"model.{key} = {theirs[key]} and not {mine[key]}" for key in sorted(differ))
         raise refuse(f"another model ({told})")
-    if holds_adapter(one):
+    if holds_adapter(one.meta):
         rule = f"{one.folder} holds an adapter: the mean of the factors of two products is not that of the products"
         raise UserError(
             SOURCES_FIELD, other.folder, rule, "average checkpoints of whole weights, or exports of merged ones"

@@ -123,9 +123,9 @@ class Manifest:
         return {**vars(self), "folder": str(self.folder), "tensors": tensors}
 
 
-def holds_adapter(manifest: Manifest) -> bool:
-    """Whether a checkpoint has an adapter in the place of the weights."""
-    return "base" in manifest.meta
+def holds_adapter(meta: dict[str, Any]) -> bool:
+    """Whether the checkpoint with this meta has an adapter in the place of the weights."""
+    return "base" in meta
 
 
 def seal(body: dict[str, Any]) -> str:

@@ -72,7 +72,7 @@ class StoredWeights:
         self._base: FillShards | None = None
         family = ModelFamily(self.manifest.meta.get("family", ModelFamily.deepseek_v3))
         adapter, self._whole = config.adapter, lru_cache(CACHED_TENSORS)(self._read_whole)
-        if not holds_adapter(self.manifest):
+        if not holds_adapter(self.manifest.meta):
             self.pairs = open_pairs(adapter.path, config.model, family, self._own)
             return
         if adapter.path is not None:

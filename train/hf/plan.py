@@ -83,7 +83,7 @@ def left_out(manifest: Manifest, placed: list[PlacedTensor], ema: bool) -> dict[
     that the model needs are not there.
     """
     needed = {source_name(each, ema): each.whole for each in placed}
-    if is_merged := holds_adapter(manifest) and not any(is_adapter(name) for name in needed):
+    if is_merged := holds_adapter(manifest.meta) and not any(is_adapter(name) for name in needed):
         needed = {name: shape for name, shape in needed.items() if name in manifest.tensors}  # the rest is the base's
     reasons = OPTIMIZER_TENSORS | (
         {"master.": "the weights themselves, as their average is exported"}
