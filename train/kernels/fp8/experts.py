@@ -61,42 +61,29 @@ def expert_ffn(
         return _Down.apply(h_P2F, gates_R, w2_EDF, groups, engine, casts, down)
     (added_up, added_down), high = added, kernels.groups(counts_E, rows_RD.dtype)
     if added_up is not None:
-        h_P2F = _Padded.apply(added_up.add(_Unpadded.apply(h_P2F, groups), rows_RD, high), groups)
+        h_R2F = added_up.add(_Moved.apply(h_P2F, groups.unpad, groups.pad), rows_RD, high)
+        h_P2F = _Moved.apply(h_R2F, groups.pad, groups.unpad)
     y_RD = _Down.apply(h_P2F, gates_R, w2_EDF, groups, engine, casts, down)
     if added_down is None:
         return y_RD
-    h_R2F = _Unpadded.apply(h_P2F, groups)
+    h_R2F = _Moved.apply(h_P2F, groups.unpad, groups.pad)
     a_RF = swiglu_of(h_R2F, gates_R, kernels)
     with recomputed_swiglu(a_RF, h_R2F, gates_R, kernels):
         return added_down.add(y_RD, a_RF, high)
 
 
-class _Padded(Function):
-    """Rows as products take them."""
+class _Moved(Function):
+    """Rows as products take them, or as the dispatcher gave them. there: makes the one of the other, and `back` of their gradients."""
 
     @staticmethod
-    def forward(ctx, rows_RX, groups):
-        ctx.groups = groups
-        return groups.pad(rows_RX)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_PX):
-        return ctx.groups.unpad(grad_PX), None
-
-
-class _Unpadded(Function):
-    """Rows as the dispatcher gave them."""
-
-    @staticmethod
-    def forward(ctx, rows_PX, groups):
-        ctx.groups = groups
-        return groups.unpad(rows_PX)
+    def forward(ctx, rows, there, back):
+        ctx.back = back
+        return there(rows)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_RX):
-        return ctx.groups.pad(grad_RX), None
+    def backward(ctx, grad):
+        return ctx.back(grad), None, None
 
 
 class _Up(Function):
