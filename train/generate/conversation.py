@@ -32,7 +32,7 @@ class Conversation:
 
     def __init__(self, config: Config, source: LoadedModel, say: Callable[[str], None]):
         """say: takes a sentence for the user. Raises UserError where the weights have no template, or it cannot be used."""
-        self._settings, self._source, self._say = config.generate, source, say
+        self._settings, self._source, self.tell = config.generate, source, say
         self._template = _template(config, source)
         self._stop = self._stop_token()
         self.turns: list[Message] = []
@@ -69,7 +69,7 @@ class Conversation:
         finally:
             self.turns += [{"role": "user", "content": question}, {"role": "assistant", "content": text.strip()}]
         if (end := generation.ends[0]) is not None and end is not EndReason.document:
-            self._say(f"[{end.value}]")
+            self.tell(f"[{end.value}]")
 
     def _prompt(self, turns: list[Message]) -> list[int]:
         """Tokens of the turns, without the oldest where all are too many, so that half the context stays for an answer."""
@@ -77,7 +77,7 @@ class Conversation:
         while len(ids := self._encode(self._rendered(turns))) > most and len(turns) > 2:
             turns = turns[2:]
             if not self._told:
-                self._say(
+                self.tell(
                     f"[more turns than the {self._source.context} tokens of the model's context: the oldest are left out]"
                 )
                 self._told = True
@@ -125,7 +125,7 @@ def _template(config: Config, source: LoadedModel) -> ChatTemplate:
 
 def converse(conversation: Conversation) -> None:
     """Answer what a person types, until Ctrl-D or /quit."""
-    conversation._say(HELP)
+    conversation.tell(HELP)
     with every_interrupt():
         while True:
             try:
@@ -159,10 +159,10 @@ def answer_each_line(conversation: Conversation, lines: Iterator[str]) -> None:
 def _one_turn(conversation: Conversation, question: str, title: str = "") -> None:
     if question == RESET:
         conversation.forget()
-        conversation._say("[forgotten]")
+        conversation.tell("[forgotten]")
         return
     if question.startswith("/"):
-        conversation._say(HELP)
+        conversation.tell(HELP)
         return
     write(title)
     wrap = _WordWrap(shutil.get_terminal_size().columns) if sys.stdout.isatty() else None
