@@ -4,7 +4,7 @@ import pytest
 
 from conf.schema import Adapter
 from tests.prove.proofs import gather_evidence, small_proof
-from tests.prove.test_prove import assert_holds
+from tests.prove.test_prove import assert_exact, assert_holds
 from train import parallelize
 from train.model import adapter
 from train.model.adapter import LowRankPairs
@@ -29,12 +29,7 @@ WHOLE = {
 
 @pytest.mark.parametrize("name", EXACT)
 def test_a_layout_is_exact(tmp_path, name):
-    config = small_proof(tmp_path, *LORA, *EXACT[name])
-    gather_evidence(config, proofs=["exact"])
-    findings = judge_pass(config, "exact")
-    assert [difference.text() for difference in findings.differences[:3]] == []
-    quantities = {quantity for _, quantity in findings.verdicts}
-    assert quantities >= {"outputs", "losses", "loads", "gradients of weights", "biases"}
+    assert_exact(small_proof(tmp_path, *LORA, *EXACT[name]))
 
 
 @pytest.mark.slow

@@ -7,10 +7,10 @@ import torch
 
 from conf.load import compose
 from tests.prove.proofs import PROOF, gather_evidence, small_proof
-from tests.prove.test_prove import assert_holds
+from tests.prove.test_prove import assert_exact, assert_holds
 from train.data.batch import Batch
 from train.prove import reference
-from train.prove.judge import judge_all, judge_pass
+from train.prove.judge import judge_all
 from train.prove.miniature import shrink
 from train.prove.samples import Samples, initial_biases, initial_weights
 
@@ -39,12 +39,7 @@ WHOLE = {
 
 @pytest.mark.parametrize("name", EXACT)
 def test_a_layout_is_exact(tmp_path, name):
-    config = small_proof(tmp_path, *CHATS, *EXACT[name])
-    gather_evidence(config, proofs=["exact"])
-    findings = judge_pass(config, "exact")
-    assert [difference.text() for difference in findings.differences[:3]] == []
-    quantities = {quantity for _, quantity in findings.verdicts}
-    assert quantities >= {"outputs", "losses", "loads", "gradients of weights", "biases"}
+    assert_exact(small_proof(tmp_path, *CHATS, *EXACT[name]))
 
 
 @pytest.mark.slow

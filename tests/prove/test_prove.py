@@ -63,6 +63,15 @@ MORE = {
 SHARE = 4
 
 
+def assert_exact(config: Config) -> None:
+    """Have ranks run the exact pass, and hold what every layout has in it."""
+    gather_evidence(config, proofs=["exact"])
+    findings = judge_pass(config, "exact")
+    assert [difference.text() for difference in findings.differences[:3]] == []
+    quantities = {quantity for _, quantity in findings.verdicts}
+    assert quantities >= {"outputs", "losses", "loads", "gradients of weights", "biases"}
+
+
 def assert_holds(findings: ProofFindings, config: Config) -> None:
     assert [difference.text() for difference in findings.differences[:3]] == []
     assert {verdict.proof for verdict in findings.verdicts.values()} == set(passes_of(config))
