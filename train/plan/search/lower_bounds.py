@@ -64,7 +64,7 @@ class FrameBounds:
                 key = (*saving.recompute, "", *saving.offload, dispatch, wire)
                 if key not in passes:
                     fastest = with_changes(saving.applied(frame.config, 0), dispatch=dispatch, wire=wire)
-                    passes[key] = pipeline_seconds(self._stages(fastest))
+                    passes[key] = _pipeline_seconds(self._stages(fastest))
                 for number in able:
                     host, total = frame.hosts[number], max(least[number])
                     if host not in updates:
@@ -93,7 +93,7 @@ def _waiting(parallel: Parallel, count: int) -> list[int]:
     return [each - 1 for each in most] if parallel.schedule_facts.pairs else most
 
 
-def pipeline_seconds(stages: Stages) -> float:
+def _pipeline_seconds(stages: Stages) -> float:
     """Seconds of all micro-batches on the busiest rank, and what it idles.
 
     Where backward is not split, a rank begins when the stages before its first have gone forward, and ends before those go backward: on

@@ -16,7 +16,6 @@ far its lightest layout is from fitting, or how much slower its best one is.
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from enum import IntEnum
 from heapq import heapify, heappop, heappush
 
 from conf.check import check
@@ -31,7 +30,7 @@ from train.plan.reserve import tensor_memory
 from train.plan.search.candidates import Candidate, Frame, frames
 from train.plan.search.changes import broken_layout, overrides, with_changes
 from train.plan.search.cures import WORTH
-from train.plan.search.lower_bounds import FrameBounds, pipeline_seconds, traced_bound
+from train.plan.search.lower_bounds import FrameBounds, traced_bound
 from train.plan.time.rates import load_rates
 from train.plan.time.stages import Stages, require_rule
 from train.plan.time.step_time import estimate_step, mfu, simulate_step
@@ -39,6 +38,8 @@ from train.plan.time.step_time import estimate_step, mfu, simulate_step
 SHOWN_LAYOUTS = 10
 REASONS = 3
 """Kinds of layouts whose rule is told where none runs."""
+_UNSEEN = -1
+"""In place of a number of blocks: of a candidate of which only bounds are known."""
 UNEVEN = 1.03
 """The busiest rank's work over the mean from which on another split of the stages is looked at."""
 
@@ -131,15 +132,6 @@ class _Fit:
     step_seconds: float
 
 
-class _Known(IntEnum):
-    """What a search knows of a candidate."""
-
-    bounds = 0
-    blocks = 1
-    """How many blocks its saving takes at least, and a bound on the step with them."""
-    step = 2
-
-
 @dataclass
 class _Looked:
     """What a search has seen of a family."""
@@ -215,21 +207,18 @@ class _Finder:
     def _fits(self) -> Iterator[_Fit]:
         """Layouts that fit, until none of the rest can be among the ten fastest."""
         possible = [one for family in self._families.values() for one in family.possible]
-        queue = [(one.seconds, number, 0, _Known.bounds) for number, one in enumerate(possible)]
+        queue = [(one.seconds, number, _UNSEEN) for number, one in enumerate(possible)]
         heapify(queue)
         best: list[float] = []
         while queue and not (len(best) == SHOWN_LAYOUTS and queue[0][0] > best[-1]):
-            seconds, number, blocks, known = heappop(queue)
+            seconds, number, blocks = heappop(queue)
             one = possible[number]
+            if blocks == _UNSEEN:
+                if (one.blocks or not self._needs_no_host(one.config)) and (fewest := self._fewest(one)) is not None:
+                    heappush(queue, (self._seconds(one, fewest), number, fewest))
+                continue
             config = one.saving.applied(one.config, blocks)
-            if known == _Known.bounds:
-                if (one.blocks or not self._needs_no_host(config)) and (fewest := self._fewest(one)) is not None:
-                    heappush(queue, (self._bound(one, fewest), number, fewest, _Known.blocks))
-                continue
             if self._needs_no_host(config):
-                continue
-            if known == _Known.blocks:
-                heappush(queue, (estimate_step(self._stages(config))[0], number, blocks, _Known.step))
                 continue
             lacking, what = self._look(one, config)
             if lacking <= 0 and (blocks or not one.blocks):  # without a block it is the layout of another saving
@@ -237,7 +226,7 @@ class _Finder:
                 best = sorted([*best, fit.step_seconds])[:SHOWN_LAYOUTS]
                 yield fit
             elif lacking > 0 and blocks < one.blocks and not what:  # a node's own memory only gets fuller
-                heappush(queue, (self._bound(one, blocks + 1), number, blocks + 1, _Known.blocks))
+                heappush(queue, (self._seconds(one, blocks + 1), number, blocks + 1))
 
     def _fewest(self, one: Candidate) -> int | None:
         """The fewest blocks of its saving with which a bound on memory lets a candidate fit; None where it does not with all."""
@@ -254,12 +243,8 @@ class _Finder:
         config = one.saving.applied(one.config, blocks)
         return traced_bound(one, config, scene_of(config)) - tensor_memory(config)
 
-    def _bound(self, one: Candidate, blocks: int) -> float:
-        """The bound on a candidate's step with so many blocks of its saving."""
-        if not blocks:
-            return one.seconds
-        none, some = (pipeline_seconds(self._stages(one.saving.applied(one.config, each))) for each in (0, blocks))
-        return one.seconds + some - none
+    def _seconds(self, one: Candidate, blocks: int) -> float:
+        return estimate_step(self._stages(one.saving.applied(one.config, blocks)))[0]
 
     def _stages(self, config: Config) -> Stages:
         return Stages(config, layout_of(config), self._rates, self._memo)
