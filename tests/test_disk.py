@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cluster.cause import read_report
 from conf.disk import DISK_FAILED, FULL, HANDLES, REFUSED, RIGHTS, disk_errors, naming, reading
 from conf.errors import EXIT_CRASH, EXIT_OK, EXIT_USER, UserError
 from conf.load import compose
@@ -49,8 +50,8 @@ class Training:
 
     def wait_for_step(self, step: int, rank: int = 0) -> None:
         """Until a rank is at this step, as its progress tells, which a full disk does not stop."""
-        path, deadline = self.folder / "logs" / f"rank_{rank}.progress.json", time.monotonic() + 90
-        while not (path.exists() and json.loads(path.read_text() or "{}").get("step", 0) >= step):
+        deadline = time.monotonic() + 90
+        while read_report(rank, None, self.folder / "logs").step < step:
             assert self.process.is_alive() and time.monotonic() < deadline, self.said()
             time.sleep(0.01)
 

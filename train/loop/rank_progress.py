@@ -46,7 +46,10 @@ class RankProgress:
                 self._note(f"progress could not be written ({explain_disk_error(error)}); training goes on")
 
     def _write_over(self, text: str) -> None:
-        """Put the text in the place of the old one, which takes no more room: a rank whose file stands still looks as if it hung."""
+        """Put the text in the place of the old one, which takes no more room: a rank whose file stands still looks as if it hung.
+
+        A reader may find half of each, which is no JSON: it takes that for no news.
+        """
         with contextlib.suppress(OSError), self._path.open("r+b", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
             file.write(text.encode().ljust(size))
