@@ -15,7 +15,7 @@ from conf.errors import UserError
 from conf.load import compose
 from conf.schema import Supervise
 from train.data.chat_packing import PackedChats, pack_chats
-from train.data.chat_template import CannotRender, ChatTemplate, load_template
+from train.data.chat_template import CannotRender, ChatTemplate, RenderedChat, load_template
 from train.data.chat_tokens import chat_tokenizer, learnt_tokens
 from train.data.chats import Chat, read_chat
 from train.data.corpus import build_corpus
@@ -172,6 +172,10 @@ def test_three_forms_are_one_chat():
         ({"messages": [{"role": "assistant", "content": 3}]}, "int as content"),
         ({"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]}, "weight 0.5"),
         ([], "a chat is an object"),
+        ({"conversations": [{"from": ["human"], "value": "one?"}]}, r"from \['human'\]"),
+        ({"messages": [{"role": "assistant", "content": "a", "reasoning": "\ud800"}]}, "no.* Unicode text"),
+        ({"messages": [{"role": "assistant", "content": "a", "tool_calls": [{"x": "\ufdd0"}]}]}, "no.* Unicode text"),
+        ({"prompt": 3, "completion": "a"}, "no list under 'prompt'"),
     ],
 )
 def test_what_is_no_chat_is_refused_with_its_place(record, words):
@@ -229,6 +233,18 @@ def test_masks_are_those_of_transformers(tokenizer):
             ids, mask = learnt_tokens(tokenizer.encode_rendered([made.text])[0], made)
             assert ids.tolist() == want["input_ids"]
             assert mask.tolist() == want["assistant_masks"], made.text
+
+
+def test_spaces_and_characters_of_several_tokens_are_learnt_at_the_ends_of_a_turn(tokenizer):
+    """Also with a tokenizer, as Llama's, whose tokens begin behind their space where it tells places in a text."""
+    trims = json.loads(tokenizer.json_text) | {
+        "post_processor": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+    }
+    made = RenderedChat("q \U0001f389 two \U0001f389", [(3, 9)])
+    for each in (tokenizer, Tokenizer(json.dumps(trims))):
+        ids, mask = learnt_tokens(each.encode_rendered([made.text])[0], made)
+        assert each.decode(ids[mask > 0].tolist()) == " two \U0001f389"
+        assert each.decode(ids[mask == 0].tolist()) == "q \U0001f389"
 
 
 def write(folder: Path, tokenizer: Tokenizer, records: list[dict], source: str = CHATML) -> list[str]:

@@ -9,6 +9,7 @@ Reasoning under `reasoning_content` (or reasoning, thinking) becomes <think>...<
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -72,11 +73,14 @@ def read_chat(record: Any, place: str, field: str) -> Chat:
     if not isinstance(record, dict):
         raise refuse(f"is a {type(record).__name__}, and a chat is an object", "write one object per line")
     record = {key: value for key, value in record.items() if value is not None}
+    written = "".join(_texts(record))
+    if SURROGATE.search(written) or any(mark in written for mark in PLACE_MARKS):
+        raise refuse("is not Unicode text: it holds half a pair, or U+FDD0 or U+FDD1", "correct or remove it")
     skip = 0
     if "messages" in record:
         messages = _list(record["messages"], "messages", refuse)
     elif "prompt" in record and "completion" in record:
-        before, messages = _turns(record["prompt"], "user", refuse), _turns(record["completion"], "assistant", refuse)
+        before, messages = _turns(record, "prompt", "user", refuse), _turns(record, "completion", "assistant", refuse)
         skip, messages = len(before), [*before, *messages]
     elif "conversations" in record:
         messages = [_from_sharegpt(one, refuse) for one in _list(record["conversations"], "conversations", refuse)]
@@ -97,6 +101,18 @@ def read_chat(record: Any, place: str, field: str) -> Chat:
     return Chat([message for message, _ in found], tools, learnt)
 
 
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in it, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for pair in value.items():
+            yield from _texts(pair)
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from _texts(one)
+
+
 def _list(value: Any, key: str, refuse: Any) -> list:
     if isinstance(value, str):
         try:
@@ -108,14 +124,15 @@ def _list(value: Any, key: str, refuse: Any) -> list:
     return value
 
 
-def _turns(value: Any, role: str, refuse: Any) -> list:
-    return [{"role": role, "content": value}] if isinstance(value, str) else _list(value, role, refuse)
+def _turns(record: dict[str, Any], key: str, role: str, refuse: Any) -> list:
+    text = record[key]
+    return [{"role": role, "content": text}] if isinstance(text, str) else _list(text, key, refuse)
 
 
 def _from_sharegpt(turn: Any, refuse: Any) -> Message:
     if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
         raise refuse("has a turn of conversations without from or value", 'write {"from": "human", "value": "..."}')
-    role = SHAREGPT.get(turn["from"])
+    role = SHAREGPT.get(str(turn["from"]))
     if role is None:
         known = ", ".join(SHAREGPT)
         raise refuse(f"has a turn from {turn['from']!r}, and known are: {known}", "rename it, or remove the chat")
@@ -142,8 +159,6 @@ def _message(given: Any, number: int, refuse: Any) -> tuple[Message, bool]:
         content = "".join(map(str, parts))
     if not isinstance(content, str):
         raise refuse(f"{where} has a {type(content).__name__} as content", "content is a text")
-    if SURROGATE.search(content) or any(mark in content for mark in PLACE_MARKS):
-        raise refuse(f"{where} is not Unicode text: it holds half a pair, or U+FDD0 or U+FDD1", "correct this message")
     for key in REASONING:
         if reasoning := message.pop(key, None):
             if role != "assistant" or not isinstance(reasoning, str):

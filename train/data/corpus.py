@@ -19,7 +19,7 @@ from conf.errors import UserError
 from conf.own_code import TARGET, refused
 from conf.schema import Config, DataFormat, MixSource, TooLong
 from train.data.chat_template import ChatTemplate
-from train.data.chat_tokens import FittedChats, chat_tokenizer, fit_chats, tokenise_chats
+from train.data.chat_tokens import MASK_VERSION, FittedChats, chat_tokenizer, fit_chats, tokenise_chats
 from train.data.held_out import all_documents, long_documents, split_documents, training_texts
 from train.data.own_documents import KEY, OwnDocuments
 from train.data.packing import Documents
@@ -123,7 +123,7 @@ class _Builder:
     def _build_chats(self, named: list[tuple[MixSource, str]]) -> Corpus:
         tokenizer, template = chat_tokenizer(self.config)
         check_fit(tokenizer, self.data.tokenizer or str(self.config.init_from), self.config.model.vocab_size, 0)
-        way = f"{template.fingerprint}:{self.data.supervise}:{self.data.cut_reasoning}"
+        way = f"{MASK_VERSION}:{template.fingerprint}:{self.data.supervise}:{self.data.cut_reasoning}"
         parts, contents, long = [], [], []
         for part, key in named:
             source = open_chats(part, key, way)

@@ -108,8 +108,11 @@ class Tokenizer:
 
     @cached_property
     def _of_templates(self) -> Backend:
-        """Takes names of special tokens in a text as the tokens, as chat templates mean them."""
-        made = Backend.from_str(self.json_text)
+        """Takes names of special tokens in a text as the tokens, as chat templates mean them.
+
+        Without what is done behind the encoding: it adds special tokens, or moves a token's offsets off the space that it begins with.
+        """
+        made = Backend.from_str(json.dumps(json.loads(self.json_text) | {"post_processor": None}))
         made.no_truncation()
         made.no_padding()
         return made
