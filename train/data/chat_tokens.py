@@ -24,7 +24,7 @@ from train.data.template_function import template_of
 from train.data.tokenizer import Tokenizer, load_tokenizer
 
 MASK_VERSION = 2
-"""Of how learnt tokens are found: another one makes the files of tokens anew. 1 lost turns that begin with a space of some tokenizers."""
+"""Version of the way in which learnt tokens are found: another one makes the files of tokens anew. 1 lost turns that begin with a space."""
 AT_ONCE = 256
 """Chats that are encoded together."""
 
