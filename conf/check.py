@@ -443,9 +443,6 @@ ADAPTERS: tuple[ConfigCheck, ...] = (
                    "add optim=tune, or set optim.bias_speed=[{{value: 0}}]", shown=lambda c, v: [phase.value for phase in v]),
         JoinedRule("optim.qk_clip", lambda c, v: v is None, "scales weights of the base, which an adapter leaves as they are",
                    "leave it out with an adapter"),
-        JoinedRule("parallel.zero", lambda c, v: v < 3,
-                   "must be 1 or 2 with an adapter: the weights of the base are whole on every rank of a stage",
-                   "set parallel.zero=1; where the base does not fit, raise parallel.pp or parallel.ep"),
     )),
 )
 

@@ -73,7 +73,7 @@ class Zero:
         names = _unique_names(chunks)
         self.names = {param: name for param, name in names.items() if param.requires_grad}
         self.untrained = {param: name for param, name in names.items() if not param.requires_grad}
-        """Weights without gradient, master and state: whole on every rank of a stage, and in no checkpoint."""
+        """Weights without gradient, master and state, which are in no checkpoint: whole on every rank of a stage, or at stage 3 cut."""
         self.shapes = {param: tuple(param.shape) for param in names}
         self.tied = tied
         # Of two copies, the last rank's is left out of the norm and of checkpoints.
@@ -117,8 +117,9 @@ class Zero:
         self.engine = _initialize(deepspeed, module, self.client, config, mesh)
         self.optimizer = self.engine.optimizer
         if stage == 3:
+            trained = {param: self.shapes[param] for param in self.names}
             self._weights = ShardedWeights(
-                self.engine, self.client, self.shapes, rules, self._shares, self._global_norm, self._show_local
+                self.engine, self.client, trained, rules, self._shares, self._global_norm, self._show_local
             )
         else:
             self._weights = WholeWeights(
@@ -203,7 +204,17 @@ class Zero:
 
     def weights(self) -> Iterator[Tensor]:
         """What this rank holds of the weights between steps; at stage 3 its shards."""
-        return self._weights.weights()
+        return (self._weights.held(param) for param in (*self.names, *self.untrained))
+
+    def untrained_shards(self) -> dict[str, Shard]:
+        """What this rank holds of the weights that nobody trains, live, by name."""
+        found: dict[str, Shard] = {}
+        for param, name in self.untrained.items():
+            held, whole = self._weights.held(param).detach().view(-1), math.prod(self.shapes[param])
+            first = held.numel() * self._shares(param).rank if held.numel() < whole else 0
+            if first < whole:  # the last shards may be short or empty
+                found[name] = Shard(held[: whole - first], *self.place(param, first))
+        return found
 
     def shards(self, copies: bool = False) -> dict[str, Shard]:
         """Live fp32 master weights and optimizer's state of this rank's partition, by logical name.

@@ -52,7 +52,8 @@ def find_units(module: nn.Module, units: tuple[type[nn.Module], ...]) -> list[nn
 
 
 class ShardedWeights:
-    """client: our optimizer under DeepSpeed's. shapes: of the whole parameters, in module order. rules: of what is kept of each. shares: who else holds a
+    """client: our optimizer under DeepSpeed's. shapes: of the whole parameters that are trained, in module order; others are gathered
+    alone. rules: of what is kept of each. shares: who else holds a
     parameter. norm: the global gradient norm, called once per step. handing: called before a gradient is reduced.
     """
 
@@ -138,9 +139,9 @@ class ShardedWeights:
                 place += size
             yield flat, found
 
-    def weights(self) -> Iterator[Tensor]:
-        """What this rank holds of the weights between steps."""
-        return (shard_of(param) for param in self._shapes)
+    def held(self, param: nn.Parameter) -> Tensor:
+        """What this rank holds of a weight between steps: a shard with its padding."""
+        return shard_of(param)
 
     def refresh(self) -> None:
         """Make the weights the rounded masters."""

@@ -113,9 +113,9 @@ class WholeWeights:
             for number in range(len(self._groups)):
                 self._optimizer.averaged_gradients[number] = None
 
-    def weights(self) -> Iterator[Tensor]:
-        """What this rank holds of the weights between steps."""
-        return (param for group in self._groups for param in group)
+    def held(self, param: nn.Parameter) -> Tensor:
+        """What this rank holds of a weight between steps: all of it."""
+        return param
 
     def gradients(self) -> Iterator[tuple[nn.Parameter, Tensor, int]]:
         """Gradients of this rank's shard without padding, and what they are still to be divided by."""

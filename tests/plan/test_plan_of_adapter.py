@@ -44,13 +44,24 @@ def test_frozen_weights_have_no_master_moments_or_gradients():
     held = count_weights(config, [range(config.model.layers)], [0], 0)
     trained = held.dense + held.experts
     items = plan.fullest.items
-    assert items["weights"] == pytest.approx(2 * (trained + held.frozen), rel=1e-3)
+    assert items["weights"] == pytest.approx(2 * trained + held.frozen_dense + held.frozen_experts, rel=1e-3)
     assert items["master"] == pytest.approx(4 * (held.dense / 2 + held.experts), rel=1e-3)
     assert items["gradients"] == 4 * trained  # of several micro-batches, all are there at the peak
     assert _state_bytes(config, held) <= plan.fullest.peak_bytes
     whole = make_plan(planned("conf=tiny", "parallel.dp=2", "parallel.ep=2", "batch_size=16", "micro_batch_size=2"))
     assert plan.step.update.reduce < whole.step.update.reduce / 4
     assert plan.fullest.peak_bytes < whole.fullest.peak_bytes
+
+
+def test_stage_3_divides_frozen_weights_too():
+    words = ["conf=tiny", "adapter=lora", "parallel.dp=4", "parallel.ep=2", "batch_size=16", "micro_batch_size=2"]
+    config = planned(*words, "parallel.zero=3")
+    plan = make_plan(config)
+    held = count_weights(config, [range(config.model.layers)], [0], 0)
+    dense, experts = 2 * held.dense + held.frozen_dense, 2 * held.experts + held.frozen_experts
+    assert plan.fullest.items["weights"] == pytest.approx(dense / 4 + experts / 2, rel=1e-2)
+    assert plan.fullest.items["master"] == pytest.approx(4 * (held.dense / 4 + held.experts / 2), rel=1e-2)
+    assert _state_bytes(config, held) <= plan.fullest.peak_bytes < make_plan(planned(*words)).fullest.peak_bytes
 
 
 def test_the_only_gradients_of_weights_are_those_of_pairs():

@@ -23,6 +23,7 @@ UNSURE = ("recipe", "gradients of weights")
 WHOLE = {
     "ep2_zero1": ["parallel.dp=2", "parallel.ep=2"],
     "dp2_zero2_bf16": ["parallel.dp=2", "parallel.zero=2", "precision=bf16"],
+    "dp2_zero3_fp32": ["parallel.dp=2", "parallel.ep=2", "parallel.zero=3"],
     "pp2_fp8": ["parallel.pp=2", "parallel.schedule=dualpipev", "precision=fp8"],
 }
 

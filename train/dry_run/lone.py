@@ -131,7 +131,7 @@ def _items(parts: ParallelModel) -> dict[str, int]:
     """Bytes of the rank's state."""
     shards = parts.zero.shards(copies=True)
     return {
-        "weights": _bytes([*parts.zero.weights(), *parts.zero.untrained]),
+        "weights": _bytes(parts.zero.weights()),
         "master": _bytes(shard.local for name, shard in shards.items() if name.startswith("master.")),
         "moments": _bytes(shard.local for name, shard in shards.items() if not name.startswith("master.")),
         "gradients": _bytes(param.grad for param in parts.zero.names if param.grad is not None),

@@ -87,8 +87,7 @@ class RunState:
         balance biases."""
         if not self._trains_adapter:
             return {name: shard for name, shard in self.wanted(False).items() if name.startswith(("master.", "bias."))}
-        place, untrained = self.zero.place, self.zero.untrained
-        base = {f"master.{name}": Shard(param.detach().view(-1), *place(param, 0)) for param, name in untrained.items()}
+        base = {f"master.{name}": shard for name, shard in self.zero.untrained_shards().items()}
         return base | self._biases()
 
     def finish_load(self, meta: dict[str, Any], with_ema: bool) -> None:

@@ -231,8 +231,7 @@ def _train(proof: str, part: RunPart, place: Place, device: torch.device) -> Non
     state = RunState(config, rank.mesh, parts)
     start = Evidence(StepInfo(proof, part.number, 0, place.rank, layout_name(config), device.type))
     if config.adapter.on:
-        fill_chunks(parts.chunks, initial_weights(config))
-        fill_biases(parts, initial_biases(config))
+        fill_base(config, state, parts)
         state.base = {"path": "drawn", "fingerprint": "drawn"}
     if part.number == 0:
         for name, shard in state.zero.shards().items():
@@ -262,14 +261,26 @@ def fill_state(config: Config, state: RunState, parts: ParallelModel) -> None:
     for name, shard in state.zero.shards(copies=True).items():
         kind, weight = name.split(".", 1)
         if kind == "master":
-            flat = weights[weight].flatten()
-            shard.local.copy_(flat[shard.offset : shard.offset + shard.local.numel()])
+            _fill(shard, weights[weight])
         else:
             shard.local.zero_()
     fill_biases(parts, initial_biases(config))
     state.zero.finish_load(0)
     if state.ema is not None:
         state.ema.restart()
+
+
+@torch.no_grad()
+def fill_base(config: Config, state: RunState, parts: ParallelModel) -> None:
+    """Give an adapter the weights that it stands beside, which are in no checkpoint, and their biases."""
+    weights = initial_weights(config)
+    for name, shard in state.zero.untrained_shards().items():
+        _fill(shard, weights[name])
+    fill_biases(parts, initial_biases(config))
+
+
+def _fill(shard: Shard, whole: Tensor) -> None:
+    shard.local.copy_(whole.flatten()[shard.offset : shard.offset + shard.local.numel()])
 
 
 class _Stop:

@@ -1,32 +1,32 @@
 """What stage 3 gathers, by hand. Against DeepSpeed itself: the peaks of test_rank.py."""
 
-from train.plan.memory.zero3_gather import GatheredElements, SharedWeight, follow_gathers
+from train.plan.memory.zero3_gather import GatheredBytes, SharedWeight, follow_gathers
 
 
 def _dense(elements: int) -> SharedWeight:
-    return SharedWeight(elements, "dense", 2)
+    return SharedWeight(elements, "dense", 2, 1)
 
 
 def test_weights_that_come_alone_take_their_size_and_go_after_their_unit():
     units = [[_dense(10)], [_dense(10)], [_dense(11)]]
     assert follow_gathers(units, [(0, True), (1, True), (2, True)], 10) == [
-        GatheredElements(20, 20),
-        GatheredElements(22, 22),
-        GatheredElements(12, 12),
+        GatheredBytes(20, 20),
+        GatheredBytes(22, 22),
+        GatheredBytes(12, 12),
     ]
 
 
 def test_weights_that_come_together_are_copied_out_of_a_buffer():
     """Both come for the first unit, so the buffer is gone when it works; the third, shared by nobody, takes nothing."""
-    units = [[_dense(6), _dense(3), SharedWeight(50, "experts", 1)]]
-    assert follow_gathers(units, [(0, True)], 59) == [GatheredElements(9 + 10, 9)]
+    units = [[_dense(6), _dense(3), SharedWeight(50, "experts", 1, 1)]]
+    assert follow_gathers(units, [(0, True)], 59) == [GatheredBytes(9 + 10, 9)]
 
 
 def test_a_buffer_stays_until_all_units_of_it_have_waited():
     units = [[_dense(20)], [_dense(8)], [_dense(8)]]
     first, second, third = follow_gathers(units, [(0, True), (1, True), (2, True)], 20)
-    assert first == GatheredElements(20 + 16, 20 + 16), "the two others are on their way in one buffer"
-    assert second == GatheredElements(16 + 16, 16 + 16) and third == GatheredElements(8 + 16, 8)
+    assert first == GatheredBytes(20 + 16, 20 + 16), "the two others are on their way in one buffer"
+    assert second == GatheredBytes(16 + 16, 16 + 16) and third == GatheredBytes(8 + 16, 8)
 
 
 def test_a_weight_that_is_counted_on_again_stays():

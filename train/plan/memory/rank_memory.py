@@ -26,6 +26,7 @@ from train.plan.memory.part import AGAIN, AWAY, FrozenSection, Scene, kind_of
 from train.plan.memory.rank_weights import (
     FP32_BYTES,
     Shards,
+    held_bytes,
     needs_table,
     part_weights,
     rank_weights,
@@ -115,7 +116,7 @@ def _built_bytes(config: Config, pp_rank: int, layers: list[range] | None) -> in
     if config.parallel.zero < 3:
         return 0
     chunks = chunk_parts(config, layers)[pp_rank]
-    return config.precision.weight_bytes * sum(one.elements for one in rank_weights(config, list(chunks.values())))
+    return held_bytes(config, rank_weights(config, list(chunks.values())))
 
 
 def phases(
@@ -135,7 +136,7 @@ def _moments(
     groups = shards(config, weights)
     if config.parallel.zero == 3:
         chunk = chunk_of(scene, chunks[0])
-        stage3, host = Zero3Memory(config, groups, chunk), Counter(activations=chunk.host_bytes[0])
+        stage3, host = Zero3Memory(config, weights, groups, chunk), Counter(activations=chunk.host_bytes[0])
         size, event = stage3.schedule()
         schedule, reduced, updated = (
             MemoryPeak(size, Counter(workspace=size), event, 1),
@@ -146,7 +147,7 @@ def _moments(
     else:
         reduced, updated = StepEnd(config, groups, stage_rank, scene).peaks()
         (schedule, waiting), state = _walk(config, pp_rank, chunks, scene, shortest), state_items(config, groups)
-        state["weights"] += config.precision.weight_bytes * sum(w.elements for w in weights if not w.is_trained)
+        state["weights"] += held_bytes(config, [weight for weight in weights if not weight.is_trained])
         host = Counter(activations=waiting)
         if config.parallel.offload_optimizer:
             host += Counter(

@@ -29,6 +29,8 @@ class Weight:
     shape: tuple[int, ...]
     is_trained: bool = True
     """False for a weight that an adapter is trained beside: it has no master, moments or gradient."""
+    item_bytes: int | None = None
+    """Bytes of an element; None for those of the recipe's weights."""
 
     @property
     def elements(self) -> int:
@@ -65,6 +67,12 @@ def part_weights(
         for name, param in chunk.named_parameters()
         if part == "embedding" or not name.startswith("embedding")
     )
+
+
+def held_bytes(config: Config, weights: Sequence[Weight]) -> int:
+    """Bytes of whole weights, in the formats in which a rank holds them."""
+    usual = config.precision.weight_bytes
+    return sum(weight.elements * (weight.item_bytes or usual) for weight in weights)
 
 
 def rank_weights(config: Config, chunks: Sequence[Parts]) -> list[Weight]:

@@ -15,7 +15,7 @@ from train.plan.job import micro_batches_of
 from train.plan.memory.chunk import ChunkMemory
 from train.plan.memory.part import FrozenSection, PassMemory
 from train.plan.memory.rank_weights import FP32_BYTES, Shards, Weight, part_weights, state_bytes
-from train.plan.memory.zero3_gather import GatheredElements, SharedWeight, follow_gathers
+from train.plan.memory.zero3_gather import GatheredBytes, SharedWeight, follow_gathers
 from train.plan.memory.zero3_scatter import (
     NOTHING,
     Bucket,
@@ -30,15 +30,17 @@ from train.plan.memory.zero3_scatter import (
 class Zero3Memory:
     """One rank, which has the whole model in one chunk."""
 
-    def __init__(self, config: Config, groups: Sequence[Shards], chunk: ChunkMemory):
+    def __init__(self, config: Config, weights: Sequence[Weight], groups: Sequence[Shards], chunk: ChunkMemory):
+        """weights: those of the rank, of which groups have the trained ones."""
         self._config, self._groups, self._chunk = config, groups, chunk
+        self._frozen = [weight for weight in weights if not weight.is_trained]
         self._element = config.precision.weight_bytes
 
     def state(self) -> dict[str, int]:
         """What is there all the time."""
         owned = sum(group.scattered for group in self._groups)
         return {
-            "weights": self._element * owned,
+            "weights": self._element * owned + sum(self._shared(weight).shard_bytes for weight in self._frozen),
             "master": FP32_BYTES * owned,
             "moments": state_bytes(self._config, self._groups, lambda group: group.scattered),
             "gradients": FP32_BYTES * owned,
@@ -48,10 +50,10 @@ class Zero3Memory:
     def schedule(self) -> tuple[int, str]:
         """Most bytes in forward and backward passes and between them, and the unit at work."""
         forward, (backward, _) = self._forward, self._backward
-        held, elements = self._held, self._element
+        held = self._held
         moments = []
         for number, (visit, gathered) in enumerate(zip((*forward, *backward), held, strict=True)):
-            most = max(visit.peak + elements * gathered.working, visit.start + elements * gathered.fetching)
+            most = max(visit.peak + gathered.working, visit.start + gathered.fetching)
             moments.append((most, f"{'forward' if number < len(forward) else 'backward'}: {visit.unit}"))
         if micro_batches_of(self._config) > 1:  # what is left of one is reduced as the next begins
             moments.append((self.reduction(), "reduction between micro-batches"))
@@ -64,7 +66,7 @@ class Zero3Memory:
         """
         _, left = self._backward
         outside = 0 if self._bucket.takes(left.elements) else FP32_BYTES * left.elements
-        return self._bucket.reduction(left) + outside + self._element * self._held[-1].working
+        return self._bucket.reduction(left) + outside + self._held[-1].working
 
     @cached_property
     def _bucket(self) -> Bucket:
@@ -96,7 +98,7 @@ class Zero3Memory:
         return found, waiting
 
     @cached_property
-    def _held(self) -> list[GatheredElements]:
+    def _held(self) -> list[GatheredBytes]:
         """What is gathered at the visits of forward, then of backward."""
         units = self._units()
         last, depths = len(units) - 1, self._config.model.mtp_depth
@@ -122,12 +124,15 @@ class Zero3Memory:
         parallel = self._config.parallel
         experts = weight.is_expert and parallel.ep > 1
         return SharedWeight(
-            weight.elements, "experts" if experts else "dense", parallel.stage_ranks // (parallel.ep if experts else 1)
+            weight.elements,
+            "experts" if experts else "dense",
+            parallel.stage_ranks // (parallel.ep if experts else 1),
+            weight.item_bytes or self._element,
         )
 
     def _weights(self, part: str) -> Sequence[Weight]:
         share = self._config.model.experts // self._config.parallel.ep
-        return part_weights(FrozenSection(self._config.model), part, share)
+        return part_weights(FrozenSection(self._config.model), part, share, FrozenSection(self._config.adapter))
 
     def update(self) -> int:
         """Most bytes while the weights are updated, group by group: a copy of the gradients and scratch."""

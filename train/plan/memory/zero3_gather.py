@@ -9,7 +9,7 @@ Weights that are gathered together come in one buffer, and when the first unit t
 out of it. The buffer stays until the last of them was waited for. A weight that comes alone, or that no other rank
 shares, is not copied. After its work a unit's weights go, unless the next gathers have already counted on them.
 
-All sizes in elements.
+Limits count elements, and what is told are bytes.
 """
 
 from collections import deque
@@ -25,15 +25,21 @@ class SharedWeight(NamedTuple):
     elements: int
     group: str
     ranks: int
+    item_bytes: int
 
     @property
-    def padded(self) -> int:
-        """With what makes all shards equally long."""
-        return -(-self.elements // self.ranks) * self.ranks
+    def shard_bytes(self) -> int:
+        """Bytes that one rank has, with what makes all shards equally long."""
+        return -(-self.elements // self.ranks) * self.item_bytes
+
+    @property
+    def padded_bytes(self) -> int:
+        """Bytes of all shards together."""
+        return self.shard_bytes * self.ranks
 
 
-class GatheredElements(NamedTuple):
-    """Gathered elements around one visit of a unit."""
+class GatheredBytes(NamedTuple):
+    """Gathered weights around one visit of a unit, in bytes."""
 
     fetching: int
     """Most while its weights come."""
@@ -55,12 +61,12 @@ class _Weight:
     status: _Status = _Status.away
     next_use: int = -1
     size: int = 0
-    """Elements of its own memory."""
+    """Bytes of its own memory."""
 
 
 @dataclass(eq=False)
 class _Gather:
-    """Weights on their way together. buffers: elements, not those that become a weight's own memory."""
+    """Weights on their way together. buffers: bytes, not those that become a weight's own memory."""
 
     waited: list[_Weight]
     copied: list[_Weight] = field(default_factory=list)
@@ -69,7 +75,7 @@ class _Gather:
 
 def follow_gathers(
     units: Sequence[Sequence[SharedWeight]], visits: Sequence[tuple[int, bool]], limit: int
-) -> list[GatheredElements]:
+) -> list[GatheredBytes]:
     """What is gathered at every visit. visits: a unit's number, and whether it is done with when the visit ends."""
     return _Coordinator(units, visits, limit).run()
 
@@ -83,14 +89,14 @@ class _Coordinator:
         self._counted = 0
         """Elements that DeepSpeed takes for gathered: without padding and buffers."""
 
-    def run(self) -> list[GatheredElements]:
+    def run(self) -> list[GatheredBytes]:
         found = []
         for number, (unit, done) in enumerate(self._visits):
             weights = self._units[unit]
             self._gather([weight for weight in weights if weight.status is _Status.away])
             highest = self._wait(weights)
             self._gather_ahead(weights, number)
-            found.append(GatheredElements(max(highest, self._size()), self._size()))
+            found.append(GatheredBytes(max(highest, self._size()), self._size()))
             if done:
                 self._release(weights, number)
         return found
@@ -102,10 +108,10 @@ class _Coordinator:
             if members[0].shared.ranks == 1:
                 continue
             if len(members) == 1:
-                members[0].size = members[0].shared.padded
+                members[0].size = members[0].shared.padded_bytes
             else:
                 gather.copied += members
-                gather.buffers += sum(weight.shared.padded for weight in members)
+                gather.buffers += sum(weight.shared.padded_bytes for weight in members)
         for weight in weights:
             weight.status = _Status.coming
             self._coming[weight] = gather
@@ -121,7 +127,7 @@ class _Coordinator:
             for one in gather.waited:
                 one.status = _Status.here
             for one in gather.copied:
-                one.size = one.shared.elements
+                one.size = one.shared.elements * one.shared.item_bytes
             gather.waited, gather.copied = [], []
             highest = max(highest, self._size())
             del self._coming[weight]

@@ -103,7 +103,8 @@ class _UnitRun(Run):
             if self._part == "end" and name and unit_of(name) == name:
                 unit.register_forward_pre_hook(lambda *_, name=name: self._visit(name))
                 unit.register_forward_hook(lambda _, __, out, name=name: self._watch(out, name))
-        own = [(name, param) for name, param in self._module.named_parameters() if unit_of(name) or self._part != "end"]
+        trained = ((name, param) for name, param in self._module.named_parameters() if param.requires_grad)
+        own = [(name, param) for name, param in trained if unit_of(name) or self._part != "end"]
         apart = self._scene.ep > 1  # else experts are summed over the same group as all other weights
         self._order = [(param, apart and ".experts." in name) for name, param in reversed(own)]
         self._ready: set[nn.Parameter] = set()

@@ -132,11 +132,13 @@ def _matrices(config: Config) -> str:
 
 
 def _adapter(plan: RunPlan) -> str:
-    """What is trained, and what lies whole on every rank beside it."""
+    """What is trained, and how what is not lies beside it."""
     counts = count_parameters(plan.config.model)
+    frozen = "ZeRO 1 and 2 shard their state alone: frozen weights are whole on every rank of a stage, experts over ep"
+    if plan.config.parallel.zero == 3:
+        frozen = "ZeRO 3 shards frozen weights too, and gathers them before their block"
     return (
-        f"{amount(count_adapter(plan.config))} of {amount(counts.total + counts.mtp)} parameters are trained; ZeRO 1 and 2 shard their "
-        "state alone: frozen weights are whole on every rank of a stage, experts over ep"
+        f"{amount(count_adapter(plan.config))} of {amount(counts.total + counts.mtp)} parameters are trained; {frozen}"
     )
 
 

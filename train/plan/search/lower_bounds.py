@@ -138,16 +138,19 @@ def _lengths(stages: Stages, stage: int) -> tuple[float, float, float]:
 
 
 def _state_bytes(config: Config, held: WeightCounts) -> int:
-    """Weights, fp32 gradients, master weights and moments of a rank, sharded as ZeRO does; frozen weights are whole."""
+    """Weights, fp32 gradients, master weights and moments of a rank, cut as ZeRO cuts them."""
     parallel = config.parallel
     element = config.precision.weight_bytes
-    shard = held.dense / parallel.stage_ranks + held.experts / (parallel.stage_ranks // parallel.ep)
+    copies = parallel.stage_ranks, parallel.stage_ranks // parallel.ep
+    shard = held.dense / copies[0] + held.experts / copies[1]
     whole = held.dense + held.experts
     moments = min(rule.count_state_bytes(config.precision.moment_bytes) for rule in config.optim.facts.rules)
     weights = shard if parallel.zero == 3 else whole
     gradients = shard if parallel.zero == 3 else whole
+    dense, experts = copies if parallel.zero == 3 else (1, 1)
+    frozen = held.frozen_dense / dense + held.frozen_experts / experts
     state = 0 if parallel.offload_optimizer else shard * (4 + moments)
-    return int((weights + held.frozen) * element + gradients * 4 + state)
+    return int(weights * element + frozen + gradients * 4 + state)
 
 
 def _kept_bytes(config: Config, stages: Stages, ids: list[int], flight: int) -> int:

@@ -23,7 +23,7 @@ from train.optim.newton_schulz import products
 from train.plan.job import device_kind
 from train.plan.memory.part import FrozenSection
 from train.plan.memory.rank_memory import chunk_parts
-from train.plan.memory.rank_weights import part_weights, rank_weights
+from train.plan.memory.rank_weights import held_bytes, part_weights, rank_weights
 from train.plan.time.rates import Rates
 from train.plan.time.work import Work
 
@@ -55,8 +55,10 @@ class WeightCounts:
     experts: float
     orthogonal: tuple["Orthogonal", ...] = ()
     """What is made orthogonal of the two, where the optimizer does that."""
-    frozen: float = 0.0
-    """Weights beside which an adapter is trained; the others are then those of the adapter."""
+    frozen_dense: int = 0
+    """Bytes of the weights beside which an adapter is trained, but for experts; what is counted above are then those of the adapter."""
+    frozen_experts: int = 0
+    """Bytes of its experts."""
 
 
 @dataclass(frozen=True)
@@ -85,10 +87,10 @@ def count_weights(config: Config, layers: list[range], stage_ids: list[int], las
     if config.adapter.on:
         chunks = [parts for rank in chunk_parts(config, layers) for stage, parts in rank.items() if stage in stage_ids]
         found = rank_weights(config, chunks)
-        dense, experts = (
-            sum(w.elements for w in found if w.is_trained and w.is_expert == kind) for kind in (False, True)
-        )
-        return WeightCounts(dense, experts, frozen=sum(weight.elements for weight in found if not weight.is_trained))
+        kinds = [[weight for weight in found if weight.is_expert == kind] for kind in (False, True)]
+        dense, experts = (sum(weight.elements for weight in kind if weight.is_trained) for kind in kinds)
+        frozen = [held_bytes(config, [weight for weight in kind if not weight.is_trained]) for kind in kinds]
+        return WeightCounts(dense, experts, frozen_dense=frozen[0], frozen_experts=frozen[1])
     counts = count_parameters(model)
     per_layer = counts.expert * model.experts
     dense = experts = 0.0
@@ -202,12 +204,12 @@ def stage3_seconds(config: Config, layout: Layout, rates: Rates, held: WeightCou
     element = config.precision.weight_bytes
     inside_node = min(layout.stage_ranks, layout.ranks_per_node)
     gather = reduce = 0.0
-    for weights, group, per_node in (
-        (held.dense, layout.stage_ranks, inside_node),
-        (held.experts, layout.edp, max(1, inside_node // layout.ep)),
+    for weights, frozen, group, per_node in (
+        (held.dense, held.frozen_dense, layout.stage_ranks, inside_node),
+        (held.experts, held.frozen_experts, layout.edp, max(1, inside_node // layout.ep)),
     ):
-        if group > 1 and weights:
-            moved = weights * (group - 1) / group
-            gather += _collective("gather", rates, moved * element, group, per_node)
-            reduce += _collective("reduce", rates, moved * 4, group, per_node)
+        if group > 1 and weights + frozen:
+            away = (group - 1) / group
+            gather += _collective("gather", rates, (weights * element + frozen) * away, group, per_node)
+            reduce += _collective("reduce", rates, weights * 4 * away, group, per_node)
     return gather, gather + reduce
