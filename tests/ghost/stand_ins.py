@@ -7,6 +7,7 @@ How many rows each expert has is a value, which the ghost does not know: they ar
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,11 +45,11 @@ def even_experts() -> Iterator[None]:
     real = Fp8Precision.expert_ffn
 
     def evenly(
-        self: Fp8Precision, rows_RD: Tensor, gates_R: Tensor, w13: Tensor, w2: Tensor, counts_E: Tensor
+        self: Fp8Precision, rows_RD: Tensor, gates_R: Tensor, w13: Tensor, w2: Tensor, counts_E: Tensor, *rest: Any
     ) -> Tensor:
         assert counts_E.is_cuda, f"row counts on {counts_E.device}"
         even = split_evenly(len(rows_RD), len(counts_E))
-        return real(self, rows_RD, gates_R, w13, w2, on_device(even, counts_E.device))
+        return real(self, rows_RD, gates_R, w13, w2, on_device(even, counts_E.device), *rest)
 
     Fp8Precision.expert_ffn = evenly
     try:

@@ -57,7 +57,12 @@ class Losses:
 
     def means(self) -> Tensor:
         """Mean over micro-batches of the main loss, of every MTP depth, and of the user's own term: (2 + depths,)."""
-        return torch.stack([torch.as_tensor(total) for total in (self.main, *self.mtp, self.extra)]) / self.count
+        device = self.main.device if isinstance(self.main, Tensor) else None
+        totals = [
+            total if isinstance(total, Tensor) else torch.full((), total, device=device)
+            for total in (self.main, *self.mtp, self.extra)
+        ]
+        return torch.stack(totals) / self.count
 
 
 @dataclass(frozen=True)

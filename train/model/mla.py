@@ -97,14 +97,17 @@ class MLA(nn.Module):
 
     def _up_queries(self, q_latent: Tensor, pieces: Sequence[range]) -> Tensor:
         """(B, T, H * Q), to be written over; q_latent is that already where queries are not compressed. pieces: their positions."""
-        positions_T = torch.cat([torch.arange(piece.start, piece.stop, device=q_latent.device) for piece in pieces])
         if self._config.q_rank is None:
             q = q_latent.clone() if self._recompute_up else q_latent  # backward comes here again with the same
-            return self._rope.grow(q, positions_T)
-        q_latent, remake = self.q_norm.with_remake(q_latent)
-        with remake:
-            q = self.q_up(q_latent)
-        return self._rope.grow(q, positions_T)
+        else:
+            q_latent, remake = self.q_norm.with_remake(q_latent)
+            with remake:
+                q = self.q_up(q_latent)
+        if not self._rope.grows:
+            return q
+        return self._rope.grow(
+            q, torch.cat([torch.arange(piece.start, piece.stop, device=q.device) for piece in pieces])
+        )
 
     def _attend_shared(
         self, positions: Positions, q_latent: Tensor, kv_latent: Tensor, k_rope_BTR: Tensor, saved: ReplaceableTensors

@@ -56,10 +56,15 @@ class Rope:
         yarn, width = self._config.yarn, self._config.rope_head_dim
         return width * math.log(yarn.original_seq_len / (turns * 2 * math.pi)) / (2 * math.log(self._config.rope_theta))
 
+    @property
+    def grows(self) -> bool:
+        """Whether queries grow with their position."""
+        return self._extended and bool(self._config.yarn.query_growth)
+
     def grow(self, q_BTX: Tensor, positions_T: Tensor) -> Tensor:
         """Queries of these positions, times 1 + query_growth ln(1 + floor(p / original_seq_len)) where a model has that."""
         yarn = self._config.yarn
-        if not (self._extended and yarn.query_growth):
+        if not self.grows:
             return q_BTX
         sizes_T = 1 + yarn.query_growth * torch.log1p((positions_T // yarn.original_seq_len).double())
         exact = torch.promote_types(q_BTX.dtype, torch.float32)
