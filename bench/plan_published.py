@@ -154,9 +154,10 @@ def pieces(config: Config) -> dict[str, float]:
         "permute and unpermute": milliseconds(lambda kind: kind in ("permute", "collect")),
         "casts and transposes": milliseconds(lambda kind: kind == "cast"),
         "norms, SwiGLU, RoPE": milliseconds(lambda kind: kind.startswith(("norm", "swiglu", "heads"))),
-        "dispatch forward, FP8": 1e3 * stages.exchange(spread.row_bytes),
-        "dispatch of gradients, FP8": 1e3 * stages.exchange(spread.gradient_bytes),
-        "both combines, bf16": 1e3 * (stages.exchange(spread.high_bytes) + stages.exchange(spread.high_gradient_bytes)),
+        "dispatch forward, FP8": 1e3 * sum(stages.exchange(spread.row_bytes)),
+        "dispatch of gradients, FP8": 1e3 * sum(stages.exchange(spread.gradient_bytes)),
+        "both combines, bf16": 1e3
+        * sum(stages.exchange(spread.high_bytes) + stages.exchange(spread.high_gradient_bytes)),
     }
 
 

@@ -40,10 +40,10 @@ def _node_limited(at: ExpertPlaces) -> NodeLimitedDispatcher:
 
 @dataclass(frozen=True)
 class DispatcherKind:
-    """build: over the ranks of a run. stand_in: for a rank alone, called with group, wire, load and on_wait (stand_in.py)."""
+    """build: over the ranks of a run. stand_in: for a rank alone, called with group, wire and load (stand_in.py)."""
 
     build: Callable[[ExpertPlaces], RemoteDispatcher]
-    stand_in: Callable[[Group, Wire, Load, Callable[[], None]], RemoteDispatcher]
+    stand_in: Callable[[Group, Wire, Load], RemoteDispatcher]
 
 
 DISPATCHERS: dict[str, DispatcherKind] = {
@@ -86,11 +86,6 @@ def build_dispatcher(
     return DISPATCHERS[name].build(places)
 
 
-def build_stand_in(
-    name: str, group: Group, wire: Wire, load: Load, on_wait: Callable[[], None] = lambda: None
-) -> RemoteDispatcher:
-    """The stand-in of the dispatcher of this name.
-
-    on_wait: called before each wait for the exchange at the source's end, where an overlapped pair changes lanes.
-    """
-    return DISPATCHERS[name].stand_in(group, wire, load, on_wait)
+def build_stand_in(name: str, group: Group, wire: Wire, load: Load) -> RemoteDispatcher:
+    """The stand-in of the dispatcher of this name."""
+    return DISPATCHERS[name].stand_in(group, wire, load)

@@ -14,6 +14,10 @@ pass the halves change roles: the gradient of wait starts the exchange, the grad
 Between them autograd runs what was computed between begin and wait, such as the shared expert, since it runs
 ready nodes latest first.
 
+On a GPU the hops behind the first are started at once too, on a stream of their own (`_beside`): the host knows all sizes by
+then, so a copy is sorted and sent on where it has arrived, whatever the computing's stream is at, and wait is for the last hop
+alone. A CPU has no such streams: there the hop inside the node, the fast network, is waited for where it starts.
+
 The token is quantized once, before any copy is made, so its copies hold equal bytes wherever they go, and the
 numbers of a run do not depend on how experts are spread.
 
@@ -23,7 +27,9 @@ M messages that arrived at this rank, C copies, B bytes of an encoded row, W = B
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -122,6 +128,10 @@ class ChainDispatcher(ABC):
         self.links = links
         self.wire = wire
         self.counters = TrafficCounters()
+        self.on_wait: Callable[[], None] = yield_point
+        """Called before each wait for an exchange: in an overlapped pair the other lane computes first."""
+        self.as_on_gpu = False
+        """Rows of the meta device are sent on as a GPU's."""
         self._back_wire = HighWire()
 
     def dispatch_begin(
@@ -177,25 +187,41 @@ class ChainDispatcher(ABC):
     def _gate_grads_by_token(self, plan: DispatchPlan, side_CX: Tensor) -> Tensor:
         """Gradients of gates_TK from the side words that came back to the source."""
 
+    def _sends_ahead(self, rows: Tensor) -> bool:
+        """Whether all hops are started with the first."""
+        return len(self.links) > 1 and (rows.is_cuda or self.as_on_gpu)
+
     def _start_out(self, flight: "_Flight", rows_TD: Tensor, gates_TK: Tensor | None, traffic: Traffic) -> Transfer:
-        plan = flight.plan
-        words_TW = self.wire.encode(rows_TD, gradient=gates_TK is None).view(torch.int32)
+        plan, gradient = flight.plan, gates_TK is None
+        words_TW = self.wire.encode(rows_TD, gradient=gradient).view(torch.int32)
         if gates_TK is None:
             message_CX = spread(words_TW, plan.fans[0])
         else:
             message_CX = self._first_copies(plan, words_TW, gates_TK)
-        return self.links[0].start(message_CX, plan.sent[0], plan.received[0], traffic)
+        if not self._sends_ahead(rows_TD):
+            return self.links[0].start(message_CX, plan.sent[0], plan.received[0], traffic)
+        with _beside(message_CX):
+            transfer = self.links[0].start(message_CX, plan.sent[0], plan.received[0], traffic)
+            return self._send_on(flight, transfer, traffic).holding(message_CX)
 
-    def _finish_out(self, flight: "_Flight", transfer: Transfer, gradient: bool = False) -> tuple[Tensor, Tensor]:
-        """Rows sorted by expert, and the side words of the arrivals (no columns for a gradient)."""
-        plan, traffic = flight.plan, self.counters.backward if gradient else self.counters.forward
-        words = self.wire.row_bytes(flight.width, flight.dtype) // 4
-        message_MX = transfer.wait()
+    def _send_on(self, flight: "_Flight", transfer: Transfer, traffic: Traffic) -> Transfer:
+        """From the first hop's exchange to the last one's."""
+        plan, words = flight.plan, self.wire.row_bytes(flight.width, flight.dtype) // 4
         for hop, link in enumerate(self.links[1:], 1):
+            message_MX = transfer.wait()
             if len(plan.fans) == hop:
                 self._learn(plan, message_MX[:, words:])
             copies_CX = spread(message_MX, plan.fans[hop])
-            message_MX = link.start(copies_CX, plan.sent[hop], plan.received[hop], traffic).wait()
+            transfer = link.start(copies_CX, plan.sent[hop], plan.received[hop], traffic)
+        return transfer
+
+    def _finish_out(self, flight: "_Flight", transfer: Transfer, gradient: bool = False) -> tuple[Tensor, Tensor]:
+        """Rows sorted by expert, and the side words of the arrivals (no columns for a gradient)."""
+        plan, words = flight.plan, self.wire.row_bytes(flight.width, flight.dtype) // 4
+        if not self._sends_ahead(plan.ids_TK):
+            traffic = self.counters.backward if gradient else self.counters.forward
+            transfer = self._send_on(flight, transfer, traffic)
+        message_MX = transfer.wait()
         if len(plan.fans) == len(self.links):
             self._learn(plan, message_MX[:, words:])
         bytes_MB = message_MX[:, :words].view(torch.uint8)
@@ -203,14 +229,17 @@ class ChainDispatcher(ABC):
         return spread(rows_MD, plan.fans[-1]), message_MX[:, words:]
 
     def _start_back(self, flight: "_Flight", rows_RD: Tensor, side_MX: Tensor | None, traffic: Traffic) -> Transfer:
-        plan = flight.plan
-        for hop in range(len(self.links) - 1, 0, -1):
-            message_MX = self._back_message(rows_RD, plan.fans[hop + 1], side_MX)
-            transfer = self.links[hop].start(message_MX, plan.received[hop], plan.sent[hop], traffic)
-            rows_RD, side_CX = self._split(flight, transfer.wait())
-            side_MX = None if side_MX is None else collect(side_CX, plan.fans[hop])
-        message_MX = self._back_message(rows_RD, plan.fans[1], side_MX)
-        return self.links[0].start(message_MX, plan.received[0], plan.sent[0], traffic)
+        plan, last = flight.plan, len(self.links) - 1
+        message_MX = self._back_message(rows_RD, plan.fans[-1], side_MX)
+        held = message_MX if self._sends_ahead(rows_RD) else None
+        with nullcontext() if held is None else _beside(held):
+            for hop in range(last, 0, -1):
+                transfer = self.links[hop].start(message_MX, plan.received[hop], plan.sent[hop], traffic)
+                rows_CD, side_CX = self._split(flight, transfer.wait())
+                side_CX = None if side_MX is None else collect(side_CX, plan.fans[hop])
+                message_MX = self._back_message(rows_CD, plan.fans[hop], side_CX)
+            transfer = self.links[0].start(message_MX, plan.received[0], plan.sent[0], traffic)
+        return transfer if held is None else transfer.holding(held)
 
     def _finish_back(self, flight: "_Flight", transfer: Transfer) -> tuple[Tensor, Tensor]:
         """Sums per token, and the side words of the source's copies."""
@@ -257,13 +286,31 @@ class _Flight:
     transfer: Transfer | None = None
 
     def land(self) -> Transfer:
-        """The transfer that was started, to be waited for. In an overlapped pair the other lane computes first; every
-        rank comes by here as often as the others, also without a row to send.
+        """The transfer that was started, to be waited for. Every rank comes by here as often as the others, also without a row
+        to send.
         """
-        yield_point()
+        self.dispatcher.on_wait()
         transfer, self.transfer = self.transfer, None
         assert transfer is not None, "wait() was called twice"
         return transfer
+
+
+@cache
+def _sending_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device, priority=-1)
+
+
+def _beside(rows: Tensor) -> AbstractContextManager:
+    """What a GPU is given in it runs beside the computing, behind what was computed so far.
+
+    Memory that is taken in it is used again only in it, behind all that was given to the computing's stream until then. What was taken
+    outside has to be held until the computing waits for the last of it.
+    """
+    if not rows.is_cuda:
+        return nullcontext()
+    stream = _sending_stream(rows.device)
+    stream.wait_stream(torch.cuda.current_stream(rows.device))
+    return torch.cuda.stream(stream)
 
 
 def _ticket(like: Tensor) -> Tensor:

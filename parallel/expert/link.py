@@ -16,7 +16,12 @@ class Transfer:
     """An all-to-all in flight. Holds on to its buffers until it is waited for."""
 
     def __init__(self, sent: Tensor, received: Tensor, work: dist.Work | None, traffic: Traffic):
-        self._sent, self._received, self._work, self._traffic = sent, received, work, traffic
+        self._held, self._received, self._work, self._traffic = [sent], received, work, traffic
+
+    def holding(self, buffer: Tensor) -> "Transfer":
+        """This transfer, which holds on to a buffer of an earlier one too."""
+        self._held.append(buffer)
+        return self
 
     def wait(self) -> Tensor:
         """The rows received, by peer. Call once."""
@@ -25,7 +30,7 @@ class Transfer:
             self._work.wait()
             self._traffic.waited += time.perf_counter() - start
         received = self._received
-        del self._sent, self._received, self._work
+        del self._held, self._received, self._work
         return received
 
 

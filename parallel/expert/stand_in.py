@@ -9,7 +9,7 @@ Shapes: T tokens of this rank, K experts per token, P peers, M messages that arr
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import SimpleNamespace
@@ -93,10 +93,9 @@ def split_evenly(total: int, parts: int) -> list[int]:
 class StandInLink(Link):
     """What arrives is made of what is sent, row by row, again and again."""
 
-    def __init__(self, nodes_P: Sequence[int], on_wait: Callable[[], None] = lambda: None):
-        """on_wait: called before each wait for an exchange."""
+    def __init__(self, nodes_P: Sequence[int]):
         self.group: ProcessGroup | None = None
-        self.size, self.rank, self._on_wait = len(nodes_P), 0, on_wait
+        self.size, self.rank = len(nodes_P), 0
         self._across_P = [node != nodes_P[0] for node in nodes_P]
 
     def start(self, rows_CX: Tensor, sent_P: Sequence[int], received_P: Sequence[int], traffic: Traffic) -> Transfer:
@@ -106,24 +105,14 @@ class StandInLink(Link):
             part = rows_RX[first : first + len(rows_CX)]
             part.copy_(rows_CX[: len(part)])
         self._count(rows_CX.shape[1] * rows_CX.element_size(), sent_P, traffic)
-        return _Arrival(rows_CX, rows_RX, self._on_wait)
-
-
-class _Arrival(Transfer):
-    def __init__(self, sent: Tensor, received: Tensor, on_wait: Callable[[], None]):
-        super().__init__(sent, received, None, Traffic())
-        self._on_wait = on_wait
-
-    def wait(self) -> Tensor:
-        self._on_wait()
-        return super().wait()
+        return Transfer(rows_CX, rows_RX, None, traffic)
 
 
 class FlatStandIn(AllToAllDispatcher):
     """`AllToAllDispatcher` of a rank alone."""
 
-    def __init__(self, group: Group, wire: Wire, load: Load, on_wait: Callable[[], None] = lambda: None):
-        link: Link = StandInLink([rank // group.ranks_per_node for rank in range(group.ranks)], on_wait)
+    def __init__(self, group: Group, wire: Wire, load: Load):
+        link: Link = StandInLink([rank // group.ranks_per_node for rank in range(group.ranks)])
         ChainDispatcher.__init__(self, [link], wire)
         self.experts, self.load = group.experts, load
 
@@ -141,11 +130,10 @@ class FlatStandIn(AllToAllDispatcher):
 class NodeLimitedStandIn(NodeLimitedDispatcher):
     """`NodeLimitedDispatcher` of a rank alone: as many messages arrive as leave, but for the rows of `load`."""
 
-    def __init__(self, group: Group, wire: Wire, load: Load, on_wait: Callable[[], None] = lambda: None):
+    def __init__(self, group: Group, wire: Wire, load: Load):
         nodes = group.ranks // group.ranks_per_node
-        first, second = (on_wait, lambda: None) if nodes > 1 else (lambda: None, on_wait)
-        self.inter: Link = StandInLink(range(nodes), first)
-        self.intra: Link = StandInLink([0] * group.ranks_per_node, second)
+        self.inter: Link = StandInLink(range(nodes))
+        self.intra: Link = StandInLink([0] * group.ranks_per_node)
         links: list[Link] = [link for link in (self.inter, self.intra) if link.size > 1] or [self.intra]
         ChainDispatcher.__init__(self, links, wire)
         self.experts, self.load = group.experts, load
@@ -200,8 +188,7 @@ def _ids(copies_N: tuple[int, ...], sources: int, device: torch.device) -> Tenso
 class DeepEPStandIn(DeepEPDispatcher):
     """`DeepEPDispatcher` over a Buffer of our own."""
 
-    def __init__(self, group: Group, wire: Wire, load: Load, on_wait: Callable[[], None] = lambda: None):
-        """on_wait is never called: DeepEP is waited for at once."""
+    def __init__(self, group: Group, wire: Wire, load: Load):
         self._deep_ep = SimpleNamespace(topk_idx_t=torch.int64)
         self.experts, self.wire, self.local = group.experts, wire, group.experts // group.ranks
         self.buffer = _Buffer(load, group.reached(group.ranks), group.top_k)

@@ -9,6 +9,6 @@ Both in a virtual environment whose torch is a CUDA build. Files
     build.py                                compiles it and gives the environment in which a process runs on it
     log.py                                  what was called, read from Python
     stand_ins.py                            what a GPU would have to answer, made up
-    layers.py, ranks.py, scaled_mm.py       the checks, with traffic.py, which counts bytes
+    layers.py, overlap.py, ranks.py, scaled_mm.py      the checks, with traffic.py, which counts bytes
     processes.py                            two processes that train together
 """

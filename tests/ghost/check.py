@@ -3,6 +3,7 @@
 kernels    every Triton kernel compiled by this environment's triton (bench/compile_kernels.py)
 products   which calls of F.scaled_mm this torch takes
 layers     layers of DeepSeek-V3 at full width in bf16 and FP8: placement, waits of the host, launches, bytes
+overlap    the hops of a layer of experts, alone and in a pair: what is computed from the start of each to the wait for it
 ranks      `python -m train` in bf16 and FP8, and single ranks of ep, pp, offload, node-limited and ZeRO 3 layouts
 processes  `python -m train` in two real processes: experts, pipelines, sequences and activations on the host shared out
 repeated   cluster.deterministic: torch refuses an operation that cannot repeat its bits
@@ -44,7 +45,7 @@ def main() -> int:
 
     stand_ins.install()
     failed, lines = 0, []
-    for check in (kernels, products, layers, ranks, processes, repeated):
+    for check in (kernels, products, layers, overlap, ranks, processes, repeated):
         problems, table = tried(check)
         for problem in problems:
             print(f"FAIL  {check.__name__}: {problem}", flush=True)
@@ -126,6 +127,20 @@ def layers() -> tuple[list[str], list[str]]:
         *layers.table(found),
         f"the norm and an update of any number of parameters: {many} launches",
         *(f"attention inside {case}: {calls.launches} launches" for case, calls in inside.items()),
+    ]
+
+
+def overlap() -> tuple[list[str], list[str]]:
+    from tests.ghost import overlap, ranks
+
+    found, problems = _each(ranks.PRECISIONS, overlap.count_beside)
+    problems += [
+        f"{precision}: {problem}" for precision, counts in found.items() for problem in overlap.problems(counts)
+    ]
+    return problems, [
+        f"launches beside each exchange of a layer, {precision}, {how}: {' '.join(map(str, beside))}"
+        for precision, counts in found.items()
+        for how, beside in counts.items()
     ]
 
 

@@ -83,13 +83,13 @@ CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute attribute,
 CUresult cuFuncSetCacheConfig(CUfunction function, CUfunc_cache config) { return CUDA_SUCCESS; }
 
 CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, void **arguments, void **extra) {
-    ghost_note(KERNEL, (const char *)function, 0);
+    ghost_note_on(config->hStream, KERNEL, (const char *)function, 0);
     return CUDA_SUCCESS;
 }
 
 CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
                         unsigned block_y, unsigned block_z, unsigned shared, CUstream stream, void **arguments, void **extra) {
-    return cuLaunchKernelEx(NULL, function, arguments, extra);
+    return cuLaunchKernelEx(&(CUlaunchConfig){.hStream = stream}, function, arguments, extra);
 }
 
 /* Triton's launcher asks this of every tensor; memory of the host that no driver knows is an error, as on a GPU. */

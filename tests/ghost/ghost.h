@@ -16,7 +16,9 @@ enum ghost_kind {
     REFUSAL,     /* a call with a pointer that the device could not use; the call returns an error */
 };
 
-/* Append to the log. name: of the function or the kernel, never freed. */
+/* Append to the log. name: of the function or the kernel, never freed. stream: of kernels, products, messages of NCCL and orders,
+   which have the event's handle for bytes. */
+void ghost_note_on(const void *stream, enum ghost_kind kind, const char *name, uint64_t bytes);
 void ghost_note(enum ghost_kind kind, const char *name, uint64_t bytes);
 
 enum ghost_place { NOWHERE, DEVICE, PINNED };

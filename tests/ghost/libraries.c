@@ -18,9 +18,11 @@ static void *handle(void) {
 #define SUCCEEDS(name) int name() { return SUCCESS; }
 #define CREATES(name) int name(void **made) { *made = handle(); return SUCCESS; }
 
+static const void *blas_stream; /* torch names it before every product */
+
 static int product(const char *name, const void *a, const void *b, const void *c) {
     int there = ghost_place(a) == DEVICE && ghost_place(b) == DEVICE && ghost_place(c) == DEVICE;
-    ghost_note(there ? PRODUCT : REFUSAL, name, 0);
+    ghost_note_on(blas_stream, there ? PRODUCT : REFUSAL, name, 0);
     return there ? SUCCESS : CUBLAS_INVALID_VALUE;
 }
 
@@ -28,11 +30,15 @@ static int product(const char *name, const void *a, const void *b, const void *c
 
 CREATES(cublasCreate_v2)
 SUCCEEDS(cublasDestroy_v2)
-SUCCEEDS(cublasSetStream_v2)
 SUCCEEDS(cublasSetWorkspace_v2)
 SUCCEEDS(cublasSetMathMode)
 SUCCEEDS(cublasSetSmCountTarget)
 SUCCEEDS(cublasSetPointerMode_v2)
+
+int cublasSetStream_v2(void *blas, const void *stream) {
+    blas_stream = stream;
+    return SUCCESS;
+}
 
 int cublasGetMathMode(void *blas, int *mode) { return *mode = 0; }
 int cublasGetPointerMode_v2(void *blas, int *mode) { return *mode = 0; }
@@ -94,7 +100,9 @@ int cublasLtMatmulAlgoGetHeuristic(void *lt, void *product, void *a, void *b, vo
 }
 
 int cublasLtMatmul(void *lt, void *description, const void *alpha, const void *a, void *a_layout, const void *b, void *b_layout,
-                   const void *beta, const void *c, void *c_layout, void *d) {
+                   const void *beta, const void *c, void *c_layout, void *d, void *d_layout, void *algorithm, void *workspace,
+                   size_t workspace_bytes, const void *stream) {
+    blas_stream = stream;
     return product(__func__, a, b, d);
 }
 
@@ -102,11 +110,13 @@ int cublasLtMatmul(void *lt, void *description, const void *alpha, const void *a
 
 static int usable(const void *buffer) { return !buffer || ghost_place(buffer) == DEVICE; }
 
-static int collective(const char *name, const void *sent, const void *received) {
+static int exchange(const char *name, const void *sent, const void *received, const void *stream) {
     int there = usable(sent) && usable(received);
-    ghost_note(there ? COLLECTIVE : REFUSAL, name, 0);
+    ghost_note_on(stream, there ? COLLECTIVE : REFUSAL, name, 0);
     return there ? SUCCESS : NCCL_INVALID_ARGUMENT;
 }
+
+static int collective(const char *name, const void *sent, const void *received) { return exchange(name, sent, received, NULL); }
 
 CREATES(ncclCommInitRank)
 CREATES(ncclCommInitRankConfig)
@@ -163,5 +173,11 @@ int ncclBroadcast(const void *sent, void *received) { return collective(__func__
 int ncclReduce(const void *sent, void *received) { return collective(__func__, sent, received); }
 int ncclAlltoAll(const void *sent, void *received) { return collective(__func__, sent, received); }
 int ncclBcast(void *buffer) { return collective(__func__, buffer, buffer); }
-int ncclSend(const void *buffer) { return collective(__func__, buffer, buffer); }
-int ncclRecv(void *buffer) { return collective(__func__, buffer, buffer); }
+
+int ncclSend(const void *buffer, size_t count, int type, int peer, void *comm, const void *stream) {
+    return exchange(__func__, buffer, buffer, stream);
+}
+
+int ncclRecv(void *buffer, size_t count, int type, int peer, void *comm, const void *stream) {
+    return exchange(__func__, buffer, buffer, stream);
+}

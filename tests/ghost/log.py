@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 KINDS = (
     "kernel", "product", "collective", "to device", "to host", "on device", "fill", "wait", "order", "allocation", "refusal",
@@ -21,7 +22,12 @@ CAPACITY = 1 << 21
 
 
 class _Event(ctypes.Structure):
-    _fields_ = (("kind", ctypes.c_int32), ("name", ctypes.c_char_p), ("bytes", ctypes.c_uint64))
+    _fields_ = (
+        ("kind", ctypes.c_int32),
+        ("name", ctypes.c_char_p),
+        ("bytes", ctypes.c_uint64),
+        ("stream", ctypes.c_uint64),
+    )
 
 
 @dataclass(frozen=True)
@@ -51,19 +57,38 @@ def on_ghost() -> bool:
     return hasattr(ctypes.CDLL(None), "ghost_note")
 
 
+class Event(NamedTuple):
+    """One call, in the order of the calls."""
+
+    kind: str
+    name: str
+    bytes: int
+    """Of an order: the handle of the event."""
+    stream: int
+
+
 @contextmanager
-def recorded() -> Iterator[Calls]:
-    """The calls of the block, filled in at its end."""
-    library, calls = ctypes.CDLL(None), Calls()
+def recorded_events() -> Iterator[list[Event]]:
+    """The calls of the block in their order, filled in at its end."""
+    library, events = ctypes.CDLL(None), []
     count = ctypes.c_int32.in_dll(library, "ghost_count")
     first = count.value
-    yield calls
+    yield events
     last = count.value
     if last > CAPACITY:
         raise RuntimeError(f"the ghost's log of {CAPACITY} calls is full: record shorter stretches, in fresh processes")
-    for event in (_Event * CAPACITY).in_dll(library, "ghost_events")[first:last]:
-        kind = KINDS[event.kind - 1]
-        calls.kinds[kind] += 1
-        calls.bytes[kind] += event.bytes
-        if kind in ("kernel", "product", "collective"):
-            calls.kernels[event.name.decode()] += 1
+    for one in (_Event * CAPACITY).in_dll(library, "ghost_events")[first:last]:
+        events.append(Event(KINDS[one.kind - 1], one.name.decode(), one.bytes, one.stream))
+
+
+@contextmanager
+def recorded() -> Iterator[Calls]:
+    """The calls of the block, filled in at its end."""
+    calls = Calls()
+    with recorded_events() as events:
+        yield calls
+    for event in events:
+        calls.kinds[event.kind] += 1
+        calls.bytes[event.kind] += event.bytes
+        if event.kind in ("kernel", "product", "collective"):
+            calls.kernels[event.name] += 1

@@ -34,16 +34,19 @@ struct ghost_event {
     int32_t kind;
     const char *name;
     uint64_t bytes;
+    uint64_t stream;
 };
 
 #define CAPACITY (1 << 21)
 struct ghost_event ghost_events[CAPACITY];
 volatile int32_t ghost_count = 0; /* beyond CAPACITY the log is full and the reader says so */
 
-void ghost_note(enum ghost_kind kind, const char *name, uint64_t bytes) {
+void ghost_note_on(const void *stream, enum ghost_kind kind, const char *name, uint64_t bytes) {
     int32_t place = __sync_fetch_and_add(&ghost_count, 1);
-    if (place < CAPACITY) ghost_events[place] = (struct ghost_event){kind, name, bytes};
+    if (place < CAPACITY) ghost_events[place] = (struct ghost_event){kind, name, bytes, (uint64_t)stream};
 }
+
+void ghost_note(enum ghost_kind kind, const char *name, uint64_t bytes) { ghost_note_on(NULL, kind, name, bytes); }
 
 /* --- memory --- */
 
@@ -316,22 +319,22 @@ void __cudaRegisterFunction(void **binary, const char *function, char *device_fu
     if (real) real(binary, function, device_function, name, limit, thread, block, block_size, grid_size, warp_size);
 }
 
-static cudaError_t launch(const void *function) {
+static cudaError_t launch(const void *function, cudaStream_t stream) {
     const char *name = table[slot(function)].name;
-    ghost_note(KERNEL, name ? name : "unnamed", 0);
+    ghost_note_on(stream, KERNEL, name ? name : "unnamed", 0);
     return cudaSuccess;
 }
 
 cudaError_t cudaLaunchKernel(const void *function, dim3 grid, dim3 block, void **arguments, size_t shared, cudaStream_t stream) {
-    return launch(function);
+    return launch(function, stream);
 }
 
 cudaError_t __cudaLaunchKernel(const void *function, dim3 grid, dim3 block, void **arguments, size_t shared, cudaStream_t stream) {
-    return launch(function);
+    return launch(function, stream);
 }
 
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *config, const void *function, void **arguments) {
-    return launch(function);
+    return launch(function, config->stream);
 }
 
 cudaError_t __cudaGetKernel(cudaKernel_t *kernel, const void *function) {
@@ -390,7 +393,7 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
 }
 
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags) {
-    ghost_note(ORDER, __func__, 0);
+    ghost_note_on(stream, ORDER, __func__, (uint64_t)event);
     return cudaSuccess;
 }
 
@@ -418,7 +421,7 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) { return cudaSuccess; }
 cudaError_t cudaEventQuery(cudaEvent_t event) { return cudaSuccess; }
 
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
-    ghost_note(ORDER, __func__, 0);
+    ghost_note_on(stream, ORDER, __func__, (uint64_t)event);
     return cudaSuccess;
 }
 

@@ -88,6 +88,8 @@ def test_a_pair_hides_the_transfers_of_each_under_the_other():
     slow = [Segment(0.1, transfer=5.0), Segment(0.1)]
     assert overlapped(slow, slow, 0.0).seconds == pytest.approx(0.1 + 5 + 5 + 0.1), "transfers follow one another"
     assert overlapped(lane, lane, 1.0).seconds > hidden.seconds, "a transfer that takes the cores hides nothing"
+    second_hop = [Segment(1.0, transfer=1.0), Segment(0.0, transfer=0.5, yields=False), Segment(1.0)]
+    assert overlapped(second_hop, second_hop, 0.0).exposed == pytest.approx(1.5 + 0.5), "it waits behind the other's"
 
 
 def test_overlap_and_the_fp8_wire_save_time():

@@ -23,6 +23,7 @@ from torch.distributed.pipelining._backward import stage_backward_input
 from conf.schema import Adapter, Model, Precision, Recompute
 from parallel.context import LoneContext
 from parallel.expert.build import build_stand_in
+from parallel.expert.dispatcher import ChainDispatcher
 from parallel.expert.stand_in import Group, Load
 from parallel.pipeline.graph import backward_of_weights, kept_graph
 from parallel.pipeline.host_store import page_bytes
@@ -444,13 +445,11 @@ def _dispatcher(scene: Scene, kernels: Kernels, on_wait: Callable[[], None]) -> 
     if scene.ep == 1:
         return LocalDispatcher(model.experts, kernels)
     group = Group(scene.ep, scene.ranks_per_node, model.experts, model.top_k, model.groups, model.top_groups)
-    return build_stand_in(
-        scene.dispatch,
-        group,
-        meta_wire(scene.wire, scene.precision.section.fp8 is not None, scene.kind),
-        scene.load,
-        on_wait,
-    )
+    wire = meta_wire(scene.wire, scene.precision.section.fp8 is not None, scene.kind)
+    dispatcher = build_stand_in(scene.dispatch, group, wire, scene.load)
+    if isinstance(dispatcher, ChainDispatcher):
+        dispatcher.on_wait, dispatcher.as_on_gpu = on_wait, scene.kind == "cuda"
+    return dispatcher
 
 
 def _make_tables(module: DeepSeekV3, scene: Scene) -> None:

@@ -18,6 +18,8 @@ class Segment:
     compute: float
     transfer: float = 0.0
     beside: float = 0.0
+    yields: bool = True
+    """Whether a pair changes turns before the transfer is waited for."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,10 @@ def overlapped(forward: list[Segment], backward: list[Segment], taken: float) ->
             if segment.transfer:
                 link = lane.arrival = max(now, link) + segment.transfer
                 now = _compute(now, segment.beside, link, taken)
-                break
+                if segment.yields:
+                    break
+                exposed += max(0.0, link - now)
+                now = max(now, link)
         turn = 1 - turn
     last = max(lane.arrival for lane in lanes)
     return ElapsedTime(max(now, last), exposed + max(0.0, last - now))

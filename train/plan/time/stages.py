@@ -171,6 +171,8 @@ class Stages:
         # before the backward of inputs, without the way back from the experts: the block's output is not wanted
         *segments, last = once.forward.segments
         if not dense:
+            while not segments[-1].compute:
+                segments.pop()
             segments[-1] = replace(segments[-1], transfer=0.0)
         repeated = PassTime(segments if not dense else [*segments, last], once.forward.pieces)
         backward, inputs = (PassTime.joined([repeated, passes]) for passes in (once.backward, once.inputs))
@@ -226,14 +228,11 @@ class Stages:
         sums = [work.add(sizes, sizes.tokens, model.hidden)] * (2 if model.shared_experts else 1)
         out, back = work.permutation(sizes, self.spread)
         spread = self.spread
-        dispatch = self.exchange(spread.row_bytes)
-        combine = self.exchange(spread.high_bytes)
-        out_again, back_again = self.exchange(spread.gradient_bytes), self.exchange(spread.high_gradient_bytes)
         begin, land = seconds(out) / 2, seconds(back) / 2  # half of the copying lies before an exchange, half behind it
         forward = PassTime(
             [
-                Segment(seconds(router.forward) + begin, dispatch, seconds(shared.forward)),
-                Segment(begin + seconds(experts.forward) + land, combine),
+                *self._out(seconds(router.forward) + begin, spread.row_bytes, seconds(shared.forward)),
+                *self._back(begin + seconds(experts.forward) + land, spread.high_bytes),
                 Segment(land + seconds(sums)),
             ],
             [router.forward, out, shared.forward, experts.forward, back, sums],
@@ -247,8 +246,8 @@ class Stages:
             if not inputs:
                 return PassTime([Segment(seconds([one for works in parts for one in works]))], parts)
             segments = [
-                Segment(seconds(sums) + begin, out_again),
-                Segment(begin + seconds(parts[0]) + land, back_again, seconds(parts[1])),
+                *self._out(seconds(sums) + begin, spread.gradient_bytes),
+                *self._back(begin + seconds(parts[0]) + land, spread.high_gradient_bytes, seconds(parts[1])),
                 Segment(land + seconds(parts[2])),
             ]
             return PassTime(segments, [sums, out, *parts, back])
@@ -259,18 +258,32 @@ class Stages:
         """Time of computing in a pass."""
         return self.rates.passes(works)
 
-    def exchange(self, row_bytes: float) -> float:
-        """Seconds of one all-to-all of a micro-batch, of the rank that has most to move."""
+    def _out(self, compute: float, row_bytes: float, beside: float = 0.0) -> list[Segment]:
+        first, *rest = self.exchange(row_bytes)
+        return [Segment(compute, first, beside), *(Segment(0.0, one, yields=False) for one in rest)]
+
+    def _back(self, compute: float, row_bytes: float, beside: float = 0.0) -> list[Segment]:
+        last, *rest = self.exchange(row_bytes)
+        if not rest:
+            return [Segment(compute, last, beside)]
+        return [Segment(compute, sum(rest), yields=False), Segment(0.0, last, beside)]
+
+    def exchange(self, row_bytes: float) -> list[float]:
+        """Seconds of one all-to-all of a micro-batch, of the rank that has most to move: of what is waited for at a time, on the way
+        out. A GPU starts one hop behind the other and waits for the last; a CPU waits for each (parallel/expert/dispatcher.py).
+        """
         spread = self.spread
         if spread.ranks == 1:
-            return 0.0
+            return [0.0]
         tokens = self.sizes.tokens * self.config.plan.imbalance * row_bytes
         hops = [
             self.rates.of(Work(f"all_to_all_{where}", bytes=tokens * messages))
             for where, messages in (("across", spread.across), ("inside", spread.inside))
             if messages
         ]
-        return sum(hops) if self.config.parallel.dispatch_facts.by_nodes else max(hops)
+        if not self.config.parallel.dispatch_facts.by_nodes:
+            return [max(hops)]
+        return [sum(hops)] if self.sizes.on_gpu else hops
 
     def elapsed(self, action: Action) -> ElapsedTime:
         """Time of an action."""

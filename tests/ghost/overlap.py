@@ -1,0 +1,96 @@
+"""Whether the exchanges of experts' rows fly beside computing, from the order of launches and waits on the ghost's streams.
+
+A layer of DeepSeek-V3 on one of 64 ranks, its hops over NCCL's process groups, alone and as a pair of a forward and a backward.
+"""
+
+import torch
+import torch.distributed as dist
+
+from bench.gpu.layer import EP, RANKS_PER_NODE, Layer, layer_config
+from parallel.expert.link import Link
+from parallel.expert.stand_in import NodeLimitedStandIn
+from parallel.pipeline.overlap import Lanes
+from tests.ghost.log import Event, recorded_events
+
+EXCHANGES = 8
+"""Of a forward and a backward: both hops, out and back."""
+LEAST = {"alone": 4, "pair": EXCHANGES}
+"""How many have computing beside them. Alone, that is the shared experts: while tokens go to their experts, and while their gradients
+come back."""
+COMPUTING = 3
+"""Launches that count as such: the shared experts' forward has so many."""
+
+
+def count_beside(precision: str) -> dict[str, list[int]]:
+    """What is launched on the computing's stream from the start of every exchange to the wait for it, in the order of their starts; alone
+    and as a pair."""
+    device = torch.device("cuda", 0)
+    dist.init_process_group("fake", rank=0, world_size=EP)
+    lanes = Lanes(device)
+    try:
+        layer = Layer(layer_config(precision, "node_limited", 1, device), dense=False, device=device)
+        dispatcher = next(one.dispatcher for one in layer.chunk.modules() if hasattr(one, "dispatcher"))
+        assert isinstance(dispatcher, NodeLimitedStandIn)
+        nodes = EP // RANKS_PER_NODE
+        dispatcher.links = [
+            _nccl_link(range(0, EP, RANKS_PER_NODE), nodes),
+            _nccl_link(range(RANKS_PER_NODE), RANKS_PER_NODE),
+        ]
+        layer.backward(layer.forward())
+        with recorded_events() as alone:
+            layer.backward(layer.forward())
+        y_BTD = layer.forward()
+        with recorded_events() as pair:
+            lanes.run(layer.forward, lambda: layer.backward(y_BTD))
+        return {"alone": _beside(alone), "pair": _beside(pair)}
+    finally:
+        lanes.close()
+        dist.destroy_process_group()
+
+
+def problems(found: dict[str, list[int]]) -> list[str]:
+    """What is missing in what `count_beside` gives."""
+    said = []
+    for how, beside in found.items():
+        hidden = sum(launches >= COMPUTING for launches in beside)
+        if len(beside) != EXCHANGES or hidden < LEAST[how]:
+            said.append(
+                f"{how}: {hidden} of {len(beside)} exchanges fly beside computing, where {LEAST[how]} of {EXCHANGES} can"
+            )
+    return said
+
+
+def _nccl_link(ranks: range, size: int) -> Link:
+    """A link whose group is NCCL's, which finds no other rank: the ghost asks for none."""
+    group = dist.new_group(ranks, backend="fake")
+    backend = dist.ProcessGroupNCCL(dist.HashStore(), 0, size, dist.ProcessGroupNCCL.Options())
+    group._register_backend(torch.device("cuda"), dist.ProcessGroup.BackendType.NCCL, backend)
+    return Link(group, range(size) if ranks.step > 1 else [0] * size)
+
+
+def _beside(events: list[Event]) -> list[int]:
+    """By what each stream has waited for: an exchange is over for a stream that waits for an event behind it."""
+    launched, starts, ends = 0, [], {}
+    known: dict[int, set[int]] = {0: set()}
+    recorded: dict[int, set[int]] = {}
+    sending: set[int] = set()
+    """Streams on which an exchange was the last."""
+    for event in events:
+        there = known.setdefault(event.stream, set())
+        if event.kind == "collective":
+            if event.stream not in sending:
+                there.add(len(starts))
+                starts.append(launched)
+                sending.add(event.stream)
+            continue
+        if event.kind == "order":
+            sending.discard(event.stream)
+            if event.name.startswith("cudaEventRecord"):
+                recorded[event.bytes] = set(there)
+            else:
+                there |= recorded.get(event.bytes, set())
+        elif event.kind in ("kernel", "product") and event.stream == 0:
+            launched += 1
+        for one in known[0] - ends.keys():
+            ends[one] = launched
+    return [ends.get(one, launched) - start for one, start in enumerate(starts)]
