@@ -1,12 +1,12 @@
 """Faults of a few lines each, which a callback of the recipe puts into a rank that trains: nothing of the product knows of them.
 
-`Saboteur` is the callback. At the end of the step before, it installs the fault named by the environment on the ranks that it concerns;
+`Saboteur` is the callback. At the end of the step before, it installs its faults on the ranks that they concern;
 the fault strikes in the next step, and notes when in the run's folder. See bench/faults_named.py.
 """
 
 import ctypes
+import gc
 import itertools
-import json
 import os
 import re
 import signal
@@ -20,24 +20,24 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-FAULTS_VARIABLE = "SLUICE_BENCH_FAULTS"
-"""Environment: JSON of {rank: name of a fault}."""
-STRIKES_AFTER = 6
-"""Steps that are as usual."""
+STRIKES_AFTER, STRIKES_LATE = 6, 18
+"""Steps that are as usual; for what shows only against a history of some steps."""
 LONG = 1e6
 _strikes: list[Path] = []
 """Where the moment of the fault is noted."""
 
 
 class Saboteur:
-    """See the top of the file."""
+    """See the top of the file. faults: by rank the name of one of the table below."""
+
+    def __init__(self, faults: dict[int, str]):
+        self._faults = {int(rank): name for rank, name in faults.items()}
 
     def on_step(self, run: Any, step: int, record: dict) -> None:
-        if step == STRIKES_AFTER:
-            faults = json.loads(os.environ.get(FAULTS_VARIABLE, "{}"))
-            if name := faults.get(str(run.rank)):
-                _strikes.append(run.folder / f"struck_{run.rank}")
-                FAULTS[name](run)
+        name = self._faults.get(run.rank)
+        if name and step == (STRIKES_LATE if name in LATE else STRIKES_AFTER):
+            _strikes.append(run.folder / f"struck_{run.rank}")
+            FAULTS[name](run)
 
 
 def strike() -> None:
@@ -242,6 +242,71 @@ def flip_bit(run: Any) -> None:
         weight.view(whole).view(-1)[5] ^= 1 << 3
 
 
+def flip_state(name: str) -> Callable[[Any], None]:
+    """One bit of one master weight or moment, behind an update."""
+
+    def install(run: Any) -> None:
+        strike()
+        optimizer = next(one for one in gc.get_objects() if isinstance(one, torch.optim.Optimizer) and one.state)
+        flat = optimizer.param_groups[0]["params"][0]
+        tensor = flat if name == "master" else optimizer.state[flat][name]
+        whole = {2: torch.int16, 4: torch.int32}[tensor.element_size()]
+        with torch.no_grad():
+            tensor.view(whole).view(-1)[7] ^= 1 << 3
+
+    return install
+
+
+def spike(tensor: torch.Tensor, times: float = 4096.0) -> torch.Tensor:
+    """A copy with one wrong element: so many times the largest, as after a flip in the exponent of a number above 2."""
+    strike()
+    copy = tensor.detach().clone()
+    copy.view(-1)[copy.numel() // 2] = times * copy.abs().max()
+    return copy
+
+
+def spike_output(run: Any) -> None:
+    """In what the last norm puts out, in one forward: one further in the model would be one wrong token, which no loss shows."""
+
+    def leave(module: Any, given: tuple, output: Any) -> Any:
+        handle.remove()
+        return output + (spike(output) - output.detach())
+
+    handle = run.chunks[0].norm.register_forward_hook(leave)
+
+
+def spike_output_gradient(run: Any) -> None:
+    """In the gradient of what a block puts out, in one backward."""
+    block = list(run.chunks[0].layers.values())[-1]
+
+    def leave(module: Any, given: tuple, output: Any) -> None:
+        handle.remove()
+        output.register_hook(spike)
+
+    handle = block.register_forward_hook(leave)
+
+
+def spike_gradient(run: Any) -> None:
+    """In the summed gradient of a weight, at the end of one backward and before it is reduced."""
+    layers = list(run.chunks[0].layers.values())
+    weight = layers[-1].attention_norm.weight
+
+    def alter(_: Any) -> None:
+        if handles and weight.grad is not None:
+            handles.pop().remove()
+            weight.grad.copy_(spike(weight.grad, 1e5))
+
+    handles = [layers[0].register_forward_hook(lambda module, given, output: output.register_hook(alter) and None)]
+
+
+def compute_wrong(run: Any) -> None:
+    """A device that is wrong from now on, each time in another way."""
+    calls = itertools.count(1)
+    run.chunks[0].norm.register_forward_hook(
+        lambda module, given, output: output + (spike(output, 4096.0 * next(calls)) - output.detach())
+    )
+
+
 def drop_message(keep: Callable[[Any], bool]) -> Callable[[Any], None]:
     """Leave a send or a receive of a pipeline out."""
 
@@ -329,7 +394,15 @@ FAULTS: dict[str, Callable[[Any], None]] = {
     "nan_output": poison("output"),
     "inf_gradient": poison("gradient"),
     "flip": flip_bit,
+    "flip_master": flip_state("master"),
+    "flip_moment": flip_state("exp_avg_sq"),
+    "spike_output": spike_output,
+    "spike_output_gradient": spike_output_gradient,
+    "spike_gradient": spike_gradient,
+    "wrong_again": compute_wrong,
     "send_left_out": drop_message(lambda operation: operation.op is not dist.isend),
     "receive_left_out": drop_message(lambda operation: operation.op is not dist.irecv),
     "send_of_half": resize_message,
 }
+LATE = {"spike_output", "spike_output_gradient", "spike_gradient", "wrong_again"}
+"""Faults that strike after STRIKES_LATE steps."""

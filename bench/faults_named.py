@@ -28,7 +28,6 @@ from functools import partial
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from bench.fault_hooks import FAULTS_VARIABLE
 from cluster.incident import newest_incident
 from cluster.launch import Place
 from cluster.local import run_children
@@ -120,6 +119,15 @@ CASES = (
     FaultCase("dp4", {2: "nan_output"}, ("kind:diverged",)),
     FaultCase("pp2dp2", {3: "inf_gradient"}, ("kind:diverged",)),
     FaultCase("dp4", {2: "flip"}, ("kind:crash",), "holds other weights"),
+    FaultCase("dp2", {1: "flip_master"}, ("kind:crash",), "master."),
+    FaultCase("pp2dp2", {2: "flip_moment"}, ("kind:crash",), "exp_avg_sq."),
+    FaultCase("dp4", {2: "spike_output"}, ("flipped",), "forward pass"),
+    FaultCase("pp2dp2", {3: "spike_output"}, ("flipped",), "forward pass"),
+    FaultCase("pp2dp2", {3: "spike_output_gradient"}, ("flipped",), "backward pass"),
+    FaultCase("ep2", {1: "spike_output"}, ("flipped",), "forward pass"),
+    FaultCase("dp2", {0: "spike_gradient"}, ("flipped",), "backward pass"),
+    FaultCase("dp4", {3: "wrong_again"}, ("kind:crash",), "differently three times"),
+    FaultCase("ep2_zero3", {1: "wrong_again"}, ("kind:crash",), "differently three times"),
     FaultCase("ep2", {0: "nan_weight"}, ("kind:diverged",)),
     FaultCase("cp2", {1: "loop"}, HANGS),
     FaultCase("pp2dp2", {1: "loader_pipe"}, ("loader",)),
@@ -190,9 +198,10 @@ def _config(case: FaultCase, folder: Path) -> Config:
     from tests.small import arguments
 
     name = case.name.replace(":", "_").replace("+", "_")
+    faults = ", ".join(f"{rank}: {fault}" for rank, fault in case.faults.items())
     settings = [
         f"name={name}", *LAYOUTS[case.layout], "steps=40", "checkpoint.every=0", "log.validate_every=0", "log.progress=false",
-        "log.sample_tokens=0", "optim.max_bad_steps=2", "log.replicas_every=1", "callbacks=[{_target_: bench.fault_hooks.Saboteur}]", "cluster.timeout=60",
+        "log.sample_tokens=0", "optim.max_bad_steps=2", f"log.replicas_every={int(case.layout != 'ep2_zero3')}", "log.state_every=1", "log.repeat_above=10", "cluster.deterministic=true", f"callbacks=[{{_target_: bench.fault_hooks.Saboteur, faults: {{{faults}}}}}]", "cluster.timeout=60",
     ]  # fmt: skip
     return compose(*arguments(folder, *settings))
 
@@ -202,7 +211,6 @@ def _drive(case: FaultCase, config: Config, run: Path) -> None:
     with (run / "driver.log").open("wb") as log:
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)
-    os.environ[FAULTS_VARIABLE] = json.dumps({str(rank): fault for rank, fault in case.faults.items()})
     world, logs = config.parallel.world, run / "logs"
     if case.launcher == "local":
         work = partial(_work, config, world, logs)

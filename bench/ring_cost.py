@@ -1,10 +1,13 @@
-"""What it costs to record everything that a rank communicates: events of a step times the cost of one, over the time of a step.
+"""What it costs to record everything that a rank communicates, and to add up bits: events of a step times the cost of one, over the time of a step.
 
     python -m bench.ring_cost [--calls 20000] [--runs FOLDER ...]
 
 The cost of one is the difference in CPU time between calls of a method of torch's groups with the recorder and without, where the method itself
 does nothing, so that no message and no other work is in it; the least of five rounds. Beside it stand those of an action of the pipeline and of a phase. For each run folder, from its
 rings and metrics.jsonl: events of a step of the rank that has most, median seconds of a step, and the share.
+
+The sum of the bits of a tensor (train/loop/replicas.py), of which log.replicas_every, log.state_every and log.repeat_above are made, costs so much for a
+call and so much for a byte.
 
 Takes about 20 seconds.
 """
@@ -27,6 +30,7 @@ from cluster.comm_ring import CommRing, read_traces, ring_path
 from conf.errors import EXIT_OK
 from conf.words import say
 from parallel.comm_recorder import CommRecorder
+from train.loop.replicas import sum_of_bits
 
 ROUNDS = 5
 
@@ -51,6 +55,13 @@ def cost_of_one(calls: int) -> dict[str, float]:
             "action": action,
             "phase": _seconds(calls, lambda: ring.enter("data")) - empty,
         }
+
+
+def cost_of_sum(calls: int) -> tuple[float, float]:
+    """Seconds of CPU for the sum of bits of a small tensor, and for a byte of a large one."""
+    small, large = torch.ones(16), torch.ones(4_000_000)
+    per_call = _seconds(calls, lambda: sum_of_bits(small))
+    return per_call, _seconds(1, lambda: sum_of_bits(large)) / (large.numel() * large.element_size())
 
 
 class _NoWait:
@@ -91,6 +102,8 @@ def main(words: Sequence[str] | None = None) -> int:
     given = parser.parse_args(words)
     cost = cost_of_one(given.calls)
     say(", ".join(f"{what} {1e6 * seconds:.2f} us" for what, seconds in cost.items()))
+    call, byte = cost_of_sum(given.calls)
+    say(f"sum of bits {1e6 * call:.2f} us and 1 s for {1e-9 / byte:.1f} GB")
     for folder in given.runs:
         events, seconds, share = share_of_run(folder, cost)
         say(f"{folder.name}: {events} events in a step of {seconds:.3g} s: {share:.3%}")

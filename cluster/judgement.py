@@ -24,6 +24,7 @@ class Fault(Enum):
     absent = "does not come"
     unsent = "has not sent what another rank waits for"
     stuck = "is in, as all others, and does not get out"
+    flipped = "computed something else once, with the same input"
     unknown = "is not known"
 
 
@@ -41,6 +42,7 @@ FAULT_ADVICE = {
     Fault.absent: "look at this line: what does it wait for, or compute?",
     Fault.unsent: "look at the stage before: its actions should send what is waited for",
     Fault.stuck: "look at the network and the devices of these ranks: dmesg, links, switches",
+    Fault.flipped: "look at the memory and the device of this rank (dmesg, ECC counters); where it comes again, take it out",
     Fault.unknown: "the stacks and the last records of all ranks are in the file of the incident",
 }
 

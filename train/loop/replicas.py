@@ -44,8 +44,11 @@ class ReplicaCheck:
 
     def require_equal(self, step: int) -> None:
         """Call before the update of every step, on all ranks. Raises ReplicasDiffer, on the ranks that hold such a weight."""
-        if not self._every or step % self._every:
-            return
+        if self._every and step % self._every == 0:
+            self.compare(step)
+
+    def compare(self, step: int) -> None:
+        """Compare all copies, in a step that need not be due; raises as `require_equal` does."""
         for group, params, names in self._sets:
             sums = torch.stack([sum_of_bits(param) for param in params])
             ends = torch.stack([sums, ~sums])  # ~ turns the order round, as a minus does, and never overflows
@@ -81,7 +84,16 @@ class ReplicaCheck:
         )
 
 
-def sum_of_bits(weight: Tensor) -> Tensor:
-    """Bits of a weight as whole numbers, added up modulo 2^64: int64, a scalar on its device."""
-    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
-    return weight.detach().contiguous().view(whole).sum(dtype=torch.int64)
+def sum_of_bits(tensor: Tensor) -> Tensor:
+    """Bits of a tensor as whole numbers of 8 bytes, and what is left behind them one by one, added up modulo 2^64: int64, a scalar on its
+    device. It follows from the values alone, wherever they lie, and every flipped bit changes it.
+    """
+    flat = tensor.detach().contiguous().view(-1)
+    size = flat.element_size()
+    if flat.storage_offset() * size % 8:
+        flat = flat.clone()
+    whole = flat.numel() * size // 8 * 8 // size
+    sums = flat[:whole].view(torch.int64).sum()
+    if whole == flat.numel():
+        return sums
+    return sums + flat[whole:].view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[size]).sum(dtype=torch.int64)

@@ -23,9 +23,9 @@ from train.optim.schedules import Schedules
     "head|main_loss",
 )
 def stale_weights(bug: Seams) -> None:
-    def step(original, self, valid=True):
+    def step(original, self, valid=True, doubts=None):
         held = [(param, param.detach().clone()) for param, name in self.names.items() if name == "head.weight"]
-        update = original(self, valid)
+        update = original(self, valid, doubts)
         with torch.no_grad():
             for param, before in held:
                 param.copy_(before)
