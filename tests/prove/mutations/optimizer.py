@@ -96,9 +96,9 @@ def eps_inside_the_root(bug: Seams) -> None:
 
 @mutation(OURS + ": the embedding does not decay", "copies", UPDATE, "embedding")
 def embedding_without_decay(bug: Seams) -> None:
-    def step(original, self, valid=True):
+    def step(original, self, valid=True, doubts=None):
         held = {name: shard.local.clone() for name, shard in self.shards().items() if name == "master.embedding.weight"}
-        update = original(self, valid)
+        update = original(self, valid, doubts)
         for name, before in held.items():
             group = self.client.param_groups[0]
             self.shards()[name].local.add_(before, alpha=group["lr"] * group["weight_decay"])
