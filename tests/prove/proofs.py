@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from bench.prove_rows import MICRO_BATCHES
 from cluster.launch import Place
 from conf.load import compose, write_config
 from conf.schema import Config
@@ -14,7 +15,7 @@ from tests.small import SMALL
 
 PROOF = [
     *SMALL,
-    "batch_size=8",
+    "batch_size=8",  # of what is not evenly shared; else as small_proof says
     "micro_batch_size=1",
     "steps=4",
     "model.init_std=0.02",
@@ -24,7 +25,11 @@ PROOF = [
 
 
 def small_proof(tmp_path: Path, *overrides: str) -> Config:
-    """A recipe that needs no shrinking, with its folder."""
+    """A recipe that needs no shrinking, with its folder. A replica has two micro-batches, in a pipeline four, unless batch_size is given."""
+    given = dict(one.split("=", 1) for one in overrides)
+    if "batch_size" not in given and given.get("parallel.uneven") != "true":
+        replicas = int(given.get("parallel.dp", 1))
+        overrides = (f"batch_size={MICRO_BATCHES[int(given.get('parallel.pp', 1))][0] * replicas}", *overrides)
     config = compose(*PROOF, f"runs={tmp_path}", "name=proof", *overrides)
     shutil.rmtree(tmp_path / "proof", ignore_errors=True)
     (tmp_path / "proof" / "logs").mkdir(parents=True)

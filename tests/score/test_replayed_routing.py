@@ -1,5 +1,7 @@
 """score.routing: what routers chose is written, and what stands in samples is taken instead, with the gates of these experts."""
 
+from dataclasses import replace
+
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -8,7 +10,9 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from conf.errors import UserError
+from tests.hf.small import SEQ_LEN, TOKENIZER, transformers_folder
 from tests.score.test_score import SHAPE, folder, scored, write_jsonl
+from train.hf.tokenizer_files import write_tokenizer
 
 __all__ = ["folder"]
 IDS = [list(range(3, 3 + length)) for length in (2, 9, 20)]
@@ -82,3 +86,10 @@ def test_experts_that_do_not_fit_are_named_with_their_line(tmp_path, folder, exp
     with pytest.raises(UserError, match="different experts, 0 to 7") as error:
         run(tmp_path, folder, data, "replay")
     assert error.value.value.endswith("a.jsonl:1") and not (tmp_path / "scores.parquet").exists()
+
+
+def test_a_model_without_experts_has_no_routing(tmp_path):
+    transformers_folder(tmp_path / "dense", replace(SHAPE, dense_layers=SHAPE.layers))
+    write_tokenizer(tmp_path / "dense", TOKENIZER, None, SEQ_LEN)
+    with pytest.raises(UserError, match="no layer of this model has any"):
+        run(tmp_path, tmp_path / "dense", write_jsonl(tmp_path / "a.jsonl", {"tokens": [3, 4]}), "write")

@@ -52,6 +52,9 @@ def score(config: Config) -> int:
     path, size = Path(config.score.data).expanduser(), source.decoder.config.vocab_size
     how = config.score.routing
     tap = None if how is ScoredRouting.own else RoutingTap(source.decoder.model)
+    if tap is not None and not tap.shape[0]:
+        rule = "is of experts, and no layer of this model has any"
+        raise UserError("score.routing", how.name, rule, "set score.routing=own")
     replayed = tap.shape if tap is not None and how is ScoredRouting.replay else None
     samples = read_scored_samples(path, source.tokenizer.encode, source.start_id, size, source.context, replayed)
     columns = SCORE_COLUMNS.append(EXPERTS_COLUMN) if how is ScoredRouting.write else SCORE_COLUMNS
