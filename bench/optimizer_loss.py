@@ -1,6 +1,6 @@
 """Held-out loss of AdamW and Muon on the same data, against tokens and against time, each with its own best rate.
 
-    python -m bench.optimizer_loss [--shape tiny] [--steps 60] [--rates 2e-3,4e-3,8e-3] [--seeds 1,2,3] [--out runs/optimizer_loss] [key=value ...]
+    python -m bench.optimizer_loss [--shape tiny] [--steps 60] [--rates 2e-3,4e-3,8e-3] [--muon-rates 2e-3,4e-3,8e-3] [--seeds 1,2,3] [--out runs/optimizer_loss] [key=value ...]
 
 For the first seed, each optimizer is trained once at every rate; the rate with the lowest held-out loss at the end is its own, and the
 other seeds are trained at that one. Every run is a `python -m train` in a run folder of its own; one whose run is complete is not
@@ -55,13 +55,15 @@ def main() -> None:
     arguments.add_argument("--shape", choices=tuple(SHAPES), default="tiny")
     arguments.add_argument("--steps", type=int, default=60)
     arguments.add_argument("--rates", type=lambda text: text.split(","), default=["2e-3", "4e-3", "8e-3"])
+    arguments.add_argument("--muon-rates", type=lambda text: text.split(","), help="those of --rates by default")
     arguments.add_argument("--seeds", type=lambda text: text.split(","), default=["1", "2", "3"])
     arguments.add_argument("--out", type=Path, default=Path("runs/optimizer_loss"))
     options, overrides = arguments.parse_known_args()
     first, *others = options.seeds
     found, rates = {}, {}
     for optimizer in OPTIMIZERS:
-        swept = {rate: train(optimizer, rate, first, options, overrides) for rate in options.rates}
+        tried = options.muon_rates if optimizer == "muon" and options.muon_rates else options.rates
+        swept = {rate: train(optimizer, rate, first, options, overrides) for rate in tried}
         best = min(swept, key=lambda rate: swept[rate].held_out[-1])
         for rate, run in swept.items():
             print(f"{optimizer:8s} rate {rate:>6s}  seed {first}  held-out loss {run.held_out[-1]:.4f}", flush=True)

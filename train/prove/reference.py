@@ -215,7 +215,7 @@ class PlainModel:
         self.best_without_bias: Callable[[Tensor, int], Tensor] = best
 
     def losses(self, batch: PlainBatch, with_mtp: bool = True) -> WatchedPass:
-        """Main loss, MTP losses (eq. 21-25) and balance losses of a batch, as means over all that is learnt."""
+        """Main loss, MTP losses (eq. 21-25) and balance losses of a batch, as means over all that is learnt, 0 where nothing is."""
         if self.config.adapter.on:
             whole = copy(self)
             whole.config, whole.weights = replace(self.config, adapter=Adapter()), adapted(self.config, self.weights)
@@ -228,7 +228,7 @@ class PlainModel:
         for layer in range(model.layers):
             x_BTD = self.block(f"layers.{layer}", layer < model.dense_layers, x_BTD, seats, seen)
         state_BTD = seen.keep("norm", rms_norm(x_BTD, self.weights["norm.weight"], model.norm_eps))
-        learnt = inputs_BT.numel() if seats.learnt_BT is None else int(seats.learnt_BT.sum())
+        learnt = inputs_BT.numel() if seats.learnt_BT is None else max(1, int(seats.learnt_BT.sum()))
         seen.main = self.cross_entropy(state_BTD, tokens_BS[:, 1:], seats, learnt)
         for depth in range(1, model.mtp_depth + 1) if with_mtp else ():
             # Position i of depth k knows tokens up to i + k and predicts token i + k + 1.
