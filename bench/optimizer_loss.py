@@ -60,10 +60,10 @@ def main() -> None:
     arguments.add_argument("--out", type=Path, default=Path("runs/optimizer_loss"))
     options, overrides = arguments.parse_known_args()
     first, *others = options.seeds
+    tried = {"adamw": options.rates, "muon": options.muon_rates or options.rates}
     found, rates = {}, {}
     for optimizer in OPTIMIZERS:
-        tried = options.muon_rates if optimizer == "muon" and options.muon_rates else options.rates
-        swept = {rate: train(optimizer, rate, first, options, overrides) for rate in tried}
+        swept = {rate: train(optimizer, rate, first, options, overrides) for rate in tried[optimizer]}
         best = min(swept, key=lambda rate: swept[rate].held_out[-1])
         for rate, run in swept.items():
             print(f"{optimizer:8s} rate {rate:>6s}  seed {first}  held-out loss {run.held_out[-1]:.4f}", flush=True)
