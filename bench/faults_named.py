@@ -1,10 +1,10 @@
 """Faults of a few lines each, in ranks that train: is the right rank named, with the right cause, and after how many seconds?
 
-    python -m bench.faults_named [--only NAME ...] [--limit 90] [--out faults_named.json]
+    python -m bench.faults_named [--only NAME ...] [--limit 90] [--address HOST:PORT] [--out faults_named.json]
 
 A hook of this benchmark (bench/fault_hooks.py) puts the fault into a tiny model that trains on this machine, in pipelines, with
-experts over ranks, with shared sequences and with replicas; ranks run under the driver of one machine (`local`) or as torchrun starts them
-(`torchrun`). What logs/incident_N.json says then is judged: all culprits and no other must be named, and the cause must be one of those
+experts over ranks, with shared sequences and with replicas; ranks run under the driver of one machine (`local`), as torchrun starts them
+(`torchrun`), or on a Ray of their own on this machine (`ray`). What logs/incident_N.json says then is judged: all culprits and no other must be named, and the cause must be one of those
 that are right for the fault. A wrong rank is a failure, and so is *unknown*. Seconds are from the fault to the incident.
 
 To hold another trainer against it: take bench/fault_hooks.py, which needs torch alone but for `in_loader` and `Saboteur`, and call a fault of
@@ -144,6 +144,15 @@ CASES = (
     FaultCase("dp4", {2: "skip"}, ("skipped",), launcher="torchrun"),
     FaultCase("dp2", {1: "killed"}, ("kind:killed",), launcher="torchrun"),
     FaultCase("ep2", {1: "error"}, ("kind:crash",), "an error of the user's code", launcher="torchrun"),
+    FaultCase("dp2", {1: "loader_sleep"}, ("loader",), launcher="ray"),
+    FaultCase("pp2dp2", {2: "sleep_before"}, HANGS, launcher="ray"),
+    FaultCase("dp2", {0: "lock"}, ("lock",), launcher="ray"),
+    FaultCase("dp2", {1: "skip"}, ("skipped",), launcher="ray"),
+    FaultCase("dp2", {1: "size"}, ("resized",), launcher="ray"),
+    FaultCase("dp2", {1: "stop"}, ("stopped",), launcher="ray"),
+    FaultCase("pp2dp2", {3: "killed"}, ("kind:killed",), "SIGKILL", launcher="ray"),
+    FaultCase("ep2", {0: "error"}, ("kind:crash",), "an error of the user's code", launcher="ray"),
+    FaultCase("dp2", {1: "flip_master"}, ("kind:crash",), "master.", launcher="ray"),
 )
 
 
@@ -159,9 +168,9 @@ class Judged(NamedTuple):
     """What was named, for a person."""
 
 
-def run_case(case: FaultCase, folder: Path, limit: float) -> Judged:
-    """Try one fault. folder: of corpus, cache and runs."""
-    config = _config(case, folder)
+def run_case(case: FaultCase, folder: Path, limit: float, address: str | None = None) -> Judged:
+    """Try one fault. folder: of corpus, cache and runs. address: of the Ray that plays `ray`, in place of one of its own."""
+    config = _config(case, folder, address)
     run = Path(config.runs) / config.name
     (run / "logs").mkdir(parents=True, exist_ok=True)
     (run / "checkpoints").mkdir(exist_ok=True)
@@ -194,7 +203,7 @@ def judge_case(case: FaultCase, run: Path, started: float) -> Judged:
     return Judged(case.name, rank, cause, incident["time"] - max(struck), said)
 
 
-def _config(case: FaultCase, folder: Path) -> Config:
+def _config(case: FaultCase, folder: Path, address: str | None) -> Config:
     from tests.small import arguments
 
     name = case.name.replace(":", "_").replace("+", "_")
@@ -203,6 +212,8 @@ def _config(case: FaultCase, folder: Path) -> Config:
         f"name={name}", *LAYOUTS[case.layout], "steps=40", "checkpoint.every=0", "log.validate_every=0", "log.progress=false",
         "log.sample_tokens=0", "optim.max_bad_steps=2", f"log.replicas_every={int(case.layout != 'ep2_zero3')}", "log.state_every=1", "log.repeat_above=10", "cluster.deterministic=true", f"callbacks=[{{_target_: bench.fault_hooks.Saboteur, faults: {{{faults}}}}}]", "cluster.timeout=60",
     ]  # fmt: skip
+    if case.launcher == "ray":
+        settings += ["cluster=ray", "cluster.restarts=0", f"cluster.address={address or 'null'}"]
     return compose(*arguments(folder, *settings))
 
 
@@ -212,6 +223,10 @@ def _drive(case: FaultCase, config: Config, run: Path) -> None:
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)
     world, logs = config.parallel.world, run / "logs"
+    if case.launcher == "ray":
+        from cluster.driver.ray_backend import run_ray
+
+        sys.exit(run_ray(config, run, [sys.executable, "-m", "train.worker", "CONFIG"]))
     if case.launcher == "local":
         work = partial(_work, config, world, logs)
         start: Callable = lambda environment, output: ForkedProcess(partial(work, environment), environment, output)  # noqa: E731
@@ -267,6 +282,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=[], help="parts of names of cases")
     parser.add_argument("--limit", type=float, default=90.0, help="seconds of a case")
+    parser.add_argument("--address", help="of a Ray for the cases of `ray`; without one each starts its own")
     parser.add_argument("--out", type=Path, default=Path("faults_named.json"))
     given = parser.parse_args(words)
     _import_ahead()
@@ -275,7 +291,7 @@ def main(words: Sequence[str] | None = None) -> int:
         for case in CASES:
             if given.only and not any(part in case.name for part in given.only):
                 continue
-            judged.append(run_case(case, Path(scratch), given.limit))
+            judged.append(run_case(case, Path(scratch), given.limit, given.address))
             show_judged(judged[-1:])
             given.out.write_text(json.dumps([one._asdict() for one in judged], indent=1))
     show_judged(judged)

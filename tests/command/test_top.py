@@ -70,6 +70,7 @@ def test_with_a_driver_its_table_counts_and_says_the_layout_of_now(run):
     events = [
         {"time": NOW, "kind": "launch", "attempt": 0, "text": "mine", "world": 6},
         {"time": NOW + 1, "kind": "failure", "attempt": 1, "text": "rank 1 died"},
+        {"time": NOW + 1, "kind": "incident", "attempt": 1, "text": "culprit: rank 1\n  what: it died"},
     ]
     (run / "events.jsonl").write_text("".join(json.dumps(one) + "\n" for one in events))
     table = {
@@ -84,7 +85,11 @@ def test_with_a_driver_its_table_counts_and_says_the_layout_of_now(run):
     picture = RunReader(run, "mine").read()
     assert (picture.stages, picture.replicas) == (2, 1) and [one.node for one in picture.ranks] == ["n0", "n1"]
     assert picture.ranks[1].ended and picture.ranks[1].waiting is None
-    assert any("rank 1 died" in line for line in shown(run_screen(picture, TopChoice(), 80, 0, live=False), 80))
+    lines = shown(run_screen(picture, TopChoice(), 80, 0, live=False), 80)
+    assert any("rank 1 died" in line for line in lines) and any("culprit: rank 1" in line for line in lines)
+    (run / "logs" / "incident_1.json").write_text(json.dumps({"time": NOW, "text": "rank 1 left"}))
+    lines = shown(run_screen(RunReader(run, "mine").read(), TopChoice(), 80, 0, live=False), 80)
+    assert any("incident: rank 1 left" in line for line in lines) and not any("culprit" in line for line in lines)
 
 
 def test_a_run_that_failed_or_is_done_says_so_and_damaged_files_are_left_out(run):

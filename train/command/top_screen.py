@@ -269,7 +269,11 @@ def _doing(one: RankView) -> str:
 
 def _news(picture: RunPicture, width: int) -> Iterator[Text]:
     """Events and incidents in a line each, oldest first."""
-    told = [(one["time"], one["kind"].replace("_", " "), one["text"]) for one in picture.events]
+    told = [
+        (one["time"], one["kind"].replace("_", " "), one["text"])
+        for one in picture.events
+        if one["kind"] != "incident" or not picture.incidents  # the driver's is a screen of the same
+    ]
     told += [(one["time"], "incident", one["text"]) for one in picture.incidents]
     for at, kind, text in sorted(told):
         when = datetime.datetime.fromtimestamp(at).strftime("%m-%d %H:%M:%S")
