@@ -159,7 +159,7 @@ class _LocalGradients:
     def scale_rows(self, factors: dict[str, Tensor]) -> None:
         """Nothing is updated."""
 
-    def step(self, valid: bool | Tensor = True) -> Update:
+    def step(self, valid: bool | Tensor = True, doubts: Callable[[float], bool] | None = None) -> Update:
         return Update(0.0, bool(valid), [])
 
     def give(self, evidence: Evidence) -> None:
