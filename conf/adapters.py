@@ -46,6 +46,11 @@ def target_of(base: str) -> str | None:
     )
 
 
+def is_held_in_blocks(base: str) -> bool:
+    """Whether adapter.base=fp8 holds the base parameter of this name as block FP8: those of the products that precision.fp8 casts."""
+    return target_of(base) not in (None, *ON_REQUEST)
+
+
 def name_pairs(base: str) -> list[LowRankNames]:
     """The pairs of an adapted base parameter: one, or for w13 those of w1 and of w3, which each give half of its outputs."""
     stem, _, last = base.rpartition(".")

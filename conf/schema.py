@@ -84,6 +84,8 @@ ModelFamily = StrEnum("ModelFamily", ["deepseek_v3", "kimi_k25", "glm4_moe_lite"
 AdapterKind = StrEnum("AdapterKind", ["none", "lora"])
 AdapterTarget = StrEnum("AdapterTarget", ["q_up", "kv_up", "down", "out", "routed", "shared", "dense", "head"])
 """What an adapter stands beside (conf/adapters.py)."""
+BaseFormat = StrEnum("BaseFormat", ["plain", "fp8"])
+"""How the weights are held that an adapter is trained beside."""
 ClusterBackend = StrEnum("ClusterBackend", ["local", "ray"])
 DeviceKind = StrEnum("DeviceKind", ["auto", "cpu", "cuda"])
 
@@ -377,6 +379,9 @@ class Adapter:
     targets: FilledKey[list[AdapterTarget]] = LEFT_OUT
     """Which weights: q_up, kv_up, down (both down projections of attention), out, routed, shared, dense, head; null takes all that the model
     has but the head."""
+    base: BaseFormat = BaseFormat.plain
+    """How frozen weights are held: plain, in the format of the run's weights. fp8: those of attention, FFNs and experts as E4M3 with an fp32 scale for
+    every 128x128, one byte a weight, and values are made of them for each product."""
     path: str | None = None
     """A folder of PEFT's (adapter_config.json, adapter_model.safetensors), which mode=evaluate, generate, score and export add to the weights."""
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from conf.errors import UserError
 from conf.own_code import TARGET, CodeSection, make, require_arguments
 from conf.pipeline_schedules import PLAIN_SCHEDULE
-from conf.schema import Config, Recompute
+from conf.schema import BaseFormat, Config, Recompute
 from parallel.context import ContextParallel
 from parallel.expert.build import RemoteDispatcher, build_dispatcher
 from parallel.mesh import Mesh
@@ -20,6 +20,7 @@ from parallel.pipeline.split import split_as_given, split_layers, split_layers_e
 from parallel.zero.engine import Zero
 from train.kernels.choice import build_kernels
 from train.kernels.fp8.fp8 import Fp8Precision
+from train.kernels.fp8.frozen_blocks import draw_blocks, hold_in_blocks
 from train.kernels.plain.high import HighPrecision
 from train.kernels.precision import activation_dtype, build_precision
 from train.model.adapter import add_adapters
@@ -222,7 +223,11 @@ def build_chunks(
             dtype=dtype,
             device=device,
         )
+        if config.adapter.base is BaseFormat.fp8:
+            hold_in_blocks(chunk)
         initialise(chunk, None if restored else config.seed, device)
+        if not (restored or config.init_from):
+            draw_blocks(chunk, config.seed)
         if config.adapter.on:
             add_adapters(chunk, config.adapter, precision.kernels, config.seed)
         chunk.detaches_mtp = config.optim.detach_mtp

@@ -218,13 +218,16 @@ class Zero:
         return (self._weights.held(param) for param in (*self.names, *self.untrained))
 
     def untrained_shards(self) -> dict[str, Shard]:
-        """What this rank holds of the weights that nobody trains, live, by name."""
+        """What this rank holds of the weights that nobody trains, live, by name; of one that is bytes, its place is among those of the
+        rank's own.
+        """
         found: dict[str, Shard] = {}
         for param, name in self.untrained.items():
             held, whole = self._weights.held(param).detach().view(-1), math.prod(self.shapes[param])
             first = held.numel() * self._shares(param).rank if held.numel() < whole else 0
             if first < whole:  # the last shards may be short or empty
-                found[name] = Shard(held[: whole - first], *self.place(param, first))
+                place = (first, self.shapes[param]) if param.dtype == torch.uint8 else self.place(param, first)
+                found[name] = Shard(held[: whole - first], *place)
         return found
 
     def shards(self, copies: bool = False) -> dict[str, Shard]:

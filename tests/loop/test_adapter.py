@@ -15,6 +15,7 @@ from tests.small import SMALL, arguments, metrics
 from train.__main__ import check_before_start
 from train.checkpoint.average import write_average
 from train.checkpoint.manifest import read_manifest
+from train.hf.export import write_export
 
 LORA = ["adapter=lora", "adapter.rank=8", "optim.bias_speed=[{value: 0}]", "optim.lr=0.01"]
 
@@ -45,6 +46,29 @@ def test_a_run_trains_the_adapter_alone_and_goes_on_in_another_layout(tmp_path):
         more = ["parallel.dp=2", *moved, "steps=4", "optim.ema_decay=0.5", "checkpoint.every=1"]
         run_layout(tmp_path, "two", 2, *start, *more)
     assert losses(tmp_path, "two")[1:] == pytest.approx(losses(tmp_path, "one")[1:], rel=1e-5)
+
+
+def test_a_base_in_block_fp8_is_the_rounded_one(tmp_path):
+    run_layout(tmp_path, "base", 1, "steps=2")
+    given = [f"init_from={tmp_path}/runs/base", f"data.tokenizer={tmp_path}/runs/base", "steps=3"]
+    start = [*LORA, *given, "adapter.base=fp8", "precision=bf16"]
+    run_layout(tmp_path, "one", 1, *start)
+    run_layout(tmp_path, "zero3", 2, *start, "parallel.dp=2", "parallel.zero=3")
+    assert losses(tmp_path, "zero3") == pytest.approx(losses(tmp_path, "one"), rel=2e-4)
+
+    def export(name: str, *words: str) -> Path:
+        config = compose(*arguments(tmp_path, "mode=export", f"export.to={tmp_path}/{name}", *words))
+        assert write_export(config, lambda *_: None)
+        return tmp_path / name
+
+    # The merged weights of a run whose B is 0 are the base's blocks, which a tune of whole weights then starts from.
+    first = [*start, "optim.lr=1e-30", "steps=1"]
+    run_layout(tmp_path, "still", 1, *first)
+    export("rounded", *first, "name=still", "export.merge=true", "export.dtype=fp32")
+    run_layout(tmp_path, "whole", 1, f"init_from={tmp_path}/rounded", *given[1:2], "steps=1", "precision=bf16", LORA[2])
+    assert losses(tmp_path, "whole")[0] == losses(tmp_path, "one")[0] == losses(tmp_path, "still")[0]
+    with pytest.raises(UserError, match=r"set adapter\.base=fp8"):
+        check_before_start(compose(*arguments(tmp_path, *start, "name=one", "adapter.base=plain", "steps=4")))
 
 
 def test_what_an_adapter_cannot_go_on_from(tmp_path):
@@ -78,6 +102,7 @@ def test_what_an_adapter_cannot_go_on_from(tmp_path):
     ("words", "key"),
     [
         (["adapter.rank=8"], "adapter"),
+        (["adapter.base=fp8"], "adapter"),
         (["adapter=lora"], "init_from"),
         (["adapter=lora", "init_from=X", "adapter.rank=0"], "adapter.rank"),
         (["adapter=lora", "init_from=X", "adapter.rank=4"], "adapter.rank"),

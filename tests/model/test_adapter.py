@@ -8,17 +8,19 @@ from conf.adapters import name_pairs, target_of
 from conf.load import compose
 from tests.small import SMALL
 from train.kernels.choice import build_kernels
+from train.kernels.fp8.frozen_blocks import BLOCKS, draw_blocks, frozen_blocks, hold_in_blocks
+from train.kernels.fp8.quantize import dequantize_reference, quantize_reference
 from train.kernels.precision import activation_dtype, build_precision
 from train.model.adapter import LowRankPairs, add_adapters
 from train.model.deepseek import DeepSeekV3
-from train.model.init import initialise
+from train.model.init import draw_normal, initialise
 
 ALL = "adapter.targets=[q_up,kv_up,down,out,routed,shared,dense,head]"
 CPU = torch.device("cpu")
 
 
-def build(*words: str, adapter: bool = True, b: float = 0.0) -> DeepSeekV3:
-    """b: standard deviation of B."""
+def build(*words: str, adapter: bool = True, b: float = 0.0, blocks: bool = False) -> DeepSeekV3:
+    """b: standard deviation of B. blocks: the base is held in block FP8."""
     given = ["data.path=none", "adapter=lora", "adapter.rank=8", "init_from=X", "optim.bias_speed=[{value: 0}]", ALL]
     config = compose(*SMALL, *given, *words)
     kernels = build_kernels("cpu", True)
@@ -26,7 +28,10 @@ def build(*words: str, adapter: bool = True, b: float = 0.0) -> DeepSeekV3:
     model = DeepSeekV3.whole(
         config.model, precision, seq_len=24, device="meta", dtype=activation_dtype(config.precision)
     )
+    if blocks:
+        hold_in_blocks(model)
     initialise(model, 1, CPU)
+    draw_blocks(model, 1)
     if adapter:
         add_adapters(model, config.adapter, kernels, 1)
     draw = torch.Generator().manual_seed(2)
@@ -50,6 +55,36 @@ def test_a_fresh_adapter_changes_nothing_and_alone_has_gradients(precision):
     learns = {name for name, param in model.named_parameters() if param.grad is not None}
     assert learns == {name for name, _ in model.named_parameters() if name.endswith(("lora_A", "lora_B"))}
     assert all(model.get_parameter(name).grad.any() == name.endswith("lora_B") for name in learns), "A waits for B"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["precision=fp32", "model.recompute=[layer]"], ["precision=bf16"], ["precision=fp8", "model.hidden=160", "model.dense_width=200"]],
+    ids=lambda words: words[0],
+)  # fmt: skip
+def test_blocks_give_what_a_base_that_was_rounded_to_them_gives(words):
+    """Widths of 160 and 200 have two blocks, the second cut short."""
+    packed, rounded = build(*words, b=0.1, blocks=True), build(*words, b=0.1)
+    held = dict(frozen_blocks(packed))
+    assert held.keys() == {name for name, _ in rounded.named_parameters() if target_of(name) not in (None, "head")}
+    for name, blocks in held.items():
+        weight = rounded.get_parameter(name)
+        x = weight.float()
+        if weight.dtype == torch.bfloat16:  # drawn again, as bf16 has rounded it already
+            x = torch.empty(weight.shape)
+            keys = [f"1/{name}"] if blocks.experts is None else [f"1/{name}/{index}" for index in blocks.experts]
+            for key, matrix in zip(keys, x.view(-1, *x.shape[-2:]), strict=True):
+                draw_normal(matrix, key, rounded.config.init_std)
+        assert (x - quantize_reference(x, BLOCKS).q.float()).abs().max() > 0
+        weight.data.copy_(dequantize_reference(quantize_reference(x, BLOCKS)))
+        assert blocks.data.nbytes < 1.1 * weight.numel() + 32 * len(blocks.data.view(-1, blocks.matrix_bytes))
+    got, want = loss(packed), loss(rounded)
+    assert got.item() == want.item()
+    got.backward()
+    want.backward()
+    for name, param in rounded.named_parameters():
+        if param.grad is not None:
+            assert torch.equal(packed.get_parameter(name).grad, param.grad), name
 
 
 def test_pairs_are_what_their_product_added_to_the_weight_is():

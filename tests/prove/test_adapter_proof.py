@@ -17,6 +17,7 @@ EXACT = {
     "pp 2": ["parallel.pp=2", "parallel.schedule=zbv"],
     "cp 2": ["parallel.cp=2"],
     "pp 2, cp 2, whole blocks again": ["parallel.pp=2", "parallel.cp=2", "model.recompute=[layer]"],
+    "block FP8 beside, ep 2": ["adapter.base=fp8", "parallel.dp=2", "parallel.ep=2"],
     "attention alone, no query latent": ["adapter.targets=[q_up,out]", "model.q_rank=null"],
 }
 UNSURE = ("recipe", "gradients of weights")
@@ -24,6 +25,7 @@ WHOLE = {
     "ep2_zero1": ["parallel.dp=2", "parallel.ep=2"],
     "dp2_zero2_bf16": ["parallel.dp=2", "parallel.zero=2", "precision=bf16"],
     "dp2_zero3_fp32": ["parallel.dp=2", "parallel.ep=2", "parallel.zero=3"],
+    "dp2_zero3_blocks": ["parallel.dp=2", "parallel.zero=3", "adapter.base=fp8", "precision=bf16"],
     "pp2_fp8": ["parallel.pp=2", "parallel.schedule=dualpipev", "precision=fp8"],
 }
 

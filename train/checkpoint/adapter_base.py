@@ -18,8 +18,8 @@ from train.hf.folder import Folder
 
 PLACES, BYTES_OF_PLACE = 16, 4096
 """How many places of a file its fingerprint looks at, from the first byte to the last, and how much of each."""
-SHAPING = ("rank", "targets")
-"""Keys of the adapter section that the shapes of its parameters follow from."""
+SHAPING = ("rank", "targets", "base")
+"""Keys of the adapter section that the shapes of its parameters follow from, and what it is trained beside."""
 
 
 def describe_base(source: Folder | Path) -> dict[str, str]:
@@ -51,8 +51,9 @@ def require_adapter(config: Config, checkpoint: Path, meta: dict[str, Any]) -> N
         if not config.adapter.on:
             here, there, cure = "trains whole weights", "an adapter alone", "add adapter=lora, or take another name="
         raise UserError("adapter", config.adapter.name, f"{checkpoint} holds {there}, and this run {here}", cure)
-    stored = meta.get("config", {}).get("adapter", {})
-    now = {"rank": config.adapter.rank, "targets": [str(target) for target in config.adapter.targets or ()]}
+    stored = {"base": "plain"} | meta.get("config", {}).get("adapter", {})  # older checkpoints know of one
+    now: dict[str, Any] = {"rank": config.adapter.rank, "base": str(config.adapter.base)}
+    now["targets"] = [str(target) for target in config.adapter.targets or ()]
     for key in SHAPING if config.adapter.on else ():
         if key in stored and stored[key] != now[key]:
             rule = f"must be {json.dumps(stored[key])}, with which {checkpoint} was trained"

@@ -10,27 +10,25 @@ import hashlib
 from collections.abc import Callable, Iterable
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from conf.errors import UserError
-from conf.schema import Config, Model, ModelFamily
+from conf.schema import BaseFormat, Config, Model, ModelFamily
 from parallel.shard import Shard
 from train.checkpoint.adapter_base import describe_base, require_adapter, require_base
+from train.checkpoint.frozen_base import FillShards, fill_rounded
 from train.checkpoint.manifest import Manifest, holds_adapter, read_manifest
 from train.checkpoint.read_shards import FolderFiles, fill_shards
 from train.checkpoint.run_folder import find_checkpoint
 from train.hf.adapter_folder import ADAPTER_FIELD, open_adapter
 from train.hf.adapter_names import ADAPTER_FILE, BASE_MARK, AdaptedTensor, adapted_tensors
 from train.hf.folder import is_hf_folder, match, open_model
-from train.hf.read import fill_from_folder, parts_of
+from train.hf.read import folder_reader, parts_of
 from train.hf.tensor_names import PlacedTensor
 
-FillShards = Callable[[dict[str, Shard]], Any]
-"""Fills shards of weights and balance biases by their names in a checkpoint."""
 CACHED_TENSORS = 8
 """Tensors of an adapter's checkpoint that are kept for the matrices that follow: those of one layer's experts."""
 
@@ -79,6 +77,8 @@ class StoredWeights:
             raise UserError(ADAPTER_FIELD, adapter.path, f"{checkpoint} holds an adapter already", "leave it out")
         require_adapter(config, checkpoint, self.manifest.meta)
         self._base = open_base(config, self.manifest)
+        if adapter.base is BaseFormat.fp8:
+            self._base = partial(fill_rounded, self._base)
         adapted = adapted_tensors(config.model, family, adapter.targets, adapter.rank)
         self.pairs = StoredPairs(adapted, adapter.scale, self.read)
 
@@ -125,7 +125,7 @@ def open_base(config: Config, manifest: Manifest) -> FillShards:
     if is_hf_folder(path):
         folder, _, _ = open_model(path, text_only=config.text_only)
         require_base(config, manifest.folder, meta, describe_base(folder))
-        return partial(fill_from_folder, folder, match(folder, config.model))
+        return folder_reader(folder, match(folder, config.model))
     checkpoint = find_checkpoint(config, str(path), "init_from")
     require_base(config, manifest.folder, meta, describe_base(checkpoint))
     return partial(fill_shards, read_manifest(checkpoint), FolderFiles(checkpoint))

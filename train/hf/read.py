@@ -68,6 +68,14 @@ def fill_from_folder(
     return reader.bytes
 
 
+def folder_reader(folder: Folder, placed: list[PlacedTensor]) -> Callable[[dict[str, Shard]], int]:
+    """`fill_from_folder` for many calls, each of a few of their many tensors."""
+    by_name: dict[str, list[PlacedTensor]] = {}
+    for each in placed:
+        by_name.setdefault(each.ours, []).append(each)
+    return lambda wanted: fill_from_folder(folder, [each for name in wanted for each in by_name.get(name, ())], wanted)
+
+
 def parts_of(placed: list[PlacedTensor], wanted: dict[str, Shard]) -> list[ShardPart]:
     """Intersections of their tensors with the wanted shards, by file."""
     by_name: dict[str, list[PlacedTensor]] = {}

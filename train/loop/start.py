@@ -70,17 +70,19 @@ def own_start(config: Config, tokenizer: Tokenizer) -> Path | None:
 
 def start_from(config: Config, source: Folder | Path, state: "RunState") -> None:
     """Fill this rank's part of the state, of an adapter's run that of its base, from what `check_start` or `own_start` has found sound."""
-    weights = state.wanted_of_start()
-    if not (isinstance(source, Path) or FAMILIES[source.family].has_biases):
-        weights = {name: shard for name, shard in weights.items() if not name.startswith("bias.")}
     if isinstance(source, Path):
-        from train.checkpoint.read_shards import load_shards  # torch
+        from train.checkpoint.read_shards import FolderFiles, fill_shards  # torch
 
-        family = load_shards(source, weights, rounded=config.adapter.on).get("family")
+        manifest = read_manifest(source)
+        state.fill_base(lambda wanted: fill_shards(manifest, FolderFiles(source), wanted, rounded=config.adapter.on))
+        family = manifest.meta.get("family")
     else:
-        from train.hf.read import fill_from_folder  # torch
+        from train.hf.read import folder_reader  # torch
 
-        fill_from_folder(source, match(source, config.model), weights)
+        read, has_biases = folder_reader(source, match(source, config.model)), FAMILIES[source.family].has_biases
+        state.fill_base(
+            lambda wanted: read({name: wanted[name] for name in wanted if has_biases or not name.startswith("bias.")})
+        )
         family = source.family
     if config.adapter.on:
         from parallel.exchange import from_rank_0  # torch

@@ -18,6 +18,8 @@ import torch
 from conf.schema import Config, ModelFamily
 from parallel.mesh import Mesh
 from parallel.shard import Shard, whole
+from train.checkpoint.frozen_base import FillShards, fill_blocks
+from train.kernels.fp8.frozen_blocks import frozen_blocks
 from train.metrics.balance import RunningLoad, update_running
 from train.model.count import moe_layers
 from train.optim.ema import Ema
@@ -36,6 +38,7 @@ class RunState:
         self.skipped = 0
         self.family = ModelFamily.deepseek_v3
         self._trains_adapter = config.adapter.on
+        self._blocks = {name: blocks for chunk in parts.chunks for name, blocks in frozen_blocks(chunk)}
         self.base: dict[str, str] | None = None
         """What an adapter is trained beside, once it is there."""
         size_LE = len(moe_layers(config.model)), config.model.experts
@@ -87,8 +90,17 @@ class RunState:
         balance biases."""
         if not self._trains_adapter:
             return {name: shard for name, shard in self.wanted(False).items() if name.startswith(("master.", "bias."))}
-        base = {f"master.{name}": shard for name, shard in self.zero.untrained_shards().items()}
+        base = {
+            f"master.{name}": shard for name, shard in self.zero.untrained_shards().items() if name not in self._blocks
+        }
         return base | self._biases()
+
+    def fill_base(self, fill: FillShards) -> None:
+        """Fill what this rank holds of the weights that a run starts from, of an adapter's run that of its base, and balance biases."""
+        fill(self.wanted_of_start())
+        for name, shard in self.zero.untrained_shards().items():
+            if name in self._blocks:
+                fill_blocks(f"master.{name}", self._blocks[name], self.mesh.layout.ep, shard.local, shard.offset, fill)
 
     def finish_load(self, meta: dict[str, Any], with_ema: bool) -> None:
         """Take over after the wanted shards were filled."""

@@ -21,6 +21,7 @@ from conf.adapters import LowRankNames, name_pairs, target_of
 from conf.schema import Adapter
 from train.model.deepseek import DeepSeekV3
 from train.model.init import draw_uniform, key_number
+from train.model.layers import PACKED
 from train.model.moe import Experts
 from train.model.operations import ExpertGroups, Kernels
 from train.model.recompute import RecomputedOutputs
@@ -111,20 +112,22 @@ def add_adapters(chunk: DeepSeekV3, adapter: Adapter, kernels: Kernels, seed: in
     On the meta device, for plans, nothing is drawn.
     """
     bases = [(name, param) for name, param in chunk.named_parameters() if target_of(name) in (adapter.targets or ())]
+    (dtype,) = {param.dtype for param in chunk.parameters()} - {torch.uint8}  # bytes of packed weights
     for param in chunk.parameters():
         param.requires_grad_(False)
     for base, weight in bases:
         prefix, _, own = base.rpartition(".")
         module = chunk.get_submodule(prefix)
         names = [LowRankNames(*(name.rpartition(".")[2] for name in pair)) for pair in name_pairs(base)]
-        *experts, outputs, inputs = weight.shape
+        packed = getattr(module, PACKED[own], None)
+        *experts, outputs, inputs = weight.shape if packed is None else packed.shape
         for name_a, name_b in names:
-            a = weight.new_empty(*experts, adapter.rank, inputs)
+            a = torch.empty(*experts, adapter.rank, inputs, dtype=dtype, device=weight.device)
             if not a.is_meta:
                 local = module.local if isinstance(module, Experts) else None
                 draw_uniform(a, f"{seed}/{prefix}.{name_a}", inputs**-0.5, local)
             setattr(module, name_a, nn.Parameter(a))
-            setattr(module, name_b, nn.Parameter(weight.new_zeros(*experts, outputs // len(names), adapter.rank)))
+            setattr(module, name_b, nn.Parameter(a.new_zeros(*experts, outputs // len(names), adapter.rank)))
         setattr(module, ADDED[own], LowRankPairs(module, names, adapter, kernels, chunk, f"{seed}/{base}"))
     if bases and hasattr(chunk, "embedding"):
         # What backward meets first must ask for a gradient, or a block that runs again would keep another graph than its first run.

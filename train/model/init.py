@@ -26,15 +26,17 @@ def initialise(chunk: DeepSeekV3, seed: int | None, device: torch.device | str |
         for prefix, module in chunk.named_modules():
             for name, weight in module.named_parameters(recurse=False):
                 full_name = f"{prefix}.{name}"
-                if seed is None:
+                if weight.dtype == torch.uint8:  # block FP8 of a frozen weight, in which these bytes are not a number
+                    weight.fill_(255)
+                elif seed is None:
                     weight.fill_(torch.nan)
                 elif isinstance(module, RMSNorm):
                     weight.fill_(1)
                 elif isinstance(module, Experts):
                     for index, expert in zip(module.local, weight, strict=True):
-                        _draw(expert, f"{seed}/{full_name}/{index}", chunk.config.init_std)
+                        draw_normal(expert, f"{seed}/{full_name}/{index}", chunk.config.init_std)
                 else:
-                    _draw(weight, f"{seed}/{full_name}", chunk.config.init_std)
+                    draw_normal(weight, f"{seed}/{full_name}", chunk.config.init_std)
             for buffer in module.buffers(recurse=False):
                 buffer.zero_()
 
@@ -44,7 +46,8 @@ def materialise(chunk: nn.Module, device: torch.device | str | None = None) -> N
     for module in chunk.modules():
         for name, weight in module.named_parameters(recurse=False):
             if weight.is_meta:
-                setattr(module, name, nn.Parameter(torch.empty_like(weight, device=device or "cpu")))
+                empty = torch.empty_like(weight, device=device or "cpu")
+                setattr(module, name, nn.Parameter(empty, requires_grad=weight.requires_grad))
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.is_meta:
                 setattr(module, name, torch.zeros_like(buffer, device=device or "cpu"))
@@ -58,7 +61,8 @@ def draw_uniform(weight: Tensor, key: str, bound: float, experts: range | None =
         one.copy_(exact.uniform_(-bound, bound, generator=generator))
 
 
-def _draw(weight: Tensor, key: str, std: float) -> None:
+def draw_normal(weight: Tensor, key: str, std: float) -> None:
+    """Normal with mean 0, by a key."""
     exact = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
     weight.copy_(exact.normal_(0, std, generator=_generator(weight, key)))
 

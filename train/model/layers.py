@@ -40,6 +40,27 @@ class AddedProduct(Protocol):
         """Operands of one product that gives the sum: x with more columns, and the weight with as many."""
 
 
+class PackedWeight(Protocol):
+    """A frozen weight that is held in another form than that of the values that products take."""
+
+    shape: tuple[int, ...]
+    """The shape of the values."""
+
+    def unpack(self, dtype: torch.dtype) -> tuple[Tensor, AbstractContextManager]:
+        """The values, and the context in which saving them for backward keeps nothing."""
+
+
+PACKED = {"weight": "packed", "w13": "packed_up", "w2": "packed_down"}
+"""Where a module takes the form of a weight, by the last part of the weight's name."""
+
+
+def open_weight(
+    packed: PackedWeight | None, weight: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, AbstractContextManager]:
+    """A weight as a product takes it, and the context for the product."""
+    return (weight, nullcontext()) if packed is None else packed.unpack(dtype)
+
+
 class LayerPrecision(Protocol):
     """The number formats of the matrix products. The model asks for products and never branches on precision."""
 
@@ -82,9 +103,13 @@ class Linear(nn.Module):
         self._precision, self._kind = precision, kind
         self.added: AddedProduct | None = None
         """The adapter of the weight, set by whoever trains one."""
+        self.packed: PackedWeight | None = None
+        """The form of the weight beside an adapter, if it is not the plain one."""
 
     def forward(self, x: Tensor, held: HeldInput | None = None) -> Tensor:
-        y = self._precision.linear(x, self.weight, self._kind, held)
+        weight, keep = open_weight(self.packed, self.weight, self._precision.dtype)
+        with keep:
+            y = self._precision.linear(x, weight, self._kind, held)
         return y if self.added is None else self.added.add(y, x)
 
     def hold(self, x: Tensor) -> HeldInput | None:

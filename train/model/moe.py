@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from conf.own_code import subclass
 from conf.schema import Model, Recompute
-from train.model.layers import FFN, AddedProduct, LayerPrecision
+from train.model.layers import FFN, AddedProduct, LayerPrecision, PackedWeight, open_weight
 from train.model.needed import Function
 from train.model.operations import Kernels
 from train.model.recompute import recall, remember
@@ -153,6 +153,9 @@ class Experts(nn.Module):
         self.added_up: AddedProduct | None = None
         self.added_down: AddedProduct | None = None
         """The adapters of w13 and of w2, set by whoever trains them."""
+        self.packed_up: PackedWeight | None = None
+        self.packed_down: PackedWeight | None = None
+        """Forms of w13 and of w2 beside an adapter, if they are not the plain one."""
 
 
 class MoE(nn.Module):
@@ -187,8 +190,9 @@ class MoE(nn.Module):
 
     def run_experts(self, routed: RoutedRows) -> Tensor:
         """Outputs of the local experts on the rows that came."""
-        experts = self.experts
+        experts, dtype = self.experts, self._precision.dtype
         added = experts.added_up, experts.added_down
-        return self._precision.expert_ffn(
-            routed.rows_RD, routed.gates_R, experts.w13, experts.w2, routed.counts_E, added
-        )
+        w13_E2FD, keep_up = open_weight(experts.packed_up, experts.w13, dtype)
+        w2_EDF, keep_down = open_weight(experts.packed_down, experts.w2, dtype)
+        with keep_up, keep_down:
+            return self._precision.expert_ffn(routed.rows_RD, routed.gates_R, w13_E2FD, w2_EDF, routed.counts_E, added)

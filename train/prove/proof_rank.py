@@ -50,6 +50,7 @@ from train.loop.step import StepOutcome, TrainingStep
 from train.loop.stop import StopKind, StopRequest
 from train.loop.trainer import Flops, Outputs, Trainer
 from train.model.deepseek import DeepSeekV3
+from train.model.layers import PACKED
 from train.model.moe import Experts
 from train.optim.schedules import Schedules, StepPlan
 from train.parallelize import ParallelModel, RankModel, build_rank_model, parallelize
@@ -188,7 +189,10 @@ def fill_chunks(chunks: list[DeepSeekV3], weights: dict[str, Tensor]) -> None:
                 value = weights[f"{prefix}.{name}"]
                 if isinstance(module, Experts):
                     value = value[module.local.start : module.local.stop]
-                weight.copy_(value)
+                if weight.dtype == torch.uint8:
+                    getattr(module, PACKED[name]).round(value)
+                else:
+                    weight.copy_(value)
 
 
 def fill_biases(model: RankModel, biases: dict[str, Tensor]) -> None:
@@ -231,7 +235,7 @@ def _train(proof: str, part: RunPart, place: Place, device: torch.device) -> Non
     state = RunState(config, rank.mesh, parts)
     start = Evidence(StepInfo(proof, part.number, 0, place.rank, layout_name(config), device.type))
     if config.adapter.on:
-        fill_base(config, state, parts)
+        fill_base(config, state)
         state.base = {"path": "drawn", "fingerprint": "drawn"}
     if part.number == 0:
         for name, shard in state.zero.shards().items():
@@ -271,12 +275,16 @@ def fill_state(config: Config, state: RunState, parts: ParallelModel) -> None:
 
 
 @torch.no_grad()
-def fill_base(config: Config, state: RunState, parts: ParallelModel) -> None:
+def fill_base(config: Config, state: RunState) -> None:
     """Give an adapter the weights that it stands beside, which are in no checkpoint, and their biases."""
-    weights = initial_weights(config)
-    for name, shard in state.zero.untrained_shards().items():
-        _fill(shard, weights[name])
-    fill_biases(parts, initial_biases(config))
+    given = {f"master.{name}": weight for name, weight in initial_weights(config).items()}
+    given |= {f"bias.{name}": bias for name, bias in initial_biases(config).items()}
+
+    def fill(wanted: dict[str, Shard]) -> None:
+        for name, shard in wanted.items():
+            _fill(shard, given[name])
+
+    state.fill_base(fill)
 
 
 def _fill(shard: Shard, whole: Tensor) -> None:

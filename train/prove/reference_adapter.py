@@ -37,6 +37,22 @@ def pairs_of(config: Config, weight: str) -> list[str]:
     return [module + "w1_lora_", module + "w3_lora_"] if module.endswith(".w13.") else [module + "lora_"]
 
 
+def is_beside_pairs(name: str) -> bool:
+    """Whether adapter.base=fp8 holds the weight of this name in blocks: all that pairs may stand beside, but the head."""
+    return any(name.endswith(end) for target, ends in ADAPTED_ENDS.items() if target != "head" for end in ends)
+
+
+def in_blocks(weight: Tensor) -> Tensor:
+    """Values (..., O, I) of E4M3 with a scale for every 128x128 of a matrix, the largest value of a block at 448."""
+    found = torch.empty_like(weight)
+    for top in range(0, weight.shape[-2], 128):
+        for left in range(0, weight.shape[-1], 128):
+            block = weight[..., top : top + 128, left : left + 128]
+            scale = block.abs().amax((-2, -1), keepdim=True).clamp_min(1e-4) / 448
+            found[..., top : top + 128, left : left + 128] = (block / scale).to(torch.float8_e4m3fn).float() * scale
+    return found
+
+
 def adapter_shapes(config: Config, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """All pairs: A (rank, I) and B (O, rank), those of experts stacked. shapes: of the weights."""
     found: dict[str, tuple[int, ...]] = {}

@@ -19,6 +19,7 @@ from torch import Tensor
 from conf.schema import Config
 from train.data.batch import Batch
 from train.prove.reference import layers_with_experts, trained_shapes, weight_shapes
+from train.prove.reference_adapter import in_blocks, is_beside_pairs
 
 BIAS = 0.05
 """Spread of the routers' biases at the start, beside scores between 0 and 1."""
@@ -118,6 +119,8 @@ def initial_weights(config: Config) -> dict[str, Tensor]:
             )
             inputs = _by_tile(shape[-1], name.endswith("projection.weight"))
             weights[name] = drawn / shape[-1] ** 0.5 * outputs / inputs
+    if config.adapter.base == "fp8":
+        weights |= {name: in_blocks(weights[name]) for name in weights if is_beside_pairs(name)}
     return weights
 
 

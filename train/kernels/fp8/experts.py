@@ -98,7 +98,7 @@ class _Up(Function):
             source = left_source(x, source, rules)
         left = engine.operand(source, rules.fprop.left)
         h_P2F = engine.grouped(left, engine.operand(w13_E2FD, rules.fprop.right), groups, dtype)
-        tensors, ctx.forms = pack_sources(x)
+        tensors, ctx.forms = pack_sources(*[x] * ctx.needs_input_grad[1])
         ctx.save_for_backward(w13_E2FD, *tensors)
         ctx.groups, ctx.engine, ctx.rules, ctx.probe, ctx.dtype = groups, engine, rules, probe, dtype
         if probe is not None:
@@ -110,7 +110,6 @@ class _Up(Function):
     def backward(ctx, dh_P2F):
         groups, engine, rules = ctx.groups, ctx.engine, ctx.rules
         w13_E2FD, *tensors = ctx.saved_tensors
-        (x,) = unpack_sources(tensors, ctx.forms)
         x_needed, weight_needed, *_ = gradients_needed(ctx)
         dx_RD = dw13_E2FD = None
         dh, dh_t = gradient_operands(dh_P2F, engine, rules, x_needed, weight_needed, groups)
@@ -120,6 +119,7 @@ class _Up(Function):
             if ctx.probe is not None:
                 ctx.probe.operand("gradient", dh_P2F, rules.dgrad.left)
         if weight_needed:
+            (x,) = unpack_sources(tensors, ctx.forms)
             x = engine.operand(x, rules.wgrad.right, transposed=True, groups=groups)
             dw13_E2FD = weight_gradient(ctx, 1, w13_E2FD, partial(engine.grouped_wgrad, dh_t, x, groups))
         return dx_RD, dw13_E2FD, None, None, None, None

@@ -77,7 +77,7 @@ class _Linear(Function):
         kept = x_TK if only_forward or free else keep(x_TK, engine, rules) if held is None else held.source
         left = engine.operand(left_source(kept, x_TK, rules), rules.fprop.left)
         y_TN = engine.product(left, engine.operand(weight_NK, rules.fprop.right), x_TK.dtype)
-        tensors, ctx.forms = pack_sources(kept)
+        tensors, ctx.forms = pack_sources(*[kept] * ctx.needs_input_grad[1])  # a frozen weight wants nothing of x
         ctx.save_for_backward(weight_NK, *tensors)
         ctx.engine, ctx.rules, ctx.probe, ctx.dtype = engine, rules, probe, x_TK.dtype
         if probe is not None:
@@ -91,7 +91,6 @@ class _Linear(Function):
     def backward(ctx, dy_TN):
         engine, rules, probe = ctx.engine, ctx.rules, ctx.probe
         weight_NK, *tensors = ctx.saved_tensors
-        (kept,) = unpack_sources(tensors, ctx.forms)
         x_needed, weight_needed, *_ = gradients_needed(ctx)
         dx_TK = dw_NK = None
         left, left_t = gradient_operands(dy_TN, engine, rules, x_needed, weight_needed)
@@ -99,6 +98,7 @@ class _Linear(Function):
             right = engine.operand(weight_NK, rules.dgrad.right, transposed=True)
             dx_TK = engine.product(left, right, ctx.dtype)
         if weight_needed:
+            (kept,) = unpack_sources(tensors, ctx.forms)
             if isinstance(kept, Tensor) and rules.cache is not None:
                 kept = engine.cast(kept, rules.cache)
             right = engine.operand(kept, rules.wgrad.right, transposed=True)

@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 from torch.distributed.pipelining._backward import stage_backward_input
 
-from conf.schema import Adapter, Model, Precision, Recompute
+from conf.schema import Adapter, BaseFormat, Model, Precision, Recompute
 from parallel.context import LoneContext
 from parallel.expert.build import build_stand_in
 from parallel.expert.dispatcher import ChainDispatcher
 from parallel.expert.stand_in import Group, Load
 from parallel.pipeline.graph import backward_of_weights, kept_graph
 from parallel.pipeline.host_store import page_bytes
+from train.kernels.fp8.frozen_blocks import hold_in_blocks
 from train.kernels.precision import activation_dtype
 from train.model.adapter import add_adapters
 from train.model.deepseek import DeepSeekV3
@@ -432,6 +433,8 @@ def _build(scene: Scene, part: str, on_wait: Callable[[], None], ledger: Ledger,
         dtype=activation_dtype(scene.precision.section),
         device="meta",
     )
+    if scene.adapter.section.base is BaseFormat.fp8:
+        hold_in_blocks(chunk)
     if scene.adapter.section.on:
         add_adapters(chunk, scene.adapter.section, kernels, seed=0)
     if part == "end":

@@ -11,7 +11,8 @@ from functools import lru_cache
 import torch
 
 from conf.optimizers import UpdateRule
-from conf.schema import Adapter, Config, Model
+from conf.schema import Adapter, BaseFormat, Config, Model
+from train.kernels.fp8.frozen_blocks import hold_in_blocks
 from train.kernels.plain.high import HighPrecision
 from train.kernels.plain.plain_kernels import PlainKernels
 from train.model.adapter import add_adapters
@@ -60,10 +61,12 @@ def part_weights(
         local_experts=range(local_experts),
         device="meta",
     )
+    if adapter.section.base is BaseFormat.fp8:
+        hold_in_blocks(chunk)
     if adapter.section.on:
         add_adapters(chunk, adapter.section, PlainKernels(), seed=0)
     return tuple(
-        Weight(name, tuple(param.shape), param.requires_grad)
+        Weight(name, tuple(param.shape), param.requires_grad, 1 if param.dtype == torch.uint8 else None)
         for name, param in chunk.named_parameters()
         if part == "embedding" or not name.startswith("embedding")
     )

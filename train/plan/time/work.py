@@ -9,7 +9,7 @@ Shapes: T tokens of a micro-batch, D width, F inner width, R rows of this rank's
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from conf.schema import AdapterTarget, Config, Fp8Backend, Recompute
+from conf.schema import AdapterTarget, BaseFormat, Config, Fp8Backend, Recompute
 from train.kernels.choice import build_kernels
 from train.plan.job import device_kind
 from train.plan.time.traffic import Spread
@@ -25,6 +25,11 @@ class Work(NamedTuple):
     flops: float = 0.0
     bytes: float = 0.0
     calls: float = 1.0
+
+
+UNPACKING = 21
+"""Bytes that move for each weight of block FP8 until its value is made (train/kernels/fp8/quantize.py, `dequantize`): codes to fp16 by shifts of
+bits, those times scales in fp32; the value itself is written, and copied to its place."""
 
 
 @dataclass
@@ -122,6 +127,9 @@ def _beside(
     if not adapter.on:
         return passes
     passes.weights.clear()
+    if adapter.base is BaseFormat.fp8 and target:
+        values = Work("memory", bytes=experts * inputs * outputs * (UNPACKING + 3 * sizes.element))
+        passes.add(Passes([values], [values]))  # made of the bytes in either pass
     if target not in (adapter.targets or ()):
         return passes
     prefix = "grouped_" if experts > 1 else ""

@@ -1,0 +1,73 @@
+"""The weights beside which an adapter is trained, read into block FP8 or as block FP8 means them.
+
+Blocks of a base that is block FP8 keep their values (train/hf/blocks.py); others are rounded. Few matrices are in memory at a time.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from conf.adapters import is_held_in_blocks
+from parallel.shard import Shard
+from train.hf.blocks import dequantize, requantize
+from train.hf.config import SCALE_BLOCK
+from train.kernels.fp8.frozen_blocks import FrozenBlocks
+
+FillShards = Callable[[dict[str, Shard]], Any]
+"""Fills shards of weights and balance biases by their names in a checkpoint."""
+BLOCK_ELEMENTS_READ = 1 << 26
+"""Elements of matrices that are read together, about: 256 MB in fp32."""
+
+
+def fill_blocks(name: str, blocks: FrozenBlocks, ep: int, held: Tensor, first: int, fill: FillShards) -> None:
+    """Fill bytes of one weight. name: in a checkpoint. ep: ranks that share experts. held: bytes from number `first` on of those that
+    the rank has, with padding behind the last.
+    """
+    size, (rows, columns) = blocks.matrix_bytes, blocks.shape[-2:]
+    local = range(1) if blocks.experts is None else blocks.experts
+    shape = blocks.shape if blocks.experts is None else (len(local) * ep, rows, columns)
+    stop = min(first + len(held), len(local) * size)
+    numbers = range(first // size, -(-stop // size))
+    together = max(1, BLOCK_ELEMENTS_READ // (rows * columns))
+    for number in numbers[::together]:
+        several = range(number, min(number + together, numbers.stop))
+        values = torch.empty(len(several) * rows * columns)
+        fill({name: Shard(values, (local.start + number) * rows * columns, shape)})
+        for one, matrix in zip(several, values.view(-1, rows, columns), strict=True):
+            low, high = max(first, one * size), min(stop, (one + 1) * size)
+            held[low - first : high - first].copy_(
+                blocks.pack(*requantize(matrix))[low - one * size : high - one * size]
+            )
+
+
+def fill_rounded(fill: FillShards, wanted: dict[str, Shard]) -> None:
+    """Fill fp32 shards with a base as it was when its adapter was trained beside its blocks. wanted: by their names in a checkpoint."""
+    plain = {name: shard for name, shard in wanted.items() if not is_held_in_blocks(name)}
+    fill(plain)
+    for name in wanted.keys() - plain.keys():
+        _fill_rounded(fill, name, wanted[name])
+
+
+def _fill_rounded(fill: FillShards, name: str, shard: Shard) -> None:
+    """One weight: whole rows of blocks are read, matrix by matrix."""
+    rows, columns = shard.shape[-2:]
+    stop = shard.offset + shard.local.numel()
+    for start, count in _block_rows(shard.offset, stop, rows, columns):
+        values = torch.empty(count * columns)
+        fill({name: Shard(values, start, shard.shape)})
+        rounded = dequantize(*requantize(values.view(-1, columns))).flatten()
+        low, high = max(shard.offset, start), min(stop, start + len(rounded))
+        shard.local[low - shard.offset : high - shard.offset].copy_(rounded[low - start : high - start])
+
+
+def _block_rows(first: int, stop: int, rows: int, columns: int) -> Iterator[tuple[int, int]]:
+    """First element and number of rows of the stretches of whole blocks, each in one matrix, that elements [first, stop) lie in."""
+    size = rows * columns
+    for matrix in range(first // size, -(-stop // size)):
+        low, high = max(first - matrix * size, 0), min(stop - matrix * size, size)
+        row = low // columns // SCALE_BLOCK * SCALE_BLOCK
+        end = min(rows, math.ceil(high / columns / SCALE_BLOCK) * SCALE_BLOCK)
+        yield matrix * size + row * columns, end - row
