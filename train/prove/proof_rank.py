@@ -424,12 +424,12 @@ class _WatchedStep:
         self.clip = step.clip
 
     def run(
-        self, plan: StepPlan, batch: Batch, *, stopping: StopKind = StopKind.none, on_phase=lambda _: None
+        self, plan: StepPlan, batch: Batch, *, stopping: StopKind = StopKind.none, on_phase=lambda _: None, repeats=None
     ) -> StepOutcome:
         gradients = _Gradients()
         self._zero.observer, self._zero.local_observer = gradients.reduced.update, gradients.add_local
         stop = StopKind.on_disk if plan.step == self._last else StopKind.none
-        outcome = self._inner.run(plan, batch, stopping=stop, on_phase=on_phase)
+        outcome = self._inner.run(plan, batch, stopping=stop, on_phase=on_phase, repeats=repeats)
         # A step that was skipped is done again, for a look at it, which leaves no evidence.
         self._zero.observer = self._zero.local_observer = None
         self._saw(outcome, gradients)
