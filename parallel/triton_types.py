@@ -18,3 +18,8 @@ constexpr = Any if TYPE_CHECKING else tl.constexpr
 def with_options(launch: Callable[Parameters, None], **options: int) -> Callable[Parameters, None]:
     """`kernel[grid]` with options of Triton, such as num_warps."""
     return partial(cast("Callable[..., None]", launch), **options)
+
+
+def power_of_2_from(count: int) -> int:
+    """The smallest power of 2 that is not below the count, which is at least 1. Triton's own takes the host as long as a launch."""
+    return 1 << (count - 1).bit_length()

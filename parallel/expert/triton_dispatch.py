@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from parallel.triton_types import constexpr
+from parallel.triton_types import constexpr, power_of_2_from
 
 HITS = 4096
 """Sources times targets of a program that counts or places, and 128 sources at most."""
@@ -122,11 +122,11 @@ def _encode_kernel(
 def count_hits(ids_SK: Tensor, first: int, per_target: int, targets: int) -> Tensor:
     """How many sources have one of the per_target experts of a target, by blocks of sources: int32 (blocks, targets)."""
     ids_SK, size = ids_SK.contiguous(), _sources(targets)
-    counts_BN = ids_SK.new_empty(triton.cdiv(len(ids_SK), size), targets, dtype=torch.int32)
+    counts_BN = ids_SK.new_empty(-(-len(ids_SK) // size), targets, dtype=torch.int32)
     if len(ids_SK):
         _count_kernel[(len(counts_BN),)](
             ids_SK, counts_BN, len(ids_SK), first, per_target, targets,
-            ids_SK.shape[1], triton.next_power_of_2(targets), size,
+            ids_SK.shape[1], power_of_2_from(targets), size,
         )  # fmt: skip
     return counts_BN
 
@@ -142,14 +142,14 @@ def place_hits(
     if len(ids_SK):
         _place_kernel[(len(counts_BN),)](
             ids_SK, counts_BN, source_C, copy_C, start_S, entry_C, len(ids_SK), first, per_target, targets, len(counts_BN),
-            ids_SK.shape[1], triton.next_power_of_2(targets), _sources(targets), COUNT_BLOCKS,
+            ids_SK.shape[1], power_of_2_from(targets), _sources(targets), COUNT_BLOCKS,
         )  # fmt: skip
     return source_C, copy_C, start_S, entry_C
 
 
 def collect(rows_CX: Tensor, copy_C: Tensor, start_S: Tensor, out_SX: Tensor) -> None:
     """The sum of every source's copies. Rows of both may be apart in memory."""
-    (sources, width), grid = out_SX.shape, (len(out_SX), triton.cdiv(out_SX.shape[1], COLLECT_COLUMNS))
+    (sources, width), grid = out_SX.shape, (len(out_SX), -(-out_SX.shape[1] // COLLECT_COLUMNS))
     if out_SX.numel():
         _collect_kernel[grid](
             rows_CX,
@@ -171,7 +171,7 @@ def encode_rows(x_RD: Tensor, bytes_RB: Tensor, floor: float) -> None:
     tiles, words = width // 128, bytes_RB.view(torch.int32)
     align = row & -row
     if bytes_RB.numel():
-        _encode_kernel[(triton.cdiv(rows, ENCODE_ROWS), triton.cdiv(tiles, ENCODE_TILES))](
+        _encode_kernel[(-(-rows // ENCODE_ROWS), -(-tiles // ENCODE_TILES))](
             x_RD.contiguous(),
             bytes_RB,
             words,
@@ -188,4 +188,4 @@ def encode_rows(x_RD: Tensor, bytes_RB: Tensor, floor: float) -> None:
 
 def _sources(targets: int) -> int:
     """That one program looks at."""
-    return max(1, min(128, HITS // triton.next_power_of_2(targets)))
+    return max(1, min(128, HITS // power_of_2_from(targets)))

@@ -290,7 +290,8 @@ def _padded_columns(x_RC: Tensor) -> Tensor:
 
 def _padded_blocks(scale: Tensor) -> Tensor:
     """Scales of a 128x128 operand (O / 128, C / 128) as cuBLASLt reads them: (C / 128 to a multiple of 4, O / 128)."""
-    return F.pad(scale, (0, -scale.shape[1] % 4), value=1.0).t()
+    right = -scale.shape[1] % 4  # none in most sizes, where a pad would be a copy
+    return (F.pad(scale, (0, right), value=1.0) if right else scale).t()
 
 
 def _tiled(x: PaddedOperand) -> PaddedOperand:

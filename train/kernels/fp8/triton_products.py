@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from parallel.triton_types import constexpr, with_options
+from parallel.triton_types import constexpr, power_of_2_from, with_options
 from train.kernels.fp8.formats import TILE
 from train.kernels.fp8.groups import most_tiles
 from train.kernels.fp8.triton_quantize import rows_of_tile, tiles_of_experts
@@ -137,7 +137,7 @@ def product(
         with_options(_product_kernel[(tiles * (width // TILE),)], num_warps=WARPS, num_stages=STAGES)(
             left_RC, left_scale, right_ENC, right_scale, out_RN, left_RC if ends_E is None else ends_E,
             tiles, width, contraction, rows, out_RN.shape[0], out_RN.shape[1],
-            experts, triton.next_power_of_2(experts), BAND,
+            experts, power_of_2_from(experts), BAND,
         )  # fmt: skip
     return out_RN
 
@@ -159,7 +159,7 @@ def wgrad(
     if out_EON.numel():
         with_options(_wgrad_kernel[(height // TILE * (width // TILE), len(out_EON))], num_warps=WARPS, num_stages=STAGES)(
             left_OP, left_scale, right_NP, right_scale, out_EON, left_OP if ends_E is None else ends_E,
-            height, width, columns, out_EON.shape[1], out_EON.shape[2], added, len(out_EON), triton.next_power_of_2(len(out_EON)), BAND,
+            height, width, columns, out_EON.shape[1], out_EON.shape[2], added, len(out_EON), power_of_2_from(len(out_EON)), BAND,
         )  # fmt: skip
     return out_EON
 

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from parallel.triton_types import constexpr, with_options
+from parallel.triton_types import constexpr, power_of_2_from, with_options
 from train.kernels.fp8.formats import TILE, Cast
 from train.kernels.fp8.groups import most_tiles, on_device
 
@@ -317,7 +317,7 @@ def decode_e5m6(q: Tensor, scale: Tensor, rows: int) -> Tensor:
     """Values (R, C) in bf16, which holds them where scales are powers of two, of what `quantize_e5m6` gives."""
     columns = q.shape[1] // 3 * 2
     out_RC = q.new_empty(rows, columns, dtype=torch.bfloat16)
-    _decode_kernel[(triton.cdiv(rows, QUANTIZE_ROWS), columns // TILE)](
+    _decode_kernel[(-(-rows // QUANTIZE_ROWS), columns // TILE)](
         q.view(torch.int32), scale.t(), out_RC, rows, columns, len(scale), QUANTIZE_ROWS
     )
     return out_RC
@@ -338,7 +338,7 @@ def quantize_both(
     with_options(_both_kernel[(tiles, columns // TILE)], num_warps=8)(
         x_RC, q, scale.t(), q_t, scale_t, x_RC if ends_E is None else ends_E, rows, columns, whole, tiles * TILE,
         cast.format.max, cast.floor, cast.pow2, cast_t.format.max, cast_t.floor, cast_t.pow2,
-        experts, triton.next_power_of_2(experts),
+        experts, power_of_2_from(experts),
     )  # fmt: skip
     return (q, scale), (q_t, scale_t.t())
 
@@ -368,7 +368,7 @@ def quantize_columns(
     _columns_kernel[(tiles, columns // QUANTIZE_COLUMNS)](
         x_RC, x_RC if in_scale is None else in_scale.t(), q, scale, base, stride, x_RC if ends_E is None else ends_E,
         rows, columns, tiles * TILE, cast.format.max, cast.floor, cast.pow2, in_scale is not None, packed,
-        flat is not None, experts, triton.next_power_of_2(experts), QUANTIZE_COLUMNS,
+        flat is not None, experts, power_of_2_from(experts), QUANTIZE_COLUMNS,
     )  # fmt: skip
     return (q.view(columns, -1) if flat is None else q), scale
 
@@ -398,7 +398,7 @@ def swiglu_tiles(
     q, scale = made = cast.empty_tiles(h_P2F, rows, width)
     kept = None if cache is None else cache.empty_tiles(h_P2F, rows, 2 * width)
     (kept_q, kept_scale), kept_cast = kept or made, cache or cast
-    _swiglu_kernel[(triton.cdiv(rows, QUANTIZE_ROWS), width // TILE)](
+    _swiglu_kernel[(-(-rows // QUANTIZE_ROWS), width // TILE)](
         h_P2F, gates_P, q, scale.t(), kept_q, kept_scale.t(), rows, width,
         cast.format.max, cast.floor, cast.pow2,
         kept is not None, kept_cast.format.max, kept_cast.floor, kept_cast.pow2, QUANTIZE_ROWS,
@@ -414,7 +414,7 @@ def swiglu_backward(
     a_PF = torch.empty_like(da_PF, dtype=torch.bfloat16)
     dh_P2F = da_PF.new_empty(rows, 2 * width, dtype=torch.bfloat16)
     dgates_P = torch.empty_like(gates_P)
-    _swiglu_backward_kernel[(triton.cdiv(rows, BACKWARD_ROWS),)](
+    _swiglu_backward_kernel[(-(-rows // BACKWARD_ROWS),)](
         h_P2F, h_P2F if in_scale is None else in_scale.t(), gates_P, da_PF.contiguous(), a_PF, dh_P2F, dgates_P,
         rows, width, len(h_P2F), in_scale is not None, BACKWARD_ROWS,
     )  # fmt: skip

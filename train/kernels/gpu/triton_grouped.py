@@ -65,7 +65,7 @@ def grouped_weight_gradient(grad_RO: Tensor, x_RI: Tensor, ends_E: Tensor, into_
     experts, outputs, inputs = len(ends_E), grad_RO.shape[1], x_RI.shape[1]
     out_EOI = grad_RO.new_empty(experts, outputs, inputs, dtype=torch.float32) if into_EOI is None else into_EOI
     assert out_EOI.is_contiguous() and out_EOI.dtype == torch.float32 and out_EOI.shape == (experts, outputs, inputs)
-    tiles = triton.cdiv(outputs, TILE_O) * triton.cdiv(inputs, TILE_I)
+    tiles = -(-outputs // TILE_O) * -(-inputs // TILE_I)
     with_options(_gradient_kernel[(tiles, experts)], num_warps=8, num_stages=3)(
         grad_RO, x_RI, ends_E, out_EOI, outputs, inputs, outputs, inputs, into_EOI is not None,
         TILE_O, TILE_I, STEP_R, NEIGHBOURS,

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from parallel.triton_types import constexpr
+from parallel.triton_types import constexpr, power_of_2_from
 from train.model.operations import RouterCounters, RoutingRule
 
 ROUTE_TOKENS = 8
@@ -180,10 +180,10 @@ def route(
     ROUTE_TOKENS tokens, (B, blocks, E); None where nothing is counted.
     """
     B, T, E = logits_BTE.shape
-    _route_kernel[(triton.cdiv(T, ROUTE_TOKENS), B)](
+    _route_kernel[(-(-T // ROUTE_TOKENS), B)](
         logits_BTE, bias_E, *made, *(sums or (made[0], made[0], made[0])), T, E // rule.groups, rule.route_scale,
         E, rule.top_k, rule.groups, rule.top_groups, rule.group_top_k, given, sums is not None, balanced,
-        triton.next_power_of_2(E), triton.next_power_of_2(rule.groups), triton.next_power_of_2(rule.top_k), ROUTE_TOKENS,
+        power_of_2_from(E), power_of_2_from(rule.groups), power_of_2_from(rule.top_k), ROUTE_TOKENS,
     )  # fmt: skip
 
 
@@ -202,7 +202,7 @@ def finish_route(
     B, blocks, E = sums[0].shape
     _finish_kernel[(1,)](
         *sums, *counters, frequency_BE, B, length, blocks, weight,
-        E, rule.top_k, added, bool(weight), triton.next_power_of_2(E), SUM_BLOCKS,
+        E, rule.top_k, added, bool(weight), power_of_2_from(E), SUM_BLOCKS,
     )  # fmt: skip
 
 
@@ -215,7 +215,7 @@ def route_backward(
 ) -> None:
     """kept: scores, ids, gates, factor, total and frequency."""
     B, T, E = dlogits_BTE.shape
-    _backward_kernel[(triton.cdiv(T, ROUTE_TOKENS), B)](
+    _backward_kernel[(-(-T // ROUTE_TOKENS), B)](
         grad_BTK, *kept, dlogits_BTE, T, rule.route_scale, weight / (B * T),
-        E, rule.top_k, bool(weight), triton.next_power_of_2(E), triton.next_power_of_2(rule.top_k), ROUTE_TOKENS,
+        E, rule.top_k, bool(weight), power_of_2_from(E), power_of_2_from(rule.top_k), ROUTE_TOKENS,
     )  # fmt: skip

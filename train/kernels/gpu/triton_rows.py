@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from parallel.triton_types import constexpr
+from parallel.triton_types import constexpr, power_of_2_from
 
 SWIGLU_ROWS, SWIGLU_COLUMNS = 4, 512
 """Rows and columns of [gate | up] that a program of SwiGLU works on at a time: 16 values a thread, so that all loads
@@ -149,7 +149,7 @@ def swiglu(h_N2F: Tensor, gates_N: Tensor | None, out_NF: Tensor) -> None:
     """silu(gate) * up, times the row's gate value where given. All contiguous."""
     rows, width = out_NF.shape
     gates = h_N2F if gates_N is None else gates_N
-    grid = triton.cdiv(rows, SWIGLU_ROWS), triton.cdiv(width, SWIGLU_COLUMNS)
+    grid = -(-rows // SWIGLU_ROWS), -(-width // SWIGLU_COLUMNS)
     _swiglu_kernel[grid](h_N2F, gates, out_NF, rows, width, gates_N is not None, SWIGLU_ROWS, SWIGLU_COLUMNS)
 
 
@@ -159,7 +159,7 @@ def swiglu_backward(
     """Gradients of h and of the gate values. All contiguous."""
     rows, width = grad_NF.shape
     gates, dgates = (h_N2F, dh_N2F) if gates_N is None else (gates_N, dgates_N)
-    _swiglu_backward_kernel[(triton.cdiv(rows, SWIGLU_ROWS),)](
+    _swiglu_backward_kernel[(-(-rows // SWIGLU_ROWS),)](
         grad_NF, h_N2F, gates, dh_N2F, dgates, rows, width, gates_N is not None, SWIGLU_ROWS, SWIGLU_COLUMNS
     )
 
@@ -170,9 +170,9 @@ def heads(q_rope_BTHR: Tensor, k_nope_BTHN: Tensor, k_rope_BTR: Tensor, table: T
     """
     B, T, H, _ = k_BTHQ.shape
     nope, rope = k_nope_BTHN.size(3), k_rope_BTR.size(2)
-    _heads_kernel[(triton.cdiv(T, HEAD_POSITIONS), H, B)](
+    _heads_kernel[(-(-T // HEAD_POSITIONS), H, B)](
         q_rope_BTHR, k_nope_BTHN, k_rope_BTR, table, k_BTHQ, T, H, k_rope_BTR.stride(1),
-        nope, rope, k_nope_BTHN.stride(2), triton.next_power_of_2(nope), triton.next_power_of_2(rope), HEAD_POSITIONS,
+        nope, rope, k_nope_BTHN.stride(2), power_of_2_from(nope), power_of_2_from(rope), HEAD_POSITIONS,
     )  # fmt: skip
 
 
@@ -188,9 +188,9 @@ def heads_backward(
     """Gradients of q, kv and the rope key. Those that are given may lie in any order of their axes but the last."""
     B, H, T, Q = dq_BHTQ.shape
     sizes = Q - dk_rope_BTR.size(2), dk_rope_BTR.size(2), dv_BHTV.size(3)
-    nope, rope, value = map(triton.next_power_of_2, sizes)
+    nope, rope, value = map(power_of_2_from, sizes)
     (qb, qh, qt, _), (kb, kh, kt, _), (vb, vh, vt, _) = dq_BHTQ.stride(), dk_BHTQ.stride(), dv_BHTV.stride()
-    _heads_backward_kernel[(triton.cdiv(T, BACKWARD_TOKENS), B)](
+    _heads_backward_kernel[(-(-T // BACKWARD_TOKENS), B)](
         dq_BHTQ, dk_BHTQ, dv_BHTV, table, dq_BTHQ, dkv_BTHX, dk_rope_BTR, T, H,
         qb, qh, qt, kb, kh, kt, vb, vh, vt, *sizes, nope, rope, value, BACKWARD_TOKENS,
     )  # fmt: skip

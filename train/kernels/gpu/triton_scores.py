@@ -65,7 +65,7 @@ def largest_scores(given: AttentionInput, lse_BHT: Tensor, limit: float) -> Tens
     seen = given.seen.once(_seen_by_query, batch, queries, q.device)
     out = torch.empty_like(lse_BHT, memory_format=torch.contiguous_format)
     (q_b, q_h, q_t, _), (k_b, k_h, k_s, _) = q.stride(), k.stride()
-    _largest_kernel[triton.cdiv(queries, M), batch * heads](
+    _largest_kernel[-(-queries // M), batch * heads](
         q, k, lse_BHT.contiguous(), seen, out, q_b, q_h, q_t, k_b, k_h, k_s, seen.stride(0), heads, queries,
         given.scale, limit, width, M, N, D,
     )  # fmt: skip
