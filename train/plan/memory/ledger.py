@@ -12,9 +12,11 @@ import gc
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +42,7 @@ class Ledger(TorchDispatchMode):
     def __init__(self, device: torch.device | str):
         super().__init__()
         self._kind = torch.device(device).type
-        self._live: dict[int, tuple[int, str]] = {}
+        self._live: dict[int, tuple[int, str, weakref.ref]] = {}
         self._lock = threading.RLock()
         self.now = Snapshot()
         self.peak = Snapshot()
@@ -50,9 +52,12 @@ class Ledger(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if any(kind not in (Tensor, nn.Parameter) for kind in types):
             return NotImplemented  # a tensor made of others turns to operations on those, which come by here
-        out = func(*args, **(kwargs or {}))
+        out = self._run(func, args, kwargs or {})
         self._enter_all(out)
         return out
+
+    def _run(self, func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        return func(*args, **kwargs)
 
     def _enter_all(self, out: object) -> None:
         if isinstance(out, Tensor):
@@ -71,13 +76,12 @@ class Ledger(TorchDispatchMode):
             if key in self._live:
                 return
             size, tag = storage.nbytes(), self.tag if tag is None else tag
-            self._live[key] = size, tag
+            self._live[key] = size, tag, weakref.ref(storage, partial(self._leave, key))
             self._add(size, tag)
-        weakref.finalize(storage, self._leave, key)
 
-    def _leave(self, key: int) -> None:
+    def _leave(self, key: int, gone: weakref.ref) -> None:
         with self._lock:
-            size, tag = self._live.pop(key)
+            size, tag, _ = self._live.pop(key)
             self._add(-size, tag)
 
     def _add(self, size: int, tag: str) -> None:
@@ -135,3 +139,46 @@ class PeakMeter:
         peak = torch.cuda.max_memory_allocated(self._device)
         torch.cuda.reset_peak_memory_stats(self._device)
         return peak
+
+
+class MetaLedger(Ledger):
+    """A ledger of the meta device. What a call returns follows from the shapes of its arguments there, so that equal calls are worked out once
+    in a process: much of torch's shape arithmetic is Python, and takes ten times as long as to look it up.
+    """
+
+    def __init__(self):
+        super().__init__("meta")
+
+    def _run(self, func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        if not _makes_new(func):
+            return func(*args, **kwargs)
+        key = func, _shape_of(args), *((name, _shape_of(value)) for name, value in kwargs.items())
+        made = _MADE.get(key)
+        if made is None:
+            out = func(*args, **kwargs)
+            outs = (out,) if isinstance(out, Tensor) else out
+            if all(type(one) is Tensor and one.is_meta for one in outs):
+                _MADE[key] = type(out), [(one.shape, one.stride(), one.dtype) for one in outs]
+            return out
+        kind, shapes = made
+        outs = [torch.empty_strided(shape, stride, dtype=dtype, device="meta") for shape, stride, dtype in shapes]
+        return outs[0] if kind is Tensor else kind(outs)
+
+
+_MADE: dict[tuple, tuple[type, list[tuple]]] = {}
+"""Whether a call returns one tensor or several, and their shapes, strides and types, by the call."""
+
+
+@cache
+def _makes_new(func: Any) -> bool:
+    """Whether all that an operation returns is new, and what it is given stays as it is."""
+    return not any(one.alias_info for one in (*func._schema.arguments, *func._schema.returns))
+
+
+def _shape_of(value: object) -> Hashable:
+    """All of an argument that what a call returns depends on."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype, value.device
+    if isinstance(value, list | tuple):
+        return tuple(map(_shape_of, value))
+    return type(value), value

@@ -36,7 +36,7 @@ from train.model.moe import Dispatcher, LocalDispatcher, RoutedRows
 from train.model.needed import Function
 from train.model.operations import Kernels
 from train.model.sequence import Positions
-from train.plan.memory.ledger import Ledger
+from train.plan.memory.ledger import Ledger, MetaLedger
 from train.plan.memory.meta_device import meta_kernels, meta_precision, meta_wire
 
 AGAIN = "_again"
@@ -192,7 +192,7 @@ class Run:
 
     def __init__(self, scene: Scene, part: str, first: bool = False):
         self._scene, self._part, self._first = scene, part, first
-        self._ledger = Ledger("meta")
+        self._ledger = MetaLedger()
         self._base, self._start = 0, 0
         self._pieces: list[Stretch] | None = None
         self._incoming: list[Tensor] = []
