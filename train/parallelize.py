@@ -1,5 +1,6 @@
 """The one order in which a model becomes the chunks of a rank: split, build on meta, materialise, initialise, wrap."""
 
+from collections import ChainMap
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -27,7 +28,7 @@ from train.model.adapter import add_adapters
 from train.model.block import Block
 from train.model.count import head_flops, layer_flops
 from train.model.deepseek import DeepSeekV3, ModelOutputs
-from train.model.init import initialise
+from train.model.init import first_draws, initialise, materialise
 from train.model.mtp import MTP
 from train.model.operations import Kernels
 from train.model.router import Router
@@ -74,8 +75,12 @@ def parallelize(
     restored: the caller fills all weights from a checkpoint, so none are drawn.
     dispatcher, layers (of every stage), share: for a dry run, instead of those that the layout asks for.
     """
-    model = build_rank_model(config, mesh, device, kernels, restored, dispatcher, layers, share)
+    in_turn = (
+        config.parallel.zero == 3 and not config.adapter.on
+    )  # weights get their memory one after another, each as it is sharded
+    model = build_rank_model(config, mesh, device, kernels, restored, dispatcher, layers, share, hollow=in_turn)
     chunks, optim = model.chunks, config.optim
+    draws = [first_draws(chunk, None if restored else config.seed) for chunk in chunks if in_turn]
     updates = OPTIMIZER_CLASSES[optim.facts.name]
     offload = config.parallel.offload_optimizer
     updating = build_kernels("cpu", config.cluster.compiled) if offload else kernels
@@ -92,6 +97,7 @@ def parallelize(
         is_frozen=lambda name: optim.freeze_routers and name.endswith(".router.weight"),
         tied=None if config.adapter.on else tied_embedding(config, mesh, chunks),
         units=(Block, MTP),
+        draws=dict(ChainMap(*draws)),
     )
     for chunk in chunks:
         model.precision.watch(chunk)
@@ -107,8 +113,9 @@ def build_rank_model(
     dispatcher: RemoteDispatcher | None = None,
     layers: list[range] | None = None,
     share: ContextParallel | None = None,
+    hollow: bool = False,
 ) -> RankModel:
-    """A rank's model without an optimizer, for a proof."""
+    """A rank's model without an optimizer, for a proof. hollow: as in `build_chunks`."""
     if dispatcher is None and mesh.layout.ep > 1:
         dispatcher = make_dispatcher(config, mesh)
     if share is None and mesh.layout.cp > 1:
@@ -117,7 +124,7 @@ def build_rank_model(
     precision = build_precision(config.precision, device, kernels, recompute_swiglu)
     host = HostStore(device) if config.model.offload else None
     chunks, stage_ids, num_stages = build_chunks(
-        config, mesh, device, dispatcher, precision, layers, restored, share, host
+        config, mesh, device, dispatcher, precision, layers, restored, share, host, hollow
     )
     if config.optim.extra_loss and chunks[-1].has_head:
         chunks[-1].add_loss(make_loss(config.optim.extra_loss))
@@ -195,10 +202,12 @@ def build_chunks(
     restored: bool = False,
     share: ContextParallel | None = None,
     host: HostStore | None = None,
+    hollow: bool = False,
 ) -> tuple[list[DeepSeekV3], list[int], int]:
     """This rank's chunks with the weights of config.seed, their stage numbers, and the number of stages.
 
-    layers: of every stage; None for `stage_layers`. restored: as in `parallelize`. host: takes what model.offload names.
+    layers: of every stage; None for `stage_layers`. restored: as in `parallelize`. host: takes what model.offload names. hollow: without memory
+    for weights, which somebody else draws.
     """
     placement = config.parallel.placement
     stage_ids, num_stages = placement[mesh.pp_rank], sum(len(ids) for ids in placement)
@@ -221,11 +230,14 @@ def build_chunks(
             share=share,
             host=host,
             dtype=dtype,
-            device=device,
+            device="meta" if hollow else device,
         )
         if config.adapter.base is BaseFormat.fp8:
             hold_in_blocks(chunk)
-        initialise(chunk, None if restored else config.seed, device)
+        if hollow:
+            materialise(chunk, device, hollow)
+        else:
+            initialise(chunk, None if restored else config.seed, device)
         if not (restored or config.init_from):
             draw_blocks(chunk, config.seed)
         if config.adapter.on:

@@ -2,8 +2,8 @@
 
 One engine per rank holds a ModuleList of the rank's chunks; the raw modules go to the pipeline. Master weights are fp32
 shards, gradients fp32 also where weights are bf16; its state belongs to our optimizer. How weights and gradients are
-held depends on the stage: whole_weights.py (stages 1 and 2) and sharded_weights.py (stage 3). The chunks are built whole
-before they are sharded, so a rank needs memory for all its weights once, at stage 3 too.
+held depends on the stage: whole_weights.py (stages 1 and 2) and sharded_weights.py (stage 3). At stage 3 weights may come without memory, and get
+it one after another, each as it is drawn and sharded.
 
 What these files use of DeepSpeed beyond its public functions is listed, with reasons, in private_names.py.
 """
@@ -13,7 +13,7 @@ import math
 import os
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import product
@@ -66,10 +66,12 @@ class Zero:
         is_frozen: Callable[[str], bool] = lambda _: False,
         tied: nn.Parameter | None = None,
         units: tuple[type[nn.Module], ...] = (),
+        draws: Mapping[nn.Parameter, Callable[[], None]] | None = None,
     ):
         """offload: master weights and the optimizer's state lie in the host's memory. is_expert: what a parameter's global name says
         about it. facts: of the optimizer. is_frozen: whether a parameter of this name is never moved. tied: a parameter that the first and the last rank of
-        the pipeline both hold; its gradients are summed over the two. units: modules whose weights are gathered together at stage 3.
+        the pipeline both hold; its gradients are summed over the two. units: modules whose weights are gathered together at stage 3. draws: gives
+        memory and its first values to each weight, called at stage 3 as it is sharded; without them all weights are there.
         """
         self.mesh = mesh
         names = _unique_names(chunks)
@@ -118,6 +120,8 @@ class Zero:
                 deepspeed.utils.set_z3_leaf_module(unit, True)
         self.client = make_optimizer(groups)
         members = [group["params"] for group in groups]  # DeepSpeed puts its own in their place
+        if draws:
+            _shard_in_turn(deepspeed, names, draws, config, mesh)
         self.engine = _initialize(deepspeed, module, self.client, config, mesh)
         self.optimizer = self.engine.optimizer
         if stage == 3:
@@ -391,6 +395,40 @@ class _Mpu:
 
     def get_tensor_model_parallel_world_size(self) -> int:
         return 1
+
+
+class _DrawnInTurn(nn.Module):
+    """Weights that are drawn as DeepSpeed asks for them, which is when it is through with those before."""
+
+    def __init__(self, weights: Iterable[nn.Parameter], draws: Mapping[nn.Parameter, Callable[[], None]]):
+        super().__init__()
+        self._weights, self._draws = list(weights), draws
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        for weight in self._weights:
+            if weight in self._draws:
+                self._draws[weight]()
+            yield weight
+
+
+def _shard_in_turn(
+    deepspeed: types.ModuleType,
+    weights: Iterable[nn.Parameter],
+    draws: Mapping[nn.Parameter, Callable[[], None]],
+    config: dict,
+    mesh: Mesh,
+) -> None:
+    """Shard weights for stage 3, of which a rank has one whole at a time."""
+    for weight in weights:
+        experts = not getattr(weight, "allreduce", True)
+        weight.ds_zero_partition_process_group = mesh.edp_group if experts else mesh.stage_group  # pyrefly: ignore[missing-attribute]  DeepSpeed asks for it
+    deepspeed.zero.Init(
+        module=_DrawnInTurn(weights, draws),
+        data_parallel_group=mesh.stage_group,
+        config_dict_or_path=config,
+        dtype=next(iter(weights)).dtype,
+        mpu=_Mpu(mesh),
+    )
 
 
 def _initialize(deepspeed, module: nn.Module, optimizer: ShardedOptimizer, config: dict, mesh: Mesh):

@@ -31,6 +31,9 @@ PRIVATE_NAMES = (
     PrivateName("module", "_EXPERT_DATA_PARALLEL_GROUP_RANKS", "the same as numbers of ranks, for broadcasts"),
     PrivateName("param", "ds_zero_placement_family", "stage 3 knows experts' weights by this"),
     PrivateName("param", "ds_zero_partition_group_name", "and their group by this"),
+    PrivateName(
+        "param", "ds_zero_partition_process_group", "the same where a weight is sharded before the engine is made"
+    ),
     # DeepSpeedEngine
     PrivateName("engine", "has_moe_layers", "experts are known by their marked weights, not by deepspeed.moe.MoE"),
     PrivateName(

@@ -26,7 +26,7 @@ OURS = [SEAM, SEAM.parent / "shard.py", SEAM.parent / "mesh.py", SEAM.parents[1]
 PUBLIC = {
     "DeepSpeedEngine", "initialize", "coalesce_grad_reduction", "was_step_applied", "module", "optimizer", "engine", "step",
     "set_z3_leaf_module", "safe_get_local_grad", "safe_get_local_fp32_param", "safe_get_local_optimizer_state", "groups",
-    "allreduce", "group_name", "device", "utils", "ops", "param_groups",
+    "allreduce", "group_name", "device", "utils", "ops", "param_groups", "zero", "Init",
 }  # fmt: skip
 """In DeepSpeed's documentation, or the marks that it documents for weights of experts."""
 OTHERS = (

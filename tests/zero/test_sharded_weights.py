@@ -7,6 +7,7 @@ elements of one gradient): measured 1.2e-5 on losses and 1.7e-4 on gradient norm
 
 import math
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -18,8 +19,10 @@ from parallel.zero.sharded_weights import find_units
 from tests.layouts import run_layout
 from tests.ranks import run_ranks
 from tests.small import arguments, metrics
+from train import parallelize as parallelizing
 from train.kernels.choice import build_kernels
 from train.model.block import Block
+from train.model.init import first_draws
 from train.model.mtp import MTP
 from train.parallelize import parallelize
 
@@ -70,11 +73,26 @@ def test_resumes_stage_1_and_is_resumed_by_it(runs):
         assert_same(tmp_path, name, *tolerances, first=step + 1)
 
 
+def watched_draws(built, chunk, seed):
+    """The draws of the weights, which note how many bytes of whole weights there are after each."""
+
+    def watched(draw):
+        draw()
+        built.append(sum(weight.untyped_storage().nbytes() for weight in chunk.parameters()))
+
+    return {weight: partial(watched, draw) for weight, draw in first_draws(chunk, seed).items()}
+
+
 def check_memory(rank, overrides, moe_layers):
     config = compose(*overrides)
     layout = Layout(dp=2, ep=config.parallel.ep)
+    built: list[int] = []
+    parallelizing.first_draws = partial(watched_draws, built)  # in a process of its own
     parts = parallelize(config, build_mesh(layout), torch.device("cpu"), build_kernels("cpu"))
     zero, chunk = parts.zero, parts.chunks[0]
+    sizes = [param.element_size() * math.prod(shape) for param, shape in zero.shapes.items()]
+    # One whole weight, and an element of each that has no memory yet.
+    assert len(built) == len(sizes) and max(built) <= max(sizes) + 4 * len(sizes) < sum(sizes) / 2
     refs: dict[str, StorageWeakRef] = {}
     live: list[int] = []
 

@@ -7,6 +7,8 @@ one kind the same others: torch's generator on a GPU deals its numbers out by ho
 """
 
 import hashlib
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -22,35 +24,55 @@ def initialise(chunk: DeepSeekV3, seed: int | None, device: torch.device | str |
     seed: None for weights that a checkpoint will fill: they are not a number until then, so that none stays by mistake.
     """
     materialise(chunk, device)
-    with torch.no_grad():
-        for prefix, module in chunk.named_modules():
-            for name, weight in module.named_parameters(recurse=False):
-                full_name = f"{prefix}.{name}"
-                if weight.dtype == torch.uint8:  # block FP8 of a frozen weight, in which these bytes are not a number
-                    weight.fill_(255)
-                elif seed is None:
-                    weight.fill_(torch.nan)
-                elif isinstance(module, RMSNorm):
-                    weight.fill_(1)
-                elif isinstance(module, Experts):
-                    for index, expert in zip(module.local, weight, strict=True):
-                        draw_normal(expert, f"{seed}/{full_name}/{index}", chunk.config.init_std)
-                else:
-                    draw_normal(weight, f"{seed}/{full_name}", chunk.config.init_std)
-            for buffer in module.buffers(recurse=False):
-                buffer.zero_()
+    for draw in first_draws(chunk, seed).values():
+        draw()
+    for buffer in chunk.buffers():
+        buffer.zero_()
 
 
-def materialise(chunk: nn.Module, device: torch.device | str | None = None) -> None:
-    """Replace parameters and buffers on the meta device by memory on `device`: weights arbitrary, buffers 0."""
+def first_draws(chunk: DeepSeekV3, seed: int | None) -> dict[nn.Parameter, Callable[[], None]]:
+    """What draws each weight, and gives it memory before where it has none (`materialise`). seed: as in `initialise`."""
+    return {
+        weight: partial(_draw_weight, module, weight, f"{prefix}.{name}", seed, chunk.config.init_std)
+        for prefix, module in chunk.named_modules()
+        for name, weight in module.named_parameters(recurse=False)
+    }
+
+
+def materialise(chunk: nn.Module, device: torch.device | str | None = None, hollow: bool = False) -> None:
+    """Replace parameters and buffers on the meta device by memory on `device`: weights arbitrary, buffers 0. hollow: weights have
+    their shape there, and memory of a single element."""
+    device = device or "cpu"
     for module in chunk.modules():
         for name, weight in module.named_parameters(recurse=False):
             if weight.is_meta:
-                empty = torch.empty_like(weight, device=device or "cpu")
-                setattr(module, name, nn.Parameter(empty, requires_grad=weight.requires_grad))
+                data = (
+                    weight.new_empty((), device=device).expand(weight.shape)
+                    if hollow
+                    else torch.empty_like(weight, device=device)
+                )
+                setattr(module, name, nn.Parameter(data, requires_grad=weight.requires_grad))
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.is_meta:
-                setattr(module, name, torch.zeros_like(buffer, device=device or "cpu"))
+                setattr(module, name, torch.zeros_like(buffer, device=device))
+
+
+@torch.no_grad()
+def _draw_weight(module: nn.Module, weight: nn.Parameter, name: str, seed: int | None, std: float) -> None:
+    """name: its global name."""
+    if weight.untyped_storage().nbytes() < weight.nbytes:
+        weight.data = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    if weight.dtype == torch.uint8:  # block FP8 of a frozen weight, in which these bytes are not a number
+        weight.fill_(255)
+    elif seed is None:
+        weight.fill_(torch.nan)
+    elif isinstance(module, RMSNorm):
+        weight.fill_(1)
+    elif isinstance(module, Experts):
+        for index, expert in zip(module.local, weight, strict=True):
+            draw_normal(expert, f"{seed}/{name}/{index}", std)
+    else:
+        draw_normal(weight, f"{seed}/{name}", std)
 
 
 def draw_uniform(weight: Tensor, key: str, bound: float, experts: range | None = None) -> None:
