@@ -35,7 +35,7 @@ def test_what_is_in_flight_is_that_of_the_formula(schedule):
     for pp in (2, 4, 8):
         formula = [IN_FLIGHT[schedule](pp, rank) for rank in range(pp)]
         for micro_batches in (4 * pp, 12 * pp):
-            assert in_flight(schedule, pp, micro_batches) == formula
+            assert [most for most, _ in in_flight(schedule, pp, micro_batches)] == formula
 
 
 @pytest.mark.parametrize("each", [3, 4])
@@ -44,7 +44,7 @@ def test_more_virtual_stages_keep_less_in_flight(each):
     for pp in (2, 4, 8):
         formula = [IN_FLIGHT["interleaved"](pp, rank, each) for rank in range(pp)]
         for micro_batches in (4 * pp, 12 * pp):
-            assert in_flight("interleaved", pp, micro_batches, each) == formula
+            assert [most for most, _ in in_flight("interleaved", pp, micro_batches, each)] == formula
 
 
 def test_a_short_step_keeps_what_the_whole_one_does():

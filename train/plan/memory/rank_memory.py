@@ -90,16 +90,20 @@ def host_lacking(config: Config, ranks: Sequence[RankMemory]) -> int:
 
 
 def rank_memory(
-    config: Config, pp_rank: int, scene: Scene, layers: list[range] | None = None, shortest: bool = False
+    config: Config,
+    pp_rank: int,
+    scene: Scene,
+    layers: list[range] | None = None,
+    shortest: bool = False,
+    settled: bool = False,
 ) -> RankMemory:
     """The entry of one pipeline rank under a scene. layers: of every stage, instead of the split of the layout. shortest: of a step of no
-    more micro-batches than its peak asks for, which may then be said to be at another of them."""
-    state, host, moments = _moments(config, pp_rank, 0, scene, layers, shortest)
+    more micro-batches than its peak asks for, which may then be said to be at another of them. settled: a bound on the peak (ScheduleWalk)."""
+    state, host, moments = _moments(config, pp_rank, 0, scene, layers, shortest, settled)
     peak = max(moments.values(), key=lambda moment: moment.total)
     items, event = {name: size for name, size in (state + peak.items).items() if size}, peak.event
-    built = _built_bytes(config, pp_rank, layers)
-    if built > sum(items.values()):
-        items, event = {"weights": built}, "start, where all weights are built before they are sharded"
+    if config.parallel.zero == 3 and (built := _built_bytes(config, pp_rank, layers)) > sum(items.values()):
+        items, event = {"weights": built}, "start, where each weight is drawn before it is sharded"
     return RankMemory(
         pp_rank,
         _layers(config, layers)[pp_rank],
@@ -112,11 +116,17 @@ def rank_memory(
 
 
 def _built_bytes(config: Config, pp_rank: int, layers: list[range] | None) -> int:
-    """Weights of a rank at its start, before ZeRO 3 shards them; at the other stages they stay."""
-    if config.parallel.zero < 3:
-        return 0
-    chunks = chunk_parts(config, layers)[pp_rank]
-    return held_bytes(config, rank_weights(config, list(chunks.values())))
+    """Most of a rank at its start under ZeRO 3: weights are drawn in fp32, an expert at a time, and sharded one after another; under an
+    adapter all are there before."""
+    weights = rank_weights(config, list(chunk_parts(config, layers)[pp_rank].values()))
+    if config.adapter.on:
+        return held_bytes(config, weights)
+    element, share = config.precision.weight_bytes, config.model.experts // config.parallel.ep
+    drawn = [
+        element * weight.elements + FP32_BYTES * weight.elements // (share if weight.is_expert else 1)
+        for weight in weights
+    ]
+    return element * sum(group.scattered for group in shards(config, weights)) + max(drawn)
 
 
 def phases(
@@ -128,7 +138,13 @@ def phases(
 
 
 def _moments(
-    config: Config, pp_rank: int, stage_rank: int, scene: Scene, layers: list[range] | None, shortest: bool = False
+    config: Config,
+    pp_rank: int,
+    stage_rank: int,
+    scene: Scene,
+    layers: list[range] | None,
+    shortest: bool = False,
+    settled: bool = False,
 ) -> tuple[Counter, Counter, dict[str, MemoryPeak]]:
     """What a rank holds all the time, what of it on the host, and on top of the first the peak of each phase."""
     chunks = chunk_parts(config, layers)[pp_rank]
@@ -146,7 +162,10 @@ def _moments(
         state = Counter(stage3.state())
     else:
         reduced, updated = StepEnd(config, groups, stage_rank, scene).peaks()
-        (schedule, waiting), state = _walk(config, pp_rank, chunks, scene, shortest), state_items(config, groups)
+        (schedule, waiting), state = (
+            _walk(config, pp_rank, chunks, scene, shortest, settled),
+            state_items(config, groups),
+        )
         state["weights"] += held_bytes(config, [weight for weight in weights if not weight.is_trained])
         host = Counter(activations=waiting)
         if config.parallel.offload_optimizer:
@@ -268,7 +287,7 @@ def buffer_bytes(config: Config, chunks: dict[int, Parts]) -> int:
 
 
 def _walk(
-    config: Config, pp_rank: int, chunks: dict[int, Parts], scene: Scene, shortest: bool
+    config: Config, pp_rank: int, chunks: dict[int, Parts], scene: Scene, shortest: bool, settled: bool
 ) -> tuple[MemoryPeak, int]:
     """The peak of the schedule, and the most bytes of activations that wait on the host in it."""
     model, parallel = config.model, config.parallel
@@ -289,5 +308,5 @@ def _walk(
         for stage, parts in chunks.items()
     }
     holds_sent = scene.gloo and ORDERS[parallel.schedule].is_multi  # torch waits for sends at the end of a step
-    walk = ScheduleWalk(stages, last + 1, holds_sent)
+    walk = ScheduleWalk(stages, last + 1, holds_sent, settled)
     return walk.run(actions_of(config, shortest and not holds_sent)[pp_rank]), walk.host_peak

@@ -55,9 +55,10 @@ SENT = -1
 class ScheduleWalk:
     """One rank of a pipeline over one step."""
 
-    def __init__(self, stages: dict[int, StagePlan], num_stages: int, holds_sent: bool):
-        """stages: those of the rank. holds_sent: what was sent to other ranks stays until the step ends."""
-        self._stages, self._last, self._holds_sent = stages, num_stages - 1, holds_sent
+    def __init__(self, stages: dict[int, StagePlan], num_stages: int, holds_sent: bool, settled: bool = False):
+        """stages: those of the rank. holds_sent: what was sent to other ranks stays until the step ends. settled: passes that make gradients for
+        the first time are left out, so that the peak is a bound, for which half of all passes have to be traced."""
+        self._stages, self._last, self._holds_sent, self._settled = stages, num_stages - 1, holds_sent, settled
         self._alive: dict[tuple[str, int, int], Counter] = {}
         """By kind, stage (of a border the upper one) and micro-batch. Counters are put here and taken away, never changed."""
         self._bytes: dict[tuple[str, int, int], int] = {}
@@ -120,6 +121,8 @@ class ScheduleWalk:
 
     def _play(self, action: Action, parts: Sequence[Action]) -> None:
         """The passes of an action on top of all that is alive beside what they count themselves."""
+        if self._settled and any(self._is_first(part) for part in parts):
+            return
         total = self._gradients + self._total
         lanes = [self._pass(part) for part in parts]
         below = total - sum(self._bytes[key] for part in parts for key in self._counted(part))
@@ -158,9 +161,12 @@ class ScheduleWalk:
         return (key for key in keys if key in self._alive)
 
     def _pass(self, action: Action) -> PassMemory:
-        stage, kind = action.stage, self._kind(action)
-        first = kind in "BW" and stage not in self._made
-        return _pass(self._stages[stage].chunk, kind, first, first and not self._table_made)
+        first = self._is_first(action)
+        return _pass(self._stages[action.stage].chunk, self._kind(action), first, first and not self._table_made)
+
+    def _is_first(self, action: Action) -> bool:
+        """Whether it makes gradients for the first time."""
+        return self._kind(action) in "BW" and action.stage not in self._made
 
     def _finish(self, action: Action) -> None:
         stage, m, kind = action.stage, action.micro_batch, self._kind(action)

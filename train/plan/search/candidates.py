@@ -36,7 +36,7 @@ class ActivationSaving:
         return with_changes(config, recompute=recompute, offload=self.offload + more * (self.blocks == "offload"))
 
 
-SOME: list[str] = [Recompute.norm, Recompute.swiglu]
+SOME = [str(Recompute.norm), str(Recompute.swiglu)]
 """What is recomputed for a small part of a step."""
 SAVINGS = (
     ActivationSaving([]), ActivationSaving(SOME), ActivationSaving(LIGHTEST), ActivationSaving(LIGHTEST, blocks="recompute"), ActivationSaving([str(Recompute.layer)]),

@@ -11,6 +11,7 @@ a layout that it rules out. Times of equal layers under equal conditions are cou
 from collections.abc import Iterator
 from functools import cache
 from itertools import accumulate
+from operator import add
 
 from conf.pipeline_schedules import ActionSeconds
 from conf.schema import Config, Parallel
@@ -44,35 +45,42 @@ class FrameBounds:
         last = len(stages.layers) - 1
         held = [count_weights(frame.config, stages.layers, ids, last) for ids in stages.placement]
         parallel, count = frame.config.parallel, stages.sizes.micro_batches
-        flight = _waiting(parallel, count)
+        flight, _ = _waiting(parallel, count)
         placed = [with_changes(frame.config, offload_optimizer=host) for host in frame.hosts]
         state = [[_state_bytes(config, one) for one in held] for config in placed]
         memory = {way[0]: tensor_memory(with_changes(frame.config, dispatch=way[0])) for way in frame.ways}
         updates: dict[bool, float] = {}
         longest = max(map(len, stages.layers))
-        passes: dict[tuple[str, ...], float] = {}
+        passes: dict[tuple, float] = {}
         for saving in frame.savings:
-            blocks = longest if saving.blocks else 0
-            config = saving.applied(frame.config, blocks)
-            kept = [_kept_bytes(config, stages, ids, flight[rank]) for rank, ids in enumerate(stages.placement)]
-            least = [[sum(pair) for pair in zip(one, kept, strict=True)] for one in state]
+            savings = [saving.applied(frame.config, blocks) for blocks in range((longest if saving.blocks else 0) + 1)]
+            kept = [
+                [_kept_bytes(one, stages, *pair) for pair in zip(stages.placement, flight, strict=True)]
+                for one in savings
+            ]
+            least = [
+                [list(map(add, one, each)) for each in kept] for one in state
+            ]  # by place of the optimizer, blocks and rank
             for dispatch, wire in frame.ways:
-                able = [number for number, each in enumerate(least) if max(each) <= memory[dispatch]]
+                able = [number for number, each in enumerate(least) if max(each[-1]) <= memory[dispatch]]
                 if not able:
-                    self.lacking.append(min(map(max, least)) - memory[dispatch])
-                    continue
-                key = (*saving.recompute, "", *saving.offload, dispatch, wire)
-                if key not in passes:
-                    fastest = with_changes(saving.applied(frame.config, 0), dispatch=dispatch, wire=wire)
-                    passes[key] = _pipeline_seconds(self._stages(fastest))
+                    self.lacking.append(min(max(each[-1]) for each in least) - memory[dispatch])
                 for number in able:
-                    host, total = frame.hosts[number], max(least[number])
+                    host, each = frame.hosts[number], least[number]
+                    fewest = 0  # of blocks that run again; what waits on the host need not take time
+                    if saving.blocks == "recompute":
+                        fewest = next(blocks for blocks, one in enumerate(each) if max(one) <= memory[dispatch])
+                    key = (*saving.recompute, "", *saving.offload, dispatch, wire, fewest)
+                    if key not in passes:
+                        fastest = with_changes(savings[fewest], dispatch=dispatch, wire=wire)
+                        passes[key] = _pipeline_seconds(self._stages(fastest))
                     if host not in updates:
                         updates[host] = slowest_update(self._stages(placed[number])).seconds
-                    rank = least[number].index(total)
-                    there = with_changes(config, dispatch=dispatch, wire=wire, offload_optimizer=host)
+                    total = max(each[-1])
+                    rank = each[-1].index(total)
+                    there = with_changes(savings[-1], dispatch=dispatch, wire=wire, offload_optimizer=host)
                     seconds = passes[key] + updates[host]
-                    yield Candidate(there, frame.family, saving, blocks, seconds, total, rank, kept[rank])
+                    yield Candidate(there, frame.family, saving, len(savings) - 1, seconds, total, rank, kept[-1][rank])
 
     def _stages(self, config: Config) -> Stages:
         return Stages(config, layout_of(config), self._rates, self._memo)
@@ -82,15 +90,19 @@ def traced_bound(candidate: Candidate, config: Config, scene: Scene) -> int:
     """The bound on memory with what a forward pass of the model's own code really keeps. config: the candidate's, with any number of
     the blocks of its saving."""
     rank = candidate.fullest
-    kept = min(sum(chunk_of(scene, parts).kept.values()) for parts in chunk_parts(config)[rank].values())
-    flight = _waiting(config.parallel, micro_batches_of(config))[rank]
-    return candidate.least_bytes - candidate.kept_bytes + flight * kept
+    chunks = [chunk_of(scene, parts) for parts in chunk_parts(config)[rank].values()]
+    kept = min(sum(chunk.kept.values()) for chunk in chunks)
+    whole, others = (each[rank] for each in _waiting(config.parallel, micro_batches_of(config)))
+    passing = others * kept + min(chunk.forward.peak for chunk in chunks) if others >= 0 else 0
+    return candidate.least_bytes - candidate.kept_bytes + max(whole * kept, passing)
 
 
-def _waiting(parallel: Parallel, count: int) -> list[int]:
-    """Micro-batches of which a rank is sure to keep all at one time: of two that run as a pair one is not yet, or no longer, whole."""
+def _waiting(parallel: Parallel, count: int) -> tuple[list[int], list[int]]:
+    """Micro-batches of which a rank is sure to keep all at one time, and how many while another goes forward (-1: none does): of two that
+    run as a pair one is not yet, or no longer, whole."""
     most = in_flight(parallel.schedule, parallel.pp, min(count, STEADY * parallel.pp), parallel.virtual_stages)
-    return [each - 1 for each in most] if parallel.schedule_facts.pairs else most
+    paired = parallel.schedule_facts.pairs
+    return [each - paired for each, _ in most], [each - 1 - paired for _, each in most]
 
 
 def _pipeline_seconds(stages: Stages) -> float:
@@ -161,7 +173,8 @@ def _kept_bytes(config: Config, stages: Stages, ids: list[int], flight: int) -> 
     row = 2 * model.hidden * element + model.heads * model.v_head_dim * quantised
     routed = model.top_k * (model.hidden + 2 * model.expert_width) * quantised
     again = model.hidden * element
-    light = sum(place < model.repeated_layers or bool(model.offloaded_part(place)) for place in range(model.layers))
+    longest = max(map(len, stages.layers))
+    light = sum(place < model.repeated_layers or bool(model.offloaded_part(place)) for place in range(longest))
 
     def rows(layers: range) -> int:
         once = layers[light:]
@@ -172,20 +185,21 @@ def _kept_bytes(config: Config, stages: Stages, ids: list[int], flight: int) -> 
 
 
 @cache
-def in_flight(schedule: str, pp: int, micro_batches: int, virtual: int = 2) -> list[int]:
-    """Most micro-batches of its stages that a rank has sent forward and not yet back once it has gradients of all its weights, per
-    rank."""
+def in_flight(schedule: str, pp: int, micro_batches: int, virtual: int = 2) -> list[tuple[int, int]]:
+    """Most micro-batches of its stages that a rank has sent forward and not yet back once it has gradients of all its weights, at any time and
+    when one of them goes forward (0: none does then), per rank."""
     most = []
     for line in schedule_actions(schedule, pp, micro_batches, virtual):
         parts = [action.halves or (action,) for action in line]
         without = {part.stage for each in parts for part in each}
-        now = peak = 0
+        now = peak = forward = 0
         for each in parts:
             kinds = [part.kind for part in each]
             now += kinds.count("F")
             if not without:
                 peak = max(peak, now)
+                forward = max(forward, now * ("F" in kinds))
             now -= kinds.count("B") + kinds.count("I")
             without -= {part.stage for part in each if part.kind in "BW"}
-        most.append(peak)
+        most.append((peak, forward))
     return most

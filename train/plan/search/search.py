@@ -313,17 +313,22 @@ class _Finder:
             return f"at least {slower:.1f} % slower than the best, were it to fit"
         lightest = min(family.possible, key=lambda one: one.least_bytes)
         lacking, what = min([*family.missed, _missed(lightest.config, lightest.fullest)])
-        return f"does not fit: the nearest that was looked at lacks {gib(lacking)}{what}" if lacking > 0 else "slower"
+        return (
+            f"does not fit: the nearest that was looked at lacks {gib(lacking)} or more{what}"
+            if lacking > 0
+            else "slower"
+        )
 
 
 def _missed(config: Config, fullest: int) -> tuple[int, str]:
     """Bytes that the fullest rank lacks (negative: has to spare), and of what; the likely ranks are looked at first."""
     scene, memory, last = scene_of(config), tensor_memory(config), config.parallel.pp - 1
-    ranks = []
-    for rank in dict.fromkeys((fullest, 0, last, *range(last))):
-        ranks.append(rank_memory(config, rank, scene, shortest=True))
-        if ranks[-1].peak_bytes > memory:
-            return ranks[-1].peak_bytes - memory, ""
+    for settled in (True, False):  # a bound first, which rules most of them out
+        ranks = []
+        for rank in dict.fromkeys((fullest, 0, last, *range(last))):
+            ranks.append(rank_memory(config, rank, scene, shortest=True, settled=settled))
+            if ranks[-1].peak_bytes > memory:
+                return ranks[-1].peak_bytes - memory, ""
     if over := host_lacking(config, ranks):
         return over, " of a node's own memory"
     return max(rank.peak_bytes for rank in ranks) - memory, ""
