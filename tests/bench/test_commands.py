@@ -44,6 +44,7 @@ SMALLEST = {
     "pictures": "RUN --out .",
     "plan_memory": "bf16",
     "plan_published": "--only H800",
+    "plan_search": "--layouts 2 '4 H800 (tiny)'",
     "plan_time": "--calibration RATES --only 'one rank' --steps 4",
     "prove": "--rows ROW",
     "ring_cost": "--calls 100",

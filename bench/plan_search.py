@@ -1,0 +1,169 @@
+"""The layouts that plan.search finds beside ten for each job that a person would try. Needs no GPU.
+
+    python -m bench.plan_search [JOB ...] [--layouts N]
+
+A layout by hand is what somebody who knows this trainer would write for the job: pipelines of several lengths, their schedules, one or more
+sequences at a time, blocks that run again or wait on the host, DeepEP, the optimizer on the host, ZeRO 3. Each is planned as `mode=plan` plans it, and
+none that fits may be faster than the best of the search: that ends the bench with an error. The seconds of a search are those of a core. Jobs
+are without a ramp of batch sizes, which layouts would have to divide.
+
+Takes about ten minutes.
+"""
+
+import argparse
+import sys
+import time
+
+from conf.errors import UserError
+from conf.load import compose
+from train.plan.budget import make_plan
+from train.plan.search.search import search
+
+RAMPLESS = "data.path=none mode=plan optim.batch_ramp_start=null optim.batch_ramp_steps=0"
+CHEAP = "norm,mla_up,swiglu"
+V3 = f"conf=deepseek_v3 checkpoint.staging_bytes=4e9 {RAMPLESS}"
+JOBS = {
+    "8 H100 (16B)": (8, f"conf=deepseek_v3_16b hardware=h100 {RAMPLESS}"),
+    "256 H100": (256, f"{V3} hardware=h100"),
+    "64 H200": (64, f"{V3} hardware=h200"),
+    "32 B200": (32, f"{V3} hardware=b200"),
+    "32K": (2048, f"conf=deepseek_v3_32k {RAMPLESS}"),
+    "128K": (2048, f"conf=deepseek_v3_128k {RAMPLESS}"),
+    "4 H800 (tiny)": (4, f"conf=tiny hardware=h800 {RAMPLESS}"),
+}
+"""Devices, and the recipe. The last is there to try the bench."""
+
+
+def _layout(pp: int, dp: int, ep: int, schedule: str, size: int, *more: str, cp: int = 1) -> str:
+    """The command line of a layout. size: sequences of a micro-batch. more: words of WORDS, or overrides."""
+    spread = f"parallel.pp={pp} parallel.dp={dp} parallel.ep={ep} parallel.cp={cp} parallel.zero=1 parallel.schedule={schedule} micro_batch_size={size}"
+    return " ".join([spread, *(WORDS.get(one, one) for one in more)])
+
+
+WORDS = {
+    "deepep": "parallel.dispatch=deepep",
+    "flat": "parallel.dispatch=flat",
+    "host": "parallel.offload_optimizer=true",
+    "zero3": "parallel.zero=3",
+    "zero2": "parallel.zero=2",
+    "again": f"model.recompute=[{CHEAP},layer]",
+    "away": "model.offload=[layer]",
+    "none": "model.recompute=[]",
+} | {f"again:{n}": f"model.recompute=[{CHEAP},layer:{n}]" for n in range(1, 8)} | {f"away:{n}": f"model.offload=[layer:{n}]" for n in range(1, 9)}  # fmt: skip
+
+BY_HAND = {
+    "8 H100 (16B)": [
+        _layout(1, 8, 8, "1f1b", 4, "deepep"),
+        _layout(1, 8, 8, "1f1b", 2, "deepep"),
+        _layout(1, 8, 8, "1f1b", 4, "flat", "again"),
+        _layout(1, 8, 8, "1f1b", 8, "deepep", "away"),
+        _layout(1, 8, 4, "1f1b", 4, "deepep", "zero2"),
+        _layout(1, 8, 8, "1f1b", 8, "deepep", "again", "zero3"),
+        _layout(2, 4, 4, "zbv", 2, "deepep"),
+        _layout(2, 4, 4, "dualpipev", 2, "deepep"),
+        _layout(2, 4, 4, "1f1b", 4, "deepep"),
+        _layout(4, 2, 2, "interleaved", 2, "deepep"),
+    ],
+    "256 H100": [
+        _layout(16, 16, 16, "1f1b", 1, "flat", "again:3"),
+        _layout(16, 16, 16, "1f1b", 1, "flat", "away:3"),
+        _layout(16, 16, 16, "1f1b", 1, "deepep", "away:3"),
+        _layout(16, 16, 16, "1f1b", 4, "deepep", "away:4"),
+        _layout(16, 16, 8, "1f1b", 2, "deepep", "away", "host"),
+        _layout(8, 32, 32, "1f1b", 2, "deepep", "away", "host"),
+        _layout(8, 32, 16, "interleaved", 2, "deepep", "away", "host"),
+        _layout(16, 16, 16, "dualpipev", 1, "deepep", "away", "host"),
+        _layout(8, 32, 16, "zbv", 1, "deepep", "away", "host"),
+        _layout(1, 256, 64, "1f1b", 2, "deepep", "away", "zero3"),
+    ],
+    "64 H200": [
+        _layout(8, 8, 8, "1f1b", 1, "host"),
+        _layout(8, 8, 8, "1f1b", 1, "host", "away"),
+        _layout(8, 8, 8, "1f1b", 1, "host", "again"),
+        _layout(8, 8, 8, "1f1b", 2, "host", "away", "deepep"),
+        _layout(8, 8, 8, "1f1b", 4, "host", "away", "deepep"),
+        _layout(8, 8, 8, "interleaved", 2, "host", "away", "deepep"),
+        _layout(8, 8, 8, "dualpipev", 1, "host", "away", "deepep"),
+        _layout(8, 8, 8, "zbv", 1, "host", "away", "deepep"),
+        _layout(16, 4, 4, "1f1b", 2, "host", "away", "deepep"),
+        _layout(4, 16, 16, "1f1b", 2, "host", "away", "deepep"),
+    ],
+    "32 B200": [
+        _layout(8, 4, 4, "1f1b", 1, "host"),
+        _layout(8, 4, 4, "1f1b", 1, "host", "away", "deepep"),
+        _layout(8, 4, 4, "1f1b", 1, "host", "again", "deepep"),
+        _layout(8, 4, 4, "1f1b", 2, "host", "away", "deepep"),
+        _layout(8, 4, 4, "interleaved", 1, "host", "away", "deepep"),
+        _layout(16, 2, 2, "1f1b", 2, "host", "away", "deepep"),
+        _layout(16, 2, 2, "interleaved", 1, "host", "away", "deepep"),
+        _layout(16, 2, 2, "zbv", 1, "host", "away", "deepep"),
+        _layout(4, 8, 8, "1f1b", 2, "host", "away", "deepep"),
+        _layout(4, 8, 8, "1f1b", 1, "host", "again", "deepep"),
+    ],
+    "32K": [
+        _layout(16, 16, 64, "dualpipev", 1, cp=8),
+        _layout(16, 16, 64, "1f1b", 1, cp=8),
+        _layout(16, 16, 64, "1f1b", 1, "deepep", cp=8),
+        _layout(16, 32, 64, "1f1b", 1, "deepep", "away", cp=4),
+        _layout(16, 32, 64, "dualpipev", 1, "deepep", "away", cp=4),
+        _layout(16, 32, 64, "zbv", 1, "deepep", "away", cp=4),
+        _layout(16, 16, 64, "interleaved", 1, "deepep", cp=8),
+        _layout(8, 32, 64, "1f1b", 1, "deepep", "away", cp=8),
+        _layout(8, 64, 64, "interleaved", 1, "deepep", "away", cp=4),
+        _layout(16, 64, 64, "1f1b", 1, "deepep", "away", "host", cp=2),
+    ],
+    "128K": [
+        _layout(16, 4, 64, "1f1b", 1, cp=32),
+        _layout(16, 4, 64, "dualpipev", 1, cp=32),
+        _layout(16, 8, 64, "1f1b", 1, "away", cp=16),
+        _layout(16, 8, 64, "interleaved", 1, "away", cp=16),
+        _layout(16, 8, 64, "interleaved", 1, "away", "deepep", cp=16),
+        _layout(16, 8, 64, "dualpipev", 1, "away", "deepep", cp=16),
+        _layout(16, 16, 64, "interleaved", 1, "away", "deepep", "host", cp=8),
+        _layout(8, 16, 64, "interleaved", 1, "away", "deepep", cp=16),
+        _layout(8, 8, 64, "1f1b", 1, "away", "deepep", cp=32),
+        _layout(16, 4, 64, "1f1b", 1, "again", "deepep", cp=32),
+    ],
+    "4 H800 (tiny)": [_layout(1, 4, 4, "1f1b", 4), _layout(2, 2, 2, "zbv", 4)],
+}
+
+
+def plan_by_hand(recipe: str, layout: str) -> tuple[float | None, str]:
+    """Seconds of a step where the layout fits, else None and why it does not."""
+    try:
+        plan = make_plan(compose(*recipe.split(), *layout.split()))
+    except UserError as error:
+        return None, f"{error.field}: {error.rule}"
+    return (plan.step.step_seconds, "fits") if plan.fits else (None, "does not fit")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("jobs", nargs="*", help=f"some of: {'; '.join(JOBS)}")
+    parser.add_argument("--layouts", type=int, default=10, help="how many by hand of each")
+    options = parser.parse_args()
+    if unknown := set(options.jobs) - JOBS.keys():
+        parser.error(f"no such job: {'; '.join(unknown)}. There are: {'; '.join(JOBS)}")
+    faster = []
+    for job in options.jobs or JOBS:
+        devices, recipe = JOBS[job]
+        began = time.process_time()
+        found = search(compose(*recipe.split(), "plan.search=true", f"plan.devices={devices}"))
+        best = found.best[0]
+        print(
+            f"{job}: {best.step_seconds:.4g} s a step, found in {time.process_time() - began:.0f} s among {found.tried} layouts",
+            flush=True,
+        )
+        print(f"    {' '.join(best.overrides)}")
+        for layout in BY_HAND[job][: options.layouts]:
+            seconds, why = plan_by_hand(recipe, layout)
+            beside = why if seconds is None else f"{seconds:.4g} s, {100 * (seconds / best.step_seconds - 1):+.1f} %"
+            print(f"  {beside:24} {layout}", flush=True)
+            if seconds is not None and seconds < best.step_seconds * (1 - 1e-9):
+                faster.append(f"{job}: {layout}")
+    if faster:
+        sys.exit(f"faster than what the search found: {'; '.join(faster)}")
+
+
+if __name__ == "__main__":
+    main()
