@@ -30,9 +30,9 @@ from parallel.zero.private_names import require_names
 from parallel.zero.sharded_weights import ShardedWeights, find_units, stage3_config
 from parallel.zero.whole_weights import WholeWeights
 
-DEEPSPEED_MUON = {"muon_optimizer": "MuonWithAuxAdam", "original_muon": "muon_update"}
-"""Modules of DeepSpeed and what its ZeRO asks of them, by import even where nothing uses Muon. They compile as they are
-imported, for which a rank would load torch's whole compiler (0.9 s of a core) in its first step."""
+DEEPSPEED_MUON = ("muon_optimizer", "original_muon")
+"""Modules of DeepSpeed that its ZeRO imports names of even where nothing uses Muon. They compile as they are imported, for which a
+rank would load torch's whole compiler (0.9 s of a core) in its first step."""
 
 
 @dataclass
@@ -350,11 +350,18 @@ def import_deepspeed(on_cuda: bool) -> types.ModuleType:
     if not on_cuda:
         # Builds for two minutes on first use and has been seen to abort; gloo does the same work.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    for name, needed in DEEPSPEED_MUON.items():
+    for name in DEEPSPEED_MUON:
         module = types.ModuleType(f"deepspeed.runtime.zero.muon.{name}")
-        setattr(module, needed, type(needed, (), {}))
+        module.__getattr__ = _unused_class  # pyrefly: ignore[bad-assignment]  a module's own (PEP 562)
         sys.modules.setdefault(module.__name__, module)
     return deepspeed
+
+
+def _unused_class(name: str) -> type:
+    """A class in the place of whatever is imported of a module that nothing uses."""
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return type(name, (), {})
 
 
 def _tell_groups(deepspeed: types.ModuleType, mesh: Mesh) -> None:

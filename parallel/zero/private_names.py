@@ -42,8 +42,6 @@ PRIVATE_NAMES = (
     PrivateName("constant", "ZERO_OPTIMIZATION", "its answer: ZeRO's own optimizer"),
     PrivateName("engine", "_validate_zero3_moe_compatibility", "would refuse experts that are not deepspeed.moe.MoE"),
     PrivateName("import", "__compatible_ops__", "without its own CPU collectives, which have been seen to abort"),
-    PrivateName("import", "MuonWithAuxAdam", "stands in for a module that compiles as it is imported, 0.9 s", True),
-    PrivateName("import", "muon_update", "the same", True),
     # stages 1 and 2: DeepSpeedZeroOptimizer
     PrivateName(
         "optimizer12", "scaled_global_norm", "one norm over all ranks; its own waits for ranks without experts"

@@ -51,8 +51,6 @@ def taken(tree: ast.AST) -> Iterator[str]:
             yield from (name.name for name in node.names)
         elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("getattr", "setattr", "hasattr"):
             yield from (str(one.value) for one in node.args[1:2] if isinstance(one, ast.Constant))
-        elif isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "DEEPSPEED_MUON":
-            yield from ast.literal_eval(node.value).values()
 
 
 def defined(tree: ast.AST) -> Iterator[str]:
