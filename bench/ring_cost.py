@@ -1,4 +1,4 @@
-"""What it costs to record everything that a rank communicates, and to add up bits: events of a step times the cost of one, over the time of a step.
+"""What it costs to record all that a rank communicates, and to add up bits: events of a step times the cost of one, over its time.
 
     python -m bench.ring_cost [--calls 20000] [--runs FOLDER ...]
 

@@ -33,7 +33,7 @@ def test_a_rank_draws_what_one_process_draws():
 
 def test_weights_that_a_checkpoint_fills_are_not_drawn(monkeypatch):
     """They are no numbers, so that one that stays by mistake is seen; biases and counters are 0 all the same."""
-    monkeypatch.setattr(init, "_draw", None)
+    monkeypatch.setattr(init, "draw_normal", None)
     model = build(CONFIG, seed=None)
     assert all(param.isnan().all() for param in model.parameters())
     assert all((buffer == 0).all() for buffer in model.buffers() if buffer.dtype != torch.complex64)
