@@ -34,6 +34,8 @@ class Thresholds:
     """Elements of matrices that a rank orthogonalises at a time, at most, but for one that is larger."""
     norm_row: int = 4096
     """Elements whose squares are summed in fp32."""
+    base_elements: int = 1 << 26
+    """Elements of a frozen base's matrices that are read into blocks together, at most but for one that is larger: 256 MB in fp32."""
     compared_elements: int = 1 << 24
     """Elements of a weight that are compared with those before an update at a time: 64 MB on the device."""
     bucket_elements: int = 50_000_000
@@ -58,6 +60,7 @@ LOWERED = Thresholds(
     adamw_elements=4096,
     muon_elements=2000,
     norm_row=60,
+    base_elements=2000,
     compared_elements=70,
     bucket_elements=3000,
     host_page_bytes=1 << 10,

@@ -21,6 +21,7 @@ KERNELS = ("triton_", "hopper", "fused_", "deep_ep", "installed")
 GIVEN = {
     "train/kernels/fp8: TILE": "the width of FP8's tiles is part of the format (paper 3.3.1), and no matter of speed",
     "parallel/expert: TILE": "the same",
+    "train/checkpoint: SCALE_BLOCK": "blocks of weights are part of the format (paper 3.3.1)",
     "train/checkpoint: CRC_BLOCK": "bytes under one checksum are part of the format of checkpoints, which any version reads",
     "train/checkpoint: CHECKPOINT_VERSION": "of a format",
     "train/checkpoint: SETS": "copies that a memory holds, no size of theirs",
@@ -31,9 +32,11 @@ GIVEN = {
     "train/checkpoint: LARGEST_NUMBER": "of a number in a file",
     "train/optim: VECTOR": "elements of torch's own vectors, which no setting changes",
     "train/loop: SHOWN_CHARACTERS": "of what a message shows",
+    "train/loop: SHOWN_WEIGHTS": "of what a message shows",
     "train/loop: SHOWN_TENSORS": "of what a message shows",
     "train/kernels/cpu: SLOW_SHARE": "a share of a rate",
     "train/kernels: ATTENTION_BOUND": "of an error, no size",
+    "train/kernels/fp8: MATRIX_ALIGNMENT": "of bytes in memory, which processors want",
     "train/kernels/fp8: WARNINGS": "of what a message shows",
     "parallel/pipeline: ALIGNMENT": "of tensors in memory, which processors want",
 }

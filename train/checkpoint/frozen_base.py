@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from conf.adapters import is_held_in_blocks
+from conf.thresholds import THRESHOLDS
 from parallel.shard import Shard
 from train.hf.blocks import dequantize, requantize
 from train.hf.config import SCALE_BLOCK
@@ -18,8 +19,6 @@ from train.kernels.fp8.frozen_blocks import FrozenBlocks
 
 FillShards = Callable[[dict[str, Shard]], Any]
 """Fills shards of weights and balance biases by their names in a checkpoint."""
-BLOCK_ELEMENTS_READ = 1 << 26
-"""Elements of matrices that are read together, about: 256 MB in fp32."""
 
 
 def fill_blocks(name: str, blocks: FrozenBlocks, ep: int, held: Tensor, first: int, fill: FillShards) -> None:
@@ -31,7 +30,7 @@ def fill_blocks(name: str, blocks: FrozenBlocks, ep: int, held: Tensor, first: i
     shape = blocks.shape if blocks.experts is None else (len(local) * ep, rows, columns)
     stop = min(first + len(held), len(local) * size)
     numbers = range(first // size, -(-stop // size))
-    together = max(1, BLOCK_ELEMENTS_READ // (rows * columns))
+    together = max(1, THRESHOLDS.base_elements // (rows * columns))
     for number in numbers[::together]:
         several = range(number, min(number + together, numbers.stop))
         values = torch.empty(len(several) * rows * columns)
