@@ -21,6 +21,10 @@ from parallel.zero.engine import Zero
 
 SHOWN_WEIGHTS = 4
 """Names in a sentence."""
+TAKE_OUT = (
+    "a run that goes on from its last checkpoint has them right. Where it comes again on the same device, take that out"
+)
+"""The cure of a flipped bit, as the end of a sentence."""
 
 
 class ReplicasDiffer(RunEnded):
@@ -75,13 +79,16 @@ class ReplicaCheck:
             if odd
             else f"ranks {ranks} hold, and which of them is wrong cannot be told,"
         )
-        rest = weights[SHOWN_WEIGHTS:]
-        shown = ", ".join(weights[:SHOWN_WEIGHTS]) + (f" and {len(rest)} more" if rest else "")
         raise ReplicasDiffer(
-            f"step {step}: {who} other weights than the copies elsewhere: {shown}. No update was made of it; a run that goes on from "
-            "its last checkpoint has them right. Where it comes again on the same device, take that out",
+            f"step {step}: {who} other weights than the copies elsewhere: {shown_weights(weights)}. No update was made of it; {TAKE_OUT}",
             sorted(odd) or ranks,
         )
+
+
+def shown_weights(names: Sequence[str]) -> str:
+    """Names for a message: the first few, and how many more there are."""
+    more = f" and {len(names) - SHOWN_WEIGHTS} more" if len(names) > SHOWN_WEIGHTS else ""
+    return f"{', '.join(names[:SHOWN_WEIGHTS])}{more}"
 
 
 def sum_of_bits(tensor: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from conf.errors import EXIT_CRASH, RunEnded
 from parallel.zero.engine import Zero
-from train.loop.replicas import SHOWN_WEIGHTS, sum_of_bits
+from train.loop.replicas import TAKE_OUT, shown_weights, sum_of_bits
 
 
 class StateChanged(RunEnded):
@@ -40,11 +40,9 @@ class StateCheck:
         equal = (torch.stack([*before.values()]) == torch.stack([*now.values()])).tolist()
         names = [name for name, same in zip(now, equal, strict=True) if not same]
         if names:
-            more = f" and {len(names) - SHOWN_WEIGHTS} more" if len(names) > SHOWN_WEIGHTS else ""
             raise StateChanged(
-                f"rank {self._rank}: {', '.join(names[:SHOWN_WEIGHTS])}{more} changed behind the update of step {step}, where nothing "
-                "writes them: a bit flipped in memory. Neither update nor checkpoint was made of it; a run that goes on from its last "
-                "checkpoint has them right. Where it comes again on the same device, take that out",
+                f"rank {self._rank}: {shown_weights(names)} changed behind the update of step {step}, where nothing writes them: a bit "
+                f"flipped in memory. Neither update nor checkpoint was made of it; {TAKE_OUT}",
                 (self._rank,),
             )
 
