@@ -68,25 +68,27 @@ def _draw_weight(module: nn.Module, weight: nn.Parameter, name: str, seed: int |
         weight.fill_(torch.nan)
     elif isinstance(module, RMSNorm):
         weight.fill_(1)
-    elif isinstance(module, Experts):
-        for index, expert in zip(module.local, weight, strict=True):
-            draw_normal(expert, f"{seed}/{name}/{index}", std)
     else:
-        draw_normal(weight, f"{seed}/{name}", std)
+        draw_normal(weight, f"{seed}/{name}", std, module.local if isinstance(module, Experts) else None)
 
 
 def draw_uniform(weight: Tensor, key: str, bound: float, experts: range | None = None) -> None:
     """Uniform in +-bound, by a key. experts: which the rows along the first dimension are, each with a key of its own."""
+    _fill_drawn(weight, key, experts, lambda exact, generator: exact.uniform_(-bound, bound, generator=generator))
+
+
+def draw_normal(weight: Tensor, key: str, std: float, experts: range | None = None) -> None:
+    """Normal with mean 0, by a key. experts: as in `draw_uniform`."""
+    _fill_drawn(weight, key, experts, lambda exact, generator: exact.normal_(0, std, generator=generator))
+
+
+def _fill_drawn(
+    weight: Tensor, key: str, experts: range | None, draw: Callable[[Tensor, torch.Generator], Tensor]
+) -> None:
+    """In fp32, which is there for one expert at a time."""
     for index, one in [(None, weight)] if experts is None else zip(experts, weight, strict=True):
         generator = _generator(weight, key if index is None else f"{key}/{index}")
-        exact = torch.empty(one.shape, dtype=torch.float32, device=weight.device)
-        one.copy_(exact.uniform_(-bound, bound, generator=generator))
-
-
-def draw_normal(weight: Tensor, key: str, std: float) -> None:
-    """Normal with mean 0, by a key."""
-    exact = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
-    weight.copy_(exact.normal_(0, std, generator=_generator(weight, key)))
+        one.copy_(draw(torch.empty(one.shape, dtype=torch.float32, device=weight.device), generator))
 
 
 def _generator(weight: Tensor, key: str) -> torch.Generator:

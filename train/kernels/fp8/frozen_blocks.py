@@ -109,9 +109,5 @@ def draw_blocks(chunk: DeepSeekV3, seed: int) -> None:
     """Draw their values as `initialise` draws those of other weights."""
     for name, blocks in frozen_blocks(chunk):
         values = torch.empty(blocks.shape, device=blocks.data.device)
-        if blocks.experts is None:
-            draw_normal(values, f"{seed}/{name}", chunk.config.init_std)
-        else:
-            for index, matrix in zip(blocks.experts, values, strict=True):
-                draw_normal(matrix, f"{seed}/{name}/{index}", chunk.config.init_std)
+        draw_normal(values, f"{seed}/{name}", chunk.config.init_std, blocks.experts)
         blocks.round(values)
