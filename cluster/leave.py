@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-from cluster.spawn import lives
+from cluster.spawn import lives, processes_named
 from conf.errors import EXIT_CRASH, EXIT_OK
 from conf.words import say
 
@@ -27,9 +27,9 @@ def raylets() -> list[tuple[psutil.Process, str, str]]:
     """
     mine = {entry.address for entries in psutil.net_if_addrs().values() for entry in entries}
     found = []
-    for process in psutil.process_iter(["name", "cmdline"]):
-        if process.info["name"] == "raylet" and shares_network(process):
-            pairs = re.findall(r"--([\w-]+)=(\S*)", " ".join(process.info["cmdline"]))
+    for process, line in processes_named("raylet"):
+        if shares_network(process):
+            pairs = re.findall(r"--([\w-]+)=(\S*)", " ".join(line))
             words = {name.replace("_", "-"): value for name, value in pairs}  # Ray writes both
             if words.get("node-ip-address") in mine:
                 found.append((process, words["node-id"], words["gcs-address"]))

@@ -124,6 +124,12 @@ def lives(pid: int) -> bool:
         return False
 
 
+def processes_named(name: str) -> list[tuple[psutil.Process, list[str]]]:
+    """This host's processes of that name, with their command lines: a zombie has none, nor one whose line may not be read."""
+    found = psutil.process_iter(["name", "cmdline"])
+    return [(one, one.info["cmdline"]) for one in found if one.info["name"] == name and one.info["cmdline"]]
+
+
 def is_stopped(pid: int) -> bool:
     """Whether a signal or a debugger has stopped the process."""
     try:

@@ -14,10 +14,20 @@ from cluster import leave
 from conf.errors import EXIT_OK
 
 
+def zombie(words: list[str]) -> subprocess.Popen:
+    """A process that has ended and whose exit code nobody fetches for now."""
+    process = subprocess.Popen(words)
+    deadline = time.monotonic() + 30
+    while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return process
+
+
 @pytest.mark.hosts
 @pytest.mark.skipif(os.geteuid() != 0, reason="a network namespace needs root")
 def test_a_raylet_of_a_container_with_the_same_address_is_not_of_this_host(tmp_path):
     stands_in = shutil.copy(os.path.realpath(shutil.which("sh")), tmp_path / "raylet")
+    ended = zombie([stands_in, "-c", "exit"])
     words = [stands_in, "-c", "echo; read line", "sh", "--node-ip-address=127.0.0.1", "--gcs-address=127.0.0.1:1"]
     here, elsewhere = (
         subprocess.Popen(
@@ -33,14 +43,12 @@ def test_a_raylet_of_a_container_with_the_same_address_is_not_of_this_host(tmp_p
     finally:
         for process in (here, elsewhere):
             process.communicate()
+        ended.wait()
 
 
 def test_a_zombie_counts_as_gone(monkeypatch):
-    raylet = subprocess.Popen([sys.executable, "-c", "pass"])  # nobody fetches its exit code for now
+    raylet = zombie([sys.executable, "-c", "pass"])
     process = psutil.Process(raylet.pid)
-    deadline = time.monotonic() + 30
-    while process.status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
-        time.sleep(0.01)
     assert process.is_running(), "psutil counts a zombie as running"
     monkeypatch.setattr(leave, "raylets", lambda: [(process, "id", "127.0.0.1:1")])
     told = subprocess.CompletedProcess([], 0, "", "")

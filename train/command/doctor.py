@@ -19,6 +19,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from rich.console import Console
 
+from cluster.spawn import processes_named
 from conf.disk import describe_room, size_in_words
 from conf.errors import EXIT_OK, EXIT_USER, UserError
 from conf.load import compose, report
@@ -231,13 +232,10 @@ def _wandb(config: Config) -> DoctorLine:
 
 def _ray() -> DoctorLine:
     """Ray is looked at from outside: connecting to it would start things."""
+    flag = "--gcs_server_port="
     heads = [
-        next(
-            (word.partition("=")[2] for word in process.info["cmdline"] or [] if word.startswith("--gcs_server_port=")),
-            "?",
-        )
-        for process in psutil.process_iter(["name", "cmdline"])
-        if process.info["name"] == "gcs_server"
+        next((word.removeprefix(flag) for word in line if word.startswith(flag)), "?")
+        for _, line in processes_named("gcs_server")
     ]
     state = (
         f"a head listens at port {', '.join(heads)}" if heads else "none runs here; cluster=ray starts one for a run"
