@@ -319,17 +319,17 @@ def read_traces(logs: Path, since: float = 0.0) -> dict[int, RankTrace]:
     return {rank: trace for rank, trace in traces.items() if rank < world}
 
 
-def pack_ring(path: Path, world: int) -> bytes | None:
-    """A ring as it travels, with as many of the newest records as all ranks of such a run may send; None where there is none."""
+def pack_ring(path: Path, world: int) -> bytes:
+    """A ring as it travels, with as many of the newest records as all ranks of such a run may send; empty where there is none."""
     try:
         raw = path.read_bytes()
     except OSError:
-        return None
+        return b""
     most = min(RECORDS, max(LEAST_SENT, ALL_SENT // max(1, world)))
     records = [raw[at : at + RECORD.size] for at in range(RECORDS_AT, len(raw) - RECORD.size + 1, RECORD.size)]
     newest = sorted(records, key=lambda record: _SERIAL.unpack_from(record)[0])[-most:]
     head = bytearray(raw[:RECORDS_AT])
     if len(head) < RECORDS_AT:
-        return None
+        return b""
     _COUNT.pack_into(head, 16, len(newest))
     return zlib.compress(bytes(head) + b"".join(newest), 1)

@@ -30,7 +30,7 @@ class Attempt(RankWatch):
         self.hang_since: float | None = None
         self.stacks: dict[int, str] = {}
         self.rings: dict[int, bytes] = {}
-        """What ranks communicated last, packed."""
+        """What ranks communicated last, packed; empty of one without a ring."""
         self.incident: dict[str, Any] | None = None
         dp = placement.dp
         self._stragglers = Stragglers([range(stage * dp, (stage + 1) * dp) for stage in range(placement.pp)])
@@ -65,13 +65,19 @@ class Attempt(RankWatch):
         super().take(now, reports)
 
     def is_settled(self, now: float, until: float) -> bool:
-        """Whether to wait no longer for ranks to say why they failed."""
+        """Whether to wait no longer for ranks to say why they failed, and for what they communicated last."""
         reports = self.live_reports
-        if any(report.certain or report.said == EXIT_USER for report in reports) or now >= until:
+        if now >= until or any(report.said == EXIT_USER for report in reports):
             return True
         if self.hang_since is not None:
-            return all(report.rank in self.stacks or report.ended or report.state == "T" for report in reports)
-        return bool(self.lost or self.cause) or all(report.bad or report.ended for report in reports)
+            said = all(report.rank in self.stacks or report.ended or report.state == "T" for report in reports)
+        elif self.lost or self.cause:
+            return True
+        else:
+            said = all(report.bad or report.ended for report in reports)
+        return (said or any(report.certain for report in reports)) and self.rings.keys() >= {
+            report.rank for report in reports
+        }
 
     def judge(self, now: float) -> Cause:
         """The first failure, from all that is known; `incident` has the whole of it."""

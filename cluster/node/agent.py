@@ -82,7 +82,7 @@ class Answer:
     stacks: dict[int, str] = field(default_factory=dict)
     """Tracebacks since they were last asked for."""
     rings: dict[int, bytes] = field(default_factory=dict)
-    """What ranks communicated last, packed by cluster/comm_ring.py; once behind each question for stacks."""
+    """What ranks communicated last, packed by cluster/comm_ring.py; once behind each question for stacks, and at once."""
     held: dict[str, list[int]] = field(default_factory=dict)
     """Copies of the state in this node's memory: ranks by set, see cluster/node/copy_store.py."""
     clock_set: float = 0.0
@@ -265,9 +265,9 @@ class Agent:
                     answer.output[rank] = piece
                 if child.stacks_asked and (stacks := read_stacks(child.log.parent, rank)):
                     answer.stacks[rank] = stacks
-                if child.ring_due and (ring := pack_ring(ring_path(child.log.parent, rank), child.world)):
-                    answer.rings[rank] = ring
-                child.ring_due = False
+                if child.ring_due:
+                    answer.rings[rank] = pack_ring(ring_path(child.log.parent, rank), child.world)
+                    child.ring_due = False
             return answer
 
     def last_words(self, offsets: dict[int, int], attempt: int) -> Answer:
@@ -285,10 +285,9 @@ class Agent:
 
     def _has_news(self, waited: float) -> bool:
         with self._lock:
-            stacks = waited >= STACKS_WITHIN and any(
-                child.stacks_asked or child.ring_due for child in self._children.values()
-            )
-            return stacks or self._news() != self._told
+            children = self._children.values()
+            stacks = waited >= STACKS_WITHIN and any(child.stacks_asked for child in children)
+            return stacks or any(child.ring_due for child in children) or self._news() != self._told
 
     def _report(self, rank: int, child: _Child) -> RankReport:
         code = child.process.poll()

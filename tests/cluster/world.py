@@ -63,6 +63,7 @@ class World:
         self.finish: m.FinishRun | None = None
         self.starts: list[m.StartAttempt] = []
         self.hung: set[int] = set()
+        self.sends_rings = True
         self.saved = 0
         for machine in self.machines:
             self.tell(m.NodeJoined(machine.node))
@@ -101,8 +102,12 @@ class World:
                     if id in reach:
                         self.tell(m.NodeProbed(id))
             case m.CollectStacks(number, nodes):
-                ranks = [rank for id in nodes if id in reach for rank in reach[id].live - self.hung]
-                self.tell(m.StacksPrinted(number, dict.fromkeys(ranks, '  File "x.py", line 1 in all_reduce')))
+                machines = [reach[id] for id in nodes if id in reach]
+                stacks = {
+                    rank: '  File "x.py", line 1 in all_reduce' for one in machines for rank in one.live - self.hung
+                }
+                rings = {rank: b"" for one in machines for rank in one.ranks if self.sends_rings}
+                self.tell(m.StacksPrinted(number, stacks, rings))
             case m.FinishRun():
                 self.finish = action
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.cause import Failure, RankReport
+from cluster.comm_ring import CommRing, pack_ring, ring_path
 from cluster.driver import messages as m
 from cluster.run_files import Age
 from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED, EXIT_USER
@@ -100,6 +101,32 @@ def test_nobody_waits_for_the_stack_of_a_rank_that_is_stopped():
         world.run(0.5)
     assert world.now - began <= 6 + 3 * STEP
     assert "rank 2 on n2 is stopped" in last_failure(world).text
+
+
+@pytest.mark.parametrize("code", [-9, -6])
+def test_what_ranks_communicated_is_waited_for_but_not_for_long(tmp_path, code):
+    """A rank that takes part with another size makes its peer abort, which is then not to blame."""
+    world = World()
+    world.run(4)
+    world.sends_rings = False
+    world.kill_rank(0, code)
+    world.run(STEP)
+    assert not world.notes("failure")
+    rings = {}
+    for rank in range(3):
+        ring = CommRing(ring_path(tmp_path, rank), rank, 3)
+        ring.begin(ring.name_group("0", "dp", range(3)), 1, "all_reduce", "float32", 1 + (rank == 1), 1, -1, 0)
+        rings[rank] = pack_ring(ring_path(tmp_path, rank), 3)
+    world.tell(m.StacksPrinted(1, {}, rings))
+    world.run(STEP)
+    assert last_failure(world).fields["ranks"] == [1 if code == -6 else 0]
+    (kept,) = [action.incident for action in world.actions if isinstance(action, m.KeepIncident)]
+    assert (kept["fault"], kept["ranks"]) == (("resized", [1]) if code == -6 else ("failed", [0]))
+    world.run(6)
+    world.kill_rank(0)
+    broke = world.now
+    world.run(3)  # rings that never come
+    assert len(world.notes("failure")) == len(world.starts) - 1 == 2 and world.now - broke <= 3
 
 
 def test_a_silent_link_is_found_by_the_heartbeat():
@@ -312,6 +339,7 @@ def test_a_node_that_was_held_up_has_its_time_to_say_why_its_ranks_failed():
         world.now += STEP
         world.tell(m.Tick())
     world.tell(m.NodeProbed("id1"))
+    world.tell(m.StacksPrinted(1, {}, {1: b""}))  # it answers that question, too
     world.tell(m.Tick())
     assert not world.notes("failure")
     fail(world, 2, 3.1)
