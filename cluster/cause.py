@@ -256,6 +256,8 @@ def _how(report: RankReport) -> str:
 
 WAITS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "barrier", "recv", "send", "wait")
 """Names of functions in which a rank waits for others."""
+NATIVE_HEAD = "Native threads, by pystack: "
+"""Behind it, in the stacks of a rank, stands where its native threads are."""
 _OF_PYTHON = re.compile(r"/lib/python3[.]\d+/(?!site-packages|dist-packages)")
 """A file of Python's own library: its `wait` is of a thread, a queue or a process of this machine."""
 
@@ -276,7 +278,9 @@ def name_hang(reports: list[RankReport], stacks: dict[int, str], names: dict[int
     where = innermost(stacks[found[0].rank]) if found[0].rank in stacks else ""
     text = f"no step finished for {seconds:.0f} s ({steps}): {ranks} {what}{where}"
     who = {report.rank: _who(report, names) for report in reports}
-    log = "\n".join(f"{who[rank]}:\n{stack.strip()}" for rank, stack in sorted(stacks.items()))
+    log = "\n".join(
+        f"{who[rank]}:\n{stack.partition(NATIVE_HEAD)[0].strip()}" for rank, stack in sorted(stacks.items())
+    )
     return _cause(Kind.hang, text, found, names, EXIT_CRASH, log)
 
 

@@ -7,9 +7,10 @@ In order, and the first that says something is what is said:
                   Who of them is wrong: the one that does not do what it did in the step before, while the others do; else the one
                   against most of its group; else the one against the groups that do the same elsewhere; else that is not known
     3. absent     ranks for which others wait, directly or through others, and which themselves wait for no rank
-    4. crossed    ranks that wait for each other: the one among them that does not do what it did in the step before
-    5. stuck      all are in, and nobody gets out: a network or a device
-    6. unknown
+    4. link       of the hosts that do not acknowledge what others sent, or are not answered themselves, the one that all of this is about
+    5. crossed    ranks that wait for each other: the one among them that does not do what it did in the step before
+    6. stuck      all are in, and nobody gets out: a network or a device
+    7. unknown
 
 Nothing is guessed: where the rank is not known, none is named. All of this is a pure function.
 """
@@ -66,6 +67,9 @@ def compare_ranks(
         return Judgement(
             said[0][0], tuple(absent), "; ".join(text for _, text in said), _where(traces, stacks, absent[0]), waits
         )
+    if (lost := _find_bad_link(stacks)) is not None:
+        lost.waits = waits
+        return lost
     blocked = {wait.rank for wait in waits}
     if any(wait.missing for wait in waits):
         return _crossed(traces, waits)
@@ -162,6 +166,22 @@ def _where(traces: Mapping[int, RankTrace], stacks: Mapping[int, str], rank: int
     )
 
 
+def _find_bad_link(stacks: Mapping[int, str]) -> Judgement | None:
+    """The host without which everything that was sent would have been acknowledged (cluster/stacks.py)."""
+    said = {rank: found for rank, stack in stacks.items() if (found := _UNANSWERED.search(stack))}
+    pairs = {frozenset((found[1], other)) for found in said.values() for other in found[2].split(", ") if other}
+    if not pairs:
+        return None
+    bad = frozenset.intersection(*pairs) or frozenset.union(*pairs)
+    ranks = tuple(sorted(rank for rank, found in said.items() if found[1] in bad))
+    each = "; ".join(" and ".join(sorted(pair)) for pair in sorted(pairs, key=sorted)[:4])
+    text = f"what was sent is not acknowledged between {each}"
+    if len(bad) == 1 and ranks:
+        return Judgement(Fault.link, ranks, f"{ranks_in_words(ranks)} {Fault.link.value} ({', '.join(bad)}): {text}")
+    return Judgement(Fault.link, (), f"{text}, and whose link it is is not known", among=ranks)
+
+
+_UNANSWERED = re.compile(r"^Sent from (\S+) and not acknowledged by: (.*)$", re.MULTILINE)
 _FRAME = re.compile(r'File "(.+)", line (\d+) in (\S+)')
 
 

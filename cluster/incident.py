@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cluster.cause import CERTAIN, Cause, Kind, RankReport, innermost, name_hang, waits_for_ranks
+from cluster.cause import CERTAIN, NATIVE_HEAD, Cause, Kind, RankReport, innermost, name_hang, waits_for_ranks
 from cluster.comm_ring import CommRecord, RankTrace, read_trace
 from cluster.compare_ranks import compare_ranks
 from cluster.judgement import Fault, Judgement, name_record
@@ -74,7 +74,7 @@ def _judge_alone(report: RankReport, stack: str, seconds: float) -> tuple[Cause,
     what = "waits for other ranks" if waits else "is not in a collective"
     text = f"no step finished for {seconds:.0f} s: rank {report.rank} in step {report.step} {what}{innermost(stack)}"
     finding = Judgement(Fault.unknown if waits else Fault.absent, () if waits else (report.rank,), text)
-    return Cause(Kind.hang, text, (report.rank,), (), EXIT_CRASH, stack), finding
+    return Cause(Kind.hang, text, (report.rank,), (), EXIT_CRASH, stack.partition(NATIVE_HEAD)[0]), finding
 
 
 def judge_failure(

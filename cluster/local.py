@@ -29,7 +29,7 @@ from cluster.rank_differences import find_difference
 from cluster.rank_watch import RankWatch
 from cluster.run_files import AT_WORK, FAILURES, PROGRESS, RINGS, log_path
 from cluster.spawn import ForkedProcess, is_stopped, spawn, waited_for_core
-from cluster.stacks import ask_stacks, read_stacks
+from cluster.stacks import gather_stacks
 from conf.disk import explain_disk_error
 from conf.errors import EXIT_STOPPED
 from conf.words import say
@@ -135,7 +135,7 @@ def _watch(ranks: list[Child], logs: Path, asked: list[int], patience: Patience 
 
 def _name_hang(ranks: list[Child], logs: Path, seconds: float) -> Cause:
     """Who hangs, from what all ranks did and where their threads are."""
-    traces, stacks, reports = read_traces(logs), _stacks(ranks, logs), _reports(ranks, logs)
+    traces, stacks, reports = read_traces(logs), _stacks(ranks, logs, native=True), _reports(ranks, logs)
     cause, finding = judge_hang(reports, traces, stacks, {}, seconds)
     return _keep(logs, cause, finding, traces, stacks, seconds)
 
@@ -187,15 +187,10 @@ def _keep(
     return replace(cause, log=f"{cause.log.rstrip()}\n{incident_screen(incident, path, told=True)}".strip())
 
 
-def _stacks(ranks: list[Child], logs: Path) -> dict[int, str]:
+def _stacks(ranks: list[Child], logs: Path, native: bool = False) -> dict[int, str]:
     """Where the threads of those ranks are that can say it."""
-    alive = [rank for rank, child in enumerate(ranks) if child.poll() is None and not is_stopped(child.pid)]
-    asked = [rank for rank in alive if ask_stacks(logs, rank, ranks[rank].pid)]
-    ends, stacks = time.monotonic() + STACKS_SECONDS, dict[int, str]()
-    while len(stacks) < len(asked) and time.monotonic() < ends:
-        time.sleep(RANKS_LOOK_SECONDS)
-        stacks = {rank: text for rank in asked if (text := read_stacks(logs, rank))}
-    return stacks
+    alive = {rank: child.pid for rank, child in enumerate(ranks) if child.poll() is None}
+    return gather_stacks(logs, alive, STACKS_SECONDS, native)
 
 
 def _reports(ranks: list[Child], logs: Path) -> list[RankReport]:

@@ -21,7 +21,7 @@ from cluster.patience import Patience
 from cluster.rank_watch import RankWatch
 from cluster.run_files import progress_path
 from cluster.spawn import is_stopped, lives, waited_for_core
-from cluster.stacks import ask_stacks, own_stacks, read_stacks
+from cluster.stacks import gather_stacks, own_stacks, unanswered
 from conf.disk import explain_disk_error
 from conf.errors import EXIT_CRASH, EXIT_USER, RunEnded, UserError, causes
 from conf.files import exclusive
@@ -77,7 +77,7 @@ class SelfWatch:
     def _tell_hang(self, seconds: float) -> None:
         traces = read_traces(self._logs)
         reports = self._reports(traces)
-        stacks = self._stacks(traces) | {self._rank: own_stacks()}
+        stacks = self._stacks(traces, native=True) | {self._rank: own_stacks() + unanswered(os.getpid())}
         cause, finding = judge_hang(reports, traces, stacks, {}, seconds)
         self._tell(cause, describe_incident(cause, finding, traces, stacks, seconds), stacks[self._rank])
         if self._ends:
@@ -123,14 +123,7 @@ class SelfWatch:
                 report.state = "T" if is_stopped(traces[report.rank].pid) else ""
         return reports
 
-    def _stacks(self, traces: dict[int, RankTrace]) -> dict[int, str]:
+    def _stacks(self, traces: dict[int, RankTrace], native: bool = False) -> dict[int, str]:
         """Where the other ranks of this host are."""
-        others = [
-            rank for rank, trace in traces.items() if trace.is_here and rank != self._rank and not is_stopped(trace.pid)
-        ]
-        asked = [rank for rank in others if ask_stacks(self._logs, rank, traces[rank].pid)]
-        ends, stacks = time.monotonic() + STACKS_WITHIN_SECONDS, dict[int, str]()
-        while len(stacks) < len(asked) and time.monotonic() < ends:
-            time.sleep(LOOK_SECONDS / 5)
-            stacks = {rank: text for rank in asked if (text := read_stacks(self._logs, rank))}
-        return stacks
+        others = {rank: trace.pid for rank, trace in traces.items() if trace.is_here and rank != self._rank}
+        return gather_stacks(self._logs, others, STACKS_WITHIN_SECONDS, native)

@@ -433,9 +433,9 @@ class Driver:
                 for id in nodes:
                     if not self.pulse.hears(id, now):
                         call_agent(self.fleet, id, Agent.probe)
-            case m.CollectStacks(number, nodes):
+            case m.CollectStacks(number, nodes, native):
                 for id in nodes:
-                    call_agent(self.fleet, id, Agent.ask_stacks, number)
+                    call_agent(self.fleet, id, Agent.ask_stacks, number, native)
             case m.Note(number, kind, text, fields):
                 self.journal.write(kind, number, text, **fields)
                 self.view.note(kind, text)

@@ -150,8 +150,11 @@ class ProbeLinks:
 
 @dataclass(frozen=True)
 class CollectStacks:
+    """native: of native threads too."""
+
     attempt: int
     nodes: tuple[str, ...]
+    native: bool = False
 
 
 @dataclass(frozen=True)

@@ -404,7 +404,8 @@ class Supervisor:
             self._failed_at = now
         self._probing = set(self.current.reachable)
         self._probed_at, self._settled_at = now + self.policy.probe + self._calls(), now + settle
-        self._out += [m.CollectStacks(self.number, self.current.reachable), m.ProbeLinks(self.current.reachable)]
+        nodes, hangs = self.current.reachable, self.current.hang_since is not None
+        self._out += [m.CollectStacks(self.number, nodes, native=hangs), m.ProbeLinks(nodes)]
 
     def _decide(self, now: float) -> None:
         if not self.current.is_settled(now, self._settled_at) or (self._probing and now < self._probed_at):

@@ -43,7 +43,7 @@ from cluster.node.pulse_echo import Echo
 from cluster.private_folder import PrivateFolder, remove_dead
 from cluster.run_files import failure_path, log_path, stop_path
 from cluster.spawn import die_with_parent, is_stopped, spawn, waited_for_core
-from cluster.stacks import ask_stacks, handles, read_stacks
+from cluster.stacks import ask_stacks, handles, is_looked_into, read_stacks
 from conf.errors import EXIT_STOPPED
 
 NEWS_LOOK_SECONDS = 0.05
@@ -102,6 +102,8 @@ class _Child:
     stopped_by: int | None = None
     """The signal by which it was asked to stop."""
     stacks_asked: bool = False
+    native: bool = False
+    """Whether its native threads are asked for as well."""
     ring_due: bool = False
     """The next answer has what it communicated last."""
 
@@ -263,8 +265,10 @@ class Agent:
             for rank, child in self._children.items():
                 if wanted and (piece := _read(child.log, offsets.get(rank, 0), OUTPUT_BYTES)):
                     answer.output[rank] = piece
-                if child.stacks_asked and (stacks := read_stacks(child.log.parent, rank)):
-                    answer.stacks[rank] = stacks
+                if child.stacks_asked and (
+                    stacks := read_stacks(child.log.parent, rank, child.process.pid, child.native)
+                ):
+                    answer.stacks[rank], child.stacks_asked = stacks, False
                 if child.ring_due:
                     answer.rings[rank] = pack_ring(ring_path(child.log.parent, rank), child.world)
                     child.ring_due = False
@@ -297,17 +301,19 @@ class Agent:
         if report.failure is not None:
             report.failure.time -= self._clock.set_by()
         if code is None:
-            report.waited_for_core = waited_for_core(child.process.pid)
-            report.state = "T" if is_stopped(child.process.pid) else ""
+            pid = child.process.pid
+            report.waited_for_core = waited_for_core(pid)
+            report.state = "T" if is_stopped(pid) and not is_looked_into(pid) else ""
         return report
 
-    def ask_stacks(self, attempt: int) -> None:
-        """Make every rank print its stacks; they come with the next answers, and what all ranks communicated with the next one."""
+    def ask_stacks(self, attempt: int, native: bool = False) -> None:
+        """Make every rank print its stacks, those of libraries too where that is wanted; they come with the next answers, and what all ranks communicated with the next one."""
         if attempt != self._attempt:
             return
         for rank, child in self._children.items():
             child.ring_due = True
             if child.process.poll() is None:
+                child.native = native
                 child.stacks_asked = ask_stacks(child.log.parent, rank, child.process.pid)
 
     def stop(self, attempt: int, in_memory: bool = False, why: str = "") -> None:

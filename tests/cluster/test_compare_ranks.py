@@ -213,6 +213,26 @@ def test_all_in_and_none_out_is_a_network_and_nobody_is_named():
     assert (found.fault, found.ranks, found.among) == (Fault.stuck, (), (0, 1))
 
 
+@pytest.mark.parametrize(
+    ("late", "ranks", "among"),
+    [
+        ({1: [3], 2: [3], 3: [4]}, (2,), ()),
+        ({1: [3], 3: [2]}, (2,), ()),
+        ({1: [3]}, (), (0, 2)),
+        ({1: [2], 3: [4]}, (), (0, 1, 2, 3)),
+        ({}, (), (0, 1, 2, 3)),
+    ],
+)
+def test_the_host_that_all_unanswered_messages_have_in_common_is_named(late, ranks, among):
+    """late: of hosts, from 1, those that do not answer them."""
+    traces = {rank: Rank(rank, 4).begin_step(ALL4, [(0, "all_reduce", 5)], waits=True).trace for rank in range(4)}
+    said = {rank: ", ".join(f"10.0.0.{other}" for other in late.get(rank + 1, ())) for rank in range(4)}
+    stacks = {rank: f"Sent from 10.0.0.{rank + 1} and not acknowledged by: {said[rank]}\n" for rank in range(4)}
+    found = compare_ranks(traces, stacks)
+    assert (found.fault, found.ranks, found.among) == (Fault.link if late else Fault.stuck, ranks, among)
+    assert len(found.waits) == 4
+
+
 def test_a_ring_that_lost_the_step_before_gives_no_history():
     traces = pair(RIGHT, [RIGHT[1]])
     for trace in traces.values():

@@ -118,7 +118,7 @@ class _Stacks:
             return ["it does not answer yet: it still imports"]
         ends = time.monotonic() + STACKS_LIMIT
         while time.monotonic() < ends:
-            if (text := read_stacks(self._logs, rank)) is not None:
+            if (text := read_stacks(self._logs, rank, view.pid)) is not None:
                 return text.splitlines()
             time.sleep(0.05)
         return [f"no answer within {STACKS_LIMIT:.0f} s: it is stopped, or stuck in the kernel"]

@@ -20,7 +20,7 @@ from cluster.compare_ranks import GETS_ON_SECONDS
 from cluster.driver.journal import read_events
 from cluster.incident import describe_incident, incident_screen, judge_hang, newest_incident
 from cluster.spawn import is_stopped, lives
-from cluster.stacks import ask_stacks, read_stacks
+from cluster.stacks import gather_stacks
 from conf.errors import EXIT_OK, UserError
 from conf.load import report
 from conf.words import say
@@ -107,19 +107,17 @@ def last_news(traces: dict[int, RankTrace]) -> float:
 
 def look_at(logs: Path, traces: dict[int, RankTrace]) -> dict[str, Any]:
     """The state of a run that lives here, as an incident."""
-    reports, asked = [], []
-    for rank, trace in traces.items():
-        here = trace.is_here and _is_its(trace)
-        stopped = here and is_stopped(trace.pid)
-        known = read_report(rank, None, logs)
-        reports.append(RankReport(rank, None if here else 1, step=known.step, state="T" if stopped else ""))
-        with suppress(PermissionError):
-            if here and not stopped and ask_stacks(logs, rank, trace.pid):
-                asked.append(rank)
-    stacks, ends = dict[int, str](), time.monotonic() + ASKED_SECONDS
-    while len(stacks) < len(asked) and time.monotonic() < ends:
-        time.sleep(0.05)
-        stacks = {rank: text for rank in asked if (text := read_stacks(logs, rank))}
+    here = {rank: trace.pid for rank, trace in traces.items() if trace.is_here and _is_its(trace)}
+    reports = [
+        RankReport(
+            rank,
+            None if rank in here else 1,
+            step=read_report(rank, None, logs).step,
+            state="T" if rank in here and is_stopped(here[rank]) else "",
+        )
+        for rank in traces
+    ]
+    stacks = gather_stacks(logs, here, ASKED_SECONDS, native=True)
     if gone := [each.rank for each in reports if each.ended]:
         text = f"ranks {gone} have ended, and the others have not yet noticed"
         cause, finding = judge_hang(reports, traces, stacks, {}, time.time() - last_news(traces))

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from cluster import private_folder
+from cluster.cause import NATIVE_HEAD
 from cluster.node import agent as agent_module
 from cluster.node.agent import Agent, Answer, Order, scratch_prefix
 from cluster.spawn import lives
@@ -70,9 +71,12 @@ time.sleep(60)
 """
     agent.start(order(body))
     until(agent, lambda answer: len(answer.output) == 2)
-    agent.ask_stacks(1)
-    answer = until(agent, lambda answer: answer.stacks)
+    agent.ask_stacks(1, native=True)
+    answer = until(agent, lambda answer: answer.stacks or any(report.state for report in answer.ranks))
     assert list(answer.stacks) == [10] and "line 7 in <module>" in answer.stacks[10]
+    native = answer.stacks[10].partition(NATIVE_HEAD)[2]
+    assert "nanosleep" in native or "not installed" in native or "not permitted" in native.lower(), native
+    assert not agent.ask({}).stacks, "told once"
     assert not any(report.ended for report in answer.ranks)
 
 
