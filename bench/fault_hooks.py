@@ -23,6 +23,7 @@ import torch.distributed as dist
 STRIKES_AFTER, STRIKES_LATE = 6, 18
 """Steps that are as usual; for what shows only against a history of some steps."""
 LONG = 1e6
+_now = time.time
 _strikes: list[Path] = []
 """Where the moment of the fault is noted."""
 
@@ -35,7 +36,7 @@ class Saboteur:
 
     def on_step(self, run: Any, step: int, record: dict) -> None:
         name = self._faults.get(run.rank)
-        if name and step == (STRIKES_LATE if name in LATE else STRIKES_AFTER):
+        if name and step == (1 if name in EARLY else STRIKES_LATE if name in LATE else STRIKES_AFTER):
             _strikes.append(run.folder / f"struck_{run.rank}")
             FAULTS[name](run)
 
@@ -43,7 +44,7 @@ class Saboteur:
 def strike() -> None:
     """The fault happens now."""
     if not _strikes[0].exists():
-        _strikes[0].write_text(str(time.time()))
+        _strikes[0].write_text(str(_now()))
 
 
 class NoWork:
@@ -344,6 +345,52 @@ def die_in_helper(run: Any) -> None:
     threading.Thread(target=lambda: (strike(), os._exit(1)), daemon=True).start()
 
 
+def run_out_of_memory() -> None:
+    """In a control group of its own, as a batch system gives one: the kernel kills it."""
+    group = Path(f"/sys/fs/cgroup/memory/faults-named-{os.getpid()}")
+    group.mkdir()
+    (group / "memory.limit_in_bytes").write_text(str(64 << 20))
+    (group / "cgroup.procs").write_text(str(os.getpid()))
+    kept = []
+    while True:
+        kept.append(b"x" * (1 << 20))
+
+
+def set_clock(seconds: float) -> Callable[[Any], None]:
+    """This process takes another time for the right one."""
+
+    def install(run: Any) -> None:
+        time.time = lambda: _now() + seconds
+
+    return install
+
+
+def hang_in_saves(run: Any) -> None:
+    """The disk takes no checkpoint any more."""
+
+    def wait(file: Any) -> None:
+        strike()
+        time.sleep(LONG)
+
+    os.fsync = wait
+
+
+def keep_other_version(run: Any) -> None:
+    """Of code which sums everything a second time, in half of the precision."""
+    original = dist.all_reduce
+
+    def twice(tensor: Any, *given: Any, **named: Any) -> Any:
+        strike()
+        original(
+            tensor.to(torch.float16 if tensor.is_floating_point() else tensor.dtype),
+            *given,
+            **named | {"async_op": False},
+        )
+        return original(tensor, *given, **named)
+
+    dist.all_reduce = twice
+
+
 def _forward(act: Callable[[], Any]) -> Callable[[Any], None]:
     return lambda run: in_forward(run, act)
 
@@ -400,9 +447,20 @@ FAULTS: dict[str, Callable[[Any], None]] = {
     "spike_output_gradient": spike_output_gradient,
     "spike_gradient": spike_gradient,
     "wrong_again": compute_wrong,
+    "out_of_memory": _forward(run_out_of_memory),
+    "clock_ahead": set_clock(3600.0),
+    "clock_behind": set_clock(-3600.0),
+    "disk_slow": lambda run: in_loader(lambda: time.sleep(30)),
+    "disk_dead": hang_in_saves,
+    "version": keep_other_version,
+    "link_cut": lambda run: strike(),
+    "link_lossy": lambda run: strike(),
+    "link_slow": lambda run: strike(),
     "send_left_out": drop_message(lambda operation: operation.op is not dist.isend),
     "receive_left_out": drop_message(lambda operation: operation.op is not dist.irecv),
     "send_of_half": resize_message,
 }
 LATE = {"spike_output", "spike_output_gradient", "spike_gradient", "wrong_again"}
 """Faults that strike after STRIKES_LATE steps."""
+EARLY = {"clock_ahead", "clock_behind", "version"}
+"""Faults that are there from the first step on."""

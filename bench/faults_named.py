@@ -28,6 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, NamedTuple
 
+from bench.fault_links import DEVICE, LINKS, NETWORK, LinkedHosts
 from cluster.incident import newest_incident
 from cluster.launch import Place
 from cluster.local import run_children
@@ -60,6 +61,13 @@ class FaultCase(NamedTuple):
     words: str = ""
     """That the sentence must have."""
     launcher: str = "local"
+    settings: tuple[str, ...] = ()
+    """Of the recipe."""
+
+    @property
+    def culprits(self) -> list[int]:
+        """A clock that differs holds nobody up: it must not mislead."""
+        return sorted(rank for rank, fault in self.faults.items() if not fault.startswith("clock_"))
 
     @property
     def name(self) -> str:
@@ -139,6 +147,21 @@ CASES = (
     FaultCase("dp4", {1: "stop", 3: "sleep_before"}, ("stopped",)),
     FaultCase("dp4", {0: "loader_sleep", 2: "loader_sleep"}, ("loader",)),
     FaultCase("dp4", {1: "killed", 2: "killed"}, ("kind:killed",)),
+    FaultCase("dp4", {0: "loop", 3: "event"}, ("absent", "lock")),
+    FaultCase("dp4", {1: "sleep_in_forward", 2: "lock"}, ("absent", "lock")),
+    FaultCase("dp2", {1: "out_of_memory"}, ("kind:killed",), "out of memory"),
+    FaultCase("pp2dp2", {0: "disk_slow"}, ("loader",)),
+    FaultCase(
+        "dp2", {1: "disk_dead"}, ("kind:crash",), "by rank 1", settings=("checkpoint.every=10", "cluster.timeout=5")
+    ),
+    FaultCase("dp4", {2: "version"}, ("repeated", "other", "retyped")),
+    FaultCase("dp4", {1: "clock_ahead", 2: "skip"}, ("skipped",)),
+    FaultCase("pp2dp2", {0: "clock_behind", 3: "sleep_before"}, HANGS),
+    FaultCase("dp4", {2: "link_cut"}, ("link",)),
+    FaultCase("pp2dp2", {1: "link_cut"}, ("link",)),
+    FaultCase("dp4", {0: "link_lossy"}, ("link",)),
+    FaultCase("dp4", {3: "link_slow"}, ("link",)),
+    FaultCase("dp4", {2: "link_cut"}, ("link",), launcher="torchrun"),
     FaultCase("dp2", {1: "loader_sleep"}, ("loader",), launcher="torchrun"),
     FaultCase("pp2dp2", {2: "stop"}, ("stopped",), launcher="torchrun"),
     FaultCase("dp4", {2: "skip"}, ("skipped",), launcher="torchrun"),
@@ -194,7 +217,7 @@ def judge_case(case: FaultCase, run: Path, started: float) -> Judged:
     if found is None or found[1]["time"] < started:
         return Judged(case.name, False, False, None, "no incident")
     incident = found[1]
-    rank = sorted(incident["ranks"]) == sorted(case.faults)
+    rank = sorted(incident["ranks"]) == case.culprits
     fits = incident["fault"] in case.right or f"kind:{incident['kind']}" in case.right
     said = (
         f"ranks {incident['ranks']} {incident['fault']} ({incident['kind']}): {incident['text'].partition(chr(10))[0]}"
@@ -210,7 +233,7 @@ def _config(case: FaultCase, folder: Path, address: str | None) -> Config:
     faults = ", ".join(f"{rank}: {fault}" for rank, fault in case.faults.items())
     settings = [
         f"name={name}", *LAYOUTS[case.layout], "steps=40", "checkpoint.every=0", "log.validate_every=0", "log.progress=false",
-        "log.sample_tokens=0", "optim.max_bad_steps=2", f"log.replicas_every={int(case.layout != 'ep2_zero3')}", "log.state_every=1", "log.repeat_above=10", "cluster.deterministic=true", f"callbacks=[{{_target_: bench.fault_hooks.Saboteur, faults: {{{faults}}}}}]", "cluster.timeout=60",
+        "log.sample_tokens=0", "optim.max_bad_steps=2", f"log.replicas_every={int(case.layout != 'ep2_zero3')}", "log.state_every=1", "log.repeat_above=10", "cluster.deterministic=true", f"callbacks=[{{_target_: bench.fault_hooks.Saboteur, faults: {{{faults}}}}}]", "cluster.timeout=60", *case.settings,
     ]  # fmt: skip
     if case.launcher == "ray":
         settings += ["cluster=ray", "cluster.restarts=0", f"cluster.address={address or 'null'}"]
@@ -222,16 +245,27 @@ def _drive(case: FaultCase, config: Config, run: Path) -> None:
     with (run / "driver.log").open("wb") as log:
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)
-    world, logs = config.parallel.world, run / "logs"
+    world, logs, work = config.parallel.world, run / "logs", partial(_work, config)
+    if any(fault in LINKS for fault in case.faults.values()):
+        work = partial(_work_on_host, LinkedHosts(world, case.faults, run), config)
+        os.environ["GLOO_SOCKET_IFNAME"] = DEVICE
     if case.launcher == "ray":
         from cluster.driver.ray_backend import run_ray
 
         sys.exit(run_ray(config, run, [sys.executable, "-m", "train.worker", "CONFIG"]))
     if case.launcher == "local":
-        work = partial(_work, config, world, logs)
-        start: Callable = lambda environment, output: ForkedProcess(partial(work, environment), environment, output)  # noqa: E731
+        start: Callable = lambda environment, output: ForkedProcess(  # noqa: E731
+            partial(work, world, logs, environment), environment, output
+        )
         sys.exit(run_children(start, world, logs, Patience(config.cluster.hang_after, config.cluster.start_timeout)))
-    _drive_like_torchrun(config, world, run)
+    _drive_like_torchrun(work, world, run)
+
+
+def _work_on_host(
+    hosts: LinkedHosts, config: Config, world: int, logs: Path | None, environment: dict[str, str]
+) -> int:
+    hosts.enter(int(environment["RANK"]))
+    return _work(config, world, logs, environment)
 
 
 def _work(config: Config, world: int, logs: Path | None, environment: dict[str, str]) -> int:
@@ -242,16 +276,27 @@ def _work(config: Config, world: int, logs: Path | None, environment: dict[str, 
     return run_rank(config, Place(rank, world, rank, world), logs)
 
 
-def _drive_like_torchrun(config: Config, world: int, run: Path) -> None:
+def _drive_like_torchrun(work: Callable, world: int, run: Path) -> None:
     """Ranks meet at rank 0, nobody watches them, and the first to fail ends all."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    ranks, shared = [], {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
+    ranks, shared = (
+        [],
+        {
+            "WORLD_SIZE": str(world),
+            "LOCAL_WORLD_SIZE": str(world),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "GLOO_SOCKET_IFNAME": "lo",
+        },
+    )
+    if os.environ.get("GLOO_SOCKET_IFNAME") == DEVICE:
+        shared |= {"MASTER_ADDR": f"{NETWORK}.1", "GLOO_SOCKET_IFNAME": DEVICE}  # fmt: skip
     for rank in range(world):
         environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         output: IO = (run / f"rank_{rank}.out").open("wb")
-        ranks.append(ForkedProcess(partial(_work, config, world, None, environment), environment, output))
+        ranks.append(ForkedProcess(partial(work, world, None, environment), environment, output))
     while all(rank.poll() is None for rank in ranks) or all(rank.poll() in (None, EXIT_OK) for rank in ranks):
         if all(rank.poll() == EXIT_OK for rank in ranks):
             sys.exit(EXIT_OK)
