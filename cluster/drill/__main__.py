@@ -1,9 +1,9 @@
 """Break a run on purpose, many times, and see whether it ends as if nothing had happened.
 
-    python -m cluster.drill [--faults N] [--only NAME] [--seed S] [--hosts N] OVERRIDES...   overrides as for `python -m train`
+    python -m cluster.drill [--faults N] [--every STEPS] [--only NAME] [--seed S] [--hosts N] OVERRIDES...   overrides as for `python -m train`
 
 Two runs of the recipe: one is left alone, the other meets N faults, each once the run has recovered from the one before,
-and tells what the run said of each and after how many seconds. On this machine with a Ray of its own: a rank killed or
+and tells what the run said of each and after how many seconds; with --every the next one also waits for so many steps more. On this machine with a Ray of its own: a rank killed or
 stopped (a hang), the agent killed, the driver told to stop or killed and started again, the newest checkpoint damaged. With
 --hosts on so many network namespaces (needs root), the first of which holds the driver and Ray's head, also: a host loses its
 power or its link, in one direction or both, and comes back, or is told to leave; its clock is set;
@@ -31,6 +31,7 @@ from cluster.drill.hosts import Hosts, missing
 from cluster.driver.checkpoints import newest
 from cluster.driver.journal import read_events
 from cluster.driver.time_split import split_time
+from cluster.driver.view import last_record
 from cluster.run_files import NONE, Age
 from conf.errors import EXIT_CRASH, EXIT_OK, EXIT_STOPPED, EXIT_USER, UserError
 from conf.load import compose, report
@@ -60,9 +61,17 @@ of another dp round differently."""
 class Drill:
     """One run under faults. `say` prints a line."""
 
-    def __init__(self, overrides: list[str], ground: DrillGround, say: Callable[[str], None], only: str | None = None):
-        """only: names of the faults to inject, one after another, with commas between them."""
+    def __init__(
+        self,
+        overrides: list[str],
+        ground: DrillGround,
+        say: Callable[[str], None],
+        only: str | None = None,
+        every: int = 0,
+    ):
+        """only: names of the faults to inject, one after another, with commas between them; every: steps from one to the next at least."""
         self._overrides, self._ground, self._say, self._only = [*overrides, *ground.overrides], ground, say, only
+        self._every = every
         self.met: dict[str, list[float]] = {}
         """Seconds from each fault to the next checkpoint."""
         self._seen = Age(-1, -1)
@@ -84,7 +93,7 @@ class Drill:
             self._launch()
             new_attempt = True
             for number in range(1, faults + 1):
-                if not self._await_steps(new_attempt):
+                if not (self._await_steps(new_attempt) and self._await_step(number * self._every)):
                     break
                 fault = choices[(number - 1) % len(choices)] if self._only else ground.chance.choice(choices)
                 self._say(f"{time.strftime('%H:%M:%S')} fault {number}/{faults}: {fault.__doc__}")
@@ -117,6 +126,13 @@ class Drill:
                 return ground.driver.poll() is None
             time.sleep(0.1)
         return False
+
+    def _await_step(self, step: int) -> bool:
+        """Until this step is done; False if the run ended."""
+        ground = self._ground
+        while ground.driver.poll() is None and last_record(ground.folder / "metrics.jsonl").get("step", 0) < step:
+            time.sleep(0.05)
+        return ground.driver.poll() is None
 
     def _tell_cost(self, fault: str, began: float, seen: int) -> None:
         """What the run said of the last fault, and the seconds that it cost."""
@@ -165,6 +181,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m cluster.drill", description=__doc__.splitlines()[0])
     parser.add_argument("--faults", type=int, default=10)
     parser.add_argument("--only", help="faults to inject in this order, such as kill_driver,stop_rank")
+    parser.add_argument("--every", type=int, default=0, help="steps from a fault to the next, at least")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of faults and victims")
     parser.add_argument("--hosts", type=int, default=0, help="network namespaces; 0 for this machine as it is")
     parser.add_argument("--devices", type=int, default=1, help="ranks that a host can hold")
@@ -184,7 +201,7 @@ def main(arguments: list[str]) -> int:
     for kind, faults in (("unbroken", 0), ("drill", options.faults)):
         started = time.monotonic()
         with _ground(folders[kind], options, config) as ground:
-            drill = Drill([*overrides, f"name={folders[kind].name}"], ground, say, options.only)
+            drill = Drill([*overrides, f"name={folders[kind].name}"], ground, say, options.only, options.every)
             try:
                 codes[kind] = drill.run(faults) or _verify(folders[kind])
             except UserError as error:
