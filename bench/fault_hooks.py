@@ -85,7 +85,7 @@ def retype_to_half(original: Callable, tensor: Any, *given: Any, **named: Any) -
 
 
 def retype(original: Callable, tensor: Any, *given: Any, **named: Any) -> Any:
-    return original(tensor.to(torch.int64), *given, **named)
+    return original(tensor.to(torch.float64 if tensor.dtype == torch.int64 else torch.int64), *given, **named)
 
 
 def delay(original: Callable, *given: Any, **named: Any) -> Any:
@@ -453,6 +453,7 @@ FAULTS: dict[str, Callable[[Any], None]] = {
     "disk_slow": lambda run: in_loader(lambda: time.sleep(30)),
     "disk_dead": hang_in_saves,
     "version": keep_other_version,
+    "slow": lambda run: (strike(), run.chunks[0].norm.register_forward_pre_hook(lambda *_: time.sleep(0.05))),
     "link_cut": lambda run: strike(),
     "link_lossy": lambda run: strike(),
     "link_slow": lambda run: strike(),

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from bench.fault_links import DEVICE, LINKS, NETWORK, LinkedHosts
+from cluster.driver.journal import read_events
 from cluster.incident import newest_incident
 from cluster.launch import Place
 from cluster.local import run_children
@@ -176,6 +177,7 @@ CASES = (
     FaultCase("pp2dp2", {3: "killed"}, ("kind:killed",), "SIGKILL", launcher="ray"),
     FaultCase("ep2", {0: "error"}, ("kind:crash",), "an error of the user's code", launcher="ray"),
     FaultCase("dp2", {1: "flip_master"}, ("kind:crash",), "master.", launcher="ray"),
+    FaultCase("dp4", {2: "slow"}, ("kind:straggler",), launcher="ray", settings=("steps=120",)),
 )
 
 
@@ -214,6 +216,10 @@ def judge_case(case: FaultCase, run: Path, started: float) -> Judged:
     found = newest_incident(run / "logs")
     if not struck:
         return Judged(case.name, False, False, None, "the fault did not come to pass")
+    if found is None and (
+        slow := [event for event in read_events(run) if event["kind"] == "straggler"]
+    ):  # which breaks nothing
+        found = run, slow[0] | {"ranks": sorted({event["rank"] for event in slow}), "fault": "slow"}
     if found is None or found[1]["time"] < started:
         return Judged(case.name, False, False, None, "no incident")
     incident = found[1]
