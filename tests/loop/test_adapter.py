@@ -1,10 +1,12 @@
 """Adapters in whole runs: a base that stays as it is, checkpoints that hold the adapter alone, and what is refused before a start."""
 
+import json
 import math
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from conf.adapters import ADAPTER_TARGETS, is_adapter
 from conf.errors import UserError
@@ -14,8 +16,10 @@ from tests.layouts import run_layout
 from tests.small import SMALL, arguments, metrics
 from train.__main__ import check_before_start
 from train.checkpoint.average import write_average
-from train.checkpoint.manifest import read_manifest
+from train.checkpoint.manifest import holds_adapter, read_manifest
+from train.checkpoint.weights import load_model
 from train.hf.export import write_export
+from train.hf.whole_model import load_hf_model
 
 LORA = ["adapter=lora", "adapter.rank=8", "optim.bias_speed=[{value: 0}]", "optim.lr=0.01"]
 
@@ -40,12 +44,28 @@ def test_a_run_trains_the_adapter_alone_and_goes_on_in_another_layout(tmp_path):
     assert checkpoint.meta["base"]["path"].endswith("base/checkpoints/step_00000002")
 
     run_layout(tmp_path, "two", 1, *start, "steps=4", "optim.ema_decay=0.5", "checkpoint.every=1")
-    for step, moved in ((1, ["parallel.ep=2", "parallel.zero=2"]), (2, ["parallel.zero=3"])):
+    on_the_host = ["parallel.ep=2", "parallel.zero=2", "parallel.offload_optimizer=true"]
+    for step, moved in ((1, on_the_host), (2, ["parallel.zero=3"])):
         for later in range(step + 1, 5):
             shutil.rmtree(tmp_path / f"runs/two/checkpoints/step_{later:08}")
         more = ["parallel.dp=2", *moved, "steps=4", "optim.ema_decay=0.5", "checkpoint.every=1"]
         run_layout(tmp_path, "two", 2, *start, *more)
     assert losses(tmp_path, "two")[1:] == pytest.approx(losses(tmp_path, "one")[1:], rel=1e-5)
+
+
+def test_the_best_checkpoint_of_an_adapter_is_kept(tmp_path):
+    """The rate is so large that the loss falls and then rises, so that the best is none of the last."""
+    run_layout(tmp_path, "base", 1, "steps=2")
+    rates = ["optim.lr_schedule=[{until: 0.5, value: 1.0}, {until: 1.0, value: 300.0}]", "optim.warmup_steps=0"]
+    kept = ["checkpoint.every=1", "checkpoint.keep=1", "checkpoint.keep_best=true", "log.validate_every=1"]
+    given = [f"init_from={tmp_path}/runs/base", f"data.tokenizer={tmp_path}/runs/base"]
+    run_layout(tmp_path, "best", 1, *LORA, *given, *rates, *kept, "optim.clip=0", "steps=4")
+    losses = {step: record["validation_loss"] for step, record in metrics(tmp_path, "best").items()}
+    best = json.loads((tmp_path / "runs/best/best.json").read_text())
+    assert best["step"] == min(losses, key=losses.get) < 4
+    folders = sorted((tmp_path / "runs/best/checkpoints").glob("step_*"))
+    assert [int(folder.name[5:]) for folder in folders] == [best["step"], 4]
+    assert holds_adapter(read_manifest(folders[0]).meta)
 
 
 def test_a_base_in_block_fp8_is_the_rounded_one(tmp_path):
@@ -67,6 +87,16 @@ def test_a_base_in_block_fp8_is_the_rounded_one(tmp_path):
     export("rounded", *first, "name=still", "export.merge=true", "export.dtype=fp32")
     run_layout(tmp_path, "whole", 1, f"init_from={tmp_path}/rounded", *given[1:2], "steps=1", "precision=bf16", LORA[2])
     assert losses(tmp_path, "whole")[0] == losses(tmp_path, "one")[0] == losses(tmp_path, "still")[0]
+
+    # Whoever reads the run has the rounded base and the adapter: its modes, its merged folder, and its adapter's folder beside the base.
+    config = compose(*arguments(tmp_path, *start, "name=one", "precision=fp32"))
+    own = load_model(config, tmp_path / "runs/one/checkpoints/step_00000003", torch.device("cpu")).state_dict()
+    given = ["name=one", *start, "export.dtype=fp32"]
+    base = export("base_hf", "name=base", "export.dtype=fp32")
+    merged, adapter = export("merged", *given, "export.merge=true"), export("adapter", *given)
+    beside = export("beside", "name=base", f"adapter.path={adapter}", "export.merge=true", "export.dtype=fp32")
+    for model in (load_hf_model(merged)[1], load_hf_model(base, adapter=str(adapter))[1], load_hf_model(beside)[1]):
+        assert all(torch.equal(values, own[name]) for name, values in model.state_dict().items())
     with pytest.raises(UserError, match=r"set adapter\.base=fp8"):
         check_before_start(compose(*arguments(tmp_path, *start, "name=one", "adapter.base=plain", "steps=4")))
 

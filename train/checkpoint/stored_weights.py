@@ -24,7 +24,7 @@ from train.checkpoint.manifest import Manifest, holds_adapter, read_manifest
 from train.checkpoint.read_shards import FolderFiles, fill_shards
 from train.checkpoint.run_folder import find_checkpoint
 from train.hf.adapter_folder import ADAPTER_FIELD, open_adapter
-from train.hf.adapter_names import ADAPTER_FILE, BASE_MARK, AdaptedTensor, adapted_tensors
+from train.hf.adapter_names import ADAPTER_FILE, BASE_FORMAT, BASE_MARK, AdaptedTensor, adapted_tensors
 from train.hf.folder import is_hf_folder, match, open_model
 from train.hf.read import folder_reader, parts_of
 from train.hf.tensor_names import PlacedTensor
@@ -36,26 +36,34 @@ CACHED_TENSORS = 8
 class StoredPairs:
     """What an adapter adds to the matrices of its base."""
 
-    def __init__(self, adapted: Iterable[AdaptedTensor], scale: float, read: Callable[[PlacedTensor], Tensor]):
-        """read: gives an A or a B, in fp32."""
+    def __init__(
+        self, adapted: Iterable[AdaptedTensor], scale: float, read: Callable[[PlacedTensor], Tensor], base: BaseFormat
+    ):
+        """read: gives an A or a B, in fp32. base: in which they were trained beside theirs."""
         self.adapted = list(adapted)
         self._by_place = {(one.base.ours, one.base.start): one for one in self.adapted}
-        self._scale, self._read = scale, read
+        self._scale, self._read, self._base = scale, read, base
 
-    def add(self, placed: PlacedTensor, first: int, values: Tensor) -> None:
-        """Add scale B A to some elements of a matrix of theirs, flat and in fp32. first: the number of the first one."""
-        found = self._by_place.get((placed.ours, placed.start))
-        if found is None:
-            return
-        width = placed.shape[1]
-        row, end = first // width, -(-(first + values.numel()) // width)
-        delta = self._read(found.b)[row:end] @ self._read(found.a)
-        values.add_(delta.flatten()[first - row * width :][: values.numel()], alpha=self._scale)
+    def as_trained(self, fill_base: FillShards) -> FillShards:
+        """The base as it was when they were trained beside it."""
+        return partial(fill_rounded, fill_base) if self._base is BaseFormat.fp8 else fill_base
 
     def add_to(self, wanted: dict[str, Shard]) -> None:
-        """Add to all shards that adapted matrices lie in. wanted: weights in fp32, by our names."""
+        """Add scale B A to all shards that adapted matrices lie in. wanted: weights in fp32, by our names."""
         for part in parts_of([one.base for one in self.adapted], wanted):
-            self.add(part.placed, part.start, part.target)
+            found, width = self._by_place[part.placed.ours, part.placed.start], part.placed.shape[1]
+            row, end = part.start // width, -(-(part.start + part.target.numel()) // width)
+            delta = self._read(found.b)[row:end] @ self._read(found.a)
+            part.target.add_(delta.flatten()[part.start - row * width :][: part.target.numel()], alpha=self._scale)
+
+    def fill_added(self, fill_base: FillShards, wanted: dict[str, Shard]) -> None:
+        """Fill shards of any type with the base and what is added to it, one after another, each rounded from fp32."""
+        fill_base = self.as_trained(fill_base)
+        for name, shard in wanted.items():
+            values = {name: Shard(torch.empty(shard.local.numel()), shard.offset, shard.shape)}
+            fill_base(values)
+            self.add_to(values)
+            shard.local.detach().copy_(values[name].local)
 
 
 class StoredWeights:
@@ -72,15 +80,15 @@ class StoredWeights:
         adapter, self._whole = config.adapter, lru_cache(CACHED_TENSORS)(self._read_whole)
         if not holds_adapter(self.manifest.meta):
             self.pairs = open_pairs(adapter.path, config.model, family, self._own)
+            if self.pairs is not None:
+                self._own = self.pairs.as_trained(self._own)
             return
         if adapter.path is not None:
             raise UserError(ADAPTER_FIELD, adapter.path, f"{checkpoint} holds an adapter already", "leave it out")
         require_adapter(config, checkpoint, self.manifest.meta)
-        self._base = open_base(config, self.manifest)
-        if adapter.base is BaseFormat.fp8:
-            self._base = partial(fill_rounded, self._base)
         adapted = adapted_tensors(config.model, family, adapter.targets, adapter.rank)
-        self.pairs = StoredPairs(adapted, adapter.scale, self.read)
+        self.pairs = StoredPairs(adapted, adapter.scale, self.read, adapter.base)
+        self._base = self.pairs.as_trained(open_base(config, self.manifest))
 
     def fill(self, wanted: dict[str, Shard]) -> None:
         """A `FillShards`; weights in fp32."""
@@ -150,7 +158,8 @@ def open_pairs(path: str | None, model: Model, family: ModelFamily, fill_base: F
         return None
     found = open_adapter(Path(path).expanduser(), model, family)
     opened = safe_open(found.folder.path / ADAPTER_FILE, framework="pt", backend="pread")
-    mark = (opened.metadata() or {}).get(BASE_MARK)
+    said = opened.metadata() or {}
+    mark = said.get(BASE_MARK)
     if mark is not None and mark != mark_of(fill_base, model):
         raise found.folder.refuse(
             f"is an adapter of other weights than these: it was made for {found.base}",
@@ -163,4 +172,9 @@ def open_pairs(path: str | None, model: Model, family: ModelFamily, fill_base: F
             raise found.folder.refuse(f"{placed.theirs} holds values that are not finite", "give another adapter")
         return values
 
-    return StoredPairs(found.adapted, found.scale, read)
+    base = said.get(BASE_FORMAT, BaseFormat.plain)
+    if base not in list(BaseFormat):
+        raise found.folder.refuse(
+            f"was trained beside a base in {base!r:.80}, which is unknown here", "use the version that wrote it"
+        )
+    return StoredPairs(found.adapted, found.scale, read, BaseFormat(base))

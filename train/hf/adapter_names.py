@@ -17,6 +17,8 @@ PREFIX = "base_model.model."
 """In front of the names of the base."""
 BASE_MARK = "base_mark"
 """In the file's metadata: by what the base is known again."""
+BASE_FORMAT = "base_format"
+"""In the file's metadata: in what the base lay when the adapter was trained beside it, as adapter.base has it."""
 
 
 class AdaptedTensor(NamedTuple):

@@ -21,7 +21,7 @@ from torch import Tensor
 from conf.errors import EXIT_OK, UserError
 from conf.files import new_folder, written_whole
 from conf.own_code import TARGET
-from conf.schema import Config, ExportType, Model, ModelFamily
+from conf.schema import BaseFormat, Config, ExportType, Model, ModelFamily
 from conf.words import one_line, say
 from parallel.shard import Shard
 from train.checkpoint.manifest import read_manifest
@@ -31,7 +31,7 @@ from train.checkpoint.stored_weights import StoredWeights
 from train.checkpoint.trained_with import tokenizer_of
 from train.data.prepare_progress import show_progress
 from train.data.source_files import ReportProgress
-from train.hf.adapter_names import ADAPTER_CONFIG, ADAPTER_FILE, BASE_MARK, peft_config
+from train.hf.adapter_names import ADAPTER_CONFIG, ADAPTER_FILE, BASE_FORMAT, BASE_MARK, peft_config
 from train.hf.blocks import requantize
 from train.hf.config import GROUP_TOP_K, LATENT_NORM_EPS, SCALE_BLOCK, config_json
 from train.hf.families import FAMILIES, PARAMS_FILE, FamilyFacts
@@ -97,10 +97,15 @@ def write_export(config: Config, progress: ReportProgress) -> list[str]:
         files = [PlannedFile(ADAPTER_FILE, [written for file in files for written in file.written])]
     _check_room(target, files)
     rows, notes = fates(files, rest, ema), list(_notes(config.model, FAMILIES[family]))
+    if alone and config.adapter.base is BaseFormat.fp8:
+        notes.append(
+            "note: this adapter was trained beside block FP8: other programs add it to weights of another format, which are others. "
+            "Serve it on a folder in FP8, or merge it (export.merge=true)"
+        )
     body = config_json(config.model, manifest.meta["seq_len"], config.export.dtype, tokenizer.eos_id, family)
     length = body.get(FAMILIES[family].section, body)["max_position_embeddings"]
     with written_whole(target, "export.to") as folder:
-        mark = {BASE_MARK: stored.base_mark(config.model)} if alone else {}
+        mark = {BASE_MARK: stored.base_mark(config.model), BASE_FORMAT: config.adapter.base} if alone else {}
         _write_weights(folder, files, stored, ema, progress, mark)
         if alone:
             write_json(folder / ADAPTER_CONFIG, peft_config(config.adapter, adapted, str(config.init_from)))

@@ -22,7 +22,6 @@ from train.hf.tensor_names import SCALE, PlacedTensor
 
 READ_ELEMENTS = 1 << 23
 """Elements that are converted at a time, about: 32 MB in fp32."""
-AddTo = Callable[[PlacedTensor, int, Tensor], None]
 
 
 @dataclass
@@ -36,14 +35,11 @@ class ShardPart:
     """The memory to fill, or for a copy to compare with."""
 
 
-def fill_from_folder(
-    folder: Folder, placed: list[PlacedTensor], wanted: dict[str, Shard], add: AddTo | None = None
-) -> int:
+def fill_from_folder(folder: Folder, placed: list[PlacedTensor], wanted: dict[str, Shard]) -> int:
     """Fill every wanted shard with the folder's values, dequantised and, for shards of another type, rounded to it.
 
-    placed: from `match`. add: changes values of a tensor of theirs, flat and in fp32, before they are rounded, given the number of the
-    first one. Returns the bytes read. Raises UserError where a value is not finite, or where an MTP module's
-    copy of embedding or head is not the same as the original.
+    placed: from `match`. Returns the bytes read. Raises UserError where a value is not finite, or where an MTP module's copy of
+    embedding or head is not the same as the original.
     """
     reader = _Reader(folder)
     originals = parts_of([each for each in placed if not each.copy], wanted)
@@ -52,13 +48,9 @@ def fill_from_folder(
     for part, start, values in reader.values(originals):
         if not torch.isfinite(values).all():
             raise folder.refuse(f"{part.placed.theirs} holds values that are not finite", "give other weights")
-        if add is not None:
-            add(part.placed, part.start + start, values)
         part.target[start : start + values.numel()].copy_(values)
     for part, start, values in reader.values(parts_of([each for each in placed if each.copy], wanted)):
         original = part.target[start : start + values.numel()]
-        if add is not None:
-            add(part.placed, part.start + start, values)
         if not torch.equal(original, values.to(original.dtype)):
             raise folder.refuse(
                 f"{part.placed.theirs} must be a copy of {part.placed.ours.removeprefix('master.')}: here the main model "

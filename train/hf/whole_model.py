@@ -1,6 +1,5 @@
 """The whole model of a Hugging Face folder in one process."""
 
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,7 +9,7 @@ from parallel.shard import whole
 from train.checkpoint.stored_weights import open_pairs
 from train.hf.families import FAMILIES
 from train.hf.folder import match, open_model
-from train.hf.read import fill_from_folder
+from train.hf.read import folder_reader
 from train.kernels.plain.high import HighPrecision
 from train.kernels.plain.plain_kernels import PlainKernels
 from train.model.deepseek import DeepSeekV3
@@ -43,7 +42,11 @@ def load_hf_model(
     wanted = {f"master.{name}": whole(param) for name, param in model.named_parameters()}
     if FAMILIES[headers.family].has_biases:
         wanted |= {f"bias.{name}": whole(router.bias_E) for name, router in model.routers().items()}
-    pairs = open_pairs(adapter, config, headers.family, partial(fill_from_folder, headers, placed))
-    fill_from_folder(headers, placed, wanted, None if pairs is None else pairs.add)
+    read = folder_reader(headers, placed)
+    pairs = open_pairs(adapter, config, headers.family, read)
+    if pairs is None:
+        read(wanted)
+    else:
+        pairs.fill_added(read, wanted)
     tokenizer = path / "tokenizer.json"
     return config, model.eval(), tokenizer if tokenizer.is_file() else None
