@@ -30,13 +30,14 @@ from tests.hf.small import (
     transformers_folder,
     write_folder,
 )
+from tests.hf.test_families import write_miniature
 from tests.small import arguments
 from train.checkpoint.adapter_base import describe_base
 from train.checkpoint.run_folder import RunPaths
 from train.checkpoint.weights import load_model
 from train.hf.adapter_names import adapted_tensors
 from train.hf.export import export
-from train.hf.folder import open_folder
+from train.hf.folder import open_folder, open_model
 from train.hf.tensor_names import tensors
 from train.hf.whole_model import load_hf_model
 
@@ -48,7 +49,13 @@ ALL = list(ADAPTER_TARGETS)
 
 
 def adapter_run(
-    tmp_path: Path, model: Model, base: Path, targets: list[str], *overrides: str, name: str = "tuned"
+    tmp_path: Path,
+    model: Model,
+    base: Path,
+    targets: list[str],
+    *overrides: str,
+    name: str = "tuned",
+    family: ModelFamily = ModelFamily.deepseek_v3,
 ) -> tuple[Config, dict[str, torch.Tensor]]:
     """A run whose checkpoint holds an adapter, spread over two ranks; its configuration and the adapter's tensors."""
     composed = compose(
@@ -60,12 +67,12 @@ def adapter_run(
     generator = torch.Generator().manual_seed(3)
     pairs = {
         part.ours: torch.randn(part.whole, generator=generator) * 0.1
-        for one in adapted_tensors(model, ModelFamily.deepseek_v3, targets, RANK)
+        for one in adapted_tensors(model, family, targets, RANK)
         for part in (one.a, one.b)
     }
     paths = RunPaths(config)
     meta = {"has_ema": False, "tokenizer": TOKENIZER.fingerprint, "seq_len": SEQ_LEN, "samples": 0}
-    meta |= {"base": describe_base(open_folder(base)), "config": {"adapter": {"rank": RANK}}}
+    meta |= {"family": family, "base": describe_base(open_folder(base)), "config": {"adapter": {"rank": RANK}}}
     ranks = spread(random.Random(1), pairs, 2)
     assert all(one.ok for one in save(checkpointers(paths.checkpoints, 2), 1, ranks, **meta))
     TOKENIZER.save(paths.path)
@@ -81,12 +88,23 @@ def exported(config: Config, to: Path, **changes) -> Path:
     "targets", [ALL, ["q_up", "out"], ["dense"], ["shared", "head"], ["routed"]], ids=lambda targets: "+".join(targets)
 )
 def test_peft_computes_the_same_logits(tmp_path, targets):
-    """fp32 on both sides: 1e-5 on logits around 1, for products that are summed in another order: PEFT multiplies with A, then B."""
     theirs = transformers_folder(tmp_path / "base", WHOLE)
+    _compare_with_peft(tmp_path, theirs, WHOLE, targets)
+
+
+@pytest.mark.parametrize("name", ["kimi_k2", "glm_4_7_flash"])
+def test_peft_computes_the_same_logits_of_other_models(tmp_path, name):
+    theirs = write_miniature(tmp_path / "base", name)
+    headers, model, _ = open_model(tmp_path / "base")
+    _compare_with_peft(tmp_path, theirs, model, ALL, headers.family)
+
+
+def _compare_with_peft(tmp_path, theirs, model, targets, family=ModelFamily.deepseek_v3):
+    """fp32 on both sides: 1e-5 on logits around 1, for products that are summed in another order: PEFT multiplies with A, then B."""
     TOKENIZER.save(tmp_path / "base")
-    config, _ = adapter_run(tmp_path, WHOLE, tmp_path / "base", targets)
+    config, _ = adapter_run(tmp_path, model, tmp_path / "base", targets, family=family)
     folder = exported(config, tmp_path / "adapter")
-    tokens_BT = tokens(WHOLE)
+    tokens_BT = tokens(model)
     with torch.no_grad():
         plain = theirs(tokens_BT).logits
         with warnings.catch_warnings():
