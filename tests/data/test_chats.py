@@ -24,7 +24,8 @@ from train.data.packing import Documents
 from train.data.show_data import show_data
 from train.data.tokenizer import Tokenizer, train_bpe
 
-MARKED = """{%- for message in messages %}
+MARKED = """{%- if tools %}{{- '<|im_start|>system\n' + (tools | tojson) + '<|im_end|>\n' }}{%- endif %}
+{%- for message in messages %}
 {{- '<|im_start|>' + message['role'] + '\n' }}
 {%- if message['role'] == 'assistant' %}
 {%- generation %}{{- message['content'] or '' }}
@@ -201,7 +202,7 @@ def test_a_token_that_the_tokenizer_lacks_is_refused(tokenizer, tmp_path):
 
 
 def generated(count: int) -> list[dict]:
-    """Chats with tools, empty turns, spaces at the ends and other scripts."""
+    """Chats with calls of tools, empty turns, spaces at the ends and other scripts."""
     draw = random.Random(5)
     words = ["one", "two?", " three", "caf\u00e9", "\u56db", "\n", "<b>", "  ", "five,"]
     chats = []
@@ -211,7 +212,8 @@ def generated(count: int) -> list[dict]:
             messages.append({"role": "user", "content": "q" + "".join(draw.choices(words, k=3))})
             if draw.random() < 0.3:
                 call = {"type": "function", "function": {"name": "add", "arguments": {"a": draw.randint(0, 9)}}}
-                messages.append({"role": "assistant", "content": "", "tool_calls": [call] * draw.randint(1, 2)})
+                calls = [call] * draw.randint(1, 2)
+                messages.append({"role": "assistant", "content": draw.choice(["", None]), "tool_calls": calls})
                 messages += [{"role": "tool", "content": str(number)} for number in range(draw.randint(1, 3))]
             messages.append({"role": "assistant", "content": "".join(draw.choices(words, k=draw.randint(0, 5)))})
         chats.append({"messages": messages})
@@ -219,14 +221,22 @@ def generated(count: int) -> list[dict]:
 
 
 def test_masks_are_those_of_transformers(tokenizer):
-    """Token for token, on 200 chats, of the template that marks the turns; and the other way to the turns gives the same."""
+    """Token for token, on 200 chats, of the template that marks the turns; and the other way to the turns gives the same. Two in three say
+    which tools there are."""
+    function = {"name": "add", "description": "Add <two> \u56db", "parameters": {"type": "object", "properties": {}}}
+    tool = {"type": "function", "function": function}
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=Backend.from_str(tokenizer.json_text))
     ours = template(MARKED)
     unmarked = template(MARKED.replace("{%- generation %}", "").replace("{%- endgeneration %}", ""))
-    for record in generated(200):
+    for number, record in enumerate(generated(200)):
+        record["tools"] = [None, [tool], [tool, tool]][number % 3]
         given = read_chat(record, "here", "data.path")
         want = theirs.apply_chat_template(
-            record["messages"], chat_template=MARKED, return_assistant_tokens_mask=True, return_dict=True
+            record["messages"],
+            record["tools"],
+            chat_template=MARKED,
+            return_assistant_tokens_mask=True,
+            return_dict=True,
         )
         for one in (ours, unmarked):
             made = one.render(given, Supervise.assistant)
