@@ -12,7 +12,7 @@ It trains as the product does, by the product's own code, and leaves what it saw
 
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from datetime import timedelta
@@ -122,8 +122,7 @@ def prove_exact(config: Config, place: Place, device: torch.device) -> None:
         fill_chunks(model.chunks, weights)
         fill_biases(model, biases)
         local = _LocalGradients(model.chunks)
-        zero = cast("Zero", local)  # without an optimizer
-        parts = ParallelModel(model.chunks, model.pipeline, model.dispatcher, model.precision, model.share, zero)
+        parts = ParallelModel(model.chunks, model.pipeline, model.dispatcher, model.precision, model.share, local)
         watch = EvidenceWatch(parts.chunks)
         step = TrainingStep(config, parts, rank)
         outcome = step.run(plan, batch)
@@ -143,12 +142,11 @@ def add_scores(evidence: Evidence, step: TrainingStep, outcome: StepOutcome) -> 
             evidence.add("scores", name, scores_H)
 
 
-class _LocalGradients:
+class _LocalGradients(Zero):
     """In the place of ZeRO: gradients stay where they were made, and no weight changes."""
 
-    def __init__(self, chunks: list[DeepSeekV3]):
+    def __init__(self, chunks: list[DeepSeekV3]):  # of ZeRO's own state it has none
         self._chunks = chunks
-        self.gradients: dict[str, tuple[Tensor, int, int]] = {}
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -157,7 +155,7 @@ class _LocalGradients:
     def set_lr(self, lr: float) -> None:
         """Nothing is updated."""
 
-    def scale_rows(self, factors: dict[str, Tensor]) -> None:
+    def scale_rows(self, factors: Mapping[str, Tensor]) -> None:
         """Nothing is updated."""
 
     def step(self, valid: bool | Tensor = True, doubts: Callable[[float], bool] | None = None) -> Update:
@@ -252,7 +250,7 @@ def _train(proof: str, part: RunPart, place: Place, device: torch.device) -> Non
         data=data,
         outputs=Outputs(checkpointer, None, None),
         flops=Flops(0.0, 0.0, 1.0, ""),
-        stop=cast("StopRequest", _Stop()),
+        stop=_Stop(),
     )
     trainer.prove(rank, part, start)
     parts.zero.engine.destroy()
@@ -291,10 +289,11 @@ def _fill(shard: Shard, whole: Tensor) -> None:
     shard.local.copy_(whole.flatten()[shard.offset : shard.offset + shard.local.numel()])
 
 
-class _Stop:
+class _Stop(StopRequest):
     """In the place of signals: nobody asks a proof to stop but the proof."""
 
-    pending = StopKind.none
+    def __init__(self) -> None:
+        self.signal, self.has_stepped = None, False
 
 
 class _LateCheckpointer(Checkpointer):
@@ -337,8 +336,7 @@ class _ProvenTrainer(Trainer):
         self._parts_watch = PartsWatch(self.parts.chunks, self.parts.precision) if watched else None
         needs_whole = self._proof == "fp32" and self.config.optim.facts.matrices.is_whole
         self._exact = ExactUpdates(self.config, self.parts.zero) if needs_whole else None
-        watched_step = _WatchedStep(self.training_step, self.parts.zero, self._saw, part.last)
-        self.training_step = cast("TrainingStep", watched_step)
+        self.training_step = _WatchedStep(self.training_step, self.parts.zero, self._saw, part.last)
         self._validation_loss: float | None = None
         self.leave_state(start)
         self.run()
@@ -416,12 +414,12 @@ class _Gradients:
                 evidence.add_shard(kind, name, shard)
 
 
-class _WatchedStep:
+class _WatchedStep(TrainingStep):
     """A TrainingStep whose gradients are copied on their way to the other ranks and into the update. last: the step that asks to stop."""
 
     def __init__(self, step: TrainingStep, zero: Zero, saw: Callable[[StepOutcome, _Gradients], None], last: int):
-        self._inner, self._zero, self._saw, self._last = step, zero, saw, last
-        self.clip = step.clip
+        vars(self).update(vars(step))  # it goes on as the given one
+        self._zero, self._saw, self._last = zero, saw, last
 
     def run(
         self, plan: StepPlan, batch: Batch, *, stopping: StopKind = StopKind.none, on_phase=lambda _: None, repeats=None
@@ -429,14 +427,11 @@ class _WatchedStep:
         gradients = _Gradients()
         self._zero.observer, self._zero.local_observer = gradients.reduced.update, gradients.add_local
         stop = StopKind.on_disk if plan.step == self._last else StopKind.none
-        outcome = self._inner.run(plan, batch, stopping=stop, on_phase=on_phase, repeats=repeats)
+        outcome = super().run(plan, batch, stopping=stop, on_phase=on_phase, repeats=repeats)
         # A step that was skipped is done again, for a look at it, which leaves no evidence.
         self._zero.observer = self._zero.local_observer = None
         self._saw(outcome, gradients)
         return outcome
-
-    def run_passes(self, batch: Batch) -> None:
-        self._inner.run_passes(batch)
 
 
 def _info(proof: str, part: int, config: Config, rank: RankSetup, plan: StepPlan, outcome: StepOutcome) -> StepInfo:
