@@ -81,7 +81,7 @@ SECTIONS = {
     "Cluster": {
         "attempt": "Attempt",
         "nodes": "Nodes",
-        "goodput": "Goodput: share of the time with training; effective: with steps that last, on all ranks",
+        "goodput": "Goodput: share of the time with training; effective: with steps that last, on all ranks; held: spares count too",
         "downtime": "Time without training",
         "lost": "What the lost time went into",
     },

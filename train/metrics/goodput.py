@@ -44,6 +44,7 @@ class GoodputRecord:
             "cluster/nodes": found.nodes,
             "cluster/goodput": found.share,
             "cluster/effective": found.effective_share,
+            "cluster/effective_held": found.held_share,
             "cluster/downtime_seconds": found.downtime_seconds,
         } | {
             f"cluster/{part}_seconds": seconds

@@ -404,6 +404,14 @@ SCALARS = (
         panel="goodput",
     ),
     Metric(
+        "cluster/effective_held",
+        float,
+        "share",
+        "the same, of the time of all nodes that the run held, spares among them",
+        CLUSTER_WHEN,
+        panel="goodput",
+    ),
+    Metric(
         "cluster/downtime_seconds",
         float,
         "s",
