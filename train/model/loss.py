@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from conf.thresholds import THRESHOLDS
 from train.model.needed import Function, gradients_needed
 from train.model.operations import Kernels
 from train.model.weight_gradient import weight_gradient
@@ -36,8 +35,7 @@ class _CrossEntropy(Function):
         dhidden, dhead_VD = [], None
         for hidden_CD, targets_C in zip(hidden_ND.split(chunk), targets_N.split(chunk), strict=True):
             logits_CV = kernels.product(hidden_CD, head, head.dtype)
-            rows = kernels.rows_at_once(logits_CV, THRESHOLDS.logits)
-            loss += _loss_and_gradient(logits_CV, targets_C, scale, rows)
+            loss += kernels.cross_entropy(logits_CV, targets_C, scale)
             dlogits_CV = logits_CV  # it has replaced them
             if want_hidden:
                 dhidden.append(kernels.product(dlogits_CV, head.t(), head.dtype))
@@ -60,17 +58,3 @@ class _CrossEntropy(Function):
 
             dhead_VD = weight_gradient(ctx, 1, kept_VD, scaled)
         return dhidden_ND, dhead_VD, None, None, None, None
-
-
-def _loss_and_gradient(logits_CV: Tensor, targets_C: Tensor, scale: float | None, rows: int) -> Tensor:
-    """Sum of the losses, fp32, so many rows at a time. Writes their gradient times scale over the logits, unless scale is None."""
-    loss = torch.zeros((), dtype=torch.float32, device=logits_CV.device)
-    for logits_RV, targets_R in zip(logits_CV.split(rows), targets_C.split(rows), strict=True):
-        targets_R1 = targets_R.unsqueeze(-1)
-        log_p_RV = torch.log_softmax(logits_RV, -1, dtype=torch.float32)
-        loss -= log_p_RV.gather(-1, targets_R1).sum()
-        if scale is not None:
-            dlogits_RV = log_p_RV.exp_()
-            dlogits_RV.scatter_add_(-1, targets_R1, dlogits_RV.new_full(targets_R1.shape, -1.0))
-            logits_RV.copy_(dlogits_RV.mul_(scale))
-    return loss

@@ -42,9 +42,6 @@ class Kernels(Protocol):
     core: AttentionCore
     """What computes attention."""
 
-    def rows_at_once(self, x_ND: Tensor, elements: int) -> int:
-        """How many rows to work on at a time, where so many elements stay in a cache."""
-
     def rms_norm(self, x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """Normalised x, and 1 / rms(x) as fp32 (..., 1)."""
 
@@ -98,6 +95,9 @@ class Kernels(Protocol):
 
     def sort_by_expert(self, expert_ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Places of the rows in the order of their experts, the way back, the token of every sorted row, and rows per expert."""
+
+    def cross_entropy(self, logits_NV: Tensor, targets_N: Tensor, scale: float | None) -> Tensor:
+        """Sum of -log softmax(logits)[target], fp32 scalar. Writes its gradient times scale over the logits, unless scale is None."""
 
     def linear(self, x: Tensor, weight_OI: Tensor) -> Tensor:
         """x W^T. Differentiable."""

@@ -256,3 +256,22 @@ def test_rows_come_in_the_order_of_a_stable_sort(tokens, top_k, experts):
 def test_an_expert_that_is_none_is_refused(wrong):
     with pytest.raises(AssertionError, match=r"expert ids must be in \[0, 4\)"):
         compiled_rows.sort_by_expert(torch.tensor([[0, 1], [2, wrong]]), 4)
+
+
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf, -torch.inf])
+def test_the_loss_of_what_is_not_finite_is_torchs(broken):
+    """No number, with the gradient of its row, but for a logit that no exponential is above."""
+    logits, targets = draw(3, 21), torch.tensor([4, 20, 0])
+    logits[1, 7] = broken
+    given = [logits.clone() for _ in range(2)]
+    ours, theirs = (
+        kernels.cross_entropy(one, targets, 1.0) for kernels, one in zip((KERNELS, PlainKernels()), given, strict=True)
+    )
+    torch.testing.assert_close(ours, theirs, equal_nan=True)
+    torch.testing.assert_close(*given, equal_nan=True)
+
+
+@pytest.mark.parametrize("target", [-1, 21])
+def test_a_target_that_is_no_column_is_an_error(target):
+    with pytest.raises(AssertionError, match=r"targets must be in \[0, 21\)"):
+        compiled_rows.cross_entropy(draw(2, 21), torch.tensor([0, target]), None)

@@ -251,6 +251,23 @@ def swiglu_backward(draw: Draw) -> None:
         close(dgates, exact[1], (gated(h.double(), None) * grad.double()).abs().sum(-1))
 
 
+def cross_entropy(draw: Draw) -> None:
+    logits, scale = 4 * normal(draw(counts), draw(widths)), draw(st.sampled_from([None, 0.5, 1 / 300]))
+    targets = torch.randint(logits.shape[1], logits.shape[:1])
+    exact = logits.double().requires_grad_()
+    sums, chosen = exact.logsumexp(-1), exact.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    slopes = torch.autograd.grad((sums - chosen).sum(), exact)[0].detach()
+    ours = logits.clone()
+    loss = compiled_rows.cross_entropy(ours, targets, scale)
+    assert loss.dtype == FP32 and loss.shape == ()
+    close(loss, (sums - chosen).sum().detach(), (sums.abs() + chosen.abs() + logits.abs().amax(-1)).sum().detach())
+    if scale is None:
+        assert torch.equal(ours, logits)
+    else:
+        terms = torch.where(slopes < 0, slopes + 2, slopes)  # of a target: its share and one
+        close(ours, slopes * scale, terms * scale)
+
+
 def sort_by_expert(draw: Draw) -> None:
     tokens, experts = draw(counts), draw(st.sampled_from([1, 2, 3, 8, 64]))
     top_k = draw(st.integers(1, min(experts, 8)))
@@ -529,8 +546,8 @@ def decode_matrices(draw: Draw) -> None:
 PROPERTIES = {
     one.__name__: one
     for one in (
-        rms_norm_forward, rms_norm_backward, swiglu_forward, swiglu_backward, sort_by_expert, heads_forward, heads_backward,
-        attention_kept, attention_forward, products, bf16_rate, adamw, sum_of_squares, cast_matrices, decode_matrices,
+        rms_norm_forward, rms_norm_backward, swiglu_forward, swiglu_backward, cross_entropy, sort_by_expert, heads_forward,
+        heads_backward, attention_kept, attention_forward, products, bf16_rate, adamw, sum_of_squares, cast_matrices, decode_matrices,
     )
 } | {"attention_backward": attention_forward}  # fmt: skip
 """By the C++ function that each is about."""

@@ -12,7 +12,7 @@ from train.kernels.fp8 import swiglu
 from train.kernels.plain import grouped, plain_attention
 from train.kernels.plain.plain_attention import PlainAttention
 from train.kernels.plain.plain_kernels import PlainKernels
-from train.model import deepseek, loss
+from train.model import deepseek
 from train.optim import adamw
 from train.optim.adamw import AdamW
 
@@ -120,20 +120,21 @@ def second_chunk_of_the_loss_reversed(bug: Seams) -> None:
         chunks[0] = 0
         return original(*arguments)
 
-    def one_chunk(original, logits_CV, targets_C, scale, rows):
+    def one_chunk(original, self, logits_CV, targets_C, scale):
         chunks[0] += 1
-        return original(logits_CV, targets_C if chunks[0] == 1 else targets_C.flip(0), scale, rows)
+        return original(self, logits_CV, targets_C if chunks[0] == 1 else targets_C.flip(0), scale)
 
     bug.around(deepseek, "cross_entropy", cross_entropy)
-    bug.around(loss, "_loss_and_gradient", one_chunk)
+    bug.around(PlainKernels, "cross_entropy", one_chunk)
 
 
 @mutation(OURS + ": rows of logits beyond those of one pass are left out", "wide", FORWARD, "loss")
 def second_rows_of_logits_left_out(bug: Seams) -> None:
-    def one_chunk(original, logits_CV, targets_C, scale, rows):
-        return original(logits_CV[:rows], targets_C[:rows], scale, rows)
+    def one_chunk(original, self, logits_CV, targets_C, scale):
+        rows = self.rows_at_once(logits_CV, THRESHOLDS.logits)
+        return original(self, logits_CV[:rows], targets_C[:rows], scale)
 
-    bug.around(loss, "_loss_and_gradient", one_chunk)
+    bug.around(PlainKernels, "cross_entropy", one_chunk)
 
 
 @mutation(

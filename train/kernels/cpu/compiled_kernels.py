@@ -50,6 +50,10 @@ class CompiledKernels(PlainKernels):
     def sort_by_expert(self, expert_ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return compiled_rows.sort_by_expert(expert_ids_TK, experts)
 
+    def cross_entropy(self, logits_NV: Tensor, targets_N: Tensor, scale: float | None) -> Tensor:
+        kernel = compiled_rows.cross_entropy if _in_bf16(logits_NV) else super().cross_entropy
+        return kernel(logits_NV, targets_N, scale)
+
     def linear(self, x: Tensor, weight_OI: Tensor) -> Tensor:
         if not self.compiles_product(x, weight_OI):
             return super().linear(x, weight_OI)

@@ -1,4 +1,4 @@
-"""Norm, SwiGLU and the split into heads in bf16 on a CPU, and the order of rows, as compiled code: `train/kernels/cpu/rows.cpp`.
+"""Norm, SwiGLU, the split into heads and the loss in bf16 on a CPU, and the order of rows, as compiled code: `train/kernels/cpu/rows.cpp`.
 
 Shapes as in train/model/operations.py. Tensors on the meta device take what real ones would, so that plans count it.
 """
@@ -44,6 +44,11 @@ _sort_by_expert = Kernel(
     expert=Array(_INT64, "T K"), order=Array(_INT64, "T*K", out=True), inverse=Array(_INT64, "T*K", out=True),
     tokens=Array(_INT64, "T*K", out=True), counts=Array(_INT64, "E", out=True),
     rows=Size("T*K"), k=Size("K"), experts=Size("E"),
+)  # fmt: skip
+_cross_entropy = Kernel(
+    _load, "cross_entropy", c_bool,
+    logits=Array(_BF16, "N V", out=True), targets=Array(_INT64, "N"), losses=Array(_FP32, "N", out=True),
+    rows=Size("N"), width=Size("V"), scale=Number(c_float), gradient=Number(c_bool), threads=Threads(),
 )  # fmt: skip
 
 
@@ -106,6 +111,14 @@ def sort_by_expert(expert_ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor,
     sorted_all = _sort_by_expert(ids_TK, order_R, inverse_R, tokens_R, counts_E)
     assert sorted_all is not False, f"expert ids must be in [0, {experts}), and there are others"
     return order_R, inverse_R, tokens_R, counts_E
+
+
+def cross_entropy(logits_NV: Tensor, targets_N: Tensor, scale: float | None) -> Tensor:
+    """`train.model.operations.Kernels.cross_entropy`."""
+    losses_N = logits_NV.new_empty(len(logits_NV), dtype=torch.float32)
+    known = _cross_entropy(logits_NV, targets_N.contiguous(), losses_N, scale or 0.0, scale is not None)
+    assert known is not False, f"targets must be in [0, {logits_NV.size(1)}), and there are others"
+    return losses_N.sum()
 
 
 class CompiledHeads(Function):

@@ -1,9 +1,10 @@
 // What the model does to rows of bf16 between its products, for CPUs with AVX-512 or AVX2: RMSNorm and SwiGLU of
-// train/model/layers.py, and the split into heads of train/model/mla.py. Called by ctypes.
+// train/model/layers.py, the split into heads of train/model/mla.py and the loss of train/model/loss.py. Called by ctypes.
 //
 // One pass over memory each way. Values are widened to fp32 where they are read and rounded once where they are written.
 // No result depends on the number of threads.
 
+#include <cfloat>
 #include <cmath>
 #include <vector>
 
@@ -80,6 +81,30 @@ void swiglu_row_backward(const u16* grad, const u16* h, const float* gate_value,
     store(dh + inner + j, dup * factor, which);
   });
   if (dgate_value) *dgate_value = sum_of(sum);
+}
+
+// ---- loss
+
+inline float value_of(const u16* x) { return load(x, Some{first_of(1)})[0]; }
+
+// -log softmax(x)[target]. Its gradient times scale goes in the place of x, if that is wanted. powers: room for width values.
+float cross_entropy_row(u16* x, i64 target, float scale, bool gradient, float* powers, i64 width) {
+  const Vector least = all(-INFINITY), lowest = all(-FLT_MAX);
+  Vector most = least, sum{}, broken{};
+  along(width, [&](i64 j, auto which) { most = max(most, where(which, load(x + j, which), least)); });
+  const float largest = largest_of(most);
+  along(width, [&](i64 j, auto which) {
+    const Vector v = load(x + j, which), power = exp(v - all(largest));
+    store(powers + j, power, which);
+    sum = sum + where(which, power, Vector{});
+    broken = fmadd(max(lowest, v), Vector{}, broken);  // NaN if a value is, which no power shows
+  });
+  const float total = sum_of(sum) + sum_of(broken) + largest * 0, loss = std::log(total) - (value_of(x + target) - largest);
+  if (!gradient) return loss;
+  const Vector factor = all(scale / total);
+  along(width, [&](i64 j, auto which) { store(x + j, load(powers + j, which) * factor, which); });
+  store(x + target, all((powers[target] / total - 1) * scale), Some{first_of(1)});
+  return loss;
 }
 
 // ---- heads
@@ -207,6 +232,20 @@ void swiglu_backward(const u16* grad, i64 grad_row, const u16* h, i64 h_row, con
   for (i64 n = 0; n < rows; ++n)
     swiglu_row_backward(grad + n * grad_row, h + n * h_row, gates ? gates + n : nullptr, dh + n * 2 * inner,
                         dgates ? dgates + n : nullptr, inner);
+}
+
+// The loss of every row, see cross_entropy_row. False: a target is no column.
+bool cross_entropy(u16* logits, const i64* targets, float* losses, i64 rows, i64 width, float scale, bool gradient, i64 threads) {
+  for (i64 n = 0; n < rows; ++n)
+    if (targets[n] < 0 || targets[n] >= width) return false;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    std::vector<float> powers(width);
+#pragma omp for
+    for (i64 n = 0; n < rows; ++n)
+      losses[n] = cross_entropy_row(logits + n * width, targets[n], scale, gradient, powers.data(), width);
+  }
+  return true;
 }
 
 // Rows in the order of their experts, those of one expert in their own order. k: rows of a token. False: there is no such expert.

@@ -30,6 +30,7 @@ class PlainKernels(Kernels):
     core: AttentionCore = PlainAttention()
 
     def rows_at_once(self, x_ND: Tensor, elements: int) -> int:
+        """How many rows to work on at a time, where so many elements stay in a cache."""
         return max(1, elements // x_ND.size(1))
 
     def rms_norm(self, x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -110,6 +111,21 @@ class PlainKernels(Kernels):
         ends_E = torch.searchsorted(sorted_R, torch.arange(1, experts + 1, device=sorted_R.device))
         counts_E = ends_E.diff(prepend=ends_E.new_zeros(1))
         return order_R, inverse_R, order_R // expert_ids_TK.size(1), counts_E
+
+    def cross_entropy(self, logits_NV: Tensor, targets_N: Tensor, scale: float | None) -> Tensor:
+        loss, rows = (
+            torch.zeros((), dtype=torch.float32, device=logits_NV.device),
+            self.rows_at_once(logits_NV, THRESHOLDS.logits),
+        )
+        for logits_RV, targets_R in zip(logits_NV.split(rows), targets_N.split(rows), strict=True):
+            targets_R1 = targets_R.unsqueeze(-1)
+            log_p_RV = torch.log_softmax(logits_RV, -1, dtype=torch.float32)
+            loss -= log_p_RV.gather(-1, targets_R1).sum()
+            if scale is not None:
+                dlogits_RV = log_p_RV.exp_()
+                dlogits_RV.scatter_add_(-1, targets_R1, dlogits_RV.new_full(targets_R1.shape, -1.0))
+                logits_RV.copy_(dlogits_RV.mul_(scale))
+        return loss
 
     def linear(self, x: Tensor, weight_OI: Tensor) -> Tensor:
         return F.linear(x, weight_OI)
