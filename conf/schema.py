@@ -847,7 +847,7 @@ class Log:
     sample_tokens: int = number(160, least=0)
     """Tokens of generated text shown at the end; 0 for none."""
     sample_every: int = expert(0, least=0)
-    """Steps between such texts while the run trains, from its newest checkpoint; all ranks wait meanwhile. 0 for one at the end alone."""
+    """Steps between such texts while the run trains, from the first checkpoint behind each; all ranks wait meanwhile. 0 for one at the end alone."""
     peak_flops: float = expert(0.0, least=0)
     """Peak of the device in FLOP/s for MFU, at the precision of the products; 0 takes the maker's figure of a GPU that is known,
     else the best matrix product measured so far on such a device, kept in data.cache."""

@@ -22,13 +22,14 @@ from train.__main__ import main
 from train.checkpoint.manifest import newest_intact, verify
 from train.metrics.names import SCALARS
 from train.metrics.origin import read_starts
+from train.metrics.report import read_written_texts
 
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     """A finished run of six steps; its folder is copied by tests that change it."""
     tmp_path = tmp_path_factory.mktemp("unbroken")
-    done = train_in_shell(tmp_path, "name=whole", "log.wandb=offline", "optim.ema_decay=0.9")
+    done = train_in_shell(tmp_path, "name=whole", "log.wandb=offline", "optim.ema_decay=0.9", "log.sample_every=3")
     assert done.returncode == 0, done.stderr
     return tmp_path, done
 
@@ -47,6 +48,9 @@ def test_a_run_shows_and_leaves_what_it_promises(unbroken):
     saved = [set(record.artifact.aliases) for record in run_records(folder) if record.artifact.type == "model"]
     assert saved == [{"latest", f"step_{step:08}"} for step in (2, 4, 6)]
     assert list(folder.glob("wandb/offline-run-*/files/media/table/samples_*"))
+    assert [one["step"] for one in read_written_texts(folder)] == [4, 6], (
+        "of the first checkpoint behind step 3, and of the last"
+    )
     records = metrics(tmp_path, "whole")
     assert sorted(records) == list(range(1, 7))
     assert {metric.name for metric in SCALARS if not metric.when} <= set(records[2])

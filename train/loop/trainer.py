@@ -260,9 +260,10 @@ class Trainer:
             return
         if self.copies is not None and step % saving.every_memory == 0:
             self._copy(self.copies)
-        if best or (saving.every and step % saving.every == 0):
+        is_due = saving.every > 0 and step % saving.every == 0
+        if best or is_due:
             self._save()
-        if (every := self.config.log.sample_every) and step % every == 0:
+        if is_due and (every := self.config.log.sample_every) and step % every < saving.every:
             self._sample(step)
         if saving.weights_every and step % saving.weights_every == 0:
             self._publish(step)

@@ -274,4 +274,4 @@ def test_the_loss_of_what_is_not_finite_is_torchs(broken):
 @pytest.mark.parametrize("target", [-1, 21])
 def test_a_target_that_is_no_column_is_an_error(target):
     with pytest.raises(AssertionError, match=r"targets must be in \[0, 21\)"):
-        compiled_rows.cross_entropy(draw(2, 21), torch.tensor([0, target]), None)
+        compiled_rows.cross_entropy_of_logits(draw(2, 21), torch.tensor([0, target]), None)

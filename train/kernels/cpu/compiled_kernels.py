@@ -51,7 +51,7 @@ class CompiledKernels(PlainKernels):
         return compiled_rows.sort_by_expert(expert_ids_TK, experts)
 
     def cross_entropy(self, logits_NV: Tensor, targets_N: Tensor, scale: float | None) -> Tensor:
-        kernel = compiled_rows.cross_entropy if _in_bf16(logits_NV) else super().cross_entropy
+        kernel = compiled_rows.cross_entropy_of_logits if _in_bf16(logits_NV) else super().cross_entropy
         return kernel(logits_NV, targets_N, scale)
 
     def linear(self, x: Tensor, weight_OI: Tensor) -> Tensor:

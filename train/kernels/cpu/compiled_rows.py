@@ -113,7 +113,7 @@ def sort_by_expert(expert_ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor,
     return order_R, inverse_R, tokens_R, counts_E
 
 
-def cross_entropy(logits_NV: Tensor, targets_N: Tensor, scale: float | None) -> Tensor:
+def cross_entropy_of_logits(logits_NV: Tensor, targets_N: Tensor, scale: float | None) -> Tensor:
     """`train.model.operations.Kernels.cross_entropy`."""
     losses_N = logits_NV.new_empty(len(logits_NV), dtype=torch.float32)
     known = _cross_entropy(logits_NV, targets_N.contiguous(), losses_N, scale or 0.0, scale is not None)
