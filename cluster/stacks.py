@@ -30,7 +30,7 @@ STACKS_LOOK_SECONDS = 0.05
 PYSTACK = Path(sys.executable).with_name("pystack")
 NO_PYSTACK = ["echo", "it is not installed, and `pip install pystack` does that"]
 """A command that says so."""
-NATIVE_SECONDS = 2.0
+NATIVE_SECONDS = 1.5
 """That pystack gets."""
 PR_SET_PTRACER = 0x59616D61
 """The option of prctl for whom Yama lets look into a process: another one, and its descendants."""
@@ -118,7 +118,7 @@ def _native_threads(logs: Path, rank: int, pid: int) -> str | None:
     process.wait()
     del _natives[pid]
     text = path.read_text(errors="replace")[:STACKS_BYTES]
-    return f"{NATIVE_HEAD}\n{text}" if text else f"{NATIVE_HEAD}no answer within {NATIVE_SECONDS:.0f} s\n"
+    return f"{NATIVE_HEAD}\n{text}" if text else f"{NATIVE_HEAD}no answer within {NATIVE_SECONDS:g} s\n"
 
 
 def is_looked_into(pid: int) -> bool:

@@ -96,7 +96,9 @@ class Drill:
                 if not (self._await_steps(new_attempt) and self._await_step(number * self._every)):
                     break
                 fault = choices[(number - 1) % len(choices)] if self._only else ground.chance.choice(choices)
-                self._say(f"{time.strftime('%H:%M:%S')} fault {number}/{faults}: {fault.__doc__}")
+                self._say(
+                    f"{time.strftime('%H:%M:%S')} fault {number}/{faults} behind step {self._step()}: {fault.__doc__}"
+                )
                 self._fault = str(fault.__doc__), time.time(), len(read_events(ground.folder))
                 fault()
                 new_attempt = fault.__name__ not in ground.endured
@@ -130,9 +132,12 @@ class Drill:
     def _await_step(self, step: int) -> bool:
         """Until this step is done; False if the run ended."""
         ground = self._ground
-        while ground.driver.poll() is None and last_record(ground.folder / "metrics.jsonl").get("step", 0) < step:
+        while ground.driver.poll() is None and self._step() < step:
             time.sleep(0.05)
         return ground.driver.poll() is None
+
+    def _step(self) -> int:
+        return last_record(self._ground.folder / "metrics.jsonl").get("step", 0)
 
     def _tell_cost(self, fault: str, began: float, seen: int) -> None:
         """What the run said of the last fault, and the seconds that it cost."""

@@ -53,6 +53,11 @@ def be_rank(rank: int, wrong: int, world: int) -> None:
     ) as error:
         check.require_equal(15)
     assert error.value.ranks == (2, 3)
+    with torch.no_grad():
+        expert[0, 0] = float("nan") if rank == 3 else 0
+    with pytest.raises(ReplicasDiffer, match="rank 3 holds other weights") as error:
+        check.require_equal(20)
+    assert error.value.ranks == (3,), "a number does not turn into none by itself"
 
 
 def test_a_flipped_bit_is_named_by_rank_and_weight_and_of_two_copies_none_is_guessed():

@@ -58,22 +58,29 @@ class ReplicaCheck:
             ends = torch.stack([sums, ~sums])  # ~ turns the order round, as a minus does, and never overflows
             dist.all_reduce(ends, dist.ReduceOp.MAX, group=group)
             if bool((ends[0] != ~ends[1]).any()):
-                self._tell(step, group, sums, names)
+                finite = torch.stack([param.detach().isfinite().all() for param in params])
+                self._tell(step, group, torch.stack([sums, finite.to(sums)]), names)
 
-    def _tell(self, step: int, group: ProcessGroup, sums: Tensor, names: Sequence[str]) -> None:
-        """Name the copies that differ from most others."""
-        of_rank = [torch.empty_like(sums) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(of_rank, sums, group=group)
+    def _tell(self, step: int, group: ProcessGroup, facts: Tensor, names: Sequence[str]) -> None:
+        """Name the copies that differ from most others, and of two the one that is not finite. facts: of each weight of this rank its sum, and
+        whether it is finite.
+        """
+        of_rank = [torch.empty_like(facts) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(of_rank, facts, group=group)
         ranks = dist.get_process_group_ranks(group)
-        rows = [each.tolist() for each in of_rank]
+        sums, finite = torch.stack(of_rank, 1).tolist()
         odd, weights = set[int](), []
         for place, name in enumerate(names):
-            values = [row[place] for row in rows]
+            values = [row[place] for row in sums]
             (most, count), *others = Counter(values).most_common()
             if others:
                 weights.append(name)
-                if 2 * count > len(values):
-                    odd |= {rank for rank, value in zip(ranks, values, strict=True) if value != most}
+                wrong = (
+                    [value != most for value in values]
+                    if 2 * count > len(values)
+                    else [not row[place] for row in finite]
+                )
+                odd |= {rank for rank, is_wrong in zip(ranks, wrong, strict=True) if is_wrong and not all(wrong)}
         who = (
             f"rank {', '.join(map(str, sorted(odd)))} holds"
             if odd

@@ -74,8 +74,7 @@ time.sleep(60)
     agent.ask_stacks(1, native=True)
     answer = until(agent, lambda answer: answer.stacks or any(report.state for report in answer.ranks))
     assert list(answer.stacks) == [10] and "line 7 in <module>" in answer.stacks[10]
-    native = answer.stacks[10].partition(NATIVE_HEAD)[2]
-    assert "nanosleep" in native or "not installed" in native or "not permitted" in native.lower(), native
+    assert answer.stacks[10].partition(NATIVE_HEAD)[2].strip(), "native threads, or why not"
     assert not agent.ask({}).stacks, "told once"
     assert not any(report.ended for report in answer.ranks)
 
