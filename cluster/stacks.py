@@ -38,6 +38,8 @@ _natives: dict[int, tuple[subprocess.Popen, float]] = {}
 """By process, who looks into it, and until when that is waited for."""
 TCP_ESTABLISHED = "01"
 """The state of a connection in /proc/net/tcp."""
+TCP_RETRANSMITS = "01:"
+"""Its timer where something is sent and not acknowledged; one whose other end takes nothing more has another."""
 _kept_open: list[IO] = []
 
 
@@ -135,10 +137,10 @@ def unanswered(pid: int) -> str:
         }
         for version in ("tcp", "tcp6"):
             for line in Path(f"/proc/{pid}/net/{version}").read_text().splitlines()[1:]:
-                _, here, there, state, queues, _, _, _, _, inode, *_ = line.split()
+                _, here, there, state, _, timer, _, _, _, inode, *_ = line.split()
                 if state == TCP_ESTABLISHED and inode in sockets and not _address(here).is_loopback:
                     own[str(_address(here))] += 1
-                    late |= {str(_address(there))} if int(queues.partition(":")[0], 16) else set()
+                    late |= {str(_address(there))} if timer.startswith(TCP_RETRANSMITS) else set()
     return f"Sent from {own.most_common(1)[0][0]} and not acknowledged by: {', '.join(sorted(late))}\n" if own else ""
 
 

@@ -1,5 +1,6 @@
 """Links of the benchmark of faults: what is sent over one that was cut is seen as not acknowledged, on the host that sent it."""
 
+import contextlib
 import os
 import socket
 import time
@@ -27,9 +28,15 @@ def _cut_and_look(folder) -> bool:
     hosts = LinkedHosts(2, {1: "link_cut"}, folder)
     hosts.enter(1)
     server = socket.create_server((f"{NETWORK}.2", 5000))
+    server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     hosts.enter(0)
-    client = socket.create_connection((f"{NETWORK}.2", 5000), 5)
-    there = server.accept()[0]
+    client, full = (socket.create_connection((f"{NETWORK}.2", 5000), 5) for _ in range(2))
+    there, _kept = server.accept()[0], server.accept()
+    full.setblocking(False)
+    with contextlib.suppress(BlockingIOError):  # nobody reads it, which is no matter of the link
+        while full.send(bytes(1 << 16)):
+            pass
+    time.sleep(0.5)
     client.sendall(b"before")
     before = there.recv(6), unanswered(os.getpid())
     (folder / "struck_1").write_text("now")
