@@ -185,7 +185,7 @@ CASES = (
     FaultCase("pp2dp2", {3: "killed"}, ("kind:killed",), "SIGKILL", launcher="ray"),
     FaultCase("ep2", {0: "error"}, ("kind:crash",), "an error of the user's code", launcher="ray"),
     FaultCase("dp2", {1: "flip_master"}, ("kind:crash",), "master.", launcher="ray"),
-    FaultCase("dp4", {2: "slow"}, ("kind:straggler",), launcher="ray", settings=("steps=120",)),
+    FaultCase("dp2", {1: "slow"}, ("kind:straggler",), launcher="ray", settings=("steps=120",)),
 )
 
 
