@@ -39,7 +39,7 @@ _natives: dict[int, tuple[subprocess.Popen, float]] = {}
 TCP_ESTABLISHED = "01"
 """The state of a connection in /proc/net/tcp."""
 TCP_RETRANSMITS = "01:"
-"""Its timer where something is sent and not acknowledged; one whose other end takes nothing more has another."""
+"""The timer of one on which something is sent and not acknowledged; where the other end takes nothing more it is another."""
 _kept_open: list[IO] = []
 
 
