@@ -37,7 +37,15 @@ def unbroken(tmp_path_factory):
 def test_a_run_shows_and_leaves_what_it_promises(unbroken):
     tmp_path, done = unbroken
     folder = tmp_path / "runs" / "whole"
-    for words in ("step 6/6", "bits per byte", "Sample", "Checkpoint", "Report", "W&B"):
+    for words in (
+        "after step 4 the model writes\n  | ",
+        "step 6/6",
+        "bits per byte",
+        "Sample",
+        "Checkpoint",
+        "Report",
+        "W&B",
+    ):
         assert words in done.stdout, done.stdout
     assert (folder / "config.yaml").exists() and (folder / "report.html").stat().st_size > 10_000
     assert newest_intact(folder / "checkpoints", full=True).path == folder / "checkpoints" / "step_00000006"

@@ -51,6 +51,7 @@ from train.loop.timeline_sampler import TimelineSampler
 from train.loop.validation import held_out_loss
 from train.loop.written_text import sample
 from train.metrics.balance import balance_record
+from train.metrics.screens import quoted_lines
 from train.metrics.wandb_items import checkpoint, sample_table
 from train.metrics.writer import MetricsWriter
 from train.model.count import moe_layers
@@ -456,6 +457,7 @@ class Trainer:
         text = sample(self.config, self.data.tokenizer, self.device)
         if text is not None:
             self.writer.show(sample_table(step, text))
+            self._note("\n".join([f"after step {step} the model writes", *quoted_lines(text, "  ")]))
         self._event(None)
 
     def _publish(self, step: int) -> None:

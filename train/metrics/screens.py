@@ -47,7 +47,7 @@ def final_screen(
     if plan:
         rows.append(("Plan", plan))
     if sample:
-        rows.append(("Sample", _quoted(sample)))
+        rows.append(("Sample", "\n".join(quoted_lines(sample))))
     rows += [("Checkpoint", str(checkpoint))] if checkpoint else []
     if report:
         rows.append(("Report", f"{report}  (open it in a browser)" if isinstance(report, Path) else report))
@@ -82,10 +82,10 @@ def _held_out(loss: float, bits_per_byte: float | None) -> str:
     return text
 
 
-def _quoted(sample: str) -> str:
-    lines = sample.strip().splitlines() or [""]
-    shown = lines[:SAMPLE_LINES] + (["..."] if len(lines) > SAMPLE_LINES else [])
-    return "\n".join(f"| {line}" for line in shown)
+def quoted_lines(text: str, indent: str = "") -> list[str]:
+    """The first lines of what a model wrote, as a screen shows them."""
+    lines = text.strip().splitlines() or [""]
+    return [f"{indent}| {line}" for line in lines[:SAMPLE_LINES]] + [f"{indent}| ..."] * (len(lines) > SAMPLE_LINES)
 
 
 def show_rows(console: Console, title: str, style: str, rows: list[tuple[str, str]]) -> None:
