@@ -55,6 +55,7 @@ EFFECTS: dict[str, tuple[Effect, str]] = {
     "parallel.wire": (Effect.training, "the format of rows on their way to experts"),
     "precision.fp8.compiled": (Effect.rounding, "the same products with another order of sums"),
     "precision.fp8.cache.packed": (Effect.none, "the same values in another format"),
+    "precision.fp8.hold_weights": (Effect.none, "the same casts, made once or again"),
     "precision.fp8.health": (Effect.measured, "readings and their limits"),
     "cluster": (Effect.none, "where processes run, and how patient they are"),
     "cluster.device": (Effect.rounding, "another device adds in another order"),

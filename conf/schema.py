@@ -601,6 +601,9 @@ class Fp8:
     backend: Fp8Backend = Fp8Backend.triton
     """On a GPU, products of experts and those added to a gradient. triton: our own kernels, with no other package; deepgemm:
     DeepGEMM's, which runs with torch 2.11 alone and compiles them with nvcc (the extra [fp8])."""
+    hold_weights: bool | None = expert(None)
+    """Cast weights once a step and hold the casts, two bytes a weight on a GPU, to the end of its last backward; false: cast them again in every product, for
+    the same bits. null: hold them, but with parallel.zero=3, where no weight stays."""
     cache: Cache = field(default_factory=Cache)
     health: Health = field(default_factory=Health)
 
@@ -1018,3 +1021,9 @@ class Config:
     score: Score = field(default_factory=Score)
     export: Export = field(default_factory=Export)
     average: Average = field(default_factory=Average)
+
+    @property
+    def holds_weights(self) -> bool:
+        """precision.fp8.hold_weights in force."""
+        fp8 = self.precision.fp8
+        return fp8 is not None and (self.parallel.zero < 3 if fp8.hold_weights is None else fp8.hold_weights)

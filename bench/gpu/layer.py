@@ -97,7 +97,7 @@ class Layer:
             param.grad_dtype = torch.float32
             param.grad = torch.zeros_like(param, dtype=torch.float32)
         self._precision.watch(self.chunk)
-        self._precision.start_step(1)
+        self._precision.start_step(1, config.holds_weights)
         shape = 1, config.seq_len, model.hidden
         made = (torch.randn(shape, device=device).mul_(std) for std in (HIDDEN_STD, GRADIENT_STD))
         x_BTD, dy_BTD = made if like is None else (like.x_BTD.detach(), like.dy_BTD)

@@ -98,6 +98,7 @@ class TrainingStep:
         self._set_weights(plan, batch)
         with nullcontext() if repeats is None else repeats.watching(), zero.accumulate():
             self.run_passes(batch)
+            self._parts.precision.end_passes()
             on_phase("schedule")
             collected = self.measure.collect(stopping)
             if self.clip is not None:
@@ -135,7 +136,7 @@ class TrainingStep:
     def _set_weights(self, plan: StepPlan, batch: Batch) -> None:
         self._mean_micro_batches = plan.batch_size / self._sequences
         self.measure.clear(self._micro_batches(batch) / self._mean_micro_batches)
-        self._parts.precision.start_step(plan.step)
+        self._parts.precision.start_step(plan.step, self._config.holds_weights)
         targets, sequences = self._totals(batch, plan)
         balance_weight = self._config.optim.balance_loss * self._sequences / sequences
         set_weights(self._parts.chunks, plan, balance_weight)

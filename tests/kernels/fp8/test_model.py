@@ -9,6 +9,7 @@ from torch import Tensor
 from conf.load import compose
 from conf.schema import Model
 from train.kernels.choice import build_kernels
+from train.kernels.fp8.compiled_engine import CompiledEngine
 from train.kernels.fp8.fp8 import Fp8Precision
 from train.kernels.plain.high import HighPrecision
 from train.kernels.precision import activation_dtype, build_precision
@@ -82,6 +83,37 @@ def test_state_holds_nothing_of_fp8():
     assert state.keys() == expected.keys()
     assert all(state[key].dtype == expected[key].dtype and state[key].shape == expected[key].shape for key in state)
     plain.load_state_dict(state)
+
+
+def test_held_weights_are_cast_once_a_step_to_the_same_bits(monkeypatch):
+    casts, weights, operand = [], set(), CompiledEngine.operand
+
+    def counted(self, source, *more, **named):
+        casts.append(isinstance(source, Tensor) and source.data_ptr() in weights)
+        return operand(self, source, *more, **named)
+
+    monkeypatch.setattr(CompiledEngine, "operand", counted)
+
+    def train(held: bool) -> tuple[list[int], list[Tensor]]:
+        precision, counts = fp8(), []
+        model = build(precision)
+        weights.update(parameter.data_ptr() for parameter in model.parameters())
+        for step in range(2):
+            casts.clear()
+            precision.start_step(step, held)
+            for _ in range(3):
+                model(tokens()).sum().backward()
+            counts.append(sum(casts))
+            precision.end_passes()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.mul_(1.5)
+        return counts, [parameter.grad for parameter in model.parameters()]
+
+    (once, again), gradients = train(held=True)
+    each_time, expected = train(held=False)
+    assert once == again and min(each_time) >= 3 * once  # more where backward runs a product again
+    assert all(torch.equal(one, other) for one, other in zip(gradients, expected, strict=True))
 
 
 def test_readings_name_layer_and_tensor():

@@ -11,6 +11,7 @@ dimension and 128x1 of one that is contracted over its first.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from conf.schema import Fp8, Products
@@ -30,6 +31,10 @@ class OperandRule:
 
     def cast(self, transposed: bool = False) -> Cast:
         """The cast of a tensor contracted over its last dimension, or with `transposed` over the one before."""
+        return self._casts[transposed]
+
+    @cached_property
+    def _casts(self) -> tuple[Cast, Cast]:
         assert self.format is not None
         rows, columns = {
             "1x128": (1, TILE),
@@ -37,7 +42,9 @@ class OperandRule:
             "row": (1, WHOLE_SIDE),
             "tensor": (WHOLE_SIDE, WHOLE_SIDE),
         }[self.granularity]
-        return Cast(self.format, (columns, rows) if transposed else (rows, columns), self.pow2, self.floor)
+        blocks = (rows, columns), (columns, rows)
+        plain, transposed = (Cast(self.format, block, self.pow2, self.floor) for block in blocks)
+        return plain, transposed
 
 
 class Product(NamedTuple):

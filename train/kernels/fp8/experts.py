@@ -28,6 +28,7 @@ from train.kernels.fp8.cast_rules import CastRules, OperandRule, Product
 from train.kernels.fp8.formats import E4M3, TILE, Cast
 from train.kernels.fp8.groups import PaddedGroups
 from train.kernels.fp8.health import LayerProbe
+from train.kernels.fp8.held_weights import HeldWeights
 from train.kernels.fp8.linear import gradient_operands, keep, left_source
 from train.kernels.fp8.products import Engine, Source, pack_sources, unpack_sources
 from train.model.layers import AddedProduct, recomputed_swiglu
@@ -44,7 +45,7 @@ def expert_ffn(
     gates_R: Tensor,
     weights: tuple[Tensor, Tensor],
     counts_E: Tensor,
-    engine: Engine,
+    held: HeldWeights,
     casts: CastRules,
     probes: Probes | None,
     added: tuple[AddedProduct | None, AddedProduct | None],
@@ -54,16 +55,16 @@ def expert_ffn(
 
     rows_RD and the gradient of the result may be `QuantizedRows`. kernels: of what is added, which takes rows in a high format.
     """
-    groups, (w13_E2FD, w2_EDF) = engine.groups(counts_E, len(rows_RD), casts.experts_in_tiles), weights
+    groups, (w13_E2FD, w2_EDF) = held.engine.groups(counts_E, len(rows_RD), casts.experts_in_tiles), weights
     up, down = (None, None) if probes is None else probes
-    h_P2F = _Up.apply(rows_RD, w13_E2FD, groups, engine, casts, up)
+    h_P2F = _Up.apply(rows_RD, w13_E2FD, groups, held, casts, up)
     if added == (None, None):
-        return _Down.apply(h_P2F, gates_R, w2_EDF, groups, engine, casts, down)
+        return _Down.apply(h_P2F, gates_R, w2_EDF, groups, held, casts, down)
     (added_up, added_down), high = added, kernels.groups(counts_E, rows_RD.dtype)
     if added_up is not None:
         h_R2F = added_up.add(_Moved.apply(h_P2F, groups.unpad, groups.pad), rows_RD, high)
         h_P2F = _Moved.apply(h_R2F, groups.pad, groups.unpad)
-    y_RD = _Down.apply(h_P2F, gates_R, w2_EDF, groups, engine, casts, down)
+    y_RD = _Down.apply(h_P2F, gates_R, w2_EDF, groups, held, casts, down)
     if added_down is None:
         return y_RD
     h_R2F = _Moved.apply(h_P2F, groups.unpad, groups.pad)
@@ -90,17 +91,18 @@ class _Up(Function):
     """Gate and up projection."""
 
     @staticmethod
-    def forward(ctx, rows_RD, w13_E2FD, groups, engine, casts, probe):
+    def forward(ctx, rows_RD, w13_E2FD, groups, held, casts, probe):
+        engine, ctx.name = held.engine, held.name(w13_E2FD)
         rules, dtype = casts.experts_up, rows_RD.dtype
         x = source = _arrived(rows_RD, groups, engine, rules.fprop.left)
         if isinstance(source, Tensor):
             x = keep(source, engine, rules)
             source = left_source(x, source, rules)
         left = engine.operand(source, rules.fprop.left)
-        h_P2F = engine.grouped(left, engine.operand(w13_E2FD, rules.fprop.right), groups, dtype)
+        h_P2F = engine.grouped(left, held.operand(w13_E2FD, ctx.name, rules.fprop.right), groups, dtype)
         tensors, ctx.forms = pack_sources(*[x] * ctx.needs_input_grad[1])
         ctx.save_for_backward(w13_E2FD, *tensors)
-        ctx.groups, ctx.engine, ctx.rules, ctx.probe, ctx.dtype = groups, engine, rules, probe, dtype
+        ctx.groups, ctx.held, ctx.rules, ctx.probe, ctx.dtype = groups, held, rules, probe, dtype
         if probe is not None:
             _probe_forward(probe, rules.fprop, groups, groups.pad(rows_RD), w13_E2FD, h_P2F)
         return h_P2F
@@ -108,13 +110,13 @@ class _Up(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dh_P2F):
-        groups, engine, rules = ctx.groups, ctx.engine, ctx.rules
+        groups, engine, rules = ctx.groups, ctx.held.engine, ctx.rules
         w13_E2FD, *tensors = ctx.saved_tensors
         x_needed, weight_needed, *_ = gradients_needed(ctx)
         dx_RD = dw13_E2FD = None
         dh, dh_t = gradient_operands(dh_P2F, engine, rules, x_needed, weight_needed, groups)
         if x_needed:
-            w13 = engine.operand(w13_E2FD, rules.dgrad.right, transposed=True)
+            w13 = ctx.held.operand(w13_E2FD, ctx.name, rules.dgrad.right, transposed=True)
             dx_RD = groups.unpad(engine.grouped(dh, w13, groups, ctx.dtype))
             if ctx.probe is not None:
                 ctx.probe.operand("gradient", dh_P2F, rules.dgrad.left)
@@ -129,13 +131,14 @@ class _Down(Function):
     """SwiGLU and down projection."""
 
     @staticmethod
-    def forward(ctx, h_P2F, gates_R, w2_EDF, groups, engine, casts, probe):
+    def forward(ctx, h_P2F, gates_R, w2_EDF, groups, held, casts, probe):
+        engine, ctx.name = held.engine, held.name(w2_EDF)
         rules, dtype, gates_P = casts.experts_down, h_P2F.dtype, groups.pad(gates_R)
         a, h = engine.swiglu(h_P2F, gates_P, rules.fprop.left, casts.swiglu)
-        y_PD = engine.grouped(a, engine.operand(w2_EDF, rules.fprop.right), groups, dtype)
+        y_PD = engine.grouped(a, held.operand(w2_EDF, ctx.name, rules.fprop.right), groups, dtype)
         tensors, ctx.forms = pack_sources(h)
         ctx.save_for_backward(gates_P, w2_EDF, *tensors)
-        ctx.groups, ctx.engine, ctx.rules, ctx.probe, ctx.dtype = groups, engine, rules, probe, dtype
+        ctx.groups, ctx.held, ctx.rules, ctx.probe, ctx.dtype = groups, held, rules, probe, dtype
         if probe is not None:
             _probe_forward(probe, rules.fprop, groups, swiglu.forward(h_P2F, gates_P), w2_EDF, y_PD)
         return groups.unpad(y_PD)
@@ -143,7 +146,7 @@ class _Down(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_RD):
-        groups, engine, rules = ctx.groups, ctx.engine, ctx.rules
+        groups, engine, rules = ctx.groups, ctx.held.engine, ctx.rules
         gates_P, w2_EDF, *tensors = ctx.saved_tensors
         (h,) = unpack_sources(tensors, ctx.forms)
         h_needed, gates_needed, weight_needed, *_ = gradients_needed(ctx)
@@ -152,7 +155,7 @@ class _Down(Function):
         if isinstance(dy, Tensor) and rules.dgrad.left.format is not None:
             dy = engine.cast(dy, rules.dgrad.left.cast())
         if h_needed or gates_needed:
-            w2 = engine.operand(w2_EDF, rules.dgrad.right, transposed=True)
+            w2 = ctx.held.operand(w2_EDF, ctx.name, rules.dgrad.right, transposed=True)
             da_PF = engine.grouped(engine.operand(dy, rules.dgrad.left), w2, groups, ctx.dtype)
             a_PF, dh_P2F, dgates_P = engine.swiglu_backward(h, gates_P, da_PF)
             dgates_R = groups.unpad(dgates_P)

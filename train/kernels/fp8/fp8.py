@@ -7,6 +7,9 @@ product, so a checkpoint of a bf16 run resumes in FP8 and back.
 Shape suffixes: R rows sorted by expert, D width, F inner width, E experts.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +21,7 @@ from train.kernels.fp8.compiled_casts import CompiledCasts, load_casts
 from train.kernels.fp8.compiled_engine import CompiledEngine
 from train.kernels.fp8.experts import expert_ffn
 from train.kernels.fp8.health import HealthWatch, Report
+from train.kernels.fp8.held_weights import HeldWeights
 from train.kernels.fp8.hopper import load_hopper
 from train.kernels.fp8.linear import keep, linear
 from train.kernels.fp8.products import CpuEngine, Engine, pack_sources, unpack_sources
@@ -31,19 +35,29 @@ class Fp8Precision:
     dtype = torch.bfloat16
     """Format of activations between the products."""
 
-    def __init__(self, fp8: Fp8, device: torch.device, kernels: Kernels, engine: Engine | None = None):
-        """engine: instead of the device's own. Raises UserError where the device lacks what its engine needs."""
+    def __init__(
+        self,
+        fp8: Fp8,
+        device: torch.device,
+        kernels: Kernels,
+        engine: Engine | None = None,
+        making: Callable[[], AbstractContextManager] = nullcontext,
+    ):
+        """engine: instead of the device's own. making: as `HeldWeights` takes it. Raises UserError where the device lacks what its
+        engine needs.
+        """
         self.kernels = kernels
         self._rules = build_rules(fp8)
         self._health = HealthWatch(fp8.health)
         if engine is None and device.type == "cuda":
             engine = load_hopper(fp8)
         self._engine: Engine = engine or cpu_engine(fp8, kernels)
+        self.weights = HeldWeights(self._engine, making)
 
     def linear(self, x: Tensor, weight: Tensor, kind: str = "dense", held: HeldInput | None = None) -> Tensor:
         """x (..., K) times weight (N, K) transposed. kind: dense, or output for the attention's output projection."""
         rules = getattr(self._rules, kind)
-        return linear(x, weight, self._engine, rules, self._health.probe(weight), held)
+        return linear(x, weight, self.weights, rules, self._health.probe(weight), held)
 
     def hold(self, x: Tensor, kind: str) -> HeldInput | None:
         """See `LayerPrecision.hold`."""
@@ -71,16 +85,24 @@ class Fp8Precision:
         """SwiGLU FFN of every expert on its own rows: (R, D)."""
         up, down = self._health.probe(w13_E2FD), self._health.probe(w2_EDF)
         probes = (up, down) if up is not None and down is not None else None
-        weights = w13_E2FD, w2_EDF
-        return expert_ffn(rows_RD, gates_R, weights, counts_E, self._engine, self._rules, probes, added, self.kernels)
+        both = w13_E2FD, w2_EDF
+        return expert_ffn(rows_RD, gates_R, both, counts_E, self.weights, self._rules, probes, added, self.kernels)
 
     def watch(self, model: nn.Module) -> None:
         """Learn the names of the model's layers, for the health readings."""
         self._health.name(model.named_parameters())
 
-    def start_step(self, step: int) -> None:
-        """Tell which step begins: every `precision.fp8.health.every` steps the products are checked."""
+    def start_step(self, step: int, hold_weights: bool = False) -> None:
+        """Tell which step begins: every `precision.fp8.health.every` steps the products are checked. hold_weights: cast them once, as none
+        changes before `end_passes`.
+        """
         self._health.start_step(step)
+        if hold_weights:
+            self.weights.hold()
+
+    def end_passes(self) -> None:
+        """Let go of the casts of weights, before the update."""
+        self.weights.drop()
 
     def health(self) -> Report:
         """Metrics and warnings of the step that ends; empty for a step that was not checked."""

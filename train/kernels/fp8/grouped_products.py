@@ -13,11 +13,13 @@ Shape suffixes: O, N outer, C contraction, P rows as they take them, E experts.
 
 import importlib
 from dataclasses import dataclass
+from functools import cached_property
 from types import ModuleType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from conf.errors import UserError
 from train.kernels.fp8.formats import TILE
@@ -37,6 +39,12 @@ class PaddedOperand:
     """One scale per row and 128 of the contraction; otherwise one per 128x128."""
     outer: int
     """O without the padding."""
+
+    @cached_property
+    def columns(self) -> tuple[Tensor, Tensor]:
+        """q and scales of blocks as cuBLASLt reads a right operand: (C, O), and (C / 128 to a multiple of 4, O / 128)."""
+        right = -self.scale.shape[1] % 4  # none in most sizes, where a pad would be a copy
+        return self.q.t(), (F.pad(self.scale, (0, right), value=1.0) if right else self.scale).t()
 
 
 class GroupedProducts(Protocol):

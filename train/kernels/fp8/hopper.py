@@ -145,12 +145,13 @@ class HopperEngine:
         if into is not None:
             self._products.wgrad(_tiled(left), _tiled(right), None, into.unsqueeze(0), added=True)
             return into
-        right_scale, recipe = right.scale, F.ScalingType.BlockWise1x128
-        if not right.tiles:
-            right_scale, recipe = _padded_blocks(right.scale), F.ScalingType.BlockWise128x128
+        if right.tiles:
+            columns, right_scale, recipe = right.q.t(), right.scale, F.ScalingType.BlockWise1x128
+        else:
+            (columns, right_scale), recipe = right.columns, F.ScalingType.BlockWise128x128
         out = self._scaled_mm(
             left.q,
-            right.q.t(),
+            columns,
             scale_a=_tiled(left).scale,
             scale_recipe_a=F.ScalingType.BlockWise1x128,
             scale_b=right_scale,
@@ -286,12 +287,6 @@ def _padded_columns(x_RC: Tensor) -> Tensor:
     """Columns of whole tiles, contiguous."""
     right = -x_RC.shape[-1] % TILE
     return F.pad(x_RC, (0, right)) if right else x_RC.contiguous()
-
-
-def _padded_blocks(scale: Tensor) -> Tensor:
-    """Scales of a 128x128 operand (O / 128, C / 128) as cuBLASLt reads them: (C / 128 to a multiple of 4, O / 128)."""
-    right = -scale.shape[1] % 4  # none in most sizes, where a pad would be a copy
-    return (F.pad(scale, (0, right), value=1.0) if right else scale).t()
 
 
 def _tiled(x: PaddedOperand) -> PaddedOperand:

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from train.kernels.fp8.cast_rules import LayerCasts
 from train.kernels.fp8.groups import PaddedGroups
 from train.kernels.fp8.health import LayerProbe
+from train.kernels.fp8.held_weights import HeldWeights
 from train.kernels.fp8.products import Engine, Source, pack_sources, unpack_sources
 from train.kernels.fp8.quantize import fitted
 from train.model.layers import HeldInput
@@ -32,14 +33,14 @@ from train.model.weight_gradient import weight_gradient
 def linear(
     x: Tensor,
     weight_NK: Tensor,
-    engine: Engine,
+    weights: HeldWeights,
     rules: LayerCasts,
     probe: LayerProbe | None,
     held: HeldInput | None = None,
 ) -> Tensor:
     """x (..., K) times weight transposed: (..., N) in the format of x. held: x as it is kept, where somebody else keeps it too."""
     x_TK = x.reshape(-1, x.shape[-1])
-    y_TN = _Linear.apply(x_TK, weight_NK, engine, rules, probe, not torch.is_grad_enabled(), is_free(x), held)
+    y_TN = _Linear.apply(x_TK, weight_NK, weights, rules, probe, not torch.is_grad_enabled(), is_free(x), held)
     return y_TN.view(*x.shape[:-1], weight_NK.shape[0])
 
 
@@ -73,13 +74,14 @@ def gradient_operands(
 
 class _Linear(Function):
     @staticmethod
-    def forward(ctx, x_TK, weight_NK, engine, rules, probe, only_forward, free, held):
+    def forward(ctx, x_TK, weight_NK, weights, rules, probe, only_forward, free, held):
+        engine, ctx.name = weights.engine, weights.name(weight_NK)
         kept = x_TK if only_forward or free else keep(x_TK, engine, rules) if held is None else held.source
         left = engine.operand(left_source(kept, x_TK, rules), rules.fprop.left)
-        y_TN = engine.product(left, engine.operand(weight_NK, rules.fprop.right), x_TK.dtype)
+        y_TN = engine.product(left, weights.operand(weight_NK, ctx.name, rules.fprop.right), x_TK.dtype)
         tensors, ctx.forms = pack_sources(*[kept] * ctx.needs_input_grad[1])  # a frozen weight wants nothing of x
         ctx.save_for_backward(weight_NK, *tensors)
-        ctx.engine, ctx.rules, ctx.probe, ctx.dtype = engine, rules, probe, x_TK.dtype
+        ctx.weights, ctx.rules, ctx.probe, ctx.dtype = weights, rules, probe, x_TK.dtype
         if probe is not None:
             probe.operand("activation", x_TK, rules.fprop.left)
             probe.operand("weight", weight_NK, rules.fprop.right)
@@ -89,13 +91,13 @@ class _Linear(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_TN):
-        engine, rules, probe = ctx.engine, ctx.rules, ctx.probe
+        engine, rules, probe = ctx.weights.engine, ctx.rules, ctx.probe
         weight_NK, *tensors = ctx.saved_tensors
         x_needed, weight_needed, *_ = gradients_needed(ctx)
         dx_TK = dw_NK = None
         left, left_t = gradient_operands(dy_TN, engine, rules, x_needed, weight_needed)
         if x_needed:
-            right = engine.operand(weight_NK, rules.dgrad.right, transposed=True)
+            right = ctx.weights.operand(weight_NK, ctx.name, rules.dgrad.right, transposed=True)
             dx_TK = engine.product(left, right, ctx.dtype)
         if weight_needed:
             (kept,) = unpack_sources(tensors, ctx.forms)

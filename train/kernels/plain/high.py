@@ -53,7 +53,10 @@ class HighPrecision:
     def watch(self, model: nn.Module) -> None:
         """Nothing is quantised, so there is nothing to watch."""
 
-    def start_step(self, step: int) -> None:
+    def start_step(self, step: int, hold_weights: bool = False) -> None:
+        """See watch."""
+
+    def end_passes(self) -> None:
         """See watch."""
 
     def health(self) -> Report:

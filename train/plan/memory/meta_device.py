@@ -8,6 +8,8 @@ times as long as meta tensors. Nor is its MemTracker: it finds the bytes that a 
 tells them by module, without the items of a plan and without peaks between two points.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -46,9 +48,13 @@ def meta_wire(name: str, quantized: bool, kind: str) -> Wire:
 
 
 def meta_precision(
-    precision: Precision, kind: str, kernels: Kernels, recompute_swiglu: bool
+    precision: Precision,
+    kind: str,
+    kernels: Kernels,
+    recompute_swiglu: bool,
+    making: Callable[[], AbstractContextManager] = nullcontext,
 ) -> HighPrecision | Fp8Precision:
-    """`build_precision` of such a device."""
+    """`build_precision` of such a device. making: as `Fp8Precision` takes it."""
     if precision.fp8 is None:
         return HighPrecision(activation_dtype(precision), kernels, recompute_swiglu)
     if kind == "cpu":
@@ -57,7 +63,7 @@ def meta_precision(
         deep_gemm = needs_deep_gemm(precision.fp8)
         products = DeepGemmProducts(_DEEP_GEMM) if deep_gemm else TritonProducts(_PRODUCTS)
         engine = HopperEngine(_KERNELS, products, _scaled_mm)
-    return Fp8Precision(precision.fp8, torch.device("meta"), kernels, engine)
+    return Fp8Precision(precision.fp8, torch.device("meta"), kernels, engine, making)
 
 
 def _tiles(x_RC: Tensor, cast: Cast, in_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.distributed.pipelining._backward import stage_backward_input
 
+from conf.dispatches import FLAT_DISPATCH
 from conf.schema import Adapter, BaseFormat, Model, Precision, Recompute
 from parallel.context import LoneContext
 from parallel.expert.build import build_stand_in
@@ -27,7 +28,10 @@ from parallel.expert.dispatcher import ChainDispatcher
 from parallel.expert.stand_in import Group, Load
 from parallel.pipeline.graph import backward_of_weights, kept_graph
 from parallel.pipeline.host_store import page_bytes
+from train.kernels.fp8.formats import TILE
+from train.kernels.fp8.fp8 import Fp8Precision
 from train.kernels.fp8.frozen_blocks import hold_in_blocks
+from train.kernels.plain.high import HighPrecision
 from train.kernels.precision import activation_dtype
 from train.model.adapter import add_adapters
 from train.model.deepseek import DeepSeekV3
@@ -90,6 +94,8 @@ class Scene:
     cp: int = 1
     """Ranks that share every sequence; those with the first and the last piece have no fewer than others."""
     adapter: FrozenSection[Adapter] = NO_ADAPTER
+    holds_weights: bool = False
+    """FP8 weights are cast once a step; `trace_casts` counts what the casts take, and nothing else does."""
 
 
 @dataclass(frozen=True)
@@ -169,6 +175,24 @@ def trace_split_backward(scene: Scene, part: str, first: bool) -> tuple[PassMemo
         return run.inputs(), run.weights()
 
 
+def trace_casts(scene: Scene, part: str) -> int:
+    """Bytes of the casts of a part's weights that are held through a step."""
+    if not scene.holds_weights:
+        return 0
+    plain = replace(
+        scene, seq_len=TILE, sequences=1, dispatch=FLAT_DISPATCH if scene.ep > 1 else "local", wire="bf16", cp=1
+    )
+    return _trace_casts(plain, kind_of(part))
+
+
+@traced_once
+def _trace_casts(scene: Scene, part: str) -> int:
+    with Run(scene, part) as run:
+        run.forward()
+        run.backward(False)
+        return run.casts
+
+
 @lru_cache(maxsize=4096)
 def seen_by(part: str, scene: Scene) -> Scene:
     """The scene with nothing in it that this part does not see: which blocks of a stage run again or go to the host, which its name
@@ -200,7 +224,7 @@ class Run:
         self._host = _StandInHost(self._ledger)
 
     def __enter__(self) -> "Run":
-        self._module = _build(self._scene, self._part, self._cut, self._ledger, self._host)
+        self._module, self._precision = _build(self._scene, self._part, self._cut, self._ledger, self._host)
         _make_tables(self._module, self._scene)
         for param in (param for param in self._module.parameters() if param.requires_grad):
             param.grad_dtype = torch.float32
@@ -219,6 +243,11 @@ class Run:
 
     def __exit__(self, *error: object) -> None:
         self._ledger.__exit__(*error)
+
+    @property
+    def casts(self) -> int:
+        """Bytes of the casts of weights that were made so far and are held."""
+        return self._precision.weights.count_bytes() if isinstance(self._precision, Fp8Precision) else 0
 
     def forward(self, leaves: bool = False) -> Forward:
         """leaves: inputs stand at the ends of the graph, as torch's split of a backward wants them."""
@@ -412,11 +441,16 @@ def kind_of(part: str) -> str:
     return part.partition("_")[0]
 
 
-def _build(scene: Scene, part: str, on_wait: Callable[[], None], ledger: Ledger, host: _StandInHost) -> DeepSeekV3:
+def _build(
+    scene: Scene, part: str, on_wait: Callable[[], None], ledger: Ledger, host: _StandInHost
+) -> tuple[DeepSeekV3, HighPrecision | Fp8Precision]:
     model: Model = scene.model.section
     recompute = Recompute.swiglu in model.recompute
     kernels = meta_kernels(scene.kind, scene.compiled)
-    precision = meta_precision(scene.precision.section, scene.kind, kernels, recompute)
+    precision = meta_precision(scene.precision.section, scene.kind, kernels, recompute, ledger.told_apart)
+    if scene.holds_weights:
+        assert isinstance(precision, Fp8Precision)
+        precision.weights.hold()
     layers = {"dense": range(1), "moe": range(model.dense_layers, model.dense_layers + 1)}.get(kind_of(part), range(0))
     kind = _End if part == "end" else DeepSeekV3
     chunk = kind(
@@ -440,7 +474,7 @@ def _build(scene: Scene, part: str, on_wait: Callable[[], None], ledger: Ledger,
     if part == "end":
         chunk.head.register_forward_pre_hook(lambda *_: setattr(ledger, "tag", "logits"))
         chunk.head.register_forward_hook(lambda *_: setattr(ledger, "tag", "activations"))
-    return chunk
+    return chunk, precision
 
 
 def _dispatcher(scene: Scene, kernels: Kernels, on_wait: Callable[[], None]) -> Dispatcher:
@@ -450,8 +484,9 @@ def _dispatcher(scene: Scene, kernels: Kernels, on_wait: Callable[[], None]) -> 
     group = Group(scene.ep, scene.ranks_per_node, model.experts, model.top_k, model.groups, model.top_groups)
     wire = meta_wire(scene.wire, scene.precision.section.fp8 is not None, scene.kind)
     dispatcher = build_stand_in(scene.dispatch, group, wire, scene.load)
+    dispatcher.on_wait = on_wait
     if isinstance(dispatcher, ChainDispatcher):
-        dispatcher.on_wait, dispatcher.as_on_gpu = on_wait, scene.kind == "cuda"
+        dispatcher.as_on_gpu = scene.kind == "cuda"
     return dispatcher
 
 

@@ -11,7 +11,7 @@ are alike, but for the rows that reach their experts: `plan.imbalance` says by h
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from conf.micro_batches import share_of
@@ -22,7 +22,7 @@ from train.kernels.choice import build_kernels
 from train.parallelize import stage_layers
 from train.plan.job import actions_of, device_kind, layout_of
 from train.plan.memory.chunk import Parts, chunk_of
-from train.plan.memory.part import AGAIN, AWAY, FrozenSection, Scene, kind_of
+from train.plan.memory.part import AGAIN, AWAY, FrozenSection, Scene, kind_of, trace_casts
 from train.plan.memory.rank_weights import (
     FP32_BYTES,
     Shards,
@@ -50,7 +50,7 @@ class RankMemory:
     layers: list[range]
     """Layers of its stages, in order of stages."""
     items: dict[str, int]
-    """What is alive at the peak: weights, master, moments, gradients, activations (with hidden states inside stages),
+    """What is alive at the peak: weights, casts (of weights, in FP8), master, moments, gradients, activations (with hidden states inside stages),
     dispatch, logits, in_flight (hidden states and gradients between stages), reduction, workspace, buffers; items that are
     0 are left out."""
     peak_bytes: int
@@ -167,6 +167,8 @@ def _moments(
             state_items(config, groups),
         )
         state["weights"] += held_bytes(config, [weight for weight in weights if not weight.is_trained])
+        casts = sum(trace_casts(scene, part) for parts in chunks.values() for part in parts)
+        schedule = replace(schedule, total=schedule.total + casts, items=schedule.items + Counter(casts=casts))
         host = Counter(activations=waiting)
         if config.parallel.offload_optimizer:
             host += Counter(
@@ -218,6 +220,7 @@ def scene_of(config: Config, load: Load | None = None) -> Scene:
         compiled=_is_compiled(device_kind(config), config.cluster.compiled),
         cp=parallel.cp,
         adapter=FrozenSection(config.adapter),
+        holds_weights=config.holds_weights,
     )
 
 

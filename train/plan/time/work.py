@@ -161,8 +161,9 @@ def _product(sizes: Sizes, rows: float, inputs: int, outputs: int, experts: int,
     )
     if fp8:
         once, kept = element + 1, 2  # read in bf16, written as FP8; what was kept in FP8 is read as FP8
-        passes.forward.append(Work("cast", bytes=(x + weights) * once, calls=2))
-        passes.inputs.append(Work("cast", bytes=(y + weights) * once, calls=2))
+        times = 1 / sizes.micro_batches if sizes.config.holds_weights else 1  # of a weight, in a pass
+        passes.forward.append(Work("cast", bytes=(x + times * weights) * once, calls=1 + times))
+        passes.inputs.append(Work("cast", bytes=(y + times * weights) * once, calls=1 + times))
         again = once
         if sizes.casts_gradients_once:  # what comes from the wire is FP8 before
             again = kept if family == "experts_down" else 1
