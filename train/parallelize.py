@@ -13,7 +13,8 @@ from conf.own_code import TARGET, CodeSection, make, require_arguments
 from conf.pipeline_schedules import PLAIN_SCHEDULE
 from conf.schema import BaseFormat, Config, Recompute
 from parallel.context import ContextParallel
-from parallel.expert.build import RemoteDispatcher, build_dispatcher
+from parallel.expert.build import build_dispatcher
+from parallel.expert.dispatcher import ExchangeDispatcher
 from parallel.mesh import Mesh
 from parallel.pipeline.host_store import HostStore
 from parallel.pipeline.schedule import Pipeline
@@ -41,7 +42,7 @@ class RankModel:
 
     chunks: list[DeepSeekV3]
     pipeline: Pipeline[DeepSeekV3]
-    dispatcher: RemoteDispatcher | None
+    dispatcher: ExchangeDispatcher | None
     """None where this rank holds all experts."""
     precision: HighPrecision | Fp8Precision
     share: ContextParallel | None
@@ -66,7 +67,7 @@ def parallelize(
     kernels: Kernels,
     *,
     restored: bool = False,
-    dispatcher: RemoteDispatcher | None = None,
+    dispatcher: ExchangeDispatcher | None = None,
     layers: list[range] | None = None,
     share: ContextParallel | None = None,
 ) -> ParallelModel:
@@ -110,7 +111,7 @@ def build_rank_model(
     device: torch.device,
     kernels: Kernels,
     restored: bool = False,
-    dispatcher: RemoteDispatcher | None = None,
+    dispatcher: ExchangeDispatcher | None = None,
     layers: list[range] | None = None,
     share: ContextParallel | None = None,
     hollow: bool = False,
@@ -196,7 +197,7 @@ def build_chunks(
     config: Config,
     mesh: Mesh,
     device: torch.device,
-    dispatcher: RemoteDispatcher | None,
+    dispatcher: ExchangeDispatcher | None,
     precision: HighPrecision | Fp8Precision,
     layers: list[range] | None = None,
     restored: bool = False,
@@ -255,7 +256,7 @@ def make_share(mesh: Mesh) -> ContextParallel:
     return ContextParallel(mesh.cp_group, mesh.layout.cp > mesh.layout.ranks_per_node)
 
 
-def make_dispatcher(config: Config, mesh: Mesh) -> RemoteDispatcher:
+def make_dispatcher(config: Config, mesh: Mesh) -> ExchangeDispatcher:
     """The one object that brings tokens of all layers to experts on other ranks."""
     return build_dispatcher(
         config.parallel.dispatch,

@@ -11,12 +11,10 @@ import torch.distributed as dist
 from conf.dispatches import FLAT_DISPATCH, check_groups
 from parallel.expert.all_to_all import AllToAllDispatcher
 from parallel.expert.deep_ep import DeepEPDispatcher
-from parallel.expert.dispatcher import ChainDispatcher
+from parallel.expert.dispatcher import ExchangeDispatcher
 from parallel.expert.node_limited import NodeLimitedDispatcher
 from parallel.expert.stand_in import DeepEPStandIn, FlatStandIn, Group, Load, NodeLimitedStandIn
 from parallel.expert.wire import Fp8RowsWire, Fp8Wire, HighWire, Wire
-
-RemoteDispatcher = ChainDispatcher | DeepEPDispatcher
 
 
 @dataclass(frozen=True)
@@ -42,8 +40,8 @@ def _node_limited(at: ExpertPlaces) -> NodeLimitedDispatcher:
 class DispatcherKind:
     """build: over the ranks of a run. stand_in: for a rank alone, called with group, wire and load (stand_in.py)."""
 
-    build: Callable[[ExpertPlaces], RemoteDispatcher]
-    stand_in: Callable[[Group, Wire, Load], RemoteDispatcher]
+    build: Callable[[ExpertPlaces], ExchangeDispatcher]
+    stand_in: Callable[[Group, Wire, Load], ExchangeDispatcher]
 
 
 DISPATCHERS: dict[str, DispatcherKind] = {
@@ -72,7 +70,7 @@ def build_dispatcher(
     ranks_per_node: int = 1,
     groups: int = 1,
     width: int = 0,
-) -> RemoteDispatcher:
+) -> ExchangeDispatcher:
     """A dispatcher for one layer or, as it keeps no state between uses, for all layers of a rank.
 
     name: parallel.dispatch. experts: routed experts of a layer. wire, quantized: see `build_wire`.
@@ -86,6 +84,6 @@ def build_dispatcher(
     return DISPATCHERS[name].build(places)
 
 
-def build_stand_in(name: str, group: Group, wire: Wire, load: Load) -> RemoteDispatcher:
+def build_stand_in(name: str, group: Group, wire: Wire, load: Load) -> ExchangeDispatcher:
     """The stand-in of the dispatcher of this name."""
     return DISPATCHERS[name].stand_in(group, wire, load)

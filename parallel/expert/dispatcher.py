@@ -1,4 +1,4 @@
-"""What the all-to-all dispatchers share: the chain of hops, and its four uses by autograd.
+"""What dispatchers over ranks share: four uses by autograd, each in two halves; and those of our own the chain of hops.
 
 A token's way out is a chain of fan-outs (parallel/expert/permute.py) with an exchange after each but the last,
 which sorts the arrivals by local expert. The way back is the same chain reversed. Training uses each twice:
@@ -14,9 +14,10 @@ pass the halves change roles: the gradient of wait starts the exchange, the grad
 Between them autograd runs what was computed between begin and wait, such as the shared expert, since it runs
 ready nodes latest first.
 
-On a GPU the hops behind the first are started at once too, on a stream of their own (`_beside`): the host knows all sizes by
+On a GPU the hops behind the first are started at once too, on a stream of their own (`beside`): the host knows all sizes by
 then, so a copy is sorted and sent on where it has arrived, whatever the computing's stream is at, and wait is for the last hop
-alone. A CPU has no such streams: there the hop inside the node, the fast network, is waited for where it starts.
+alone. So is all that DeepEP does (parallel/expert/deep_ep.py). A CPU has no such streams: there the hop inside the node, the fast network, is
+waited for where it starts.
 
 The token is quantized once, before any copy is made, so its copies hold equal bytes wherever they go, and the
 numbers of a run do not depend on how experts are spread.
@@ -97,7 +98,7 @@ class DispatchedRows:
 class PendingDispatch:
     """A dispatch whose first exchange is under way."""
 
-    def __init__(self, flight: "_Flight", ticket: Tensor):
+    def __init__(self, flight: "ExchangeFlight", ticket: Tensor):
         self._flight, self._ticket = flight, ticket
 
     def wait(self) -> DispatchedRows:
@@ -110,7 +111,7 @@ class PendingDispatch:
 class PendingCombine:
     """A combine whose last exchange is under way."""
 
-    def __init__(self, flight: "_Flight", ticket: Tensor):
+    def __init__(self, flight: "ExchangeFlight", ticket: Tensor):
         self._flight, self._ticket = flight, ticket
 
     def wait(self) -> Tensor:
@@ -118,21 +119,19 @@ class PendingCombine:
         return _CombineWait.apply(self._ticket, self._flight)
 
 
-class ChainDispatcher(ABC):
-    """Dispatcher over one or two hops; a subclass says how a token's copies and gates are laid out.
+class ExchangeDispatcher(ABC):
+    """Dispatcher whose uses are cut in two; a subclass says how rows get to experts and back.
 
-    links: one per hop, source first. wire: format of the way out. counters: what was moved, see Counters.
+    wire: format of the way out.
     """
 
-    def __init__(self, links: list[Link], wire: Wire):
-        self.links = links
+    counters: Any = None
+    """`TrafficCounters` of what was moved, where it is counted."""
+
+    def __init__(self, wire: Wire):
         self.wire = wire
-        self.counters = TrafficCounters()
         self.on_wait: Callable[[], None] = yield_point
         """Called before each wait for an exchange: in an overlapped pair the other lane computes first."""
-        self.as_on_gpu = False
-        """Rows of the meta device are sent on as a GPU's."""
-        self._back_wire = HighWire()
 
     def dispatch_begin(
         self, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor, again: DispatchPlan | None = None
@@ -146,7 +145,7 @@ class ChainDispatcher(ABC):
         assert gates_TK.dtype in (torch.float32, torch.float64) and expert_ids_TK.shape == gates_TK.shape
         plan = self._plan(expert_ids_TK) if again is None else again
         plan.gates_dtype = gates_TK.dtype
-        flight = _Flight(self, plan, x_TD.shape[1], x_TD.dtype)
+        flight = ExchangeFlight(self, plan, x_TD.shape[1], x_TD.dtype)
         return PendingDispatch(flight, _DispatchBegin.apply(x_TD, gates_TK, flight))
 
     def dispatch(self, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor) -> DispatchedRows:
@@ -156,7 +155,7 @@ class ChainDispatcher(ABC):
     def combine_begin(self, out_RD: Tensor, routed: CombinableRows) -> PendingCombine:
         """Start to send the experts' outputs back to their tokens."""
         assert out_RD.shape[0] == routed.state.rows
-        flight = _Flight(self, routed.state, out_RD.shape[1], out_RD.dtype)
+        flight = ExchangeFlight(self, routed.state, out_RD.shape[1], out_RD.dtype)
         return PendingCombine(flight, _CombineBegin.apply(out_RD, flight))
 
     def combine(self, out_RD: Tensor, routed: CombinableRows) -> Tensor:
@@ -165,7 +164,54 @@ class ChainDispatcher(ABC):
 
     @abstractmethod
     def _plan(self, expert_ids_TK: Tensor) -> DispatchPlan:
-        """Exchange counts; fill the fan-outs known before anything arrives, the first at least."""
+        """What is known before anything arrives."""
+
+    @abstractmethod
+    def _start_out(self, flight: "ExchangeFlight", rows_TD: Tensor, gates_TK: Tensor | None) -> Any:
+        """Tokens and gates on their way to experts, or without gates gradients of results."""
+
+    @abstractmethod
+    def _finish_out(self, flight: "ExchangeFlight", transfer: Any, gradient: bool = False) -> tuple[Tensor, Tensor]:
+        """Rows sorted by expert, and what came beside them for `_row_gates`, which a gradient has not."""
+
+    @abstractmethod
+    def _start_back(self, flight: "ExchangeFlight", rows_RD: Tensor, side_MX: Tensor | None) -> Any:
+        """Results on their way back, or gradients of rows with those of the arrivals' gates."""
+
+    @abstractmethod
+    def _finish_back(self, flight: "ExchangeFlight", transfer: Any) -> tuple[Tensor, Tensor]:
+        """Sums per token, and what came beside them for `_gate_grads_by_token`."""
+
+    @abstractmethod
+    def _row_gates(self, plan: DispatchPlan, side_MX: Tensor) -> Tensor:
+        """gates_R from what came beside the arrivals."""
+
+    @abstractmethod
+    def _gate_grads_by_token(self, plan: DispatchPlan, side_CX: Tensor) -> Tensor:
+        """Gradients of gates_TK from what came back to the source beside the rows."""
+
+    def _gate_grads_by_message(self, plan: DispatchPlan, grads_R: Tensor) -> Tensor:
+        """Transpose of _row_gates: gradients of the gates of every arrival, (M, X)."""
+        shape_MK = (plan.fans[-1].start_S.numel(), plan.ids_TK.shape[1])
+        assert plan.entry_of_row is not None
+        # Entries for experts elsewhere stay 0, so that summing copies only brings the entries together.
+        return grads_R.new_zeros(shape_MK).view(-1).index_copy_(0, plan.entry_of_row, grads_R).view(shape_MK)
+
+
+class ChainDispatcher(ExchangeDispatcher):
+    """Dispatcher over one or two hops; a subclass says how a token's copies and gates are laid out.
+
+    links: one per hop, source first. `_plan` exchanges counts and fills the fan-outs known before anything arrives, the first at least. Gates
+    and their gradients travel as fp32 side words of the rows.
+    """
+
+    def __init__(self, links: list[Link], wire: Wire):
+        super().__init__(wire)
+        self.links = links
+        self.counters = TrafficCounters()
+        self.as_on_gpu = False
+        """Rows of the meta device are sent on as a GPU's."""
+        self._back_wire = HighWire()
 
     @abstractmethod
     def _first_copies(self, plan: DispatchPlan, words_TW: Tensor, gates_TK: Tensor) -> Tensor:
@@ -175,24 +221,13 @@ class ChainDispatcher(ABC):
     def _learn(self, plan: DispatchPlan, side_MX: Tensor) -> None:
         """Add the next fan-out to the plan, from the side words of what has arrived."""
 
-    @abstractmethod
-    def _row_gates(self, plan: DispatchPlan, side_MX: Tensor) -> Tensor:
-        """gates_R from the side words of the arrivals."""
-
-    @abstractmethod
-    def _gate_grads_by_message(self, plan: DispatchPlan, grads_R: Tensor) -> Tensor:
-        """Transpose of _row_gates: gradients as fp32 side words of every arrival, (M, X)."""
-
-    @abstractmethod
-    def _gate_grads_by_token(self, plan: DispatchPlan, side_CX: Tensor) -> Tensor:
-        """Gradients of gates_TK from the side words that came back to the source."""
-
     def _sends_ahead(self, rows: Tensor) -> bool:
         """Whether all hops are started with the first."""
         return len(self.links) > 1 and (rows.is_cuda or self.as_on_gpu)
 
-    def _start_out(self, flight: "_Flight", rows_TD: Tensor, gates_TK: Tensor | None, traffic: Traffic) -> Transfer:
+    def _start_out(self, flight: "ExchangeFlight", rows_TD: Tensor, gates_TK: Tensor | None) -> Transfer:
         plan, gradient = flight.plan, gates_TK is None
+        traffic = self.counters.backward if gradient else self.counters.forward
         words_TW = self.wire.encode(rows_TD, gradient=gradient).view(torch.int32)
         if gates_TK is None:
             message_CX = spread(words_TW, plan.fans[0])
@@ -200,11 +235,11 @@ class ChainDispatcher(ABC):
             message_CX = self._first_copies(plan, words_TW, gates_TK)
         if not self._sends_ahead(rows_TD):
             return self.links[0].start(message_CX, plan.sent[0], plan.received[0], traffic)
-        with _beside(message_CX):
+        with beside(message_CX):
             transfer = self.links[0].start(message_CX, plan.sent[0], plan.received[0], traffic)
             return self._send_on(flight, transfer, traffic).holding(message_CX)
 
-    def _send_on(self, flight: "_Flight", transfer: Transfer, traffic: Traffic) -> Transfer:
+    def _send_on(self, flight: "ExchangeFlight", transfer: Transfer, traffic: Traffic) -> Transfer:
         """From the first hop's exchange to the last one's."""
         plan, words = flight.plan, self.wire.row_bytes(flight.width, flight.dtype) // 4
         for hop, link in enumerate(self.links[1:], 1):
@@ -215,8 +250,9 @@ class ChainDispatcher(ABC):
             transfer = link.start(copies_CX, plan.sent[hop], plan.received[hop], traffic)
         return transfer
 
-    def _finish_out(self, flight: "_Flight", transfer: Transfer, gradient: bool = False) -> tuple[Tensor, Tensor]:
-        """Rows sorted by expert, and the side words of the arrivals (no columns for a gradient)."""
+    def _finish_out(
+        self, flight: "ExchangeFlight", transfer: Transfer, gradient: bool = False
+    ) -> tuple[Tensor, Tensor]:
         plan, words = flight.plan, self.wire.row_bytes(flight.width, flight.dtype) // 4
         if not self._sends_ahead(plan.ids_TK):
             traffic = self.counters.backward if gradient else self.counters.forward
@@ -228,11 +264,12 @@ class ChainDispatcher(ABC):
         rows_MD = self.wire.decode(bytes_MB, flight.width, flight.dtype, gradient=gradient)
         return spread(rows_MD, plan.fans[-1]), message_MX[:, words:]
 
-    def _start_back(self, flight: "_Flight", rows_RD: Tensor, side_MX: Tensor | None, traffic: Traffic) -> Transfer:
+    def _start_back(self, flight: "ExchangeFlight", rows_RD: Tensor, side_MX: Tensor | None) -> Transfer:
         plan, last = flight.plan, len(self.links) - 1
+        traffic = self.counters.forward if side_MX is None else self.counters.backward
         message_MX = self._back_message(rows_RD, plan.fans[-1], side_MX)
         held = message_MX if self._sends_ahead(rows_RD) else None
-        with nullcontext() if held is None else _beside(held):
+        with nullcontext() if held is None else beside(held):
             for hop in range(last, 0, -1):
                 transfer = self.links[hop].start(message_MX, plan.received[hop], plan.sent[hop], traffic)
                 rows_CD, side_CX = self._split(flight, transfer.wait())
@@ -241,8 +278,7 @@ class ChainDispatcher(ABC):
             transfer = self.links[0].start(message_MX, plan.received[0], plan.sent[0], traffic)
         return transfer if held is None else transfer.holding(held)
 
-    def _finish_back(self, flight: "_Flight", transfer: Transfer) -> tuple[Tensor, Tensor]:
-        """Sums per token, and the side words of the source's copies."""
+    def _finish_back(self, flight: "ExchangeFlight", transfer: Transfer) -> tuple[Tensor, Tensor]:
         rows_CD, side_CX = self._split(flight, transfer.wait())
         return collect(rows_CD, flight.plan.fans[0]), side_CX
 
@@ -257,7 +293,7 @@ class ChainDispatcher(ABC):
         collect(rows_CD, fan, wire.decode(message_MX[:, :words].view(torch.uint8), width, dtype))
         return message_MX
 
-    def _split(self, flight: "_Flight", message_CX: Tensor) -> tuple[Tensor, Tensor]:
+    def _split(self, flight: "ExchangeFlight", message_CX: Tensor) -> tuple[Tensor, Tensor]:
         words = self._back_wire.row_bytes(flight.width, flight.dtype) // 4
         bytes_CB = message_CX[:, :words].view(torch.uint8)
         rows_CD = self._back_wire.decode(bytes_CB, flight.width, flight.dtype)
@@ -276,16 +312,17 @@ def from_words(words_MX: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @dataclass
-class _Flight:
+class ExchangeFlight:
     """State that the two halves of one use share."""
 
-    dispatcher: ChainDispatcher
+    dispatcher: ExchangeDispatcher
     plan: DispatchPlan
     width: int
     dtype: torch.dtype
-    transfer: Transfer | None = None
+    transfer: Any = None
+    """What the dispatcher's own start gave, for its own finish."""
 
-    def land(self) -> Transfer:
+    def land(self) -> Any:
         """The transfer that was started, to be waited for. Every rank comes by here as often as the others, also without a row
         to send.
         """
@@ -300,7 +337,7 @@ def _sending_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device, priority=-1)
 
 
-def _beside(rows: Tensor) -> AbstractContextManager:
+def beside(rows: Tensor) -> AbstractContextManager:
     """What a GPU is given in it runs beside the computing, behind what was computed so far.
 
     Memory that is taken in it is used again only in it, behind all that was given to the computing's stream until then. What was taken
@@ -320,10 +357,10 @@ def _ticket(like: Tensor) -> Tensor:
 
 class _DispatchBegin(ExchangeFunction):
     @staticmethod
-    def forward(ctx, x_TD: Tensor, gates_TK: Tensor, flight: _Flight) -> Tensor:
+    def forward(ctx, x_TD: Tensor, gates_TK: Tensor, flight: ExchangeFlight) -> Tensor:
         ctx.flight = flight
         dispatcher = flight.dispatcher
-        flight.transfer = dispatcher._start_out(flight, x_TD, gates_TK, dispatcher.counters.forward)
+        flight.transfer = dispatcher._start_out(flight, x_TD, gates_TK)
         return _ticket(x_TD)
 
     @staticmethod
@@ -335,7 +372,7 @@ class _DispatchBegin(ExchangeFunction):
 
 class _DispatchWait(ExchangeFunction):
     @staticmethod
-    def forward(ctx, ticket: Tensor, flight: _Flight) -> tuple[Tensor, Tensor]:
+    def forward(ctx, ticket: Tensor, flight: ExchangeFlight) -> tuple[Tensor, Tensor]:
         ctx.flight = flight
         dispatcher = flight.dispatcher
         rows_RD, side_MX = dispatcher._finish_out(flight, flight.land())
@@ -345,16 +382,16 @@ class _DispatchWait(ExchangeFunction):
     def backward(ctx, grad_RD: Tensor, grad_gates_R: Tensor):
         flight, dispatcher = ctx.flight, ctx.flight.dispatcher
         side_MX = dispatcher._gate_grads_by_message(flight.plan, grad_gates_R)
-        flight.transfer = dispatcher._start_back(flight, grad_RD, side_MX, dispatcher.counters.backward)
+        flight.transfer = dispatcher._start_back(flight, grad_RD, side_MX)
         return _ticket(grad_RD), None
 
 
 class _CombineBegin(ExchangeFunction):
     @staticmethod
-    def forward(ctx, out_RD: Tensor, flight: _Flight) -> Tensor:
+    def forward(ctx, out_RD: Tensor, flight: ExchangeFlight) -> Tensor:
         ctx.flight = flight
         dispatcher = flight.dispatcher
-        flight.transfer = dispatcher._start_back(flight, out_RD, None, dispatcher.counters.forward)
+        flight.transfer = dispatcher._start_back(flight, out_RD, None)
         return _ticket(out_RD)
 
     @staticmethod
@@ -366,7 +403,7 @@ class _CombineBegin(ExchangeFunction):
 
 class _CombineWait(ExchangeFunction):
     @staticmethod
-    def forward(ctx, ticket: Tensor, flight: _Flight) -> Tensor:
+    def forward(ctx, ticket: Tensor, flight: ExchangeFlight) -> Tensor:
         ctx.flight = flight
         y_TD, _ = flight.dispatcher._finish_back(flight, flight.land())
         return y_TD
@@ -374,5 +411,5 @@ class _CombineWait(ExchangeFunction):
     @staticmethod
     def backward(ctx, grad_TD: Tensor):
         flight, dispatcher = ctx.flight, ctx.flight.dispatcher
-        flight.transfer = dispatcher._start_out(flight, grad_TD, None, dispatcher.counters.backward)
+        flight.transfer = dispatcher._start_out(flight, grad_TD, None)
         return _ticket(grad_TD), None

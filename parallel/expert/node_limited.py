@@ -99,12 +99,6 @@ class NodeLimitedDispatcher(ChainDispatcher):
         assert plan.entry_of_row is not None
         return gates_MK.flatten().index_select(0, plan.entry_of_row)
 
-    def _gate_grads_by_message(self, plan: DispatchPlan, grads_R: Tensor) -> Tensor:
-        shape_MK = (plan.fans[-1].start_S.numel(), plan.ids_TK.shape[1])
-        assert plan.entry_of_row is not None
-        # Entries for experts elsewhere stay 0, so that summing copies only brings the entries together.
-        return grads_R.new_zeros(shape_MK).view(-1).index_copy_(0, plan.entry_of_row, grads_R).view(shape_MK)
-
     def _gate_grads_by_token(self, plan: DispatchPlan, side_CX: Tensor) -> Tensor:
         return collect(side_CX, plan.fans[0])
 

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from parallel.expert.all_to_all import AllToAllDispatcher
 from parallel.expert.counters import Traffic
 from parallel.expert.deep_ep import DeepEPDispatcher
-from parallel.expert.dispatcher import ChainDispatcher, DispatchPlan
+from parallel.expert.dispatcher import ChainDispatcher, DispatchPlan, ExchangeDispatcher
 from parallel.expert.link import Link, Transfer
 from parallel.expert.node_limited import NodeLimitedDispatcher
 from parallel.expert.permute import ExpertTargets, FanOut, fan_out_of, sort_entries
@@ -189,10 +189,10 @@ class DeepEPStandIn(DeepEPDispatcher):
     """`DeepEPDispatcher` over a Buffer of our own."""
 
     def __init__(self, group: Group, wire: Wire, load: Load):
+        ExchangeDispatcher.__init__(self, wire)
         self._deep_ep = SimpleNamespace(topk_idx_t=torch.int64)
-        self.experts, self.wire, self.local = group.experts, wire, group.experts // group.ranks
+        self.experts, self.local = group.experts, group.experts // group.ranks
         self.buffer = _Buffer(load, group.reached(group.ranks), group.top_k)
-        self.counters = None
 
 
 class _Buffer:

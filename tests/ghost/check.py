@@ -133,13 +133,14 @@ def layers() -> tuple[list[str], list[str]]:
 def overlap() -> tuple[list[str], list[str]]:
     from tests.ghost import overlap, ranks
 
-    found, problems = _each(ranks.PRECISIONS, overlap.count_beside)
+    keys = [(precision, dispatch) for precision in ranks.PRECISIONS for dispatch in overlap.EXCHANGES]
+    found, problems = _each(keys, lambda key: overlap.count_beside(*key))
     problems += [
-        f"{precision}: {problem}" for precision, counts in found.items() for problem in overlap.problems(counts)
+        f"{' '.join(key)}: {problem}" for key, counts in found.items() for problem in overlap.problems(key[1], counts)
     ]
     return problems, [
-        f"launches beside each exchange of a layer, {precision}, {how}: {' '.join(map(str, beside))}"
-        for precision, counts in found.items()
+        f"launches beside each exchange of a layer, {' '.join(key)}, {how}: {' '.join(map(str, beside))}"
+        for key, counts in found.items()
         for how, beside in counts.items()
     ]
 

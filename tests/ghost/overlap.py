@@ -1,41 +1,64 @@
 """Whether the exchanges of experts' rows fly beside computing, from the order of launches and waits on the ghost's streams.
 
-A layer of DeepSeek-V3 on one of 64 ranks, its hops over NCCL's process groups, alone and as a pair of a forward and a backward.
+A layer of DeepSeek-V3 on one of 64 ranks, its hops over NCCL's process groups, alone and as a pair of a forward and a backward. DeepEP, whose
+package needs a GPU, is a buffer that exchanges rows over such a group in the stream in which it is called.
 """
+
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from bench.gpu.layer import EP, RANKS_PER_NODE, Layer, layer_config
+from parallel.expert.counters import Traffic
 from parallel.expert.link import Link
-from parallel.expert.stand_in import NodeLimitedStandIn
+from parallel.expert.stand_in import DeepEPStandIn, NodeLimitedStandIn
 from parallel.pipeline.overlap import Lanes
 from tests.ghost.log import Event, recorded_events
 
-EXCHANGES = 8
-"""Of a forward and a backward: both hops, out and back."""
-LEAST = {"alone": 4, "pair": EXCHANGES}
-"""How many have computing beside them. Alone, that is the shared experts: while tokens go to their experts, and while their gradients
-come back."""
+EXCHANGES = {"node_limited": 8, "deepep": 4}
+"""Of a forward and a backward, out and back, by dispatch. In a pair all have computing beside them. Alone half of them have, the shared experts:
+while tokens go to their experts, and while their gradients come back."""
 COMPUTING = 3
 """Launches that count as such: the shared experts' forward has so many."""
 
 
-def count_beside(precision: str) -> dict[str, list[int]]:
+class _SendingBuffer:
+    """A stand-in for `deep_ep.Buffer` that also exchanges rows, and waits for them as DeepEP does."""
+
+    def __init__(self, buffer: Any, link: Link, device: torch.device):
+        self._buffer, self._link, self._rows_PX = buffer, link, torch.empty(EP, 1, device=device)
+        self.get_dispatch_layout = buffer.get_dispatch_layout
+
+    def dispatch(self, *given: Any, **named: Any) -> Any:
+        self._exchange()
+        return self._buffer.dispatch(*given, **named)
+
+    def combine(self, *given: Any, **named: Any) -> Any:
+        self._exchange()
+        return self._buffer.combine(*given, **named)
+
+    def _exchange(self) -> None:
+        self._link.start_counts(self._rows_PX, Traffic()).wait()
+
+
+def count_beside(precision: str, dispatch: str) -> dict[str, list[int]]:
     """What is launched on the computing's stream from the start of every exchange to the wait for it, in the order of their starts; alone
     and as a pair."""
     device = torch.device("cuda", 0)
     dist.init_process_group("fake", rank=0, world_size=EP)
     lanes = Lanes(device)
     try:
-        layer = Layer(layer_config(precision, "node_limited", 1, device), dense=False, device=device)
+        layer = Layer(layer_config(precision, dispatch, 1, device), dense=False, device=device)
         dispatcher = next(one.dispatcher for one in layer.chunk.modules() if hasattr(one, "dispatcher"))
-        assert isinstance(dispatcher, NodeLimitedStandIn)
-        nodes = EP // RANKS_PER_NODE
-        dispatcher.links = [
-            _nccl_link(range(0, EP, RANKS_PER_NODE), nodes),
-            _nccl_link(range(RANKS_PER_NODE), RANKS_PER_NODE),
-        ]
+        if isinstance(dispatcher, DeepEPStandIn):
+            dispatcher.buffer = _SendingBuffer(dispatcher.buffer, _nccl_link(range(EP), EP), device)
+        else:
+            assert isinstance(dispatcher, NodeLimitedStandIn)
+            dispatcher.links = [
+                _nccl_link(range(0, EP, RANKS_PER_NODE), EP // RANKS_PER_NODE),
+                _nccl_link(range(RANKS_PER_NODE), RANKS_PER_NODE),
+            ]
         layer.backward(layer.forward())
         with recorded_events() as alone:
             layer.backward(layer.forward())
@@ -48,14 +71,17 @@ def count_beside(precision: str) -> dict[str, list[int]]:
         dist.destroy_process_group()
 
 
-def problems(found: dict[str, list[int]]) -> list[str]:
+def problems(dispatch: str, found: dict[str, list[int]]) -> list[str]:
     """What is missing in what `count_beside` gives."""
-    said = []
+    said, exchanges = [], EXCHANGES[dispatch]
     for how, beside in found.items():
-        hidden = sum(launches >= COMPUTING for launches in beside)
-        if len(beside) != EXCHANGES or hidden < LEAST[how]:
+        hidden, least = (
+            sum(launches >= COMPUTING for launches in beside),
+            exchanges if how == "pair" else exchanges // 2,
+        )
+        if len(beside) != exchanges or hidden < least:
             said.append(
-                f"{how}: {hidden} of {len(beside)} exchanges fly beside computing, where {LEAST[how]} of {EXCHANGES} can"
+                f"{how}: {hidden} of {len(beside)} exchanges fly beside computing, where {least} of {exchanges} can"
             )
     return said
 

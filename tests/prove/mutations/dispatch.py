@@ -162,8 +162,8 @@ def gradients_of_other_rows(bug: Seams) -> None:
     "pytorch/pytorch#160285: gradients of rows grow by the number of ranks", "experts", BACKWARD, "layers|mtp|norm"
 )
 def gradients_of_rows_doubled(bug: Seams) -> None:
-    def start_back(original, self, flight, rows_RD, side_MX, traffic):
-        return original(self, flight, rows_RD if side_MX is None else 2 * rows_RD, side_MX, traffic)
+    def start_back(original, self, flight, rows_RD, side_MX):
+        return original(self, flight, rows_RD if side_MX is None else 2 * rows_RD, side_MX)
 
     bug.around(ChainDispatcher, "_start_back", start_back)
 
@@ -235,9 +235,9 @@ def one_result_of_a_node(bug: Seams) -> None:
 
 @mutation(OURS + ": gradients of gates are lost at a forwarding rank", "two hops", BACKWARD, "router")
 def gate_gradients_lost_at_the_forwarder(bug: Seams) -> None:
-    def start_back(original, self, flight, rows_RD, side_MX, traffic):
+    def start_back(original, self, flight, rows_RD, side_MX):
         if side_MX is not None:
             side_MX = side_MX * (torch.arange(len(side_MX)) % 2).unsqueeze(1)
-        return original(self, flight, rows_RD, side_MX, traffic)
+        return original(self, flight, rows_RD, side_MX)
 
     bug.around(ChainDispatcher, "_start_back", start_back)
