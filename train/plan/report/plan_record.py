@@ -85,6 +85,7 @@ def plan_record(
         "bubble_share": step.bubble_share,
         "action_seconds": step.action_seconds,
         "work_seconds": step.work_seconds,
+        "host_seconds": step.host_seconds,
         "exchange_seconds": step.exchange_seconds,
         "exposed_communication_seconds": step.exposed_communication_seconds,
         "exchange_bytes_per_layer": {"inside": inside, "across": across},

@@ -66,6 +66,7 @@ def plan_screen(
             f"{seconds(step.step_seconds)}{interval_words(step)}: pipeline {seconds(step.pipeline_seconds)} with {share(step.bubble_share)} bubble, "
             f"reduction {seconds(update.reduce)}, optimizer {seconds(update.optimizer)}, gather {seconds(update.gather)}",
         ),
+        *([("Launches", _launches(plan))] if step.host_seconds else []),
         *([("Adapter", _adapter(plan))] if config.adapter.on else []),
         *([("Matrices", _matrices(config))] if config.optim.facts.matrices.is_whole else []),
         ("Experts", _exchange(plan)),
@@ -140,6 +141,14 @@ def _adapter(plan: RunPlan) -> str:
     return (
         f"{amount(count_adapter(plan.config))} of {amount(counts.total + counts.mtp)} parameters are trained; {frozen}"
     )
+
+
+def _launches(plan: RunPlan) -> str:
+    step = plan.step
+    said = f"{seconds(step.host_seconds)} of a core of each rank's host for {seconds(sum(step.work_seconds.values()))} of computing"
+    if not step.host_binds:
+        return said
+    return f"{said}: the host binds, and the step takes longer than planned. Larger micro-batches give a launch more to compute"
 
 
 def _exchange(plan: RunPlan) -> str:

@@ -54,6 +54,9 @@ MEMORY = (
 """Kinds bound by memory, for which `memory` stands in."""
 HOST = ("host", "host_memory")
 """Kinds of offload: bytes of one device to or from its host, and what its processors read and write for it. Nothing stands in."""
+HOST_LAUNCH = "host_launch"
+"""Kind of what Python takes of a core of the host, in seconds of a call, to give a kernel of the passes to a device. Nothing stands in: where a
+description does not have it, it counts nothing."""
 LINKS = {
     "all_to_all_inside": "inside",
     "all_to_all_across": "across",

@@ -9,12 +9,12 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from conf.schema import Config
+from conf.schema import Config, Rate
 from parallel.pipeline.orders import Action
 from parallel.pipeline.simulate import Simulation
 from train.model.count import flops_per_token
 from train.plan.job import layout_of, program_of, require_hardware
-from train.plan.time.rates import Rates, load_rates
+from train.plan.time.rates import HOST_LAUNCH, Rates, load_rates
 from train.plan.time.stages import Stages, require_rule
 from train.plan.time.update import UpdateTime, count_weights, stage3_seconds, update_time
 from train.plan.time.work import Work
@@ -37,6 +37,9 @@ class StepTime:
     """Waiting for experts' tokens inside actions, mean over the ranks of a pipeline."""
     work_seconds: dict[str, float]
     """Seconds of computing by kind of work, mean over the ranks of a pipeline."""
+    host_seconds: float
+    """Seconds that a core of the host takes to launch that computing, which it does ahead of the device, mean over the ranks of a pipeline; 0 where
+    nobody says what a launch takes. In no other figure: where it is more than the computing, the host binds, and the step takes longer."""
     exchange_seconds: float
     """Seconds of experts' exchanges, hidden or not, mean over the ranks of a pipeline."""
     update: UpdateTime
@@ -59,6 +62,11 @@ class StepTime:
     """Threads of a rank, where they were measured on a CPU."""
     spread: float | None
     """See Rates.spread."""
+
+    @property
+    def host_binds(self) -> bool:
+        """Whether launching the passes takes longer than computing them."""
+        return self.host_seconds > sum(self.work_seconds.values())
 
     @property
     def interval_seconds(self) -> tuple[float, float] | None:
@@ -127,7 +135,8 @@ def plan_time(config: Config, rates: Rates | None = None) -> StepTime:
         bubble_share=result.bubble,
         action_seconds=_by_kind(actions, duration),
         exposed_communication_seconds=sum(stages.elapsed(a).exposed for line in actions for a in line) / layout.pp,
-        work_seconds=_work(stages, rates),
+        work_seconds=_work(stages, rates.of),
+        host_seconds=sum(_work(stages, lambda one: one.calls).values()) * rates.rates.get(HOST_LAUNCH, Rate()).seconds,
         exchange_seconds=_exchanges(stages),
         update=step.update,
         tokens_per_second=rate,
@@ -181,15 +190,15 @@ def _by_kind(actions: list[list[Action]], duration: Callable[[Action], float]) -
     return {kind: seconds / len(actions) for kind, seconds in total.items()}
 
 
-def _work(stages: Stages, rates: Rates) -> dict[str, float]:
-    """Computing of all micro-batches by kind of work, mean over ranks."""
+def _work(stages: Stages, measure: Callable[[Work], float]) -> dict[str, float]:
+    """What this measures of the computing of all micro-batches, by kind of work, mean over ranks."""
     total: defaultdict[str, float] = defaultdict(float)
     for stage in range(len(stages.layers)):
         made = stages.directions(stage)
         for one in made.forward.work + made.backward.work:
-            total[one.kind] += rates.of(one)
+            total[one.kind] += measure(one)
     scale = stages.sizes.micro_batches / stages.layout.pp
-    return {kind: seconds * scale for kind, seconds in sorted(total.items(), key=lambda item: -item[1])}
+    return {kind: found * scale for kind, found in sorted(total.items(), key=lambda item: -item[1])}
 
 
 def _exchanges(stages: Stages) -> float:
