@@ -11,6 +11,12 @@ Where the rows of an expert end is read on the device, so that nothing waits for
 padding: a program reads and writes those of its tile that are its expert's own.  In Wgrad each expert's columns are whole tiles, with
 zeros behind the real ones (`quantize_columns`).  All other sizes are multiples of 128.  A dense product is one of a single expert.
 
+A tile's place is a number and its elements' places are offsets from it in 32 bits: where both were one 64-bit pointer an element, the loop over the
+contraction had a tenth more instructions, and that of a dense Wgrad a third (`python -m bench.compile_kernels`).  Compiled and left: to promote the product of
+the step before, whose sums are copied from register to register, 64 moves for the 64 additions that no longer wait (231 instructions for 164), and which,
+without the copies, ptxas waits for after each quarter; TMA descriptors, as many instructions and a barrier more; scales of Wgrad by descriptors, four
+barriers and 71 instructions more, as Triton waits where it loads them.
+
 The module needs triton and is imported only where its kernels run.  Shape suffixes: O, N outer, C contraction, R rows,
 P columns of whole tiles, E experts.
 """
@@ -62,14 +68,15 @@ def _product_kernel(
     row, column = first + inside, n * 128 + inside
     read = tl.minimum(row, last - 1)  # rows of others are neither read nor written
     acc = tl.zeros((128, 128), tl.float32)
-    left = left_ptr + read[:, None].to(tl.int64) * contraction + inside[None, :]
     matrix = tl.cast(expert, tl.int64) * (width // 128) + n
-    right = right_ptr + matrix * 128 * contraction + inside[:, None] * contraction + inside[None, :]
+    left, right = left_ptr + tl.cast(first, tl.int64) * contraction, right_ptr + matrix * 128 * contraction
+    place = inside[:, None] * contraction + inside[None, :]
+    left_place = (read - first)[:, None] * contraction + inside[None, :]
     left_scale = left_scale_ptr + read
     right_scale = right_scale_ptr + matrix * (contraction // 128)
     for _ in range(contraction // 128):
         scale = tl.load(left_scale) * tl.load(right_scale)
-        acc += tl.dot(tl.load(left), tl.load(right).T) * scale[:, None]
+        acc += tl.dot(tl.load(left + left_place), tl.load(right + place).T) * scale[:, None]
         left, right = left + 128, right + 128
         left_scale, right_scale = left_scale + scale_rows, right_scale + 1
     out = out_ptr + row[:, None].to(tl.int64) * width_out + column[None, :]
@@ -94,15 +101,15 @@ def _wgrad_kernel(
         if count == 0:
             return
     first = tl.cast(start, tl.int64) * 128
-    place = inside[:, None] * tl.cast(columns, tl.int64) + inside[None, :]
-    left = left_ptr + m.to(tl.int64) * 128 * columns + first + place
-    right = right_ptr + n.to(tl.int64) * 128 * columns + first + place
-    left_scale = left_scale_ptr + tl.cast(start, tl.int64) * height + m * 128 + inside
-    right_scale = right_scale_ptr + tl.cast(start, tl.int64) * width + n * 128 + inside
+    place = inside[:, None] * columns + inside[None, :]
+    left = left_ptr + m.to(tl.int64) * 128 * columns + first
+    right = right_ptr + n.to(tl.int64) * 128 * columns + first
+    left_scale = left_scale_ptr + tl.cast(start, tl.int64) * height + m * 128
+    right_scale = right_scale_ptr + tl.cast(start, tl.int64) * width + n * 128
     acc = tl.zeros((128, 128), tl.float32)
     for _ in range(count):
-        scale = tl.load(left_scale)[:, None] * tl.load(right_scale)[None, :]
-        acc += tl.dot(tl.load(left), tl.load(right).T) * scale
+        scale = tl.load(left_scale + inside)[:, None] * tl.load(right_scale + inside)[None, :]
+        acc += tl.dot(tl.load(left + place), tl.load(right + place).T) * scale
         left, right = left + 128, right + 128
         left_scale, right_scale = left_scale + height, right_scale + width
     row, column = m * 128 + inside, n * 128 + inside
