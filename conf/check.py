@@ -531,7 +531,7 @@ PRECISION: tuple[ConfigCheck, ...] = (
                "choose precision=fp8, which fills it", shown=lambda c, v: "null" if v is None else "set"),
     JoinedRule("precision.fp8", lambda c, v: not (v and v.hold_weights and c.parallel.zero == 3),
                "must not be true with parallel.zero=3, which gathers a weight for each pass and lets it go",
-               "leave it at null", named="precision.fp8.hold_weights", shown=lambda c, v: True),
+               "leave it at false", named="precision.fp8.hold_weights", shown=lambda c, v: True),
     ConditionalRules(lambda c: c.precision.fp8 is not None, (_check_products,)),
 )
 

@@ -601,9 +601,9 @@ class Fp8:
     backend: Fp8Backend = Fp8Backend.triton
     """On a GPU, products of experts and those added to a gradient. triton: our own kernels, with no other package; deepgemm:
     DeepGEMM's, which runs with torch 2.11 alone and compiles them with nvcc (the extra [fp8])."""
-    hold_weights: bool | None = expert(None)
-    """Cast weights once a step and hold the casts, two bytes a weight on a GPU, to the end of its last backward; false: cast them again in every product, for
-    the same bits. null: hold them, but with parallel.zero=3, where no weight stays."""
+    hold_weights: bool = expert(False)
+    """Cast weights once a step and hold the casts to the end of its last backward, which takes two bytes a weight more on a GPU; false: cast them again in
+    every product, for the same bits."""
     cache: Cache = field(default_factory=Cache)
     health: Health = field(default_factory=Health)
 
@@ -1024,6 +1024,5 @@ class Config:
 
     @property
     def holds_weights(self) -> bool:
-        """precision.fp8.hold_weights in force."""
-        fp8 = self.precision.fp8
-        return fp8 is not None and (self.parallel.zero < 3 if fp8.hold_weights is None else fp8.hold_weights)
+        """Whether FP8 casts of weights are held through a step."""
+        return self.precision.fp8 is not None and self.precision.fp8.hold_weights

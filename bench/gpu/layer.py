@@ -46,11 +46,12 @@ SYNCHRONIZES = "called a synchronizing CUDA operation"
 
 
 def layer_config(precision: str, dispatch: str, shrink: int, device: torch.device) -> Config:
-    """DeepSeek-V3 with its experts over 64 ranks; FP8 rows on the wire where the experts take them. shrink divides widths."""
+    """DeepSeek-V3 with its experts over 64 ranks; FP8 rows on the wire where the experts take them, weights cast once a step. shrink divides widths."""
     wire = "fp8" if precision.startswith("fp8") else "bf16"
     config = compose(
         "conf=deepseek_v3", "mode=dry_run", "parallel=single", f"precision={precision}", f"parallel.dp={EP}", f"parallel.ep={EP}",
         f"parallel.dispatch={dispatch}", f"parallel.wire={wire}", f"cluster.ranks_per_node={RANKS_PER_NODE}",
+        *["precision.fp8.hold_weights=true"] * precision.startswith("fp8"),
     )  # fmt: skip
     return shrunk(for_device(config, device), shrink)
 

@@ -37,7 +37,7 @@ LAYOUTS = {
     "ep2 zero 2, offload fp32": ["parallel.dp=2", "parallel.ep=2", "parallel.zero=2", "precision=fp32", "parallel.offload_optimizer=true"],
     "zero 3": ["parallel.dp=2", "parallel.zero=3"],
     "zbv ep2, layers again": [*PP2, "parallel.ep=2", "parallel.schedule=zbv", "dry_run.rank=3", "model.recompute=[norm,layer]"],
-    "dualpipev fp8, a layer again": [*PP2, "parallel.ep=2", "parallel.schedule=dualpipev", "precision=fp8", "batch_size=12",
+    "dualpipev fp8, a layer again": [*PP2, "parallel.ep=2", "parallel.schedule=dualpipev", "precision=fp8", "batch_size=12", "precision.fp8.hold_weights=true",
                                      "model.recompute=[norm,mla_up,swiglu,layer:1]"],
     "1f1b, offload": [*PP2, "parallel.schedule=1f1b", "dry_run.rank=0", "model.offload=[layer]"],
     "interleaved, offload fp32": [*PP2, "parallel.schedule=interleaved", "precision=fp32", "dry_run.rank=2", "model.offload=[layer:1]"],

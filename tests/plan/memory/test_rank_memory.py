@@ -74,7 +74,9 @@ def test_peak_activations_follow_what_is_in_flight():
 @pytest.mark.parametrize(
     "overrides",
     [
-        pytest.param(["precision=fp8", *EP2, "parallel.wire=fp8", ALL], id="fp8_experts"),
+        pytest.param(
+            ["precision=fp8", "precision.fp8.hold_weights=true", *EP2, "parallel.wire=fp8", ALL], id="fp8_experts"
+        ),
         pytest.param([*DUALPIPEV, "precision=bf16"], id="dualpipev"),
         pytest.param(
             [*DUALPIPEV, "precision=bf16", "parallel.overlap=false", "model.offload=[layer]"], id="one_by_one"
