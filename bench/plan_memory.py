@@ -53,6 +53,7 @@ LET_GO = 0.3
 """Seconds. A thread of gloo holds the tensors of a collective until it runs again after the rank has waited for it, which on
 a busy machine can reach into the next phase."""
 EP2 = ["parallel.dp=2", "parallel.ep=2"]
+LORA = ["precision=bf16", "adapter=lora", "init_from=X", "optim=tune"]
 CASES = {
     "fp32": ["precision=fp32"],
     "bf16": ["precision=bf16"],
@@ -97,6 +98,10 @@ CASES = {
     "bf16 pp2 dualpipev": ["precision=bf16", *_pp(2, "dualpipev")],
     "bf16 pp2 dualpipev, one by one": ["precision=bf16", *_pp(2, "dualpipev", "parallel.overlap=false")],
     "fp8 pp2 ep2 dualpipev": ["precision=fp8", *_pp(2, "dualpipev", *EP2, "batch_size=16")],
+    "adapter": LORA,
+    "adapter beside blocks": [*LORA, "adapter.base=fp8"],
+    "adapter pp2 zbv": [*LORA, *_pp(2, "zbv")],
+    "adapter ep2 zero3": [*LORA, *EP2, "parallel.zero=3"],
     "bf16 pp2 zbv, MTP 2": ["precision=bf16", *_pp(2, "zbv", "model.mtp_depth=2")],
 }
 

@@ -23,6 +23,7 @@ from train.model.deepseek import DeepSeekV3
 from train.model.init import draw_uniform, key_number
 from train.model.layers import PACKED
 from train.model.moe import Experts
+from train.model.needed import Function
 from train.model.operations import ExpertGroups, Kernels
 from train.model.recompute import RecomputedOutputs
 from train.model.weight_gradient import GroupedProduct
@@ -131,4 +132,21 @@ def add_adapters(chunk: DeepSeekV3, adapter: Adapter, kernels: Kernels, seed: in
         setattr(module, ADDED[own], LowRankPairs(module, names, adapter, kernels, chunk, f"{seed}/{base}"))
     if bases and hasattr(chunk, "embedding"):
         # What backward meets first must ask for a gradient, or a block that runs again would keep another graph than its first run.
-        chunk.embedding.register_forward_hook(lambda module, given, out: out.requires_grad_(torch.is_grad_enabled()))
+        chunk.embedding.register_forward_hook(_ask_for_gradient)
+
+
+def _ask_for_gradient(module: nn.Module, given: object, out: Tensor) -> Tensor:
+    """Give the values a gradient. As a leaf of the graph they would stay in memory with it, and so would their gradient."""
+    return _Asking.apply(out, torch.empty(0, requires_grad=True)) if torch.is_grad_enabled() else out
+
+
+class _Asking(Function):
+    """What backward comes by, and where nothing learns of it. anchor: asks for a gradient."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, anchor: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return None, None

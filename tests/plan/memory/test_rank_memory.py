@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench.plan_memory import ALL, EP2, RUN, even, measure
+from bench.plan_memory import ALL, EP2, LORA, RUN, even, measure
 from conf.load import compose
 from conf.thresholds import THRESHOLDS
 from parallel.mesh import read_layout
@@ -83,6 +83,8 @@ def test_peak_activations_follow_what_is_in_flight():
         ),
         pytest.param([*INTERLEAVED_3, "precision=bf16"], id="interleaved_3"),
         pytest.param(["precision=bf16", "parallel.cp=2"], id="shared_sequences"),
+        pytest.param([*LORA, "adapter.base=fp8"], id="adapter_beside_blocks"),
+        pytest.param([*LORA, *EP2], id="adapter_and_experts", marks=pytest.mark.slow),
         pytest.param(["precision=bf16", "parallel.dp=2", "parallel.zero=2"], id="zero2", marks=pytest.mark.slow),
         pytest.param(["precision=fp32", "data.mask_documents=true"], id="documents", marks=pytest.mark.slow),
     ],
@@ -102,6 +104,7 @@ def test_planned_peaks_are_the_measured_ones(overrides):
         pytest.param(
             ["precision=fp32", "parallel.dp=4", "parallel.ep=2"], None, id="two_groups", marks=pytest.mark.slow
         ),
+        pytest.param([*LORA, *EP2], None, id="adapter", marks=pytest.mark.slow),
     ],
 )
 def test_planned_peaks_of_stage_3_are_the_measured_ones(overrides, bucket):
