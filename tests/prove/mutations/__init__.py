@@ -7,6 +7,7 @@ all others      the bugs, a file for each area
 """
 
 from tests.prove.mutations import (
+    adapters,
     attention,
     balance,
     chats,
@@ -35,6 +36,7 @@ _FILES = (
     balance,
     losses,
     chats,
+    adapters,
     attention,
     context,
     dispatch,

@@ -16,6 +16,7 @@ BASE = [
 MORE = ["batch_size=12", "optim.batch_ramp_start=8", "optim.batch_ramp_increment=4"]
 COPIES, EXPERTS = [*BASE, "parallel.dp=2"], [*BASE, "parallel.dp=2", "parallel.ep=2"]
 CHATS = ["data.mask_documents=false", "data.format=chat"]
+LORA = ["adapter=lora", "adapter.rank=16", "optim.bias_speed=[{until: 1.0, value: 0.0}]"]
 NODES = ["parallel.dispatch=node_limited"]
 FEW = [
     "model.layers=2",
@@ -47,6 +48,8 @@ RECIPES = {
     "chats": [*COPIES, *CHATS],
     "chats shared": [*BASE, *CHATS, "parallel.cp=2"],
     "chats with biases": [*COPIES, *CHATS, "optim.bias_speed=[{until: 1.0, value: 0.0}]"],
+    "adapters": [*EXPERTS, *LORA],
+    "adapters in blocks": [*EXPERTS, *LORA, "adapter.base=fp8"],
     "shared": [*BASE, "parallel.cp=2"],
     "pipeline": [*BASE, "parallel.pp=2"],
     "zbv": [*STAGES, "parallel.schedule=zbv"],
