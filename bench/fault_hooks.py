@@ -23,6 +23,8 @@ import torch.distributed as dist
 STRIKES_AFTER, STRIKES_LATE = 6, 18
 """Steps that are as usual; for what shows only against a history of some steps."""
 LONG = 1e6
+MEMORY_GROUPS, GROUP_PREFIX = Path("/sys/fs/cgroup/memory"), "faults-named-"
+"""Where control groups of version 1 are, and the names of those of this benchmark."""
 _now = time.time
 _strikes: list[Path] = []
 """Where the moment of the fault is noted."""
@@ -347,7 +349,7 @@ def die_in_helper(run: Any) -> None:
 
 def run_out_of_memory() -> None:
     """In a control group of its own, as a batch system gives one: the kernel kills it."""
-    group = Path(f"/sys/fs/cgroup/memory/faults-named-{os.getpid()}")
+    group = MEMORY_GROUPS / f"{GROUP_PREFIX}{os.getpid()}"
     group.mkdir()
     (group / "memory.limit_in_bytes").write_text(str(64 << 20))
     (group / "cgroup.procs").write_text(str(os.getpid()))

@@ -28,10 +28,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import IO, NamedTuple
 
+from bench.fault_hooks import GROUP_PREFIX, MEMORY_GROUPS
 from bench.fault_links import DEVICE, LINKS, NETWORK, LinkedHosts
 from cluster.driver.journal import read_events
 from cluster.incident import newest_incident
@@ -215,6 +217,9 @@ def run_case(case: FaultCase, folder: Path, limit: float, address: str | None = 
     if drive.is_alive():
         os.kill(drive.pid or 0, signal.SIGKILL)  # its ranks die with it
         drive.join()
+    for group in MEMORY_GROUPS.glob(f"{GROUP_PREFIX}*"):
+        with suppress(OSError):  # of a rank that is there still
+            group.rmdir()
     return judge_case(case, run, started)
 
 
