@@ -4,7 +4,7 @@ Whoever wants to know something of a dispatch asks it here and never compares it
 parallel/expert/build.py; an entry there and one here add a dispatch.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from conf.errors import UserError
 
@@ -28,7 +28,7 @@ class Messages:
     """Messages of one token in one layer of experts, in the mean; of the rank that has most."""
 
     copies: tuple[float, ...]
-    """That each hop makes; those kept included."""
+    """That each hop makes by kernels of its own, beside the exchange; those kept included."""
     arrivals: float
     """That reach the expert's ranks, per token of a rank."""
     inside: float
@@ -99,7 +99,10 @@ class DispatchFacts:
 
 @dataclass(frozen=True)
 class DeepEPFacts(DispatchFacts):
-    """The package DeepEP (github.com/deepseek-ai/DeepEP); sizes as in its deep_ep/buffer.py."""
+    """The package DeepEP (github.com/deepseek-ai/DeepEP), which copies and adds rows while it sends them; sizes as in its deep_ep/buffer.py."""
+
+    def count_messages(self, reach: Reach) -> Messages:
+        return replace(super().count_messages(reach), copies=())
 
     def count_buffer_bytes(self, ep: int, hidden: int) -> int:
         """By the formulas of csrc/config.hpp, for bf16 rows: ten channels, each with slots for every rank of a node and, twice, for

@@ -35,7 +35,7 @@ def alone(segments: list[Segment], taken: float) -> ElapsedTime:
     """One pass, nothing else to do while it waits."""
     seconds = exposed = 0.0
     for segment in segments:
-        beside = segment.beside + taken * min(segment.transfer, segment.beside)
+        beside = _compute(0.0, segment.beside, segment.transfer, taken)
         wait = max(0.0, segment.transfer - beside)
         seconds += segment.compute + beside + wait
         exposed += wait
@@ -78,5 +78,5 @@ def overlapped(forward: list[Segment], backward: list[Segment], taken: float) ->
 
 def _compute(now: float, seconds: float, link: float, taken: float) -> float:
     """When computing that starts now ends, slowed while the link is busy."""
-    busy = max(0.0, link - now)
-    return now + seconds + taken * min(busy, seconds)
+    lost = taken * max(0.0, link - now)
+    return now + min(seconds + lost, seconds / max(1 - taken, 1e-9))

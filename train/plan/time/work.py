@@ -89,6 +89,12 @@ class Sizes:
         return device_kind(self.config) == "cuda"
 
     @property
+    def arrive_in_fp8(self) -> bool:
+        """Whether experts take the rows of an FP8 wire as they come (parallel/expert/quantized_rows.py)."""
+        parallel = self.config.parallel
+        return parallel.ep > 1 and parallel.wire == "fp8" and self.fp8("experts_up")
+
+    @property
     def casts_gradients_once(self) -> bool:
         """Whether one kernel casts a gradient for Dgrad and Wgrad: a GPU's, where schedules do not split the backward."""
         return self.on_gpu and not self.config.parallel.schedule_facts.splits
@@ -162,11 +168,16 @@ def _product(sizes: Sizes, rows: float, inputs: int, outputs: int, experts: int,
     if fp8:
         once, kept = element + 1, 2  # read in bf16, written as FP8; what was kept in FP8 is read as FP8
         times = 1 / sizes.micro_batches if sizes.config.holds_weights else 1  # of a weight, in a pass
-        passes.forward.append(Work("cast", bytes=(x + times * weights) * once, calls=1 + times))
-        passes.inputs.append(Work("cast", bytes=(y + times * weights) * once, calls=1 + times))
-        again = once
-        if sizes.casts_gradients_once:  # what comes from the wire is FP8 before
-            again = kept if family == "experts_down" else 1
+        came = family if sizes.arrive_in_fp8 else ""
+        passes.forward.append(
+            Work("cast", bytes=(x * (came != "experts_up") + times * weights) * once, calls=1 + times)
+        )
+        passes.inputs.append(
+            Work("cast", bytes=(y * (came != "experts_down") + times * weights) * once, calls=1 + times)
+        )
+        again = 1 if sizes.casts_gradients_once else once
+        if came == "experts_down" or (sizes.casts_gradients_once and family == "experts_down"):
+            again = kept
         passes.weights.append(Work("cast", bytes=y * again + x * kept, calls=2))
     return passes
 
@@ -277,8 +288,8 @@ def permutation(sizes: Sizes, spread: Spread) -> tuple[list[Work], list[Work]]:
     row = width * element
     out, back = [], []
     if spread.ranks > 1 and sizes.config.parallel.wire == "fp8":
-        out.append(Work("cast", bytes=tokens * width * (element + 1)))
-        out.append(Work("cast", bytes=tokens * spread.arrivals * width * (element + 1)))
+        decoded = 0.0 if sizes.arrive_in_fp8 else spread.arrivals
+        out += [Work("cast", bytes=tokens * each * width * (element + 1)) for each in (1, decoded) if each]
     sources = tokens
     wire = spread.row_bytes or row
     for copies in spread.copies:  # of every token, at each hop; the last sort is on the expert's rank
@@ -286,8 +297,8 @@ def permutation(sizes: Sizes, spread: Spread) -> tuple[list[Work], list[Work]]:
         back.append(Work("collect", bytes=(copies * tokens + sources) * row))
         sources = copies * tokens
     rows = tokens * sizes.config.model.top_k
-    out.append(Work("permute", bytes=2 * rows * row))
-    back.append(Work("collect", bytes=(rows + sources) * row))
+    out.append(Work("permute", bytes=2 * rows * (wire if sizes.arrive_in_fp8 else row)))
+    back.append(Work("collect", bytes=(rows + tokens * spread.arrivals) * row))
     return out, back
 
 
@@ -326,11 +337,13 @@ def head_work(sizes: Sizes, positions: list[int]) -> Passes:
         passes.forward += [Work(f"{name}_{sizes.high}", flops, moved, chunks) for name in names]
         passes.forward.append(Work("loss", bytes=4 * logits, calls=chunks))
         passes.inputs.append(Work("copy", bytes=2 * tokens * width * element))
-        if trained:
-            passes.forward.append(Work("accumulate", bytes=table * (8 * chunks + 4 * (chunks - 1))))
-            passes.weights.append(Work("accumulate", bytes=8 * table))
-    if trained:
-        passes.weights.append(Work("accumulate", bytes=12 * table * (len(positions) - 1 / sizes.micro_batches)))
+        if trained:  # in fp32, by the product or behind it
+            added = 12 * (chunks - 1) + (element + 4 if element == 2 else 0) * chunks
+            if sizes.products_add:
+                added = 4 * (2 * chunks - 1) - element * chunks
+            passes.forward.append(Work("accumulate", bytes=table * added))
+    if trained:  # scaled, and added to the weight's sum in one go, which the first becomes
+        passes.weights.append(Work("accumulate", bytes=table * (12 * len(positions) - 4 / sizes.micro_batches)))
     return passes
 
 
