@@ -69,11 +69,12 @@ def laid_out(
     return (*words, *([f"parallel.split=[{','.join(map(str, split))}]"] if split else []))
 
 
-DEEPSEEK = (
-    *BASE, *FP8, "hardware=h800",
-    *laid_out(2048, 16, 64, 15360, "dualpipev", again="norm,mla_up,swiglu", wire="fp8"),
-)  # fmt: skip
-"""DualPipe puts 16 stages on 16 ranks, each twice; dualpipev puts 32 stages on them, each once: the same work and bubble a rank."""
+OURS = ("conf=deepseek_v3", "data.path=none", "mode=plan", "hardware=h800")
+"""DeepSeek's job as its recipe here has it, by the means of this trainer: what `python -m train conf=deepseek_v3 mode=plan` plans."""
+DEEPSEEK = (*OURS, *FP8, "parallel.dispatch=deepep", "plan.imbalance=1", "hardware.rates.across.bandwidth=40.2e9")
+"""The same by DeepSeek's: DeepGEMM, balanced experts, and DeepEP as first released (February 2025), the nearest to the job: 46 GB/s at EP 64,
+without what stays on the node.
+DualPipe puts 16 stages on 16 ranks, each twice; dualpipev puts 32 stages on them, each once: the same work and bubble a rank."""
 
 
 def _megatron_bridge() -> Iterator[PublishedJob]:

@@ -68,8 +68,8 @@ LINKS = {
     "gather_across": "across",
 }
 """Kinds of transfers and what stands in for them: inside and across, bytes of one device in one direction."""
-PUBLISHED_SPREAD = 0.185
-"""Four of five jobs that others have published take a plan's step times exp(-0.185) to exp(0.185): `python -m bench.plan_published`."""
+PUBLISHED_SPREAD = 0.16
+"""Four of five jobs that others have published take a plan's step times exp(-0.16) to exp(0.16): `python -m bench.plan_published`."""
 CALIBRATION_FILE = "calibration.json"
 REQUIRED = {
     "device",
