@@ -56,8 +56,10 @@ class Program:
     def __init__(self, actions: list[list[Action]]):
         """AssertionError when the lists wait for each other in a circle."""
         self.actions = actions
-        self._steps: list[tuple[int, Action, list[int]]] = []
-        """Rank, action, and the steps on other ranks that it needs."""
+        self._kinds: dict[tuple, tuple[int, Action]] = {}
+        """Numbers of the actions that differ in more than their micro-batches, and the first of each."""
+        self._steps: list[tuple[int, int, list[int]]] = []
+        """Rank, number of the kind, and the steps on other ranks that it needs."""
         rank_of = {part.stage: rank for rank, line in enumerate(actions) for action in line for part in _parts(action)}
         last, position = max(rank_of), [0] * len(actions)
         made: dict[tuple[str, int, int], int] = {}
@@ -71,7 +73,9 @@ class Program:
                     if not all(need in made for need in needs):
                         break
                     made.update((_result(part), len(self._steps)) for part in _parts(action))
-                    self._steps.append((rank, action, [made[need] for need in needs if rank_of[need[1]] != rank]))
+                    kind = action.kind, *(part.stage for part in _parts(action))
+                    number, _ = self._kinds.setdefault(kind, (len(self._kinds), action))
+                    self._steps.append((rank, number, [made[need] for need in needs if rank_of[need[1]] != rank]))
                     position[rank], progress = position[rank] + 1, True
         stuck = {
             rank: line[at] for rank, (line, at) in enumerate(zip(actions, position, strict=True)) if at < len(line)
@@ -79,21 +83,21 @@ class Program:
         assert not stuck, f"every rank waits for another: {stuck}"
 
     def run(self, duration: Callable[[Action], float], transfer: float = 0.0) -> Simulation:
-        """duration: seconds of an action (an FB is asked for as a whole); transfer: seconds between the end of an action and its
-        result being there for a stage on another rank.
+        """duration: seconds of an action (an FB is asked for as a whole), in any micro-batch; transfer: seconds between the end of an action
+        and its result being there for a stage on another rank.
         """
+        lengths = [duration(action) for _, action in self._kinds.values()]
         ranks = len(self.actions)
         free, busy, ends = [0.0] * ranks, [0.0] * ranks, []
         starts: list[list[float]] = [[] for _ in range(ranks)]
-        for rank, action, needs in self._steps:
+        for rank, kind, needs in self._steps:
             start = free[rank]  # what the rank itself has made is there by then
             for step in needs:
                 start = max(start, ends[step] + transfer)
-            seconds = duration(action)
-            free[rank] = start + seconds
-            ends.append(start + seconds)
+            free[rank] = start + lengths[kind]
+            ends.append(free[rank])
             starts[rank].append(start)
-            busy[rank] += seconds
+            busy[rank] += lengths[kind]
         return Simulation(max(free), busy, starts)
 
 
