@@ -217,7 +217,7 @@ class _Buffer:
         entries, counts = topk_idx.shape[1], rows_L
         ids_MK = topk_idx.new_full((messages, entries), -1)
         first = 0
-        for expert, rows in enumerate(counts):
+        for expert, rows in enumerate(() if ids_MK.is_meta else counts):
             assert rows <= messages, f"{rows} rows of {messages} messages"
             column = expert % entries
             ids_MK[first : first + rows, column] = expert

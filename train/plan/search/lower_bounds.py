@@ -8,8 +8,9 @@ with none. Memory comes first, and is all that is asked of
 a layout that it rules out. Times of equal layers under equal conditions are counted once in a search.
 """
 
-from collections.abc import Iterator
-from functools import cache
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from itertools import accumulate
 from operator import add
 
@@ -21,7 +22,7 @@ from train.plan.memory.chunk import chunk_of
 from train.plan.memory.part import Scene
 from train.plan.memory.rank_memory import chunk_parts
 from train.plan.reserve import tensor_memory
-from train.plan.search.candidates import Candidate, Frame
+from train.plan.search.candidates import ActivationSaving, Candidate, Frame
 from train.plan.search.changes import with_changes
 from train.plan.time.rates import Rates
 from train.plan.time.stages import Stages
@@ -53,37 +54,44 @@ class FrameBounds:
         longest = max(map(len, stages.layers))
         passes: dict[tuple, float] = {}
         for saving in frame.savings:
-            savings = [saving.applied(frame.config, blocks) for blocks in range((longest if saving.blocks else 0) + 1)]
-            kept = [
-                [_kept_bytes(one, stages, *pair) for pair in zip(stages.placement, flight, strict=True)]
-                for one in savings
-            ]
-            least = [
-                [list(map(add, one, each)) for each in kept] for one in state
-            ]  # by place of the optimizer, blocks and rank
+            kept = cache(partial(self._kept, saving, stages, flight))
+            blocks = longest if saving.blocks else 0
+            least = [list(map(add, each, kept(blocks))) for each in state]  # by place of the optimizer and rank
             for dispatch, wire in frame.ways:
-                able = [number for number, each in enumerate(least) if max(each[-1]) <= memory[dispatch]]
+                able = [number for number, each in enumerate(least) if max(each) <= memory[dispatch]]
                 if not able:
-                    self.lacking.append(min(max(each[-1]) for each in least) - memory[dispatch])
+                    self.lacking.append(min(map(max, least)) - memory[dispatch])
                 for number in able:
-                    host, each = frame.hosts[number], least[number]
-                    fewest = 0  # of blocks that run again; what waits on the host need not take time
-                    if saving.blocks == "recompute":
-                        fewest = next(blocks for blocks, one in enumerate(each) if max(one) <= memory[dispatch])
+                    host, fewest = frame.hosts[number], 0
+                    if saving.blocks == "recompute":  # what waits on the host need not take time
+                        holds = partial(_holds, kept, state[number], memory[dispatch])
+                        fewest = bisect_left(range(blocks), True, key=holds)
                     key = (*saving.recompute, "", *saving.offload, dispatch, wire, fewest)
                     if key not in passes:
-                        fastest = with_changes(savings[fewest], dispatch=dispatch, wire=wire)
+                        fastest = with_changes(saving.applied(frame.config, fewest), dispatch=dispatch, wire=wire)
                         passes[key] = _pipeline_seconds(self._stages(fastest))
                     if host not in updates:
                         updates[host] = slowest_update(self._stages(placed[number])).seconds
-                    total = max(each[-1])
-                    rank = each[-1].index(total)
-                    there = with_changes(savings[-1], dispatch=dispatch, wire=wire, offload_optimizer=host)
+                    total = max(least[number])
+                    rank = least[number].index(total)
+                    there = with_changes(
+                        saving.applied(frame.config, blocks), dispatch=dispatch, wire=wire, offload_optimizer=host
+                    )
                     seconds = passes[key] + updates[host]
-                    yield Candidate(there, frame.family, saving, len(savings) - 1, seconds, total, rank, kept[-1][rank])
+                    yield Candidate(there, frame.family, saving, blocks, seconds, total, rank, kept(blocks)[rank])
+
+    def _kept(self, saving: ActivationSaving, stages: Stages, flight: list[int], blocks: int) -> list[int]:
+        """`_kept_bytes` of every rank with so many blocks of a saving."""
+        config = saving.applied(self._frame.config, blocks)
+        return [_kept_bytes(config, stages, *pair) for pair in zip(stages.placement, flight, strict=True)]
 
     def _stages(self, config: Config) -> Stages:
         return Stages(config, layout_of(config), self._rates, self._memo)
+
+
+def _holds(kept: Callable[[int], list[int]], held: list[int], room: int, blocks: int) -> bool:
+    """Whether the fullest rank has room for what it holds and for what so many blocks let it keep."""
+    return max(map(add, held, kept(blocks))) <= room
 
 
 def traced_bound(candidate: Candidate, config: Config, scene: Scene) -> int:
