@@ -4,7 +4,7 @@
 
 A layout by hand is what somebody who knows this trainer would write for the job: pipelines of several lengths, their schedules, one or more
 sequences at a time, blocks that run again or wait on the host, DeepEP, the optimizer on the host, ZeRO 3. Each is planned as `mode=plan` plans it, and
-none that fits may be faster than the best of the search: that ends the bench with an error. The seconds of a search are those of a core. Jobs
+none that fits may be faster than the best of the search, or fit where the search finds nothing: that ends the bench with an error. The seconds of a search are those of a core. Jobs
 are without a ramp of batch sizes, which layouts would have to divide.
 
 Takes about ten minutes.
@@ -147,19 +147,21 @@ def main() -> None:
     faster = []
     for job in options.jobs or JOBS:
         devices, recipe = JOBS[job]
-        began = time.process_time()
-        found = search(compose(*recipe.split(), "plan.search=true", f"plan.devices={devices}"))
-        best = found.best[0]
-        print(
-            f"{job}: {best.step_seconds:.4g} s a step, found in {time.process_time() - began:.0f} s among {found.tried} layouts",
-            flush=True,
-        )
-        print(f"    {' '.join(best.overrides)}")
+        began, best = time.process_time(), None
+        try:
+            found = search(compose(*recipe.split(), "plan.search=true", f"plan.devices={devices}"))
+        except UserError as error:
+            words = error.rule.partition(" (")[0]
+        else:
+            best = found.best[0]
+            words = f"{best.step_seconds:.4g} s a step among {found.tried} layouts\n    {' '.join(best.overrides)}"
+        print(f"{job}, {time.process_time() - began:.0f} s: {words}", flush=True)
         for layout in BY_HAND[job][: options.layouts]:
             seconds, why = plan_by_hand(recipe, layout)
-            beside = why if seconds is None else f"{seconds:.4g} s, {100 * (seconds / best.step_seconds - 1):+.1f} %"
+            away = "" if seconds is None or best is None else f", {100 * (seconds / best.step_seconds - 1):+.1f} %"
+            beside = why if seconds is None else f"{seconds:.4g} s{away}"
             print(f"  {beside:24} {layout}", flush=True)
-            if seconds is not None and seconds < best.step_seconds * (1 - 1e-9):
+            if seconds is not None and (best is None or seconds < best.step_seconds * (1 - 1e-9)):
                 faster.append(f"{job}: {layout}")
     if faster:
         sys.exit(f"faster than what the search found: {'; '.join(faster)}")
