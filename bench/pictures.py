@@ -34,7 +34,7 @@ h2 + p.sub { display: none; } .cards { grid-template-columns: repeat(6, 1fr); ma
 .figures { grid-template-columns: repeat(6, 1fr); } figure { grid-column: span 3; } figure.wide { grid-column: span 6; } figcaption { display: none; }
 </style>"""
 OF_REPORT = ""
-OF_PLAN = "<style>figure:nth-child(2) { display: none; }</style>"
+OF_PLAN = "<style>figure:nth-child(5) { display: none; }</style>"
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
 """The planned peak of memory beside the measured one, for many layouts and recipes on the CPU.
 
 Every rank of a small model runs two whole steps; in the second, every tensor of the rank is counted (train/plan/memory/ledger.py).
-The three columns are the peaks of forward and backward passes, of the reduction of gradients, and of the update; the error
-is that of the largest. Of all ranks the one with the largest error is shown.
+The four columns are the peaks of the start (weights and the optimizer's state are built), of forward and backward passes, of the reduction of
+gradients, and of the update; the error is that of the largest. Of all ranks the one with the largest error is shown.
 
 Routing is forced to be even, so that the plan needs no guess of it.
 
@@ -107,11 +107,13 @@ CASES = {
 
 
 def measure(config: Config, rank: int) -> dict[str, int]:
-    """Peaks of the second step by phase."""
+    """Peaks of the start, and of the second step by phase."""
     parallel = config.parallel
     layout = read_layout(config, parallel.world)
     mesh = build_mesh(layout)
-    parts = parallelize(config, mesh, torch.device("cpu"), build_kernels("cpu", config.cluster.compiled))
+    with PeakMeter(torch.device("cpu")) as meter:
+        parts = parallelize(config, mesh, torch.device("cpu"), build_kernels("cpu", config.cluster.compiled))
+        peaks = {"start": meter.mark()}
     share = config.batch_size // parallel.dp
     draw = torch.Generator().manual_seed(layout.dp_rank(rank))
     tokens_BS = torch.randint(0, config.model.vocab_size, (share, config.seq_len + 1), generator=draw)
@@ -120,7 +122,6 @@ def measure(config: Config, rank: int) -> dict[str, int]:
         positions_S = torch.arange(config.seq_len + 1, dtype=torch.int32)
         documents_BS = (4 * positions_S // len(positions_S)).repeat(share, 1)
     training_step = TrainingStep(config, parts, RankSetup(torch.device("cpu"), mesh))
-    peaks: dict[str, int] = {}
 
     def run(number: int, meter: PeakMeter | None = None) -> None:
         def mark(phase: str) -> None:
@@ -181,7 +182,7 @@ def main() -> None:
     options = parser.parse_args()
     if unknown := set(options.cases) - CASES.keys():
         parser.error(f"no such case: {'; '.join(unknown)}. There are: {'; '.join(CASES)}")
-    names = ("schedule", "reduction", "update")
+    names = ("start", "schedule", "reduction", "update")
     print(f"{'':30} {'rank':>4} " + " ".join(f"{name:>29}" for name in names) + f" {'peak':>8}")
     for name, more in CASES.items():
         if options.cases and name not in options.cases:

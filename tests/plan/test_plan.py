@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import product
 
 import pytest
@@ -53,8 +53,14 @@ def test_the_command_writes_json_and_page_and_starts_nothing(tmp_path):
     assert [rank["peak_bytes"] for rank in plan["ranks"]] == [
         sum(rank["items_bytes"].values()) for rank in plan["ranks"]
     ]
+    assert all(max(rank["phase_peak_bytes"].values()) == rank["peak_bytes"] for rank in plan["ranks"])
+    assert plan["link_bytes"]["across"] == {} and plan["link_bytes"]["inside"].keys() == {
+        "experts", "stages", "gradients", "weights",
+    }  # fmt: skip
+    assert plan["link_bytes"]["inside"]["stages"] == 2 * 16 * 256 * 256 * 2, "two borders, there and back, of two ranks"
     page = (tmp_path / "planned" / "plan.html").read_text()
-    assert "plot-memory" in page and "plot-timeline" in page and 'src="http' not in page
+    assert all(f"plot-{figure}" in page for figure in ("memory", "host", "interval", "traffic", "time", "timeline"))
+    assert 'src="http' not in page and "reduction of gradients</td>" in page
 
 
 MEASURED = {"dp": reserve.COMMUNICATOR, "pair": reserve.PAIR_COMMUNICATOR}
@@ -144,6 +150,10 @@ def test_a_search_finds_the_fastest_and_explains_the_rest(found):
     shown = {f"pp={one.config.parallel.pp}" for one in found.best}
     assert shown | {family.name.split()[0] for family in found.rejected} == {"pp=1", "pp=2", "pp=4"}
     assert all(family.reason for family in found.rejected)
+    record = asdict(found.record())
+    best = record["best"][0]
+    assert best["cost"] == 2 * best["gpu_hours"] > 0 and 0 < best["effective_share"] < 1
+    assert "".join(plan_page._search({"search": record})).count("<tr>") == 1 + 10 and not plan_page._search({})
 
 
 FEW = (*SMALL, "mode=plan", "plan.search=true", "plan.devices=4", "plan.reserve=0", "model.layers=6", "model.hidden=128",

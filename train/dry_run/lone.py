@@ -32,7 +32,7 @@ from train.plan.memory.ledger import PeakMeter
 from train.plan.time.timed_step import TimedStep
 from train.rank import RankSetup
 
-LONE_PHASES = ("schedule", "reduction", "update")
+LONE_PHASES = ("start", "schedule", "reduction", "update")
 
 
 @dataclass
@@ -40,7 +40,8 @@ class MeasuredRank:
     """What a rank took. Bytes and seconds."""
 
     phases: dict[str, int] = field(default_factory=dict)
-    """Peak of memory in forward and backward passes, in the reduction of gradients, and in the update."""
+    """Peak of memory while weights and the optimizer's state are built, in forward and backward passes, in the reduction of gradients, and
+    in the update."""
     items: dict[str, int] = field(default_factory=dict)
     """Weights, master, moments, and gradients at the end of the schedule."""
     actions: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
@@ -70,9 +71,12 @@ def run_alone(piece: DryRunPiece, device: torch.device) -> MeasuredRank:
             dispatcher = build_stand_in(config.parallel.dispatch, group_of(config), wire, piece.load)
         mesh, (kernels, _) = build_mesh(layout), choose_kernels(config, device)  # those of a run
         share = LoneContext(layout.cp, mesh.cp_rank) if layout.cp > 1 else None
-        parts = parallelize(config, mesh, device, kernels, dispatcher=dispatcher, layers=piece.layers, share=share)
+        with PeakMeter(device) as meter:
+            parts = parallelize(config, mesh, device, kernels, dispatcher=dispatcher, layers=piece.layers, share=share)
+            start = meter.mark()
         parts.pipeline.stage_type = LoneStage
         measured = _steps(config, parts, RankSetup(device, mesh))
+        measured.phases["start"] = start
         if config.profile.steps:
             _watch(config, parts, RankSetup(device, mesh), piece.rank)
         parts.zero.engine.destroy()  # its hooks would keep all of it alive for the rest of a sweep

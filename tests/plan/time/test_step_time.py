@@ -20,7 +20,7 @@ from train.plan.time.rates import Rates, load_rates
 from train.plan.time.stages import Stages
 from train.plan.time.step_time import plan_time
 from train.plan.time.update import count_weights, update_time
-from train.plan.time.work import Work
+from train.plan.time.work import Work, permutation
 
 V3 = ("conf=deepseek_v3", "data.path=none", "parallel=single", "hardware=h800", "parallel.dispatch=deepep",
       "parallel.wire=fp8", "optim.batch_ramp_start=null", "optim.batch_ramp_steps=0")  # fmt: skip
@@ -78,6 +78,9 @@ def test_alone_a_pass_waits_for_what_it_cannot_hide():
     segments = [Segment(1.0, transfer=2.0, beside=0.5), Segment(1.0)]
     assert alone(segments, 0.0).seconds == pytest.approx(4.0) and alone(segments, 0.0).exposed == pytest.approx(1.5)
     assert alone([Segment(1.0, transfer=2.0, beside=3.0)], 0.0).seconds == pytest.approx(4.0)
+    halved = alone([Segment(1.0, transfer=4.0, beside=1.0)], 0.5)  # half of the device computes twice as long
+    assert halved.seconds == pytest.approx(1 + 4) and halved.exposed == pytest.approx(4 - 2)
+    assert alone([Segment(1.0, transfer=1.0, beside=2.0)], 0.5).seconds == pytest.approx(1 + 2.5)
 
 
 def test_a_pair_hides_the_transfers_of_each_under_the_other():
@@ -99,6 +102,26 @@ def test_overlap_and_the_fp8_wire_save_time():
         for name, more in {"both": (), "alone": ("parallel.overlap=false",), "bf16": ("parallel.wire=bf16",)}.items()
     }
     assert times["both"] < times["alone"] and times["both"] <= times["bf16"]
+
+
+def test_rows_of_an_fp8_wire_stay_so_up_to_the_product_and_deepep_copies_them_while_it_sends():
+    base = (*V3, "parallel.pp=16", "parallel.dp=128", "parallel.ep=64", "parallel.schedule=dualpipev")
+    moved = {}
+    for name, more in {
+        "fp8": (),
+        "bf16 experts": ("precision=bf16",),
+        "hops": ("parallel.dispatch=node_limited",),
+    }.items():
+        config = compose(*base, *more)
+        stages = Stages(config, layout_of(config), Rates({}, ""))
+        out, back = permutation(stages.sizes, stages.spread)
+        moved[name] = [one.kind for one in out], len(back), out[-1].bytes / (2 * 8 * 4096)
+        row = stages.spread.row_bytes
+    assert moved == {
+        "fp8": (["cast", "permute"], 1, row),
+        "bf16 experts": (["cast", "cast", "permute"], 1, 2 * 7168),
+        "hops": (["cast", "permute", "permute", "permute"], 3, row),
+    }
 
 
 def test_weights_of_a_rank_are_those_that_it_builds():

@@ -59,6 +59,9 @@ class RankMemory:
     """What runs at the peak."""
     in_flight: int
     """Micro-batches that wait for their backward when the schedule is at its highest, over all stages of the rank."""
+    phases: dict[str, int]
+    """Peak of the device in the start (the rank builds its weights and the optimizer's state), in the schedule, in the reduction of
+    gradients and in the update."""
     host_items: dict[str, int]
     """What it keeps in the host's memory, which on a CPU is the device's: master, moments, buffers, activations, average, checkpoint (until it is
     written), copies (in memory)."""
@@ -102,8 +105,9 @@ def rank_memory(
     state, host, moments = _moments(config, pp_rank, 0, scene, layers, shortest, settled)
     peak = max(moments.values(), key=lambda moment: moment.total)
     items, event = {name: size for name, size in (state + peak.items).items() if size}, peak.event
-    if config.parallel.zero == 3 and (built := _built_bytes(config, pp_rank, layers)) > sum(items.values()):
-        items, event = {"weights": built}, "start, where each weight is drawn before it is sharded"
+    found = {"start": _built_bytes(config, pp_rank, state, layers)} | _with_state(state, moments)
+    if found["start"] > sum(items.values()):
+        items, event = {"weights": found["start"]}, "start, where each weight is drawn before it is sharded"
     return RankMemory(
         pp_rank,
         _layers(config, layers)[pp_rank],
@@ -111,13 +115,16 @@ def rank_memory(
         sum(items.values()),
         event,
         moments["schedule"].in_flight,
+        found,
         dict(+host),
     )
 
 
-def _built_bytes(config: Config, pp_rank: int, layers: list[range] | None) -> int:
-    """Most of a rank at its start under ZeRO 3: weights are drawn in fp32, an expert at a time, and sharded one after another; under an
-    adapter all are there before."""
+def _built_bytes(config: Config, pp_rank: int, state: Counter, layers: list[range] | None) -> int:
+    """Most of a rank at its start: its state. Under ZeRO 3 weights are drawn in fp32, an expert at a time, and sharded one after another; under
+    an adapter all are there before. state: what it holds all the time."""
+    if config.parallel.zero < 3:
+        return sum(state.values())
     weights = rank_weights(config, list(chunk_parts(config, layers)[pp_rank].values()))
     if config.adapter.on:
         return held_bytes(config, weights)
@@ -132,8 +139,12 @@ def _built_bytes(config: Config, pp_rank: int, layers: list[range] | None) -> in
 def phases(
     config: Config, pp_rank: int, stage_rank: int, scene: Scene, layers: list[range] | None = None
 ) -> dict[str, int]:
-    """Peak bytes of one rank in each phase of a step: schedule, reduction, update. layers: as in rank_memory."""
+    """Peak bytes of one rank in each phase: start, schedule, reduction, update. layers: as in rank_memory."""
     state, _, moments = _moments(config, pp_rank, stage_rank, scene, layers)
+    return {"start": _built_bytes(config, pp_rank, state, layers)} | _with_state(state, moments)
+
+
+def _with_state(state: Counter, moments: dict[str, MemoryPeak]) -> dict[str, int]:
     return {name: sum(state.values()) + moment.total for name, moment in moments.items()}
 
 

@@ -2,6 +2,8 @@
 
 import html
 import json
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -18,6 +20,7 @@ from train.metrics.quantities import GIB, amount, gib, length_of_run, seconds, s
 from train.metrics.report_page import HOW_TO_READ, cards_html, closing, figure_html, opening, table_html
 from train.metrics.timeline_file import SampledStep
 from train.plan.budget import RunPlan
+from train.plan.job import layout_of
 from train.plan.report.plan_record import (
     failure_words,
     interval_words,
@@ -43,7 +46,14 @@ def _parts(plan: RunPlan, split: FasterSplit | None, record: dict[str, Any]) -> 
     parts = opening(
         f"Plan: {config.name} on {devices} x {config.hardware.name}", f"It {verdict(plan)}. {layout_words(plan)}."
     )
-    made = (memory_figure(plan), time_figure(plan), step_figure(plan))
+    made = (
+        memory_figure(plan),
+        host_figure(plan),
+        interval_figure(plan, record),
+        traffic_figure(record),
+        time_figure(plan),
+        step_figure(plan),
+    )
     figures = [figure for figure in made if figure is not None]
     drawn = "".join(map(figure_html, figures))
     notes = [f"Rates: {plan.step.rates}.", f"Of a device {reserve_words(plan.reserve)}."]
@@ -55,7 +65,10 @@ def _parts(plan: RunPlan, split: FasterSplit | None, record: dict[str, Any]) -> 
         f'<h2>At a glance</h2><div class="cards">{cards_html(_cards(plan))}</div>',
         "".join(f"<p>{html.escape(note)}</p>" for note in notes),
         *_cures(record),
+        *_search(record),
         f'<h2>Memory and time</h2><p class="sub">{HOW_TO_READ}</p><div class="figures">{drawn}</div>',
+        "<h2>Phases</h2>",
+        _phases(plan),
         "<h2>Stages</h2>",
         _stages(record),
         "<h2>Everything</h2><details><summary>plan.json</summary>",
@@ -117,6 +130,47 @@ def _cures(record: dict[str, Any]) -> list[str]:
     return parts
 
 
+def _search(record: dict[str, Any]) -> list[str]:
+    """The best layouts that a search has found, side by side."""
+    if "search" not in record:
+        return []
+    rows = [
+        (
+            str(place),
+            " ".join(one["overrides"]) or "the recipe as it is",
+            seconds(one["step_seconds"]),
+            gib(one["room_bytes"]),
+            amount(one["gpu_hours"]),
+            "-" if one["cost"] is None else amount(one["cost"]),
+            "-" if one["effective_share"] is None else share(one["effective_share"]),
+        )
+        for place, one in enumerate(record["search"]["best"], 1)
+    ]
+    head = ("", "layout", "step", "room left", "device hours", "cost", "effective time")
+    return ["<h2>Layouts that a search has found</h2>", table_html(head, rows)]
+
+
+PLANNED_PHASES = {
+    "start": (
+        "start: weights and the optimizer's state are built, or filled from a checkpoint",
+        ("activations", "checkpoint"),
+    ),
+    "schedule": ("forward and backward passes", ()),
+    "reduction": ("reduction of gradients", ("activations",)),
+    "update": ("update of the weights", ("activations",)),
+}
+"""What a phase is, and what of a rank's items on the host is not there in it. A checkpoint may wait for the disk through a whole step."""
+
+
+def _phases(plan: RunPlan) -> str:
+    """The fullest rank's peak in each phase, on its device and in its node's own memory."""
+    rank, rows = plan.fullest, []
+    for name, size in rank.phases.items():
+        words, absent = PLANNED_PHASES[name]
+        rows.append((words, gib(size), gib(sum(each for item, each in rank.host_items.items() if item not in absent))))
+    return table_html((f"phase, of rank {rank.pp_rank}", "device", "host"), rows)
+
+
 def _stages(record: dict[str, Any]) -> str:
     """Neighbours that are alike are one row."""
     rows = []
@@ -148,35 +202,102 @@ def _span(first: int, last: int) -> str:
 
 def memory_figure(plan: RunPlan) -> Figure | None:
     """A bar per pipeline rank, by item, and the line of the device."""
-    plot, ranks = go.Figure(), [f"{rank.pp_rank}" for rank in plan.ranks]
-    totals = {name: sum(rank.items.get(name, 0) for rank in plan.ranks) for rank in plan.ranks for name in rank.items}
-    for colour, name in zip(BAR_COLOURS, sorted(totals, key=lambda name: -totals[name]), strict=False):
-        sizes = [rank.items.get(name, 0) / GIB for rank in plan.ranks]
-        label = name.replace("_", " ")
-        plot.add_bar(
-            name=label,
-            x=ranks,
-            y=sizes,
-            marker={"color": colour},
-            hovertemplate=f"{label} %{{y:.2f}} GiB<extra></extra>",
-        )
-    set_look(plot, 420)
-    plot.update_layout(barmode="stack", bargap=0.25)
-    limit = (plan.memory_bytes - sum(plan.reserve.values())) / GIB
-    plot.add_hline(
-        y=limit,
-        line={"color": ORANGE, "dash": "dash"},
-        annotation_text=f"for tensors: {limit:.1f} GiB",
-        annotation_position="top right",
-    )
-    plot.update_xaxes(title="pipeline rank", type="category")
-    plot.update_yaxes(title="GiB at the peak", rangemode="tozero")
     caption = (
         "What each rank of a pipeline holds at its own peak; ranks with the same place in other pipelines are alike. "
         "The line is what a device has for tensors, the reserve taken off. "
         f"The fullest is rank {plan.fullest.pp_rank}, at the {plan.fullest.peak_event}."
     )
-    return figure("memory", "Memory of every rank", caption, plot, True)
+    limit = plan.memory_bytes - sum(plan.reserve.values())
+    return _bars("memory", "Memory of every rank", caption, [rank.items for rank in plan.ranks], limit, "for tensors")
+
+
+def host_figure(plan: RunPlan) -> Figure | None:
+    """The same of what ranks keep in the memory of their nodes; None where they keep nothing."""
+    if not plan.host_bytes:
+        return None
+    caption = "What each rank keeps in its node's own memory, most of it at one time. The line is its even share of what a node has."
+    limit = plan.config.hardware.host_memory_bytes / layout_of(plan.config).ranks_per_node
+    return _bars(
+        "host", "Memory of the hosts", caption, [rank.host_items for rank in plan.ranks], limit, "a rank's share"
+    )
+
+
+def _bars(
+    key: str, title: str, caption: str, ranks: Sequence[Mapping[str, int]], limit: float, what: str
+) -> Figure | None:
+    """A bar of items per pipeline rank, and a line at so many bytes (0 for none). what: the line is."""
+    plot = go.Figure()
+    totals = {name: sum(rank.get(name, 0) for rank in ranks) for rank in ranks for name in rank}
+    for colour, name in zip(BAR_COLOURS, sorted(totals, key=lambda name: -totals[name]), strict=False):
+        label = name.replace("_", " ")
+        plot.add_bar(
+            name=label,
+            x=[f"{number}" for number in range(len(ranks))],
+            y=[rank.get(name, 0) / GIB for rank in ranks],
+            marker={"color": colour},
+            hovertemplate=f"{label} %{{y:.2f}} GiB<extra></extra>",
+        )
+    set_look(plot, 420)
+    plot.update_layout(barmode="stack", bargap=0.25)
+    if limit:
+        plot.add_hline(
+            y=limit / GIB,
+            line={"color": ORANGE, "dash": "dash"},
+            annotation_text=f"{what}: {limit / GIB:.1f} GiB",
+            annotation_position="top right",
+        )
+    plot.update_xaxes(title="pipeline rank", type="category")
+    plot.update_yaxes(title="GiB", rangemode="tozero")
+    return figure(key, title, caption, plot)
+
+
+def interval_figure(plan: RunPlan, record: dict[str, Any]) -> Figure | None:
+    """Steps of the plan and of its later phases, or of the layouts of a search, with the interval of such plans; None where nobody knows it."""
+    spread = plan.step.spread
+    if spread is None:
+        return None
+    rows = [
+        (plan.config.name, plan.step.step_seconds),
+        *((one["name"], one["step_seconds"]) for one in record["phases"]),
+    ]
+    if "search" in record:
+        rows = [(f"layout {place}", one["step_seconds"]) for place, one in enumerate(record["search"]["best"], 1)]
+    labels, steps = [name for name, _ in rows], [value for _, value in rows]
+    over, under = ([value * abs(math.expm1(way * spread)) for value in steps] for way in (1, -1))
+    bars = {"type": "data", "symmetric": False, "array": over, "arrayminus": under, "thickness": 3, "width": 8}
+    hover = "%{y}: %{x:.4g} s, +%{error_x.array:.3g} and -%{error_x.arrayminus:.3g}<extra></extra>"
+    plot = go.Figure()
+    plot.add_scatter(
+        x=steps, y=labels, mode="markers", error_x=bars, marker={"color": BLUE, "size": 11}, hovertemplate=hover
+    )
+    set_look(plot, 180 + 24 * len(rows))
+    plot.update_layout(showlegend=False)
+    plot.update_yaxes(autorange="reversed", automargin=True, type="category")
+    plot.update_xaxes(title="seconds of a step", rangemode="tozero")
+    caption = "The planned step, and between what and what four of five published jobs took beside plans of them that knew nothing of them."
+    return figure("interval", "How long a step may take", caption, plot)
+
+
+LINKS_SHOWN = {"inside": "inside a node", "across": "between nodes", "host": "to and from the host"}
+
+
+def traffic_figure(record: dict[str, Any]) -> Figure | None:
+    """What a device sends in a step, by kind of link and by what it is for; None where it sends nothing."""
+    found = {link: each for link, each in record["link_bytes"].items() if each}
+    plot = go.Figure()
+    for colour, what in zip(BAR_COLOURS, sorted({what for each in found.values() for what in each}), strict=False):
+        sizes = [each.get(what, 0) / GIB for each in found.values()]
+        hover = f"{what}, %{{y}}: %{{x:.4g}} GiB<extra></extra>"
+        labels = [LINKS_SHOWN[link] for link in found]
+        plot.add_bar(name=what, y=labels, x=sizes, orientation="h", marker={"color": colour}, hovertemplate=hover)
+    if not plot.data:
+        return None
+    set_look(plot, 240 + 40 * len(found))
+    plot.update_layout(barmode="stack", hovermode="closest")
+    plot.update_yaxes(autorange="reversed", automargin=True)
+    plot.update_xaxes(title="GiB in a step")
+    caption = "What leaves a device in a step, mean over the ranks of a pipeline; rings of more than a node count as between nodes."
+    return figure("traffic", "Traffic by kind of link", caption, plot)
 
 
 def time_figure(plan: RunPlan) -> Figure | None:

@@ -19,6 +19,7 @@ from train.plan.budget import Budget, RunPlan
 from train.plan.job import layout_of, micro_batches_of
 from train.plan.search.changes import words as as_typed
 from train.plan.search.cures import Cure, FasterSplit
+from train.plan.time.link_traffic import count_traffic
 from train.plan.time.rates import load_rates
 from train.plan.time.stages import Stages
 from train.plan.time.step_time import StepTime
@@ -69,6 +70,7 @@ def plan_record(
                 "pp_rank": rank.pp_rank,
                 "peak_bytes": rank.peak_bytes,
                 "peak_event": rank.peak_event,
+                "phase_peak_bytes": rank.phases,
                 "items_bytes": rank.items,
                 "host_items_bytes": rank.host_items,
             }
@@ -90,6 +92,7 @@ def plan_record(
         "exposed_communication_seconds": step.exposed_communication_seconds,
         "exchange_bytes_per_layer": {"inside": inside, "across": across},
         "latent_bytes_per_layer": 3 * latent_bytes(plan.config) * micro_batches_of(plan.config),
+        "link_bytes": count_traffic(stages),
         "reduce_seconds": step.update.reduce,
         "optimizer_seconds": step.update.optimizer,
         "gather_seconds": step.update.gather,

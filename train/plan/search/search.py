@@ -24,6 +24,8 @@ from conf.errors import UserError
 from conf.micro_batches import divisors
 from conf.schema import Config, WireFormat
 from train.metrics.quantities import gib
+from train.plan.budget import budget_of
+from train.plan.failures import plan_failures
 from train.plan.job import layout_of, require_hardware, require_host
 from train.plan.memory.rank_memory import host_lacking, rank_memory, scene_of
 from train.plan.reserve import tensor_memory
@@ -33,7 +35,7 @@ from train.plan.search.cures import WORTH
 from train.plan.search.lower_bounds import FrameBounds, traced_bound
 from train.plan.time.rates import load_rates
 from train.plan.time.stages import Stages, require_rule
-from train.plan.time.step_time import estimate_step, mfu, simulate_step
+from train.plan.time.step_time import estimate_step, mfu, plan_time, simulate_step
 
 SHOWN_LAYOUTS = 10
 REASONS = 3
@@ -71,6 +73,20 @@ class Choice:
     step_seconds: float
     room_bytes: int
     mfu_causal: float | None
+    gpu_hours: float
+    """Of the whole token budget, without failures."""
+    cost: float | None
+    """In hardware.currency."""
+    effective_share: float | None
+    """Of the time, beside failures and saves."""
+
+
+def _choice(found: FoundLayout) -> Choice:
+    budget, failures = budget_of(found.config, plan_time(found.config)), plan_failures(found.config, found.step_seconds)
+    return Choice(
+        found.overrides, found.step_seconds, found.room_bytes, found.mfu_causal, budget.gpu_hours, budget.cost,
+        None if failures is None else failures.effective_share,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -95,8 +111,7 @@ class Search:
     rejected: list[Family] = field(default_factory=list)
 
     def record(self) -> SearchRecord:
-        best = [Choice(one.overrides, one.step_seconds, one.room_bytes, one.mfu_causal) for one in self.best]
-        return SearchRecord(self.devices, self.tried, self.complete, best, self.rejected)
+        return SearchRecord(self.devices, self.tried, self.complete, list(map(_choice, self.best)), self.rejected)
 
     def command(self, name: str) -> list[str]:
         """The arguments that use the best layout once it is written under this name."""

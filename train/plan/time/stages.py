@@ -316,11 +316,13 @@ class Stages:
         if not self.config.model.offload:
             return 0.0
         if stage not in self._sent:
-            rank = next(rank for rank, stages in enumerate(self.placement) if stage in stages)
-            parts = chunk_parts(self.config, self.layers)[rank][stage]
-            moved = chunk_of(scene_of(self.config), parts).sent_bytes
-            self._sent[stage] = to_host(self.config, self.rates, moved)
+            self._sent[stage] = to_host(self.config, self.rates, self.count_sent(stage))
         return self._sent[stage]
+
+    def count_sent(self, stage: int) -> int:
+        """What a micro-batch keeps of a stage on the host."""
+        rank = next(rank for rank, stages in enumerate(self.placement) if stage in stages)
+        return chunk_of(scene_of(self.config), chunk_parts(self.config, self.layers)[rank][stage]).sent_bytes
 
     def _computing(self, action: Action) -> ElapsedTime:
         if action.halves:

@@ -148,14 +148,19 @@ def ring_bandwidth_share(group: int, per_node: int) -> tuple[str, float]:
     return ("inside", 1.0) if group <= per_node else ("across", float(per_node))
 
 
-def update_time(config: Config, layout: Layout, rates: Rates, held: WeightCounts) -> UpdateTime:
-    """Seconds of the update of a rank with these weights."""
-    element = config.precision.weight_bytes
+def sharers(layout: Layout, held: WeightCounts) -> list[tuple[float, int, int]]:
+    """A rank's weights but for experts, and its experts: each with how many ranks have the same, and how many of those a node has."""
     inside_node = min(layout.stage_ranks, layout.ranks_per_node)
-    groups = [
+    return [
         (held.dense, layout.stage_ranks, inside_node),
         (held.experts, layout.edp, max(1, inside_node // layout.ep)),
     ]
+
+
+def update_time(config: Config, layout: Layout, rates: Rates, held: WeightCounts) -> UpdateTime:
+    """Seconds of the update of a rank with these weights."""
+    element = config.precision.weight_bytes
+    groups = sharers(layout, held)
     reduce = gather = shard = copied = 0.0
     for weights, group, per_node in groups:
         shard += weights / group
@@ -202,12 +207,9 @@ def _collective(name: str, rates: Rates, moved: float, group: int, per_node: int
 def stage3_seconds(config: Config, layout: Layout, rates: Rates, held: WeightCounts) -> tuple[float, float]:
     """Seconds of communication that stage 3 adds to a micro-batch: in forward a gather, in backward one and a reduction."""
     element = config.precision.weight_bytes
-    inside_node = min(layout.stage_ranks, layout.ranks_per_node)
     gather = reduce = 0.0
-    for weights, frozen, group, per_node in (
-        (held.dense, held.frozen_dense, layout.stage_ranks, inside_node),
-        (held.experts, held.frozen_experts, layout.edp, max(1, inside_node // layout.ep)),
-    ):
+    frozen_weights = held.frozen_dense, held.frozen_experts
+    for (weights, group, per_node), frozen in zip(sharers(layout, held), frozen_weights, strict=True):
         if group > 1 and weights + frozen:
             away = (group - 1) / group
             gather += _collective("gather", rates, (weights * element + frozen) * away, group, per_node)

@@ -1,0 +1,38 @@
+"""What a device sends in a step: bytes by kind of link and by what they are for."""
+
+from collections import defaultdict
+from itertools import pairwise
+
+from train.plan.time.stages import Stages
+from train.plan.time.traffic import latent_bytes
+from train.plan.time.update import count_weights, ring_bandwidth_share, sharers
+
+
+def count_traffic(stages: Stages) -> dict[str, dict[str, float]]:
+    """Bytes in a step, mean over the ranks of a pipeline, of what leaves a device: to others of its node (inside), to other nodes
+    (across), and to or from the host, by experts, stages, contexts, gradients, weights, activations and optimizer."""
+    config, layout, sizes, parallel = stages.config, stages.layout, stages.sizes, stages.config.parallel
+    model, element, last = config.model, sizes.element, len(stages.layers) - 1
+    tokens = sizes.tokens * sizes.micro_batches
+    found: dict[str, defaultdict[str, float]] = {link: defaultdict(float) for link in ("inside", "across", "host")}
+    moe = model.layers - model.dense_layers + model.mtp_depth
+    for link, moved in zip(("inside", "across"), stages.spread.step_bytes(tokens), strict=True):
+        found[link]["experts"] += moved * moe
+    rank_of = {stage: rank for rank, ids in enumerate(stages.placement) for stage in ids}
+    borders = sum(rank_of[stage] != rank_of[following] for stage, following in pairwise(range(last + 1)))
+    link = "inside" if layout.stage_ranks < layout.ranks_per_node else "across"
+    found[link]["stages"] += 2 * borders * tokens * model.hidden * element
+    link = "inside" if layout.cp <= layout.ranks_per_node else "across"
+    found[link]["contexts"] += 3 * latent_bytes(config) * sizes.micro_batches * (model.layers + model.mtp_depth)
+    for ids in stages.placement:
+        held = count_weights(config, stages.layers, ids, last)
+        times = (1, 2, sizes.micro_batches) if parallel.zero == 3 else (2, 1, 1)  # reduced, gathered, in a step
+        for weights, group, per_node in sharers(layout, held):
+            link, _ = ring_bandwidth_share(group, per_node)
+            moved = weights * (group - 1) / group * times[2]
+            found[link]["gradients"] += 4 * moved * times[0]
+            found[link]["weights"] += element * moved * times[1]
+            found["host"]["optimizer"] += weights / group * (4 + element) * parallel.offload_optimizer
+        if model.offload:
+            found["host"]["activations"] += 2 * sizes.micro_batches * sum(map(stages.count_sent, ids))
+    return {link: {what: moved / layout.pp for what, moved in each.items() if moved} for link, each in found.items()}
