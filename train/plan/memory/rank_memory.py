@@ -121,19 +121,20 @@ def rank_memory(
 
 
 def _built_bytes(config: Config, pp_rank: int, state: Counter, layers: list[range] | None) -> int:
-    """Most of a rank at its start: its state. Under ZeRO 3 weights are drawn in fp32, an expert at a time, and sharded one after another; under
-    an adapter all are there before. state: what it holds all the time."""
+    """Most of a rank at its start: its state, `state` but for activations on a CPU's host. Under ZeRO 3 weights are drawn in fp32 before, an
+    expert at a time, and sharded one after another; under an adapter all are there before."""
+    held = sum(size for name, size in state.items() if name != "activations")
     if config.parallel.zero < 3:
-        return sum(state.values())
+        return held
     weights = rank_weights(config, list(chunk_parts(config, layers)[pp_rank].values()))
     if config.adapter.on:
-        return held_bytes(config, weights)
+        return max(held, held_bytes(config, weights))
     element, share = config.precision.weight_bytes, config.model.experts // config.parallel.ep
     drawn = [
         element * weight.elements + FP32_BYTES * weight.elements // (share if weight.is_expert else 1)
         for weight in weights
     ]
-    return element * sum(group.scattered for group in shards(config, weights)) + max(drawn)
+    return max(held, element * sum(group.scattered for group in shards(config, weights)) + max(drawn))
 
 
 def phases(
