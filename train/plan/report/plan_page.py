@@ -212,7 +212,7 @@ def memory_figure(plan: RunPlan) -> Figure | None:
 
 
 def host_figure(plan: RunPlan) -> Figure | None:
-    """The same of what ranks keep in the memory of their nodes; None where they keep nothing."""
+    """A bar per pipeline rank of what it keeps in its node's own memory; None where none keeps anything."""
     if not plan.host_bytes:
         return None
     caption = "What each rank keeps in its node's own memory, most of it at one time. The line is its even share of what a node has."

@@ -74,11 +74,11 @@ class Choice:
     room_bytes: int
     mfu_causal: float | None
     gpu_hours: float
-    """Of the whole token budget, without failures."""
+    """Device hours for the whole token budget, without failures."""
     cost: float | None
     """In hardware.currency."""
     effective_share: float | None
-    """Of the time, beside failures and saves."""
+    """Share of the time that failures and saves leave."""
 
 
 def _choice(found: FoundLayout) -> Choice:
