@@ -147,7 +147,7 @@ def pieces(config: Config) -> dict[str, float]:
         return 1e3 * sum(stages.rates.of(one) for one in work if wanted(one.kind)) / layers / (1 - stages.taken)
 
     def product(*names: str) -> Callable[[str], bool]:
-        return lambda kind: kind.rpartition("_")[0] in names
+        return lambda kind: kind.rpartition("_")[0].removeprefix("triton_") in names
 
     return {
         "pair of one layer": 1e3 * stages.elapsed(Action("FB", stage, 0, halves)).seconds / layers,
