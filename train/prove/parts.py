@@ -140,8 +140,8 @@ class PartsWatch:
     # Between the two products of experts
 
     def _watch_swiglu(self, precision: HighPrecision | Fp8Precision) -> None:
-        owner = "_engine" if isinstance(precision, Fp8Precision) else "kernels"
-        setattr(precision, owner, _WatchedSwiGLU(getattr(precision, owner), self))
+        owner, name = (precision.weights, "engine") if isinstance(precision, Fp8Precision) else (precision, "kernels")
+        setattr(owner, name, _WatchedSwiGLU(getattr(owner, name), self))
 
     def enter_experts(self, key: str | None, counts: Sequence[int] = ()) -> None:
         """Say whose SwiGLU runs next in this thread; None for nobody's that is watched."""
