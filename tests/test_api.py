@@ -38,6 +38,7 @@ def test_import_is_cheap_and_names_what_there_is():
     assert all(callable(getattr(sluice, name)) for name in sluice.__all__)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_there_gives_records_a_frame_and_its_checkpoint(trained):
     run = sluice.open_run(trained)
     assert [record["step"] for record in run.records()] == [1, 2, 3, 4, 5, 6]
@@ -59,6 +60,7 @@ def test_a_folder_that_is_no_run_is_named(tmp_path):
         sluice.open_run(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_and_its_checkpoint_write_the_same(trained):
     model = sluice.load(trained, "cluster.device=cpu")
     text = sluice.complete(model, "the expert", tokens=12, seed=3)
@@ -68,6 +70,7 @@ def test_a_run_and_its_checkpoint_write_the_same(trained):
     assert not model.decoder.model.training
 
 
+@pytest.mark.slow
 def test_an_own_loop_makes_the_steps_of_a_run(trained, tmp_path):
     """To 1e-4: torch's AdamW rounds otherwise than ours, which tiny gradients enlarge. A bias that does not move, or a balance or MTP loss
     that is left out, shows from 1e-3 up."""
@@ -94,6 +97,7 @@ def test_an_own_loop_makes_the_steps_of_a_run(trained, tmp_path):
         sluice.train_step(model, optimizer, tokens, config, config.steps + 1)
 
 
+@pytest.mark.slow
 def test_a_built_model_starts_where_a_run_starts(trained, tmp_path):
     config = sluice.compose(*arguments(tmp_path))
     torch = pytest.importorskip("torch")
@@ -108,6 +112,7 @@ def test_a_built_model_starts_where_a_run_starts(trained, tmp_path):
     assert abs(first - math.log(config.model.vocab_size)) < 0.1
 
 
+@pytest.mark.slow
 def test_bad_settings_are_refused_before_anything_starts(tmp_path):
     with pytest.raises(UserError) as caught:
         sluice.compose("batch_size=15", "parallel.dp=2")

@@ -89,6 +89,7 @@ def cause_of(tmp_path: Path, fault: str, code: int) -> Cause:
     return cause
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", [0, 75])
 def test_a_rank_that_leaves_in_a_step_as_if_all_were_well_is_named(tmp_path, code):
     cause = cause_of(tmp_path, "leave", code)
@@ -96,6 +97,7 @@ def test_a_rank_that_leaves_in_a_step_as_if_all_were_well_is_named(tmp_path, cod
     assert cause.text == f"rank 1 ended by exit code {code} in the middle of its work"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["raise_error", "backward", "leave_by_exit"])
 def test_an_error_in_the_pipeline_is_named_by_what_was_raised_first(tmp_path, fault):
     cause = cause_of(tmp_path, fault, 0)
@@ -110,6 +112,7 @@ def test_an_error_in_the_pipeline_is_named_by_what_was_raised_first(tmp_path, fa
     assert "kwargs: {" not in cause.log
 
 
+@pytest.mark.slow
 def test_a_rank_whose_write_does_not_end_costs_one_checkpoint(tmp_path):
     folder, codes = run_ranks(tmp_path, "stuck", 0, "checkpoint.every=2", "cluster.timeout=20")
     assert codes == [EXIT_OK, EXIT_OK]

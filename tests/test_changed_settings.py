@@ -33,15 +33,18 @@ def test_a_key_without_a_rule_is_told():
     assert effect_of("named") is Effect.training and effect_of("name") is Effect.none
 
 
+@pytest.mark.slow
 def test_the_same_settings_say_nothing():
     assert between().notes() == [] and between().settings == {}
 
 
+@pytest.mark.slow
 def test_what_cannot_change_the_training_is_not_told():
     elsewhere = ("name=b", "runs=/elsewhere", "checkpoint.every=7", "log.validate_every=3", "cluster.timeout=9")
     assert between(*elsewhere, "mode=train", "resume=never", "data.workers=3").settings == {}
 
 
+@pytest.mark.slow
 def test_old_and_new_are_told_by_group():
     found = between(
         "optim.lr=0.1", "steps=400", "batch_size=32", "parallel.dp=2", "micro_batch_size=8", old=("optim.lr=0.2",)
@@ -56,6 +59,7 @@ def test_old_and_new_are_told_by_group():
     assert found.plain()["changed"]["optim.lr"] == [0.2, 0.1] and found.known
 
 
+@pytest.mark.slow
 def test_phases_of_a_schedule_are_told_one_by_one():
     new = "optim.lr_schedule=[{until:0.5,value:1.0},{until:1.0,value:0.1,shape:cosine}]"
     old = "optim.lr_schedule=[{until:1.0,value:0.5}]"
@@ -64,6 +68,7 @@ def test_phases_of_a_schedule_are_told_one_by_one():
     assert found["optim.lr_schedule[1].shape"] == (None, "cosine") and "optim.lr_schedule" not in found
 
 
+@pytest.mark.slow
 def test_a_group_that_comes_or_goes_is_one_key():
     found = between("precision=fp8").settings
     assert found.keys() == {"precision.name", "precision.fp8"} and found["precision.name"] == ("bf16", "fp8")
@@ -73,6 +78,7 @@ def test_a_group_that_comes_or_goes_is_one_key():
     assert mix["data.mix[1].path"] == (None, "/b") and "data.mix" not in mix
 
 
+@pytest.mark.slow
 def test_long_values_stand_below_each_other_and_show_where_they_differ():
     first, second = "/a" * 60 + "/x", "/a" * 60 + "/y"
     (text, *_) = between(f"data.path={second}", old=(f"data.path={first}",)).notes()
@@ -82,6 +88,7 @@ def test_long_values_stand_below_each_other_and_show_where_they_differ():
     assert "/x/end (4006 characters)" in text and "/y/end (4006 characters)" in text and len(text) < 600
 
 
+@pytest.mark.slow
 def test_a_setting_that_the_older_program_did_not_have_counts_as_its_default():
     stored = settings_of(compose("conf=tiny"))
     del stored["optim"]["clip"], stored["parallel"]["wire"]
@@ -107,6 +114,7 @@ def first(tmp_path_factory):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_longer_run_with_another_rate_says_so_everywhere(first):
     done = train(
         first, "name=first", "steps=6", "optim.lr=0.5", "log.wandb=offline", "log.sample_tokens=0", "log.every=100"
@@ -128,6 +136,7 @@ def test_a_longer_run_with_another_rate_says_so_everywhere(first):
     assert "Resumed from step 4 with other settings" in report and "optim.lr from" in report
 
 
+@pytest.mark.slow
 def test_a_branch_from_another_run_and_a_checkpoint_without_settings(first):
     checkpoint = first / "runs" / "first" / "checkpoints" / "step_00000004"
     more = ("steps=5", "log.sample_tokens=0", f"resume={checkpoint}")

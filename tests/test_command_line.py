@@ -181,6 +181,7 @@ def test_a_mistake_has_its_own_cure(line, tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_mistake_in_a_recipe_of_one_s_own_is_told_by_key(tmp_path, monkeypatch, capsys):
     (tmp_path / "conf").mkdir()
     for text, cure in {
@@ -197,6 +198,7 @@ def test_a_mistake_in_a_recipe_of_one_s_own_is_told_by_key(tmp_path, monkeypatch
         assert cure in said_of(f"--config-dir {tmp_path} conf=mine", monkeypatch, capsys), text
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_model_names_the_fields_that_differ(tmp_path, monkeypatch, capsys):
     given = arguments(tmp_path, "name=old")
     world = checkpointers(tmp_path / "runs" / "old" / "checkpoints", 1)
@@ -205,6 +207,7 @@ def test_a_checkpoint_of_another_model_names_the_fields_that_differ(tmp_path, mo
     assert "set model.layers=4 model.q_rank=16, or take another name=" in cure
 
 
+@pytest.mark.slow
 def test_a_disk_and_a_memory_that_are_too_small_are_told_before_data_are_read(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("train.data.corpus.build_corpus", lambda *_: pytest.fail("data were read"))
     line = f"conf=deepseek_v3 data=stdlib cluster.device=cpu runs={tmp_path}"

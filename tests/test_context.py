@@ -38,6 +38,7 @@ def count_step(rank: int, overrides: list[str]) -> None:
     assert latents_sent(parts) == formula(config) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_latents_alone_travel_between_ranks_that_share_sequences(precision):
     """Of a step with MTP: three times as many latents as a layer has, less its own."""

@@ -79,6 +79,7 @@ def test_a_full_disk_at_the_start_is_one_screen(tmp_path, disk):
     assert is_one_screen(done.stderr, "runs", "no disk space", "need", str(disk))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [[], ["parallel.dp=2", "parallel.ep=2"]])
 def test_a_run_goes_on_while_its_disk_is_full(tmp_path, disk, layout):
     run = Training(tmp_path, "steps=4000", "checkpoint.every=0", "log.validate_every=0", *layout)
@@ -98,6 +99,7 @@ def is_full_note(said: str, what: str) -> bool:
     return what in said and "No space left on device" in said and "goes on" in said
 
 
+@pytest.mark.slow
 def test_saves_that_a_full_disk_refuses_are_named_and_the_last_one_ends_the_run(tmp_path, disk):
     hold_at(tmp_path / HOLD, 6)
     run = Training(tmp_path, "steps=40", "checkpoint.every=4", "checkpoint.keep=1")
@@ -111,6 +113,7 @@ def test_saves_that_a_full_disk_refuses_are_named_and_the_last_one_ends_the_run(
     assert is_one_screen(said, "checkpoint", *words)
 
 
+@pytest.mark.slow
 def test_ranks_say_why_they_failed_where_their_disk_is_too_full_for_the_words(tmp_path, disk):
     run = Training(tmp_path, "steps=40", "checkpoint.every=0", "log.validate_every=0", "parallel.dp=2", "parallel.ep=2")
     run.wait_for_step(3)
@@ -142,6 +145,7 @@ def test_a_run_whose_folder_became_read_only_goes_on_to_its_last_save(tmp_path):
     assert train(tmp_path, "steps=60", "checkpoint.every=0", "log.validate_every=0").returncode == EXIT_OK
 
 
+@pytest.mark.slow
 def test_a_full_cache_of_tokens_names_the_disk_and_what_is_needed(tmp_path):
     corpus = tmp_path / "corpus"
     corpus.mkdir()
@@ -155,6 +159,7 @@ def test_a_full_cache_of_tokens_names_the_disk_and_what_is_needed(tmp_path):
     assert not list(cache.iterdir())
 
 
+@pytest.mark.slow
 def test_output_to_a_full_disk_is_dropped(tmp_path):
     with small_disk(tmp_path / "logs", "100k") as logs:
         fill(logs)
@@ -194,6 +199,7 @@ def test_a_file_that_a_broken_disk_does_not_give_is_named(tmp_path):
         is_of_a_broken_disk(caught.value, name if name != "a.json" else str(tmp_path))
 
 
+@pytest.mark.slow
 def test_data_that_a_broken_disk_does_not_give_are_named(tmp_path):
     words = arguments(tmp_path)
     corpus = next((tmp_path / "corpus").iterdir())

@@ -54,6 +54,7 @@ def says_why_not(command: Command) -> bool:
     return module is not None and importlib.util.find_spec(module[1]) is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", pages(), ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_every_command_holds(page, tmp_path):
     for command in commands(page):
@@ -81,6 +82,7 @@ def test_the_pages_have_commands():
     assert len([command for command in ALL if command.trains and command.page == "README.md"]) > 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "typo",
     [

@@ -45,6 +45,7 @@ def twice(found: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
     return {name: files for name, files in places.items() if len(files) > 1}
 
 
+@pytest.mark.slow
 def test_a_public_class_alias_or_enum_has_a_name_of_its_own():
     """So that a name says what it is without the path of its module."""
     assert twice((name, file) for name, _, file in public_names(FOLDERS) if not name.isupper()) == {}

@@ -200,6 +200,7 @@ def call(monkeypatch, tmp_path, run_folder, from_fork_server, capfd):
     return called
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALLEST)
 def test_a_command_runs(name, call):
     said = call(name, SMALLEST[name])
@@ -207,6 +208,7 @@ def test_a_command_runs(name, call):
     assert said
 
 
+@pytest.mark.slow
 def test_all_comparisons_in_one_run(call, monkeypatch):
     """The order of things in `python -m bench`; what it calls runs above."""
 

@@ -36,6 +36,7 @@ def compiled(kernel, *args, **options) -> compile_kernels.Binary:
     return compile_kernels._read(found[0])
 
 
+@pytest.mark.slow
 def test_the_gate_sees_stores_of_single_bytes_and_spills():
     x, start = torch.empty(4096, dtype=torch.uint8), torch.empty(1, dtype=torch.int64)
     assert compiled(_transposed, x, x, start, KNOWN=False).problem.startswith("stores single bytes")

@@ -37,6 +37,7 @@ def test_growth_beyond_the_faster_of_flop_and_bytes_is_marked():
     assert growth.overall([first, second, third])["cpu"] == pytest.approx(0.5)
 
 
+@pytest.mark.slow
 def test_sweeps_change_one_size_and_keep_what_they_say():
     full = {
         name: {size: (cell.config(), cell) for size, cell in sweep.items()}
@@ -55,6 +56,7 @@ def test_sweeps_change_one_size_and_keep_what_they_say():
     assert full["ep"][8][0].parallel.ep == 8 and full["dp"][8][0].parallel.ep == 1
 
 
+@pytest.mark.slow
 def test_arithmetic_of_a_cell():
     cell = Cell(sequences=1, length=64)
     config, found = cell.config(), count(cell)
@@ -81,6 +83,7 @@ def test_a_quick_run_measures_time_and_memory(tmp_path, capsys, monkeypatch):
     assert {"cpu", "tensors"} <= report["exponents"].keys()
 
 
+@pytest.mark.slow
 def test_a_cell_that_cannot_run_says_why():
     with pytest.raises(RuntimeError, match="must be a multiple"):
         growth.measure(Cell(overrides=("model.experts=17",)))
@@ -97,6 +100,7 @@ def test_startup_times_a_run_help_and_an_error(tmp_path, capsys, monkeypatch):
     assert seconds["first step"][0] > seconds["help"][0] > 0
 
 
+@pytest.mark.slow
 def test_startup_of_a_run_that_fails_says_why(tmp_path):
     with pytest.raises(RuntimeError, match="batch_size"):
         startup.first_step(["batch_size=15", "parallel.dp=2"])

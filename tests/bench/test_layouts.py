@@ -73,6 +73,7 @@ def test_ratios_are_of_the_same_round_and_a_peer_may_be_missing(capsys):
     assert "ours_to_peer" not in without["torchtitan"] and without["torchtitan"]["median"] == 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", layouts.LAYOUTS)
 def test_cases_are_whole_steps_of_every_layout(layout):
     case = LayoutCase("debug", **layouts.LAYOUTS[layout])
@@ -83,6 +84,7 @@ def test_cases_are_whole_steps_of_every_layout(layout):
     assert layouts.sides_of(case)[0] == "ours" and set(layouts.sides_of(case)) <= layouts.BUILDERS.keys()
 
 
+@pytest.mark.slow
 def test_ours_trains_over_two_ranks_and_takes_no_time_while_others_work():
     side = layouts.start("ours", LayoutCase("tiny", dp=2, ep=2, length=8))
     try:

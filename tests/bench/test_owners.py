@@ -6,6 +6,7 @@ from bench.owners import count_owners, whole_weights
 from conf.load import compose
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [8, 32])
 @pytest.mark.parametrize("recipe, layers", [("deepseek_v3", 2), ("moonlight_16b", 26), ("kimi_k2", 2)])
 def test_owners_share_the_work_and_send_little(recipe, layers, ranks):

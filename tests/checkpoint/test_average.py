@@ -53,6 +53,7 @@ def made(folder: Path, *words: str) -> Path:
     return next(target.glob("checkpoints/step_*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("elements", [1000, averaging.AVERAGED_ELEMENTS])
 def test_it_is_the_mean_of_every_weight_and_bias(folder, monkeypatch, elements, capsys):
     monkeypatch.setattr(averaging, "AVERAGED_ELEMENTS", elements)
@@ -77,6 +78,7 @@ def test_the_mean_of_equal_weights_is_those_weights(folder):
     assert all(torch.equal(values, other[name]) for name, values in one.items())
 
 
+@pytest.mark.slow
 def test_a_mean_is_evaluated_exported_and_begun_from_but_no_training_goes_on_with_it(folder):
     made(folder, "name=alone", "average.last=3")
     run = folder / "runs" / "mean"
@@ -98,6 +100,7 @@ def test_a_mean_is_evaluated_exported_and_begun_from_but_no_training_goes_on_wit
     assert refused.returncode == 2 and "init_from=" in refused.stderr and "optimizer's state" in refused.stderr
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_together_is_refused_with_nothing_left_behind(folder):
     other = train(folder, "name=other", "model.route_scale=1.0", "steps=1", f"data.tokenizer={folder}/runs/alone")
     assert other.returncode == 0, other.stdout + other.stderr

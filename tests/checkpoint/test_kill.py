@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 
 from parallel.shard import Shard
@@ -47,6 +48,7 @@ def train(root: Path, attempt: int) -> None:
         assert save(world, step, shards(step))[0].ok
 
 
+@pytest.mark.slow
 def test_twenty_kills(tmp_path):
     rng, reached = random.Random(5), 0
     for _ in range(20):
@@ -101,6 +103,7 @@ def exit_code(function: Callable, *args) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+@pytest.mark.slow
 def test_death_at_each_file_operation(tmp_path):
     """Including between the two renames that replace a step, and in the middle of the pruning."""
     torch.set_num_threads(1)

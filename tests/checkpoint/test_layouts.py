@@ -29,6 +29,7 @@ def small_blocks(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(THRESHOLDS, "staging_bytes", 100)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 10**9), writers=st.integers(1, 4), readers=st.integers(1, 5), small=st.booleans())
 def test_any_layout_reads_any_other(seed, writers, readers, small):

@@ -36,6 +36,7 @@ def run(body: str, logs: Path, world: int = 3) -> int:
     return run_local([sys.executable, "-c", PROLOGUE + body, str(logs)], world, logs)
 
 
+@pytest.mark.slow
 def test_contract_and_success(tmp_path):
     code = run(
         "(logs / f'env{rank}').write_text(' '.join(os.environ[k] for k in "
@@ -49,6 +50,7 @@ def test_contract_and_success(tmp_path):
     assert not Path(store).parent.exists(), "the folder where the ranks met is gone"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("body", "code", "words"),
     [
@@ -92,6 +94,7 @@ def test_the_cause_is_named(tmp_path, capfd, monkeypatch, body, code, words):
     assert time.monotonic() - started < 50  # a rank that waits would do so for 60
 
 
+@pytest.mark.slow
 def test_a_rank_that_closes_what_it_writes_to_is_let_end_but_not_for_ever(tmp_path, monkeypatch):
     monkeypatch.setattr("cluster.local.SETTLE", 0.5)
     slow = "(time.sleep({}), (logs / 'closed').touch()) if rank == 0 else None; fail('crash', 'not finite', 3)"
@@ -125,6 +128,7 @@ def start_driver(tmp_path: Path, body: str) -> subprocess.Popen:
 NOTE_PID = "(logs / f'pid{os.getpid()}').touch();"
 
 
+@pytest.mark.slow
 def test_a_signal_reaches_every_rank_and_the_code_comes_back(tmp_path):
     body = f"signal.signal(signal.SIGTERM, lambda *_: sys.exit({EXIT_STOPPED}));" + NOTE_PID + "wait()"
     driver = start_driver(tmp_path, body)
@@ -133,6 +137,7 @@ def test_a_signal_reaches_every_rank_and_the_code_comes_back(tmp_path):
     assert not alive(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other", ["wait()", "(time.sleep(0.5), fail('crash', 'connection closed'))"])
 def test_a_signal_to_ranks_that_still_import_stops_the_run(tmp_path, other):
     late = f"signal.signal(signal.SIGTERM, lambda *_: {other});" + NOTE_PID + "wait()"
@@ -155,6 +160,7 @@ def test_a_signal_reaches_the_run_also_while_its_ranks_are_started(tmp_path, mon
     assert run("wait()", tmp_path) == EXIT_STOPPED
 
 
+@pytest.mark.slow
 def test_no_rank_is_late_while_the_driver_itself_is_held_up(tmp_path, monkeypatch, capfd):
     """A second at every look here; one rank takes longer than that to say that it failed first."""
     monkeypatch.setattr(local, "SETTLE", 2.0)
@@ -164,6 +170,7 @@ def test_no_rank_is_late_while_the_driver_itself_is_held_up(tmp_path, monkeypatc
     assert "rank 2 failed: boom" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_ends_ranks_that_do_not_stop(tmp_path):
     stubborn = (
         "signal.signal(signal.SIGTERM, lambda *_: (logs / f'told{rank}').touch());"
@@ -181,6 +188,7 @@ def test_a_second_ctrl_c_ends_ranks_that_do_not_stop(tmp_path):
     assert not alive(tmp_path)
 
 
+@pytest.mark.slow
 def test_no_rank_outlives_a_killed_driver(tmp_path):
     driver = start_driver(tmp_path, NOTE_PID + "wait()")
     assert len(alive(tmp_path)) == 2

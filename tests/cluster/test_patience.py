@@ -52,6 +52,7 @@ def test_no_limit_is_above_what_the_recipe_says_nor_learned_from_nothing():
     assert patience.limit("step") == HANG_AFTER
 
 
+@pytest.mark.slow
 def test_ten_thousand_noisy_steps_are_no_hang():
     """Lognormal noise, now and then a step of three times as long, a batch that grows, checkpoints, validations, a machine that slept."""
     draw = random.Random(7)

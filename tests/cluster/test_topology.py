@@ -112,6 +112,7 @@ def test_racks_of_odd_size_leave_few_groups_straddling():
     assert len(straddling) == 1
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(
     devices=st.lists(st.integers(0, 9), max_size=12),

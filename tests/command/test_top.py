@@ -195,6 +195,7 @@ def test_what_is_no_run_is_an_error_with_its_cure(run, words, said, capsys):
     assert said in (text := capsys.readouterr().err) and "sluice runs" in text
 
 
+@pytest.mark.slow
 def test_in_a_terminal_keys_work_and_the_terminal_is_as_before(run):
     pid, terminal = pty.fork()
     if pid == 0:

@@ -1,6 +1,7 @@
 """Chats of docstrings: which there are, that whole files are held out, and those of the running Python's own library."""
 
 import numpy as np
+import pytest
 
 from conf.load import compose
 from conf.schema import DataFormat, MixSource
@@ -51,6 +52,7 @@ def test_definitions_with_a_docstring_become_questions(tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_the_files_that_are_held_out_are_those_that_plain_text_holds_out():
     """So that weights trained on conf=tiny have not seen what the held-out questions are about."""
     chats = list(open_chats(MixSource(format=DataFormat.docstrings), "data.path", "").documents())

@@ -199,6 +199,7 @@ def test_a_child_that_dies_is_an_error_and_leaves_nothing(folder, cache, tmp_pat
     assert {path for path in (cache / "tokens").iterdir() if path.is_dir()} <= entries
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_make_it_once(folder, tmp_path):
     code = (
         "import sys; from conf.load import compose; from train.data.corpus import build_corpus\n"
@@ -228,6 +229,7 @@ def test_parts_of_documents_make_the_same_tokens(folder, tmp_path, monkeypatch):
     assert np.array_equal(*hashes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
 def test_a_document_of_one_line_is_prepared_in_bounded_memory(tmp_path, cache, name):
     """2.6 MB, which would take 0.8 GB if they were encoded at once."""
@@ -422,6 +424,7 @@ def test_short_documents_are_left_out_and_those_held_out_stay_the_same(folder, c
         assert kept == list(zip(after.starts_D, after.lengths_D, strict=True)) and 0 < len(kept) < len(before)
 
 
+@pytest.mark.slow
 def test_a_length_that_leaves_no_document_is_refused_with_the_longest(folder, cache):
     with pytest.raises(UserError, match="the longest has") as caught:
         build_corpus(config_of(folder, cache, "data.min_tokens=100000"))

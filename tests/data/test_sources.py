@@ -70,6 +70,7 @@ def test_text_folder_leaves_out_hidden_binary_and_empty_files(tmp_path):
     assert source.notes() == [f"{tmp_path}: left out 1 binary files"]
 
 
+@pytest.mark.slow
 def test_a_long_file_is_cut_at_line_ends_and_nothing_is_lost(tmp_path):
     path = tmp_path / "long.txt"
     text = "".join(f"line {number} \u00e4\n" for number in range(TEXT_PIECE_BYTES // 9))

@@ -61,6 +61,7 @@ def test_a_function_makes_what_a_template_of_the_same_form_makes(code):
     assert ours.stop() == jinja.stop() == "<|im_end|>"
 
 
+@pytest.mark.slow
 def test_a_corpus_of_it_is_made_anew_when_its_file_or_keys_change(code, tokenizer):
     words = write(code, tokenizer, generated(20))
     (code / "chat_template.jinja").unlink()
@@ -105,6 +106,7 @@ def test_a_function_where_it_means_nothing_is_refused(words, rule):
         compose("conf=tiny", "data.path=x", "data.template_function={_target_: a.b}", *words)
 
 
+@pytest.mark.slow
 def test_the_function_of_somebody_elses_run_needs_trust(tmp_path):
     """In a conversation and an evaluation, which would import it; texts and scores need none."""
     (tmp_path / "runs" / "theirs").mkdir(parents=True)

@@ -39,6 +39,7 @@ def tokenizer() -> Tokenizer:
 UTF8 = st.text(st.characters(codec="utf-8"))
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(st.one_of(UTF8, st.lists(st.sampled_from([EOS, *FIM, " ", "\n", "a", "\u00e9", "\r\n", "123"])).map("".join)))
 def test_every_text_comes_back_and_its_bytes_are_counted(text):
@@ -71,6 +72,7 @@ def gpt2_like() -> str:
     return backend.to_str()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trained", [TRAINED, gpt2_like()])
 @settings(max_examples=300, deadline=None)
 @given(WORDS)
@@ -82,6 +84,7 @@ def test_the_parts_of_a_text_have_the_tokens_of_the_whole(trained, text):
     assert [id for part in parts for id in tokenizer.encode(part)] == tokenizer.encode(text)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(UTF8)
 def test_parts_of_any_text_make_it_up(text):
@@ -168,6 +171,7 @@ def test_deepseek_file(deepseek):
         assert not {1, 128800, 128801, 128802} & set(ids)
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(
     st.lists(
@@ -187,6 +191,7 @@ def test_without_deepseeks_package_the_error_names_it(monkeypatch):
         load_tokenizer("deepseek_v3")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in (ROOT / "conf" / "conf").glob("*.yaml")))
 def test_the_tokenizer_of_every_recipe_fits_its_model(recipe):
     config = compose(f"conf={recipe}", "data.path=/somewhere")

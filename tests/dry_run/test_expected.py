@@ -22,6 +22,7 @@ def on_h100(monkeypatch):
     monkeypatch.setattr(module, "_is_here", lambda job, device: True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["1f1b", "zbv", "dualpipev"])
 def test_what_is_measured_as_planned_leaves_the_job_as_planned(on_h100, schedule):
     piece = piece_of(*JOB, f"parallel.schedule={schedule}")
@@ -58,6 +59,7 @@ def test_a_rank_that_was_cut_speaks_for_all_its_layers(on_h100):
     assert plan_again(times, times.piece.actions, times.piece.update.seconds) == pytest.approx(times.job.step_seconds)
 
 
+@pytest.mark.slow
 def test_a_shrunken_rank_says_nothing_about_the_job(on_h100):
     piece = piece_of(*JOB, "dry_run.shrink=4")
     times = expect(piece, CPU)

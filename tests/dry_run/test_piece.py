@@ -33,6 +33,7 @@ def test_a_small_model_runs_whole():
     assert "SHRUNKEN" not in text and "CUT" not in text
 
 
+@pytest.mark.slow
 def test_a_cpu_shrinks_a_large_model_and_says_so():
     """The paper's own job: the experts, the layout and the schedule stay, widths are divided."""
     overrides = ["conf=deepseek_v3", "precision=bf16", "hardware=h800"]
@@ -48,6 +49,7 @@ def test_a_cpu_shrinks_a_large_model_and_says_so():
     assert "neither these bytes nor these seconds are those of the job" in text
 
 
+@pytest.mark.slow
 def test_dry_run_shrink_is_obeyed():
     piece = piece_of("dry_run.shrink=4")
     assert piece.shrink == 4 and piece.config.model.hidden == 64 and piece.config.seq_len == 64
@@ -60,6 +62,7 @@ def test_shrinking_keeps_a_model():
     assert small.model.nope_head_dim == config.model.nope_head_dim
 
 
+@pytest.mark.slow
 def test_layers_are_left_out_where_memory_is_short_and_the_screen_says_what_is_missing(monkeypatch):
     whole = piece_of("model.layers=8")
     monkeypatch.setattr(module, "free_memory", lambda device: int(0.8 * whole.needed))

@@ -92,11 +92,13 @@ def test_its_steps_are_watched_by_the_profiler_where_that_is_asked(tmp_path):
     assert all(f'"name": "{part}"' in trace for part in ("attention", "dispatch", "experts", "optimizer"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_memory_is_as_planned_and_every_action_runs(name):
     run_processes(check, LAYOUTS[name], world_size=1, timeout=240)
 
 
+@pytest.mark.slow
 def test_a_command_leaves_one_file_and_nothing_else(tmp_path):
     overrides = ["mode=dry_run", "name=alone", "parallel.pp=2", "parallel.dp=2", "parallel.ep=2", "dry_run.steps=1"]
     done = train(tmp_path, *overrides, "dry_run.rank=2", "batch_size=16")

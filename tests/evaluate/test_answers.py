@@ -56,6 +56,7 @@ def test_answers_to_other_questions_are_never_their_own():
     assert sorted(moved) == sorted(answers) and all(a != b for a, b in zip(answers, moved, strict=True))
 
 
+@pytest.mark.slow
 def test_a_tuned_run_is_set_beside_its_start_and_what_a_format_alone_gets(tmp_path, capsys):
     """Of two steps, so the figures are poor; the file, the screen and the report have them."""
     given = overrides(tmp_path, "steps=2", "optim.lr=0.01", "optim.warmup_steps=0", "data.validation_fraction=0.3")

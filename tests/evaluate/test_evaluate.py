@@ -35,6 +35,7 @@ def call(trained, *overrides: str) -> dict:
     return result(trained)
 
 
+@pytest.mark.slow
 def test_it_gives_the_loss_of_the_run_s_own_validation(trained, capfd):
     found = call(trained)
     total = found["total"]
@@ -52,6 +53,7 @@ def test_it_gives_the_loss_of_the_run_s_own_validation(trained, capfd):
     assert "held out: " in shown and "evaluate.json" in shown and f"{total['loss']:.4f}" in shown
 
 
+@pytest.mark.slow
 def test_drafts_are_measured_as_full_logits_say(trained):
     """Chunked argmax and losses against logits of all positions at once; sums differ by the order of fp32 additions."""
     config = find_target(trained.compose("model.loss_chunk=7")).config
@@ -72,6 +74,7 @@ def test_drafts_are_measured_as_full_logits_say(trained):
     assert [draft["depth"] for draft in found["total"]["mtp"]] == [1, 2]
 
 
+@pytest.mark.slow
 def test_the_loss_is_told_by_position(trained, capfd):
     """Position i sees i tokens: ranges of positions against the cross-entropies of all logits; their mean is the loss."""
     config = find_target(trained.compose("seq_len=128")).config
@@ -104,6 +107,7 @@ def test_ranges_of_positions_end_at_halves(length, ends):
     assert [each.stop for each in ranges] == ends and [i for each in ranges for i in each] == list(range(length))
 
 
+@pytest.mark.slow
 def test_drafts_name_what_training_calls_mtp_loss(trained):
     """In training mode the same weights on the same sequences have the same MTP losses."""
     config = find_target(trained.compose()).config
@@ -116,6 +120,7 @@ def test_drafts_name_what_training_calls_mtp_loss(trained):
     assert found == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_other_data_count_whole_and_the_run_s_own_only_where_held_out(trained, tmp_path):
     foreign = tmp_path / "foreign"
     foreign.mkdir()
@@ -139,12 +144,14 @@ def test_other_data_count_whole_and_the_run_s_own_only_where_held_out(trained, t
     assert found["tokens"] < 0.3 * sum(path.stat().st_size for path in trained.second.iterdir())
 
 
+@pytest.mark.slow
 def test_averages_are_evaluated_by_choice(trained):
     plain, average = call(trained), call(trained, "evaluate.ema=true")
     assert average["weights"] == "ema" and average["total"]["loss"] != plain["total"]["loss"]
     assert abs(average["total"]["loss"] - plain["total"]["loss"]) < 1  # an average of two steps or so
 
 
+@pytest.mark.slow
 def test_an_exported_folder_has_the_loss_of_its_checkpoint(trained, tmp_path):
     foreign, theirs, runs = tmp_path / "foreign", tmp_path / "theirs", f"runs={trained.root / 'runs'}"
     foreign.mkdir()
@@ -168,6 +175,7 @@ def test_an_exported_folder_has_the_loss_of_its_checkpoint(trained, tmp_path):
     assert caught.value.field == "seq_len"
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_named_by_its_folder_or_its_run(trained):
     older = trained.checkpoint.parent / "step_00000006"
     found = compose_and_call(trained, f"evaluate.checkpoint={older}")
@@ -187,6 +195,7 @@ def on_ranks(rank: int, config, world: int, store: str) -> None:
     assert run_rank(config, Place(rank, world, rank, world)) == EXIT_OK
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "layout",
     [
@@ -212,6 +221,7 @@ def test_any_layout_gives_the_loss_of_one_process(trained, layout, tmp_path):
         assert mine == pytest.approx(other, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_bad_input_names_field_and_cure(trained, tmp_path, monkeypatch):
     other = tmp_path / "tokenizer.json"
     other.write_text((trained.root / "runs" / "mix" / "tokenizer.json").read_text() + " ")

@@ -63,6 +63,7 @@ def plain_log_p(harness, ids: list[int], count: int) -> float:
     return log_p_T[-count:].sum().item()
 
 
+@pytest.mark.slow
 def test_continuations_have_the_likelihood_of_one_unpadded_row(harness):
     pairs = [
         ("the expert routes", " every token"),
@@ -138,6 +139,7 @@ def write_tasks(folder) -> list[dict]:
     return documents
 
 
+@pytest.mark.slow
 def test_tasks_of_local_data_run_from_the_command_line(trained, harness, tmp_path):
     documents = write_tasks(tmp_path)
     arguments = ["mode=evaluate", "name=mix", f"runs={trained.root / 'runs'}"]
@@ -158,6 +160,7 @@ def test_tasks_of_local_data_run_from_the_command_line(trained, harness, tmp_pat
     assert "cloze  acc" in done.stdout
 
 
+@pytest.mark.slow
 def test_unknown_tasks_and_lost_data_are_named(trained, harness, tmp_path):
     write_tasks(tmp_path)
     for task, words in (("cloz", "did you mean cloze"), ("copy", "cannot be loaded")):

@@ -110,6 +110,7 @@ def test_one_that_sees_less_finds_those_that_it_sees(material, tmp_path):
     assert len(said) == 4 and "0 (" in said[3] and "3 (0.00)" in said[3] and "11.5" in said[0]
 
 
+@pytest.mark.slow
 def test_a_trained_run_is_told_in_the_table_and_pays_at_least_for_guessing(trained, capfd):
     """Twelve steps on other text teach no retrieval. Against a plain pass of the same texts."""
     cells = call(trained)["needle"]
@@ -137,6 +138,7 @@ def on_ranks(rank: int, config, world: int, store: str) -> None:
     assert run_rank(config, Place(rank, world, rank, world)) == EXIT_OK
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "layout", [["parallel.dp=2", "parallel.ep=2"], ["parallel.pp=2", "parallel.cp=2"]], ids="-".join
 )
@@ -166,6 +168,7 @@ def test_what_cannot_be_asked_is_refused_by_name(trained, overrides, field, word
     assert caught.value.field == field and caught.value.cure
 
 
+@pytest.mark.slow
 def test_a_text_without_room_for_the_key_is_refused_before_anything_starts(trained):
     with pytest.raises(UserError, match=r"must be \d+ or more with this tokenizer") as caught:
         evaluate(trained.compose("evaluate.needle=[24]"), alone=True)

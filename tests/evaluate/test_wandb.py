@@ -13,6 +13,7 @@ class Found:
         return EVALUATION
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("known", [True, False])
 def test_the_run_gets_the_table_if_wandb_knows_it(tmp_path, known):
     config = compose("mode=evaluate", "conf=tiny", "name=known", f"runs={tmp_path}", "log.wandb=offline")

@@ -193,6 +193,7 @@ CASE = st.builds(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=3, deadline=None)
 @given(st.lists(CASE, min_size=12, max_size=12))
 def test_equals_one_process_for_random_routing(cases):

@@ -29,6 +29,7 @@ def test_fan_out_spreads_by_target_and_collects_by_source(sizes):
     torch.testing.assert_close(collect(expected, fan), rows_SX * hits_SN.sum(1, keepdim=True), rtol=1e-6, atol=0)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(SIZES)
 def test_sort_entries_is_stable_and_its_inverse_restores_order(sizes):
@@ -57,6 +58,7 @@ def test_collect_of_bf16_rounds_once():
     assert ((collect(rows_CX, fan).double() - exact).abs() <= exact.abs() * 2.0**-8 + 1e-6).all()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("triton") is None,
     reason="triton is not installed, so no kernel can be interpreted: the extra dev brings it on Linux",

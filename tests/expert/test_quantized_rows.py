@@ -156,6 +156,7 @@ def check_dispatch(rank: int, name: str) -> None:
     dist.barrier()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["flat", "node_limited"])
 def test_through_a_dispatcher_forward_and_backward(name):
     run_ranks(check_dispatch, name, world_size=2)

@@ -46,6 +46,7 @@ def contents(folder: Path) -> dict[Path, tuple[int, int]]:
     return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
 
 
+@pytest.mark.slow
 def test_text_goes_to_stdout_and_the_rest_to_stderr(trained, capfd):
     before = contents(trained)
     outputs = []
@@ -64,6 +65,7 @@ def test_text_goes_to_stdout_and_the_rest_to_stderr(trained, capfd):
     assert out == outputs[3] and "drafts accepted" in err and "times the speed without drafts" in err
 
 
+@pytest.mark.slow
 def test_lines_of_stdin_are_prompts(trained, capfd, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("the expert\n\nthe bias keeps\n"))
     assert say(trained) == 0
@@ -120,6 +122,7 @@ def test_command_line_are_named(trained, overrides, field, words):
     assert caught.value.field == field and words in caught.value.rule
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_drafters(trained, tmp_path):
     folder = hugging_face_folder(tmp_path)[0]
     with pytest.raises(UserError) as caught:
@@ -136,6 +139,7 @@ def hugging_face_folder(tmp_path: Path):
     return folder, theirs, tokenizer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ends", [False, True])
 def test_a_hugging_face_folder_writes_what_transformers_writes(tmp_path, capfd, ends):
     """The token that ends a text is no part of it; ends: whether the model writes it, which must not hang on its random weights."""
@@ -189,6 +193,7 @@ def test_a_terminal_gets_no_escape_sequences():
     assert terminal.getvalue() == "a\N{REPLACEMENT CHARACTER}[31mb\n" and file.getvalue() == "a\x1b[31mb\n"
 
 
+@pytest.mark.slow
 def test_settings_of_the_run_are_taken(trained):
     config = compose("mode=generate", f"runs={trained / 'runs'}", "name=whole")
     assert config.seq_len == SEQ_LEN and config.model.mtp_depth == 2

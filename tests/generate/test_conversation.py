@@ -59,6 +59,7 @@ def begin(folder: Path, *more: str, said: list[str] | None = None) -> Conversati
     return Conversation(config, source, ([] if said is None else said).append)
 
 
+@pytest.mark.slow
 def test_answers_are_those_of_transformers(folder):
     """Over three turns: their template, their tokenizer, their greedy search, their stop token."""
     from transformers import AutoModelForCausalLM
@@ -106,6 +107,7 @@ def test_the_stop_of_our_own_template_is_the_end_of_a_document(folder):
     assert load_template(PLAIN, None, tokenizer).stop() == tokenizer.eos
 
 
+@pytest.mark.slow
 def test_the_oldest_turns_are_left_out_where_all_are_too_many(folder):
     said = []
     ours = begin(folder, said=said)
@@ -125,6 +127,7 @@ def test_what_is_given_of_an_answer_stays_a_turn(folder):
     assert ours.turns[-1] == {"role": "assistant", "content": first.strip()}
 
 
+@pytest.mark.slow
 def test_lines_of_a_pipe_are_questions(folder, capfd, monkeypatch):
     before = contents(folder)
     monkeypatch.setattr(sys, "stdin", io.StringIO("the expert?\n\n/reset\n/what\nthe expert?\n/quit\nnot asked\n"))
@@ -150,6 +153,7 @@ def test_a_mistake_does_not_end_a_conversation(folder, capfd, monkeypatch):
     assert err.count("error: generate.chat") == 1 and next(typed) == "not asked"
 
 
+@pytest.mark.slow
 def test_a_model_without_a_template_says_what_to_do(folder, tmp_path):
     for file in folder.iterdir():
         if file.name != "chat_template.jinja":

@@ -132,6 +132,7 @@ def plain_sum(model: Model, base: dict[str, torch.Tensor], pairs: dict[str, torc
     return merged
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fp32", "fp8"])
 def test_a_merged_folder_is_the_sum(tmp_path, kind):
     """MTP modules, their copies of an adapted head, and an FP8 base, which is dequantised before anything is added."""
@@ -159,6 +160,7 @@ def dequantised(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: found[name].float() * scale.flatten()[0] for name, scale in scales.items()}
 
 
+@pytest.mark.slow
 def test_out_and_in_again_is_the_same_model(tmp_path):
     """From the run, from its folder beside the base of init_from, beside a run of the base, and merged: the same weights to rounding."""
     theirs = transformers_folder(tmp_path / "base", WHOLE)
@@ -257,6 +259,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
         load_hf_model(base, adapter=str(tmp_path / "none"))
 
 
+@pytest.mark.slow
 def test_what_cannot_be_exported_is_refused(tmp_path):
     base = write_folder(tmp_path / "base", WHOLE, random_tensors(WHOLE, "fp32"))
     config, _ = adapter_run(tmp_path, WHOLE, base, ["q_up"])

@@ -215,6 +215,7 @@ def checkpoint(tmp_path: Path, model: Model, **meta) -> list[str]:
     return [*base, "mode=export"]
 
 
+@pytest.mark.slow
 def test_targets_that_cannot_be(tmp_path, monkeypatch):
     base = checkpoint(tmp_path, MTP)
     full = tmp_path / "full"
@@ -237,6 +238,7 @@ def test_targets_that_cannot_be(tmp_path, monkeypatch):
     assert {file.name for file in tmp_path.iterdir()} == {"corpus", "runs", "full"}
 
 
+@pytest.mark.slow
 def test_checkpoints_that_cannot_be_exported(tmp_path):
     base = checkpoint(tmp_path, MTP)
     to = f"export.to={tmp_path / 'out'}"
@@ -264,6 +266,7 @@ def test_checkpoints_that_cannot_be_exported(tmp_path):
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
 
 
+@pytest.mark.slow
 def test_a_failure_on_the_way_leaves_nothing(tmp_path):
     base = checkpoint(tmp_path, MTP)
     data = next((tmp_path / "runs" / "a" / "checkpoints").glob("step_*/*.safetensors"))

@@ -188,6 +188,7 @@ def _as_published(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return found if any(name.endswith("e_score_correction_bias") for name in found) else _as_mistral(found)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("name", CLASSES)
 def test_the_same_logits_and_names_in_and_out(tmp_path, name):
@@ -257,6 +258,7 @@ def test_the_group_of_a_model_is_its_published_file(tmp_path, name):
     assert check_recipe(config, read_model(tmp_path), tmp_path) == []
 
 
+@pytest.mark.slow
 def test_a_run_from_more_than_a_language_model_leaves_the_rest_on_request_and_exports_the_names_it_read(tmp_path):
     write_miniature(tmp_path / "in", "kimi_k25")
     headers, model, (note,) = open_model(tmp_path / "in", text_only=True)
@@ -396,6 +398,7 @@ def test_a_params_file_that_makes_another_model_is_refused_by_name(tmp_path, nam
     assert caught.value.value == tmp_path / "params.json" and caught.value.cure
 
 
+@pytest.mark.slow
 def test_what_mistral_says_and_deepseek_cannot(tmp_path):
     write_json(tmp_path / "params.json", MISTRAL_LARGE_3)
     model = read_model(tmp_path)
@@ -412,6 +415,7 @@ def test_what_mistral_says_and_deepseek_cannot(tmp_path):
             compose("data=stdlib", change)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_an_export_under_names_that_cannot_hold_the_model_is_refused(tmp_path):
     write_miniature(tmp_path / "in", "mistral_large_3")

@@ -60,6 +60,7 @@ def near(stored: dict[str, StoredTensor]) -> list[tuple[str, dict[str, StoredTen
     return [(done, changed) for done, changed in found if changed != stored]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bf16", "fp8"])
 @pytest.mark.parametrize("depth", [0, 1])
 def test_every_tensor_goes_to_its_place_or_is_named(tmp_path, kind, depth):

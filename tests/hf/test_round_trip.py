@@ -129,6 +129,7 @@ def same(out: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> None:
         assert torch.equal(out[name].view(torch.uint8), tensor.view(torch.uint8)), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layout", "kind"), CASES)
 def test_import_is_exact_and_export_gives_the_same_bits(tmp_path, tokenizer, layout, kind):
     world, overrides = LAYOUTS[layout]
@@ -155,6 +156,7 @@ def test_import_is_exact_and_export_gives_the_same_bits(tmp_path, tokenizer, lay
     assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".out")] == []
 
 
+@pytest.mark.slow
 def test_other_types_and_averages(tmp_path, tokenizer):
     """fp32 gives the masters, bf16 their rounding; export.ema gives the averages, which here are twice the weights."""
     model = Model(**MODEL)

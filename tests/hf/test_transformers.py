@@ -38,6 +38,7 @@ def trained(tmp_path_factory):
     return tmp_path, config, load_model(config, checkpoint, torch.device("cpu"))
 
 
+@pytest.mark.slow
 def test_transformers_gives_the_same_logits(trained):
     """fp32 on both sides: 1e-5 on logits around 1, for products that are summed in another order."""
     tmp_path, config, ours = trained
@@ -80,6 +81,7 @@ def test_the_tokenizer_and_the_defaults_of_generation(trained):
     assert generation["eos_token_id"] == ours.eos_id
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_the_export_and_goes_on_by_itself(trained):
     tmp_path, *_ = trained
     out = tmp_path / "out"

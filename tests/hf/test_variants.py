@@ -77,6 +77,7 @@ def close(a: torch.Tensor, b: torch.Tensor) -> None:
     torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_same_logits_in_and_out(tmp_path, name, capsys):
@@ -143,6 +144,7 @@ def test_older_spellings_of_positions_mean_the_same(tmp_path):
     assert unsaid.yarn.original_seq_len == 32  # as transformers takes it
 
 
+@pytest.mark.slow
 def test_every_way_in_passes_the_same_gate(tmp_path):
     """A run that starts from a folder, its evaluation and text from it: the same notes, and the same models refused."""
     plain = Model(**(MODEL | {"vocab_size": 320}))

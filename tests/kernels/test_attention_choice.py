@@ -53,6 +53,7 @@ class HalvedKeys(PlainAttention):
         return dq, dk / 2, dv
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ATTENTION_PARTS)
 @pytest.mark.parametrize("recipe", ["bf16", "fp32", "fp8"])
 def test_right_values_pass_and_wrong_ones_are_named(config, part, recipe):
@@ -68,6 +69,7 @@ def test_a_core_that_is_right_for_whole_sequences_alone(config):
     assert "(its result is off by" in problem_of(AcrossDocuments(), config, CPU, "documents")
 
 
+@pytest.mark.slow
 def test_the_second_choice_is_named_in_a_note(config, monkeypatch):
     last = PlainAttention()
     monkeypatch.setattr(attention_choice, "CORES", {"one": Failing(), "two": AcrossDocuments(), "three": last})
@@ -125,6 +127,7 @@ def test_ranks_that_share_sequences_try_blocks_of_keys_with_both(cores, monkeypa
     ]
 
 
+@pytest.mark.slow
 def test_cudnn_is_left_out_where_bits_are_to_be_repeated(config, monkeypatch):
     monkeypatch.setattr(attention_choice, "problem_of", lambda *given: None)
     assert type(choose_attention(config, CPU)[0]) is CudnnAttention

@@ -25,6 +25,7 @@ def card(tmp_path, monkeypatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
+@pytest.mark.slow
 def test_a_gpu_that_torch_cannot_use_is_no_silent_cpu(card, monkeypatch):
     with pytest.raises(
         UserError, match=r"cluster\.device = auto\n.*nvidia0, which torch cannot use: Torch not compiled"
@@ -72,6 +73,7 @@ def test_a_rank_keeps_its_last_collectives_for_a_time_out(tmp_path, monkeypatch)
     assert "TORCH_FR_DUMP_TEMP_FILE" not in environment and not (tmp_path / "others").exists()
 
 
+@pytest.mark.slow
 def test_products_are_tried_once_for_a_command(card, monkeypatch):
     tried = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -28,6 +28,7 @@ def losses(folder: Path, name: str) -> list[float]:
     return [record["loss"] for _, record in sorted(metrics(folder, name).items())]
 
 
+@pytest.mark.slow
 def test_a_run_trains_the_adapter_alone_and_goes_on_in_another_layout(tmp_path):
     run_layout(tmp_path, "base", 1, "steps=2")
     start = [*LORA, f"init_from={tmp_path}/runs/base", f"data.tokenizer={tmp_path}/runs/base"]
@@ -68,6 +69,7 @@ def test_the_best_checkpoint_of_an_adapter_is_kept(tmp_path):
     assert holds_adapter(read_manifest(folders[0]).meta)
 
 
+@pytest.mark.slow
 def test_a_base_in_block_fp8_is_the_rounded_one(tmp_path):
     run_layout(tmp_path, "base", 1, "steps=2")
     given = [f"init_from={tmp_path}/runs/base", f"data.tokenizer={tmp_path}/runs/base", "steps=3"]
@@ -101,6 +103,7 @@ def test_a_base_in_block_fp8_is_the_rounded_one(tmp_path):
         check_before_start(compose(*arguments(tmp_path, *start, "name=one", "adapter.base=plain", "steps=4")))
 
 
+@pytest.mark.slow
 def test_what_an_adapter_cannot_go_on_from(tmp_path):
     for name in ("base", "other"):
         run_layout(tmp_path, name, 1, "steps=1", f"seed={len(name)}")

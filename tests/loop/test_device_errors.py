@@ -56,6 +56,7 @@ def run_out_of_memory(rank: int, folder: str, where: str) -> None:
         assert main([compose(*arguments(Path(folder), f"name={where}"))]) == EXIT_CRASH
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("where", "place"),
     [

@@ -41,6 +41,7 @@ def masters(folder: Path, step: int) -> dict[str, torch.Tensor]:
     return {name.removeprefix("master."): shard.local.double() for name, shard in found.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [2, 4])
 def test_they_are_those_of_the_checkpoints_before_and_after(folder, step):
     record = metrics(folder, "alone")[step]

@@ -127,6 +127,7 @@ EP = ("parallel.dp=2", "parallel.ep=2")
 PP = ("model.layers=8", "micro_batch_size=1", "parallel.pp=2")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", ["forward", "backward"])
 def test_the_rank_and_layer_are_named(tmp_path, monkeypatch, phase):
     where = {"rank": 1, "module": "layers.2.attention", "phase": phase}

@@ -25,6 +25,7 @@ CHECKS = [
 ]
 
 
+@pytest.mark.slow
 def test_a_wrong_gradient_is_named_and_the_losses_are_those_of_a_run_without_it(tmp_path):
     layout = "parallel.pp=2", "parallel.dp=2", "parallel.zero=1", "parallel.schedule=1f1b"
     run_layout(tmp_path, "plain", 4, *WATCHED, *layout)

@@ -29,6 +29,7 @@ def losses(folder, name: str) -> list[float]:
     return [json.loads(line)["loss"] for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_run_is_watched_and_does_not_notice(tmp_path):
     said = watched(tmp_path, "watched", "steps=4", "profile.steps=[2,3]")
     run = tmp_path / "runs" / "watched"
@@ -47,6 +48,7 @@ def test_a_run_is_watched_and_does_not_notice(tmp_path):
     assert losses(tmp_path, "watched") == losses(tmp_path, "alone")
 
 
+@pytest.mark.slow
 def test_of_several_ranks_those_that_are_named(tmp_path):
     layout = ["parallel.pp=2", "parallel.dp=2", "parallel.ep=2", "parallel.schedule=1f1b"]
     watched(tmp_path, "ranks", "steps=2", "profile.steps=[2,2]", "profile.ranks=[3]", *layout)

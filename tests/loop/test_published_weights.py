@@ -16,6 +16,7 @@ from train.loop.published_weights import publish_weights
 torch.set_num_threads(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_newest_folder_is_what_an_export_gives(tmp_path, ranks):
     words = arguments(tmp_path, "name=loop", "checkpoint.every=2", "checkpoint.weights_every=2", f"parallel.dp={ranks}")

@@ -32,6 +32,7 @@ def pipeline(tmp_path_factory):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_times_and_bubble_are_parts_of_the_step(pipeline):
     for record in metrics(pipeline, "both").values():
         times = [record[name] for name in ("forward_seconds", "backward_seconds", "overlapped_seconds")]

@@ -39,6 +39,7 @@ def read(checkpoint: Path, name: str, shape: tuple[int, ...]) -> torch.Tensor:
     return found
 
 
+@pytest.mark.slow
 def test_a_run_on_chats_keeps_its_best_checkpoint_and_its_routers(tmp_path):
     """The rate is so large that the loss falls and then rises, so that the best is none of the last."""
     given = [
@@ -66,6 +67,7 @@ def test_a_run_on_chats_keeps_its_best_checkpoint_and_its_routers(tmp_path):
     assert not torch.stack(biases).any()
 
 
+@pytest.mark.slow
 def test_epochs_become_steps(tmp_path):
     config = compose(*overrides(tmp_path, "epochs=2", "optim.warmup_steps=0"))
     once = with_steps(compose(*overrides(tmp_path, "epochs=1", "optim.warmup_steps=0")))

@@ -21,6 +21,7 @@ def write_sweep(folder, rates=("1e-3", "2e-3")):
         write_run(folder / str(job), 4 + job, overrides=(f"optim.lr={rate}", f"name={folder.name}/{job}"))
 
 
+@pytest.mark.slow
 def test_a_sweep_is_compared_with_what_differs_first(tmp_path):
     write_sweep(tmp_path / "rates", [f"{rate}e-3" for rate in range(1, 12)])
     (page,) = write_reports(compose("mode=report", "name=rates", f"runs={tmp_path}"))
@@ -31,6 +32,7 @@ def test_a_sweep_is_compared_with_what_differs_first(tmp_path):
     assert re.search(r"rates/9 +rates/10 +steps", text) and "batch_size" not in text  # in the order of their numbers
 
 
+@pytest.mark.slow
 def test_any_runs_are_compared(tmp_path):
     write_run(tmp_path / "a", 3, overrides=("name=a",))
     write_run(tmp_path / "b", 3, overrides=("name=b", "seq_len=128"))
@@ -41,6 +43,7 @@ def test_any_runs_are_compared(tmp_path):
     assert "No setting differs" in page.read_text()
 
 
+@pytest.mark.slow
 def test_a_run_and_a_sweep_of_one_name_both_have_their_page(tmp_path):
     write_run(tmp_path / "tiny", 2)
     write_sweep(tmp_path / "tiny")
@@ -48,6 +51,7 @@ def test_a_run_and_a_sweep_of_one_name_both_have_their_page(tmp_path):
     assert [page.name for page in pages] == ["report.html", "sweep.html"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["none", "[a,none]"])
 def test_a_run_that_is_not_there_is_named(name, tmp_path):
     write_run(tmp_path / "a", 1)
@@ -60,6 +64,7 @@ def test_several_names_are_for_reports_alone():
         compose("name=[a,b]")
 
 
+@pytest.mark.slow
 def test_a_sweep_ends_with_a_table_of_its_jobs(tmp_path, monkeypatch, capsys):
     configs = [
         compose(f"optim.lr={rate}", "seed=5", f"name=rates/{job}", f"runs={tmp_path}")
@@ -100,6 +105,7 @@ def test_the_table_stands_also_where_a_job_is_refused(tmp_path, monkeypatch, cap
     assert "seeds/0  0" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_table_fits_a_narrow_terminal(tmp_path):
     configs = [compose(f"seed={seed}", f"name=seeds/{seed}", f"runs={tmp_path}") for seed in (0, 1)]
     console = Console(width=60, force_terminal=True, color_system=None, record=True)

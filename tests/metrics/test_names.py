@@ -38,6 +38,7 @@ def attempts(tmp_path_factory):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_every_logged_name_is_documented_and_every_documented_one_logged(attempts):
     logged = {table_name(name) for record in metrics(attempts, "names").values() for name in record}
     assert logged == {metric.name for metric in (*SCALARS, *EVENTS, *LAYERS) if metric.when not in ELSEWHERE}

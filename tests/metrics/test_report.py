@@ -119,6 +119,7 @@ def test_a_folder_without_steps_or_settings_still_gives_a_page(tmp_path):
     assert "No step has been recorded yet" in " ".join(outline(write_report(tmp_path)).text)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_each_step_once(tmp_path):
     write_run(tmp_path, 20)
     resumed = JsonlSink(tmp_path / "metrics.jsonl", 12, print)
@@ -141,6 +142,7 @@ def test_what_the_user_wrote_is_escaped(tmp_path):
     assert evil not in page and page.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 4
 
 
+@pytest.mark.slow
 def test_the_newest_incident_stands_in_the_report(tmp_path):
     write_run(tmp_path, 2)
     (tmp_path / "logs").mkdir(exist_ok=True)
@@ -267,6 +269,7 @@ def test_a_long_run_makes_a_small_page_in_bounded_time(tmp_path):
     assert path.stat().st_size < 8e6
 
 
+@pytest.mark.slow
 def test_a_large_model_makes_a_small_page(tmp_path):
     path = write_report(write_run(tmp_path, 150, layers=59, experts=256))
     assert path.stat().st_size < 2.5e6
@@ -303,6 +306,7 @@ def test_on_a_narrow_screen_the_name_of_a_scale_of_colours_stands_above_it(tmp_p
         assert re.search(rf'class="annotation-text"[^>]*>{title}<', drawn) and drawn.count(f">{title}<") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 @pytest.mark.parametrize(("scheme", "blue"), [(1, "rgb(0, 114, 178)"), (0, "rgb(74, 168, 224)")])
 def test_colours_follow_the_scheme_of_the_reader(tmp_path, scheme, blue):

@@ -5,6 +5,8 @@ import json
 import os
 import time
 
+import pytest
+
 from tests.metrics.synthetic import write_run
 from tests.metrics.test_report import outline
 from train.metrics import report_sink
@@ -12,6 +14,7 @@ from train.metrics.report import TRUSTED, write_report
 from train.metrics.report_sink import ReportSink
 
 
+@pytest.mark.slow
 def test_it_is_written_beside_the_training_and_not_again_at_once(tmp_path):
     run = write_run(tmp_path / "run", 3)
     sink = ReportSink(run, 0.01)
@@ -46,6 +49,7 @@ def test_the_first_of_a_long_run_comes_soon_and_none_of_a_short_one(tmp_path, mo
     sink.close()
 
 
+@pytest.mark.slow
 def test_the_page_loads_itself_again_only_while_the_run_trains(tmp_path):
     run = write_run(tmp_path / "run", 3)
     assert "location.reload" not in write_report(run).read_text()
@@ -69,6 +73,7 @@ def test_what_the_model_wrote_before_stands_below(tmp_path):
     assert text.index("text 30 <b>") < text.index("text 20 <b>") < text.index("text 10 <b>")
 
 
+@pytest.mark.slow
 def test_the_figure_of_the_paper_is_set_beside_gpus_alone(tmp_path):
     run = write_run(tmp_path / "run", 3)
     start = {"time": 1.0, "command": "c", "folder": "f", "commit": None, "modified": False, "ranks": 1, "versions": {}}

@@ -58,6 +58,7 @@ def test_a_run_says_who_it_belongs_to_and_what_code_it_ran(tmp_path):
     assert summary["validation_loss"] == {"min": 2.0, "last": 2.5}
 
 
+@pytest.mark.slow
 def test_checkpoints_are_references_and_samples_and_evaluations_tables(tmp_path):
     config = compose("log.wandb=offline", "name=shown")
     folder = tmp_path / "checkpoints" / "step_00000002"
@@ -102,6 +103,7 @@ def test_an_end_has_a_title(error, title):
     assert what_ended(error) == title
 
 
+@pytest.mark.slow
 def test_whoever_watches_is_told_of_divergence_restarts_slow_ranks_and_the_end(tmp_path, monkeypatch):
     def event(kind, text):
         with (tmp_path / "events.jsonl").open("a") as file:
@@ -126,6 +128,7 @@ def test_whoever_watches_is_told_of_divergence_restarts_slow_ranks_and_the_end(t
     ]
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_told_and_alerts_can_be_switched_off(tmp_path):
     for name, wanted in (("told", "true"), ("quiet", "false")):
         config = compose("log.wandb=offline", f"name={name}", f"log.wandb_alerts={wanted}")

@@ -65,6 +65,7 @@ def steps(folder: Path) -> list[int]:
     return [line["_step"] for line in history(folder)]
 
 
+@pytest.mark.slow
 def test_offline_without_a_key_says_nothing_and_keeps_everything(tmp_path):
     result = attempt(tmp_path, "1, 5")
     assert result.returncode == 0 and result.stderr == ""
@@ -83,6 +84,7 @@ def test_offline_without_a_key_says_nothing_and_keeps_everything(tmp_path):
     assert shown["main_loss"] == "0.1" and "loss" not in shown
 
 
+@pytest.mark.slow
 def test_a_killed_run_loses_a_second_at_most_and_its_next_attempt_repeats_no_step(tmp_path):
     killed = attempt(tmp_path, "1, 8, kill_after=1.5")
     assert killed.returncode == -signal.SIGKILL
@@ -94,6 +96,7 @@ def test_a_killed_run_loses_a_second_at_most_and_its_next_attempt_repeats_no_ste
     assert ids == {run_id(tmp_path)}
 
 
+@pytest.mark.slow
 def test_kill_right_after_a_record_leaves_a_readable_file_and_no_step_twice(tmp_path):
     attempt(tmp_path, "1, 8, kill_after=0.0")
     before = steps(tmp_path)

@@ -3,12 +3,15 @@
 import subprocess
 import sys
 
+import pytest
+
 from conf.load import compose
 from tests.metrics.wandb_file import history, records
 from train.metrics.jsonl import read_heads
 from train.metrics.writer import open_writer
 
 
+@pytest.mark.slow
 def test_all_sinks_get_every_step_and_closing_twice_is_fine(tmp_path, capsys):
     writer = open_writer(compose("conf=tiny", "steps=3", "log.wandb=offline"), tmp_path)
     with writer:
@@ -23,6 +26,7 @@ def test_all_sinks_get_every_step_and_closing_twice_is_fine(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == "a note"
 
 
+@pytest.mark.slow
 def test_the_jobs_of_a_sweep_are_one_group_of_wandb(tmp_path):
     for job in (0, 1):
         with open_writer(compose(f"name=rates/{job}", "log.wandb=offline"), tmp_path / str(job)) as writer:
@@ -44,6 +48,7 @@ def test_resuming_shows_and_keeps_the_steps_before(tmp_path, capsys):
     assert not (tmp_path / "wandb").exists()
 
 
+@pytest.mark.slow
 def test_importing_the_writer_loads_neither_wandb_nor_plotly():
     code = "import sys, train.metrics.writer; print([m for m in ('wandb', 'plotly', 'torch') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

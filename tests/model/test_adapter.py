@@ -46,6 +46,7 @@ def loss(model: DeepSeekV3) -> Tensor:
     return model(torch.randint(0, 320, (2, 25), generator=torch.Generator().manual_seed(0)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
 def test_a_fresh_adapter_changes_nothing_and_alone_has_gradients(precision):
     model = build(f"precision={precision}")
@@ -57,6 +58,7 @@ def test_a_fresh_adapter_changes_nothing_and_alone_has_gradients(precision):
     assert all(model.get_parameter(name).grad.any() == name.endswith("lora_B") for name in learns), "A waits for B"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [["precision=fp32", "model.recompute=[layer]"], ["precision=bf16"], ["precision=fp8", "model.hidden=160", "model.dense_width=200"]],
@@ -87,6 +89,7 @@ def test_blocks_give_what_a_base_that_was_rounded_to_them_gives(words):
             assert torch.equal(packed.get_parameter(name).grad, param.grad), name
 
 
+@pytest.mark.slow
 def test_pairs_are_what_their_product_added_to_the_weight_is():
     model = build(b=0.1)
     want, params = loss(model), dict(model.named_parameters())
@@ -102,6 +105,7 @@ def test_pairs_are_what_their_product_added_to_the_weight_is():
     torch.testing.assert_close(loss(model), want, rtol=1e-5, atol=0)
 
 
+@pytest.mark.slow
 def test_dropout_follows_from_the_step_and_is_in_no_evaluation(monkeypatch):
     plain, model = build(b=0.1), build("adapter.dropout=0.3", b=0.1)
     first = loss(model).item()

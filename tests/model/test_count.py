@@ -28,6 +28,7 @@ def test_16b_shape_has_15_706b_parameters():
     assert round(counts.active_without_embedding / 1e9, 3) == 2.451
 
 
+@pytest.mark.slow
 def test_models_of_moonshot_have_their_sizes():
     """Moonlight's report counts neither embedding nor head. That of Kimi K2 says 1.04T and 32.6B, without a formula."""
     moonlight, kimi = (count_parameters(recipe(name)) for name in ("moonlight_16b", "kimi_k2"))

@@ -26,6 +26,7 @@ def plain_choice(biased: list[float], rule: RoutingRule) -> list[int]:
     return sorted(allowed, key=lambda e: -biased[e])[: rule.top_k]
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_choice_with_ties_and_negative_scores(data):

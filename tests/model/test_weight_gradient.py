@@ -35,6 +35,7 @@ KERNELS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("triton") is None,
     reason="triton is not installed, so no kernel can be interpreted: the extra dev brings it on Linux",

@@ -43,6 +43,7 @@ def records(file: Path) -> dict[int, dict]:
     return {record["step"]: record for record in map(json.loads, file.read_text().splitlines())}
 
 
+@pytest.mark.slow
 def test_the_same_command_goes_on_from_the_old_checkpoint(old):
     run = old / "runs" / "run"
     started = json.loads((run / "starts.json").read_text())[0]["command"]

@@ -36,6 +36,7 @@ def test_the_table_names_keys_that_are_gone_and_the_page_names_them():
         assert "mine.yaml" in caught.value.rule and caught.value.cure == removed.cure
 
 
+@pytest.mark.slow
 def test_in_a_run_folder(tmp_path):
     config = compose("name=old", f"runs={tmp_path}", "precision=fp8", "seq_len=48")
     file = tmp_path / "old" / "config.yaml"
@@ -52,6 +53,7 @@ def test_in_a_run_folder(tmp_path):
         assert caught.value.field == KEY and str(file) in caught.value.rule
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "file, head, body",
     [

@@ -60,6 +60,7 @@ def test_the_rows_of_keys_and_queries_alone_have_factors():
     assert all(ones.eq(1).all() for name, ones in factors.items() if not name.startswith("layers.1."))
 
 
+@pytest.mark.slow
 def test_a_pass_that_trains_nothing_does_not_count_and_one_that_is_repeated_counts_once():
     model, clip = build()
     wanted = largest(model, clip)

@@ -67,6 +67,7 @@ def test_a_ramp_is_priced_by_its_batches():
     assert plan.budget.days * 86400 > plan.budget.tokens / plan.step.tokens_per_second
 
 
+@pytest.mark.slow
 def test_phases_add_up_and_failures_make_a_run_longer():
     plan = make_plan(compose(*SMALL, "plan.phases=[tiny]"))
     ((name, phase),) = later_phases(plan.config)

@@ -35,6 +35,7 @@ from train.plan.time.step_time import plan_time
 SMALL = ("conf=tiny", "hardware=h800", "micro_batch_size=2", "batch_size=32")
 
 
+@pytest.mark.slow
 def test_the_command_writes_json_and_page_and_starts_nothing(tmp_path):
     command = [sys.executable, "-m", "train", *SMALL, "mode=plan", f"runs={tmp_path}", "parallel.pp=2", "parallel.dp=2",
                "parallel.ep=2", "parallel.schedule=dualpipev", "name=planned"]  # fmt: skip
@@ -68,6 +69,7 @@ CONNECTIONS = 16 * reserve.INSIDE
 """Between two ranks of a node of H800: two channels for each of eight links."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "communicators", "exchange"),
     [
@@ -88,6 +90,7 @@ def test_the_reserve_is_beside_the_peak_of_every_rank(layout, communicators, exc
     assert reserve_of(compose(*SMALL, *layout, "plan.reserve=3e9")) == {"given": 3_000_000_000}
 
 
+@pytest.mark.slow
 def test_exchanges_that_were_measured_or_have_a_formula():
     """Eight H100: 3.28 GB (nccl issue 1685). Over 64 ranks the channels are shared out; DeepEP's are its own formulas."""
     eight = compose(
@@ -120,6 +123,7 @@ def test_recipes_of_models_that_muon_trained_fit_their_gpus(recipe, layout):
     assert 0 < plan.step.update.optimizer < 0.01 * plan.step.step_seconds
 
 
+@pytest.mark.slow
 def test_cures_are_evaluated_and_make_it_fit():
     config = compose("conf=deepseek_v3_16b", "data.path=none", "hardware=h800", "parallel.dp=8", "parallel.ep=8",
                      "batch_size=64", "model.recompute=[]", "micro_batch_size=8")  # fmt: skip
@@ -140,6 +144,7 @@ def found():
     return search(compose(*SMALL, "mode=plan", "plan.search=true", "plan.devices=4", "model.layers=6"))
 
 
+@pytest.mark.slow
 def test_a_search_finds_the_fastest_and_explains_the_rest(found):
     times = [one.step_seconds for one in found.best]
     assert len(times) == 10 and times == sorted(times) and found.devices == 4
@@ -182,6 +187,7 @@ def _layouts(frame: Frame) -> Iterator[list[Config]]:
         yield [saving.applied(one, blocks) for blocks in range((longest if saving.blocks else 0) + 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.2, 0.6])
 def test_a_search_finds_what_trying_everything_finds(share, few_choices, monkeypatch):
     """share: of the layouts, how many fit."""
@@ -208,6 +214,7 @@ def test_a_search_finds_what_trying_everything_finds(share, few_choices, monkeyp
     assert all(one.room_bytes >= 0 for one in found.best)
 
 
+@pytest.mark.slow
 def test_bounds_are_below_what_they_bound(few_choices):
     base = compose(*FEW)
     rates, memo = load_rates(base, alone=False), {}
@@ -222,6 +229,7 @@ def test_bounds_are_below_what_they_bound(few_choices):
             assert one.seconds <= plan_time(config).step_seconds * (1 + 1e-9), one
 
 
+@pytest.mark.slow
 def test_stages_of_a_rank_are_named_where_they_make_a_step_faster():
     plan = make_plan(compose(*SMALL, "parallel.pp=4", "parallel.schedule=1f1b", "model.layers=16", "mode=plan"))
     found = find_stages(plan)
@@ -263,6 +271,7 @@ def test_a_file_of_ones_own_is_not_written_over(found):
         write_parallel(found.best[0].config, "single", found.base)
 
 
+@pytest.mark.slow
 def test_a_cluster_that_cannot_hold_the_model_is_an_error():
     config = compose("conf=deepseek_v3", "data.path=none", "hardware=h800", "plan.search=true", "plan.devices=8", "parallel=single",
                      "batch_size=3072", "optim.batch_ramp_start=null", "optim.batch_ramp_steps=0")  # fmt: skip
@@ -279,6 +288,7 @@ def test_devices_that_no_layout_divides_are_no_matter_of_memory(devices, near):
     assert near in caught.value.cure and "GiB" not in caught.value.rule
 
 
+@pytest.mark.slow
 def test_deep_ep_is_tried_whatever_the_recipe_has():
     base = compose("conf=deepseek_v3_16b", "data.path=none", "hardware=h100", "batch_size=64", "parallel=single")
     tried = {(dispatch, one.config.parallel.ep) for one in frames(base, 8) for dispatch, _ in one.ways}
@@ -307,12 +317,14 @@ def test_faster_links_and_kernels_make_faster_plans():
     assert slow.step_seconds > before.step_seconds, "the busiest rank sets the pace"
 
 
+@pytest.mark.slow
 def test_a_plan_without_hardware_is_for_h800():
     assert compose("conf=tiny", "mode=plan").hardware == compose("conf=tiny", "mode=plan", "hardware=h800").hardware
     with pytest.raises(UserError, match="needs to know the devices"):
         make_plan(compose("conf=tiny"))
 
 
+@pytest.mark.slow
 def test_the_largest_recipe_is_planned_as_it_is_typed():
     plan = make_plan(compose("conf=deepseek_v3", "mode=plan"))
     assert len(plan.ranks) == 16 and plan.step.step_seconds > 0 and plan.config.hardware.name == "h800"
@@ -322,6 +334,7 @@ OFFLOAD = ["conf=deepseek_v3", "mode=plan", "hardware=h200", "parallel.pp=8", "p
            "parallel.offload_optimizer=true"]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_host_has_what_the_device_has_not():
     """The paper's model on 64 H200: its state lies in the memory of the nodes, which are filled rank by rank."""
     there, here = (plan_memory(compose(*OFFLOAD, *more)) for more in ([], ["parallel.offload_optimizer=false"]))
@@ -334,6 +347,7 @@ def test_the_host_has_what_the_device_has_not():
         assert one.peak_bytes == other.peak_bytes - moved and one.host_bytes > moved
 
 
+@pytest.mark.slow
 def test_an_unknown_or_small_host_is_named():
     with pytest.raises(UserError, match=r"hardware\.host_memory_bytes = 0"):
         make_plan(compose(*OFFLOAD, "hardware.host_memory_bytes=0"))
@@ -347,6 +361,7 @@ def test_an_unknown_or_small_host_is_named():
         make_plan(compose(*OFFLOAD, "model.offload=[layer]", "model.recompute=[norm,layer:20]"))
 
 
+@pytest.mark.slow
 def test_activations_wait_on_the_host_and_copies_that_take_longer_than_the_computing_set_its_pace():
     """With a link so slow that copies of F and B take longer than their computing, each lasts as long as its bytes on the link."""
     here, there, slow = (
@@ -362,6 +377,7 @@ def test_activations_wait_on_the_host_and_copies_that_take_longer_than_the_compu
     assert copies == slow.step.length(Action("B", 0, 0)) > here.step.length(Action("B", 0, 0))
 
 
+@pytest.mark.slow
 def test_a_step_has_the_interval_of_published_jobs_unless_its_rates_were_measured():
     step = plan_time(compose(*SMALL))
     least, most = step.interval_seconds
@@ -371,6 +387,7 @@ def test_a_step_has_the_interval_of_published_jobs_unless_its_rates_were_measure
     assert "FP8 is H800's, scaled" in plan_time(compose("conf=tiny", "hardware=b200")).rates
 
 
+@pytest.mark.slow
 def test_an_average_of_the_weights_lies_on_the_host_twice_in_fp32():
     plain, averaged = (make_plan(compose(*SMALL, *more)) for more in ([], ["optim.ema_decay=0.999"]))
     assert averaged.fullest.host_items["average"] == 2 * averaged.fullest.items["master"]
@@ -388,6 +405,7 @@ def test_stages_that_are_alike_are_one_row_of_the_page():
     assert shown.count("<tr>") == 3 and "0 to 2" in shown and "0 to 5, 2 each" in shown and "6 to 7" in shown
 
 
+@pytest.mark.slow
 def test_a_checkpoint_waits_on_the_host_until_it_is_written_and_copies_stay_there():
     whole = make_plan(compose(*OFFLOAD))
     rank = whole.fullest
@@ -401,6 +419,7 @@ def test_a_checkpoint_waits_on_the_host_until_it_is_written_and_copies_stay_ther
     assert kept["copies"] == HELD_COPIES * kept["checkpoint"]
 
 
+@pytest.mark.slow
 def test_stage_3_starts_with_its_shards_and_beside_an_adapter_with_all_weights_of_a_rank():
     words = ("conf=deepseek_v3_16b", "data.path=none", "hardware=h200", "batch_size=64", "parallel.dp=64", "parallel.zero=3", "model.experts=64",
              "model.hidden=4096")  # fmt: skip

@@ -26,6 +26,7 @@ def test_every_word_of_the_table_is_a_target():
     assert list(AdapterTarget) == list(ADAPTER_TARGETS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["tiny", "moonlight_16b", "kimi_k2"])
 def test_the_counted_adapter_is_the_one_that_is_built(model):
     config = planned(f"conf={model}", "parallel=single", "adapter=lora", ALL)
@@ -36,6 +37,7 @@ def test_the_counted_adapter_is_the_one_that_is_built(model):
     assert checkpoint_bytes(config) < checkpoint_bytes(planned(f"conf={model}", "parallel=single")) / 6
 
 
+@pytest.mark.slow
 def test_frozen_weights_have_no_master_moments_or_gradients():
     config = planned(
         "conf=tiny", "adapter=lora", "parallel.dp=2", "parallel.ep=2", "batch_size=16", "micro_batch_size=2"
@@ -53,6 +55,7 @@ def test_frozen_weights_have_no_master_moments_or_gradients():
     assert plan.fullest.peak_bytes < whole.fullest.peak_bytes
 
 
+@pytest.mark.slow
 def test_stage_3_divides_frozen_weights_too():
     words = ["conf=tiny", "adapter=lora", "parallel.dp=4", "parallel.ep=2", "batch_size=16", "micro_batch_size=2"]
     config = planned(*words, "parallel.zero=3")

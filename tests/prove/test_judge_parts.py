@@ -57,6 +57,7 @@ def judged(request, tmp_path_factory) -> Judged:
     return Judged(config)
 
 
+@pytest.mark.slow
 def test_a_rank_as_it_is_holds(judged):
     findings = judged.judge(lambda tensors: None)
     assert [one.text() for one in findings.differences[:3]] == []
@@ -159,6 +160,7 @@ def test_rows_that_fill_tiles_are_left_out():
     assert own_rows(rows[:133], [3, 0, 130]).shape == (133, 1)
 
 
+@pytest.mark.slow
 def test_steps_that_are_watched_have_an_update_before_them(tmp_path):
     for steps, want in ((1, {2}), (2, {2}), (3, {2}), (4, {3})):
         assert watched_steps(small_proof(tmp_path, f"steps={steps}")) == want

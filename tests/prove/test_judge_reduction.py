@@ -46,12 +46,14 @@ def mean(parts: torch.Tensor) -> torch.Tensor:
     return parts.sum(0) / RANKS
 
 
+@pytest.mark.slow
 def test_a_sum_in_fp32_in_any_order_holds():
     assert failed(mean, by_micro_batch=True) == set()
     assert failed(lambda parts: (parts / RANKS).flip(0).cumsum(0)[-1], by_micro_batch=True) == set()
     assert failed(lambda parts: (parts[0::2] + parts[1::2]).sum(0) / RANKS) == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by_micro_batch", [False, True])
 def test_every_weight_shows_what_is_no_sum_in_fp32(by_micro_batch):
     every = set(weight_shapes(compose(*SMALL, "data.path=none").model))
@@ -72,6 +74,7 @@ def judged_totals(total: torch.Tensor, name: str = "head.weight", batch_size: in
     return len(findings.differences)
 
 
+@pytest.mark.slow
 def test_a_total_over_micro_batches_that_was_kept_in_bf16_is_seen():
     parts = torch.randn(4, 500, generator=torch.Generator().manual_seed(0)).bfloat16()
     honest, kept = parts.float().sum(0), parts[0]

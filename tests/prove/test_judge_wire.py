@@ -192,6 +192,7 @@ def use(watched: WatchedDispatcher, tokens: int, rank: int) -> None:
     watched.combine(out_RD, routed).backward((1e-7 * values[1]).bfloat16())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SENT)
 def test_every_bug_of_the_wire_is_seen(kind, tmp_path):
     run_ranks(leave_evidence, kind, tuple(SENT[kind]), str(tmp_path), world_size=RANKS)

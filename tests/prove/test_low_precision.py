@@ -130,6 +130,7 @@ def test_tiles_along_the_rows_are_those_of_one_expert():
     assert not torch.equal(made, low.cast(NearNumbers(x), TILES, -2).x)
 
 
+@pytest.mark.slow
 def test_the_recipes_of_the_paper_are_read():
     rounding = low.read_rounding(compose(*SMALL, "data.path=none", "precision=fp8").precision)
     assert rounding.dense.fprop == (TILES, BLOCKS) and rounding.dense.kept == TILES and rounding.swiglu == TILES
@@ -139,6 +140,7 @@ def test_the_recipes_of_the_paper_are_read():
     assert not low.read_rounding(compose(*SMALL, "data.path=none", "precision=bf16").precision).is_fp8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("field", ["activation", "gradient"])
 @pytest.mark.parametrize("text", ["e3m4/1x128/fp32", "e4m3/1x64/fp32", "e4m3/1x128/e8m0", "mxfp8"])
 def test_a_format_without_a_reference_is_refused(field, text):
@@ -150,6 +152,7 @@ def test_a_format_without_a_reference_is_refused(field, text):
         low.read_rounding(unknown)
 
 
+@pytest.mark.slow
 def test_a_proof_of_such_a_recipe_is_refused_before_anything_starts(tmp_path):
     config = compose(*SMALL, "data.path=none", "mode=prove", "precision=fp8", f"runs={tmp_path}", "name=x")
     unknown = replace(config.precision.fp8, cache=replace(config.precision.fp8.cache, swiglu="e5m6"))

@@ -90,6 +90,7 @@ def assert_same_structure(cfg: Config, mini: Miniature) -> None:
     assert small.model.layers >= min(cfg.model.layers, sum(map(len, small.parallel.placement)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", recipes())
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_recipe_in_every_layout_shrinks_to_one_that_passes_the_checks(name, layout):
@@ -137,6 +138,7 @@ def test_a_layout_that_fits_is_kept_with_its_experts():
     assert not any("parallel." in cut for cut in mini.cuts)
 
 
+@pytest.mark.slow
 def test_a_split_by_hand_keeps_its_empty_ends_and_its_unevenness():
     layout = ["parallel.pp=2", "parallel.schedule=zbv", "model.layers=12", "model.mtp_depth=1"]
     mini = shrink(recipe("tiny", *layout, "parallel.split=[0,6,4,2]"))

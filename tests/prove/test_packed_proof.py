@@ -38,6 +38,7 @@ WHOLE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXACT)
 def test_a_layout_is_exact(tmp_path, name):
     assert_exact(small_proof(tmp_path, *CHATS, *EXACT[name]))
@@ -61,6 +62,7 @@ def alone(batch: Batch) -> list[Batch]:
     return found
 
 
+@pytest.mark.slow
 def test_the_reference_of_packed_samples_is_that_of_one_at_a_time():
     """Losses, loads and gradients in fp64, each sample weighing what it learns, or in the balance loss as much as any other."""
     config = compose(*PROOF, *CHATS)

@@ -96,6 +96,7 @@ def exact(tmp_path_factory) -> Config:
     return config
 
 
+@pytest.mark.slow
 def test_the_reference_equals_the_product_in_one_process(exact):
     findings = judge_pass(exact, "exact")
     assert [difference.text() for difference in findings.differences[:3]] == []
@@ -178,6 +179,7 @@ def assert_told(findings: ProofFindings, folder) -> None:
     assert report_rows(folder) is None
 
 
+@pytest.mark.slow
 def test_the_command_leaves_a_certificate_and_the_report_has_it(tmp_path):
     config = compose(*SMALL, "mode=prove", "name=here", f"runs={tmp_path}", "data.path=none", "batch_size=2")
     from tests.ranks import run_module

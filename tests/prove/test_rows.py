@@ -30,6 +30,7 @@ def rows():
     return read_rows()
 
 
+@pytest.mark.slow
 def test_every_row_passes_the_rules(rows):
     assert len({tuple(row.values()) for row in rows}) == len(rows) > ROWS
     for number, row in enumerate(rows):
@@ -38,6 +39,7 @@ def test_every_row_passes_the_rules(rows):
         to_config(row)
 
 
+@pytest.mark.slow
 def test_every_three_settings_meet_that_the_rules_allow_together(rows):
     for keys in itertools.combinations(SWITCHES, 3):
         met = {tuple(row[key] for key in keys) for row in rows[:ROWS]}
@@ -47,6 +49,7 @@ def test_every_three_settings_meet_that_the_rules_allow_together(rows):
                 assert values in met, given
 
 
+@pytest.mark.slow
 def test_every_two_settings_meet_muon_that_the_rules_allow_together(rows):
     for keys in itertools.combinations((*MUON_MEETS, *list(MUON_SWITCHES)[1:]), 2):
         met = {tuple(row[key] for key in keys) for row in rows[ROWS:]}

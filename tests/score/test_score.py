@@ -49,6 +49,7 @@ def expected(folder: Path, tokens: list[int]) -> torch.Tensor:
     return logits.log_softmax(-1).gather(1, torch.tensor(tokens)[1:, None])[:, 0]
 
 
+@pytest.mark.slow
 def test_the_numbers_are_those_of_transformers(tmp_path, folder, capsys):
     """fp32: 1e-5 on log-probabilities around 6, for products that are summed in another order."""
     ids = [list(range(3, 3 + length)) for length in (2, 9, SEQ_LEN)]
@@ -78,6 +79,7 @@ def test_the_numbers_are_those_of_transformers(tmp_path, folder, capsys):
     assert "Scored 5 samples" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_parquet_in_is_jsonl_in(tmp_path, folder):
     table = pyarrow.table({"tokens": [[3, 4, 5], [6, 7]], "reward": [0.5, 1.0]})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
@@ -113,6 +115,7 @@ def test_what_is_no_sample_is_named_and_nothing_is_written(tmp_path, folder, nam
     assert not list(tmp_path.glob("*scores*"))
 
 
+@pytest.mark.slow
 def test_files_that_cannot_be(tmp_path, folder):
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "broken.parquet").write_text("{")

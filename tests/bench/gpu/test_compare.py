@@ -12,6 +12,7 @@ def sides(change) -> list[dict[str, torch.Tensor]]:
     return [{"x": change(same.float().clone())}, {"x": same}, {"x": exact}]
 
 
+@pytest.mark.slow
 def test_what_rounds_as_much_as_the_format_passes():
     noise = 2**-9 * torch.randn(64, 64, generator=torch.Generator().manual_seed(2))
     found = judge(distances(*sides(lambda x: x * (1 + noise))))

@@ -23,6 +23,7 @@ def small(monkeypatch) -> None:
     monkeypatch.setattr(layers, "SHRINK", 64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dense", "MoE"])
 def test_times_and_kernels_of_a_layer(kind):
     found = layers.timed(MACHINE, "bf16", kind)
@@ -35,6 +36,7 @@ def test_times_and_kernels_of_a_layer(kind):
     assert found.problem is None and all(value > 0 for value in products[1:])
 
 
+@pytest.mark.slow
 def test_a_precision_that_cannot_run_is_named_and_not_tried(monkeypatch):
     def without_fp8(config, *rest):
         raise UserError("precision", "fp8", "a package is not installed", "install it")

@@ -29,6 +29,7 @@ def lines_of(kind: str, folder: Path, seconds: float = 200.0) -> tuple[dict[str,
     return {line.name: line for line in lines}, shown
 
 
+@pytest.mark.slow
 def test_a_check_that_raises_crashes_hangs_or_breaks_the_context_takes_no_other_with_it(tmp_path):
     lines, shown = lines_of("all", tmp_path)
     assert [line.name for line in shown] == list(lines)
@@ -47,6 +48,7 @@ def test_a_check_that_raises_crashes_hangs_or_breaks_the_context_takes_no_other_
     assert str(ROOT) not in " ".join(line.reason for line in lines.values())
 
 
+@pytest.mark.slow
 def test_a_part_ends_with_its_time(tmp_path):
     began = time.monotonic()
     lines, _ = lines_of(

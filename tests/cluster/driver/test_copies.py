@@ -90,6 +90,7 @@ def import_path(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
 
+@pytest.mark.slow
 def test_a_lost_node_costs_no_step_before_the_last_copy(tmp_path):
     """Three nodes; the second dies without a word; two go on from its neighbour's copy, part of it over the network."""
     run_layout(tmp_path, "unbroken", 1, *SIZES, "parallel.dp=1", "checkpoint.every=0")

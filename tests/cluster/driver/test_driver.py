@@ -119,6 +119,7 @@ def import_path(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(RANK.parents[2]))
 
 
+@pytest.mark.slow
 def test_a_run_ends_well_and_leaves_a_record(tmp_path):
     run = Run(tmp_path)
     run.hold_until("first_step")
@@ -134,6 +135,7 @@ def test_a_run_ends_well_and_leaves_a_record(tmp_path):
     assert record.attempts == 1 and record.nodes == 4 and 0 < record.share < 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "cause", "words"),
     [
@@ -163,6 +165,7 @@ def test_the_first_rank_to_fail_is_named_and_the_run_goes_on(tmp_path, what, cau
     assert [path.name for path in attempts] == ["00001.yaml", "00002.yaml"]
 
 
+@pytest.mark.slow
 def test_a_cut_node_is_left_out_and_taken_back(tmp_path):
     run = Run(tmp_path)
     run.at_step(5, lambda: run.cut("id1"))
@@ -174,6 +177,7 @@ def test_a_cut_node_is_left_out_and_taken_back(tmp_path):
     assert "with dp 3" in (run.folder / "logs" / "rank_0.log").read_text()
 
 
+@pytest.mark.slow
 def test_a_dead_agent_is_started_again(tmp_path):
     run = Run(tmp_path)
     run.at_step(5, lambda: run.fleet.kill_agent("id2"))
@@ -206,6 +210,7 @@ def test_the_plan_that_a_driver_starts_lets_a_run_go_on_with_a_smaller_ep(tmp_pa
     assert [(event["dp"], event["ep"]) for event in run.events if event["kind"] == "attempt"] == [(2, 2), (1, 1)]
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_the_next_launch_goes_on_with_a_higher_attempt(tmp_path):
     run = Run(tmp_path)
     run.hold()
@@ -218,6 +223,7 @@ def test_sigterm_saves_and_the_next_launch_goes_on_with_a_higher_attempt(tmp_pat
     assert "resumes at 0" not in (again.folder / "logs" / "rank_0.log").read_text().split("attempt 2")[1]
 
 
+@pytest.mark.slow
 def test_a_cause_that_stays_ends_the_run_with_a_diagnosis(tmp_path):
     run = Run(tmp_path, "cluster.restarts=1", "checkpoint.every=100", nodes=2, dp=2)
     run.driver.view.note = lambda kind, text: run.fault(1, "crash") if kind == "attempt" else None
@@ -226,6 +232,7 @@ def test_a_cause_that_stays_ends_the_run_with_a_diagnosis(tmp_path):
         assert words in run.finish.text
 
 
+@pytest.mark.slow
 def test_ranks_in_reserve_that_cannot_start_break_no_attempt(tmp_path, monkeypatch):
     def warm(agent: Agent, *_) -> None:
         raise OSError("no memory")
@@ -255,6 +262,7 @@ def test_ranks_wait_in_reserve_on_every_node_also_on_one_that_joins_later(tmp_pa
     assert warmed == [("id0", 1), ("id1", 1), ("id2", 1), ("id3", 4)]
 
 
+@pytest.mark.slow
 def test_an_agent_that_cannot_start_is_a_node_refused_with_the_reason(tmp_path):
     run = Run(tmp_path, "cluster.wait=3", nodes=2, dp=2)
     call = run.fleet.call
@@ -271,6 +279,7 @@ def test_an_agent_that_cannot_start_is_a_node_refused_with_the_reason(tmp_path):
     assert run.only("node_refused")["node"] == "n1", "one event, not one for every try"
 
 
+@pytest.mark.slow
 def test_a_full_disk_at_the_order_to_start_costs_an_attempt_not_the_driver(tmp_path, monkeypatch):
     run = Run(tmp_path, nodes=2, dp=2)
     write, refusals = run.driver._attempt_config, [OSError(28, "No space left on device", str(tmp_path / "full"))]
@@ -285,6 +294,7 @@ def test_a_full_disk_at_the_order_to_start_costs_an_attempt_not_the_driver(tmp_p
     assert "No space left on device" in run.only("failure")["text"] and "the disk at" in run.only("failure")["text"]
 
 
+@pytest.mark.slow
 def test_a_node_whose_old_agent_lives_on_is_asked_again_until_that_one_has_ended(tmp_path, monkeypatch):
     """As after the death of a raylet: a new one starts, and the agent of the old one still holds the copies."""
     monkeypatch.setattr("cluster.node.copy_store._take_lock.__defaults__", (0.5,))  # seconds of patience
@@ -297,6 +307,7 @@ def test_a_node_whose_old_agent_lives_on_is_asked_again_until_that_one_has_ended
     assert run.only("attempt")["dp"] == 2 and not run.driver._refused
 
 
+@pytest.mark.slow
 def test_a_node_whose_clock_is_off_is_taken_once_it_is_right(tmp_path, monkeypatch):
     monkeypatch.setattr("cluster.driver.driver.Driver._refuse.__defaults__", (0.5,))  # seconds until the next check
     off = iter([3600.0, 3600.0])
@@ -329,6 +340,7 @@ def test_a_node_whose_agent_starts_at_the_second_try_is_not_refused(tmp_path):
     assert run.only("attempt")["dp"] == 2 and not run.driver._refused
 
 
+@pytest.mark.slow
 def test_a_node_lost_just_before_the_order_to_start_breaks_the_attempt_not_the_driver(tmp_path):
     run = Run(tmp_path, "checkpoint.every_memory=2", f"checkpoint.memory_folder={tmp_path}", nodes=2, dp=2)
     call = run.fleet.call
@@ -373,6 +385,7 @@ def test_however_many_nodes_are_there_each_is_asked_within_its_heartbeat(tmp_pat
     run.fleet.close()
 
 
+@pytest.mark.slow
 def test_nodes_that_answer_the_pulse_are_asked_seldom_and_told_apart_from_one_that_does_not(tmp_path, monkeypatch):
     """Agents without news answer after 30 s here, and a node counts as lost after 2."""
     monkeypatch.setattr(driver_module, "ANSWERS", 0.05)
@@ -417,6 +430,7 @@ def test_nodes_that_answer_the_pulse_are_asked_seldom_and_told_apart_from_one_th
     ] == ["n2"]
 
 
+@pytest.mark.slow
 def test_many_nodes_that_do_not_answer_the_pulse_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(driver_module, "ANSWERS", 0.1)
     run = Run(tmp_path, "steps=10", nodes=2, dp=2)
@@ -424,6 +438,7 @@ def test_many_nodes_that_do_not_answer_the_pulse_are_named(tmp_path, monkeypatch
     assert run.only("no_pulse")["nodes"] == ["n0", "n1"]
 
 
+@pytest.mark.slow
 def test_nodes_that_give_way_to_other_work_are_named_once(tmp_path, monkeypatch):
     def facts(agent: Agent, question):
         return replace(found := real(agent, question), niceness=found.niceness + (question.node != "id0") * 15)
@@ -482,6 +497,7 @@ def test_a_new_launch_shuts_out_ranks_of_the_one_before_that_have_not_begun(tmp_
     Committer(tmp_path / "checkpoints", attempt=2, world_size=1, timeout=10.0).enter(0)
 
 
+@pytest.mark.slow
 def test_every_attempt_has_a_secret_of_its_own_that_no_file_holds(tmp_path):
     run = Run(tmp_path, "steps=12", nodes=2, dp=2)
     run.fault(1, "crash")
@@ -500,6 +516,7 @@ def test_every_attempt_has_a_secret_of_its_own_that_no_file_holds(tmp_path):
     assert not any(secret.encode() in written for secret in secrets)
 
 
+@pytest.mark.slow
 def test_a_driver_that_is_held_up_at_its_end_hears_what_ranks_printed_last(tmp_path):
     run = Run(tmp_path, "steps=5", nodes=2, dp=2)
     call, take, late, heard = run.fleet.call, run.driver._take_answer, [], set()
@@ -519,6 +536,7 @@ def test_a_driver_that_is_held_up_at_its_end_hears_what_ranks_printed_last(tmp_p
     assert heard == {"id0", "id1"}
 
 
+@pytest.mark.slow
 def test_a_port_that_others_take_is_named(tmp_path, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as taken:
 
@@ -532,6 +550,7 @@ def test_a_port_that_others_take_is_named(tmp_path, monkeypatch):
     assert len(run.finish.text.splitlines()) < 20
 
 
+@pytest.mark.slow
 def test_nothing_is_left_in_the_temporary_folder(tmp_path, monkeypatch):
     scratch = tmp_path / "scratch"
     scratch.mkdir()
@@ -542,6 +561,7 @@ def test_nothing_is_left_in_the_temporary_folder(tmp_path, monkeypatch):
     assert json.loads((run.folder / "events.jsonl").read_text().splitlines()[-1])["code"] == EXIT_OK
 
 
+@pytest.mark.slow
 def test_a_node_that_is_about_to_go_costs_a_checkpoint_and_no_failure(tmp_path):
     run = Run(tmp_path)
     run.at_step(5, lambda: run.fleet.leaving.update(id2="preempted"))
@@ -554,6 +574,7 @@ def test_a_node_that_is_about_to_go_costs_a_checkpoint_and_no_failure(tmp_path):
     assert int(re.search(r"resumes at (\d+) with dp 3", log)[1]) > 5, "a checkpoint is written at once"
 
 
+@pytest.mark.slow
 def test_spares_take_the_place_of_a_node_that_is_told_to_end(tmp_path):
     run = Run(tmp_path, nodes=5)
     run.at_step(5, lambda: setattr(run.fleet.agents["id0"], "_leaving", True))
@@ -564,6 +585,7 @@ def test_spares_take_the_place_of_a_node_that_is_told_to_end(tmp_path):
     assert attempts[1]["nodes"] == ["n4", "n1", "n2", "n3"], "the others stay where they were"
 
 
+@pytest.mark.slow
 def test_without_the_head_the_run_saves_and_stops_and_the_next_launch_resumes(tmp_path):
     run = Run(tmp_path)
     run.hold()

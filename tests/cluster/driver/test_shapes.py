@@ -39,6 +39,7 @@ def choose(shapes: Shapes, nodes: list[Node]) -> Placement:
     return place(nodes, shapes.pp, [shapes.own, *shapes.smaller], partial(shapes.allows, nodes=nodes))
 
 
+@pytest.mark.slow
 def test_a_lost_node_of_256_idles_as_few_as_memory_allows(paper):
     nodes = nodes_of(256, gigabytes=141)
     assert choose(paper, nodes).shape == paper.own and not choose(paper, nodes).spares
@@ -54,6 +55,7 @@ def test_a_lost_node_of_256_idles_as_few_as_memory_allows(paper):
     check(with_shape(compose("conf=deepseek_v3", "data.path=none", "cluster=ray"), found.shape))
 
 
+@pytest.mark.slow
 def test_what_is_not_planned_keeps_its_ep(paper, tmp_path):
     write_config(compose("conf=deepseek_v3", "data.path=none", "cluster=ray"), str(tmp_path / "config.yaml"))
     fresh = Shapes(compose("conf=deepseek_v3", "data.path=none", "cluster=ray"), tmp_path)
@@ -67,6 +69,7 @@ def test_what_is_not_planned_keeps_its_ep(paper, tmp_path):
     assert below.ep == 64, "a plan by which the run itself does not fit is not believed"
 
 
+@pytest.mark.slow
 def test_shares_that_differ_are_taken_where_they_are_faster_and_zero_3_takes_none():
     shapes = shapes_of("parallel.dp=8", "batch_size=8")
     assert [(s.dp, s.micro_batches) for s in shapes.smaller] == [(4, 2), (5, 2), (6, 2), (7, 2), (3, 3), (2, 4), (1, 8)]
@@ -76,6 +79,7 @@ def test_shares_that_differ_are_taken_where_they_are_faster_and_zero_3_takes_non
     assert "needs equal shares with parallel.zero=3" in equal.why_not(shapes.smaller[4], nodes)
 
 
+@pytest.mark.slow
 def test_a_layout_that_no_shrinking_can_save_is_named_before_a_node_is_lost():
     world = World(nodes=2, words=("parallel.ep=2",))
     world.run(2)

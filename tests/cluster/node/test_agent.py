@@ -159,6 +159,7 @@ def test_old_orders_do_nothing_and_a_kill_fences(agent):
         agent.start(order("pass", attempt=5))
 
 
+@pytest.mark.slow
 def test_a_rank_on_its_way_out_does_not_die_of_a_late_order_to_stop(agent):
     body = """
         import os, signal, sys, time

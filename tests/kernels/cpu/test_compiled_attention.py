@@ -164,6 +164,7 @@ def test_the_model_takes_it_where_it_can_and_may():
     assert notes == []
 
 
+@pytest.mark.slow
 def test_a_run_says_why_it_goes_without(monkeypatch, tmp_path):
     monkeypatch.setattr(native, "has_avx2", lambda: False)
     monkeypatch.setattr(native, "why_absent", native.why_absent.__wrapped__)
@@ -179,6 +180,7 @@ def test_a_run_says_why_it_goes_without(monkeypatch, tmp_path):
     assert notes == []
 
 
+@pytest.mark.slow
 @needs_it
 def test_a_run_without_a_compiler_trains_and_says_so(monkeypatch, tmp_path):
     """With no library of an earlier run at hand; then with compiled code, and told to do without."""

@@ -26,6 +26,7 @@ torch.save(made | {"special": product(special.t(), torch.ones(1, 1).bfloat16(), 
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(native.why_absent() is not None, reason=native.why_absent() or "")
 def test_with_fewer_instructions_the_results_are_the_same(tmp_path):
     """Without those for bf16, and on vectors half as wide, where the sum of a norm has another order."""

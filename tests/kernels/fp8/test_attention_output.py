@@ -44,6 +44,7 @@ def run(patch: pytest.MonkeyPatch | None = None) -> tuple[int, dict[str, torch.T
     return kept, {"x": x.grad} | {name: p.grad for name, p in mla.named_parameters()}
 
 
+@pytest.mark.slow
 def test_the_output_is_kept_once_and_what_it_has_no_part_in_stays(monkeypatch):
     """The rest of the gradients passes through casts to E4M3, which a small difference may decide anew: within half a step of it."""
     less, gradients = run()

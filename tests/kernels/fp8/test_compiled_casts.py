@@ -145,6 +145,7 @@ def test_threads_do_not_change_a_bit():
         torch.set_num_threads(torch_threads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["fp8", "fp8_ue8m0"])
 @pytest.mark.parametrize("more", [[], ["precision.fp8.cache.packed=false", "precision.fp8.emulate=bf16"]])
 def test_products_are_the_same_with_and_without(recipe, more, monkeypatch):

@@ -77,6 +77,7 @@ def test_this_machine_is_described():
     assert "no GPU" in str(found)
 
 
+@pytest.mark.slow
 def test_a_process_that_aborts_is_named(tmp_path, monkeypatch):
     """As DeepGEMM does under a torch that it was not built for."""
     (tmp_path / "torch.py").write_text(
@@ -88,6 +89,7 @@ def test_a_process_that_aborts_is_named(tmp_path, monkeypatch):
     assert os.environ["PYTHONPATH"] == str(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_process_that_never_ends_is_named(tmp_path, monkeypatch):
     (tmp_path / "torch.py").write_text("import time\ntime.sleep(60)\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))

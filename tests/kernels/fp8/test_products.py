@@ -101,6 +101,7 @@ def test_output_projection_is_kept_in_e5m6(agrees: Check):
     assert agrees(dw, (cast(g, 128, 1, floor=1e-12).t() @ kept).bfloat16())
 
 
+@pytest.mark.slow
 def test_a_deviation_is_a_value_of_the_recipe(agrees: Check):
     x, w, g = normal(130, 128), normal(64, 128, seed=1), normal(130, 64, seed=2)
     _, dx, dw = run(build().linear, [x, w], g)
@@ -137,6 +138,7 @@ def test_half_a_product_in_bf16_is_refused():
         compose("precision=fp8", "precision.fp8.experts_up.wgrad.gradient=bf16")
 
 
+@pytest.mark.slow
 def test_bytes_kept_per_value():
     """Beside 2 bytes in bf16: 1 and a fp32 scale per 128 values, or 1.5 and a scale for the output projection."""
     x, w = normal(256, 512).requires_grad_(), normal(128, 512, seed=1).requires_grad_()
@@ -244,6 +246,7 @@ def test_no_rows_and_no_gradient():
     assert full.shape == rows.shape and full.dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_unpacked_caches_and_bf16_emulation():
     """Values instead of bytes change nothing; operands in bf16 change a product by their rounding."""
     rows, gates, w13, w2 = experts_inputs()

@@ -193,6 +193,7 @@ RECIPES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_layers_are_those_of_products_in_fp32(recipe):
     """Linear, output projection and experts, forward and backward, all sizes ragged."""
@@ -216,6 +217,7 @@ def test_layers_are_those_of_products_in_fp32(recipe):
         assert (got - expected).float().norm() <= 1e-3 * expected.float().norm()
 
 
+@pytest.mark.slow
 def test_it_is_chosen_where_it_can_run(monkeypatch):
     def engine(*overrides: str, meta: bool = False) -> CpuEngine:
         return cpu_engine(

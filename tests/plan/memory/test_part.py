@@ -25,6 +25,7 @@ def test_a_part_without_experts_takes_the_same_whatever_is_said_of_them(part):
     assert trace_forward(whole, part) == forward and trace_backward(whole, part, False, False) == backward
 
 
+@pytest.mark.slow
 def test_scenes_that_a_part_tells_apart_have_traces_of_their_own():
     flat, limited = scene(), scene("parallel.dispatch=node_limited", "cluster.ranks_per_node=4")
     assert seen_by("dense", flat) == seen_by("dense", limited)

@@ -88,6 +88,7 @@ def calibration(path, **more) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_a_calibration_of_another_device_is_refused(tmp_path):
     foreign = calibration(tmp_path / "c.json", device="NVIDIA H100 80GB HBM3")
     with pytest.raises(UserError, match="was measured on NVIDIA H100") as caught:
@@ -138,6 +139,7 @@ def test_what_cannot_be_planned_says_why(overrides, field):
     assert caught.value.field == field and caught.value.cure
 
 
+@pytest.mark.slow
 def test_the_rates_of_our_fp8_products_are_deep_gemms_and_a_published_ratio():
     """SGLang pull requests 5207 and 5820, 4096 rows: microseconds of DeepGEMM over those of a Triton kernel."""
     ratio = (293.120 / 562.688 + 37.632 / 68.672) / 2
@@ -152,6 +154,7 @@ def test_the_rates_of_our_fp8_products_are_deep_gemms_and_a_published_ratio():
             assert shipped[theirs].seconds / shipped[ours].seconds == pytest.approx(ratio, abs=0.01)
 
 
+@pytest.mark.slow
 def test_the_backend_moves_a_plan():
     given = ("conf=deepseek_v3", "data.path=none", "precision=fp8", "hardware=h100", "parallel.pp=16", "parallel.dp=128",
              "parallel.ep=64", "parallel.schedule=dualpipev", "parallel.dispatch=deepep", "parallel.wire=fp8")  # fmt: skip
@@ -204,6 +207,7 @@ BF16 = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", BF16)
 def test_products_of_blackwell_are_the_fit_of_published_timings(kind):
     rate, worst = fit_rate([_sample(*row, 8 if "wgrad" in kind else 2, operand=2) for row in BF16[kind]])

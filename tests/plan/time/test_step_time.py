@@ -95,6 +95,7 @@ def test_a_pair_hides_the_transfers_of_each_under_the_other():
     assert overlapped(second_hop, second_hop, 0.0).exposed == pytest.approx(1.5 + 0.5), "it waits behind the other's"
 
 
+@pytest.mark.slow
 def test_overlap_and_the_fp8_wire_save_time():
     base = (*V3, "parallel.pp=16", "parallel.dp=128", "parallel.ep=64", "parallel.schedule=dualpipev")
     times = {
@@ -158,6 +159,7 @@ def test_matrices_that_are_made_orthogonal_are_those_of_the_rule():
         assert experts.largest == w1 and experts.flops == 3 * w1 * experts.elements / (3 * 128 * 256)
 
 
+@pytest.mark.slow
 def test_time_to_make_matrices_orthogonal():
     """One rank: the products alone. Two: half of them, or the way there and back where that takes longer."""
     plain, muon = (
