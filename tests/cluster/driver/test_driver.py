@@ -135,7 +135,6 @@ def test_a_run_ends_well_and_leaves_a_record(tmp_path):
     assert record.attempts == 1 and record.nodes == 4 and 0 < record.share < 1
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "cause", "words"),
     [
@@ -340,7 +339,6 @@ def test_a_node_whose_agent_starts_at_the_second_try_is_not_refused(tmp_path):
     assert run.only("attempt")["dp"] == 2 and not run.driver._refused
 
 
-@pytest.mark.slow
 def test_a_node_lost_just_before_the_order_to_start_breaks_the_attempt_not_the_driver(tmp_path):
     run = Run(tmp_path, "checkpoint.every_memory=2", f"checkpoint.memory_folder={tmp_path}", nodes=2, dp=2)
     call = run.fleet.call
@@ -385,7 +383,6 @@ def test_however_many_nodes_are_there_each_is_asked_within_its_heartbeat(tmp_pat
     run.fleet.close()
 
 
-@pytest.mark.slow
 def test_nodes_that_answer_the_pulse_are_asked_seldom_and_told_apart_from_one_that_does_not(tmp_path, monkeypatch):
     """Agents without news answer after 30 s here, and a node counts as lost after 2."""
     monkeypatch.setattr(driver_module, "ANSWERS", 0.05)
@@ -536,7 +533,6 @@ def test_a_driver_that_is_held_up_at_its_end_hears_what_ranks_printed_last(tmp_p
     assert heard == {"id0", "id1"}
 
 
-@pytest.mark.slow
 def test_a_port_that_others_take_is_named(tmp_path, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as taken:
 
