@@ -224,6 +224,7 @@ def test_checkpoints_move_between_layouts_bit_for_bit(reference):
             assert torch.equal(after[key], tensor), (target, key)
 
 
+@pytest.mark.slow
 def test_a_resumed_layout_follows_the_reference(reference):
     checkpoint = reference / "runs" / "one" / "checkpoints" / "step_00000002"
     world, overrides = LAYOUTS["pp2_dp2_ep2_dualpipev"]

@@ -62,12 +62,14 @@ def test_layout_equals_one_process(reference, name):
     assert_same(reference, name)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_in_another_layout(reference):
     start = reference / "runs" / "one" / "checkpoints" / "step_00000002"
     run_layout(reference, "moved", 2, *BASE, "parallel.cp=2", "parallel.zero=3", f"resume={start}")
     assert_same(reference, "moved", first=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first, then", [("adamw", "muon"), ("muon", "adamw")])
 def test_a_run_goes_on_with_another_optimizer_which_starts_anew(tmp_path, first, then):
     """Its steps are those of a run that begins with these weights at that place in the data, with nothing kept of earlier gradients."""
@@ -115,6 +117,7 @@ def test_words_that_do_not_fit_are_named_before_the_start(words, said):
     assert said in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_plan_says_what_one_matrix_is(tmp_path):
     done = train(tmp_path, "mode=plan", "optim=muon", "hardware=h800")
     assert done.returncode == 0, done.stderr

@@ -39,6 +39,7 @@ def test_a_checkpoint_that_does_not_say_it_was_written_by_adamw():
     assert written_by({"config": {"optim": {"name": "lion"}}}) == "lion"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "body, own",
     [

@@ -102,6 +102,7 @@ def test_the_examples_are_short():
     assert all(len(body.splitlines()) <= 25 for body in bodies.values())
 
 
+@pytest.mark.slow
 def test_every_example_acts(reference):
     records = metrics(reference, "one")
     assert all(record["extra_loss"] > 0 for record in records.values())
@@ -120,18 +121,21 @@ def test_every_example_acts(reference):
     assert mark["sample"] <= STEPS * 8 and mark["document"] > 0 and "number" in mark["state"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_layout_equals_one_process(reference, name):
     run(reference, name, 2, *LAYOUTS[name])
     assert_same(reference, name)
 
 
+@pytest.mark.slow
 def test_another_layout_goes_on_where_a_checkpoint_ends(reference):
     checkpoint = reference / "runs" / "one" / "checkpoints" / "step_00000004"
     run(reference, "second", 2, f"resume={checkpoint}", *LAYOUTS["ep2"])
     assert_same(reference, "second", first=5)
 
 
+@pytest.mark.slow
 def test_the_recipe_without_them_is_another(reference):
     run(
         reference,
@@ -253,6 +257,7 @@ def stream(written: Path, seq_len: int, *, target: str = "Counted", **keys) -> S
     return StreamedData(OwnDocuments(config, _Bytes()), config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["Counted", "texts"])
 def test_samples_follow_one_another_and_do_not_depend_on_how_they_are_asked_for(written, target):
     at_once = stream(written, 7, target=target).batch(0, 40).tokens_BS
@@ -263,6 +268,7 @@ def test_samples_follow_one_another_and_do_not_depend_on_how_they_are_asked_for(
     assert torch.equal(data.batch(2, 1).tokens_BS, at_once[2:3]), "backwards too"
 
 
+@pytest.mark.slow
 def test_held_out_documents_are_not_trained_on(written):
     documents = stream(written, 7)._documents
     held = documents.held_out(1000)
@@ -273,6 +279,7 @@ def test_held_out_documents_are_not_trained_on(written):
     assert begun == {*range(9)} - firsts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state", [False, True])
 @pytest.mark.parametrize("sample", [3, 17, 29])
 def test_a_mark_brings_the_same_samples_back(written, state, sample):
@@ -344,6 +351,7 @@ def test_what_does_not_fit_is_named(written, words, rule, cure):
     assert words[0].partition("=")[0] in error.field or error.field == "data.tokenizer"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("content", "rule"), [("floats", "no text or row"), ("large", "not in 0 to 319"), ("square", "no text or row")]
 )

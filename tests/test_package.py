@@ -77,6 +77,7 @@ def strange(tmp_path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_wheel_and_sdist_carry_every_file_of_the_packages(built):
     """All that git knows of them: recipes, C++ sources, files for clusters, pages."""
     sdist, wheel = built
@@ -102,6 +103,7 @@ def test_two_ranks_train_from_a_folder_of_strangers(installed, strange, tmp_path
     assert (tmp_path / "runs" / "tiny" / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_version_names_program_torch_and_deepspeed(installed, strange):
     done = in_environment(installed / "sluice", "--version", folder=strange)
     assert done.returncode == 0, done.stderr
@@ -115,6 +117,7 @@ def test_python_m_train_forgets_the_working_folder_and_names_a_mistake_as_ever(i
     assert list(strange.rglob("*.ran")) == []
 
 
+@pytest.mark.slow
 def test_doctor_names_what_hides_the_program(installed, strange):
     done = in_environment(installed / "sluice", "doctor", "cluster.device=cpu", folder=strange)
     assert done.returncode == 0, done.stdout + done.stderr

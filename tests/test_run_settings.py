@@ -32,6 +32,7 @@ def runs(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_run_s_settings_need_not_be_repeated(runs):
     config = compose("mode=evaluate", "name=old", f"runs={runs}")
     assert (config.model.layers, config.seq_len, [part.path for part in config.data.mix]) == (3, 48, ["/a", "/b"])
@@ -39,6 +40,7 @@ def test_a_run_s_settings_need_not_be_repeated(runs):
     assert (config.parallel.dp, config.parallel.ep) == (1, 1), "how to spread the work is this job's own"
 
 
+@pytest.mark.slow
 def test_the_command_line_goes_over_them(runs):
     config = compose("mode=evaluate", "name=old", f"runs={runs}", "data.path=/c", "seq_len=32", "precision=fp32")
     assert (config.data.path, config.data.mix, config.seq_len, config.precision.name) == ("/c", [], 32, "fp32")
@@ -47,12 +49,14 @@ def test_the_command_line_goes_over_them(runs):
     assert (config.data.mix, config.data.format.value, config.parallel.pp) == ([], "stdlib", 2)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_brings_the_settings_of_the_run_around_it(runs):
     for folder in ("old", "old/checkpoints/step_00000004"):
         config = compose("mode=evaluate", f"runs={runs}", f"evaluate.checkpoint={runs / folder}")
         assert (config.name, config.model.layers) == ("old", 3)
 
 
+@pytest.mark.slow
 def test_training_and_an_explicit_recipe_take_the_recipe_alone(runs):
     assert compose("name=old", f"runs={runs}").model.layers == 4
     config = compose("mode=evaluate", "conf=tiny", "name=old", f"runs={runs}")
@@ -60,12 +64,14 @@ def test_training_and_an_explicit_recipe_take_the_recipe_alone(runs):
     assert compose("mode=evaluate", "name=none", f"runs={runs}").model.layers == 4
 
 
+@pytest.mark.slow
 def test_rules_hold_for_what_comes_together(runs):
     with pytest.raises(UserError) as caught:
         compose("mode=evaluate", "name=old", f"runs={runs}", "seq_len=100000")
     assert caught.value.field == "seq_len"
 
 
+@pytest.mark.slow
 def test_a_sweep_over_runs_looks_at_each_by_its_name(tmp_path):
     command = [sys.executable, "-m", "train", "-m", "mode=evaluate", "name=one,two", f"runs={tmp_path}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
@@ -90,6 +96,7 @@ def rewrite(runs, **changes):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text", ["${oc.env:SECRET}", "a ${oc.env:SECRET,b}", "${${generate.prompt}:SECRET}", "${oc.decode:${seed}}"]
 )
@@ -106,6 +113,7 @@ def test_a_run_of_somebody_else_reads_nothing_of_this_machine(runs, monkeypatch,
     )
 
 
+@pytest.mark.slow
 def test_one_s_own_may_with_trust_and_references_need_none(runs, monkeypatch):
     monkeypatch.setenv("SECRET", SECRET)
     path = rewrite(runs, log__wandb_notes="${oc.env:SECRET}", log__wandb_group="${seq_len} ${model.layers}")
@@ -119,6 +127,7 @@ def test_one_s_own_may_with_trust_and_references_need_none(runs, monkeypatch):
         read_config(str(path))
 
 
+@pytest.mark.slow
 def test_a_value_that_only_looks_like_a_reference_stays_as_it_is(runs, monkeypatch):
     """Resolved once, written to config.yaml and read again by a rank, an escaped reference must not become a true one."""
     monkeypatch.setenv("SECRET", SECRET)
@@ -131,6 +140,7 @@ def test_a_value_that_only_looks_like_a_reference_stays_as_it_is(runs, monkeypat
         config = read_config(str(runs / "again.yaml"))
 
 
+@pytest.mark.slow
 def test_the_name_of_a_folder_is_no_reference(runs, monkeypatch):
     monkeypatch.setenv("SECRET", SECRET)
     folder = (runs / "old").rename(runs / "${oc.env:SECRET}")
@@ -140,6 +150,7 @@ def test_the_name_of_a_folder_is_no_reference(runs, monkeypatch):
     assert config.data.tokenizer == config.generate.checkpoint == str(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "body",
     [
@@ -156,6 +167,7 @@ def test_nothing_that_a_run_names_is_imported_or_called(runs, body):
             compose("mode=evaluate", "name=old", f"runs={runs}", *words)
 
 
+@pytest.mark.slow
 def test_definitions_of_tasks_which_are_code_are_named_by_the_user_alone(runs):
     rewrite(runs, evaluate__task_path=str(runs / "tasks"), evaluate__tasks=["mine"])
     with pytest.raises(UserError, match="can hold code"):
@@ -166,6 +178,7 @@ def test_definitions_of_tasks_which_are_code_are_named_by_the_user_alone(runs):
     assert compose("mode=generate", "name=old", f"runs={runs}").evaluate.tasks == ["mine"]
 
 
+@pytest.mark.slow
 def test_a_recipe_of_one_s_own_may_read_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("SECRET", SECRET)
     assert compose("log.wandb_notes=${oc.env:SECRET}").log.wandb_notes == SECRET
@@ -184,6 +197,7 @@ def name_code(runs, **more):
     return mark
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", NAMED)
 def test_code_that_a_run_names_is_imported_with_trust_alone(runs, monkeypatch, key):
     monkeypatch.chdir(runs)
@@ -198,6 +212,7 @@ def test_code_that_a_run_names_is_imported_with_trust_alone(runs, monkeypatch, k
     assert compose(*words, "trust=true").trust and not mark.exists(), "settings alone import nothing"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["mode=export export.to=/nowhere", "mode=dashboard", "mode=report"])
 def test_modes_that_need_no_code_ask_for_no_trust_and_import_none(runs, monkeypatch, mode):
     monkeypatch.chdir(runs)
@@ -206,6 +221,7 @@ def test_modes_that_need_no_code_ask_for_no_trust_and_import_none(runs, monkeypa
     assert not mark.exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_is_written_from_needs_trust_for_its_router_alone(runs, monkeypatch):
     monkeypatch.chdir(runs)
     mark = name_code(runs, model__router={})
@@ -215,6 +231,7 @@ def test_a_run_that_is_written_from_needs_trust_for_its_router_alone(runs, monke
         compose("mode=generate", "name=old", f"runs={runs}")
 
 
+@pytest.mark.slow
 def test_training_takes_no_code_from_a_run(runs, monkeypatch):
     monkeypatch.chdir(runs)
     mark = name_code(runs)

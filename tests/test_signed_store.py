@@ -165,6 +165,7 @@ def toy(request, tmp_path):
         toy.close()
 
 
+@pytest.mark.slow
 def test_a_stranger_gets_no_place_in_the_run(toy):
     toy.start(0)
     saw = toy.strange()

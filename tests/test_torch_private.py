@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from functools import cache, reduce
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed.pipelining as pipelining
 
@@ -106,6 +107,7 @@ def used_of_torch() -> set[str]:
     return found - own - {one.name for one in private_names.PRIVATE_NAMES} - set(OTHERS) - {"_C"}
 
 
+@pytest.mark.slow
 def test_the_list_is_what_the_product_uses():
     listed = {one.name for one in BORROWED}
     assert len(listed) == len(BORROWED)
@@ -114,6 +116,7 @@ def test_the_list_is_what_the_product_uses():
     assert listed - used == set(), "these are used no more: take them out of parallel/torch_private.py"
 
 
+@pytest.mark.slow
 def test_the_installed_torch_has_them():
     missing = [f"{one.owner}.{one.name}: {one.why}" for one in BORROWED if not has(one.owner, one.name)]
     assert missing == []

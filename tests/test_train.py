@@ -69,6 +69,7 @@ def test_a_run_shows_and_leaves_what_it_promises(unbroken):
     assert sum(load["layers.1"]) == 8 * 24 * 4 and sum(load["mtp.0"]) == 8 * 23 * 4
 
 
+@pytest.mark.slow
 def test_fp8_trains_and_reads_its_health(tmp_path):
     limit = "precision.fp8.health.error=0.001"
     done = train(tmp_path, "precision=fp8_ue8m0", "precision.fp8.health.every=2", limit, "log.sample_tokens=0")
@@ -97,6 +98,7 @@ def test_resume_is_bit_equal(unbroken):
     assert first.read_bytes() == second.read_bytes()
 
 
+@pytest.mark.slow
 def test_resume_is_bit_equal_with_deterministic_kernels(tmp_path):
     """In bf16, whose products on a CPU are chosen."""
     settings = ("precision=bf16", "cluster.deterministic=true", "steps=4", "log.sample_tokens=0")
@@ -182,6 +184,7 @@ def test_divergence_is_skipped_counted_named_and_ends(tmp_path):
     assert skipped == sorted(skipped) and skipped[-1] >= 2
 
 
+@pytest.mark.slow
 def test_every_kind_of_bad_input_is_one_screen(unbroken):
     tmp_path, _ = unbroken
     checkpoint = tmp_path / "runs" / "whole" / "checkpoints" / "step_00000006"
@@ -217,6 +220,7 @@ def test_a_run_folder_serves_one_run_at_a_time(tmp_path):
         run.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "words"), [(signal.SIGKILL, "rank 1 ended by signal SIGKILL"), (signal.SIGSTOP, "rank 1 hangs")]
 )
@@ -249,6 +253,7 @@ def test_ranks_of_torchrun_train_like_ranks_of_one_command(unbroken):
     assert wrong.returncode != 0 and "must equal WORLD_SIZE = 2" in wrong.stderr
 
 
+@pytest.mark.slow
 def test_a_job_of_a_sweep_says_that_it_diverged(tmp_path):
     bad = ["optim.lr=1e30", "optim.warmup_steps=0", "steps=20"]
     done = train(tmp_path, *bad, "optim.max_bad_steps=2,3", "-m")

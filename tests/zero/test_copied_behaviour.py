@@ -41,6 +41,7 @@ def differing() -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_deepspeed_does_what_was_copied():
     assert differing() == []
 

@@ -218,6 +218,7 @@ def test_two_ranks():
     run_ranks(check_parity, [*cases, (pp2, FP32, 1, 1.0), (pp2, BF16, 1, 1.0)], world_size=2)
 
 
+@pytest.mark.slow
 def test_four_ranks():
     layouts = Layout(dp=4, ep=2), Layout(dp=4, ep=4), Layout(pp=2, dp=2, ep=2), Layout(pp=2, dp=2)
     cases = [(layout, dtype, 1, 1.0) for layout in layouts for dtype in (FP32, BF16)]

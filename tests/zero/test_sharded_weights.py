@@ -53,6 +53,7 @@ def assert_same(tmp_path, name: str, loss: float, norm: float, first: int = 1) -
             assert got[step]["validation_loss"] == pytest.approx(want[step]["validation_loss"], rel=loss)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ZERO3)
 def test_trains_as_one_process(runs, name):
     tmp_path, base, *tolerances = runs
@@ -61,6 +62,7 @@ def test_trains_as_one_process(runs, name):
     assert_same(tmp_path, name, *tolerances)
 
 
+@pytest.mark.slow
 def test_resumes_stage_1_and_is_resumed_by_it(runs):
     """From one process into stage 3 after 2 of 5 steps, and from there into stage 2 after 4."""
     tmp_path, base, *tolerances = runs
@@ -143,6 +145,7 @@ def check_memory(rank, overrides, moe_layers):
     assert masters <= kept <= masters + len(zero.names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
 @pytest.mark.parametrize("ep", [1, 2])
 def test_weights_are_here_only_while_used(tmp_path, precision, ep):
