@@ -44,12 +44,12 @@ def test_v3_recipe_is_the_papers():
 @pytest.mark.parametrize(
     ("overrides", "field"),
     [
+        (["model.latent_norm_eps=0"], "model.latent_norm_eps"),
         (["model.experts=15"], "model.experts"),
         (["model.top_k=12", "model.top_groups=2"], "model.top_k"),
         (["model.top_groups=5"], "model.top_groups"),
         (["model.group_top_k=5"], "model.group_top_k"),
         (["model.group_top_k=0"], "model.group_top_k"),
-        (["model.latent_norm_eps=0"], "model.latent_norm_eps"),
         (["model.rope_theta=1"], "model.rope_theta"),
         (["model.yarn.factor=0"], "model.yarn.factor"),
         (["model.yarn.mscale=-1"], "model.yarn.mscale"),

@@ -16,12 +16,12 @@ from train.loop.layout_check import check_layout
 @pytest.mark.parametrize(
     ("overrides", "size"),
     [
+        (("seq_len=1024", "parallel.cp=2"), 8),
         ((), 16),
         (("parallel.dp=2",), 8),
         (("parallel.dp=16",), 1),
         (("batch_size=15", "parallel.dp=3"), 5),
         (("seq_len=1024",), 4),
-        (("seq_len=1024", "parallel.cp=2"), 8),
         (("seq_len=4096",), 1),
         (("micro_batch_tokens=1000",), 2),
         (("parallel.pp=2",), 8),
