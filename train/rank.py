@@ -84,6 +84,8 @@ def _guarded(place: Place, failures: Path | None, work: Callable[[], int]) -> in
     except KeyboardInterrupt:  # asked to stop before it had done a step
         if failures is None:
             raise
+        if place.rank == 0:  # where all ranks end so, nobody else says it
+            say("stopped before the first step; the same command goes on", file=sys.stderr)
         return EXIT_STOPPED
     except (Exception, SystemExit) as error:
         found = next((one for one in causes(error) if isinstance(one, (UserError, RunEnded))), error)
