@@ -26,7 +26,6 @@ from conf.schema import Config
 from parallel.mesh import build_mesh, read_layout
 from train.data.batch import Batch
 from train.kernels.choice import build_kernels
-from train.kernels.fp8.frozen_blocks import draw_blocks
 from train.loop.step import TrainingStep
 from train.optim.schedules import StepPlan
 from train.parallelize import parallelize
@@ -115,8 +114,6 @@ def measure(config: Config, rank: int) -> dict[str, int]:
     with PeakMeter(torch.device("cpu")) as meter:
         parts = parallelize(config, mesh, torch.device("cpu"), build_kernels("cpu", config.cluster.compiled))
         peaks = {"start": meter.mark()}
-    for chunk in parts.chunks:
-        draw_blocks(chunk, config.seed)  # a run would have read them
     share = config.batch_size // parallel.dp
     draw = torch.Generator().manual_seed(layout.dp_rank(rank))
     tokens_BS = torch.randint(0, config.model.vocab_size, (share, config.seq_len + 1), generator=draw)

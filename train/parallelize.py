@@ -239,7 +239,7 @@ def build_chunks(
             materialise(chunk, device, hollow)
         else:
             initialise(chunk, None if restored else config.seed, device)
-        if not (restored or config.init_from):
+        if not restored:
             draw_blocks(chunk, config.seed)
         if config.adapter.on:
             add_adapters(chunk, config.adapter, precision.kernels, config.seed)

@@ -25,7 +25,6 @@ from train.checkpoint.run_folder import RunPaths
 from train.dry_run.assumed_rows import group_of
 from train.dry_run.piece import DryRunPiece
 from train.kernels.choice import choose_kernels
-from train.kernels.fp8.frozen_blocks import draw_blocks
 from train.loop.profiler import StepProfiler
 from train.parallelize import ParallelModel, parallelize
 from train.plan.job import layout_of
@@ -75,8 +74,6 @@ def run_alone(piece: DryRunPiece, device: torch.device) -> MeasuredRank:
         with PeakMeter(device) as meter:
             parts = parallelize(config, mesh, device, kernels, dispatcher=dispatcher, layers=piece.layers, share=share)
             start = meter.mark()
-        for chunk in parts.chunks:
-            draw_blocks(chunk, config.seed)  # a run would have read them
         parts.pipeline.stage_type = LoneStage
         measured = _steps(config, parts, RankSetup(device, mesh))
         measured.phases["start"] = start

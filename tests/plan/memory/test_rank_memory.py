@@ -106,6 +106,7 @@ def test_planned_peaks_are_the_measured_ones(overrides):
             ["precision=fp32", "parallel.dp=4", "parallel.ep=2"], None, id="two_groups", marks=pytest.mark.slow
         ),
         pytest.param([*LORA, *EP2], None, id="adapter", marks=pytest.mark.slow),
+        pytest.param([*LORA, "adapter.base=fp8", "parallel.dp=2"], None, id="beside_blocks", marks=pytest.mark.slow),
     ],
 )
 def test_planned_peaks_of_stage_3_are_the_measured_ones(overrides, bucket):
