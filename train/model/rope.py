@@ -74,9 +74,8 @@ class Rope:
         """exp(i angle) of the first `length` positions, times attention_factor under YaRN, complex64 (T, R/2)."""
         table = self._tables.get(device)
         if table is None or table.size(0) < length:
-            maker = (
-                device if device.type == "meta" else torch.device("cpu")
-            )  # one for all devices, so that they have the same table
+            # All devices have the table that the CPU makes; in a plan nobody reads it.
+            maker = device if device.type == "meta" else torch.device("cpu")
             positions = torch.arange(max(length, self._seq_len), dtype=torch.float32, device=maker)
             angles = torch.outer(positions, self.frequencies().to(maker))
             size = self._config.yarn.attention_factor if self._extended else 1.0

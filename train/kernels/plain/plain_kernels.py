@@ -113,10 +113,8 @@ class PlainKernels(Kernels):
         return order_R, inverse_R, order_R // expert_ids_TK.size(1), counts_E
 
     def cross_entropy(self, logits_NV: Tensor, targets_N: Tensor, scale: float | None) -> Tensor:
-        loss, rows = (
-            torch.zeros((), dtype=torch.float32, device=logits_NV.device),
-            self.rows_at_once(logits_NV, THRESHOLDS.logits),
-        )
+        loss = torch.zeros((), dtype=torch.float32, device=logits_NV.device)
+        rows = self.rows_at_once(logits_NV, THRESHOLDS.logits)
         for logits_RV, targets_R in zip(logits_NV.split(rows), targets_N.split(rows), strict=True):
             targets_R1 = targets_R.unsqueeze(-1)
             log_p_RV = torch.log_softmax(logits_RV, -1, dtype=torch.float32)
