@@ -10,9 +10,10 @@ Prints tables and writes them, with every single measurement, to bench.json:
                 DeepSpeed's AutoEP (bench/layouts.py), on torchtitan's debug shape with 1 thread a rank
     dispatch    an MoE layer over 2 ranks beside DeepSpeed's MoE and AutoEP (bench/dispatch.py)
 
-Peers take turns with ours in every round, at equal sizes, dtype of products (bf16) and threads; the optimizers differ, see
-bench/train_step.py. The share of products counts the arithmetic of train/model/count.py (causal attention) against a product
-of large matrices timed in the same rounds. torchtitan is installed into an environment of its own on first use. A peer that
+Peers take turns with ours in every round, at equal sizes and threads, each side with products in the dtype, bf16 or fp32, in
+which its first steps are faster here; the optimizers differ, see bench/train_step.py. The share of products counts the
+arithmetic of train/model/count.py (causal attention) against a product of large matrices in that dtype, timed in the same
+rounds. torchtitan is installed into an environment of its own on first use. A peer that
 cannot run is named with the reason. megatron-core is not here: it does not run on CPU.
 
 Takes about 20 minutes. --quick takes two short rounds, enough to see that all of it works.
@@ -26,7 +27,7 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -34,18 +35,18 @@ from bench.catalog import listed
 from bench.layouts import LAYOUTS
 from bench.layouts import measure as measure_layout
 from bench.sides import SideResult, ratios
-from bench.train_step import Case, compare
+from bench.train_step import DTYPES, Case, compare
 
 CASES = [Case("debug", threads=1), Case("debug", threads=2), Case("v3"), Case("v3", mtp=True)]
 QUICK_CASES = [Case("debug"), Case("v3", mtp=True)]
 
 
-class ProductRate:
-    """Rate of large matrix products, timed once a round."""
+class ProductRates:
+    """Rates of large matrix products by dtype, timed once a round."""
 
     def __init__(self, case: Case):
-        self._case = case
-        self.rates: list[float] = []
+        self._cases = {dtype: replace(case, dtype=dtype) for dtype in DTYPES}
+        self.rates: dict[str, list[float]] = {dtype: [] for dtype in DTYPES}
 
     def time(self) -> None:
         import torch
@@ -54,8 +55,9 @@ class ProductRate:
         from train.kernels.choice import build_kernels
         from train.metrics.peak import measured_peak
 
-        torch.set_num_threads(self._case.threads)
-        self.rates.append(measured_peak(torch.device("cpu"), torch_dtype(self._case), build_kernels("cpu")))
+        for dtype, case in self._cases.items():
+            torch.set_num_threads(case.threads)
+            self.rates[dtype].append(measured_peak(torch.device("cpu"), torch_dtype(case), build_kernels("cpu")))
 
 
 def step(case: Case, rounds: int, seconds: float) -> dict:
@@ -64,11 +66,14 @@ def step(case: Case, rounds: int, seconds: float) -> dict:
 
     config = case.config()
     flops = flops_per_token(config.model, config.seq_len, mtp=case.mtp)
-    products = ProductRate(case)
+    products = ProductRates(case)
     results = compare(case, rounds, seconds, products.time)
-    peak = statistics.median(products.rates)
-    print(f"\nstep: {_title(case)}, {case.tokens} tokens; products {peak / 1e9:.0f} GFLOP/s")
-    print(f"  {'':14}{'tokens/s':>9}{'range':>16}{'ours/peer':>11}{'products':>10}{'peak GB':>9}{'first step s':>14}")
+    peaks = {dtype: statistics.median(rates) for dtype, rates in products.rates.items()}
+    said = ", ".join(f"{peak / 1e9:.0f} in {dtype}" for dtype, peak in peaks.items())
+    print(f"\nstep: {_title(case)}, {case.tokens} tokens; GFLOP/s of products: {said}")
+    print(
+        f"  {'':14}{'dtype':5}{'tokens/s':>9}{'range':>16}{'ours/peer':>11}{'products':>10}{'peak GB':>9}{'first step s':>14}"
+    )
     found: dict[str, dict] = {}
     ours = results["ours"]
     for name, result in results.items():
@@ -78,10 +83,11 @@ def step(case: Case, rounds: int, seconds: float) -> dict:
             continue
         rate = statistics.median(result.rates)
         ratio = statistics.median(ratios(ours, result)) if isinstance(ours, SideResult) and result is not ours else None
-        found[name] = asdict(result) | {"median": rate, "ours_to_peer": ratio, "share_of_products": rate * flops / peak}
+        share = rate * flops / peaks[result.choice]
+        found[name] = asdict(result) | {"median": rate, "ours_to_peer": ratio, "share_of_products": share}
         spread = f"{min(result.rates):.0f} to {max(result.rates):.0f}"
         print(
-            f"  {name:14}{rate:9.0f}{spread:>16}{'' if ratio is None else f'{ratio:.2f}':>11}{rate * flops / peak:>10.0%}"
+            f"  {name:14}{result.choice:5}{rate:9.0f}{spread:>16}{'' if ratio is None else f'{ratio:.2f}':>11}{share:>10.0%}"
             f"{result.peak_memory / 1e9:9.2f}{result.first_step:14.1f}",
             flush=True,
         )
@@ -111,7 +117,7 @@ def dispatch(rounds: int) -> dict:
 
 
 def _title(case: Case) -> str:
-    return f"{case.shape}{' with MTP' if case.mtp else ''}, {case.dtype}, {case.threads} threads"
+    return f"{case.shape}{' with MTP' if case.mtp else ''}, {case.threads} threads"
 
 
 def machine() -> dict:

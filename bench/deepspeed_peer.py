@@ -1,7 +1,7 @@
 """DeepSpeed's AutoEP as a peer on CPU: transformers' DeepSeek-V3 with its expert layers replaced, under ZeRO.
 
-AutoEP has a preset for this very model (deepseek_v3). Weights are bf16 with fp32 copies in ZeRO's shards, gradients bf16,
-which are DeepSpeed's defaults; torch's fused AdamW with fp32 moments. Under a pipeline (PipelineModule, its own 1F1B) modules
+AutoEP has a preset for this very model (deepseek_v3). In bf16 weights have fp32 copies in ZeRO's shards and gradients are
+bf16, which are DeepSpeed's defaults; torch's fused AdamW with fp32 moments. Under a pipeline (PipelineModule, its own 1F1B) modules
 do not have the names by which AutoEP finds a layer's experts, so it is told a pattern; layers are split by parameters.
 """
 
@@ -29,7 +29,7 @@ def build_step(
         "gradient_accumulation_steps": micro_batches,
         "gradient_clipping": 1.0,
         "steps_per_print": None,
-        "bf16": {"enabled": True},
+        "bf16": {"enabled": model.dtype == torch.bfloat16},
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {"stage": zero},
         "expert_parallel": {"enabled": True, "autoep_size": ep, "preset_model": "deepseek_v3"},

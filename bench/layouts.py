@@ -2,8 +2,9 @@
 
     python -m bench.layouts [--layouts ep2 pp2dp2 pp2dp2ep2] [--shape debug|v3|tiny] [--rounds 7] [--seconds 6] [--out FILE]
 
-Ranks are processes of this machine on gloo with one thread each. A whole DeepSeek-V3 without MTP, products in bf16; forward,
-backward, reduction, clipping to norm 1, AdamW; nobody recomputes. Every side trains the same layout on equal sizes and tokens.
+Ranks are processes of this machine on gloo with one thread each. A whole DeepSeek-V3 without MTP, products in the dtype, bf16
+or fp32, in which a side's first steps are faster here; forward, backward, reduction, clipping to norm 1, AdamW; nobody
+recomputes. Every side trains the same layout on equal sizes and tokens.
 
     ep2         2 ranks with data of their own, experts over both
     pp2dp2      4 ranks: two stages, 1F1B with 4 micro-batches, of two data-parallel ranks each, which hold all experts
@@ -14,9 +15,9 @@ backward, reduction, clipping to norm 1, AdamW; nobody recomputes. Every side tr
     autoep1     DeepSpeed's AutoEP on transformers' DeepSeek-V3 with ZeRO-1, see bench/deepspeed_peer.py
     autoep2     the same with ZeRO-2, without a pipeline alone: DeepSpeed's pipelines refuse ZeRO-2
 
-All keep fp32 weights in shards beside the bf16 ones that they compute with. Moments are bf16 for ours, as in the paper, and
-fp32 for the peers. Gradients are reduced in fp32 by ours and torchtitan, in bf16 by DeepSpeed. Nobody updates the routers'
-biases.
+In bf16 all keep fp32 weights in shards beside those that they compute with, and gradients are reduced in fp32 by ours and
+torchtitan, in bf16 by DeepSpeed. Moments are bf16 for ours, as in the paper, and fp32 for the peers. Nobody updates the
+routers' biases.
 
 Each side is a set of processes of its own, set up as its users run it, and they take turns (bench/sides.py). Prints medians of
 tokens per second of all ranks together, their range, the ratio of ours to each (median and range over the rounds), CPU seconds
@@ -35,8 +36,18 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from bench.sides import Side, SideResult, cpu_ratio, ratios, serve, take_turns
-from bench.train_step import SHAPES, Case, interpreter, own_step, random_tokens, transformers_model
+from bench.sides import LIMIT, Side, SideResult, cpu_ratio, ratios, serve, take_turns
+from bench.train_step import (
+    DTYPES,
+    SHAPES,
+    Case,
+    in_best_dtype,
+    interpreter,
+    own_step,
+    random_tokens,
+    torch_dtype,
+    transformers_model,
+)
 
 
 @dataclass(frozen=True)
@@ -85,14 +96,14 @@ def sides_of(case: LayoutCase) -> list[str]:
 
 
 def compare(case: LayoutCase, names: list[str], rounds: int, seconds: float) -> dict[str, SideResult | str]:
-    """These sides of a case by name, or why one cannot run."""
-    return take_turns({name: partial(start, name, case) for name in names}, rounds, seconds)
+    """These sides of a case by name, each in its fastest dtype, or why one cannot run."""
+    return take_turns({name: in_best_dtype(start, name, case, DTYPES) for name in names}, rounds, seconds)
 
 
-def start(name: str, case: LayoutCase) -> Side:
-    """Its ranks, warm. RuntimeError where they cannot run."""
+def start(name: str, case: LayoutCase, limit: float = LIMIT) -> Side:
+    """Its ranks, warm. RuntimeError where they cannot run, or have no answer after `limit` seconds."""
     words = ["-m", "bench.layouts", "--side", name, "--case", json.dumps(asdict(case))]
-    return Side([interpreter(name), *words], case.tokens, ranks=case.pp * case.dp, threads=case.threads)
+    return Side([interpreter(name), *words], case.tokens, ranks=case.pp * case.dp, threads=case.threads, limit=limit)
 
 
 def figures(results: dict[str, SideResult | str]) -> dict[str, dict]:
@@ -116,14 +127,20 @@ def figures(results: dict[str, SideResult | str]) -> dict[str, dict]:
 
 
 def show(layout: str, case: LayoutCase, found: dict[str, dict]) -> None:
-    print(f"\nlayouts: {layout}, {case.shape}, {case.dtype}, {case.pp * case.dp} ranks, {case.tokens} tokens")
-    print(f"  {'':12}{'tokens/s':>9}{'range':>14}{'ours/peer':>11}{'range':>15}{'CPU s':>8}{'peer/ours':>11}", end="")
+    print(f"\nlayouts: {layout}, {case.shape}, {case.pp * case.dp} ranks, {case.tokens} tokens")
+    print(
+        f"  {'':12}{'dtype':5}{'tokens/s':>9}{'range':>14}{'ours/peer':>11}{'range':>15}{'CPU s':>8}{'peer/ours':>11}",
+        end="",
+    )
     print(f"{'peak GB':>9}{'first step s':>14}")
     for name, row in found.items():
         if "cannot_run" in row:
             print(f"  {name:12}cannot run: {row['cannot_run']}")
             continue
-        line = f"  {name:12}{row['median']:9.0f}" + f"{min(row['rates']):.0f} to {max(row['rates']):.0f}".rjust(14)
+        line = (
+            f"  {name:12}{row['choice']:5}{row['median']:9.0f}"
+            + f"{min(row['rates']):.0f} to {max(row['rates']):.0f}".rjust(14)
+        )
         if "ours_to_peer" in row:
             low, high = row["range"]
             line += f"{row['ours_to_peer']:11.2f}" + f"{low:.2f} to {high:.2f}".rjust(15)
@@ -188,7 +205,9 @@ def _torchtitan(case: LayoutCase):
 
     model = case.config().model
     tokens_BS = random_tokens(case, model.vocab_size, _join(case))
-    return build_ranks_step(model, tokens_BS, pp=case.pp, ep=case.ep, micro_batches=case.micro_batches)
+    return build_ranks_step(
+        model, tokens_BS, torch_dtype(case), pp=case.pp, ep=case.ep, micro_batches=case.micro_batches
+    )
 
 
 def _autoep(case: LayoutCase, zero: int):

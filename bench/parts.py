@@ -1,6 +1,6 @@
 """The parts of a training step beside transformers' and torch's, forward and backward, and beside the rate of products.
 
-    python -m bench.parts [--shape debug|v3|moe] [--threads 2] [--rounds 9] [--json]
+    python -m bench.parts [--shape debug|v3|moe] [--threads 2] [--dtype best|bf16|fp32] [--rounds 9] [--json]
 
     MLA         one attention layer                     transformers' DeepseekV3Attention
     MoE         router, routed and shared experts       transformers' DeepseekV3MoE
@@ -8,7 +8,8 @@
     optimizer   AdamW on the fp32 weights of one MoE    torch's fused AdamW on the same
                 layer, bf16 moments                     (fp32 moments)
 
-All in one process with the allocator that ours tunes at start, which helps both. In every round each side takes one step,
+All in one process with the allocator that ours tunes at start, which helps both. Each side of a part is in the dtype, bf16 or
+fp32, in which its first steps are faster here, unless --dtype names one for all; the limits are in that of ours. In every round each side takes one step,
 in turn, and two limits are timed: a product of large matrices, and for MoE its floor, which is nothing but its products,
 forward and backward, with every expert at the same number of rows; both by torch or by compiled code, whichever the machine
 runs faster and training takes. Prints medians, the ratio of the times, ours as a
@@ -23,16 +24,16 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import train.kernels.cpu.tuned  # noqa: F401  before torch allocates anything
 
 # isort: split
 import torch
 
-from bench.train_step import SHAPES, TOKENS, Case, random_tokens, torch_dtype, transformers_model
+from bench.train_step import DTYPES, SHAPES, TOKENS, Case, random_tokens, torch_dtype, transformers_model
 from train.kernels.choice import build_kernels
 from train.kernels.precision import build_precision
 from train.metrics.peak import measured_peak
@@ -63,6 +64,8 @@ class TimedPart:
 class PartResult:
     """Medians over the rounds."""
 
+    ours_dtype: str
+    peer_dtype: str
     ours_ms: float
     peer_ms: float
     ratio: float
@@ -184,25 +187,39 @@ def _small(module: torch.nn.Module) -> torch.nn.Module:
     return module
 
 
-def measure(case: Case, rounds: int) -> dict[str, PartResult]:
-    """Every part of the case."""
+def measure(case: Case, rounds: int, dtypes: Sequence[str] = DTYPES) -> dict[str, PartResult]:
+    """Every part of the case, each side in the fastest of these dtypes."""
     torch.set_num_threads(case.threads)
     torch.manual_seed(1)
     results = {}
-    for name, part in TimedParts(case).all().items():
-        for _ in range(WARM_STEPS):
-            part.ours(), part.peer()
+    cases = {dtype: replace(case, dtype=dtype) for dtype in dtypes}
+    parts = {dtype: TimedParts(one).all() for dtype, one in cases.items()}
+    for name in parts[dtypes[0]]:
+        ours_dtype = min(dtypes, key=lambda dtype: _trial(parts[dtype][name].ours))
+        peer_dtype = min(dtypes, key=lambda dtype: _trial(parts[dtype][name].peer))
+        part, peer_step = parts[ours_dtype][name], parts[peer_dtype][name].peer
         times = [
-            (_seconds(part.ours), _seconds(part.peer), _gemm(case), _seconds(part.floor) if part.floor else 0.0)
+            (
+                _seconds(part.ours),
+                _seconds(peer_step),
+                _gemm(cases[ours_dtype]),
+                _seconds(part.floor) if part.floor else 0.0,
+            )
             for _ in range(rounds)
         ]
         ours, peer, gemm, floor = (statistics.median(column) for column in zip(*times, strict=True))
         ratio = statistics.median(peer / ours for ours, peer, _, _ in times)
-        results[name] = PartResult(1e3 * ours, 1e3 * peer, ratio, part.flops / ours / gemm if part.flops else None)
+        share = part.flops / ours / gemm if part.flops else None
+        results[name] = PartResult(ours_dtype, peer_dtype, 1e3 * ours, 1e3 * peer, ratio, share)
         if part.floor:
             results[name].floor_ms = 1e3 * floor
             results[name].to_floor = statistics.median(ours / floor for ours, _, _, floor in times)
     return results
+
+
+def _trial(step: Step) -> float:
+    """Seconds of the fastest of the steps that warm it."""
+    return min(_seconds(step) for _ in range(WARM_STEPS))
 
 
 def _gemm(case: Case) -> float:
@@ -217,25 +234,25 @@ def _seconds(step: Step) -> float:
 
 def show(case: Case, results: dict[str, PartResult]) -> None:
     print(
-        f"\n{case.shape}, {case.dtype}, {case.threads} threads{'':4}{'ours ms':>10}{'peer ms':>10}{'ratio':>8}{'GEMM share':>12}"
-        f"{'floor ms':>10}{'to floor':>10}"
+        f"\n{f'{case.shape}, {case.threads} threads':20}{'ours, peer in':>16}{'ours ms':>10}{'peer ms':>10}{'ratio':>8}"
+        f"{'GEMM share':>12}{'floor ms':>10}{'to floor':>10}"
     )
     for name, result in results.items():
         share = "-" if result.gemm_share is None else f"{result.gemm_share:.0%}"
-        line = f"  {name:24}{result.ours_ms:10.1f}{result.peer_ms:10.1f}{result.ratio:8.2f}{share:>12}"
+        line = f"  {name:18}{f'{result.ours_dtype}, {result.peer_dtype}':>16}{result.ours_ms:10.1f}{result.peer_ms:10.1f}{result.ratio:8.2f}{share:>12}"
         print(line if result.to_floor is None else f"{line}{result.floor_ms:10.1f}{result.to_floor:10.2f}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=tuple(SHAPES), default="debug")
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--dtype", choices=("best", *DTYPES), default="best", help="of products; best: each side's own")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     options = parser.parse_args()
-    case = Case(options.shape, options.dtype, options.threads)
-    results = measure(case, options.rounds)
+    case = Case(options.shape, threads=options.threads)
+    results = measure(case, options.rounds, DTYPES if options.dtype == "best" else (options.dtype,))
     if options.json:
         print(json.dumps({name: asdict(result) for name, result in results.items()}))
     else:

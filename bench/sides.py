@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -21,6 +21,8 @@ from pathlib import Path
 WARM_STEPS = 3
 LIMIT = 600.0
 """Seconds that a side may take to answer."""
+TRIAL = 2.0
+"""Seconds of steps by which `fastest` chooses."""
 
 
 @dataclass
@@ -34,15 +36,21 @@ class SideResult:
     """Of its largest rank, bytes resident at most."""
     cpu_seconds: list[float] = field(default_factory=list)
     """Of one step, all ranks and threads together, by round. Other work on the machine changes it less than the rates."""
+    choice: str = ""
+    """Which of several ways `fastest` chose."""
+    tried: dict[str, float | str] = field(default_factory=dict)
+    """Those ways: tokens per second of a short turn, or why one cannot run."""
 
 
 class Side:
     """Ranks that train on request. RuntimeError, with what the first one to fail said, where they cannot.
 
-    command: starts a rank. tokens: of a step, all ranks together.
+    command: starts a rank. tokens: of a step, all ranks together. limit: seconds that it may take to its first step, and to
+    those that warm it.
     """
 
-    def __init__(self, command: list[str], tokens: int, *, ranks: int = 1, threads: int = 1):
+    def __init__(self, command: list[str], tokens: int, *, ranks: int = 1, threads: int = 1, limit: float = LIMIT):
+        self.choice, self.tried = "", {}
         self._tokens = tokens
         self._folder = tempfile.TemporaryDirectory()
         started = time.time()
@@ -64,9 +72,9 @@ class Side:
                     )
                 )
         try:
-            self.first_step: float = max(self._answers()) - started
+            self.first_step: float = max(self._answers(limit)) - started
             """Seconds from the start of the processes to the end of their first step."""
-            self._steps(WARM_STEPS - 1)
+            self._steps(WARM_STEPS - 1, limit)
         except BaseException:
             self.kill()
             raise
@@ -93,22 +101,22 @@ class Side:
             process.stdout.close()
         self._folder.cleanup()
 
-    def _steps(self, number: int) -> tuple[float, float]:
+    def _steps(self, number: int, limit: float = LIMIT) -> tuple[float, float]:
         for process in self.processes:
             process.stdin.write(f"{number}\n")
             process.stdin.flush()
-        seconds, cpu = zip(*self._answers(), strict=True)
+        seconds, cpu = zip(*self._answers(limit), strict=True)
         self._step_seconds = max(seconds) / number
         return self._tokens / self._step_seconds, sum(cpu) / number
 
-    def _answers(self) -> list:
+    def _answers(self, limit: float = LIMIT) -> list:
         """One of every rank."""
-        found, deadline = {}, time.monotonic() + LIMIT
+        found, deadline = {}, time.monotonic() + limit
         waiting = {process.stdout: rank for rank, process in enumerate(self.processes)}
         while waiting:
             ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
-                raise RuntimeError(f"ranks {sorted(waiting.values())} did not answer within {LIMIT:.0f} s")
+                raise RuntimeError(f"ranks {sorted(waiting.values())} did not answer within {limit:.0f} s")
             for stream in ready:
                 rank = waiting.pop(stream)
                 line = stream.readline()
@@ -127,6 +135,35 @@ class Side:
         code = self.processes[rank].wait()
         said = self._errors(rank).read_text(errors="replace").strip().splitlines()
         return said[-1] if said else f"exit code {code}"
+
+
+def fastest(starts: Mapping[str, Callable[[float], Side]]) -> Side:
+    """Of sides that do the same work in several ways, the one that does it fastest in a short turn; the others are ended.
+
+    starts: by name, with the seconds that a side may take to answer. Every one but the first has one and a half times the time to
+    its first step that an earlier one took, and ten seconds, so that none holds up a case. RuntimeError where none can run.
+    """
+    sides: dict[str, Side] = {}
+    tried: dict[str, float | str] = {}
+    limit = LIMIT
+    try:
+        for name, start in starts.items():
+            try:
+                sides[name] = start(limit)
+                tried[name] = sides[name].turn(TRIAL)[0]
+                limit = min(limit, 10 + 1.5 * sides[name].first_step)
+            except RuntimeError as error:
+                tried[name] = str(error)
+        rates = {name: rate for name, rate in tried.items() if not isinstance(rate, str)}
+        if not rates:
+            raise RuntimeError(next(iter(tried.values())))
+        choice = max(rates, key=lambda name: rates[name])
+        best = sides.pop(choice)
+        best.choice, best.tried = choice, tried
+        return best
+    finally:
+        for side in sides.values():
+            side.kill()
 
 
 def take_turns(
@@ -149,7 +186,7 @@ def take_turns(
         done = {}
         for name, side in sides.items():
             rates, cpu = (list(column) for column in zip(*turns[name], strict=True))
-            done[name] = SideResult(rates, side.first_step, side.peak_memory(), cpu)
+            done[name] = SideResult(rates, side.first_step, side.peak_memory(), cpu, side.choice, side.tried)
         return done | failed
     finally:
         for side in sides.values():

@@ -4,10 +4,10 @@ The environment adds torchtitan and what it needs to the torch of this one, so t
 Trainer wants CUDA, so the step is written here around its model; two changes let that run on CPU:
 
     attention   flex attention has no backward on CPU; torchtitan's own ScaledDotProductAttention takes its place
-    precision   weights are bf16 as a whole (torchtitan's fp32 weights with casts in every step would cost more)
+    precision   in bf16 weights are so as a whole (torchtitan's fp32 weights with casts in every step would cost more)
 
 Over several ranks (`build_ranks_step`) its own functions spread the model: parallelize_deepseekv3 (FSDP2 with expert
-parallelism) and pipeline_llm with 1F1B. Weights are as it trains by default: fp32 shards, gathered and used in bf16, gradients
+parallelism) and pipeline_llm with 1F1B. Weights are as it trains by default: fp32 shards, gathered and used in bf16 (or in fp32), gradients
 reduced in fp32. It does not have a CPU in mind, and expects a newer torch than 2.13; to run here
 
     device      the device type it finds is said to be cpu (it takes cuda where torch finds no accelerator)
@@ -100,8 +100,10 @@ def build_step(
     return step
 
 
-def build_ranks_step(model: Model, tokens_BS: "Tensor", *, pp: int, ep: int, micro_batches: int) -> Callable[[], None]:
-    """The same over the ranks of the default process group, with tokens of this data-parallel rank; in bf16."""
+def build_ranks_step(
+    model: Model, tokens_BS: "Tensor", dtype: "torch.dtype", *, pp: int, ep: int, micro_batches: int
+) -> Callable[[], None]:
+    """The same over the ranks of the default process group, with tokens of this data-parallel rank."""
     import torch
 
     torch._utils._get_available_device_type = lambda: "cpu"  # read when torchtitan is imported
@@ -110,7 +112,7 @@ def build_ranks_step(model: Model, tokens_BS: "Tensor", *, pp: int, ep: int, mic
     from torchtitan.distributed.utils import clip_grad_norm_, get_spmd_context
 
     loss_of = CrossEntropyLoss.Config().build(compile_config=CompileConfig())
-    parts, dims, pipeline = _spread(model, tokens_BS, pp, ep, micro_batches, loss_of)
+    parts, dims, pipeline = _spread(model, tokens_BS, dtype, pp, ep, micro_batches, loss_of)
     parameters = [parameter for part in parts for parameter in part.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     context = get_spmd_context(parallel_dims=dims, spmd_typechecking=False)
@@ -143,7 +145,9 @@ def build_ranks_step(model: Model, tokens_BS: "Tensor", *, pp: int, ep: int, mic
     return step
 
 
-def _spread(model: Model, tokens_BS: "Tensor", pp: int, ep: int, micro_batches: int, loss_of: Callable):
+def _spread(
+    model: Model, tokens_BS: "Tensor", dtype: "torch.dtype", pp: int, ep: int, micro_batches: int, loss_of: Callable
+):
     """This rank's parts of the model in torchtitan's way, its dimensions, and the schedule of a pipeline or None."""
     import torch
     import torch.distributed as dist
@@ -160,7 +164,12 @@ def _spread(model: Model, tokens_BS: "Tensor", pp: int, ep: int, micro_batches: 
         expert_parallel_degree=ep,
         spmd_backend="partial_dtensor",
     )
-    training = TrainingConfig(local_batch_size=len(tokens_BS), seq_len=tokens_BS.shape[1] - 1, disable_cuda_graphs=True)
+    training = TrainingConfig(
+        local_batch_size=len(tokens_BS),
+        seq_len=tokens_BS.shape[1] - 1,
+        mixed_precision_param=str(dtype).removeprefix("torch."),
+        disable_cuda_graphs=True,
+    )
     config = _config(model, mtp=False)
     config.update_from_config(config=SimpleNamespace(parallelism=parallelism, training=training))
     set_spmd_backend(parallelism.spmd_backend)

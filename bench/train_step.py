@@ -1,7 +1,9 @@
 """A training step of ours beside those of transformers and torchtitan, in one run.
 
-The same sizes, dtype of products, threads and tokens on all sides; forward, backward, clipping to norm 1, AdamW. Nobody
-recomputes, and nobody has MTP unless --mtp asks for it, which transformers cannot. The optimizers are not equal: with bf16
+The same sizes, threads and tokens on all sides; forward, backward, clipping to norm 1, AdamW. Nobody recomputes, and nobody
+has MTP unless --mtp asks for it, which transformers cannot. Products are in the dtype, bf16 or fp32, in which a side's first
+steps are faster here, unless --dtype names one for all: a CPU without instructions for bf16 can take minutes for a step of a
+peer's that it does in seconds in fp32. The optimizers are not equal: with bf16
 ours keeps and updates fp32 weights beside the bf16 ones, as the paper does, and the peers' weights and moments are bf16
 alone. That favours the peers in time and memory, most where a step has few tokens for its parameters (shape v3).
 
@@ -10,7 +12,7 @@ default experts; for torchtitan see bench/torchtitan_peer.py), and they take tur
 on all. Prints medians, the ratio of ours to each, and the range of the ratio over the rounds. A peer that cannot run is
 named with the reason.
 
-    python -m bench.train_step [--threads 2] [--dtype bf16] [--rounds 7] [--shape debug|v3|tiny] [--length 512] [--mtp]
+    python -m bench.train_step [--threads 2] [--dtype best|bf16|fp32] [--rounds 7] [--shape debug|v3|tiny] [--length 512] [--mtp]
 
 Takes about 2 minutes.
 """
@@ -21,11 +23,11 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from bench.sides import Side, SideResult, ratios, serve, take_turns
+from bench.sides import Side, SideResult, fastest, ratios, serve, take_turns
 from bench.torchtitan_peer import environment
 
 SHAPES = {
@@ -57,6 +59,8 @@ SHAPES = {
 }  # fmt: skip
 TOKENS = {"debug": (1, 512), "v3": (1, 1024), "moe": (4, 1024), "gpu": (2, 4096), "tiny": (16, 256)}
 """Sequences per step and their length."""
+DTYPES = ("fp32", "bf16")
+"""Of products. The first is the one in which every side is quick enough to be waited for."""
 PEERS = Path.home() / ".cache" / "sluice" / "peers"
 """Environments of peers."""
 
@@ -107,15 +111,26 @@ def sides_of(case: Case) -> list[str]:
 
 
 def compare(
-    case: Case, rounds: int, seconds: float, between: Callable[[], None] = lambda: None
+    case: Case,
+    rounds: int,
+    seconds: float,
+    between: Callable[[], None] = lambda: None,
+    dtypes: Sequence[str] = DTYPES,
 ) -> dict[str, SideResult | str]:
-    """All sides of a case by name, or why one cannot run. `between` is called once a round."""
-    return take_turns({name: partial(_start, name, case) for name in sides_of(case)}, rounds, seconds, between)
+    """All sides of a case by name, each in the fastest of these dtypes, or why one cannot run. `between` is called once a round."""
+    return take_turns(
+        {name: in_best_dtype(_start, name, case, dtypes) for name in sides_of(case)}, rounds, seconds, between
+    )
 
 
-def _start(name: str, case: Case) -> Side:
+def in_best_dtype(start: Callable[..., Side], name: str, case: Case, dtypes: Sequence[str]) -> Callable[[], Side]:
+    """Starts a side in the dtype in which it is fastest. start: takes name, case and seconds that it may take to answer."""
+    return partial(fastest, {dtype: partial(start, name, replace(case, dtype=dtype)) for dtype in dtypes})
+
+
+def _start(name: str, case: Case, limit: float) -> Side:
     words = ["-m", "bench.train_step", "--side", name, "--case", json.dumps(asdict(case))]
-    return Side([interpreter(name), *words], case.tokens, threads=case.threads)
+    return Side([interpreter(name), *words], case.tokens, threads=case.threads, limit=limit)
 
 
 def interpreter(side: str) -> str:
@@ -126,7 +141,7 @@ def interpreter(side: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--dtype", choices=("best", *DTYPES), default="best", help="of products; best: each side's own")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=4.0, help="of each side in a round")
     parser.add_argument("--shape", choices=tuple(SHAPES), default="debug")
@@ -138,15 +153,16 @@ def main() -> None:
     if options.side:
         step = {"ours": _ours, "transformers": _transformers, "torchtitan": _torchtitan}[options.side]
         return serve(partial(step, Case(**options.case)))
-    case = Case(options.shape, options.dtype, options.threads, options.mtp, options.length)
-    results = compare(case, options.rounds, options.seconds)
-    print(f"{case.shape}, {case.dtype}, {case.threads} threads, {case.size} (sequences, tokens)")
+    case = Case(options.shape, threads=options.threads, mtp=options.mtp, length=options.length)
+    dtypes = DTYPES if options.dtype == "best" else (options.dtype,)
+    results = compare(case, options.rounds, options.seconds, dtypes=dtypes)
+    print(f"{case.shape}, {case.threads} threads, {case.size} (sequences, tokens)")
     ours = results["ours"]
     for name, result in results.items():
         if isinstance(result, str):
             print(f"  {name:13} cannot run: {result}")
             continue
-        line = f"  {name:13} {statistics.median(result.rates):8.0f} tokens/s"
+        line = f"  {name:13} {result.choice} {statistics.median(result.rates):8.0f} tokens/s"
         line += f"  ({min(result.rates):.0f} to {max(result.rates):.0f})"
         if name != "ours" and isinstance(ours, SideResult):
             each = ratios(ours, result)

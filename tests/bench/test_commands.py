@@ -91,7 +91,7 @@ def test_a_large_command_reads_its_arguments(name, monkeypatch, capsys):
 class OneStep:
     """In place of a Side: its ranks take their first step and no other."""
 
-    def __init__(self, command: list[str], tokens: int, *, ranks: int = 1, threads: int = 1):
+    def __init__(self, command: list[str], tokens: int, *, ranks: int = 1, threads: int = 1, limit: float = 0.0):
         self._tokens = tokens
         with tempfile.TemporaryDirectory() as folder:
             shared = small.environment() | {"WORLD_SIZE": str(ranks), "BENCH_STORE": f"file://{folder}/store"}
@@ -215,8 +215,8 @@ def test_all_comparisons_in_one_run(call, monkeypatch):
     def compare(case: Case, rounds: int, seconds: float, between: Callable) -> dict[str, SideResult | str]:
         between()
         return {
-            "ours": SideResult([20.0], 1.0, 2),
-            "transformers": SideResult([10.0], 1.0, 2),
+            "ours": SideResult([20.0], 1.0, 2, choice="bf16"),
+            "transformers": SideResult([10.0], 1.0, 2, choice="fp32"),
             "torchtitan": "it is downloaded",
         }
 

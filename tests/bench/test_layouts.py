@@ -2,13 +2,14 @@
 
 import sys
 import time
+from functools import partial
 
 import psutil
 import pytest
 
 from bench import layouts
 from bench.layouts import LayoutCase, figures
-from bench.sides import Side, SideResult, cpu_ratio, take_turns
+from bench.sides import Side, SideResult, cpu_ratio, fastest, take_turns
 
 STEPS = """
 import os, time
@@ -30,7 +31,7 @@ serve(build)
 
 
 def result(*rates: float, cpu: float) -> SideResult:
-    return SideResult(list(rates), first_step=1.0, peak_memory=10, cpu_seconds=[cpu] * len(rates))
+    return SideResult(list(rates), first_step=1.0, peak_memory=10, cpu_seconds=[cpu] * len(rates), choice="fp32")
 
 
 def test_rates_are_those_of_the_slowest_rank():
@@ -54,6 +55,25 @@ def test_a_side_that_cannot_run_says_what_its_first_failing_rank_said():
     assert time.monotonic() - began < 60  # nobody waited for the rank that sleeps
 
 
+def test_a_side_works_in_the_way_that_is_fastest_and_waits_for_no_other(monkeypatch):
+    monkeypatch.setattr("bench.sides.TRIAL", 0.1)
+    limits = []
+
+    def start(words: str, most: float, limit: float) -> Side:
+        limits.append(limit)
+        return Side([sys.executable, "-c", words], tokens=100, limit=min(limit, most))
+
+    slow, hangs = STEPS.replace("0.02", "0.1"), "import time; time.sleep(60)"
+    ways = {"fp32": partial(start, slow, 60), "bf16": partial(start, STEPS, 60), "fp8": partial(start, hangs, 1)}
+    side = fastest(ways)
+    side.kill()
+    assert side.choice == "bf16" and side.tried["fp32"] <= 100 / 0.1 < side.tried["bf16"] <= 100 / 0.02
+    assert side.tried["fp8"] == "ranks [0] did not answer within 1 s"
+    assert 10 < limits[2] <= limits[1] < limits[0]  # by the first steps of those before
+    with pytest.raises(RuntimeError, match="did not answer"):
+        fastest({"fp8": ways["fp8"]})
+
+
 def test_ratios_are_of_the_same_round_and_a_peer_may_be_missing(capsys):
     results = {
         "ours": result(200, 100, 400, cpu=1.0),
@@ -67,7 +87,7 @@ def test_ratios_are_of_the_same_round_and_a_peer_may_be_missing(capsys):
     layouts.show("ep2", LayoutCase("debug", dp=2, ep=2), found)
     table = capsys.readouterr().out.splitlines()
     assert "2 ranks, 1024 tokens" in table[1]
-    assert " ".join(table[4].split()) == "torchtitan 100 100 to 100 2.00 1.00 to 4.00 1.50 1.50 0.00 1.0"
+    assert " ".join(table[4].split()) == "torchtitan fp32 100 100 to 100 2.00 1.00 to 4.00 1.50 1.50 0.00 1.0"
     assert table[5].split(maxsplit=1) == ["autoep1", "cannot run: ValueError: no"]
     without = figures(results | {"ours": "RuntimeError: no"})
     assert "ours_to_peer" not in without["torchtitan"] and without["torchtitan"]["median"] == 100
