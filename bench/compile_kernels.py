@@ -7,7 +7,7 @@ parallel/expert/triton_dispatch.py with tensors of DeepSeek-V3's widths and lets
 that types, constants and hints of divisibility are those of a run. Triton's package brings the assembler and the disassembler. Fails where a kernel spills registers to memory, moves single bytes to or from global memory,
 takes more shared memory than a block can have, or multiplies by the instructions of older tensor cores: each costs more time than
 the arithmetic. Prints registers, spilled bytes and shared memory, how many loads and stores of which width a thread makes (4x128 is
-four of 128 bits), and instructions of tensor cores.
+four of 128 bits), instructions of tensor cores, and those of the loop around them, all kinds together.
 
 Takes about half a minute.
 """
@@ -66,6 +66,8 @@ class Binary:
     """Loads and stores of single bytes of shared memory."""
     products: Counter[str]
     """Instructions of tensor cores."""
+    loop: int
+    """Instructions of the innermost loop that multiplies; 0 without one."""
 
     @property
     def problem(self) -> str | None:
@@ -86,13 +88,11 @@ def main() -> int:
 def table(found: dict[tuple[str, int], Binary]) -> list[str]:
     """Lines to print."""
     head = f"{f'kernel, triton {triton.__version__}':42}{'sm':>4}{'registers':>10}{'spilled':>8}{'shared':>7}"
-    lines = [f"{head}  {'loads':23}{'stores':15}{'tensor cores':14}shared bytewise"]
+    lines = [f"{head}  {'loads':23}{'stores':15}{'tensor cores':14}{'loop':>5}  shared bytewise"]
     for (name, architecture), binary in found.items():
         row = f"{name:42}{architecture:4}{binary.registers:10}{binary.spilled:8}{binary.shared:7}"
         instructions = " ".join(f"{number} {name}" for name, number in binary.products.items())
-        row += (
-            f"  {_widths(binary.loads):23}{_widths(binary.stores):15}{instructions:14}{binary.shared_bytewise or '':<4}"
-        )
+        row += f"  {_widths(binary.loads):23}{_widths(binary.stores):15}{instructions:14}{binary.loop or '':>5}  {binary.shared_bytewise or '':<4}"
         lines.append(f"{row}{f'  FAIL: {binary.problem}' if binary.problem else ''}".rstrip())
     return lines
 
@@ -107,6 +107,16 @@ def compile_all(architectures: tuple[int, ...] = ARCHITECTURES) -> dict[tuple[st
                 call()
             kernel = compiled[-1]  # the last, where a call has several
             found[name, architecture] = _read(kernel)
+    return found
+
+
+def compile_products() -> dict[str, Binary]:
+    """The FP8 products alone, for Hopper, by name."""
+    found = {}
+    for name, call in products_of().items():
+        with compiling(90) as compiled:
+            call()
+        found[name] = _read(compiled[-1])
     return found
 
 
@@ -284,7 +294,25 @@ def _read(kernel: triton.compiler.CompiledKernel) -> Binary:
         widths[operation][_bits(suffix)] += 1
     loads, bytewise = widths["LDG"] + widths["LDGSTS"], widths["LDS"][8] + widths["STS"][8]
     multiplied = Counter(re.findall(rf"\b({TENSOR_CORES})\b", program))
-    return Binary(registers, stack + local, kernel.metadata.shared, loads, widths["STG"], bytewise, multiplied)
+    shared, stores = kernel.metadata.shared, widths["STG"]
+    return Binary(registers, stack + local, shared, loads, stores, bytewise, multiplied, _loop(program))
+
+
+def _loop(program: str) -> int:
+    """Instructions from a label to the jump back to it, of the shortest such way that multiplies."""
+    labels: dict[str, int] = {}
+    instructions: list[str] = []
+    found = []
+    for line in re.sub(r"/\*.*?\*/", "", program).splitlines():
+        line = line.strip()
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(instructions)
+        elif line.endswith(";"):
+            instructions.append(line)
+            jump = re.search(r"\bBRA\b.*\((\.L_x_\d+)\)", line)
+            if jump and jump[1] in labels:
+                found.append(instructions[labels[jump[1]] :])
+    return min((len(one) for one in found if re.search(rf"\b({TENSOR_CORES})\b", " ".join(one))), default=0)
 
 
 def _bits(suffix: str) -> int:

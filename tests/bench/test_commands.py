@@ -56,6 +56,7 @@ ELSEWHERE = {
     "compile_kernels": "tests/bench/test_compile_kernels.py",
     "gpu": "tests/bench/gpu/test_dry.py",
     "faults_named": "tests/bench/test_faults_named.py",
+    "fp8_model": "tests/bench/test_fp8_model.py",
     "growth": "tests/bench/test_growth.py",
     "hf_memory": "tests/hf/test_memory.py",
     "startup": "tests/bench/test_growth.py",

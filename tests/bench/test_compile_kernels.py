@@ -36,6 +36,25 @@ def compiled(kernel, *args, **options) -> compile_kernels.Binary:
     return compile_kernels._read(found[0])
 
 
+def test_the_loop_that_multiplies_is_the_shortest_way_back():
+    program = """
+.L_x_0:
+        /*0010*/                   LDC R1, c[0x0][0x28] ;
+.L_x_1:
+        /*0020*/                   LDS R2, [R1] ;
+        /*0030*/                   @P0 BRA `(.L_x_1) ;
+.L_x_2:
+        /*0040*/                   QGMMA.64x128x32.F32.E4M3.E4M3 R24, gdesc[UR4] ;
+        /*0050*/                   FFMA R3, R4, R5, R3 ;
+        /*0060*/              @!P0 BRA `(.L_x_2) ;
+        /*0070*/                   BRA `(.L_x_0) ;
+        /*0080*/                   BRA `(.L_x_3) ;
+.L_x_3:
+"""
+    assert compile_kernels._loop(program) == 3
+    assert compile_kernels._loop(program.replace("QGMMA", "FADD")) == 0
+
+
 @pytest.mark.slow
 def test_the_gate_sees_stores_of_single_bytes_and_spills():
     x, start = torch.empty(4096, dtype=torch.uint8), torch.empty(1, dtype=torch.int64)
