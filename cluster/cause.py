@@ -13,7 +13,6 @@ When one rank fails, its peers lose their connection or wait until a time-out, a
 
 import contextlib
 import json
-import os
 import re
 import signal
 from collections.abc import Sequence
@@ -22,9 +21,10 @@ from enum import Enum
 from pathlib import Path
 
 from cluster.run_files import at_work_path, failure_path, log_path, progress_path
+from cluster.spawn import is_stopped, waited_for_core
 from conf.disk import naming
 from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED, EXIT_USER
-from conf.files import atomic_write_text
+from conf.files import atomic_write_text, read_tail
 
 CERTAIN = {-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGILL, -signal.SIGFPE}
 """Exit codes of a rank that is no victim; a victim may still abort, as libraries do when they lose a peer."""
@@ -142,9 +142,14 @@ class RankReport:
         return self.code is not None and (self.code in CERTAIN or (self.deserted and self.code >= 0))
 
 
-def read_report(rank: int, code: int | None, logs: Path) -> RankReport:
-    """What a rank with this exit code left in its folder. Call after the code is known: one that has ended wrote all it will."""
+def read_report(rank: int, code: int | None, logs: Path, pid: int | None = None) -> RankReport:
+    """What a rank with this exit code left in its folder. Call after the code is known: one that has ended wrote all it will.
+    pid: of the process, if it is one of this machine.
+    """
     report = RankReport(rank, code)
+    if pid is not None and code is None:
+        report.waited_for_core = waited_for_core(pid)
+        report.state = "T" if is_stopped(pid) else ""
     with contextlib.suppress(FileNotFoundError, ValueError):  # none before the loop; on a full disk written in place
         progress = json.loads(progress_path(logs, rank).read_text())
         report.step, report.phase, report.busy = progress["step"], progress["phase"], progress.get("busy")
@@ -154,9 +159,7 @@ def read_report(rank: int, code: int | None, logs: Path) -> RankReport:
         report.failure = Failure(**json.loads(failure_path(logs, rank).read_text()))
     report.deserted = code is not None and report.failure is None and at_work_path(logs, rank).exists()
     if report.bad and report.failure is None:
-        with contextlib.suppress(FileNotFoundError), log_path(logs, rank).open("rb") as log:
-            log.seek(max(0, os.fstat(log.fileno()).st_size - OUTPUT_TAIL))
-            report.log_tail = log.read(OUTPUT_TAIL).decode(errors="replace")
+        report.log_tail = read_tail(log_path(logs, rank), OUTPUT_TAIL).decode(errors="replace")
     return report
 
 

@@ -15,7 +15,7 @@ import json
 import signal
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from cluster.comm_ring import CommRecord, RankTrace, read_trace
 from cluster.compare_ranks import compare_ranks
 from cluster.judgement import Fault, Judgement, name_record
 from cluster.rank_differences import find_difference
-from conf.disk import naming
+from conf.disk import explain_disk_error, naming
 from conf.errors import EXIT_CRASH
 from conf.files import atomic_write_text
 
@@ -161,6 +161,16 @@ def write_incident(logs: Path, incident: dict[str, Any]) -> Path:
     with naming(path):
         atomic_write_text(path, json.dumps(incident), durable=False)
     return path
+
+
+def keep_incident(logs: Path, incident: dict[str, Any], note: Callable[[str], None], told: bool = False) -> str:
+    """Write an incident and return its screen; where the disk refuses it, `note` hears why. told: see `incident_screen`."""
+    path = None
+    try:
+        path = write_incident(logs, incident)
+    except OSError as error:
+        note(f"the incident could not be written ({explain_disk_error(error)})")
+    return incident_screen(incident, path, told)
 
 
 def newest_incident(logs: Path) -> tuple[Path, dict[str, Any]] | None:

@@ -8,8 +8,8 @@ of a KeyboardInterrupt, and a destructor would drop it; so it is raised right af
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 from typing import Any
 
@@ -50,13 +50,19 @@ NOTHING_STARTED = "stopped by Ctrl-C; nothing was started"
 
 
 @contextmanager
-def every_interrupt() -> Iterator[None]:
-    """In this block each Ctrl-C is a KeyboardInterrupt, and none ends the process: for conversations, in which it ends a reply."""
-    before = signal.signal(signal.SIGINT, interrupt)
+def handled(handler: Callable[[int, FrameType | None], None], *numbers: int) -> Iterator[None]:
+    """In this block these signals go to this handler."""
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
+def every_interrupt() -> AbstractContextManager[None]:
+    """In this block each Ctrl-C is a KeyboardInterrupt, and none ends the process: for conversations, in which it ends a reply."""
+    return handled(interrupt, signal.SIGINT)
 
 
 class Interrupts:

@@ -21,16 +21,16 @@ from typing import IO
 from cluster.cause import Cause, Kind, RankReport, name_cause, read_report
 from cluster.clocks import HeldUp
 from cluster.comm_ring import RankTrace, read_traces
-from cluster.incident import describe_incident, incident_screen, judge_failure, judge_hang, write_incident
+from cluster.incident import describe_incident, judge_failure, judge_hang, keep_incident
+from cluster.interrupts import handled
 from cluster.judgement import Judgement
 from cluster.patience import Patience
 from cluster.private_folder import PrivateFolder
 from cluster.rank_differences import find_difference
 from cluster.rank_watch import RankWatch
 from cluster.run_files import AT_WORK, FAILURES, PROGRESS, RINGS, log_path
-from cluster.spawn import ForkedProcess, is_stopped, spawn, waited_for_core
+from cluster.spawn import ForkedProcess, spawn
 from cluster.stacks import gather_stacks
-from conf.disk import explain_disk_error
 from conf.errors import EXIT_STOPPED
 from conf.words import say
 
@@ -78,15 +78,13 @@ def _run(start: StartRank, world: int, logs: Path, store: Path, patience: Patien
         asked.append(number)
         _forward(ranks)
 
-    previous = {number: signal.signal(number, take) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        _start(ranks, start, world, logs, store)
-        if asked:  # also those that were not there yet
-            _forward(ranks)
-        return _watch(ranks, logs, asked, patience)
+        with handled(take, signal.SIGTERM, signal.SIGINT):
+            _start(ranks, start, world, logs, store)
+            if asked:  # also those that were not there yet
+                _forward(ranks)
+            return _watch(ranks, logs, asked, patience)
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
         _end(ranks)
 
 
@@ -154,17 +152,11 @@ def _tell_difference(logs: Path) -> bool:
     traces = read_traces(logs)
     if (finding := find_difference(traces)) is None:
         return False
-    cause = Cause(
-        Kind.crash,
-        f"the numbers of this run are wrong from step {_step_of(traces)} or before on: {finding.text}",
-        finding.ranks,
-    )
+    step = min(trace.step for trace in traces.values())
+    text = f"the numbers of this run are wrong from step {step} or before on: {finding.text}"
+    cause = Cause(Kind.crash, text, finding.ranks)
     say(_keep(logs, cause, finding, traces, {}).log, file=sys.stderr)
     return True
-
-
-def _step_of(traces: dict[int, RankTrace]) -> int:
-    return min(trace.step for trace in traces.values())
 
 
 def _keep(
@@ -179,12 +171,8 @@ def _keep(
     if not traces or cause.kind is Kind.user:
         return cause
     incident = describe_incident(cause, finding, traces, stacks, seconds)
-    path = None
-    try:
-        path = write_incident(logs, incident)
-    except OSError as error:
-        say(f"the incident could not be written ({explain_disk_error(error)})", file=sys.stderr)
-    return replace(cause, log=f"{cause.log.rstrip()}\n{incident_screen(incident, path, told=True)}".strip())
+    screen = keep_incident(logs, incident, partial(say, file=sys.stderr), told=True)
+    return replace(cause, log=f"{cause.log.rstrip()}\n{screen}".strip())
 
 
 def _stacks(ranks: list[Child], logs: Path, native: bool = False) -> dict[int, str]:
@@ -194,10 +182,7 @@ def _stacks(ranks: list[Child], logs: Path, native: bool = False) -> dict[int, s
 
 
 def _reports(ranks: list[Child], logs: Path) -> list[RankReport]:
-    reports = [read_report(number, rank.poll(), logs) for number, rank in enumerate(ranks)]
-    for report, rank in zip(reports, ranks, strict=True):
-        report.waited_for_core = waited_for_core(rank.pid)
-        report.state = "T" if not report.ended and is_stopped(rank.pid) else ""
+    reports = [read_report(number, rank.poll(), logs, rank.pid) for number, rank in enumerate(ranks)]
     reports[0].log_tail = None  # a log would be of an earlier run
     return reports
 

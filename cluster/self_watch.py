@@ -20,7 +20,7 @@ from cluster.incident import (
 from cluster.patience import Patience
 from cluster.rank_watch import RankWatch
 from cluster.run_files import progress_path
-from cluster.spawn import is_stopped, lives, waited_for_core
+from cluster.spawn import lives
 from cluster.stacks import gather_stacks, own_stacks, unanswered
 from conf.disk import explain_disk_error
 from conf.errors import EXIT_CRASH, EXIT_USER, RunEnded, UserError, causes
@@ -63,9 +63,7 @@ class SelfWatch:
         while not self._stop.wait(LOOK_SECONDS):
             now = time.monotonic()
             self._watch.forgive(now, held_up.since_last_look(now))
-            report = read_report(self._rank, None, self._logs)
-            report.waited_for_core = waited_for_core(os.getpid())
-            self._watch.take(now, [report])
+            self._watch.take(now, [read_report(self._rank, None, self._logs, os.getpid())])
             if self._watch.first_step is None:
                 continue
             if self._watch.is_hung(now) and told_at != self._watch.moved:
@@ -117,11 +115,8 @@ class SelfWatch:
 
     def _reports(self, traces: dict[int, RankTrace]) -> list[RankReport]:
         """All ranks that left a ring, as far as this one sees them."""
-        reports = [read_report(rank, None, self._logs) for rank in sorted({*traces, self._rank})]
-        for report in reports:
-            if report.rank in traces and traces[report.rank].is_here:
-                report.state = "T" if is_stopped(traces[report.rank].pid) else ""
-        return reports
+        here = {rank: trace.pid for rank, trace in traces.items() if trace.is_here}
+        return [read_report(rank, None, self._logs, here.get(rank)) for rank in sorted({*traces, self._rank})]
 
     def _stacks(self, traces: dict[int, RankTrace], native: bool = False) -> dict[int, str]:
         """Where the other ranks of this host are."""

@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,8 @@ def atomic_write_text(path: Path, text: str, durable: bool = True, mode: int = 0
     durable: survive a crash of the machine as well as one of this process. mode: of the file, less the umask.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-
-    def opener(name: str, flags: int) -> int:
-        return os.open(name, flags, mode)
-
     try:
+        opener = partial(os.open, mode=mode)
         with naming(path, len(text)), open(temporary, "w", encoding="utf-8", opener=opener) as file:
             file.write(text)
             if durable:
@@ -57,6 +55,14 @@ def atomic_write_text(path: Path, text: str, durable: bool = True, mode: int = 0
 def atomic_write_json(path: Path, value: Any) -> None:
     """Replace the file by `value` as JSON in one step."""
     atomic_write_text(path, json.dumps(value))
+
+
+def read_tail(path: Path, most: int) -> bytes:
+    """The last bytes of a file, so many at most; none of one that cannot be read."""
+    with suppress(OSError), path.open("rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - most))
+        return file.read(most)
+    return b""
 
 
 def open_lock(path: Path) -> int:

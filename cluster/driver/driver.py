@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 from cluster.clocks import HeldUp, SteadyClock
@@ -25,7 +26,8 @@ from cluster.driver.shapes import Shapes, with_shape
 from cluster.driver.supervisor import NAP, Supervisor
 from cluster.driver.view import View
 from cluster.driver.vitals import Vitals
-from cluster.incident import incident_screen, write_incident
+from cluster.incident import keep_incident
+from cluster.interrupts import handled
 from cluster.node.agent import Agent, Answer, Order
 from cluster.node.copy_store import OpenedCopy
 from cluster.node.preflight import Preflight
@@ -122,16 +124,13 @@ class Driver:
     def run(self) -> m.FinishRun:
         """Until the run ends; returns its exit code and the reason."""
         self.journal.write("launch", 0, f"{self.config.name}", world=self.config.parallel.world)
-        previous = {number: signal.signal(number, self._signalled) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
-            with self.view:
+            with handled(self._signalled, signal.SIGTERM, signal.SIGINT), self.view:
                 while self._finish is None:
                     self._round()
                 self._fetch_last_words()
                 self._drop_copies(self._finish.code)
         finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
             self.preflight.close()
             self.pulse.close()
             if self._planning is not None:
@@ -440,18 +439,11 @@ class Driver:
                 self.journal.write(kind, number, text, **fields)
                 self.view.note(kind, text)
             case m.KeepIncident(_, incident):
-                self._keep_incident(incident)
+                screen = keep_incident(self.folder / "logs", incident, partial(self._note, "incident"))
+                self._note("incident", screen, ranks=incident["ranks"], fault=incident["fault"])
             case m.FinishRun(code, text):
                 refused = "".join(f"\n  refused: {name}: {why}" for name, why in self._refused.items())
                 self._finish = m.FinishRun(code, text + (refused if code != EXIT_OK else ""))
-
-    def _keep_incident(self, incident: dict) -> None:
-        path = None
-        try:
-            path = write_incident(self.folder / "logs", incident)
-        except OSError as error:
-            self._note("incident", f"an incident could not be written ({explain_disk_error(error)})")
-        self._note("incident", incident_screen(incident, path), ranks=incident["ranks"], fault=incident["fault"])
 
     def _let_go(self) -> None:
         """End the agents of nodes that are about to go; nothing of the run is there any more."""

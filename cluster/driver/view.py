@@ -15,6 +15,7 @@ from rich.text import Text
 from cluster.driver.node_state import NodeHealth
 from cluster.driver.supervisor import Supervisor
 from cluster.run_files import NONE
+from conf.files import read_tail
 from conf.screen import Terminal
 from conf.words import harmless
 
@@ -99,9 +100,7 @@ def status(name: str, steps: int, record: dict, supervisor: Supervisor, last: st
 
 def last_record(metrics: Path) -> dict:
     """The last whole line of metrics.jsonl; empty if there is none."""
-    with contextlib.suppress(FileNotFoundError, ValueError), metrics.open("rb") as file:  # a torn line is not news
-        file.seek(0, 2)
-        file.seek(max(0, file.tell() - (256 << 10)))
-        lines = [line for line in file.read().splitlines(keepends=True) if line.endswith(b"\n")]
+    *lines, _ = read_tail(metrics, 256 << 10).split(b"\n")
+    with contextlib.suppress(ValueError):  # a torn line is not news
         return json.loads(lines[-1]) if lines else {}
     return {}

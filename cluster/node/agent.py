@@ -42,7 +42,7 @@ from cluster.node.preflight import Facts, Question, gather_facts
 from cluster.node.pulse_echo import Echo
 from cluster.private_folder import PrivateFolder, remove_dead
 from cluster.run_files import failure_path, log_path, stop_path
-from cluster.spawn import die_with_parent, is_stopped, spawn, waited_for_core
+from cluster.spawn import die_with_parent, spawn
 from cluster.stacks import ask_stacks, handles, is_looked_into, read_stacks
 from conf.errors import EXIT_STOPPED
 
@@ -297,13 +297,11 @@ class Agent:
         code = child.process.poll()
         if child.stopped_by is not None and code == -child.stopped_by:
             code = EXIT_STOPPED
-        report = read_report(rank, code, child.log.parent)
+        report = read_report(rank, code, child.log.parent, child.process.pid)
         if report.failure is not None:
             report.failure.time -= self._clock.set_by()
-        if code is None:
-            pid = child.process.pid
-            report.waited_for_core = waited_for_core(pid)
-            report.state = "T" if is_stopped(pid) and not is_looked_into(pid) else ""
+        if is_looked_into(child.process.pid):
+            report.state = ""
         return report
 
     def ask_stacks(self, attempt: int, native: bool = False) -> None:

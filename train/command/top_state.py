@@ -16,6 +16,7 @@ from typing import Any
 from cluster.driver.journal import read_events
 from cluster.driver.rank_table import RANKS_FILE
 from cluster.run_files import PROGRESS, log_path
+from conf.files import read_tail
 from train.checkpoint.run_folder import is_held
 from train.metrics.jsonl import METRICS_FILE, read_last_lines
 from train.metrics.names import Record
@@ -152,11 +153,7 @@ class RunReader:
 
     def log(self, rank: int) -> list[str]:
         """The last lines of a rank's output; empty where its output went to a terminal."""
-        with contextlib.suppress(OSError), log_path(self.folder / "logs", rank).open("rb") as file:
-            file.seek(0, 2)
-            file.seek(max(0, file.tell() - LOG_BYTES))
-            return file.read().decode(errors="replace").splitlines()
-        return []
+        return read_tail(log_path(self.folder / "logs", rank), LOG_BYTES).decode(errors="replace").splitlines()
 
 
 def _whole(value: Any, otherwise: int) -> int:

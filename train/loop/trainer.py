@@ -15,7 +15,7 @@ from typing import Any
 
 from cluster.cause import Cause, Kind
 from cluster.comm_ring import CommRing
-from cluster.incident import describe_incident, write_incident
+from cluster.incident import describe_incident, keep_incident
 from cluster.judgement import Fault, Judgement
 from cluster.run_files import step_name
 from conf.changed_settings import settings_of
@@ -318,9 +318,8 @@ class Trainer:
         if found.doubt is Doubt.once:
             certain = found.ranks if len(found.ranks) == 1 else ()
             finding = Judgement(Fault.flipped, certain, text, among=() if certain else found.ranks)
-            write_incident(
-                RunPaths(self.config).logs, describe_incident(Cause(Kind.crash, text, certain), finding, {}, {})
-            )
+            incident = describe_incident(Cause(Kind.crash, text, certain), finding, {}, {})
+            keep_incident(RunPaths(self.config).logs, incident, self._note)
 
     def _samples_of(self, plan: StepPlan, ranks: Sequence[int]) -> str:
         """The samples that these ranks read in a step."""

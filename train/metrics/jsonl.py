@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.disk import Backlog, explain_disk_error, naming
+from conf.files import read_tail
 from train.metrics.names import LAYERS_MARK, Record, is_layer_metric, order
 
 METRICS_FILE = "metrics.jsonl"
@@ -138,13 +139,7 @@ def read_heads_with_loads(path: Path) -> Iterator[tuple[Record, bool]]:
 
 def read_last_lines(file: Path) -> list[Record]:
     """The whole lines at the end of metrics.jsonl that are of a step, oldest first; empty where there is no file."""
-    try:
-        with file.open("rb") as lines:
-            lines.seek(max(0, file.stat().st_size - TAIL))
-            tail = lines.read().splitlines()
-    except OSError:
-        return []
-    return [record for line in tail for record in _parse(line)]
+    return [record for line in read_tail(file, TAIL).splitlines() for record in _parse(line)]
 
 
 def read_last(file: Path) -> Record:
