@@ -17,8 +17,7 @@ from cluster.incident import (
     newest_incident,
     write_incident,
 )
-from cluster.patience import Patience
-from cluster.rank_watch import RankWatch
+from cluster.rank_watch import Patience, RankWatch
 from cluster.run_files import progress_path
 from cluster.spawn import lives
 from cluster.stacks import gather_stacks, own_stacks, unanswered

@@ -29,7 +29,7 @@ from train.kernels.cpu.processor import tune_cpu  # noqa: E402
 
 tune_cpu()  # before torch allocates anything
 
-from cluster.farewell import leave  # noqa: E402
+from cluster.interrupts import leave  # noqa: E402
 from cluster.launch import Place, given_place, is_driver, launch  # noqa: E402
 from conf.disk import let_output_be_lost  # noqa: E402
 from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_INTERRUPTED, EXIT_OK, EXIT_STOPPED, EXIT_USER, UserError  # noqa: E402
@@ -56,7 +56,7 @@ def main(configs: list[Config]) -> int:
         raise
     finally:
         if len(configs) > 1 and configs[0].mode is Mode.train and is_driver():
-            from train.metrics.sweep import sweep_screen
+            from train.metrics.compare import sweep_screen
 
             sweep_screen(configs, codes)
     return max(codes)

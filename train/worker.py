@@ -12,7 +12,7 @@ import torch
 
 from cluster.driver.copies import given_shelves
 from cluster.launch import Place, given_attempt, given_place, given_run
-from cluster.patience import Patience
+from cluster.rank_watch import Patience
 from cluster.self_watch import SelfWatch
 from cluster.stacks import answer_requests
 from conf.disk import disk_errors, let_output_be_lost
@@ -39,7 +39,7 @@ from train.loop.trainer import Flops, Outputs, Trainer
 from train.loop.written_text import sample
 from train.metrics.origin import record_machine
 from train.metrics.peak import peak_flops
-from train.metrics.wandb_items import sample_table
+from train.metrics.wandb_sink import sample_table
 from train.metrics.writer import open_writer
 from train.model.count import flops_per_token
 from train.model.operations import Kernels

@@ -6,8 +6,7 @@ from typing import Any
 from cluster.cause import Cause, Kind, RankReport, name_cause
 from cluster.driver.straggler import SlowRank, Stragglers
 from cluster.incident import describe_incident, judge_failure, judge_hang, unpack_traces
-from cluster.patience import Patience
-from cluster.rank_watch import RankWatch
+from cluster.rank_watch import Patience, RankWatch
 from cluster.topology import Placement
 from conf.errors import EXIT_USER
 

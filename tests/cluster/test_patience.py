@@ -8,8 +8,7 @@ import pytest
 
 from cluster.cause import RankReport
 from cluster.local import run_local
-from cluster.patience import Patience
-from cluster.rank_watch import RankWatch
+from cluster.rank_watch import Patience, RankWatch
 from conf.errors import EXIT_CRASH
 from tests.cluster.test_local import PROLOGUE
 
@@ -145,7 +144,7 @@ def test_ranks_that_nobody_watches_may_be_quiet(tmp_path, capfd):
 ALONE = """
 import queue, sys, time
 from pathlib import Path
-from cluster.patience import Patience
+from cluster.rank_watch import Patience
 from cluster.run_files import progress_path
 from cluster.self_watch import SelfWatch
 logs = Path(sys.argv[1])

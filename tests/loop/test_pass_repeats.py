@@ -14,7 +14,7 @@ from tests.layouts import run_layout
 from tests.small import trajectory
 from train.loop.pass_repeats import LEAST_STEPS, RankDifference, UsualRange, first_difference
 from train.loop.pass_watch import Sighting
-from train.loop.state_check import StateChanged, StateCheck
+from train.loop.replicas import StateChanged, StateCheck
 
 ATTENTION, BLOCK = (Sighting(2, place, f"the output of layers.2{part}") for place, part in ((3, ".attention"), (9, "")))
 WATCHED = ["cluster.deterministic=true", "steps=20", "checkpoint.every=0", "log.report_every=0"]

@@ -68,7 +68,7 @@ class Decoder:
         return self.model.norm(x_BTD)
 
     def mtp_hidden(self, depth: int, hidden_BTD: Tensor, tokens_BT: Tensor, cache: LatentCache) -> Tensor:
-        """States of MTP module `depth` (from 0), after its norm, (B, T, D), as `train.model.mtp` defines them.
+        """States of MTP module `depth` (from 0), after its norm, (B, T, D), as `train.model.block` defines them.
 
         hidden_BTD: of the depth before at the same positions; tokens_BT: the tokens depth + 1 further on. cache: its own.
         """

@@ -1,12 +1,18 @@
-"""A small file per rank that says what it is doing, for whoever watches over the ranks."""
+"""A small file per rank that says what it is doing, for whoever watches over the ranks.
+
+Peak memory of this process.
+"""
 
 import contextlib
 import json
 import os
 import platform
+import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+import torch
 
 from cluster.run_files import progress_path
 from conf.disk import explain_disk_error
@@ -53,3 +59,10 @@ class RankProgress:
         with contextlib.suppress(OSError), self._path.open("r+b", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
             file.write(text.encode().ljust(size))
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: most CUDA memory allocated at a time, or on CPU the largest resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

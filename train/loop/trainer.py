@@ -36,15 +36,13 @@ from train.kernels.fp8.health import Report, merge_reports
 from train.loop.callbacks import Callbacks, RunView
 from train.loop.layer_norms import LayerNorms
 from train.loop.measure import MeasuredStep
-from train.loop.nonfinite import SHOWN_TENSORS, Origin, RankSightings, Watch, bad_weights, find_origin
 from train.loop.pass_repeats import Doubt, PassRepeats
-from train.loop.peak_memory import peak_memory
+from train.loop.pass_watch import SHOWN_TENSORS, Origin, RankSightings, Watch, bad_weights, find_origin
 from train.loop.profiler import StepProfiler
 from train.loop.published_weights import publish_weights
-from train.loop.rank_progress import RankProgress
-from train.loop.replicas import ReplicaCheck
+from train.loop.rank_progress import RankProgress, peak_memory
+from train.loop.replicas import ReplicaCheck, StateCheck
 from train.loop.state import RunState
-from train.loop.state_check import StateCheck
 from train.loop.step import TrainingStep
 from train.loop.stop import StopKind, StopRequest
 from train.loop.timeline_sampler import TimelineSampler
@@ -52,7 +50,7 @@ from train.loop.validation import held_out_loss
 from train.loop.written_text import sample
 from train.metrics.balance import balance_record
 from train.metrics.screens import quoted_lines
-from train.metrics.wandb_items import checkpoint, sample_table
+from train.metrics.wandb_sink import checkpoint, sample_table
 from train.metrics.writer import MetricsWriter
 from train.model.count import moe_layers
 from train.optim.schedules import Schedules, StepPlan
