@@ -93,7 +93,7 @@ def _train(config: Config, alone: bool) -> int:
     from train.metrics.writer import tell_of_end
 
     if config.epochs is not None:
-        from train.data.epochs import with_steps  # reads the data
+        from train.data.prepare import with_steps  # reads the data
 
         config = with_steps(config)
     if not is_driver():

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from conf.errors import UserError
-from train.data import hub, reach
+from train.data import reach
+from train.data import sources as hub
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from tests.layouts import train_on
 from tests.small import SMALL, metrics
 from train.checkpoint.manifest import read_manifest
 from train.checkpoint.read_shards import load_shards
-from train.data.epochs import with_steps
+from train.data.prepare import with_steps
 
 ROUTER = "master.layers.1.moe.router.weight"
 
