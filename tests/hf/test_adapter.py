@@ -38,8 +38,8 @@ from train.checkpoint.weights import load_model
 from train.hf.adapter_names import adapted_tensors
 from train.hf.export import export
 from train.hf.folder import open_folder, open_model
-from train.hf.read import load_hf_model
 from train.hf.tensor_names import tensors
+from train.hf.whole_model import load_hf_model
 
 torch.set_num_threads(1)
 

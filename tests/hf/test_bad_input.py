@@ -21,9 +21,9 @@ from train.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from train.generate.source import start_token
 from train.hf.export import export
 from train.hf.folder import is_hf_folder, match, open_folder
-from train.hf.read import load_hf_model
 from train.hf.tensor_names import tensors
 from train.hf.tokenizer_files import check_tokenizer, write_tokenizer
+from train.hf.whole_model import load_hf_model
 
 torch.set_num_threads(1)
 

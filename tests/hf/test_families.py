@@ -22,8 +22,8 @@ from train.hf.config import check_recipe, read_model
 from train.hf.families import FAMILIES, REFUSED_MODELS, find_family
 from train.hf.folder import match, open_model
 from train.hf.plan import write_json
-from train.hf.read import load_hf_model
 from train.hf.tensor_names import tensors
+from train.hf.whole_model import load_hf_model
 from train.model.count import count_parameters
 
 torch.set_num_threads(1)

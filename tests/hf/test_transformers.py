@@ -18,7 +18,7 @@ from train.checkpoint.run_folder import RunPaths
 from train.checkpoint.weights import load_model
 from train.data.tokenizer import load_tokenizer
 from train.hf.export import export
-from train.hf.read import load_hf_model
+from train.hf.whole_model import load_hf_model
 
 torch.set_num_threads(1)
 

@@ -27,8 +27,8 @@ from train.generate.decoder import Decoder
 from train.generate.source import open_weights
 from train.hf.config import check_recipe
 from train.hf.folder import match, open_model
-from train.hf.read import load_hf_model
 from train.hf.tokenizer_files import write_tokenizer
+from train.hf.whole_model import load_hf_model
 from train.loop.start import check_start
 
 torch.set_num_threads(1)

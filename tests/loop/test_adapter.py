@@ -19,7 +19,7 @@ from train.checkpoint.average import write_average
 from train.checkpoint.manifest import holds_adapter, read_manifest
 from train.checkpoint.weights import load_model
 from train.hf.export import write_export
-from train.hf.read import load_hf_model
+from train.hf.whole_model import load_hf_model
 
 LORA = ["adapter=lora", "adapter.rank=8", "optim.bias_speed=[{value: 0}]", "optim.lr=0.01"]
 

@@ -41,7 +41,7 @@ from train.evaluate.retrieve import read_fillers, search_needles
 from train.evaluate.target import Target, find_target
 from train.generate.decoder import Decoder
 from train.generate.source import start_token
-from train.hf.read import load_hf_model
+from train.hf.whole_model import load_hf_model
 from train.kernels.choice import choose_kernels
 from train.kernels.precision import activation_dtype
 from train.loop.validation import Sums, held_out_loss

@@ -15,8 +15,8 @@ from train.checkpoint.weights import load_model, require_memory
 from train.data.tokenizer import Tokenizer, check_fit, load_tokenizer, named_token
 from train.generate.decoder import Decoder, require_plain_blocks
 from train.hf.folder import is_hf_folder, open_model
-from train.hf.read import load_hf_model
 from train.hf.tokenizer_files import TOKENIZER_SETTINGS_FILE
+from train.hf.whole_model import load_hf_model
 from train.kernels.choice import build_kernels
 from train.kernels.precision import activation_dtype
 
