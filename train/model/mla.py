@@ -66,10 +66,12 @@ class MLA(nn.Module):
         if self._recompute_up and torch.is_grad_enabled():
             keep = RecomputedOutputs(self._up, (q_latent, kv_latent, k_rope_BTR), *heads)
         with saved, keep:
-            out_BHTV = self._kernels.attention(
-                AttentionInput(*heads, self._rope.softmax_scale, positions.seen[0], self.watch)
-            )
+            out_BHTV = self.attend(AttentionInput(*heads, self._rope.softmax_scale, positions.seen[0], self.watch))
         return self._project(out_BHTV, saved)
+
+    def attend(self, given: AttentionInput) -> Tensor:
+        """The attention core alone, of sequences that no other rank shares: (B, H, T, V)."""
+        return self._kernels.attention(given)
 
     def _project(self, out_BHTV: Tensor, saved: ReplaceableTensors) -> Tensor:
         """(B, T, D). Where the projection keeps its input in fewer bits, attention's backward takes that too. saved: what attention

@@ -1,7 +1,7 @@
 """What single parts of the model took and gave on a rank, so that each can be judged alone (train/prove/judge_parts.py).
 
-Parts are watched where they are joined: by hooks on modules, on tensors and on autograd's nodes, and by objects that enter the model
-in the place of its kernels and its precision. So a GPU's kernels are seen as those of a CPU, and every schedule and recomputation is.
+Parts are watched where they are joined: by hooks on modules, on tensors and on autograd's nodes, in the place of a layer's own methods,
+and by an object that stands for its kernels. So a GPU's kernels are seen as those of a CPU, and every schedule and recomputation is.
 Nothing that is computed changes.
 
 Keys are part.WHAT/NAME/NUMBER, and the number counts the calls of the part, micro-batch after micro-batch:
@@ -15,10 +15,10 @@ Keys are part.WHAT/NAME/NUMBER, and the number counts the calls of the part, mic
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +27,10 @@ from train.kernels.fp8.fp8 import Fp8Precision
 from train.kernels.plain.high import HighPrecision
 from train.model.attention import AttentionInput
 from train.model.deepseek import DeepSeekV3, Head
-from train.model.layers import Embedding, LayerPrecision, Linear, RMSNorm
+from train.model.layers import Embedding, Linear, RMSNorm
 from train.model.mla import MLA
-from train.model.moe import MoE
+from train.model.moe import MoE, RoutedRows
 from train.model.needed import Function
-from train.model.operations import Kernels
 from train.model.recompute import is_repeated
 from train.model.router import Router
 from train.prove.evidence import Evidence
@@ -65,10 +64,10 @@ class PartsWatch:
                     module.register_forward_pre_hook(self._take_states)
                     module.register_forward_hook(self._take_losses)
                 elif isinstance(module, MoE):
-                    watched = _WatchedExperts(module._precision, self, name, module.experts.local.start)
-                    module._precision = cast("LayerPrecision", watched)  # the rest of it is the inner one's
+                    first = torch.tensor(module.experts.local.start)
+                    module.run_experts = partial(self._run_experts, name, first, module.run_experts)
                 elif isinstance(module, MLA):
-                    module._kernels = cast("Kernels", _WatchedAttention(module._kernels, self, name))
+                    module.attend = partial(self._attend, name, module.attend)
 
     def clear(self) -> None:
         self.seen, self._calls = {}, {}
@@ -137,6 +136,41 @@ class PartsWatch:
         """Keys of the calls that run in this thread."""
         return self._here.__dict__.setdefault("keys", {})
 
+    def _run_experts(self, name: str, first: Tensor, run: Callable[[RoutedRows], Tensor], routed: RoutedRows) -> Tensor:
+        """In the place of a layer's `run_experts`, which is `run`. first: the number of its first expert that is here."""
+        if not (self.is_watching() and torch.is_grad_enabled()):
+            return run(routed)
+        rows_RD, gates_R, counts = routed.rows_RD, routed.gates_R, routed.counts_E
+        key, each = self.begin(name), counts.tolist()
+        for what, tensor in (("x", rows_RD), ("gates", gates_R), ("counts", counts), ("first", first)):
+            self.keep(what, key, tensor)
+        self.enter_experts(key, each)
+        try:
+            y_RD = run(routed)
+        finally:
+            self.enter_experts(None)
+        self.keep("y", key, y_RD)
+        for what, tensor in (("dy", y_RD), ("dx", rows_RD), ("dgates", gates_R)):
+            self.keep_gradient(what, key, tensor)
+        if y_RD.requires_grad:
+            first_node(y_RD, rows_RD).register_prehook(
+                lambda gradients: self.keep("dh", key, own_rows(gradients[0], each))
+            )
+        return y_RD
+
+    def _attend(self, name: str, attend: Callable[[AttentionInput], Tensor], given: AttentionInput) -> Tensor:
+        """In the place of a layer's `attend`."""
+        if not (self.is_watching() and torch.is_grad_enabled()):
+            return attend(given)
+        key = self.begin(name)
+        for what, tensor in zip("qkv", given[:3], strict=True):
+            self.keep(what, key, tensor)
+            self.keep_gradient(f"d{what}", key, tensor)
+        out_BHTV = attend(given)
+        self.keep("y", key, out_BHTV)
+        self.keep_gradient("dy", key, out_BHTV)
+        return out_BHTV
+
     # Between the two products of experts
 
     def _watch_swiglu(self, precision: HighPrecision | Fp8Precision) -> None:
@@ -167,69 +201,18 @@ class _Passed(Function):
         return gradient, None
 
 
-class _Watched:
-    """Stands for an object, all of which goes on to it."""
+class _WatchedSwiGLU:
+    """An engine or kernels, all of which goes on to them; SwiGLU is watched."""
 
-    def __init__(self, inner: Any, watch: PartsWatch, name: str = ""):
-        self._inner, self._watch, self._name = inner, watch, name
+    def __init__(self, inner: Any, watch: PartsWatch):
+        self._inner, self._watch = inner, watch
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
 
-
-class _WatchedSwiGLU(_Watched):
-    """SwiGLU of an engine or of kernels, watched."""
-
     def swiglu(self, h: Tensor, *rest: Any) -> Any:
         self._watch.saw_swiglu(h)
         return self._inner.swiglu(h, *rest)
-
-
-class _WatchedExperts(_Watched):
-    """A precision, of which one layer asks for its experts."""
-
-    def __init__(self, inner: LayerPrecision, watch: PartsWatch, name: str, first: int):
-        """first: of the experts that are here."""
-        super().__init__(inner, watch, name)
-        self._first = torch.tensor(first)
-
-    def expert_ffn(self, rows_RD: Tensor, gates_R: Tensor, *rest: Any) -> Tensor:
-        watch, (_, _, counts, *_) = self._watch, rest
-        if not (watch.is_watching() and torch.is_grad_enabled()):
-            return self._inner.expert_ffn(rows_RD, gates_R, *rest)
-        key, each = watch.begin(self._name), counts.tolist()
-        for what, tensor in (("x", rows_RD), ("gates", gates_R), ("counts", counts), ("first", self._first)):
-            watch.keep(what, key, tensor)
-        watch.enter_experts(key, each)
-        try:
-            y_RD = self._inner.expert_ffn(rows_RD, gates_R, *rest)
-        finally:
-            watch.enter_experts(None)
-        watch.keep("y", key, y_RD)
-        for what, tensor in (("dy", y_RD), ("dx", rows_RD), ("dgates", gates_R)):
-            watch.keep_gradient(what, key, tensor)
-        if y_RD.requires_grad:
-            first_node(y_RD, rows_RD).register_prehook(
-                lambda gradients: watch.keep("dh", key, own_rows(gradients[0], each))
-            )
-        return y_RD
-
-
-class _WatchedAttention(_Watched):
-    """Kernels, of which one layer asks for its attention."""
-
-    def attention(self, given: AttentionInput) -> Tensor:
-        watch = self._watch
-        if not (watch.is_watching() and torch.is_grad_enabled()):
-            return self._inner.attention(given)
-        key = watch.begin(self._name)
-        for what, tensor in zip("qkv", given[:3], strict=True):
-            watch.keep(what, key, tensor)
-            watch.keep_gradient(f"d{what}", key, tensor)
-        out_BHTV = self._inner.attention(given)
-        watch.keep("y", key, out_BHTV)
-        watch.keep_gradient("dy", key, out_BHTV)
-        return out_BHTV
 
 
 def first_node(y: Tensor, x: Tensor) -> Any:
