@@ -8,7 +8,7 @@ import sys
 
 from cluster.topology import Node, placement_table, require
 from conf.errors import EXIT_OK, UserError
-from conf.load import compose, report
+from conf.load import compose, reported
 from conf.words import say
 
 
@@ -24,15 +24,13 @@ def nodes_of(text: str) -> list[Node]:
     ]
 
 
+@reported
 def main(arguments: list[str]) -> int:
     if not arguments:
         say(__doc__)
         return EXIT_OK
-    try:
-        parallel = compose(*arguments[1:]).parallel
-        say(placement_table(require(nodes_of(arguments[0]), parallel.pp, parallel.stage_ranks, parallel.ep)))
-    except UserError as error:
-        return report(error)
+    parallel = compose(*arguments[1:]).parallel
+    say(placement_table(require(nodes_of(arguments[0]), parallel.pp, parallel.stage_ranks, parallel.ep)))
     return EXIT_OK
 
 

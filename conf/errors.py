@@ -58,3 +58,8 @@ def causes(error: BaseException | None, contexts: bool = False) -> Iterator[Base
         seen.add(id(error))
         yield error
         error = error.__cause__ or (error.__context__ if contexts else None)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of a library says first; its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

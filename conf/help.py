@@ -17,7 +17,7 @@ from rich.table import Table
 
 from conf.errors import EXIT_OK, UserError
 from conf.keys import Key, KeyGroup, attribute_meanings, groups, value_words
-from conf.load import compose_node, explained, report
+from conf.load import compose_node, explained, reported
 from conf.schema import ROOT, Mode
 
 EXPERT = "expert"
@@ -35,22 +35,18 @@ EXAMPLES = (
 )
 
 
+@reported
 def show_help(words: list[str], console: Console | None = None) -> int:
     """The screen for a command line that asks for help; returns the exit code."""
     overrides, names = _sorted_out(words)
     console = console or Console(highlight=False)
-    try:
-        with explained(overrides):
-            values = compose_node(*overrides)
-        if not names:
-            _overview(console, values)
-        expert = EXPERT in names
-        for name in [name for name in names if name != EXPERT] or (
-            [group.name for group in groups()] if expert else []
-        ):
-            console.print(*_section(name, values, expert), sep="\n")
-    except UserError as error:
-        return report(error)
+    with explained(overrides):
+        values = compose_node(*overrides)
+    if not names:
+        _overview(console, values)
+    expert = EXPERT in names
+    for name in [name for name in names if name != EXPERT] or ([group.name for group in groups()] if expert else []):
+        console.print(*_section(name, values, expert), sep="\n")
     return EXIT_OK
 
 

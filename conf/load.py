@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
@@ -297,6 +297,19 @@ def _say(choice: str) -> None:
     """A line on the screen, by one of the ranks that torchrun starts."""
     if os.environ.get("RANK", "0") == "0":
         say_note(choice)
+
+
+def reported(main: Callable[..., int]) -> Callable[..., int]:
+    """The main function of a command, whose errors of the user are printed and become its exit code."""
+
+    @wraps(main)
+    def run_main(*arguments: Any) -> int:
+        try:
+            return main(*arguments)
+        except UserError as error:
+            return report(error)
+
+    return run_main
 
 
 def report(error: UserError) -> int:

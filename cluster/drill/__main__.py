@@ -34,7 +34,7 @@ from cluster.driver.time_split import split_time
 from cluster.driver.view import last_record
 from cluster.run_files import NONE, Age
 from conf.errors import EXIT_CRASH, EXIT_OK, EXIT_STOPPED, EXIT_USER, UserError
-from conf.load import compose, report
+from conf.load import compose, reported
 from conf.schema import ClusterBackend, Config
 from conf.words import say
 
@@ -182,6 +182,7 @@ def worst_difference(a: dict[int, float], b: dict[int, float]) -> tuple[int, flo
     return max(((step, abs(a[step] - b[step]) / abs(a[step])) for step in a), key=lambda pair: pair[1])
 
 
+@reported
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m cluster.drill", description=__doc__.splitlines()[0])
     parser.add_argument("--faults", type=int, default=10)
@@ -194,23 +195,17 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--tolerance", type=float, default=TOLERANCE, help="largest relative difference of a loss")
     options, overrides = parser.parse_known_args(arguments)
     overrides = [*DEFAULTS, *overrides]
-    try:
-        config = compose(*overrides)
-        folders = _folders(config)
-        if options.hosts and (why := missing()):
-            raise UserError("--hosts", options.hosts, why, "leave it out, or run as root with iproute2")
-    except UserError as error:
-        return report(error)
+    config = compose(*overrides)
+    folders = _folders(config)
+    if options.hosts and (why := missing()):
+        raise UserError("--hosts", options.hosts, why, "leave it out, or run as root with iproute2")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_CRASH))  # leave neither hosts nor mounts behind
     codes = {}
     for kind, faults in (("unbroken", 0), ("drill", options.faults)):
         started = time.monotonic()
         with _ground(folders[kind], options, config) as ground:
             drill = Drill([*overrides, f"name={folders[kind].name}"], ground, say, options.only, options.every)
-            try:
-                codes[kind] = drill.run(faults) or _verify(folders[kind])
-            except UserError as error:
-                return report(error)
+            codes[kind] = drill.run(faults) or _verify(folders[kind])
         say(f"{kind}: exit code {codes[kind]} after {time.monotonic() - started:.0f} s")
     if set(codes.values()) != {EXIT_OK}:
         say(f"error: a run did not end well; see {folders['drill'].parent}/*.log", file=sys.stderr)

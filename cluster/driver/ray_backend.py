@@ -31,7 +31,7 @@ from cluster.node.agent import Agent
 from cluster.private_folder import PrivateFolder
 from cluster.spawn import LEASE
 from cluster.topology import Node
-from conf.errors import EXIT_CRASH, EXIT_OK, EXIT_STOPPED, UserError
+from conf.errors import EXIT_CRASH, EXIT_OK, EXIT_STOPPED, UserError, first_line
 from conf.schema import ROOT, Config
 from conf.words import say
 
@@ -139,13 +139,13 @@ class RayFleet:
             self._try_embedded()
         except Exception as error:  # Ray raises what it comes across
             say(
-                f"note: Ray did not come up on this machine ({_first_line(error)}): it is started once more",
+                f"note: Ray did not come up on this machine ({first_line(error)}): it is started once more",
                 file=sys.stderr,
             )
             try:
                 self._try_embedded()
             except Exception as again:
-                raise RayAbsent(_first_line(again)) from again
+                raise RayAbsent(first_line(again)) from again
 
     def _try_embedded(self) -> None:
         # Ray opens its folder, sockets in it, to every user of the machine, so it gets one that no other can reach.
@@ -358,10 +358,6 @@ def _settings(embedded: bool) -> None:
             "start Ray on every node, and this command, with the same RAY_AUTH_MODE=token and RAY_AUTH_TOKEN; "
             "RAY_AUTH_MODE=disabled if the cluster really has none",
         )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _kill_started(folder: Path) -> None:

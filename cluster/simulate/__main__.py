@@ -21,7 +21,7 @@ from cluster.show import nodes_of
 from cluster.simulate.outages import DAY, RATE_PER_DEVICE, TRACE_DAYS, TRACE_SERVERS, by_chance, traced
 from cluster.simulate.run import Pace, SimulatedRun
 from conf.errors import EXIT_OK, UserError
-from conf.load import compose, report, write_config
+from conf.load import compose, reported, write_config
 from conf.schema import Config
 from conf.words import say
 
@@ -158,6 +158,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
+@reported
 def main(words: Sequence[str]) -> int:
     """The table, or JSON; returns the exit code."""
     options = _parse(words)
@@ -166,12 +167,9 @@ def main(words: Sequence[str]) -> int:
     head = f"{'faults':<22} {'devices':>7} {'spares':>6} {'copies':>6} {'starts':>6} {'effective':>9} {'of held':>7}  "
     if not options.json:
         say(head + " ".join(f"{name:>9}" for name in columns))
-    try:
-        for scenario in scenarios(options):
-            found = play_scenario(replace(scenario, seed=options.seed), pace)
-            say(json.dumps(asdict(found)) if options.json else _row(found, columns), flush=True)
-    except UserError as error:
-        return report(error)
+    for scenario in scenarios(options):
+        found = play_scenario(replace(scenario, seed=options.seed), pace)
+        say(json.dumps(asdict(found)) if options.json else _row(found, columns), flush=True)
     if not options.json:
         say(
             "effective: training x ranks at work / ranks wanted; of held: over all nodes held, idle spares too; the rest in % of all time"

@@ -8,24 +8,22 @@ from pathlib import Path
 
 from cluster.run_files import STEP_FOLDERS
 from conf.errors import EXIT_CRASH, EXIT_OK, EXIT_USER, UserError
-from conf.load import report
+from conf.load import reported
 from conf.words import one_line, say
 from train.checkpoint.manifest import verify
 
 
+@reported
 def main(folders: list[str]) -> int:
     if not folders or {"-h", "--help"} & set(folders):
         say(__doc__)
         return EXIT_OK if folders else EXIT_USER
     code = EXIT_OK
-    try:
-        for folder in map(Path, folders):
-            for checkpoint in _checkpoints(folder):
-                problems = verify(checkpoint, full=True)
-                say(f"{one_line(checkpoint)}: {'; '.join(problems) or 'intact'}")
-                code = EXIT_CRASH if problems else code
-    except UserError as error:
-        return report(error)
+    for folder in map(Path, folders):
+        for checkpoint in _checkpoints(folder):
+            problems = verify(checkpoint, full=True)
+            say(f"{one_line(checkpoint)}: {'; '.join(problems) or 'intact'}")
+            code = EXIT_CRASH if problems else code
     return code
 
 

@@ -22,7 +22,7 @@ from rich.console import Console
 from cluster.spawn import processes_named
 from conf.disk import describe_room, size_in_words
 from conf.errors import EXIT_OK, EXIT_USER, UserError
-from conf.load import compose, report
+from conf.load import compose, reported
 from conf.schema import ROOT, Config
 from conf.screen import Terminal
 from conf.words import say
@@ -48,18 +48,16 @@ class DoctorLine:
     stops: bool = False
 
 
+@reported
 def main(words: list[str]) -> int:
     """What follows `doctor`: `--constraints`, or overrides of a recipe; returns the exit code."""
     if words == ["--constraints"]:
         say("\n".join(constraints()))
         return EXIT_OK
-    try:
-        config = compose(*words)
-        console = Terminal()
-        with console.status("looking at this machine"):
-            findings = list(find_all(config))
-    except UserError as error:
-        return report(error)
+    config = compose(*words)
+    console = Terminal()
+    with console.status("looking at this machine"):
+        findings = list(find_all(config))
     return doctor_screen(findings, console)
 
 

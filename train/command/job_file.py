@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 
 from conf.errors import EXIT_OK, UserError
-from conf.load import compose, report
+from conf.load import compose, reported
 from conf.schema import ROOT, Config, Mode
 from conf.words import say
 from train import __version__
@@ -95,13 +95,11 @@ class Job:
         return found
 
 
+@reported
 def main(words: Sequence[str], plan: Callable[[Config], tuple[str, float, float]]) -> int:
     """What follows `launch`; returns the exit code. plan: the verdict in words, hours, and bytes that a node offloads."""
-    try:
-        kind, options, recipe = _split(words)
-        say(FILE_KINDS[kind](_job(kind, recipe, options, plan)).rstrip())
-    except UserError as error:
-        return report(error)
+    kind, options, recipe = _split(words)
+    say(FILE_KINDS[kind](_job(kind, recipe, options, plan)).rstrip())
     say(f"how to start it: cluster/docs/launch.md#{kind}", file=sys.stderr)
     return EXIT_OK
 

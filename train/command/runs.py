@@ -20,7 +20,7 @@ from rich.table import Table
 from cluster.run_files import STEP_FOLDERS
 from conf.disk import size_in_words
 from conf.errors import EXIT_OK, UserError
-from conf.load import report
+from conf.load import reported
 from conf.screen import Terminal
 from conf.words import say
 from train.checkpoint.manifest import newest_intact
@@ -48,15 +48,9 @@ class RunSummary:
     disk_bytes: int
 
 
+@reported
 def main(words: Sequence[str]) -> int:
     """What follows `runs` on the command line; returns the exit code."""
-    try:
-        return _main(words)
-    except UserError as error:
-        return report(error)
-
-
-def _main(words: Sequence[str]) -> int:
     given = sort_words("sluice runs", words)
     names, flags, folder = given.names, given.flags, given.runs
     cleans = names[:1] == ["clean"]

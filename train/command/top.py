@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import select
+import signal
 import sys
 import termios
 import time
@@ -20,9 +21,9 @@ import psutil
 from rich.console import Group
 from rich.live import Live
 
-from cluster.stacks import ask_stacks, read_stacks
+from cluster.stacks import gather_stacks, handles
 from conf.errors import EXIT_OK, UserError
-from conf.load import report
+from conf.load import reported
 from conf.screen import Terminal
 from conf.words import say
 from train.command.command_words import sort_words
@@ -35,12 +36,10 @@ STACKS_LIMIT = 5.0
 SEQUENCES = {"\x1b[A": "up", "\x1b[B": "down", "\x1bOA": "up", "\x1bOB": "down", "\r": "enter", "\n": "enter", "\x1b": "esc", "\x7f": "back", "k": "up", "j": "down"}  # fmt: skip
 
 
+@reported
 def main(words: Sequence[str]) -> int:
     """What follows `top` on the command line; returns the exit code."""
-    try:
-        reader, as_json = _asked(words)
-    except UserError as error:
-        return report(error)
+    reader, as_json = _asked(words)
     if as_json:
         say(json.dumps(reader.read().plain(), indent=1, allow_nan=False))
         return EXIT_OK
@@ -114,14 +113,10 @@ class _Stacks:
             return ["only a rank that this machine runs can be asked, without cluster=ray"]
         if not _is_ours(view.pid, time.time() - view.age):
             return [f"process {view.pid} of this rank has ended"]
-        if not ask_stacks(self._logs, rank, view.pid):
+        if not handles(view.pid, signal.SIGUSR1):
             return ["it does not answer yet: it still imports"]
-        ends = time.monotonic() + STACKS_LIMIT
-        while time.monotonic() < ends:
-            if (text := read_stacks(self._logs, rank, view.pid)) is not None:
-                return text.splitlines()
-            time.sleep(0.05)
-        return [f"no answer within {STACKS_LIMIT:.0f} s: it is stopped, or stuck in the kernel"]
+        stacks = gather_stacks(self._logs, {rank: view.pid}, STACKS_LIMIT)
+        return stacks[rank].splitlines() if stacks else ["no answer: it is stopped, or stuck in the kernel"]
 
 
 def _is_ours(pid: int, said_at: float) -> bool:

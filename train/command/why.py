@@ -22,7 +22,7 @@ from cluster.incident import describe_incident, incident_screen, judge_hang, new
 from cluster.spawn import is_stopped, lives
 from cluster.stacks import gather_stacks
 from conf.errors import EXIT_OK, UserError
-from conf.load import report
+from conf.load import reported
 from conf.words import say
 from train.checkpoint.run_folder import is_held
 from train.command.command_words import sort_words
@@ -31,15 +31,9 @@ ASKED_SECONDS = 3.0
 """That ranks get to say where they are."""
 
 
+@reported
 def main(words: Sequence[str]) -> int:
     """What follows `why` on the command line; returns the exit code."""
-    try:
-        return _main(words)
-    except UserError as error:
-        return report(error)
-
-
-def _main(words: Sequence[str]) -> int:
     given = sort_words("sluice why", words)
     name = given.one_run()
     folder = given.runs / name

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conf.errors import EXIT_OK, UserError
+from conf.errors import EXIT_OK, UserError, first_line
 from conf.files import atomic_write_text
 from conf.schema import Config, Model
 from conf.words import say
@@ -181,7 +181,7 @@ def _entity(wandb: Any, config: Config) -> str:
 
 
 def _no_answer(config: Config, error: Exception) -> UserError:
-    line = (str(error).splitlines() or [type(error).__name__])[0]
+    line = first_line(error)
     return UserError(
         "log.wandb_project", config.log.wandb_project, f"the W&B server took no workspace: {line}", "try again later"
     )

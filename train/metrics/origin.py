@@ -22,7 +22,6 @@ import shutil
 import subprocess
 import sys
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from conf.files import atomic_write_json
 from conf.schema import ROOT
 from train import __version__
 from train.command.program import COMMAND, typed_command
+from train.kernels.fp8.installed import version
 
 STARTS_FILE = "starts.json"
 KEPT = 100
@@ -66,7 +66,7 @@ def record_machine(folder: Path, device: str, ranks: int, is_gpu: bool = False) 
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": psutil.virtual_memory().total,
     }
-    versions = {COMMAND: __version__, "python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
+    versions = {COMMAND: __version__, "python": platform.python_version()} | {name: version(name) for name in PACKAGES}
     found = {name: version for name, version in versions.items() if version is not None}
     _write(folder, [*before, newest | {"machine": machine, "ranks": ranks, "versions": found}])
 
@@ -143,13 +143,6 @@ def _git(*words: str) -> str | None:
     except (OSError, subprocess.SubprocessError):  # another user's repository, a damaged one, a slow disk
         return None
     return done.stdout.strip()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _write(folder: Path, starts: list[StartRecord]) -> None:

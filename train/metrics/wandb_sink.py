@@ -30,6 +30,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from conf.errors import first_line
 from conf.schema import ROOT, Log, WandbMode
 from conf.words import harmless, one_line
 from train.metrics.names import LAYER_LOAD_EVERY, Record, is_event, is_layer_metric
@@ -208,7 +209,7 @@ class WandbSink:
         try:
             self._log_all()
         except Exception as error:  # whatever it is, it must not reach the training; the note says it
-            self._switch_off(f"{type(error).__name__}: {_first_line(error)}")
+            self._switch_off(f"{type(error).__name__}: {first_line(error)}")
 
     def _log_all(self) -> None:
         import wandb  # takes a second, hence here
@@ -237,7 +238,7 @@ class WandbSink:
         try:
             item(wandb, run, logged)
         except Exception as error:  # such as a checkpoint that is removed meanwhile; the records go on
-            self._note(f"W&B does without {item.__qualname__.partition('.')[0]}: {_first_line(error)}")
+            self._note(f"W&B does without {item.__qualname__.partition('.')[0]}: {first_line(error)}")
 
     def _start(self, wandb: ModuleType) -> Any:
         settings = {
@@ -256,7 +257,7 @@ class WandbSink:
             try:
                 run = wandb.init(**arguments, mode="online", settings=wandb.Settings(**settings))
             except Exception as error:
-                self._note(f"W&B goes offline, the server gave no run: {_first_line(error)}")
+                self._note(f"W&B goes offline, the server gave no run: {first_line(error)}")
                 wandb.teardown()  # else the id counts as in use
                 wandb.setup(wandb.Settings(silent=True))
             else:
@@ -327,7 +328,3 @@ def load_histogram(load: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     counts_LE = np.array([np.asarray(row, np.float64) for row in load.values()])
     shares_LE = counts_LE / np.maximum(counts_LE.mean(axis=1, keepdims=True), 1e-9)
     return np.histogram(np.minimum(shares_LE, LOAD_TOP), bins=LOAD_BINS, range=(0.0, LOAD_TOP))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
