@@ -10,11 +10,9 @@ writing beside the training counted as time that is lost with a failure)
 and the best T is the one with the least of it for a second of training, but not less than w, as the next save waits for the last.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
-
-from scipy.optimize import minimize_scalar
-from scipy.stats import poisson
 
 from conf.schema import Config
 from train.model.count import checkpoint_bytes
@@ -50,14 +48,12 @@ class SaveCosts:
 
     @property
     def best_interval(self) -> float:
-        """With the largest effective share."""
-        most = 20 * self.between_failures
-        found = minimize_scalar(
-            lambda x: -math.log(max(self.effective(math.exp(x)), 1e-300)),
-            bounds=(0.0, math.log(most)),
-            method="bounded",
-        )
-        return max(self.write, math.exp(found.x))
+        """With the largest effective share: there x = (T + s) / M is 1 + s / M - exp(-x), which Newton's steps come down to from above."""
+        stall = max(self.stall / self.between_failures, 1e-12)
+        x = stall + math.sqrt(2 * stall)  # Young's root is never below it
+        for _ in range(20):
+            x += (x - stall + math.expm1(-x)) / math.expm1(-x)
+        return max(self.write, self.between_failures * x - self.stall)
 
 
 @dataclass(frozen=True)
@@ -108,5 +104,11 @@ def plan_failures(config: Config, step_seconds: float) -> Failures | None:
         effective_share=saving.effective(interval),
         best_steps=best,
         best_share=on_disk.effective(best * step_seconds),
-        spare_nodes=int(poisson.ppf(COVERED, REPAIR / between)),
+        spare_nodes=spares(REPAIR / between),
     )
+
+
+def spares(mean: float) -> int:
+    """The least number that is enough in COVERED of the time where so many are out in the mean (a Poisson distribution)."""
+    shares = (math.exp(count * math.log(mean) - mean - math.lgamma(count + 1)) for count in itertools.count())
+    return next(count for count, share in enumerate(itertools.accumulate(shares)) if share >= COVERED)
