@@ -5,6 +5,7 @@ train.worker itself runs in every rank: it sets how this process's memory is man
 was. Here it is imported for what it imports, without that setting, and forgotten.
 """
 
+import gc
 import shutil
 import sys
 import tempfile
@@ -24,3 +25,5 @@ compose()
 with tempfile.TemporaryDirectory() as folder:
     shutil.copytree(Path(__file__).parent / "old_runs" / "v0_1_0" / "runs" / "run", folder, dirs_exist_ok=True)
     write_report(Path(folder))
+gc.collect()
+gc.freeze()  # else Python's collector would touch the pages of all this in every rank, and so copy them
