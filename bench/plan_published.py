@@ -30,7 +30,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import t
 
 from bench.published_jobs import DEEPSEEK, OURS, PublishedJob, published_jobs
 from conf.load import compose
@@ -217,6 +216,8 @@ def plan_jobs(only: str = "") -> list[PlannedJob]:
 
 def spread_of(jobs: Sequence[PlannedJob]) -> float:
     """Half the width, in logarithms, of an interval that holds four of five jobs."""
+    from scipy.stats import t  # takes a second to import
+
     squares: dict[str, list[float]] = defaultdict(list)
     for one in jobs:
         squares[one.job.source].append(one.error**2)

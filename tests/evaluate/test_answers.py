@@ -6,7 +6,6 @@ import random
 import numpy as np
 import pytest
 import torch
-from rouge_score.rouge_scorer import RougeScorer
 
 from conf.errors import EXIT_OK, UserError
 from conf.load import compose
@@ -21,6 +20,8 @@ torch.set_num_threads(1)
 
 
 def test_rouge_l_is_that_of_rouge_score():
+    from rouge_score.rouge_scorer import RougeScorer  # brings nltk and scikit-learn
+
     draw, theirs = random.Random(3), RougeScorer(["rougeL"])
     words = ["Return", "the", "line's", "end", "of_file", "3.5", "(x)", "caf\u00e9", ""]
     for _ in range(300):

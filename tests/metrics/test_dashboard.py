@@ -7,7 +7,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from wandb_workspaces import workspaces
 
 from conf.errors import EXIT_OK, UserError
 from conf.load import compose, write_config
@@ -85,8 +84,10 @@ def test_with_a_key_it_saves_and_prints_the_link(config, monkeypatch, capsys):
     saved = []
     monkeypatch.setattr(dashboard, "has_key", lambda wandb: True)
     monkeypatch.setattr("wandb.Api", lambda **_: SimpleNamespace(default_entity="team"))
-    monkeypatch.setattr(workspaces.Workspace, "save", lambda self: saved.append(self))
-    monkeypatch.setattr(workspaces.Workspace, "url", property(lambda self: f"link/{self.entity}/{self.project}"))
+    monkeypatch.setattr("wandb_workspaces.workspaces.Workspace.save", lambda self: saved.append(self))
+    monkeypatch.setattr(
+        "wandb_workspaces.workspaces.Workspace.url", property(lambda self: f"link/{self.entity}/{self.project}")
+    )
     assert build_dashboard(config) == EXIT_OK
     assert saved[0].name == "Sluice: laid_out" and "link/team/sluice" in capsys.readouterr().out
 
@@ -97,7 +98,7 @@ def test_a_server_without_an_answer_is_one_screen(config, tmp_path, monkeypatch)
 
     monkeypatch.setattr(dashboard, "has_key", lambda wandb: True)
     monkeypatch.setattr("wandb.Api", lambda **_: SimpleNamespace(default_entity="team"))
-    monkeypatch.setattr(workspaces.Workspace, "save", fail)
+    monkeypatch.setattr("wandb_workspaces.workspaces.Workspace.save", fail)
     with pytest.raises(UserError, match=r"took no workspace: connection refused\n") as caught:
         build_dashboard(config)
     assert caught.value.field == "log.wandb_project" and (tmp_path / "laid_out" / "dashboard.json").exists()
