@@ -1,5 +1,6 @@
 """The program as pip installs it: what a wheel carries, and runs from a folder whose files have the names of our packages."""
 
+import ast
 import json
 import os
 import re
@@ -7,11 +8,15 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import venv
 import zipfile
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from conf.schema import ROOT
 from tests.small import arguments
@@ -23,6 +28,37 @@ SOURCES = (*PACKAGES, "pyproject.toml", "README.md", "LICENSE")
 SITE = f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
 STRANGER = "from pathlib import Path\nPath(__file__).with_suffix('.ran').touch()\nraise SystemExit('a stranger ran')\n"
 STRANGERS = ("train.py", "conf/__init__.py", "cluster/__init__.py", "parallel.py", "hydra.py", "torch/__init__.py")
+
+
+ON_REQUEST = {"datasets", "deep_ep", "lm_eval", "pandas", "triton"}
+"""Packages that extras bring, or a CUDA build of torch; without them an error names what to install."""
+
+
+@pytest.mark.slow
+def test_the_product_imports_only_what_its_installation_brings():
+    """Not what some other package of ours happens to bring: scipy is here with the tests alone."""
+    wanted, brought = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"], set()
+    while wanted:
+        one = Requirement(wanted.pop())
+        name = canonicalize_name(one.name)
+        if name in brought or (one.marker and not one.marker.evaluate({"extra": ""})):
+            continue
+        brought.add(name)
+        try:
+            wanted += requires(name) or []
+        except PackageNotFoundError:  # of another platform
+            continue
+    modules = {
+        module for module, names in packages_distributions().items() if brought & {*map(canonicalize_name, names)}
+    }
+    foreign = set()
+    for file in (file for package in PACKAGES for file in (ROOT / package).rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import | ast.ImportFrom) and not getattr(node, "level", 0):
+                names = [node.module] if isinstance(node, ast.ImportFrom) else [each.name for each in node.names]
+                foreign |= {(name.partition(".")[0], file.relative_to(ROOT).as_posix()) for name in names}
+    known = {*sys.stdlib_module_names, *PACKAGES, *modules, *ON_REQUEST}
+    assert [one for one in sorted(foreign) if one[0] not in known] == []
 
 
 def in_environment(python: Path | str, *words: str, folder: Path, **more: str) -> subprocess.CompletedProcess:
