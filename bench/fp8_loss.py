@@ -8,7 +8,7 @@ of the moving averages (decay 0.9) of the losses, per step, averaged over the se
 its mean from step 100 on with the standard error over the seeds: two runs of a small model differ by more than FP8 changes
 the loss, also both in bf16, so that it takes several to see it. The paper's bound is 0.25 %.
 
-    fp8, fp8_ue8m0   the recipes of conf/precision
+    fp8, fp8_ue8m0, mxfp8   the recipes of conf/precision
     tensor           one scale per tensor, everywhere
     block            gradients in 128x128 blocks, which made the paper's model diverge (B.2)
     wgrad_bf16       weight gradients in bf16
@@ -32,6 +32,7 @@ RECIPES = {
     "rounding": ["precision=bf16", "micro_batch_size=4"],
     "fp8": ["precision=fp8"],
     "fp8_ue8m0": ["precision=fp8_ue8m0"],
+    "mxfp8": ["precision=mxfp8"],
     "tensor": ["precision=fp8", *(f"precision.fp8.{operand}=e4m3/tensor/fp32" for operand in OPERANDS)],
     "block": ["precision=fp8", "precision.fp8.gradient=e4m3/128x128/fp32"],
     "wgrad_bf16": [

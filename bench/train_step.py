@@ -9,7 +9,8 @@ alone. That favours the peers in time and memory, most where a step has few toke
 
 Each side is a process of its own, set up as its users run it (ours tunes the allocator at start, transformers takes its
 default experts; for torchtitan see bench/torchtitan_peer.py), and they take turns, so that the noise of the machine falls
-on all. Prints medians, the ratio of ours to each, and the range of the ratio over the rounds. A peer that cannot run is
+on all. Prints medians, the ratio of ours to each, its range over the rounds, and the ratio of CPU seconds of a step, which other
+work on the machine disturbs less. A peer that cannot run is
 named with the reason.
 
     python -m bench.train_step [--threads 2] [--dtype best|bf16|fp32] [--rounds 7] [--shape debug|v3|tiny] [--length 512] [--mtp]
@@ -27,7 +28,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from bench.sides import Side, SideResult, fastest, ratios, serve, take_turns
+from bench.sides import Side, SideResult, cpu_ratio, fastest, ratios, serve, take_turns
 from bench.torchtitan_peer import environment
 
 SHAPES = {
@@ -167,6 +168,7 @@ def main() -> None:
         if name != "ours" and isinstance(ours, SideResult):
             each = ratios(ours, result)
             line += f"  ours is {statistics.median(each):.2f} times as fast ({min(each):.2f} to {max(each):.2f})"
+            line += f", {cpu_ratio(ours, result):.2f} by CPU seconds"
         print(line)
     return None
 

@@ -50,7 +50,7 @@ SMALLEST_SHARE = 1e-6
 """The smallest share of a mix: what train/data/mix.py can tell from nothing."""
 IN_PARTS = next(name for name, facts in SCHEDULES.items() if facts.stages is None)
 """The schedule that takes parallel.virtual_stages."""
-OPERAND = re.compile(r"bf16|(e4m3|e5m2)/(1x128|128x128|row|tensor)/(fp32|pow2)")
+OPERAND = re.compile(r"bf16|(e4m3|e5m2)/((1x128|128x128|row|tensor)/(fp32|pow2)|1x32/pow2)")
 
 
 class ConfigCheck(Protocol):
@@ -189,7 +189,10 @@ def _check_products(config: Config) -> None:
         path, operands = f"precision.fp8.{family}.{name}", vars(getattr(getattr(config.precision.fp8, family), name))
         for operand, value in operands.items():
             if OPERAND.fullmatch(value) is None:
-                rule = "must be bf16 or FORMAT/GRANULARITY/SCALE: e4m3|e5m2 / 1x128|128x128|row|tensor / fp32|pow2"
+                rule = (
+                    "must be bf16 or FORMAT/GRANULARITY/SCALE: e4m3|e5m2 / 1x128|128x128|row|tensor / fp32|pow2, or e4m3|e5m2 / "
+                    "1x32 / pow2"
+                )
                 raise UserError(f"{path}.{operand}", value, rule, "use e4m3/1x128/fp32")
         if len({value == "bf16" for value in operands.values()}) == 2:
             given = ", ".join(f"{key}={value}" for key, value in operands.items())
@@ -526,7 +529,7 @@ PARALLEL: tuple[ConfigCheck, ...] = (
 )
 
 PRECISION: tuple[ConfigCheck, ...] = (
-    JoinedRule("precision.fp8", lambda c, v: (v is not None) == c.precision.name.startswith("fp8"),
+    JoinedRule("precision.fp8", lambda c, v: (v is not None) == ("fp8" in c.precision.name),
                "must be set for a recipe with FP8 products and for no other",
                "choose precision=fp8, which fills it", shown=lambda c, v: "null" if v is None else "set"),
     JoinedRule("precision.fp8", lambda c, v: not (v and v.hold_weights and c.parallel.zero == 3),

@@ -76,7 +76,7 @@ KeptInput = StrEnum("KeptInput", ["fp8", "bf16"])
 KeptOutput = StrEnum("KeptOutput", ["e5m6", "fp8", "bf16"])
 HighFormat = StrEnum("HighFormat", ["fp32", "bf16"])
 Fp8Backend = StrEnum("Fp8Backend", ["triton", "deepgemm"])
-PrecisionName = StrEnum("PrecisionName", ["fp32", "bf16", "fp8", "fp8_ue8m0"])
+PrecisionName = StrEnum("PrecisionName", ["fp32", "bf16", "fp8", "fp8_ue8m0", "mxfp8"])
 ExportType = StrEnum("ExportType", ["bf16", "fp32", "fp8"])
 ScoreFunction = StrEnum("ScoreFunction", ["sigmoid", "softmax"])
 ModelFamily = StrEnum("ModelFamily", ["deepseek_v3", "kimi_k25", "glm4_moe_lite", "mistral_large_3"])
@@ -567,7 +567,8 @@ class Fp8:
     """The FP8 recipe (paper 3.3). An operand is FORMAT/GRANULARITY/SCALE.
 
     FORMAT: e4m3 or e5m2. GRANULARITY, what shares a scale: 1x128 (128 values along the contraction: 1x128 in Fprop and
-    Dgrad, 128x1 in Wgrad), 128x128, row (all of the contraction) or tensor. SCALE: fp32, or pow2 (a power of two).
+    Dgrad, 128x1 in Wgrad), 1x32 (32 values so, with pow2 and on a CPU alone), 128x128, row (all of the contraction) or
+    tensor. SCALE: fp32, or pow2 (a power of two).
     The operand `bf16` leaves a product in bf16; both operands of a product are bf16 or neither.
     """
 
@@ -613,7 +614,8 @@ class Precision:
     """Number formats of the matrix products. Master weights are fp32 in all of them."""
 
     name: PrecisionName = PrecisionName.fp32
-    """fp32, bf16, or a recipe with FP8 products: fp8 (the paper's) or fp8_ue8m0 (every scale a power of two)."""
+    """fp32, bf16, or a recipe with FP8 products: fp8 (the paper's), fp8_ue8m0 (every scale a power of two) or mxfp8 (so, and a
+    scale for 32 values; on a CPU alone)."""
     moments: HighFormat = HighFormat.bf16
     """Format of the two Adam moments: bf16 (paper 3.3.3) or fp32."""
     fp8: Fp8 | None = None

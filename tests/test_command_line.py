@@ -110,7 +110,7 @@ MISTAKES = {
     "batch=4": "did you mean batch_size=4?",
     "colour=3": "`python -m train --help`, lists recipes, groups and keys",
     "-m stesp=1,2": "did you mean steps=1,2",
-    "precision=bf16 precision.fp8.cache.linear=fp8": "choose precision=fp8 or precision=fp8_ue8m0, or leave it out",
+    "precision=bf16 precision.fp8.cache.linear=fp8": "choose precision=fp8 or precision=fp8_ue8m0 or precision=mxfp8, or leave it out",
     # way of writing
     "--config-name tiny": "write conf=tiny",
     "--config-name=mine": "write conf=NAME, with --config-dir FOLDER for your own",

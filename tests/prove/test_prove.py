@@ -56,6 +56,7 @@ MORE = {
         "parallel.pp=2", "parallel.cp=2", "parallel.ep=2", "parallel.schedule=dualpipev", "parallel.wire=fp8", "precision=fp8",
         "model.recompute=[norm,mla_up,swiglu,layer]",
     ],
+    "dp2_ep2_mxfp8": ["parallel.dp=2", "parallel.ep=2", "parallel.wire=fp8", "precision=mxfp8"],
     "dp4_ep2_zero3": ["parallel.dp=4", "parallel.ep=2", "parallel.zero=3", "model.recompute=[layer]"],
 }  # fmt: skip
 """Of which rows have most: some at every commit."""

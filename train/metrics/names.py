@@ -58,7 +58,7 @@ NORMS_WHEN = "every log.norms_every steps"
 QK_WHEN = "optim.qk_clip"
 PLAN_WHEN = "after mode=plan of the same name and recipe"
 PLAN_HERE = "after mode=plan of the same name and recipe, for this very device"
-FP8_WHEN = "precision=fp8 or fp8_ue8m0, every precision.fp8.health.every steps"
+FP8_WHEN = "precision=fp8, fp8_ue8m0 or mxfp8, every precision.fp8.health.every steps"
 SCALARS = (
     Metric("step", int, "steps", "optimizer steps done, this one included"),
     Metric("tokens", int, "tokens", "tokens consumed since the start of the run"),

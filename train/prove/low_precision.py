@@ -115,7 +115,7 @@ class Rule:
 
     form: PlainFormat
     shared: str
-    """What shares a scale: 1x128, 128x128, row (all of the sum) or tensor."""
+    """What shares a scale: 1x128, 1x32, 128x128, row (all of the sum) or tensor."""
     is_power: bool
     """Whether scales are powers of two."""
     floor: float
@@ -125,9 +125,8 @@ class Rule:
 
     def block(self, along: int) -> tuple[int | None, int | None]:
         """Rows and columns that share a scale, None for all, of a matrix that is summed over this axis."""
-        across_along = {"1x128": (1, TILE), "128x128": (TILE, TILE), "row": (1, None), "tensor": (None, None)}[
-            self.shared
-        ]
+        sides = {"1x128": (1, TILE), "1x32": (1, 32), "128x128": (TILE, TILE), "row": (1, None), "tensor": (None, None)}
+        across_along = sides[self.shared]
         return across_along if along == -1 else across_along[::-1]
 
 
@@ -264,7 +263,7 @@ def _known(field: str, value: str, known: Sequence[str]) -> str:
 
 def _known_parts(field: str, text: str) -> list[str]:
     parts = text.split("/")
-    known = (("e4m3", "e5m2"), ("1x128", "128x128", "row", "tensor"), ("fp32", "pow2"))
+    known = (("e4m3", "e5m2"), ("1x128", "1x32", "128x128", "row", "tensor"), ("fp32", "pow2"))
     if len(parts) != len(known):
         _known(field, text, ["bf16", "FORMAT/GRANULARITY/SCALE"])
     return [_known(field, part, choices) for part, choices in zip(parts, known, strict=True)]

@@ -47,7 +47,7 @@ def loss_and_gradients(precision, config: Model) -> tuple[float, dict[str, Tenso
     return loss.item(), {name: parameter.grad.float() for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("name", ["fp8", "fp8_ue8m0"])
+@pytest.mark.parametrize("name", ["fp8", "fp8_ue8m0", "mxfp8"])
 def test_model_trains_close_to_bf16(name):
     """Dense layers: with experts, a token that changes its expert moves the gradients by far more than a rounding."""
     config = replace(SMALL, dense_layers=2, mtp_depth=0)

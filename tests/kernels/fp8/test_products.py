@@ -93,6 +93,20 @@ def test_linear_follows_the_paper(agrees: Check):
     assert agrees(dw, (cast(g, 128, 1, floor=1e-12).t() @ again).bfloat16())
 
 
+def test_mxfp8_has_a_scale_for_32_values_along_each_contraction():
+    x, w, g = normal(2, 150, 200), normal(140, 200, seed=1) * 0.1, normal(2, 150, 140, seed=2) * 1e-6
+    y, dx, dw = run(build(name="mxfp8").linear, [x, w], g)
+    x, g = x.view(300, 200), g.view(300, 140)
+    power, low = {"pow2": True}, {"pow2": True, "floor": 1e-12}
+    again = cast(cast(x, 1, 32, **power), 32, 1, **power)  # what is kept is the 1x32 cast
+    for ours, plain in (
+        (y.view(300, 140), cast(x, 1, 32, **power) @ cast(w, 1, 32, **power).t()),
+        (dx.view(300, 200), cast(g, 1, 32, **low) @ cast(w, 32, 1, **power)),
+        (dw, cast(g, 32, 1, **low).t() @ again),
+    ):
+        assert near(ours, plain.bfloat16(), error=1e-4)
+
+
 def test_output_projection_is_kept_in_e5m6(agrees: Check):
     x, w, g = normal(130, 128), normal(64, 128, seed=1), normal(130, 64, seed=2)
     y, _, dw = run(lambda x, w: build().linear(x, w, "output"), [x, w], g)

@@ -6,8 +6,11 @@ import pytest
 
 pytest.importorskip("triton")
 
+from conf.errors import UserError
+from conf.load import compose
+from train.kernels.choice import build_kernels
 from train.kernels.fp8 import triton_quantize
-from train.plan.memory.meta_device import _KERNELS
+from train.plan.memory.meta_device import _KERNELS, meta_precision
 
 
 @pytest.mark.parametrize("name", list(vars(_KERNELS)))
@@ -16,3 +19,10 @@ def test_a_stand_in_has_the_kernels_parameters(name):
         return [(one.name, one.default) for one in inspect.signature(function).parameters.values()]
 
     assert taken(getattr(_KERNELS, name)) == taken(getattr(triton_quantize, name))
+
+
+def test_a_format_that_no_gpu_multiplies_is_refused():
+    precision = compose("precision=mxfp8").precision
+    with pytest.raises(UserError, match="is emulated on a CPU alone"):
+        meta_precision(precision, "cuda", build_kernels("cpu"), True)
+    assert meta_precision(precision, "cpu", build_kernels("cpu"), True).dtype.itemsize == 2

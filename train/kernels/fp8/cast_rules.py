@@ -6,7 +6,7 @@ A linear layer has three products, each of a left and a right operand:
     Dgrad   dx = dy w       gradient, weight         contracted over the outputs
     Wgrad   dw = dy^T x     gradient, activation     contracted over the tokens
 
-Tiles of 128 lie along the contraction, so the same rule is 1x128 of a tensor that is contracted over its last
+Tiles of 128 (of 32 in MXFP8) lie along the contraction, so the same rule is 1x128 of a tensor that is contracted over its last
 dimension and 128x1 of one that is contracted over its first.
 """
 
@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from conf.schema import Fp8, Products
 from parallel.expert.wire import GRADIENT_FLOOR
-from train.kernels.fp8.formats import E4M3, E5M2, E5M6, TILE, WHOLE_SIDE, Cast, Format
+from train.kernels.fp8.formats import E4M3, E5M2, E5M6, MX_TILE, TILE, WHOLE_SIDE, Cast, Format
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class OperandRule:
         assert self.format is not None
         rows, columns = {
             "1x128": (1, TILE),
+            "1x32": (1, MX_TILE),
             "128x128": (TILE, TILE),
             "row": (1, WHOLE_SIDE),
             "tensor": (WHOLE_SIDE, WHOLE_SIDE),

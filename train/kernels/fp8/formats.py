@@ -14,6 +14,8 @@ from torch import Tensor
 
 from parallel.expert.quantized_rows import TILE
 
+MX_TILE = 32
+"""Values along a contraction that share a scale in MXFP8 (OCP Microscaling Formats, v1.0)."""
 AMAX_FLOOR = 1e-4
 """Smallest max-abs that a scale is made for, so that an all-zero tile has a finite scale (paper 3.3.2 kernels)."""
 

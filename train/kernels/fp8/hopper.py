@@ -219,7 +219,7 @@ class HopperEngine:
 
 def load_hopper(fp8: Fp8) -> HopperEngine:
     """The engine of this GPU. Raises UserError for what it lacks."""
-    _check_recipe(fp8)
+    check_recipe(fp8)
     require_fit(deep_gemm=False)
     kernels, ours = (
         importlib.import_module(f"train.kernels.fp8.{name}") for name in ("triton_quantize", "triton_products")
@@ -237,8 +237,8 @@ def needs_deep_gemm(fp8: Fp8) -> bool:
     return fp8.backend == Fp8Backend.deepgemm
 
 
-def _check_recipe(fp8: Fp8) -> None:
-    """No product takes E5M2, and those of experts take weights in blocks only."""
+def check_recipe(fp8: Fp8) -> None:
+    """No product takes E5M2 or tiles of 32, and those of experts take weights in blocks only. Raises UserError."""
     for families, library in (
         (("experts_up", "experts_down"), "the products of experts have no other format"),
         (("dense", "output"), "blockwise torch.nn.functional.scaled_mm takes no other format"),
@@ -247,6 +247,10 @@ def _check_recipe(fp8: Fp8) -> None:
             if operand.startswith("e5m2"):
                 rule = f"must be e4m3 or bf16 on CUDA: {library}"
                 raise UserError(f"precision.fp8.{', '.join(families)}", operand, rule, "use e4m3/1x128/fp32")
+            if "/1x32/" in operand:
+                rule = "is emulated on a CPU alone: Hopper's products have tiles of 128, and those of Blackwell are not called yet"
+                cure = "use precision=fp8 on Hopper, precision=bf16 on Blackwell, or a CPU"
+                raise UserError(f"precision.fp8.{', '.join(families)}", operand, rule, cure)
     for family in ("experts_up", "experts_down"):
         for product in ("fprop", "dgrad"):
             weight = getattr(getattr(fp8, family), product).weight
