@@ -219,7 +219,7 @@ class HopperEngine:
 
 def load_hopper(fp8: Fp8) -> HopperEngine:
     """The engine of this GPU. Raises UserError for what it lacks."""
-    check_recipe(fp8)
+    check_gpu_operands(fp8)
     require_fit(deep_gemm=False)
     kernels, ours = (
         importlib.import_module(f"train.kernels.fp8.{name}") for name in ("triton_quantize", "triton_products")
@@ -237,7 +237,7 @@ def needs_deep_gemm(fp8: Fp8) -> bool:
     return fp8.backend == Fp8Backend.deepgemm
 
 
-def check_recipe(fp8: Fp8) -> None:
+def check_gpu_operands(fp8: Fp8) -> None:
     """No product takes E5M2 or tiles of 32, and those of experts take weights in blocks only. Raises UserError."""
     for families, library in (
         (("experts_up", "experts_down"), "the products of experts have no other format"),

@@ -15,7 +15,8 @@ A tile's place is a number and its elements' places are offsets from it in 32 bi
 contraction had a tenth more instructions, and that of a dense Wgrad a third (`python -m bench.compile_kernels`).  Compiled and left: to promote the product of
 the step before, whose sums are copied from register to register, 64 moves for the 64 additions that no longer wait (231 instructions for 164), and which,
 without the copies, ptxas waits for after each quarter; TMA descriptors, as many instructions and a barrier more; scales of Wgrad by descriptors, four
-barriers and 71 instructions more, as Triton waits where it loads them.
+barriers and 71 instructions more, as Triton waits where it loads them.  By an estimate (`python -m bench.fp8_model`) the L2 cache feeds tiles of 128x128
+that no other block shares for half of the tensor cores' peak: more takes tiles of 256x128, or blocks that share one.
 
 The module needs triton and is imported only where its kernels run.  Shape suffixes: O, N outer, C contraction, R rows,
 P columns of whole tiles, E experts.

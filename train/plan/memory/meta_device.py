@@ -24,7 +24,7 @@ from train.kernels.fp8.formats import TILE, Cast
 from train.kernels.fp8.fp8 import Fp8Precision, cpu_engine
 from train.kernels.fp8.grouped_products import DeepGemmProducts, TritonProducts
 from train.kernels.fp8.groups import most_tiles
-from train.kernels.fp8.hopper import HopperEngine, check_recipe, needs_deep_gemm
+from train.kernels.fp8.hopper import HopperEngine, check_gpu_operands, needs_deep_gemm
 from train.kernels.plain.high import HighPrecision
 from train.kernels.precision import activation_dtype
 from train.model.operations import Kernels
@@ -60,7 +60,7 @@ def meta_precision(
     if kind == "cpu":
         engine = cpu_engine(precision.fp8, kernels, meta=True)
     else:
-        check_recipe(precision.fp8)
+        check_gpu_operands(precision.fp8)
         deep_gemm = needs_deep_gemm(precision.fp8)
         products = DeepGemmProducts(_DEEP_GEMM) if deep_gemm else TritonProducts(_PRODUCTS)
         engine = HopperEngine(_KERNELS, products, _scaled_mm)
