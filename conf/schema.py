@@ -195,7 +195,7 @@ class Model:
     block: dict[str, Any] | None = field(default_factory=dict)
     """Your own subclass of train.model.block.Block for every block: `_target_: my_mod.MyBlock` with its keys (train/docs/python.md)."""
     router: dict[str, Any] | None = field(default_factory=dict)
-    """Your own subclass of train.model.router.Router, in the same form."""
+    """Your own subclass of train.model.moe.Router, in the same form."""
 
     @property
     def repeated_layers(self) -> int:
@@ -274,7 +274,7 @@ class Data:
     """Chats: how messages become text. A Jinja file, or `plain` for ours; null takes that of the tokenizer's folder."""
     template_function: dict[str, Any] | None = field(default_factory=dict)
     """Chats: your own function instead of data.template: `_target_: my_mod.render` with its keys, which makes a text of messages, tools and
-    add_generation_prompt (train/data/template_function.py)."""
+    add_generation_prompt (train/data/chat_tokens.py)."""
     supervise: Supervise = Supervise.assistant
     """Chats: what is learnt. assistant: the assistant's turns with their stop token; last: the last of them; all: every token."""
     too_long: TooLong = TooLong.refuse

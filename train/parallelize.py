@@ -30,8 +30,8 @@ from train.model.block import MTP, Block
 from train.model.count import head_flops, layer_flops
 from train.model.deepseek import DeepSeekV3, ModelOutputs
 from train.model.init import first_draws, initialise, materialise
+from train.model.moe import Router
 from train.model.operations import Kernels
-from train.model.router import Router
 from train.optim.optimizer_classes import OPTIMIZER_CLASSES
 
 

@@ -35,10 +35,9 @@ from tests.small import arguments
 from train.checkpoint.adapter_base import describe_base
 from train.checkpoint.run_folder import RunPaths
 from train.checkpoint.weights import load_model
-from train.hf.adapter_names import adapted_tensors
 from train.hf.export import export
 from train.hf.folder import open_folder, open_model
-from train.hf.tensor_names import tensors
+from train.hf.tensor_names import adapted_tensors, tensors
 from train.hf.whole_model import load_hf_model
 
 torch.set_num_threads(1)

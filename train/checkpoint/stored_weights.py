@@ -24,10 +24,9 @@ from train.checkpoint.manifest import Manifest, holds_adapter, read_manifest
 from train.checkpoint.read_shards import FolderFiles, fill_shards
 from train.checkpoint.run_folder import find_checkpoint
 from train.hf.adapter_folder import ADAPTER_FIELD, open_adapter
-from train.hf.adapter_names import ADAPTER_FILE, BASE_FORMAT, BASE_MARK, AdaptedTensor, adapted_tensors
 from train.hf.folder import is_hf_folder, match, open_model
 from train.hf.read import folder_reader, parts_of
-from train.hf.tensor_names import PlacedTensor
+from train.hf.tensor_names import ADAPTER_FILE, BASE_FORMAT, BASE_MARK, AdaptedTensor, PlacedTensor, adapted_tensors
 
 CACHED_TENSORS = 8
 """Tensors of an adapter's checkpoint that are kept for the matrices that follow: those of one layer's experts."""

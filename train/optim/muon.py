@@ -1,7 +1,7 @@
 """Muon: momentum, orthogonalised, for the matrices inside a model (Keller Jordan 2024; Moonlight, arXiv 2502.16982, 2.2).
 
     M <- mu M + G             G: the mean gradient, clipped by the global norm
-    O  = NS(G + mu M)         Nesterov; NS of each logical matrix (train/optim/newton_schulz.py)
+    O  = NS(G + mu M)         Nesterov; NS of each logical matrix (train/optim/matrices.py)
     W <- (1 - lr decay) W - lr 0.2 sqrt(max(rows, columns)) O
 
 The last factor gives an update the size that AdamW's has, so that its learning rate and decay carry over. What a logical matrix is
@@ -23,8 +23,7 @@ from conf.thresholds import THRESHOLDS
 from parallel.owners import MatrixOwners, SharedMatrix
 from parallel.shard import FlatShard, WeightPiece
 from train.optim.adamw import AdamW, moments_dtype
-from train.optim.matrices import logical_matrices
-from train.optim.newton_schulz import orthogonalise, products
+from train.optim.matrices import logical_matrices, orthogonalise, products
 
 UPDATE_SIZE = 0.2
 """The root of the mean square of AdamW's updates, as Moonlight measured it."""
