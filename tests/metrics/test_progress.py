@@ -7,7 +7,8 @@ import threading
 import pytest
 from rich.console import Console
 
-from train.metrics.progress import MIN_BAR, Progress, StepClock, duration, fit, parts, short
+from train.metrics.progress import MIN_BAR, Progress, StepClock, fit, parts
+from train.metrics.quantities import duration, short
 
 RECORD = {
     "step": 120,

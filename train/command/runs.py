@@ -27,7 +27,7 @@ from train.checkpoint.manifest import newest_intact
 from train.checkpoint.run_folder import best_step, is_held
 from train.command.command_words import sort_words
 from train.metrics.jsonl import METRICS_FILE, read_last
-from train.metrics.progress import duration
+from train.metrics.quantities import duration
 
 LIST_RUNS = "`sluice runs` lists them; `sluice runs runs=FOLDER` those of another folder"
 

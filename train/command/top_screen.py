@@ -13,8 +13,7 @@ from rich.text import Text
 
 from conf.words import one_line
 from train.command.top_state import RankView, RunPicture
-from train.metrics.progress import duration, short
-from train.metrics.quantities import gib
+from train.metrics.quantities import duration, gib, short
 
 SHADES = "·░▒▓█"
 COLOURS = ("grey37", "dodger_blue2", "green3", "gold3", "red3")

@@ -8,13 +8,12 @@ from conf.errors import EXIT_OK, EXIT_STOPPED, UserError
 from conf.schema import Config
 from train.checkpoint.manifest import newest_intact, read_manifest
 from train.checkpoint.run_folder import RunPaths
-from train.metrics.headline import tail_mean
 from train.metrics.jsonl import read_heads
 from train.metrics.origin import command_to_go_on
 from train.metrics.planned import plan_rows, plan_words
 from train.metrics.report import write_report
 from train.metrics.screens import final_screen, stopped_screen
-from train.metrics.series import read_series
+from train.metrics.series import read_series, tail_mean
 
 
 def finish_run(config: Config, code: int, seconds: float, wandb: str | None, text: str | None) -> None:

@@ -25,16 +25,16 @@ from conf.errors import UserError
 from conf.files import atomic_write_text
 from conf.schema import Config
 from conf.screen import Terminal
-from train.metrics.headline import clipped, last, median, tail_mean
+from train.metrics.headline import clipped
 from train.metrics.jsonl import METRICS_FILE
 from train.metrics.names import SCALARS, Curve
 from train.metrics.origin import ran_on_gpu
 from train.metrics.plot import LINE_COLOURS, Figure, add_curve, log_axis, set_look
-from train.metrics.progress import short
+from train.metrics.quantities import short
 from train.metrics.report import read_settings, write_report
 from train.metrics.report_page import HOW_TO_READ, closing, figure_html, opening, table_html
 from train.metrics.screens import printable
-from train.metrics.series import Series, read_series
+from train.metrics.series import Series, last, median, read_series, tail_mean
 
 COMPARISON_PAGE, OF_A_SWEEP = "comparison.html", "sweep.html"
 WHERE_IT_LIES = ("name", "runs", "resume")

@@ -5,12 +5,10 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from train.metrics.balance import HORIZON
 from train.metrics.names import Record
-from train.metrics.progress import duration, short
-from train.metrics.series import Series
+from train.metrics.quantities import duration, short
+from train.metrics.series import Series, last, median, tail_mean
 
 RESUMES = 8
 """Resumes with other settings that the report tells of, the newest ones."""
@@ -185,25 +183,8 @@ def _stretches(series: Series, name: str) -> list[tuple[int, float]]:
     return found
 
 
-def last(series: Series, name: str) -> float:
-    """The newest finite value, NaN without any."""
-    values = series.finite(name)
-    return float(values[-1]) if len(values) else math.nan
-
-
 def total(series: Series, name: str) -> float:
     return float(series.finite(name).sum())
-
-
-def median(series: Series, name: str) -> float:
-    """Median without the first tenth, in which the run warms up; NaN without any value."""
-    values = series.finite(name)
-    return float(np.median(values[len(values) // 10 :])) if len(values) else math.nan
-
-
-def tail_mean(values: np.ndarray) -> float:
-    """Mean of the last tenth, of 20 values at most; NaN without any."""
-    return float(values[-max(1, min(20, len(values) // 10)) :].mean()) if len(values) else math.nan
 
 
 def _seconds(series: Series) -> float:

@@ -12,10 +12,9 @@ from typing import Any
 from conf.errors import UserError
 from conf.schema import Config
 from train.kernels.cpu.processor import cpu_name
-from train.metrics.headline import last, median
 from train.metrics.names import Record
 from train.metrics.quantities import error, gib, seconds, share
-from train.metrics.series import Series
+from train.metrics.series import Series, last, median
 
 PLAN_FILE = "plan.json"
 ACTION_SUMS = {

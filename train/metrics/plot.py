@@ -14,7 +14,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from train.metrics.names import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, Curve
-from train.metrics.progress import short
+from train.metrics.quantities import short
 from train.metrics.series import POINTS, Series, smoothed, stretch_means, thin
 
 LINE_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, GREY)

@@ -17,6 +17,7 @@ from rich.segment import Segment
 from conf.screen import Terminal
 from conf.words import sentence
 from train.metrics.names import Record
+from train.metrics.quantities import duration, short
 
 FIRST_STEPS = 3
 PLAIN_SECONDS, PLAIN_SHARE = 5.0, 1 / 60
@@ -159,22 +160,3 @@ def fit(pieces: list[str], fraction: float, width: int | None) -> str:
         full = round(room * min(1.0, fraction))
         pieces = [pieces[0], "━" * full + "╌" * (room - full), *pieces[1:]]
     return "  ".join(pieces)[:width]
-
-
-def duration(seconds: float) -> str:
-    """1:05, 2:03:04 or 3d 4h, as short as is useful."""
-    total = round(seconds)
-    if total >= 172800:
-        return f"{total // 86400}d {total % 86400 // 3600}h"
-    hours, minutes = divmod(total // 60, 60)
-    return f"{hours}:{minutes:02}:{total % 60:02}" if hours else f"{minutes}:{total % 60:02}"
-
-
-def short(number: float) -> str:
-    """1234567 -> 1.23M: three significant digits with a suffix."""
-    if not math.isfinite(number):
-        return str(number)
-    for size, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(number) >= size:
-            return f"{number / size:.3g}{suffix}"
-    return f"{number:.3g}"

@@ -1,5 +1,7 @@
 """Sizes, times and sums of money as a person reads them."""
 
+import math
+
 GIB = 2**30
 
 
@@ -34,3 +36,22 @@ def error(planned: float, measured: float) -> str:
 
 def length_of_run(days: float) -> str:
     return f"{days:.1f} days" if days >= 2 else seconds(days * 86400)
+
+
+def duration(seconds: float) -> str:
+    """1:05, 2:03:04 or 3d 4h, as short as is useful."""
+    total = round(seconds)
+    if total >= 172800:
+        return f"{total // 86400}d {total % 86400 // 3600}h"
+    hours, minutes = divmod(total // 60, 60)
+    return f"{hours}:{minutes:02}:{total % 60:02}" if hours else f"{minutes}:{total % 60:02}"
+
+
+def short(number: float) -> str:
+    """1234567 -> 1.23M: three significant digits with a suffix."""
+    if not math.isfinite(number):
+        return str(number)
+    for size, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= size:
+            return f"{number / size:.3g}{suffix}"
+    return f"{number:.3g}"

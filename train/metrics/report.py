@@ -26,9 +26,8 @@ from train.metrics.names import EVENTS, SCALARS
 from train.metrics.origin import StartRecord, code_words, ran_on_gpu, read_starts
 from train.metrics.planned import PlanRow, plan_rows
 from train.metrics.plot import DOTTED_STEPS, Figure
-from train.metrics.progress import duration, short
 from train.metrics.proof_rows import report_rows
-from train.metrics.quantities import gib
+from train.metrics.quantities import duration, gib, short
 from train.metrics.report_page import HOW_TO_READ, cards_html, closing, figure_html, opening, reloading, table_html
 from train.metrics.screens import printable
 from train.metrics.series import POINTS, Series, read_series

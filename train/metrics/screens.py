@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from conf.screen import Terminal
-from train.metrics.progress import duration
+from train.metrics.quantities import duration
 
 GOOD, WARN = "bold green", "bold yellow"
 LABEL = 12

@@ -119,3 +119,20 @@ def _layers(path: Path, loaded: list[int]) -> tuple[list[str], np.ndarray, np.nd
 
 def _number(value: Any) -> float:
     return float(value) if isinstance(value, (int, float)) else math.nan
+
+
+def last(series: Series, name: str) -> float:
+    """The newest finite value, NaN without any."""
+    values = series.finite(name)
+    return float(values[-1]) if len(values) else math.nan
+
+
+def median(series: Series, name: str) -> float:
+    """Median without the first tenth, in which the run warms up; NaN without any value."""
+    values = series.finite(name)
+    return float(np.median(values[len(values) // 10 :])) if len(values) else math.nan
+
+
+def tail_mean(values: np.ndarray) -> float:
+    """Mean of the last tenth, of 20 values at most; NaN without any."""
+    return float(values[-max(1, min(20, len(values) // 10)) :].mean()) if len(values) else math.nan

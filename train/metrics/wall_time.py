@@ -27,7 +27,7 @@ from train.checkpoint.run_folder import is_held
 from train.metrics.jsonl import METRICS_FILE, read_heads
 from train.metrics.names import Record
 from train.metrics.origin import read_starts
-from train.metrics.progress import duration
+from train.metrics.quantities import duration
 
 PART_WORDS = {
     "training": "steps that last",
