@@ -11,6 +11,7 @@ import shutil
 import sys
 import textwrap
 import unicodedata
+from collections.abc import Sequence
 from typing import TextIO
 
 
@@ -31,6 +32,11 @@ def sentence(text: object, indent: int = 8) -> str:
 def one_line(text: object) -> str:
     """A stranger's text made harmless for what has one line: a name or a value."""
     return harmless(str(text)).replace("\n", r"\n")
+
+
+def some_of(names: Sequence[object], most: int) -> str:
+    """The first of these, so many at most, and how many more there are."""
+    return ", ".join(map(str, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _shown(character: str) -> str:

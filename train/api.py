@@ -112,7 +112,7 @@ def build_model(config: Config, device: str = "cpu") -> "DeepSeekV3":
     """
     import torch
 
-    from train.checkpoint.weights import require_memory
+    from train.checkpoint.stored_weights import require_memory
     from train.kernels.choice import choose_kernels
     from train.kernels.precision import activation_dtype, build_precision
     from train.model.deepseek import DeepSeekV3

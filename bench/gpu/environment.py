@@ -13,8 +13,7 @@ from bench.gpu.machine import Machine
 from bench.gpu.timing import median_seconds
 from bench.gpu.verdict import nvcc
 from conf.load import compose
-from train.kernels.attention_choice import ATTENTION_BOUND, ATTENTION_PARTS, CORES, problem_of
-from train.kernels.choice import build_kernels
+from train.kernels.choice import ATTENTION_BOUND, ATTENTION_PARTS, CORES, build_kernels, problem_of
 from train.kernels.fp8.hopper_probe import probe
 from train.kernels.gpu.host_compiler import compiler_command, missing_for_triton
 from train.metrics.peak import measured_peak, named_peak
@@ -146,7 +145,7 @@ def fp8_starts(machine: Machine, backend: str) -> Finding:
 
 def attention(machine: Machine) -> Finding:
     """Cores of attention with DeepSeek-V3's heads, one by one; a run takes the first that is right, for documents the first of
-    those that are made for them (train/kernels/attention_choice.py)."""
+    those that are made for them (train/kernels/choice.py)."""
     machine.need_gpu("torch's CUDA attention")
     config = compose("conf=deepseek_v3", "mode=dry_run", "precision=bf16")
     heads = [f"{phase}, {part} (ms)" for part in TIMED for phase in ("forward", "both")]

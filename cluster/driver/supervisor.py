@@ -37,6 +37,7 @@ from cluster.run_files import NONE, Age
 from cluster.spawn import LEASE
 from cluster.topology import Node, Placement, place
 from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED, EXIT_USER
+from conf.words import some_of
 
 NAP = 0.25
 """Share of a heartbeat in which the driver may be busy between two ticks. What is longer it slept. With the half a heartbeat after
@@ -349,10 +350,7 @@ class Supervisor:
     def _tell_of_idle(self, placement: Placement) -> None:
         names = [node.name for node in placement.spares]
         why = self.policy.shapes.why_idle(placement.shape, [*placement.nodes, *placement.spares])
-        shown = ", ".join(names[:SHOWN_NODES]) + (
-            f" and {len(names) - SHOWN_NODES} more" if len(names) > SHOWN_NODES else ""
-        )
-        self._note("idle", f"{len(names)} nodes have no ranks ({shown}): {why}", nodes=names)
+        self._note("idle", f"{len(names)} nodes have no ranks ({some_of(names, SHOWN_NODES)}): {why}", nodes=names)
 
     def _run(self, now: float) -> None:
         attempt = self.current
@@ -391,11 +389,8 @@ class Supervisor:
         ]
         if not names:
             return ""
-        shown = ", ".join(names[:SHOWN_NODES]) + (
-            f" and {len(names) - SHOWN_NODES} more" if len(names) > SHOWN_NODES else ""
-        )
         lease = LEASE * self.policy.heartbeat
-        return f"; ranks on {shown} are not reached: their agents end them {lease:.0f} s after this driver's last question, without a checkpoint"
+        return f"; ranks on {some_of(names, SHOWN_NODES)} are not reached: their agents end them {lease:.0f} s after this driver's last question, without a checkpoint"
 
     def _judge(self, now: float, settle: float) -> None:
         """A failure was noticed: ask every node whether it lives, and give the ranks time to say what they know."""

@@ -146,7 +146,7 @@ import queue, sys, time
 from pathlib import Path
 from cluster.rank_watch import Patience
 from cluster.run_files import progress_path
-from cluster.self_watch import SelfWatch
+from cluster.rank_watch import SelfWatch
 logs = Path(sys.argv[1])
 progress_path(logs, 5).write_text('{"step": 900, "phase": "step"}')  # of a run before
 def load_batch(): queue.Queue().get(timeout=float(sys.argv[2]))

@@ -14,7 +14,7 @@ from conf.errors import EXIT_OK, UserError
 from conf.load import compose
 from tests.ranks import run_processes
 from train.checkpoint.manifest import seal
-from train.checkpoint.weights import load_model
+from train.checkpoint.stored_weights import load_model
 from train.data.corpus import build_corpus
 from train.data.dataset import ValidationData
 from train.evaluate.evaluation_rank import run_rank

@@ -13,7 +13,7 @@ from tests.small import TEXT, environment
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install 'sluice-train[eval]')")
 
-from train.checkpoint.weights import load_model
+from train.checkpoint.stored_weights import load_model
 from train.data.tokenizer import load_tokenizer
 from train.evaluate.harness import Harness, run_tasks
 from train.evaluate.target import find_target

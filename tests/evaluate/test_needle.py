@@ -15,7 +15,7 @@ from conf.load import compose
 from parallel.mesh import Layout
 from parallel.pipeline.schedule import Pipeline
 from tests.ranks import run_processes
-from train.checkpoint.weights import load_model
+from train.checkpoint.stored_weights import load_model
 from train.data.corpus import build_corpus
 from train.data.tokenizer import load_tokenizer
 from train.evaluate.evaluation_rank import run_rank

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from parallel.expert.stand_in import split_evenly
-from train.kernels import attention_choice
+from train.kernels import choice
 from train.kernels import device as gpu
 from train.kernels.fp8.fp8 import Fp8Precision
 from train.kernels.fp8.groups import on_device
@@ -26,8 +26,8 @@ from train.loop.stop import StopKind
 def install() -> None:
     """The answers of what a run tries at its start."""
     gpu.probe = lambda *_: ""
-    attention_choice.CORES = {"whole": _WholeSequences(), "documents": FlashAttention()}
-    attention_choice.problem_of = lambda *_: None
+    choice.CORES = {"whole": _WholeSequences(), "documents": FlashAttention()}
+    choice.problem_of = lambda *_: None
     torch.Tensor.__repr__ = _without_values
     read = CollectedMeasures.read  # whether a rank was asked to stop is a value, too
     CollectedMeasures.read = lambda self: replace(read(self), stop=StopKind.none)

@@ -6,9 +6,8 @@ import torch
 from conf.errors import UserError
 from conf.load import compose
 from conf.schema import Model
-from train.kernels import attention_choice
-from train.kernels.attention_choice import ATTENTION_PARTS, choose_attention, problem_of
-from train.kernels.choice import build_kernels, choose_kernels
+from train.kernels import choice
+from train.kernels.choice import ATTENTION_PARTS, build_kernels, choose_attention, choose_kernels, problem_of
 from train.kernels.gpu.fused_attention import AttentionByKind, CudnnAttention, EfficientAttention, FlashAttention
 from train.kernels.plain.high import HighPrecision
 from train.kernels.plain.plain_attention import PlainAttention
@@ -72,14 +71,14 @@ def test_a_core_that_is_right_for_whole_sequences_alone(config):
 @pytest.mark.slow
 def test_the_second_choice_is_named_in_a_note(config, monkeypatch):
     last = PlainAttention()
-    monkeypatch.setattr(attention_choice, "CORES", {"one": Failing(), "two": AcrossDocuments(), "three": last})
+    monkeypatch.setattr(choice, "CORES", {"one": Failing(), "two": AcrossDocuments(), "three": last})
     core, [note] = choose_attention(compose(*HEADS, "data.mask_documents=true"), CPU)
     assert core is last
     assert "this run takes three for documents as one fails for whole sequences (cuDNN Frontend" in note
     assert "; two is wrong for documents (" in note
     core, [note] = choose_attention(config, CPU)
     assert type(core) is AcrossDocuments and "documents" not in note  # which this run has none of
-    monkeypatch.setattr(attention_choice, "CORES", {"one": last, "two": Failing()})
+    monkeypatch.setattr(choice, "CORES", {"one": last, "two": Failing()})
     assert choose_attention(config, CPU) == (last, [])
 
 
@@ -93,8 +92,8 @@ class Whole(EfficientAttention):
 def cores(monkeypatch) -> dict[str, AttentionCore]:
     """A fast one for whole sequences, one that knows documents, and a slower one; all of them are right."""
     found = {"one": Whole(), "two": FlashAttention(), "three": EfficientAttention(), "last": PlainAttention()}
-    monkeypatch.setattr(attention_choice, "CORES", found)
-    monkeypatch.setattr(attention_choice, "problem_of", lambda *given: None)
+    monkeypatch.setattr(choice, "CORES", found)
+    monkeypatch.setattr(choice, "problem_of", lambda *given: None)
     return found
 
 
@@ -105,7 +104,7 @@ def test_documents_have_a_core_of_their_own(config, cores, monkeypatch):
     assert type(core) is AttentionByKind and notes == []
     assert (core.whole, core.documents) == (cores["one"], cores["two"])
     wrong = {cores["two"]: "is wrong"}
-    monkeypatch.setattr(attention_choice, "problem_of", lambda core, *given: wrong.get(core))
+    monkeypatch.setattr(choice, "problem_of", lambda core, *given: wrong.get(core))
     core, [note] = choose_attention(masked, CPU)
     assert core.documents is cores["three"] and note == "this run takes three for documents as two is wrong"
     wrong[cores["three"]] = "is wrong too"
@@ -119,7 +118,7 @@ def test_documents_have_a_core_of_their_own(config, cores, monkeypatch):
 
 def test_ranks_that_share_sequences_try_blocks_of_keys_with_both(cores, monkeypatch):
     tried = []
-    monkeypatch.setattr(attention_choice, "problem_of", lambda core, config, device, part: tried.append((core, part)))
+    monkeypatch.setattr(choice, "problem_of", lambda core, config, device, part: tried.append((core, part)))
     choose_attention(compose(*HEADS, "data.mask_documents=true", "parallel.cp=2", "parallel.dp=1"), CPU)
     assert tried == [
         *((cores["one"], part) for part in ("whole sequences", "blocks of keys")),
@@ -129,14 +128,14 @@ def test_ranks_that_share_sequences_try_blocks_of_keys_with_both(cores, monkeypa
 
 @pytest.mark.slow
 def test_cudnn_is_left_out_where_bits_are_to_be_repeated(config, monkeypatch):
-    monkeypatch.setattr(attention_choice, "problem_of", lambda *given: None)
+    monkeypatch.setattr(choice, "problem_of", lambda *given: None)
     assert type(choose_attention(config, CPU)[0]) is CudnnAttention
     core, [note] = choose_attention(compose(*HEADS, "cluster.deterministic=true"), CPU)
     assert type(core) is FlashAttention and "cuDNN's attention need not repeat its bits" in note
 
 
 def test_where_none_works_the_run_is_refused(config, monkeypatch):
-    monkeypatch.setattr(attention_choice, "CORES", {"one": Failing()})
+    monkeypatch.setattr(choice, "CORES", {"one": Failing()})
     with pytest.raises(UserError, match=r"is right on NVIDIA H100: one fails for whole sequences") as refused:
         choose_attention(config, CPU)
     assert "cluster.device=cpu" in refused.value.cure

@@ -70,7 +70,7 @@ def test_checkpoints_are_references_and_samples_and_evaluations_tables(tmp_path)
         writer.show(checkpoint(2, folder))
         writer.show(sample_table(2, "def main():"))
     sink = open_wandb(config, tmp_path, print)
-    sink.do(evaluation_tables(EVALUATION))
+    sink.write(evaluation_tables(EVALUATION))
     sink.close()
     (artifact,) = [one for one in of_kind(tmp_path, "artifact") if one.type == "model"]
     (entry,) = artifact.manifest.contents
@@ -141,7 +141,7 @@ def test_a_full_disk_is_told_and_alerts_can_be_switched_off(tmp_path):
 def test_an_item_that_fails_is_a_note_and_the_records_go_on(tmp_path):
     notes = []
     sink = open_wandb(compose("log.wandb=offline", "name=n"), tmp_path, notes.append)
-    sink.do(checkpoint(1, tmp_path / "pruned" / "step_00000001"))
+    sink.write(checkpoint(1, tmp_path / "pruned" / "step_00000001"))
     sink.write({"step": 2})
     sink.close()
     assert len(notes) == 1 and "checkpoint" in notes[0] and "pruned" in notes[0]

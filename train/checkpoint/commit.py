@@ -29,6 +29,7 @@ from typing import Any
 
 from cluster.run_files import LOCK, MANIFEST, data_name, hold_lock, index_name, read_fence, step_name, write_fence
 from conf.files import atomic_write_json, atomic_write_text, exclusive, fsync_folder
+from conf.words import some_of
 from train.checkpoint.manifest import checkpoints, seal
 
 FAILED_FILE = re.compile(r"rank_(\d+)\.failed")
@@ -173,7 +174,7 @@ class Committer:
 
         if not self._wait(complete, lambda: save in self._abandoned):
             ranks = sorted(missing.values())
-            text = f"no files from ranks {_brief(ranks)} within {time.monotonic() - began:.0f} s; a disk that does not answer?"
+            text = f"no files from ranks {some_of(ranks, 8)} within {time.monotonic() - began:.0f} s; a disk that does not answer?"
             raise SaveAbandoned(text, ranks, late=True)
         return [(folder / index_name(rank)).read_bytes() for rank in range(self.world_size)]
 
@@ -243,7 +244,3 @@ class Committer:
             time.sleep(pause)
             pause = min(pause * 1.5, 0.5)
         return True
-
-
-def _brief(ranks: list[int]) -> str:
-    return ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")

@@ -19,8 +19,8 @@ from conf.words import sentence
 from parallel.mesh import Mesh
 from parallel.pipeline.schedule import Pipeline
 from train.checkpoint.run_folder import RunPaths
+from train.checkpoint.stored_weights import load_pipeline, require_memory
 from train.checkpoint.trained_with import require_tokenizer
-from train.checkpoint.weights import load_pipeline, require_memory
 from train.data.corpus import Corpus, build_corpus
 from train.evaluate.answers import (
     SHOWN_QUESTIONS,
@@ -208,7 +208,7 @@ def _tell_wandb(config: Config, evaluation: Evaluation, console: Console) -> Non
     folder = RunPaths(config).path
     if wants_wandb(config.log.wandb) and (folder / "wandb" / "run_id").is_file():
         sink = open_wandb(config, folder, lambda text: console.print(text, soft_wrap=True, markup=False))
-        sink.do(evaluation_tables(evaluation.plain()))
+        sink.write(evaluation_tables(evaluation.plain()))
         sink.close()
 
 

@@ -9,6 +9,7 @@ from typing import Any, get_args, get_type_hints
 from conf.check import check_model
 from conf.errors import UserError
 from conf.schema import Config, Model, ModelFamily, Yarn
+from conf.words import some_of
 from train.hf.config_fields import (
     FIELDS,
     FIXED,
@@ -42,9 +43,7 @@ def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def some(names: Iterable[str]) -> str:
     """The first of some names, for an error message of one screen."""
-    names = list(names)
-    more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
-    return ", ".join(f"{name:.200}" for name in names[:SHOWN_NAMES]) + more
+    return some_of([f"{name:.200}" for name in names], SHOWN_NAMES)
 
 
 def read_model(folder: Path, field: str = "init_from") -> Model:

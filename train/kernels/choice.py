@@ -1,16 +1,143 @@
-"""Which kernels compute the model (train/kernels/plain/plain_kernels.py): compiled code or torch's operations on a CPU, fused ones on a GPU."""
+"""Which kernels compute the model (train/kernels/plain/plain_kernels.py): compiled code or torch's operations on a CPU, fused ones on a GPU.
+
+Which attention cores a GPU runs, one for whole sequences and one for documents: the first that works there forward and
+backward, with the right values.
+
+torch picks a kernel by what it knows of the sizes. DeepSeek-V3's heads, 192 wide in queries and keys and 128 in values, leave
+few of them, and the fastest, cuDNN's, fails on some versions of its library only when it is called. So each is tried once at the
+start, on small inputs of what this run asks for, whose results and gradients are held against train/model/attention.py on the CPU.
+"""
+
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
+from conf.errors import UserError
 from conf.schema import Config
-from train.kernels.attention_choice import choose_attention
 from train.kernels.cpu import libraries as native
 from train.kernels.cpu.compiled_kernels import CompiledKernels
+from train.kernels.gpu.fused_attention import AttentionByKind, CudnnAttention, EfficientAttention, FlashAttention
 from train.kernels.gpu.fused_kernels import FusedKernels
+from train.kernels.plain.plain_attention import PlainAttention
 from train.kernels.plain.plain_kernels import PlainKernels
 from train.kernels.precision import activation_dtype
-from train.model.attention import AttentionCore
+from train.model.attention import AttentionCore, AttentionInput, AttentionOutput
 from train.model.operations import Kernels
+from train.model.sequence import Positions, Rectangle, SeenKeys
+
+ATTENTION_BOUND = 2e-2
+"""Largest relative error, in the norm, of a result and of each gradient. Rounding the result and the probabilities to bf16
+makes some 3e-3; a wrong mask, scale or head makes 0.1 and more."""
+LENGTHS = 256, 255
+"""Positions tried: the module of an MTP depth has one fewer than the model."""
+ATTENTION_RESULTS = "its result", "its log-sum-exp", "dq", "dk", "dv"
+
+ATTENTION_PARTS = "whole sequences", "documents", "blocks of keys"
+"""What a run may ask of attention, the last where ranks share sequences."""
+
+CORES: dict[str, AttentionCore] = {
+    "cuDNN's attention": CudnnAttention(),
+    "torch's flash attention": FlashAttention(),
+    "torch's memory-efficient attention": EfficientAttention(),
+    "attention in torch's operations, which is slow,": PlainAttention(),
+}
+"""In the order in which torch prefers its own kernels on Hopper."""
+
+
+def choose_attention(config: Config, device: torch.device) -> tuple[AttentionCore, list[str]]:
+    """The core of a run on this GPU, and a note on what does not work.
+
+    Raises UserError where none gives the right values.
+    """
+    parts = ATTENTION_PARTS if config.parallel.cp > 1 else ATTENTION_PARTS[:2]
+    whole, notes = _first_right(config, device, [part for part in parts if part != "documents"], CORES)
+    if not (config.data.mask_documents or config.data.chats):
+        return whole, notes
+    cores = {name: core for name, core in CORES.items() if core.takes_documents}
+    documents, more = _first_right(config, device, parts, cores)
+    notes += [note for note in more if documents is not whole]
+    if not (isinstance(whole, EfficientAttention) and isinstance(documents, EfficientAttention)):
+        return documents, more
+    return documents if documents is whole else AttentionByKind(whole, documents), notes
+
+
+def _first_right(
+    config: Config, device: torch.device, parts: Sequence[str], cores: dict[str, AttentionCore]
+) -> tuple[AttentionCore, list[str]]:
+    """The first for all of these parts, and a note on those before it."""
+    failed: list[str] = []
+    for name, core in cores.items():
+        problem = next(filter(None, (_refusal(core, config, device, part) for part in parts)), None)
+        if problem is None:
+            what = " for documents" if "documents" in parts else ""
+            return core, [f"this run takes {name}{what} as {'; '.join(failed)}"] if failed else []
+        failed.append(f"{name} {problem}")
+    raise UserError(
+        "cluster.device",
+        config.cluster.device,
+        f"no attention of torch {torch.__version__} is right on {torch.cuda.get_device_name(device)}: {'; '.join(failed)}",
+        "install another torch or driver, or use cluster.device=cpu",
+    )
+
+
+def _refusal(core: AttentionCore, config: Config, device: torch.device, part: str) -> str | None:
+    """Why a run does not take this core, None where it does."""
+    if isinstance(core, CudnnAttention) and config.cluster.deterministic:
+        return "need not repeat its bits, which cluster.deterministic asks for"
+    return problem_of(core, config, device, part)
+
+
+def _tried(part: str, length: int) -> tuple[int, SeenKeys]:
+    """Queries of two sequences, and which of `length` keys they see."""
+    if (
+        part == "blocks of keys"
+    ):  # what a rank that shares sequences asks for: a piece, and a later one that sees all of it
+        rectangles = [Rectangle(None, 0, length, 0, length, 0), Rectangle(None, length, 2 * length, 0, length, length)]
+        return 2 * length, SeenKeys(rectangles)
+    documents_BT = None
+    if part == "documents":  # of unequal lengths, other ones in the second sequence
+        ends = torch.tensor([[length // 3, length // 2], [1, length - 5]])
+        documents_BT = (torch.arange(length) >= ends[:, :, None]).sum(1).int()
+    return length, Positions(length, documents_BT).seen[0]
+
+
+def problem_of(core: AttentionCore, config: Config, device: torch.device, part: str) -> str | None:
+    """What is wrong with a core at the widths of this model's heads; None where nothing is. part: of ATTENTION_PARTS."""
+    return next(filter(None, (_problem_at(length, core, config, device, part) for length in LENGTHS)), None)
+
+
+def _problem_at(length: int, core: AttentionCore, config: Config, device: torch.device, part: str) -> str | None:
+    dtype, model = activation_dtype(config.precision), config.model
+    width, values = model.nope_head_dim + model.rope_head_dim, model.v_head_dim
+    queries, seen = _tried(part, length)
+    generator = torch.Generator().manual_seed(0)
+    # As the model has them: positions before heads, values in rows behind keys.
+    keys = model.nope_head_dim + values
+    shapes = (queries, width), (length, width), (length, keys), (queries, values)
+    numbers = [torch.randn(2, rows, 2, columns, generator=generator).to(dtype) for rows, columns in shapes]
+    expected = _both_ways(PlainAttention(), [tensor.float() for tensor in numbers], width**-0.5, seen)
+    try:
+        ours = _both_ways(core, [tensor.to(device) for tensor in numbers], width**-0.5, seen)
+    except RuntimeError as error:
+        return f"fails for {part} ({str(error).strip().splitlines()[0][:200]})"
+    for name, one, other in zip(ATTENTION_RESULTS, ours, expected, strict=True):
+        error = ((one - other).norm() / other.norm()).item()
+        if not error < ATTENTION_BOUND:  # not a number is wrong too
+            return f"is wrong for {part} ({name} is off by {error:.2g} of its norm, and {ATTENTION_BOUND} is allowed)"
+    return None
+
+
+def _both_ways(core: AttentionCore, numbers: list[Tensor], scale: float, seen: SeenKeys) -> list[Tensor]:
+    """Result, log-sum-exp, dq, dk, dv, in fp32 on the CPU."""
+    q, k, kv, dout = (tensor.transpose(1, 2) for tensor in numbers)
+    v = kv[..., -dout.size(-1) :]
+    given = AttentionInput(q, k, v, scale, seen)
+    made = core.forward(given, keep=True)
+    met = made
+    if q.size(2) > k.size(2):  # as if other blocks of keys had been met
+        met = AttentionOutput(made.out_BHTV, made.lse_BHT + 1.0)
+    return [tensor.float().cpu() for tensor in (made.out_BHTV, made.lse_BHT, *core.backward(dout, given, met))]
 
 
 def build_kernels(

@@ -20,7 +20,7 @@ import statistics
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, TypeVar
 
@@ -32,7 +32,14 @@ from parallel.exchange import gather
 from parallel.mesh import Layout
 from parallel.shard import Shard
 from train.loop.measure import CollectedMeasures
-from train.loop.pass_watch import PASSES, SHOWN_TENSORS, PassWatch, Sighting, layers_in_order, shown_ranks
+from train.loop.pass_watch import (
+    SHOWN_TENSORS,
+    PassWatch,
+    PlainSightings,
+    Sighting,
+    layers_in_order,
+    shown_ranks,
+)
 from train.loop.replicas import ReplicaCheck, sum_of_bits
 from train.model.deepseek import DeepSeekV3
 from train.model.moe import Experts, MoE
@@ -139,7 +146,7 @@ class _Restored:
 
 
 @dataclass(frozen=True)
-class RankDifference:
+class RankDifference(PlainSightings):
     """Where two runs of the same passes differ on one rank first."""
 
     rank: int
@@ -164,16 +171,6 @@ class RankDifference:
             one.sums != other.sums,
             other.loss,
         )
-
-    def plain(self) -> dict[str, Any]:
-        """The record in types of JSON."""
-        seen = {name: None if (at := getattr(self, name)) is None else list(vars(at).values()) for name in PASSES}
-        return vars(self) | seen
-
-    @classmethod
-    def from_plain(cls, plain: dict[str, Any]) -> "RankDifference":
-        places = {name: None if plain[name] is None else Sighting(*plain[name]) for name in PASSES}
-        return replace(cls(**{name: value for name, value in plain.items() if name not in PASSES}), **places)
 
 
 def _differing(one: dict[SumKey, list[Tensor]], other: dict[SumKey, list[Tensor]]) -> list[SumKey]:

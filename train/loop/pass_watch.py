@@ -111,8 +111,24 @@ SHOWN_TENSORS = 8
 """Names in a sentence, at most."""
 
 
+PASSES = ("forward", "backward")
+
+
+class PlainSightings:
+    """A record of one rank, with a sighting in each of the passes, for the other ranks."""
+
+    def plain(self) -> dict[str, Any]:
+        """The record in types of JSON."""
+        seen = {name: None if (at := getattr(self, name)) is None else list(vars(at).values()) for name in PASSES}
+        return vars(self) | seen
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any]) -> Self:
+        return cls(**plain | {name: None if plain[name] is None else Sighting(*plain[name]) for name in PASSES})
+
+
 @dataclass(frozen=True)
-class RankSightings:
+class RankSightings(PlainSightings):
     """What one rank knows of a step that was skipped."""
 
     rank: int
@@ -126,18 +142,6 @@ class RankSightings:
     """Parameters that are not finite themselves."""
     forward: Sighting | None
     backward: Sighting | None
-
-    def plain(self) -> dict[str, Any]:
-        """The record in types of JSON, for the other ranks."""
-        seen = {name: None if (at := getattr(self, name)) is None else list(vars(at).values()) for name in PASSES}
-        return vars(self) | seen
-
-    @classmethod
-    def from_plain(cls, plain: dict[str, Any]) -> "RankSightings":
-        return cls(**plain | {name: None if plain[name] is None else Sighting(*plain[name]) for name in PASSES})
-
-
-PASSES = ("forward", "backward")
 
 
 class Watch(PassWatch):

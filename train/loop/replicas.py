@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from conf.errors import EXIT_CRASH, RunEnded
+from conf.words import some_of
 from parallel.mesh import Mesh
 from parallel.zero.engine import Zero
 
@@ -94,15 +95,9 @@ class ReplicaCheck:
             else f"ranks {ranks} hold, and which of them is wrong cannot be told,"
         )
         raise ReplicasDiffer(
-            f"step {step}: {who} other weights than the copies elsewhere: {shown_weights(weights)}. No update was made of it; {TAKE_OUT}",
+            f"step {step}: {who} other weights than the copies elsewhere: {some_of(weights, SHOWN_WEIGHTS)}. No update was made of it; {TAKE_OUT}",
             sorted(odd) or ranks,
         )
-
-
-def shown_weights(names: Sequence[str]) -> str:
-    """Names for a message: the first few, and how many more there are."""
-    more = f" and {len(names) - SHOWN_WEIGHTS} more" if len(names) > SHOWN_WEIGHTS else ""
-    return f"{', '.join(names[:SHOWN_WEIGHTS])}{more}"
 
 
 def sum_of_bits(tensor: Tensor) -> Tensor:
@@ -147,7 +142,7 @@ class StateCheck:
         names = [name for name, same in zip(now, equal, strict=True) if not same]
         if names:
             raise StateChanged(
-                f"rank {self._rank}: {shown_weights(names)} changed behind the update of step {step}, where nothing writes them: a bit "
+                f"rank {self._rank}: {some_of(names, SHOWN_WEIGHTS)} changed behind the update of step {step}, where nothing writes them: a bit "
                 f"flipped in memory. Neither update nor checkpoint was made of it; {TAKE_OUT}",
                 (self._rank,),
             )

@@ -6,7 +6,7 @@ from conf.files import atomic_write_json
 from conf.schema import Config
 from train.checkpoint.manifest import newest_intact, read_manifest
 from train.checkpoint.run_folder import RunPaths
-from train.checkpoint.weights import fits_here
+from train.checkpoint.stored_weights import fits_here
 from train.data.tokenizer import Tokenizer
 from train.generate.complete import complete
 from train.generate.source import from_checkpoint

@@ -164,23 +164,17 @@ class WandbSink:
         self._mode, self._commit = mode, commit
         self._queue: queue.Queue[Record | Item | None] = queue.Queue(WAITING_RECORDS)
         self._off = False
-        self._where: str | None = None
+        self.where: str | None = None
+        """Address of the run, or the folder of the offline run, once it has started."""
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
         self._thread.start()
 
-    def write(self, record: Record) -> None:
-        """Hand a record over; returns at once."""
-        self._put(record)
-
-    def do(self, item: Item) -> None:
-        """Hand over what is no record, as an Item is; it comes after the records before it. Returns at once."""
-        self._put(item)
-
-    def _put(self, what: Record | Item) -> None:
+    def write(self, record: Record | Item) -> None:
+        """Hand over a record, or what is none, as an Item is; it comes after the records before it. Returns at once."""
         if self._off:
             return
         try:
-            self._queue.put_nowait(what)
+            self._queue.put_nowait(record)
         except queue.Full:
             self._switch_off(f"{WAITING_RECORDS} records wait and W&B takes none")
 
@@ -194,11 +188,6 @@ class WandbSink:
         self._thread.join(limit)
         if self._thread.is_alive():
             self._switch_off("it did not finish in time")
-
-    @property
-    def where(self) -> str | None:
-        """Address of the run, or the folder of the offline run, once it has started."""
-        return self._where
 
     def _switch_off(self, reason: str) -> None:
         if not self._off:
@@ -261,10 +250,10 @@ class WandbSink:
                 wandb.teardown()  # else the id counts as in use
                 wandb.setup(wandb.Settings(silent=True))
             else:
-                self._where = run.url
+                self.where = run.url
                 return run
         run = wandb.init(**arguments, mode="offline", settings=wandb.Settings(**settings))
-        self._where = str(Path(run.dir).parent)
+        self.where = str(Path(run.dir).parent)
         return run
 
 

@@ -85,7 +85,7 @@ class MetricsWriter:
     def show(self, item: Item) -> None:
         """Something beside steps for W&B, as an Item is."""
         if self._wandb is not None:
-            self._wandb.do(item)
+            self._wandb.write(item)
 
     def alert(self, what: str, text: str) -> None:
         """Let W&B write to whoever watches the run. what: ends the title, as `diverged`."""
@@ -206,7 +206,7 @@ def tell_of_end(config: Config, run_folder: Path, code: int) -> None:
         and (run_folder / "wandb" / "run_id").is_file()
     ):
         sink = open_wandb(config, run_folder, lambda text: say(text, file=sys.stderr))
-        sink.do(alert(f"{config.name}: ended with exit code {code}", text))
+        sink.write(alert(f"{config.name}: ended with exit code {code}", text))
         sink.close()
 
 

@@ -100,6 +100,17 @@ class Evidence:
             if key.startswith(f"{kind}/"):
                 yield key.removeprefix(f"{kind}/"), tensor
 
+    def calls_of_kind(self, kind: str) -> Iterator[tuple[str, int, Tensor]]:
+        """(name, number of the micro-batch, tensor) of what every micro-batch has."""
+        for key, tensor in self.of_kind(kind):
+            name, number = key.rsplit("/", 1)
+            yield name, int(number), tensor
+
+    def rows(self, number: int) -> slice:
+        """The sequences of a micro-batch, in the step's batch."""
+        first = self.info.first + number * self.info.micro_batch_size
+        return slice(first, first + self.info.micro_batch_size)
+
     def write(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         info = self.info

@@ -230,11 +230,6 @@ class Judge(WireJudge, ReductionJudge, UpdateJudge):
         self._fail("samples of the step", "batch", None, ends[-1] - starts[0], batch_size, reason)
         return False
 
-    def _rows(self, rank: Evidence, number: int) -> slice:
-        """Samples of a micro-batch, within the batch."""
-        first = rank.info.first + number * rank.info.micro_batch_size
-        return slice(first, first + rank.info.micro_batch_size)
-
     def _places(self, rank: Evidence, name: str, count: int | None = None) -> list[int]:
         """Positions of a sequence that a rank has of an output. count: how many it has, if they may be more: embeddings reach behind
         every piece as far as MTP modules look.
@@ -253,10 +248,9 @@ class Judge(WireJudge, ReductionJudge, UpdateJudge):
             return None
         parts: dict[str, dict[int, Tensor]] = {}
         for rank in ranks:
-            for key, ids in rank.of_kind("forward"):
-                name, number = key.rsplit("/", 1)
+            for name, number, ids in rank.calls_of_kind("forward"):
                 if name.endswith(".ids"):
-                    rows, places = self._rows(rank, int(number)), self._places(rank, name)
+                    rows, places = rank.rows(number), self._places(rank, name)
                     ids_BTK = ids.view(rows.stop - rows.start, -1, ids.size(-1))
                     whole = ids.new_empty(len(ids_BTK), self.config.seq_len - depth_of(name), ids.size(-1))
                     whole = parts.setdefault(name.removesuffix(".ids"), {}).setdefault(rows.start, whole)
@@ -267,9 +261,8 @@ class Judge(WireJudge, ReductionJudge, UpdateJudge):
         self.phase = "forward"
         made: dict[str, list[tuple[Evidence, int, Tensor]]] = {}
         for rank in ranks:
-            for key, value in rank.of_kind("forward"):
-                name, number = key.rsplit("/", 1)
-                made.setdefault(name, []).append((rank, int(number), value))
+            for name, number, value in rank.calls_of_kind("forward"):
+                made.setdefault(name, []).append((rank, number, value))
         for name in seen.values:
             if name.endswith(".biased"):
                 continue
@@ -283,7 +276,7 @@ class Judge(WireJudge, ReductionJudge, UpdateJudge):
                 continue
             scale = size_of(seen.values[name], self.is_rounded)
             for rank, number, value in made[name]:
-                rows = self._rows(rank, number)
+                rows = rank.rows(number)
                 places = self._places(rank, name, value.size(1) if name == "embedding" else None)
 
                 def part(
@@ -312,7 +305,7 @@ class Judge(WireJudge, ReductionJudge, UpdateJudge):
         want = self._by_sample(seen.values[f"{name}.ids"], batch_size)
         bound = chosen(self.proof, self.config)
         for rank, number, ids in made:
-            rows, places = self._rows(rank, number), self._places(rank, name)
+            rows, places = rank.rows(number), self._places(rank, name)
             if self.proof != "exact":
 
                 def scores(step: ReferenceStep, rows: slice = rows, places: list[int] = places) -> Tensor:
@@ -350,9 +343,8 @@ class Judge(WireJudge, ReductionJudge, UpdateJudge):
         self.phase = "backward"
         came: dict[str, list[tuple[Evidence, int, Tensor]]] = {}
         for rank in ranks:
-            for key, value in rank.of_kind("backward"):
-                name, number = key.rsplit("/", 1)
-                came.setdefault(name, []).append((rank, int(number), value))
+            for name, number, value in rank.calls_of_kind("backward"):
+                came.setdefault(name, []).append((rank, number, value))
         exact = self.proof == "exact"
         found = sum_over_ranks(ranks, reference.trained_shapes(self.config)) if exact else assemble(ranks, "reduced")
         gradients = self.want.gradients
@@ -368,7 +360,7 @@ class Judge(WireJudge, ReductionJudge, UpdateJudge):
                 gradient = self.want.seen.values[name].grad
                 if gradient is None:
                     continue
-                rows, times = self._rows(rank, number), rank.info.dp * rank.info.cp
+                rows, times = rank.rows(number), rank.info.dp * rank.info.cp
                 places = self._places(rank, name)
 
                 def part(

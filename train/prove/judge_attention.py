@@ -112,17 +112,12 @@ class AttentionJudge(PartsJudge):
         length = call.tensors["q"].size(2)
         if self.batch.documents_BS is None:
             return high.unseen(length, None)
-        return high.unseen(length, self.batch.documents_BS[self._samples(call.rank, call.number), :length])
+        return high.unseen(length, self.batch.documents_BS[call.rank.rows(call.number), :length])
 
     def _in_scores(self) -> Bound:
         if self.rounding.high == FORMATS["fp32"]:
             return self._in_rows(self.config.seq_len)
         return Bound(SCORES, "4 x 2^-9: probabilities and their slopes may be rounded to bf16, each by 2^-9 of itself")
-
-    def _samples(self, rank: Evidence, number: int) -> slice:
-        """The samples of a micro-batch, within the batch."""
-        first = rank.info.first + number * rank.info.micro_batch_size
-        return slice(first, first + rank.info.micro_batch_size)
 
     # Where ranks share sequences: each has the queries of its positions, and makes keys and values of all from latents that travel
 
@@ -144,7 +139,7 @@ class AttentionJudge(PartsJudge):
                 k_BHLQ = torch.cat([kv_BHLX[..., :nope], rope_BLR.unsqueeze(1).expand(-1, q_BHTQ.size(1), -1, -1)], -1)
                 documents = self.batch.documents_BS
                 if documents is not None:
-                    documents = documents[self._samples(rank, number), :length]
+                    documents = documents[rank.rows(number), :length]
                 seen = high.unseen(length, documents)[:, :, places]
                 yield SharedCall(name, rank, number, out, q_BHTQ, k_BHLQ, kv_BHLX[..., nope:], seen, places)
 

@@ -11,7 +11,7 @@ from train.prove import reference
 from train.prove.bounds import Bound
 from train.prove.evidence import depth_of, places_of
 from train.prove.judge_attention import AttentionJudge
-from train.prove.judge_parts import ELEMENTS, PartCall, PartJudges, SumOverCalls
+from train.prove.judge_parts import ELEMENTS, PartCall, PartJudges, SumOverCalls, in_elements
 from train.prove.low_precision import FORMATS, FP32, NearNumbers, Total
 
 HALF = 2.0**-9
@@ -121,7 +121,7 @@ class WholeJudge(AttentionJudge):
     def _swiglu(self, name: str) -> None:
         for first, second in self._pairs(name):
             a_NF = low.swiglu(first.rows("y"), None)
-            self._total("SwiGLU", second, "x", second.rows("x"), Total(a_NF, a_NF.abs(), None), self._in_elements())
+            self._total("SwiGLU", second, "x", second.rows("x"), Total(a_NF, a_NF.abs(), None), in_elements())
 
     def _swiglu_back(self, name: str) -> None:
         for first, second in self._pairs(name):
@@ -129,16 +129,13 @@ class WholeJudge(AttentionJudge):
                 back = low.swiglu_backward(
                     NearNumbers(first.rows("y")), None, NearNumbers(second.rows("dx")), self.rounding.high
                 )
-                self._total("SwiGLU", first, "dy", first.rows("dy"), back.dh, self._in_elements())
+                self._total("SwiGLU", first, "dy", first.rows("dy"), back.dh, in_elements())
 
     def _pairs(self, name: str) -> Iterator[tuple[PartCall, PartCall]]:
         """Calls of both products of the same rows."""
         seconds = {(call.rank.info.rank, call.number): call for call in self.calls.get(f"{name}.w2", [])}
         for call in self.calls.get(f"{name}.w13", []):
             yield call, seconds[call.rank.info.rank, call.number]
-
-    def _in_elements(self) -> Bound:
-        return Bound(ELEMENTS, "an exponential and some products in fp32, and one rounding of the result")
 
     # Output head
 
@@ -194,9 +191,7 @@ class WholeJudge(AttentionJudge):
         for depth in range(1 + self.config.model.mtp_depth):
             for call in self.calls.get(f"head.{depth}", []):
                 places = places_of(call.rank.info, self.config.seq_len, depth)
-                targets = self.batch.tokens_BS[self._samples(call.rank, call.number)][
-                    :, [place + depth + 1 for place in places]
-                ]
+                targets = self.batch.tokens_BS[call.rank.rows(call.number)][:, [place + depth + 1 for place in places]]
                 seats = reference.Seats.of(self.batch, depth)
                 if seats.learnt_BT is None:
                     count = len(targets) * self.config.seq_len // self.cp
@@ -206,7 +201,7 @@ class WholeJudge(AttentionJudge):
                         None,
                     )
                     continue
-                learnt_N = seats.learnt_BT[self._samples(call.rank, call.number)][:, places].flatten()
+                learnt_N = seats.learnt_BT[call.rank.rows(call.number)][:, places].flatten()
                 count = self._learnt() / (self.shared * self._mean_micro_batches(call))
                 x_ND, targets_N = call.rows("x")[learnt_N], targets.flatten()[learnt_N]
                 yield call, high.head(x_ND, weight, targets_N, count, self.rounding.high, order), learnt_N
@@ -286,7 +281,7 @@ class WholeJudge(AttentionJudge):
                 may_BTE[:, places] = (is_tie & close).double()
         samples_BT, count = torch.zeros(often_BTE.shape[:2]), info.plan["batch_size"]
         if seats.samples_BT is not None:
-            samples_BT, count = seats.samples_BT[self._samples(call.rank, call.number)], seats.samples
+            samples_BT, count = seats.samples_BT[call.rank.rows(call.number)], seats.samples
         together_BTT = ((samples_BT[:, :, None] == samples_BT[:, None]) & (samples_BT >= 0)[:, None]).double()
         length_BT1 = together_BTT.sum(-1, keepdim=True).clamp_min(1)
         factor_BT1 = (

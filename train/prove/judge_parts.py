@@ -215,7 +215,7 @@ class PartsJudge(Comparisons):
             da = low.rounded(da_RF, high, self._order(w2.x.size(-1)).value * da_RF.size)
             h = low.cast_rows(NearNumbers(call.get("h")), counts, self.rounding.swiglu, -1)
             back = low.swiglu_backward(h, call.get("gates"), da, high)
-            self._total("SwiGLU of experts", call, "dh", call.get("dh"), back.dh, _elements())
+            self._total("SwiGLU of experts", call, "dh", call.get("dh"), back.dh, in_elements())
             if call.has("dgates"):
                 gates, order = call.get("dgates"), self._order(da.x.size(-1))
                 self._total("SwiGLU of experts", call, "dgates", gates, back.dgates, order, FORMATS["fp32"])
@@ -360,7 +360,8 @@ def _turned(x: NearNumbers) -> NearNumbers:
     return NearNumbers(x.x.mT, None if x.off is None else x.off.mT)
 
 
-def _elements() -> Bound:
+def in_elements() -> Bound:
+    """What arithmetic on single elements may differ by."""
     return Bound(ELEMENTS, "an exponential and some products in fp32, and one rounding of the result")
 
 

@@ -20,9 +20,9 @@ from tests.prove.mutations.seams import Seams
 
 MODULES = {
     "train.kernels.plain.routing": "copies", "train.model.moe": "copies", "train.model.mla": "copies",
-    "train.kernels.plain.heads": "copies", "train.kernels.plain.plain_attention": "copies", "train.model.rope": "copies", "train.model.attention": "copies",
+    "train.kernels.plain.plain_kernels": "copies", "train.kernels.plain.plain_attention": "copies", "train.model.rope": "copies", "train.model.attention": "copies",
     "train.model.loss": "copies", "train.model.block": "copies",
-    "train.model.deepseek": "copies", "train.kernels.plain.plain_kernels": "copies", "train.model.layers": "copies",
+    "train.model.deepseek": "copies", "train.model.layers": "copies",
     "train.model.sequence": "shared", "parallel.context": "shared",
     "parallel.expert.all_to_all": "experts", "parallel.expert.dispatcher": "experts", "parallel.expert.permute": "nodes",
     "parallel.expert.node_limited": "nodes", "parallel.pipeline.schedule": "pipeline", "parallel.pipeline.graph": "zbv",

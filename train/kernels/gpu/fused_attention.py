@@ -1,4 +1,4 @@
-"""The attention core on a GPU: torch's kernels. Which one a run has says train/kernels/attention_choice.py.
+"""The attention core on a GPU: torch's kernels. Which one a run has says train/kernels/choice.py.
 
 Documents that follow one another in a sequence go into one call with their lengths, which computes each up to its own
 diagonal and needs no mask. Any other rectangle is a call by itself. What is asked of one sequence alone has any length, what is

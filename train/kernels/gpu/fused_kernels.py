@@ -19,7 +19,7 @@ from train.model.weight_gradient import LinearProduct
 
 
 class FusedKernels(PlainKernels):
-    """`Kernels` that never wait for the device. core: of attention, see `train.kernels.attention_choice`."""
+    """`Kernels` that never wait for the device. core: of attention, see `train.kernels.choice`."""
 
     def __init__(self, core: AttentionCore | None = None):
         self.core = core or EfficientAttention()
