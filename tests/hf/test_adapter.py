@@ -33,12 +33,11 @@ from tests.hf.small import (
 from tests.hf.test_families import write_miniature
 from tests.small import arguments
 from train.checkpoint.run_folder import RunPaths
-from train.checkpoint.stored_weights import load_model
+from train.checkpoint.stored_weights import load_hf_model, load_model
 from train.checkpoint.trained_with import describe_base
 from train.hf.export import export
 from train.hf.folder import open_folder, open_model
 from train.hf.tensor_names import adapted_tensors, tensors
-from train.hf.whole_model import load_hf_model
 
 torch.set_num_threads(1)
 

@@ -17,13 +17,13 @@ from tests.hf.small import FP8, MODEL, random_tensors, write_folder
 from tests.small import arguments, train
 from tests.test_read_json import BAD
 from train.checkpoint.run_folder import RunPaths
+from train.checkpoint.stored_weights import load_hf_model
 from train.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from train.generate.source import start_token
 from train.hf.export import export
 from train.hf.folder import is_hf_folder, match, open_folder
 from train.hf.tensor_names import tensors
 from train.hf.tokenizer_files import check_tokenizer, write_tokenizer
-from train.hf.whole_model import load_hf_model
 
 torch.set_num_threads(1)
 

@@ -18,12 +18,12 @@ from tests.hf.published import GLM_4_7_FLASH, INT4, KIMI_K2, KIMI_K25, MISTRAL_L
 from tests.hf.small import export_model, read_folder, tokens
 from tests.model.parity import as_in_files, randomise
 from tests.small import train
+from train.checkpoint.stored_weights import load_hf_model
 from train.hf.config import check_recipe, read_model
 from train.hf.families import FAMILIES, REFUSED_MODELS, find_family
 from train.hf.folder import match, open_model
 from train.hf.plan import write_json
 from train.hf.tensor_names import tensors
-from train.hf.whole_model import load_hf_model
 from train.model.count import count_parameters
 
 torch.set_num_threads(1)

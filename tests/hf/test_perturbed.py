@@ -12,11 +12,11 @@ from safetensors.torch import save_file
 from conf.errors import UserError
 from conf.schema import Model
 from tests.hf.small import FP8, MODEL, random_tensors, released_config, write_folder
+from train.checkpoint.stored_weights import load_hf_model
 from train.hf.config import read_model
 from train.hf.folder import Folder, StoredTensor, match, open_model
 from train.hf.plan import write_json
 from train.hf.tensor_names import tensors
-from train.hf.whole_model import load_hf_model
 
 SMALL = Model(**(MODEL | {"layers": 2, "experts": 4, "groups": 2, "top_k": 2, "mtp_depth": 1}))
 KINDS = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float8_e4m3fn: "F8_E4M3"}

@@ -15,10 +15,9 @@ from tests.ranks import run_module
 from tests.small import TEXT, arguments, environment, metrics, train
 from train.__main__ import check_before_start
 from train.checkpoint.run_folder import RunPaths
-from train.checkpoint.stored_weights import load_model
+from train.checkpoint.stored_weights import load_hf_model, load_model
 from train.data.tokenizer import load_tokenizer
 from train.hf.export import export
-from train.hf.whole_model import load_hf_model
 
 torch.set_num_threads(1)
 

@@ -22,13 +22,13 @@ from tests.hf.small import (
     write_folder,
 )
 from tests.small import arguments
+from train.checkpoint.stored_weights import load_hf_model
 from train.evaluate.target import find_target
 from train.generate.decoder import Decoder
 from train.generate.source import open_weights
 from train.hf.config import check_recipe
 from train.hf.folder import match, open_model
 from train.hf.tokenizer_files import write_tokenizer
-from train.hf.whole_model import load_hf_model
 from train.loop.start import check_start
 
 torch.set_num_threads(1)

@@ -5,7 +5,7 @@ import torch
 
 from conf.schema import Model, Yarn
 from tests.hf.small import MODEL, tokens, transformers_folder
-from train.hf.whole_model import load_hf_model
+from train.checkpoint.stored_weights import load_hf_model
 
 torch.set_num_threads(1)
 

@@ -17,9 +17,8 @@ from tests.small import SMALL, arguments, metrics
 from train.__main__ import check_before_start
 from train.checkpoint.average import write_average
 from train.checkpoint.manifest import holds_adapter, read_manifest
-from train.checkpoint.stored_weights import load_model
+from train.checkpoint.stored_weights import load_hf_model, load_model
 from train.hf.export import write_export
-from train.hf.whole_model import load_hf_model
 
 LORA = ["adapter=lora", "adapter.rank=8", "optim.bias_speed=[{value: 0}]", "optim.lr=0.01"]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from conf.schema import ROOT
-from parallel.zero.copied_behaviour import COPIED, READ_FROM
+from parallel.zero.private_names import COPIED, READ_FROM
 
 
 @cache

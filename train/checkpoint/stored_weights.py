@@ -6,6 +6,8 @@ An adapter's pairs come from the checkpoint of its run, or from a folder of PEFT
 added while the base is read, interval by interval, so that no more of them is in memory than a few tensors.
 
 The weights of a checkpoint of ours, without optimizer and gradients: in the chunks of a layout, or whole in one process.
+
+The whole model of a Hugging Face folder in one process.
 """
 
 import hashlib
@@ -31,14 +33,18 @@ from train.checkpoint.read_shards import FolderFiles, fill_shards
 from train.checkpoint.run_folder import find_checkpoint
 from train.checkpoint.trained_with import describe_base, require_adapter, require_base
 from train.hf.adapter_folder import ADAPTER_FIELD, open_adapter
+from train.hf.families import FAMILIES
 from train.hf.folder import is_hf_folder, match, open_model
 from train.hf.read import folder_reader, parts_of
 from train.hf.tensor_names import ADAPTER_FILE, BASE_FORMAT, BASE_MARK, AdaptedTensor, PlacedTensor, adapted_tensors
 from train.kernels.choice import build_kernels, choose_kernels
+from train.kernels.plain.high import HighPrecision
+from train.kernels.plain.plain_kernels import PlainKernels
 from train.kernels.precision import activation_dtype, build_precision
 from train.model.count import count_parameters
 from train.model.deepseek import DeepSeekV3
 from train.model.init import materialise
+from train.model.operations import Kernels
 from train.parallelize import build_chunks, build_pipeline, make_dispatcher, make_share
 
 CACHED_TENSORS = 8
@@ -263,3 +269,38 @@ def read_into_chunks(
     stored.fill(wanted)
     for param, weight in weights.items():
         param.copy_(weight.view(param.shape))
+
+
+def load_hf_model(
+    folder: str | Path,
+    dtype: torch.dtype = torch.float32,
+    field: str = "init_from",
+    kernels: Kernels | None = None,
+    text_only: bool = False,
+    adapter: str | None = None,
+) -> tuple[Model, DeepSeekV3, Path | None]:
+    """The whole model of a folder on CPU in eval mode, its configuration, and the path of its tokenizer.json, if any.
+
+    Weights are held and multiplied in dtype, and read straight into it: memory for the model once. field: what errors
+    name. kernels: that the model computes with; torch's operations if not given. text_only: leave out what belongs to no language
+    model. adapter: a folder of PEFT's to be added to the weights. Raises UserError for a folder that is no sound DeepSeek-V3.
+    """
+    path = Path(folder).expanduser()
+    headers, config, _ = open_model(path, field, text_only)
+    placed = match(headers, config)
+    seq_len = min(config.max_seq_len, config.yarn.original_seq_len)
+    model = DeepSeekV3.whole(
+        config, HighPrecision(dtype, kernels or PlainKernels()), seq_len=seq_len, dtype=dtype, device="meta"
+    )
+    materialise(model, "cpu")
+    wanted = {f"master.{name}": whole(param) for name, param in model.named_parameters()}
+    if FAMILIES[headers.family].has_biases:
+        wanted |= {f"bias.{name}": whole(router.bias_E) for name, router in model.routers().items()}
+    read = folder_reader(headers, placed)
+    pairs = open_pairs(adapter, config, headers.family, read)
+    if pairs is None:
+        read(wanted)
+    else:
+        pairs.fill_added(read, wanted)
+    tokenizer = path / "tokenizer.json"
+    return config, model.eval(), tokenizer if tokenizer.is_file() else None

@@ -19,7 +19,7 @@ from conf.words import sentence
 from parallel.mesh import Mesh
 from parallel.pipeline.schedule import Pipeline
 from train.checkpoint.run_folder import RunPaths
-from train.checkpoint.stored_weights import load_pipeline, require_memory
+from train.checkpoint.stored_weights import load_hf_model, load_pipeline, require_memory
 from train.checkpoint.trained_with import require_tokenizer
 from train.data.corpus import Corpus, build_corpus
 from train.evaluate.answers import (
@@ -33,15 +33,13 @@ from train.evaluate.answers import (
     text_of,
     to_other_questions,
 )
-from train.evaluate.held_out_sources import EvaluatedSource, choose_sources
 from train.evaluate.needle import NeedleCell
 from train.evaluate.observed import ObservedChunk
-from train.evaluate.result import Evaluation, show_result
+from train.evaluate.result import EvaluatedSource, Evaluation, choose_sources, show_result
 from train.evaluate.retrieve import read_fillers, search_needles
 from train.evaluate.target import Target, find_target
 from train.generate.decoder import Decoder
 from train.generate.source import start_token
-from train.hf.whole_model import load_hf_model
 from train.kernels.choice import choose_kernels
 from train.kernels.precision import activation_dtype
 from train.loop.validation import Sums, held_out_loss

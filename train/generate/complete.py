@@ -2,10 +2,10 @@
 
 from typing import Required, TypedDict, Unpack
 
-from conf.errors import UserError
 from train.generate.generation import Generation, Limits
 from train.generate.sampling import Sampler
 from train.generate.source import LoadedModel
+from train.generate.text import require_utf8
 
 
 class GenerationOptions(TypedDict, total=False):
@@ -30,7 +30,7 @@ def start(
 ) -> Generation:
     """A generation of these prompts that has not begun. Raises UserError for a prompt over the context or not in UTF-8."""
     for prompt in prompts:
-        _require_text(prompt)
+        require_utf8(prompt, "generate.prompt")
     return Generation(
         source.decoder,
         [[source.start_id, *source.tokenizer.encode(prompt)] for prompt in prompts],
@@ -47,12 +47,3 @@ def complete(source: LoadedModel, prompt: str, **how: Unpack[GenerationOptions])
     for _ in generation.steps():
         pass
     return source.tokenizer.decode(generation.tokens[0])
-
-
-def _require_text(prompt: str) -> None:
-    """Bytes that are not UTF-8 come as lone surrogates, which no tokenizer takes."""
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        shown = ascii(prompt[max(0, error.start - 20) : error.end + 20])
-        raise UserError("generate.prompt", shown, "is not UTF-8", "convert it (iconv -t UTF-8)") from error

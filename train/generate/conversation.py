@@ -21,7 +21,7 @@ from train.data.chats import Message
 from train.generate.generation import EndReason, Generation, Limits
 from train.generate.sampling import Sampler
 from train.generate.source import LoadedModel
-from train.generate.text import TextStream, write
+from train.generate.text import TextStream, require_utf8, write
 
 RESET, QUIT = "/reset", "/quit"
 HELP = f"Ask, and press Enter. Ctrl-C ends an answer, {RESET} forgets what was said, {QUIT} or Ctrl-D leaves."
@@ -93,12 +93,7 @@ class Conversation:
             raise UserError("data.template", self._template.name, error.rule, error.cure) from error
 
     def _encode(self, text: str) -> list[int]:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise UserError(
-                "generate.chat", ascii(text)[-60:], "is not UTF-8", "convert it (iconv -t UTF-8)"
-            ) from error
+        require_utf8(text, "generate.chat")
         return self._source.tokenizer.encode_rendered([text])[0].ids
 
     def _stop_token(self) -> int:

@@ -10,13 +10,12 @@ from conf.read_json import read_json
 from conf.schema import Config
 from train.checkpoint.manifest import read_manifest
 from train.checkpoint.run_folder import find_checkpoint
-from train.checkpoint.stored_weights import load_model, require_memory
+from train.checkpoint.stored_weights import load_hf_model, load_model, require_memory
 from train.checkpoint.trained_with import tokenizer_of
 from train.data.tokenizer import Tokenizer, check_fit, load_tokenizer, named_token
 from train.generate.decoder import Decoder, require_plain_blocks
 from train.hf.folder import is_hf_folder, open_model
 from train.hf.tokenizer_files import TOKENIZER_SETTINGS_FILE
-from train.hf.whole_model import load_hf_model
 from train.kernels.choice import build_kernels
 from train.kernels.precision import activation_dtype
 

@@ -3,6 +3,7 @@
 import sys
 from typing import TextIO
 
+from conf.errors import UserError
 from train.data.tokenizer import Tokenizer
 from train.metrics.screens import printable
 
@@ -49,3 +50,12 @@ def write(text: str, stream: TextIO | None = None) -> None:
     text = printable(text, encoding) if stream.isatty() else text.encode(encoding, "replace").decode(encoding)
     stream.write(text)
     stream.flush()
+
+
+def require_utf8(text: str, field: str) -> None:
+    """Raise UserError for bytes that are not UTF-8: they come as lone surrogates, which no tokenizer takes. field: the key that they came by."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        shown = ascii(text[max(0, error.start - 20) : error.end + 20])
+        raise UserError(field, shown, "is not UTF-8", "convert it (iconv -t UTF-8)") from error

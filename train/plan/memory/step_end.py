@@ -1,6 +1,6 @@
 """What the end of a step takes: gradients brought into DeepSpeed's bucket, reduced and sharded, then the update.
 
-This follows DeepSpeed buffer by buffer (parallel/zero/copied_behaviour.py names what was read), since on small models and few micro-batches the peak of the
+This follows DeepSpeed buffer by buffer (parallel/zero/private_names.py names what was read), since on small models and few micro-batches the peak of the
 whole step lies here. Gradients are fp32 and whole when it begins (parallel/zero/whole_weights.py):
 
 With offload (ZeRO 1 and 2) a shard's gradients go on to the host as they are reduced: the slices that this rank keeps let go of

@@ -1,6 +1,6 @@
 """What ZeRO stage 3 has gathered while each unit of the model is at work, by DeepSpeed's own rules.
 
-DeepSpeed (parallel/zero/copied_behaviour.py names what was read of it) learns in which order units work and, before each, gathers
+DeepSpeed (parallel/zero/private_names.py names what was read of it) learns in which order units work and, before each, gathers
 
     what is missing of the unit itself, and waits for it
     weights of the next ones, weight by weight, until `limit` elements are on their way or 2 limit are there in all
