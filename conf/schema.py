@@ -195,7 +195,7 @@ class Model:
     block: dict[str, Any] | None = field(default_factory=dict)
     """Your own subclass of train.model.block.Block for every block: `_target_: my_mod.MyBlock` with its keys (train/docs/python.md)."""
     router: dict[str, Any] | None = field(default_factory=dict)
-    """Your own subclass of train.model.moe.Router, in the same form."""
+    """Your own subclass of train.model.router.Router, in the same form."""
 
     @property
     def repeated_layers(self) -> int:

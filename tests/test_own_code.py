@@ -211,7 +211,7 @@ MODEL = """
 import torch
 from torch import nn
 from train.model.block import Block
-from train.model.moe import Router
+from train.model.router import Router
 
 class Kept(Router):
     def __init__(self, *args, **factory):
@@ -327,7 +327,7 @@ MISTAKES = [
     (["data.source={_target_: own_broken.X}"], r"ZeroDivisionError.*own_broken.py:3\)", "correct it"),
     (["data.source={_target_: own_lacking.X}"], "No module named 'no_such_package'.*own_lacking.py:1", "correct it"),
     (["data.source={_target_: own_syntax.X}"], r"SyntaxError.*own_syntax.py:1\)", "correct it"),
-    (["model.router={_target_: own_models.Other}"], "must be a subclass of train.model.moe.Router", "class Other"),
+    (["model.router={_target_: own_models.Other}"], "must be a subclass of train.model.router.Router", "class Other"),
     (["model.block={_target_: my_router.WarmRouter}"], "must be a subclass of train.model.block.Block", "class Warm"),
     (["model.router={_target_: my_router.WarmRouter, heat: 2}"], "unexpected keyword argument 'heat'", "correct it"),
     (["model.router={_target_: own_models.Kept}"], "buffers of its own.*mean", "make them parameters"),

@@ -26,12 +26,13 @@ from train.kernels.fp8.frozen_blocks import draw_blocks, hold_in_blocks
 from train.kernels.plain.high import HighPrecision
 from train.kernels.precision import activation_dtype, build_precision
 from train.model.adapter import add_adapters
-from train.model.block import MTP, Block
+from train.model.block import Block
 from train.model.count import head_flops, layer_flops
 from train.model.deepseek import DeepSeekV3, ModelOutputs
 from train.model.init import first_draws, initialise, materialise
-from train.model.moe import Router
+from train.model.mtp import MTP
 from train.model.operations import Kernels
+from train.model.router import Router
 from train.optim.optimizer_classes import OPTIMIZER_CLASSES
 
 

@@ -35,8 +35,9 @@ from train.kernels.plain.high import HighPrecision
 from train.model.attention import AttentionInput
 from train.model.layers import RMSNorm, swiglu
 from train.model.loss import cross_entropy
-from train.model.moe import LocalDispatcher, Router
+from train.model.moe import LocalDispatcher
 from train.model.rope import Rope
+from train.model.router import Router
 from train.model.sequence import Positions
 from train.optim.adamw import AdamW
 

@@ -8,7 +8,8 @@ import torch
 
 from tests.layouts import run_layout, train_rank
 from tests.small import metrics, trajectory
-from train.loop.pass_watch import Origin, RankSightings, Sighting, find_origin
+from train.loop.nonfinite import Origin, RankSightings, find_origin
+from train.loop.pass_watch import Sighting
 
 END, START = Sighting(2, 3, "the output of layers.2.attention"), Sighting(2, 1, "the input of layers.2.attention")
 LATER = Sighting(3, 0, "the input of layers.3")
@@ -80,7 +81,7 @@ def train_with_nan(rank: int, config_path: str, world: int, store: str) -> None:
     """One rank; `nan.json` beside the runs says where to put NaN: rank, module, phase, and whether it comes again."""
     from train import worker
     from train.loop import trainer
-    from train.loop.pass_watch import Watch
+    from train.loop.nonfinite import Watch
 
     where = json.loads((Path(config_path).parents[2] / "nan.json").read_text())
     parallelize, watching, calls = worker.parallelize, [], []

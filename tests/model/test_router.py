@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from conf.schema import Model, ScoreFunction
 from train.kernels.choice import build_kernels
 from train.kernels.plain.routing import choose_experts, top_indices
-from train.model.moe import Router
 from train.model.operations import RoutingRule
+from train.model.router import Router
 
 torch.set_num_threads(1)
 

@@ -21,8 +21,9 @@ from tests.ranks import run_ranks
 from tests.small import arguments, metrics
 from train import parallelize as parallelizing
 from train.kernels.choice import build_kernels
-from train.model.block import MTP, Block
+from train.model.block import Block
 from train.model.init import first_draws
+from train.model.mtp import MTP
 from train.parallelize import parallelize
 
 BASE = ["steps=5", "micro_batch_size=1", "checkpoint.every=2", "log.validate_every=2", "optim.ema_decay=0.9"]

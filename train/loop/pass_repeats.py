@@ -32,14 +32,8 @@ from parallel.exchange import gather
 from parallel.mesh import Layout
 from parallel.shard import Shard
 from train.loop.measure import CollectedMeasures
-from train.loop.pass_watch import (
-    SHOWN_TENSORS,
-    PassWatch,
-    PlainSightings,
-    Sighting,
-    layers_in_order,
-    shown_ranks,
-)
+from train.loop.nonfinite import SHOWN_TENSORS, shown_ranks
+from train.loop.pass_watch import PassWatch, PlainSightings, Sighting, layers_in_order
 from train.loop.replicas import ReplicaCheck, sum_of_bits
 from train.model.deepseek import DeepSeekV3
 from train.model.moe import Experts, MoE

@@ -27,7 +27,8 @@ from conf.schema import Config
 from train.model.deepseek import Head
 from train.model.layers import FFN, Embedding, RMSNorm
 from train.model.mla import MLA
-from train.model.moe import MoE, Router
+from train.model.moe import MoE
+from train.model.router import Router
 from train.parallelize import ParallelModel
 
 FOLDER = "profile"

@@ -27,7 +27,7 @@ from train.loop.measure import CollectedMeasures, Measure, MeasuredStep, to_devi
 from train.loop.pass_repeats import PassRepeats
 from train.loop.stop import StopKind
 from train.model.deepseek import DeepSeekV3
-from train.model.moe import update_bias
+from train.model.router import update_bias
 from train.optim.qk_clip import QKClip
 from train.optim.schedules import Schedules, StepPlan
 from train.parallelize import ParallelModel

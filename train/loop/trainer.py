@@ -36,8 +36,8 @@ from train.kernels.fp8.health import Report, merge_reports
 from train.loop.callbacks import Callbacks, RunView
 from train.loop.layer_norms import LayerNorms
 from train.loop.measure import MeasuredStep
+from train.loop.nonfinite import SHOWN_TENSORS, Origin, RankSightings, Watch, bad_weights, find_origin
 from train.loop.pass_repeats import Doubt, PassRepeats
-from train.loop.pass_watch import SHOWN_TENSORS, Origin, RankSightings, Watch, bad_weights, find_origin
 from train.loop.profiler import StepProfiler
 from train.loop.published_weights import publish_weights
 from train.loop.rank_progress import RankProgress, peak_memory

@@ -8,34 +8,16 @@ which may be that over more keys than these:
     p = exp(scale q k^T - l),  dv = p^T do,  ds = scale p * (do v^T - rowsum(do * o)),  dq = ds k,  dk = ds^T q
 
 Shapes: B sequences, H heads, T queries, S keys, Q qk width, V value width.
-
-Attention of the positions that are here over all positions of their sequences (context parallelism).
-
-What is gathered is latents, never keys and values. The sequence is a row of blocks, one a piece; keys and values of a block are
-made of its latents when its turn comes, and forgotten after. A query meets the blocks one after another, and what it has of
-each is put together by the log-sum-exp of its scores:
-
-    forward    of block j: o_j = softmax(s_j) v_j and l_j = log sum exp s_j
-               o = sum_j exp(l_j - l) o_j,  l = log sum_j exp l_j
-    backward   p_j = exp(s_j - l),  ds_j = p_j * (do v_j^T - rowsum(do * o))
-
-so that memory is that of a block. Backward gathers the latents again, and makes keys and values again; the gradients of the
-latents of all blocks go to the ranks that have the positions. The weight that makes keys and values gets its gradient here
-too. A pass that wants weights alone (needed.py) takes what the pass before it put aside.
-
-Shapes: B sequences, T positions here, H heads, Q qk width, V value width, L positions of a block, C kv_rank, R rope width.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from train.model.needed import Function, gradients_needed
-from train.model.sequence import PendingGather, Positions, SeenKeys
+from train.model.needed import Function
+from train.model.sequence import SeenKeys
 
 
 class AttentionInput(NamedTuple):
@@ -131,127 +113,3 @@ class Attend(Function):
             None,
             None,
         )
-
-
-@dataclass(frozen=True)
-class KeysOfLatents:
-    """How keys and values are made of latents. up: (B, L, C) to per head [nope key | value], the latter of `heads` heads."""
-
-    up: Callable[[Tensor], Tensor]
-    heads: int
-    kv_rank: int
-    nope: int
-
-    def make(self, kv_BLX: Tensor, k_rope_BLR: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys (B, H, L, Q) and values (B, H, L, V)."""
-        kv_BHLX = kv_BLX.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        k_rope_BHLR = k_rope_BLR.unsqueeze(1).expand(-1, self.heads, -1, -1)
-        return torch.cat([kv_BHLX[..., : self.nope], k_rope_BHLR], -1), kv_BHLX[..., self.nope :]
-
-    def of(self, latents_BLX: Tensor) -> tuple[Tensor, Tensor]:
-        """From [latent | turned rope key]."""
-        latent_BLC, k_rope_BLR = latents_BLX.split([self.kv_rank, latents_BLX.size(-1) - self.kv_rank], -1)
-        return self.make(self.up(latent_BLC), k_rope_BLR)
-
-    def gradients(
-        self,
-        latents_BLX: Tensor,
-        weights: Sequence[Tensor],
-        attend: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]],
-    ) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
-        """Gradients of the queries, the latents and the weights. attend: from keys and values to the gradients of
-        queries, keys and values.
-        """
-        latent_BLC, k_rope_BLR = latents_BLX.split([self.kv_rank, latents_BLX.size(-1) - self.kv_rank], -1)
-        with torch.enable_grad():
-            source_BLC = latent_BLC.detach().requires_grad_()
-            kv_BLX = self.up(source_BLC)
-        dq, dk, dv = attend(*self.make(kv_BLX.detach(), k_rope_BLR))
-        dkv_BLX = torch.cat([dk[..., : self.nope], dv], -1).transpose(1, 2).flatten(2)
-        dlatent_BLC, *dweights = torch.autograd.grad(kv_BLX, (source_BLC, *weights), dkv_BLX)
-        dk_rope_BLR = dk[..., self.nope :].sum(1, dtype=torch.float32).to(dlatent_BLC.dtype)
-        return dq, torch.cat([dlatent_BLC, dk_rope_BLR], -1), dweights
-
-
-class SharedAttention(Function):
-    """softmax(scale q k^T) v of the queries here over the keys of all positions: (B, H, T, V).
-
-    latents_BTX: [latent | turned rope key] of the positions here. weights: those of keys.up that learn. gathering: of the latents of all. watch: as in
-    `AttentionInput`.
-    """
-
-    @staticmethod
-    def forward(
-        ctx,
-        q_BHTQ: Tensor,
-        latents_BTX: Tensor,
-        keys: KeysOfLatents,
-        core: AttentionCore,
-        scale: float,
-        positions: Positions,
-        gathering: PendingGather,
-        watch: LargestScores | None,
-        *weights: Tensor,
-    ) -> Tensor:
-        B, H, T, _ = q_BHTQ.shape
-        watch = watch if any(ctx.needs_input_grad) else None
-        out_BHTV, lse_BHT = None, None
-        for seen, latents_BLX in zip(positions.seen, gathering.wait(), strict=True):
-            k_BHLQ, v_BHLV = keys.of(latents_BLX)
-            if out_BHTV is None or lse_BHT is None:
-                out_BHTV = torch.zeros(B, H, T, v_BHLV.size(-1), dtype=torch.float32, device=q_BHTQ.device)
-                lse_BHT = torch.full((B, H, T), -torch.inf, dtype=torch.float32, device=q_BHTQ.device)
-            if not seen.rectangles:
-                continue
-            made = core.forward(AttentionInput(q_BHTQ, k_BHLQ, v_BHLV, scale, seen, watch), largest=watch is not None)
-            if watch is not None:
-                watch.add(made)
-            part_BHTV, part_BHT, *_ = made
-            new_BHT = torch.logaddexp(lse_BHT, part_BHT)
-            for sum_BHTV, value, of in ((out_BHTV, None, lse_BHT), (out_BHTV, part_BHTV, part_BHT)):
-                share_BHT1 = (of - new_BHT).exp_().nan_to_num_(0).unsqueeze(-1)  # of a query that has met no key yet
-                if value is None:
-                    sum_BHTV.mul_(share_BHT1)
-                else:
-                    sum_BHTV.addcmul_(value.to(sum_BHTV.dtype), share_BHT1)
-            lse_BHT = new_BHT
-        assert out_BHTV is not None and lse_BHT is not None, "a sequence has a piece"
-        out_BHTV = positions_first(out_BHTV, q_BHTQ.dtype)
-        ctx.save_for_backward(q_BHTQ, latents_BTX, out_BHTV, lse_BHT)
-        ctx.weights, ctx.keys, ctx.core, ctx.scale, ctx.positions = weights, keys, core, scale, positions
-        ctx.put_aside = None
-        return out_BHTV
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dout_BHTV: Tensor):
-        q_needed, latents_needed, *needed = gradients_needed(ctx)
-        rest = (None,) * 6
-        weights_needed = any(needed[len(rest) :])
-        if ctx.put_aside is not None and not (q_needed or latents_needed):
-            dweights, ctx.put_aside = ctx.put_aside, None
-            return None, None, *rest, *dweights
-        q_BHTQ, latents_BTX, out_BHTV, lse_BHT = ctx.saved_tensors
-        positions, whole = ctx.positions, AttentionOutput(out_BHTV, lse_BHT)
-        rows = [len(piece) for piece in positions.pieces]
-        gathering = positions.share.gather_begin(latents_BTX, rows)
-        dq_BHTQ = torch.zeros(q_BHTQ.shape, dtype=torch.float32, device=q_BHTQ.device)
-        dweights = [torch.zeros(one.shape, dtype=torch.float32, device=q_BHTQ.device) for one in ctx.weights]
-        dlatents = []
-        for seen, latents_BLX in zip(positions.seen, gathering.wait(), strict=True):
-            if not seen.rectangles:
-                dlatents.append(torch.zeros_like(latents_BLX))
-                continue
-
-            def attend(k, v, seen=seen):
-                return ctx.core.backward(dout_BHTV, AttentionInput(q_BHTQ, k, v, ctx.scale, seen), whole)
-
-            dq, dlatents_BLX, parts = ctx.keys.gradients(latents_BLX, ctx.weights, attend)
-            dq_BHTQ += dq
-            for dweight, part in zip(dweights, parts, strict=True):
-                dweight += part
-            dlatents.append(dlatents_BLX)
-        dlatents_BTX = positions.share.scatter_sum(dlatents)
-        if not weights_needed:
-            ctx.put_aside = dweights
-        return dq_BHTQ.to(q_BHTQ.dtype), dlatents_BTX, *rest, *(dweights if weights_needed else [None] * len(dweights))

@@ -1,18 +1,4 @@
-"""One transformer block: x += attention(norm(x)); x += ffn(norm(x)), the FFN dense or a mixture of experts.
-
-Multi-token prediction (paper 2.2, eq. 21-25).
-
-Depth k predicts the token k+1 ahead. At position i it joins what depth k-1 knows of tokens up to i+k-1 with the
-embedding of token i+k, and runs a whole block:
-
-    h_k[i] = norm( block( W [ norm(Emb(t[i+k])) ; norm(h_(k-1)[i]) ] ) ),   i = 1 .. T-k
-
-The order of the two halves is that of the released weights. h_0 is the main model's output after its final norm, and
-each depth hands on its output after its own norm (as peers do; the paper leaves it open). Nothing is detached. Embedding
-and head are the main model's.
-
-Shapes: B sequences, T positions of this depth, D width.
-"""
+"""One transformer block: x += attention(norm(x)); x += ffn(norm(x)), the FFN dense or a mixture of experts."""
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -20,9 +6,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from conf.own_code import subclass
 from conf.schema import Model, Recompute
-from train.model.layers import FFN, LayerPrecision, Linear, RMSNorm
+from train.model.layers import FFN, LayerPrecision, RMSNorm
 from train.model.mla import MLA
 from train.model.moe import Dispatcher, MoE
 from train.model.offload import Host, OffloadedBlock
@@ -85,35 +70,3 @@ class Block(nn.Module):
         if self._host is None or part != self._offload or not torch.is_grad_enabled():
             return nullcontext()
         return OffloadedBlock(self._host, (x_BTD, *self.parameters(), *self.buffers()))
-
-
-class MTP(nn.Module):
-    """The module of one depth."""
-
-    def __init__(
-        self,
-        config: Model,
-        precision: LayerPrecision,
-        rope: Rope,
-        dispatcher: Dispatcher,
-        local_experts: range,
-        **factory,
-    ):
-        super().__init__()
-        recompute, kernels = Recompute.norm in config.recompute, precision.kernels
-        repeat = Recompute.layer in config.recompute
-        self.embedding_norm = RMSNorm(config.hidden, config.norm_eps, recompute, kernels, **factory)
-        self.hidden_norm = RMSNorm(config.hidden, config.norm_eps, recompute, kernels, **factory)
-        self.projection = Linear(2 * config.hidden, config.hidden, precision, **factory)
-        block = subclass("model.block", config.block, Block)
-        self.block = block(config, precision, rope, dispatcher, local_experts, repeat, **factory)
-        self.norm = RMSNorm(config.hidden, config.norm_eps, recompute, kernels, **factory)
-
-    def forward(self, hidden_BTD: Tensor, embedding_BTD: Tensor, positions: Positions) -> Tensor:
-        """Normalised hidden states of this depth, for the shared head and for the next depth.
-
-        hidden_BTD: of the depth before, without its last position. embedding_BTD: of the tokens k further on. positions: of
-        this depth.
-        """
-        joined = torch.cat([self.embedding_norm(embedding_BTD), self.hidden_norm(hidden_BTD)], -1)
-        return self.norm(self.block(self.projection(joined), positions))

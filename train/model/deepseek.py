@@ -20,13 +20,15 @@ from torch.nn import functional as F
 
 from conf.own_code import subclass
 from conf.schema import Model, Recompute
-from train.model.block import MTP, Block
+from train.model.block import Block
 from train.model.layers import AddedProduct, Embedding, LayerPrecision, RMSNorm
 from train.model.loss import cross_entropy
-from train.model.moe import Dispatcher, LocalDispatcher, Router
+from train.model.moe import Dispatcher, LocalDispatcher
+from train.model.mtp import MTP
 from train.model.offload import Host
 from train.model.operations import Kernels
 from train.model.rope import Rope
+from train.model.router import Router
 from train.model.sequence import Positions, SequenceShare
 
 

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from conf.schema import Model, Recompute
-from train.model.attention import AttentionInput, KeysOfLatents, LargestScores, SharedAttention
+from train.model.attention import AttentionInput, LargestScores
 from train.model.layers import LayerPrecision, Linear, RMSNorm
 from train.model.recompute import RecomputedOutputs, ReplaceableTensors
 from train.model.rope import Rope, rotate, turn_queries
 from train.model.sequence import Positions
+from train.model.shared_attention import KeysOfLatents, SharedAttention
 
 
 class MLA(nn.Module):

@@ -7,20 +7,6 @@ so the way back is a plain sum. `LocalDispatcher` is the one for experts that al
 
 Shapes: B sequences, T tokens, D width, F inner width, E experts (here: held by this rank), K experts per token, R rows,
 one per token and chosen expert.
-
-The router (paper 2.1.2): sigmoid scores, bias for balance, limited groups, sequence-wise balance loss.
-
-    s = sigmoid(W x)                              fp32; or softmax(W x) over the experts (model.scores)
-    chosen = top_k of (s + bias), inside the top_groups groups whose best group_top_k biased scores sum highest
-    gates = route_scale * s[chosen] / sum(s[chosen])
-
-The bias only selects. Equal scores go to the lower index. The sequence-wise loss (eq. 17-20) is
-    weight * mean over sequences of sum_i f_i P_i,    P_i = mean_t s_it / sum_j s_jt,
-    f_i = experts / (top_k T) * how often i is in the top_k of the *unbiased* s.
-Where samples share a sequence and are apart, the mean is over samples, and T is that of the sample.
-Its gradient enters here, with the gate's own: no loss value travels to the last pipeline stage.
-
-Shapes: B sequences, T positions, D width, E experts, K = top_k, G groups.
 """
 
 from contextlib import AbstractContextManager
@@ -33,114 +19,13 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from conf.own_code import subclass
-from conf.schema import Model, Recompute, ScoreFunction
+from conf.schema import Model, Recompute
 from train.model.layers import FFN, AddedProduct, LayerPrecision, PackedWeight, open_weight
-from train.model.needed import Function, gradients_needed
-from train.model.operations import Kernels, RoutingRule
+from train.model.needed import Function
+from train.model.operations import Kernels
 from train.model.recompute import recall, remember
+from train.model.router import Router
 from train.model.sequence import Positions
-
-
-class Router(nn.Module):
-    """Chooses experts and counts what it chose.
-
-    bias_E (fp32) is state of the run: it is saved and updated, never trained by gradient. balance_weight is set by
-    whoever runs the step: alpha / micro-batches. frozen: whether the weight learns nothing, set by whoever builds it. While training, every forward adds to load_E (tokens per expert, int64),
-    score_E (sum over sequences of P_i) and balance_loss (its weighted value); `clear` starts a new step. Positions that do not
-    count (`Positions.counted_BT`) are chosen for and left out of all three. Where ranks share
-    sequences, how often an expert is chosen is counted over all of each, and what is added to is this rank's part.
-    """
-
-    bias_E: Tensor
-    load_E: Tensor
-    score_E: Tensor
-    balance_loss: Tensor
-
-    def __init__(self, config: Model, kernels: Kernels, **factory):
-        super().__init__()
-        device = factory.get("device")
-        self.weight = nn.Parameter(torch.empty(config.experts, config.hidden, **factory))
-        self.register_buffer("bias_E", torch.zeros(config.experts, dtype=torch.float32, device=device))
-        for name, shape, dtype in (
-            ("load_E", config.experts, torch.int64),
-            ("score_E", config.experts, torch.float32),
-            ("balance_loss", (), torch.float32),
-        ):
-            self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device), persistent=False)
-        limit = config.groups, config.top_groups
-        self.rule = RoutingRule(config.top_k, *limit, config.route_scale, config.resolved_group_top_k)
-        self.rule = self.rule._replace(softmax=config.scores == ScoreFunction.softmax)
-        self.balance_weight, self.frozen = 0.0, False
-        self._kernels = kernels
-
-    def forward(
-        self, x_BTD: Tensor, remake: AbstractContextManager, positions: Positions | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Gate values fp32 (B*T, K), differentiable, and expert ids int64 (B*T, K).
-
-        remake: the context in which saving x costs nothing (`RMSNorm.with_remake`). positions: those of x; None for all of
-        whole sequences.
-        """
-        positions = positions or Positions(x_BTD.size(1))
-        logits_BTE = self.score(x_BTD, remake)
-        counters = (self.load_E, self.score_E, self.balance_loss) if self.training else None
-        weight = self.balance_weight if self.training else 0.0
-        gates_BTK, ids_BTK = self._kernels.route(logits_BTE, self.bias_E, self.rule, weight, counters, positions)
-        return gates_BTK.flatten(0, 1), ids_BTK.flatten(0, 1)
-
-    def score(self, x_BTD: Tensor, remake: AbstractContextManager) -> Tensor:
-        """What the sigmoid takes, fp32 (B, T, E). A router of the user's own may say otherwise."""
-        with remake:
-            weight_ED = self.weight.detach() if self.frozen else self.weight
-            return _Logits.apply(x_BTD, weight_ED, self._kernels)
-
-    def _apply(self, fn, recurse=True):
-        """Move the buffers with the module but never round them: engines call module.bfloat16() and mean the weights."""
-        exact = dict(self.named_buffers(recurse=False))
-        super()._apply(fn, recurse)
-        for name, buffer in exact.items():
-            moved = getattr(self, name)
-            if moved.dtype != buffer.dtype:
-                setattr(self, name, buffer.to(moved.device))
-        return self
-
-    def clear(self) -> None:
-        """Start counting a new step."""
-        self.load_E.zero_()
-        self.score_E.zero_()
-        self.balance_loss.zero_()
-
-    def entropy(self) -> Tensor:
-        """Entropy in nats of the mean normalised score since `clear`; log(experts) when scores are uniform on average."""
-        return torch.special.entr(self.score_E / self.score_E.sum()).sum()
-
-
-class _Logits(Function):
-    """fp32 product of operands in any format, which saves them as they came."""
-
-    @staticmethod
-    def forward(ctx, x_BTD: Tensor, weight_ED: Tensor, kernels: Kernels) -> Tensor:
-        ctx.save_for_backward(x_BTD, weight_ED)
-        ctx.kernels = kernels
-        return kernels.logits(x_BTD.flatten(0, 1), weight_ED).view(*x_BTD.shape[:2], len(weight_ED))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):
-        x_BTD, weight_ED = ctx.saved_tensors
-        needed = gradients_needed(ctx)[:2]
-        dx_ND, dweight_ED = ctx.kernels.logits_backward(grad.flatten(0, 1), x_BTD.flatten(0, 1), weight_ED, *needed)
-        return None if dx_ND is None else dx_ND.view(x_BTD.shape), dweight_ED, None
-
-
-@torch.no_grad()
-def update_bias(bias_E: Tensor, load_E: Tensor, speed: float) -> None:
-    """Auxiliary-loss-free balancing (paper 2.1.2), after every step: b_i += speed * sign(mean load - load_i), in place, so that
-    the bias of an overloaded expert goes down and that of an underloaded one up. load counts tokens over the whole batch of
-    the step. The bias takes part in the choice of experts alone, never in their weights.
-    """
-    load_E = load_E.to(bias_E.dtype)
-    bias_E.add_(torch.sign(load_E.mean() - load_E), alpha=speed)
 
 
 class RoutedRows(Protocol):

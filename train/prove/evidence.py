@@ -26,12 +26,14 @@ from torch import Tensor, nn
 
 from conf.dispatches import FLAT_DISPATCH
 from parallel.shard import Shard
-from train.model.block import MTP, Block
+from train.model.block import Block
 from train.model.deepseek import DeepSeekV3
 from train.model.layers import FFN, Embedding
 from train.model.mla import MLA
-from train.model.moe import MoE, Router
+from train.model.moe import MoE
+from train.model.mtp import MTP
 from train.model.recompute import is_repeated
+from train.model.router import Router
 from train.prove.watched_dispatcher import WatchedDispatcher
 
 EVIDENCE = "evidence"

@@ -29,9 +29,10 @@ from train.model.attention import AttentionInput
 from train.model.deepseek import DeepSeekV3, Head
 from train.model.layers import Embedding, Linear, RMSNorm
 from train.model.mla import MLA
-from train.model.moe import MoE, RoutedRows, Router
+from train.model.moe import MoE, RoutedRows
 from train.model.needed import Function
 from train.model.recompute import is_repeated
+from train.model.router import Router
 from train.prove.evidence import Evidence
 
 TILE = 128

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from train.model.deepseek import DeepSeekV3
-from train.model.moe import Router
+from train.model.router import Router
 
 
 class RoutingTap:

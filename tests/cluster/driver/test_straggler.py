@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from cluster.driver.attempt import BLOCK_STEPS, WINDOW_BLOCKS, SlowRank, Stragglers
+from cluster.driver.straggler import BLOCK_STEPS, WINDOW_BLOCKS, SlowRank, Stragglers
 
 WINDOW = BLOCK_STEPS * WINDOW_BLOCKS
 

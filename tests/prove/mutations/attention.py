@@ -7,9 +7,9 @@ from tests.prove.mutations.seams import Seams
 from train.kernels.plain import plain_kernels
 from train.kernels.plain.plain_attention import PlainAttention
 from train.kernels.plain.plain_kernels import PlainHeads
-from train.model.block import MTP
 from train.model.deepseek import DeepSeekV3
 from train.model.mla import MLA
+from train.model.mtp import MTP
 from train.model.recompute import RecomputedOutputs
 from train.model.rope import Rope
 from train.model.sequence import Positions

@@ -6,7 +6,7 @@ from tests.prove.mutations.registry import BACKWARD, FORWARD, OURS, UPDATE, muta
 from tests.prove.mutations.seams import Seams
 from train.kernels.plain import routing
 from train.loop import step as training_step
-from train.model import moe
+from train.model import router
 from train.model.sequence import Positions
 
 
@@ -130,7 +130,7 @@ def loads_counted_twice(bug: Seams) -> None:
         self.load_E.add_(self.load_E - before)
         return result
 
-    bug.around(moe.Router, "forward", forward)
+    bug.around(router.Router, "forward", forward)
 
 
 @mutation(
@@ -149,7 +149,7 @@ def loads_of_the_last_micro_batch(bug: Seams) -> None:
         self.load_E.zero_()
         return original(self, *arguments)
 
-    bug.around(moe.Router, "forward", forward)
+    bug.around(router.Router, "forward", forward)
 
 
 @mutation("pytorch/torchtitan#1593: one update of the bias for every count of the tokens", "copies", UPDATE, "bias")

@@ -8,7 +8,7 @@ from tests.prove.mutations.registry import BACKWARD, FORWARD, OURS, UPDATE, muta
 from tests.prove.mutations.seams import Seams
 from train.loop import step as training_step
 from train.model.deepseek import Head
-from train.model.moe import Router
+from train.model.router import Router
 from train.model.sequence import PackedSamples, Positions
 
 

@@ -8,10 +8,10 @@ from tests.prove.mutations.registry import BACKWARD, FORWARD, OURS, VALIDATION, 
 from tests.prove.mutations.seams import Seams
 from train.kernels.plain import routing
 from train.kernels.plain.plain_attention import PlainAttention
-from train.model.attention import KeysOfLatents
 from train.model.deepseek import Head
 from train.model.rope import Rope
 from train.model.sequence import Positions
+from train.model.shared_attention import KeysOfLatents
 
 
 @mutation(

@@ -19,11 +19,11 @@ from tests.prove.mutations.registry import BACKWARD, FORWARD, OURS, SETTINGS, UP
 from tests.prove.mutations.seams import Seams
 
 MODULES = {
-    "train.kernels.plain.routing": "copies", "train.model.moe": "copies", "train.model.mla": "copies",
+    "train.kernels.plain.routing": "copies", "train.model.router": "copies", "train.model.moe": "copies", "train.model.mla": "copies",
     "train.kernels.plain.plain_kernels": "copies", "train.kernels.plain.plain_attention": "copies", "train.model.rope": "copies", "train.model.attention": "copies",
-    "train.model.loss": "copies", "train.model.block": "copies",
+    "train.model.loss": "copies", "train.model.mtp": "copies", "train.model.block": "copies",
     "train.model.deepseek": "copies", "train.model.layers": "copies",
-    "train.model.sequence": "shared", "parallel.context": "shared",
+    "train.model.sequence": "shared", "train.model.shared_attention": "shared", "parallel.context": "shared",
     "parallel.expert.all_to_all": "experts", "parallel.expert.dispatcher": "experts", "parallel.expert.permute": "nodes",
     "parallel.expert.node_limited": "nodes", "parallel.pipeline.schedule": "pipeline", "parallel.pipeline.graph": "zbv",
     "parallel.zero.engine": "experts", "parallel.zero.whole_weights": "experts", "parallel.zero.sharded_weights": "zero 3",

@@ -7,8 +7,8 @@ from tests.prove.mutations.registry import BACKWARD, FORWARD, OURS, mutation
 from tests.prove.mutations.seams import Seams
 from train.loop import step as training_step
 from train.model import deepseek
-from train.model.block import MTP
 from train.model.deepseek import DeepSeekV3, Head
+from train.model.mtp import MTP
 
 
 @mutation(

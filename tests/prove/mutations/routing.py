@@ -5,7 +5,7 @@ import torch
 from tests.prove.mutations.registry import BACKWARD, FORWARD, OURS, mutation
 from tests.prove.mutations.seams import Seams
 from train.kernels.plain import routing
-from train.model import moe
+from train.model import router
 
 
 @mutation(
@@ -109,7 +109,7 @@ def router_without_gradient(bug: Seams) -> None:
         dx_BTD, dweight_ED, rest = original(ctx, grad)
         return dx_BTD, torch.zeros_like(dweight_ED), rest
 
-    bug.around(moe._Logits, "backward", backward)
+    bug.around(router._Logits, "backward", backward)
 
 
 @mutation(OURS + ": the router sees a detached input", "copies", BACKWARD, r"layers|mtp")
@@ -118,7 +118,7 @@ def router_sees_a_detached_input(bug: Seams) -> None:
         dx_BTD, *rest = original(ctx, grad)
         return torch.zeros_like(dx_BTD), *rest
 
-    bug.around(moe._Logits, "backward", backward)
+    bug.around(router._Logits, "backward", backward)
 
 
 @mutation(OURS + ": sigmoid's slope is taken of the logits", "copies", BACKWARD, "router")

@@ -26,8 +26,9 @@ from train.kernels.precision import activation_dtype
 from train.model.attention import AttentionInput
 from train.model.layers import Embedding, RMSNorm, swiglu
 from train.model.loss import cross_entropy
-from train.model.moe import LocalDispatcher, Router
+from train.model.moe import LocalDispatcher
 from train.model.rope import Rope
+from train.model.router import Router
 from train.model.sequence import Positions
 from train.optim.optimizer_classes import OPTIMIZER_CLASSES
 from train.plan.time import work

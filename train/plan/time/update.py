@@ -18,7 +18,8 @@ from conf.schema import Config
 from parallel.mesh import Layout
 from parallel.owners import KEEPS
 from train.model.count import count_parameters
-from train.optim.matrices import logical_matrices, products
+from train.optim.matrices import logical_matrices
+from train.optim.newton_schulz import products
 from train.plan.job import device_kind
 from train.plan.memory.part import FrozenSection
 from train.plan.memory.rank_memory import chunk_parts
