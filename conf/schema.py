@@ -204,10 +204,11 @@ class Model:
 
     def offloaded_part(self, place: int) -> str:
         """What of the block at this place of a stage goes to the host: attention, ffn, layer for both, or nothing."""
-        if place < self.repeated_layers:
+        repeated = self.repeated_layers
+        if place < repeated or not self.offload:
             return ""
         parts = [part for part in self.offload if not part.startswith(Offload.layer)]
-        whole = place < self.repeated_layers + self._share(self.offload) or len(set(parts)) > 1
+        whole = place < repeated + self._share(self.offload) or len(set(parts)) > 1
         return Offload.layer if whole else parts[0] if parts else ""
 
     def _share(self, words: list[str]) -> int:

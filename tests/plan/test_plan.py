@@ -18,7 +18,8 @@ from train.model.count import count_parameters
 from train.parallelize import stage_layers
 from train.plan import reserve
 from train.plan.budget import Verdict, make_plan, verdict_of
-from train.plan.memory.rank_memory import HELD_COPIES, plan_memory, scene_of
+from train.plan.memory.rank_memory import HELD_COPIES, plan_memory, rank_memory, scene_of
+from train.plan.memory.schedule_memory import WalkDepth
 from train.plan.report import plan_page
 from train.plan.report.plan_record import verdict
 from train.plan.reserve import reserve_of, tensor_memory
@@ -224,8 +225,10 @@ def test_bounds_are_below_what_they_bound(few_choices):
     for one in bounded:
         for blocks in {min(1, one.blocks), one.blocks}:
             config = one.saving.applied(one.config, blocks)
-            peak = max(rank.peak_bytes for rank in plan_memory(config))
-            assert max(one.least_bytes, bounds.traced_bound(one, config, scene_of(config))) <= peak, one
+            peak, scene = max(rank.peak_bytes for rank in plan_memory(config)), scene_of(config)
+            for depth, rank in product(WalkDepth, range(config.parallel.pp)):
+                assert rank_memory(config, rank, scene, shortest=True, depth=depth).peak_bytes <= peak, (depth, one)
+            assert max(one.least_bytes, bounds.traced_bound(one, config, scene)) <= peak, one
             assert one.seconds <= plan_time(config).step_seconds * (1 + 1e-9), one
 
 

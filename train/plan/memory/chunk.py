@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-from train.plan.memory.part import PassMemory, Scene, Stretch, trace_backward, trace_forward, trace_split_backward
+from train.plan.memory.part import AWAY, PassMemory, Scene, Stretch, trace_backward, trace_forward, trace_split_backward
 
 Parts = tuple[str, ...]
 """Names of a chunk's parts in order: embedding, dense, moe, end; moe_again where backward runs the block again, moe_away_ffn where its FFN's
@@ -62,11 +62,12 @@ class ChunkMemory:
 
     @cached_property
     def _own(self) -> list[int]:
-        return [sum(self._kept(name).values()) for name in self._names]
+        sizes = {name: sum(self._kept(name).values()) for name in set(self._names)}
+        return [sizes[name] for name in self._names]
 
     @cached_property
     def _sent(self) -> list[int]:
-        return [sum(trace_forward(self.scene, name).sent.values()) for name in self._names]
+        return [sum(trace_forward(self.scene, name).sent.values()) if AWAY in name else 0 for name in self._names]
 
     @cached_property
     def sent_last(self) -> int:
@@ -81,7 +82,7 @@ class ChunkMemory:
     @cached_property
     def host_bytes(self) -> tuple[int, int]:
         """What all sent_i take on the host, and that of the last part that sends."""
-        taken = [trace_forward(self.scene, name).host_bytes for name in self._names]
+        taken = [trace_forward(self.scene, name).host_bytes for name in self._names if AWAY in name]
         return sum(taken), next((size for size in reversed(taken) if size), 0)
 
     def _newest(self, i: int) -> int:
@@ -102,8 +103,9 @@ class ChunkMemory:
     def kept(self) -> Counter:
         """What stays on the device for backward by item, x_n apart, and x_0 where it was received."""
         kept: Counter = Counter()
-        for name in self._names:
-            kept += self._kept(name) - trace_forward(self.scene, name).sent
+        for name, count in Counter(self._names).items():
+            for item, size in (self._kept(name) - trace_forward(self.scene, name).sent).items():
+                kept[item] += count * size
         inside = len(self._names) - 1 + (self._has_embedding or self._joins)
         kept["activations"] += inside * self.hidden
         return kept

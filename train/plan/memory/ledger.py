@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+_PLAIN = {Tensor, nn.Parameter}
+
 
 @dataclass
 class Snapshot:
@@ -58,7 +60,7 @@ class Ledger(TorchDispatchMode):
         self._is_told_apart = False
 
     def _count(self, func, types, args=(), kwargs=None):
-        if any(kind not in (Tensor, nn.Parameter) for kind in types):
+        if not _PLAIN.issuperset(types):
             return NotImplemented  # a tensor made of others turns to operations on those, which come by here
         out = self._run(func, args, kwargs or {})
         self._enter_all(out)
@@ -76,7 +78,7 @@ class Ledger(TorchDispatchMode):
 
     def enter(self, tensor: Tensor, tag: str | None = None) -> None:
         """Count the storage of a tensor, unless it is counted already."""
-        if tensor.device.type != self._kind or type(tensor) not in (Tensor, nn.Parameter):
+        if tensor.device.type != self._kind or type(tensor) not in _PLAIN:
             return
         storage = tensor.untyped_storage()
         key = storage._cdata
@@ -174,16 +176,18 @@ class MetaLedger(Ledger):
         if made is None:
             out = func(*args, **kwargs)
             outs = (out,) if isinstance(out, Tensor) else out
-            if all(type(one) is Tensor and one.is_meta for one in outs):
-                _MADE[key] = type(out), [(one.shape, one.stride(), one.dtype) for one in outs]
+            if all(one is None or (type(one) is Tensor and one.is_meta) for one in outs):
+                _MADE[key] = type(out), [one if one is None else (one.shape, one.stride(), one.dtype) for one in outs]
             return out
         kind, shapes = made
-        outs = [torch.empty_strided(shape, stride, dtype=dtype, device="meta") for shape, stride, dtype in shapes]
+        outs = [
+            None if one is None else torch.empty_strided(one[0], one[1], dtype=one[2], device="meta") for one in shapes
+        ]
         return outs[0] if kind is Tensor else kind(outs)
 
 
-_MADE: dict[tuple, tuple[type, list[tuple]]] = {}
-"""Whether a call returns one tensor or several, and their shapes, strides and types, by the call."""
+_MADE: dict[tuple, tuple[type, list[tuple | None]]] = {}
+"""Whether a call returns one tensor or several, and their shapes, strides and types (None for one that was not asked for), by the call."""
 
 
 @cache

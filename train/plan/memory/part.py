@@ -225,7 +225,8 @@ class Run:
 
     def __enter__(self) -> "Run":
         self._module, self._precision = _build(self._scene, self._part, self._cut, self._ledger, self._host)
-        _make_tables(self._module, self._scene)
+        with MetaLedger():  # worked out once
+            _make_tables(self._module, self._scene)
         for param in (param for param in self._module.parameters() if param.requires_grad):
             param.grad_dtype = torch.float32
             param.grad = None if self._first else torch.empty_like(param, dtype=torch.float32)

@@ -33,7 +33,7 @@ from train.plan.memory.rank_weights import (
     shards,
     state_bytes,
 )
-from train.plan.memory.schedule_memory import MemoryPeak, ScheduleWalk, StagePlan
+from train.plan.memory.schedule_memory import MemoryPeak, ScheduleWalk, StagePlan, WalkDepth
 from train.plan.memory.step_end import StepEnd
 from train.plan.memory.zero3 import Zero3Memory
 
@@ -98,11 +98,11 @@ def rank_memory(
     scene: Scene,
     layers: list[range] | None = None,
     shortest: bool = False,
-    settled: bool = False,
+    depth: WalkDepth = WalkDepth.whole,
 ) -> RankMemory:
     """The entry of one pipeline rank under a scene. layers: of every stage, instead of the split of the layout. shortest: of a step of no
-    more micro-batches than its peak asks for, which may then be said to be at another of them. settled: a bound on the peak (ScheduleWalk)."""
-    state, host, moments = _moments(config, pp_rank, 0, scene, layers, shortest, settled)
+    more micro-batches than its peak asks for, which may then be said to be at another of them. depth: the whole peak, or a bound on it."""
+    state, host, moments = _moments(config, pp_rank, 0, scene, layers, shortest, depth)
     peak = max(moments.values(), key=lambda moment: moment.total)
     items, event = {name: size for name, size in (state + peak.items).items() if size}, peak.event
     found = {"start": _built_bytes(config, pp_rank, state, layers)} | _with_state(state, moments)
@@ -156,7 +156,7 @@ def _moments(
     scene: Scene,
     layers: list[range] | None,
     shortest: bool = False,
-    settled: bool = False,
+    depth: WalkDepth = WalkDepth.whole,
 ) -> tuple[Counter, Counter, dict[str, MemoryPeak]]:
     """What a rank holds all the time, what of it on the host, and on top of the first the peak of each phase."""
     chunks = chunk_parts(config, layers)[pp_rank]
@@ -175,7 +175,7 @@ def _moments(
     else:
         reduced, updated = StepEnd(config, groups, stage_rank, scene).peaks()
         (schedule, waiting), state = (
-            _walk(config, pp_rank, chunks, scene, shortest, settled),
+            _walk(config, pp_rank, chunks, scene, shortest, depth),
             state_items(config, groups),
         )
         state["weights"] += held_bytes(config, [weight for weight in weights if not weight.is_trained])
@@ -246,11 +246,11 @@ def chunk_parts(config: Config, layers: list[range] | None = None) -> list[dict[
     placement = config.parallel.placement
     last, dense = sum(map(len, placement)) - 1, config.model.dense_layers
     layers = layers or stage_layers(config)
+    behind = [_behind(config.model, place) for place in range(max(map(len, layers)))]
 
     def parts(stage: int) -> Parts:
         blocks = [
-            ("dense" if index < dense else "moe") + _behind(config.model, place)
-            for place, index in enumerate(layers[stage])
+            ("dense" if index < dense else "moe") + end for index, end in zip(layers[stage], behind, strict=False)
         ]
         return (*["embedding"] * (stage == 0), *blocks, *["end"] * (stage == last))
 
@@ -302,7 +302,7 @@ def buffer_bytes(config: Config, chunks: dict[int, Parts]) -> int:
 
 
 def _walk(
-    config: Config, pp_rank: int, chunks: dict[int, Parts], scene: Scene, shortest: bool, settled: bool
+    config: Config, pp_rank: int, chunks: dict[int, Parts], scene: Scene, shortest: bool, depth: WalkDepth
 ) -> tuple[MemoryPeak, int]:
     """The peak of the schedule, and the most bytes of activations that wait on the host in it."""
     model, parallel = config.model, config.parallel
@@ -323,5 +323,5 @@ def _walk(
         for stage, parts in chunks.items()
     }
     holds_sent = scene.gloo and ORDERS[parallel.schedule].is_multi  # torch waits for sends at the end of a step
-    walk = ScheduleWalk(stages, last + 1, holds_sent, settled)
+    walk = ScheduleWalk(stages, last + 1, holds_sent, depth)
     return walk.run(actions_of(config, shortest and not holds_sent)[pp_rank]), walk.host_peak

@@ -16,6 +16,7 @@ the embedding is one table with one gradient. gloo holds what was sent until the
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from enum import IntEnum
 from functools import lru_cache
 
 from parallel.pipeline.orders import Action
@@ -48,6 +49,16 @@ class StagePlan:
     """The whole backward runs where its input part is due."""
 
 
+class WalkDepth(IntEnum):
+    """Which passes a walk has traced. The peak of one that leaves some out is a bound."""
+
+    forwards = 0
+    """Forward passes: between the halves of a backward everything is taken to stay, as its graph does."""
+    settled = 1
+    """All but those that make gradients for the first time: half as many as there are."""
+    whole = 2
+
+
 SENT = -1
 """Holder of a tensor in place of a stage: the transport."""
 
@@ -55,10 +66,9 @@ SENT = -1
 class ScheduleWalk:
     """One rank of a pipeline over one step."""
 
-    def __init__(self, stages: dict[int, StagePlan], num_stages: int, holds_sent: bool, settled: bool = False):
-        """stages: those of the rank. holds_sent: what was sent to other ranks stays until the step ends. settled: passes that make gradients for
-        the first time are left out, so that the peak is a bound, for which half of all passes have to be traced."""
-        self._stages, self._last, self._holds_sent, self._settled = stages, num_stages - 1, holds_sent, settled
+    def __init__(self, stages: dict[int, StagePlan], num_stages: int, holds_sent: bool, depth: WalkDepth):
+        """stages: those of the rank. holds_sent: what was sent to other ranks stays until the step ends."""
+        self._stages, self._last, self._holds_sent, self._depth = stages, num_stages - 1, holds_sent, depth
         self._alive: dict[tuple[str, int, int], Counter] = {}
         """By kind, stage (of a border the upper one) and micro-batch. Counters are put here and taken away, never changed."""
         self._bytes: dict[tuple[str, int, int], int] = {}
@@ -121,12 +131,13 @@ class ScheduleWalk:
 
     def _play(self, action: Action, parts: Sequence[Action]) -> None:
         """The passes of an action on top of all that is alive beside what they count themselves."""
-        if self._settled and any(self._is_first(part) for part in parts):
+        if self._depth < WalkDepth.whole and any(self._is_first(part) for part in parts):
             return
-        total = self._gradients + self._total
-        lanes = [self._pass(part) for part in parts]
-        below = total - sum(self._bytes[key] for part in parts for key in self._counted(part))
-        peak = below + _highest(lanes)
+        peak = total = self._gradients + self._total
+        if self._depth > WalkDepth.forwards or all(self._kind(part) == "F" for part in parts):
+            lanes = [self._pass(part) for part in parts]
+            below = total - sum(self._bytes[key] for part in parts for key in self._counted(part))
+            peak = below + _highest(lanes)
         if peak > self._peak[0]:
             forwards = sum(self._kind(part) == "F" for part in parts)
             self._peak = peak, total, self._gradients, dict(self._alive), action, forwards
@@ -192,6 +203,9 @@ class ScheduleWalk:
             self._take(("away", stage, m))
             whole, last = plan.chunk.host_bytes
             self._host -= whole - last
+        if kind == "I" and self._depth == WalkDepth.forwards:
+            self._put(("kept", stage, m), plan.chunk.kept + Counter(activations=plan.chunk.sent_bytes))
+            return
         if kind == "I":
             start = _pass(plan.chunk, "W", False, False).start
             kept = Counter(self._alive["kept", stage, m])

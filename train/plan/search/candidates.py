@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import product
 
 from conf.dispatches import DISPATCHES, FLAT_DISPATCH
@@ -67,8 +68,9 @@ class Frame:
 class Candidate:
     """One layout that bounds do not rule out (train/plan/search/lower_bounds.py)."""
 
-    config: Config
-    """With all blocks that its saving may have."""
+    placed: Config
+    """Without its saving, with flat dispatch in bf16."""
+    way: tuple[str, WireFormat]
     family: str
     saving: ActivationSaving
     blocks: int
@@ -81,6 +83,12 @@ class Candidate:
     """The pipeline rank of that bound."""
     kept_bytes: int
     """What of it waits for backward."""
+
+    @cached_property
+    def config(self) -> Config:
+        """With all blocks that its saving may have. Made when it is asked for, as a search looks at one of ten."""
+        dispatch, wire = self.way
+        return with_changes(self.saving.applied(self.placed, self.blocks), dispatch=dispatch, wire=wire)
 
 
 def frames(config: Config, devices: int) -> Iterator[Frame]:

@@ -34,8 +34,8 @@ def with_changes(config: Config, **values: Any) -> Config:
         config,
         micro_batch_size=values.get("micro_batch_size", config.micro_batch_size),
         parallel=spread,
-        model=replace(config.model, **model),
-        precision=replace(config.precision, **precision),
+        model=replace(config.model, **model) if model else config.model,
+        precision=replace(config.precision, **precision) if precision else config.precision,
     )
 
 
@@ -132,11 +132,16 @@ def lighter(config: Config) -> Iterator[Config]:
         yield with_changes(config, dp=parallel.dp // 2, cp=parallel.cp * 2)
     if parallel.pp > 1 and parallel.pp % 2 == 0:
         yield with_changes(config, pp=parallel.pp // 2, dp=parallel.dp * 2)
+    yield from unsearched(config)
+    yield with_changes(config, dp=parallel.dp * 2)
+
+
+def unsearched(config: Config) -> Iterator[Config]:
+    """Single changes that may save memory, of what no search varies."""
     if config.precision.moments == "fp32":
         yield with_changes(config, moments="bf16")
-    if model.loss_chunk > 512:
+    if config.model.loss_chunk > 512:
         yield with_changes(config, loss_chunk=512)
-    yield with_changes(config, dp=parallel.dp * 2)
 
 
 def write_parallel(config: Config, name: str, base: Config, folder: Path | None = None) -> Path:

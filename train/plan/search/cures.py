@@ -9,7 +9,7 @@ from train.plan.job import layout_of
 from train.plan.memory.rank_memory import host_lacking, plan_memory, rank_memory, scene_of
 from train.plan.reserve import tensor_memory
 from train.plan.search.candidates import VIRTUAL_STAGES
-from train.plan.search.changes import broken_rule, lighter, overrides, with_changes
+from train.plan.search.changes import broken_rule, lighter, overrides, unsearched, with_changes
 from train.plan.time.rates import load_rates
 from train.plan.time.stages import Stages
 from train.plan.time.step_time import plan_time
@@ -50,6 +50,22 @@ def find_cures(plan: RunPlan) -> list[Cure]:
             if both is not None and broken_rule(both) is None:
                 found += _cure(both, plan, _peak_of_fullest(both, plan))
     return sorted(found, key=lambda cure: cure.gpu_seconds)[:SHOWN_CURES]
+
+
+def find_beyond(plan: RunPlan) -> list[Cure]:
+    """What makes a layout fit that no search on its devices tries: single changes of the rest of the recipe, then the fewest devices that
+    are enough, of up to twice as many."""
+    parallel = plan.config.parallel
+    more = [with_changes(plan.config, pp=pp) for pp in range(parallel.pp + 1, 2 * parallel.pp + 1)]
+    more += [with_changes(plan.config, dp=dp) for dp in range(parallel.dp + 1, 2 * parallel.dp + 1)]
+    more.sort(key=lambda config: config.parallel.world)
+    found = []
+    for config in (*unsearched(plan.config), *more):
+        if broken_rule(config) is None:
+            found += _cure(config, plan, _peak_of_fullest(config, plan))
+        if found and found[-1].devices > parallel.world:
+            break
+    return found
 
 
 @dataclass(frozen=True)

@@ -74,16 +74,16 @@ class FrameBounds:
                         updates[host] = slowest_update(self._stages(placed[number])).seconds
                     total = max(least[number])
                     rank = least[number].index(total)
-                    there = with_changes(
-                        saving.applied(frame.config, blocks), dispatch=dispatch, wire=wire, offload_optimizer=host
-                    )
-                    seconds = passes[key] + updates[host]
-                    yield Candidate(there, frame.family, saving, blocks, seconds, total, rank, kept(blocks)[rank])
+                    seconds, held = passes[key] + updates[host], kept(blocks)[rank]
+                    way = dispatch, wire
+                    yield Candidate(placed[number], way, frame.family, saving, blocks, seconds, total, rank, held)
 
     def _kept(self, saving: ActivationSaving, stages: Stages, flight: list[int], blocks: int) -> list[int]:
         """`_kept_bytes` of every rank with so many blocks of a saving."""
         config = saving.applied(self._frame.config, blocks)
-        return [_kept_bytes(config, stages, *pair) for pair in zip(stages.placement, flight, strict=True)]
+        model, longest = config.model, max(map(len, stages.layers))
+        light = sum(place < model.repeated_layers or bool(model.offloaded_part(place)) for place in range(longest))
+        return [_kept_bytes(config, stages, light, *pair) for pair in zip(stages.placement, flight, strict=True)]
 
     def _stages(self, config: Config) -> Stages:
         return Stages(config, layout_of(config), self._rates, self._memo)
@@ -173,16 +173,14 @@ def _state_bytes(config: Config, held: WeightCounts) -> int:
     return int(weights * element + frozen + gradients * 4 + state)
 
 
-def _kept_bytes(config: Config, stages: Stages, ids: list[int], flight: int) -> int:
+def _kept_bytes(config: Config, stages: Stages, light: int, ids: list[int], flight: int) -> int:
     """The least that so many micro-batches of one stage keep: of a layer the inputs of both norms and the attention's output,
-    with experts their inputs and those of their SwiGLU; of one that runs again or goes to the host its input."""
+    with experts their inputs and those of their SwiGLU; of the `light` first, which run again or go to the host, their input."""
     model, element = config.model, stages.sizes.element
     quantised = 1 if config.precision.fp8 is not None else element
     row = 2 * model.hidden * element + model.heads * model.v_head_dim * quantised
     routed = model.top_k * (model.hidden + 2 * model.expert_width) * quantised
     again = model.hidden * element
-    longest = max(map(len, stages.layers))
-    light = sum(place < model.repeated_layers or bool(model.offloaded_part(place)) for place in range(longest))
 
     def rows(layers: range) -> int:
         once = layers[light:]

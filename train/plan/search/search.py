@@ -13,10 +13,12 @@ pipeline length and schedule. Of each family that has no place among the best it
 far its lightest layout is from fitting, or how much slower its best one is.
 """
 
+import gc
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from heapq import heapify, heappop, heappush
+from typing import NamedTuple
 
 from conf.check import check
 from conf.dispatches import FLAT_DISPATCH
@@ -24,14 +26,15 @@ from conf.errors import UserError
 from conf.micro_batches import divisors
 from conf.schema import Config, WireFormat
 from train.metrics.quantities import gib
-from train.plan.budget import budget_of
+from train.plan.budget import budget_of, make_plan
 from train.plan.failures import plan_failures
 from train.plan.job import layout_of, require_hardware, require_host
-from train.plan.memory.rank_memory import host_lacking, rank_memory, scene_of
+from train.plan.memory.rank_memory import host_lacking, plan_memory, rank_memory, scene_of
+from train.plan.memory.schedule_memory import WalkDepth
 from train.plan.reserve import tensor_memory
 from train.plan.search.candidates import Candidate, Frame, frames
 from train.plan.search.changes import broken_layout, overrides, with_changes
-from train.plan.search.cures import WORTH
+from train.plan.search.cures import WORTH, find_beyond
 from train.plan.search.lower_bounds import FrameBounds, traced_bound
 from train.plan.time.rates import load_rates
 from train.plan.time.stages import Stages, require_rule
@@ -42,6 +45,7 @@ REASONS = 3
 """Kinds of layouts whose rule is told where none runs."""
 _UNSEEN = -1
 """In place of a number of blocks: of a candidate of which only bounds are known."""
+HOSTS = " of a node's own memory"
 UNEVEN = 1.03
 """The busiest rank's work over the mean from which on another split of the stages is looked at."""
 
@@ -129,13 +133,17 @@ def search(config: Config, tell: Callable[[FoundLayout], None] = lambda found: N
     require_rule(config)
     devices = config.plan.devices or config.parallel.world
     finder = _Finder(config, devices, tell)
-    fits = finder.run()
+    gc.freeze()  # torch's objects live on, and need not be looked through with those of every trace
+    try:
+        fits = finder.run()
+    finally:
+        gc.unfreeze()
     found = Search(config, devices, finder.tried)
     found.complete = finder.complete
     found.best = [finder.found(fit) for fit in fits]
     found.rejected = list(finder.rejected(fits))
     if not fits:
-        raise _nothing_fits(config, found, devices) if finder.runs else _nothing_runs(config, found, devices)
+        raise _nothing_fits(config, found, finder.nearest) if finder.runs else _nothing_runs(config, found, devices)
     return found
 
 
@@ -145,6 +153,22 @@ class _Fit:
     family: str
     room_bytes: int
     step_seconds: float
+
+
+class _Miss(NamedTuple):
+    """A layout that does not fit."""
+
+    lacking: int
+    """Bytes, or a bound on them."""
+    what: str
+    config: Config
+
+    @classmethod
+    def of(cls, config: Config) -> "_Miss":
+        """What a layout really lacks (negative: has to spare)."""
+        ranks = plan_memory(config)
+        lacking, host = max(rank.peak_bytes for rank in ranks) - tensor_memory(config), host_lacking(config, ranks)
+        return cls(host, HOSTS, config) if host and lacking <= 0 else cls(lacking, "", config)
 
 
 @dataclass
@@ -159,8 +183,10 @@ class _Looked:
     """Bytes that layouts lack which a bound rules out: the nearest of each frame."""
     possible: list[Candidate] = field(default_factory=list)
     """Layouts that no bound rules out."""
-    missed: list[tuple[int, str]] = field(default_factory=list)
-    """Bytes that those lack which were looked at and do not fit, and of what."""
+    missed: list["_Miss"] = field(default_factory=list)
+    """What those lack which were looked at and do not fit."""
+    nearest: "_Miss | None" = None
+    """Of a family without a layout that fits, the one that lacks least."""
     steps: list[float] = field(default_factory=list)
     """Seconds of a step of those that fit."""
 
@@ -246,8 +272,7 @@ class _Finder:
     def _fewest(self, one: Candidate) -> int | None:
         """The fewest blocks of its saving with which a bound on memory lets a candidate fit; None where it does not with all."""
         low, high = 0, one.blocks
-        if (lacking := self._lacking(one, high)) > 0:
-            self._families[one.family].missed.append((lacking, ""))
+        if self._lacking(one, high) > 0:
             return None
         while low < high:
             middle = (low + high) // 2
@@ -278,7 +303,7 @@ class _Finder:
         if name not in self._looked:
             self._looked[name] = _missed(config, one.fullest)
             if self._looked[name][0] > 0:
-                self._families[one.family].missed.append(self._looked[name])
+                self._families[one.family].missed.append(_Miss(*self._looked[name], config))
         return self._looked[name]
 
     def _fit(self, family: str, config: Config, room: int, seconds: float) -> _Fit:
@@ -326,26 +351,32 @@ class _Finder:
         if fits and quickest > fits[0].step_seconds:
             slower = 100 * (quickest / fits[0].step_seconds - 1)
             return f"at least {slower:.1f} % slower than the best, were it to fit"
-        lightest = min(family.possible, key=lambda one: one.least_bytes)
-        lacking, what = min([*family.missed, _missed(lightest.config, lightest.fullest)])
-        return (
-            f"does not fit: the nearest that was looked at lacks {gib(lacking)} or more{what}"
-            if lacking > 0
-            else "slower"
+        lightest = min(family.possible, key=lambda one: one.least_bytes).config
+        family.nearest = _Miss.of(
+            min(family.missed, key=lambda miss: miss.lacking).config if family.missed else lightest
         )
+        lacking, what, _ = family.nearest
+        return f"does not fit: the nearest that was looked at lacks {gib(lacking)}{what}" if lacking > 0 else "slower"
+
+    @property
+    def nearest(self) -> _Miss | None:
+        """Where nothing fits, the layout that lacks least of those that were looked at, once `rejected` has told of every family."""
+        nearest = [family.nearest for family in self._families.values() if family.nearest is not None]
+        return min(nearest, key=lambda miss: miss.lacking, default=None)
 
 
 def _missed(config: Config, fullest: int) -> tuple[int, str]:
     """Bytes that the fullest rank lacks (negative: has to spare), and of what; the likely ranks are looked at first."""
     scene, memory, last = scene_of(config), tensor_memory(config), config.parallel.pp - 1
-    for settled in (True, False):  # a bound first, which rules most of them out
+    for depth in WalkDepth:  # bounds first, which rule most of them out
         ranks = []
-        for rank in dict.fromkeys((fullest, 0, last, *range(last))):
-            ranks.append(rank_memory(config, rank, scene, shortest=True, settled=settled))
+        likely = (last, fullest) if depth == WalkDepth.forwards else (fullest, 0, last, *range(last))
+        for rank in dict.fromkeys(likely):
+            ranks.append(rank_memory(config, rank, scene, shortest=True, depth=depth))
             if ranks[-1].peak_bytes > memory:
                 return ranks[-1].peak_bytes - memory, ""
     if over := host_lacking(config, ranks):
-        return over, " of a node's own memory"
+        return over, HOSTS
     return max(rank.peak_bytes for rank in ranks) - memory, ""
 
 
@@ -374,12 +405,20 @@ def _near(config: Config, devices: int) -> str:
     return f"take {near}, or another batch_size"
 
 
-def _nothing_fits(config: Config, found: Search, devices: int) -> UserError:
-    """No layout can hold the model on these devices."""
+def _nothing_fits(config: Config, found: Search, nearest: _Miss | None) -> UserError:
+    """No layout can hold the model on these devices. nearest: the one that lacks least, where bounds leave any."""
     reasons = "; ".join(f"{family.name}: {family.reason}" for family in found.rejected)
-    return UserError(
-        "plan.devices",
-        devices,
-        f"{devices} x {config.hardware.name} cannot hold this recipe under any of {found.tried} layouts ({reasons})",
-        "take more devices or devices with more memory, or a smaller model, batch or sequence length",
-    )
+    rule = f"{found.devices} x {config.hardware.name} cannot hold this recipe under any of {found.tried} layouts"
+    cures = []
+    if nearest is not None:
+        plan = make_plan(nearest.config)
+        where = nearest.what or f" at the {plan.fullest.peak_event}"
+        rule += f": the nearest that was looked at, {' '.join(overrides(plan.config, config))}, lacks {gib(nearest.lacking)}{where}"
+        cures = [
+            f"with that layout and {' '.join(cure.overrides)} it fits"
+            + (f" on plan.devices={cure.devices}" if cure.devices != found.devices else "")
+            + f", {gib(cure.room_bytes)} to spare"
+            for cure in find_beyond(plan)
+        ]
+    general = "take more devices or devices with more memory, or a smaller model, batch or sequence length"
+    return UserError("plan.devices", found.devices, f"{rule} ({reasons})", "; ".join([*cures, general]))
