@@ -25,7 +25,7 @@ from train.plan.report.plan_record import plan_record
 DOCS = ROOT / "train" / "docs"
 PLANNED = ("conf=deepseek_v3", "data=stdlib", "parallel=deepseek_v3", "precision=fp8", "hardware=h800",
            "optim.batch_ramp_start=4096", "parallel.schedule=1f1b", "mode=plan")  # fmt: skip
-WIDTH, HEIGHT, SCALE = 1500, 1150, 0.7
+WIDTH = 1500
 MOST = 150_000
 """Bytes of a picture, so that a clone stays small."""
 GRID = """<style>
@@ -33,8 +33,9 @@ main { max-width: none; padding: 4px 20px; } h1 { margin: 4px 0 0; } h2 { displa
 h2 + p.sub { display: none; } .cards { grid-template-columns: repeat(6, 1fr); margin-bottom: 12px; } .card small { display: none; }
 .figures { grid-template-columns: repeat(6, 1fr); } figure { grid-column: span 3; } figure.wide { grid-column: span 6; } figcaption { display: none; }
 </style>"""
-OF_REPORT = ""
-OF_PLAN = "<style>figure:nth-child(5) { display: none; }</style>"
+OF_REPORT = "", 1150, 0.7
+"""What a page gets beside GRID, how much of it the picture shows, and the picture's scale."""
+OF_PLAN = "<style>figure:nth-child(5) { display: none; }</style>", 1400, 0.6
 
 
 def main() -> None:
@@ -46,13 +47,13 @@ def main() -> None:
         page = Path(folder) / "plan.html"
         plan = make_plan(compose(*PLANNED))
         write_page(page, plan, None, plan_record(plan, [], None))
-        take(page, options.out / "plan.png", OF_PLAN, Path(folder))
+        take(page, options.out / "plan.png", Path(folder), *OF_PLAN)
         if options.run:
-            take(write_report(options.run), options.out / "report.png", OF_REPORT, Path(folder))
+            take(write_report(options.run), options.out / "report.png", Path(folder), *OF_REPORT)
 
 
-def take(page: Path, picture: Path, style: str, folder: Path) -> None:
-    """The upper part of a page as a picture. style: what this page gets beside GRID; folder: for a copy."""
+def take(page: Path, picture: Path, folder: Path, style: str, height: int, scale: float) -> None:
+    """The upper part of a page as a picture. folder: for a copy; the rest as in OF_REPORT."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
         sys.exit("this needs chromium: apt-get install chromium")
@@ -60,8 +61,8 @@ def take(page: Path, picture: Path, style: str, folder: Path) -> None:
     copy.write_text(page.read_text().replace("</head>", f"{GRID}{style}</head>", 1))
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--virtual-time-budget=20000"]
     flags += [
-        f"--window-size={WIDTH},{HEIGHT}",
-        f"--force-device-scale-factor={SCALE}",
+        f"--window-size={WIDTH},{height}",
+        f"--force-device-scale-factor={scale}",
         f"--user-data-dir={folder}/profile",
     ]
     flags += ["--blink-settings=preferredColorScheme=1"]
@@ -70,7 +71,7 @@ def take(page: Path, picture: Path, style: str, folder: Path) -> None:
     size = picture.stat().st_size
     print(f"{picture}: {size:,} bytes")
     if size > MOST:
-        sys.exit(f"{picture.name} has more than {MOST:,} bytes: make it smaller (HEIGHT, SCALE)")
+        sys.exit(f"{picture.name} has more than {MOST:,} bytes: make it smaller (its height or scale)")
 
 
 if __name__ == "__main__":

@@ -80,9 +80,14 @@ def plan_memory(config: Config) -> list[RankMemory]:
 
 def host_bytes(config: Config, ranks: Sequence[RankMemory]) -> int:
     """What the ranks of the fullest node keep in the host's memory. ranks: one entry per pipeline rank, in any order."""
+    return node_bytes(config, [rank.host_bytes for rank in ranks])
+
+
+def node_bytes(config: Config, sizes: Sequence[int]) -> int:
+    """What the ranks of the fullest node have together. sizes: of each pipeline rank, in any order."""
     layout = layout_of(config)
     copies = min(layout.world // layout.pp, layout.ranks_per_node)  # of one place of the pipeline on a node
-    most = sorted((rank.host_bytes for rank in ranks), reverse=True)[: max(1, layout.ranks_per_node // copies)]
+    most = sorted(sizes, reverse=True)[: max(1, layout.ranks_per_node // copies)]
     return copies * sum(most)
 
 

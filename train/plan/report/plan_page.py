@@ -270,7 +270,7 @@ def interval_figure(plan: RunPlan, record: dict[str, Any]) -> Figure | None:
     plot.add_scatter(
         x=steps, y=labels, mode="markers", error_x=bars, marker={"color": BLUE, "size": 11}, hovertemplate=hover
     )
-    set_look(plot, 180 + 24 * len(rows))
+    set_look(plot, max(320, 180 + 24 * len(rows)))
     plot.update_layout(showlegend=False)
     plot.update_yaxes(autorange="reversed", automargin=True, type="category")
     plot.update_xaxes(title="seconds of a step", rangemode="tozero")
@@ -292,7 +292,7 @@ def traffic_figure(record: dict[str, Any]) -> Figure | None:
         plot.add_bar(name=what, y=labels, x=sizes, orientation="h", marker={"color": colour}, hovertemplate=hover)
     if not plot.data:
         return None
-    set_look(plot, 240 + 40 * len(found))
+    set_look(plot, max(320, 240 + 40 * len(found)))
     plot.update_layout(barmode="stack", hovermode="closest")
     plot.update_yaxes(autorange="reversed", automargin=True)
     plot.update_xaxes(title="GiB in a step")

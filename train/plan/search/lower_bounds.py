@@ -20,7 +20,7 @@ from parallel.pipeline.orders import Action, schedule_actions
 from train.plan.job import STEADY, layout_of, micro_batches_of
 from train.plan.memory.chunk import chunk_of
 from train.plan.memory.part import Scene
-from train.plan.memory.rank_memory import chunk_parts
+from train.plan.memory.rank_memory import chunk_parts, node_bytes
 from train.plan.reserve import tensor_memory
 from train.plan.search.candidates import ActivationSaving, Candidate, Frame
 from train.plan.search.changes import with_changes
@@ -29,6 +29,9 @@ from train.plan.time.stages import Stages
 from train.plan.time.step_time import slowest_update
 from train.plan.time.update import WeightCounts, count_weights
 
+HOSTS = " of a node's own memory"
+WAITS = " for weights, optimizer and what waits"
+
 
 class FrameBounds:
     """Bounds of the layouts of one frame."""
@@ -36,8 +39,8 @@ class FrameBounds:
     def __init__(self, frame: Frame, rates: Rates, memo: dict):
         """memo: as in Stages, of the whole search."""
         self._frame, self._rates, self._memo = frame, rates, memo
-        self.lacking: list[int] = []
-        """Bytes that layouts lack which memory rules out."""
+        self.lacking: list[tuple[int, str, Candidate]] = []
+        """Bytes a device that layouts lack which memory rules out, and of what."""
 
     def candidates(self) -> Iterator[Candidate]:
         """Those that memory does not rule out."""
@@ -49,6 +52,7 @@ class FrameBounds:
         flight, _ = _waiting(parallel, count)
         placed = [with_changes(frame.config, offload_optimizer=host) for host in frame.hosts]
         state = [[_state_bytes(config, one) for one in held] for config in placed]
+        hosts = [_host_lacking(config, held) for config in placed]
         memory = {way[0]: tensor_memory(with_changes(frame.config, dispatch=way[0])) for way in frame.ways}
         updates: dict[bool, float] = {}
         longest = max(map(len, stages.layers))
@@ -58,10 +62,17 @@ class FrameBounds:
             blocks = longest if saving.blocks else 0
             least = [list(map(add, each, kept(blocks))) for each in state]  # by place of the optimizer and rank
             for dispatch, wire in frame.ways:
-                able = [number for number, each in enumerate(least) if max(each) <= memory[dispatch]]
-                if not able:
-                    self.lacking.append(min(map(max, least)) - memory[dispatch])
-                for number in able:
+                way = dispatch, wire
+                for number, each in enumerate(least):
+                    total, lacking = max(each), max(each) - memory[dispatch]
+                    rank = each.index(total)
+                    one = Candidate(
+                        placed[number], way, frame.family, saving, blocks, 0.0, total, rank, kept(blocks)[rank]
+                    )
+                    if lacking > 0 or hosts[number] > 0:
+                        what = HOSTS if hosts[number] > lacking else WAITS
+                        self.lacking.append((max(lacking, 0) + max(hosts[number], 0), what, one))
+                        continue
                     host, fewest = frame.hosts[number], 0
                     if saving.blocks == "recompute":  # what waits on the host need not take time
                         holds = partial(_holds, kept, state[number], memory[dispatch])
@@ -72,11 +83,8 @@ class FrameBounds:
                         passes[key] = _pipeline_seconds(self._stages(fastest))
                     if host not in updates:
                         updates[host] = slowest_update(self._stages(placed[number])).seconds
-                    total = max(least[number])
-                    rank = least[number].index(total)
-                    seconds, held = passes[key] + updates[host], kept(blocks)[rank]
-                    way = dispatch, wire
-                    yield Candidate(placed[number], way, frame.family, saving, blocks, seconds, total, rank, held)
+                    one.seconds = passes[key] + updates[host]
+                    yield one
 
     def _kept(self, saving: ActivationSaving, stages: Stages, flight: list[int], blocks: int) -> list[int]:
         """`_kept_bytes` of every rank with so many blocks of a saving."""
@@ -162,15 +170,34 @@ def _state_bytes(config: Config, held: WeightCounts) -> int:
     parallel = config.parallel
     element = config.precision.weight_bytes
     copies = parallel.stage_ranks, parallel.stage_ranks // parallel.ep
-    shard = held.dense / copies[0] + held.experts / copies[1]
+    shard = _shard(config, held)
     whole = held.dense + held.experts
-    moments = min(rule.count_state_bytes(config.precision.moment_bytes) for rule in config.optim.facts.rules)
     weights = shard if parallel.zero == 3 else whole
     gradients = shard if parallel.zero == 3 else whole
     dense, experts = copies if parallel.zero == 3 else (1, 1)
     frozen = held.frozen_dense / dense + held.frozen_experts / experts
-    state = 0 if parallel.offload_optimizer else shard * (4 + moments)
+    state = 0 if parallel.offload_optimizer else shard * (4 + _moment_bytes(config))
     return int(weights * element + frozen + gradients * 4 + state)
+
+
+def _host_lacking(config: Config, held: list[WeightCounts]) -> int:
+    """What a node lacks, for each of its devices, of its own memory for the optimizer; 0 or less where it has room."""
+    layout, has = layout_of(config), int(config.hardware.host_memory_bytes)
+    if not config.parallel.offload_optimizer or not has:
+        return 0
+    element = config.precision.weight_bytes
+    sizes = [_shard(config, one) * (8 + element + _moment_bytes(config)) for one in held]
+    return int((node_bytes(config, sizes) - has) / layout.ranks_per_node)
+
+
+def _shard(config: Config, held: WeightCounts) -> float:
+    """Trained weights of which a rank has the optimizer's state."""
+    parallel = config.parallel
+    return held.dense / parallel.stage_ranks + held.experts / (parallel.stage_ranks // parallel.ep)
+
+
+def _moment_bytes(config: Config) -> int:
+    return min(rule.count_state_bytes(config.precision.moment_bytes) for rule in config.optim.facts.rules)
 
 
 def _kept_bytes(config: Config, stages: Stages, light: int, ids: list[int], flight: int) -> int:

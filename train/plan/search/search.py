@@ -29,13 +29,13 @@ from train.metrics.quantities import gib
 from train.plan.budget import budget_of, make_plan
 from train.plan.failures import plan_failures
 from train.plan.job import layout_of, require_hardware, require_host
-from train.plan.memory.rank_memory import host_lacking, plan_memory, rank_memory, scene_of
+from train.plan.memory.rank_memory import RankMemory, host_lacking, plan_memory, rank_memory, scene_of
 from train.plan.memory.schedule_memory import WalkDepth
 from train.plan.reserve import tensor_memory
 from train.plan.search.candidates import Candidate, Frame, frames
 from train.plan.search.changes import broken_layout, overrides, with_changes
 from train.plan.search.cures import WORTH, find_beyond
-from train.plan.search.lower_bounds import FrameBounds, traced_bound
+from train.plan.search.lower_bounds import HOSTS, FrameBounds, traced_bound
 from train.plan.time.rates import load_rates
 from train.plan.time.stages import Stages, require_rule
 from train.plan.time.step_time import estimate_step, mfu, plan_time, simulate_step
@@ -45,7 +45,6 @@ REASONS = 3
 """Kinds of layouts whose rule is told where none runs."""
 _UNSEEN = -1
 """In place of a number of blocks: of a candidate of which only bounds are known."""
-HOSTS = " of a node's own memory"
 UNEVEN = 1.03
 """The busiest rank's work over the mean from which on another split of the stages is looked at."""
 
@@ -179,8 +178,8 @@ class _Looked:
     """The first that one of its layouts breaks."""
     runs: bool = False
     """Some of its layouts break none."""
-    lacking: list[int] = field(default_factory=list)
-    """Bytes that layouts lack which a bound rules out: the nearest of each frame."""
+    lacking: list[tuple[int, str, Candidate]] = field(default_factory=list)
+    """Bytes a device that layouts lack which a bound rules out, and of what: the nearest of each frame."""
     possible: list[Candidate] = field(default_factory=list)
     """Layouts that no bound rules out."""
     missed: list["_Miss"] = field(default_factory=list)
@@ -217,7 +216,7 @@ class _Finder:
             if ways := self._ways(frame, family):
                 bounds = FrameBounds(replace(frame, ways=ways), self._rates, self._memo)
                 family.possible += bounds.candidates()
-                family.lacking += bounds.lacking
+                family.lacking += sorted(bounds.lacking, key=_bytes_lacking)[:1]
         fits = []
         try:
             for fit in self._fits():
@@ -346,7 +345,8 @@ class _Finder:
         if family.steps:
             return f"{100 * (min(family.steps) / fits[0].step_seconds - 1):.1f} % slower than the best"
         if not family.possible:
-            return f"does not fit: even its lightest layout needs {gib(min(family.lacking))} more for weights, optimizer and what waits"
+            lacking, what, _ = min(family.lacking, key=_bytes_lacking)
+            return f"does not fit: even its lightest layout needs {gib(lacking)} a device more{what}"
         quickest = min(one.seconds for one in family.possible)
         if fits and quickest > fits[0].step_seconds:
             slower = 100 * (quickest / fits[0].step_seconds - 1)
@@ -361,13 +361,22 @@ class _Finder:
     @property
     def nearest(self) -> _Miss | None:
         """Where nothing fits, the layout that lacks least of those that were looked at, once `rejected` has told of every family."""
-        nearest = [family.nearest for family in self._families.values() if family.nearest is not None]
-        return min(nearest, key=lambda miss: miss.lacking, default=None)
+        families = self._families.values()
+        if nearest := [family.nearest for family in families if family.nearest is not None]:
+            return min(nearest, key=lambda miss: miss.lacking)
+        lacking = [one for family in families for one in family.lacking]
+        return _Miss.of(min(lacking, key=_bytes_lacking)[2].config) if lacking else None
+
+
+def _bytes_lacking(one: tuple[int, str, Candidate]) -> tuple[int, int]:
+    """By which the nearest is found; of equal ones the lightest."""
+    return one[0], one[2].least_bytes
 
 
 def _missed(config: Config, fullest: int) -> tuple[int, str]:
     """Bytes that the fullest rank lacks (negative: has to spare), and of what; the likely ranks are looked at first."""
     scene, memory, last = scene_of(config), tensor_memory(config), config.parallel.pp - 1
+    ranks: list[RankMemory] = []
     for depth in WalkDepth:  # bounds first, which rule most of them out
         ranks = []
         likely = (last, fullest) if depth == WalkDepth.forwards else (fullest, 0, last, *range(last))
