@@ -1,6 +1,7 @@
 """mode=plan from end to end: the files, the verdict, cures that cure, a search whose layout loads and is the fastest."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,7 +19,8 @@ from train.model.count import count_parameters
 from train.parallelize import stage_layers
 from train.plan import reserve
 from train.plan.budget import Verdict, make_plan, verdict_of
-from train.plan.memory.rank_memory import HELD_COPIES, plan_memory, rank_memory, scene_of
+from train.plan.job import layout_of
+from train.plan.memory.rank_memory import HELD_COPIES, host_bytes, plan_memory, rank_memory, scene_of
 from train.plan.memory.schedule_memory import WalkDepth
 from train.plan.report import plan_page
 from train.plan.report.plan_record import verdict
@@ -32,6 +34,7 @@ from train.plan.search.cures import WORTH, find_cures, find_stages
 from train.plan.search.search import search
 from train.plan.time.rates import load_rates
 from train.plan.time.step_time import plan_time
+from train.plan.time.update import count_weights
 
 SMALL = ("conf=tiny", "hardware=h800", "micro_batch_size=2", "batch_size=32")
 
@@ -225,11 +228,29 @@ def test_bounds_are_below_what_they_bound(few_choices):
     for one in bounded:
         for blocks in {min(1, one.blocks), one.blocks}:
             config = one.saving.applied(one.config, blocks)
-            peak, scene = max(rank.peak_bytes for rank in plan_memory(config)), scene_of(config)
+            ranks, scene = plan_memory(config), scene_of(config)
+            peak = max(rank.peak_bytes for rank in ranks)
+            if config.parallel.offload_optimizer:
+                layers, has = stage_layers(config), int(config.hardware.host_memory_bytes)
+                held = [count_weights(config, layers, ids, len(layers) - 1) for ids in config.parallel.placement]
+                bound = bounds._host_lacking(config, held) * layout_of(config).ranks_per_node + has
+                assert bound <= host_bytes(config, ranks) + 8, one
             for depth, rank in product(WalkDepth, range(config.parallel.pp)):
                 assert rank_memory(config, rank, scene, shortest=True, depth=depth).peak_bytes <= peak, (depth, one)
             assert max(one.least_bytes, bounds.traced_bound(one, config, scene)) <= peak, one
             assert one.seconds <= plan_time(config).step_seconds * (1 + 1e-9), one
+
+
+def test_a_search_that_finds_nothing_names_the_nearest_and_the_fewest_devices_that_hold_it(monkeypatch):
+    monkeypatch.setattr(candidates, "MICRO_BATCHES", (2,))
+    monkeypatch.setattr(candidates, "SAVINGS", (ActivationSaving(["layer"]),))
+    recipe = [*FEW, "plan.devices=2", "model.recompute=[layer]", "hardware.memory_bytes=38e6"]
+    with pytest.raises(UserError, match=r"nearest that was looked at, (.*), lacks 4 MiB at the forward of") as caught:
+        search(compose(*recipe))
+    nearest = re.search("looked at, (.*), lacks", caught.value.rule).group(1).split()
+    more, devices = re.search(r"and (.*) it fits on plan.devices=(\d+), 2 MiB to spare", caught.value.cure).groups()
+    near, cured = (make_plan(compose(*recipe, *nearest, *cure)) for cure in ([], more.split()))
+    assert -4.5 < near.room_bytes / 2**20 < -3.5 and cured.fits and cured.config.parallel.world == int(devices) == 3
 
 
 @pytest.mark.slow

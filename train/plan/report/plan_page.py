@@ -134,20 +134,22 @@ def _search(record: dict[str, Any]) -> list[str]:
     """The best layouts that a search has found, side by side."""
     if "search" not in record:
         return []
-    rows = [
-        (
-            str(place),
-            " ".join(one["overrides"]) or "the recipe as it is",
-            seconds(one["step_seconds"]),
-            gib(one["room_bytes"]),
-            amount(one["gpu_hours"]),
-            "-" if one["cost"] is None else amount(one["cost"]),
-            "-" if one["effective_share"] is None else share(one["effective_share"]),
-        )
-        for place, one in enumerate(record["search"]["best"], 1)
+    best = record["search"]["best"]
+    settings = [dict(word.split("=", 1) for word in one["overrides"]) for one in best]
+    columns = {
+        "layout": [str(place) for place, _ in enumerate(best, 1)],
+        "step": [seconds(one["step_seconds"]) for one in best],
+        "room left": [gib(one["room_bytes"]) for one in best],
+        "device hours": [amount(one["gpu_hours"]) for one in best],
+        "cost": ["" if one["cost"] is None else amount(one["cost"]) for one in best],
+        "effective time": ["" if one["effective_share"] is None else share(one["effective_share"]) for one in best],
+    } | {key: [one.get(key, "") for one in settings] for one in settings for key in one}
+    shown = {name.rpartition(".")[2].replace("_", " "): values for name, values in columns.items() if any(values)}
+    return [
+        "<h2>Layouts that a search has found</h2>",
+        '<p class="sub">What is empty is as the recipe has it.</p>',
+        table_html(shown, zip(*shown.values(), strict=True), whole=True),
     ]
-    head = ("", "layout", "step", "room left", "device hours", "cost", "effective time")
-    return ["<h2>Layouts that a search has found</h2>", table_html(head, rows)]
 
 
 PLANNED_PHASES = {

@@ -197,9 +197,10 @@ def failure_words(plan: RunPlan) -> str | None:
         lasting = plan.budget.lasting(found.effective_share)
         cost = "" if lasting.cost is None else f", {amount(lasting.cost)} {hardware.currency}"
         words += f", {length_of_run(lasting.days)}, {amount(lasting.gpu_hours)} device hours{cost}"
+    spare = "1 spare node is" if found.spare_nodes == 1 else f"{found.spare_nodes} spare nodes are"
     return (
-        f"{words}; with a checkpoint every {found.best_steps} steps, the best, {share(found.best_share)}; {found.spare_nodes} spare nodes "
-        "are enough in 99 % of the time"
+        f"{words}; with a checkpoint every {found.best_steps} steps, the best, {share(found.best_share)}; {spare} "
+        "enough in 99 % of the time"
     )
 
 
