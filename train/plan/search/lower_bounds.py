@@ -29,8 +29,8 @@ from train.plan.time.stages import Stages
 from train.plan.time.step_time import slowest_update
 from train.plan.time.update import WeightCounts, count_weights
 
-HOSTS = " of a node's own memory"
-WAITS = " for weights, optimizer and what waits"
+OF_A_HOST = " of a node's own memory"
+HELD_AND_WAITING = " for weights, optimizer and what waits"
 
 
 class FrameBounds:
@@ -70,7 +70,7 @@ class FrameBounds:
                         placed[number], way, frame.family, saving, blocks, 0.0, total, rank, kept(blocks)[rank]
                     )
                     if lacking > 0 or hosts[number] > 0:
-                        what = HOSTS if hosts[number] > lacking else WAITS
+                        what = OF_A_HOST if hosts[number] > lacking else HELD_AND_WAITING
                         self.lacking.append((max(lacking, 0) + max(hosts[number], 0), what, one))
                         continue
                     host, fewest = frame.hosts[number], 0
@@ -186,8 +186,8 @@ def _host_lacking(config: Config, held: list[WeightCounts]) -> int:
     if not config.parallel.offload_optimizer or not has:
         return 0
     element = config.precision.weight_bytes
-    sizes = [_shard(config, one) * (8 + element + _moment_bytes(config)) for one in held]
-    return int((node_bytes(config, sizes) - has) / layout.ranks_per_node)
+    sizes = [int(_shard(config, one) * (8 + element + _moment_bytes(config))) for one in held]
+    return (node_bytes(config, sizes) - has) // layout.ranks_per_node
 
 
 def _shard(config: Config, held: WeightCounts) -> float:

@@ -35,7 +35,7 @@ from train.plan.reserve import tensor_memory
 from train.plan.search.candidates import Candidate, Frame, frames
 from train.plan.search.changes import broken_layout, overrides, with_changes
 from train.plan.search.cures import WORTH, find_beyond
-from train.plan.search.lower_bounds import HOSTS, FrameBounds, traced_bound
+from train.plan.search.lower_bounds import OF_A_HOST, FrameBounds, traced_bound
 from train.plan.time.rates import load_rates
 from train.plan.time.stages import Stages, require_rule
 from train.plan.time.step_time import estimate_step, mfu, plan_time, simulate_step
@@ -167,7 +167,7 @@ class _Miss(NamedTuple):
         """What a layout really lacks (negative: has to spare)."""
         ranks = plan_memory(config)
         lacking, host = max(rank.peak_bytes for rank in ranks) - tensor_memory(config), host_lacking(config, ranks)
-        return cls(host, HOSTS, config) if host and lacking <= 0 else cls(lacking, "", config)
+        return cls(host, OF_A_HOST, config) if host and lacking <= 0 else cls(lacking, "", config)
 
 
 @dataclass
@@ -385,7 +385,7 @@ def _missed(config: Config, fullest: int) -> tuple[int, str]:
             if ranks[-1].peak_bytes > memory:
                 return ranks[-1].peak_bytes - memory, ""
     if over := host_lacking(config, ranks):
-        return over, HOSTS
+        return over, OF_A_HOST
     return max(rank.peak_bytes for rank in ranks) - memory, ""
 
 
