@@ -185,7 +185,7 @@ class _Looked:
     missed: list["_Miss"] = field(default_factory=list)
     """What those lack which were looked at and do not fit."""
     nearest: "_Miss | None" = None
-    """Of a family without a layout that fits, the one that lacks least."""
+    """The layout that lacks least, where none of the family fits."""
     steps: list[float] = field(default_factory=list)
     """Seconds of a step of those that fit."""
 
