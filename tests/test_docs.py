@@ -4,6 +4,7 @@ import importlib.util
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -25,8 +26,14 @@ def check(command: Command, runs: Path) -> None:
         return check_with_own_files(command, runs)
     for overrides in command.overrides():
         own = any(override.startswith("runs=") for override in overrides)
-        compose(*overrides, *([] if own else [f"runs={runs}"]))
+        compose_once(*overrides, *([] if own else [f"runs={runs}"]))
     return None
+
+
+@cache
+def compose_once(*overrides: str) -> None:
+    """A quarter of the commands stand on several pages."""
+    compose(*overrides)
 
 
 def check_with_own_files(command: Command, folder: Path) -> None:
@@ -54,13 +61,18 @@ def says_why_not(command: Command) -> bool:
     return module is not None and importlib.util.find_spec(module[1]) is not None
 
 
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("page", pages(), ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_every_command_holds(page, tmp_path):
+def test_every_command_holds(page, runs):
     for command in commands(page):
         where = f"{command.page}:{command.line}: {command.text}"
         try:
-            assert says_why_not(command) if not command.trains else check(command, tmp_path) is None, where
+            assert says_why_not(command) if not command.trains else check(command, runs) is None, where
         except UserError as error:
             pytest.fail(f"{where}\n{error}")
 
