@@ -11,7 +11,7 @@ import re
 import shlex
 import typing
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import MISSING, field, fields, is_dataclass, make_dataclass
+from dataclasses import field, fields, is_dataclass, make_dataclass
 from enum import Enum
 from functools import cache
 from pathlib import Path
@@ -484,10 +484,7 @@ def _section_of_one(section: type, name: str) -> type:
 def _default(key: str) -> Any:
     section, _, name = key.rpartition(".")
     kind: Any = type_of(section) if section else Config
-    if not is_dataclass(kind):
-        return None
-    field = next(field for field in fields(kind) if field.name == name)
-    return field.default_factory() if field.default_factory is not MISSING else field.default
+    return getattr(kind(), name) if is_dataclass(kind) else None
 
 
 def _written(key: str, value: Any) -> str:

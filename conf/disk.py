@@ -15,7 +15,7 @@ import stat
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeGuard
 
@@ -48,27 +48,20 @@ REFUSED = FULL | RIGHTS | DISK_FAILED | {errno.EROFS, errno.ENOTDIR, errno.EFBIG
 
 
 @contextmanager
-def naming(path: Path, needed: int | None = None) -> Iterator[None]:
-    """Let an OSError of this block, which writes the file, name it. needed: bytes that the file takes."""
+def naming(path: Path, needed: int | None = None, way: str = "written") -> Iterator[None]:
+    """Let an OSError of this block, which writes the file, name it. needed: bytes that the file takes. way: what cannot be done with it."""
     try:
         yield
     except OSError as error:
         if error.errno is not None:
             error.filename = str(path)
-            vars(error).update(needed=needed, way="written")
+            vars(error).update(needed=needed, way=way)
         raise
 
 
-@contextmanager
-def reading(path: Path) -> Iterator[None]:
+def reading(path: Path) -> AbstractContextManager[None]:
     """Let an OSError of this block, which reads the file, name it: that of `read` does not say of which file it is."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is not None:
-            error.filename = str(path)
-            vars(error).update(way="read")
-        raise
+    return naming(path, way="read")
 
 
 def is_refusal(error: Exception) -> TypeGuard[OSError]:
