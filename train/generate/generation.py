@@ -104,7 +104,6 @@ class Limits:
 class GenerationCounts:
     """What a generation took."""
 
-    prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     decoded: int = 0
     """Tokens after the first of every row."""
@@ -170,11 +169,9 @@ class Generation:
     @torch.inference_mode()
     def steps(self) -> Iterator[dict[int, list[int]]]:
         """New tokens by prompt, step after step."""
-        began = time.perf_counter()
         hidden_BTD, tokens_BT = self._prefill()
         counts = [tokens_BT.size(1)] * len(self._live)
         new = tokens_BT[:, -1:].tolist()
-        self.counts.prefill_seconds = time.perf_counter() - began
         while True:
             yield self._emit(new)
             began = time.perf_counter()

@@ -13,7 +13,7 @@ that number can be ahead of the file on disk by what W&B had not flushed yet, th
 
 What W&B gets beside the records of steps: axes and minima, checkpoints, tables, alerts.
 
-Each is a function of the module wandb, the run and the newest step that was logged, for WandbSink.do. A table is logged one step later,
+Each is a function of the module wandb, the run and the newest step that was logged, for WandbSink.write. A table is logged one step later,
 as W&B takes no second row of a step; a run that goes on has its own row of that step in another file.
 """
 
