@@ -5,7 +5,8 @@
 A layout by hand is what somebody who knows this trainer would write for the job: pipelines of several lengths, their schedules, one or more
 sequences at a time, blocks that run again or wait on the host, DeepEP, the optimizer on the host, ZeRO 3. Each is planned as `mode=plan` plans it, and
 none that fits may be faster than the best of the search, or fit where the search finds nothing: that ends the bench with an error. The seconds of a search are those of a core. Jobs
-are without a ramp of batch sizes, which layouts would have to divide.
+are without a ramp of batch sizes, which layouts would have to divide. 48 B200 are the fewest that hold 671B: the optimizer has no room on the
+devices of 32, and on their hosts a node would need 2.6 TB of its 2.
 
 Takes about ten minutes.
 """
@@ -26,7 +27,7 @@ JOBS = {
     "8 H100 (16B)": (8, f"conf=deepseek_v3_16b hardware=h100 {RAMPLESS}"),
     "256 H100": (256, f"{V3} hardware=h100"),
     "64 H200": (64, f"{V3} hardware=h200"),
-    "32 B200": (32, f"{V3} hardware=b200"),
+    "48 B200": (48, f"{V3} hardware=b200"),
     "32K": (2048, f"conf=deepseek_v3_32k {RAMPLESS}"),
     "128K": (2048, f"conf=deepseek_v3_128k {RAMPLESS}"),
     "4 H800 (tiny)": (4, f"conf=tiny hardware=h800 {RAMPLESS}"),
@@ -88,17 +89,17 @@ BY_HAND = {
         _layout(16, 4, 4, "1f1b", 2, "host", "away", "deepep"),
         _layout(4, 16, 16, "1f1b", 2, "host", "away", "deepep"),
     ],
-    "32 B200": [
-        _layout(8, 4, 4, "1f1b", 1, "host"),
-        _layout(8, 4, 4, "1f1b", 1, "host", "away", "deepep"),
-        _layout(8, 4, 4, "1f1b", 1, "host", "again", "deepep"),
-        _layout(8, 4, 4, "1f1b", 2, "host", "away", "deepep"),
-        _layout(8, 4, 4, "interleaved", 1, "host", "away", "deepep"),
-        _layout(16, 2, 2, "1f1b", 2, "host", "away", "deepep"),
-        _layout(16, 2, 2, "interleaved", 1, "host", "away", "deepep"),
-        _layout(16, 2, 2, "zbv", 1, "host", "away", "deepep"),
-        _layout(4, 8, 8, "1f1b", 2, "host", "away", "deepep"),
-        _layout(4, 8, 8, "1f1b", 1, "host", "again", "deepep"),
+    "48 B200": [
+        _layout(6, 8, 8, "1f1b", 1, "host", "deepep"),
+        _layout(6, 8, 8, "1f1b", 2, "host", "again", "deepep"),
+        _layout(6, 8, 8, "1f1b", 2, "host", "again:3", "deepep"),
+        _layout(6, 8, 8, "1f1b", 4, "host", "again:6", "deepep"),
+        _layout(6, 8, 8, "1f1b", 2, "host", "away", "deepep"),
+        _layout(6, 8, 8, "interleaved", 2, "host", "again:3", "deepep"),
+        _layout(12, 4, 4, "1f1b", 2, "host", "again:3", "deepep"),
+        _layout(12, 4, 4, "interleaved", 1, "host", "deepep"),
+        _layout(12, 4, 4, "1f1b", 4, "host", "again", "deepep"),
+        _layout(3, 16, 16, "1f1b", 1, "host", "again", "deepep"),
     ],
     "32K": [
         _layout(16, 16, 64, "dualpipev", 1, cp=8),
