@@ -85,13 +85,9 @@ class Placement:
     def world(self) -> int:
         return len(self.seats)
 
-    def by_node(self) -> dict[str, list[Seat]]:
-        """Seats of every node that has any, by node id, ordered by local rank."""
-        return self._by_node
-
     @cached_property
-    def _by_node(self) -> dict[str, list[Seat]]:
-        """Asked for again and again, of thousands of nodes."""
+    def by_node(self) -> dict[str, list[Seat]]:
+        """Seats of every node that has any, by node id, ordered by local rank. Asked for again and again, of thousands of nodes."""
         found: dict[str, list[Seat]] = {}
         for seat in self.seats:
             found.setdefault(seat.node.id, []).append(seat)
@@ -100,7 +96,7 @@ class Placement:
     @property
     def nodes(self) -> list[Node]:
         """Nodes with ranks, each once."""
-        return [seats[0].node for seats in self.by_node().values()]
+        return [seats[0].node for seats in self.by_node.values()]
 
 
 def place(
@@ -159,7 +155,7 @@ def _replace_missing(ordered: list[Node], near: Placement) -> Placement | None:
     are too few.
     """
     index = {node.id: place for place, node in enumerate(ordered)}
-    used = near.by_node()
+    used = near.by_node
     spares = [node for node in ordered if node.id not in used]
     now: dict[str, Node] = {}
     for id, seats in used.items():
@@ -242,7 +238,7 @@ def _number(nodes: list[Node], seats: _Seats, pp: int, shape: StageShape) -> Pla
 def placement_table(placement: Placement) -> str:
     """The placement for people: one line per node with ranks."""
     rows = [("node", "rack", "address", "stages", "expert groups", "ranks")]
-    for seats in placement.by_node().values():
+    for seats in placement.by_node.values():
         node = seats[0].node
         ranks = [seat.rank for seat in seats]
         stages = sorted({rank // placement.dp for rank in ranks})

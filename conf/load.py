@@ -44,12 +44,6 @@ from conf.schema import ROOT, Config, Hardware, Mode, OptimizerName
 from conf.words import say, say_note
 from conf.yaml_file import LOOKS_AT_A_RUN, UNREADABLE, escaped, over_run_settings, read_yaml, yaml_error
 
-
-def recipes() -> list[str]:
-    """Names that conf= accepts."""
-    return sorted(path.stem for path in (ROOT / "conf" / "conf").glob("*.yaml"))
-
-
 SPREADS = (Mode.train, Mode.plan, Mode.dry_run)
 """Modes in which the layout is the job's own, and worth a line where it was chosen."""
 PLANNED = "h800"

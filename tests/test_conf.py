@@ -9,11 +9,12 @@ from omegaconf import OmegaConf
 
 from conf.check import check
 from conf.errors import EXIT_USER, UserError
-from conf.load import compose, read_config, recipes, run, write_config
+from conf.help import options
+from conf.load import compose, read_config, run, write_config
 from conf.schema import ROOT
 
 
-@pytest.mark.parametrize("recipe", recipes())
+@pytest.mark.parametrize("recipe", options("conf"))
 def test_every_recipe_composes_and_survives_the_file(recipe, tmp_path):
     config = compose(f"conf={recipe}", "data.path=/somewhere")
     assert config.name == recipe
@@ -165,7 +166,7 @@ def test_no_folder_beside_the_program_hides_a_key():
 def test_help_lists_recipes():
     done = subprocess.run([sys.executable, "-m", "train", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0
-    assert all(recipe in done.stdout for recipe in recipes())
+    assert all(recipe in done.stdout for recipe in options("conf"))
 
 
 def test_check_accepts_a_config_object():

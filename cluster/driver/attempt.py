@@ -4,7 +4,7 @@ from collections.abc import Collection
 from typing import Any
 
 from cluster.cause import Cause, Kind, RankReport, name_cause
-from cluster.driver.straggler import SlowRank, Stragglers
+from cluster.driver.straggler import Stragglers
 from cluster.incident import describe_incident, judge_failure, judge_hang, unpack_traces
 from cluster.rank_watch import Patience, RankWatch
 from cluster.topology import Placement
@@ -22,7 +22,7 @@ class Attempt(RankWatch):
         names = {seat.rank: seat.node.name for seat in placement.seats}
         super().__init__(names, names, patience, now, saved)
         self.number, self.placement = number, placement
-        self.ranks_of = {node: [seat.rank for seat in seats] for node, seats in placement.by_node().items()}
+        self.ranks_of = {node: [seat.rank for seat in seats] for node, seats in placement.by_node.items()}
         self.lost: dict[str, str] = {}
         """Nodes that it lost, and how; they may be back in the cluster already."""
         self.cause: Cause | None = None
@@ -32,7 +32,7 @@ class Attempt(RankWatch):
         """What ranks communicated last, packed; empty of one without a ring."""
         self.incident: dict[str, Any] | None = None
         dp = placement.dp
-        self._stragglers = Stragglers([range(stage * dp, (stage + 1) * dp) for stage in range(placement.pp)])
+        self.stragglers = Stragglers([range(stage * dp, (stage + 1) * dp) for stage in range(placement.pp)])
 
     @property
     def reachable(self) -> tuple[str, ...]:
@@ -60,7 +60,7 @@ class Attempt(RankWatch):
         """Remember what an agent says of its ranks."""
         for report in reports:
             if report.step != self.reports[report.rank].step and report.busy is not None:
-                self._stragglers.take(report.rank, report.busy)
+                self.stragglers.take(report.rank, report.busy)
         super().take(now, reports)
 
     def is_settled(self, now: float, until: float) -> bool:
@@ -105,7 +105,3 @@ class Attempt(RankWatch):
         text = "; ".join(told[:NAMED_NODES]) + more
         ranks = tuple(rank for id in self.lost for rank in self.ranks_of[id])
         return Cause(Kind.node, text, ranks, tuple(nodes[id].name for id in self.lost))
-
-    def new_stragglers(self, factor: float) -> list[SlowRank]:
-        """Ranks that have become slow beside those that do the same work."""
-        return self._stragglers.new(factor)

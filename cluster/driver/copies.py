@@ -117,7 +117,7 @@ class Copies:
 
         auto: whether the run resumes from whatever is newest; else only from what this launch wrote.
         """
-        ranks = {id: [seat.rank for seat in seats] for id, seats in placement.by_node().items()}
+        ranks = {id: [seat.rank for seat in seats] for id, seats in placement.by_node.items()}
         ids = [*ranks, *(id for id in nodes if id not in ranks and id in self._ports)]
         shelves = [
             Shelf(

@@ -482,7 +482,7 @@ class Driver:
         }
         if safe := os.environ.get("PYTHONSAFEPATH"):  # a rank takes no package from the folder that it is started in
             shared["PYTHONSAFEPATH"] = safe
-        for id, seats in placement.by_node().items():
+        for id, seats in placement.by_node.items():
             ranks = [(seat.rank, seat.local_rank) for seat in seats]
             order = Order(number, ranks, arguments, shared, seats[0].node.address, self.rank_folder)
             call_agent(self.fleet, id, Agent.start, order)

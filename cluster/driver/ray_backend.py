@@ -184,7 +184,7 @@ class RayFleet:
     def nodes(self) -> list[Node]:
         is_new = self._look is None and self._head_answers()
         if is_new:
-            self._look, self._look_began = _in_thread(self._ask_head), time.monotonic()
+            self._look, self._look_began = _in_thread(lambda: (self._list(), self._list_draining())), time.monotonic()
         if self._look is not None:  # the head may die, or hang, just after it answered
             silent = time.monotonic() - self._look_began
             is_last = silent > CONNECT_LIMIT  # this process itself may have been held up, with the answer at hand
@@ -197,9 +197,6 @@ class RayFleet:
                     text = f"Ray's head at {self._head} has not answered for {silent:.0f} s: it does not list the nodes"
                     raise FleetLost(text) from error
         return self._listed
-
-    def _ask_head(self) -> tuple[list[Node], dict[str, str]]:
-        return self._list(), self._list_draining()
 
     def _list(self) -> list[Node]:
         found = []

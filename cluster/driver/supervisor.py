@@ -282,7 +282,7 @@ class Supervisor:
         self._late_from = min(heard, default=now) + self.policy.heartbeat
 
     def _name_stragglers(self) -> None:
-        for slow in self.current.new_stragglers(self.policy.straggler_factor):
+        for slow in self.current.stragglers.new(self.policy.straggler_factor):
             name = self.current.names[slow.rank]
             text = (
                 f"rank {slow.rank} on {name} works {slow.seconds:.3g} s a step, the median rank {slow.median:.3g} s "

@@ -131,7 +131,7 @@ def test_any_cluster(devices, pp, ep, blocks):
     taken = {(seat.node.id, seat.local_rank) for seat in placement.seats}
     assert len(taken) == placement.world  # no device twice
     assert all(seat.local_rank < seat.node.devices for seat in placement.seats)
-    for seats in placement.by_node().values():
+    for seats in placement.by_node.values():
         devices_of_node = [seat.local_rank for seat in seats]
         assert devices_of_node == sorted(devices_of_node)
     used = {seat.node.id for seat in placement.seats}

@@ -83,7 +83,7 @@ class World:
                 assert not any(machine.live for machine in reach.values()), "two attempts alive"
                 self.starts.append(action)
                 self.hung = set()
-                for id, seats in placement.by_node().items():
+                for id, seats in placement.by_node.items():
                     if id in reach:
                         reach[id].attempt = number
                         reach[id].ranks = {seat.rank: RankReport(seat.rank) for seat in seats}

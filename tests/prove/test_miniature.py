@@ -8,7 +8,8 @@ import yaml
 
 from conf.check import check
 from conf.errors import UserError
-from conf.load import compose, recipes
+from conf.help import options
+from conf.load import compose
 from conf.micro_batches import batch_sizes
 from conf.schema import Config
 from train.kernels import device as gpu
@@ -91,7 +92,7 @@ def assert_same_structure(cfg: Config, mini: Miniature) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", recipes())
+@pytest.mark.parametrize("name", options("conf"))
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_recipe_in_every_layout_shrinks_to_one_that_passes_the_checks(name, layout):
     plain = ["parallel=single", "optim.batch_ramp_start=null", "optim.batch_ramp_steps=0"]
