@@ -1,21 +1,23 @@
-"""The planned peak of memory beside the measured one, for many layouts and recipes on the CPU.
+"""The planned peak of memory beside the measured one, phase by phase of a whole run, for many layouts and recipes on the CPU.
 
-Every rank of a small model runs two whole steps; in the second, every tensor of the rank is counted (train/plan/memory/ledger.py).
-The four columns are the peaks of the start (weights and the optimizer's state are built), of forward and backward passes, of the reduction of
-gradients, and of the update; the error is that of the largest. Of all ranks the one with the largest error is shown.
+Every rank of a small model starts, trains for two steps, saves, validates and starts again (train/dry_run/run_phases.py); every tensor of the
+rank is counted (train/plan/memory/ledger.py), and files of copies in memory. A line is a phase: of all ranks the one with the largest error, its
+peak by plan and as measured, in MB, and how far the plan is off. On a CPU the host's memory is the device's, so a peak is of both.
 
 Routing is forced to be even, so that the plan needs no guess of it.
 
     python -m bench.plan_memory [CASE ...]
 
-Takes about 4 minutes.
+Takes about 15 minutes.
 """
 
 import argparse
 import multiprocessing
 import tempfile
-import time
 import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -25,11 +27,11 @@ from conf.load import compose
 from conf.schema import Config
 from parallel.mesh import build_mesh, read_layout
 from train.data.batch import Batch
+from train.dry_run.run_phases import RunPhases
 from train.kernels.choice import build_kernels
 from train.loop.step import TrainingStep
 from train.optim.schedules import StepPlan
-from train.parallelize import parallelize
-from train.plan.memory.ledger import PeakMeter
+from train.parallelize import ParallelModel, parallelize
 from train.plan.memory.rank_memory import phases, scene_of
 from train.rank import RankSetup
 
@@ -42,6 +44,14 @@ RUN = [
     "micro_batch_size=1",
     "plan.imbalance=1",
 ]
+ALL_SAVES = [
+    "optim.ema_decay=0.9",
+    "checkpoint.every=1",
+    "checkpoint.weights_every=1",
+    "cluster=ray",
+    "checkpoint.every_memory=1",
+]
+"""A run with all phases that a run may have."""
 ALL = "model.recompute=[norm,mla_up,swiglu]"
 
 
@@ -98,6 +108,11 @@ CASES = {
     "bf16 pp2 dualpipev": ["precision=bf16", *_pp(2, "dualpipev")],
     "bf16 pp2 dualpipev, one by one": ["precision=bf16", *_pp(2, "dualpipev", "parallel.overlap=false")],
     "fp8 pp2 ep2 dualpipev": ["precision=fp8", *_pp(2, "dualpipev", *EP2, "batch_size=16")],
+    "bf16 pp2 dualpipev, activations on the host": [
+        "precision=bf16",
+        *_pp(2, "dualpipev", "parallel.overlap=false", "model.offload=[layer]"),
+    ],
+    "bf16 dp2, optimizer on the host": ["precision=bf16", "parallel.dp=2", "parallel.offload_optimizer=true"],
     "adapter": LORA,
     "adapter beside blocks": [*LORA, "adapter.base=fp8"],
     "adapter pp2 zbv": [*LORA, *_pp(2, "zbv")],
@@ -106,14 +121,13 @@ CASES = {
 }
 
 
-def measure(config: Config, rank: int) -> dict[str, int]:
-    """Peaks of the start, and of the second step by phase."""
-    parallel = config.parallel
+def measure(config: Config, rank: int, folder: Path, again: bool = True) -> dict[str, int]:
+    """Peaks of the phases of a run: the second step's, and of all else that it does once. folder: for the files of all ranks. again: also of
+    starts from these.
+    """
+    parallel, device = config.parallel, torch.device("cpu")
     layout = read_layout(config, parallel.world)
-    mesh = build_mesh(layout)
-    with PeakMeter(torch.device("cpu")) as meter:
-        parts = parallelize(config, mesh, torch.device("cpu"), build_kernels("cpu", config.cluster.compiled))
-        peaks = {"start": meter.mark()}
+    setup, kernels = RankSetup(device, build_mesh(layout)), build_kernels("cpu", config.cluster.compiled)
     share = config.batch_size // parallel.dp
     draw = torch.Generator().manual_seed(layout.dp_rank(rank))
     tokens_BS = torch.randint(0, config.model.vocab_size, (share, config.seq_len + 1), generator=draw)
@@ -121,21 +135,39 @@ def measure(config: Config, rank: int) -> dict[str, int]:
     if config.data.mask_documents:  # four to a sample
         positions_S = torch.arange(config.seq_len + 1, dtype=torch.int32)
         documents_BS = (4 * positions_S // len(positions_S)).repeat(share, 1)
-    training_step = TrainingStep(config, parts, RankSetup(torch.device("cpu"), mesh))
 
-    def run(number: int, meter: PeakMeter | None = None) -> None:
-        def mark(phase: str) -> None:
-            if meter is not None:
-                time.sleep(LET_GO)
-                peaks[phase] = meter.mark()
+    def build(restored: bool) -> ParallelModel:
+        return parallelize(config, setup.mesh, device, kernels, restored=restored)
 
-        plan = StepPlan(number, 0, config.batch_size, lr=1e-4, mtp_weight=0.3, bias_speed=0.0)
-        training_step.run(plan, Batch(tokens_BS, documents_BS), on_phase=mark)
+    def train(life: RunPhases) -> None:
+        parts, state = life.begin("start")
+        step = TrainingStep(config, parts, setup)
 
-    run(1)
-    with PeakMeter(torch.device("cpu")) as meter:
-        run(2, meter)
-    return peaks
+        def run(number: int, on_phase: Callable[[str], None]) -> None:
+            plan = StepPlan(number, 0, config.batch_size, lr=1e-4, mtp_weight=0.3, bias_speed=0.0)
+            step.run(plan, Batch(tokens_BS, documents_BS), on_phase=on_phase)
+
+        run(1, lambda _: None)
+        with life.meter() as meter:
+            life.go_on(parts, state, tokens_BS, meter)
+            dist.barrier()  # one of them has exported
+            run(2, lambda phase: life.mark(phase, meter))
+        parts.zero.engine.destroy()
+
+    with RunPhases(config, setup, folder, build, is_alone=False, lets_go=LET_GO) as life:
+        train(life)
+        if again:
+            life.begin_again()
+    return {phase: one.device for phase, one in life.peaks.items()}
+
+
+def planned_peaks(config: Config, rank: int) -> dict[str, int]:
+    """Peaks of its phases by plan; of an exported folder it can start again."""
+    layout = read_layout(config, config.parallel.world)
+    if config.checkpoint.weights_every:
+        config = replace(config, init_from="its own weights")
+    found = phases(config, layout.pp_rank(rank), layout.stage_rank(rank), scene_of(config))
+    return {phase: one.device for phase, one in found.items()}
 
 
 def even(biased_BTE: torch.Tensor, rule: routing.RoutingRule) -> torch.Tensor:
@@ -151,7 +183,7 @@ def run_rank(rank: int, store: str, overrides: list[str], world: int, results) -
     warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)  # as train.rank does
     routing.choose_experts = even
     dist.init_process_group("gloo", init_method=f"file://{store}/store", rank=rank, world_size=world)
-    results.put((rank, measure(compose(*overrides), rank)))
+    results.put((rank, measure(compose(*overrides), rank, Path(store))))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -170,7 +202,7 @@ def run(overrides: list[str]) -> dict[int, dict[str, int]]:
         ]
         for process in ranks:
             process.start()
-        found = dict(results.get(timeout=120) for _ in ranks)
+        found = dict(results.get(timeout=600) for _ in ranks)
         for process in ranks:
             process.join()
     return found
@@ -182,26 +214,20 @@ def main() -> None:
     options = parser.parse_args()
     if unknown := set(options.cases) - CASES.keys():
         parser.error(f"no such case: {'; '.join(unknown)}. There are: {'; '.join(CASES)}")
-    names = ("start", "schedule", "reduction", "update")
-    print(f"{'':30} {'rank':>4} " + " ".join(f"{name:>29}" for name in names) + f" {'peak':>8}")
     for name, more in CASES.items():
         if options.cases and name not in options.cases:
             continue
-        config = compose(*RUN, *more)
-        layout = read_layout(config, config.parallel.world)
-        rows = []
-        for rank, got in run([*RUN, *more]).items():
-            want = phases(config, layout.pp_rank(rank), layout.stage_rank(rank), scene_of(config))
-            peak = max(want.values()) / max(got.values()) - 1
-            cells = [_cell(want[phase], got[phase]) for phase in names]
-            rows.append(
-                (abs(peak), f"{rank:>4} " + " ".join(f"{cell:>29}" for cell in cells) + f" {100 * peak:+6.2f} %")
+        overrides = [*RUN, *ALL_SAVES, *more]
+        config = compose(*overrides)
+        print(name, flush=True)
+        found = {rank: (planned_peaks(config, rank), got) for rank, got in run(overrides).items()}
+        for phase in {phase: None for _, got in found.values() for phase in got}:
+            rows = [(want[phase], got[phase], rank) for rank, (want, got) in found.items() if phase in got]
+            planned, measured, rank = max(rows, key=lambda row: abs(row[0] / row[1] - 1))
+            print(
+                f"    {phase:12} {rank:>4} {planned / 1e6:9.3f} {measured / 1e6:9.3f} {100 * (planned / measured - 1):+6.2f} %",
+                flush=True,
             )
-        print(f"{name:30} {max(rows)[1]}", flush=True)
-
-
-def _cell(planned: int, measured: int) -> str:
-    return f"{planned / 1e6:8.3f} / {measured / 1e6:8.3f} {100 * (planned / measured - 1):+6.2f} %"
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def judge(record: dict) -> Finding:
     small = record["peak_bytes"]["planned"] < 2**30
     allowed = SMALL_ALLOWED if small else ALLOWED
     rows = {"peak": record["peak_bytes"]}
-    rows |= {f"peak in {name}": one for name, one in record["phase_peak_bytes"].items()}
+    rows |= {f"peak in {name}": one for name, one in record["phase_peak_bytes"].items() if one["measured"] is not None}
     rows |= record["item_bytes"]
     table, problems = [["MiB", "measured", "planned", "plan is off by"]], []
     for name, one in rows.items():

@@ -9,10 +9,11 @@ from conf.load import compose
 from train.dry_run.assumed_rows import load_of
 from train.dry_run.dry_run_result import dry_run_screen, find
 from train.dry_run.expected import expect
-from train.dry_run.lone import LONE_PHASES, MeasuredRank
+from train.dry_run.lone import MeasuredRank
 from train.dry_run.piece import DryRunPiece, choose_piece, choose_rank
 from train.loop.layout_check import check_layout
 from train.plan.job import with_nodes
+from train.plan.memory.ledger import PhaseBytes
 
 TINY = [
     "mode=dry_run",
@@ -24,6 +25,7 @@ TINY = [
     "micro_batch_size=1",
 ]
 CPU = torch.device("cpu")
+STEP = ("schedule", "reduction", "update")
 
 
 def piece_of(*overrides: str) -> DryRunPiece:
@@ -37,11 +39,12 @@ def piece_of(*overrides: str) -> DryRunPiece:
 def invented(piece: DryRunPiece, seconds: float = 1.0) -> MeasuredRank:
     """Measurements as they might be."""
     measured = MeasuredRank(
-        dict.fromkeys(LONE_PHASES, 2**20), dict.fromkeys(("weights", "master", "moments", "gradients"), 2**16)
+        dict.fromkeys(("start", *STEP), PhaseBytes(2**20, 0)),
+        items=dict.fromkeys(("weights", "master", "moments", "gradients"), 2**16),
     )
     measured.actions["F"], measured.actions["B"] = [seconds], [2 * seconds]
     measured.counts.update(F=2, B=2)
-    for name in (*LONE_PHASES[1:], "step"):  # nobody times the start
+    for name in (*STEP, "step"):
         measured.seconds[name] = [seconds]
     return measured
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from conf.own_code import targets_of
 from conf.screen import Terminal
 from train.dry_run.expected import ExpectedTimes, Times, plan_again
-from train.dry_run.lone import LONE_PHASES, MeasuredRank
+from train.dry_run.lone import MeasuredRank
 from train.dry_run.piece import DryRunPiece
 from train.metrics.quantities import error, gib, seconds
 from train.metrics.screens import GOOD, WARN, show_rows
@@ -36,14 +36,14 @@ REST = "all else at the peak"
 
 @dataclass(frozen=True)
 class ComparedFigure:
-    """A figure, and what the plan said; None where it said nothing."""
+    """A figure, and what the plan said; None where it said nothing, or nothing was measured."""
 
-    measured: float
+    measured: float | None
     planned: float | None = None
 
     @property
     def error(self) -> str:
-        return "" if self.planned is None else error(self.planned, self.measured)
+        return "" if self.planned is None or self.measured is None else error(self.planned, self.measured)
 
     def record(self) -> dict[str, float | None]:
         return {"measured": self.measured, "planned": self.planned}
@@ -59,6 +59,8 @@ class Findings:
     """Threads of a CPU."""
     peak: ComparedFigure
     phases: dict[str, ComparedFigure]
+    host_phases: dict[str, ComparedFigure]
+    """Peaks of the host's own memory; empty on a CPU."""
     items: dict[str, ComparedFigure]
     """Weights, master, moments; gradients when the schedule ends; and `rest`: what else the peak has beside the first three."""
     actions: dict[str, ComparedFigure]
@@ -69,6 +71,8 @@ class Findings:
     """Median seconds of a step and of its phases."""
     skipped: int
     """Timed steps without an update."""
+    unsaved: str
+    """Why nothing was saved, if that is so."""
     job_peak: int
     """Planned peak of the whole rank on the job's own hardware."""
     job_room: int | None
@@ -88,13 +92,22 @@ def find(piece: DryRunPiece, measured: MeasuredRank, times: Times, device: torch
     job_peak = rank_memory(job, piece.pp_rank, scene_of(job, piece.load)).peak_bytes
     actions = {kind: median(totals) for kind, totals in measured.actions.items()}
     steps = {name: median(each) for name, each in measured.seconds.items()}
+    done = measured.phases
+    planned_peak = max(one.device for name, one in here.items() if name in done)
     return Findings(
         piece=piece,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         threads=torch.get_num_threads() if device.type == "cpu" else None,
-        peak=ComparedFigure(measured.peak, max(here.values())),
-        phases={phase: ComparedFigure(measured.phases[phase], here[phase]) for phase in LONE_PHASES},
-        items=_items(piece, measured, max(here.values())),
+        peak=ComparedFigure(measured.peak, planned_peak),
+        phases={
+            name: ComparedFigure(done[name].device if name in done else None, one.device) for name, one in here.items()
+        },
+        host_phases={
+            name: ComparedFigure(done[name].host if name in done else None, one.host)
+            for name, one in here.items()
+            if device.type == "cuda"
+        },
+        items=_items(piece, measured, planned_peak),
         actions={
             kind: ComparedFigure(total / count, part.actions[kind] / count if part else None)
             for kind, total in actions.items()
@@ -103,6 +116,7 @@ def find(piece: DryRunPiece, measured: MeasuredRank, times: Times, device: torch
         counts=dict(measured.counts),
         steps={name: ComparedFigure(each, _planned_phase(part, name)) for name, each in steps.items()},
         skipped=measured.skipped,
+        unsaved=measured.unsaved,
         job_peak=job_peak,
         job_room=tensor_memory(job) - job_peak if job.hardware.memory_bytes else None,
         job_step=times.job.step_seconds if times.job else None,
@@ -120,7 +134,7 @@ def _items(piece: DryRunPiece, measured: MeasuredRank, planned_peak: int) -> dic
         chunks = list(chunk_parts(piece.config, piece.layers)[piece.pp_rank].values())
         gradients = FP32_BYTES * sum(w.elements for w in rank_weights(piece.config, chunks) if w.is_trained)
         items["gradients"] = ComparedFigure(measured.items["gradients"], gradients)
-    held = sum(items[name].measured for name in state), sum(items[name].planned or 0 for name in state)
+    held = sum(measured.items[name] for name in state), sum(items[name].planned or 0 for name in state)
     return items | {"rest": ComparedFigure(measured.peak - held[0], planned_peak - held[1])}
 
 
@@ -150,6 +164,7 @@ def record(found: Findings) -> dict[str, Any]:
         "needed_bytes": piece.needed,
         "peak_bytes": found.peak.record(),
         "phase_peak_bytes": {name: one.record() for name, one in found.phases.items()},
+        "phase_host_bytes": {name: one.record() for name, one in found.host_phases.items()},
         "item_bytes": {name: one.record() for name, one in found.items.items()},
         "action_seconds": {
             kind: one.record() | {"actions_per_step": found.counts[kind]} for kind, one in found.actions.items()
@@ -179,6 +194,8 @@ def dry_run_screen(found: Findings, folder: Path, console: Console | None = None
                 f"{_count(found.skipped, 'update')}, as gradients were not finite: the update's figures are too low",
             )
         )
+    if found.unsaved:
+        rows.append(("NOT SAVED", f"{found.unsaved}: phases without a measured figure were not done"))
     if own := targets_of(piece.job):
         idle = [key for key in own if key.startswith(("data.", "callbacks"))]
         words = ", ".join(f"{key} ({target})" for key, target in own.items() if key not in idle) or "none"
@@ -191,7 +208,7 @@ def dry_run_screen(found: Findings, folder: Path, console: Console | None = None
         ("Job", _job(found)),
         ("Written", str(folder / DRY_RUN_FILE)),
     ]
-    peak = f"peak {_size(found.peak.measured)}, plan {found.peak.error}"
+    peak = f"peak {_size(found.peak.measured or 0)}, plan {found.peak.error}"
     title = f"{piece.job.name}, rank {piece.rank} alone on {found.device}: {peak}"
     show_rows(console or Terminal(), title, GOOD if piece.whole else WARN, rows)
 
@@ -226,7 +243,8 @@ def _shrunken(piece: DryRunPiece) -> str:
 
 def _memory(found: Findings) -> dict[str, ComparedFigure]:
     named = {REST if name == "rest" else name: one for name, one in found.items.items()}
-    return {"peak": found.peak} | {f"peak in {name}": one for name, one in found.phases.items()} | named
+    rows = {"peak": found.peak} | {f"peak in {name}": one for name, one in found.phases.items()} | named
+    return rows | {f"host in {name}": one for name, one in found.host_phases.items()}
 
 
 def _times(found: Findings) -> dict[str, ComparedFigure]:
@@ -244,7 +262,8 @@ def _table(rows: dict[str, ComparedFigure], words: Callable[[float], str]) -> st
     lines = [f"{'':{width}}  {'measured':>10}  {'planned':>10}"]
     for name, one in rows.items():
         planned = "-" if one.planned is None else words(one.planned)
-        lines.append(f"{name:{width}}  {words(one.measured):>10}  {planned:>10}  {one.error}".rstrip())
+        measured = "-" if one.measured is None else words(one.measured)
+        lines.append(f"{name:{width}}  {measured:>10}  {planned:>10}  {one.error}".rstrip())
     return "\n".join(lines)
 
 

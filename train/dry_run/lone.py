@@ -9,6 +9,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 import torch.distributed as dist
@@ -24,24 +26,24 @@ from parallel.pipeline.lone_stage import LoneStage
 from train.checkpoint.run_folder import RunPaths
 from train.dry_run.assumed_rows import group_of
 from train.dry_run.piece import DryRunPiece
+from train.dry_run.run_phases import RunPhases
 from train.kernels.choice import choose_kernels
 from train.loop.profiler import StepProfiler
 from train.parallelize import ParallelModel, parallelize
 from train.plan.job import layout_of
-from train.plan.memory.ledger import PeakMeter
+from train.plan.memory.ledger import PeakMeter, PhaseBytes
 from train.plan.time.timed_step import TimedStep
 from train.rank import RankSetup
-
-LONE_PHASES = ("start", "schedule", "reduction", "update")
 
 
 @dataclass
 class MeasuredRank:
     """What a rank took. Bytes and seconds."""
 
-    phases: dict[str, int] = field(default_factory=dict)
-    """Peak of memory while weights and the optimizer's state are built, in forward and backward passes, in the reduction of gradients, and
-    in the update."""
+    phases: dict[str, PhaseBytes] = field(default_factory=dict)
+    """Peaks of memory in the phases of a run that were done (`train.plan.memory.rank_memory.phases`)."""
+    unsaved: str = ""
+    """Why nothing was saved, if that is so."""
     items: dict[str, int] = field(default_factory=dict)
     """Weights, master, moments, and gradients at the end of the schedule."""
     actions: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
@@ -55,11 +57,12 @@ class MeasuredRank:
 
     @property
     def peak(self) -> int:
-        return max(self.phases.values())
+        return max(one.device for one in self.phases.values())
 
 
-def run_alone(piece: DryRunPiece, device: torch.device) -> MeasuredRank:
-    """One step to warm up, one for memory, then the timed ones. Raises UserError where the device's memory runs out."""
+def run_alone(piece: DryRunPiece, device: torch.device, folder: Path | None = None) -> MeasuredRank:
+    """One step to warm up, one for memory, then the timed ones; and all else that a run does, once. folder: where files may lie meanwhile; None
+    for the system's. Raises UserError where the device's memory runs out."""
     config = piece.config
     warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
     layout = layout_of(config)
@@ -71,16 +74,20 @@ def run_alone(piece: DryRunPiece, device: torch.device) -> MeasuredRank:
             dispatcher = build_stand_in(config.parallel.dispatch, group_of(config), wire, piece.load)
         mesh, (kernels, _) = build_mesh(layout), choose_kernels(config, device)  # those of a run
         share = LoneContext(layout.cp, mesh.cp_rank) if layout.cp > 1 else None
-        with PeakMeter(device) as meter:
-            parts = parallelize(config, mesh, device, kernels, dispatcher=dispatcher, layers=piece.layers, share=share)
-            start = meter.mark()
-        parts.pipeline.stage_type = LoneStage
-        measured = _steps(config, parts, RankSetup(device, mesh))
-        measured.phases["start"] = start
-        if config.profile.steps:
-            _watch(config, parts, RankSetup(device, mesh), piece.rank)
-        parts.zero.engine.destroy()  # its hooks would keep all of it alive for the rest of a sweep
-        return measured
+        rank, more = RankSetup(device, mesh), {"dispatcher": dispatcher, "layers": piece.layers, "share": share}
+
+        is_alone = layout.world > 1 or piece.left_out > 0
+
+        def build(restored: bool) -> ParallelModel:
+            return parallelize(config, mesh, device, kernels, restored=restored, **more)
+
+        with (
+            TemporaryDirectory(prefix="saved_", dir=folder) as saved,
+            RunPhases(config, rank, Path(saved), build, is_alone=is_alone) as life,
+        ):
+            measured = _train(config, life, rank, piece.rank)
+            life.begin_again()
+        return replace(measured, phases=life.peaks, unsaved=life.unsaved)
     except torch.OutOfMemoryError as error:
         raise UserError(
             "dry_run.shrink",
@@ -92,13 +99,15 @@ def run_alone(piece: DryRunPiece, device: torch.device) -> MeasuredRank:
         dist.destroy_process_group()
 
 
-def _steps(config: Config, parts: ParallelModel, rank: RankSetup) -> MeasuredRank:
+def _train(config: Config, life: RunPhases, rank: RankSetup, number: int) -> MeasuredRank:
+    parts, state = life.begin("start")
+    parts.pipeline.stage_type = LoneStage
     timed = TimedStep(config, parts, rank)
 
     def run(number: int, measured: MeasuredRank, meter: PeakMeter | None = None) -> None:
         def end(phase: str) -> None:
             if meter is not None:
-                measured.phases[phase] = meter.mark()
+                life.mark(phase, meter)
                 if phase == "schedule":
                     measured.items = _items(parts)
 
@@ -113,11 +122,15 @@ def _steps(config: Config, parts: ParallelModel, rank: RankSetup) -> MeasuredRan
 
     measured = MeasuredRank()
     run(1, MeasuredRank())
-    with PeakMeter(rank.device) as meter:
+    with life.meter() as meter:
+        life.go_on(parts, state, timed.tokens_BS, meter)
         run(2, measured, meter)
-    measured = replace(MeasuredRank(), phases=measured.phases, items=measured.items)
-    for number in range(3, 3 + config.dry_run.steps):
-        run(number, measured)
+    measured = replace(MeasuredRank(), items=measured.items)
+    for step in range(3, 3 + config.dry_run.steps):
+        run(step, measured)
+    if config.profile.steps:
+        _watch(config, parts, rank, number)
+    parts.zero.engine.destroy()  # its hooks would keep all of it alive for the rest of a sweep
     return measured
 
 

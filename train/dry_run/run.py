@@ -28,9 +28,9 @@ def dry_run(config: Config) -> int:
     rank = choose_rank(config)
     piece = choose_piece(config, rank, load_of(config, rank), device)
     times = expect(piece, device)
-    found = find(piece, run_alone(piece, device), times, device)
     folder = Path(config.runs) / config.name
     folder.mkdir(parents=True, exist_ok=True)
+    found = find(piece, run_alone(piece, device, folder), times, device)
     atomic_write_text(folder / DRY_RUN_FILE, json.dumps(record(found), indent=1))
     dry_run_screen(found, folder)
     return EXIT_OK

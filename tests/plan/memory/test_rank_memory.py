@@ -1,14 +1,14 @@
 """Planned memory beside measured memory of real ranks, and what a schedule keeps in flight beside its formula."""
 
+from pathlib import Path
+
 import pytest
 
-from bench.plan_memory import ALL, EP2, LORA, RUN, even, measure
+from bench.plan_memory import ALL, ALL_SAVES, EP2, LORA, RUN, even, measure, planned_peaks
 from conf.load import compose
-from conf.schema import BaseFormat
 from conf.thresholds import THRESHOLDS
-from parallel.mesh import read_layout
 from tests.ranks import run_ranks
-from train.plan.memory.rank_memory import phases, plan_memory, rank_memory, scene_of
+from train.plan.memory.rank_memory import plan_memory, rank_memory, scene_of
 from train.plan.search.lower_bounds import in_flight
 
 IN_FLIGHT = {
@@ -90,9 +90,23 @@ def test_peak_activations_follow_what_is_in_flight():
         pytest.param(["precision=fp32", "data.mask_documents=true"], id="documents", marks=pytest.mark.slow),
     ],
 )
-def test_planned_peaks_are_the_measured_ones(overrides):
+def test_planned_peaks_are_the_measured_ones(overrides, tmp_path):
     config = compose(*RUN, *overrides)
-    run_ranks(_compare_peaks, [*RUN, *overrides], None, world_size=config.parallel.world)
+    run_ranks(_compare_peaks, [*RUN, *overrides], None, tmp_path, world_size=config.parallel.world)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        pytest.param(["precision=fp8", *EP2, "parallel.wire=fp8"], id="fp8_experts"),
+        pytest.param(["precision=bf16", "parallel.dp=2", "parallel.zero=3"], id="zero3"),
+        pytest.param([*DUALPIPEV, "precision=bf16", "parallel.cp=2", "model.offload=[layer]"], id="shared_stages"),
+    ],
+)
+def test_every_phase_of_a_run_is_as_planned(overrides, tmp_path):
+    overrides = [*RUN, *ALL_SAVES, *overrides]
+    run_ranks(_compare_phases, overrides, tmp_path, world_size=compose(*overrides).parallel.world)
 
 
 @pytest.mark.parametrize(
@@ -109,26 +123,37 @@ def test_planned_peaks_are_the_measured_ones(overrides):
         pytest.param([*LORA, "adapter.base=fp8", "parallel.dp=2"], None, id="beside_blocks", marks=pytest.mark.slow),
     ],
 )
-def test_planned_peaks_of_stage_3_are_the_measured_ones(overrides, bucket):
+def test_planned_peaks_of_stage_3_are_the_measured_ones(overrides, bucket, tmp_path):
     """bucket: elements reduced together, instead of more than the model has."""
     overrides = [*RUN, *overrides, "parallel.zero=3"]
-    run_ranks(_compare_peaks, overrides, bucket, world_size=compose(*overrides).parallel.dp)
+    run_ranks(_compare_peaks, overrides, bucket, tmp_path, world_size=compose(*overrides).parallel.dp)
 
 
-def _compare_peaks(rank: int, overrides: list[str], bucket: int | None) -> None:
-    """Within 0.3 %: some small tensors of the loop around the model are in no plan."""
+def _compare_peaks(rank: int, overrides: list[str], bucket: int | None, folder: Path) -> None:
+    """Within 0.3 %: some small tensors of the loop around the model are in no plan. A validation at stage 3 is compared in tests/dry_run: here
+    threads of gloo hold what it gathers ahead, now longer, now shorter.
+    """
+    if bucket is not None:
+        THRESHOLDS.bucket_elements = bucket
+    planned, measured = _peaks(rank, overrides, folder, again=False)
+    if compose(*overrides).parallel.zero == 3:
+        del measured["validation"]
+    planned = {phase: planned[phase] for phase in measured}
+    assert planned == pytest.approx(measured, rel=0.003), f"planned {planned}, measured {measured}"
+
+
+def _compare_phases(rank: int, overrides: list[str], folder: Path) -> None:
+    planned, measured = _peaks(rank, overrides, folder, again=True)
+    assert planned == pytest.approx(measured, rel=0.01), f"planned {planned}, measured {measured}"
+
+
+def _peaks(rank: int, overrides: list[str], folder: Path, again: bool) -> tuple[dict[str, int], dict[str, int]]:
+    """Those planned and those measured, by phase."""
     import torch
 
     import train.kernels.plain.routing as routing
 
     torch.set_num_threads(1)
     routing.choose_experts = even
-    if bucket is not None:
-        THRESHOLDS.bucket_elements = bucket
     config = compose(*overrides)
-    layout = read_layout(config, config.parallel.world)
-    planned = phases(config, layout.pp_rank(rank), layout.stage_rank(rank), scene_of(config))
-    measured = measure(config, rank)
-    if config.adapter.base is BaseFormat.fp8:  # here a start draws what a run reads, and no plan counts either
-        del planned["start"], measured["start"]
-    assert planned == pytest.approx(measured, rel=0.003), f"planned {planned}, measured {measured}"
+    return planned_peaks(config, rank), measure(config, rank, folder, again)

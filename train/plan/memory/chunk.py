@@ -18,7 +18,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-from train.plan.memory.part import AWAY, PassMemory, Scene, Stretch, trace_backward, trace_forward, trace_split_backward
+from train.plan.memory.part import (
+    AWAY,
+    PassMemory,
+    Scene,
+    Stretch,
+    trace_backward,
+    trace_evaluation,
+    trace_forward,
+    trace_split_backward,
+)
 
 Parts = tuple[str, ...]
 """Names of a chunk's parts in order: embedding, dense, moe, end; moe_again where backward runs the block again, moe_away_ffn where its FFN's
@@ -134,6 +143,13 @@ class ChunkMemory:
     def _input(self) -> int:
         """x_0 where it was received."""
         return 0 if self._has_embedding else self.hidden
+
+    @cached_property
+    def evaluation(self) -> int:
+        """Most bytes in a forward without gradients. x_0 stays to its end."""
+        runs = [trace_evaluation(self.scene, name) for name in self.parts]
+        first = runs[: 1 + self._has_embedding]
+        return max(first + [run + self.hidden for run in runs[len(first) :]])
 
     def backward(self, first: bool, table_first: bool) -> PassMemory:
         """A whole backward. first: it makes the gradients of the weights, which then count. table_first: also that of the

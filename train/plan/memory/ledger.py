@@ -16,7 +16,7 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -130,17 +130,26 @@ class Ledger(TorchDispatchMode):
             self.tag = before
 
 
+class PhaseBytes(NamedTuple):
+    """Peaks of a phase of a rank's run."""
+
+    device: int
+    host: int
+    """What lies in the host's own memory; 0 on a CPU, where it is the device's."""
+
+
 class PeakMeter:
     """Inside its `with`, `mark` tells the peak since the last mark. On the CPU operations take a little longer there."""
 
-    def __init__(self, device: torch.device):
-        self._device = device
-        self._ledger = None if device.type == "cuda" else Ledger(device)
+    def __init__(self, device: torch.device, counts_host: bool = False):
+        """counts_host: beside a GPU's memory also that of tensors on its host."""
+        self._device, self._on_gpu = device, device.type == "cuda"
+        self._ledger = Ledger("cpu") if counts_host or not self._on_gpu else None
 
     def __enter__(self) -> "PeakMeter":
-        if self._ledger is None:
+        if self._on_gpu:
             torch.cuda.reset_peak_memory_stats(self._device)
-        else:
+        if self._ledger is not None:
             for one in gc.get_objects():
                 if isinstance(one, torch.Tensor):
                     self._ledger.enter(one, "before")
@@ -152,12 +161,17 @@ class PeakMeter:
             self._ledger.__exit__(*error)
 
     def mark(self) -> int:
-        """Bytes."""
-        if self._ledger is not None:
-            return self._ledger.mark().total
+        """Bytes of the device."""
+        return self.mark_both().device
+
+    def mark_both(self) -> PhaseBytes:
+        """Bytes of the device and of the host."""
+        counted = 0 if self._ledger is None else self._ledger.mark().total
+        if not self._on_gpu:
+            return PhaseBytes(counted, 0)
         peak = torch.cuda.max_memory_allocated(self._device)
         torch.cuda.reset_peak_memory_stats(self._device)
-        return peak
+        return PhaseBytes(peak, counted)
 
 
 class MetaLedger(Ledger):

@@ -175,6 +175,18 @@ def trace_split_backward(scene: Scene, part: str, first: bool) -> tuple[PassMemo
         return run.inputs(), run.weights()
 
 
+def trace_evaluation(scene: Scene, part: str) -> int:
+    """Most bytes of a forward without gradients, in eval mode, its input counted. Casts of weights are held in steps alone."""
+    plain = replace(scene.model.section, recompute=[], offload=[])
+    return _trace_evaluation(replace(scene, model=FrozenSection(plain), holds_weights=False), kind_of(part))
+
+
+@traced_once
+def _trace_evaluation(scene: Scene, part: str) -> int:
+    with Run(scene, part) as run:
+        return run.evaluate().peak
+
+
 def trace_casts(scene: Scene, part: str) -> int:
     """Bytes of the casts of a part's weights that are held through a step."""
     if not scene.holds_weights:
@@ -273,6 +285,11 @@ class Run:
         kept["activations"] -= output
         self._ledger.tag = "workspace"
         return Forward(run, kept, output, self._host.sent, page_bytes(self._host.sizes, self._scene.kind))
+
+    @torch.no_grad()
+    def evaluate(self) -> PassMemory:
+        self._module.eval()
+        return self.forward(leaves=True).run
 
     def backward(self, held: bool) -> PassMemory:
         kept: list[Tensor] = []
@@ -381,7 +398,7 @@ class _End(DeepSeekV3):
     ) -> Tensor:
         assert tokens_BS is not None and documents_BS is None and supervised_BS is None
         positions = Positions(tokens_BS.size(1) - 1, None, self._share)
-        if embedding_BTD is None and len(self.mtp):
+        if embedding_BTD is None and self._depths:
             embedding_BTD = self._embed(positions.take_with_next(tokens_BS, self._depths))
         return torch.stack([self._loss(self.norm(x), embedding_BTD, tokens_BS, positions)])
 

@@ -4,6 +4,7 @@
     schedule    torch's own action list of the rank (schedule.py); what passes take and keep comes from the model's own code,
                 run on the meta device (part.py, chunk.py)
     reduction   gradients reduced, sharded and applied at the end of the step (step_end.py)
+    life        what a run does beside its steps, and its starts (`RunPhases`)
 
 The largest of all moments is the peak, and what is alive then is listed by item. Ranks with the same place in the pipeline
 are alike, but for the rows that reach their experts: `plan.imbalance` says by how much the busiest exceeds the mean.
@@ -16,12 +17,18 @@ from functools import cache
 
 from conf.micro_batches import share_of
 from conf.schema import Config, Model
+from conf.thresholds import THRESHOLDS
 from parallel.expert.stand_in import Group, Load
 from parallel.pipeline.orders import ORDERS
+from train.checkpoint.manifest import CRC_BLOCK
+from train.hf.export import EXPORTED_ELEMENTS
+from train.hf.read import READ_ELEMENTS
 from train.kernels.choice import build_kernels
+from train.model.count import count_parameters
 from train.parallelize import stage_layers
 from train.plan.job import actions_of, device_kind, layout_of
 from train.plan.memory.chunk import Parts, chunk_of
+from train.plan.memory.ledger import PhaseBytes
 from train.plan.memory.part import AGAIN, AWAY, FrozenSection, Scene, kind_of, trace_casts
 from train.plan.memory.rank_weights import (
     FP32_BYTES,
@@ -34,12 +41,19 @@ from train.plan.memory.rank_weights import (
     state_bytes,
 )
 from train.plan.memory.schedule_memory import MemoryPeak, ScheduleWalk, StagePlan, WalkDepth
-from train.plan.memory.step_end import StepEnd
+from train.plan.memory.step_end import StepEnd, kept_elements
 from train.plan.memory.zero3 import Zero3Memory
 
 HELD_COPIES = 5
 """Parts of the state that the memory of a node holds for each rank with checkpoint.every_memory: two copies of its own, two of its
 neighbour's, and the one that is on its way (train/checkpoint/memory_copies.py)."""
+
+
+LATER = ("activations", "checkpoint", "copies")
+"""What of the host's memory a start does not have yet, and what then stays: pages and buffers are kept from one use to the next."""
+IS_FINITE_BYTES = 7
+"""Bytes an element that torch.isfinite takes in fp32: the absolute values, and three answers."""
+STARTS = ("start", "resume", "init_from")
 
 
 @dataclass(frozen=True)
@@ -59,17 +73,16 @@ class RankMemory:
     """What runs at the peak."""
     in_flight: int
     """Micro-batches that wait for their backward when the schedule is at its highest, over all stages of the rank."""
-    phases: dict[str, int]
-    """Peak of the device in the start (the rank builds its weights and the optimizer's state), in the schedule, in the reduction of
-    gradients and in the update."""
+    phases: dict[str, PhaseBytes]
+    """Peaks of all phases of the run (`phases`)."""
     host_items: dict[str, int]
     """What it keeps in the host's memory, which on a CPU is the device's: master, moments, buffers, activations, average, checkpoint (until it is
     written), copies (in memory)."""
 
     @property
     def host_bytes(self) -> int:
-        """In the host's memory."""
-        return sum(self.host_items.values())
+        """In the host's memory, in the phase with most."""
+        return max(one.host for one in self.phases.values())
 
 
 def plan_memory(config: Config) -> list[RankMemory]:
@@ -110,9 +123,12 @@ def rank_memory(
     state, host, moments = _moments(config, pp_rank, 0, scene, layers, shortest, depth)
     peak = max(moments.values(), key=lambda moment: moment.total)
     items, event = {name: size for name, size in (state + peak.items).items() if size}, peak.event
-    found = {"start": _built_bytes(config, pp_rank, state, layers)} | _with_state(state, moments)
-    if found["start"] > sum(items.values()):
-        items, event = {"weights": found["start"]}, "start, where each weight is drawn before it is sharded"
+    found = _phases(config, pp_rank, 0, scene, layers, state, host, moments)
+    start = max((name for name in STARTS if name in found), key=lambda name: found[name].device)
+    if (most := found[start].device) > sum(items.values()):
+        items = {name: size for name, size in state.items() if size and name not in LATER}
+        items["workspace"] = most - sum(items.values())
+        event = "start, where each weight is drawn before it is sharded" if start == "start" else start
     return RankMemory(
         pp_rank,
         _layers(config, layers)[pp_rank],
@@ -125,10 +141,69 @@ def rank_memory(
     )
 
 
-def _built_bytes(config: Config, pp_rank: int, state: Counter, layers: list[range] | None) -> int:
-    """Most of a rank at its start: its state, `state` but for activations on a CPU's host. Under ZeRO 3 weights are drawn in fp32 before, an
+def phases(
+    config: Config, pp_rank: int, stage_rank: int, scene: Scene, layers: list[range] | None = None
+) -> dict[str, PhaseBytes]:
+    """Peaks of one rank in each phase of its run. layers: as in rank_memory.
+
+    start       the rank builds its weights and the optimizer's state
+    schedule    forward and backward passes of a step; its reduction of gradients; its update
+    average, validation, checkpoint, copies, export      beside steps, where the recipe has them
+    resume      a start from a checkpoint
+    init_from   a start from the weights of a Hugging Face folder
+    """
+    state, host, moments = _moments(config, pp_rank, stage_rank, scene, layers)
+    return _phases(config, pp_rank, stage_rank, scene, layers, state, host, moments)
+
+
+def _phases(
+    config: Config,
+    pp_rank: int,
+    stage_rank: int,
+    scene: Scene,
+    layers: list[range] | None,
+    state: Counter,
+    host: Counter,
+    moments: dict[str, MemoryPeak],
+) -> dict[str, PhaseBytes]:
+    """state, host, moments: of `_moments`."""
+    held, kept = sum(state.values()), sum(host.values())
+
+    def on_host(device: int, host: int, more: int) -> PhaseBytes:
+        return PhaseBytes(device + more, 0) if scene.kind == "cpu" else PhaseBytes(device, host + more)
+
+    built = _built_bytes(config, pp_rank, sum(size for name, size in state.items() if name not in LATER), layers)
+    early = sum(size for name, size in host.items() if name not in LATER)
+    found = {"start": PhaseBytes(built, early)}
+    found |= {name: PhaseBytes(held + moment.total, kept) for name, moment in moments.items()}
+    if "export" in found and scene.kind != "cpu":
+        found["export"] = PhaseBytes(held, kept + export_bytes(config))
+    in_files = (state + host)["copies"] * (HELD_COPIES - 1) // HELD_COPIES  # they outlive the ranks
+    found["resume"] = on_host(built, early, CRC_BLOCK + in_files)
+    if config.init_from is not None and not config.adapter.on:
+        groups = shards(config, rank_weights(config, list(chunk_parts(config, layers)[pp_rank].values())))
+        experts = config.model.experts // config.parallel.ep  # a folder has them apart, and gate and up too
+        largest = max(
+            min(size, one.elements // (experts if one.is_expert else 1) // (2 if "w13" in one.name else 1))
+            for one, size in kept_elements(config, groups, stage_rank)
+        )
+        largest = min(largest, READ_ELEMENTS)
+        found["init_from"] = on_host(built, early, (FP32_BYTES + IS_FINITE_BYTES) * largest)
+    return found
+
+
+def export_bytes(config: Config) -> int:
+    """Most bytes of an export: parts of the weights in fp32, and what tells whether all of one are finite (train/hf/export.py)."""
+    counts, model = count_parameters(config.model), FrozenSection(config.model)
+    kinds = ("embedding", "dense", "moe")
+    largest = max(weight.elements for kind in kinds for weight in part_weights(model, kind, config.model.experts))
+    read = min(counts.total + counts.mtp, 2 * EXPORTED_ELEMENTS)  # those before go when the next have been read
+    return FP32_BYTES * read + IS_FINITE_BYTES * min(largest, EXPORTED_ELEMENTS)
+
+
+def _built_bytes(config: Config, pp_rank: int, held: int, layers: list[range] | None) -> int:
+    """Most of a rank at its start, of which `held` bytes stay. Under ZeRO 3 weights are drawn in fp32 before, an
     expert at a time, and sharded one after another; under an adapter all are there before."""
-    held = sum(size for name, size in state.items() if name != "activations")
     if config.parallel.zero < 3:
         return held
     weights = rank_weights(config, list(chunk_parts(config, layers)[pp_rank].values()))
@@ -140,18 +215,6 @@ def _built_bytes(config: Config, pp_rank: int, state: Counter, layers: list[rang
         for weight in weights
     ]
     return max(held, element * sum(group.scattered for group in shards(config, weights)) + max(drawn))
-
-
-def phases(
-    config: Config, pp_rank: int, stage_rank: int, scene: Scene, layers: list[range] | None = None
-) -> dict[str, int]:
-    """Peak bytes of one rank in each phase: start, schedule, reduction, update. layers: as in rank_memory."""
-    state, _, moments = _moments(config, pp_rank, stage_rank, scene, layers)
-    return {"start": _built_bytes(config, pp_rank, state, layers)} | _with_state(state, moments)
-
-
-def _with_state(state: Counter, moments: dict[str, MemoryPeak]) -> dict[str, int]:
-    return {name: sum(state.values()) + moment.total for name, moment in moments.items()}
 
 
 def _moments(
@@ -176,12 +239,13 @@ def _moments(
             stage3.reduction(),
             stage3.update(),
         )
-        state = Counter(stage3.state())
+        state, evaluated = Counter(stage3.state()), stage3.evaluation
     else:
         reduced, updated = StepEnd(config, groups, stage_rank, scene).peaks()
-        (schedule, waiting), state = (
+        (schedule, waiting), state, evaluated = (
             _walk(config, pp_rank, chunks, scene, shortest, depth),
             state_items(config, groups),
+            lambda: max(chunk_of(scene, parts).evaluation for parts in chunks.values()),
         )
         state["weights"] += held_bytes(config, [weight for weight in weights if not weight.is_trained])
         casts = sum(trace_casts(scene, part) for parts in chunks.values() for part in parts)
@@ -193,26 +257,39 @@ def _moments(
                 | {"buffers": _offload_buffers(config, groups)}
             )
     owned = sum(group.scattered if config.parallel.zero == 3 else group.partition for group in groups)
-    averaged = config.optim.ema_decay > 0
+    averaged, copied = config.optim.ema_decay > 0, config.checkpoint.every_memory > 0
     host["average"] = averaged * 2 * FP32_BYTES * owned  # and the weights on their way to it (train/optim/ema.py)
+    copy = {
+        weight: size
+        for weight, size in kept_elements(config, groups, stage_rank)
+        if pp_rank and weight.name.startswith("embedding")
+    }
+
+    def saves(group: Shards) -> int:
+        """Elements of its part that are in a checkpoint: of two copies of the embedding that of the first rank."""
+        whole = group.scattered if config.parallel.zero == 3 else group.partition
+        return whole - sum(copy.get(weight, 0) for weight in group.weights)
+
+    saved = FP32_BYTES * sum(map(saves, groups)) * (1 + averaged) + state_bytes(config, groups, saves)
+    pieces = config.checkpoint.staging_bytes and max(int(config.checkpoint.staging_bytes), THRESHOLDS.staging_bytes)
+    host["checkpoint"] = min(saved, pieces or saved)
+    host["copies"] = HELD_COPIES * saved * copied
     if scene.kind == "cpu":
         state, host = state + host, Counter()
-    else:
-        saved = FP32_BYTES * owned * (1 + averaged) + state_bytes(
-            config, groups, lambda group: group.scattered if config.parallel.zero == 3 else group.partition
-        )
-        host["checkpoint"] = min(saved, int(config.checkpoint.staging_bytes) or saved)
-        host["copies"] = HELD_COPIES * saved * (config.checkpoint.every_memory > 0)
     state["buffers"] += buffer_bytes(config, chunks)
-    return (
-        state,
-        host,
-        {
-            "schedule": schedule,
-            "reduction": MemoryPeak(reduced, Counter(reduction=reduced), "reduction of gradients"),
-            "update": MemoryPeak(updated, Counter(reduction=updated), "update of weights"),
-        },
-    )
+    moments = {
+        "schedule": schedule,
+        "reduction": MemoryPeak(reduced, Counter(reduction=reduced), "reduction of gradients"),
+        "update": MemoryPeak(updated, Counter(reduction=updated), "update of weights"),
+    }
+    moments |= {"average": MemoryPeak()} if averaged else {}
+    if not shortest:  # it takes less than a forward of the schedule
+        moments["validation"] = MemoryPeak(size := evaluated(), Counter(workspace=size), "validation")
+    moments |= {"checkpoint": MemoryPeak()} | ({"copies": MemoryPeak()} if copied else {})
+    if config.checkpoint.weights_every and pp_rank == stage_rank == 0 and not config.adapter.on:
+        exported = export_bytes(config) * (scene.kind == "cpu")
+        moments["export"] = MemoryPeak(exported, Counter(workspace=exported), "export of weights")
+    return state, host, moments
 
 
 def scene_of(config: Config, load: Load | None = None) -> Scene:

@@ -82,6 +82,19 @@ def _gradients(groups: Sequence[Shards], ranks: Sequence[int]) -> Iterator[Gradi
             yield Gradient(number, weight, slices, any(one.owner == rank for one in slices))
 
 
+def kept_elements(config: Config, groups: Sequence[Shards], stage_rank: int) -> list[tuple[Weight, int]]:
+    """How much a rank keeps of every weight that it keeps a piece of."""
+    if config.parallel.zero == 3:
+        return [(weight, -(-weight.elements // group.ranks)) for group in groups for weight in group.weights]
+    ranks = [stage_rank * group.ranks // config.parallel.stage_ranks for group in groups]
+    return [
+        (gradient.weight, one.elements)
+        for gradient in _gradients(groups, ranks)
+        for one in gradient.slices
+        if one.owner == ranks[gradient.group]
+    ]
+
+
 class StepEnd:
     """Gradients of one rank from the end of the schedule to the next step."""
 

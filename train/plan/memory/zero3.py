@@ -22,6 +22,7 @@ from train.plan.memory.zero3_scatter import (
     Visit,
     WaitingGradients,
     trace_unit_backward,
+    trace_unit_evaluation,
     trace_unit_forward,
     unit_of,
 )
@@ -58,6 +59,17 @@ class Zero3Memory:
         if micro_batches_of(self._config) > 1:  # what is left of one is reduced as the next begins
             moments.append((self.reduction(), "reduction between micro-batches"))
         return max(moments)
+
+    def evaluation(self) -> int:
+        """Most bytes in a forward without gradients. MTP modules do not work in it, but DeepSpeed, which has learnt their turn, has gathered
+        their weights when the head works."""
+        visits = [visit for part in self._chunk.parts for visit in trace_unit_evaluation(self._chunk.scene, part)]
+        held = self._held[: len(self._forward)]
+        at_head = held[-2] if len(held) > len(visits) else held[-1]
+        return max(
+            max(visit.peak + gathered.working, visit.start + gathered.fetching)
+            for visit, gathered in zip(visits, [*held[: len(visits) - 1], at_head], strict=True)
+        )
 
     def reduction(self) -> int:
         """Most bytes when what is left of the last micro-batch is reduced.

@@ -80,6 +80,13 @@ def trace_unit_forward(scene: Scene, part: str) -> tuple[Visit, ...]:
 
 
 @traced_once
+def trace_unit_evaluation(scene: Scene, part: str) -> tuple[Visit, ...]:
+    """Forward without gradients."""
+    with _UnitRun(scene, part) as run:
+        return run.visits(run.evaluate())
+
+
+@traced_once
 def trace_unit_backward(
     scene: Scene, part: str, held: bool, bucket: Bucket, waiting: WaitingGradients
 ) -> tuple[PassMemory, tuple[Visit, ...], WaitingGradients]:
@@ -136,7 +143,7 @@ class _UnitRun(Run):
 
     def _watch(self, out: Tensor | list[Tensor], unit: str) -> None:
         """Note when the backward of a unit begins: with the gradient of an output."""
-        for tensor in out if isinstance(out, list) else [out]:
+        for tensor in (out if isinstance(out, list) else [out]) if torch.is_grad_enabled() else ():
             tensor.register_hook(lambda _: self._visit(unit))
 
     def _arrived(self, param: nn.Parameter) -> None:

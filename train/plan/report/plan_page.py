@@ -153,23 +153,25 @@ def _search(record: dict[str, Any]) -> list[str]:
 
 
 PLANNED_PHASES = {
-    "start": (
-        "start: weights and the optimizer's state are built, or filled from a checkpoint",
-        ("activations", "checkpoint"),
-    ),
-    "schedule": ("forward and backward passes", ()),
-    "reduction": ("reduction of gradients", ("activations",)),
-    "update": ("update of the weights", ("activations",)),
+    "start": "start: weights and the optimizer's state are built",
+    "schedule": "forward and backward passes",
+    "reduction": "reduction of gradients",
+    "update": "update of the weights",
+    "average": "average of the weights",
+    "validation": "validation",
+    "checkpoint": "checkpoint",
+    "copies": "copies in the memory of nodes",
+    "export": "export of the weights",
+    "resume": "start from a checkpoint",
+    "init_from": "start from a folder of weights",
 }
-"""What a phase is, and what of a rank's items on the host is not there in it. A checkpoint may wait for the disk through a whole step."""
+"""What a phase is (`phases` of train/plan/memory/rank_memory.py)."""
 
 
 def _phases(plan: RunPlan) -> str:
     """The fullest rank's peak in each phase, on its device and in its node's own memory."""
-    rank, rows = plan.fullest, []
-    for name, size in rank.phases.items():
-        words, absent = PLANNED_PHASES[name]
-        rows.append((words, gib(size), gib(sum(each for item, each in rank.host_items.items() if item not in absent))))
+    rank = plan.fullest
+    rows = [(PLANNED_PHASES[name], gib(one.device), gib(one.host)) for name, one in rank.phases.items()]
     return table_html((f"phase, of rank {rank.pp_rank}", "device", "host"), rows)
 
 

@@ -70,7 +70,8 @@ def plan_record(
                 "pp_rank": rank.pp_rank,
                 "peak_bytes": rank.peak_bytes,
                 "peak_event": rank.peak_event,
-                "phase_peak_bytes": rank.phases,
+                "phase_peak_bytes": {name: one.device for name, one in rank.phases.items()},
+                "phase_host_bytes": {name: one.host for name, one in rank.phases.items()},
                 "items_bytes": rank.items,
                 "host_items_bytes": rank.host_items,
             }

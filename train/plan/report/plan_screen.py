@@ -59,6 +59,7 @@ def plan_screen(
     rows += [
         ("Layout", layout_words(plan)),
         *([("Host", _host(plan))] if plan.host_bytes else []),
+        ("Phases", _phases(plan)),
         *([("Split", stages)] if (stages := split_words(plan, split)) is not None else []),
         *([("Stages", cure_words(faster_stages, plan))] if faster_stages is not None else []),
         (
@@ -109,6 +110,14 @@ def _host(plan: RunPlan) -> str:
     parts = ", ".join(f"{name} {gib(size)}" for name, size in fullest.host_items.items())
     whole = f"the {gib(has)} of a node's own memory" if has else "a node's own memory, of unknown size"
     return f"{gib(plan.host_bytes)} of {whole}; of a rank: {parts}"
+
+
+def _phases(plan: RunPlan) -> str:
+    rank = plan.fullest
+    words = [
+        f"{name} {gib(one.device)}" + (f" and {gib(one.host)}" if one.host else "") for name, one in rank.phases.items()
+    ]
+    return f"of rank {rank.pp_rank}, {'and of the host: ' if rank.host_bytes else ''}{', '.join(words)}"
 
 
 def cure_words(cure: Cure, plan: RunPlan) -> str:

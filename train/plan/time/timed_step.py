@@ -38,7 +38,7 @@ class TimedStep:
         self._step = TrainingStep(config, parts, rank)
         draw = torch.Generator().manual_seed(config.seed)
         shape = share_of(config, config.batch_size, 0)[1], config.seq_len + 1
-        self._batch = Batch(torch.randint(config.model.vocab_size, shape, generator=draw).to(rank.device))
+        self.tokens_BS = torch.randint(config.model.vocab_size, shape, generator=draw).to(rank.device)
 
     def run(
         self, number: int, on_phase: Callable[[str], None] = lambda _: None
@@ -55,4 +55,4 @@ class TimedStep:
             seconds[phase] = marks[-1] - marks[-2]
             on_phase(phase)
 
-        return self._step.run(plan, self._batch, on_phase=end), seconds
+        return self._step.run(plan, Batch(self.tokens_BS), on_phase=end), seconds
