@@ -183,6 +183,8 @@ class MetaLedger(Ledger):
         super().__init__("meta")
 
     def _run(self, func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        if _writes_alone(func):
+            return args[0]
         if not _makes_new(func):
             return func(*args, **kwargs)
         key = func, _shape_of(args), *((name, _shape_of(value)) for name, value in kwargs.items())
@@ -208,6 +210,14 @@ _MADE: dict[tuple, tuple[type, list[tuple | None]]] = {}
 def _makes_new(func: Any) -> bool:
     """Whether all that an operation returns is new, and what it is given stays as it is."""
     return not any(one.alias_info for one in (*func._schema.arguments, *func._schema.returns))
+
+
+@cache
+def _writes_alone(func: Any) -> bool:
+    """Whether an operation does nothing but write values, element by element, into its first argument, which it returns."""
+    first = func._schema.arguments[:1]
+    written = [one.alias_info is not None and one.alias_info.is_write for one in first]
+    return torch.Tag.pointwise in func.tags and func._schema.name.endswith("_") and written == [True]
 
 
 def _shape_of(value: object) -> Hashable:
