@@ -32,7 +32,6 @@ GIVEN = {
     "train/checkpoint: LARGEST_NUMBER": "of a number in a file",
     "train/optim: VECTOR": "elements of torch's own vectors, which no setting changes",
     "train/loop: SHOWN_CHARACTERS": "of what a message shows",
-    "train/loop: SHOWN_WEIGHTS": "of what a message shows",
     "train/loop: SHOWN_TENSORS": "of what a message shows",
     "train/kernels/cpu: SLOW_SHARE": "a share of a rate",
     "train/kernels: ATTENTION_BOUND": "of an error, no size",

@@ -241,6 +241,7 @@ def test_bounds_are_below_what_they_bound(few_choices):
             assert one.seconds <= plan_time(config).step_seconds * (1 + 1e-9), one
 
 
+@pytest.mark.slow
 def test_a_search_that_finds_nothing_names_the_nearest_and_the_fewest_devices_that_hold_it(monkeypatch):
     monkeypatch.setattr(candidates, "MICRO_BATCHES", (2,))
     monkeypatch.setattr(candidates, "SAVINGS", (ActivationSaving(["layer"]),))
