@@ -214,7 +214,7 @@ def build_chunks(
     stage_ids, num_stages = placement[mesh.pp_rank], sum(len(ids) for ids in placement)
     layers = layers or stage_layers(config)
     held = config.model.experts // mesh.layout.ep
-    dtype = activation_dtype(config.precision)
+    dtype, in_blocks = activation_dtype(config.precision), config.adapter.base is BaseFormat.fp8
     chunks: list[DeepSeekV3] = []
     embedding = None  # where first and last stage share a rank, they share the table
     for stage in stage_ids:
@@ -231,9 +231,9 @@ def build_chunks(
             share=share,
             host=host,
             dtype=dtype,
-            device="meta" if hollow else device,
+            device="meta" if hollow or in_blocks else device,  # never whole in memory, beside their blocks
         )
-        if config.adapter.base is BaseFormat.fp8:
+        if in_blocks:
             hold_in_blocks(chunk)
         if hollow:
             materialise(chunk, device, hollow)

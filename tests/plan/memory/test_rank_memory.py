@@ -137,10 +137,7 @@ def _compare_peaks(rank: int, overrides: list[str], bucket: int | None, folder: 
     if bucket is not None:
         THRESHOLDS.bucket_elements = bucket
     config = compose(*overrides)
-    draws = config.adapter.base is BaseFormat.fp8  # at the start, which no plan counts; a resume draws nothing
-    planned, measured = _peaks(rank, overrides, folder, again=draws and config.parallel.zero < 3)
-    if draws:
-        del measured["start"]
+    planned, measured = _peaks(rank, overrides, folder, again=config.adapter.base is BaseFormat.fp8)
     if config.parallel.zero == 3:
         del measured["validation"]
     planned = {phase: planned[phase] for phase in measured}
