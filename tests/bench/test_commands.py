@@ -94,7 +94,7 @@ class OneStep:
     """In place of a Side: its ranks take their first step and no other."""
 
     def __init__(self, command: list[str], tokens: int, *, ranks: int = 1, threads: int = 1, limit: float = 0.0):
-        self._tokens = tokens
+        self._tokens, self.choice, self.tried = tokens, "", {}
         with tempfile.TemporaryDirectory() as folder:
             shared = small.environment() | {"WORLD_SIZE": str(ranks), "BENCH_STORE": f"file://{folder}/store"}
             said = [[Path(folder, f"{rank}.{name}") for name in ("stdout", "stderr")] for rank in range(ranks)]

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from cluster.driver.journal import claim_attempt
+from cluster.run_files import index_name
 from conf.errors import UserError
 from conf.files import exclusive
 from parallel.shard import Shard, whole
@@ -262,6 +263,16 @@ def test_an_attempt_overtaken_before_its_commit_renames_nothing(tmp_path):
     assert steps(tmp_path) == [] and folder.exists()
     new.sweep()
     assert leftovers(tmp_path) == []
+
+
+def test_a_rank_that_saves_before_rank_0_has_entered_keeps_its_files(tmp_path):
+    fast = Committer(tmp_path, 1, 2, timeout=5)
+    fast.enter(1)
+    save_ = Save(3, 0)
+    folder = fast.begin(save_, 1)
+    fast.vote(save_, 1, {})
+    Committer(tmp_path, 1, 2, timeout=5).enter(0)
+    assert [path.name for path in folder.iterdir()] == [index_name(1)]
 
 
 def test_commit_and_fence_exclude_each_other(tmp_path):

@@ -97,8 +97,8 @@ class Committer:
             self._check_fence()
             for folder in self.root.glob(".step_*"):
                 match = HIDDEN.fullmatch(folder.name)
-                if match is None or int(match["attempt"]) > self.attempt:
-                    continue
+                if match is None or int(match["attempt"]) >= self.attempt:
+                    continue  # of this attempt: a rank that was faster than rank 0 writes there
                 if match["kind"] == "replaced" and not (self.root / match["name"]).exists():
                     folder.rename(self.root / match["name"])  # its writer died between the two renames of a commit
                 else:

@@ -126,9 +126,11 @@ def rank_memory(
     found = _phases(config, pp_rank, 0, scene, layers, state, host, moments)
     start = max((name for name in STARTS if name in found), key=lambda name: found[name].device)
     if (most := found[start].device) > sum(items.values()):
-        items = {name: size for name, size in state.items() if size and name not in LATER}
-        items["workspace"] = most - sum(items.values())
-        event = "start, where each weight is drawn before it is sharded" if start == "start" else start
+        if start == "start":
+            items, event = {"weights": most}, "start, where each weight is drawn before it is sharded"
+        else:
+            items, event = {name: size for name, size in state.items() if size and name not in LATER}, start
+            items["workspace"] = most - sum(items.values())
     return RankMemory(
         pp_rank,
         _layers(config, layers)[pp_rank],
