@@ -119,9 +119,8 @@ def count(cell: Cell) -> Arithmetic:
     weights = plan.items["weights"]
     state = weights + plan.items["master"] + plan.items["moments"] + weights // 2 * FP32_BYTES
     flops, products = (cell.tokens * flops_per_token(config.model, length) for length in (config.seq_len, 0))
-    return Arithmetic(
-        flops, flops - products, state, plan.peak_bytes - plan.items.get("checkpoint", 0)
-    )  # a cell saves nothing
+    planned = plan.peak_bytes - plan.items.get("checkpoint", 0)  # a cell saves nothing
+    return Arithmetic(flops, flops - products, state, planned)
 
 
 def cell_of(text: str) -> Cell:

@@ -1,7 +1,7 @@
 """The planned peak of memory beside the measured one, phase by phase of a whole run, for many layouts and recipes on the CPU.
 
-Every rank of a small model starts, trains for two steps, saves, validates and starts again (train/dry_run/run_phases.py); every tensor of the
-rank is counted (train/plan/memory/ledger.py), and files of copies in memory. A line is a phase: of all ranks the one with the largest error, its
+Every rank of a small model starts, makes a step, saves, validates, makes the step that is measured, and starts again
+(train/dry_run/run_phases.py); every tensor of the rank is counted (train/plan/memory/ledger.py), and files of copies in memory. A line is a phase: of all ranks the one with the largest error, its
 peak by plan and as measured, in MB, and how far the plan is off. On a CPU the host's memory is the device's, so a peak is of both.
 
 Routing is forced to be even, so that the plan needs no guess of it.
@@ -151,9 +151,8 @@ def measure(config: Config, rank: int, folder: Path, again: bool = True) -> dict
         with life.meter() as meter:
             life.go_on(parts, state, tokens_BS, meter)
             dist.barrier()  # one of them has exported
-            if (
-                config.parallel.zero == 3
-            ):  # DeepSpeed learns the order of modules anew after a validation, and gathers nothing ahead meanwhile
+            # DeepSpeed learns the order of modules anew after a validation, and gathers nothing ahead meanwhile.
+            if config.parallel.zero == 3:
                 run(2, lambda _: None)
             run(3, lambda phase: life.mark(phase, meter))
         parts.zero.engine.destroy()

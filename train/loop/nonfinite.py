@@ -17,6 +17,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from conf.words import some_of
 from train.loop.pass_watch import PassWatch, PlainSightings, Sighting
 from train.model.deepseek import DeepSeekV3
 
@@ -137,7 +138,7 @@ def shown_ranks(ranks: Sequence[int]) -> str:
     if len(ranks) == 1:
         return f"rank {ranks[0]}"
     if len(ranks) > SHOWN_TENSORS:
-        return f"ranks {', '.join(map(str, ranks[:SHOWN_TENSORS]))} and {len(ranks) - SHOWN_TENSORS} more"
+        return f"ranks {some_of(ranks, SHOWN_TENSORS)}"
     return f"ranks {', '.join(map(str, ranks[:-1]))} and {ranks[-1]}"
 
 
