@@ -71,7 +71,8 @@ def test_a_corpus_of_it_is_made_anew_when_its_file_or_keys_change(code, tokenize
     assert build_corpus(compose(*words)).fingerprint == first.fingerprint
     other = build_corpus(compose(*words, "+data.template_function.stop=END"))
     assert other.fingerprint != first.fingerprint
-    (code / "own_chatml.py").write_text(CODE.replace("<tool>", "<call>"))
+    # Of another length: Python takes its compiled file for a source of the same second and the same size.
+    (code / "own_chatml.py").write_text(CODE.replace("<tool>", "<tool_call>"))
     sys.modules.pop("own_chatml")
     assert build_corpus(compose(*words)).fingerprint != first.fingerprint
 
