@@ -39,7 +39,7 @@ from cluster.driver.journal import read_events
 from cluster.incident import newest_incident
 from cluster.launch import Place
 from cluster.local import run_children
-from cluster.rank_watch import Patience
+from cluster.patience import Patience
 from cluster.spawn import ForkedProcess
 from conf.errors import EXIT_OK
 from conf.load import compose, write_config

@@ -3,17 +3,11 @@
 While the command imports its own modules it holds nothing, and ends at once. From then on the first Ctrl-C is a KeyboardInterrupt, so that
 what is open is closed, and the second one ends the process: files are written so that they bear it. An import would make another error
 of a KeyboardInterrupt, and a destructor would drop it; so it is raised right after them.
-
-The end of a command where a library would hold it up.
-
-Ray's own farewell, at the end of the interpreter, waits for more than a minute for a head that is gone, and then ends the process
-with an exit code of its own.
 """
 
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
@@ -114,20 +108,3 @@ class Interrupts:
             signal.setitimer(signal.ITIMER_REAL, RAISE_AGAIN_S)
         else:
             sys.__unraisablehook__(found)
-
-
-_short = threading.Event()
-
-
-def cut_short() -> None:
-    """Let `leave` end this process without what libraries wanted to do at its end."""
-    _short.set()
-
-
-def leave(code: int) -> int:
-    """The last thing that a command does: returns its exit code, or ends the process with it where `cut_short` was called."""
-    if _short.is_set():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    return code

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.local import run_local
-from cluster.rank_watch import Patience
+from cluster.patience import Patience
 from conf.check import check_world
 from conf.load import read_config
 from conf.schema import Config

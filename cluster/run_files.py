@@ -17,7 +17,7 @@ logs/stop.txt                            why the ranks are asked to stop, where 
 logs/rank_3.progress.json                {"step": 17, "phase": "step", "time": ..., "sequences": 64, "busy": ..., "seconds": ...,
                                          "memory": ..., "pid": ..., "host": ...}, at every step; busy, if there: seconds of the last
                                          step that were its own work, of all its seconds
-ranks.json                               how all ranks are, as the driver of cluster=ray knows, see cluster/driver/view.py
+ranks.json                               how all ranks are, as the driver of cluster=ray knows, see cluster/driver/rank_table.py
 """
 
 import re

@@ -40,9 +40,10 @@ from conf.optimizers import ADAMW, OPTIMIZERS, pretrained_with
 from conf.own_code import OWN_CODE
 from conf.read_json import read_json
 from conf.removed_keys import drop_removed_keys
+from conf.run_settings import LOOKS_AT_A_RUN, over_run_settings
 from conf.schema import ROOT, Config, Hardware, Mode, OptimizerName
 from conf.words import say, say_note
-from conf.yaml_file import LOOKS_AT_A_RUN, UNREADABLE, escaped, over_run_settings, read_yaml, yaml_error
+from conf.yaml_file import UNREADABLE, escaped, read_yaml, yaml_error
 
 SPREADS = (Mode.train, Mode.plan, Mode.dry_run)
 """Modes in which the layout is the job's own, and worth a line where it was chosen."""

@@ -275,7 +275,7 @@ class Data:
     """Chats: how messages become text. A Jinja file, or `plain` for ours; null takes that of the tokenizer's folder."""
     template_function: dict[str, Any] | None = field(default_factory=dict)
     """Chats: your own function instead of data.template: `_target_: my_mod.render` with its keys, which makes a text of messages, tools and
-    add_generation_prompt (train/data/chat_tokens.py)."""
+    add_generation_prompt (train/data/template_function.py)."""
     supervise: Supervise = Supervise.assistant
     """Chats: what is learnt. assistant: the assistant's turns with their stop token; last: the last of them; all: every token."""
     too_long: TooLong = TooLong.refuse

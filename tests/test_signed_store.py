@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from cluster.drill.hosts import Hosts, missing
 from cluster.launch import Place
-from cluster.node.network_probe import free_port
+from cluster.node.ports import free_port
 from conf.load import compose
 from parallel.signed_store import SealedStore
 from tests.ranks import run_processes

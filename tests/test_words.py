@@ -14,7 +14,8 @@ import torch
 import yaml
 
 from cluster.cause import Failure, RankReport, name_cause
-from cluster.driver.journal import Journal, claim_attempt
+from cluster.driver.checkpoints import claim_attempt
+from cluster.driver.journal import Journal
 from cluster.driver.view import View
 from conf.changed_settings import changed
 from conf.errors import UserError

@@ -29,7 +29,7 @@ from train.kernels.cpu.processor import tune_cpu  # noqa: E402
 
 tune_cpu()  # before torch allocates anything
 
-from cluster.interrupts import leave  # noqa: E402
+from cluster.farewell import leave  # noqa: E402
 from cluster.launch import Place, given_place, is_driver, launch  # noqa: E402
 from conf.disk import let_output_be_lost  # noqa: E402
 from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_INTERRUPTED, EXIT_OK, EXIT_STOPPED, EXIT_USER, UserError  # noqa: E402
@@ -115,8 +115,9 @@ def check_before_start(config: Config) -> None:
     """What can be refused before anything is written, the quickest first: a layout that cannot work, a disk or a memory that
     is too small, a checkpoint of another model, data that cannot be read.
     """
+    from train.checkpoint.adapter_base import describe_base, require_adapter, require_base
     from train.checkpoint.run_folder import check_space, resume_point
-    from train.checkpoint.trained_with import describe_base, refuse_mean, require_adapter, require_base, require_model
+    from train.checkpoint.trained_with import refuse_mean, require_model
     from train.data.corpus import build_corpus
     from train.data.prepare_progress import show_progress
     from train.data.tokenizer import warn_of_spare_rows

@@ -12,7 +12,8 @@ import torch
 
 from cluster.driver.copies import given_shelves
 from cluster.launch import Place, given_attempt, given_place, given_run
-from cluster.rank_watch import Patience, SelfWatch
+from cluster.patience import Patience
+from cluster.self_watch import SelfWatch
 from cluster.stacks import answer_requests
 from conf.disk import disk_errors, let_output_be_lost
 from conf.errors import EXIT_OK, DiskFailed

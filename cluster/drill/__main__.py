@@ -28,7 +28,8 @@ from statistics import median
 
 from cluster.drill.faults import DrillGround, HostsGround, small_disk
 from cluster.drill.hosts import Hosts, missing
-from cluster.driver.journal import newest, read_events
+from cluster.driver.checkpoints import newest
+from cluster.driver.journal import read_events
 from cluster.driver.time_split import split_time
 from cluster.driver.view import last_record
 from cluster.run_files import NONE, Age

@@ -6,7 +6,8 @@ from typing import Any
 from cluster.cause import Cause, Kind, RankReport, name_cause
 from cluster.driver.straggler import Stragglers
 from cluster.incident import describe_incident, judge_failure, judge_hang, unpack_traces
-from cluster.rank_watch import Patience, RankWatch
+from cluster.patience import Patience
+from cluster.rank_watch import RankWatch
 from cluster.topology import Placement
 from conf.errors import EXIT_USER
 

@@ -13,16 +13,18 @@ from pathlib import Path
 
 from cluster.clocks import HeldUp, SteadyClock
 from cluster.driver import messages as m
+from cluster.driver.checkpoints import claim_attempt, newest, written_since
 from cluster.driver.copies import Copies
 from cluster.driver.fleet import Fleet, FleetLost, Reply, call_agent
-from cluster.driver.journal import Journal, claim_attempt, newest, written_since
+from cluster.driver.journal import Journal
 from cluster.driver.network import NetworkTest
 from cluster.driver.node_state import DriverPhase, NodeHealth
 from cluster.driver.policy import policy_of
 from cluster.driver.pulse_sender import Pulse
+from cluster.driver.rank_table import RankTable
 from cluster.driver.shapes import Shapes, with_shape
 from cluster.driver.supervisor import NAP, Supervisor
-from cluster.driver.view import RankTable, View
+from cluster.driver.view import View
 from cluster.driver.vitals import Vitals
 from cluster.incident import keep_incident
 from cluster.interrupts import handled

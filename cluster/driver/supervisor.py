@@ -32,7 +32,7 @@ from cluster.driver.attempt import Attempt
 from cluster.driver.diagnosis import give_up, too_few
 from cluster.driver.node_state import DriverPhase, NodeHealth, NodeState
 from cluster.driver.policy import Policy
-from cluster.rank_watch import Patience
+from cluster.patience import Patience
 from cluster.run_files import NONE, Age
 from cluster.spawn import LEASE
 from cluster.topology import Node, Placement, place

@@ -1,14 +1,6 @@
 """The run at the terminal of its driver: one live status line, above it what happens and what rank 0 prints.
 
 Where the output is no terminal (a file, a job's log), notes and the lines of rank 0 come plain, one after another.
-
-ranks.json of a run folder: how all ranks of the newest attempt are, for whoever looks at the run from outside.
-
-time      Unix time at which the driver wrote it
-attempt   its number
-phase     of the driver (cluster/driver/node_state.py)
-pp, dp    its layout; with parallel.cp all ranks of a stage count as dp
-ranks     [[rank, node, step, phase, busy, seconds, memory, ended], ...], as in cluster.cause.RankReport
 """
 
 import contextlib
@@ -20,11 +12,10 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from cluster.clocks import SteadyClock
-from cluster.driver.node_state import DriverPhase, NodeHealth
+from cluster.driver.node_state import NodeHealth
 from cluster.driver.supervisor import Supervisor
 from cluster.run_files import NONE
-from conf.files import atomic_write_text, read_tail
+from conf.files import read_tail
 from conf.screen import Terminal
 from conf.words import harmless
 
@@ -113,41 +104,3 @@ def last_record(metrics: Path) -> dict:
     with contextlib.suppress(ValueError):  # a torn line is not news
         return json.loads(lines[-1]) if lines else {}
     return {}
-
-
-RANKS_FILE = "ranks.json"
-WRITTEN_EVERY, SLOWER_FROM = 2.0, 1000
-"""Seconds between writings, and ranks from which on there are as many times more."""
-
-
-class RankTable:
-    """Writes the file now and then. A disk that refuses it costs nothing but the file."""
-
-    def __init__(self, folder: Path):
-        self._path, self._clock = folder / RANKS_FILE, SteadyClock()
-        self._due, self._phase = 0.0, DriverPhase.gathering
-
-    def update(self, supervisor: Supervisor, now: float) -> None:
-        """Write it if it is time, or if the run has come into another phase. now: seconds of any clock."""
-        attempt = supervisor.attempt
-        if attempt is None or (now < self._due and supervisor.phase is self._phase):
-            return
-        self._due = now + WRITTEN_EVERY * max(1.0, len(attempt.reports) / SLOWER_FROM)
-        self._phase = supervisor.phase
-        ranks = [
-            [
-                each.rank,
-                attempt.names[each.rank],
-                each.step,
-                each.phase,
-                each.busy,
-                each.seconds,
-                each.memory,
-                each.ended,
-            ]
-            for each in attempt.reports.values()
-        ]
-        layout = {"pp": attempt.placement.pp, "dp": attempt.placement.dp}
-        head = {"time": self._clock.now(), "attempt": attempt.number, "phase": self._phase.value}
-        with contextlib.suppress(OSError):
-            atomic_write_text(self._path, json.dumps(head | layout | {"ranks": ranks}), durable=False)

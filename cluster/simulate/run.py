@@ -20,7 +20,7 @@ from cluster.driver.node_state import DriverPhase
 from cluster.driver.policy import policy_of
 from cluster.driver.shapes import Shapes
 from cluster.driver.supervisor import Supervisor
-from cluster.rank_watch import STEP_PHASE
+from cluster.patience import STEP_PHASE
 from cluster.run_files import NONE, Age
 from cluster.simulate.outages import Outage
 from cluster.topology import Node, Placement

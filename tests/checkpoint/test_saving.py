@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster.driver.journal import claim_attempt
+from cluster.driver.checkpoints import claim_attempt
 from cluster.run_files import index_name
 from conf.errors import UserError
 from conf.files import exclusive

@@ -11,7 +11,7 @@ from conf.schema import ROOT
 
 CODE = """
 import atexit, sys, time
-from cluster.interrupts import cut_short, leave
+from cluster.farewell import cut_short, leave
 atexit.register(lambda: (time.sleep({seconds}), print("said goodbye")))
 print("all is told")
 {cut}

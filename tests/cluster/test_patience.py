@@ -8,7 +8,8 @@ import pytest
 
 from cluster.cause import RankReport
 from cluster.local import run_local
-from cluster.rank_watch import Patience, RankWatch
+from cluster.patience import Patience
+from cluster.rank_watch import RankWatch
 from conf.errors import EXIT_CRASH
 from tests.cluster.test_local import PROLOGUE
 
@@ -144,9 +145,9 @@ def test_ranks_that_nobody_watches_may_be_quiet(tmp_path, capfd):
 ALONE = """
 import queue, sys, time
 from pathlib import Path
-from cluster.rank_watch import Patience
+from cluster.patience import Patience
 from cluster.run_files import progress_path
-from cluster.rank_watch import SelfWatch
+from cluster.self_watch import SelfWatch
 logs = Path(sys.argv[1])
 progress_path(logs, 5).write_text('{"step": 900, "phase": "step"}')  # of a run before
 def load_batch(): queue.Queue().get(timeout=float(sys.argv[2]))

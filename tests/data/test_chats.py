@@ -14,12 +14,13 @@ from tokenizers import Tokenizer as Backend
 from conf.errors import UserError
 from conf.load import compose
 from conf.schema import Supervise
+from train.data.chat_packing import PackedChats, pack_chats
 from train.data.chat_template import CannotRender, ChatTemplate, RenderedChat, load_template
 from train.data.chat_tokens import chat_tokenizer, learnt_tokens
 from train.data.chats import Chat, read_chat
 from train.data.corpus import build_corpus
 from train.data.dataset import TrainingData, ValidationData
-from train.data.packing import Documents, PackedChats, pack_chats
+from train.data.packing import Documents
 from train.data.show_data import show_data
 from train.data.tokenizer import Tokenizer, train_bpe
 

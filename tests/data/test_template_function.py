@@ -9,9 +9,9 @@ from conf.errors import UserError
 from conf.load import compose
 from conf.schema import Supervise
 from tests.data.test_chats import CHATML, QUESTION, chat, generated, template, tokenizer, write
-from train.data.chat_tokens import FunctionTemplate
 from train.data.chats import read_chat
 from train.data.corpus import build_corpus
+from train.data.template_function import FunctionTemplate
 
 __all__ = ["tokenizer"]
 CODE = '''

@@ -32,12 +32,13 @@ from tests.hf.small import (
 )
 from tests.hf.test_families import write_miniature
 from tests.small import arguments
+from train.checkpoint.adapter_base import describe_base
 from train.checkpoint.run_folder import RunPaths
 from train.checkpoint.stored_weights import load_hf_model, load_model
-from train.checkpoint.trained_with import describe_base
+from train.hf.adapter_names import adapted_tensors
 from train.hf.export import export
 from train.hf.folder import open_folder, open_model
-from train.hf.tensor_names import adapted_tensors, tensors
+from train.hf.tensor_names import tensors
 
 torch.set_num_threads(1)
 

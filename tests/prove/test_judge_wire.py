@@ -20,7 +20,8 @@ from tests.ranks import run_ranks
 from tests.small import SMALL
 from train.prove.evidence import Evidence, StepInfo
 from train.prove.findings import ProofFindings
-from train.prove.judge_wire import WireJudge, power_of_two_above, sent_in_fp8, summed_rows, to_bf16, to_e4m3
+from train.prove.judge_wire import WireJudge
+from train.prove.sent_rows import power_of_two_above, sent_in_fp8, summed_rows, to_bf16, to_e4m3
 from train.prove.watched_dispatcher import WatchedDispatcher
 
 RANKS, EXPERTS, TOP_K, WIDTH = 4, 16, 8, 256

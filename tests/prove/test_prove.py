@@ -16,7 +16,7 @@ from conf.schema import ROOT, Config
 from tests.prove.proofs import gather_evidence, small_proof
 from tests.small import SMALL, environment
 from train.checkpoint.run_folder import RunPaths
-from train.metrics.planned import report_rows
+from train.metrics.proof_rows import report_rows
 from train.metrics.report import write_report
 from train.prove import judge as judging
 from train.prove.certificate import Certificate, write_card

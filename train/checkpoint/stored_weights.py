@@ -27,16 +27,17 @@ from conf.schema import Adapter, BaseFormat, Config, Model, ModelFamily
 from parallel.mesh import Mesh
 from parallel.pipeline.schedule import Pipeline
 from parallel.shard import Shard, whole
+from train.checkpoint.adapter_base import describe_base, require_adapter, require_base
 from train.checkpoint.frozen_base import FillShards, fill_rounded
 from train.checkpoint.manifest import Manifest, holds_adapter, read_manifest
 from train.checkpoint.read_shards import FolderFiles, fill_shards
 from train.checkpoint.run_folder import find_checkpoint
-from train.checkpoint.trained_with import describe_base, require_adapter, require_base
 from train.hf.adapter_folder import ADAPTER_FIELD, open_adapter
+from train.hf.adapter_names import ADAPTER_FILE, BASE_FORMAT, BASE_MARK, AdaptedTensor, adapted_tensors
 from train.hf.families import FAMILIES
 from train.hf.folder import is_hf_folder, match, open_model
 from train.hf.read import folder_reader, parts_of
-from train.hf.tensor_names import ADAPTER_FILE, BASE_FORMAT, BASE_MARK, AdaptedTensor, PlacedTensor, adapted_tensors
+from train.hf.tensor_names import PlacedTensor
 from train.kernels.choice import build_kernels, choose_kernels
 from train.kernels.plain.high import HighPrecision
 from train.kernels.plain.plain_kernels import PlainKernels

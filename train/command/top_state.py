@@ -1,6 +1,6 @@
 """What `sluice top` shows of a run, read from its folder alone: it may train now, here or elsewhere, hang, be dead or done.
 
-Ranks: with cluster=ray the driver writes how all of them are (cluster/driver/view.py); else each has its own file
+Ranks: with cluster=ray the driver writes how all of them are (cluster/driver/rank_table.py); else each has its own file
 (cluster/run_files.py). What a file of another version or a strange hand lacks is left out.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.driver.journal import read_events
-from cluster.driver.view import RANKS_FILE
+from cluster.driver.rank_table import RANKS_FILE
 from cluster.run_files import PROGRESS, log_path
 from conf.files import read_tail
 from train.checkpoint.run_folder import is_held

@@ -8,9 +8,10 @@ import torch
 
 from conf.schema import Config
 from train.data.batch import Batch
+from train.data.chat_packing import PackedChats
 from train.data.corpus import Corpus
 from train.data.mix import Schedule
-from train.data.packing import Documents, PackedChats, Stream
+from train.data.packing import Documents, Stream
 from train.data.shuffle import key
 from train.data.tokenizer import Tokenizer
 

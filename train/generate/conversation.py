@@ -16,8 +16,8 @@ from conf.errors import UserError
 from conf.load import report
 from conf.schema import Config
 from train.data.chat_template import CannotRender, ChatTemplate
-from train.data.chat_tokens import template_of
 from train.data.chats import Message
+from train.data.template_function import template_of
 from train.generate.generation import EndReason, Generation, Limits
 from train.generate.sampling import Sampler
 from train.generate.source import LoadedModel

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 from conf.adapters import ADAPTER_TARGETS
 from conf.read_json import read_json
 from conf.schema import Model, ModelFamily
+from train.hf.adapter_names import ADAPTER_CONFIG, ADAPTER_FILE, PREFIX, AdaptedTensor, adapted_tensors
 from train.hf.config import some
 from train.hf.folder import PLAIN_TYPES, Folder, read_header
-from train.hf.tensor_names import ADAPTER_CONFIG, ADAPTER_FILE, PREFIX, AdaptedTensor, adapted_tensors
 
 ADAPTER_FIELD = "adapter.path"
 PEFT_FIXED: dict[str, Any] = {

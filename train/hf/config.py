@@ -14,15 +14,14 @@ from train.hf.config_fields import (
     FIELDS,
     FIXED,
     FIXED_ELSEWHERE,
-    GROWTH,
     HARMLESS,
     QUANTISED,
     READ_APART,
     ROPE_FIELDS,
     ROPE_NUMBERS,
-    to_params,
 )
 from train.hf.families import FAMILIES, PARAMS_FILE, FamilyFacts, read_fields
+from train.hf.mistral_fields import GROWTH, to_params
 
 SHOWN_NAMES = 6
 """Names in an error message."""

@@ -1,5 +1,5 @@
 """mode=export: a checkpoint of any layout, as a folder that Hugging Face's classes load (train/hf/families.py). That of an adapter is
-written as PEFT's classes load it (tensor_names.py), or with export.merge=true as a whole folder, added to its base.
+written as PEFT's classes load it (adapter_names.py), or with export.merge=true as a whole folder, added to its base.
 
 Every tensor of theirs is an interval of one of ours (tensor_names.py). So the export walks over theirs in order, reads the
 elements that the next few need, wherever the ranks left them, converts and writes them, and lets go: memory for a few
@@ -31,6 +31,7 @@ from train.checkpoint.stored_weights import StoredWeights
 from train.checkpoint.trained_with import tokenizer_of
 from train.data.prepare_progress import show_progress
 from train.data.source_files import ReportProgress
+from train.hf.adapter_names import ADAPTER_CONFIG, ADAPTER_FILE, BASE_FORMAT, BASE_MARK, peft_config
 from train.hf.blocks import requantize
 from train.hf.config import GROUP_TOP_K, LATENT_NORM_EPS, SCALE_BLOCK, config_json
 from train.hf.families import FAMILIES, PARAMS_FILE, FamilyFacts
@@ -47,7 +48,7 @@ from train.hf.plan import (
     source_name,
     write_json,
 )
-from train.hf.tensor_names import ADAPTER_CONFIG, ADAPTER_FILE, BASE_FORMAT, BASE_MARK, peft_config, tensors
+from train.hf.tensor_names import tensors
 from train.hf.tokenizer_files import write_tokenizer
 from train.hf.write import PieceWriter
 

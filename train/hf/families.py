@@ -12,7 +12,8 @@ from typing import Any
 from conf.errors import UserError
 from conf.read_json import read_json
 from conf.schema import ModelFamily, ScoreFunction
-from train.hf.config_fields import FIXED, HARMLESS, MISTRAL_NAMES, from_params
+from train.hf.config_fields import FIXED, HARMLESS
+from train.hf.mistral_fields import MISTRAL_NAMES, from_params
 
 CONFIG_FILE = "config.json"
 PARAMS_FILE = "params.json"

@@ -7,7 +7,7 @@
     running.load, running.idle          past expert loads, from which MaxVio and dead experts are told
 
 The rest is in the meta: step, samples (the data position), updates, the family of the folder whose weights the run started
-from, and of an adapter's run its base (train/checkpoint/trained_with.py); schedules follow from the step. Nothing
+from, and of an adapter's run its base (train/checkpoint/adapter_base.py); schedules follow from the step. Nothing
 in a run draws random numbers after the weights are made, so there is no generator state to keep.
 """
 

@@ -2,8 +2,6 @@
 
 Memory is that of the tensors on the device. Step time stands beside the measured one only if the plan is for the very device
 that trains, by the rates of its description or by a calibration.
-
-What prove.json says, for the report. Imports no torch.
 """
 
 import json
@@ -118,32 +116,3 @@ def plan_words(rows: list[PlanRow]) -> str:
     return "; ".join(
         f"{what} {measured}, planned {planned}" + (f" ({off})" if off else "") for what, planned, measured, off in rows
     )
-
-
-PROOF_FILE, PROOF_CARD_FILE = "prove.json", "card.md"
-"""Every figure; and what of it a reader of the run has to know."""
-
-
-def report_rows(run_folder: Path) -> tuple[str, list[tuple[str, ...]]] | None:
-    """A sentence and a table for the report; None where there is no certificate that can be read."""
-    try:
-        record = json.loads((run_folder / PROOF_FILE).read_text())
-        verb = "trains" if record["holds"] else "does not train"
-        sentence = f"mode=prove: {record['layout']} {verb} this model, in miniature on {record['ranks']} ranks."
-        if first := record["first_difference"]:
-            place = f"{first['quantity']} of {first['name']} in pass {first['proof']}, step {first['step']}"
-            sentence += f" The first difference: {first['phase']}, {place}."
-        rows: list[tuple[str, ...]] = [
-            (
-                each["proof"],
-                each["quantity"],
-                "failed" if each["failed"] else "holds",
-                "not a number" if each["worst"] is None else f"{each['worst']:.2g}",
-                f"{each['bound']:.2g}",
-                each["reason"],
-            )
-            for each in record["quantities"]
-        ]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return sentence, rows

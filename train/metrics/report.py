@@ -24,8 +24,9 @@ from train.metrics.headline import findings, headline
 from train.metrics.jsonl import METRICS_FILE
 from train.metrics.names import EVENTS, SCALARS
 from train.metrics.origin import StartRecord, code_words, ran_on_gpu, read_starts
-from train.metrics.planned import PlanRow, plan_rows, report_rows
+from train.metrics.planned import PlanRow, plan_rows
 from train.metrics.plot import DOTTED_STEPS, Figure
+from train.metrics.proof_rows import report_rows
 from train.metrics.quantities import duration, gib, short
 from train.metrics.report_page import HOW_TO_READ, cards_html, closing, figure_html, opening, reloading, table_html
 from train.metrics.screens import printable

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from conf.files import atomic_write_text
 from conf.screen import Terminal
-from train.metrics.planned import PROOF_CARD_FILE, PROOF_FILE
+from train.metrics.proof_rows import PROOF_CARD_FILE, PROOF_FILE
 from train.metrics.quantities import duration
 from train.metrics.screens import GOOD, WARN, show_rows
 from train.prove.findings import Difference, ProofVerdict, first_of

@@ -19,7 +19,7 @@ from conf.schema import Config
 from train.checkpoint.run_folder import RunPaths
 from train.kernels.cpu.processor import tune_cpu
 from train.loop.layout_check import check_layout
-from train.metrics.planned import PROOF_CARD_FILE, PROOF_FILE
+from train.metrics.proof_rows import PROOF_CARD_FILE, PROOF_FILE
 from train.prove.layouts import PROOFS, in_layout, layout_name, second_layout
 
 PROOF_FOLDER = "prove"

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 
 from cluster.driver import driver as driver_module
+from cluster.driver.checkpoints import claim_attempt, newest, written_since
 from cluster.driver.driver import Driver
 from cluster.driver.fleet import Reply
-from cluster.driver.journal import Journal, claim_attempt, newest, read_events, written_since
+from cluster.driver.journal import Journal, read_events
 from cluster.driver.time_split import split_time
 from cluster.driver.view import View
 from cluster.node.agent import Agent

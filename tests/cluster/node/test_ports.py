@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from cluster.node import network_probe as ports
+from cluster.node import ports
 
 GIVEN_FROM = int(ports.RANGE.read_text().split()[0]) if ports.RANGE.exists() else 32768
 

@@ -1,0 +1,124 @@
+"""A rank that no driver of ours watches, under torchrun or alone in its process, sees by itself that it hangs, and who holds it up."""
+
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+from cluster.cause import Cause, Kind, RankReport, read_report
+from cluster.clocks import HeldUp
+from cluster.comm_ring import RankTrace, read_traces
+from cluster.incident import (
+    describe_incident,
+    incident_screen,
+    judge_failure,
+    judge_hang,
+    newest_incident,
+    write_incident,
+)
+from cluster.patience import Patience
+from cluster.rank_watch import RankWatch
+from cluster.run_files import progress_path
+from cluster.spawn import lives
+from cluster.stacks import gather_stacks, own_stacks, unanswered
+from conf.disk import explain_disk_error
+from conf.errors import EXIT_CRASH, EXIT_USER, RunEnded, UserError, causes
+from conf.files import exclusive
+from conf.words import say
+
+LOOK_SECONDS = 0.25
+"""Between two looks."""
+STACKS_WITHIN_SECONDS = 2.0
+"""That other ranks of this host get to say where they are."""
+SAME_INCIDENT_SECONDS = 60.0
+"""A rank that fails so soon after another one told why needs not tell it again."""
+
+
+class SelfWatch:
+    """Use it in `with`, around the work of this process. Says where the rank is when it gets on no more; ends: and ends it, so that what
+    started the ranks ends or restarts them all. It does not where the process is somebody else's, as a notebook.
+    """
+
+    def __init__(self, logs: Path, rank: int, patience: Patience, ends: bool):
+        self._logs, self._rank, self._ends = logs, rank, ends
+        self._began = time.time()
+        self._watch = RankWatch([rank], {}, patience, time.monotonic())
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._look, name="watch of this rank", daemon=True)
+
+    def __enter__(self) -> "SelfWatch":
+        progress_path(self._logs, self._rank).unlink(missing_ok=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        if self._ends and error is not None and not isinstance(error, UserError | KeyboardInterrupt):
+            self._tell_failure(error)
+
+    def _look(self) -> None:
+        held_up, told_at = HeldUp(2 * LOOK_SECONDS, time.monotonic()), None
+        while not self._stop.wait(LOOK_SECONDS):
+            now = time.monotonic()
+            self._watch.forgive(now, held_up.since_last_look(now))
+            self._watch.take(now, [read_report(self._rank, None, self._logs, os.getpid())])
+            if self._watch.first_step is None:
+                continue
+            if self._watch.is_hung(now) and told_at != self._watch.moved:
+                told_at = self._watch.moved
+                self._tell_hang(now - told_at)
+            elif text := self._watch.tell_quiet(now):
+                say(text, file=sys.stderr)
+
+    def _tell_hang(self, seconds: float) -> None:
+        traces = read_traces(self._logs)
+        reports = self._reports(traces)
+        stacks = self._stacks(traces, native=True) | {self._rank: own_stacks() + unanswered(os.getpid())}
+        cause, finding = judge_hang(reports, traces, stacks, {}, seconds)
+        self._tell(cause, describe_incident(cause, finding, traces, stacks, seconds), stacks[self._rank])
+        if self._ends:
+            sys.stderr.flush()
+            os._exit(EXIT_CRASH)
+
+    def _tell_failure(self, error: BaseException) -> None:
+        """An error of this rank, which may come from what another one did."""
+        traces = read_traces(self._logs)
+        stacks = self._stacks(traces)
+        code = error.code if isinstance(error, RunEnded) else EXIT_CRASH
+        kind = Kind.diverged if code not in (EXIT_CRASH, EXIT_USER) else Kind.crash
+        ranks = tuple(getattr(error, "ranks", ())) or (self._rank,)
+        first = list(causes(error))[-1]  # the pipeline wraps what fails in it in a page of its own
+        words = next((line for line in str(first).splitlines() if line.strip()), "")
+        cause = Cause(kind, f"rank {self._rank} failed: {type(first).__name__}: {words}", ranks, code=code)
+        if gone := [rank for rank, trace in traces.items() if trace.is_here and not lives(trace.pid)]:
+            text = f"{', '.join(f'rank {rank}' for rank in gone)} ended in the middle of the work"
+            cause = Cause(Kind.killed, f"{text}, which rank {self._rank} failed of", tuple(gone))
+        cause, finding = judge_failure(cause, traces, stacks, {})
+        self._tell(cause, describe_incident(cause, finding, traces, stacks), "")
+
+    def _tell(self, cause: Cause, incident: dict, stack: str) -> None:
+        """One rank of a run tells the incident, the first; the others that they end with it."""
+        path = None
+        try:
+            with exclusive(self._logs / ".incident.lock", STACKS_WITHIN_SECONDS):
+                told = newest_incident(self._logs)
+                if told is not None and told[1]["time"] > max(self._began, time.time() - SAME_INCIDENT_SECONDS):
+                    say(f"rank {self._rank} ends with an incident that another rank told: {told[0]}", file=sys.stderr)
+                    return
+                path = write_incident(self._logs, incident)
+        except (OSError, TimeoutError) as error:
+            why = explain_disk_error(error) if isinstance(error, OSError) else str(error)
+            say(f"the incident could not be written ({why})", file=sys.stderr)
+        say(f"{stack}error: {cause.text}\n{incident_screen(incident, path, told=True)}", file=sys.stderr)
+
+    def _reports(self, traces: dict[int, RankTrace]) -> list[RankReport]:
+        """All ranks that left a ring, as far as this one sees them."""
+        here = {rank: trace.pid for rank, trace in traces.items() if trace.is_here}
+        return [read_report(rank, None, self._logs, here.get(rank)) for rank in sorted({*traces, self._rank})]
+
+    def _stacks(self, traces: dict[int, RankTrace], native: bool = False) -> dict[int, str]:
+        """Where the other ranks of this host are."""
+        others = {rank: trace.pid for rank, trace in traces.items() if trace.is_here and rank != self._rank}
+        return gather_stacks(self._logs, others, STACKS_WITHIN_SECONDS, native)

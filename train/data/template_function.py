@@ -1,0 +1,86 @@
+"""A Python function as the chat template of a model that ships none (data.template_function).
+
+    def render(messages, tools, add_generation_prompt, **keys) -> str
+
+messages: [{role, content, ...}] as templates in Jinja get them; tools: a list or None; add_generation_prompt: whether the text ends with
+what an answer follows. The assistant's turns are found by what the function does with them, as with templates that mark none
+(train/data/chat_template.py), so it must put contents into its text as they are.
+"""
+
+import copy
+import hashlib
+import inspect
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from conf.errors import UserError
+from conf.own_code import TARGET, CodeSection, make, require_arguments
+from conf.schema import Data
+from train.data.chat_template import (
+    NAMED_TOKEN,
+    PROBED_TURNS,
+    CannotRender,
+    ChatTemplate,
+    load_template,
+    refuse_unknown_token,
+)
+from train.data.chats import Chat, Message
+from train.data.tokenizer import Tokenizer
+
+KEY_OF_FUNCTION = "data.template_function"
+
+
+class FunctionTemplate(ChatTemplate):
+    """A function in the place of Jinja."""
+
+    def __init__(self, section: CodeSection):
+        """Raises UserError where there is no such function, or it takes other arguments."""
+        self._section, self.name = section, str(section[TARGET])
+        self._function = make(KEY_OF_FUNCTION, section)
+        require_arguments(KEY_OF_FUNCTION, section, self._function, 3, "messages, tools, add_generation_prompt")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the function's file and keys: texts are made anew when one of them changes, but not for what the file imports."""
+        function = getattr(self._function, "func", type(self._function))
+        file = inspect.getsourcefile(function)
+        code = Path(file).read_bytes() if file else b""
+        return hashlib.blake2b(json.dumps(dict(self._section)).encode() + code, digest_size=16).hexdigest()
+
+    @property
+    def source(self) -> None:
+        """No text that a folder of weights could keep."""
+        return None
+
+    def require_tokens(self, tokenizer: Tokenizer) -> None:
+        """Raise UserError where the function spells a token that the tokenizer would cut into letters, or fails for a plain chat."""
+        try:
+            text = self.prompt(PROBED_TURNS)
+        except CannotRender as error:
+            raise UserError(f"{KEY_OF_FUNCTION}.{TARGET}", self.name, error.rule, error.cure) from error
+        for token in NAMED_TOKEN.findall(text):
+            refuse_unknown_token(token, tokenizer, f"{KEY_OF_FUNCTION}.{TARGET}", self.name)
+
+    def _marks(self, chat: Chat) -> bool:
+        return False
+
+    def _run(self, messages: list[Message], tools: list[Any] | None, add_generation_prompt: bool = False) -> str:
+        try:
+            text = self._function(copy.deepcopy(messages), copy.deepcopy(tools), add_generation_prompt)
+        except Exception as error:  # whatever the user's own code does with a chat
+            rule = f"{self.name} raised {type(error).__name__}: {error}"
+            raise CannotRender(rule, "correct the chat or the function") from error
+        if not isinstance(text, str):
+            raise CannotRender(f"{self.name} gave a {type(text).__name__}", "return the text of the chat")
+        return text
+
+
+def template_of(data: Data, folder: Path | None, tokenizer: Tokenizer) -> ChatTemplate:
+    """The function or the template that the data name, or the template of the tokenizer's folder. Raises UserError."""
+    if not data.template_function:
+        return load_template(data.template, folder, tokenizer)
+    made = FunctionTemplate(data.template_function)
+    made.require_tokens(tokenizer)
+    return made
