@@ -45,13 +45,10 @@ class StepRecord:
         """Seconds in which some action ran."""
         return sum(action.seconds for action in self.actions)
 
-    def bubble(self, span: float | None = None) -> float:
-        """Share of the step in which this rank computed nothing.
-
-        Pass the largest span of all pipeline ranks: a rank that finishes early also waits, at the end.
-        """
-        span = self.span if span is None else span
-        return 1 - self.busy / span if span > 0 else 0.0
+    @property
+    def bubble(self) -> float:
+        """Share of the step in which this rank computed nothing."""
+        return 1 - self.busy / self.span if self.span > 0 else 0.0
 
     def seconds(self, *kinds: str) -> float:
         """Seconds that actions of these kinds ran."""

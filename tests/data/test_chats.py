@@ -15,14 +15,16 @@ from conf.errors import UserError
 from conf.load import compose
 from conf.schema import Supervise
 from train.data.chat_packing import PackedChats, pack_chats
-from train.data.chat_template import CannotRender, ChatTemplate, RenderedChat, load_template
+from train.data.chat_template import TEMPLATE_FILES, CannotRender, ChatTemplate, RenderedChat, load_template
 from train.data.chat_tokens import chat_tokenizer, learnt_tokens
 from train.data.chats import Chat, read_chat
 from train.data.corpus import build_corpus
 from train.data.dataset import TrainingData, ValidationData
 from train.data.packing import Documents
+from train.data.prepare import PreparedData
 from train.data.show_data import show_data
 from train.data.tokenizer import Tokenizer, train_bpe
+from train.hf.tokenizer_files import write_tokenizer
 
 MARKED = """{%- if tools %}{{- '<|im_start|>system\n' + (tools | tojson) + '<|im_end|>\n' }}{%- endif %}
 {%- for message in messages %}
@@ -193,6 +195,28 @@ def test_a_broken_template_is_refused_with_its_line(tokenizer, tmp_path):
         template("one\n{{ 1 / 0 }}").render(chat(*QUESTION), Supervise.assistant)
     with pytest.raises(CannotRender, match=r"not safe|unsafe"):
         template("{{ messages.__class__.__mro__ }}").render(chat(*QUESTION), Supervise.assistant)
+
+
+@pytest.mark.parametrize("form", ["list", "files"])
+def test_chats_with_tools_have_a_template_of_their_own(tokenizer, tmp_path, form):
+    """In both forms that Hugging Face has, and handed on in that of files."""
+    sources = {"default": CHATML, "tool_use": "Tools! " + CHATML}
+    if form == "list":
+        named = [{"name": name, "template": text} for name, text in (sources | {"rag": "{{ other"}).items()]
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    else:
+        for name, text in zip(TEMPLATE_FILES.values(), sources.values(), strict=True):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text(text)
+    made = load_template(None, tmp_path, tokenizer)
+    assert made.render(chat(*QUESTION), Supervise.assistant).text.startswith("<|im_start|>user")
+    assert made.render(chat(*QUESTION, tools=[{"name": "add"}]), Supervise.assistant).text.startswith("Tools! ")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "out").mkdir()
+    PreparedData(None, None, tokenizer, "", {}, template_files=made.files).save_words(tmp_path / "run")
+    write_tokenizer(tmp_path / "out", tokenizer, None, 64, template=tmp_path / "run")
+    known = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "out").chat_template
+    assert known == sources
 
 
 def test_a_token_that_the_tokenizer_lacks_is_refused(tokenizer, tmp_path):
@@ -383,6 +407,17 @@ def test_what_does_not_go_with_chats_is_refused(override, words):
 def test_keys_of_chats_without_chats_are_refused():
     with pytest.raises(UserError, match=r"data\.supervise"):
         compose("conf=tiny", "data.supervise=all")
+
+
+def test_chats_stand_one_after_another_and_fill_a_sequence_to_its_end():
+    supervised = np.array([0, 1, 1, 0, 1], dtype=np.uint8)
+    documents = Documents(np.arange(10, 15, dtype=np.uint16), np.array([0, 2]), np.array([2, 3]), supervised)
+    samples = PackedChats(documents, seq_len=4, eos=9, seed=1)
+    assert samples.whole_windows == 1 and samples.sequences == 1.0
+    tokens_S, numbers_S, supervised_S = np.zeros(5, int), np.zeros(5, int), np.zeros(5, bool)
+    samples.fill(0, tokens_S, numbers_S, supervised_S)
+    assert tokens_S.tolist() == [12, 13, 14, 10, 11] and numbers_S.tolist() == [0, 0, 0, 1, 1]
+    assert supervised_S.tolist() == [True, False, True, False, True]
 
 
 def test_a_packed_chat_needs_its_mask():

@@ -67,7 +67,7 @@ def test_a_corpus_of_it_is_made_anew_when_its_file_or_keys_change(code, tokenize
     (code / "chat_template.jinja").unlink()
     words.append("data.template_function={_target_: own_chatml.render}")
     first = build_corpus(compose(*words))
-    assert first.template is None and len(first.parts[0].train) > 1
+    assert first.template_files == {} and len(first.parts[0].train) > 1
     assert build_corpus(compose(*words)).fingerprint == first.fingerprint
     other = build_corpus(compose(*words, "+data.template_function.stop=END"))
     assert other.fingerprint != first.fingerprint

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from train.optim.newton_schulz import ITERATIONS, orthogonalise, products
+from train.optim.newton_schulz import ITERATIONS, PUBLISHED_POLAR, SAFETY, orthogonalise, products
 
 BANDS = {"quintic": (0.002, 0.68, 1.21), "polar_express": (0.001, 0.84, 1.13), "deepseek_v4": (0.0005, 0.999, 1.001)}
 """Where singular values end that begin, beside the norm of all, at the first number or above: of the polynomials, to two digits."""
@@ -24,6 +24,13 @@ def test_the_polynomials_keep_their_band(name):
     for a, b, c in ITERATIONS[name]:
         x = a * x + b * x**3 + c * x**5
     assert low < x.min() and x.max() < high
+
+
+def test_polar_express_takes_a_value_a_little_above_one_for_one():
+    x = torch.linspace(0, 1, 9, dtype=torch.float64)
+    for (a, b, c), (p, q, r) in zip(ITERATIONS["polar_express"], PUBLISHED_POLAR, strict=True):
+        larger = SAFETY * x
+        torch.testing.assert_close(a * larger + b * larger**3 + c * larger**5, p * x + q * x**3 + r * x**5)
 
 
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)

@@ -32,8 +32,8 @@ from train.data.chats import PLACE_MARKS, THOUGHT, Chat, Message
 from train.data.tokenizer import Tokenizer
 
 PLAIN = "plain"
-TEMPLATE_FILE = "chat_template.jinja"
-"""Beside tokenizer.json, as Hugging Face has it."""
+TEMPLATE_FILES = {"default": "chat_template.jinja", "tool_use": "additional_chat_templates/tool_use.jinja"}
+"""Beside tokenizer.json, as Hugging Face has them: for all chats, and for those with tools where they have one of their own."""
 TURN_BEGIN, TURN_END = PLACE_MARKS
 PROBE = TURN_BEGIN
 PROBED_ANSWER = "an answer"
@@ -114,9 +114,9 @@ class ChatTemplate:
         return hashlib.blake2b(known.encode(), digest_size=16).hexdigest()
 
     @property
-    def source(self) -> str | None:
-        """The template of chats without tools; None where it is no text."""
-        return self._sources["default"]
+    def files(self) -> dict[str, str]:
+        """What a folder of weights keeps, by name of the file; empty where the template is no text."""
+        return {TEMPLATE_FILES[kind]: source for kind, source in self._sources.items()}
 
     def require_tokens(self, tokenizer: Tokenizer) -> None:
         """Raise UserError where the template spells a token that the tokenizer would cut into letters."""
@@ -317,8 +317,9 @@ def _text(path: Path) -> str:
 
 
 def _of_folder(folder: Path | None) -> tuple[dict[str, str], str]:
-    if folder is not None and (path := folder / TEMPLATE_FILE).is_file():
-        return {"default": _text(path)}, str(path)
+    if folder is not None and (path := folder / TEMPLATE_FILES["default"]).is_file():
+        there = {kind: folder / name for kind, name in TEMPLATE_FILES.items()}
+        return {kind: _text(file) for kind, file in there.items() if file.is_file()}, str(path)
     if folder is not None and (path := folder / "tokenizer_config.json").is_file():
         found = read_json(path, "data.tokenizer", "correct or remove this file").get("chat_template")
         if isinstance(found, str):
@@ -326,7 +327,7 @@ def _of_folder(folder: Path | None) -> tuple[dict[str, str], str]:
         if isinstance(found, list):
             named = {one["name"]: one["template"] for one in found if isinstance(one, dict) and "template" in one}
             if "default" in named:
-                return {kind: named[kind] for kind in ("default", "tool_use") if kind in named}, str(path)
+                return {kind: named[kind] for kind in TEMPLATE_FILES if kind in named}, str(path)
     raise UserError(
         "data.template",
         None,

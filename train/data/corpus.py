@@ -56,8 +56,8 @@ class Corpus:
     """Hash of the contents, the tokenizer, the weights and the split."""
     notes: list[str] = field(default_factory=list)
     """What the user may want to know, one sentence each."""
-    template: str | None = None
-    """What made chats into text, a Jinja template; None of other data."""
+    template_files: dict[str, str] = field(default_factory=dict)
+    """Jinja templates that made chats into text, by name of their file; empty of other data."""
 
 
 def silent(stage: str, done: int, total: int) -> None:
@@ -145,7 +145,7 @@ class _Builder:
             contents.append([store.meta, part.weight])
         self._tell_of_long(long, parts)
         fingerprint = _hash(contents, tokenizer.fingerprint, self.data.too_long, self.data.validation_fraction)
-        return Corpus(parts, tokenizer, fingerprint, self.notes, template.source)
+        return Corpus(parts, tokenizer, fingerprint, self.notes, template.files)
 
     def _tell_of_long(self, fitted: list[tuple[str, FittedChats]], parts: list[CorpusPart]) -> None:
         """Refuse chats that are too long, or say what became of them."""

@@ -12,7 +12,6 @@ from conf.check import check
 from conf.errors import UserError
 from conf.files import atomic_write_text
 from conf.schema import Config
-from train.data.chat_template import TEMPLATE_FILE
 from train.data.corpus import build_corpus, silent
 from train.data.dataset import TrainingData, ValidationData
 from train.data.own_documents import OwnDocuments
@@ -35,14 +34,15 @@ class PreparedData:
     source."""
     notes: list[str] = field(default_factory=list)
     """What the user may want to know, one sentence each."""
-    template: str | None = None
-    """What made chats into text, a Jinja template; None of other data."""
+    template_files: dict[str, str] = field(default_factory=dict)
+    """Jinja templates that made chats into text, by name of their file; empty of other data."""
 
     def save_words(self, folder: Path) -> None:
-        """Write what turns text and chats into tokens: tokenizer.json with its settings, and chat_template.jinja."""
+        """Write what turns text and chats into tokens: tokenizer.json with its settings, and templates of chats."""
         self.tokenizer.save(folder)
-        if self.template is not None:
-            atomic_write_text(folder / TEMPLATE_FILE, self.template)
+        for name, text in self.template_files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            atomic_write_text(folder / name, text)
 
 
 def prepare(config: Config, progress: ReportProgress = silent) -> PreparedData:
@@ -61,7 +61,7 @@ def prepare(config: Config, progress: ReportProgress = silent) -> PreparedData:
         "sources": [[part.name, part.content] for part in corpus.parts],
     }
     notes = corpus.notes + validation.notes
-    return PreparedData(train, validation, corpus.tokenizer, corpus.fingerprint, held_out, notes, corpus.template)
+    return PreparedData(train, validation, corpus.tokenizer, corpus.fingerprint, held_out, notes, corpus.template_files)
 
 
 def with_steps(config: Config) -> Config:

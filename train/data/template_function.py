@@ -50,9 +50,9 @@ class FunctionTemplate(ChatTemplate):
         return hashlib.blake2b(json.dumps(dict(self._section)).encode() + code, digest_size=16).hexdigest()
 
     @property
-    def source(self) -> None:
+    def files(self) -> dict[str, str]:
         """No text that a folder of weights could keep."""
-        return None
+        return {}
 
     def require_tokens(self, tokenizer: Tokenizer) -> None:
         """Raise UserError where the function spells a token that the tokenizer would cut into letters, or fails for a plain chat."""

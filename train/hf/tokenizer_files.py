@@ -6,7 +6,7 @@ from typing import Any
 
 from conf.errors import UserError
 from conf.read_json import parse_json, read_json, read_plain_text
-from train.data.chat_template import TEMPLATE_FILE
+from train.data.chat_template import TEMPLATE_FILES
 from train.data.tokenizer import Tokenizer
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -55,8 +55,11 @@ def write_tokenizer(
     folder of a run whose chat template is that of the chats it was tuned on, which goes first.
     """
     for place in (template, source):
-        if place is not None and (place / TEMPLATE_FILE).is_file():
-            (folder / TEMPLATE_FILE).write_text((place / TEMPLATE_FILE).read_text(encoding="utf-8"), encoding="utf-8")
+        if place is not None and (place / TEMPLATE_FILES["default"]).is_file():
+            for name in TEMPLATE_FILES.values():
+                if (place / name).is_file():
+                    (folder / name).parent.mkdir(exist_ok=True)
+                    (folder / name).write_text((place / name).read_text(encoding="utf-8"), encoding="utf-8")
             break
     settings: dict[str, Any] = {}
     if source is not None and (source / TOKENIZER_SETTINGS_FILE).is_file():

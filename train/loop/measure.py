@@ -67,7 +67,7 @@ class StepWork:
         values: dict[str, float] = {}
         self.busy = record.busy
         if self._layout.pp > 1:
-            values["bubble_share"] = record.bubble() / world
+            values["bubble_share"] = record.bubble / world
         values["forward_seconds"] = record.seconds("F") / world
         values["backward_seconds"] = record.seconds("B", "I", "W") / world
         if self._has_pairs:
