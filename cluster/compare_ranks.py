@@ -27,13 +27,12 @@ from cluster.judgement import (
     Judgement,
     RankWait,
     channel_of,
-    find_difference,
-    first_change,
     list_ranks,
     name_record,
     place_in_words,
     ranks_in_words,
 )
+from cluster.rank_differences import find_difference, first_change
 from conf.schema import ROOT
 
 LOADER_THREAD = re.compile(r"/train/data/")

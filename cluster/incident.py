@@ -24,7 +24,8 @@ from typing import Any
 from cluster.cause import CERTAIN, NATIVE_HEAD, Cause, Kind, RankReport, innermost, name_hang, waits_for_ranks
 from cluster.comm_ring import CommRecord, RankTrace, read_trace
 from cluster.compare_ranks import compare_ranks
-from cluster.judgement import Fault, Judgement, find_difference, name_record
+from cluster.judgement import Fault, Judgement, name_record
+from cluster.rank_differences import find_difference
 from conf.disk import explain_disk_error, naming
 from conf.errors import EXIT_CRASH
 from conf.files import atomic_write_text

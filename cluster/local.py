@@ -23,9 +23,10 @@ from cluster.clocks import HeldUp
 from cluster.comm_ring import RankTrace, read_traces
 from cluster.incident import describe_incident, judge_failure, judge_hang, keep_incident
 from cluster.interrupts import handled
-from cluster.judgement import Judgement, find_difference
+from cluster.judgement import Judgement
 from cluster.patience import Patience
 from cluster.private_folder import PrivateFolder
+from cluster.rank_differences import find_difference
 from cluster.rank_watch import RankWatch
 from cluster.run_files import AT_WORK, FAILURES, PROGRESS, RINGS, log_path
 from cluster.spawn import ForkedProcess, spawn

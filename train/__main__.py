@@ -56,7 +56,7 @@ def main(configs: list[Config]) -> int:
         raise
     finally:
         if len(configs) > 1 and configs[0].mode is Mode.train and is_driver():
-            from train.metrics.compare import sweep_screen
+            from train.metrics.sweep import sweep_screen
 
             sweep_screen(configs, codes)
     return max(codes)

@@ -142,7 +142,7 @@ def train_step(
     gradient is not finite nothing is changed. Returns main_loss, mtp_loss, extra_loss and balance_loss (the last one weighted), grad_norm
     and lr. Raises UserError for a step that the recipe does not have.
     """
-    from train.loop.step import run_step
+    from train.loop.own_loop import run_step
 
     if not 1 <= step <= config.steps:
         raise UserError("step", step, f"must be a step of the recipe, 1 to {config.steps}", "set steps= to more")

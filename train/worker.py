@@ -39,7 +39,7 @@ from train.loop.trainer import Flops, Outputs, Trainer
 from train.loop.written_text import sample
 from train.metrics.origin import record_machine
 from train.metrics.peak import peak_flops
-from train.metrics.wandb_sink import sample_table
+from train.metrics.wandb_items import sample_table
 from train.metrics.writer import open_writer
 from train.model.count import flops_per_token
 from train.model.operations import Kernels

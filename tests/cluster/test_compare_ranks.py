@@ -8,7 +8,8 @@ from cluster.cause import Cause, Kind, RankReport
 from cluster.comm_ring import CommGroup, CommRecord, RankTrace
 from cluster.compare_ranks import compare_ranks
 from cluster.incident import describe_incident, incident_screen, judge_failure, judge_hang
-from cluster.judgement import Fault, find_difference
+from cluster.judgement import Fault
+from cluster.rank_differences import find_difference
 
 ALL4 = CommGroup("0", "all ranks", (0, 1, 2, 3))
 PAIR = CommGroup("1", "dp", (0, 1))

@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 
 from bench.gpu.layer import EP, RANKS_PER_NODE, Layer, layer_config
-from parallel.expert.link import Link, Traffic
+from parallel.expert.counters import Traffic
+from parallel.expert.link import Link
 from parallel.expert.stand_in import DeepEPStandIn, NodeLimitedStandIn
 from parallel.pipeline.overlap import Lanes
 from tests.ghost.log import Event, recorded_events

@@ -12,7 +12,8 @@ from tests.metrics.synthetic import write_run
 from tests.metrics.test_report import outline, plots
 from tests.small import train
 from train import __main__ as program
-from train.metrics.compare import sweep_screen, write_reports
+from train.metrics.compare import write_reports
+from train.metrics.sweep import sweep_screen
 
 
 def write_sweep(folder, rates=("1e-3", "2e-3")):

@@ -9,7 +9,7 @@ from conf.load import compose
 from tests.metrics.wandb_file import history, run_records
 from train.loop.trainer import RunDiverged
 from train.metrics.origin import code_version, record_start
-from train.metrics.wandb_sink import checkpoint, evaluation_tables, sample_table
+from train.metrics.wandb_items import checkpoint, evaluation_tables, sample_table
 from train.metrics.writer import open_wandb, open_writer, tell_of_end, what_ended
 
 FOUND = {"sequences": 3, "tokens": 72, "text_bytes": 200, "loss": 2.5, "perplexity": 12.2, "bits_per_byte": 1.3}

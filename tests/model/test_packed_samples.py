@@ -14,7 +14,7 @@ from train.kernels.plain.high import HighPrecision
 from train.kernels.plain.plain_attention import PlainAttention
 from train.model.deepseek import DeepSeekV3
 from train.model.init import initialise
-from train.prove.exact_update import in_double
+from train.prove.double import in_double
 
 LENGTHS = [7, 1, 9, 2, 3, 12, 5]
 """Tokens of samples: one that has no position, some that are too short for MTP modules."""

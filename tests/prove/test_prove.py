@@ -19,8 +19,9 @@ from train.checkpoint.run_folder import RunPaths
 from train.metrics.proof_rows import report_rows
 from train.metrics.report import write_report
 from train.prove import judge as judging
-from train.prove.certificate import Certificate, write_card
-from train.prove.exact_update import grouped_product, in_double
+from train.prove.card import write_card
+from train.prove.certificate import Certificate
+from train.prove.double import grouped_product, in_double
 from train.prove.findings import Difference, ProofFindings, first_of
 from train.prove.judge import backward_order, choice_excess, judge_all, judge_pass
 from train.prove.layouts import in_layout, layout_name, passes_of, second_layout

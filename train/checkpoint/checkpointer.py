@@ -26,7 +26,8 @@ from conf.disk import explain_disk_error
 from conf.errors import DiskFailed, UserError
 from parallel.shard import Shard
 from train.checkpoint.commit import AttemptFenced, Committer, Save, SaveAbandoned
-from train.checkpoint.read_shards import NotCovered, load_shards, merge_indexes
+from train.checkpoint.intervals import NotCovered, merge_indexes
+from train.checkpoint.read_shards import load_shards
 from train.checkpoint.staging import StagingBuffers
 
 SAVE_PATIENCE = 0.8

@@ -1,7 +1,4 @@
-"""The one call that a rank makes for its data.
-
-Steps of a run that is told how often it is to read its data.
-"""
+"""The one call that a rank makes for its data; and the steps of a run that is told how often it is to read them (epochs)."""
 
 import math
 from dataclasses import dataclass, field, replace

@@ -9,16 +9,10 @@ What a document is:
   docstrings  chats made of those files (train/data/docstring_chats.py)
 Documents without text are left out. Which are held out for validation follows from the stable id alone: the path
 relative to the source's root, with the line or row inside it.
-
-Hugging Face datasets through the optional package `datasets`: hf://NAME[@CONFIG][:SPLIT], split `train` by default.
-
-NAME is a dataset of the hub, a folder saved with save_to_disk, or a folder that load_dataset can read. The package keeps
-its own memory-mapped copy, so nothing here holds more than a few rows.
 """
 
 import hashlib
 import os
-import re
 import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -27,12 +21,10 @@ from typing import Any, Protocol
 
 from conf.errors import UserError
 from conf.schema import CHATS, Config, DataFormat, MixSource
-from train.command.program import install_words
 from train.data.chats import CHAT_KEYS, Chat, read_chat
 from train.data.docstring_chats import read_docstring_chats
-from train.data.reach import hub, offline_reason
+from train.data.hub import open_hub
 from train.data.readers import (
-    check_text,
     read_jsonl,
     read_jsonl_records,
     read_parquet,
@@ -41,78 +33,6 @@ from train.data.readers import (
     text_key_of,
 )
 from train.data.source_files import ReportProgress, SourceFile, digest_files, find_files, hash_id, unreadable
-
-HUB_ROWS = 256
-
-
-@dataclass
-class HubSource:
-    """One split of a dataset; a document is a row's text."""
-
-    field: str
-    name: str
-    split: str
-    text_key: str
-    table: Any
-    """A datasets.Dataset."""
-
-    @property
-    def size(self) -> int:
-        return int(self.table.data.nbytes)
-
-    def notes(self) -> list[str]:
-        return []
-
-    def digest(self, manifests: Path, progress: ReportProgress) -> str:
-        return f"huggingface:{self.text_key}:{self.table._fingerprint}:{len(self.table)}"
-
-    def documents(self) -> Iterator[tuple[str, str]]:
-        yield from self._read(1)
-
-    def sample(self, limit: int) -> Iterator[tuple[str, str]]:
-        yield from self._read(max(1, self.size // limit))
-
-    def _read(self, step: int) -> Iterator[tuple[str, str]]:
-        """Every step-th row."""
-        rows = range(0, len(self.table), step)
-        table = self.table if step == 1 else self.table.select(rows)
-        for first, batch in zip(range(0, len(rows), HUB_ROWS), table.with_format("arrow").iter(HUB_ROWS), strict=True):
-            for row, value in zip(rows[first : first + HUB_ROWS], batch.column(self.text_key).to_pylist(), strict=True):
-                name = f"{self.split}:{row}"
-                if text := check_text(value, f"{self.name} {name}", self.text_key, self.field):
-                    yield name, text
-
-
-def open_hub(path: str, text_key: str, key: str) -> HubSource:
-    """Load the split. Raises UserError without the package, the network, the dataset, the split or the column."""
-    match = re.fullmatch(r"(?:hf://)?(.+?)(?:@([^@:/]+))?(?::([^:/]+))?", path)
-    if match is None:
-        raise UserError(key, path, "must be hf://NAME[@CONFIG][:SPLIT]", "write it so")
-    name, config, split = match[1], match[2], match[3] or "train"
-    folder = Path(name).expanduser()
-    offline = None if folder.is_dir() else offline_reason()
-    try:
-        import datasets
-    except ImportError as error:
-        rule = "needs the Python package datasets, which is not installed"
-        raise UserError(key, path, rule, f"{install_words('datasets')}; or give files") from error
-    try:
-        if any((folder / mark).is_file() for mark in ("dataset_info.json", "dataset_dict.json")):
-            table = datasets.load_from_disk(folder)
-            table = table[split] if isinstance(table, datasets.DatasetDict) else table
-        else:
-            table = datasets.load_dataset(str(folder) if folder.is_dir() else name, config, split=split)
-    except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        cure = "check name, @CONFIG and :SPLIT; without a network give files, or a folder made by save_to_disk"
-        if offline is not None:
-            reason = f"{hub()} cannot be reached ({offline}), and the dataset is not in the cache of this machine"
-        raise UserError(key, path, f"cannot be loaded: {reason}", cure) from error
-    if text_key not in table.column_names:
-        rule = f"has no column {text_key!r}, only: {', '.join(table.column_names[:20])}"
-        raise UserError(key, path, rule, f"set {text_key_of(key)} to the column of the text")
-    return HubSource(key, path, split, text_key, table)
-
 
 JSONL = (".jsonl", ".ndjson", ".jsonl.gz", ".jsonl.zst", ".ndjson.gz", ".ndjson.zst", ".json.gz", ".json.zst")
 PARQUET = (".parquet",)

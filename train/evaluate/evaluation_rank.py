@@ -44,7 +44,8 @@ from train.kernels.choice import choose_kernels
 from train.kernels.precision import activation_dtype
 from train.loop.validation import Sums, held_out_loss
 from train.metrics.report import write_report
-from train.metrics.wandb_sink import evaluation_tables, wants_wandb
+from train.metrics.wandb_items import evaluation_tables
+from train.metrics.wandb_sink import wants_wandb
 from train.metrics.writer import open_wandb
 from train.model.deepseek import DeepSeekV3
 from train.parallelize import build_pipeline

@@ -1,7 +1,4 @@
-"""A small file per rank that says what it is doing, for whoever watches over the ranks.
-
-Peak memory of this process.
-"""
+"""A small file per rank that says what it is doing, for whoever watches over the ranks; and the peak memory that it tells."""
 
 import contextlib
 import json

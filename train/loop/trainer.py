@@ -50,7 +50,7 @@ from train.loop.validation import held_out_loss
 from train.loop.written_text import sample
 from train.metrics.balance import balance_record
 from train.metrics.screens import quoted_lines
-from train.metrics.wandb_sink import checkpoint, sample_table
+from train.metrics.wandb_items import checkpoint, sample_table
 from train.metrics.writer import MetricsWriter
 from train.model.count import moe_layers
 from train.optim.schedules import Schedules, StepPlan

@@ -20,6 +20,7 @@ from conf.errors import UserError
 from conf.files import atomic_write_text
 from train.checkpoint.run_folder import is_held
 from train.metrics.figures import build
+from train.metrics.goodput import cluster_summary
 from train.metrics.headline import findings, headline
 from train.metrics.jsonl import METRICS_FILE
 from train.metrics.names import EVENTS, SCALARS
@@ -32,7 +33,7 @@ from train.metrics.report_page import HOW_TO_READ, cards_html, closing, figure_h
 from train.metrics.screens import printable
 from train.metrics.series import POINTS, Series, read_series
 from train.metrics.timeline_file import SampledStep, read_timeline
-from train.metrics.wall_time import WallTime, cluster_summary, split_wall_time
+from train.metrics.wall_time import WallTime, split_wall_time
 
 REPORT = "report.html"
 SAMPLE = "sample.json"

@@ -16,6 +16,7 @@ from conf.changed_settings import settings_of
 from conf.errors import EXIT_DIVERGED, DiskFailed
 from conf.schema import Config
 from conf.words import say
+from train.metrics.goodput import GoodputRecord, last_failure
 from train.metrics.jsonl import METRICS_FILE, JsonlSink, read_last
 from train.metrics.names import Record
 from train.metrics.origin import read_starts
@@ -23,8 +24,8 @@ from train.metrics.planned import planned
 from train.metrics.progress import Progress
 from train.metrics.prometheus import PrometheusSink
 from train.metrics.report_sink import ReportSink
-from train.metrics.wall_time import GoodputRecord, last_failure
-from train.metrics.wandb_sink import Item, WandbSink, alert, wants_wandb
+from train.metrics.wandb_items import Item, alert
+from train.metrics.wandb_sink import WandbSink, wants_wandb
 
 SELDOM = {"validation_loss", "weight_norm"}
 """What is measured in few steps, and recorded in each of them."""

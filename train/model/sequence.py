@@ -4,7 +4,7 @@ Mostly it has whole sequences. Where N processes share each sequence (context pa
 equal pieces, of which process r works on pieces r and 2 N - 1 - r: an early one, whose queries see few keys, and a late one,
 whose queries see many, so that all have the same work. Each has the tokens of the whole sequence, which are few bytes; all
 else, from the embedding to the loss, it has for its own positions alone. Attention alone looks at other positions
-(train/model/attention.py), the balance loss counts over them (train/model/moe.py), and the modules of MTP look at the
+(train/model/attention.py), the balance loss counts over them (train/model/router.py), and the modules of MTP look at the
 next tokens, also behind the end of a piece.
 
 Shapes: B sequences, S = T + 1 tokens of a sample, T positions.

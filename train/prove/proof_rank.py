@@ -55,8 +55,9 @@ from train.model.moe import Experts
 from train.optim.schedules import Schedules, StepPlan
 from train.parallelize import ParallelModel, RankModel, build_rank_model, parallelize
 from train.prove.bounds import is_rounded
+from train.prove.double import in_double
 from train.prove.evidence import EVIDENCE, Evidence, EvidenceWatch, StepInfo
-from train.prove.exact_update import ExactUpdates, in_double
+from train.prove.exact_update import ExactUpdates
 from train.prove.layouts import PROOFS, RunPart, layout_name, passes_of, run_parts, save_step, watched_steps
 from train.prove.parts import PartsWatch
 from train.prove.samples import ProofData, initial_biases, initial_weights

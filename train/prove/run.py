@@ -103,7 +103,8 @@ def _run_rank(config: Config, place: Place, parts: Sequence[int]) -> int:
 
 
 def _judge(config: Config, small: Config, cuts: list[str], started: float) -> int:
-    from train.prove.certificate import Certificate, write_card
+    from train.prove.card import write_card
+    from train.prove.certificate import Certificate
     from train.prove.judge import judge_all
 
     findings = judge_all(small, at_a_time=2 if forks(small) else 1)

@@ -48,7 +48,7 @@ class RoutingTap:
 
 
 def gates_of(router: Router, x_BTD: Tensor, ids_TK: Tensor) -> Tensor:
-    """Gate values fp32 (B*T, K) of these experts, by the formula of train/model/moe.py."""
+    """Gate values fp32 (B*T, K) of these experts, by the formula of train/model/router.py."""
     logits_TE = router.score(x_BTD, nullcontext()).flatten(0, 1)
     scores_TE = logits_TE.softmax(-1) if router.rule.softmax else logits_TE.sigmoid()
     chosen_TK = scores_TE.gather(-1, ids_TK)

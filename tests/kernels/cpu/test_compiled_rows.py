@@ -14,8 +14,9 @@ from conf.schema import Model
 from train.kernels.cpu import compiled_rows
 from train.kernels.cpu.compiled_kernels import CompiledKernels
 from train.kernels.cpu.cpp_function import Kernel
+from train.kernels.plain.heads import PlainHeads
 from train.kernels.plain.high import HighPrecision
-from train.kernels.plain.plain_kernels import PlainHeads, PlainKernels
+from train.kernels.plain.plain_kernels import PlainKernels
 from train.model.layers import FFN, RMSNorm, _RMSNorm, swiglu
 from train.model.rope import Rope, rotate
 

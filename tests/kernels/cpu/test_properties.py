@@ -28,7 +28,8 @@ from train.kernels.fp8.compiled_casts import load_casts
 from train.kernels.fp8.formats import E4M3, E5M2, E5M6, TILE, WHOLE_SIDE, Cast, unpack_e5m6
 from train.kernels.fp8.groups import PaddedGroups
 from train.kernels.fp8.quantize import QuantizedTensor, dequantize_reference, quantize_reference
-from train.kernels.plain.plain_kernels import PlainHeads, PlainKernels
+from train.kernels.plain.heads import PlainHeads
+from train.kernels.plain.plain_kernels import PlainKernels
 from train.model.attention import AttentionInput
 from train.model.rope import Rope
 from train.model.sequence import Rectangle, SeenKeys

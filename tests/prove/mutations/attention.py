@@ -5,8 +5,8 @@ import torch
 from tests.prove.mutations.registry import BACKWARD, FORWARD, OURS, mutation
 from tests.prove.mutations.seams import Seams
 from train.kernels.plain import plain_kernels
+from train.kernels.plain.heads import PlainHeads
 from train.kernels.plain.plain_attention import PlainAttention
-from train.kernels.plain.plain_kernels import PlainHeads
 from train.model.deepseek import DeepSeekV3
 from train.model.mla import MLA
 from train.model.mtp import MTP

@@ -1,4 +1,4 @@
-"""What the router does with its logits (train/model/moe.py has the formulas), in torch's operations.
+"""What the router does with its logits (train/model/router.py has the formulas), in torch's operations.
 
 Shapes: B sequences, T positions, E experts, K = top_k, G groups, N sequences or samples that are counted one by one.
 """

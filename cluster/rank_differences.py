@@ -1,0 +1,213 @@
+"""The first collective or message that ranks did differently, and who of them is wrong: see the top of compare_ranks.py."""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from cluster.comm_ring import CommRecord, RankTrace
+from cluster.judgement import (
+    Fault,
+    Judgement,
+    channel_of,
+    list_ranks,
+    name_record,
+    place_in_words,
+    ranks_in_words,
+    record_in_words,
+)
+
+Signature = tuple[Any, ...]
+EVEN = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "reduce", "send", "receive")
+"""In which all ranks of a group, or both ends, have as many elements, in every step."""
+
+
+def _common(record: CommRecord) -> Signature:
+    """What all ranks of a group must have alike in a collective."""
+    if record.kind in EVEN:
+        return record.kind, record.dtype, record.sent, record.received
+    return (record.kind, record.dtype) if record.kind == "all_to_all" else (record.kind,)
+
+
+def _whole(record: CommRecord) -> Signature:
+    return record.kind, record.dtype, record.sent, record.received, record.peer
+
+
+def find_difference(traces: Mapping[int, RankTrace]) -> Judgement | None:
+    """The first collective of a group that its ranks did differently, or the first message that its two ends see differently."""
+    by_group = defaultdict[tuple, dict[int, dict[int, CommRecord]]](lambda: defaultdict(dict))
+    for rank, trace in traces.items():
+        for record in trace.records:
+            if record.peer < 0:
+                by_group[record.group.name, record.group.ranks][record.seq][rank] = record
+    found: list[tuple[float, Callable[[], Judgement]]] = []
+    for seqs in by_group.values():
+        for seq in sorted(seqs):
+            members = seqs[seq]
+            if len(members) < 2:
+                continue
+            key = _common if len({_common(record) for record in members.values()}) > 1 else None
+            if key is None and _loses(members):
+                key = _whole
+            if key is not None:
+                began = max(record.began for record in members.values())
+                found.append((began, lambda members=members, key=key: _blame(traces, by_group, members, key)))
+                break
+    found += [(late, lambda pair=pair: _blame_message(traces, *pair)) for late, pair in _odd_messages(traces)]
+    return min(found, key=lambda one: one[0])[1]() if found else None
+
+
+def _loses(members: Mapping[int, CommRecord]) -> bool:
+    """Whether an exchange sends other amounts than are received."""
+    records = list(members.values())
+    if records[0].kind != "all_to_all" or len(records) < len(records[0].group.ranks):
+        return False
+    return sum(record.sent for record in records) != sum(record.received for record in records)
+
+
+def _blame(
+    traces: Mapping[int, RankTrace],
+    by_group: Mapping[tuple, Mapping[int, Mapping[int, CommRecord]]],
+    members: Mapping[int, CommRecord],
+    key: Callable[[CommRecord], Signature],
+) -> Judgement:
+    """Who of the ranks that did something different as the same collective is wrong."""
+    changed = {rank: deviation for rank, record in members.items() if (deviation := _deviation(traces[rank], record))}
+    votes = Counter(key(record) for record in members.values())
+    (most, count), *_ = votes.most_common(1)
+    if 0 < len(changed) < len(members):
+        odd = sorted(changed)
+    elif 2 * count > len(members):
+        odd = sorted(rank for rank, record in members.items() if key(record) != most)
+    else:
+        odd = _against_others(by_group, members, key)
+    example = next(iter(members.values()))
+    title = f"{example.group.label} {list_ranks(example.group.ranks)}"
+    if not odd:
+        did = "; ".join(f"rank {rank}: {record_in_words(record)}" for rank, record in sorted(members.items())[:4])
+        text = f"ranks {list_ranks(members)} did different things as collective {example.seq} of {title}, and who of them is wrong is not known: {did}"
+        return Judgement(Fault.unknown, (), text, example.place, among=tuple(sorted(members)))
+    rank = odd[0]
+    mine, theirs = members[rank], next((record for other, record in sorted(members.items()) if other not in odd), None)
+    fault, at = changed.get(rank) or (_kind_of(mine, theirs), mine)
+    if len({one for one, _ in changed.values()}) > 1 or theirs is None:
+        theirs = theirs or mine
+    text = f"{ranks_in_words(odd)} {fault.value} in {title}: "
+    if fault in (Fault.skipped, Fault.repeated, Fault.reordered):
+        text += f"{name_record(at)}{place_in_words(at.place)} in step {mine.step}; so it did {record_in_words(mine)} where the others did {record_in_words(theirs)}"
+    else:
+        text += f"as number {mine.seq} it did {record_in_words(mine)}, the others {record_in_words(theirs)}"
+    return Judgement(fault, tuple(odd), text, (at.place if fault is Fault.skipped else mine.place) or mine.place)
+
+
+def _against_others(by_group: Mapping, members: Mapping[int, CommRecord], key: Callable) -> list[int]:
+    """The ranks that do not do what groups of the same kind do elsewhere, where these agree."""
+    example = next(iter(members.values()))
+    elsewhere = {
+        key(record)
+        for (name, ranks), seqs in by_group.items()
+        if ranks != example.group.ranks and len(ranks) == len(example.group.ranks)
+        for record in seqs.get(example.seq, {}).values()
+        if record.group.label == example.group.label
+    }
+    if len(elsewhere) != 1:
+        return []
+    odd = sorted(rank for rank, record in members.items() if key(record) not in elsewhere)
+    return odd if len(odd) < len(members) else []
+
+
+def _kind_of(mine: CommRecord, theirs: CommRecord | None) -> Fault:
+    if theirs is None or mine.kind != theirs.kind:
+        return Fault.other
+    same_type, same_size = mine.dtype == theirs.dtype, (mine.sent, mine.received) == (theirs.sent, theirs.received)
+    return Fault.resized if same_type else Fault.retyped if same_size else Fault.other
+
+
+def _deviation(trace: RankTrace, record: CommRecord) -> tuple[Fault, CommRecord] | None:
+    """What a rank did differently in a group in this step than in the step before, up to this record; None where it did the same or
+    nothing is known of that step.
+    """
+
+    def of(step: int) -> list[CommRecord]:
+        return [one for one in trace.records if one.step == step and channel_of(one) == channel_of(record)]
+
+    return first_change(trace, record.step, of(record.step - 1), of(record.step), record.seq)
+
+
+def first_change(
+    trace: RankTrace, step: int, before: list[CommRecord], now: list[CommRecord], until: int | None
+) -> tuple[Fault, CommRecord] | None:
+    """until: the number after which nothing counts."""
+    if not before or trace.records[0].step >= step - 1:  # the ring has lost the beginning of that step
+        return None
+
+    def alike(one: CommRecord, other: CommRecord) -> bool:
+        return _common(one) == _common(other) and one.peer == other.peer
+
+    def matches(i: int, j: int) -> int:
+        """For how long the present from i on does what the past did from j on; at the same place of the program counts twice."""
+        count = 0
+        for one, other in zip(now[i:], before[j:], strict=False):
+            if not alike(one, other):
+                break
+            count += 1 + (one.place == other.place)
+        return count
+
+    for i, one in enumerate(now):
+        if until is not None and one.seq > until:
+            return None
+        if i >= len(before):
+            return (Fault.repeated, one) if i and alike(one, now[i - 1]) else (Fault.other, one)
+        if alike(one, before[i]):
+            continue
+        swaps = i + 1 < min(len(now), len(before)) and alike(one, before[i + 1]) and alike(now[i + 1], before[i])
+        swapped = min(2, matches(i, i + 1)) + min(2, matches(i + 1, i)) + matches(i + 2, i + 2) if swaps else 0
+        later = next((j for j in range(i + 1, min(i + 4, len(before))) if alike(one, before[j])), None)
+        skipped = matches(i, later) if later is not None else 0
+        repeated = matches(i, i - 1) if i and alike(one, before[i - 1]) else 0
+        if swapped and swapped >= max(skipped, repeated):
+            return Fault.reordered, one
+        if skipped and skipped >= repeated:
+            return Fault.skipped, before[i]
+        if repeated:
+            return Fault.repeated, one
+        return _kind_of(one, before[i]), one
+    return None
+
+
+def _odd_messages(traces: Mapping[int, RankTrace]) -> list[tuple[float, tuple[int, CommRecord, int, CommRecord]]]:
+    """Sends whose receive, of the same number, has another size or type: when the later of both began, and both."""
+    sends = {
+        (record.group.name, rank, record.peer, record.seq): record
+        for rank, trace in traces.items()
+        for record in trace.records
+        if record.kind == "send"
+    }
+    odd = []
+    for rank, trace in traces.items():
+        for record in trace.records:
+            sent = sends.get((record.group.name, record.peer, rank, record.seq)) if record.kind == "receive" else None
+            if sent is not None and (sent.sent, sent.dtype) != (record.received, record.dtype):
+                odd.append((max(sent.began, record.began), (record.peer, sent, rank, record)))
+    return odd
+
+
+def _blame_message(
+    traces: Mapping[int, RankTrace], sender: int, sent: CommRecord, receiver: int, received: CommRecord
+) -> Judgement:
+    """Who of the two ends of a message is wrong."""
+    changed = {
+        rank: found
+        for rank, record in ((sender, sent), (receiver, received))
+        if (found := _deviation(traces[rank], record))
+    }
+    text = f"rank {sender} did {record_in_words(sent)}{_action_in_words(sent)}, and rank {receiver} {record_in_words(received)}{_action_in_words(received)}"
+    if len(changed) != 1:
+        return Judgement(
+            Fault.unknown, (), f"{text}; who of them is wrong is not known", received.place, among=(sender, receiver)
+        )
+    (rank, (fault, at)), *_ = changed.items()
+    return Judgement(fault, (rank,), f"rank {rank} {fault.value}: {text}", at.place)
+
+
+def _action_in_words(record: CommRecord) -> str:
+    return f" in action {record.action}" if record.action else ""
