@@ -60,8 +60,8 @@ class Program:
         """Numbers of the actions that differ in more than their micro-batches, and the first of each."""
         self._steps: list[tuple[int, int, list[int]]] = []
         """Rank, number of the kind, and the steps on other ranks that it needs."""
-        rank_of = {part.stage: rank for rank, line in enumerate(actions) for action in line for part in _parts(action)}
-        last, position = max(rank_of), [0] * len(actions)
+        last = max(part.stage for line in actions for action in line for part in _parts(action))
+        position = [0] * len(actions)
         made: dict[tuple[str, int, int], int] = {}
         progress = True
         while progress:
@@ -75,7 +75,8 @@ class Program:
                     made.update((_result(part), len(self._steps)) for part in _parts(action))
                     kind = action.kind, *(part.stage for part in _parts(action))
                     number, _ = self._kinds.setdefault(kind, (len(self._kinds), action))
-                    self._steps.append((rank, number, [made[need] for need in needs if rank_of[need[1]] != rank]))
+                    needed = [made[need] for need in needs]
+                    self._steps.append((rank, number, [step for step in needed if self._steps[step][0] != rank]))
                     position[rank], progress = position[rank] + 1, True
         stuck = {
             rank: line[at] for rank, (line, at) in enumerate(zip(actions, position, strict=True)) if at < len(line)

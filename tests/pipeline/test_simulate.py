@@ -74,3 +74,9 @@ def test_transfers_between_ranks_take_time():
 def test_a_circle_is_found():
     with pytest.raises(AssertionError, match="waits for another"):
         simulate([[Action("B", 0, 0), Action("F", 0, 0)]], lambda action: 1.0)
+
+
+def test_a_stage_of_two_ranks_waits_for_the_right_one():
+    """Micro-batch 0 goes from rank 0 to rank 1, micro-batch 1 the other way: each pays one transfer."""
+    lines = [[Action("F", 0, 0), Action("F", 1, 1)], [Action("F", 0, 1), Action("F", 1, 0)]]
+    assert simulate(lines, lambda action: 1.0, transfer=0.5).starts == [[0, 1.5], [0, 1.5]]
