@@ -10,11 +10,18 @@ the whole laboratory's program. Beside them stands what a factor for every gener
 make of the mean error: so little that plans have none.
 
 Then DeepSeek's own job, part by part (2048 H800, 14.8T tokens; ISCA paper 2505.09343, table 4, MPFT column; V3 report, table 1), with its means:
-DeepGEMM's rates, DeepEP's of its first release, experts in balance. Which layers they gave to which stage is not published, so there are three
-plans: with equally long stages, as if the map were perfect; with the trainer's own split (`1, 30 x 2, 0` layers: the last stage has head and MTP
-module alone); and with the split that the plan names as the faster one. The trace of DeepSeek's profile (one layer, forward and backward in a
-pair, 4096 tokens, EP 64) is not an input either; its pieces are compared one by one, on the 112 SMs that transfers leave there. Its products for the
-gradients of weights run on two streams at once, so that their seconds add up to more than they take; its two dispatches move the same bytes.
+DeepGEMM and DeepEP as first released (February 2025, the nearest to the job and of the month of its profile), experts in balance. 1F, 1B and 1W are
+"forward time, input backward time, and weight backward time" of what runs alone, so a whole backward counts as both. Three plans:
+
+    DualPipe's order     its own (bench/dualpipe.py), 16 stages of 4 layers as in its profile, the last with one, MTP module and head. In pairs the
+                         kernels of layers are launched for the 112 SMs that transfers leave, as in the profile; head and loss are not
+    the trainer's split  what `mode=plan` says: dualpipev, `1, 30 x 2, 0` layers: one rank has the whole last stage, with head and MTP module
+    the split it names   the faster one that the plan names
+
+Which layers they gave to which stage is not published. The trace of DeepSeek's profile (one layer, forward and backward in a pair, 4096 tokens, EP 64)
+is not an input; its pieces are compared one by one, on the 112 SMs. Products for the gradients of weights run on two streams there: their time
+is that in which any of them runs (the sum is 8.19 ms). Rates of transfers are of DeepEP's own test: alone on the device, 24 SMs (20 in the profile), counts
+known before, as for gradients. Nobody has published the time of a dispatch that first learns its counts from the host, as the forward one does.
 Last the same job by our means, which is `conf=deepseek_v3`.
 
 Experts are balanced in these plans, as they were forced to be. A layout that ran for others may not fit in this trainer, which keeps
@@ -27,21 +34,24 @@ import argparse
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from bench.published_jobs import DEEPSEEK, OURS, PublishedJob, published_jobs
+from bench.dualpipe import dualpipe_actions
+from bench.published_jobs import DEEPSEEK, OURS, SIXTEEN, PublishedJob, published_jobs
 from conf.load import compose
 from conf.schema import Config
-from parallel.pipeline.orders import Action, schedule_actions
+from parallel.pipeline.orders import Action
 from parallel.pipeline.simulate import simulate
+from parallel.pipeline.split import split_as_given
 from train.model.count import flops_per_token
 from train.plan.budget import RunPlan, make_plan
 from train.plan.job import layout_of
 from train.plan.report.plan_record import reserve_words, verdict
 from train.plan.search.changes import with_changes
 from train.plan.search.cures import find_split
+from train.plan.time.passes import Segment, overlapped
 from train.plan.time.rates import PUBLISHED_SPREAD, load_rates
 from train.plan.time.stages import Stages
 from train.plan.time.step_time import StepTime, plan_time
@@ -63,7 +73,7 @@ PUBLISHED = {
 }
 TRACE = {
     "pair of one layer": 32.25,
-    "Wgrad products": 8.19,
+    "Wgrad products": 6.87,
     "routed products, F and Dgrad": 5.73,
     "dense products, F, Dgrad, again": 4.71,
     "attention backward": 4.25,
@@ -83,30 +93,58 @@ class Seconds:
 
     step: float
     by_kind: dict[str, float]
+    """F, I (backward of inputs) and W alone, and pairs, mean over ranks; a whole backward is split into I and W."""
     bubble: float
     update: float
 
 
-def even(config: Config) -> Seconds:
-    """The step if all stages were as long as their mean."""
-    layout = layout_of(config)
-    stages = Stages(config, layout, load_rates(config, alone=False))
-    actions = schedule_actions(config.parallel.schedule, layout.pp, stages.sizes.micro_batches)
-    all_actions = [action for line in actions for action in line]
-    ids = range(len(stages.layers))
-    mean = {kind: sum(stages.elapsed(Action(kind, stage, 0)).seconds for stage in ids) / len(ids) for kind in "FBIW"}
-    mean["I"] = mean["B"] - mean["W"]  # stage 0 does all of its backward in W
-    pairs = {tuple(half.stage for half in one.halves): one for one in all_actions if one.halves}
-    if pairs:
-        mean["FB"] = sum(stages.elapsed(pair).seconds for pair in pairs.values()) / len(pairs)
-    result = simulate(actions, lambda action: mean[action.kind])
-    by_kind = {kind: sum(mean[kind] for one in all_actions if one.kind == kind) / layout.pp for kind in mean}
-    update = plan_time(config).update.seconds
-    return Seconds(result.makespan + update, by_kind, result.bubble * result.makespan, update)
+def seconds_by_kind(lines: Sequence[Sequence[Action]], length: Callable[[Action], float]) -> dict[str, float]:
+    """By kind of Seconds. length: of an action."""
+    total: dict[str, float] = defaultdict(float)
+    for action in (action for line in lines for action in line):
+        kind, seconds = action.kind, length(action) / len(lines)
+        if kind == "B":
+            weights = length(action._replace(kind="W")) / len(lines)
+            total["W"] += weights
+            kind, seconds = "I", seconds - weights
+        total[kind] += seconds
+    return total
 
 
 def own(step: StepTime) -> Seconds:
-    return Seconds(step.step_seconds, step.action_seconds, step.bubble_seconds, step.update.seconds)
+    by_kind = seconds_by_kind(step.actions, step.length)
+    return Seconds(step.step_seconds, by_kind, step.bubble_seconds, step.update.seconds)
+
+
+def in_dualpipe(config: Config, step: StepTime) -> Seconds:
+    """The recipe in DualPipe's order. step: as planned."""
+    stages = Stages(config, layout_of(config), load_rates(config, alone=False))
+    stages.layers = split_as_given(SIXTEEN)
+    last, left = len(stages.layers) - 1, 1 - stages.taken
+
+    def held(segments: list[Segment], head: int | None) -> list[Segment]:
+        slow = [replace(one, compute=one.compute / left, beside=one.beside / left) for one in segments]
+        if head is not None:
+            slow[head] = segments[head]
+        return slow
+
+    def length(action: Action) -> float:
+        if action.halves:
+            forward, backward = action.halves
+            return overlapped(
+                held(stages.directions(forward.stage).forward.segments, -1 if forward.stage == last else None),
+                held(stages.directions(backward.stage).backward.segments, 0 if backward.stage == last else None),
+                0.0,
+            ).seconds
+        if action.stage == 0 and action.kind in "IW":  # which torch cannot split; weights as many as of the next stage
+            weights = stages.elapsed(Action("W", 1, 0)).seconds
+            return weights if action.kind == "W" else stages.elapsed(Action("B", 0, 0)).seconds - weights
+        return stages.elapsed(action).seconds
+
+    lines = dualpipe_actions(stages.layout.pp, stages.sizes.micro_batches)
+    found = simulate(lines, length, step.transfer_seconds)
+    update = step.update.seconds
+    return Seconds(found.makespan + update, seconds_by_kind(lines, length), found.bubble * found.makespan, update)
 
 
 def figures(config: Config, seconds: Seconds) -> dict[str, float]:
@@ -116,11 +154,11 @@ def figures(config: Config, seconds: Seconds) -> dict[str, float]:
     causal, full = (rate * flops_per_token(config.model, config.seq_len, mask) for mask in (True, False))
     hours_per_token = seconds.step * devices / 3600 / tokens
     peak = config.hardware.bf16_flops
-    kinds = {kind: seconds.by_kind.get(kind, 0.0) for kind in ("F", "B", "I", "W", "FB")}
+    kinds = seconds.by_kind
     return {
         "step (s)": seconds.step,
         "1F (s)": kinds["F"],
-        "1B (s)": kinds["B"] + kinds["I"],
+        "1B (s)": kinds["I"],
         "1W (s)": kinds["W"],
         "1F1B (s)": kinds["FB"],
         "bubble (s)": seconds.bubble,
@@ -283,7 +321,7 @@ def main() -> None:
     config = compose(*DEEPSEEK)
     plan = make_plan(config)
     columns = {
-        "even stages": figures(config, even(config)),
+        "DualPipe's order": figures(config, in_dualpipe(config, plan.step)),
         "the trainer's split": figures(config, own(plan.step)),
     }
     if (named := find_split(plan)) is not None:

@@ -5,7 +5,10 @@ import math
 import pytest
 
 from bench import plan_published as bench
-from bench.published_jobs import PublishedJob, published_jobs
+from bench.published_jobs import DEEPSEEK, PublishedJob, published_jobs
+from conf.load import compose
+from parallel.pipeline.orders import Action
+from train.plan.time.step_time import plan_time
 
 
 def _planned(source: str, error: float, group=("Hopper", "FP8")) -> bench.PlannedJob:
@@ -40,6 +43,21 @@ def test_a_factor_is_fitted_to_other_sources_of_the_same_kind():
     jobs = [_planned("a 1", 0.2), _planned("b 1", 0.2), _planned("c 1", 0.0, ("Blackwell", "FP8"))]
     each = abs(math.expm1(0.2 / 2 - 0.2))
     assert bench.fitted_error(jobs, lambda job: job.source) == pytest.approx(2 / 3 * each)
+
+
+def test_a_whole_backward_counts_as_inputs_and_weights():
+    lines = [[Action("F", 1, 0), Action("B", 1, 0)], [Action("I", 0, 0), Action("W", 0, 0)]]
+    seconds = {"F": 1.0, "B": 5.0, "I": 4.0, "W": 2.0}
+    assert bench.seconds_by_kind(lines, lambda action: seconds[action.kind]) == {"F": 0.5, "I": 3.5, "W": 2.0}
+
+
+@pytest.mark.slow  # a plan of 16 ranks
+def test_deepseeks_job_is_near_in_all_parts_in_its_own_order():
+    config = compose(*DEEPSEEK)
+    found = bench.figures(config, bench.in_dualpipe(config, plan_time(config)))
+    assert found["step (s)"] == pytest.approx(bench.PUBLISHED["step (s)"], rel=0.1)
+    for part, published in list(bench.PUBLISHED.items())[1:7]:
+        assert found[part] == pytest.approx(published, rel=0.3), part
 
 
 @pytest.mark.slow  # all 53 plans

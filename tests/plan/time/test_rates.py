@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from bench.published_jobs import DEEPSEEK
 from conf.errors import UserError
 from conf.load import compose
 from conf.schema import Rate
@@ -25,6 +26,8 @@ FPROP = [
     (1, 4096, 7168, 16384, 1426), (1, 4096, 4096, 7168, 1265), (1, 4096, 7168, 2048, 1168),
     (4, 8192, 4096, 7168, 1346), (4, 8192, 7168, 2048, 1214), (8, 4096, 4096, 7168, 1346), (8, 4096, 7168, 2048, 1214),
 ]  # fmt: skip
+FIRST = [1058, 990, 590, 1358, 1304, 1025, 1297, 1099, 1288, 1093]
+"""TFLOP/s of the same shapes at its release, a6d97a1."""
 # DeepGEMM pull request 95: weight gradients with fp32 results, which are read and written.
 WGRAD = [
     (1, 7168, 2112, 4096, 920), (1, 1536, 24576, 4096, 986), (1, 512, 32768, 4096, 878), (1, 16384, 7168, 4096, 994),
@@ -46,6 +49,11 @@ def test_shipped_products_are_the_fit_of_published_timings(kind, table, result_b
     shipped = compose("hardware=h800").hardware.rates[kind]
     assert worst < 0.12, "a roofline explains the published table to 12 %"
     assert vars(shipped) == pytest.approx(vars(rate), rel=0.01)
+
+
+def test_deepseeks_job_is_planned_with_the_products_of_its_time():
+    rate, worst = fit_rate([_sample(*shape, tflops, 2) for (*shape, _), tflops in zip(FPROP, FIRST, strict=True)])
+    assert worst < 0.06 and vars(compose(*DEEPSEEK).hardware.rates["fprop_fp8"]) == pytest.approx(vars(rate), rel=0.01)
 
 
 def test_a_fit_finds_exact_limits_and_never_a_negative_one():
