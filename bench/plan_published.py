@@ -19,9 +19,10 @@ DeepGEMM and DeepEP as first released (February 2025, the nearest to the job and
     the split it names   the faster one that the plan names
 
 Which layers they gave to which stage is not published. The trace of DeepSeek's profile (one layer, forward and backward in a pair, 4096 tokens, EP 64)
-is not an input; its pieces are compared one by one, on the 112 SMs. Products for the gradients of weights run on two streams there: their time
-is that in which any of them runs (the sum is 8.19 ms). Rates of transfers are of DeepEP's own test: alone on the device, 24 SMs (20 in the profile), counts
-known before, as for gradients. Nobody has published the time of a dispatch that first learns its counts from the host, as the forward one does.
+is no input but for its 112 SMs, which the V3 report has too (3.2.2: 20 of 132 for transfers); its pieces are compared one by one. Products for the
+gradients of weights run on two streams there: their time is that in which any of them runs (the sum is 8.19 ms). Rates of transfers are of DeepEP's
+own test: alone on the device, 24 SMs (20 in the profile), counts known before, as for gradients. Nobody has published the time of a dispatch that
+first learns its counts from the host, as the forward one does.
 Last the same job by our means, which is `conf=deepseek_v3`.
 
 Experts are balanced in these plans, as they were forced to be. A layout that ran for others may not fit in this trainer, which keeps
