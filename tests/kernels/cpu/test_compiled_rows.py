@@ -83,14 +83,14 @@ CASES = {
     "norm": lambda: norm(70, 96),
     "norm of an odd width": lambda: norm(131, 37),
     "norm of one row": lambda: norm(1, 16),
-    "norm of many rows": lambda: norm(4100, 8),  # more than 64 parts of 64
+    "norm of many rows": lambda: norm(4100, 16),  # more than 64 parts of 64; work for two threads
     "norm of no rows": lambda: norm(0, 24),
     "swiglu": lambda: gated(33, 48, False),
     "swiglu of an odd width": lambda: gated(9, 19, False),
-    "swiglu with gates": lambda: gated(33, 48, True),
+    "swiglu with gates": lambda: gated(350, 48, True),  # work for two threads
     "swiglu with gates, odd": lambda: gated(7, 5, True),
     "swiglu of no rows": lambda: gated(0, 16, True),
-    "heads": lambda: heads(2, 37, 3, 32, 16, 32),
+    "heads": lambda: heads(2, 150, 5, 32, 16, 32),  # work for two threads
     "heads of odd widths": lambda: heads(1, 21, 2, 13, 6, 7),
     "heads of one position": lambda: heads(1, 1, 1, 1, 2, 1),
     "heads of many pairs": lambda: heads(1, 9, 5, 128, 64, 128),

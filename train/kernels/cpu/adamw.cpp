@@ -59,6 +59,7 @@ extern "C" {
 double sum_of_squares(const float* x, i64 n, i64 threads) {
   const i64 pieces = (n + PIECE - 1) / PIECE;
   std::vector<float> sums(pieces);
+  threads = threads_for(n, threads);
 #pragma omp parallel for num_threads(threads) if (threads > 1)
   for (i64 piece = 0; piece < pieces; ++piece) sums[piece] = squares(x + piece * PIECE, std::min(PIECE, n - piece * PIECE));
   double sum = 0;
@@ -67,6 +68,7 @@ double sum_of_squares(const float* x, i64 n, i64 threads) {
 }
 
 void adamw(float* weight, const float* gradient, u16* mean, u16* square, i64 n, const Settings* settings, i64 threads) {
+  threads = threads_for(2 * n, threads);
 #pragma omp parallel for num_threads(threads) if (threads > 1)
   for (i64 i = 0; i < n; i += PIECE)
     along(std::min(PIECE, n - i), [=](i64 j, auto which) {

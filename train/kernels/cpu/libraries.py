@@ -5,6 +5,7 @@ operations, which the code is tested against. So are matrix products where torch
 """
 
 import ctypes
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
 
@@ -25,8 +26,8 @@ def why_absent() -> str | None:
     if not has_avx2():
         return "this CPU has no AVX2"
     try:
-        for name in LIBRARY_NAMES:
-            library(name)
+        with ThreadPoolExecutor() as builders:  # one compiler uses one core
+            list(builders.map(library, LIBRARY_NAMES))
     except UserError as error:
         return str(error)
     return None

@@ -217,11 +217,13 @@ double bf16_rate() {
 }
 
 void products(const Problem* problem, const Part* parts, i64 count, i64 threads) {
-  i64 rows = 0, longest = 0;
+  i64 rows = 0, longest = 0, pairs = 0;
   for (i64 i = 0; i < count; ++i) {
     rows = std::max(rows, parts[i].rows);
+    pairs += parts[i].rows * (parts[i].end - parts[i].begin);
     longest = std::max(longest, parts[i].end - parts[i].begin);
   }
+  threads = threads_for(pairs * problem->columns / PANEL, threads);
   const auto sides_of = [=](i64 height, i64 width) { return Sides{even(rows, height, ROWS), even(problem->columns, width, PANEL)}; };
   Sides sides = sides_of(HEIGHT, WIDTH);
   std::vector<Block> blocks = problem->blocks(parts, count, sides);

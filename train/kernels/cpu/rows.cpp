@@ -177,6 +177,7 @@ struct Split {
   template <class Job>
   void each(i64 threads, const Job& job) const {
     const i64 jobs = (length + POSITIONS - 1) / POSITIONS;
+    threads = threads_for(batch * length * heads * (nope + rope), threads);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
       std::vector<float> sums(POSITIONS * rope);
@@ -195,6 +196,7 @@ extern "C" {
 
 void rms_norm_forward(const u16* x, i64 x_row, const u16* weight, u16* y, float* rstd, i64 rows, i64 width, float eps,
                       i64 threads) {
+  threads = threads_for(rows * width, threads);
 #pragma omp parallel for num_threads(threads) if (threads > 1)
   for (i64 n = 0; n < rows; ++n) norm_row(x + n * x_row, weight, y + n * width, rstd + n, width, eps);
 }
@@ -204,6 +206,7 @@ void rms_norm_backward(const u16* grad, i64 grad_row, const u16* x, i64 x_row, c
                        float* dweight, i64 rows, i64 width, i64 threads) {
   const i64 part = std::max(PART, (rows + PARTS - 1) / PARTS), parts = (rows + part - 1) / part;
   std::vector<float> sums(dweight ? parts * width : 0);
+  threads = threads_for(rows * width, threads);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
 #pragma omp for
@@ -221,6 +224,7 @@ void rms_norm_backward(const u16* grad, i64 grad_row, const u16* x, i64 x_row, c
 
 // gates may be null.
 void swiglu_forward(const u16* h, i64 h_row, const float* gates, u16* out, i64 rows, i64 inner, i64 threads) {
+  threads = threads_for(4 * rows * inner, threads);
 #pragma omp parallel for num_threads(threads) if (threads > 1)
   for (i64 n = 0; n < rows; ++n) swiglu_row(h + n * h_row, gates ? gates + n : nullptr, out + n * inner, inner);
 }
@@ -228,6 +232,7 @@ void swiglu_forward(const u16* h, i64 h_row, const float* gates, u16* out, i64 r
 // gates and dgates may be null, together.
 void swiglu_backward(const u16* grad, i64 grad_row, const u16* h, i64 h_row, const float* gates, u16* dh, float* dgates,
                      i64 rows, i64 inner, i64 threads) {
+  threads = threads_for(4 * rows * inner, threads);
 #pragma omp parallel for num_threads(threads) if (threads > 1)
   for (i64 n = 0; n < rows; ++n)
     swiglu_row_backward(grad + n * grad_row, h + n * h_row, gates ? gates + n : nullptr, dh + n * 2 * inner,
@@ -238,6 +243,7 @@ void swiglu_backward(const u16* grad, i64 grad_row, const u16* h, i64 h_row, con
 bool cross_entropy(u16* logits, const i64* targets, float* losses, i64 rows, i64 width, float scale, bool gradient, i64 threads) {
   for (i64 n = 0; n < rows; ++n)
     if (targets[n] < 0 || targets[n] >= width) return false;
+  threads = threads_for(4 * rows * width, threads);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     std::vector<float> powers(width);

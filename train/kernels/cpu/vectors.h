@@ -20,6 +20,10 @@ struct Stream {
   Stream operator+(i64 n) const { return {at + n}; }
 };
 
+// Threads for work of about so many cycles: each has as many as it takes to wake one, some ten microseconds.
+constexpr i64 WAKING = 1 << 15;
+inline i64 threads_for(i64 cycles, i64 threads) { return std::clamp<i64>(cycles / WAKING, 1, threads); }
+
 // All values of a vector, or the first few, the rest being zero.
 struct All {};
 
