@@ -100,6 +100,7 @@ def parallelize(
         units=(Block, MTP),
         draws=dict(ChainMap(*draws)),
     )
+    model.pipeline.on_chunk_end = zero.reduce_ahead
     for chunk in chunks:
         model.precision.watch(chunk)
     return ParallelModel(chunks, model.pipeline, model.dispatcher, model.precision, model.share, zero)

@@ -23,6 +23,7 @@ from conf.pipeline_schedules import SCHEDULES
 from parallel.pipeline.host_store import HostStore
 from parallel.pipeline.orders import ORDERS, Action, schedule_actions
 from parallel.pipeline.overlap import Lanes, overlapped_pair
+from parallel.pipeline.simulate import what_runs
 from parallel.pipeline.stage import Stage
 from parallel.pipeline.timeline import timeline_of
 
@@ -68,6 +69,10 @@ class Pipeline(Generic[Chunk]):
         """What stages are made as, before the first step."""
         self.on_action: Callable[[str, int, int], None] = lambda kind, stage, micro_batch: None
         """Told of every action as it begins."""
+        self.on_chunk_end: Callable[[int], None] = lambda chunk: None
+        """Told which chunk's gradients are whole, as soon as they are, where other chunks of the rank still have work."""
+        self._left: dict[int, int] = {}
+        """Backward passes to come in this step, by stage."""
         self._host = host
         self._lanes = Lanes(device, timeout) if overlap and self.facts.pairs else None
         placement = self.facts.place_stages(num_stages // each, each)
@@ -101,6 +106,7 @@ class Pipeline(Generic[Chunk]):
         schedule = self._schedule(tokens_BS, micro_batches, float(micro_batches) if mean is None else mean)
         keywords = {"tokens_BS": tokens_BS} | _given(documents_BS, supervised_BS)
         losses: list[Tensor] = []
+        self._left = dict.fromkeys(self.stage_ids, micro_batches)
         if self._host is not None:
             self._host.start(*self._actions(micro_batches))
         with self.timeline.step():
@@ -229,6 +235,13 @@ class Pipeline(Generic[Chunk]):
         hosted = nullcontext() if self._host is None else self._host.acting(kind, stage, micro_batch)
         with self.timeline.action(kind, stage, micro_batch, backward), hosted:
             yield
+        chunk = self.stage_ids.index(stage if backward is None else backward[0])
+        one_piece = getattr(self.modules[chunk], "backward_in_one_piece", False)
+        if backward is None and what_runs(Action(kind, stage, micro_batch), one_piece) not in ("B", "W"):
+            return
+        self._left[self.stage_ids[chunk]] -= 1
+        if not self._left[self.stage_ids[chunk]] and any(self._left.values()):
+            self.on_chunk_end(chunk)
 
     def _example(self, boundary: int, B: int, S: int) -> Tensor:
         """What crosses the boundary before stage `boundary`: tokens, hidden states, or (at the end) the loss."""

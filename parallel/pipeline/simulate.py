@@ -6,7 +6,7 @@ Each rank executes its list in order; an action starts when the rank is free and
     W(stage, m) needs I(stage, m);        FB(F, B), an overlapped pair, needs what both halves need.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from parallel.pipeline.orders import Action
@@ -41,6 +41,19 @@ def what_runs(action: Action, one_piece: bool) -> str:
     if action.kind not in ("I", "W") or not (one_piece or action.stage == 0):
         return action.kind
     return "B" if action.kind == ("I" if one_piece else "W") else ""
+
+
+def stages_ahead(actions: Sequence[Action], one_piece: int | None = None) -> dict[int, int]:
+    """Stages of a rank whose last backward comes before that of another, in that order, and which action it is. one_piece: a stage as in
+    `what_runs`.
+    """
+    ends = {
+        part.stage: place
+        for place, action in enumerate(actions)
+        for part in _parts(action)
+        if what_runs(part, part.stage == one_piece) in ("B", "W")
+    }
+    return dict(sorted(ends.items(), key=lambda end: end[1])[:-1])
 
 
 def simulate(actions: list[list[Action]], duration: Callable[[Action], float], transfer: float = 0.0) -> Simulation:

@@ -138,6 +138,7 @@ class Zero:
                 ranks=mesh.layout.stage_ranks,
                 norm=self._global_norm,
                 close=self._close,
+                show=self._show_local,
                 clip=clip,
                 offload=offload,
             )
@@ -160,6 +161,14 @@ class Zero:
     def accumulate(self) -> AbstractContextManager[None]:
         """Everything between two optimizer steps runs inside; afterwards the gradients are reduced."""
         return self._weights.accumulate()
+
+    def reduce_ahead(self, chunk: int) -> None:
+        """Tell that this chunk's gradients are whole, while other chunks of the rank still work: at stages 1 and 2 they are reduced."""
+        if isinstance(self._weights, WholeWeights):
+            others = [set(one.parameters()) for one in self.engine.module]
+            own = others.pop(chunk)
+            shared = {self.tied, *(param for other in others for param in other)}
+            self._weights.reduce_ahead(own - shared)
 
     def step(self, valid: bool | Tensor = True, doubts: Callable[[float], bool] | None = None) -> Update:
         """Clip, update the shard, gather the weights. Skips the update if not `valid`, which may be a scalar on the device, if a
@@ -271,9 +280,10 @@ class Zero:
         self._weights.refresh()
 
     def _close(self) -> None:
-        """End a step at stages 1 and 2: all gradients of this rank are there."""
+        """End a step at stages 1 and 2: all gradients of this rank are there, or reduced."""
         for param in self.names:
-            self._show_local(param)
+            if param.grad is not None:
+                self._show_local(param)
         self._sum_tied()
 
     def _show_local(self, param: nn.Parameter) -> None:

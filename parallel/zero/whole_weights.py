@@ -2,7 +2,8 @@
 
 Gradients stay local during the schedule, as fp32 `.grad`, and are reduced once when the step's last micro-batch is
 through, by DeepSpeed's public coalesce_grad_reduction. That works under pipelines too, where a schedule with split
-backward runs no gradient hooks. Gradients that no other rank shares (dp = 1; experts with ep = dp) need no reduction: the
+backward runs no gradient hooks. Of bf16 weights those of a chunk that is through before another of the rank are reduced at once, in a block of
+their own: on a GPU beside the passes that are left. Gradients that no other rank shares (dp = 1; experts with ep = dp) need no reduction: the
 optimizer takes them where they are, which DeepSpeed would copy five times on the way through its bucket.
 
 With offload the masters lie in the host's memory, moments with them, and DeepSpeed brings the shard's gradients there as it
@@ -13,7 +14,7 @@ its own pass over the gradients.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from parallel.zero.private_names import require_names
 class WholeWeights:
     """client: our optimizer under DeepSpeed's. groups: the parameters of each of its groups. shares: who else holds a
     parameter. ranks: over whose gradients the mean is taken. norm: the global gradient norm, called once per step. close:
-    called before the gradients are reduced. clip: the norm to clip to, 0 for none. offload: DeepSpeed was told to offload.
+    called before the last gradients are reduced. show: called with each that is reduced ahead of them. clip: the norm to clip to, 0 for none. offload: DeepSpeed was told to offload.
     """
 
     def __init__(
@@ -38,11 +39,12 @@ class WholeWeights:
         ranks: int,
         norm: Callable[[], Tensor],
         close: Callable[[], None],
+        show: Callable[[nn.Parameter], None],
         clip: float,
         offload: bool,
     ):
         self._offload = offload
-        self._engine, self._client, self._close, self._clip = engine, client, close, clip
+        self._engine, self._client, self._close, self._show, self._clip = engine, client, close, show, clip
         self._handover = client.handover
         self._handover.divisor = ranks
         self._optimizer = optimizer = engine.optimizer
@@ -57,6 +59,13 @@ class WholeWeights:
             number for number, params in enumerate(self._groups) if is_bf16 and shares(params[0]).ranks == 1
         ]
         """Groups whose gradients need no reduction; with fp32 weights DeepSpeed puts the shard together in the step."""
+        self._adds = is_bf16 and not offload
+        """Whether DeepSpeed adds what it reduces to a shard, so that it may do so in several blocks."""
+        self._ahead: set[nn.Parameter] = set()
+        """Whose gradients are reduced already in this step."""
+        self._blocks = contextlib.ExitStack()
+        self._stream = torch.cuda.Stream() if groups[0][0].is_cuda else None
+        """Where gradients are reduced ahead."""
         require_names(optimizer12=optimizer, **({"offload12": optimizer} if offload else {}))
         if offload:
             optimizer.temp_grad_buffer_for_gpu_offload = (
@@ -77,7 +86,9 @@ class WholeWeights:
     def accumulate(self) -> Iterator[None]:
         """Everything between two optimizer steps runs inside."""
         params = [param for group in self._groups for param in group]
-        with self._engine.coalesce_grad_reduction():
+        self._ahead.clear()
+        with self._blocks:
+            self._blocks.enter_context(self._engine.coalesce_grad_reduction())
             try:
                 yield
             except BaseException:
@@ -85,22 +96,53 @@ class WholeWeights:
                 for param in params:
                     param.grad = None
                 raise
+            if self._stream is not None:
+                torch.cuda.current_stream().wait_stream(self._stream)
             for param in params:
-                # A missing gradient on one rank alone would shift the buckets of the others.
-                if param.grad is None:
-                    param.grad = torch.zeros_like(param, dtype=torch.float32)
+                if param not in self._ahead:
+                    _complete(param)
             self._close()
             self._keep_unshared()
 
+    def reduce_ahead(self, params: Collection[nn.Parameter]) -> None:
+        """Reduce gradients that are whole, while others grow. All ranks that share them come by here at the same place of the schedule."""
+        if not self._adds:
+            return
+        unshared = {param for number in self._unshared for param in self._groups[number]}
+        growing: dict[nn.Parameter, Tensor | None] = {}
+        for param in (param for group in self._groups for param in group):
+            if param in unshared or param not in params:
+                growing[param], param.grad = param.grad, None
+                continue
+            self._ahead.add(param)
+            _complete(param)
+            self._show(param)
+            if self._stream is not None:
+                gradient_of(param).record_stream(self._stream)
+        self._hold_places()
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            self._blocks.close()
+        for param, gradient in growing.items():
+            param.grad = gradient
+        self._blocks.enter_context(self._engine.coalesce_grad_reduction())
+
     def _keep_unshared(self) -> None:
         """Hand the gradients of groups that this rank has to itself to the optimizer as they are."""
-        from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup
-
         for number in self._unshared:
             params, master = self._groups[number], self._masters[number]
             self._handover.unreduced[master] = [gradient_of(param).view(-1) for param in params]
             for param in params:
                 param.grad = None
+        self._hold_places()
+
+    def _hold_places(self) -> None:
+        """Put what DeepSpeed looks at in the place of gradients that need no reduction."""
+        from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup
+
+        for number in self._unshared:
+            master = self._masters[number]
             placeholder = torch.zeros(1, device=master.device).expand(
                 master.shape
             )  # DeepSpeed looks at its shape alone
@@ -158,6 +200,12 @@ class WholeWeights:
     def refresh(self) -> None:
         """Make the weights the rounded masters."""
         self._optimizer.update_lp_params()
+
+
+def _complete(param: nn.Parameter) -> None:
+    """Zeros where there is no gradient: one that is missing on one rank alone would shift the buckets of the others."""
+    if param.grad is None:
+        param.grad = torch.zeros_like(param, dtype=torch.float32)
 
 
 def slices_of(params: Sequence[nn.Parameter], size: int, rank: int) -> list[ShardSlice]:

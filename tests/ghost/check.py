@@ -138,10 +138,16 @@ def overlap() -> tuple[list[str], list[str]]:
     problems += [
         f"{' '.join(key)}: {problem}" for key, counts in found.items() for problem in overlap.problems(key[1], counts)
     ]
+    reductions, failed = _each(ranks.PRECISIONS, overlap.count_beside_reduction)
+    problems += failed
+    problems += [f"{key}: {one}" for key, beside in reductions.items() for one in overlap.reduction_problems(beside)]
     return problems, [
         f"launches beside each exchange of a layer, {' '.join(key)}, {how}: {' '.join(map(str, beside))}"
         for key, counts in found.items()
         for how, beside in counts.items()
+    ] + [
+        f"launches beside each reduction of a step, DualPipeV, {key}: {' '.join(map(str, beside))}"
+        for key, beside in reductions.items()
     ]
 
 

@@ -166,7 +166,10 @@ int ncclRedOpCreatePreMulSum(int *made) {
 const char *ncclGetErrorString(int error) { return error ? "refused by the ghost" : "no error"; }
 const char *ncclGetLastError(void *comm) { return "refused by the ghost"; }
 
-int ncclAllReduce(const void *sent, void *received) { return collective(__func__, sent, received); }
+int ncclAllReduce(const void *sent, void *received, size_t count, int type, int operation, void *comm, const void *stream) {
+    return exchange(__func__, sent, received, stream);
+}
+
 int ncclAllGather(const void *sent, void *received) { return collective(__func__, sent, received); }
 int ncclReduceScatter(const void *sent, void *received) { return collective(__func__, sent, received); }
 int ncclBroadcast(const void *sent, void *received) { return collective(__func__, sent, received); }

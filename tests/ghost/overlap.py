@@ -1,4 +1,4 @@
-"""Whether the exchanges of experts' rows fly beside computing, from the order of launches and waits on the ghost's streams.
+"""Whether the exchanges of experts' rows, and reductions of gradients, fly beside computing, from the order of launches and waits on the ghost's streams.
 
 A layer of DeepSeek-V3 on one of 64 ranks, its hops over NCCL's process groups, alone and as a pair of a forward and a backward. DeepEP, whose
 package needs a GPU, is a buffer that exchanges rows over such a group in the stream in which it is called.
@@ -13,8 +13,12 @@ from bench.gpu.layer import EP, RANKS_PER_NODE, Layer, layer_config
 from parallel.expert.counters import Traffic
 from parallel.expert.link import Link
 from parallel.expert.stand_in import DeepEPStandIn, NodeLimitedStandIn
+from parallel.mesh import Mesh
 from parallel.pipeline.overlap import Lanes
+from parallel.zero.engine import Zero
+from tests.ghost import ranks
 from tests.ghost.log import Event, recorded_events
+from train.loop.step import TrainingStep
 
 EXCHANGES = {"node_limited": 8, "deepep": 4}
 """Of a forward and a backward, out and back, by dispatch. In a pair all have computing beside them. Alone half of them have, the shared experts:
@@ -86,12 +90,44 @@ def problems(dispatch: str, found: dict[str, list[int]]) -> list[str]:
     return said
 
 
+def count_beside_reduction(precision: str) -> list[int]:
+    """The same for what ranks of a stage exchange in a step of DualPipeV, first ZeRO's reduction of the chunk that ends first."""
+    found, make, run = [], Zero.__init__, TrainingStep.run
+
+    def over_nccl(zero: Zero, chunks: Any, make_optimizer: Any, mesh: Mesh, **options: Any) -> None:
+        _over_nccl(mesh.stage_group, mesh.layout.stage_ranks)
+        make(zero, chunks, make_optimizer, mesh, **options)
+
+    def watched(*args: Any, **options: Any) -> Any:
+        with recorded_events() as events:
+            result = run(*args, **options)
+        found.append(events)
+        return result
+
+    Zero.__init__, TrainingStep.run = over_nccl, watched
+    try:
+        ranks.run_lone("pp 2, ep 2, dualpipev", precision)
+    finally:
+        Zero.__init__, TrainingStep.run = make, run
+    return _beside(found[-1])
+
+
+def reduction_problems(found: list[int]) -> list[str]:
+    """What is missing in what `count_beside_reduction` gives."""
+    few = not found or found[0] < COMPUTING
+    return ["gradients of the chunk that ends first are reduced beside no computing"] * few
+
+
 def _nccl_link(ranks: range, size: int) -> Link:
-    """A link whose group is NCCL's, which finds no other rank: the ghost asks for none."""
     group = dist.new_group(ranks, backend="fake")
+    _over_nccl(group, size)
+    return Link(group, range(size) if ranks.step > 1 else [0] * size)
+
+
+def _over_nccl(group: dist.ProcessGroup, size: int) -> None:
+    """Make a fake group NCCL's, which finds no other rank: the ghost asks for none."""
     backend = dist.ProcessGroupNCCL(dist.HashStore(), 0, size, dist.ProcessGroupNCCL.Options())
     group._register_backend(torch.device("cuda"), dist.ProcessGroup.BackendType.NCCL, backend)
-    return Link(group, range(size) if ranks.step > 1 else [0] * size)
 
 
 def _beside(events: list[Event]) -> list[int]:

@@ -17,6 +17,7 @@ from conf.schema import Optim
 from parallel import exchange
 from parallel.mesh import Layout, build_mesh
 from parallel.zero.engine import Zero
+from parallel.zero.sharded_weights import ShardedWeights
 from tests.ranks import plain, run_ranks, tensor_of
 from train.kernels.choice import build_kernels
 from train.optim.adamw import AdamW
@@ -84,19 +85,23 @@ def gradient(name: str, param: torch.Tensor, step: int, dp_rank: int, shape) -> 
     return value(name, shape, seed=1000 * step + dp_rank + 1) * (0.5 + step)
 
 
-def make_zero(mesh, dtype, stage, clip, moments=torch.float32, offload=False):
+def make_zero(mesh, dtype, stage, clip, moments=torch.float32, offload=False, apart=False):
+    """apart: a chunk for each layer."""
     layout = mesh.layout
     layers = range(2) if layout.pp == 1 else [mesh.pp_rank]
     share = EXPERTS // layout.ep
-    chunk = Toy(layers, range(mesh.ep_rank * share, (mesh.ep_rank + 1) * share), dtype)
+    experts = range(mesh.ep_rank * share, (mesh.ep_rank + 1) * share)
+    chunks = [Toy(part, experts, dtype) for part in ([[one] for one in layers] if apart else [layers])]
     return Zero(
-        [chunk], lambda groups: AdamW(groups, Optim(), moments, "adamw" in build_kernels("cpu").parts), mesh, stage=stage, clip=clip, offload=offload,
+        chunks, lambda groups: AdamW(groups, Optim(), moments, "adamw" in build_kernels("cpu").parts), mesh, stage=stage, clip=clip, offload=offload,
         is_expert=lambda name: "experts" in name, facts=OPTIMIZERS[ADAMW], weight_decay=0.1, units=(Part,),
     )  # fmt: skip
 
 
-def set_gradients(zero, step: int, bad: str | None = None, without: str | None = None) -> None:
-    """Two micro-batches with half of the step's gradient each. without: a parameter that this rank does not use."""
+def set_gradients(zero, step: int, bad: str | None = None, without: str | None = None, ahead: bool = False) -> None:
+    """Two micro-batches with half of the step's gradient each, chunk by chunk from the last. without: a parameter that this rank does not
+    use. ahead: the gradients of all chunks but the first are reduced as soon as they are there.
+    """
     mesh, gradients = zero.mesh, {}
     for param, name in zero.names.items():
         if "experts" in name:
@@ -110,8 +115,13 @@ def set_gradients(zero, step: int, bad: str | None = None, without: str | None =
         if name == bad:
             gradients[name].view(-1)[3] = math.inf
     gradients.pop(without, None)
-    for _ in range(2):
-        zero.engine.module[0](torch.ones((), requires_grad=True), gradients).backward(torch.tensor(0.5))
+    for number, chunk in reversed([*enumerate(zero.engine.module)]):
+        for _ in range(2):
+            chunk(torch.ones((), requires_grad=True), gradients).backward(torch.tensor(0.5))
+        if ahead and number:
+            zero.reduce_ahead(number)
+            reduced = [param.grad is None for param in chunk.parameters() if getattr(param, "allreduce", True)]
+            assert all(reduced) or isinstance(zero._weights, ShardedWeights)
 
 
 def run_zero(layout, dtype, stage, clip):
@@ -270,6 +280,26 @@ def check_missing(rank):
 
 def test_missing_gradient_on_one_rank():
     run_ranks(check_missing, world_size=2)
+
+
+def check_ahead(rank):
+    """What is reduced ahead is the same, bit by bit, where two ranks share; also behind a step that was skipped."""
+    for layout, stage in ((Layout(dp=2), 1), (Layout(dp=2, ep=2), 1), (Layout(dp=2), 2), (Layout(dp=2), 3)):
+        states = []
+        for ahead in (False, True):
+            zero, shown = make_zero(build_mesh(layout), BF16, stage, 1.0, apart=True), []
+            zero.local_observer = lambda name, shard, shown=shown: shown.append(name)
+            for step, valid in enumerate((True, False, True)):
+                with zero.accumulate():
+                    set_gradients(zero, step, without="1.gain" if rank == step else None, ahead=ahead)
+                assert zero.step(valid=valid).applied == valid
+            states.append({name: shard.local for name, shard in zero.shards().items()})
+            assert stage == 3 or sorted(shown) == sorted([*zero.names.values()] * 3)
+        assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+
+def test_gradients_are_reduced_ahead_of_the_last_pass():
+    run_ranks(check_ahead, world_size=2)
 
 
 def check_moves(rank, path):

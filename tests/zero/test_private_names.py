@@ -30,7 +30,7 @@ PUBLIC = {
 }  # fmt: skip
 """In DeepSpeed's documentation, or the marks that it documents for weights of experts."""
 OTHERS = (
-    (torch, torch.Tensor, torch.distributed, torch.optim, nn, nn.Module, nn.Parameter),
+    (torch, torch.Tensor, torch.cuda, torch.cuda.Stream, torch.distributed, torch.optim, nn, nn.Module, nn.Parameter),
     (list, dict, str, slice, ast, logging, logging.Logger, os, sys),
 )
 """What has the names that are no names of DeepSpeed's."""

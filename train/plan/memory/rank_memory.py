@@ -20,6 +20,7 @@ from conf.schema import Config, Model
 from conf.thresholds import THRESHOLDS
 from parallel.expert.stand_in import Group, Load
 from parallel.pipeline.orders import ORDERS
+from parallel.pipeline.simulate import stages_ahead
 from train.checkpoint.manifest import CRC_BLOCK
 from train.hf.export import EXPORTED_ELEMENTS
 from train.hf.read import READ_ELEMENTS
@@ -243,9 +244,11 @@ def _moments(
         )
         state, evaluated = Counter(stage3.state()), stage3.evaluation
     else:
-        reduced, updated = StepEnd(config, groups, stage_rank, scene).peaks()
+        end = max(max(stages) for stages in config.parallel.placement) if config.model.mtp_depth > 1 else None
+        ended = [*stages_ahead(actions_of(config, shortest=True)[pp_rank], end)]
+        ahead, reduced, updated = StepEnd(config, groups, stage_rank, scene).peaks([*map([*chunks].index, ended)])
         (schedule, waiting), state, evaluated = (
-            _walk(config, pp_rank, chunks, scene, shortest, depth),
+            _walk(config, pp_rank, chunks, scene, shortest, depth, dict(zip(ended, ahead, strict=False))),
             state_items(config, groups),
             lambda: max(chunk_of(scene, parts).evaluation for parts in chunks.values()),
         )
@@ -386,7 +389,13 @@ def buffer_bytes(config: Config, chunks: dict[int, Parts]) -> int:
 
 
 def _walk(
-    config: Config, pp_rank: int, chunks: dict[int, Parts], scene: Scene, shortest: bool, depth: WalkDepth
+    config: Config,
+    pp_rank: int,
+    chunks: dict[int, Parts],
+    scene: Scene,
+    shortest: bool,
+    depth: WalkDepth,
+    ahead: dict[int, tuple[int, int]],
 ) -> tuple[MemoryPeak, int]:
     """The peak of the schedule, and the most bytes of activations that wait on the host in it."""
     model, parallel = config.model, config.parallel
@@ -407,5 +416,5 @@ def _walk(
         for stage, parts in chunks.items()
     }
     holds_sent = scene.gloo and ORDERS[parallel.schedule].is_multi  # torch waits for sends at the end of a step
-    walk = ScheduleWalk(stages, last + 1, holds_sent, depth)
+    walk = ScheduleWalk(stages, last + 1, holds_sent, depth, ahead)
     return walk.run(actions_of(config, shortest and not holds_sent)[pp_rank]), walk.host_peak

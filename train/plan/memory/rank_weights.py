@@ -5,8 +5,9 @@ All sizes in bytes unless a name says elements.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -32,6 +33,8 @@ class Weight:
     """False for a weight that an adapter is trained beside: it has no master, moments or gradient."""
     item_bytes: int | None = None
     """Bytes of an element; None for those of the recipe's weights."""
+    chunk: int | None = None
+    """The rank's chunk that alone has it. None for an embedding that the end of the model may use too."""
 
     @property
     def elements(self) -> int:
@@ -84,9 +87,15 @@ def rank_weights(config: Config, chunks: Sequence[Parts]) -> list[Weight]:
     """
     model, share = FrozenSection(config.model), config.model.experts // config.parallel.ep
     has_table = any(needs_table(config.model, parts) for parts in chunks)
-    names = ["embedding"] * has_table + [part for parts in chunks for part in parts if part != "embedding"]
+    names = [(None if config.model.mtp_depth else 0, "embedding")] * has_table
+    names += [(chunk, part) for chunk, parts in enumerate(chunks) for part in parts if part != "embedding"]
     adapter = FrozenSection(config.adapter)
-    return [weight for name in names for weight in part_weights(model, name, share, adapter)]
+    return [weight for chunk, name in names for weight in _chunk_weights(chunk, model, name, share, adapter)]
+
+
+@lru_cache(maxsize=256)
+def _chunk_weights(chunk: int | None, *part: Any) -> list[Weight]:
+    return [replace(weight, chunk=chunk) for weight in part_weights(*part)]
 
 
 def needs_table(model: Model, parts: Parts) -> bool:

@@ -5,7 +5,7 @@ Alive between actions, beside the rank's state:
     kept        what a forward has kept for its backward, by item (chunk.py)
     hidden      hidden states at a border between two stages: made or received, until the stages here are through with them
     gradient    the same of their gradients
-    gradients   of weights, fp32, from the first backward of a stage on
+    gradients   of weights, fp32, from the first backward of a stage on; where they are reduced ahead this rank's shard in their place
     leaving     of what waits on the host the part that a forward sent last, until the next action is through
     away        the same part, from the action ahead of its backward on (parallel/pipeline/host_store.py)
 
@@ -14,10 +14,11 @@ the embedding is one table with one gradient. gloo holds what was sent until the
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import lru_cache
+from types import MappingProxyType
 
 from parallel.pipeline.orders import Action
 from parallel.pipeline.simulate import what_runs
@@ -66,8 +67,18 @@ SENT = -1
 class ScheduleWalk:
     """One rank of a pipeline over one step."""
 
-    def __init__(self, stages: dict[int, StagePlan], num_stages: int, holds_sent: bool, depth: WalkDepth):
-        """stages: those of the rank. holds_sent: what was sent to other ranks stays until the step ends."""
+    def __init__(
+        self,
+        stages: dict[int, StagePlan],
+        num_stages: int,
+        holds_sent: bool,
+        depth: WalkDepth,
+        ahead: Mapping[int, tuple[int, int]] = MappingProxyType({}),
+    ):
+        """stages: those of the rank. holds_sent: what was sent to other ranks stays until the step ends. ahead: by stage what the reduction
+        takes behind its last backward, and what it leaves (step_end.py).
+        """
+        self._ahead, self._left = ahead, Counter()
         self._stages, self._last, self._holds_sent, self._depth = stages, num_stages - 1, holds_sent, depth
         self._alive: dict[tuple[str, int, int], Counter] = {}
         """By kind, stage (of a border the upper one) and micro-batch. Counters are put here and taken away, never changed."""
@@ -92,6 +103,7 @@ class ScheduleWalk:
             [part for part in action.halves[::-1] or (action,) if self._kind(part)]  # backward goes first
             for action in actions
         ]
+        self._left.update(part.stage for parts in lines for part in parts if self._kind(part) in "BW")
         busy = [(action, parts) for action, parts in zip(actions, lines, strict=True) if parts]
         for (action, parts), (_, following) in zip(busy, [*busy[1:], (None, ())], strict=True):
             leaving, self._leaving = self._leaving, []
@@ -104,7 +116,20 @@ class ScheduleWalk:
                 self._finish(part)
             for key in leaving:
                 self._take(key)
+            for part in parts:
+                self._reduce_ahead(part)
         return self._described()
+
+    def _reduce_ahead(self, action: Action) -> None:
+        """Behind the last backward of a stage."""
+        self._left[action.stage] -= self._kind(action) in "BW"
+        if self._left[action.stage] or action.stage not in self._ahead:
+            return
+        most, stays = self._ahead[action.stage]
+        total = self._gradients + self._total
+        if total + most > self._peak[0]:
+            self._peak = total + most, total, self._gradients, dict(self._alive), action, 0
+        self._gradients += stays
 
     def _fetch(self, action: Action) -> None:
         """The first of what a backward reads comes back, or has not left."""

@@ -13,6 +13,9 @@ their whole gradients at once, with fp32 weights nothing is put together on the 
                gradients of which this rank has a piece are copied whole into one buffer
     update     group by group; with fp32 weights the shard is copied together first; then the optimizer's scratch
 
+Of bf16 weights those of a chunk that ends before another of the rank come first, in a block of their own, and leave a shard of every group
+(parallel/zero/whole_weights.py).
+
 Gradients that are other ranks' business are let go after their reduction at stage 2, and at stage 1 only when all are
 reduced.
 
@@ -110,16 +113,30 @@ class StepEnd:
         self._gradients = [one for one in _gradients(groups, self._ranks) if not self._is_own(groups[one.group])]
         self._bucket = min(max(1, sum(one.weight.elements for one in self._gradients)), THRESHOLDS.bucket_elements)
 
-    def peaks(self) -> tuple[int, int]:
-        """Most bytes of gradients, buffers and scratch at a time, in the reduction and in the update."""
-        self._meter = _Bytes()
-        self._meter.take(sum(one.size for one in self._gradients))
-        self._meter.take(FP32_BYTES * sum(group.elements for group in self._own))
-        self._meter.take(FP32_BYTES * self._bucket)
+    def peaks(self, ended: Sequence[int] = ()) -> tuple[list[tuple[int, int]], int, int]:
+        """Most bytes of gradients, buffers and scratch at a time, in the reduction and in the update. ended: chunks whose gradients are
+        reduced ahead, in that order: for each, before the others, the most bytes beside what there was, and those that stay, mostly below 0.
+        """
+        meter = self._meter = _Bytes()
+        meter.take(sum(one.size for one in self._gradients))
+        meter.take(FP32_BYTES * sum(group.elements for group in self._own))
         self._shards: set[int] = set()
         self._whole = False
+        ahead, rest = [], self._gradients
+        for chunk in ended if self._bf16 and not self._offload else ():
+            before = meter.now
+            meter.mark()
+            self._reduce_all([one for one in rest if one.weight.chunk == chunk], ahead=True)
+            rest = [one for one in rest if one.weight.chunk != chunk]
+            ahead.append((meter.mark() - before, meter.now - before))
+        self._reduce_all(rest)
+        return ahead, meter.mark(), self._update()
+
+    def _reduce_all(self, gradients: Sequence[Gradient], ahead: bool = False) -> None:
+        """One block of DeepSpeed's; ahead: none of these gradients outlives it."""
+        self._meter.take(FP32_BYTES * self._bucket)
         waiting: list[Gradient] = []
-        for one in self._gradients:
+        for one in gradients:
             if sum(w.weight.elements for w in waiting) + one.weight.elements > self._bucket:
                 self._reduce(waiting)
                 waiting = []
@@ -127,8 +144,7 @@ class StepEnd:
                 self._meter.take(-one.size)
             waiting.append(one)
         self._reduce(waiting)
-        self._end()
-        return self._meter.mark(), self._update()
+        self._end(gradients, ahead)
 
     def _is_own(self, group: Shards) -> bool:
         return self._bf16 and group.ranks == 1
@@ -189,13 +205,17 @@ class StepEnd:
     def _is_kept(self, one: Gradient, piece: Slice) -> bool:
         return self._bf16 and piece.owner == self._ranks[one.group]
 
-    def _end(self) -> None:
-        """Everything is reduced: the bucket goes, and gradients too large for it that have outlived their reduction."""
+    def _end(self, gradients: Sequence[Gradient], ahead: bool) -> None:
+        """All these are reduced: the bucket goes, and gradients too large for it that have outlived their reduction."""
         stays = (
             one
-            for one in self._gradients
+            for one in gradients
             if not self._fits(one) and (self._bf16 and not self._offload if one.mine else self._stage == 1)
         )
+        for number, group in enumerate(self._groups) if ahead else ():
+            if number not in self._shards and not self._is_own(group):
+                self._shards.add(number)
+                self._meter.take(FP32_BYTES * group.partition)
         self._meter.take(-FP32_BYTES * self._bucket - sum(one.size for one in stays))
 
     def _update(self) -> int:

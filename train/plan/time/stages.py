@@ -94,6 +94,12 @@ class Stages:
             self._memo[key] = make()
         return self._memo[key]
 
+    @property
+    def reduces_ahead(self) -> bool:
+        """Whether gradients of a chunk are reduced beside the passes of others (parallel/zero/whole_weights.py). A CPU waits for them."""
+        parallel = self.config.parallel
+        return self.sizes.on_gpu and self.sizes.element == 2 and parallel.zero < 3 and not parallel.offload_optimizer
+
     @cached_property
     def spread(self) -> Spread:
         """Where the tokens of a layer of experts go."""

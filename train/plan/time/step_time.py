@@ -7,16 +7,17 @@ counted as DeepSeek counts it: without MTP, against the bf16 peak.
 import math
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from conf.schema import Config, Rate
 from parallel.pipeline.orders import Action
-from parallel.pipeline.simulate import Simulation
+from parallel.pipeline.simulate import Program, Simulation, stages_ahead
 from train.model.count import flops_per_token
 from train.plan.job import layout_of, program_of, require_hardware
 from train.plan.time.rates import HOST_LAUNCH, Rates, load_rates
 from train.plan.time.stages import Stages, require_rule
-from train.plan.time.update import UpdateTime, count_weights, stage3_seconds, update_time
+from train.plan.time.update import UpdateTime, WeightCounts, count_weights, stage3_seconds, update_time
 from train.plan.time.work import Work
 
 
@@ -98,8 +99,9 @@ def simulate_step(stages: Stages, micro_batches: int | None = None) -> Simulated
         return stages.elapsed(action).seconds + extra.get(action.kind, 0.0)
 
     transfer = _transfer(stages)
-    simulation = program_of(stages.config, micro_batches).run(duration, transfer)
-    return SimulatedStep(simulation, slowest_update(stages), duration, transfer)
+    program = program_of(stages.config, micro_batches)
+    simulation = program.run(duration, transfer)
+    return SimulatedStep(simulation, slowest_update(stages, program, simulation, duration), duration, transfer)
 
 
 LONG = 12
@@ -163,12 +165,34 @@ def _transfer(stages: Stages) -> float:
     return stages.rates.of(Work(f"send_{where}", bytes=moved))
 
 
-def slowest_update(stages: Stages) -> UpdateTime:
-    """Time of the update of the rank that takes longest over it."""
-    last = len(stages.layers) - 1
-    held = {count_weights(stages.config, stages.layers, ids, last): None for ids in stages.placement}
-    updates = (update_time(stages.config, stages.layout, stages.rates, one) for one in held)
-    return max(updates, key=lambda update: update.seconds)
+def slowest_update(stages: Stages, *simulated: Any) -> UpdateTime:
+    """Time of the update of the rank that takes longest over it, with what is left of the reduction when its passes are through.
+    simulated: as for `_hidden`; without it all is hidden that may be, so that this is the least time.
+    """
+    updates: dict[WeightCounts, UpdateTime] = {}
+    for rank, ids in enumerate(stages.placement):
+        held = count_weights(stages.config, stages.layers, ids, len(stages.layers) - 1)
+        if held not in updates:
+            update = updates[held] = update_time(stages.config, stages.layout, stages.rates, held)
+            if stages.reduces_ahead and len(ids) > 1:
+                hidden = _hidden(stages, rank, update.reduce, *simulated) if simulated else update.reduce
+                updates[held] = replace(update, reduce=update.reduce - hidden)
+    return max(updates.values(), key=lambda update: update.seconds)
+
+
+def _hidden(
+    stages: Stages, rank: int, whole: float, program: Program, simulation: Simulation, length: Callable[[Action], float]
+) -> float:
+    """Seconds of a rank's reduction, which takes `whole`, that its passes hide, less what they lose to it: of all stages but the last to
+    end, from the end of the first (parallel/zero/whole_weights.py).
+    """
+    actions = program.actions[rank]
+    ahead = stages_ahead(actions)
+    first, last = (simulation.starts[rank][place] + length(actions[place]) for place in (min(ahead.values()), -1))
+    rest = [stage for stage in stages.placement[rank] if stage not in ahead]
+    held = count_weights(stages.config, stages.layers, rest, len(stages.layers) - 1)
+    late = update_time(stages.config, stages.layout, stages.rates, held).reduce
+    return (1 - stages.taken) * min(whole - late, last - first)
 
 
 def _stage3(stages: Stages) -> dict[str, float]:
