@@ -144,7 +144,7 @@ def in_dualpipe(config: Config, step: StepTime) -> Seconds:
 
     lines = dualpipe_actions(stages.layout.pp, stages.sizes.micro_batches)
     found = simulate(lines, length, step.transfer_seconds)
-    update = step.update.seconds
+    update = step.update.seconds + step.update.hidden  # no paper says that DeepSeek hides some of it
     return Seconds(found.makespan + update, seconds_by_kind(lines, length), found.bubble * found.makespan, update)
 
 

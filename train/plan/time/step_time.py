@@ -176,7 +176,7 @@ def slowest_update(stages: Stages, *simulated: Any) -> UpdateTime:
             update = updates[held] = update_time(stages.config, stages.layout, stages.rates, held)
             if stages.reduces_ahead and len(ids) > 1:
                 hidden = _hidden(stages, rank, update.reduce, *simulated) if simulated else update.reduce
-                updates[held] = replace(update, reduce=update.reduce - hidden)
+                updates[held] = replace(update, reduce=update.reduce - hidden, hidden=hidden)
     return max(updates.values(), key=lambda update: update.seconds)
 
 

@@ -2,8 +2,8 @@
 
 As parallel/zero/whole_weights.py runs DeepSpeed: gradients are summed over all ranks that hold the same weights (an all-reduce, of
 which each rank keeps its shard), in fp32; then every rank updates its shard and the weights are gathered in their own
-format. Dense weights are shared by all ranks of a stage, experts by the ranks with the same experts. Nothing of
-it runs beside a pipeline's work. At stage 3 the gathers and the reduction happen in every micro-batch instead, and
+format. Dense weights are shared by all ranks of a stage, experts by the ranks with the same experts. Of it only gradients
+of a chunk that ends before another of its rank are reduced beside a pipeline's work (step_time.py). At stage 3 the gathers and the reduction happen in every micro-batch instead, and
 what is left is the update.
 
 An optimizer that makes matrices orthogonal does so behind its pass over the shard: matrices travel to their owners and back while others are
@@ -39,8 +39,11 @@ class UpdateTime:
     """Seconds of the three parts."""
 
     reduce: float
+    """What no pass hides of the reduction."""
     optimizer: float
     gather: float
+    hidden: float = 0.0
+    """What passes hide of the reduction, less what they lose to it; not in `seconds`."""
 
     @property
     def seconds(self) -> float:
