@@ -7,6 +7,7 @@ schema's own keys: its 250 take 3 ms on a busy core, and rapidfuzz would be one 
 """
 
 import difflib
+import math
 import re
 import shlex
 import typing
@@ -184,14 +185,15 @@ def _wrong_value(key: str, value: Any) -> UserError | None:
     if isinstance(kind, type) and issubclass(kind, Enum):
         choices = [choice.value for choice in kind]
         section, _, name = key.rpartition(".")
-        usual = f"use {default.value}, the default, or another. "
+        usual = f"use {default.value}, the default, or another. " if default else ""
         return wrong_choice(
             key, shown, choices, usual + attribute_meanings(type_of(section) if section else Config).get(name, "")
         )
     if kind is bool:
         return UserError(key, shown, "must be true or false", f"write {key}=true or {key}=false")
     if kind in (int, float):
-        return UserError(key, shown, f"must be {_singular(kind)}", _number_meant(key, value, kind) or example)
+        written = example if default else f"write {key}=NUMBER" + (f" or {key}=null" if default is None else "")
+        return UserError(key, shown, f"must be {_singular(kind)}", _number_meant(key, value, kind) or written)
     if kind is str:
         return UserError(key, shown, "must be text, one value", f"quote it: '{key}=\"{shown}\"'")
     return UserError(key, shown, " ".join(str(problem).splitlines()[:1]), example)
@@ -199,10 +201,9 @@ def _wrong_value(key: str, value: Any) -> UserError | None:
 
 def _number_meant(key: str, value: Any, kind: type) -> str | None:
     """The number that was meant by a fraction, a percentage or a number with a unit."""
-    if kind is int and isinstance(value, float) and value == value // 1:
-        return f"write it out: {key}={int(value)}"
-    if kind is int and isinstance(value, float):
-        return f"round it: {key}={max(1, round(value))}"
+    if kind is int and isinstance(value, float) and math.isfinite(value):
+        whole = max(1, round(value))
+        return f"write it out: {key}={int(value)}" if value.is_integer() else f"round it: {key}={whole}"
     if found := re.fullmatch(r"([\d.]+)\s*%", str(value)):
         return f"write a fraction: {key}={float(found[1]) / 100:g}"
     if re.fullmatch(r"[\d.]+(?:e[+-]?\d+)?\s*[A-Za-z]+", str(value)):
