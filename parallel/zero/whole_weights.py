@@ -59,8 +59,8 @@ class WholeWeights:
             number for number, params in enumerate(self._groups) if is_bf16 and shares(params[0]).ranks == 1
         ]
         """Groups whose gradients need no reduction; with fp32 weights DeepSpeed puts the shard together in the step."""
-        self._adds = is_bf16 and not offload
-        """Whether DeepSpeed adds what it reduces to a shard, so that it may do so in several blocks."""
+        self._adds = is_bf16 and not offload and len(self._unshared) < len(groups)
+        """Whether DeepSpeed adds what it reduces to shards, so that it may do so in several blocks."""
         self._ahead: set[nn.Parameter] = set()
         """Whose gradients are reduced already in this step."""
         self._blocks = contextlib.ExitStack()

@@ -18,7 +18,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import lru_cache
-from types import MappingProxyType
 
 from parallel.pipeline.orders import Action
 from parallel.pipeline.simulate import what_runs
@@ -73,7 +72,7 @@ class ScheduleWalk:
         num_stages: int,
         holds_sent: bool,
         depth: WalkDepth,
-        ahead: Mapping[int, tuple[int, int]] = MappingProxyType({}),
+        ahead: Mapping[int, tuple[int, int]],
     ):
         """stages: those of the rank. holds_sent: what was sent to other ranks stays until the step ends. ahead: by stage what the reduction
         takes behind its last backward, and what it leaves (step_end.py).

@@ -113,7 +113,7 @@ class StepEnd:
         self._gradients = [one for one in _gradients(groups, self._ranks) if not self._is_own(groups[one.group])]
         self._bucket = min(max(1, sum(one.weight.elements for one in self._gradients)), THRESHOLDS.bucket_elements)
 
-    def peaks(self, ended: Sequence[int] = ()) -> tuple[list[tuple[int, int]], int, int]:
+    def peaks(self, ended: Sequence[int]) -> tuple[list[tuple[int, int]], int, int]:
         """Most bytes of gradients, buffers and scratch at a time, in the reduction and in the update. ended: chunks whose gradients are
         reduced ahead, in that order: for each, before the others, the most bytes beside what there was, and those that stay, mostly below 0.
         """
