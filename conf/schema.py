@@ -134,7 +134,7 @@ class Model:
     """Rows of the embedding and of the output head."""
     hidden: int = number(256, least=1)
     """Width of the residual stream."""
-    layers: int = number(4, least=1)
+    layers: int = number(4, least=1, most=10_000)
     """Transformer blocks, dense ones included, MTP modules not."""
     dense_layers: int = number(1, least=0)
     """How many of the first blocks have a dense FFN instead of experts."""
@@ -983,7 +983,7 @@ class Config:
     """How often the data are read, instead of steps, which follow from it; with a mix, as many sequences as all sources have together."""
     seq_len: int = number(256, least=1)
     """Tokens per sequence."""
-    batch_size: int = number(16, least=1)
+    batch_size: int = number(16, least=1, most=10_000_000)
     """Sequences per optimizer step, over all ranks."""
     micro_batch_size: FilledKey[int] = number(None, least=1)
     """Sequences per forward pass of one rank; null takes the most that divide a rank's share of the batch, keep to

@@ -120,7 +120,7 @@ def test_report_and_last_screen_show_the_error_of_each_item(planned_here):
         ("forward passes", "+25.0 %"),
     ]
     page = write_report(folder).read_text()
-    assert "Planned and measured" in page and "<td>-50.0 %</td>" in page and "1.0 GiB of the whole process" in page
+    assert "Planned and measured" in page and ">-50.0 %</td>" in page and "1.0 GiB of the whole process" in page
     console = Console(record=True, width=500)
     final_screen("a", 3, plan=plan_words(rows), console=console)
     assert "(-50.0 %)" in console.export_text()

@@ -39,8 +39,8 @@ p { margin: 4px 0; } .sub { color: var(--quiet); }
 figure { margin: 0; min-width: 0; } figure.wide { grid-column: 1 / -1; } figcaption { color: var(--quiet); font-size: 14px; }
 pre { overflow: auto; font-size: 13px; } pre.text { white-space: pre-wrap; overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; }
-td, th { border: 1px solid var(--line); padding: 4px 12px; text-align: left; overflow-wrap: anywhere; min-width: 3em; }
-table.whole { white-space: nowrap; }
+td, th { border: 1px solid var(--line); padding: 4px 12px; text-align: left; overflow-wrap: anywhere; min-width: 3em; } th { overflow-wrap: normal; }
+.whole { white-space: nowrap; }
 summary { cursor: pointer; font-weight: 600; }
 select { font: inherit; max-width: 100%; margin: 4px 0; }
 @media (max-width: 900px) { .figures { grid-template-columns: 1fr; } }
@@ -190,9 +190,15 @@ def figure_html(figure: Figure) -> str:
     return f"<figure{wide}><h3>{html.escape(figure.title)}</h3>{choice}{place}{caption}</figure>"
 
 
+def _cell(text: str) -> str:
+    """A number and its unit stay on one line."""
+    whole = ' class="whole"' if len(text) <= len("1023.9 GiB") else ""
+    return f"<td{whole}>{html.escape(text)}</td>"
+
+
 def table_html(head: Iterable[str], rows: Iterable[Iterable[str]], whole: bool = False) -> str:
     """A table that is scrolled where it is too wide. whole: no cell takes a second line."""
     titles = "".join(f"<th>{html.escape(text)}</th>" for text in head)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in row) + "</tr>" for row in rows)
+    body = "".join("<tr>" + "".join(_cell(text) for text in row) + "</tr>" for row in rows)
     kind = ' class="whole"' if whole else ""
     return f'<div class="scroll"><table{kind}><tr>{titles}</tr>{body}</table></div>'
