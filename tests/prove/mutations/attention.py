@@ -4,7 +4,7 @@ import torch
 
 from tests.prove.mutations.registry import BACKWARD, FORWARD, OURS, mutation
 from tests.prove.mutations.seams import Seams
-from train.kernels.plain import plain_kernels
+from train.kernels.plain import heads
 from train.kernels.plain.heads import PlainHeads
 from train.kernels.plain.plain_attention import PlainAttention
 from train.model.deepseek import DeepSeekV3
@@ -26,7 +26,7 @@ def rope_pairs_the_halves(bug: Seams) -> None:
         halves = x_BTHR.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
         return original(halves, table).unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
 
-    bug.around(plain_kernels, "rotate", rotate)
+    bug.around(heads, "rotate", rotate)
 
 
 @mutation(

@@ -55,6 +55,7 @@ RECIPES = {
     "zbv": [*STAGES, "parallel.schedule=zbv"],
     "dualpipev": [*STAGES, "parallel.schedule=dualpipev"],
     "interleaved": [*STAGES, "parallel.schedule=interleaved"],
+    "two chunks": [*COPIES, *FEW, "precision=bf16", "parallel.schedule=dualpipev"],
     "host": [*BASE, "model.offload=[layer]"],
     "zero 3": [*COPIES, "parallel.zero=3"],
     "offloaded": [*COPIES, "parallel.offload_optimizer=true"],

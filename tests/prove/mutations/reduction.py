@@ -135,6 +135,29 @@ def a_gradient_reduced_too_early(bug: Seams) -> None:
     bug.around(WholeWeights, "_keep_unshared", keep_unshared)
 
 
+@mutation(OURS + ": what is reduced ahead of the last passes is reduced once more", "two chunks", REDUCTION,
+          "reduced gradients", "recipe")  # fmt: skip
+def reduced_ahead_and_again(bug: Seams) -> None:
+    def reduce_ahead(original, self, params):
+        original(self, params)
+        for number, group in enumerate(self._groups):
+            if any(param in self._ahead for param in group):
+                self._optimizer.averaged_gradients[number].flat_partition.mul_(2)
+
+    bug.around(WholeWeights, "reduce_ahead", reduce_ahead)
+
+
+@mutation(OURS + ": gradients are reduced ahead before the last micro-batch is in them", "two chunks", REDUCTION,
+          "gradients of (single )?weights|reduced gradients", "recipe")  # fmt: skip
+def reduced_ahead_too_early(bug: Seams) -> None:
+    def reduce_ahead(original, self, params):
+        for param in params if self._adds else ():
+            param.grad.mul_(0.5)
+        original(self, params)
+
+    bug.around(WholeWeights, "reduce_ahead", reduce_ahead)
+
+
 @mutation(
     "NVIDIA/Megatron-LM#4609: the buffer of gradients holds something when a step begins",
     "copies",
