@@ -13,6 +13,10 @@ combine the same chain backwards with collects.
 On a GPU a fan-out of experts is two kernels and `collect` is one (parallel/expert/triton_dispatch.py); what stands here is the same in
 torch's operations.
 
+Counted and left (`python -m bench.traffic`: an FP8 layer of DeepSeek-V3's experts, one of 64 ranks, 4096 tokens, forward and backward): products that
+read rows where they arrived would save the last gather, 0.31 ms at 3 TB/s of some 39 that a pair of layers takes. The gates act inside SwiGLU, so that
+combines are plain sums: 1.21 ms, of which products could take over the 0.61 behind the experts.
+
 Shapes: S sources, C copies, N targets, K entries per source, X any width.
 """
 
