@@ -237,10 +237,12 @@ def products_of() -> dict[str, Callable]:
     grad, grad_scale = torch.empty(outer, ROWS, dtype=E4M3.dtype), torch.empty(ROWS // TILE, outer).t()
     x, x_scale = torch.empty(HIDDEN, ROWS, dtype=E4M3.dtype), torch.empty(ROWS // TILE, HIDDEN).t()
     ends, out = torch.empty(E, dtype=torch.int32), torch.empty(ROWS, outer, dtype=torch.bfloat16)
+    few = torch.empty(HIDDEN // TILE, 128).t()
     sums, rounded = (torch.empty(E, outer, HIDDEN, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
     wgrad = grad, grad_scale, x, x_scale
     return {
         "product of experts": lambda: products.product(left, left_scale, right, blocks, out, ends),
+        "product of experts, few rows": lambda: products.product(left[:128], few, right, blocks, out[:128], ends),
         "product": lambda: products.product(left, left_scale, right[:1], blocks[:1], out),
         "wgrad of experts": lambda: products.wgrad(*wgrad, sums, False, ends),
         "wgrad of experts in bf16": lambda: products.wgrad(*wgrad, rounded, False, ends),

@@ -2,11 +2,13 @@
 
 The interpreter of triton 3.6 to 3.9 loses the carry out of the mantissa when it casts fp32 to FP8 (124.3 becomes 64
 instead of 128), and truncates when it casts to bf16, so torch does these casts here as hardware does them: nearest,
-ties to even, FP8 saturating. It multiplies the bits of bf16 matrices as if they were values, so they are widened before. That of triton 3.6, which torch 2.11 brings, takes the bounds of a loop from arrays of one
+ties to even, FP8 saturating. It multiplies the bits of bf16 matrices as if they were values, so they are widened before. It refuses assembly: an empty one,
+which only holds an order, gives what it takes. That of triton 3.6, which torch 2.11 brings, takes the bounds of a loop from arrays of one
 element, which numpy 2.4 refuses.
 """
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -43,7 +45,12 @@ def repair(put: Callable[[object, str, object], None] = setattr) -> None:
     def with_values(builder, a, b, *rest):
         return dot(builder, widened(a), widened(b), *rest)
 
+    def with_nothing(builder, assembly, constraints, values, *rest):
+        assert not assembly, "assembly is not interpreted"
+        return SimpleNamespace(get_result=values.__getitem__)
+
     put(interpreter, "_convert_float", repaired)
+    put(interpreter.InterpreterBuilder, "create_inline_asm", with_nothing)
     put(interpreter.InterpreterBuilder, "create_dot", with_values)
     put(interpreter, "_patch_lang_tensor", with_bounds)
 

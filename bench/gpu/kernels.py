@@ -20,6 +20,7 @@ from bench.gpu.line import Check, Finding, NotTried
 from bench.gpu.machine import DeviceSide, Machine
 from conf.errors import UserError
 from conf.load import compose
+from conf.thresholds import lowered
 from parallel.expert.permute import ExpertTargets, FanOut, collect, fan_out_with_entries, hits
 from parallel.expert.wire import Fp8Wire
 from train.kernels.choice import build_kernels
@@ -377,7 +378,12 @@ def grouped(machine: Machine, backend: str) -> Finding:
             return groups.unpad(side.grouped(left, side.operand(weight.to(device), BLOCKS), groups, dtype))
 
         expected = product(cpu, torch.device("cpu"), torch.float32)
-        pairs[f"{N} x {K}"] = relative(product(engine, machine.device, torch.bfloat16), expected), PRODUCT
+        for tiles, sizes in {"": nullcontext(), ", large tiles": lowered()}.items():
+            with sizes:
+                pairs[f"{N} x {K}{tiles}"] = (
+                    relative(product(engine, machine.device, torch.bfloat16), expected),
+                    PRODUCT,
+                )
     return within(pairs, PRODUCT_BOUND)
 
 

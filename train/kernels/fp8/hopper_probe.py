@@ -23,6 +23,7 @@ from conf.errors import UserError
 from conf.files import atomic_write_text
 from conf.load import read_config, write_config
 from conf.schema import Config, Fp8
+from conf.thresholds import lowered
 from train.kernels.fp8.installed import CHOOSE_BF16, WITHOUT_PACKAGES, look_up_versions, misfits, refusal
 
 if TYPE_CHECKING:
@@ -182,9 +183,10 @@ def _trials(fp8: Fp8) -> "Iterator[Trial]":
 
     def grouped(engine, there):
         groups = engine.groups(there(counts), len(rows_RK))
-        left = engine.operand(groups.pad(there(rows_RK)), tiles)
-        y = engine.grouped(left, engine.operand(there(weight_ENK), blocks), groups, torch.bfloat16)
-        return groups.unpad(y)
+        operands = engine.operand(groups.pad(there(rows_RK)), tiles), engine.operand(there(weight_ENK), blocks)
+        y = engine.grouped(*operands, groups, torch.bfloat16)
+        with lowered():  # large tiles
+            return torch.cat([groups.unpad(y), groups.unpad(engine.grouped(*operands, groups, torch.bfloat16))])
 
     def grouped_wgrad(engine, there, start=None):
         groups = engine.groups(there(counts), len(rows_RK))

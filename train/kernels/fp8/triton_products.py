@@ -16,7 +16,9 @@ contraction had a tenth more instructions, and that of a dense Wgrad a third (`p
 the step before, whose sums are copied from register to register, 64 moves for the 64 additions that no longer wait (231 instructions for 164), and which,
 without the copies, ptxas waits for after each quarter; TMA descriptors, as many instructions and a barrier more; scales of Wgrad by descriptors, four
 barriers and 71 instructions more, as Triton waits where it loads them.  By an estimate (`python -m bench.fp8_model`) the L2 cache feeds tiles of 128x128
-that no other block shares for half of the tensor cores' peak: more takes tiles of 256x128, or blocks that share one.
+that no other block shares for half of the tensor cores' peak.  So a program of many takes two that are neighbours, 128 rows by 256 columns, which share the rows:
+one after the other, as both sums fill half of the registers and one tile's products a quarter.  Compiled and left: two multiplied at a time, or one of 256 columns, which
+spill 240 and 280 bytes; Wgrad in 256x128, whose scales take 36 registers more (920 bytes and more).
 
 The module needs triton and is imported only where its kernels run.  Shape suffixes: O, N outer, C contraction, R rows,
 P columns of whole tiles, E experts.
@@ -29,6 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from conf.thresholds import THRESHOLDS
 from parallel.triton_types import constexpr, power_of_2_from, with_options
 from train.kernels.fp8.formats import TILE
 from train.kernels.fp8.groups import most_tiles
@@ -38,7 +41,7 @@ BAND = 8
 """Tiles of the left operand whose programs are neighbours: together they read each tile of the right operand once from memory."""
 WARPS, STAGES = 8, 4
 """Two warpgroups, each with 64 rows of the tile: its sum and the 128 products' take half of a thread's registers.  Four stages
-of 32 KiB fill the shared memory of a Hopper GPU to more than a half: while one is multiplied, three are on their way."""
+of 32 KiB, or 48 for two tiles, fill the shared memory of a Hopper GPU to more than a half: while one is multiplied, three are on their way."""
 
 
 def _named(kernel: str, specialization) -> str:
@@ -58,31 +61,49 @@ def _tile(program, tiles_m, tiles_n, band: constexpr):
 @triton.jit(repr=partial(_named, "product"))
 def _product_kernel(
     left_ptr, left_scale_ptr, right_ptr, right_scale_ptr, out_ptr, ends_ptr,
-    tiles_m, width, contraction, scale_rows, height_out, width_out,
-    experts: constexpr, slots: constexpr, band: constexpr,
+    tiles_m, width, steps, scale_rows, height_out, width_out,
+    experts: constexpr, slots: constexpr, band: constexpr, tiles: constexpr,
 ):  # fmt: skip
-    m, n = _tile(tl.program_id(0), tiles_m, width // 128, band)
+    m, n = _tile(tl.program_id(0), tiles_m, width // (128 * tiles), band)
     expert, first, last = rows_of_tile(ends_ptr, m, height_out, experts, slots)
     if expert >= experts:
         return
-    inside = tl.arange(0, 128)
-    row, column = first + inside, n * 128 + inside
-    read = tl.minimum(row, last - 1)  # rows of others are neither read nor written
+    inside, contraction = tl.arange(0, 128), steps * 128
+    read = tl.minimum(inside, last - first - 1)  # rows of others are neither read nor written
     acc = tl.zeros((128, 128), tl.float32)
-    matrix = tl.cast(expert, tl.int64) * (width // 128) + n
+    beside = tl.zeros((128, 128), tl.float32)
+    matrix = tl.cast(expert, tl.int64) * (width // 128) + n * tiles
     left, right = left_ptr + tl.cast(first, tl.int64) * contraction, right_ptr + matrix * 128 * contraction
+    next_right = right + 128 * contraction
     place = inside[:, None] * contraction + inside[None, :]
-    left_place = (read - first)[:, None] * contraction + inside[None, :]
-    left_scale = left_scale_ptr + read
-    right_scale = right_scale_ptr + matrix * (contraction // 128)
-    for _ in range(contraction // 128):
-        scale = tl.load(left_scale) * tl.load(right_scale)
-        acc += tl.dot(tl.load(left + left_place), tl.load(right + place).T) * scale[:, None]
+    left_place = read[:, None] * contraction + inside[None, :]
+    left_scale, right_scale = first + read, matrix * steps
+    for _ in range(steps):
+        scale = tl.load(left_scale_ptr + left_scale)
+        next_scale = scale
+        if tiles == 2:
+            next_scale *= tl.load(right_scale_ptr + right_scale + steps)
+        scale *= tl.load(right_scale_ptr + right_scale)
+        rows = tl.load(left + left_place)
+        acc += tl.dot(rows, tl.load(right + place).T) * scale[:, None]
+        if tiles == 2:
+            # what is multiplied next takes the registers of what was: an empty instruction, which has to stand between, holds the order
+            acc = tl.inline_asm_elementwise("", "=f,0", [acc], tl.float32, False, 1)
+            beside += tl.dot(rows, tl.load(next_right + place).T) * next_scale[:, None]
+            next_right += 128
         left, right = left + 128, right + 128
-        left_scale, right_scale = left_scale + scale_rows, right_scale + 1
-    out = out_ptr + row[:, None].to(tl.int64) * width_out + column[None, :]
-    real = (row[:, None] < last) & (column[None, :] < width_out)
+        left_scale_ptr, right_scale_ptr = left_scale_ptr + scale_rows, right_scale_ptr + 1
+    inside += (
+        scale_rows >> 31
+    )  # zero, which no compiler knows: places of the results are made here and hold no register before
+    row = width if tiles == 2 else width_out
+    out = out_ptr + tl.cast(first, tl.int64) * row + n * tiles * 128 + (inside[:, None] * row + inside[None, :])
+    real = inside[:, None] < last - first
+    if tiles == 1:
+        real &= n * 128 + inside[None, :] < width_out
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=real)
+    if tiles == 2:
+        tl.store(out + 128, beside.to(out_ptr.dtype.element_ty), mask=real)
 
 
 @triton.jit(repr=partial(_named, "wgrad"))
@@ -140,12 +161,14 @@ def product(
     assert left_RC.is_contiguous() and _by_column(left_scale) and left_scale.shape == (rows, contraction // TILE)
     assert right_scale.is_contiguous() and out_RN.is_contiguous() and len(out_RN) <= rows
     assert experts == 1 or ends_E is not None, "several experts have ends"
-    tiles = most_tiles(len(out_RN), experts)
+    tiles_m, in_pairs = most_tiles(len(out_RN), experts), width == out_RN.shape[1] and width % (2 * TILE) == 0
+    in_pairs &= experts > 1 and contraction > TILE  # where the loop is compiled
+    tiles = 2 if in_pairs and tiles_m * (width // TILE) >= THRESHOLDS.product_tiles else 1
     if out_RN.numel():
-        with_options(_product_kernel[(tiles * (width // TILE),)], num_warps=WARPS, num_stages=STAGES)(
+        with_options(_product_kernel[(tiles_m * (width // (tiles * TILE)),)], num_warps=WARPS, num_stages=STAGES)(
             left_RC, left_scale, right_ENC, right_scale, out_RN, left_RC if ends_E is None else ends_E,
-            tiles, width, contraction, rows, out_RN.shape[0], out_RN.shape[1],
-            experts, power_of_2_from(experts), BAND,
+            tiles_m, width, contraction // TILE, rows, out_RN.shape[0], out_RN.shape[1],
+            experts, power_of_2_from(experts), BAND, tiles,
         )  # fmt: skip
     return out_RN
 
