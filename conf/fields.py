@@ -25,22 +25,28 @@ class Bounds:
     above: float = -math.inf
     most: float = math.inf
     below: float = math.inf
+    slip: float = math.inf
+    """More than this was not meant. It is said only to whom it happens."""
     what: str = ""
     """What the number is, where that explains the bounds: a share, a probability."""
 
     def hold(self, value: float) -> bool:
         """Whether the value lies inside."""
-        return math.isfinite(value) and self.above < value < self.below and self.least <= value <= self.most
+        return (
+            math.isfinite(value)
+            and self.above < value < self.below
+            and self.least <= value <= min(self.most, self.slip)
+        )
 
     def rule(self) -> str:
         """The limit as a rule that a person reads."""
         if self.what:
             return f"is {self.what}, {self.words()}"
-        return "must not be negative" if self == Bounds(least=0) else f"must be {self.words()}"
+        return "must not be negative" if self == Bounds(least=0, slip=self.slip) else f"must be {self.words()}"
 
     def words(self) -> str:
         """Which numbers those are: `1 or more`, `above 0 and at most 1`."""
-        if self == Bounds(what=self.what):
+        if self == Bounds(what=self.what, slip=self.slip):
             return "finite"
         if math.isfinite(self.least) and math.isfinite(self.most):
             return f"from {_text(self.least)} to {_text(self.most)}"
@@ -93,6 +99,8 @@ def check_fields(section: Any, prefix: str = "") -> None:
             continue
         bounds = field.metadata.get("bounds", Bounds())
         if isinstance(value, (int, float)) and not bounds.hold(value):
+            if value > bounds.slip:
+                bounds = dataclasses.replace(bounds, most=bounds.slip)
             raise UserError(key, value, bounds.rule(), _cure(key, field, bounds))
         for below, inner in _sections(value):
             check_fields(inner, f"{key}.{below}")

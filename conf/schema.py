@@ -18,6 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 """The folder that holds conf/, train/, parallel/ and cluster/."""
 LARGEST_SEED = 2**63 - 1
 """Every generator takes it."""
+WIDEST, MOST_EXPERTS = 2**20, 2**16
+"""Far beyond any model, and so small that no product of a model's sizes leaves int64."""
 
 
 class Mode(StrEnum):
@@ -130,33 +132,33 @@ class Yarn:
 class Model:
     """Shape of a DeepSeek-V3 model (paper 2.1, 2.2 and 4.2)."""
 
-    vocab_size: int = number(4096, least=1)
+    vocab_size: int = number(4096, least=1, slip=16 * WIDEST)
     """Rows of the embedding and of the output head."""
-    hidden: int = number(256, least=1)
+    hidden: int = number(256, least=1, slip=WIDEST)
     """Width of the residual stream."""
-    layers: int = number(4, least=1, most=10_000)
+    layers: int = number(4, least=1, slip=10_000)
     """Transformer blocks, dense ones included, MTP modules not."""
     dense_layers: int = number(1, least=0)
     """How many of the first blocks have a dense FFN instead of experts."""
-    heads: int = number(4, least=1)
+    heads: int = number(4, least=1, slip=WIDEST)
     """Attention heads."""
-    q_rank: int | None = number(128, least=1)
+    q_rank: int | None = number(128, least=1, slip=WIDEST)
     """Width of the query latent; null projects queries directly."""
-    kv_rank: int = number(64, least=1)
+    kv_rank: int = number(64, least=1, slip=WIDEST)
     """Width of the key-value latent, the part that generation caches."""
-    nope_head_dim: int = number(32, least=1)
+    nope_head_dim: int = number(32, least=1, slip=WIDEST)
     """Per-head width of queries and keys without position."""
-    rope_head_dim: int = number(16, least=1)
+    rope_head_dim: int = number(16, least=1, slip=WIDEST)
     """Per-head width of queries, and width of the one shared key, that carry RoPE. Even."""
-    v_head_dim: int = number(32, least=1)
+    v_head_dim: int = number(32, least=1, slip=WIDEST)
     """Per-head width of values."""
-    dense_width: int = number(768, least=1)
+    dense_width: int = number(768, least=1, slip=WIDEST)
     """Inner width of a dense FFN."""
-    expert_width: int = 128
+    expert_width: int = number(128, slip=WIDEST)
     """Inner width of one expert."""
-    experts: int = number(16, least=0)
+    experts: int = number(16, least=0, slip=MOST_EXPERTS)
     """Routed experts per MoE layer."""
-    shared_experts: int = number(1, least=0)
+    shared_experts: int = number(1, least=0, slip=MOST_EXPERTS)
     """Experts that see every token."""
     top_k: int = 4
     """Routed experts per token."""
@@ -171,7 +173,7 @@ class Model:
     """What makes a router's scores of its logits. softmax is Mistral Large 3's, whose routers have no balance bias."""
     route_scale: float = 2.5
     """Factor on the normalised gate values."""
-    mtp_depth: int = number(1, least=0)
+    mtp_depth: int = number(1, least=0, slip=64)
     """Multi-token-prediction modules; 0 for none."""
     max_seq_len: int = number(4096, least=1)
     """Longest sequence that the positions are made for, in tokens."""
@@ -983,7 +985,7 @@ class Config:
     """How often the data are read, instead of steps, which follow from it; with a mix, as many sequences as all sources have together."""
     seq_len: int = number(256, least=1)
     """Tokens per sequence."""
-    batch_size: int = number(16, least=1, most=10_000_000)
+    batch_size: int = number(16, least=1, slip=10_000_000)
     """Sequences per optimizer step, over all ranks."""
     micro_batch_size: FilledKey[int] = number(None, least=1)
     """Sequences per forward pass of one rank; null takes the most that divide a rank's share of the batch, keep to
