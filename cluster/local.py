@@ -119,6 +119,13 @@ def _watch(ranks: list[Child], logs: Path, asked: list[int], patience: Patience 
             if watch is not None and not told:
                 _tell_difference(logs)
             return max(codes)
+        if asked and EXIT_STOPPED in codes and all(report.step < 0 for report in reports):
+            _wait(ranks, SETTLE)
+            if any(
+                rank.poll() is None for rank in ranks
+            ):  # waits in a library, where it hears no signal, for one that has ended
+                return _stopped_early()
+            continue
         if watch is not None:
             watch.forgive(now, held_up.since_last_look(now))
             watch.take(now, reports)
@@ -198,9 +205,13 @@ def _explain(ranks: list[Child], logs: Path, asked: list[int]) -> int:
         say(f"stopped: ranks {list(cause.ranks)} were not in the training and ended at once", file=sys.stderr)
         return EXIT_STOPPED
     if asked and any(report.code == EXIT_STOPPED for report in reports):
-        say("stopped: some ranks had not done a step and ended at once", file=sys.stderr)
-        return EXIT_STOPPED
+        return _stopped_early()
     return _show(_name_failure(ranks, logs, cause), ranks, logs)
+
+
+def _stopped_early() -> int:
+    say("stopped: some ranks had not done a step and ended at once", file=sys.stderr)
+    return EXIT_STOPPED
 
 
 def _show(cause: Cause, ranks: list[Child], logs: Path) -> int:

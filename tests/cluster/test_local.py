@@ -147,6 +147,16 @@ def test_a_signal_to_ranks_that_still_import_stops_the_run(tmp_path, other):
     assert not alive(tmp_path)
 
 
+def test_a_rank_that_waits_in_a_library_for_one_that_has_stopped_does_not_hold_the_run_up(tmp_path):
+    """As for a key of the store, where Python hears no signal."""
+    deaf = "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])"
+    stops = f"signal.signal(signal.SIGTERM, lambda *_: sys.exit({EXIT_STOPPED}))"
+    driver = start_driver(tmp_path, f"{deaf} if rank == 0 else {stops}\n{NOTE_PID} wait()")
+    driver.send_signal(signal.SIGINT)
+    assert driver.wait(40) == EXIT_STOPPED
+    assert not alive(tmp_path)
+
+
 def test_a_signal_reaches_the_run_also_while_its_ranks_are_started(tmp_path, monkeypatch):
     def spawn_and_interrupt(*words):
         process = spawn(*words)
