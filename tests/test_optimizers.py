@@ -66,7 +66,7 @@ def test_a_tune_takes_the_optimizer_of_the_pretraining(tmp_path, body, own):
 
 def test_another_optimizer_than_that_of_the_pretraining_is_told(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "kimi_k2"}))
-    words = ["data.path=none", f"init_from={tmp_path}"]
+    words = ["data.path=none", f"init_from={tmp_path}", f"runs={tmp_path}"]
     (note,) = other_optimizer(compose(*words, "optim=adamw"), tmp_path)
     assert "Kimi K2 was pretrained with muon, and this run has optim.name=adamw" in note
     assert other_optimizer(compose(*words), tmp_path) == []
