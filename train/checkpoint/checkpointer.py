@@ -148,6 +148,7 @@ class Checkpointer:
         save, self._unsaved = Save(step, self._serial), step
         self._serial += 1  # also where this save is skipped, as ranks must go on counting alike
         self._settle()
+        started = time.perf_counter()  # what was waited for the save before is no time of this one
         self._stuck = [flight for flight in self._stuck if flight.thread.is_alive()]
         if len(self._stuck) >= MOST_STUCK:
             self._skip(save, began)
@@ -155,7 +156,7 @@ class Checkpointer:
         if self._buffers is None:
             self._buffers = StagingBuffers(any(shard.local.is_cuda for shard in shards.values()), self.staging)
         self._buffers.copy(shards)
-        self._flight = flight = SaveInFlight(save, self._buffers, began)
+        self._flight = flight = SaveInFlight(save, self._buffers, started)
         arguments = (flight, json.loads(json.dumps(meta)))
         flight.thread = threading.Thread(target=self._run, args=arguments, name=f"save-{step}", daemon=True)
         flight.thread.start()
