@@ -121,9 +121,8 @@ def _watch(ranks: list[Child], logs: Path, asked: list[int], patience: Patience 
             return max(codes)
         if asked and EXIT_STOPPED in codes and all(report.step < 0 for report in reports):
             _wait(ranks, SETTLE)
-            if any(
-                rank.poll() is None for rank in ranks
-            ):  # waits in a library, where it hears no signal, for one that has ended
+            # One that still runs waits in a library, where it hears no signal, for one that has ended.
+            if any(rank.poll() is None for rank in ranks):
                 return _stopped_early()
             continue
         if watch is not None:

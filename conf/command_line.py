@@ -202,8 +202,9 @@ def _wrong_value(key: str, value: Any) -> UserError | None:
 def _number_meant(key: str, value: Any, kind: type) -> str | None:
     """The number that was meant by a fraction, a percentage or a number with a unit."""
     if kind is int and isinstance(value, float) and math.isfinite(value):
-        whole = max(1, round(value))
-        return f"write it out: {key}={int(value)}" if value.is_integer() else f"round it: {key}={whole}"
+        if value.is_integer():
+            return f"write it out: {key}={int(value)}"
+        return f"round it: {key}={max(1, round(value))}"
     if found := re.fullmatch(r"([\d.]+)\s*%", str(value)):
         return f"write a fraction: {key}={float(found[1]) / 100:g}"
     if re.fullmatch(r"[\d.]+(?:e[+-]?\d+)?\s*[A-Za-z]+", str(value)):

@@ -25,7 +25,7 @@ class Bounds:
     above: float = -math.inf
     most: float = math.inf
     below: float = math.inf
-    slip: float = math.inf
+    slip: float = dataclasses.field(default=math.inf, compare=False)
     """More than this was not meant. It is said only to whom it happens."""
     what: str = ""
     """What the number is, where that explains the bounds: a share, a probability."""
@@ -42,11 +42,11 @@ class Bounds:
         """The limit as a rule that a person reads."""
         if self.what:
             return f"is {self.what}, {self.words()}"
-        return "must not be negative" if self == Bounds(least=0, slip=self.slip) else f"must be {self.words()}"
+        return "must not be negative" if self == Bounds(least=0) else f"must be {self.words()}"
 
     def words(self) -> str:
         """Which numbers those are: `1 or more`, `above 0 and at most 1`."""
-        if self == Bounds(what=self.what, slip=self.slip):
+        if self == Bounds(what=self.what):
             return "finite"
         if math.isfinite(self.least) and math.isfinite(self.most):
             return f"from {_text(self.least)} to {_text(self.most)}"

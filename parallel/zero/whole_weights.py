@@ -143,9 +143,8 @@ class WholeWeights:
 
         for number in self._unshared:
             master = self._masters[number]
-            placeholder = torch.zeros(1, device=master.device).expand(
-                master.shape
-            )  # DeepSpeed looks at its shape alone
+            # DeepSpeed looks at its shape alone.
+            placeholder = torch.zeros(1, device=master.device).expand(master.shape)
             self._optimizer.averaged_gradients[number] = GradPartitionBufferGroup([], placeholder)
 
     def forget_gradients(self) -> None:

@@ -16,7 +16,7 @@ contraction had a tenth more instructions, and that of a dense Wgrad a third (`p
 the step before, whose sums are copied from register to register, 64 moves for the 64 additions that no longer wait (231 instructions for 164), and which,
 without the copies, ptxas waits for after each quarter; TMA descriptors, as many instructions and a barrier more; scales of Wgrad by descriptors, four
 barriers and 71 instructions more, as Triton waits where it loads them.  By an estimate (`python -m bench.fp8_model`) the L2 cache feeds tiles of 128x128
-that no other block shares for half of the tensor cores' peak.  So a program of many takes two that are neighbours, 128 rows by 256 columns, which share the rows:
+that no other block shares for half of the tensor cores' peak. So a program of many takes two that are neighbours, 128 rows by 256 columns, which share the rows:
 one after the other, as both sums fill half of the registers and one tile's products a quarter.  Compiled and left: two multiplied at a time, or one of 256 columns, which
 spill 240 and 280 bytes; Wgrad in 256x128, whose scales take 36 registers more (920 bytes and more).
 
@@ -93,9 +93,8 @@ def _product_kernel(
             next_right += 128
         left, right = left + 128, right + 128
         left_scale_ptr, right_scale_ptr = left_scale_ptr + scale_rows, right_scale_ptr + 1
-    inside += (
-        scale_rows >> 31
-    )  # zero, which no compiler knows: places of the results are made here and hold no register before
+    # Zero, which no compiler knows: places of the results are made here and hold no register before.
+    inside += scale_rows >> 31
     row = width if tiles == 2 else width_out
     out = out_ptr + tl.cast(first, tl.int64) * row + n * tiles * 128 + (inside[:, None] * row + inside[None, :])
     real = inside[:, None] < last - first
