@@ -28,14 +28,14 @@ from train.checkpoint.checkpointer import Checkpointer
 from train.checkpoint.read_shards import TORCH
 from train.checkpoint.run_folder import RunPaths
 from train.data.tokenizer import Tokenizer, train_bpe
-from train.hf import export as exporting
+from train.export import run as exporting
+from train.export.piece_writer import PieceWriter
+from train.export.written_tensors import WrittenTensor, index_json, plan_files, write_json
 from train.hf.blocks import requantize
 from train.hf.config import config_json, read_model
 from train.hf.folder import index_of, match, open_folder
-from train.hf.plan import WrittenTensor, index_json, plan_files, write_json
 from train.hf.read import fill_from_folder
 from train.hf.tensor_names import tensors
-from train.hf.write import PieceWriter
 
 SHAPE = {
     "vocab_size": 1024,

@@ -457,7 +457,7 @@ def test_texts_are_not_written_through_blocks_of_one_s_own(reference):
 
 
 def test_an_export_of_it_is_refused(reference):
-    from train.hf.export import export
+    from train.export.run import export
 
     with pytest.raises(UserError, match="whoever loads a Hugging Face folder"):
         export(own(reference, "name=one", "mode=export", f"export.to={reference / 'out'}"))

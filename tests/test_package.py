@@ -21,7 +21,7 @@ from packaging.utils import canonicalize_name
 from conf.schema import ROOT
 from tests.small import arguments
 from train import __version__
-from train.command.program import DISTRIBUTION
+from train.program import DISTRIBUTION
 
 PACKAGES = ("conf", "train", "parallel", "cluster")
 SOURCES = (*PACKAGES, "pyproject.toml", "README.md", "LICENSE")

@@ -262,7 +262,7 @@ def test_the_bar_of_the_data_takes_no_mark_up(capsys):
         _Bar(stack)("reading [red]x[/nothing]", 1, 2)
 
 
-DOORS = {("conf/words.py", "print"), ("conf/help.py", "Console"), ("train/command/program.py", "print")}
+DOORS = {("conf/words.py", "print"), ("conf/help.py", "Console"), ("train/program.py", "print")}
 """Where output is made: say, the console of --help, which shows nothing but our own texts and has mark-up, and what looks for packages
 before any is imported.
 """

@@ -15,7 +15,7 @@ if IS_COMMAND:
 from pathlib import Path  # noqa: E402
 from types import TracebackType  # noqa: E402
 
-from train.command.program import environment_of_children, guard_names, require_packages  # noqa: E402
+from train.program import environment_of_children, guard_names, require_packages  # noqa: E402
 
 if __name__ == "__main__":
     guard_names()  # before a package is looked for that the working folder may hide
@@ -194,7 +194,7 @@ def _report(config: Config, alone: bool) -> int:
 
 
 def _export(config: Config, alone: bool) -> int:
-    from train.hf.export import export
+    from train.export.run import export
 
     return export(config)
 

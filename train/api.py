@@ -23,8 +23,8 @@ from conf.schema import Config
 from conf.yaml_file import escaped
 from train.checkpoint.manifest import newest_intact
 from train.checkpoint.run_folder import RunPaths
-from train.command.program import environment_of_children
 from train.metrics.jsonl import METRICS_FILE, read_heads
+from train.program import environment_of_children
 
 if TYPE_CHECKING:
     import pandas

@@ -21,7 +21,7 @@ from train.evaluate.evaluation_rank import run_rank
 from train.evaluate.observed import position_ranges
 from train.evaluate.run import evaluate
 from train.evaluate.target import find_target
-from train.hf.export import export
+from train.export.run import export
 
 torch.set_num_threads(1)
 

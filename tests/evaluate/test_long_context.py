@@ -11,7 +11,7 @@ from conf.errors import EXIT_OK
 from conf.load import compose
 from tests.small import train
 from train.evaluate.run import evaluate
-from train.hf.export import export
+from train.export.run import export
 
 SHORT, LONG = 32, 256
 

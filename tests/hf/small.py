@@ -16,7 +16,7 @@ from tests.model import parity
 from tests.small import arguments
 from train.checkpoint.run_folder import RunPaths
 from train.data.tokenizer import Tokenizer, train_bpe
-from train.hf.export import export
+from train.export.run import export
 from train.hf.tensor_names import tensors
 from train.kernels.fp8.formats import E4M3, Cast
 from train.kernels.fp8.quantize import quantize_reference

@@ -35,8 +35,8 @@ from tests.small import arguments
 from train.checkpoint.adapter_base import describe_base
 from train.checkpoint.run_folder import RunPaths
 from train.checkpoint.stored_weights import load_hf_model, load_model
+from train.export.run import export
 from train.hf.adapter_names import adapted_tensors
-from train.hf.export import export
 from train.hf.folder import open_folder, open_model
 from train.hf.tensor_names import tensors
 

@@ -19,8 +19,8 @@ from tests.test_read_json import BAD
 from train.checkpoint.run_folder import RunPaths
 from train.checkpoint.stored_weights import load_hf_model
 from train.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from train.export.run import export
 from train.generate.source import start_token
-from train.hf.export import export
 from train.hf.folder import is_hf_folder, match, open_folder
 from train.hf.tensor_names import tensors
 from train.hf.tokenizer_files import check_tokenizer, write_tokenizer

@@ -9,8 +9,8 @@ from conf.errors import UserError
 from conf.load import compose
 from conf.schema import Model, Yarn
 from tests.hf.small import FP8, MODEL, released_config
+from train.export.written_tensors import write_json
 from train.hf.config import check_recipe, config_json, read_model
-from train.hf.plan import write_json
 from train.hf.tensor_names import tensors
 from train.model.count import count_parameters
 

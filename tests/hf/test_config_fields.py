@@ -11,9 +11,9 @@ from transformers.utils.quantization_config import FineGrainedFP8Config
 from conf.errors import UserError
 from conf.schema import Model
 from tests.hf.small import FP8, MODEL, released_config
+from train.export.written_tensors import write_json
 from train.hf.config import read_model
 from train.hf.config_fields import FIELDS, FIXED, FIXED_ELSEWHERE, HARMLESS, QUANTISED, READ_APART, ROPE_FIELDS
-from train.hf.plan import write_json
 
 TABLES = (set(FIELDS.values()), set(FIXED), set(FIXED_ELSEWHERE), set(READ_APART), set(HARMLESS))
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}

@@ -19,10 +19,10 @@ from tests.hf.small import export_model, read_folder, tokens
 from tests.model.parity import as_in_files, randomise
 from tests.small import train
 from train.checkpoint.stored_weights import load_hf_model
+from train.export.written_tensors import write_json
 from train.hf.config import check_recipe, read_model
 from train.hf.families import FAMILIES, REFUSED_MODELS, find_family
 from train.hf.folder import match, open_model
-from train.hf.plan import write_json
 from train.hf.tensor_names import tensors
 from train.model.count import count_parameters
 

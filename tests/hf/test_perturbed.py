@@ -13,9 +13,9 @@ from conf.errors import UserError
 from conf.schema import Model
 from tests.hf.small import FP8, MODEL, random_tensors, released_config, write_folder
 from train.checkpoint.stored_weights import load_hf_model
+from train.export.written_tensors import write_json
 from train.hf.config import read_model
 from train.hf.folder import Folder, StoredTensor, match, open_model
-from train.hf.plan import write_json
 from train.hf.tensor_names import tensors
 
 SMALL = Model(**(MODEL | {"layers": 2, "experts": 4, "groups": 2, "top_k": 2, "mtp_depth": 1}))

@@ -21,7 +21,7 @@ from tests.small import MODEL, arguments
 from train.checkpoint.checkpointer import Checkpointer
 from train.checkpoint.run_folder import RunPaths
 from train.data.tokenizer import Tokenizer, train_bpe
-from train.hf.export import export
+from train.export.run import export
 from train.hf.tensor_names import tensors
 from train.kernels.choice import build_kernels
 from train.loop.start import check_start, start_from

@@ -17,7 +17,7 @@ from train.__main__ import check_before_start
 from train.checkpoint.run_folder import RunPaths
 from train.checkpoint.stored_weights import load_hf_model, load_model
 from train.data.tokenizer import load_tokenizer
-from train.hf.export import export
+from train.export.run import export
 
 torch.set_num_threads(1)
 

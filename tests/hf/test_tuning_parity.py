@@ -21,7 +21,7 @@ from tests.small import metrics
 from train.data.batch import Batch
 from train.data.corpus import build_corpus
 from train.data.dataset import TrainingData
-from train.hf.export import export
+from train.export.run import export
 from train.optim.schedules import Schedules
 
 torch.set_num_threads(1)

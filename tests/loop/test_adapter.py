@@ -18,7 +18,7 @@ from train.__main__ import check_before_start
 from train.checkpoint.average import write_average
 from train.checkpoint.manifest import holds_adapter, read_manifest
 from train.checkpoint.stored_weights import load_hf_model, load_model
-from train.hf.export import write_export
+from train.export.run import write_export
 
 LORA = ["adapter=lora", "adapter.rank=8", "optim.bias_speed=[{value: 0}]", "optim.lr=0.01"]
 

@@ -10,7 +10,7 @@ from conf.load import compose
 from tests.hf.small import read_folder
 from tests.layouts import train_on
 from tests.small import arguments
-from train.hf.export import export
+from train.export.run import export
 from train.loop.published_weights import publish_weights
 
 torch.set_num_threads(1)

@@ -27,10 +27,10 @@ from conf.schema import ROOT, Config
 from conf.screen import Terminal
 from conf.words import say
 from train import __version__
-from train.command.program import COMMAND, DISTRIBUTION, install_words
 from train.kernels.cpu.processor import cpu_name
 from train.kernels.fp8.installed import version
 from train.metrics.screens import GOOD, WARN, show_rows
+from train.program import COMMAND, DISTRIBUTION, install_words
 
 FEATURES = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
 """Features of CPUs, as Linux calls them, that the compiled code or torch's products gain by."""

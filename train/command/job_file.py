@@ -18,8 +18,8 @@ from conf.load import compose, reported
 from conf.schema import ROOT, Config, Mode
 from conf.words import say
 from train import __version__
-from train.command.program import DISTRIBUTION
 from train.model.count import checkpoint_bytes
+from train.program import DISTRIBUTION
 
 TEMPLATES = ROOT / "cluster" / "files"
 PROCESS_BYTES = 12e9

@@ -8,11 +8,11 @@ from conf.errors import UserError
 from conf.load import write_config
 from conf.schema import Config
 from train.checkpoint.run_folder import RunPaths
-from train.command.program import install_words
 from train.data.corpus import build_corpus
 from train.data.prepare_progress import show_progress
 from train.evaluate.needle import make_needles
 from train.evaluate.target import find_target
+from train.program import install_words
 
 
 def evaluate(config: Config, alone: bool) -> int:

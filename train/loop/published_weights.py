@@ -16,7 +16,7 @@ from cluster.run_files import STEP_FOLDERS, step_name
 from conf.schema import Config
 from train.checkpoint.run_folder import RunPaths
 from train.data.corpus import silent
-from train.hf.export import write_export
+from train.export.run import write_export
 
 WEIGHTS_FOLDER, NEWEST = "weights", "newest"
 KEPT_FOLDERS = 2

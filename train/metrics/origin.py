@@ -32,8 +32,8 @@ from conf.errors import UserError
 from conf.files import atomic_write_json
 from conf.schema import ROOT
 from train import __version__
-from train.command.program import COMMAND, typed_command
 from train.kernels.fp8.installed import version
+from train.program import COMMAND, typed_command
 
 STARTS_FILE = "starts.json"
 KEPT = 100

@@ -22,7 +22,7 @@ from parallel.expert.stand_in import Group, Load
 from parallel.pipeline.orders import ORDERS
 from parallel.pipeline.simulate import stages_ahead
 from train.checkpoint.manifest import CRC_BLOCK
-from train.hf.export import EXPORTED_ELEMENTS
+from train.export.run import EXPORTED_ELEMENTS
 from train.hf.read import READ_ELEMENTS
 from train.kernels.choice import build_kernels
 from train.model.count import count_parameters
@@ -196,7 +196,7 @@ def _phases(
 
 
 def export_bytes(config: Config) -> int:
-    """Most bytes of an export: parts of the weights in fp32, and what tells whether all of one are finite (train/hf/export.py)."""
+    """Most bytes of an export: parts of the weights in fp32, and what tells whether all of one are finite (train/export/run.py)."""
     counts, model = count_parameters(config.model), FrozenSection(config.model)
     kinds = ("embedding", "dense", "moe")
     largest = max(weight.elements for kind in kinds for weight in part_weights(model, kind, config.model.experts))

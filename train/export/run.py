@@ -1,8 +1,8 @@
-"""mode=export: a checkpoint of any layout, as a folder that Hugging Face's classes load (train/hf/families.py). That of an adapter is
-written as PEFT's classes load it (adapter_names.py), or with export.merge=true as a whole folder, added to its base.
+"""mode=export: a checkpoint of any layout, as a folder that Hugging Face's classes load (train/hf/families.py). That of an adapter
+is written as PEFT's classes load it (train/hf/adapter_names.py), or with export.merge=true as a whole folder, added to its base.
 
-Every tensor of theirs is an interval of one of ours (tensor_names.py). So the export walks over theirs in order, reads the
-elements that the next few need, wherever the ranks left them, converts and writes them, and lets go: memory for a few
+Every tensor of theirs is an interval of one of ours (train/hf/tensor_names.py). So the export walks over theirs in order, reads
+the elements that the next few need, wherever the ranks left them, converts and writes them, and lets go: memory for a few
 million elements, however large the model. All is written to a hidden folder beside the target, which gets the target's
 name at the end; nothing half-written ever has it.
 """
@@ -31,13 +31,9 @@ from train.checkpoint.stored_weights import StoredWeights
 from train.checkpoint.trained_with import tokenizer_of
 from train.data.prepare_progress import show_progress
 from train.data.source_files import ReportProgress
-from train.hf.adapter_names import ADAPTER_CONFIG, ADAPTER_FILE, BASE_FORMAT, BASE_MARK, peft_config
-from train.hf.blocks import requantize
-from train.hf.config import GROUP_TOP_K, LATENT_NORM_EPS, SCALE_BLOCK, config_json
-from train.hf.families import FAMILIES, PARAMS_FILE, FamilyFacts
-from train.hf.folder import index_of
-from train.hf.model_card import CARD_FILE, model_card
-from train.hf.plan import (
+from train.export.model_card import CARD_FILE, model_card
+from train.export.piece_writer import PieceWriter
+from train.export.written_tensors import (
     PlannedFile,
     WrittenTensor,
     fates,
@@ -48,9 +44,13 @@ from train.hf.plan import (
     source_name,
     write_json,
 )
+from train.hf.adapter_names import ADAPTER_CONFIG, ADAPTER_FILE, BASE_FORMAT, BASE_MARK, peft_config
+from train.hf.blocks import requantize
+from train.hf.config import GROUP_TOP_K, LATENT_NORM_EPS, SCALE_BLOCK, config_json
+from train.hf.families import FAMILIES, PARAMS_FILE, FamilyFacts
+from train.hf.folder import index_of
 from train.hf.tensor_names import tensors
 from train.hf.tokenizer_files import write_tokenizer
-from train.hf.write import PieceWriter
 
 EXPORTED_ELEMENTS = 1 << 24
 """Elements that are converted at a time, at most: 64 MB in fp32."""

@@ -12,9 +12,9 @@ from conf.errors import UserError
 from conf.optimizers import OPTIMIZERS
 from conf.schema import ExportType
 from train.checkpoint.manifest import Manifest, holds_adapter
+from train.export.piece_writer import ExportTensor
 from train.hf.config import scale_shape
 from train.hf.tensor_names import SCALE, PlacedTensor
-from train.hf.write import ExportTensor
 
 OPTIMIZER_TENSORS = {
     **{f"{name}.": f"{what} of the optimizer" for one in OPTIMIZERS.values() for name, what in one.meanings},

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 """Root of the program, equal to conf.schema.ROOT, which cannot be imported yet."""
 COMMAND = "sluice"
 DISTRIBUTION = "sluice-train"

@@ -9,7 +9,7 @@ from conf.changed_settings import settings_of
 from conf.load import compose
 from conf.schema import ModelFamily
 from train.checkpoint.manifest import Manifest
-from train.hf.model_card import UNFINISHED, model_card
+from train.export.model_card import UNFINISHED, model_card
 
 
 @pytest.fixture
