@@ -32,7 +32,7 @@ from triton.runtime.jit import JITFunction
 from parallel.expert import triton_dispatch
 from train.kernels.fp8 import triton_products as products
 from train.kernels.fp8 import triton_quantize as kernels
-from train.kernels.fp8.formats import E4M3, E5M6, TILE, Cast
+from train.kernels.fp8.formats import E4M3, E5M6, MX_TILE, TILE, Cast
 from train.kernels.gpu import fused_rows, triton_adamw, triton_route
 from train.kernels.gpu.triton_grouped import grouped_weight_gradient
 from train.model.operations import RoutingRule
@@ -177,6 +177,16 @@ def variants() -> dict[str, Callable]:
                 "swiglu, h kept": lambda cast=tiles: kernels.swiglu_tiles(h, gates, cast, cast),
             }.items()
         }
+    mx, exponents = Cast(E4M3, (1, MX_TILE), True), torch.empty(ROWS, HIDDEN // MX_TILE, dtype=torch.float8_e8m0fnu)
+    calls |= {
+        "mx": lambda: kernels.quantize_mx(x, mx),
+        "mx, fp32 in": lambda: kernels.quantize_mx(wide, mx),
+        "mx, transposed": lambda: kernels.quantize_mx(x.mT, mx),
+        "mx, transposed, FP8 in": lambda: kernels.quantize_mx(q.mT, mx, exponents),
+        "mx, transposed, rows of experts": lambda: kernels.quantize_mx(x.mT, mx, None, ends),
+        "mx, transposed, weights of experts": lambda: kernels.quantize_mx(experts.mT, mx),
+        "mx, swiglu": lambda: kernels.quantize_mx(h, mx, gates_R=gates),
+    }
     return of_the_model() | of_the_dispatch() | calls | products_of()
 
 

@@ -570,7 +570,7 @@ class Fp8:
     """The FP8 recipe (paper 3.3). An operand is FORMAT/GRANULARITY/SCALE.
 
     FORMAT: e4m3 or e5m2. GRANULARITY, what shares a scale: 1x128 (128 values along the contraction: 1x128 in Fprop and
-    Dgrad, 128x1 in Wgrad), 1x32 (32 values so, with pow2 and on a CPU alone), 128x128, row (all of the contraction) or
+    Dgrad, 128x1 in Wgrad), 1x32 (32 values so, with pow2; on a GPU Blackwell alone), 128x128, row (all of the contraction) or
     tensor. SCALE: fp32, or pow2 (a power of two).
     The operand `bf16` leaves a product in bf16; both operands of a product are bf16 or neither.
     """
@@ -618,7 +618,7 @@ class Precision:
 
     name: PrecisionName = PrecisionName.fp32
     """fp32, bf16, or a recipe with FP8 products: fp8 (the paper's), fp8_ue8m0 (every scale a power of two) or mxfp8 (so, and a
-    scale for 32 values; on a CPU alone)."""
+    scale for 32 values, as Blackwell's tensor cores take them)."""
     moments: HighFormat = HighFormat.bf16
     """Format of the two Adam moments: bf16 (paper 3.3.3) or fp32."""
     fp8: Fp8 | None = None

@@ -28,8 +28,9 @@ from train.kernels.fp8 import swiglu as plain_swiglu
 from train.kernels.fp8.cast_rules import OperandRule
 from train.kernels.fp8.formats import E4M3, E5M2, E5M6, TILE, Cast
 from train.kernels.fp8.fp8 import Fp8Precision
+from train.kernels.fp8.gpu_engine import load_gpu_engine
 from train.kernels.fp8.groups import PaddedGroups
-from train.kernels.fp8.hopper import HopperEngine, load_hopper
+from train.kernels.fp8.hopper import HopperEngine
 from train.kernels.fp8.products import CpuEngine
 from train.kernels.fp8.quantize import dequantize_reference, quantize_reference
 from train.kernels.plain.high import HighPrecision
@@ -336,7 +337,7 @@ def hopper(machine: Machine, backend: str = "triton") -> HopperEngine:
     """The engine of a training step. Raises NotTried with what it lacks."""
     machine.need_gpu("the FP8 product")
     try:
-        return load_hopper(compose("precision=fp8", f"precision.fp8.backend={backend}").precision.fp8)
+        return load_gpu_engine(compose("precision=fp8", f"precision.fp8.backend={backend}").precision.fp8)
     except UserError as error:
         raise NotTried(lacks(error)) from error
 

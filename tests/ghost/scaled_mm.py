@@ -9,6 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from train.kernels.fp8.blackwell import BlackwellEngine, ScaledGroupedProducts
+from train.kernels.fp8.cast_rules import OperandRule
+from train.kernels.fp8.formats import E4M3 as FORMAT
+from train.plan.memory.meta_device import _KERNELS
+
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 TILES, BLOCKS, ROWS = F.ScalingType.BlockWise1x128, F.ScalingType.BlockWise128x128, F.ScalingType.RowWise
 
@@ -27,12 +32,16 @@ class ScaledProduct:
     padded: bool = True
     """The blocks' scales padded to a multiple of 4 along the contraction."""
     grouped: bool = False
+    mx: bool = False
+    """Tiles of 32, as train/kernels/fp8/blackwell.py calls them, for all of its products."""
     taken: bool = True
 
     def refusal(self) -> str | None:
         """The error's first line, or None."""
         try:
-            if self.grouped:
+            if self.mx:
+                _mx(self.grouped)
+            elif self.grouped:
                 _grouped(self.right_recipe)
             else:
                 _dense(self)
@@ -52,8 +61,10 @@ PRODUCTS = (
     ScaledProduct("E5M2 1x128 by E5M2 1x128", left=E5M2, right=E5M2, right_recipe=TILES, taken=False),
     ScaledProduct("grouped, 1x128 by 128x128", grouped=True, taken=False),
     ScaledProduct("grouped, a scale a row", grouped=True, right_recipe=ROWS),
+    ScaledProduct("1x32 by 1x32, bf16 and fp32", mx=True),
+    ScaledProduct("grouped, 1x32 by 1x32, and Wgrad", mx=True, grouped=True),
 )
-"""As train/kernels/fp8/hopper.py calls them, and what it would call if torch took it."""
+"""As train/kernels/fp8/hopper.py and blackwell.py call them, and what they would call if torch took it."""
 
 
 def _dense(product: ScaledProduct) -> Tensor:
@@ -90,6 +101,22 @@ def _grouped(recipe: F.ScalingType) -> Tensor:
         offs=torch.arange(1, experts + 1, device="cuda", dtype=torch.int32) * (rows // experts),
         output_dtype=torch.bfloat16,
     )
+
+
+def _mx(grouped: bool) -> None:
+    """Ragged sizes, an expert without rows."""
+    engine = BlackwellEngine(_KERNELS, ScaledGroupedProducts(F.scaled_grouped_mm), F.scaled_mm)
+    rule, counts = OperandRule(FORMAT, "1x32", True), torch.tensor([3, 0, 127], device="cuda")
+    x, dy = (torch.empty(130, width, device="cuda", dtype=torch.bfloat16) for width in (256, 512))
+    if not grouped:
+        for dtype in (torch.bfloat16, torch.float32):
+            engine.product(engine.operand(x[:, :200], rule), engine.operand(dy[:70, :200], rule), dtype)
+        return
+    weights, groups = torch.empty(3, 512, 256, device="cuda", dtype=torch.bfloat16), engine.groups(counts, len(x))
+    engine.grouped(engine.operand(x, rule), engine.operand(weights, rule), groups, torch.bfloat16)
+    engine.grouped(engine.operand(dy, rule), engine.operand(weights, rule, transposed=True), groups, torch.bfloat16)
+    left, right = (engine.operand(side, rule, transposed=True, groups=groups) for side in (dy, x))
+    engine.grouped_wgrad(left, right, groups, torch.float32)
 
 
 def table(found: dict[ScaledProduct, str | None]) -> list[str]:

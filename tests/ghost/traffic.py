@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from conf.schema import ROOT
 from parallel.expert.quantized_rows import QuantizedRows
 
-PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "_grouped_mm", "_scaled_mm", "_scaled_mm_v2")
+PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "_grouped_mm", "_scaled_mm", "_scaled_mm_v2", "_scaled_grouped_mm_v2")
 WRITTEN_OVER = {"_heads_kernel": 0}
 """The tensor, by its place, that a kernel of Triton reads and writes."""
 TRITON_PRODUCTS = ("_product_kernel", "_wgrad_kernel", "_gradient_kernel")

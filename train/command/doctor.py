@@ -153,7 +153,7 @@ def _device(config: Config) -> Iterator[DoctorLine]:
     import torch
 
     from train.kernels.device import idle_gpu, sees_gpu
-    from train.kernels.fp8.hopper import needs_deep_gemm
+    from train.kernels.fp8.hopper import has_mx_tiles, needs_deep_gemm
     from train.kernels.fp8.installed import look_up_versions, misfits
     from train.kernels.gpu.host_compiler import PYTHON, compiler_command, missing_for_triton
 
@@ -175,7 +175,7 @@ def _device(config: Config) -> Iterator[DoctorLine]:
     )
     found = look_up_versions()
     fp8, wanted = config.precision.fp8, config.precision.fp8 is not None
-    bad = misfits(found, deep_gemm=fp8 is not None and needs_deep_gemm(fp8))
+    bad = misfits(found, fp8 is not None and needs_deep_gemm(fp8), fp8 is not None and has_mx_tiles(fp8))
     problems, cures = "; ".join(problem for problem, _ in bad), "; ".join(dict.fromkeys(cure for _, cure in bad))
     yield DoctorLine(
         "FP8", f"not here: {problems}" if bad else str(found), cures if bad and wanted else None, bool(bad) and wanted

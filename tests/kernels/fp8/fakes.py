@@ -1,9 +1,11 @@
-"""Stand-ins for the products of Hopper GPUs: the contracts of cuBLASLt's and DeepGEMM's kernels, checked and computed plainly.
+"""Stand-ins for the products of Hopper and Blackwell GPUs: the contracts of cuBLASLt's, CUTLASS's and DeepGEMM's kernels, checked and computed
+plainly.
 
-They assert the shapes and strides that the real kernels read (torch 2.11's scaled_mm, sgl-deep-gemm 0.1.5), so that a test
-without a GPU sees a wrong layout.
+They assert the shapes and strides that the real kernels read (torch 2.11's scaled_mm and scaled_grouped_mm, sgl-deep-gemm 0.1.5), so that a
+test without a GPU sees a wrong layout. What the real ones leave unwritten is not a number here.
 """
 
+import itertools
 from types import SimpleNamespace
 
 import torch
@@ -23,10 +25,71 @@ def _blocks(q: Tensor, scale: Tensor) -> Tensor:
     return q.float() * scale.repeat_interleave(128, 0).repeat_interleave(128, 1)
 
 
-def scaled_mm(a, b, *, scale_a, scale_recipe_a, scale_b, scale_recipe_b, output_dtype):
-    """torch.nn.functional.scaled_mm for 1x128 by 1x128 or 128x128."""
+def mx_places(outer: int, tiles: int) -> Tensor:
+    """Where in memory the scales (O, C / 32) of whole tiles lie."""
+    row, column = torch.arange(outer)[:, None], torch.arange(4 * tiles)[None, :]
+    block = row // 128 * tiles + column // 4
+    return block * 512 + row % 32 * 16 + row % 128 // 32 * 4 + column % 4
+
+
+def mx_values(q: Tensor, scale: Tensor) -> Tensor:
+    """Dequantise (O, C), both multiples of 128, with scales in E8M0 as they lie in memory."""
+    assert scale.dtype == torch.float8_e8m0fnu and scale.is_contiguous() and scale.numel() == q.numel() // 32
+    exponents = scale.view(torch.uint8).flatten()[mx_places(q.shape[0], q.shape[1] // 128)].double()
+    factors = torch.where(exponents == 255, torch.nan, 2 ** (exponents - 127))
+    return (q.double() * factors.repeat_interleave(32, 1)).float()
+
+
+def _check_mx(recipes: dict) -> None:
+    assert recipes == {
+        "scale_recipe_a": F.ScalingType.BlockWise1x32,
+        "scale_recipe_b": F.ScalingType.BlockWise1x32,
+        "swizzle_a": F.SwizzleType.SWIZZLE_32_4_4,
+        "swizzle_b": F.SwizzleType.SWIZZLE_32_4_4,
+    }
+
+
+def scaled_grouped_mm(a, b, *, scale_a, scale_b, offs, output_dtype, **recipes):
+    """torch.nn.functional.scaled_grouped_mm for 1x32 by 1x32, 2D by 3D and 2D by 2D."""
+    _check_mx(recipes)
+    assert output_dtype == torch.bfloat16 and offs.dtype == torch.int32 and offs.dim() == 1
+    assert a.is_contiguous() and b.mT.is_contiguous() and a.dtype == b.dtype == torch.float8_e4m3fn
+    assert a.shape[-1] % 16 == 0 and b.shape[-1] % 16 == 0 and b.shape[-2] % 16 == 0
+    assert scale_a.dim() == scale_b.dim() == 2 and scale_a.shape[0] >= a.shape[0]
+    parts = list(itertools.pairwise([0, *offs.tolist()]))
+    if b.dim() == 3:
+        (experts, inputs, outputs), per_row = b.shape, a.shape[1] // 32
+        assert inputs == a.shape[1] and experts == len(offs)
+        assert scale_b.shape == (experts, -(-outputs // 128) * 128 * -(-inputs // 128) * 4)
+        out = torch.full((len(a), outputs), torch.nan, dtype=torch.bfloat16)
+        before = 0  # scales of each group are padded to 128 rows
+        for expert, (first, last) in enumerate(parts):
+            whole = -(-(last - first) // 128) * 128
+            scale = scale_a.flatten()[before * per_row : (before + whole) * per_row]
+            left = mx_values(F.pad(a[first:last].float(), (0, 0, 0, whole - last + first)).to(a.dtype), scale)
+            out[first:last] = (left[: last - first] @ mx_values(b[expert].mT, scale_b[expert]).t()).bfloat16()
+            before += whole
+        return out
+    assert scale_b.shape[0] >= b.shape[1] and a.shape[1] == b.shape[0] and offs[-1] <= b.shape[0]
+    out = torch.full((len(offs), a.shape[0], b.shape[1]), torch.nan, dtype=torch.bfloat16)
+    for expert, (first, last) in enumerate(parts):
+        assert first % 128 == last % 128 == 0, "else the scales of a group would be padded"
+        if first < last:
+            left, right = (
+                mx_values(q[:, first:last], scale.flatten()[len(q) * first // 32 : len(q) * last // 32])
+                for q, scale in ((a, scale_a), (b.t(), scale_b))
+            )
+            out[expert] = (left @ right.t()).bfloat16()
+    return out
+
+
+def scaled_mm(a, b, *, scale_a, scale_recipe_a, scale_b, scale_recipe_b, output_dtype, **swizzles):
+    """torch.nn.functional.scaled_mm for 1x128 by 1x128 or 128x128, and for 1x32 by 1x32."""
     (m, k), n = a.shape, b.shape[1]
     assert a.stride() == (k, 1) and b.stride() == (1, k)
+    if swizzles:
+        _check_mx(swizzles | {"scale_recipe_a": scale_recipe_a, "scale_recipe_b": scale_recipe_b})
+        return (mx_values(a, scale_a) @ mx_values(b.t(), scale_b).t()).to(output_dtype)
     assert scale_recipe_a is F.ScalingType.BlockWise1x128 and scale_a.stride() == (1, m)
     left = _tiles(a, scale_a)
     if scale_recipe_b is F.ScalingType.BlockWise1x128:

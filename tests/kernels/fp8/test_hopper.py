@@ -1,4 +1,4 @@
-"""Runs interpreted.py and interpreted_products.py in a process whose triton interprets kernels on the CPU."""
+"""Runs interpreted.py, interpreted_products.py and interpreted_mx.py in a process whose triton interprets kernels on the CPU."""
 
 import importlib.util
 import os
@@ -15,7 +15,10 @@ import pytest
     reason="triton is not installed, so no kernel can be interpreted: the extra dev brings it on Linux",
 )
 def test_cuda_path_in_the_interpreter():
-    tests = [str(Path(__file__).with_name(f"{name}.py")) for name in ("interpreted", "interpreted_products")]
+    tests = [
+        str(Path(__file__).with_name(f"{name}.py"))
+        for name in ("interpreted", "interpreted_products", "interpreted_mx")
+    ]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout=240", *tests]
     run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr

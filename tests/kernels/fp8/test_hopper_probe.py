@@ -41,6 +41,7 @@ MISFITS = {
     "old nvcc": ({"nvcc": "12.1"}, "is 12.1", "set CUDA_HOME"),
     "no triton": ({"triton": None}, "triton is not installed", "CUDA build of torch"),
     "another GPU": ({"gpu": "NVIDIA A100", "capability": (8, 0)}, "A100 has no blockwise FP8", "precision=bf16"),
+    "Blackwell": ({"gpu": "NVIDIA B200", "capability": (10, 0)}, "B200 has no blockwise FP8", "precision=mxfp8"),
     "no GPU": ({"gpu": None, "capability": None}, "torch sees no GPU", "cluster.device=cpu"),
 }
 

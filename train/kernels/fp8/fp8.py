@@ -20,9 +20,9 @@ from train.kernels.fp8.cast_rules import OperandRule, build_rules
 from train.kernels.fp8.compiled_casts import CompiledCasts, load_casts
 from train.kernels.fp8.compiled_engine import CompiledEngine
 from train.kernels.fp8.experts import expert_ffn
+from train.kernels.fp8.gpu_engine import load_gpu_engine
 from train.kernels.fp8.health import HealthWatch, Report
 from train.kernels.fp8.held_weights import HeldWeights
-from train.kernels.fp8.hopper import load_hopper
 from train.kernels.fp8.linear import keep, linear
 from train.kernels.fp8.products import CpuEngine, Engine, pack_sources, unpack_sources
 from train.model.layers import AddedProduct, HeldInput
@@ -50,7 +50,7 @@ class Fp8Precision:
         self._rules = build_rules(fp8)
         self._health = HealthWatch(fp8.health)
         if engine is None and device.type == "cuda":
-            engine = load_hopper(fp8)
+            engine = load_gpu_engine(fp8)
         self._engine: Engine = engine or cpu_engine(fp8, kernels)
         self.weights = HeldWeights(self._engine, making)
 

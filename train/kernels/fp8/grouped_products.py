@@ -34,9 +34,10 @@ class PaddedOperand:
     q: Tensor
     """(..., O, C); in a K-grouped product of DeepGEMM flat, one (O, rows of the expert) matrix after the other."""
     scale: Tensor
-    """Tiles: (O, C / 128) stored column by column. Blocks: (..., O / 128, C / 128), contiguous."""
+    """Tiles: (O, C / 128) stored column by column. Blocks: (..., O / 128, C / 128), contiguous.
+    MXFP8: as `quantize_mx` of train/kernels/fp8/triton_quantize.py gives it."""
     tiles: bool
-    """One scale per row and 128 of the contraction; otherwise one per 128x128."""
+    """One scale per row and 128 of the contraction, or 32; otherwise one per 128x128."""
     outer: int
     """O without the padding."""
 

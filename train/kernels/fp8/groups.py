@@ -56,6 +56,20 @@ class PaddedGroups:
         """Where the rows of each expert end, as products take them, int32, on the device."""
         return (self._padded_E if self._is_padded else self._counts_E).cumsum(0, dtype=torch.int32)
 
+    @cached_property
+    def whole(self) -> "PaddedGroups":
+        """These rows with padding."""
+        return PaddedGroups(self._counts_E, self._rows)
+
+    @cached_property
+    def sum_ends_E(self) -> Tensor:
+        """Where the rows of each expert end, int32, as a sum over them takes them: padded, one tile at the least, and in the last expert's
+        all that are left.
+        """
+        ends_E = ((self._counts_E.clamp_min(1) + (TILE - 1)) // TILE * TILE).cumsum(0, dtype=torch.int32)
+        ends_E[-1:].fill_(most_tiles(self.rows + len(ends_E), len(ends_E)) * TILE)
+        return ends_E
+
     @property
     def unpadded_ends_E(self) -> Tensor | None:
         """`ends_E` where rows lie without padding; None where every 128 of them are one expert's."""

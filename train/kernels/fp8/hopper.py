@@ -14,7 +14,6 @@ number along the contraction rounded up to a multiple of 4.
 Shape suffixes: O outer, C contraction, P rows of experts (train/kernels/fp8/groups.py), E experts, N outer of the right operand.
 """
 
-import importlib
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -28,15 +27,8 @@ from conf.schema import Fp8, Fp8Backend
 from train.kernels.fp8 import swiglu
 from train.kernels.fp8.cast_rules import OperandRule
 from train.kernels.fp8.formats import E4M3, TILE, Cast
-from train.kernels.fp8.grouped_products import (
-    DeepGemmProducts,
-    GroupedProducts,
-    PaddedOperand,
-    TritonProducts,
-    load_deep_gemm,
-)
+from train.kernels.fp8.grouped_products import GroupedProducts, PaddedOperand
 from train.kernels.fp8.groups import PaddedGroups
-from train.kernels.fp8.installed import require_fit
 from train.kernels.fp8.products import RoundedTensor, Source
 from train.kernels.fp8.quantize import QuantizedTensor, dequantize, dequantize_reference, quantize_reference
 from train.kernels.gpu.fused_kernels import FusedKernels
@@ -44,7 +36,7 @@ from train.kernels.plain import grouped
 
 
 class HopperEngine:
-    """`train.kernels.fp8.products.Engine` on a Hopper GPU; see `load_hopper`."""
+    """`train.kernels.fp8.products.Engine` on a Hopper GPU; see train/kernels/fp8/gpu_engine.py."""
 
     def __init__(self, kernels: Any, products: GroupedProducts, scaled_mm: Callable[..., Tensor] = F.scaled_mm):
         """kernels: train.kernels.fp8.triton_quantize. products: of whichever library."""
@@ -85,7 +77,7 @@ class HopperEngine:
         if rule.format is None:
             return source.bfloat16().mT if transposed else source.bfloat16()
         if source.dim() == 3:
-            _check_expert_sizes(source)
+            check_expert_sizes(source)
         return self._quantized(source, scale, rule, transposed, groups, inner if transposed else outer)
 
     def gradient(
@@ -217,16 +209,6 @@ class HopperEngine:
         return self.swiglu_backward(h, gates_P, da_PF)[0]
 
 
-def load_hopper(fp8: Fp8) -> HopperEngine:
-    """The engine of this GPU. Raises UserError for what it lacks."""
-    check_gpu_operands(fp8)
-    require_fit(deep_gemm=False)
-    kernels, ours = (
-        importlib.import_module(f"train.kernels.fp8.{name}") for name in ("triton_quantize", "triton_products")
-    )
-    return HopperEngine(kernels, DeepGemmProducts(load_deep_gemm()) if needs_deep_gemm(fp8) else TritonProducts(ours))
-
-
 def has_fp8_experts(fp8: Fp8) -> bool:
     """Whether experts have FP8 products."""
     return _operands(fp8, "experts_up", "experts_down") != {"bf16"}
@@ -237,8 +219,14 @@ def needs_deep_gemm(fp8: Fp8) -> bool:
     return fp8.backend == Fp8Backend.deepgemm
 
 
+def has_mx_tiles(fp8: Fp8) -> bool:
+    """Whether an operand has a scale for 32 values, as Blackwell's products take them."""
+    return any("/1x32/" in operand for operand in _operands(fp8, "dense", "output", "experts_up", "experts_down"))
+
+
 def check_gpu_operands(fp8: Fp8) -> None:
-    """No product takes E5M2 or tiles of 32, and those of experts take weights in blocks only. Raises UserError."""
+    """No product takes E5M2, none takes tiles of 32 beside others, and those of experts on Hopper take weights in blocks only. Raises UserError."""
+    mx = has_mx_tiles(fp8)
     for families, library in (
         (("experts_up", "experts_down"), "the products of experts have no other format"),
         (("dense", "output"), "blockwise torch.nn.functional.scaled_mm takes no other format"),
@@ -247,14 +235,16 @@ def check_gpu_operands(fp8: Fp8) -> None:
             if operand.startswith("e5m2"):
                 rule = f"must be e4m3 or bf16 on CUDA: {library}"
                 raise UserError(f"precision.fp8.{', '.join(families)}", operand, rule, "use e4m3/1x128/fp32")
-            if "/1x32/" in operand:
-                rule = "is emulated on a CPU alone: Hopper's products have tiles of 128, and those of Blackwell are not called yet"
-                cure = "use precision=fp8 on Hopper, precision=bf16 on Blackwell, or a CPU"
-                raise UserError(f"precision.fp8.{', '.join(families)}", operand, rule, cure)
+            if mx and operand != "bf16" and "/1x32/" not in operand:
+                rule = "does not go on CUDA with tiles of 1x32, which Blackwell's products take on both sides, and Hopper's on neither"
+                raise UserError(f"precision.fp8.{', '.join(families)}", operand, rule, "use e4m3/1x32/pow2 or bf16")
+    if mx and needs_deep_gemm(fp8):
+        rule = "has no products of tiles of 1x32: those are torch's"
+        raise UserError("precision.fp8.backend", fp8.backend, rule, "leave precision.fp8.backend at triton")
     for family in ("experts_up", "experts_down"):
         for product in ("fprop", "dgrad"):
             weight = getattr(getattr(fp8, family), product).weight
-            if weight.split("/")[1:2] not in ([], ["128x128"], ["tensor"]):
+            if not mx and weight.split("/")[1:2] not in ([], ["128x128"], ["tensor"]):
                 rule = "must be 128x128 or tensor for experts on CUDA: their products read weights in blocks"
                 raise UserError(f"precision.fp8.{family}.{product}.weight", weight, rule, "use e4m3/128x128/fp32")
 
@@ -265,7 +255,8 @@ def _operands(fp8: Fp8, *families: str) -> set[str]:
     return {operand for product in products for operand in vars(product).values()}
 
 
-def _check_expert_sizes(weight_ENK: Tensor) -> None:
+def check_expert_sizes(weight_ENK: Tensor) -> None:
+    """Raises UserError for experts whose weights are no whole tiles."""
     for size in weight_ENK.shape[1:]:
         if size % TILE:
             raise UserError(

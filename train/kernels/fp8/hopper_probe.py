@@ -1,4 +1,4 @@
-"""Whether the FP8 products of this GPU work with what is installed: tried in a process of its own, before data are read.
+"""Whether the FP8 products of this GPU, Hopper or Blackwell, work with what is installed: tried in a process of its own, before data are read.
 
     python -m train.kernels.fp8.hopper_probe CONFIG ANSWER DEVICE
 
@@ -95,16 +95,17 @@ def main() -> int:
     say(stage="asking torch for the GPU")
     import torch
 
-    from train.kernels.fp8.hopper import load_hopper, needs_deep_gemm
+    from train.kernels.fp8.gpu_engine import load_gpu_engine
+    from train.kernels.fp8.hopper import has_mx_tiles, needs_deep_gemm
 
     torch.cuda.set_device(device)
     found, deep_gemm = look_up_versions(device), needs_deep_gemm(fp8)
-    say(stage="comparing versions", found=str(found), bad=misfits(found, deep_gemm))
+    say(stage="comparing versions", found=str(found), bad=misfits(found, deep_gemm, has_mx_tiles(fp8)))
     if said["bad"]:
         return 0
     try:
         say(stage="loading Triton and DeepGEMM" if deep_gemm else "loading Triton")
-        engine = load_hopper(fp8)
+        engine = load_gpu_engine(fp8)
         bad = wrong_products(engine, torch.device("cuda", device), fp8, lambda stage: say(stage=stage))
     except UserError as error:
         bad = [(f"{error.field} = {error.value}: {error.rule}", error.cure)]
@@ -153,9 +154,11 @@ def _trials(fp8: Fp8) -> "Iterator[Trial]":
 
     from train.kernels.fp8.cast_rules import OperandRule
     from train.kernels.fp8.formats import E4M3
-    from train.kernels.fp8.hopper import has_fp8_experts
+    from train.kernels.fp8.hopper import has_fp8_experts, has_mx_tiles
 
-    tiles, blocks = OperandRule(E4M3, "1x128", False, 1e-4), OperandRule(E4M3, "128x128", False, 1e-4)
+    mx = has_mx_tiles(fp8)
+    widths = ("1x32", "1x32") if mx else ("1x128", "128x128")
+    tiles, blocks = (OperandRule(E4M3, width, mx, 1e-4) for width in widths)
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -172,9 +175,9 @@ def _trials(fp8: Fp8) -> "Iterator[Trial]":
         left, right = (engine.operand(there(t), tiles, transposed=True) for t in (g, x))
         return engine.product(left, right, torch.float32, None if start is None else there(start.clone()))
 
-    yield Trial("torch.nn.functional.scaled_mm, 1x128 by 128x128", dense)
-    yield Trial("torch.nn.functional.scaled_mm, 1x128 by 1x128", wgrad)
-    library = {"triton": "Triton", "deepgemm": "DeepGEMM"}[fp8.backend]
+    yield Trial(f"torch.nn.functional.scaled_mm, {widths[0]} by {widths[1]}", dense)
+    yield Trial(f"torch.nn.functional.scaled_mm, {widths[0]} by {widths[0]}", wgrad)
+    library = "torch" if mx else {"triton": "Triton", "deepgemm": "DeepGEMM"}[fp8.backend]
     yield Trial(f"{library}'s product added to a gradient", partial(wgrad, start=30 * draw(384, 640).float()))
     if not has_fp8_experts(fp8):
         return

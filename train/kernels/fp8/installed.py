@@ -1,4 +1,4 @@
-"""What is installed for FP8 products on a Hopper GPU, and which parts of it do not fit each other."""
+"""What is installed for FP8 products on a Hopper or Blackwell GPU, and which parts of it do not fit each other."""
 
 import ctypes
 import importlib.util
@@ -26,6 +26,9 @@ OLDEST_CUDA = (12, 9)
 OLDEST_NVCC = (12, 3)
 """DeepGEMM's own limit."""
 CAPABILITY = (9, 0)
+"""Compute capability of Hopper, whose products have tiles of 128."""
+MX_CAPABILITIES = (10, 0), (10, 3)
+"""Compute capabilities of Blackwell for servers, which torch's grouped products of tiles of 32 are written for."""
 
 WITHOUT_PACKAGES = (
     "use precision.fp8.backend=triton, which needs no such package, or "
@@ -98,13 +101,17 @@ def look_up_versions(device: int | None = None) -> InstalledVersions:
     )
 
 
-def misfits(found: InstalledVersions, deep_gemm: bool) -> list[tuple[str, str]]:
-    """What does not fit, and its cure. deep_gemm: whether the experts' products are DeepGEMM's."""
+def misfits(found: InstalledVersions, deep_gemm: bool, mx: bool = False) -> list[tuple[str, str]]:
+    """What does not fit, and its cure. deep_gemm: whether the experts' products are DeepGEMM's. mx: whether scales are those of 32 values."""
     bad: list[tuple[str, str]] = []
     if found.gpu is None:
         bad.append(("torch sees no GPU", "use cluster.device=cpu"))
-    elif found.capability != CAPABILITY:
-        bad.append((f"{found.gpu} has no blockwise FP8 products, which H100, H800 and H200 have", CHOOSE_BF16))
+    elif mx and found.capability not in MX_CAPABILITIES:
+        other = "choose precision=fp8" if found.capability == CAPABILITY else CHOOSE_BF16
+        bad.append((f"{found.gpu} has no MXFP8 products, which B200, B300, GB200 and GB300 have", other))
+    elif not mx and found.capability != CAPABILITY:
+        other = "choose precision=mxfp8 or bf16" if found.capability in MX_CAPABILITIES else CHOOSE_BF16
+        bad.append((f"{found.gpu} has no blockwise FP8 products, which H100, H800 and H200 have", other))
     if not found.scaled_mm:
         bad.append((f"torch {found.torch} has no torch.nn.functional.scaled_mm", "pip install 'torch>=2.11'"))
     if _numbers(found.cuda) < OLDEST_CUDA:
@@ -114,11 +121,11 @@ def misfits(found: InstalledVersions, deep_gemm: bool) -> list[tuple[str, str]]:
     return bad + (_of_deep_gemm(found) if deep_gemm else [])
 
 
-def require_fit(deep_gemm: bool) -> None:
-    """Raises UserError for what does not fit. deep_gemm: as in `misfits`."""
+def require_fit(deep_gemm: bool, mx: bool = False) -> None:
+    """Raises UserError for what does not fit. deep_gemm, mx: as in `misfits`."""
     found = look_up_versions()
-    if bad := misfits(found, deep_gemm):
-        raise refusal(bad, str(found))
+    if bad := misfits(found, deep_gemm, mx):
+        raise refusal(bad, str(found), "mxfp8" if mx else "fp8")
 
 
 def _of_deep_gemm(found: InstalledVersions) -> list[tuple[str, str]]:

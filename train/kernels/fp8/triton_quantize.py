@@ -10,13 +10,20 @@ Each kernel reads its input once and writes FP8 values and fp32 scales in the la
     decode_e5m6         the values of that in bf16                                       what attention's backward takes
     swiglu_tiles        SwiGLU with the gate value, then quantize_tiles; also h so       the down-projection's input, and what waits for backward
     swiglu_backward     a, dh and dw from h and da                                       see train/kernels/fp8/swiglu.py
+    quantize_mx         (R, C) -> q (P, Q) and one scale per row and 32 columns          every operand of MXFP8, also SwiGLU's output
 
 An input may itself be FP8 with a scale per row and 128 columns: it is dequantised on the way in, so that what is cached
 for Wgrad goes from 1x128 to 128x1 in one pass (paper 3.5.2); for `quantize_columns` it may be E5M6, too.  Divisions are IEEE (`div_rn`): `/` is approximate on
 NVIDIA GPUs and would break the equality.  Columns are multiples of 128, and so are the rows of weights; the caller pads.  Other
 rows are as many as there are: what lacks to whole tiles counts as zeros, is never read, and is written where a product reads it.
 
-The module needs triton and is imported only where its kernels run.  Shape suffixes: R rows, P rows of whole tiles, C columns.
+The last one alone reads tensors of any strides and sizes, so that a transpose is a view, and writes scales as Blackwell's products
+read them, in E8M0 (a byte, the exponent of a power of two plus 127): 128 rows by 4 scales are 512 bytes, in which the scales of row r begin
+at 16 (r mod 32) + 4 (r div 32); these blocks follow each other along the contraction, then along the rows (cuBLAS 13, "1D Block Scaling
+Factors Layout").
+
+The module needs triton and is imported only where its kernels run.  Shape suffixes: R rows, P rows of whole tiles, C columns, Q columns
+of whole tiles.
 """
 
 import torch
@@ -57,20 +64,20 @@ def _cast(scaled, maximum: constexpr, dtype: constexpr):
 
 
 @triton.jit
-def tiles_of_experts(ends_ptr, experts: constexpr, slots: constexpr):
-    """Where each expert's rows end, and how many tiles of 128 they take; none for slots behind the experts."""
+def tiles_of_experts(ends_ptr, experts: constexpr, slots: constexpr, least: constexpr = 0):
+    """Where each expert's rows end, and how many tiles of 128 they take, at least so many; none for slots behind the experts."""
     slot = tl.arange(0, slots)
     end = tl.load(ends_ptr + slot, mask=slot < experts, other=0)
     start = tl.load(ends_ptr + slot - 1, mask=(slot > 0) & (slot < experts), other=0)
-    return end, (end - start + 127) // 128
+    return end, tl.where(slot < experts, tl.maximum((end - start + 127) // 128, least), 0)
 
 
 @triton.jit
-def rows_of_tile(ends_ptr, tile, height, experts: constexpr, slots: constexpr):
+def rows_of_tile(ends_ptr, tile, height, experts: constexpr, slots: constexpr, least: constexpr = 0):
     """The expert of a tile, the first of its 128 rows, and where the expert's rows end. No rows are left behind the last expert."""
     expert, first, last = 0, tile * 128, height
     if experts > 1:
-        end, tiles = tiles_of_experts(ends_ptr, experts, slots)
+        end, tiles = tiles_of_experts(ends_ptr, experts, slots, least)
         before = tl.cumsum(tiles, axis=0) <= tile
         expert = before.to(tl.int32).sum()
         start = tl.max(tl.where(before, end, 0))
@@ -289,6 +296,43 @@ def _swiglu_backward_kernel(
     tl.store(dgates_ptr + rows, total, there)
 
 
+@triton.jit
+def _mx_kernel(
+    x_ptr, in_scale_ptr, gates_ptr, q_ptr, scale_ptr, ends_ptr, height, width, x_matrix, x_row, x_column,
+    maximum: constexpr, floor: constexpr, scaled: constexpr, gated: constexpr, experts: constexpr, slots: constexpr,
+):  # fmt: skip
+    tile, tiles, local = tl.program_id(1), tl.num_programs(1), tl.arange(0, 128)
+    matrix, size = tl.program_id(2).to(tl.int64), tl.num_programs(0) * 128 * tl.cast(tiles * 128, tl.int64)
+    rows, columns, last = tl.program_id(0) * 128 + local, tile * 128 + local, width
+    block, of_expert = tl.program_id(0) * tiles + tile, tiles
+    if experts > 1:  # the scales of each are a matrix of their own
+        slot = tl.arange(0, slots)
+        _, counts = tiles_of_experts(ends_ptr, experts, slots, 1)
+        expert, start, last = rows_of_tile(ends_ptr, tile, width, experts, slots, 1)
+        columns, expert = start + local, tl.minimum(expert, experts - 1)  # tiles that are left are zeros of the last
+        before = tl.sum(tl.where(slot < expert, counts, 0))
+        of_expert = tl.where(expert < experts - 1, tl.sum(tl.where(slot == expert, counts, 0)), tiles - before)
+        block = before * tl.num_programs(0) + tl.program_id(0) * of_expert + tile - before
+    there = (rows < height)[:, None] & (columns < last)[None, :]
+    place = matrix * x_matrix + rows[:, None].to(tl.int64) * x_row + columns[None, :].to(tl.int64) * x_column
+    x = tl.load(x_ptr + place, there, 0.0).to(tl.float32)
+    if gated:
+        up = tl.load(x_ptr + place + tl.cast(width, tl.int64) * x_column, there, 0.0).to(tl.float32)
+        x = tl.div_rn(x, 1.0 + tl.exp(-x)) * up * tl.load(gates_ptr + rows, rows < height, 0.0)[:, None]
+    if scaled:  # x is the transpose of what has these scales
+        word = (columns // 128 * tl.num_programs(0) + tl.program_id(0)) * 128 + columns % 32 * 4 + columns % 128 // 32
+        word = tl.load(in_scale_ptr + word, columns < last, 0)
+        factors = (((word[None, :] >> (tl.arange(0, 4) * 8)[:, None]) & 0xFF) << 23).to(tl.float32, bitcast=True)
+        x = tl.reshape(tl.reshape(x, (4, 32, 128)) * factors[:, None, :], (128, 128))
+    parts = tl.reshape(x, (128, 4, 32))
+    scale, inverse = _scales(tl.max(tl.abs(parts), axis=2), maximum, floor, True)
+    q = tl.reshape(_cast(parts * inverse[:, :, None], maximum, q_ptr.dtype.element_ty), (128, 128))
+    out = rows[:, None].to(tl.int64) * (tiles * 128) + (tile * 128 + local)[None, :]
+    tl.store(q_ptr + matrix * size + out, q)
+    words = tl.sum((scale.to(tl.int32, bitcast=True) >> 23) << (tl.arange(0, 4) * 8)[None, :], axis=1)
+    tl.store(scale_ptr + matrix * (size // 128) + block * 128 + local % 32 * 4 + local // 32, words)
+
+
 def quantize_tiles(x_RC: Tensor, cast: Cast, in_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """q (P, C), and scale (P, C / 128) stored column by column, as cuBLASLt and DeepGEMM read it."""
     rows, columns = _sizes(x_RC)
@@ -419,6 +463,36 @@ def swiglu_backward(
         rows, width, len(h_P2F), in_scale is not None, BACKWARD_ROWS,
     )  # fmt: skip
     return a_PF, dh_P2F, dgates_P
+
+
+def quantize_mx(
+    x_RC: Tensor,
+    cast: Cast,
+    in_scale: Tensor | None = None,
+    ends_E: Tensor | None = None,
+    gates_R: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """q (..., P, Q) and its scales, E8M0: (P, Q / 32), of several matrices (..., P x Q / 32).
+
+    x_RC: of any strides. in_scale: that of x_RC transposed, made here. ends_E: where the columns of each expert end, int32; each gets tiles of its own,
+    one at the least, whose scales are laid out as a matrix of their own, and those that are left are zeros of the last. gates_R: x_RC is SwiGLU's input, and its
+    output is quantised.
+    """
+    *lead, rows, columns = x_RC.shape
+    columns = columns if gates_R is None else columns // 2
+    experts = 1 if ends_E is None else len(ends_E)
+    tiles = -(-columns // TILE) if ends_E is None else most_tiles(columns + experts, experts)
+    whole = -(-rows // TILE) * TILE
+    q = x_RC.new_empty(*lead, whole, tiles * TILE, dtype=cast.format.dtype)
+    words = q.new_empty(*lead, whole, tiles, dtype=torch.int32)  # of four scales
+    with_options(_mx_kernel[(whole // TILE, tiles, lead[0] if lead else 1)], num_warps=16)(
+        x_RC, x_RC if in_scale is None else in_scale.view(torch.int32), x_RC if gates_R is None else gates_R, q,
+        words, x_RC if ends_E is None else ends_E, rows, columns, x_RC.stride(0) if lead else 0,
+        x_RC.stride(-2), x_RC.stride(-1), cast.format.max, cast.floor, in_scale is not None,
+        gates_R is not None, experts, power_of_2_from(experts),
+    )  # fmt: skip
+    scale = words.view(torch.float8_e8m0fnu)
+    return q, scale.flatten(-2) if lead else scale
 
 
 def _sizes(x_RC: Tensor) -> tuple[int, int]:

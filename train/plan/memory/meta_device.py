@@ -20,11 +20,12 @@ from conf.schema import Precision
 from parallel.expert.build import build_wire
 from parallel.expert.wire import Fp8Wire, Wire
 from train.kernels.choice import build_kernels
-from train.kernels.fp8.formats import TILE, Cast
+from train.kernels.fp8.blackwell import BlackwellEngine, ScaledGroupedProducts
+from train.kernels.fp8.formats import MX_TILE, TILE, Cast
 from train.kernels.fp8.fp8 import Fp8Precision, cpu_engine
 from train.kernels.fp8.grouped_products import DeepGemmProducts, TritonProducts
 from train.kernels.fp8.groups import most_tiles
-from train.kernels.fp8.hopper import HopperEngine, check_gpu_operands, needs_deep_gemm
+from train.kernels.fp8.hopper import HopperEngine, check_gpu_operands, has_mx_tiles, needs_deep_gemm
 from train.kernels.plain.high import HighPrecision
 from train.kernels.precision import activation_dtype
 from train.model.operations import Kernels
@@ -32,6 +33,11 @@ from train.model.operations import Kernels
 
 def _scaled_mm(a: Tensor, b: Tensor, *, output_dtype: torch.dtype, **scales: Any) -> Tensor:
     return a.new_empty(a.shape[0], b.shape[1], dtype=output_dtype)
+
+
+def _scaled_grouped_mm(a: Tensor, b: Tensor, *, offs: Tensor, output_dtype: torch.dtype, **scales: Any) -> Tensor:
+    lead = () if b.dim() == 3 else (len(offs),)
+    return a.new_empty(*lead, a.shape[0], b.shape[-1], dtype=output_dtype)
 
 
 def meta_kernels(kind: str, compiled: bool) -> Kernels:
@@ -61,9 +67,10 @@ def meta_precision(
         engine = cpu_engine(precision.fp8, kernels, meta=True)
     else:
         check_gpu_operands(precision.fp8)
-        deep_gemm = needs_deep_gemm(precision.fp8)
-        products = DeepGemmProducts(_DEEP_GEMM) if deep_gemm else TritonProducts(_PRODUCTS)
+        products = DeepGemmProducts(_DEEP_GEMM) if needs_deep_gemm(precision.fp8) else TritonProducts(_PRODUCTS)
         engine = HopperEngine(_KERNELS, products, _scaled_mm)
+        if has_mx_tiles(precision.fp8):
+            engine = BlackwellEngine(_KERNELS, ScaledGroupedProducts(_scaled_grouped_mm), _scaled_mm)
     return Fp8Precision(precision.fp8, torch.device("meta"), kernels, engine, making)
 
 
@@ -112,6 +119,21 @@ def _blocks(x_RC: Tensor, cast: Cast, transposed: bool) -> tuple[Tensor, Tensor]
     return x_RC.new_empty(x_RC.shape, dtype=cast.format.dtype), scale
 
 
+def _mx(
+    x_RC: Tensor,
+    cast: Cast,
+    in_scale: Tensor | None = None,
+    ends_E: Tensor | None = None,
+    gates_R: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    *lead, rows, columns = x_RC.shape
+    whole, inner = _whole(rows), _whole(columns if gates_R is None else columns // 2)
+    if ends_E is not None:
+        inner = most_tiles(columns + len(ends_E), len(ends_E)) * TILE
+    scale = x_RC.new_empty(*lead, whole, inner // MX_TILE, dtype=torch.float8_e8m0fnu)
+    return x_RC.new_empty(*lead, whole, inner, dtype=cast.format.dtype), scale.flatten(-2) if lead else scale
+
+
 def _swiglu_tiles(h_P2F: Tensor, gates_P: Tensor, cast: Cast, cache: Cast | None = None) -> tuple:
     rows, width = len(h_P2F), h_P2F.shape[1] // 2
     kept = None if cache is None else cache.empty_tiles(h_P2F, rows, 2 * width)
@@ -133,6 +155,7 @@ _KERNELS = SimpleNamespace(
     quantize_blocks=_blocks,
     swiglu_tiles=_swiglu_tiles,
     swiglu_backward=_swiglu_backward,
+    quantize_mx=_mx,
 )
 """In place of train/kernels/fp8/triton_quantize.py."""
 

@@ -19,8 +19,8 @@ from conf.schema import Config
 from parallel.expert.wire import Fp8Wire
 from train.kernels.choice import choose_kernels
 from train.kernels.fp8.cast_rules import CastRules, Product, build_rules
+from train.kernels.fp8.gpu_engine import load_gpu_engine
 from train.kernels.fp8.groups import PaddedGroups
-from train.kernels.fp8.hopper import load_hopper
 from train.kernels.fp8.products import Engine
 from train.kernels.precision import activation_dtype
 from train.model.attention import AttentionInput
@@ -85,7 +85,7 @@ class KernelCases:
             yield from self._tables(sizes)
         yield from self._weights()
         if self.config.precision.fp8 is not None:
-            yield from self._fp8(load_hopper(self.config.precision.fp8))
+            yield from self._fp8(load_gpu_engine(self.config.precision.fp8))
 
     def loss(self) -> Iterator[tuple[Sizes, Callable[[], object]]]:
         """The cross-entropy, whose products are timed with the others: `loss` is what they leave of it."""
@@ -301,7 +301,8 @@ class KernelCases:
             ):
                 operands = _operands(engine, rules, left, right, flips)
                 yield KernelCase(one[0], partial(engine.product, *operands, torch.bfloat16))
-            operands, sums = _operands(engine, casts.dense.wgrad, dy, x, (True, True)), _sums(w)
+            operands = _operands(engine, casts.dense.wgrad, dy, x, (True, True))
+            sums = None if sizes.mx("dense") else _sums(w)
             yield KernelCase(_added(counted, sums), partial(engine.product, *operands, torch.float32, sums))
             cast = Work("cast", bytes=x.numel() * 3)
             yield KernelCase(cast, lambda x=x: engine.operand(x, casts.dense.fprop.left))
@@ -327,8 +328,9 @@ class KernelCases:
             ):
                 operands = _operands(engine, product, left, w, (False, flip))
                 yield KernelCase(one[0], partial(engine.grouped, *operands, groups, torch.bfloat16))
-            operands, sums = _operands(engine, rules.wgrad, dy, x, (True, True), groups), _sums(w)
-            run = partial(engine.grouped_wgrad, *operands, groups, torch.float32, sums)
+            operands = _operands(engine, rules.wgrad, dy, x, (True, True), groups)
+            sums, dtype = (None, torch.bfloat16) if sizes.mx(family) else (_sums(w), torch.float32)
+            run = partial(engine.grouped_wgrad, *operands, groups, dtype, sums)
             yield KernelCase(_added(counted, sums), run)
 
 
@@ -367,6 +369,8 @@ def _sums(weight: Tensor) -> Tensor:
     return torch.zeros_like(weight, dtype=torch.float32, requires_grad=False)
 
 
-def _added(counted: work.Passes, sums: Tensor) -> Work:
-    """The product of the weights' gradient of a micro-batch after the first: it also reads the sum."""
+def _added(counted: work.Passes, sums: Tensor | None) -> Work:
+    """The product of the weights' gradient of a micro-batch after the first: it also reads the sum, if it adds to it."""
+    if sums is None:
+        return counted.weights[0]
     return counted.weights[0]._replace(bytes=counted.weights[0].bytes + 4 * sums.numel())

@@ -1,0 +1,136 @@
+"""MXFP8 products on Blackwell GPUs of compute capability 10: E4M3, and a scale in E8M0 for 32 values along the contraction.
+
+    quantise            our Triton kernel (`quantize_mx` of train/kernels/fp8/triton_quantize.py)
+    dense products      torch's scaled_mm (cuBLASLt), 1x32 by 1x32
+    grouped products    torch's scaled_grouped_mm (CUTLASS): rows of experts by their weights, and for Wgrad sums over the rows of each
+
+Neither adds to a sum, and grouped products are rounded to bf16: gradients of weights are added in a pass of their own.  Traps of the grouped
+kernels, as of torch 2.11 to 2.13: the scales of each expert's rows begin at a multiple of 128 rows, also where the rows do not; in
+Wgrad they are a matrix of their own; and an expert without rows has its gradient left unwritten, so that it gets a tile of zeros.
+
+What waits for backward in tiles of 128 is as on Hopper.  Shape suffixes: as in train/kernels/fp8/hopper.py; T tiles along the contraction.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from train.kernels.fp8.cast_rules import OperandRule
+from train.kernels.fp8.formats import MX_TILE, TILE, Cast
+from train.kernels.fp8.grouped_products import PaddedOperand
+from train.kernels.fp8.groups import PaddedGroups
+from train.kernels.fp8.hopper import HopperEngine, check_expert_sizes
+from train.kernels.fp8.products import Source
+from train.kernels.fp8.quantize import QuantizedTensor
+
+_RECIPE = {
+    "scale_recipe_a": F.ScalingType.BlockWise1x32,
+    "scale_recipe_b": F.ScalingType.BlockWise1x32,
+    "swizzle_a": F.SwizzleType.SWIZZLE_32_4_4,
+    "swizzle_b": F.SwizzleType.SWIZZLE_32_4_4,
+}
+
+
+class ScaledGroupedProducts:
+    """`train.kernels.fp8.grouped_products.GroupedProducts` by torch's scaled_grouped_mm."""
+
+    flat = counted = False
+
+    def __init__(self, scaled_grouped_mm: Callable[..., Tensor]):
+        self._scaled_grouped_mm = scaled_grouped_mm
+
+    def grouped(self, left: PaddedOperand, right: PaddedOperand, groups: PaddedGroups) -> Tensor:
+        scale = _scales_by_expert(left.scale, groups)
+        return self._product(left.q[: groups.rows], right, scale, groups.ends_E)
+
+    def wgrad(
+        self, left: PaddedOperand, right: PaddedOperand, groups: PaddedGroups | None, out_EON: Tensor, added: bool
+    ) -> None:
+        assert groups is not None, "dense ones are scaled_mm's"
+        made_EON = self._product(left.q, right, left.scale, groups.sum_ends_E)
+        out_EON.add_(made_EON) if added else out_EON.copy_(made_EON)
+
+    def _product(self, left: Tensor, right: PaddedOperand, scale: Tensor, ends_E: Tensor) -> Tensor:
+        return self._scaled_grouped_mm(
+            left, right.q.mT, scale_a=scale, scale_b=right.scale, **_RECIPE, offs=ends_E, output_dtype=torch.bfloat16
+        )
+
+
+class BlackwellEngine(HopperEngine):
+    """`train.kernels.fp8.products.Engine` on a Blackwell GPU."""
+
+    def keep(self, x_MK: Tensor, cast: Cast) -> QuantizedTensor:
+        if cast.block != (1, MX_TILE):
+            return super().keep(x_MK, cast)
+        q, scale = self._kernels.quantize_mx(x_MK, cast)
+        return QuantizedTensor(q, scale, cast, x_MK.shape)
+
+    cast = keep
+
+    def operand(
+        self, source: Source, rule: OperandRule, transposed: bool = False, groups: PaddedGroups | None = None
+    ) -> PaddedOperand | Tensor:
+        x, scale = source, None
+        if isinstance(source, QuantizedTensor):
+            (rows, columns), tiles = source.shape, source.cast.block == (1, MX_TILE)
+            if rule.format is not None and not transposed and source.cast == rule.cast():
+                return PaddedOperand(source.q, source.scale, True, rows)
+            if tiles and transposed and rule.format is not None:
+                x, scale = source.q[:rows, :columns], source.scale
+            else:
+                x = _values(source) if tiles else super().operand(source, OperandRule(None))
+        assert isinstance(x, Tensor), "others are the CPU's"
+        if rule.format is None:
+            return super().operand(x, rule, transposed)
+        if x.dim() == 3:
+            check_expert_sizes(x)
+        x_OC, ends_E = x.mT if transposed else x, None if groups is None else groups.ends_E
+        q, scale = self._kernels.quantize_mx(x_OC, rule.cast(), scale, ends_E)
+        return PaddedOperand(q, scale, True, x_OC.shape[-2])
+
+    def groups(self, counts_E: Tensor, rows: int, in_tiles: bool = True) -> PaddedGroups:
+        return PaddedGroups(counts_E, rows, padded=False)
+
+    def product(
+        self,
+        left: PaddedOperand | Tensor,
+        right: PaddedOperand | Tensor,
+        dtype: torch.dtype,
+        into: Tensor | None = None,
+    ) -> Tensor:
+        if isinstance(left, Tensor) or isinstance(right, Tensor):
+            return super().product(left, right, dtype, into)
+        scales = {"scale_a": left.scale, "scale_b": right.scale}
+        made = self._scaled_mm(left.q, right.q.t(), **scales, **_RECIPE, output_dtype=dtype)
+        made = made[: left.outer, : right.outer]
+        return made.contiguous() if into is None else into.add_(made)
+
+    def swiglu(
+        self, h_P2F: Tensor, gates_P: Tensor, rule: OperandRule, cache: Cast | None
+    ) -> tuple[PaddedOperand | Tensor, Source]:
+        if rule.format is None:
+            return super().swiglu(h_P2F, gates_P, rule, cache)
+        q, scale = self._kernels.quantize_mx(h_P2F, rule.cast(), gates_R=gates_P)
+        return PaddedOperand(q, scale, True, len(h_P2F)), h_P2F if cache is None else self.keep(h_P2F, cache)
+
+
+def _by_row(scale: Tensor) -> Tensor:
+    """Scales as they lie in memory as words of four, (O, T)."""
+    tiles = scale.shape[1] // 4
+    return scale.view(torch.int32).view(-1, tiles, TILE // 4, 4).permute(0, 3, 2, 1).reshape(-1, tiles)
+
+
+def _scales_by_expert(scale: Tensor, groups: PaddedGroups) -> Tensor:
+    """Scales of rows as they lie, with those of each expert from a multiple of 128 rows on."""
+    words_PT = groups.whole.pad(_by_row(scale)[: groups.rows])
+    blocks = words_PT.view(-1, 4, TILE // 4, words_PT.shape[1]).permute(0, 3, 2, 1)
+    return blocks.reshape(words_PT.shape).view(scale.dtype)
+
+
+def _values(x: QuantizedTensor) -> Tensor:
+    """In bf16, which holds them."""
+    scale = _by_row(x.scale).view(x.scale.dtype).float()
+    values = x.q.float() * scale.repeat_interleave(MX_TILE, 1)
+    return values[: x.shape[0], : x.shape[1]].bfloat16()
