@@ -409,7 +409,7 @@ def test_a_step_has_the_interval_of_published_jobs_unless_its_rates_were_measure
     assert least < step.step_seconds < most and least * most == pytest.approx(step.step_seconds**2)
     measured = replace(load_rates(compose(*SMALL), alone=True), spread=None)
     assert plan_time(compose(*SMALL), measured).interval_seconds is None
-    assert "FP8 is H800's, scaled" in plan_time(compose("conf=tiny", "hardware=b200")).rates
+    assert "MXFP8 kernels; FP8 is H800's, scaled" in plan_time(compose("conf=tiny", "hardware=b200")).rates
 
 
 @pytest.mark.slow

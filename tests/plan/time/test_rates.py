@@ -139,6 +139,7 @@ def test_what_is_no_calibration_is_refused(tmp_path, text):
         (("hardware=cpu",), "plan.calibration"),
         (("hardware=h800", "data.mask_documents=true"), "data.mask_documents"),
         (("hardware=cpu", "precision=fp8"), "precision.name"),
+        (("hardware=h100", "precision=mxfp8"), "precision.name"),
     ],
 )
 def test_what_cannot_be_planned_says_why(overrides, field):
@@ -224,3 +225,45 @@ def test_products_of_blackwell_are_the_fit_of_published_timings(kind):
         shipped = compose(f"hardware={name}").hardware.rates[kind]
         assert shipped.flops == pytest.approx(rate.flops * peaks, rel=0.01)
         assert (shipped.seconds, shipped.bandwidth) == pytest.approx((rate.seconds, rate.bandwidth), rel=0.01)
+
+
+# Transformer Engine at 8f2e635, docs/examples/gemm_profiling: milliseconds of the four products of a layer on B300, 15872 tokens, operands cast
+# before: Fprop and Dgrad together, and Wgrad.
+BF16_MS, MXFP8_MS = (4.250 + 4.434, 4.418), (2.365 + 2.397, 2.400)
+LAYER = 2 * 15872 * 4096 * (12288 + 4096 + 16384 + 16384)
+# torchao at 0b1bb11, torchao/prototype/moe_training/README.md: eight experts on B200, microseconds.
+ROWS, INPUTS, OUTPUTS, EXPERTS, FPROP_US, WGRAD_US = 131072, 7168, 2048, 8, 1838.1, 2412.4
+
+
+@pytest.mark.parametrize("name", ["b200", "b300", "gb200_nvl72", "gb300_nvl72"])
+def test_products_in_mxfp8_are_made_of_published_timings(name):
+    rates = compose(f"hardware={name}").hardware.rates
+    peaks = 2500 / 2250 if name.startswith("g") else 1.0
+    for kind, high, low, products in zip(("fprop", "wgrad"), BF16_MS, MXFP8_MS, (2, 1), strict=True):
+        measured = products * LAYER / (low / 1e3) * peaks
+        by_ratio = rates[f"{kind}_bf16"].flops * high / low
+        expected = measured if "300" in name else by_ratio
+        assert rates[f"{kind}_mxfp8"].flops == pytest.approx(expected, rel=0.002)
+    flops, operand, written = 2 * ROWS * INPUTS * OUTPUTS, 33 / 32, 2
+    fprop = (ROWS * INPUTS + EXPERTS * INPUTS * OUTPUTS) * operand + ROWS * OUTPUTS * written
+    wgrad = ROWS * (INPUTS + OUTPUTS) * operand + EXPERTS * INPUTS * OUTPUTS * written
+    for kind, moved, taken in (("grouped_fprop", fprop, FPROP_US), ("grouped_wgrad", wgrad, WGRAD_US)):
+        high, low = rates[f"{kind}_bf16"], rates[f"{kind}_mxfp8"]
+        assert (low.seconds, low.bandwidth) == (high.seconds, high.bandwidth)
+        assert low.seconds + flops / (low.flops / peaks) + moved / low.bandwidth == pytest.approx(
+            taken / 1e6, rel=0.002
+        )
+
+
+def test_products_in_mxfp8_are_timed_without_the_sum_that_they_do_not_add_to():
+    config = compose("precision=mxfp8", "hardware=b200", "model.vocab_size=256", "seq_len=64", "micro_batch_size=1")
+    cases = list(KernelCases(config, torch.device("cpu"))._fp8(CpuEngine()))
+    assert {case.work.kind for case in cases} == {
+        "fprop_mxfp8", "dgrad_mxfp8", "wgrad_mxfp8", "grouped_fprop_mxfp8", "grouped_dgrad_mxfp8", "grouped_wgrad_mxfp8", "cast",
+    }  # fmt: skip
+    for case in cases:
+        made = case.run()
+        if case.work.kind == "wgrad_mxfp8":
+            assert made.dtype == torch.float32
+        elif case.work.kind == "grouped_wgrad_mxfp8":
+            assert made.dtype == torch.bfloat16

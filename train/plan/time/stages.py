@@ -16,6 +16,7 @@ from parallel.mesh import Layout
 from parallel.pipeline.host_store import reads
 from parallel.pipeline.orders import Action
 from parallel.pipeline.split import split_layers
+from train.kernels.fp8.hopper import has_mx_tiles
 from train.parallelize import stage_layers
 from train.plan.job import micro_batches_of
 from train.plan.memory.chunk import chunk_of
@@ -359,3 +360,7 @@ def require_rule(config: Config) -> None:
         raise UserError(
             "hardware.fp8_flops", 0, f"hardware={config.hardware.name} has no FP8 products", "choose precision=bf16"
         )
+    mx = config.precision.fp8 is not None and has_mx_tiles(config.precision.fp8)
+    if mx and config.plan.calibration is None and "fprop_mxfp8" not in config.hardware.rates:
+        rule = f"takes products of tiles of 32, and hardware={config.hardware.name} has none: B200, B300, GB200 and GB300 do"
+        raise UserError("precision.name", config.precision.name, rule, "choose precision=fp8, or hardware=b200")

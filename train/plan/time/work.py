@@ -72,6 +72,10 @@ class Sizes:
         fp8 = self.config.precision.fp8
         return fp8 is not None and family != HIGH and getattr(fp8, family).fprop.activation != "bf16"
 
+    def mx(self, family: str) -> bool:
+        """Whether they are in MXFP8, by torch's products, which add to no sum (train/kernels/fp8/blackwell.py)."""
+        return self.fp8(family) and "/1x32/" in getattr(self.config.precision.fp8, family).fprop.activation
+
     def recomputes(self, what: Recompute) -> bool:
         return what in self.config.model.recompute
 
@@ -90,9 +94,9 @@ class Sizes:
 
     @property
     def arrive_in_fp8(self) -> bool:
-        """Whether experts take the rows of an FP8 wire as they come (parallel/expert/quantized_rows.py)."""
+        """Whether experts take the rows of an FP8 wire as they come (parallel/expert/quantized_rows.py): not those that want tiles of 32."""
         parallel = self.config.parallel
-        return parallel.ep > 1 and parallel.wire == "fp8" and self.fp8("experts_up")
+        return parallel.ep > 1 and parallel.wire == "fp8" and self.fp8("experts_up") and not self.mx("experts_up")
 
     @property
     def casts_gradients_once(self) -> bool:
@@ -151,9 +155,10 @@ def _beside(
 def _product(sizes: Sizes, rows: float, inputs: int, outputs: int, experts: int, family: str, prefix: str) -> Passes:
     weights, x, y = experts * inputs * outputs, rows * inputs, rows * outputs
     fp8, element = sizes.config.precision.fp8 if sizes.fp8(family) else None, sizes.element
-    form, operand = ("fp8", 1) if fp8 else (sizes.high, element)
+    mx = sizes.mx(family)
+    form, operand = ("mxfp8", 1 + 1 / 32) if mx else ("fp8", 1) if fp8 else (sizes.high, element)
     flops = 2 * rows * inputs * outputs
-    triton = fp8 is not None and fp8.backend == Fp8Backend.triton
+    triton = fp8 is not None and not mx and fp8.backend == Fp8Backend.triton
     ours = "triton_" if prefix and triton else ""
     added = "triton_" if triton and sizes.products_add else ours  # on a GPU a dense one too
 
@@ -165,8 +170,10 @@ def _product(sizes: Sizes, rows: float, inputs: int, outputs: int, experts: int,
         [product("dgrad", y + weights, x)],
         sizes.weight_gradient(f"{added}{prefix}wgrad_{form}", flops, (x + y) * operand, weights),
     )
+    if mx:
+        passes.weights[:] = _added_apart(sizes, passes.weights[0], (x + y) * operand, weights, 2 if prefix else 4)
     if fp8:
-        once, kept = element + 1, 2  # read in bf16, written as FP8; what was kept in FP8 is read as FP8
+        once, kept = element + operand, 2 * operand  # read in bf16, written as FP8; what was kept in FP8 is read as FP8
         times = 1 / sizes.micro_batches if sizes.config.holds_weights else 1  # of a weight, in a pass
         came = family if sizes.arrive_in_fp8 else ""
         passes.forward.append(
@@ -175,11 +182,26 @@ def _product(sizes: Sizes, rows: float, inputs: int, outputs: int, experts: int,
         passes.inputs.append(
             Work("cast", bytes=(y * (came != "experts_down") + times * weights) * once, calls=1 + times)
         )
-        again = 1 if sizes.casts_gradients_once else once
-        if came == "experts_down" or (sizes.casts_gradients_once and family == "experts_down"):
+        again = 1 if sizes.casts_gradients_once and not mx else once
+        if (
+            mx and prefix
+        ):  # scales of rows are put in the order of experts: four passes over 1 / 32 byte, each read and written
+            passes.forward.append(Work("cast", bytes=x / 4, calls=4))
+            passes.inputs.append(Work("cast", bytes=y / 4, calls=4))
+        if came == "experts_down" or ((mx or sizes.casts_gradients_once) and family == "experts_down"):
             again = kept
         passes.weights.append(Work("cast", bytes=y * again + x * kept, calls=2))
     return passes
+
+
+def _added_apart(sizes: Sizes, product: Work, operands: float, weights: float, made: int) -> list[Work]:
+    """The gradient of a weight by a product that adds to no sum, and makes it in `made` bytes a weight: the first micro-batch's becomes the fp32
+    sum, if need be by a copy.
+    """
+    later = 1 - 1 / sizes.micro_batches
+    copied = 0 if made == 4 else made + 4
+    added = Work("accumulate", bytes=weights * (copied * (1 - later) + (made + 8) * later))
+    return [Work(product.kind, product.flops, operands + weights * made), added]
 
 
 def norm(sizes: Sizes, rows: float, width: int) -> Passes:
