@@ -15,6 +15,7 @@ from bench.gpu.verdict import nvcc
 from conf.load import compose
 from train.kernels.choice import ATTENTION_BOUND, ATTENTION_PARTS, CORES, build_kernels, problem_of
 from train.kernels.fp8.hopper_probe import probe
+from train.kernels.fp8.installed import MX_CAPABILITIES
 from train.kernels.gpu.host_compiler import compiler_command, missing_for_triton
 from train.metrics.peak import measured_peak, named_peak
 from train.model.attention import Attend, AttentionCore, AttentionInput
@@ -37,6 +38,7 @@ def checks(machine: Machine) -> list[Check]:
         Check("nvcc, for DeepGEMM", partial(compiler, machine)),
         Check("precision=fp8 can start", partial(fp8_starts, machine, "triton")),
         Check("precision=fp8 can start with DeepGEMM", partial(fp8_starts, machine, "deepgemm")),
+        Check("precision=mxfp8 can start", partial(mxfp8_starts, machine)),
         Check("attention with heads of 192 and 128", partial(attention, machine)),
     ]
 
@@ -138,6 +140,20 @@ def fp8_starts(machine: Machine, backend: str) -> Finding:
     if backend == "deepgemm" and importlib.util.find_spec("deep_gemm") is None:
         raise NotTried("sgl-deep-gemm is not installed: pip install -e '.[fp8]'")
     found = probe(compose("precision=fp8", f"precision.fp8.backend={backend}"), machine.device.index)
+    return Finding(
+        {"found": found}, "small products have the values of the emulation (train/kernels/fp8/hopper_probe.py)"
+    )
+
+
+def mxfp8_starts(machine: Machine) -> Finding:
+    """As a run of precision=mxfp8 finds out before it reads data."""
+    machine.need_gpu("the MXFP8 path")
+    capability = torch.cuda.get_device_capability(machine.device)
+    if capability not in MX_CAPABILITIES:
+        raise NotTried(
+            f"compute capability {capability[0]}.{capability[1]} has no MXFP8 products, 10.0 and 10.3 (B200, B300) have"
+        )
+    found = probe(compose("precision=mxfp8"), machine.device.index)
     return Finding(
         {"found": found}, "small products have the values of the emulation (train/kernels/fp8/hopper_probe.py)"
     )

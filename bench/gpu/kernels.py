@@ -26,7 +26,7 @@ from parallel.expert.wire import Fp8Wire
 from train.kernels.choice import build_kernels
 from train.kernels.fp8 import swiglu as plain_swiglu
 from train.kernels.fp8.cast_rules import OperandRule
-from train.kernels.fp8.formats import E4M3, E5M2, E5M6, TILE, Cast
+from train.kernels.fp8.formats import E4M3, E5M2, E5M6, MX_TILE, TILE, Cast
 from train.kernels.fp8.fp8 import Fp8Precision
 from train.kernels.fp8.gpu_engine import load_gpu_engine
 from train.kernels.fp8.groups import PaddedGroups
@@ -61,7 +61,7 @@ def checks(machine: Machine) -> list[Check]:
     of_triton = {
         "quantize_tiles": tiles, "quantize_columns": columns, "quantize_columns by expert": columns_by_expert,
         "quantize_both": both, "quantize_blocks": blocks, "swiglu_tiles": swiglu_tiles, "swiglu_backward": swiglu_backward,
-        "quantize_e5m6 and decode_e5m6": e5m6, "place_hits, collect and encode of dispatchers": dispatched,
+        "quantize_e5m6 and decode_e5m6": e5m6, "quantize_mx": tiles_of_32, "place_hits, collect and encode of dispatchers": dispatched,
     }  # fmt: skip
     of_fp8 = {
         "FP8 product, 1x128 by 128x128": partial(dense, transposed=False),
@@ -105,6 +105,7 @@ RECIPES = {
     "precision=fp8": ("precision=fp8",),
     "precision=fp8, DeepGEMM": ("precision=fp8", "precision.fp8.backend=deepgemm"),
     "precision=fp8_ue8m0": ("precision=fp8_ue8m0",),
+    "precision=mxfp8": ("precision=mxfp8",),
     "gradients in 128x128": ("precision=fp8", "precision.fp8.gradient=e4m3/128x128/fp32"),
     "one scale per tensor": (
         "precision=fp8", "precision.fp8.gradient=e4m3/tensor/fp32", "precision.fp8.weight=e4m3/tensor/fp32",
@@ -178,6 +179,20 @@ def tiles(machine: Machine) -> Finding:
         from_fp8 = quantize_reference(dequantize_reference(expected), again)
         q, scale = kernels.quantize_tiles(q, again, scale)
         pairs += [(f"{said(again)} of FP8", q, from_fp8.q), (f"scales, {said(again)} of FP8", scale, from_fp8.scale)]
+    return bits(pairs)
+
+
+def tiles_of_32(machine: Machine) -> Finding:
+    """As it is and transposed; scales are bytes, which lie as the tensor cores read them."""
+    kernels, pairs, cast = triton_kernels(machine), [], Cast(E4M3, (1, MX_TILE), True, 1e-4)
+    for x, turned in itertools.product(wide(machine), (False, True)):
+        on_device, values = x.to(machine.device), x.mT if turned else x
+        q, scale = kernels.quantize_mx(on_device.mT if turned else on_device, cast)
+        expected, (rows, columns) = quantize_reference(values, cast), values.shape
+        blocks = scale.view(torch.uint8).cpu().view(rows // 128, columns // 128, 32, 4, 4)
+        exponents = blocks.permute(0, 3, 2, 1, 4).reshape(rows, columns // MX_TILE)
+        what = f"{x.dtype}{', transposed' if turned else ''}"
+        pairs += [(what, q, expected.q), (f"scales, {what}", exponents, expected.scale.log2() + 127)]
     return bits(pairs)
 
 
@@ -419,7 +434,7 @@ def layers(machine: Machine, overrides: tuple[str, ...]) -> Finding:
     try:
         precision = Fp8Precision(here, *machine.side(reference=False))
     except UserError as error:
-        raise NotTried(lacks(error)) from error
+        raise NotTried(f"{overrides[0]} cannot run here: {error.rule}; {error.cure}") from error
     kernels = build_kernels("cpu")
     exact = run_layers(HighPrecision(torch.float32, kernels), cpu, torch.float32)
     same = run_layers(Fp8Precision(fp8, cpu, kernels), cpu, torch.bfloat16)
