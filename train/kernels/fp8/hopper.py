@@ -234,7 +234,8 @@ def check_gpu_operands(fp8: Fp8) -> None:
         for operand in sorted(_operands(fp8, *families)):
             if operand.startswith("e5m2"):
                 rule = f"must be e4m3 or bf16 on CUDA: {library}"
-                raise UserError(f"precision.fp8.{', '.join(families)}", operand, rule, "use e4m3/1x128/fp32")
+                cure = f"use {'e4m3/1x32/pow2' if mx else 'e4m3/1x128/fp32'}"
+                raise UserError(f"precision.fp8.{', '.join(families)}", operand, rule, cure)
             if mx and operand != "bf16" and "/1x32/" not in operand:
                 rule = "does not go on CUDA with tiles of 1x32, which Blackwell's products take on both sides, and Hopper's on neither"
                 raise UserError(f"precision.fp8.{', '.join(families)}", operand, rule, "use e4m3/1x32/pow2 or bf16")
