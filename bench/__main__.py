@@ -11,7 +11,7 @@ Prints tables and writes them, with every single measurement, to bench.json:
     dispatch    an MoE layer over 2 ranks beside DeepSpeed's MoE and AutoEP (bench/dispatch.py)
 
 Peers take turns with ours in every round, at equal sizes and threads, each side with products in the dtype, bf16 or fp32, in
-which its first steps are faster here; the optimizers differ, see bench/train_step.py. The share of products counts the
+which it is faster here in a few short turns; the optimizers differ, see bench/train_step.py. The share of products counts the
 arithmetic of train/model/count.py (causal attention) against a product of large matrices in that dtype, timed in the same
 rounds. torchtitan is installed into an environment of its own on first use. A peer that
 cannot run is named with the reason. megatron-core is not here: it does not run on CPU.

@@ -3,7 +3,7 @@
     python -m bench.layouts [--layouts ep2 pp2dp2 pp2dp2ep2] [--shape debug|v3|tiny] [--rounds 7] [--seconds 6] [--out FILE]
 
 Ranks are processes of this machine on gloo with one thread each. A whole DeepSeek-V3 without MTP, products in the dtype, bf16
-or fp32, in which a side's first steps are faster here; forward, backward, reduction, clipping to norm 1, AdamW; nobody
+or fp32, in which a side is faster here in a few short turns; forward, backward, reduction, clipping to norm 1, AdamW; nobody
 recomputes. Every side trains the same layout on equal sizes and tokens.
 
     ep2         2 ranks with data of their own, experts over both

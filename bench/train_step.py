@@ -1,8 +1,8 @@
 """A training step of ours beside those of transformers and torchtitan, in one run.
 
 The same sizes, threads and tokens on all sides; forward, backward, clipping to norm 1, AdamW. Nobody recomputes, and nobody
-has MTP unless --mtp asks for it, which transformers cannot. Products are in the dtype, bf16 or fp32, in which a side's first
-steps are faster here, unless --dtype names one for all: a CPU without instructions for bf16 can take minutes for a step of a
+has MTP unless --mtp asks for it, which transformers cannot. Products are in the dtype, bf16 or fp32, in which a side is
+faster here in a few short turns, unless --dtype names one for all: a CPU without instructions for bf16 can take minutes for a step of a
 peer's that it does in seconds in fp32. The optimizers are not equal: with bf16
 ours keeps and updates fp32 weights beside the bf16 ones, as the paper does, and the peers' weights and moments are bf16
 alone. That favours the peers in time and memory, most where a step has few tokens for its parameters (shape v3).
