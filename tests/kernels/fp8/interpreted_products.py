@@ -42,8 +42,9 @@ def forward(side, rows: Tensor, weight: Tensor, counts: list[int], pow2: bool, d
     groups, (tiles, blocks) = side.groups(torch.tensor(counts), len(rows)), rules(pow2)
     left, right = side.operand(groups.pad(rows), tiles), side.operand(weight, blocks)
     made = side.grouped(left, right, groups, dtype)
-    with lowered():  # a program takes two tiles then: the same numbers in the same order
-        assert torch.equal(side.grouped(left, right, groups, dtype), made)
+    if isinstance(side, hopper.HopperEngine):
+        with lowered():  # a program takes two tiles then: the same numbers in the same order
+            assert torch.equal(side.grouped(left, right, groups, dtype), made)
     return groups.unpad(made)
 
 
