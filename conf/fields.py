@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
+from omegaconf.errors import ConfigKeyError
+
 from conf.errors import UserError
 
 T = TypeVar("T")
@@ -89,10 +91,13 @@ def expert(default: Any = dataclasses.MISSING, *, make: Callable[[], Any] | None
 
 
 def check_fields(section: Any, prefix: str = "") -> None:
-    """Raise UserError for the first value in a section, or in what it holds, that breaks its own bounds.
+    """Raise UserError for the first value in a section, or in what it holds, that breaks its own bounds; and OmegaConf's error for what
+    was added to a section (`+KEY=VALUE`) and is no key of it.
 
     prefix: of the keys of the section, such as `model.`.
     """
+    if added := vars(section).keys() - {field.name for field in _fields(type(section))}:
+        raise ConfigKeyError(f"is no key\nfull_key: {prefix}{min(added)}")
     for field in _fields(type(section)):
         key, value = prefix + field.name, getattr(section, field.name)
         if value is None:

@@ -85,10 +85,11 @@ class _Primary(Config):
 
 
 def to_config(node: DictConfig, said: Callable[[str], None] | None = None) -> Config:
-    """Typed and checked configuration from a composed node; raises UserError. said: takes a sentence on each value chosen here."""
-    plain = OmegaConf.to_container(OmegaConf.masked_copy(node, [key for key in node if key != "hydra"]), resolve=True)
-    config = OmegaConf.to_object(OmegaConf.merge(_schema(), escaped(plain)))
-    assert isinstance(config, Config)
+    """Typed and checked configuration from a node of the schema; raises UserError. said: takes a sentence on each value chosen here."""
+    config = Config()
+    for key, value in node.items():
+        if key != "hydra":
+            setattr(config, str(key), OmegaConf.to_object(value) if OmegaConf.is_config(value) else value)
     check_fields(config)
     choices = list(_choose(config))
     check(config)
@@ -155,7 +156,9 @@ def _optimizer_of(run: Path) -> str:
 
 def read_config(path: str) -> Config:
     """The configuration that the driver wrote to a run folder: values alone, so a file that calls a function is refused."""
-    return to_config(read_yaml(Path(path)))
+    node = OmegaConf.merge(_schema(), read_yaml(Path(path)))
+    assert isinstance(node, DictConfig)
+    return to_config(node)
 
 
 def write_config(config: Config, path: str) -> None:

@@ -95,6 +95,13 @@ def test_rules_name_the_field(overrides, field):
     assert caught.value.rule and caught.value.cure
 
 
+@pytest.mark.parametrize("key", ["nothing", "model.nothing", "precision.fp8.dense.nothing"])
+def test_what_is_added_and_is_no_key_is_refused(key):
+    with pytest.raises(UserError, match="is not a key of the schema") as caught:
+        compose(f"+{key}=1")
+    assert caught.value.field == key
+
+
 @pytest.mark.parametrize(
     ("argument", "words"),
     [
