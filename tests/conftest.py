@@ -7,6 +7,9 @@ from collections import Counter
 
 import pytest
 
+from tests.composing import keep_groups
+
+keep_groups()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # traffic of tests stays on this machine
 # A thread of torch that waits for its next work turns for milliseconds, on a core that another worker needs: here it sleeps.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -15,13 +15,16 @@ from unittest import mock
 import train
 from conf.load import compose
 from parallel.zero.engine import import_deepspeed
+from tests.composing import keep_groups
 from train.metrics.report import write_report
 
 with mock.patch("train.kernels.cpu.processor.tune_cpu"):
     import train.worker
 del sys.modules["train.worker"], sys.modules["train.kernels.cpu.tuned"], train.worker
 import_deepspeed(on_cuda=False)
-compose()
+keep_groups()
+for words in ([], ["precision=fp32"]):
+    compose(*words)
 with tempfile.TemporaryDirectory() as folder:
     shutil.copytree(Path(__file__).parent / "old_runs" / "v0_1_0" / "runs" / "run", folder, dirs_exist_ok=True)
     write_report(Path(folder))
