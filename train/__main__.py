@@ -1,5 +1,6 @@
 """`sluice [conf=RECIPE] [group=option] [key=value]`, or `python -m train`: compose, check, then do what `mode` says."""
 
+import gc
 import importlib
 import os
 import signal
@@ -156,8 +157,10 @@ def check_before_start(config: Config) -> None:
 
 
 def _run_rank(config: Config, place: Place) -> int:
+    gc.disable()  # a sixth of these imports would be looks through what they have made so far
     from train.worker import run_rank  # imports torch, which the driver of other ranks can do without
 
+    gc.enable()
     return run_rank(config, place)
 
 

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import train.kernels.cpu.tuned  # noqa: F401  before torch allocates anything
+from cluster.farewell import leave  # before libraries, see there
 
 # isort: split
 import torch
@@ -176,4 +177,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(leave(main()))

@@ -6,16 +6,21 @@ main() would import later, MODULE.preload() imports before the wait, where there
 no connection. End of input ends it.
 """
 
+import gc
 import importlib
 import json
 import os
 import sys
 
+from cluster.farewell import leave
+
 
 def main() -> int:
+    gc.disable()  # a sixth of the imports would be looks through what they have made so far
     module = importlib.import_module(sys.argv[1])
     if hasattr(module, "preload"):
         module.preload()
+    gc.enable()
     line = sys.stdin.readline()
     if not line:
         return 0
@@ -36,4 +41,4 @@ def _redirect(log: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(leave(main()))

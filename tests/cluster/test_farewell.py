@@ -1,4 +1,4 @@
-"""A command ends with its own exit code, however long a library would take to say goodbye."""
+"""A command ends with its own exit code, however long a library would take to say goodbye, and Python to take itself apart."""
 
 import subprocess
 import sys
@@ -12,6 +12,9 @@ from conf.schema import ROOT
 CODE = """
 import atexit, sys, time
 from cluster.farewell import cut_short, leave
+class Left:
+    def __del__(self): print("taken apart")
+left = Left()
 atexit.register(lambda: (time.sleep({seconds}), print("said goodbye")))
 print("all is told")
 {cut}

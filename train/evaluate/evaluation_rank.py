@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import train.kernels.cpu.tuned  # noqa: F401  before torch allocates anything
+from cluster.farewell import leave  # before libraries, see there
 
 # isort: split
 import torch
@@ -217,4 +218,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(leave(main()))

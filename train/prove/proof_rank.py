@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import cast
 
 import train.kernels.cpu.tuned  # noqa: F401  before torch allocates anything
+from cluster.farewell import leave  # before libraries, see there
 
 # isort: split
 import torch
@@ -469,4 +470,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(leave(main()))
