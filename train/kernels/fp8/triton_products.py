@@ -18,7 +18,7 @@ without the copies, ptxas waits for after each quarter; TMA descriptors, as many
 barriers and 71 instructions more, as Triton waits where it loads them.  By an estimate (`python -m bench.fp8_model`) the L2 cache feeds tiles of 128x128
 that no other block shares for half of the tensor cores' peak. So a program of many takes two that are neighbours, 128 rows by 256 columns, which share the rows:
 one after the other, as both sums fill half of the registers and one tile's products a quarter.  Compiled and left: two multiplied at a time, or one of 256 columns, which
-spill 240 and 280 bytes; Wgrad in 256x128, whose scales take 36 registers more (920 bytes and more).
+spill 240 and 280 bytes; Wgrad in 256x128, whose scales take 36 registers more (920 bytes and more). What else was compiled and left stands in train/docs/fp8.md.
 
 The module needs triton and is imported only where its kernels run.  Shape suffixes: O, N outer, C contraction, R rows,
 P columns of whole tiles, E experts.
@@ -42,6 +42,9 @@ BAND = 8
 WARPS, STAGES = 8, 4
 """Two warpgroups, each with 64 rows of the tile: its sum and the 128 products' take half of a thread's registers.  Four stages
 of 32 KiB, or 48 for two tiles, fill the shared memory of a Hopper GPU to more than a half: while one is multiplied, three are on their way."""
+LANES = 32
+"""Threads of a warp. A sum over so many numbers comes out in a register of the whole warp, so the compiler knows that all threads take the same steps
+of an expert's columns: 244 instructions a step for 276 of up to 16 experts (Triton 3.7.1)."""
 
 
 def _named(kernel: str, specialization) -> str:
@@ -187,9 +190,10 @@ def wgrad(
     assert len(out_EON) == 1 or ends_E is not None, "several experts have ends"
     assert out_EON.dtype == torch.float32 or not added, "sums are fp32"
     if out_EON.numel():
+        slots = max(LANES, power_of_2_from(len(out_EON)))
         with_options(_wgrad_kernel[(height // TILE * (width // TILE), len(out_EON))], num_warps=WARPS, num_stages=STAGES)(
             left_OP, left_scale, right_NP, right_scale, out_EON, left_OP if ends_E is None else ends_E,
-            height, width, columns, out_EON.shape[1], out_EON.shape[2], added, len(out_EON), power_of_2_from(len(out_EON)), BAND,
+            height, width, columns, out_EON.shape[1], out_EON.shape[2], added, len(out_EON), slots, BAND,
         )  # fmt: skip
     return out_EON
 
