@@ -281,8 +281,13 @@ def _command(words: list[str]) -> int:
         from conf.help import show_help
 
         return show_help(words)
-    return leave(run(main))
+    return run(main)
+
+
+def command_alone() -> int:
+    """The command as all that this process is for, which ends with it, see `leave`."""
+    return leave(command())
 
 
 if __name__ == "__main__":
-    sys.exit(command())
+    sys.exit(command_alone())

@@ -29,6 +29,11 @@ def test_a_command_ends_at_once_where_a_farewell_would_be_in_vain(cut, seconds, 
     assert (done.returncode, done.stdout) == (EXIT_STOPPED, f"all is told\n{said}")
 
 
+def test_a_program_that_calls_the_command_ends_as_it_says_itself():
+    code = "import sys; sys.argv[1:] = ['--version']; from train.__main__ import command; command(); sys.exit(7)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=120).returncode == 7
+
+
 def test_a_driver_without_rays_head_waits_for_no_farewell(monkeypatch):
     told = []
     monkeypatch.setattr("cluster.driver.ray_backend.cut_short", lambda: told.append(True))
