@@ -167,6 +167,7 @@ def variants() -> dict[str, Callable]:
                 ),
                 "both": lambda casts=(tiles, columns): kernels.quantize_both(x, *casts),
                 "both of experts": lambda casts=(tiles, columns): kernels.quantize_both(x, *casts, ends),
+                "columns again": lambda casts=(tiles, columns): kernels.quantize_again(x, *casts),
                 "columns, grouped": lambda cast=columns: kernels.quantize_columns(x, cast, None, groups),
                 "columns, grouped, FP8 in": lambda cast=columns: kernels.quantize_columns(q, cast, scale, groups),
                 "blocks": lambda cast=blocks: kernels.quantize_blocks(weight, cast, False),
@@ -230,6 +231,8 @@ def of_the_dispatch() -> dict[str, Callable]:
     return {
         "dispatch: count_hits": lambda: triton_dispatch.count_hits(ids, 0, 1, 256),
         "dispatch: place_hits": lambda: triton_dispatch.place_hits(side, 32, 4, 8, ROWS),
+        "dispatch: place_entries": lambda: triton_dispatch.place_entries(ids, 256),
+        "dispatch: sum_entries": lambda: triton_dispatch.sum_entries(rows, ids, rows),
         "dispatch: collect": lambda: triton_dispatch.collect(rows, places, places, rows),
         "dispatch: collect, messages": lambda: triton_dispatch.collect(
             wide[:, :HIDDEN], places, places, wide[:, :HIDDEN]

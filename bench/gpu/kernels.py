@@ -34,6 +34,7 @@ from train.kernels.fp8.hopper import HopperEngine
 from train.kernels.fp8.products import CpuEngine
 from train.kernels.fp8.quantize import dequantize_reference, quantize_reference
 from train.kernels.plain.high import HighPrecision
+from train.kernels.plain.plain_kernels import PlainKernels
 from train.model.attention import AttentionInput
 from train.model.layers import RMSNorm, swiglu
 from train.model.loss import cross_entropy
@@ -331,6 +332,8 @@ def dispatched(machine: Machine) -> Finding:
     *fan, entries = triton_dispatch.place_hits(ids.to(machine.device), *wanted, copies)
     expected, expected_entries = fan_out_with_entries(ids, wanted, copies)
     pairs = [*zip(FanOut._fields, fan, expected, strict=True), ("entries", entries, expected_entries)]
+    in_order = triton_dispatch.place_entries(ids.to(machine.device), 64), PlainKernels().sort_by_expert(ids, 64)
+    pairs += zip(("order", "way back", "tokens", "counts"), *in_order, strict=True)
     for x in wide(machine):
         wire, rows = Fp8Wire(), x[:8].to(machine.device)
         coded = torch.empty(8, wire.row_bytes(x.shape[1], x.dtype), dtype=torch.uint8, device=machine.device)

@@ -1,7 +1,8 @@
 """A GPU's kernels for rows on their way to experts and back: equal in every bit to parallel/expert/permute.py and wire.py.
 
     count_hits, place_hits      which copies are made of which sources, from the experts that each source wants
-    collect                     the copies of every source, summed in fp32 and rounded once
+    place_entries               the same where every expert is a target, with the way back
+    collect, sum_entries        the copies of every source, summed in fp32 and rounded once
     encode                      rows to the bytes of the FP8 wire
 
 What is decided by values stays on the device: no kernel waits for the host. The module needs triton and is imported only where
@@ -13,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from parallel.triton_types import constexpr, power_of_2_from
+from parallel.triton_types import constexpr, power_of_2_from, quick
 
 HITS = 4096
 """Sources times targets of a program that counts or places, and 128 sources at most."""
@@ -37,6 +38,7 @@ def _hits(ids_ptr, sources, number, first, per_target, K: constexpr, TARGETS: co
     return entry
 
 
+@quick
 @triton.jit
 def _count_kernel(
     ids_ptr, counts_ptr, number, first, per_target, targets,
@@ -48,13 +50,15 @@ def _count_kernel(
     tl.store(counts_ptr + tl.program_id(0) * targets + target, tl.sum(hit, axis=0), target < targets)
 
 
+@quick
 @triton.jit
 def _place_kernel(
     ids_ptr, counts_ptr, source_ptr, copy_ptr, start_ptr, entry_ptr, number, first, per_target, targets, blocks,
-    K: constexpr, TARGETS: constexpr, SOURCES: constexpr, COUNT_BLOCKS: constexpr,
+    by_entry: constexpr, K: constexpr, TARGETS: constexpr, SOURCES: constexpr, COUNT_BLOCKS: constexpr,
 ):  # fmt: skip
     """A copy lies behind all of earlier targets and, of its own, all of earlier sources; it is listed behind all of earlier
-    sources and, of its own, all of earlier targets."""
+    sources and, of its own, all of earlier targets; or, by_entry, where the entry is that it is for, and start_ptr gets the
+    copies of every target."""
     block = tl.program_id(0)
     sources = block * SOURCES + tl.arange(0, SOURCES)
     entry = _hits(ids_ptr, sources, number, first, per_target, K, TARGETS)
@@ -69,23 +73,31 @@ def _place_kernel(
     hit = (entry >= 0) & (target < targets)[None, :]
     ones = hit.to(tl.int32)
     place = first_place[None, :] + tl.cumsum(ones, axis=0) - ones
-    of_source = tl.sum(ones, axis=1)
-    start = tl.sum(before, axis=0) + tl.cumsum(of_source, axis=0) - of_source
-    listed = start[:, None] + tl.cumsum(ones, axis=1) - ones
+    listed = sources[:, None] * K + entry
     tl.store(source_ptr + place, tl.broadcast_to(sources[:, None], hit.shape).to(tl.int64), hit)
-    tl.store(entry_ptr + place, (sources[:, None] * K + entry).to(tl.int64), hit)
+    tl.store(entry_ptr + place, listed.to(tl.int64), hit)
+    if by_entry:
+        tl.store(start_ptr + target, totals.to(tl.int64), target < tl.where(block == 0, targets, 0))
+    else:
+        of_source = tl.sum(ones, axis=1)
+        start = tl.sum(before, axis=0) + tl.cumsum(of_source, axis=0) - of_source
+        listed = start[:, None] + tl.cumsum(ones, axis=1) - ones
+        tl.store(start_ptr + sources, start.to(tl.int64), sources < number)
     tl.store(copy_ptr + listed, place.to(tl.int64), hit)
-    tl.store(start_ptr + sources, start.to(tl.int64), sources < number)
 
 
+@quick
 @triton.jit
 def _collect_kernel(
-    rows_ptr, copy_ptr, start_ptr, out_ptr, sources, copies, width, row, out_row, COLLECT_COLUMNS: constexpr
+    rows_ptr, copy_ptr, start_ptr, out_ptr, sources, copies, width, row, out_row, each: constexpr, COLLECT_COLUMNS: constexpr
 ):  # fmt: skip
+    """each: copies of every source, 0 where start_ptr says where they begin."""
     source = tl.program_id(0)
     columns = tl.program_id(1) * COLLECT_COLUMNS + tl.arange(0, COLLECT_COLUMNS)
-    first = tl.load(start_ptr + source)
-    last = tl.load(start_ptr + source + 1, source + 1 < sources, copies)
+    first, last = source * each, source * each + each
+    if each == 0:
+        first = tl.load(start_ptr + source)
+        last = tl.load(start_ptr + source + 1, source + 1 < sources, copies)
     total = tl.zeros((COLLECT_COLUMNS,), tl.float32)
     for place in range(first, last):
         copy = tl.load(copy_ptr + place)
@@ -93,6 +105,7 @@ def _collect_kernel(
     tl.store(out_ptr + source.to(tl.int64) * out_row + columns, total, columns < width)
 
 
+@quick
 @triton.jit
 def _encode_kernel(
     x_ptr, bytes_ptr, words_ptr, rows_R, width, tiles, units, floor: constexpr,
@@ -121,12 +134,13 @@ def _encode_kernel(
 
 def count_hits(ids_SK: Tensor, first: int, per_target: int, targets: int) -> Tensor:
     """How many sources have one of the per_target experts of a target, by blocks of sources: int32 (blocks, targets)."""
-    ids_SK, size = ids_SK.contiguous(), _sources(targets)
-    counts_BN = ids_SK.new_empty(-(-len(ids_SK) // size), targets, dtype=torch.int32)
-    if len(ids_SK):
-        _count_kernel[(len(counts_BN),)](
-            ids_SK, counts_BN, len(ids_SK), first, per_target, targets,
-            ids_SK.shape[1], power_of_2_from(targets), size,
+    (sources, entries), size = ids_SK.shape, _sources(targets)
+    blocks = -(-sources // size)
+    counts_BN = ids_SK.new_empty(blocks, targets, dtype=torch.int32)
+    if sources:
+        _count_kernel[(blocks,)](
+            ids_SK.contiguous(), counts_BN, sources, first, per_target, targets,
+            entries, power_of_2_from(targets), size,
         )  # fmt: skip
     return counts_BN
 
@@ -135,34 +149,51 @@ def place_hits(
     ids_SK: Tensor, first: int, per_target: int, targets: int, copies: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The three parts of a FanOut, and of which entry of ids_SK, flattened, every copy is; all int64."""
+    start_S = ids_SK.new_empty(len(ids_SK), dtype=torch.int64)
+    source_C, copy_C, entry_C = _place(ids_SK, first, per_target, targets, copies, start_S, by_entry=False)
+    return source_C, copy_C, start_S, entry_C
+
+
+def place_entries(ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`train.model.operations.Kernels.sort_by_expert`. The experts of a token are different ones."""
+    counts_E = ids_TK.new_empty(experts) if len(ids_TK) else ids_TK.new_zeros(experts)
+    tokens_R, inverse_R, order_R = _place(ids_TK, 0, 1, experts, ids_TK.numel(), counts_E, by_entry=True)
+    return order_R, inverse_R, tokens_R, counts_E
+
+
+def _place(
+    ids_SK: Tensor, first: int, per_target: int, targets: int, copies: int, start: Tensor, by_entry: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sources, lists and entries of copies; see `_place_kernel`."""
     ids_SK = ids_SK.contiguous()
     counts_BN = count_hits(ids_SK, first, per_target, targets)
     source_C, copy_C, entry_C = (ids_SK.new_empty(copies, dtype=torch.int64) for _ in range(3))
-    start_S = ids_SK.new_empty(len(ids_SK), dtype=torch.int64)
-    if len(ids_SK):
-        _place_kernel[(len(counts_BN),)](
-            ids_SK, counts_BN, source_C, copy_C, start_S, entry_C, len(ids_SK), first, per_target, targets, len(counts_BN),
-            ids_SK.shape[1], power_of_2_from(targets), _sources(targets), COUNT_BLOCKS,
+    (sources, entries), blocks = ids_SK.shape, counts_BN.shape[0]
+    if sources:
+        _place_kernel[(blocks,)](
+            ids_SK, counts_BN, source_C, copy_C, start, entry_C, sources, first, per_target, targets, blocks,
+            by_entry, entries, power_of_2_from(targets), _sources(targets), COUNT_BLOCKS,
         )  # fmt: skip
-    return source_C, copy_C, start_S, entry_C
+    return source_C, copy_C, entry_C
 
 
 def collect(rows_CX: Tensor, copy_C: Tensor, start_S: Tensor, out_SX: Tensor) -> None:
     """The sum of every source's copies. Rows of both may be apart in memory."""
-    (sources, width), grid = out_SX.shape, (len(out_SX), -(-out_SX.shape[1] // COLLECT_COLUMNS))
+    _collect(rows_CX, copy_C, start_S, out_SX, 0)
+
+
+def sum_entries(rows_CX: Tensor, copy_SK: Tensor, out_SX: Tensor) -> None:
+    """The sum of the K copies of every source, in their order."""
+    _collect(rows_CX, copy_SK, copy_SK, out_SX, copy_SK.shape[1])
+
+
+def _collect(rows_CX: Tensor, copy_C: Tensor, start_S: Tensor, out_SX: Tensor, each: int) -> None:
+    sources, width = out_SX.shape
     if out_SX.numel():
-        _collect_kernel[grid](
-            rows_CX,
-            copy_C,
-            start_S,
-            out_SX,
-            sources,
-            len(copy_C),
-            width,
-            rows_CX.stride(0),
-            out_SX.stride(0),
-            COLLECT_COLUMNS,
-        )
+        _collect_kernel[(sources, -(-width // COLLECT_COLUMNS))](
+            rows_CX, copy_C, start_S, out_SX, sources, copy_C.numel(), width, rows_CX.stride(0), out_SX.stride(0),
+            each, COLLECT_COLUMNS,
+        )  # fmt: skip
 
 
 def encode_rows(x_RD: Tensor, bytes_RB: Tensor, floor: float) -> None:

@@ -10,6 +10,7 @@ from bench.gpu import interpreter
 from parallel.expert import triton_dispatch
 from parallel.expert.permute import ExpertTargets, collect, fan_out, fan_out_of, fan_out_with_entries, hits
 from parallel.expert.wire import Fp8Wire
+from train.kernels.plain.plain_kernels import PlainKernels
 
 torch.set_num_threads(1)
 
@@ -36,6 +37,19 @@ def test_a_fan_out_has_the_bits_of_the_plain_one(sources, experts, top_k, wanted
     assert torch.equal(triton_dispatch.count_hits(ids_SK, *wanted).sum(0), hits(ids_SK, wanted).sum(0))
     if wanted.per_target == 1:
         assert torch.equal(entry_C, fan_out_with_entries(ids_SK, wanted, copies)[1])
+
+
+@pytest.mark.parametrize("tokens, experts, top_k", [(0, 8, 2), (1, 8, 1), (150, 64, 6), (70, 256, 8)])
+def test_rows_come_in_the_order_of_a_stable_sort(tokens, experts, top_k):
+    """Of experts without a row, too; and their sums are those of each token's entries in their order."""
+    generator = torch.Generator().manual_seed(0)
+    ids_TK = torch.rand(tokens, experts, generator=generator).argsort(1)[:, :top_k]
+    ours, plain = triton_dispatch.place_entries(ids_TK, experts), PlainKernels().sort_by_expert(ids_TK, experts)
+    assert all(torch.equal(one, other) for one, other in zip(ours, plain, strict=True))
+    rows_RD = torch.randn(ids_TK.numel(), 1032, generator=generator)
+    places_TK, out_TD = ours[1].view(tokens, top_k), torch.empty(tokens, 1032)
+    triton_dispatch.sum_entries(rows_RD, places_TK, out_TD)
+    assert torch.equal(out_TD, PlainKernels().sum_entries(rows_RD, places_TK))
 
 
 @pytest.mark.parametrize("sources, width", [(0, 8), (1, 8), (20, 1100)])

@@ -99,23 +99,23 @@ class Traffic(TorchDispatchMode):
 @contextmanager
 def traffic() -> Iterator[Traffic]:
     """`Traffic` of the block, with Triton's kernels."""
-    from triton.runtime.jit import JITFunction
+    from parallel.triton_types import QuickKernel
 
-    mode, run = Traffic(), JITFunction.run
+    mode, launch = Traffic(), QuickKernel.launch
 
-    def counted(kernel, *args, **options):
-        name = kernel.fn.__name__
+    def counted(kernel, grid, *args, **options):
+        name = kernel.kernel.fn.__name__
         if name not in TRITON_PRODUCTS:
             again = [args[WRITTEN_OVER[name]]] if name in WRITTEN_OVER else []
             mode.add(_tensors(args), again, name=f"Triton kernel {name.strip('_').removesuffix('_kernel')}")
-        return run(kernel, *args, **options)
+        return launch(kernel, grid, *args, **options)
 
-    JITFunction.run = counted
+    QuickKernel.launch = counted
     try:
         with mode:
             yield mode
     finally:
-        JITFunction.run = run
+        QuickKernel.launch = launch
 
 
 def project_line() -> str:

@@ -14,9 +14,8 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from train.model.needed import Function
+from train.model.needed import Function, once_differentiable
 from train.model.sequence import SeenKeys
 
 

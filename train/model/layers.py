@@ -11,10 +11,9 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from train.model.needed import Function, gradients_needed
+from train.model.needed import Function, gradients_needed, once_differentiable
 from train.model.operations import ExpertGroups, Kernels
 from train.model.recompute import RecomputedOutputs
 

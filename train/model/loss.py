@@ -11,9 +11,8 @@ Shapes: N tokens, C of a chunk, R rows of it, D width, V vocabulary.
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from train.model.needed import Function, gradients_needed
+from train.model.needed import Function, gradients_needed, once_differentiable
 from train.model.operations import Kernels
 from train.model.weight_gradient import weight_gradient
 

@@ -15,13 +15,11 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from conf.own_code import subclass
 from conf.schema import Model, Recompute
 from train.model.layers import FFN, AddedProduct, LayerPrecision, PackedWeight, open_weight
-from train.model.needed import Function
+from train.model.needed import Function, once_differentiable
 from train.model.operations import Kernels
 from train.model.recompute import recall, remember
 from train.model.router import Router
@@ -98,41 +96,37 @@ class LocalDispatcher:
         if again is None:
             order_R, inverse_R, tokens_R, counts_E = self._kernels.sort_by_expert(expert_ids_TK, self._experts)
             again = _Sorted(order_R, inverse_R.view(expert_ids_TK.shape), tokens_R, counts_E)
-        rows_RD, gates_R = _Permute.apply(x_TD, gates_TK, again.order_R, again.tokens_R, again.inverse_TK)
+        rows_RD, gates_R = _Permute.apply(x_TD, gates_TK, again, self._kernels)
         return ArrivedRows(rows_RD, gates_R, again.counts_E, again)
 
     def combine(self, out_RD: Tensor, routed: RoutedRows) -> Tensor:
-        return _Unpermute.apply(out_RD, routed.state.tokens_R, routed.state.inverse_TK)
-
-
-def _gather_sum(rows_RD: Tensor, inverse_TK: Tensor) -> Tensor:
-    """Sum of the K rows of every token."""
-    return F.embedding_bag(inverse_TK, rows_RD, mode="sum")  # gathers and adds in one pass, in fp32
+        return _Unpermute.apply(out_RD, routed.state, self._kernels)
 
 
 class _Permute(Function):
     """Tokens to sorted rows. Both ways gather: no scattered addition, so the sum has one order."""
 
     @staticmethod
-    def forward(ctx, x_TD, gates_TK, order_R, tokens_R, inverse_TK):
-        ctx.save_for_backward(inverse_TK)
-        return x_TD.index_select(0, tokens_R), gates_TK.flatten().index_select(0, order_R)
+    def forward(ctx, x_TD, gates_TK, order: _Sorted, kernels: Kernels):
+        ctx.save_for_backward(order.inverse_TK)
+        ctx.kernels = kernels
+        return x_TD.index_select(0, order.tokens_R), gates_TK.flatten().index_select(0, order.order_R)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, drows_RD, dgates_R):
         (inverse_TK,) = ctx.saved_tensors
         dgates_TK = dgates_R.index_select(0, inverse_TK.flatten()).view(inverse_TK.shape)
-        return _gather_sum(drows_RD, inverse_TK), dgates_TK, None, None, None
+        return ctx.kernels.sum_entries(drows_RD, inverse_TK), dgates_TK, None, None
 
 
 class _Unpermute(Function):
     """Sorted rows back to tokens, summed."""
 
     @staticmethod
-    def forward(ctx, out_RD, tokens_R, inverse_TK):
-        ctx.save_for_backward(tokens_R)
-        return _gather_sum(out_RD, inverse_TK)
+    def forward(ctx, out_RD, order: _Sorted, kernels: Kernels):
+        ctx.save_for_backward(order.tokens_R)
+        return kernels.sum_entries(out_RD, order.inverse_TK)
 
     @staticmethod
     @once_differentiable

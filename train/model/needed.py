@@ -8,6 +8,7 @@ the engine instead.
 """
 
 from collections.abc import Callable
+from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +24,18 @@ if TYPE_CHECKING:
 else:
     Function = torch.autograd.Function
 
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """torch's, for a backward whose gradient could be asked for; any other runs without gradients already and is called as it is."""
+    guarded = torch.autograd.function.once_differentiable(backward)
+
+    @wraps(backward)
+    def run(ctx: Any, *grads: Any) -> Any:
+        return (guarded if torch.is_grad_enabled() else backward)(ctx, *grads)
+
+    return run
+
+
 SKIPPED, EXECUTED, HANDED_OUT = "skipped", "executed", "handed out"
 
 
@@ -31,8 +44,8 @@ def gradients_needed(ctx: Any) -> tuple[bool, ...]:
 
     Call inside backward, with its ctx. In an ordinary backward it equals ctx.needs_input_grad.
     """
-    nodes = iter(node for node, _ in ctx.next_functions if node is not None)
-    return tuple(required and _fate(next(nodes)) != SKIPPED for required in ctx.needs_input_grad)
+    nodes = iter([node for node, _ in ctx.next_functions if node is not None])
+    return tuple([required and _fate(next(nodes)) != SKIPPED for required in ctx.needs_input_grad])
 
 
 def node_of(ctx: Any, argument: int) -> Node:

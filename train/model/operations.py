@@ -96,6 +96,9 @@ class Kernels(Protocol):
     def sort_by_expert(self, expert_ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Places of the rows in the order of their experts, the way back, the token of every sorted row, and rows per expert."""
 
+    def sum_entries(self, rows_RD: Tensor, places_TK: Tensor) -> Tensor:
+        """Sum of the K rows of every token, added in their order in fp32 and rounded once: (T, D). places: of the rows."""
+
     def cross_entropy(self, logits_NV: Tensor, targets_N: Tensor, scale: float | None) -> Tensor:
         """Sum of -log softmax(logits)[target], fp32 scalar. Writes its gradient times scale over the logits, unless scale is None."""
 

@@ -90,7 +90,8 @@ def unpacked(saved: Tensor | PackedTensor) -> Tensor:
 
 def is_free(tensor: Tensor) -> bool:
     """Whether saving the tensor for backward keeps nothing here, because a `RecomputedOutputs` around makes it again."""
-    return any(context.makes(tensor) for context in _OPEN.get()[-1:])
+    opened = _OPEN.get()
+    return bool(opened) and opened[-1].makes(tensor)
 
 
 class RecomputedOutputs(SavedContext):
@@ -112,15 +113,18 @@ class RecomputedOutputs(SavedContext):
         self._made: tuple[Tensor, ...] | None = None
 
     def makes(self, tensor: Tensor) -> bool:
-        """Whether the tensor is one of the outputs."""
-        _, numel = self._index.get(_address(tensor), (None, 0))
-        return 0 < tensor.numel() <= numel
+        return self._output(tensor) is not None
+
+    def _output(self, tensor: Tensor) -> int | None:
+        """Which of the outputs the tensor is."""
+        index, numel = self._index.get(_address(tensor), (None, 0))
+        return index if 0 < tensor.numel() <= numel else None
 
     def pack(self, saved: Tensor | PackedTensor) -> Tensor | PackedTensor:
-        if not (isinstance(saved, Tensor) and self.makes(saved)):
+        if not isinstance(saved, Tensor) or (index := self._output(saved)) is None:
             return saved
         self._saved += 1
-        return _Again(self, self._index[_address(saved)][0], saved.size(), saved.stride())
+        return _Again(self, index, saved.size(), saved.stride())
 
     def make(self, index: int, size: torch.Size, stride: tuple[int, ...]) -> Tensor:
         """An output, or a view of it."""

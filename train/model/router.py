@@ -17,10 +17,9 @@ from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from conf.schema import Model, ScoreFunction
-from train.model.needed import Function, gradients_needed
+from train.model.needed import Function, gradients_needed, once_differentiable
 from train.model.operations import Kernels, RoutingRule
 from train.model.sequence import Positions
 

@@ -20,10 +20,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from train.model.attention import AttentionCore, AttentionInput, AttentionOutput, LargestScores, positions_first
-from train.model.needed import Function, gradients_needed
+from train.model.needed import Function, gradients_needed, once_differentiable
 from train.model.sequence import PendingGather, Positions
 
 

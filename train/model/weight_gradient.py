@@ -17,9 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from train.model.needed import Function, gradients_needed, node_of, will_accumulate
+from train.model.needed import Function, gradients_needed, node_of, once_differentiable, will_accumulate
 from train.model.operations import ExpertGroups, Kernels
 
 WeightProduct = Callable[[torch.dtype, Tensor | None], Tensor]

@@ -79,8 +79,8 @@ def gate_gradient_in_part(bug: Seams) -> None:
 
 @mutation(OURS + ": where all experts are here, the way back takes the order of the way out", "copies", FORWARD, "moe")
 def rows_back_in_the_order_out(bug: Seams) -> None:
-    def forward(original, ctx, out_RD, tokens_R, inverse_TK):
-        return original(ctx, out_RD.roll(1, 0), tokens_R, inverse_TK)
+    def forward(original, ctx, out_RD, order, kernels):
+        return original(ctx, out_RD.roll(1, 0), order, kernels)
 
     bug.around(moe._Unpermute, "forward", forward)
 

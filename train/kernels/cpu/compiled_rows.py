@@ -8,11 +8,10 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from train.kernels.cpu.cpp_function import Array, Kernel, Number, Size, Struct, Threads
 from train.kernels.cpu.libraries import library
-from train.model.needed import Function
+from train.model.needed import Function, once_differentiable
 
 _BF16, _FP32, _INT64 = torch.bfloat16, torch.float32, torch.int64
 _load = partial(library, "rows")

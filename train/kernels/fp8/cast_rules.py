@@ -79,7 +79,7 @@ class CastRules:
     swiglu: Cast | None
     """None keeps the input of the experts' SwiGLU in bf16."""
 
-    @property
+    @cached_property
     def experts_in_tiles(self) -> bool:
         """Whether each scale of an expert's rows is that of 128 values along a contraction."""
         rules = [

@@ -20,7 +20,6 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from parallel.expert.quantized_rows import QuantizedRows
 from train.kernels.fp8 import swiglu
@@ -33,7 +32,7 @@ from train.kernels.fp8.linear import gradient_operands, keep, left_source
 from train.kernels.fp8.products import Engine, Source, pack_sources, unpack_sources
 from train.model.layers import AddedProduct, recomputed_swiglu
 from train.model.layers import swiglu as swiglu_of
-from train.model.needed import Function, gradients_needed
+from train.model.needed import Function, gradients_needed, once_differentiable
 from train.model.operations import Kernels
 from train.model.weight_gradient import weight_gradient
 

@@ -59,8 +59,12 @@ class Cast:
 
     def empty_tiles(self, like: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
         """Room on `like`'s device for q (rows, columns), and for a scale per row and 128 columns, stored column by column."""
-        scale = like.new_empty(columns // TILE, rows, dtype=torch.float32)
-        return like.new_empty(rows, columns, dtype=self.format.dtype), scale.t()
+        return like.new_empty(rows, columns, dtype=self.format.dtype), empty_scales(like, rows, columns // TILE)
+
+
+def empty_scales(like: Tensor, outer: int, tiles: int) -> Tensor:
+    """Room on `like`'s device for fp32 scales (outer, tiles), stored column by column."""
+    return like.new_empty_strided((outer, tiles), (1, outer), dtype=torch.float32)
 
 
 def round_to(x: Tensor, format: Format) -> Tensor:

@@ -80,6 +80,12 @@ class HopperEngine:
             check_expert_sizes(source)
         return self._quantized(source, scale, rule, transposed, groups, inner if transposed else outer)
 
+    def cast_again(self, x_MK: Tensor, kept: Cast, rule: OperandRule) -> PaddedOperand | Tensor:
+        if rule.granularity != "1x128" or kept.block != (1, TILE) or rule.format is not kept.format:
+            return self.operand(self.cast(x_MK, kept), rule, transposed=True)
+        made = self._kernels.quantize_again(_padded_columns(x_MK), kept, rule.cast(transposed=True))
+        return _operand(made, True, x_MK.shape[1])
+
     def gradient(
         self, dy: Source, for_inputs: OperandRule, for_weights: OperandRule, groups: PaddedGroups | None = None
     ) -> tuple[PaddedOperand | Tensor, PaddedOperand | Tensor]:
@@ -150,6 +156,8 @@ class HopperEngine:
             scale_recipe_b=recipe,
             output_dtype=dtype,
         )
+        if out.shape == (left.outer, right.outer):
+            return out
         return out[: left.outer, : right.outer].contiguous()
 
     def grouped(

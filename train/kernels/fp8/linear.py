@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from train.kernels.fp8.cast_rules import LayerCasts
 from train.kernels.fp8.groups import PaddedGroups
@@ -25,7 +24,7 @@ from train.kernels.fp8.held_weights import HeldWeights
 from train.kernels.fp8.products import Engine, Source, pack_sources, unpack_sources
 from train.kernels.fp8.quantize import fitted
 from train.model.layers import HeldInput
-from train.model.needed import Function, gradients_needed
+from train.model.needed import Function, gradients_needed, once_differentiable
 from train.model.recompute import is_free
 from train.model.weight_gradient import weight_gradient
 
@@ -39,9 +38,7 @@ def linear(
     held: HeldInput | None = None,
 ) -> Tensor:
     """x (..., K) times weight transposed: (..., N) in the format of x. held: x as it is kept, where somebody else keeps it too."""
-    x_TK = x.reshape(-1, x.shape[-1])
-    y_TN = _Linear.apply(x_TK, weight_NK, weights, rules, probe, not torch.is_grad_enabled(), is_free(x), held)
-    return y_TN.view(*x.shape[:-1], weight_NK.shape[0])
+    return _Linear.apply(x, weight_NK, weights, rules, probe, not torch.is_grad_enabled(), is_free(x), held)
 
 
 def keep(x_MK: Tensor, engine: Engine, rules: LayerCasts) -> Source:
@@ -74,24 +71,25 @@ def gradient_operands(
 
 class _Linear(Function):
     @staticmethod
-    def forward(ctx, x_TK, weight_NK, weights, rules, probe, only_forward, free, held):
+    def forward(ctx, x, weight_NK, weights, rules, probe, only_forward, free, held):
+        x_TK = x.reshape(-1, x.shape[-1])  # here, where a view costs autograd nothing
         engine, ctx.name = weights.engine, weights.name(weight_NK)
         kept = x_TK if only_forward or free else keep(x_TK, engine, rules) if held is None else held.source
         left = engine.operand(left_source(kept, x_TK, rules), rules.fprop.left)
         y_TN = engine.product(left, weights.operand(weight_NK, ctx.name, rules.fprop.right), x_TK.dtype)
         tensors, ctx.forms = pack_sources(*[kept] * ctx.needs_input_grad[1])  # a frozen weight wants nothing of x
         ctx.save_for_backward(weight_NK, *tensors)
-        ctx.weights, ctx.rules, ctx.probe, ctx.dtype = weights, rules, probe, x_TK.dtype
+        ctx.weights, ctx.rules, ctx.probe, ctx.dtype, ctx.shape = weights, rules, probe, x.dtype, x.shape
         if probe is not None:
             probe.operand("activation", x_TK, rules.fprop.left)
             probe.operand("weight", weight_NK, rules.fprop.right)
             probe.product("fprop", y_TN, x_TK, weight_NK)
-        return y_TN
+        return y_TN.view(*x.shape[:-1], weight_NK.shape[0])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy_TN):
-        engine, rules, probe = ctx.weights.engine, ctx.rules, ctx.probe
+    def backward(ctx, dy):
+        engine, rules, probe, dy_TN = ctx.weights.engine, ctx.rules, ctx.probe, dy.reshape(-1, dy.shape[-1])
         weight_NK, *tensors = ctx.saved_tensors
         x_needed, weight_needed, *_ = gradients_needed(ctx)
         dx_TK = dw_NK = None
@@ -102,10 +100,11 @@ class _Linear(Function):
         if weight_needed:
             (kept,) = unpack_sources(tensors, ctx.forms)
             if isinstance(kept, Tensor) and rules.cache is not None:
-                kept = engine.cast(kept, rules.cache)
-            right = engine.operand(kept, rules.wgrad.right, transposed=True)
+                right = engine.cast_again(kept, rules.cache, rules.wgrad.right)
+            else:
+                right = engine.operand(kept, rules.wgrad.right, transposed=True)
             dw_NK = weight_gradient(ctx, 1, weight_NK, partial(engine.product, left_t, right))
         if probe is not None and dx_TK is not None:
             probe.operand("gradient", dy_TN, rules.dgrad.left)
             probe.product("dgrad", dx_TK, dy_TN, weight_NK.t())
-        return dx_TK, dw_NK, None, None, None, None, None, None
+        return None if dx_TK is None else dx_TK.view(ctx.shape), dw_NK, None, None, None, None, None, None

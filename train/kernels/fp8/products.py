@@ -102,6 +102,9 @@ class Engine(Protocol):
         groups: the contraction runs over the padded rows of several experts, each on its own.
         """
 
+    def cast_again(self, x_MK: Tensor, kept: Cast, rule: OperandRule) -> Any:
+        """`operand`, transposed, of what the first cast leaves."""
+
     def gradient(
         self, dy: Source, for_inputs: OperandRule, for_weights: OperandRule, groups: PaddedGroups | None = None
     ) -> tuple[Any, Any]:
@@ -184,6 +187,9 @@ class CpuEngine:
             else:
                 values = self._values(source, dtype)
         return values.mT if transposed else values
+
+    def cast_again(self, x_MK: Tensor, kept: Cast, rule: OperandRule) -> Any:
+        return self.operand(self.cast(x_MK, kept), rule, transposed=True)
 
     def gradient(
         self, dy: Source, for_inputs: OperandRule, for_weights: OperandRule, groups: PaddedGroups | None = None

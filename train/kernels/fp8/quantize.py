@@ -67,8 +67,8 @@ class ShapedTensor(Protocol):
 
 def fitted(cast: Cast, x_MK: ShapedTensor) -> Cast:
     """The cast with its block no larger than the tensor."""
-    rows, columns = cast.block
-    return replace(cast, block=(min(rows, max(x_MK.shape[-2], 1)), min(columns, max(x_MK.shape[-1], 1))))
+    block = min(cast.block[0], max(x_MK.shape[-2], 1)), min(cast.block[1], max(x_MK.shape[-1], 1))
+    return cast if block == cast.block else replace(cast, block=block)
 
 
 def blocked(x_MK: Tensor, block: ScaleBlock) -> Tensor:

@@ -32,7 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from conf.thresholds import THRESHOLDS
-from parallel.triton_types import constexpr, power_of_2_from, with_options
+from parallel.triton_types import constexpr, power_of_2_from, quick, with_options
 from train.kernels.fp8.formats import TILE
 from train.kernels.fp8.groups import most_tiles
 from train.kernels.fp8.triton_quantize import rows_of_tile, tiles_of_experts
@@ -61,6 +61,7 @@ def _tile(program, tiles_m, tiles_n, band: constexpr):
     return first + inside % height, inside // height
 
 
+@quick
 @triton.jit(repr=partial(_named, "product"))
 def _product_kernel(
     left_ptr, left_scale_ptr, right_ptr, right_scale_ptr, out_ptr, ends_ptr,
@@ -108,6 +109,7 @@ def _product_kernel(
         tl.store(out + 128, beside.to(out_ptr.dtype.element_ty), mask=real)
 
 
+@quick
 @triton.jit(repr=partial(_named, "wgrad"))
 def _wgrad_kernel(
     left_ptr, left_scale_ptr, right_ptr, right_scale_ptr, out_ptr, ends_ptr, height, width, columns, height_out, width_out,
@@ -160,16 +162,17 @@ def product(
     single matrix.
     """
     (rows, contraction), experts, width = left_RC.shape, right_ENC.shape[0], _whole(right_ENC)[0]
+    height_out, width_out = out_RN.shape
     assert left_RC.is_contiguous() and _by_column(left_scale) and left_scale.shape == (rows, contraction // TILE)
-    assert right_scale.is_contiguous() and out_RN.is_contiguous() and len(out_RN) <= rows
+    assert right_scale.is_contiguous() and out_RN.is_contiguous() and height_out <= rows
     assert experts == 1 or ends_E is not None, "several experts have ends"
-    tiles_m, in_pairs = most_tiles(len(out_RN), experts), width == out_RN.shape[1] and width % (2 * TILE) == 0
+    tiles_m, in_pairs = most_tiles(height_out, experts), width == width_out and width % (2 * TILE) == 0
     in_pairs &= experts > 1 and contraction > TILE  # where the loop is compiled
     tiles = 2 if in_pairs and tiles_m * (width // TILE) >= THRESHOLDS.product_tiles else 1
     if out_RN.numel():
         with_options(_product_kernel[(tiles_m * (width // (tiles * TILE)),)], num_warps=WARPS, num_stages=STAGES)(
             left_RC, left_scale, right_ENC, right_scale, out_RN, left_RC if ends_E is None else ends_E,
-            tiles_m, width, contraction // TILE, rows, out_RN.shape[0], out_RN.shape[1],
+            tiles_m, width, contraction // TILE, rows, height_out, width_out,
             experts, power_of_2_from(experts), BAND, tiles,
         )  # fmt: skip
     return out_RN
@@ -184,16 +187,16 @@ def wgrad(
     Scales (O or N, P / 128), stored column by column.  out_EON may leave out the last rows and columns.  ends_E: as in
     `product`, of rows that take whole tiles of columns here; without, all columns are one expert's.
     """
-    (height, columns), width = _whole(left_OP), _whole(right_NP)[0]
+    (height, columns), width, (experts, height_out, width_out) = _whole(left_OP), _whole(right_NP)[0], out_EON.shape
     assert right_NP.shape[1] == columns and out_EON.is_contiguous()
     assert _by_column(left_scale) and _by_column(right_scale)
-    assert len(out_EON) == 1 or ends_E is not None, "several experts have ends"
+    assert experts == 1 or ends_E is not None, "several experts have ends"
     assert out_EON.dtype == torch.float32 or not added, "sums are fp32"
     if out_EON.numel():
-        slots = max(LANES, power_of_2_from(len(out_EON)))
-        with_options(_wgrad_kernel[(height // TILE * (width // TILE), len(out_EON))], num_warps=WARPS, num_stages=STAGES)(
+        slots = max(LANES, power_of_2_from(experts))
+        with_options(_wgrad_kernel[(height // TILE * (width // TILE), experts)], num_warps=WARPS, num_stages=STAGES)(
             left_OP, left_scale, right_NP, right_scale, out_EON, left_OP if ends_E is None else ends_E,
-            height, width, columns, out_EON.shape[1], out_EON.shape[2], added, len(out_EON), slots, BAND,
+            height, width, columns, height_out, width_out, added, experts, slots, BAND,
         )  # fmt: skip
     return out_EON
 

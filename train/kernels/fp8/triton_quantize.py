@@ -5,6 +5,7 @@ Each kernel reads its input once and writes FP8 values and fp32 scales in the la
     quantize_tiles      (R, C) -> q (P, C) and one scale per row and 128 columns         left operands
     quantize_columns    (R, C) -> q^T (C, P) and one scale per column and 128 rows       both operands of Wgrad
     quantize_both       (R, C) -> both of these                                           a gradient, for Dgrad and Wgrad
+    quantize_again      (R, C) -> the second of what the first leaves                     what was kept as it came, for Wgrad
     quantize_blocks     (R, C) -> q (R, C) or (C, R) and one scale per 128x128           weights
     quantize_e5m6       (R, C) -> q (P, 3 C / 2), twelve bits a value             what waits for Wgrad in a finer format
     decode_e5m6         the values of that in bf16                                       what attention's backward takes
@@ -31,8 +32,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from parallel.triton_types import constexpr, power_of_2_from, with_options
-from train.kernels.fp8.formats import TILE, Cast
+from parallel.triton_types import constexpr, power_of_2_from, quick, with_options
+from train.kernels.fp8.formats import TILE, Cast, empty_scales
 from train.kernels.fp8.groups import most_tiles, on_device
 
 QUANTIZE_ROWS = 32
@@ -110,6 +111,7 @@ def _store_tiles(
     tl.store(scale_ptr + tile * scale_rows + rows, scale, there)
 
 
+@quick
 @triton.jit
 def _tiles_kernel(
     x_ptr, in_scale_ptr, q_ptr, scale_ptr, height, width, height_out,
@@ -122,6 +124,7 @@ def _tiles_kernel(
     _store_tiles(x, q_ptr, scale_ptr, rows, columns, rows < height_out, tile, width, height_out, maximum, floor, pow2)
 
 
+@quick
 @triton.jit
 def _e5m6_kernel(
     x_ptr, q_ptr, scale_ptr, height, width, height_out,
@@ -167,6 +170,7 @@ def _load_e5m6(q_ptr, scale_ptr, rows, start, tile, width, height, count: conste
     return x * tl.load(scale_ptr + tile * height + rows)[:, None]
 
 
+@quick
 @triton.jit
 def _columns_kernel(
     x_ptr, in_scale_ptr, q_ptr, scale_ptr, base_ptr, stride_ptr, ends_ptr, height, width, height_out,
@@ -191,20 +195,27 @@ def _columns_kernel(
     tl.store(scale_ptr + tile * width + columns, scale)
 
 
+@quick
 @triton.jit
 def _both_kernel(
     x_ptr, q_ptr, scale_ptr, q_t_ptr, scale_t_ptr, ends_ptr, height, width, rows_out, columns_out,
     maximum: constexpr, floor: constexpr, pow2: constexpr,
-    maximum_t: constexpr, floor_t: constexpr, pow2_t: constexpr, experts: constexpr, slots: constexpr,
+    maximum_t: constexpr, floor_t: constexpr, pow2_t: constexpr, again: constexpr, experts: constexpr, slots: constexpr,
 ):  # fmt: skip
-    """`_tiles_kernel` and `_columns_kernel` of one tile of rows and 128 columns."""
+    """`_tiles_kernel` and `_columns_kernel` of one tile of rows and 128 columns; again: the latter of what the former leaves, which
+    nobody else wants."""
     tile = tl.program_id(0)
     _, first, last = rows_of_tile(ends_ptr, tile, height, experts, slots)
     rows = first + tl.arange(0, 128)
     columns = tl.program_id(1) * 128 + tl.arange(0, 128)
     x = _load(x_ptr, x_ptr, rows, last, columns, 0, width, height, False)
-    written = rows < (last if experts > 1 else rows_out)
-    _store_tiles(x, q_ptr, scale_ptr, rows, columns, written, tl.program_id(1), width, rows_out, maximum, floor, pow2)
+    if again:
+        scale, inverse = _scales(tl.max(tl.abs(x), axis=1), maximum, floor, pow2)
+        x = _cast(x * inverse[:, None], maximum, q_ptr.dtype.element_ty).to(tl.float32) * scale[:, None]
+    else:
+        written = rows < (last if experts > 1 else rows_out)
+        tile_n = tl.program_id(1)
+        _store_tiles(x, q_ptr, scale_ptr, rows, columns, written, tile_n, width, rows_out, maximum, floor, pow2)
     scale, inverse = _scales(tl.max(tl.abs(x), axis=0), maximum_t, floor_t, pow2_t)
     q = _cast(x * inverse[None, :], maximum_t, q_t_ptr.dtype.element_ty)
     place = columns[:, None] * tl.cast(columns_out, tl.int64) + tile * 128 + tl.arange(0, 128)[None, :]
@@ -212,6 +223,7 @@ def _both_kernel(
     tl.store(scale_t_ptr + tile * width + columns, scale)
 
 
+@quick
 @triton.jit
 def _decode_kernel(q_ptr, scale_ptr, out_ptr, height, width, scale_rows, block: constexpr):
     rows = tl.program_id(0) * block + tl.arange(0, block)
@@ -221,6 +233,7 @@ def _decode_kernel(q_ptr, scale_ptr, out_ptr, height, width, scale_rows, block: 
     tl.store(out_ptr + place, x.to(tl.bfloat16), (rows < height)[:, None])
 
 
+@quick
 @triton.jit
 def _blocks_kernel(
     x_ptr, q_ptr, scale_ptr, height, width, q_row, q_column, scale_row, scale_column, q_matrix, scale_matrix,
@@ -244,6 +257,7 @@ def _blocks_kernel(
     tl.store(scale_ptr + matrix * scale_matrix + place, scale)
 
 
+@quick
 @triton.jit
 def _swiglu_kernel(
     h_ptr, gates_ptr, q_ptr, scale_ptr, kept_ptr, kept_scale_ptr, height, width,
@@ -268,6 +282,7 @@ def _swiglu_kernel(
         )  # fmt: skip
 
 
+@quick
 @triton.jit
 def _swiglu_backward_kernel(
     h_ptr, in_scale_ptr, gates_ptr, da_ptr, a_ptr, dh_ptr, dgates_ptr, height, width, scale_rows,
@@ -296,6 +311,7 @@ def _swiglu_backward_kernel(
     tl.store(dgates_ptr + rows, total, there)
 
 
+@quick
 @triton.jit
 def _mx_kernel(
     x_ptr, in_scale_ptr, gates_ptr, q_ptr, scale_ptr, ends_ptr, height, width, x_matrix, x_row, x_column,
@@ -339,7 +355,7 @@ def quantize_tiles(x_RC: Tensor, cast: Cast, in_scale: Tensor | None = None) -> 
     whole = -(-rows // TILE) * TILE
     q, scale = cast.empty_tiles(x_RC, whole, columns)
     _tiles_kernel[(whole // QUANTIZE_ROWS, columns // TILE)](
-        x_RC, x_RC if in_scale is None else in_scale.t(), q, scale.t(), rows, columns, whole,
+        x_RC, x_RC if in_scale is None else in_scale, q, scale, rows, columns, whole,
         cast.format.max, cast.floor, cast.pow2, in_scale is not None, QUANTIZE_ROWS,
     )  # fmt: skip
     return q, scale
@@ -350,11 +366,11 @@ def quantize_e5m6(x_RC: Tensor, cast: Cast) -> tuple[Tensor, Tensor]:
     rows, columns = _sizes(x_RC)
     whole = -(-rows // TILE) * TILE
     q = x_RC.new_empty(whole, columns // 2 * 3, dtype=torch.uint8)
-    scale = x_RC.new_empty(columns // TILE, whole, dtype=torch.float32)
+    scale = empty_scales(x_RC, whole, columns // TILE)
     _e5m6_kernel[(whole // QUANTIZE_ROWS, columns // TILE)](
         x_RC, q.view(torch.int32), scale, rows, columns, whole, cast.format.max, cast.floor, cast.pow2, QUANTIZE_ROWS
     )
-    return q, scale.t()
+    return q, scale
 
 
 def decode_e5m6(q: Tensor, scale: Tensor, rows: int) -> Tensor:
@@ -362,7 +378,7 @@ def decode_e5m6(q: Tensor, scale: Tensor, rows: int) -> Tensor:
     columns = q.shape[1] // 3 * 2
     out_RC = q.new_empty(rows, columns, dtype=torch.bfloat16)
     _decode_kernel[(-(-rows // QUANTIZE_ROWS), columns // TILE)](
-        q.view(torch.int32), scale.t(), out_RC, rows, columns, len(scale), QUANTIZE_ROWS
+        q.view(torch.int32), scale, out_RC, rows, columns, scale.shape[0], QUANTIZE_ROWS
     )
     return out_RC
 
@@ -374,17 +390,28 @@ def quantize_both(
     rows of padding.
     """
     rows, columns = _sizes(x_RC)
-    experts = 1 if ends_E is None else len(ends_E)
+    experts = 1 if ends_E is None else ends_E.shape[0]
     tiles, whole = most_tiles(rows, experts), -(-rows // TILE) * TILE if experts == 1 else rows
     q, scale = cast.empty_tiles(x_RC, whole, columns)
-    q_t = x_RC.new_empty(columns, tiles * TILE, dtype=cast_t.format.dtype)
-    scale_t = x_RC.new_empty(tiles, columns, dtype=torch.float32)
+    q_t, scale_t = cast_t.empty_tiles(x_RC, columns, tiles * TILE)
     with_options(_both_kernel[(tiles, columns // TILE)], num_warps=8)(
-        x_RC, q, scale.t(), q_t, scale_t, x_RC if ends_E is None else ends_E, rows, columns, whole, tiles * TILE,
+        x_RC, q, scale, q_t, scale_t, x_RC if ends_E is None else ends_E, rows, columns, whole, tiles * TILE,
         cast.format.max, cast.floor, cast.pow2, cast_t.format.max, cast_t.floor, cast_t.pow2,
-        experts, power_of_2_from(experts),
+        False, experts, power_of_2_from(experts),
     )  # fmt: skip
-    return (q, scale), (q_t, scale_t.t())
+    return (q, scale), (q_t, scale_t)
+
+
+def quantize_again(x_RC: Tensor, cast: Cast, cast_t: Cast) -> tuple[Tensor, Tensor]:
+    """`quantize_columns` by the second cast of what `quantize_tiles` by the first leaves, in one pass. Both have one format."""
+    rows, columns = _sizes(x_RC)
+    tiles = most_tiles(rows, 1)
+    q_t, scale_t = cast_t.empty_tiles(x_RC, columns, tiles * TILE)
+    with_options(_both_kernel[(tiles, columns // TILE)], num_warps=8)(
+        x_RC, q_t, scale_t, q_t, scale_t, x_RC, rows, columns, rows, tiles * TILE,
+        cast.format.max, cast.floor, cast.pow2, cast_t.format.max, cast_t.floor, cast_t.pow2, True, 1, 1,
+    )  # fmt: skip
+    return q_t, scale_t
 
 
 def quantize_columns(
@@ -405,16 +432,15 @@ def quantize_columns(
         x_RC = x_RC.view(torch.int32)
     rows, columns = x_RC.shape[0], x_RC.shape[1] // 3 * 8 if packed else _sizes(x_RC)[1]
     base, stride = (x_RC, x_RC) if flat is None else _tile_places(flat, columns, x_RC.device)
-    experts = 1 if ends_E is None else len(ends_E)
+    experts = 1 if ends_E is None else ends_E.shape[0]
     tiles = most_tiles(rows, experts)
-    q = x_RC.new_empty(columns * tiles * TILE, dtype=cast.format.dtype)
-    scale = x_RC.new_empty(tiles, columns, dtype=torch.float32).t()
+    q, scale = cast.empty_tiles(x_RC, columns, tiles * TILE)
     _columns_kernel[(tiles, columns // QUANTIZE_COLUMNS)](
-        x_RC, x_RC if in_scale is None else in_scale.t(), q, scale, base, stride, x_RC if ends_E is None else ends_E,
+        x_RC, x_RC if in_scale is None else in_scale, q, scale, base, stride, x_RC if ends_E is None else ends_E,
         rows, columns, tiles * TILE, cast.format.max, cast.floor, cast.pow2, in_scale is not None, packed,
         flat is not None, experts, power_of_2_from(experts), QUANTIZE_COLUMNS,
     )  # fmt: skip
-    return (q.view(columns, -1) if flat is None else q), scale
+    return (q if flat is None else q.flatten()), scale
 
 
 def quantize_blocks(x_RC: Tensor, cast: Cast, transposed: bool) -> tuple[Tensor, Tensor]:
@@ -443,7 +469,7 @@ def swiglu_tiles(
     kept = None if cache is None else cache.empty_tiles(h_P2F, rows, 2 * width)
     (kept_q, kept_scale), kept_cast = kept or made, cache or cast
     _swiglu_kernel[(-(-rows // QUANTIZE_ROWS), width // TILE)](
-        h_P2F, gates_P, q, scale.t(), kept_q, kept_scale.t(), rows, width,
+        h_P2F, gates_P, q, scale, kept_q, kept_scale, rows, width,
         cast.format.max, cast.floor, cast.pow2,
         kept is not None, kept_cast.format.max, kept_cast.floor, kept_cast.pow2, QUANTIZE_ROWS,
     )  # fmt: skip
@@ -459,8 +485,8 @@ def swiglu_backward(
     dh_P2F = da_PF.new_empty(rows, 2 * width, dtype=torch.bfloat16)
     dgates_P = torch.empty_like(gates_P)
     _swiglu_backward_kernel[(-(-rows // BACKWARD_ROWS),)](
-        h_P2F, h_P2F if in_scale is None else in_scale.t(), gates_P, da_PF.contiguous(), a_PF, dh_P2F, dgates_P,
-        rows, width, len(h_P2F), in_scale is not None, BACKWARD_ROWS,
+        h_P2F, h_P2F if in_scale is None else in_scale, gates_P, da_PF.contiguous(), a_PF, dh_P2F, dgates_P,
+        rows, width, h_P2F.shape[0], in_scale is not None, BACKWARD_ROWS,
     )  # fmt: skip
     return a_PF, dh_P2F, dgates_P
 

@@ -6,6 +6,7 @@ Shapes as in train/model/operations.py.
 import torch
 from torch import Tensor
 
+from parallel.expert.permute import triton_dispatch
 from train.kernels.gpu import fused_rows
 from train.kernels.gpu.fused_attention import EfficientAttention
 from train.kernels.gpu.fused_route import FusedRoute
@@ -90,11 +91,11 @@ class FusedKernels(PlainKernels):
             return super().logits_backward(grad_NE, x_ND, weight_ED, x_needed, weight_needed)
         (N, E), dx_ND, dweight_ED = grad_NE.shape, None, None
         parts_N2E = x_ND.new_empty(N, 2, E)  # the gradient is the sum of two numbers of bf16 but for 2^-17 of it
-        parts_N2E[:, 0] = grad_NE
-        torch.sub(grad_NE, parts_N2E[:, 0], out=parts_N2E[:, 1])
+        large_NE, rest_NE = parts_N2E.unbind(1)
+        torch.sub(grad_NE, large_NE.copy_(grad_NE), out=rest_NE)
         parts_NX = parts_N2E.flatten(1)
         if x_needed:
-            dx_ND = self.product(parts_NX, weight_ED.repeat(2, 1).t(), x_ND.dtype)
+            dx_ND = self.product(parts_NX, torch.cat((weight_ED, weight_ED)).t(), x_ND.dtype)
         if weight_needed:
             dweight_ED = self.product(parts_NX.t(), x_ND.t(), torch.float32).view(2, E, -1).sum(0)
         return dx_ND, dweight_ED
@@ -114,6 +115,18 @@ class FusedKernels(PlainKernels):
         one_kernel = logits_BTE.dtype == torch.float32 and not plain
         route = FusedRoute if one_kernel else Route
         return route.apply(logits_BTE, bias_E, rule, balance_weight, counters, positions)
+
+    def sort_by_expert(self, expert_ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if not expert_ids_TK.is_cuda:
+            return super().sort_by_expert(expert_ids_TK, experts)
+        return triton_dispatch().place_entries(expert_ids_TK, experts)
+
+    def sum_entries(self, rows_RD: Tensor, places_TK: Tensor) -> Tensor:
+        if not rows_RD.is_cuda or rows_RD.dtype == torch.float64:
+            return super().sum_entries(rows_RD, places_TK)
+        out_TD = rows_RD.new_empty(len(places_TK), rows_RD.size(1))
+        triton_dispatch().sum_entries(rows_RD.contiguous(), places_TK, out_TD)
+        return out_TD
 
     def groups(self, counts_E: Tensor, dtype: torch.dtype) -> ExpertGroups:
         return grouped.ends_of(counts_E)

@@ -2,10 +2,9 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from train.kernels.gpu.fused_rows import runs
-from train.model.needed import Function
+from train.model.needed import Function, once_differentiable
 from train.model.operations import RoutingRule
 from train.model.recompute import is_repeated, recall, remember
 from train.model.sequence import Positions
@@ -38,6 +37,7 @@ class FusedRoute(Function):
         ctx.save_for_backward(scores_BTE, ids_BTK, gates_BTK, factor_BT1, total_BT1, frequency_BE)
         ctx.rule, ctx.weight = rule, weight
         ctx.mark_non_differentiable(ids_BTK)
+        ctx.set_materialize_grads(False)  # zeros for the ids
         return gates_BTK, ids_BTK
 
     @staticmethod

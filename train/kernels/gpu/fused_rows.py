@@ -6,9 +6,8 @@ real ones would, so that plans count it. Shapes as in train/model/operations.py.
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from train.model.needed import Function
+from train.model.needed import Function, once_differentiable
 
 
 def swiglu(h_N2F: Tensor, gates_N: Tensor | None) -> Tensor:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from parallel.triton_types import constexpr, with_options
+from parallel.triton_types import constexpr, quick, with_options
 
 TILE_O, TILE_I, STEP_R = 128, 128, 64
 """Sides of a tile, and rows that are read at a time."""
@@ -21,6 +21,7 @@ NEIGHBOURS = 8
 """Tiles along O that run together, for each along I: their operands stay in the cache."""
 
 
+@quick
 @triton.jit
 def _gradient_kernel(
     grad_ptr, x_ptr, ends_ptr, out_ptr, outputs, inputs, grad_row, x_row,

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from parallel.triton_types import constexpr, power_of_2_from
+from parallel.triton_types import constexpr, power_of_2_from, quick
 from train.model.operations import RouterCounters, RoutingRule
 
 ROUTE_TOKENS = 8
@@ -51,6 +51,7 @@ def _open_groups(
     return opened
 
 
+@quick
 @triton.jit
 def _route_kernel(
     logits_ptr, bias_ptr, scores_ptr, ids_ptr, gates_ptr, factor_ptr, total_ptr, load_ptr, share_ptr, often_ptr,
@@ -107,6 +108,7 @@ def _route_kernel(
             tl.store(often_ptr + place, tl.sum(hits, axis=0), inside)
 
 
+@quick
 @triton.jit
 def _finish_kernel(
     load_ptr, share_ptr, often_ptr, load_E_ptr, score_E_ptr, balance_ptr, frequency_ptr, batch, length, blocks, weight,
@@ -137,6 +139,7 @@ def _finish_kernel(
             tl.store(balance_ptr, tl.load(balance_ptr) + weight * loss / batch)
 
 
+@quick
 @triton.jit
 def _backward_kernel(
     grad_ptr, scores_ptr, ids_ptr, gates_ptr, factor_ptr, total_ptr, frequency_ptr, dlogits_ptr, length, route_scale, weight,

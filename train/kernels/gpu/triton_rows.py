@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from parallel.triton_types import constexpr, power_of_2_from
+from parallel.triton_types import constexpr, power_of_2_from, quick
 
 SWIGLU_ROWS, SWIGLU_COLUMNS = 4, 512
 """Rows and columns of [gate | up] that a program of SwiGLU works on at a time: 16 values a thread, so that all loads
@@ -23,6 +23,7 @@ BACKWARD_TOKENS = 8
 """Positions of which a program of `heads_backward` sums all heads."""
 
 
+@quick
 @triton.jit
 def _swiglu_kernel(
     h_ptr, gates_ptr, out_ptr, rows_N, width,
@@ -40,6 +41,7 @@ def _swiglu_kernel(
     tl.store(out_ptr + rows[:, None].to(tl.int64) * width + columns[None, :], out, there)
 
 
+@quick
 @triton.jit
 def _swiglu_backward_kernel(
     grad_ptr, h_ptr, gates_ptr, dh_ptr, dgates_ptr, rows_N, width,
@@ -87,6 +89,7 @@ def _times_table(pairs, table_ptr, table_place, table_there, ROPE: constexpr, ba
     return tl.reshape(turned, (rows, ROPE))
 
 
+@quick
 @triton.jit
 def _heads_kernel(
     q_ptr, kv_ptr, shared_ptr, table_ptr, k_ptr, length, heads, shared_row,
@@ -111,6 +114,7 @@ def _heads_kernel(
     tl.store(k_ptr + place + nope, rotated, turned)
 
 
+@quick
 @triton.jit
 def _heads_backward_kernel(
     dq_ptr, dk_ptr, dv_ptr, table_ptr, dq_out_ptr, dkv_out_ptr, dshared_ptr, length, heads,

@@ -4,9 +4,8 @@ Shapes: B sequences, T positions, H heads, R rope width, Q qk width, V value wid
 """
 
 import torch
-from torch.autograd.function import once_differentiable
 
-from train.model.needed import Function
+from train.model.needed import Function, once_differentiable
 from train.model.rope import rotate
 
 

@@ -112,6 +112,9 @@ class PlainKernels(Kernels):
         counts_E = ends_E.diff(prepend=ends_E.new_zeros(1))
         return order_R, inverse_R, order_R // expert_ids_TK.size(1), counts_E
 
+    def sum_entries(self, rows_RD: Tensor, places_TK: Tensor) -> Tensor:
+        return F.embedding_bag(places_TK, rows_RD, mode="sum")  # gathers and adds in one pass
+
     def cross_entropy(self, logits_NV: Tensor, targets_N: Tensor, scale: float | None) -> Tensor:
         loss = torch.zeros((), dtype=torch.float32, device=logits_NV.device)
         rows = self.rows_at_once(logits_NV, THRESHOLDS.logits)

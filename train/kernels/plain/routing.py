@@ -5,9 +5,8 @@ Shapes: B sequences, T positions, E experts, K = top_k, G groups, N sequences or
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from train.model.needed import Function
+from train.model.needed import Function, once_differentiable
 from train.model.operations import RoutingRule
 from train.model.recompute import is_repeated, recall, remember
 from train.model.sequence import Positions
