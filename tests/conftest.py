@@ -1,9 +1,11 @@
 """The tests of a working day, `pytest --quick`; the order of all; what .ci/run has found out beside the tests."""
 
+import gc
 import os
 import sys
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 
 import pytest
 
@@ -18,6 +20,16 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 def pytest_addoption(parser: pytest.Parser) -> None:
     what = "of every test the first case, without those marked slow or hosts: the tests of a working day"
     parser.addoption("--quick", action="store_true", help=what)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Each worker imports all files of tests; to look again and again through what they have made so far would be a fifth of that."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
 
 
 @pytest.hookimpl(trylast=True)

@@ -23,7 +23,7 @@ with mock.patch("train.kernels.cpu.processor.tune_cpu"):
 del sys.modules["train.worker"], sys.modules["train.kernels.cpu.tuned"], train.worker
 import_deepspeed(on_cuda=False)
 keep_groups()
-for words in ([], ["precision=fp32"]):
+for words in ([], ["precision=fp32"], ["precision=bf16"], ["precision=fp8"]):
     compose(*words)
 with tempfile.TemporaryDirectory() as folder:
     shutil.copytree(Path(__file__).parent / "old_runs" / "v0_1_0" / "runs" / "run", folder, dirs_exist_ok=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.driver.shapes import LAYOUTS_FILE, digest_of, smaller_shapes, with_shape
+from cluster.farewell import leave
 from cluster.topology import StageShape
 from conf.check import check
 from conf.errors import UserError
@@ -71,4 +72,4 @@ def main(path: str, device: str = "cpu") -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(leave(main(*sys.argv[1:])))
