@@ -235,7 +235,7 @@ def _unknown_part(key: str, value: Any, kind: Any) -> UserError:
 
 
 def _wrong_option(group: str, value: Any, groups: dict[str, list[str]]) -> UserError | None:
-    if isinstance(value, list) and value and all(each in groups[group] for each in value):
+    if isinstance(value, list) and value and group != "conf" and all(each in groups[group] for each in value):
         return None
     if value in groups[group]:
         return None
@@ -400,8 +400,9 @@ def explain(error: Exception, words: Sequence[str]) -> UserError:
     """
     if wrong := _first_error(words, [word for word in _settings(words) if "=" in word]):
         return wrong
-    if isinstance(error, AssertionError):  # OmegaConf's, for a key of a section that is null
-        if wrong := _in_null_section(words):
+    if not isinstance(error, (HydraException, OmegaConfBaseException)):
+        # Of OmegaConf an AssertionError is for a key of a section that is null.
+        if isinstance(error, AssertionError) and (wrong := _in_null_section(words)):
             return wrong
         raise error
     groups = _groups(_own(words))

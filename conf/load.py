@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cache, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import hydra
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
@@ -86,6 +86,9 @@ class _Primary(Config):
 
 def to_config(node: DictConfig, said: Callable[[str], None] | None = None) -> Config:
     """Typed and checked configuration from a node of the schema; raises UserError. said: takes a sentence on each value chosen here."""
+    if _takes_over(node):  # OmegaConf asks of a single value alone whether what it takes over fits
+        whole = OmegaConf.masked_copy(node, [key for key in node if key != "hydra"])
+        node = cast(DictConfig, OmegaConf.merge(_schema(), escaped(OmegaConf.to_container(whole, resolve=True))))
     config = Config()
     for key, value in node.items():
         if key != "hydra":
@@ -100,6 +103,12 @@ def to_config(node: DictConfig, said: Callable[[str], None] | None = None) -> Co
 
 
 @cache
+def _takes_over(node: DictConfig) -> bool:
+    """Whether a setting is given by another one, as `${KEY}`; that the cache's place comes from the environment is no such case."""
+    keys, place = [str(key) for key in node if key != "hydra"], Config().data.cache
+    return any(OmegaConf.is_interpolation(node, key) or "${" in str(node[key]).replace(place, "") for key in keys)
+
+
 def _schema() -> DictConfig:
     """The schema with its defaults, for OmegaConf, which copies what it merges into."""
     return OmegaConf.structured(Config)
@@ -188,7 +197,9 @@ def explained(words: Sequence[str]) -> Iterator[None]:
     """Turn errors of Hydra and OmegaConf in this block into UserError. words: of the command line that it composes."""
     try:
         yield
-    except (HydraException, OmegaConfBaseException, AssertionError) as error:
+    except UserError:
+        raise
+    except (HydraException, OmegaConfBaseException, AssertionError, ValueError, TypeError) as error:
         raise explain(error, words) from error
 
 

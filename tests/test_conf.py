@@ -8,6 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from conf.check import check
+from conf.command_line import check_words
 from conf.errors import EXIT_USER, UserError
 from conf.help import options
 from conf.load import compose, read_config, run, write_config
@@ -93,6 +94,23 @@ def test_rules_name_the_field(overrides, field):
         compose(*overrides)
     assert caught.value.field == field
     assert caught.value.rule and caught.value.cure
+
+
+@pytest.mark.parametrize(
+    "word", ["optim.betas=${seed}", "data.mix=${seed}", "model.yarn=${seed}", "optim.mtp_weight=${seed}"]
+)
+def test_a_list_or_a_section_is_taken_over_from_one_alone(word):
+    with pytest.raises(UserError):
+        compose(word)
+
+
+@pytest.mark.parametrize("word", ["hardware=1", "conf=[tiny]", "optim.lr_schedule.shape=cosine", "data.mix.path=2"])
+def test_from_python_a_word_has_the_error_of_the_command_line(word):
+    with pytest.raises(UserError) as caught:
+        compose(word)
+    with pytest.raises(UserError) as said:
+        check_words([word])
+    assert str(caught.value) == str(said.value)
 
 
 @pytest.mark.parametrize("key", ["nothing", "model.nothing", "precision.fp8.dense.nothing"])
