@@ -18,7 +18,7 @@ without the copies, ptxas waits for after each quarter; TMA descriptors, as many
 barriers and 71 instructions more, as Triton waits where it loads them.  By an estimate (`python -m bench.fp8_model`) the L2 cache feeds tiles of 128x128
 that no other block shares for half of the tensor cores' peak. So a program of many takes two that are neighbours, 128 rows by 256 columns, which share the rows:
 one after the other, as both sums fill half of the registers and one tile's products a quarter.  Compiled and left: two multiplied at a time, or one of 256 columns, which
-spill 240 and 280 bytes; Wgrad in 256x128, whose scales take 36 registers more (920 bytes and more). What else was compiled and left stands in train/docs/fp8.md.
+spill 240 and 280 bytes; Wgrad in 256x128, whose scales take 36 registers more (920 bytes and more). What else was compiled and left stands in train/docs/fp8_kernels.md.
 
 The module needs triton and is imported only where its kernels run.  Shape suffixes: O, N outer, C contraction, R rows,
 P columns of whole tiles, E experts.
