@@ -14,11 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from parallel.triton_types import constexpr, power_of_2_from, quick
+from parallel.triton_types import constexpr, power_of_2_from, quick, with_options
 
 HITS = 4096
 """Sources times targets of a program that counts or places, and 128 sources at most."""
-COUNT_BLOCKS = 32
+COUNT_BLOCKS = 64
 """Blocks of sources whose counts are summed at a time."""
 COLLECT_COLUMNS = 1024
 """Columns of a program of `collect`: eight values a thread."""
@@ -170,7 +170,7 @@ def _place(
     source_C, copy_C, entry_C = (ids_SK.new_empty(copies, dtype=torch.int64) for _ in range(3))
     (sources, entries), blocks = ids_SK.shape, counts_BN.shape[0]
     if sources:
-        _place_kernel[(blocks,)](
+        with_options(_place_kernel[(blocks,)], num_warps=8)(
             ids_SK, counts_BN, source_C, copy_C, start, entry_C, sources, first, per_target, targets, blocks,
             by_entry, entries, power_of_2_from(targets), _sources(targets), COUNT_BLOCKS,
         )  # fmt: skip
