@@ -111,7 +111,7 @@ def test_a_cancel_without_notice_ends_the_job(slurm, job):
     assert job.facts["Restarts"] == "0" and job.facts["JobState"] == "CANCELLED"
 
 
-@pytest.mark.parametrize("job", [("--time=2", "--signal=B:TERM@105")], indirect=True)  # 15 s after its start
+@pytest.mark.parametrize("job", [("--time=2", "--signal=B:TERM@85")], indirect=True)  # 35 s after its start
 def test_before_the_time_limit_the_run_saves_and_the_job_is_queued_again(job):
     assert job.await_start(2).startswith("driver from step 1")
 
