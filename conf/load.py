@@ -102,13 +102,13 @@ def to_config(node: DictConfig, said: Callable[[str], None] | None = None) -> Co
     return config
 
 
-@cache
 def _takes_over(node: DictConfig) -> bool:
     """Whether a setting is given by another one, as `${KEY}`; that the cache's place comes from the environment is no such case."""
     keys, place = [str(key) for key in node if key != "hydra"], Config().data.cache
     return any(OmegaConf.is_interpolation(node, key) or "${" in str(node[key]).replace(place, "") for key in keys)
 
 
+@cache
 def _schema() -> DictConfig:
     """The schema with its defaults, for OmegaConf, which copies what it merges into."""
     return OmegaConf.structured(Config)
