@@ -155,10 +155,17 @@ def fastest(starts: Mapping[str, Callable[[float], Side]]) -> Side:
                 limit = min(limit, 10 + 1.5 * sides[name].first_step)
             except RuntimeError as error:
                 tried[name] = str(error)
-        if not sides:
+        turns: dict[str, list[float]] = {name: [] for name in sides}
+        for _ in range(TRIALS):
+            for name in list(turns):
+                try:
+                    turns[name].append(sides[name].turn(TRIAL)[0])
+                except RuntimeError as error:
+                    tried[name] = str(error)
+                    del turns[name]
+        if not turns:
             raise RuntimeError(next(iter(tried.values())))
-        turns = [{name: side.turn(TRIAL)[0] for name, side in sides.items()} for _ in range(TRIALS)]
-        rates = {name: max(turn[name] for turn in turns) for name in sides}
+        rates = {name: max(each) for name, each in turns.items()}
         choice = max(rates, key=lambda name: rates[name])
         best = sides.pop(choice)
         best.choice, best.tried = choice, tried | rates

@@ -74,6 +74,17 @@ def test_a_side_works_in_the_way_that_is_fastest_and_waits_for_no_other(monkeypa
         fastest({"fp8": ways["fp8"]})
 
 
+def test_a_way_that_fails_in_a_trial_leaves_the_others(monkeypatch):
+    monkeypatch.setattr("bench.sides.TRIAL", 0.1)
+    fails = STEPS.replace("def step():", "steps = iter(range(5))\ndef step():\n    next(steps)")
+    ways = {
+        name: partial(Side, [sys.executable, "-c", words], 100) for name, words in (("bf16", fails), ("fp32", STEPS))
+    }
+    side = fastest({name: lambda limit, way=way: way(limit=limit) for name, way in ways.items()})
+    side.kill()
+    assert side.choice == "fp32" and str(side.tried["bf16"]).startswith("StopIteration")
+
+
 def test_ratios_are_of_the_same_round_and_a_peer_may_be_missing(capsys):
     results = {
         "ours": result(200, 100, 400, cpu=1.0),
