@@ -166,7 +166,6 @@ class HopperEngine:
         if isinstance(left, Tensor) and isinstance(right, Tensor):
             return grouped.product_to_ends(left, right.mT, groups.ends_E).to(dtype)
         assert isinstance(left, PaddedOperand) and isinstance(right, PaddedOperand)
-        assert isinstance(left, PaddedOperand) and isinstance(right, PaddedOperand)
         if groups.rows == 0:
             return left.q.new_empty(0, right.outer, dtype=dtype)
         return self._products.grouped(_tiled(left), right, groups).to(dtype)
