@@ -4,6 +4,7 @@ import io
 import os
 import pty
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer
 
@@ -174,15 +176,31 @@ def test_words_are_not_cut_at_the_end_of_a_line():
     assert text.split("\n")[:4] == ["one two ", "three", "", "four and "]
 
 
+@pytest.fixture(scope="module")
+def endless(folder, tmp_path_factory) -> Path:
+    """The folder with a head whose most likely token neither ends an answer nor looks like a prompt."""
+    endless = shutil.copytree(folder, tmp_path_factory.mktemp("endless") / "theirs")
+    weights, words = load_file(endless / "model.safetensors"), Tokenizer((endless / "tokenizer.json").read_text())
+    silent = [
+        id
+        for id in range(words.vocab_size)
+        if id in (words.eos_id, words.id_of("<|im_end|>")) or ">" in words.decode([id])
+    ]
+    weights["lm_head.weight"][silent] = 0
+    save_file(weights, endless / "model.safetensors", {"format": "pt"})
+    return endless
+
+
 @pytest.mark.slow
-def test_ctrl_c_ends_an_answer_and_not_the_conversation(folder):
+def test_ctrl_c_ends_an_answer_and_not_the_conversation(endless):
     """In a real terminal, twice, as the second Ctrl-C of other commands ends them."""
     words = [
         "mode=generate",
         "generate.chat=true",
-        f"generate.checkpoint={folder}",
-        "generate.tokens=100000",
-        "model.max_seq_len=4096",
+        f"generate.checkpoint={endless}",
+        "generate.temperature=0",
+        "generate.tokens=1000000",
+        "model.max_seq_len=65536",
     ]
     leader, follower = pty.openpty()
     process = subprocess.Popen(
@@ -206,7 +224,7 @@ def test_ctrl_c_ends_an_answer_and_not_the_conversation(folder):
             seen = ""
             os.write(leader, b"the expert?\n")
             read_until("the expert?\r\n")
-            time.sleep(0.2)
+            time.sleep(0.2)  # some words of an answer, or none yet
             process.send_signal(signal.SIGINT)
         read_until("> ", 15.0)
         os.write(leader, b"/quit\n")
