@@ -19,12 +19,14 @@ STAND_INS = {
     # for many minutes.
     "ray": """
         while [ "$1" != -- ]; do shift; done; shift
+        [ ! -e "$CALLS/no_cluster" ] || { echo "Ray waits for nodes"; sleep 120; }
         if [ "$SLURM_NODEID" = 0 ]; then rm -f "$CALLS/ended"; "$@"; code=$?; touch "$CALLS/ended"; exit $code; fi
         until [ -e "$CALLS/started" ]; do sleep 0.1; done
         while [ ! -e "$CALLS/ended" ]; do sleep 0.3; done""",
-    # The driver: counts its starts, goes on from the step that is saved, and saves on SIGTERM.
+    # The driver: counts its starts, goes on from the step that is saved, and saves on SIGTERM, which ends it while it imports.
     "python": """
         step=$(cat "$CALLS/saved" 2>/dev/null || echo 0); echo "driver from step $step on $(hostname)"; touch "$CALLS/started"
+        [ ! -e "$CALLS/imports" ] || exec sleep 120
         trap 'echo $((step + 1)) > "$CALLS/saved"; echo "driver saved"; exit 75' TERM
         for i in $(seq 3000); do sleep 0.1; [ ! -e "$CALLS/end" ] || exit "$(cat "$CALLS/end")"; done""",
 }
@@ -39,15 +41,18 @@ def slurm():
 
 
 class Job:
-    """A job of all three nodes whose driver has started."""
+    """A job of all three nodes whose driver has started, or is about to."""
 
-    def __init__(self, slurm: Slurm, calls: Path, *options: str):
+    def __init__(self, slurm: Slurm, calls: Path, *options: str, hung: str | None = None):
+        """hung: what takes long now, `no_cluster` or `imports`."""
         self._slurm, self._calls, self._output = slurm, calls, calls / "output"
         (calls / "bin").mkdir()
         for name, body in STAND_INS.items():
             path = calls / "bin" / name
             path.write_text(f"#!/bin/bash\n{body}\n")
             path.chmod(0o755)
+        if hung is not None:
+            (calls / hung).touch()
         environment = {
             "SLUICE_VENV": str(calls),
             "CALLS": str(calls),
@@ -55,14 +60,15 @@ class Job:
             "SLUICE_HEAD_WATCH": "2",
         }
         self.number = slurm.submit(SCRIPT, self._output, "conf=tiny", options=options, **environment)
-        self.await_start(1)
+        begun = "Ray waits" if hung == "no_cluster" else "driver from"
+        slurm.await_state(lambda: begun in self.said(), said=lambda: self.said() + slurm.log())
 
     def await_start(self, count: int, seconds: float = 180) -> str:
         """Until the driver has started so many times; returns the last line of those starts."""
-        self._slurm.await_state(lambda: len(self._starts()) >= count, seconds, lambda: self.said() + self._slurm.log())
-        return self._starts()[-1]
+        self._slurm.await_state(lambda: len(self.starts()) >= count, seconds, lambda: self.said() + self._slurm.log())
+        return self.starts()[-1]
 
-    def _starts(self) -> list[str]:
+    def starts(self) -> list[str]:
         return [line for line in self.said().splitlines() if line.startswith("driver from")]
 
     def said(self) -> str:
@@ -82,8 +88,9 @@ class Job:
 
 @pytest.fixture
 def job(slurm, tmp_path, request):
-    """A parameter: options of sbatch."""
-    job = Job(slurm, tmp_path, *getattr(request, "param", ()))
+    """A parameter: options of sbatch, or what takes long."""
+    given = getattr(request, "param", ())
+    job = Job(slurm, tmp_path, hung=given) if isinstance(given, str) else Job(slurm, tmp_path, *given)
     yield job
     slurm.run("scancel", "--quiet", str(job.number))
     slurm.await_state(lambda: not slurm.run("squeue", "-h"), 60, slurm.log)
@@ -103,6 +110,16 @@ def test_a_cancel_with_notice_saves_and_queues_the_job_again(slurm, job):
     assert job.facts["Restarts"] == "1"
 
 
+@pytest.mark.parametrize("job", ["no_cluster", "imports"], indirect=True)
+def test_a_notice_before_there_is_anything_to_save_queues_the_job_again(slurm, job, tmp_path, request):
+    before = len(job.starts())
+    (tmp_path / request.node.callspec.params["job"]).unlink()
+    slurm.run("scancel", "--batch", "--signal=TERM", str(job.number))
+    assert job.await_start(before + 1).startswith("driver from step 0")
+    assert "queued again" in job.said() and job.facts["Restarts"] == "1"
+
+
+@pytest.mark.parametrize("job", [(), "no_cluster", "imports"], indirect=True)
 def test_a_cancel_without_notice_ends_the_job(slurm, job):
     slurm.run("scancel", str(job.number))
     job.await_end(JobState="CANCELLED")
