@@ -1,6 +1,7 @@
 """generate.chat=true: turns by the template of the weights, answers as transformers gives them, and what a person types."""
 
 import io
+import json
 import os
 import pty
 import select
@@ -178,7 +179,7 @@ def test_words_are_not_cut_at_the_end_of_a_line():
 
 @pytest.fixture(scope="module")
 def endless(folder, tmp_path_factory) -> Path:
-    """The folder with a head whose most likely token neither ends an answer nor looks like a prompt."""
+    """The folder with a long context, and a head whose most likely token neither ends an answer nor looks like a prompt."""
     endless = shutil.copytree(folder, tmp_path_factory.mktemp("endless") / "theirs")
     weights, words = load_file(endless / "model.safetensors"), Tokenizer((endless / "tokenizer.json").read_text())
     silent = [
@@ -188,6 +189,8 @@ def endless(folder, tmp_path_factory) -> Path:
     ]
     weights["lm_head.weight"][silent] = 0
     save_file(weights, endless / "model.safetensors", {"format": "pt"})
+    config = json.loads((endless / "config.json").read_text())
+    (endless / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1 << 18}))
     return endless
 
 
@@ -200,7 +203,6 @@ def test_ctrl_c_ends_an_answer_and_not_the_conversation(endless):
         f"generate.checkpoint={endless}",
         "generate.temperature=0",
         "generate.tokens=1000000",
-        "model.max_seq_len=65536",
     ]
     leader, follower = pty.openpty()
     process = subprocess.Popen(
