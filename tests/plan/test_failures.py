@@ -1,11 +1,13 @@
 """Failures: the formula against runs that fail at random, the best interval, and what a plan makes of them."""
 
+import math
 import random
 from dataclasses import replace
 
 import pytest
 
 from conf.load import compose
+from train.model.count import checkpoint_bytes
 from train.plan.budget import later_phases, make_plan, with_batch
 from train.plan.failures import SaveCosts, plan_failures
 from train.plan.time.step_time import plan_time
@@ -29,7 +31,13 @@ def _simulated(saving: SaveCosts, interval: float, wanted: float) -> float:
 
 @pytest.mark.parametrize(
     ("mean", "interval", "stall", "write", "restart"),
-    [(86400, 12_850, 0.1, 10, 30), (86400, 600, 2, 60, 120), (7200, 900, 20, 60, 300), (3600, 3600, 5, 30, 60)],
+    [
+        (86400, 12_850, 0.1, 10, 30),
+        (86400, 600, 2, 60, 120),
+        (7200, 900, 20, 60, 300),
+        (3600, 3600, 5, 30, 60),
+        (3600, 1800, 5, 900, 60),
+    ],
 )
 def test_the_formula_is_what_random_failures_leave(mean, interval, stall, write, restart):
     saving = SaveCosts(mean, restart, stall, write)
@@ -67,14 +75,56 @@ def test_a_ramp_is_priced_by_its_batches():
     assert plan.budget.days * 86400 > plan.budget.tokens / plan.step.tokens_per_second
 
 
+def test_what_a_save_and_a_restart_take_follows_from_bytes_and_rates():
+    config = compose("conf=deepseek_v3", "hardware=h800", "mode=plan", "checkpoint.every=500")
+    world, node, disk, hardware = 2048, 8, config.plan.disk, config.hardware
+    assert config.parallel.world == world and config.checkpoint.staging_bytes == 0
+    each = checkpoint_bytes(config) / world  # of a rank
+    link, moved, start = hardware.rates["host"].bandwidth, each * node / disk, 16 + 0.003 * world / node
+    found = plan_failures(config, 25.7)
+    assert found.restart_seconds == pytest.approx(start + moved)
+    assert (found.stall_seconds, found.write_seconds) == pytest.approx((each / link, moved))
+    assert found.spare_nodes == _enough(5.5 * 24 * 3600 / found.between_seconds)
+
+    def of(**changes) -> tuple[float, float]:
+        found = plan_failures(replace(config, checkpoint=replace(config.checkpoint, **changes)), 25.7)
+        return found.stall_seconds, found.write_seconds
+
+    assert of(staging_bytes=each / 2) == pytest.approx((moved, 0.0)), "the training waits for the disk"
+    assert of(staging_bytes=each) == pytest.approx((each / link, moved)), "all of it has room"
+    sent = each / hardware.rates["across"].bandwidth
+    assert of(every_memory=20) == pytest.approx((each / link * (1 + 20 / 500), sent)), "one in 25 goes to disk as well"
+    assert of(every_memory=20, every=0) == pytest.approx((each / link, sent))
+
+
+def _enough(mean: float) -> int:
+    """Spare nodes of which no more than 1 % of the time one is lacking, where so many are away in the mean."""
+    count, share = 0, math.exp(-mean)
+    while share < 0.99:
+        count += 1
+        share += math.exp(-mean) * mean**count / math.factorial(count)
+    return count
+
+
+def test_a_budget_of_tokens_is_met_to_the_token_and_failures_make_it_longer():
+    plan = make_plan(compose(*SMALL, "plan.tokens=1e6", "hardware.price_per_hour=2", "hardware.watts=700"))
+    seconds = 1e6 / (32 * 256) * plan.step.step_seconds
+    assert plan.budget.tokens == 1e6 and plan.budget.days == pytest.approx(seconds / 86400)
+    hours = 2 * seconds / 3600
+    assert (plan.budget.gpu_hours, plan.budget.cost) == pytest.approx((hours, 2 * hours))
+    assert plan.budget.energy_kwh == pytest.approx(0.7 * hours)
+    longer = plan.budget.lasting(0.8)
+    for name in ("days", "gpu_hours", "gpu_hours_per_trillion_tokens", "cost", "energy_kwh"):
+        assert getattr(longer, name) == pytest.approx(getattr(plan.budget, name) / 0.8)
+    assert longer.tokens == plan.budget.tokens
+
+
 @pytest.mark.slow
-def test_phases_add_up_and_failures_make_a_run_longer():
+def test_phases_add_up():
     plan = make_plan(compose(*SMALL, "plan.phases=[tiny]"))
     ((name, phase),) = later_phases(plan.config)
     whole = plan.budget + phase.budget
     assert name == "tiny" and phase.config.hardware == plan.config.hardware
     assert whole.gpu_hours == pytest.approx(plan.budget.gpu_hours + phase.budget.gpu_hours)
     assert whole.gpu_hours_per_trillion_tokens == pytest.approx(whole.gpu_hours * 1e12 / whole.tokens)
-    longer = plan.budget.lasting(0.8)
-    assert longer.days == pytest.approx(plan.budget.days / 0.8) and longer.tokens == plan.budget.tokens
     assert (whole + replace(phase.budget, cost=None)).cost is None

@@ -92,6 +92,7 @@ def test_a_hang_is_found_within_its_limit_and_named():
     assert "ranks 0 on n0, 1 on n1, 2 on n2 are in step" in world.notes("quiet")[0].text
     world.run(60)
     assert world.finish.code == EXIT_OK
+    assert world.notes("recovered")[0].fields["seconds"] > 6 + 5  # since the last step, not since it was noticed
 
 
 def test_nobody_waits_for_the_stack_of_a_rank_that_is_stopped():
@@ -238,12 +239,98 @@ def test_steps_done_again_by_a_later_attempt_refill_no_budget():
     assert world.supervisor.saved == (3, 8) and "newest checkpoint: step 8" in world.finish.text
 
 
+def test_steps_done_again_are_counted_to_the_furthest_that_was_reached():
+    world = World(steps=40)
+    for step in (9, 7):  # the second attempt ends before it has caught up
+        while world.step < step or len(world.starts) == len(world.notes("failure")):
+            world.run(STEP)
+        world.kill_rank(1)
+        world.run(2)
+    world.run(10)
+    assert [note.fields["steps_again"] for note in world.notes("recovered")] == [9 - 6, 9 - 6]
+    (caught_up,) = world.notes("caught_up")
+    assert caught_up.fields["step"] == 10
+
+
+def test_a_copy_of_an_earlier_attempt_is_no_moment_to_grow():
+    world = World(steps=100, every=1000, copies=True)
+    world.run(4)
+    world.machines[1].linked = False
+    world.run(12)
+    world.machines[1].linked = True
+    world.run(2)
+    assert world.starts[-1].placement.dp == 2
+    world.tell(m.CopyHeld(Age(1, 3)))  # whole again with the node that came back
+    assert not world.notes("grow")
+    world.tell(m.CopyHeld(Age(2, 9)))
+    assert world.notes("grow")
+
+
+def test_a_node_that_hears_only_now_that_its_attempt_ended_is_waited_for():
+    world = World(steps=40)
+    world.run(4)
+    world.machines[1].linked = False
+    while not world.notes("failure"):
+        world.run(STEP)
+    world.machines[1].linked = True
+    world.run(2)
+    assert [start.placement.dp for start in world.starts] == [3, 3]
+
+
+def test_an_agent_that_starts_again_is_waited_for_a_few_seconds_alone():
+    world = World(steps=100)
+    world.run(4)
+    world.power_off(1)
+    world.tell(m.NodeLost("id1", "its agent died", returning=True))
+    while not world.notes("waiting"):
+        world.run(STEP)
+    began = world.now
+    assert world.notes("waiting")[0].text == "for a node whose agent starts again, 6 s at most"
+    while len(world.starts) < 2:
+        world.run(STEP)
+    assert world.starts[-1].placement.dp == 2 and 6 <= world.now - began <= 6 + 2 * STEP
+
+
+def test_many_nodes_have_longer_to_answer_a_probe():
+    """Four seconds, and as long as the driver takes to call all three."""
+    world = World(heartbeat=60.0, calls=1.0)
+    world.run(4)
+    world.power_off(2)
+    began = world.now
+    while not world.notes("failure"):
+        world.run(STEP)
+    assert last_failure(world).fields["nodes"] == ["n2"] and 4 + 3 <= world.now - began <= 4 + 3 + 3 * STEP
+
+
+def test_a_step_of_a_smaller_layout_may_take_longer_than_those_before():
+    world = World(steps=100, hang_after=60.0)
+    world.run(10)
+    world.power_off(1)
+    while len(world.starts) < 2 or not world.supervisor.current.stepping:
+        world.run(STEP)
+    world.hung = {0, 1}
+    world.run(15)
+    world.hung = set()
+    world.run(5)
+    assert world.starts[-1].placement.dp == 2 and len(world.notes("failure")) == 1
+
+
+def test_a_rank_that_hangs_in_the_checkpoint_of_a_stop_ends_it_long_before_its_time():
+    world = World()
+    world.run(7)
+    world.hung = {1}
+    world.tell(m.StopAsked("SIGTERM"))
+    world.run(30)
+    assert world.finish is not None and world.finish.code == EXIT_STOPPED
+    assert last_failure(world).fields["cause"] == "hang" and last_failure(world).fields["ranks"] == [1]
+
+
 def test_stop_ends_with_75_also_while_a_restart_is_under_way():
     world = World()
     world.run(7)
     world.tell(m.StopAsked("SIGTERM"))
     world.run(5)
-    assert world.finish.code == EXIT_STOPPED
+    assert world.finish.code == EXIT_STOPPED and world.finish.text == "SIGTERM"
 
     world = World()
     world.run(7)
@@ -311,6 +398,16 @@ def test_a_driver_that_slept_blames_nobody(heartbeat, seconds):
     world.tell(m.Tick())
     world.run(60)
     assert world.finish.code == EXIT_OK and not world.notes("failure") and not world.notes("node_lost")
+
+
+def test_a_driver_that_slept_still_misses_a_node_that_answers_no_more():
+    world = World(hang_after=60.0)
+    world.run(5)
+    world.now += 3600
+    world.run(STEP)  # answers come before the driver looks at its clock
+    world.machines[2].linked, world.hung = False, {0, 1}
+    world.run(8)
+    assert last_failure(world).fields["cause"] == "node"
 
 
 def fail(world: World, index: int, seconds: float) -> None:
