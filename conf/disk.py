@@ -44,7 +44,7 @@ DISK_FAILED = {
 }
 """A disk, its file system, or the network to it does not work: nothing that the user of a file has set or can set."""
 HANDLES = {errno.EMFILE, errno.ENFILE}
-REFUSED = FULL | RIGHTS | DISK_FAILED | {errno.EROFS, errno.ENOTDIR, errno.EFBIG}
+REFUSED = FULL | RIGHTS | DISK_FAILED | {errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EFBIG}
 
 
 @contextmanager
@@ -97,6 +97,8 @@ def cure_of_writing(error: OSError) -> str:
 
 def _cure(error: OSError) -> str | None:
     """What can be done whether a file is read or written; None where that makes a difference."""
+    if _number(error) == errno.EISDIR:
+        return "remove or rename this folder: it stands where a file belongs"
     if _number(error) in DISK_FAILED:
         return "the disk, or the network to it, has failed: see `dmesg` on this machine, and start again once it works"
     if _number(error) in HANDLES:

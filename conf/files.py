@@ -38,12 +38,13 @@ def atomic_write_text(path: Path, text: str, durable: bool = True, mode: int = 0
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         opener = partial(os.open, mode=mode)
-        with naming(path, len(text)), open(temporary, "w", encoding="utf-8", opener=opener) as file:
-            file.write(text)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with naming(path, len(text)):
+            with open(temporary, "w", encoding="utf-8", opener=opener) as file:
+                file.write(text)
+                if durable:
+                    file.flush()
+                    os.fsync(file.fileno())
+            os.replace(temporary, path)
     except BaseException:
         with suppress(OSError):  # it was not even made
             temporary.unlink(missing_ok=True)

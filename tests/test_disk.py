@@ -14,6 +14,7 @@ import torch
 from cluster.cause import read_report
 from conf.disk import DISK_FAILED, FULL, HANDLES, REFUSED, RIGHTS, disk_errors, naming, reading
 from conf.errors import EXIT_CRASH, EXIT_OK, EXIT_USER, UserError
+from conf.files import atomic_write_text, open_lock
 from conf.load import compose
 from conf.read_json import read_json
 from conf.schema import ROOT
@@ -275,3 +276,15 @@ def test_rights_that_are_missing_say_which(tmp_path, monkeypatch):
         monkeypatch.setattr(os, "access", lambda path, mode, readable=readable: readable)
         with pytest.raises(UserError, match=f"(?s){words}"), disk_errors():
             raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(file))
+
+
+def test_a_folder_in_the_place_of_a_file_is_named(tmp_path, composed):
+    """A run's own files, whether they are written, read or locked."""
+    config, place = replace(composed, runs=str(tmp_path)), tmp_path / "run" / "starts.json"
+    place.mkdir(parents=True)
+    for way in (lambda: atomic_write_text(place, "[]"), place.read_text, lambda: open_lock(place)):
+        with pytest.raises(UserError) as caught, disk_errors(config):
+            way()
+        assert caught.value.field == "runs" and f"{place} cannot be" in str(caught.value)
+        assert "stands where a file belongs" in caught.value.cure
+    assert [path.name for path in place.parent.iterdir()] == ["starts.json"]
