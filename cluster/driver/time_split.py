@@ -102,7 +102,6 @@ class _Clockwork:
     def launch(self, now: float, before: float, event: dict[str, Any]) -> None:
         self.switch(before, None)  # the launch before, if it did not say that it ended
         self.switch(now, TimePart.waiting)
-        self._asked_at = self._failed = None
         self._world, self._first, self._weight, self._held = event.get("world") or 0, True, 1.0, 1.0
 
     def attempt(self, now: float, event: dict[str, Any]) -> None:

@@ -52,6 +52,29 @@ def test_no_limit_is_above_what_the_recipe_says_nor_learned_from_nothing():
     assert patience.limit("step") == HANG_AFTER
 
 
+def test_the_room_beside_the_longest_step_is_smaller_the_more_were_seen():
+    patience = Patience(HANG_AFTER, START)
+    for count in (1, 2, 3):
+        patience.take("step", 10.0)
+        assert patience.limit("step") == pytest.approx(10 * (2.5 + 9 / count))
+    patience.take_work(4.0)  # its batch is four times that of the steps before
+    assert patience.limit("step") == pytest.approx(4 * 10 * (2.5 + 9 / 3))
+    patience.take_work(2.0)  # a smaller one is no reason for less patience
+    assert patience.limit("step") == pytest.approx(4 * 10 * (2.5 + 9 / 3))
+
+
+def test_a_word_on_silence_waits_for_five_steps_and_three_seconds():
+    patience = Patience(HANG_AFTER, START)
+    for seconds in (0.1, 0.1, 0.2, 0.1):
+        patience.take("step", seconds)
+    assert patience.quiet_after() is None
+    patience.take("step", 50.0)
+    assert patience.quiet_after() == 3.0
+    for _ in range(4):
+        patience.take("step", 2.0)
+    assert patience.quiet_after() == 3 * 2.0, "three times the median, which one long step does not move"
+
+
 @pytest.mark.slow
 def test_ten_thousand_noisy_steps_are_no_hang():
     """Lognormal noise, now and then a step of three times as long, a batch that grows, checkpoints, validations, a machine that slept."""
@@ -80,7 +103,32 @@ def test_a_quiet_run_says_once_who_is_behind():
     assert run.watch.tell_quiet(run.now) is None
     run.wait(1.5)
     assert (text := run.watch.tell_quiet(run.now)) and "no news for 6.5 s" in text and "rank 2 is in step 20" in text
+    assert f"counts as hung in {run.patience.limit('step') - 6.5:.0f} s" in text
     assert run.watch.tell_quiet(run.now) is None
+    run.step(22)
+    run.wait(6.5)
+    assert "no news for 6.5 s" in run.watch.tell_quiet(run.now), "another silence"
+
+
+def test_the_first_step_is_a_start_until_it_is_done():
+    """That of a run from its beginning, and of one that goes on from a checkpoint; a rank that is first seen later has done it."""
+    for saved, seen, stepping in ((0, 1, False), (7, 8, False), (7, 9, True)):
+        watch = RankWatch(range(2), {}, Patience(HANG_AFTER, START), 0.0, saved)
+        watch.take(1.0, [RankReport(rank, step=seen, phase="step") for rank in range(2)])
+        assert (watch.stepping, watch.doing) == (stepping, "step" if stepping else "start")
+        watch.take(2.0, [RankReport(0, step=seen + 1, phase="step")])
+        assert watch.stepping
+
+
+def test_what_a_rank_did_that_has_ended_says_nothing_of_the_others():
+    run = Run(2)
+    run.steps(1.0)
+    run.watch.take(run.now, [RankReport(0, step=21, phase="checkpoint")])
+    assert run.watch.doing == "checkpoint"
+    run.watch.take(run.now, [RankReport(0, 0, step=21, phase="checkpoint"), RankReport(1, step=21, phase="step")])
+    assert run.watch.doing == "step" and not run.watch.ended
+    run.watch.take(run.now, [RankReport(1, 0, step=21, phase="step")])
+    assert run.watch.ended
 
 
 def test_a_rank_that_has_no_core_on_a_busy_machine_is_not_late():

@@ -101,6 +101,27 @@ def test_ranks_move_where_groups_would_else_be_spread_over_racks():
     assert all(len({seat.node.rack for seat in group}) == 1 for group in groups(after))
 
 
+def test_a_spare_that_has_too_few_devices_takes_nobodys_place():
+    """Two ranks of a node need a node of two devices; with none of them the ranks are given out anew."""
+    nodes = cluster(3, devices=2, rack=0)
+    small = Node("small", "n9", "10.0.9.9", 1)
+    before = place([*nodes, small], 1, [StageShape(4, 2), StageShape(2, 2)])
+    lost = before.seats[0].node
+    after = place([node for node in (*nodes, small) if node != lost], 1, [before.shape], near=before)
+    assert all(seat.node.devices == 2 for seat in after.seats) and small in after.spares
+
+
+def test_the_table_counts_expert_groups_in_their_stage():
+    """Stages of two groups of two: the second stage has groups 0 and 1 as well."""
+    table = placement_table(place(cluster(4, devices=2, rack=0), 2, [StageShape(4, 2)]))
+    assert [line.split()[3:] for line in table.splitlines()[2:]] == [
+        ["0", "0", "0-1"],
+        ["0", "1", "2-3"],
+        ["1", "0", "4-5"],
+        ["1", "1", "6-7"],
+    ]
+
+
 def test_too_few_devices_say_what_would_fit():
     with pytest.raises(UserError, match=r"parallel\.dp=4 fits"):
         require(cluster(2, devices=2), pp=1, dp=8, ep=2)

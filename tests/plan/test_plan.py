@@ -94,6 +94,14 @@ def test_the_reserve_is_beside_the_peak_of_every_rank(layout, communicators, exc
     assert reserve_of(compose(*SMALL, *layout, "plan.reserve=3e9")) == {"given": 3_000_000_000}
 
 
+def test_copies_of_experts_on_several_nodes_have_few_channels():
+    """Two, four and eight ranks, each on a node of its own: a ring over the network, and a tree of one, three and three neighbours."""
+    for copies, neighbours in ((2, 1), (4, 3), (8, 3)):
+        found = reserve_of(compose(*SMALL, f"parallel.dp={8 * copies}", "parallel.ep=8", "batch_size=128"))
+        assert found["communicators"] == MEASURED["dp"] + 4 * (1 + neighbours) * reserve.ACROSS
+        assert found["exchange"] == 7 * CONNECTIONS, "the ranks of an expert group share a node"
+
+
 @pytest.mark.slow
 def test_exchanges_that_were_measured_or_have_a_formula():
     """Eight H100: 3.28 GB (nccl issue 1685). Over 64 ranks the channels are shared out; DeepEP's are its own formulas."""

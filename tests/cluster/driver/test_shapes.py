@@ -9,7 +9,7 @@ import pytest
 from cluster.driver import messages as m
 from cluster.driver.shapes import LAYOUTS_FILE, Shapes, digest_of, with_shape
 from cluster.node import preflight
-from cluster.topology import Node, Placement, place
+from cluster.topology import Node, Placement, StageShape, place
 from conf.check import check
 from conf.load import compose, write_config
 from tests.cluster.world import World, shapes_of
@@ -53,6 +53,28 @@ def test_a_lost_node_of_256_idles_as_few_as_memory_allows(paper):
     found = choose(paper, smaller)
     assert (found.dp, found.ep, len(found.spares)) == (96, 32, 63)
     check(with_shape(compose("conf=deepseek_v3", "data.path=none", "cluster=ray"), found.shape))
+
+
+def test_experts_and_shared_sequences_are_given_whole_groups_alone():
+    """Of 8 ranks that share experts in groups of 4 and sequences in pairs: the ranks of a pair are in one group."""
+    shapes = shapes_of("parallel.dp=4", "parallel.cp=2", "parallel.ep=4", "batch_size=8")
+    assert (shapes.own.dp, shapes.own.ep, shapes.own.micro_batches) == (8, 4, 2)
+    assert [(s.dp, s.ep, s.micro_batches) for s in shapes.smaller] == [
+        (8, 2, 2), (8, 1, 2), (6, 2, 3), (6, 1, 3), (4, 4, 4), (4, 2, 4), (4, 1, 4), (2, 2, 8), (2, 1, 8)
+    ]  # fmt: skip
+
+
+def test_a_layout_may_take_all_of_a_device_and_the_plan_of_the_next_smaller_one_is_its_own(paper):
+    def why(shape: StageShape, gigabytes: int) -> str | None:
+        return paper.why_not(shape, nodes_of(255, gigabytes))
+
+    assert why(StageShape(96, 32), 95) is None, "what it needs is there, to the byte"
+    assert why(StageShape(96, 32), 94) == "it needs 95.0 GB of every device, which has 94.0 GB"
+    assert "101.0 GB" in why(StageShape(64, 32), 95)
+    assert why(StageShape(64, 64), 87) is None, "the run itself is planned to need 88 GB, and runs: the plan is wrong"
+    assert why(StageShape(96, 32), 87) == (
+        "what it needs of a device is not known, as what the plan says of the run itself is not true"
+    )
 
 
 @pytest.mark.slow

@@ -185,6 +185,17 @@ def test_bad_input_of_a_rank_is_never_tried_again():
     assert world.finish.code == EXIT_USER and "data.path = nowhere" in world.finish.text and len(world.starts) == 1
 
 
+def test_a_rank_that_says_bad_input_is_not_waited_beside():
+    world = World(settle=30.0)
+    world.run(4)
+    world.sends_rings = False
+    report = world.report_of(0)
+    report.failure, report.code = Failure(0, world.now, "user", "data.path = nowhere", EXIT_USER), EXIT_USER
+    world.hung = {1, 2}  # the others say nothing of it
+    world.run(3)
+    assert world.notes("failure") and last_failure(world).fields["cause"] == "user"
+
+
 @pytest.mark.parametrize(
     ("code", "kind", "attempts", "exit_code"), [(-9, "rank killed", 4, EXIT_CRASH), (3, "not finite", 2, EXIT_DIVERGED)]
 )
@@ -385,6 +396,17 @@ def test_a_slow_rank_is_named_with_numbers():
     assert [note.text for note in world.notes("straggler")] == [
         "rank 1 on n1 works 0.9 s a step, the median rank 0.3 s (3.0 times)"
     ]
+
+
+def test_a_rank_is_slow_beside_those_of_its_stage():
+    """The second stage has twice the work of the first by its layers."""
+    world = World(nodes=4, steps=200, words=("parallel.pp=2", "parallel.dp=2"))
+    world.run(1)
+    for _ in range(90):
+        world.run(1)
+        for rank in range(4):
+            world.report_of(rank).busy = 0.3 if rank < 2 else 0.6
+    assert not world.notes("straggler")
 
 
 @pytest.mark.parametrize("seconds", [1.5, 3, 3600])

@@ -47,6 +47,28 @@ def test_half_of_the_ranks_count_half_and_spares_are_held_too():
     assert found.held_share == pytest.approx(235 / held)
 
 
+def test_nodes_of_a_smaller_layout_and_its_spares_are_those_that_are_held():
+    """One of two nodes works, and three wait: twice what the whole run needs. More ranks than it wants count as all of them."""
+    events = [LAUNCH, HALF | {"time": 0, "spares": ["b", "c", "d"]}, {"time": 0, "kind": "first_step"}]
+    found = split_time(events, now=100)
+    assert (found.effective_seconds, found.held_seconds) == (50, 200)
+    small = split_time([LAUNCH | {"world": 8}, FULL | {"time": 0, "spares": []}, events[-1]], now=100)
+    assert (small.effective_seconds, small.held_seconds) == (100, 100)
+
+
+def test_a_hang_that_was_told_without_its_seconds_takes_them_from_the_training():
+    """As earlier versions did: the first step after it says since when."""
+    events = [
+        *FAILED_AND_BACK[:3],
+        {"time": 110, "kind": "failure"},
+        FULL | {"time": 115},
+        {"time": 120, "kind": "recovered", "seconds": 40},
+    ]
+    found = split_time(events, now=130)
+    assert found.seconds_in[TimePart.detection] == 30 and found.seconds_in[TimePart.training] == 90 - 30 + 10
+    assert found.effective_seconds == found.seconds_in[TimePart.training]
+
+
 def test_a_failure_before_the_run_is_where_it_was_leaves_all_of_it_done_again():
     events = [*FAILED_AND_BACK[:8], {"time": 170, "kind": "failure", "seconds": 2}, HALF | {"time": 171}]
     found = split_time(events, now=180)

@@ -93,6 +93,22 @@ def test_owners_are_as_busy_as_the_dearest_matrices_make_one():
     assert _update(config, held, fprop_bf16=Rate(), inside=Rate(bandwidth=1.0))[1] == pytest.approx(1000)
 
 
+def test_a_reduction_beside_passes_hides_less_where_it_takes_their_cores():
+    config = compose(*SMALL, "parallel.pp=2", "parallel.schedule=dualpipev")
+    hidden = {}
+    for share in (0.0, 0.25):
+        one = replace(config, hardware=replace(config.hardware, communication_share=share))
+        stages = Stages(one, layout_of(one), Rates(one.hardware.rates, "its own"))
+        update = simulate_step(stages).update
+        whole = max(
+            update_time(one, layout_of(one), stages.rates, count_weights(one, stages.layers, ids, 3)).reduce
+            for ids in stages.placement
+        )
+        assert update.reduce + update.hidden <= whole * (1 + 1e-9)
+        hidden[share] = update.hidden
+    assert hidden[0.25] == pytest.approx(0.75 * hidden[0.0]) and hidden[0.0] > 0
+
+
 def test_a_long_step_is_as_long_as_the_simulated_one():
     """Further micro-batches each take as long as those before them, so that a search does not simulate them."""
     config = compose(*SMALL, "parallel.pp=2", "parallel.schedule=1f1b", "batch_size=256", "micro_batch_size=2")
