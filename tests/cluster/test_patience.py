@@ -141,6 +141,8 @@ def test_a_rank_that_has_no_core_on_a_busy_machine_is_not_late():
     assert run.watch.moved == moved + 15.0 and not run.watch.is_hung(run.now)
     run.watch.take(run.now, late)
     assert run.wait(5.0)
+    run.watch.take(run.now, [RankReport(0, step=20, phase="step", waited_for_core=900.0)])  # of many threads
+    assert run.watch.moved == run.now
 
 
 HANGS = """

@@ -104,7 +104,7 @@ def test_ranks_move_where_groups_would_else_be_spread_over_racks():
 def test_a_spare_that_has_too_few_devices_takes_nobodys_place():
     """Two ranks of a node need a node of two devices; with none of them the ranks are given out anew."""
     nodes = cluster(3, devices=2, rack=0)
-    small = Node("small", "n9", "10.0.9.9", 1)
+    small = Node("small", "m0", "10.0.9.9", 1)  # the first of the spares
     before = place([*nodes, small], 1, [StageShape(4, 2), StageShape(2, 2)])
     lost = before.seats[0].node
     after = place([node for node in (*nodes, small) if node != lost], 1, [before.shape], near=before)
