@@ -7,7 +7,7 @@ of Triton count all their tensors.
 
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -85,9 +85,7 @@ class Traffic(TorchDispatchMode):
         place = project_line()
         if place.startswith(STAND_IN):
             return
-        moved = sum(
-            sum({(one.data_ptr(), one.numel()): _bytes(one) for one in side if one.is_cuda}.values()) for side in sides
-        )
+        moved = sum(bytes_of([one for one in side if one.is_cuda]) for side in sides)
         self.bytes += moved
         self.by_line[name or place] += moved
 
@@ -106,8 +104,7 @@ def traffic() -> Iterator[Traffic]:
     def counted(kernel, grid, *args, **options):
         name = kernel.kernel.fn.__name__
         if name not in TRITON_PRODUCTS:
-            again = [args[WRITTEN_OVER[name]]] if name in WRITTEN_OVER else []
-            mode.add(_tensors(args), again, name=f"Triton kernel {name.strip('_').removesuffix('_kernel')}")
+            mode.add(*sides_of(name, args), name=f"Triton kernel {name.strip('_').removesuffix('_kernel')}")
         return launch(kernel, grid, *args, **options)
 
     QuickKernel.launch = counted
@@ -116,6 +113,20 @@ def traffic() -> Iterator[Traffic]:
             yield mode
     finally:
         QuickKernel.launch = launch
+
+
+def sides_of(name: str, args: Iterable[object]) -> tuple[list[Tensor], list[Tensor]]:
+    """Tensors that one of our kernels of Triton, by its name, reads or writes, and those that it does both to."""
+    tensors = _tensors(list(args))
+    return tensors, [tensors[WRITTEN_OVER[name]]] if name in WRITTEN_OVER else []
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Of all of them, what lies at one address once."""
+    largest: dict[int, int] = {}
+    for one in tensors:
+        largest[one.data_ptr()] = max(_bytes(one), largest.get(one.data_ptr(), 0))
+    return sum(largest.values())
 
 
 def project_line() -> str:

@@ -19,6 +19,17 @@ def test_cuda_path_in_the_interpreter():
         str(Path(__file__).with_name(f"{name}.py"))
         for name in ("interpreted", "interpreted_products", "interpreted_mx")
     ]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout=240", *tests]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "tests.ghost.interpreted_traffic",
+        "--timeout=240",
+        *tests,
+    ]
     run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr

@@ -16,6 +16,17 @@ import pytest
 )
 def test_kernels_of_a_gpu_in_the_interpreter():
     tests = Path(__file__).parent / "interpreted.py"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout=240", str(tests)]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "tests.ghost.interpreted_traffic",
+        "--timeout=240",
+        str(tests),
+    ]
     run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
