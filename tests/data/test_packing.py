@@ -84,6 +84,14 @@ def test_samples_of_an_epoch_are_its_windows_and_every_token_is_a_target_once(le
         assert set(windows[first:stop].tolist()) == set(range(first, stop))
 
 
+def test_cuts_of_fim_reach_from_the_beginning_to_the_end():
+    """A document of one token stands before the hole, in it or behind it."""
+    stream = Stream(make_documents([1]), 8, EOS, seed=5, fim=FIM, fim_rate=1.0)
+    begin, hole, end = FIM
+    found = {tuple(read(stream, stream.tokens_before(epoch), 5)[0]) for epoch in range(40)}
+    assert found == {(begin, 10, hole, end, EOS), (begin, hole, end, 10, EOS), (begin, hole, 10, end, EOS)}
+
+
 def test_a_sample_depends_on_seed_and_index_only():
     documents = make_documents([30, 20, 11, 5, 60])
     one, other = (Stream(documents, 8, EOS, seed=3, fim=FIM, fim_rate=0.5) for _ in range(2))
