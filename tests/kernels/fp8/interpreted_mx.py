@@ -242,6 +242,14 @@ def test_the_probe_finds_these_products_right_and_scales_in_another_order_wrong(
     assert len(wrong) == 6 and "scaled_mm, 1x32 by 1x32 is off by" in wrong[0][0]
 
 
+@pytest.mark.parametrize(("rows", "columns", "size"), [(128, 192, 192), (200, 128, 200)])
+def test_experts_that_are_no_whole_tiles_are_refused(engine, rows, columns, size):
+    for transposed in (False, True):
+        with pytest.raises(UserError, match="must be a multiple of 128 for FP8 experts") as caught:
+            engine.operand(wide(2, rows, columns), RULE, transposed)
+        assert caught.value.value == size
+
+
 def test_other_tiles_beside_those_of_32_are_refused():
     hopper.check_gpu_operands(compose("precision=mxfp8").precision.fp8)
     for words, field in (
