@@ -72,4 +72,5 @@ def test_record_has_means_over_layers_and_detail_per_layer():
     assert record["dead_experts"] == 3 and record["layer_dead_experts"] == {"layers.1": 0, "mtp.0": 3}
     assert record["load"] == {"layers.1": [10] * 4, "mtp.0": [40, 0, 0, 0]}
     assert record["bias_min"] == pytest.approx(-0.2) and record["bias_max"] == pytest.approx(0.3)
+    assert record["max_vio_running"] == 1.5, "the mean of 0 and 3"
     assert balance_record([], [], [], running) == {}

@@ -26,6 +26,8 @@ def test_names_as_cuda_reports_them():
     )
     for other in (
         "NVIDIA H100 PCIe",
+        "NVIDIA H800 PCIe",
+        "NVIDIA H100 NVL",
         "NVIDIA H200 NVL",
         "NVIDIA GH200 480GB",
         "NVIDIA GB200",

@@ -65,8 +65,11 @@ def test_without_a_terminal_the_lines_are_few_and_plain():
     assert all(line.startswith("tiny  step ") and "loss 1" in line and "10k tokens/s" in line for line in lines)
 
 
-def test_slow_steps_get_a_line_every_few_seconds_and_fewer_in_a_long_run():
+@pytest.mark.parametrize("booted", [0.0, 1e6])
+def test_slow_steps_get_a_line_every_few_seconds_and_fewer_in_a_long_run(booted):
+    """By the time since the start, and not since the machine was switched on, from which the clock counts."""
     clock = Clock()
+    clock.now = booted
     stream, progress = plain(100_000, clock)
     for step in range(1, 3601):
         clock.now += 1.0

@@ -4,7 +4,14 @@ import pytest
 
 from conf.load import compose
 from train.kernels.plain.plain_kernels import PlainKernels
-from train.model.count import count_parameters, flops_per_token
+from train.model.count import (
+    attention_products,
+    checkpoint_bytes,
+    count_parameters,
+    flops_per_token,
+    head_flops,
+    layer_flops,
+)
 from train.model.deepseek import DeepSeekV3
 from train.model.moe import Experts
 
@@ -26,6 +33,24 @@ def test_16b_shape_has_15_706b_parameters():
     counts = count_parameters(recipe("deepseek_v3_16b"))
     assert round(counts.total / 1e9, 3) == 15.706
     assert round(counts.active_without_embedding / 1e9, 3) == 2.451
+
+
+def test_a_checkpoint_has_masters_what_the_optimizer_keeps_and_the_average():
+    config = compose("conf=tiny", "precision=bf16")
+    counts, moments = count_parameters(config.model), 2 * config.precision.moment_bytes
+    assert checkpoint_bytes(config) == (counts.total + counts.mtp) * (4 + moments)
+    assert checkpoint_bytes(compose("conf=tiny", "precision=bf16", "optim.ema_decay=0.9")) == (
+        (counts.total + counts.mtp) * (4 + moments + 4)
+    )
+
+
+def test_frozen_weights_have_no_third_product():
+    model = recipe("deepseek_v3")
+    attention, head, up = attention_products(model), model.vocab_size * model.hidden, 3 * model.hidden
+    for dense, width in ((True, model.dense_width), (False, (8 + 1) * model.expert_width)):
+        whole, frozen = (layer_flops(model, 4096, dense, frozen=one) for one in (False, True))
+        assert whole - frozen == 2 * (attention + up * width)
+    assert head_flops(model) == 6 * head and head_flops(model, frozen=True) == 4 * head
 
 
 @pytest.mark.slow

@@ -12,7 +12,8 @@ from train.data.batch import Batch
 from train.kernels.choice import build_kernels
 from train.kernels.plain.high import HighPrecision
 from train.kernels.plain.plain_kernels import PlainKernels
-from train.model.deepseek import DeepSeekV3
+from train.model import block
+from train.model.deepseek import DeepSeekV3, Losses
 from train.model.init import initialise
 from train.prove.reference import PlainModel, gradients
 
@@ -61,6 +62,44 @@ def reference_of(model: DeepSeekV3, balance_loss: float) -> PlainModel:
     )
     weights = {name: weight.detach().clone().requires_grad_() for name, weight in model.named_parameters()}
     return PlainModel(config, weights, {name: router.bias_E.clone() for name, router in model.routers().items()})
+
+
+def test_losses_of_a_step_are_means_over_its_micro_batches():
+    losses = Losses(2)
+    losses.add(torch.tensor(1.0), [torch.tensor(2.0), torch.tensor(4.0)])
+    losses.add(torch.tensor(3.0), [torch.tensor(4.0), torch.tensor(8.0)], torch.tensor(1.0))
+    assert losses.means().tolist() == [2.0, 3.0, 6.0, 0.5]
+    losses.clear()
+    losses.add(torch.tensor(5.0), [torch.tensor(6.0), torch.tensor(7.0)])
+    assert losses.means().tolist() == [5.0, 6.0, 7.0, 0.0]
+
+
+def test_detached_mtp_losses_train_the_mtp_modules_alone():
+    """Two depths, the second behind the first: all other weights learn what they learn without MTP losses."""
+    config = dataclasses.replace(CONFIG, mtp_depth=2)
+    tokens = torch.randint(config.vocab_size, (2, 13), generator=torch.Generator().manual_seed(1))
+    found = []
+    for weight in (0.0, 0.5):
+        model = build(config)
+        model.mtp_weight, model.detaches_mtp = weight, True
+        model.head.zero_grad()
+        model(tokens).sum().backward()
+        found.append({name: param.grad for name, param in model.named_parameters()})
+    without, beside = found
+    for name, grad in beside.items():
+        same = torch.equal(grad, without[name])
+        assert same != name.startswith("mtp."), name
+
+
+@pytest.mark.parametrize("first", [0, 2])
+def test_so_many_blocks_of_a_chunk_run_again(monkeypatch, first):
+    """The first two of those that are here, wherever the chunk begins."""
+    again = []
+    monkeypatch.setattr(block, "repeatable", lambda run, x: again.append(1) or run(x))
+    config = dataclasses.replace(CONFIG, layers=5, recompute=["layer:2"])
+    model = build(config, layers=range(first, 5), has_embedding=False, has_head=False)
+    model(torch.randn(1, 6, config.hidden, requires_grad=True))
+    assert len(again) == 2
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from conf.schema import Model, ScoreFunction
 from train.kernels.choice import build_kernels
 from train.kernels.plain.routing import choose_experts, top_indices
 from train.model.operations import RoutingRule
-from train.model.router import Router
+from train.model.router import Router, update_bias
 
 torch.set_num_threads(1)
 
@@ -55,6 +55,12 @@ def router_with(bias: torch.Tensor | None = None, **change) -> Router:
     if bias is not None:
         router.bias_E.copy_(bias)
     return router
+
+
+def test_the_bias_of_an_overloaded_expert_goes_down():
+    bias_E = torch.tensor([0.0, 0.25, 0.5, 0.75])
+    update_bias(bias_E, torch.tensor([1, 3, 3, 5]), speed=0.125)  # the mean is 3
+    assert bias_E.tolist() == [0.125, 0.25, 0.5, 0.625]
 
 
 def test_bias_selects_but_does_not_weigh():
