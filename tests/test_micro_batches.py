@@ -7,7 +7,7 @@ import pytest
 
 from conf.errors import UserError
 from conf.load import compose, read_config, write_config
-from conf.micro_batches import batch_sizes, choose_micro_batch_size, divisors
+from conf.micro_batches import batch_sizes, choose_micro_batch_size, divisors, in_lockstep, micro_batch_counts, share_of
 from conf.pipeline_schedules import SCHEDULES
 from conf.schema import PipelineSchedule
 from train.loop.layout_check import check_layout
@@ -89,3 +89,30 @@ def test_what_is_offered_is_near_to_what_was_asked_and_works(overrides, field, c
         given = [each for each in overrides if "micro_batch_size left out" not in part or "micro_batch" not in each]
         for value in values.removesuffix(" with micro_batch_size left out").split(" or ") if values else []:
             compose(*(each for each in given if not each.startswith(f"{name}=")), f"{name}={value}")
+
+
+def test_ranks_that_work_in_lockstep_have_equal_shares_and_the_first_groups_a_micro_batch_more():
+    """20 sequences in micro-batches of 2: ten, of which pairs of ranks take two at a time."""
+    config = compose("parallel.dp=4", "parallel.ep=2", "parallel.uneven=true", "batch_size=20", "micro_batch_size=2")
+    assert [share_of(config, 20, rank) for rank in range(4)] == [(0, 6), (6, 6), (12, 4), (16, 4)]
+    assert [share_of(config, 16, rank) for rank in range(4)] == [(0, 4), (4, 4), (8, 4), (12, 4)]
+    assert micro_batch_counts(config) == {3, 2}
+    three = replace(config, parallel=replace(config.parallel, dp=6))
+    assert [share_of(three, 28, rank) for rank in range(6)] == [(0, 6), (6, 6), (12, 4), (16, 4), (20, 4), (24, 4)]
+
+
+@pytest.mark.parametrize(("ep", "cp", "ranks"), [(4, 1, 4), (4, 2, 2), (4, 4, 1), (2, 4, 1), (6, 4, 3), (1, 2, 1)])
+def test_ranks_that_share_a_sequence_are_one_in_a_lockstep(ep, cp, ranks):
+    assert in_lockstep(replace(compose().parallel, ep=ep, cp=cp)) == ranks
+
+
+def test_a_ramp_may_begin_with_a_micro_batch_a_rank_and_the_nearest_batch_is_offered_first():
+    words = "parallel.dp=4", "parallel.ep=2", "parallel.uneven=true", "micro_batch_size=2", "batch_size=20"
+    ramp = "optim.batch_ramp_steps=2", "optim.batch_ramp_increment=4"
+    assert batch_sizes(compose(*words, *ramp, "optim.batch_ramp_start=8")) == [8, 12, 16, 20]
+    with pytest.raises(UserError, match="leave every rank a micro-batch"):
+        compose(*words, *ramp, "optim.batch_ramp_start=4")
+    for batch, near in ((23, "24 or 12"), (13, "12 or 24"), (5, "6 or 3"), (4, "3 or 6")):
+        with pytest.raises(UserError) as caught:
+            compose("parallel.dp=3", "micro_batch_size=4", f"batch_size={batch}")
+        assert caught.value.cure.startswith(f"take batch_size={near}")

@@ -103,3 +103,27 @@ def transform(rank: int, ranks: int, elements: int) -> None:
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_every_matrix_is_computed_once_and_comes_back(ranks, elements):
     run_ranks(transform, ranks, elements, world_size=ranks)
+
+
+def matrices_of(*costs: float, holder: int, ranks: int = 2) -> list[SharedMatrix]:
+    """Matrices of 2 by 3 elements that lie on one rank."""
+    held = [range(6) if rank == holder else range(0) for rank in range(ranks)]
+    return [SharedMatrix(number, 3, held, WeightPiece(range(2), range(3)), cost) for number, cost in enumerate(costs)]
+
+
+@pytest.mark.parametrize(
+    ("holder", "costs", "owners"),
+    [
+        (0, [1, 1, 1, 1], [0, 0, 1, 1]),  # half of the work stays where all of it lies
+        (0, [3, 3, 6], [1, 1, 0]),  # the dearest first, and the others are as much work
+        (1, [10, 1, 1], [1, 0, 0]),  # more than its share, and one matrix is not cut
+        (1, [2, 2, 2, 2, 2], [1, 1, 0, 0, 0]),
+    ],
+)
+def test_the_dearest_matrix_stays_where_it_lies_and_the_work_is_shared(holder, costs, owners):
+    assert choose_owners(matrices_of(*costs, holder=holder), 2) == owners
+
+
+@pytest.mark.parametrize(("elements", "packs"), [(100, 1), (30, 1), (29, 2), (12, 3), (11, 5), (1, 5)])
+def test_a_pack_has_as_many_elements_as_there_is_room_for_or_one_matrix(elements, packs):
+    assert MatrixOwners(matrices_of(*[1.0] * 5, holder=0, ranks=1), None, 1, 0, elements).packs == packs
