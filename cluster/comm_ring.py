@@ -228,16 +228,17 @@ def _host() -> bytes:
 
 
 def _as_range(ranks: Sequence[int]) -> list[int]:
-    """First, behind the last, and step, where that says all; else the ranks behind a 0."""
+    """First, behind the last, and step, where that says all; else the ranks behind a -1."""
     if len(ranks) > 1:
         stride = ranks[1] - ranks[0]
         if stride > 0 and list(ranks) == list(range(ranks[0], ranks[-1] + 1, stride)):
             return [ranks[0], ranks[-1] + 1, stride]
-    return [0, *ranks]
+    return [-1, *ranks]
 
 
 def _from_range(said: list[int]) -> tuple[int, ...]:
-    return tuple(range(*said)) if len(said) == 3 and said[2] > 0 and said[1] > said[0] else tuple(said[1:])
+    """Earlier versions had a 0 in front of ranks that are no range."""
+    return tuple(range(*said)) if len(said) == 3 and said[0] >= 0 else tuple(said[1:])
 
 
 def read_trace(raw: bytes, last: int = RECORDS) -> RankTrace:

@@ -61,3 +61,12 @@ def test_each_run_of_a_sweep_has_a_folder_of_its_own_and_a_look_at_runs_needs_no
     found = []
     assert run(lambda configs: found.extend((one.name, one.seed) for one in configs) or EXIT_OK) == EXIT_OK
     assert found == list(zip(names, (1, 2), strict=True))
+
+
+@pytest.mark.parametrize(("rank", "lines"), [(None, 1), ("0", 1), ("1", 0)])
+def test_of_ranks_that_torchrun_starts_the_first_says_what_is_chosen(monkeypatch, capsys, rank, lines):
+    monkeypatch.setattr(sys, "argv", ["sluice", "seq_len=1024"])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    monkeypatch.setenv("RANK", rank) if rank else monkeypatch.delenv("RANK", raising=False)
+    assert run(lambda configs: EXIT_OK) == EXIT_OK
+    assert capsys.readouterr().out.count("micro_batch_size=4 is chosen") == lines

@@ -28,6 +28,7 @@ from train.loop.layout_check import check_layout
         (("parallel.pp=2", "parallel.schedule=dualpipev"), 4),
         (("parallel.pp=2", "parallel.dp=2", "parallel.schedule=dualpipev"), 2),
         (("optim.batch_ramp_start=4", "optim.batch_ramp_steps=5", "optim.batch_ramp_increment=4"), 4),
+        (("optim.batch_ramp_start=6", "optim.batch_ramp_steps=5", "optim.batch_ramp_increment=2"), 2),
         (("micro_batch_size=2", "parallel.dp=2"), 2),
         (("conf=deepseek_v3", "data=stdlib"), 1),
     ],

@@ -1,5 +1,6 @@
 """Every rule that joins several fields, at its edge: the last settings that it takes, and the first that it refuses."""
 
+import math
 from copy import deepcopy
 from functools import cache
 from operator import attrgetter
@@ -9,6 +10,7 @@ import pytest
 
 from conf.check import IN_PARTS, MAX_EXPERTS, check, check_experts, check_world
 from conf.errors import UserError
+from conf.fields import Bounds
 from conf.load import compose
 from conf.schema import (
     AdapterKind,
@@ -203,3 +205,19 @@ def test_experts_and_ranks_are_counted_whole():
     for world in (6, 24):
         with pytest.raises(UserError, match="2 x 3 x 2"):
             check_world(2, 3, 2, world, f"{world} ranks")
+
+
+def test_bounds_hold_their_edges_or_not():
+    """least and most are inside, above and below are not, and slip is the most that was meant."""
+    values = (0, 1, 2, 3, 4)
+    for bounds, inside in (
+        (Bounds(least=1, most=3), [1, 2, 3]),
+        (Bounds(above=1, below=3), [2]),
+        (Bounds(least=1, below=3), [1, 2]),
+        (Bounds(above=1, most=3), [2, 3]),
+        (Bounds(least=1, slip=2), [1, 2]),
+        (Bounds(least=1, most=4, slip=2), [1, 2]),
+        (Bounds(), [0, 1, 2, 3, 4]),
+    ):
+        assert [value for value in values if bounds.hold(value)] == inside, bounds
+        assert not bounds.hold(math.inf) and not bounds.hold(math.nan)

@@ -133,3 +133,33 @@ def test_rings_of_a_larger_start_before_are_not_read(tmp_path):
     for rank in range(2):
         CommRing(ring_path(tmp_path, rank), rank, 2, records=16)
     assert read_traces(tmp_path).keys() == {0, 1}
+
+
+def test_the_newest_records_are_read_of_rings_since_a_start(tmp_path):
+    ring = CommRing(ring_path(tmp_path, 0), 0, 2, records=16)
+    fill(ring, 6)
+    raw = ring_path(tmp_path, 0).read_bytes()
+    assert [record.seq for record in read_trace(raw, last=2).records] == [5, 6]
+    started = read_trace(raw).started
+    assert read_traces(tmp_path, since=started).keys() == {0} and not read_traces(tmp_path, since=started + 1e-3)
+
+
+def test_a_rank_waits_for_what_it_has_begun_to_wait_for_and_no_more(tmp_path):
+    ring = CommRing(ring_path(tmp_path, 0), 0, 2, records=16)
+    group = ring.name_group("7", "dp", (0, 1))
+    for seq in (1, 2, 3):
+        at = ring.begin(group, seq, "all_reduce", "float32", 1, 1, -1, 0)
+        if seq > 1:
+            ring.wait(at)
+        if seq == 2:
+            ring.end(at)
+    assert [record.seq for record in read_traces(tmp_path)[0].blocked] == [3]
+
+
+def test_groups_of_any_three_ranks_are_those_ranks(tmp_path):
+    """Also where they could be taken for a beginning, an end and a stride."""
+    ring = CommRing(ring_path(tmp_path, 0), 0, 9, records=16)
+    groups = [(0, 2, 1), (5, 3), (1, 2, 3), (0, 4, 8), (8, 3, 1), (6,), (0, 1), (3, 5, 6)]
+    for number, ranks in enumerate(groups):
+        ring.begin(ring.name_group(str(number), "odd", ranks), 1, "broadcast", "float32", 1, 1, -1, 0)
+    assert [record.group.ranks for record in read_traces(tmp_path)[0].records] == groups

@@ -72,3 +72,29 @@ def test_shapes():
     assert value_at(phases, 0.625) == pytest.approx(1.5)
     assert value_at(phases, 0.875) == pytest.approx(0.5)
     assert value_at(phases, 1.0) == pytest.approx(0.0)
+
+
+def test_a_value_holds_to_the_end_of_its_phase_and_a_step_counts_by_its_middle():
+    phases = [Phase(0.5, 1.0), Phase(1.0, 0.1)]
+    assert [value_at(phases, fraction) for fraction in (0.5, 0.5 + 1e-9, 1.0)] == [1.0, 0.1, 0.1]
+    words = (
+        "steps=4",
+        "optim.warmup_steps=0",
+        "optim.lr=1",
+        "optim.lr_schedule=[{until: 1.0, value: 0.0, shape: linear}]",
+    )
+    constant = Schedules(
+        compose(*words, "optim.lr_schedule=[{until: 0.25, value: 1.0}, {until: 1.0, value: 0.0, shape: linear}]")
+    )
+    assert [constant.plan(step).lr for step in range(1, 5)] == pytest.approx([1.0, 1 - 1 / 6, 0.5, 1 / 6])
+    one = Schedules(
+        compose(*words[1:], "steps=1", "optim.lr_schedule=[{until: 0.5, value: 1.0}, {until: 1.0, value: 0.0}]")
+    )
+    assert one.plan(1).lr == 1.0, "a run of one step is in the middle of its schedule"
+
+
+def test_samples_of_an_earlier_part_of_the_run_are_passed_over():
+    """Also where its batches were others than this schedule has."""
+    schedules = Schedules(compose("steps=4", "batch_size=8"))
+    assert [schedules.plan(step).first_sample for step in (1, 2, 4)] == [0, 8, 24]
+    assert [schedules.plan(step, shift=5).first_sample for step in (1, 2, 4)] == [5, 13, 29]
