@@ -14,15 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.autograd.graph import Node
 
-if TYPE_CHECKING:
 
-    class Function(torch.autograd.Function):
-        """torch's, whose own annotations forbid to name the arguments of a backward."""
+class Function(torch.autograd.Function):
+    """torch's, called without what it first does for functorch, whose transforms nothing here runs in."""
 
-        backward: Callable[..., Any]
-
-else:
-    Function = torch.autograd.Function
+    if TYPE_CHECKING:
+        backward: Callable[..., Any]  # torch's own annotations forbid to name the arguments of a backward
+    else:
+        apply = torch._C._FunctionBase.__dict__["apply"]
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:

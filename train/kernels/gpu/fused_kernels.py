@@ -29,7 +29,7 @@ class FusedKernels(PlainKernels):
         return max(1, x_ND.size(0))
 
     def rms_norm(self, x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        return torch.ops.aten._fused_rms_norm(x, weight_D.shape, weight_D, eps)
+        return torch._fused_rms_norm(x, weight_D.shape, weight_D, eps)
 
     def rms_norm_backward(
         self, grad: Tensor, x: Tensor, weight_D: Tensor, rstd: Tensor, x_needed: bool, weight_needed: bool
