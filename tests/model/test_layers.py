@@ -128,6 +128,25 @@ def test_yarn_slows_by_degrees_also_where_no_pair_turns_as_slowly_as_beta_slow()
     torch.testing.assert_close(rope.frequencies(), plain * torch.tensor([1.0, 1.0, 1.0, 0.75 + 0.25 / 4]))
 
 
+def test_yarn_ends_at_the_width_where_all_pairs_turn_fast():
+    """As released code has it: the last index is that of the width, of which half are pairs."""
+    yarn = Yarn(factor=4.0, original_seq_len=4096, beta_fast=2000.0, beta_slow=1.0)
+    rope = Rope(Model(rope_head_dim=8, rope_theta=10.0, yarn=yarn), seq_len=8192)
+    plain, slowed = 10.0 ** -(torch.arange(4) / 4), torch.arange(4) / 7
+    torch.testing.assert_close(rope.frequencies(), plain / 4 * slowed + plain * (1 - slowed))
+
+
+def test_queries_grow_with_every_original_length_behind_them():
+    yarn = Yarn(factor=4.0, original_seq_len=4, query_growth=0.1)
+    rope = Rope(Model(rope_head_dim=8, yarn=yarn), seq_len=16)
+    positions = torch.tensor([0, 3, 4, 11, 15])
+    sizes = [1 + 0.1 * math.log(1 + blocks) for blocks in (0, 0, 1, 2, 3)]
+    grown = rope.grow(torch.full((2, 5, 3), 2.0), positions)
+    torch.testing.assert_close(grown, 2 * torch.tensor(sizes)[:, None].expand(2, 5, 3))
+    for other in (Rope(Model(rope_head_dim=8, yarn=yarn), seq_len=4), Rope(Model(rope_head_dim=8), seq_len=16)):
+        assert not other.grows and torch.equal(other.grow(grown, positions), grown)
+
+
 def test_yarn_of_the_paper_scales_what_turns():
     """attention_factor on the turned parts alone, and on gradients on their way back; bounds of the ramp between pairs."""
     yarn = Yarn(factor=8.0, original_seq_len=32, truncate=False, mscale=0.0, attention_factor=1.5)

@@ -76,6 +76,10 @@ def test_shapes():
 
 def test_a_value_holds_to_the_end_of_its_phase_and_a_step_counts_by_its_middle():
     phases = [Phase(0.5, 1.0), Phase(1.0, 0.1)]
+    line = [Phase(0.5, 2.0, Shape.linear), Phase(1.0, 4.0, Shape.linear)]
+    assert [value_at(line, fraction) for fraction in (0.0, 0.25, 0.75)] == [2.0, 2.0, 3.0], (
+        "the first begins at its value"
+    )
     assert [value_at(phases, fraction) for fraction in (0.5, 0.5 + 1e-9, 1.0)] == [1.0, 0.1, 0.1]
     words = (
         "steps=4",
