@@ -7,6 +7,7 @@ import time
 import pytest
 
 from cluster.clocks import SteadyClock
+from cluster.driver import network
 from cluster.driver.network import NetworkTest, rounds
 from cluster.node.network_probe import BYTES, NetworkProbe, NodeLink, measure
 from cluster.node.preflight import Preflight, Question, _digest_of_program, gather_facts
@@ -111,6 +112,31 @@ def test_the_slow_and_the_unreachable_pair_are_named():
         fleet.close()
     assert "slow: n0 - n3 1 Gbit/s" in verdict.text and len(verdict.slow) == 1
     assert verdict.unreachable == ["n1 cannot reach n2 (127.0.0.1): timed out"]
+
+
+@pytest.mark.parametrize(
+    ("gbit", "milliseconds", "is_slow"),
+    [(10.0, 0.1, False), (4.0, 0.1, False), (3.0, 0.1, True), (10.0, 1.0, False), (10.0, 1.2, True)],
+)
+def test_a_link_is_slow_by_a_third_of_the_median_or_a_millisecond_more(gbit, milliseconds, is_slow):
+    fleet = LocalFleet(nodes=3, devices=1)
+    try:
+        test = NetworkTest(fleet.nodes(), {}, fleet, 0.0)
+        test._links = {pair: NodeLink("x", 0.1, 10.0) for pair in (("id0", "id1"), ("id0", "id2"))}
+        test._links["id1", "id2"] = NodeLink("x", milliseconds, gbit)
+        assert bool(test._verdict().slow) == is_slow
+    finally:
+        fleet.close()
+
+
+def test_nobody_waits_longer_for_a_network_test_than_its_rounds_take(monkeypatch):
+    monkeypatch.setattr(network, "call_agent", lambda *_: None)
+    nodes = [Node(f"id{i}", f"n{i}", "127.0.0.1", 1) for i in range(4)]
+    test = NetworkTest(nodes, {node.id: 1 for node in nodes}, None, now=100.0)
+    end = 100.0 + 5.0 * (2 + 3)  # three rounds of four nodes
+    assert test.advance(end - 0.1) is None
+    verdict = test.advance(end)
+    assert len(verdict.unreachable) == 6 and "n0 cannot reach n3 (127.0.0.1): no result in time" in verdict.unreachable
 
 
 @pytest.mark.parametrize("count", [3, 6])
