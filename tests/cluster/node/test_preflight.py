@@ -130,9 +130,12 @@ def test_a_link_is_slow_by_a_third_of_the_median_or_a_millisecond_more(gbit, mil
 
 
 def test_nobody_waits_longer_for_a_network_test_than_its_rounds_take(monkeypatch):
-    monkeypatch.setattr(network, "call_agent", lambda *_: None)
+    turns = {}
+    monkeypatch.setattr(network, "call_agent", lambda fleet, id, method, given: turns.update({id: given}))
     nodes = [Node(f"id{i}", f"n{i}", "127.0.0.1", 1) for i in range(4)]
     test = NetworkTest(nodes, {node.id: 1 for node in nodes}, None, now=100.0)
+    assert all(len(given) == 3 for given in turns.values()), "also those in which a node is measured by another"
+    assert sum(turn is not None for given in turns.values() for turn in given) == 6
     end = 100.0 + 5.0 * (2 + 3)  # three rounds of four nodes
     assert test.advance(end - 0.1) is None
     verdict = test.advance(end)
