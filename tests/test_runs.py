@@ -43,7 +43,7 @@ def test_state_step_loss_and_disk_of_every_run(runs, capsys):
         "empty": ("empty", 0, 6),
     }
     last = [json.loads(line) for line in (OLD / "metrics.jsonl").read_text().splitlines()][5]
-    assert found["done"]["loss"] == last["loss"] and found["empty"]["loss"] is None
+    assert found["done"]["loss"] == last["main_loss"] != last["loss"] and found["empty"]["loss"] is None
     assert found["done"]["disk_bytes"] > found["sweep/0"]["disk_bytes"] > 100_000
     (runs / "empty" / "config.yaml").write_text("steps: [")
     assert listed(runs, capsys)["empty"]["steps"] is None
