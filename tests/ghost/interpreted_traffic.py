@@ -45,13 +45,13 @@ def pytest_configure() -> None:
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
     load, store, launch = builder.create_masked_load, builder.create_masked_store, executor.__call__
 
-    def noted_load(self, pointers, mask, *more):
+    def noted_load(self, pointers, mask, *more, **named):
         _note(_loads, pointers, mask)
-        return load(self, pointers, mask, *more)
+        return load(self, pointers, mask, *more, **named)
 
-    def noted_store(self, pointers, value, mask, *more):
+    def noted_store(self, pointers, value, mask, *more, **named):
         _note(_stores, pointers, mask)
-        return store(self, pointers, value, mask, *more)
+        return store(self, pointers, value, mask, *more, **named)
 
     def noted_launch(self, *args, **options):
         _loads.clear()

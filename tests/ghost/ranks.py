@@ -38,6 +38,8 @@ LAYOUTS = {
 }
 """The ranks that run, each the fullest of its layout."""
 PRECISIONS = {"bf16": (), "fp8": ("precision=fp8", "parallel.wire=fp8")}
+SPECIALIZED = {"fp8, specialized": ("precision=fp8", "precision.fp8.backend=specialized")}
+"""A precision that one layout is run in."""
 
 
 def train_alone(precision: str, folder: Path, *more: str) -> Calls:
@@ -59,7 +61,12 @@ def run_lone(layout: str, precision: str) -> Calls:
     """One rank of this layout; the calls of its last step."""
     config = with_nodes(
         compose(
-            *TINY, "mode=dry_run", "dry_run.steps=1", "dry_run.rank=worst", *PRECISIONS[precision], *LAYOUTS[layout]
+            *TINY,
+            "mode=dry_run",
+            "dry_run.steps=1",
+            "dry_run.rank=worst",
+            *(PRECISIONS | SPECIALIZED)[precision],
+            *LAYOUTS[layout],
         )
     )
     check_layout(config)

@@ -43,7 +43,7 @@ class RunSummary:
     steps: int | None
     """That it is to make; None where config.yaml does not say."""
     loss: float | None
-    """Of the next token in the last step, as the progress line shows it: without MTP, nats per token."""
+    """The loss of the next token in the last step, as the progress line shows it: without MTP, nats per token."""
     age_s: float
     """Seconds since it last wrote anything."""
     disk_bytes: int
@@ -95,7 +95,9 @@ def _summary(folder: Path, run: Path) -> RunSummary:
     )
     known = steps if isinstance(steps, int) else None
     age = max(0.0, time.time() - latest)
-    return RunSummary(run.relative_to(folder).as_posix(), state, step, known, last.get("main_loss"), age, disk_bytes(run))
+    return RunSummary(
+        run.relative_to(folder).as_posix(), state, step, known, last.get("main_loss"), age, disk_bytes(run)
+    )
 
 
 def _setting(run: Path, *keys: str) -> Any:

@@ -4,7 +4,7 @@ import importlib
 
 from torch.nn import functional as F
 
-from conf.schema import Fp8
+from conf.schema import Fp8, Fp8Backend
 from train.kernels.fp8.blackwell import BlackwellEngine, ScaledGroupedProducts
 from train.kernels.fp8.grouped_products import DeepGemmProducts, TritonProducts, load_deep_gemm
 from train.kernels.fp8.hopper import HopperEngine, check_gpu_operands, has_mx_tiles, needs_deep_gemm
@@ -16,10 +16,12 @@ def load_gpu_engine(fp8: Fp8) -> HopperEngine:
     check_gpu_operands(fp8)
     mx = has_mx_tiles(fp8)
     require_fit(deep_gemm=False, mx=mx)
-    kernels, ours = (
-        importlib.import_module(f"train.kernels.fp8.{name}") for name in ("triton_quantize", "triton_products")
+    kernels, ours, specialized = (
+        importlib.import_module(f"train.kernels.fp8.triton_{name}") for name in ("quantize", "products", "specialized")
     )
     if mx:
         grouped = F.scaled_grouped_mm  # pyrefly: ignore[missing-attribute]  torch's own stubs have only scaled_mm
         return BlackwellEngine(kernels, ScaledGroupedProducts(grouped))
-    return HopperEngine(kernels, DeepGemmProducts(load_deep_gemm()) if needs_deep_gemm(fp8) else TritonProducts(ours))
+    if needs_deep_gemm(fp8):
+        return HopperEngine(kernels, DeepGemmProducts(load_deep_gemm()))
+    return HopperEngine(kernels, TritonProducts(ours, specialized if fp8.backend == Fp8Backend.specialized else None))

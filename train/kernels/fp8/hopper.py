@@ -246,7 +246,7 @@ def check_gpu_operands(fp8: Fp8) -> None:
             if mx and operand != "bf16" and "/1x32/" not in operand:
                 rule = "does not go on CUDA with tiles of 1x32, which Blackwell's products take on both sides, and Hopper's on neither"
                 raise UserError(f"precision.fp8.{', '.join(families)}", operand, rule, "use e4m3/1x32/pow2 or bf16")
-    if mx and needs_deep_gemm(fp8):
+    if mx and fp8.backend != Fp8Backend.triton:
         rule = "has no products of tiles of 1x32: those are torch's"
         raise UserError("precision.fp8.backend", fp8.backend, rule, "leave precision.fp8.backend at triton")
     for family in ("experts_up", "experts_down"):

@@ -53,7 +53,7 @@ def _named(kernel: str, specialization) -> str:
 
 
 @triton.jit
-def _tile(program, tiles_m, tiles_n, band: constexpr):
+def tile_of_program(program, tiles_m, tiles_n, band: constexpr):
     """Tile of a program: down a band of the left operand's tiles, then the next of the right operand's."""
     first = program // (band * tiles_n) * band
     height = tl.minimum(tiles_m - first, band)
@@ -68,7 +68,7 @@ def _product_kernel(
     tiles_m, width, steps, scale_rows, height_out, width_out,
     experts: constexpr, slots: constexpr, band: constexpr, tiles: constexpr,
 ):  # fmt: skip
-    m, n = _tile(tl.program_id(0), tiles_m, width // (128 * tiles), band)
+    m, n = tile_of_program(tl.program_id(0), tiles_m, width // (128 * tiles), band)
     expert, first, last = rows_of_tile(ends_ptr, m, height_out, experts, slots)
     if expert >= experts:
         return
@@ -115,7 +115,7 @@ def _wgrad_kernel(
     left_ptr, left_scale_ptr, right_ptr, right_scale_ptr, out_ptr, ends_ptr, height, width, columns, height_out, width_out,
     added: constexpr, experts: constexpr, slots: constexpr, band: constexpr,
 ):  # fmt: skip
-    m, n = _tile(tl.program_id(0), height // 128, width // 128, band)
+    m, n = tile_of_program(tl.program_id(0), height // 128, width // 128, band)
     expert, inside = tl.program_id(1), tl.arange(0, 128)
     start, count = 0, columns // 128
     if experts > 1:
@@ -161,14 +161,11 @@ def product(
     last rows and columns.  ends_E: where the rows of each expert end, int32, the last being the rows of out_RN; None for a
     single matrix.
     """
-    (rows, contraction), experts, width = left_RC.shape, right_ENC.shape[0], _whole(right_ENC)[0]
-    height_out, width_out = out_RN.shape
-    assert left_RC.is_contiguous() and _by_column(left_scale) and left_scale.shape == (rows, contraction // TILE)
-    assert right_scale.is_contiguous() and out_RN.is_contiguous() and height_out <= rows
+    (rows, contraction), (experts, width, _), (height_out, width_out) = left_RC.shape, right_ENC.shape, out_RN.shape
+    check_product(left_RC, left_scale, right_ENC, right_scale, out_RN)
     assert experts == 1 or ends_E is not None, "several experts have ends"
-    tiles_m, in_pairs = most_tiles(height_out, experts), width == width_out and width % (2 * TILE) == 0
-    in_pairs &= experts > 1 and contraction > TILE  # where the loop is compiled
-    tiles = 2 if in_pairs and tiles_m * (width // TILE) >= THRESHOLDS.product_tiles else 1
+    tiles_m = most_tiles(height_out, experts)
+    tiles = tiles_at_once(tiles_m, right_ENC, out_RN)
     if out_RN.numel():
         with_options(_product_kernel[(tiles_m * (width // (tiles * TILE)),)], num_warps=WARPS, num_stages=STAGES)(
             left_RC, left_scale, right_ENC, right_scale, out_RN, left_RC if ends_E is None else ends_E,
@@ -176,6 +173,22 @@ def product(
             experts, power_of_2_from(experts), BAND, tiles,
         )  # fmt: skip
     return out_RN
+
+
+def check_product(left_RC: Tensor, left_scale: Tensor, right_ENC: Tensor, right_scale: Tensor, out_RN: Tensor) -> None:
+    """Fails for operands of `product` that lie otherwise than its kernels read them."""
+    rows, contraction = left_RC.shape
+    _whole(right_ENC)
+    assert left_RC.is_contiguous() and _by_column(left_scale) and left_scale.shape == (rows, contraction // TILE)
+    assert right_scale.is_contiguous() and out_RN.is_contiguous() and out_RN.shape[0] <= rows
+
+
+def tiles_at_once(tiles_m: int, right_ENC: Tensor, out_RN: Tensor) -> int:
+    """Neighbours that a program takes, 1 or 2. tiles_m: of rows."""
+    experts, width, contraction = right_ENC.shape
+    in_pairs = width == out_RN.shape[1] and width % (2 * TILE) == 0
+    in_pairs &= experts > 1 and contraction > TILE  # where the loop is compiled
+    return 2 if in_pairs and tiles_m * (width // TILE) >= THRESHOLDS.product_tiles else 1
 
 
 def wgrad(

@@ -158,7 +158,7 @@ def _product(sizes: Sizes, rows: float, inputs: int, outputs: int, experts: int,
     mx = sizes.mx(family)
     form, operand = ("mxfp8", 1 + 1 / 32) if mx else ("fp8", 1) if fp8 else (sizes.high, element)
     flops = 2 * rows * inputs * outputs
-    triton = fp8 is not None and not mx and fp8.backend == Fp8Backend.triton
+    triton = fp8 is not None and not mx and fp8.backend != Fp8Backend.deepgemm
     ours = "triton_" if prefix and triton else ""
     added = "triton_" if triton and sizes.products_add else ours  # on a GPU a dense one too
 
