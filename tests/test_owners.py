@@ -124,6 +124,25 @@ def test_the_dearest_matrix_stays_where_it_lies_and_the_work_is_shared(holder, c
     assert choose_owners(matrices_of(*costs, holder=holder), 2) == owners
 
 
+def test_a_row_that_is_cut_in_the_middle_of_a_matrix_of_columns_comes_back():
+    """The matrix is the right half of a weight, and the last element of its last row lies elsewhere."""
+    weight = torch.arange(12.0).view(2, 6)
+    matrix = SharedMatrix(0, 6, [range(11)], WeightPiece(range(2), range(3, 6)), 1.0)
+    found = {}
+
+    def cut(piece: WeightPiece) -> torch.Tensor:
+        return weight[piece.rows.start : piece.rows.stop, piece.columns.start : piece.columns.stop]
+
+    MatrixOwners([matrix], None, 1, 0, 100).each(
+        lambda number, piece: cut(piece),
+        lambda numbers, whole: [2 * one for one in whole],
+        lambda number, of, piece, result: found.update({piece: result.clone()}),
+        weight,
+    )
+    assert sorted(piece.size for piece in found) == [2, 3]
+    assert all(torch.equal(result, 2 * cut(piece)) for piece, result in found.items())
+
+
 @pytest.mark.parametrize(("elements", "packs"), [(100, 1), (30, 1), (29, 2), (12, 3), (11, 5), (1, 5)])
 def test_a_pack_has_as_many_elements_as_there_is_room_for_or_one_matrix(elements, packs):
     assert MatrixOwners(matrices_of(*[1.0] * 5, holder=0, ranks=1), None, 1, 0, elements).packs == packs
