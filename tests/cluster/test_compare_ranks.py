@@ -72,6 +72,7 @@ RIGHT = [(0, "all_reduce", 100), (1, "all_gather", 7), (2, "all_to_all", 0)]
     ("theirs", "fault"),
     [
         (RIGHT[1:2], Fault.skipped),
+        ([(3, "all_reduce", 1)], Fault.skipped),
         ([RIGHT[0], RIGHT[2]], Fault.skipped),
         ([RIGHT[0], RIGHT[0]], Fault.repeated),
         ([RIGHT[1], RIGHT[0]], Fault.reordered),
@@ -190,6 +191,25 @@ def test_a_message_of_half_its_size_is_the_senders():
         receiver.do(CROSS, "receive", 8, peer=0, waits=size == 4)
     found = compare_ranks({0: sender.trace, 1: receiver.trace}, {})
     assert (found.fault, found.ranks) == (Fault.resized, (0,))
+
+
+@pytest.mark.parametrize(
+    ("sent", "received", "fault", "ranks", "among"),
+    [
+        ((8, "int64"), (8, "float32"), Fault.retyped, (0,), ()),
+        ((8, "float32"), (8, "int64"), Fault.retyped, (1,), ()),
+        ((4, "float32"), (6, "float32"), Fault.unknown, (), (0, 1)),
+    ],
+)
+def test_the_end_of_a_message_that_changed_is_named_and_of_two_none(sent, received, fault, ranks, among):
+    sender, receiver = Rank(0), Rank(1)
+    for ends in ([(8, "float32")] * 2, [(8, "float32")] * 2, (sent, received)):
+        for rank in (sender, receiver):
+            rank.trace.step += 1
+        sender.do(CROSS, "send", *ends[0], peer=1)
+        receiver.do(CROSS, "receive", *ends[1], peer=0, waits=ends[1] is received)
+    found = compare_ranks({0: sender.trace, 1: receiver.trace}, {})
+    assert (found.fault, found.ranks, tuple(found.among)) == (fault, ranks, among)
 
 
 def test_two_groups_in_another_order_on_one_rank():

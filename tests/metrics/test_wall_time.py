@@ -70,6 +70,31 @@ def test_a_run_without_one_has_its_starts_and_the_steps_that_it_did_again(tmp_pa
     assert split_wall_time(tmp_path, now=1040).seconds == pytest.approx(18 + 40)
 
 
+def test_a_record_of_several_steps_counts_the_time_of_each(tmp_path):
+    """As log.every has it: seconds of a step and of its data are means."""
+    records = [step(10, 110), step(20, 130, 1.5, data=0.2, stall=1.0)]
+    write_run(tmp_path, starts=[100], records=records)
+    found = split_wall_time(tmp_path)
+    assert found.seconds_in["data"] == pytest.approx(2) and found.seconds_in["stall"] == 1
+    assert found.seconds_in["beside"] == pytest.approx(20 - 15 - 1)
+
+
+def test_waits_are_no_longer_than_the_time_between_two_records(tmp_path):
+    """A step that waited four of its ten seconds for data and says that it took one; and one that waited for more than there was."""
+    records = [step(1, 110), step(2, 120, 1.0, data=4.0), step(3, 130, 1.0, data=6.0, stall=9.0)]
+    write_run(tmp_path, starts=[100], records=records)
+    found = split_wall_time(tmp_path)
+    assert found.seconds_in["data"] == 4 + 6 and found.seconds_in["stall"] == 4 and found.seconds_in["beside"] == 6
+    assert found.seconds_in["training"] == 0 and found.seconds == 30
+
+
+def test_steps_that_are_said_to_reach_into_the_next_start_end_where_they_were_seen(tmp_path):
+    """A clock that was set back: nothing counts twice."""
+    records = [step(1, 110), step(2, 112), step(3, 1020, resumed={"step": 2, "again": 3, "until": 1500})]
+    write_run(tmp_path, starts=[100, 1000], records=records)
+    assert split_wall_time(tmp_path).seconds == pytest.approx(12 + 20)
+
+
 def test_a_run_of_which_nothing_is_known_has_no_parts(tmp_path):
     assert split_wall_time(tmp_path) is None
 
