@@ -51,6 +51,20 @@ def test_measured_on_this_machine_in_a_moment(dtype):
     assert 1e8 < found.flops < 1e14 and "measured" in found.label
 
 
+def test_the_rate_is_that_of_products_of_growing_size_within_the_budget(monkeypatch):
+    """2 n^3 operations; three products of 2048 would take 51 of the 10 ms."""
+    sizes, flops = [], {256: 0.5e12, 512: 1e12, 1024: 0.8e12}
+    torch.set_num_threads(1)
+
+    def seconds(a, b, kernels) -> float:
+        sizes.append(len(a))
+        return 2 * len(a) ** 3 / flops[len(a)]
+
+    monkeypatch.setattr(peak, "_seconds", seconds)
+    assert measured_peak(torch.device("cpu"), torch.float32, PLAIN, budget=0.01) == pytest.approx(1e12)
+    assert sizes[:9] == [256] * 3 + [512] * 3 + [1024] * 3 and set(sizes[9:]) <= {1024}
+
+
 @pytest.fixture
 def measure(monkeypatch):
     """Lets a test say what the measurement finds."""
@@ -89,12 +103,26 @@ def test_each_number_of_threads_format_and_code_has_its_own(tmp_path, measure):
 
 @pytest.mark.parametrize(
     "damage",
-    [b"", b"{", b"[1]", b"7", b"\xff\xfe", b"[" * 100_000, b'{"flops": NaN}', b'{"flops": 1e30}', b'{"flops": "fast"}'],
+    [
+        b"",
+        b"{",
+        b"[1]",
+        b"7",
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"flops": NaN}',
+        b'{"flops": 1e30}',
+        b'{"flops": "fast"}',
+        b"of another device",
+    ],
 )
 def test_a_damaged_figure_is_said_and_replaced(tmp_path, measure, damage):
     measure(tmp_path, 1e12)
     (kept,) = tmp_path.glob("peaks/*.json")
+    whole = kept.read_bytes()
     kept.write_bytes(damage)
+    if damage == b"of another device":
+        kept.write_text(json.dumps(json.loads(whole) | {"device": "another"}))
     again = measure(tmp_path, 4e11)
     assert again.flops == 4e11 and "could not be read" in again.label
     assert measure(tmp_path, 3e11).flops == 4e11
