@@ -33,6 +33,23 @@ def test_a_key_without_a_rule_is_told():
     assert effect_of("named") is Effect.training and effect_of("name") is Effect.none
 
 
+@pytest.mark.parametrize(
+    ("new", "old", "meta", "facts"),
+    [
+        ((), (), {}, []),
+        ((), (), {"data": "other"}, ["the data are not those that step 6"]),
+        (("data.path=a",), (), {}, ["the data have moved"]),
+        (("optim=muon",), (), {}, ["optim.name=adamw, and this run has muon"]),
+        (("optim.ema_decay=0.9",), (), {}, ["the average starts with the weights as they are now"]),
+        (("optim.ema_decay=0.9",), ("optim.ema_decay=0.9",), {"has_ema": True}, []),
+        ((), ("optim.ema_decay=0.9",), {"has_ema": True}, ["the average of the weights that the checkpoint has ends here"]),
+    ],
+)  # fmt: skip
+def test_what_a_checkpoint_has_that_the_run_has_not_and_the_other_way_round_is_told(new, old, meta, facts):
+    found = between(*new, old=old, **meta).facts
+    assert len(found) == len(facts) and all(words in text for words, text in zip(facts, found, strict=True))
+
+
 @pytest.mark.slow
 def test_the_same_settings_say_nothing():
     assert between().notes() == [] and between().settings == {}

@@ -117,3 +117,6 @@ def test_a_ramp_may_begin_with_a_micro_batch_a_rank_and_the_nearest_batch_is_off
         with pytest.raises(UserError) as caught:
             compose("parallel.dp=3", "micro_batch_size=4", f"batch_size={batch}")
         assert caught.value.cure.startswith(f"take batch_size={near}")
+    with pytest.raises(UserError) as caught:
+        compose("parallel.dp=5", "micro_batch_size=1", "batch_size=12")
+    assert caught.value.cure.endswith("parallel.dp=4 or 6, which 12 sequences divide among")

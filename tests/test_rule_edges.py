@@ -86,6 +86,8 @@ EDGES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
      {"optim.batch_ramp_start": 32, "optim.batch_ramp_steps": 2, "optim.batch_ramp_increment": 16}),
     ("optim.batch_ramp_start", {"parallel.dp": 2, "micro_batch_size": 4, "optim.batch_ramp_start": 8, "optim.batch_ramp_steps": 2, "optim.batch_ramp_increment": 8},
      {"parallel.dp": 2, "micro_batch_size": 4, "optim.batch_ramp_start": 4, "optim.batch_ramp_steps": 2, "optim.batch_ramp_increment": 4}),
+    ("parallel.uneven", {"parallel.dp": 4, "parallel.uneven": True, "batch_size": 18, "micro_batch_size": 2, "parallel.zero": 2},
+     {"parallel.dp": 4, "parallel.uneven": True, "batch_size": 18, "micro_batch_size": 2, "parallel.zero": 3}),
     ("adapter", LORA, LORA | {"adapter.name": AdapterKind.none}),
     ("adapter.path", {"adapter.path": "a", "mode": Mode.evaluate}, {"adapter.path": "a"}),
     ("adapter.path", {"adapter.path": "a", "mode": Mode.export, "export.to": "b", "export.merge": True}, {"adapter.path": "a", "mode": Mode.export, "export.to": "b"}),
