@@ -7,7 +7,7 @@ import pytest
 from conf.errors import UserError
 from conf.pipeline_schedules import SCHEDULES, ActionSeconds
 from parallel.pipeline.orders import Action, schedule_actions
-from parallel.pipeline.simulate import simulate
+from parallel.pipeline.simulate import simulate, stages_ahead, what_runs
 from parallel.pipeline.split import check_schedule
 
 ORDERS = [("1f1b", 1), ("interleaved", 2), ("interleaved", 3), ("interleaved", 4), ("zbv", 2), ("dualpipev", 2)]
@@ -17,6 +17,24 @@ ORDERS = [("1f1b", 1), ("interleaved", 2), ("interleaved", 3), ("interleaved", 4
 def _durations(forward: float, inputs: float, weights: float, pair: float):
     seconds = {"F": forward, "B": inputs + weights, "I": inputs, "W": weights, "FB": pair}
     return lambda action: seconds[action.kind]
+
+
+@pytest.mark.parametrize(
+    ("stage", "one_piece", "runs"),
+    [(2, False, ("I", "W")), (0, False, ("", "B")), (2, True, ("B", "")), (0, True, ("B", ""))],
+)
+def test_halves_of_a_backward_run_where_there_are_two(stage, one_piece, runs):
+    """The first stage has no gradient to send, and does all in the second half; what cannot be split is done in the first."""
+    assert tuple(what_runs(Action(kind, stage, 0), one_piece) for kind in "IW") == runs
+    assert [what_runs(Action(kind, stage, 0), one_piece) for kind in "FB"] == ["F", "B"]
+
+
+def test_a_reduction_goes_ahead_behind_the_last_backward_of_a_stage():
+    """Of the stages 0 and 3 of a rank the one that ends first, and with which action."""
+    order = [("F", 0), ("F", 3), ("I", 3), ("I", 0), ("W", 3), ("W", 0)]
+    actions = [Action(kind, stage, 0) for kind, stage in order]
+    assert stages_ahead(actions) == {3: 4} and stages_ahead(actions, one_piece=3) == {3: 2}
+    assert stages_ahead(actions[::2]) == {}
 
 
 @pytest.mark.parametrize(("name", "each"), ORDERS)
