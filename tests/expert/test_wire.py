@@ -53,6 +53,11 @@ def test_scale_turns_at_448(power, ulps):
     assert scale.item() == 2.0 ** (power + (ulps > 0))
 
 
+@pytest.mark.parametrize(("width", "size"), [(1, 4), (3, 4), (4, 8), (128, 132), (130, 132), (256, 260), (7168, 7224)])
+def test_a_row_has_a_byte_for_each_value_and_each_scale_in_whole_words(width, size):
+    assert Fp8Wire().row_bytes(width, torch.bfloat16) == size
+
+
 def test_error_is_half_a_unit_of_three_mantissa_bits():
     x_RD = rows(256, 256)
     decoded = Fp8Wire().decode(Fp8Wire().encode(x_RD), 256, torch.float32)
