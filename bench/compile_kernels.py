@@ -267,6 +267,8 @@ def products_of() -> dict[str, Callable]:
         "wgrad of experts": lambda: products.wgrad(*wgrad, sums, False, ends),
         "wgrad of experts in bf16": lambda: products.wgrad(*wgrad, rounded, False, ends),
         "wgrad of experts, added": lambda: products.wgrad(*wgrad, sums, True, ends),
+        "wgrad of experts, specialized": lambda: specialized.wgrad(*wgrad, sums, False, ends),
+        "wgrad of experts, specialized, added": lambda: specialized.wgrad(*wgrad, sums, True, ends),
         "wgrad, added": lambda: products.wgrad(*wgrad, sums[:1], True),
     }
 

@@ -198,12 +198,13 @@ def show(free: Constants) -> None:
 def show_ours(free: Constants, loops: dict[str, ProductLoop]) -> None:
     """The estimates of our kernels, and of such that would take turns."""
     print(
-        f"\n{'ours, estimated % of peak':33}{'groups, m, n, k':24}{'tile':>9}{'step':>6}{'waits':>7}{'never':>7}{'in turns':>10}"
+        f"\n{'ours, estimated % of peak':38}{'groups, m, n, k':24}{'tile':>9}{'step':>6}{'waits':>7}{'never':>7}{'in turns':>10}"
     )
     for shapes, dense, grouped in (
         (SHAPES, "product", "product of experts"),
         (SHAPES[4:], "", "product of experts, specialized"),
         (WGRAD, "wgrad, added", "wgrad of experts, added"),
+        (WGRAD[4:], "", "wgrad of experts, specialized, added"),
     ):  # fmt: skip
         for sizes in shapes:
             name = dense if sizes.groups == 1 else grouped
@@ -214,7 +215,7 @@ def show_ours(free: Constants, loops: dict[str, ProductLoop]) -> None:
             )  # fmt: skip
             cells = "".join(f"{1e14 * rate / PEAK:{width}.0f}" for rate, width in zip(columns, (7, 7, 10), strict=True))
             tile = f"{loop.rows}x{loop.columns}"
-            print(f"{name:33}{', '.join(map(str, sizes)):24}{tile:>9}{loop.instructions:6}{cells}")
+            print(f"{name:38}{', '.join(map(str, sizes)):24}{tile:>9}{loop.instructions:6}{cells}")
 
 
 def main() -> None:

@@ -603,8 +603,8 @@ class Fp8:
     AVX2 for products; false: torch's own operations, slower. Casts are the same bits, products the same but for the
     order of sums."""
     backend: Fp8Backend = Fp8Backend.triton
-    """On a GPU, products of experts and those added to a gradient. triton: our own kernels, with no other package; specialized: the same, with one for
-    the rows of experts in which a warp loads while two warpgroups multiply, a try; deepgemm: DeepGEMM's, which runs with torch 2.11 alone
+    """On a GPU, products of experts and those added to a gradient. triton: our own kernels, with no other package; specialized: the same, but
+    those of experts load by one warp while two warpgroups multiply, a try; deepgemm: DeepGEMM's, which runs with torch 2.11 alone
     and compiles them with nvcc (the extra [fp8])."""
     hold_weights: bool = expert(False)
     """Cast weights once a step and hold the casts to the end of its last backward, which takes two bytes a weight more on a GPU; false: cast them again in

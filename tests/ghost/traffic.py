@@ -22,7 +22,13 @@ from parallel.expert.quantized_rows import QuantizedRows
 PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "_grouped_mm", "_scaled_mm", "_scaled_mm_v2", "_scaled_grouped_mm_v2")
 WRITTEN_OVER = {"_heads_kernel": 0}
 """The tensor, by its place, that a kernel of Triton reads and writes."""
-TRITON_PRODUCTS = ("_product_kernel", "_grouped_specialized_kernel", "_wgrad_kernel", "_gradient_kernel")
+TRITON_PRODUCTS = (
+    "_product_kernel",
+    "_grouped_specialized_kernel",
+    "_wgrad_kernel",
+    "_grouped_wgrad_specialized_kernel",
+    "_gradient_kernel",
+)
 ATTENTION = "_scaled_dot_product", "_efficient_attention"
 ONLY_WRITTEN = (
     "zero_",

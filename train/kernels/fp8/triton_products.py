@@ -109,6 +109,18 @@ def _product_kernel(
         tl.store(out + 128, beside.to(out_ptr.dtype.element_ty), mask=real)
 
 
+@triton.jit
+def store_sums(acc, out_ptr, expert, m, n, height_out, width_out, added: constexpr):
+    """Tile (m, n) of an expert's matrix. added: to what is there."""
+    row, column = m * 128 + tl.arange(0, 128), n * 128 + tl.arange(0, 128)
+    matrix = out_ptr + expert.to(tl.int64) * height_out * width_out
+    out = matrix + row[:, None].to(tl.int64) * width_out + column[None, :]
+    real = (row[:, None] < height_out) & (column[None, :] < width_out)
+    if added:
+        acc += tl.load(out, mask=real)
+    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=real)
+
+
 @quick
 @triton.jit(repr=partial(_named, "wgrad"))
 def _wgrad_kernel(
@@ -138,13 +150,7 @@ def _wgrad_kernel(
         acc += tl.dot(tl.load(left + place), tl.load(right + place).T) * scale
         left, right = left + 128, right + 128
         left_scale, right_scale = left_scale + height, right_scale + width
-    row, column = m * 128 + inside, n * 128 + inside
-    matrix = out_ptr + expert.to(tl.int64) * height_out * width_out
-    out = matrix + row[:, None].to(tl.int64) * width_out + column[None, :]
-    real = (row[:, None] < height_out) & (column[None, :] < width_out)
-    if added:
-        acc += tl.load(out, mask=real)
-    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=real)
+    store_sums(acc, out_ptr, expert, m, n, height_out, width_out, added)
 
 
 def product(
@@ -183,6 +189,17 @@ def check_product(left_RC: Tensor, left_scale: Tensor, right_ENC: Tensor, right_
     assert right_scale.is_contiguous() and out_RN.is_contiguous() and out_RN.shape[0] <= rows
 
 
+def check_wgrad(
+    left_OP: Tensor, left_scale: Tensor, right_NP: Tensor, right_scale: Tensor, out_EON: Tensor, added: bool
+) -> tuple[int, int, int]:
+    """Padded height and width of the result, and columns. Fails for operands of `wgrad` that lie otherwise than its kernels read them."""
+    (height, columns), (width, others) = _whole(left_OP), _whole(right_NP)
+    assert others == columns and out_EON.is_contiguous()
+    assert _by_column(left_scale) and _by_column(right_scale)
+    assert out_EON.dtype == torch.float32 or not added, "sums are fp32"
+    return height, width, columns
+
+
 def tiles_at_once(tiles_m: int, right_ENC: Tensor, out_RN: Tensor) -> int:
     """Neighbours that a program takes, 1 or 2. tiles_m: of rows."""
     experts, width, contraction = right_ENC.shape
@@ -200,11 +217,9 @@ def wgrad(
     Scales (O or N, P / 128), stored column by column.  out_EON may leave out the last rows and columns.  ends_E: as in
     `product`, of rows that take whole tiles of columns here; without, all columns are one expert's.
     """
-    (height, columns), width, (experts, height_out, width_out) = _whole(left_OP), _whole(right_NP)[0], out_EON.shape
-    assert right_NP.shape[1] == columns and out_EON.is_contiguous()
-    assert _by_column(left_scale) and _by_column(right_scale)
+    height, width, columns = check_wgrad(left_OP, left_scale, right_NP, right_scale, out_EON, added)
+    experts, height_out, width_out = out_EON.shape
     assert experts == 1 or ends_E is not None, "several experts have ends"
-    assert out_EON.dtype == torch.float32 or not added, "sums are fp32"
     if out_EON.numel():
         slots = max(LANES, power_of_2_from(experts))
         with_options(_wgrad_kernel[(height // TILE * (width // TILE), experts)], num_warps=WARPS, num_stages=STAGES)(

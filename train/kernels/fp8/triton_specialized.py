@@ -1,13 +1,14 @@
-"""Products of the rows of experts as a Triton kernel whose warps have two tasks: some load tiles of operands, the others multiply them.
+"""Products of experts as Triton kernels whose warps have two tasks: some load tiles of operands, the others multiply them.
 
-The arithmetic, and so every bit, is that of `product` of train/kernels/fp8/triton_products.py, whose warps wait for what they loaded and for each
-other. Here a warp loads through descriptors (TMA) as fast as there is room, and two warpgroups multiply at their own pace (`warp_specialize`). A
-model says 55 to 64 % of peak for 29 to 61 % (train/docs/fp8_kernels.md); no card has run it, so a recipe asks for it: `precision.fp8.backend=specialized`.
+The arithmetic, and so every bit, is that of train/kernels/fp8/triton_products.py, whose warps wait for what they loaded and for each other. Here a
+warp loads through descriptors (TMA) as fast as there is room, and two warpgroups multiply at their own pace (`warp_specialize`). What a model makes of it stands in
+train/docs/fp8_kernels.md; no card has run it, so a recipe asks for it: `precision.fp8.backend=specialized`.
 
 Triton lowers this only where no program returns early and an expert's rows are not searched for in the kernel. So another kernel writes them down first, one
-entry a tile; a tile beyond the last expert's has no rows and no steps.
+entry a tile of rows, or an expert in Wgrad; a tile beyond the last expert's has no rows and no steps.
 
-The module needs triton and is imported only where its kernels run.  Shape suffixes: C contraction, E experts, N outer, R rows, M tiles of rows.
+The module needs triton and is imported only where its kernels run.  Shape suffixes: O, N outer, C contraction, R rows, M tiles of rows,
+P columns of whole tiles, E experts.
 """
 
 import torch
@@ -18,8 +19,15 @@ from torch import Tensor
 from parallel.triton_types import constexpr, power_of_2_from, quick, with_options
 from train.kernels.fp8.formats import TILE
 from train.kernels.fp8.groups import most_tiles
-from train.kernels.fp8.triton_products import BAND, check_product, tile_of_program, tiles_at_once
-from train.kernels.fp8.triton_quantize import rows_of_tile
+from train.kernels.fp8.triton_products import (
+    BAND,
+    check_product,
+    check_wgrad,
+    store_sums,
+    tile_of_program,
+    tiles_at_once,
+)
+from train.kernels.fp8.triton_quantize import rows_of_tile, tiles_of_experts
 
 WARPGROUP = 4
 """Warps, which `warp_specialize` makes two of beside the warp that loads."""
@@ -81,6 +89,34 @@ def _grouped_specialized_kernel(
         tl.store(out + 128, beside.to(out_ptr.dtype.element_ty), mask=real)
 
 
+@quick
+@triton.jit
+def _tiles_of_experts_kernel(ends_ptr, place_ptr, experts: constexpr, slots: constexpr):
+    """Writes down, of each expert, the first of its tiles of columns, and how many there are."""
+    slot = tl.arange(0, slots)
+    _, tiles = tiles_of_experts(ends_ptr, experts, slots)
+    tl.store(place_ptr + 2 * slot, tl.cumsum(tiles, axis=0) - tiles, mask=slot < experts)
+    tl.store(place_ptr + 2 * slot + 1, tiles, mask=slot < experts)
+
+
+@quick
+@triton.jit
+def _grouped_wgrad_specialized_kernel(
+    left_ptr, left_scale_ptr, right_ptr, right_scale_ptr, out_ptr, place_ptr,
+    height, width, columns, height_out, width_out, added: constexpr, band: constexpr,
+):  # fmt: skip
+    m, n = tile_of_program(tl.program_id(0), height // 128, width // 128, band)
+    expert, inside = tl.program_id(1), tl.arange(0, 128)
+    start, count = tl.load(place_ptr + 2 * expert), tl.load(place_ptr + 2 * expert + 1)
+    left, right = _tiles_of(left_ptr, height, columns), _tiles_of(right_ptr, width, columns)
+    left_scales, right_scales = left_scale_ptr + m * 128 + inside, right_scale_ptr + n * 128 + inside
+    acc = tl.zeros((128, 128), tl.float32)
+    for k in tl.range(start, start + count, warp_specialize=True):
+        scale = tl.load(left_scales + k * height)[:, None] * tl.load(right_scales + k * width)[None, :]
+        acc += tl.dot(left.load([m * 128, k * 128]), right.load([n * 128, k * 128]).T) * scale
+    store_sums(acc, out_ptr, expert, m, n, height_out, width_out, added)
+
+
 def product(
     left_RC: Tensor,
     left_scale: Tensor,
@@ -104,6 +140,24 @@ def product(
             tiles_m, rows, width, contraction // TILE, experts, width_out, BAND, tiles,
         )  # fmt: skip
     return out_RN
+
+
+def wgrad(
+    left_OP: Tensor, left_scale: Tensor, right_NP: Tensor, right_scale: Tensor, out_EON: Tensor, added: bool, ends_E: Tensor
+) -> Tensor:  # fmt: skip
+    """out_EON filled with left @ right^T over the columns of each expert, or that added to it; arguments are those of `wgrad` in triton_products.py."""
+    height, width, columns = check_wgrad(left_OP, left_scale, right_NP, right_scale, out_EON, added)
+    experts, height_out, width_out = out_EON.shape
+    if out_EON.numel():
+        place_E2 = ends_E.new_empty(experts, 2)
+        _tiles_of_experts_kernel[(1,)](ends_E, place_E2, experts, power_of_2_from(experts))
+        triton.set_allocator(_scratch)
+        grid = (height // TILE * (width // TILE), experts)
+        with_options(_grouped_wgrad_specialized_kernel[grid], num_warps=WARPGROUP, num_stages=STAGES_BY_TILES[1])(
+            left_OP, left_scale, right_NP, right_scale, out_EON, place_E2,
+            height, width, columns, height_out, width_out, added, BAND,
+        )  # fmt: skip
+    return out_EON
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
