@@ -326,13 +326,15 @@ def test_a_step_of_a_smaller_layout_may_take_longer_than_those_before():
     assert world.starts[-1].placement.dp == 2 and len(world.notes("failure")) == 1
 
 
-def test_a_rank_that_hangs_in_the_checkpoint_of_a_stop_ends_it_long_before_its_time():
-    world = World()
+@pytest.mark.parametrize(("every", "code"), [(5, EXIT_STOPPED), (1000, EXIT_CRASH)])
+def test_a_rank_that_hangs_in_the_checkpoint_of_a_stop_ends_it_long_before_its_time(every, code):
+    """Stopped as was asked for is a run that can go on from a checkpoint alone."""
+    world = World(every=every)
     world.run(7)
     world.hung = {1}
     world.tell(m.StopAsked("SIGTERM"))
     world.run(30)
-    assert world.finish is not None and world.finish.code == EXIT_STOPPED
+    assert world.finish is not None and world.finish.code == code
     assert last_failure(world).fields["cause"] == "hang" and last_failure(world).fields["ranks"] == [1]
 
 

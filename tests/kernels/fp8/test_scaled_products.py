@@ -16,7 +16,7 @@ from train.kernels.fp8.compiled_casts import CompiledCasts, load_casts
 from train.kernels.fp8.compiled_engine import CompiledEngine
 from train.kernels.fp8.formats import E4M3, E5M2, TILE, WHOLE_SIDE, Cast
 from train.kernels.fp8.fp8 import Fp8Precision, cpu_engine
-from train.kernels.fp8.groups import PaddedGroups
+from train.kernels.fp8.groups import PaddedGroups, most_tiles
 from train.kernels.fp8.products import CpuEngine, Source
 from train.kernels.fp8.quantize import dequantize_reference, quantize_reference
 
@@ -255,3 +255,9 @@ def test_plans_allocate_what_runs_do(packed):
 
 def _parts(source: Source) -> tuple[Tensor, ...]:
     return (source,) if isinstance(source, Tensor) else (source.q, source.scale)
+
+
+def test_so_many_rows_take_as_many_tiles_as_there_are_experts_to_begin_one():
+    """One row of an expert is a tile, and so are 128."""
+    counts = [(0, 4), (1, 4), (3, 4), (5, 4), (128, 1), (129, 1), (130, 2), (258, 3)]
+    assert [most_tiles(rows, experts) for rows, experts in counts] == [0, 1, 3, 4, 1, 2, 3, 4]
