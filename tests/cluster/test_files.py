@@ -22,7 +22,7 @@ from conf.schema import ROOT
 FILES = ROOT / "cluster" / "files"
 STAND_INS = {
     "srun": 'echo "$@" > "$CALLS/srun"; while [ "$1" != "--" ]; do shift; done; shift; exec "$@"',
-    "scontrol": 'echo "$@" >> "$CALLS/scontrol"; [ "$1" != show ] || printf "localhost\\nlocalhost2\\n"',
+    "scontrol": 'echo "$@" >> "$CALLS/scontrol"; [ "$2" != hostnames ] || printf "localhost\\nlocalhost2\\n"; [ "$2" != job ] || echo "JobId=77 JobState=RUNNING Reason=None"',
     "python": """
         env > "$CALLS/environment"; echo "$@" > "$CALLS/python"
         trap 'echo saved > "$CALLS/saved"; exit 75' TERM
