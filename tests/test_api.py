@@ -97,7 +97,6 @@ def test_an_own_loop_makes_the_steps_of_a_run(trained, tmp_path):
         sluice.train_step(model, optimizer, tokens, config, config.steps + 1)
 
 
-@pytest.mark.slow
 def test_a_built_model_starts_where_a_run_starts(trained, tmp_path):
     config = sluice.compose(*arguments(tmp_path))
     torch = pytest.importorskip("torch")
@@ -112,7 +111,6 @@ def test_a_built_model_starts_where_a_run_starts(trained, tmp_path):
     assert abs(first - math.log(config.model.vocab_size)) < 0.1
 
 
-@pytest.mark.slow
 def test_bad_settings_are_refused_before_anything_starts(tmp_path):
     with pytest.raises(UserError) as caught:
         sluice.compose("batch_size=15", "parallel.dp=2")

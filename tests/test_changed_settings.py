@@ -55,13 +55,11 @@ def test_the_same_settings_say_nothing():
     assert between().notes() == [] and between().settings == {}
 
 
-@pytest.mark.slow
 def test_what_cannot_change_the_training_is_not_told():
     elsewhere = ("name=b", "runs=/elsewhere", "checkpoint.every=7", "log.validate_every=3", "cluster.timeout=9")
     assert between(*elsewhere, "mode=train", "resume=never", "data.workers=3").settings == {}
 
 
-@pytest.mark.slow
 def test_old_and_new_are_told_by_group():
     found = between(
         "optim.lr=0.1", "steps=400", "batch_size=32", "parallel.dp=2", "micro_batch_size=8", old=("optim.lr=0.2",)
@@ -76,7 +74,6 @@ def test_old_and_new_are_told_by_group():
     assert found.plain()["changed"]["optim.lr"] == [0.2, 0.1] and found.known
 
 
-@pytest.mark.slow
 def test_phases_of_a_schedule_are_told_one_by_one():
     new = "optim.lr_schedule=[{until:0.5,value:1.0},{until:1.0,value:0.1,shape:cosine}]"
     old = "optim.lr_schedule=[{until:1.0,value:0.5}]"
@@ -105,7 +102,6 @@ def test_long_values_stand_below_each_other_and_show_where_they_differ():
     assert "/x/end (4006 characters)" in text and "/y/end (4006 characters)" in text and len(text) < 600
 
 
-@pytest.mark.slow
 def test_a_setting_that_the_older_program_did_not_have_counts_as_its_default():
     stored = settings_of(compose("conf=tiny"))
     del stored["optim"]["clip"], stored["parallel"]["wire"]

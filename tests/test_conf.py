@@ -23,7 +23,6 @@ def test_every_recipe_composes_and_survives_the_file(recipe, tmp_path):
     assert read_config(str(tmp_path / "config.yaml")) == config
 
 
-@pytest.mark.slow
 def test_threads_may_compose_at_once():
     with ThreadPoolExecutor(4) as threads:
         found = list(threads.map(lambda seed: compose("conf=tiny", f"seed={seed}").seed, range(8)))
@@ -198,7 +197,6 @@ def test_check_accepts_a_config_object():
     check(compose())
 
 
-@pytest.mark.slow
 def test_a_group_may_count_by_another_number_of_experts_than_its_share():
     assert compose().model.resolved_group_top_k == 2 and compose().model.resolved_latent_norm_eps == 1e-6
     model = compose("model.top_k=5", "model.group_top_k=2", "model.norm_eps=1e-5", "model.latent_norm_eps=1e-6").model

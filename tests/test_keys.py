@@ -52,7 +52,6 @@ def test_help_shows_every_key_in_its_section(expert):
             assert key.meaning in line and all(choice in line for choice in key.choices), line
 
 
-@pytest.mark.slow
 def test_help_and_the_page_keep_what_hardly_anyone_sets_apart():
     rare = {key.path for key in KEYS if key.expert}
     assert len(rare) > 75 and {"cluster.standby", "precision.fp8.dense.fprop.weight", "log.wandb_tags"} <= rare
@@ -80,7 +79,6 @@ def test_help_names_modes_recipes_groups_sections_and_examples():
         assert words in said
 
 
-@pytest.mark.slow
 def test_help_shows_the_values_of_the_recipe_that_is_named():
     assert " 0.002 " in screen("--help", "optim.lr")[1]
     assert " 0.00022 " in screen("--help", "optim.lr", "conf=deepseek_v3")[1]
@@ -90,7 +88,6 @@ def test_help_shows_the_values_of_the_recipe_that_is_named():
     assert "\x1b[36m" in screen("--help", "optim", terminal=True)[1]
 
 
-@pytest.mark.slow
 def test_help_shows_the_values_of_a_recipe_of_ones_own(tmp_path):
     (tmp_path / "conf").mkdir()
     (tmp_path / "conf" / "mine.yaml").write_text("# @package _global_\ndefaults: [tiny, _self_]\nsteps: 77\n")
@@ -108,13 +105,11 @@ def test_help_for_what_is_not_there_says_what_is_near(words, cure, capsys):
     assert cure in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_the_command_itself_shows_help(tmp_path):
     done = run_module("train", ["--help", "parallel"], ROOT, environment())
     assert done.returncode == EXIT_OK and "parallel.dp" in done.stdout, done.stderr
 
 
-@pytest.mark.slow
 def test_a_key_takes_its_choices_and_no_other_word():
     values = compose_node("precision=fp8")
     keys = [key for key in KEYS if key.type == "word" and "[]" not in key.path]

@@ -60,7 +60,6 @@ def test_the_file_of_a_run_holds_the_number(tmp_path):
     assert read_config(str(tmp_path / "config.yaml")).micro_batch_size == 8
 
 
-@pytest.mark.slow
 def test_a_mode_that_looks_at_a_run_keeps_its_size_where_its_own_layout_takes_it(tmp_path):
     (tmp_path / "old").mkdir()
     write_config(compose("name=old", "micro_batch_size=8"), str(tmp_path / "old" / "config.yaml"))

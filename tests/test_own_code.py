@@ -268,7 +268,6 @@ def test_samples_follow_one_another_and_do_not_depend_on_how_they_are_asked_for(
     assert torch.equal(data.batch(2, 1).tokens_BS, at_once[2:3]), "backwards too"
 
 
-@pytest.mark.slow
 def test_held_out_documents_are_not_trained_on(written):
     documents = stream(written, 7)._documents
     held = documents.held_out(1000)

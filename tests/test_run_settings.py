@@ -64,7 +64,6 @@ def test_training_and_an_explicit_recipe_take_the_recipe_alone(runs):
     assert compose("mode=evaluate", "name=none", f"runs={runs}").model.layers == 4
 
 
-@pytest.mark.slow
 def test_rules_hold_for_what_comes_together(runs):
     with pytest.raises(UserError) as caught:
         compose("mode=evaluate", "name=old", f"runs={runs}", "seq_len=100000")
@@ -178,7 +177,6 @@ def test_definitions_of_tasks_which_are_code_are_named_by_the_user_alone(runs):
     assert compose("mode=generate", "name=old", f"runs={runs}").evaluate.tasks == ["mine"]
 
 
-@pytest.mark.slow
 def test_a_recipe_of_one_s_own_may_read_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("SECRET", SECRET)
     assert compose("log.wandb_notes=${oc.env:SECRET}").log.wandb_notes == SECRET
@@ -231,7 +229,6 @@ def test_a_run_that_is_written_from_needs_trust_for_its_router_alone(runs, monke
         compose("mode=generate", "name=old", f"runs={runs}")
 
 
-@pytest.mark.slow
 def test_training_takes_no_code_from_a_run(runs, monkeypatch):
     monkeypatch.chdir(runs)
     mark = name_code(runs)

@@ -112,7 +112,6 @@ def test_no_other_user_can_open_a_lock_file(tmp_path, make):
     assert make(tmp_path) == lock and lock.stat().st_mode & 0o777 == 0o660
 
 
-@pytest.mark.slow
 def test_a_lock_is_not_said_to_be_held_by_a_process_that_has_ended(tmp_path):
     RunFolder(config(tmp_path)).close()
     lock = tmp_path / "a" / ".lock"
@@ -125,7 +124,6 @@ def test_a_lock_is_not_said_to_be_held_by_a_process_that_has_ended(tmp_path):
             RunFolder(config(tmp_path))
 
 
-@pytest.mark.slow
 def test_child_processes_do_not_inherit_the_lock(tmp_path):
     folder = RunFolder(config(tmp_path))
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
@@ -134,7 +132,6 @@ def test_child_processes_do_not_inherit_the_lock(tmp_path):
     child.communicate(b"\n")
 
 
-@pytest.mark.slow
 def test_the_folder_holds_the_configuration(tmp_path):
     written = config(tmp_path, "seed=5", "conf=deepseek_v3_16b", "data=stdlib")
     with RunFolder(written) as folder:
@@ -163,7 +160,6 @@ def test_a_file_in_the_way_is_named(tmp_path):
         RunFolder(config(tmp_path))
 
 
-@pytest.mark.slow
 def test_disk_space_is_checked_for_all_that_will_be_kept(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10 * 10**9))
@@ -174,7 +170,6 @@ def test_disk_space_is_checked_for_all_that_will_be_kept(tmp_path, monkeypatch):
     RunFolder(config(tmp_path, "checkpoint.keep=3"), checkpoint_bytes=3 * 10**9).close()
 
 
-@pytest.mark.slow
 def test_never_refuses_a_run_with_checkpoints(tmp_path):
     never = config(tmp_path, "resume=never")
     with RunFolder(never):
@@ -198,7 +193,6 @@ def test_auto_takes_the_newest_intact_and_names_the_damaged(tmp_path):
         resume_point(auto, skip={found.path})
 
 
-@pytest.mark.slow
 def test_a_path_names_a_checkpoint_or_a_run(tmp_path):
     write_steps(tmp_path, 4, 8)
     run = tmp_path / "a"
@@ -215,7 +209,6 @@ def test_a_path_names_a_checkpoint_or_a_run(tmp_path):
             resume_point(compose(f"runs={tmp_path}", "name=b", f"resume={path}"))
 
 
-@pytest.mark.slow
 def test_a_refused_start_leaves_the_settings_of_the_run(tmp_path):
     """Other modes read the model of the checkpoints from config.yaml."""
     settings = tmp_path / "a" / "config.yaml"

@@ -75,7 +75,6 @@ def test_a_word_on_silence_waits_for_five_steps_and_three_seconds():
     assert patience.quiet_after() == 3 * 2.0, "three times the median, which one long step does not move"
 
 
-@pytest.mark.slow
 def test_ten_thousand_noisy_steps_are_no_hang():
     """Lognormal noise, now and then a step of three times as long, a batch that grows, checkpoints, validations, a machine that slept."""
     draw = random.Random(7)

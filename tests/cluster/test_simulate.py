@@ -71,7 +71,6 @@ def test_the_trace_is_that_of_its_page():
     assert len(found) == pytest.approx(100 * 256 * 8 * 24 * RATE_PER_DEVICE, rel=0.2)
 
 
-@pytest.mark.slow
 def test_faults_by_chance_cost_what_the_plan_says_of_them():
     """Against Daly's formula with the plan's terms: a difference of a tenth of what is lost."""
     config = compose(*SMALL, "checkpoint.every=50")
@@ -96,7 +95,6 @@ def test_the_command_has_json_whose_shares_add_up_and_refuses_what_the_trace_lac
     assert "the trace has 400 servers" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_memory_decides_how_small_an_expert_group_may_become():
     words = [*SMALL, "parallel.ep=8", "checkpoint.every_memory=20"]
     stays, smaller = (play_scenario(Scenario(words, "trace", 0, 349, least), PACE).effective for least in (None, 1))

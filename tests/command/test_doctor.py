@@ -69,7 +69,6 @@ def test_checkpoints_that_no_disk_holds_are_named(tmp_path):
     assert one.stops and "checkpoints of this recipe take" in one.state and "runs=FOLDER" in one.cure
 
 
-@pytest.mark.slow
 def test_a_gpu_that_is_asked_for_and_absent_stops_runs():
     torch = pytest.importorskip("torch")
     if torch.cuda.is_available():
@@ -88,7 +87,6 @@ def cards(monkeypatch) -> None:
     monkeypatch.setattr("train.kernels.fp8.installed.look_up_versions", lambda: GOOD)
 
 
-@pytest.mark.slow
 def test_a_gpu_without_a_c_compiler_is_not_ready(cards, monkeypatch):
     """Triton builds what starts its kernels with it, in bf16 too."""
     lines = {one.label: one for one in find_all(compose("cluster.device=cuda"))}
@@ -123,7 +121,6 @@ def test_a_gpu_and_its_fp8_products_have_a_line_each(cards, monkeypatch, change,
     assert ("sgl-deep-gemm is not installed" in fp8.state) == stops
 
 
-@pytest.mark.slow
 def test_wandb_says_whether_it_goes_online(monkeypatch):
     monkeypatch.setattr("train.metrics.wandb_sink.has_key", lambda wandb: True)
     assert "online at http" in found("W&B").state

@@ -76,7 +76,6 @@ def test_scripts_are_those_of_a_shell_and_hold_the_recipe(printed, tmp_path, kin
         assert f"# {folder} must be the same on every node: {keys}\n" in text
 
 
-@pytest.mark.slow
 def test_every_value_of_a_header_has_its_reason(printed):
     lines = printed("slurm").splitlines()
     values = {"--nodes=4": "32 ranks on nodes of 8 GPUs", "--gpus-per-node=8": "one for each rank", "--mem=0": "GiB"}
@@ -94,7 +93,6 @@ def test_kuberay_takes_the_filled_file(printed, schema):
     assert not [f"{list(error.path)}: {error.message}" for error in jsonschema.Draft7Validator(schema).iter_errors(job)]
 
 
-@pytest.mark.slow
 def test_the_job_of_kubernetes_has_nodes_devices_memory_mounts_and_a_queue(printed):
     text = printed("kuberay")
     assert "<--" not in text, "everything that is to be set is set"
@@ -115,7 +113,6 @@ def test_the_job_of_kubernetes_has_nodes_devices_memory_mounts_and_a_queue(print
     assert 8 * 12e9 + 40 * GIB < int(asked["limits"]["memory"].removesuffix("Gi")) * GIB < 8 * 30e9 + 40 * GIB
 
 
-@pytest.mark.slow
 def test_processors_take_no_gpus(printed):
     words = ["hardware=cpu", "hardware.devices_per_node=4", "name=v3", "parallel.dp=8", "runs=/shared/runs"]
     job = yaml.safe_load(printed("kuberay", *words))
@@ -127,7 +124,6 @@ def test_processors_take_no_gpus(printed):
     assert "accelerators" not in yaml.safe_load(printed("skypilot", *words))["resources"]
 
 
-@pytest.mark.slow
 def test_the_plan_of_a_recipe_stands_in_its_file(printed):
     words = ["hardware=h100", "conf=tiny", "name=v3", "steps=300", "parallel.dp=8", "runs=/shared/runs"]
     found = re.search(
@@ -248,7 +244,6 @@ def test_skypilot_reads_the_task(printed, tmp_path):
     assert subprocess.run([SKYPILOT, "-c", READ, str(file)], capture_output=True, cwd=tmp_path).returncode != 0
 
 
-@pytest.mark.slow
 def test_the_task_of_skypilot_starts_no_ray(printed):
     task = yaml.safe_load(printed("skypilot"))
     words = shlex.split(task["run"].replace("\\\n", ""))

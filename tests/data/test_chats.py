@@ -293,7 +293,6 @@ def write(folder: Path, tokenizer: Tokenizer, records: list[dict], source: str =
     ]  # fmt: skip
 
 
-@pytest.mark.slow
 def test_every_chat_is_in_one_sequence_of_an_epoch(tokenizer, tmp_path):
     """Whole, once, with its mask; the order is another one in the next epoch, and a sample follows from its number."""
     config = compose(*write(tmp_path, tokenizer, generated(60)))
@@ -326,7 +325,6 @@ def test_every_chat_is_in_one_sequence_of_an_epoch(tokenizer, tmp_path):
     assert batch.targets > 0 and held_out.text_bytes(batch) > 0
 
 
-@pytest.mark.slow
 def test_parquet_and_mixes(tokenizer, tmp_path):
     records = generated(40)
     overrides = write(tmp_path, tokenizer, records)
@@ -345,7 +343,6 @@ def test_parquet_and_mixes(tokenizer, tmp_path):
     assert [round(share * len(part.train)) > 0 for share, part in zip(counts.values(), corpus.parts, strict=True)]
 
 
-@pytest.mark.slow
 def test_chats_that_are_too_long_are_refused_cut_or_dropped_and_counted(tokenizer, tmp_path, capsys):
     records = generated(30)
     records[4]["messages"].append({"role": "assistant", "content": "five " * 200})
@@ -371,7 +368,6 @@ def test_best_fit_leaves_little_room_and_is_seeded():
     assert sequences == pack_chats(lengths_D, 256, seed=1) != pack_chats(lengths_D, 256, seed=2)
 
 
-@pytest.mark.slow
 def test_a_tokenizer_without_a_template_says_what_to_do(tokenizer, tmp_path):
     overrides = write(tmp_path, tokenizer, generated(5))
     (tmp_path / "chat_template.jinja").unlink()
@@ -384,7 +380,6 @@ def test_a_tokenizer_without_a_template_says_what_to_do(tokenizer, tmp_path):
     assert made.text.startswith(plain.prompt(chat(*QUESTION[:2]).messages[:1]))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "words"),
     [
@@ -403,7 +398,6 @@ def test_what_does_not_go_with_chats_is_refused(override, words):
         compose(*given)
 
 
-@pytest.mark.slow
 def test_keys_of_chats_without_chats_are_refused():
     with pytest.raises(UserError, match=r"data\.supervise"):
         compose("conf=tiny", "data.supervise=all")

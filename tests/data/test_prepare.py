@@ -424,7 +424,6 @@ def test_short_documents_are_left_out_and_those_held_out_stay_the_same(folder, c
         assert kept == list(zip(after.starts_D, after.lengths_D, strict=True)) and 0 < len(kept) < len(before)
 
 
-@pytest.mark.slow
 def test_a_length_that_leaves_no_document_is_refused_with_the_longest(folder, cache):
     with pytest.raises(UserError, match="the longest has") as caught:
         build_corpus(config_of(folder, cache, "data.min_tokens=100000"))

@@ -84,7 +84,6 @@ def test_the_parts_of_a_text_have_the_tokens_of_the_whole(trained, text):
     assert [id for part in parts for id in tokenizer.encode(part)] == tokenizer.encode(text)
 
 
-@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(UTF8)
 def test_parts_of_any_text_make_it_up(text):

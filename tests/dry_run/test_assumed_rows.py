@@ -98,7 +98,6 @@ def test_a_folder_that_does_not_fit(tmp_path, where):
     assert ("8 experts, and model.experts = 16" in raised.value.rule) == (where == "other")
 
 
-@pytest.mark.slow
 def test_routing_of_others_means_nothing_where_a_rank_has_all_experts():
     with pytest.raises(UserError, match=r"parallel\.ep = 1"):
         load_of(compose(*TINY, "dry_run.routing=skewed"), 0)

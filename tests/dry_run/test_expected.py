@@ -59,7 +59,6 @@ def test_a_rank_that_was_cut_speaks_for_all_its_layers(on_h100):
     assert plan_again(times, times.piece.actions, times.piece.update.seconds) == pytest.approx(times.job.step_seconds)
 
 
-@pytest.mark.slow
 def test_a_shrunken_rank_says_nothing_about_the_job(on_h100):
     piece = piece_of(*JOB, "dry_run.shrink=4")
     times = expect(piece, CPU)

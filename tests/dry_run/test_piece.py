@@ -49,7 +49,6 @@ def test_a_cpu_shrinks_a_large_model_and_says_so():
     assert "neither these bytes nor these seconds are those of the job" in text
 
 
-@pytest.mark.slow
 def test_dry_run_shrink_is_obeyed():
     piece = piece_of("dry_run.shrink=4")
     assert piece.shrink == 4 and piece.config.model.hidden == 64 and piece.config.seq_len == 64

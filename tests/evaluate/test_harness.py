@@ -160,7 +160,6 @@ def test_tasks_of_local_data_run_from_the_command_line(trained, harness, tmp_pat
     assert "cloze  acc" in done.stdout
 
 
-@pytest.mark.slow
 def test_unknown_tasks_and_lost_data_are_named(trained, harness, tmp_path):
     write_tasks(tmp_path)
     for task, words in (("cloz", "did you mean cloze"), ("copy", "cannot be loaded")):

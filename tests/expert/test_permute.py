@@ -29,7 +29,6 @@ def test_fan_out_spreads_by_target_and_collects_by_source(sizes):
     torch.testing.assert_close(collect(expected, fan), rows_SX * hits_SN.sum(1, keepdim=True), rtol=1e-6, atol=0)
 
 
-@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(SIZES)
 def test_sort_entries_is_stable_and_its_inverse_restores_order(sizes):

@@ -122,7 +122,6 @@ def test_command_line_are_named(trained, overrides, field, words):
     assert caught.value.field == field and words in caught.value.rule
 
 
-@pytest.mark.slow
 def test_a_checkpoint_without_drafters(trained, tmp_path):
     folder = hugging_face_folder(tmp_path)[0]
     with pytest.raises(UserError) as caught:

@@ -156,7 +156,6 @@ def test_a_mistake_does_not_end_a_conversation(folder, capfd, monkeypatch):
     assert err.count("error: generate.chat") == 1 and next(typed) == "not asked"
 
 
-@pytest.mark.slow
 def test_a_model_without_a_template_says_what_to_do(folder, tmp_path):
     for file in folder.iterdir():
         if file.name != "chat_template.jinja":

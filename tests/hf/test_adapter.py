@@ -258,7 +258,6 @@ def test_what_does_not_fit_is_refused(tmp_path):
         load_hf_model(base, adapter=str(tmp_path / "none"))
 
 
-@pytest.mark.slow
 def test_what_cannot_be_exported_is_refused(tmp_path):
     base = write_folder(tmp_path / "base", WHOLE, random_tensors(WHOLE, "fp32"))
     config, _ = adapter_run(tmp_path, WHOLE, base, ["q_up"])

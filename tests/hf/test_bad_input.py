@@ -266,7 +266,6 @@ def test_checkpoints_that_cannot_be_exported(tmp_path):
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
 
 
-@pytest.mark.slow
 def test_a_failure_on_the_way_leaves_nothing(tmp_path):
     base = checkpoint(tmp_path, MTP)
     data = next((tmp_path / "runs" / "a" / "checkpoints").glob("step_*/*.safetensors"))

@@ -127,7 +127,6 @@ def test_yarn_must_be_in_force_as_it_was(released):
         check_recipe(other, read_model(released), released)
 
 
-@pytest.mark.slow
 def test_what_null_means_is_compared_and_cured(tmp_path):
     """A recipe that says nothing of latents and of groups means norm_eps and its share: the cure makes it the folder's model."""
     theirs = Model(**(MODEL | {"top_k": 6, "experts": 16, "norm_eps": 1e-5}))

@@ -398,7 +398,6 @@ def test_a_params_file_that_makes_another_model_is_refused_by_name(tmp_path, nam
     assert caught.value.value == tmp_path / "params.json" and caught.value.cure
 
 
-@pytest.mark.slow
 def test_what_mistral_says_and_deepseek_cannot(tmp_path):
     write_json(tmp_path / "params.json", MISTRAL_LARGE_3)
     model = read_model(tmp_path)
@@ -415,7 +414,6 @@ def test_what_mistral_says_and_deepseek_cannot(tmp_path):
             compose("data=stdlib", change)
 
 
-@pytest.mark.slow
 @torch.no_grad()
 def test_an_export_under_names_that_cannot_hold_the_model_is_refused(tmp_path):
     write_miniature(tmp_path / "in", "mistral_large_3")

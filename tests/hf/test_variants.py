@@ -144,7 +144,6 @@ def test_older_spellings_of_positions_mean_the_same(tmp_path):
     assert unsaid.yarn.original_seq_len == 32  # as transformers takes it
 
 
-@pytest.mark.slow
 def test_every_way_in_passes_the_same_gate(tmp_path):
     """A run that starts from a folder, its evaluation and text from it: the same notes, and the same models refused."""
     plain = Model(**(MODEL | {"vocab_size": 320}))

@@ -126,7 +126,6 @@ def test_ranks_that_share_sequences_try_blocks_of_keys_with_both(cores, monkeypa
     ]
 
 
-@pytest.mark.slow
 def test_cudnn_is_left_out_where_bits_are_to_be_repeated(config, monkeypatch):
     monkeypatch.setattr(choice, "problem_of", lambda *given: None)
     assert type(choose_attention(config, CPU)[0]) is CudnnAttention

@@ -25,7 +25,6 @@ def card(tmp_path, monkeypatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
-@pytest.mark.slow
 def test_a_gpu_that_torch_cannot_use_is_no_silent_cpu(card, monkeypatch):
     with pytest.raises(
         UserError, match=r"cluster\.device = auto\n.*nvidia0, which torch cannot use: Torch not compiled"

@@ -67,7 +67,6 @@ def test_a_run_on_chats_keeps_its_best_checkpoint_and_its_routers(tmp_path):
     assert not torch.stack(biases).any()
 
 
-@pytest.mark.slow
 def test_epochs_become_steps(tmp_path):
     config = compose(*overrides(tmp_path, "epochs=2", "optim.warmup_steps=0"))
     once = with_steps(compose(*overrides(tmp_path, "epochs=1", "optim.warmup_steps=0")))

@@ -51,7 +51,6 @@ def test_a_run_and_a_sweep_of_one_name_both_have_their_page(tmp_path):
     assert [page.name for page in pages] == ["report.html", "sweep.html"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["none", "[a,none]"])
 def test_a_run_that_is_not_there_is_named(name, tmp_path):
     write_run(tmp_path / "a", 1)
@@ -64,7 +63,6 @@ def test_several_names_are_for_reports_alone():
         compose("name=[a,b]")
 
 
-@pytest.mark.slow
 def test_a_sweep_ends_with_a_table_of_its_jobs(tmp_path, monkeypatch, capsys):
     configs = [
         compose(f"optim.lr={rate}", "seed=5", f"name=rates/{job}", f"runs={tmp_path}")
@@ -105,7 +103,6 @@ def test_the_table_stands_also_where_a_job_is_refused(tmp_path, monkeypatch, cap
     assert "seeds/0  0" in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_a_table_fits_a_narrow_terminal(tmp_path):
     configs = [compose(f"seed={seed}", f"name=seeds/{seed}", f"runs={tmp_path}") for seed in (0, 1)]
     console = Console(width=60, force_terminal=True, color_system=None, record=True)

@@ -42,7 +42,6 @@ def test_units_are_those_of_the_table():
             assert {units[name] for name in names_of(panel)} == {panel.unit}, panel
 
 
-@pytest.mark.slow
 def test_there_is_a_heat_map_for_each_layer_with_experts():
     panels = sections(compose("conf=deepseek_v3", "data.path=/somewhere").model)["Load, layer by layer"]
     assert len(panels) == 58 + 1 and panels[0].metrics == ("layer_load/layers_3",)
@@ -59,7 +58,6 @@ def config(tmp_path, monkeypatch):
     return found
 
 
-@pytest.mark.slow
 def test_a_name_without_a_run_is_refused(config):
     with pytest.raises(UserError, match="must be a run"):
         build_dashboard(replace(config, name="laid_oot"))

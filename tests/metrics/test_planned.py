@@ -91,7 +91,6 @@ def test_no_plan_is_no_prediction(tmp_path):
     assert planned(compose(), tmp_path) == {}
 
 
-@pytest.mark.slow
 def test_step_time_is_predicted_for_this_very_device_only(planned_run, planned_here):
     config, folder = planned_run
     assert "step_predicted_seconds" not in planned(config, folder)

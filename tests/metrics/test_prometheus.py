@@ -37,7 +37,6 @@ def test_the_newest_step_is_told_and_nothing_else(tmp_path):
         again.bind(("", port))  # the port is free again
 
 
-@pytest.mark.slow
 def test_a_port_that_is_taken_is_an_error_before_the_start():
     with socket.create_server(("", 0)) as taken:
         port = taken.getsockname()[1]

@@ -119,7 +119,6 @@ def test_a_folder_without_steps_or_settings_still_gives_a_page(tmp_path):
     assert "No step has been recorded yet" in " ".join(outline(write_report(tmp_path)).text)
 
 
-@pytest.mark.slow
 def test_a_resumed_run_has_each_step_once(tmp_path):
     write_run(tmp_path, 20)
     resumed = JsonlSink(tmp_path / "metrics.jsonl", 12, print)
@@ -142,7 +141,6 @@ def test_what_the_user_wrote_is_escaped(tmp_path):
     assert evil not in page and page.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 4
 
 
-@pytest.mark.slow
 def test_the_newest_incident_stands_in_the_report(tmp_path):
     write_run(tmp_path, 2)
     (tmp_path / "logs").mkdir(exist_ok=True)

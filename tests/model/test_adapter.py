@@ -89,7 +89,6 @@ def test_blocks_give_what_a_base_that_was_rounded_to_them_gives(words):
             assert torch.equal(packed.get_parameter(name).grad, param.grad), name
 
 
-@pytest.mark.slow
 def test_pairs_are_what_their_product_added_to_the_weight_is():
     model = build(b=0.1)
     want, params = loss(model), dict(model.named_parameters())

@@ -53,7 +53,6 @@ def test_frozen_weights_have_no_third_product():
     assert head_flops(model) == 6 * head and head_flops(model, frozen=True) == 4 * head
 
 
-@pytest.mark.slow
 def test_models_of_moonshot_have_their_sizes():
     """Moonlight's report counts neither embedding nor head. That of Kimi K2 says 1.04T and 32.6B, without a formula."""
     moonlight, kimi = (count_parameters(recipe(name)) for name in ("moonlight_16b", "kimi_k2"))

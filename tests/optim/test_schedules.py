@@ -21,7 +21,6 @@ def plan_at(schedules, tokens):
     return schedules.plan(low + 1)
 
 
-@pytest.mark.slow
 def test_v3_run_is_14_8_trillion_tokens(v3):
     assert v3.samples[-1] * 4096 == pytest.approx(14.8e12, rel=1e-4)
     assert v3.samples[11766] * 4096 == pytest.approx(469e9, rel=1e-2)

@@ -119,7 +119,6 @@ def test_a_budget_of_tokens_is_met_to_the_token_and_failures_make_it_longer():
     assert longer.tokens == plan.budget.tokens
 
 
-@pytest.mark.slow
 def test_phases_add_up():
     plan = make_plan(compose(*SMALL, "plan.phases=[tiny]"))
     ((name, phase),) = later_phases(plan.config)

@@ -321,7 +321,6 @@ def test_devices_that_no_layout_divides_are_no_matter_of_memory(devices, near):
     assert near in caught.value.cure and "GiB" not in caught.value.rule
 
 
-@pytest.mark.slow
 def test_deep_ep_is_tried_whatever_the_recipe_has():
     base = compose("conf=deepseek_v3_16b", "data.path=none", "hardware=h100", "batch_size=64", "parallel=single")
     tried = {(dispatch, one.config.parallel.ep) for one in frames(base, 8) for dispatch, _ in one.ways}
@@ -410,7 +409,6 @@ def test_activations_wait_on_the_host_and_copies_that_take_longer_than_the_compu
     assert copies == slow.step.length(Action("B", 0, 0)) > here.step.length(Action("B", 0, 0))
 
 
-@pytest.mark.slow
 def test_a_step_has_the_interval_of_published_jobs_unless_its_rates_were_measured():
     step = plan_time(compose(*SMALL))
     least, most = step.interval_seconds
@@ -420,7 +418,6 @@ def test_a_step_has_the_interval_of_published_jobs_unless_its_rates_were_measure
     assert "MXFP8 kernels; FP8 is H800's, scaled" in plan_time(compose("conf=tiny", "hardware=b200")).rates
 
 
-@pytest.mark.slow
 def test_an_average_of_the_weights_lies_on_the_host_twice_in_fp32():
     plain, averaged = (make_plan(compose(*SMALL, *more)) for more in ([], ["optim.ema_decay=0.999"]))
     assert averaged.fullest.host_items["average"] == 2 * averaged.fullest.items["master"]

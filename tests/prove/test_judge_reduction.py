@@ -74,7 +74,6 @@ def judged_totals(total: torch.Tensor, name: str = "head.weight", batch_size: in
     return len(findings.differences)
 
 
-@pytest.mark.slow
 def test_a_total_over_micro_batches_that_was_kept_in_bf16_is_seen():
     parts = torch.randn(4, 500, generator=torch.Generator().manual_seed(0)).bfloat16()
     honest, kept = parts.float().sum(0), parts[0]

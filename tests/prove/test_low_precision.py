@@ -130,7 +130,6 @@ def test_tiles_along_the_rows_are_those_of_one_expert():
     assert not torch.equal(made, low.cast(NearNumbers(x), TILES, -2).x)
 
 
-@pytest.mark.slow
 def test_the_recipes_of_the_paper_are_read():
     rounding = low.read_rounding(compose(*SMALL, "data.path=none", "precision=fp8").precision)
     assert rounding.dense.fprop == (TILES, BLOCKS) and rounding.dense.kept == TILES and rounding.swiglu == TILES
@@ -152,7 +151,6 @@ def test_a_format_without_a_reference_is_refused(field, text):
         low.read_rounding(unknown)
 
 
-@pytest.mark.slow
 def test_a_proof_of_such_a_recipe_is_refused_before_anything_starts(tmp_path):
     config = compose(*SMALL, "data.path=none", "mode=prove", "precision=fp8", f"runs={tmp_path}", "name=x")
     unknown = replace(config.precision.fp8, cache=replace(config.precision.fp8.cache, swiglu="e5m6"))

@@ -139,7 +139,6 @@ def test_a_layout_that_fits_is_kept_with_its_experts():
     assert not any("parallel." in cut for cut in mini.cuts)
 
 
-@pytest.mark.slow
 def test_a_split_by_hand_keeps_its_empty_ends_and_its_unevenness():
     layout = ["parallel.pp=2", "parallel.schedule=zbv", "model.layers=12", "model.mtp_depth=1"]
     mini = shrink(recipe("tiny", *layout, "parallel.split=[0,6,4,2]"))

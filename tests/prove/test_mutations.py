@@ -67,7 +67,6 @@ def test_the_page_has_every_area_and_counts_its_bugs():
     }
 
 
-@pytest.mark.slow
 def test_generated_bugs_are_the_same_for_a_seed_and_find_what_they_change():
     names = draw(20, seed=1)
     assert [drawn_by_name(name).had for name in names] == [drawn_by_name(name).had for name in draw(20, seed=1)]

@@ -169,7 +169,6 @@ def test_a_wrong_update_is_found_at_every_rate(bug, lr):
     assert judge_updates(bug, lr).differences
 
 
-@pytest.mark.slow
 def test_moments_in_another_format_than_the_recipe_has_are_found():
     assert judge_updates(MomentsInBf16, RATES[2], "fp32").differences
 
@@ -197,7 +196,6 @@ def judge_a_skipped_step(spoil: Callable[[dict[str, Tensor], StepInfo], object])
     return findings
 
 
-@pytest.mark.slow
 def test_a_skipped_step_moves_nothing_but_the_position_in_the_data():
     assert judge_a_skipped_step(lambda after, info: None).differences == []
 

@@ -40,7 +40,6 @@ def test_what_was_written_and_is_replayed_gives_the_same(tmp_path, folder):
             assert other["logprobs"][1:] == pytest.approx(one["logprobs"][1:], abs=1e-6)
 
 
-@pytest.mark.slow
 def test_other_experts_give_what_transformers_gives_with_them(tmp_path, folder):
     """1e-5 on log-probabilities around 6, as without a replay."""
     draw, ids = torch.Generator().manual_seed(4), IDS[2]

@@ -79,7 +79,6 @@ def test_the_numbers_are_those_of_transformers(tmp_path, folder, capsys):
     assert "Scored 5 samples" in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_parquet_in_is_jsonl_in(tmp_path, folder):
     table = pyarrow.table({"tokens": [[3, 4, 5], [6, 7]], "reward": [0.5, 1.0]})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")

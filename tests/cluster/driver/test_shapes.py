@@ -91,7 +91,6 @@ def test_what_is_not_planned_keeps_its_ep(paper, tmp_path):
     assert below.ep == 64, "a plan by which the run itself does not fit is not believed"
 
 
-@pytest.mark.slow
 def test_shares_that_differ_are_taken_where_they_are_faster_and_zero_3_takes_none():
     shapes = shapes_of("parallel.dp=8", "batch_size=8")
     assert [(s.dp, s.micro_batches) for s in shapes.smaller] == [(4, 2), (5, 2), (6, 2), (7, 2), (3, 3), (2, 4), (1, 8)]
@@ -101,7 +100,6 @@ def test_shares_that_differ_are_taken_where_they_are_faster_and_zero_3_takes_non
     assert "needs equal shares with parallel.zero=3" in equal.why_not(shapes.smaller[4], nodes)
 
 
-@pytest.mark.slow
 def test_a_layout_that_no_shrinking_can_save_is_named_before_a_node_is_lost():
     world = World(nodes=2, words=("parallel.ep=2",))
     world.run(2)

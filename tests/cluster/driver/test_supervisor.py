@@ -39,7 +39,6 @@ def test_a_killed_rank_is_named_and_the_run_resumes_at_once():
     assert world.notes("recovered")[0].fields["steps_again"] < 5
 
 
-@pytest.mark.slow
 def test_a_lost_node_is_named_not_the_ranks_that_lost_their_peer():
     world = World(nodes=4)
     world.run(4)
@@ -52,7 +51,6 @@ def test_a_lost_node_is_named_not_the_ranks_that_lost_their_peer():
     assert world.finish.code == EXIT_OK
 
 
-@pytest.mark.slow
 def test_spares_come_first_and_a_smaller_layout_has_no_more_ranks_than_make_it_faster():
     world = World(nodes=9, words=("parallel.dp=8", "batch_size=8"), steps=100)
     world.run(4)
@@ -470,7 +468,6 @@ def test_a_node_that_was_held_up_has_its_time_to_say_why_its_ranks_failed():
     assert last_failure(world).fields["ranks"] == [1]
 
 
-@pytest.mark.slow
 def test_2048_ranks_cost_the_driver_little():
     world = World(
         nodes=256,

@@ -164,7 +164,6 @@ def test_the_model_takes_it_where_it_can_and_may():
     assert notes == []
 
 
-@pytest.mark.slow
 def test_a_run_says_why_it_goes_without(monkeypatch, tmp_path):
     monkeypatch.setattr(native, "has_avx2", lambda: False)
     monkeypatch.setattr(native, "why_absent", native.why_absent.__wrapped__)

@@ -155,7 +155,6 @@ def test_readings_measure_what_the_casts_lose():
     assert any("saturated" in warning for warning in report.warnings)
 
 
-@pytest.mark.slow
 def test_the_precision_section_chooses_the_products():
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp8", torch.bfloat16)):
         section = compose(f"precision={name}").precision

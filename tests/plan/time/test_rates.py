@@ -148,7 +148,6 @@ def test_what_cannot_be_planned_says_why(overrides, field):
     assert caught.value.field == field and caught.value.cure
 
 
-@pytest.mark.slow
 def test_the_rates_of_our_fp8_products_are_deep_gemms_and_a_published_ratio():
     """SGLang pull requests 5207 and 5820, 4096 rows: microseconds of DeepGEMM over those of a Triton kernel."""
     ratio = (293.120 / 562.688 + 37.632 / 68.672) / 2

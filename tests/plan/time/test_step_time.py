@@ -159,7 +159,6 @@ def test_matrices_that_are_made_orthogonal_are_those_of_the_rule():
         assert experts.largest == w1 and experts.flops == 3 * w1 * experts.elements / (3 * 128 * 256)
 
 
-@pytest.mark.slow
 def test_time_to_make_matrices_orthogonal():
     """One rank: the products alone. Two: half of them, or the way there and back where that takes longer."""
     plain, muon = (
