@@ -172,14 +172,12 @@ def our_loops() -> dict[str, ProductLoop]:
         result = 8 if "added" in name else 2
         blocks = min(65536 // (256 * binary.registers), (228 << 10) // (binary.shared + 1024))
         tiles, in_turns = binary.products["QGMMA"] // 4, "specialized" in name
-        if (
-            in_turns
-        ):  # each of two warpgroups multiplies its half of the rows by code of its own, which is counted twice
+        if in_turns:
+            # each of two warpgroups multiplies its half of the rows by code of its own, which is counted twice
             tiles, blocks = tiles // 2, 1
-        loop = ProductLoop(
+        found[name] = ProductLoop(
             128, 128 * tiles, binary.loop, blocks=blocks, waits=tiles, in_turns=in_turns, result_bytes=result
         )
-        found[name] = loop
     return found
 
 

@@ -12,7 +12,7 @@ A forward and a backward of one layer each, run together as dualpipev does: Deep
     deepep       the same with `parallel.dispatch=deepep`
     model        the routed products and those of Wgrad at the rates of bench/fp8_model.py, from kernels that never wait to such that
                  wait in every step: estimated; the others are lines of `now`
-    specialized  the latter with `precision.fp8.backend=specialized`
+    specialized  the same by the model for `precision.fp8.backend=specialized`
 
 Nothing here was measured on a device of ours.
 

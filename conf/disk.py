@@ -88,6 +88,8 @@ def cure_of_writing(error: OSError) -> str:
     """What a user can do about a file or a folder that cannot be written."""
     if error.errno in FULL:
         return "free space there"
+    if error.errno == errno.EISDIR:
+        return "remove or rename this folder: it stands where a file belongs"
     if error.errno == errno.EFBIG:
         return "raise the limit on the size of a file (`ulimit -f`), or take a file system that holds larger ones"
     if error.errno in {errno.ENOENT, errno.ENOTDIR, errno.EEXIST}:
@@ -97,8 +99,6 @@ def cure_of_writing(error: OSError) -> str:
 
 def _cure(error: OSError) -> str | None:
     """What can be done whether a file is read or written; None where that makes a difference."""
-    if _number(error) == errno.EISDIR:
-        return "remove or rename this folder: it stands where a file belongs"
     if _number(error) in DISK_FAILED:
         return "the disk, or the network to it, has failed: see `dmesg` on this machine, and start again once it works"
     if _number(error) in HANDLES:

@@ -1,9 +1,5 @@
 """Products add to the fp32 sum of a weight's gradient; autograd gets the gradient where it was asked for it."""
 
-import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +7,7 @@ import torch
 
 import train.kernels.cpu.libraries as native
 from parallel.pipeline.graph import backward_of_weights, kept_graph
+from tests.interpret import needs_triton, run_interpreted
 from train.kernels.cpu.compiled_kernels import CompiledKernels
 from train.kernels.gpu.fused_kernels import FusedKernels
 from train.kernels.plain.high import HighPrecision
@@ -36,15 +33,9 @@ KERNELS = {
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None,
-    reason="triton is not installed, so no kernel can be interpreted: the extra dev brings it on Linux",
-)
+@needs_triton
 def test_kernels_of_a_gpu_in_the_interpreter():
-    files = [str(TESTS / f"kernels/gpu/interpreted_{name}.py") for name in ("products", "adamw")]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout=240", *files]
-    run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
+    run_interpreted(TESTS / "kernels" / "gpu", ["interpreted_products", "interpreted_adamw"])
 
 
 @pytest.fixture(params=KERNELS)

@@ -1,6 +1,7 @@
 """The engine of a GPU that a recipe asks for: Hopper's where scales are those of tiles of 128, Blackwell's where they are those of 32."""
 
 import importlib
+from types import ModuleType
 
 from torch.nn import functional as F
 
@@ -16,12 +17,16 @@ def load_gpu_engine(fp8: Fp8) -> HopperEngine:
     check_gpu_operands(fp8)
     mx = has_mx_tiles(fp8)
     require_fit(deep_gemm=False, mx=mx)
-    kernels, ours, specialized = (
-        importlib.import_module(f"train.kernels.fp8.triton_{name}") for name in ("quantize", "products", "specialized")
-    )
+    kernels = _triton_module("quantize")
     if mx:
         grouped = F.scaled_grouped_mm  # pyrefly: ignore[missing-attribute]  torch's own stubs have only scaled_mm
         return BlackwellEngine(kernels, ScaledGroupedProducts(grouped))
     if needs_deep_gemm(fp8):
         return HopperEngine(kernels, DeepGemmProducts(load_deep_gemm()))
-    return HopperEngine(kernels, TritonProducts(ours, specialized if fp8.backend == Fp8Backend.specialized else None))
+    of_experts = _triton_module("specialized") if fp8.backend == Fp8Backend.specialized else None
+    return HopperEngine(kernels, TritonProducts(_triton_module("products"), of_experts))
+
+
+def _triton_module(name: str) -> ModuleType:
+    """Kernels that need triton, imported once it is known to be there."""
+    return importlib.import_module(f"train.kernels.fp8.triton_{name}")
