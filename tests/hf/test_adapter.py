@@ -36,6 +36,7 @@ from train.checkpoint.adapter_base import describe_base
 from train.checkpoint.run_folder import RunPaths
 from train.checkpoint.stored_weights import load_hf_model, load_model
 from train.export.run import export
+from train.hf.adapter_folder import open_adapter
 from train.hf.adapter_names import adapted_tensors
 from train.hf.folder import open_folder, open_model
 from train.hf.tensor_names import tensors
@@ -187,16 +188,32 @@ def test_the_folder_says_what_peft_and_vllm_ask_for(tmp_path):
     folder = exported(config, tmp_path / "adapter", dtype="bf16")
     body = json.loads((folder / "adapter_config.json").read_text())
     assert (body["peft_type"], body["r"], body["lora_alpha"]) == ("LORA", RANK, ALPHA)
+    assert body["use_rslora"] is False and body["target_parameters"]  # the factor is alpha / rank
     assert body["base_model_name_or_path"] == str(base) and {"q_a_proj", "gate_proj", "lm_head"} <= {
         *body["target_modules"]
     }
     stored = load_file(folder / "adapter_model.safetensors")
     a = stored["base_model.model.model.layers.2.mlp.experts.5.up_proj.lora_A.weight"]
     assert torch.equal(a, pairs["master.layers.2.moe.experts.w3_lora_A"][5].bfloat16())
+    b = stored["base_model.model.model.layers.2.mlp.experts.5.up_proj.lora_B.weight"]
+    assert torch.equal(b, pairs["master.layers.2.moe.experts.w3_lora_B"][5].bfloat16())
     assert len(stored) == 2 * sum(1 for each in tensors(WHOLE) if each.fp8 or each.theirs == "lm_head.weight")
     assert (folder / "tokenizer.json").is_file() and not (folder / "config.json").exists()
     names = {row["tensor"] for row in json.loads((folder / "export.json").read_text())["tensors"]}
     assert names == stored.keys()
+
+
+def test_a_folder_says_by_what_its_products_are_scaled(tmp_path):
+    """alpha / rank, and alpha / sqrt(rank) where it was trained as rank-stabilised LoRA."""
+    base = write_folder(tmp_path / "base", WHOLE, random_tensors(WHOLE, "fp32"))
+    config, _ = adapter_run(tmp_path, WHOLE, base, ["q_up"])
+    path = exported(config, tmp_path / "adapter") / "adapter_config.json"
+    body = json.loads(path.read_text())
+    scales = {}
+    for stabilised in (False, True):
+        path.write_text(json.dumps(body | {"use_rslora": stabilised}))
+        scales[stabilised] = open_adapter(path.parent, WHOLE, ModelFamily.deepseek_v3).scale
+    assert scales == {False: ALPHA / RANK, True: pytest.approx(ALPHA / RANK**0.5)}
 
 
 def test_what_does_not_fit_is_refused(tmp_path):

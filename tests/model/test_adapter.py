@@ -19,8 +19,8 @@ ALL = "adapter.targets=[q_up,kv_up,down,out,routed,shared,dense,head]"
 CPU = torch.device("cpu")
 
 
-def build(*words: str, adapter: bool = True, b: float = 0.0, blocks: bool = False) -> DeepSeekV3:
-    """b: standard deviation of B. blocks: the base is held in block FP8."""
+def build(*words: str, adapter: bool = True, b: float = 0.0, blocks: bool = False, seed: int = 1) -> DeepSeekV3:
+    """b: standard deviation of B. blocks: the base is held in block FP8. seed: of the adapter."""
     given = ["data.path=none", "adapter=lora", "adapter.rank=8", "init_from=X", "optim.bias_speed=[{value: 0}]", ALL]
     config = compose(*SMALL, *given, *words)
     kernels = build_kernels("cpu", True)
@@ -33,7 +33,7 @@ def build(*words: str, adapter: bool = True, b: float = 0.0, blocks: bool = Fals
     initialise(model, 1, CPU)
     draw_blocks(model, 1)
     if adapter:
-        add_adapters(model, config.adapter, kernels, 1)
+        add_adapters(model, config.adapter, kernels, seed)
     draw = torch.Generator().manual_seed(2)
     for name, param in model.named_parameters():
         if name.endswith("lora_B"):
@@ -119,6 +119,33 @@ def test_dropout_follows_from_the_step_and_is_in_no_evaluation(monkeypatch):
     assert loss(model).item() != first
     with torch.no_grad():
         assert loss(model.eval()).item() == loss(plain.eval()).item()
+
+
+def test_a_fresh_pair_is_drawn_as_peft_draws_it():
+    """A uniform in +-1 / sqrt(inputs), of every pair and expert by itself and by the seed; B at 0."""
+    fresh, other = build(), build(seed=2)
+    drawn = {name: param.detach() for name, param in fresh.named_parameters() if name.endswith("lora_A")}
+    for name, a in drawn.items():
+        bound = a.size(-1) ** -0.5
+        assert 0.9 * bound < a.max() <= bound and -bound <= a.min() < -0.9 * bound, name
+        assert not fresh.get_parameter(name.replace("lora_A", "lora_B")).any(), name
+    matrices = [*drawn.values(), *(other.get_parameter(name).detach() for name in drawn)]
+    rows = [row[0, :16].tolist() for a in matrices for row in a.view(-1, *a.shape[-2:])]
+    assert len({tuple(row) for row in rows}) == len(rows)
+
+
+def test_every_pair_step_and_seed_drops_other_inputs():
+    x = torch.randn(64, 640)
+
+    def dropped(model: DeepSeekV3, layer: str, step: int) -> Tensor:
+        model.step = step
+        return model.layers[layer].attention.q_up.added._drop(x)[0] == 0
+
+    first, second = build("adapter.dropout=0.3"), build("adapter.dropout=0.3", seed=2)
+    mask = dropped(first, "0", 1)
+    assert torch.equal(mask, dropped(first, "0", 1))
+    for other in (dropped(first, "1", 1), dropped(first, "0", 2), dropped(second, "0", 1)):
+        assert abs((mask & other).double().mean() - 0.09) < 0.01, "as often as chance would have it"
 
 
 def test_the_share_that_is_dropped():

@@ -108,6 +108,18 @@ def test_balance_loss_of_even_scores_is_its_weight():
     assert router.entropy().item() == pytest.approx(torch.log(torch.tensor(8.0)).item(), abs=1e-6)
 
 
+def test_an_evaluation_knows_no_balance_loss():
+    """Nothing is counted, and the gates alone give a gradient."""
+    router, x_BTD = router_with(torch.randn(8) * 0.3).eval(), torch.randn(2, 6, 8)
+    gradients = []
+    for weight in (0.0, 0.5):
+        router.balance_weight = weight
+        gates_TK, _ = router(x_BTD, nullcontext())
+        gradients += torch.autograd.grad(gates_TK.square().sum(), [router.weight])
+    assert torch.equal(*gradients)
+    assert not any(counted.any() for counted in (router.load_E, router.score_E, router.balance_loss))
+
+
 def test_engines_that_cast_the_module_leave_bias_and_counters_exact():
     router = router_with(torch.full((8,), 0.001))
     router.bfloat16()

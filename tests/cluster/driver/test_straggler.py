@@ -1,5 +1,6 @@
 """Who is named as slow, on timings with the noise of a busy machine: nobody without a cause, a slow rank once and soon."""
 
+import math
 import random
 from collections.abc import Iterator
 
@@ -81,6 +82,27 @@ def test_a_stage_of_one_rank_is_named_when_it_stands_out_from_all():
     stages = [range(1), range(1, 2), range(2, 3)]
     assert named([[1.0, 1.8, 1.0]] * (2 * WINDOW), stages=stages) == []
     assert [slow.rank for _, slow in named([[1.0, 2.5, 1.0]] * (2 * WINDOW), stages=stages)] == [1]
+
+
+def test_a_rank_must_stand_out_by_twice_the_noise_of_a_block():
+    """Of two ranks: the standard error of the difference between their medians, from the steps inside a block."""
+    size = 0.3
+    steps = [[math.exp(size * (-1) ** step)] * 2 for step in range(2 * WINDOW)]
+    sigma = 1.4826 * size  # of normal noise with this median size
+    limit = 2 * math.sqrt(2) * 1.2533 * sigma / math.sqrt(BLOCK_STEPS)
+    assert named(steps, slow=0, by=math.exp(0.99 * limit)) == []
+    assert [slow.rank for _, slow in named(steps, slow=0, by=math.exp(1.01 * limit))] == [0]
+
+
+def test_a_rank_must_stand_out_from_noise_that_lasts_longer_than_a_block():
+    """Of five ranks: twice the spread of all blocks around the middle rank, though no step differs inside a block."""
+    size, steps = 0.15, []
+    for step in range(2 * WINDOW):
+        way = size * (-1) ** (step // BLOCK_STEPS)
+        steps.append([1.0, 1.0, math.exp(way), math.exp(-way), math.exp(-size)])
+    limit = 2 * 1.4826 * size
+    assert named(steps, slow=0, by=math.exp(0.99 * limit)) == []
+    assert [slow.rank for _, slow in named(steps, slow=0, by=math.exp(1.01 * limit))] == [0]
 
 
 def test_what_nobody_would_notice_is_not_named_and_0_names_never():
