@@ -23,6 +23,7 @@ from train.checkpoint.manifest import newest_intact, verify
 from train.metrics.names import SCALARS
 from train.metrics.origin import read_starts
 from train.metrics.report import read_written_texts
+from train.model.count import flops_per_token
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +68,20 @@ def test_a_run_shows_and_leaves_what_it_promises(unbroken):
     load = records[6]["load"]
     assert set(load) == {"layers.1", "layers.2", "layers.3", "mtp.0"}
     assert sum(load["layers.1"]) == 8 * 24 * 4 and sum(load["mtp.0"]) == 8 * 23 * 4
+
+
+def test_the_figures_of_a_record_agree(unbroken):
+    tmp_path, _ = unbroken
+    model, records = compose(*arguments(tmp_path)).model, metrics(tmp_path, "whole")
+    for step, record in records.items():
+        minimised = record["main_loss"] + record["mtp_weight"] * record["mtp_loss"] + record["balance_loss"]
+        assert record["loss"] == pytest.approx(minimised, rel=1e-6)
+        assert record["epochs"] == pytest.approx(step * records[1]["epochs"])
+        rate = record["batch_size"] * 24 / record["step_seconds"]
+        assert record["tokens_per_second"] == pytest.approx(rate, rel=1e-5)
+        for key, causal in (("mfu", True), ("mfu_full", False)):  # of log.peak_flops, on one rank
+            assert record[key] == pytest.approx(rate * flops_per_token(model, 24, causal) / 1e11, rel=1e-5)
+    assert all(records[1][key] > 0 for key in ("mtp_loss", "mtp_weight", "balance_loss"))
 
 
 @pytest.mark.slow

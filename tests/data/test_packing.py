@@ -62,6 +62,7 @@ def test_every_epoch_holds_every_document_once_and_the_right_number_of_fim(rate)
         orders.append(tuple(document[0] for document in plain))
     assert moved == int(12 * 7 * rate)
     assert len(set(orders)) > 6  # 12 shuffles of 7
+    assert stream.sequences == pytest.approx(stream.tokens_before(1000) / 1000 / 8, rel=1e-3)  # of an epoch, on average
 
 
 @pytest.mark.parametrize("lengths, seq_len", [([3, 1, 40, 7], 8), ([1, 2], 16), ([100], 7), ([5] * 50, 4)])
@@ -110,6 +111,12 @@ def test_document_numbers_change_after_eos():
     assert (steps == (np.array(tokens[:-1]) == EOS)).all()
 
 
+@pytest.mark.parametrize(("length", "whole"), [(31, 3), (32, 4), (33, 4)])
+def test_a_whole_window_has_a_token_behind_it(length, whole):
+    """Of a text with eos: a window of 8 tokens and the target of the last one lie in the first epoch."""
+    assert Stream(make_documents([length]), 8, EOS, seed=1).whole_windows == whole
+
+
 def test_the_billionth_sample_is_cheap_and_inside():
     stream = Stream(make_documents([300, 20]), 8, EOS, seed=3)
     samples = np.arange(10**12, 10**12 + 64)
@@ -128,7 +135,7 @@ def test_permutations_are_permutations_and_far_from_the_identity(size):
         assert (permute_N(key(1, 3), np.arange(size), size) == images).mean() < 0.01
 
 
-@pytest.mark.parametrize("weights", [[1.0], [0.5, 0.5], [0.7, 0.2, 0.1], [1e-4, 3.0, 2.5, 0.3]])
+@pytest.mark.parametrize("weights", [[1.0], [0.5, 0.5], [0.7, 0.2, 0.1], [1e-4, 3.0, 2.5, 0.3], [3.0, 1e-2]])
 def test_a_mix_keeps_its_shares_at_every_point(weights):
     schedule, samples = Schedule(weights), 3000
     taken = schedule.assign(0, samples)

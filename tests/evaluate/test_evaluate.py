@@ -19,9 +19,11 @@ from train.data.corpus import build_corpus
 from train.data.dataset import ValidationData
 from train.evaluate.evaluation_rank import run_rank
 from train.evaluate.observed import position_ranges
+from train.evaluate.result import figures
 from train.evaluate.run import evaluate
 from train.evaluate.target import find_target
 from train.export.run import export
+from train.loop.validation import Sums
 
 torch.set_num_threads(1)
 
@@ -105,6 +107,19 @@ def test_the_loss_is_told_by_position(trained, capfd):
 def test_ranges_of_positions_end_at_halves(length, ends):
     ranges = position_ranges(length)
     assert [each.stop for each in ranges] == ends and [i for each in ranges for i in each] == list(range(length))
+
+
+def test_figures_are_rates_of_the_sums():
+    """Two sources of 3 sequences of 64 positions, of which 150 are learnt; one draft, which has 63 positions in a sequence."""
+    half = Sums(3, 150, 600, 300.0, (96.0, 204.0, 330.0, 63.0))
+    found = figures(half + half, 64)
+    assert (found["sequences"], found["tokens"], found["text_bytes"]) == (6, 300, 1200)
+    assert (found["loss"], found["perplexity"]) == (2.0, math.exp(2.0))
+    assert found["bits_per_byte"] == pytest.approx(0.5 / math.log(2))
+    assert found["positions"] == [{"first": 1, "last": 32, "loss": 1.0}, {"first": 33, "last": 64, "loss": 2.125}]
+    assert found["mtp"] == [{"depth": 1, "loss": 2.2, "agreement": pytest.approx(1 / 3)}]
+    unknown = figures(Sums(1, 10, 0, math.inf), 64)
+    assert unknown["loss"] is unknown["bits_per_byte"] is None and unknown["perplexity"] == math.exp(700)
 
 
 @pytest.mark.slow
