@@ -13,6 +13,7 @@ from train.data.chat_packing import PackedChats
 from train.data.chat_template import RenderedChat
 from train.data.chat_tokens import chat_tokenizer, fit_chats, learnt_tokens, tokenise_chats
 from train.data.packing import Documents
+from train.data.source_files import hash_id
 
 
 def chats_of(*masks: str) -> Documents:
@@ -57,6 +58,19 @@ def test_a_chat_of_which_the_first_token_alone_is_learnt_is_left_out():
     given = [("first", (0, 1)), ("second", (1, 2))]
     (found,) = tokenise_chats(iter(given), tokenizer, template, "data.path", "a", Supervise.assistant, False)
     assert (found.unlearnt, found.lengths_D.tolist(), found.supervised_N.tolist()) == (1, [2], [0, 1])
+
+
+def test_chats_are_encoded_some_at_a_time_and_each_once(monkeypatch):
+    """Of the first two one has nothing to learn, of the next two both."""
+    monkeypatch.setattr(chat_tokens, "AT_ONCE", 2)
+    tokenizer = SimpleNamespace(encode_rendered=lambda texts: [encoded((0, 1), (1, 2)) for _ in texts])
+    template = SimpleNamespace(name="own", render=lambda chat, supervise: RenderedChat("ab", [chat]))
+    given = zip("abcde", [(1, 2), (0, 1), (0, 1), (0, 1), (1, 2)], strict=True)
+    found = list(tokenise_chats(given, tokenizer, template, "data.path", "a", Supervise.assistant, False))
+    assert [part.unlearnt for part in found] == [1, 2, 0]
+    assert [part.ids_N.tolist() for part in found] == [[0, 1], [], [0, 1]]
+    assert [part.supervised_N.tolist() for part in found] == [[0, 1], [], [0, 1]]
+    assert [part.hashes_D.tolist() for part in found] == [[hash_id("a")], [], [hash_id("e")]]
 
 
 def test_the_order_of_sequences_is_another_one_in_each_epoch():

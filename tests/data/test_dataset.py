@@ -22,7 +22,7 @@ def corpus_of(*weights: float, lengths: list[int], chats: bool = False) -> Simpl
     documents = make_documents(lengths)
     if chats:
         documents = replace(documents, supervised=(np.arange(len(documents.tokens)) % 3 == 0).astype(np.uint8))
-    tokenizer = SimpleNamespace(eos_id=EOS, fim_ids=None, bytes_V=BYTES)
+    tokenizer = SimpleNamespace(eos_id=EOS, fim_ids=(2, 3, 4), bytes_V=BYTES)
     parts = [
         SimpleNamespace(name=f"source {number}", weight=weight, train=documents, validation=documents)
         for number, weight in enumerate(weights)
@@ -72,6 +72,24 @@ def test_sources_with_the_same_text_come_in_orders_of_their_own():
     assert first != second and len({tuple(row) for row in first}) == len(first) == 20
     other = TrainingData(corpus, replace(config, seed=config.seed + 1)).batch(0, 40).tokens_BS
     assert other[1::2].tolist() not in (first, second), "the seed of one source is not that of another in the next run"
+
+
+def test_samples_are_those_of_earlier_versions():
+    """A run that goes on under a later version reads what it has not read: orders, cuts of FIM and packed chats stay as they are."""
+    mix, config = corpus_of(2.0, 1.0, lengths=[9, 30, 21, 3, 14]), config_of("seed=5")
+    data = TrainingData(mix, replace(config, data=replace(config.data, fim_rate=0.5)))
+    begins = [[15, 1, 49], [80, 81, 82], [39, 40, 41], [73, 74, 75], [53, 54, 1], [27, 28, 29]]
+    assert data.batch(0, 6).tokens_BS[:, :3].tolist() == begins
+    assert data.batch(10**9, 1).tokens_BS[0, :8].tolist() == [21, 22, 23, 24, 3, 27, 28, 29]
+    chats = TrainingData(corpus_of(1.0, lengths=[9, 12, 5, 3, 8, 4], chats=True), config_of("seed=5", chats=True))
+    assert [int(chats.batch(sample, 1).tokens_BS[0, 0]) for sample in (0, 1, 2, 3, 100)] == [19, 10, 47, 47, 19]
+
+
+def test_a_batch_counts_chats_or_else_sequences():
+    chats = ValidationData(corpus_of(1.0, lengths=[9, 12, 5], chats=True), config_of(chats=True)).batch(0, 9)
+    assert len(chats.tokens_BS) == 2 and chats.sequences == 3
+    plain = TrainingData(corpus_of(1.0, lengths=[9, 12, 5]), config_of("data.mask_documents=true")).batch(0, 4)
+    assert plain.sequences == 4
 
 
 @pytest.mark.parametrize("seen", [0, 1])

@@ -135,6 +135,15 @@ def test_permutations_are_permutations_and_far_from_the_identity(size):
         assert (permute_N(key(1, 3), np.arange(size), size) == images).mean() < 0.01
 
 
+def test_orders_are_those_of_earlier_versions():
+    """A run that goes on under a later version has read the first samples of an order that must be the same."""
+    assert (key(0), key(1, 2, 3)) == (10451216379200822465, 7427000763270697089)
+    assert shuffled_D(key(5, 0, 0), 10).tolist() == [0, 4, 2, 8, 9, 6, 3, 7, 5, 1]
+    assert permute_N(key(5, 0, 1), np.arange(10), 10).tolist() == [4, 7, 6, 8, 0, 1, 2, 5, 9, 3]
+    assert permute_N(key(5, 0, 1), np.arange(2), 2).tolist() == [1, 0]
+    assert permute_N(key(5, 0, 1), np.array([0, 10**9]), 10**12).tolist() == [72717185363, 781524452942]
+
+
 @pytest.mark.parametrize("weights", [[1.0], [0.5, 0.5], [0.7, 0.2, 0.1], [1e-4, 3.0, 2.5, 0.3], [3.0, 1e-2]])
 def test_a_mix_keeps_its_shares_at_every_point(weights):
     schedule, samples = Schedule(weights), 3000
