@@ -89,7 +89,7 @@ def test_a_batch_counts_chats_or_else_sequences():
     chats = ValidationData(corpus_of(1.0, lengths=[9, 12, 5], chats=True), config_of(chats=True)).batch(0, 9)
     assert len(chats.tokens_BS) == 2 and chats.sequences == 3
     plain = TrainingData(corpus_of(1.0, lengths=[9, 12, 5]), config_of("data.mask_documents=true")).batch(0, 4)
-    assert plain.sequences == 4
+    assert (plain.sequences, plain.targets) == (4, 4 * 16)
 
 
 @pytest.mark.parametrize("seen", [0, 1])
