@@ -286,6 +286,17 @@ def test_a_node_that_hears_only_now_that_its_attempt_ended_is_waited_for():
     assert [start.placement.dp for start in world.starts] == [3, 3]
 
 
+@pytest.mark.parametrize("returning", [False, True])
+def test_the_last_word_of_a_node_that_is_gone_changes_nothing(returning):
+    """Its agent sent it before, and it came late."""
+    world = World()
+    world.run(4)
+    world.tell(m.NodeLost("id1", "Ray marked it dead", returning))
+    said = len(world.actions)
+    world.tell(m.AgentBeat("id1", 1, [RankReport(1, step=3, phase="step")]))
+    assert world.actions[said:] == [] and not world.supervisor.nodes["id1"].live
+
+
 def test_an_agent_that_starts_again_is_waited_for_a_few_seconds_alone():
     world = World(steps=100)
     world.run(4)
