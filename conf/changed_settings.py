@@ -49,7 +49,7 @@ EFFECTS: dict[str, tuple[Effect, str]] = {
     "model.offload": (Effect.none, "the same values, on the device or on its host"),
     "model.loss_chunk": (Effect.rounding, "the same sum in other parts"),
     "data.cache": (Effect.none, "where tokens are kept"),
-    "data.workers": (Effect.none, "how many processes make the same tokens"),
+    "data.workers": (Effect.none, "how many threads make the same tokens"),
     "optim.max_bad_steps": (Effect.none, "when the run gives up"),
     "parallel": (Effect.rounding, "every layout does the same sums in another order"),
     "parallel.wire": (Effect.training, "the format of rows on their way to experts"),

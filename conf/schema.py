@@ -287,7 +287,7 @@ class Data:
     cache: str = "${oc.env:SLUICE_CACHE,${oc.env:HOME}/.cache/sluice}"
     """Folder for tokenizers and tokens, named by content, shared by runs."""
     workers: int = number(0, least=0)
-    """Processes that tokenise; 0 means one per core."""
+    """Threads that tokenise; 0 means one per core."""
 
     @property
     def chats(self) -> bool:

@@ -178,23 +178,27 @@ def test_a_damaged_trained_tokenizer_is_trained_again(folder, cache, tmp_path):
         assert second.fingerprint == first.fingerprint and any("trained again" in note for note in second.notes)
 
 
-def test_children_give_the_same_tokens_as_one_process(folder, tmp_path, monkeypatch):
+def test_threads_give_the_same_tokens_as_one(folder, tmp_path, monkeypatch):
     one = build_corpus(config_of(folder, tmp_path / "one")).parts[0]
-    monkeypatch.setattr(tokenise, "PER_WORKER", 1)
     monkeypatch.setattr(tokenise, "TASK_BYTES", 300)
     two = build_corpus(config_of(folder, tmp_path / "two", "data.workers=2")).parts[0]
     assert (one.train.tokens == two.train.tokens).all() and (one.train.starts_D == two.train.starts_D).all()
 
 
-def test_a_child_that_dies_is_an_error_and_leaves_nothing(folder, cache, tmp_path, monkeypatch):
+def test_a_thread_that_fails_is_an_error_and_leaves_nothing(folder, cache, monkeypatch):
     prepare(config_of(folder, cache))  # the tokenizer is there; now other tokens are wanted
     (folder / "new.txt").write_text("more")
-    monkeypatch.setattr(tokenise, "PER_WORKER", 1)
-    encode = tokenise._Child.encode
-    monkeypatch.setattr(tokenise._Child, "encode", lambda self, texts: self._process.kill() or encode(self, texts))
+    assemble = tokenise._assemble
+
+    def fail(task, tokenizer):
+        if "new.txt" in task.names:
+            raise MemoryError("no room for an encoding")
+        return assemble(task, tokenizer)
+
+    monkeypatch.setattr(tokenise, "_assemble", fail)
     monkeypatch.setattr(tokenise, "TASK_BYTES", 300)
     entries = set((cache / "tokens").iterdir())
-    with pytest.raises(RuntimeError, match="ended with code -9"):
+    with pytest.raises(MemoryError, match="no room for an encoding"):
         prepare(config_of(folder, cache, "data.workers=2"))
     assert {path for path in (cache / "tokens").iterdir() if path.is_dir()} <= entries
 
@@ -236,19 +240,17 @@ def test_a_document_of_one_line_is_prepared_in_bounded_memory(tmp_path, cache, n
     text = " ".join(f"{number * 7919 % 30_011:x}" for number in range(500_000))
     (tmp_path / name).write_text(text if name == "a.txt" else json.dumps({"text": text}) + "\n")
     code = (
-        "import re, resource, sys; from train.data import tokenise; from train.data.corpus import build_corpus\n"
-        "from conf.load import compose; tokenise.PER_WORKER = 1 << 19\n"
+        "import re, sys; from train.data.corpus import build_corpus; from conf.load import compose\n"
         "build_corpus(compose(*sys.argv[1:]))\n"
-        # Not ru_maxrss for itself: that begins with what the process had that started it.
-        "own = re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]\n"
-        "print(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+        # Not ru_maxrss: that begins with what the process had that started it.
+        "print(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])"
     )
     overrides = ["model.vocab_size=400", "data.workers=2", f"data.path={tmp_path / name}", f"data.cache={cache}"]
     root = Path(corpus.__file__).resolve().parents[2]
     done = subprocess.run([sys.executable, "-c", code, *overrides], stdout=subprocess.PIPE, text=True, cwd=root)
     assert done.returncode == 0
-    own, child = (int(kilobytes) >> 10 for kilobytes in done.stdout.split())
-    assert own < 450 and child < 250, f"{own} MiB and {child} MiB per child"
+    own = int(done.stdout) >> 10
+    assert own < 250, f"{own} MiB"
 
 
 def test_a_full_disk_is_an_error_and_leaves_nothing(folder, cache, tmp_path, monkeypatch):

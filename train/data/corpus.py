@@ -288,15 +288,11 @@ class _Builder:
     def _write(self, path: Path, source: DocumentSource, tokenizer: Tokenizer) -> None:
         total, done = source.size, 0
         self.progress("tokenising", 0, total)
-
-        def advance(size: int) -> None:
-            nonlocal done
-            done += size
-            self.progress("tokenising", done, max(total, done))
-
         with StoreWriter(path, tokenizer.vocab_size, tokenizer.json_text, tokenizer.fingerprint, total) as writer:
-            for task in tokenise(source.documents(), tokenizer, self.data.workers, total, advance):
+            for task in tokenise(source.documents(), tokenizer, self.data.workers):
                 writer.append(task.ids_N, task.lengths_D, task.hashes_D, task.text_bytes, task.continues)
+                done += task.text_bytes
+                self.progress("tokenising", done, max(total, done))
             if writer.tokens == 0:
                 raise no_text(source)
 
