@@ -21,7 +21,8 @@ from tests.small import SMALL
 from train.prove.evidence import Evidence, StepInfo
 from train.prove.findings import ProofFindings
 from train.prove.judge_wire import WireJudge
-from train.prove.sent_rows import power_of_two_above, sent_in_fp8, summed_rows, to_bf16, to_e4m3
+from train.prove.low_precision import FORMATS, nearest
+from train.prove.sent_rows import sent_in_fp8, summed_rows
 from train.prove.watched_dispatcher import WatchedDispatcher
 
 RANKS, EXPERTS, TOP_K, WIDTH = 4, 16, 8, 256
@@ -138,8 +139,8 @@ def _around_rows(patch, change):
 
 def _halved_steps(x_RD):
     tiles = x_RD.double().unflatten(1, (-1, 128))
-    scale = 2 * power_of_two_above(tiles.abs().amax(2, keepdim=True).clamp_min(1e-4) / 448)
-    return (to_e4m3(tiles / scale) * scale).flatten(1).to(x_RD.dtype)
+    scale = 2 * (tiles.abs().amax(2, keepdim=True).clamp_min(1e-4) / 448).log2().ceil().exp2()
+    return (nearest(tiles / scale, FORMATS["e4m3"]) * scale).flatten(1).to(x_RD.dtype)
 
 
 def _instead_of_collect(patch, function):
@@ -227,7 +228,7 @@ def test_numbers_of_e4m3_are_torchs():
     every = every[every.isfinite()]
     middles = (every.sort().values[1:] + every.sort().values[:-1]) / 2
     for values in (every, middles, middles * (1 + 1e-6)):
-        assert torch.equal(to_e4m3(values), values.float().to(torch.float8_e4m3fn).double())
+        assert torch.equal(nearest(values, FORMATS["e4m3"]), values.float().to(torch.float8_e4m3fn).double())
 
 
 def test_a_sum_is_rounded_once_at_every_place_that_hands_it_on():
@@ -239,4 +240,4 @@ def test_a_sum_is_rounded_once_at_every_place_that_hands_it_on():
     assert want.item() == 1 + 2.0**-7 and 0 < off.item() <= 2.0**-5
     want, off = summed_rows(rows_TKD, ids_TK, [], in_bf16=False)
     assert want.item() == rows_TKD.sum().item() and 0 < off.item() < 2.0**-21
-    assert torch.equal(to_bf16(rows_TKD), rows_TKD.bfloat16().double())
+    assert torch.equal(nearest(rows_TKD, FORMATS["bf16"]), rows_TKD.bfloat16().double())
