@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -167,7 +167,7 @@ def test_a_search_finds_the_fastest_and_explains_the_rest(found):
     shown = {f"pp={one.config.parallel.pp}" for one in found.best}
     assert shown | {family.name.split()[0] for family in found.rejected} == {"pp=1", "pp=2", "pp=4"}
     assert all(family.reason for family in found.rejected)
-    record = asdict(found.record())
+    record = found.record()
     best = record["best"][0]
     assert best["cost"] == 2 * best["gpu_hours"] > 0 and 0 < best["effective_share"] < 1
     assert "".join(plan_page._search({"search": record})).count("<tr>") == 1 + 10 and not plan_page._search({})

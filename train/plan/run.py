@@ -2,7 +2,7 @@
 
 import json
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from conf.errors import EXIT_INTERRUPTED, EXIT_OK
@@ -45,7 +45,7 @@ def run_plan(config: Config) -> int:
     phases = later_phases(plan.config)
     record = plan_record(plan, cures, split, stages, phases)
     if found is not None:
-        record["search"] = asdict(found.record())
+        record["search"] = found.record()
     folder.mkdir(parents=True, exist_ok=True)
     atomic_write_text(folder / PLAN_FILE, json.dumps(record, indent=1))
     write_page(folder / PLAN_PAGE, plan, split, record)

@@ -18,7 +18,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from heapq import heapify, heappop, heappush
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from conf.check import check
 from conf.dispatches import FLAT_DISPATCH
@@ -68,37 +68,18 @@ class Family:
     reason: str
 
 
-@dataclass(frozen=True)
-class Choice:
+def _choice(found: FoundLayout) -> dict[str, Any]:
     """One of the best, as plan.json has it."""
-
-    overrides: list[str]
-    step_seconds: float
-    room_bytes: int
-    mfu_causal: float | None
-    gpu_hours: float
-    """Device hours for the whole token budget, without failures."""
-    cost: float | None
-    """In hardware.currency."""
-    effective_share: float | None
-    """Share of the time that failures and saves leave."""
-
-
-def _choice(found: FoundLayout) -> Choice:
     budget, failures = budget_of(found.config, plan_time(found.config)), plan_failures(found.config, found.step_seconds)
-    return Choice(
-        found.overrides, found.step_seconds, found.room_bytes, found.mfu_causal, budget.gpu_hours, budget.cost,
-        None if failures is None else failures.effective_share,
-    )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class SearchRecord:
-    devices: int
-    tried: int
-    complete: bool
-    best: list[Choice]
-    rejected: list[Family]
+    return {
+        "overrides": found.overrides,
+        "step_seconds": found.step_seconds,
+        "room_bytes": found.room_bytes,
+        "mfu_causal": found.mfu_causal,
+        "gpu_hours": budget.gpu_hours,  # for the whole token budget, without failures
+        "cost": budget.cost,
+        "effective_share": None if failures is None else failures.effective_share,
+    }
 
 
 @dataclass
@@ -113,8 +94,15 @@ class Search:
     best: list[FoundLayout] = field(default_factory=list)
     rejected: list[Family] = field(default_factory=list)
 
-    def record(self) -> SearchRecord:
-        return SearchRecord(self.devices, self.tried, self.complete, list(map(_choice, self.best)), self.rejected)
+    def record(self) -> dict[str, Any]:
+        """What plan.json has of it."""
+        return {
+            "devices": self.devices,
+            "tried": self.tried,
+            "complete": self.complete,
+            "best": list(map(_choice, self.best)),
+            "rejected": list(map(vars, self.rejected)),
+        }
 
     def command(self, name: str) -> list[str]:
         """The arguments that use the best layout once it is written under this name."""
