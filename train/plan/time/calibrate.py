@@ -12,7 +12,6 @@ The file says on what, with how many threads and when it was measured. A plan re
 """
 
 import json
-import multiprocessing
 import os
 import tempfile
 import time
@@ -26,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import multiprocessing
 
 from conf.errors import UserError
 from conf.schema import Config, Parallel, Rate
@@ -81,32 +81,13 @@ def calibrate(config: Config) -> Path:
 
 def _measure_on(ranks: int, config: Config, kind: str, threads: int) -> dict[str, Any]:
     """Run the measurements in `ranks` processes and return what rank 0 found."""
-    context = multiprocessing.get_context("spawn")
-    barrier, results = context.Barrier(ranks), context.SimpleQueue()
+    barrier = multiprocessing.get_context("spawn").Barrier(ranks)
     with tempfile.TemporaryDirectory() as folder:
-        processes = [
-            context.Process(target=_rank, args=(rank, ranks, config, kind, threads, folder, barrier, results))
-            for rank in range(ranks)
-        ]
-        for process in processes:
-            process.start()
-        try:
-            while any(process.is_alive() for process in processes) and results.empty():
-                if any(process.exitcode for process in processes):
-                    barrier.abort()
-                    break
-                time.sleep(0.05)
-            found = None if results.empty() else results.get()
-        finally:
-            for process in processes:
-                process.join(10)
-                process.kill()
-    if found is None:
-        raise RuntimeError("a measuring process died; its own output says why")
-    return found
+        multiprocessing.spawn(_rank, (ranks, config, kind, threads, folder, barrier), ranks)
+        return json.loads(Path(folder, CALIBRATION_FILE).read_text())
 
 
-def _rank(rank: int, ranks: int, config: Config, kind: str, threads: int, folder: str, barrier, results) -> None:
+def _rank(rank: int, ranks: int, config: Config, kind: str, threads: int, folder: str, barrier) -> None:
     """Body of one measuring process."""
     tune_cpu()
     if kind == "cpu":
@@ -131,7 +112,7 @@ def _rank(rank: int, ranks: int, config: Config, kind: str, threads: int, folder
     else:
         found |= {name.replace("alone", "together"): value for name, value in found.items()}
     if rank == 0:
-        results.put(found)
+        Path(folder, CALIBRATION_FILE).write_text(json.dumps(found))
 
 
 def _all_rates(config: Config, device: torch.device) -> tuple[dict[str, dict], dict[str, float]]:
