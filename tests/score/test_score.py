@@ -89,7 +89,7 @@ def test_parquet_in_is_jsonl_in(tmp_path, folder):
 
 
 BAD = {
-    "no object": ([1, 2], ":2.*cannot be read: it must hold"),
+    "no object": ([1, 2], ":2.*text, and is a list"),
     "nothing known": ({"messages": []}, ":2.*must have tokens .*only: messages"),
     "null": ({"tokens": None}, ":2.*must have tokens"),
     "no ids": ({"tokens": [1.5, 2]}, ":2.*whole numbers"),
@@ -123,7 +123,7 @@ def test_files_that_cannot_be(tmp_path, folder):
         ("none.jsonl", "no such file"),
         ("empty.jsonl", "no sample"),
         ("broken.parquet", "no Parquet"),
-        ("broken.jsonl", "no JSON"),
+        ("broken.jsonl", "not JSON"),
     ):
         with pytest.raises(UserError, match=rule):
             scored(tmp_path, folder, f"score.data={tmp_path / file}")

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.errors import UserError
-from conf.read_json import parse_json
-from train.data.readers import check_text, read_lines
+from train.data.readers import check_text, read_jsonl_records, read_parquet_records
 from train.data.source_files import find_files
 
 SCORE_DATA = "score.data"
@@ -43,9 +42,8 @@ def read_scored_samples(
     """
     if not path.is_file():
         raise UserError(SCORE_DATA, path, "no such file", "give a .jsonl or .parquet of samples")
-    read = _parquet if path.suffix == ".parquet" else _jsonl
     found = []
-    for place, record in read(path):
+    for place, record in _read(path):
         sample = _sample(place, record, encode, start_id)
         if len(sample.tokens) > longest:
             rule = f"has {len(sample.tokens)} tokens, and the model reads {longest} at most"
@@ -106,26 +104,13 @@ def _is_choice(of_token: Any, layers: int, top_k: int, experts: int) -> bool:
     )
 
 
-def _jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(read_lines(find_files(path, SCORE_DATA)[0], SCORE_DATA), 1):
-        if line.strip():
-            place = f"{path}:{number}"
-            try:
-                yield place, parse_json(line.decode())
-            except ValueError as error:
-                raise UserError(SCORE_DATA, place, f"cannot be read: {error}", "correct or remove this line") from error
-
-
-def _parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    import pyarrow
-    import pyarrow.parquet  # half a second that only those who have such files wait for
-
-    row = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path) as table:
-            for batch in table.iter_batches(batch_size=256):
-                for record in batch.to_pylist():
-                    yield f"{path}, row {row}", record
-                    row += 1
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(SCORE_DATA, path, f"is damaged or no Parquet: {error}", "fetch or write it again") from error
+def _read(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Place for errors and keys of every sample."""
+    file = find_files(path, SCORE_DATA)[0]
+    parquet = path.suffix == ".parquet"
+    records = read_parquet_records(file, SCORE_DATA, list) if parquet else read_jsonl_records(file, SCORE_DATA)
+    for _, place, record in records:
+        if not isinstance(record, dict):
+            rule = f"{RULE}, and is a {type(record).__name__}"
+            raise UserError(SCORE_DATA, place, rule, "write one object per line")
+        yield place, record
