@@ -87,7 +87,9 @@ def _block(model: Model, theirs: str, ours: str, inner: str, dense: bool) -> Ite
         return
     yield _same(f"{theirs}mlp.gate.weight", f"{here}moe.router.weight", (model.experts, model.hidden))
     yield _same(f"{theirs}mlp.gate.e_score_correction_bias", f"bias.{ours}", (model.experts,))
-    yield from _experts(model, f"{theirs}mlp.experts.", f"{here}moe.experts.")
+    for index in range(model.experts):
+        expert, stacked = f"{theirs}mlp.experts.{index}.", f"{here}moe.experts."
+        yield from _ffn(model.hidden, model.expert_width, expert, stacked, index, model.experts)
     if model.shared_experts:
         width = model.shared_experts * model.expert_width
         yield from _ffn(model.hidden, width, f"{theirs}mlp.shared_experts.", f"{here}moe.shared.")
@@ -97,51 +99,42 @@ def _attention(model: Model, theirs: str, ours: str) -> Iterator[PlacedTensor]:
     width, heads = model.hidden, model.heads
     queries = heads * (model.nope_head_dim + model.rope_head_dim)
     if model.q_rank is None:
-        yield _same(f"{theirs}q_proj.weight", f"{ours}q.weight", (queries, width), fp8=True)
+        parts = [("q_proj", "q", (queries, width))]
     else:
-        yield _same(f"{theirs}q_a_proj.weight", f"{ours}q_down.weight", (model.q_rank, width), fp8=True)
-        yield _same(f"{theirs}q_a_layernorm.weight", f"{ours}q_norm.weight", (model.q_rank,))
-        yield _same(f"{theirs}q_b_proj.weight", f"{ours}q_up.weight", (queries, model.q_rank), fp8=True)
-    down = model.kv_rank + model.rope_head_dim, width
-    up = heads * (model.nope_head_dim + model.v_head_dim), model.kv_rank
-    yield _same(f"{theirs}kv_a_proj_with_mqa.weight", f"{ours}kv_down.weight", down, fp8=True)
-    yield _same(f"{theirs}kv_a_layernorm.weight", f"{ours}kv_norm.weight", (model.kv_rank,))
-    yield _same(f"{theirs}kv_b_proj.weight", f"{ours}kv_up.weight", up, fp8=True)
-    yield _same(f"{theirs}o_proj.weight", f"{ours}out.weight", (width, heads * model.v_head_dim), fp8=True)
+        parts = [
+            ("q_a_proj", "q_down", (model.q_rank, width)),
+            ("q_a_layernorm", "q_norm", (model.q_rank,)),
+            ("q_b_proj", "q_up", (queries, model.q_rank)),
+        ]
+    parts += [
+        ("kv_a_proj_with_mqa", "kv_down", (model.kv_rank + model.rope_head_dim, width)),
+        ("kv_a_layernorm", "kv_norm", (model.kv_rank,)),
+        ("kv_b_proj", "kv_up", (heads * (model.nope_head_dim + model.v_head_dim), model.kv_rank)),
+        ("o_proj", "out", (width, heads * model.v_head_dim)),
+    ]
+    for name, own, shape in parts:
+        yield _same(f"{theirs}{name}.weight", f"{ours}{own}.weight", shape, fp8=len(shape) == 2)
 
 
-def _ffn(width: int, inner: int, theirs: str, ours: str) -> Iterator[PlacedTensor]:
-    """A dense or shared FFN: our w13 holds the gate's rows, then those of up."""
-    half, stacked = (inner, width), (2 * inner, width)
+def _ffn(
+    width: int, inner: int, theirs: str, ours: str, index: int = 0, experts: int | None = None
+) -> Iterator[PlacedTensor]:
+    """A dense or shared FFN, or one of the experts that ours stacks: w13 (2F, D) or (E, 2F, D) holds the gate's rows, then
+    those of up, and w2 is (D, F) or (E, D, F)."""
+    stack, end = ((), ".weight") if experts is None else ((experts,), "")
     for number, name in enumerate(("gate_proj", "up_proj")):
-        yield PlacedTensor(
-            f"{theirs}{name}.weight", half, f"{ours}w13.weight", number * inner * width, stacked, fp8=True
-        )
-    yield _same(f"{theirs}down_proj.weight", f"{ours}w2.weight", (width, inner), fp8=True)
-
-
-def _experts(model: Model, theirs: str, ours: str) -> Iterator[PlacedTensor]:
-    """The routed experts: w13 (E, 2F, D) and w2 (E, D, F)."""
-    width, inner, experts = model.hidden, model.expert_width, model.experts
-    matrix = inner * width
-    for index in range(experts):
-        for number, name in enumerate(("gate_proj", "up_proj")):
-            start, whole = (2 * index + number) * matrix, (experts, 2 * inner, width)
-            yield PlacedTensor(f"{theirs}{index}.{name}.weight", (inner, width), f"{ours}w13", start, whole, fp8=True)
-        whole = experts, width, inner
-        yield PlacedTensor(
-            f"{theirs}{index}.down_proj.weight", (width, inner), f"{ours}w2", index * matrix, whole, fp8=True
-        )
+        start, whole = (2 * index + number) * inner * width, (*stack, 2 * inner, width)
+        yield PlacedTensor(f"{theirs}{name}.weight", (inner, width), f"{ours}w13{end}", start, whole, fp8=True)
+    start, whole = index * inner * width, (*stack, width, inner)
+    yield PlacedTensor(f"{theirs}down_proj.weight", (width, inner), f"{ours}w2{end}", start, whole, fp8=True)
 
 
 def _mtp(model: Model, theirs: str, ours: str) -> Iterator[PlacedTensor]:
     width, table = model.hidden, (model.vocab_size, model.hidden)
-    embedding = _same(f"{theirs}embed_tokens.weight", "master.embedding.weight", table)
-    yield replace(embedding, copy=True)
+    yield replace(_same(f"{theirs}embed_tokens.weight", "master.embedding.weight", table), copy=True)
     yield _same(f"{theirs}enorm.weight", f"master.{ours}.embedding_norm.weight", (width,))
     yield _same(f"{theirs}hnorm.weight", f"master.{ours}.hidden_norm.weight", (width,))
     yield _same(f"{theirs}eh_proj.weight", f"master.{ours}.projection.weight", (width, 2 * width))
     yield from _block(model, theirs, ours, "block.", dense=False)
     yield _same(f"{theirs}shared_head.norm.weight", f"master.{ours}.norm.weight", (width,))
-    head = _same(f"{theirs}shared_head.head.weight", "master.head.weight", table)
-    yield replace(head, copy=True)
+    yield replace(_same(f"{theirs}shared_head.head.weight", "master.head.weight", table), copy=True)
