@@ -1,5 +1,7 @@
 """Lines as people mistype them, each with the cure that it must be told, through the entry of `python -m train`."""
 
+import inspect
+import pkgutil
 import shlex
 import sys
 
@@ -11,11 +13,12 @@ from conf.command_line import check_words
 from conf.errors import EXIT_USER, UserError
 from conf.keys import dotted_keys
 from conf.load import compose, run
+from conf.schema import Mode
 from conf.synonyms import KEYS, VALUES
 from parallel.shard import Shard
 from tests.checkpoint.world import checkpointers, save
 from tests.small import arguments
-from train.__main__ import main
+from train.__main__ import MODE_FUNCTIONS, STARTS_RANKS, main
 
 MISTAKES = {
     # range
@@ -251,3 +254,10 @@ def test_a_command_without_words_has_no_mistake():
 
 def test_every_key_that_is_meant_exists():
     assert {"steps", "model.yarn.factor", "precision.fp8.cache.linear", "optim.lr"} <= set(dotted_keys())
+
+
+def test_every_mode_has_a_function_that_takes_what_it_is_given():
+    assert {Mode.train, *MODE_FUNCTIONS} == {*Mode}
+    for mode, place in MODE_FUNCTIONS.items():
+        taken = inspect.signature(pkgutil.resolve_name(place)).parameters
+        assert list(taken) == ["config", "alone"][: 1 + (mode in STARTS_RANKS)], mode

@@ -3,6 +3,7 @@
 import gc
 import importlib
 import os
+import pkgutil
 import signal
 import sys
 
@@ -41,6 +42,23 @@ from conf.words import say, say_note  # noqa: E402
 from train.loop.layout_check import check_layout  # noqa: E402
 from train.model.count import checkpoint_bytes  # noqa: E402
 
+MODE_FUNCTIONS = {
+    Mode.report: "train.metrics.compare:print_reports",
+    Mode.export: "train.export.run:export",
+    Mode.average: "train.checkpoint.average:write_average",
+    Mode.evaluate: "train.evaluate.run:evaluate",
+    Mode.generate: "train.generate.command:generate",
+    Mode.score: "train.score.run:score",
+    Mode.dashboard: "train.metrics.dashboard:build_dashboard",
+    Mode.plan: "train.plan.run:run_plan",
+    Mode.dry_run: "train.dry_run.run:dry_run",
+    Mode.prove: "train.prove.run:prove",
+    Mode.show_data: "train.data.show_data:show_data",
+}
+"""Where what a mode does begins: module and function, imported when it is asked for. It takes the settings and returns the exit code."""
+STARTS_RANKS = (Mode.evaluate, Mode.prove)
+"""Modes whose function also takes whether the job is the only one of this process, see `do`."""
+
 
 def main(configs: list[Config]) -> int:
     """One run, or those of a sweep one after another, until one is told to stop; returns the worst exit code."""
@@ -65,22 +83,11 @@ def main(configs: list[Config]) -> int:
 
 def do(config: Config, alone: bool) -> int:
     """What `mode` says; returns the exit code. alone: the only job of this process, which may then be its rank."""
-    modes = {
-        Mode.train: _train,
-        Mode.report: _report,
-        Mode.export: _export,
-        Mode.average: _average,
-        Mode.evaluate: _evaluate,
-        Mode.generate: _generate,
-        Mode.score: _score,
-        Mode.dashboard: _dashboard,
-        Mode.plan: _plan,
-        Mode.dry_run: _dry_run,
-        Mode.prove: _prove,
-        Mode.show_data: _show_data,
-    }
     try:
-        return modes[config.mode](config, alone=alone)
+        if config.mode is Mode.train:
+            return _train(config, alone)
+        work = pkgutil.resolve_name(MODE_FUNCTIONS[config.mode])
+        return work(config, alone) if config.mode in STARTS_RANKS else work(config)
     except KeyboardInterrupt:
         goes_on = config.mode is Mode.train
         say(f"stopped by Ctrl-C{'; the same command goes on' if goes_on else ''}", file=sys.stderr)
@@ -162,74 +169,6 @@ def _run_rank(config: Config, place: Place) -> int:
 
     gc.enable()
     return run_rank(config, place)
-
-
-def _plan(config: Config, alone: bool) -> int:
-    from train.plan.run import run_plan
-
-    return run_plan(config)
-
-
-def _dry_run(config: Config, alone: bool) -> int:
-    from train.dry_run.run import dry_run
-
-    return dry_run(config)
-
-
-def _prove(config: Config, alone: bool) -> int:
-    from train.prove.run import prove
-
-    return prove(config, alone)
-
-
-def _show_data(config: Config, alone: bool) -> int:
-    from train.data.show_data import show_data
-
-    return show_data(config)
-
-
-def _report(config: Config, alone: bool) -> int:
-    from train.metrics.compare import write_reports
-
-    for page in write_reports(config):
-        say(page)
-    return EXIT_OK
-
-
-def _export(config: Config, alone: bool) -> int:
-    from train.export.run import export
-
-    return export(config)
-
-
-def _average(config: Config, alone: bool) -> int:
-    from train.checkpoint.average import write_average
-
-    return write_average(config)
-
-
-def _evaluate(config: Config, alone: bool) -> int:
-    from train.evaluate.run import evaluate
-
-    return evaluate(config, alone)
-
-
-def _generate(config: Config, alone: bool) -> int:
-    from train.generate.command import generate
-
-    return generate(config)
-
-
-def _score(config: Config, alone: bool) -> int:
-    from train.score.run import score
-
-    return score(config)
-
-
-def _dashboard(config: Config, alone: bool) -> int:
-    from train.metrics.dashboard import build_dashboard
-
-    return build_dashboard(config)
 
 
 def _plan_of_job(config: Config) -> tuple[str, float, float]:

@@ -16,9 +16,10 @@ import numpy as np
 import plotly.graph_objects as go
 
 from conf.changed_settings import flat
-from conf.errors import UserError
+from conf.errors import EXIT_OK, UserError
 from conf.files import atomic_write_text
 from conf.schema import Config
+from conf.words import say
 from train.metrics.headline import clipped
 from train.metrics.jsonl import METRICS_FILE
 from train.metrics.names import SCALARS, Curve
@@ -53,6 +54,13 @@ class RunToCompare:
     series: Series
     gpu: bool
     """Whether it trained on GPUs."""
+
+
+def print_reports(config: Config) -> int:
+    """mode=report: write the pages, and say where they are; returns the exit code. Raises UserError as `write_reports` does."""
+    for page in write_reports(config):
+        say(page)
+    return EXIT_OK
 
 
 def write_reports(config: Config) -> list[Path]:
