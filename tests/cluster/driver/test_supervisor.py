@@ -78,6 +78,17 @@ def test_it_grows_back_at_a_checkpoint_when_a_node_returns():
     assert world.finish.code == EXIT_OK and len(world.notes("failure")) == 1
 
 
+def test_a_run_that_saves_nothing_grows_back_as_soon_as_it_can_and_not_before():
+    world = World(steps=100, every=1000, saves=False)
+    world.run(4)
+    world.machines[1].linked = False
+    world.run(12)
+    assert world.starts[-1].placement.dp == 2 and not world.notes("grow")
+    world.machines[1].linked = True
+    world.run(4)
+    assert world.starts[-1].placement.dp == 3 and len(world.notes("grow")) == 1
+
+
 def test_a_hang_is_found_within_its_limit_and_named():
     world = World(hang_after=6.0)
     world.run(5)
@@ -361,6 +372,62 @@ def test_stop_ends_with_75_also_while_a_restart_is_under_way():
     world.tell(m.StopAsked("SIGTERM"))
     world.run(5)
     assert world.finish.code == EXIT_STOPPED and len(world.starts) == 1
+
+
+def test_a_stop_while_nodes_are_waited_for_ends_the_wait():
+    world = World()
+    world.run(7)
+    world.power_off(1)
+    world.tell(m.NodeLost("id1", "its agent died", returning=True))
+    while not world.notes("waiting"):
+        world.run(STEP)
+    world.tell(m.StopAsked("SIGTERM"))
+    world.tell(m.Tick())
+    saved = world.supervisor.saved.step
+    assert world.finish.code == EXIT_STOPPED and world.finish.text == f"between attempts: SIGTERM; step {saved} is saved"
+
+
+def test_before_the_first_step_there_is_nothing_to_save_at_a_stop():
+    world = World()
+    world.tell(m.StopAsked("SIGTERM"))
+    world.run(5)
+    assert not any(isinstance(action, m.StopRanks) for action in world.actions)
+    assert world.finish.code == EXIT_STOPPED and world.finish.text == "SIGTERM; no step was done yet"
+
+
+def test_before_the_first_step_a_node_that_is_about_to_go_is_left_at_once():
+    world = World()
+    world.tell(m.NodeDraining("id1", "maintenance"))
+    world.run(5)
+    assert [start.placement.dp for start in world.starts] == [3, 2]
+    assert not world.notes("failure") and not any(isinstance(action, m.StopRanks) for action in world.actions)
+
+
+def test_a_node_that_cannot_start_its_ranks_is_named_and_what_it_says_later_is_old():
+    world = World(restarts=1)
+    world.machines[1].ranks = {}
+    world.tell(m.StartFailed(1, "id1", "no such folder"))
+    world.run(2)
+    failure = last_failure(world)
+    assert failure.text == "n1 could not start its ranks: no such folder"
+    assert (failure.fields["cause"], failure.fields["nodes"], failure.fields["ranks"]) == ("start", ["n1"], [])
+    assert len(world.starts) == 2
+    world.tell(m.StartFailed(1, "id1", "no such folder"))
+    world.run(60)
+    assert world.finish.code == EXIT_OK and len(world.notes("failure")) == 1
+
+
+def test_ranks_that_survive_their_end_are_waited_for_but_not_for_ever():
+    world = World(restarts=0)
+    world.run(4)
+    world.machines[1].kill, world.hung = (lambda: None), {1}  # it waits in the kernel
+    world.kill_rank(0)
+    while not world.notes("failure"):
+        world.run(STEP)
+    began = world.now
+    world.run(60)
+    assert world.notes("node_lost")[-1].text == "n1: its ranks survive SIGKILL for 10 s"
+    assert world.finish.code == EXIT_CRASH and 10 <= world.now - began <= 11
 
 
 def test_a_driver_that_is_cut_off_says_what_becomes_of_the_ranks_that_it_does_not_reach():
