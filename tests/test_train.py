@@ -197,6 +197,7 @@ def test_divergence_is_skipped_counted_named_and_ends(tmp_path):
     assert "steps in a row" in done.stderr and "step 2 skipped" in done.stdout, done.stdout + done.stderr
     skipped = [record["skipped_steps"] for record in metrics(tmp_path, "tiny").values()]
     assert skipped == sorted(skipped) and skipped[-1] >= 2
+    assert "3 steps in a row" in done.stderr and "skipped: again a non-finite" in done.stdout, "the second one"
 
 
 @pytest.mark.slow

@@ -93,7 +93,7 @@ def train_with_nan(rank: int, config_path: str, world: int, store: str) -> None:
 
     def corrupt(module, inputs, output):
         calls.append(module)
-        if (watching and not where["again"]) or ("call" in where and len(calls) != where["call"]):
+        if (watching and not where["again"]) or ("calls" in where and len(calls) not in where["calls"]):
             return output
         return output * torch.nan if where["phase"] == "forward" else _NanBackward.apply(output)
 
@@ -170,13 +170,23 @@ def test_a_look_at_a_skipped_step_changes_nothing(tmp_path, monkeypatch, layout)
     """The third step is bad, and the run goes on; whether somebody looked or not, its losses are the same bits."""
     monkeypatch.setattr("tests.layouts.train_rank", train_with_nan)
     per_step = 8 if "micro_batch_size=1" in layout else 2
-    where = {"rank": 1, "module": "layers.3.moe", "phase": "forward", "again": False, "call": 2 * per_step + 1}
+    where = {"rank": 1, "module": "layers.3.moe", "phase": "forward", "again": False, "calls": [2 * per_step + 1]}
     once = ["checkpoint.every=0", "log.validate_every=0", "log.validation_sequences=2", *layout]
     for look in (True, False):
         (tmp_path / "nan.json").write_text(json.dumps(where | {"look": look}))
         run_layout(tmp_path, f"look{look}", 2, "steps=6", *once)
     assert metrics(tmp_path, "lookTrue")[6]["skipped_steps"] == 1
     assert trajectory(tmp_path, "lookTrue") == trajectory(tmp_path, "lookFalse")
+
+
+def test_bad_steps_that_do_not_follow_one_another_end_no_run(tmp_path, monkeypatch):
+    """The second and the fourth of steps of four forward passes; two in a row would end it."""
+    monkeypatch.setattr("tests.layouts.train_rank", train_with_nan)
+    where = {"rank": 0, "module": "layers.3.moe", "phase": "forward", "again": True, "calls": [5, 13], "look": False}
+    (tmp_path / "nan.json").write_text(json.dumps(where))
+    once = ["checkpoint.every=0", "log.validate_every=0", "log.validation_sequences=2", "optim.max_bad_steps=2"]
+    run_layout(tmp_path, "nan", 1, "steps=5", *once)
+    assert [record["skipped_steps"] for record in metrics(tmp_path, "nan").values()] == [0, 1, 1, 2, 2]
 
 
 @pytest.mark.slow
