@@ -23,7 +23,7 @@ RUNS = {
     "held_weights": ["precision=fp8", "precision.fp8.hold_weights=true", "model.recompute=[swiglu]",
                      "parallel.dp=4", "parallel.ep=4", "parallel.dispatch=node_limited", "cluster.ranks_per_node=2"],
     "1f1b": ["precision=bf16", *PP2, "parallel.schedule=1f1b", "model.mtp_depth=2", "model.recompute=[layer]"],
-    "interleaved": ["precision=bf16", *PP2, "parallel.schedule=interleaved", "model.layers=8", "model.offload=[layer]", *SMALL_HEAD],
+    "interleaved": ["precision=bf16", *PP2, "parallel.schedule=interleaved", "model.layers=8", "model.offload=[layer]", "model.mtp_depth=0", *SMALL_HEAD],
     "zbv": ["precision=bf16", *PP2, "parallel.schedule=zbv", "model.recompute=[norm,mla_up]", *SMALL_HEAD],
     "zero3": ["precision=bf16", *DP4_EP2, "parallel.zero=3", "optim.ema_decay=0.9"],
     "host_optimizer": ["precision=bf16", *DP4_EP2, "parallel.zero=2", "parallel.offload_optimizer=true"],
