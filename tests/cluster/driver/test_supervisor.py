@@ -384,7 +384,9 @@ def test_a_stop_while_nodes_are_waited_for_ends_the_wait():
     world.tell(m.StopAsked("SIGTERM"))
     world.tell(m.Tick())
     saved = world.supervisor.saved.step
-    assert world.finish.code == EXIT_STOPPED and world.finish.text == f"between attempts: SIGTERM; step {saved} is saved"
+    assert (
+        world.finish.code == EXIT_STOPPED and world.finish.text == f"between attempts: SIGTERM; step {saved} is saved"
+    )
 
 
 def test_before_the_first_step_there_is_nothing_to_save_at_a_stop():
