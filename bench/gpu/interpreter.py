@@ -5,9 +5,15 @@ instead of 128), and truncates when it casts to bf16, so torch does these casts 
 ties to even, FP8 saturating. It multiplies the bits of bf16 matrices as if they were values, so they are widened before. It refuses assembly: an empty one,
 which only holds an order, gives what it takes. That of triton 3.6, which torch 2.11 brings, takes the bounds of a loop from arrays of one
 element, which numpy 2.4 refuses.
+
+Half of its time goes into three habits that change no result, and which it loses here: it prepares Triton's language anew for every call of a
+function, finds out whether whole numbers overflow and drops the answer (it asserts only where its option `debug` is on), and makes a table of
+numpy's types to look one up.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
 from types import SimpleNamespace
 
 import numpy as np
@@ -49,10 +55,24 @@ def repair(put: Callable[[object, str, object], None] = setattr) -> None:
         assert not assembly, "assembly is not interpreted"
         return SimpleNamespace(get_result=values.__getitem__)
 
+    numpy_type = cache(interpreter._get_np_dtype)
+
+    def numpy_type_of(type):
+        return np.dtype(np.uint64) if type.scalar.is_ptr() else numpy_type(type.scalar)
+
+    def prepared(function):
+        return SimpleNamespace(restore=lambda: None)
+
     put(interpreter, "_convert_float", repaired)
     put(interpreter.InterpreterBuilder, "create_inline_asm", with_nothing)
     put(interpreter.InterpreterBuilder, "create_dot", with_values)
     put(interpreter, "_patch_lang_tensor", with_bounds)
+    put(interpreter, "_get_np_dtype", numpy_type_of)
+    builder = interpreter.interpreter_builder
+    put(builder, "options", replace(builder.options, sanitize_overflow=builder.options.debug))
+    # once for all functions, by either of the names under which their files know the language
+    interpreter._patch_lang(SimpleNamespace(__globals__={"tl": interpreter.tl, "core": interpreter.tl.core}))
+    put(interpreter, "_patch_lang", prepared)
 
 
 def widened(operand):
