@@ -12,7 +12,9 @@ four of 128 bits), instructions of tensor cores, and those of the loop around th
 Takes about half a minute.
 """
 
+import itertools
 import re
+import struct
 import subprocess
 import sys
 import tempfile
@@ -47,6 +49,10 @@ TENSOR_CORES = "QGMMA|UTCQMMA|HGMMA|UTCHMMA|QMMA|HMMA"
 """Instructions that multiply matrices: FP8 on Hopper and on Blackwell, bf16 on these, and those of GPUs before."""
 THEIR_OWN = {"QGMMA", "UTCQMMA", "HGMMA", "UTCHMMA"}
 """Those of Hopper and of Blackwell: the others reach a fraction of their rate."""
+INSTRUCTION = 16
+"""Bytes of a machine instruction of either."""
+EXECUTED = 4
+"""The flag of an ELF file's section that holds machine code."""
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
@@ -102,25 +108,27 @@ def compile_all(architectures: tuple[int, ...] = ARCHITECTURES) -> dict[tuple[st
     """Every variant for every architecture, by name and architecture."""
     found = {}
     for architecture in architectures:
+        kernels = {}
         for name, call in variants().items():
             if "specialized" in name and architecture != 90:
                 continue  # it is for Hopper alone
             print(f"compiling {name} for sm_{architecture}", file=sys.stderr, flush=True)  # which one takes too long
-            with compiling(architecture) as compiled:
-                call()
-            kernel = compiled[-1]  # the last, where a call has several
-            found[name, architecture] = _read(kernel)
+            kernels[name, architecture] = _last_of(call, architecture)
+        found |= zip(kernels, _read(list(kernels.values()), architecture), strict=True)
     return found
 
 
 def compile_products() -> dict[str, Binary]:
     """The FP8 products alone, for Hopper, by name."""
-    found = {}
-    for name, call in products_of().items():
-        with compiling(90) as compiled:
-            call()
-        found[name] = _read(compiled[-1])
-    return found
+    kernels = {name: _last_of(call, 90) for name, call in products_of().items()}
+    return dict(zip(kernels, _read(list(kernels.values()), 90), strict=True))
+
+
+def _last_of(call: Callable, architecture: int) -> triton.compiler.CompiledKernel:
+    """The kernel that a call launches, the last where it launches several."""
+    with compiling(architecture) as compiled:
+        call()
+    return compiled[-1]
 
 
 def variants() -> dict[str, Callable]:
@@ -306,36 +314,55 @@ class _Device:
         return GPUTarget("cuda", self._architecture, 32)
 
 
-def _read(kernel: triton.compiler.CompiledKernel) -> Binary:
+def _read(kernels: list[triton.compiler.CompiledKernel], architecture: int) -> list[Binary]:
+    """What came out, kernel by kernel. Nearly all of a disassembler's time is its start, so one reads the code of all."""
+    codes = [_code(kernel.asm["cubin"]) for kernel in kernels]
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(b"".join(codes))
+        file.flush()
+        read = _output("nvdisasm", "--no-dataflow", "--binary", f"SM{architecture}a", file.name)
+    lines = re.findall(r"^ +/\*([0-9a-f]+)\*/ +(.*;)", read, re.MULTILINE)
+    assert len(lines) == sum(map(len, codes)) // INSTRUCTION, "the disassembler left something out"
+    program = iter(lines)
+    return [
+        _binary(kernel, list(itertools.islice(program, len(code) // INSTRUCTION)))
+        for kernel, code in zip(kernels, codes, strict=True)
+    ]
+
+
+def _code(cubin: bytes) -> bytes:
+    """Machine code of a kernel: the section of its ELF file that can be executed, of which a kernel has one."""
+    (table,), (size, count) = struct.unpack_from("<Q", cubin, 40), struct.unpack_from("<HH", cubin, 58)
+    sections = [struct.unpack_from("<8xQ8xQQ", cubin, table + index * size) for index in range(count)]
+    ((start, length),) = [(start, length) for flags, start, length in sections if flags & EXECUTED]
+    return cubin[start : start + length]
+
+
+def _binary(kernel: triton.compiler.CompiledKernel, lines: list[tuple[str, str]]) -> Binary:
+    """lines: address and text of each instruction."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
         usage = _output("cuobjdump", "-res-usage", file.name)
-        program = _output("nvdisasm", "-c", file.name)
     registers, stack, local = (int(re.search(rf"{field}:(\d+)", usage)[1]) for field in ("REG", "STACK", "LOCAL"))
+    program = "\n".join(text for _, text in lines)
     widths: dict[str, Counter[int]] = {operation: Counter() for operation in ("LDG", "LDGSTS", "STG", "LDS", "STS")}
     for operation, suffix in re.findall(r"\b(LDGSTS|LDG|STG|LDS|STS)\b((?:\.\w+)*)", program):
         widths[operation][_bits(suffix)] += 1
     loads, bytewise = widths["LDG"] + widths["LDGSTS"], widths["LDS"][8] + widths["STS"][8]
     multiplied = Counter(re.findall(rf"\b({TENSOR_CORES})\b", program))
     shared, stores = kernel.metadata.shared, widths["STG"]
-    return Binary(registers, stack + local, shared, loads, stores, bytewise, multiplied, _loop(program))
+    return Binary(registers, stack + local, shared, loads, stores, bytewise, multiplied, _loop(lines))
 
 
-def _loop(program: str) -> int:
-    """Instructions from a label to the jump back to it, of the shortest such way that multiplies."""
-    labels: dict[str, int] = {}
-    instructions: list[str] = []
+def _loop(lines: list[tuple[str, str]]) -> int:
+    """Instructions from one to a jump back to it, of the shortest such way that multiplies."""
+    places = {int(address, 16): index for index, (address, _) in enumerate(lines)}
     found = []
-    for line in re.sub(r"/\*.*?\*/", "", program).splitlines():
-        line = line.strip()
-        if label := re.match(r"(\.L_x_\d+):", line):
-            labels[label[1]] = len(instructions)
-        elif line.endswith(";"):
-            instructions.append(line)
-            jump = re.search(r"\bBRA\b.*\((\.L_x_\d+)\)", line)
-            if jump and jump[1] in labels:
-                found.append(instructions[labels[jump[1]] :])
+    for index, (_, text) in enumerate(lines):
+        jump = re.search(r"\bBRA\b.*\b0x([0-9a-f]+) *;", text)
+        if jump and (start := places[int(jump[1], 16)]) <= index:
+            found.append([text for _, text in lines[start : index + 1]])
     return min((len(one) for one in found if re.search(rf"\b({TENSOR_CORES})\b", " ".join(one))), default=0)
 
 

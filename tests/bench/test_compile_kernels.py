@@ -33,26 +33,23 @@ def _crowded(x_ptr, y_ptr):
 def compiled(kernel, *args, **options) -> compile_kernels.Binary:
     with compile_kernels.compiling(90) as found:
         kernel[(1,)](*args, **options)
-    return compile_kernels._read(found[0])
+    return compile_kernels._read(found, 90)[0]
 
 
 def test_the_loop_that_multiplies_is_the_shortest_way_back():
-    program = """
-.L_x_0:
-        /*0010*/                   LDC R1, c[0x0][0x28] ;
-.L_x_1:
-        /*0020*/                   LDS R2, [R1] ;
-        /*0030*/                   @P0 BRA `(.L_x_1) ;
-.L_x_2:
-        /*0040*/                   QGMMA.64x128x32.F32.E4M3.E4M3 R24, gdesc[UR4] ;
-        /*0050*/                   FFMA R3, R4, R5, R3 ;
-        /*0060*/              @!P0 BRA `(.L_x_2) ;
-        /*0070*/                   BRA `(.L_x_0) ;
-        /*0080*/                   BRA `(.L_x_3) ;
-.L_x_3:
-"""
+    program = [
+        ("0000", "LDC R1, c[0x0][0x28] ;"),
+        ("0010", "LDS R2, [R1] ;"),
+        ("0020", "@P0 BRA 0x10 ;"),
+        ("0030", "QGMMA.64x128x32.F32.E4M3.E4M3 R24, gdesc[UR4] ;"),
+        ("0040", "FFMA R3, R4, R5, R3 ;"),
+        ("0050", "@!P0 BRA 0x30 ;"),
+        ("0060", "BRA 0x0 ;"),
+        ("0070", "BRA 0x80 ;"),
+        ("0080", "EXIT ;"),
+    ]
     assert compile_kernels._loop(program) == 3
-    assert compile_kernels._loop(program.replace("QGMMA", "FADD")) == 0
+    assert compile_kernels._loop([(address, text.replace("QGMMA", "FADD")) for address, text in program]) == 0
 
 
 @pytest.mark.slow
