@@ -61,6 +61,7 @@ class Hosts:
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_worker_niceness": "0",
+            "RAY_prestart_worker_first_driver": "0",
             "RAY_health_check_initial_delay_ms": "1000",
             "RAY_health_check_period_ms": "1000",
             "RAY_health_check_timeout_ms": "2000",
@@ -149,13 +150,12 @@ class Hosts:
 
     def ray_words(self, index: int) -> list[str]:
         """The command that starts Ray on a host."""
-        role = (
-            ["--head", f"--port={PORT}", "--include-dashboard=false"] if index == 0 else [f"--address={self.address}"]
-        )
+        head = ["--head", f"--port={PORT}", "--include-dashboard=false", "--no-monitor"]
         return [
             str(Path(sys.executable).with_name("ray")),
             "start",
-            *role,
+            *(head if index == 0 else [f"--address={self.address}"]),
+            "--include-log-monitor=false",  # a second of a core, for lines that no driver asks for
             f"--temp-dir={self.folder}/h{index}",
             f"--node-ip-address={NETWORK}.{index + 1}",
             f"--num-cpus={self.devices}",

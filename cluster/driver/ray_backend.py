@@ -335,6 +335,8 @@ def _settings(embedded: bool) -> None:
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if embedded:
+        # Ray would start a worker for every core, half a second of it each; a run has one agent.
+        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
         os.environ.setdefault(
             "RAY_worker_niceness", "0"
         )  # Ray's default, 15, has any other work slow the ranks, and their agent
