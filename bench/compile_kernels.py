@@ -2,7 +2,7 @@
 
     python -m bench.compile_kernels
 
-Calls the functions of train/kernels/fp8/triton_quantize.py and triton_products.py, train/kernels/gpu/fused_rows.py and
+Calls the functions of train/kernels/fp8/triton_quantize.py and train/kernels/fp8/triton_products.py, train/kernels/gpu/fused_rows.py and
 parallel/expert/triton_dispatch.py with tensors of DeepSeek-V3's widths and lets Triton's own launcher compile what it would launch, so
 that types, constants and hints of divisibility are those of a run. Triton's package brings the assembler and the disassembler. Fails where a kernel spills registers to memory, moves single bytes to or from global memory,
 takes more shared memory than a block can have, or multiplies by the instructions of older tensor cores: each costs more time than

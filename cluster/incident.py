@@ -4,7 +4,7 @@ The judgement of cluster/cause.py, where ranks said something themselves, and th
 more: a rank that left a collective out makes another one fail. A screen says it; logs/incident_N.json has the whole:
 
     time, kind, text     Unix time, the kind of the cause and its sentence
-    fault, ranks, among  of compare_ranks.Fault; the culprits, and ranks of which one is, where that is not known
+    fault, ranks, among  of judgement.Fault; the culprits, and ranks of which one is, where that is not known
     where, advice        file and line; what to do
     seconds              since the last news, of a hang
     waits                [{"rank": 0, "for": [1], "what": "all_reduce 7 of ...", "place": "file:line", "seconds": 12.1}, ...]

@@ -1,4 +1,14 @@
-"""The one shape in which state leaves and enters a rank: an interval of a flattened logical tensor."""
+"""The one shape in which state leaves and enters a rank: an interval of a flattened logical tensor.
+
+Parts of a weight have these names, from the whole run to a row:
+
+    Shard        elements of the logical tensor, which is that of all ranks: what checkpoints and exports know
+    Fragment     elements of a rank's own parameter, with their master and state: what the rank updates of it
+    ShardSlice   where such elements lie in the rank's flat shard
+    FlatShard    all weights of one flat parameter, each a `FlatWeight` that knows which rank has which of its elements: for
+                 updates of whole matrices
+    WeightPiece  rows and columns of one weight
+"""
 
 import math
 from collections.abc import Mapping, Sequence

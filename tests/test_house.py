@@ -110,7 +110,7 @@ def test_a_public_function_has_a_name_of_its_own():
 
 
 def test_a_file_of_the_product_has_a_name_of_its_own():
-    """Apart from what Python names, and the `run.py` of each mode."""
+    """Apart from what Python names, and run.py, of which each mode has one."""
     places = defaultdict(list)
     for file in (file for folder in PRODUCT for file in (ROOT / folder).rglob("*.py")):
         if file.name not in ("__init__.py", "__main__.py", "run.py"):

@@ -25,7 +25,7 @@ CLASSES = (
     ("norms", r"norm(?!al)|GammaBeta"),
     ("permutation", r"index|embedding_?bag|gather|scatter|sort|scan|nonzero"),
 )
-"""The first that matches, upper or lower case. Our own are those of train/kernels/fp8/triton_quantize.py and triton_products.py."""
+"""The first that matches, upper or lower case. Our own are those of train/kernels/fp8."""
 REST = "rest"
 PHASES = ("forward", "inputs", "weights")
 REPEATS = 3

@@ -5,6 +5,16 @@ shards, gradients fp32 also where weights are bf16; its state belongs to our opt
 held depends on the stage: whole_weights.py (stages 1 and 2) and sharded_weights.py (stage 3). At stage 3 weights may come without memory, and get
 it one after another, each as it is drawn and sharded.
 
+The end of a step at stages 1 and 2, in its order. Stage 3 reduces in every backward pass, and goes on from `Zero.step` likewise.
+
+    accumulate        at its end WholeWeights puts zeros where a gradient is missing, `Zero._close` sums that of a tied weight, and
+                      DeepSpeed reduces all that other ranks share, each rank to its shard
+    Zero.step         calls DeepSpeed's, which calls back for the norm: `Zero._global_norm` takes it over all ranks and names
+                      gradients that are not finite, and `WholeWeights._take_norm` makes of it the factor that clips
+    ShardedOptimizer  DeepSpeed calls its `step`, if the norm is finite: it takes gradients times the factor (`GradientHandover`), moves
+                      masters and state, and DeepSpeed makes weights of the masters and gathers them
+    forget_gradients  the next step starts without any
+
 What these files use of DeepSpeed beyond its public functions is listed, with reasons, in private_names.py.
 """
 
@@ -49,7 +59,7 @@ class Update:
 
 
 class Zero:
-    """The engine of one rank. `named_chunks` gives global parameter names."""
+    """The engine of one rank. Parameters have the global names that their chunks give them."""
 
     def __init__(
         self,

@@ -2,7 +2,7 @@
 
     python fake_rank.py CONFIG
 
-Faults, read from the run folder at every step, happen once: a file `fault_RANK` holds `crash`, `hang`, ... (drive.py writes it).
+Faults, read from the run folder at every step, happen once: a file fault_RANK holds `crash`, `hang`, ... (drive.py writes it).
 A step takes FAKE_STEP seconds. While there is a file `hold`, the last step is followed by more of them: a test that has seen what
 it waited for lets the run end (drive.py), on a machine of any speed.
 """

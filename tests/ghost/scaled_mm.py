@@ -64,7 +64,7 @@ PRODUCTS = (
     ScaledProduct("1x32 by 1x32, bf16 and fp32", mx=True),
     ScaledProduct("grouped, 1x32 by 1x32, and Wgrad", mx=True, grouped=True),
 )
-"""As train/kernels/fp8/hopper.py and blackwell.py call them, and what they would call if torch took it."""
+"""As train/kernels/fp8/hopper.py and train/kernels/fp8/blackwell.py call them, and what they would call if torch took it."""
 
 
 def _dense(product: ScaledProduct) -> Tensor:

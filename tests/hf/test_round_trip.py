@@ -66,7 +66,7 @@ def plain(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def expected_masters(model: Model, found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Our tensors, flat; put together by hand for the stacked ones, which names.py would place."""
+    """Our tensors, flat; put together by hand for the stacked ones, which train/hf/tensor_names.py would place."""
     values, ours = plain(found), {}
     for each in tensors(model):
         if each.whole == each.shape and not each.copy:

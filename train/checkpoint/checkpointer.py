@@ -117,7 +117,7 @@ class Checkpointer:
 
         `timeout`: longest wait for other ranks, in seconds; for an unfinished save somewhat less. `retries`: further tries of a
         rank whose writing failed, the first after `retry_wait` seconds, then twice as long each. `staging`: most bytes of the
-        buffers; the training waits for the disk where that is less than it saves; 0 for all. Raises Fenced if a newer attempt has started.
+        buffers; the training waits for the disk where that is less than it saves; 0 for all. Raises AttemptFenced if a newer attempt has started.
         """
         self.rank, self.keep, self.keep_every = rank, keep, keep_every
         self.asynchronous, self.timeout = asynchronous, timeout

@@ -75,7 +75,7 @@ class Committer:
         """The loop adds to it, the threads of the saves look."""
 
     def enter(self, rank: int) -> None:
-        """Start as this rank; Fenced if a newer attempt has started. Rank 0 shuts out older ones and sweeps, and raises UserError
+        """Start as this rank; AttemptFenced if a newer attempt has started. Rank 0 shuts out older ones and sweeps, and raises UserError
         where another process keeps the lock.
         """
         self.root.mkdir(parents=True, exist_ok=True)
@@ -85,7 +85,7 @@ class Committer:
             self.sweep()
 
     def raise_fence(self) -> None:
-        """Shut out all older attempts; Fenced if a newer one has started."""
+        """Shut out all older attempts; AttemptFenced if a newer one has started."""
         with hold_lock(self.root, self.timeout):
             self._check_fence()
             if read_fence(self.root) < self.attempt:
@@ -107,7 +107,7 @@ class Committer:
     def begin(self, save: Save, rank: int) -> Path:
         """Make the folder that every rank writes this save to; rank 0 also clears those of earlier, failed saves.
 
-        Raises Fenced.
+        Raises AttemptFenced.
         """
         self._check_fence()
         folder = self._temporary(save)
@@ -179,7 +179,7 @@ class Committer:
         return [(folder / index_name(rank)).read_bytes() for rank in range(self.world_size)]
 
     def commit(self, save: Save, manifest: dict[str, Any]) -> Path:
-        """Rank 0, after all votes: make the temporary folder the checkpoint of its step. Returns its path. Raises Fenced,
+        """Rank 0, after all votes: make the temporary folder the checkpoint of its step. Returns its path. Raises AttemptFenced,
         SaveAbandoned.
         """
         folder = self._temporary(save)

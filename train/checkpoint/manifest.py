@@ -69,7 +69,7 @@ class CheckpointDamaged(UserError):
 
 
 class Meta(dict[str, Any]):
-    """What the run stored beside the tensors: samples, tokenizer, data, seed, ... Damaged where one reads a name that is
+    """What the run stored beside the tensors: samples, tokenizer, data, seed, ... CheckpointDamaged where one reads a name that is
     missing or of a type that no run stores.
     """
 
@@ -134,7 +134,7 @@ def seal(body: dict[str, Any]) -> str:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a checkpoint; UserError for a folder that is none of ours or newer, else Damaged."""
+    """The manifest of a checkpoint; UserError for a folder that is none of ours or newer, else CheckpointDamaged."""
     path = folder / MANIFEST
     ours = re.fullmatch(r"step_\d{8,}", folder.name) is not None
     if not folder.is_dir():
@@ -164,7 +164,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def manifest_of(folder: Path, body: dict[str, Any]) -> Manifest:
-    """The manifest with this body, as `train.checkpoint.read_shards.merge_indexes` makes it."""
+    """The manifest with this body, as `train.checkpoint.intervals.merge_indexes` makes it."""
     path = folder / MANIFEST
     step, attempt, ranks = (_field(path, body, name, int) for name in ("step", "attempt", "world_size"))
     meta, files, tensors = (_field(path, body, name, dict) for name in ("meta", "files", "tensors"))
@@ -201,7 +201,7 @@ def _are_counts(found: Any, length: int | None = None) -> bool:
 
 
 def _field(path: Path, body: dict[str, Any], name: str, kind: type) -> Any:
-    """A field of the body; Damaged if it is missing or of another type."""
+    """A field of the body; CheckpointDamaged if it is missing or of another type."""
     if name not in body:
         raise CheckpointDamaged(path, f"holds no {name!r}")
     if not isinstance(body[name], kind) or isinstance(body[name], bool):
@@ -212,7 +212,7 @@ def _field(path: Path, body: dict[str, Any], name: str, kind: type) -> Any:
 
 
 def read_index(manifest: Manifest, rank: int) -> dict[str, Any]:
-    """The index of one rank's data file, checked against the manifest; Damaged if it does not match."""
+    """The index of one rank's data file, checked against the manifest; CheckpointDamaged if it does not match."""
     path = manifest.folder / index_name(rank)
     try:
         text = path.read_bytes()
@@ -224,7 +224,7 @@ def read_index(manifest: Manifest, rank: int) -> dict[str, Any]:
 
 
 def check_index(manifest: Manifest, rank: int, text: bytes) -> dict[str, Any]:
-    """The index from its text; Damaged if that does not match the manifest."""
+    """The index from its text; CheckpointDamaged if that does not match the manifest."""
     path = manifest.folder / index_name(rank)
     if [len(text), zlib.crc32(text)] != manifest.files[path.name]:
         raise CheckpointDamaged(path, "its checksum does not match the manifest's")
@@ -274,7 +274,7 @@ def _problems(manifest: Manifest, full: bool) -> list[str]:
 
 
 def check_data(manifest: Manifest, rank: int) -> None:
-    """Read one rank's data file whole; Damaged at the first block that does not match its checksum."""
+    """Read one rank's data file whole; CheckpointDamaged at the first block that does not match its checksum."""
     index = read_index(manifest, rank)
     path = manifest.folder / data_name(rank)
     try:

@@ -168,7 +168,7 @@ class MemoryCopies:
     def manifest(self) -> Manifest | None:
         """For one rank: the manifest of the set to resume from, made from the indexes of all parts; None without one.
 
-        Raises Damaged if a part is missing or the parts do not make up the tensors.
+        Raises CheckpointDamaged if a part is missing or the parts do not make up the tensors.
         """
         if self.shelves.resume is None:
             return None

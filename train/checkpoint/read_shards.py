@@ -85,7 +85,7 @@ def load_shards(path: Path, wanted: dict[str, Shard], rounded: bool = False) -> 
 
     Returns the stored meta, and `step`, `attempt` and `world_size` of the run that wrote it. Raises UserError, before
     anything is written, if the folder is no checkpoint, is newer, or lacks a tensor or part of it, or if shape or
-    type differ; Damaged (a UserError too) if a file is missing or a checksum wrong: then shards may be half filled.
+    type differ; CheckpointDamaged (a UserError too) if a file is missing or a checksum wrong: then shards may be half filled.
     """
     return fill_shards(read_manifest(path), FolderFiles(path), wanted, rounded)
 
@@ -200,7 +200,7 @@ def _read_rank(manifest: Manifest, files: Files, rank: int, pieces: list[FilePie
 
 
 def _read_block(read: ReadSpan, path: Path, index: dict[str, Any], number: int, buffer: Tensor) -> None:
-    """Read one block of the data part into `buffer`; Damaged if it is short or its checksum is wrong."""
+    """Read one block of the data part into `buffer`; CheckpointDamaged if it is short or its checksum is wrong."""
     size = min(CRC_BLOCK, index["data_bytes"] - number * CRC_BLOCK)
     view, position = buffer.numpy().data[:size], index["header_bytes"] + number * CRC_BLOCK
     while view:

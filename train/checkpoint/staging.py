@@ -1,7 +1,7 @@
 """From live shards to a rank's data file, in two moves.
 
-`Stage.copy` packs the shards into buffers in CPU memory, laid out as the file will be; training goes on as soon as
-it returns. `Stage.write` writes the buffers from a thread and computes a CRC-32 per block on the way. The buffers
+`StagingBuffers.copy` packs the shards into buffers in CPU memory, laid out as the file will be; training goes on as soon as
+it returns. `StagingBuffers.write` writes the buffers from a thread and computes a CRC-32 per block on the way. The buffers
 are kept between saves: page-locked memory is slow to allocate, and pages touched once are cheap to fill again.
 
 The file is in the safetensors format (8 bytes of header length, a JSON header, raw little-endian data), so that

@@ -3,7 +3,7 @@
 For each source: hash the content (through a manifest, so that a second start reads nothing), find or make the tokenizer,
 find or make the token folder. Everything lies in data.cache under the hash of what went into it:
   manifests/  hashes of files by name, size and mtime      tokenizers/  trained tokenizers
-  tokens/     token folders (store.py)                     marks/       which large token folders were checked
+  tokens/     token folders (token_store.py)               marks/       which large token folders were checked
 A second process that needs the same thing waits for the first, then finds it. A damaged entry is named and made again.
 """
 

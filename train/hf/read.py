@@ -1,6 +1,6 @@
 """From a folder of safetensors into live shards: each rank reads the rows that its own elements lie in, nothing else.
 
-Their tensors are intervals of ours (see names.py), and so is what a rank holds of ours, whatever ZeRO, experts and
+Their tensors are intervals of ours (see tensor_names.py), and so is what a rank holds of ours, whatever ZeRO, experts and
 pipelines make of it. The intersections say which rows to read, and they pass through memory a few at a time, read and not
 mapped: mapped pages of a file would count to this process.
 """

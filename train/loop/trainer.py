@@ -144,7 +144,7 @@ class Trainer:
             self.checkpointer.keep_best(state.best[0])
 
     def run(self) -> int:
-        """Train from the state's step to the last; returns the exit code. Raises Diverged, DiskFailed."""
+        """Train from the state's step to the last; returns the exit code. Raises RunDiverged, DiskFailed."""
         with disk_errors(self.config, kind=DiskFailed), closing(self.profiler):
             code = self._run()
         self.callbacks.tell("on_end", code)

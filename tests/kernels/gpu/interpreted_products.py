@@ -1,6 +1,6 @@
 """The product that makes the gradient of experts' weights on a GPU, in Triton's interpreter.
 
-Collected by test_weight_gradient.py in a process of its own, with TRITON_INTERPRET=1.
+Collected by tests/model/test_weight_gradient.py in a process of its own, with TRITON_INTERPRET=1.
 """
 
 import pytest

@@ -1,4 +1,4 @@
-"""What stage 3 gathers, by hand. Against DeepSpeed itself: the peaks of test_rank.py."""
+"""What stage 3 gathers, by hand. Against DeepSpeed itself: the peaks of test_rank_memory.py."""
 
 from train.plan.memory.zero3_gather import GatheredBytes, SharedWeight, follow_gathers
 

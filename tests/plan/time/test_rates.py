@@ -12,7 +12,7 @@ from conf.load import compose
 from conf.schema import Rate
 from train.kernels.choice import build_kernels
 from train.kernels.cpu.processor import cpu_name
-from train.kernels.fp8.products import CpuEngine
+from train.kernels.fp8.cpu_engine import CpuEngine
 from train.plan.time import rates
 from train.plan.time.calibrate import fit_rate
 from train.plan.time.rates import Rates, load_rates

@@ -51,7 +51,7 @@ def test_work_is_the_models_flops(recipe):
     qk, value = model.nope_head_dim + model.rope_head_dim, model.v_head_dim
     again = (model.layers + model.mtp_depth) * config.seq_len * model.heads * (3 * qk + 2 * value - 2 * (qk + value))
     expected = tokens * (flops_per_token(model, config.seq_len, mtp=True) + router + again) / 1e12
-    # MTP positions are one less a sequence, which count.py does not follow: 1 / seq_len of a module.
+    # MTP positions are one less a sequence, which train/model/count.py does not follow: 1 / seq_len of a module.
     assert planned.pipeline_seconds == pytest.approx(expected, rel=1e-3 + 0.5 / config.seq_len)
 
 

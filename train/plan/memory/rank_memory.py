@@ -1,7 +1,7 @@
 """How much memory every rank of a run will need: its state, and the schedule walked through action by action.
 
-    state       weights, master weights and moments, in DeepSpeed's groups and shards (weights.py)
-    schedule    torch's own action list of the rank (schedule.py); what passes take and keep comes from the model's own code,
+    state       weights, master weights and moments, in DeepSpeed's groups and shards (rank_weights.py)
+    schedule    torch's own action list of the rank (schedule_memory.py); what passes take and keep comes from the model's own code,
                 run on the meta device (part.py, chunk.py)
     reduction   gradients reduced, sharded and applied at the end of the step (step_end.py)
     life        what a run does beside its steps, and its starts (`RunPhases`)
