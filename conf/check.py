@@ -502,6 +502,8 @@ DATA: tuple[ConfigCheck, ...] = (
     )),
 )
 
+# Layers and micro-batches of a pipeline are held by train/loop/layout_check.py (`check_schedule`), in the modes that build one; the
+# number of ranks by `check_world`, where it is known.
 PARALLEL: tuple[ConfigCheck, ...] = (
     JoinedRule("parallel.split", lambda c, v: all(type(n) is int and n >= 0 for n in v) if isinstance(v, list) else v in ("cost", "even"),
                "must be cost, even, or a list with the number of layers of every stage",

@@ -4,8 +4,10 @@ Whoever wants to know something of a schedule asks it here and never compares it
 parallel/pipeline/orders.py; an entry there and one here add a schedule.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+from conf.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -101,3 +103,64 @@ SCHEDULES: dict[str, ScheduleFacts] = {
         ScheduleFacts("dualpipev", _pair, stages=2, folds=True, least=2, splits=True, pairs=True),
     )
 }
+
+
+def check_schedule(name: str, pp: int, micro_batches: int, layers: int, virtual: int = 2) -> None:
+    """Raise UserError when the schedule cannot run with these sizes. Pure; called before anything starts.
+
+    micro_batches: micro-batches per step and data-parallel rank, batch_size / (micro_batch_size x dp).
+    """
+    schedule, plain = SCHEDULES[name], SCHEDULES[PLAIN_SCHEDULE]
+    each = schedule.rank_stages(virtual)
+    stages = pp * each
+    if layers < stages - 2:
+        able = [f"parallel.virtual_stages <= {(layers + 2) // pp}"] * (layers + 2 >= 2 * pp)
+        if layers + 2 >= pp and each > 1 and not plain.find_broken_rule(pp, micro_batches):
+            able += [f"parallel.schedule={PLAIN_SCHEDULE}" + " without parallel.virtual_stages" * (virtual != 2)]
+        fewer = (layers + 2) // each
+        able += [f"parallel.pp <= {fewer}"] * (fewer > 1 or (fewer == 1 and not able))  # 1 would be no pipeline
+        raise UserError(
+            "parallel.pp",
+            f"{pp} with {_given(name, virtual)}",
+            f"{name} makes {stages} stages, of which all but the first and the last need a layer, and model.layers={layers}",
+            f"use {' or '.join([*able, f'model.layers >= {stages - 2}'])}",
+        )
+    if rule := schedule.find_broken_rule(pp, micro_batches):
+        raise UserError(
+            "batch_size",
+            f"{micro_batches} micro-batches per step and data-parallel rank",
+            rule,
+            "change batch_size, micro_batch_size or parallel.dp (micro-batches = batch_size / (micro_batch_size x dp)), "
+            "or choose another parallel.schedule",
+        )
+
+
+def _given(name: str, virtual: int) -> str:
+    """A schedule as a command line has it."""
+    return f"parallel.schedule={name}" + (f" parallel.virtual_stages={virtual}" if virtual != 2 else "")
+
+
+def check_split(lengths: Sequence[int], name: str, pp: int, layers: int, virtual: int = 2) -> None:
+    """Raise UserError when these are not layers of every stage of a pipeline. Pure; called before anything starts."""
+    stages, given = pp * SCHEDULES[name].rank_stages(virtual), "[" + ",".join(map(str, lengths)) + "]"
+    if len(lengths) != stages:
+        raise UserError(
+            "parallel.split",
+            given,
+            f"has {len(lengths)} stages, and parallel.pp={pp} with {_given(name, virtual)} makes {stages}",
+            f"give {stages} numbers, or take parallel.split=cost",
+        )
+    if sum(lengths) != layers:
+        raise UserError(
+            "parallel.split",
+            given,
+            f"has {sum(lengths)} layers in all, and model.layers={layers}",
+            f"{'add' if sum(lengths) < layers else 'take away'} {abs(layers - sum(lengths))}, or take parallel.split=cost",
+        )
+    if empty := [stage for stage in range(1, stages - 1) if lengths[stage] == 0]:
+        raise UserError(
+            "parallel.split",
+            given,
+            f"leaves stage {empty[0]} without a layer, which only the first and the last may be",
+            "give it a layer of another stage, or take parallel.split=cost",
+        )

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from conf.errors import UserError
-from conf.pipeline_schedules import SCHEDULES
+from conf.pipeline_schedules import SCHEDULES, check_schedule
 from parallel.pipeline.orders import schedule_actions
 from parallel.pipeline.schedule import Pipeline
-from parallel.pipeline.split import check_schedule, split_layers
+from parallel.pipeline.split import split_layers
 from parallel.pipeline.timeline import StepRecord
 from tests.pipeline import toy
 from tests.ranks import run_ranks

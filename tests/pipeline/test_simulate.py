@@ -5,10 +5,9 @@ from collections import Counter
 import pytest
 
 from conf.errors import UserError
-from conf.pipeline_schedules import SCHEDULES, ActionSeconds
+from conf.pipeline_schedules import SCHEDULES, ActionSeconds, check_schedule
 from parallel.pipeline.orders import Action, schedule_actions
 from parallel.pipeline.simulate import simulate, stages_ahead, what_runs
-from parallel.pipeline.split import check_schedule
 
 ORDERS = [("1f1b", 1), ("interleaved", 2), ("interleaved", 3), ("interleaved", 4), ("zbv", 2), ("dualpipev", 2)]
 """Names, and stages of a rank."""

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conf.errors import UserError
-from conf.pipeline_schedules import SCHEDULES
-from parallel.pipeline.split import check_split, split_as_given, split_layers, split_layers_evenly
+from conf.pipeline_schedules import SCHEDULES, check_split
+from parallel.pipeline.split import split_as_given, split_layers, split_layers_evenly
 
 
 def stage_placement(name: str, *sizes: int) -> list[list[int]]:

@@ -3,8 +3,8 @@
 from conf.dispatches import check_groups
 from conf.errors import UserError
 from conf.micro_batches import micro_batch_counts
+from conf.pipeline_schedules import check_schedule, check_split
 from conf.schema import Config
-from parallel.pipeline.split import check_schedule, check_split
 
 
 def check_layout(config: Config) -> None:

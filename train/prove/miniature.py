@@ -23,6 +23,7 @@ from typing import Any
 from conf.dispatches import FLAT_DISPATCH
 from conf.errors import UserError
 from conf.micro_batches import batch_sizes, in_lockstep
+from conf.pipeline_schedules import check_schedule
 from conf.schema import (
     Checkpoint,
     Cluster,
@@ -42,7 +43,6 @@ from conf.schema import (
     Plan,
 )
 from parallel.mesh import Layout
-from parallel.pipeline.split import check_schedule
 from train.plan.job import layout_of
 from train.prove.bounds import is_tiled
 
