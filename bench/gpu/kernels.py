@@ -26,12 +26,12 @@ from parallel.expert.wire import Fp8Wire
 from train.kernels.choice import build_kernels
 from train.kernels.fp8 import swiglu as plain_swiglu
 from train.kernels.fp8.cast_rules import OperandRule
+from train.kernels.fp8.cpu_engine import CpuEngine
 from train.kernels.fp8.formats import E4M3, E5M2, E5M6, MX_TILE, TILE, Cast
 from train.kernels.fp8.fp8 import Fp8Precision
 from train.kernels.fp8.gpu_engine import load_gpu_engine
 from train.kernels.fp8.groups import PaddedGroups
 from train.kernels.fp8.hopper import HopperEngine
-from train.kernels.fp8.products import CpuEngine
 from train.kernels.fp8.quantize import dequantize_reference, quantize_reference
 from train.kernels.plain.high import HighPrecision
 from train.kernels.plain.plain_kernels import PlainKernels

@@ -17,11 +17,11 @@ from tests.kernels.fp8 import fakes
 from train.kernels.choice import build_kernels
 from train.kernels.fp8 import hopper, hopper_probe, swiglu, triton_products, triton_quantize, triton_specialized
 from train.kernels.fp8.cast_rules import OperandRule
+from train.kernels.fp8.cpu_engine import CpuEngine
 from train.kernels.fp8.formats import E4M3, E5M2, E5M6, Cast
 from train.kernels.fp8.fp8 import Fp8Precision
 from train.kernels.fp8.grouped_products import DeepGemmProducts, TritonProducts, load_deep_gemm
 from train.kernels.fp8.groups import PaddedGroups
-from train.kernels.fp8.products import CpuEngine
 from train.kernels.fp8.quantize import dequantize, dequantize_reference, quantize, quantize_reference
 
 torch.set_num_threads(1)

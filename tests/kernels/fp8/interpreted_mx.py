@@ -14,10 +14,10 @@ from train.kernels.choice import build_kernels
 from train.kernels.fp8 import hopper, hopper_probe, swiglu, triton_quantize
 from train.kernels.fp8.blackwell import BlackwellEngine, ScaledGroupedProducts
 from train.kernels.fp8.cast_rules import OperandRule
+from train.kernels.fp8.cpu_engine import CpuEngine
 from train.kernels.fp8.formats import E4M3, E5M6, Cast
 from train.kernels.fp8.fp8 import Fp8Precision
 from train.kernels.fp8.groups import PaddedGroups
-from train.kernels.fp8.products import CpuEngine
 from train.kernels.fp8.quantize import dequantize_reference, quantize_reference
 
 torch.set_num_threads(1)

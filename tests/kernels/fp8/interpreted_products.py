@@ -9,9 +9,9 @@ from conf.thresholds import lowered
 from tests.kernels.fp8 import fakes
 from train.kernels.fp8 import hopper, triton_products, triton_quantize, triton_specialized
 from train.kernels.fp8.cast_rules import OperandRule
+from train.kernels.fp8.cpu_engine import CpuEngine
 from train.kernels.fp8.formats import E4M3, TILE
 from train.kernels.fp8.grouped_products import TritonProducts
-from train.kernels.fp8.products import CpuEngine
 
 torch.set_num_threads(1)
 COUNTS = {"ragged": [3, 0, 130, 1], "none": [0, 0, 0, 0], "whole": [128, 0, 0, 128], "last": [0, 0, 0, 5]}

@@ -9,9 +9,9 @@ import torch
 from conf.errors import UserError
 from conf.load import compose
 from train.kernels.fp8 import hopper_probe
+from train.kernels.fp8.cpu_engine import CpuEngine
 from train.kernels.fp8.hopper import has_fp8_experts, needs_deep_gemm
 from train.kernels.fp8.installed import OTHER_BUILD, InstalledVersions, look_up_versions, misfits, refusal
-from train.kernels.fp8.products import CpuEngine
 
 GOOD = InstalledVersions(
     torch="2.11.0+cu130",

@@ -14,10 +14,11 @@ from train.kernels.fp8 import fp8
 from train.kernels.fp8.cast_rules import OperandRule
 from train.kernels.fp8.compiled_casts import CompiledCasts, load_casts
 from train.kernels.fp8.compiled_engine import CompiledEngine
+from train.kernels.fp8.cpu_engine import CpuEngine
+from train.kernels.fp8.engines import Source
 from train.kernels.fp8.formats import E4M3, E5M2, TILE, WHOLE_SIDE, Cast
 from train.kernels.fp8.fp8 import Fp8Precision, cpu_engine
 from train.kernels.fp8.groups import PaddedGroups, most_tiles
-from train.kernels.fp8.products import CpuEngine, Source
 from train.kernels.fp8.quantize import dequantize_reference, quantize_reference
 
 torch.set_num_threads(1)

@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from train.kernels.fp8.cast_rules import OperandRule
+from train.kernels.fp8.engines import Source
 from train.kernels.fp8.formats import MX_TILE, TILE, Cast
 from train.kernels.fp8.grouped_products import PaddedOperand
 from train.kernels.fp8.groups import PaddedGroups
 from train.kernels.fp8.hopper import HopperEngine, check_expert_sizes
-from train.kernels.fp8.products import Source
 from train.kernels.fp8.quantize import QuantizedTensor
 
 _RECIPE = {
@@ -59,12 +59,12 @@ class ScaledGroupedProducts:
 
 
 class BlackwellEngine(HopperEngine):
-    """`train.kernels.fp8.products.Engine` on a Blackwell GPU."""
+    """`train.kernels.fp8.engines.Engine` on a Blackwell GPU."""
 
     def keep(self, x_MK: Tensor, cast: Cast) -> QuantizedTensor:
         if cast.block != (1, MX_TILE):
             return super().keep(x_MK, cast)
-        q, scale = self._kernels.quantize_mx(x_MK, cast)
+        q, scale = self._casts.quantize_mx(x_MK, cast)
         return QuantizedTensor(q, scale, cast, x_MK.shape)
 
     cast = keep
@@ -87,7 +87,7 @@ class BlackwellEngine(HopperEngine):
         if x.dim() == 3:
             check_expert_sizes(x)
         x_OC, ends_E = x.mT if transposed else x, None if groups is None else groups.ends_E
-        q, scale = self._kernels.quantize_mx(x_OC, rule.cast(), scale, ends_E)
+        q, scale = self._casts.quantize_mx(x_OC, rule.cast(), scale, ends_E)
         return PaddedOperand(q, scale, True, x_OC.shape[-2])
 
     def groups(self, counts_E: Tensor, rows: int, in_tiles: bool = True) -> PaddedGroups:
@@ -112,7 +112,7 @@ class BlackwellEngine(HopperEngine):
     ) -> tuple[PaddedOperand | Tensor, Source]:
         if rule.format is None:
             return super().swiglu(h_P2F, gates_P, rule, cache)
-        q, scale = self._kernels.quantize_mx(h_P2F, rule.cast(), gates_R=gates_P)
+        q, scale = self._casts.quantize_mx(h_P2F, rule.cast(), gates_R=gates_P)
         return PaddedOperand(q, scale, True, len(h_P2F)), h_P2F if cache is None else self.keep(h_P2F, cache)
 
 

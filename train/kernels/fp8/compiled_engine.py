@@ -13,9 +13,10 @@ from torch import Tensor
 from train.kernels.fp8 import scaled_products, swiglu
 from train.kernels.fp8.cast_rules import OperandRule
 from train.kernels.fp8.compiled_casts import CompiledCasts
+from train.kernels.fp8.cpu_engine import CpuEngine
+from train.kernels.fp8.engines import RoundedTensor, Source
 from train.kernels.fp8.formats import Cast
 from train.kernels.fp8.groups import PaddedGroups
-from train.kernels.fp8.products import CpuEngine, RoundedTensor, Source
 from train.kernels.fp8.quantize import QuantizedTensor, fitted
 from train.kernels.fp8.scaled_products import ScaledOperand
 from train.model.operations import Kernels

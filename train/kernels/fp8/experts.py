@@ -24,12 +24,12 @@ from torch import Tensor
 from parallel.expert.quantized_rows import QuantizedRows
 from train.kernels.fp8 import swiglu
 from train.kernels.fp8.cast_rules import CastRules, OperandRule, Product
+from train.kernels.fp8.engines import Engine, Source, pack_sources, unpack_sources
 from train.kernels.fp8.formats import E4M3, TILE, Cast
 from train.kernels.fp8.groups import PaddedGroups
 from train.kernels.fp8.health import LayerProbe
 from train.kernels.fp8.held_weights import HeldWeights
 from train.kernels.fp8.linear import gradient_operands, keep, left_source
-from train.kernels.fp8.products import Engine, Source, pack_sources, unpack_sources
 from train.model.layers import AddedProduct, recomputed_swiglu
 from train.model.layers import swiglu as swiglu_of
 from train.model.needed import Function, gradients_needed, once_differentiable

@@ -19,12 +19,13 @@ from train.kernels.fp8 import scaled_products
 from train.kernels.fp8.cast_rules import OperandRule, build_rules
 from train.kernels.fp8.compiled_casts import CompiledCasts, load_casts
 from train.kernels.fp8.compiled_engine import CompiledEngine
+from train.kernels.fp8.cpu_engine import CpuEngine
+from train.kernels.fp8.engines import Engine, pack_sources, unpack_sources
 from train.kernels.fp8.experts import expert_ffn
 from train.kernels.fp8.gpu_engine import load_gpu_engine
 from train.kernels.fp8.health import HealthWatch, Report
 from train.kernels.fp8.held_weights import HeldWeights
 from train.kernels.fp8.linear import keep, linear
-from train.kernels.fp8.products import CpuEngine, Engine, pack_sources, unpack_sources
 from train.model.layers import AddedProduct, HeldInput
 from train.model.operations import Kernels
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from train.kernels.fp8.cast_rules import OperandRule
-from train.kernels.fp8.products import Engine
+from train.kernels.fp8.engines import Engine
 
 
 class HeldWeights:

@@ -26,26 +26,26 @@ from conf.errors import UserError
 from conf.schema import Fp8, Fp8Backend
 from train.kernels.fp8 import swiglu
 from train.kernels.fp8.cast_rules import OperandRule
+from train.kernels.fp8.engines import RoundedTensor, Source
 from train.kernels.fp8.formats import E4M3, TILE, Cast
 from train.kernels.fp8.grouped_products import GroupedProducts, PaddedOperand
 from train.kernels.fp8.groups import PaddedGroups
-from train.kernels.fp8.products import RoundedTensor, Source
 from train.kernels.fp8.quantize import QuantizedTensor, dequantize, dequantize_reference, quantize_reference
 from train.kernels.gpu.fused_kernels import FusedKernels
 from train.kernels.plain import grouped
 
 
 class HopperEngine:
-    """`train.kernels.fp8.products.Engine` on a Hopper GPU; see train/kernels/fp8/gpu_engine.py."""
+    """`train.kernels.fp8.engines.Engine` on a Hopper GPU; see train/kernels/fp8/gpu_engine.py."""
 
     def __init__(self, kernels: Any, products: GroupedProducts, scaled_mm: Callable[..., Tensor] = F.scaled_mm):
         """kernels: train.kernels.fp8.triton_quantize. products: of whichever library."""
-        self._kernels, self._products, self._scaled_mm = kernels, products, scaled_mm
+        self._casts, self._products, self._scaled_mm = kernels, products, scaled_mm
 
     def keep(self, x_MK: Tensor, cast: Cast) -> QuantizedTensor:
         if cast.block != (1, TILE):
             return quantize_reference(x_MK, cast)
-        quantize = self._kernels.quantize_e5m6 if cast.format.dtype is None else self._kernels.quantize_tiles
+        quantize = self._casts.quantize_e5m6 if cast.format.dtype is None else self._casts.quantize_tiles
         q, scale = quantize(_padded_columns(x_MK), cast)
         return QuantizedTensor(q, scale, cast, x_MK.shape)
 
@@ -69,7 +69,7 @@ class HopperEngine:
             if kernel_layout and rule.format is not None:
                 source, scale = source.q, source.scale
             elif in_tiles and packed and source.cast.pow2:
-                source = self._kernels.decode_e5m6(source.q, source.scale, outer)[:, :inner]
+                source = self._casts.decode_e5m6(source.q, source.scale, outer)[:, :inner]
             else:
                 source = dequantize(source)[..., :outer, :inner]
         else:
@@ -83,7 +83,7 @@ class HopperEngine:
     def cast_again(self, x_MK: Tensor, kept: Cast, rule: OperandRule) -> PaddedOperand | Tensor:
         if rule.granularity != "1x128" or kept.block != (1, TILE) or rule.format is not kept.format:
             return self.operand(self.cast(x_MK, kept), rule, transposed=True)
-        made = self._kernels.quantize_again(_padded_columns(x_MK), kept, rule.cast(transposed=True))
+        made = self._casts.quantize_again(_padded_columns(x_MK), kept, rule.cast(transposed=True))
         return _operand(made, True, x_MK.shape[1])
 
     def gradient(
@@ -99,7 +99,7 @@ class HopperEngine:
             return self.operand(dy, for_inputs), self.operand(dy, for_weights, transposed=True, groups=groups)
         casts = for_inputs.cast(), for_weights.cast(transposed=True)
         ends_E = None if groups is None else groups.unpadded_ends_E
-        rows, columns = self._kernels.quantize_both(_padded_columns(dy), *casts, ends_E)
+        rows, columns = self._casts.quantize_both(_padded_columns(dy), *casts, ends_E)
         return _operand(rows, True, dy.shape[0]), _operand(columns, True, dy.shape[1])
 
     def _quantized(
@@ -112,19 +112,19 @@ class HopperEngine:
         outer: int,
     ) -> PaddedOperand:
         """Operand of a tensor, FP8 with tiles of the last dimension where a scale is given, its columns padded then."""
-        cast, kernels = rule.cast(transposed), self._kernels
+        cast, casts = rule.cast(transposed), self._casts
         flat = groups.padded if groups is not None and self._products.flat else None
         if rule.granularity == "1x128":
             x = _padded_columns(x) if scale is None else x
             if not transposed:
-                return _operand(kernels.quantize_tiles(x, cast, scale), True, outer)
+                return _operand(casts.quantize_tiles(x, cast, scale), True, outer)
             ends_E = None if groups is None else groups.unpadded_ends_E
-            return _operand(kernels.quantize_columns(x, cast, scale, flat, ends_E), True, outer)
+            return _operand(casts.quantize_columns(x, cast, scale, flat, ends_E), True, outer)
         if scale is not None:
             x = dequantize_reference(QuantizedTensor(x, scale, Cast(E4M3, (1, TILE), False), x.shape))
         x = _padded(x)
         if rule.granularity == "128x128" and groups is None:
-            return _operand(kernels.quantize_blocks(x, cast, transposed), False, outer)
+            return _operand(casts.quantize_blocks(x, cast, transposed), False, outer)
         return _expanded(x, cast, transposed, flat, outer)
 
     def groups(self, counts_E: Tensor, rows: int, in_tiles: bool = True) -> PaddedGroups:
@@ -197,7 +197,7 @@ class HopperEngine:
             made, kept = self.operand(swiglu.forward(h_P2F, gates_P), rule), None
         else:
             one_pass = cache is not None and cache.block == (1, TILE) and cache.format.dtype is not None
-            tiles, kept = self._kernels.swiglu_tiles(h_P2F, gates_P, rule.cast(), cache if one_pass else None)
+            tiles, kept = self._casts.swiglu_tiles(h_P2F, gates_P, rule.cast(), cache if one_pass else None)
             made = _operand(tiles, True, h_P2F.shape[0])
         if kept is not None and cache is not None:
             q, scale = kept
@@ -208,7 +208,7 @@ class HopperEngine:
         scale = None
         if isinstance(h, QuantizedTensor):
             h, scale = h.q, h.scale
-        return self._kernels.swiglu_backward(h, gates_P, da_PF, scale)
+        return self._casts.swiglu_backward(h, gates_P, da_PF, scale)
 
     def recompute_swiglu(self, h: Source, gates_P: Tensor) -> Tensor:
         # the same kernel, so the same bits; what it also computes from the zeros is not used

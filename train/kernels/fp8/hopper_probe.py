@@ -3,7 +3,7 @@
     python -m train.kernels.fp8.hopper_probe CONFIG ANSWER DEVICE
 
 Versions come first, then small products through the very calls of a training step, whose values are held against the
-emulation on the CPU (train/kernels/fp8/products.py).  A library that does not fit may abort the process, in which case the
+emulation on the CPU (train/kernels/fp8/cpu_engine.py).  A library that does not fit may abort the process, in which case the
 last stage that the answer names tells where.  The parent imports no torch.
 """
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from train.kernels.fp8.products import Engine
+    from train.kernels.fp8.engines import Engine
 
 PROBE_SECONDS = 300.0
 """Seconds: importing takes some 5, each of two kernels of DeepGEMM some 10 to compile the first time."""
@@ -129,7 +129,7 @@ def wrong_products(
 
     fp8: names the library of the experts' products, and says whether there are any. say: hears of each in advance.
     """
-    from train.kernels.fp8.products import CpuEngine
+    from train.kernels.fp8.cpu_engine import CpuEngine
 
     bad, reference = [], CpuEngine()
     for trial in _trials(fp8):

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from train.kernels.fp8.cast_rules import LayerCasts
+from train.kernels.fp8.engines import Engine, Source, pack_sources, unpack_sources
 from train.kernels.fp8.groups import PaddedGroups
 from train.kernels.fp8.health import LayerProbe
 from train.kernels.fp8.held_weights import HeldWeights
-from train.kernels.fp8.products import Engine, Source, pack_sources, unpack_sources
 from train.kernels.fp8.quantize import fitted
 from train.model.layers import HeldInput
 from train.model.needed import Function, gradients_needed, once_differentiable

@@ -3,7 +3,7 @@
 An operand (O, C) is `QuantizedTensor` with its values in bf16, or a tensor in bf16, whose scales are all one. A scale stands
 for tiles of 128 along the contraction, or for all of it.
 
-Shape suffixes: as in train/kernels/fp8/products.py.
+Shape suffixes: as in train/kernels/fp8/engines.py.
 """
 
 from collections.abc import Sequence
