@@ -181,7 +181,8 @@ def test_a_manifest_names_what_its_meta_lacks(tmp_path):
 def test_a_manifest_that_is_no_json_object_is_named(tmp_path, text):
     two_checkpoints(tmp_path)
     (tmp_path / "step_00000020" / "manifest.json").write_bytes(text)
-    assert newest_intact(tmp_path).path == tmp_path / "step_00000010"
+    found = newest_intact(tmp_path)
+    assert found.path == tmp_path / "step_00000010" and "step_00000020/manifest.json" in found.warnings[0]
 
 
 def test_a_sealed_index_that_describes_no_data_file_is_damaged(tmp_path):

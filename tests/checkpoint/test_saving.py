@@ -13,6 +13,7 @@ from cluster.driver.checkpoints import claim_attempt
 from cluster.run_files import index_name
 from conf.errors import UserError
 from conf.files import exclusive
+from conf.thresholds import THRESHOLDS
 from parallel.shard import Shard, whole
 from tests import disks
 from tests.checkpoint.world import blank, checkpointers, same_bits, save
@@ -155,8 +156,11 @@ def test_while_two_saves_are_stuck_the_next_ones_are_skipped(tmp_path, monkeypat
     gate.set()
 
 
-def test_synchronous_saves_are_done_when_save_returns(tmp_path):
-    (checkpointer,) = checkpointers(tmp_path, 1, asynchronous=False)
+@pytest.mark.parametrize("how", [{"asynchronous": False}, {"staging": 1}], ids=["synchronous", "in pieces"])
+def test_saves_without_a_whole_snapshot_are_done_when_save_returns(tmp_path, monkeypatch, how):
+    """What is copied piece by piece must not be trained on meanwhile."""
+    monkeypatch.setattr(THRESHOLDS, "staging_bytes", 100)
+    (checkpointer,) = checkpointers(tmp_path, 1, **how)
     checkpointer.save(4, state(0, 4, 1), {})
     assert steps(tmp_path) == [4] and checkpointer.poll()[0].ok
 

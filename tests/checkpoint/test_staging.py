@@ -28,4 +28,5 @@ def test_pieces_make_the_same_file(tmp_path, monkeypatch):
         )
         indexes += [buffers.write(folder, 0), buffers.write(folder, 0)]  # again, as after an error of the disk
         files.append((folder / data_name(0)).read_bytes())
+    assert int.from_bytes(files[0][:8], "little") % 8 == 0, "the data behind the header are aligned"
     assert len(set(files)) == 1 and all(index == indexes[0] for index in indexes)
