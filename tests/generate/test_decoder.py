@@ -70,20 +70,24 @@ def test_bf16_differs_by_no_more_than_its_rounding():
 def test_left_padding_changes_nothing():
     config, seq_len = random_config(5)
     model = random_model(config, seq_len)
-    lengths = [seq_len, seq_len - 3, 1]
-    tokens_BT = torch.randint(config.vocab_size, (3, seq_len + 4))  # a junk token before each start
-    found = feed(Decoder(model, seq_len), tokens_BT, [seq_len, 1, 2, 1], [seq_len - n for n in lengths])
-    for row, length in enumerate(lengths):
-        alone = model.logits(tokens_BT[row : row + 1, seq_len - length :])
-        torch.testing.assert_close(found[row, seq_len - length :], alone[0], atol=2e-5, rtol=0)
-    assert found.isfinite().all()
+    for lengths in ([seq_len, seq_len - 3, 1], [seq_len, seq_len - 1]):
+        tokens_BT = torch.randint(config.vocab_size, (len(lengths), seq_len + 4))  # a junk token before each start
+        found = feed(Decoder(model, seq_len), tokens_BT, [seq_len, 1, 2, 1], [seq_len - n for n in lengths])
+        for row, length in enumerate(lengths):
+            alone = model.logits(tokens_BT[row : row + 1, seq_len - length :])
+            torch.testing.assert_close(found[row, seq_len - length :], alone[0], atol=2e-5, rtol=0)
+        assert found.isfinite().all()
 
 
 @torch.no_grad()
-def test_a_long_prompt_in_blocks_and_a_growing_cache():
+@pytest.mark.parametrize(
+    "yarn", [{"original_seq_len": 64}, {"original_seq_len": 16, "factor": 2.0, "query_growth": 0.5}]
+)
+def test_a_long_prompt_in_blocks_and_a_growing_cache(yarn):
+    """And queries that grow with their position."""
     config = Model(
         vocab_size=50, hidden=16, layers=2, dense_layers=2, heads=3, q_rank=None, kv_rank=8, nope_head_dim=6,
-        rope_head_dim=4, v_head_dim=5, dense_width=24, mtp_depth=0, yarn=Yarn(original_seq_len=64),
+        rope_head_dim=4, v_head_dim=5, dense_width=24, mtp_depth=0, yarn=Yarn(**yarn),
     )  # fmt: skip
     seq_len = 3 * FIRST_COLUMNS + 11
     model = random_model(config, seq_len)
