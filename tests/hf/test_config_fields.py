@@ -104,6 +104,24 @@ def test_what_decides_on_the_model_is_honoured(tmp_path, name):
     assert read(tmp_path, **{name: HONOURED[name]}, **also) != before
 
 
+def test_what_says_again_what_others_say_is_read_and_null_says_nothing(tmp_path):
+    model = read(tmp_path)
+    again = {
+        "num_key_value_heads": model.heads,
+        "head_dim": model.rope_head_dim,
+        "qk_head_dim": model.nope_head_dim + model.rope_head_dim,
+        "num_local_experts": model.experts,
+        "num_mtp_layers": model.mtp_depth,
+    }
+    assert read(tmp_path, **again) == read(tmp_path, **dict.fromkeys(again)) == model
+
+
+def test_a_file_that_names_two_architectures_is_refused(tmp_path):
+    names = released_config(Model(**MODEL))["architectures"]
+    with pytest.raises(UserError, match="architecture"):
+        read(tmp_path, architectures=[*names, "LlamaForCausalLM"])
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_expressed_is_refused_by_name(tmp_path, name):
     with pytest.raises(UserError, match="architecture" if name == "architectures" else name) as caught:
