@@ -11,7 +11,8 @@ from cluster.drill.__main__ import DEFAULTS, Drill, main, worst_difference
 from cluster.drill.faults import DrillGround, small_disk
 from cluster.drill.hosts import missing
 from cluster.driver.journal import read_events
-from conf.errors import EXIT_OK, EXIT_STOPPED
+from cluster.run_files import MANIFEST, Age
+from conf.errors import EXIT_OK, EXIT_STOPPED, UserError
 from tests.hold import HOLD, hold_at, site
 from train.checkpoint.verify import main as verify
 
@@ -29,6 +30,90 @@ TOY = [
 def test_the_worst_difference_is_found():
     assert worst_difference({1: 4.0, 2: 2.0}, {1: 4.0, 2: 2.5}) == (2, 0.25)
     assert worst_difference({1: 4.0, 2: 2.0}, {1: 4.0}) == (2, math.inf)
+
+
+class PlayedGround(DrillGround):
+    """A run that takes a step whenever somebody looks, and ends behind step 100; it is its own driver."""
+
+    def __init__(self, folder):
+        super().__init__(folder, random.Random(1))
+        self.attempt = self.step = 0
+        self.injected: list[tuple[str, int, int]] = []
+        self.driver = self
+
+    def launch(self, words: list[str]) -> None:
+        self.attempt += 1
+
+    def poll(self) -> int | None:
+        return EXIT_OK if self.step > 100 else None
+
+    def wait(self) -> int:
+        self.step = 101
+        return EXIT_OK
+
+    def faults(self) -> list:
+        return [self.kill_rank, self.fill_disk]
+
+    def kill_rank(self) -> None:
+        """a rank is killed"""
+        self.injected.append(("kill_rank", self.attempt, self.step))
+        self.attempt += 1
+
+    def fill_disk(self) -> None:
+        """the disk is full for a while"""
+        self.injected.append(("fill_disk", self.attempt, self.step))
+
+
+@pytest.fixture
+def played(tmp_path, monkeypatch) -> PlayedGround:
+    ground = PlayedGround(tmp_path)
+
+    def look(_) -> Age:
+        ground.step += 1
+        return Age(ground.attempt, ground.step)
+
+    monkeypatch.setattr("cluster.drill.__main__.newest", look)
+    monkeypatch.setattr("cluster.drill.__main__.last_record", lambda path: {"step": look(path).step})
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    return ground
+
+
+def test_faults_come_in_turn_each_behind_its_step(played):
+    """The attempt goes on through a full disk, and a new one is waited for behind a killed rank."""
+    said: list[str] = []
+    drill = Drill([], played, said.append, only="fill_disk,kill_rank", every=10)
+    assert drill.run(4) == EXIT_OK
+    assert [name for name, _, _ in played.injected] == ["fill_disk", "kill_rank"] * 2
+    assert [attempt for _, attempt, _ in played.injected] == [1, 1, 2, 2]
+    assert all(step >= 10 * number for number, (_, _, step) in enumerate(played.injected, 1))
+    assert drill.met.keys() == {"the disk is full for a while", "a rank is killed"}
+    assert [len(times) for times in drill.met.values()] == [2, 2] and said[-1] == "the run goes on to its end"
+
+
+def test_faults_that_do_not_exist_are_named(played):
+    with pytest.raises(UserError, match="no such fault here") as error:
+        Drill([], played, print, only="kill_rank,earthquake").run(1)
+    assert error.value.value == "earthquake" and "stop_driver" in error.value.cure and not played.attempt
+
+
+def test_no_fault_comes_behind_the_end_of_the_run(played):
+    assert Drill([], played, print, only="kill_rank", every=60).run(5) == EXIT_OK
+    assert len(played.injected) == 1
+
+
+def test_the_newest_checkpoint_is_damaged_where_there_is_another(tmp_path, monkeypatch):
+    ground = DrillGround(tmp_path, random.Random(1))
+    monkeypatch.setattr(ground, "processes", list)
+    sizes = {}
+    for step in (2, 4):
+        folder = tmp_path / "checkpoints" / f"step_{step:08}"
+        folder.mkdir(parents=True)
+        for name, size in ((MANIFEST, 100), ("rank_00000.json", 50), ("rank_00000.safetensors", 1000)):
+            (folder / name).write_bytes(bytes(size))
+        ground.damage()
+        sizes[step] = {path.name: path.stat().st_size for path in folder.iterdir()}
+    whole = {MANIFEST: 100, "rank_00000.json": 50, "rank_00000.safetensors": 1000}
+    assert sizes == {2: whole, 4: whole | {"rank_00000.safetensors": 500}}
 
 
 @pytest.mark.slow
