@@ -90,7 +90,11 @@ class Evidence:
     """For every shard its first element in the flattened tensor, and the tensor's shape."""
 
     def add(self, kind: str, name: str, tensor: Tensor) -> None:
-        self.tensors[f"{kind}/{name}"] = tensor.detach().cpu().clone().contiguous()
+        self.add_seen({f"{kind}/{name}": tensor})
+
+    def add_seen(self, seen: dict[str, Tensor]) -> None:
+        """What a watch kept, under its keys."""
+        self.tensors |= {key: tensor.detach().cpu().clone().contiguous() for key, tensor in seen.items()}
 
     def add_shard(self, kind: str, name: str, shard: Shard) -> None:
         self.add(kind, name, shard.local)
@@ -182,11 +186,6 @@ class EvidenceWatch:
         self.seen, self._calls, self.is_open = {}, {}, True
         for dispatcher in self._dispatchers:
             dispatcher.start_step()
-
-    def give(self, evidence: Evidence) -> None:
-        for key, tensor in self.seen.items():
-            quantity, name = key.split("/", 1)
-            evidence.add(quantity, name, tensor)
 
     def _keep_sent(self, layer: str, what: str, number: int, tensor: Tensor) -> None:
         if self.keeps_sent:

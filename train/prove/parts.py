@@ -33,7 +33,6 @@ from train.model.moe import MoE, RoutedRows
 from train.model.needed import Function
 from train.model.recompute import is_repeated
 from train.model.router import Router
-from train.prove.evidence import Evidence
 
 TILE = 128
 """Rows that experts may be padded to."""
@@ -71,11 +70,6 @@ class PartsWatch:
 
     def clear(self) -> None:
         self.seen, self._calls = {}, {}
-
-    def give(self, evidence: Evidence) -> None:
-        for key, tensor in self.seen.items():
-            quantity, name = key.split("/", 1)
-            evidence.add(quantity, name, tensor)
 
     def is_watching(self) -> bool:
         """Whether what runs now is to be kept: the second run of a layer has a graph of its own, through which nothing goes back."""

@@ -129,7 +129,7 @@ def prove_exact(config: Config, place: Place, device: torch.device) -> None:
         outcome = step.run(plan, batch)
     evidence = Evidence(_info("exact", 0, config, rank, plan, outcome))
     add_scores(evidence, step, outcome)
-    watch.give(evidence)
+    evidence.add_seen(watch.seen)
     local.give(evidence)
     for name, router in model.routers().items():
         evidence.add("after", f"bias.{name}", router.bias_E)
@@ -378,9 +378,9 @@ class _ProvenTrainer(Trainer):
         evidence = Evidence(info)
         add_scores(evidence, self.training_step, outcome)
         if is_watched or self._proof != "tiles":
-            self._watch.give(evidence)
+            evidence.add_seen(self._watch.seen)
             if self._parts_watch is not None:
-                self._parts_watch.give(evidence)
+                evidence.add_seen(self._parts_watch.seen)
             gradients.give(evidence)
         if self._exact is not None:
             self._exact.give(evidence)
