@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conf.errors import UserError
@@ -47,6 +47,7 @@ def split_and_best(placement, costs, first, last) -> tuple[float, float]:
     return max(rank_costs(costs, first, last, bounds, placement)), min(map(max, every))
 
 
+@settings(deadline=None)
 @given(st.sampled_from(PLACEMENTS), st.integers(0, 3), st.integers(0, 9), st.integers(0, 9))
 def test_no_better_split_of_equal_layers_exists(layout, more, first, last):
     placement = stage_placement(*layout)
@@ -55,6 +56,7 @@ def test_no_better_split_of_equal_layers_exists(layout, more, first, last):
     assert got == best
 
 
+@settings(deadline=None)
 @given(st.sampled_from(PLACEMENTS), st.integers(0, 3), st.integers(1, 3), st.integers(0, 9))
 def test_cheap_first_layers_cost_one_of_them_at_most(layout, more, cheap, last):
     placement = stage_placement(*layout)
