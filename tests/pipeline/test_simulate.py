@@ -88,6 +88,14 @@ def test_transfers_between_ranks_take_time():
     assert free.bubble == pytest.approx(1 - 12 / 18) and free.starts[1] == [1, 2, 4, 5]
 
 
+def test_a_rank_that_works_longer_than_the_mean_is_told():
+    """The second of two ranks takes three times as long for each action: 18 seconds, beside a mean of 12."""
+    actions = schedule_actions("1f1b", 2, 2)
+    assert simulate(actions, lambda action: 3.0).imbalance == 1
+    uneven = simulate(actions, lambda action: 4.5 if action.stage else 1.5)
+    assert uneven.imbalance == pytest.approx(18 / 12) and sorted(uneven.busy) == [6, 18]
+
+
 def test_a_circle_is_found():
     with pytest.raises(AssertionError, match="waits for another"):
         simulate([[Action("B", 0, 0), Action("F", 0, 0)]], lambda action: 1.0)
