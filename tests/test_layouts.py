@@ -75,11 +75,11 @@ LAYOUTS = {
         2,
         ["parallel.dp=2", "parallel.ep=2", "parallel.schedule=dualpipev", "parallel.zero=3", "parallel.overlap=false"],
     ),
-    "cp2": (2, ["parallel.cp=2"]),
-    # Four micro-batches: ZeRO 3 gathers every module in each, which is most of what a small model costs.
-    "cp4_zero3": (4, ["parallel.cp=4", "parallel.zero=3", "micro_batch_size=2"]),
-    "cp2_dp2_ep4": (4, ["parallel.cp=2", "parallel.dp=2", "parallel.ep=4"]),
-    "pp2_cp2_zbv": (4, ["parallel.pp=2", "parallel.cp=2", "parallel.schedule=zbv"]),
+    # Ranks that share sequences take all of them, each in messages of every layer: two micro-batches, in a pipeline four.
+    "cp2": (2, ["parallel.cp=2", "micro_batch_size=4"]),
+    "cp4_zero3": (4, ["parallel.cp=4", "parallel.zero=3", "micro_batch_size=4"]),
+    "cp2_dp2_ep4": (4, ["parallel.cp=2", "parallel.dp=2", "parallel.ep=4", "micro_batch_size=2"]),
+    "pp2_cp2_zbv": (4, ["parallel.pp=2", "parallel.cp=2", "parallel.schedule=zbv", "micro_batch_size=2"]),
     "pp4_dualpipev": (4, ["parallel.pp=4", "parallel.schedule=dualpipev"]),
     "pp2_dp2_ep2_1f1b": (4, ["parallel.pp=2", "parallel.dp=2", "parallel.ep=2"]),
     **{
@@ -149,9 +149,15 @@ def everything(tmp_path, name: str, step: int) -> dict[str, torch.Tensor]:
 
 
 OFFLOAD = {
-    "cp2": (2, ["parallel.cp=2", "model.offload=[layer]"]),
-    "cp2_zero3_bf16": (2, ["parallel.cp=2", "parallel.zero=3", "precision=bf16", "model.offload=[attention]"]),
-    "ep2_zero3": (2, ["parallel.dp=2", "parallel.ep=2", "parallel.zero=3", "model.offload=[layer]"]),
+    "cp2": (2, ["parallel.cp=2", "micro_batch_size=4", "model.offload=[layer]"]),
+    "cp2_zero3_bf16": (
+        2,
+        ["parallel.cp=2", "parallel.zero=3", "precision=bf16", "micro_batch_size=4", "model.offload=[attention]"],
+    ),
+    "ep2_zero3": (
+        2,
+        ["parallel.dp=2", "parallel.ep=2", "parallel.zero=3", "micro_batch_size=2", "model.offload=[layer]"],
+    ),
     "ep2_zero3_fp8_again": (
         2,
         [
@@ -159,6 +165,7 @@ OFFLOAD = {
             "parallel.ep=2",
             "parallel.zero=3",
             "precision=fp8",
+            "micro_batch_size=2",
             "model.recompute=[norm,mla_up,swiglu,layer:2]",
             "model.offload=[layer:3]",
         ],
@@ -175,7 +182,13 @@ OFFLOAD = {
     ),
     "pp2_cp2_dualpipev": (
         4,
-        ["parallel.pp=2", "parallel.cp=2", "parallel.schedule=dualpipev", "model.offload=[ffn]"],
+        [
+            "parallel.pp=2",
+            "parallel.cp=2",
+            "parallel.schedule=dualpipev",
+            "micro_batch_size=2",
+            "model.offload=[ffn]",
+        ],
     ),
 }
 """Ranks that share sequences, or weights, with activations on the host: the last word is what a run without them lacks."""

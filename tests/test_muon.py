@@ -26,11 +26,13 @@ BASE = [
     "optim=muon",
     "optim.qk_clip=0.01",
 ]
+SHARING = ["parallel.cp=2", "parallel.zero=3", "micro_batch_size=4"]
+"""Two micro-batches: ranks that share sequences take all of them, each in messages of every layer."""
 LAYOUTS = {
     "dp2": (2, ["parallel.dp=2"]),
     "dp2_zero2_offload": (2, ["parallel.dp=2", "parallel.zero=2", "parallel.offload_optimizer=true"]),
     "dp3_uneven": (3, ["parallel.dp=3", "parallel.uneven=true"]),
-    "cp2_zero3": (2, ["parallel.cp=2", "parallel.zero=3"]),
+    "cp2_zero3": (2, SHARING),
     "dp4_ep2": (4, ["parallel.dp=4", "parallel.ep=2"]),
     "pp2_dp2_ep2_dualpipev": (
         4, ["parallel.pp=2", "parallel.dp=2", "parallel.ep=2", "parallel.schedule=dualpipev"]
@@ -65,7 +67,7 @@ def test_layout_equals_one_process(reference, name):
 @pytest.mark.slow
 def test_a_run_goes_on_in_another_layout(reference):
     start = reference / "runs" / "one" / "checkpoints" / "step_00000002"
-    run_layout(reference, "moved", 2, *BASE, "parallel.cp=2", "parallel.zero=3", f"resume={start}")
+    run_layout(reference, "moved", 2, *BASE, *SHARING, f"resume={start}")
     assert_same(reference, "moved", first=3)
 
 
