@@ -16,14 +16,7 @@ from conf.schema import ROOT
 
 FOLDERS = ("train", "parallel", "cluster", "conf", "bench", "tests")
 SOURCES = {path: path.read_text() for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))}
-NODES = {path: list(ast.walk(ast.parse(source))) for path, source in SOURCES.items()}
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in SOURCES}
-CLASSES = {
-    node.name: node
-    for path in reversed(SOURCES)  # a class of the product is found before one of a test that has its name
-    for node in NODES[path]
-    if isinstance(node, ast.ClassDef)
-}
 OF_OTHERS = {"all_gather_object", "broadcast_object_list", "custom_op", "polar_express", "tool_use"}
 """Names of torch and of peers."""
 FILES_OF_OTHERS = {"conf.py", "deep_ep/buffer.py", "run.py", "torch.py", "train.py"}
@@ -31,6 +24,19 @@ FILES_OF_OTHERS = {"conf.py", "deep_ep/buffer.py", "run.py", "torch.py", "train.
 CLASS = re.compile(r"[A-Z][a-z]\w*")
 VARIABLE = re.compile(r"\d+|[A-Z]+")
 """What stands for any name: `layers.17.PARAMETER`."""
+
+
+@cache
+def nodes_of() -> dict[Path, list[ast.AST]]:
+    """All of each file. Seconds of a core, so not where every worker of pytest imports this file."""
+    return {path: list(ast.walk(ast.parse(source))) for path, source in SOURCES.items()}
+
+
+@cache
+def classes() -> dict[str, ast.ClassDef]:
+    """By name; one of the product is found before one of a test that has its name."""
+    nodes = nodes_of()
+    return {node.name: node for path in reversed(SOURCES) for node in nodes[path] if isinstance(node, ast.ClassDef)}
 
 
 def _is_text(node: ast.AST) -> bool:
@@ -43,7 +49,7 @@ def prose(path: Path) -> Iterator[tuple[int, str]]:
     for token in tokenize.generate_tokens(io.StringIO(SOURCES[path]).readline):
         if token.type == tokenize.COMMENT:
             yield token.start[0], token.string
-    for node in NODES[path]:
+    for node in nodes_of()[path]:
         if _is_text(node):
             yield from enumerate(node.value.value.split("\n"), node.lineno)
 
@@ -52,7 +58,7 @@ def prose(path: Path) -> Iterator[tuple[int, str]]:
 def names_of_code() -> frozenset[str]:
     """Names that stand in code, prose aside."""
     found = set(dir(builtins)) | OF_OTHERS
-    for nodes in NODES.values():
+    for nodes in nodes_of().values():
         for node in nodes:
             names = (getattr(node, field, None) for field in ("id", "attr", "arg", "name", "module", "asname"))
             found.update(part for name in names if isinstance(name, str) for part in name.split("."))
@@ -65,7 +71,7 @@ def names_of_code() -> frozenset[str]:
 def words() -> frozenset[str]:
     """Names and words of texts, prose aside, also in the other files that the product is made of."""
     found = set(names_of_code())
-    for nodes in NODES.values():
+    for nodes in nodes_of().values():
         texts = {id(node.value) for node in nodes if _is_text(node)}
         for node in nodes:
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in texts:
@@ -90,7 +96,7 @@ def defined(nodes: Iterable[ast.AST]) -> set[str]:
 
 def has_member(name: str, member: str) -> bool:
     """Whether a class makes a name itself, or by a class that it is made from; one from elsewhere may have any."""
-    node = CLASSES[name]
+    node = classes()[name]
     bases = {base.id for base in node.bases if isinstance(base, ast.Name)} - {
         "Protocol",
         "NamedTuple",
@@ -101,7 +107,7 @@ def has_member(name: str, member: str) -> bool:
     return (
         member in defined(ast.walk(node))
         or not plain
-        or any(base not in CLASSES or has_member(base, member) for base in bases)
+        or any(base not in classes() or has_member(base, member) for base in bases)
     )
 
 
@@ -115,13 +121,13 @@ def missing_name(name: str) -> bool:
     ):
         return True
     for first, second in pairwise(parts):
-        if first in CLASSES and not has_member(first, second):
+        if first in classes() and not has_member(first, second):
             return True
     depth = max((i for i in range(2, len(parts)) if ".".join(parts[:i]) in MODULES), default=0)
     return (
         depth > 0
         and ".".join(parts) not in MODULES
-        and parts[depth] not in defined(NODES[MODULES[".".join(parts[:depth])]])
+        and parts[depth] not in defined(nodes_of()[MODULES[".".join(parts[:depth])]])
     )
 
 
