@@ -64,6 +64,7 @@ def test_a_run_shows_and_leaves_what_it_promises(unbroken):
     assert sorted(records) == list(range(1, 7))
     assert {metric.name for metric in SCALARS if not metric.when} <= set(records[2])
     assert {"mtp_loss", "validation_loss", "validation_bits_per_byte"} <= set(records[6])
+    assert [step for step, record in records.items() if "validation_loss" in record] == [6], "of the last alone"
     assert records[6]["samples"] == 48 and records[6]["tokens"] == 48 * 24
     load = records[6]["load"]
     assert set(load) == {"layers.1", "layers.2", "layers.3", "mtp.0"}

@@ -66,6 +66,11 @@ def test_a_run_on_chats_keeps_its_best_checkpoint_and_its_routers(tmp_path):
     biases = [read(folder, "bias.layers.1", (8,)) for folder in folders]
     assert not torch.stack(biases).any()
 
+    train_on(compose(*overrides(tmp_path, *given, "steps=8")), 1)
+    folders = sorted((tmp_path / "runs/tuned/checkpoints").glob("step_*"))
+    kept = [best["step"], 6, 8]  # a run that goes on keeps the best one, too, and the one that it goes on from
+    assert [int(folder.name[5:]) for folder in folders] == kept
+
 
 def test_epochs_become_steps(tmp_path):
     config = compose(*overrides(tmp_path, "epochs=2", "optim.warmup_steps=0"))
