@@ -1,4 +1,7 @@
-"""What can be said of a run that failed or hangs: the fault, whose it is, who waits for whom, and the words for these."""
+"""What can be said of a run that failed or hangs: the fault, whose it is, who waits for whom, and the words for these.
+
+What happened is found by cluster/compare_ranks.py, out of what ranks did, and by cluster/cause.py, out of what they said.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field

@@ -2,7 +2,7 @@
 
 Agents report what they hold with every answer. Before an attempt starts, the driver writes attempts/NUMBER.memory.json
 for its ranks: where each node keeps its copies, who is next to whom, and the newest set that is whole on the nodes that
-answer, if there is one. Rank 0 compares its age with the newest checkpoint on disk.
+answer, if there is one. Rank 0 compares its age with the newest checkpoint on disk (train/loop/resume.py).
 """
 
 import hashlib
