@@ -14,6 +14,8 @@ class BorrowedName(NamedTuple):
     owner: str
     name: str
     why: str
+    since: str = ""
+    """The first version of torch that has it, where older ones that the product takes do without."""
 
 
 _STAGE = "torch.distributed.pipelining.stage.PipelineStage"
@@ -41,8 +43,8 @@ BORROWED = (
     BorrowedName(_STAGE, "fwd_cache", "the output of a micro-batch, whose graph has to live on"),
     BorrowedName(_STAGE, "has_backward", "whether gradients arrive"),
     BorrowedName(_STAGE, "group_rank", "which neighbour is this rank itself"),
-    BorrowedName(_STAGE, "_warmup_forward_vote", "ranks agree on shapes by messages, which a lone rank gets none of"),
-    BorrowedName(_STAGE, "_warmup_backward_result", "the answer to that vote"),
+    BorrowedName(_STAGE, "_warmup_forward_vote", "ranks agree on shapes by messages, which a lone rank gets none of", "2.13"),
+    BorrowedName(_STAGE, "_warmup_backward_result", "the answer to that vote", "2.13"),
     # A pair that overlaps: parallel/pipeline/overlap.py
     BorrowedName(_RUNTIME, "register_custom_function", "what the runtime does at an overlapped pair"),
     BorrowedName("torch.distributed.pipelining.schedules", "OVERLAP_F_B", "the action that is one"),
