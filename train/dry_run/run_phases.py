@@ -5,7 +5,6 @@ A rank of a dry run is alone: what it writes is then a job of its own, in which 
 """
 
 import gc
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -49,13 +48,13 @@ class RunPhases(ExitStack):
         build: Callable[[bool], ParallelModel],
         *,
         is_alone: bool,
-        lets_go: float = 0.0,
     ):
         """folder: for the files of all ranks. build: makes the rank's model, without drawing its weights where that is True. is_alone: other
-        ranks or layers are not there. lets_go: seconds until a peak is read, in which threads let go of what has been sent."""
+        ranks or layers are not there.
+        """
         super().__init__()
         self._config, self._rank, self._is_alone = replace(config, runs=str(folder)), rank, is_alone
-        self._build, self._lets_go = build, lets_go
+        self._build = build
         self._number, self._world = (0, 1) if is_alone else (rank.mesh.rank, rank.mesh.layout.world)
         self._paths, self._folder = RunPaths(self._config), folder
         self._tokenizer = Tokenizer(train_bpe((), 0))
@@ -83,7 +82,6 @@ class RunPhases(ExitStack):
 
     def mark(self, phase: str, meter: PeakMeter, before: PhaseBytes = NOTHING_BEFORE) -> None:
         """The end of a phase, which found so much."""
-        time.sleep(self._lets_go)
         device, host = (most - there for most, there in zip(meter.mark_both(), before, strict=True))
         copied = sum(map(folder_bytes, self._nodes))  # files in the memory of nodes
         on_cpu = self._rank.device.type == "cpu"

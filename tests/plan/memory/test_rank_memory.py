@@ -131,8 +131,8 @@ def test_planned_peaks_of_stage_3_are_the_measured_ones(overrides, bucket, tmp_p
 
 
 def _compare_peaks(rank: int, overrides: list[str], bucket: int | None, folder: Path) -> None:
-    """Within 0.3 %: some small tensors of the loop around the model are in no plan. Threads of gloo hold what stage 3 gathers ahead, now longer, now
-    shorter: so its validation is compared in tests/dry_run, and a schedule there may take 0.6 % more (0.5 seen on a busy machine).
+    """Within 0.3 %: some small tensors of the loop around the model are in no plan. What stage 3 gathers ahead in a validation DeepSpeed decides
+    by what ran before: it is compared in tests/dry_run.
     """
     if bucket is not None:
         THRESHOLDS.bucket_elements = bucket
@@ -140,7 +140,6 @@ def _compare_peaks(rank: int, overrides: list[str], bucket: int | None, folder: 
     planned, measured = _peaks(rank, overrides, folder, again=config.adapter.base is BaseFormat.fp8)
     if config.parallel.zero == 3:
         del measured["validation"]
-        measured["schedule"] = min(measured["schedule"], max(planned["schedule"], 0.997 * measured["schedule"]))
     planned = {phase: planned[phase] for phase in measured}
     assert planned == pytest.approx(measured, rel=0.003), f"planned {planned}, measured {measured}"
 
