@@ -20,8 +20,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-STRIKES_AFTER, STRIKES_LATE = 6, 18
-"""Steps that are as usual; for what shows only against a history of some steps."""
+STRIKES_AFTER = 6
+"""Steps that are as usual."""
 LONG = 1e6
 MEMORY_GROUPS, GROUP_PREFIX = Path("/sys/fs/cgroup/memory"), "faults-named-"
 """Where control groups of version 1 are, and the names of those of this benchmark."""
@@ -38,7 +38,7 @@ class Saboteur:
 
     def on_step(self, run: Any, step: int, record: dict) -> None:
         name = self._faults.get(run.rank)
-        if name and step == (1 if name in EARLY else STRIKES_LATE if name in LATE else STRIKES_AFTER):
+        if name and step == (1 if name in EARLY else STRIKES_AFTER):
             _strikes.append(run.folder / f"struck_{run.rank}")
             FAULTS[name](run)
 
@@ -260,56 +260,6 @@ def flip_state(name: str) -> Callable[[Any], None]:
     return install
 
 
-def spike(tensor: torch.Tensor, times: float = 4096.0) -> torch.Tensor:
-    """A copy with one wrong element: so many times the largest, as after a flip in the exponent of a number above 2."""
-    strike()
-    copy = tensor.detach().clone()
-    copy.view(-1)[copy.numel() // 2] = times * copy.abs().max()
-    return copy
-
-
-def spike_output(run: Any) -> None:
-    """In what the last norm puts out, in one forward: one further in the model would be one wrong token, which no loss shows."""
-
-    def leave(module: Any, given: tuple, output: Any) -> Any:
-        handle.remove()
-        return output + (spike(output) - output.detach())
-
-    handle = run.chunks[0].norm.register_forward_hook(leave)
-
-
-def spike_output_gradient(run: Any) -> None:
-    """In the gradient of what a block puts out, in one backward."""
-    block = list(run.chunks[0].layers.values())[-1]
-
-    def leave(module: Any, given: tuple, output: Any) -> None:
-        handle.remove()
-        output.register_hook(spike)
-
-    handle = block.register_forward_hook(leave)
-
-
-def spike_gradient(run: Any) -> None:
-    """In the summed gradient of a weight, at the end of one backward and before it is reduced."""
-    layers = list(run.chunks[0].layers.values())
-    weight = layers[-1].attention_norm.weight
-
-    def alter(_: Any) -> None:
-        if handles and weight.grad is not None:
-            handles.pop().remove()
-            weight.grad.copy_(spike(weight.grad, 1e5))
-
-    handles = [layers[0].register_forward_hook(lambda module, given, output: output.register_hook(alter) and None)]
-
-
-def compute_wrong(run: Any) -> None:
-    """A device that is wrong from now on, each time in another way."""
-    calls = itertools.count(1)
-    run.chunks[0].norm.register_forward_hook(
-        lambda module, given, output: output + (spike(output, 4096.0 * next(calls)) - output.detach())
-    )
-
-
 def drop_message(keep: Callable[[Any], bool]) -> Callable[[Any], None]:
     """Leave a send or a receive of a pipeline out."""
 
@@ -445,10 +395,6 @@ FAULTS: dict[str, Callable[[Any], None]] = {
     "flip": flip_bit,
     "flip_master": flip_state("master"),
     "flip_moment": flip_state("exp_avg_sq"),
-    "spike_output": spike_output,
-    "spike_output_gradient": spike_output_gradient,
-    "spike_gradient": spike_gradient,
-    "wrong_again": compute_wrong,
     "out_of_memory": _forward(run_out_of_memory),
     "clock_ahead": set_clock(3600.0),
     "clock_behind": set_clock(-3600.0),
@@ -463,7 +409,5 @@ FAULTS: dict[str, Callable[[Any], None]] = {
     "receive_left_out": drop_message(lambda operation: operation.op is not dist.irecv),
     "send_of_half": resize_message,
 }
-LATE = {"spike_output", "spike_output_gradient", "spike_gradient", "wrong_again"}
-"""Faults that strike after STRIKES_LATE steps."""
 EARLY = {"clock_ahead", "clock_behind", "version"}
 """Faults that are there from the first step on."""

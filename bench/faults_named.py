@@ -136,13 +136,6 @@ CASES = (
     FaultCase("dp4", {2: "flip"}, ("kind:crash",), "holds other weights"),
     FaultCase("dp2", {1: "flip_master"}, ("kind:crash",), "master."),
     FaultCase("pp2dp2", {2: "flip_moment"}, ("kind:crash",), "exp_avg_sq."),
-    FaultCase("dp4", {2: "spike_output"}, ("flipped",), "forward pass"),
-    FaultCase("pp2dp2", {3: "spike_output"}, ("flipped",), "forward pass"),
-    FaultCase("pp2dp2", {3: "spike_output_gradient"}, ("flipped",), "backward pass"),
-    FaultCase("ep2", {1: "spike_output"}, ("flipped",), "forward pass"),
-    FaultCase("dp2", {0: "spike_gradient"}, ("flipped",), "backward pass"),
-    FaultCase("dp4", {3: "wrong_again"}, ("kind:crash",), "differently three times"),
-    FaultCase("ep2_zero3", {1: "wrong_again"}, ("kind:crash",), "differently three times"),
     FaultCase("ep2", {0: "nan_weight"}, ("kind:crash",), "holds other weights"),
     FaultCase("cp2", {1: "loop"}, HANGS),
     FaultCase("pp2dp2", {1: "loader_pipe"}, ("loader",)),
@@ -252,7 +245,7 @@ def _config(case: FaultCase, folder: Path, address: str | None) -> Config:
     faults = ", ".join(f"{rank}: {fault}" for rank, fault in case.faults.items())
     settings = [
         f"name={name}", *LAYOUTS[case.layout], "steps=40", "checkpoint.every=0", "log.validate_every=0", "log.progress=false",
-        "log.sample_tokens=0", "optim.max_bad_steps=2", f"log.replicas_every={int(case.layout != 'ep2_zero3')}", "log.state_every=1", "log.repeat_above=10", "cluster.deterministic=true", f"callbacks=[{{_target_: bench.fault_hooks.Saboteur, faults: {{{faults}}}}}]", "cluster.timeout=60", *case.settings,
+        "log.sample_tokens=0", "optim.max_bad_steps=2", f"log.replicas_every={int(case.layout != 'ep2_zero3')}", "log.state_every=1", "cluster.deterministic=true", f"callbacks=[{{_target_: bench.fault_hooks.Saboteur, faults: {{{faults}}}}}]", "cluster.timeout=60", *case.settings,
     ]  # fmt: skip
     if case.launcher == "ray":
         settings += ["cluster=ray", "cluster.restarts=0", f"cluster.address={address or 'null'}"]

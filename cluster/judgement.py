@@ -28,7 +28,6 @@ class Fault(Enum):
     unsent = "has not sent what another rank waits for"
     link = "is not reached over the network, or very slowly"
     stuck = "is in, as all others, and does not get out"
-    flipped = "computed something else once, with the same input"
     unknown = "is not known"
 
 
@@ -47,7 +46,6 @@ FAULT_ADVICE = {
     Fault.unsent: "look at the stage before: its actions should send what is waited for",
     Fault.link: "look at the link of this host: `ip -s link`, cable, switch, dmesg",
     Fault.stuck: "look at the network and the devices of these ranks: dmesg, links, switches",
-    Fault.flipped: "look at the memory and the device of this rank (dmesg, ECC counters); where it comes again, take it out",
     Fault.unknown: "the stacks and the last records of all ranks are in the file of the incident",
 }
 

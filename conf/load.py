@@ -222,7 +222,8 @@ class RecipeFiles(FileConfigSource):
         package = found.header["package"] or config_path.rpartition("/")[0].replace("/", ".")
         plain = OmegaConf.to_container(found.config)
         file = str(Path(self.path, f"{config_path.removesuffix('.yaml')}.yaml"))
-        if isinstance(plain, dict) and drop_removed_keys(plain, file, "" if package == "_global_" else package):
+        package = "" if package == "_global_" else package
+        if isinstance(plain, dict) and drop_removed_keys(plain, file, package, by_run=False):
             found.config = OmegaConf.create(plain)
         return found
 

@@ -1,7 +1,8 @@
 """Keys that an earlier version had, as data: what becomes of them in its recipes, run folders and checkpoints.
 
-At the value that it always had such a key says nothing, and is dropped without a word. At another one the run asked for what is
-no longer there, which is an error with the cure.
+At the value that is in force now such a key says nothing, and is dropped without a word. At another one the run asked for what is
+no longer there, which is an error with the cure. What a run has written (config.yaml, checkpoints) holds every key: there a key that
+changed no result is dropped at every value.
 """
 
 from collections.abc import Iterator
@@ -21,6 +22,8 @@ class RemovedKey:
     """The first one without it."""
     cure: str
     """For who set another value."""
+    changes_results: bool = True
+    """Whether another value gives other results, not only other speed, memory, readings or plans."""
 
     def error(self, key: str, value: Any, place: str = "") -> UserError:
         """For the key at this value. place: the file that holds it, empty for the command line."""
@@ -32,21 +35,28 @@ REMOVED_KEYS: dict[str, RemovedKey] = {
     "precision.fp8.gradient_floor": RemovedKey(
         1e-12, "0.2.0", "leave it out; a run that was trained with another value goes on with version 0.1.0"
     ),
+    "log.repeat_above": RemovedKey(
+        0.0,
+        "0.2.0",
+        "leave it out; log.state_every and log.replicas_every find flipped bits in memory",
+        changes_results=False,
+    ),
 }
 """By dotted key. A key that is removed gets a line here, and one on the page train/docs/upgrading.md."""
 
 
-def drop_removed_keys(settings: dict[Any, Any], place: str, package: str = "") -> bool:
+def drop_removed_keys(settings: dict[Any, Any], place: str, package: str = "", *, by_run: bool = True) -> bool:
     """Take removed keys out of nested settings of an earlier version; returns whether there were any.
 
     place: the file that holds the settings, for the error. package: the section that they are of, such as `precision.fp8`, empty
-    for a whole configuration. Raises UserError for a removed key at another value than its last default.
+    for a whole configuration. by_run: a run has written them, and no person. Raises UserError for a removed key at another value than its last default.
     """
     found = list(_removed_in(settings, package))
     for section, name, key in found:
         value = section.pop(name)
-        if value != REMOVED_KEYS[key].default:
-            raise REMOVED_KEYS[key].error(key, value, place)
+        removed = REMOVED_KEYS[key]
+        if value != removed.default and (removed.changes_results or not by_run):
+            raise removed.error(key, value, place)
     return bool(found)
 
 

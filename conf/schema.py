@@ -828,10 +828,6 @@ class Log:
     state_every: int = expert(0, least=0)
     """Steps between checks that master weights and the optimizer's state are, before the next update or checkpoint, what the update of this
     step left, bit by bit; a run where they are not ends with the rank and the tensor; 0 for none (train/docs/why.md)."""
-    repeat_above: float = expert(0.0, least=0)
-    """How many usual spreads a loss or gradient norm may lie above the median of the last 100 steps, before its step's forward and backward
-    run again ahead of the update and are compared bit by bit: a bit that flipped once, a rank that is wrong again, or the data; 0 for
-    never, 10 is a good value (train/docs/why.md)."""
     report_every: float = expert(300.0, least=0)
     """Seconds between writings of report.html while the run trains, by a process of its own at a low priority; 0 for one at the end
     alone."""

@@ -46,7 +46,6 @@ EDGES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("checkpoint.weights_every", {"checkpoint.weights_every": 200}, {"checkpoint.weights_every": 150}),
     ("checkpoint.weights_every", {"checkpoint.weights_every": 0}, {"checkpoint.weights_every": 100, "checkpoint.every": 0}),
     ("log.replicas_every", {"log.replicas_every": 1, "parallel.zero": 2}, {"log.replicas_every": 1, "parallel.zero": 3}),
-    ("log.repeat_above", {"log.repeat_above": 5.0, "cluster.deterministic": True}, {"log.repeat_above": 5.0}),
     ("log.wandb_tags", {"log.wandb_tags": ["a" * 64]}, {"log.wandb_tags": ["a" * 65]}),
     ("log.wandb_tags", {"log.wandb_tags": ["a"]}, {"log.wandb_tags": [""]}),
     ("cluster.address", {"cluster.address": "a:1", "cluster.backend": "ray"}, {"cluster.address": "a:1"}),

@@ -54,8 +54,6 @@ class Update:
     applied: bool
     bad_parameters: list[str]
     """Parameters of this rank's shard with a non-finite gradient."""
-    doubted: bool = False
-    """Whether it was left out because somebody doubted the gradients."""
 
 
 class Zero:
@@ -98,8 +96,6 @@ class Zero:
         """Is called with every gradient of this rank as it is about to be reduced: the whole of a parameter, once a step or, at stage
         3, once a micro-batch."""
         self._valid: bool | Tensor = True
-        self._doubts: Callable[[float], bool] | None = None
-        self._doubted = False
         self._bad: list[str] = []
         dtype = next(iter(self.names)).dtype
         expert_name = f"ep_size_{mesh.layout.ep}"
@@ -180,17 +176,17 @@ class Zero:
             shared = {self.tied, *(param for other in others for param in other)}
             self._weights.reduce_ahead(own - shared)
 
-    def step(self, valid: bool | Tensor = True, doubts: Callable[[float], bool] | None = None) -> Update:
-        """Clip, update the shard, gather the weights. Skips the update if not `valid`, which may be a scalar on the device, if a
-        gradient is not finite, or where all ranks have doubts, which are asked with the finite norm of the gradients. Waits for the device once.
+    def step(self, valid: bool | Tensor = True) -> Update:
+        """Clip, update the shard, gather the weights. Skips the update if not `valid`, which may be a scalar on the device, or if a
+        gradient is not finite. Waits for the device once.
         """
-        self._valid, self._doubts, self._doubted = valid, doubts, False
+        self._valid = valid
         self.engine.step()
         self._weights.forget_gradients()
         applied = self.engine.was_step_applied()
         if applied:
             self.client.updates += 1
-        return Update(float(self._norm), applied, self._bad, self._doubted)
+        return Update(float(self._norm), applied, self._bad)
 
     def _reduced_elements(self, stage: int, dtype: torch.dtype) -> int:
         """Elements of the weights whose gradients pass through DeepSpeed's bucket, see whole_weights.py."""
@@ -227,14 +223,7 @@ class Zero:
         self._bad = [name for name, good in zip(names, finite, strict=True) if not good]
         # DeepSpeed asks several times whether it is finite, and would wait for each answer.
         self._norm = torch.tensor(total, dtype=torch.float64).sqrt().float()
-        if self._doubts is not None and math.isfinite(total) and self._doubts(float(self._norm)):
-            self._doubted = True
-            return self._norm + torch.nan
         return self._norm
-
-    def reduced_gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """By name the gradients of this rank's shard, while an update has them."""
-        return ((self.names[param], gradient) for param, gradient, _ in self._weights.gradients())
 
     def weights(self) -> Iterator[Tensor]:
         """What this rank holds of the weights between steps; at stage 3 its shards."""

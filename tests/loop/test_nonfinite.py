@@ -8,8 +8,7 @@ import torch
 
 from tests.layouts import run_layout, train_rank
 from tests.small import metrics, trajectory
-from train.loop.nonfinite import Origin, RankSightings, find_origin
-from train.loop.pass_watch import Sighting
+from train.loop.nonfinite import Origin, RankSightings, Sighting, find_origin
 
 END, START = Sighting(2, 3, "the output of layers.2.attention"), Sighting(2, 1, "the input of layers.2.attention")
 LATER = Sighting(3, 0, "the input of layers.3")

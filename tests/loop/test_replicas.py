@@ -8,8 +8,9 @@ import torch.distributed as dist
 
 from conf.errors import UserError
 from conf.load import compose
+from parallel.shard import Shard
 from tests.ranks import run_ranks
-from train.loop.replicas import ReplicaCheck, ReplicasDiffer, sum_of_bits
+from train.loop.replicas import ReplicaCheck, ReplicasDiffer, StateChanged, StateCheck, sum_of_bits
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.float8_e4m3fn])
@@ -68,3 +69,19 @@ def test_a_flipped_bit_is_named_by_rank_and_weight_and_of_two_copies_none_is_gue
 def test_weights_without_copies_are_refused():
     with pytest.raises(UserError, match="no weight has one"):
         compose("parallel.zero=3", "parallel.dp=2", "log.replicas_every=5")
+
+
+def test_a_bit_that_changes_behind_an_update_is_named_before_it_is_read():
+    shards = {
+        name: Shard(torch.randn(30).to(dtype), 0, (30,))
+        for name, dtype in (("master.a", torch.float32), ("exp_avg.a", torch.bfloat16))
+    }
+    check = StateCheck(2, SimpleNamespace(shards=lambda copies: shards), 3)
+    check.note(4)
+    check.require_unchanged()
+    shards["exp_avg.a"].local.view(torch.int16)[29] ^= 1
+    with pytest.raises(StateChanged, match=r"rank 3: exp_avg.a changed behind the update of step 4") as error:
+        check.require_unchanged()
+    assert error.value.ranks == (3,)
+    check.note(5)
+    check.require_unchanged()

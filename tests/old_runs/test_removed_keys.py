@@ -32,7 +32,7 @@ def test_the_table_names_keys_that_are_gone_and_the_page_names_them():
         section, _, name = key.rpartition(".")
         assert drop_removed_keys({name: removed.default, "other": 1}, "mine.yaml", section) is True
         with pytest.raises(UserError, match=removed.version) as caught:
-            drop_removed_keys({name: "another"}, "mine.yaml", section)
+            drop_removed_keys({name: "another"}, "mine.yaml", section, by_run=False)
         assert "mine.yaml" in caught.value.rule and caught.value.cure == removed.cure
 
 
@@ -71,6 +71,18 @@ def test_in_a_recipe_and_in_an_option_of_a_group(tmp_path, file, head, body):
     with pytest.raises(UserError, match=BEFORE) as caught:
         compose(*words)
     assert caught.value.field == KEY and str(path) in caught.value.rule
+
+
+def test_a_key_that_changed_no_result_stops_no_run_that_goes_on(tmp_path):
+    config = compose()
+    settings = settings_of(config)
+    settings["log"]["repeat_above"] = 10.0
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    assert read_config(str(file)) == config
+    assert changed(config, "x", {"step": 4, "data": "x", "has_ema": False, "config": settings}).notes() == []
+    with pytest.raises(UserError, match=r"log\.state_every"):
+        check_words(["log.repeat_above=10"])
 
 
 def test_in_a_checkpoint():

@@ -11,22 +11,40 @@ Later layers, earlier ranks of the pipeline and the experts' ranks only catch wh
 again was no matter of the weights or the data, but most likely of a device.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from conf.words import some_of
-from train.loop.pass_watch import PassWatch, PlainSightings, Sighting
 from train.model.deepseek import DeepSeekV3
 
 SHOWN_TENSORS = 8
 """Names in a sentence, at most."""
 
 
+@dataclass(frozen=True, order=True)
+class Sighting:
+    """A boundary of a module at which a value was not finite; sorted by the order of the forward pass."""
+
+    layer: int
+    boundary: int
+    """Inside the layer."""
+    name: str
+    """Name of the module, with what was not finite of it."""
+    catching: bool = False
+    """A gradient that is a sum over tokens, with experts on several ranks also over those of other ranks."""
+
+
+PASSES = ("forward", "backward")
+
+
 @dataclass(frozen=True)
-class RankSightings(PlainSightings):
+class RankSightings:
     """What one rank knows of a step that was skipped."""
 
     rank: int
@@ -41,29 +59,66 @@ class RankSightings(PlainSightings):
     forward: Sighting | None
     backward: Sighting | None
 
+    def plain(self) -> dict[str, Any]:
+        """The record in types of JSON, for the other ranks."""
+        seen = {name: None if (at := getattr(self, name)) is None else list(vars(at).values()) for name in PASSES}
+        return vars(self) | seen
 
-class Watch(PassWatch):
-    """Looks for values that are not finite."""
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any]) -> Self:
+        return cls(**plain | {name: None if plain[name] is None else Sighting(*plain[name]) for name in PASSES})
+
+
+class Watch:
+    """Looks for values that are not finite in all modules of these chunks, while it is entered."""
 
     def __init__(self, chunks: Sequence[DeepSeekV3]):
-        super().__init__(chunks)
+        self._chunks = chunks
+        self._handles: list[RemovableHandle] = []
         self.forward: Sighting | None = None
         """The first in the order of the layers."""
         self.backward: Sighting | None = None
         """The last in the order of the layers, which the backward pass reaches first."""
 
-    def watch(self, name: str, module: nn.Module, start: Sighting, end: Sighting) -> None:
-        super().watch(name, module, start, end)
+    def __enter__(self) -> Self:
+        for chunk in self._chunks:
+            for name, module, layer in _layers_in_order(chunk):
+                self._visit(name, module, layer, 0)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _visit(self, name: str, module: nn.Module, layer: int, boundary: int) -> int:
+        """Watch a module and what is in it; returns the number of its last boundary."""
+        start = Sighting(layer, boundary, f"the input of {name}")
+        for child_name, child in module.named_children():
+            boundary = self._visit(f"{name}.{child_name}", child, layer, boundary + 1)
+        end = Sighting(layer, boundary + 1, f"the output of {name}")
+        self._watch(name, module, start, end)
+        return end.boundary
+
+    def _watch(self, name: str, module: nn.Module, start: Sighting, end: Sighting) -> None:
+        """Look at the inputs, outputs and weights of a module, and at their gradients."""
+        self._handles += [
+            module.register_forward_pre_hook(lambda _, inputs: self._see(inputs, start)),
+            module.register_forward_hook(lambda _, __, output: self._see(output, end)),
+        ]
         for part, param in module.named_parameters(recurse=False):
             if param.requires_grad:
                 at = Sighting(start.layer, start.boundary, f"the weight {name}.{part}", catching=True)
-                self.handles.append(param.register_hook(partial(self._see_weights_gradient, at, param)))
+                self._handles.append(param.register_hook(partial(self._see_weights_gradient, at, param)))
 
-    def see_value(self, at: Sighting, value: Tensor) -> None:
-        if (self.forward is None or at < self.forward) and not is_finite(value):
-            self.forward = at
+    def _see(self, values: Any, at: Sighting) -> None:
+        """Look at the tensors among values, and at their gradients as soon as they are there."""
+        for value in _tensors_in(values):
+            if (self.forward is None or at < self.forward) and not is_finite(value):
+                self.forward = at
+            if value.requires_grad and torch.is_grad_enabled():
+                value.register_hook(partial(self._see_gradient, at))
 
-    def see_gradient(self, at: Sighting, gradient: Tensor) -> None:
+    def _see_gradient(self, at: Sighting, gradient: Tensor) -> None:
         if (self.backward is None or at > self.backward) and not is_finite(gradient):
             self.backward = at
 
@@ -71,7 +126,28 @@ class Watch(PassWatch):
         """Where autograd has none the product has added it to the sum: not finite once, not finite from there on."""
         gradient = param.grad if gradient is None else gradient
         if gradient is not None:
-            self.see_gradient(at, gradient)
+            self._see_gradient(at, gradient)
+
+
+def _layers_in_order(chunk: DeepSeekV3) -> Iterator[tuple[str, nn.Module, int]]:
+    """Name, module and place in the forward pass of the embedding, every block, the norm, MTP modules and the head."""
+    blocks, depths = chunk.config.layers, chunk.config.mtp_depth
+    for name, module in chunk.named_children():
+        if name == "layers":
+            yield from ((f"layers.{index}", block, int(index)) for index, block in module.named_children())
+        elif name == "mtp":
+            yield from ((f"mtp.{depth}", each, blocks + 1 + int(depth)) for depth, each in module.named_children())
+        else:
+            yield name, module, {"embedding": -1, "norm": blocks, "head": blocks + 1 + depths}[name]
+
+
+def _tensors_in(values: Any) -> Iterator[Tensor]:
+    """Plain tensors of floating point among values; other kinds (quantised rows) have their values elsewhere."""
+    if isinstance(values, (tuple, list)):
+        for value in values:
+            yield from _tensors_in(value)
+    elif type(values) is Tensor and values.is_floating_point():
+        yield values
 
 
 def is_finite(value: Tensor) -> bool:

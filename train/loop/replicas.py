@@ -56,11 +56,8 @@ class ReplicaCheck:
 
     def require_equal(self, step: int) -> None:
         """Call before the update of every step, on all ranks. Raises ReplicasDiffer, on the ranks that hold such a weight."""
-        if self._every and step % self._every == 0:
-            self.compare(step)
-
-    def compare(self, step: int) -> None:
-        """Compare all copies, in a step that need not be due; raises as `require_equal` does."""
+        if not self._every or step % self._every:
+            return
         for group, params, names in self._sets:
             sums = torch.stack([sum_of_bits(param) for param in params])
             ends = torch.stack([sums, ~sums])  # ~ turns the order round, as a minus does, and never overflows

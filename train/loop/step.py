@@ -8,9 +8,7 @@ balance     the biases of the routers move by the loads of this step (paper 2.1.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -20,8 +18,7 @@ from conf.schema import Config
 from parallel.mesh import Mesh
 from parallel.zero.engine import Update
 from train.data.batch import Batch
-from train.loop.measure import CollectedMeasures, Measure, MeasuredStep, to_device
-from train.loop.pass_repeats import PassRepeats
+from train.loop.measure import Measure, MeasuredStep, to_device
 from train.loop.stop import StopKind
 from train.model.deepseek import DeepSeekV3
 from train.model.router import update_bias
@@ -69,34 +66,13 @@ class TrainingStep:
         *,
         stopping: StopKind = StopKind.none,
         on_phase: Callable[[str], None] = lambda _: None,
-        repeats: PassRepeats | None = None,
     ) -> StepOutcome:
         """batch: this rank's share. stopping: how this rank was asked to stop, which all ranks then know. on_phase: called at the
-        ends of `schedule` (forward and backward), `reduction` and `update`. repeats: doubts the passes, which are then done again.
-        """
-        self._parts.zero.set_lr(plan.lr)
-        run = partial(self._run_once, plan, batch, stopping, on_phase, repeats)
-        collected, update = run()
-        while update.doubted:
-            collected, update = run()
-        measured = collected.read()  # the update has waited for the norm of the gradients
-        on_phase("update")
-        if update.applied:
-            self._update_biases(collected.loads_LE, plan)
-        return StepOutcome(measured, update, collected.scores_LH)
-
-    def _run_once(
-        self,
-        plan: StepPlan,
-        batch: Batch,
-        stopping: StopKind,
-        on_phase: Callable[[str], None],
-        repeats: PassRepeats | None,
-    ) -> tuple[CollectedMeasures, Update]:
-        """Passes and update; the update leaves everything as it was where there are doubts about the passes."""
+        ends of `schedule` (forward and backward), `reduction` and `update`."""
         zero = self._parts.zero
+        zero.set_lr(plan.lr)
         self._set_weights(plan, batch)
-        with nullcontext() if repeats is None else repeats.watching(), zero.accumulate():
+        with zero.accumulate():
             self.run_passes(batch)
             self._parts.precision.end_passes()
             on_phase("schedule")
@@ -104,8 +80,12 @@ class TrainingStep:
             if self.clip is not None:
                 zero.scale_rows(self.clip.factors(collected.scores_LH))
         on_phase("reduction")
-        doubts = None if repeats is None else partial(repeats.doubts, plan.step, collected)
-        return collected, zero.step(collected.finite, doubts)
+        update = zero.step(collected.finite)
+        measured = collected.read()  # the update has waited for the norm of the gradients
+        on_phase("update")
+        if update.applied:
+            self._update_biases(collected.loads_LE, plan)
+        return StepOutcome(measured, update, collected.scores_LH)
 
     def _watch_scores(self, limit: float | None, parts: ParallelModel, mesh: Mesh) -> QKClip | None:
         if limit is None:

@@ -13,10 +13,7 @@ from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Any
 
-from cluster.cause import Cause, Kind
 from cluster.comm_ring import CommRing
-from cluster.incident import describe_incident, keep_incident
-from cluster.judgement import Fault, Judgement
 from cluster.run_files import step_name
 from conf.changed_settings import settings_of
 from conf.disk import disk_errors
@@ -37,7 +34,6 @@ from train.loop.callbacks import Callbacks, RunView
 from train.loop.layer_norms import LayerNorms
 from train.loop.measure import MeasuredStep
 from train.loop.nonfinite import SHOWN_TENSORS, Origin, RankSightings, Watch, bad_weights, find_origin
-from train.loop.pass_repeats import Doubt, PassRepeats
 from train.loop.profiler import StepProfiler
 from train.loop.published_weights import publish_weights
 from train.loop.rank_progress import RankProgress, peak_memory
@@ -52,7 +48,6 @@ from train.metrics.balance import balance_record
 from train.metrics.screens import quoted_lines
 from train.metrics.wandb_items import checkpoint, sample_table
 from train.metrics.writer import MetricsWriter
-from train.model.count import moe_layers
 from train.optim.schedules import Schedules, StepPlan
 from train.parallelize import ParallelModel
 from train.rank import RankSetup
@@ -124,8 +119,6 @@ class Trainer:
         self.measure = self.training_step.measure
         self.norms = LayerNorms(config, parts.zero, self.device)
         self.replicas = ReplicaCheck(config.log.replicas_every, parts.zero, self.mesh)
-        copies = self.replicas if config.parallel.zero < 3 else None
-        self.repeats = PassRepeats(config.log.repeat_above, parts, rank, copies, moe_layers(config.model))
         self.state_check = StateCheck(config.log.state_every, parts.zero, self.mesh.rank)
         self.timeline = TimelineSampler(config, self.mesh, parts.pipeline, state.step)
         self.profiler = StepProfiler(config, self.mesh.rank, parts, RunPaths(config).path, self._warn)
@@ -190,16 +183,13 @@ class Trainer:
         data_wait = batches.waited - waited
         if self.timeline.wants(plan.step):
             self.timeline.align()
-        self.repeats.start()
         with self.profiler.step(plan.step):
             outcome = self.training_step.run(
                 plan,
                 batch,
                 stopping=self.stop.pending,
                 on_phase=lambda phase: self._end_phase(plan.step, phase),
-                repeats=self.repeats,
             )
-        self._tell_repeat(plan)
         self.state_check.note(plan.step)
         self.stop.has_stepped = True
         measured, update = outcome.measured, outcome.update
@@ -303,21 +293,6 @@ class Trainer:
             self.mesh.rank, self.mesh.dp_rank, loss, sorted(bad)[:SHOWN_TENSORS], weights, watch.forward, watch.backward
         )
         return find_origin(finite_loss, [RankSightings.from_plain(plain) for plain in gather(mine.plain())])
-
-    def _tell_repeat(self, plan: StepPlan) -> None:
-        """Say what came of doing the passes of this step again, where that was done; of a flipped bit the run keeps an incident."""
-        if (found := self.repeats.found) is None or self.writer is None:
-            return
-        text = found.text
-        if found.doubt is Doubt.data:
-            text += f"; the largest loss has rank {found.ranks[0]}, of samples {self._samples_of(plan, found.ranks)}"
-        self._note(text)
-        self.writer.alert("a step was done again", text)
-        if found.doubt is Doubt.once:
-            certain = found.ranks if len(found.ranks) == 1 else ()
-            finding = Judgement(Fault.flipped, certain, text, among=() if certain else found.ranks)
-            incident = describe_incident(Cause(Kind.crash, text, certain), finding, {}, {})
-            keep_incident(RunPaths(self.config).logs, incident, self._note)
 
     def _samples_of(self, plan: StepPlan, ranks: Sequence[int]) -> str:
         """The samples that these ranks read in a step."""

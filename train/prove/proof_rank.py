@@ -159,7 +159,7 @@ class _LocalGradients(Zero):
     def scale_rows(self, factors: Mapping[str, Tensor]) -> None:
         """Nothing is updated."""
 
-    def step(self, valid: bool | Tensor = True, doubts: Callable[[float], bool] | None = None) -> Update:
+    def step(self, valid: bool | Tensor = True) -> Update:
         return Update(0.0, bool(valid), [])
 
     def give(self, evidence: Evidence) -> None:
@@ -423,12 +423,12 @@ class _WatchedStep(TrainingStep):
         self._zero, self._saw, self._last = zero, saw, last
 
     def run(
-        self, plan: StepPlan, batch: Batch, *, stopping: StopKind = StopKind.none, on_phase=lambda _: None, repeats=None
+        self, plan: StepPlan, batch: Batch, *, stopping: StopKind = StopKind.none, on_phase=lambda _: None
     ) -> StepOutcome:
         gradients = _Gradients()
         self._zero.observer, self._zero.local_observer = gradients.reduced.update, gradients.add_local
         stop = StopKind.on_disk if plan.step == self._last else StopKind.none
-        outcome = super().run(plan, batch, stopping=stop, on_phase=on_phase, repeats=repeats)
+        outcome = super().run(plan, batch, stopping=stop, on_phase=on_phase)
         # A step that was skipped is done again, for a look at it, which leaves no evidence.
         self._zero.observer = self._zero.local_observer = None
         self._saw(outcome, gradients)

@@ -23,9 +23,9 @@ from train.optim.schedules import Schedules
     "head|main_loss",
 )
 def stale_weights(bug: Seams) -> None:
-    def step(original, self, valid=True, doubts=None):
+    def step(original, self, valid=True):
         held = [(param, param.detach().clone()) for param, name in self.names.items() if name == "head.weight"]
-        update = original(self, valid, doubts)
+        update = original(self, valid)
         with torch.no_grad():
             for param, before in held:
                 param.copy_(before)
@@ -96,9 +96,9 @@ def eps_inside_the_root(bug: Seams) -> None:
 
 @mutation(OURS + ": the embedding does not decay", "copies", UPDATE, "embedding")
 def embedding_without_decay(bug: Seams) -> None:
-    def step(original, self, valid=True, doubts=None):
+    def step(original, self, valid=True):
         held = {name: shard.local.clone() for name, shard in self.shards().items() if name == "master.embedding.weight"}
-        update = original(self, valid, doubts)
+        update = original(self, valid)
         for name, before in held.items():
             group = self.client.param_groups[0]
             self.shards()[name].local.add_(before, alpha=group["lr"] * group["weight_decay"])

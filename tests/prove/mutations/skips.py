@@ -18,8 +18,8 @@ SKIP = (UPDATE, "skip")
 def where_skipped(bug: Seams, change: Callable[[Zero], None]) -> None:
     """Change the state after a step of ZeRO that made no update."""
 
-    def step(original, self, valid=True, doubts=None):
-        update = original(self, valid, doubts)
+    def step(original, self, valid=True):
+        update = original(self, valid)
         if not update.applied:
             change(self)
         return update
@@ -104,8 +104,8 @@ def numbers_that_are_none_count_as_zeros(bug: Seams) -> None:
             gradient.nan_to_num_(0.0, 0.0, 0.0)
         return original(self)
 
-    def step(original, self, valid=True, doubts=None):
-        return original(self, True, doubts)
+    def step(original, self, valid=True):
+        return original(self, True)
 
     bug.around(Zero, "_global_norm", global_norm)
     bug.around(Zero, "step", step)
@@ -128,8 +128,8 @@ def gradients_of_a_skipped_step_stay(bug: Seams) -> None:
             kept[param] = own.nan_to_num(0.0, 0.0, 0.0)
         original(self)
 
-    def step(original, self, valid=True, doubts=None):
-        update = original(self, valid, doubts)
+    def step(original, self, valid=True):
+        update = original(self, valid)
         if update.applied:
             kept.clear()
         return update
@@ -150,17 +150,17 @@ def made_whatever_the_gradient(bug: Seams) -> None:
 
 @mutation(OURS + ": a step is skipped that need not be", "skips", (UPDATE,), "update|norm")
 def large_gradients_are_skipped(bug: Seams) -> None:
-    def step(original, self, valid=True, doubts=None):
+    def step(original, self, valid=True):
         self.calls = getattr(self, "calls", 0) + 1
-        return original(self, valid if self.calls != 2 else False, doubts)
+        return original(self, valid if self.calls != 2 else False)
 
     bug.around(Zero, "step", step)
 
 
 @mutation(OURS + ": a skipped step is told as one that was made", "skips", SKIP, "update|norm")
 def skipped_step_told_as_made(bug: Seams) -> None:
-    def step(original, self, valid=True, doubts=None):
-        update = original(self, valid, doubts)
+    def step(original, self, valid=True):
+        update = original(self, valid)
         return update if update.applied else replace(update, applied=True)
 
     bug.around(Zero, "step", step)
