@@ -34,7 +34,6 @@ from triton.runtime.jit import JITFunction
 from parallel.expert import triton_dispatch
 from train.kernels.fp8 import triton_products as products
 from train.kernels.fp8 import triton_quantize as kernels
-from train.kernels.fp8 import triton_specialized as specialized
 from train.kernels.fp8.formats import E4M3, E5M6, MX_TILE, TILE, Cast
 from train.kernels.gpu import fused_rows, triton_adamw, triton_route
 from train.kernels.gpu.triton_grouped import grouped_weight_gradient
@@ -110,8 +109,6 @@ def compile_all(architectures: tuple[int, ...] = ARCHITECTURES) -> dict[tuple[st
     for architecture in architectures:
         kernels = {}
         for name, call in variants().items():
-            if "specialized" in name and architecture != 90:
-                continue  # it is for Hopper alone
             print(f"compiling {name} for sm_{architecture}", file=sys.stderr, flush=True)  # which one takes too long
             kernels[name, architecture] = _last_of(call, architecture)
         found |= zip(kernels, _read(list(kernels.values()), architecture), strict=True)
@@ -267,16 +264,10 @@ def products_of() -> dict[str, Callable]:
     return {
         "product of experts": lambda: products.product(left, left_scale, right, blocks, out, ends),
         "product of experts, few rows": lambda: products.product(left[:128], few, right, blocks, out[:128], ends),
-        "product of experts, specialized": lambda: specialized.product(left, left_scale, right, blocks, out, ends),
-        "product of experts, specialized, few rows": lambda: specialized.product(
-            left[:128], few, right, blocks, out[:128], ends
-        ),
         "product": lambda: products.product(left, left_scale, right[:1], blocks[:1], out),
         "wgrad of experts": lambda: products.wgrad(*wgrad, sums, False, ends),
         "wgrad of experts in bf16": lambda: products.wgrad(*wgrad, rounded, False, ends),
         "wgrad of experts, added": lambda: products.wgrad(*wgrad, sums, True, ends),
-        "wgrad of experts, specialized": lambda: specialized.wgrad(*wgrad, sums, False, ends),
-        "wgrad of experts, specialized, added": lambda: specialized.wgrad(*wgrad, sums, True, ends),
         "wgrad, added": lambda: products.wgrad(*wgrad, sums[:1], True),
     }
 

@@ -171,13 +171,8 @@ def our_loops() -> dict[str, ProductLoop]:
     for name, binary in compile_products().items():
         result = 8 if "added" in name else 2
         blocks = min(65536 // (256 * binary.registers), (228 << 10) // (binary.shared + 1024))
-        tiles, in_turns = binary.products["QGMMA"] // 4, "specialized" in name
-        if in_turns:
-            # each of two warpgroups multiplies its half of the rows by code of its own, which is counted twice
-            tiles, blocks = tiles // 2, 1
-        found[name] = ProductLoop(
-            128, 128 * tiles, binary.loop, blocks=blocks, waits=tiles, in_turns=in_turns, result_bytes=result
-        )
+        tiles = binary.products["QGMMA"] // 4
+        found[name] = ProductLoop(128, 128 * tiles, binary.loop, blocks=blocks, waits=tiles, result_bytes=result)
     return found
 
 
@@ -200,9 +195,7 @@ def show_ours(free: Constants, loops: dict[str, ProductLoop]) -> None:
     )
     for shapes, dense, grouped in (
         (SHAPES, "product", "product of experts"),
-        (SHAPES[4:], "", "product of experts, specialized"),
         (WGRAD, "wgrad, added", "wgrad of experts, added"),
-        (WGRAD[4:], "", "wgrad of experts, specialized, added"),
     ):  # fmt: skip
         for sizes in shapes:
             name = dense if sizes.groups == 1 else grouped

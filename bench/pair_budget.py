@@ -12,7 +12,6 @@ A forward and a backward of one layer each, run together as dualpipev does: Deep
     deepep       the same with `parallel.dispatch=deepep`
     model        the routed products and those of Wgrad at the rates of bench/fp8_model.py, from kernels that never wait to such that
                  wait in every step: estimated; the others are lines of `now`
-    specialized  the same by the model for `precision.fp8.backend=specialized`
 
 Nothing here was measured on a device of ours.
 
@@ -71,9 +70,8 @@ def by_the_model(
     tera: dict[str, float],
     loops: dict[str, ProductLoop],
     free: Constants,
-    kind: str = "",
 ) -> dict[str, float]:
-    """The lines with our kernels' products at the rates of the model. kind: of the kernels of experts."""
+    """The lines with our kernels' products at the rates of the model."""
 
     def rate(sizes: Sequence[ProductSizes], dense: str, grouped: str) -> float:
         seconds = sum(
@@ -83,8 +81,8 @@ def by_the_model(
         return sum(one.groups * one.m * one.n * one.k for one in sizes) / seconds
 
     found = dict(now)
-    found[ROUTED] = 1e3 * tera[ROUTED] / rate(SHAPES[4:], "product", f"product of experts{kind}")
-    found[WEIGHTS] = 1e3 * tera[WEIGHTS] / rate(WGRAD, "wgrad, added", f"wgrad of experts{kind}, added")
+    found[ROUTED] = 1e3 * tera[ROUTED] / rate(SHAPES[4:], "product", "product of experts")
+    found[WEIGHTS] = 1e3 * tera[WEIGHTS] / rate(WGRAD, "wgrad, added", "wgrad of experts, added")
     found[WALL] += found[ROUTED] + found[WEIGHTS] - now[ROUTED] - now[WEIGHTS]
     return found
 
@@ -104,7 +102,6 @@ def main() -> None:
         "trace": trace, "before": BEFORE, "now": now,
         "held": budget("precision.fp8.hold_weights=true")[0], "deepep": budget("parallel.dispatch=deepep")[0],
         "model, never": by_the_model(now, tera, loops, free._replace(wait=0)), "waits": by_the_model(now, tera, loops, free),
-        "specialized": by_the_model(now, tera, loops, free, ", specialized"),
     }  # fmt: skip
     print(f"{'ms':46}" + "".join(f"{name:>13}" for name in columns))
     for line in BEFORE:

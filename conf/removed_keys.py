@@ -43,6 +43,8 @@ REMOVED_KEYS: dict[str, RemovedKey] = {
     ),
 }
 """By dotted key. A key that is removed gets a line here, and one on the page train/docs/upgrading.md."""
+REMOVED_VALUES: dict[tuple[str, Any], Any] = {("precision.fp8.backend", "specialized"): "triton"}
+"""By dotted key and value of a key that is still there: the value that gives the same results, for settings that a run has written."""
 
 
 def drop_removed_keys(settings: dict[Any, Any], place: str, package: str = "", *, by_run: bool = True) -> bool:
@@ -51,20 +53,21 @@ def drop_removed_keys(settings: dict[Any, Any], place: str, package: str = "", *
     place: the file that holds the settings, for the error. package: the section that they are of, such as `precision.fp8`, empty
     for a whole configuration. by_run: a run has written them, and no person. Raises UserError for a removed key at another value than its last default.
     """
-    found = list(_removed_in(settings, package))
+    found = list(_removed_in(settings, package, by_run))
     for section, name, key in found:
         value = section.pop(name)
-        removed = REMOVED_KEYS[key]
-        if value != removed.default and (removed.changes_results or not by_run):
+        if (removed := REMOVED_KEYS.get(key)) is None:
+            section[name] = REMOVED_VALUES[key, value]
+        elif value != removed.default and (removed.changes_results or not by_run):
             raise removed.error(key, value, place)
     return bool(found)
 
 
-def _removed_in(section: dict[str, Any], package: str) -> Iterator[tuple[dict[str, Any], str, str]]:
-    """Every removed key that is there: the mapping that holds it, its name there, and the whole key."""
+def _removed_in(section: dict[str, Any], package: str, by_run: bool) -> Iterator[tuple[dict[str, Any], str, str]]:
+    """Every removed key or value that is there: the mapping that holds it, its name there, and the whole key."""
     for name, value in section.items():
         key = f"{package}.{name}" if package else str(name)
-        if key in REMOVED_KEYS:
+        if isinstance(value, dict):
+            yield from _removed_in(value, key, by_run)
+        elif key in REMOVED_KEYS or (by_run and isinstance(value, str) and (key, value) in REMOVED_VALUES):
             yield section, name, key
-        elif isinstance(value, dict):
-            yield from _removed_in(value, key)

@@ -77,7 +77,7 @@ WireFormat = StrEnum("WireFormat", ["bf16", "fp8"])
 KeptInput = StrEnum("KeptInput", ["fp8", "bf16"])
 KeptOutput = StrEnum("KeptOutput", ["e5m6", "fp8", "bf16"])
 HighFormat = StrEnum("HighFormat", ["fp32", "bf16"])
-Fp8Backend = StrEnum("Fp8Backend", ["triton", "specialized", "deepgemm"])
+Fp8Backend = StrEnum("Fp8Backend", ["triton", "deepgemm"])
 PrecisionName = StrEnum("PrecisionName", ["fp32", "bf16", "fp8", "fp8_ue8m0", "mxfp8"])
 ExportType = StrEnum("ExportType", ["bf16", "fp32", "fp8"])
 ScoreFunction = StrEnum("ScoreFunction", ["sigmoid", "softmax"])
@@ -603,9 +603,8 @@ class Fp8:
     AVX2 for products; false: torch's own operations, slower. Casts are the same bits, products the same but for the
     order of sums."""
     backend: Fp8Backend = Fp8Backend.triton
-    """On a GPU, products of experts and those added to a gradient. triton: our own kernels, with no other package; specialized: the same, but
-    those of experts load by one warp while two warpgroups multiply, a try; deepgemm: DeepGEMM's, which runs with torch 2.11 alone
-    and compiles them with nvcc (the extra [fp8])."""
+    """On a GPU, products of experts and those added to a gradient. triton: our own kernels, with no other package; deepgemm:
+    DeepGEMM's, which runs with torch 2.11 alone and compiles them with nvcc (the extra [fp8])."""
     hold_weights: bool = expert(False)
     """Cast weights once a step and hold the casts to the end of its last backward, which takes two bytes a weight more on a GPU; false: cast them again in
     every product, for the same bits."""

@@ -100,11 +100,10 @@ def checks(machine: Machine) -> list[Check]:
     return found
 
 
-BACKENDS = {"triton": "Triton", "specialized": "Triton, specialized", "deepgemm": "DeepGEMM"}
+BACKENDS = {"triton": "Triton", "deepgemm": "DeepGEMM"}
 """Values of precision.fp8.backend, and what they are called."""
 RECIPES = {
     "precision=fp8": ("precision=fp8",),
-    "precision=fp8, specialized": ("precision=fp8", "precision.fp8.backend=specialized"),
     "precision=fp8, DeepGEMM": ("precision=fp8", "precision.fp8.backend=deepgemm"),
     "precision=fp8_ue8m0": ("precision=fp8_ue8m0",),
     "precision=mxfp8": ("precision=mxfp8",),

@@ -41,7 +41,6 @@ GROUPED = {
 LAYERS = {
     "bf16": ("precision=bf16",),
     "fp8": ("precision=fp8",),
-    "fp8, specialized": ("precision=fp8", "precision.fp8.backend=specialized"),
     "fp8, DeepGEMM": ("precision=fp8", "precision.fp8.backend=deepgemm"),
 }
 ROUNDS = 10

@@ -168,7 +168,6 @@ def ranks() -> tuple[list[str], list[str]]:
             return ranks.train_alone(precision, Path(folder))
 
     keys = [(precision, layout) for precision in ranks.PRECISIONS for layout in ("alone", *ranks.LAYOUTS)]
-    keys += [(precision, "ep 4, flat") for precision in ranks.SPECIALIZED]
     found, problems = _each(keys, run)
     problems += [
         f"{key}: refused {calls.kinds['refusal']} calls" for key, calls in found.items() if calls.kinds["refusal"]

@@ -38,8 +38,6 @@ LAYOUTS = {
 }
 """The ranks that run, each the fullest of its layout."""
 PRECISIONS = {"bf16": (), "fp8": ("precision=fp8", "parallel.wire=fp8")}
-SPECIALIZED = {"fp8, specialized": ("precision=fp8", "precision.fp8.backend=specialized")}
-"""A precision that one layout is run in."""
 
 
 def train_alone(precision: str, folder: Path, *more: str) -> Calls:
@@ -65,7 +63,7 @@ def run_lone(layout: str, precision: str) -> Calls:
             "mode=dry_run",
             "dry_run.steps=1",
             "dry_run.rank=worst",
-            *(PRECISIONS | SPECIALIZED)[precision],
+            *PRECISIONS[precision],
             *LAYOUTS[layout],
         )
     )

@@ -24,9 +24,7 @@ WRITTEN_OVER = {"_heads_kernel": 0}
 """The tensor, by its place, that a kernel of Triton reads and writes."""
 TRITON_PRODUCTS = (
     "_product_kernel",
-    "_grouped_specialized_kernel",
     "_wgrad_kernel",
-    "_grouped_wgrad_specialized_kernel",
     "_gradient_kernel",
 )
 ATTENTION = "_scaled_dot_product", "_efficient_attention"

@@ -15,7 +15,7 @@ from conf.load import compose
 from parallel.expert.wire import Fp8RowsWire, Fp8Wire
 from tests.kernels.fp8 import fakes
 from train.kernels.choice import build_kernels
-from train.kernels.fp8 import hopper, hopper_probe, swiglu, triton_products, triton_quantize, triton_specialized
+from train.kernels.fp8 import hopper, hopper_probe, swiglu, triton_products, triton_quantize
 from train.kernels.fp8.cast_rules import OperandRule
 from train.kernels.fp8.cpu_engine import CpuEngine
 from train.kernels.fp8.formats import E4M3, E5M2, E5M6, Cast
@@ -36,8 +36,7 @@ def rounding(monkeypatch) -> None:
 def engine(request) -> hopper.HopperEngine:
     """Our products in the interpreter, or where a test asks for it what DeepGEMM would be given."""
     given = getattr(request, "param", "triton")
-    ours = TritonProducts(triton_products, triton_specialized if given == "specialized" else None)
-    products = DeepGemmProducts(fakes.deep_gemm) if given == "deepgemm" else ours
+    products = DeepGemmProducts(fakes.deep_gemm) if given == "deepgemm" else TritonProducts(triton_products)
     return hopper.HopperEngine(triton_quantize, products, fakes.scaled_mm)
 
 
@@ -267,7 +266,7 @@ def test_grouped_operands_of_deep_gemm_are_flat_per_expert(engine):
     assert expanded.scale.shape == tiles.scale.shape and expanded.q.shape == tiles.q.shape
 
 
-@pytest.mark.parametrize("engine", ["triton", "specialized", "deepgemm"], indirect=True)
+@either_backend
 def test_the_probe_finds_these_products_right(engine):
     assert hopper_probe.wrong_products(engine, torch.device("cpu"), compose("precision=fp8").precision.fp8) == []
 

@@ -256,7 +256,6 @@ def test_other_tiles_beside_those_of_32_are_refused():
         (["precision.fp8.weight=e4m3/128x128/pow2"], "experts_up, experts_down"),
         (["precision.fp8.experts_up.dgrad.gradient=e5m2/1x32/pow2"], "experts_up"),
         (["precision.fp8.backend=deepgemm"], "backend"),
-        (["precision.fp8.backend=specialized"], "backend"),
     ):
         with pytest.raises(UserError, match=field) as caught:
             hopper.check_gpu_operands(compose("precision=mxfp8", *words).precision.fp8)

@@ -7,7 +7,7 @@ from torch import Tensor
 from bench.gpu import interpreter
 from conf.thresholds import lowered
 from tests.kernels.fp8 import fakes
-from train.kernels.fp8 import hopper, triton_products, triton_quantize, triton_specialized
+from train.kernels.fp8 import hopper, triton_products, triton_quantize
 from train.kernels.fp8.cast_rules import OperandRule
 from train.kernels.fp8.cpu_engine import CpuEngine
 from train.kernels.fp8.formats import E4M3, TILE
@@ -23,10 +23,9 @@ def rounding(monkeypatch) -> None:
     interpreter.repair(monkeypatch.setattr)
 
 
-@pytest.fixture(params=[None, triton_specialized], ids=["", "specialized"])
-def engine(request) -> hopper.HopperEngine:
-    products = TritonProducts(triton_products, request.param)
-    return hopper.HopperEngine(triton_quantize, products, fakes.scaled_mm)
+@pytest.fixture
+def engine() -> hopper.HopperEngine:
+    return hopper.HopperEngine(triton_quantize, TritonProducts(triton_products), fakes.scaled_mm)
 
 
 def whole_numbers(*shape: int) -> Tensor:

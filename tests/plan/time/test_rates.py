@@ -166,11 +166,11 @@ def test_the_rates_of_our_fp8_products_are_deep_gemms_and_a_published_ratio():
 def test_the_backend_moves_a_plan():
     given = ("conf=deepseek_v3", "data.path=none", "precision=fp8", "hardware=h100", "parallel.pp=16", "parallel.dp=128",
              "parallel.ep=64", "parallel.schedule=dualpipev", "parallel.dispatch=deepep", "parallel.wire=fp8")  # fmt: skip
-    ours, specialized, deep_gemm = (
+    ours, deep_gemm = (
         plan_time(compose(*given, f"precision.fp8.backend={backend}")).step_seconds
-        for backend in ("triton", "specialized", "deepgemm")
+        for backend in ("triton", "deepgemm")
     )
-    assert deep_gemm < ours < 1.2 * deep_gemm and specialized == ours  # no card has timed it
+    assert deep_gemm < ours < 1.2 * deep_gemm
 
 
 def test_fp8_products_can_be_timed_and_are_counted_with_the_sum_that_they_add_to():

@@ -5,7 +5,7 @@ from types import ModuleType
 
 from torch.nn import functional as F
 
-from conf.schema import Fp8, Fp8Backend
+from conf.schema import Fp8
 from train.kernels.fp8.blackwell import BlackwellEngine, ScaledGroupedProducts
 from train.kernels.fp8.grouped_products import DeepGemmProducts, TritonProducts, load_deep_gemm
 from train.kernels.fp8.hopper import HopperEngine, check_gpu_operands, has_mx_tiles, needs_deep_gemm
@@ -23,8 +23,7 @@ def load_gpu_engine(fp8: Fp8) -> HopperEngine:
         return BlackwellEngine(kernels, ScaledGroupedProducts(grouped))
     if needs_deep_gemm(fp8):
         return HopperEngine(kernels, DeepGemmProducts(load_deep_gemm()))
-    of_experts = _triton_module("specialized") if fp8.backend == Fp8Backend.specialized else None
-    return HopperEngine(kernels, TritonProducts(_triton_module("products"), of_experts))
+    return HopperEngine(kernels, TritonProducts(_triton_module("products")))
 
 
 def _triton_module(name: str) -> ModuleType:

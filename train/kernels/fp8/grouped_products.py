@@ -1,6 +1,6 @@
 """Products of experts, and products added to a gradient, on a Hopper GPU by one of two libraries (`precision.fp8.backend`).
 
-    TritonProducts      our kernels (train/kernels/fp8/triton_products.py; of experts, with `specialized`, triton_specialized.py), with torch and triton alone
+    TritonProducts      our kernels (train/kernels/fp8/triton_products.py), with torch and triton alone
     DeepGemmProducts    DeepGEMM's: M-grouped 1x128 by 128x128 (Fprop, Dgrad), K-grouped 1x128 by 1x128 (Wgrad, fp32)
 
 Three things are traps in DeepGEMM.  Its K-grouped kernel wants each expert's operand as a matrix of its own, one after the
@@ -72,21 +72,21 @@ class TritonProducts:
 
     flat = counted = False
 
-    def __init__(self, kernels: Any, of_experts: Any = None):
-        """kernels: the module of all of them. of_experts: the module with those of several experts, if it is another."""
-        self._kernels, self._of_experts = kernels, of_experts or kernels
+    def __init__(self, kernels: Any):
+        """kernels: their module."""
+        self._kernels = kernels
 
     def grouped(self, left: PaddedOperand, right: PaddedOperand, groups: PaddedGroups) -> Tensor:
         out_PN = left.q.new_empty(groups.rows, right.outer, dtype=torch.bfloat16)
         if groups.slots_R is not None:
             out_PN.zero_()  # no program writes behind the last expert
-        return self._of_experts.product(left.q, left.scale, right.q, right.scale, out_PN, groups.ends_E)
+        return self._kernels.product(left.q, left.scale, right.q, right.scale, out_PN, groups.ends_E)
 
     def wgrad(
         self, left: PaddedOperand, right: PaddedOperand, groups: PaddedGroups | None, out_EON: Tensor, added: bool
     ) -> None:
-        kernels, ends_E = (self._kernels, None) if groups is None else (self._of_experts, groups.ends_E)
-        kernels.wgrad(left.q, left.scale, right.q, right.scale, out_EON, added, ends_E)
+        ends_E = None if groups is None else groups.ends_E
+        self._kernels.wgrad(left.q, left.scale, right.q, right.scale, out_EON, added, ends_E)
 
 
 class DeepGemmProducts:
