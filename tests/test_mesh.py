@@ -65,6 +65,7 @@ def check_sums(rank):
     mesh = build_mesh(Layout(pp=2, dp=2, ep=2, ranks_per_node=2))
     for group, expected in (
         (mesh.pp_group, rank % 2 + rank % 2 + 2),
+        (mesh.stages_group, rank % 2 + rank % 2 + 2),
         (mesh.stage_group, 1 if rank < 2 else 5),
         (mesh.edp_group, rank),
         (mesh.inter_group, rank),
@@ -83,7 +84,7 @@ def shared_groups(rank):
     mesh = build_mesh(Layout(pp=2, dp=2, ep=2, ranks_per_node=2))
     assert mesh.stage_group is mesh.ep_group is mesh.intra_group
     assert mesh.edp_group is mesh.inter_group and dist.get_world_size(mesh.edp_group) == 1
-    assert mesh.pp_group is mesh.ends_group and mesh.pp_group is not mesh.stage_group
+    assert mesh.stages_group is mesh.ends_group and mesh.stages_group is not mesh.stage_group
     whole = build_mesh(Layout(dp=4, ep=4, ranks_per_node=2))
     assert whole.stage_group is whole.ep_group is dist.group.WORLD
     assert dist.get_process_group_ranks(whole.intra_group) == [rank // 2 * 2, rank // 2 * 2 + 1]
@@ -91,6 +92,19 @@ def shared_groups(rank):
 
 def test_groups_with_the_same_members_are_one():
     run_ranks(shared_groups, world_size=4)
+
+
+def pipeline_groups(rank):
+    """pp over all ranks, of which the group is formed at the start, and pp of two, whose ends are the whole pipeline."""
+    for layout in (Layout(pp=4, ranks_per_node=4), Layout(pp=2, dp=2, ranks_per_node=4)):
+        mesh = build_mesh(layout)
+        others = [group for name, group in vars(mesh).items() if name.endswith("_group") and name != "pp_group"]
+        assert all(group is not mesh.pp_group for group in [dist.group.WORLD, *others])
+        assert dist.get_process_group_ranks(mesh.pp_group) == dist.get_process_group_ranks(mesh.stages_group)
+
+
+def test_sends_of_a_pipeline_share_a_group_with_no_collective():
+    run_ranks(pipeline_groups, world_size=4)
 
 
 def test_a_bound_default_group_lets_others_form_later():

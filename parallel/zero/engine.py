@@ -398,7 +398,7 @@ class _Mpu:
         return self.mesh.stage_rank
 
     def get_model_parallel_group(self):
-        return self.mesh.pp_group
+        return self.mesh.stages_group
 
     def get_model_parallel_world_size(self) -> int:
         return self.mesh.layout.pp

@@ -35,7 +35,7 @@ class TimelineSampler:
 
     def align(self) -> None:
         """Let the ranks of the pipeline start together. Collective over the pipeline, right before its step."""
-        dist.all_reduce(torch.zeros(1, device=self._pipeline.device), group=self._mesh.pp_group)
+        dist.all_reduce(torch.zeros(1, device=self._pipeline.device), group=self._mesh.stages_group)
 
     def save(self, step: int, note: Callable[[str], None]) -> None:
         """Bring the first pipeline's records to rank 0, which writes them. Collective over that pipeline.
@@ -46,7 +46,7 @@ class TimelineSampler:
             return
         record = self._pipeline.timeline.newest()
         mine = round(record.span, 6), plain_actions(record, self._mesh.rank, self._mesh.pp_rank)
-        spans, actions = zip(*gather(mine, self._mesh.pp_group), strict=True)
+        spans, actions = zip(*gather(mine, self._mesh.stages_group), strict=True)
         if self._mesh.rank == 0:
             sampled = SampledStep(step, str(self._schedule), list(spans), list(chain.from_iterable(actions)))
             try:

@@ -77,12 +77,13 @@ def fragmentation(memory: int) -> int:
 
 @lru_cache(maxsize=4096)
 def _collectives(layout: Layout) -> int:
-    """Bytes of the collectives of all ranks, of a stage, of a context and of the copies of experts: those with the same
-    ranks are one, and those of one rank have no communicator (parallel/mesh.py). Ranks of a group: of the first one, as
+    """Bytes of the collectives of all ranks, of a pipeline, of a stage, of a context and of the copies of experts: groups with
+    the same ranks are one, and groups of one rank have no communicator (parallel/mesh.py). Ranks of a group: of the first one, as
     all are alike.
     """
     stage = layout.stage_ranks
-    groups = {range(layout.world), range(stage), range(layout.cp), range(0, stage, layout.ep)}
+    pipeline = range(0, layout.world, stage)
+    groups = {range(layout.world), pipeline, range(stage), range(layout.cp), range(0, stage, layout.ep)}
     return sum(_communicator(layout, ranks) for ranks in groups if len(ranks) > 1)
 
 
