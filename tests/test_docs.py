@@ -9,12 +9,16 @@ from pathlib import Path
 
 import pytest
 
+from cluster.interfaces import NAMES
 from conf.errors import EXIT_CODES, UserError
 from conf.load import compose
 from conf.schema import ROOT
 from tests.docs import ASKS, Command, commands, files, pages
 from tests.ranks import run_module
 from tests.small import SMALL, environment, write_corpus
+from train.kernels.cpu.processor import CUDA_VARIABLES
+from train.kernels.deterministic import LIBRARY_VARIABLES
+from train.kernels.device import ALLOCATOR
 
 ALL = [command for page in pages() for command in commands(page)]
 HARMLESS = {"source", "cd", "export"}
@@ -94,6 +98,7 @@ def test_the_pages_have_commands():
         "cluster/docs/kubernetes.md",
         "train/docs/python.md",
         "train/docs/fp8_kernels.md",
+        "train/docs/environment.md",
     }
     assert {page.relative_to(ROOT).as_posix() for page in pages()} - without <= trained
     assert len([command for command in ALL if command.trains and command.page == "README.md"]) > 8
@@ -215,3 +220,15 @@ def test_a_first_run_is_tuned_and_answers_as_its_page_says(tmp_path):
     assert "Answers" in (tmp_path / "runs" / "tuned" / "report.html").read_text()
     assert (tmp_path / "tuned_hf" / "chat_template.jinja").is_file()
     assert "tuned_hf: " in said[6]
+
+
+SETS = re.compile(r"""os\.environ(?:\.setdefault\(\s*|\[)["']([A-Z]\w+)["'](?:,|\] =)""")
+"""How sources set a variable of the environment whose name stands there."""
+
+
+def test_every_variable_of_the_environment_that_is_set_has_its_reason_on_a_page():
+    sources = (path for room in ("train", "parallel", "cluster", "conf") for path in (ROOT / room).rglob("*.py"))
+    names = {name for path in sources for name in SETS.findall(path.read_text())}
+    names |= {*CUDA_VARIABLES, *LIBRARY_VARIABLES, *NAMES, ALLOCATOR[0]}
+    page = (ROOT / "train/docs/environment.md").read_text()
+    assert len(names) > 20 and not sorted(name for name in names if f"`{name}`" not in page)

@@ -27,9 +27,10 @@ from cluster.interrupts import Interrupts  # noqa: E402
 
 INTERRUPTS = Interrupts() if IS_COMMAND else None
 
-from train.kernels.cpu.processor import tune_cpu  # noqa: E402
+from train.kernels.cpu.processor import tune_cpu, tune_gpu  # noqa: E402
 
 tune_cpu()  # before torch allocates anything
+tune_gpu()  # before CUDA starts
 
 from cluster.farewell import leave  # noqa: E402
 from cluster.launch import Place, given_place, is_driver, launch  # noqa: E402

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from cluster.cause import Failure, begin_work, end_work
+from cluster.interfaces import name_interface
 from cluster.launch import Place, given_meeting
 from cluster.stacks import answer_requests
 from conf.disk import explain_disk_error
@@ -32,7 +33,7 @@ from train.data.prepare_progress import show_progress
 from train.data.source_files import ReportProgress
 from train.kernels.cpu.processor import threads_of
 from train.kernels.deterministic import repeat_bits
-from train.kernels.device import grow_segments, probe_in_turn, record_collectives, usable_gpu
+from train.kernels.device import bind_to_numa_node, grow_segments, probe_in_turn, record_collectives, usable_gpu
 
 T = TypeVar("T")
 PREPARATION = timedelta(days=7)
@@ -107,16 +108,17 @@ def set_up_rank(config: Config, place: Place) -> RankSetup:
 
 
 def choose_device(config: Config, place: Place) -> torch.device:
-    """The device of this rank; on CPU also its share of the cores."""
+    """The device of this rank, and its share of the cores of this machine; beside a GPU those of its NUMA node."""
     wanted = config.cluster.device
+    torch.set_num_threads(threads_of(config.cluster.threads, place.local_world))
     if config.cluster.deterministic:
         repeat_bits()
     if wanted != "cpu" and usable_gpu(wanted):
         grow_segments()
         device = torch.device("cuda", place.local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
+        bind_to_numa_node(device)
         return device
-    torch.set_num_threads(threads_of(config.cluster.threads, place.local_world))
     return torch.device("cpu")
 
 
@@ -138,6 +140,8 @@ def start_process_group(config: Config, place: Place, device: torch.device) -> N
         store.set_timeout(timeout)
     elif meeting is not None:
         store = open_sealed_store(place.rank, meeting.address, meeting.port, meeting.secret, timeout)
+    elif place.local_world < place.world:  # torchrun's on several nodes
+        name_interface(os.environ["MASTER_ADDR"])
     dist.init_process_group(
         backend, store=store, rank=place.rank, world_size=place.world, timeout=timeout, device_id=bound
     )

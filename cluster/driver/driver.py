@@ -27,6 +27,7 @@ from cluster.driver.supervisor import NAP, Supervisor
 from cluster.driver.view import View
 from cluster.driver.vitals import Vitals
 from cluster.incident import keep_incident
+from cluster.interfaces import NAMES
 from cluster.interrupts import handled
 from cluster.node.agent import Agent, Answer, Order
 from cluster.node.copy_store import OpenedCopy
@@ -484,6 +485,7 @@ class Driver:
         }
         if safe := os.environ.get("PYTHONSAFEPATH"):  # a rank takes no package from the folder that it is started in
             shared["PYTHONSAFEPATH"] = safe
+        shared |= {name: os.environ[name] for name in NAMES if name in os.environ}
         for id, seats in placement.by_node.items():
             ranks = [(seat.rank, seat.local_rank) for seat in seats]
             order = Order(number, ranks, arguments, shared, seats[0].node.address, self.rank_folder)

@@ -6,7 +6,7 @@ a scratch folder of the attempt on the node's own disk, never through the shared
 cannot be mistaken for one of the new. Its output is sent to the driver piece by piece.
 
 The rank finds in its environment RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT,
-GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME, SLUICE_LOGS (the scratch folder), SLUICE_ATTEMPT (the number that fences checkpoints)
+GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME (set on this node, else where the driver runs, else the interface of the node's address), SLUICE_LOGS (the scratch folder), SLUICE_ATTEMPT (the number that fences checkpoints)
 and SLUICE_STORE_SECRET (what seals the store where the ranks of this attempt meet, see parallel/signed_store.py).
 
 An agent that nobody asks for `lease` seconds, not even whether it lives (cluster/node/pulse_echo.py), is cut off: it kills its ranks, as
@@ -30,11 +30,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from cluster.cause import RankReport, read_report
 from cluster.clocks import SteadyClock
 from cluster.comm_ring import pack_ring, ring_path
+from cluster.interfaces import NAMES, interface_of
 from cluster.node.copy_store import OpenedCopy, Store, held, sweep, why_not_opened
 from cluster.node.network_probe import NetworkProbe, NodeLink
 from cluster.node.ports import free_port
@@ -199,17 +198,20 @@ class Agent:
     def _spawn(self, order: Order, rank: int, local_rank: int, logs: Path) -> _Child:
         log = log_path(logs, rank)
         log.touch()
-        interface, world = interface_of(order.address), int(order.environment["WORLD_SIZE"])
-        environment = order.environment | {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(local_rank),
-            "LOCAL_WORLD_SIZE": str(len(order.ranks)),
-            "GLOO_SOCKET_IFNAME": interface,
-            "NCCL_SOCKET_IFNAME": interface,
-            "SLUICE_LOGS": str(logs),
-            "SLUICE_ATTEMPT": str(order.attempt),
-            "PYTHONUNBUFFERED": "1",
-        }
+        interfaces, world = dict.fromkeys(NAMES, interface_of(order.address)), int(order.environment["WORLD_SIZE"])
+        environment = (
+            interfaces
+            | order.environment
+            | {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(local_rank),
+                "LOCAL_WORLD_SIZE": str(len(order.ranks)),
+                "SLUICE_LOGS": str(logs),
+                "SLUICE_ATTEMPT": str(order.attempt),
+                "PYTHONUNBUFFERED": "1",
+            }
+        )
+        environment |= {name: os.environ[name] for name in NAMES if name in os.environ}
         if standby := self._take_standby(order):
             line = {"environment": environment, "arguments": order.arguments[2:], "log": str(log)}
             assert standby.stdin is not None
@@ -385,14 +387,6 @@ class Agent:
 def scratch_prefix() -> str:
     """Start of the names of scratch folders on this host."""
     return f"sluice-agent-{socket.gethostname()}-"
-
-
-def interface_of(address: str) -> str:
-    """Name of the network interface that has this IP address; OSError if none has."""
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(entry.address == address for entry in addresses):
-            return name
-    raise OSError(f"no network interface of {socket.gethostname()} has the address {address}")
 
 
 def _inherited() -> dict[str, str]:

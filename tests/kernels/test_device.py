@@ -2,6 +2,7 @@
 
 import os
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from conf.errors import UserError
 from conf.load import compose
 from tests.ranks import run_processes
 from train.kernels import device as gpu
+from train.kernels.cpu.processor import tune_gpu
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 
@@ -58,6 +60,34 @@ def test_the_users_settings_of_the_allocator_stay(monkeypatch):
         monkeypatch.setattr(os, "environ", environment)
         gpu.grow_segments()
         assert environment == (given or {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})
+
+
+def test_the_users_settings_of_cuda_and_nccl_stay(monkeypatch):
+    monkeypatch.setattr(os, "environ", environment := {"CUDA_DEVICE_MAX_CONNECTIONS": "1"})
+    tune_gpu()
+    assert environment == {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "TORCH_NCCL_HIGH_PRIORITY": "1"}
+
+
+@pytest.mark.parametrize(
+    ("node", "cores", "bound"),
+    [("1", "0-3,8", [2, 3, 8]), ("-1", None, [2, 3, 8, 9]), ("1", "40-47", [2, 3, 8, 9]), (None, None, [2, 3, 8, 9])],
+)
+def test_a_rank_takes_the_cores_beside_its_gpu_that_it_is_allowed(tmp_path, monkeypatch, node, cores, bound):
+    """node: as the system gives it for the GPU, -1 where the machine has no NUMA; cores: of that node."""
+    place = SimpleNamespace(pci_domain_id=0, pci_bus_id=0xDC, pci_device_id=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: place)
+    held = {2, 3, 8, 9}
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(held))
+    monkeypatch.setattr(os, "sched_setaffinity", lambda pid, given: held.intersection_update(given))
+    for path, text in (
+        ("bus/pci/devices/0000:dc:00.0/numa_node", node),
+        (f"devices/system/node/node{node}/cpulist", cores),
+    ):
+        if text is not None:
+            (tmp_path / path).parent.mkdir(parents=True)
+            (tmp_path / path).write_text(f"{text}\n")
+    gpu.bind_to_numa_node(torch.device("cuda", 0), tmp_path)
+    assert sorted(held) == bound
 
 
 def test_a_rank_keeps_its_last_collectives_for_a_time_out(tmp_path, monkeypatch):

@@ -54,6 +54,16 @@ def test_the_contract_of_a_rank(agent):
     assert agent.ask({10: 3, 11: 100}).output == {10: b"0 2 20 1 lo 1\n"}
 
 
+def test_the_interfaces_that_a_user_named_win(agent, monkeypatch):
+    """On the node before the driver's, which comes with the order, before that of the node's address."""
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "ib0")
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    asked = order("import os; print(os.environ['GLOO_SOCKET_IFNAME'], os.environ['NCCL_SOCKET_IFNAME'])", ranks=1)
+    asked.environment.update(GLOO_SOCKET_IFNAME="eth9", NCCL_SOCKET_IFNAME="eth9")
+    agent.start(asked)
+    assert until(agent, ended).output == {10: b"eth9 ib0\n"}
+
+
 def test_a_rank_that_vanished_shows_its_last_words(agent):
     agent.start(order("import os; print('about to die', flush=True); os.kill(os.getpid(), 9)", ranks=1))
     (report,) = until(agent, ended).ranks

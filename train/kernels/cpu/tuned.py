@@ -1,5 +1,6 @@
-"""Imported before torch by every program that computes: `tune_cpu` as a first import, so that all others stand behind it as usual."""
+"""Imported before torch by every program that computes: settings as a first import, so that all others stand behind it as usual."""
 
-from train.kernels.cpu.processor import tune_cpu
+from train.kernels.cpu.processor import tune_cpu, tune_gpu
 
 tune_cpu()
+tune_gpu()
