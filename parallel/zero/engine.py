@@ -450,7 +450,11 @@ def _shard_in_turn(
 def _initialize(deepspeed, module: nn.Module, optimizer: ShardedOptimizer, config: dict, mesh: Mesh):
     from deepspeed.runtime.engine import ZERO_OPTIMIZATION
 
-    has_experts = any(not getattr(param, "allreduce", True) for param in module.parameters())
+    # Stages 1 and 2 want a group of experts' weights in the optimizer, which frozen experts have not. Stage 3 cuts these too.
+    sharded = [
+        param for param in module.parameters() if param.requires_grad or config["zero_optimization"]["stage"] == 3
+    ]
+    has_experts = any(not getattr(param, "allreduce", True) for param in sharded)
     require_names(engine=deepspeed.DeepSpeedEngine)
 
     class Engine(deepspeed.DeepSpeedEngine):

@@ -53,6 +53,22 @@ def test_a_run_trains_the_adapter_alone_and_goes_on_in_another_layout(tmp_path):
     assert losses(tmp_path, "two")[1:] == pytest.approx(losses(tmp_path, "one")[1:], rel=1e-5)
 
 
+def test_an_adapter_beside_frozen_experts_trains_as_in_one_process(tmp_path):
+    run_layout(tmp_path, "base", 1, "steps=2")
+    start = [
+        *LORA,
+        f"init_from={tmp_path}/runs/base",
+        f"data.tokenizer={tmp_path}/runs/base",
+        "adapter.targets=[out,shared]",
+    ]
+    run_layout(tmp_path, "one", 1, *start, "steps=3", "parallel.zero=2")
+    for zero in (1, 2, 3):
+        run_layout(
+            tmp_path, f"zero{zero}", 2, *start, "steps=3", "parallel.dp=2", "parallel.ep=2", f"parallel.zero={zero}"
+        )
+        assert losses(tmp_path, f"zero{zero}") == pytest.approx(losses(tmp_path, "one"), rel=1e-5)
+
+
 def test_the_best_checkpoint_of_an_adapter_is_kept(tmp_path):
     """The rate is so large that the loss falls and then rises, so that the best is none of the last."""
     run_layout(tmp_path, "base", 1, "steps=2")
