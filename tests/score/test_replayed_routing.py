@@ -24,6 +24,17 @@ def run(tmp_path, folder, data, routing):
     return scored(tmp_path, folder, f"score.data={data}", f"score.routing={routing}", "precision=fp32")
 
 
+def test_a_replay_knows_the_completion(tmp_path, folder):
+    data = write_jsonl(tmp_path / "a.jsonl", {"prompt": "a few", "completion": " words"}, {"tokens": IDS[1]})
+    written = run(tmp_path, folder, data, "write")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(written), tmp_path / "routed.parquet")
+    again = run(tmp_path, folder, tmp_path / "routed.parquet", "replay")
+    assert written[0]["first"] > 1
+    for one, other in zip(written, again, strict=True):
+        assert (other["first"], other["count"]) == (one["first"], one["count"])
+        assert other["logprob"] == pytest.approx(one["logprob"], abs=1e-5)
+
+
 @pytest.mark.slow
 def test_what_was_written_and_is_replayed_gives_the_same(tmp_path, folder):
     """Written, as Parquet read again, and with the last token's experts beside the others. 1e-6: gates are computed by other operations."""

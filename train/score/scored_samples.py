@@ -74,7 +74,11 @@ def _sample(place: str, record: dict[str, Any], encode: Callable[[str], list[int
         tokens = record["tokens"]
         if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
             raise UserError(SCORE_DATA, place, "must have a list of whole numbers under tokens", "correct or remove it")
-        return ScoredSample(tokens, 1)
+        first = record.get("first")
+        if first is not None and not (type(first) is int and 1 <= first < max(2, len(tokens))):
+            rule = f"must have under first the place of the completion's first token, 1 to {len(tokens) - 1}"
+            raise UserError(SCORE_DATA, place, rule, "correct it, or leave it out to count all tokens")
+        return ScoredSample(tokens, first or 1)
     texts = [encode(check_text(record[key], place, key, SCORE_DATA)) for key in form]
     before = [start_id, *(texts[0] if len(texts) > 1 else [])]
     return ScoredSample([*before, *texts[-1]], len(before))
