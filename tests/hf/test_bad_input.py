@@ -157,6 +157,13 @@ def test_scales_without_weights_and_weights_without_scales(tmp_path):
     )
 
 
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan")])
+def test_scales_that_no_quantiser_writes(tmp_path, scale):
+    bad = changed(tmp_path / "a", "fp8", lambda t: t[FP8_WEIGHT + "_scale_inv"].view(-1)[-1:].fill_(scale))
+    with pytest.raises(UserError, match=rf"{FP8_WEIGHT}_scale_inv must hold scales above 0"):
+        load_hf_model(bad)
+
+
 def test_wrong_shapes_missing_and_extra_tensors(tmp_path):
     name = "model.layers.2.mlp.experts.3.up_proj.weight"
     error = refused(

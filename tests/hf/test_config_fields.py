@@ -46,6 +46,7 @@ HONOURED = {
 """Another value of each field that decides on the model."""
 REFUSED = {
     "architectures": ["LlamaForCausalLM"],
+    "model_type": "glm4_moe_lite",
     "quantization_config": {"quant_method": "awq"},
     "hidden_act": "gelu",
     "attention_bias": True,

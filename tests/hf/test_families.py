@@ -302,6 +302,16 @@ def test_models_that_cannot_be_expressed_are_refused_with_the_reason(tmp_path, a
     assert REFUSED_MODELS[architecture] in caught.value.rule and "Glm4MoeLiteForCausalLM" in caught.value.cure
 
 
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_model_type_of_another_family_is_refused(tmp_path, name):
+    body = PUBLISHED[name][0]
+    text = {"text_config": body["text_config"] | {"model_type": "glm4_moe_lite"}} if "text_config" in body else {}
+    for wrong in ({"model_type": "llama"}, text)[: 1 + bool(text)]:
+        with pytest.raises(UserError, match="model_type must be"):
+            read(tmp_path, body | wrong)
+    assert read(tmp_path, body | {"model_type": None}) == read(tmp_path, body)
+
+
 def test_int4_experts_and_models_without_latent_attention_are_refused_with_the_reason(tmp_path):
     packed = KIMI_K25 | {"text_config": KIMI_K25["text_config"] | {"quantization_config": INT4}}
     for body in (KIMI_K2 | {"quantization_config": INT4}, packed, KIMI_K25 | {"quantization_config": INT4}):

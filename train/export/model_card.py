@@ -43,7 +43,7 @@ def _use(loader: str) -> list[str]:
 
 def _head(family: ModelFamily) -> dict[str, Any]:
     """What the Hub reads of a card."""
-    return CARD_HEAD | {"tags": [FAMILIES[family].model_type, *TAGS]}
+    return CARD_HEAD | {"tags": [FAMILIES[family].model_types[0], *TAGS]}
 
 
 def model_card(config: Config, checkpoint: Manifest, family: ModelFamily, notes: list[str], length: int) -> str:

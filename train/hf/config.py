@@ -299,7 +299,7 @@ def config_json(
 ) -> dict[str, Any]:
     """config.json for a model that was trained on sequences of this length. dtype: bf16, fp32 or fp8."""
     in_force, facts = yarn_in_force(model, seq_len), FAMILIES[family]
-    kind = {"architectures": [facts.architectures[0]], "model_type": facts.model_type}
+    kind = {"architectures": [facts.architectures[0]], "model_type": facts.model_types[0]}
     body: dict[str, Any] = {} if facts.section else kind
     body |= {theirs: getattr(model, ours) for ours, theirs in FIELDS.items()} | facts.fixed
     body |= {
@@ -346,7 +346,9 @@ def config_json(
     alike = {key: body[key] for key in ("bos_token_id", "eos_token_id", "tie_word_embeddings", "torch_dtype")}
     text = FAMILIES[ModelFamily.deepseek_v3]
     return (
-        kind | {facts.section: {"architectures": [*text.architectures], "model_type": text.model_type} | body} | alike
+        kind
+        | {facts.section: {"architectures": [*text.architectures], "model_type": text.model_types[0]} | body}
+        | alike
     )
 
 

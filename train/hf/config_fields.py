@@ -38,6 +38,7 @@ FIXED_ELSEWHERE = {"partial_rotary_factor": 1.0, "is_causal": True, "is_encoder_
 none of them."""
 READ_APART = (
     "architectures",
+    "model_type",
     "quantization_config",
     "max_position_embeddings",
     "num_nextn_predict_layers",
@@ -51,7 +52,7 @@ READ_APART = (
     "num_local_experts",
     "mlp_layer_types",
 )
-"""Fields with a rule of their own in `read_model`."""
+"""Fields with a rule of their own, here or in `read_model`."""
 GENERATION = """
     bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
     exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty max_length min_length
@@ -63,7 +64,6 @@ OTHER_MODELS = """
     sep_token_id task_specific_params tf_legacy_loss tie_encoder_decoder torchscript use_bfloat16
 """
 HARMLESS = {
-    "model_type": "names the class of the file, and the architecture is what counts",
     "auto_map": "names Python files of the folder, of which none is ever run",
     "_name_or_path": "where the folder came from",
     "name_or_path": "where the folder came from",

@@ -29,7 +29,8 @@ class FamilyFacts:
     """For a person."""
     architectures: tuple[str, ...]
     """What folders of it name; the first is what an export names."""
-    model_type: str
+    model_types: tuple[str, ...]
+    """What their `model_type` may be; the first is what an export writes."""
     section: str = ""
     """The object of its file that holds the language model; empty where the file itself does."""
     beside: tuple[str, ...] = ()
@@ -69,12 +70,12 @@ class FamilyFacts:
 FAMILIES = {
     facts.name: facts
     for facts in (
-        FamilyFacts(ModelFamily.deepseek_v3, "DeepSeek-V3", ("DeepseekV3ForCausalLM",), "deepseek_v3"),
+        FamilyFacts(ModelFamily.deepseek_v3, "DeepSeek-V3", ("DeepseekV3ForCausalLM",), ("deepseek_v3", "kimi_k2")),
         FamilyFacts(
             ModelFamily.kimi_k25,
             "Kimi K2.5",
             ("KimiK25ForConditionalGeneration", "Kimi_K25ForConditionalGeneration"),
-            "kimi_k25",
+            ("kimi_k25",),
             section="text_config",
             beside=(
                 *("vision_config", "projection_hidden_size", "projection_layer_norm_eps"),
@@ -90,14 +91,14 @@ FAMILIES = {
             ModelFamily.glm4_moe_lite,
             "GLM-4.7-Flash",
             ("Glm4MoeLiteForCausalLM",),
-            "glm4_moe_lite",
+            ("glm4_moe_lite",),
             dense_unsaid=1,
         ),
         FamilyFacts(
             ModelFamily.mistral_large_3,
             "Mistral Large 3",
             ("MistralLarge3ForCausalLM",),
-            "mistral_large_3",
+            ("mistral_large_3",),
             others=("vision_encoder.", "vision_language_adapter.", "patch_merger.", "pre_mm_projector_norm."),
             config_file=PARAMS_FILE,
             stem="consolidated",
@@ -157,6 +158,7 @@ def _named(field: str, path: Path, body: Fields) -> FamilyFacts:
     found = body.get("architectures")
     for facts in FAMILIES.values():
         if isinstance(found, list) and len(found) == 1 and found[0] in facts.architectures:
+            _require_type(field, path, body, facts)
             return facts
     named = ", ".join(map(str, found)) if isinstance(found, list) else found or "none"
     first, *others = (facts.architectures[0] for facts in FAMILIES.values() if facts.config_file == CONFIG_FILE)
@@ -173,15 +175,31 @@ def _named(field: str, path: Path, body: Fields) -> FamilyFacts:
     )
 
 
+def _require_type(field: str, path: Path, body: Fields, facts: FamilyFacts) -> None:
+    """UserError where `model_type`, by which transformers chooses its class, is that of another model than the architecture."""
+    if body.get("model_type") not in (None, *facts.model_types):
+        rule = f"model_type must be {' or '.join(facts.model_types)}, as {facts.architectures[0]} has it, and is {body['model_type']!r:.80}"
+        raise UserError(field, path, rule, "correct the field that is wrong, or download the file again")
+
+
 def _section(field: str, path: Path, body: Fields, facts: FamilyFacts) -> Fields:
     """The language model's fields of a file that describes more. Those beside it may change nothing in it."""
     text = body.get(facts.section)
     if not isinstance(text, dict):
         raise UserError(field, path, f"{facts.section} must be an object, and is {text!r:.80}", "download it again")
+    _require_type(field, path, text, FAMILIES[ModelFamily.deepseek_v3])
     if body.get("tie_word_embeddings", True):
         rule = "tie_word_embeddings must be False: left out it is True here, and embedding and head are two tensors"
         raise UserError(field, path, rule, "download it again")
-    known = {*HARMLESS, *facts.beside, "architectures", "tie_word_embeddings", "quantization_config", facts.section}
+    known = {
+        *HARMLESS,
+        *facts.beside,
+        "architectures",
+        "model_type",
+        "tie_word_embeddings",
+        "quantization_config",
+        facts.section,
+    }
     if unknown := [key for key, value in body.items() if key not in known and value is not None]:
         rule = f"has fields that are not known here, and may change the model: {', '.join(unknown)[:200]}"
         cure = "give other weights; where you know that a field changes nothing, remove it from the file"

@@ -38,7 +38,7 @@ class ShardPart:
 def fill_from_folder(folder: Folder, placed: list[PlacedTensor], wanted: dict[str, Shard]) -> int:
     """Fill every wanted shard with the folder's values, dequantised and, for shards of another type, rounded to it.
 
-    placed: from `match`. Returns the bytes read. Raises UserError where a value is not finite, or where an MTP module's copy of
+    placed: from `match`. Returns the bytes read. Raises UserError where a value is not finite, or a scale not above 0, or where an MTP module's copy of
     embedding or head is not the same as the original.
     """
     reader = _Reader(folder)
@@ -130,7 +130,7 @@ class _Reader:
         return dequantize(padded, scale)[above:]
 
     def _scale(self, opened, name: str) -> Tensor:
-        """All scales of a weight, which may lie in another file."""
+        """All scales of a weight, which may lie in another file. Raises UserError for one that no quantiser writes."""
         name, stored = name + SCALE, self.folder.stored
         if stored[name].file == stored[name.removesuffix(SCALE)].file:
             scale = opened.get_tensor(name)
@@ -138,4 +138,6 @@ class _Reader:
             with safe_open(self.folder.path / stored[name].file, framework="pt", backend="pread") as other:
                 scale = other.get_tensor(name)
         self.bytes += scale.nbytes
+        if not (scale.float() > 0).all():
+            raise self.folder.refuse(f"{name} must hold scales above 0, and holds others", "download it again")
         return scale.float()
