@@ -4,7 +4,7 @@ Recipes (conf/conf/NAME.yaml) and groups (conf/GROUP/NAME.yaml) fill these class
 that join several fields. Nothing here is ever written after load.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
@@ -327,7 +327,9 @@ class Optim:
     eps: float = expert(1e-8, above=0)
     """What Adam adds to the root of the average square, so that it divides by no zero."""
     weight_decay: float = number(0.1, least=0)
-    """Decay of matrices; gains of norms are left out."""
+    """Decay of matrices; norm weights do not decay unless decay_norms says so."""
+    decay_norms: bool = expert(False)
+    """Let norm weights decay as matrices do, as Moonlight does (arXiv 2502.16982, appendix D)."""
     clip: float = number(1.0, least=0)
     """Largest global gradient norm; 0 switches clipping off."""
     mtp_weight: list[Phase] = field(default_factory=lambda: [Phase(value=0.3)])
@@ -363,7 +365,8 @@ class Optim:
     @property
     def facts(self) -> OptimizerFacts:
         """What is known of the optimizer."""
-        return OPTIMIZERS[self.name or ADAMW]
+        facts = OPTIMIZERS[self.name or ADAMW]
+        return replace(facts, vectors=replace(facts.vectors, decays=facts.vectors.decays or self.decay_norms))
 
 
 @dataclass

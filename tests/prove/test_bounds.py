@@ -72,7 +72,7 @@ def test_which_passes_are_rounded_and_low():
 def test_adamw_rounds_a_weight_and_a_step_of_the_terms_that_it_is_made_of(after):
     """Mean and gradient have opposite signs, so that less is left of them than either is rounded by."""
     config = config_of("optim.betas=[0.75,0.5]", "optim.eps=0.25")
-    one = WeightUpdate(config, "layers.0.ffn.w2.weight", lr=0.5, number=2, decays=True)
+    one = WeightUpdate(config, "layers.0.ffn.w2.weight", lr=0.5, number=2)
     weight, mean, square, gradient = (torch.tensor([value]).double() for value in (2.0, 1.0, 3.0, -2.0))
     new = tuple(torch.tensor([value]).double() for value in (after, 0.25, 3.5))
     terms = 0.75 * 1 + 0.25 * 2
@@ -91,7 +91,7 @@ def test_muon_rounds_by_what_newton_schulz_makes_of_a_singular_value(singular):
     new = torch.zeros(3, 2).double()
     new[0, 0], new[1, 1] = singular
     before = [torch.full((3, 2), 2.0).double(), torch.full((3, 2), -1.0).double()]
-    one, gradient = WeightUpdate(config, name, lr, 1, True), torch.full((3, 2), 1e-9).double()
+    one, gradient = WeightUpdate(config, name, lr, 1), torch.full((3, 2), 1e-9).double()
     weight, state = UPDATES[MUON].size_roundings(one, before, gradient, (torch.zeros(3, 2).double(), new))
     slopes = []
     for each in singular:

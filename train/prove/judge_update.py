@@ -114,7 +114,7 @@ class UpdateJudge(Comparisons):
             held = [before[each] for each in names]
             gradient = gradient * factor
             lr = reference_step.rate_of(optim, name, plan.lr)
-            one = WeightUpdate(self.config, name, lr, self.tally.updates, rule.decays)
+            one = WeightUpdate(self.config, name, lr, self.tally.updates)
             new = formula.make(one, held[0], gradient, *held[1:])
             sizes = formula.size_roundings(one, held, gradient, new)
             if name in factors:
@@ -122,7 +122,7 @@ class UpdateJudge(Comparisons):
                 new, sizes = (new[0] * rows, *new[1:]), [sizes[0] + UNIT["fp32"] * new[0].abs(), *sizes[1:]]
             want |= dict(zip(names, new, strict=True))
             rounded |= dict(zip(names, sizes, strict=True))
-            if rule.decays and name not in factors:
+            if reference_step.decays(optim, gradient) and name not in factors:
                 self._judge_decay(names[0], held[0], after[names[0]], new[0], rounded[names[0]])
             if optim.ema_decay:
                 average = f"ema.{name}"
@@ -156,7 +156,7 @@ class UpdateJudge(Comparisons):
             self._compare("clipped gradients", name, None, gradient, clipped[name], fp32)
             names = [f"{kind}.{name}" for kind in ("master", *rule.state)]
             held = [before[each] for each in names]
-            one = WeightUpdate(self.config, name, plan.lr, self.tally.updates, rule.decays)
+            one = WeightUpdate(self.config, name, plan.lr, self.tally.updates)
             for each, new, old in zip(
                 names, UPDATES[rule.formula].make(one, held[0], gradient, *held[1:]), held, strict=True
             ):

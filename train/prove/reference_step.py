@@ -76,14 +76,19 @@ def clip_factor(norm: float, optim: Optim) -> float:
 
 
 def adamw(
-    optim: Optim, lr: float, update: int, weight: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, decays: bool
+    optim: Optim, lr: float, update: int, weight: Tensor, gradient: Tensor, mean: Tensor, square: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Weight, mean and mean of squares after update number 1, 2, ... decays: not so for the gains of norms."""
+    """Weight, mean and mean of squares after update number 1, 2, ..."""
     beta1, beta2 = optim.betas
     mean = beta1 * mean + (1 - beta1) * gradient
     square = beta2 * square + (1 - beta2) * gradient.square()
     step = (mean / (1 - beta1**update)) / ((square / (1 - beta2**update)).sqrt() + optim.eps)
-    return weight * (1 - lr * optim.weight_decay * decays) - lr * step, mean, square
+    return weight * (1 - lr * optim.weight_decay * decays(optim, weight)) - lr * step, mean, square
+
+
+def decays(optim: Optim, weight: Tensor) -> bool:
+    """Whether a weight decays: every matrix, and a norm weight where the recipe says so."""
+    return weight.dim() > 1 or optim.decay_norms
 
 
 def rate_of(optim: Optim, name: str, lr: float) -> float:

@@ -28,7 +28,6 @@ class WeightUpdate(NamedTuple):
     lr: float
     number: int
     """1, 2, ... of the run's updates."""
-    decays: bool
 
 
 @dataclass(frozen=True)
@@ -46,9 +45,7 @@ class PlainUpdate:
 
 def make_adamw(one: WeightUpdate, weight: Tensor, gradient: Tensor, mean: Tensor, square: Tensor) -> tuple[Tensor, ...]:
     """By the reference, at the rate that AdamW has."""
-    return reference_step.adamw(
-        one.config.optim, adamw_rate(one), one.number, weight, gradient, mean, square, decays=one.decays
-    )
+    return reference_step.adamw(one.config.optim, adamw_rate(one), one.number, weight, gradient, mean, square)
 
 
 def adamw_rate(one: WeightUpdate) -> float:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from conf.optimizers import OptimizerFacts
+from parallel.zero import engine
 from parallel.zero.engine import Zero
 from tests.prove.mutations.registry import FORWARD, OURS, SETTINGS, UPDATE, mutation
 from tests.prove.mutations.seams import Seams
@@ -37,6 +38,14 @@ def stale_weights(bug: Seams) -> None:
 @mutation("ServiceNow/Fast-LLM#545: gains of norms decay", "copies", UPDATE, "norm")
 def gains_decay(bug: Seams) -> None:
     bug.around(OptimizerFacts, "choose_rule", lambda original, self, weight, dims: self.matrices)
+
+
+@mutation(OURS + ": norm weights that are to decay do not", "norms decay", UPDATE, "norm")
+def gains_do_not_decay(bug: Seams) -> None:
+    def groups(original, *given):
+        return [group | ({"weight_decay": 0.0} if group["name"] == "gains" else {}) for group in original(*given)]
+
+    bug.around(engine, "_parameter_groups", groups)
 
 
 @mutation("pytorch/torchtitan#4382: Adam's count is one ahead, and so its bias correction", "copies", UPDATE, "master")

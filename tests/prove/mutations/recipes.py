@@ -34,6 +34,7 @@ RECIPES = {
     "copies": COPIES,
     "experts": EXPERTS,
     "many experts": [*EXPERTS, "model.experts=32"],
+    "norms decay": [*COPIES, "optim.decay_norms=true"],
     "layers again": [*EXPERTS, "model.recompute=[layer]"],
     "nodes": [*EXPERTS, *NODES, "cluster.ranks_per_node=1"],
     "two hops": [*BASE, *MORE, "parallel.dp=4", "parallel.ep=4", *NODES, "cluster.ranks_per_node=2"],
