@@ -473,6 +473,8 @@ DATA: tuple[ConfigCheck, ...] = (
     ConditionalRules(lambda c: not c.data.chats, (
         JoinedRule("data.template", lambda c, v: v is None or c.generate.chat, NOT_CHATS, FOR_CHATS),
         JoinedRule("data.template_function", lambda c, v: not v or c.generate.chat, NOT_CHATS, FOR_CHATS, shown=lambda c, v: v["_target_"]),
+        JoinedRule("data.template_keys", lambda c, v: not v or c.generate.chat, NOT_CHATS, FOR_CHATS),
+        JoinedRule("data.reasoning", lambda c, v: v is None, NOT_CHATS, FOR_CHATS),
         JoinedRule("data.supervise", lambda c, v: v is Supervise.assistant, NOT_CHATS, FOR_CHATS),
         JoinedRule("data.too_long", lambda c, v: v is TooLong.refuse, NOT_CHATS, FOR_CHATS),
         JoinedRule("data.cut_reasoning", lambda c, v: not v, NOT_CHATS, FOR_CHATS),
@@ -480,6 +482,8 @@ DATA: tuple[ConfigCheck, ...] = (
     )),
     JoinedRule("data.template_function", lambda c, v: not v or c.data.template is None,
                "makes texts of chats, and data.template does, too", "keep one of them", shown=lambda c, v: v["_target_"]),
+    JoinedRule("data.template_keys", lambda c, v: not (v and c.data.template_function),
+               "are variables of a template in Jinja, and data.template_function is none", "put them into data.template_function"),
     ConditionalRules(lambda c: c.data.chats, (
         JoinedRule("model.yarn.query_growth", lambda c, v: v == 0 or c.seq_len <= c.model.yarn.original_seq_len,
                    "counts positions from the beginning of a sequence, in which chats come one after another",

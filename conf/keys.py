@@ -128,7 +128,9 @@ def type_words(found: Any) -> str:
         inner = arguments[0]
         return "list of entries" if dataclasses.is_dataclass(inner) else f"list of {type_words(inner)}"
     if typing.get_origin(found) is dict:
-        return "entries by name" if dataclasses.is_dataclass(arguments[-1]) else "_target_ with its keys"
+        if arguments[-1] is Any:
+            return "_target_ with its keys"
+        return "entries by name" if dataclasses.is_dataclass(arguments[-1]) else "values by name"
     return "word" if issubclass(found, enum.Enum) else WORDS[found]
 
 

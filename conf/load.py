@@ -233,12 +233,12 @@ def register() -> None:
     """Make the schema known to Hydra, once in a process, and `${is_set:${KEY}}` to recipes: whether a key is not null."""
     OmegaConf.register_new_resolver("is_set", lambda value: value is not None, replace=True)
     schema = OmegaConf.structured(_Primary)
-    for key in OWN_CODE:
+    for key in (*OWN_CODE, "data.template_keys"):
         section, _, name = key.rpartition(".")
         place = OmegaConf.select(schema, section) if section else schema
         OmegaConf.set_struct(
             place._get_node(name), False
-        )  # the keys of code of the user's own are no keys of the schema
+        )  # the keys of code of the user's own, and of a template, are no keys of the schema
     ConfigStore.instance().store(name="train", node=schema)
     Plugins.instance()  # which would put its own reader there later
     SourcesRegistry.instance().types["file"] = RecipeFiles

@@ -67,6 +67,7 @@ CHATS = (DataFormat.chat, DataFormat.docstrings)
 """What is read as chats."""
 Supervise = StrEnum("Supervise", ["assistant", "last", "all"])
 TooLong = StrEnum("TooLong", ["refuse", "cut", "drop"])
+LostReasoning = StrEnum("LostReasoning", ["template", "insert", "drop"])
 ScoredRouting = StrEnum("ScoredRouting", ["own", "write", "replay"])
 WandbMode = StrEnum("WandbMode", ["auto", "offline", "disabled"])
 PipelineSchedule = StrEnum("PipelineSchedule", list(SCHEDULES))  # pyrefly: ignore[invalid-argument]  words of the table
@@ -278,10 +279,15 @@ class Data:
     template_function: dict[str, Any] | None = field(default_factory=dict)
     """Chats: your own function instead of data.template: `_target_: my_mod.render` with its keys, which makes a text of messages, tools and
     add_generation_prompt (train/data/template_function.py)."""
+    template_keys: dict[str, bool | int | str] | None = field(default_factory=dict)
+    """Chats: variables of the template, as apply_chat_template takes them: `{thinking: true}` of DeepSeek-V3.1, `{enable_thinking: false}`."""
     supervise: Supervise = Supervise.assistant
     """Chats: what is learnt. assistant: the assistant's turns with their stop token; last: the last of them; all: every token."""
     too_long: TooLong = TooLong.refuse
     """Chats: what becomes of one that is longer than a sequence: refuse (an error before the start), cut (its end) or drop."""
+    reasoning: LostReasoning | None = None
+    """Chats: what becomes of reasoning that the template leaves out of a learnt turn. template: it is left out; insert: it is put in front of
+    the content; drop: no turn keeps any, whatever the template does; null: an error before the start."""
     cut_reasoning: bool = False
     """Chats: leave out the reasoning of the assistant's turns before the last question, as some templates do."""
     cache: str = "${oc.env:SLUICE_CACHE,${oc.env:HOME}/.cache/sluice}"

@@ -29,8 +29,8 @@ def stop_token_is_not_learnt(patch: pytest.MonkeyPatch) -> None:
     """InternLM/xtuner#1997: the mask ends one token early."""
     original = ChatTemplate.render
 
-    def render(self, chat, supervise):
-        made = original(self, chat, supervise)
+    def render(self, chat, *how):
+        made = original(self, chat, *how)
         return replace(made, learnt=[(begin, end - 1) for begin, end in made.learnt])
 
     patch.setattr(ChatTemplate, "render", render)
@@ -77,30 +77,30 @@ def weight_0_is_ignored(patch: pytest.MonkeyPatch) -> None:
 
 def last_turn_alone_is_learnt(patch: pytest.MonkeyPatch) -> None:
     original = ChatTemplate.render
-    patch.setattr(ChatTemplate, "render", lambda self, chat, supervise: original(self, chat, Supervise.last))
+    patch.setattr(
+        ChatTemplate, "render", lambda self, chat, supervise, *how: original(self, chat, Supervise.last, *how)
+    )
 
 
 def successive_replies_of_tools_are_dropped(patch: pytest.MonkeyPatch) -> None:
     """THUDM/slime#2264."""
     original = ChatTemplate.render
 
-    def render(self, chat, supervise):
+    def render(self, chat, *how):
         kept = [
             number
             for number, message in enumerate(chat.messages)
             if number == 0 or message["role"] != "tool" or chat.messages[number - 1]["role"] != "tool"
         ]
         fewer = Chat([chat.messages[n] for n in kept], chat.tools, [chat.learnt[n] for n in kept])
-        return original(self, fewer, supervise)
+        return original(self, fewer, *how)
 
     patch.setattr(ChatTemplate, "render", render)
 
 
 def old_reasoning_is_always_cut(patch: pytest.MonkeyPatch) -> None:
     original = ChatTemplate.render
-    patch.setattr(
-        ChatTemplate, "render", lambda self, chat, supervise: original(self, chat.without_old_reasoning(), supervise)
-    )
+    patch.setattr(ChatTemplate, "render", lambda self, chat, *how: original(self, chat.without_old_reasoning(), *how))
 
 
 def chats_are_cut_at_the_end_of_a_sequence(patch: pytest.MonkeyPatch) -> None:

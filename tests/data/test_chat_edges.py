@@ -7,7 +7,7 @@ import pytest
 
 from cluster.run_files import MANIFEST
 from conf.load import compose
-from conf.schema import Supervise, TooLong
+from conf.schema import Data, TooLong
 from train.data import chat_tokens
 from train.data.chat_packing import PackedChats
 from train.data.chat_template import RenderedChat
@@ -54,9 +54,9 @@ def test_a_token_is_learnt_where_the_span_reaches_into_it_and_not_beside():
 def test_a_chat_of_which_the_first_token_alone_is_learnt_is_left_out():
     offsets = (0, 1), (1, 2)
     tokenizer = SimpleNamespace(encode_rendered=lambda texts: [encoded(*offsets) for _ in texts])
-    template = SimpleNamespace(name="own", render=lambda chat, supervise: RenderedChat("ab", [chat]))
+    template = SimpleNamespace(name="own", render=lambda chat, *_: RenderedChat("ab", [chat]))
     given = [("first", (0, 1)), ("second", (1, 2))]
-    (found,) = tokenise_chats(iter(given), tokenizer, template, "data.path", "a", Supervise.assistant, False)
+    (found,) = tokenise_chats(iter(given), tokenizer, template, "data.path", "a", Data())
     assert (found.unlearnt, found.lengths_D.tolist(), found.supervised_N.tolist()) == (1, [2], [0, 1])
 
 
@@ -64,9 +64,9 @@ def test_chats_are_encoded_some_at_a_time_and_each_once(monkeypatch):
     """Of the first two one has nothing to learn, of the next two both."""
     monkeypatch.setattr(chat_tokens, "AT_ONCE", 2)
     tokenizer = SimpleNamespace(encode_rendered=lambda texts: [encoded((0, 1), (1, 2)) for _ in texts])
-    template = SimpleNamespace(name="own", render=lambda chat, supervise: RenderedChat("ab", [chat]))
+    template = SimpleNamespace(name="own", render=lambda chat, *_: RenderedChat("ab", [chat]))
     given = zip("abcde", [(1, 2), (0, 1), (0, 1), (0, 1), (1, 2)], strict=True)
-    found = list(tokenise_chats(given, tokenizer, template, "data.path", "a", Supervise.assistant, False))
+    found = list(tokenise_chats(given, tokenizer, template, "data.path", "a", Data()))
     assert [part.unlearnt for part in found] == [1, 2, 0]
     assert [part.ids_N.tolist() for part in found] == [[0, 1], [], [0, 1]]
     assert [part.supervised_N.tolist() for part in found] == [[0, 1], [], [0, 1]]

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer as Backend
 
 from conf.errors import UserError
 from conf.load import compose
-from conf.schema import Supervise
+from conf.schema import LostReasoning, MixSource, Supervise
 from train.data.chat_packing import PackedChats, pack_chats
 from train.data.chat_template import TEMPLATE_FILES, CannotRender, ChatTemplate, RenderedChat, load_template
 from train.data.chat_tokens import chat_tokenizer, learnt_tokens
@@ -23,6 +23,7 @@ from train.data.dataset import TrainingData, ValidationData
 from train.data.packing import Documents
 from train.data.prepare import PreparedData
 from train.data.show_data import show_data
+from train.data.sources import open_chats
 from train.data.tokenizer import Tokenizer, train_bpe
 from train.hf.tokenizer_files import write_tokenizer
 
@@ -75,8 +76,10 @@ def chat(*turns: tuple[str, str], tools=None, **more) -> Chat:
     return read_chat({"messages": messages, "tools": tools} | more, "here:1", "data.path")
 
 
-def learnt(source: str, given: Chat, supervise: Supervise = Supervise.assistant) -> list[str]:
-    made = template(source).render(given, supervise)
+def learnt(
+    source: str, given: Chat, supervise: Supervise = Supervise.assistant, reasoning: LostReasoning | None = None
+) -> list[str]:
+    made = template(source).render(given, supervise, reasoning)
     return [made.text[begin:end] for begin, end in made.learnt]
 
 
@@ -125,7 +128,7 @@ def test_calls_of_tools_are_learnt_and_successive_replies_stay():
 
 
 def test_reasoning_is_cut_on_request_alone():
-    """Also where the template cuts all of it, as DeepSeek-R1's does."""
+    """Also where the template cuts all of it, as DeepSeek-R1's does, whose prompt opens the thought."""
     messages = [
         {"role": "user", "content": "one?"},
         {"role": "assistant", "content": "two", "reasoning_content": "one and one"},
@@ -133,10 +136,15 @@ def test_reasoning_is_cut_on_request_alone():
         {"role": "assistant", "content": "<think>\nand one\n</think>\n\nthree"},
     ]
     given = read_chat({"messages": messages}, "here", "data.path")
-    first, second = "<think>\none and one\n</think>\n\ntwo", "<think>\nand one\n</think>\n\nthree"
-    for source, stop in ((R1, EOS), (CHATML, "<|im_end|>")):
-        assert learnt(source, given) == [first + stop, second + stop]
-        assert learnt(source, given.without_old_reasoning()) == ["two" + stop, second + stop]
+    first, second = "one and one\n</think>\n\ntwo", "and one\n</think>\n\nthree"
+    for source, stop, opened in ((R1, EOS, ""), (CHATML, "<|im_end|>", "<think>\n")):
+        with pytest.raises(CannotRender, match="leaves out the reasoning of message 2: one and one") as error:
+            learnt(source, given)
+        assert "data.reasoning=insert" in error.value.cure
+        put_in = LostReasoning.insert
+        assert learnt(source, given, reasoning=put_in) == [opened + first + stop, opened + second + stop]
+        assert learnt(source, given.without_old_reasoning(), reasoning=put_in) == ["two" + stop, opened + second + stop]
+        assert learnt(source, given, reasoning=LostReasoning.drop) == ["two" + stop, "three" + stop]
 
 
 def test_a_template_that_puts_an_empty_thought_before_the_last_turn_puts_none_before_a_thought():
@@ -177,6 +185,7 @@ def test_three_forms_are_one_chat():
         ([], "a chat is an object"),
         ({"conversations": [{"from": ["human"], "value": "one?"}]}, r"from \['human'\]"),
         ({"messages": [{"role": "assistant", "content": "a", "reasoning": "\ud800"}]}, "no.* Unicode text"),
+        ({"messages": [{"role": "assistant", "content": "a", "reasoning": "b", "thinking": "c"}]}, "other reasoning"),
         ({"messages": [{"role": "assistant", "content": "a", "tool_calls": [{"x": "\ufdd0"}]}]}, "no.* Unicode text"),
         ({"prompt": 3, "completion": "a"}, "no list under 'prompt'"),
     ],
@@ -341,6 +350,42 @@ def test_parquet_and_mixes(tokenizer, tmp_path):
     assert lines == rows
     counts = TrainingData(corpus, config).epochs(400)
     assert [round(share * len(part.train)) > 0 for share, part in zip(counts.values(), corpus.parts, strict=True)]
+
+
+def test_a_row_is_the_same_chat_in_parquet_and_in_jsonl(tmp_path):
+    """Parquet gives every row the keys of all rows, at every depth; a null under a key is no key, in both. In lists and texts of JSON it stays."""
+    function = {"name": "add", "parameters": {"properties": {"a": {"type": "int", "enum": [1, None]}}}}
+    other = {"name": "put", "parameters": {"properties": {"x": {"type": "string"}}, "required": ["x"]}}
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": "q"},
+                {
+                    "role": "assistant",
+                    "content": None,
+                    "tool_calls": [{"function": {"name": name, "arguments": given}}],
+                },
+            ],
+            "tools": [{"function": function}, {"function": other}],
+        }
+        for name, given in (("add", {"a": 2, "b": 3}), ("put", {"x": "y"}), ("none", {"a": 1, "x": None}))
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "chats.parquet")
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read = {
+        name: [one for _, one in open_chats(MixSource(f"{tmp_path}/chats.{name}"), "data.path", "").documents()]
+        for name in ("parquet", "jsonl")
+    }
+    assert read["parquet"] == read["jsonl"]
+    calls = [one.messages[1]["tool_calls"][0]["function"]["arguments"] for one in read["parquet"]]
+    assert calls == [{"a": 2, "b": 3}, {"x": "y"}, {"a": 1}]
+    assert read["parquet"][0].tools == rows[0]["tools"]
+    assert '{"a": 2, "b": 3}' in template(MARKED).render(read["parquet"][0], Supervise.assistant).text
+    texts = {name: json.dumps(rows[2][name]) for name in ("messages", "tools")}
+    assert read_chat(texts, "here", "data.path").messages[1]["tool_calls"][0]["function"]["arguments"] == {
+        "a": 1,
+        "x": None,
+    }
 
 
 def test_chats_that_are_too_long_are_refused_cut_or_dropped_and_counted(tokenizer, tmp_path, capsys):

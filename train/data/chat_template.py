@@ -6,18 +6,24 @@ template does with them: with a character in the place of a content that is in n
 begins and ends. What the model writes begins where the prompt of generation ends, and ends with the stop token; the line end
 behind that is the template's.
 
-A template may throw away reasoning or a message, and training would not show it. So contents of the assistant are put in place
-where the template cuts them, and any other message that is not in the text is an error. Old reasoning is cut before, on request.
+Reasoning goes to the template as the field `reasoning_content`, as transformers hands it on. A template that does not know the field
+gets it in front of the content, where the record has it there. A template may throw away reasoning or a message, and training would not
+show it. So a message that is not in the text is an error, and of reasoning data.reasoning says what then. Old reasoning is cut before, on
+request.
+
+A template may write no stop token behind a turn: with GLM-4.6's the token with which the next message begins is the stop. Then that token is
+learnt, and it is added behind the last turn.
 """
 
+import contextlib
 import hashlib
 import json
 import re
 import traceback
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +33,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from conf.errors import UserError
 from conf.read_json import read_json, read_plain_text
-from conf.schema import Supervise
-from train.data.chats import PLACE_MARKS, THOUGHT, Chat, Message
+from conf.schema import LostReasoning, Supervise
+from train.data.chats import PLACE_MARKS, REASONING, THINK, THOUGHT, Chat, Message, with_field
 from train.data.tokenizer import Tokenizer
 
 PLAIN = "plain"
@@ -36,12 +42,37 @@ TEMPLATE_FILES = {"default": "chat_template.jinja", "tool_use": "additional_chat
 """Beside tokenizer.json, as Hugging Face has them: for all chats, and for those with tools where they have one of their own."""
 TURN_BEGIN, TURN_END = PLACE_MARKS
 PROBE = TURN_BEGIN
+GIVEN = ("messages", "tools", "add_generation_prompt")
+"""Variables that every chat sets."""
 PROBED_ANSWER = "an answer"
-PROBED_TURNS = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": PROBED_ANSWER}]
+PROBED_QUESTION = {"role": "user", "content": "a question"}
+PROBED_TURNS = [PROBED_QUESTION, {"role": "assistant", "content": PROBED_ANSWER}]
 """A chat, behind whose last content the stop token is looked for."""
+PROBED_CALL = {"id": "0", "type": "function", "function": {"name": PROBED_ANSWER, "arguments": {}}}
+OPENED = re.compile(rf"{THINK}\s*\Z")
+CLOSED = re.compile(rf"(?:(?P<open>{THINK})(?P<gap>\s*))?{THOUGHT}\s*\Z")
+EMPTY_THOUGHT = re.compile(rf"\s*{THINK}\s*{THOUGHT}\s*")
 NAMED_TOKEN = re.compile(r"<\|[^<>|\s]+\|>|<\uff5c[^<>\uff5c\s]+\uff5c>")
 """How models spell tokens of their templates."""
 Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class PlacedTurn:
+    """Where a turn of the assistant is in a text."""
+
+    begin: int
+    """First character behind the prompt of generation."""
+    content: int
+    """Where its content begins, behind what the template writes before it."""
+    end: int
+    """One behind its last character, the stop token included."""
+    cut: bool = False
+    """Whether the template took reasoning off the content."""
+
+    def moved(self, count: int) -> "PlacedTurn":
+        """The turn behind so many more characters."""
+        return replace(self, begin=self.begin + count, content=self.content + count, end=self.end + count)
 
 
 @dataclass(frozen=True)
@@ -93,8 +124,9 @@ def _environment() -> ImmutableSandboxedEnvironment:
 class ChatTemplate:
     """A template with the names of a tokenizer's special tokens."""
 
-    def __init__(self, sources: dict[str, str], tokens: dict[str, str], field: str, name: str):
-        """sources: the template, under `default`, and maybe one for chats with tools, under `tool_use`. field, name: for errors.
+    def __init__(self, sources: dict[str, str], tokens: dict[str, Any], field: str, name: str):
+        """sources: the template, under `default`, and maybe one for chats with tools, under `tool_use`. tokens: names of special tokens,
+        and other variables of the template. field, name: for errors.
         Raises UserError for one that is broken.
         """
         self.name, self._field, self._tokens, self._sources = name, field, tokens, sources
@@ -124,8 +156,11 @@ class ChatTemplate:
             for token in NAMED_TOKEN.findall(source):
                 refuse_unknown_token(token, tokenizer, self._field, self.name)
 
-    def render(self, chat: Chat, supervise: Supervise) -> RenderedChat:
-        """Raises CannotRender."""
+    def render(self, chat: Chat, supervise: Supervise, reasoning: LostReasoning | None = None) -> RenderedChat:
+        """reasoning: what becomes of reasoning that the template leaves out of a learnt turn. Raises CannotRender."""
+        if reasoning is LostReasoning.drop:
+            chat = chat.without_reasoning()
+        chat = replace(chat, messages=self._fitting(chat.messages))
         text, turns = self._marked(chat) if self._marks(chat) else self._probed(chat)
         for message in chat.messages:
             content = message.get("content")
@@ -134,23 +169,124 @@ class ChatTemplate:
                     f"the template leaves out a message of role {message['role']!r}",
                     "take a template that knows such messages (data.template=FILE)",
                 )
-        if supervise is Supervise.all:
-            return RenderedChat(text, [(0, len(text))])
         wanted = [number for number, learnt in enumerate(chat.learnt) if learnt]
         if supervise is Supervise.last:
             last = max(n for n, message in enumerate(chat.messages) if message["role"] == "assistant")
             wanted = [number for number in wanted if number == last]
-        return RenderedChat(text, [span for number in wanted for span in turns.get(number, ())])
+        text, turns = self._with_reasoning(chat, text, turns, wanted, reasoning)
+        text, turns = self._with_stops(chat, text, turns)
+        if supervise is Supervise.all:
+            return RenderedChat(text, [(0, len(text))])
+        return RenderedChat(text, [(turns[n].begin, turns[n].end) for n in wanted])
 
     def prompt(self, chat_messages: Sequence[Message], tools: list[Any] | None = None) -> str:
         """What the model goes on from when it is to answer."""
-        text = self._run(list(chat_messages), tools, add_generation_prompt=True)
+        text = self._run(self._fitting(chat_messages), tools, add_generation_prompt=True)
         return text.replace(TURN_BEGIN, "").replace(TURN_END, "")
 
-    def stop(self) -> str:
-        """What ends a turn of the assistant, behind its content. Raises CannotRender."""
+    @cache  # noqa: B019  a run has one template
+    def stop(self, called: bool = False) -> str:
+        """What ends a turn of the assistant: what the template writes behind its content, else the token with which the next message begins,
+        else the end of a document. called: of a turn that calls tools. Raises CannotRender.
+        """
+        if written := self._written_stop():
+            return written
+        follower: Message = {"role": "tool" if called else "user", "content": PROBE, "tool_call_id": "0"}
+        answer = PROBED_TURNS[1] | ({"content": "", "tool_calls": [PROBED_CALL]} if called else {})
+        between = self._run([PROBED_QUESTION, answer, follower], None).rpartition(PROBED_ANSWER)[2].partition(PROBE)[0]
+        return (NAMED_TOKEN.findall(between) or [self._tokens.get("eos_token", "")])[-1]
+
+    def stops(self) -> list[str]:
+        """What ends a turn of the assistant, with calls of tools or without. Raises CannotRender."""
+        found = [self.stop()]
+        with contextlib.suppress(CannotRender):  # a template need not know tools
+            found.append(self.stop(called=True))
+        return list(dict.fromkeys(found))
+
+    @cache  # noqa: B019
+    def _written_stop(self) -> str:
         behind = self._run(PROBED_TURNS, None).rpartition(PROBED_ANSWER)[2]
         return behind.partition(TURN_END)[0] if TURN_END in behind else behind.strip()
+
+    def _with_stops(self, chat: Chat, text: str, turns: dict[int, PlacedTurn]) -> tuple[str, dict[int, PlacedTurn]]:
+        """Turns that end with their stop token, also where the template writes none."""
+        if self._written_stop():
+            return text, turns
+        for number, turn in turns.items():
+            called = bool(chat.messages[number].get("tool_calls"))
+            if not text[turn.end :].strip():
+                text = text[: turn.end] + (self.stop(called) or "")
+                turns = turns | {number: replace(turn, end=len(text))}
+            elif found := re.compile(rf"\s*(?:{NAMED_TOKEN.pattern})").match(text, turn.end):
+                turns = turns | {number: replace(turn, end=found.end())}
+        return text, turns
+
+    # Reasoning
+
+    def _fitting(self, messages: Sequence[Message]) -> list[Message]:
+        """The messages with their reasoning where the template looks for it: in the field, unless it knows contents that begin with it alone."""
+        thoughts = [
+            message for message in messages if message["role"] == "assistant" and with_field(message) != message
+        ]
+        if not thoughts:
+            return list(messages)
+        return list(messages) if self._knows_contents_alone() else [with_field(message) for message in messages]
+
+    @cache  # noqa: B019
+    def _knows_contents_alone(self) -> bool:
+        """Whether a content that begins with reasoning is in the text as it is, behind no thought of the template, and the field is not."""
+        thought, answer = f"{THINK}\n{PROBE}\n{THOUGHT}", PROBED_TURNS[1]
+        text = self._run([PROBED_QUESTION, answer | {"content": f"{thought}\n\n{PROBED_ANSWER}"}], None)
+        before, found, _ = text.partition(thought)
+        mark = f"{PROBE}0{PROBE}"
+        in_field = self._run([PROBED_QUESTION, answer | {REASONING: mark}], None)
+        return bool(found) and not CLOSED.search(before) and mark not in in_field
+
+    def _lost(self, chat: Chat) -> set[int]:
+        """Turns whose field of reasoning is not in the text."""
+        marks = {n: f"{PROBE}{n}{PROBE}" for n, message in enumerate(chat.messages) if message.get(REASONING)}
+        if not marks:
+            return set()
+        messages = [m | {REASONING: marks[n]} if n in marks else m for n, m in enumerate(chat.messages)]
+        text = self._run(messages, chat.tools)
+        return {n for n, mark in marks.items() if mark not in text}
+
+    def _with_reasoning(
+        self,
+        chat: Chat,
+        text: str,
+        turns: dict[int, PlacedTurn],
+        wanted: list[int],
+        choice: LostReasoning | None,
+    ) -> tuple[str, dict[int, PlacedTurn]]:
+        """The text with reasoning that the template left out, where it is to be put in; and turns that begin behind what the prompt opens."""
+        thoughts = {n: with_field(chat.messages[n]).get(REASONING) for n in turns}
+        if not any(thoughts.values()):
+            return text, turns
+        lost = self._lost(chat) | {n for n, turn in turns.items() if turn.cut}
+        if choice is None and (gone := [n for n in wanted if n in lost]):
+            raise CannotRender(
+                f"the template leaves out the reasoning of message {gone[0] + 1}: {thoughts[gone[0]]:.60}",
+                "set data.reasoning=insert (it is put in), template (it stays out) or drop (no turn keeps any)",
+            )
+        grown, found = 0, {}
+        for number, turn in turns.items():
+            turn = turn.moved(grown)
+            if (thought := thoughts[number]) and (number not in lost or choice is LostReasoning.insert):
+                given = self._run(chat.messages[:number], chat.tools, add_generation_prompt=True)
+                if number in wanted and CLOSED.search(given):
+                    raise CannotRender(
+                        f"message {number + 1} has reasoning, and the prompt of the template says that none follows",
+                        "set the template's switch, such as data.template_keys={thinking: true}, or data.reasoning=drop",
+                    )
+                if number in lost:
+                    before = len(text)
+                    text, turn = _inserted(text, turn, thought)
+                    grown += len(text) - before
+                if (opened := OPENED.search(given)) and text.startswith(opened[0], turn.begin):
+                    turn = replace(turn, begin=turn.begin + len(opened[0]))
+            found[number] = turn
+        return text, found
 
     def _has(self, text: str, content: str, chat: Chat) -> bool:
         """Whether every message of this content is in the text: several may be alike."""
@@ -177,7 +313,7 @@ class ChatTemplate:
 
     # Templates that mark the turns
 
-    def _marked(self, chat: Chat) -> tuple[str, dict[int, list[Span]]]:
+    def _marked(self, chat: Chat) -> tuple[str, dict[int, PlacedTurn]]:
         text, spans = _unmarked(self._run(chat.messages, chat.tools))
         numbers = [number for number, message in enumerate(chat.messages) if message["role"] == "assistant"]
         if len(spans) != len(numbers):
@@ -185,18 +321,22 @@ class ChatTemplate:
                 f"the template marks {len(spans)} turns, and the assistant has {len(numbers)}",
                 "mark each turn of the assistant once ({% generation %})",
             )
+        turns = {}
         for number, (begin, end) in zip(numbers, spans, strict=True):
-            content = chat.messages[number].get("content")
-            if content and content.strip() not in text[begin:end]:
+            content = (chat.messages[number].get("content") or "").strip()
+            found = (each for each in _forms(content) if each[0].strip() in text[begin:end])
+            form, cut = next(found, (content, False))
+            if (place := text.find(form, begin, end)) < 0:
                 raise CannotRender(
-                    f"the template leaves out text of the assistant, in message {number + 1}: {content.strip():.60}",
-                    "take a template that keeps it (data.template=FILE), or data.cut_reasoning=true for old reasoning",
+                    f"the template leaves out text of the assistant, in message {number + 1}: {content:.60}",
+                    "take a template that keeps it (data.template=FILE)",
                 )
-        return text, {number: [span] for number, span in zip(numbers, spans, strict=True)}
+            turns[number] = PlacedTurn(begin, place, end, cut)
+        return text, turns
 
     # Templates that do not
 
-    def _probed(self, chat: Chat) -> tuple[str, dict[int, list[Span]]]:
+    def _probed(self, chat: Chat) -> tuple[str, dict[int, PlacedTurn]]:
         """By a character in the place of every content of the assistant."""
         plain = self._run(chat.messages, chat.tools)
         numbers = [number for number, message in enumerate(chat.messages) if message["role"] == "assistant"]
@@ -206,41 +346,55 @@ class ChatTemplate:
         ]
         contents = [chat.messages[number].get("content") or "" for number in numbers]
         pieces = self._run(probed, chat.tools).split(PROBE)
-        if len(pieces) == len(numbers) + 1:
-            around = [self._around(probed, number, chat.tools) for number in numbers]
-            for filled in (contents, [content.strip() for content in contents]):
-                if _filled(pieces, filled) == plain:
-                    return plain, dict(zip(numbers, _spans(pieces, filled, around), strict=True))
-            if any(THOUGHT in content for content in contents):
-                pieces = [
-                    piece.removesuffix(lead) if THOUGHT in content else piece
-                    for piece, content, (lead, _) in zip(pieces, contents, around, strict=False)
-                ] + pieces[-1:]
-                around = [
-                    ("" if THOUGHT in content else lead, tail)
-                    for content, (lead, tail) in zip(contents, around, strict=True)
-                ]
-                return _filled(pieces, contents), dict(zip(numbers, _spans(pieces, contents, around), strict=True))
-        return plain, {number: [self._by_prefix(plain, chat, number)] for number in numbers}
+        turns: dict[int, PlacedTurn] = {}
+        if (places := _aligned(plain, pieces, contents)) is not None:
+            for number, (begin, end, cut), piece, behind in zip(numbers, places, pieces, pieces[1:], strict=False):
+                lead, tail = self._around(probed, number, chat.tools, piece)
+                turns[number] = PlacedTurn(begin - lead, begin, end + _shared(tail, behind), cut)
+            return plain, turns
+        at = 0
+        for number in numbers:
+            turns[number] = self._by_prefix(plain, chat, number, at)
+            at = turns[number].end
+        return plain, turns
 
-    def _around(self, probed: list[Message], number: int, tools: list[Any] | None) -> tuple[str, str]:
-        """What the template writes before a turn's content that the prompt of generation has not, and behind it in the turn."""
+    def _around(self, probed: list[Message], number: int, tools: list[Any] | None, piece: str) -> tuple[int, str]:
+        """Characters that the template writes before a turn's content, in this piece, behind the prompt of generation; and what it
+        writes behind the content in the turn.
+        """
         turn, given = self._run(probed[: number + 1], tools), self._run(probed[:number], tools, True)
         before, _, behind = turn.rpartition(PROBE)
-        return before[_shared(before, given) :], behind.rstrip()
+        lead = before[_shared(before, given) :]
+        if piece.endswith(lead):
+            return len(lead), behind.rstrip()
+        header = given[
+            _shared(given, self._run(probed[:number], tools)) :
+        ]  # the template writes an older turn in another way
+        place = piece.rfind(header) if header else -1
+        return len(piece) - place - len(header) if place >= 0 else 0, behind.rstrip()
 
-    def _by_prefix(self, plain: str, chat: Chat, number: int) -> Span:
-        """Where a turn is, in templates that treat one without content in another way: the text up to a turn begins the whole text."""
+    def _by_prefix(self, plain: str, chat: Chat, number: int, at: int) -> PlacedTurn:
+        """Where a turn is, in templates that treat one without content in another way: the text up to a turn begins the whole text, or,
+        where an older turn has no reasoning, what the turn has behind that comes next. at: the end of the turn before.
+        """
         before, message = chat.messages[:number], chat.messages[number]
         turn = self._run([*before, message], chat.tools).rstrip()
         answer = self._run([*before, {"role": "assistant", "content": PROBE}], chat.tools)
         given = self._run(list(before), chat.tools, True)
-        if not plain.startswith(turn):
+        begin = min(_shared(given, answer), _shared(given, turn))
+        if plain.startswith(turn):
+            empty = EMPTY_THOUGHT.match(plain, begin)
+            return PlacedTurn(begin, empty.end() if empty else begin, len(turn))
+        rest = turn[begin:].rpartition(THOUGHT)[2].lstrip()
+        place = plain.find(rest, at) if rest else -1
+        if place < 0:
             raise CannotRender(
                 f"where message {number + 1}, of the assistant, is in the text of the template cannot be told",
                 "mark the assistant's turns in the template ({% generation %}), or take data.template=FILE",
             )
-        return min(_shared(given, answer), _shared(given, turn)), len(turn)
+        header = given[_shared(given, self._run(list(before), chat.tools)) :]
+        first = plain.rfind(header, at, place) if header else -1
+        return PlacedTurn(first + len(header) if first >= 0 else place, place, place + len(rest))
 
 
 def _unmarked(text: str) -> tuple[str, list[Span]]:
@@ -263,18 +417,47 @@ def _shared(one: str, other: str) -> int:
     return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
-def _filled(pieces: Sequence[str], contents: Sequence[str]) -> str:
-    return "".join(part for pair in zip(pieces, [*contents, ""], strict=True) for part in pair)
+def _forms(content: str) -> Iterator[tuple[str, bool]]:
+    """How templates write a content, and whether reasoning in front of it is cut."""
+    whole = [(content, False)]
+    if THOUGHT in content:
+        whole += [(content.rpartition(THOUGHT)[2], True), (content.partition(THOUGHT)[2], True)]
+    for text, cut in whole:
+        yield from ((form, cut) for form in (text, text.strip(), text.lstrip("\n"), text.strip("\n")))
 
 
-def _spans(pieces: Sequence[str], contents: Sequence[str], around: Sequence[tuple[str, str]]) -> Iterator[list[Span]]:
-    """Where every turn is: from what leads to its content to what ends the turn behind it."""
-    at = 0
-    for piece, content, (lead, tail), behind in zip(pieces, contents, around, pieces[1:], strict=False):
-        at += len(piece)
-        begin = at - len(lead) if piece.endswith(lead) else at
-        at += len(content)
-        yield [(begin, at + _shared(tail, behind))]
+def _aligned(plain: str, pieces: Sequence[str], contents: Sequence[str]) -> list[tuple[int, int, bool]] | None:
+    """Where each content begins and ends between the pieces of a text, and whether its reasoning is cut; None where they do not make it up."""
+    if len(pieces) != len(contents) + 1 or not plain.startswith(pieces[0]):
+        return None
+    at, found = len(pieces[0]), []
+    for content, behind in zip(contents, pieces[1:], strict=True):
+        fits = (each for each in _forms(content) if plain.startswith(each[0] + behind, at))
+        if (fit := next(fits, None)) is None:
+            return None
+        found.append((at, at + len(fit[0]), fit[1]))
+        at += len(fit[0]) + len(behind)
+    return found if at == len(plain) else None
+
+
+def _inserted(text: str, turn: PlacedTurn, thought: str) -> tuple[str, PlacedTurn]:
+    """The text with reasoning in front of a turn's content: in the thought that the template closes there, else in one of its own."""
+    closed = CLOSED.search(text[: turn.content])
+    if closed is None:
+        place = behind = turn.content
+        new = f"{THINK}\n{thought}\n{THOUGHT}\n\n"
+    elif closed["open"]:
+        half = len(closed["gap"]) // 2
+        place, behind = closed.start("gap"), closed.start("gap") + len(closed["gap"])
+        new = closed["gap"][:half] + thought + closed["gap"][half:]
+    else:
+        place = behind = closed.start()
+        new = THINK + thought
+    grown = len(new) - (behind - place)
+    begin = min(turn.begin, place)
+    return text[:place] + new + text[behind:], replace(
+        turn, begin=begin, content=turn.content + grown, end=turn.end + grown
+    )
 
 
 def refuse_unknown_token(token: str, tokenizer: Tokenizer, field: str, name: str) -> None:
@@ -286,12 +469,18 @@ def refuse_unknown_token(token: str, tokenizer: Tokenizer, field: str, name: str
         )
 
 
-def load_template(choice: str | None, folder: Path | None, tokenizer: Tokenizer) -> ChatTemplate:
+def load_template(
+    choice: str | None, folder: Path | None, tokenizer: Tokenizer, keys: Mapping[str, Any] | None = None
+) -> ChatTemplate:
     """The template that data.template names, or that of the tokenizer's folder. Raises UserError.
 
-    folder: where the tokenizer lies, None where it is no file of ours.
+    folder: where the tokenizer lies, None where it is no file of ours. keys: data.template_keys.
     """
-    tokens = _named_tokens(folder, tokenizer)
+    keys = keys or {}
+    if wrong := [key for key in keys if key in GIVEN]:
+        cure = "leave it out"
+        raise UserError(f"data.template_keys.{wrong[0]}", keys[wrong[0]], "is a variable that every chat sets", cure)
+    tokens = _named_tokens(folder, tokenizer) | dict(keys)
     if choice == PLAIN:
         sources, name = {"default": Path(__file__).with_name("plain_chat.jinja").read_text()}, PLAIN
     elif choice is not None:

@@ -16,7 +16,7 @@ from tokenizers import Encoding
 
 from cluster.run_files import MANIFEST
 from conf.errors import UserError
-from conf.schema import Config, Supervise, TooLong
+from conf.schema import Config, Data, TooLong
 from train.data.chat_template import (
     CannotRender,
     ChatTemplate,
@@ -27,8 +27,9 @@ from train.data.source_files import hash_id
 from train.data.template_function import template_of
 from train.data.tokenizer import Tokenizer, load_tokenizer
 
-MASK_VERSION = 2
-"""Version of the way in which learnt tokens are found: another one makes the files of tokens anew. 1 lost turns that begin with a space."""
+MASK_VERSION = 3
+"""Version of the way in which learnt tokens are found: another one makes the files of tokens anew. 1 lost turns that begin with a space, 2
+wrote reasoning into contents, and learnt no stop where the template writes none."""
 AT_ONCE = 256
 """Chats that are encoded together."""
 
@@ -67,15 +68,15 @@ def tokenise_chats(
     template: ChatTemplate,
     field: str,
     source: str,
-    supervise: Supervise,
-    cut_reasoning: bool,
+    settings: Data,
 ) -> Iterator[TokenisedChats]:
     """Tokens of the chats (by their ids), some at a time. field, source: for errors. Raises UserError for a chat that cannot become text."""
     names: list[str] = []
     rendered: list[RenderedChat] = []
     for name, chat in chats:
         try:
-            made = template.render(chat.without_old_reasoning() if cut_reasoning else chat, supervise)
+            chat = chat.without_old_reasoning() if settings.cut_reasoning else chat
+            made = template.render(chat, settings.supervise, settings.reasoning)
         except CannotRender as error:
             raise UserError(field, f"{source}: {name}", f"{error.rule} ({template.name})", error.cure) from error
         names.append(name)

@@ -5,10 +5,14 @@ Three forms, told apart by their keys:
                   assistant keeps it from being learnt.
   prompt, completion  texts, or messages; the completion alone is learnt
   conversations   ShareGPT's [{from, value}]
-Reasoning under `reasoning_content` (or reasoning, thinking) becomes <think>...</think> in front of the content.
+Reasoning stands under `reasoning_content` (also read: reasoning, thinking), or as <think>...</think> in front of the content.
+
+A null under a key means that the key is absent, at every depth: rows of Parquet have the keys of all rows, and null where a row has none.
+The same row is then the same chat in both formats. Nulls of lists stay, and so do all nulls of a text of JSON (tools, messages, arguments).
 """
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,8 +33,11 @@ SHAREGPT = {
     "observation": "tool",
     "function_response": "tool",
 }
-REASONING = ("reasoning_content", "reasoning", "thinking")
+REASONING = "reasoning_content"
+REASONING_NAMES = (REASONING, "reasoning", "thinking")
 THINK, THOUGHT = "<think>", "</think>"
+LEADING_THOUGHT = re.compile(rf"\s*(?:{THINK})?(.*?){THOUGHT}(.*)", re.DOTALL)
+"""Reasoning in front of a content, and the content. The word that opens it may be a part of the prompt."""
 CHAT_KEYS = ("messages", "prompt", "completion", "conversations", "tools", "system")
 """Columns that are read of Parquet, as far as there are."""
 PLACE_MARKS = "\ufdd0\ufdd1"
@@ -56,12 +63,25 @@ class Chat:
             messages=[_cut(message) if n < last else message for n, message in enumerate(self.messages)],
         )
 
+    def without_reasoning(self) -> "Chat":
+        """No turn of the assistant has reasoning."""
+        return replace(self, messages=[_cut(message) for message in self.messages])
+
 
 def _cut(message: Message) -> Message:
     content = message.get("content")
+    message = {key: value for key, value in message.items() if key != REASONING}
     if message["role"] != "assistant" or not isinstance(content, str):
         return message
     return message | {"content": content.rpartition(THOUGHT)[2].lstrip("\n")}
+
+
+def with_field(message: Message) -> Message:
+    """The message with the reasoning in front of its content under `reasoning_content`, as templates that know it expect."""
+    found = LEADING_THOUGHT.fullmatch(message.get("content") or "") if message["role"] == "assistant" else None
+    if found is None or REASONING in message:
+        return message
+    return message | {REASONING: found[1].strip("\n"), "content": found[2].lstrip("\n")}
 
 
 def read_chat(record: Any, place: str, field: str) -> Chat:
@@ -72,7 +92,7 @@ def read_chat(record: Any, place: str, field: str) -> Chat:
 
     if not isinstance(record, dict):
         raise refuse(f"is a {type(record).__name__}, and a chat is an object", "write one object per line")
-    record = {key: value for key, value in record.items() if value is not None}
+    record = _without_nulls(record)
     written = "".join(_texts(record))
     if SURROGATE.search(written) or any(mark in written for mark in PLACE_MARKS):
         raise refuse("is not Unicode text: it holds half a pair, or U+FDD0 or U+FDD1", "correct or remove it")
@@ -99,6 +119,13 @@ def read_chat(record: Any, place: str, field: str) -> Chat:
     if not any(message["role"] == "assistant" for message, _ in found):
         raise refuse("has no turn of the assistant, so there is nothing to learn", "remove it, or add the answer")
     return Chat([message for message, _ in found], tools, learnt)
+
+
+def _without_nulls(value: Any) -> Any:
+    """The value without keys that have a null, at every depth."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(one) for key, one in value.items() if one is not None}
+    return [_without_nulls(one) for one in value] if isinstance(value, list) else value
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -159,11 +186,14 @@ def _message(given: Any, number: int, refuse: Any) -> tuple[Message, bool]:
         content = "".join(map(str, parts))
     if not isinstance(content, str):
         raise refuse(f"{where} has a {type(content).__name__} as content", "content is a text")
-    for key in REASONING:
-        if reasoning := message.pop(key, None):
-            if role != "assistant" or not isinstance(reasoning, str):
-                raise refuse(f"{where} has {key} that is no text of the assistant", "correct this message")
-            content = f"{THINK}\n{reasoning}\n{THOUGHT}\n\n{content}"
+    thoughts = {key: thought for key in REASONING_NAMES if (thought := message.pop(key, None))}
+    for key, thought in thoughts.items():
+        if role != "assistant" or not isinstance(thought, str):
+            raise refuse(f"{where} has {key} that is no text of the assistant", "correct this message")
+        if message.setdefault(REASONING, thought) != thought:
+            raise refuse(
+                f"{where} has other reasoning under {key} than under {next(iter(thoughts))}", "keep one of them"
+            )
     if not content and not message.get("tool_calls") and role == "user":
         raise refuse(f"{where}, of the user, is empty", "remove the chat, or write what was asked")
     if content or "content" in given or not message.get("tool_calls"):

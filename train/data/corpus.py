@@ -123,7 +123,7 @@ class _Builder:
     def _build_chats(self, named: list[tuple[MixSource, str]]) -> Corpus:
         tokenizer, template = chat_tokenizer(self.config)
         check_fit(tokenizer, self.data.tokenizer or str(self.config.init_from), self.config.model.vocab_size, 0)
-        way = f"{MASK_VERSION}:{template.fingerprint}:{self.data.supervise}:{self.data.cut_reasoning}"
+        way = f"{MASK_VERSION}:{template.fingerprint}:{self.data.supervise}:{self.data.cut_reasoning}:{self.data.reasoning}"
         parts, contents, long = [], [], []
         for part, key in named:
             source = open_chats(part, key, way)
@@ -174,11 +174,10 @@ class _Builder:
     def _write_chats(self, path: Path, source: FileSource, tokenizer: Tokenizer, template: ChatTemplate) -> None:
         done, unlearnt = 0, 0
         self.progress("tokenising chats", 0, source.size)
-        settings = self.data.supervise, self.data.cut_reasoning
         with StoreWriter(
             path, tokenizer.vocab_size, tokenizer.json_text, tokenizer.fingerprint, source.size, supervised=True
         ) as writer:
-            for task in tokenise_chats(source.documents(), tokenizer, template, source.field, source.name, *settings):
+            for task in tokenise_chats(source.documents(), tokenizer, template, source.field, source.name, self.data):
                 writer.append(
                     task.ids_N, task.lengths_D, task.hashes_D, task.text_bytes, supervised_N=task.supervised_N
                 )

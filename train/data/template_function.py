@@ -35,9 +35,9 @@ KEY_OF_FUNCTION = "data.template_function"
 class FunctionTemplate(ChatTemplate):
     """A function in the place of Jinja."""
 
-    def __init__(self, section: CodeSection):
-        """Raises UserError where there is no such function, or it takes other arguments."""
-        self._section, self.name = section, str(section[TARGET])
+    def __init__(self, section: CodeSection, eos: str = ""):
+        """eos: the end of a document. Raises UserError where there is no such function, or it takes other arguments."""
+        self._section, self.name, self._tokens = section, str(section[TARGET]), {"eos_token": eos}
         self._function = make(KEY_OF_FUNCTION, section)
         require_arguments(KEY_OF_FUNCTION, section, self._function, 3, "messages, tools, add_generation_prompt")
 
@@ -80,7 +80,7 @@ class FunctionTemplate(ChatTemplate):
 def template_of(data: Data, folder: Path | None, tokenizer: Tokenizer) -> ChatTemplate:
     """The function or the template that the data name, or the template of the tokenizer's folder. Raises UserError."""
     if not data.template_function:
-        return load_template(data.template, folder, tokenizer)
-    made = FunctionTemplate(data.template_function)
+        return load_template(data.template, folder, tokenizer, data.template_keys)
+    made = FunctionTemplate(data.template_function, tokenizer.eos)
     made.require_tokens(tokenizer)
     return made
