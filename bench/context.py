@@ -21,15 +21,16 @@ import torch.distributed as dist
 
 from conf.load import compose
 from conf.schema import Config
-from parallel.mesh import build_mesh, read_layout
+from parallel.layout import read_layout
+from parallel.mesh import build_mesh
 from train.data.batch import Batch
 from train.kernels.choice import build_kernels
 from train.loop.step import StepOutcome, TrainingStep
 from train.optim.schedules import StepPlan
-from train.parallelize import ParallelModel, parallelize
+from train.parallelize import parallelize
 from train.plan.memory.ledger import PeakMeter
 from train.plan.time.traffic import latent_bytes
-from train.rank import RankSetup
+from train.rank_parts import ParallelModel, RankSetup
 
 CPU = torch.device("cpu")
 

@@ -37,9 +37,9 @@ from bench.fault_hooks import GROUP_PREFIX, MEMORY_GROUPS
 from bench.fault_links import DEVICE, LINKS, NETWORK, LinkedHosts
 from cluster.driver.journal import read_events
 from cluster.incident import newest_incident
-from cluster.launch import Place
 from cluster.local import run_children
 from cluster.patience import Patience
+from cluster.place import Place
 from cluster.spawn import ForkedProcess
 from conf.errors import EXIT_OK
 from conf.load import compose, write_config

@@ -22,11 +22,11 @@ import torch
 from safetensors import safe_open
 
 from conf.load import compose
+from conf.run_paths import RunPaths
 from conf.schema import Config, ExportType
 from parallel.shard import Shard
 from train.checkpoint.checkpointer import Checkpointer
 from train.checkpoint.read_shards import TORCH
-from train.checkpoint.run_folder import RunPaths
 from train.data.tokenizer import Tokenizer, train_bpe
 from train.export import run as exporting
 from train.export.piece_writer import PieceWriter

@@ -28,15 +28,16 @@ import torch.distributed as dist
 import train.kernels.plain.routing as routing
 from conf.load import compose
 from conf.schema import Config
-from parallel.mesh import build_mesh, read_layout
+from parallel.layout import read_layout
+from parallel.mesh import build_mesh
 from train.data.batch import Batch
 from train.dry_run.run_phases import RunPhases
 from train.kernels.choice import build_kernels
 from train.loop.step import TrainingStep
 from train.optim.schedules import StepPlan
-from train.parallelize import ParallelModel, parallelize
+from train.parallelize import parallelize
 from train.plan.memory.rank_memory import phases, scene_of
-from train.rank import RankSetup
+from train.rank_parts import ParallelModel, RankSetup
 
 RUN = [
     "conf=tiny",

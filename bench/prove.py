@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 
 from bench.prove_rows import ProveRow, read_rows, rotated, to_config, world_of, write_rows
-from cluster.launch import Place
+from cluster.place import Place
 from conf.schema import Config
 from train.prove.findings import ProofVerdict, first_of
 

@@ -217,7 +217,7 @@ def own_step(
     from train.optim.schedules import StepPlan
     from train.parallelize import parallelize
     from train.plan.job import layout_of
-    from train.rank import RankSetup
+    from train.rank_parts import RankSetup
 
     config, here = case.config(f"optim.balance_loss={balance_loss}", *more), torch.device(device)
     mesh = build_mesh(layout_of(config))

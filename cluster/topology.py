@@ -1,6 +1,6 @@
 """Which rank runs on which device: a pure function from nodes and degrees of parallelism to an ordered list.
 
-The ranks of one expert-parallel group (`ep` contiguous ranks, see parallel/mesh.py) exchange tokens in every MoE layer,
+The ranks of one expert-parallel group (`ep` contiguous ranks, see parallel/layout.py) exchange tokens in every MoE layer,
 so a group sits on as few nodes as possible, and inside one rack where it can. The next busiest neighbours are the
 stages of a pipeline, so consecutive stages of the same data-parallel block get consecutive groups of devices:
 

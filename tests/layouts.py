@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 from unittest import mock
 
-from cluster.launch import Place
+from cluster.place import Place
 from conf.load import compose, write_config
 from conf.schema import Config
 from tests.ranks import run_processes

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from cluster.launch import given_place
+from cluster.place import given_place
 from conf.files import atomic_write_text
 from conf.load import compose
 from parallel.exchange import from_rank_0, gather

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cluster.cause import Cause, Kind, name_cause, read_report
-from cluster.launch import Place
+from cluster.place import Place
 from conf.errors import EXIT_CRASH, EXIT_OK
 from conf.load import compose, read_config, write_config
 from tests.ranks import CONTEXT

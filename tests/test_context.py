@@ -6,7 +6,8 @@ import torch
 from bench.context import build, formula, latents_sent
 from conf.load import compose
 from parallel.context import ContextParallel, LoneContext
-from parallel.mesh import Layout, build_mesh
+from parallel.layout import Layout
+from parallel.mesh import build_mesh
 from tests.ranks import run_ranks
 from train.model.sequence import Positions
 

@@ -6,7 +6,8 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from conf.errors import UserError
-from parallel.mesh import Layout, build_mesh, form_later
+from parallel.layout import Layout
+from parallel.mesh import build_mesh, form_later
 from tests.ranks import run_ranks
 
 

@@ -7,11 +7,11 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from cluster.launch import Place
+from cluster.place import Place
 from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_STOPPED, EXIT_USER, UserError
 from parallel.exchange import is_timeout
 from tests.ranks import run_processes
-from train.data.source_files import ReportProgress
+from train.data.prepare_progress import ReportProgress
 from train.loop.trainer import RunDiverged
 from train.rank import guarded, in_turn
 

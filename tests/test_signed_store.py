@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 
 from cluster.drill.hosts import Hosts, missing
-from cluster.launch import Place
 from cluster.node.ports import free_port
+from cluster.place import Place
 from conf.load import compose
 from parallel.signed_store import SealedStore
 from tests.ranks import run_processes

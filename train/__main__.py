@@ -33,7 +33,8 @@ tune_cpu()  # before torch allocates anything
 tune_gpu()  # before CUDA starts
 
 from cluster.farewell import leave  # noqa: E402
-from cluster.launch import Place, given_place, is_driver, launch  # noqa: E402
+from cluster.launch import launch  # noqa: E402
+from cluster.place import Place, given_place, is_driver  # noqa: E402
 from conf.disk import let_output_be_lost  # noqa: E402
 from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_INTERRUPTED, EXIT_OK, EXIT_STOPPED, EXIT_USER, UserError  # noqa: E402
 from conf.load import run  # noqa: E402
@@ -131,7 +132,8 @@ def check_before_start(config: Config) -> None:
     from train.data.prepare_progress import show_progress
     from train.data.tokenizer import warn_of_spare_rows
     from train.kernels.deterministic import check_settings
-    from train.kernels.device import check_gpu, check_memory
+    from train.kernels.device import check_memory
+    from train.kernels.gpu_check import check_gpu
     from train.metrics.prometheus import require_port
 
     check_layout(config)

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 from conf import load as load_settings
 from conf.disk import disk_errors
 from conf.errors import EXIT_OK, EXIT_STOPPED, UserError
+from conf.run_paths import RunPaths
 from conf.schema import Config
 from conf.yaml_file import escaped
 from train.checkpoint.manifest import newest_intact
-from train.checkpoint.run_folder import RunPaths
 from train.metrics.jsonl import METRICS_FILE, read_heads
 from train.program import environment_of_children
 
@@ -155,7 +155,7 @@ def load(path: Path | str, *overrides: str) -> "LoadedModel":
 
     Raises UserError for what is not there, is damaged or does not fit in memory.
     """
-    from cluster.launch import Place
+    from cluster.place import Place
     from train.generate.source import open_weights
     from train.rank import choose_device
 

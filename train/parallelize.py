@@ -2,7 +2,6 @@
 
 from collections import ChainMap
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -32,32 +31,8 @@ from train.model.deepseek import DeepSeekV3, ModelOutputs
 from train.model.init import first_draws, initialise, materialise
 from train.model.mtp import MTP
 from train.model.operations import Kernels
-from train.model.router import Router
 from train.optim.optimizer_classes import OPTIMIZER_CLASSES
-
-
-@dataclass
-class RankModel:
-    """This rank's part of the model, and how it runs."""
-
-    chunks: list[DeepSeekV3]
-    pipeline: Pipeline[DeepSeekV3]
-    dispatcher: ExchangeDispatcher | None
-    """None where this rank holds all experts."""
-    precision: HighPrecision | Fp8Precision
-    share: ContextParallel | None
-    """None where this rank has whole sequences."""
-
-    def routers(self) -> dict[str, Router]:
-        """Routers of all chunks, by layer."""
-        return {name: router for chunk in self.chunks for name, router in chunk.routers().items()}
-
-
-@dataclass
-class ParallelModel(RankModel):
-    """A rank's model with what updates its weights."""
-
-    zero: Zero
+from train.rank_parts import ParallelModel, RankModel
 
 
 def parallelize(

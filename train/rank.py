@@ -7,7 +7,6 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
@@ -17,35 +16,27 @@ import torch.distributed as dist
 
 from cluster.cause import Failure, begin_work, end_work
 from cluster.interfaces import name_interface
-from cluster.launch import Place, given_meeting
+from cluster.place import Place, given_meeting
 from cluster.stacks import answer_requests
 from conf.disk import explain_disk_error
 from conf.errors import EXIT_CRASH, EXIT_STOPPED, EXIT_USER, RunEnded, UserError, causes
 from conf.own_code import named_by
+from conf.run_paths import RunPaths
 from conf.schema import ROOT, Config
 from conf.words import say
 from parallel.exchange import is_timeout, patient_group, refuse_pickles
-from parallel.mesh import Mesh, build_mesh, form_later, read_layout
+from parallel.layout import read_layout
+from parallel.mesh import build_mesh, form_later
 from parallel.signed_store import open_sealed_store
-from train.checkpoint.run_folder import RunPaths
-from train.data.corpus import silent
-from train.data.prepare_progress import show_progress
-from train.data.source_files import ReportProgress
+from train.data.prepare_progress import ReportProgress, show_progress, silent
 from train.kernels.cpu.processor import threads_of
 from train.kernels.deterministic import repeat_bits
-from train.kernels.device import bind_to_numa_node, grow_segments, probe_in_turn, record_collectives, usable_gpu
+from train.kernels.device import bind_to_numa_node, grow_segments, record_collectives, usable_gpu
+from train.rank_parts import RankSetup
 
 T = TypeVar("T")
 PREPARATION = timedelta(days=7)
 """Longest wait for data to be made: tokenising a large text takes longer than any collective of the training may."""
-
-
-@dataclass(frozen=True)
-class RankSetup:
-    """Where a rank computes, and with whom."""
-
-    device: torch.device
-    mesh: Mesh
 
 
 def guarded(place: Place, failures: Path | None, work: Callable[[], int]) -> int:
@@ -99,11 +90,10 @@ def _guarded(place: Place, failures: Path | None, work: Callable[[], int]) -> in
 
 
 def set_up_rank(config: Config, place: Place) -> RankSetup:
-    """The device of this rank, found able to compute, and its groups. Collective over all ranks; raises UserError."""
+    """The device of this rank and its groups. Collective over all ranks; raises UserError."""
     device = choose_device(config, place)
     start_process_group(config, place, device)
     mesh = build_mesh(read_layout(config, place.local_world), timedelta(seconds=config.cluster.timeout))
-    probe_in_turn(config, place, device)
     return RankSetup(device, mesh)
 
 

@@ -12,23 +12,26 @@ from cluster.farewell import leave  # before libraries, see there
 import torch
 
 from cluster.driver.copies import given_shelves
-from cluster.launch import Place, given_attempt, given_place, given_run
+from cluster.launch import given_run
 from cluster.patience import Patience
+from cluster.place import Place, given_attempt, given_place
 from cluster.self_watch import SelfWatch
 from cluster.stacks import answer_requests
 from conf.disk import disk_errors, let_output_be_lost
 from conf.errors import EXIT_OK, DiskFailed
+from conf.run_paths import RunPaths
 from conf.schema import Config
 from parallel.exchange import from_rank_0
 from parallel.zero.engine import import_deepspeed
 from train.checkpoint.checkpointer import Checkpointer
 from train.checkpoint.commit import next_attempt
 from train.checkpoint.memory_copies import MemoryCopies
-from train.checkpoint.run_folder import RunPaths, held_by_rank_0
+from train.checkpoint.run_folder import held_by_rank_0
 from train.data.prepare import prepare
 from train.kernels.choice import choose_kernels
 from train.kernels.cpu.processor import cpu_name
 from train.kernels.device import idle_gpu
+from train.kernels.gpu_check import probe_in_turn
 from train.kernels.precision import activation_dtype
 from train.loop.device_errors import raise_explained
 from train.loop.finish import finish_run
@@ -83,6 +86,7 @@ def _run_explained(config: Config, place: Place, stop: StopRequest, failures: Pa
 def _run(config: Config, place: Place, stop: StopRequest, record: RankRecorder) -> int:
     rank = set_up_rank(config, place)
     device, mesh = rank.device, rank.mesh
+    probe_in_turn(config, place, device)
     record.name_groups(mesh)
     kernels, kernel_notes = choose_kernels(config, device)
     data = in_turn(place, lambda progress: prepare(config, progress))

@@ -121,14 +121,15 @@ def take_steps(task: Task, rank: int) -> dict:
     import torch.distributed as dist
 
     from bench.gpu.machine import kernels_of
-    from cluster.launch import Place
+    from cluster.place import Place
     from conf.load import compose
     from parallel.mesh import build_mesh
     from train import parallelize as parallelize_module
     from train.loop.step import TrainingStep
     from train.optim.schedules import StepPlan
     from train.plan.job import layout_of
-    from train.rank import RankSetup, choose_device, start_process_group
+    from train.rank import choose_device, start_process_group
+    from train.rank_parts import RankSetup
 
     more = [] if task.compiled else ["cluster.compiled=false"]
     config = compose(*task.overrides, f"cluster.device={task.device}", f"cluster.threads={task.threads}", *more)

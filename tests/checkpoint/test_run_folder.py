@@ -14,12 +14,13 @@ import torch
 
 from conf.errors import UserError
 from conf.load import compose, read_config
+from conf.run_paths import RunPaths
 from parallel.shard import whole
 from tests.checkpoint.world import checkpointers, save
 from tests.ranks import CONTEXT
 from train.checkpoint import run_folder
 from train.checkpoint.commit import Committer
-from train.checkpoint.run_folder import RunFolder, RunPaths, held_by_rank_0, resume_point
+from train.checkpoint.run_folder import RunFolder, held_by_rank_0, resume_point
 from train.data.token_store import locked
 
 torch.set_num_threads(1)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cluster.launch import Place
+from cluster.place import Place
 from conf.errors import EXIT_OK, UserError
 from conf.load import compose
 from tests.ranks import run_processes

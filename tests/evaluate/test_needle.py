@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from cluster.launch import Place
+from cluster.place import Place
 from conf.errors import EXIT_OK, UserError
 from conf.load import compose
-from parallel.mesh import Layout
+from parallel.layout import Layout
 from parallel.pipeline.schedule import Pipeline
 from tests.ranks import run_processes
 from train.checkpoint.stored_weights import load_model

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from parallel.expert.stand_in import split_evenly
-from train.kernels import choice
-from train.kernels import device as gpu
+from train.kernels import choice, gpu_check
 from train.kernels.fp8.fp8 import Fp8Precision
 from train.kernels.fp8.groups import on_device
 from train.kernels.gpu.fused_attention import EfficientAttention, FlashAttention
@@ -25,7 +24,7 @@ from train.loop.stop import StopKind
 
 def install() -> None:
     """The answers of what a run tries at its start."""
-    gpu.probe = lambda *_: ""
+    gpu_check.probe = lambda *_: ""
     choice.CORES = {"whole": _WholeSequences(), "documents": FlashAttention()}
     choice.problem_of = lambda *_: None
     torch.Tensor.__repr__ = _without_values

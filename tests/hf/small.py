@@ -9,12 +9,12 @@ from safetensors.torch import load_file, save_file
 
 from conf.errors import EXIT_OK
 from conf.load import compose
+from conf.run_paths import RunPaths
 from conf.schema import Model
 from parallel.shard import whole
 from tests.checkpoint.world import checkpointers, save
 from tests.model import parity
 from tests.small import arguments
-from train.checkpoint.run_folder import RunPaths
 from train.data.tokenizer import Tokenizer, train_bpe
 from train.export.run import export
 from train.hf.tensor_names import tensors

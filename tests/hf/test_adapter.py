@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from conf.adapters import ADAPTER_TARGETS
 from conf.errors import EXIT_OK, UserError
 from conf.load import compose
+from conf.run_paths import RunPaths
 from conf.schema import Config, Model, ModelFamily
 from tests.checkpoint.world import checkpointers, save, spread
 from tests.hf.small import (
@@ -33,7 +34,6 @@ from tests.hf.small import (
 from tests.hf.test_families import write_miniature
 from tests.small import arguments
 from train.checkpoint.adapter_base import describe_base
-from train.checkpoint.run_folder import RunPaths
 from train.checkpoint.stored_weights import load_hf_model, load_model
 from train.export.run import export
 from train.hf.adapter_folder import open_adapter

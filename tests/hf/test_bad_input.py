@@ -10,13 +10,13 @@ from safetensors.torch import save_file
 
 from conf.errors import EXIT_USER, UserError
 from conf.load import compose
+from conf.run_paths import RunPaths
 from conf.schema import Model
 from parallel.shard import whole
 from tests.checkpoint.world import checkpointers, save
 from tests.hf.small import FP8, MODEL, random_tensors, write_folder
 from tests.small import arguments, train
 from tests.test_read_json import BAD
-from train.checkpoint.run_folder import RunPaths
 from train.checkpoint.stored_weights import load_hf_model
 from train.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from train.export.run import export

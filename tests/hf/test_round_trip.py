@@ -12,14 +12,15 @@ import pytest
 import torch
 
 from conf.load import compose
+from conf.run_paths import RunPaths
 from conf.schema import Config, Model
-from parallel.mesh import Layout, build_mesh
+from parallel.layout import Layout
+from parallel.mesh import build_mesh
 from parallel.shard import Shard
 from tests.hf.small import FP8, random_tensors, read_folder, write_folder
 from tests.ranks import run_ranks
 from tests.small import MODEL, arguments
 from train.checkpoint.checkpointer import Checkpointer
-from train.checkpoint.run_folder import RunPaths
 from train.data.tokenizer import Tokenizer, train_bpe
 from train.export.run import export
 from train.hf.tensor_names import tensors

@@ -9,12 +9,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_layers import MtpModel
 
 from conf.load import compose, read_config
+from conf.run_paths import RunPaths
 from conf.schema import ROOT
 from tests.layouts import run_layout
 from tests.ranks import run_module
 from tests.small import TEXT, arguments, environment, metrics, train
 from train.__main__ import check_before_start
-from train.checkpoint.run_folder import RunPaths
 from train.checkpoint.stored_weights import load_hf_model, load_model
 from train.data.tokenizer import load_tokenizer
 from train.export.run import export

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils import deterministic
 
-from cluster.launch import Place
+from cluster.place import Place
 from conf.errors import UserError
 from conf.load import compose
 from conf.schema import ROOT

@@ -8,11 +8,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from cluster.launch import Place
+from cluster.place import Place
 from conf.errors import UserError
 from conf.load import compose
 from tests.ranks import run_processes
 from train.kernels import device as gpu
+from train.kernels import gpu_check
 from train.kernels.cpu.processor import tune_gpu
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -33,23 +34,23 @@ def test_a_gpu_that_torch_cannot_use_is_no_silent_cpu(card, monkeypatch):
         UserError,
         match=r"cluster\.device = auto\n.*nvidia0, which torch cannot use: (Torch not compiled|Found no NVIDIA driver)",
     ):
-        gpu.check_gpu(compose())
-    gpu.check_gpu(compose("cluster.device=cpu"))
+        gpu_check.check_gpu(compose())
+    gpu_check.check_gpu(compose("cluster.device=cpu"))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # the user hides it
-    gpu.check_gpu(compose())
+    gpu_check.check_gpu(compose())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
 def test_a_device_that_was_asked_for_must_be_there():
     said = "torch .* is built for the CPU alone" if torch.version.cuda is None else "Found no NVIDIA driver"
     with pytest.raises(UserError, match=rf"cluster\.device = cuda\n.*torch can use: {said}"):
-        gpu.check_gpu(compose("cluster.device=cuda"))
+        gpu_check.check_gpu(compose("cluster.device=cuda"))
 
 
 def test_a_build_for_the_cpu_beside_a_gpu_is_a_note(card, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
     config = compose()
-    gpu.check_gpu(config)
+    gpu_check.check_gpu(config)
     assert "is built without CUDA: the run uses the CPU" in gpu.idle_gpu(config, torch.device("cpu"))
     assert gpu.idle_gpu(compose("cluster.device=cpu"), torch.device("cpu")) is None
 
@@ -108,13 +109,13 @@ def test_a_rank_keeps_its_last_collectives_for_a_time_out(tmp_path, monkeypatch)
 def test_products_are_tried_once_for_a_command(card, monkeypatch):
     tried = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu, "probe", lambda config, device=0: tried.append(config.precision.name))
-    monkeypatch.setitem(os.environ, gpu.PROBED, "")
+    monkeypatch.setattr(gpu_check, "probe", lambda config, device=0: tried.append(config.precision.name))
+    monkeypatch.setitem(os.environ, gpu_check.PROBED, "")
     for recipe in ("bf16", "fp8", "fp8", "fp8_ue8m0"):
-        gpu.check_gpu(compose(f"precision={recipe}"))
+        gpu_check.check_gpu(compose(f"precision={recipe}"))
     assert tried == ["fp8", "fp8_ue8m0"]
     place = Place(0, 1, 0, 1)
-    gpu.probe_in_turn(compose("precision=fp8_ue8m0"), place, torch.device("cuda", 0))
+    gpu_check.probe_in_turn(compose("precision=fp8_ue8m0"), place, torch.device("cuda", 0))
     assert len(tried) == 2
 
 
@@ -126,9 +127,9 @@ def refused_by_the_first(rank: int, store: str) -> None:
         assert rank == 0, "the second rank waits"
         raise UserError("precision", "fp8", "does not fit", "install another")
 
-    gpu.probe = probe
+    gpu_check.probe = probe
     with pytest.raises(UserError, match="does not fit\n        seen by: rank 0"):
-        gpu.probe_in_turn(compose("precision=fp8"), Place(rank, 2, rank, 2), torch.device("cuda", rank))
+        gpu_check.probe_in_turn(compose("precision=fp8"), Place(rank, 2, rank, 2), torch.device("cuda", rank))
     dist.destroy_process_group()
 
 

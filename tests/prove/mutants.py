@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster.launch import Place
+from cluster.place import Place
 from conf.load import compose, read_config, write_config
 from conf.schema import Config
 from tests.prove.mutations import MUTATIONS, Mutation

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bench.prove_rows import MICRO_BATCHES
-from cluster.launch import Place
+from cluster.place import Place
 from conf.load import compose, write_config
 from conf.schema import Config
 from tests.ranks import run_processes

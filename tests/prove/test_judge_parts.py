@@ -8,9 +8,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from conf.run_paths import RunPaths
 from conf.schema import Config
 from tests.prove.proofs import gather_evidence, small_proof
-from train.checkpoint.run_folder import RunPaths
 from train.prove.evidence import EVIDENCE, Evidence, read_evidence
 from train.prove.findings import Difference, ProofFindings
 from train.prove.judge_high import WholeJudge

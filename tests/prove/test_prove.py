@@ -12,10 +12,10 @@ from torch.nn import functional as F
 from bench.prove_rows import rotated
 from conf.errors import EXIT_OK, UserError
 from conf.load import compose
+from conf.run_paths import RunPaths
 from conf.schema import ROOT, Config
 from tests.prove.proofs import gather_evidence, small_proof
 from tests.small import SMALL, environment
-from train.checkpoint.run_folder import RunPaths
 from train.metrics.proof_rows import report_rows
 from train.metrics.report import write_report
 from train.prove import judge as judging

@@ -15,7 +15,8 @@ from torch import nn
 from conf.optimizers import ADAMW, OPTIMIZERS
 from conf.schema import Optim
 from parallel import exchange
-from parallel.mesh import Layout, build_mesh
+from parallel.layout import Layout
+from parallel.mesh import build_mesh
 from parallel.zero.engine import Zero
 from parallel.zero.sharded_weights import ShardedWeights
 from tests.ranks import plain, run_ranks, tensor_of

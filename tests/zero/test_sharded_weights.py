@@ -14,7 +14,8 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from conf.load import compose
-from parallel.mesh import Layout, build_mesh
+from parallel.layout import Layout
+from parallel.mesh import build_mesh
 from parallel.zero.sharded_weights import find_units
 from tests.layouts import run_layout
 from tests.ranks import run_ranks

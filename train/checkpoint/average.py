@@ -18,6 +18,7 @@ from conf.changed_settings import Effect, effect_of, flat
 from conf.errors import EXIT_OK, UserError
 from conf.files import new_folder, written_whole
 from conf.load import read_config, write_config
+from conf.run_paths import RunPaths
 from conf.schema import Average, Config, Mode
 from conf.words import one_line, say, say_note
 from parallel.shard import Shard
@@ -25,10 +26,9 @@ from train.checkpoint.commit import Committer, Save
 from train.checkpoint.intervals import merge_indexes
 from train.checkpoint.manifest import Manifest, checkpoints, holds_adapter, read_manifest
 from train.checkpoint.read_shards import TORCH, FolderFiles, fill_shards
-from train.checkpoint.run_folder import RunPaths, find_checkpoint
+from train.checkpoint.run_folder import find_checkpoint
 from train.checkpoint.staging import StagingBuffers
-from train.data.prepare_progress import show_progress
-from train.data.source_files import ReportProgress
+from train.data.prepare_progress import ReportProgress, show_progress
 
 AVERAGED_ELEMENTS = 1 << 27
 """Elements that are averaged at a time, at most: 2 GB of memory, with the sum in fp64, and 0.5 GB in a file."""

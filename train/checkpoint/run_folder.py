@@ -36,26 +36,12 @@ from conf.disk import describe_room, disk_errors, explain_disk_error, naming
 from conf.errors import EXIT_USER, UserError
 from conf.files import atomic_write_json, atomic_write_text, open_lock, try_lock
 from conf.load import write_config
+from conf.run_paths import RunPaths
 from conf.schema import Config
 from conf.words import say
 from train.checkpoint.manifest import FoundCheckpoint, checkpoints, newest_intact, read_manifest, verify
 
 BEST = "best.json"
-
-
-class RunPaths:
-    """The names in a run folder. Touches nothing."""
-
-    def __init__(self, config: Config):
-        self.path = Path(config.runs).absolute() / config.name
-        self.config_path = self.path / "config.yaml"
-        self.rank_lock = self.path / ".rank_0.lock"
-        self.checkpoints = self.path / "checkpoints"
-        self.logs = Path(os.environ.get("SLUICE_LOGS", self.path / "logs"))
-        """An agent of cluster=ray gives its ranks a folder of their own and gathers what they write."""
-        self.metrics = self.path / "metrics.jsonl"
-        self.report = self.path / "report.html"
-        self.wandb = self.path / "wandb"
 
 
 class RunFolder(RunPaths):

@@ -23,7 +23,8 @@ from train.data.chat_tokens import MASK_VERSION, FittedChats, chat_tokenizer, fi
 from train.data.held_out import all_documents, long_documents, split_documents, training_texts
 from train.data.own_documents import KEY, OwnDocuments
 from train.data.packing import Documents
-from train.data.source_files import ReportProgress, unreadable
+from train.data.prepare_progress import ReportProgress, silent
+from train.data.source_files import unreadable
 from train.data.sources import DocumentSource, FileSource, format_of, no_text, open_chats, open_source, sources_of
 from train.data.token_store import STORE_VERSION, DamagedStore, StoreWriter, TokenStore, keep_text, locked, open_store
 from train.data.tokenise import tokenise
@@ -58,10 +59,6 @@ class Corpus:
     """What the user may want to know, one sentence each."""
     template_files: dict[str, str] = field(default_factory=dict)
     """Jinja templates that made chats into text, by name of their file; empty of other data."""
-
-
-def silent(stage: str, done: int, total: int) -> None:
-    """Progress that nobody watches."""
 
 
 def build_corpus(config: Config, progress: ReportProgress = silent) -> Corpus:

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from conf.errors import UserError
+from train.data.prepare_progress import ReportProgress
 from train.data.reach import hub, offline_reason
 from train.data.readers import (
     check_text,
     text_key_of,
 )
-from train.data.source_files import ReportProgress
 from train.program import install_words
 
 HUB_ROWS = 256

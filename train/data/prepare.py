@@ -9,11 +9,10 @@ from conf.check import check
 from conf.errors import UserError
 from conf.files import atomic_write_text
 from conf.schema import Config
-from train.data.corpus import build_corpus, silent
+from train.data.corpus import build_corpus
 from train.data.dataset import TrainingData, ValidationData
 from train.data.own_documents import OwnDocuments
-from train.data.prepare_progress import show_progress
-from train.data.source_files import ReportProgress
+from train.data.prepare_progress import ReportProgress, show_progress, silent
 from train.data.streamed import StreamedData
 from train.data.tokenizer import Tokenizer
 from train.optim.schedules import Schedules

@@ -1,17 +1,23 @@
 """What `prepare` is doing, on stderr: a bar in a terminal, a line per stage elsewhere, nothing when all is cached."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from conf.words import one_line, say
-from train.data.source_files import ReportProgress
 
 if TYPE_CHECKING:
     from rich.progress import Progress as ProgressBar
     from rich.progress import TaskID
+
+ReportProgress = Callable[[str, int, int], None]
+"""Called with what is being done, how much is done and how much there is (in bytes)."""
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """Progress that nobody watches."""
 
 
 @contextmanager

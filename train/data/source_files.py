@@ -14,10 +14,8 @@ from pathlib import Path
 
 from conf.disk import cure_of_reading
 from conf.errors import UserError
+from train.data.prepare_progress import ReportProgress
 from train.data.token_store import keep_text
-
-ReportProgress = Callable[[str, int, int], None]
-"""Called with what is being done, how much is done and how much there is (in bytes)."""
 
 HASHED_BYTES = 8 << 20
 RACE = 10**9 * 2

@@ -24,6 +24,7 @@ from conf.schema import CHATS, Config, DataFormat, MixSource
 from train.data.chats import CHAT_KEYS, Chat, read_chat
 from train.data.docstring_chats import read_docstring_chats
 from train.data.hub import open_hub
+from train.data.prepare_progress import ReportProgress
 from train.data.readers import (
     read_jsonl,
     read_jsonl_records,
@@ -32,7 +33,7 @@ from train.data.readers import (
     read_text,
     text_key_of,
 )
-from train.data.source_files import ReportProgress, SourceFile, digest_files, find_files, hash_id, unreadable
+from train.data.source_files import SourceFile, digest_files, find_files, hash_id, unreadable
 
 JSONL = (".jsonl", ".ndjson", ".jsonl.gz", ".jsonl.zst", ".ndjson.gz", ".ndjson.zst", ".json.gz", ".json.zst")
 PARQUET = (".parquet",)

@@ -17,23 +17,23 @@ import torch.distributed as dist
 from torch import Tensor
 
 from conf.errors import UserError
+from conf.run_paths import RunPaths
 from conf.schema import Config
 from conf.words import say
 from parallel.context import LoneContext
 from parallel.expert.build import build_stand_in, build_wire
 from parallel.mesh import build_mesh
 from parallel.pipeline.lone_stage import LoneStage
-from train.checkpoint.run_folder import RunPaths
 from train.dry_run.assumed_rows import group_of
 from train.dry_run.piece import DryRunPiece
 from train.dry_run.run_phases import RunPhases
 from train.kernels.choice import choose_kernels
 from train.loop.profiler import StepProfiler
-from train.parallelize import ParallelModel, parallelize
+from train.parallelize import parallelize
 from train.plan.job import layout_of
 from train.plan.memory.ledger import PeakMeter, PhaseBytes
 from train.plan.time.timed_step import TimedStep
-from train.rank import RankSetup
+from train.rank_parts import ParallelModel, RankSetup
 
 
 @dataclass

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from cluster.launch import Place
+from cluster.place import Place
 from conf.errors import EXIT_OK
 from conf.files import atomic_write_text
 from conf.schema import Config

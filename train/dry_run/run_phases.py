@@ -16,21 +16,20 @@ from torch import Tensor
 from cluster.driver.copies import Shelf, Shelves
 from cluster.node.copy_store import Store, folder_bytes
 from conf.changed_settings import settings_of
+from conf.run_paths import RunPaths
 from conf.schema import Config
 from parallel.shard import Shard, whole
 from train.checkpoint.checkpointer import Checkpointer
 from train.checkpoint.manifest import checkpoints
 from train.checkpoint.memory_copies import SETS, MemoryCopies
-from train.checkpoint.run_folder import RunPaths
 from train.data.tokenizer import Tokenizer, train_bpe
 from train.loop.published_weights import NEWEST, WEIGHTS_FOLDER, publish_weights
 from train.loop.start import check_start, start_from
 from train.loop.state import RunState
 from train.metrics.quantities import gib
-from train.parallelize import ParallelModel
 from train.plan.memory.ledger import PeakMeter, PhaseBytes
 from train.plan.memory.rank_memory import HELD_COPIES
-from train.rank import RankSetup
+from train.rank_parts import ParallelModel, RankSetup
 
 TOKEN = "of a dry run"
 """What a rank shows to the stores of its copies."""

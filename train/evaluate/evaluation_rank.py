@@ -11,15 +11,16 @@ from cluster.farewell import leave  # before libraries, see there
 import torch
 from rich.console import Console
 
-from cluster.launch import Place, given_run
+from cluster.launch import given_run
+from cluster.place import Place
 from conf.disk import disk_errors
 from conf.errors import EXIT_OK
+from conf.run_paths import RunPaths
 from conf.schema import Config
 from conf.screen import Terminal
 from conf.words import sentence
 from parallel.mesh import Mesh
 from parallel.pipeline.schedule import Pipeline
-from train.checkpoint.run_folder import RunPaths
 from train.checkpoint.stored_weights import load_hf_model, load_pipeline, require_memory
 from train.checkpoint.trained_with import require_tokenizer
 from train.data.corpus import Corpus, build_corpus
@@ -42,6 +43,7 @@ from train.evaluate.target import Target, find_target
 from train.generate.decoder import Decoder
 from train.generate.source import start_token
 from train.kernels.choice import choose_kernels
+from train.kernels.gpu_check import probe_in_turn
 from train.kernels.precision import activation_dtype
 from train.loop.validation import Sums, held_out_loss
 from train.metrics.report import write_report
@@ -72,6 +74,7 @@ def _run(config: Config, place: Place) -> int:
         load_tasks(config)  # what is missing is told before weights are read
     config, rank = target.config, set_up_rank(target.config, place)
     device, mesh = rank.device, rank.mesh
+    probe_in_turn(config, place, device)
     corpus = in_turn(place, lambda progress: build_corpus(config, progress))
     if target.meta is not None:
         require_tokenizer(corpus.tokenizer.fingerprint, config.data.tokenizer, target.checkpoint, target.meta)

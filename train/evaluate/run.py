@@ -3,11 +3,12 @@
 import importlib.util
 import sys
 
-from cluster.launch import Place, given_place, launch
+from cluster.launch import launch
+from cluster.place import Place, given_place
 from conf.errors import UserError
 from conf.load import write_config
+from conf.run_paths import RunPaths
 from conf.schema import Config
-from train.checkpoint.run_folder import RunPaths
 from train.data.corpus import build_corpus
 from train.data.prepare_progress import show_progress
 from train.evaluate.needle import make_needles

@@ -29,8 +29,7 @@ from train.checkpoint.read_shards import TORCH
 from train.checkpoint.run_folder import find_checkpoint
 from train.checkpoint.stored_weights import StoredWeights
 from train.checkpoint.trained_with import tokenizer_of
-from train.data.prepare_progress import show_progress
-from train.data.source_files import ReportProgress
+from train.data.prepare_progress import ReportProgress, show_progress
 from train.export.model_card import CARD_FILE, model_card
 from train.export.piece_writer import PieceWriter
 from train.export.written_tensors import (

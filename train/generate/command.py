@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 
 from cluster.interrupts import every_interrupt
-from cluster.launch import Place
+from cluster.place import Place
 from conf.errors import EXIT_INTERRUPTED, EXIT_OK, UserError
 from conf.load import report
 from conf.schema import Config

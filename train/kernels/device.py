@@ -1,19 +1,14 @@
-"""A rank's GPU before data are read: whether torch and Triton can use it, whether FP8 products work, how its memory is cut, and
-what NCCL keeps for the day that a collective hangs.
-"""
+"""A rank's GPU: whether torch and Triton can use it, how its memory is cut, and what NCCL keeps for the day that a collective hangs."""
 
 import glob
 import os
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from cluster.launch import Place
 from conf.errors import UserError
 from conf.schema import Config
-from train.kernels.fp8.hopper_probe import probe
 from train.kernels.gpu.host_compiler import require_for_triton
 
 if TYPE_CHECKING:
@@ -23,27 +18,13 @@ ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 """Settings of torch's allocator, under the name of today and of before."""
 FLIGHTS = "flight_recorder_rank_"
 """Before the rank in the names of the files where NCCL's process groups leave their last collectives."""
-PROBED = "SLUICE_PROBED"
-"""Set to the FP8 recipe whose products this command has tried, for the ranks that it starts here."""
-PROBE_PATIENCE = timedelta(hours=1)
-"""Longest wait for the first rank of each machine, which tries products for hopper_probe.PROBE_SECONDS at most."""
 GPUS = ("/dev/nvidia[0-9]*", "/dev/dxg")
 """Files that a machine with a GPU of NVIDIA has, or a container that was given one; the second is that of Windows."""
 
 
-def check_gpu(config: Config) -> None:
-    """What the driver of local ranks can see. Raises UserError. Elsewhere ranks look at their own machines."""
-    wanted, fp8 = config.cluster.device, config.precision.fp8
-    if wanted == "cpu" or config.cluster.backend == "ray" or not (wanted == "cuda" or _gpu_files()):
-        return
-    if usable_gpu(wanted) and fp8 is not None and os.environ.get(PROBED) != str(fp8):
-        probe(config)
-        os.environ[PROBED] = str(fp8)
-
-
 def check_memory(config: Config, state_bytes: int) -> None:
     """UserError where ranks of this machine's CPU have less memory, all together, than weights and optimizer state take."""
-    if config.cluster.backend == "ray" or (config.cluster.device != "cpu" and _gpu_files()):
+    if config.cluster.backend == "ray" or (config.cluster.device != "cpu" and gpu_files()):
         return
     total = psutil.virtual_memory().total
     if state_bytes > total:
@@ -76,8 +57,8 @@ def sees_gpu(wanted: str) -> bool:
     if wanted == "cuda":
         rule = f"needs a CUDA device that torch can use: {_why_not()}"
         raise UserError("cluster.device", wanted, rule, "install what that names, or use cluster.device=cpu")
-    if _gpu_files() and torch.version.cuda is not None and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
-        rule = f"finds {', '.join(_gpu_files())}, which torch cannot use: {_why_not()}"
+    if gpu_files() and torch.version.cuda is not None and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
+        rule = f"finds {', '.join(gpu_files())}, which torch cannot use: {_why_not()}"
         cure = "update the driver or install the build of torch that fits it, or say cluster.device=cpu"
         raise UserError("cluster.device", wanted, rule, cure)
     return False
@@ -87,30 +68,9 @@ def idle_gpu(config: Config, device: "torch.device") -> str | None:
     """A note for a run on the CPU of a machine with a GPU, where torch is built for the CPU alone."""
     import torch
 
-    if device.type == "cpu" and config.cluster.device == "auto" and _gpu_files() and torch.version.cuda is None:
+    if device.type == "cpu" and config.cluster.device == "auto" and gpu_files() and torch.version.cuda is None:
         return f"this machine has a GPU, and torch {torch.__version__} is built without CUDA: the run uses the CPU"
     return None
-
-
-def probe_in_turn(config: Config, place: Place, device: "torch.device") -> None:
-    """The first rank of every machine tries the FP8 products; the others wait, and all refuse what one refuses."""
-    fp8 = config.precision.fp8
-    if device.type != "cuda" or fp8 is None or os.environ.get(PROBED) == str(fp8):
-        return
-    from parallel.exchange import gather, patient_group
-
-    refused = None
-    with patient_group(PROBE_PATIENCE) as everybody:
-        if place.local_rank == 0:
-            try:
-                probe(config, device.index)
-            except UserError as error:
-                refused = [str(part) for part in error.args]
-        everyone = gather(refused, everybody)
-    for rank, args in enumerate(everyone):
-        if args is not None:
-            field, value, rule, cure = args
-            raise UserError(field, value, rule if place.world == 1 else f"{rule}\n        seen by: rank {rank}", cure)
 
 
 def grow_segments() -> None:
@@ -153,7 +113,7 @@ def record_collectives(logs: Path) -> None:
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
 
 
-def _gpu_files() -> list[str]:
+def gpu_files() -> list[str]:
     return sorted(path for pattern in GPUS for path in glob.glob(pattern))
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 from cluster.run_files import stop_path
 from conf.disk import explain_disk_error
 from conf.errors import EXIT_OK, EXIT_STOPPED, UserError
+from conf.run_paths import RunPaths
 from conf.schema import Config
 from train.checkpoint.manifest import newest_intact, read_manifest
-from train.checkpoint.run_folder import RunPaths
 from train.metrics.jsonl import read_heads
 from train.metrics.origin import command_to_go_on
 from train.metrics.planned import plan_rows, plan_words

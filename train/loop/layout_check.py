@@ -22,7 +22,7 @@ def check_layout(config: Config) -> None:
     if config.adapter.on and parallel.pp > 1:
         _check_adapter(config)
     if parallel.ep > 1 and parallel.dispatch_facts.by_nodes:
-        from parallel.mesh import read_layout
+        from parallel.layout import read_layout
 
         layout = read_layout(config, parallel.world)
         check_groups(parallel.ep, layout.ep_ranks_per_node, config.model.groups)

@@ -19,8 +19,7 @@ from train.loop.step_work import StepWork
 from train.loop.stop import StopKind
 from train.model.count import attention_layers, moe_layers
 from train.optim.qk_clip import QKClip
-from train.parallelize import ParallelModel
-from train.rank import RankSetup
+from train.rank_parts import ParallelModel, RankSetup
 
 
 @dataclass

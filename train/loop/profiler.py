@@ -29,7 +29,7 @@ from train.model.layers import FFN, Embedding, RMSNorm
 from train.model.mla import MLA
 from train.model.moe import MoE
 from train.model.router import Router
-from train.parallelize import ParallelModel
+from train.rank_parts import ParallelModel
 
 FOLDER = "profile"
 TABLE_ROWS = 10

@@ -13,9 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from cluster.run_files import STEP_FOLDERS, step_name
+from conf.run_paths import RunPaths
 from conf.schema import Config
-from train.checkpoint.run_folder import RunPaths
-from train.data.corpus import silent
+from train.data.prepare_progress import silent
 from train.export.run import write_export
 
 WEIGHTS_FOLDER, NEWEST = "weights", "newest"

@@ -11,12 +11,12 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from cluster.comm_ring import CommRing, ring_path
-from cluster.launch import Place
+from cluster.place import Place
 from conf.disk import explain_disk_error
 from conf.words import say
 from parallel.comm_recorder import CommRecorder
 from parallel.mesh import Mesh
-from train.parallelize import ParallelModel
+from train.rank_parts import ParallelModel
 
 
 @dataclass

@@ -23,7 +23,7 @@ from train.kernels.fp8.frozen_blocks import frozen_blocks
 from train.metrics.balance import RunningLoad, update_running
 from train.model.count import moe_layers
 from train.optim.ema import Ema
-from train.parallelize import ParallelModel
+from train.rank_parts import ParallelModel
 
 
 class RunState:

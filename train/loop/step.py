@@ -24,8 +24,7 @@ from train.model.deepseek import DeepSeekV3
 from train.model.router import update_bias
 from train.optim.qk_clip import QKClip
 from train.optim.schedules import StepPlan
-from train.parallelize import ParallelModel
-from train.rank import RankSetup
+from train.rank_parts import ParallelModel, RankSetup
 
 
 def set_weights(chunks: Sequence[DeepSeekV3], plan: StepPlan, balance_weight: float) -> None:

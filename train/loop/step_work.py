@@ -12,8 +12,8 @@ that wait for it. With NCCL the host does not wait for tokens: there a slow rank
 
 from collections.abc import Sequence
 
-from parallel.mesh import Layout
-from train.parallelize import RankModel
+from parallel.layout import Layout
+from train.rank_parts import RankModel
 
 _BYTES = ("dispatch_bytes_inside", "dispatch_bytes_across")
 

@@ -8,12 +8,12 @@ import torch
 import torch.distributed as dist
 
 from conf.disk import explain_disk_error
+from conf.run_paths import RunPaths
 from conf.schema import Config
 from parallel.exchange import gather
 from parallel.mesh import Mesh
 from parallel.pipeline.schedule import Pipeline
 from parallel.pipeline.timeline import StepRecord
-from train.checkpoint.run_folder import RunPaths
 from train.metrics.timeline_file import SampledStep, write_timeline
 
 WARM_UP = 3

@@ -19,12 +19,13 @@ from conf.changed_settings import settings_of
 from conf.disk import disk_errors
 from conf.errors import EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED, DiskFailed, RunEnded
 from conf.micro_batches import share_of
+from conf.run_paths import RunPaths
 from conf.schema import Config
 from conf.words import say
 from parallel.exchange import gather
 from train.checkpoint.checkpointer import Checkpointer, SaveResult
 from train.checkpoint.memory_copies import MemoryCopies
-from train.checkpoint.run_folder import RunPaths, write_best
+from train.checkpoint.run_folder import write_best
 from train.data.batch import Batch
 from train.data.prefetch import Prefetch
 from train.data.prepare import PreparedData
@@ -49,8 +50,7 @@ from train.metrics.screens import quoted_lines
 from train.metrics.wandb_items import checkpoint, sample_table
 from train.metrics.writer import MetricsWriter
 from train.optim.schedules import Schedules, StepPlan
-from train.parallelize import ParallelModel
-from train.rank import RankSetup
+from train.rank_parts import ParallelModel, RankSetup
 
 NEXT_PHASE = {"schedule": "reduction", "reduction": "update", "update": "record"}
 """What a step is at after each of its phases."""

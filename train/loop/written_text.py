@@ -3,9 +3,9 @@
 import torch
 
 from conf.files import atomic_write_json
+from conf.run_paths import RunPaths
 from conf.schema import Config
 from train.checkpoint.manifest import newest_intact, read_manifest
-from train.checkpoint.run_folder import RunPaths
 from train.checkpoint.stored_weights import fits_here
 from train.data.tokenizer import Tokenizer
 from train.generate.complete import complete

@@ -27,7 +27,7 @@ from typing import Any
 
 import psutil
 
-from cluster.launch import given_place
+from cluster.place import given_place
 from conf.errors import UserError
 from conf.files import atomic_write_json
 from conf.schema import ROOT

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from cluster.cause import Kind
 from cluster.incident import newest_incident
-from cluster.launch import given_attempt
+from cluster.place import given_attempt
 from conf.changed_settings import settings_of
 from conf.errors import EXIT_DIVERGED, DiskFailed
 from conf.schema import Config

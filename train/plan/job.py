@@ -6,7 +6,7 @@ from functools import lru_cache
 from conf.errors import UserError
 from conf.micro_batches import most_micro_batches
 from conf.schema import Config, Hardware
-from parallel.mesh import Layout, read_layout
+from parallel.layout import Layout, read_layout
 from parallel.pipeline.orders import Action, schedule_actions
 from parallel.pipeline.simulate import Program
 

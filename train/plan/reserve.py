@@ -24,7 +24,7 @@ buffers of its own (conf/dispatches.py).
 from functools import lru_cache
 
 from conf.schema import Config
-from parallel.mesh import Layout
+from parallel.layout import Layout
 from train.plan.job import device_kind, device_memory, layout_of
 
 MIB = 2**20

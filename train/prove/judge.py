@@ -27,8 +27,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from conf.run_paths import RunPaths
 from conf.schema import Config
-from train.checkpoint.run_folder import RunPaths
 from train.data.batch import Batch
 from train.kernels.plain.plain_kernels import PlainKernels
 from train.kernels.precision import build_precision

@@ -42,7 +42,7 @@ from conf.schema import (
     Optim,
     Plan,
 )
-from parallel.mesh import Layout
+from parallel.layout import Layout
 from train.plan.job import layout_of
 from train.prove.bounds import is_tiled
 

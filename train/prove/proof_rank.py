@@ -26,20 +26,22 @@ from cluster.farewell import leave  # before libraries, see there
 import torch
 from torch import Tensor
 
-from cluster.launch import Place, given_run
+from cluster.launch import given_run
+from cluster.place import Place
 from cluster.run_files import step_name
 from conf.disk import disk_errors
 from conf.errors import EXIT_OK
 from conf.micro_batches import share_of
+from conf.run_paths import RunPaths
 from conf.schema import Config
 from conf.thresholds import lowered
 from parallel.exchange import from_rank_0
-from parallel.mesh import build_mesh, read_layout
+from parallel.layout import read_layout
+from parallel.mesh import build_mesh
 from parallel.shard import Shard
 from parallel.zero.engine import Update, Zero
 from train.checkpoint.checkpointer import Checkpointer, SaveInFlight, SaveResult
 from train.checkpoint.commit import Save, next_attempt
-from train.checkpoint.run_folder import RunPaths
 from train.data.batch import Batch
 from train.data.prefetch import Prefetch
 from train.data.prepare import PreparedData
@@ -54,7 +56,7 @@ from train.model.deepseek import DeepSeekV3
 from train.model.layers import PACKED
 from train.model.moe import Experts
 from train.optim.schedules import Schedules, StepPlan
-from train.parallelize import ParallelModel, RankModel, build_rank_model, parallelize
+from train.parallelize import build_rank_model, parallelize
 from train.prove.bounds import is_rounded
 from train.prove.double import in_double
 from train.prove.evidence import EVIDENCE, Evidence, EvidenceWatch, StepInfo
@@ -62,7 +64,8 @@ from train.prove.exact_update import ExactUpdates
 from train.prove.layouts import PROOFS, RunPart, layout_name, passes_of, run_parts, save_step, watched_steps
 from train.prove.parts import PartsWatch
 from train.prove.samples import ProofData, initial_biases, initial_weights
-from train.rank import RankSetup, choose_device, guarded, start_process_group
+from train.rank import choose_device, guarded, start_process_group
+from train.rank_parts import ParallelModel, RankModel, RankSetup
 
 PARTS = (0, 1)
 """The parts of a run, see run_pass."""

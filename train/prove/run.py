@@ -9,14 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
-from cluster.launch import Place, given_place, launch
+from cluster.launch import launch
 from cluster.local import run_children
+from cluster.place import Place, given_place
 from cluster.spawn import ForkedProcess
 from conf.errors import EXIT_CRASH, EXIT_OK, UserError
 from conf.load import write_config
 from conf.own_code import targets_of
+from conf.run_paths import RunPaths
 from conf.schema import Config
-from train.checkpoint.run_folder import RunPaths
 from train.kernels.cpu.processor import tune_cpu
 from train.loop.layout_check import check_layout
 from train.metrics.proof_rows import PROOF_CARD_FILE, PROOF_FILE

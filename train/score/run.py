@@ -14,7 +14,7 @@ import pyarrow.parquet
 import torch
 from torch import Tensor
 
-from cluster.launch import Place
+from cluster.place import Place
 from conf.errors import EXIT_OK, UserError
 from conf.schema import Config, ScoredRouting
 from conf.words import one_line, say, say_note

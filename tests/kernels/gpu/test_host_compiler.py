@@ -9,6 +9,7 @@ import torch
 from conf.errors import UserError
 from conf.load import compose
 from train.kernels import device as gpu
+from train.kernels import gpu_check
 from train.kernels.gpu import host_compiler
 from train.kernels.gpu.host_compiler import PYTHON, compiler_command, headers, missing_for_triton
 
@@ -68,12 +69,12 @@ def test_a_compiler_without_the_c_library(path):
 def test_a_run_on_a_gpu_is_refused_before_it_starts(path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(UserError, match=r"cluster\.device = cuda\n.*there is no C compiler") as refused:
-        gpu.check_gpu(compose("cluster.device=cuda", "precision=bf16"))
+        gpu_check.check_gpu(compose("cluster.device=cuda", "precision=bf16"))
     assert "build-essential" in refused.value.cure and "cluster.device=cpu" in refused.value.cure
     with pytest.raises(UserError, match="there is no C compiler"):
         gpu.usable_gpu("auto")
     assert gpu.sees_gpu("auto")
-    gpu.check_gpu(compose("cluster.device=cpu"))
+    gpu_check.check_gpu(compose("cluster.device=cpu"))
 
 
 def test_triton_asks_for_the_same(path, monkeypatch):

@@ -5,7 +5,7 @@ import torch
 
 from conf.load import compose
 from parallel.expert.build import build_dispatcher
-from parallel.mesh import Layout
+from parallel.layout import Layout
 from tests.ranks import run_ranks
 from train.kernels.plain.routing import choose_experts
 from train.model.operations import RoutingRule

@@ -29,7 +29,8 @@ from torch import multiprocessing
 
 from conf.errors import UserError
 from conf.schema import Config, Parallel, Rate
-from parallel.mesh import Layout, build_mesh
+from parallel.layout import Layout
+from parallel.mesh import build_mesh
 from train.kernels.choice import build_kernels
 from train.kernels.cpu.processor import cpu_name, threads_of, tune_cpu
 from train.parallelize import parallelize
@@ -38,7 +39,7 @@ from train.plan.time.rates import CALIBRATION_FILE, Rates
 from train.plan.time.step_time import plan_time
 from train.plan.time.timed_calls import KernelCases, batches
 from train.plan.time.timed_step import TimedStep, undisturbed_clock, wall_clock
-from train.rank import RankSetup
+from train.rank_parts import RankSetup
 
 KERNEL_SECONDS = 0.12
 """Seconds for one kernel at one size."""

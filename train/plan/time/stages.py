@@ -12,7 +12,7 @@ from typing import Any
 
 from conf.errors import UserError
 from conf.schema import Config, Recompute
-from parallel.mesh import Layout
+from parallel.layout import Layout
 from parallel.pipeline.host_store import reads
 from parallel.pipeline.orders import Action
 from parallel.pipeline.split import split_layers

@@ -10,8 +10,7 @@ from conf.schema import Config
 from train.data.batch import Batch
 from train.loop.step import StepOutcome, TrainingStep
 from train.optim.schedules import StepPlan
-from train.parallelize import ParallelModel
-from train.rank import RankSetup
+from train.rank_parts import ParallelModel, RankSetup
 
 
 def wall_clock(device: torch.device) -> float:

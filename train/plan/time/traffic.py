@@ -14,7 +14,7 @@ import numpy as np
 from conf.dispatches import Reach
 from conf.schema import Config, Model
 from parallel.expert.quantized_rows import TILE
-from parallel.mesh import Layout
+from parallel.layout import Layout
 
 SAMPLES = 4096
 """Random tokens to count on: the standard error of a mean copy count is below 0.5 %."""

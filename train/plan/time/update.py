@@ -15,7 +15,7 @@ import math
 from dataclasses import dataclass
 
 from conf.schema import Config
-from parallel.mesh import Layout
+from parallel.layout import Layout
 from parallel.owners import KEEPS
 from train.model.count import count_parameters
 from train.optim.matrices import logical_matrices

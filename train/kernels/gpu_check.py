@@ -1,0 +1,50 @@
+"""Whether the GPU works before data are read: torch and Triton can use it, and its FP8 products are right."""
+
+import os
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from cluster.place import Place
+from conf.errors import UserError
+from conf.schema import Config
+from train.kernels.device import gpu_files, usable_gpu
+from train.kernels.fp8.hopper_probe import probe
+
+if TYPE_CHECKING:
+    import torch
+
+PROBED = "SLUICE_PROBED"
+"""Set to the FP8 recipe whose products this command has tried, for the ranks that it starts here."""
+PROBE_PATIENCE = timedelta(hours=1)
+"""Longest wait for the first rank of each machine, which tries products for hopper_probe.PROBE_SECONDS at most."""
+
+
+def check_gpu(config: Config) -> None:
+    """What the driver of local ranks can see. Raises UserError. Elsewhere ranks look at their own machines."""
+    wanted, fp8 = config.cluster.device, config.precision.fp8
+    if wanted == "cpu" or config.cluster.backend == "ray" or not (wanted == "cuda" or gpu_files()):
+        return
+    if usable_gpu(wanted) and fp8 is not None and os.environ.get(PROBED) != str(fp8):
+        probe(config)
+        os.environ[PROBED] = str(fp8)
+
+
+def probe_in_turn(config: Config, place: Place, device: "torch.device") -> None:
+    """The first rank of every machine tries the FP8 products; the others wait, and all refuse what one refuses."""
+    fp8 = config.precision.fp8
+    if device.type != "cuda" or fp8 is None or os.environ.get(PROBED) == str(fp8):
+        return
+    from parallel.exchange import gather, patient_group
+
+    refused = None
+    with patient_group(PROBE_PATIENCE) as everybody:
+        if place.local_rank == 0:
+            try:
+                probe(config, device.index)
+            except UserError as error:
+                refused = [str(part) for part in error.args]
+        everyone = gather(refused, everybody)
+    for rank, args in enumerate(everyone):
+        if args is not None:
+            field, value, rule, cure = args
+            raise UserError(field, value, rule if place.world == 1 else f"{rule}\n        seen by: rank {rank}", cure)

@@ -1,0 +1,49 @@
+"""The parts of a rank that many files name: its device and groups, its model, and what updates the weights."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from parallel.context import ContextParallel
+    from parallel.expert.dispatcher import ExchangeDispatcher
+    from parallel.mesh import Mesh
+    from parallel.pipeline.schedule import Pipeline
+    from parallel.zero.engine import Zero
+    from train.kernels.fp8.fp8 import Fp8Precision
+    from train.kernels.plain.high import HighPrecision
+    from train.model.deepseek import DeepSeekV3
+    from train.model.router import Router
+
+
+@dataclass(frozen=True)
+class RankSetup:
+    """Where a rank computes, and with whom."""
+
+    device: "torch.device"
+    mesh: "Mesh"
+
+
+@dataclass
+class RankModel:
+    """This rank's part of the model, and how it runs."""
+
+    chunks: "list[DeepSeekV3]"
+    pipeline: "Pipeline[DeepSeekV3]"
+    dispatcher: "ExchangeDispatcher | None"
+    """None where this rank holds all experts."""
+    precision: "HighPrecision | Fp8Precision"
+    share: "ContextParallel | None"
+    """None where this rank has whole sequences."""
+
+    def routers(self) -> "dict[str, Router]":
+        """Routers of all chunks, by layer."""
+        return {name: router for chunk in self.chunks for name, router in chunk.routers().items()}
+
+
+@dataclass
+class ParallelModel(RankModel):
+    """A rank's model with what updates its weights."""
+
+    zero: "Zero"
