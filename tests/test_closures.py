@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 BOUNDS = {
     "train/rank.py": 31,
-    "train/loop/step.py": 51,
-    "train/loop/trainer.py": 256,
+    "train/loop/step.py": 42,
+    "train/loop/trainer.py": 247,
     "train/model/deepseek.py": 27,
 }
 """Files that each role may pull in, itself among them."""
@@ -77,7 +77,7 @@ def closure(root: Path) -> set[Path]:
 
 @pytest.mark.parametrize("role", BOUNDS)
 def test_a_role_pulls_in_few_files(role):
-    """A type that a file only names comes from a leaf (train/rank_parts.py, conf/run_paths.py, cluster/place.py, parallel/layout.py)."""
+    """A type that a file only names comes from a leaf (train/rank_parts.py, conf/run_paths.py, cluster/place.py, parallel/layout.py, parallel/update_result.py)."""
     found = sorted(str(file.relative_to(ROOT)) for file in closure(ROOT / role))
     assert len(found) <= BOUNDS[role], found
 

@@ -25,7 +25,6 @@ import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from itertools import product
 
 import torch
@@ -36,6 +35,7 @@ from conf.optimizers import OptimizerFacts, UpdateRule
 from conf.thresholds import THRESHOLDS
 from parallel.mesh import Mesh
 from parallel.shard import FlatShard, Shard, ShardedOptimizer, Sharing, gradient_of
+from parallel.update_result import Update
 from parallel.zero.private_names import require_names
 from parallel.zero.sharded_weights import ShardedWeights, find_units, stage3_config
 from parallel.zero.whole_weights import WholeWeights
@@ -43,17 +43,6 @@ from parallel.zero.whole_weights import WholeWeights
 DEEPSPEED_MUON = ("muon_optimizer", "original_muon")
 """Modules of DeepSpeed that its ZeRO imports names of even where nothing uses Muon. They compile as they are imported, for which a
 rank would load torch's whole compiler (0.9 s of a core) in its first step."""
-
-
-@dataclass
-class Update:
-    """What one optimizer step did."""
-
-    grad_norm: float
-    """Global gradient norm before clipping; not finite when the step was skipped."""
-    applied: bool
-    bad_parameters: list[str]
-    """Parameters of this rank's shard with a non-finite gradient."""
 
 
 class Zero:

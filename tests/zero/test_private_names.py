@@ -22,7 +22,13 @@ from conf.errors import UserError
 from parallel.zero.private_names import PRIVATE_NAMES, require_names
 
 SEAM = Path(parallel.zero.__file__).parent
-OURS = [SEAM, SEAM.parent / "shard.py", SEAM.parent / "mesh.py", SEAM.parents[1] / "train" / "optim"]
+OURS = [
+    SEAM,
+    SEAM.parent / "shard.py",
+    SEAM.parent / "mesh.py",
+    SEAM.parent / "layout.py",
+    SEAM.parents[1] / "train" / "optim",
+]
 PUBLIC = {
     "DeepSpeedEngine", "initialize", "coalesce_grad_reduction", "was_step_applied", "module", "optimizer", "engine", "step",
     "set_z3_leaf_module", "safe_get_local_grad", "safe_get_local_fp32_param", "safe_get_local_optimizer_state", "groups",

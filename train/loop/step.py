@@ -16,7 +16,7 @@ from torch import Tensor
 
 from conf.schema import Config
 from parallel.mesh import Mesh
-from parallel.zero.engine import Update
+from parallel.update_result import Update
 from train.data.batch import Batch
 from train.loop.measure import Measure, MeasuredStep, to_device
 from train.loop.stop import StopKind

@@ -39,7 +39,8 @@ from parallel.exchange import from_rank_0
 from parallel.layout import read_layout
 from parallel.mesh import build_mesh
 from parallel.shard import Shard
-from parallel.zero.engine import Update, Zero
+from parallel.update_result import Update
+from parallel.zero.engine import Zero
 from train.checkpoint.checkpointer import Checkpointer, SaveInFlight, SaveResult
 from train.checkpoint.commit import Save, next_attempt
 from train.data.batch import Batch
