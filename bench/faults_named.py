@@ -38,7 +38,7 @@ from bench.fault_links import DEVICE, LINKS, NETWORK, LinkedHosts
 from cluster.driver.journal import read_events
 from cluster.incident import newest_incident
 from cluster.local import run_children
-from cluster.patience import Patience
+from cluster.patience import patience_of
 from cluster.place import Place
 from cluster.spawn import ForkedProcess
 from conf.errors import EXIT_OK
@@ -269,7 +269,7 @@ def _drive(case: FaultCase, config: Config, run: Path) -> None:
         start: Callable = lambda environment, output: ForkedProcess(  # noqa: E731
             partial(work, world, logs, environment), environment, output
         )
-        sys.exit(run_children(start, world, logs, Patience(config.cluster.hang_after, config.cluster.start_timeout)))
+        sys.exit(run_children(start, world, logs, patience_of(config.cluster)))
     _drive_like_torchrun(work, world, run)
 
 

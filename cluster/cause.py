@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 
+from cluster.comm_ring import read_counts
 from cluster.run_files import at_work_path, failure_path, log_path, progress_path
 from cluster.spawn import is_stopped, waited_for_core
 from conf.disk import naming
@@ -105,7 +106,7 @@ class RankReport:
     step: int = -1
     """The optimizer step that it works on, from 1; -1 before the loop has begun."""
     phase: str = "start"
-    """start, step, checkpoint or validation, as the rank says."""
+    """start, step, validation, checkpoint, or the hook of a callback, as the rank says."""
     busy: float | None = None
     """Seconds of the last step that were its own work, not waiting for other ranks; None if it does not say."""
     seconds: float | None = None
@@ -114,6 +115,11 @@ class RankReport:
     """Peak bytes of its device, or of the process on a CPU; 0 if it does not say."""
     sequences: float = 0.0
     """In the step that it works on, over all ranks; 0 if it does not say."""
+    on_gpu: bool = False
+    done: int = 0
+    """Pieces of work so far, which count its progress between steps; see cluster/got_on.py."""
+    written: int = 0
+    """Bytes of checkpoints so far."""
     waited_for_core: float = 0.0
     """Seconds, so far; see cluster/spawn.py."""
     state: str = ""
@@ -155,6 +161,8 @@ def read_report(rank: int, code: int | None, logs: Path, pid: int | None = None)
         report.step, report.phase, report.busy = progress["step"], progress["phase"], progress.get("busy")
         report.sequences = progress.get("sequences", 0.0)
         report.seconds, report.memory = progress.get("seconds"), progress.get("memory", 0)
+        report.on_gpu = progress.get("on_gpu", False)
+    report.done, report.written = read_counts(logs, rank)
     with contextlib.suppress(FileNotFoundError):  # a rank that did not fail wrote none
         report.failure = Failure(**json.loads(failure_path(logs, rank).read_text()))
     report.deserted = code is not None and report.failure is None and at_work_path(logs, rank).exists()

@@ -2,7 +2,7 @@
 pipeline in which it was begun. Mapped into memory, so that the kernel keeps what a process wrote that SIGKILL ended.
 
     80 bytes     header: magic, version, number of records, rank, ranks of the run, process, Unix time of the start, host
-    48 bytes     what the rank is at: step, phase, layer, action, since when
+    48 bytes     what the rank is at: step, phase, layer, action, since when; pieces of work done, and bytes written of checkpoints
     rest of 64 KiB   a JSON value a line: groups, and places of the program, each before the first record that has its number
     records      88 bytes each, the oldest is overwritten
 
@@ -27,11 +27,13 @@ from typing import Any, NamedTuple
 MAGIC, RING_FORMAT = b"SLUICERING\0\0", 1
 RECORDS = 8192
 """Records of a file; some steps of a large layout."""
-NOW_AT, TABLE_AT, RECORDS_AT = 80, 128, 64 << 10
+NOW_AT, COUNTS_AT, TABLE_AT, RECORDS_AT = 80, 104, 128, 64 << 10
 """Offsets in bytes."""
 HEADER = struct.Struct("<12sIIIIId32s")
 NOW = struct.Struct("<IhBxHHH2xd")
 """Step, layer, phase, kind of action, stage, micro-batch, Unix time."""
+COUNTS = struct.Struct("<QQ")
+"""Pieces of work that the rank has done, and bytes that it has written of checkpoints (cluster/got_on.py); they only grow."""
 RECORD = struct.Struct("<QIHHBBhIi4xQQHHHBxdddQ")
 """Serial, seq, group, place, kind, type, layer, step, peer, sent, received, action, stage, micro-batch, phase, began, waited, ended, serial."""
 WAITED_AT, ENDED_AT = 64, 72
@@ -159,6 +161,7 @@ class CommRing:
         self._numbers: dict[Any, int] = {}
         """Numbers of groups and places in the table."""
         self.step, self.phase, self.layer, self._action = 0, 0, NO_LAYER, (0, 0, 0)
+        self._done = self._written = 0
         HEADER.pack_into(self._map, 0, MAGIC, RING_FORMAT, records, rank, world, os.getpid(), time.time(), _host())
         self._tell()
 
@@ -176,6 +179,12 @@ class CommRing:
 
     def _tell(self) -> None:
         NOW.pack_into(self._map, NOW_AT, self.step, self.layer, self.phase, *self._action, time.time())
+        self.count()
+
+    def count(self, written: int = 0) -> None:
+        """The rank has done a piece of its work. written: that is, so many bytes of a checkpoint."""
+        self._done, self._written = self._done + (not written), self._written + written
+        COUNTS.pack_into(self._map, COUNTS_AT, self._done, self._written)
 
     def name_group(self, name: str, label: str, ranks: Sequence[int]) -> int:
         """The number of a group, by which `begin` knows it."""
@@ -201,6 +210,7 @@ class CommRing:
         self, group: int, seq: int, kind: str, dtype: str, sent: int, received: int, peer: int, place: int
     ) -> int:
         """Something begins; returns where it stands, for `wait` and `end`. group, place: numbers; kind: of KINDS."""
+        self.count()
         serial, now = next(self._serials), time.time()
         at = RECORDS_AT + (serial - 1) % self._records * RECORD.size
         action, stage, micro_batch = self._action
@@ -221,6 +231,18 @@ class CommRing:
     def close(self) -> None:
         """The file stays."""
         self._map.close()
+
+
+def read_counts(logs: Path, rank: int) -> tuple[int, int]:
+    """Pieces of work that a rank has done, and bytes that it has written of checkpoints; zeros where it has no ring."""
+    with suppress(OSError, struct.error):
+        handle = os.open(ring_path(logs, rank), os.O_RDONLY | os.O_NOFOLLOW)
+        try:
+            done, written = COUNTS.unpack(os.pread(handle, COUNTS.size, COUNTS_AT))
+            return done, written
+        finally:
+            os.close(handle)
+    return 0, 0
 
 
 def _host() -> bytes:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cluster.local import run_local
-from cluster.patience import Patience
+from cluster.patience import patience_of
 from cluster.place import Place, given_place
 from conf.check import check_world
 from conf.load import read_config
@@ -58,5 +58,5 @@ def launch(
     world = parallel.world
     if world == 1 and alone:
         return run_rank(config, Place())
-    patience = Patience(config.cluster.hang_after, config.cluster.start_timeout)
+    patience = patience_of(config.cluster)
     return run_local(command, world, folder / "logs", patience if watched else None)

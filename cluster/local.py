@@ -24,6 +24,7 @@ from cluster.comm_ring import RankTrace, read_traces
 from cluster.incident import describe_incident, judge_failure, judge_hang, keep_incident
 from cluster.interrupts import handled
 from cluster.judgement import Judgement
+from cluster.late_incident import tell_went_on, warning_of
 from cluster.patience import Patience
 from cluster.private_folder import PrivateFolder
 from cluster.rank_differences import find_difference
@@ -129,12 +130,28 @@ def _watch(ranks: list[Child], logs: Path, asked: list[int], patience: Patience 
             watch.forgive(now, held_up.since_last_look(now))
             watch.take(now, reports)
             if watch.first_step is not None and watch.is_hung(now):  # before it data may be made for hours
-                return _show(_name_hang(ranks, logs, now - watch.moved), ranks, logs)
-            if text := watch.tell_quiet(now):
+                return _show(_name_hang(ranks, logs, now - watch.silent_since), ranks, logs)
+            if watch.first_step is not None and watch.is_late(now):
+                _warn(ranks, logs, watch, now)
+                held_up.since_last_look(time.monotonic())  # the time that stacks took is no time of the ranks
+            elif (seconds := watch.went_on()) is not None:
+                tell_went_on(logs, seconds)
+            elif text := watch.tell_quiet(now):
                 say(text, file=sys.stderr)
             if now >= look_at and not told:
                 told, look_at = _tell_difference(logs), now + DIFFERENCE_SECONDS
         time.sleep(RANKS_LOOK_SECONDS)
+
+
+def _warn(ranks: list[Child], logs: Path, watch: RankWatch, now: float) -> None:
+    """Say who holds up a run that is late; it goes on."""
+    watch.name_late()
+    traces, stacks, seconds = read_traces(logs), _stacks(ranks, logs), now - watch.silent_since
+    cause, finding = judge_hang(_reports(ranks, logs), traces, stacks, {}, seconds)
+    say(f"warning: {warning_of(cause.text, watch.seconds_left(time.monotonic()))}", file=sys.stderr)
+    if traces:
+        incident = describe_incident(cause, finding, traces, stacks, seconds)
+        say(keep_incident(logs, incident, partial(say, file=sys.stderr), told=True), file=sys.stderr)
 
 
 def _name_hang(ranks: list[Child], logs: Path, seconds: float) -> Cause:

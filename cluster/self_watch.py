@@ -17,7 +17,9 @@ from cluster.incident import (
     newest_incident,
     write_incident,
 )
+from cluster.late_incident import tell_went_on, warning_of
 from cluster.patience import Patience
+from cluster.place import Place
 from cluster.rank_watch import RankWatch
 from cluster.run_files import progress_path
 from cluster.spawn import lives
@@ -29,6 +31,8 @@ from conf.words import say
 
 LOOK_SECONDS = 0.25
 """Between two looks."""
+OTHERS_AFTER_SECONDS, RANKS_IN_A_SECOND = 2.0, 50.0
+"""Silence after which a rank looks how far the others are, and how many it looks at in a second."""
 STACKS_WITHIN_SECONDS = 2.0
 """That other ranks of this host get to say where they are."""
 SAME_INCIDENT_SECONDS = 60.0
@@ -40,10 +44,10 @@ class SelfWatch:
     started the ranks ends or restarts them all. It does not where the process is somebody else's, as a notebook.
     """
 
-    def __init__(self, logs: Path, rank: int, patience: Patience, ends: bool):
-        self._logs, self._rank, self._ends = logs, rank, ends
+    def __init__(self, logs: Path, place: Place, patience: Patience, ends: bool):
+        self._logs, self._rank, self._world, self._ends = logs, place.rank, place.world, ends
         self._began = time.time()
-        self._watch = RankWatch([rank], {}, patience, time.monotonic())
+        self._watch = RankWatch([place.rank], {}, patience, time.monotonic())
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._look, name="watch of this rank", daemon=True)
 
@@ -59,28 +63,50 @@ class SelfWatch:
             self._tell_failure(error)
 
     def _look(self) -> None:
-        held_up, told_at = HeldUp(2 * LOOK_SECONDS, time.monotonic()), None
+        held_up, look_at, seen = HeldUp(2 * LOOK_SECONDS, time.monotonic()), 0.0, list[tuple]()
         while not self._stop.wait(LOOK_SECONDS):
             now = time.monotonic()
             self._watch.forgive(now, held_up.since_last_look(now))
             self._watch.take(now, [read_report(self._rank, None, self._logs, os.getpid())])
             if self._watch.first_step is None:
                 continue
-            if self._watch.is_hung(now) and told_at != self._watch.moved:
-                told_at = self._watch.moved
-                self._tell_hang(now - told_at)
+            if now - self._watch.silent_since > OTHERS_AFTER_SECONDS and now > look_at:
+                before, seen = seen, self._look_at_others()
+                self._watch.see_others(now, {phase for phase, *_ in seen}, seen != before)
+                look_at = time.monotonic() + OTHERS_AFTER_SECONDS + self._world / RANKS_IN_A_SECOND
+            if self._ends and self._watch.is_hung(now):
+                self._tell_hang(now - self._watch.silent_since, None)
+                sys.stderr.flush()
+                os._exit(EXIT_CRASH)
+            elif self._watch.is_late(now):
+                self._watch.name_late()
+                self._tell_hang(now - self._watch.silent_since, self._watch.seconds_left(now))
+                held_up.since_last_look(time.monotonic())  # the time that stacks took is no time of the rank
+            elif (seconds := self._watch.went_on()) is not None:
+                tell_went_on(self._logs, seconds)
             elif text := self._watch.tell_quiet(now):
                 say(text, file=sys.stderr)
 
-    def _tell_hang(self, seconds: float) -> None:
+    def _look_at_others(self) -> list[tuple]:
+        """How far the other ranks are that this one sees, on this host or in a shared run folder: one that works holds this one up, and
+        does not hang.
+        """
+        reports = [read_report(rank, None, self._logs) for rank in range(self._world) if rank != self._rank]
+        return [(one.phase, one.rank, one.step, one.done, one.written) for one in reports if one.step >= 0]
+
+    def _tell_hang(self, seconds: float, left: float | None) -> None:
+        """Say who holds this rank up for so long. left: seconds until it is ended, where it may still go on."""
         traces = read_traces(self._logs)
         reports = self._reports(traces)
-        stacks = self._stacks(traces, native=True) | {self._rank: own_stacks() + unanswered(os.getpid())}
+        stacks = self._stacks(traces, native=left is None)
+        stacks[self._rank] = own_stacks() + unanswered(os.getpid())
         cause, finding = judge_hang(reports, traces, stacks, {}, seconds)
-        self._tell(cause, describe_incident(cause, finding, traces, stacks, seconds), stacks[self._rank])
-        if self._ends:
-            sys.stderr.flush()
-            os._exit(EXIT_CRASH)
+        incident = describe_incident(cause, finding, traces, stacks, seconds)
+        if left is None:
+            self._tell(f"{stacks[self._rank]}error: {cause.text}", incident)
+        else:
+            text = warning_of(cause.text, left) if self._ends else cause.text
+            self._tell(f"warning: {text}", incident | {"late": True})
 
     def _tell_failure(self, error: BaseException) -> None:
         """An error of this rank, which may come from what another one did."""
@@ -96,22 +122,25 @@ class SelfWatch:
             text = f"{', '.join(f'rank {rank}' for rank in gone)} ended in the middle of the work"
             cause = Cause(Kind.killed, f"{text}, which rank {self._rank} failed of", tuple(gone))
         cause, finding = judge_failure(cause, traces, stacks, {})
-        self._tell(cause, describe_incident(cause, finding, traces, stacks), "")
+        self._tell(f"error: {cause.text}", describe_incident(cause, finding, traces, stacks))
 
-    def _tell(self, cause: Cause, incident: dict, stack: str) -> None:
+    def _tell(self, text: str, incident: dict) -> None:
         """One rank of a run tells the incident, the first; the others that they end with it."""
-        path = None
+        path, late = None, incident.get("late", False)
         try:
             with exclusive(self._logs / ".incident.lock", STACKS_WITHIN_SECONDS):
                 told = newest_incident(self._logs)
-                if told is not None and told[1]["time"] > max(self._began, time.time() - SAME_INCIDENT_SECONDS):
-                    say(f"rank {self._rank} ends with an incident that another rank told: {told[0]}", file=sys.stderr)
+                same = told is not None and told[1].get("late", False) == late
+                if same and told[1]["time"] > max(self._began, time.time() - SAME_INCIDENT_SECONDS):
+                    if not late:
+                        text = f"rank {self._rank} ends with an incident that another rank told: {told[0]}"
+                        say(text, file=sys.stderr)
                     return
                 path = write_incident(self._logs, incident)
         except (OSError, TimeoutError) as error:
             why = explain_disk_error(error) if isinstance(error, OSError) else str(error)
             say(f"the incident could not be written ({why})", file=sys.stderr)
-        say(f"{stack}error: {cause.text}\n{incident_screen(incident, path, told=True)}", file=sys.stderr)
+        say(f"{text}\n{incident_screen(incident, path, told=True)}", file=sys.stderr)
 
     def _reports(self, traces: dict[int, RankTrace]) -> list[RankReport]:
         """All ranks that left a ring, as far as this one sees them."""

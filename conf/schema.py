@@ -700,11 +700,13 @@ class Cluster:
     """Ray: longest wait for enough nodes, in seconds."""
     heartbeat: float = expert(5.0, above=0)
     """Ray: a node without an answer for this many seconds counts as lost."""
+    kill_after: float | None = expert(None, above=0)
+    """Least seconds without any progress of any rank before a run counts as hung and is ended; whoever holds it up is named long before.
+    null: 60 in steps on CPUs, 120 on GPUs. In checkpoints, uploads and callbacks at least cluster.timeout."""
     hang_after: float = expert(300.0, above=0)
-    """Most seconds without a finished step before a run counts as hung; sooner where steps of this run have taken less."""
+    """Most seconds without progress in a step before a run counts as hung, however long its steps have taken so far."""
     start_timeout: float = expert(900.0, above=0)
-    """Most seconds until the first step is done, and in checkpoints and validations, before a run counts as hung; sooner once such were
-    seen."""
+    """Most seconds without progress until the first step is done, and in checkpoints and validations, before a run counts as hung."""
     stop_timeout: float = expert(600.0, above=0)
     """Ray: longest wait for the last checkpoint after a request to stop, in seconds."""
     restarts: int = number(3, least=0)

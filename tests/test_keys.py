@@ -55,7 +55,7 @@ def test_help_shows_every_key_in_its_section(expert):
 def test_help_and_the_page_keep_what_hardly_anyone_sets_apart():
     rare = {key.path for key in KEYS if key.expert}
     assert len(rare) > 75 and {"cluster.standby", "precision.fp8.dense.fprop.weight", "log.wandb_tags"} <= rare
-    assert "7 more, which hardly anyone sets: sluice --help expert cluster" in screen("--help", "cluster")[1]
+    assert "8 more, which hardly anyone sets: sluice --help expert cluster" in screen("--help", "cluster")[1]
     everything = screen("--help", "expert")[1]
     assert [path for path in rare if f"  {path} " not in everything] == [] and "  optim.lr " not in everything
     assert "  cluster.standby " in screen("--help", "cluster.standby")[1], "a key that is named is shown"

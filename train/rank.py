@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from cluster.cause import Failure, begin_work, end_work
+from cluster.got_on import got_on
 from cluster.interfaces import name_interface
 from cluster.place import Place, given_meeting
 from cluster.stacks import answer_requests
@@ -144,7 +145,12 @@ def in_turn(place: Place, make: Callable[[ReportProgress], T]) -> T:
     with patient_group(PREPARATION) as everybody:
         if place.local_rank == 0:
             with show_progress() as progress:
-                made = make(progress)
+
+                def tell(stage: str, done: int, total: int) -> None:
+                    got_on()
+                    progress(stage, done, total)
+
+                made = make(tell)
             dist.barrier(group=everybody)
             return made
         dist.barrier(group=everybody)

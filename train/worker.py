@@ -13,7 +13,7 @@ import torch
 
 from cluster.driver.copies import given_shelves
 from cluster.launch import given_run
-from cluster.patience import Patience
+from cluster.patience import patience_of
 from cluster.place import Place, given_attempt, given_place
 from cluster.self_watch import SelfWatch
 from cluster.stacks import answer_requests
@@ -70,13 +70,13 @@ def run_rank(config: Config, place: Place, failures: Path | None = None) -> int:
 def _run_explained(config: Config, place: Place, stop: StopRequest, failures: Path | None) -> int:
     """failures: None where no driver of ours sees a rank that hangs."""
     paths, driven = RunPaths(config), failures is not None
-    patience = Patience(config.cluster.hang_after, config.cluster.start_timeout)
+    watch = SelfWatch(paths.logs, place, patience_of(config.cluster), ends=given_place() is not None)
     logs = failures or paths.logs
     if not driven and given_place() is not None:
         answer_requests(logs, place.rank)  # where whoever compares the ranks looks for them
     with (
         held_by_rank_0(paths) if place.rank == 0 else nullcontext(),
-        nullcontext() if driven else SelfWatch(paths.logs, place.rank, patience, ends=given_place() is not None),
+        nullcontext() if driven else watch,
         raise_explained(config, place.rank, paths.path / "logs"),
         recorded(logs, place) as record,
     ):

@@ -64,6 +64,11 @@ class Attempt(RankWatch):
                 self.stragglers.take(report.rank, report.busy)
         super().take(now, reports)
 
+    def look_again(self, hang_since: float | None) -> None:
+        """What ranks do is asked for anew. hang_since: when there was news last, where they are not judged for a failure."""
+        self.hang_since = hang_since
+        self.stacks, self.rings, self.incident = {}, {}, None
+
     def is_settled(self, now: float, until: float) -> bool:
         """Whether to wait no longer for ranks to say why they failed, and for what they communicated last."""
         reports = self.live_reports

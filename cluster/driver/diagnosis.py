@@ -12,7 +12,7 @@ ADVICE = {
     "or model.loss_chunk if memory is short",
     Kind.crash: "the lines above come from the rank that failed first; the same command resumes once the cause is removed",
     Kind.hang: "the stacks above show where each rank waits; if they are simply that slow, raise "
-    "cluster.hang_after, before the first step and in checkpoints cluster.start_timeout",
+    "cluster.kill_after; cluster.hang_after too in steps, and cluster.start_timeout before the first step and in checkpoints",
     Kind.diverged: "what the first line says; the step was tried again, and the same command would try it once more",
     Kind.start: "the lines above come from the node that could not start its ranks",
 }

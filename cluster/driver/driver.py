@@ -1,5 +1,6 @@
 """The loop of the driver: asks agents, tells the supervisor, and does what it decides."""
 
+import contextlib
 import dataclasses
 import os
 import random
@@ -29,6 +30,7 @@ from cluster.driver.vitals import Vitals
 from cluster.incident import keep_incident
 from cluster.interfaces import NAMES
 from cluster.interrupts import handled
+from cluster.late_incident import pass_incident
 from cluster.node.agent import Agent, Answer, Order
 from cluster.node.copy_store import OpenedCopy
 from cluster.node.preflight import Preflight
@@ -442,6 +444,9 @@ class Driver:
             case m.KeepIncident(_, incident):
                 screen = keep_incident(self.folder / "logs", incident, partial(self._note, "incident"))
                 self._note("incident", screen, ranks=incident["ranks"], fault=incident["fault"])
+            case m.PassIncident(seconds):
+                with contextlib.suppress(OSError):  # a full disk: the event says it
+                    pass_incident(self.folder / "logs", seconds)
             case m.FinishRun(code, text):
                 refused = "".join(f"\n  refused: {name}: {why}" for name, why in self._refused.items())
                 self._finish = m.FinishRun(code, text + (refused if code != EXIT_OK else ""))

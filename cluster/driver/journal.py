@@ -41,6 +41,8 @@ EVENT_KINDS = {
     "limits": "what the layout can lose, where that is no node at all",
     "first_step": "the attempt has finished its first step. step, seconds: since the order to start",
     "quiet": "steps take much longer than usual, and which ranks are behind; said once for each silence",
+    "late": "no news for longer than this run is used to: who holds it up, before it is ended. ranks, nodes",
+    "went_on": "the run was late and goes on. seconds: without news",
     "straggler": "a rank is slower than the others. rank, node, seconds and median per step",
     "clock": "the clock of a node jumped. node",
     "disk": "a node has little room left for temporary files. node",

@@ -176,9 +176,18 @@ class KeepIncident:
 
 
 @dataclass(frozen=True)
+class PassIncident:
+    """The run goes on after this silence, of which its newest incident tells."""
+
+    seconds: float
+
+
+@dataclass(frozen=True)
 class FinishRun:
     code: int
     text: str
 
 
-SupervisorAction = StartAttempt | EndRanks | StopRanks | ProbeLinks | CollectStacks | Note | KeepIncident | FinishRun
+SupervisorAction = (
+    StartAttempt | EndRanks | StopRanks | ProbeLinks | CollectStacks | Note | KeepIncident | PassIncident | FinishRun
+)

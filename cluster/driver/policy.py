@@ -17,10 +17,14 @@ class Policy:
     """For enough nodes."""
     heartbeat: float = 5.0
     """Without an answer before a node counts as lost."""
+    kill_after: float | None = None
+    """Without any progress, at least; None for what Patience has."""
     hang_after: float = 300.0
-    """Without a finished step."""
+    """Without progress in a step, at most."""
     start_timeout: float = 600.0
-    """Before the first step, in a checkpoint or a validation."""
+    """Without progress before the first step, in a checkpoint or a validation, at most."""
+    timeout: float = 600.0
+    """In a collective; a save without progress has as long."""
     stop_timeout: float = 600.0
     """For the checkpoint after a request to stop."""
     restarts: int = 3
@@ -57,8 +61,10 @@ def policy_of(config: Config, attempt: int, shapes: Shapes) -> Policy:
         first_attempt=attempt,
         wait=cluster.wait,
         heartbeat=cluster.heartbeat,
+        kill_after=cluster.kill_after,
         hang_after=cluster.hang_after,
         start_timeout=cluster.start_timeout,
+        timeout=cluster.timeout,
         stop_timeout=cluster.stop_timeout,
         restarts=cluster.restarts,
         straggler_factor=cluster.straggler_factor,

@@ -32,7 +32,8 @@ from cluster.driver.attempt import Attempt
 from cluster.driver.diagnosis import give_up, too_few
 from cluster.driver.node_state import DriverPhase, NodeHealth, NodeState
 from cluster.driver.policy import Policy
-from cluster.patience import Patience
+from cluster.late_incident import warning_of
+from cluster.patience import PATIENT_PHASES, Patience
 from cluster.run_files import NONE, Age
 from cluster.spawn import LEASE
 from cluster.topology import Node, Placement, place
@@ -66,7 +67,7 @@ class Supervisor:
         """The newest copy in the memory of the nodes that answer."""
         self.failures: list[tuple[int, Cause]] = []
         self._spent = Counter[tuple[Kind, str]]()
-        self._patience = Patience(policy.hang_after, policy.start_timeout)
+        self._patience = Patience(policy.hang_after, policy.start_timeout, policy.kill_after, policy.timeout)
         self._out: list[m.SupervisorAction] = []
         self._held_up = HeldUp(NAP * policy.heartbeat, now)
         self._late_from = now
@@ -78,6 +79,8 @@ class Supervisor:
         self._probing: set[str] = set()
         self._settled_at = self._probed_at = now
         self._failed_at: float | None = None
+        self._named_by: float | None = None
+        """Until when the stacks of a run without news are waited for; None while nobody is to be named."""
         self._quiet_since = now
         """When ranks last got on before the failure that is judged."""
         self._again_until: int | None = None
@@ -355,19 +358,51 @@ class Supervisor:
     def _run(self, now: float) -> None:
         attempt = self.current
         if attempt.broken:
-            self._judge(now, self.policy.settle)
+            self._judge_failure(now)
         elif attempt.ended:
             self._leave(now)
         elif attempt.is_hung(now):
             self._hang(now)
+        elif self._name_late(now):
+            pass
         elif text := attempt.tell_quiet(now):
             self._note("quiet", text)
         elif not self.policy.saves and self._could_grow():
             self._grow(now)
 
+    def _name_late(self, now: float) -> bool:
+        """Say who holds up a run without news, which is not ended yet; returns whether there was something to do."""
+        attempt = self.current
+        if attempt.is_late(now):
+            attempt.name_late()
+            attempt.look_again(attempt.silent_since)
+            self._named_by = now + self.policy.stacks
+            self._out.append(m.CollectStacks(self.number, attempt.reachable, native=False))
+        elif (seconds := attempt.went_on()) is not None:
+            attempt.hang_since = None
+            if self._named_by is None:
+                self._note("went_on", f"the run goes on after {seconds:.0f} s without news", seconds=round(seconds, 2))
+                self._out.append(m.PassIncident(seconds))
+            self._named_by = None
+        elif self._named_by is not None and attempt.is_settled(now, self._named_by):
+            self._named_by = None
+            cause = attempt.judge(now)
+            text = warning_of(cause.text, attempt.seconds_left(now))
+            self._note("late", text, ranks=list(cause.ranks), nodes=list(cause.nodes))
+            if attempt.incident is not None:
+                self._out.append(m.KeepIncident(self.number, attempt.incident))
+        else:
+            return False
+        return True
+
     def _hang(self, now: float) -> None:
-        self.current.hang_since = self._failed_at = self.current.moved
+        self.current.look_again(self.current.silent_since)
+        self._failed_at = self.current.silent_since
         self._judge(now, self.policy.stacks)
+
+    def _judge_failure(self, now: float) -> None:
+        self.current.look_again(None)
+        self._judge(now, self.policy.settle)
 
     def _leave(self, now: float) -> None:
         """All ranks ended well."""
@@ -395,6 +430,7 @@ class Supervisor:
     def _judge(self, now: float, settle: float) -> None:
         """A failure was noticed: ask every node whether it lives, and give the ranks time to say what they know."""
         self.phase, self._quiet_since = DriverPhase.judging, min(now, self.current.moved)
+        self._named_by = None
         if self._failed_at is None:
             self._failed_at = now
         self._probing = set(self.current.reachable)
@@ -467,12 +503,16 @@ class Supervisor:
         self._out.append(m.StopRanks(self.number, self.current.reachable, why, in_memory))
 
     def _await_stop(self, now: float) -> None:
-        if self.current.broken:
-            self._judge(now, self.policy.settle)
-        elif self.current.ended:
+        attempt = self.current
+        saves_until = attempt.alive + self.policy.stop_timeout if attempt.doing in PATIENT_PHASES else now
+        if attempt.broken:
+            self._judge_failure(now)
+        elif attempt.ended:
             self._leave(now)
-        elif now >= self._deadline or self.current.is_hung(now):
+        elif now >= max(self._deadline, saves_until) or attempt.is_hung(now):
             self._hang(now)
+        else:
+            self._name_late(now)
 
     def _could_grow(self) -> bool:
         has = self.current.placement.shape.micro_batches

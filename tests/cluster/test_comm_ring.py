@@ -9,7 +9,8 @@ import sys
 import pytest
 
 from cluster import comm_ring
-from cluster.comm_ring import RECORD, RECORDS_AT, CommRing, pack_ring, read_trace, read_traces, ring_path
+from cluster.comm_ring import RECORD, RECORDS_AT, CommRing, pack_ring, read_counts, read_trace, read_traces, ring_path
+from cluster.got_on import counted_in, got_on, wrote
 from cluster.incident import unpack_traces
 
 
@@ -163,3 +164,22 @@ def test_groups_of_any_three_ranks_are_those_ranks(tmp_path):
     for number, ranks in enumerate(groups):
         ring.begin(ring.name_group(str(number), "odd", ranks), 1, "broadcast", "float32", 1, 1, -1, 0)
     assert [record.group.ranks for record in read_traces(tmp_path)[0].records] == groups
+
+
+def test_what_a_rank_got_done_is_counted_in_its_ring_and_nowhere_else(tmp_path):
+    got_on()
+    assert read_counts(tmp_path, 0) == (0, 0), "no ring"
+    ring = CommRing(ring_path(tmp_path, 0), 0, 1)
+    before, _ = read_counts(tmp_path, 0)
+    with counted_in(ring):
+        got_on()
+        wrote(5)
+        wrote(7)
+        ring.enter("validation", 3)
+        ring.begin(ring.name_group("0", "dp", range(1)), 1, "barrier", "", 0, 0, -1, 0)
+    got_on()
+    assert read_counts(tmp_path, 0) == (before + 3, 12)
+    trace = read_trace(ring_path(tmp_path, 0).read_bytes())
+    assert (trace.step, trace.phase, len(trace.records)) == (3, "validation", 1)
+    (tmp_path / "rank_1.ring").symlink_to(ring_path(tmp_path, 0))
+    assert read_counts(tmp_path, 1) == (0, 0), "of another file"

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from cluster.got_on import got_on
 from cluster.run_files import MANIFEST, data_name, index_name
 from conf.errors import UserError
 from parallel.shard import Shard
@@ -194,6 +195,7 @@ def _read_rank(manifest: Manifest, files: Files, rank: int, pieces: list[FilePie
                 if number != held:
                     _read_block(read, path, index, number, buffer)
                     held = number
+                    got_on()
                 count = min(piece.target.numel() - done, (CRC_BLOCK - offset) // stored.itemsize)
                 piece.target[done : done + count].copy_(buffer[offset : offset + count * stored.itemsize].view(stored))
                 done += count

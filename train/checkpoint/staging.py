@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cluster.got_on import wrote
 from cluster.run_files import data_name
 from conf.disk import naming
 from conf.thresholds import THRESHOLDS
@@ -41,6 +42,8 @@ DTYPES = {
     torch.bool: "BOOL",
 }
 """Element types and their names in the safetensors format."""
+WRITE_BYTES = 16 << 20
+"""Bytes of one write, so that a slow disk shows that it goes on."""
 DTYPE_BYTES = {name: dtype.itemsize for dtype, name in DTYPES.items()}
 """Bytes of an element, by these names."""
 
@@ -191,4 +194,6 @@ class Checksums:
 
 def _write_all(handle: int, view: memoryview) -> None:
     while view:
-        view = view[os.write(handle, view) :]
+        size = os.write(handle, view[:WRITE_BYTES])
+        wrote(size)
+        view = view[size:]

@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+from cluster.got_on import got_on
 from train.data.batch import Batch
 
 
@@ -23,7 +24,9 @@ class Prefetch:
         self._coming = deque(self._pool.submit(self._make_next) for _ in range(ahead))
 
     def _make_next(self) -> Batch:
-        return self._make(*next(self._plan))  # whose StopIteration ends the consumer's loop
+        batch = self._make(*next(self._plan))  # whose StopIteration ends the consumer's loop
+        got_on()
+        return batch
 
     def __iter__(self) -> Iterator[Batch]:
         return self

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cluster.got_on import got_on
 from conf.errors import EXIT_OK, UserError
 from conf.files import new_folder, written_whole
 from conf.own_code import TARGET
@@ -209,6 +210,7 @@ def _write_weights(
                 for cut in batch:
                     _write(writer, cut, cut.of(spans[source_name(cut.written.placed, ema)]))
                     done += cut.count
+                got_on()
                 progress("exporting", done, total)
 
 

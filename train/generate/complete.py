@@ -2,6 +2,7 @@
 
 from typing import Required, TypedDict, Unpack
 
+from cluster.got_on import got_on
 from train.generate.generation import Generation, Limits
 from train.generate.sampling import Sampler
 from train.generate.source import LoadedModel
@@ -45,5 +46,5 @@ def complete(source: LoadedModel, prompt: str, **how: Unpack[GenerationOptions])
     """The continuation of a prompt, of at most `tokens` tokens. how: as `start` takes it."""
     generation = start(source, [prompt], **how)
     for _ in generation.steps():
-        pass
+        got_on()
     return source.tokenizer.decode(generation.tokens[0])

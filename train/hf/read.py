@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from cluster.got_on import got_on
 from conf.disk import cure_of_reading
 from parallel.shard import Shard
 from train.hf.blocks import dequantize
@@ -49,6 +50,7 @@ def fill_from_folder(folder: Folder, placed: list[PlacedTensor], wanted: dict[st
         if not torch.isfinite(values).all():
             raise folder.refuse(f"{part.placed.theirs} holds values that are not finite", "give other weights")
         part.target[start : start + values.numel()].copy_(values)
+        got_on()
     for part, start, values in reader.values(parts_of([each for each in placed if each.copy], wanted)):
         original = part.target[start : start + values.numel()]
         if not torch.equal(original, values.to(original.dtype)):

@@ -7,13 +7,15 @@ A callback has any of these methods, and every rank calls those of its own objec
                                       the next one is due, or at the end, as saving goes on beside the training
     on_end(run, code)                 the last checkpoint is written; code: of conf/errors.py
 
-They look on: what they change in weights or records is theirs to answer for.
+They look on: what they change in weights or records is theirs to answer for. One that works for minutes calls `run.got_on()` now and then: a
+run without progress counts as hung after a while (cluster.kill_after).
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.got_on import got_on
 from conf.errors import UserError
 from conf.own_code import TARGET, make, require_arguments
 from conf.schema import Config
@@ -31,6 +33,10 @@ class RunView:
     """Folder of the run."""
     chunks: list[DeepSeekV3]
     """This rank's part of the model."""
+
+    def got_on(self) -> None:
+        """The callback has done a piece of its work, and does not hang."""
+        got_on()
 
 
 class Callbacks:
@@ -51,8 +57,13 @@ class Callbacks:
                 require_arguments(key, section, method, HOOKS[hook].count(",") + 1, f"{hook}({HOOKS[hook]})")
             self._objects.append(made)
 
+    def have(self, hook: str) -> bool:
+        """Whether any has this method."""
+        return any(hasattr(each, hook) for each in self._objects)
+
     def tell(self, hook: str, *what: Any) -> None:
         """Call this method of those that have it. What it raises ends the run."""
         for each in self._objects:
             if hasattr(each, hook):
                 getattr(each, hook)(self._run, *what)
+                got_on()

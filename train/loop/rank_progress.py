@@ -17,15 +17,16 @@ from conf.files import atomic_write_text
 
 
 class RankProgress:
-    """Writes the file of cluster.run_files.progress_path: step, phase (step, validation, checkpoint), Unix time, and how the rank is.
+    """Writes the file of cluster.run_files.progress_path: step, phase (step, validation, checkpoint, or the hook of a callback), Unix
+    time, and how the rank is.
 
     sequences: of the step, over all ranks. busy: seconds of the step before that the rank worked, without its waits for other
     ranks, and seconds: of that whole step; null at the start. memory: peak bytes of its device, or of the process on a CPU.
     note: called with a sentence, once, when the disk refuses the file; training goes on.
     """
 
-    def __init__(self, logs: Path, rank: int, note: Callable[[str], None]):
-        self._path = progress_path(logs, rank)
+    def __init__(self, logs: Path, rank: int, device: torch.device, note: Callable[[str], None]):
+        self._path, self._device = progress_path(logs, rank), device
         self._note, self._refused = note, False
 
     def write(
@@ -35,11 +36,11 @@ class RankProgress:
         sequences: int = 0,
         busy: float | None = None,
         seconds: float | None = None,
-        memory: int = 0,
     ) -> None:
         """Replace the file in one move, so that a reader never sees a part."""
         news = {"step": step, "phase": phase, "time": time.time(), "sequences": sequences, "busy": busy}
-        text = json.dumps(news | {"seconds": seconds, "memory": memory, "pid": os.getpid(), "host": platform.node()})
+        news |= {"seconds": seconds, "memory": peak_memory(self._device), "on_gpu": self._device.type == "cuda"}
+        text = json.dumps(news | {"pid": os.getpid(), "host": platform.node()})
         try:
             atomic_write_text(self._path, text, durable=False)
         except OSError as error:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from cluster.comm_ring import CommRing, ring_path
+from cluster.got_on import counted_in
 from cluster.place import Place
 from conf.disk import explain_disk_error
 from conf.words import say
@@ -68,5 +69,5 @@ def recorded(logs: Path, place: Place) -> Iterator[RankRecorder]:
         yield RankRecorder()
         return
     recorder = CommRecorder(ring)
-    with recorder.recording():
+    with recorder.recording(), counted_in(ring):
         yield RankRecorder(ring, recorder)

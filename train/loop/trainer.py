@@ -113,7 +113,7 @@ class Trainer:
         self.parts, self.state, self.data = parts, state, data
         self.checkpointer, self.copies, self.writer = outputs.checkpointer, outputs.copies, outputs.writer
         self.flops, self.stop = flops, stop
-        self.rank_progress = RankProgress(RunPaths(config).logs, self.mesh.rank, self._warn)
+        self.rank_progress = RankProgress(RunPaths(config).logs, self.mesh.rank, self.device, self._warn)
         self.schedules = Schedules(config)
         self.training_step = TrainingStep(config, parts, rank)
         self.measure = self.training_step.measure
@@ -140,7 +140,7 @@ class Trainer:
         """Train from the state's step to the last; returns the exit code. Raises RunDiverged, DiskFailed."""
         with disk_errors(self.config, kind=DiskFailed), closing(self.profiler):
             code = self._run()
-        self.callbacks.tell("on_end", code)
+        self._tell_callbacks("on_end", code)
         return code
 
     def _run(self) -> int:
@@ -213,7 +213,7 @@ class Trainer:
         if plan.step == self.config.steps or (every and plan.step % every == 0):
             record |= self.validate()
         self._log(record)
-        self.callbacks.tell("on_step", plan.step, record)
+        self._tell_callbacks("on_step", plan.step, record)
         # After its record is written: a run that resumes here goes on with the next.
         self._save_when_due(plan.step, self._is_best(plan.step, record.get("validation_loss")))
         return measured.stop
@@ -454,11 +454,16 @@ class Trainer:
             elif self.writer is not None:
                 self.writer.alert("a checkpoint is not written", result.warning or "")
             if result.path is not None:
-                self.callbacks.tell("on_checkpoint", result.step, result.path)
+                self._tell_callbacks("on_checkpoint", result.step, result.path)
+
+    def _tell_callbacks(self, hook: str, *what: Any) -> None:
+        """Call this hook of the callbacks, which may take its time: what the rank is at until it says the next."""
+        if self.callbacks.have(hook):
+            self._say_progress(hook, self.state.step)
+        self.callbacks.tell(hook, *what)
 
     def _say_progress(self, phase: str, step: int, sequences: int = 0) -> None:
-        memory = peak_memory(self.device)
-        self.rank_progress.write(step, phase, sequences, self._busy, self._seconds, memory)
+        self.rank_progress.write(step, phase, sequences, self._busy, self._seconds)
 
     def _event(self, text: str | None) -> None:
         self._enter(text or "record")

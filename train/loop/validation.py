@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cluster.got_on import got_on
 from parallel.mesh import Mesh
 from parallel.pipeline.schedule import Pipeline
 from train.data.dataset import ValidationData
@@ -81,6 +82,7 @@ def held_out_loss(
             own = torch.tensor(sums, dtype=torch.float64)
         own = own if more is None else torch.cat([own, more().cpu()])
         totals = totals + own * (mine < len(data))
+        got_on()
     assert isinstance(totals, Tensor), "there is always a held-out sequence"
     totals = totals.to(device)
     dist.all_reduce(totals)

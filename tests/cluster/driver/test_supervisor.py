@@ -104,6 +104,52 @@ def test_a_hang_is_found_within_its_limit_and_named():
     assert world.notes("recovered")[0].fields["seconds"] > 6 + 5  # since the last step, not since it was noticed
 
 
+def test_a_run_that_is_late_is_named_and_goes_on():
+    world = World(steps=100, every=1000, hang_after=300.0)
+    world.run(10)
+    world.hung = {2}
+    began = world.now
+    while not world.notes("late"):
+        world.run(STEP)
+    assert 7 <= world.now - began <= 20
+    assert world.notes("late")[0].fields["ranks"] == [2] and "ended in" in world.notes("late")[0].text
+    world.run(5)
+    world.hung = set()
+    world.run(5)
+    assert len(world.notes("late")) == len(world.notes("went_on")) == 1 and not world.notes("failure")
+    world.hung = {1}
+    began = world.now
+    while not world.notes("failure"):
+        world.run(STEP)
+    assert len(world.notes("late")) == 2 and 60 <= world.now - began <= 130
+    assert "rank 1 on n1 gives no stack" in last_failure(world).text
+
+
+def test_a_rank_that_fails_while_a_late_run_is_looked_at_is_the_cause():
+    world = World(steps=100, every=1000, hang_after=300.0)
+    world.run(10)
+    world.hung = {2}
+    while not world.notes("late"):
+        world.run(STEP)
+    world.kill_rank(1)
+    world.run(5)
+    assert last_failure(world).fields["cause"] == "killed" and last_failure(world).fields["ranks"] == [1]
+
+
+@pytest.mark.parametrize("writes", [True, False])
+def test_the_last_checkpoint_has_as_long_as_it_writes(writes):
+    """That of a request to stop, and longer than cluster.stop_timeout; one that does nothing is ended then."""
+    world = World(nodes=1, steps=1000, every=1000, hang_after=300.0, start_timeout=900.0, stop_timeout=100.0)
+    world.run(10)
+    world.hung, report = {0}, world.machines[0].ranks[0]
+    world.tell(m.StopAsked("SIGTERM"))
+    report.phase = "checkpoint"
+    for _ in range(50):
+        report.written += writes
+        world.run(10)
+    assert bool(world.notes("failure")) != writes
+
+
 def test_nobody_waits_for_the_stack_of_a_rank_that_is_stopped():
     world = World(hang_after=6.0)
     world.run(5)

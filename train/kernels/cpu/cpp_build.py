@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from cluster.got_on import got_on
 from conf.errors import UserError
 
 COMPILER_FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fwrapv", "-shared", "-fPIC"]
@@ -122,6 +123,7 @@ def _version(*compiler: str) -> bytes:
 def _build(source: CppSource, command: list[str], library: Path) -> Path:
     """Runs the compiler; returns the library."""
     done = subprocess.run([*command, "-o", str(library), str(source.path)], capture_output=True, text=True)
+    got_on()
     if done.returncode:
         said = textwrap.indent(done.stderr.strip()[-1000:], " " * 8)
         rule = f"{command[0]} cannot build {source.path.name}:\n{said}"
