@@ -6,6 +6,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from train.kernels.choice import build_kernels
+from train.kernels.plain.plain_kernels import PlainKernels
 from train.model.loss import cross_entropy
 
 torch.set_num_threads(1)
@@ -29,6 +30,24 @@ def test_only_the_gradients_that_are_asked_for():
     cross_entropy(hidden, head, targets, 5, 2, build_kernels("cpu")).backward()
     assert head.grad is not None
     assert not cross_entropy(hidden, head.detach(), targets, 5, 2, build_kernels("cpu")).requires_grad
+
+
+class CountedProducts(PlainKernels):
+    number = 0
+
+    def product(self, *args):
+        self.number += 1
+        return super().product(*args)
+
+
+def test_a_pass_that_nothing_goes_back_through_computes_no_gradient():
+    """Not of a weight that trains either: that gradient is as large as the weight, and a product that an evaluation would wait for."""
+    kernels, head, targets = CountedProducts(), torch.nn.Parameter(torch.randn(50, 8)), torch.randint(50, (4,))
+    hidden = torch.randn(4, 8, requires_grad=True)
+    with torch.no_grad():
+        without = cross_entropy(hidden, head, targets, 4, 4, kernels)
+    assert kernels.number == 1 and not without.requires_grad
+    assert torch.equal(cross_entropy(hidden, head, targets, 4, 4, kernels), without) and kernels.number == 1 + 3
 
 
 def test_bf16_head_sums_its_gradient_over_chunks_in_fp32():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from conf.load import compose
+from parallel.context import LoneContext
 from parallel.shard import FlatShard, FlatWeight, Sharing
 from tests.small import MODEL
 from train.kernels.choice import build_kernels
@@ -17,10 +18,10 @@ CONFIG = compose("precision=fp32", *SMALL, "seq_len=24")
 LIMIT = 0.02
 
 
-def build(*more: str) -> tuple[DeepSeekV3, QKClip]:
+def build(*more: str, share: LoneContext | None = None) -> tuple[DeepSeekV3, QKClip]:
     config, device = compose("precision=fp32", *SMALL, "seq_len=24", *more), torch.device("cpu")
     precision = build_precision(config.precision, device, build_kernels("cpu", False), False)
-    model = DeepSeekV3.whole(config.model, precision, seq_len=config.seq_len, device="cpu")
+    model = DeepSeekV3.whole(config.model, precision, seq_len=config.seq_len, device="cpu", share=share)
     initialise(model, 0, device)
     return model, QKClip([model], config.model, LIMIT, lambda scores: None)
 
@@ -29,7 +30,7 @@ def largest(model: DeepSeekV3, clip: QKClip) -> torch.Tensor:
     clip.clear()
     tokens = torch.randint(0, CONFIG.model.vocab_size, (2, 25), generator=torch.Generator().manual_seed(1))
     for half in tokens.split(1):  # two micro-batches
-        model(half).sum().backward()
+        model(half, tokens_BS=half).sum().backward()
     return clip.largest()
 
 
@@ -61,13 +62,21 @@ def test_the_rows_of_keys_and_queries_alone_have_factors():
 
 
 @pytest.mark.slow
-def test_a_pass_that_trains_nothing_does_not_count_and_one_that_is_repeated_counts_once():
+@pytest.mark.parametrize("share", [None, LoneContext(2, 0)], ids=["alone", "shared"])
+def test_a_pass_that_trains_nothing_does_not_count(share):
+    model, clip = build(share=share)
+    assert largest(model, clip).isfinite().all()
+    clip.clear()
+    tokens = torch.zeros(1, 25, dtype=torch.int64)
+    with torch.no_grad():
+        model.eval()(tokens, tokens_BS=tokens)
+    assert clip.largest().eq(-torch.inf).all()
+
+
+@pytest.mark.slow
+def test_a_pass_that_is_repeated_counts_once():
     model, clip = build()
     wanted = largest(model, clip)
-    clip.clear()
-    with torch.no_grad():
-        model.eval()(torch.zeros(1, 25, dtype=torch.int64))
-    assert clip.largest().eq(-torch.inf).all()
     again, clip = build("model.recompute=[layer,norm,mla_up]")
     torch.testing.assert_close(largest(again, clip), wanted, rtol=1e-6, atol=0)
 

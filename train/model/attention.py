@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from train.model.needed import Function, once_differentiable
+from train.model.needed import Function, is_recorded, once_differentiable
 from train.model.sequence import SeenKeys
 
 
@@ -91,7 +91,7 @@ class Attend(Function):
     @staticmethod
     def forward(ctx, core: AttentionCore, *given):
         given = AttentionInput(*given)
-        trained = any(ctx.needs_input_grad)
+        trained = is_recorded(ctx)
         watch = given.watch if trained else None
         made = core.forward(given, keep=trained, largest=watch is not None)
         if watch is not None:

@@ -12,7 +12,7 @@ Shapes: N tokens, C of a chunk, R rows of it, D width, V vocabulary.
 import torch
 from torch import Tensor
 
-from train.model.needed import Function, gradients_needed, once_differentiable
+from train.model.needed import Function, gradients_needed, is_recorded, once_differentiable
 from train.model.operations import Kernels
 from train.model.weight_gradient import weight_gradient
 
@@ -28,7 +28,7 @@ class _CrossEntropy(Function):
     @staticmethod
     def forward(ctx, hidden_ND, head_VD, targets_N, divisor: float, chunk: int, kernels: Kernels):
         head = head_VD.to(hidden_ND.dtype)
-        want_hidden, want_head = ctx.needs_input_grad[:2]
+        want_hidden, want_head = (needed and is_recorded(ctx) for needed in ctx.needs_input_grad[:2])
         scale = 1 / divisor if want_hidden or want_head else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
         dhidden, dhead_VD = [], None

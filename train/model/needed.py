@@ -47,6 +47,14 @@ def gradients_needed(ctx: Any) -> tuple[bool, ...]:
     return tuple([required and _fate(next(nodes)) != SKIPPED for required in ctx.needs_input_grad])
 
 
+def is_recorded(ctx: Any) -> bool:
+    """Whether autograd records the call, so that a backward can follow. Call inside forward, with its ctx.
+
+    ctx.needs_input_grad does not say: it is True for every weight that trains, under torch.no_grad too.
+    """
+    return bool(ctx.next_functions)
+
+
 def node_of(ctx: Any, argument: int) -> Node:
     """Where the gradient of an argument that requires one goes."""
     nodes = [node for node, _ in ctx.next_functions if node is not None]

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from train.model.attention import AttentionCore, AttentionInput, AttentionOutput, LargestScores, positions_first
-from train.model.needed import Function, gradients_needed, once_differentiable
+from train.model.needed import Function, gradients_needed, is_recorded, once_differentiable
 from train.model.sequence import PendingGather, Positions
 
 
@@ -87,7 +87,7 @@ class SharedAttention(Function):
         *weights: Tensor,
     ) -> Tensor:
         B, H, T, _ = q_BHTQ.shape
-        watch = watch if any(ctx.needs_input_grad) else None
+        watch = watch if is_recorded(ctx) else None
         out_BHTV, lse_BHT = None, None
         for seen, latents_BLX in zip(positions.seen, gathering.wait(), strict=True):
             k_BHLQ, v_BHLV = keys.of(latents_BLX)

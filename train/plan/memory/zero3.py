@@ -15,7 +15,7 @@ from train.plan.job import micro_batches_of
 from train.plan.memory.chunk import ChunkMemory
 from train.plan.memory.part import FrozenSection, PassMemory
 from train.plan.memory.rank_weights import FP32_BYTES, Shards, Weight, part_weights, state_bytes
-from train.plan.memory.zero3_gather import GatheredBytes, SharedWeight, follow_gathers
+from train.plan.memory.zero3_gather import GatheredBytes, SharedWeight, follow_change, follow_gathers
 from train.plan.memory.zero3_scatter import (
     NOTHING,
     Bucket,
@@ -61,14 +61,16 @@ class Zero3Memory:
         return max(moments)
 
     def evaluation(self) -> int:
-        """Most bytes in a forward without gradients. MTP modules do not work in it, but DeepSpeed, which has learnt their turn, has gathered
-        their weights when the head works."""
+        """Most bytes in a forward without gradients. MTP modules do not work in it, but DeepSpeed has learnt their turn: weights of theirs are
+        on their way when the head works."""
         visits = [visit for part in self._chunk.parts for visit in trace_unit_evaluation(self._chunk.scene, part)]
-        held = self._held[: len(self._forward)]
-        at_head = held[-2] if len(held) > len(visits) else held[-1]
+        held = self._held[: len(visits)]
+        if len(self._forward) > len(visits):
+            units, learnt, limit = self._learnt
+            held[-1] = follow_change(units, learnt, limit, number=len(visits), unit=len(units) - 1)
         return max(
             max(visit.peak + gathered.working, visit.start + gathered.fetching)
-            for visit, gathered in zip(visits, [*held[: len(visits) - 1], at_head], strict=True)
+            for visit, gathered in zip(visits, held, strict=True)
         )
 
     def reduction(self) -> int:
@@ -112,14 +114,20 @@ class Zero3Memory:
     @cached_property
     def _held(self) -> list[GatheredBytes]:
         """What is gathered at the visits of forward, then of backward."""
+        last = len(self._learnt[0]) - 1
+        held = follow_gathers(*self._learnt)
+        return held[1 : last + 1] + held[-last:]
+
+    @cached_property
+    def _learnt(self) -> tuple[list[list[SharedWeight]], list[tuple[int, bool]], int]:
+        """Units, the visits of them that DeepSpeed learns, and its limit of elements."""
         units = self._units()
         last, depths = len(units) - 1, self._config.model.mtp_depth
         down = range(last, 0, -1)  # the model itself comes first in each pass, a unit without weights
         visits = [*range(last + 1), 0, *[last] * depths, *down]  # the head once for every output
         done = [True] * (last + 2) + [False] * depths + [True] * last
         limit = max(sum(weight.elements for weight in unit) for unit in units)
-        held = follow_gathers(units, list(zip(visits, done, strict=True)), limit)
-        return held[1 : last + 1] + held[-last:]
+        return units, list(zip(visits, done, strict=True)), limit
 
     def _units(self) -> list[list[SharedWeight]]:
         """Weights by unit; the first is the model itself, which has none of its own."""

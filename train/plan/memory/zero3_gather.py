@@ -8,11 +8,13 @@ DeepSpeed (parallel/zero/private_names.py names what was read of it) learns in w
 Weights that are gathered together come in one buffer, and when the first unit that needs any of them waits, each is copied
 out of it. The buffer stays until the last of them was waited for. A weight that comes alone, or that no other rank
 shares, is not copied. After its work a unit's weights go, unless the next gathers have already counted on them.
+DeepSpeed waits for a unit's weights in the order of a set of objects, which is another in every process: the most bytes
+are those of the worst order. Where another unit works than the one it has learnt, it lets all go that is on its way.
 
 Limits count elements, and what is told are bytes.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -72,12 +74,28 @@ class _Gather:
     copied: list[_Weight] = field(default_factory=list)
     buffers: int = 0
 
+    def arrive(self) -> None:
+        for one in self.waited:
+            one.status = _Status.here
+        for one in self.copied:
+            one.size = one.shared.elements * one.shared.item_bytes
+        self.waited, self.copied = [], []
+
 
 def follow_gathers(
     units: Sequence[Sequence[SharedWeight]], visits: Sequence[tuple[int, bool]], limit: int
 ) -> list[GatheredBytes]:
     """What is gathered at every visit. visits: a unit's number, and whether it is done with when the visit ends."""
-    return _Coordinator(units, visits, limit).run()
+    return _Coordinator(units, visits, limit).run(len(visits))
+
+
+def follow_change(
+    units: Sequence[Sequence[SharedWeight]], visits: Sequence[tuple[int, bool]], limit: int, number: int, unit: int
+) -> GatheredBytes:
+    """What is gathered where this unit works instead of the one that the learnt visit of that number has."""
+    coordinator = _Coordinator(units, visits, limit)
+    coordinator.run(number)
+    return coordinator.visit_unlearnt(unit)
 
 
 class _Coordinator:
@@ -89,9 +107,10 @@ class _Coordinator:
         self._counted = 0
         """Elements that DeepSpeed takes for gathered: without padding and buffers."""
 
-    def run(self) -> list[GatheredBytes]:
+    def run(self, end: int) -> list[GatheredBytes]:
+        """The visits before this number."""
         found = []
-        for number, (unit, done) in enumerate(self._visits):
+        for number, (unit, done) in enumerate(self._visits[:end]):
             weights = self._units[unit]
             self._gather([weight for weight in weights if weight.status is _Status.away])
             highest = self._wait(weights)
@@ -100,6 +119,18 @@ class _Coordinator:
             if done:
                 self._release(weights, number)
         return found
+
+    def visit_unlearnt(self, unit: int) -> GatheredBytes:
+        """The visit of a unit whose turn it is not. Buffers stay until all that was on its way has come and gone."""
+        highest = self._size()
+        for weight, gather in self._coming.items():
+            gather.arrive()
+            highest = max(highest, self._size())
+            weight.status, weight.size = _Status.away, 0
+        self._coming.clear()
+        weights = self._units[unit]
+        self._gather([weight for weight in weights if weight.status is _Status.away])
+        return GatheredBytes(max(highest, self._wait(weights)), self._size())
 
     def _gather(self, weights: list[_Weight]) -> None:
         gather = _Gather(list(weights))
@@ -118,17 +149,13 @@ class _Coordinator:
             self._counted += weight.shared.elements
 
     def _wait(self, weights: list[_Weight]) -> int:
-        """Let a unit's weights arrive. Returns the most elements that are there meanwhile."""
+        """Let a unit's weights arrive. Returns the most bytes that are there meanwhile."""
         highest = self._size()
-        for weight in weights:
-            if weight not in self._coming:
-                continue
-            gather = self._coming[weight]
-            for one in gather.waited:
-                one.status = _Status.here
-            for one in gather.copied:
-                one.size = one.shared.elements * one.shared.item_bytes
-            gather.waited, gather.copied = [], []
+        coming = [weight for weight in weights if weight in self._coming]
+        left = Counter(self._coming.values())  # of a gather's weights; with its last one its buffers go
+        early = list({gather: weight for weight in coming if left[gather := self._coming[weight]] > 1}.values())
+        for weight in [*early, *(weight for weight in coming if weight not in early)]:  # the worst order
+            self._coming[weight].arrive()
             highest = max(highest, self._size())
             del self._coming[weight]
         return highest
