@@ -11,7 +11,6 @@ the loss, also both in bf16, so that it takes several to see it. The paper's bou
     fp8, fp8_ue8m0, mxfp8   the recipes of conf/precision
     tensor           one scale per tensor, everywhere
     block            gradients in 128x128 blocks, which made the paper's model diverge (B.2)
-    wgrad_bf16       weight gradients in bf16
     rounding         bf16 in micro-batches of 4: the same arithmetic summed in another order, for the noise of a run itself
 
 Takes about 7 runs of 1000 steps.
@@ -26,7 +25,6 @@ import sys
 from pathlib import Path
 
 OPERANDS = ("activation", "weight", "gradient", "attention_output", "dispatched")
-FAMILIES = ("dense", "output", "experts_up", "experts_down")
 RECIPES = {
     "bf16": ["precision=bf16"],
     "rounding": ["precision=bf16", "micro_batch_size=4"],
@@ -35,10 +33,6 @@ RECIPES = {
     "mxfp8": ["precision=mxfp8"],
     "tensor": ["precision=fp8", *(f"precision.fp8.{operand}=e4m3/tensor/fp32" for operand in OPERANDS)],
     "block": ["precision=fp8", "precision.fp8.gradient=e4m3/128x128/fp32"],
-    "wgrad_bf16": [
-        "precision=fp8",
-        *(f"precision.fp8.{family}.wgrad.{side}=bf16" for family in FAMILIES for side in ("gradient", "activation")),
-    ],
 }
 BASE = "bf16"
 DECAY = 0.9

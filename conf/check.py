@@ -18,6 +18,7 @@ from conf.own_code import check_targets
 from conf.pipeline_schedules import SCHEDULES
 from conf.schema import (
     CHATS,
+    FP8_OPERANDS,
     Adapter,
     AdapterTarget,
     Config,
@@ -50,7 +51,7 @@ SMALLEST_SHARE = 1e-6
 """The smallest share of a mix: what train/data/mix.py can tell from nothing."""
 IN_PARTS = next(name for name, facts in SCHEDULES.items() if facts.stages is None)
 """The schedule that takes parallel.virtual_stages."""
-OPERAND = re.compile(r"bf16|(e4m3|e5m2)/((1x128|128x128|row|tensor)/(fp32|pow2)|1x32/pow2)")
+OPERAND = re.compile(r"(e4m3|e5m2)/((1x128|128x128|row|tensor)/(fp32|pow2)|1x32/pow2)")
 
 
 class ConfigCheck(Protocol):
@@ -182,22 +183,14 @@ def _reachable(model: Model) -> int:
     return model.experts // model.groups * model.top_groups
 
 
-def _check_products(config: Config) -> None:
-    for family, name in itertools.product(
-        ("dense", "output", "experts_up", "experts_down"), ("fprop", "dgrad", "wgrad")
-    ):
-        path, operands = f"precision.fp8.{family}.{name}", vars(getattr(getattr(config.precision.fp8, family), name))
-        for operand, value in operands.items():
-            if OPERAND.fullmatch(value) is None:
-                rule = (
-                    "must be bf16 or FORMAT/GRANULARITY/SCALE: e4m3|e5m2 / 1x128|128x128|row|tensor / fp32|pow2, or e4m3|e5m2 / "
-                    "1x32 / pow2"
-                )
-                raise UserError(f"{path}.{operand}", value, rule, "use e4m3/1x128/fp32")
-        if len({value == "bf16" for value in operands.values()}) == 2:
-            given = ", ".join(f"{key}={value}" for key, value in operands.items())
-            cure = " ".join(f"{path}.{key}=bf16" for key in operands)
-            raise UserError(path, given, "both operands of a product are bf16 or neither is", cure)
+def _check_operands(config: Config) -> None:
+    for name in FP8_OPERANDS:
+        value = getattr(config.precision.fp8, name)
+        if OPERAND.fullmatch(value) is None:
+            rule = "must be FORMAT/GRANULARITY/SCALE: e4m3|e5m2 / 1x128|128x128|row|tensor / fp32|pow2, or e4m3|e5m2 / 1x32 / pow2"
+            raise UserError(
+                f"precision.fp8.{name}", value, rule, "use e4m3/1x128/fp32, or precision=bf16 for products in bf16"
+            )
 
 
 def adapted_targets(model: Model) -> list[AdapterTarget]:
@@ -538,7 +531,7 @@ PRECISION: tuple[ConfigCheck, ...] = (
     JoinedRule("precision.fp8", lambda c, v: not (v and v.hold_weights and c.parallel.zero == 3),
                "must not be true with parallel.zero=3, which gathers a weight for each pass and lets it go",
                "leave it at false", named="precision.fp8.hold_weights", shown=lambda c, v: True),
-    ConditionalRules(lambda c: c.precision.fp8 is not None, (_check_products,)),
+    ConditionalRules(lambda c: c.precision.fp8 is not None, (_check_operands,)),
 )
 
 PLAN: tuple[ConfigCheck, ...] = (

@@ -5,7 +5,6 @@ no longer there, which is an error with the cure. What a run has written (config
 changed no result is dropped at every value.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +16,7 @@ class RemovedKey:
     """What is known of a key that is no longer in the schema."""
 
     default: Any
-    """The value in force now, which was the default of the last version that had the key."""
+    """The value in force now, which was the default of the last version that had the key. `${KEY}`: the value of another key."""
     version: str
     """The first one without it."""
     cure: str
@@ -31,10 +30,34 @@ class RemovedKey:
         return UserError(key, value, f"in {place}: it {rule}" if place else rule, self.cure)
 
 
+OPERANDS = {
+    f"{family}.{product}.{operand}": value
+    for family, (activation, gradient) in {
+        "dense": ("activation", "gradient"),
+        "output": ("attention_output", "gradient"),
+        "experts_up": ("dispatched", "gradient"),
+        "experts_down": ("activation", "dispatched"),
+    }.items()
+    for product, operands in {
+        "fprop": {"activation": activation, "weight": "weight"},
+        "dgrad": {"gradient": gradient, "weight": "weight"},
+        "wgrad": {"gradient": gradient, "activation": activation},
+    }.items()
+    for operand, value in operands.items()
+}
+"""The removed keys of single operands in precision.fp8, and which key of precision.fp8 says their value."""
 REMOVED_KEYS: dict[str, RemovedKey] = {
     "precision.fp8.gradient_floor": RemovedKey(
         1e-12, "0.2.0", "leave it out; a run that was trained with another value goes on with version 0.1.0"
     ),
+    **{
+        f"precision.fp8.{key}": RemovedKey(
+            f"${{precision.fp8.{value}}}",
+            "0.2.0",
+            f"leave it out, and set precision.fp8.{value}; a run that was trained with another value goes on with version 0.1.0",
+        )
+        for key, value in OPERANDS.items()
+    },
     "log.repeat_above": RemovedKey(
         0.0,
         "0.2.0",
@@ -53,21 +76,37 @@ def drop_removed_keys(settings: dict[Any, Any], place: str, package: str = "", *
     place: the file that holds the settings, for the error. package: the section that they are of, such as `precision.fp8`, empty
     for a whole configuration. by_run: a run has written them, and no person. Raises UserError for a removed key at another value than its last default.
     """
-    found = list(_removed_in(settings, package, by_run))
-    for section, name, key in found:
-        value = section.pop(name)
-        if (removed := REMOVED_KEYS.get(key)) is None:
-            section[name] = REMOVED_VALUES[key, value]
-        elif value != removed.default and (removed.changes_results or not by_run):
-            raise removed.error(key, value, place)
-    return bool(found)
+    return _drop(settings, settings, place, package, package, by_run)
 
 
-def _removed_in(section: dict[str, Any], package: str, by_run: bool) -> Iterator[tuple[dict[str, Any], str, str]]:
-    """Every removed key or value that is there: the mapping that holds it, its name there, and the whole key."""
-    for name, value in section.items():
+def _drop(section: dict[str, Any], settings: dict[str, Any], place: str, top: str, package: str, by_run: bool) -> bool:
+    """section: the settings of `package`, somewhere in the `settings` of `top`."""
+    dropped = False
+    for name, value in list(section.items()):
         key = f"{package}.{name}" if package else str(name)
+        removed = REMOVED_KEYS.get(key)
         if isinstance(value, dict):
-            yield from _removed_in(value, key, by_run)
-        elif key in REMOVED_KEYS or (by_run and isinstance(value, str) and (key, value) in REMOVED_VALUES):
-            yield section, name, key
+            if _drop(value, settings, place, top, key, by_run):
+                dropped = True
+                if not value:
+                    del section[name]
+        elif removed is not None:
+            same = value in (removed.default, _value_of(removed.default, settings, top))
+            if not same and (removed.changes_results or not by_run):
+                raise removed.error(key, value, place)
+            del section[name]
+            dropped = True
+        elif by_run and isinstance(value, str) and (key, value) in REMOVED_VALUES:
+            section[name] = REMOVED_VALUES[key, value]
+            dropped = True
+    return dropped
+
+
+def _value_of(default: Any, settings: dict[str, Any], package: str) -> Any:
+    """The value at the key that a default names, in settings of `package`; the default itself where it is none of those."""
+    if not (isinstance(default, str) and default.startswith(f"${{{package}")):
+        return default
+    found: Any = settings
+    for name in default[2:-1].removeprefix(package).strip(".").split("."):
+        found = found.get(name) if isinstance(found, dict) else None
+    return default if found is None else found

@@ -7,7 +7,7 @@ that join several fields. Nothing here is ever written after load.
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from conf.dispatches import DISPATCHES, FLAT_DISPATCH, DispatchFacts
 from conf.fields import LEFT_OUT, FilledKey, expert, number
@@ -492,58 +492,15 @@ class Parallel(RankCounts):
         return f"{self.schedule}{more}"
 
 
-@dataclass
-class Fprop:
-    """Operands of y = x w^T, contracted over the inputs."""
+class Operands(NamedTuple):
+    """The operands of the three products of a linear layer: y = x w^T, dx = dy w and dw = dy^T x."""
 
-    activation: str = "${precision.fp8.activation}"
-    """Operand x: FORMAT/GRANULARITY/SCALE or bf16."""
-    weight: str = "${precision.fp8.weight}"
-    """Operand w: FORMAT/GRANULARITY/SCALE or bf16."""
-
-
-@dataclass
-class Dgrad:
-    """Operands of dx = dy w, contracted over the outputs."""
-
-    gradient: str = "${precision.fp8.gradient}"
-    """Operand dy: FORMAT/GRANULARITY/SCALE or bf16."""
-    weight: str = "${precision.fp8.weight}"
-    """Operand w: FORMAT/GRANULARITY/SCALE or bf16."""
-
-
-@dataclass
-class Wgrad:
-    """Operands of dw = dy^T x, contracted over the tokens."""
-
-    gradient: str = "${precision.fp8.gradient}"
-    """Operand dy: FORMAT/GRANULARITY/SCALE or bf16."""
-    activation: str = "${precision.fp8.activation}"
-    """Operand x: FORMAT/GRANULARITY/SCALE or bf16."""
-
-
-@dataclass
-class Products:
-    """The three products of a linear layer. An operand is FORMAT/GRANULARITY/SCALE, or bf16 for both of a product."""
-
-    fprop: Fprop = field(default_factory=Fprop)
-    dgrad: Dgrad = field(default_factory=Dgrad)
-    wgrad: Wgrad = field(default_factory=Wgrad)
-
-
-def _attention_output() -> Products:
-    activation = "${precision.fp8.attention_output}"
-    return Products(fprop=Fprop(activation=activation), wgrad=Wgrad(activation=activation))
-
-
-def _experts_up() -> Products:
-    activation = "${precision.fp8.dispatched}"
-    return Products(fprop=Fprop(activation=activation), wgrad=Wgrad(activation=activation))
-
-
-def _experts_down() -> Products:
-    gradient = "${precision.fp8.dispatched}"
-    return Products(dgrad=Dgrad(gradient=gradient), wgrad=Wgrad(gradient=gradient))
+    activation: str
+    """x"""
+    weight: str
+    """w"""
+    gradient: str
+    """dy"""
 
 
 @dataclass
@@ -574,6 +531,10 @@ class Health:
     """Limit on the relative error of a product against bf16 operands."""
 
 
+FP8_OPERANDS = "activation", "weight", "gradient", "attention_output", "dispatched"
+"""Keys of precision.fp8 that say how operands are cast."""
+
+
 @dataclass
 class Fp8:
     """The FP8 recipe (paper 3.3). An operand is FORMAT/GRANULARITY/SCALE.
@@ -581,7 +542,6 @@ class Fp8:
     FORMAT: e4m3 or e5m2. GRANULARITY, what shares a scale: 1x128 (128 values along the contraction: 1x128 in Fprop and
     Dgrad, 128x1 in Wgrad), 1x32 (32 values so, with pow2; on a GPU Blackwell alone), 128x128, row (all of the contraction) or
     tensor. SCALE: fp32, or pow2 (a power of two).
-    The operand `bf16` leaves a product in bf16; both operands of a product are bf16 or neither.
     """
 
     activation: str = "e4m3/1x128/fp32"
@@ -594,14 +554,6 @@ class Fp8:
     """Input of the attention's output projection."""
     dispatched: str = "e4m3/1x128/pow2"
     """What travels to the experts: input of their up-projection, gradient of their output."""
-    dense: Products = expert(make=Products)
-    """Linear layers of attention, dense FFN, shared experts and the MTP projection."""
-    output: Products = expert(make=_attention_output)
-    """The attention's output projection."""
-    experts_up: Products = expert(make=_experts_up)
-    """Gate and up projection of the routed experts."""
-    experts_down: Products = expert(make=_experts_down)
-    """Down projection of the routed experts."""
     activation_floor: float = expert(1e-4, least=1e-30, most=1)
     """Smallest max-abs of activations and weights that a scale is made for, as in DeepSeek's kernels."""
     emulate: HighFormat = expert(HighFormat.fp32)
@@ -619,6 +571,11 @@ class Fp8:
     every product, for the same bits."""
     cache: Cache = field(default_factory=Cache)
     health: Health = field(default_factory=Health)
+
+    def operands(self, family: str) -> Operands:
+        """The operands of a family of layers: `output`, the attention's output projection; `experts_up` and `experts_down`; `dense`, all others."""
+        activation = {"output": self.attention_output, "experts_up": self.dispatched}.get(family, self.activation)
+        return Operands(activation, self.weight, self.dispatched if family == "experts_down" else self.gradient)
 
 
 @dataclass

@@ -112,7 +112,7 @@ def test_from_python_a_word_has_the_error_of_the_command_line(word):
     assert str(caught.value) == str(said.value)
 
 
-@pytest.mark.parametrize("key", ["nothing", "model.nothing", "precision.fp8.dense.nothing"])
+@pytest.mark.parametrize("key", ["nothing", "model.nothing", "precision.fp8.nothing"])
 def test_what_is_added_and_is_no_key_is_refused(key):
     with pytest.raises(UserError, match="is not a key of the schema") as caught:
         compose(f"+{key}=1")

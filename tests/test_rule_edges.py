@@ -183,8 +183,8 @@ def test_every_rule_takes_its_last_value_and_refuses_the_next():
 
 
 FP8_EDGES: list[tuple[str, dict[str, Any]]] = [
-    ("precision.fp8.dense.fprop", {"precision.fp8.dense.fprop.weight": "bf16"}),
-    ("precision.fp8.experts_down.wgrad.gradient", {"precision.fp8.experts_down.wgrad.gradient": "e4m3/1x32/fp32"}),
+    ("precision.fp8.weight", {"precision.fp8.weight": "bf16"}),
+    ("precision.fp8.dispatched", {"precision.fp8.dispatched": "e4m3/1x32/fp32"}),
     ("precision.fp8.hold_weights", {"precision.fp8.hold_weights": True, "parallel.zero": 3}),
     ("precision.fp8.backend", {"precision.fp8.backend": Fp8Backend.deepgemm, "cluster.deterministic": True}),
     ("precision.fp8", {"precision.fp8": None}),
@@ -193,7 +193,7 @@ FP8_EDGES: list[tuple[str, dict[str, Any]]] = [
 
 def test_rules_of_fp8():
     words = "precision=fp8"
-    check(changed({"precision.fp8.dense.fprop.weight": "bf16", "precision.fp8.dense.fprop.activation": "bf16"}, words))
+    check(changed({"precision.fp8.dispatched": "e4m3/1x32/pow2"}, words))
     check(changed({"precision.fp8.hold_weights": True, "parallel.zero": 2}, words))
     for field, over in FP8_EDGES:
         assert refused(changed(over, words)) == field

@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from conf.errors import UserError
-from conf.schema import Fp8, Precision, Products
+from conf.schema import Fp8, Precision
 
 TILE = 128
 FP32 = 2.0**-24
@@ -215,43 +215,38 @@ def read_rounding(precision: Precision) -> PlainRounding:
         plain = LinearRules((None, None), (None, None), (None, None), None)
         return PlainRounding(high, plain, plain, plain, plain, None, False)
     cache = fp8.cache
-    down = _rules(fp8, fp8.experts_down, "bf16", "experts_down")
+    down = _rules(fp8, "experts_down", "bf16")
     kept = None
     if _known("precision.fp8.cache.swiglu", cache.swiglu, ("fp8", "bf16")) == "fp8":
-        is_power = down.fprop[0] is not None and down.fprop[0].is_power
-        kept = Rule(FORMATS["e4m3"], "1x128", is_power, fp8.activation_floor)
+        kept = Rule(FORMATS["e4m3"], "1x128", fp8.activation.endswith("pow2"), fp8.activation_floor)
     return PlainRounding(
         high,
-        _rules(fp8, fp8.dense, cache.linear, "dense"),
-        _rules(fp8, fp8.output, cache.attention_output, "output"),
-        _rules(fp8, fp8.experts_up, cache.linear, "experts_up"),
+        _rules(fp8, "dense", cache.linear),
+        _rules(fp8, "output", cache.attention_output),
+        _rules(fp8, "experts_up", cache.linear),
         down,
         kept,
         True,
     )
 
 
-def _rules(fp8: Fp8, products: Products, cache: str, name: str) -> LinearRules:
-    def rule(product: str, operand: str, floor: float) -> Rule | None:
-        field, text = f"precision.fp8.{name}.{product}.{operand}", getattr(getattr(products, product), operand)
-        if text == "bf16":
-            return None
-        form, shared, scale = _known_parts(field, text)
+def _rules(fp8: Fp8, family: str, cache: str) -> LinearRules:
+    def rule(text: str, floor: float) -> Rule:
+        form, shared, scale = _known_parts(text)
         return Rule(FORMATS[form], shared, scale == "pow2", floor, fp8.emulate == "bf16")
 
-    values, slopes = fp8.activation_floor, 1e-12
-    fprop = rule("fprop", "activation", values), rule("fprop", "weight", values)
-    kept = fprop[0]
+    given, values = fp8.operands(family), fp8.activation_floor
+    activation, weight, gradient = (
+        rule(given.activation, values),
+        rule(given.weight, values),
+        rule(given.gradient, 1e-12),
+    )
+    kept: Rule | None = activation
     if _known("precision.fp8.cache", cache, ("fp8", "bf16", "e5m6")) == "bf16":
         kept = None
     elif cache == "e5m6":
         kept = Rule(FORMATS["e5m6"], "1x128", True, values)
-    return LinearRules(
-        fprop,
-        (rule("dgrad", "gradient", slopes), rule("dgrad", "weight", values)),
-        (rule("wgrad", "gradient", slopes), rule("wgrad", "activation", values)),
-        kept,
-    )
+    return LinearRules((activation, weight), (gradient, weight), (gradient, activation), kept)
 
 
 def _known(field: str, value: str, known: Sequence[str]) -> str:
@@ -261,11 +256,11 @@ def _known(field: str, value: str, known: Sequence[str]) -> str:
     return value
 
 
-def _known_parts(field: str, text: str) -> list[str]:
-    parts = text.split("/")
+def _known_parts(text: str) -> list[str]:
+    field, parts = "precision.fp8", text.split("/")
     known = (("e4m3", "e5m2"), ("1x128", "1x32", "128x128", "row", "tensor"), ("fp32", "pow2"))
     if len(parts) != len(known):
-        _known(field, text, ["bf16", "FORMAT/GRANULARITY/SCALE"])
+        _known(field, text, ["FORMAT/GRANULARITY/SCALE"])
     return [_known(field, part, choices) for part, choices in zip(parts, known, strict=True)]
 
 

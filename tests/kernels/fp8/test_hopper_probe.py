@@ -10,7 +10,7 @@ from conf.errors import UserError
 from conf.load import compose
 from train.kernels.fp8 import hopper_probe
 from train.kernels.fp8.cpu_engine import CpuEngine
-from train.kernels.fp8.hopper import has_fp8_experts, needs_deep_gemm
+from train.kernels.fp8.hopper import needs_deep_gemm
 from train.kernels.fp8.installed import OTHER_BUILD, InstalledVersions, look_up_versions, misfits, refusal
 
 GOOD = InstalledVersions(
@@ -148,11 +148,3 @@ def test_a_value_that_is_no_number_is_wrong():
 
 def test_deep_gemm_is_needed_where_it_is_asked_for():
     assert needs_deep_gemm(DEEPGEMM) and not needs_deep_gemm(FP8)
-    products = {"fprop": ("activation", "weight"), "dgrad": ("gradient", "weight"), "wgrad": ("gradient", "activation")}
-    high = [
-        f"precision.fp8.{family}.{product}.{operand}=bf16"
-        for family in ("experts_up", "experts_down")
-        for product, operands in products.items()
-        for operand in operands
-    ]
-    assert has_fp8_experts(FP8) and not has_fp8_experts(compose("precision=fp8", *high).precision.fp8)

@@ -8,7 +8,7 @@ from tests.prove.mutations.fp8 import ATTENTION, EXPERTS, LOW, MADE, WEIGHTS, wi
 from tests.prove.mutations.registry import BACKWARD, FORWARD, OURS, mutation
 from tests.prove.mutations.seams import Seams
 from train.kernels.fp8 import cast_rules, swiglu
-from train.kernels.fp8.cast_rules import CastRules, OperandRule
+from train.kernels.fp8.cast_rules import CastRules, OperandRule, Product
 from train.kernels.fp8.compiled_casts import CompiledCasts
 from train.kernels.fp8.compiled_engine import CompiledEngine
 from train.kernels.fp8.formats import E4M3, E5M2, E5M6, TILE, Cast
@@ -64,4 +64,7 @@ def recomputed_swiglu_without_the_gate(bug: Seams) -> None:
 
 @mutation(OURS + ": products fall back to bf16 in silence", "fp8", FORWARD, MADE, LOW)
 def products_in_bf16(bug: Seams) -> None:
-    bug.around(cast_rules, "parse_rule", lambda original, text, floor: OperandRule(None))
+    plain = Product(OperandRule(None), OperandRule(None))
+    bug.around(
+        cast_rules, "_linear", lambda original, *given: replace(original(*given), fprop=plain, dgrad=plain, wgrad=plain)
+    )

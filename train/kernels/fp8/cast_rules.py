@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from conf.schema import Fp8, Products
+from conf.schema import Fp8
 from parallel.expert.wire import GRADIENT_FLOOR
 from train.kernels.fp8.formats import E4M3, E5M2, E5M6, MX_TILE, TILE, WHOLE_SIDE, Cast, Format
 
@@ -87,34 +87,31 @@ class CastRules:
             for linear in (self.experts_up, self.experts_down)
             for rule in (linear.fprop.left, linear.dgrad.left, *linear.wgrad)
         ]
-        return all(rule.format is None or rule.granularity == "1x128" for rule in rules)
+        return all(rule.granularity == "1x128" for rule in rules)
 
 
 def build_rules(fp8: Fp8) -> CastRules:
     """The rules that a checked `precision.fp8` section describes."""
     cache = fp8.cache
-    dense, output = _linear(fp8, fp8.dense, cache.linear), _linear(fp8, fp8.output, cache.attention_output)
-    up, down = _linear(fp8, fp8.experts_up, cache.linear), _linear(fp8, fp8.experts_down, "bf16")
+    dense, output = _linear(fp8, "dense", cache.linear), _linear(fp8, "output", cache.attention_output)
+    up, down = _linear(fp8, "experts_up", cache.linear), _linear(fp8, "experts_down", "bf16")
     swiglu = None if cache.swiglu == "bf16" else Cast(E4M3, (1, TILE), down.fprop.left.pow2, fp8.activation_floor)
     return CastRules(dense, output, up, down, swiglu)
 
 
-def _linear(fp8: Fp8, products: Products, cache: str) -> LayerCasts:
-    high, low = fp8.activation_floor, GRADIENT_FLOOR
-    fprop = Product(parse_rule(products.fprop.activation, high), parse_rule(products.fprop.weight, high))
-    dgrad = Product(parse_rule(products.dgrad.gradient, low), parse_rule(products.dgrad.weight, high))
-    wgrad = Product(parse_rule(products.wgrad.gradient, low), parse_rule(products.wgrad.activation, high))
+def _linear(fp8: Fp8, family: str, cache: str) -> LayerCasts:
+    high, operands = fp8.activation_floor, fp8.operands(family)
+    activation, weight = parse_rule(operands.activation, high), parse_rule(operands.weight, high)
+    gradient = parse_rule(operands.gradient, GRADIENT_FLOOR)
     kept = None
     if cache == "e5m6":
         kept = Cast(E5M6, (1, TILE), True, high)
-    elif cache == "fp8" and fprop.left.format is not None:
-        kept = fprop.left.cast()
-    return LayerCasts(fprop, dgrad, wgrad, kept)
+    elif cache == "fp8":
+        kept = activation.cast()
+    return LayerCasts(Product(activation, weight), Product(gradient, weight), Product(gradient, activation), kept)
 
 
 def parse_rule(text: str, floor: float) -> OperandRule:
-    """The rule of an operand as the configuration writes it, FORMAT/GRANULARITY/SCALE or bf16."""
-    if text == "bf16":
-        return OperandRule(None)
+    """The rule of an operand as the configuration writes it, FORMAT/GRANULARITY/SCALE."""
     name, granularity, scale = text.split("/")
     return OperandRule({"e4m3": E4M3, "e5m2": E5M2}[name], granularity, scale == "pow2", floor)

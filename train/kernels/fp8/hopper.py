@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from conf.errors import UserError
-from conf.schema import Fp8, Fp8Backend
+from conf.schema import FP8_OPERANDS, Fp8, Fp8Backend
 from train.kernels.fp8 import swiglu
 from train.kernels.fp8.cast_rules import OperandRule
 from train.kernels.fp8.engines import RoundedTensor, Source
@@ -216,11 +216,6 @@ class HopperEngine:
         return self.swiglu_backward(h, gates_P, da_PF)[0]
 
 
-def has_fp8_experts(fp8: Fp8) -> bool:
-    """Whether experts have FP8 products."""
-    return _operands(fp8, "experts_up", "experts_down") != {"bf16"}
-
-
 def needs_deep_gemm(fp8: Fp8) -> bool:
     """Whether DeepGEMM has a part in the products."""
     return fp8.backend == Fp8Backend.deepgemm
@@ -228,39 +223,27 @@ def needs_deep_gemm(fp8: Fp8) -> bool:
 
 def has_mx_tiles(fp8: Fp8) -> bool:
     """Whether an operand has a scale for 32 values, as Blackwell's products take them."""
-    return any("/1x32/" in operand for operand in _operands(fp8, "dense", "output", "experts_up", "experts_down"))
+    return any("/1x32/" in getattr(fp8, name) for name in FP8_OPERANDS)
 
 
 def check_gpu_operands(fp8: Fp8) -> None:
     """No product takes E5M2, none takes tiles of 32 beside others, and those of experts on Hopper take weights in blocks only. Raises UserError."""
     mx = has_mx_tiles(fp8)
-    for families, library in (
-        (("experts_up", "experts_down"), "the products of experts have no other format"),
-        (("dense", "output"), "blockwise torch.nn.functional.scaled_mm takes no other format"),
-    ):
-        for operand in sorted(_operands(fp8, *families)):
-            if operand.startswith("e5m2"):
-                rule = f"must be e4m3 or bf16 on CUDA: {library}"
-                cure = f"use {'e4m3/1x32/pow2' if mx else 'e4m3/1x128/fp32'}"
-                raise UserError(f"precision.fp8.{', '.join(families)}", operand, rule, cure)
-            if mx and operand != "bf16" and "/1x32/" not in operand:
-                rule = "does not go on CUDA with tiles of 1x32, which Blackwell's products take on both sides, and Hopper's on neither"
-                raise UserError(f"precision.fp8.{', '.join(families)}", operand, rule, "use e4m3/1x32/pow2 or bf16")
+    cure = f"use {'e4m3/1x32/pow2' if mx else 'e4m3/1x128/fp32'}"
+    for name in FP8_OPERANDS:
+        operand = getattr(fp8, name)
+        if operand.startswith("e5m2"):
+            rule = "must be e4m3 on CUDA: neither the products of experts nor blockwise torch.nn.functional.scaled_mm take another format"
+            raise UserError(f"precision.fp8.{name}", operand, rule, cure)
+        if mx and "/1x32/" not in operand:
+            rule = "does not go on CUDA with tiles of 1x32, which Blackwell's products take on both sides, and Hopper's on neither"
+            raise UserError(f"precision.fp8.{name}", operand, rule, cure)
     if mx and fp8.backend != Fp8Backend.triton:
         rule = "has no products of tiles of 1x32: those are torch's"
         raise UserError("precision.fp8.backend", fp8.backend, rule, "leave precision.fp8.backend at triton")
-    for family in ("experts_up", "experts_down"):
-        for product in ("fprop", "dgrad"):
-            weight = getattr(getattr(fp8, family), product).weight
-            if not mx and weight.split("/")[1:2] not in ([], ["128x128"], ["tensor"]):
-                rule = "must be 128x128 or tensor for experts on CUDA: their products read weights in blocks"
-                raise UserError(f"precision.fp8.{family}.{product}.weight", weight, rule, "use e4m3/128x128/fp32")
-
-
-def _operands(fp8: Fp8, *families: str) -> set[str]:
-    """The text of every operand of these linear layers."""
-    products = [getattr(getattr(fp8, family), name) for family in families for name in ("fprop", "dgrad", "wgrad")]
-    return {operand for product in products for operand in vars(product).values()}
+    if not mx and fp8.weight.split("/")[1] not in ("128x128", "tensor"):
+        rule = "must be 128x128 or tensor on CUDA: the products of experts read weights in blocks"
+        raise UserError("precision.fp8.weight", fp8.weight, rule, "use e4m3/128x128/fp32")
 
 
 def check_expert_sizes(weight_ENK: Tensor) -> None:

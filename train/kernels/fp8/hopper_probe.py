@@ -154,7 +154,7 @@ def _trials(fp8: Fp8) -> "Iterator[Trial]":
 
     from train.kernels.fp8.cast_rules import OperandRule
     from train.kernels.fp8.formats import E4M3
-    from train.kernels.fp8.hopper import has_fp8_experts, has_mx_tiles, needs_deep_gemm
+    from train.kernels.fp8.hopper import has_mx_tiles, needs_deep_gemm
 
     mx = has_mx_tiles(fp8)
     widths = ("1x32", "1x32") if mx else ("1x128", "128x128")
@@ -179,8 +179,6 @@ def _trials(fp8: Fp8) -> "Iterator[Trial]":
     yield Trial(f"torch.nn.functional.scaled_mm, {widths[0]} by {widths[0]}", wgrad)
     library = "torch" if mx else "DeepGEMM" if needs_deep_gemm(fp8) else "Triton"
     yield Trial(f"{library}'s product added to a gradient", partial(wgrad, start=30 * draw(384, 640).float()))
-    if not has_fp8_experts(fp8):
-        return
     counts, weight_ENK = torch.tensor([130, 0, 3]), draw(3, 256, 640)
     rows_RK, grad_RN = draw(133, 640), draw(133, 256)
 

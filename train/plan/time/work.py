@@ -69,12 +69,12 @@ class Sizes:
 
     def fp8(self, family: str) -> bool:
         """Whether the products of this family of layers are in FP8: dense, output, experts_up or experts_down."""
-        fp8 = self.config.precision.fp8
-        return fp8 is not None and family != HIGH and getattr(fp8, family).fprop.activation != "bf16"
+        return self.config.precision.fp8 is not None and family != HIGH
 
     def mx(self, family: str) -> bool:
         """Whether they are in MXFP8, by torch's products, which add to no sum (train/kernels/fp8/blackwell.py)."""
-        return self.fp8(family) and "/1x32/" in getattr(self.config.precision.fp8, family).fprop.activation
+        fp8 = self.config.precision.fp8
+        return fp8 is not None and family != HIGH and "/1x32/" in fp8.operands(family).activation
 
     def recomputes(self, what: Recompute) -> bool:
         return what in self.config.model.recompute
