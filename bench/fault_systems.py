@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.fault_drivers import FAILURES
-from cluster.drill.hosts import NETWORK, Hosts
+from bench.hosts import NETWORK, Hosts
 from cluster.driver.journal import read_events
 from cluster.driver.view import last_record
 

@@ -36,7 +36,7 @@ from pathlib import Path
 
 from bench.fault_loop import SAVE_EVERY
 from bench.fault_systems import ENVIRONMENT, HOSTS, PYTHON, SYSTEMS, TIMEOUT, System
-from cluster.drill.hosts import Hosts, missing
+from bench.hosts import Hosts, missing
 from conf.schema import ROOT
 
 VICTIM = 1

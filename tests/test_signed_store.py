@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from cluster.drill.hosts import Hosts, missing
+from bench.hosts import Hosts, missing
 from cluster.node.ports import free_port
 from cluster.place import Place
 from conf.load import compose

@@ -53,6 +53,8 @@ SMALLEST = {
 """Arguments. SMALL and DATA stand for the settings of a small run and those of its data, RUN for its folder, RATES for rates,
 ROW for the number of a row of one rank."""
 ELSEWHERE = {
+    "drill": "tests/bench/test_drill.py",
+    "simulate": "tests/bench/test_simulate.py",
     "compile_kernels": "tests/bench/test_compile_kernels.py",
     "gpu": "tests/bench/gpu/test_dry.py",
     "faults_named": "tests/bench/test_faults_named.py",

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from bench.fault_links import NETWORK, LinkedHosts
-from cluster.drill.hosts import missing
+from bench.hosts import missing
 from cluster.stacks import unanswered
 
 

@@ -13,7 +13,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from cluster.drill.hosts import NETWORK, Hosts
+from bench.hosts import NETWORK, Hosts
 
 DAEMONS = ("slurmctld", "slurmd", "munged", "sbatch", "scontrol")
 CONF = """

@@ -200,8 +200,15 @@ def test_the_entrypoint_is_a_run(job):
 
 
 @pytest.mark.parametrize(
-    "file", ["files/sluice.sbatch", "files/rayjob.yaml", "docs/ray.md", "drill/hosts.py", "driver/ray_backend.py"]
+    "file",
+    [
+        "cluster/files/sluice.sbatch",
+        "cluster/files/rayjob.yaml",
+        "cluster/docs/ray.md",
+        "cluster/driver/ray_backend.py",
+        "bench/hosts.py",
+    ],
 )
 def test_wherever_ray_is_started_ranks_do_not_give_way_to_other_work(file):
-    text = (ROOT / "cluster" / file).read_text()
+    text = (ROOT / file).read_text()
     assert re.search(r"RAY_worker_niceness\W.*?\b0\b", text, re.DOTALL), "Ray's default is nice 15"

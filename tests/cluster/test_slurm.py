@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.drill.hosts import missing as no_hosts
+from bench.hosts import missing as no_hosts
 from conf.files import atomic_write_text
 from conf.schema import ROOT
 from tests.cluster.slurm import Slurm

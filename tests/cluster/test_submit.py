@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.drill.hosts import Hosts, missing
+from bench.hosts import Hosts, missing
 from cluster.driver.journal import read_events
 from cluster.node.ports import free_port
 from conf.errors import EXIT_STOPPED

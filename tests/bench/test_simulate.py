@@ -5,13 +5,13 @@ import math
 
 import pytest
 
+from bench.outages import DAY, RATE_PER_DEVICE, Outage, _trace, by_chance, traced
+from bench.simulate import Scenario, main, play_scenario
+from bench.simulated_run import CopySet, Pace, SimulatedRun
 from cluster.driver.shapes import Shapes
 from cluster.driver.time_split import TimePart, split_time
 from cluster.run_files import Age
 from cluster.show import nodes_of
-from cluster.simulate.__main__ import Scenario, main, play_scenario
-from cluster.simulate.outages import DAY, RATE_PER_DEVICE, Outage, _trace, by_chance, traced
-from cluster.simulate.run import CopySet, Pace, SimulatedRun
 from conf.errors import EXIT_USER
 from conf.load import compose
 from train.plan.failures import SaveCosts

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.drill.__main__ import losses, worst_difference
-from cluster.drill.hosts import Hosts, missing
+from bench.drill import losses, worst_difference
+from bench.hosts import Hosts, missing
 from cluster.driver.journal import read_events
 from conf.errors import EXIT_OK, EXIT_STOPPED, EXIT_USER
 from conf.load import compose

@@ -1,4 +1,4 @@
-"""Where a drill (cluster/drill/__main__.py) runs and what can be broken there: this machine, or several hosts on it.
+"""Where a drill (bench/drill.py) runs and what can be broken there: this machine, or several hosts on it.
 
 A fault is a method whose docstring says what happens; it returns once the run can be expected to recover by itself.
 """
@@ -18,7 +18,7 @@ from typing import IO
 
 import psutil
 
-from cluster.drill.hosts import Hosts
+from bench.hosts import Hosts
 from cluster.driver.journal import read_events
 from cluster.run_files import MANIFEST, STEP_FOLDERS
 from conf.schema import ROOT

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from bench.outages import Outage
 from cluster.cause import RankReport
 from cluster.driver import messages as m
 from cluster.driver.node_state import DriverPhase
@@ -22,7 +23,6 @@ from cluster.driver.shapes import Shapes
 from cluster.driver.supervisor import Supervisor
 from cluster.patience import STEP_PHASE
 from cluster.run_files import NONE, Age
-from cluster.simulate.outages import Outage
 from cluster.topology import Node, Placement
 from conf.errors import EXIT_STOPPED
 from conf.schema import Config

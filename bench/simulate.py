@@ -1,9 +1,11 @@
-"""What months of faults cost a run, by the real supervisor on nodes that exist only as numbers:
+"""Months of faults of a run, played against the real supervisor on nodes that exist only as numbers.
 
-    python -m cluster.simulate [--faults trace|chance] [--spares 0,4,8,16] [--days DAYS] [--least-ep EP] [--json] [--step S] ... [key=value]
+    python -m bench.simulate [--faults trace|chance] [--spares 0,4,8,16] [--days DAYS] [--least-ep EP] [--json] [--step S] ... [key=value]
 
-Without flags: 256 servers of the trace of a year (cluster/simulate/trace) with 0, 4, 8 and 16 spares, and 2,048 and 16,384 devices with faults by
-chance; with copies in memory, and some without. With overrides of a recipe its layout is simulated. A year of 256 servers takes some 15 s of a core.
+Without flags: 256 servers of the trace of a year (bench/outage_trace) with 0, 4, 8 and 16 spares, and 2,048 and 16,384 devices with faults by
+chance; with copies in memory, and some without. With overrides of a recipe its layout is simulated.
+
+Takes about 15 seconds of a core for a year of 256 servers.
 """
 
 import argparse
@@ -15,11 +17,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
+from bench.outages import DAY, RATE_PER_DEVICE, TRACE_DAYS, TRACE_SERVERS, by_chance, traced
+from bench.simulated_run import Pace, SimulatedRun
 from cluster.driver.shapes import LAYOUTS_FILE, Shapes, digest_of
 from cluster.driver.time_split import TimePart, TimeSplit, split_time
 from cluster.show import nodes_of
-from cluster.simulate.outages import DAY, RATE_PER_DEVICE, TRACE_DAYS, TRACE_SERVERS, by_chance, traced
-from cluster.simulate.run import Pace, SimulatedRun
 from conf.errors import EXIT_OK, UserError
 from conf.load import compose, reported, write_config
 from conf.schema import Config
@@ -136,7 +138,7 @@ def scenarios(options: argparse.Namespace) -> Iterator[Scenario]:
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m cluster.simulate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m bench.simulate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--faults", choices=("trace", "chance"), help="of the trace of a year, or by chance at Llama 3's rate"

@@ -7,9 +7,9 @@ import signal
 
 import pytest
 
-from cluster.drill.__main__ import DEFAULTS, Drill, main, worst_difference
-from cluster.drill.faults import DrillGround, small_disk
-from cluster.drill.hosts import missing
+from bench.drill import DEFAULTS, Drill, main, worst_difference
+from bench.drill_ground import DrillGround, small_disk
+from bench.hosts import missing
 from cluster.driver.journal import read_events
 from cluster.run_files import MANIFEST, Age
 from conf.errors import EXIT_OK, EXIT_STOPPED, UserError
@@ -72,8 +72,8 @@ def played(tmp_path, monkeypatch) -> PlayedGround:
         ground.step += 1
         return Age(ground.attempt, ground.step)
 
-    monkeypatch.setattr("cluster.drill.__main__.newest", look)
-    monkeypatch.setattr("cluster.drill.__main__.last_record", lambda path: {"step": look(path).step})
+    monkeypatch.setattr("bench.drill.newest", look)
+    monkeypatch.setattr("bench.drill.last_record", lambda path: {"step": look(path).step})
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     return ground
 

@@ -1,6 +1,6 @@
 """When which node of a simulated run is gone: by the trace of a year on 400 servers, or by chance.
 
-The trace (trace/README.md) has no severity below a lost node: hangs, slow ranks and wrong numbers are not in it. Faults by chance come at the rate
+The trace (outage_trace/README.md) has no severity below a lost node: hangs, slow ranks and wrong numbers are not in it. Faults by chance come at the rate
 that was published of another job, and a node is away for as long as one of the trace was.
 """
 
@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 DAY = 86400.0
-TRACE = Path(__file__).parent / "trace" / "faults.csv"
+TRACE = Path(__file__).parent / "outage_trace" / "faults.csv"
 TRACE_SERVERS, TRACE_DAYS = 400, 348.98
 RATE_PER_DEVICE = 419 / 54 / 24 / 16384
 """Failures of a device and hour: 419 unplanned stops of 16,384 H100 in 54 days (Llama 3, arXiv 2407.21783, table 5)."""

@@ -1,6 +1,6 @@
 """Break a run on purpose, many times, and see whether it ends as if nothing had happened.
 
-    python -m cluster.drill [--faults N] [--every STEPS] [--only NAME] [--seed S] [--hosts N] OVERRIDES...   overrides as for `python -m train`
+    python -m bench.drill [--faults N] [--every STEPS] [--only NAME] [--seed S] [--hosts N] OVERRIDES...   overrides as for `python -m train`
 
 Two runs of the recipe: one is left alone, the other meets N faults, each once the run has recovered from the one before,
 and tells what the run said of each and after how many seconds; with --every the next one also waits for so many steps more. On this machine with a Ray of its own: a rank killed or
@@ -10,6 +10,8 @@ power or its link, in one direction or both, and comes back, or is told to leave
 its disk for temporary files or that of the checkpoints is full. With cluster=local the driver alone is stopped or killed. At
 the end the losses of every step of both runs are compared, no step may be written twice, and every checkpoint is read. A
 host more than the run needs (a spare) keeps dp, and with it the losses, the same to the last bit.
+
+Takes about twice the time of the run, and half a minute a fault.
 """
 
 import argparse
@@ -26,8 +28,8 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
-from cluster.drill.faults import DrillGround, HostsGround, small_disk
-from cluster.drill.hosts import Hosts, missing
+from bench.drill_ground import DrillGround, HostsGround, small_disk
+from bench.hosts import Hosts, missing
 from cluster.driver.checkpoints import newest
 from cluster.driver.journal import read_events
 from cluster.driver.time_split import split_time
@@ -184,7 +186,7 @@ def worst_difference(a: dict[int, float], b: dict[int, float]) -> tuple[int, flo
 
 @reported
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m cluster.drill", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.drill", description=__doc__.splitlines()[0])
     parser.add_argument("--faults", type=int, default=10)
     parser.add_argument("--only", help="faults to inject in this order, such as kill_driver,stop_rank")
     parser.add_argument("--every", type=int, default=0, help="steps from a fault to the next, at least")

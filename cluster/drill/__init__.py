@@ -1,1 +1,0 @@
-"""Runs that are broken on purpose, many times: `python -m cluster.drill`."""
