@@ -188,7 +188,6 @@ RECIPES = {
     "rows": ["activation=e4m3/row/fp32", "gradient=e4m3/tensor/fp32"],
     "tensors": ["activation=e4m3/tensor/fp32", "weight=e4m3/tensor/fp32"],
     "rows_of_weights": ["weight=e4m3/row/fp32", "gradient=e4m3/128x128/fp32"],
-    "bf16_wgrad": ["dense.wgrad.gradient=bf16", "dense.wgrad.activation=bf16"],
     "fp32_dispatched": ["dispatched=e4m3/1x128/fp32", "cache.packed=false"],
     "bf16_caches": ["cache.linear=bf16", "cache.attention_output=bf16", "cache.swiglu=bf16"],
 }
