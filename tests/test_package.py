@@ -153,15 +153,6 @@ def test_python_m_train_forgets_the_working_folder_and_names_a_mistake_as_ever(i
     assert list(strange.rglob("*.ran")) == []
 
 
-@pytest.mark.slow
-def test_doctor_names_what_hides_the_program(installed, strange):
-    done = in_environment(installed / "sluice", "doctor", "cluster.device=cpu", folder=strange)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "`python -m train` runs train.py there, not this program" in done.stdout
-    assert "type `sluice`" in done.stdout
-    assert list(strange.rglob("*.ran")) == []
-
-
 def test_a_python_without_the_packages_says_so_in_one_line():
     done = in_environment(
         sys.executable, "-S", "-m", "train", "--version", folder=ROOT

@@ -26,26 +26,14 @@ def screen(*findings: DoctorLine) -> tuple[int, str]:
 def test_every_part_has_a_line(capsys):
     assert main(["cluster.device=cpu"]) == EXIT_OK
     said = capsys.readouterr().out
-    for label in (
-        "Program",
-        "Packages",
-        "Device",
-        "CPU",
-        "Compiler",
-        "W&B",
-        "Ray",
-        "Runs",
-        "Cache",
-        "Extras",
-        "Folder",
-    ):
+    for label in ("Program", "Packages", "Device", "CPU", "Compiled", "Runs", "Cache"):
         assert f"\n  {label} " in said, said
     assert main(["modle.layers=4"]) == EXIT_USER
 
 
 def test_a_machine_without_a_compiler_is_told_to_install_one(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    one = found("Compiler")
+    one = found("Compiled")
     assert "CXX=no-such-compiler is not on the PATH" in one.state and "install g++" in one.cure and not one.stops
 
 
@@ -119,13 +107,6 @@ def test_a_gpu_and_its_fp8_products_have_a_line_each(cards, monkeypatch, change,
     fp8 = lines["FP8"]
     assert fp8.stops == stops and (fp8.cure is not None) == stops
     assert ("sgl-deep-gemm is not installed" in fp8.state) == stops
-
-
-def test_wandb_says_whether_it_goes_online(monkeypatch):
-    monkeypatch.setattr("train.metrics.wandb_sink.has_key", lambda wandb: True)
-    assert "online at http" in found("W&B").state
-    assert "offline" in found("W&B", "log.wandb=offline").state
-    assert found("W&B", "log.wandb=disabled").state == "disabled"
 
 
 def test_the_title_tells_what_stops_and_what_could_be_better():

@@ -6,7 +6,6 @@ import json
 import os
 import pty
 import struct
-import subprocess
 import sys
 import termios
 import time
@@ -16,10 +15,11 @@ from rich.console import Console
 
 from conf.errors import EXIT_OK, EXIT_USER
 from train.command import top
-from train.command.top_screen import MAPS, SORTS, TopChoice, press_key, rank_screen, run_screen
+from train.command.top_screen import MAPS, run_screen
 from train.command.top_state import RankView, RunPicture, RunReader
 
 NOW = time.time()
+INCIDENT = {"time": NOW, "fault": "skipped", "ranks": [1], "waits": []}
 
 
 @pytest.fixture
@@ -52,9 +52,9 @@ def run(tmp_path):
     return folder
 
 
-def shown(group, width: int) -> list[str]:
+def shown(group, width: int, height: int = 60) -> list[str]:
     output = io.StringIO()
-    Console(file=output, width=width, height=60, color_system=None).print(group)
+    Console(file=output, width=width, height=height, color_system=None).print(group)
     return output.getvalue().splitlines()
 
 
@@ -85,23 +85,21 @@ def test_with_a_driver_its_table_counts_and_says_the_layout_of_now(run):
     picture = RunReader(run, "mine").read()
     assert (picture.stages, picture.replicas) == (2, 1) and [one.node for one in picture.ranks] == ["n0", "n1"]
     assert picture.ranks[1].ended and picture.ranks[1].waiting is None
-    lines = shown(run_screen(picture, TopChoice(), 80, 0, live=False), 80)
+    lines = shown(run_screen(picture, 80), 80)
     assert any("rank 1 died" in line for line in lines) and any("culprit: rank 1" in line for line in lines)
-    (run / "logs" / "incident_1.json").write_text(json.dumps({"time": NOW, "text": "rank 1 left"}))
-    lines = shown(run_screen(RunReader(run, "mine").read(), TopChoice(), 80, 0, live=False), 80)
+    (run / "logs" / "incident_1.json").write_text(json.dumps(INCIDENT | {"text": "rank 1 left"}))
+    lines = shown(run_screen(RunReader(run, "mine").read(), 80), 80)
     assert any("incident: rank 1 left" in line for line in lines) and not any("culprit" in line for line in lines)
 
 
 def test_a_run_that_failed_or_is_done_says_so_and_damaged_files_are_left_out(run):
     (run / "logs" / "rank_3.progress.json").write_text("{")
     (run / "logs" / "rank_3.error.json").write_text("{}")
-    (run / "logs" / "incident_1.json").write_text(json.dumps({"time": NOW, "text": "rank 3 left out all_reduce 7"}))
+    (run / "logs" / "incident_1.json").write_text(json.dumps(INCIDENT | {"text": "rank 3 left out all_reduce 7"}))
     (run / "ranks.json").write_text("[]")
     picture = RunReader(run, "mine").read()
     assert picture.state == "failed" and [one.rank for one in picture.ranks] == [0, 1, 2, 4, 5]
-    assert any(
-        "left out all_reduce 7" in line for line in shown(run_screen(picture, TopChoice(), 80, 0, live=False), 80)
-    )
+    assert any("left out all_reduce 7" in line for line in shown(run_screen(picture, 80), 80))
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 20, "time": NOW}) + "\n")
     assert RunReader(run, "mine").read().state == "done"
@@ -133,16 +131,15 @@ def picture_of(stages: int, replicas: int) -> RunPicture:
 @pytest.mark.parametrize(("width", "height"), [(80, 24), (200, 50), (40, 12)])
 def test_no_line_is_longer_than_the_terminal_and_no_screen_higher(width, height, stages, replicas):
     picture = picture_of(stages, replicas)
-    for name in MAPS:
-        lines = shown(run_screen(picture, TopChoice(map=name), width, height, live=True), width)
-        assert len(lines) <= height and max(map(len, lines)) <= width
-        assert lines[-1].startswith("b busy")
-    lines = shown(run_screen(picture, TopChoice(), width, 0, live=False), width)
-    assert max(map(len, lines)) <= width and any(line.startswith("waiting:") for line in lines) == (width < 150)
+    lines = shown(run_screen(picture, width, height), width)
+    assert len(lines) <= height and max(map(len, lines)) <= width
+    assert any(line.startswith("busy:") for line in lines) and any(line.startswith("  rank") for line in lines)
+    lines = shown(run_screen(picture, width), width, 200)
+    assert max(map(len, lines)) <= width and all(any(line.startswith(f"{name}:") for line in lines) for name in MAPS)
 
 
 def test_the_map_shows_which_rank_stands_out_and_noise_takes_two_shades_at_most():
-    lines = shown(run_screen(picture_of(2, 4), TopChoice(), 80, 24, live=True), 80)
+    lines = shown(run_screen(picture_of(2, 4), 80, 24), 80)
     row = next(line for line in lines if line.startswith("stage 0"))
     assert row.split()[2] == "·" * 6 + "█" * 6 + "·" * 12
     assert any("1 s to 2 s (rank 1), median 1 s" in line for line in lines)
@@ -150,25 +147,8 @@ def test_the_map_shows_which_rank_stands_out_and_noise_takes_two_shades_at_most(
     even = RunPicture(
         **{**even.__dict__, "ranks": [RankView(r, "", 1, "step", 1.0 + r / 200, 2.0, 0, 0.0) for r in range(8)]}
     )
-    rows = [
-        line.split()[2]
-        for line in shown(run_screen(even, TopChoice(), 80, 24, live=True), 80)
-        if line.startswith("stage")
-    ]
+    rows = [line.split()[2] for line in shown(run_screen(even, 80, 24), 80) if line.startswith("stage")]
     assert len(set("".join(rows))) <= 2
-
-
-def test_keys_sort_choose_a_rank_and_come_back():
-    picture, choice = picture_of(2, 4), TopChoice()
-    for _ in SORTS:
-        choice = press_key(choice, "s", picture)
-    assert choice == TopChoice()
-    choice = press_key(press_key(press_key(choice, "w", picture), "down", picture), "enter", picture)
-    assert (choice.map, choice.sort, choice.rank) == ("waiting", "waiting", 2)
-    assert press_key(choice, "t", picture).stacks and press_key(choice, "esc", picture).rank is None
-    assert press_key(TopChoice(line=0), "up", picture).line == 0
-    lines = shown(rank_screen(picture, 2, ["a" * 100 + "end", "\x1b[2J"], "the end of its log", 80, 24), 80)
-    assert "stage 0, replica 2" in lines[0] and lines[2].endswith("end") and "\\x1b[2J" in lines[3]
 
 
 def test_a_pipe_gets_one_picture_and_scripts_get_json(run, capsys):
@@ -196,7 +176,7 @@ def test_what_is_no_run_is_an_error_with_its_cure(run, words, said, capsys):
 
 
 @pytest.mark.slow
-def test_in_a_terminal_keys_work_and_the_terminal_is_as_before(run):
+def test_in_a_terminal_it_goes_on_until_ctrl_c_and_the_terminal_is_as_before(run):
     pid, terminal = pty.fork()
     if pid == 0:
         os.environ["TERM"] = "xterm-256color"
@@ -212,11 +192,11 @@ def test_in_a_terminal_keys_work_and_the_terminal_is_as_before(run):
         )
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     before = termios.tcgetattr(terminal)[3]
-    read_until(terminal, b"q quit")
-    os.write(terminal, b"r\x1b[B\x1b[B\x1b[B\r")  # the fourth of the busiest is rank 2
-    said = read_until(terminal, b"second")
-    assert b"rank 2 of mine" in said
-    os.write(terminal, b"q")
+    read_until(terminal, b"step 8/20")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 9, "time": NOW}) + "\n")
+    read_until(terminal, b"step 9/20")
+    os.write(terminal, b"\x03")
     read_until(terminal, b"\x1b[?1049l")  # the screen of before is there again
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == EXIT_OK
     assert termios.tcgetattr(terminal)[3] == before
@@ -229,21 +209,3 @@ def read_until(terminal: int, words: bytes) -> bytes:
         assert time.time() < ends, said
         said += os.read(terminal, 65536)
     return said
-
-
-def test_stacks_are_asked_of_ranks_of_this_machine_alone(run):
-    reader = RunReader(run, "mine")
-    assert "only a rank that this machine runs" in top._Stacks(reader).of(reader.read(), 0)[0]
-    child = subprocess.Popen([sys.executable, "-c", "import sys; from pathlib import Path; from cluster.stacks import answer_requests; "
-                              f"answer_requests(Path({str(run / 'logs')!r}), 1); print('ready', flush=True); sys.stdin.read()"],
-                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
-    try:
-        child.stdout.readline()
-        said = {"step": 8, "phase": "step", "time": time.time(), "pid": child.pid, "host": os.uname().nodename}
-        (run / "logs" / "rank_1.progress.json").write_text(json.dumps(said))
-        text = top._Stacks(reader).of(reader.read(), 1)
-        assert any('File "<string>", line 1 in <module>' in line for line in text)
-    finally:
-        child.kill()
-        child.wait()
-    assert "has ended" in top._Stacks(reader).of(reader.read(), 1)[0]

@@ -1,45 +1,39 @@
-"""`sluice doctor [--constraints] [OVERRIDES]`: what of this machine a run of the recipe would use, and what to do where something lacks.
+"""`sluice doctor [OVERRIDES]`: what of this machine a run of the recipe would use, and what to do where something lacks.
 
 Each finding asks the code that a run asks. Nothing is started or written, but for compiled code, which is built and kept
 as a run would.
 """
 
-import importlib.util
 import os
 import platform
+import shlex
 import shutil
 import tomllib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
 from rich.console import Console
 
-from cluster.spawn import processes_named
 from conf.disk import describe_room, size_in_words
 from conf.errors import EXIT_OK, EXIT_USER, UserError
 from conf.load import compose, reported
 from conf.schema import ROOT, Config
 from conf.screen import Terminal
-from conf.words import say
 from train import __version__
 from train.kernels.cpu.processor import cpu_name
 from train.kernels.fp8.installed import version
 from train.metrics.screens import GOOD, WARN, show_rows
-from train.program import COMMAND, DISTRIBUTION, install_words
+from train.program import COMMAND, DISTRIBUTION
 
 FEATURES = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
 """Features of CPUs, as Linux calls them, that the compiled code or torch's products gain by."""
-EXTRAS = {"datasets": "datasets", "eval": "lm_eval"}
-"""Extras of the distribution that any machine can have, and the module that tells whether one is there."""
 
 
-@dataclass(frozen=True)
-class DoctorLine:
+class DoctorLine(NamedTuple):
     """One line of the screen. cure: what to do, None where nothing lacks. stops: whether runs cannot start like this."""
 
     label: str
@@ -50,12 +44,8 @@ class DoctorLine:
 
 @reported
 def main(words: list[str]) -> int:
-    """What follows `doctor`: `--constraints`, or overrides of a recipe; returns the exit code."""
-    if words == ["--constraints"]:
-        say("\n".join(constraints()))
-        return EXIT_OK
-    config = compose(*words)
-    console = Terminal()
+    """What follows `doctor`, overrides of a recipe; returns the exit code."""
+    config, console = compose(*words), Terminal()
     with console.status("looking at this machine"):
         findings = list(find_all(config))
     return doctor_screen(findings, console)
@@ -82,20 +72,14 @@ def doctor_screen(findings: list[DoctorLine], console: Console) -> int:
 
 def find_all(config: Config) -> Iterator[DoctorLine]:
     """All findings, in the order in which one reads them."""
-    yield _program()
+    from train.model.count import checkpoint_bytes
+
+    yield DoctorLine("Program", f"{version_line()}, Python {platform.python_version()}, in {ROOT}")
     yield _packages()
     yield from _device(config)
-    yield from _cpu(config)
-    yield _wandb(config)
-    yield _ray()
-    yield _disk("Runs", Path(config.runs), "runs=FOLDER", _checkpoint_bytes(config))
+    yield from _cpu()
+    yield _disk("Runs", Path(config.runs), "runs=FOLDER", checkpoint_bytes(config) * max(1, config.checkpoint.keep))
     yield _disk("Cache", Path(config.data.cache), "SLUICE_CACHE=FOLDER", 0)
-    yield _extras()
-    yield _folder(Path.cwd())
-
-
-def _program() -> DoctorLine:
-    return DoctorLine("Program", f"{version_line()}, Python {platform.python_version()}, in {ROOT}")
 
 
 def _packages() -> DoctorLine:
@@ -103,41 +87,14 @@ def _packages() -> DoctorLine:
     wanted = [
         one for one in map(Requirement, requirements()) if one.marker is None or one.marker.evaluate({"extra": ""})
     ]
-    bad = []
-    for one in wanted:
-        found = version(one.name)
-        if found is None or not one.specifier.contains(found, prereleases=True):
-            bad.append((str(one), f"{one.name} is {found or 'not installed'}"))
+    bad = {
+        str(one): f"{one.name} is {version(one.name) or 'not installed'}"
+        for one in wanted
+        if (found := version(one.name)) is None or not one.specifier.contains(found, prereleases=True)
+    }
     if not bad:
         return DoctorLine("Packages", f"all {len(wanted)} fit")
-    cure = "pip install " + " ".join(f"'{requirement}'" for requirement, _ in bad)
-    return DoctorLine("Packages", "; ".join(words for _, words in bad), cure, stops=True)
-
-
-def constraints() -> list[str]:
-    """Lines of a constraints file of pip: what the program asks for, and what that asks for in turn, in the versions that are installed
-    here. A build of torch for one kind of device (2.13.0+cpu) is pinned without that kind, which an index of packages chooses.
-    """
-    extras_of: dict[str, set[str]] = {}
-    wanted = [Requirement(one) for one in requirements()]
-    for one in wanted:
-        one.marker = None  # of every extra
-    pins: dict[str, str] = {}
-    while wanted:
-        one = wanted.pop()
-        name, extras = canonicalize_name(one.name), {"", *one.extras}
-        if extras <= extras_of.get(name, set()):
-            continue
-        try:
-            there = metadata.distribution(name)
-        except metadata.PackageNotFoundError:
-            continue  # only pip's other platforms and extras have it
-        pins[name] = there.version.partition("+")[0]
-        extras_of[name] = extras | extras_of.get(name, set())
-        asked = map(Requirement, there.requires or [])
-        wanted += [one for one in asked if one.marker is None or any(one.marker.evaluate({"extra": e}) for e in extras)]
-    head = f"# {COMMAND} doctor --constraints, of {__version__} on Python {platform.python_version()}, {platform.machine()}"
-    return [head, *(f"{name}=={version}" for name, version in sorted(pins.items()))]
+    return DoctorLine("Packages", "; ".join(bad.values()), f"pip install {shlex.join(bad)}", stops=True)
 
 
 def requirements() -> list[str]:
@@ -182,70 +139,26 @@ def _device(config: Config) -> Iterator[DoctorLine]:
     )
 
 
-def _cpu(config: Config) -> Iterator[DoctorLine]:
-    """The processor, the compiler, and whether the compiled parts of a step can be had."""
+def _cpu() -> Iterator[DoctorLine]:
+    """The processor, and whether the compiled parts of a step can be had."""
     from train.kernels.cpu.cpp_build import compiler_name, cpu_features, has_avx2
     from train.kernels.cpu.libraries import LIBRARY_NAMES, library, source
 
     cores, memory = len(os.sched_getaffinity(0)), psutil.virtual_memory()
-    features = [name for name in FEATURES if name in cpu_features().split()]
-    yield DoctorLine(
-        "CPU",
-        f"{cpu_name()}, {cores} cores, {', '.join(features) or 'no features that help'}; "
-        f"memory {size_in_words(memory.available)} of {size_in_words(memory.total)} free",
-    )
-    example = source(LIBRARY_NAMES[0], "cluster.compiled", "cluster.compiled=false: torch's operations, slower")
+    features = ", ".join(name for name in FEATURES if name in cpu_features().split())
+    free = f"memory {size_in_words(memory.available)} of {size_in_words(memory.total)} free"
+    yield DoctorLine("CPU", f"{cpu_name()}, {cores} cores, {features or 'no features that help'}; {free}")
     try:
-        compiler = compiler_name(example)
-    except UserError as error:
-        yield DoctorLine("Compiler", error.rule, error.cure)
-        return
-    yield DoctorLine("Compiler", compiler)
-    if not has_avx2():
-        yield DoctorLine("Compiled", "nothing: this CPU has no AVX2, so a step on it is made of torch's operations")
-        return
-    try:
-        for name in LIBRARY_NAMES:
+        compiler = compiler_name(
+            source(LIBRARY_NAMES[0], "cluster.compiled", "cluster.compiled=false: torch's operations, slower")
+        )
+        for name in LIBRARY_NAMES if has_avx2() else ():
             library(name)
     except UserError as error:
         yield DoctorLine("Compiled", error.rule, error.cure)
         return
-    yield DoctorLine("Compiled", f"{', '.join(LIBRARY_NAMES)}: built, kept and loaded")
-
-
-def _wandb(config: Config) -> DoctorLine:
-    from train.metrics.wandb_sink import goes_online, wants_wandb
-
-    if not wants_wandb(config.log.wandb):
-        return DoctorLine("W&B", "disabled")
-    import wandb
-
-    found = f"wandb {wandb.__version__}"
-    if goes_online(config.log.wandb, wandb):
-        return DoctorLine("W&B", f"{found}, online at {wandb.setup().settings.base_url}")
-    return DoctorLine(
-        "W&B", f"{found}, offline: runs stay in runs/NAME/wandb; `wandb login` makes the next ones go online"
-    )
-
-
-def _ray() -> DoctorLine:
-    """Ray is looked at from outside: connecting to it would start things."""
-    flag = "--gcs_server_port="
-    heads = [
-        next((word.removeprefix(flag) for word in line if word.startswith(flag)), "?")
-        for _, line in processes_named("gcs_server")
-    ]
-    state = (
-        f"a head listens at port {', '.join(heads)}" if heads else "none runs here; cluster=ray starts one for a run"
-    )
-    return DoctorLine("Ray", f"ray {version('ray')}, {state}")
-
-
-def _checkpoint_bytes(config: Config) -> int:
-    """Bytes of all checkpoints that a run keeps, as a run counts them before it starts."""
-    from train.model.count import checkpoint_bytes
-
-    return checkpoint_bytes(config) * max(1, config.checkpoint.keep)
+    built = ", ".join(LIBRARY_NAMES) if has_avx2() else "nothing, as this CPU has no AVX2"
+    yield DoctorLine("Compiled", f"{built}; by {compiler}")
 
 
 def _disk(label: str, folder: Path, setting: str, needed: int) -> DoctorLine:
@@ -263,27 +176,3 @@ def _disk(label: str, folder: Path, setting: str, needed: int) -> DoctorLine:
     return DoctorLine(
         label, state, f"free space there, or set {setting} on a larger disk" if short else None, stops=short
     )
-
-
-def _extras() -> DoctorLine:
-    has = {extra: importlib.util.find_spec(module) is not None for extra, module in EXTRAS.items()}
-    words = ", ".join(f"{extra} {'installed' if there else 'not installed'}" for extra, there in has.items())
-    absent = ",".join(extra for extra, there in has.items() if not there)
-    return DoctorLine("Extras", words + (f" ({install_words(absent)})" if absent else ""))
-
-
-def _folder(here: Path) -> DoctorLine:
-    """Files of the working folder that `python -m train` would run instead of the program."""
-    if here == ROOT:
-        return DoctorLine("Folder", f"{here}: the program's own")
-    found = _hiding(here, ("train.py", "train/__init__.py"))
-    state = (
-        f"{here}: `python -m train` runs {', '.join(found)} there, not this program"
-        if found
-        else f"{here}: hides nothing"
-    )
-    return DoctorLine("Folder", state, f"type `{COMMAND}`, which does not look there" if found else None)
-
-
-def _hiding(here: Path, names: Iterable[str]) -> list[str]:
-    return [name for name in names if (here / name).is_file()]

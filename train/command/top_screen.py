@@ -1,12 +1,12 @@
-"""The screen of `sluice top`: a run's head, its ranks as a heat map and as a table, its events; or one rank with its log or stacks.
+"""The screen of `sluice top`: a run's head, its ranks as heat maps and as a table, its newest events.
 
-Pure functions from a picture and what the person chose to lines of a given width, so that any terminal, a pipe and a test see the same.
+Pure functions from a picture to lines of a given width, so that any terminal, a pipe and a test see the same.
 """
 
 import datetime
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from rich.console import Group
 from rich.text import Text
@@ -26,14 +26,14 @@ STATES = {
     "failed": "bold red",
     "empty": "dim",
 }
+NEWS_STYLES = {"failure": "red", "incident": "red", "straggler": "yellow", "node lost": "yellow", "quiet": "yellow"}
 LEAST_RANGE = 0.2
 """Share of the median between the lightest and the darkest cell, at least: less is noise."""
-MAP_ROWS, WIDEST_CELL = 16, 6
-LABEL_WIDTH = 9
+MAP_ROWS, WIDEST_CELL, LABEL_WIDTH = 16, 6, 9
+TABLE_ROWS = NEWS_ROWS = 8
 
 
-@dataclass(frozen=True)
-class MapKind:
+class MapKind(NamedTuple):
     """What a heat map shows of each rank."""
 
     title: str
@@ -50,100 +50,24 @@ MAPS = {
     "waiting": MapKind("waiting: for other ranks or data in its newest step", lambda one: one.waiting, _seconds),
     "memory": MapKind("memory: its peak", lambda one: float(one.memory) if one.memory else None, gib),
 }
-SORTS: dict[str, Callable[[RankView], tuple]] = {
-    "busy": lambda one: (-(one.busy or 0.0), one.rank),
-    "waiting": lambda one: (-(one.waiting or 0.0), one.rank),
-    "memory": lambda one: (-one.memory, one.rank),
-    "step": lambda one: (one.step, -one.age, one.rank),
-    "rank": lambda one: (one.rank,),
-}
-SCREEN_KEYS = "b busy  w waiting  m memory  s sort  up/down and enter: a rank  q quit"
-RANK_SCREEN_KEYS = "l log  t stacks now  esc back  q quit"
 
 
-@dataclass(frozen=True)
-class TopChoice:
-    """What the person chose: the map, the order of ranks, the line of the table, and the rank that is looked into."""
-
-    map: str = "busy"
-    sort: str = "busy"
-    line: int = 0
-    rank: int | None = None
-    stacks: bool = False
-
-
-def press_key(choice: TopChoice, key: str, picture: RunPicture) -> TopChoice:
-    """What a key makes of it."""
-    first = {"b": "busy", "w": "waiting", "m": "memory"}
-    if choice.rank is not None:
-        match key:
-            case "esc" | "back":
-                return replace(choice, rank=None, stacks=False)
-            case "t" | "l":
-                return replace(choice, stacks=key == "t")
-        return choice
-    match key:
-        case "b" | "w" | "m":
-            return replace(choice, map=first[key], sort=first[key])
-        case "s":
-            names = list(SORTS)
-            return replace(choice, sort=names[(names.index(choice.sort) + 1) % len(names)])
-        case "up" | "down":
-            most = max(0, len(picture.ranks) - 1)
-            return replace(choice, line=min(most, max(0, choice.line + (1 if key == "down" else -1))))
-        case "enter" if picture.ranks:
-            return replace(
-                choice, rank=ordered(picture.ranks, choice.sort)[min(choice.line, len(picture.ranks) - 1)].rank
-            )
-    return choice
-
-
-def ordered(ranks: Sequence[RankView], sort: str) -> list[RankView]:
-    return sorted(ranks, key=SORTS[sort])
-
-
-def run_screen(picture: RunPicture, choice: TopChoice, width: int, height: int, live: bool) -> Group:
-    """The whole run. live: whether keys work, so that the screen is no higher than the terminal."""
-    lines = [*_head(picture, width)]
-    rows = max(1, min(picture.stages, MAP_ROWS, (height - len(lines)) // 3 if live else MAP_ROWS))
+def run_screen(picture: RunPicture, width: int, height: int | None = None) -> Group:
+    """The whole run. height: of a terminal, which then has as many maps and rows as fit; None for all of them."""
+    lines, news = [*_head(picture, width)], [*_news(picture, width)][-NEWS_ROWS:]
+    room = 10**6 if height is None else height - len(lines) - min(len(news), 3) - 5
     if not picture.ranks:
         lines += [Text("no rank has said yet how it is", style="dim")]
-    elif live and width < 150:
-        lines += heat_map(picture, choice.map, width, rows)
-    elif width >= 150:
-        lines += _beside([heat_map(picture, name, (width - 4) // 3, rows) for name in MAPS], (width - 4) // 3)
-    else:
-        for name in MAPS:
+    for name in MAPS if picture.ranks else ():
+        rows = max(1, min(picture.stages, MAP_ROWS, room - 2))
+        if name == "busy" or room >= rows + 2:
             lines += heat_map(picture, name, width, rows)
-    news = list(_news(picture, width))
-    left = height - len(lines) - 3 if live else 60
-    shown = max(3, min(len(picture.ranks), left - min(len(news), max(3, left // 3)) if live else 8))
+            room -= rows + 2
     if picture.ranks:
-        lines += _table(picture, choice, width, shown, live)
-    room = max(0, height - len(lines) - 2) if live else 8
-    if news and room:
-        lines += [Text("newest events", style="bold"), *news[-room:]]
-    if live:
-        lines = [*lines[: height - 1], Text(SCREEN_KEYS[:width], style="reverse")]
-    return Group(*lines)
-
-
-def rank_screen(picture: RunPicture, rank: int, text: Sequence[str], what: str, width: int, height: int) -> Group:
-    """One rank: how it is, and the end of a text of it. what: the name of that text."""
-    view = next((one for one in picture.ranks if one.rank == rank), None)
-    head = f"rank {rank} of {picture.name}"
-    if view is not None:
-        stage, replica = divmod(rank, picture.replicas)
-        head += f": stage {stage}, replica {replica}, on {one_line(view.node) or 'this machine'}, step {view.step}, {_doing(view)}"
-    lines = [Text(head[:width], style="bold"), Text(f"{what}:"[:width], style="dim")]
-    room = max(1, height - 3)
-    shown = [_end_of(one_line(line), width) for line in text[-room:]] or ["(nothing)"]
-    return Group(*lines, *(Text(line) for line in shown), Text(RANK_SCREEN_KEYS[:width], style="reverse"))
-
-
-def _end_of(line: str, width: int) -> str:
-    """What a line ends with says more than the folder that it begins with."""
-    return line if len(line) <= width else "…" + line[1 - width :]
+        lines += _table(picture, width, max(1, min(TABLE_ROWS, room)))
+    if news:
+        lines += [Text("newest events", style="bold"), *news]
+    return Group(*lines[:height])
 
 
 def _head(picture: RunPicture, width: int) -> Iterator[Text]:
@@ -228,42 +152,19 @@ def _share(index: int, parts: int, count: int) -> range:
     return range(index * count // parts, (index + 1) * count // parts)
 
 
-def _beside(maps: Sequence[list[Text]], width: int) -> list[Text]:
-    """Maps of equal height next to each other."""
-    found = []
-    for row in range(max(len(one) for one in maps)):
-        line = Text()
-        for one in maps:
-            piece = one[row].copy() if row < len(one) else Text()
-            piece.truncate(width, pad=True)
-            line.append_text(piece).append("  ")
-        found.append(line)
-    return found
-
-
-def _table(picture: RunPicture, choice: TopChoice, width: int, shown: int, live: bool) -> list[Text]:
-    """Ranks in the chosen order, the chosen line among those that are shown."""
-    ranks = ordered(picture.ranks, choice.sort)
-    line = min(choice.line, len(ranks) - 1)
-    first = max(0, min(line - shown // 2, len(ranks) - shown)) if live else 0
+def _table(picture: RunPicture, width: int, shown: int) -> list[Text]:
+    """The busiest ranks."""
+    ranks = sorted(picture.ranks, key=lambda one: (-(one.busy or 0.0), one.rank))
     head = f"{'rank':>6} {'stage':>5} {'step':>8} {'doing':<10} {'busy':>9} {'waiting':>9} {'memory':>10} {'news':>7}  node"
-    found = [Text(f"{head}   (by {choice.sort})"[:width], style="bold")]
-    for place, one in enumerate(ranks[first : first + shown], first):
+    found = [Text(head[:width], style="bold")]
+    for one in ranks[:shown]:
         busy, waiting = ("" if value is None else _seconds(value) for value in (one.busy, one.waiting))
-        stage = one.rank // picture.replicas
-        memory = gib(one.memory) if one.memory else ""
-        text = (
-            f"{one.rank:>6} {stage:>5} {one.step:>8} {one_line(_doing(one)):<10.10} {busy:>9} {waiting:>9} {memory:>10} "
-            f"{duration(one.age):>7}  {one_line(one.node)}"
-        )
-        found.append(Text(text[:width], style="reverse" if live and place == line else ""))
+        doing, memory = "ended" if one.ended else one_line(one.phase), gib(one.memory) if one.memory else ""
+        text = f"{one.rank:>6} {one.rank // picture.replicas:>5} {one.step:>8} {doing:<10.10} {busy:>9} {waiting:>9} {memory:>10} "
+        found.append(Text(f"{text}{duration(one.age):>7}  {one_line(one.node)}"[:width]))
     if len(ranks) > shown:
-        found.append(Text(f"  {len(ranks)} ranks in all"[:width], style="dim"))
+        found.append(Text(f"  the busiest of {len(ranks)} ranks"[:width], style="dim"))
     return found
-
-
-def _doing(one: RankView) -> str:
-    return "ended" if one.ended else one.phase
 
 
 def _news(picture: RunPicture, width: int) -> Iterator[Text]:
@@ -276,14 +177,7 @@ def _news(picture: RunPicture, width: int) -> Iterator[Text]:
     told += [(one["time"], "incident", one["text"]) for one in picture.incidents]
     for at, kind, text in sorted(told):
         when = datetime.datetime.fromtimestamp(at).strftime("%m-%d %H:%M:%S")
-        style = {
-            "failure": "red",
-            "incident": "red",
-            "straggler": "yellow",
-            "node lost": "yellow",
-            "quiet": "yellow",
-        }.get(kind, "")
-        yield _cut(Text(f"{when}  {one_line(kind)}: {one_line(text)}", style=style), width)
+        yield _cut(Text(f"{when}  {one_line(kind)}: {one_line(text)}", style=NEWS_STYLES.get(kind, "")), width)
 
 
 def _cut(text: Text, width: int) -> Text:

@@ -9,14 +9,14 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from cluster.driver.journal import read_events
 from cluster.driver.rank_table import RANKS_FILE
-from cluster.run_files import PROGRESS, log_path
-from conf.files import read_tail
+from cluster.incident import newest_incident
+from cluster.run_files import PROGRESS
 from train.checkpoint.run_folder import is_held
 from train.metrics.jsonl import METRICS_FILE, read_last_lines
 from train.metrics.names import Record
@@ -24,7 +24,6 @@ from train.metrics.report import read_settings
 from train.metrics.wall_time import WallTime, split_wall_time
 
 SHOWN_EVENTS = 200
-LOG_BYTES = 64 << 10
 WALL_TIME_EVERY = 10.0
 """Seconds between looks at all that a run recorded, of which its wall time is made."""
 PACE_STEPS = 20
@@ -46,7 +45,6 @@ class RankView:
     memory: int
     age: float
     ended: bool = False
-    pid: int = 0
 
     @property
     def waiting(self) -> float | None:
@@ -72,7 +70,8 @@ class RunPicture:
     wall: WallTime | None
     events: Sequence[dict[str, Any]]
     restarts: int
-    incidents: Sequence[dict[str, Any]] = field(default=())
+    incidents: Sequence[dict[str, Any]] = ()
+    """Time and sentence of the newest one."""
 
     def plain(self) -> dict[str, Any]:
         """This picture as JSON has it."""
@@ -116,6 +115,7 @@ class RunReader:
         )
         if now - self._wall_at > WALL_TIME_EVERY:
             self._wall, self._wall_at = split_wall_time(self.folder), now
+        incident = newest_incident(self.folder / "logs")
         steps = settings.get("steps") if isinstance(settings.get("steps"), int) else None
         pace = _pace(records)
         step = newest.get("step", 0)
@@ -136,7 +136,7 @@ class RunReader:
             wall=self._wall,
             events=[one for one in events if one["kind"] != "checkpoint"][-SHOWN_EVENTS:],
             restarts=max(0, (self._wall.starts if self._wall is not None else 1) - 1),
-            incidents=list(_incidents(self.folder)),
+            incidents=[] if incident is None else [{key: incident[1].get(key) for key in ("time", "text")}],
         )
 
     def _state(
@@ -150,10 +150,6 @@ class RunReader:
         code = events[-1].get("code") if events and events[-1]["kind"] == "finish" else None
         failed = code not in (None, 0, 75) or any(self.folder.glob("logs/rank_*.error.json"))
         return "empty" if not step else "failed" if failed else "stopped"
-
-    def log(self, rank: int) -> list[str]:
-        """The last lines of a rank's output; empty where its output went to a terminal."""
-        return read_tail(log_path(self.folder / "logs", rank), LOG_BYTES).decode(errors="replace").splitlines()
 
 
 def _whole(value: Any, otherwise: int) -> int:
@@ -198,7 +194,6 @@ def _from_files(folder: Path, now: float) -> Iterator[RankView]:
                 _real(said.get("seconds")),
                 _whole(said.get("memory"), 0),
                 max(0.0, now - float(said["time"])),
-                pid=_whole(said.get("pid"), 0),
             )
         except (OSError, ValueError, TypeError, KeyError, RecursionError):
             continue
@@ -206,18 +201,3 @@ def _from_files(folder: Path, now: float) -> Iterator[RankView]:
 
 def _real(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
-
-
-def _incidents(folder: Path) -> Iterator[dict[str, Any]]:
-    """Time and sentence of each, oldest first."""
-    found = []
-    for path in folder.glob("logs/incident_*.json"):
-        with contextlib.suppress(OSError, ValueError, RecursionError):
-            said = json.loads(path.read_bytes())
-            if (
-                isinstance(said, dict)
-                and isinstance(said.get("text"), str)
-                and isinstance(said.get("time"), int | float)
-            ):
-                found.append({"time": said["time"], "text": said["text"]})
-    yield from sorted(found, key=lambda one: one["time"])
