@@ -11,7 +11,7 @@ its disk for temporary files or that of the checkpoints is full. With cluster=lo
 the end the losses of every step of both runs are compared, no step may be written twice, and every checkpoint is read. A
 host more than the run needs (a spare) keeps dp, and with it the losses, the same to the last bit.
 
-Takes about twice the time of the run, and half a minute a fault.
+Takes about two runs of the recipe.
 """
 
 import argparse

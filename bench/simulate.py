@@ -5,7 +5,7 @@
 Without flags: 256 servers of the trace of a year (bench/outage_trace) with 0, 4, 8 and 16 spares, and 2,048 and 16,384 devices with faults by
 chance; with copies in memory, and some without. With overrides of a recipe its layout is simulated.
 
-Takes about 15 seconds of a core for a year of 256 servers.
+Takes about 15 seconds a year of 256 servers.
 """
 
 import argparse

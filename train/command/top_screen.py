@@ -30,7 +30,7 @@ NEWS_STYLES = {"failure": "red", "incident": "red", "straggler": "yellow", "node
 LEAST_RANGE = 0.2
 """Share of the median between the lightest and the darkest cell, at least: less is noise."""
 MAP_ROWS, WIDEST_CELL, LABEL_WIDTH = 16, 6, 9
-TABLE_ROWS = NEWS_ROWS = 8
+LISTED_RANKS = LISTED_NEWS = 8
 
 
 class MapKind(NamedTuple):
@@ -54,7 +54,7 @@ MAPS = {
 
 def run_screen(picture: RunPicture, width: int, height: int | None = None) -> Group:
     """The whole run. height: of a terminal, which then has as many maps and rows as fit; None for all of them."""
-    lines, news = [*_head(picture, width)], [*_news(picture, width)][-NEWS_ROWS:]
+    lines, news = [*_head(picture, width)], [*_news(picture, width)][-LISTED_NEWS:]
     room = 10**6 if height is None else height - len(lines) - min(len(news), 3) - 5
     if not picture.ranks:
         lines += [Text("no rank has said yet how it is", style="dim")]
@@ -64,7 +64,7 @@ def run_screen(picture: RunPicture, width: int, height: int | None = None) -> Gr
             lines += heat_map(picture, name, width, rows)
             room -= rows + 2
     if picture.ranks:
-        lines += _table(picture, width, max(1, min(TABLE_ROWS, room)))
+        lines += _table(picture, width, max(1, min(LISTED_RANKS, room)))
     if news:
         lines += [Text("newest events", style="bold"), *news]
     return Group(*lines[:height])
