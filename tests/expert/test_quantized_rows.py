@@ -60,13 +60,6 @@ RECIPES = {
     "bf16 cache": ["precision=fp8", "precision.fp8.cache.linear=bf16"],
     "another cast": ["precision=fp8", "precision.fp8.dispatched=e4m3/1x128/fp32"],
     "another floor": ["precision=fp8", "precision.fp8.activation_floor=1e-3"],
-    "experts in bf16": [
-        "precision=fp8",
-        *(f"precision.fp8.experts_{p}.{q}.{o}=bf16" for p in ("up", "down") for q, o in (
-            ("fprop", "activation"), ("fprop", "weight"), ("dgrad", "gradient"), ("dgrad", "weight"),
-            ("wgrad", "gradient"), ("wgrad", "activation"),
-        )),
-    ],
     "bf16": ["precision=bf16"],
 }  # fmt: skip
 
