@@ -81,7 +81,7 @@ def make(config: Config, folder: Path) -> None:
                     values = torch.randn(written.placed.shape, generator=generator) * 0.02
                 write(writer, written, values)
     write_json(folder / index_of("model"), index_json(files))
-    write_json(folder / "config.json", config_json(config.model, config.seq_len, config.export.dtype, 0))
+    write_json(folder / "config.json", config_json(config.model, config.seq_len, config.export.dtype, {}))
 
 
 def write(writer: PieceWriter, written: WrittenTensor, values: torch.Tensor) -> None:

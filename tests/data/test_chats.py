@@ -25,7 +25,7 @@ from train.data.prepare import PreparedData
 from train.data.show_data import show_data
 from train.data.sources import open_chats
 from train.data.tokenizer import Tokenizer, train_bpe
-from train.hf.tokenizer_files import write_tokenizer
+from train.hf.tokenizer_files import with_words_of, write_tokenizer
 
 MARKED = """{%- if tools %}{{- '<|im_start|>system\n' + (tools | tojson) + '<|im_end|>\n' }}{%- endif %}
 {%- for message in messages %}
@@ -223,7 +223,7 @@ def test_chats_with_tools_have_a_template_of_their_own(tokenizer, tmp_path, form
     (tmp_path / "run").mkdir()
     (tmp_path / "out").mkdir()
     PreparedData(None, None, tokenizer, "", {}, template_files=made.files).save_words(tmp_path / "run")
-    write_tokenizer(tmp_path / "out", tokenizer, None, 64, template=tmp_path / "run")
+    write_tokenizer(tmp_path / "out", with_words_of(tokenizer, tmp_path / "run", None), 64)
     known = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "out").chat_template
     assert known == sources
 

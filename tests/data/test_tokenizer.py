@@ -11,6 +11,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from conf.errors import UserError
 from conf.load import compose
 from conf.schema import ROOT
+from train.data.chat_tokens import chat_tokenizer
 from train.data.tokenizer import (
     EOS,
     FIM,
@@ -138,6 +139,59 @@ def test_foreign_files_need_bytes_and_an_end(tmp_path):
     assert load_tokenizer(str(tmp_path)).eos_id == 0
     with pytest.raises(UserError, match="there is none at this path"):
         load_tokenizer(str(tmp_path / "absent.json"))
+
+
+def test_the_files_beside_a_tokenizer_go_with_it_as_they_are(tmp_path):
+    """Its settings, and what names begin and stops; a tokenizer without settings gets the name of its end of documents."""
+    there = {
+        "tokenizer_config.json": '{"bos_token": {"content": "<s>"},  "add_bos_token": true}',
+        "special_tokens_map.json": '{"eos_token": "<stop>", "bos_token": "other"}',
+        "added_tokens.json": "{}\n",
+        "generation_config.json": '{"eos_token_id": [2, 1], "temperature": 0.6}',
+        "chat_template.jinja": "{{ messages }}",
+        "additional_chat_templates/tool_use.jinja": "{{ tools }}",
+    }
+    (tmp_path / "additional_chat_templates").mkdir()
+    for name, text in (there | {"tokenizer.json": foreign(["<stop>", "<s>", "<turn>"]), "other.json": "{}"}).items():
+        (tmp_path / name).write_text(text)
+    first = load_tokenizer(str(tmp_path))
+    (tmp_path / "run").mkdir()
+    first.save(tmp_path / "run")
+    again = load_tokenizer(str(tmp_path / "run"))
+    assert first.files == again.files == there
+    for each in (first, again):
+        assert (each.eos_id, each.bos_id, each.stop_ids) == (0, 1, [2, 1, 0])
+        assert each.special_tokens() == {"eos_token": "<stop>", "bos_token": "<s>"}
+    own = Tokenizer(TRAINED)
+    (tmp_path / "own").mkdir()
+    own.save(tmp_path / "own")
+    assert load_tokenizer(str(tmp_path / "own")).files == {"tokenizer_config.json": json.dumps({"eos_token": EOS})}
+    assert (own.bos_id, own.stop_ids) == (None, [own.eos_id])
+
+
+@pytest.mark.parametrize(
+    "content", ['{"eos_token_id": "</s>"}', '{"eos_token_id": [1, 5000]}', '{"eos_token_id": -1}', "[", "3"]
+)
+def test_stops_that_are_no_tokens_are_refused(tmp_path, content):
+    (tmp_path / "tokenizer.json").write_text(foreign(["</s>"]))
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(UserError, match=r"generation_config\.json") as error:
+        _ = load_tokenizer(str(tmp_path)).stop_ids
+    assert error.value.cure == "correct or remove it"
+
+
+def test_a_tiktoken_file_is_refused_with_the_way_out(tmp_path):
+    """Wherever a folder is read for its tokenizer; another file beside it is taken."""
+    (tmp_path / "tiktoken.model").write_text("AA== 0\n")
+    for choice in (tmp_path, tmp_path / "tiktoken.model", tmp_path / "tokenizer.json"):
+        with pytest.raises(UserError, match=r"as tiktoken\.model, which is not read") as error:
+            load_tokenizer(str(choice))
+        assert "models.md" in error.value.cure
+    tune = compose("conf=tiny_chat", f"init_from={tmp_path}", "data.template=plain")
+    with pytest.raises(UserError, match=r"as tiktoken\.model, which is not read"):
+        chat_tokenizer(tune)
+    (tmp_path / "own.json").write_text(foreign(["</s>"]))
+    assert load_tokenizer(str(tmp_path / "own.json")).eos_id == 0
 
 
 def test_what_does_not_fit_is_refused(tokenizer):

@@ -185,7 +185,13 @@ def test_out_and_in_again_is_the_same_model(tmp_path):
 def test_the_folder_says_what_peft_and_vllm_ask_for(tmp_path):
     base = write_folder(tmp_path / "base", WHOLE, random_tensors(WHOLE, "bf16"))
     config, pairs = adapter_run(tmp_path, WHOLE, base, ALL)
+    beside = {"special_tokens_map.json": '{"bos_token": "a"}', "generation_config.json": '{"eos_token_id": [3, 5]}'}
+    for name, text in beside.items():
+        (RunPaths(config).path / name).write_text(text)
     folder = exported(config, tmp_path / "adapter", dtype="bf16")
+    assert (folder / "special_tokens_map.json").read_text() == beside["special_tokens_map.json"]
+    ends = {"bos_token_id": TOKENIZER.id_of("a"), "eos_token_id": [3, 5, TOKENIZER.eos_id]}
+    assert json.loads((folder / "generation_config.json").read_text()) == ends
     body = json.loads((folder / "adapter_config.json").read_text())
     assert (body["peft_type"], body["r"], body["lora_alpha"]) == ("LORA", RANK, ALPHA)
     assert body["use_rslora"] is False and body["target_parameters"]  # the factor is alpha / rank

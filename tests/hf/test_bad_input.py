@@ -23,7 +23,7 @@ from train.export.run import export
 from train.generate.source import start_token
 from train.hf.folder import is_hf_folder, match, open_folder
 from train.hf.tensor_names import tensors
-from train.hf.tokenizer_files import check_tokenizer, write_tokenizer
+from train.hf.tokenizer_files import check_tokenizer, with_words_of, write_tokenizer
 
 torch.set_num_threads(1)
 
@@ -95,7 +95,7 @@ def changed(path: Path, kind: str, change, model: Model = MTP) -> Path:
 @pytest.mark.parametrize("name", BAD)
 def test_no_json_of_a_folder_ends_in_a_traceback(sound, name):
     content, _ = BAD[name]
-    write_tokenizer(sound, TOKENIZER, None, 100)
+    write_tokenizer(sound, TOKENIZER, 100)
     load_hf_model(sound)
     for file, read in (
         ("config.json", lambda: load_hf_model(sound)),
@@ -104,7 +104,7 @@ def test_no_json_of_a_folder_ends_in_a_traceback(sound, name):
         ("tokenizer.json", lambda: load_tokenizer(str(sound))),
         ("tokenizer_config.json", lambda: load_tokenizer(str(sound))),
         ("tokenizer_config.json", lambda: start_token(sound, TOKENIZER)),
-        ("tokenizer_config.json", lambda: write_tokenizer(sound, TOKENIZER, sound, 100)),
+        ("tokenizer_config.json", lambda: write_tokenizer(sound, with_words_of(TOKENIZER, sound, None), 100)),
     ):
         path = sound / file
         before = path.read_bytes()
@@ -120,7 +120,7 @@ def test_no_json_of_a_folder_ends_in_a_traceback(sound, name):
 
 
 def test_values_of_a_wrong_type_in_the_other_files(sound):
-    write_tokenizer(sound, TOKENIZER, None, 100)
+    write_tokenizer(sound, TOKENIZER, 100)
     index, settings = sound / "model.safetensors.index.json", sound / "tokenizer_config.json"
     for weight_map in ({"a": 3}, {"a": ["b"]}, None, [], "a"):
         index.write_text(json.dumps({"weight_map": weight_map}))
@@ -195,7 +195,7 @@ def test_another_tokenizer(tmp_path):
     ours = Tokenizer(train_bpe(["some text of ours, some text"], 300))
     theirs = Tokenizer(train_bpe(["quite other words were here"], 300))
     assert "holds no tokenizer.json" in check_tokenizer(tmp_path, ours, None)[0]
-    write_tokenizer(tmp_path, theirs, None, 100)
+    write_tokenizer(tmp_path, theirs, 100)
     with pytest.raises(UserError, match="must be the tokenizer that the weights were trained with") as caught:
         check_tokenizer(tmp_path, ours, None)
     assert caught.value.field == "data.tokenizer" and caught.value.cure == f"set data.tokenizer={tmp_path}"

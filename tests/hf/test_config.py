@@ -78,7 +78,7 @@ def test_the_recipe_is_the_released_model(released):
     config = compose("conf=deepseek_v3", "data=stdlib", f"init_from={released}")
     assert config.model.yarn.always
     assert check_recipe(config, read_model(released), released) == []
-    body = config_json(config.model, config.seq_len, "fp8", eos_id=1)
+    body = config_json(config.model, config.seq_len, "fp8", {"bos_token_id": 1, "eos_token_id": 1})
     ignored = {"auto_map", "bos_token_id", "ep_size", "initializer_range", "rope_interleave", "use_cache"}
     assert {key for key in body.keys() | RELEASED.keys() if body.get(key) != RELEASED.get(key)} == ignored
 
@@ -86,9 +86,9 @@ def test_the_recipe_is_the_released_model(released):
 def test_pretraining_has_no_yarn():
     config = compose("conf=deepseek_v3", "data=stdlib")
     assert not config.model.yarn.always
-    body = config_json(config.model, config.seq_len, "bf16", eos_id=1)
+    body = config_json(config.model, config.seq_len, "bf16", {"bos_token_id": 1, "eos_token_id": 1})
     assert body["rope_scaling"] is None and body["max_position_embeddings"] == 4096
-    extended = config_json(config.model, 32768, "bf16", eos_id=1)
+    extended = config_json(config.model, 32768, "bf16", {"bos_token_id": 1, "eos_token_id": 1})
     assert extended["rope_scaling"] == RELEASED["rope_scaling"] and extended["max_position_embeddings"] == 163840
 
 

@@ -148,7 +148,7 @@ def test_every_way_in_passes_the_same_gate(tmp_path):
     """A run that starts from a folder, its evaluation and text from it: the same notes, and the same models refused."""
     plain = Model(**(MODEL | {"vocab_size": 320}))
     folder = write_folder(tmp_path / "in", plain, random_tensors(plain, "bf16"), num_nextn_predict_layers=1)
-    write_tokenizer(folder, TOKENIZER, None, 100)
+    write_tokenizer(folder, TOKENIZER, 100)
     shape = [f"model.{key}={getattr(plain, key)}" for key in MODEL]
     base = arguments(tmp_path, *shape, f"data.tokenizer={folder}", "precision=fp32")
     start = compose(*base, f"init_from={folder}", "model.group_top_k=2")

@@ -27,7 +27,7 @@ def folder(tmp_path_factory) -> Path:
     torch.manual_seed(1)
     path = tmp_path_factory.mktemp("weights") / "in"
     transformers_folder(path, SHAPE)
-    write_tokenizer(path, TOKENIZER, None, SEQ_LEN)
+    write_tokenizer(path, TOKENIZER, SEQ_LEN)
     return path
 
 

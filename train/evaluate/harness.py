@@ -177,7 +177,7 @@ class Harness(TemplateLM):
             Decoder(self._model, self._seq_len),
             prompts,
             Sampler(self._ids.vocab_size, temperature, settings.get("top_p", 1.0)),
-            Limits(tokens, self._seq_len, frozenset([self._ids.eos_id])),
+            Limits(tokens, self._seq_len, frozenset(self._ids.stop_ids)),
             seed=self._seed,
         )
         return _read(generation, self._ids.decode, stops)

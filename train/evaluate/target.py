@@ -8,6 +8,7 @@ from conf.errors import UserError
 from conf.schema import Config
 from train.checkpoint.manifest import read_manifest
 from train.checkpoint.run_folder import find_checkpoint
+from train.data.tokenizer import refuse_tiktoken
 from train.hf.folder import is_hf_folder, open_model
 
 
@@ -55,6 +56,7 @@ def _of_hf_folder(config: Config, folder: Path) -> Target:
         raise UserError("seq_len", config.seq_len, rule, f"set seq_len={model.max_seq_len} or less")
     config = _with_tokenizer(replace(config, model=model), folder)
     if config.data.tokenizer is None:
+        refuse_tiktoken(folder, "evaluate.checkpoint")
         raise UserError(
             "data.tokenizer", None, f"{folder} brings no tokenizer.json", "set data.tokenizer to the weights' own"
         )

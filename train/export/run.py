@@ -22,6 +22,7 @@ from cluster.got_on import got_on
 from conf.errors import EXIT_OK, UserError
 from conf.files import new_folder, written_whole
 from conf.own_code import TARGET
+from conf.read_json import read_plain_text
 from conf.schema import BaseFormat, Config, ExportType, Model, ModelFamily
 from conf.words import one_line, say
 from parallel.shard import Shard
@@ -30,7 +31,9 @@ from train.checkpoint.read_shards import TORCH
 from train.checkpoint.run_folder import find_checkpoint
 from train.checkpoint.stored_weights import StoredWeights
 from train.checkpoint.trained_with import tokenizer_of
+from train.data.chat_template import load_template, stop_ids
 from train.data.prepare_progress import ReportProgress, show_progress
+from train.data.tokenizer import GENERATION_FILE, TEMPLATE_FILES, TOKENIZER_FILE, Tokenizer
 from train.export.model_card import CARD_FILE, model_card
 from train.export.piece_writer import PieceWriter
 from train.export.written_tensors import (
@@ -50,7 +53,7 @@ from train.hf.config import GROUP_TOP_K, LATENT_NORM_EPS, SCALE_BLOCK, config_js
 from train.hf.families import FAMILIES, PARAMS_FILE, FamilyFacts
 from train.hf.folder import index_of
 from train.hf.tensor_names import tensors
-from train.hf.tokenizer_files import write_tokenizer
+from train.hf.tokenizer_files import with_words_of, write_tokenizer
 
 EXPORTED_ELEMENTS = 1 << 24
 """Elements that are converted at a time, at most: 64 MB in fp32."""
@@ -102,7 +105,10 @@ def write_export(config: Config, progress: ReportProgress) -> list[str]:
             "note: this adapter was trained beside block FP8: other programs add it to weights of another format, which are others. "
             "Serve it on a folder in FP8, or merge it (export.merge=true)"
         )
-    body = config_json(config.model, manifest.meta["seq_len"], config.export.dtype, tokenizer.eos_id, family)
+    run = manifest.folder.absolute().parents[1]
+    tokenizer = with_words_of(tokenizer, run, _tokenizer_folder(config, tokenizer))
+    ends = _ends(config, run, tokenizer)
+    body = config_json(config.model, manifest.meta["seq_len"], config.export.dtype, ends, family)
     length = body.get(FAMILIES[family].section, body)["max_position_embeddings"]
     with written_whole(target, "export.to") as folder:
         mark = {BASE_MARK: stored.base_mark(config.model), BASE_FORMAT: config.adapter.base} if alone else {}
@@ -111,18 +117,36 @@ def write_export(config: Config, progress: ReportProgress) -> list[str]:
             write_json(folder / ADAPTER_CONFIG, peft_config(config.adapter, adapted, str(config.init_from)))
         else:
             write_json(folder / index_of(FAMILIES[family].stem), index_json(files))
-            _write_configs(folder, body, family, tokenizer.eos_id)
+            write_json(folder / FAMILIES[family].config_file, body)
             (folder / CARD_FILE).write_text(model_card(config, manifest, family, notes, length), encoding="utf-8")
-        write_tokenizer(folder, tokenizer, _tokenizer_folder(config), length, manifest.folder.parent.parent)
+        write_tokenizer(folder, tokenizer, length)
+        write_json(folder / GENERATION_FILE, tokenizer.settings(GENERATION_FILE) | ends)
         source = {"checkpoint": str(checkpoint.absolute()), "step": manifest.step, "ema": ema}
         write_json(folder / "export.json", {**source, "family": family, "dtype": config.export.dtype, "tensors": rows})
     return [*lines(rows), *notes, f"Exported step {manifest.step} of {checkpoint} to {target}"]
 
 
-def _tokenizer_folder(config: Config) -> Path | None:
+def _tokenizer_folder(config: Config, tokenizer: Tokenizer) -> Path | None:
     """Where the user's tokenizer came from, with what else it brought."""
-    choice = config.data.tokenizer or (config.init_from if config.data.chats else None)
-    return Path(choice).expanduser() if choice and Path(choice).expanduser().is_dir() else None
+    for choice in (config.data.tokenizer, config.init_from):
+        folder = Path(choice).expanduser() if choice else None
+        if folder is not None and (folder / TOKENIZER_FILE).is_file() and not (folder / "config.yaml").is_file():
+            try:
+                if read_plain_text(folder / TOKENIZER_FILE) == tokenizer.json_text:
+                    return folder
+            except ValueError as error:
+                raise UserError("data.tokenizer", folder / TOKENIZER_FILE, str(error), "download it again") from error
+    return None
+
+
+def _ends(config: Config, run: Path, tokenizer: Tokenizer) -> dict[str, Any]:
+    """bos_token_id and eos_token_id of the configuration: those of the folder that the tokenizer came from, and the stops of the chats' template."""
+    stops = tokenizer.stop_ids
+    if config.data.chats and (run / TEMPLATE_FILES["default"]).is_file():
+        stops = stop_ids(load_template(None, run, tokenizer, config.data.template_keys), tokenizer)
+    own = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+    bos = tokenizer.settings(GENERATION_FILE).get("bos_token_id")
+    return {"bos_token_id": own if bos is None else bos, "eos_token_id": stops if len(stops) > 1 else stops[0]}
 
 
 def _check_family(config: Config, family: ModelFamily, alone: bool) -> None:
@@ -288,12 +312,6 @@ def _write(writer: PieceWriter, cut: ExportSlice, values: Tensor) -> None:
     writer.write(out.name, cut.first, q)
     first_row = cut.first // cut.shape[1] // SCALE_BLOCK
     writer.write(scales[0].name, first_row * scale.shape[1], scale)
-
-
-def _write_configs(folder: Path, body: dict[str, Any], family: ModelFamily, eos_id: int) -> None:
-    """config.json and generation_config.json."""
-    write_json(folder / FAMILIES[family].config_file, body)
-    write_json(folder / "generation_config.json", {"bos_token_id": eos_id, "eos_token_id": eos_id})
 
 
 def _notes(model: Model, family: FamilyFacts) -> Iterator[str]:

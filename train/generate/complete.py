@@ -36,7 +36,7 @@ def start(
         source.decoder,
         [[source.start_id, *source.tokenizer.encode(prompt)] for prompt in prompts],
         Sampler(source.tokenizer.vocab_size, temperature, top_p),
-        Limits(tokens, source.context, frozenset([source.tokenizer.eos_id])),
+        Limits(tokens, source.context, frozenset(source.tokenizer.stop_ids)),
         seed=seed,
         speculative=speculative,
     )

@@ -1,7 +1,7 @@
 """generate.chat=true: questions and answers, turn by turn, by the chat template that the weights were tuned with.
 
-A prompt is what the template makes of the turns so far, as training saw it; an answer ends with the stop token that the template writes
-behind one. Where the turns no longer fit into the model's context, the oldest are left out, which is said once.
+A prompt is what the template makes of the turns so far, as training saw it; an answer ends with a stop token of the template or of
+generation_config.json, or with the end of a document. Where the turns no longer fit into the model's context, the oldest are left out, which is said once.
 
 In a terminal a person asks until Ctrl-D or /quit, /reset forgets the turns, and Ctrl-C ends an answer: what there is of it stays a turn.
 Elsewhere each line of standard input is a question.
@@ -15,7 +15,7 @@ from cluster.interrupts import every_interrupt
 from conf.errors import UserError
 from conf.load import report
 from conf.schema import Config
-from train.data.chat_template import CannotRender, ChatTemplate
+from train.data.chat_template import CannotRender, ChatTemplate, stop_ids
 from train.data.chats import Message
 from train.data.template_function import template_of
 from train.generate.generation import EndReason, Generation, Limits
@@ -34,7 +34,7 @@ class Conversation:
         """say: takes a sentence for the user. Raises UserError where the weights have no template, or it cannot be used."""
         self._settings, self._source, self.tell = config.generate, source, say
         self._template = _template(config, source)
-        self._stop = self._stop_token()
+        self._stops = frozenset(stop_ids(self._template, source.tokenizer))
         self.turns: list[Message] = []
         self._asked = 0
         self._told = False
@@ -54,7 +54,7 @@ class Conversation:
             decoder,
             [prompt],
             Sampler(self._source.tokenizer.vocab_size, how.temperature, how.top_p),
-            Limits(how.tokens, self._source.context, frozenset({self._stop, self._source.tokenizer.eos_id})),
+            Limits(how.tokens, self._source.context, self._stops),
             seed=how.seed + self._asked,
             speculative=how.speculative,
         )
@@ -95,14 +95,6 @@ class Conversation:
     def _encode(self, text: str) -> list[int]:
         require_utf8(text, "generate.chat")
         return self._source.tokenizer.encode_rendered([text])[0].ids
-
-    def _stop_token(self) -> int:
-        """What the template writes behind an answer, else the end of a document."""
-        try:
-            ids = self._encode(self._template.stop())
-        except CannotRender as error:
-            raise UserError("data.template", self._template.name, error.rule, error.cure) from error
-        return ids[0] if ids else self._source.tokenizer.eos_id
 
 
 def _template(config: Config, source: LoadedModel) -> ChatTemplate:

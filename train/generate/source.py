@@ -12,10 +12,16 @@ from train.checkpoint.manifest import read_manifest
 from train.checkpoint.run_folder import find_checkpoint
 from train.checkpoint.stored_weights import load_hf_model, load_model, require_memory
 from train.checkpoint.trained_with import tokenizer_of
-from train.data.tokenizer import Tokenizer, check_fit, load_tokenizer, named_token
+from train.data.tokenizer import (
+    TOKENIZER_SETTINGS_FILE,
+    Tokenizer,
+    check_fit,
+    load_tokenizer,
+    named_token,
+    refuse_tiktoken,
+)
 from train.generate.decoder import Decoder, require_plain_blocks
 from train.hf.folder import is_hf_folder, open_model
-from train.hf.tokenizer_files import TOKENIZER_SETTINGS_FILE
 from train.kernels.choice import build_kernels
 from train.kernels.precision import activation_dtype
 
@@ -74,6 +80,8 @@ def _from_hugging_face(config: Config, folder: Path, device: torch.device, field
     dtype = activation_dtype(config.precision)
     _, model_config, notes = open_model(folder, field, config.text_only)
     require_memory(model_config, dtype.itemsize, field, folder)
+    if config.data.tokenizer is None:
+        refuse_tiktoken(folder, field)
     if config.data.tokenizer is None and not (folder / "tokenizer.json").is_file():
         raise UserError(field, folder, "holds no tokenizer.json", "set data.tokenizer to the one of these weights")
     choice = config.data.tokenizer or str(folder)

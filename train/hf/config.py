@@ -295,9 +295,13 @@ def check_recipe(config: Config, theirs: Model, folder: Path) -> list[str]:
 
 
 def config_json(
-    model: Model, seq_len: int, dtype: str, eos_id: int, family: ModelFamily = ModelFamily.deepseek_v3
+    model: Model,
+    seq_len: int,
+    dtype: str,
+    ends: dict[str, Any],
+    family: ModelFamily = ModelFamily.deepseek_v3,
 ) -> dict[str, Any]:
-    """config.json for a model that was trained on sequences of this length. dtype: bf16, fp32 or fp8."""
+    """config.json for a model that was trained on sequences of this length. dtype: bf16, fp32 or fp8; ends: bos_token_id and eos_token_id."""
     in_force, facts = yarn_in_force(model, seq_len), FAMILIES[family]
     kind = {"architectures": [facts.architectures[0]], "model_type": facts.model_types[0]}
     body: dict[str, Any] = {} if facts.section else kind
@@ -313,8 +317,7 @@ def config_json(
         "rope_scaling": None,
         "initializer_range": model.init_std,
         "attention_dropout": 0.0,
-        "bos_token_id": eos_id,
-        "eos_token_id": eos_id,
+        **ends,
         "use_cache": True,
         "torch_dtype": "float32" if dtype == "fp32" else "bfloat16",
     }

@@ -5,12 +5,18 @@ from pathlib import Path
 from typing import Any
 
 from conf.errors import UserError
-from conf.read_json import parse_json, read_json, read_plain_text
-from train.data.chat_template import TEMPLATE_FILES
-from train.data.tokenizer import Tokenizer
+from conf.read_json import parse_json, read_plain_text
+from train.data.tokenizer import (
+    GENERATION_FILE,
+    SPECIAL_TOKENS_FILE,
+    TEMPLATE_FILES,
+    TOKENIZER_FILE,
+    TOKENIZER_SETTINGS_FILE,
+    Tokenizer,
+    files_beside,
+)
 
-TOKENIZER_FILE = "tokenizer.json"
-TOKENIZER_SETTINGS_FILE = "tokenizer_config.json"
+TOKENIZER_CLASS = "PreTrainedTokenizerFast"
 
 
 def check_tokenizer(folder: Path, tokenizer: Tokenizer, choice: str | None) -> list[str]:
@@ -46,31 +52,33 @@ def _meaning(text: str) -> tuple[Any, ...]:
     return words | added, merges
 
 
-def write_tokenizer(
-    folder: Path, tokenizer: Tokenizer, source: Path | None, length: int, template: Path | None = None
-) -> None:
-    """Write tokenizer.json, and tokenizer_config.json for AutoTokenizer. length: most tokens of a sequence.
-
-    source: a folder whose tokenizer_config.json came with this tokenizer; its chat template and the like are kept. template: the
-    folder of a run whose chat template is that of the chats it was tuned on, which goes first.
+def with_words_of(tokenizer: Tokenizer, run: Path, source: Path | None) -> Tokenizer:
+    """The tokenizer of a run with all files beside it. source: the folder that it came from, which has those that runs of earlier versions
+    did not keep. The run's chat template, of the chats that it was tuned on, goes first.
     """
-    for place in (template, source):
-        if place is not None and (place / TEMPLATE_FILES["default"]).is_file():
-            for name in TEMPLATE_FILES.values():
-                if (place / name).is_file():
-                    (folder / name).parent.mkdir(exist_ok=True)
-                    (folder / name).write_text((place / name).read_text(encoding="utf-8"), encoding="utf-8")
-            break
-    settings: dict[str, Any] = {}
-    if source is not None and (source / TOKENIZER_SETTINGS_FILE).is_file():
-        settings = read_json(source / TOKENIZER_SETTINGS_FILE, "data.tokenizer", "correct or remove this file")
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
+    kept = files_beside(run)
+    if kept.keys() & {SPECIAL_TOKENS_FILE, GENERATION_FILE} or source is None:
+        return tokenizer.with_files(kept)
+    there, templates = files_beside(source), TEMPLATE_FILES.values()
+    if TEMPLATE_FILES["default"] in kept:
+        there = {name: text for name, text in there.items() if name not in templates}
+    if TOKENIZER_SETTINGS_FILE in there:
+        kept = {name: text for name, text in kept.items() if name in templates}
+    return tokenizer.with_files(there | kept)
+
+
+def write_tokenizer(folder: Path, tokenizer: Tokenizer, length: int) -> None:
+    """Write tokenizer.json and the files beside it, with a tokenizer_config.json for AutoTokenizer. length: most tokens of a sequence."""
+    settings: dict[str, Any] = {
+        "tokenizer_class": TOKENIZER_CLASS,
         "add_bos_token": False,  # training puts none in front of documents
         "clean_up_tokenization_spaces": False,
-        **settings,
+        **tokenizer.settings(TOKENIZER_SETTINGS_FILE),
         "eos_token": tokenizer.eos,
         "model_max_length": length,
     }
-    (folder / TOKENIZER_FILE).write_text(tokenizer.json_text, encoding="utf-8")
-    (folder / TOKENIZER_SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    if settings.pop("auto_map", None):  # code of the folder that the tokenizer came from, which an export has not
+        settings["tokenizer_class"] = TOKENIZER_CLASS
+    tokenizer.with_files(tokenizer.files | {TOKENIZER_SETTINGS_FILE: json.dumps(settings, indent=2) + "\n"}).save(
+        folder
+    )
