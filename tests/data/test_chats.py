@@ -352,6 +352,15 @@ def test_parquet_and_mixes(tokenizer, tmp_path):
     assert [round(share * len(part.train)) > 0 for share, part in zip(counts.values(), corpus.parts, strict=True)]
 
 
+def test_a_run_is_told_of_turns_that_the_prompt_asks_for_in_another_way(tokenizer, tmp_path):
+    """DeepSeek-R1's prompt begins reasoning, which these chats have not."""
+    records = [
+        {"messages": [{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": "a"}]} for n in range(9)
+    ]
+    (note,) = build_corpus(compose(*write(tmp_path, tokenizer, records, R1))).notes
+    assert "9 learnt turns have no reasoning, and the prompt of the template begins some" in note
+
+
 def test_a_row_is_the_same_chat_in_parquet_and_in_jsonl(tmp_path):
     """Parquet gives every row the keys of all rows, at every depth; a null under a key is no key, in both. In lists and texts of JSON it stays."""
     function = {"name": "add", "parameters": {"properties": {"a": {"type": "int", "enum": [1, None]}}}}
@@ -423,6 +432,10 @@ def test_a_tokenizer_without_a_template_says_what_to_do(tokenizer, tmp_path):
     assert [made.text[slice(*span)] for span in made.learnt] == [f" two{EOS}", f"  four {EOS}"]
     assert made.text.startswith("User: one?\nAssistant: two")
     assert made.text.startswith(plain.prompt(chat(*QUESTION[:2]).messages[:1]))
+    turn = {"role": "assistant", "content": "two", "reasoning": "one and one"}
+    thought = read_chat({"messages": [{"role": "user", "content": "one?"}, turn]}, "here", "data.path")
+    made = plain.render(thought, Supervise.assistant)
+    assert [made.text[slice(*span)] for span in made.learnt] == [f" <think>\none and one\n</think>\n\ntwo{EOS}"]
 
 
 @pytest.mark.parametrize(

@@ -133,3 +133,11 @@ def test_where_nothing_ends_a_turn_the_end_of_a_document_does():
     made = ChatTemplate({"default": source}, {"eos_token": EOS}, "data.template", "test")
     rendered = made.render(chat(QUESTION, {"role": "assistant", "content": "a1"}), Supervise.assistant)
     assert [rendered.text[begin:end] for begin, end in rendered.learnt] == ["a1</s>"] and made.stops() == [EOS]
+
+
+def test_turns_without_reasoning_behind_a_prompt_that_begins_some_are_counted():
+    given = chat(QUESTION, thought(1), MORE, {"role": "assistant", "content": "a2"})
+    how = Supervise.assistant, LostReasoning.insert
+    assert template("deepseek", thinking=True).render(given, *how).unthought == 1
+    assert template("deepseek", thinking=True).render(given, Supervise.assistant, LostReasoning.drop).unthought == 2
+    assert template("kimi").render(given, *how).unthought == template("qwen").render(given, *how).unthought == 0

@@ -80,6 +80,8 @@ class RenderedChat:
     text: str
     learnt: list[Span]
     """First character and one behind the last, of what is learnt; in order."""
+    unthought: int = 0
+    """Learnt turns without reasoning, where the prompt of the template begins some."""
 
 
 class CannotRender(Exception):
@@ -175,7 +177,8 @@ class ChatTemplate:
         text, turns = self._with_stops(chat, text, turns)
         if supervise is Supervise.all:
             return RenderedChat(text, [(0, len(text))])
-        return RenderedChat(text, [(turns[n].begin, turns[n].end) for n in wanted])
+        unthought = [n for n in wanted if self._opens() and not OPENED.search(text[: turns[n].begin])]
+        return RenderedChat(text, [(turns[n].begin, turns[n].end) for n in wanted], len(unthought))
 
     def prompt(self, chat_messages: Sequence[Message], tools: list[Any] | None = None) -> str:
         """What the model goes on from when it is to answer."""
@@ -229,6 +232,11 @@ class ChatTemplate:
         if not thoughts:
             return list(messages)
         return list(messages) if self._knows_contents_alone() else [with_field(message) for message in messages]
+
+    @cache  # noqa: B019
+    def _opens(self) -> bool:
+        """Whether the prompt begins reasoning."""
+        return OPENED.search(self.prompt([PROBED_QUESTION])) is not None
 
     @cache  # noqa: B019
     def _knows_contents_alone(self) -> bool:

@@ -46,6 +46,8 @@ class TokenisedChats:
     text_bytes: int
     unlearnt: int
     """Chats that were left out, as nothing of them is learnt."""
+    unthought: int
+    """Learnt turns without reasoning, where the prompt of the template begins some."""
 
 
 def chat_tokenizer(config: Config) -> tuple[Tokenizer, ChatTemplate]:
@@ -100,6 +102,7 @@ def _encode(names: list[str], rendered: list[RenderedChat], tokenizer: Tokenizer
         np.array([hash_id(name) for name, *_ in kept], dtype=np.uint64),
         sum(len(chat.text.encode()) for chat in rendered),
         len(found) - len(kept),
+        sum(chat.unthought for chat in rendered),
     )
 
 

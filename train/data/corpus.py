@@ -130,6 +130,11 @@ class _Builder:
             name = _name(part)
             if dropped := store.meta.get("unlearnt", 0):
                 self._note(f"{name}: {dropped} chats have nothing to learn and are left out")
+            if unthought := store.meta.get("unthought", 0):
+                self._note(
+                    f"{name}: {unthought} learnt turns have no reasoning, and the prompt of the template begins some, so that the model is "
+                    "asked in another way than it learnt: give them reasoning, or see data.template_keys"
+                )
             if len(store.hashes_D) < 2:
                 rule = f"has {len(store.hashes_D)} chats to learn from, and one at least is held out"
                 raise UserError(key, part.path, rule, "give more chats")
@@ -169,7 +174,7 @@ class _Builder:
                 raise UserError("data.too_long", self.data.too_long, rule, "set a larger seq_len, or data.too_long=cut")
 
     def _write_chats(self, path: Path, source: FileSource, tokenizer: Tokenizer, template: ChatTemplate) -> None:
-        done, unlearnt = 0, 0
+        done = unlearnt = unthought = 0
         self.progress("tokenising chats", 0, source.size)
         with StoreWriter(
             path, tokenizer.vocab_size, tokenizer.json_text, tokenizer.fingerprint, source.size, supervised=True
@@ -179,13 +184,14 @@ class _Builder:
                     task.ids_N, task.lengths_D, task.hashes_D, task.text_bytes, supervised_N=task.supervised_N
                 )
                 done, unlearnt = done + task.text_bytes, unlearnt + task.unlearnt
+                unthought += task.unthought
                 self.progress("tokenising chats", done, max(source.size, done))
             if writer.tokens == 0:
                 rule = f"holds no chat with something to learn ({unlearnt} have nothing)"
                 raise UserError(
                     source.field, source.name, rule, "look at the weights of messages, and at data.supervise"
                 )
-            writer.more = {"unlearnt": unlearnt}
+            writer.more = {"unlearnt": unlearnt} | ({"unthought": unthought} if unthought else {})
 
     def _without_short(self, name: str, *sides: Documents) -> tuple[Documents, ...]:
         """Training and held-out documents, and both, as data.min_tokens wants them. What is held out does not depend on it."""

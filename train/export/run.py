@@ -100,6 +100,9 @@ def write_export(config: Config, progress: ReportProgress) -> list[str]:
         files = [PlannedFile(ADAPTER_FILE, [written for file in files for written in file.written])]
     _check_room(target, files)
     rows, notes = fates(files, rest, ema), list(_notes(config.model, FAMILIES[family]))
+    if config.data.chats and config.data.template_keys:
+        given = ", ".join(f"{key}={value}" for key, value in config.data.template_keys.items())
+        notes.append(f"note: this model was tuned on prompts with {given}: give apply_chat_template the same")
     if alone and config.adapter.base is BaseFormat.fp8:
         notes.append(
             "note: this adapter was trained beside block FP8: other programs add it to weights of another format, which are others. "
