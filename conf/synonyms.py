@@ -14,6 +14,8 @@ KEYS = {
     "batch": "batch_size",
     "block_size": "seq_len",
     "bs": "batch_size",
+    "chat_template": "data.template",
+    "chat_template_kwargs": "data.template_keys",
     "ckpt": "resume",
     "context_length": "seq_len",
     "context_parallel_size": "parallel.cp",
