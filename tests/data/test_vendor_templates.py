@@ -114,6 +114,23 @@ def test_turns_with_calls_are_found_where_older_ones_lose_their_reasoning(name):
     assert set(template(name).stops()) == {called, said}
 
 
+def test_reasoning_is_put_in_before_calls_where_a_content_changes_the_text_around_it():
+    """The turn is then found by its prefix."""
+    call = {"id": "0", "type": "function", "function": {"name": "add", "arguments": "{}"}}
+    source = DEEPSEEK_V31.replace(
+        "{{ message.content or '' }}", "{{ message.content + '\\n' if message.content else '' }}"
+    )
+    made = ChatTemplate(
+        {"default": source}, {"bos_token": BOS, "eos_token": EOS, "thinking": True}, "data.template", "t"
+    )
+    given = chat(QUESTION, thought(1, content=None, tool_calls=[call]))
+    rendered = made.render(given, Supervise.assistant, LostReasoning.insert)
+    ((begin, end),) = rendered.learnt
+    assert rendered.text[begin:end].startswith("r1</think><") and "<think>r1</think>" in rendered.text
+    rendered = made.render(given, Supervise.assistant, LostReasoning.drop)
+    assert rendered.text[slice(*rendered.learnt[0])].startswith("</think><")
+
+
 def test_reasoning_behind_a_prompt_that_denies_it_is_refused():
     """DeepSeek-V3.1's prompt without `thinking`, and GLM's with enable_thinking=false."""
     given = chat(QUESTION, thought(1))

@@ -49,7 +49,7 @@ PROBED_TURNS = [PROBED_QUESTION, {"role": "assistant", "content": PROBED_ANSWER}
 PROBED_CALL = {"id": "0", "type": "function", "function": {"name": PROBED_ANSWER, "arguments": {}}}
 OPENED = re.compile(rf"{THINK}\s*\Z")
 CLOSED = re.compile(rf"(?:(?P<open>{THINK})(?P<gap>\s*))?{THOUGHT}\s*\Z")
-EMPTY_THOUGHT = re.compile(rf"\s*{THINK}\s*{THOUGHT}\s*")
+EMPTY_THOUGHT = re.compile(rf"\s*(?:{THINK}\s*)?{THOUGHT}\s*")
 NAMED_TOKEN = re.compile(r"<\|[^<>|\s]+\|>|<\uff5c[^<>\uff5c\s]+\uff5c>")
 """How models spell tokens of their templates."""
 Span = tuple[int, int]
@@ -418,9 +418,11 @@ def _unmarked(text: str) -> tuple[str, list[Span]]:
 
 
 def _shared(one: str, other: str) -> int:
-    """Characters with which both begin."""
+    """Characters with which both begin; of <think> and </think> none."""
     pairs = enumerate(zip(one, other, strict=False))
-    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
+    place = next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
+    inside = place > 0 and {one[place - 1 :][: len(word)] for word in (THINK, THOUGHT)} & {THINK, THOUGHT}
+    return place - 1 if inside else place
 
 
 def _forms(content: str) -> Iterator[tuple[str, bool]]:
