@@ -55,7 +55,7 @@ TOKENIZER_SETTINGS_FILE = "tokenizer_config.json"
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 GENERATION_FILE = "generation_config.json"
 TEMPLATE_FILES = {"default": "chat_template.jinja", "tool_use": "additional_chat_templates/tool_use.jinja"}
-"""As Hugging Face has them: for all chats, and for those with tools where they have one of their own."""
+"""Chat templates beside a tokenizer: for all chats, and for those with tools where they have one of their own."""
 BESIDE = (
     *(TOKENIZER_SETTINGS_FILE, SPECIAL_TOKENS_FILE, "added_tokens.json", GENERATION_FILE),
     *TEMPLATE_FILES.values(),
@@ -124,7 +124,7 @@ class Tokenizer:
         atomic_write_text(folder / TOKENIZER_FILE, self.json_text)
 
     def with_files(self, files: Mapping[str, str]) -> "Tokenizer":
-        """The same tokenizer with other files beside it."""
+        """A copy with other files beside it."""
         made = copy.copy(self)
         made.files = dict(files)
         return made
