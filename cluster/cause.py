@@ -37,6 +37,18 @@ LAST_WORDS_BYTES = 64 << 10
 """Bytes that a rank takes at its start for what it may have to say when the disk is full."""
 SAID = 4 << 10
 """Characters of headline and message that are certain to fit there."""
+CURES_OF_SIGNALS: dict[int, str] = {
+    signal.SIGKILL: "look at dmesg for the kernel's out-of-memory kills (lower micro_batch_size or model.loss_chunk if memory is short); "
+    "else a person, a job scheduler or a container sent SIGKILL",
+    signal.SIGSEGV: "native code read or wrote memory that is not its own: dmesg names the library; look at what was installed or built last",
+    signal.SIGBUS: "a file that is mapped into memory could not be read or has no room: look at `df` of /dev/shm and of the disks, and at "
+    "dmesg for errors of disk and memory",
+    signal.SIGILL: "a library has instructions that this processor lacks: compare `lscpu` with the machine for which the library was built",
+    signal.SIGFPE: "native code divided a whole number by zero: dmesg names the library",
+    signal.SIGABRT: "a library ended the process: the last lines of the rank's log say why",
+}
+CURE_OF_OTHER_SIGNALS = "find out who sent the signal to this rank alone: a person or a job scheduler; to stop a run, signal the command that started it"
+CURE_OF_EXITS = "find the code that ends the process with this exit code: the user's own code, or a library that calls `exit` or `os._exit`"
 
 
 class Kind(Enum):
@@ -183,6 +195,8 @@ class Cause:
     code: int = EXIT_CRASH
     log: str = field(default="", repr=False)
     """Output or stacks that explain it."""
+    advice: str = ""
+    """What to do, where that follows from how a rank ended."""
 
 
 def name_cause(reports: list[RankReport], names: dict[int, str]) -> Cause | None:
@@ -206,7 +220,8 @@ def name_cause(reports: list[RankReport], names: dict[int, str]) -> Cause | None
         lines = [f"{_who(report, names)} ended by {_how(report)}" for report in vanished]
         code = EXIT_DIVERGED if vanished[0].said == EXIT_DIVERGED else EXIT_CRASH
         kind = Kind.diverged if code == EXIT_DIVERGED else Kind.killed
-        return _cause(kind, "; ".join(lines), vanished, names, code, _tail(vanished[0]))
+        cause = _cause(kind, "; ".join(lines), vanished, names, code, _tail(vanished[0]))
+        return replace(cause, advice=cure_of_end(vanished[0].code)) if kind is Kind.killed else cause
     silent = [report for report in reports if not report.ended and report.failure is None]
     if silent and (late if first is None else first.kind == "timeout"):
         ranks = ", ".join(_who(report, names) for report in silent) + (" hangs" if len(silent) == 1 else " hang")
@@ -255,14 +270,25 @@ def _how(report: RankReport) -> str:
     """How a rank ended that left no Failure, in words."""
     assert report.code is not None, "it has ended"
     if report.code < 0:
-        return f"signal {signal.Signals(-report.code).name}" + (
-            " (out of memory?)" if -report.code == signal.SIGKILL else ""
-        )
+        memory = " (out of memory?)" if -report.code == signal.SIGKILL else ""
+        return f"signal {signal_name(-report.code)}{memory}"
     if report.deserted:
         return f"exit code {report.code} in the middle of its work"
     return f"exit code {report.code}" + (
         "; what it said is above" if report.log_tail is None else " without an error message"
     )
+
+
+def signal_name(number: int) -> str:
+    """The name of a signal, and the number of one that has no name, as most real-time signals."""
+    return signal.Signals(number).name if number in set(signal.Signals) else f"{number}"
+
+
+def cure_of_end(code: int | None) -> str:
+    """What to do about a rank that ended with this exit code, or minus a signal, and without a word."""
+    if code is None or code >= 0:
+        return CURE_OF_EXITS
+    return CURES_OF_SIGNALS.get(-code, CURE_OF_OTHER_SIGNALS)
 
 
 WAITS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "barrier", "recv", "send", "wait")

@@ -4,8 +4,9 @@ In order, and the first that says something is what is said:
 
     1. stopped    a rank whose process is stopped
     2. differs    two ranks did something different as the same collective of their group, or sent what the other end did not expect.
-                  Who of them is wrong: the one that does not do what it did in the step before, while the others do; else the one
-                  against most of its group; else the one against the groups that do the same elsewhere; else that is not known
+                  Who of them is wrong: the one against most of its group; else the one that does not do what it is used to (in the
+                  step before, or a period of steps before), while the others do; else the one against the groups that do the same
+                  elsewhere; else that is not known
     3. absent     ranks for which others wait, directly or through others, and which themselves wait for no rank
     4. link       of the hosts that do not acknowledge what others sent, or are not answered themselves, the one that all of this is about
     5. crossed    ranks that wait for each other: the one among them that does not do what it did in the step before

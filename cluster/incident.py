@@ -35,7 +35,7 @@ SHOWN_RECORDS = 40
 SHOWN_WAITS, LINE = 6, 400
 """Ranks that wait, and characters of a sentence, on the screen."""
 ADVICE_OF_CAUSE = {
-    Kind.killed: "look at dmesg for the kernel's out-of-memory kills and at the device of this rank",
+    Kind.killed: "look at the log of this rank, at dmesg and at its device",
     Kind.crash: "the lines above come from the rank that failed first",
     Kind.diverged: "look at the data and weights that are named",
     Kind.node: "look at the node: power, network, its own logs",
@@ -106,9 +106,14 @@ def _on_nodes(finding: Judgement, names: dict[int, str]) -> str:
 
 
 def describe_incident(
-    cause: Cause, finding: Judgement, traces: Mapping[int, RankTrace], stacks: Mapping[int, str], seconds: float = 0.0
+    cause: Cause,
+    finding: Judgement,
+    traces: Mapping[int, RankTrace],
+    stacks: Mapping[int, str],
+    seconds: float = 0.0,
+    live: bool = False,
 ) -> dict[str, Any]:
-    """The incident as its file has it; see the top of this file."""
+    """The incident as its file has it; see the top of this file. live: the ranks live on."""
     now = time.time()
     waits = [
         {
@@ -121,7 +126,11 @@ def describe_incident(
         for wait in finding.waits
     ]
     by_rank = {str(rank): _rank(trace, stacks.get(rank, ""), now) for rank, trace in sorted(traces.items())}
-    advice = ADVICE_OF_CAUSE.get(cause.kind, finding.advice) if finding.fault is Fault.failed else finding.advice
+    advice = finding.advice
+    if finding.fault is Fault.failed:
+        advice = cause.advice or ADVICE_OF_CAUSE.get(cause.kind, advice)
+    elif finding.fault is Fault.stopped and live:
+        advice += f"; `kill -CONT {' '.join(str(traces[rank].pid) for rank in finding.ranks if rank in traces)}` lets it go on"
     return {
         "time": now,
         "kind": cause.kind.name,

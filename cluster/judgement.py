@@ -32,7 +32,7 @@ class Fault(Enum):
 
 
 FAULT_ADVICE = {
-    Fault.stopped: "find out who stopped it (a debugger, a job scheduler, SIGSTOP); `kill -CONT` lets it go on",
+    Fault.stopped: "find out who stopped it: a debugger, a job scheduler, or SIGSTOP of a person",
     Fault.failed: "the lines above come from the rank that failed first",
     Fault.skipped: "a condition around the collective holds on this rank alone; make it the same on all",
     Fault.repeated: "a loop around the collective runs once more on this rank alone; make it the same on all",

@@ -1,7 +1,7 @@
 """The first collective or message that ranks did differently, and who of them is wrong: see the top of compare_ranks.py."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from cluster.comm_ring import CommRecord, RankTrace
@@ -74,10 +74,10 @@ def _blame(
     changed = {rank: deviation for rank, record in members.items() if (deviation := _deviation(traces[rank], record))}
     votes = Counter(key(record) for record in members.values())
     (most, count), *_ = votes.most_common(1)
-    if 0 < len(changed) < len(members):
-        odd = sorted(changed)
-    elif 2 * count > len(members):
+    if 2 * count > len(members):
         odd = sorted(rank for rank, record in members.items() if key(record) != most)
+    elif 0 < len(changed) < len(members):
+        odd = sorted(changed)
     else:
         odd = _against_others(by_group, members, key)
     example = next(iter(members.values()))
@@ -86,11 +86,11 @@ def _blame(
         did = "; ".join(f"rank {rank}: {record_in_words(record)}" for rank, record in sorted(members.items())[:4])
         text = f"ranks {list_ranks(members)} did different things as collective {example.seq} of {title}, and who of them is wrong is not known: {did}"
         return Judgement(Fault.unknown, (), text, example.place, among=tuple(sorted(members)))
-    rank = odd[0]
-    mine, theirs = members[rank], next((record for other, record in sorted(members.items()) if other not in odd), None)
-    fault, at = changed.get(rank) or (_kind_of(mine, theirs), mine)
-    if len({one for one, _ in changed.values()}) > 1 or theirs is None:
-        theirs = theirs or mine
+    rank, other = odd[0], next(one for one in sorted(members) if one not in odd)
+    mine, theirs = members[rank], members[other]
+    fault, at = (
+        changed.get(rank) or _against_other(traces[rank], mine, traces[other], theirs) or (_kind_of(mine, theirs), mine)
+    )
     text = f"{ranks_in_words(odd)} {fault.value} in {title}: "
     if fault in (Fault.skipped, Fault.repeated, Fault.reordered):
         text += f"{name_record(at)}{place_in_words(at.place)} in step {mine.step}; so it did {record_in_words(mine)} where the others did {record_in_words(theirs)}"
@@ -115,22 +115,51 @@ def _against_others(by_group: Mapping, members: Mapping[int, CommRecord], key: C
     return odd if len(odd) < len(members) else []
 
 
-def _kind_of(mine: CommRecord, theirs: CommRecord | None) -> Fault:
-    if theirs is None or mine.kind != theirs.kind:
+def _kind_of(mine: CommRecord, theirs: CommRecord) -> Fault:
+    if mine.kind != theirs.kind:
         return Fault.other
     same_type, same_size = mine.dtype == theirs.dtype, (mine.sent, mine.received) == (theirs.sent, theirs.received)
     return Fault.resized if same_type else Fault.retyped if same_size else Fault.other
 
 
+def _by_step(trace: RankTrace, record: CommRecord) -> dict[int, list[CommRecord]]:
+    """What a rank did in the channel of this record, by step."""
+    done, channel = defaultdict[int, list[CommRecord]](list), channel_of(record)
+    for one in trace.records:
+        if channel_of(one) == channel:
+            done[one.step].append(one)
+    return done
+
+
 def _deviation(trace: RankTrace, record: CommRecord) -> tuple[Fault, CommRecord] | None:
-    """What a rank did differently in a group in this step than in the step before, up to this record; None where it did the same or
-    nothing is known of that step.
+    """What a rank did differently in a group in this step than it is used to, up to this record: than one period of its steps before,
+    such as 10 where it gathers metrics every 10 steps. None where it did as it did then, or, where no period is known, in any step
+    before; and where nothing is known of these.
     """
+    done, first = _by_step(trace, record), trace.records[0].step
+    history = [
+        _signatures(done[step]) for step in range(first + 1, record.step)
+    ]  # the ring may lack a part of the first
+    period = next((p for p in range(1, len(history) // 2 + 1) if history[p:] == history[:-p]), None)
+    now = _signatures(one for one in done[record.step] if one.seq <= record.seq)
+    if period is None and any(now == past[: len(now)] for past in history):
+        return None
+    return first_change(trace, record.step, done[record.step - (period or 1)], done[record.step], record.seq)
 
-    def of(step: int) -> list[CommRecord]:
-        return [one for one in trace.records if one.step == step and channel_of(one) == channel_of(record)]
 
-    return first_change(trace, record.step, of(record.step - 1), of(record.step), record.seq)
+def _against_other(
+    trace: RankTrace, mine: CommRecord, other: RankTrace, theirs: CommRecord
+) -> tuple[Fault, CommRecord] | None:
+    """What a rank did differently in this step than another one: than itself in an earlier step that began as the other's, if there is one."""
+    done, right = _by_step(trace, mine), _by_step(other, theirs)[theirs.step]
+    wanted = _signatures(one for one in right if one.seq <= theirs.seq)
+    earlier = (done[step] for step in sorted(done, reverse=True) if step < mine.step)
+    same = next((past for past in earlier if _signatures(past)[: len(wanted)] == wanted), right)
+    return first_change(trace, mine.step, same, done[mine.step], mine.seq)
+
+
+def _signatures(records: Iterable[CommRecord]) -> list[Signature]:
+    return [(*_common(one), one.peer) for one in records]
 
 
 def first_change(

@@ -101,7 +101,7 @@ class SelfWatch:
         stacks = self._stacks(traces, native=left is None)
         stacks[self._rank] = own_stacks() + unanswered(os.getpid())
         cause, finding = judge_hang(reports, traces, stacks, {}, seconds)
-        incident = describe_incident(cause, finding, traces, stacks, seconds)
+        incident = describe_incident(cause, finding, traces, stacks, seconds, live=left is not None)
         if left is None:
             self._tell(f"{stacks[self._rank]}error: {cause.text}", incident)
         else:

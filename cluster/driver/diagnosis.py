@@ -8,8 +8,7 @@ from conf.errors import UserError
 ADVICE = {
     Kind.user: "correct the input and start the same command again",
     Kind.node: "look at the machine and its network; the same command resumes with the nodes that are there",
-    Kind.killed: "look at memory (dmesg shows the kernel's out-of-memory kills) and at the device; lower micro_batch_size "
-    "or model.loss_chunk if memory is short",
+    Kind.killed: "look at the output and the device of this rank; the same command resumes",
     Kind.crash: "the lines above come from the rank that failed first; the same command resumes once the cause is removed",
     Kind.hang: "the stacks above show where each rank waits; if they are simply that slow, raise "
     "cluster.kill_after; cluster.hang_after too in steps, and cluster.start_timeout before the first step and in checkpoints",
@@ -32,7 +31,7 @@ def give_up(cause: Cause, times: int, allowed: int, failures: list[tuple[int, Ca
     if len(failures) > 1:
         lines += ["  before it:", *(f"    attempt {number}: {old.text}" for number, old in failures[-6:-1])]
     lines.append(f"  newest checkpoint: {_step(saved)}")
-    lines.append(f"  what to do: {ADVICE[cause.kind]}")
+    lines.append(f"  what to do: {cause.advice or ADVICE[cause.kind]}")
     return "\n".join(lines)
 
 

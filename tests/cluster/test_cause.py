@@ -2,6 +2,8 @@
 
 import signal
 
+import pytest
+
 from cluster.cause import (
     LAST_WORDS_BYTES,
     NCCL_TIMEOUT,
@@ -14,8 +16,10 @@ from cluster.cause import (
     read_report,
     waits_for_ranks,
 )
+from cluster.driver.diagnosis import give_up
+from cluster.incident import describe_incident, incident_screen, judge_failure
 from cluster.run_files import at_work_path
-from conf.errors import EXIT_CRASH, EXIT_DIVERGED
+from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_STOPPED
 from tests.disks import fill, small_disk
 
 SAID = "2 steps in a row had a non-finite loss"
@@ -60,6 +64,31 @@ def test_a_rank_whose_part_of_a_checkpoint_does_not_come_is_named_and_not_rank_0
     screen = "checkpoint = there\n  rule: no files from ranks 1\n  cure: see why its disk does not answer"
     cause = name_cause([RankReport(0, 1, Failure(0, 10.0, "crash", screen, EXIT_CRASH, [1])), RankReport(1)], NAMES)
     assert (cause.ranks, cause.nodes) == ((1,), ("n1",)) and cause.text == f"rank 1 on n1 failed: {screen}"
+
+
+@pytest.mark.parametrize(
+    ("code", "how", "cure"),
+    [
+        (-signal.SIGKILL, "signal SIGKILL (out of memory?)", "out-of-memory kills"),
+        (-signal.SIGBUS, "signal SIGBUS", "/dev/shm"),
+        (-signal.SIGILL, "signal SIGILL", "processor lacks"),
+        (-signal.SIGSEGV, "signal SIGSEGV", "native code"),
+        (-signal.SIGTERM, "signal SIGTERM", "who sent the signal"),
+        (-40, "signal 40", "who sent the signal"),
+        (0, "exit code 0 in the middle of its work", "os._exit"),
+        (7, "exit code 7 in the middle of its work", "os._exit"),
+        (EXIT_STOPPED, "exit code 75 in the middle of its work", "os._exit"),
+    ],
+)
+def test_each_end_without_a_word_has_its_own_cure(code, how, cure):
+    lost = Failure(0, 1.0, "crash", "Connection closed by peer", EXIT_CRASH)
+    cause = name_cause([RankReport(0, EXIT_CRASH, lost), RankReport(1, code, deserted=code >= 0)], {})
+    assert (cause.kind, cause.ranks, cause.text) == (Kind.killed, (1,), f"rank 1 ended by {how}")
+    cause, finding = judge_failure(cause, {}, {}, {})
+    screen = incident_screen(describe_incident(cause, finding, {}, {}))
+    told = give_up(cause, 1, 0, [], -1)
+    assert cure in screen and cure in told
+    assert ("memory" in told) == (code in (-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS))
 
 
 def aborted(rank: int, tail: str = "") -> RankReport:

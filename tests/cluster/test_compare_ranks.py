@@ -94,6 +94,28 @@ def test_a_skipped_collective_is_named_with_its_line():
     assert found.where == "code.py:1" and "all_gather" in found.text
 
 
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("periods", [1, 3])
+def test_a_collective_of_every_third_step_that_one_rank_leaves_out_is_its_fault_and_not_that_of_the_others(
+    world, periods
+):
+    """Of two ranks one is named where the period is known, and none where it is not."""
+    group = CommGroup("0", "all ranks", tuple(range(world)))
+    extra = (*STEP[:1], ("all_gather", 9), *STEP[1:])
+    ranks = [Rank(number, world) for number in range(world)]
+    for rank in ranks:
+        for step in range(3 * periods + 2):
+            rank.step(group, extra if step % 3 == 2 else STEP)
+        left_out = rank.trace.rank == 1
+        what = [(0, *STEP[0]), (1, *STEP[1])] if left_out else [(0, *extra[0]), (1, *extra[1])]
+        rank.begin_step(group, what, waits=True)
+    found = compare_ranks({rank.trace.rank: rank.trace for rank in ranks}, {})
+    if world == 2 and periods == 1:
+        assert (found.fault, found.ranks, found.among) == (Fault.unknown, (), (0, 1))
+    else:
+        assert (found.fault, found.ranks) == (Fault.skipped, (1,)), found.text
+
+
 def test_in_the_first_step_most_of_a_group_are_believed_and_of_two_none():
     ranks = [
         Rank(number, 4).begin_step(ALL4, [(0, "all_reduce", 100 if number != 2 else 50)], waits=True)

@@ -88,7 +88,7 @@ def test_a_run_that_hangs_now_is_looked_at_from_outside(tmp_path, capsys):
         time.sleep(3.0)
         said = ask(capsys, tmp_path / "runs", "asked")
         assert "asked has no news for" in said and "culprit: rank 1\n" in said and "rank 1 is stopped" in said, said
-        assert "waits:   rank 0 for 1, " in said and "kill -CONT" in said
+        assert "waits:   rank 0 for 1, " in said and f"kill -CONT {traces[1].pid}" in said
         code, output = run.end(100)  # the run itself sees it too
     finally:
         run.kill()
@@ -101,3 +101,4 @@ def test_a_run_that_hangs_now_is_looked_at_from_outside(tmp_path, capsys):
     assert code == EXIT_CRASH and "rank 1 is stopped" in output
     said = ask(capsys, tmp_path / "runs", "asked")
     assert "culprit: rank 1\n" in said and "incident_1.json" in said
+    assert "find out who stopped it" in said and "CONT" not in said, "nobody is there any more who could go on"

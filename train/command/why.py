@@ -116,7 +116,7 @@ def look_at(logs: Path, traces: dict[int, RankTrace]) -> dict[str, Any]:
         text = f"ranks {gone} have ended, and the others have not yet noticed"
         cause, finding = judge_hang(reports, traces, stacks, {}, time.time() - last_news(traces))
         cause = Cause(Kind.killed, text, tuple(gone)) if not finding.ranks else cause
-        return describe_incident(cause, finding, traces, stacks)
+        return describe_incident(cause, finding, traces, stacks, live=True)
     seconds = time.time() - last_news(traces)
     cause, finding = judge_hang(reports, traces, stacks, {}, seconds)
-    return describe_incident(cause, finding, traces, stacks, seconds)
+    return describe_incident(cause, finding, traces, stacks, seconds, live=True)
