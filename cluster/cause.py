@@ -7,7 +7,7 @@ When one rank fails, its peers lose their connection or wait until a time-out, a
     3. a rank that vanished without a word: killed, crashed in native code, or gone in the middle of its work with any exit code,
        that of a good end included; a victim has time to write why;
     4. ranks that are silent while the others timed out in a collective: they hang;
-    5. the earliest error by its own clock, or the ranks that it blames itself: where a loss that is not finite began, which fails all
+    5. the earliest error by the clock of its host, which nobody sets, or the ranks that it blames itself: where a loss that is not finite began, which fails all
        at once, and who did not write a part of a checkpoint.
 """
 
@@ -69,8 +69,9 @@ class Failure:
 
     rank: int
     time: float
+    """By `cluster.clocks.uptime`, as no rank's own clock is trusted; an agent makes Unix time of it."""
     kind: str
-    """user, timeout or crash."""
+    """user, timeout, stopped or crash."""
     message: str
     """A screen of ours, or the traceback of the error that was raised first."""
     code: int
@@ -147,7 +148,10 @@ class RankReport:
 
     @property
     def bad(self) -> bool:
-        return self.failure is not None or self.deserted or self.code not in (None, EXIT_OK, EXIT_STOPPED)
+        """Whether it failed. A rank that was asked to stop did not, though it says so, as others may fail of it."""
+        if self.failure is not None:
+            return self.failure.code != EXIT_STOPPED
+        return self.deserted or self.code not in (None, EXIT_OK, EXIT_STOPPED)
 
     @property
     def said(self) -> int | None:
@@ -238,7 +242,8 @@ def name_cause(reports: list[RankReport], names: dict[int, str]) -> Cause | None
         text = f"{who} failed: {first.message}" if began else first.message
         return _cause(Kind.diverged, text, began or failed, names, EXIT_DIVERGED)
     text = f"{who or _who(first, names)} failed: {first.headline or _headline(first.message)}"
-    return _cause(Kind.crash, text, began or [first], names, first.code, first.message)
+    code = EXIT_CRASH if first.code == EXIT_STOPPED else first.code
+    return _cause(Kind.crash, text, began or [first], names, code, first.message)
 
 
 def _cause(

@@ -6,14 +6,23 @@ _COUNTER = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 """The first counts on while the machine sleeps; only Linux has it."""
 
 
+def uptime() -> float:
+    """Seconds since this host started: all its processes have this clock, and nobody sets it."""
+    return time.clock_gettime(_COUNTER)
+
+
 class SteadyClock:
     """Unix time in seconds, read once when this is made and counted on from there."""
 
     def __init__(self) -> None:
-        self._ahead = time.time() - time.clock_gettime(_COUNTER)
+        self._ahead = time.time() - uptime()
 
     def now(self) -> float:
-        return self._ahead + time.clock_gettime(_COUNTER)
+        return self.at(uptime())
+
+    def at(self, uptime: float) -> float:
+        """The time at which this host had been up for so long."""
+        return self._ahead + uptime
 
     def set_by(self) -> float:
         """Seconds by which somebody has set the clock of this machine ahead since; below 0 for back."""

@@ -24,6 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cluster.clocks import SteadyClock
+
 MAGIC, RING_FORMAT = b"SLUICERING\0\0", 1
 RECORDS = 8192
 """Records of a file; some steps of a large layout."""
@@ -158,6 +160,7 @@ class CommRing:
         finally:
             os.close(handle)
         self._records, self._serials, self._table_end = records, itertools.count(1), TABLE_AT
+        self._now = SteadyClock().now
         self._numbers: dict[Any, int] = {}
         """Numbers of groups and places in the table."""
         self.step, self.phase, self.layer, self._action = 0, 0, NO_LAYER, (0, 0, 0)
@@ -178,7 +181,7 @@ class CommRing:
         self._tell()
 
     def _tell(self) -> None:
-        NOW.pack_into(self._map, NOW_AT, self.step, self.layer, self.phase, *self._action, time.time())
+        NOW.pack_into(self._map, NOW_AT, self.step, self.layer, self.phase, *self._action, self._now())
         self.count()
 
     def count(self, written: int = 0) -> None:
@@ -211,7 +214,7 @@ class CommRing:
     ) -> int:
         """Something begins; returns where it stands, for `wait` and `end`. group, place: numbers; kind: of KINDS."""
         self.count()
-        serial, now = next(self._serials), time.time()
+        serial, now = next(self._serials), self._now()
         at = RECORDS_AT + (serial - 1) % self._records * RECORD.size
         action, stage, micro_batch = self._action
         RECORD.pack_into(
@@ -222,11 +225,11 @@ class CommRing:
 
     def wait(self, at: int) -> None:
         """From here on the rank waits for it."""
-        _TIME.pack_into(self._map, at + WAITED_AT, time.time())
+        _TIME.pack_into(self._map, at + WAITED_AT, self._now())
 
     def end(self, at: int) -> None:
         """It is over, as far as this rank can know."""
-        _TIME.pack_into(self._map, at + ENDED_AT, time.time())
+        _TIME.pack_into(self._map, at + ENDED_AT, self._now())
 
     def close(self) -> None:
         """The file stays."""

@@ -29,13 +29,17 @@ def end_at_once(text: str) -> None:
     os._exit(EXIT_INTERRUPTED)
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal asked this process to stop; another KeyboardInterrupt is an error of the code that raised it."""
+
+
 def interrupt(number: int = signal.SIGALRM, frame: FrameType | None = None) -> None:
-    """Raise KeyboardInterrupt, or where that would be lost do it as soon as it would not: a handler of signals."""
+    """Raise Interrupted, or where that would be lost do it as soon as it would not: a handler of signals."""
     if _imports(frame):
         signal.signal(signal.SIGALRM, interrupt)
         signal.setitimer(signal.ITIMER_REAL, RAISE_AGAIN_S)
         return
-    raise KeyboardInterrupt
+    raise Interrupted
 
 
 def _imports(frame: FrameType | None) -> bool:
@@ -83,7 +87,7 @@ class Interrupts:
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> bool:
         self._ended = True
         signal.setitimer(signal.ITIMER_REAL, 0)  # at the end of Python nobody handles SIGALRM, and it would kill
-        if interrupted := kind is KeyboardInterrupt:
+        if interrupted := kind is not None and issubclass(kind, KeyboardInterrupt):
             os.write(2, f"{NOTHING_STARTED}\n".encode())
         return interrupted
 

@@ -62,10 +62,17 @@ def run_children(start: StartRank, world: int, logs: Path, patience: Patience | 
     SIGTERM and Ctrl-C are passed on to the ranks as SIGTERM; a second Ctrl-C ends them at once, as KeyboardInterrupt.
     """
     logs.mkdir(parents=True, exist_ok=True)
-    for old in [path for pattern in (FAILURES, AT_WORK, PROGRESS, RINGS) for path in logs.glob(pattern)]:
-        old.unlink()
+    _remove(logs, FAILURES, AT_WORK, PROGRESS, RINGS)
     with PrivateFolder("sluice-store-") as folder:
-        return _run(start, world, logs, folder.path / "store", patience)
+        code = _run(start, world, logs, folder.path / "store", patience)
+    if code == EXIT_STOPPED:  # ranks that were asked to stop have not failed
+        _remove(logs, FAILURES)
+    return code
+
+
+def _remove(logs: Path, *patterns: str) -> None:
+    for path in [path for pattern in patterns for path in logs.glob(pattern)]:
+        path.unlink(missing_ok=True)
 
 
 def _run(start: StartRank, world: int, logs: Path, store: Path, patience: Patience | None) -> int:

@@ -17,6 +17,7 @@ from cluster.incident import (
     newest_incident,
     write_incident,
 )
+from cluster.interrupts import Interrupted
 from cluster.late_incident import tell_went_on, warning_of
 from cluster.patience import Patience
 from cluster.place import Place
@@ -59,7 +60,7 @@ class SelfWatch:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._stop.set()
         self._thread.join()
-        if self._ends and error is not None and not isinstance(error, UserError | KeyboardInterrupt):
+        if self._ends and error is not None and not isinstance(error, UserError | Interrupted):
             self._tell_failure(error)
 
     def _look(self) -> None:

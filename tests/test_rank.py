@@ -7,6 +7,8 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
+from cluster.cause import name_cause, read_report
+from cluster.interrupts import Interrupted
 from cluster.place import Place
 from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_STOPPED, EXIT_USER, UserError
 from parallel.exchange import is_timeout
@@ -96,6 +98,32 @@ def test_an_exit_in_the_middle_of_the_work_is_an_error_and_a_mark_tells_of_one_t
     assert said["headline"].startswith("SystemExit: 0 (tests/test_rank.py:") and said["kind"] == "crash"
 
 
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (KeyboardInterrupt(), EXIT_CRASH, "KeyboardInterrupt (tests/test_rank.py:"),
+        (Interrupted(), EXIT_STOPPED, "a signal asked this rank alone to stop"),
+    ],
+)
+def test_an_interrupt_of_one_rank_is_named_and_not_the_neighbour_that_loses_it(tmp_path, error, code, words):
+    assert guarded(Place(1, 2, 1, 2), tmp_path, fails(error)) == code
+    assert guarded(Place(0, 2, 0, 2), tmp_path, fails(RuntimeError("Connection closed by peer"))) == EXIT_CRASH
+    reports = [read_report(rank, each, tmp_path) for rank, each in enumerate((EXIT_CRASH, code))]
+    cause = name_cause(reports, {})
+    assert (cause.ranks, cause.code) == ((1,), EXIT_CRASH) and cause.text.startswith(f"rank 1 failed: {words}")
+    assert reports[1].bad is (code == EXIT_CRASH), "who was asked to stop has not failed"
+
+
+def test_the_first_failure_is_named_though_the_clock_of_its_process_was_set_an_hour_ahead(tmp_path, monkeypatch):
+    now = time.time
+    with monkeypatch.context() as patched:
+        patched.setattr(time, "time", lambda: now() + 3600)
+        guarded(Place(1, 2, 1, 2), tmp_path, fails(ValueError("boom")))
+    guarded(Place(0, 2, 0, 2), tmp_path, fails(RuntimeError("Connection closed by peer")))
+    cause = name_cause([read_report(rank, EXIT_CRASH, tmp_path) for rank in range(2)], {})
+    assert cause.ranks == (1,) and "boom" in cause.text
+
+
 def test_an_error_of_the_user_is_one_screen_wherever_it_was_raised(tmp_path):
     place = Place(1, 2, 1, 2)
     assert guarded(place, tmp_path, fails(wrapped(BAD_INPUT))) == EXIT_USER
@@ -127,5 +155,5 @@ def test_ranks_wait_for_data_longer_than_for_each_other(tmp_path):
 @pytest.mark.parametrize(("rank", "lines"), [(0, 1), (1, 0)])
 def test_ranks_that_are_asked_to_stop_before_their_first_step_say_so_once(tmp_path, capsys, rank, lines):
     place = Place(rank=rank, world=2, local_rank=rank, local_world=2)
-    assert guarded(place, tmp_path, fails(KeyboardInterrupt())) == EXIT_STOPPED
+    assert guarded(place, tmp_path, fails(Interrupted())) == EXIT_STOPPED
     assert capsys.readouterr().err.count("stopped before the first step; the same command goes on") == lines

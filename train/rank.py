@@ -2,7 +2,6 @@
 
 import os
 import sys
-import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,8 +14,10 @@ import torch
 import torch.distributed as dist
 
 from cluster.cause import Failure, begin_work, end_work
+from cluster.clocks import uptime
 from cluster.got_on import got_on
 from cluster.interfaces import name_interface
+from cluster.interrupts import Interrupted
 from cluster.place import Place, given_meeting
 from cluster.stacks import answer_requests
 from conf.disk import explain_disk_error
@@ -74,11 +75,16 @@ def _guarded(place: Place, failures: Path | None, work: Callable[[], int]) -> in
     answer_requests(failures, place.rank)
     try:
         return work()
-    except KeyboardInterrupt:  # asked to stop before it had done a step
+    except KeyboardInterrupt as error:
         if failures is None:
             raise
+        if not isinstance(error, Interrupted):
+            return _report(error, place, failures)
         if place.rank == 0:  # where all ranks end so, nobody else says it
             say("stopped before the first step; the same command goes on", file=sys.stderr)
+        with suppress(OSError):  # others fail where it was asked alone
+            words = "a signal asked this rank alone to stop, before it had done a step"
+            Failure(place.rank, uptime(), "stopped", words, EXIT_STOPPED).write(failures)
         return EXIT_STOPPED
     except (Exception, SystemExit) as error:
         found = next((one for one in causes(error) if isinstance(one, (UserError, RunEnded))), error)
@@ -162,7 +168,7 @@ def _report(error: BaseException, place: Place, failures: Path | None) -> int:
     expected = isinstance(error, (UserError, RunEnded))
     code = error.code if expected else EXIT_CRASH
     kind = "user" if code == EXIT_USER else "timeout" if is_timeout(error) else "crash"
-    failure = Failure(place.rank, time.time(), kind, str(error), code, list(getattr(error, "ranks", ())))
+    failure = Failure(place.rank, uptime(), kind, str(error), code, list(getattr(error, "ranks", ())))
     if not expected:
         _tell(failure, list(causes(error)))
     text = failure.headline or failure.message

@@ -1,8 +1,8 @@
 """What agents tell of their nodes beside their ranks: their priority, clocks that jump in the middle of a run, and disks that fill.
 
 Neither ends a run, nor does a low priority, by which other work slows the ranks of a node. A clock matters as errors of several ranks are put in order by their times: those of a node are read by
-the driver's clock here. An agent takes from them by how much its own clock was set, as it alone knows that exactly; by how much
-the clock was ahead when the node was checked is taken here. How long an answer was on its way must not count: it is more than
+the driver's clock here. An agent counts them from when the node was checked, by a clock that nobody sets; by how much
+the node's clock was ahead then is taken here. How long an answer was on its way must not count: it is more than
 lies between an error and those of its victims. A full disk for temporary files costs the output of ranks, and the
 next start on that node. Both are named, once each time.
 """

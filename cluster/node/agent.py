@@ -301,7 +301,7 @@ class Agent:
             code = EXIT_STOPPED
         report = read_report(rank, code, child.log.parent, child.process.pid)
         if report.failure is not None:
-            report.failure.time -= self._clock.set_by()
+            report.failure.time = self._clock.at(report.failure.time)
         if is_looked_into(child.process.pid):
             report.state = ""
         return report

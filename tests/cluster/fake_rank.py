@@ -18,6 +18,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from cluster.cause import Failure
+from cluster.clocks import uptime
 from cluster.comm_ring import CommRing, ring_path
 from cluster.stacks import answer_requests
 
@@ -133,6 +134,6 @@ try:
 except Exception as error:
     kind = "timeout" if "timed out" in str(error) else "crash"
     whole = "all that was raised from it"
-    Failure(rank, time.time(), kind, f"{type(error).__name__}: {error}", 1, whole=whole).write(logs)
+    Failure(rank, uptime(), kind, f"{type(error).__name__}: {error}", 1, whole=whole).write(logs)
     code = 1
 sys.exit(code)

@@ -5,6 +5,7 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -108,6 +109,7 @@ def test_a_full_table_costs_names_and_no_record(tmp_path):
 
 WRITER = """
 import sys
+import time
 from pathlib import Path
 from tests.cluster.test_comm_ring import fill
 from cluster.comm_ring import CommRing, ring_path
@@ -183,3 +185,13 @@ def test_what_a_rank_got_done_is_counted_in_its_ring_and_nowhere_else(tmp_path):
     assert (trace.step, trace.phase, len(trace.records)) == (3, "validation", 1)
     (tmp_path / "rank_1.ring").symlink_to(ring_path(tmp_path, 0))
     assert read_counts(tmp_path, 1) == (0, 0), "of another file"
+
+
+def test_a_clock_that_is_set_in_the_middle_of_a_run_changes_no_time_of_what_a_rank_did(tmp_path, monkeypatch):
+    ring, now = CommRing(ring_path(tmp_path, 0), 0, 1), time.time
+    monkeypatch.setattr(time, "time", lambda: now() + 3600)
+    ring.enter("data", 3)
+    fill(ring, 1)
+    trace = read_traces(tmp_path)[0]
+    times = trace.since, trace.records[0].began, trace.records[0].waited, trace.records[0].ended
+    assert all(abs(said - now()) < 60 for said in times)

@@ -19,9 +19,10 @@ PROLOGUE = """
 import os, sys, time, signal
 from pathlib import Path
 from cluster.cause import Failure, begin_work, end_work
+from cluster.clocks import uptime
 rank, logs, started = int(os.environ["RANK"]), Path(sys.argv[1]), time.time()
 def fail(kind, message, code=1):
-    Failure(rank, time.time(), kind, message, code).write(logs); sys.exit(code)
+    Failure(rank, uptime(), kind, message, code).write(logs); sys.exit(code)
 def wait(): time.sleep(60)
 def abort_by_nccl():
     print(f"[Rank {rank}] Watchdog caught collective operation timeout: WorkNCCL(OpType=ALLREDUCE)", flush=True)
