@@ -5,6 +5,7 @@ the fault strikes in the next step, and notes when in the run's folder. See benc
 """
 
 import ctypes
+import errno
 import gc
 import itertools
 import os
@@ -26,6 +27,8 @@ LONG = 1e6
 MEMORY_GROUPS, GROUP_PREFIX = Path("/sys/fs/cgroup/memory"), "faults-named-"
 """Where control groups of version 1 are, and the names of those of this benchmark."""
 _now = time.time
+_step = [0]
+"""The step that is done."""
 _strikes: list[Path] = []
 """Where the moment of the fault is noted."""
 
@@ -37,6 +40,7 @@ class Saboteur:
         self._faults = {int(rank): name for rank, name in faults.items()}
 
     def on_step(self, run: Any, step: int, record: dict) -> None:
+        _step[0] = step
         name = self._faults.get(run.rank)
         if name and step == (1 if name in EARLY else STRIKES_AFTER):
             _strikes.append(run.folder / f"struck_{run.rank}")
@@ -327,6 +331,48 @@ def hang_in_saves(run: Any) -> None:
     os.fsync = wait
 
 
+def refuse_saves(run: Any) -> None:
+    """The disk of this rank takes no checkpoint, and no word about that."""
+    from train.checkpoint import commit
+    from train.checkpoint.staging import StagingBuffers
+
+    def refuse(*given: Any, **_: Any) -> None:
+        strike()
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(given[-1]))
+
+    StagingBuffers.write = commit.atomic_write_text = refuse
+
+
+def fail_by_wrong_clock(run: Any) -> None:
+    """The clock of this process is set an hour ahead, and then it fails."""
+    set_clock(3600.0)(run)
+    in_forward(run, raise_error)
+
+
+def raise_interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def gather_every_third_step(leaves_out: bool) -> Callable[[Any], None]:
+    """All ranks gather something in every third step; one of them leaves that out after some times."""
+
+    def install(run: Any) -> None:
+        original, done = run.chunks[0].forward, [_step[0]]
+
+        def forward(*given: Any, **named: Any) -> Any:
+            if _step[0] % 3 == 0 and _step[0] not in done:
+                done.append(_step[0])
+                if leaves_out and len(done) > 6:
+                    strike()
+                else:
+                    dist.all_gather([torch.zeros(3) for _ in range(dist.get_world_size())], torch.ones(3))
+            return original(*given, **named)
+
+        run.chunks[0].forward = forward
+
+    return install
+
+
 def keep_other_version(run: Any) -> None:
     """Of code which sums everything a second time, in half of the precision."""
     original = dist.all_reduce
@@ -379,11 +425,16 @@ FAULTS: dict[str, Callable[[Any], None]] = {
     "other": _meddle("all_reduce", gather_instead),
     "stop": _forward(kill(signal.SIGSTOP)),
     "killed": _forward(kill(signal.SIGKILL)),
+    "bus_error": _forward(kill(signal.SIGBUS)),
+    "illegal": _forward(kill(signal.SIGILL)),
+    "terminated": _forward(lambda: (signal.signal(signal.SIGTERM, signal.SIG_DFL), kill(signal.SIGTERM)())),
+    "interrupt": _forward(raise_interrupt),
     "abort": _forward(os.abort),
     "segfault": _forward(read_nowhere),
     "exit_0": _forward(leave(0)),
     "exit_2": _forward(leave(2)),
     "exit_3": _forward(leave(3)),
+    "exit_7": _forward(leave(7)),
     "exit_75": _forward(leave(75)),
     "sys_exit": _forward(lambda: sys.exit(0)),
     "error": _forward(raise_error),
@@ -400,6 +451,10 @@ FAULTS: dict[str, Callable[[Any], None]] = {
     "clock_behind": set_clock(-3600.0),
     "disk_slow": lambda run: in_loader(lambda: time.sleep(30)),
     "disk_dead": hang_in_saves,
+    "disk_refuses": refuse_saves,
+    "clock_error": fail_by_wrong_clock,
+    "periodic": gather_every_third_step(False),
+    "periodic_left_out": gather_every_third_step(True),
     "version": keep_other_version,
     "slow": lambda run: (strike(), run.chunks[0].norm.register_forward_pre_hook(lambda *_: time.sleep(0.05))),
     "link_cut": lambda run: strike(),
@@ -409,5 +464,5 @@ FAULTS: dict[str, Callable[[Any], None]] = {
     "receive_left_out": drop_message(lambda operation: operation.op is not dist.irecv),
     "send_of_half": resize_message,
 }
-EARLY = {"clock_ahead", "clock_behind", "version"}
+EARLY = {"clock_ahead", "clock_behind", "periodic", "periodic_left_out", "version"}
 """Faults that are there from the first step on."""

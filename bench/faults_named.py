@@ -57,6 +57,10 @@ LAYOUTS = {
 }
 
 
+HARMLESS = ("clock_ahead", "clock_behind", "periodic")
+"""What ranks do that hold nobody up."""
+
+
 class FaultCase(NamedTuple):
     """One trial."""
 
@@ -74,7 +78,7 @@ class FaultCase(NamedTuple):
     @property
     def culprits(self) -> list[int]:
         """A clock that differs holds nobody up: it must not mislead."""
-        return sorted(rank for rank, fault in self.faults.items() if not fault.startswith("clock_"))
+        return sorted(rank for rank, fault in self.faults.items() if fault not in HARMLESS)
 
     @property
     def name(self) -> str:
@@ -126,6 +130,11 @@ CASES = (
     FaultCase("pp2", {0: "exit_2"}, ("kind:killed",), "exit code 2"),
     FaultCase("dp4", {1: "exit_3"}, ("kind:killed",), "exit code 3"),
     FaultCase("cp2", {0: "exit_75"}, ("kind:killed",), "exit code 75"),
+    FaultCase("dp4", {1: "exit_7"}, ("kind:killed",), "exit code 7"),
+    FaultCase("dp2", {1: "bus_error"}, ("kind:killed",), "SIGBUS"),
+    FaultCase("dp4", {2: "illegal"}, ("kind:killed",), "SIGILL"),
+    FaultCase("pp2", {1: "terminated"}, ("kind:killed",), "SIGTERM"),
+    FaultCase("dp4", {2: "interrupt"}, ("kind:crash",), "KeyboardInterrupt"),
     FaultCase("dp2", {1: "sys_exit"}, ("kind:crash",), "SystemExit"),
     FaultCase("ep2", {1: "error"}, ("kind:crash",), "an error of the user's code"),
     FaultCase("pp2dp2", {1: "error_in_backward"}, ("kind:crash",), "an error of the user's code"),
@@ -158,6 +167,16 @@ CASES = (
         "a disk that does not answer",
         settings=("checkpoint.every=10", "cluster.timeout=5"),
     ),
+    FaultCase(
+        "dp2",
+        {1: "disk_refuses"},
+        ("kind:crash",),
+        "Input/output error",
+        settings=("checkpoint.every=10", "cluster.timeout=20"),
+    ),
+    FaultCase("dp4", {2: "clock_error"}, ("kind:crash",), "an error of the user's code"),
+    FaultCase("dp4", {0: "periodic", 1: "periodic", 2: "periodic_left_out", 3: "periodic"}, ("skipped",)),
+    FaultCase("dp2", {0: "periodic", 1: "periodic_left_out"}, ("skipped",)),
     FaultCase("dp4", {2: "version"}, ("repeated", "other", "retyped")),
     FaultCase("dp4", {1: "clock_ahead", 2: "skip"}, ("skipped",)),
     FaultCase("pp2dp2", {0: "clock_behind", 3: "sleep_before"}, HANGS),

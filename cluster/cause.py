@@ -13,19 +13,21 @@ When one rank fails, its peers lose their connection or wait until a time-out, a
 
 import contextlib
 import json
+import math
 import re
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 from cluster.comm_ring import read_counts
 from cluster.run_files import at_work_path, failure_path, log_path, progress_path
 from cluster.spawn import is_stopped, waited_for_core
 from conf.disk import naming
 from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED, EXIT_USER
-from conf.files import atomic_write_text, read_tail
+from conf.files import atomic_write_text, open_plain, read_plain_json, read_tail
 
 CERTAIN = {-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGILL, -signal.SIGFPE}
 """Exit codes of a rank that is no victim; a victim may still abort, as libraries do when they lose a peer."""
@@ -35,6 +37,8 @@ OUTPUT_TAIL = 4 << 10
 """Bytes of output that explain a rank that ended without a word."""
 LAST_WORDS_BYTES = 64 << 10
 """Bytes that a rank takes at its start for what it may have to say when the disk is full."""
+NEWS_BYTES = 16 << 20
+"""Most bytes of what a rank says of itself in a file."""
 SAID = 4 << 10
 """Characters of headline and message that are certain to fit there."""
 CURES_OF_SIGNALS: dict[int, str] = {
@@ -90,7 +94,7 @@ class Failure:
             atomic_write_text(path, json.dumps(self.__dict__), durable=False)
         except OSError:
             short = replace(self, message=self.message[-SAID:], headline=self.headline[:SAID], whole="")
-            with at_work_path(logs, self.rank).open("r+b", buffering=0) as file:
+            with open(at_work_path(logs, self.rank), "r+b", buffering=0, opener=open_plain) as file:
                 file.truncate(file.write(json.dumps(short.__dict__).encode()))
             at_work_path(logs, self.rank).rename(path)
 
@@ -98,8 +102,9 @@ class Failure:
 def begin_work(logs: Path, rank: int) -> None:
     """Leave the mark of a rank that works, which `end_work` removes. OSError if the disk refuses it."""
     logs.mkdir(parents=True, exist_ok=True)
-    with naming(at_work_path(logs, rank), LAST_WORDS_BYTES):
-        at_work_path(logs, rank).write_bytes(b" " * LAST_WORDS_BYTES)
+    path = at_work_path(logs, rank)
+    with naming(path, LAST_WORDS_BYTES), open(path, "wb", opener=open_plain) as file:
+        file.write(b" " * LAST_WORDS_BYTES)
 
 
 def end_work(logs: Path, rank: int) -> None:
@@ -172,19 +177,41 @@ def read_report(rank: int, code: int | None, logs: Path, pid: int | None = None)
     if pid is not None and code is None:
         report.waited_for_core = waited_for_core(pid)
         report.state = "T" if is_stopped(pid) else ""
-    with contextlib.suppress(FileNotFoundError, ValueError):  # none before the loop; on a full disk written in place
-        progress = json.loads(progress_path(logs, rank).read_text())
-        report.step, report.phase, report.busy = progress["step"], progress["phase"], progress.get("busy")
-        report.sequences = progress.get("sequences", 0.0)
-        report.seconds, report.memory = progress.get("seconds"), progress.get("memory", 0)
-        report.on_gpu = progress.get("on_gpu", False)
+    with contextlib.suppress(OSError, ValueError):  # none before the loop; on a full disk written in place
+        match read_plain_json(progress_path(logs, rank), NEWS_BYTES):
+            case {"step": int(step), "phase": str(phase), **more}:
+                report.step, report.phase = step, phase
+                report.busy, report.seconds = (_number(more.get(name)) for name in ("busy", "seconds"))
+                report.sequences, report.memory = (_number(more.get(name)) or 0 for name in ("sequences", "memory"))
+                report.on_gpu = more.get("on_gpu") is True
     report.done, report.written = read_counts(logs, rank)
-    with contextlib.suppress(FileNotFoundError):  # a rank that did not fail wrote none
-        report.failure = Failure(**json.loads(failure_path(logs, rank).read_text()))
+    with contextlib.suppress(OSError, ValueError):  # a rank that did not fail wrote none
+        report.failure = _failure(read_plain_json(failure_path(logs, rank), NEWS_BYTES))
     report.deserted = code is not None and report.failure is None and at_work_path(logs, rank).exists()
     if report.bad and report.failure is None:
         report.log_tail = read_tail(log_path(logs, rank), OUTPUT_TAIL).decode(errors="replace")
     return report
+
+
+def _number(found: Any) -> Any:
+    return found if isinstance(found, int | float) and math.isfinite(found) else None
+
+
+def _failure(found: Any) -> Failure | None:
+    """What a rank said, where a rank wrote this."""
+    match found:
+        case {
+            "rank": int(),
+            "time": int() | float(),
+            "kind": str(),
+            "message": str(),
+            "code": int(),
+            "ranks": [*ranks],
+        }:
+            words = all(isinstance(found.get(name, ""), str) for name in ("headline", "whole"))
+            known = found.keys() <= {each.name for each in fields(Failure)}
+            return Failure(**found) if words and known and all(isinstance(rank, int) for rank in ranks) else None
+    return None
 
 
 @dataclass(frozen=True)

@@ -12,21 +12,27 @@ of its ends. So a reader, which may be another process at any time, leaves out w
 
 import itertools
 import json
+import math
 import mmap
 import os
 import socket
 import struct
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from cluster.clocks import SteadyClock
+from cluster.spawn import holds_open
+from conf.files import open_plain, read_plain
 
 MAGIC, RING_FORMAT = b"SLUICERING\0\0", 1
+MOST_RANKS = 1 << 20
+RING_BYTES = 16 << 20
+"""Most bytes of a ring that is read."""
 RECORDS = 8192
 """Records of a file; some steps of a large layout."""
 NOW_AT, COUNTS_AT, TABLE_AT, RECORDS_AT = 80, 104, 128, 64 << 10
@@ -239,7 +245,7 @@ class CommRing:
 def read_counts(logs: Path, rank: int) -> tuple[int, int]:
     """Pieces of work that a rank has done, and bytes that it has written of checkpoints; zeros where it has no ring."""
     with suppress(OSError, struct.error):
-        handle = os.open(ring_path(logs, rank), os.O_RDONLY | os.O_NOFOLLOW)
+        handle = open_plain(ring_path(logs, rank), os.O_RDONLY)
         try:
             done, written = COUNTS.unpack(os.pread(handle, COUNTS.size, COUNTS_AT))
             return done, written
@@ -262,8 +268,11 @@ def _as_range(ranks: Sequence[int]) -> list[int]:
 
 
 def _from_range(said: list[int]) -> tuple[int, ...]:
-    """Earlier versions had a 0 in front of ranks that are no range."""
-    return tuple(range(*said)) if len(said) == 3 and said[0] >= 0 else tuple(said[1:])
+    """Earlier versions had a 0 in front of ranks that are no range. Raises ValueError for more than a run has."""
+    ranks = range(*said) if len(said) == 3 and said[0] >= 0 else said[1:]
+    if len(ranks) > MOST_RANKS:
+        raise ValueError("a group of more ranks than a run has")
+    return tuple(ranks)
 
 
 def read_trace(raw: bytes, last: int = RECORDS) -> RankTrace:
@@ -275,12 +284,14 @@ def read_trace(raw: bytes, last: int = RECORDS) -> RankTrace:
         raise ValueError(f"a ring of format {version}, where this version reads {RING_FORMAT}")
     trace = RankTrace(rank, world, pid, host.rstrip(b"\0").decode(errors="replace"), started)
     trace.step, trace.layer, phase, *action, trace.since = NOW.unpack_from(raw, NOW_AT)
+    if not (math.isfinite(started) and math.isfinite(trace.since)):
+        raise ValueError("a ring without a time")
     trace.phase, trace.action = RANK_PHASES[min(phase, len(RANK_PHASES) - 1)], _action(*action)
     groups, places = _read_table(raw[TABLE_AT:RECORDS_AT])
     found = []
     for at in range(RECORDS_AT, min(len(raw), RECORDS_AT + records * RECORD.size) - RECORD.size + 1, RECORD.size):
         values = RECORD.unpack_from(raw, at)
-        if values[0] and values[0] == values[-1]:
+        if values[0] and values[0] == values[-1] and all(map(math.isfinite, values[-4:-1])):
             found.append(values)
     found.sort()
     trace.records = [_record(values, groups, places) for values in found[-last:]]
@@ -290,12 +301,12 @@ def read_trace(raw: bytes, last: int = RECORDS) -> RankTrace:
 def _read_table(table: bytes) -> tuple[dict[int, CommGroup], dict[int, str]]:
     groups, places = dict[int, CommGroup](), dict[int, str]()
     for number, line in enumerate(table.split(b"\0", 1)[0].splitlines(), 1):
-        with suppress(ValueError, IndexError, TypeError):  # a line that was half written has no record yet
-            what, *rest = json.loads(line)
-            if what == "group":
-                groups[number] = CommGroup(rest[0], rest[1], _from_range(rest[2]))
-            else:
-                places[number] = f"{rest[0]}:{rest[1]}"
+        with suppress(ValueError, RecursionError):  # a line that was half written has no record yet
+            match json.loads(line):
+                case ["group", str(name), str(label), [int(), *_] as said] if all(isinstance(one, int) for one in said):
+                    groups[number] = CommGroup(name, label, _from_range(said))
+                case ["place", str(file), int(at)]:
+                    places[number] = f"{file}:{at}"
     return groups, places
 
 
@@ -338,18 +349,27 @@ def read_traces(logs: Path, since: float = 0.0) -> dict[int, RankTrace]:
     traces = dict[int, RankTrace]()
     for path in logs.glob("rank_*.ring"):
         with suppress(OSError, ValueError):  # its rank has just begun, or another version wrote it
-            trace = read_trace(path.read_bytes())
+            trace = read_trace(read_plain(path, RING_BYTES))
             if trace.started >= since:
                 traces[trace.rank] = trace
     world = max((trace.world for trace in sorted(traces.values(), key=lambda one: one.started)[-1:]), default=0)
     return {rank: trace for rank, trace in traces.items() if rank < world}
 
 
+def living_ranks(logs: Path, traces: Mapping[int, RankTrace]) -> dict[int, int]:
+    """By rank, the processes of this host and user that write these rings now."""
+    return {
+        rank: trace.pid
+        for rank, trace in traces.items()
+        if trace.is_here and holds_open(trace.pid, ring_path(logs, rank))
+    }
+
+
 def pack_ring(path: Path, world: int) -> bytes:
     """A ring as it travels, with as many of the newest records as all ranks of such a run may send; empty where there is none."""
     try:
-        raw = path.read_bytes()
-    except OSError:
+        raw = read_plain(path, RING_BYTES)
+    except (OSError, ValueError):
         return b""
     most = min(RECORDS, max(LEAST_SENT, ALL_SENT // max(1, world)))
     records = [raw[at : at + RECORD.size] for at in range(RECORDS_AT, len(raw) - RECORD.size + 1, RECORD.size)]

@@ -12,6 +12,8 @@ more: a rank that left a collective out makes another one fail. A screen says it
 """
 
 import json
+import math
+import re
 import signal
 import time
 import zlib
@@ -26,10 +28,13 @@ from cluster.comm_ring import CommRecord, RankTrace, read_trace
 from cluster.compare_ranks import compare_ranks
 from cluster.judgement import Fault, Judgement, name_record
 from cluster.rank_differences import find_difference
+from cluster.run_files import LATEST
 from conf.disk import explain_disk_error, naming
 from conf.errors import EXIT_CRASH
-from conf.files import atomic_write_text
+from conf.files import atomic_write_text, read_plain_json
+from conf.words import one_line
 
+INCIDENT = re.compile(r"incident_(\d{1,9})\.json")
 SHOWN_RECORDS = 40
 """Last records of a rank in the file."""
 SHOWN_WAITS, LINE = 6, 400
@@ -165,7 +170,9 @@ def _plain(record: CommRecord) -> dict[str, Any]:
 
 def write_incident(logs: Path, incident: dict[str, Any]) -> Path:
     """To the next incident_N.json of the folder. OSError if the disk refuses it."""
-    number = 1 + max((int(path.stem.rpartition("_")[2]) for path in logs.glob("incident_*.json")), default=0)
+    number = 1 + max(
+        (int(found[1]) for path in incident_files(logs) if (found := INCIDENT.fullmatch(path.name))), default=0
+    )
     path = logs / f"incident_{number}.json"
     with naming(path):
         atomic_write_text(path, json.dumps(incident), durable=False)
@@ -184,37 +191,81 @@ def keep_incident(logs: Path, incident: dict[str, Any], note: Callable[[str], No
 
 def newest_incident(logs: Path) -> tuple[Path, dict[str, Any]] | None:
     """The last incident of a run, or None."""
-    paths = sorted(logs.glob("incident_*.json"), key=lambda path: path.stat().st_mtime)
-    for path in reversed(paths):
-        with suppress(OSError, ValueError, AttributeError):
-            incident = json.loads(path.read_text())
-            if {"text", "fault", "ranks", "waits"} <= incident.keys():
-                return path, incident
+    for path in reversed(incident_files(logs)):
+        with suppress(OSError, ValueError):
+            return path, read_incident(path)
     return None
+
+
+def incident_files(logs: Path) -> list[Path]:
+    """The files of a run that are named as incidents, whatever is in them, the newest at the end."""
+    found = list[tuple[float, Path]]()
+    for path in logs.glob("incident_*.json"):
+        with suppress(OSError):  # it is gone
+            found.append((path.lstat().st_mtime, path))
+    return [path for _, path in sorted(found)]
+
+
+def read_incident(path: Path) -> dict[str, Any]:
+    """The incident in a file. Raises OSError; ValueError where the file holds none, as it may be somebody else's."""
+    found = read_plain_json(path)
+    if not isinstance(found, dict) or not all(
+        name in found and fits(found[name]) for name, fits in INCIDENT_FIELDS.items()
+    ):
+        raise ValueError(f"{path} holds no incident")
+    return found
+
+
+def _is_time(found: Any) -> bool:
+    return isinstance(found, int | float) and 0 <= found < LATEST
+
+
+def _is_text(found: Any) -> bool:
+    return isinstance(found, str)
+
+
+def _are_ranks(found: Any) -> bool:
+    return isinstance(found, list) and all(isinstance(rank, int) for rank in found)
+
+
+def _is_wait(found: Any) -> bool:
+    match found:
+        case {"rank": int(), "for": ranks, "what": str(), "place": str(), "seconds": int() | float() as seconds}:
+            return _are_ranks(ranks) and math.isfinite(seconds)
+    return False
+
+
+INCIDENT_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "time": _is_time, "kind": _is_text, "text": _is_text, "fault": _is_text, "ranks": _are_ranks, "among": _are_ranks, "where": _is_text,
+    "advice": _is_text, "waits": lambda found: isinstance(found, list) and all(map(_is_wait, found)),
+}  # fmt: skip
+"""What readers rely on."""
 
 
 def incident_screen(incident: Mapping[str, Any], path: Path | None = None, told: bool = False) -> str:
     """One screen of it. told: the text of the failure stands above it, and is left out where a rank said that itself."""
     ranks, among = incident["ranks"], incident["among"]
     who = ", ".join(map(str, ranks)) or (f"one of {', '.join(map(str, among[:8]))}" if among else "not known")
-    head = str(incident["text"]).split("\n  what failed of it: ")
+    head = [
+        one_line(part.strip().partition("\n")[0])[:LINE] for part in incident["text"].split("\n  what failed of it: ")
+    ]
     lines = [f"culprit: {'ranks' if len(ranks) > 1 else 'rank'} {who}" if ranks else f"culprit: {who}"]
     if not (told and incident["fault"] == Fault.failed.name):
-        lines.append(f"  what:    {head[0].splitlines()[0][:LINE]}")
-    lines += [f"  then:    {rest.splitlines()[0][:LINE]}" for rest in head[1:]]
+        lines.append(f"  what:    {head[0]}")
+    lines += [f"  then:    {rest}" for rest in head[1:]]
     if incident["where"]:
-        lines.append(f"  where:   {incident['where']}")
+        lines.append(f"  where:   {one_line(incident['where'])}")
     for number, wait in enumerate(incident["waits"][:SHOWN_WAITS]):
         missing = f"for {', '.join(map(str, wait['for'][:8]))}" if wait["for"] else "though all are in"
-        place = f" ({wait['place']})" if wait["place"] else ""
+        what, place = one_line(wait["what"]), one_line(f" ({wait['place']})" if wait["place"] else "")
         lines.append(
-            f"  {'waits:  ' if number == 0 else '        '} rank {wait['rank']} {missing}, {wait['seconds']:.0f} s, in {wait['what']}{place}"
+            f"  {'waits:  ' if number == 0 else '        '} rank {wait['rank']} {missing}, {wait['seconds']:.0f} s, in {what}{place}"
         )
     if (more := len(incident["waits"]) - SHOWN_WAITS) > 0:
         lines.append(f"           and {more} more")
-    lines.append(f"  to do:   {incident['advice']}")
+    lines.append(f"  to do:   {one_line(incident['advice'])}")
     if path is not None:
-        lines.append(f"  whole:   {path}")
+        lines.append(f"  whole:   {one_line(path)}")
     return "\n".join(lines)
 
 

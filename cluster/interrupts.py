@@ -29,17 +29,17 @@ def end_at_once(text: str) -> None:
     os._exit(EXIT_INTERRUPTED)
 
 
-class Interrupted(KeyboardInterrupt):
+class StopInterrupt(KeyboardInterrupt):
     """A signal asked this process to stop; another KeyboardInterrupt is an error of the code that raised it."""
 
 
 def interrupt(number: int = signal.SIGALRM, frame: FrameType | None = None) -> None:
-    """Raise Interrupted, or where that would be lost do it as soon as it would not: a handler of signals."""
+    """Raise StopInterrupt, or where that would be lost do it as soon as it would not: a handler of signals."""
     if _imports(frame):
         signal.signal(signal.SIGALRM, interrupt)
         signal.setitimer(signal.ITIMER_REAL, RAISE_AGAIN_S)
         return
-    raise Interrupted
+    raise StopInterrupt
 
 
 def _imports(frame: FrameType | None) -> bool:

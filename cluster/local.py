@@ -33,6 +33,7 @@ from cluster.run_files import AT_WORK, FAILURES, PROGRESS, RINGS, log_path
 from cluster.spawn import ForkedProcess, spawn
 from cluster.stacks import gather_stacks
 from conf.errors import EXIT_STOPPED
+from conf.files import open_plain
 from conf.words import say
 
 SETTLE = 3.0
@@ -107,7 +108,7 @@ def _start(ranks: list[Child], start: StartRank, world: int, logs: Path, store: 
     }
     for rank in range(world):
         # Rank 0 keeps the terminal: it draws the progress. The others write to their logs.
-        output = None if rank == 0 else log_path(logs, rank).open("w")
+        output = None if rank == 0 else open(log_path(logs, rank), "w", opener=open_plain)  # noqa: SIM115
         ranks.append(start(environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, output))
         if output:
             output.close()

@@ -136,10 +136,11 @@ def _deviation(trace: RankTrace, record: CommRecord) -> tuple[Fault, CommRecord]
     such as 10 where it gathers metrics every 10 steps. None where it did as it did then, or, where no period is known, in any step
     before; and where nothing is known of these.
     """
-    done, first = _by_step(trace, record), trace.records[0].step
-    history = [
-        _signatures(done[step]) for step in range(first + 1, record.step)
-    ]  # the ring may lack a part of the first
+    done, first = _by_step(trace, record), trace.records[0].step  # of which the ring may lack a part
+    known, begin = {one.step for one in trace.records}, record.step
+    while begin - 1 > first and begin - 1 in known:
+        begin -= 1
+    history = [_signatures(done[step]) for step in range(begin, record.step)]
     period = next((p for p in range(1, len(history) // 2 + 1) if history[p:] == history[:-p]), None)
     now = _signatures(one for one in done[record.step] if one.seq <= record.seq)
     if period is None and any(now == past[: len(now)] for past in history):

@@ -20,6 +20,7 @@ logs/rank_3.progress.json                {"step": 17, "phase": "step", "time": .
 ranks.json                               how all ranks are, as the driver of cluster=ray knows, see cluster/driver/rank_table.py
 """
 
+import errno
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -27,7 +28,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from conf.errors import UserError
-from conf.files import atomic_write_text, exclusive
+from conf.files import atomic_write_text, exclusive, open_plain
 
 MANIFEST = "manifest.json"
 STEP_FOLDERS = "step_*"
@@ -41,6 +42,8 @@ PROGRESS = "rank_*.progress.json"
 RINGS = "rank_*.ring"
 """Pattern of `cluster.comm_ring.ring_path`."""
 RANK_FILE = re.compile(r"rank_(\d{5,18})\.(safetensors|json)")
+LATEST = 1e11
+"""Unix time that no file of a run has: of the year 5138."""
 LOCK = ".lock"
 _FENCE = ".fence"
 
@@ -96,12 +99,14 @@ def read_fence(checkpoints: Path) -> int:
     """The highest attempt number that may write there; -1 for none. Raises UserError for what is no such number."""
     path = checkpoints / _FENCE
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=open_plain) as file:
             text = file.read(100)
     except FileNotFoundError:
         return -1
-    except IsADirectoryError:
-        text = b"a folder"
+    except OSError as error:
+        if error.errno not in (errno.EISDIR, errno.ELOOP):
+            raise
+        text = b"no plain file"
     if re.fullmatch(rb"\s*\d{1,15}\s*", text) is None:
         cure = "write the highest number of the files in attempts/ into it, or remove it if no attempt of this run is alive"
         raise UserError(

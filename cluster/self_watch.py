@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cluster.cause import Cause, Kind, RankReport, read_report
 from cluster.clocks import HeldUp
-from cluster.comm_ring import RankTrace, read_traces
+from cluster.comm_ring import RankTrace, living_ranks, read_traces
 from cluster.incident import (
     describe_incident,
     incident_screen,
@@ -17,7 +17,7 @@ from cluster.incident import (
     newest_incident,
     write_incident,
 )
-from cluster.interrupts import Interrupted
+from cluster.interrupts import StopInterrupt
 from cluster.late_incident import tell_went_on, warning_of
 from cluster.patience import Patience
 from cluster.place import Place
@@ -60,7 +60,7 @@ class SelfWatch:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._stop.set()
         self._thread.join()
-        if self._ends and error is not None and not isinstance(error, UserError | Interrupted):
+        if self._ends and error is not None and not isinstance(error, UserError | StopInterrupt):
             self._tell_failure(error)
 
     def _look(self) -> None:
@@ -138,9 +138,8 @@ class SelfWatch:
                         say(text, file=sys.stderr)
                     return
                 path = write_incident(self._logs, incident)
-        except (OSError, TimeoutError) as error:
-            why = explain_disk_error(error) if isinstance(error, OSError) else str(error)
-            say(f"the incident could not be written ({why})", file=sys.stderr)
+        except OSError as error:  # TimeoutError is one
+            say(f"the incident could not be written ({explain_disk_error(error)})", file=sys.stderr)
         say(f"{text}\n{incident_screen(incident, path, told=True)}", file=sys.stderr)
 
     def _reports(self, traces: dict[int, RankTrace]) -> list[RankReport]:
@@ -150,5 +149,5 @@ class SelfWatch:
 
     def _stacks(self, traces: dict[int, RankTrace], native: bool = False) -> dict[int, str]:
         """Where the other ranks of this host are."""
-        others = {rank: trace.pid for rank, trace in traces.items() if trace.is_here and rank != self._rank}
+        others = {rank: pid for rank, pid in living_ranks(self._logs, traces).items() if rank != self._rank}
         return gather_stacks(self._logs, others, STACKS_WITHIN_SECONDS, native)

@@ -1,5 +1,6 @@
 """A rank as a child process, and the end of a process with that of its parent."""
 
+import contextlib
 import ctypes
 import multiprocessing
 import os
@@ -122,6 +123,19 @@ def lives(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def holds_open(pid: int, path: Path) -> bool:
+    """Whether this process, of this user, has this very file open: then it is the one that a file of a run folder names, and may be signalled.
+    The folder may be somebody else's, and the number may be of another process by now.
+    """
+    with contextlib.suppress(OSError):
+        wanted = os.lstat(path)
+        for handle in os.scandir(f"/proc/{pid}/fd") if os.stat(f"/proc/{pid}").st_uid == os.geteuid() else ():
+            with contextlib.suppress(OSError):  # closed meanwhile
+                if os.path.samestat(os.stat(handle.path), wanted):
+                    return True
+    return False
 
 
 def processes_named(name: str) -> list[tuple[psutil.Process, list[str]]]:

@@ -22,6 +22,7 @@ from typing import IO
 from cluster.cause import NATIVE_HEAD, waits_for_ranks
 from cluster.run_files import stacks_path
 from cluster.spawn import is_stopped, spawn
+from conf.files import open_plain
 
 STACKS_BYTES = 256 << 10
 """Most bytes of a rank's stacks; many threads have more than anybody reads."""
@@ -54,7 +55,7 @@ def answer_requests(logs: Path | None, rank: int) -> None:
         )  # a notebook's own has no file
         return
     logs.mkdir(parents=True, exist_ok=True)
-    file = stacks_path(logs, rank).open("a")
+    file = open(stacks_path(logs, rank), "a", opener=open_plain)  # noqa: SIM115  open as long as this process lives
     faulthandler.register(signal.SIGUSR1, file, all_threads=True)
     _kept_open.append(file)
 
@@ -63,8 +64,8 @@ def ask_stacks(logs: Path, rank: int, pid: int) -> bool:
     """Ask a rank for its stacks; returns whether it can answer. The signal would end a rank that still imports."""
     if not handles(pid, signal.SIGUSR1):
         return False
-    with contextlib.suppress(FileNotFoundError, PermissionError):
-        os.truncate(stacks_path(logs, rank), 0)
+    with contextlib.suppress(OSError), open(stacks_path(logs, rank), "r+b", opener=open_plain) as file:
+        file.truncate(0)
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.kill(pid, signal.SIGUSR1)
         return True
@@ -96,7 +97,7 @@ def read_stacks(logs: Path, rank: int, pid: int, native: bool = False) -> str | 
     """What it wrote since it was asked, or None before that is whole. What was printed in part would tell that a rank waits for nobody.
     native: of one that waits for no other rank its native threads too, for which it is held up a second or so.
     """
-    with contextlib.suppress(FileNotFoundError), stacks_path(logs, rank).open("rb") as file:
+    with contextlib.suppress(OSError), open(stacks_path(logs, rank), "rb", opener=open_plain) as file:
         piece = file.read(STACKS_BYTES)
         text = piece.decode(errors="replace")
         if len(piece) < STACKS_BYTES and not _is_whole(text):
@@ -111,7 +112,7 @@ def _native_threads(logs: Path, rank: int, pid: int) -> str | None:
     path = stacks_path(logs, rank).with_suffix(".native")
     if pid not in _natives:
         words = [str(PYSTACK), "remote", "--native-all", "--no-color", str(pid)] if PYSTACK.exists() else NO_PYSTACK
-        with path.open("wb") as said:
+        with open(path, "wb", opener=open_plain) as said:
             _natives[pid] = spawn(words, dict(os.environ), said), time.monotonic() + NATIVE_SECONDS
     process, ends = _natives[pid]
     if process.poll() is None and time.monotonic() < ends:
@@ -119,7 +120,8 @@ def _native_threads(logs: Path, rank: int, pid: int) -> str | None:
     process.kill()
     process.wait()
     del _natives[pid]
-    text = path.read_text(errors="replace")[:STACKS_BYTES]
+    with open(path, "rb", opener=open_plain) as said:
+        text = said.read(STACKS_BYTES).decode(errors="replace")
     return f"{NATIVE_HEAD}\n{text}" if text else f"{NATIVE_HEAD}no answer within {NATIVE_SECONDS:g} s\n"
 
 

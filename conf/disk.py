@@ -44,7 +44,7 @@ DISK_FAILED = {
 }
 """A disk, its file system, or the network to it does not work: nothing that the user of a file has set or can set."""
 HANDLES = {errno.EMFILE, errno.ENFILE}
-REFUSED = FULL | RIGHTS | DISK_FAILED | {errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EFBIG}
+REFUSED = FULL | RIGHTS | DISK_FAILED | {errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EFBIG, errno.ELOOP}
 
 
 @contextmanager
@@ -101,6 +101,8 @@ def _cure(error: OSError) -> str | None:
     """What can be done whether a file is read or written; None where that makes a difference."""
     if _number(error) in DISK_FAILED:
         return "the disk, or the network to it, has failed: see `dmesg` on this machine, and start again once it works"
+    if error.errno == errno.ELOOP:
+        return "remove it: files of a run and of the cache are plain files, never links (a folder may be a link)"
     if _number(error) in HANDLES:
         return "raise the limit on open files (`ulimit -n`)"
     return None

@@ -4,6 +4,7 @@ A reader sees the old file or the new one, never a part: write under another nam
 folder, as a rename is durable only once its folder is.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -19,6 +20,49 @@ from typing import Any
 
 from conf.disk import naming
 from conf.errors import UserError
+
+NO_PLAIN_FILE = "it is no plain file, but a link, a pipe or a device"
+RUN_FILE_BYTES = 256 << 20
+"""Most bytes of a file of a run folder that is read whole into memory."""
+
+
+def open_plain(path: str | Path, flags: int, mode: int = 0o666) -> int:
+    """A handle of a plain file, as `open` takes it for its `opener`. Raises OSError for a link, a pipe, a device and all else that is none.
+
+    Whatever is opened under a run folder is opened by this: the folder may be somebody else's, who put a link to a file of this user there.
+    A pipe would let this process wait for ever.
+    """
+    try:
+        handle = os.open(path, flags & ~os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, mode)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):  # a link; a pipe that nobody reads, or a socket
+            raise OSError(errno.ELOOP, NO_PLAIN_FILE, str(path)) from error
+        raise
+    found = os.fstat(handle).st_mode
+    if stat.S_ISREG(found):
+        if flags & os.O_TRUNC:
+            os.ftruncate(handle, 0)
+        return handle
+    os.close(handle)
+    if stat.S_ISDIR(found):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    raise OSError(errno.ELOOP, NO_PLAIN_FILE, str(path))
+
+
+def read_plain(path: Path, most: int = RUN_FILE_BYTES) -> bytes:
+    """The content of a file of a run folder. Raises OSError; ValueError where it has more than so many bytes."""
+    with open(path, "rb", opener=open_plain) as file:
+        if (size := os.fstat(file.fileno()).st_size) > most:
+            raise ValueError(f"{path} has {size} bytes, and {most} are the most that it may have")
+        return file.read(most)
+
+
+def read_plain_json(path: Path, most: int = RUN_FILE_BYTES) -> Any:
+    """The JSON value in a file of a run folder. Raises OSError; ValueError for all that is none."""
+    try:
+        return json.loads(read_plain(path, most))
+    except RecursionError:
+        raise ValueError(f"{path} has brackets that are nested too deep") from None
 
 
 def fsync_folder(path: Path) -> None:
@@ -60,7 +104,7 @@ def atomic_write_json(path: Path, value: Any) -> None:
 
 def read_tail(path: Path, most: int) -> bytes:
     """The last bytes of a file, so many at most; none of one that cannot be read."""
-    with suppress(OSError), path.open("rb") as file:
+    with suppress(OSError), open(path, "rb", opener=open_plain) as file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - most))
         return file.read(most)
     return b""
@@ -70,7 +114,7 @@ def open_lock(path: Path) -> int:
     """A handle of a lock file, created if missing. Who may open a file can lock it, if only to keep others out, so nobody may but
     those who can write the folder: they could put another file in its place.
     """
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    handle = open_plain(path, os.O_RDWR | os.O_CREAT, 0o600)
     found = os.fstat(handle)
     if found.st_uid == os.geteuid():  # also one that an earlier version made, open to everybody
         writers = os.stat(path.parent).st_mode & 0o022

@@ -8,7 +8,7 @@ import pytest
 import torch.distributed as dist
 
 from cluster.cause import name_cause, read_report
-from cluster.interrupts import Interrupted
+from cluster.interrupts import StopInterrupt
 from cluster.place import Place
 from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_STOPPED, EXIT_USER, UserError
 from parallel.exchange import is_timeout
@@ -102,7 +102,7 @@ def test_an_exit_in_the_middle_of_the_work_is_an_error_and_a_mark_tells_of_one_t
     ("error", "code", "words"),
     [
         (KeyboardInterrupt(), EXIT_CRASH, "KeyboardInterrupt (tests/test_rank.py:"),
-        (Interrupted(), EXIT_STOPPED, "a signal asked this rank alone to stop"),
+        (StopInterrupt(), EXIT_STOPPED, "a signal asked this rank alone to stop"),
     ],
 )
 def test_an_interrupt_of_one_rank_is_named_and_not_the_neighbour_that_loses_it(tmp_path, error, code, words):
@@ -155,5 +155,5 @@ def test_ranks_wait_for_data_longer_than_for_each_other(tmp_path):
 @pytest.mark.parametrize(("rank", "lines"), [(0, 1), (1, 0)])
 def test_ranks_that_are_asked_to_stop_before_their_first_step_say_so_once(tmp_path, capsys, rank, lines):
     place = Place(rank=rank, world=2, local_rank=rank, local_world=2)
-    assert guarded(place, tmp_path, fails(Interrupted())) == EXIT_STOPPED
+    assert guarded(place, tmp_path, fails(StopInterrupt())) == EXIT_STOPPED
     assert capsys.readouterr().err.count("stopped before the first step; the same command goes on") == lines

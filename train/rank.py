@@ -17,7 +17,7 @@ from cluster.cause import Failure, begin_work, end_work
 from cluster.clocks import uptime
 from cluster.got_on import got_on
 from cluster.interfaces import name_interface
-from cluster.interrupts import Interrupted
+from cluster.interrupts import StopInterrupt
 from cluster.place import Place, given_meeting
 from cluster.stacks import answer_requests
 from conf.disk import explain_disk_error
@@ -78,7 +78,7 @@ def _guarded(place: Place, failures: Path | None, work: Callable[[], int]) -> in
     except KeyboardInterrupt as error:
         if failures is None:
             raise
-        if not isinstance(error, Interrupted):
+        if not isinstance(error, StopInterrupt):
             return _report(error, place, failures)
         if place.rank == 0:  # where all ranks end so, nobody else says it
             say("stopped before the first step; the same command goes on", file=sys.stderr)

@@ -18,7 +18,7 @@ from pathlib import Path
 from cluster.node.copy_store import SetId, folder_name
 from cluster.topology import Node, Placement
 from conf.disk import naming
-from conf.files import atomic_write_text
+from conf.files import atomic_write_text, read_plain
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Copies:
         """A number that the run folder keeps. Who knows it can make the folder in memory before the run does."""
         path = self._folder / "attempts" / "memory_id"
         path.parent.mkdir(exist_ok=True)
-        found = path.read_text() if path.exists() else ""
+        found = read_plain(path).decode() if path.exists() else ""
         if not re.fullmatch("[0-9a-f]{8}", found):  # it becomes part of a path, so nothing else will do
             found = secrets.token_hex(4)
             with naming(path):

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from cluster.clocks import SteadyClock
-from cluster.run_files import log_path
+from cluster.run_files import LATEST, log_path
 from conf.disk import Backlog, explain_disk_error, naming
+from conf.files import open_plain, read_plain, read_tail
 from conf.words import say
 
 EVENTS_FILE = "events.jsonl"
@@ -73,7 +74,7 @@ class Journal:
         self._events = Backlog(partial(self._append, self._path))
         self._logs = folder / "logs"
         self._logs.mkdir(parents=True, exist_ok=True)
-        if self._path.exists() and not self._path.read_bytes().endswith(b"\n"):
+        if read_tail(self._path, 1) not in (b"", b"\n"):
             self._try(self._append, self._path, b"\n")  # ends the line in which a crash cut off the launch before
 
     def write(self, kind: str, attempt: int, text: str, **fields: Any) -> None:
@@ -90,7 +91,7 @@ class Journal:
 
     def _append(self, path: Path, piece: bytes) -> None:
         """All of the piece or nothing."""
-        with naming(path, len(piece)), path.open("ab", buffering=0) as file:
+        with naming(path, len(piece)), open(path, "ab", buffering=0, opener=open_plain) as file:
             size = file.tell()
             if (written := file.write(piece)) != len(piece):
                 file.truncate(size)
@@ -111,7 +112,7 @@ def read_events(folder: Path) -> list[dict[str, Any]]:
     """All events in order, without lines that a crash cut off or no driver wrote; an empty list where there is no file."""
     path = folder / EVENTS_FILE
     events = []
-    for line in path.read_bytes().splitlines() if path.exists() else []:
+    for line in read_plain(path).splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError, RecursionError):
             if _is_event(event := json.loads(line)):
                 events.append(event)
@@ -120,6 +121,6 @@ def read_events(folder: Path) -> list[dict[str, Any]]:
 
 def _is_event(found: Any) -> bool:
     match found:
-        case {"time": int() | float(), "kind": str(), "attempt": int(attempt), "text": str()}:
-            return 0 <= attempt < 10**15
+        case {"time": int() | float() as time, "kind": str(), "attempt": int(attempt), "text": str()}:
+            return 0 <= attempt < 10**15 and 0 <= time < LATEST
     return False

@@ -18,7 +18,6 @@ Without a plan, or with one by which not even the run's own layout fits, memory 
 
 import dataclasses
 import hashlib
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from pathlib import Path
 from cluster.topology import Node, StageShape, count_group_places
 from conf.check import check
 from conf.errors import UserError
+from conf.files import read_plain_json
 from conf.micro_batches import batch_sizes, micro_batch_counts, most_micro_batches
 from conf.schema import Config
 
@@ -121,7 +121,7 @@ class Shapes:
 
     def _read(self, folder: Path) -> bool:
         try:
-            plan = json.loads((folder / LAYOUTS_FILE).read_text())
+            plan = read_plain_json(folder / LAYOUTS_FILE)
         except FileNotFoundError:
             return False
         if plan["config"] != digest_of(folder):  # of an earlier launch

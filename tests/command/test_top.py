@@ -19,7 +19,16 @@ from train.command.top_screen import MAPS, run_screen
 from train.command.top_state import RankView, RunPicture, RunReader
 
 NOW = time.time()
-INCIDENT = {"time": NOW, "fault": "skipped", "ranks": [1], "waits": []}
+INCIDENT = {
+    "time": NOW,
+    "kind": "hang",
+    "fault": "skipped",
+    "ranks": [1],
+    "among": [],
+    "where": "",
+    "advice": "",
+    "waits": [],
+}
 
 
 @pytest.fixture

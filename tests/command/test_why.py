@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -61,10 +62,13 @@ def test_a_ring_whose_process_is_another_one_by_now_is_no_run_that_lives(tmp_pat
     assert "one gets on: 1 ranks, step 3" in ask(capsys, tmp_path, "one")
     path = ring_path(tmp_path / "one" / "logs", 0)
     values = list(HEADER.unpack_from(raw := bytearray(path.read_bytes())))
-    values[6] = 1000.0  # it began long before the process that now has its number
+    other = subprocess.Popen(["sleep", "600"])
+    values[5] = other.pid  # it has the number of the rank by now
     HEADER.pack_into(raw, 0, *values)
     path.write_bytes(raw)
     assert ask(capsys, tmp_path, "one") == "nothing has happened to one so far\n"
+    other.kill()
+    other.wait()
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.run_files import LOCK, MANIFEST, data_name, hold_lock, index_name, read_fence, step_name, write_fence
-from conf.files import atomic_write_json, atomic_write_text, exclusive, fsync_folder
+from conf.files import atomic_write_json, atomic_write_text, exclusive, fsync_folder, read_plain
 from conf.words import some_of
 from train.checkpoint.manifest import checkpoints, seal
 
@@ -155,7 +155,7 @@ class Committer:
                 return
             for name in (data_name(rank), index_name(rank)):
                 (folder / name).unlink(missing_ok=True)
-            (folder / f"rank_{rank:05d}.failed").write_text(why)
+            atomic_write_text(folder / f"rank_{rank:05d}.failed", why, durable=False)
         except OSError:
             return  # the note only saves time: without it rank 0 gives up at its timeout
 
@@ -168,7 +168,7 @@ class Committer:
             for name in os.listdir(folder):
                 missing.pop(name, None)
                 if failed := FAILED_FILE.fullmatch(name):
-                    text = f"{name.removesuffix('.failed')}: {(folder / name).read_text()}"
+                    text = f"{name.removesuffix('.failed')}: {read_plain(folder / name).decode()}"
                     raise SaveAbandoned(text, [int(failed[1])])
             return not missing
 

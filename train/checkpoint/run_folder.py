@@ -18,7 +18,6 @@ runs/NAME/
 """
 
 import fcntl
-import json
 import os
 import re
 import shutil
@@ -34,7 +33,15 @@ from cluster.run_files import STEP_FOLDERS
 from cluster.spawn import lives, longest_afterlife
 from conf.disk import describe_room, disk_errors, explain_disk_error, naming
 from conf.errors import EXIT_USER, UserError
-from conf.files import atomic_write_json, atomic_write_text, open_lock, try_lock
+from conf.files import (
+    atomic_write_json,
+    atomic_write_text,
+    open_lock,
+    open_plain,
+    read_plain,
+    read_plain_json,
+    try_lock,
+)
 from conf.load import write_config
 from conf.run_paths import RunPaths
 from conf.schema import Config
@@ -66,7 +73,7 @@ class RunFolder(RunPaths):
             check_space(config, checkpoint_bytes)
             self.checkpoints.mkdir(exist_ok=True)
             self.logs.mkdir(exist_ok=True)
-            self._before = self.config_path.read_text() if self.config_path.is_file() else None
+            self._before = read_plain(self.config_path).decode() if self.config_path.is_file() else None
             write_config(config, str(self.config_path))
         except BaseException:
             self.close()
@@ -154,7 +161,7 @@ def is_held(run: Path) -> bool:
     """Whether a driver, or a rank 0 that outlived it, still writes there."""
     for lock in (run / ".lock", run / ".rank_0.lock"):
         try:
-            handle = os.open(lock, os.O_RDONLY | os.O_NOFOLLOW)
+            handle = open_plain(lock, os.O_RDONLY)
         except OSError:
             continue
         try:
@@ -294,8 +301,8 @@ def write_best(folder: Path, step: int, loss: float) -> None:
 
 def best_step(folder: Path) -> int | None:
     """Step of the checkpoint with the least held-out loss, where a run keeps it."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        return int(json.loads((folder / BEST).read_bytes())["step"])
+    with suppress(OSError, ValueError, KeyError, TypeError, OverflowError):
+        return int(read_plain_json(folder / BEST)["step"])
     return None
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from cluster.got_on import wrote
 from cluster.run_files import data_name
 from conf.disk import naming
+from conf.files import open_plain
 from conf.thresholds import THRESHOLDS
 from parallel.shard import Shard
 from train.checkpoint.manifest import CRC_BLOCK
@@ -139,7 +140,7 @@ class StagingBuffers:
         """Write and fsync this rank's data file. Returns what its index says about it; OSError if it cannot."""
         header, blocks, left = self.layout.header, Checksums(), self.layout.data_bytes
         path = folder / data_name(rank)
-        with naming(path, len(header) + left), open(path, "wb", buffering=0) as file:
+        with naming(path, len(header) + left), open(path, "wb", buffering=0, opener=open_plain) as file:
             _write_all(file.fileno(), memoryview(header))
             while left:
                 if self.in_pieces:

@@ -20,6 +20,7 @@ from rich.table import Table
 from cluster.run_files import STEP_FOLDERS
 from conf.disk import size_in_words
 from conf.errors import EXIT_OK, UserError
+from conf.files import read_plain
 from conf.load import reported
 from conf.screen import Terminal
 from conf.words import say
@@ -103,7 +104,7 @@ def _summary(folder: Path, run: Path) -> RunSummary:
 def _setting(run: Path, *keys: str) -> Any:
     """A value of a run's config.yaml; None where that cannot be read, as the runs beside it are shown all the same."""
     try:
-        value = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+        value = yaml.safe_load(read_plain(run / "config.yaml"))
         for key in keys:
             value = value[key]
     except (OSError, ValueError, TypeError, KeyError, RecursionError, yaml.YAMLError):

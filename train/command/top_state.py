@@ -5,7 +5,6 @@ Ranks: with cluster=ray the driver writes how all of them are (cluster/driver/ra
 """
 
 import contextlib
-import json
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,7 @@ from cluster.driver.journal import read_events
 from cluster.driver.rank_table import RANKS_FILE
 from cluster.incident import newest_incident
 from cluster.run_files import PROGRESS
+from conf.files import read_plain_json
 from train.checkpoint.run_folder import is_held
 from train.metrics.jsonl import METRICS_FILE, read_last_lines
 from train.metrics.names import Record
@@ -166,8 +166,8 @@ def _pace(records: Sequence[Record]) -> float | None:
 
 
 def _read_table(folder: Path) -> dict[str, Any] | None:
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        table = json.loads((folder / RANKS_FILE).read_bytes())
+    with contextlib.suppress(OSError, ValueError):
+        table = read_plain_json(folder / RANKS_FILE)
         return table if isinstance(table, dict) and isinstance(table.get("ranks"), list) else None
     return None
 
@@ -184,7 +184,7 @@ def _from_files(folder: Path, now: float) -> Iterator[RankView]:
     for path in folder.glob(f"logs/{PROGRESS}"):
         number = path.name.removeprefix("rank_").removesuffix(".progress.json")
         try:
-            said = json.loads(path.read_bytes())
+            said = read_plain_json(path)
             yield RankView(
                 int(number),
                 str(said.get("host") or ""),
@@ -195,7 +195,7 @@ def _from_files(folder: Path, now: float) -> Iterator[RankView]:
                 _whole(said.get("memory"), 0),
                 max(0.0, now - float(said["time"])),
             )
-        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        except (OSError, ValueError, TypeError, KeyError, OverflowError):
             continue
 
 

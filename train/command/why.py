@@ -8,18 +8,15 @@ they say where their threads are. Of a run that is over, or whose ranks are else
 import json
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from cluster.cause import Cause, Kind, RankReport, read_report
-from cluster.comm_ring import RankTrace, read_traces
+from cluster.comm_ring import RankTrace, living_ranks, read_traces
 from cluster.compare_ranks import GETS_ON_SECONDS
 from cluster.driver.journal import read_events
 from cluster.incident import describe_incident, incident_screen, judge_hang, newest_incident
-from cluster.spawn import is_stopped, lives
+from cluster.spawn import is_stopped
 from cluster.stacks import gather_stacks
 from conf.errors import EXIT_OK, UserError
 from conf.load import reported
@@ -81,14 +78,7 @@ def _tell(folder: Path) -> None:
 def alive_traces(logs: Path) -> dict[int, RankTrace]:
     """What ranks did that live on this machine, and what those of them did that have ended since they began; empty where none lives."""
     traces = read_traces(logs)
-    return traces if any(trace.is_here and _is_its(trace) for trace in traces.values()) else {}
-
-
-def _is_its(trace: RankTrace) -> bool:
-    """Whether the process of this number is still the rank's."""
-    with suppress(psutil.Error):
-        return lives(trace.pid) and psutil.Process(trace.pid).create_time() <= trace.started + 1.0
-    return False
+    return traces if living_ranks(logs, traces) else {}
 
 
 def last_news(traces: dict[int, RankTrace]) -> float:
@@ -101,7 +91,7 @@ def last_news(traces: dict[int, RankTrace]) -> float:
 
 def look_at(logs: Path, traces: dict[int, RankTrace]) -> dict[str, Any]:
     """The state of a run that lives here, as an incident."""
-    here = {rank: trace.pid for rank, trace in traces.items() if trace.is_here and _is_its(trace)}
+    here = living_ranks(logs, traces)
     reports = [
         RankReport(
             rank,

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from conf.errors import RunEnded, causes
+from conf.files import open_plain
 from conf.schema import SELECTIVE, Config, Recompute
 from conf.words import harmless
 from parallel.pipeline.host_store import HostMemoryFull
@@ -194,7 +195,8 @@ def _write(file: Path, error: Exception) -> bool:
         parts.append(torch.cuda.memory_summary())
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(harmless("\n".join(parts)))
+        with open(file, "w", opener=open_plain) as opened:
+            opened.write(harmless("\n".join(parts)))
     except OSError:
         return False
     return True

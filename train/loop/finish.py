@@ -1,19 +1,22 @@
 """The end of a run as its user sees it: the report, and one screen with the results and paths."""
 
+import sys
 from pathlib import Path
 
 from cluster.run_files import stop_path
 from conf.disk import explain_disk_error
-from conf.errors import EXIT_OK, EXIT_STOPPED, UserError
+from conf.errors import EXIT_OK, EXIT_STOPPED, UserError, first_line
+from conf.files import read_plain
 from conf.run_paths import RunPaths
 from conf.schema import Config
+from conf.words import say
 from train.checkpoint.manifest import newest_intact, read_manifest
 from train.metrics.jsonl import read_heads
 from train.metrics.origin import command_to_go_on
 from train.metrics.planned import plan_rows, plan_words
 from train.metrics.report import write_report
 from train.metrics.screens import final_screen, stopped_screen
-from train.metrics.series import read_series, tail_mean
+from train.metrics.series import Series, read_series, tail_mean
 
 
 def finish_run(config: Config, code: int, seconds: float, wandb: str | None, text: str | None) -> None:
@@ -34,7 +37,7 @@ def finish_run(config: Config, code: int, seconds: float, wandb: str | None, tex
             training_loss=tail_mean(series.finite("main_loss")),
             validation_loss=last.get("validation_loss"),
             bits_per_byte=last.get("validation_bits_per_byte"),
-            plan=plan_words(plan_rows(paths.path, series)),
+            plan=_plan_line(paths.path, series),
             sample=text,
             checkpoint=checkpoint,
             report=report,
@@ -44,7 +47,16 @@ def finish_run(config: Config, code: int, seconds: float, wandb: str | None, tex
 
 def _why_stopped(logs: Path) -> str:
     why = stop_path(logs)
-    return (why.read_text() if why.exists() else "") or "a signal asked for it"
+    return (read_plain(why).decode() if why.exists() else "") or "a signal asked for it"
+
+
+def _plan_line(folder: Path, series: Series) -> str | None:
+    """What was planned and what came; the training is done, and no damage of plan.json takes that back."""
+    try:
+        return plan_words(plan_rows(folder, series))
+    except Exception as error:
+        say(f"the plan of this run cannot be told: {type(error).__name__}: {first_line(error)}", file=sys.stderr)
+        return None
 
 
 def _report(config: Config, folder: Path) -> Path | str:

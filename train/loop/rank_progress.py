@@ -13,7 +13,7 @@ import torch
 
 from cluster.run_files import progress_path
 from conf.disk import explain_disk_error
-from conf.files import atomic_write_text
+from conf.files import atomic_write_text, open_plain
 
 
 class RankProgress:
@@ -54,7 +54,7 @@ class RankProgress:
 
         A reader may find half of each, which is no JSON: it takes that for no news.
         """
-        with contextlib.suppress(OSError), self._path.open("r+b", buffering=0) as file:
+        with contextlib.suppress(OSError), open(self._path, "r+b", buffering=0, opener=open_plain) as file:
             size = os.fstat(file.fileno()).st_size
             file.write(text.encode().ljust(size))
 

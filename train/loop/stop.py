@@ -6,7 +6,7 @@ import signal
 from enum import Enum
 from types import FrameType
 
-from cluster.interrupts import Interrupted, end_at_once, interrupt
+from cluster.interrupts import StopInterrupt, end_at_once, interrupt
 
 
 class StopKind(Enum):
@@ -45,7 +45,7 @@ class StopRequest:
             interrupt(number, frame)
             return
         if self.signal is not None and number == signal.SIGINT:
-            raise Interrupted
+            raise StopInterrupt
         if number != signal.SIGUSR2 or self.signal is None:
             self.signal = number
 

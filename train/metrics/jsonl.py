@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.disk import Backlog, explain_disk_error, naming
-from conf.files import read_tail
+from conf.files import open_plain, read_tail
 from train.metrics.names import LAYERS_MARK, Record, is_layer_metric, order
 
 METRICS_FILE = "metrics.jsonl"
@@ -58,7 +58,7 @@ class JsonlSink:
         self._path, self._note, self._refused = path, note, 0
         self._lines = Backlog(self._append)
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "a+b", buffering=0)  # noqa: SIM115  closed by close()
+        self._file = open(path, "a+b", buffering=0, opener=open_plain)  # noqa: SIM115  closed by close()
         self._size = _end_of_step(self._file, resumed_step)
         self._file.truncate(self._size)
 
@@ -156,7 +156,7 @@ def read_steps(path: Path, steps: Container[int]) -> Iterator[Record]:
 
 
 def _whole_lines(path: Path) -> Iterator[bytes]:
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=open_plain) as file:
         yield from (line for line in file if line.endswith(b"\n"))
 
 

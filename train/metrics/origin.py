@@ -14,7 +14,6 @@ One JSON list, a start after the other:
 The driver adds an entry, and rank 0, which may run elsewhere, completes it. Imports no torch: the driver uses it.
 """
 
-import json
 import os
 import platform
 import shlex
@@ -29,7 +28,7 @@ import psutil
 
 from cluster.place import given_place
 from conf.errors import UserError
-from conf.files import atomic_write_json
+from conf.files import atomic_write_json, read_plain_json
 from conf.schema import ROOT
 from train import __version__
 from train.kernels.fp8.installed import version
@@ -75,7 +74,7 @@ def read_starts(folder: Path) -> list[StartRecord]:
     """All starts, oldest first; empty where there is no file. Raises UserError for a damaged one."""
     path = folder / STARTS_FILE
     try:
-        starts = json.loads(path.read_text()) if path.exists() else []
+        starts = read_plain_json(path) if path.exists() else []
         if not isinstance(starts, list):
             raise TypeError("it is no list")
         for start in starts:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.errors import UserError
+from conf.files import read_plain_json
 from conf.schema import Config
 from train.kernels.cpu.processor import cpu_name
 from train.metrics.names import Record
@@ -55,7 +56,7 @@ def _read(run_folder: Path) -> dict[str, Any] | None:
     try:
         if not path.is_file():
             return None
-        plan = json.loads(path.read_bytes())
+        plan = read_plain_json(path)
         return plan | {"peak": next(rank["peak_bytes"] for rank in plan["ranks"] if rank["pp_rank"] == 0)}
     except (ValueError, TypeError, KeyError, StopIteration, RecursionError) as error:
         rule = f"is no plan that mode=plan wrote: {type(error).__name__}: {error}"

@@ -1,7 +1,8 @@
 """What prove.json says, for the report. Imports no torch."""
 
-import json
 from pathlib import Path
+
+from conf.files import read_plain_json
 
 PROOF_FILE, PROOF_CARD_FILE = "prove.json", "card.md"
 """Every figure; and what of it a reader of the run has to know."""
@@ -10,7 +11,7 @@ PROOF_FILE, PROOF_CARD_FILE = "prove.json", "card.md"
 def report_rows(run_folder: Path) -> tuple[str, list[tuple[str, ...]]] | None:
     """A sentence and a table for the report; None where there is no certificate that can be read."""
     try:
-        record = json.loads((run_folder / PROOF_FILE).read_text())
+        record = read_plain_json(run_folder / PROOF_FILE)
         verb = "trains" if record["holds"] else "does not train"
         sentence = f"mode=prove: {record['layout']} {verb} this model, in miniature on {record['ranks']} ranks."
         if first := record["first_difference"]:

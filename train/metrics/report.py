@@ -6,9 +6,8 @@ report can be written again at any time, also beside a run that still trains or 
 
 import datetime
 import html
-import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,8 @@ import yaml
 
 from cluster.incident import incident_screen, newest_incident
 from cluster.run_files import STEP_FOLDERS
-from conf.errors import UserError
-from conf.files import atomic_write_text
+from conf.errors import UserError, first_line
+from conf.files import atomic_write_text, read_plain, read_plain_json
 from train.checkpoint.run_folder import is_held
 from train.metrics.figures import build
 from train.metrics.goodput import cluster_summary
@@ -45,27 +44,52 @@ TRUSTED = 900.0
 
 
 def write_report(run_folder: Path) -> Path:
-    """Write report.html into the run folder and return its path. An older report is replaced in one move."""
+    """Write report.html into the run folder and return its path. An older report is replaced in one move. Raises OSError; UserError where
+    a file of the run is so damaged that there is no page.
+    """
+    try:
+        page = _whole_page(run_folder)
+    except (UserError, OSError):
+        raise
+    except Exception as error:
+        rule = f"a file in it is damaged: {type(error).__name__}: {first_line(error)}"
+        raise UserError("report", run_folder, rule, "remove that file, which the report does without") from error
+    path = run_folder / REPORT
+    atomic_write_text(path, page)
+    return path
+
+
+def _whole_page(run_folder: Path) -> str:
     settings_text, settings = _read_text(run_folder / "config.yaml"), read_settings(run_folder)
     series = read_series(run_folder / METRICS_FILE)
     sampled = read_timeline(run_folder)
     name = str(settings.get("name") or run_folder.name)
-    sections = (
-        _sample_parts(run_folder)
-        + _plan_parts(plan_rows(run_folder, series))
-        + _proof_parts(report_rows(run_folder))
-        + _answer_parts(run_folder)
-        + _wall_time_parts(split_wall_time(run_folder))
-        + _cluster_parts(cluster_summary(run_folder))
-        + _profile_parts(run_folder)
-        + _incident_parts(run_folder)
-    )
-    sections += _checkpoint_table(_checkpoints(run_folder)) + _origin_parts(run_folder)
+    makers: dict[str, Callable[[], list[str]]] = {
+        "text that the model wrote": lambda: _sample_parts(run_folder),
+        "plan": lambda: _plan_parts(plan_rows(run_folder, series)),
+        "proof": lambda: _proof_parts(report_rows(run_folder)),
+        "answers": lambda: _answer_parts(run_folder),
+        "time": lambda: _wall_time_parts(split_wall_time(run_folder)),
+        "cluster": lambda: _cluster_parts(cluster_summary(run_folder)),
+        "profile": lambda: _profile_parts(run_folder),
+        "incident": lambda: _incident_parts(run_folder),
+        "checkpoints": lambda: _checkpoint_table(_checkpoints(run_folder)),
+        "origin": lambda: _origin_parts(run_folder),
+    }
+    sections = [part for what, make in makers.items() for part in _made(what, make)]
     gpu = ran_on_gpu(run_folder)
-    page = _page(name, series, settings, settings_text, sections, sampled, gpu, _until(run_folder, settings))
-    path = run_folder / REPORT
-    atomic_write_text(path, page)
-    return path
+    return _page(name, series, settings, settings_text, sections, sampled, gpu, _until(run_folder, settings))
+
+
+def _made(what: str, make: Callable[[], list[str]]) -> list[str]:
+    """A part of the page. Files of a run may be damaged in any way, or somebody else's: then the page says so instead."""
+    try:
+        return make()
+    except (UserError, OSError):
+        raise
+    except Exception as error:
+        why = f"A file of the run is damaged: {type(error).__name__}: {first_line(error)}"
+        return [f"<h2>Left out: {html.escape(what)}</h2><p>{html.escape(why)}</p>"]
 
 
 def _until(run_folder: Path, settings: Mapping[str, Any]) -> float | None:
@@ -89,7 +113,7 @@ def _profile_parts(run_folder: Path) -> list[str]:
     found = []
     for file in sorted(run_folder.glob("profile/rank_*.json")):
         try:
-            body = json.loads(file.read_text(encoding="utf-8"))
+            body = read_plain_json(file)
             first, last = body["steps"]
             rows = [
                 (
@@ -111,7 +135,7 @@ def _profile_parts(run_folder: Path) -> list[str]:
 def _answer_parts(run_folder: Path) -> list[str]:
     """How a model answers held-out questions, by the newest evaluation (train/evaluate/answers.py)."""
     try:
-        found = json.loads((run_folder / "evaluate.json").read_text(encoding="utf-8"))["answers"]
+        found = read_plain_json(run_folder / "evaluate.json")["answers"]
         if not found:
             return []
         rows = [
@@ -132,7 +156,7 @@ def _answer_parts(run_folder: Path) -> list[str]:
 
 
 def _read_text(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    return read_plain(path).decode(errors="replace") if path.exists() else ""
 
 
 def read_settings(run_folder: Path) -> Mapping[str, Any]:
@@ -224,7 +248,7 @@ def read_written_texts(run_folder: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     try:
-        newest = json.loads(path.read_text())
+        newest = read_plain_json(path)
         found = [*newest.pop("earlier", []), newest]
         if not all(
             isinstance(one["step"], int) and float(one["temperature"]) >= 0 and one["text"] + "" for one in found

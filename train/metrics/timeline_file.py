@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.errors import UserError
-from conf.files import atomic_write_text
+from conf.files import atomic_write_text, read_plain_json
 
 TIMELINE_FILE = "timeline.json"
 
@@ -63,6 +63,6 @@ def read_timeline(folder: Path) -> SampledStep | None:
     """The sampled step of a run; None for a run that has none."""
     path = folder / TIMELINE_FILE
     try:
-        return SampledStep(**json.loads(path.read_text())) if path.exists() else None
+        return SampledStep(**read_plain_json(path)) if path.exists() else None
     except (ValueError, TypeError, RecursionError) as error:
         raise UserError(TIMELINE_FILE, path, f"is damaged: {error}", "remove it; the run writes another one") from error

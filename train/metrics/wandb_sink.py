@@ -25,6 +25,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from conf.errors import first_line
+from conf.files import atomic_write_text, open_plain, read_plain
 from conf.schema import ROOT, Log, WandbMode
 from train.metrics.names import LAYER_LOAD_EVERY, Record, is_event, is_layer_metric
 from train.metrics.wandb_items import Item, define_metrics
@@ -126,8 +127,8 @@ class WandbSink:
         define_metrics(run)
         last_step = self._folder / "wandb" / "last_step"
         last_step.touch()
-        logged = int(last_step.read_bytes() or 0)
-        with open(last_step, "r+b", buffering=0) as file:
+        logged = int(read_plain(last_step) or 0)
+        with open(last_step, "r+b", buffering=0, opener=open_plain) as file:
             while not self._off and (record := self._queue.get()) is not None:
                 if callable(record):
                     self._do(record, wandb, run, logged)
@@ -203,8 +204,8 @@ def run_id(run_folder: Path) -> str:
     """The W&B id of a run folder, made at its first attempt."""
     path = run_folder / "wandb" / "run_id"
     if not path.exists():
-        path.write_text(secrets.token_hex(4) + "\n")
-    return path.read_text().strip()
+        atomic_write_text(path, secrets.token_hex(4) + "\n")
+    return read_plain(path).decode().strip()
 
 
 def to_wandb(record: Record) -> dict[str, Any]:
