@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 from typing import Any
 
-from conf.errors import EXIT_INTERRUPTED
+from conf.errors import EXIT_INTERRUPTED, StopInterrupt
 
 RAISE_AGAIN_S = 0.05
 """Seconds until it is tried again."""
@@ -27,10 +27,6 @@ def end_at_once(text: str) -> None:
         text = f"{SHOW_CURSOR}\n{text}"
     os.write(2, f"{text}\n".encode())  # a print may be what was interrupted
     os._exit(EXIT_INTERRUPTED)
-
-
-class StopInterrupt(KeyboardInterrupt):
-    """A signal asked this process to stop; another KeyboardInterrupt is an error of the code that raised it."""
 
 
 def interrupt(number: int = signal.SIGALRM, frame: FrameType | None = None) -> None:

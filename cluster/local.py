@@ -158,7 +158,7 @@ def _warn(ranks: list[Child], logs: Path, watch: RankWatch, now: float) -> None:
     cause, finding = judge_hang(_reports(ranks, logs), traces, stacks, {}, seconds)
     say(f"warning: {warning_of(cause.text, watch.seconds_left(time.monotonic()))}", file=sys.stderr)
     if traces:
-        incident = describe_incident(cause, finding, traces, stacks, seconds)
+        incident = describe_incident(cause, finding, traces, stacks, seconds, live=True)
         say(keep_incident(logs, incident, partial(say, file=sys.stderr), told=True), file=sys.stderr)
 
 

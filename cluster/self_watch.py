@@ -17,7 +17,6 @@ from cluster.incident import (
     newest_incident,
     write_incident,
 )
-from cluster.interrupts import StopInterrupt
 from cluster.late_incident import tell_went_on, warning_of
 from cluster.patience import Patience
 from cluster.place import Place
@@ -26,7 +25,7 @@ from cluster.run_files import progress_path
 from cluster.spawn import lives
 from cluster.stacks import gather_stacks, own_stacks, unanswered
 from conf.disk import explain_disk_error
-from conf.errors import EXIT_CRASH, EXIT_USER, RunEnded, UserError, causes
+from conf.errors import EXIT_CRASH, EXIT_USER, RunEnded, StopInterrupt, UserError, causes
 from conf.files import exclusive
 from conf.words import say
 

@@ -51,6 +51,10 @@ class RunEnded(RuntimeError):
         self.ranks = tuple(ranks)
 
 
+class StopInterrupt(KeyboardInterrupt):
+    """A signal asked this process to stop; another KeyboardInterrupt is an error of the code that raised it."""
+
+
 def causes(error: BaseException | None, contexts: bool = False) -> Iterator[BaseException]:
     """The error and what it was raised from, the outermost first. contexts: also what was being handled when it was raised."""
     seen: set[int] = set()

@@ -9,9 +9,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 BOUNDS = {
-    "train/rank.py": 32,
+    "train/rank.py": 35,
     "train/loop/step.py": 42,
-    "train/loop/trainer.py": 247,
+    "train/loop/trainer.py": 248,
     "train/model/deepseek.py": 27,
 }
 """Files that each role may pull in, itself among them."""

@@ -8,9 +8,8 @@ import pytest
 import torch.distributed as dist
 
 from cluster.cause import name_cause, read_report
-from cluster.interrupts import StopInterrupt
 from cluster.place import Place
-from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_STOPPED, EXIT_USER, UserError
+from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_STOPPED, EXIT_USER, StopInterrupt, UserError
 from parallel.exchange import is_timeout
 from tests.ranks import run_processes
 from train.data.prepare_progress import ReportProgress

@@ -17,11 +17,10 @@ from cluster.cause import Failure, begin_work, end_work
 from cluster.clocks import uptime
 from cluster.got_on import got_on
 from cluster.interfaces import name_interface
-from cluster.interrupts import StopInterrupt
 from cluster.place import Place, given_meeting
 from cluster.stacks import answer_requests
 from conf.disk import explain_disk_error
-from conf.errors import EXIT_CRASH, EXIT_STOPPED, EXIT_USER, RunEnded, UserError, causes
+from conf.errors import EXIT_CRASH, EXIT_STOPPED, EXIT_USER, RunEnded, StopInterrupt, UserError, causes
 from conf.own_code import named_by
 from conf.run_paths import RunPaths
 from conf.schema import ROOT, Config

@@ -35,6 +35,7 @@ def test_a_wrong_rank_and_an_unknown_one_count_as_failures(tmp_path, ranks, faul
     (tmp_path / "logs").mkdir()
     now = time.time()
     incident = {"time": now, "ranks": ranks, "fault": fault, "kind": "hang", "text": "", "waits": []}
+    incident |= {"among": [], "where": "", "advice": ""}
     case = FaultCase("dp2", {1: "loader_sleep"}, ("loader",))
     (tmp_path / "logs" / "incident_1.json").write_text(json.dumps(incident))
     assert judge_case(case, tmp_path, now - 1).said == "the fault did not come to pass"

@@ -6,7 +6,8 @@ import signal
 from enum import Enum
 from types import FrameType
 
-from cluster.interrupts import StopInterrupt, end_at_once, interrupt
+from cluster.interrupts import end_at_once, interrupt
+from conf.errors import StopInterrupt
 
 
 class StopKind(Enum):
