@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from cluster.run_files import MANIFEST
+from conf.errors import UserError
 from conf.load import compose
 from conf.schema import Data, TooLong
 from train.data import chat_tokens
 from train.data.chat_packing import PackedChats
-from train.data.chat_template import RenderedChat
+from train.data.chat_template import ChatTemplate, RenderedChat
 from train.data.chat_tokens import chat_tokenizer, fit_chats, learnt_tokens, tokenise_chats
 from train.data.packing import Documents
 from train.data.source_files import hash_id
@@ -97,3 +98,12 @@ def test_a_checkpoint_stands_for_the_tokenizer_of_its_run(tmp_path, monkeypatch)
     (checkpoint / MANIFEST).touch()
     assert chat_tokenizer(compose(f"init_from={checkpoint}")) == (str(tmp_path / "run"), tmp_path / "run")
     assert chat_tokenizer(compose(f"init_from={tmp_path / 'run'}")) == (str(tmp_path / "run"), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["{{ " + "(" * 3000 + ")" * 3000 + " }}", "{% if x %}" * 200 + "{% endif %}" * 200, "{{ 1" + "0" * 6000 + " }}"],
+)
+def test_a_template_that_cannot_be_compiled_is_an_error_of_the_user(source):
+    with pytest.raises(UserError, match="cannot be compiled"):
+        ChatTemplate({"default": source}, {}, "data.template", "a template")

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -258,3 +259,17 @@ def test_a_key_of_plain_text_is_refused(tmp_path):
     assert documents(tmp_path, text_key="body", format=DataFormat.jsonl) == [("a.json:1", "one")]
     with pytest.raises(UserError, match="Python's standard library is read as plain text"):
         documents("", text_key="body")
+
+
+def test_a_line_of_gzip_that_is_too_long_is_refused_before_it_takes_memory(tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    with gzip.open(path, "wb", compresslevel=1) as stream:
+        for _ in range(400):
+            stream.write(b"x" * (1 << 20))
+    tracemalloc.start()
+    try:
+        error = error_of(path)
+        assert tracemalloc.get_traced_memory()[1] < 300 << 20
+    finally:
+        tracemalloc.stop()
+    assert "longer than 128 MiB" in error.rule

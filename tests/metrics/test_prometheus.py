@@ -2,6 +2,8 @@
 
 import math
 import socket
+import threading
+import time
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
@@ -9,7 +11,7 @@ import pytest
 
 from conf.errors import UserError
 from conf.load import compose
-from train.metrics.prometheus import PrometheusSink, prometheus_text, require_port
+from train.metrics.prometheus import MOST_CONNECTIONS, PrometheusSink, prometheus_text, require_port
 from train.metrics.writer import open_writer
 
 
@@ -35,6 +37,22 @@ def test_the_newest_step_is_told_and_nothing_else(tmp_path):
     with socket.socket() as again:
         again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         again.bind(("", port))  # the port is free again
+
+
+def test_idle_connections_take_few_threads_and_keep_no_other_out():
+    sink, before = PrometheusSink(0, "mine"), threading.active_count()
+    sink.write({"step": 3})
+    idle = [socket.create_connection(("127.0.0.1", sink.port)) for _ in range(150)]
+    try:
+        assert b"sluice_step" in urlopen(f"http://127.0.0.1:{sink.port}/metrics", timeout=60).read()
+        ends = time.monotonic() + 60
+        while threading.active_count() - before > MOST_CONNECTIONS and time.monotonic() < ends:
+            time.sleep(0.05)
+        assert threading.active_count() - before <= MOST_CONNECTIONS
+    finally:
+        for each in idle:
+            each.close()
+        sink.close()
 
 
 def test_a_port_that_is_taken_is_an_error_before_the_start():

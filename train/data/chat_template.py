@@ -138,6 +138,9 @@ class ChatTemplate:
             except jinja2.TemplateSyntaxError as error:
                 rule = f"line {error.lineno} of the template is no Jinja: {error.message}"
                 raise UserError(field, name, rule, "correct this line") from error
+            except (RecursionError, MemoryError, SyntaxError, ValueError, OverflowError) as error:
+                rule = f"the template cannot be compiled, as brackets or blocks are nested too deep or a number is too long: {type(error).__name__}"
+                raise UserError(field, name, rule, "give the template of the model's publisher") from error
 
     @cached_property
     def fingerprint(self) -> str:

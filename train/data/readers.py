@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 TEXT_PIECE_BYTES = 16 << 20
 """Bytes after which a text file is cut, at the next line end before."""
 READ_BYTES = 1 << 20
-LONGEST_LINE = 1 << 30
-"""Bytes of a line of JSONL, which is held in memory, at most."""
+LONGEST_LINE = 128 << 20
+"""Bytes of a line of JSONL, which is held in memory, twice for a moment, at most."""
 LARGEST_RATIO, FREE = 1000, 1 << 30
 """How many times its size a compressed file may unpack to, once that is more than FREE bytes: text is packed to a tenth or so, and a
 file that says next to nothing must not keep a run busy for ever."""

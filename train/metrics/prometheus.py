@@ -7,14 +7,19 @@ names.py with `sluice_` in front. The port is open to whoever reaches the machin
 import errno
 import math
 import re
+import socket
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 from conf.errors import UserError
 from conf.schema import Config
 from train.metrics.names import SCALARS, Record
 
+MOST_CONNECTIONS, SILENT_SECONDS = 16, 10.0
+"""Connections that are open at a time, and seconds for which one may say nothing."""
 _MEANINGS = {metric.name: metric.meaning for metric in SCALARS}
 
 
@@ -56,8 +61,36 @@ def prometheus_text(record: Record, run: str) -> bytes:
     return "".join(f"{line}\n" for line in lines).encode()
 
 
+class _BoundedServer(ThreadingHTTPServer):
+    """A thread for each connection, of which the oldest gives way where there are too many: whoever keeps some open keeps no other out."""
+
+    def __init__(self, port: int, handler: type[BaseHTTPRequestHandler]):
+        self._open: list[socket.socket] = []
+        self._lock = threading.Lock()
+        super().__init__(("", port), handler)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with self._lock:
+            self._open.append(request)
+            late = self._open[:-MOST_CONNECTIONS]
+        for each in late:  # its thread reads the end, and closes it
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        with self._lock:
+            self._open.remove(request)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A connection that was cut is no news."""
+
+
 def _server(port: int, text: Callable[[], bytes]) -> ThreadingHTTPServer:
     class Handler(BaseHTTPRequestHandler):
+        timeout = SILENT_SECONDS
+
         def do_GET(self) -> None:  # as the library names it
             found = self.path.split("?")[0] in ("/", "/metrics")
             body = text() if found else b""
@@ -71,7 +104,7 @@ def _server(port: int, text: Callable[[], bytes]) -> ThreadingHTTPServer:
             """Nobody wants a line for each question."""
 
     try:
-        return ThreadingHTTPServer(("", port), Handler)
+        return _BoundedServer(port, Handler)
     except OSError as error:
         rule = (
             "is taken by another program" if error.errno == errno.EADDRINUSE else f"cannot be opened: {error.strerror}"
