@@ -42,6 +42,7 @@ from conf.read_json import read_json
 from conf.removed_keys import drop_removed_keys
 from conf.run_settings import LOOKS_AT_A_RUN, over_run_settings
 from conf.schema import ROOT, Config, Hardware, Mode, OptimizerName
+from conf.synonyms import INSTEAD_OF
 from conf.words import say, say_note
 from conf.yaml_file import UNREADABLE, escaped, read_yaml, yaml_error
 
@@ -70,10 +71,9 @@ class _Primary(Config):
             {"hardware": "none"},
             {"log": "default"},
             {"conf": "tiny"},
-            {"override hydra/job_logging": "none"},
-            {"override hydra/hydra_logging": "none"},
         ]
     )
+    """The recipe comes after the groups, so that it changes what they say, and before those that are typed, see `register`."""
     hydra: Any = field(
         default_factory=lambda: {
             "output_subdir": None,
@@ -134,7 +134,9 @@ def _choose(config: Config) -> Iterator[str]:
         )
     if config.mode == Mode.plan and config.hardware.name is None:
         described = read_yaml(ROOT / "conf" / "hardware" / f"{PLANNED}.yaml")
-        hardware = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Hardware), described))
+        usual = vars(Hardware())
+        given = {key: value for key, value in vars(config.hardware).items() if value != usual[key]}
+        hardware = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Hardware), described, given))
         assert isinstance(hardware, Hardware)
         config.hardware = hardware
         yield f"no hardware= is given: the plan is for {PLANNED}, the GPUs of the paper"
@@ -185,11 +187,26 @@ def compose(*overrides: str) -> Config:
 def compose_node(*overrides: str) -> DictConfig:
     """The settings before interpolations are resolved and rules are checked, with Hydra's own settings."""
     with COMPOSING, hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3", job_name="train"):
-        register()
-        node = hydra.compose("train", [_reworded(word) for word in overrides], return_hydra_config=True)
+        words = [_reworded(word) for word in overrides]
+        register(words)
+        node = hydra.compose("train", words, return_hydra_config=True)
     if node.name is None:
         node.name = node.hydra.runtime.choices.conf
+    let_typed_win(node, words)
     return node
+
+
+def let_typed_win(node: DictConfig, words: Sequence[str]) -> None:
+    """Empty the keys of the recipe that would make a typed key do nothing, as `epochs` does with `steps`. UserError where both are typed."""
+    settings = [word.lstrip("+").partition("=") for word in words]
+    given = [key for key, _, value in settings if value.lower() not in ("", "null", "[]")]
+    typed = [name for name in INSTEAD_OF if any(f"{key}.".startswith(f"{name}.") for key in given)]
+    for key in typed:
+        for other in INSTEAD_OF[key]:
+            if other not in typed:
+                OmegaConf.update(node, other, [] if other == "data.mix" else None)
+            elif key != "data":  # a group, over whose values typed keys go
+                raise UserError(f"{key} and {other}", "", "exclude each other", f"leave {key} or {other} out")
 
 
 @contextmanager
@@ -228,8 +245,17 @@ class RecipeFiles(FileConfigSource):
         return found
 
 
+def register(words: Sequence[str]) -> None:
+    """Make the schema known to Hydra, with the groups that are typed after the recipe: their values win over the recipe's."""
+    _register()
+    typed = {word.lstrip("+").partition("=")[0] for word in words} - {"conf"}
+    defaults = sorted(_Primary().defaults, key=lambda one: isinstance(one, dict) and not typed.isdisjoint(one))
+    quiet = [{f"override hydra/{name}": "none"} for name in ("job_logging", "hydra_logging")]
+    ConfigStore.instance().repo["train.yaml"].node.defaults = [*defaults, *quiet]
+
+
 @cache
-def register() -> None:
+def _register() -> None:
     """Make the schema known to Hydra, once in a process, and `${is_set:${KEY}}` to recipes: whether a key is not null."""
     OmegaConf.register_new_resolver("is_set", lambda value: value is not None, replace=True)
     schema = OmegaConf.structured(_Primary)
@@ -284,7 +310,7 @@ def _composed(words: Sequence[str]) -> DictConfig:
 
 def _composed_by_hydra() -> list[DictConfig]:
     """The settings of every job of the command in sys.argv; none where it asks Hydra for something else, which prints it."""
-    register()
+    register(sys.argv[1:])
     nodes: list[DictConfig] = []
 
     @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="train")
@@ -295,6 +321,7 @@ def _composed_by_hydra() -> list[DictConfig]:
         if hydra_config.mode == RunMode.MULTIRUN and node.mode not in (*LOOKS_AT_A_RUN, Mode.report):
             # Each job of a sweep has its own run folder.
             node.name = f"{node.name}/{hydra_config.job.num}"
+        let_typed_win(node, hydra_config.overrides.task)
         nodes.append(over_run_settings(node, hydra_config.overrides.task, list(hydra_config.runtime.choices)))
 
     with tempfile.TemporaryDirectory() as scratch:  # takes Hydra's own note of a sweep

@@ -1,5 +1,5 @@
-"""Words that are right elsewhere, as data: those that other programs have for our keys and values, and keys that one mode alone reads.
-conf/command_line.py answers with what is meant.
+"""Words that are right elsewhere, as data: those that other programs have for our keys and values, keys that one mode alone reads, and keys that
+exclude each other. conf/command_line.py answers with what is meant.
 
 Spelling is found by itself; a line here is for a word that looks like no key of ours, or like a wrong one.
 """
@@ -113,3 +113,19 @@ OWN_KEYS: dict[str, tuple[Mode, ...]] = {
     "score": (Mode.score,),
 }
 """A key, or a section of them, and the modes that read it: said to another, it would do nothing without a word."""
+
+INSTEAD_OF: dict[str, tuple[str, ...]] = {
+    "steps": ("epochs",),
+    "epochs": (),
+    "micro_batch_tokens": ("micro_batch_size",),
+    "micro_batch_size": (),
+    "data": ("data.mix", "data.source"),
+    "data.path": ("data.mix", "data.source"),
+    "data.mix": ("data.path", "data.source"),
+    "data.source": ("data.path", "data.mix"),
+    "data.format": ("data.mix", "data.source"),
+    "data.text_key": ("data.mix", "data.source"),
+    "data.template": ("data.template_function",),
+    "data.template_function": ("data.template",),
+}
+"""A key, and the keys that leave it without effect while they have a value. Typed, it empties those of the recipe."""
