@@ -53,6 +53,7 @@ def test_a_run_shows_and_leaves_what_it_promises(unbroken):
     (start,) = read_starts(folder)
     assert start["command"].startswith("python -m train model.vocab_size=320") and start["ranks"] == 1
     page = (folder / "report.html").read_text()
+    assert "The run trains" not in page
     assert "What the model writes after step 6" in page and start["machine"]["host"] in page
     saved = [set(record.artifact.aliases) for record in run_records(folder) if record.artifact.type == "model"]
     assert saved == [{"latest", f"step_{step:08}"} for step in (2, 4, 6)]

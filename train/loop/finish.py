@@ -62,7 +62,7 @@ def _plan_line(folder: Path, series: Series) -> str | None:
 def _report(config: Config, folder: Path) -> Path | str:
     """The report that was written, or why it was not: the training is done in any case."""
     try:
-        return write_report(folder)
+        return write_report(folder, ended=True)
     except OSError as error:
         why = explain_disk_error(error)
     except UserError as error:  # a file of the run folder is damaged

@@ -43,12 +43,14 @@ TRUSTED = 900.0
 """Seconds beyond log.report_every for which such a page still believes that the run trains, if nobody writes another."""
 
 
-def write_report(run_folder: Path) -> Path:
+def write_report(run_folder: Path, ended: bool = False) -> Path:
     """Write report.html into the run folder and return its path. An older report is replaced in one move. Raises OSError; UserError where
     a file of the run is so damaged that there is no page.
+
+    ended: the run has ended, though its own process, which writes this, still holds the folder.
     """
     try:
-        page = _whole_page(run_folder)
+        page = _whole_page(run_folder, ended)
     except (UserError, OSError):
         raise
     except Exception as error:
@@ -59,7 +61,7 @@ def write_report(run_folder: Path) -> Path:
     return path
 
 
-def _whole_page(run_folder: Path) -> str:
+def _whole_page(run_folder: Path, ended: bool) -> str:
     settings_text, settings = _read_text(run_folder / "config.yaml"), read_settings(run_folder)
     series = read_series(run_folder / METRICS_FILE)
     sampled = read_timeline(run_folder)
@@ -78,7 +80,8 @@ def _whole_page(run_folder: Path) -> str:
     }
     sections = [part for what, make in makers.items() for part in _made(what, make)]
     gpu = ran_on_gpu(run_folder)
-    return _page(name, series, settings, settings_text, sections, sampled, gpu, _until(run_folder, settings))
+    until = None if ended else _until(run_folder, settings)
+    return _page(name, series, settings, settings_text, sections, sampled, gpu, until)
 
 
 def _made(what: str, make: Callable[[], list[str]]) -> list[str]:
