@@ -29,6 +29,8 @@ EXAMPLES = (
     ("sluice -m optim.lr=1e-3,2e-3", "every combination of values, one run after another"),
     ("sluice mode=generate name=mine", "generate text from the trained model"),
     ("sluice --cfg job", "show every value and start nothing"),
+    ("sluice top NAME", "a run at a glance, while it trains or after its end"),
+    ("sluice why NAME", "which rank broke a run or holds it up, and where"),
     ("sluice runs", "the runs that are there; sluice runs clean frees their disk"),
     ("sluice launch --print slurm hardware=h100", "the file that starts a recipe on a cluster"),
     ("sluice doctor", "what this machine has and lacks; --version for versions"),
