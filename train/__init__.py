@@ -10,6 +10,10 @@ def __getattr__(name: str) -> Any:
     """The functions of train/api.py, which is imported when one is asked for."""
     if name not in __all__:
         raise AttributeError(f"module 'train' has no attribute {name!r}")
+    from train.program import other_system
+
+    if told := other_system():
+        raise ImportError(told)
     from train import api
 
     return getattr(api, name)

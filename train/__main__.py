@@ -17,8 +17,9 @@ if IS_COMMAND:
 from pathlib import Path  # noqa: E402
 from types import TracebackType  # noqa: E402
 
-from train.program import environment_of_children, guard_names, require_packages  # noqa: E402
+from train.program import environment_of_children, guard_names, require_linux, require_packages  # noqa: E402
 
+require_linux()
 if __name__ == "__main__":
     guard_names()  # before a package is looked for that the working folder may hide
     require_packages()

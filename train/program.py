@@ -19,6 +19,22 @@ DISTRIBUTION = "sluice-train"
 """What pip calls the program; PyPI's `sluice` is another project."""
 
 
+def require_linux() -> None:
+    """End with one line on another system than Linux."""
+    if told := other_system():
+        print(f"error: {told}", file=sys.stderr)
+        sys.exit(2)
+
+
+def other_system() -> str | None:
+    """What is told on another system than Linux; None on Linux."""
+    if sys.platform == "linux":
+        return None
+    return (
+        f"Sluice runs on Linux alone, and this system is {sys.platform}; use a machine, a container or WSL 2 with Linux"
+    )
+
+
 def guard_names() -> None:
     """Forget the working folder as a place of packages, where `python -m` has put it.
 
