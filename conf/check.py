@@ -372,7 +372,7 @@ OPTIM: tuple[ConfigCheck, ...] = (
     *_phases("optim.mtp_weight"),
     *_phases("optim.bias_speed"),
     JoinedRule("optim.bias_speed", lambda c, v: c.model.scores == ScoreFunction.sigmoid or not any(phase.value for phase in v),
-               "must be 0 with model.scores=softmax, whose routers have no balance bias", "set optim.bias_speed=[{{value: 0}}]",
+               "must be 0 with model.scores=softmax, whose routers have no balance bias", "set 'optim.bias_speed=[{{value: 0}}]'",
                shown=lambda c, v: [phase.value for phase in v]),
     JoinedRule("optim.betas", lambda c, v: len(v) == 2 and all(0 <= beta < 1 for beta in v),
                "must be two numbers in [0, 1)", "use [0.9, 0.95]"),
@@ -431,7 +431,7 @@ ADAPTERS: tuple[ConfigCheck, ...] = (
                    "orthogonalises matrices, and those of an adapter are factors of one", "set optim.name=adamw"),
         JoinedRule("optim.bias_speed", lambda c, v: not any(phase.value for phase in v),
                    "must be 0 with an adapter: the balance biases belong to the base, which stays as it is",
-                   "add optim=tune, or set optim.bias_speed=[{{value: 0}}]", shown=lambda c, v: [phase.value for phase in v]),
+                   "add optim=tune, or set 'optim.bias_speed=[{{value: 0}}]'", shown=lambda c, v: [phase.value for phase in v]),
         JoinedRule("optim.qk_clip", lambda c, v: v is None, "scales weights of the base, which an adapter leaves as they are",
                    "leave it out with an adapter"),
     )),
@@ -550,7 +550,7 @@ PLAN: tuple[ConfigCheck, ...] = (
 
 EVALUATE: tuple[ConfigCheck, ...] = (
     JoinedRule("evaluate.tasks", lambda c, v: v or not (c.evaluate.task_path or c.evaluate.task_limit or c.evaluate.shots),
-               "task_path, task_limit and shots are about tasks, and there are none", "name some: evaluate.tasks=[NAME]"),
+               "task_path, task_limit and shots are about tasks, and there are none", "name some: 'evaluate.tasks=[NAME]'"),
     JoinedRule("cluster.backend", lambda c, v: c.mode != Mode.evaluate or v == "local",
                "mode=evaluate starts its ranks on this machine, or is started by torchrun", "leave cluster=ray out"),
     JoinedRule("evaluate.tasks", lambda c, v: not v or c.parallel.world == 1,

@@ -92,7 +92,7 @@ def _sources(config: Config) -> list[Manifest]:
             found.append(read_manifest(find_checkpoint(config, str(folder), SOURCES_FIELD)))
     if len({source.folder for source in found}) < 2:
         rule = f"must name two checkpoints or more; these are {len({source.folder for source in found})}"
-        cure = "average.last=3 takes the last three of a run, average.of=[A,B] any"
+        cure = "average.last=3 takes the last three of a run, 'average.of=[A,B]' any"
         raise UserError(SOURCES_FIELD, ", ".join(config.average.of) or RunPaths(config).path, rule, cure)
     return sorted({source.folder: source for source in found}.values(), key=lambda source: source.step)
 

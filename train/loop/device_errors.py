@@ -163,11 +163,11 @@ def _lighter(config: Config) -> str:
         changes.append(f"micro_batch_size={config.micro_batch_size // 2} (now {config.micro_batch_size})")
     missing = [what for what in SELECTIVE if what not in model.recompute]
     if missing:
-        changes.append(f"model.recompute=[{','.join(SELECTIVE)}] ({', '.join(missing)} missing)")
+        changes.append(f"'model.recompute=[{','.join(SELECTIVE)}]' ({', '.join(missing)} missing)")
     elif model.repeated_layers < model.layers:
-        changes.append(f"model.recompute=[{','.join(Recompute)}] (layer missing: whole layers run again)")
+        changes.append(f"'model.recompute=[{','.join(Recompute)}]' (layer missing: whole layers run again)")
     if torch.cuda.is_initialized() and not model.offload and model.repeated_layers < model.layers:
-        changes.append("model.offload=[layer] (activations wait in the host's memory)")
+        changes.append("'model.offload=[layer]' (activations wait in the host's memory)")
     changes.append(f"a smaller model.loss_chunk (now {model.loss_chunk})")
     if parallel.pp == 1 and parallel.dp > 1 and parallel.zero < 3:
         changes.append(f"parallel.zero={parallel.zero + 1} (now {parallel.zero})")

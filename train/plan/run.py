@@ -1,6 +1,7 @@
 """mode=plan: plan, show, and write runs/<name>/plan.json and plan.html. Starts no run and asks for no GPU."""
 
 import json
+import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from train.plan.search.search import FoundLayout, Search, search
 
 def tell_best(found: FoundLayout) -> None:
     """A line on standard error, while a search goes on."""
-    say(f"search: {found.step_seconds:.3g} s a step: {' '.join(found.overrides)}", file=sys.stderr, flush=True)
+    say(f"search: {found.step_seconds:.3g} s a step: {shlex.join(found.overrides)}", file=sys.stderr, flush=True)
 
 
 def run_plan(config: Config) -> int:

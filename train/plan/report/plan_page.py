@@ -3,6 +3,7 @@
 import html
 import json
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
@@ -123,7 +124,12 @@ def _cures(record: dict[str, Any]) -> list[str]:
     parts = []
     for title, cures in (("What would make it fit", record["cures"]), ("What would be faster", faster)):
         rows = [
-            (" ".join(cure["overrides"]), gib(cure["room_bytes"]), seconds(cure["step_seconds"]), str(cure["devices"]))
+            (
+                shlex.join(cure["overrides"]),
+                gib(cure["room_bytes"]),
+                seconds(cure["step_seconds"]),
+                str(cure["devices"]),
+            )
             for cure in cures
         ]
         parts += [f"<h2>{title}</h2>", table_html(("change", "room left", "step", "devices"), rows)] if rows else []

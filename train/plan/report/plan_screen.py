@@ -1,6 +1,7 @@
 """What a person reads in the terminal: the verdict first."""
 
 import re
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -123,7 +124,7 @@ def _phases(plan: RunPlan) -> str:
 def cure_words(cure: Cure, plan: RunPlan) -> str:
     slower = cure.step_seconds / plan.step.step_seconds - 1
     more = f" on {cure.devices} devices" if cure.devices != plan.config.parallel.world else ""
-    return f"{' '.join(cure.overrides)}{more}: {gib(cure.room_bytes)} to spare, {100 * slower:+.1f} % time a step"
+    return f"{shlex.join(cure.overrides)}{more}: {gib(cure.room_bytes)} to spare, {100 * slower:+.1f} % time a step"
 
 
 def _matrices(config: Config) -> str:
@@ -198,14 +199,14 @@ def search_screen(found: Search, written: Path | None, console: Console | None =
     rows = [(str(place), _found(one, found)) for place, one in enumerate(found.best, 1)]
     rows += [("Not", f"{family.name}: {family.reason}") for family in found.rejected]
     if written is not None:
-        rows.append(("Written", f"{written}  (use it with {' '.join(found.command(written.stem))})"))
+        rows.append(("Written", f"{written}  (use it with {shlex.join(found.command(written.stem))})"))
     title = f"{len(found.best)} best of {found.tried} layouts on {found.devices} devices"
     title += "" if found.complete else ", stopped by Ctrl-C"
     show_rows(console or Terminal(), title, GOOD, rows)
 
 
 def _found(one: FoundLayout, search: Search) -> str:
-    words = " ".join(one.overrides) or "the recipe as it is"
+    words = shlex.join(one.overrides) or "the recipe as it is"
     return f"{seconds(one.step_seconds)} a step, {gib(one.room_bytes)} to spare: {words}"
 
 

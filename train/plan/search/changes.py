@@ -1,6 +1,7 @@
 """Recipes that differ from a given one in how the work is spread, and which of them may run."""
 
 import math
+import shlex
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -152,7 +153,7 @@ def write_parallel(config: Config, name: str, base: Config, folder: Path | None 
     path = (folder or ROOT / "conf" / "parallel") / f"{name}.yaml"
     rest = [part for part in overrides(config, base) if not part.startswith("parallel.")]
     head = f"# Found by plan.search for conf={base.name}, hardware={config.hardware.name}; use with: parallel={name}"
-    lines = [" ".join([head, *rest])]
+    lines = [f"{head} {shlex.join(rest)}".rstrip()]
     for field, value in vars(config.parallel).items():
         lines.append(f"{field}: {words(value)}")
     if path.exists() and not path.read_text().startswith("# Found by plan.search"):

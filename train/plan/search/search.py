@@ -14,6 +14,7 @@ far its lightest layout is from fitting, or how much slower its best one is.
 """
 
 import gc
+import shlex
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -412,7 +413,7 @@ def _nothing_fits(config: Config, found: Search, nearest: _Miss | None) -> UserE
         where = nearest.what or f" at the {plan.fullest.peak_event}"
         rule += f": the nearest that was looked at, {' '.join(overrides(plan.config, config))}, lacks {gib(nearest.lacking)}{where}"
         cures = [
-            f"with that layout and {' '.join(cure.overrides)} it fits"
+            f"with that layout and {shlex.join(cure.overrides)} it fits"
             + (f" on plan.devices={cure.devices}" if cure.devices != found.devices else "")
             + f", {gib(cure.room_bytes)} to spare"
             for cure in find_beyond(plan)
