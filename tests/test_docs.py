@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.pictures import PLANNED
 from cluster.interfaces import NAMES
 from conf.errors import EXIT_CODES, UserError
 from conf.load import compose
@@ -19,6 +20,7 @@ from tests.small import SMALL, environment, write_corpus
 from train.kernels.cpu.processor import CUDA_VARIABLES
 from train.kernels.deterministic import LIBRARY_VARIABLES
 from train.kernels.device import ALLOCATOR
+from train.plan.budget import make_plan
 
 ALL = [command for page in pages() for command in commands(page)]
 HARMLESS = {"source", "cd", "export"}
@@ -83,6 +85,27 @@ def test_every_command_holds(page, runs):
 
 def test_no_page_hides_a_note_from_its_readers():
     assert not [page for page in pages() if "<!--" in page.read_text()]
+
+
+def test_no_argument_in_brackets_is_bare():
+    """zsh takes bare brackets for a pattern of file names, and refuses the command."""
+    bare = re.compile(r"(?<![\w.+'\"])[\w.+]+=[\[{]\S*")
+    told = [ROOT / "CONTRIBUTING.md", ROOT / "ARCHITECTURE.md", *pages()]
+    assert [f"{page.name}: {word}" for page in told for word in bare.findall(page.read_text())] == []
+    unquoted = [re.sub(r"'[^']*'|\"[^\"]*\"", "", command.text) for command in ALL]
+    assert [text for text in unquoted if re.search(r"[][{}?]", text)] == []
+
+
+@pytest.mark.slow
+def test_the_plan_beside_the_picture_is_that_of_the_picture():
+    command = f"python -m train {' '.join(PLANNED)}"
+    assert f"by\n`{command}`" in (ROOT / "README.md").read_text()
+    assert make_plan(compose(*PLANNED)).verdict == "fits"
+
+
+def test_the_system_that_it_runs_on_is_said_where_one_installs():
+    for page in ("README.md", "train/docs/faq.md", "train/docs/first_run.md"):
+        assert "Linux" in (ROOT / page).read_text().split("pip install")[0]
 
 
 def test_the_page_of_exit_codes_is_that_of_the_program():
