@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import hydra
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.config_store import ConfigStore
@@ -73,7 +74,7 @@ class _Primary(Config):
             {"conf": "tiny"},
         ]
     )
-    """The recipe comes after the groups, so that it changes what they say, and before those that are typed, see `register`."""
+    """The recipe comes after the groups, so that it changes what they say, and before those that are typed, see `_following`."""
     hydra: Any = field(
         default_factory=lambda: {
             "output_subdir": None,
@@ -187,26 +188,11 @@ def compose(*overrides: str) -> Config:
 def compose_node(*overrides: str) -> DictConfig:
     """The settings before interpolations are resolved and rules are checked, with Hydra's own settings."""
     with COMPOSING, hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3", job_name="train"):
-        words = [_reworded(word) for word in overrides]
-        register(words)
-        node = hydra.compose("train", words, return_hydra_config=True)
+        register()
+        node = hydra.compose("train", [_reworded(word) for word in overrides], return_hydra_config=True)
     if node.name is None:
         node.name = node.hydra.runtime.choices.conf
-    let_typed_win(node, words)
     return node
-
-
-def let_typed_win(node: DictConfig, words: Sequence[str]) -> None:
-    """Empty the keys of the recipe that would make a typed key do nothing, as `epochs` does with `steps`. UserError where both are typed."""
-    settings = [word.lstrip("+").partition("=") for word in words]
-    given = [key for key, _, value in settings if value.lower() not in ("", "null", "[]")]
-    typed = [name for name in INSTEAD_OF if any(f"{key}.".startswith(f"{name}.") for key in given)]
-    for key in typed:
-        for other in INSTEAD_OF[key]:
-            if other not in typed:
-                OmegaConf.update(node, other, [] if other == "data.mix" else None)
-            elif key != "data":  # a group, over whose values typed keys go
-                raise UserError(f"{key} and {other}", "", "exclude each other", f"leave {key} or {other} out")
 
 
 @contextmanager
@@ -230,6 +216,37 @@ def _reworded(word: str) -> str:
     return f'name="{value}"' if key == "name" and value.startswith("[") and value.endswith("]") else word
 
 
+def _following(load: Callable[..., DictConfig]) -> Callable[..., DictConfig]:
+    """Hydra's composition, which is also that of a sweep's jobs and of --cfg, so that what is typed wins over the recipe."""
+
+    @wraps(load)
+    def load_typed(
+        loader: ConfigLoaderImpl, config_name: str, overrides: list[str], run_mode: RunMode, **more: bool
+    ) -> DictConfig:
+        typed = {word.lstrip("+").partition("=")[0] for word in overrides if run_mode is RunMode.RUN} - {"conf"}
+        defaults = sorted(_Primary().defaults, key=lambda one: isinstance(one, dict) and not typed.isdisjoint(one))
+        quiet = [{f"override hydra/{name}": "none"} for name in ("job_logging", "hydra_logging")]
+        ConfigStore.instance().repo["train.yaml"].node.defaults = [*defaults, *quiet]
+        node = load(loader, config_name, overrides, run_mode, **more)
+        _empty_beside_typed(node, overrides)
+        return node
+
+    return load_typed
+
+
+def _empty_beside_typed(node: DictConfig, words: Sequence[str]) -> None:
+    """Empty the keys of the recipe that would make a typed key do nothing, as `epochs` does with `steps`. UserError where both are typed."""
+    settings = [word.lstrip("+").partition("=") for word in words]
+    given = [key for key, _, value in settings if value.lower() not in ("", "null", "[]")]
+    typed = [name for name in INSTEAD_OF if any(f"{key}.".startswith(f"{name}.") for key in given)]
+    for key in typed:
+        for other in INSTEAD_OF[key]:
+            if other in typed and key != "data":  # a group, over whose values typed keys go
+                raise UserError(f"{key} and {other}", "", "exclude each other", f"leave {key} or {other} out")
+            if other not in typed and OmegaConf.select(node, other):
+                OmegaConf.update(node, other, [] if other == "data.mix" else None)
+
+
 class RecipeFiles(FileConfigSource):
     """How Hydra reads files of recipes and groups: without the keys that earlier versions had."""
 
@@ -245,17 +262,8 @@ class RecipeFiles(FileConfigSource):
         return found
 
 
-def register(words: Sequence[str]) -> None:
-    """Make the schema known to Hydra, with the groups that are typed after the recipe: their values win over the recipe's."""
-    _register()
-    typed = {word.lstrip("+").partition("=")[0] for word in words} - {"conf"}
-    defaults = sorted(_Primary().defaults, key=lambda one: isinstance(one, dict) and not typed.isdisjoint(one))
-    quiet = [{f"override hydra/{name}": "none"} for name in ("job_logging", "hydra_logging")]
-    ConfigStore.instance().repo["train.yaml"].node.defaults = [*defaults, *quiet]
-
-
 @cache
-def _register() -> None:
+def register() -> None:
     """Make the schema known to Hydra, once in a process, and `${is_set:${KEY}}` to recipes: whether a key is not null."""
     OmegaConf.register_new_resolver("is_set", lambda value: value is not None, replace=True)
     schema = OmegaConf.structured(_Primary)
@@ -268,6 +276,7 @@ def _register() -> None:
     ConfigStore.instance().store(name="train", node=schema)
     Plugins.instance()  # which would put its own reader there later
     SourcesRegistry.instance().types["file"] = RecipeFiles
+    ConfigLoaderImpl.load_configuration = _following(ConfigLoaderImpl.load_configuration)
 
 
 def run(job: Callable[[list[Config]], int]) -> int:
@@ -310,7 +319,7 @@ def _composed(words: Sequence[str]) -> DictConfig:
 
 def _composed_by_hydra() -> list[DictConfig]:
     """The settings of every job of the command in sys.argv; none where it asks Hydra for something else, which prints it."""
-    register(sys.argv[1:])
+    register()
     nodes: list[DictConfig] = []
 
     @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="train")
@@ -321,7 +330,6 @@ def _composed_by_hydra() -> list[DictConfig]:
         if hydra_config.mode == RunMode.MULTIRUN and node.mode not in (*LOOKS_AT_A_RUN, Mode.report):
             # Each job of a sweep has its own run folder.
             node.name = f"{node.name}/{hydra_config.job.num}"
-        let_typed_win(node, hydra_config.overrides.task)
         nodes.append(over_run_settings(node, hydra_config.overrides.task, list(hydra_config.runtime.choices)))
 
     with tempfile.TemporaryDirectory() as scratch:  # takes Hydra's own note of a sweep

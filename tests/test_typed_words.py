@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from conf.errors import UserError
 from conf.help import option_groups, options
 from conf.keys import dotted_keys, type_of
-from conf.load import compose, compose_node
+from conf.load import compose, compose_node, run
 from conf.schema import ROOT, Config, Mode
 from conf.synonyms import INSTEAD_OF, OWN_KEYS
 from conf.yaml_file import read_yaml
@@ -83,9 +83,16 @@ def in_force(config: Config, key: str, value: str) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["tiny_chat", *(name for name in options("conf") if name != "tiny_chat")])
-def test_every_key_that_is_typed_over_a_recipe_is_in_force_or_an_error(recipe):
-    path = [] if recipe.startswith("tiny") else ["data.path=/somewhere"]
+@pytest.mark.parametrize(
+    ("recipe", "path"),
+    [
+        ("tiny_chat", []),
+        ("tiny_2k", ["precision=fp8"]),
+        ("deepseek_v3_16b", ["data.path=/somewhere"]),
+        ("kimi_k2", ["data.path=/somewhere"]),
+    ],
+)
+def test_every_key_that_is_typed_over_a_recipe_is_in_force_or_an_error(recipe, path):
     before = compose(f"conf={recipe}", *path)
     words: dict[Mode, list[str]] = {}
     for key in dotted_keys():
@@ -150,6 +157,18 @@ def test_a_typed_key_wins_over_the_option_of_its_group_and_over_the_recipe():
 def test_a_typed_key_takes_away_what_would_leave_it_without_effect(words, wins):
     config = compose(*words)
     assert {key: found_in(config, key) for key in wins} == wins
+
+
+def test_the_jobs_of_a_sweep_and_what_cfg_shows_follow_what_is_typed(monkeypatch, capsys):
+    found: list[Config] = []
+    monkeypatch.setattr("sys.argv", ["train", "-m", "conf=tiny_chat", "data=docstrings,stdlib", "data.template=null",
+                                     "data.too_long=refuse", "steps=6,7"])  # fmt: skip
+    assert run(lambda configs: found.extend(configs) or 0) == 0
+    assert [(config.data.format, config.steps, config.epochs) for config in found] == [
+        (format, steps, None) for format in ("docstrings", "stdlib") for steps in (6, 7)
+    ]
+    monkeypatch.setattr("sys.argv", ["train", "--cfg", "job", "conf=tiny_chat", "steps=6"])
+    assert run(lambda configs: 1) == 0 and "epochs: null" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

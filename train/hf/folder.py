@@ -5,6 +5,7 @@ files that only pickle can open are refused.
 """
 
 import os
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -57,7 +58,13 @@ def open_folder(path: Path, field: str = "init_from") -> Folder:
     """
     folder = Folder(path, {}, field)
     if not os.path.isdir(path):  # Path.is_dir raises for a name that is too long
-        raise folder.refuse("no such folder", "give a downloaded Hugging Face folder")
+        hub = re.fullmatch(r"[\w.-]+/([\w.-]+)", str(path))  # as its name on the hub
+        cure = (
+            f"`hf download {path} --local-dir {hub[1]}`, then set {field}={hub[1]}"
+            if hub
+            else "give a downloaded Hugging Face folder"
+        )
+        raise folder.refuse("no such folder", cure)
     try:
         files = _index(folder)
         _refuse_others(folder, files)
