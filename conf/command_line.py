@@ -1,9 +1,8 @@
-"""Every word of a command line against the schema: what a mistyped one breaks, and the line that was meant.
+"""What a command line that cannot be taken is answered with: the word, the rule it breaks, and one cure.
 
-Hydra and OmegaConf say what they could not do with a word. Here each word is held against the schema and the options of the
-groups instead, so that a wrong type, choice, key or way of writing has a cure of its own. Bounds and rules that join
-several fields are not seen here: conf/check.py holds those, once the configuration is typed. Similar words come from difflib over the
-schema's own keys: its 250 take 3 ms on a busy core, and rapidfuzz would be one more package.
+Hydra composes first. What it or OmegaConf raises names the word or the key, and from the schema comes what was meant: its types, choices
+and bounds, and similar keys by difflib. Flags alone are looked at before, as Hydra ends the process for one that it does not know. Bounds and
+rules that join several fields are held by conf/check.py, once the configuration is typed.
 """
 
 import difflib
@@ -11,27 +10,24 @@ import math
 import re
 import shlex
 import typing
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import field, fields, is_dataclass, make_dataclass
-from enum import Enum
-from functools import cache
+from collections.abc import Iterable, Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ValueType
-from hydra.errors import HydraException, MissingConfigException
-from omegaconf import OmegaConf
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from conf.errors import UserError
 from conf.fields import wrong_choice
-from conf.keys import attribute_meanings, dotted_keys, kinds, type_of
+from conf.keys import WORDS, attribute_meanings, choices_of, dotted_keys, is_nullable, kinds, type_of, yaml_words
 from conf.optimizers import OPTIMIZERS
 from conf.removed_keys import REMOVED_KEYS
 from conf.schema import ROOT, Config, Mode
-from conf.synonyms import KEYS, OWN_KEYS, VALUES
+from conf.synonyms import COMMANDS, CURES, KEYS, OWN_KEYS, VALUES
+from conf.yaml_file import read_yaml
 
 FLAGS = {
     name: takes_value
@@ -49,32 +45,26 @@ COMPLETION = {"--shell-completion", "-sc", "--hydra-help"}
 """Flags with which the other words are not settings."""
 LISTS = "`sluice --help`, or `python -m train --help`, lists recipes, groups and keys"
 OF_YOUR_OWN = "for one of your own write MINE/{group}/NAME.yaml, and add --config-dir MINE"
+NAMES_A_WORD = re.compile(
+    r"(?:merging override |config use \+|for argument '|parameters '|prefix: ')(.*?)(?:'?$|' requires)", re.M
+)
+"""Where Hydra's errors have the word that they are about."""
 
 
 def check_words(words: Sequence[str]) -> None:
-    """Raise UserError for the first word of a command line that cannot be taken."""
+    """Raise UserError for the first word that Hydra would end the process for, or take in another way than it was meant: a flag that is
+    none or does not fit, and a word that deletes.
+    """
     if COMPLETION & {*words}:
         return
-    _check_flags(words)
-    if wrong := _first_error(words, _settings(words)):
-        raise wrong
-
-
-def _first_error(words: Sequence[str], settings: Sequence[str]) -> UserError | None:
-    """The first error among the words that are settings."""
-    sweeps = any(word in ("-m", "--multirun") for word in words)
-    groups = _groups(_own(words))
-    found = (
-        _error_of(word, settings[:place], settings[place + 1 :], sweeps, groups) for place, word in enumerate(settings)
-    )
-    return next((wrong for wrong in found if wrong), None)
-
-
-def _check_flags(words: Sequence[str]) -> None:
-    """Raise UserError for a word that looks like a flag and is none, and for a flag that does not fit."""
     rest = iter(enumerate(words))
     for place, word in rest:
         name, equals, value = word.partition("=")
+        if name.startswith("~") and not name.startswith("~hydra"):
+            key = name[1:].partition("@")[0]
+            known = type_of(key) or key in _groups()
+            cure = f"write {key}=VALUE, or leave the word out" if known else "leave the word out"
+            raise UserError(word, "", "deletes a key, and every key has a value here", cure)
         if not name.startswith("-"):
             continue
         following = words[place + 1] if place + 1 < len(words) else ""
@@ -91,6 +81,82 @@ def _check_flags(words: Sequence[str]) -> None:
             next(rest, None)
 
 
+def explain(error: Exception, words: Sequence[str]) -> UserError:
+    """An error of Hydra or OmegaConf as field, value, rule and cure. Raises it again where it is of neither."""
+    wrong = _explained(error, words)
+    typed = (wrong.field, wrong.field.rpartition(".")[2], str(wrong.value))
+    cure = next((CURES[each.lower()] for each in typed if each.lower() in CURES), wrong.cure)
+    return UserError(wrong.field, wrong.value, wrong.rule, cure)
+
+
+def _explained(error: Exception, words: Sequence[str]) -> UserError:
+    groups, settings = _groups(_own(words)), settings_in(words)
+    if isinstance(error, OverrideParseException):
+        place = settings.index(error.override) if error.override in settings else 0
+        return _unread(error.override, settings[:place], settings[place + 1 :], groups)
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, slash, name = error.missing_cfg_file.partition("/")
+        return _wrong_option(group, name, groups) if slash else _wrong_option("conf", group, groups)
+    typed = {key.partition("@")[0]: text for key, _, text in (word.lstrip("+").partition("=") for word in settings)}
+    if not isinstance(error, (HydraException, OmegaConfBaseException)) or "hydra.runtime" in str(error):
+        # OmegaConf has an AssertionError for a key of a section that is null, Hydra others for an option that is no word
+        odd = (group for group, text in typed.items() if group in groups and text not in groups[group])
+        unknown = (key for key in typed if type_of(key) is None and key not in groups and not key.startswith("hydra"))
+        if "" in typed:
+            return UserError(f"={typed['']}", "", "every word is KEY=VALUE or a flag", LISTS)
+        if (key := next(unknown, None)) is not None:
+            return _unknown_key(key, typed[key], groups)
+        if isinstance(error, AssertionError) and (wrong := _in_null_section(typed)):
+            return wrong
+        if (group := next(odd, None)) is None:
+            raise error
+        return _wrong_option(group, typed[group], groups)
+    problem = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    inside = re.sub(r"\[\d+\].*", "", getattr(problem, "full_key", None) or "")
+    if not inside and (found := re.search(r"full_key: ([\w.]+)", str(error))):
+        inside = found[1]
+    if found := NAMES_A_WORD.search(str(error)):
+        key, _, text = found[1].lstrip("+").partition("=")
+        return _wrong_setting(key.partition("@")[0], text, typed, inside, problem, lines[0], groups)
+    recipe = found[1] if (found := re.match(r"In '([^']*)'", lines[0] if lines else "")) else ""
+    place = f"in {recipe}.yaml: " if recipe else ""
+    if inside and type_of(inside) is None:
+        key = next((each for each in typed if f"{each}.".startswith(f"{inside}.")), inside)
+        wrong = _unknown_key(key, typed.get(key, "VALUE"), groups)
+        return UserError(wrong.field, wrong.value, place + wrong.rule, wrong.cure)
+    if recipe and (found := _in_recipe(recipe, inside, _own(words))):
+        key, value = found
+        wrong = _wrong_value(key, value, problem)
+        return UserError(key, value, place + wrong.rule, wrong.cure)
+    if inside and (found := re.search(r"alue '([^']*)'", str(error))):
+        return _wrong_value(inside, found[1], problem)
+    rule = " ".join(line for line in lines if not re.match(r"(full_key|object_type|reference_type)\b", line))
+    return UserError(inside or "recipe", "?", rule, f"correct the recipe; {LISTS}")
+
+
+def _wrong_setting(
+    key: str, text: str, typed: dict[str, str], inside: str, problem: Exception, said: str, groups: dict[str, list[str]]
+) -> UserError:
+    """The error of a typed word. inside: the key that OmegaConf names, which may be one of a mapping; said: what Hydra says."""
+    if (kind := type_of(key)) is None and key not in groups:
+        return _unknown_key(key, typed.get(key, text), groups)
+    if said.startswith(("Ambiguous", "Sweep")):
+        if typing.get_origin(kind) is list or kind is Any:
+            return UserError(key, text, "a list stands in brackets", f"write '{key}=[{text}]'")
+        rule = "is several values, and one run has one"
+        return UserError(key, text, rule, f"add -m, which runs one after another: -m {key}={text}")
+    if "already at" in said:
+        return UserError(key, text, "is a key already: + is for keys that there are not", f"write {key}={text}")
+    value: Any = OverridesParser.create().parse_override(f"{key}={text}").value()
+    if inside.startswith(f"{key}."):
+        for name in inside.removeprefix(f"{key}.").split("."):
+            value = value[name]
+        return _wrong_value(inside, value, problem)
+    wrong = _wrong_value(key, value, problem)
+    return UserError(wrong.field, text, wrong.rule, wrong.cure)
+
+
 def _own(words: Sequence[str]) -> list[Path]:
     """Folders of the user's recipes."""
     flags = [value for name, value in zip(words, [*words[1:], ""], strict=False) if name in ("--config-dir", "-cd")]
@@ -98,7 +164,7 @@ def _own(words: Sequence[str]) -> list[Path]:
     return [Path(value) for value in (*flags, *given)]
 
 
-def _settings(words: Sequence[str]) -> list[str]:
+def settings_in(words: Sequence[str]) -> list[str]:
     """Words that are neither flags nor their values."""
     return [
         word
@@ -116,61 +182,13 @@ def _groups(own: Iterable[Path] = ()) -> dict[str, list[str]]:
     return groups
 
 
-def _error_of(
-    word: str, before: Sequence[str], after: Sequence[str], sweeps: bool, groups: dict[str, list[str]]
-) -> UserError | None:
-    """What is wrong with one word; None if nothing is that can be seen in it alone."""
-    bare = word.lstrip("+~")
-    key, equals, text = bare.partition("=")
-    following = after[0] if after else ""
-    if word.startswith("~") and not key.startswith("hydra"):
-        name = key.partition("@")[0]
-        cure = f"write {name}=VALUE, or leave the word out" if name in groups or type_of(name) else "leave the word out"
-        return UserError(word, "", "deletes a key, and every key has a value here", cure)
-    if not equals or not key:
-        return None if word.startswith("~") else _no_assignment(word, before, after, groups)
-    if key == "name" and text.startswith("["):
-        return None  # several runs, as text once it is composed
-    if following and not text and "=" not in following:
-        return UserError(key, "", "there must be no space around =", f"write {key}={following}")
-    try:
-        parsed = OverridesParser.create().parse_override(word)
-    except HydraException:
-        return _unreadable(key, text, after)
-    key = parsed.key_or_group.partition("@")[0]
-    if key.startswith("hydra"):
-        return None
-    if key not in groups and type_of(key) is None:
-        return _unknown_key(key, text, groups)
-    if parsed.is_sweep_override() and not sweeps:
-        if typing.get_origin(kind := type_of(key)) is list or kind is Any:
-            return UserError(key, text, "a list stands in brackets", f"write '{key}=[{text}]'")
-        rule = "is several values, and one run has one"
-        return UserError(key, text, rule, f"add -m, which runs one after another: -m {key}={text}")
-    if parsed.value_type is ValueType.GLOB_CHOICE_SWEEP:
-        return None
-    values = parsed.sweep_iterator() if parsed.is_sweep_override() else [parsed.value()]
-    for value in values:
-        wrong = _wrong_option(key, value, groups) if key in groups else _wrong_value(key, value)
-        if wrong and not parsed.is_sweep_override():
-            return UserError(wrong.field, text, wrong.rule, wrong.cure)
-        if wrong:
-            return wrong
-    if parsed.is_add() and not word.startswith("++") and key not in groups:
-        return UserError(key, text, "is a key already: + is for keys that there are not", f"write {bare}")
-    return None
-
-
-def _wrong_value(key: str, value: Any) -> UserError | None:
-    """The error where the schema's type does not take the value of this key; None if it does."""
-    if (problem := _refused(key, value)) is None:
-        return None
-    kind = type_of(key)
-    default = _default(key)
-    example = f"for example {_written(key, default)}" if default not in (None, [], "", 0) else f"{LISTS}"
+def _wrong_value(key: str, value: Any, problem: Exception) -> UserError:
+    """The error where the schema's type does not take the value of this key. problem: OmegaConf's."""
+    kind, default = type_of(key), _default(key)
+    example = f"for example {_written(key, default)}" if default not in (None, [], "", 0) else LISTS
     if value == "" and kind is not str:
         return UserError(key, "", "is empty, as a shell leaves it where a variable is not set", example)
-    if str(value).lower() in ("none", "null", "~") and _refused(key, None) is None:
+    if str(value).lower() in ("none", "null", "~") and is_nullable(key):
         return UserError(key, value, "is a word here, not nothing", f"write {key}=null")
     if isinstance(problem, (ConfigKeyError, ConfigAttributeError)):
         return _unknown_part(key, value, kind)
@@ -182,8 +200,7 @@ def _wrong_value(key: str, value: Any) -> UserError | None:
         return UserError(key, shown, "is a section, not a value", f"set one of its keys: {inside}")
     if (meant := VALUES.get((key, str(shown).lower()))) is not None:
         return UserError(key, shown, f"is no value of it; {meant[0]} {meant[1]}", f"write {key}={meant[0]}")
-    if isinstance(kind, type) and issubclass(kind, Enum):
-        choices = [choice.value for choice in kind]
+    if choices := choices_of(kind):
         section, _, name = key.rpartition(".")
         usual = f"use {default.value}, the default, or another. " if default else ""
         return wrong_choice(
@@ -193,7 +210,7 @@ def _wrong_value(key: str, value: Any) -> UserError | None:
         return UserError(key, shown, "must be true or false", f"write {key}=true or {key}=false")
     if kind in (int, float):
         written = example if default else f"write {key}=NUMBER" + (f" or {key}=null" if default is None else "")
-        return UserError(key, shown, f"must be {_singular(kind)}", _number_meant(key, value, kind) or written)
+        return UserError(key, shown, f"must be a {WORDS[kind]}", _number_meant(key, value, kind) or written)
     if kind is str:
         return UserError(key, shown, "must be text, one value", f"quote it: '{key}=\"{shown}\"'")
     return UserError(key, shown, " ".join(str(problem).splitlines()[:1]), example)
@@ -214,8 +231,9 @@ def _number_meant(key: str, value: Any, kind: type) -> str | None:
 
 def _wrong_list(key: str, value: Any, kind: Any, default: Any) -> UserError:
     item = typing.get_args(kind)[0]
-    rule = f"must be a list of {_plural(item)}"
-    if not isinstance(value, list) and not default and _refused(key, [value]) is None:
+    words = ", ".join(choices_of(item)) or f"{'word' if item is str else WORDS.get(item, 'mapping')}s"
+    rule = f"must be a list of {words}{', each with keys of its own' if is_dataclass(item) else ''}"
+    if not default and isinstance(value, item):
         return UserError(key, _plain(value), rule, f"write '{key}=[{_plain(value)}]'")
     if is_dataclass(item):
         inside = ", ".join(f"{field.name}: ..." for field in fields(item))
@@ -234,24 +252,18 @@ def _unknown_part(key: str, value: Any, kind: Any) -> UserError:
     return UserError(f"{key}: {wrong}", _plain(value), f"the keys here are {', '.join(known)}", cure)
 
 
-def _wrong_option(group: str, value: Any, groups: dict[str, list[str]]) -> UserError | None:
-    if isinstance(value, list) and value and group != "conf" and all(each in groups[group] for each in value):
-        return None
-    if value in groups[group]:
-        return None
-    name = str(value).removesuffix(".yaml").removesuffix(".yml")
-    if name in groups[group]:
-        return UserError(group, value, "is the name of a file; its ending is not needed", f"write {group}={name}")
-    if (meant := VALUES.get((group, str(value).lower()))) is not None:
+def _wrong_option(group: str, value: str, groups: dict[str, list[str]]) -> UserError:
+    """A word for a group that is none of its options."""
+    if (meant := VALUES.get((group, value.lower()))) is not None:
         return UserError(group, value, f"is none of them; {meant[0]} {meant[1]}", f"write {group}={meant[0]}")
     if value == "":
         rule = (
             f"is empty, as a shell leaves it where a variable is not set; it must be one of {', '.join(groups[group])}"
         )
         return UserError(group, "", rule, "take one of them, or leave it out")
-    if Path(name).name in groups[group]:
+    if (name := Path(value).stem) in groups[group]:
         rule = "is the name of a file, without its folders and its ending"
-        return UserError(group, value, rule, f"write {group}={Path(name).name}")
+        return UserError(group, value, rule, f"write {group}={name}")
     section = type_of(group)
     first = fields(section)[0] if section else None
     single = (
@@ -260,7 +272,7 @@ def _wrong_option(group: str, value: Any, groups: dict[str, list[str]]) -> UserE
         else ""
     )
     choices = [*groups[group], *(OPTIMIZERS if group == "optim" else ())]  # optim=muon is short for optim.name=muon
-    return wrong_choice(group, _plain(value), choices, f"take one of them{single}; {OF_YOUR_OWN.format(group=group)}")
+    return wrong_choice(group, value, choices, f"take one of them{single}; {OF_YOUR_OWN.format(group=group)}")
 
 
 def _unknown_key(key: str, text: str, groups: dict[str, list[str]]) -> UserError:
@@ -299,33 +311,35 @@ def _may_be_in(section: str, key: str) -> bool:
     return not section or first in kinds(Config) or bool(difflib.get_close_matches(section, [own, key]))
 
 
-def _no_assignment(
-    word: str, before: Sequence[str], after: Sequence[str], groups: dict[str, list[str]]
-) -> UserError | None:
-    """A word without `key=`."""
+def _unread(word: str, before: Sequence[str], after: Sequence[str], groups: dict[str, list[str]]) -> UserError:
+    """A word that Hydra cannot read: without `key=`, or with a value that it does not take."""
+    key, equals, text = word.lstrip("+").partition("=")
+    if equals and key:
+        return _unreadable(key, text, after)
     rule = "every word is KEY=VALUE or a flag"
     following = after[0] if after else ""
+    if before and before[-1].endswith("="):
+        return UserError(before[-1][:-1], "", "there must be no space around =", f"write {before[-1]}{word}")
     if following.startswith("="):
         value = following[1:] or (after[1] if len(after) > 1 else "")
         return UserError(word, following, "there must be no space around =", f"write {word}={value}")
     if (cut := re.fullmatch(r"([\w.]+):(.*)", word)) and type_of(cut[1]) is not None:
         return UserError(word, "", rule, f"write {cut[1]}={cut[2] or following}")
-    if word in [mode.value for mode in Mode]:
+    meant = {name: f"conf={name}" for name in groups["conf"]} | {mode.value: f"mode={mode.value}" for mode in Mode}
+    meant |= {"help": "--help", "version": "--version"} | {name: f"`sluice {name}`" for name in COMMANDS}
+    if word in meant:
         usual = ", or leave it out, as it is the default" if word == Mode.train.value else ""
-        return UserError(word, "", rule, f"write mode={word}{usual}")
-    if word in groups["conf"]:
-        return UserError(word, "", rule, f"write conf={word}")
+        return UserError(word, "", rule, f"write {meant[word]}{usual}")
     if type_of(word) is not None or word in groups:
         is_value = bool(following) and "=" not in following
         value = following if is_value else "VALUE"
         return UserError(f"{word} {following}" if is_value else word, "", rule, f"write {word}={value}")
-    if word in ("help", "version"):
-        return UserError(word, "", rule, f"write --{word}")
     if before and before[-1].startswith("name="):
         return UserError("name", f"{before[-1][5:]} {word}", "must be one word", f"write {before[-1]}_{word}")
     if before and "=" in before[-1]:
         return UserError(word, "", f"{rule}; a value with spaces is quoted", f'write "{before[-1]} {word}"')
-    close = [f"{each}=VALUE" for each in _close_keys(word)]
+    close = [meant[each] for each in difflib.get_close_matches(word, meant, n=1, cutoff=0.75)]
+    close = close or [f"{each}=VALUE" for each in _close_keys(word)]
     return UserError(word, "", rule, f"did you mean {' or '.join(close)}? {LISTS}" if close else LISTS)
 
 
@@ -340,8 +354,8 @@ def _unreadable(key: str, text: str, after: Sequence[str]) -> UserError:
         )
     if text.startswith("="):
         return UserError(key, text, "one = stands between key and value", f"write {key}={text.lstrip('=')}")
-    if (wrong := _wrong_value(key, text)) and type_of(key) in (int, float, bool):
-        return wrong
+    if type_of(key) in (int, float, bool):
+        return _wrong_value(key, text, ValueError())
     if text.endswith(","):
         return UserError(
             key, text, "a value must follow the comma", f"write {key}={text.rstrip(',')}, or -m and several"
@@ -353,13 +367,9 @@ def _unreadable(key: str, text: str, after: Sequence[str]) -> UserError:
 
 def _closing(text: str) -> str:
     """The brackets that are missing at the end of a text."""
-    missing: list[str] = []
-    for character in text:
-        if character in "[{":
-            missing.append("]" if character == "[" else "}")
-        elif missing and character == missing[-1]:
-            missing.pop()
-    return "".join(reversed(missing))
+    while (rest := re.sub(r"\[[^][{}]*\]|\{[^][{}]*\}", "", text)) != text:
+        text = rest
+    return "".join({"[": "]", "{": "}"}[bracket] for bracket in reversed(re.findall(r"[\[{]", text)))
 
 
 def _names_a_file(flag: str, value: str) -> UserError:
@@ -373,14 +383,14 @@ def _names_a_file(flag: str, value: str) -> UserError:
 
 def _unknown_flag(flag: str, value: str) -> UserError:
     rule = "is no flag; settings are written KEY=VALUE, without dashes"
-    name = flag.strip("-")
-    for each in (name, name.replace("-", "_")):
-        if type_of(each) is not None or each in _groups():
-            return UserError(flag, value, rule, f"write {each}={value or 'VALUE'}")
+    name, groups = flag.strip("-").replace("-", "_"), _groups()
+    if type_of(name) is not None or name in groups:
+        return UserError(flag, value, rule, f"write {name}={value or 'VALUE'}")
     if close := difflib.get_close_matches(flag, FLAGS, n=1, cutoff=0.75):
         return UserError(flag, value, rule, f"did you mean {close[0]}?")
-    meant = [f"{each}={value or 'VALUE'}" for each in _close_keys(name.replace("-", "_"), [*_groups()])]
-    return UserError(flag, value, rule, f"did you mean {' or '.join(meant)}? {LISTS}" if meant else LISTS)
+    meant = [f"{each}={value or 'VALUE'}" for each in _close_keys(name, [*groups])]
+    cure = f"did you mean {' or '.join(meant)}? {LISTS}" if meant else LISTS
+    return UserError(flag, value, rule, CURES.get(name, cure))
 
 
 def refuse_keys_of_other_modes(mode: Mode, overrides: Sequence[str]) -> None:
@@ -394,94 +404,28 @@ def refuse_keys_of_other_modes(mode: Mode, overrides: Sequence[str]) -> None:
                 raise UserError(key, value, rule, f"write mode={modes[0].value}, or leave {key} out")
 
 
-def explain(error: Exception, words: Sequence[str]) -> UserError:
-    """An error of Hydra or OmegaConf as field, value, rule and cure: of a setting, where help was asked for with some, else of
-    a recipe, as `check_words` found nothing.
-    """
-    if wrong := _first_error(words, [word for word in _settings(words) if "=" in word]):
-        return wrong
-    if not isinstance(error, (HydraException, OmegaConfBaseException)):
-        # Of OmegaConf an AssertionError is for a key of a section that is null.
-        if isinstance(error, AssertionError) and (wrong := _in_null_section(words)):
-            return wrong
-        raise error
-    groups = _groups(_own(words))
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        group, _, name = error.missing_cfg_file.rpartition("/")
-        if wrong := group in groups and _wrong_option(group, name, groups):
-            return wrong
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = {name: value.strip() for name, colon, value in (line.partition(":") for line in lines) if colon}
-    key = re.sub(r"\[\d+\].*", "", told.get("full_key", getattr(error, "full_key", None) or ""))
-    recipe = found[1] if (found := re.match(r"In '([^']*)'", lines[0] if lines else "")) else ""
-    place = f"in {recipe}.yaml: " if recipe else ""
-    if key and type_of(key) is None:
-        wrong = _unknown_key(key, "VALUE", groups)
-        return UserError(key, "VALUE", place + wrong.rule, wrong.cure)
-    if key and (found := re.search(r"alue '([^']*)'(?: of type '(\w+)')?", str(error))):
-        value = yaml.safe_load(found[1]) if found[2] not in (None, "str") else found[1]
-        if wrong := _wrong_value(key, value):
-            return UserError(key, value, place + wrong.rule, wrong.cure)
-    if recipe and (wrong := _in_recipe(recipe, _own(words))):
-        return UserError(wrong.field, wrong.value, place + wrong.rule, wrong.cure)
-    rule = " ".join(line for line in lines if not re.match(r"(full_key|object_type|reference_type)\b", line))
-    return UserError(key or "recipe", "?", rule, f"correct the recipe; {LISTS}")
-
-
-def _in_null_section(words: Sequence[str]) -> UserError | None:
+def _in_null_section(typed: dict[str, str]) -> UserError | None:
     """The first setting of a section that may be null, as what the recipe chose left it."""
-    for word in _settings(words):
-        key, _, value = word.lstrip("+").partition("=")
-        names = key.split(".")
-        for section in (".".join(names[:count]) for count in range(1, len(names))):
-            if is_dataclass(type_of(section)) and _refused(section, None) is None:
-                group, _, inside = section.partition(".")
-                files = sorted((ROOT / "conf" / group).glob("*.yaml"))
-                having = [
-                    f"{group}={file.stem}" for file in files if (yaml.safe_load(file.read_text()) or {}).get(inside)
-                ]
-                rule = f"is a key of {section}, which is null with what is chosen for {group}"
-                return UserError(key, value, rule, f"choose {' or '.join(having)}, or leave it out")
+    for key, value in typed.items():
+        section = next((each for each in dotted_keys() if key.startswith(f"{each}.") and is_nullable(each)), "")
+        if is_dataclass(type_of(section)):
+            group, _, inside = section.partition(".")
+            files = {file.stem: read_yaml(file) for file in sorted((ROOT / "conf" / group).glob("*.yaml"))}
+            having = [f"{group}={name}" for name, found in files.items() if found.get(inside)]
+            rule = f"is a key of {section}, which is null with what is chosen for {group}"
+            return UserError(key, value, rule, f"choose {' or '.join(having)}, or leave it out")
     return None
 
 
-def _in_recipe(name: str, own: Sequence[Path]) -> UserError | None:
-    """The first value in a recipe that its key does not take. name: its group and its own, such as `conf/mine`."""
-    path = next((path for folder in own if (path := folder / f"{name}.yaml").is_file()), None)
-
-    def walk(section: dict[str, Any], prefix: str) -> Iterator[UserError]:
-        for name, value in section.items():
-            key = f"{prefix}{name}"
-            if isinstance(value, dict) and is_dataclass(type_of(key)):
-                yield from walk(value, f"{key}.")
-            elif type_of(key) is not None and (wrong := _wrong_value(key, value)):
-                yield wrong
-
-    given = yaml.safe_load(path.read_text()) if path else None
-    return next(walk(given, ""), None) if isinstance(given, dict) else None
-
-
-def _refused(key: str, value: Any) -> OmegaConfBaseException | None:
-    """Why the schema's type does not take this value."""
-    section, _, name = key.rpartition(".")
-    kind: Any = type_of(section) if section else Config
-    if not is_dataclass(kind):
-        return None
-    try:
-        OmegaConf.update(OmegaConf.structured(_section_of_one(kind, name)), name, value)
-    except OmegaConfBaseException as error:
-        return error
+def _in_recipe(name: str, inside: str, own: Sequence[Path]) -> tuple[str, Any] | None:
+    """The key in a recipe, and its value, that OmegaConf names, or that has a value and is a section. name: its group and its own."""
+    files = (folder / f"{name}.yaml" for folder in (*own, ROOT / "conf"))
+    given = read_yaml(next(file for file in files if file.is_file()))
+    for key in dotted_keys():
+        value = OmegaConf.select(given, key.removeprefix(f"{name.partition('/')[0]}."))
+        if key == inside or (is_dataclass(type_of(key)) and not isinstance(value, (DictConfig, type(None)))):
+            return key, OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
     return None
-
-
-@cache
-def _section_of_one(section: type, name: str) -> type:
-    """This section with one of its keys alone, as OmegaConf takes 10 ms to read all of them; the section itself if it has no such key."""
-    key = next((each for each in fields(section) if each.name == name), None)
-    if key is None:
-        return section
-    own = field(default=key.default, default_factory=key.default_factory)
-    return make_dataclass(section.__name__, [(name, typing.get_type_hints(section)[name], own)])
 
 
 def _default(key: str) -> Any:
@@ -498,24 +442,5 @@ def _written(key: str, value: Any) -> str:
 
 def _plain(value: Any) -> str:
     """A value as one types it."""
-    if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "null"}[value]
-    if isinstance(value, Enum):
-        return str(value.value)
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(_plain(each) for each in value)}]"
-    if is_dataclass(value):
-        value = vars(value)
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{name}: {_plain(each)}" for name, each in value.items()) + "}"
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _singular(kind: type) -> str:
-    return {int: "a whole number", float: "a number"}[kind]
-
-
-def _plural(item: Any) -> str:
-    if isinstance(item, type) and issubclass(item, Enum):
-        return ", ".join(choice.value for choice in item)
-    return {int: "whole numbers", float: "numbers", str: "words"}.get(item, "mappings, each with keys of its own")
+    held: Any = OmegaConf.to_container(OmegaConf.create({"_": value}), enum_to_str=True)
+    return yaml_words(held["_"])

@@ -173,6 +173,13 @@ def type_of(key: str) -> Any:
     return kind
 
 
+def is_nullable(key: str) -> bool:
+    """Whether a key of the schema takes null."""
+    section, _, name = key.rpartition(".")
+    kind: Any = type_of(section) if section else Config
+    return dataclasses.is_dataclass(kind) and plain(typing.get_type_hints(kind)[name])[1]
+
+
 def docstring(cls: type) -> str:
     """The docstring of a section, in one line."""
     return " ".join((inspect.getdoc(cls) or "").split())

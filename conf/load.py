@@ -31,7 +31,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from conf.adapters import ON_REQUEST
 from conf.check import adapted_targets, check
-from conf.command_line import check_words, explain, refuse_keys_of_other_modes
+from conf.command_line import check_words, explain, refuse_keys_of_other_modes, settings_in
 from conf.disk import disk_errors
 from conf.errors import EXIT_OK, UserError
 from conf.fields import check_fields
@@ -198,6 +198,7 @@ def compose_node(*overrides: str) -> DictConfig:
 @contextmanager
 def explained(words: Sequence[str]) -> Iterator[None]:
     """Turn errors of Hydra and OmegaConf in this block into UserError. words: of the command line that it composes."""
+    check_words(words)
     try:
         yield
     except UserError:
@@ -211,6 +212,8 @@ def _reworded(word: str) -> str:
     the groups of that name are schedules, which hold for any optimizer.
     """
     key, _, value = word.partition("=")
+    if key == "conf" and "/" not in value:
+        return word.removesuffix(".yaml")
     if key == "optim" and value in OPTIMIZERS:
         return f"optim.name={value}"
     return f'name="{value}"' if key == "name" and value.startswith("[") and value.endswith("]") else word
@@ -223,7 +226,8 @@ def _following(load: Callable[..., DictConfig]) -> Callable[..., DictConfig]:
     def load_typed(
         loader: ConfigLoaderImpl, config_name: str, overrides: list[str], run_mode: RunMode, **more: bool
     ) -> DictConfig:
-        typed = {word.lstrip("+").partition("=")[0] for word in overrides if run_mode is RunMode.RUN} - {"conf"}
+        settings = [word.lstrip("+").partition("=") for word in overrides if run_mode is RunMode.RUN]
+        typed = {key for key, _, value in settings if key != "conf" and not value.startswith("{")}
         defaults = sorted(_Primary().defaults, key=lambda one: isinstance(one, dict) and not typed.isdisjoint(one))
         quiet = [{f"override hydra/{name}": "none"} for name in ("job_logging", "hydra_logging")]
         ConfigStore.instance().repo["train.yaml"].node.defaults = [*defaults, *quiet]
@@ -285,19 +289,16 @@ def run(job: Callable[[list[Config]], int]) -> int:
     All are checked before job is called, so that a mistake in the last of a sweep does not wait for the others.
     """
     words = sys.argv[1:] = [_reworded(word) for word in sys.argv[1:]]
-    try:
-        check_words(words)
-    except UserError as error:
-        return report(error)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing, so that every error has one form
     try:
+        settings = settings_in(words)  # between which Hydra takes no flags
+        sys.argv[1:] = [*(word for word in words if word not in settings), *settings]
+        plain = not any(word.startswith("-") or word.lstrip("+~").startswith("hydra") for word in words)
         try:
-            plain = not any(word.startswith("-") or word.lstrip("+~").startswith("hydra") for word in words)
-            nodes = [_composed(words)] if plain else _composed_by_hydra()
-        except (UserError, HydraException, OmegaConfBaseException):
+            with explained(words):
+                nodes = [_composed(words)] if plain else _composed_by_hydra()
+        except UserError:
             raise
-        except AssertionError as error:
-            return report(explain(error, words))
         except UNREADABLE as error:
             raise yaml_error(error) from error
         for node in nodes:

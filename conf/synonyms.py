@@ -7,7 +7,6 @@ Spelling is found by itself; a line here is for a word that looks like no key of
 from conf.schema import Mode
 
 KEYS = {
-    "accumulation_steps": "micro_batch_size",
     "adam_beta1": "optim.betas",
     "adam_beta2": "optim.betas",
     "adam_epsilon": "optim.eps",
@@ -29,7 +28,6 @@ KEYS = {
     "fp8": "precision",
     "from_pretrained": "init_from",
     "global_batch_size": "batch_size",
-    "gradient_accumulation_steps": "micro_batch_size",
     "gradient_checkpointing": "model.recompute",
     "gradient_clipping": "optim.clip",
     "gradient_clip": "optim.clip",
@@ -40,6 +38,10 @@ KEYS = {
     "iterations": "steps",
     "learning_rate": "optim.lr",
     "load_from": "resume",
+    "lora_alpha": "adapter.alpha",
+    "lora_dropout": "adapter.dropout",
+    "lora_r": "adapter.rank",
+    "lora_rank": "adapter.rank",
     "log_every": "log.every",
     "logging_steps": "log.every",
     "max_grad_norm": "optim.clip",
@@ -96,6 +98,27 @@ VALUES = {
     ("cluster.device", "gpu"): ("cuda", "takes GPUs"),
 }
 """A key and what is typed for it, in small letters; the value that is meant, and what it does."""
+
+NO_TENSOR_PARALLELISM = "there is no tensor parallelism: parallel.pp spreads layers, parallel.ep experts, parallel.cp positions, parallel.zero=3 weights"
+ACCUMULATION = (
+    "a rank adds up batch_size / (micro_batch_size x parallel.dp) micro-batches: set batch_size and micro_batch_size"
+)
+CURES = {
+    "accumulation_steps": ACCUMULATION,
+    "gradient_accumulation_steps": ACCUMULATION,
+    "cosine": "write 'optim.lr_schedule=[{until: 1.0, value: 0.1, shape: cosine}]'",
+    "lr_scheduler_type": "set optim.lr_schedule, such as 'optim.lr_schedule=[{until: 1.0, value: 0.1, shape: cosine}]'",
+    "dpo": "there is no training on preferences; tune on chats (conf=tiny_chat), and mode=score writes log-probabilities for a loop of your own",
+    "fsdp": "write parallel.zero=3",
+    "qlora": "write adapter=lora adapter.base=fp8",
+    "tensor_model_parallel_size": NO_TENSOR_PARALLELISM,
+    "tensor_parallel_size": NO_TENSOR_PARALLELISM,
+    "tp": NO_TENSOR_PARALLELISM,
+}
+"""What is typed, as a key, the last part of one, a value or a word alone, and the cure where no one key is meant."""
+
+COMMANDS = ("doctor", "runs", "launch", "why", "top")
+"""Words that follow `sluice` in place of settings: train/__main__.py has what they do."""
 
 OWN_KEYS: dict[str, tuple[Mode, ...]] = {
     "average": (Mode.average,),

@@ -14,11 +14,11 @@ from conf.errors import EXIT_USER, UserError
 from conf.keys import dotted_keys
 from conf.load import compose, run
 from conf.schema import Mode
-from conf.synonyms import KEYS, VALUES
+from conf.synonyms import COMMANDS, CURES, KEYS, VALUES
 from parallel.shard import Shard
 from tests.checkpoint.world import checkpointers, save
 from tests.small import arguments
-from train.__main__ import MODE_FUNCTIONS, STARTS_RANKS, main
+from train.__main__ import COMMAND_MODULES, MODE_FUNCTIONS, STARTS_RANKS, main
 
 MISTAKES = {
     # range
@@ -161,7 +161,7 @@ MISTAKES = {
     "model.lr=1": "did you mean optim.lr=1?",
     "optimizer.lr=1": "did you mean optim.lr=1?",
     "precision=bfloat16": "write precision=bf16",
-    "conf=tiny.yaml": "write conf=tiny",
+    "adapter=lora.yml": "write adapter=lora",
     "~steps": "write steps=VALUE, or leave the word out",
     "~log": "write log=VALUE, or leave the word out",
     "data.mix=[{path: a": "close it: 'data.mix=[{path: a}]'",
@@ -170,6 +170,28 @@ MISTAKES = {
     "mode=plan evaluate.tasks=[hellaswag]": "write mode=evaluate, or leave evaluate.tasks out",
     "mode=dry_run plan.search=true": "write mode=plan, or leave plan.search out",
     "prove.ranks=2": "write mode=prove",
+    "gradient_accumulation_steps=4": "set batch_size and micro_batch_size",
+    "tensor_parallel_size=2": "there is no tensor parallelism: parallel.pp spreads layers",
+    "parallel.tp=2": "there is no tensor parallelism",
+    "fsdp=true": "write parallel.zero=3",
+    "--fsdp": "write parallel.zero=3",
+    "lora_r=8": "did you mean adapter.rank=8?",
+    "lora_alpha=16": "did you mean adapter.alpha=16?",
+    "qlora=true": "write adapter=lora adapter.base=fp8",
+    "adapter=qlora": "write adapter=lora adapter.base=fp8",
+    "mode=dpo": "there is no training on preferences; tune on chats",
+    "dpo": "there is no training on preferences",
+    "cosine": "write 'optim.lr_schedule=[{until: 1.0, value: 0.1, shape: cosine}]'",
+    "optim.lr_schedule=cosine": "write 'optim.lr_schedule=[{until: 1.0, value: 0.1, shape: cosine}]'",
+    "doctr": "did you mean `sluice doctor`?",
+    "trian": "did you mean mode=train?",
+    "conf=tiny -m seed=1,x": "for example seed=1",
+    "parallel=8": "take one of them",
+    "=3": "lists recipes, groups and keys",
+    "model={layers: x}": "write 'model={layers: x}'",
+    "'model={layers: x}'": "for example model.layers=4",
+    "precision.fp8.gradient_floor=1": "leave it out",
+    "~conf": "write conf=VALUE, or leave the word out",
     "data.mix=[{path: a}, {path: b}]": "write 'data.mix=[{path: a}, {path: b}]'",
 }
 
@@ -229,7 +251,7 @@ def test_a_disk_and_a_memory_that_are_too_small_are_told_before_data_are_read(tm
 @pytest.mark.parametrize("word", ["lora.rank=3", "foo/bar=x", "+foo.bar=1"])
 def test_a_key_that_resembles_none_gets_no_suggestion(word):
     with pytest.raises(UserError) as told:
-        check_words([word])
+        compose(word)
     assert "did you mean" not in told.value.cure
 
 
@@ -248,8 +270,20 @@ def test_every_synonym_leads_to_a_key_and_is_none_itself():
     assert not {*KEYS} & known
 
 
+def test_cures_are_of_words_that_are_no_keys_and_commands_are_those_of_the_program():
+    assert not {*CURES} & {*dotted_keys(), *KEYS} and {*COMMANDS} == {*COMMAND_MODULES}
+
+
 def test_a_command_without_words_has_no_mistake():
     check_words([])
+
+
+@pytest.mark.parametrize("line", ["conf=tiny.yaml seed=2", "conf=tiny -m seed=2 steps=3", "-m conf=tiny seed=2"])
+def test_a_line_that_is_meant_is_taken(line, monkeypatch):
+    found = []
+    monkeypatch.setattr(sys, "argv", ["train", *line.split()])
+    assert run(lambda configs: found.extend(configs) or 0) == 0
+    assert [config.seed for config in found] == [2] and found[0].name.partition("/")[0] == "tiny"
 
 
 def test_every_key_that_is_meant_exists():

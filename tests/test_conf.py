@@ -8,7 +8,6 @@ import pytest
 from omegaconf import OmegaConf
 
 from conf.check import check
-from conf.command_line import check_words
 from conf.errors import EXIT_USER, UserError
 from conf.help import options
 from conf.load import compose, read_config, run, write_config
@@ -104,12 +103,11 @@ def test_a_list_or_a_section_is_taken_over_from_one_alone(word):
 
 
 @pytest.mark.parametrize("word", ["hardware=1", "conf=[tiny]", "optim.lr_schedule.shape=cosine", "data.mix.path=2"])
-def test_from_python_a_word_has_the_error_of_the_command_line(word):
+def test_from_python_a_word_has_the_error_of_the_command_line(word, monkeypatch, capsys):
     with pytest.raises(UserError) as caught:
         compose(word)
-    with pytest.raises(UserError) as said:
-        check_words([word])
-    assert str(caught.value) == str(said.value)
+    monkeypatch.setattr(sys, "argv", ["train", word])
+    assert run(lambda configs: 0) == EXIT_USER and capsys.readouterr().err == f"error: {caught.value}\n"
 
 
 @pytest.mark.parametrize("key", ["nothing", "model.nothing", "precision.fp8.nothing"])

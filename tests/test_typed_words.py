@@ -143,6 +143,7 @@ def test_a_typed_key_wins_over_the_option_of_its_group_and_over_the_recipe():
     node = compose_node("conf=kimi_k2", "data=deepseek_v3", "data.fim_rate=0.3")
     assert (node.data.tokenizer, node.data.fim_rate) == ("deepseek_v3", 0.3)
     assert compose_node("conf=kimi_k2").data.tokenizer is None
+    assert compose_node("conf=kimi_k2", "data={fim_rate: 0.3}").data.fim_rate == 0.3
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,10 @@ def sound(tmp_path) -> Path:
 
 def test_no_folder_no_weights_or_only_pickles(tmp_path):
     refused(tmp_path / "nowhere", "no such folder")
-    refused(Path("someone/Model-16B"), r"`hf download someone/Model-16B --local-dir Model-16B`, then set init_from=Model-16B")
+    refused(
+        Path("someone/Model-16B"),
+        r"`hf download someone/Model-16B --local-dir Model-16B`, then set init_from=Model-16B",
+    )
     refused(tmp_path / ("a" * 300), "no such folder")
     assert not is_hf_folder(tmp_path / ("a" * 300))
     with pytest.raises(UserError, match="File name too long"):

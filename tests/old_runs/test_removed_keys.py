@@ -6,7 +6,6 @@ import pytest
 import yaml
 
 from conf.changed_settings import changed, settings_of
-from conf.command_line import check_words
 from conf.errors import UserError
 from conf.keys import groups
 from conf.load import compose, read_config, write_config
@@ -100,7 +99,7 @@ def test_a_key_that_changed_no_result_stops_no_run_that_goes_on(tmp_path):
     assert read_config(str(file)) == config
     assert changed(config, "x", {"step": 4, "data": "x", "has_ema": False, "config": settings}).notes() == []
     with pytest.raises(UserError, match=r"log\.state_every"):
-        check_words(["log.repeat_above=10"])
+        compose("log.repeat_above=10")
 
 
 def test_in_a_checkpoint():
@@ -113,5 +112,5 @@ def test_in_a_checkpoint():
 
 def test_on_a_command_line():
     with pytest.raises(UserError, match=r"was removed in 0\.2\.0") as caught:
-        check_words([f"{KEY}=1e-12"])
+        compose(f"{KEY}=1e-12")
     assert caught.value.cure.startswith("leave it out")
