@@ -3,10 +3,13 @@
 import json
 import math
 import shutil
+import struct
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from conf.adapters import ADAPTER_TARGETS, is_adapter
 from conf.errors import UserError
@@ -15,12 +18,18 @@ from conf.schema import AdapterTarget
 from tests.layouts import run_layout
 from tests.small import SMALL, arguments, metrics
 from train.__main__ import check_before_start
+from train.checkpoint.adapter_base import describe_base
 from train.checkpoint.average import write_average
 from train.checkpoint.manifest import holds_adapter, read_manifest
 from train.checkpoint.stored_weights import load_hf_model, load_model
 from train.export.run import write_export
+from train.hf.adapter_names import ADAPTER_FILE, BASE_WEIGHTS
+from train.hf.folder import open_folder
 
 LORA = ["adapter=lora", "adapter.rank=8", "optim.bias_speed=[{value: 0}]", "optim.lr=0.01"]
+
+
+SHARD = "model-00001-of-00001.safetensors"
 
 
 def losses(folder: Path, name: str) -> list[float]:
@@ -51,6 +60,52 @@ def test_a_run_trains_the_adapter_alone_and_goes_on_in_another_layout(tmp_path):
         more = ["parallel.dp=2", *moved, "steps=4", "optim.ema_decay=0.5", "checkpoint.every=1"]
         run_layout(tmp_path, "two", 2, *start, *more)
     assert losses(tmp_path, "two")[1:] == pytest.approx(losses(tmp_path, "one")[1:], rel=1e-5)
+
+
+def export(tmp_path: Path, name: str, *words: str) -> Path:
+    config = compose(*arguments(tmp_path, "mode=export", f"export.to={tmp_path}/{name}", "export.dtype=fp32", *words))
+    assert write_export(config, lambda *_: None)
+    return tmp_path / name
+
+
+def test_an_adapter_knows_every_weight_of_its_base(tmp_path, capsys):
+    """One changed value of an expert, which no sample of the files' bytes has, and a base that has the adapter in it already."""
+    run_layout(tmp_path, "base", 1, "steps=1")
+    base = export(tmp_path, "base_hf", "name=base")
+    start = [*LORA, f"init_from={base}", f"data.tokenizer={tmp_path}/runs/base", "checkpoint.every=1"]
+    run_layout(tmp_path, "one", 1, *start, "steps=1")
+    run_layout(tmp_path, "two", 2, *start, "steps=1", "parallel.dp=2", "parallel.ep=2", "parallel.zero=3")
+    folders = [tmp_path / f"runs/{name}/checkpoints/step_00000001" for name in ("one", "two")]
+    one, two = (read_manifest(folder).meta["base"] for folder in folders)
+    assert one["weights"] == two["weights"]
+
+    given = ["name=one", *start]
+    adapter, merged = export(tmp_path, "adapter", *given), export(tmp_path, "merged", *given, "export.merge=true")
+    load_hf_model(base, adapter=str(adapter))
+    with pytest.raises(UserError, match="is an adapter of other weights than these"):
+        load_hf_model(merged, adapter=str(adapter))
+    beside = ["name=base", f"adapter.path={adapter}", "export.merge=true"]
+    assert load_file(export(tmp_path, "again", *beside) / SHARD).keys() == load_file(merged / SHARD).keys()
+
+    older = shutil.copytree(adapter, tmp_path / "older")
+    with safe_open(adapter / ADAPTER_FILE, framework="pt") as opened:
+        said = {key: value for key, value in opened.metadata().items() if key != BASE_WEIGHTS}
+    save_file(load_file(adapter / ADAPTER_FILE), older / ADAPTER_FILE, metadata=said)
+    load_hf_model(base, adapter=str(older))
+    assert "as an earlier version wrote it" in capsys.readouterr().out
+
+    raw, quick = (base / SHARD).read_bytes(), describe_base(open_folder(base))
+    size = int.from_bytes(raw[:8], "little")
+    places = [one["data_offsets"][0] for name, one in json.loads(raw[8 : 8 + size]).items() if ".experts." in name]
+    for place in (8 + size + place for place in places):
+        (base / SHARD).write_bytes(raw[:place] + struct.pack("<f", 0.5) + raw[place + 4 :])
+        if describe_base(open_folder(base)) == quick:
+            break
+    check_before_start(compose(*arguments(tmp_path, *given, "steps=2")))
+    with pytest.raises(AssertionError, match="holds other weights than those that the adapter in"):
+        run_layout(tmp_path, "one", 1, *start, "steps=2")
+    with pytest.raises(UserError, match="holds other weights than those that the adapter in"):
+        load_model(compose(*arguments(tmp_path, *given)), folders[0], torch.device("cpu"))
 
 
 def test_an_adapter_beside_frozen_experts_trains_as_in_one_process(tmp_path):
@@ -93,15 +148,10 @@ def test_a_base_in_block_fp8_is_the_rounded_one(tmp_path):
     run_layout(tmp_path, "zero3", 2, *start, "parallel.dp=2", "parallel.zero=3")
     assert losses(tmp_path, "zero3") == pytest.approx(losses(tmp_path, "one"), rel=2e-4)
 
-    def export(name: str, *words: str) -> Path:
-        config = compose(*arguments(tmp_path, "mode=export", f"export.to={tmp_path}/{name}", *words))
-        assert write_export(config, lambda *_: None)
-        return tmp_path / name
-
     # The merged weights of a run whose B is 0 are the base's blocks, which a tune of whole weights then starts from.
     first = [*start, "optim.lr=1e-30", "steps=1"]
     run_layout(tmp_path, "still", 1, *first)
-    export("rounded", *first, "name=still", "export.merge=true", "export.dtype=fp32")
+    export(tmp_path, "rounded", *first, "name=still", "export.merge=true", "export.dtype=fp32")
     run_layout(tmp_path, "whole", 1, f"init_from={tmp_path}/rounded", *given[1:2], "steps=1", "precision=bf16", LORA[2])
     assert losses(tmp_path, "whole")[0] == losses(tmp_path, "one")[0] == losses(tmp_path, "still")[0]
 
@@ -109,9 +159,11 @@ def test_a_base_in_block_fp8_is_the_rounded_one(tmp_path):
     config = compose(*arguments(tmp_path, *start, "name=one", "precision=fp32"))
     own = load_model(config, tmp_path / "runs/one/checkpoints/step_00000003", torch.device("cpu")).state_dict()
     given = ["name=one", *start, "export.dtype=fp32"]
-    base = export("base_hf", "name=base", "export.dtype=fp32")
-    merged, adapter = export("merged", *given, "export.merge=true"), export("adapter", *given)
-    beside = export("beside", "name=base", f"adapter.path={adapter}", "export.merge=true", "export.dtype=fp32")
+    base = export(tmp_path, "base_hf", "name=base", "export.dtype=fp32")
+    merged, adapter = export(tmp_path, "merged", *given, "export.merge=true"), export(tmp_path, "adapter", *given)
+    beside = export(
+        tmp_path, "beside", "name=base", f"adapter.path={adapter}", "export.merge=true", "export.dtype=fp32"
+    )
     for model in (load_hf_model(merged)[1], load_hf_model(base, adapter=str(adapter))[1], load_hf_model(beside)[1]):
         assert all(torch.equal(values, own[name]) for name, values in model.state_dict().items())
     with pytest.raises(UserError, match=r"set adapter\.base=fp8"):

@@ -1,8 +1,9 @@
 """Which weights an adapter was trained beside, and what it cannot go on without. No torch.
 
 Checkpoints of such a run hold the adapter alone. Their meta says where the base lay and what it was, by a fingerprint: of a checkpoint of
-ours by the checksums of its files, of a Hugging Face folder by the headers of its files and samples of their bytes, so that a base that
-was tuned since is told from the one that the adapter knows. A folder may have moved.
+ours by the checksums of its files, of a Hugging Face folder by the headers of its files and samples of their bytes, so that most others are refused
+before anything starts; and by a mark of all weights (train/checkpoint/weights_mark.py), which is made while they are read, so that
+not a single changed value passes. Checkpoints of earlier versions have no such mark. A folder may have moved.
 """
 
 import hashlib
@@ -64,9 +65,16 @@ def require_adapter(config: Config, checkpoint: Path, meta: dict[str, Any]) -> N
 
 def require_base(config: Config, checkpoint: Path, meta: dict[str, Any], base: dict[str, str]) -> None:
     """UserError unless the adapter in the checkpoint was trained beside this base."""
-    if meta["base"]["fingerprint"] != base["fingerprint"]:
-        rule = f"holds other weights than those that the adapter in {checkpoint} was trained beside: {meta['base']['path']}"
-        raise UserError("init_from", config.init_from, rule, f"set init_from={meta['base']['path']}, or its copy")
+    known, now = (one.get("weights") for one in (meta["base"], base))
+    if meta["base"]["fingerprint"] != base["fingerprint"] or (known and now and known != now):
+        raise other_base(config.init_from, checkpoint, meta)
+
+
+def other_base(init_from: str | None, checkpoint: Path, meta: dict[str, Any]) -> UserError:
+    """For weights that the adapter in a checkpoint was not trained beside."""
+    path = meta["base"]["path"]
+    rule = f"holds other weights than those that the adapter in {checkpoint} was trained beside: {path}"
+    return UserError("init_from", init_from, rule, f"set init_from={path}, or its copy")
 
 
 def refuse_adapter(checkpoint: Path, meta: dict[str, Any]) -> None:

@@ -4,8 +4,7 @@ Blocks of a base that is block FP8 keep their values (train/hf/blocks.py); other
 """
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -13,17 +12,17 @@ from torch import Tensor
 from conf.adapters import is_held_in_blocks
 from conf.thresholds import THRESHOLDS
 from parallel.shard import Shard
+from train.checkpoint.weights_mark import FillShards, WeightsMark
 from train.hf.blocks import dequantize, requantize
 from train.hf.config import SCALE_BLOCK
 from train.kernels.fp8.frozen_blocks import FrozenBlocks
 
-FillShards = Callable[[dict[str, Shard]], Any]
-"""Fills shards of weights and balance biases by their names in a checkpoint."""
 
-
-def fill_blocks(name: str, blocks: FrozenBlocks, ep: int, held: Tensor, first: int, fill: FillShards) -> None:
+def fill_blocks(
+    name: str, blocks: FrozenBlocks, ep: int, held: Tensor, first: int, fill: FillShards, mark: WeightsMark
+) -> None:
     """Fill bytes of one weight. name: in a checkpoint. ep: ranks that share experts. held: bytes from number `first` on of those that
-    the rank has, with padding behind the last.
+    the rank has, with padding behind the last. mark: takes the values that the bytes stand for.
     """
     size, (rows, columns) = blocks.matrix_bytes, blocks.shape[-2:]
     local = range(1) if blocks.experts is None else blocks.experts
@@ -37,9 +36,9 @@ def fill_blocks(name: str, blocks: FrozenBlocks, ep: int, held: Tensor, first: i
         fill({name: Shard(values, (local.start + number) * rows * columns, shape)})
         for one, matrix in zip(several, values.view(-1, rows, columns), strict=True):
             low, high = max(first, one * size), min(stop, (one + 1) * size)
-            held[low - first : high - first].copy_(
-                blocks.pack(*requantize(matrix))[low - one * size : high - one * size]
-            )
+            q, scale = requantize(matrix)
+            held[low - first : high - first].copy_(blocks.pack(q, scale)[low - one * size : high - one * size])
+            mark.add(name, dequantize(q, scale), (local.start + one) * rows * columns)
 
 
 def fill_rounded(fill: FillShards, wanted: dict[str, Shard]) -> None:

@@ -24,16 +24,19 @@ from torch import Tensor
 
 from conf.errors import UserError
 from conf.schema import Adapter, BaseFormat, Config, Model, ModelFamily
+from conf.words import say_note
+from parallel.exchange import gather
 from parallel.mesh import Mesh
 from parallel.pipeline.schedule import Pipeline
 from parallel.shard import Shard, whole
-from train.checkpoint.adapter_base import describe_base, require_adapter, require_base
-from train.checkpoint.frozen_base import FillShards, fill_rounded
+from train.checkpoint.adapter_base import describe_base, other_base, require_adapter, require_base
+from train.checkpoint.frozen_base import fill_rounded
 from train.checkpoint.manifest import Manifest, holds_adapter, read_manifest
 from train.checkpoint.read_shards import FolderFiles, fill_shards
 from train.checkpoint.run_folder import find_checkpoint
+from train.checkpoint.weights_mark import FillShards, MarkedPart, WeightsMark, same_weights
 from train.hf.adapter_folder import ADAPTER_FIELD, open_adapter
-from train.hf.adapter_names import ADAPTER_FILE, BASE_FORMAT, BASE_MARK, AdaptedTensor, adapted_tensors
+from train.hf.adapter_names import ADAPTER_FILE, BASE_FORMAT, BASE_MARK, BASE_WEIGHTS, AdaptedTensor, adapted_tensors
 from train.hf.families import FAMILIES
 from train.hf.folder import is_hf_folder, match, open_model
 from train.hf.read import folder_reader, parts_of
@@ -56,16 +59,31 @@ class StoredPairs:
     """What an adapter adds to the matrices of its base."""
 
     def __init__(
-        self, adapted: Iterable[AdaptedTensor], scale: float, read: Callable[[PlacedTensor], Tensor], base: BaseFormat
+        self,
+        adapted: Iterable[AdaptedTensor],
+        scale: float,
+        read: Callable[[PlacedTensor], Tensor],
+        base: BaseFormat,
+        weights: str | None,
+        other: UserError,
     ):
-        """read: gives an A or a B, in fp32. base: in which they were trained beside theirs."""
+        """read: gives an A or a B, in fp32. base: in which they were trained beside theirs. weights: the mark of that, None where it is not
+        known. other: the error of another base.
+        """
         self.adapted = list(adapted)
+        self._mark, self._weights, self._other = WeightsMark(), weights, other
         self._by_place = {(one.base.ours, one.base.start): one for one in self.adapted}
         self._scale, self._read, self._base = scale, read, base
 
     def as_trained(self, fill_base: FillShards) -> FillShards:
-        """The base as it was when they were trained beside it."""
-        return partial(fill_rounded, fill_base) if self._base is BaseFormat.fp8 else fill_base
+        """The base as it was when they were trained beside it, which is looked at as it is read."""
+        fill = partial(fill_rounded, fill_base) if self._base is BaseFormat.fp8 else fill_base
+        return fill if self._weights is None else self._mark.watching(fill)
+
+    def require_base(self, gather: Callable[[list[MarkedPart]], Iterable[Iterable]] = lambda parts: [parts]) -> None:
+        """UserError where the base, all of which was read meanwhile, is another one than theirs. gather: as `WeightsMark.text` has it."""
+        if self._weights is not None and not same_weights(self._mark.text(gather), self._weights):
+            raise self._other
 
     def add_to(self, wanted: dict[str, Shard]) -> None:
         """Add scale B A to all shards that adapted matrices lie in. wanted: weights in fp32, by our names."""
@@ -106,7 +124,9 @@ class StoredWeights:
             raise UserError(ADAPTER_FIELD, adapter.path, f"{checkpoint} holds an adapter already", "leave it out")
         require_adapter(config, checkpoint, self.manifest.meta)
         adapted = adapted_tensors(config.model, family, adapter.targets, adapter.rank)
-        self.pairs = StoredPairs(adapted, adapter.scale, self.read, adapter.base)
+        meta = self.manifest.meta
+        other, mark = other_base(config.init_from, checkpoint, meta), meta["base"].get("weights")
+        self.pairs = StoredPairs(adapted, adapter.scale, self.read, adapter.base, mark, other)
         self._base = self.pairs.as_trained(open_base(config, self.manifest))
 
     def fill(self, wanted: dict[str, Shard]) -> None:
@@ -178,11 +198,17 @@ def open_pairs(path: str | None, model: Model, family: ModelFamily, fill_base: F
     found = open_adapter(Path(path).expanduser(), model, family)
     opened = safe_open(found.folder.path / ADAPTER_FILE, framework="pt", backend="pread")
     said = opened.metadata() or {}
-    mark = said.get(BASE_MARK)
+    mark, weights = said.get(BASE_MARK), said.get(BASE_WEIGHTS)
+    other = found.folder.refuse(
+        f"is an adapter of other weights than these: it was made for {found.base}",
+        "give the base that it was trained on, to which it was not added yet",
+    )
     if mark is not None and mark != mark_of(fill_base, model):
-        raise found.folder.refuse(
-            f"is an adapter of other weights than these: it was made for {found.base}",
-            "give the base that it was trained on",
+        raise other
+    if mark is not None and weights is None:
+        say_note(
+            f"{found.folder.path}: this adapter knows its base by two of its rows, as an earlier version wrote it: whether it was added to "
+            f"these weights already cannot be told. It was made for {found.base}"
         )
 
     def read(placed: PlacedTensor) -> Tensor:
@@ -196,7 +222,7 @@ def open_pairs(path: str | None, model: Model, family: ModelFamily, fill_base: F
         raise found.folder.refuse(
             f"was trained beside a base in {base!r:.80}, which is unknown here", "use the version that wrote it"
         )
-    return StoredPairs(found.adapted, found.scale, read, BaseFormat(base))
+    return StoredPairs(found.adapted, found.scale, read, BaseFormat(base), weights, other)
 
 
 def weight_bytes(config: Model, item_bytes: int) -> int:
@@ -231,7 +257,10 @@ def load_model(config: Config, checkpoint: Path, device: torch.device) -> DeepSe
     dtype, precision = activation_dtype(config.precision), build_precision(config.precision, device, kernels)
     model = DeepSeekV3.whole(config.model, precision, seq_len=config.seq_len, device="meta")
     materialise(model, "cpu")
-    read_into_chunks([model], StoredWeights(config, checkpoint))
+    stored = StoredWeights(config, checkpoint)
+    read_into_chunks([model], stored)
+    if stored.pairs is not None:
+        stored.pairs.require_base()
     for param in model.parameters():
         param.data = param.data.to(dtype)
     return model.to(device).eval()
@@ -246,7 +275,10 @@ def load_pipeline(config: Config, mesh: Mesh, device: torch.device, checkpoint: 
     plain = replace(config, adapter=Adapter())  # what an adapter does is in the weights
     chunks, stage_ids, num_stages = build_chunks(plain, mesh, device, dispatcher, precision, restored=True, share=share)
     kind = "ema" if config.evaluate.ema else "master"
-    read_into_chunks(chunks, StoredWeights(config, checkpoint, kind), kind, mesh.ep_rank, mesh.layout.ep)
+    stored = StoredWeights(config, checkpoint, kind)
+    read_into_chunks(chunks, stored, kind, mesh.ep_rank, mesh.layout.ep)
+    if stored.pairs is not None:
+        stored.pairs.require_base(gather)
     return build_pipeline(config, mesh, device, chunks, stage_ids, num_stages, overlap=False)
 
 
@@ -303,5 +335,6 @@ def load_hf_model(
         read(wanted)
     else:
         pairs.fill_added(read, wanted)
+        pairs.require_base()
     tokenizer = path / "tokenizer.json"
     return config, model.eval(), tokenizer if tokenizer.is_file() else None

@@ -47,7 +47,7 @@ from train.export.written_tensors import (
     source_name,
     write_json,
 )
-from train.hf.adapter_names import ADAPTER_CONFIG, ADAPTER_FILE, BASE_FORMAT, BASE_MARK, peft_config
+from train.hf.adapter_names import ADAPTER_CONFIG, ADAPTER_FILE, BASE_FORMAT, BASE_MARK, BASE_WEIGHTS, peft_config
 from train.hf.blocks import requantize
 from train.hf.config import GROUP_TOP_K, LATENT_NORM_EPS, SCALE_BLOCK, config_json
 from train.hf.families import FAMILIES, PARAMS_FILE, FamilyFacts
@@ -114,8 +114,14 @@ def write_export(config: Config, progress: ReportProgress) -> list[str]:
     body = config_json(config.model, manifest.meta["seq_len"], config.export.dtype, ends, family)
     length = body.get(FAMILIES[family].section, body)["max_position_embeddings"]
     with written_whole(target, "export.to") as folder:
-        mark = {BASE_MARK: stored.base_mark(config.model), BASE_FORMAT: config.adapter.base} if alone else {}
+        mark = {}
+        if alone:
+            weights = manifest.meta["base"].get("weights")
+            mark = {BASE_MARK: stored.base_mark(config.model), BASE_FORMAT: config.adapter.base}
+            mark |= {BASE_WEIGHTS: weights} if weights else {}
         _write_weights(folder, files, stored, ema, progress, mark)
+        if stored.pairs is not None and not alone:
+            stored.pairs.require_base()
         if alone:
             write_json(folder / ADAPTER_CONFIG, peft_config(config.adapter, adapted, str(config.init_from)))
         else:

@@ -16,7 +16,9 @@ ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json
 PREFIX = "base_model.model."
 """In front of the names of the base."""
 BASE_MARK = "base_mark"
-"""In the file's metadata: by what the base is known again."""
+"""In the file's metadata: by what the base is known again without reading it, two of its rows."""
+BASE_WEIGHTS = "base_weights"
+"""In the file's metadata: the mark of all weights of the base (train/checkpoint/weights_mark.py). Earlier versions wrote none."""
 BASE_FORMAT = "base_format"
 """In the file's metadata: in what the base lay when the adapter was trained beside it, as adapter.base has it."""
 

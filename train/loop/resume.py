@@ -128,6 +128,10 @@ def _resumed(config: Config, data: PreparedData, meta: dict[str, Any], notes: li
         data.train.go_on(meta.get("stream"))
     changes = changed(config, data.fingerprint, meta)
     resumed = {"step": meta["step"], "from": where} | changes.plain()
+    if config.adapter.on and "weights" not in meta["base"]:
+        notes.append(
+            "the checkpoint knows the base of its adapter by samples of its bytes, as an earlier version wrote it: from now on by all of them"
+        )
     return RestoredState([*notes, f"resumed from step {meta['step']}: {where}", *changes.notes()], resumed)
 
 

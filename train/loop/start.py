@@ -70,23 +70,29 @@ def own_start(config: Config, tokenizer: Tokenizer) -> Path | None:
 
 def start_from(config: Config, source: Folder | Path, state: "RunState") -> None:
     """Fill this rank's part of the state, of an adapter's run that of its base, from what `check_start` or `own_start` has found sound."""
+    from train.checkpoint.weights_mark import WeightsMark  # torch
+
+    mark = WeightsMark()
     if isinstance(source, Path):
         from train.checkpoint.read_shards import FolderFiles, fill_shards  # torch
 
         manifest = read_manifest(source)
-        state.fill_base(lambda wanted: fill_shards(manifest, FolderFiles(source), wanted, rounded=config.adapter.on))
+        state.fill_base(
+            lambda wanted: fill_shards(manifest, FolderFiles(source), wanted, rounded=config.adapter.on), mark
+        )
         family = manifest.meta.get("family")
     else:
         from train.hf.read import folder_reader  # torch
 
         read, has_biases = folder_reader(source, match(source, config.model)), FAMILIES[source.family].has_biases
         state.fill_base(
-            lambda wanted: read({name: wanted[name] for name in wanted if has_biases or not name.startswith("bias.")})
+            lambda wanted: read({name: wanted[name] for name in wanted if has_biases or not name.startswith("bias.")}),
+            mark,
         )
         family = source.family
     if config.adapter.on:
-        from parallel.exchange import from_rank_0  # torch
+        from parallel.exchange import from_rank_0, gather  # torch
 
-        state.base = from_rank_0(lambda: describe_base(source))
+        state.base = from_rank_0(lambda: describe_base(source)) | {"weights": mark.text(gather)}
     meta = {"step": 0, "samples": 0, "skipped": 0, "updates": 0} | ({} if family is None else {"family": family})
     state.finish_load(meta, with_ema=False)

@@ -18,7 +18,8 @@ import torch
 from conf.schema import Config, ModelFamily
 from parallel.mesh import Mesh
 from parallel.shard import Shard, whole
-from train.checkpoint.frozen_base import FillShards, fill_blocks
+from train.checkpoint.frozen_base import fill_blocks
+from train.checkpoint.weights_mark import FillShards, WeightsMark
 from train.kernels.fp8.frozen_blocks import frozen_blocks
 from train.metrics.balance import RunningLoad, update_running
 from train.model.count import moe_layers
@@ -95,12 +96,16 @@ class RunState:
         }
         return base | self._biases()
 
-    def fill_base(self, fill: FillShards) -> None:
-        """Fill what this rank holds of the weights that a run starts from, of an adapter's run that of its base, and balance biases."""
-        fill(self.wanted_of_start())
+    def fill_base(self, fill: FillShards, mark: WeightsMark | None = None) -> None:
+        """Fill what this rank holds of the weights that a run starts from, of an adapter's run that of its base, and balance biases. mark: takes
+        the values of an adapter's base."""
+        mark = mark or WeightsMark()
+        (mark.watching(fill) if self._trains_adapter else fill)(self.wanted_of_start())
         for name, shard in self.zero.untrained_shards().items():
             if name in self._blocks:
-                fill_blocks(f"master.{name}", self._blocks[name], self.mesh.layout.ep, shard.local, shard.offset, fill)
+                fill_blocks(
+                    f"master.{name}", self._blocks[name], self.mesh.layout.ep, shard.local, shard.offset, fill, mark
+                )
 
     def finish_load(self, meta: dict[str, Any], with_ema: bool) -> None:
         """Take over after the wanted shards were filled."""
