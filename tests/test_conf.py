@@ -16,7 +16,7 @@ from conf.schema import ROOT
 
 @pytest.mark.parametrize("recipe", options("conf"))
 def test_every_recipe_composes_and_survives_the_file(recipe, tmp_path):
-    config = compose(f"conf={recipe}", "data.path=/somewhere")
+    config = compose(f"conf={recipe}", "data.path=/somewhere", *["init_from=/base"] * recipe.endswith("_tune"))
     assert config.name == recipe
     write_config(config, str(tmp_path / "config.yaml"))
     assert read_config(str(tmp_path / "config.yaml")) == config

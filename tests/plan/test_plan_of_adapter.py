@@ -4,6 +4,7 @@ import pytest
 
 from conf.adapters import ADAPTER_TARGETS
 from conf.errors import UserError
+from conf.help import options
 from conf.load import compose
 from conf.schema import AdapterTarget, Config
 from train.loop.layout_check import check_layout
@@ -24,6 +25,23 @@ def planned(*overrides: str) -> Config:
 
 def test_every_word_of_the_table_is_a_target():
     assert list(AdapterTarget) == list(ADAPTER_TARGETS)
+
+
+@pytest.mark.parametrize("recipe", [name for name in options("conf") if name.endswith("_tune")])
+def test_recipes_that_tune_released_models_fit_their_gpus(recipe):
+    """By the command on the page; whole weights have the optimizer of the pretraining as soon as the folder tells the model."""
+    pretrained = (
+        compose("mode=plan", f"conf={recipe.removesuffix('_tune')}", "data.path=none") if "glm" not in recipe else None
+    )
+    config = compose("mode=plan", "hardware=h100", f"conf={recipe}", "data.path=none")
+    plan = make_plan(config)
+    assert plan.fits and config.data.chats and config.epochs == 2 and config.batch_size <= 80
+    assert pretrained is None or {**vars(pretrained.model), "recompute": 0, "offload": 0, "yarn": 0} == {
+        **vars(config.model),
+        "recompute": 0,
+        "offload": 0,
+        "yarn": 0,
+    }
 
 
 @pytest.mark.slow

@@ -47,7 +47,7 @@ def composed(*overrides: str) -> Config:
 
 def recipe(name: str, *overrides: str) -> Config:
     """The recipe with groups and values. Hydra, which takes a second, composes each set of groups once."""
-    if name == "tiny_chat":  # chats are apart in any case
+    if name == "tiny_chat" or name.endswith("_tune"):  # chats are apart in any case
         overrides = tuple(override for override in overrides if not override.startswith("data.mask_documents"))
     groups = [override for override in overrides if override.split("=")[0] in ("parallel", "precision")]
     given = [group.split("=")[0] for group in groups]
