@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 
 from conf.optimizers import ADAMW, written_by
 from conf.removed_keys import drop_removed_keys
-from conf.schema import Config, Data, Fp8, Optim, OptimizerName, Precision
+from conf.schema import Config, Data, Fp8, HoldOutBy, Optim, OptimizerName, Precision
 from conf.words import harmless, one_line
 
 LINE_WIDTH, AROUND = 100, 60
@@ -156,10 +156,14 @@ def changed(config: Config, fingerprint: str, meta: dict[str, Any]) -> Changes:
 
 @cache
 def _defaults() -> dict[str, Any]:
-    """The default of every setting, those of FP8 included, but not of where the cache is, which asks for the
+    """What every setting was before there was a key for it, those of FP8 included, but not of where the cache is, which asks for the
     environment.
     """
-    config = Config(data=Data(cache=""), optim=Optim(name=OptimizerName[ADAMW]), precision=Precision(fp8=Fp8()))
+    config = Config(
+        data=Data(cache="", hold_out_by=HoldOutBy.name),
+        optim=Optim(name=OptimizerName[ADAMW]),
+        precision=Precision(fp8=Fp8()),
+    )
     found = OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True)
     return cast("dict[str, Any]", found)
 

@@ -42,7 +42,7 @@ from conf.own_code import OWN_CODE
 from conf.read_json import read_json
 from conf.removed_keys import drop_removed_keys
 from conf.run_settings import LOOKS_AT_A_RUN, over_run_settings
-from conf.schema import ROOT, Config, Hardware, Mode, OptimizerName
+from conf.schema import ROOT, Config, Hardware, HoldOutBy, Mode, OptimizerName
 from conf.synonyms import INSTEAD_OF
 from conf.words import say, say_note
 from conf.yaml_file import UNREADABLE, escaped, read_yaml, yaml_error
@@ -123,6 +123,8 @@ def _choose(config: Config) -> Iterator[str]:
             yield f"optim.name={config.optim.name} is chosen: {why}"
     if config.adapter.on and config.adapter.targets is None:
         config.adapter.targets = [target for target in adapted_targets(config.model) if target not in ON_REQUEST]
+    if config.data.hold_out_by is None:
+        config.data.hold_out_by = _choose_hold_out(config)
     if config.micro_batch_size is None:
         config.micro_batch_size = size = choose_micro_batch_size(config)
         count = config.batch_size // (size * config.parallel.dp)
@@ -149,7 +151,8 @@ def _choose_optimizer(config: Config) -> tuple[OptimizerName, str]:
     if config.adapter.on:
         return OptimizerName[ADAMW], ""
     if config.init_from is None or own.is_file():
-        return OptimizerName[_optimizer_of(own)], ""
+        found = _setting_of(own, "optim.name")
+        return OptimizerName[found if found in OPTIMIZERS else ADAMW], ""
     known = None
     with contextlib.suppress(UserError):  # a folder that cannot be read has an error of its own
         known = pretrained_with(read_json(Path(config.init_from).expanduser() / "config.json", "init_from", ""))
@@ -158,12 +161,21 @@ def _choose_optimizer(config: Config) -> tuple[OptimizerName, str]:
     return OptimizerName[known[1]], f"{known[0]}, whose shape {config.init_from} has, was pretrained with it"
 
 
-def _optimizer_of(run: Path) -> str:
-    """By the config.yaml of a run, which may not be there."""
-    found = ADAMW
+def _choose_hold_out(config: Config) -> HoldOutBy:
+    """What the run does if it exists, else what the run does whose weights or state it starts from: its learnt documents stay with the learnt."""
+    folders = [Path(config.runs, config.name)]
+    for given in (config.resume, config.init_from):
+        folder = Path(given or "").expanduser()
+        folders += [folder.absolute().parents[1]] if (folder / "manifest.json").is_file() else [folder] * bool(given)
+    run = next((one / "config.yaml" for one in folders if (one / "config.yaml").is_file()), None)
+    return HoldOutBy.content if run is None else HoldOutBy(_setting_of(run, "data.hold_out_by") or HoldOutBy.name)
+
+
+def _setting_of(run: Path, key: str) -> Any:
+    """What a config.yaml says, which may not be there; None where it does not say."""
     with contextlib.suppress(UserError, OmegaConfBaseException):
-        found = OmegaConf.select(read_yaml(run), "optim.name") if run.is_file() else ADAMW
-    return found if found in OPTIMIZERS else ADAMW
+        return OmegaConf.select(read_yaml(run), key) if run.is_file() else None
+    return None
 
 
 def read_config(path: str) -> Config:

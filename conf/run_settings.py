@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from conf.errors import UserError
 from conf.own_code import READ_FROM_RUNS
-from conf.schema import Config, Mode
+from conf.schema import Config, HoldOutBy, Mode
 from conf.yaml_file import escaped, read_yaml
 
 LOOKS_AT_A_RUN = (Mode.export, Mode.evaluate, Mode.generate, Mode.score, Mode.dashboard)
@@ -43,6 +43,8 @@ def over_run_settings(node: DictConfig, overrides: Sequence[str], groups: Sequen
         rule = f"holds what this version does not know: {str(error).splitlines()[0]}"
         cure = "use the version that trained the run, or correct the file"
         raise UserError(file.name, file, rule, cure) from error
+    if settings.data.hold_out_by is None:  # an earlier version's, which had no such key
+        settings.data.hold_out_by = HoldOutBy.name
     if (file.parent / "tokenizer.json").is_file():  # the path in the settings may mean nothing here
         settings.data.tokenizer = escaped(str(file.parent))
     if any(key.startswith("data.") and key.split(".")[1] in SOURCES for key in keys):

@@ -66,6 +66,7 @@ DataFormat = StrEnum(
 CHATS = (DataFormat.chat, DataFormat.docstrings)
 """What is read as chats."""
 Supervise = StrEnum("Supervise", ["assistant", "last", "all"])
+HoldOutBy = StrEnum("HoldOutBy", ["content", "name"])
 TooLong = StrEnum("TooLong", ["refuse", "cut", "drop"])
 LostReasoning = StrEnum("LostReasoning", ["template", "insert", "drop"])
 ScoredRouting = StrEnum("ScoredRouting", ["own", "write", "replay"])
@@ -274,6 +275,9 @@ class Data:
     text that is not connected."""
     validation_fraction: float = number(0.05, above=0, below=1, what="a share")
     """Share of documents (whole files for text) held out for validation."""
+    hold_out_by: FilledKey[HoldOutBy] = expert(None)
+    """What of a document decides whether it is held out: its content, or its name (its file's path in the data with the line or row in it). null
+    takes content, or what the run did that this one goes on from, by resume or init_from; earlier versions held out by name."""
     template: str | None = None
     """Chats: how messages become text. A Jinja file, or `plain` for ours; null takes that of the tokenizer's folder."""
     template_function: dict[str, Any] | None = field(default_factory=dict)

@@ -47,6 +47,23 @@ def test_an_adapter_has_adamw_and_all_targets_but_the_head(tmp_path):
     assert config.adapter.targets == [target for target in AdapterTarget if target is not AdapterTarget.head]
 
 
+def test_what_a_run_goes_on_from_decides_by_what_documents_are_held_out(tmp_path):
+    """Runs of earlier versions have no such key, and held documents out by name."""
+    words = f"runs={tmp_path}", "name=a"
+    assert compose(*words).data.hold_out_by == "content"
+    checkpoint = tmp_path / "old" / "checkpoints" / "step_00000002"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").write_text("{}")
+    for written, expected in (("{format: stdlib}", "name"), ("{format: stdlib, hold_out_by: content}", "content")):
+        (tmp_path / "old" / "config.yaml").write_text(f"data: {written}\n")
+        for given in (
+            ["name=old"], [f"init_from={tmp_path}/old"], [f"init_from={checkpoint}"], [f"resume={checkpoint}"],
+            ["name=old", "mode=evaluate"], ["mode=evaluate", f"evaluate.checkpoint={checkpoint}"],
+        ):  # fmt: skip
+            assert compose(*words, *given).data.hold_out_by == expected, given
+    assert compose(*words, "name=old", "data.hold_out_by=name").data.hold_out_by == "name"
+
+
 def test_an_optimizer_that_nobody_has_any_more_is_not_taken_over(tmp_path):
     (tmp_path / "a").mkdir()
     for text in ("optim: {name: lion}\n", "optim: [1]\n", "]"):

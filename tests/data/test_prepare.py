@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -12,6 +13,8 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from conf.errors import UserError
@@ -21,7 +24,8 @@ from train.data import corpus, tokenise
 from train.data.corpus import build_corpus
 from train.data.prefetch import Prefetch
 from train.data.prepare import PreparedData, prepare
-from train.data.tokenizer import in_parts, train_bpe
+from train.data.source_files import place_of
+from train.data.tokenizer import Tokenizer, in_parts, train_bpe
 
 DOCUMENTS = {
     f"{number:02}.txt": f"document {number}: " + f"w{number * 37 % 101} \u00fc\n" * (number + 1) for number in range(40)
@@ -70,11 +74,66 @@ def test_whole_files_are_held_out_and_nothing_is_lost(folder, cache):
     train, held_out = texts_of(prepared, part.train), texts_of(prepared, part.validation)
     assert sorted(train + held_out) == sorted(DOCUMENTS.values())
     assert 2 <= len(held_out) <= 16
-    moved = folder.parent / "elsewhere"  # the side follows from the name inside the root, nothing else
+    moved = folder.parent / "elsewhere"  # the side follows from the content, nothing else
     folder.rename(moved)
     (moved / "99.txt").write_text("another")
     again = build_corpus(config_of(moved, cache)).parts[0]
     assert set(texts_of(prepared, again.validation)) >= set(held_out) or len(again.validation) >= len(held_out)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "text"])
+def test_a_renamed_file_holds_the_same_documents_out(folder, cache, kind):
+    """With hold_out_by=name it holds others out, as runs of earlier versions do."""
+    rows = [{"text": text} for text in DOCUMENTS.values()]
+    data, renamed = folder.parent / f"a.{kind}", folder.parent / f"b.{kind}"
+    if kind == "jsonl":
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), data)
+    else:
+        data = folder
+        renamed = shutil.copytree(folder, renamed)
+        for file in list(renamed.iterdir()):
+            file.rename(file.with_name(f"x{file.name}"))
+
+    def held_out(path: Path, by: str) -> tuple[set[str], str]:
+        part = (prepared := build_corpus(config_of(path, cache, f"data.hold_out_by={by}"))).parts[0]
+        return set(texts_of(prepared, part.validation)), part.content
+
+    before = held_out(data, "content"), held_out(data, "name")
+    if kind != "text":
+        data.rename(renamed)
+    after = held_out(renamed, "content"), held_out(renamed, "name")
+    assert after[0] == before[0] and after[1][0] != before[1][0]
+
+
+def test_equal_documents_that_follow_one_another_are_several(folder, cache):
+    data = folder.parent / "a.jsonl"
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in ["same words"] * 3 + ["other", "third"] * 4))
+    part = build_corpus(config_of(data, cache, "model.vocab_size=300")).parts[0]
+    assert len(part.whole) == 11
+
+
+def test_a_chat_is_held_out_by_what_it_says(tmp_path, cache):
+    """Whatever the file, its format and the order of keys; an absent key of Parquet is a null."""
+    chats = [
+        [{"role": "user", "content": f"question {n}"}, {"role": "assistant", "content": f"answer {n}"}]
+        for n in range(40)
+    ]
+    chats[3][1]["name"] = "somebody"
+    Tokenizer(train_bpe(["question answer 0123456789"], 300)).save(tmp_path)
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    turned = [{"id": n, "messages": [dict(reversed(one.items())) for one in chat]} for n, chat in enumerate(chats)]
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps(one) + "\n" for one in turned))
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist([{"messages": chat} for chat in chats]), tmp_path / "c.parquet"
+    )
+    words = ["data=chat", "data.path=later", "data.template=plain", f"data.tokenizer={tmp_path}"]
+    found = []
+    for name in ("a.jsonl", "b.jsonl", "c.parquet"):
+        prepared = build_corpus(config_of(tmp_path / name, cache, *words))
+        found.append(texts_of(prepared, prepared.parts[0].validation))
+    assert found[0] == found[1] == found[2] and 2 <= len(found[0]) <= 16
 
 
 def test_the_second_start_reads_and_makes_nothing(folder, cache, monkeypatch):
@@ -191,7 +250,7 @@ def test_a_thread_that_fails_is_an_error_and_leaves_nothing(folder, cache, monke
     assemble = tokenise._assemble
 
     def fail(task, tokenizer):
-        if "new.txt" in task.names:
+        if any(place_of(name) == "new.txt" for name in task.names):
             raise MemoryError("no room for an encoding")
         return assemble(task, tokenizer)
 

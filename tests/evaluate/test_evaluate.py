@@ -246,6 +246,7 @@ def test_bad_input_names_field_and_cure(trained, tmp_path, monkeypatch):
         "evaluate.checkpoint": [f"evaluate.checkpoint={tmp_path}"],
         "data.tokenizer": [f"data.tokenizer={other}"],
         "data.validation_fraction": ["data.validation_fraction=0.5"],
+        "data.hold_out_by": ["data.hold_out_by=name"],
         "evaluate.tasks": ["evaluate.tasks=[cloze]"],
     }
     for field, overrides in cases.items():

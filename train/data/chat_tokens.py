@@ -23,7 +23,7 @@ from train.data.chat_template import (
     RenderedChat,
 )
 from train.data.packing import Documents
-from train.data.source_files import hash_id
+from train.data.source_files import hash_id, place_of
 from train.data.template_function import template_of
 from train.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -80,7 +80,9 @@ def tokenise_chats(
             chat = chat.without_old_reasoning() if settings.cut_reasoning else chat
             made = template.render(chat, settings.supervise, settings.reasoning)
         except CannotRender as error:
-            raise UserError(field, f"{source}: {name}", f"{error.rule} ({template.name})", error.cure) from error
+            raise UserError(
+                field, f"{source}: {place_of(name)}", f"{error.rule} ({template.name})", error.cure
+            ) from error
         names.append(name)
         rendered.append(made)
         if len(names) == AT_ONCE:

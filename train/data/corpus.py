@@ -17,7 +17,7 @@ from pathlib import Path
 
 from conf.errors import UserError
 from conf.own_code import TARGET, refused
-from conf.schema import Config, DataFormat, MixSource, TooLong
+from conf.schema import Config, DataFormat, HoldOutBy, MixSource, TooLong
 from train.data.chat_template import ChatTemplate
 from train.data.chat_tokens import MASK_VERSION, FittedChats, chat_tokenizer, fit_chats, tokenise_chats
 from train.data.held_out import all_documents, long_documents, split_documents, training_texts
@@ -72,6 +72,7 @@ class _Builder:
     def __init__(self, config: Config, progress: ReportProgress):
         self.config, self.data, self.progress = config, config.data, progress
         self.cache = Path(config.data.cache).expanduser()
+        self.by_content = self.data.hold_out_by is HoldOutBy.content
         self.notes: list[str] = []
 
     def build(self) -> Corpus:
@@ -85,7 +86,7 @@ class _Builder:
         named = sources_of(self.config)
         memmaps = {key: part.path for part, key in named if format_of(part, key) == DataFormat.memmap}
         memmaps = {key: _folder(path, key) for key, path in memmaps.items()}
-        sources = {key: open_source(part, key) for part, key in named if key not in memmaps}
+        sources = {key: open_source(part, key, self.by_content) for part, key in named if key not in memmaps}
         digests = {key: source.digest(self.cache / "manifests", self.progress) for key, source in sources.items()}
         tokenizer, name = given or self._tokenizer(memmaps, sources, digests)
         check_fit(tokenizer, name, self.config.model.vocab_size, self.data.fim_rate)
@@ -123,7 +124,7 @@ class _Builder:
         way = f"{MASK_VERSION}:{template.fingerprint}:{self.data.supervise}:{self.data.cut_reasoning}:{self.data.reasoning}"
         parts, contents, long = [], [], []
         for part, key in named:
-            source = open_chats(part, key, way)
+            source = open_chats(part, key, way, self.by_content)
             digest = source.digest(self.cache / "manifests", self.progress)
             path = self.cache / "tokens" / _hash(digest, tokenizer.fingerprint)
             store = self._store(path, lambda path, source=source: self._write_chats(path, source, tokenizer, template))

@@ -17,6 +17,7 @@ from train.data.readers import (
     check_text,
     text_key_of,
 )
+from train.data.source_files import content_id
 from train.program import install_words
 
 HUB_ROWS = 256
@@ -32,6 +33,8 @@ class HubSource:
     text_key: str
     table: Any
     """A datasets.Dataset."""
+    by_content: bool
+    """Whether the content of a document decides whether it is held out, and not its row."""
 
     @property
     def size(self) -> int:
@@ -41,7 +44,8 @@ class HubSource:
         return []
 
     def digest(self, manifests: Path, progress: ReportProgress) -> str:
-        return f"huggingface:{self.text_key}:{self.table._fingerprint}:{len(self.table)}"
+        way = f"{self.text_key}:content" if self.by_content else self.text_key
+        return f"huggingface:{way}:{self.table._fingerprint}:{len(self.table)}"
 
     def documents(self) -> Iterator[tuple[str, str]]:
         yield from self._read(1)
@@ -57,10 +61,10 @@ class HubSource:
             for row, value in zip(rows[first : first + HUB_ROWS], batch.column(self.text_key).to_pylist(), strict=True):
                 name = f"{self.split}:{row}"
                 if text := check_text(value, f"{self.name} {name}", self.text_key, self.field):
-                    yield name, text
+                    yield content_id(name, text) if self.by_content else name, text
 
 
-def open_hub(path: str, text_key: str, key: str) -> HubSource:
+def open_hub(path: str, text_key: str, key: str, by_content: bool = False) -> HubSource:
     """Load the split. Raises UserError without the package, the network, the dataset, the split or the column."""
     match = re.fullmatch(r"(?:hf://)?(.+?)(?:@([^@:/]+))?(?::([^:/]+))?", path)
     if match is None:
@@ -88,4 +92,4 @@ def open_hub(path: str, text_key: str, key: str) -> HubSource:
     if text_key not in table.column_names:
         rule = f"has no column {text_key!r}, only: {', '.join(table.column_names[:20])}"
         raise UserError(key, path, rule, f"set {text_key_of(key)} to the column of the text")
-    return HubSource(key, path, split, text_key, table)
+    return HubSource(key, path, split, text_key, table, by_content)

@@ -25,7 +25,7 @@ class PreparedData:
     fingerprint: str
     """Hash of everything that decides what the samples are, less seed and seq_len; a checkpoint keeps it."""
     held_out: dict[str, Any]
-    """What a checkpoint keeps so that its held-out documents are known later: fraction, and name and content of each
+    """What a checkpoint keeps so that its held-out documents are known later: fraction, what decides (data.hold_out_by), and name and content of each
     source."""
     notes: list[str] = field(default_factory=list)
     """What the user may want to know, one sentence each."""
@@ -53,6 +53,7 @@ def prepare(config: Config, progress: ReportProgress = silent) -> PreparedData:
     validation = ValidationData(corpus, config)
     held_out = {
         "fraction": config.data.validation_fraction,
+        "by": config.data.hold_out_by,
         "sources": [[part.name, part.content] for part in corpus.parts],
     }
     notes = corpus.notes + validation.notes
@@ -71,8 +72,9 @@ def with_steps(config: Config) -> Config:
     while Schedules(replace(config, steps=steps)).samples[-1] < wanted:  # a ramp begins with smaller batches
         steps += 1
     if config.optim.warmup_steps >= steps:
-        rule = f"is not less than the {steps} steps of epochs = {config.epochs:g}: the learning rate would only rise"
-        raise UserError("optim.warmup_steps", config.optim.warmup_steps, rule, f"take {steps // 10} or so")
+        rule = f"is not less than the {steps} steps of epochs = {config.epochs:g} and batch_size = {config.batch_size}: the learning rate would only rise"
+        cure = f"set a smaller batch_size, for more steps, or optim.warmup_steps={steps // 10}"
+        raise UserError("optim.warmup_steps", config.optim.warmup_steps, rule, cure)
     with_steps = replace(config, steps=steps)
     check(with_steps)
     return with_steps

@@ -68,8 +68,19 @@ def _raise(error: OSError) -> None:
     raise error
 
 
+def content_id(place: str, content: str) -> str:
+    """The stable id of a document that its content decides on; the place in front of it is for a person."""
+    return f"{place}\0{hashlib.blake2b(content.encode('utf-8', 'surrogatepass'), digest_size=16).hexdigest()}"
+
+
+def place_of(name: str) -> str:
+    """Where a document with this stable id is: its file's path in the source, with the line or row."""
+    return name.partition("\0")[0]
+
+
 def hash_id(name: str) -> int:
     """64 bits for the stable id of a document, which decide on which side it falls."""
+    name = name.rpartition("\0")[2]
     return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
 
 

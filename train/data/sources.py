@@ -7,11 +7,12 @@ What a document is:
   parquet  each value of the column text_key
   stdlib   each .py file of Python's own standard library, less site-packages and the library's tests
   docstrings  chats made of those files (train/data/docstring_chats.py)
-Documents without text are left out. Which are held out for validation follows from the stable id alone: the path
-relative to the source's root, with the line or row inside it.
+Documents without text are left out. Which are held out for validation follows from the stable id alone: a hash of the content or, with
+data.hold_out_by=name and of stdlib and docstrings, the path relative to the source's root, with the line or row inside it.
 """
 
 import hashlib
+import json
 import os
 import sysconfig
 from collections.abc import Callable, Iterator
@@ -33,7 +34,7 @@ from train.data.readers import (
     read_text,
     text_key_of,
 )
-from train.data.source_files import SourceFile, digest_files, find_files, hash_id, unreadable
+from train.data.source_files import SourceFile, content_id, digest_files, find_files, hash_id, unreadable
 
 JSONL = (".jsonl", ".ndjson", ".jsonl.gz", ".jsonl.zst", ".ndjson.gz", ".ndjson.zst", ".json.gz", ".json.zst")
 PARQUET = (".parquet",)
@@ -123,8 +124,8 @@ def sources_of(config: Config) -> list[tuple[MixSource, str]]:
     return [(MixSource(data.path or "", 1.0, data.format, data.text_key), "data.path")]
 
 
-def open_source(source: MixSource, key: str) -> DocumentSource:
-    """Find the files of a source. Raises UserError when there is no data or the format is unclear."""
+def open_source(source: MixSource, key: str, by_content: bool = False) -> DocumentSource:
+    """Find the files of a source. by_content: see data.hold_out_by. Raises UserError when there is no data or the format is unclear."""
     kind = format_of(source, key)
     assert kind not in CHATS, "open_chats has those"
     if kind in (DataFormat.text, DataFormat.stdlib) and source.text_key != "text":
@@ -134,7 +135,7 @@ def open_source(source: MixSource, key: str) -> DocumentSource:
     if kind == DataFormat.stdlib:
         return _stdlib(key)
     if kind == DataFormat.huggingface:
-        return open_hub(source.path, source.text_key, key)
+        return open_hub(source.path, source.text_key, key, by_content)
     root, text_key, binary = Path(source.path).expanduser(), source.text_key, set()
     suffixes, reader = {
         DataFormat.text: (None, lambda file: read_text(file, key, binary if root.is_dir() else None)),
@@ -147,11 +148,19 @@ def open_source(source: MixSource, key: str) -> DocumentSource:
     if not files:
         raise UserError(key, source.path, f"holds no {kind} files", "check the path")
     way = kind if kind == DataFormat.text else f"{kind}:{text_key}"
-    return FileSource(key, source.path, root, files, reader, way, binary)
+
+    def read(file: SourceFile) -> Iterator[tuple[str, str]]:
+        return ((content_id(name, text), text) for name, text in reader(file))
+
+    return FileSource(
+        key, source.path, root, files, read if by_content else reader, way + ":content" * by_content, binary
+    )
 
 
-def open_chats(source: MixSource, key: str, way: str) -> FileSource:
-    """Find the files of a source of chats; its documents are `Chat`s. way: what else decides their tokens."""
+def open_chats(source: MixSource, key: str, way: str, by_content: bool = False) -> FileSource:
+    """Find the files of a source of chats; its documents are `Chat`s. way: what else decides their tokens. by_content: see
+    data.hold_out_by.
+    """
     if source.path.startswith("hf://"):
         rule, cure = (
             "is on the Hugging Face Hub, and chats are read of files",
@@ -172,9 +181,23 @@ def open_chats(source: MixSource, key: str, way: str) -> FileSource:
             else read_jsonl_records(file, key)
         )
         for name, place, record in records:
-            yield name, read_chat(record, place, key)
+            chat = read_chat(record, place, key)
+            yield content_id(name, _canonical(record)) if by_content else name, chat
 
-    return FileSource(key, source.path, root, files, read, f"chat:{way}")
+    return FileSource(key, source.path, root, files, read, f"chat:{way}" + ":content" * by_content)
+
+
+def _canonical(record: Any) -> str:
+    """A record's chat as one text, whatever the order of its keys, and the same of JSONL and of Parquet, which knows no absent key."""
+
+    def without_null(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: without_null(one) for key, one in value.items() if one is not None}
+        return [without_null(one) for one in value] if isinstance(value, list) else value
+
+    return json.dumps(
+        without_null({key: record[key] for key in CHAT_KEYS if key in record}), sort_keys=True, default=str
+    )
 
 
 def no_text(source: DocumentSource) -> UserError:

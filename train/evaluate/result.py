@@ -36,7 +36,7 @@ from rich.console import Console
 
 from conf.errors import UserError
 from conf.files import atomic_write_text
-from conf.schema import Config
+from conf.schema import Config, HoldOutBy
 from train.data.corpus import Corpus, CorpusPart
 from train.data.dataset import ValidationData
 from train.data.mix import Schedule
@@ -71,7 +71,7 @@ def choose_sources(corpus: Corpus, config: Config, held_out: dict[str, Any] | No
     for part, count in zip(corpus.parts, counts, strict=True):
         own = part.name in known or part.content in known
         if own and held_out is not None:
-            _same_share(config, held_out["fraction"])
+            _same_side(config, held_out)
         if count:
             part = part if own else replace(part, validation=part.whole)
             data = ValidationData(replace(corpus, parts=[part]), config, count)
@@ -79,15 +79,15 @@ def choose_sources(corpus: Corpus, config: Config, held_out: dict[str, Any] | No
     return found
 
 
-def _same_share(config: Config, fraction: float) -> None:
-    """The share decides which documents are held out: another one would let trained ones in."""
-    if config.data.validation_fraction != fraction:
-        raise UserError(
-            "data.validation_fraction",
-            config.data.validation_fraction,
-            f"must be {fraction}, with which the run held out documents of the same data",
-            "leave it out",
-        )
+def _same_side(config: Config, held_out: dict[str, Any]) -> None:
+    """What decides which documents are held out must be what it was: else learnt ones would count."""
+    for key, was in (
+        ("validation_fraction", held_out["fraction"]),
+        ("hold_out_by", held_out.get("by", HoldOutBy.name)),
+    ):
+        if getattr(config.data, key) != was:
+            rule = f"must be {was}, with which the run held out documents of the same data"
+            raise UserError(f"data.{key}", getattr(config.data, key), rule, f"set data.{key}={was}")
 
 
 EVALUATION_FILE = "evaluate.json"
