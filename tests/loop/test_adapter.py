@@ -127,7 +127,7 @@ def test_an_adapter_beside_frozen_experts_trains_as_in_one_process(tmp_path):
 def test_the_best_checkpoint_of_an_adapter_is_kept(tmp_path):
     """The rate is so large that the loss falls and then rises, so that the best is none of the last."""
     run_layout(tmp_path, "base", 1, "steps=2")
-    rates = ["optim.lr_schedule=[{until: 0.5, value: 1.0}, {until: 1.0, value: 300.0}]", "optim.warmup_steps=0"]
+    rates = ["optim.lr_schedule=[{until: 0.5, value: 1.0}, {until: 1.0, value: 3000.0}]", "optim.warmup_steps=0"]
     kept = ["checkpoint.every=1", "checkpoint.keep=1", "checkpoint.keep_best=true", "log.validate_every=1"]
     given = [f"init_from={tmp_path}/runs/base", f"data.tokenizer={tmp_path}/runs/base"]
     run_layout(tmp_path, "best", 1, *LORA, *given, *rates, *kept, "optim.clip=0", "steps=4")
@@ -147,6 +147,11 @@ def test_a_base_in_block_fp8_is_the_rounded_one(tmp_path):
     run_layout(tmp_path, "one", 1, *start)
     run_layout(tmp_path, "zero3", 2, *start, "parallel.dp=2", "parallel.zero=3")
     assert losses(tmp_path, "zero3") == pytest.approx(losses(tmp_path, "one"), rel=2e-4)
+    marks = [
+        read_manifest(tmp_path / f"runs/{name}/checkpoints/step_00000003").meta["base"]["weights"]
+        for name in ("one", "zero3")
+    ]
+    assert marks[0] == marks[1]
 
     # The merged weights of a run whose B is 0 are the base's blocks, which a tune of whole weights then starts from.
     first = [*start, "optim.lr=1e-30", "steps=1"]

@@ -34,7 +34,7 @@ class WeightsMark:
         self._taken: dict[str, list[tuple[int, int]]] = {}
 
     def watching(self, fill: FillShards) -> FillShards:
-        """The same reading, of which all values are taken into the mark as they come."""
+        """A reading as `fill` does it, whose values are taken into the mark as they come."""
 
         def watched(wanted: dict[str, Shard]) -> Any:
             found = fill(wanted)
@@ -86,7 +86,7 @@ def _joined(intervals: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def _sum(name: str, values: Tensor, offset: int) -> int:
-    """Of an interval that begins at this element."""
+    """The sum over an interval that begins at this element."""
     start, total, done = _start(name), 0, 0
     factors = _odd(0, BLOCK).to(values.device)
     while done < values.numel():
