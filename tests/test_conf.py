@@ -22,6 +22,14 @@ def test_every_recipe_composes_and_survives_the_file(recipe, tmp_path):
     assert read_config(str(tmp_path / "config.yaml")) == config
 
 
+@pytest.mark.parametrize("recipe", ["deepseek_v3_16b", "deepseek_v3", "kimi_k2"])
+def test_a_tune_has_no_batch_of_a_pretraining(recipe):
+    words = ["mode=plan", f"conf={recipe}", "parallel=single", "optim=tune", "data.path=none"]
+    config = compose(*words)
+    assert config.batch_size == 16 and config.optim.batch_ramp_start is None
+    assert compose(*words, "batch_size=7").batch_size == 7
+
+
 def test_threads_may_compose_at_once():
     with ThreadPoolExecutor(4) as threads:
         found = list(threads.map(lambda seed: compose("conf=tiny", f"seed={seed}").seed, range(8)))
