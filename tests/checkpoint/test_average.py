@@ -72,10 +72,14 @@ def test_it_is_the_mean_of_every_weight_and_bias(folder, monkeypatch, elements, 
 
 
 def test_the_mean_of_equal_weights_is_those_weights(folder):
+    """And the new run has all files of the tokenizer."""
+    (folder / "runs" / "alone" / "additional_chat_templates").mkdir(exist_ok=True)
+    (folder / "runs" / "alone" / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
     shutil.copytree(folder / "runs" / "alone", folder / "runs" / "copy", dirs_exist_ok=True)
     mean = made(folder, f"average.of=[{folder}/runs/alone,{folder}/runs/copy]")
     one, other = weights(mean), weights(folder / "runs" / "alone" / KEPT.format(6))
     assert all(torch.equal(values, other[name]) for name, values in one.items())
+    assert (folder / "runs" / "mean" / "additional_chat_templates" / "tool_use.jinja").read_text() == "{{ tools }}"
 
 
 @pytest.mark.slow
