@@ -105,22 +105,23 @@ def sluice(folder: Path, *words: str) -> str:
     return done.stdout
 
 
+def tune_words(folder: Path, base: Path, *more: str) -> list[str]:
+    """A tune of these weights on the chats beside them."""
+    vocab = json.loads((base / "config.json").read_text())["vocab_size"]
+    return [
+        *(f"model.{key}={value}" for key, value in (MODEL | {"vocab_size": vocab}).items()),
+        "data.format=chat", f"data.path={folder}/chats.jsonl", f"data.cache={folder}/cache", f"init_from={base}", "name=tuned",
+        "steps=60", "seq_len=64", "batch_size=8", "micro_batch_size=8", "optim.lr=0.01", "optim.warmup_steps=5",
+        "optim.bias_speed=[{until: 1.0, value: 0.0}]", "checkpoint.every=60", "log.sample_tokens=0", "log.peak_flops=1e11", *more,
+    ]  # fmt: skip
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", VENDORS)
 def test_a_tune_learns_prompts_stops_and_exports_as_transformers_does(name, tmp_path):
     vendor, base = VENDORS[name], tmp_path / "base"
     base_folder(base, vendor)
-    data = [
-        "data.format=chat",
-        f"data.path={tmp_path}/chats.jsonl",
-        f"data.cache={tmp_path}/cache",
-        f"init_from={base}",
-    ]
-    tune = [
-        *(f"model.{key}={value}" for key, value in (MODEL | {"vocab_size": json.loads((base / "config.json").read_text())["vocab_size"]}).items()),
-        *data, *vendor.words, "name=tuned", "steps=60", "seq_len=64", "batch_size=8", "micro_batch_size=8", "optim.lr=0.01", "optim.warmup_steps=5",
-        "optim.bias_speed=[{until: 1.0, value: 0.0}]", "checkpoint.every=60", "log.sample_tokens=0", "log.peak_flops=1e11",
-    ]  # fmt: skip
+    tune = tune_words(tmp_path, base, *vendor.words)
     sluice(tmp_path, *tune)
     run, out = tmp_path / "runs" / "tuned", tmp_path / "out"
 
@@ -181,3 +182,32 @@ def ids_of(words, question: str, vendor: Vendor) -> list[int]:
     """transformers' prompt of a question."""
     asked = [{"role": "user", "content": question}]
     return words.apply_chat_template(asked, add_generation_prompt=True, return_dict=True, **vendor.keys)["input_ids"]
+
+
+@pytest.mark.slow
+def test_an_exported_adapter_has_the_tokenizer_of_its_base(tmp_path):
+    """Every file, so that prompts begin as its own, and what is merged answers as the run does."""
+    vendor, base = VENDORS["mistral"], tmp_path / "base"
+    base_folder(base, vendor)
+    words = ["adapter=lora", "adapter.rank=8", "optim.balance_loss=0", *vendor.words]
+    sluice(tmp_path, *tune_words(tmp_path, base, *words))
+    sluice(tmp_path, "mode=export", "name=tuned", f"export.to={tmp_path}/adapter", "export.dtype=fp32")
+    sluice(
+        tmp_path, "mode=export", "name=tuned", f"export.to={tmp_path}/merged", "export.dtype=fp32", "export.merge=true"
+    )
+    prompt = ids_of(AutoTokenizer.from_pretrained(base), QUESTIONS[0], vendor)
+    for folder in (tmp_path / "adapter", tmp_path / "merged"):
+        for file in ("tokenizer.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"):
+            assert (folder / file).read_bytes() == (base / file).read_bytes()
+        ends = [json.loads((each / "generation_config.json").read_text()) for each in (base, folder)]
+        assert ends[0] == ends[1]
+        assert ids_of(AutoTokenizer.from_pretrained(folder), QUESTIONS[0], vendor) == prompt
+    ask = [
+        "mode=generate",
+        "generate.chat=true",
+        "generate.temperature=0",
+        "generate.tokens=20",
+        f"generate.prompt={QUESTIONS[0]}",
+    ]
+    own, merged = (sluice(tmp_path, *ask, where) for where in ("name=tuned", f"generate.checkpoint={tmp_path}/merged"))
+    assert own == merged and own.startswith(f"> {QUESTIONS[0]}\n")
