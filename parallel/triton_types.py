@@ -24,8 +24,9 @@ class QuickKernel:
     """A kernel that is launched as Triton's own, `kernel[grid](...)`, in half of the host's time.
 
     Triton compiles a kernel for what it asks of the arguments: of a tensor its format and whether 16 divides its address, of a number its type,
-    whether 16 divides it and whether it is 1, of constants and options all. The same is asked here in fewer steps, to find again what
-    Triton gave for the first such launch. Left to Triton are tensors at other addresses, and launches that hooks watch.
+    whether 16 divides it and whether it is 1, of constants and options all. Of a number in `do_not_specialize` only the type counts: so rows, of
+    which every step has another number, compile nothing in mid-run. The same is asked here in fewer steps, to find again what Triton gave
+    for the first such launch. Left to Triton are tensors at other addresses, and launches that hooks watch.
     Parameters are tensors (named _ptr) first, then numbers, then constants.
     """
 
@@ -33,6 +34,8 @@ class QuickKernel:
         self.kernel, self._found = kernel, dict[tuple, Any]()
         self._tensors = sum(name.endswith("_ptr") for name in kernel.arg_names)
         self._constants = len(kernel.arg_names) - len(kernel.constexprs)
+        numbers = kernel.params[self._tensors : self._constants]
+        self._kinds = [_width_of if number.do_not_specialize else _kind_of for number in numbers]
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return partial(self.launch, grid)
@@ -44,7 +47,8 @@ class QuickKernel:
         if addresses % 16 or _watched(knobs.runtime.launch_enter_hook) or _watched(knobs.runtime.launch_exit_hook):
             self.kernel[grid](*args, **options)
             return
-        device, numbers = args[0].get_device(), map(_kind_of, args[self._tensors : self._constants])
+        device, given = args[0].get_device(), args[self._tensors : self._constants]
+        numbers = [kind(number) for kind, number in zip(self._kinds, given, strict=True)]
         key = device, *[one.dtype for one in tensors], *numbers, *args[self._constants :], *options.items()
         found = self._found.get(key)
         if found is None:
@@ -72,6 +76,11 @@ def _kind_of(number: float) -> tuple:
     if not isinstance(number, int):
         return (type(number),)
     return type(number), number == 1, number % 16 == 0, -(2**31) <= number < 2**31, number < 2**63
+
+
+def _width_of(number: int) -> bool:
+    """What a kernel is compiled for of an integer that is not specialised: whether it takes 64 bits."""
+    return number < 2**31
 
 
 def with_options(launch: Callable[Parameters, None], **options: int) -> Callable[Parameters, None]:

@@ -39,7 +39,7 @@ def _hits(ids_ptr, sources, number, first, per_target, K: constexpr, TARGETS: co
 
 
 @quick
-@triton.jit
+@triton.jit(do_not_specialize=["number"])
 def _count_kernel(
     ids_ptr, counts_ptr, number, first, per_target, targets,
     K: constexpr, TARGETS: constexpr, SOURCES: constexpr,
@@ -51,7 +51,7 @@ def _count_kernel(
 
 
 @quick
-@triton.jit
+@triton.jit(do_not_specialize=["number", "blocks"])
 def _place_kernel(
     ids_ptr, counts_ptr, source_ptr, copy_ptr, start_ptr, entry_ptr, number, first, per_target, targets, blocks,
     by_entry: constexpr, K: constexpr, TARGETS: constexpr, SOURCES: constexpr, COUNT_BLOCKS: constexpr,
@@ -87,7 +87,7 @@ def _place_kernel(
 
 
 @quick
-@triton.jit
+@triton.jit(do_not_specialize=["sources", "copies"])
 def _collect_kernel(
     rows_ptr, copy_ptr, start_ptr, out_ptr, sources, copies, width, row, out_row, each: constexpr, COLLECT_COLUMNS: constexpr
 ):  # fmt: skip
@@ -106,7 +106,7 @@ def _collect_kernel(
 
 
 @quick
-@triton.jit
+@triton.jit(do_not_specialize=["rows_R"])
 def _encode_kernel(
     x_ptr, bytes_ptr, words_ptr, rows_R, width, tiles, units, floor: constexpr,
     ALIGN: constexpr, ENCODE_ROWS: constexpr, ENCODE_TILES: constexpr,

@@ -142,3 +142,21 @@ def test_largest_scores_or_a_bound_of_small_ones(case, share):
     assert told.all() == (share == 1.0)
     torch.testing.assert_close(made, bound.where(told, exact.largest_BHT), rtol=1e-5, atol=1e-5)
     assert (made >= exact.largest_BHT - 1e-5).all()
+
+
+def test_largest_scores_where_places_take_more_than_32_bits():
+    """Heads of V3 side by side, 128 times 192 columns, so that the last rows lie beyond 2**31 elements. Memory that nothing touches takes none."""
+    length, seen, row = 87_488, 64, 128 * 192
+    memory = torch.empty(2, length * row, dtype=torch.bfloat16)
+    q, k = (one.as_strided((1, 1, length, 192), (length * row, 192, row, 1)) for one in memory)
+    assert (length - seen) * row > 2**31
+    drawn = [draw(1, 1, seen, 192, seed=seed).bfloat16() for seed in range(2)]
+    for one, values in zip((q, k), drawn, strict=True):
+        one[:, :, -seen:] = values
+    given = AttentionInput(q, k, k, 0.3, SeenKeys([Rectangle(None, length - seen, length, length - seen, length, 0)]))
+    lse = torch.full((1, 1, length), -float("inf"))
+    lse[..., -seen:] = float("inf")
+    made = triton_scores.largest_scores(given, lse, 0.0)[..., -seen:]
+    scores = drawn[0].float() @ drawn[1].float().mT * 0.3
+    exact = scores.masked_fill(~torch.ones(seen, seen).tril().bool(), -float("inf")).amax(-1)
+    torch.testing.assert_close(made, exact, rtol=1e-5, atol=1e-5)

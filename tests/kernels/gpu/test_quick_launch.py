@@ -37,6 +37,7 @@ class NotedKernel:
     """In the place of Triton's: a launch of its own gives what is compiled, and both note how they were called."""
 
     arg_names, constexprs = ("x_ptr", "y_ptr", "rows", "width", "block"), [4]
+    params = [SimpleNamespace(do_not_specialize=False) for _ in arg_names]
 
     def __init__(self):
         self.own, self.quick = [], []
@@ -82,6 +83,19 @@ def test_the_second_launch_of_a_kind_runs_what_the_first_compiled(kernel):
     assert noted.own == [((3, 2), (x, y, 48, 5, 128), {"num_warps": 8})]
     given = (3, 2, 1, 7, "function", "metadata", None, None, None, x, y, 32, 5, 128)
     assert noted.quick == [(given, {"num_warps": 8})]
+
+
+def test_counts_of_rows_compile_nothing_new(monkeypatch, kernel):
+    from parallel.triton_types import QuickKernel
+
+    rows = [SimpleNamespace(do_not_specialize=name == "rows") for name in NotedKernel.arg_names]
+    monkeypatch.setattr(NotedKernel, "params", rows)
+    kernel, x = QuickKernel(NotedKernel()), torch.zeros(64)
+    for count in (48, 1, 17, 0, 2**31 - 1):
+        kernel[(1,)](x, x, count, 5, 128)
+    assert len(kernel.kernel.own) == 1 and len(kernel.kernel.quick) == 4
+    kernel[(1,)](x, x, 2**31, 5, 128)
+    assert len(kernel.kernel.own) == 2
 
 
 @pytest.mark.parametrize("change", [

@@ -62,7 +62,7 @@ def tile_of_program(program, tiles_m, tiles_n, band: constexpr):
 
 
 @quick
-@triton.jit(repr=partial(_named, "product"))
+@triton.jit(repr=partial(_named, "product"), do_not_specialize=["tiles_m", "scale_rows", "height_out"])
 def _product_kernel(
     left_ptr, left_scale_ptr, right_ptr, right_scale_ptr, out_ptr, ends_ptr,
     tiles_m, width, steps, scale_rows, height_out, width_out,

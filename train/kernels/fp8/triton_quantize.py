@@ -112,7 +112,7 @@ def _store_tiles(
 
 
 @quick
-@triton.jit
+@triton.jit(do_not_specialize=["height"])
 def _tiles_kernel(
     x_ptr, in_scale_ptr, q_ptr, scale_ptr, height, width, height_out,
     maximum: constexpr, floor: constexpr, pow2: constexpr, scaled: constexpr, block: constexpr,
@@ -125,7 +125,7 @@ def _tiles_kernel(
 
 
 @quick
-@triton.jit
+@triton.jit(do_not_specialize=["height"])
 def _e5m6_kernel(
     x_ptr, q_ptr, scale_ptr, height, width, height_out,
     maximum: constexpr, floor: constexpr, pow2: constexpr, block: constexpr,
@@ -171,7 +171,7 @@ def _load_e5m6(q_ptr, scale_ptr, rows, start, tile, width, height, count: conste
 
 
 @quick
-@triton.jit
+@triton.jit(do_not_specialize=["height"])
 def _columns_kernel(
     x_ptr, in_scale_ptr, q_ptr, scale_ptr, base_ptr, stride_ptr, ends_ptr, height, width, height_out,
     maximum: constexpr, floor: constexpr, pow2: constexpr, scaled: constexpr, packed: constexpr,
@@ -196,7 +196,7 @@ def _columns_kernel(
 
 
 @quick
-@triton.jit
+@triton.jit(do_not_specialize=["height", "rows_out"])
 def _both_kernel(
     x_ptr, q_ptr, scale_ptr, q_t_ptr, scale_t_ptr, ends_ptr, height, width, rows_out, columns_out,
     maximum: constexpr, floor: constexpr, pow2: constexpr,
@@ -224,7 +224,7 @@ def _both_kernel(
 
 
 @quick
-@triton.jit
+@triton.jit(do_not_specialize=["height"])
 def _decode_kernel(q_ptr, scale_ptr, out_ptr, height, width, scale_rows, block: constexpr):
     rows = tl.program_id(0) * block + tl.arange(0, block)
     start = tl.program_id(1) * 128
@@ -258,7 +258,7 @@ def _blocks_kernel(
 
 
 @quick
-@triton.jit
+@triton.jit(do_not_specialize=["height"])
 def _swiglu_kernel(
     h_ptr, gates_ptr, q_ptr, scale_ptr, kept_ptr, kept_scale_ptr, height, width,
     maximum: constexpr, floor: constexpr, pow2: constexpr, kept: constexpr,
@@ -283,7 +283,7 @@ def _swiglu_kernel(
 
 
 @quick
-@triton.jit
+@triton.jit(do_not_specialize=["height", "scale_rows"])
 def _swiglu_backward_kernel(
     h_ptr, in_scale_ptr, gates_ptr, da_ptr, a_ptr, dh_ptr, dgates_ptr, height, width, scale_rows,
     scaled: constexpr, block: constexpr,

@@ -24,7 +24,7 @@ BACKWARD_TOKENS = 8
 
 
 @quick
-@triton.jit
+@triton.jit(do_not_specialize=["rows_N"])
 def _swiglu_kernel(
     h_ptr, gates_ptr, out_ptr, rows_N, width,
     gated: constexpr, SWIGLU_ROWS: constexpr, SWIGLU_COLUMNS: constexpr,
@@ -42,7 +42,7 @@ def _swiglu_kernel(
 
 
 @quick
-@triton.jit
+@triton.jit(do_not_specialize=["rows_N"])
 def _swiglu_backward_kernel(
     grad_ptr, h_ptr, gates_ptr, dh_ptr, dgates_ptr, rows_N, width,
     gated: constexpr, SWIGLU_ROWS: constexpr, SWIGLU_COLUMNS: constexpr,

@@ -26,8 +26,9 @@ def _largest_kernel(
     q_b, q_h, q_t, k_b, k_h, k_s, seen_b, heads, queries, scale, limit,
     Q: constexpr, M: constexpr, N: constexpr, D: constexpr,
 ):  # fmt: skip
-    row, sequence, head = tl.program_id(1), tl.program_id(1) // heads, tl.program_id(1) % heads
-    query = tl.program_id(0) * M + tl.arange(0, M)
+    row = tl.program_id(1).to(tl.int64)  # from 87,382 positions on, places in q and k are beyond 32 bits
+    sequence, head = row // heads, row % heads
+    query = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
     real = query < queries
     out_at = row * queries + query
     bound = tl.load(lse_ptr + out_at, real, -float("inf"))
@@ -40,16 +41,16 @@ def _largest_kernel(
     start = tl.min(tl.where(last > first, first, nothing), 0)
     most = tl.full((M,), -float("inf"), tl.float32)
     for key_0 in range(start // N * N, last.max(0), N):
-        key = key_0 + tl.arange(0, N)
+        key = tl.cast(key_0, tl.int64) + tl.arange(0, N)
         scores = tl.zeros((M, N), tl.float32)
         for column_0 in tl.static_range(0, Q, D):
             column = column_0 + tl.arange(0, D)
             q = tl.load(
-                q_ptr + sequence.to(tl.int64) * q_b + head * q_h + query[:, None] * q_t + column[None, :],
+                q_ptr + sequence * q_b + head * q_h + query[:, None] * q_t + column[None, :],
                 real[:, None] & (column < Q)[None, :], 0.0,
             )  # fmt: skip
             k = tl.load(
-                k_ptr + sequence.to(tl.int64) * k_b + head * k_h + key[None, :] * k_s + column[:, None],
+                k_ptr + sequence * k_b + head * k_h + key[None, :] * k_s + column[:, None],
                 (key < tl.max(last, 0))[None, :] & (column < Q)[:, None], 0.0,
             )  # fmt: skip
             scores = tl.dot(q, k, scores, input_precision="ieee")
