@@ -85,7 +85,7 @@ def run(cell: Cell, rank: int, store: str) -> Sample:
     import torch.distributed as dist
 
     import train.parallelize  # noqa: F401
-    from train.loop.rank_progress import peak_memory
+    from train.loop.hooks.rank_progress import peak_memory
     from train.plan.memory.ledger import PeakMeter
 
     torch.set_num_threads(cell.threads)

@@ -6,7 +6,7 @@ The cost of one is the difference in CPU time between calls of a method of torch
 does nothing, so that no message and no other work is in it; the least of five rounds. Beside it stand those of an action of the pipeline and of a phase. For each run folder, from its
 rings and metrics.jsonl: events of a step of the rank that has most, median seconds of a step, and the share.
 
-The sum of the bits of a tensor (train/loop/replicas.py), of which log.replicas_every and log.state_every are made, costs so much for a
+The sum of the bits of a tensor (train/loop/hooks/replicas.py), of which log.replicas_every and log.state_every are made, costs so much for a
 call and so much for a byte.
 
 Takes about 20 seconds.
@@ -30,7 +30,7 @@ from cluster.comm_ring import CommRing, read_traces, ring_path
 from conf.errors import EXIT_OK
 from conf.words import say
 from parallel.comm_recorder import CommRecorder
-from train.loop.replicas import sum_of_bits
+from train.loop.hooks.replicas import sum_of_bits
 
 ROUNDS = 5
 

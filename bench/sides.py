@@ -236,7 +236,7 @@ def serve(build: Callable[[], Callable[[], object]], device: str = "cpu") -> Non
             answer((time.perf_counter() - began, time.process_time() - cpu))
         import torch
 
-        from train.loop.rank_progress import peak_memory
+        from train.loop.hooks.rank_progress import peak_memory
 
         answer(peak_memory(torch.device(device)))
     except Exception as error:

@@ -13,7 +13,7 @@ from conf.schema import Cluster
 START_PHASE, STEP_PHASE = "start", "step"
 STEP_PHASES = (STEP_PHASE, "on_step")
 """What ranks do between two steps, by its phase, and the hook of a callback that belongs to a step."""
-PATIENT_PHASES = ("checkpoint", "on_step", "on_checkpoint", "on_end")
+PATIENT_PHASES = ("checkpoint", "on_start", "on_step", "on_save", "on_checkpoint", "on_end")
 """Phases in which a disk, a network or code of the user's works in silence: saves, uploads and callbacks."""
 STEP_FLOOR, OTHER_FLOOR = 7.0, 30.0
 """Seconds without news that are never late, in steps and in all else, where a disk may be slow."""

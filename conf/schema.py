@@ -973,7 +973,7 @@ class Config:
     """Let the config.yaml of a run that a mode looks at call resolvers, such as ${oc.env:HOME}, name evaluate.task_path, whose tasks can
     hold code, and name code by `_target_`. For runs of those you trust; a config.yaml cannot set it."""
     callbacks: list[dict[str, Any]] = field(default_factory=list)
-    """Your own objects that are told of steps, checkpoints and the end: `_target_: my_mod.MyCallback` with its keys, each
+    """Your own hooks, objects that look at a run or add to it: `_target_: my_mod.MyCallback` with its keys, each
     (train/docs/python.md)."""
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)

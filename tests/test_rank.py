@@ -13,7 +13,7 @@ from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_STOPPED, EXIT_USER, Stop
 from parallel.exchange import is_timeout
 from tests.ranks import run_processes
 from train.data.prepare_progress import ReportProgress
-from train.loop.trainer import RunDiverged
+from train.loop.hooks.skipped_steps import RunDiverged
 from train.rank import guarded, in_turn
 
 

@@ -12,7 +12,7 @@ SLOW, DELAY = 1, 0.09
 
 
 def train_slow_rank(rank: int, config_path: str, world: int, store: str) -> None:
-    from train.loop.rank_progress import RankProgress
+    from train.loop.hooks.rank_progress import RankProgress
     from train.model.mla import MLA
 
     forward, write = MLA.forward, RankProgress.write

@@ -10,7 +10,7 @@ from conf.own_code import TARGET, refused
 from conf.schema import Config, Model
 from train.kernels.plain.high import HighPrecision
 from train.kernels.plain.plain_kernels import PlainKernels
-from train.loop.callbacks import Callbacks
+from train.loop.hooks.callbacks import make_callbacks
 from train.model.deepseek import DeepSeekV3
 from train.parallelize import make_loss
 
@@ -27,7 +27,7 @@ def check_own_code(config: Config) -> None:
                 raise UserError(f"model.{name}.{TARGET}", section[TARGET], rule, cure)
     if config.optim.extra_loss:
         make_loss(config.optim.extra_loss)
-    Callbacks(config)
+    make_callbacks(config)
 
 
 def _buffers(model: Model) -> set[str]:

@@ -33,14 +33,20 @@ from train.kernels.cpu.processor import cpu_name
 from train.kernels.device import idle_gpu
 from train.kernels.gpu_check import probe_in_turn
 from train.kernels.precision import activation_dtype
-from train.loop.device_errors import raise_explained
 from train.loop.finish import finish_run
+from train.loop.hooks.copies_in_memory import CopiesInMemory
+from train.loop.hooks.device_errors import raise_explained
+from train.loop.hooks.hook_list import build_hooks
+from train.loop.hooks.step_metrics import Flops
+from train.loop.hooks.written_text import sample
+from train.loop.live_run import LiveRun
 from train.loop.record import RankRecorder, recorded
 from train.loop.resume import find_start, restore
+from train.loop.saver import Saver
 from train.loop.state import RunState
+from train.loop.step import TrainingStep
 from train.loop.stop import StopRequest
-from train.loop.trainer import Flops, Outputs, Trainer
-from train.loop.written_text import sample
+from train.loop.trainer import Trainer
 from train.metrics.origin import record_machine
 from train.metrics.peak import peak_flops
 from train.metrics.wandb_items import sample_table
@@ -111,7 +117,10 @@ def _run(config: Config, place: Place, stop: StopRequest, record: RankRecorder) 
     start = find_start(config, copies)
     is_filled = start.has_weights or config.init_from is not None
     parts = parallelize(config, mesh, device, kernels, restored=is_filled)
-    state = RunState(config, mesh, parts)
+    flops = count_flops(config, device, kernels)
+    in_memory = CopiesInMemory(copies)
+    hooks = build_hooks(config, rank, parts, flops, in_memory, record.ring)
+    state = RunState(config, mesh, parts, hooks)
     restored = restore(config, data, state, checkpointer, copies, start)
     notes = [*data.notes, *restored.notes]
     if state.step < config.steps:
@@ -119,7 +128,7 @@ def _run(config: Config, place: Place, stop: StopRequest, record: RankRecorder) 
         if why := data.train.repeats(state.samples + samples[-1] - samples[state.step]):
             notes.append(why)
     if copies is not None and (why := copies.require_room(state.shards())):
-        copies = None
+        in_memory.give_up()
         notes.append(why)
     if why := idle_gpu(config, device):
         notes.append(why)
@@ -127,7 +136,6 @@ def _run(config: Config, place: Place, stop: StopRequest, record: RankRecorder) 
         data.save_words(paths.path)
         gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
         record_machine(paths.path, gpu or cpu_name(), place.world, gpu is not None)
-    flops = count_flops(config, device, kernels)
     started = time.monotonic()
     writer = (
         open_writer(config, paths.path, resumed_step=state.step, resumed=restored.resumed) if place.rank == 0 else None
@@ -137,19 +145,11 @@ def _run(config: Config, place: Place, stop: StopRequest, record: RankRecorder) 
         if writer is not None:
             for note in (*notes, *kernel_notes, f"MFU is counted against {flops.label}"):
                 writer.note(note)
-        trainer = Trainer(
-            config=config,
-            rank=rank,
-            parts=parts,
-            state=state,
-            data=data,
-            outputs=Outputs(checkpointer, copies, writer),
-            flops=flops,
-            stop=stop,
-            ring=record.ring,
-        )
+        saver, training_step = Saver(config, checkpointer), TrainingStep(config, parts, rank)
+        run = LiveRun(config, rank, parts, state, data, training_step, saver, writer, hooks)
+        trainer = Trainer(run, stop, in_memory)
         record.watch_parts(parts)
-        code = trainer.run()
+        code = trainer.train()
         seconds = time.monotonic() - started
         if writer is not None and code == EXIT_OK:
             with disk_errors(config, kind=DiskFailed):

@@ -25,6 +25,7 @@ from train.data.tokenizer import Tokenizer, train_bpe
 from train.export.run import export
 from train.hf.tensor_names import tensors
 from train.kernels.choice import build_kernels
+from train.loop.hooks.averaged_weights import weight_averages
 from train.loop.start import check_start, start_from
 from train.loop.state import RunState
 from train.parallelize import parallelize
@@ -93,13 +94,14 @@ def start_and_save(rank: int, config: Config, kind: str, tokenizer_json: str) ->
     parallel = config.parallel
     mesh = build_mesh(Layout(parallel.pp, parallel.dp, parallel.ep, 4), timedelta(seconds=60))
     parts = parallelize(config, mesh, torch.device("cpu"), build_kernels("cpu"))
-    state = RunState(config, mesh, parts)
+    averages = weight_averages(config, parts.zero)
+    state = RunState(config, mesh, parts, averages)
     tokenizer = Tokenizer(tokenizer_json)
     folder, notes = check_start(config, tokenizer)
     assert len(notes) == 1 and "holds no tokenizer.json" in notes[0]
     start_from(config, folder, state)
     expected = expected_masters(config.model, random_tensors(config.model, kind))
-    held = state.wanted(False)
+    held = state.wanted({"has_ema": False})
     assert {name.split(".")[0] for name in held} == {"master", "bias", "exp_avg", "exp_avg_sq", "running"}
     for name, shard in held.items():
         if name.startswith(("master.", "bias.")):
@@ -107,8 +109,8 @@ def start_and_save(rank: int, config: Config, kind: str, tokenizer_json: str) ->
             assert torch.equal(shard.local, part), name
         else:
             assert not shard.local.any(), name
-    averages = state._averages(held)
-    assert averages and all(torch.equal(a.local, held[f"master.{name[4:]}"].local) for name, a in averages.items())
+    [kept] = [each.wanted() for each in averages]
+    assert kept and all(torch.equal(a.local, held[f"master.{name[4:]}"].local) for name, a in kept.items())
     if parallel.zero < 3:  # the weights that the products use follow the masters
         name, param = next(iter(parts.chunks[-1].named_parameters()))
         assert torch.equal(param.detach().float().flatten(), expected[f"master.{name}"].to(param.dtype).float()), name

@@ -14,7 +14,7 @@ ELSEWHERE = {
     "parallel.schedule=dualpipev",
     "cluster=ray",
 }
-"""Conditions that one process does not meet; tests/loop/test_timeline_sampler.py, tests/test_layouts.py and tests/cluster do."""
+"""Conditions that one process does not meet; tests/loop/hooks/test_timeline_sampler.py, tests/test_layouts.py and tests/cluster do."""
 TABLE = {metric.name for metric in (*SCALARS, *EVENTS, *LAYERS)}
 
 

@@ -7,7 +7,7 @@ import pytest
 from conf.errors import DiskFailed, UserError
 from conf.load import compose
 from tests.metrics.wandb_file import history, run_records
-from train.loop.trainer import RunDiverged
+from train.loop.hooks.skipped_steps import RunDiverged
 from train.metrics.origin import code_version, record_start
 from train.metrics.wandb_items import checkpoint, evaluation_tables, sample_table
 from train.metrics.writer import open_wandb, open_writer, tell_of_end, what_ended

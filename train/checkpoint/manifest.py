@@ -41,6 +41,8 @@ CRC_BLOCK = 4 << 20
 """Bytes of data under one CRC-32; a multiple of every item size, so that no element spans two blocks."""
 LARGEST_NUMBER = 2**63 - 1
 """The largest number in a checkpoint."""
+HOOK_STATE = "hook."
+"""How the names of tensors and facts begin that a callback of the recipe keeps in checkpoints."""
 META = {
     **dict.fromkeys(("step", "samples", "skipped", "updates", "seed", "seq_len"), int),
     **dict.fromkeys(("tokenizer", "data"), str),

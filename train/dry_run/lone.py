@@ -17,7 +17,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from conf.errors import UserError
-from conf.run_paths import RunPaths
 from conf.schema import Config
 from conf.words import say
 from parallel.context import LoneContext
@@ -28,7 +27,7 @@ from train.dry_run.assumed_rows import group_of
 from train.dry_run.piece import DryRunPiece
 from train.dry_run.run_phases import RunPhases
 from train.kernels.choice import choose_kernels
-from train.loop.profiler import StepProfiler
+from train.loop.hooks.profiler import StepProfiler
 from train.parallelize import parallelize
 from train.plan.job import layout_of
 from train.plan.memory.ledger import PeakMeter, PhaseBytes
@@ -138,10 +137,11 @@ def _watch(config: Config, parts: ParallelModel, rank: RankSetup, number: int) -
     """Let torch's profiler watch as many steps as profile.steps asks for, after those whose time counts."""
     watched = replace(config, profile=replace(config.profile, ranks=[number]))
     timed, (first, last) = TimedStep(config, parts, rank), config.profile.steps
-    with closing(StepProfiler(watched, number, parts, RunPaths(config).path, say)) as profiler:
+    with closing(StepProfiler(watched, number, parts)) as profiler:
         for step in range(first, last + 1):
-            with profiler.step(step):
-                timed.run(step)
+            profiler.begin(step)
+            timed.run(step)
+            profiler.end(step, say)
 
 
 def _items(parts: ParallelModel) -> dict[str, int]:

@@ -23,7 +23,8 @@ from train.checkpoint.checkpointer import Checkpointer
 from train.checkpoint.manifest import checkpoints
 from train.checkpoint.memory_copies import SETS, MemoryCopies
 from train.data.tokenizer import Tokenizer, train_bpe
-from train.loop.published_weights import NEWEST, WEIGHTS_FOLDER, publish_weights
+from train.loop.hooks.averaged_weights import AveragedWeights, weight_averages
+from train.loop.hooks.published_weights import NEWEST, WEIGHTS_FOLDER, publish_weights
 from train.loop.start import check_start, start_from
 from train.loop.state import RunState
 from train.metrics.quantities import gib
@@ -59,6 +60,7 @@ class RunPhases(ExitStack):
         self._tokenizer = Tokenizer(train_bpe((), 0))
         self._exported = self._paths.path / WEIGHTS_FOLDER / NEWEST
         self._nodes: list[Path] = []
+        self._averages: list[AveragedWeights] = []
         self._held: tuple[object, ...] = ()
         """What keeps the buffers of saves."""
         self.peaks: dict[str, PhaseBytes] = {}
@@ -70,7 +72,8 @@ class RunPhases(ExitStack):
         with self.meter() as meter:
             before = meter.mark_both()  # DeepSpeed's caches hold some of an engine before, which a run does not have
             parts = self._build(fill is not None)
-            state = RunState(self._config, self._rank.mesh, parts)
+            self._averages = weight_averages(self._config, parts.zero)
+            state = RunState(self._config, self._rank.mesh, parts, self._averages)
             if fill is not None:
                 fill(state)
             self.mark(phase, meter, before)
@@ -109,9 +112,9 @@ class RunPhases(ExitStack):
     def _do(self, parts: ParallelModel, state: RunState, tokens_BS: Tensor) -> Iterator[str]:
         """Each phase, and then its name."""
         yield from self._save(state)
-        if state.ema is not None:
-            state.ema.update()
-            state.ema.flush()
+        for average in self._averages:
+            average.ema.update()
+            average.ema.flush()
             yield "average"
         parts.pipeline.evaluate(tokens_BS, micro_batches=1)
         yield "validation"
@@ -151,11 +154,11 @@ class RunPhases(ExitStack):
 
     def _resume(self, state: RunState) -> None:
         newest, saved = checkpoints(self._paths.checkpoints)[0], state.shards().keys()
-        wanted = self._placed(state.wanted(state.ema is not None))
+        wanted = self._placed(state.wanted(newest.meta))
         if self._is_alone:  # biases and loads are in the files of others
             wanted = {name: wanted[name] for name in saved}
         self._open_checkpoints(attempt=2).load(newest.folder, wanted)
-        state.finish_load(newest.meta, newest.meta["has_ema"])
+        state.finish_load(newest.meta)
 
     def _start(self, state: RunState) -> None:
         config = replace(self._config, init_from=str(self._exported))

@@ -11,7 +11,7 @@ from conf.adapters import is_adapter
 from conf.errors import UserError
 from conf.optimizers import OPTIMIZERS
 from conf.schema import ExportType
-from train.checkpoint.manifest import Manifest, holds_adapter
+from train.checkpoint.manifest import HOOK_STATE, Manifest, holds_adapter
 from train.export.piece_writer import ExportTensor
 from train.hf.config import scale_shape
 from train.hf.tensor_names import SCALE, PlacedTensor
@@ -19,6 +19,7 @@ from train.hf.tensor_names import SCALE, PlacedTensor
 OPTIMIZER_TENSORS = {
     **{f"{name}.": f"{what} of the optimizer" for one in OPTIMIZERS.values() for name, what in one.meanings},
     "running.": "loads of the experts in the past",
+    HOOK_STATE: "state of a callback",
 }
 PLAIN_EXPORT_TYPES = {ExportType.bf16: "BF16", ExportType.fp8: "BF16", ExportType.fp32: "F32"}
 

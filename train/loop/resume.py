@@ -157,12 +157,12 @@ def _load(state: RunState, meta: dict[str, Any], optimizer: str, load: Callable[
     problem = None
     own = written_by(meta) == optimizer
     try:
-        load(state.wanted(meta["has_ema"], own_optimizer=own))
+        load(state.wanted(meta, own_optimizer=own))
     except CheckpointDamaged as error:
         problem = error.line
     problem = next((text for text in gather(problem) if text), None)
     if problem is None:
-        state.finish_load(meta if own else meta | {"updates": 0}, meta["has_ema"])
+        state.finish_load(meta if own else meta | {"updates": 0})
     return problem
 
 

@@ -94,5 +94,7 @@ def start_from(config: Config, source: Folder | Path, state: "RunState") -> None
         from parallel.exchange import from_rank_0, gather  # torch
 
         state.base = from_rank_0(lambda: describe_base(source)) | {"weights": mark.text(gather)}
-    meta = {"step": 0, "samples": 0, "skipped": 0, "updates": 0} | ({} if family is None else {"family": family})
-    state.finish_load(meta, with_ema=False)
+    meta = {"step": 0, "samples": 0, "skipped": 0, "updates": 0, "has_ema": False} | (
+        {} if family is None else {"family": family}
+    )
+    state.finish_load(meta)

@@ -2,35 +2,39 @@
 
     master.*                            fp32 weights
     STATE.*                             what the optimizer keeps, by its names (conf/optimizers.py)
-    ema.*                               average of the weights, when the run keeps one
     bias.LAYER                          balance bias of every MoE layer; not where an adapter is trained, whose base has them
     running.load, running.idle          past expert loads, from which MaxVio and dead experts are told
+    ema.*, and others                   what hooks keep (train/loop/live_run.py): the average of the weights
 
 The rest is in the meta: step, samples (the data position), updates, the family of the folder whose weights the run started
 from, and of an adapter's run its base (train/checkpoint/adapter_base.py); schedules follow from the step. Nothing
 in a run draws random numbers after the weights are made, so there is no generator state to keep.
 """
 
+from collections import ChainMap
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
+from conf.errors import UserError
 from conf.schema import Config, ModelFamily
 from parallel.mesh import Mesh
 from parallel.shard import Shard, whole
 from train.checkpoint.frozen_base import fill_blocks
+from train.checkpoint.manifest import META
 from train.checkpoint.weights_mark import FillShards, WeightsMark
 from train.kernels.fp8.frozen_blocks import frozen_blocks
 from train.metrics.balance import RunningLoad, update_running
 from train.model.count import moe_layers
-from train.optim.ema import Ema
 from train.rank_parts import ParallelModel
 
 
 class RunState:
     """The live state of one rank, seen as shards."""
 
-    def __init__(self, config: Config, mesh: Mesh, parts: ParallelModel):
+    def __init__(self, config: Config, mesh: Mesh, parts: ParallelModel, hooks: Sequence[Any] = ()):
+        """hooks: those that keep state among them are part of it."""
         self.mesh, self.zero, self.routers = mesh, parts.zero, parts.routers()
         self.step = 0
         self.samples = 0
@@ -45,9 +49,8 @@ class RunState:
         size_LE = len(moe_layers(config.model)), config.model.experts
         self.load_LE = torch.zeros(size_LE, dtype=torch.float64)
         self.idle_LE = torch.zeros(size_LE, dtype=torch.int64)
-        shards = self.zero.shards(copies=True)
-        masters = {name: shard.local for name, shard in shards.items() if name.startswith("master.")}
-        self.ema = Ema(masters, config.optim.ema_decay) if config.optim.ema_decay else None
+        self.keepers = [hook for hook in hooks if hasattr(hook, "shards")]
+        """Hooks that keep state."""
 
     @property
     def running(self) -> RunningLoad:
@@ -63,18 +66,17 @@ class RunState:
     def shards(self) -> dict[str, Shard]:
         """This rank's part; what all data-parallel or all ranks know alike comes from the first of them."""
         shards = self.zero.shards()
-        if self.ema is not None:
-            self.ema.flush()
-            shards |= self._averages(shards)
+        for hook in self.keepers:
+            shards |= _apart(shards, hook.shards())
         if self.mesh.stage_rank == 0 and not self._trains_adapter:
             shards |= self._biases()
         if self.mesh.rank == 0:
             shards |= self._loads()
         return shards
 
-    def wanted(self, with_ema: bool, *, own_optimizer: bool = True) -> dict[str, Shard]:
-        """What this rank reads from a checkpoint, which may have been written without averages, or by another optimizer: then what this
-        one keeps of weights becomes zero.
+    def wanted(self, meta: Mapping[str, Any], *, own_optimizer: bool = True) -> dict[str, Shard]:
+        """What this rank reads from a checkpoint with this meta, which may have been written without what hooks keep, or by another
+        optimizer: then what this one keeps of weights becomes zero.
         """
         shards = self.zero.shards(copies=True)
         if not own_optimizer:
@@ -82,15 +84,21 @@ class RunState:
             for name in shards.keys() - masters.keys():
                 shards[name].local.zero_()
             shards = masters
-        averages = self._averages(shards) if self.ema is not None and with_ema else {}
+        for hook in self.keepers:
+            if _has(meta, hook):
+                shards |= _apart(shards, getattr(hook, "wanted", hook.shards)())
         biases = {} if self._trains_adapter else self._biases()
-        return shards | averages | biases | self._loads()
+        return shards | biases | self._loads()
 
     def wanted_of_start(self) -> dict[str, Shard]:
         """What this rank reads of the weights that a run starts from: its masters, or the base of an adapter where it lies; and the
         balance biases."""
         if not self._trains_adapter:
-            return {name: shard for name, shard in self.wanted(False).items() if name.startswith(("master.", "bias."))}
+            return {
+                name: shard
+                for name, shard in self.wanted({"has_ema": False}).items()
+                if name.startswith(("master.", "bias."))
+            }
         base = {
             f"master.{name}": shard for name, shard in self.zero.untrained_shards().items() if name not in self._blocks
         }
@@ -107,38 +115,44 @@ class RunState:
                     f"master.{name}", self._blocks[name], self.mesh.layout.ep, shard.local, shard.offset, fill, mark
                 )
 
-    def finish_load(self, meta: dict[str, Any], with_ema: bool) -> None:
-        """Take over after the wanted shards were filled."""
+    def finish_load(self, meta: dict[str, Any]) -> None:
+        """Take over after the wanted shards were filled, from a checkpoint with this meta."""
         self.step, self.samples, self.skipped = meta["step"], meta["samples"], meta["skipped"]
         self.family = ModelFamily(meta.get("family", self.family))  # older checkpoints know of one
         if best := meta.get("best"):
             self.best = int(best[0]), float(best[1])
         self.zero.finish_load(meta["updates"])
-        if self.ema is not None and not with_ema:
-            self.ema.restart()
+        for hook in self.keepers:
+            hook.restore(meta if _has(meta, hook) else None)
 
     def meta(self) -> dict[str, Any]:
+        kept = dict(ChainMap(*(hook.meta() for hook in self.keepers)))
         return {
             "step": self.step,
             "samples": self.samples,
             "skipped": self.skipped,
             "updates": self.zero.client.updates,
-            "has_ema": self.ema is not None,
+            "has_ema": False,
             "family": str(self.family),
             **({} if self.best is None else {"best": list(self.best)}),
             **({} if self.base is None else {"base": self.base}),
-        }
-
-    def _averages(self, shards: dict[str, Shard]) -> dict[str, Shard]:
-        assert self.ema is not None
-        return {
-            "ema." + name.removeprefix("master."): Shard(average.view(-1), shards[name].offset, shards[name].shape)
-            for name, average in self.ema.average.items()
-            if name in shards
-        }
+        } | kept
 
     def _biases(self) -> dict[str, Shard]:
         return {f"bias.{name}": whole(router.bias_E) for name, router in self.routers.items()}
 
     def _loads(self) -> dict[str, Shard]:
         return {"running.load": whole(self.load_LE), "running.idle": whole(self.idle_LE)}
+
+
+def _has(meta: Mapping[str, Any], hook: Any) -> bool:
+    """Whether a checkpoint with this meta holds what a hook keeps."""
+    return all((key in meta or key in META) and meta[key] not in (None, False) for key in hook.meta())
+
+
+def _apart(shards: Mapping[str, Shard], more: dict[str, Shard]) -> dict[str, Shard]:
+    """What a hook keeps. Raises UserError where its names are taken."""
+    if taken := sorted(shards.keys() & more.keys()):
+        rule = "names tensors that the state of the run has already"
+        raise UserError("callbacks", ", ".join(taken), rule, "give those of the hook's `shards` names of their own")
+    return more

@@ -112,7 +112,7 @@ def _incident_parts(run_folder: Path) -> list[str]:
 
 
 def _profile_parts(run_folder: Path) -> list[str]:
-    """The tables of the ranks that were watched, see train/loop/profiler.py."""
+    """The tables of the ranks that were watched, see train/loop/hooks/profiler.py."""
     found = []
     for file in sorted(run_folder.glob("profile/rank_*.json")):
         try:

@@ -48,11 +48,17 @@ from train.data.prefetch import Prefetch
 from train.data.prepare import PreparedData
 from train.kernels.choice import build_kernels, choose_kernels
 from train.kernels.plain.plain_attention import PlainAttention
+from train.loop.hooks.copies_in_memory import CopiesInMemory
+from train.loop.hooks.hook_list import build_hooks
+from train.loop.hooks.step_metrics import Flops
+from train.loop.live_run import LiveRun
 from train.loop.resume import find_start, restore
+from train.loop.saver import Saver
 from train.loop.state import RunState
 from train.loop.step import StepOutcome, TrainingStep
 from train.loop.stop import StopKind, StopRequest
-from train.loop.trainer import Flops, Outputs, Trainer
+from train.loop.trainer import Trainer
+from train.metrics.names import Record
 from train.model.deepseek import DeepSeekV3
 from train.model.layers import PACKED
 from train.model.moe import Experts
@@ -235,7 +241,9 @@ def _train(proof: str, part: RunPart, place: Place, device: torch.device) -> Non
         timeout=config.cluster.timeout,
     )
     parts = parallelize(config, rank.mesh, device, kernels, restored=part.number > 0)
-    state = RunState(config, rank.mesh, parts)
+    in_memory = CopiesInMemory(None)
+    hooks = build_hooks(config, rank, parts, Flops(0.0, 0.0, 1.0, ""), in_memory, None)
+    state = RunState(config, rank.mesh, parts, hooks)
     start = Evidence(StepInfo(proof, part.number, 0, place.rank, layout_name(config), device.type))
     if config.adapter.on:
         fill_base(config, state)
@@ -247,16 +255,9 @@ def _train(proof: str, part: RunPart, place: Place, device: torch.device) -> Non
         fill_state(config, state, parts)
     else:
         restore(config, data, state, checkpointer, None, find_start(config, None))
-    trainer = _ProvenTrainer(
-        config=config,
-        rank=rank,
-        parts=parts,
-        state=state,
-        data=data,
-        outputs=Outputs(checkpointer, None, None),
-        flops=Flops(0.0, 0.0, 1.0, ""),
-        stop=_Stop(),
-    )
+    saver, training_step = Saver(config, checkpointer), TrainingStep(config, parts, rank)
+    run = LiveRun(config, rank, parts, state, data, training_step, saver, None, hooks)
+    trainer = _ProvenTrainer(run, _Stop(), in_memory)
     trainer.prove(rank, part, start)
     parts.zero.engine.destroy()
 
@@ -273,8 +274,8 @@ def fill_state(config: Config, state: RunState, parts: ParallelModel) -> None:
             shard.local.zero_()
     fill_biases(parts, initial_biases(config))
     state.zero.finish_load(0)
-    if state.ema is not None:
-        state.ema.restart()
+    for hook in state.keepers:
+        hook.restore(None)
 
 
 @torch.no_grad()
@@ -335,36 +336,35 @@ class _ProvenTrainer(Trainer):
     def prove(self, rank: RankSetup, part: RunPart, start: Evidence) -> None:
         """Train as `run` does. start: what is known of the state before the first step."""
         self._rank, self._proof, self._part = rank, start.info.proof, part
-        self._folder = RunPaths(self.config).path.parent / EVIDENCE
-        watched = is_rounded(self._proof, self.config) and not self.config.adapter.on
-        self._watch = EvidenceWatch(self.parts.chunks, sent=watched)
-        self._parts_watch = PartsWatch(self.parts.chunks, self.parts.precision) if watched else None
-        needs_whole = self._proof == "fp32" and self.config.optim.facts.matrices.is_whole
-        self._exact = ExactUpdates(self.config, self.parts.zero) if needs_whole else None
-        self.training_step = _WatchedStep(self.training_step, self.parts.zero, self._saw, part.last)
+        self._folder = RunPaths(self.run.config).path.parent / EVIDENCE
+        watched = is_rounded(self._proof, self.run.config) and not self.run.config.adapter.on
+        self._watch = EvidenceWatch(self.run.parts.chunks, sent=watched)
+        self._parts_watch = PartsWatch(self.run.parts.chunks, self.run.parts.precision) if watched else None
+        needs_whole = self._proof == "fp32" and self.run.config.optim.facts.matrices.is_whole
+        self._exact = ExactUpdates(self.run.config, self.run.parts.zero) if needs_whole else None
+        self.run.training_step = _WatchedStep(self.run.training_step, self.run.parts.zero, self._saw, part.last)
         self._validation_loss: float | None = None
         self.leave_state(start)
-        self.run()
+        self.run.hooks = [*self.run.hooks, self]
+        self.train()
 
     def leave_state(self, evidence: Evidence) -> None:
         """Add what the rank holds of the state of the run, and write it."""
-        info, state = evidence.info, self.state
+        info, state = evidence.info, self.run.state
         info.updates, info.samples, info.skipped = state.zero.client.updates, state.samples, state.skipped
-        for name, shard in self.state.shards().items():
+        for name, shard in self.run.state.shards().items():
             if self._proof != "tiles" or name.startswith(("master.", "bias.")):  # the weights of the step behind
                 evidence.add_shard("after", name, shard)
-        for name, router in self.parts.routers().items():
+        for name, router in self.run.parts.routers().items():
             evidence.add("own", f"bias.{name}", router.bias_E)
         evidence.write(self._folder)
 
-    def validate(self) -> dict[str, float]:
-        found = super().validate()
-        self._validation_loss = found["validation_loss"]
-        return found
+    def on_step(self, run: LiveRun, step: int, record: Record) -> None:
+        self._validation_loss = record.get("validation_loss")
 
     def _step(self, plan: StepPlan, batches: Prefetch) -> StopKind:
         self._watch.clear()
-        is_watched = plan.step in watched_steps(self.config)
+        is_watched = plan.step in watched_steps(self.run.config)
         self._watch.keeps_sent = is_watched
         if self._parts_watch is not None:
             self._parts_watch.clear()
@@ -372,15 +372,14 @@ class _ProvenTrainer(Trainer):
         if self._exact is not None:
             self._exact.clear()
         self._watch.spoils = plan.step == self._part.spoilt and self._rank.mesh.rank == self._rank.mesh.layout.world - 1
-        self._validation_loss = None
         stop = super()._step(plan, batches)
         outcome, gradients = self._outcome
-        info = _info(self._proof, self._part.number, self.config, self._rank, plan, outcome)
+        info = _info(self._proof, self._part.number, self.run.config, self._rank, plan, outcome)
         info.validation_loss = self._validation_loss
-        compiles = getattr(self.parts.precision.kernels, "compiles_product", None)  # torch's operations round
+        compiles = getattr(self.run.parts.precision.kernels, "compiles_product", None)  # torch's operations round
         info.sums_in_fp32 = compiles is not None and compiles(torch.empty(0, dtype=torch.bfloat16))
         evidence = Evidence(info)
-        add_scores(evidence, self.training_step, outcome)
+        add_scores(evidence, self.run.training_step, outcome)
         if is_watched or self._proof != "tiles":
             evidence.add_seen(self._watch.seen)
             if self._parts_watch is not None:

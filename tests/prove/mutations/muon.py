@@ -141,7 +141,7 @@ def momentum_of_the_neighbour(bug: Seams) -> None:
 def count_goes_on(bug: Seams) -> None:
     bug.around(
         RunState, "finish_load",
-        lambda original, self, meta, with_ema: original(self, meta | {"updates": meta["step"]}, with_ema),
+        lambda original, self, meta: original(self, meta | {"updates": meta["step"]}),
     )  # fmt: skip
 
 
@@ -149,8 +149,8 @@ def count_goes_on(bug: Seams) -> None:
     OURS + ": tables keep the moments of another optimizer", "muon after adamw", (RESUME, UPDATE), "from the checkpoint"
 )
 def moments_stay(bug: Seams) -> None:
-    def wanted(original, self, with_ema, *, own_optimizer=True):
-        shards = original(self, with_ema, own_optimizer=own_optimizer)
+    def wanted(original, self, meta, *, own_optimizer=True):
+        shards = original(self, meta, own_optimizer=own_optimizer)
         kept = {name: shard for name, shard in self.zero.shards(copies=True).items() if name.startswith("exp_avg")}
         return shards | kept
 

@@ -19,16 +19,16 @@ from train.optim.schedules import Schedules
     "first_sample|position in the data",
 )
 def resumed_one_sample_off(bug: Seams) -> None:
-    def finish_load(original, self, meta, with_ema):
-        original(self, meta | {"samples": meta["samples"] + 1}, with_ema)
+    def finish_load(original, self, meta):
+        original(self, meta | {"samples": meta["samples"] + 1})
 
     bug.around(RunState, "finish_load", finish_load)
 
 
 @mutation("flagos-ai/FlagScale#411: balance biases are not in the checkpoint", "copies", RESUME, "bias")
 def biases_lost_in_the_checkpoint(bug: Seams) -> None:
-    def finish_load(original, self, meta, with_ema):
-        original(self, meta, with_ema)
+    def finish_load(original, self, meta):
+        original(self, meta)
         for one in self.routers.values():
             one.bias_E.zero_()
 
@@ -42,16 +42,16 @@ def biases_lost_in_the_checkpoint(bug: Seams) -> None:
     "updates|master",
 )
 def adam_count_lost_in_the_checkpoint(bug: Seams) -> None:
-    def finish_load(original, self, meta, with_ema):
-        original(self, meta | {"updates": 0}, with_ema)
+    def finish_load(original, self, meta):
+        original(self, meta | {"updates": 0})
 
     bug.around(RunState, "finish_load", finish_load)
 
 
 @mutation("LBANN/lbann#1510: one of the two moments is not handed on", "copies", RESUME, "exp_avg")
 def moments_lost_in_the_checkpoint(bug: Seams) -> None:
-    def finish_load(original, self, meta, with_ema):
-        original(self, meta, with_ema)
+    def finish_load(original, self, meta):
+        original(self, meta)
         for name, shard in self.zero.shards().items():
             if name.startswith("exp_avg_sq."):
                 shard.local.zero_()
@@ -66,8 +66,8 @@ def moments_lost_in_the_checkpoint(bug: Seams) -> None:
     "state (from the|in a) checkpoint|average",
 )
 def average_lost_in_the_checkpoint(bug: Seams) -> None:
-    def finish_load(original, self, meta, with_ema):
-        original(self, meta, with_ema=False)
+    def finish_load(original, self, meta):
+        original(self, meta | {"has_ema": False})
 
     bug.around(RunState, "finish_load", finish_load)
 
@@ -79,10 +79,10 @@ def average_lost_in_the_checkpoint(bug: Seams) -> None:
     "state (from the|in a) checkpoint",
 )
 def resumed_from_the_average(bug: Seams) -> None:
-    def finish_load(original, self, meta, with_ema):
+    def finish_load(original, self, meta):
         for name, shard in self._averages(self.zero.shards()).items():
             self.zero.shards()["master." + name.removeprefix("ema.")].local.copy_(shard.local)
-        original(self, meta, with_ema)
+        original(self, meta)
 
     bug.around(RunState, "finish_load", finish_load)
 
@@ -110,11 +110,11 @@ def weights_not_refreshed_from_the_checkpoint(bug: Seams) -> None:
     "state (from the|in a) checkpoint",
 )
 def masters_from_rounded_weights(bug: Seams) -> None:
-    def finish_load(original, self, meta, with_ema):
+    def finish_load(original, self, meta):
         for name, shard in self.zero.shards().items():
             if name.startswith("master."):
                 shard.local.copy_(shard.local.bfloat16())
-        original(self, meta, with_ema)
+        original(self, meta)
 
     bug.around(RunState, "finish_load", finish_load)
 
@@ -123,33 +123,33 @@ def masters_from_rounded_weights(bug: Seams) -> None:
     "KempnerInstitute/KempnerForge#115: both moments begin at 0", "pipeline", RESUME, "state (from the|in a) checkpoint"
 )
 def both_moments_lost(bug: Seams) -> None:
-    def finish_load(original, self, meta, with_ema):
+    def finish_load(original, self, meta):
         for name, shard in self.zero.shards().items():
             if name.startswith("exp_avg"):
                 shard.local.zero_()
-        original(self, meta, with_ema)
+        original(self, meta)
 
     bug.around(RunState, "finish_load", finish_load)
 
 
 @mutation(OURS + ": the two moments change places", "copies", RESUME, "state (from the|in a) checkpoint")
 def moments_change_places(bug: Seams) -> None:
-    def finish_load(original, self, meta, with_ema):
+    def finish_load(original, self, meta):
         shards = self.zero.shards()
         for name in (name for name in shards if name.startswith("exp_avg.")):
             first, second = shards[name].local, shards["exp_avg_sq." + name.removeprefix("exp_avg.")].local
             held = first.clone()
             first.copy_(second)
             second.copy_(held)
-        original(self, meta, with_ema)
+        original(self, meta)
 
     bug.around(RunState, "finish_load", finish_load)
 
 
 @mutation("flagos-ai/FlagScale#411: biases reach the first rank alone", "copies", RESUME, "bias")
 def biases_reach_the_first_rank_alone(bug: Seams) -> None:
-    def finish_load(original, self, meta, with_ema):
-        original(self, meta, with_ema)
+    def finish_load(original, self, meta):
+        original(self, meta)
         for one in self.routers.values() if self.mesh.rank else ():
             one.bias_E.zero_()
 
@@ -180,8 +180,8 @@ def a_piece_of_another_place(bug: Seams) -> None:
     "state (from the|in a) checkpoint.*experts",
 )
 def experts_of_another_rank_read(bug: Seams) -> None:
-    def wanted(original, self, with_ema, *, own_optimizer=True):
-        shards = original(self, with_ema, own_optimizer=own_optimizer)
+    def wanted(original, self, meta, *, own_optimizer=True):
+        shards = original(self, meta, own_optimizer=own_optimizer)
         for name, shard in shards.items():
             size, most = shard.local.numel(), math.prod(shard.shape)
             if ".experts." in name and 2 * size == most:
@@ -207,8 +207,8 @@ def warm_up_begins_again(bug: Seams) -> None:
     "first_sample|position in the data",
 )
 def data_begin_again(bug: Seams) -> None:
-    def finish_load(original, self, meta, with_ema):
-        original(self, meta | {"samples": 0}, with_ema)
+    def finish_load(original, self, meta):
+        original(self, meta | {"samples": 0})
 
     bug.around(RunState, "finish_load", finish_load)
 
@@ -232,9 +232,9 @@ def data_position_from_the_new_batch(bug: Seams) -> None:
 def schedules_of_the_run_before(bug: Seams) -> None:
     steps: list[int] = []
 
-    def finish_load(original, self, meta, with_ema):
+    def finish_load(original, self, meta):
         steps[:] = [meta["config"]["steps"]]
-        original(self, meta, with_ema)
+        original(self, meta)
 
     def plan(original, self, step, shift=0):
         found = original(self, step, shift)

@@ -9,6 +9,7 @@ from parallel.zero.engine import Zero
 from parallel.zero.whole_weights import WholeWeights
 from tests.prove.mutations.registry import OURS, UPDATE, mutation
 from tests.prove.mutations.seams import Seams
+from train.loop.hooks.skipped_steps import SkippedSteps
 from train.loop.step import TrainingStep
 from train.loop.trainer import Trainer
 
@@ -50,11 +51,12 @@ def skipped_step_counts(bug: Seams) -> None:
     "mindspore-lab/mindcv#703: a skipped step moves the average of the weights", "skips averaged", SKIP, "average|ema"
 )
 def skipped_step_moves_the_average(bug: Seams) -> None:
-    def skipped(original, self, *arguments):
-        self.state.ema.update()
-        original(self, *arguments)
+    def on_skip(original, self, run, step):
+        for hook in run.state.keepers:
+            hook.on_update(run, step)
+        original(self, run, step)
 
-    bug.around(Trainer, "_skipped", skipped)
+    bug.around(SkippedSteps, "on_skip", on_skip)
 
 
 @mutation(OURS + ": weights decay in a skipped step", "skips", SKIP, "master|weight")
@@ -86,10 +88,10 @@ def skipped_step_fades_moments(bug: Seams) -> None:
 )
 def skipped_step_keeps_its_data(bug: Seams) -> None:
     def step(original, self, plan, batches):
-        skipped = self.state.skipped
+        skipped = self.run.state.skipped
         stop = original(self, plan, batches)
-        if self.state.skipped > skipped:
-            self.state.samples -= plan.batch_size
+        if self.run.state.skipped > skipped:
+            self.run.state.samples -= plan.batch_size
         return stop
 
     bug.around(Trainer, "_step", step)

@@ -14,7 +14,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import wraps
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +22,10 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from conf.disk import explain_disk_error
 from conf.files import atomic_write_text
+from conf.run_paths import RunPaths
 from conf.schema import Config
+from train.data.batch import Batch
+from train.loop.live_run import LiveRun
 from train.model.deepseek import Head
 from train.model.layers import FFN, Embedding, RMSNorm
 from train.model.mla import MLA
@@ -54,27 +56,32 @@ OTHER = "between the parts"
 class StepProfiler:
     """Watches the steps of one rank that the configuration names."""
 
-    def __init__(self, config: Config, rank: int, parts: ParallelModel, run_folder: Path, note: Callable[[str], None]):
-        """note: takes what a person is told once the steps are over."""
+    def __init__(self, config: Config, rank: int, parts: ParallelModel):
         self._first, self._last = config.profile.steps or (0, 0)
         self._watches = bool(config.profile.steps) and rank in config.profile.ranks
-        self._rank, self._parts, self._folder, self._note = rank, parts, run_folder / FOLDER, note
+        self._rank, self._parts, self._folder = rank, parts, RunPaths(config).path / FOLDER
         self._open = ExitStack()
         self._profile: profile | None = None
 
-    @contextmanager
-    def step(self, number: int) -> Iterator[None]:
-        """Around each step of the training."""
-        if not (self._watches and self._first <= number <= self._last):
-            yield
-            return
-        if self._profile is None:
-            self._start()
-        yield
-        if number == self._last:
-            self._finish(self._last - self._first + 1)
+    def on_batch(self, run: LiveRun, step: int, batch: Batch) -> None:
+        self.begin(step)
 
-    def close(self) -> None:
+    def on_update(self, run: LiveRun, step: int) -> None:
+        self.end(step, run.warn)
+
+    on_skip = on_update
+
+    def begin(self, step: int) -> None:
+        """Call before each step of the training."""
+        if self._watches and self._first <= step <= self._last and self._profile is None:
+            self._start()
+
+    def end(self, step: int, note: Callable[[str], None]) -> None:
+        """Call after each step. note: takes what a person is told once all steps are over."""
+        if self._profile is not None and step == self._last:
+            self._finish(self._last - self._first + 1, note)
+
+    def close(self, run: LiveRun | None = None) -> None:
         """The run ends, perhaps before the last step that was to be watched: what was seen of it is given up."""
         self._watches = False
         self._open.close()
@@ -85,7 +92,7 @@ class StepProfiler:
         on_gpu = [ProfilerActivity.CUDA] * torch.cuda.is_available()
         self._profile = self._open.enter_context(profile(activities=[ProfilerActivity.CPU, *on_gpu]))
 
-    def _finish(self, steps: int) -> None:
+    def _finish(self, steps: int, note: Callable[[str], None]) -> None:
         self._open.close()
         assert self._profile is not None
         rows = largest(self._profile.events() or [], steps)
@@ -96,12 +103,10 @@ class StepProfiler:
             body = {"rank": self._rank, "steps": [self._first, self._last], "rows": rows}
             atomic_write_text(self._folder / f"rank_{self._rank}.json", json.dumps(body))
         except OSError as error:
-            self._note(f"the profile could not be written ({explain_disk_error(error)})")
+            note(f"the profile could not be written ({explain_disk_error(error)})")
             return
         title = f"rank {self._rank}, steps {self._first} to {self._last}: the largest of a step"
-        self._note(
-            "\n".join([title, *table_lines(rows), f"  every operation: {trace}, which https://ui.perfetto.dev opens"])
-        )
+        note("\n".join([title, *table_lines(rows), f"  every operation: {trace}, which https://ui.perfetto.dev opens"]))
 
 
 @contextmanager

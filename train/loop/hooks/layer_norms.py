@@ -15,6 +15,7 @@ from torch import Tensor
 from conf.schema import Config, Model
 from conf.thresholds import THRESHOLDS
 from parallel.zero.engine import Zero
+from train.loop.live_run import LiveRun
 from train.metrics.names import Record
 
 
@@ -32,9 +33,16 @@ class LayerNorms:
         self._zero, self._device, self._layers = zero, device, layer_names(config.model)
         self._before: dict[str, Tensor] = {}
 
-    def keep(self, step: int, phase: str) -> None:
-        """Call at the end of every phase of every step, see `TrainingStep.run`; the update follows that of `reduction`."""
-        if self._measures(step) and phase == "reduction":
+    def on_phase(self, run: LiveRun, step: int, phase: str) -> None:
+        if phase == "update":
+            self.keep(step)
+
+    def on_step(self, run: LiveRun, step: int, record: Record) -> None:
+        record |= self.collect(step)
+
+    def keep(self, step: int) -> None:
+        """Call before the update of every step."""
+        if self._measures(step):
             self._before = {name: master.to("cpu", copy=True) for name, master in self._masters()}
 
     def collect(self, step: int) -> Record:

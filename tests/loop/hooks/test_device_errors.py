@@ -12,8 +12,8 @@ from conf.load import compose
 from parallel.pipeline.host_store import HostMemoryFull, HostStore
 from tests.ranks import run_processes
 from tests.small import arguments
-from train.loop import device_errors
-from train.loop.device_errors import ExplainedError, raise_explained
+from train.loop.hooks import device_errors
+from train.loop.hooks.device_errors import ExplainedError, raise_explained
 
 ASKED = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.19 GiB."
 

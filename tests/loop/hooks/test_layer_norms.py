@@ -11,7 +11,7 @@ from parallel.shard import Shard
 from tests.small import MODEL, metrics, train
 from train.checkpoint.manifest import read_manifest
 from train.checkpoint.read_shards import load_shards
-from train.loop import layer_norms
+from train.loop.hooks import layer_norms
 from train.metrics.report import write_report
 
 LAYOUTS = {
@@ -93,7 +93,7 @@ def test_a_large_weight_is_compared_in_parts(folder, monkeypatch, tmp_path):
     monkeypatch.setattr(layer_norms.dist, "all_reduce", lambda tensor: None)
     zero = FakeZero()
     norms = layer_norms.LayerNorms(compose("log.norms_every=1"), zero, torch.device("cpu"))
-    norms.keep(1, "reduction")
+    norms.keep(1)
     zero.weight += 2
     found = norms.collect(1)
     assert found["update_norm"] == pytest.approx(2 * math.sqrt(50))

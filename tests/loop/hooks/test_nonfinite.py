@@ -8,7 +8,7 @@ import torch
 
 from tests.layouts import run_layout, train_rank
 from tests.small import metrics, trajectory
-from train.loop.nonfinite import Origin, RankSightings, Sighting, find_origin
+from train.loop.hooks.nonfinite import Origin, RankSightings, Sighting, find_origin
 
 END, START = Sighting(2, 3, "the output of layers.2.attention"), Sighting(2, 1, "the input of layers.2.attention")
 LATER = Sighting(3, 0, "the input of layers.3")
@@ -79,8 +79,8 @@ class _NanBackward(torch.autograd.Function):
 def train_with_nan(rank: int, config_path: str, world: int, store: str) -> None:
     """One rank; `nan.json` beside the runs says where to put NaN: rank, module, phase, and whether it comes again."""
     from train import worker
-    from train.loop import trainer
-    from train.loop.nonfinite import Watch
+    from train.loop.hooks import skipped_steps
+    from train.loop.hooks.nonfinite import Watch
 
     where = json.loads((Path(config_path).parents[2] / "nan.json").read_text())
     parallelize, watching, calls = worker.parallelize, [], []
@@ -107,9 +107,9 @@ def train_with_nan(rank: int, config_path: str, world: int, store: str) -> None:
                 modules[where["module"]].register_forward_hook(corrupt)
         return parts
 
-    worker.parallelize, trainer.Watch = broken, Noticed
+    worker.parallelize, skipped_steps.Watch = broken, Noticed
     if not where.get("look", True):
-        trainer.Trainer._find_origin = lambda *_: Origin("non-finite loss", None, "", (), False, ())
+        skipped_steps.SkippedSteps._find_origin = lambda *_: Origin("non-finite loss", None, "", (), False, ())
     train_rank(rank, config_path, world, store)
 
 

@@ -26,6 +26,7 @@ from conf.errors import EXIT_CRASH, RunEnded
 from conf.words import some_of
 from parallel.mesh import Mesh
 from parallel.zero.engine import Zero
+from train.loop.live_run import LiveRun
 
 SHOWN_WEIGHTS = 4
 """Names in a sentence."""
@@ -53,6 +54,10 @@ class ReplicaCheck:
             for group, named in ((mesh.stage_group, shared), (mesh.edp_group, experts))
             if named and dist.get_world_size(group) > 1
         ]
+
+    def on_phase(self, run: LiveRun, step: int, phase: str) -> None:
+        if phase == "reduction":
+            self.require_equal(step)
 
     def require_equal(self, step: int) -> None:
         """Call before the update of every step, on all ranks. Raises ReplicasDiffer, on the ranks that hold such a weight."""
@@ -125,6 +130,15 @@ class StateCheck:
         self._every, self._zero, self._rank = every, zero, rank
         self._left: tuple[int, dict[str, Tensor]] | None = None
         """The step of an update, and the sums of bits behind it."""
+
+    def on_phase(self, run: LiveRun, step: int, phase: str) -> None:
+        if phase in ("update", "checkpoint"):
+            self.require_unchanged()
+
+    def on_update(self, run: LiveRun, step: int) -> None:
+        self.note(step)
+
+    on_skip = on_update
 
     def note(self, step: int) -> None:
         """Call behind the update of every step."""

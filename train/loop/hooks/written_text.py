@@ -10,11 +10,31 @@ from train.checkpoint.stored_weights import fits_here
 from train.data.tokenizer import Tokenizer
 from train.generate.complete import complete
 from train.generate.source import from_checkpoint
+from train.loop.live_run import LiveRun
 from train.metrics.report import SAMPLE, read_written_texts
+from train.metrics.screens import quoted_lines
+from train.metrics.wandb_items import sample_table
 
 SAMPLE_TEMPERATURE = 0.8
 KEPT_SAMPLES = 100
 """Texts in the file, the newest ones."""
+
+
+class SampleTexts:
+    """What the checkpoint of some steps writes, told by rank 0 once the checkpoint is there. The other ranks meet it in the next step."""
+
+    def on_save(self, run: LiveRun, step: int) -> None:
+        every, saving = run.config.log.sample_every, run.config.checkpoint.every
+        if not every or not saving or step % saving or step % every >= saving or step == run.config.steps:
+            return
+        if run.writer is None:
+            return
+        run.saver.finish(run)
+        with run.beside("validation"):
+            text = sample(run.config, run.data.tokenizer, run.device)
+            if text is not None:
+                run.writer.show(sample_table(step, text))
+                run.note("\n".join([f"after step {step} the model writes", *quoted_lines(text, "  ")]))
 
 
 def sample(config: Config, tokenizer: Tokenizer, device: torch.device) -> str | None:

@@ -10,7 +10,7 @@ from conf.load import compose
 from conf.schema import ROOT
 from tests.ranks import run_module
 from tests.small import arguments, environment
-from train.loop.profiler import OTHER, PART_NAMES, TABLE_ROWS
+from train.loop.hooks.profiler import OTHER, PART_NAMES, TABLE_ROWS
 from train.metrics.report import write_report
 
 

@@ -11,7 +11,7 @@ from tests.hf.small import read_folder
 from tests.layouts import train_on
 from tests.small import arguments
 from train.export.run import export
-from train.loop.published_weights import publish_weights
+from train.loop.hooks.published_weights import publish_weights
 
 torch.set_num_threads(1)
 

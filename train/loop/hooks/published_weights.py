@@ -17,9 +17,23 @@ from conf.run_paths import RunPaths
 from conf.schema import Config
 from train.data.prepare_progress import silent
 from train.export.run import write_export
+from train.loop.live_run import LiveRun
 
 WEIGHTS_FOLDER, NEWEST = "weights", "newest"
 KEPT_FOLDERS = 2
+
+
+class PublishedWeights:
+    """Writes the folder of a checkpoint that is due, by rank 0 once the checkpoint is there. The other ranks meet it in the next step."""
+
+    def on_save(self, run: LiveRun, step: int) -> None:
+        every = run.config.checkpoint.weights_every
+        if run.writer is None or not every or (step % every and step < run.config.steps):
+            return
+        run.saver.finish(run)
+        if (RunPaths(run.config).checkpoints / step_name(step)).exists():  # else it is told why not
+            with run.beside("checkpoint"):
+                publish_weights(run.config, step)
 
 
 def publish_weights(config: Config, step: int) -> Path:

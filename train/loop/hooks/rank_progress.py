@@ -11,9 +11,15 @@ from pathlib import Path
 
 import torch
 
+from cluster.comm_ring import CommRing
 from cluster.run_files import progress_path
 from conf.disk import explain_disk_error
 from conf.files import atomic_write_text, open_plain
+from conf.words import say_note
+from train.loop.live_run import LiveRun
+
+SHOWN_PHASES = ("validation", "checkpoint")
+"""Phases outside of steps, which the terminal shows."""
 
 
 class RankProgress:
@@ -22,12 +28,32 @@ class RankProgress:
 
     sequences: of the step, over all ranks. busy: seconds of the step before that the rank worked, without its waits for other
     ranks, and seconds: of that whole step; null at the start. memory: peak bytes of its device, or of the process on a CPU.
-    note: called with a sentence, once, when the disk refuses the file; training goes on.
     """
 
-    def __init__(self, logs: Path, rank: int, device: torch.device, note: Callable[[str], None]):
-        self._path, self._device = progress_path(logs, rank), device
-        self._note, self._refused = note, False
+    def __init__(self, logs: Path, rank: int, device: torch.device, ring: CommRing | None = None):
+        """ring: what this rank is at is written there too."""
+        self._path, self._device, self._ring = progress_path(logs, rank), device, ring
+        self._refused, self._is_beside = False, False
+        self._note: Callable[[str], None] = say_note
+
+    def on_start(self, run: LiveRun) -> None:
+        self._note = run.warn
+
+    def on_phase(self, run: LiveRun, step: int, phase: str) -> None:
+        if self._ring is not None:
+            self._ring.enter(phase, step if phase == "data" else None)
+        if phase == "data":
+            self.say(run, "step", run.plan.batch_size)
+        if phase in SHOWN_PHASES:
+            self.say(run, phase)
+        if run.writer is not None and (phase in SHOWN_PHASES or self._is_beside):
+            run.writer.event(phase if phase in SHOWN_PHASES else None)
+        self._is_beside = phase in SHOWN_PHASES
+
+    def say(self, run: LiveRun, phase: str, sequences: int = 0) -> None:
+        """What the rank is at until it says the next."""
+        busy = None if run.seconds is None else run.training_step.measure.step_work.busy
+        self.write(run.step, phase, sequences, busy, run.seconds)
 
     def write(
         self,

@@ -10,7 +10,7 @@ from conf.errors import UserError
 from conf.load import compose
 from parallel.shard import Shard
 from tests.ranks import run_ranks
-from train.loop.replicas import ReplicaCheck, ReplicasDiffer, StateChanged, StateCheck, sum_of_bits
+from train.loop.hooks.replicas import ReplicaCheck, ReplicasDiffer, StateChanged, StateCheck, sum_of_bits
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.float8_e4m3fn])

@@ -1,0 +1,73 @@
+"""Hooks of the user's own, which `callbacks` of a recipe names; train/loop/live_run.py says what a hook is.
+
+One that works for minutes calls `run.got_on()` now and then: a run without progress counts as hung after a while (cluster.kill_after).
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from cluster.got_on import got_on
+from cluster.patience import PATIENT_PHASES
+from conf.errors import UserError
+from conf.own_code import TARGET, make, require_arguments
+from conf.schema import Config
+from train.checkpoint.manifest import HOOK_STATE
+from train.loop.hooks.rank_progress import RankProgress
+from train.loop.live_run import HOOK_METHODS, LiveRun
+
+
+class Callback:
+    """One of them, with the methods that it has."""
+
+    def __init__(self, made: Any, progress: RankProgress | None):
+        """progress: hears what the callback works at outside of steps."""
+        self._progress = progress
+        if hasattr(made, "close"):
+            self.close = made.close
+        for name in ("shards", "wanted", "meta"):
+            if hasattr(made, name):
+                setattr(self, name, partial(_as_kept, getattr(made, name)))
+        if hasattr(made, "restore"):
+            self.restore = lambda meta: made.restore(None if meta is None else _own(meta))
+        for name in HOOK_METHODS:
+            if hasattr(made, name):
+                setattr(self, name, partial(self._tell, name, getattr(made, name)))
+
+    def _tell(self, name: str, method: Callable, run: LiveRun, *what: Any) -> None:
+        if self._progress is not None and name in PATIENT_PHASES:
+            self._progress.say(run, name)
+        method(run, *what)
+        got_on()
+
+
+def _as_kept(give: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a callback gives, under names that checkpoints know as a callback's."""
+    return {HOOK_STATE + name: value for name, value in give().items()}
+
+
+def _own(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """What callbacks gave to a checkpoint's meta."""
+    return {name.removeprefix(HOOK_STATE): value for name, value in meta.items() if name.startswith(HOOK_STATE)}
+
+
+def make_callbacks(config: Config, progress: RankProgress | None = None) -> list[Callback]:
+    """The callbacks of a recipe, in its order. progress: None where they are only to be checked. Raises UserError."""
+    found = []
+    for place, section in enumerate(config.callbacks):
+        key = f"callbacks[{place}]"
+        made = make(key, section)
+        methods = {name: getattr(made, name) for name in HOOK_METHODS if hasattr(made, name)}
+        if not methods:
+            rule = f"has none of the methods {', '.join(HOOK_METHODS)}"
+            raise UserError(f"{key}.{TARGET}", section[TARGET], rule, "define one of them")
+        if hasattr(made, "shards") and (lacking := [name for name in ("meta", "restore") if not hasattr(made, name)]):
+            rule = f"has `shards` and lacks {', '.join(lacking)}"
+            raise UserError(
+                f"{key}.{TARGET}", section[TARGET], rule, "define them: train/loop/live_run.py says what they do"
+            )
+        for name, method in methods.items():
+            words = HOOK_METHODS[name]
+            require_arguments(key, section, method, words.count(",") + 1, f"{name}({words})")
+        found.append(Callback(made, progress))
+    return found

@@ -1,0 +1,74 @@
+"""optim.max_bad_steps: a step without update is counted and named; too many in a row end the run, with advice."""
+
+import math
+from collections.abc import Sequence
+from itertools import chain
+
+from conf.errors import EXIT_DIVERGED, RunEnded
+from conf.micro_batches import share_of
+from parallel.exchange import gather
+from train.loop.hooks.nonfinite import SHOWN_TENSORS, Origin, RankSightings, Watch, bad_weights, find_origin
+from train.loop.live_run import LiveRun
+
+
+class RunDiverged(RunEnded):
+    """Too many steps in a row had a non-finite loss or gradient."""
+
+    code = EXIT_DIVERGED
+
+
+class SkippedSteps:
+    """Watches the steps that have no update."""
+
+    def __init__(self) -> None:
+        self._bad_in_a_row = 0
+
+    def on_update(self, run: LiveRun, step: int) -> None:
+        self._bad_in_a_row = 0
+
+    def on_skip(self, run: LiveRun, step: int) -> None:
+        """Does the step again on all ranks, where it is the first of a row or the last one. Raises RunDiverged."""
+        run.state.skipped += 1
+        self._bad_in_a_row += 1
+        finite = math.isfinite(run.outcome.measured.main_loss)
+        last = self._bad_in_a_row >= run.config.optim.max_bad_steps
+        if self._bad_in_a_row > 1 and not last:  # the first of a row was looked at, and the last one will be
+            run.note(f"step {step} skipped: again a non-finite {'gradient' if finite else 'loss'}")
+            return
+        origin = self._find_origin(run, finite, run.outcome.update.bad_parameters)
+        run.note(f"step {step} skipped: {origin.text}")
+        if last:
+            run.saver.checkpointer.finish()  # a save in flight is a place to resume from
+            samples = samples_of(run, origin.ranks if origin.alone else ())
+            advice = origin.advice(run.parts.zero.client.updates, samples)
+            raise RunDiverged(
+                f"{self._bad_in_a_row} steps in a row (optim.max_bad_steps) had a non-finite loss or gradient, the "
+                f"last was step {step}, {origin.text}. {advice}",
+                origin.ranks,
+            )
+
+    def _find_origin(self, run: LiveRun, finite_loss: bool, bad: Sequence[str]) -> Origin:
+        """Do the step once more on all ranks and watch it; weights and moments stay as they are."""
+        zero, last = run.parts.zero, run.training_step.measure.last
+        loss = None if last is None else bool(last.losses.means().isfinite().all())
+        masters = ((name, shard.local) for name, shard in zero.shards().items() if name.startswith("master."))
+        held = ((name, param) for param, name in zero.names.items() if param.numel())
+        weights = bad_weights((name.removeprefix("master."), weight) for name, weight in chain(masters, held))
+        with zero.accumulate(), Watch(run.chunks) as watch:
+            run.training_step.run_passes(run.batch)
+        zero.step(valid=False)
+        mine = RankSightings(
+            run.rank, run.mesh.dp_rank, loss, sorted(bad)[:SHOWN_TENSORS], weights, watch.forward, watch.backward
+        )
+        return find_origin(finite_loss, [RankSightings.from_plain(plain) for plain in gather(mine.plain())])
+
+
+def samples_of(run: LiveRun, ranks: Sequence[int]) -> str:
+    """The samples that these ranks read in the step at hand; without any ranks, those of all."""
+    plan = run.plan
+    if not ranks:
+        return f"{plan.first_sample} to {plan.first_sample + plan.batch_size - 1}"
+    replicas = sorted({run.mesh.layout.dp_rank(rank) for rank in ranks})
+    shares = (share_of(run.config, plan.batch_size, replica) for replica in replicas)
+    firsts = ((plan.first_sample + first, count) for first, count in shares)
+    return ", ".join(f"{first} to {first + count - 1}" for first, count in firsts)

@@ -1,0 +1,114 @@
+"""What metrics.jsonl says of every step: losses, rates, and how evenly routers share out tokens. Other hooks add to it, and the last writes it."""
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from conf.schema import Config
+from parallel.exchange import gather
+from train.kernels.fp8.health import Report, merge_reports
+from train.loop.hooks.rank_progress import peak_memory
+from train.loop.live_run import LiveRun
+from train.metrics.balance import balance_record
+from train.metrics.names import Record
+from train.metrics.wandb_items import checkpoint
+
+
+@dataclass
+class Flops:
+    """What MFU needs."""
+
+    causal: float
+    """Per token."""
+    full: float
+    """Per token, with attention counted as if it were not causal."""
+    peak: float
+    """FLOP/s of one rank's device."""
+    label: str
+    """Where the peak comes from, for a person."""
+
+
+class StepMetrics:
+    """Losses and settings of the step, loads of the experts, and the speed of the training without validation and saving."""
+
+    def __init__(self, flops: Flops):
+        self._flops = flops
+
+    def on_step(self, run: LiveRun, step: int, record: Record) -> None:
+        plan, measured, state = run.plan, run.outcome.measured, run.state
+        depth = max(1, len(measured.mtp_losses))
+        mtp_loss = sum(measured.mtp_losses) / depth
+        record |= {
+            "tokens": state.samples * run.config.seq_len,
+            "samples": state.samples,
+            "epochs": max(run.data.train.epochs(state.samples).values()),
+            "loss": measured.main_loss + plan.mtp_weight * mtp_loss + measured.extra_loss + measured.balance_loss,
+            "main_loss": measured.main_loss,
+            "balance_loss": measured.balance_loss,
+            "grad_norm": run.outcome.update.grad_norm,
+            "lr": plan.lr,
+            "mtp_weight": plan.mtp_weight,
+            "bias_speed": plan.bias_speed,
+            "batch_size": plan.batch_size,
+            "skipped_steps": state.skipped,
+        }
+        if measured.mtp_losses:
+            record["mtp_loss"] = mtp_loss
+        if len(measured.mtp_losses) > 1:
+            record |= {f"mtp_loss_{k}": loss for k, loss in enumerate(measured.mtp_losses, 1)}
+        if run.config.optim.extra_loss:
+            record["extra_loss"] = measured.extra_loss
+        if measured.scores_L:
+            record |= {"attention_score_max": max(measured.scores_L), "heads_clipped": measured.heads_clipped}
+        running = state.record_loads(measured.loads_LE)
+        layers = run.training_step.measure.layers
+        record |= measured.work | balance_record(layers, measured.loads_LE, measured.biases_LE, running)
+        run.seconds = time.perf_counter() - run.started
+        record |= self._speed(run, run.seconds)
+
+    def _speed(self, run: LiveRun, seconds: float) -> Record:
+        rate = run.plan.batch_size * run.config.seq_len / seconds
+        peak = self._flops.peak * run.mesh.layout.world
+        return {
+            "step_seconds": seconds,
+            "tokens_per_second": rate,
+            "mfu": rate * self._flops.causal / peak,
+            "mfu_full": rate * self._flops.full / peak,
+            "peak_flops": self._flops.peak,
+        }
+
+
+class Fp8Readings:
+    """precision.fp8.health: readings of the FP8 products in a step that is watched, the worst over all ranks; warns of limits passed."""
+
+    def __init__(self, config: Config):
+        fp8 = config.precision.fp8
+        self._every = 0 if fp8 is None else fp8.health.every
+
+    def on_step(self, run: LiveRun, step: int, record: Record) -> None:
+        if not self._every or step % self._every:
+            return
+        reports = gather(asdict(run.parts.precision.health()))
+        together = merge_reports([Report(**report) for report in reports])
+        for warning in together.warnings:
+            run.note(warning)
+        record |= together.metrics | together.layers
+
+
+class Recorder:
+    """Hands the record to metrics.jsonl, the terminal and W&B, and tells W&B of checkpoints: on rank 0 alone."""
+
+    def on_step(self, run: LiveRun, step: int, record: Record) -> None:
+        if run.writer is None:
+            return
+        rest = {
+            "checkpoint_stall_seconds": run.saver.stall,
+            "memory_bytes": peak_memory(run.device),
+            "time": time.time(),
+        }
+        if run.writer.write(record | rest):
+            run.saver.stall = 0.0  # else the next record tells of it
+
+    def on_checkpoint(self, run: LiveRun, step: int, path: Path) -> None:
+        if run.writer is not None:
+            run.writer.show(checkpoint(step, path))

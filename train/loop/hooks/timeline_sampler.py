@@ -1,0 +1,68 @@
+"""Samples the pipeline's timeline in a few steps of a run; see train/metrics/timeline_file.py for the file."""
+
+from itertools import chain
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from conf.disk import explain_disk_error
+from parallel.exchange import gather
+from parallel.pipeline.timeline import StepRecord
+from train.data.batch import Batch
+from train.loop.live_run import LiveRun
+from train.metrics.names import Record
+from train.metrics.timeline_file import SampledStep, write_timeline
+
+WARM_UP = 3
+"""The early sample is this step of an attempt: what the first ones only do once is over."""
+
+
+class TimelineSampler:
+    """Takes the timeline of an early step and of the last; of none without a pipeline."""
+
+    def __init__(self) -> None:
+        self._steps = set[int]()
+        """Those that are sampled; the same on every rank."""
+
+    def on_start(self, run: LiveRun) -> None:
+        if run.mesh.layout.pp > 1:
+            self._steps = {run.state.step + WARM_UP, run.config.steps}
+
+    def on_batch(self, run: LiveRun, step: int, batch: Batch) -> None:
+        """Let the ranks of the pipeline start together. Collective over the pipeline, right before its step."""
+        if step in self._steps:
+            dist.all_reduce(torch.zeros(1, device=run.device), group=run.mesh.stages_group)
+
+    def on_step(self, run: LiveRun, step: int, record: Record) -> None:
+        """Bring the first pipeline's records to rank 0, which writes them. Collective over that pipeline."""
+        mesh = run.mesh
+        if step not in self._steps or mesh.stage_rank:
+            return
+        newest = run.parts.pipeline.timeline.newest()
+        mine = round(newest.span, 6), plain_actions(newest, mesh.rank, mesh.pp_rank)
+        spans, actions = zip(*gather(mine, mesh.stages_group), strict=True)
+        if mesh.rank == 0:
+            schedule = str(run.config.parallel.schedule)
+            sampled = SampledStep(step, schedule, list(spans), list(chain.from_iterable(actions)))
+            try:
+                write_timeline(run.folder, sampled)
+            except OSError as error:
+                run.note(f"the timeline of step {step} could not be written ({explain_disk_error(error)})")
+
+
+def plain_actions(record: StepRecord, rank: int, pp_rank: int) -> list[dict[str, Any]]:
+    """One rank's part of timeline.json."""
+    return [
+        {
+            "rank": rank,
+            "pp_rank": pp_rank,
+            "stage": action.stage,
+            "kind": action.kind,
+            "micro_batch": action.micro_batch,
+            "start_seconds": round(action.start, 6),
+            "seconds": round(action.seconds, 6),
+        }
+        | ({} if action.backward is None else {"backward": list(action.backward)})
+        for action in record.actions
+    ]
