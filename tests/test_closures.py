@@ -17,6 +17,7 @@ BOUNDS = {
 """Files that each role may pull in, itself among them."""
 ON_DEMAND = {
     "train.api": "train/__init__.py looks there for a name that somebody asks for",
+    "train.program": "the same, where it says why there are none",
     "cluster.driver.ray_backend": "Ray, which only cluster=ray needs",
     "train.kernels.gpu.triton_adamw": "Triton, an optional package",
     "train.kernels.gpu.triton_scores": "Triton",
