@@ -252,8 +252,10 @@ def _following(load: Callable[..., DictConfig]) -> Callable[..., DictConfig]:
 
 def _empty_beside_typed(node: DictConfig, words: Sequence[str]) -> None:
     """Empty the keys of the recipe that would make a typed key do nothing, as `epochs` does with `steps`. UserError where both are typed."""
-    settings = [word.lstrip("+").partition("=") for word in words]
-    given = [key for key, _, value in settings if value.lower() not in ("", "null", "[]")]
+    settings = {
+        key: value for key, _, value in (word.lstrip("+").partition("=") for word in words)
+    }  # the last one counts
+    given = [key for key, value in settings.items() if value.lower() not in ("", "null", "[]")]
     typed = [name for name in INSTEAD_OF if any(f"{key}.".startswith(f"{name}.") for key in given)]
     for key in typed:
         for other in INSTEAD_OF[key]:

@@ -187,5 +187,10 @@ def test_two_typed_keys_that_exclude_each_other_are_an_error(words):
         compose(*words)
 
 
+def test_of_a_key_that_is_typed_twice_the_last_counts():
+    config = compose("data.path=/a", "data.path=null", "data.mix=[{path: /b}]")
+    assert config.data.path is None and config.data.mix[0].path == "/b"
+
+
 def test_what_excludes_each_other_are_keys():
     assert {*INSTEAD_OF, *(key for others in INSTEAD_OF.values() for key in others)} <= {*dotted_keys()}
