@@ -208,7 +208,8 @@ def _shrink_layers(cfg: Config, layout: Layout) -> tuple[int, str | list[int]]:
     model, given = cfg.model, cfg.parallel.split
     stages = layout.pp * cfg.parallel.schedule_facts.rank_stages(cfg.parallel.virtual_stages)
     dense, moe = min(model.dense_layers, 1), min(model.layers - model.dense_layers, 2)
-    layers = min(model.layers, max(dense + moe, stages))
+    # beside an adapter every rank needs a block, also one with the embedding or the head
+    layers = min(model.layers, max(dense + moe, stages * (1 + cfg.adapter.on)))
     if not isinstance(given, list):
         return layers, given
     split = [1] * stages
