@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 
 from conf.load import compose
-from tests.small import SMALL, metrics, train, write_corpus
+from conf.schema import ROOT
+from tests.ranks import run_module
+from tests.small import SMALL, arguments, environment, metrics, write_corpus
 
 SETTINGS = [argument for argument in SMALL if not argument.startswith("data.")]
 
@@ -23,7 +25,9 @@ class Trained:
         write_corpus(self.first)
         mix = f"data.mix=[{{path: {self.first}, weight: 2}}, {{path: {self.second}, weight: 1}}]"
         shape = ["model.mtp_depth=2", "optim.ema_decay=0.5", "log.validation_sequences=9", "optim.lr=1e-2"]
-        done = train(root, "data.path=null", mix, *shape, "name=mix", "steps=12", "log.sample_tokens=0")
+        words = arguments(root, mix, *shape, "name=mix", "steps=12", "log.sample_tokens=0")
+        words = [word for word in words if not word.startswith(("data.path=", "data.format="))]  # a mix has its own
+        done = run_module("train", words, ROOT, environment(), 120)
         assert done.returncode == 0, done.stderr
         self.record = metrics(root, "mix")[12]
         self.checkpoint = root / "runs" / "mix" / "checkpoints" / "step_00000012"
