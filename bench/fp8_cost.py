@@ -52,9 +52,7 @@ def main() -> None:
 def _precisions() -> dict[str, HighPrecision | Fp8Precision]:
     recipes = {
         "ue8m0": ["precision=fp8_ue8m0"],
-        "ue8m0 fast": ["precision=fp8_ue8m0", "precision.fp8.cache.packed=false"],
         "fp8": ["precision=fp8"],
-        "fp8 fast": ["precision=fp8", "precision.fp8.cache.packed=false", "precision.fp8.emulate=bf16"],
     }
     cpu, kernels = torch.device("cpu"), build_kernels("cpu")
     fp8 = {name: Fp8Precision(compose(*given).precision.fp8, cpu, kernels) for name, given in recipes.items()}

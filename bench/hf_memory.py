@@ -61,14 +61,15 @@ def configure(options: argparse.Namespace) -> Config:
     shape = [f"model.{key}={value}" for key, value in (SHAPE | {"expert_width": options.expert_width}).items()]
     out, dtype = options.folder / "out", options.dtype
     where = [f"runs={options.folder / 'runs'}", "name=a", "mode=export", f"export.to={out}", f"export.dtype={dtype}"]
-    return compose("conf=tiny", *shape, *where, f"export.shard_gb={options.shard_mb / 1000}")
+    exporting.SHARD_BYTES = options.shard_mb * 1e6
+    return compose("conf=tiny", *shape, *where)
 
 
 def make(config: Config, folder: Path) -> None:
     """A folder with random weights, made a tensor at a time."""
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
-    files = plan_files(list(tensors(config.model)), config.export.dtype, config.export.shard_gb * 1e9)
+    files = plan_files(list(tensors(config.model)), config.export.dtype, exporting.SHARD_BYTES)
     shared = {
         name: torch.randn(config.model.vocab_size, config.model.hidden, generator=generator) * 0.02
         for name in ("master.embedding.weight", "master.head.weight")

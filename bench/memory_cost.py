@@ -5,7 +5,7 @@ other work on the machine changes little, and of it the median of the ratios of 
 the device's: what waits there is a plain copy on the way out and another on the way back, which the computing waits for. On a GPU such
 copies run beside the computing, and `mode=plan` says whether they are through in time. What `parallel.cp` costs is in bench.context.
 
-    python -m bench.memory_cost [--rounds 5] [--only layer offload optimizer e5m6]
+    python -m bench.memory_cost [--rounds 5] [--only layer offload optimizer]
 
 Takes about 4 minutes.
 """
@@ -38,9 +38,6 @@ CASES = {
     "layer": SavingCase("layer in model.recompute as well", SHORT, [], ["model.recompute=[norm,mla_up,swiglu,layer]"]),
     "offload": SavingCase("model.offload=[layer]", SHORT, [], ["model.offload=[layer]"]),
     "optimizer": SavingCase("parallel.offload_optimizer=true", SHORT, [], ["parallel.offload_optimizer=true"]),
-    "e5m6": SavingCase(
-        "attention's output in E5M6", [*SHORT, "precision=fp8"], ["precision.fp8.cache.attention_output=bf16"], []
-    ),
 }
 
 

@@ -83,7 +83,6 @@ MUON_SWITCHES: dict[str, list[Any]] = {
     "prove.first_optimizer": [None, "adamw"],
     "optim.muon.iteration": ["quintic", "polar_express", "deepseek_v4"],
     "optim.muon.by_head": [True, False],
-    "optim.muon.adamw_rate": [1.0, 0.5],
     "optim.qk_clip": [None, 0.05],
     "parallel.offload_optimizer": [False, True],
     "parallel.uneven": [False, True],

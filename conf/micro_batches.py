@@ -10,6 +10,9 @@ import math
 from conf.errors import UserError
 from conf.schema import Config, Parallel
 
+MICRO_BATCH_TOKENS = 4096
+"""Most tokens per forward pass of one rank, where the size is chosen."""
+
 
 def batch_sizes(config: Config) -> list[int]:
     """Sequences per step that a run may have: those of its ramp, and the full batch."""
@@ -51,14 +54,14 @@ def batch_unit(config: Config) -> int:
 
 
 def choose_micro_batch_size(config: Config) -> int:
-    """The largest size that divides a rank's share of every batch, keeps to config.micro_batch_tokens, and leaves the schedule as
+    """The largest size that divides a rank's share of every batch, keeps to MICRO_BATCH_TOKENS, and leaves the schedule as
     many micro-batches as it needs; 1 where no size does.
     """
     batches, parallel = batch_sizes(config), config.parallel
     whole = math.gcd(*batches)
     for size in sorted(divisors(whole // parallel.dp), reverse=True) if whole % parallel.dp == 0 else []:
         counts = {batch // (size * parallel.dp) for batch in batches}
-        fits = size == 1 or size * config.seq_len // parallel.cp <= config.micro_batch_tokens
+        fits = size == 1 or size * config.seq_len // parallel.cp <= MICRO_BATCH_TOKENS
         if fits and not any(parallel.schedule_facts.find_broken_rule(parallel.pp, count) for count in counts):
             return size
     return 1

@@ -30,6 +30,7 @@ class RemovedKey:
         return UserError(key, value, f"in {place}: it {rule}" if place else rule, self.cure)
 
 
+LEFT_OUT = "leave it out; a run that was trained with another value goes on with version 0.1.0"
 OPERANDS = {
     f"{family}.{product}.{operand}": value
     for family, (activation, gradient) in {
@@ -47,9 +48,7 @@ OPERANDS = {
 }
 """The removed keys of single operands in precision.fp8, and which key of precision.fp8 says their value."""
 REMOVED_KEYS: dict[str, RemovedKey] = {
-    "precision.fp8.gradient_floor": RemovedKey(
-        1e-12, "0.2.0", "leave it out; a run that was trained with another value goes on with version 0.1.0"
-    ),
+    "precision.fp8.gradient_floor": RemovedKey(1e-12, "0.2.0", LEFT_OUT),
     **{
         f"precision.fp8.{key}": RemovedKey(
             f"${{precision.fp8.{value}}}",
@@ -58,12 +57,40 @@ REMOVED_KEYS: dict[str, RemovedKey] = {
         )
         for key, value in OPERANDS.items()
     },
-    "log.repeat_above": RemovedKey(
-        0.0,
-        "0.2.0",
-        "leave it out; log.state_every and log.replicas_every find flipped bits in memory",
-        changes_results=False,
-    ),
+    "optim.muon.adamw_rate": RemovedKey(1.0, "0.2.0", LEFT_OUT),
+    "precision.fp8.activation_floor": RemovedKey(1e-4, "0.2.0", LEFT_OUT),
+    "precision.fp8.emulate": RemovedKey("fp32", "0.2.0", LEFT_OUT),
+    "precision.fp8.cache.linear": RemovedKey("fp8", "0.2.0", LEFT_OUT),
+    "precision.fp8.cache.attention_output": RemovedKey("e5m6", "0.2.0", LEFT_OUT),
+    "precision.fp8.cache.swiglu": RemovedKey("fp8", "0.2.0", LEFT_OUT),
+    **{
+        key: RemovedKey(default, "0.2.0", cure, changes_results=False)
+        for key, default, cure in (
+            (
+                "log.repeat_above",
+                0.0,
+                "leave it out; log.state_every and log.replicas_every find flipped bits in memory",
+            ),
+            ("micro_batch_tokens", 4096, "set micro_batch_size"),
+            ("cluster.straggler_factor", 1.2, "leave it out"),
+            ("checkpoint.asynchronous", True, "leave it out"),
+            ("plan.disk", 1e9, "leave it out"),
+            ("export.shard_gb", 5.0, "leave it out"),
+            ("evaluate.needle_depths", [0.0, 0.25, 0.5, 0.75, 1.0], "leave it out"),
+            ("evaluate.needle_texts", 10, "leave it out"),
+            ("log.report_every", 300.0, "leave it out; `mode=report name=NAME` writes the report at any time"),
+            ("log.wandb_project", "sluice", "set WANDB_PROJECT in the environment"),
+            ("log.wandb_entity", None, "set WANDB_ENTITY in the environment"),
+            ("log.wandb_tags", [], "set WANDB_TAGS in the environment, with commas in between"),
+            ("log.wandb_notes", None, "set WANDB_NOTES in the environment"),
+            ("log.wandb_group", None, "set WANDB_RUN_GROUP in the environment"),
+            ("log.wandb_alerts", True, "leave it out; your account at W&B says which alerts reach you"),
+            ("precision.fp8.cache.packed", True, "leave it out"),
+            ("precision.fp8.health.flushed", 0.05, "leave it out"),
+            ("precision.fp8.health.saturated", 0.0, "leave it out"),
+            ("precision.fp8.health.error", 0.1, "leave it out"),
+        )
+    },
 }
 """By dotted key. A key that is removed gets a line here, and one on the page train/docs/upgrading.md."""
 REMOVED_VALUES: dict[tuple[str, Any], Any] = {("precision.fp8.backend", "specialized"): "triton"}

@@ -76,8 +76,6 @@ DispatchKind = StrEnum("DispatchKind", list(DISPATCHES))  # pyrefly: ignore[inva
 OptimizerName = StrEnum("OptimizerName", list(OPTIMIZERS))  # pyrefly: ignore[invalid-argument]  words of the table
 NewtonSchulz = StrEnum("NewtonSchulz", ["quintic", "polar_express", "deepseek_v4"])
 WireFormat = StrEnum("WireFormat", ["bf16", "fp8"])
-KeptInput = StrEnum("KeptInput", ["fp8", "bf16"])
-KeptOutput = StrEnum("KeptOutput", ["e5m6", "fp8", "bf16"])
 HighFormat = StrEnum("HighFormat", ["fp32", "bf16"])
 Fp8Backend = StrEnum("Fp8Backend", ["triton", "deepgemm"])
 PrecisionName = StrEnum("PrecisionName", ["fp32", "bf16", "fp8", "fp8_ue8m0", "mxfp8"])
@@ -315,8 +313,6 @@ class MuonOptim:
     """Coefficients of Newton-Schulz: quintic, five steps; polar_express, five others; deepseek_v4, ten that end nearer to 1."""
     by_head: bool = True
     """Orthogonalise the heads of attention one by one; false: each product of attention as one matrix."""
-    adamw_rate: float = number(1.0, above=0)
-    """Learning rate of what AdamW updates (embedding, head, routers, gains), as a factor on optim.lr."""
 
 
 @dataclass
@@ -508,31 +504,11 @@ class Operands(NamedTuple):
 
 
 @dataclass
-class Cache:
-    """What the backward pass keeps (paper 3.3.3): fp8 (values and scales as Fprop used them) or bf16."""
-
-    linear: KeptInput = expert(KeptInput.fp8)
-    """Inputs of linear layers and of the experts' up-projection."""
-    attention_output: KeptOutput = expert(KeptOutput.e5m6)
-    """Input of the attention's output projection: e5m6 (12 bits), fp8 or bf16."""
-    swiglu: KeptInput = expert(KeptInput.fp8)
-    """Input of the experts' SwiGLU, whose output is recomputed."""
-    packed: bool = expert(True)
-    """False, on CPU only: hold the same values in bf16 or fp32, which takes more memory and less time."""
-
-
-@dataclass
 class Health:
-    """Checks of the quantised tensors; a limit that is passed gives a warning with the layer's name."""
+    """Checks of the quantised tensors (train/kernels/fp8/health.py); a limit that is passed gives a warning with the layer's name."""
 
     every: int = number(100, least=0)
     """Steps between checks; 0 for none."""
-    flushed: float = expert(0.05, least=0)
-    """Limit on the share of non-zero values that become zero."""
-    saturated: float = expert(0.0, least=0)
-    """Limit on the share of values that were clamped to the format's maximum."""
-    error: float = expert(0.1, least=0)
-    """Limit on the relative error of a product against bf16 operands."""
 
 
 FP8_OPERANDS = "activation", "weight", "gradient", "attention_output", "dispatched"
@@ -558,11 +534,6 @@ class Fp8:
     """Input of the attention's output projection."""
     dispatched: str = "e4m3/1x128/pow2"
     """What travels to the experts: input of their up-projection, gradient of their output."""
-    activation_floor: float = expert(1e-4, least=1e-30, most=1)
-    """Smallest max-abs of activations and weights that a scale is made for, as in DeepSeek's kernels."""
-    emulate: HighFormat = expert(HighFormat.fp32)
-    """On CPU, the products of operands whose scales are not powers of two: fp32 is exact, and costs an fp32 product where
-    they are not compiled; bf16 rounds the operands (by 2^-9, beside 2^-4 of E4M3) and costs no more than a bf16 product."""
     compiled: bool = expert(True)
     """On CPU, use code that is compiled at the first use, which takes seconds and a C++ compiler: for casts, and with
     AVX2 for products; false: torch's own operations, slower. Casts are the same bits, products the same but for the
@@ -573,7 +544,6 @@ class Fp8:
     hold_weights: bool = expert(False)
     """Cast weights once a step and hold the casts to the end of its last backward, which takes two bytes a weight more on a GPU; false: cast them again in
     every product, for the same bits."""
-    cache: Cache = field(default_factory=Cache)
     health: Health = field(default_factory=Health)
 
     def operands(self, family: str) -> Operands:
@@ -626,8 +596,6 @@ class Checkpoint:
     weights_every: int = number(0, least=0)
     """Steps between folders of weights as mode=export writes them, while the run trains and at its end: NAME/weights/newest links to the
     newest of two (train/docs/fine_tuning.md). A multiple of checkpoint.every; 0 for none."""
-    asynchronous: bool = expert(True)
-    """Write beside the training; false waits for the disk."""
     staging_bytes: float = expert(0.0, least=0)
     """Most bytes of the host's memory in which each rank holds a checkpoint until it is written; where it saves more, the training waits
     for the disk, piece by piece. 0 holds all of it."""
@@ -675,9 +643,6 @@ class Cluster:
     ends with a diagnosis."""
     standby: bool = expert(True)
     """Ray: keep one process per rank that has imported the program, so that a restart saves that time (0.5 GB each)."""
-    straggler_factor: float = expert(1.2, least=0)
-    """Ray: a rank whose own work takes lastingly, beyond the noise, this many times that of the ranks of its pipeline stage is
-    named, once; 0 for never."""
 
 
 @dataclass
@@ -748,9 +713,6 @@ class Plan:
     failures: float = number(2e-5, least=0)
     """Failures of a device in an hour that end the run: Meta counted 419 in 54 days of 16,384 H100 (Llama 3), 2.0e-5; InfiniteHBD's trace of
     servers has 2.2e-5. 0 for none."""
-    disk: float = number(1e9, above=0)
-    """Bytes a second that each node writes of a checkpoint, and reads of it, all at once: Meta's storage for Llama 3 sustained 2 TB/s for 2048
-    nodes."""
     reserve: float | None = expert(None, least=0)
     """Bytes of a device that no tensor can have; null estimates them: CUDA's context, communicators, buffers of exchanges, and gaps."""
 
@@ -799,23 +761,8 @@ class Log:
     state_every: int = expert(0, least=0)
     """Steps between checks that master weights and the optimizer's state are, before the next update or checkpoint, what the update of this
     step left, bit by bit; a run where they are not ends with the rank and the tensor; 0 for none (train/docs/why.md)."""
-    report_every: float = expert(300.0, least=0)
-    """Seconds between writings of report.html while the run trains, by a process of its own at a low priority; 0 for one at the end
-    alone."""
     wandb: WandbMode = WandbMode.auto
     """auto: online with a key, else offline."""
-    wandb_project: str = "sluice"
-    """Project of the W&B run."""
-    wandb_entity: str | None = expert(None)
-    """W&B user or team that the project belongs to; null takes the account's own."""
-    wandb_tags: list[str] = expert(make=list)
-    """Words to find the run by in W&B."""
-    wandb_notes: str | None = expert(None)
-    """What W&B shows as the run's description."""
-    wandb_group: str | None = expert(None)
-    """What W&B shows together; null makes the jobs of a sweep one group."""
-    wandb_alerts: bool = expert(True)
-    """Let W&B write to you (as your account says) of divergence, crashes, restarts, stalled or slow ranks and full disks."""
     prometheus: int = expert(0, least=0, most=65535)
     """Port at which rank 0 tells the numbers of its newest step to a Prometheus server, at http://HOST:PORT/metrics; 0 for none."""
     progress: bool = True
@@ -862,10 +809,6 @@ class Evaluate:
     the commonest answer (train/evaluate/answers.py); 0 for none."""
     needle: list[int] = field(default_factory=list)
     """Lengths of texts, in tokens, in which the model is to find a pass key (train/evaluate/needle.py); none for no such test."""
-    needle_depths: list[float] = expert(make=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
-    """Where the key stands in the text, 0 at the beginning, 1 right before the question."""
-    needle_texts: int = expert(10, least=1)
-    """Texts of each length and depth, each with a key of its own."""
 
 
 @dataclass
@@ -921,8 +864,6 @@ class Export:
     """Whose names fields and tensors get; null takes those of the folder that the run started from, else deepseek_v3."""
     merge: bool = False
     """Write a whole folder, the adapter added to its base, and not the adapter in PEFT's form."""
-    shard_gb: float = expert(5.0, above=0)
-    """Largest size of one file, in GB."""
 
 
 @dataclass
@@ -957,9 +898,7 @@ class Config:
     """Sequences per optimizer step, over all ranks."""
     micro_batch_size: FilledKey[int] = number(None, least=1)
     """Sequences per forward pass of one rank; null takes the most that divide a rank's share of the batch, keep to
-    micro_batch_tokens and leave the pipeline schedule enough micro-batches. Never null after load."""
-    micro_batch_tokens: int = expert(4096, least=1)
-    """With micro_batch_size=null: most tokens per forward pass of one rank."""
+    4096 tokens and leave the pipeline schedule enough micro-batches. Never null after load."""
     resume: str = "auto"
     """auto (newest intact checkpoint of this run, if any), never (start new; an existing run is an error), or a checkpoint folder."""
     init_from: str | None = None

@@ -65,7 +65,6 @@ KEYS = {
     "output_dir": "runs",
     "per_device_train_batch_size": "micro_batch_size",
     "pipeline_parallel_size": "parallel.pp",
-    "project": "log.wandb_project",
     "run_name": "name",
     "save_every": "checkpoint.every",
     "save_interval": "checkpoint.every",
@@ -76,9 +75,7 @@ KEYS = {
     "train_iters": "steps",
     "training_steps": "steps",
     "warmup": "optim.warmup_steps",
-    "wandb.entity": "log.wandb_entity",
     "wandb.mode": "log.wandb",
-    "wandb.project": "log.wandb_project",
     "wandb_mode": "log.wandb",
     "zero_stage": "parallel.zero",
 }

@@ -119,7 +119,7 @@ MISTAKES = {
     "batch=4": "did you mean batch_size=4?",
     "colour=3": "`python -m train --help`, lists recipes, groups and keys",
     "-m stesp=1,2": "did you mean steps=1,2",
-    "precision=bf16 precision.fp8.cache.linear=fp8": "choose precision=fp8 or precision=fp8_ue8m0 or precision=mxfp8, or leave it out",
+    "precision=bf16 precision.fp8.health.every=5": "choose precision=fp8 or precision=fp8_ue8m0 or precision=mxfp8, or leave it out",
     # way of writing
     "--config-name tiny": "write conf=tiny",
     "--config-name=mine": "write conf=NAME, with --config-dir FOLDER for your own",
@@ -153,7 +153,6 @@ MISTAKES = {
     # what other programs call it, and words that would do nothing
     "wandb=online": "did you mean log.wandb=auto?",
     "log.wandb.mode=disabled": "did you mean log.wandb=disabled?",
-    "wandb.project=mine": "did you mean log.wandb_project=mine?",
     "learning_rate=1e-3": "did you mean optim.lr=1e-3?",
     "lerning_rate=1e-3": "did you mean optim.lr=1e-3?",
     "max_steps=10": "did you mean steps=10?",
@@ -287,7 +286,7 @@ def test_a_line_that_is_meant_is_taken(line, monkeypatch):
 
 
 def test_every_key_that_is_meant_exists():
-    assert {"steps", "model.yarn.factor", "precision.fp8.cache.linear", "optim.lr"} <= set(dotted_keys())
+    assert {"steps", "model.yarn.factor", "precision.fp8.health.every", "optim.lr"} <= set(dotted_keys())
 
 
 def test_every_mode_has_a_function_that_takes_what_it_is_given():

@@ -7,7 +7,15 @@ import pytest
 
 from conf.errors import UserError
 from conf.load import compose, read_config, write_config
-from conf.micro_batches import batch_sizes, choose_micro_batch_size, divisors, in_lockstep, micro_batch_counts, share_of
+from conf.micro_batches import (
+    MICRO_BATCH_TOKENS,
+    batch_sizes,
+    choose_micro_batch_size,
+    divisors,
+    in_lockstep,
+    micro_batch_counts,
+    share_of,
+)
 from conf.pipeline_schedules import SCHEDULES
 from conf.schema import PipelineSchedule
 from train.loop.layout_check import check_layout
@@ -23,7 +31,6 @@ from train.loop.layout_check import check_layout
         (("batch_size=15", "parallel.dp=3"), 5),
         (("seq_len=1024",), 4),
         (("seq_len=4096",), 1),
-        (("micro_batch_tokens=1000",), 2),
         (("parallel.pp=2",), 8),
         (("parallel.pp=2", "parallel.schedule=dualpipev"), 4),
         (("parallel.pp=2", "parallel.dp=2", "parallel.schedule=dualpipev"), 2),
@@ -48,7 +55,7 @@ def test_no_larger_size_would_run(schedule):
         runs = [
             size
             for size in divisors(batch // dp)
-            if size * config.seq_len <= config.micro_batch_tokens
+            if size * config.seq_len <= MICRO_BATCH_TOKENS
             and not any(SCHEDULES[schedule].find_broken_rule(pp, each // (size * dp)) for each in batch_sizes(config))
         ]
         assert choose_micro_batch_size(config) == max(runs, default=1)

@@ -102,26 +102,22 @@ def rewrite(runs, **changes):
 @pytest.mark.parametrize("mode", LOOKING)
 def test_a_run_of_somebody_else_reads_nothing_of_this_machine(runs, monkeypatch, mode, text):
     monkeypatch.setenv("SECRET", SECRET)
-    rewrite(runs, log__wandb_notes=text, generate__prompt="oc.env")
+    rewrite(runs, average__to=text, generate__prompt="oc.env")
     with pytest.raises(UserError) as caught:
         compose(*mode.split(), "name=old", f"runs={runs}")
-    assert (
-        caught.value.field == "log.wandb_notes"
-        and "trust=true" in caught.value.cure
-        and SECRET not in str(caught.value)
-    )
+    assert caught.value.field == "average.to" and "trust=true" in caught.value.cure and SECRET not in str(caught.value)
 
 
 @pytest.mark.slow
 def test_one_s_own_may_with_trust_and_references_need_none(runs, monkeypatch):
     monkeypatch.setenv("SECRET", SECRET)
-    path = rewrite(runs, log__wandb_notes="${oc.env:SECRET}", log__wandb_group="${seq_len} ${model.layers}")
+    path = rewrite(runs, average__to="${oc.env:SECRET}", score__to="${seq_len} ${model.layers}")
     config = compose("mode=evaluate", "name=old", f"runs={runs}", "trust=true")
-    assert (config.log.wandb_notes, config.log.wandb_group, config.trust) == (SECRET, "48 3", True)
-    rewrite(runs, log__wandb_notes=None, trust=True)
+    assert (config.average.to, config.score.to, config.trust) == (SECRET, "48 3", True)
+    rewrite(runs, average__to=None, trust=True)
     config = compose("mode=evaluate", "name=old", f"runs={runs}")
-    assert config.log.wandb_group == "48 3" and not config.trust, "a config.yaml cannot ask for trust"
-    rewrite(runs, log__wandb_notes="${oc.env:SECRET}")
+    assert config.score.to == "48 3" and not config.trust, "a config.yaml cannot ask for trust"
+    rewrite(runs, average__to="${oc.env:SECRET}")
     with pytest.raises(UserError, match="trust=true"):
         read_config(str(path))
 
@@ -130,11 +126,11 @@ def test_one_s_own_may_with_trust_and_references_need_none(runs, monkeypatch):
 def test_a_value_that_only_looks_like_a_reference_stays_as_it_is(runs, monkeypatch):
     """Resolved once, written to config.yaml and read again by a rank, an escaped reference must not become a true one."""
     monkeypatch.setenv("SECRET", SECRET)
-    rewrite(runs, log__wandb_notes="\\${oc.env:SECRET}", log__wandb_tags=["\\${seed}", "\\${", "\\\\${seed}"])
+    rewrite(runs, average__to="\\${oc.env:SECRET}", evaluate__tasks=["\\${seed}", "\\${", "\\\\${seed}"])
     config = compose("mode=evaluate", "name=old", f"runs={runs}", "generate.prompt='echo \\${oc.env:SECRET}'")
     for _ in range(3):
-        assert config.log.wandb_notes == "${oc.env:SECRET}" and config.generate.prompt == "echo ${oc.env:SECRET}"
-        assert config.log.wandb_tags == ["${seed}", "${", "\\1"]
+        assert config.average.to == "${oc.env:SECRET}" and config.generate.prompt == "echo ${oc.env:SECRET}"
+        assert config.evaluate.tasks == ["${seed}", "${", "\\1"]
         write_config(config, str(runs / "again.yaml"))
         config = read_config(str(runs / "again.yaml"))
 
@@ -179,7 +175,7 @@ def test_definitions_of_tasks_which_are_code_are_named_by_the_user_alone(runs):
 
 def test_a_recipe_of_one_s_own_may_read_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("SECRET", SECRET)
-    assert compose("log.wandb_notes=${oc.env:SECRET}").log.wandb_notes == SECRET
+    assert compose("average.to=${oc.env:SECRET}").average.to == SECRET
 
 
 NAMED = {"model__router": "model.router", "model__block": "model.block", "data__source": "data.source"}

@@ -88,15 +88,13 @@ def test_the_figures_of_a_record_agree(unbroken):
 
 @pytest.mark.slow
 def test_fp8_trains_and_reads_its_health(tmp_path):
-    limit = "precision.fp8.health.error=0.001"
-    done = train(tmp_path, "precision=fp8_ue8m0", "precision.fp8.health.every=2", limit, "log.sample_tokens=0")
+    done = train(tmp_path, "precision=fp8_ue8m0", "precision.fp8.health.every=2", "log.sample_tokens=0")
     assert done.returncode == 0, done.stderr
     records = metrics(tmp_path, "tiny")
     assert "fp8_fprop_error" not in records[1]
     assert 0.001 < records[2]["fp8_fprop_error"] < 0.2 and 0 <= records[4]["fp8_gradient_flushed"] < 0.5
     layers = records[2]["layer_fp8_fprop_error"]
     assert "layers.0.attention.out" in layers and "mtp.0.block.moe.experts.w2" in layers
-    assert "over the limit precision.fp8.health.error" in done.stdout
     assert "FP8: error of the products" in (tmp_path / "runs" / "tiny" / "report.html").read_text()
 
 

@@ -227,7 +227,7 @@ ENTRANCES = [
     hf_config(quantization_config={"quant_method": EVIL}), hf_config(num_hidden_layers=EVIL),
     run_config(lambda settings: settings.update({EVIL: 1})), run_config(lambda settings: settings.update(seed=EVIL)),
     run_config(lambda settings: settings["model"].update({EVIL: "${oc.env:HOME}"})),
-    run_config(lambda settings: settings["log"].update(wandb_notes=EVIL + "${oc.env:HOME}")),
+    run_config(lambda settings: settings["average"].update(to=EVIL + "${oc.env:HOME}")),
 ]  # fmt: skip
 
 

@@ -105,7 +105,6 @@ def _run(config: Config, place: Place, stop: StopRequest, record: RankRecorder) 
         attempt=attempt,
         keep=config.checkpoint.keep,
         keep_every=config.checkpoint.keep_every,
-        asynchronous=config.checkpoint.asynchronous,
         timeout=config.cluster.timeout,
         staging=int(config.checkpoint.staging_bytes),
     )

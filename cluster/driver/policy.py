@@ -30,7 +30,7 @@ class Policy:
     restarts: int = 3
     """Failures of one kind without a new checkpoint in between."""
     straggler_factor: float = 1.2
-    """A rank with lastingly this many times its peers' work per step is named; 0 for never."""
+    """A rank with lastingly this many times its peers' work per step is named."""
     saves: bool = True
     """Whether checkpoints come at intervals; else nodes that return are used at once."""
     copies: bool = False
@@ -67,7 +67,6 @@ def policy_of(config: Config, attempt: int, shapes: Shapes) -> Policy:
         timeout=cluster.timeout,
         stop_timeout=cluster.stop_timeout,
         restarts=cluster.restarts,
-        straggler_factor=cluster.straggler_factor,
         saves=config.checkpoint.every > 0,
         copies=config.checkpoint.every_memory > 0,
     )

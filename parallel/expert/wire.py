@@ -27,7 +27,7 @@ from parallel.expert.permute import triton_dispatch
 from parallel.expert.quantized_rows import TILE, QuantizedRows, Widen, dequantize, in_tiles, widen
 
 E4M3_MAX = 448.0
-GRADIENT_FLOOR = 1e-12
+ACTIVATION_FLOOR, GRADIENT_FLOOR = 1e-4, 1e-12
 """The smallest amax for gradients. Theirs can lie far below 1e-4 as a whole and would lose their range to the clamp of
 activations, so it is torchao's, which only guards the division."""
 
@@ -70,7 +70,7 @@ class Fp8Wire:
     gradient_floor: the same for gradients.
     """
 
-    def __init__(self, activation_floor: float = 1e-4, gradient_floor: float = GRADIENT_FLOOR):
+    def __init__(self, activation_floor: float = ACTIVATION_FLOOR, gradient_floor: float = GRADIENT_FLOOR):
         assert min(activation_floor, gradient_floor) >= 2.0**-110, "the scale's reciprocal must stay finite"
         self.activation_floor = activation_floor
         self.gradient_floor = gradient_floor

@@ -26,7 +26,7 @@ from train.evaluate.target import find_target
 from train.model.sequence import Positions
 
 torch.set_num_threads(1)
-ASKED = ["evaluate.needle=[96,192]", "evaluate.needle_depths=[0,0.5,1]", "evaluate.needle_texts=3", "seq_len=192"]
+ASKED = ["evaluate.needle=[96,192]", "seq_len=192"]
 
 
 def call(trained, *overrides: str) -> dict:
@@ -156,9 +156,6 @@ def test_any_layout_gives_the_table_of_one_process(trained, layout, tmp_path):
     [
         (["evaluate.needle=[48]"], "evaluate.needle", "must not exceed seq_len = 24"),
         (["evaluate.needle=[0]"], "evaluate.needle", "1 or more"),
-        (["evaluate.needle=[24]", "evaluate.needle_depths=[1.5]"], "evaluate.needle_depths", "from 0 to 1"),
-        (["evaluate.needle=[24]", "evaluate.needle_depths=[]"], "evaluate.needle_depths", "must say where"),
-        (["evaluate.needle=[24]", "evaluate.needle_texts=0"], "evaluate.needle_texts", "1 or more"),
         (["evaluate.needle=[22]", "parallel.cp=2"], "evaluate.needle", "multiple of 2 x parallel.cp"),
     ],
 )

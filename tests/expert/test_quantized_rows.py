@@ -55,11 +55,8 @@ def test_any_operation_gets_the_values_and_a_gather_keeps_the_form():
 
 RECIPES = {
     "fp8": ["precision=fp8"],
-    "fp8 in values": ["precision=fp8", "precision.fp8.cache.packed=false"],
     "fp8_ue8m0": ["precision=fp8_ue8m0"],
-    "bf16 cache": ["precision=fp8", "precision.fp8.cache.linear=bf16"],
     "another cast": ["precision=fp8", "precision.fp8.dispatched=e4m3/1x128/fp32"],
-    "another floor": ["precision=fp8", "precision.fp8.activation_floor=1e-3"],
     "bf16": ["precision=bf16"],
 }  # fmt: skip
 

@@ -277,14 +277,15 @@ def test_checkpoints_that_cannot_be_exported(tmp_path):
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
 
 
-def test_a_failure_on_the_way_leaves_nothing(tmp_path):
+def test_a_failure_on_the_way_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("train.export.run.SHARD_BYTES", 1e4)
     base = checkpoint(tmp_path, MTP)
     data = next((tmp_path / "runs" / "a" / "checkpoints").glob("step_*/*.safetensors"))
     raw = bytearray(data.read_bytes())
     raw[-5] ^= 1  # its size is right, its checksum is not
     data.write_bytes(raw)
     with pytest.raises(UserError, match="checksum of block"):
-        export(compose(*base, f"export.to={tmp_path / 'out'}", "export.shard_gb=1e-5"))
+        export(compose(*base, f"export.to={tmp_path / 'out'}"))
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
 
 

@@ -134,7 +134,8 @@ def same(out: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("layout", "kind"), CASES)
-def test_import_is_exact_and_export_gives_the_same_bits(tmp_path, tokenizer, layout, kind):
+def test_import_is_exact_and_export_gives_the_same_bits(tmp_path, tokenizer, layout, kind, monkeypatch):
+    monkeypatch.setattr("train.export.run.SHARD_BYTES", 3e5)
     world, overrides = LAYOUTS[layout]
     model = Model(**SHAPE)
     found = random_tensors(model, kind)
@@ -145,9 +146,7 @@ def test_import_is_exact_and_export_gives_the_same_bits(tmp_path, tokenizer, lay
     run_ranks(start_and_save, config, kind, tokenizer.json_text, world_size=world)
 
     out = tmp_path / "out"
-    assert (
-        export(compose(*base, "mode=export", f"export.to={out}", f"export.dtype={kind}", "export.shard_gb=3e-4")) == 0
-    )
+    assert export(compose(*base, "mode=export", f"export.to={out}", f"export.dtype={kind}")) == 0
     same(read_folder(out), found)
     assert len(list(out.glob("*.safetensors"))) >= 3
     weight_map = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]

@@ -9,7 +9,7 @@ import pytest
 from conf.load import compose
 from train.model.count import checkpoint_bytes
 from train.plan.budget import later_phases, make_plan, with_batch
-from train.plan.failures import SaveCosts, plan_failures
+from train.plan.failures import DISK_BANDWIDTH, SaveCosts, plan_failures
 from train.plan.time.step_time import plan_time
 
 SMALL = ("conf=tiny", "hardware=h800", "micro_batch_size=2", "batch_size=32", "parallel.dp=2")
@@ -77,7 +77,7 @@ def test_a_ramp_is_priced_by_its_batches():
 
 def test_what_a_save_and_a_restart_take_follows_from_bytes_and_rates():
     config = compose("conf=deepseek_v3", "hardware=h800", "mode=plan", "checkpoint.every=500")
-    world, node, disk, hardware = 2048, 8, config.plan.disk, config.hardware
+    world, node, disk, hardware = 2048, 8, DISK_BANDWIDTH, config.hardware
     assert config.parallel.world == world and config.checkpoint.staging_bytes == 0
     each = checkpoint_bytes(config) / world  # of a rank
     link, moved, start = hardware.rates["host"].bandwidth, each * node / disk, 16 + 0.003 * world / node

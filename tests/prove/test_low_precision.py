@@ -151,17 +151,10 @@ def test_a_format_without_a_reference_is_refused(field, text):
 
 def test_a_proof_of_such_a_recipe_is_refused_before_anything_starts(tmp_path):
     config = compose(*SMALL, "data.path=none", "mode=prove", "precision=fp8", f"runs={tmp_path}", "name=x")
-    unknown = replace(config.precision.fp8, cache=replace(config.precision.fp8.cache, swiglu="e5m6"))
+    unknown = replace(config.precision.fp8, activation="e3m4/1x128/fp32")
     with pytest.raises(UserError, match="knows no such format"):
         prove(replace(config, precision=replace(config.precision, fp8=unknown)), alone=True)
     assert not list(tmp_path.iterdir())
-
-
-def test_a_cache_without_a_reference_is_refused():
-    precision = compose(*SMALL, "data.path=none", "precision=fp8").precision
-    cache = replace(precision.fp8.cache, swiglu="e5m6")
-    with pytest.raises(UserError, match="knows no such format"):
-        low.read_rounding(replace(precision, fp8=replace(precision.fp8, cache=cache)))
 
 
 def test_the_reference_shares_no_code_with_what_it_judges():

@@ -25,6 +25,10 @@ from conf.schema import Config
 from train.data.tokenizer import Tokenizer
 
 NEEDLE_KEYS = 100_000
+NEEDLE_TEXTS = 10
+"""Texts of each length and depth, each with a key of its own."""
+NEEDLE_DEPTHS = 0.0, 0.25, 0.5, 0.75, 1.0
+"""Where the key stands in the text, 0 at the beginning, 1 right before the question."""
 GUESSING = math.log(NEEDLE_KEYS)
 """Nats that a key costs on average, at least, without a look at the needle."""
 BEFORE, AFTER = "\nThe pass key is", ". Remember it.\n"
@@ -72,7 +76,7 @@ def make_needles(config: Config, tokenizer: Tokenizer) -> list[Needle]:
     draw = random.Random(config.seed)
     before, after, question = (tokenizer.encode(part) for part in (BEFORE, AFTER, NEEDLE_QUESTION))
     needles = []
-    for _ in range(config.evaluate.needle_texts):
+    for _ in range(NEEDLE_TEXTS):
         key = tokenizer.encode(f" {draw.randrange(NEEDLE_KEYS):05}")
         needles.append(Needle([*before, *key, *after], question, key))
     least = max(needle.size for needle in needles)

@@ -21,7 +21,7 @@ from parallel.pipeline.schedule import Pipeline
 from train.data.corpus import Corpus, CorpusPart
 from train.data.dataset import ValidationData
 from train.data.tokenizer import Tokenizer
-from train.evaluate.needle import NeedleCell, make_needles
+from train.evaluate.needle import NEEDLE_DEPTHS, NEEDLE_TEXTS, NeedleCell, make_needles
 from train.evaluate.observed import here, read
 from train.model.deepseek import DeepSeekV3
 from train.model.sequence import Positions
@@ -31,7 +31,7 @@ def read_fillers(config: Config, corpus: Corpus, part: CorpusPart) -> list[list[
     """Tokens of held-out text, one list for each text of a cell, as long as the longest text; line ends instead of ends of
     documents.
     """
-    longest, count = max(config.evaluate.needle), config.evaluate.needle_texts
+    longest, count = max(config.evaluate.needle), NEEDLE_TEXTS
     data = ValidationData(replace(corpus, parts=[part]), replace(config, seq_len=longest), count)
     tokens_BS, newline = data.batch(0, len(data)).tokens_BS, corpus.tokenizer.encode("\n")[-1]
     fillers = tokens_BS.masked_fill(tokens_BS == corpus.tokenizer.eos_id, newline).tolist()
@@ -52,7 +52,7 @@ def search_needles(
     keys = [len(needle.key) for needle in needles]
     watch = _Watch(pipeline.modules[-1] if pipeline.has_last else None)
     cells = []
-    for length, depth in product(config.evaluate.needle, config.evaluate.needle_depths):
+    for length, depth in product(config.evaluate.needle, NEEDLE_DEPTHS):
         pairs = zip(needles, fillers, strict=True)
         tokens_BS = torch.tensor([needle.text(start_id, filler, length, depth) for needle, filler in pairs])
         found, nats = _score(pipeline, mesh, device, watch, tokens_BS, keys, config.micro_batch_size)

@@ -55,6 +55,8 @@ from train.hf.folder import index_of
 from train.hf.tensor_names import tensors
 from train.hf.tokenizer_files import with_words_of, write_tokenizer
 
+SHARD_BYTES = 5e9
+"""Largest size of one file."""
 EXPORTED_ELEMENTS = 1 << 24
 """Elements that are converted at a time, at most: 64 MB in fp32."""
 SMALL_FILES = 64 << 20
@@ -95,7 +97,7 @@ def write_export(config: Config, progress: ReportProgress) -> list[str]:
     _check_family(config, family, alone)
     placed = [part for one in adapted for part in (one.a, one.b)] or list(tensors(config.model, family))
     rest = left_out(manifest, placed, ema)
-    files = plan_files(placed, config.export.dtype, config.export.shard_gb * 1e9, FAMILIES[family].stem)
+    files = plan_files(placed, config.export.dtype, SHARD_BYTES, FAMILIES[family].stem)
     if alone:
         files = [PlannedFile(ADAPTER_FILE, [written for file in files for written in file.written])]
     _check_room(target, files)

@@ -5,6 +5,7 @@ printed; in any case its definition lies in dashboard.json of the run's folder, 
 """
 
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from conf.files import atomic_write_text
 from conf.schema import Config, Model
 from conf.words import say
 from train.metrics.names import SCALARS, WANDB
-from train.metrics.wandb_sink import has_key, layer_key
+from train.metrics.wandb_sink import PROJECT, has_key, layer_key
 from train.model.count import moe_layers
 
 DASHBOARD_FILE = "dashboard.json"
@@ -121,7 +122,7 @@ def build_dashboard(config: Config) -> int:
 
     wandb.setup(wandb.Settings(silent=True))
     online = has_key(wandb)
-    entity = config.log.wandb_entity or (_entity(wandb, config) if online else "")
+    entity = _entity(wandb, config) if online else os.environ.get("WANDB_ENTITY", "")
     workspace = make_workspace(config, entity)
     atomic_write_text(folder / DASHBOARD_FILE, json.dumps(specification(workspace), indent=1) + "\n")
     say(f"the workspace's definition: {folder / DASHBOARD_FILE}")
@@ -145,7 +146,7 @@ def make_workspace(config: Config, entity: str) -> Any:
 
     return ws.Workspace(
         entity=entity,
-        project=config.log.wandb_project,
+        project=PROJECT,
         name=f"Sluice: {config.name}",
         sections=[
             ws.Section(name=name, panels=list(_plots(panels)), is_open=name in SECTIONS)
@@ -182,6 +183,4 @@ def _entity(wandb: Any, config: Config) -> str:
 
 def _no_answer(config: Config, error: Exception) -> UserError:
     line = first_line(error)
-    return UserError(
-        "log.wandb_project", config.log.wandb_project, f"the W&B server took no workspace: {line}", "try again later"
-    )
+    return UserError("WANDB_PROJECT", PROJECT, f"the W&B server took no workspace: {line}", "try again later")

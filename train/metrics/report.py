@@ -29,6 +29,7 @@ from train.metrics.plot import DOTTED_STEPS, Figure
 from train.metrics.proof_rows import report_rows
 from train.metrics.quantities import duration, gib, short
 from train.metrics.report_page import HOW_TO_READ, cards_html, closing, figure_html, opening, reloading, table_html
+from train.metrics.report_sink import REPORT_EVERY
 from train.metrics.screens import printable
 from train.metrics.series import POINTS, Series, read_series
 from train.metrics.timeline_file import SampledStep, read_timeline
@@ -39,8 +40,8 @@ SAMPLE = "sample.json"
 """What the model wrote last: step, temperature, text; and `earlier`, the same of before, oldest first."""
 RELOADED = 60
 """Seconds after which the page of a run that trains loads itself again."""
-TRUSTED = 900.0
-"""Seconds beyond log.report_every for which such a page still believes that the run trains, if nobody writes another."""
+TRUSTED = 900.0 + REPORT_EVERY
+"""Seconds for which such a page still believes that the run trains, if nobody writes another."""
 
 
 def write_report(run_folder: Path, ended: bool = False) -> Path:
@@ -80,7 +81,7 @@ def _whole_page(run_folder: Path, ended: bool) -> str:
     }
     sections = [part for what, make in makers.items() for part in _made(what, make)]
     gpu = ran_on_gpu(run_folder)
-    until = None if ended else _until(run_folder, settings)
+    until = None if ended else _until(run_folder)
     return _page(name, series, settings, settings_text, sections, sampled, gpu, until)
 
 
@@ -95,12 +96,11 @@ def _made(what: str, make: Callable[[], list[str]]) -> list[str]:
         return [f"<h2>Left out: {html.escape(what)}</h2><p>{html.escape(why)}</p>"]
 
 
-def _until(run_folder: Path, settings: Mapping[str, Any]) -> float | None:
+def _until(run_folder: Path) -> float | None:
     """Unix time up to which the page may say that the run trains; None where it does not."""
     if not is_held(run_folder):
         return None
-    every = (settings.get("log") or {}).get("report_every")
-    return time.time() + TRUSTED + (every if isinstance(every, int | float) else 0.0)
+    return time.time() + TRUSTED
 
 
 def _incident_parts(run_folder: Path) -> list[str]:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from train.metrics.names import Record
 
+REPORT_EVERY = 300.0
+"""Seconds between writings of the page while the run trains, by a process of its own at a low priority."""
 FIRST_REPORT = 60.0
 """Seconds after the first step."""
 IDLE_TIMES = 10.0
@@ -20,7 +22,7 @@ IDLE_TIMES = 10.0
 class ReportSink:
     """Has the report written while records come. Wait for its end, or have it ended, by `close`."""
 
-    def __init__(self, run_folder: Path, every: float):
+    def __init__(self, run_folder: Path, every: float = REPORT_EVERY):
         """every: seconds between two, at least."""
         self._folder, self._every = run_folder, every
         self._child: subprocess.Popen | None = None

@@ -26,10 +26,12 @@ import numpy as np
 
 from conf.errors import first_line
 from conf.files import atomic_write_text, open_plain, read_plain
-from conf.schema import ROOT, Log, WandbMode
+from conf.schema import ROOT, WandbMode
 from train.metrics.names import LAYER_LOAD_EVERY, Record, is_event, is_layer_metric
 from train.metrics.wandb_items import Item, define_metrics
 
+PROJECT = os.environ.get("WANDB_PROJECT", "sluice")
+"""The project of W&B that runs belong to."""
 ONLINE_SECONDS = 10.0
 """Longest wait for the server at the start."""
 FINISH_SECONDS = 60.0
@@ -51,8 +53,8 @@ def wants_wandb(mode: WandbMode) -> bool:
 class WandbSink:
     """Logs records, and what else `do` is given, to the W&B run of a run folder.
 
-    config: what W&B shows as the configuration, plain values. log: who and what the run belongs to;
-    group: what W&B shows together if that does not say. commit: of the program. note: called with one sentence when W&B goes offline against
+    config: what W&B shows as the configuration, plain values. group: what W&B shows together,
+    if WANDB_RUN_GROUP does not say; wandb itself reads WANDB_ENTITY, WANDB_TAGS and WANDB_NOTES. commit: of the program. note: called with one sentence when W&B goes offline against
     expectation, or off. online_seconds: longest wait for the server, for tests.
     """
 
@@ -60,26 +62,23 @@ class WandbSink:
         self,
         run_folder: Path,
         *,
-        project: str,
         name: str,
         config: Mapping[str, Any],
         mode: WandbMode,
         note: Callable[[str], None],
-        log: Log | None = None,
         group: str | None = None,
         commit: str | None = None,
         online_seconds: float = ONLINE_SECONDS,
     ):
         self._folder, self._note, self._online_seconds = run_folder, note, online_seconds
         self._arguments: dict[str, Any] = {
-            "project": project,
+            "project": PROJECT,
             "name": name,
             "config": dict(config),
             "dir": str(run_folder),
         }
-        log = log or Log()
-        self._arguments |= {"entity": log.wandb_entity, "tags": log.wandb_tags or None, "notes": log.wandb_notes}
-        self._arguments |= {"group": log.wandb_group or group}
+        if "WANDB_RUN_GROUP" not in os.environ:
+            self._arguments["group"] = group
         self._mode, self._commit = mode, commit
         self._queue: queue.Queue[Record | Item | None] = queue.Queue(WAITING_RECORDS)
         self._off = False

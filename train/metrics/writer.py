@@ -145,8 +145,7 @@ def open_writer(
 
     resumed = _with_steps_again(run_folder / METRICS_FILE, resumed_step, resumed)
     sinks: list[Sink] = [JsonlSink(run_folder / METRICS_FILE, resumed_step, disk_note)]
-    if config.log.report_every:
-        sinks.append(ReportSink(run_folder, config.log.report_every))
+    sinks.append(ReportSink(run_folder))
     if config.log.prometheus:
         sinks.append(PrometheusSink(config.log.prometheus, name))
     if wants_wandb(config.log.wandb):
@@ -162,7 +161,7 @@ def open_writer(
         last_step=config.steps,
         first=None if resumed is None else {"resumed": resumed},
         extra=lambda: plan | cluster(),
-        alerts=name if config.log.wandb_alerts else None,
+        alerts=name,
     )
     if attempt is not None and attempt > 1:
         writer.alert(f"restarted, attempt {attempt}", f"From step {resumed_step:,}. {last_failure(run_folder)}")
@@ -186,12 +185,10 @@ def open_wandb(
     name = config.name or run_folder.name
     return WandbSink(
         run_folder,
-        project=config.log.wandb_project,
         name=name,
         config=settings or {},
         mode=config.log.wandb,
         note=note,
-        log=config.log,
         group=name.rpartition("/")[0] or None,  # a sweep's jobs are NAME/0, NAME/1 and so on
         commit=starts[-1]["commit"] if starts else None,
     )
@@ -200,12 +197,7 @@ def open_wandb(
 def tell_of_end(config: Config, run_folder: Path, code: int) -> None:
     """Alert of a run that has failed for good, where its rank 0, which sends the other alerts, is gone: on a cluster, or ended as it hung."""
     text = last_failure(run_folder) if config.cluster.backend == "ray" else _hang_of(run_folder)
-    if (
-        text
-        and config.log.wandb_alerts
-        and wants_wandb(config.log.wandb)
-        and (run_folder / "wandb" / "run_id").is_file()
-    ):
+    if text and wants_wandb(config.log.wandb) and (run_folder / "wandb" / "run_id").is_file():
         sink = open_wandb(config, run_folder, lambda text: say(text, file=sys.stderr))
         sink.write(alert(f"{config.name}: ended with exit code {code}", text))
         sink.close()

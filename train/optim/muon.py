@@ -68,7 +68,7 @@ class Muon(AdamW):
         """Update one flat parameter. Collective over the ranks that share it."""
         shard = self.handover.shards.get(param)
         if shard is None or not shard.rule.is_whole:
-            super().update(param, group | {"lr": group["lr"] * self._muon.adamw_rate})
+            super().update(param, group)
             return
         gradients, factor = self.handover.of(param)
         gradients = [gradient.to(param.device) for gradient in gradients]

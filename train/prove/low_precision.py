@@ -36,6 +36,8 @@ from conf.errors import UserError
 from conf.schema import Fp8, Precision
 
 TILE = 128
+FLOOR = 1e-4
+"""Smallest max-abs of activations and weights that a scale is made for, as in DeepSeek's kernels."""
 FP32 = 2.0**-24
 """Unit roundoff."""
 EXPONENT = 0x7FF << 52
@@ -120,8 +122,6 @@ class Rule:
     """Whether scales are powers of two."""
     floor: float
     """Smallest magnitude that a scale is made for."""
-    is_narrow: bool = False
-    """Whether q * scale is rounded to bf16, as an emulation may (`precision.fp8.emulate`)."""
 
     def block(self, along: int) -> tuple[int | None, int | None]:
         """Rows and columns that share a scale, None for all, of a matrix that is summed over this axis."""
@@ -161,8 +161,7 @@ def _cast(blocks: Tensor, largest: Tensor, rule: Rule) -> Tensor:
         exponent = exponent - (mantissa == 0.5).int()
         scale, inverse = power(exponent), power(-exponent)
     q = nearest((blocks * inverse).float().double(), rule.form)
-    made = (q * scale).float().double()
-    return nearest(made, FORMATS["bf16"]) if rule.is_narrow and not rule.is_power else made
+    return (q * scale).float().double()
 
 
 def _blocks(x: Tensor, rule: Rule, along: int) -> Tensor:
@@ -214,38 +213,20 @@ def read_rounding(precision: Precision) -> PlainRounding:
     if fp8 is None:
         plain = LinearRules((None, None), (None, None), (None, None), None)
         return PlainRounding(high, plain, plain, plain, plain, None, False)
-    cache = fp8.cache
-    down = _rules(fp8, "experts_down", "bf16")
-    kept = None
-    if _known("precision.fp8.cache.swiglu", cache.swiglu, ("fp8", "bf16")) == "fp8":
-        kept = Rule(FORMATS["e4m3"], "1x128", fp8.activation.endswith("pow2"), fp8.activation_floor)
-    return PlainRounding(
-        high,
-        _rules(fp8, "dense", cache.linear),
-        _rules(fp8, "output", cache.attention_output),
-        _rules(fp8, "experts_up", cache.linear),
-        down,
-        kept,
-        True,
-    )
+    swiglu = Rule(FORMATS["e4m3"], "1x128", fp8.activation.endswith("pow2"), FLOOR)
+    dense, output, up, down = (_rules(fp8, family) for family in ("dense", "output", "experts_up", "experts_down"))
+    return PlainRounding(high, dense, output, up, down, swiglu, True)
 
 
-def _rules(fp8: Fp8, family: str, cache: str) -> LinearRules:
+def _rules(fp8: Fp8, family: str) -> LinearRules:
     def rule(text: str, floor: float) -> Rule:
         form, shared, scale = _known_parts(text)
-        return Rule(FORMATS[form], shared, scale == "pow2", floor, fp8.emulate == "bf16")
+        return Rule(FORMATS[form], shared, scale == "pow2", floor)
 
-    given, values = fp8.operands(family), fp8.activation_floor
-    activation, weight, gradient = (
-        rule(given.activation, values),
-        rule(given.weight, values),
-        rule(given.gradient, 1e-12),
-    )
-    kept: Rule | None = activation
-    if _known("precision.fp8.cache", cache, ("fp8", "bf16", "e5m6")) == "bf16":
-        kept = None
-    elif cache == "e5m6":
-        kept = Rule(FORMATS["e5m6"], "1x128", True, values)
+    given = fp8.operands(family)
+    activation, weight, gradient = rule(given.activation, FLOOR), rule(given.weight, FLOOR), rule(given.gradient, 1e-12)
+    waits = {"output": Rule(FORMATS["e5m6"], "1x128", True, FLOOR), "experts_down": None}
+    kept = waits.get(family, activation)
     return LinearRules((activation, weight), (gradient, weight), (gradient, activation), kept)
 
 

@@ -141,7 +141,7 @@ def shrink(cfg: Config) -> Miniature:
             compiled=cfg.cluster.compiled,
             ranks_per_node=layout.ranks_per_node,
         ),
-        checkpoint=Checkpoint(asynchronous=cfg.checkpoint.asynchronous),
+        checkpoint=Checkpoint(),
         log=Log(progress=cfg.log.progress),
         hardware=Hardware(),
         plan=Plan(),

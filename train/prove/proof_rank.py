@@ -237,7 +237,6 @@ def _train(proof: str, part: RunPart, place: Place, device: torch.device) -> Non
         world_size=place.world,
         attempt=attempt,
         keep=0,
-        asynchronous=config.checkpoint.asynchronous,
         timeout=config.cluster.timeout,
     )
     parts = parallelize(config, rank.mesh, device, kernels, restored=part.number > 0)
@@ -325,8 +324,7 @@ class _LateCheckpointer(Checkpointer):
             event.set()
 
     def _write(self, flight: SaveInFlight) -> str | None:
-        if self.asynchronous:
-            self._may_write[flight.save].wait()
+        self._may_write[flight.save].wait()
         return super()._write(flight)
 
 

@@ -44,14 +44,8 @@ class PlainUpdate:
 
 
 def make_adamw(one: WeightUpdate, weight: Tensor, gradient: Tensor, mean: Tensor, square: Tensor) -> tuple[Tensor, ...]:
-    """By the reference, at the rate that AdamW has."""
-    return reference_step.adamw(one.config.optim, adamw_rate(one), one.number, weight, gradient, mean, square)
-
-
-def adamw_rate(one: WeightUpdate) -> float:
-    """Beside Muon it has a rate of its own."""
-    optim = one.config.optim
-    return one.lr * (optim.muon.adamw_rate if optim.facts.tables is not None else 1.0)
+    """By the reference."""
+    return reference_step.adamw(one.config.optim, one.lr, one.number, weight, gradient, mean, square)
 
 
 def size_adamw_roundings(
@@ -60,7 +54,7 @@ def size_adamw_roundings(
     """What one rounding of fp32 is of each element of weight, mean and mean of squares: of the terms that are summed, as two of
     opposite signs may leave less than either is rounded by.
     """
-    optim, lr = one.config.optim, adamw_rate(one)
+    optim, lr = one.config.optim, one.lr
     (weight, mean, _), unit, (beta1, beta2) = before, UNIT["fp32"], optim.betas
     terms = beta1 * mean.abs() + (1 - beta1) * gradient.abs()
     step = lr * terms / (1 - beta1**one.number) / ((new[2] / (1 - beta2**one.number)).sqrt() + optim.eps)

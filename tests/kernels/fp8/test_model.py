@@ -11,6 +11,7 @@ from conf.schema import Model
 from train.kernels.choice import build_kernels
 from train.kernels.fp8.compiled_engine import CompiledEngine
 from train.kernels.fp8.fp8 import Fp8Precision
+from train.kernels.fp8.health import LIMITS
 from train.kernels.plain.high import HighPrecision
 from train.kernels.precision import activation_dtype, build_precision
 from train.model.deepseek import DeepSeekV3
@@ -116,8 +117,9 @@ def test_held_weights_are_cast_once_a_step_to_the_same_bits(monkeypatch):
     assert all(torch.equal(one, other) for one, other in zip(gradients, expected, strict=True))
 
 
-def test_readings_name_layer_and_tensor():
-    precision = fp8("precision.fp8.health.every=10", "precision.fp8.health.error=0.001")
+def test_readings_name_layer_and_tensor(monkeypatch):
+    monkeypatch.setitem(LIMITS, "error", 0.001)
+    precision = fp8("precision.fp8.health.every=10")
     model = build(precision)
     precision.watch(model)
     precision.start_step(9)
@@ -136,8 +138,9 @@ def test_readings_name_layer_and_tensor():
     assert any("error of the fprop of layers.1.moe.experts.w13 is" in warning for warning in report.warnings)
 
 
-def test_readings_measure_what_the_casts_lose():
-    precision = fp8("precision.fp8.health.every=1", "precision.fp8.health.flushed=0.2")
+def test_readings_measure_what_the_casts_lose(monkeypatch):
+    monkeypatch.setitem(LIMITS, "flushed", 0.2)
+    precision = fp8("precision.fp8.health.every=1")
     x = torch.ones(4, 256).bfloat16()
     x[:, :64] = 1e-6  # a quarter of the values lies below half the smallest step of its tile, 2^-10 / 448
     x[0, 128:] = float("inf")

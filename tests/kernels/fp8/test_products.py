@@ -239,25 +239,3 @@ def test_no_rows_and_no_gradient():
         assert precision.linear(normal(0, 64), normal(32, 64)).shape == (0, 32)
     full = precision.expert_ffn(rows, gates, w13, w2, COUNTS)
     assert full.shape == rows.shape and full.dtype == torch.bfloat16
-
-
-@pytest.mark.slow
-def test_unpacked_caches_and_bf16_emulation():
-    """Values instead of bytes change nothing; operands in bf16 change a product by their rounding."""
-    rows, gates, w13, w2 = experts_inputs()
-    g = normal(*rows.shape, seed=5)
-    exact = run(lambda *inputs: build().expert_ffn(*inputs, COUNTS), [rows, gates, w13, w2], g)
-    values = build("precision.fp8.cache.packed=false")
-    for ours, expected in zip(
-        run(lambda *i: values.expert_ffn(*i, COUNTS), [rows, gates, w13, w2], g), exact, strict=True
-    ):
-        assert torch.equal(ours, expected)
-    x, w, g = normal(130, 128), normal(64, 128, seed=1), normal(130, 64, seed=2)
-    for kind in ("dense", "output"):
-        packed, unpacked = (run(partial(p.linear, kind=kind), [x, w], g) for p in (build(), values))
-        assert all(torch.equal(a, b) for a, b in zip(packed, unpacked, strict=True))
-    y = build("precision.fp8.emulate=bf16").linear(x, w)
-    expected = cast(x, 1, 128).bfloat16() @ cast(w, 128, 128).bfloat16().t()
-    assert near(y, expected, error=1e-4)  # sums in another order, see `agrees`
-    ue8m0 = [build(*more, name="fp8_ue8m0").linear(x, w) for more in ([], ["precision.fp8.emulate=bf16"])]
-    assert torch.equal(*ue8m0)  # whose operands fit bf16

@@ -35,8 +35,8 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
 
-def ours(packed: bool = True) -> CompiledEngine:
-    return CompiledEngine(True, packed, load_casts(), build_kernels("cpu"))
+def ours() -> CompiledEngine:
+    return CompiledEngine(load_casts(), build_kernels("cpu"))
 
 
 def values(x: Tensor, rule: OperandRule, transposed: bool = False) -> Tensor:
@@ -183,13 +183,11 @@ def test_values_apart_from_their_scales_are_those_of_the_codes():
 
 RECIPES = {
     "paper": [],
-    "unpacked": ["cache.packed=false"],
     "e5m2": ["gradient=e5m2/1x128/fp32"],
     "rows": ["activation=e4m3/row/fp32", "gradient=e4m3/tensor/fp32"],
     "tensors": ["activation=e4m3/tensor/fp32", "weight=e4m3/tensor/fp32"],
     "rows_of_weights": ["weight=e4m3/row/fp32", "gradient=e4m3/128x128/fp32"],
-    "fp32_dispatched": ["dispatched=e4m3/1x128/fp32", "cache.packed=false"],
-    "bf16_caches": ["cache.linear=bf16", "cache.attention_output=bf16", "cache.swiglu=bf16"],
+    "fp32_dispatched": ["dispatched=e4m3/1x128/fp32"],
 }
 
 
@@ -226,13 +224,11 @@ def test_it_is_chosen_where_it_can_run(monkeypatch):
 
     assert type(engine("fp8")) is type(engine("fp8", meta=True)) is CompiledEngine
     assert type(engine("fp8", "precision.fp8.compiled=false")) is CpuEngine
-    assert type(engine("fp8", "precision.fp8.emulate=bf16")) is CompiledEngine
     monkeypatch.setattr(fp8, "has_avx2", lambda: False)
     assert type(engine("fp8")) is CpuEngine
 
 
-@pytest.mark.parametrize("packed", [True, False])
-def test_plans_allocate_what_runs_do(packed):
+def test_plans_allocate_what_runs_do():
     """Every tensor of a linear layer's three products and of SwiGLU, on the meta device and for real."""
 
     def tensors(engine: CpuEngine, device: str) -> list[tuple]:
@@ -248,9 +244,7 @@ def test_plans_allocate_what_runs_do(packed):
         ]
         return [(t.shape, t.stride(), t.dtype) for one in made for t in _parts(one)]
 
-    assert tensors(CompiledEngine(True, packed, CompiledCasts(), build_kernels("cpu")), "meta") == tensors(
-        ours(packed), "cpu"
-    )
+    assert tensors(CompiledEngine(CompiledCasts(), build_kernels("cpu")), "meta") == tensors(ours(), "cpu")
 
 
 def _parts(source: Source) -> tuple[Tensor, ...]:

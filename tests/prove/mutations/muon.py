@@ -108,16 +108,6 @@ def scale_of_a_quarter(bug: Seams) -> None:
     bug.value(muon, "UPDATE_SIZE", 0.25)
 
 
-@mutation(OURS + ": AdamW's weights have the rate of matrices", "muon", UPDATE, r"master.*(embedding|head|norm|router)")
-def adamw_at_the_rate_of_matrices(bug: Seams) -> None:
-    def update(original, self, param, group):
-        held, self._muon = self._muon, type(self._muon)(adamw_rate=1.0)
-        original(self, param, group)
-        self._muon = held
-
-    bug.around(Muon, "update", update)
-
-
 @mutation(
     OURS + ": after a resume an expert has the momentum of its neighbour",
     "muon experts",

@@ -74,7 +74,7 @@ RECIPES = {
     "fp8 small": [*LOW, *SMALL],
     "fp8 wire": [*LOW, "parallel.dp=2", "parallel.ep=2", "parallel.wire=fp8"],
     "fp8 wire small": [*LOW, *SMALL, "parallel.dp=2", "parallel.ep=2", "parallel.wire=fp8"],
-    "muon": [*COPIES, "optim=muon", "optim.muon.adamw_rate=0.5"],
+    "muon": [*COPIES, "optim=muon"],
     "muon decay": [*COPIES, "optim=muon", "optim.weight_decay=1.0"],
     "muon experts": [*EXPERTS, "optim=muon"],
     "muon after adamw": [*COPIES, "optim=muon", "prove.first_optimizer=adamw"],

@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from conf.schema import Fp8
-from parallel.expert.wire import GRADIENT_FLOOR
+from parallel.expert.wire import ACTIVATION_FLOOR, GRADIENT_FLOOR
 from train.kernels.fp8.formats import E4M3, E5M2, E5M6, MX_TILE, TILE, WHOLE_SIDE, Cast, Format
 
 
@@ -92,23 +92,17 @@ class CastRules:
 
 def build_rules(fp8: Fp8) -> CastRules:
     """The rules that a checked `precision.fp8` section describes."""
-    cache = fp8.cache
-    dense, output = _linear(fp8, "dense", cache.linear), _linear(fp8, "output", cache.attention_output)
-    up, down = _linear(fp8, "experts_up", cache.linear), _linear(fp8, "experts_down", "bf16")
-    swiglu = None if cache.swiglu == "bf16" else Cast(E4M3, (1, TILE), down.fprop.left.pow2, fp8.activation_floor)
-    return CastRules(dense, output, up, down, swiglu)
+    dense, output, up, down = (_linear(fp8, family) for family in ("dense", "output", "experts_up", "experts_down"))
+    return CastRules(dense, output, up, down, Cast(E4M3, (1, TILE), down.fprop.left.pow2, ACTIVATION_FLOOR))
 
 
-def _linear(fp8: Fp8, family: str, cache: str) -> LayerCasts:
-    high, operands = fp8.activation_floor, fp8.operands(family)
-    activation, weight = parse_rule(operands.activation, high), parse_rule(operands.weight, high)
+def _linear(fp8: Fp8, family: str) -> LayerCasts:
+    operands = fp8.operands(family)
+    activation, weight = (parse_rule(text, ACTIVATION_FLOOR) for text in (operands.activation, operands.weight))
     gradient = parse_rule(operands.gradient, GRADIENT_FLOOR)
-    kept = None
-    if cache == "e5m6":
-        kept = Cast(E5M6, (1, TILE), True, high)
-    elif cache == "fp8":
-        kept = activation.cast()
-    return LayerCasts(Product(activation, weight), Product(gradient, weight), Product(gradient, activation), kept)
+    cache = Cast(E5M6, (1, TILE), True, ACTIVATION_FLOOR) if family == "output" else activation.cast()
+    products = Product(activation, weight), Product(gradient, weight), Product(gradient, activation)
+    return LayerCasts(*products, None if family == "experts_down" else cache)
 
 
 def parse_rule(text: str, floor: float) -> OperandRule:

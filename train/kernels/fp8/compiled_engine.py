@@ -23,22 +23,19 @@ from train.model.operations import Kernels
 
 
 class CompiledEngine(CpuEngine):
-    """`CpuEngine`, but for the order of sums; CPU and meta tensors only.
+    """`CpuEngine`, but for the order of sums; CPU and meta tensors only. Values of operands with fp32 scales are rounded to bf16 nowhere."""
 
-    If exact, values of operands with fp32 scales are rounded to bf16 nowhere.
-    """
-
-    def __init__(self, exact: bool, packed: bool, casts: CompiledCasts, kernels: Kernels):
-        super().__init__(exact, packed, casts)
+    def __init__(self, casts: CompiledCasts, kernels: Kernels):
+        super().__init__(casts)
         self._compiled, self._plain_too = casts, "products" in kernels.parts
 
     def cast(self, x_MK: Tensor, cast: Cast) -> Source:
-        return self._compiled.split(x_MK, cast) if self._exact and not cast.pow2 else super().cast(x_MK, cast)
+        return super().cast(x_MK, cast) if cast.pow2 else self._compiled.split(x_MK, cast)
 
     def operand(
         self, source: Source, rule: OperandRule, transposed: bool = False, groups: PaddedGroups | None = None
     ) -> ScaledOperand:
-        if rule.format is None or rule.pow2 or not self._exact:
+        if rule.format is None or rule.pow2:
             return super().operand(source, rule, transposed, groups)
         operand = self._split(source, rule.cast(transposed))
         return _transposed(operand) if transposed else operand
@@ -75,7 +72,7 @@ class CompiledEngine(CpuEngine):
         return scaled_products.grouped_wgrad(left, right, groups, dtype, into)
 
     def _swiglu(self, h_P2F: Tensor, gates_P: Tensor, rule: OperandRule) -> ScaledOperand:
-        if rule.format is None or rule.pow2 or rule.granularity != "1x128" or not self._exact:
+        if rule.format is None or rule.pow2 or rule.granularity != "1x128":
             return super()._swiglu(h_P2F, gates_P, rule)
         chunks = zip(swiglu.chunks(h_P2F), swiglu.chunks(gates_P, h_P2F), strict=True)
         parts = [self._split(swiglu.forward(h, gates), rule.cast()) for h, gates in chunks]

@@ -34,22 +34,20 @@ class CpuEngine:
     """The emulation. It satisfies `Engine` with tensors as operands, runs wherever torch does, and is the reference for
     `CompiledEngine`.
 
-    exact: False rounds operands that do not fit bf16. packed: False keeps values instead of bytes for backward.
     casts: how tensors are cast; torch's own operations unless something faster is given.
     """
 
-    def __init__(self, exact: bool = True, packed: bool = True, casts: Casts | None = None):
-        self._exact, self._packed, self._casts = exact, packed, casts or EagerCasts()
+    def __init__(self, casts: Casts | None = None):
+        self._casts = casts or EagerCasts()
 
     def keep(self, x_MK: Tensor, cast: Cast) -> Source:
-        return self._casts.quantize(x_MK, cast) if self._packed else self.cast(x_MK, cast)
+        return self._casts.quantize(x_MK, cast)
 
     def cast(self, x_MK: Tensor, cast: Cast) -> Source:
         return RoundedTensor(self._casts.fake_quantize(x_MK, cast, exact_dtype(cast)), fitted(cast, x_MK))
 
     def take_arrived(self, q_MK: Tensor, scale: Tensor, cast: Cast) -> Source:
-        quantized = QuantizedTensor(q_MK, scale, fitted(cast, q_MK), q_MK.shape)
-        return quantized if self._packed else RoundedTensor(self._values(quantized), quantized.cast)
+        return QuantizedTensor(q_MK, scale, fitted(cast, q_MK), q_MK.shape)
 
     def operand(
         self, source: Source, rule: OperandRule, transposed: bool = False, groups: PaddedGroups | None = None
@@ -61,7 +59,7 @@ class CpuEngine:
             values = self._values(source, torch.bfloat16)
         else:
             cast = fitted(rule.cast(transposed), source)
-            dtype = exact_dtype(cast) if self._exact else torch.bfloat16
+            dtype = exact_dtype(cast)
             if isinstance(source, Tensor) or source.cast != cast:
                 x = source.values if isinstance(source, RoundedTensor) else source
                 values = self._casts.fake_quantize(x, cast, dtype)

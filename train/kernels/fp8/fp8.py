@@ -49,7 +49,7 @@ class Fp8Precision:
         """
         self.kernels = kernels
         self._rules = build_rules(fp8)
-        self._health = HealthWatch(fp8.health)
+        self._health = HealthWatch(fp8.health.every)
         if engine is None and device.type == "cuda":
             engine = load_gpu_engine(fp8)
         self._engine: Engine = engine or cpu_engine(fp8, kernels)
@@ -115,12 +115,11 @@ def cpu_engine(fp8: Fp8, kernels: Kernels, meta: bool = False) -> CpuEngine:
 
     Raises UserError where compiled code is asked for and cannot be built, kept or loaded.
     """
-    exact, packed = fp8.emulate == "fp32", fp8.cache.packed
     if not fp8.compiled:
-        return CpuEngine(exact, packed)
+        return CpuEngine()
     casts = CompiledCasts() if meta else load_casts()
     if not has_avx2():
-        return CpuEngine(exact, packed, casts)
+        return CpuEngine(casts)
     if not meta:
         scaled_products.need_compiled()
-    return CompiledEngine(exact, packed, casts, kernels)
+    return CompiledEngine(casts, kernels)

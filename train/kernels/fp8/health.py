@@ -19,7 +19,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from conf.schema import Health
 from train.kernels.fp8.cast_rules import OperandRule
 from train.kernels.fp8.formats import round_to
 from train.kernels.fp8.quantize import blocked, fitted, scales
@@ -27,6 +26,8 @@ from train.model.recompute import is_repeated
 
 SHADOW_ROWS = 128
 """Rows of a product that are recomputed in bf16."""
+LIMITS = {"flushed": 0.05, "saturated": 0.0, "error": 0.1}
+"""By name of a reading, the largest one without a warning."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,9 @@ class LayerProbe:
 class HealthWatch:
     """Decides which steps are watched, and sums up their readings."""
 
-    def __init__(self, limits: Health):
-        self._limits = limits
+    def __init__(self, every: int):
+        """every: steps between checks; 0 for none."""
+        self._every = every
         self._names: dict[int, str] = {}
         self._readings: list[Reading] = []
         self._watching = False
@@ -95,7 +97,7 @@ class HealthWatch:
     def start_step(self, step: int) -> None:
         """Forget the readings; watch this step if its turn has come."""
         self._readings.clear()
-        self._watching = self._limits.every > 0 and step % self._limits.every == 0
+        self._watching = self._every > 0 and step % self._every == 0
 
     def probe(self, weight: Tensor) -> LayerProbe | None:
         """For the layer of this weight, where this step is watched."""
@@ -120,12 +122,12 @@ class HealthWatch:
     def _warnings(self, layers: dict[str, dict[str, float]]) -> Iterable[str]:
         for key, values in layers.items():
             _, _, subject, name = key.split("_", 3)
-            limit = getattr(self._limits, name, None)
+            limit = LIMITS.get(name)
             for layer, value in values.items():
                 if limit is not None and not value <= limit:
                     yield (
                         f"FP8: {name} of the {subject} of {layer} is {value:.2%}, "
-                        f"over the limit precision.fp8.health.{name} = {limit:.2%}"
+                        f"over the limit of {limit:.2%} (train/kernels/fp8/health.py)"
                     )
 
 
