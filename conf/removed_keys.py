@@ -30,7 +30,7 @@ class RemovedKey:
         return UserError(key, value, f"in {place}: it {rule}" if place else rule, self.cure)
 
 
-LEFT_OUT = "leave it out; a run that was trained with another value goes on with version 0.1.0"
+LEAVE_OUT = "leave it out; a run that was trained with another value goes on with version 0.1.0"
 OPERANDS = {
     f"{family}.{product}.{operand}": value
     for family, (activation, gradient) in {
@@ -48,7 +48,7 @@ OPERANDS = {
 }
 """The removed keys of single operands in precision.fp8, and which key of precision.fp8 says their value."""
 REMOVED_KEYS: dict[str, RemovedKey] = {
-    "precision.fp8.gradient_floor": RemovedKey(1e-12, "0.2.0", LEFT_OUT),
+    "precision.fp8.gradient_floor": RemovedKey(1e-12, "0.2.0", LEAVE_OUT),
     **{
         f"precision.fp8.{key}": RemovedKey(
             f"${{precision.fp8.{value}}}",
@@ -57,12 +57,12 @@ REMOVED_KEYS: dict[str, RemovedKey] = {
         )
         for key, value in OPERANDS.items()
     },
-    "optim.muon.adamw_rate": RemovedKey(1.0, "0.2.0", LEFT_OUT),
-    "precision.fp8.activation_floor": RemovedKey(1e-4, "0.2.0", LEFT_OUT),
-    "precision.fp8.emulate": RemovedKey("fp32", "0.2.0", LEFT_OUT),
-    "precision.fp8.cache.linear": RemovedKey("fp8", "0.2.0", LEFT_OUT),
-    "precision.fp8.cache.attention_output": RemovedKey("e5m6", "0.2.0", LEFT_OUT),
-    "precision.fp8.cache.swiglu": RemovedKey("fp8", "0.2.0", LEFT_OUT),
+    "optim.muon.adamw_rate": RemovedKey(1.0, "0.2.0", LEAVE_OUT),
+    "precision.fp8.activation_floor": RemovedKey(1e-4, "0.2.0", LEAVE_OUT),
+    "precision.fp8.emulate": RemovedKey("fp32", "0.2.0", LEAVE_OUT),
+    "precision.fp8.cache.linear": RemovedKey("fp8", "0.2.0", LEAVE_OUT),
+    "precision.fp8.cache.attention_output": RemovedKey("e5m6", "0.2.0", LEAVE_OUT),
+    "precision.fp8.cache.swiglu": RemovedKey("fp8", "0.2.0", LEAVE_OUT),
     **{
         key: RemovedKey(default, "0.2.0", cure, changes_results=False)
         for key, default, cure in (

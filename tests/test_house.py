@@ -20,6 +20,7 @@ FOLDERS = (*PRODUCT, "bench")
 SHARED = {
     "TILE": "the reference of a proof shares no code with the product, not even a number",
     "GRADIENT_FLOOR": "the same",
+    "ACTIVATION_FLOOR": "the same",
     "ROOT": "the program's own names are guarded before anything else can be imported",
 }
 """Constants of the product that stand in several files with one meaning, and why."""

@@ -28,7 +28,7 @@ def start_behind_the_records(self, wandb):
 WandbSink._start = start_behind_the_records
 
 def attempt(first, last, *, kill_after=None, online_seconds=10.0):
-    sink = WandbSink(Path(sys.argv[1]), project="p", name="n", config={"seed": 1}, mode=WandbMode.auto,
+    sink = WandbSink(Path(sys.argv[1]), name="n", config={"seed": 1}, mode=WandbMode.auto,
                      note=lambda text: print("NOTE", text, flush=True), online_seconds=online_seconds)
     for step in range(first, last + 1):
         sink.write({"step": step, "loss": 1.0 / step, "main_loss": 0.5 / step, "layer_max_vio": {"layers.1": 0.5, "mtp.0": 0.25},
@@ -123,7 +123,7 @@ def test_a_failure_is_one_note_and_never_an_exception(tmp_path, monkeypatch):
         raise RuntimeError("the server\nis on fire")
 
     monkeypatch.setattr(WandbSink, "_start", broken)
-    sink = WandbSink(tmp_path, project="p", name="n", config={}, mode=WandbMode.offline, note=notes.append)
+    sink = WandbSink(tmp_path, name="n", config={}, mode=WandbMode.offline, note=notes.append)
     for step in range(1, 4):
         sink.write({"step": step})
     sink.close()
@@ -136,9 +136,7 @@ def test_a_stuck_thread_is_given_up(tmp_path, monkeypatch):
     monkeypatch.setattr("train.metrics.wandb_sink.WAITING_RECORDS", 10)
     monkeypatch.setattr("train.metrics.wandb_sink.FINISH_SECONDS", 0.1)
     monkeypatch.setattr(WandbSink, "_start", lambda self, wandb: time.sleep(5))
-    sink = WandbSink(
-        tmp_path, project="p", name="n", config={}, mode=WandbMode.offline, note=notes.append, online_seconds=0.1
-    )
+    sink = WandbSink(tmp_path, name="n", config={}, mode=WandbMode.offline, note=notes.append, online_seconds=0.1)
     for step in range(1, 20):
         sink.write({"step": step})
     sink.close()
