@@ -67,7 +67,7 @@ def over_run_settings(node: DictConfig, overrides: Sequence[str], groups: Sequen
             raise UserError(f"{key}._target_", section.get("_target_"), rule, cure)
     if "micro_batch_size" not in keys and settings.micro_batch_size:
         share, rest = divmod(settings.batch_size, settings.parallel.dp)
-        if rest or share % settings.micro_batch_size or {"seq_len", "micro_batch_tokens"} & {*keys}:
+        if rest or share % settings.micro_batch_size or "seq_len" in keys:
             settings.micro_batch_size = None  # it was chosen for the layout and the sequences of the training
     assert isinstance(settings, DictConfig)
     return settings

@@ -137,8 +137,6 @@ OWN_KEYS: dict[str, tuple[Mode, ...]] = {
 INSTEAD_OF: dict[str, tuple[str, ...]] = {
     "steps": ("epochs",),
     "epochs": (),
-    "micro_batch_tokens": ("micro_batch_size",),
-    "micro_batch_size": (),
     "data": ("data.mix", "data.source"),
     "data.path": ("data.mix", "data.source"),
     "data.mix": ("data.path", "data.source"),

@@ -151,7 +151,6 @@ def test_a_typed_key_wins_over_the_option_of_its_group_and_over_the_recipe():
     [
         (("conf=tiny_chat", "steps=6"), {"steps": 6, "epochs": None}),
         (("conf=tiny_chat", "epochs=3"), {"epochs": 3.0}),
-        (("conf=deepseek_v3_16b", "data.path=a", "micro_batch_tokens=8192"), {"micro_batch_size": 2}),
         (("mode=plan", "hardware.memory_bytes=1e9"), {"hardware.name": "h800", "hardware.memory_bytes": 1e9}),
     ],
 )
@@ -176,7 +175,6 @@ def test_the_jobs_of_a_sweep_and_what_cfg_shows_follow_what_is_typed(monkeypatch
     "words",
     [
         ("steps=6", "epochs=2"),
-        ("micro_batch_size=2", "micro_batch_tokens=4096"),
         ("data.path=a", "data.mix=[{path: b}]"),
         ("data.format=jsonl", "data.mix=[{path: b}]"),
         ("data.path=a", "data.source._target_=my.Own"),
