@@ -620,7 +620,7 @@ class Cluster:
     stopped: torch's deterministic kernels, attention without cuDNN, no sums in NVLink's switches, nothing chosen by a measurement.
     Costs speed on a GPU; how much has not been measured."""
     timeout: float = number(600.0, above=0)
-    """Longest wait in a collective, in seconds."""
+    """Longest wait in a collective, in seconds; until the first step is done at least cluster.start_timeout."""
     address: str | None = None
     """Ray: HOST:PORT of a running cluster, or auto for the one on this machine; null starts Ray here for this run."""
     ranks_per_node: int = number(0, least=0)

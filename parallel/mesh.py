@@ -10,11 +10,11 @@ torch opens a communicator for each pair of neighbours, so that transfers to bot
 schedule sends at once; an older torch that batches these transfers (pytorch issue 175225) works too, but they do not overlap.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import timedelta
 
 import torch.distributed as dist
-from torch.distributed import ProcessGroup
+from torch.distributed import ProcessGroup, distributed_c10d
 
 from conf.check import check_world
 from parallel.layout import Layout
@@ -88,6 +88,13 @@ def form_later() -> None:
     some 1800 times, with a communicator for groups of one rank too.
     """
     _all_ranks().bound_device_id = None
+
+
+def wait_at_most(mesh: Mesh, seconds: float) -> None:
+    """Let collectives of all groups of this rank wait for so long from here on."""
+    groups = {group for field in fields(mesh) if isinstance(group := getattr(mesh, field.name), ProcessGroup)}
+    for group in {_all_ranks(), *groups}:
+        distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 def build_mesh(layout: Layout, timeout: timedelta | None = None) -> Mesh:

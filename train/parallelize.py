@@ -144,7 +144,7 @@ def build_pipeline(
         dtype=activation_dtype(config.precision),
         cp=mesh.layout.cp,
         overlap=overlap,
-        timeout=config.cluster.timeout,
+        timeout=max(config.cluster.timeout, config.cluster.start_timeout),
         host=host,
     )
 
