@@ -5,7 +5,7 @@
 A hook of this benchmark (bench/fault_hooks.py) puts the fault into a tiny model that trains on this machine, in pipelines, with
 experts over ranks, with shared sequences and with replicas; ranks run under the driver of one machine (`local`), as torchrun starts them
 (`torchrun`), or on a Ray of their own on this machine (`ray`). What logs/incident_N.json says then is judged: all culprits and no other must be named, and the cause must be one of those
-that are right for the fault. A wrong rank is a failure, and so is *unknown*. Seconds are from the fault to the incident, or to the
+that are right for the fault. A wrong rank is a failure, and so is *unknown*. A run that hangs is over for this benchmark as soon as a warning names a rank. Seconds are from the fault to the incident, or to the
 event of a slow rank.
 
 Faults of links need root and TUN devices (bench/fault_links.py), as kernels without netem have no other; that of memory needs root and control groups of
@@ -223,16 +223,23 @@ def run_case(case: FaultCase, folder: Path, limit: float, address: str | None = 
     (run / "checkpoints").mkdir(exist_ok=True)
     write_config(config, str(run / "config.yaml"))
     started = time.time()
-    drive = multiprocessing.get_context("fork").Process(target=_drive, args=(case, config, run))
-    drive.start()
-    drive.join(limit)
-    if drive.is_alive():
-        os.kill(drive.pid or 0, signal.SIGKILL)  # its ranks die with it
-        drive.join()
+    driver = multiprocessing.get_context("fork").Process(target=drive, args=(case, config, run))
+    driver.start()
+    while driver.is_alive() and time.time() < started + limit and not _is_named(case, run, started):
+        driver.join(0.1)
+    if driver.is_alive():
+        os.kill(driver.pid or 0, signal.SIGKILL)  # its ranks die with it
+        driver.join()
     for group in MEMORY_GROUPS.glob(f"{GROUP_PREFIX}*"):
         with suppress(OSError):  # of a rank that is there still
             group.rmdir()
     return judge_case(case, run, started)
+
+
+def _is_named(case: FaultCase, run: Path, started: float) -> bool:
+    """Whether a warning names who holds the run up; it would be ended much later. A Ray is left to end by itself."""
+    found = newest_incident(run / "logs")
+    return case.launcher != "ray" and found is not None and found[1]["time"] > started and found[1]["kind"] == "hang"
 
 
 def judge_case(case: FaultCase, run: Path, started: float) -> Judged:
@@ -267,11 +274,16 @@ def _config(case: FaultCase, folder: Path, address: str | None) -> Config:
         "log.sample_tokens=0", "optim.max_bad_steps=2", f"log.replicas_every={int(case.layout != 'ep2_zero3')}", "log.state_every=1", "cluster.deterministic=true", f"callbacks=[{{_target_: bench.fault_hooks.Saboteur, faults: {{{faults}}}}}]", "cluster.timeout=60", *case.settings,
     ]  # fmt: skip
     if case.launcher == "ray":
-        settings += ["cluster=ray", "cluster.restarts=0", f"cluster.address={address or 'null'}"]
+        settings += [
+            "cluster=ray",
+            "cluster.restarts=0",
+            "cluster.hang_after=20",
+            f"cluster.address={address or 'null'}",
+        ]
     return compose(*arguments(folder, *settings))
 
 
-def _drive(case: FaultCase, config: Config, run: Path) -> None:
+def drive(case: FaultCase, config: Config, run: Path) -> None:
     """In a process of its own: start the ranks as the launcher does, and see them end."""
     with (run / "driver.log").open("wb") as log:
         for stream in (1, 2):
@@ -361,7 +373,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--address", help="of a Ray for the cases of `ray`; without one each starts its own")
     parser.add_argument("--out", type=Path, default=Path("faults_named.json"))
     given = parser.parse_args(words)
-    _import_ahead()
+    import_ahead()
     judged: list[Judged] = []
     with tempfile.TemporaryDirectory(prefix="faults-named-") as scratch:
         for case in CASES:
@@ -374,7 +386,7 @@ def main(words: Sequence[str] | None = None) -> int:
     return EXIT_OK
 
 
-def _import_ahead() -> None:
+def import_ahead() -> None:
     """What ranks need, once: they are forks of this process, which computes nothing."""
     from parallel.zero.engine import import_deepspeed
     from train import worker  # noqa: F401

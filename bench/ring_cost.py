@@ -26,7 +26,8 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from cluster.comm_ring import CommRing, read_traces, ring_path
+from cluster.comm_ring import CommRing, read_traces
+from cluster.run_files import ring_path
 from conf.errors import EXIT_OK
 from conf.words import say
 from parallel.comm_recorder import CommRecorder

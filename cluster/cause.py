@@ -22,8 +22,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from cluster.comm_ring import read_counts
-from cluster.run_files import at_work_path, failure_path, log_path, progress_path
+from cluster.run_files import at_work_path, failure_path, log_path, progress_path, read_counts
 from cluster.spawn import is_stopped, waited_for_core
 from conf.disk import naming
 from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED, EXIT_USER

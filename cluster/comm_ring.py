@@ -26,8 +26,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cluster.clocks import SteadyClock
+from cluster.run_files import COUNTS, COUNTS_AT, ring_path
 from cluster.spawn import holds_open
-from conf.files import open_plain, read_plain
+from conf.files import read_plain
 
 MAGIC, RING_FORMAT = b"SLUICERING\0\0", 1
 MOST_RANKS = 1 << 20
@@ -35,13 +36,11 @@ RING_BYTES = 16 << 20
 """Most bytes of a ring that is read."""
 RECORDS = 8192
 """Records of a file; some steps of a large layout."""
-NOW_AT, COUNTS_AT, TABLE_AT, RECORDS_AT = 80, 104, 128, 64 << 10
+NOW_AT, TABLE_AT, RECORDS_AT = 80, 128, 64 << 10
 """Offsets in bytes."""
 HEADER = struct.Struct("<12sIIIIId32s")
 NOW = struct.Struct("<IhBxHHH2xd")
 """Step, layer, phase, kind of action, stage, micro-batch, Unix time."""
-COUNTS = struct.Struct("<QQ")
-"""Pieces of work that the rank has done, and bytes that it has written of checkpoints (cluster/got_on.py); they only grow."""
 RECORD = struct.Struct("<QIHHBBhIi4xQQHHHBxdddQ")
 """Serial, seq, group, place, kind, type, layer, step, peer, sent, received, action, stage, micro-batch, phase, began, waited, ended, serial."""
 WAITED_AT, ENDED_AT = 64, 72
@@ -147,10 +146,6 @@ class RankTrace:
         return [record for record in self.records if record.blocks]
 
 
-def ring_path(logs: Path, rank: int) -> Path:
-    return logs / f"rank_{rank}.ring"
-
-
 class CommRing:
     """The writer's side. Raises OSError if the disk has no room for the whole of it: later it asks for none."""
 
@@ -240,18 +235,6 @@ class CommRing:
     def close(self) -> None:
         """The file stays."""
         self._map.close()
-
-
-def read_counts(logs: Path, rank: int) -> tuple[int, int]:
-    """Pieces of work that a rank has done, and bytes that it has written of checkpoints; zeros where it has no ring."""
-    with suppress(OSError, struct.error):
-        handle = open_plain(ring_path(logs, rank), os.O_RDONLY)
-        try:
-            done, written = COUNTS.unpack(os.pread(handle, COUNTS.size, COUNTS_AT))
-            return done, written
-        finally:
-            os.close(handle)
-    return 0, 0
 
 
 def _host() -> bytes:

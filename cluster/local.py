@@ -125,6 +125,8 @@ def _watch(ranks: list[Child], logs: Path, asked: list[int], patience: Patience 
             return _explain(ranks, logs, asked)
         codes = [report.code for report in reports if report.code is not None]
         if len(codes) == len(reports):
+            if watch is not None and (seconds := watch.over(now)) is not None:
+                tell_went_on(logs, seconds)
             if watch is not None and not told:
                 _tell_difference(logs)
             return max(codes)

@@ -125,6 +125,10 @@ class RankWatch:
         """Whoever holds the run up is named: once for each silence."""
         self._late = self._silences, self.silent_since
 
+    def over(self, now: float) -> float | None:
+        """How long the silence is, in seconds, that was named and is not over, where the ranks end well."""
+        return now - self._late[1] if self._late is not None else None
+
     def went_on(self) -> float | None:
         """How long the silence was that was named, in seconds; once, when it is over."""
         if self._late is None or self._late[0] == self._silences:

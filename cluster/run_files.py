@@ -21,9 +21,11 @@ ranks.json                               how all ranks are, as the driver of clu
 """
 
 import errno
+import os
 import re
+import struct
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,6 +43,9 @@ PROGRESS = "rank_*.progress.json"
 """Pattern of `progress_path`."""
 RINGS = "rank_*.ring"
 """Pattern of `cluster.comm_ring.ring_path`."""
+COUNTS_AT = 104
+COUNTS = struct.Struct("<QQ")
+"""Pieces of work that the rank has done, and bytes that it has written of checkpoints (cluster/got_on.py); they only grow."""
 RANK_FILE = re.compile(r"rank_(\d{5,18})\.(safetensors|json)")
 LATEST = 1e11
 """Unix time that no file of a run has: of the year 5138."""
@@ -85,6 +90,22 @@ def at_work_path(logs: Path, rank: int) -> Path:
 
 def progress_path(logs: Path, rank: int) -> Path:
     return logs / f"rank_{rank}.progress.json"
+
+
+def ring_path(logs: Path, rank: int) -> Path:
+    return logs / f"rank_{rank}.ring"
+
+
+def read_counts(logs: Path, rank: int) -> tuple[int, int]:
+    """Pieces of work that a rank has done, and bytes that it has written of checkpoints; zeros where it has no ring."""
+    with suppress(OSError, struct.error):
+        handle = open_plain(ring_path(logs, rank), os.O_RDONLY)
+        try:
+            done, written = COUNTS.unpack(os.pread(handle, COUNTS.size, COUNTS_AT))
+            return done, written
+        finally:
+            os.close(handle)
+    return 0, 0
 
 
 def stacks_path(logs: Path, rank: int) -> Path:

@@ -59,6 +59,8 @@ class SelfWatch:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._stop.set()
         self._thread.join()
+        if error is None and (seconds := self._watch.over(time.monotonic())) is not None:
+            tell_went_on(self._logs, seconds)
         if self._ends and error is not None and not isinstance(error, UserError | StopInterrupt):
             self._tell_failure(error)
 

@@ -15,7 +15,6 @@ import torch.distributed as dist
 
 from cluster.cause import Failure, begin_work, end_work
 from cluster.clocks import uptime
-from cluster.got_on import got_on
 from cluster.interfaces import name_interface
 from cluster.place import Place, given_meeting
 from cluster.stacks import answer_requests
@@ -150,12 +149,7 @@ def in_turn(place: Place, make: Callable[[ReportProgress], T]) -> T:
     with patient_group(PREPARATION) as everybody:
         if place.local_rank == 0:
             with show_progress() as progress:
-
-                def tell(stage: str, done: int, total: int) -> None:
-                    got_on()
-                    progress(stage, done, total)
-
-                made = make(tell)
+                made = make(progress)
             dist.barrier(group=everybody)
             return made
         dist.barrier(group=everybody)

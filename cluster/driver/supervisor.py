@@ -381,8 +381,7 @@ class Supervisor:
         elif (seconds := attempt.went_on()) is not None:
             attempt.hang_since = None
             if self._named_by is None:
-                self._note("went_on", f"the run goes on after {seconds:.0f} s without news", seconds=round(seconds, 2))
-                self._out.append(m.PassIncident(seconds))
+                self._tell_went_on(seconds)
             self._named_by = None
         elif self._named_by is not None and attempt.is_settled(now, self._named_by):
             self._named_by = None
@@ -395,6 +394,10 @@ class Supervisor:
             return False
         return True
 
+    def _tell_went_on(self, seconds: float) -> None:
+        self._note("went_on", f"the run goes on after {seconds:.0f} s without news", seconds=round(seconds, 2))
+        self._out.append(m.PassIncident(seconds))
+
     def _hang(self, now: float) -> None:
         self.current.look_again(self.current.silent_since)
         self._failed_at = self.current.silent_since
@@ -406,6 +409,8 @@ class Supervisor:
 
     def _leave(self, now: float) -> None:
         """All ranks ended well."""
+        if self._named_by is None and (seconds := self.current.over(now)) is not None:
+            self._tell_went_on(seconds)
         if all(report.code == EXIT_OK for report in self.current.reports.values()):
             self._finish(EXIT_OK, "all steps done")
         elif self.phase is DriverPhase.stopping and self._stop_why is None:

@@ -32,7 +32,7 @@ from typing import Any
 
 from cluster.cause import RankReport, read_report
 from cluster.clocks import SteadyClock
-from cluster.comm_ring import pack_ring, ring_path
+from cluster.comm_ring import pack_ring
 from cluster.interfaces import NAMES, interface_of
 from cluster.node.copy_store import OpenedCopy, Store, held, sweep, why_not_opened
 from cluster.node.network_probe import NetworkProbe, NodeLink
@@ -40,7 +40,7 @@ from cluster.node.ports import free_port
 from cluster.node.preflight import Facts, Question, gather_facts
 from cluster.node.pulse_echo import Echo
 from cluster.private_folder import PrivateFolder, remove_dead
-from cluster.run_files import failure_path, log_path, stop_path
+from cluster.run_files import failure_path, log_path, ring_path, stop_path
 from cluster.spawn import die_with_parent, spawn
 from cluster.stacks import ask_stacks, handles, is_looked_into, read_stacks
 from conf.errors import EXIT_STOPPED

@@ -61,6 +61,7 @@ ELSEWHERE = {
     "fp8_model": "tests/bench/test_fp8_model.py",
     "growth": "tests/bench/test_growth.py",
     "hf_memory": "tests/hf/test_memory.py",
+    "slow_runs": "tests/bench/test_slow_runs.py",
     "pair_budget": "tests/bench/test_pair_budget.py",
     "startup": "tests/bench/test_growth.py",
 }

@@ -19,7 +19,8 @@ from omegaconf import OmegaConf
 
 from cluster.cause import Failure
 from cluster.clocks import uptime
-from cluster.comm_ring import CommRing, ring_path
+from cluster.comm_ring import CommRing
+from cluster.run_files import ring_path
 from cluster.stacks import answer_requests
 
 config = OmegaConf.load(sys.argv[1])

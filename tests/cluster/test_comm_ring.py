@@ -10,9 +10,10 @@ import time
 import pytest
 
 from cluster import comm_ring
-from cluster.comm_ring import RECORD, RECORDS_AT, CommRing, pack_ring, read_counts, read_trace, read_traces, ring_path
+from cluster.comm_ring import RECORD, RECORDS_AT, CommRing, pack_ring, read_trace, read_traces
 from cluster.got_on import counted_in, got_on, wrote
 from cluster.incident import unpack_traces
+from cluster.run_files import read_counts, ring_path
 
 
 def fill(ring: CommRing, count: int, ends: bool = True) -> None:
@@ -112,7 +113,8 @@ import sys
 import time
 from pathlib import Path
 from tests.cluster.test_comm_ring import fill
-from cluster.comm_ring import CommRing, ring_path
+from cluster.comm_ring import CommRing
+from cluster.run_files import ring_path
 ring = CommRing(ring_path(Path(sys.argv[1]), 1), 1, 2)
 fill(ring, 3, ends=False)
 print("written", flush=True)

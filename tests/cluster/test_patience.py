@@ -313,7 +313,8 @@ def test_local_ranks_that_are_late_are_named_and_go_on(tmp_path, capfd):
 
 
 def test_the_incident_of_a_run_that_went_on_says_so(tmp_path):
-    incident = {"time": 7.0, "kind": "hang", "text": "rank 1 hangs\nmore", "fault": "absent", "ranks": [1], "waits": []}
+    incident = {"time": 7.0, "kind": "hang", "text": "rank 1 hangs\nmore", "fault": "absent", "ranks": [1], "among": []}
+    incident |= {"waits": [], "where": "", "advice": ""}
     path = write_incident(tmp_path, incident)
     for _ in range(2):
         pass_incident(tmp_path, 9.4)

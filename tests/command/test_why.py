@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from cluster.cause import Cause, Kind
-from cluster.comm_ring import HEADER, CommRing, read_traces, ring_path
+from cluster.comm_ring import HEADER, CommRing, read_traces
 from cluster.incident import describe_incident, write_incident
 from cluster.judgement import Fault, Judgement
+from cluster.run_files import ring_path
 from conf.errors import EXIT_CRASH, EXIT_OK, EXIT_USER
 from tests.small import Started
 from train.command.why import main
@@ -80,6 +81,7 @@ def test_a_run_that_hangs_now_is_looked_at_from_outside(tmp_path, capsys):
         "checkpoint.every=0",
         "log.validate_every=0",
         "log.progress=false",
+        "cluster.kill_after=10",
     )
     run, logs = Started(tmp_path, *settings), tmp_path / "runs" / "asked" / "logs"
     try:
@@ -104,5 +106,5 @@ def test_a_run_that_hangs_now_is_looked_at_from_outside(tmp_path, capsys):
                 os.kill(trace.pid, signal.SIGKILL)
     assert code == EXIT_CRASH and "rank 1 is stopped" in output
     said = ask(capsys, tmp_path / "runs", "asked")
-    assert "culprit: rank 1\n" in said and "incident_2.json" in said
+    assert "culprit: rank 1\n" in said and "incident_2.json" in said, "the first was the warning"
     assert "find out who stopped it" in said and "CONT" not in said, "nobody is there any more who could go on"

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from cluster.got_on import got_on
 from conf.check import check
 from conf.errors import UserError
 from conf.schema import Config
@@ -46,7 +47,12 @@ def prepare(config: Config, progress: ReportProgress = silent) -> PreparedData:
     Idempotent and safe in several processes: the driver calls it before it starts ranks, which then find the cache.
     A process that comes while another one works waits for it.
     """
-    corpus = build_corpus(config, progress)
+
+    def tell(stage: str, done: int, total: int) -> None:
+        got_on()
+        progress(stage, done, total)
+
+    corpus = build_corpus(config, tell)
     train = TrainingData(corpus, config)
     if config.data.source:
         train = StreamedData(OwnDocuments(config, corpus.tokenizer), config)

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.cause import Failure, RankReport
-from cluster.comm_ring import CommRing, pack_ring, ring_path
+from cluster.comm_ring import CommRing, pack_ring
 from cluster.driver import messages as m
-from cluster.run_files import Age
+from cluster.run_files import Age, ring_path
 from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED, EXIT_USER
 from tests.cluster.world import STEP, World
 

@@ -1,0 +1,183 @@
+"""What makes a healthy run slow, which a callback of the recipe puts into its ranks: nothing of the product knows of it. See bench/slow_runs.py."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+DRIVER_FILE = "driver.pid"
+"""In the folder of the run: who is asked to stop it."""
+SLOW_AT = 8
+"""The step that is slow, behind some that are quick; the last but four of a run."""
+
+
+class Slowpoke:
+    """The callback. what: of `WAYS`; seconds: how long it takes; ranks: those that are slow, none for all; every: seconds between two pieces of
+    work, 0 for a silence of the whole time.
+    """
+
+    def __init__(self, what: str, seconds: float, ranks: list[int], every: float):
+        self._what, self._rank = what, int(os.environ.get("RANK", "-1"))  # -1: the process that checks the recipe
+        self._seconds, self._every = seconds, every
+        self._step = 0
+        if self._rank >= 0 and (not ranks or self._rank in ranks) and what in WAYS:
+            WAYS[what](self)
+
+    def on_step(self, run: Any, step: int, record: dict) -> None:
+        self._step = step
+        if self._what == "on_step" and step == SLOW_AT:
+            self.pause(run.got_on)
+        if self._what == "stop" and step == SLOW_AT and run.rank == 0:
+            os.kill(int((run.folder / DRIVER_FILE).read_text()), signal.SIGTERM)
+
+    def on_checkpoint(self, run: Any, step: int, path: Any) -> None:
+        if self._what == "on_checkpoint" and step == SLOW_AT and run.rank == 0:
+            self.pause(run.got_on)
+
+    def on_end(self, run: Any, code: int) -> None:
+        if self._what == "on_end":
+            self.pause(run.got_on)
+
+    def pause(self, got_on: Callable[[], None]) -> None:
+        """Take the time, in pieces or in silence."""
+        ends = time.monotonic() + self._seconds
+        while (left := ends - time.monotonic()) > 0:
+            time.sleep(min(left, self._every or left))
+            if self._every:
+                got_on()
+
+    def slow_down(self, owner: Any, name: str, is_due: Callable[..., bool], got_on: Callable[[], None]) -> None:
+        """Have this function of a module or class take its time, once, where it is due."""
+        original, waiting = getattr(owner, name), [True]
+
+        def slow(*given: Any, **named: Any) -> Any:
+            if waiting and is_due(*given, **named):
+                waiting.clear()
+                self.pause(got_on)
+            return original(*given, **named)
+
+        setattr(owner, name, slow)
+
+    @property
+    def is_late_in_run(self) -> bool:
+        """Whether the slow step comes next, or is over."""
+        return self._step >= SLOW_AT - 1
+
+    def stagger(self) -> None:
+        """Ranks are slow one after another: the last one for the whole time."""
+        self._seconds *= (self._rank + 1) / int(os.environ["WORLD_SIZE"])
+
+
+def _silent() -> None:
+    pass
+
+
+def _loader(slow: Slowpoke) -> None:
+    from train.data.prefetch import Prefetch
+
+    slow.slow_down(Prefetch, "_make_next", lambda *_: slow.is_late_in_run, _silent)
+
+
+def _step(slow: Slowpoke) -> None:
+    from train.loop.step import TrainingStep
+
+    slow.slow_down(TrainingStep, "run", lambda *_, **__: slow.is_late_in_run, _got_on())
+
+
+def _first_step(slow: Slowpoke) -> None:
+    from train.loop.step import TrainingStep
+
+    slow.stagger()
+    slow.slow_down(TrainingStep, "run", lambda *_, **__: True, _got_on())
+
+
+def _validation(slow: Slowpoke) -> None:
+    from train.loop.hooks import held_out_metrics
+
+    slow.slow_down(held_out_metrics, "held_out_loss", lambda *_: slow.is_late_in_run, _got_on())
+
+
+def _first_validation(slow: Slowpoke) -> None:
+    from train.loop.hooks import held_out_metrics
+
+    slow.slow_down(held_out_metrics, "held_out_loss", lambda *_: True, _got_on())
+
+
+def _save(slow: Slowpoke) -> None:
+    """In the middle of the run, beside its steps until the next one is due."""
+    _writes(slow, SLOW_AT)
+
+
+def _last_save(slow: Slowpoke) -> None:
+    _writes(slow, SLOW_AT + 4)
+
+
+def _stop(slow: Slowpoke) -> None:
+    """The save after SIGTERM."""
+    _writes(slow, SLOW_AT + 1)
+
+
+def _first_save(slow: Slowpoke) -> None:
+    _writes(slow, 0)
+
+
+def _writes(slow: Slowpoke, step: int) -> None:
+    """The disk is slow; its bytes come in pieces, or a sync comes at the end of a silence."""
+    from cluster.got_on import wrote
+    from train.checkpoint.staging import StagingBuffers
+
+    def is_due(buffers: Any, folder: Any, rank: int) -> bool:
+        return int(folder.name.split("_")[1].split(".")[0]) >= step
+
+    slow.slow_down(StagingBuffers, "write", is_due, lambda: wrote(1))
+
+
+def _commit(slow: Slowpoke) -> None:
+    """The folder of the last checkpoint gets its name late: a server of metadata is busy."""
+    from train.checkpoint.commit import Committer
+
+    slow.slow_down(Committer, "commit", lambda _, save, *__: save.step >= SLOW_AT + 4, _silent)
+
+
+def _sample(slow: Slowpoke) -> None:
+    from train.generate.generation import Generation
+
+    slow.slow_down(Generation, "_prefill", lambda *_: slow.is_late_in_run, _got_on())
+
+
+def _publish(slow: Slowpoke) -> None:
+    from train.export import run
+
+    slow.slow_down(run, "_write_weights", lambda *_: slow.is_late_in_run, _got_on())
+
+
+def _report(slow: Slowpoke) -> None:
+    """What comes behind the training, on rank 0."""
+    from train.loop import finish
+
+    slow.slow_down(finish, "_report", lambda *_: True, _silent)
+
+
+def _got_on() -> Callable[[], None]:
+    from cluster.got_on import got_on
+
+    return got_on
+
+
+WAYS: dict[str, Callable[[Slowpoke], None]] = {
+    "loader": _loader,
+    "step": _step,
+    "first_step": _first_step,
+    "validation": _validation,
+    "first_validation": _first_validation,
+    "save": _save,
+    "first_save": _first_save,
+    "last_save": _last_save,
+    "stop": _stop,
+    "commit": _commit,
+    "sample": _sample,
+    "publish": _publish,
+    "report": _report,
+}
+"""What a rank can be slow in, beside the hooks of the callback itself."""
