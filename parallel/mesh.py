@@ -50,6 +50,12 @@ class Mesh:
     inter_group: ProcessGroup
     """Ranks of my expert group with my index on their nodes."""
 
+    def wait_at_most(self, seconds: float) -> None:
+        """Let collectives of all groups of this rank wait for so long from here on."""
+        groups = {group for field in fields(self) if isinstance(group := getattr(self, field.name), ProcessGroup)}
+        for group in {_all_ranks(), *groups}:
+            distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
     @property
     def pp_rank(self) -> int:
         return self.layout.pp_rank(self.rank)
@@ -88,13 +94,6 @@ def form_later() -> None:
     some 1800 times, with a communicator for groups of one rank too.
     """
     _all_ranks().bound_device_id = None
-
-
-def wait_at_most(mesh: Mesh, seconds: float) -> None:
-    """Let collectives of all groups of this rank wait for so long from here on."""
-    groups = {group for field in fields(mesh) if isinstance(group := getattr(mesh, field.name), ProcessGroup)}
-    for group in {_all_ranks(), *groups}:
-        distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 def build_mesh(layout: Layout, timeout: timedelta | None = None) -> Mesh:

@@ -22,7 +22,6 @@ from conf.errors import EXIT_OK, DiskFailed
 from conf.run_paths import RunPaths
 from conf.schema import Config
 from parallel.exchange import from_rank_0
-from parallel.mesh import wait_at_most
 from parallel.zero.engine import import_deepspeed
 from train.checkpoint.checkpointer import Checkpointer
 from train.checkpoint.commit import next_attempt
@@ -94,7 +93,7 @@ def _run(config: Config, place: Place, stop: StopRequest, record: RankRecorder) 
     rank = set_up_rank(config, place)
     device, mesh = rank.device, rank.mesh
     # Until the first step is done: a rank that is slow to load or to compile is waited for as long as its driver waits for it.
-    wait_at_most(mesh, max(config.cluster.timeout, config.cluster.start_timeout))
+    mesh.wait_at_most(max(config.cluster.timeout, config.cluster.start_timeout))
     probe_in_turn(config, place, device)
     record.name_groups(mesh)
     kernels, kernel_notes = choose_kernels(config, device)

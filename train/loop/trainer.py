@@ -12,7 +12,6 @@ from cluster.run_files import step_name
 from conf.disk import disk_errors
 from conf.errors import EXIT_OK, EXIT_STOPPED, DiskFailed
 from conf.micro_batches import share_of
-from parallel.mesh import wait_at_most
 from train.data.prefetch import Prefetch
 from train.loop.live_run import LiveRun
 from train.loop.stop import StopKind, StopRequest
@@ -90,7 +89,7 @@ class Trainer:
             on_phase=lambda ended: run.enter(NEXT_PHASE[ended]),
         )
         if not self.stop.has_stepped:
-            wait_at_most(run.mesh, run.config.cluster.timeout)
+            run.mesh.wait_at_most(run.config.cluster.timeout)
         self.stop.has_stepped = True
         run.tell("on_update" if outcome.update.applied else "on_skip", plan.step)
         state.step, state.samples = plan.step, plan.first_sample + plan.batch_size
