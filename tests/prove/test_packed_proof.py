@@ -34,6 +34,7 @@ WHOLE = {
     # so few that one of the steps learns nothing
     "cp2_ep2_fp8": ["parallel.cp=2", "parallel.ep=2", "precision=fp8", "parallel.wire=fp8", "batch_size=2"],
     "dp3_uneven_bf16": ["parallel.dp=3", "parallel.uneven=true", "precision=bf16"],
+    "cp2_bf16": ["parallel.cp=2", "precision=bf16"],
     "pp2_zbv_fp8": ["parallel.pp=2", "parallel.schedule=zbv", "precision=fp8"],
 }
 

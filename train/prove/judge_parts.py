@@ -322,7 +322,7 @@ class SumOverCalls:
         """is_rounded: to bf16, maybe."""
         off = one.off
         if is_rounded:
-            half = low.spacing(one.x, FORMATS["bf16"]) / 2
+            half = (low.spacing(one.x, FORMATS["bf16"]) / 2).masked_fill_(one.size == 0, 0)  # a 0 is not rounded
             off = half if off is None else off + half
         self.terms += terms
         if self.total is None:
