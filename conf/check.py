@@ -485,7 +485,7 @@ DATA: tuple[ConfigCheck, ...] = (
         JoinedRule("data.fim_rate", lambda c, v: v == 0, "rearranges text, and chats stay as they are", "set data.fim_rate=0"),
         JoinedRule("data.mask_documents", lambda c, v: not v, "is for packed text: chats are apart in any case", "leave it out"),
         JoinedRule("data.min_tokens", lambda c, v: v == 0, "is for long documents, and no chat is left out for being short", "leave it out"),
-        JoinedRule("optim.qk_clip", lambda c, v: v is None or c.mode is Mode.prove,
+        JoinedRule("optim.qk_clip", lambda c, v: v is None,
                    "looks at the scores of all positions, also of those that only fill a sequence of chats up", "leave it out with chats"),
         JoinedRule("data.source", lambda c, v: not v, "gives text, and chats are read of files", "leave one of them out"),
         JoinedRule("optim.extra_loss", lambda c, v: not v, "is a mean over all positions, also of those that are not learnt of chats",

@@ -117,7 +117,7 @@ EDGES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("data.fim_rate", CHAT, CHAT | {"data.fim_rate": 0.1}),
     ("data.mask_documents", CHAT, CHAT | {"data.mask_documents": True}),
     ("data.min_tokens", CHAT, CHAT | {"data.min_tokens": 1}),
-    ("optim.qk_clip", CHAT | {"optim.qk_clip": 1.0, "mode": Mode.prove}, CHAT | {"optim.qk_clip": 1.0}),
+    ("optim.qk_clip", CHAT | {"mode": Mode.prove}, CHAT | {"optim.qk_clip": 1.0, "mode": Mode.prove}),
     ("parallel.split", {"parallel.split": [4]}, {"parallel.split": [-1]}),
     ("parallel.split", {"parallel.split": "even"}, {"parallel.split": "odd"}),
     ("parallel.ep", PAIRS | {"parallel.ep": 4}, PAIRS | {"parallel.ep": 8}),

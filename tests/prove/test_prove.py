@@ -10,19 +10,20 @@ from rich.console import Console
 from torch.nn import functional as F
 
 from bench.prove_rows import rotated
+from conf.changed_settings import settings_of
 from conf.errors import EXIT_OK, UserError
 from conf.load import compose
 from conf.run_paths import RunPaths
 from conf.schema import ROOT, Config
 from tests.prove.proofs import gather_evidence, small_proof
 from tests.small import SMALL, environment
-from train.metrics.proof_rows import report_rows
+from train.metrics.proof_rows import describe_proven, report_rows
 from train.metrics.report import write_report
 from train.prove import judge as judging
 from train.prove.card import write_card
-from train.prove.certificate import Certificate
+from train.prove.certificate import Certificate, sharpness_of
 from train.prove.double import grouped_product, in_double
-from train.prove.findings import Difference, ProofFindings, first_of
+from train.prove.findings import Difference, ProofFindings, ProofVerdict, first_of
 from train.prove.judge import backward_order, choice_excess, judge_all, judge_pass
 from train.prove.layouts import in_layout, layout_name, passes_of, second_layout
 from train.prove.miniature import shrink
@@ -62,6 +63,10 @@ MORE = {
 }  # fmt: skip
 """Of which rows have most: some at every commit."""
 SHARE = 4
+
+
+SETTINGS = settings_of(compose(*SMALL, "data.path=none"))
+"""Of a run that a certificate lies beside."""
 
 
 def assert_exact(config: Config) -> None:
@@ -157,7 +162,7 @@ def assert_told(findings: ProofFindings, folder) -> None:
     """On the screen, in prove.json and in the report."""
     certificate = Certificate(
         name="proof", layout="ZeRO 1", second_layout="ZeRO 2", ranks=1, device="cpu", steps=4, cuts=["It is small."],
-        seconds=1.0, verdicts=list(findings.verdicts.values()), differences=findings.differences,
+        seconds=1.0, verdicts=list(findings.verdicts.values()), differences=findings.differences, proven=describe_proven(SETTINGS),
     )  # fmt: skip
     console = Console(record=True, width=200)
     certificate.show(certificate.write(folder), console)
@@ -173,11 +178,54 @@ def assert_told(findings: ProofFindings, folder) -> None:
     assert f"| forward | FAILED on 1 ranks on cpu: {findings.differences[0].text()} |" in card
     assert "| conversion | not verified here" in card and "| speed | not verified here" in card
     assert "| resume | yes, on 1 ranks on cpu" in card and "(ZeRO 2)" in card
-    sentence, rows = report_rows(folder)
+    sentence, rows = report_rows(folder, SETTINGS)
     assert "does not train this model" in sentence and "layers.1.attention" in sentence
     assert [row[2] for row in rows if row[1] == "outputs"] == ["failed"]
     (folder / "prove.json").write_text("{")
-    assert report_rows(folder) is None
+    assert report_rows(folder, SETTINGS) is None
+
+
+def test_a_report_speaks_of_the_run_that_was_proven_alone(tmp_path):
+    def said(settings: dict, **changed) -> str:
+        record = {
+            "proven": describe_proven(SETTINGS) | {"modified": False} | changed,
+            "holds": True,
+            "layout": "ZeRO 1",
+        }
+        record |= {"ranks": 1, "first_difference": None, "quantities": []}
+        (tmp_path / "prove.json").write_text(json.dumps(record))
+        return report_rows(tmp_path, settings)[0]
+
+    trains = "ZeRO 1 trains this model"
+    assert trains in said(SETTINGS) and trains in said(SETTINGS | {"steps": 9, "name": "other", "seed": 5})
+    for other in (SETTINGS | {"seq_len": 999}, SETTINGS | {"optim": SETTINGS["optim"] | {"lr": 0.5}}):
+        assert trains not in said(other) and "not of this run, but of recipe" in said(other)
+    assert "not of this run, but of layout" in said(SETTINGS | {"parallel": SETTINGS["parallel"] | {"zero": 2}})
+    assert "but of version 0.0, commit abc: prove this run again" in said(SETTINGS, version="0.0", commit="abc")
+    assert trains in (changed := said(SETTINGS, modified=True)) and "had been changed" in changed
+    old = json.loads((tmp_path / "prove.json").read_text())
+    del old["proven"]
+    (tmp_path / "prove.json").write_text(json.dumps(old))
+    assert "of an older version" in report_rows(tmp_path, SETTINGS)[0]
+
+
+def test_a_pass_says_of_single_parts_what_ran():
+    """Beside an adapter they are not judged."""
+
+    def seen(*quantities: str) -> str:
+        (found,) = sharpness_of([ProofVerdict("recipe", one, compared=1, bound=0.1, loosest=0.1) for one in quantities])
+        return found.does_not_see
+
+    assert seen("outputs").endswith("the loosest bound")
+    assert seen("outputs", "reduced gradients").endswith("bound. Sums over ranks are held to far sharper ones")
+    every = (
+        "products",
+        "gradients of single weights",
+        "rows at the experts",
+        "sums of expert outputs",
+        "reduced gradients",
+    )
+    assert "Single parts, rows on their way and sums over ranks are held" in seen("outputs", *every)
 
 
 @pytest.mark.slow

@@ -70,7 +70,7 @@ def _whole_page(run_folder: Path, ended: bool) -> str:
     makers: dict[str, Callable[[], list[str]]] = {
         "text that the model wrote": lambda: _sample_parts(run_folder),
         "plan": lambda: _plan_parts(plan_rows(run_folder, series)),
-        "proof": lambda: _proof_parts(report_rows(run_folder)),
+        "proof": lambda: _proof_parts(report_rows(run_folder, settings)),
         "answers": lambda: _answer_parts(run_folder),
         "time": lambda: _wall_time_parts(split_wall_time(run_folder)),
         "cluster": lambda: _cluster_parts(cluster_summary(run_folder)),

@@ -26,11 +26,16 @@ PROOFS_SAY = {
 BLIND = {
     "exact": "how anything is rounded; optimizer, reduction over ranks and checkpoint, which the next pass has",
     "fp32": "what only lower formats have: FP8 products, their scales, the wire",
-    "recipe": "in whole outputs and gradients, what is below the loosest bound. Single parts, rows on their way and sums over ranks "
-    "are held to far sharper ones, so what is left is what no single part shows and pass fp32 does not run",
+    "recipe": "in whole outputs and gradients, what is below the loosest bound",
     "tiles": "whole outputs, updates and checkpoints, which the passes before have; pipelines, in which no scale is another",
 }
 """What a pass does not see."""
+SHARPER = {
+    "single parts": ("products", "gradients of single weights"),
+    "rows on their way": ("rows at the experts", "sums of expert outputs"),
+    "sums over ranks": ("reduced gradients",),
+}
+"""What pass recipe holds to far sharper bounds than whole outputs, where it ran: quantities by what they are called."""
 WIDTH = 100
 """Columns of what is wrapped."""
 NEVER_PROVEN = [
@@ -58,6 +63,8 @@ class Certificate:
     verdicts: Sequence[ProofVerdict]
     differences: Sequence[Difference]
     """In the order of the computation."""
+    proven: Mapping[str, Any] = field(default_factory=dict)
+    """The recipe, layout and code that were proven, see `train.metrics.proof_rows.describe_proven`."""
     own_code: Mapping[str, str] = field(default_factory=dict)
     """Import paths of the user's code by key, which no proof runs."""
 
@@ -80,6 +87,7 @@ class Certificate:
         """prove.json. Errors and bounds are relative; null for a difference without a measure."""
         return {
             "name": self.name,
+            "proven": dict(self.proven),
             "holds": self.holds,
             "layout": self.layout,
             "second_layout": self.second_layout,
@@ -167,10 +175,23 @@ def sharpness_of(verdicts: Sequence[ProofVerdict]) -> list[Sharpness]:
                     sharpest_quantity=least.quantity if least else "",
                     loosest=most.loosest if most else None,
                     loosest_quantity=most.quantity if most else "",
-                    does_not_see=BLIND[proof],
+                    does_not_see=BLIND[proof] + (_sharper(of_pass) if proof == "recipe" else ""),
                 )
             )
     return found
+
+
+def _sharper(verdicts: Sequence[ProofVerdict]) -> str:
+    """What of pass recipe was held to sharper bounds, of what really ran: beside an adapter single parts are not judged."""
+    compared = {one.quantity for one in verdicts if one.compared}
+    ran = [name for name, quantities in SHARPER.items() if compared.issuperset(quantities)]
+    if not ran:
+        return ""
+    left = (
+        ", so what is left is what no single part shows and pass fp32 does not run" if len(ran) == len(SHARPER) else ""
+    )
+    *first, last = ran
+    return f". {' and '.join([', '.join(first), last] if first else [last]).capitalize()} are held to far sharper ones{left}"
 
 
 def _lines(proof: str, verdicts: list[ProofVerdict]) -> list[str]:

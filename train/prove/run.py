@@ -13,6 +13,7 @@ from cluster.launch import launch
 from cluster.local import run_children
 from cluster.place import Place, given_place
 from cluster.spawn import ForkedProcess
+from conf.changed_settings import settings_of
 from conf.errors import EXIT_CRASH, EXIT_OK, UserError
 from conf.load import write_config
 from conf.own_code import targets_of
@@ -20,7 +21,7 @@ from conf.run_paths import RunPaths
 from conf.schema import Config
 from train.kernels.cpu.processor import tune_cpu
 from train.loop.layout_check import check_layout
-from train.metrics.proof_rows import PROOF_CARD_FILE, PROOF_FILE
+from train.metrics.proof_rows import PROOF_CARD_FILE, PROOF_FILE, describe_proven
 from train.prove.layouts import PROOFS, in_layout, layout_name, second_layout
 
 PROOF_FOLDER = "prove"
@@ -120,6 +121,7 @@ def _judge(config: Config, small: Config, cuts: list[str], started: float) -> in
         seconds=time.monotonic() - started,
         verdicts=list(findings.verdicts.values()),
         differences=findings.differences,
+        proven=describe_proven(settings_of(config)),
         own_code=targets_of(config),
     )
     run_folder = Path(small.runs)
