@@ -613,8 +613,8 @@ class Cluster:
     """CPU threads per rank; 0 shares the cores among the ranks of a machine."""
     compiled: bool = True
     """On a CPU with AVX-512 or AVX2, parts of a step in bf16 as compiled code, built at its first use by the machine's C++
-    compiler; matrix products where that is faster than torch's, which is measured. Where it cannot be, a run says so and
-    uses torch's operations. false: those everywhere."""
+    compiler; matrix products where that is faster than torch's, which is measured when a run begins and kept in its checkpoints.
+    Where it cannot be, a run says so and uses torch's operations. false: those everywhere."""
     deterministic: bool = False
     """Only what gives the same bits in every run on the same machines, so that a resumed run gives those of one that was never
     stopped: torch's deterministic kernels, attention without cuDNN, no sums in NVLink's switches, nothing chosen by a measurement.

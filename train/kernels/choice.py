@@ -141,20 +141,29 @@ def _both_ways(core: AttentionCore, numbers: list[Tensor], scale: float, seen: S
 
 
 def build_kernels(
-    kind: str, compiled: bool = True, core: AttentionCore | None = None, measured: bool = True
+    kind: str, compiled: bool = True, core: AttentionCore | None = None, products: bool | None = None
 ) -> Kernels:
     """kind: of the device, cpu or cuda. compiled: whether a CPU that can runs compiled code. core: of attention on a GPU.
-    measured: see `train.kernels.cpu.libraries.products_pay`.
+    products: whether a CPU's products are compiled too; None for what is faster (`train.kernels.cpu.libraries.products_pay`).
     """
     if kind == "cuda":
         return FusedKernels(core)
-    return (
-        CompiledKernels(native.products_pay(measured)) if compiled and native.why_absent() is None else PlainKernels()
-    )
+    if not compiled or native.why_absent() is not None:
+        return PlainKernels()
+    return CompiledKernels(native.products_pay() if products is None else products)
 
 
-def choose_kernels(config: Config, device: torch.device) -> tuple[Kernels, list[str]]:
-    """The kernels of a run, and notes on what is slower than it could be.
+def choose_products(config: Config, device: torch.device, kept: bool | None) -> bool | None:
+    """Whether the products of a run on this CPU are compiled; None where there is nothing to choose. kept: what the run chose
+    when it began, so that a busy machine cannot change its arithmetic at a resume.
+    """
+    if kept is not None or device.type == "cuda" or not config.cluster.compiled or native.why_absent() is not None:
+        return kept
+    return native.products_pay(measured=not config.cluster.deterministic)
+
+
+def choose_kernels(config: Config, device: torch.device, products: bool | None = None) -> tuple[Kernels, list[str]]:
+    """The kernels of a run, and notes on what is slower than it could be. products: see `choose_products`; None to choose here.
 
     Raises UserError where no attention of a GPU gives the right values.
     """
@@ -164,4 +173,4 @@ def choose_kernels(config: Config, device: torch.device) -> tuple[Kernels, list[
     compiled, notes = config.cluster.compiled, []
     if compiled and activation_dtype(config.precision) == torch.bfloat16 and (why := native.why_absent()):
         notes.append(f"the model trains in torch's operations, slower than compiled code: {why}")
-    return build_kernels("cpu", compiled, measured=not config.cluster.deterministic), notes
+    return build_kernels("cpu", compiled, products=choose_products(config, device, products)), notes

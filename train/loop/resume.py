@@ -52,6 +52,12 @@ class StartingPoint(NamedTuple):
         """Whether `restore` will fill all weights from it, or raise."""
         return bool(self.copy or self.checkpoint or self.notes)
 
+    def compiled_products(self) -> bool | None:
+        """Whether the run that goes on has compiled products; None where nothing says it: a new run, or an older checkpoint."""
+        if self.copy is not None:
+            return self.copy["meta"].get("compiled_products")
+        return None if self.checkpoint is None else read_manifest(Path(self.checkpoint)).meta.get("compiled_products")
+
 
 def find_start(config: Config, copies: MemoryCopies | None) -> StartingPoint:
     """Look for it. Collective over all ranks; raises UserError where all that there is is damaged."""

@@ -7,7 +7,8 @@
     ema.*, and others                   what hooks keep (train/loop/live_run.py): the average of the weights
 
 The rest is in the meta: step, samples (the data position), updates, the family of the folder whose weights the run started
-from, and of an adapter's run its base (train/checkpoint/adapter_base.py); schedules follow from the step. Nothing
+from, of an adapter's run its base (train/checkpoint/adapter_base.py), and on a CPU whose products the run computes with, which was
+measured when it began; schedules follow from the step. Nothing
 in a run draws random numbers after the weights are made, so there is no generator state to keep.
 """
 
@@ -36,6 +37,8 @@ class RunState:
     def __init__(self, config: Config, mesh: Mesh, parts: ParallelModel, hooks: Sequence[Any] = ()):
         """hooks: those that keep state among them are part of it."""
         self.mesh, self.zero, self.routers = mesh, parts.zero, parts.routers()
+        self.compiled_products: bool | None = None
+        """Whether the products of a CPU are compiled, which was measured when the run began; None where that is no choice."""
         self.step = 0
         self.samples = 0
         self.best: tuple[int, float] | None = None
@@ -136,6 +139,7 @@ class RunState:
             "family": str(self.family),
             **({} if self.best is None else {"best": list(self.best)}),
             **({} if self.base is None else {"base": self.base}),
+            **({} if self.compiled_products is None else {"compiled_products": self.compiled_products}),
         } | kept
 
     def _biases(self) -> dict[str, Shard]:

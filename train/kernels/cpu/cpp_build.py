@@ -30,6 +30,14 @@ NATIVE = {"x86_64": ["-march=native", "-mprefer-vector-width=512"], "aarch64": [
 """By machine: the widest vectors that the CPU has."""
 
 
+LIMITS = {
+    "avx2": (("avx512", "amx"), ("-mno-avx512f",)),
+    "avx512": (("avx512_bf16", "amx"), ("-mno-avx512bf16",)),
+    "avx512_bf16": (("amx",), ()),
+}
+"""What SLUICE_CPU may say that a CPU has at most: features that are then not seen, and what the compiler is told."""
+
+
 @dataclass(frozen=True)
 class CppSource:
     """One file to compile, and what to say where that cannot be.
@@ -60,10 +68,19 @@ def load_library(source: CppSource) -> ctypes.CDLL:
 
 @cache
 def cpu_features() -> str:
-    """What this CPU can do, as the system says it."""
+    """What this CPU can do, as the system says it, without what SLUICE_CPU leaves out."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform.startswith("linux") else []
     features = [line for line in lines if line.startswith(("flags", "Features"))]
-    return features[0] if features else platform.processor()
+    said, (hidden, _) = features[0] if features else platform.processor(), _limit()
+    return " ".join(word for word in said.split() if not word.startswith(hidden)) if hidden else said
+
+
+def _limit() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What SLUICE_CPU hides of this CPU, and the compiler's flags for it."""
+    most = os.environ.get("SLUICE_CPU", "")
+    if most and most not in LIMITS:
+        raise UserError("SLUICE_CPU", most, f"must be one of {', '.join(LIMITS)}", "unset it to use all of this CPU")
+    return LIMITS.get(most, ((), ()))
 
 
 def has_avx2() -> bool:
@@ -81,7 +98,7 @@ def _built(source: CppSource) -> Path:
     """The shared library for this source, compiler and CPU."""
     compiler = _compiler(source)
     openmp = ["-fopenmp"] if sys.platform.startswith("linux") else []
-    command = [*compiler, *COMPILER_FLAGS, *source.flags, *NATIVE.get(platform.machine(), []), *openmp]
+    command = [*compiler, *COMPILER_FLAGS, *source.flags, *NATIVE.get(platform.machine(), []), *_limit()[1], *openmp]
     texts = [path.read_bytes() for path in (source.path, *source.headers)]
     parts = [
         " ".join(command).encode(),

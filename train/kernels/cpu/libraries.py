@@ -5,6 +5,7 @@ operations, which the code is tested against. So are matrix products where torch
 """
 
 import ctypes
+import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
@@ -40,7 +41,12 @@ def products_pay(measured: bool = True) -> bool:
     A dot product of bf16 pairs does the work of two FMAs. On some CPUs it takes the time of two, on others that of four,
     which their names do not tell: it is measured, and both are far from the border. Where AMX is, nothing comes near it.
     measured: false for what the CPU says of itself, the same in every run: where it has no bf16.
+    SLUICE_PRODUCTS=compiled or torch answers instead.
     """
+    if answer := os.environ.get("SLUICE_PRODUCTS"):
+        if answer not in ("compiled", "torch"):
+            raise UserError("SLUICE_PRODUCTS", answer, "must be compiled or torch", "unset it to have it measured")
+        return answer == "compiled"
     features = cpu_features().split()
     return "amx_bf16" not in features and (_bf16_rate() < SLOW_SHARE if measured else "avx512_bf16" not in features)
 
