@@ -22,6 +22,8 @@ FillShards = Callable[[dict[str, Shard]], Any]
 """Fills shards of weights and balance biases by their names in a checkpoint."""
 BLOCK, BLOCKS_AT_ONCE = 1 << 14, {"cpu": 4, "cuda": 512}
 """Blocks that are summed together: what a core's caches hold, and a launch of a kernel is worth."""
+MODULUS = 1 << 64
+"""Sums wrap as 64-bit integers do."""
 MarkedPart = tuple[str, int, int, int]
 """Name of a tensor, first element, element behind the last, and their sum."""
 
@@ -66,7 +68,7 @@ class WeightsMark:
             reached[name] = stop
             plain = name.split(".")[1:]
             section = plain[1] if plain[0] == "mtp" else ""
-            sums[section] = (sums.get(section, 0) + value) % 2**64
+            sums[section] = (sums.get(section, 0) + value) % MODULUS
         return "-".join(f"{sums[section]:016x}" for section in sorted(sums))
 
 
@@ -103,7 +105,7 @@ def _sum(name: str, values: Tensor, offset: int) -> int:
             sums = numbers.view(-1, BLOCK).mul_(factors).sum(1)
         total += int((sums.cpu() * _odd(start + number, len(sums))).sum())
         done += count
-    return total % 2**64
+    return total % MODULUS
 
 
 @cache
