@@ -201,6 +201,19 @@ def test_divergence_is_skipped_counted_named_and_ends(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("steps", [2, 4])
+def test_a_run_whose_last_updates_were_all_skipped_does_not_end_well(tmp_path, steps):
+    """Though they are fewer than optim.max_bad_steps; with two steps, of a second start, none was made."""
+    settings = "optim.lr=1e30", "optim.warmup_steps=0"
+    if steps == 2:
+        assert train(tmp_path, *settings, "steps=1").returncode == 0
+    done = train(tmp_path, *settings, f"steps={steps}")
+    assert done.returncode == EXIT_DIVERGED, done.stdout + done.stderr
+    assert f"{max(1, steps - 1)} steps in a row (optim.max_bad_steps, or at the end of the run)" in done.stderr
+    assert "Lower optim.lr" in done.stderr
+
+
+@pytest.mark.slow
 def test_every_kind_of_bad_input_is_one_screen(unbroken):
     tmp_path, _ = unbroken
     checkpoint = tmp_path / "runs" / "whole" / "checkpoints" / "step_00000006"

@@ -21,17 +21,20 @@ class SkippedSteps:
     """Watches the steps that have no update."""
 
     def __init__(self) -> None:
-        self._bad_in_a_row = 0
+        self._bad_in_a_row, self._has_updated = 0, False
 
     def on_update(self, run: LiveRun, step: int) -> None:
-        self._bad_in_a_row = 0
+        self._bad_in_a_row, self._has_updated = 0, True
 
     def on_skip(self, run: LiveRun, step: int) -> None:
-        """Does the step again on all ranks, where it is the first of a row or the last one. Raises RunDiverged."""
+        """Does the step again on all ranks, where it is the first of a row or the last one. Raises RunDiverged for too many in a row, for
+        several at the end of the run, and where the start has made no update: what it would save is of an earlier step, and may be beyond help.
+        """
         run.state.skipped += 1
         self._bad_in_a_row += 1
         finite = math.isfinite(run.outcome.measured.main_loss)
-        last = self._bad_in_a_row >= run.config.optim.max_bad_steps
+        at_end = step == run.config.steps and (self._bad_in_a_row > 1 or not self._has_updated)
+        last = at_end or self._bad_in_a_row >= run.config.optim.max_bad_steps
         if self._bad_in_a_row > 1 and not last:  # the first of a row was looked at, and the last one will be
             run.note(f"step {step} skipped: again a non-finite {'gradient' if finite else 'loss'}")
             return
@@ -42,8 +45,8 @@ class SkippedSteps:
             samples = samples_of(run, origin.ranks if origin.alone else ())
             advice = origin.advice(run.parts.zero.client.updates, samples)
             raise RunDiverged(
-                f"{self._bad_in_a_row} steps in a row (optim.max_bad_steps) had a non-finite loss or gradient, the "
-                f"last was step {step}, {origin.text}. {advice}",
+                f"{self._bad_in_a_row} steps in a row (optim.max_bad_steps, or at the end of the run) had a non-finite loss or gradient, "
+                f"the last was step {step}, {origin.text}. {advice}",
                 origin.ranks,
             )
 
