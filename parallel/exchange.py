@@ -8,7 +8,7 @@ rank read a pickle runs code in it. So no rank sends or reads one: values cross 
 import json
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -75,6 +75,25 @@ def patient_group(timeout: timedelta) -> Iterator[ProcessGroup]:
     assert isinstance(group, ProcessGroup)
     yield group
     dist.destroy_process_group(group)
+
+
+class RankNotes:
+    """Words that a rank leaves for others in the store where they met: for threads, which may use no collective, where no disk takes a word."""
+
+    def __init__(self, store: dist.Store | None = None):
+        """store: None for that of all ranks."""
+        self._store = store or distributed_c10d._get_default_store()
+
+    def leave(self, name: str, text: str) -> None:
+        """Nobody hears of it where the rank that serves the store is gone."""
+        with suppress(dist.DistError):
+            self._store.set(name, text)
+
+    def read(self, name: str) -> str | None:
+        """None where nobody has left any."""
+        with suppress(dist.DistError):
+            return self._store.get(name).decode() if self._store.check([name]) else None
+        return None
 
 
 def refuse_pickles() -> None:

@@ -70,6 +70,8 @@ BORROWED = (
     BorrowedName("torch.distributed.pipelining._backward", "stage_backward_input", "a plan runs a backward of inputs alone"),
     # Groups: parallel/mesh.py
     BorrowedName("torch.distributed.distributed_c10d", "_set_pg_timeout", "ranks wait longer for each other until a step is done"),
+    # Ranks: parallel/exchange.py
+    BorrowedName("torch.distributed.distributed_c10d", "_get_default_store", "where all ranks met, torchrun's too"),
     # Tensors and operations
     BorrowedName("torch.utils._python_dispatch", "_get_current_dispatch_mode_stack", "a second thread computes in the same modes"),
     BorrowedName("torch.utils._python_dispatch", "TorchDispatchMode", "sees every operation: a plan's ledger, a proof's fp64"),

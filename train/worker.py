@@ -21,7 +21,7 @@ from conf.disk import disk_errors, let_output_be_lost
 from conf.errors import EXIT_OK, DiskFailed
 from conf.run_paths import RunPaths
 from conf.schema import Config
-from parallel.exchange import from_rank_0
+from parallel.exchange import RankNotes, from_rank_0
 from parallel.zero.engine import import_deepspeed
 from train.checkpoint.checkpointer import Checkpointer
 from train.checkpoint.commit import next_attempt
@@ -107,6 +107,7 @@ def _run(config: Config, place: Place, stop: StopRequest, record: RankRecorder) 
         keep_every=config.checkpoint.keep_every,
         timeout=config.cluster.timeout,
         staging=int(config.checkpoint.staging_bytes),
+        notes=RankNotes() if place.world > 1 else None,
     )
     copies = None
     if given := given_shelves():

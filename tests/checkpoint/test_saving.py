@@ -8,15 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from cluster.driver.checkpoints import claim_attempt
 from cluster.run_files import index_name
 from conf.errors import UserError
 from conf.files import exclusive
 from conf.thresholds import THRESHOLDS
+from parallel.exchange import RankNotes
 from parallel.shard import Shard, whole
 from tests import disks
 from tests.checkpoint.world import blank, checkpointers, same_bits, save
+from train.checkpoint import commit
 from train.checkpoint.checkpointer import Checkpointer, SaveFailed
 from train.checkpoint.commit import AttemptFenced, Committer, Save, next_attempt
 from train.checkpoint.manifest import newest_intact, read_manifest, verify
@@ -221,6 +224,20 @@ def test_a_lasting_failure_is_named_and_leaves_nothing(tmp_path, monkeypatch, br
     assert steps(tmp_path) == []
     assert save(world, 2, states(2))[0].ok
     assert steps(tmp_path) == [2] and leftovers(tmp_path) == []
+
+
+def test_a_rank_whose_disk_takes_no_word_either_says_so_in_the_store_where_the_ranks_met(tmp_path, monkeypatch):
+    notes = RankNotes(dist.HashStore())
+    world = checkpointers(tmp_path, 2, retries=1, timeout=60.0, notes=notes)
+    break_writes(monkeypatch, world[1], 2)
+    refused = OSError(errno.EIO, "Input/output error")
+    monkeypatch.setattr(commit, "atomic_write_text", lambda *_, **__: (_ for _ in ()).throw(refused))
+    began = time.monotonic()
+    results = save(world, 1, states(1))
+    assert time.monotonic() - began < 30 and not results[0].ok and results[0].ranks == (1,)
+    assert "rank_00001: " in results[0].warning and "No space left" in results[0].warning
+    monkeypatch.undo()
+    assert save(world, 2, states(2))[0].ok and steps(tmp_path) == [2], "the note is of that save alone"
 
 
 def test_a_rank_that_is_gone_is_named(tmp_path):

@@ -24,6 +24,7 @@ from typing import Any
 from cluster.run_files import data_name, step_name
 from conf.disk import explain_disk_error
 from conf.errors import DiskFailed, UserError
+from parallel.exchange import RankNotes
 from parallel.shard import Shard
 from train.checkpoint.commit import AttemptFenced, Committer, Save, SaveAbandoned
 from train.checkpoint.intervals import NotCovered, merge_indexes
@@ -112,17 +113,18 @@ class Checkpointer:
         retries: int = 2,
         retry_wait: float = 1.0,
         staging: int = 0,
+        notes: RankNotes | None = None,
     ):
         """`root`: the folder checkpoints/. `attempt`: from `commit.next_attempt`, the same on every rank.
 
         `timeout`: longest wait for other ranks, in seconds; for an unfinished save somewhat less. `retries`: further tries of a
         rank whose writing failed, the first after `retry_wait` seconds, then twice as long each. `staging`: most bytes of the
-        buffers; the training waits for the disk where that is less than it saves; 0 for all. Raises AttemptFenced if a newer attempt has started.
+        buffers; the training waits for the disk where that is less than it saves; 0 for all. `notes`: for a rank whose disk takes no word either. Raises AttemptFenced if a newer attempt has started.
         """
         self.rank, self.keep, self.keep_every = rank, keep, keep_every
         self.asynchronous, self.timeout = asynchronous, timeout
         self.retries, self.retry_wait, self.staging = retries, retry_wait, staging
-        self.committer = Committer(Path(root).resolve(), attempt, world_size, timeout)
+        self.committer = Committer(Path(root).resolve(), attempt, world_size, timeout, notes=notes)
         self.committer.enter(rank)
         self._buffers: StagingBuffers | None = None
         """For the next save."""

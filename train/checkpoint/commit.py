@@ -4,7 +4,8 @@
    The index is a rank's vote: "mine is on disk". A rank other than 0 is done then.
 2. Rank 0 waits for all votes, merges them into manifest.json, and renames the folder to step_N. That rename is
    the commit: before it nothing carries the final name, after it everything is durable.
-A rank that cannot write leaves a note, rank_R.failed, so that rank 0 gives up at once instead of at its timeout.
+A rank that cannot write leaves a note, rank_R.failed, so that rank 0 gives up at once instead of at its timeout; where its disk does
+not take even that, it leaves the note in the store where the ranks met.
 When rank 0 gives up it removes the folder. A rank that comes later still makes it again; the next save clears it.
 A rank whose loop went on without a save (`abandon`) neither votes for it nor commits it any more.
 
@@ -30,6 +31,7 @@ from typing import Any
 from cluster.run_files import LOCK, MANIFEST, data_name, hold_lock, index_name, read_fence, step_name, write_fence
 from conf.files import atomic_write_json, atomic_write_text, exclusive, fsync_folder, read_plain
 from conf.words import some_of
+from parallel.exchange import RankNotes
 from train.checkpoint.manifest import checkpoints, seal
 
 FAILED_FILE = re.compile(r"rank_(\d+)\.failed")
@@ -67,8 +69,17 @@ class Save:
 class Committer:
     """The checkpoints/ folder of a run, as one rank of one attempt may change it."""
 
-    def __init__(self, root: Path, attempt: int, world_size: int, timeout: float, poll: float = 0.02):
-        """`timeout`: longest wait for other ranks or for the lock, in seconds; `poll`: first pause between looks."""
+    def __init__(
+        self,
+        root: Path,
+        attempt: int,
+        world_size: int,
+        timeout: float,
+        poll: float = 0.02,
+        notes: RankNotes | None = None,
+    ):
+        """`timeout`: longest wait for other ranks or for the lock, in seconds; `poll`: first pause between looks; `notes`: None for a lone rank."""
+        self._notes = notes
         self.root, self.attempt, self.world_size = root, attempt, world_size
         self.timeout, self.poll = timeout, poll
         self._abandoned: set[Save] = set()
@@ -157,7 +168,11 @@ class Committer:
                 (folder / name).unlink(missing_ok=True)
             atomic_write_text(folder / f"rank_{rank:05d}.failed", why, durable=False)
         except OSError:
-            return  # the note only saves time: without it rank 0 gives up at its timeout
+            if self._notes is not None:
+                self._notes.leave(self._note_name(save), f"{rank} {why}")
+
+    def _note_name(self, save: Save) -> str:
+        return f"attempt {self.attempt}, save {save.serial} failed"
 
     def await_votes(self, save: Save) -> list[bytes]:
         """Rank 0: the index files of all ranks once they are there; SaveAbandoned if one failed or the time is up."""
@@ -170,6 +185,9 @@ class Committer:
                 if failed := FAILED_FILE.fullmatch(name):
                     text = f"{name.removesuffix('.failed')}: {read_plain(folder / name).decode()}"
                     raise SaveAbandoned(text, [int(failed[1])])
+            if missing and self._notes is not None and (note := self._notes.read(self._note_name(save))):
+                rank, _, why = note.partition(" ")
+                raise SaveAbandoned(f"rank_{int(rank):05d}: {why}", [int(rank)])
             return not missing
 
         if not self._wait(complete, lambda: save in self._abandoned):
