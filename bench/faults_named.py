@@ -271,7 +271,7 @@ def _config(case: FaultCase, folder: Path, address: str | None) -> Config:
     faults = ", ".join(f"{rank}: {fault}" for rank, fault in case.faults.items())
     settings = [
         f"name={name}", *LAYOUTS[case.layout], "steps=40", "checkpoint.every=0", "log.validate_every=0", "log.progress=false",
-        "log.sample_tokens=0", "optim.max_bad_steps=2", f"log.replicas_every={int(case.layout != 'ep2_zero3')}", "log.state_every=1", "cluster.deterministic=true", f"callbacks=[{{_target_: bench.fault_hooks.Saboteur, faults: {{{faults}}}}}]", "cluster.timeout=60", *case.settings,
+        "log.sample_tokens=0", "optim.max_bad_steps=2", f"log.replicas_every={int(case.layout != 'ep2_zero3')}", "log.state_every=1", "cluster.deterministic=true", f"callbacks=[{{_target_: bench.fault_hooks.Saboteur, faults: {{{faults}}}}}]", "cluster.timeout=60", "cluster.kill_after=10", *case.settings,
     ]  # fmt: skip
     if case.launcher == "ray":
         settings += [

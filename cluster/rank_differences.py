@@ -1,7 +1,7 @@
 """The first collective or message that ranks did differently, and who of them is wrong: see the top of compare_ranks.py."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from cluster.comm_ring import CommRecord, RankTrace
@@ -133,19 +133,35 @@ def _by_step(trace: RankTrace, record: CommRecord) -> dict[int, list[CommRecord]
 
 def _deviation(trace: RankTrace, record: CommRecord) -> tuple[Fault, CommRecord] | None:
     """What a rank did differently in a group in this step than it is used to, up to this record: than one period of its steps before,
-    such as 10 where it gathers metrics every 10 steps. None where it did as it did then, or, where no period is known, in any step
-    before; and where nothing is known of these.
+    such as 10 where it gathers metrics every 10 steps. None where it did as it did then, or as in an earlier step that no period explains;
+    and where nothing is known of these.
     """
     done, first = _by_step(trace, record), trace.records[0].step  # of which the ring may lack a part
     known, begin = {one.step for one in trace.records}, record.step
     while begin - 1 > first and begin - 1 in known:
         begin -= 1
     history = [_signatures(done[step]) for step in range(begin, record.step)]
-    period = next((p for p in range(1, len(history) // 2 + 1) if history[p:] == history[:-p]), None)
+    period, reach = _find_period(history)
     now = _signatures(one for one in done[record.step] if one.seq <= record.seq)
-    if period is None and any(now == past[: len(now)] for past in history):
+    alike = [now == past[: len(now)] for past in history]
+    if any(alike) and not any(alike[len(history) - reach :]):
         return None
-    return first_change(trace, record.step, done[record.step - (period or 1)], done[record.step], record.seq)
+    return first_change(trace, record.step, done[record.step - period], done[record.step], record.seq)
+
+
+def _find_period(history: Sequence[list[Signature]]) -> tuple[int, int]:
+    """After how many steps a rank does the same again, and for how many of its last steps that holds: the period that holds for longest,
+    at least twice its length. 1 and 0 where none does.
+    """
+    numbers = dict[tuple, int]()
+    kinds = [numbers.setdefault(tuple(one), len(numbers)) for one in reversed(history)]  # the last step in front
+    best = 1, 0
+    for period in range(1, len(kinds) // 2 + 1):
+        pairs = zip(kinds, kinds[period:], strict=False)
+        again = next((at for at, (one, other) in enumerate(pairs) if one != other), len(kinds) - period)
+        if again >= period and again + period > best[1]:
+            best = period, again + period
+    return best
 
 
 def _against_other(
