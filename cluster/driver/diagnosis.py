@@ -50,5 +50,15 @@ def too_few(policy: Policy, free: list[Node], found: Placement | None, last: Cau
     return f"{error}{before}"
 
 
+def no_node_comes(last: Cause | None, saved: int) -> str:
+    """Why a run ends that is alone on a Ray of its own, which has ended."""
+    before = f"\n  before it: {last.text}" if last else ""
+    return (
+        f"the Ray that this run started on this machine has ended, and no other node can come{before}\n  newest checkpoint: {_step(saved)}\n"
+        "  what to do: see who ended its raylet (dmesg shows the kernel's out-of-memory kills); the same command starts another Ray and goes on, "
+        "and cluster=local needs none"
+    )
+
+
 def _step(saved: int) -> str:
     return f"step {saved}" if saved >= 0 else "none"

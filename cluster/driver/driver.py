@@ -209,9 +209,13 @@ class Driver:
             if self._stop is None:
                 self._stop = str(error)
             return
-        for id in set(self._known) - set(listed):
-            back = self.fleet.describe_return(self._forget(id))
-            self._tell(m.NodeLost(id, f"the cluster lists it as dead{back and '; '}{back}"))
+        states = self.supervisor.nodes
+        returning = {id for id, state in states.items() if state.health is NodeHealth.returning}
+        for id in (set(self._known) | returning) - set(listed):
+            node = self._forget(id) if id in self._known else states[id].node
+            back = self.fleet.describe_return(node)
+            why = f"the cluster lists it as dead; {back}" if back else "the Ray that this run started on it has ended"
+            self._tell(m.NodeLost(id, why, last=not back))
         for id, node in listed.items():
             if id not in self._known and id not in self._released:
                 self._known[id] = node

@@ -47,7 +47,7 @@ class Fleet(Protocol):
         """Nodes that will soon go, and why."""
 
     def describe_return(self, node: Node) -> str:
-        """What somebody has to do so that a node which is listed as dead comes back; empty where that is nothing."""
+        """What somebody has to do so that a node which is listed as dead comes back; empty where neither it nor another one can come."""
 
     def release(self, node: str) -> None:
         """End the agent of a node that is about to go, so that it may go."""

@@ -23,6 +23,8 @@ class NodeLost:
     node: str
     why: str
     returning: bool = False
+    last: bool = False
+    """Neither it nor another one can come."""
 
 
 @dataclass(frozen=True)

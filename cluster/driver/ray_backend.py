@@ -12,6 +12,7 @@ import os
 import queue
 import secrets
 import socket
+import subprocess
 import sys
 import tempfile
 import threading
@@ -29,7 +30,7 @@ from cluster.driver.view import View
 from cluster.farewell import cut_short
 from cluster.node.agent import Agent
 from cluster.private_folder import PrivateFolder
-from cluster.spawn import LEASE
+from cluster.spawn import LEASE, lives
 from cluster.topology import Node
 from conf.errors import EXIT_CRASH, EXIT_OK, EXIT_STOPPED, UserError, first_line
 from conf.schema import ROOT, Config
@@ -55,6 +56,8 @@ CALLS_WHEN_SILENT = 20
 """Calls made at a look that finds too many out and no answer."""
 MOST_OUT = 256
 """Calls that are out, while others wait for their turn: each takes Ray some 30 KiB, and has thousands wait for it."""
+RAYLET = "raylet"
+"""Name of Ray's process of a node."""
 SHIPPED = ["conf", "train", "parallel", "cluster"]
 
 
@@ -96,6 +99,9 @@ class RayAbsent(UserError):
 class RayFleet:
     """Agents as Ray actors, by Ray's node id; see cluster/driver/fleet.py."""
 
+    _raylet: int | None = None
+    """The process of a Ray of this run that holds the agent."""
+
     def __init__(self, config: Config):
         _settings(embedded=config.cluster.address is None)
         import ray.exceptions
@@ -104,6 +110,8 @@ class RayFleet:
         self._config = config
         self._folder: PrivateFolder | None = None
         """The folder of a Ray on this machine alone."""
+        self._sweeper: subprocess.Popen | None = None
+        """A process that clears up where this one is killed."""
         self.ships = config.cluster.address is not None and "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ
         """Whether Ray copies the program to the nodes; a submitted job has done so itself."""
         if config.cluster.address is None:
@@ -150,6 +158,9 @@ class RayFleet:
     def _try_embedded(self) -> None:
         # Ray opens its folder, sockets in it, to every user of the machine, so it gets one that no other can reach.
         self._folder = PrivateFolder("sluice-ray-", Path("/tmp"))  # TMPDIR may be too long for a socket
+        words = [sys.executable, "-m", "cluster.node.sweep_ray", str(self._folder.path)]
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        self._sweeper = subprocess.Popen(words, stdin=subprocess.PIPE, cwd=ROOT, start_new_session=True, **quiet)
         try:
             # Agents look for packages where Ray is started: in the program's folder, not in the user's, whose names may be ours.
             with contextlib.chdir(ROOT):
@@ -161,10 +172,11 @@ class RayFleet:
                     object_store_memory=OBJECT_STORE,
                     _node_ip_address="127.0.0.1",
                 )
+            self._raylet = next((each.pid for each in _started(self._folder.path) if each.name() == RAYLET), None)
         except BaseException:
             self._ray.shutdown()
             _kill_started(self._folder.path)
-            self._folder.remove()
+            self._remove_folder()
             raise
 
     def _join(self, address: str) -> None:
@@ -182,6 +194,8 @@ class RayFleet:
                 raise _explain(address, f"{error}\n{said.read().decode(errors='replace')}") from error
 
     def nodes(self) -> list[Node]:
+        if self._raylet is not None and not lives(self._raylet):  # its head would notice it many seconds later
+            return []
         is_new = self._look is None and self._head_answers()
         if is_new:
             self._look, self._look_began = _in_thread(lambda: (self._list(), self._list_draining())), time.monotonic()
@@ -325,6 +339,12 @@ class RayFleet:
         for actor in self._actors.values():
             self._ray.kill(actor)
         self._ray.shutdown()
+        self._remove_folder()
+
+    def _remove_folder(self) -> None:
+        if self._sweeper is not None:
+            self._sweeper.kill()
+            self._sweeper.communicate()
         if self._folder is not None:
             self._folder.remove()
 
@@ -361,10 +381,18 @@ def _settings(embedded: bool) -> None:
 
 def _kill_started(folder: Path) -> None:
     """End what a Ray that did not come up leaves behind: processes of this one that were told to use its folder."""
+    for child in _started(folder):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+
+
+def _started(folder: Path) -> list[psutil.Process]:
+    """Processes of this one that were told to use this folder."""
+    found = []
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
-            if any(str(folder) in word for word in child.cmdline()):
-                child.kill()
+            found += [child] if any(str(folder) in word for word in child.cmdline()) else []
+    return found
 
 
 def _require_answer(address: str) -> None:

@@ -29,7 +29,7 @@ from cluster.cause import Cause, Kind
 from cluster.clocks import HeldUp
 from cluster.driver import messages as m
 from cluster.driver.attempt import Attempt
-from cluster.driver.diagnosis import give_up, too_few
+from cluster.driver.diagnosis import give_up, no_node_comes, too_few
 from cluster.driver.node_state import DriverPhase, NodeHealth, NodeState
 from cluster.driver.policy import Policy
 from cluster.late_incident import warning_of
@@ -73,6 +73,7 @@ class Supervisor:
         self._late_from = now
         """Until then no node can count as lost for its silence; later ones may be heard meanwhile."""
         self._deadline = now + policy.wait
+        self._no_node_comes = False
         self._stop_why: str | None = None
         self._placed: tuple[tuple | None, Placement | None] = None, None
         """The nodes that were placed last, and what came of it."""
@@ -114,8 +115,9 @@ class Supervisor:
         match event:
             case m.NodeJoined(node):
                 self._join(now, node)
-            case m.NodeLost(node, why, returning):
+            case m.NodeLost(node, why, returning, last):
                 self._lose(node, NodeHealth.returning if returning else NodeHealth.gone, why)
+                self._no_node_comes |= last
             case m.AgentBeat(node, number, ranks):
                 self._beat(now, node, number, ranks)
             case m.NodeHeard(node):
@@ -315,6 +317,10 @@ class Supervisor:
         if self._stop_why is not None:
             self._finish(EXIT_STOPPED, f"between attempts: {self._stop_why}{self._left_alone()}; {self._newest()}")
             return
+        last = self.failures[-1][1] if self.failures else None
+        if self._no_node_comes:
+            self._finish(EXIT_CRASH, no_node_comes(last, self.saved.step))
+            return
         states = self.nodes.values()
         free = [state.node for state in states if state.usable and not state.live]
         hoped = any(state.health is NodeHealth.returning or state.live for state in states)
@@ -325,7 +331,6 @@ class Supervisor:
         if found and (found.shape == self.policy.shapes.own or (not first and (not hoped or now >= self._deadline))):
             self._start(now, found)
         elif now >= self._deadline:
-            last = self.failures[-1][1] if self.failures else None
             left = EXIT_STOPPED if any(state.draining for state in states) else EXIT_CRASH
             self._finish(EXIT_USER if first else left, too_few(self.policy, free, found, last, self.saved.step))
 

@@ -22,6 +22,7 @@ from cluster.driver import ray_backend
 from cluster.driver.fleet import FleetLost
 from cluster.driver.journal import read_events
 from cluster.driver.ray_backend import MOST_OUT, RayFleet
+from cluster.spawn import lives
 from cluster.topology import Node
 from conf.errors import EXIT_CRASH, EXIT_OK, EXIT_USER, UserError
 from tests.cluster.drive import find_event, hold, let_end, once, set_fault
@@ -63,6 +64,49 @@ def test_a_run_on_its_own_ray_survives_a_killed_rank_and_listens_on_loopback_alo
     (failure,) = [event for event in events if event["kind"] == "failure"]
     assert failure["ranks"] == [1] and "SIGKILL" in failure["text"]
     assert "rank 0 of 2 resumes at" in (folder / "logs" / "rank_0.log").read_text()
+
+
+@pytest.fixture
+def trains(tmp_path):
+    """A driver whose run on its own Ray has a checkpoint, its folder, and all processes that it has started."""
+    folder = tmp_path / "run"
+    words = ["-m", "tests.cluster.drive", str(tmp_path), "parallel.dp=2", "steps=10", "checkpoint.every=5"]
+    hold(folder)
+    with (tmp_path / "out").open("w") as out:
+        driver = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=out, stderr=out)
+    try:
+        while find_event(folder, "checkpoint") is None:
+            assert driver.poll() is None, (tmp_path / "out").read_text()
+            time.sleep(0.1)
+        yield driver, folder, psutil.Process(driver.pid).children(recursive=True)
+    finally:
+        driver.kill()
+        driver.wait()
+
+
+@pytest.mark.slow
+def test_a_killed_driver_leaves_no_process_and_no_folder_of_its_ray(trains):
+    driver, _, started = trains
+    private = folder_of_ray(driver.pid)
+    left = [process for process in started if not any("sweep_ray" in word for word in process.cmdline())]
+    driver.kill()
+    ends = time.monotonic() + 30
+    while private.exists() or (still := [process for process in left if lives(process.pid)]):
+        assert time.monotonic() < ends, (private.exists(), still)
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_a_killed_raylet_ends_the_run_at_once_and_no_node_is_waited_for(trains, tmp_path):
+    driver, folder, started = trains
+    (raylet,) = [process for process in started if process.name() == "raylet"]
+    raylet.kill()
+    began = time.monotonic()
+    assert driver.wait(50) == EXIT_CRASH and time.monotonic() - began < 45, "cluster.wait has 60 s"
+    said = (tmp_path / "out").read_text()
+    assert "the Ray that this run started on this machine has ended, and no other node can come" in said, said
+    assert re.search(r"newest checkpoint: step [0-9]+", said) and "add nodes" not in said
+    assert find_event(folder, "finish", code=EXIT_CRASH)
 
 
 def ranks_of(pid: int) -> list[psutil.Process]:
