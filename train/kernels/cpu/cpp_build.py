@@ -30,7 +30,7 @@ NATIVE = {"x86_64": ["-march=native", "-mprefer-vector-width=512"], "aarch64": [
 """By machine: the widest vectors that the CPU has."""
 
 
-LIMITS = {
+CPU_LIMITS = {
     "avx2": (("avx512", "amx"), ("-mno-avx512f",)),
     "avx512": (("avx512_bf16", "amx"), ("-mno-avx512bf16",)),
     "avx512_bf16": (("amx",), ()),
@@ -78,9 +78,11 @@ def cpu_features() -> str:
 def _limit() -> tuple[tuple[str, ...], tuple[str, ...]]:
     """What SLUICE_CPU hides of this CPU, and the compiler's flags for it."""
     most = os.environ.get("SLUICE_CPU", "")
-    if most and most not in LIMITS:
-        raise UserError("SLUICE_CPU", most, f"must be one of {', '.join(LIMITS)}", "unset it to use all of this CPU")
-    return LIMITS.get(most, ((), ()))
+    if most and most not in CPU_LIMITS:
+        raise UserError(
+            "SLUICE_CPU", most, f"must be one of {', '.join(CPU_LIMITS)}", "unset it to use all of this CPU"
+        )
+    return CPU_LIMITS.get(most, ((), ()))
 
 
 def has_avx2() -> bool:
