@@ -41,7 +41,7 @@ def _uses(process: psutil.Process, folder: str) -> bool:
         line = process.cmdline()
         if process.pid == os.getpid() or process.uids().real != os.getuid() or not line:
             return False
-        if any(folder in word for word in line):
+        if any(folder in word for word in line) and any("/ray/" in word for word in line):  # no reader of its logs
             return True
         handles = os.scandir(f"/proc/{process.pid}/fd") if line[0].startswith("ray::") else ()
         return any(os.readlink(handle.path).startswith(f"{folder}/") for handle in handles)
