@@ -256,7 +256,14 @@ def _empty_beside_typed(node: DictConfig, words: Sequence[str]) -> None:
         key: value for key, _, value in (word.lstrip("+").partition("=") for word in words)
     }  # the last one counts
     given = [key for key, value in settings.items() if value.lower() not in ("", "null", "[]")]
-    typed = [name for name in INSTEAD_OF if any(f"{key}.".startswith(f"{name}.") for key in given)]
+    inside = [
+        key for key in given if "." in key
+    ]  # of a dictionary such as data.source; `data` is a group, and none of its keys
+    typed = [
+        name
+        for name in INSTEAD_OF
+        if name in given or ("." in name and any(key.startswith(f"{name}.") for key in inside))
+    ]
     for key in typed:
         for other in INSTEAD_OF[key]:
             if other in typed and key != "data":  # a group, over whose values typed keys go

@@ -46,6 +46,7 @@ PROGRAMS = {
         "cd",
         "kill",
         "lm_eval",
+        "sed",
     ),
 }
 TRAIN = re.compile(r"(?:-m\s+train|(?:^|\s)sluice|sluice\.sbatch)(?=\s|$)")

@@ -333,7 +333,7 @@ MISTAKES = [
     (["optim.extra_loss={_target_: own_pieces.loss_of_nothing}"], r"must take one argument.*own_pieces.py:\d+", "cor"),
     (["optim.extra_loss={_target_: own_pieces.loss}"], "missing a required argument: 'weight'", "its keys here"),
     (["optim.extra_loss={_target_: own_models.Weighted}"], "has weights, and nothing trains", "model.block"),
-    (["callbacks=[{_target_: own_pieces.Quiet}]"], "has none of the methods on_step", "define one"),
+    (["callbacks=[{_target_: own_pieces.Quiet}]"], "has none of the methods on_start", "define one"),
     (["callbacks=[{_target_: own_pieces.Hooks}]"], r"must take on_step\(run, step, record\)", "correct its arguments"),
     (["callbacks=[{_target_: own_pieces.Raises}]"], r"OSError: no such file: mine \(.*own_pieces.py:\d+\)", "correct"),
 ]
@@ -366,13 +366,17 @@ def test_a_document_that_is_none_is_named(written, content, rule):
         ("data.source={_target_: Data}", "data.source._target_"),
         ("callbacks=[{_target_: 'a b.C'}]", "callbacks[0]._target_"),
         ("data.fim_rate=0.5", "data.fim_rate"),
-        ("data.path=/x", "data.source"),
     ],
 )
 def test_a_form_that_is_wrong_needs_no_import(folder, word, field):
     with pytest.raises(UserError) as caught:
-        own(folder, word, recipe="own" if word.startswith(("data.f", "data.p")) else "tiny")
+        own(folder, word, recipe="own" if word.startswith("data.f") else "tiny")
     assert caught.value.field == field and caught.value.code == EXIT_USER
+
+
+def test_a_typed_path_is_read_in_place_of_a_recipe_s_source(folder):
+    config = own(folder, "data.path=/x")
+    assert config.data.path == "/x" and config.data.source is None
 
 
 def test_an_error_in_the_middle_names_file_line_and_key(written):
@@ -429,7 +433,7 @@ def test_a_proof_runs_none_of_it_and_says_so(folder):
     small = shrink(config).cfg
     assert sections_of(config) and not sections_of(small)
     own_code = {"model.router": "my_router.WarmRouter"}
-    said = Certificate("a", "", "", 1, "cpu", 1, [], 0.0, [], [], own_code).record()["not_proven"]
+    said = Certificate("a", "", "", 1, "cpu", 1, [], 0.0, [], [], own_code=own_code).record()["not_proven"]
     assert said[:-1] == NEVER_PROVEN and "model.router (my_router.WarmRouter)" in said[-1]
 
 

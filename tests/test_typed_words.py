@@ -114,6 +114,11 @@ def leaves(section: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{name}", value
 
 
+def package_of(group: str, option: str) -> str:
+    first = (ROOT / "conf" / group / f"{option}.yaml").read_text().splitlines()[0]
+    return first.removeprefix("# @package ").strip() if first.startswith("# @package ") else group
+
+
 OF_A_RECIPE = """# @package _global_
 data: {mix: [{path: a}], fim_rate: 0.5, tokenizer: b, text_key: c}
 parallel: {pp: 2, dp: 4, cp: 2, ep: 4, zero: 3, schedule: zbv, wire: fp8, dispatch: deepep}
@@ -134,9 +139,16 @@ def test_an_option_that_is_typed_wins_over_what_a_recipe_sets_itself(group, tmp_
     for option in options(group):
         node = compose_node(f'hydra.searchpath=["{tmp_path}"]', "conf=mine", f"{group}={option}")
         file = OmegaConf.to_container(read_yaml(ROOT / "conf" / group / f"{option}.yaml"))
-        told = dict(leaves(file, f"{group}."))
+        told = dict(leaves(file, "" if package_of(group, option) == "_global_" else f"{group}."))
         assert {key: OmegaConf.select(node, key) for key in told} == told, option
         assert not (group == "data" and node.data.mix)
+
+
+def test_another_key_of_data_leaves_the_sources_of_a_recipe(tmp_path):
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "mine.yaml").write_text(OF_A_RECIPE)
+    node = compose_node(f'hydra.searchpath=["{tmp_path}"]', "conf=mine", "data.workers=1")
+    assert [one.path for one in node.data.mix] == ["a"]
 
 
 def test_a_typed_key_wins_over_the_option_of_its_group_and_over_the_recipe():

@@ -81,7 +81,7 @@ CONNECTIONS = 16 * reserve.INSIDE
         (["parallel.dp=2", "parallel.ep=2"], MEASURED["pair"], CONNECTIONS),  # of all, who are also the ranks of dp
         (["parallel.dp=4", "parallel.ep=2"], MEASURED["dp"] + MEASURED["pair"], CONNECTIONS),  # and of copies of experts
         (["parallel.pp=2", "parallel.dp=4", "parallel.ep=4", "parallel.dispatch=node_limited"],
-         2 * MEASURED["dp"] + CONNECTIONS, 3 * CONNECTIONS),  # all and dp, and a neighbour in the pipeline; one node
+         2 * MEASURED["dp"] + MEASURED["pair"] + CONNECTIONS, 3 * CONNECTIONS),  # all, dp and the pipeline, which also has a neighbour
     ],
 )  # fmt: skip
 def test_the_reserve_is_beside_the_peak_of_every_rank(layout, communicators, exchange):
