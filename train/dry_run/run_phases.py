@@ -103,6 +103,7 @@ class RunPhases(ExitStack):
         ):
             if not source.exists():
                 continue
+            self._averages = []  # they hold the run before
             gc.collect()
             parts = self.begin(phase, fill)[0]
             parts.zero.engine.destroy()
