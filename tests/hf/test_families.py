@@ -302,12 +302,14 @@ def test_models_that_cannot_be_expressed_are_refused_with_the_reason(tmp_path, a
     assert REFUSED_MODELS[architecture] in caught.value.rule and "Glm4MoeLiteForCausalLM" in caught.value.cure
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", [name for name, (body, *_) in PUBLISHED.items() if "architectures" in body])
 def test_a_model_type_of_another_family_is_refused(tmp_path, name):
     body = PUBLISHED[name][0]
     text = {"text_config": body["text_config"] | {"model_type": "glm4_moe_lite"}} if "text_config" in body else {}
     for wrong in ({"model_type": "llama"}, text)[: 1 + bool(text)]:
-        with pytest.raises(UserError, match="model_type must be"):
+        with pytest.raises(
+            UserError, match=r"model_type must be|must name the architecture"
+        ):  # Mistral's folder names none
             read(tmp_path, body | wrong)
     assert read(tmp_path, body | {"model_type": None}) == read(tmp_path, body)
 

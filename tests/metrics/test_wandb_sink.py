@@ -67,7 +67,7 @@ def steps(folder: Path) -> list[int]:
 
 @pytest.mark.slow
 def test_offline_without_a_key_says_nothing_and_keeps_everything(tmp_path):
-    result = attempt(tmp_path, "1, 5")
+    result = attempt(tmp_path, "1, 5", WANDB_PROJECT="p")
     assert result.returncode == 0 and result.stderr == ""
     (path,) = tmp_path.glob("wandb/offline-run-*")
     assert result.stdout == f"WHERE {path}\n"
