@@ -23,7 +23,7 @@ from tests.layouts import train_on
 
 pytestmark = [pytest.mark.hosts, pytest.mark.slow, pytest.mark.timeout(900)]
 # Waits are long: beside other tests three trainers on three Rays took more than a minute to their first checkpoint.
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
