@@ -98,7 +98,7 @@ def test_a_function_that_does_not_fit_is_named_before_a_start(code, tokenizer, t
     ("words", "rule"),
     [
         (["data.format=text"], "the data of this recipe are none"),
-        (["data.format=chat", "data.template=plain"], "data.template does, too"),
+        (["data.format=chat", "data.template=plain"], "exclude each other"),
         (["data.format=chat", "data.template_function._target_=nowhere"], "import path"),
     ],
 )
