@@ -46,7 +46,6 @@ PROGRAMS = {
         "cd",
         "kill",
         "lm_eval",
-        "sed",
     ),
 }
 TRAIN = re.compile(r"(?:-m\s+train|(?:^|\s)sluice|sluice\.sbatch)(?=\s|$)")
