@@ -80,8 +80,9 @@ def average_lost_in_the_checkpoint(bug: Seams) -> None:
 )
 def resumed_from_the_average(bug: Seams) -> None:
     def finish_load(original, self, meta):
-        for name, shard in self._averages(self.zero.shards()).items():
-            self.zero.shards()["master." + name.removeprefix("ema.")].local.copy_(shard.local)
+        for name, shard in self.shards().items():
+            if name.startswith("ema."):
+                self.zero.shards()["master." + name.removeprefix("ema.")].local.copy_(shard.local)
         original(self, meta)
 
     bug.around(RunState, "finish_load", finish_load)
