@@ -1,4 +1,4 @@
-"""A process among the ranks of its run, as whoever started it has said in the environment."""
+"""A process among the ranks of its run, as the driver or torchrun has said in the environment."""
 
 import os
 from dataclasses import dataclass

@@ -109,7 +109,7 @@ class RankWatch:
             self._patience.finish(STEP_PHASE if left else did)
 
     def forgive(self, now: float, slept: float) -> None:
-        """Whoever watches, or a rank, was held up for so long, and may have missed news."""
+        """The watching process or a rank was held up for so many seconds, and may have missed news."""
         self.moved, self.alive = min(self.moved + slept, now), min(self.alive + slept, now)
 
     @property
@@ -122,7 +122,7 @@ class RankWatch:
         return self._late is None and now - self.silent_since > self._patience.limit(self.doing)
 
     def name_late(self) -> None:
-        """Whoever holds the run up is named: once for each silence."""
+        """Notes that the rank which holds the run up is named, once for each silence."""
         self._late = self._silences, self.silent_since
 
     def over(self, now: float) -> float | None:

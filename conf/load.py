@@ -256,9 +256,8 @@ def _empty_beside_typed(node: DictConfig, words: Sequence[str]) -> None:
         key: value for key, _, value in (word.lstrip("+").partition("=") for word in words)
     }  # the last one counts
     given = [key for key, value in settings.items() if value.lower() not in ("", "null", "[]")]
-    inside = [
-        key for key in given if "." in key
-    ]  # of a dictionary such as data.source; `data` is a group, and none of its keys
+    # Keys inside a dictionary such as data.source count as typed for it. `data` is a group: keys inside it do not type the group.
+    inside = [key for key in given if "." in key]
     typed = [
         name
         for name in INSTEAD_OF
