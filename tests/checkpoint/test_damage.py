@@ -27,7 +27,7 @@ def two_checkpoints(root: Path) -> list[dict]:
     world = checkpointers(root, 2)
     states = [[{f"w{rank}": whole(torch.randn(300) + step)} for rank in range(2)] for step in (10, 20)]
     for step, shards in zip((10, 20), states, strict=True):
-        assert all(result.ok for result in save(world, step, shards))
+        assert [result.warning for result in save(world, step, shards)] == [None, None]
     return states[0]
 
 

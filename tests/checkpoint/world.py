@@ -48,7 +48,7 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def checkpointers(root: Path, ranks: int, **options) -> list[Checkpointer]:
-    options = {"timeout": 60.0, "retry_wait": 0.01, **options}
+    options = {"timeout": 600.0, "retry_wait": 0.01, **options}  # a busy disk may take a minute
     return [Checkpointer(root, rank=rank, world_size=ranks, **options) for rank in range(ranks)]
 
 

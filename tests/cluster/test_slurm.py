@@ -60,8 +60,9 @@ class Job:
             "SLUICE_HEAD_WATCH": "2",
         }
         self.number = slurm.submit(SCRIPT, self._output, "conf=tiny", options=options, **environment)
-        begun = "Ray waits" if hung == "no_cluster" else "driver from"
-        slurm.await_state(lambda: begun in self.said(), said=lambda: self.said() + slurm.log())
+        # Every node has to wait before a test lets them go on: a late one would find nothing to wait for.
+        begun, count = ("Ray waits", 3) if hung == "no_cluster" else ("driver from", 1)
+        slurm.await_state(lambda: self.said().count(begun) >= count, said=lambda: self.said() + slurm.log())
 
     def await_start(self, count: int, seconds: float = 180) -> str:
         """Until the driver has started so many times; returns the last line of those starts."""
