@@ -25,7 +25,7 @@ from parallel.layout import read_layout
 from parallel.mesh import build_mesh
 from train.data.batch import Batch
 from train.kernels.choice import build_kernels
-from train.loop.step import StepOutcome, TrainingStep
+from train.loop.training_engine import Engine, StepOutcome
 from train.optim.schedules import StepPlan
 from train.parallelize import parallelize
 from train.plan.memory.ledger import PeakMeter
@@ -50,7 +50,7 @@ def build(config: Config) -> tuple[ParallelModel, Callable[..., StepOutcome]]:
     draw = torch.Generator().manual_seed(1)
     count = config.batch_size // config.parallel.dp
     batch = Batch(torch.randint(config.model.vocab_size, (count, config.seq_len + 1), generator=draw))
-    step = TrainingStep(config, parts, RankSetup(CPU, mesh))
+    step = Engine(config, parts, RankSetup(CPU, mesh))
 
     def run(number: int, on_phase: Callable[[str], None] = lambda _: None) -> StepOutcome:
         plan = StepPlan(number, 0, config.batch_size, lr=1e-4, mtp_weight=0.3, bias_speed=0.0)

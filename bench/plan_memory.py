@@ -33,7 +33,7 @@ from parallel.mesh import build_mesh
 from train.data.batch import Batch
 from train.dry_run.run_phases import RunPhases
 from train.kernels.choice import build_kernels
-from train.loop.step import TrainingStep
+from train.loop.training_engine import Engine
 from train.optim.schedules import StepPlan
 from train.parallelize import parallelize
 from train.plan.memory.rank_memory import phases, scene_of
@@ -145,7 +145,7 @@ def measure(config: Config, rank: int, folder: Path, again: bool = True) -> dict
 
     def train(life: RunPhases) -> None:
         parts, state = life.begin("start")
-        step = TrainingStep(config, parts, setup)
+        step = Engine(config, parts, setup)
 
         def run(number: int, on_phase: Callable[[str], None]) -> None:
             plan = StepPlan(number, 0, config.batch_size, lr=1e-4, mtp_weight=0.3, bias_speed=0.0)

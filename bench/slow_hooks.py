@@ -80,16 +80,16 @@ def _loader(slow: Slowpoke) -> None:
 
 
 def _step(slow: Slowpoke) -> None:
-    from train.loop.step import TrainingStep
+    from train.loop.training_engine import Engine
 
-    slow.slow_down(TrainingStep, "run", lambda *_, **__: slow.is_late_in_run, _got_on())
+    slow.slow_down(Engine, "run", lambda *_, **__: slow.is_late_in_run, _got_on())
 
 
 def _first_step(slow: Slowpoke) -> None:
-    from train.loop.step import TrainingStep
+    from train.loop.training_engine import Engine
 
     slow.stagger()
-    slow.slow_down(TrainingStep, "run", lambda *_, **__: True, _got_on())
+    slow.slow_down(Engine, "run", lambda *_, **__: True, _got_on())
 
 
 def _validation(slow: Slowpoke) -> None:

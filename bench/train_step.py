@@ -213,7 +213,7 @@ def own_step(
     from parallel.mesh import build_mesh
     from train.data.batch import Batch
     from train.kernels.choice import choose_kernels
-    from train.loop.step import TrainingStep
+    from train.loop.training_engine import Engine
     from train.optim.schedules import StepPlan
     from train.parallelize import parallelize
     from train.plan.job import layout_of
@@ -222,13 +222,13 @@ def own_step(
     config, here = case.config(f"optim.balance_loss={balance_loss}", *more), torch.device(device)
     mesh = build_mesh(layout_of(config))
     kernels, _ = choose_kernels(config, here)
-    training_step = TrainingStep(config, parallelize(config, mesh, here, kernels), RankSetup(here, mesh))
+    engine = Engine(config, parallelize(config, mesh, here, kernels), RankSetup(here, mesh))
     batch = Batch(random_tokens(case, config.model.vocab_size, mesh.dp_rank).to(here))
     plan = StepPlan(1, 0, config.batch_size, lr=1e-4, mtp_weight=0.3, bias_speed=0.0)
 
     def step() -> tuple[float, float]:
         marks = [time.perf_counter()]
-        training_step.run(plan, batch, on_phase=lambda _: marks.append(time.perf_counter()))
+        engine.run(plan, batch, on_phase=lambda _: marks.append(time.perf_counter()))
         return marks[1] - marks[0], marks[-1] - marks[1]
 
     return step

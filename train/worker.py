@@ -44,9 +44,9 @@ from train.loop.record import RankRecorder, recorded
 from train.loop.resume import find_start, restore
 from train.loop.saver import Saver
 from train.loop.state import RunState
-from train.loop.step import TrainingStep
 from train.loop.stop import StopRequest
 from train.loop.trainer import Trainer
+from train.loop.training_engine import Engine
 from train.metrics.origin import record_machine
 from train.metrics.peak import peak_flops
 from train.metrics.wandb_items import sample_table
@@ -149,8 +149,8 @@ def _run(config: Config, place: Place, stop: StopRequest, record: RankRecorder) 
         if writer is not None:
             for note in (*notes, *kernel_notes, f"MFU is counted against {flops.label}"):
                 writer.note(note)
-        saver, training_step = Saver(config, checkpointer), TrainingStep(config, parts, rank)
-        run = LiveRun(config, rank, parts, state, data, training_step, saver, writer, hooks)
+        saver, engine = Saver(config, checkpointer), Engine(config, parts, rank)
+        run = LiveRun(config, rank, parts, state, data, engine, saver, writer, hooks)
         trainer = Trainer(run, stop, in_memory)
         record.watch_parts(parts)
         code = trainer.train()

@@ -125,7 +125,7 @@ def take_steps(task: Task, rank: int) -> dict:
     from conf.load import compose
     from parallel.mesh import build_mesh
     from train import parallelize as parallelize_module
-    from train.loop.step import TrainingStep
+    from train.loop.training_engine import Engine
     from train.optim.schedules import StepPlan
     from train.plan.job import layout_of
     from train.rank import choose_device, start_process_group
@@ -146,7 +146,7 @@ def take_steps(task: Task, rank: int) -> dict:
     mesh = build_mesh(layout_of(config), timedelta(seconds=WAIT))
     parallelize_module.initialise = drawn_by_the_cpu
     parts = parallelize_module.parallelize(config, mesh, device, kernels_of(config, device))
-    training_step = TrainingStep(config, parts, RankSetup(device, mesh))
+    engine = Engine(config, parts, RankSetup(device, mesh))
     share = config.batch_size // config.parallel.dp
     found: dict = {"losses": [], "norms": []}
     for step in range(task.steps):
@@ -154,7 +154,7 @@ def take_steps(task: Task, rank: int) -> dict:
         tokens_BS = torch.randint(config.model.vocab_size, (config.batch_size, config.seq_len + 1), generator=draw)
         mine_BS = tokens_BS[mesh.dp_rank * share : (mesh.dp_rank + 1) * share].to(device)
         plan = StepPlan(step + 1, 0, config.batch_size, LEARNING_RATE, config.optim.mtp_weight[0].value, bias_speed=0.0)
-        found |= one_step(training_step, parts, plan, mine_BS, task.tensors and step == 0)
+        found |= one_step(engine, parts, plan, mine_BS, task.tensors and step == 0)
         head = next((chunk for chunk in parts.chunks if chunk.has_head), None)
         if head is not None:
             found["losses"].append(head.losses.means()[0].item())
@@ -172,7 +172,7 @@ def drawn_by_the_cpu(chunk, seed: int, device) -> None:
     chunk.to(device)
 
 
-def one_step(training_step, parts, plan, tokens_BS, tensors: bool) -> dict:
+def one_step(engine, parts, plan, tokens_BS, tensors: bool) -> dict:
     """The gradient norm, and with tensors the gradients and what the update added."""
     from train.data.batch import Batch
 
@@ -185,7 +185,7 @@ def one_step(training_step, parts, plan, tokens_BS, tensors: bool) -> dict:
             # copies, since the update may multiply gradients where they lie
             found["gradients"] = {name: param.grad.clone().cpu() for param, name in parts.zero.names.items()}
 
-    found["norm"] = training_step.run(plan, Batch(tokens_BS), on_phase=keep).update.grad_norm
+    found["norm"] = engine.run(plan, Batch(tokens_BS), on_phase=keep).update.grad_norm
     if tensors:
         found["updates"] = {name: (shard.local - before[name]).cpu() for name, shard in _masters(parts)}
     return found

@@ -18,7 +18,7 @@ from parallel.pipeline.overlap import Lanes
 from parallel.zero.engine import Zero
 from tests.ghost import ranks
 from tests.ghost.log import Event, recorded_events
-from train.loop.step import TrainingStep
+from train.loop.training_engine import Engine
 
 EXCHANGES = {"node_limited": 8, "deepep": 4}
 """Of a forward and a backward, out and back, by dispatch. In a pair all have computing beside them. Alone half of them have, the shared experts:
@@ -92,7 +92,7 @@ def problems(dispatch: str, found: dict[str, list[int]]) -> list[str]:
 
 def count_beside_reduction(precision: str) -> list[int]:
     """The same for what ranks of a stage exchange in a step of DualPipeV, first ZeRO's reduction of the chunk that ends first."""
-    found, make, run = [], Zero.__init__, TrainingStep.run
+    found, make, run = [], Zero.__init__, Engine.run
 
     def over_nccl(zero: Zero, chunks: Any, make_optimizer: Any, mesh: Mesh, **options: Any) -> None:
         _over_nccl(mesh.stage_group, mesh.layout.stage_ranks)
@@ -104,11 +104,11 @@ def count_beside_reduction(precision: str) -> list[int]:
         found.append(events)
         return result
 
-    Zero.__init__, TrainingStep.run = over_nccl, watched
+    Zero.__init__, Engine.run = over_nccl, watched
     try:
         ranks.run_lone("pp 2, ep 2, dualpipev", precision)
     finally:
-        Zero.__init__, TrainingStep.run = make, run
+        Zero.__init__, Engine.run = make, run
     return _beside(found[-1])
 
 

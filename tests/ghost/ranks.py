@@ -20,7 +20,7 @@ from train.dry_run import lone
 from train.dry_run.assumed_rows import load_of
 from train.dry_run.piece import choose_piece, choose_rank
 from train.loop.layout_check import check_layout
-from train.loop.step import TrainingStep
+from train.loop.training_engine import Engine
 from train.plan.job import with_nodes
 
 TINY = ("conf=tiny", "cluster.device=cuda", "seq_len=128", "batch_size=8", "micro_batch_size=1", "log.peak_flops=1e15")
@@ -48,7 +48,7 @@ def train_alone(precision: str, folder: Path, *more: str) -> Calls:
         f"data.cache={folder / 'cache'}", "data.format=text", "data.workers=1", "model.vocab_size=320",
         "log.wandb=disabled", "log.validation_sequences=4", "log.sample_tokens=0", *more,
     )  # fmt: skip
-    with even_experts(), each_call(TrainingStep, "run") as found:
+    with even_experts(), each_call(Engine, "run") as found:
         code = main([config])
     assert code == EXIT_OK and len(found) == steps, f"exit code {code} after {len(found)} steps"
     assert (folder / precision / "checkpoints").is_dir()
@@ -70,7 +70,7 @@ def run_lone(layout: str, precision: str) -> Calls:
     check_layout(config)
     device, rank = torch.device("cuda", 0), choose_rank(config)
     piece = choose_piece(config, rank, load_of(config, rank), device)
-    with even_experts(), each_call(TrainingStep, "run") as found:
+    with even_experts(), each_call(Engine, "run") as found:
         lone.run_alone(piece, device)
     return found[-1]
 

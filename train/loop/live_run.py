@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from train.data.prepare import PreparedData
     from train.loop.saver import Saver
     from train.loop.state import RunState
-    from train.loop.step import StepOutcome, TrainingStep
+    from train.loop.training_engine import Engine, StepOutcome
     from train.metrics.writer import MetricsWriter
     from train.optim.schedules import StepPlan
 
@@ -71,7 +71,7 @@ class LiveRun:
     parts: ParallelModel
     state: "RunState"
     data: "PreparedData"
-    training_step: "TrainingStep"
+    engine: "Engine"
     saver: "Saver"
     writer: "MetricsWriter | None"
     """The writer of metrics, on rank 0; None on the others."""

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from conf.schema import Config
-from train.loop.step import set_weights
+from train.loop.training_engine import set_weights
 from train.model.deepseek import DeepSeekV3
 from train.model.router import update_bias
 from train.optim.schedules import Schedules

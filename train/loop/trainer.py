@@ -82,7 +82,7 @@ class Trainer:
         run.batch = next(batches)
         run.enter("schedule")
         run.tell("on_batch", plan.step, run.batch)
-        outcome = run.outcome = run.training_step.run(
+        outcome = run.outcome = run.engine.run(
             plan,
             run.batch,
             stopping=self.stop.pending,

@@ -55,9 +55,9 @@ from train.loop.live_run import LiveRun
 from train.loop.resume import find_start, restore
 from train.loop.saver import Saver
 from train.loop.state import RunState
-from train.loop.step import StepOutcome, TrainingStep
 from train.loop.stop import StopKind, StopRequest
 from train.loop.trainer import Trainer
+from train.loop.training_engine import Engine, StepOutcome
 from train.metrics.names import Record
 from train.model.deepseek import DeepSeekV3
 from train.model.layers import PACKED
@@ -121,7 +121,7 @@ def in_groups(config: Config, place: Place, device: torch.device) -> RankSetup:
 
 
 def prove_exact(config: Config, place: Place, device: torch.device) -> None:
-    """One step of TrainingStep, without an optimizer."""
+    """One step of the engine, without an optimizer."""
     rank, plan = in_groups(config, place, device), Schedules(config).plan(1)
     first, count = share_of(config, plan.batch_size, rank.mesh.dp_rank)
     # Drawn outside, as in fp64 other numbers would be drawn.
@@ -135,7 +135,7 @@ def prove_exact(config: Config, place: Place, device: torch.device) -> None:
         local = _LocalGradients(model.chunks)
         parts = ParallelModel(model.chunks, model.pipeline, model.dispatcher, model.precision, model.share, local)
         watch = EvidenceWatch(parts.chunks)
-        step = TrainingStep(config, parts, rank)
+        step = Engine(config, parts, rank)
         outcome = step.run(plan, batch)
     evidence = Evidence(_info("exact", 0, config, rank, plan, outcome))
     add_scores(evidence, step, outcome)
@@ -146,7 +146,7 @@ def prove_exact(config: Config, place: Place, device: torch.device) -> None:
     evidence.write(RunPaths(config).path / EVIDENCE)
 
 
-def add_scores(evidence: Evidence, step: TrainingStep, outcome: StepOutcome) -> None:
+def add_scores(evidence: Evidence, step: Engine, outcome: StepOutcome) -> None:
     """The largest attention scores, by layer, where they are watched."""
     if step.clip is not None:
         for name, scores_H in zip(step.clip.layers, outcome.scores_LH, strict=True):
@@ -254,8 +254,8 @@ def _train(proof: str, part: RunPart, place: Place, device: torch.device) -> Non
         fill_state(config, state, parts)
     else:
         restore(config, data, state, checkpointer, None, find_start(config, None))
-    saver, training_step = Saver(config, checkpointer), TrainingStep(config, parts, rank)
-    run = LiveRun(config, rank, parts, state, data, training_step, saver, None, hooks)
+    saver, engine = Saver(config, checkpointer), Engine(config, parts, rank)
+    run = LiveRun(config, rank, parts, state, data, engine, saver, None, hooks)
     trainer = _ProvenTrainer(run, _Stop(), in_memory)
     trainer.prove(rank, part, start)
     parts.zero.engine.destroy()
@@ -340,7 +340,7 @@ class _ProvenTrainer(Trainer):
         self._parts_watch = PartsWatch(self.run.parts.chunks, self.run.parts.precision) if watched else None
         needs_whole = self._proof == "fp32" and self.run.config.optim.facts.matrices.is_whole
         self._exact = ExactUpdates(self.run.config, self.run.parts.zero) if needs_whole else None
-        self.run.training_step = _WatchedStep(self.run.training_step, self.run.parts.zero, self._saw, part.last)
+        self.run.engine = _WatchedStep(self.run.engine, self.run.parts.zero, self._saw, part.last)
         self._validation_loss: float | None = None
         self.leave_state(start)
         self.run.hooks = [*self.run.hooks, self]
@@ -377,7 +377,7 @@ class _ProvenTrainer(Trainer):
         compiles = getattr(self.run.parts.precision.kernels, "compiles_product", None)  # torch's operations round
         info.sums_in_fp32 = compiles is not None and compiles(torch.empty(0, dtype=torch.bfloat16))
         evidence = Evidence(info)
-        add_scores(evidence, self.run.training_step, outcome)
+        add_scores(evidence, self.run.engine, outcome)
         if is_watched or self._proof != "tiles":
             evidence.add_seen(self._watch.seen)
             if self._parts_watch is not None:
@@ -416,10 +416,10 @@ class _Gradients:
                 evidence.add_shard(kind, name, shard)
 
 
-class _WatchedStep(TrainingStep):
-    """A TrainingStep whose gradients are copied on their way to the other ranks and into the update. last: the step that asks to stop."""
+class _WatchedStep(Engine):
+    """An engine whose gradients are copied on their way to the other ranks and into the update. last: the step that asks to stop."""
 
-    def __init__(self, step: TrainingStep, zero: Zero, saw: Callable[[StepOutcome, _Gradients], None], last: int):
+    def __init__(self, step: Engine, zero: Zero, saw: Callable[[StepOutcome, _Gradients], None], last: int):
         vars(self).update(vars(step))  # it goes on as the given one
         self._zero, self._saw, self._last = zero, saw, last
 

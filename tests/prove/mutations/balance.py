@@ -5,7 +5,7 @@ import torch
 from tests.prove.mutations.registry import BACKWARD, FORWARD, OURS, UPDATE, mutation
 from tests.prove.mutations.seams import Seams
 from train.kernels.plain import routing
-from train.loop import step as training_step
+from train.loop import training_engine
 from train.model import router
 from train.model.sequence import Positions
 
@@ -27,7 +27,7 @@ def balance_loss_divided_by_ranks(bug: Seams) -> None:
         for one in self.measure.routers.values():
             one.balance_weight /= 2
 
-    bug.around(training_step.TrainingStep, "_set_weights", set_weights)
+    bug.around(training_engine.Engine, "_set_weights", set_weights)
 
 
 @mutation(
@@ -39,7 +39,7 @@ def balance_loss_of_every_micro_batch_in_full(bug: Seams) -> None:
         for one in self.measure.routers.values():
             one.balance_weight *= self._mean_micro_batches
 
-    bug.around(training_step.TrainingStep, "_set_weights", set_weights)
+    bug.around(training_engine.Engine, "_set_weights", set_weights)
 
 
 @mutation(
@@ -117,7 +117,7 @@ def balance_loss_without_mtp(bug: Seams) -> None:
         for name, one in self.measure.routers.items():
             one.balance_weight *= not name.startswith("mtp")
 
-    bug.around(training_step.TrainingStep, "_set_weights", set_weights)
+    bug.around(training_engine.Engine, "_set_weights", set_weights)
 
 
 @mutation(
@@ -158,7 +158,7 @@ def bias_updated_twice(bug: Seams) -> None:
         original(*arguments)
         original(*arguments)
 
-    bug.around(training_step, "update_bias", update)
+    bug.around(training_engine, "update_bias", update)
 
 
 @mutation("AI-Hypercomputer/maxtext#2494: a routing bias that nothing updates", "copies", UPDATE, "bias")
@@ -169,7 +169,7 @@ def bias_of_mtp_not_updated(bug: Seams) -> None:
         original(self, measured, plan)
         self.measure.routers = routers
 
-    bug.around(training_step.TrainingStep, "_update_biases", update_biases)
+    bug.around(training_engine.Engine, "_update_biases", update_biases)
 
 
 @mutation("gfyddha/FlyLoRA#1: loads compared with a mean of another unit", "copies", UPDATE, "bias")
@@ -177,7 +177,7 @@ def bias_follows_a_wrong_mean(bug: Seams) -> None:
     def update(original, bias_E, load_E, speed):
         bias_E.add_(torch.sign(1 / len(load_E) - load_E).to(bias_E.dtype), alpha=speed)
 
-    bug.around(training_step, "update_bias", update)
+    bug.around(training_engine, "update_bias", update)
 
 
 @mutation(OURS + ": biases follow the loads of the rank alone", "copies", UPDATE, "bias")
@@ -188,12 +188,12 @@ def bias_follows_the_own_loads(bug: Seams) -> None:
             own_LE[self.measure.layers.index(name)] = one.load_E
         original(self, own_LE, plan)
 
-    bug.around(training_step.TrainingStep, "_update_biases", update_biases)
+    bug.around(training_engine.Engine, "_update_biases", update_biases)
 
 
 @mutation(OURS + ": biases move the wrong way", "copies", UPDATE, "bias")
 def bias_moves_the_wrong_way(bug: Seams) -> None:
-    bug.around(training_step, "update_bias", lambda original, bias_E, load_E, speed: original(bias_E, load_E, -speed))
+    bug.around(training_engine, "update_bias", lambda original, bias_E, load_E, speed: original(bias_E, load_E, -speed))
 
 
 @mutation(OURS + ": biases move by how much loads differ", "copies", UPDATE, "bias")
@@ -201,7 +201,7 @@ def bias_moves_by_the_excess(bug: Seams) -> None:
     def update(_, bias_E, load_E, speed):
         bias_E.add_(((load_E.mean() - load_E) / load_E.mean()).to(bias_E.dtype), alpha=speed)
 
-    bug.around(training_step, "update_bias", update)
+    bug.around(training_engine, "update_bias", update)
 
 
 @mutation(OURS + ": biases are kept in bf16", "copies", UPDATE, "bias")
@@ -210,7 +210,7 @@ def bias_in_bf16(bug: Seams) -> None:
         original(bias_E, load_E, speed)
         bias_E.copy_(bias_E.bfloat16())
 
-    bug.around(training_step, "update_bias", update)
+    bug.around(training_engine, "update_bias", update)
 
 
 @mutation(OURS + ": biases of one step move by the loads of the step before", "copies", UPDATE, "bias")
@@ -221,4 +221,4 @@ def bias_follows_the_loads_of_the_step_before(bug: Seams) -> None:
         original(self, before[0] if before else loads_LE, plan)
         before[:] = [loads_LE.clone()]
 
-    bug.around(training_step.TrainingStep, "_update_biases", update_biases)
+    bug.around(training_engine.Engine, "_update_biases", update_biases)

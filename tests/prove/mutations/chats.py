@@ -6,7 +6,7 @@ import torch
 
 from tests.prove.mutations.registry import BACKWARD, FORWARD, OURS, UPDATE, mutation
 from tests.prove.mutations.seams import Seams
-from train.loop import step as training_step
+from train.loop import training_engine
 from train.model.deepseek import Head
 from train.model.router import Router
 from train.model.sequence import PackedSamples, Positions
@@ -106,7 +106,7 @@ def mean_of_a_rank(bug: Seams) -> None:
         _, sequences = original(self, batch, plan)
         return batch.targets * self._layout.dp, sequences
 
-    bug.around(training_step.TrainingStep, "_totals", totals)
+    bug.around(training_engine.Engine, "_totals", totals)
 
 
 @mutation(
@@ -151,4 +151,4 @@ def biases_move_in_a_tune(bug: Seams) -> None:
     def update(original, self, loads_LE, plan):
         original(self, loads_LE, replace(plan, bias_speed=0.02))
 
-    bug.around(training_step.TrainingStep, "_update_biases", update)
+    bug.around(training_engine.Engine, "_update_biases", update)

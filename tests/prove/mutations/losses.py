@@ -5,7 +5,7 @@ import torch
 from parallel.pipeline.schedule import Pipeline
 from tests.prove.mutations.registry import BACKWARD, FORWARD, OURS, mutation
 from tests.prove.mutations.seams import Seams
-from train.loop import step as training_step
+from train.loop import training_engine
 from train.model import deepseek
 from train.model.deepseek import DeepSeekV3, Head
 from train.model.mtp import MTP
@@ -58,7 +58,7 @@ def ranks_with_less_weigh_more(bug: Seams) -> None:
         original(self, plan, batch)
         self._mean_micro_batches = self._micro_batches(batch)
 
-    bug.around(training_step.TrainingStep, "_set_weights", set_weights)
+    bug.around(training_engine.Engine, "_set_weights", set_weights)
 
 
 @mutation(
@@ -107,7 +107,7 @@ def mtp_losses_not_averaged(bug: Seams) -> None:
         if self.measure.last is not None:
             self.measure.last.mtp_weight *= 2
 
-    bug.around(training_step.TrainingStep, "_set_weights", set_weights)
+    bug.around(training_engine.Engine, "_set_weights", set_weights)
 
 
 @mutation(
@@ -176,7 +176,7 @@ def mtp_weight_of_the_end(bug: Seams) -> None:
         if self.measure.last is not None:
             self.measure.last.mtp_weight = 0.1
 
-    bug.around(training_step.TrainingStep, "_set_weights", set_weights)
+    bug.around(training_engine.Engine, "_set_weights", set_weights)
 
 
 @mutation(

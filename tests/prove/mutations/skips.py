@@ -10,8 +10,8 @@ from parallel.zero.whole_weights import WholeWeights
 from tests.prove.mutations.registry import OURS, UPDATE, mutation
 from tests.prove.mutations.seams import Seams
 from train.loop.hooks.skipped_steps import SkippedSteps
-from train.loop.step import TrainingStep
 from train.loop.trainer import Trainer
+from train.loop.training_engine import Engine
 
 SKIP = (UPDATE, "skip")
 
@@ -36,7 +36,7 @@ def skipped_step_moves_the_biases(bug: Seams) -> None:
             self._update_biases(outcome.measured.loads_LE, plan)
         return outcome
 
-    bug.around(TrainingStep, "run", run)
+    bug.around(Engine, "run", run)
 
 
 @mutation("huggingface/accelerate#4242: a skipped step is counted", "skips", SKIP, "update|count|step")

@@ -59,7 +59,7 @@ class ScaledGroupedProducts:
 
 
 class BlackwellEngine(HopperEngine):
-    """`train.kernels.fp8.engines.Engine` on a Blackwell GPU."""
+    """`train.kernels.fp8.engines.Fp8Engine` on a Blackwell GPU."""
 
     def keep(self, x_MK: Tensor, cast: Cast) -> QuantizedTensor:
         if cast.block != (1, MX_TILE):

@@ -1,4 +1,4 @@
-"""Who computes with quantised operands: the protocol `Engine`, and the forms of what goes in.
+"""Who computes with quantised operands: the protocol `Fp8Engine`, and the forms of what goes in.
 
 An engine makes operands out of tensors and multiplies two operands.  Every operand is (outer, contraction), so each
 product is left @ right^T.  Which engine a run has:
@@ -9,7 +9,7 @@ product is left @ right^T.  Which engine a run has:
     HopperEngine      sm_90              triton_quantize.py   cuBLASLt             grouped_products.py
     BlackwellEngine   sm_100, MXFP8      triton_quantize.py   cuBLASLt             torch
 
-Rows of other ranks arrive quantised where parallel.wire=fp8 sent them so, and are no more cast (`Engine.take_arrived`).
+Rows of other ranks arrive quantised where parallel.wire=fp8 sent them so, and are no more cast (`Fp8Engine.take_arrived`).
 
 Shape suffixes: O outer, C contraction, P padded rows (train/kernels/fp8/groups.py), E experts, N outer of the right operand.
 """
@@ -76,7 +76,7 @@ def unpack_sources(tensors: Sequence[Tensor], forms: list[SourceForm]) -> list[S
     return [one(form) for form in forms]
 
 
-class Engine(Protocol):
+class Fp8Engine(Protocol):
     """Quantises and multiplies on one kind of device."""
 
     def keep(self, x_MK: Tensor, cast: Cast) -> Source:

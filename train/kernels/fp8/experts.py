@@ -24,7 +24,7 @@ from torch import Tensor
 from parallel.expert.quantized_rows import QuantizedRows
 from train.kernels.fp8 import swiglu
 from train.kernels.fp8.cast_rules import CastRules, OperandRule, Product
-from train.kernels.fp8.engines import Engine, Source, pack_sources, unpack_sources
+from train.kernels.fp8.engines import Fp8Engine, Source, pack_sources, unpack_sources
 from train.kernels.fp8.formats import E4M3, TILE, Cast
 from train.kernels.fp8.groups import PaddedGroups
 from train.kernels.fp8.health import LayerProbe
@@ -169,7 +169,7 @@ class _Down(Function):
         return dh_P2F, dgates_R, dw2_EDF, None, None, None, None
 
 
-def _arrived(rows_RD: Tensor, groups: PaddedGroups, engine: Engine, rule: OperandRule) -> Source:
+def _arrived(rows_RD: Tensor, groups: PaddedGroups, engine: Fp8Engine, rule: OperandRule) -> Source:
     """The rows as products take them: quantised as they came if the rule asks for that cast, else their values."""
     if isinstance(rows_RD, QuantizedRows):
         cast = Cast(E4M3, (1, TILE), pow2=True, floor=rows_RD.scale_floor)

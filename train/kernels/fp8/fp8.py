@@ -20,7 +20,7 @@ from train.kernels.fp8.cast_rules import OperandRule, build_rules
 from train.kernels.fp8.compiled_casts import CompiledCasts, load_casts
 from train.kernels.fp8.compiled_engine import CompiledEngine
 from train.kernels.fp8.cpu_engine import CpuEngine
-from train.kernels.fp8.engines import Engine, pack_sources, unpack_sources
+from train.kernels.fp8.engines import Fp8Engine, pack_sources, unpack_sources
 from train.kernels.fp8.experts import expert_ffn
 from train.kernels.fp8.gpu_engine import load_gpu_engine
 from train.kernels.fp8.health import HealthWatch, Report
@@ -41,7 +41,7 @@ class Fp8Precision:
         fp8: Fp8,
         device: torch.device,
         kernels: Kernels,
-        engine: Engine | None = None,
+        engine: Fp8Engine | None = None,
         making: Callable[[], AbstractContextManager] = nullcontext,
     ):
         """engine: instead of the device's own. making: as `HeldWeights` takes it. Raises UserError where the device lacks what its
@@ -52,7 +52,7 @@ class Fp8Precision:
         self._health = HealthWatch(fp8.health.every)
         if engine is None and device.type == "cuda":
             engine = load_gpu_engine(fp8)
-        self._engine: Engine = engine or cpu_engine(fp8, kernels)
+        self._engine: Fp8Engine = engine or cpu_engine(fp8, kernels)
         self.weights = HeldWeights(self._engine, making)
 
     def linear(self, x: Tensor, weight: Tensor, kind: str = "dense", held: HeldInput | None = None) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from train.kernels.fp8.cast_rules import OperandRule
-from train.kernels.fp8.engines import Engine
+from train.kernels.fp8.engines import Fp8Engine
 
 
 class HeldWeights:
@@ -22,7 +22,7 @@ class HeldWeights:
     making: the context in which operands that are held are made, for whoever counts them apart.
     """
 
-    def __init__(self, engine: Engine, making: Callable[[], AbstractContextManager] = nullcontext):
+    def __init__(self, engine: Fp8Engine, making: Callable[[], AbstractContextManager] = nullcontext):
         self.engine, self._making, self._holds = engine, making, False
         self._weights: dict[int, nn.Parameter] = {}
         self._asked: dict[tuple[int, bool], OperandRule] = {}
@@ -38,7 +38,7 @@ class HeldWeights:
         return id(weight)
 
     def operand(self, weight: Tensor, name: int | None, rule: OperandRule, transposed: bool = False) -> Any:
-        """See `Engine.operand`."""
+        """See `Fp8Engine.operand`."""
         if name is None or not self._holds:
             return self.engine.operand(weight, rule, transposed)
         key = name, transposed

@@ -36,7 +36,7 @@ from train.kernels.plain import grouped
 
 
 class HopperEngine:
-    """`train.kernels.fp8.engines.Engine` on a Hopper GPU; see train/kernels/fp8/gpu_engine.py."""
+    """`train.kernels.fp8.engines.Fp8Engine` on a Hopper GPU; see train/kernels/fp8/gpu_engine.py."""
 
     def __init__(self, kernels: Any, products: GroupedProducts, scaled_mm: Callable[..., Tensor] = F.scaled_mm):
         """kernels: train.kernels.fp8.triton_quantize. products: of whichever library."""

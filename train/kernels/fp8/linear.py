@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from train.kernels.fp8.cast_rules import LayerCasts
-from train.kernels.fp8.engines import Engine, Source, pack_sources, unpack_sources
+from train.kernels.fp8.engines import Fp8Engine, Source, pack_sources, unpack_sources
 from train.kernels.fp8.groups import PaddedGroups
 from train.kernels.fp8.health import LayerProbe
 from train.kernels.fp8.held_weights import HeldWeights
@@ -41,7 +41,7 @@ def linear(
     return _Linear.apply(x, weight_NK, weights, rules, probe, not torch.is_grad_enabled(), is_free(x), held)
 
 
-def keep(x_MK: Tensor, engine: Engine, rules: LayerCasts) -> Source:
+def keep(x_MK: Tensor, engine: Fp8Engine, rules: LayerCasts) -> Source:
     """The form in which an input waits for Wgrad."""
     return x_MK if rules.cache is None else engine.keep(x_MK, rules.cache)
 
@@ -55,7 +55,7 @@ def left_source(kept: Source, x_MK: Tensor, rules: LayerCasts) -> Source:
 
 def gradient_operands(
     dy: Source,
-    engine: Engine,
+    engine: Fp8Engine,
     rules: LayerCasts,
     inputs_needed: bool,
     weights_needed: bool,

@@ -52,7 +52,7 @@ class RankProgress:
 
     def say(self, run: LiveRun, phase: str, sequences: int = 0) -> None:
         """What the rank is at until it says the next."""
-        busy = None if run.seconds is None else run.training_step.measure.step_work.busy
+        busy = None if run.seconds is None else run.engine.measure.step_work.busy
         self.write(run.step, phase, sequences, busy, run.seconds)
 
     def write(

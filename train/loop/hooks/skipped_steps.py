@@ -52,13 +52,13 @@ class SkippedSteps:
 
     def _find_origin(self, run: LiveRun, finite_loss: bool, bad: Sequence[str]) -> Origin:
         """Do the step once more on all ranks and watch it; weights and moments stay as they are."""
-        zero, last = run.parts.zero, run.training_step.measure.last
+        zero, last = run.parts.zero, run.engine.measure.last
         loss = None if last is None else bool(last.losses.means().isfinite().all())
         masters = ((name, shard.local) for name, shard in zero.shards().items() if name.startswith("master."))
         held = ((name, param) for param, name in zero.names.items() if param.numel())
         weights = bad_weights((name.removeprefix("master."), weight) for name, weight in chain(masters, held))
         with zero.accumulate(), Watch(run.chunks) as watch:
-            run.training_step.run_passes(run.batch)
+            run.engine.run_passes(run.batch)
         zero.step(valid=False)
         mine = RankSightings(
             run.rank, run.mesh.dp_rank, loss, sorted(bad)[:SHOWN_TENSORS], weights, watch.forward, watch.backward

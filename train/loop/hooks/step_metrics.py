@@ -61,7 +61,7 @@ class StepMetrics:
         if measured.scores_L:
             record |= {"attention_score_max": max(measured.scores_L), "heads_clipped": measured.heads_clipped}
         running = state.record_loads(measured.loads_LE)
-        layers = run.training_step.measure.layers
+        layers = run.engine.measure.layers
         record |= measured.work | balance_record(layers, measured.loads_LE, measured.biases_LE, running)
         run.seconds = time.perf_counter() - run.started
         record |= self._speed(run, run.seconds)

@@ -19,7 +19,7 @@ from conf.schema import Config
 from parallel.expert.wire import Fp8Wire
 from train.kernels.choice import choose_kernels
 from train.kernels.fp8.cast_rules import CastRules, Product, build_rules
-from train.kernels.fp8.engines import Engine
+from train.kernels.fp8.engines import Fp8Engine
 from train.kernels.fp8.gpu_engine import load_gpu_engine
 from train.kernels.fp8.groups import PaddedGroups
 from train.kernels.precision import activation_dtype
@@ -289,7 +289,7 @@ class KernelCases:
                 lambda a=made, b=params, c=parts: (a.step(), _copy(c, [one.detach() for one in b])),
             )
 
-    def _fp8(self, engine: Engine) -> Iterator[KernelCase]:
+    def _fp8(self, engine: Fp8Engine) -> Iterator[KernelCase]:
         """FP8 products and casts, on a device that has them. Those of weights add to a sum that is there."""
         sizes = replace(self.sizes, config=self.config)
         assert self.config.precision.fp8 is not None
@@ -308,7 +308,7 @@ class KernelCases:
             yield KernelCase(cast, lambda x=x: engine.operand(x, casts.dense.fprop.left))
         yield from self._fp8_grouped(engine, sizes, casts)
 
-    def _fp8_grouped(self, engine: Engine, sizes: Sizes, casts: CastRules) -> Iterator[KernelCase]:
+    def _fp8_grouped(self, engine: Fp8Engine, sizes: Sizes, casts: CastRules) -> Iterator[KernelCase]:
         """The cases of FP8 products of experts."""
         model = self.config.model
         rows = sizes.tokens * model.top_k
@@ -350,7 +350,7 @@ def _of_kind(kind: str, works: list[Work]) -> Work:
 
 
 def _operands(
-    engine: Engine,
+    engine: Fp8Engine,
     rules: Product,
     left: Tensor,
     right: Tensor,

@@ -8,7 +8,7 @@ import torch
 from conf.micro_batches import share_of
 from conf.schema import Config
 from train.data.batch import Batch
-from train.loop.step import StepOutcome, TrainingStep
+from train.loop.training_engine import Engine, StepOutcome
 from train.optim.schedules import StepPlan
 from train.rank_parts import ParallelModel, RankSetup
 
@@ -34,7 +34,7 @@ class TimedStep:
         self, config: Config, parts: ParallelModel, rank: RankSetup, clock: Callable[[torch.device], float] = wall_clock
     ):
         self._config, self._device, self._clock = config, rank.device, clock
-        self._step = TrainingStep(config, parts, rank)
+        self._engine = Engine(config, parts, rank)
         draw = torch.Generator().manual_seed(config.seed)
         shape = share_of(config, config.batch_size, 0)[1], config.seq_len + 1
         self.tokens_BS = torch.randint(config.model.vocab_size, shape, generator=draw).to(rank.device)
@@ -54,4 +54,4 @@ class TimedStep:
             seconds[phase] = marks[-1] - marks[-2]
             on_phase(phase)
 
-        return self._step.run(plan, Batch(self.tokens_BS), on_phase=end), seconds
+        return self._engine.run(plan, Batch(self.tokens_BS), on_phase=end), seconds

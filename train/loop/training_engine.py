@@ -45,7 +45,7 @@ class StepOutcome:
     """Largest attention score of every head of this rank's layers, as `QKClip.largest` gives them; none where nobody asks for them."""
 
 
-class TrainingStep:
+class Engine:
     """Makes the steps of one rank; every rank makes the same ones."""
 
     def __init__(self, config: Config, parts: ParallelModel, rank: RankSetup):
