@@ -5,7 +5,7 @@ Pure: reads the configuration, touches nothing, raises UserError.
 
 import itertools
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, Protocol
@@ -116,6 +116,16 @@ def check(config: Config) -> None:
     """Raise UserError for the first rule that the configuration breaks."""
     check_fields(config)
     hold(RULES, config)
+
+
+def notes_of_typed_keys(config: Config, keys: Collection[str]) -> Iterator[str]:
+    """A sentence for every key that was typed and does nothing in this configuration."""
+    for rule in WHERE_READ:
+        if rule.key in keys:
+            try:
+                rule(config)
+            except UserError as error:
+                yield f"{error.field} does nothing here: it {error.rule}; {error.cure}"
 
 
 def check_spread(config: Config) -> None:
@@ -582,5 +592,26 @@ EXPORT: tuple[ConfigCheck, ...] = (
                "mode=average needs a run folder to write", "set average.to=runs/NAME"),
 )
 
+_ON_RAY = ("cluster.wait", "cluster.heartbeat", "cluster.stop_timeout", "cluster.restarts", "cluster.standby")
+_OF_MTP = ("optim.mtp_weight", "optim.detach_mtp")
+_OF_EXPERTS = ("optim.balance_loss", "optim.bias_speed", "optim.freeze_routers", "parallel.dispatch", "parallel.wire")
+WHERE_READ: tuple[JoinedRule, ...] = (
+    *(JoinedRule(key, lambda c, v: c.cluster.backend == "ray", "is read by cluster=ray alone", "add cluster=ray, or leave it out") for key in _ON_RAY),
+    *(JoinedRule(key, lambda c, v: c.model.mtp_depth > 0, "is about MTP modules, and this model has none", "set model.mtp_depth, or leave it out")
+      for key in _OF_MTP),
+    *(JoinedRule(key, lambda c, v: _has_experts(c), "is about experts, and this model has none", "leave it out") for key in _OF_EXPERTS),
+    *(JoinedRule(f"parallel.{key}", lambda c, v: c.parallel.ep > 1 or not _has_experts(c),
+                 "is about rows that travel to experts on other ranks, and with parallel.ep=1 none travel", "set parallel.ep, or leave it out")
+      for key in ("dispatch", "wire")),
+    JoinedRule("parallel.split", lambda c, v: c.parallel.pp > 1, "divides layers among the stages of a pipeline, and parallel.pp is 1",
+               "set parallel.pp, or leave it out"),
+    JoinedRule("checkpoint.memory_folder", lambda c, v: c.checkpoint.every_memory > 0, "is where checkpoint.every_memory keeps copies, and that is 0",
+               "set checkpoint.every_memory, or leave it out"),
+    JoinedRule("log.sample_every", lambda c, v: v == 0 or c.log.sample_tokens > 0, "is for texts of log.sample_tokens tokens, which is 0",
+               "set log.sample_tokens, or leave it out"),
+    JoinedRule("text_only", lambda c, v: not v or c.init_from, "is about weights from elsewhere, and init_from names none",
+               "set init_from, or leave it out"),
+)
+"""Where keys are read that others leave without effect: one that is typed elsewhere gets a note."""
 # fmt: on
 RULES = (*TOP, *MODEL, *OPTIM, *ADAPTERS, *DATA, *PARALLEL, *PRECISION, *PLAN, *EVALUATE, *SCORE, *EXPORT)

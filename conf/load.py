@@ -30,7 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from conf.adapters import ON_REQUEST
-from conf.check import adapted_targets, check
+from conf.check import adapted_targets, check, notes_of_typed_keys
 from conf.command_line import check_words, explain, refuse_keys_of_other_modes, settings_in
 from conf.disk import disk_errors
 from conf.errors import EXIT_OK, UserError
@@ -324,6 +324,11 @@ def run(job: Callable[[list[Config]], int]) -> int:
         for node in nodes:
             refuse_keys_of_other_modes(node.mode, words)
         configs = [to_config(node, _say if node.mode in SPREADS else None) for node in nodes]
+        typed = {word.lstrip("+").partition("=")[0] for word in settings}
+        for note in dict.fromkeys(
+            note for config in configs if config.mode in SPREADS for note in notes_of_typed_keys(config, typed)
+        ):
+            _say(note)
         with disk_errors(*configs):
             return job(configs) if configs else EXIT_OK
     except UserError as error:

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
+from conf.check import WHERE_READ
 from conf.errors import UserError
 from conf.help import option_groups, options
 from conf.keys import dotted_keys, type_of
@@ -204,3 +205,29 @@ def test_of_a_key_that_is_typed_twice_the_last_counts():
 
 def test_what_excludes_each_other_are_keys():
     assert {*INSTEAD_OF, *(key for others in INSTEAD_OF.values() for key in others)} <= {*dotted_keys()}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("conf=tiny", "cluster.restarts=5"), "cluster.restarts does nothing here: it is read by cluster=ray alone"),
+        (("conf=tiny", "cluster=ray", "cluster.restarts=5"), ""),
+        (("conf=tiny", "model.mtp_depth=0", "optim.detach_mtp=true"), "optim.detach_mtp does nothing here"),
+        (("conf=tiny", "parallel.split=even"), "parallel.split does nothing here"),
+        (("conf=tiny", "parallel.dp=2", "parallel.wire=fp8"), "parallel.wire does nothing here"),
+        (("conf=tiny", "parallel.dp=2", "parallel.ep=2", "parallel.wire=fp8"), ""),
+        (("conf=tiny", "text_only=true"), "text_only does nothing here"),
+        (("-m", "conf=tiny", "parallel.pp=1,2", "parallel.split=even"), "parallel.split does nothing here"),
+    ],
+)
+def test_a_typed_key_that_does_nothing_beside_the_others_gets_a_note(words, said, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train", *words])
+    assert run(lambda configs: 0) == 0
+    notes = [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ") and "does nothing" in line
+    ]
+    assert len(notes) == bool(said) and all(said in note for note in notes)
+
+
+def test_keys_with_a_note_are_keys():
+    assert {rule.key for rule in WHERE_READ} <= {*dotted_keys()}
