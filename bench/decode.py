@@ -33,9 +33,8 @@ from conf.load import compose, read_config
 from train.checkpoint.manifest import newest_intact
 from train.data.tokenizer import load_tokenizer
 from train.generate.cache import bytes_per_token, multi_head_bytes_per_token
-from train.generate.complete import start
 from train.generate.decoder import Decoder
-from train.generate.generation import Generation, Limits
+from train.generate.generation import Generation, Limits, start
 from train.generate.sampling import Sampler
 from train.generate.source import from_checkpoint
 from train.kernels.choice import build_kernels

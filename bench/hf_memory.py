@@ -29,8 +29,7 @@ from train.checkpoint.checkpointer import Checkpointer
 from train.checkpoint.read_shards import TORCH
 from train.data.tokenizer import Tokenizer, train_bpe
 from train.export import run as exporting
-from train.export.piece_writer import PieceWriter
-from train.export.written_tensors import WrittenTensor, index_json, plan_files, write_json
+from train.export.written_tensors import PieceWriter, WrittenTensor, index_json, plan_files, write_json
 from train.hf.blocks import requantize
 from train.hf.config import config_json, read_model
 from train.hf.folder import index_of, match, open_folder

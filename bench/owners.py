@@ -24,8 +24,7 @@ from conf.load import compose
 from conf.schema import Config
 from parallel.owners import SharedMatrix, choose_owners
 from parallel.shard import WeightPiece
-from train.optim.matrices import logical_matrices
-from train.optim.newton_schulz import products
+from train.optim.matrices import logical_matrices, products
 from train.plan.memory.part import FrozenSection
 from train.plan.memory.rank_weights import Weight, part_weights
 from train.plan.time.update import Orthogonal, count_weights

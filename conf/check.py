@@ -48,7 +48,7 @@ IN_EVERY_LAYER = (AdapterTarget.q_up, AdapterTarget.kv_up, AdapterTarget.down, A
 ADDS_ADAPTERS = (Mode.evaluate, Mode.generate, Mode.score, Mode.export)
 """Modes that add adapter.path to the weights."""
 SMALLEST_SHARE = 1e-6
-"""The smallest share of a mix: what train/data/mix.py can tell from nothing."""
+"""The smallest share of a mix: what train/data/dataset.py can tell from nothing."""
 IN_PARTS = next(name for name, facts in SCHEDULES.items() if facts.stages is None)
 """The schedule that takes parallel.virtual_stages."""
 OPERAND = re.compile(r"(e4m3|e5m2)/((1x128|128x128|row|tensor)/(fp32|pow2)|1x32/pow2)")

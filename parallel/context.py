@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from parallel.expert.counters import TrafficCounters
+from parallel.expert.link import TrafficCounters
 
 
 class ContextParallel:

@@ -27,7 +27,7 @@ _ACTION = "torch.distributed.pipelining.schedules._Action"
 _CONTEXT = "torch.distributed.pipelining.schedules._PipelineContext"
 
 BORROWED = (
-    # A stage: parallel/pipeline/stage.py and parallel/pipeline/lone_stage.py
+    # A stage: parallel/pipeline/stage.py
     BorrowedName(_STAGE, "_get_init_p2p_neighbors_ops", "greets neighbours, and oneself where a rank holds both"),
     BorrowedName(_STAGE, "_prepare_forward_infra", "makes the buffers of all micro-batches: on meta instead"),
     BorrowedName(_STAGE, "_prepare_backward_infra", "makes those of gradients: on meta instead"),

@@ -18,7 +18,7 @@ import torch.distributed.pipelining as pipelining
 from packaging.version import Version
 
 from conf.schema import ROOT
-from parallel.pipeline import lone_stage, orders, stage
+from parallel.pipeline import orders, stage
 from parallel.torch_private import BORROWED
 from parallel.zero import private_names
 
@@ -76,7 +76,7 @@ def taken(tree: ast.AST) -> Iterator[str]:
 def overridden() -> set[str]:
     """What classes of ours put in the place of torch's."""
     found = set()
-    kinds = [kind for module in (stage, lone_stage) for _, kind in inspect.getmembers(module, inspect.isclass)]
+    kinds = [kind for _, kind in inspect.getmembers(stage, inspect.isclass)]
     kinds += [orders.without_transfers(order.drives) for order in orders.ORDERS.values()]
     for kind in kinds:
         theirs = [one for one in kind.__mro__ if one.__module__.startswith("torch.")]

@@ -126,9 +126,8 @@ def check_before_start(config: Config) -> None:
     """What can be refused before anything is written, the quickest first: a layout that cannot work, a disk or a memory that
     is too small, a checkpoint of another model, data that cannot be read.
     """
-    from train.checkpoint.adapter_base import describe_base, require_adapter, require_base
     from train.checkpoint.run_folder import check_space, resume_point
-    from train.checkpoint.trained_with import refuse_mean, require_model
+    from train.checkpoint.trained_with import describe_base, refuse_mean, require_adapter, require_base, require_model
     from train.data.corpus import build_corpus
     from train.data.prepare_progress import show_progress
     from train.data.tokenizer import warn_of_spare_rows

@@ -167,7 +167,7 @@ def complete(model: "LoadedModel", prompt: str, *, tokens: int = 200, **how: Any
     """The continuation of a prompt, of at most so many tokens. how: temperature, top_p, seed and speculative, as in the
     section `generate`.
     """
-    from train.generate.complete import complete as continuation
+    from train.generate.generation import complete as continuation
 
     return continuation(model, prompt, tokens=tokens, **how)
 

@@ -36,8 +36,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from parallel.expert.counters import Traffic, TrafficCounters
-from parallel.expert.link import Link, Transfer
+from parallel.expert.link import Link, Traffic, TrafficCounters, Transfer
 from parallel.expert.permute import FanOut, collect, spread
 from parallel.expert.wire import HighWire, Wire
 from parallel.pipeline.overlap import yield_point

@@ -20,10 +20,9 @@ from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import _disable_current_modes
 
 from parallel.expert.all_to_all import AllToAllDispatcher
-from parallel.expert.counters import Traffic
 from parallel.expert.deep_ep import DeepEPDispatcher
 from parallel.expert.dispatcher import ChainDispatcher, DispatchPlan, ExchangeDispatcher
-from parallel.expert.link import Link, Transfer
+from parallel.expert.link import Link, Traffic, Transfer
 from parallel.expert.node_limited import NodeLimitedDispatcher
 from parallel.expert.permute import ExpertTargets, FanOut, fan_out_of, sort_entries
 from parallel.expert.wire import Wire

@@ -7,9 +7,8 @@ import torch
 
 from parallel.shard import Shard
 from tests.checkpoint.world import checkpointers, save
-from train.checkpoint.intervals import NotCovered, first_hole, merge_indexes
 from train.checkpoint.manifest import CheckpointDamaged, Entry, Manifest
-from train.checkpoint.read_shards import FolderFiles, fill_shards, load_shards
+from train.checkpoint.read_shards import FolderFiles, NotCovered, fill_shards, first_hole, load_shards, merge_indexes
 
 
 @pytest.mark.parametrize(

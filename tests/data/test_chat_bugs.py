@@ -14,9 +14,9 @@ from conf.schema import Supervise
 from tests.data import test_chats
 from tests.data.test_chats import CHATML, MARKED, tokenizer
 from train.data import chat_tokens, chats
-from train.data.chat_packing import PackedChats
 from train.data.chat_template import ChatTemplate
 from train.data.chats import Chat
+from train.data.packing import PackedChats
 from train.data.tokenizer import Tokenizer
 
 __all__ = ["tokenizer"]

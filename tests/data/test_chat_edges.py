@@ -10,11 +10,10 @@ from conf.errors import UserError
 from conf.load import compose
 from conf.schema import Data, TooLong
 from train.data import chat_tokens
-from train.data.chat_packing import PackedChats
 from train.data.chat_template import ChatTemplate, RenderedChat
 from train.data.chat_tokens import chat_tokenizer, fit_chats, learnt_tokens, tokenise_chats
-from train.data.packing import Documents
-from train.data.source_files import hash_id
+from train.data.packing import Documents, PackedChats
+from train.data.sources import hash_id
 
 
 def chats_of(*masks: str) -> Documents:

@@ -14,13 +14,12 @@ from tokenizers import Tokenizer as Backend
 from conf.errors import UserError
 from conf.load import compose
 from conf.schema import LostReasoning, MixSource, Supervise
-from train.data.chat_packing import PackedChats, pack_chats
 from train.data.chat_template import TEMPLATE_FILES, CannotRender, ChatTemplate, RenderedChat, load_template
 from train.data.chat_tokens import chat_tokenizer, learnt_tokens
 from train.data.chats import Chat, read_chat
 from train.data.corpus import build_corpus
 from train.data.dataset import TrainingData, ValidationData
-from train.data.packing import Documents
+from train.data.packing import Documents, PackedChats, pack_chats
 from train.data.prepare import PreparedData
 from train.data.show_data import show_data
 from train.data.sources import open_chats

@@ -7,8 +7,7 @@ from conf.load import compose
 from conf.schema import DataFormat, MixSource
 from train.data.docstring_chats import LONGEST_ANSWER, SHORTEST_ANSWER, read_docstring_chats
 from train.data.held_out import held_out_D
-from train.data.source_files import find_files, hash_id
-from train.data.sources import open_chats, open_source
+from train.data.sources import find_files, hash_id, open_chats, open_source
 
 CODE = '''"""Things to add.
 

@@ -7,7 +7,7 @@ import pytest
 
 from train.data import held_out
 from train.data.held_out import held_out_D, long_documents, split_documents, training_texts
-from train.data.source_files import hash_id
+from train.data.sources import hash_id
 
 
 def test_hashes_below_the_fraction_are_held_out_and_each_side_has_one():

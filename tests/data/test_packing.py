@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from train.data.mix import Schedule
+from train.data.dataset import Schedule
 from train.data.packing import Documents, Stream
 from train.data.shuffle import key, permute_N, shuffled_D
 

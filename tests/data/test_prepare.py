@@ -24,7 +24,7 @@ from train.data import corpus, tokenise
 from train.data.corpus import build_corpus
 from train.data.prefetch import Prefetch
 from train.data.prepare import PreparedData, prepare
-from train.data.source_files import place_of
+from train.data.sources import place_of
 from train.data.tokenizer import Tokenizer, in_parts, train_bpe
 
 DOCUMENTS = {

@@ -18,9 +18,8 @@ from tests.ranks import run_processes
 from train.checkpoint.stored_weights import load_model
 from train.data.corpus import build_corpus
 from train.data.tokenizer import load_tokenizer
-from train.evaluate.evaluation_rank import run_rank
+from train.evaluate.evaluation_rank import read_fillers, run_rank, search_needles
 from train.evaluate.needle import GUESSING, NEEDLE_DEPTHS, NEEDLE_KEYS, NEEDLE_TEXTS, make_needles, needle_lines
-from train.evaluate.retrieve import read_fillers, search_needles
 from train.evaluate.run import evaluate
 from train.evaluate.target import find_target
 from train.model.sequence import Positions

@@ -6,8 +6,7 @@ import torch.distributed as dist
 
 from conf.load import compose
 from parallel.expert.build import build_dispatcher
-from parallel.expert.quantized_rows import QuantizedRows, dequantize
-from parallel.expert.wire import Fp8RowsWire, Fp8Wire
+from parallel.expert.wire import Fp8RowsWire, Fp8Wire, QuantizedRows, dequantize
 from tests.expert.test_dispatch import groups_of
 from tests.ranks import run_ranks
 from train.kernels.choice import build_kernels

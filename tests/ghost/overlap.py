@@ -10,8 +10,7 @@ import torch
 import torch.distributed as dist
 
 from bench.gpu.layer import EP, RANKS_PER_NODE, Layer, layer_config
-from parallel.expert.counters import Traffic
-from parallel.expert.link import Link
+from parallel.expert.link import Link, Traffic
 from parallel.expert.stand_in import DeepEPStandIn, NodeLimitedStandIn
 from parallel.mesh import Mesh
 from parallel.pipeline.overlap import Lanes

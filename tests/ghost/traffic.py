@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from conf.schema import ROOT
-from parallel.expert.quantized_rows import QuantizedRows
+from parallel.expert.wire import QuantizedRows
 
 PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "_grouped_mm", "_scaled_mm", "_scaled_mm_v2", "_scaled_grouped_mm_v2")
 WRITTEN_OVER = {"_heads_kernel": 0}

@@ -33,11 +33,10 @@ from tests.hf.small import (
 )
 from tests.hf.test_families import write_miniature
 from tests.small import arguments
-from train.checkpoint.adapter_base import describe_base
 from train.checkpoint.stored_weights import load_hf_model, load_model
+from train.checkpoint.trained_with import describe_base
 from train.export.run import export
-from train.hf.adapter_folder import open_adapter
-from train.hf.adapter_names import adapted_tensors
+from train.hf.adapter_folder import adapted_tensors, open_adapter
 from train.hf.folder import open_folder, open_model
 from train.hf.tensor_names import tensors
 

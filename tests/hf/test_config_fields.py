@@ -13,7 +13,7 @@ from conf.schema import Model
 from tests.hf.small import FP8, MODEL, released_config
 from train.export.written_tensors import write_json
 from train.hf.config import read_model
-from train.hf.config_fields import FIELDS, FIXED, FIXED_ELSEWHERE, HARMLESS, QUANTISED, READ_APART, ROPE_FIELDS
+from train.hf.families import FIELDS, FIXED, FIXED_ELSEWHERE, HARMLESS, QUANTISED, READ_APART, ROPE_FIELDS
 
 TABLES = (set(FIELDS.values()), set(FIXED), set(FIXED_ELSEWHERE), set(READ_APART), set(HARMLESS))
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
@@ -90,7 +90,7 @@ def names(kind: type[PreTrainedConfig]) -> set[str]:
 def test_every_field_of_transformers_has_its_place():
     every = names(DeepseekV3Config) | names(Glm4MoeLiteConfig)
     nowhere = sorted(name for name in every if not any(name in table for table in TABLES))
-    assert not nowhere, f"say in train/hf/config_fields.py what becomes of {nowhere}"
+    assert not nowhere, f"say in train/hf/families.py what becomes of {nowhere}"
     every = [name for table in TABLES for name in table]
     assert len(every) == len(set(every)), "a field has one place"
     assert all(len(reason) > 10 for reason in HARMLESS.values())

@@ -18,12 +18,12 @@ from conf.schema import AdapterTarget
 from tests.layouts import run_layout
 from tests.small import SMALL, arguments, metrics
 from train.__main__ import check_before_start
-from train.checkpoint.adapter_base import describe_base
 from train.checkpoint.average import write_average
 from train.checkpoint.manifest import holds_adapter, read_manifest
 from train.checkpoint.stored_weights import load_hf_model, load_model
+from train.checkpoint.trained_with import describe_base
 from train.export.run import write_export
-from train.hf.adapter_names import ADAPTER_FILE, BASE_WEIGHTS
+from train.hf.adapter_folder import ADAPTER_FILE, BASE_WEIGHTS
 from train.hf.folder import open_folder
 
 LORA = ["adapter=lora", "adapter.rank=8", "optim.bias_speed=[{value: 0}]", "optim.lr=0.01"]

@@ -2,7 +2,7 @@
 
 import torch
 
-from train.optim.ema import Ema
+from train.loop.hooks.averaged_weights import Ema
 
 
 def test_the_average_takes_a_tenth_of_every_update():

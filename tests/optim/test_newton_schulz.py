@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from train.optim.newton_schulz import ITERATIONS, PUBLISHED_POLAR, SAFETY, orthogonalise, products
+from train.optim.matrices import ITERATIONS, PUBLISHED_POLAR, SAFETY, orthogonalise, products
 
 BANDS = {"quintic": (0.002, 0.68, 1.21), "polar_express": (0.001, 0.84, 1.13), "deepseek_v4": (0.0005, 0.999, 1.001)}
 """Where singular values end that begin, beside the norm of all, at the first number or above: of the polynomials, to two digits."""

@@ -23,9 +23,8 @@ from conf.schema import Average, Config, Mode
 from conf.words import one_line, say, say_note
 from parallel.shard import Shard
 from train.checkpoint.commit import Committer, Save
-from train.checkpoint.intervals import merge_indexes
 from train.checkpoint.manifest import Manifest, checkpoints, holds_adapter, read_manifest
-from train.checkpoint.read_shards import TORCH, FolderFiles, fill_shards
+from train.checkpoint.read_shards import TORCH, FolderFiles, fill_shards, merge_indexes
 from train.checkpoint.run_folder import find_checkpoint
 from train.checkpoint.staging import StagingBuffers
 from train.data.prepare_progress import ReportProgress, show_progress

@@ -27,8 +27,7 @@ from conf.errors import DiskFailed, UserError
 from parallel.exchange import RankNotes
 from parallel.shard import Shard
 from train.checkpoint.commit import AttemptFenced, Committer, Save, SaveAbandoned
-from train.checkpoint.intervals import NotCovered, merge_indexes
-from train.checkpoint.read_shards import load_shards
+from train.checkpoint.read_shards import NotCovered, load_shards, merge_indexes
 from train.checkpoint.staging import StagingBuffers
 
 SAVE_PATIENCE = 0.8

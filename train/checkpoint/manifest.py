@@ -166,7 +166,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def manifest_of(folder: Path, body: dict[str, Any]) -> Manifest:
-    """The manifest with this body, as `train.checkpoint.intervals.merge_indexes` makes it."""
+    """The manifest with this body, as `train.checkpoint.read_shards.merge_indexes` makes it."""
     path = folder / MANIFEST
     step, attempt, ranks = (_field(path, body, name, int) for name in ("step", "attempt", "world_size"))
     meta, files, tensors = (_field(path, body, name, dict) for name in ("meta", "files", "tensors"))

@@ -27,9 +27,8 @@ from conf.files import atomic_write_json
 from parallel.exchange import gather
 from parallel.shard import Shard
 from train.checkpoint.checkpointer import SAVE_PATIENCE
-from train.checkpoint.intervals import merge_indexes
 from train.checkpoint.manifest import CheckpointDamaged, Manifest, manifest_of
-from train.checkpoint.read_shards import FolderFiles, ReadSpan
+from train.checkpoint.read_shards import FolderFiles, ReadSpan, merge_indexes
 from train.checkpoint.staging import StagingBuffers, lay_out_shards
 
 SETS = 2

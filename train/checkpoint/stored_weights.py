@@ -29,14 +29,22 @@ from parallel.exchange import gather
 from parallel.mesh import Mesh
 from parallel.pipeline.schedule import Pipeline
 from parallel.shard import Shard, whole
-from train.checkpoint.adapter_base import describe_base, other_base, require_adapter, require_base
 from train.checkpoint.frozen_base import fill_rounded
 from train.checkpoint.manifest import Manifest, holds_adapter, read_manifest
 from train.checkpoint.read_shards import FolderFiles, fill_shards
 from train.checkpoint.run_folder import find_checkpoint
+from train.checkpoint.trained_with import describe_base, other_base, require_adapter, require_base
 from train.checkpoint.weights_mark import FillShards, MarkedPart, WeightsMark, same_weights
-from train.hf.adapter_folder import ADAPTER_FIELD, open_adapter
-from train.hf.adapter_names import ADAPTER_FILE, BASE_FORMAT, BASE_MARK, BASE_WEIGHTS, AdaptedTensor, adapted_tensors
+from train.hf.adapter_folder import (
+    ADAPTER_FIELD,
+    ADAPTER_FILE,
+    BASE_FORMAT,
+    BASE_MARK,
+    BASE_WEIGHTS,
+    AdaptedTensor,
+    adapted_tensors,
+    open_adapter,
+)
 from train.hf.families import FAMILIES
 from train.hf.folder import is_hf_folder, match, open_model
 from train.hf.read import folder_reader, parts_of

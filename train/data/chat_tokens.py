@@ -23,7 +23,7 @@ from train.data.chat_template import (
     RenderedChat,
 )
 from train.data.packing import Documents
-from train.data.source_files import hash_id, place_of
+from train.data.sources import hash_id, place_of
 from train.data.template_function import template_of
 from train.data.tokenizer import Tokenizer, load_tokenizer
 

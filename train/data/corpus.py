@@ -24,8 +24,16 @@ from train.data.held_out import all_documents, long_documents, split_documents, 
 from train.data.own_documents import KEY, OwnDocuments
 from train.data.packing import Documents
 from train.data.prepare_progress import ReportProgress, silent
-from train.data.source_files import unreadable
-from train.data.sources import DocumentSource, FileSource, format_of, no_text, open_chats, open_source, sources_of
+from train.data.sources import (
+    DocumentSource,
+    FileSource,
+    format_of,
+    no_text,
+    open_chats,
+    open_source,
+    sources_of,
+    unreadable,
+)
 from train.data.token_store import STORE_VERSION, DamagedStore, StoreWriter, TokenStore, keep_text, locked, open_store
 from train.data.tokenise import tokenise
 from train.data.tokenizer import SMALLEST_VOCAB, Tokenizer, check_fit, load_tokenizer, train_bpe

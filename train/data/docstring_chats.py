@@ -14,8 +14,7 @@ import warnings
 from collections.abc import Iterator
 
 from train.data.chats import Chat, read_chat
-from train.data.readers import read_text
-from train.data.source_files import SourceFile
+from train.data.readers import SourceFile, read_text
 
 SHORTEST_ANSWER, LONGEST_ANSWER = 12, 240
 """Characters of an answer: shorter ones say nothing, longer ones are no summaries."""

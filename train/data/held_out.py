@@ -12,8 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from train.data.packing import Documents
-from train.data.source_files import hash_id
-from train.data.sources import DocumentSource, no_text
+from train.data.sources import DocumentSource, hash_id, no_text
 from train.data.token_store import TokenStore
 from train.data.tokenizer import Tokenizer
 

@@ -19,7 +19,7 @@ from conf.own_code import TARGET, make
 from conf.schema import Config
 from train.data.packing import Documents
 from train.data.prepare_progress import ReportProgress
-from train.data.source_files import hash_id
+from train.data.sources import hash_id
 from train.data.tokenizer import Tokenizer, in_parts
 
 KEY = "data.source"

@@ -6,10 +6,11 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from conf.errors import UserError
-from train.data.source_files import SourceFile
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -25,6 +26,16 @@ file that says next to nothing must not keep a run busy for ever."""
 ZSTD_INPUT = 4 << 10
 """Bytes that are unpacked in one call: 4 bytes of Zstandard can become 128 KiB, so a call makes 128 MiB at most."""
 SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    path: Path
+    name: str
+    """Path relative to the source's root, with slashes: the same on every machine."""
+    size: int
+    modified: int
+    """mtime in ns."""
 
 
 def read_text(file: SourceFile, field: str, binary: set[str] | None) -> Iterator[tuple[str, str]]:

@@ -14,19 +14,24 @@ data.hold_out_by=name and of stdlib and docstrings, the path relative to the sou
 import hashlib
 import json
 import os
+import re
 import sysconfig
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from conf.disk import cure_of_reading
 from conf.errors import UserError
 from conf.schema import CHATS, Config, DataFormat, MixSource
 from train.data.chats import CHAT_KEYS, Chat, read_chat
 from train.data.docstring_chats import read_docstring_chats
-from train.data.hub import open_hub
 from train.data.prepare_progress import ReportProgress
+from train.data.reach import hub, offline_reason
 from train.data.readers import (
+    SourceFile,
+    check_text,
     read_jsonl,
     read_jsonl_records,
     read_parquet,
@@ -34,7 +39,8 @@ from train.data.readers import (
     read_text,
     text_key_of,
 )
-from train.data.source_files import SourceFile, content_id, digest_files, find_files, hash_id, unreadable
+from train.data.token_store import keep_text
+from train.program import install_words
 
 JSONL = (".jsonl", ".ndjson", ".jsonl.gz", ".jsonl.zst", ".ndjson.gz", ".ndjson.zst", ".json.gz", ".json.zst")
 PARQUET = (".parquet",)
@@ -248,3 +254,194 @@ def _kind(name: str) -> DataFormat:
     if name.endswith(JSONL):
         return DataFormat.jsonl
     return DataFormat.parquet if name.endswith(PARQUET) else DataFormat.text
+
+
+# Hugging Face datasets through the optional package `datasets`: hf://NAME[@CONFIG][:SPLIT], split `train` by default.
+#
+# NAME is a dataset of the hub, a folder saved with save_to_disk, or a folder that load_dataset can read. The package keeps
+# its own memory-mapped copy, so nothing here holds more than a few rows.
+
+HUB_ROWS = 256
+
+
+@dataclass
+class HubSource:
+    """One split of a dataset; a document is a row's text."""
+
+    field: str
+    name: str
+    split: str
+    text_key: str
+    table: Any
+    """A datasets.Dataset."""
+    by_content: bool
+    """Whether the content of a document decides whether it is held out, and not its row."""
+
+    @property
+    def size(self) -> int:
+        return int(self.table.data.nbytes)
+
+    def notes(self) -> list[str]:
+        return []
+
+    def digest(self, manifests: Path, progress: ReportProgress) -> str:
+        way = f"{self.text_key}:content" if self.by_content else self.text_key
+        return f"huggingface:{way}:{self.table._fingerprint}:{len(self.table)}"
+
+    def documents(self) -> Iterator[tuple[str, str]]:
+        yield from self._read(1)
+
+    def sample(self, limit: int) -> Iterator[tuple[str, str]]:
+        yield from self._read(max(1, self.size // limit))
+
+    def _read(self, step: int) -> Iterator[tuple[str, str]]:
+        """Every step-th row."""
+        rows = range(0, len(self.table), step)
+        table = self.table if step == 1 else self.table.select(rows)
+        for first, batch in zip(range(0, len(rows), HUB_ROWS), table.with_format("arrow").iter(HUB_ROWS), strict=True):
+            for row, value in zip(rows[first : first + HUB_ROWS], batch.column(self.text_key).to_pylist(), strict=True):
+                name = f"{self.split}:{row}"
+                if text := check_text(value, f"{self.name} {name}", self.text_key, self.field):
+                    yield content_id(name, text) if self.by_content else name, text
+
+
+def open_hub(path: str, text_key: str, key: str, by_content: bool = False) -> HubSource:
+    """Load the split. Raises UserError without the package, the network, the dataset, the split or the column."""
+    match = re.fullmatch(r"(?:hf://)?(.+?)(?:@([^@:/]+))?(?::([^:/]+))?", path)
+    if match is None:
+        raise UserError(key, path, "must be hf://NAME[@CONFIG][:SPLIT]", "write it so")
+    name, config, split = match[1], match[2], match[3] or "train"
+    folder = Path(name).expanduser()
+    offline = None if folder.is_dir() else offline_reason()
+    try:
+        import datasets
+    except ImportError as error:
+        rule = "needs the Python package datasets, which is not installed"
+        raise UserError(key, path, rule, f"{install_words('datasets')}; or give files") from error
+    try:
+        if any((folder / mark).is_file() for mark in ("dataset_info.json", "dataset_dict.json")):
+            table = datasets.load_from_disk(folder)
+            table = table[split] if isinstance(table, datasets.DatasetDict) else table
+        else:
+            table = datasets.load_dataset(str(folder) if folder.is_dir() else name, config, split=split)
+    except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        cure = "check name, @CONFIG and :SPLIT; without a network give files, or a folder made by save_to_disk"
+        if offline is not None:
+            reason = f"{hub()} cannot be reached ({offline}), and the dataset is not in the cache of this machine"
+        raise UserError(key, path, f"cannot be loaded: {reason}", cure) from error
+    if text_key not in table.column_names:
+        rule = f"has no column {text_key!r}, only: {', '.join(table.column_names[:20])}"
+        raise UserError(key, path, rule, f"set {text_key_of(key)} to the column of the text")
+    return HubSource(key, path, split, text_key, table, by_content)
+
+
+# Finding the files of a source, and naming their content without reading them each time.
+#
+# Which files: every file under the folder in the order of its path, except hidden ones (a name that begins with a dot, or
+# inside such a folder). Links to folders are not followed.
+
+HASHED_BYTES = 8 << 20
+RACE = 10**9 * 2
+"""ns: a file changed so shortly before it was hashed may change again within the resolution of its timestamp."""
+
+
+def find_files(root: Path, field: str, skip_folders: frozenset[str] = frozenset()) -> list[SourceFile]:
+    """The file `root`, or the files under it. Raises UserError when there is nothing to read."""
+    try:
+        if root.is_file():
+            return [_file(root, root.name)]
+        if not root.is_dir():
+            raise UserError(
+                field,
+                root,
+                "no such file or folder",
+                f"check the path; where the text lies elsewhere, give {field}=PATH",
+            )
+        found = []
+        for folder, folders, names in os.walk(root, onerror=_raise):
+            folders[:] = [name for name in folders if name[0] != "." and name not in skip_folders]
+            paths = [Path(folder, name) for name in names if name[0] != "."]
+            found += [_file(path, path.relative_to(root).as_posix()) for path in paths if path.is_file()]
+    except OSError as error:
+        raise unreadable(error, field, error.filename or root) from error
+    return sorted(found, key=lambda file: file.name)
+
+
+def unreadable(error: OSError, field: str, path: Path | str) -> UserError:
+    """The error of a file of the data that a disk does not give. Other libraries' errors have a text and no number."""
+    return UserError(field, path, f"cannot be read: {error.strerror or error}", cure_of_reading(error))
+
+
+def _file(path: Path, name: str) -> SourceFile:
+    status = path.stat()
+    return SourceFile(path, name, status.st_size, status.st_mtime_ns)
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def content_id(place: str, content: str) -> str:
+    """The stable id of a document that its content decides on; the place in front of it is for a person."""
+    return f"{place}\0{hashlib.blake2b(content.encode('utf-8', 'surrogatepass'), digest_size=16).hexdigest()}"
+
+
+def place_of(name: str) -> str:
+    """Where a document with this stable id is: its file's path in the source, with the line or row."""
+    return name.partition("\0")[0]
+
+
+def hash_id(name: str) -> int:
+    """64 bits for the stable id of a document, which decide on which side it falls."""
+    name = name.rpartition("\0")[2]
+    return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
+
+
+def digest_files(files: list[SourceFile], manifest: Path, field: str, progress: ReportProgress) -> str:
+    """Hash of the names and contents of the files.
+
+    The hash of each file is remembered in the manifest with its size and mtime, so that only changed files are read.
+    """
+    known = _read_manifest(manifest)
+    changed = [file for file in files if known.get(file.name, [])[:2] != [file.size, file.modified]]
+    total, done = sum(file.size for file in changed), 0
+    fresh: dict[str, list] = {}
+    for file in changed:
+        fresh[file.name] = [
+            file.size,
+            file.modified,
+            _digest(file, field, lambda more: progress("reading", more, total), done),
+        ]
+        done += file.size
+    entries = {file.name: fresh.get(file.name) or known[file.name] for file in files}
+    if changed:
+        settled = time.time_ns() - RACE
+        kept = {name: entry for name, entry in entries.items() if entry[1] < settled}
+        keep_text(manifest, json.dumps(kept))
+    return hashlib.blake2b(
+        json.dumps([[name, entry[2]] for name, entry in entries.items()]).encode(), digest_size=16
+    ).hexdigest()
+
+
+def _read_manifest(path: Path) -> dict[str, list]:
+    """What was remembered; a manifest that is missing or damaged remembers nothing, and is written again."""
+    try:
+        manifest = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return manifest if isinstance(manifest, dict) else {}
+
+
+def _digest(file: SourceFile, field: str, progress: Callable[[int], None], done: int) -> str:
+    """Hash of the content; progress is told the bytes read, counted from done."""
+    whole = hashlib.blake2b(digest_size=16)
+    try:
+        with file.path.open("rb") as stream:
+            while chunk := stream.read(HASHED_BYTES):
+                whole.update(chunk)
+                done += len(chunk)
+                progress(done)
+    except OSError as error:
+        raise unreadable(error, field, file.path) from error
+    return whole.hexdigest()

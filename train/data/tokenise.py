@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from train.data.source_files import hash_id
+from train.data.sources import hash_id
 from train.data.tokenizer import Tokenizer, in_parts
 
 TASK_BYTES = 1 << 20

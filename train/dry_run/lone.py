@@ -22,7 +22,7 @@ from conf.words import say
 from parallel.context import LoneContext
 from parallel.expert.build import build_stand_in, build_wire
 from parallel.mesh import build_mesh
-from parallel.pipeline.lone_stage import LoneStage
+from parallel.pipeline.stage import LoneStage
 from train.dry_run.assumed_rows import group_of
 from train.dry_run.piece import DryRunPiece
 from train.dry_run.run_phases import RunPhases

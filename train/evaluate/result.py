@@ -38,8 +38,7 @@ from conf.errors import UserError
 from conf.files import atomic_write_text
 from conf.schema import Config, HoldOutBy
 from train.data.corpus import Corpus, CorpusPart
-from train.data.dataset import ValidationData
-from train.data.mix import Schedule
+from train.data.dataset import Schedule, ValidationData
 from train.evaluate.answers import JudgedAnswers
 from train.evaluate.needle import NeedleCell, needle_lines
 from train.evaluate.observed import position_ranges

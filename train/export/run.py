@@ -1,5 +1,5 @@
 """mode=export: a checkpoint of any layout, as a folder that Hugging Face's classes load (train/hf/families.py). That of an adapter
-is written as PEFT's classes load it (train/hf/adapter_names.py), or with export.merge=true as a whole folder, added to its base.
+is written as PEFT's classes load it (train/hf/adapter_folder.py), or with export.merge=true as a whole folder, added to its base.
 
 Every tensor of theirs is an interval of one of ours (train/hf/tensor_names.py). So the export walks over theirs in order, reads
 the elements that the next few need, wherever the ranks left them, converts and writes them, and lets go: memory for a few
@@ -35,8 +35,8 @@ from train.data.chat_template import load_template, stop_ids
 from train.data.prepare_progress import ReportProgress, show_progress
 from train.data.tokenizer import GENERATION_FILE, TEMPLATE_FILES, TOKENIZER_FILE, Tokenizer
 from train.export.model_card import CARD_FILE, model_card
-from train.export.piece_writer import PieceWriter
 from train.export.written_tensors import (
+    PieceWriter,
     PlannedFile,
     WrittenTensor,
     fates,
@@ -47,11 +47,11 @@ from train.export.written_tensors import (
     source_name,
     write_json,
 )
-from train.hf.adapter_names import ADAPTER_CONFIG, ADAPTER_FILE, BASE_FORMAT, BASE_MARK, BASE_WEIGHTS, peft_config
+from train.hf.adapter_folder import ADAPTER_FILE, BASE_FORMAT, BASE_MARK, BASE_WEIGHTS, peft_config
 from train.hf.blocks import requantize
 from train.hf.config import GROUP_TOP_K, LATENT_NORM_EPS, SCALE_BLOCK, config_json
 from train.hf.families import FAMILIES, PARAMS_FILE, FamilyFacts
-from train.hf.folder import index_of
+from train.hf.folder import ADAPTER_CONFIG, index_of
 from train.hf.tensor_names import tensors
 from train.hf.tokenizer_files import with_words_of, write_tokenizer
 

@@ -18,9 +18,8 @@ from conf.load import report
 from conf.schema import Config
 from conf.words import say, sentence
 from train.generate.cache import bytes_per_token, multi_head_bytes_per_token
-from train.generate.complete import start
 from train.generate.conversation import Conversation, answer_each_line, converse
-from train.generate.generation import Generation
+from train.generate.generation import Generation, start
 from train.generate.source import LoadedModel, open_weights
 from train.generate.text import TextStream, write
 from train.rank import choose_device

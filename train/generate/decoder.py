@@ -16,8 +16,7 @@ from torch.nn import functional as F
 from conf.errors import UserError
 from conf.own_code import TARGET
 from conf.schema import Model
-from train.generate.absorbed_attention import latent_attention
-from train.generate.cache import LatentCache, Slots
+from train.generate.cache import LatentCache, Slots, latent_attention
 from train.model.block import Block
 from train.model.deepseek import DeepSeekV3
 from train.model.mla import MLA

@@ -10,17 +10,20 @@ from conf.check import check_model
 from conf.errors import UserError
 from conf.schema import Config, Model, ModelFamily, Yarn
 from conf.words import some_of
-from train.hf.config_fields import (
+from train.hf.families import (
+    FAMILIES,
     FIELDS,
     FIXED,
     FIXED_ELSEWHERE,
     HARMLESS,
+    PARAMS_FILE,
     QUANTISED,
     READ_APART,
     ROPE_FIELDS,
     ROPE_NUMBERS,
+    FamilyFacts,
+    read_fields,
 )
-from train.hf.families import FAMILIES, PARAMS_FILE, FamilyFacts, read_fields
 from train.hf.mistral_fields import GROWTH, to_params
 
 SHOWN_NAMES = 6

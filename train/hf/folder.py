@@ -15,13 +15,13 @@ from conf.disk import cure_of_reading, is_refusal
 from conf.errors import UserError
 from conf.read_json import read_json
 from conf.schema import Model, ModelFamily
-from train.hf.adapter_names import ADAPTER_CONFIG
 from train.hf.config import SCALE_BLOCK, read_model, scale_shape, some
 from train.hf.families import FAMILIES, find_family
 from train.hf.tensor_names import MTP_NAMES, SCALE, PlacedTensor, tensors
 
 STEMS = tuple({facts.stem: None for facts in FAMILIES.values()})
 """How names of files with weights begin."""
+ADAPTER_CONFIG = "adapter_config.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 PLAIN_TYPES = ("F32", "BF16", "F16")
 SCALE_TYPES = ("F32", "BF16", "F16", "F8_E8M0")

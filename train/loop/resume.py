@@ -12,13 +12,12 @@ from conf.run_paths import RunPaths
 from conf.schema import Config, ModelFamily
 from parallel.exchange import from_rank_0, gather
 from parallel.shard import Shard
-from train.checkpoint.adapter_base import require_adapter, require_base
 from train.checkpoint.checkpointer import Checkpointer
 from train.checkpoint.manifest import CheckpointDamaged, manifest_of, newest_intact, read_manifest
 from train.checkpoint.memory_copies import MemoryCopies
 from train.checkpoint.read_shards import fill_shards
 from train.checkpoint.run_folder import resume_point
-from train.checkpoint.trained_with import refuse_mean, require_model, require_tokenizer
+from train.checkpoint.trained_with import refuse_mean, require_adapter, require_base, require_model, require_tokenizer
 from train.data.prepare import PreparedData
 from train.data.streamed import StreamedData
 from train.data.tokenizer import Tokenizer

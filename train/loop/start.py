@@ -12,10 +12,9 @@ from cluster.run_files import MANIFEST
 from conf.optimizers import pretrained_with
 from conf.read_json import read_json
 from conf.schema import Config
-from train.checkpoint.adapter_base import describe_base, refuse_adapter
 from train.checkpoint.manifest import read_manifest
 from train.checkpoint.run_folder import find_checkpoint
-from train.checkpoint.trained_with import require_model, require_tokenizer
+from train.checkpoint.trained_with import describe_base, refuse_adapter, require_model, require_tokenizer
 from train.data.tokenizer import Tokenizer
 from train.hf.config import check_recipe
 from train.hf.families import CONFIG_FILE, FAMILIES

@@ -7,7 +7,7 @@
     ema.*, and others                   what hooks keep (train/loop/live_run.py): the average of the weights
 
 The rest is in the meta: step, samples (the data position), updates, the family of the folder whose weights the run started
-from, of an adapter's run its base (train/checkpoint/adapter_base.py), and on a CPU whose products the run computes with, which was
+from, of an adapter's run its base (train/checkpoint/trained_with.py), and on a CPU whose products the run computes with, which was
 measured when it began; schedules follow from the step. Nothing
 in a run draws random numbers after the weights are made, so there is no generator state to keep.
 """

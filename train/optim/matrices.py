@@ -13,6 +13,9 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
 from conf.schema import Model
 
 
@@ -70,3 +73,64 @@ def logical_matrices(name: str, shape: Sequence[int], model: Model, by_head: boo
 def _ranges(sizes: Sequence[int]) -> list[range]:
     ends = list(accumulate(sizes))
     return [range(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+
+
+# The orthogonal factor of matrices by Newton-Schulz iteration: what Muon turns a momentum into.
+#
+# With G = U S V^T, each step moves all singular values by one odd polynomial and leaves U and V as they are:
+#
+#     X <- a X + (b A + c A A) X,   A = X X^T,   from X = G / |G|   (Frobenius norm)
+#
+# so that they come near 1, and X near U V^T. Only products are needed, and no decomposition. A matrix with more rows than columns
+# is turned, which makes A the smaller of the two products. A matrix of zeros gives zeros.
+#
+# The coefficients: `quintic` is Jordan's, which leaves singular values between about 0.68 and 1.2 (Muon, kellerjordan.github.io/posts/muon;
+# Moonlight, arXiv 2502.16982); `polar_express` has other ones for each step, each the best for what the step before left (arXiv
+# 2505.16932, algorithm 1); `deepseek_v4` takes eight steps of `quintic` and then two that settle at 1 (DeepSeek-V4's report).
+#
+# Shapes: B matrices, M rows, N columns.
+
+Coefficients = tuple[float, float, float]
+QUINTIC: Coefficients = (3.4445, -4.7750, 2.0315)
+PUBLISHED_POLAR: tuple[Coefficients, ...] = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+)
+SAFETY = 1.01
+"""By so much the paper's coefficients are drawn in, as rounding may leave a singular value a little above 1."""
+
+
+ITERATIONS: dict[str, tuple[Coefficients, ...]] = {
+    "quintic": (QUINTIC,) * 5,
+    "polar_express": tuple((a / SAFETY, b / SAFETY**3, c / SAFETY**5) for a, b, c in PUBLISHED_POLAR),
+    "deepseek_v4": (QUINTIC,) * 8 + ((2.0, -1.5, 0.5),) * 2,
+}
+
+
+def orthogonalise(g_BMN: Tensor, iteration: str) -> Tensor:
+    """The orthogonal factor of each matrix, in the format of g; its products are in that format too.
+
+    The size of a matrix plays no part, from the smallest to the largest that the format has: it is divided by its largest
+    element before its norm is taken.
+    """
+    x_BMN = g_BMN / _or_one(g_BMN.abs().amax((-2, -1), keepdim=True))
+    x_BMN = x_BMN / _or_one(torch.linalg.matrix_norm(x_BMN, keepdim=True))
+    is_tall = g_BMN.size(-2) > g_BMN.size(-1)
+    x = (x_BMN.mT if is_tall else x_BMN).contiguous()
+    for a, b, c in ITERATIONS[iteration]:
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if is_tall else x
+
+
+def _or_one(sizes: Tensor) -> Tensor:
+    return sizes.where(sizes > 0, 1.0)
+
+
+def products(rows: int, columns: int, iteration: str) -> float:
+    """Operations of one matrix: three products a step, of which one is the small one."""
+    short, long = sorted((rows, columns))
+    return len(ITERATIONS[iteration]) * (4.0 * short * short * long + 2.0 * short**3)

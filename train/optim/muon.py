@@ -23,8 +23,7 @@ from conf.thresholds import THRESHOLDS
 from parallel.owners import MatrixOwners, SharedMatrix
 from parallel.shard import FlatShard, WeightPiece
 from train.optim.adamw import AdamW, moments_dtype
-from train.optim.matrices import logical_matrices
-from train.optim.newton_schulz import orthogonalise, products
+from train.optim.matrices import logical_matrices, orthogonalise, products
 
 UPDATE_SIZE = 0.2
 """The root of the mean square of AdamW's updates, as Moonlight measured it."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from conf.errors import UserError
 from train.data.readers import check_text, read_jsonl_records, read_parquet_records
-from train.data.source_files import find_files
+from train.data.sources import find_files
 
 SCORE_DATA = "score.data"
 FORMS = (("tokens",), ("prompt", "completion"), ("text",))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from conf.schema import ROOT
-from parallel.expert.quantized_rows import QuantizedRows
+from parallel.expert.wire import QuantizedRows
 from train.kernels.cpu.cpp_function import Array, Kernel, Number, Size, Struct, Table, Threads, Zeros, rows_of_table
 
 BF16, FP32 = torch.bfloat16, torch.float32

@@ -27,7 +27,7 @@ MODULES = {
     "parallel.expert.all_to_all": "experts", "parallel.expert.dispatcher": "experts", "parallel.expert.permute": "nodes",
     "parallel.expert.node_limited": "nodes", "parallel.pipeline.schedule": "pipeline", "parallel.pipeline.graph": "zbv",
     "parallel.zero.engine": "experts", "parallel.zero.whole_weights": "experts", "parallel.zero.sharded_weights": "zero 3",
-    "train.optim.adamw": "copies", "train.optim.ema": "averaged", "train.optim.schedules": "copies", "train.loop.training_engine": "copies",
+    "train.optim.adamw": "copies", "train.loop.hooks.averaged_weights": "averaged", "train.optim.schedules": "copies", "train.loop.training_engine": "copies",
     "train.loop.measure": "copies", "train.loop.state": "averaged", "parallel.expert.wire": "fp8 wire",
     "train.kernels.fp8.experts": "fp8", "train.kernels.fp8.linear": "fp8", "train.kernels.fp8.cast_rules": "fp8", "train.kernels.fp8.swiglu": "fp8",
 }  # fmt: skip

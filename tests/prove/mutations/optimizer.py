@@ -11,9 +11,9 @@ from parallel.zero import engine
 from parallel.zero.engine import Zero
 from tests.prove.mutations.registry import FORWARD, OURS, SETTINGS, UPDATE, mutation
 from tests.prove.mutations.seams import Seams
+from train.loop.hooks.averaged_weights import Ema
 from train.optim import adamw, schedules
 from train.optim.adamw import AdamW
-from train.optim.ema import Ema
 from train.optim.schedules import Schedules
 
 

@@ -127,7 +127,7 @@ def run_products(
 
 def readable(x: Tensor) -> Tensor:
     """A tensor's values side by side in memory along the last axis or the one before, and with its values there
-    (`parallel.expert.quantized_rows` has others, and gives them to torch's operations alone).
+    (`parallel.expert.wire` has others, and gives them to torch's operations alone).
     """
     x = x if type(x) in PLAIN_CLASSES else x.view(x.shape)
     return x if 1 in x.stride()[-2:] else x.contiguous()

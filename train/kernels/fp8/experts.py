@@ -10,7 +10,7 @@
                 dw2 = Q'(D(Q(dy)))^T Q'(a)             dy is what the dispatcher's wire brought: FP8 already
 
 Where products want rows padded per expert to 128, that is done once, on entry (train/kernels/fp8/groups.py).  Where the
-dispatcher's wire is FP8, x and dy arrive quantised (parallel/expert/quantized_rows.py).  They are taken as they are if the rules
+dispatcher's wire is FP8, x and dy arrive quantised (parallel/expert/wire.py).  They are taken as they are if the rules
 ask for that very cast: then Q(x) and Q(dy) above are what the wire brought, and quantising its values again would give the same.
 
 Shape suffixes: R rows sorted by expert, P rows as products take them, D width, F inner width, E experts.
@@ -21,7 +21,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from parallel.expert.quantized_rows import QuantizedRows
+from parallel.expert.wire import QuantizedRows
 from train.kernels.fp8 import swiglu
 from train.kernels.fp8.cast_rules import CastRules, OperandRule, Product
 from train.kernels.fp8.engines import Fp8Engine, Source, pack_sources, unpack_sources

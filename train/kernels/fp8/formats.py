@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from parallel.expert.quantized_rows import TILE
+from parallel.expert.wire import TILE
 
 MX_TILE = 32
 """Values along a contraction that share a scale in MXFP8 (OCP Microscaling Formats, v1.0)."""

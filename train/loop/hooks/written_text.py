@@ -8,7 +8,7 @@ from conf.schema import Config
 from train.checkpoint.manifest import newest_intact, read_manifest
 from train.checkpoint.stored_weights import fits_here
 from train.data.tokenizer import Tokenizer
-from train.generate.complete import complete
+from train.generate.generation import complete
 from train.generate.source import from_checkpoint
 from train.loop.live_run import LiveRun
 from train.metrics.report import SAMPLE, read_written_texts

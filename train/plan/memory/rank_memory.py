@@ -263,7 +263,9 @@ def _moments(
             )
     owned = sum(group.scattered if config.parallel.zero == 3 else group.partition for group in groups)
     averaged, copied = config.optim.ema_decay > 0, config.checkpoint.every_memory > 0
-    host["average"] = averaged * 2 * FP32_BYTES * owned  # and the weights on their way to it (train/optim/ema.py)
+    host["average"] = (
+        averaged * 2 * FP32_BYTES * owned
+    )  # and the weights on their way to it (train/loop/hooks/averaged_weights.py)
     copy = {
         weight: size
         for weight, size in kept_elements(config, groups, stage_rank)

@@ -13,7 +13,7 @@ import numpy as np
 
 from conf.dispatches import Reach
 from conf.schema import Config, Model
-from parallel.expert.quantized_rows import TILE
+from parallel.expert.wire import TILE
 from parallel.layout import Layout
 
 SAMPLES = 4096

@@ -18,8 +18,7 @@ from conf.schema import Config
 from parallel.layout import Layout
 from parallel.owners import KEEPS
 from train.model.count import count_parameters
-from train.optim.matrices import logical_matrices
-from train.optim.newton_schulz import products
+from train.optim.matrices import logical_matrices, products
 from train.plan.job import device_kind
 from train.plan.memory.part import FrozenSection
 from train.plan.memory.rank_memory import chunk_parts

@@ -94,7 +94,7 @@ class Sizes:
 
     @property
     def arrive_in_fp8(self) -> bool:
-        """Whether experts take the rows of an FP8 wire as they come (parallel/expert/quantized_rows.py): not those that want tiles of 32."""
+        """Whether experts take the rows of an FP8 wire as they come (parallel/expert/wire.py): not those that want tiles of 32."""
         parallel = self.config.parallel
         return parallel.ep > 1 and parallel.wire == "fp8" and self.fp8("experts_up") and not self.mx("experts_up")
 
