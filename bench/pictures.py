@@ -17,10 +17,10 @@ from pathlib import Path
 
 from conf.load import compose
 from conf.schema import ROOT
-from train.metrics.report import write_report
 from train.plan.budget import make_plan
 from train.plan.report.plan_page import write_page
 from train.plan.report.plan_record import plan_record
+from train.show.report import write_report
 
 DOCS = ROOT / "train" / "docs"
 PLANNED = ("conf=deepseek_v3", "mode=plan", "parallel.schedule=1f1b")

@@ -16,7 +16,7 @@ import train
 from conf.load import compose
 from parallel.zero.engine import import_deepspeed
 from tests.composing import keep_groups
-from train.metrics.report import write_report
+from train.show.report import write_report
 
 with mock.patch("train.kernels.cpu.processor.tune_cpu"):
     import train.worker

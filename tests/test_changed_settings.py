@@ -7,7 +7,7 @@ import pytest
 from conf.changed_settings import EFFECTS, REMARKS, Effect, changed, effect_of, flat, settings_of
 from conf.load import compose
 from conf.schema import Config
-from tests.metrics.wandb_file import records
+from tests.show.wandb_file import records
 from tests.small import metrics, train
 from train.checkpoint.manifest import read_manifest, seal
 

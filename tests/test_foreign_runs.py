@@ -26,7 +26,7 @@ from train.checkpoint.run_folder import RunFolder, is_held
 from train.command.top_state import RunReader
 from train.command.why import main as why
 from train.loop.finish import finish_run
-from train.metrics.report import write_report
+from train.show.report import write_report
 
 KEPT = "a file of mine"
 

@@ -15,15 +15,15 @@ import pytest
 from conf.errors import EXIT_DIVERGED, EXIT_STOPPED, EXIT_USER
 from conf.load import compose
 from conf.schema import ROOT
-from tests.metrics.wandb_file import run_records
 from tests.ranks import run_module, start_module
+from tests.show.wandb_file import run_records
 from tests.small import Started, arguments, environment, metrics, train, train_in_shell, trajectory
 from train.__main__ import main
 from train.checkpoint.manifest import newest_intact, verify
 from train.metrics.names import SCALARS
 from train.metrics.origin import read_starts
-from train.metrics.report import read_written_texts
 from train.model.count import flops_per_token
+from train.show.report import read_written_texts
 
 
 @pytest.fixture(scope="module")

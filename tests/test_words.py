@@ -37,9 +37,9 @@ from train.data.token_store import DamagedStore, open_store
 from train.data.tokenizer import named_token
 from train.hf.config import read_model
 from train.hf.folder import open_folder
-from train.metrics.goodput import last_failure
-from train.metrics.progress import Progress
-from train.metrics.wandb_items import alert
+from train.metrics.wall_time import last_failure
+from train.show.screens import Progress
+from train.show.wandb_sink import alert
 
 EVIL = "\x1b[31mred\x9b2J\u202egnp\u2066\x00\x07\r\nerror: FORGED\n  cure: FORGED\u2028[red]:smile:"
 NAME = EVIL.replace("\0", "")

@@ -46,13 +46,13 @@ from train.loop.layout_check import check_layout  # noqa: E402
 from train.model.count import checkpoint_bytes  # noqa: E402
 
 MODE_FUNCTIONS = {
-    Mode.report: "train.metrics.compare:print_reports",
+    Mode.report: "train.show.compare:print_reports",
     Mode.export: "train.export.run:export",
     Mode.average: "train.checkpoint.average:write_average",
     Mode.evaluate: "train.evaluate.run:evaluate",
     Mode.generate: "train.generate.command:generate",
     Mode.score: "train.score.run:score",
-    Mode.dashboard: "train.metrics.dashboard:build_dashboard",
+    Mode.dashboard: "train.show.dashboard:build_dashboard",
     Mode.plan: "train.plan.run:run_plan",
     Mode.dry_run: "train.dry_run.run:dry_run",
     Mode.prove: "train.prove.run:prove",
@@ -78,7 +78,7 @@ def main(configs: list[Config]) -> int:
         raise
     finally:
         if len(configs) > 1 and configs[0].mode is Mode.train and is_driver():
-            from train.metrics.sweep import sweep_screen
+            from train.show.compare import sweep_screen
 
             sweep_screen(configs, codes)
     return max(codes)
@@ -101,7 +101,7 @@ def _train(config: Config, alone: bool) -> int:
     """alone: the only run of this process, which may then be its rank."""
     from train.checkpoint.run_folder import RunFolder
     from train.metrics.origin import record_start
-    from train.metrics.writer import tell_of_end
+    from train.show.writer import tell_of_end
 
     if config.epochs is not None:
         from train.data.prepare import with_steps  # reads the data
@@ -134,7 +134,7 @@ def check_before_start(config: Config) -> None:
     from train.kernels.deterministic import check_settings
     from train.kernels.device import check_memory
     from train.kernels.gpu_check import check_gpu
-    from train.metrics.prometheus import require_port
+    from train.show.prometheus import require_port
 
     check_layout(config)
     if given_place() is not None:

@@ -49,13 +49,13 @@ from train.loop.trainer import Trainer
 from train.loop.training_engine import Engine
 from train.metrics.origin import record_machine
 from train.metrics.peak import peak_flops
-from train.metrics.wandb_items import sample_table
-from train.metrics.writer import open_writer
 from train.model.count import flops_per_token
 from train.model.operations import Kernels
 from train.optim.schedules import Schedules
 from train.parallelize import parallelize
 from train.rank import guarded, in_turn, set_up_rank
+from train.show.wandb_sink import sample_table
+from train.show.writer import open_writer
 
 
 def preload() -> None:

@@ -8,8 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from conf.errors import UserError
-from train.data import reach
-from train.data import sources as hub
+from train.data import reach, sources
 
 
 @pytest.fixture(autouse=True)
@@ -46,4 +45,4 @@ def test_a_dataset_that_is_not_here_is_not_looked_for_in_vain(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", library)
     monkeypatch.setattr(reach, "_unreachable", lambda address: "no route to host")
     with pytest.raises(UserError, match=r"cannot be reached \(no route to host\), and the dataset is not in the cache"):
-        hub.open_hub("hf://wiki/text", "text", "data.path")
+        sources.open_hub("hf://wiki/text", "text", "data.path")

@@ -4,7 +4,7 @@ import pytest
 from rich.console import Console
 
 from conf.load import compose
-from tests.metrics.test_wandb_items import EVALUATION, tables
+from tests.show.test_wandb_items import EVALUATION, tables
 from train.evaluate import evaluation_rank as rank
 
 

@@ -8,11 +8,11 @@ import pytest
 from cluster.driver.journal import Journal, read_events
 from conf.load import compose
 from tests.disks import fill, small_disk
-from tests.metrics.wandb_file import history
-from train.metrics.goodput import GoodputRecord
+from tests.show.wandb_file import history
 from train.metrics.jsonl import read_heads
-from train.metrics.report import write_report
-from train.metrics.writer import open_writer
+from train.metrics.wall_time import GoodputRecord
+from train.show.report import write_report
+from train.show.writer import open_writer
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ import torch
 
 from train.metrics.jsonl import JsonlSink, encode_record, read_heads, read_steps
 from train.metrics.names import LAYERS, LAYERS_MARK, SCALARS
-from train.metrics.progress import Progress
-from train.metrics.writer import MetricsWriter
+from train.show.screens import Progress
+from train.show.writer import MetricsWriter
 
 
 def record(step: int, **more: object) -> dict:

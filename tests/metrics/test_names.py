@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.metrics.wandb_file import history
+from tests.show.wandb_file import history
 from tests.small import metrics, train
 from train.metrics.names import EVENTS, LAYERS, SCALARS, WANDB, table_name
 

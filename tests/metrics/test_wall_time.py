@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from train.metrics.report import write_report
 from train.metrics.wall_time import split_wall_time
-from train.metrics.writer import _with_steps_again
+from train.show.report import write_report
+from train.show.writer import _with_steps_again
 
 EVENTS = [
     (1000, "launch", {"world": 4}),

@@ -17,8 +17,6 @@ from conf.run_paths import RunPaths
 from conf.schema import ROOT, Config
 from tests.prove.proofs import gather_evidence, small_proof
 from tests.small import SMALL, environment
-from train.metrics.proof_rows import describe_proven, report_rows
-from train.metrics.report import write_report
 from train.prove import judge as judging
 from train.prove.card import write_card
 from train.prove.certificate import Certificate, sharpness_of
@@ -29,6 +27,8 @@ from train.prove.layouts import in_layout, layout_name, passes_of, second_layout
 from train.prove.miniature import shrink
 from train.prove.reference import choose, weight_shapes
 from train.prove.run import prove
+from train.show.proof_rows import describe_proven, report_rows
+from train.show.report import write_report
 
 ROOM = ["model.mtp_depth=2", "data.mask_documents=true", "optim.clip=0.1"]
 LAYOUTS = {

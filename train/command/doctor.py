@@ -26,8 +26,8 @@ from conf.screen import Terminal
 from train import __version__
 from train.kernels.cpu.processor import cpu_name
 from train.kernels.fp8.installed import version
-from train.metrics.screens import GOOD, WARN, show_rows
 from train.program import COMMAND, DISTRIBUTION
+from train.show.screens import GOOD, WARN, show_rows
 
 FEATURES = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
 """Features of CPUs, as Linux calls them, that the compiled code or torch's products gain by."""

@@ -20,8 +20,8 @@ from conf.files import read_plain_json
 from train.checkpoint.run_folder import is_held
 from train.metrics.jsonl import METRICS_FILE, read_last_lines
 from train.metrics.names import Record
-from train.metrics.report import read_settings
 from train.metrics.wall_time import WallTime, split_wall_time
+from train.show.report import read_settings
 
 SHOWN_EVENTS = 200
 WALL_TIME_EVERY = 10.0

@@ -15,12 +15,12 @@ from train.dry_run.expected import ExpectedTimes, Times, plan_again
 from train.dry_run.lone import MeasuredRank
 from train.dry_run.piece import DryRunPiece
 from train.metrics.quantities import error, gib, seconds
-from train.metrics.screens import GOOD, WARN, show_rows
 from train.plan.budget import verdict_of
 from train.plan.memory.rank_memory import chunk_parts, phases, rank_memory, scene_of
 from train.plan.memory.rank_weights import FP32_BYTES, rank_weights
 from train.plan.report.plan_record import reserve_words
 from train.plan.reserve import reserve_of, tensor_memory
+from train.show.screens import GOOD, WARN, show_rows
 
 DRY_RUN_FILE = "dry_run.json"
 ACTION_NAMES = {

@@ -50,14 +50,13 @@ from train.kernels.choice import choose_kernels
 from train.kernels.gpu_check import probe_in_turn
 from train.kernels.precision import activation_dtype
 from train.loop.validation import Sums, held_out_loss
-from train.metrics.report import write_report
-from train.metrics.wandb_items import evaluation_tables
-from train.metrics.wandb_sink import wants_wandb
-from train.metrics.writer import open_wandb
 from train.model.deepseek import DeepSeekV3
 from train.model.sequence import Positions
 from train.parallelize import build_pipeline
 from train.rank import guarded, in_turn, set_up_rank
+from train.show.report import write_report
+from train.show.wandb_sink import evaluation_tables, wants_wandb
+from train.show.writer import open_wandb
 
 # Runs a model, in any layout, on the texts of the needle test (train/evaluate/needle.py).
 #

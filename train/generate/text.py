@@ -5,7 +5,7 @@ from typing import TextIO
 
 from conf.errors import UserError
 from train.data.tokenizer import Tokenizer
-from train.metrics.screens import printable
+from train.show.screens import printable
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"
 

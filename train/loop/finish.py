@@ -13,10 +13,10 @@ from conf.words import say
 from train.checkpoint.manifest import newest_intact, read_manifest
 from train.metrics.jsonl import read_heads
 from train.metrics.origin import command_to_go_on
-from train.metrics.planned import plan_rows, plan_words
-from train.metrics.report import write_report
-from train.metrics.screens import final_screen, stopped_screen
-from train.metrics.series import Series, read_series, tail_mean
+from train.show.planned import plan_rows, plan_words
+from train.show.report import write_report
+from train.show.screens import final_screen, stopped_screen
+from train.show.series import Series, read_series, tail_mean
 
 
 def finish_run(config: Config, code: int, seconds: float, wandb: str | None, text: str | None) -> None:

@@ -45,8 +45,8 @@ if TYPE_CHECKING:
     from train.loop.saver import Saver
     from train.loop.state import RunState
     from train.loop.training_engine import Engine, StepOutcome
-    from train.metrics.writer import MetricsWriter
     from train.optim.schedules import StepPlan
+    from train.show.writer import MetricsWriter
 
 HOOK_METHODS = {
     "on_start": "run",

@@ -10,7 +10,6 @@ from conf.errors import EXIT_INTERRUPTED, EXIT_OK
 from conf.files import atomic_write_text
 from conf.schema import Config
 from conf.words import say
-from train.metrics.planned import PLAN_FILE
 from train.plan.budget import later_phases, make_plan
 from train.plan.report.plan_page import PLAN_PAGE, write_page
 from train.plan.report.plan_record import plan_record
@@ -18,6 +17,7 @@ from train.plan.report.plan_screen import calibration_screen, plan_screen, searc
 from train.plan.search.changes import write_parallel
 from train.plan.search.cures import find_cures, find_split, find_stages
 from train.plan.search.search import FoundLayout, Search, search
+from train.show.planned import PLAN_FILE
 
 
 def tell_best(found: FoundLayout) -> None:

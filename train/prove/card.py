@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from conf.files import atomic_write_text
-from train.metrics.proof_rows import PROOF_CARD_FILE, PROOF_FILE
 from train.prove.certificate import PROOFS_SAY, Certificate, sharpness_of
+from train.show.proof_rows import PROOF_CARD_FILE, PROOF_FILE
 
 VERIFIED = {
     "forward": (

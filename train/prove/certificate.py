@@ -12,10 +12,10 @@ from rich.console import Console
 
 from conf.files import atomic_write_text
 from conf.screen import Terminal
-from train.metrics.proof_rows import PROOF_CARD_FILE, PROOF_FILE
 from train.metrics.quantities import duration
-from train.metrics.screens import GOOD, WARN, show_rows
 from train.prove.findings import Difference, ProofVerdict, first_of
+from train.show.proof_rows import PROOF_CARD_FILE, PROOF_FILE
+from train.show.screens import GOOD, WARN, show_rows
 
 PROOFS_SAY = {
     "exact": "in fp64, without an optimizer: the model, its pipeline and its dispatchers are the reference's function",
@@ -64,7 +64,7 @@ class Certificate:
     differences: Sequence[Difference]
     """In the order of the computation."""
     proven: Mapping[str, Any] = field(default_factory=dict)
-    """The recipe, layout and code that were proven, see `train.metrics.proof_rows.describe_proven`."""
+    """The recipe, layout and code that were proven, see `train.show.proof_rows.describe_proven`."""
     own_code: Mapping[str, str] = field(default_factory=dict)
     """Import paths of the user's code by key, which no proof runs."""
 

@@ -21,8 +21,8 @@ from conf.run_paths import RunPaths
 from conf.schema import Config
 from train.kernels.cpu.processor import tune_cpu
 from train.loop.layout_check import check_layout
-from train.metrics.proof_rows import PROOF_CARD_FILE, PROOF_FILE, describe_proven
 from train.prove.layouts import PROOFS, in_layout, layout_name, second_layout
+from train.show.proof_rows import PROOF_CARD_FILE, PROOF_FILE, describe_proven
 
 PROOF_FOLDER = "prove"
 """In the run's folder: configuration, logs, and while a proof runs its checkpoints and evidence."""

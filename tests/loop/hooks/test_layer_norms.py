@@ -12,7 +12,7 @@ from tests.small import MODEL, metrics, train
 from train.checkpoint.manifest import read_manifest
 from train.checkpoint.read_shards import load_shards
 from train.loop.hooks import layer_norms
-from train.metrics.report import write_report
+from train.show.report import write_report
 
 LAYOUTS = {
     "alone": [],

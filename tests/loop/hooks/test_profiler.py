@@ -11,7 +11,7 @@ from conf.schema import ROOT
 from tests.ranks import run_module
 from tests.small import arguments, environment
 from train.loop.hooks.profiler import OTHER, PART_NAMES, TABLE_ROWS
-from train.metrics.report import write_report
+from train.show.report import write_report
 
 
 def watched(folder, name: str, *words: str):

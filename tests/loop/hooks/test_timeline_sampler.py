@@ -5,10 +5,10 @@ from collections import Counter
 import pytest
 
 from tests.layouts import run_layout
-from tests.metrics.test_report import plots
+from tests.show.test_report import plots
 from tests.small import MODEL, metrics
-from train.metrics.report import write_report
 from train.metrics.timeline_file import read_timeline
+from train.show.report import write_report
 
 STEPS, MICRO_BATCHES, EP = 4, 4, 2
 PIPELINE = [

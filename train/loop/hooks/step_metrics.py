@@ -11,7 +11,7 @@ from train.loop.hooks.rank_progress import peak_memory
 from train.loop.live_run import LiveRun
 from train.metrics.balance import balance_record
 from train.metrics.names import Record
-from train.metrics.wandb_items import checkpoint
+from train.show.wandb_sink import checkpoint
 
 
 @dataclass

@@ -11,9 +11,9 @@ from train.data.tokenizer import Tokenizer
 from train.generate.generation import complete
 from train.generate.source import from_checkpoint
 from train.loop.live_run import LiveRun
-from train.metrics.report import SAMPLE, read_written_texts
-from train.metrics.screens import quoted_lines
-from train.metrics.wandb_items import sample_table
+from train.show.report import SAMPLE, read_written_texts
+from train.show.screens import quoted_lines
+from train.show.wandb_sink import sample_table
 
 SAMPLE_TEMPERATURE = 0.8
 KEPT_SAMPLES = 100

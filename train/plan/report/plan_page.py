@@ -13,12 +13,8 @@ from typing import Any
 import plotly.graph_objects as go
 
 from conf.files import atomic_write_text
-from train.metrics.headline import Card
 from train.metrics.names import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY
-from train.metrics.pipeline_figures import timeline_figure
-from train.metrics.plot import Figure, figure, set_look
 from train.metrics.quantities import GIB, amount, gib, length_of_run, seconds, share
-from train.metrics.report_page import HOW_TO_READ, cards_html, closing, figure_html, opening, table_html
 from train.metrics.timeline_file import SampledStep
 from train.plan.budget import RunPlan
 from train.plan.job import layout_of
@@ -31,6 +27,10 @@ from train.plan.report.plan_record import (
     verdict,
 )
 from train.plan.search.cures import FasterSplit
+from train.show.headline import Card
+from train.show.pipeline_figures import timeline_figure
+from train.show.plot import Figure, figure, set_look
+from train.show.report_page import HOW_TO_READ, cards_html, closing, figure_html, opening, table_html
 
 PLAN_PAGE = "plan.html"
 BAR_COLOURS = (BLUE, SKY, GREEN, "#93D9C3", ORANGE, "#E69F00", PURPLE, "#7A8B1C", GREY, "#B0B4BA", "#5B4A8A", "#C9A27E")

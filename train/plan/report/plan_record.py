@@ -12,7 +12,6 @@ from conf.own_code import targets_of
 from conf.schema import Config, Hardware
 from parallel.pipeline.orders import Action
 from train.kernels.cpu.processor import cpu_name
-from train.metrics.planned import recipe_of
 from train.metrics.quantities import amount, gib, length_of_run, seconds, share
 from train.parallelize import stage_layers
 from train.plan.budget import Budget, RunPlan
@@ -24,6 +23,7 @@ from train.plan.time.rates import load_rates
 from train.plan.time.stages import Stages
 from train.plan.time.step_time import StepTime
 from train.plan.time.traffic import latent_bytes
+from train.show.planned import recipe_of
 
 
 def plan_record(

@@ -10,9 +10,7 @@ from rich.console import Console
 
 from conf.schema import Config
 from conf.screen import Terminal
-from train.metrics.planned import PLAN_FILE
 from train.metrics.quantities import amount, gib, seconds, share
-from train.metrics.screens import GOOD, WARN, show_rows
 from train.model.count import count_adapter, count_parameters
 from train.optim.matrices import logical_matrices
 from train.plan.budget import RunPlan, Verdict
@@ -31,6 +29,8 @@ from train.plan.report.plan_record import (
 )
 from train.plan.search.cures import Cure, FasterSplit
 from train.plan.search.search import FoundLayout, Search
+from train.show.planned import PLAN_FILE
+from train.show.screens import GOOD, WARN, show_rows
 
 
 def plan_screen(

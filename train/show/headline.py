@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from train.metrics.balance import HORIZON
 from train.metrics.names import Record
 from train.metrics.quantities import duration, short
-from train.metrics.series import Series, last, median, tail_mean
+from train.show.series import Series, last, median, tail_mean
 
 RESUMES = 8
 """Resumes with other settings that the report tells of, the newest ones."""

@@ -11,8 +11,8 @@ import pytest
 
 from conf.errors import UserError
 from conf.load import compose
-from train.metrics.prometheus import MOST_CONNECTIONS, PrometheusSink, prometheus_text, require_port
-from train.metrics.writer import open_writer
+from train.show.prometheus import MOST_CONNECTIONS, PrometheusSink, prometheus_text, require_port
+from train.show.writer import open_writer
 
 
 def test_the_newest_step_is_told_and_nothing_else(tmp_path):

@@ -16,8 +16,8 @@ from typing import Any
 import plotly.io
 from plotly.offline import get_plotlyjs
 
-from train.metrics.headline import Card
-from train.metrics.plot import DARK, Figure
+from train.show.headline import Card
+from train.show.plot import DARK, Figure
 
 HOW_TO_READ = "Drag over a figure to zoom, double-click to zoom out; click on a name to hide its curve."
 NO_NETWORK = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"

@@ -8,12 +8,11 @@ from rich.console import Console
 
 from conf.errors import EXIT_CRASH, EXIT_OK, EXIT_STOPPED, UserError
 from conf.load import compose
-from tests.metrics.synthetic import write_run
-from tests.metrics.test_report import outline, plots
+from tests.show.synthetic import write_run
+from tests.show.test_report import outline, plots
 from tests.small import train
 from train import __main__ as program
-from train.metrics.compare import write_reports
-from train.metrics.sweep import sweep_screen
+from train.show.compare import sweep_screen, write_reports
 
 
 def write_sweep(folder, rates=("1e-3", "2e-3")):

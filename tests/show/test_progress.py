@@ -7,8 +7,8 @@ import threading
 import pytest
 from rich.console import Console
 
-from train.metrics.progress import MIN_BAR, Progress, StepClock, fit, parts
 from train.metrics.quantities import duration, short
+from train.show.screens import MIN_BAR, Progress, StepClock, fit, parts
 
 RECORD = {
     "step": 120,

@@ -7,8 +7,8 @@ import numpy as np
 import plotly.graph_objects as go
 
 from train.metrics.names import BLUE, GREEN, PURPLE
-from train.metrics.plot import IDLE, Figure, figure, set_look
 from train.metrics.timeline_file import SampledStep
+from train.show.plot import IDLE, Figure, figure, set_look
 
 PICTURE_ROWS, BARS = 16, 12_000
 """Pipeline ranks and actions that the picture draws, at most."""

@@ -15,7 +15,7 @@ from conf.schema import Config
 from train.kernels.cpu.processor import cpu_name
 from train.metrics.names import Record
 from train.metrics.quantities import error, gib, seconds, share
-from train.metrics.series import Series, last, median
+from train.show.series import Series, last, median
 
 PLAN_FILE = "plan.json"
 ACTION_SUMS = {

@@ -13,12 +13,12 @@ from conf.schema import ROOT, Rate
 from train.kernels.choice import build_kernels
 from train.kernels.cpu.processor import cpu_name
 from train.metrics.jsonl import read_heads
-from train.metrics.planned import plan_rows, plan_words, planned
-from train.metrics.report import write_report
-from train.metrics.screens import final_screen
-from train.metrics.series import read_series
-from train.metrics.writer import open_writer
 from train.plan.run import run_plan
+from train.show.planned import plan_rows, plan_words, planned
+from train.show.report import write_report
+from train.show.screens import final_screen
+from train.show.series import read_series
+from train.show.writer import open_writer
 
 LOG = ["log.wandb=disabled", "log.progress=false"]
 

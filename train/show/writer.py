@@ -4,7 +4,9 @@ The trainer of the logging rank opens one MetricsWriter and hands it one flat re
 names.py. Sinks are independent; none of them stops the training.
 """
 
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,16 +18,58 @@ from conf.changed_settings import settings_of
 from conf.errors import EXIT_DIVERGED, DiskFailed
 from conf.schema import Config
 from conf.words import say
-from train.metrics.goodput import GoodputRecord, last_failure
 from train.metrics.jsonl import METRICS_FILE, JsonlSink, read_last
 from train.metrics.names import Record
 from train.metrics.origin import read_starts
-from train.metrics.planned import planned
-from train.metrics.progress import Progress
-from train.metrics.prometheus import PrometheusSink
-from train.metrics.report_sink import ReportSink
-from train.metrics.wandb_items import Item, alert
-from train.metrics.wandb_sink import WandbSink, wants_wandb
+from train.metrics.wall_time import GoodputRecord, last_failure
+from train.show.planned import planned
+from train.show.prometheus import PrometheusSink
+from train.show.screens import Progress
+from train.show.wandb_sink import Item, WandbSink, alert, wants_wandb
+
+# report.html while a run trains: written now and then by a process of its own, at a low priority, so that no step waits for it.
+#
+# Writing costs that process some seconds of a core. It starts no sooner than ten times as long after the one before.
+
+REPORT_EVERY = 300.0
+"""Seconds between writings of the page while the run trains, by a process of its own at a low priority."""
+FIRST_REPORT = 60.0
+"""Seconds after the first step."""
+IDLE_TIMES = 10.0
+"""How much longer than a writing took the pause behind it is, at least."""
+
+
+class ReportSink:
+    """Has the report written while records come. Wait for its end, or have it ended, by `close`."""
+
+    def __init__(self, run_folder: Path, every: float = REPORT_EVERY):
+        """every: seconds between two, at least."""
+        self._folder, self._every = run_folder, every
+        self._child: subprocess.Popen | None = None
+        self._began = time.monotonic()
+        self._next = self._began + min(FIRST_REPORT, every)
+
+    def write(self, record: Record) -> None:
+        """Start another writing if it is time. What it costs beyond that is not this process's."""
+        now = time.monotonic()
+        if self._child is not None and self._child.poll() is not None:
+            self._child = None
+            self._next = max(self._began + self._every, now + IDLE_TIMES * (now - self._began))
+        if self._child is None and now >= self._next:
+            command = [sys.executable, "-m", "train.show.report", str(self._folder)]
+            quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+            self._child = subprocess.Popen(command, **quiet)
+            self._began = now
+
+    def close(self) -> None:
+        """No older report is written over the last one after this."""
+        if self._child is not None:
+            self._child.kill()
+            self._child.wait()
+            self._child = None
+            for begun in self._folder.glob(".report.html.*.tmp"):
+                begun.unlink()
+
 
 SELDOM = {"validation_loss", "weight_norm"}
 """What is measured in few steps, and recorded in each of them."""

@@ -6,9 +6,9 @@ import sys
 import pytest
 
 from conf.load import compose
-from tests.metrics.wandb_file import history, records
+from tests.show.wandb_file import history, records
 from train.metrics.jsonl import read_heads
-from train.metrics.writer import open_writer
+from train.show.writer import open_writer
 
 
 @pytest.mark.slow
@@ -50,6 +50,6 @@ def test_resuming_shows_and_keeps_the_steps_before(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_importing_the_writer_loads_neither_wandb_nor_plotly():
-    code = "import sys, train.metrics.writer; print([m for m in ('wandb', 'plotly', 'torch') if m in sys.modules])"
+    code = "import sys, train.show.writer; print([m for m in ('wandb', 'plotly', 'torch') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert result.stdout == "[]\n"

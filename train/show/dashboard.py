@@ -16,8 +16,8 @@ from conf.files import atomic_write_text
 from conf.schema import Config, Model
 from conf.words import say
 from train.metrics.names import SCALARS, WANDB
-from train.metrics.wandb_sink import PROJECT, has_key, layer_key
 from train.model.count import moe_layers
+from train.show.wandb_sink import PROJECT, has_key, layer_key
 
 DASHBOARD_FILE = "dashboard.json"
 

@@ -15,7 +15,7 @@ import plotly.graph_objects as go
 
 from train.metrics.names import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, Curve
 from train.metrics.quantities import short
-from train.metrics.series import POINTS, Series, smoothed, stretch_means, thin
+from train.show.series import POINTS, Series, smoothed, stretch_means, thin
 
 LINE_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, GREY)
 IDLE = "#E3E5E8"
@@ -105,7 +105,7 @@ def add_tokens_axis(plot: go.Figure, series: Series) -> None:
 
 
 def set_look(plot: go.Figure, height: int = 320) -> go.Figure:
-    """The look that all figures share; train/metrics/report_page.py adds what depends on light or dark."""
+    """The look that all figures share; train/show/report_page.py adds what depends on light or dark."""
     plot.update_layout(
         height=height,
         margin={"l": 70, "r": 20, "t": 30, "b": 50},

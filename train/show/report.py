@@ -6,6 +6,8 @@ report can be written again at any time, also beside a run that still trains or 
 
 import datetime
 import html
+import os
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,22 +20,21 @@ from cluster.run_files import STEP_FOLDERS
 from conf.errors import UserError, first_line
 from conf.files import atomic_write_text, read_plain, read_plain_json
 from train.checkpoint.run_folder import is_held
-from train.metrics.figures import build
-from train.metrics.goodput import cluster_summary
-from train.metrics.headline import findings, headline
 from train.metrics.jsonl import METRICS_FILE
 from train.metrics.names import EVENTS, SCALARS
 from train.metrics.origin import StartRecord, code_words, ran_on_gpu, read_starts
-from train.metrics.planned import PlanRow, plan_rows
-from train.metrics.plot import DOTTED_STEPS, Figure
-from train.metrics.proof_rows import report_rows
 from train.metrics.quantities import duration, gib, short
-from train.metrics.report_page import HOW_TO_READ, cards_html, closing, figure_html, opening, reloading, table_html
-from train.metrics.report_sink import REPORT_EVERY
-from train.metrics.screens import printable
-from train.metrics.series import POINTS, Series, read_series
 from train.metrics.timeline_file import SampledStep, read_timeline
-from train.metrics.wall_time import WallTime, split_wall_time
+from train.metrics.wall_time import WallTime, cluster_summary, split_wall_time
+from train.show.figures import build
+from train.show.headline import findings, headline
+from train.show.planned import PlanRow, plan_rows
+from train.show.plot import DOTTED_STEPS, Figure
+from train.show.proof_rows import report_rows
+from train.show.report_page import HOW_TO_READ, cards_html, closing, figure_html, opening, reloading, table_html
+from train.show.screens import printable
+from train.show.series import POINTS, Series, read_series
+from train.show.writer import REPORT_EVERY
 
 REPORT = "report.html"
 SAMPLE = "sample.json"
@@ -371,3 +372,8 @@ def _checkpoint_table(checkpoints: list[tuple[str, str, str]]) -> list[str]:
     if not checkpoints:
         return []
     return ["<h2>Checkpoints in this folder</h2>", table_html(("name", "size", "written"), checkpoints)]
+
+
+if __name__ == "__main__":  # what ReportSink starts
+    os.nice(10)  # at 19 it would hardly get a turn beside ranks that use all cores
+    write_report(Path(sys.argv[1]))

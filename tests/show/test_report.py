@@ -16,15 +16,15 @@ from cluster.cause import Cause, Kind
 from cluster.incident import describe_incident, write_incident
 from cluster.judgement import Fault, Judgement
 from conf.errors import UserError
-from tests.metrics.synthetic import sampled_step, write_run
+from tests.show.synthetic import sampled_step, write_run
 from train.metrics.balance import balance_record, update_running
-from train.metrics.figures import build
-from train.metrics.headline import findings, headline
 from train.metrics.jsonl import JsonlSink
 from train.metrics.origin import command_to_go_on, record_machine, record_start
-from train.metrics.pipeline_figures import BARS, PICTURE_ROWS, timeline_figure
-from train.metrics.report import write_report
-from train.metrics.series import POINTS, Series, read_series, smoothed, stretch_means, thin
+from train.show.figures import build
+from train.show.headline import findings, headline
+from train.show.pipeline_figures import BARS, PICTURE_ROWS, timeline_figure
+from train.show.report import write_report
+from train.show.series import POINTS, Series, read_series, smoothed, stretch_means, thin
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = [

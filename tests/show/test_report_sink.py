@@ -7,11 +7,11 @@ import time
 
 import pytest
 
-from tests.metrics.synthetic import write_run
-from tests.metrics.test_report import outline
-from train.metrics import report_sink
-from train.metrics.report import TRUSTED, write_report
-from train.metrics.report_sink import ReportSink
+from tests.show.synthetic import write_run
+from tests.show.test_report import outline
+from train.show import writer
+from train.show.report import TRUSTED, write_report
+from train.show.writer import ReportSink
 
 
 @pytest.mark.slow
@@ -45,7 +45,7 @@ def test_none_is_written_after_the_end(tmp_path):
 def test_the_first_of_a_long_run_comes_soon_and_none_of_a_short_one(tmp_path, monkeypatch):
     sink = ReportSink(tmp_path, 300.0)
     sink.write({"step": 1})
-    assert sink._child is None and sink._next - sink._began == report_sink.FIRST_REPORT
+    assert sink._child is None and sink._next - sink._began == writer.FIRST_REPORT
     sink.close()
 
 

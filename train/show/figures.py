@@ -13,16 +13,16 @@ import numpy as np
 import plotly.graph_objects as go
 
 from train.metrics.names import GREEN, GREY, PURPLE, SCALARS, SKY, Curve
-from train.metrics.pipeline_figures import timeline_figure
-from train.metrics.plot import (
+from train.metrics.timeline_file import SampledStep
+from train.show.pipeline_figures import timeline_figure
+from train.show.plot import (
     Figure,
     add_tokens_axis,
     curves,
     figure,
     style,
 )
-from train.metrics.series import Series
-from train.metrics.timeline_file import SampledStep
+from train.show.series import Series
 
 LOAD_COLOURS = [[0.0, "#0b3c5d"], [0.166, "#7fb2d6"], [0.333, "#f7f7f7"], [0.6, "#f4a582"], [1.0, "#8c1c13"]]
 """From blue (no token) over white (fair share, a third of the scale) to red (three fair shares and more)."""

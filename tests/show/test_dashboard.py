@@ -10,9 +10,9 @@ import pytest
 
 from conf.errors import EXIT_OK, UserError
 from conf.load import compose, write_config
-from train.metrics import dashboard
-from train.metrics.dashboard import Panel, build_dashboard, sections
 from train.metrics.names import SCALARS, WANDB, table_name
+from train.show import dashboard
+from train.show.dashboard import Panel, build_dashboard, sections
 
 NAMES = {metric.name for metric in (*SCALARS, *WANDB)}
 NOT_SHOWN = {"step", "tokens", "samples", "time"}

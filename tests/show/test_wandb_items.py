@@ -6,11 +6,11 @@ import pytest
 
 from conf.errors import DiskFailed
 from conf.load import compose
-from tests.metrics.wandb_file import history, run_records
+from tests.show.wandb_file import history, run_records
 from train.loop.hooks.skipped_steps import RunDiverged
 from train.metrics.origin import code_version, record_start
-from train.metrics.wandb_items import checkpoint, evaluation_tables, sample_table
-from train.metrics.writer import open_wandb, open_writer, tell_of_end, what_ended
+from train.show.wandb_sink import checkpoint, evaluation_tables, sample_table
+from train.show.writer import open_wandb, open_writer, tell_of_end, what_ended
 
 FOUND = {"sequences": 3, "tokens": 72, "text_bytes": 200, "loss": 2.5, "perplexity": 12.2, "bits_per_byte": 1.3}
 FOUND["positions"] = [{"first": 1, "last": 32, "loss": 2.5}]

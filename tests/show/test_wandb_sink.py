@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 from conf.schema import WandbMode
-from tests.metrics.wandb_file import history, records
-from train.metrics.wandb_sink import LOAD_BINS, WandbSink, has_netrc_key, load_histogram, run_id, wants_wandb
+from tests.show.wandb_file import history, records
+from train.show.wandb_sink import LOAD_BINS, WandbSink, has_netrc_key, load_histogram, run_id, wants_wandb
 
 ATTEMPT = """
 import os, signal, sys, threading, time
 from pathlib import Path
 from conf.schema import WandbMode
-from train.metrics.wandb_sink import WandbSink
+from train.show.wandb_sink import WandbSink
 
 written, start = threading.Event(), WandbSink._start
 
@@ -133,8 +133,8 @@ def test_a_failure_is_one_note_and_never_an_exception(tmp_path, monkeypatch):
 
 def test_a_stuck_thread_is_given_up(tmp_path, monkeypatch):
     notes: list[str] = []
-    monkeypatch.setattr("train.metrics.wandb_sink.WAITING_RECORDS", 10)
-    monkeypatch.setattr("train.metrics.wandb_sink.FINISH_SECONDS", 0.1)
+    monkeypatch.setattr("train.show.wandb_sink.WAITING_RECORDS", 10)
+    monkeypatch.setattr("train.show.wandb_sink.FINISH_SECONDS", 0.1)
     monkeypatch.setattr(WandbSink, "_start", lambda self, wandb: time.sleep(5))
     sink = WandbSink(tmp_path, name="n", config={}, mode=WandbMode.offline, note=notes.append, online_seconds=0.1)
     for step in range(1, 20):

@@ -5,6 +5,7 @@ of runs with different batches are different work.
 """
 
 import html
+import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,21 +15,25 @@ from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
+from rich.console import Console
+from rich.table import Table
 
-from conf.changed_settings import flat
+from conf.changed_settings import flat, settings_of
 from conf.errors import EXIT_OK, UserError
 from conf.files import atomic_write_text
 from conf.schema import Config
+from conf.screen import Terminal
 from conf.words import say
-from train.metrics.headline import clipped
 from train.metrics.jsonl import METRICS_FILE
 from train.metrics.names import SCALARS, Curve
 from train.metrics.origin import ran_on_gpu
-from train.metrics.plot import LINE_COLOURS, Figure, add_curve, log_axis, set_look
 from train.metrics.quantities import short
-from train.metrics.report import read_settings, write_report
-from train.metrics.report_page import HOW_TO_READ, closing, figure_html, opening, table_html
-from train.metrics.series import Series, last, median, read_series, tail_mean
+from train.show.headline import clipped
+from train.show.plot import LINE_COLOURS, Figure, add_curve, log_axis, set_look
+from train.show.report import read_settings, write_report
+from train.show.report_page import HOW_TO_READ, closing, figure_html, opening, table_html
+from train.show.screens import printable
+from train.show.series import Series, last, median, read_series, tail_mean
 
 COMPARISON_PAGE, OF_A_SWEEP = "comparison.html", "sweep.html"
 WHERE_IT_LIES = ("name", "runs", "resume")
@@ -182,3 +187,40 @@ def _figures(runs: list[RunToCompare]) -> Iterator[Figure]:
 def _tokens(series: Series) -> np.ndarray:
     """Tokens at every recorded step; the steps themselves where tokens were not recorded."""
     return series.columns["tokens"] if series.has("tokens") else series.step_N
+
+
+# The end of a sweep: one table of its jobs.
+
+WIDE = 200
+"""Columns of a table that goes to a file, where nothing has to be folded."""
+
+
+def sweep_screen(configs: Sequence[Config], codes: Sequence[int], console: Console | None = None) -> None:
+    """Job, what varied, held-out loss, speed and exit code, on stdout. codes: of the jobs that were started, in order."""
+    console = console or Terminal()
+    settings = [flat(settings_of(config)) for config in configs]
+    keys = varied(settings)
+    table = Table("job", *keys, "held-out loss", "tokens/s", "exit code", box=None, header_style="dim")
+    for number, (config, values) in enumerate(zip(configs, settings, strict=True)):
+        code = str(codes[number]) if number < len(codes) else "not started"
+        words = [_word(values.get(key)) for key in keys]
+        table.add_row(
+            *(printable(word, console.encoding) for word in (config.name, *words, *_job_results(config), code))
+        )
+    console.print()
+    console.print(table, width=None if console.is_terminal else WIDE)
+    sweep, runs = configs[0].name.rpartition("/")[0], configs[0].runs
+    where = "" if runs == "runs" else f" runs={runs}"
+    console.print(f"curves over each other: python -m train mode=report name={sweep}{where}", soft_wrap=True)
+
+
+def _word(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _job_results(config: Config) -> tuple[str, str]:
+    """Held-out loss and median speed of a job; empty without a step."""
+    path = Path(config.runs) / config.name / METRICS_FILE
+    series = read_series(path)
+    loss = f"{last(series, 'validation_loss'):.4f}" if series.has("validation_loss") else ""
+    return loss, short(median(series, "tokens_per_second")) if series.has("tokens_per_second") else ""

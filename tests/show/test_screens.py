@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from train.metrics.screens import final_screen, stopped_screen
+from train.show.screens import final_screen, stopped_screen
 
 
 def console(width: int = 40, **more) -> Console:
