@@ -37,7 +37,7 @@ from rich.table import Table
 
 from bench.driver_nodes import StubHost
 from cluster.driver.driver import Driver
-from cluster.driver.node_state import DriverPhase, NodeHealth
+from cluster.driver.messages import DriverPhase, NodeHealth
 from cluster.driver.ray_backend import RayFleet
 from cluster.driver.view import View
 from cluster.topology import Node

@@ -17,7 +17,7 @@ from typing import Any
 from bench.outages import Outage
 from cluster.cause import RankReport
 from cluster.driver import messages as m
-from cluster.driver.node_state import DriverPhase
+from cluster.driver.messages import DriverPhase
 from cluster.driver.policy import policy_of
 from cluster.driver.shapes import Shapes
 from cluster.driver.supervisor import Supervisor

@@ -124,7 +124,7 @@ def _first_save(slow: Slowpoke) -> None:
 
 def _writes(slow: Slowpoke, step: int) -> None:
     """The disk is slow; its bytes come in pieces, or a sync comes at the end of a silence."""
-    from cluster.got_on import wrote
+    from cluster.comm_ring import wrote
     from train.checkpoint.staging import StagingBuffers
 
     def is_due(buffers: Any, folder: Any, rank: int) -> bool:
@@ -160,7 +160,7 @@ def _report(slow: Slowpoke) -> None:
 
 
 def _got_on() -> Callable[[], None]:
-    from cluster.got_on import got_on
+    from cluster.comm_ring import got_on
 
     return got_on
 

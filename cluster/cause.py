@@ -134,7 +134,7 @@ class RankReport:
     """In the step that it works on, over all ranks; 0 if it does not say."""
     on_gpu: bool = False
     done: int = 0
-    """Pieces of work so far, which count its progress between steps; see cluster/got_on.py."""
+    """Pieces of work so far, which count its progress between steps; see cluster/comm_ring.py."""
     written: int = 0
     """Bytes of checkpoints so far."""
     waited_for_core: float = 0.0

@@ -19,8 +19,8 @@ import socket
 import struct
 import time
 import zlib
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -362,3 +362,35 @@ def pack_ring(path: Path, world: int) -> bytes:
         return b""
     _COUNT.pack_into(head, 16, len(newest))
     return zlib.compress(bytes(head) + b"".join(newest), 1)
+
+
+# What a rank gets done between two steps, counted in its ring, so that nobody takes a slow rank for one that hangs.
+#
+# Whatever may be slow calls `got_on` after each piece of its work: a batch is read, a pass of a validation is over, a token of a sample is written.
+# The writer of a checkpoint calls `wrote`: its bytes count only while a rank waits for a checkpoint, as most are written beside the steps.
+# Both do nothing in a process that has no ring.
+
+_rings: list[CommRing] = []
+"""The ring of this process's rank is the last."""
+
+
+@contextmanager
+def counted_in(ring: CommRing) -> Iterator[None]:
+    """Progress inside is counted in this ring."""
+    _rings.append(ring)
+    try:
+        yield
+    finally:
+        _rings.remove(ring)
+
+
+def got_on() -> None:
+    """This rank has done a piece of its work."""
+    for ring in _rings[-1:]:
+        ring.count()
+
+
+def wrote(size: int) -> None:
+    """This rank has written so many bytes of a checkpoint."""
+    for ring in _rings[-1:]:
+        ring.count(written=size)

@@ -15,6 +15,7 @@ import json
 import math
 import re
 import signal
+import sys
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -32,7 +33,7 @@ from cluster.run_files import LATEST
 from conf.disk import explain_disk_error, naming
 from conf.errors import EXIT_CRASH
 from conf.files import atomic_write_text, read_plain_json
-from conf.words import one_line
+from conf.words import one_line, say
 
 INCIDENT = re.compile(r"incident_(\d{1,9})\.json")
 SHOWN_RECORDS = 40
@@ -276,3 +277,29 @@ def unpack_traces(rings: Mapping[int, bytes]) -> dict[int, RankTrace]:
         with suppress(ValueError, zlib.error):
             traces[rank] = read_trace(zlib.decompress(packed))
     return traces
+
+
+# The incident of a run that is late and not yet ended: it is told as a warning, and when the run goes on, its file says so.
+
+PASSED = "passed"
+"""The kind of an incident after which the run went on; until then it is that of a hang."""
+
+
+def warning_of(text: str, seconds_left: float) -> str:
+    """The sentence on who holds a run up, before it is ended."""
+    return f"{text}; the run is ended in {seconds_left:.0f} s without progress (cluster.kill_after)"
+
+
+def pass_incident(logs: Path, seconds: float) -> None:
+    """The run goes on after a silence of so many seconds, of which its newest incident tells. OSError if the disk refuses it."""
+    if (found := newest_incident(logs)) is not None and found[1].get("kind") == "hang":
+        path, incident = found
+        text = f"{str(incident['text']).splitlines()[0]}; the run went on after {seconds:.0f} s"
+        atomic_write_text(path, json.dumps(incident | {"kind": PASSED, "text": text}), durable=False)
+
+
+def tell_went_on(logs: Path, seconds: float) -> None:
+    """Say that a run which was late goes on."""
+    say(f"the run goes on after {seconds:.0f} s without news", file=sys.stderr)
+    with suppress(OSError):  # a full disk: it was said here
+        pass_incident(logs, seconds)

@@ -21,10 +21,9 @@ from typing import IO
 from cluster.cause import Cause, Kind, RankReport, name_cause, read_report
 from cluster.clocks import HeldUp
 from cluster.comm_ring import RankTrace, read_traces
-from cluster.incident import describe_incident, judge_failure, judge_hang, keep_incident
+from cluster.incident import describe_incident, judge_failure, judge_hang, keep_incident, tell_went_on, warning_of
 from cluster.interrupts import handled
 from cluster.judgement import Judgement
-from cluster.late_incident import tell_went_on, warning_of
 from cluster.patience import Patience
 from cluster.private_folder import PrivateFolder
 from cluster.rank_differences import find_difference

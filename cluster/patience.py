@@ -1,7 +1,7 @@
 """How long a run may be without news before it is said who holds it up, and how long without any progress before it is ended.
 
 Both limits grow with what this run has shown: a run is late where it has no news for longer than such times were so far, with room for noise.
-To be late costs a sentence. A run is ended only when no rank has done any piece of its work (cluster/got_on.py) for `cluster.kill_after`.
+To be late costs a sentence. A run is ended only when no rank has done any piece of its work (cluster/comm_ring.py) for `cluster.kill_after`.
 Nothing is learnt of a phase before the first of its kind is done. Until then, and until the first step of an attempt is done, only the
 ceilings count: `cluster.hang_after` in steps, `cluster.start_timeout` in all else.
 """

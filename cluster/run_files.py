@@ -45,7 +45,7 @@ RINGS = "rank_*.ring"
 """Pattern of `cluster.comm_ring.ring_path`."""
 COUNTS_AT = 104
 COUNTS = struct.Struct("<QQ")
-"""Pieces of work that the rank has done, and bytes that it has written of checkpoints (cluster/got_on.py); they only grow."""
+"""Pieces of work that the rank has done, and bytes that it has written of checkpoints (cluster/comm_ring.py); they only grow."""
 RANK_FILE = re.compile(r"rank_(\d{5,18})\.(safetensors|json)")
 LATEST = 1e11
 """Unix time that no file of a run has: of the year 5138."""

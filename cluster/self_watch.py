@@ -15,9 +15,10 @@ from cluster.incident import (
     judge_failure,
     judge_hang,
     newest_incident,
+    tell_went_on,
+    warning_of,
     write_incident,
 )
-from cluster.late_incident import tell_went_on, warning_of
 from cluster.patience import Patience
 from cluster.place import Place
 from cluster.rank_watch import RankWatch

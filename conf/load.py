@@ -35,11 +35,10 @@ from conf.command_line import check_words, explain, refuse_keys_of_other_modes, 
 from conf.disk import disk_errors
 from conf.errors import EXIT_OK, UserError
 from conf.fields import check_fields
-from conf.files import atomic_write_text
+from conf.files import atomic_write_text, read_json
 from conf.micro_batches import choose_micro_batch_size
 from conf.optimizers import ADAMW, OPTIMIZERS, pretrained_with
 from conf.own_code import OWN_CODE
-from conf.read_json import read_json
 from conf.removed_keys import drop_removed_keys
 from conf.run_settings import LOOKS_AT_A_RUN, over_run_settings
 from conf.schema import ROOT, Config, Hardware, HoldOutBy, Mode, OptimizerName

@@ -14,9 +14,8 @@ import torch
 from cluster.cause import read_report
 from conf.disk import DISK_FAILED, FULL, HANDLES, REFUSED, RIGHTS, disk_errors, naming, reading
 from conf.errors import EXIT_CRASH, EXIT_OK, EXIT_USER, UserError
-from conf.files import atomic_write_text, open_lock
+from conf.files import atomic_write_text, open_lock, read_json
 from conf.load import compose
-from conf.read_json import read_json
 from conf.schema import ROOT
 from conf.yaml_file import read_yaml
 from parallel.shard import whole

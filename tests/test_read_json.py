@@ -4,9 +4,9 @@ import os
 
 import pytest
 
-from conf import read_json as module
+from conf import files as module
 from conf.errors import UserError
-from conf.read_json import parse_json, read_json
+from conf.files import parse_json, read_json
 
 BAD = {
     "nested": (b"[" * 200_000, "nested too deep"),

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from bench.hosts import Hosts, missing
-from cluster.node.ports import free_port
+from cluster.interfaces import free_port
 from cluster.place import Place
 from conf.load import compose
 from parallel.signed_store import SealedStore

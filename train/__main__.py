@@ -33,7 +33,7 @@ from train.kernels.cpu.processor import tune_cpu, tune_gpu  # noqa: E402
 tune_cpu()  # before torch allocates anything
 tune_gpu()  # before CUDA starts
 
-from cluster.farewell import leave  # noqa: E402
+from cluster.interrupts import leave  # noqa: E402
 from cluster.launch import launch  # noqa: E402
 from cluster.place import Place, given_place, is_driver  # noqa: E402
 from conf.disk import let_output_be_lost  # noqa: E402

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import train.kernels.cpu.tuned  # noqa: F401  before torch allocates anything
-from cluster.farewell import leave  # before libraries, see there
+from cluster.interrupts import leave  # before libraries, see there
 
 # isort: split
 import torch

@@ -26,8 +26,7 @@ from conf.load import compose
 from conf.schema import ROOT, Config
 from parallel.expert.build import build_stand_in, build_wire
 from parallel.expert.stand_in import Load
-from parallel.pipeline.graph import backward_of_weights, kept_graph
-from parallel.pipeline.stage import GRADIENT_STD, HIDDEN_STD
+from parallel.pipeline.stage import GRADIENT_STD, HIDDEN_STD, backward_of_weights, kept_graph
 from train.dry_run.assumed_rows import group_of
 from train.dry_run.piece import for_device, shrunk
 from train.kernels.precision import activation_dtype, build_precision

@@ -18,8 +18,8 @@ from cluster.driver.checkpoints import claim_attempt, newest, written_since
 from cluster.driver.copies import Copies
 from cluster.driver.fleet import Fleet, FleetLost, Reply, call_agent
 from cluster.driver.journal import Journal
+from cluster.driver.messages import DriverPhase, NodeHealth
 from cluster.driver.network import NetworkTest
-from cluster.driver.node_state import DriverPhase, NodeHealth
 from cluster.driver.policy import policy_of
 from cluster.driver.pulse_sender import Pulse
 from cluster.driver.rank_table import RankTable
@@ -27,10 +27,9 @@ from cluster.driver.shapes import Shapes, with_shape
 from cluster.driver.supervisor import NAP, Supervisor
 from cluster.driver.view import View
 from cluster.driver.vitals import Vitals
-from cluster.incident import keep_incident
+from cluster.incident import keep_incident, pass_incident
 from cluster.interfaces import NAMES
 from cluster.interrupts import handled
-from cluster.late_incident import pass_incident
 from cluster.node.agent import Agent, Answer, Order
 from cluster.node.copy_store import OpenedCopy
 from cluster.node.preflight import Preflight

@@ -2,7 +2,7 @@
 
 time      Unix time at which the driver wrote it
 attempt   its number
-phase     of the driver (cluster/driver/node_state.py)
+phase     of the driver (cluster/driver/messages.py)
 pp, dp    its layout; with parallel.cp all ranks of a stage count as dp
 ranks     [[rank, node, step, phase, busy, seconds, memory, ended], ...], as in cluster.cause.RankReport
 """
@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 
 from cluster.clocks import SteadyClock
-from cluster.driver.node_state import DriverPhase
+from cluster.driver.messages import DriverPhase
 from cluster.driver.supervisor import Supervisor
 from conf.files import atomic_write_text
 

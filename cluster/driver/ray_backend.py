@@ -27,7 +27,7 @@ import psutil
 from cluster.driver.driver import Driver
 from cluster.driver.fleet import WAITING, FleetLost, Reply
 from cluster.driver.view import View
-from cluster.farewell import cut_short
+from cluster.interrupts import cut_short
 from cluster.node.agent import Agent
 from cluster.private_folder import PrivateFolder
 from cluster.spawn import LEASE, lives

@@ -30,9 +30,9 @@ from cluster.clocks import HeldUp
 from cluster.driver import messages as m
 from cluster.driver.attempt import Attempt
 from cluster.driver.diagnosis import give_up, no_node_comes, too_few
-from cluster.driver.node_state import DriverPhase, NodeHealth, NodeState
+from cluster.driver.messages import DriverPhase, NodeHealth, NodeState
 from cluster.driver.policy import Policy
-from cluster.late_incident import warning_of
+from cluster.incident import warning_of
 from cluster.patience import PATIENT_PHASES, Patience
 from cluster.run_files import NONE, Age
 from cluster.spawn import LEASE

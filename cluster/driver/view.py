@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from cluster.driver.node_state import NodeHealth
+from cluster.driver.messages import NodeHealth
 from cluster.driver.supervisor import Supervisor
 from cluster.run_files import NONE
 from conf.files import read_tail

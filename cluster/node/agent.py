@@ -33,10 +33,9 @@ from typing import Any
 from cluster.cause import RankReport, read_report
 from cluster.clocks import SteadyClock
 from cluster.comm_ring import pack_ring
-from cluster.interfaces import NAMES, interface_of
+from cluster.interfaces import NAMES, free_port, interface_of
 from cluster.node.copy_store import OpenedCopy, Store, held, sweep, why_not_opened
 from cluster.node.network_probe import NetworkProbe, NodeLink
-from cluster.node.ports import free_port
 from cluster.node.preflight import Facts, Question, gather_facts
 from cluster.node.pulse_echo import Echo
 from cluster.private_folder import PrivateFolder, remove_dead
@@ -179,7 +178,7 @@ class Agent:
         """An answer at all is the answer."""
 
     def free_port(self) -> int:
-        """A port that is free now on all addresses of this node, see cluster/node/ports.py."""
+        """A port that is free now on all addresses of this node, see cluster/interfaces.py."""
         return free_port()
 
     def start(self, order: Order) -> None:

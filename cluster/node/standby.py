@@ -12,7 +12,7 @@ import json
 import os
 import sys
 
-from cluster.farewell import leave
+from cluster.interrupts import leave
 
 
 def main() -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 from cluster.driver.journal import read_events
 from cluster.driver.ray_backend import run_ray
-from cluster.farewell import leave
+from cluster.interrupts import leave
 from conf.errors import UserError
 from conf.files import atomic_write_text
 from conf.load import compose, report, write_config

@@ -10,8 +10,17 @@ import time
 import pytest
 
 from cluster import comm_ring
-from cluster.comm_ring import RECORD, RECORDS_AT, CommRing, pack_ring, read_trace, read_traces
-from cluster.got_on import counted_in, got_on, wrote
+from cluster.comm_ring import (
+    RECORD,
+    RECORDS_AT,
+    CommRing,
+    counted_in,
+    got_on,
+    pack_ring,
+    read_trace,
+    read_traces,
+    wrote,
+)
 from cluster.incident import unpack_traces
 from cluster.run_files import read_counts, ring_path
 

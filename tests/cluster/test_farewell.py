@@ -11,7 +11,7 @@ from conf.schema import ROOT
 
 CODE = """
 import atexit, sys, time
-from cluster.farewell import cut_short, leave
+from cluster.interrupts import cut_short, leave
 class Left:
     def __del__(self): print("taken apart")
 left = Left()

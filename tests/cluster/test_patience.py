@@ -7,8 +7,7 @@ import sys
 import pytest
 
 from cluster.cause import RankReport
-from cluster.incident import newest_incident, write_incident
-from cluster.late_incident import PASSED, pass_incident
+from cluster.incident import PASSED, newest_incident, pass_incident, write_incident
 from cluster.local import run_local
 from cluster.patience import Patience
 from cluster.rank_watch import RankWatch

@@ -16,7 +16,7 @@ import pytest
 
 from bench.hosts import Hosts, missing
 from cluster.driver.journal import read_events
-from cluster.node.ports import free_port
+from cluster.interfaces import free_port
 from conf.errors import EXIT_STOPPED
 from conf.schema import ROOT
 from tests.cluster.drive import hold

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.distributed.pipelining._backward import stage_backward_input
 
-from parallel.pipeline.graph import backward_of_weights, kept_graph
+from parallel.pipeline.stage import backward_of_weights, kept_graph
 from train.model.needed import gradients_needed
 
 

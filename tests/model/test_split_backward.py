@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from conf.load import compose
 from conf.schema import SELECTIVE, Recompute
-from parallel.pipeline.graph import backward_of_weights, kept_graph
+from parallel.pipeline.stage import backward_of_weights, kept_graph
 from tests.model.test_deepseek import CONFIG, build
 from train.kernels.choice import build_kernels
 from train.kernels.precision import build_precision

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import train.kernels.cpu.libraries as native
-from parallel.pipeline.graph import backward_of_weights, kept_graph
+from parallel.pipeline.stage import backward_of_weights, kept_graph
 from tests.interpret import needs_triton, run_interpreted
 from train.kernels.cpu.compiled_kernels import CompiledKernels
 from train.kernels.gpu.fused_kernels import FusedKernels

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from cluster.got_on import got_on
+from cluster.comm_ring import got_on
 from cluster.run_files import MANIFEST, data_name, index_name
 from conf.errors import UserError
 from parallel.shard import Shard

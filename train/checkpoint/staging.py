@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cluster.got_on import wrote
+from cluster.comm_ring import wrote
 from cluster.run_files import data_name
 from conf.disk import naming
 from conf.files import open_plain

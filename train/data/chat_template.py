@@ -32,7 +32,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from conf.errors import UserError
-from conf.read_json import read_json, read_plain_text
+from conf.files import read_json, read_plain_text
 from conf.schema import LostReasoning, Supervise
 from train.data.chats import PLACE_MARKS, REASONING, THINK, THOUGHT, Chat, Message, with_field
 from train.data.tokenizer import TEMPLATE_FILES, TOKENIZER_SETTINGS_FILE, Tokenizer

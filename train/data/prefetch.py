@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-from cluster.got_on import got_on
+from cluster.comm_ring import got_on
 from train.data.batch import Batch
 
 

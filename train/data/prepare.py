@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from cluster.got_on import got_on
+from cluster.comm_ring import got_on
 from conf.check import check
 from conf.errors import UserError
 from conf.schema import Config

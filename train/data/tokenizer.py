@@ -28,8 +28,7 @@ from tokenizers import Encoding, Regex, decoders, models, pre_tokenizers, traine
 from tokenizers import Tokenizer as Backend
 
 from conf.errors import UserError
-from conf.files import atomic_write_text
-from conf.read_json import parse_json, read_json, read_plain_text
+from conf.files import atomic_write_text, parse_json, read_json, read_plain_text
 
 EOS = "<\uff5cend\u2581of\u2581sentence\uff5c>"  # full-width bars and low blocks, as in DeepSeek's file
 FIM = tuple(f"<\uff5cfim\u2581{part}\uff5c>" for part in ("begin", "hole", "end"))

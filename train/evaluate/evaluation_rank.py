@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import Tensor
 
 import train.kernels.cpu.tuned  # noqa: F401  before torch allocates anything
-from cluster.farewell import leave  # before libraries, see there
+from cluster.interrupts import leave  # before libraries, see there
 from cluster.launch import given_run
 from cluster.place import Place
 from conf.disk import disk_errors

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from conf.check import OF_STDLIB
-from conf.read_json import read_json
+from conf.files import read_json
 from conf.schema import Config, ModelFamily
 from train.checkpoint.manifest import Manifest
 from train.data.sources import STDLIB

@@ -18,11 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cluster.got_on import got_on
+from cluster.comm_ring import got_on
 from conf.errors import EXIT_OK, UserError
-from conf.files import new_folder, written_whole
+from conf.files import new_folder, read_plain_text, written_whole
 from conf.own_code import TARGET
-from conf.read_json import read_plain_text
 from conf.schema import BaseFormat, Config, ExportType, Model, ModelFamily
 from conf.words import one_line, say
 from parallel.shard import Shard

@@ -16,7 +16,7 @@ from typing import Required, TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from cluster.got_on import got_on
+from cluster.comm_ring import got_on
 from conf.errors import UserError
 from train.generate.cache import LatentCache
 from train.generate.decoder import Decoder

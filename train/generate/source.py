@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from conf.errors import UserError
-from conf.read_json import read_json
+from conf.files import read_json
 from conf.schema import Config
 from train.checkpoint.manifest import read_manifest
 from train.checkpoint.run_folder import find_checkpoint

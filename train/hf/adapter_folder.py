@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from conf.adapters import ADAPTER_TARGETS, name_pairs, target_of
-from conf.read_json import read_json
+from conf.files import read_json
 from conf.schema import Adapter, Model, ModelFamily
 from train.hf.config import some
 from train.hf.folder import ADAPTER_CONFIG, PLAIN_TYPES, Folder, read_header

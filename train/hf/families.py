@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.errors import UserError
-from conf.read_json import read_json
+from conf.files import read_json
 from conf.schema import ModelFamily, ScoreFunction
 from train.hf.mistral_fields import MISTRAL_NAMES, from_params
 

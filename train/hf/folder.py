@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from conf.disk import cure_of_reading, is_refusal
 from conf.errors import UserError
-from conf.read_json import read_json
+from conf.files import read_json
 from conf.schema import Model, ModelFamily
 from train.hf.config import SCALE_BLOCK, read_model, scale_shape, some
 from train.hf.families import FAMILIES, find_family

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.errors import UserError
-from conf.read_json import read_json
+from conf.files import read_json
 
 GROWTH = "llama_4_scaling_beta"
 """What transformers calls the growth of queries, among the parameters of the positions."""

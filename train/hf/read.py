@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from cluster.got_on import got_on
+from cluster.comm_ring import got_on
 from conf.disk import cure_of_reading
 from parallel.shard import Shard
 from train.hf.blocks import dequantize

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.errors import UserError
-from conf.read_json import parse_json, read_plain_text
+from conf.files import parse_json, read_plain_text
 from train.data.tokenizer import (
     GENERATION_FILE,
     SPECIAL_TOKENS_FILE,

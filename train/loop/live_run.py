@@ -33,7 +33,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from cluster.got_on import got_on
+from cluster.comm_ring import got_on
 from conf.run_paths import RunPaths
 from conf.schema import Config
 from conf.words import say

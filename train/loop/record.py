@@ -10,8 +10,7 @@ from pathlib import Path
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from cluster.comm_ring import CommRing
-from cluster.got_on import counted_in
+from cluster.comm_ring import CommRing, counted_in
 from cluster.place import Place
 from cluster.run_files import ring_path
 from conf.disk import explain_disk_error

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.run_files import MANIFEST
+from conf.files import read_json
 from conf.optimizers import pretrained_with
-from conf.read_json import read_json
 from conf.schema import Config
 from train.checkpoint.manifest import read_manifest
 from train.checkpoint.run_folder import find_checkpoint

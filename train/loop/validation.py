@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cluster.got_on import got_on
+from cluster.comm_ring import got_on
 from parallel.mesh import Mesh
 from parallel.pipeline.schedule import Pipeline
 from train.data.dataset import ValidationData

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.driver.shapes import LAYOUTS_FILE, digest_of, smaller_shapes, with_shape
-from cluster.farewell import leave
+from cluster.interrupts import leave
 from cluster.topology import StageShape
 from conf.check import check
 from conf.errors import UserError

@@ -25,7 +25,7 @@ MODULES = {
     "train.model.deepseek": "copies", "train.model.layers": "copies",
     "train.model.sequence": "shared", "train.model.shared_attention": "shared", "parallel.context": "shared",
     "parallel.expert.all_to_all": "experts", "parallel.expert.dispatcher": "experts", "parallel.expert.permute": "nodes",
-    "parallel.expert.node_limited": "nodes", "parallel.pipeline.schedule": "pipeline", "parallel.pipeline.graph": "zbv",
+    "parallel.expert.node_limited": "nodes", "parallel.pipeline.schedule": "pipeline", "parallel.pipeline.stage": "zbv",
     "parallel.zero.engine": "experts", "parallel.zero.whole_weights": "experts", "parallel.zero.sharded_weights": "zero 3",
     "train.optim.adamw": "copies", "train.loop.hooks.averaged_weights": "averaged", "train.optim.schedules": "copies", "train.loop.training_engine": "copies",
     "train.loop.measure": "copies", "train.loop.state": "averaged", "parallel.expert.wire": "fp8 wire",

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from cluster.got_on import got_on
+from cluster.comm_ring import got_on
 from cluster.patience import PATIENT_PHASES
 from conf.errors import UserError
 from conf.own_code import TARGET, make, require_arguments

@@ -26,8 +26,8 @@ from parallel.context import LoneContext
 from parallel.expert.build import build_stand_in
 from parallel.expert.dispatcher import ChainDispatcher
 from parallel.expert.stand_in import Group, Load
-from parallel.pipeline.graph import backward_of_weights, kept_graph
 from parallel.pipeline.host_store import page_bytes
+from parallel.pipeline.stage import backward_of_weights, kept_graph
 from train.kernels.fp8.formats import TILE
 from train.kernels.fp8.fp8 import Fp8Precision
 from train.kernels.fp8.frozen_blocks import hold_in_blocks

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.errors import UserError
-from conf.read_json import parse_json, read_plain_text
+from conf.files import parse_json, read_plain_text
 from conf.schema import Config, Rate
 from train.kernels.choice import build_kernels
 from train.kernels.cpu.processor import cpu_name
