@@ -99,4 +99,4 @@ def test_a_server_without_an_answer_is_one_screen(config, tmp_path, monkeypatch)
     monkeypatch.setattr("wandb_workspaces.workspaces.Workspace.save", fail)
     with pytest.raises(UserError, match=r"took no workspace: connection refused\n") as caught:
         build_dashboard(config)
-    assert caught.value.field == "WANDB_PROJECT" and (tmp_path / "laid_out" / "dashboard.json").exists()
+    assert caught.value.field == "name" and (tmp_path / "laid_out" / "dashboard.json").exists()

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import wandb
 
 from conf.errors import DiskFailed
 from conf.load import compose
@@ -38,6 +39,7 @@ def alerts(folder):
 
 def test_a_run_says_who_it_belongs_to_and_what_code_it_ran(tmp_path, monkeypatch):
     record_start(tmp_path)
+    wandb.teardown()  # what another test of this process has set up has read its environment already
     for name, value in {"ENTITY": "team", "TAGS": "long,moe", "NOTES": "a try", "RUN_GROUP": "tries"}.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
     with open_writer(compose("log.wandb=offline", "name=rates/3"), tmp_path) as writer:

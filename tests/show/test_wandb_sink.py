@@ -8,10 +8,13 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
+from conf.load import compose
 from conf.schema import WandbMode
-from tests.show.wandb_file import history, records
-from train.show.wandb_sink import LOAD_BINS, WandbSink, has_netrc_key, load_histogram, run_id, wants_wandb
+from tests.show.wandb_file import history, records, run_records
+from train.checkpoint.run_folder import RunFolder
+from train.show.wandb_sink import LOAD_BINS, WandbSink, has_netrc_key, load_histogram, place_of, run_id, wants_wandb
 
 ATTEMPT = """
 import os, signal, sys, threading, time
@@ -82,6 +85,37 @@ def test_offline_without_a_key_says_nothing_and_keeps_everything(tmp_path):
     summed = [record.summary for record in records(next(path.glob("*.wandb"))) if record.HasField("summary")]
     shown = {"/".join(item.nested_key): item.value_json for summary in summed for item in summary.update}
     assert shown["main_loss"] == "0.1" and "loss" not in shown
+
+
+OLD = {"wandb": "auto", "wandb_project": "mine", "wandb_entity": None, "wandb_group": "rates"}
+
+
+@pytest.mark.slow
+def test_an_old_run_goes_on_in_the_project_that_its_config_names(tmp_path, monkeypatch):
+    """Its keys are gone, and so is its config.yaml at the first start of this version; at the second the file beside the id says it."""
+    monkeypatch.setenv("WANDB_PROJECT", "another")
+    config = compose("name=old", f"runs={tmp_path}")
+    with RunFolder(config) as folder:
+        pass
+    folder.wandb.mkdir()
+    run_id(folder.path)
+    settings = yaml.safe_load(folder.config_path.read_text())
+    folder.config_path.write_text(yaml.safe_dump(settings | {"log": settings["log"] | OLD}))
+    assert place_of(folder.path) == {"project": "mine", "entity": None, "group": "rates"}, "a mode that looks at it"
+    for step in (1, 2):
+        with RunFolder(config):
+            attempt(folder.path, f"{step}, {step}", WANDB_PROJECT="another", WANDB_RUN_GROUP="other")
+    runs = [record.run for record in run_records(folder.path) if record.HasField("run")]
+    assert {(run.project, run.run_group) for run in runs} == {("mine", "rates")} and steps(folder.path) == [1, 2]
+
+
+@pytest.mark.parametrize("text", ["log: [", "log: 1", "[]", "log: {wandb_project: x}", "a: " + "[" * 5000])
+def test_a_folder_that_does_not_say_where_takes_what_the_environment_says(tmp_path, monkeypatch, text):
+    monkeypatch.setenv("WANDB_PROJECT", "p")
+    (tmp_path / "wandb").mkdir()
+    run_id(tmp_path)
+    (tmp_path / "config.yaml").write_text(text)
+    assert place_of(tmp_path)["project"] == "p"
 
 
 @pytest.mark.slow

@@ -29,6 +29,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
+import yaml
+
 from cluster.run_files import STEP_FOLDERS
 from cluster.spawn import lives, longest_afterlife
 from conf.disk import describe_room, disk_errors, explain_disk_error, naming
@@ -46,9 +48,13 @@ from conf.load import write_config
 from conf.run_paths import RunPaths
 from conf.schema import Config
 from conf.words import say
+from conf.yaml_file import UNREADABLE
 from train.checkpoint.manifest import FoundCheckpoint, checkpoints, newest_intact, read_manifest, verify
 
 BEST = "best.json"
+WANDB_PLACE = "place.json"
+"""In `wandb/`: project, entity and group in which the W&B run of this folder is."""
+WANDB_NAMES = ("project", "entity", "group")
 
 
 class RunFolder(RunPaths):
@@ -74,6 +80,8 @@ class RunFolder(RunPaths):
             self.checkpoints.mkdir(exist_ok=True)
             self.logs.mkdir(exist_ok=True)
             self._before = read_plain(self.config_path).decode() if self.config_path.is_file() else None
+            if place := wandb_place(self.path):
+                atomic_write_json(self.wandb / WANDB_PLACE, place)
             write_config(config, str(self.config_path))
         except BaseException:
             self.close()
@@ -229,6 +237,21 @@ def _named(path: Path) -> FoundCheckpoint:
             "give another checkpoint, or use resume=auto, which takes the newest intact one of the run",
         )
     return FoundCheckpoint(read_manifest(path), [])
+
+
+def wandb_place(run: Path) -> dict[str, str | None]:
+    """Project, entity and group in which a run folder has its W&B run; empty for one that has none, or does not say where.
+
+    An earlier version had keys for them, so that its config.yaml says it as long as no other start has replaced that file.
+    """
+    with suppress(*UNREADABLE, KeyError, TypeError, AttributeError):
+        if (run / "wandb" / WANDB_PLACE).is_file():
+            found = read_plain_json(run / "wandb" / WANDB_PLACE)
+            return {name: found[name] and str(found[name]) for name in WANDB_NAMES}
+        if (run / "wandb" / "run_id").is_file():
+            log = yaml.safe_load(read_plain(run / "config.yaml"))["log"]
+            return {name: log[f"wandb_{name}"] and str(log[f"wandb_{name}"]) for name in WANDB_NAMES}
+    return {}
 
 
 def _make(config: Config, root: Path) -> None:

@@ -5,7 +5,6 @@ printed; in any case its definition lies in dashboard.json of the run's folder, 
 """
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from conf.schema import Config, Model
 from conf.words import say
 from train.metrics.names import SCALARS, WANDB
 from train.model.count import moe_layers
-from train.show.wandb_sink import PROJECT, has_key, layer_key
+from train.show.wandb_sink import has_key, layer_key, place_of
 
 DASHBOARD_FILE = "dashboard.json"
 
@@ -122,8 +121,9 @@ def build_dashboard(config: Config) -> int:
 
     wandb.setup(wandb.Settings(silent=True))
     online = has_key(wandb)
-    entity = _entity(wandb, config) if online else os.environ.get("WANDB_ENTITY", "")
-    workspace = make_workspace(config, entity)
+    place = place_of(folder)
+    entity = place["entity"] or (_entity(wandb, config) if online else "")
+    workspace = make_workspace(config, place["project"] or "", entity)
     atomic_write_text(folder / DASHBOARD_FILE, json.dumps(specification(workspace), indent=1) + "\n")
     say(f"the workspace's definition: {folder / DASHBOARD_FILE}")
     if not online:
@@ -140,13 +140,13 @@ def build_dashboard(config: Config) -> int:
     return EXIT_OK
 
 
-def make_workspace(config: Config, entity: str) -> Any:
+def make_workspace(config: Config, project: str, entity: str) -> Any:
     """The workspace of the run's project that shows this run alone. entity: the W&B user or team."""
     from wandb_workspaces import workspaces as ws
 
     return ws.Workspace(
         entity=entity,
-        project=PROJECT,
+        project=project,
         name=f"Sluice: {config.name}",
         sections=[
             ws.Section(name=name, panels=list(_plots(panels)), is_open=name in SECTIONS)
@@ -183,4 +183,4 @@ def _entity(wandb: Any, config: Config) -> str:
 
 def _no_answer(config: Config, error: Exception) -> UserError:
     line = first_line(error)
-    return UserError("WANDB_PROJECT", PROJECT, f"the W&B server took no workspace: {line}", "try again later")
+    return UserError("name", config.name, f"the W&B server took no workspace: {line}", "try again later")

@@ -7,7 +7,7 @@ note, and W&B is off from then on: metrics.jsonl has everything.
 Which mode: `offline` as asked for, or without an API key (nobody is asked for one); with a key online, unless the
 server does not answer in time. WANDB_MODE in the environment wins over `auto`.
 
-Attempts of one run folder are one W&B run: its id is kept in wandb/run_id. A resumed attempt repeats steps that an
+Attempts of one run folder are one W&B run: its id is kept in wandb/run_id, its project, entity and group in wandb/place.json. A resumed attempt repeats steps that an
 earlier one has logged already; wandb/last_step says how far that one came, and those steps are left out. After kill -9
 that number can be ahead of the file on disk by what W&B had not flushed yet, the last second.
 """
@@ -26,9 +26,10 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from conf.errors import first_line
-from conf.files import atomic_write_text, open_plain, read_plain
+from conf.files import atomic_write_json, atomic_write_text, open_plain, read_plain
 from conf.schema import ROOT, WandbMode
 from conf.words import harmless, one_line
+from train.checkpoint.run_folder import WANDB_PLACE, wandb_place
 from train.metrics.names import LAYER_LOAD_EVERY, Record, is_event, is_layer_metric
 
 # What W&B gets beside the records of steps: axes and minima, checkpoints, tables, alerts.
@@ -112,8 +113,6 @@ def alert(title: str, text: str) -> Item:
     return send
 
 
-PROJECT = os.environ.get("WANDB_PROJECT", "sluice")
-"""The project of W&B that runs belong to."""
 ONLINE_SECONDS = 10.0
 """Longest wait for the server at the start."""
 FINISH_SECONDS = 60.0
@@ -135,8 +134,7 @@ def wants_wandb(mode: WandbMode) -> bool:
 class WandbSink:
     """Logs records, and what else `do` is given, to the W&B run of a run folder.
 
-    config: what W&B shows as the configuration, plain values. group: what W&B shows together,
-    if WANDB_RUN_GROUP does not say; wandb itself reads WANDB_ENTITY, WANDB_TAGS and WANDB_NOTES. commit: of the program. note: called with one sentence when W&B goes offline against
+    config: what W&B shows as the configuration, plain values. group: see `place_of`; wandb itself reads WANDB_TAGS and WANDB_NOTES. commit: of the program. note: called with one sentence when W&B goes offline against
     expectation, or off. online_seconds: longest wait for the server, for tests.
     """
 
@@ -154,14 +152,11 @@ class WandbSink:
     ):
         self._folder, self._note, self._online_seconds = run_folder, note, online_seconds
         self._arguments: dict[str, Any] = {
-            "project": PROJECT,
             "name": name,
             "config": dict(config),
             "dir": str(run_folder),
         }
-        if "WANDB_RUN_GROUP" not in os.environ:
-            self._arguments["group"] = group
-        self._mode, self._commit = mode, commit
+        self._mode, self._commit, self._group = mode, commit, group
         self._queue: queue.Queue[Record | Item | None] = queue.Queue(WAITING_RECORDS)
         self._off = False
         self.where: str | None = None
@@ -241,7 +236,9 @@ class WandbSink:
             "disable_git": self._commit is None,
         }
         wandb.setup(wandb.Settings(silent=True))
-        arguments = self._arguments | {"id": run_id(self._folder), "resume": "allow"}
+        place = place_of(self._folder, self._group)
+        atomic_write_json(self._folder / "wandb" / WANDB_PLACE, place)
+        arguments = self._arguments | place | {"id": run_id(self._folder), "resume": "allow"}
         if goes_online(self._mode, wandb):
             try:
                 run = wandb.init(**arguments, mode="online", settings=wandb.Settings(**settings))
@@ -279,6 +276,18 @@ def has_netrc_key(base_url: str) -> bool:
         return netrc.netrc(path).authenticators(urlsplit(base_url).hostname or "") is not None
     except (OSError, netrc.NetrcParseError):
         return False
+
+
+def place_of(run_folder: Path, group: str | None = None) -> dict[str, str | None]:
+    """Project, entity and group of the W&B run of a folder: those of its first attempt, else what the environment says.
+
+    group: what W&B shows together, if WANDB_RUN_GROUP does not say.
+    """
+    return wandb_place(run_folder) or {
+        "project": os.environ.get("WANDB_PROJECT", "sluice"),
+        "entity": os.environ.get("WANDB_ENTITY"),
+        "group": os.environ.get("WANDB_RUN_GROUP", group),
+    }
 
 
 def run_id(run_folder: Path) -> str:
