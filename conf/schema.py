@@ -195,7 +195,7 @@ class Model:
     loss_chunk: int = expert(2048, least=1)
     """Tokens whose logits exist at one time in the cross-entropy."""
     block: dict[str, Any] | None = field(default_factory=dict)
-    """Your own subclass of train.model.block.Block for every block: `_target_: my_mod.MyBlock` with its keys (train/docs/python.md)."""
+    """Your own subclass of train.model.block.Block for every block: `_target_: my_mod.MyBlock` with its keys (train/docs/change_model.md)."""
     router: dict[str, Any] | None = field(default_factory=dict)
     """Your own subclass of train.model.router.Router, in the same form."""
 
@@ -261,7 +261,7 @@ class Data:
     """Several sources with weights, formats and text keys of their own, instead of path."""
     source: dict[str, Any] | None = field(default_factory=dict)
     """Your own stream of documents instead of path: `_target_: my_mod.MyData` with its keys, an iterable of texts or of arrays of token ids
-    (train/docs/python.md)."""
+    (train/docs/change_model.md)."""
     tokenizer: str | None = None
     """A tokenizer.json, a folder that holds one, or `deepseek_v3`; null trains a byte-level BPE of model.vocab_size on the data, once."""
     mask_documents: bool = False
@@ -364,7 +364,7 @@ class Optim:
     there); null for no limit."""
     extra_loss: dict[str, Any] | None = field(default_factory=dict)
     """Your own term of the training loss: `_target_: my_mod.my_loss` with its keys, a function of the model's outputs
-    (train/docs/python.md)."""
+    (train/docs/change_model.md)."""
     max_bad_steps: int = expert(5, least=1)
     """Steps in a row with a non-finite loss or gradient that may be skipped before the run stops."""
 
@@ -913,7 +913,7 @@ class Config:
     hold code, and name code by `_target_`. For runs of those you trust; a config.yaml cannot set it."""
     callbacks: list[dict[str, Any]] = field(default_factory=list)
     """Your own hooks, objects that look at a run or add to it: `_target_: my_mod.MyCallback` with its keys, each
-    (train/docs/python.md)."""
+    (train/docs/change_model.md)."""
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     optim: Optim = field(default_factory=Optim)

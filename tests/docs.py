@@ -82,7 +82,7 @@ class Command:
         skip = False
         for word in words:
             if skip or word.startswith("-") or word in ASKS:
-                skip = word in ("--cfg", "--config-dir", "--info", "--help", "--print", "expert", "why")
+                skip = word in ("--cfg", "--config-dir", "--info", "--help", "--print", "expert", "why", "top")
                 continue
             key, _, value = word.partition("=")
             several = value.split(",") if sweeps and not value.startswith(("[", "{")) else [value]

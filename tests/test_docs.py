@@ -122,6 +122,7 @@ def test_the_pages_have_commands():
         "train/docs/python.md",
         "train/docs/fp8_kernels.md",
         "train/docs/environment.md",
+        "train/docs/limits.md",
     }
     assert {page.relative_to(ROOT).as_posix() for page in pages()} - without <= trained
     assert len([command for command in ALL if command.trains and command.page == "README.md"]) > 8

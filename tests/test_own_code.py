@@ -1,4 +1,4 @@
-"""Code of the user's own: the examples of train/docs/python.md in several layouts, and what is said of code that does not fit."""
+"""Code of the user's own: the examples of train/docs/change_model.md in several layouts, and what is said of code that does not fit."""
 
 import itertools
 import os
@@ -45,7 +45,7 @@ STEPS = 6
 def folder(tmp_path_factory):
     """The files of the page, and the working folder of these tests."""
     place = tmp_path_factory.mktemp("own")
-    for name, body in files(ROOT / "train" / "docs" / "python.md").items():
+    for name, body in files(ROOT / "train" / "docs" / "change_model.md").items():
         (place / name).parent.mkdir(parents=True, exist_ok=True)
         (place / name).write_text(body)
     before, path = os.getcwd(), [*sys.path]
@@ -97,7 +97,7 @@ def assert_same(folder: Path, name: str, first: int = 1) -> None:
 
 
 def test_the_examples_are_short():
-    bodies = files(ROOT / "train" / "docs" / "python.md")
+    bodies = files(ROOT / "train" / "docs" / "change_model.md")
     assert len(bodies) == 6
     assert all(len(body.splitlines()) <= 25 for body in bodies.values())
 
