@@ -778,7 +778,7 @@ class Log:
 
 @dataclass
 class Profile:
-    """Where the time of a step goes, by torch's profiler: a trace for Perfetto and a table of the ten largest (train/docs/slow.md)."""
+    """Where the time of a step goes, by torch's profiler: a trace for Perfetto and a table of the ten largest (train/docs/troubleshooting.md)."""
 
     steps: list[int] = field(default_factory=list)
     """First and last step that are watched, such as [10,12]; none for no profile. In mode=dry_run as many steps after all others."""

@@ -20,7 +20,7 @@ from train.plan.job import layout_of
 
 HOUR = 3600.0
 NOTICED_AND_STARTED, START_OF_A_NODE = 16.0, 0.003
-"""Seconds from a lost node to the next step of a toy model, and what each node adds to a start (cluster/docs/ray.md: a link that is cut;
+"""Seconds from a lost node to the next step of a toy model, and what each node adds to a start (bench/RESULTS.md: a link that is cut;
 starts of 64 to 4096 nodes)."""
 REPAIR = 5.5 * 24 * HOUR
 """Seconds in which a node is repaired, in the mean (InfiniteHBD's trace of 400 servers, SIGCOMM 2025; the median is 0.85 days)."""
