@@ -160,7 +160,7 @@ def test_names_in_prose_are_those_of_the_code():
         ("StagingBuffers.copy", False),
         ("StagingBuffers.pack", True),
         ("train.checkpoint.read_shards.merge_indexes", False),
-        ("train.checkpoint.read_shards.merge_indexes", True),
+        ("train.checkpoint.intervals.merge_indexes", True),
         ("train.checkpoint.read_shards", False),
         ("Fenced", True),
         ("AttemptFenced", False),

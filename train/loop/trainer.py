@@ -1,6 +1,6 @@
 """The loop: one optimizer step after another, on every rank alike.
 
-For each: plan it, read this rank's share of the batch, make the step (step.py), record it, and save the state when due. All else that
+For each: plan it, read this rank's share of the batch, make the step (training_engine.py), record it, and save the state when due. All else that
 a run does is a hook (live_run.py), which the loop tells where it is.
 """
 

@@ -20,7 +20,7 @@ BLUE, ORANGE, GREEN, SKY, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#56B4
 
 
 class Curve(NamedTuple):
-    """A curve of report.html. figure: the key of the one that has it (figures.py). scale: what values are multiplied by."""
+    """A curve of report.html. figure: the key of the one that has it (train/show/figures.py). scale: what values are multiplied by."""
 
     figure: str
     label: str
@@ -41,7 +41,7 @@ class Metric:
     when: str = ""
     """What it takes to be measured; empty where every step has it."""
     panel: str = ""
-    """In which panel of the W&B workspace it is (SECTIONS in dashboard.py)."""
+    """In which panel of the W&B workspace it is (SECTIONS in train/show/dashboard.py)."""
     curve: Curve | None = None
     """How report.html draws it."""
     log: bool = False

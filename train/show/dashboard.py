@@ -1,6 +1,6 @@
 """A W&B workspace that shows a run, built by the library wandb-workspaces: `mode=dashboard`.
 
-What to show is plain data: each metric of names.py says in which panel it is, and SECTIONS below which panels there are. With a key the workspace is saved and its link
+What to show is plain data: each metric of train/metrics/names.py says in which panel it is, and SECTIONS below which panels there are. With a key the workspace is saved and its link
 printed; in any case its definition lies in dashboard.json of the run's folder, so that one can see it without an account.
 """
 

@@ -1,7 +1,7 @@
 """log.prometheus=PORT: the numbers of the newest step for a Prometheus server, at http://HOST:PORT/metrics of the machine of rank 0.
 
 Its text format (prometheus.io/docs/instrumenting/exposition_formats) is a line a number, so that no library is needed. Names are those of
-names.py with `sluice_` in front. The port is open to whoever reaches the machine, and tells numbers and the run's name.
+train/metrics/names.py with `sluice_` in front. The port is open to whoever reaches the machine, and tells numbers and the run's name.
 """
 
 import errno

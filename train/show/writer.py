@@ -1,7 +1,7 @@
 """Where the numbers of a step go: metrics.jsonl, the terminal, and Weights & Biases.
 
 The trainer of the logging rank opens one MetricsWriter and hands it one flat record a step, with names as in
-names.py. Sinks are independent; none of them stops the training.
+train/metrics/names.py. Sinks are independent; none of them stops the training.
 """
 
 import subprocess
@@ -178,7 +178,7 @@ def open_writer(
 ) -> MetricsWriter:
     """The sinks that config.log asks for. resumed_step: last step in the loaded checkpoint, 0 for a new run.
 
-    resumed: as in names.py, where it came from and what differs from the run that wrote it.
+    resumed: as in train/metrics/names.py, where it came from and what differs from the run that wrote it.
     """
     name = config.name or run_folder.name
     progress = Progress(name, config.steps, enabled=config.log.progress, done=resumed_step)
