@@ -23,48 +23,48 @@ WIDEST, MOST_EXPERTS = 2**20, 2**16
 
 
 class Mode(StrEnum):
-    """What `sluice`, or `python -m train`, does with a recipe."""
+    """The task of a command: `sluice mode=NAME`."""
 
     train = "train"
-    """Train the recipe's model, or go on where the run of this name ended."""
+    """Train the model of the recipe, or go on from the last checkpoint of the run."""
     report = "report"
-    """Write report.html of a run that is there, also while it trains."""
+    """Write report.html of an existing run, also while the run trains."""
     plan = "plan"
-    """Say whether the run fits its devices, how fast it will be and what it costs."""
+    """Predict whether the run fits its devices, its speed and its cost."""
     dry_run = "dry_run"
-    """Measure one rank of the run, alone on the device at hand."""
+    """Measure one rank of the run, alone on the present device."""
     prove = "prove"
-    """Show on a miniature of the recipe whether its layout trains its model."""
+    """Check on a miniature of the recipe whether the layout trains the model."""
     evaluate = "evaluate"
-    """Held-out loss, and standard tasks, of a checkpoint."""
+    """Measure the held-out loss of a checkpoint, and standard tasks."""
     generate = "generate"
     """Generate text from a checkpoint or a Hugging Face folder."""
     score = "score"
-    """Log-probabilities of given samples, to a Parquet file."""
+    """Write log-probabilities of given samples to a Parquet file."""
     export = "export"
     """Write a checkpoint as a Hugging Face folder."""
     average = "average"
-    """Write the mean of the weights of several checkpoints, as a run folder."""
+    """Average the weights of several checkpoints into a run folder."""
     show_data = "show_data"
-    """Show chats as they are learnt, and how many tokens that is."""
+    """Show training chats with the learnt tokens marked, and count the tokens."""
     dashboard = "dashboard"
-    """Make a W&B workspace that shows the run."""
+    """Create a W&B workspace for the run."""
 
 
 # More choices. Members are strings, so code may compare them with plain ones.
 Shape = StrEnum("Shape", ["constant", "linear", "cosine"])
-"""How a schedule phase moves from the value before it to its own value."""
+"""Curve from the previous value of a schedule to the value of the phase."""
 Recompute = StrEnum("Recompute", ["norm", "mla_up", "swiglu", "layer"])
-"""What the backward pass recomputes instead of keeping it (paper 3.2.3 and 3.3.3); `layer` is of no paper recipe."""
+"""Activations that backward recomputes (paper 3.2.3 and 3.3.3). No recipe of the paper uses `layer`."""
 SELECTIVE = [Recompute.norm, Recompute.mla_up, Recompute.swiglu]
-"""What the paper recomputes."""
+"""The parts that the paper recomputes."""
 Offload = StrEnum("Offload", ["attention", "ffn", "layer"])
-"""Parts of a block whose activations wait in the host's memory for backward; no paper recipe has any."""
+"""Parts of a block whose activations wait in host memory for backward. No recipe of the paper uses this."""
 DataFormat = StrEnum(
     "DataFormat", ["auto", "stdlib", "text", "jsonl", "parquet", "huggingface", "memmap", "chat", "docstrings"]
 )
 CHATS = (DataFormat.chat, DataFormat.docstrings)
-"""What is read as chats."""
+"""Formats whose samples are chats."""
 Supervise = StrEnum("Supervise", ["assistant", "last", "all"])
 HoldOutBy = StrEnum("HoldOutBy", ["content", "name"])
 TooLong = StrEnum("TooLong", ["refuse", "cut", "drop"])
@@ -82,12 +82,12 @@ PrecisionName = StrEnum("PrecisionName", ["fp32", "bf16", "fp8", "fp8_ue8m0", "m
 ExportType = StrEnum("ExportType", ["bf16", "fp32", "fp8"])
 ScoreFunction = StrEnum("ScoreFunction", ["sigmoid", "softmax"])
 ModelFamily = StrEnum("ModelFamily", ["deepseek_v3", "kimi_k25", "glm4_moe_lite", "mistral_large_3"])
-"""Whose names the fields and tensors of a folder have (train/hf/families.py)."""
+"""Model families, whose folders have different names of fields and tensors (train/hf/families.py)."""
 AdapterKind = StrEnum("AdapterKind", ["none", "lora"])
 AdapterTarget = StrEnum("AdapterTarget", ["q_up", "kv_up", "down", "out", "routed", "shared", "dense", "head"])
-"""What an adapter stands beside (conf/adapters.py)."""
+"""Weights that an adapter can adapt (conf/adapters.py)."""
 BaseFormat = StrEnum("BaseFormat", ["plain", "fp8"])
-"""How the weights are held that an adapter is trained beside."""
+"""Storage format of the frozen weights beside an adapter."""
 ClusterBackend = StrEnum("ClusterBackend", ["local", "ray"])
 DeviceKind = StrEnum("DeviceKind", ["auto", "cpu", "cuda"])
 
@@ -101,7 +101,7 @@ class Phase:
     value: float = number(1.0, least=0)
     """Value at the end of the phase."""
     shape: Shape = Shape.constant
-    """How to get there from the value at the end of the phase before."""
+    """Curve from the value at the end of the previous phase."""
 
 
 @dataclass
@@ -109,23 +109,23 @@ class Yarn:
     """YaRN on the decoupled RoPE part (paper 4.3). In force when seq_len > original_seq_len."""
 
     always: bool = False
-    """In force at any seq_len: for weights that were extended with it, as DeepSeek's released ones were."""
+    """Use YaRN at any seq_len. Needed for weights that were extended with YaRN, such as DeepSeek's released weights."""
     factor: float = number(40.0, above=0)
-    """How many times longer than original_seq_len sequences may be."""
+    """Largest sequence length, as a multiple of original_seq_len."""
     original_seq_len: int = number(4096, least=1)
     """Length of pretraining, in tokens."""
     beta_fast: float = expert(32.0, above=0)
-    """Pairs that turn more often than this over original_seq_len stay as they are."""
+    """RoPE pairs with more than this many turns over original_seq_len keep their frequency."""
     beta_slow: float = expert(1.0, above=0)
-    """Pairs that turn less often than this over original_seq_len are slowed by factor; a ramp lies between."""
+    """RoPE pairs with fewer turns than this have their frequency divided by factor; a ramp lies between both."""
     truncate: bool = expert(True)
-    """Round the bounds of the ramp from fast to slow pairs outwards to whole pairs."""
+    """Round the ends of the ramp outwards to whole pairs."""
     mscale: float = expert(1.0, least=0)
     """Attention scores are multiplied by (0.1 mscale ln factor + 1)^2; 0 leaves them. Hugging Face: mscale_all_dim."""
     attention_factor: float = expert(1.0, above=0)
-    """Factor on the parts of queries and keys that carry RoPE. Hugging Face: attention_factor, or what it infers."""
+    """Factor on the RoPE parts of queries and keys. Hugging Face: attention_factor, or its inferred value."""
     query_growth: float = expert(0.0, least=0)
-    """Queries of position p are multiplied by 1 + query_growth ln(1 + floor(p / original_seq_len)), as Llama 4 and Mistral Large 3 have it."""
+    """Queries of position p are multiplied by 1 + query_growth ln(1 + floor(p / original_seq_len)), as in Llama 4 and Mistral Large 3."""
 
 
 @dataclass
@@ -137,19 +137,19 @@ class Model:
     hidden: int = number(256, least=1, slip=WIDEST)
     """Width of the residual stream."""
     layers: int = number(4, least=1, slip=10_000)
-    """Transformer blocks, dense ones included, MTP modules not."""
+    """Transformer blocks: dense blocks count, MTP modules do not."""
     dense_layers: int = number(1, least=0)
-    """How many of the first blocks have a dense FFN instead of experts."""
+    """Number of first blocks with a dense FFN instead of experts."""
     heads: int = number(4, least=1, slip=WIDEST)
     """Attention heads."""
     q_rank: int | None = number(128, least=1, slip=WIDEST)
     """Width of the query latent; null projects queries directly."""
     kv_rank: int = number(64, least=1, slip=WIDEST)
-    """Width of the key-value latent, the part that generation caches."""
+    """Width of the key-value latent, which generation caches."""
     nope_head_dim: int = number(32, least=1, slip=WIDEST)
-    """Per-head width of queries and keys without position."""
+    """Per-head width of the queries and keys without RoPE."""
     rope_head_dim: int = number(16, least=1, slip=WIDEST)
-    """Per-head width of queries, and width of the one shared key, that carry RoPE. Even."""
+    """Per-head width of the RoPE part of queries, and width of the shared RoPE key. Even."""
     v_head_dim: int = number(32, least=1, slip=WIDEST)
     """Per-head width of values."""
     dense_width: int = number(768, least=1, slip=WIDEST)
@@ -159,45 +159,45 @@ class Model:
     experts: int = number(16, least=0, slip=MOST_EXPERTS)
     """Routed experts per MoE layer."""
     shared_experts: int = number(1, least=0, slip=MOST_EXPERTS)
-    """Experts that see every token."""
+    """Experts that process every token."""
     top_k: int = 4
     """Routed experts per token."""
     groups: int = 4
-    """Expert groups; one group lives on one node in a large run."""
+    """Expert groups; in a large run each group is on one node."""
     top_groups: int = 2
-    """Groups that a token may reach."""
+    """Groups among which a token's experts are chosen."""
     group_top_k: int | None = number(None, least=1)
-    """A group counts by the sum of this many of its best scores; null takes top_k / top_groups (paper 2.1.2). transformers and
-    DeepSeek's code for inference take 2, which is the same in DeepSeek-V3."""
+    """Number of best scores whose sum ranks a group. null: top_k / top_groups (paper 2.1.2). transformers and
+    DeepSeek's inference code use 2, which is equal in DeepSeek-V3."""
     scores: ScoreFunction = ScoreFunction.sigmoid
-    """What makes a router's scores of its logits. softmax is Mistral Large 3's, whose routers have no balance bias."""
+    """Function from router logits to scores. softmax belongs to Mistral Large 3, whose routers have no balance bias."""
     route_scale: float = 2.5
     """Factor on the normalised gate values."""
     mtp_depth: int = number(1, least=0, slip=64)
-    """Multi-token-prediction modules; 0 for none."""
+    """Number of multi-token-prediction modules; 0 for none."""
     max_seq_len: int = number(4096, least=1)
-    """Longest sequence that the positions are made for, in tokens."""
+    """Longest sequence, in tokens."""
     rope_theta: float = number(10000.0, above=1)
     """Base of RoPE's frequencies."""
     yarn: Yarn = field(default_factory=Yarn)
     norm_eps: float = number(1e-6, above=0)
-    """What every RMSNorm adds to the mean square, so that it divides by no zero."""
+    """Epsilon of every RMSNorm, added to the mean square."""
     latent_norm_eps: float | None = expert(None, above=0)
-    """norm_eps of the norms of the query and key-value latents; null takes norm_eps. transformers takes 1e-6 whatever rms_norm_eps is."""
+    """norm_eps of the norms of the query and key-value latents; null takes norm_eps. transformers always uses 1e-6."""
     init_std: float = number(0.006, above=0)
-    """Standard deviation of every weight at the start (paper 4.2)."""
+    """Standard deviation of initial weights (paper 4.2)."""
     recompute: list[str] = field(default_factory=lambda: [str(what) for what in SELECTIVE])
-    """What the backward pass recomputes instead of keeping it: norm (outputs of norms), mla_up (queries, keys and values), swiglu,
-    and layer (whole blocks, of which only the input is kept) or layer:N (the first N blocks of every stage)."""
+    """Activations that backward recomputes: norm (outputs of norms), mla_up (queries, keys and values), swiglu,
+    layer (whole blocks: only the input is kept) or layer:N (the first N blocks of every stage)."""
     offload: list[str] = field(default_factory=list)
-    """Whose activations wait for backward in the host's memory: attention, ffn (dense or of experts), layer (whole blocks, of which only the
-    input stays) or layer:N (N blocks of every stage). Blocks that run again (recompute) have none, and those of MTP modules stay."""
+    """Parts whose activations wait for backward in host memory: attention, ffn (dense or experts), layer (whole blocks: only the
+    input stays) or layer:N (N blocks of every stage). Recomputed blocks and MTP modules are not offloaded."""
     loss_chunk: int = expert(2048, least=1)
-    """Tokens whose logits exist at one time in the cross-entropy."""
+    """Tokens per block of the cross-entropy, which bounds the memory of logits."""
     block: dict[str, Any] | None = field(default_factory=dict)
-    """Your own subclass of train.model.block.Block for every block: `_target_: my_mod.MyBlock` with its keys (train/docs/change_model.md)."""
+    """Subclass of train.model.block.Block for every block: `_target_: my_mod.MyBlock` with its arguments (train/docs/change_model.md)."""
     router: dict[str, Any] | None = field(default_factory=dict)
-    """Your own subclass of train.model.router.Router, in the same form."""
+    """Subclass of train.model.router.Router, in the same form."""
 
     @property
     def repeated_layers(self) -> int:
@@ -236,11 +236,11 @@ class MixSource:
     """One part of a data mix."""
 
     path: str = ""
-    """Where the source lies, as data.path; empty for formats stdlib and docstrings."""
+    """Path of the source, as data.path; empty for formats stdlib and docstrings."""
     weight: float = number(1.0, above=0)
-    """Share of the samples, relative to the other parts."""
+    """Share of the samples, relative to the other sources."""
     format: DataFormat = DataFormat.auto
-    """How to read path, as data.format."""
+    """Format of the source, as data.format."""
     text_key: str = "text"
     """Field that holds the text, as data.text_key."""
 
@@ -253,49 +253,48 @@ class Data:
     """Text folder or file, .jsonl[.gz|.zst], .parquet, a folder of those, hf://NAME[@CONFIG][:SPLIT], a folder of tokens
     (train/data/token_store.py)."""
     format: DataFormat = DataFormat.auto
-    """How to read path; auto looks at the names. stdlib: Python's standard library when there is no path, else auto. chat: chats to tune
-    on (train/docs/fine_tuning.md). docstrings: chats made of that library's when there is no path, else chat."""
+    """Format of path; auto decides by file names. stdlib: Python's standard library if there is no path, else auto. chat: chats
+    (train/docs/fine_tuning.md). docstrings: chats built from the standard library's docstrings if there is no path, else chat."""
     text_key: str = "text"
     """Field that holds the text in JSONL, Parquet and Hugging Face data."""
     mix: list[MixSource] = field(default_factory=list)
-    """Several sources with weights, formats and text keys of their own, instead of path."""
+    """Several sources instead of path, each with weight, format and text key."""
     source: dict[str, Any] | None = field(default_factory=dict)
-    """Your own stream of documents instead of path: `_target_: my_mod.MyData` with its keys, an iterable of texts or of arrays of token ids
+    """Stream of documents instead of path: `_target_: my_mod.MyData` with its arguments, an iterable of texts or of arrays of token ids
     (train/docs/change_model.md)."""
     tokenizer: str | None = None
-    """A tokenizer.json, a folder that holds one, or `deepseek_v3`; null trains a byte-level BPE of model.vocab_size on the data, once."""
+    """A tokenizer.json, a folder that holds one, or `deepseek_v3`; null trains a byte-level BPE with model.vocab_size tokens on the data, once."""
     mask_documents: bool = False
-    """Keep attention inside each packed document (the paper does not, 4.1)."""
+    """Restrict attention to the document of a token (the paper does not, 4.1)."""
     fim_rate: float = number(0.0, least=0, most=1, what="a share")
     """Share of documents rearranged for fill-in-the-middle, PSM order (paper 4.1: 0.1)."""
     min_tokens: int = number(0, least=0)
-    """Leave out documents of fewer tokens, in training and validation: for long sequences, which short documents would fill with
-    text that is not connected."""
+    """Shortest document, in tokens, for training and validation: keeps unconnected short documents out of long sequences."""
     validation_fraction: float = number(0.05, above=0, below=1, what="a share")
     """Share of documents (whole files for text) held out for validation."""
     hold_out_by: FilledKey[HoldOutBy] = expert(None)
-    """What of a document decides whether it is held out: its content, or its name (its file's path in the data with the line or row in it). null
-    takes content, or what the run did that this one goes on from, by resume or init_from; earlier versions held out by name."""
+    """Property that decides whether a document is held out: content, or name (its file's path in the data with the line or row). null:
+    content, or the choice of the run named by resume or init_from. Earlier versions used the name."""
     template: str | None = None
-    """Chats: how messages become text. A Jinja file, or `plain` for ours; null takes that of the tokenizer's folder."""
+    """Chats: the template. A Jinja file, or `plain` for a simple built-in template; null takes the template of the tokenizer's folder."""
     template_function: dict[str, Any] | None = field(default_factory=dict)
-    """Chats: your own function instead of data.template: `_target_: my_mod.render` with its keys, which makes a text of messages, tools and
-    add_generation_prompt (train/data/template_function.py)."""
+    """Chats: a function instead of data.template: `_target_: my_mod.render` with its arguments. It renders messages, tools and
+    add_generation_prompt as a text (train/data/template_function.py)."""
     template_keys: dict[str, bool | int | str] | None = field(default_factory=dict)
     """Chats: variables of the template, as apply_chat_template takes them: `{thinking: true}` of DeepSeek-V3.1, `{enable_thinking: false}`."""
     supervise: Supervise = Supervise.assistant
-    """Chats: what is learnt. assistant: the assistant's turns with their stop token; last: the last of them; all: every token."""
+    """Chats: the learnt tokens. assistant: all turns of the assistant with their stop tokens; last: its last turn; all: every token."""
     too_long: TooLong = TooLong.refuse
-    """Chats: what becomes of one that is longer than a sequence: refuse (an error before the start), cut (its end) or drop."""
+    """Chats longer than a sequence: refuse (an error before the start), cut (drop the end) or drop (drop the chat)."""
     reasoning: LostReasoning | None = None
-    """Chats: what becomes of reasoning that the template leaves out of a learnt turn. template: it is left out; insert: it is put in front of
-    the content; drop: no turn keeps any, whatever the template does; null: an error before the start."""
+    """Chats: reasoning that the template leaves out of a learnt turn. template: leave it out; insert: put it in front of
+    the content; drop: remove the reasoning of all turns; null: an error before the start."""
     cut_reasoning: bool = False
-    """Chats: leave out the reasoning of the assistant's turns before the last question, as some templates do."""
+    """Chats: remove the reasoning of the assistant's turns before the last question, as some templates do."""
     cache: str = "${oc.env:SLUICE_CACHE,${oc.env:HOME}/.cache/sluice}"
-    """Folder for tokenizers and tokens, named by content, shared by runs."""
+    """Folder for tokenizers and tokens, which runs share."""
     workers: int = number(0, least=0)
-    """Threads that tokenise; 0 means one per core."""
+    """Threads for tokenising; 0 means one per core."""
 
     @property
     def chats(self) -> bool:
@@ -305,45 +304,45 @@ class Data:
 
 @dataclass
 class MuonOptim:
-    """What Muon adds (train/docs/muon.md)."""
+    """Settings of Muon (train/docs/muon.md)."""
 
     momentum: float = number(0.95, least=0, below=1)
-    """How much of the momentum stays in a step."""
+    """Decay of the momentum per step."""
     iteration: NewtonSchulz = NewtonSchulz.quintic
-    """Coefficients of Newton-Schulz: quintic, five steps; polar_express, five others; deepseek_v4, ten that end nearer to 1."""
+    """Newton-Schulz iteration: quintic (five steps), polar_express (five steps with other coefficients) or deepseek_v4 (ten steps, more exact)."""
     by_head: bool = True
-    """Orthogonalise the heads of attention one by one; false: each product of attention as one matrix."""
+    """Orthogonalise attention weights head by head; false: each attention weight as one matrix."""
 
 
 @dataclass
 class Optim:
-    """The optimizer and everything that changes over the run (paper 4.2)."""
+    """The optimizer and all schedules (paper 4.2)."""
 
     lr: float = number(2.2e-4, above=0)
     """Peak learning rate."""
     name: OptimizerName | None = None
-    """What updates the weights; `optim=muon` is short for it. null: what the weights of init_from were pretrained with, where that is known,
-    else adamw; a run that exists keeps its own."""
+    """The optimizer; `optim=muon` is short for it. null: the optimizer of the pretraining of init_from's weights, if it is known,
+    else adamw. An existing run keeps its optimizer."""
     warmup_steps: int = number(2000, least=0)
     """Steps of linear warm-up from 0."""
     lr_schedule: list[Phase] = field(default_factory=lambda: [Phase()])
     """Factor on lr after warm-up."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    """How much of Adam's two averages stays in a step: of the gradient and of its square."""
+    """Decay per step of Adam's averages of the gradient and of its square."""
     eps: float = expert(1e-8, above=0)
-    """What Adam adds to the root of the average square, so that it divides by no zero."""
+    """Epsilon of Adam, added to the root of the average square."""
     weight_decay: float = number(0.1, least=0)
-    """Decay of matrices; norm weights do not decay unless decay_norms says so."""
+    """Weight decay of matrices. Norm weights decay only with decay_norms."""
     decay_norms: bool = expert(False)
-    """Let norm weights decay as matrices do, as Moonlight does (arXiv 2502.16982, appendix D)."""
+    """Apply weight decay to norm weights, as Moonlight does (arXiv 2502.16982, appendix D)."""
     clip: float = number(1.0, least=0)
-    """Largest global gradient norm; 0 switches clipping off."""
+    """Largest global gradient norm; 0 for no clipping."""
     mtp_weight: list[Phase] = field(default_factory=lambda: [Phase(value=0.3)])
     """Weight lambda of the MTP loss (paper 2.2)."""
     bias_speed: list[Phase] = expert(make=lambda: [Phase(value=0.001)])
     """Speed gamma of the balance bias, per step (paper 2.1.2)."""
     balance_loss: float = number(1e-4, least=0)
-    """Weight alpha of the sequence-wise balance loss; 0 switches it off."""
+    """Weight alpha of the sequence-wise balance loss; 0 for none."""
     batch_ramp_start: int | None = number(None, least=1)
     """Sequences per step at the start of the ramp; null for no ramp."""
     batch_ramp_steps: int = number(0, least=0)
@@ -352,21 +351,21 @@ class Optim:
     """The growing batch is rounded down to a multiple of this; a multiple of micro_batch_size x dp, or x ep with
     parallel.uneven."""
     ema_decay: float = number(0.0, least=0, below=1)
-    """Decay of the moving average of the weights kept in CPU memory; 0 for none."""
+    """Decay of a moving average of the weights, which is kept in CPU memory; 0 for none."""
     muon: MuonOptim = expert(make=MuonOptim)
-    """For name=muon."""
+    """Settings of name=muon."""
     freeze_routers: bool = False
-    """Leave the weights of all routers as they are. With bias_speed 0 tokens go on to the experts that know them."""
+    """Freeze the weights of all routers. With bias_speed 0 tokens keep their experts."""
     detach_mtp: bool = False
-    """Train the MTP modules alone by their losses: neither the main model nor embedding and head learn from them."""
+    """Stop the gradient of MTP losses at the MTP modules: main model, embedding and head do not learn from them."""
     qk_clip: float | None = number(None, above=0)
-    """Largest attention score that a head may have: the weights of one with a larger one are scaled down after the step (Kimi K2; 100
-    there); null for no limit."""
+    """Largest attention score of a head: after the step, QK-clip scales down the weights of a head with a larger score (Kimi K2, which
+    uses 100); null for no limit."""
     extra_loss: dict[str, Any] | None = field(default_factory=dict)
-    """Your own term of the training loss: `_target_: my_mod.my_loss` with its keys, a function of the model's outputs
+    """Additional term of the training loss: `_target_: my_mod.my_loss` with its arguments, a function of the model's outputs
     (train/docs/change_model.md)."""
     max_bad_steps: int = expert(5, least=1)
-    """Steps in a row with a non-finite loss or gradient that may be skipped before the run stops."""
+    """Consecutive steps with a non-finite loss or gradient after which the run stops."""
 
     @property
     def facts(self) -> OptimizerFacts:
@@ -377,34 +376,34 @@ class Optim:
 
 @dataclass
 class Adapter:
-    """What is trained beside frozen weights, in their place (train/docs/fine_tuning.md)."""
+    """LoRA: small weights that are trained beside frozen weights (train/docs/fine_tuning.md)."""
 
     name: AdapterKind = AdapterKind.none
-    """none: the weights themselves are trained. lora: a low-rank pair beside each weight of the targets, y = W x + alpha / rank B A x, and
-    nothing else."""
+    """none: train the weights. lora: freeze them, and train low-rank A and B beside each weight of the targets,
+    y = W x + alpha / rank B A x."""
     rank: int = number(16, least=1)
     """Rows of A and columns of B."""
     alpha: float = number(32.0, above=0)
-    """What the pairs give is multiplied with alpha / rank."""
+    """Scale: the output of B A is multiplied by alpha / rank."""
     dropout: float = number(0.0, least=0, below=1, what="a share")
-    """Share of the inputs of the pairs that training sets to 0, and scales the others up for."""
+    """Dropout of the inputs of A, in training."""
     targets: FilledKey[list[AdapterTarget]] = LEFT_OUT
-    """Which weights: q_up, kv_up, down (both down projections of attention), out, routed, shared, dense, head; null takes all that the model
-    has but the head."""
+    """Adapted weights: q_up, kv_up, down (both down projections of attention), out, routed, shared, dense, head; null: all that the model
+    has, without head."""
     base: BaseFormat = BaseFormat.plain
-    """How frozen weights are held: plain, in the format of the run's weights. fp8: those of attention, FFNs and experts as E4M3 with an fp32 scale for
-    every 128x128, one byte a weight, and values are made of them for each product."""
+    """Storage of frozen weights. plain: the format of the run's weights. fp8: weights of attention, FFNs and experts as E4M3 with an fp32 scale for
+    every 128x128 block, one byte per weight; each GEMM dequantises them."""
     path: str | None = None
-    """A folder of PEFT's (adapter_config.json, adapter_model.safetensors), which mode=evaluate, generate, score and export add to the weights."""
+    """A PEFT folder (adapter_config.json, adapter_model.safetensors), which mode=evaluate, generate, score and export add to the weights."""
 
     @property
     def on(self) -> bool:
-        """Whether there is one."""
+        """Whether an adapter is trained."""
         return self.name is not AdapterKind.none
 
     @property
     def scale(self) -> float:
-        """Factor on what the pairs give."""
+        """Factor on the output of B A."""
         return self.alpha / self.rank
 
 
@@ -422,7 +421,7 @@ class RankCounts(Protocol):
 
     @property
     def stage_ranks(self) -> int:
-        """Ranks that hold the same stage of the pipeline: ZeRO shards over them, and experts are spread over them."""
+        """Ranks with the same pipeline stage. ZeRO shards over them, and experts are spread over them."""
         return self.dp * self.cp
 
     @property
@@ -433,42 +432,42 @@ class RankCounts(Protocol):
 
 @dataclass
 class Parallel(RankCounts):
-    """How the work is spread. World size = pp x dp x cp; dp x cp = expert-data-parallel x ep."""
+    """Layout of the ranks. World size = pp x dp x cp; dp x cp = expert-data-parallel x ep."""
 
     pp: int = number(1, least=1)
     """Pipeline ranks."""
     dp: int = number(1, least=1)
-    """Data-parallel ranks, among which the sequences of a batch are divided."""
+    """Data-parallel ranks, which divide the sequences of a batch."""
     cp: int = number(1, least=1)
-    """Ranks that share each sequence: of its 2 cp pieces a rank has an early and a late one (train/docs/several_gpus.md). Divides
+    """Ranks that share each sequence; each rank has an early and a late piece of it (train/docs/several_gpus.md). Divides
     seq_len / 2."""
     ep: int = number(1, least=1)
     """Ranks that share the experts of one layer; divides dp x cp."""
     uneven: bool = False
-    """Let expert groups have shares of the batch that differ by one micro-batch a rank, where dp does not divide the batch; losses
-    are weighted by tokens. A run on Ray that goes on with fewer ranks sets it. Needs zero 1 or 2."""
+    """Allow shares of the batch that differ by one micro-batch per rank between expert groups, if dp does not divide the batch. Losses
+    are weighted by tokens. A run on Ray sets it when it goes on with fewer ranks. Needs zero 1 or 2."""
     zero: int = number(1, least=1, most=3)
     """ZeRO stage, 1 to 3; 1 with pipelines. DeepSpeed's stage 0 would clip with a wrong norm."""
     offload_optimizer: bool = False
-    """Keep master weights and Adam's moments in the host's memory and update them there (DeepSpeed's ZeRO-Offload); ZeRO 1 or 2."""
+    """Keep master weights and Adam's moments in host memory, and update them there (DeepSpeed's ZeRO-Offload). Needs ZeRO 1 or 2."""
     schedule: PipelineSchedule = PipelineSchedule[PLAIN_SCHEDULE]
-    """Order of the pipeline's actions: 1f1b, interleaved, zbv or dualpipev; the last three give every rank two stages, interleaved
+    """Pipeline schedule: 1f1b, interleaved, zbv or dualpipev. The last three give every rank two stages, interleaved
     also more."""
     virtual_stages: int = number(2, least=2)
-    """interleaved: stages of every rank; rank r has r, r + pp, r + 2 pp and so on. More of them, each shorter, leave ranks less idle
+    """interleaved: stages per rank; rank r has stages r, r + pp, r + 2 pp and so on. More and shorter stages reduce idle time
     and send more hidden states."""
     split: Any = "cost"
-    """Layers of the pipeline's stages: cost (the operations of a rank as even as can be, head and MTP modules included), even (as
-    many layers for every stage), or the number for each stage in order, [1,2,2,1]: only the first and the last may be 0."""
+    """Layers of each stage: cost (equal operations per rank, head and MTP modules included), even (equal numbers of layers), or a
+    list with the number of layers of each stage, [1,2,2,1]; only the first and the last may be 0."""
     overlap: bool = expert(True)
-    """dualpipev, also on a pipeline of one rank: run the forward of one micro-batch and the backward of another together, so
-    that the all-to-all of either flies under the computation of the other; false runs them one after the other."""
+    """dualpipev, also with pp=1: run the forward of one micro-batch together with the backward of another, so
+    that the all-to-all of each overlaps with the computation of the other; false: one after the other."""
     dispatch: DispatchKind = DispatchKind[FLAT_DISPATCH]
-    """How tokens reach experts on other ranks: flat (one all-to-all, a row per token and expert), node_limited (each token
-    crosses to a node once and fans out inside it) or deepep (the DeepEP package, on GPUs)."""
+    """All-to-all between experts: flat (one all-to-all with a row per token and expert), node_limited (a token
+    crosses to each node once and is copied inside the node) or deepep (the DeepEP package, on GPUs)."""
     wire: WireFormat = WireFormat.bf16
-    """Format of rows on their way to the experts and of gradients on theirs: bf16 (the activations' own format) or fp8
-    (E4M3 with power-of-two scales per 128 values, paper 3.3.3). The ways back are always in the activations' format."""
+    """Format of rows in dispatch, and of gradients in the backward of combine: bf16 (the activation dtype) or fp8
+    (E4M3 with power-of-two scales per 128 values, paper 3.3.3). Combine always uses the activation dtype."""
 
     @property
     def schedule_facts(self) -> ScheduleFacts:
@@ -505,14 +504,14 @@ class Operands(NamedTuple):
 
 @dataclass
 class Health:
-    """Checks of the quantised tensors (train/kernels/fp8/health.py); a limit that is passed gives a warning with the layer's name."""
+    """Checks of the quantised tensors (train/kernels/fp8/health.py). A warning names a layer beyond a limit."""
 
     every: int = number(100, least=0)
-    """Steps between checks; 0 for none."""
+    """Interval of the checks, in steps; 0 for none."""
 
 
 FP8_OPERANDS = "activation", "weight", "gradient", "attention_output", "dispatched"
-"""Keys of precision.fp8 that say how operands are cast."""
+"""Keys of precision.fp8 with the format of an operand."""
 
 
 @dataclass
@@ -533,14 +532,14 @@ class Fp8:
     attention_output: str = "e4m3/1x128/pow2"
     """Input of the attention's output projection."""
     dispatched: str = "e4m3/1x128/pow2"
-    """What travels to the experts: input of their up-projection, gradient of their output."""
+    """Rows sent to experts: input of the up-projection, gradient of the expert output."""
     compiled: bool = expert(True)
     """On CPU, use code that is compiled at the first use, which takes seconds and a C++ compiler: for casts, and with
     AVX2 for products; false: torch's own operations, slower. Casts are the same bits, products the same but for the
     order of sums."""
     backend: Fp8Backend = Fp8Backend.triton
-    """On a GPU, products of experts and those added to a gradient. triton: our own kernels, with no other package; deepgemm:
-    DeepGEMM's, which runs with torch 2.11 alone and compiles them with nvcc (the extra [fp8])."""
+    """Kernels on a GPU for grouped GEMMs of experts and for GEMMs that add to a gradient. triton: kernels of Sluice; deepgemm:
+    the DeepGEMM package, which needs torch 2.11 and nvcc (the extra [fp8])."""
     hold_weights: bool = expert(False)
     """Cast weights once a step and hold the casts to the end of its last backward, which takes two bytes a weight more on a GPU; false: cast them again in
     every product, for the same bits."""
@@ -554,7 +553,7 @@ class Fp8:
 
 @dataclass
 class Precision:
-    """Number formats of the matrix products. Master weights are fp32 in all of them."""
+    """Number formats of GEMMs. Master weights are always fp32."""
 
     name: PrecisionName = PrecisionName.fp32
     """fp32, bf16, or a recipe with FP8 products: fp8 (the paper's), fp8_ue8m0 (every scale a power of two) or mxfp8 (so, and a
@@ -562,7 +561,7 @@ class Precision:
     moments: HighFormat = HighFormat.bf16
     """Format of the two Adam moments: bf16 (paper 3.3.3) or fp32."""
     fp8: Fp8 | None = None
-    """The FP8 recipe; null where no product is FP8."""
+    """The FP8 recipe; null without FP8 GEMMs."""
 
     @property
     def weight_bytes(self) -> int:
@@ -577,40 +576,40 @@ class Precision:
 
 @dataclass
 class Checkpoint:
-    """When and where the state is saved."""
+    """Checkpoints: interval, place and number."""
 
     every: int = number(100, least=0)
-    """Steps between checkpoints; 0 saves only at the end and on a signal."""
+    """Interval of checkpoints, in steps; 0 saves only at the end and on a signal."""
     every_memory: int = number(0, least=0)
-    """Ray: steps between copies of the state in the memory of its own node and of the next one, from which a run resumes
-    when a node is lost; 0 for none."""
+    """Ray: interval, in steps, of copies of the state in the memory of the own node and of the next node. A run resumes
+    from them when a node is lost; 0 for none."""
     memory_folder: str = expert("/dev/shm")
-    """Where every node keeps those copies: memory, or a fast disk of its own."""
+    """Folder of these copies on every node: memory, or a fast local disk."""
     keep: int = number(3, least=0)
-    """Newest checkpoints that stay, and beside them the one that a run resumed from, as long as it goes on; 0 keeps all."""
+    """Number of newest checkpoints that stay; 0 keeps all. The checkpoint that the run resumed from stays too."""
     keep_every: int = number(0, least=0)
     """Checkpoints at multiples of this many steps stay for good; 0 for none."""
     keep_best: bool = False
-    """Save after every validation with the least held-out loss so far (log.validate_every), and keep that checkpoint; best.json says which
-    it is."""
+    """Save after a validation with the lowest held-out loss so far (log.validate_every), and keep this checkpoint; best.json names
+    it."""
     weights_every: int = number(0, least=0)
-    """Steps between folders of weights as mode=export writes them, while the run trains and at its end: NAME/weights/newest links to the
+    """Interval, in steps, of Hugging Face folders as mode=export writes them, during the run and at its end. NAME/weights/newest links to the
     newest of two (train/docs/fine_tuning.md). A multiple of checkpoint.every; 0 for none."""
     staging_bytes: float = expert(0.0, least=0)
-    """Most bytes of the host's memory in which each rank holds a checkpoint until it is written; where it saves more, the training waits
-    for the disk, piece by piece. 0 holds all of it."""
+    """Largest host buffer of a rank for a checkpoint, in bytes. A larger checkpoint is written in pieces, and the training waits
+    for the disk. 0: a buffer for the whole checkpoint."""
 
 
 @dataclass
 class Cluster:
-    """Where the processes run."""
+    """Processes, devices and time limits."""
 
     backend: ClusterBackend = ClusterBackend.local
-    """local: ranks are children of this process, or of torchrun; ray: they run wherever Ray has nodes."""
+    """local: ranks are children of this process or of torchrun. ray: ranks run on the nodes of Ray."""
     device: DeviceKind = DeviceKind.auto
-    """auto (a GPU where there is one), cpu or cuda."""
+    """auto (a GPU if there is one), cpu or cuda."""
     threads: int = number(0, least=0)
-    """CPU threads per rank; 0 shares the cores among the ranks of a machine."""
+    """CPU threads per rank; 0 divides the cores among the ranks of a machine."""
     compiled: bool = True
     """On a CPU with AVX-512 or AVX2, parts of a step in bf16 as compiled code, built at its first use by the machine's C++
     compiler; matrix products where that is faster than torch's, which is measured when a run begins and kept in its checkpoints.
@@ -620,37 +619,37 @@ class Cluster:
     stopped: torch's deterministic kernels, attention without cuDNN, no sums in NVLink's switches, nothing chosen by a measurement.
     Costs speed on a GPU; how much has not been measured."""
     timeout: float = number(600.0, above=0)
-    """Longest wait in a collective, in seconds; until the first step is done at least cluster.start_timeout."""
+    """Longest wait in a collective, in seconds; before the first step at least cluster.start_timeout."""
     address: str | None = None
     """Ray: HOST:PORT of a running cluster, or auto for the one on this machine; null starts Ray here for this run."""
     ranks_per_node: int = number(0, least=0)
     """Ranks of one node. 0 means all ranks that a machine was given; with Ray one per GPU, or per CPU where there is none."""
     wait: float = expert(60.0, above=0)
-    """Ray: longest wait for enough nodes, in seconds."""
+    """Ray: longest wait for nodes, in seconds."""
     heartbeat: float = expert(5.0, above=0)
-    """Ray: a node without an answer for this many seconds counts as lost."""
+    """Ray: seconds without an answer after which a node counts as lost."""
     kill_after: float | None = expert(None, above=0)
-    """Least seconds without any progress of any rank before a run counts as hung and is ended; whoever holds it up is named long before.
+    """Seconds without progress of any rank after which a run is ended as hung; a warning names the culprit long before.
     null: 60 in steps on CPUs, 120 on GPUs. In checkpoints, uploads and callbacks at least cluster.timeout."""
     hang_after: float = expert(300.0, above=0)
-    """Most seconds without progress in a step before a run counts as hung, however long its steps have taken so far."""
+    """Upper limit, in seconds, of the time without progress in a step."""
     start_timeout: float = expert(900.0, above=0)
-    """Most seconds without progress until the first step is done, and in checkpoints and validations, before a run counts as hung."""
+    """Upper limit, in seconds, of the time without progress before the end of the first step, in checkpoints and in validations."""
     stop_timeout: float = expert(600.0, above=0)
-    """Ray: longest wait for the last checkpoint after a request to stop, in seconds."""
+    """Ray: longest wait for the last checkpoint after a stop request, in seconds."""
     restarts: int = number(3, least=0)
-    """Ray: restarts after failures of one kind without a new checkpoint in between, of lost nodes after losses of the same one; then the run
+    """Ray: restarts after failures of one kind without a new checkpoint in between. Losses of different nodes count separately. Then the run
     ends with a diagnosis."""
     standby: bool = expert(True)
-    """Ray: keep one process per rank that has imported the program, so that a restart saves that time (0.5 GB each)."""
+    """Ray: keep a standby process per rank with all imports done, for quick restarts (0.5 GB each)."""
 
 
 @dataclass
 class Rate:
-    """How long a kernel takes: calls x seconds + operations / flops + bytes / bandwidth. 0 for no such limit."""
+    """Duration of a kernel: calls x seconds + operations / flops + bytes / bandwidth. 0 leaves a term out."""
 
     seconds: float = number(0.0, least=0)
-    """Seconds of every call, whatever its size."""
+    """Fixed seconds per call."""
     flops: float = number(0.0, least=0)
     """Operations per second."""
     bandwidth: float = number(0.0, least=0)
@@ -659,14 +658,14 @@ class Rate:
 
 @dataclass
 class Hardware:
-    """A kind of device and how such devices are joined, for mode=plan (conf/hardware has the sources of the figures)."""
+    """A kind of device and its network, for mode=plan. conf/hardware names the sources of the figures."""
 
     name: str | None = None
-    """Name of the description; null where none was chosen."""
+    """Name of the description; null without a description."""
     device: str = expert("")
-    """Part of the name that CUDA gives the device; cpu for the processor of this machine."""
+    """Part of CUDA's name of the device; cpu for the processor of this machine."""
     devices_per_node: int = number(8, least=1)
-    """Devices that share the fast network: a node, or a larger NVLink domain."""
+    """Devices of a node, or of a larger NVLink domain."""
     memory_bytes: float = expert(0.0, least=0)
     """Memory of one device, in bytes; 0 for its share of this machine's memory."""
     host_memory_bytes: float = expert(0.0, least=0)
@@ -677,138 +676,138 @@ class Hardware:
     fp8_flops: float = expert(0.0, least=0)
     """Dense peak, FLOP/s; 0 for a device without FP8 products."""
     communication_share: float = expert(0.0, least=0, most=1, what="a share")
-    """Share of a device's computing that is taken by a transfer in flight, 0 to 1."""
+    """Share of a device's compute that a running transfer takes, 0 to 1."""
     price_per_hour: float | None = number(None, least=0)
-    """Price of one device for an hour, in `currency`; null for not given."""
+    """Price of one device per hour, in `currency`; null if unknown."""
     currency: str = "USD"
     """Currency of price_per_hour: three capital letters, as ISO 4217 has them."""
     watts: float | None = number(None, least=0)
-    """Power of one device at full load, in watts; null for not given."""
+    """Power of one device at full load, in watts; null if unknown."""
     rates_from: str = expert("rates of its own")
-    """Where the rates come from, for a person: a plan says it."""
+    """Source of the rates, which a plan prints."""
     rates: dict[str, Rate] = expert(make=dict)
-    """What kernels and links reach, by kind of work (train/plan/time/rates.py): all times come from here; empty needs plan.calibration."""
+    """Rates of kernels and links by kind of work (train/plan/time/rates.py), from which all times follow; if empty, plan.calibration is needed."""
 
 
 @dataclass
 class Plan:
-    """mode=plan: what is to be known of a run before it starts (train/docs/plan.md)."""
+    """mode=plan: prediction of memory, speed and cost (train/docs/plan.md)."""
 
     calibrate: bool = False
-    """Measure the present device with the recipe's own shapes, write runs/<name>/calibration.json, and stop."""
+    """Measure the present device with the shapes of the recipe, write runs/<name>/calibration.json, and stop."""
     calibration: str | None = None
-    """A file that plan.calibrate=true wrote on such a device, instead of the rates of the description."""
+    """A file of plan.calibrate=true from such a device; it replaces the rates of the description."""
     search: bool = False
-    """Search the layouts for plan.devices devices and show the best ten."""
+    """Search layouts for plan.devices devices, and show the best ten."""
     devices: int = number(0, least=0)
-    """Devices to search for; 0 takes parallel.pp x parallel.dp."""
+    """Number of devices for the search; 0 takes parallel.pp x parallel.dp."""
     write: str | None = None
     """With plan.search: write the best layout as conf/parallel/<write>.yaml."""
     tokens: float | None = number(None, above=0)
-    """Token budget for hours, cost and energy; null takes all tokens of the recipe."""
+    """Tokens for hours, cost and energy; null takes all tokens of the recipe."""
     imbalance: float = expert(1.1, least=1)
-    """Rows of the busiest rank of an expert group over the mean, 1 or more: that rank sets the pace, and needs the most memory."""
+    """Rows of the busiest rank of an expert group, divided by the mean. This rank decides speed and memory."""
     phases: list[str] = expert(make=list)
-    """Recipes that follow this one, on the same devices; their time and cost are added: [deepseek_v3_32k, deepseek_v3_128k]."""
+    """Recipes that follow on the same devices, whose time and cost are added: [deepseek_v3_32k, deepseek_v3_128k]."""
     failures: float = number(2e-5, least=0)
-    """Failures of a device in an hour that end the run: Meta counted 419 in 54 days of 16,384 H100 (Llama 3), 2.0e-5; InfiniteHBD's trace of
+    """Failures per device and hour that end the run. Meta counted 419 in 54 days of 16,384 H100 (Llama 3): 2.0e-5; InfiniteHBD's trace of
     servers has 2.2e-5. 0 for none."""
     reserve: float | None = expert(None, least=0)
-    """Bytes of a device that no tensor can have; null estimates them: CUDA's context, communicators, buffers of exchanges, and gaps."""
+    """Reserved bytes of a device; null estimates them: CUDA's context, communicators, buffers of exchanges, fragmentation."""
 
 
 @dataclass
 class DryRun:
-    """mode=dry_run: one rank of the job, alone on the device at hand (train/docs/plan.md)."""
+    """mode=dry_run: one rank of the job, alone on the present device (train/docs/plan.md)."""
 
     rank: str = "worst"
-    """Number of the rank, or worst: the one with the least room by plan."""
+    """Number of the rank, or worst: the rank with the least free memory by plan."""
     steps: int = number(3, least=1)
-    """Steps that are timed, after one to warm up and one whose memory is measured."""
+    """Timed steps, after a warm-up step and a step that measures memory."""
     routing: str = expert("balanced")
-    """How many rows the other ranks send to this rank's experts: balanced, skewed (1.5 times the mean, the first expert more
-    than the last), or the folder of a run whose last record of loads is taken."""
+    """Rows that other ranks send to this rank's experts: balanced, skewed (1.5 times the mean, decreasing from the first
+    to the last expert), or a run folder, for its last recorded tokens per expert."""
     shrink: int = expert(0, least=0)
-    """Divides widths, vocabulary and sequence; 0 takes 1 on a GPU and as much as is needed for seconds a step on a CPU."""
+    """Divisor of widths, vocabulary and sequence. 0: 1 on a GPU, and a value for steps of seconds on a CPU."""
 
 
 @dataclass
 class Prove:
-    """mode=prove: whether this layout trains this model, shown on a miniature of the recipe (train/docs/prove.md)."""
+    """mode=prove: whether this layout trains this model, checked on a miniature of the recipe (train/docs/prove.md)."""
 
     ranks: int = number(8, least=1)
-    """Ranks that run, at most. A larger layout becomes the smallest one with the same structure, and what was cut is told."""
+    """Largest number of ranks. A larger layout is replaced by the smallest layout of the same structure, and the card lists the changes."""
     first_optimizer: OptimizerName | None = expert(None)
-    """What updates the weights before the checkpoint that the second part of a proof goes on from; null: what does it behind it."""
+    """Optimizer of the first part of the check, before its checkpoint; null: the same as in the second part."""
 
 
 @dataclass
 class Log:
-    """What is shown and kept."""
+    """Metrics, validation, samples and W&B."""
 
     every: int = number(1, least=1)
-    """Steps between lines of metrics.jsonl."""
+    """Interval of lines in metrics.jsonl, in steps."""
     validate_every: int = number(0, least=0)
-    """Steps between validations; 0 validates only at the end."""
+    """Interval of validations, in steps; 0 validates only at the end."""
     validation_sequences: int = number(64, least=1)
     """Sequences of seq_len per validation."""
     norms_every: int = expert(50, least=0)
-    """Steps between measurements of the norms of weights and updates of every layer; 0 for none. During the update of such a step the
-    master weights of a rank lie in the host's memory once more."""
+    """Interval, in steps, of the norms of weights and updates per layer; 0 for none. During the update of such a step,
+    host memory holds a second copy of a rank's master weights."""
     replicas_every: int = expert(0, least=0)
-    """Steps between comparisons of weights that several ranks hold, bit by bit, before the update; a run whose copies differ ends with the
+    """Interval, in steps, of bitwise comparisons of weights that several ranks hold. If copies differ, the run ends and names the
     rank and the weight; 0 for none (train/docs/why.md)."""
     state_every: int = expert(0, least=0)
-    """Steps between checks that master weights and the optimizer's state are, before the next update or checkpoint, what the update of this
-    step left, bit by bit; a run where they are not ends with the rank and the tensor; 0 for none (train/docs/why.md)."""
+    """Interval, in steps, of checks that master weights and optimizer state do not change between an update and the next update or
+    checkpoint. If they change, the run ends and names the rank and the tensor; 0 for none (train/docs/why.md)."""
     wandb: WandbMode = WandbMode.auto
     """auto: online with a key, else offline."""
     prometheus: int = expert(0, least=0, most=65535)
-    """Port at which rank 0 tells the numbers of its newest step to a Prometheus server, at http://HOST:PORT/metrics; 0 for none."""
+    """Port of a Prometheus endpoint of rank 0, http://HOST:PORT/metrics, with the numbers of the newest step; 0 for none."""
     progress: bool = True
-    """Show the live progress bar (in a terminal) or a line now and then (elsewhere)."""
+    """Show a progress bar (in a terminal) or progress lines (elsewhere)."""
     sample_tokens: int = number(160, least=0)
-    """Tokens of generated text shown at the end; 0 for none."""
+    """Length of the generated sample at the end, in tokens; 0 for none."""
     sample_every: int = expert(0, least=0)
-    """Steps between such texts while the run trains, from the first checkpoint behind each; all ranks wait meanwhile. 0 for one at the end alone."""
+    """Interval, in steps, of generated samples; each uses the next checkpoint, and all ranks wait. 0: only at the end."""
     peak_flops: float = expert(0.0, least=0)
-    """Peak of the device in FLOP/s for MFU, at the precision of the products; 0 takes the maker's figure of a GPU that is known,
-    else the best matrix product measured so far on such a device, kept in data.cache."""
+    """Peak FLOP/s of the device for MFU, in the precision of the GEMMs. 0 takes the vendor's figure of a known GPU,
+    else the fastest GEMM measured so far on such a device, kept in data.cache."""
 
 
 @dataclass
 class Profile:
-    """Where the time of a step goes, by torch's profiler: a trace for Perfetto and a table of the ten largest (train/docs/troubleshooting.md)."""
+    """Profile of steps by torch's profiler: a trace for Perfetto, and a table of the ten most expensive operations (train/docs/troubleshooting.md)."""
 
     steps: list[int] = field(default_factory=list)
-    """First and last step that are watched, such as [10,12]; none for no profile. In mode=dry_run as many steps after all others."""
+    """First and last profiled step, such as [10,12]; empty for no profile. mode=dry_run profiles as many steps after its timed steps."""
     ranks: list[int] = field(default_factory=lambda: [0])
-    """Which ranks are watched; in mode=dry_run the one that runs."""
+    """Profiled ranks; in mode=dry_run its only rank."""
 
 
 @dataclass
 class Evaluate:
-    """mode=evaluate: which checkpoint, and on what (train/evaluate). The data are those of the section data."""
+    """mode=evaluate: checkpoint and tasks (train/evaluate). The section data names the data."""
 
     checkpoint: str | None = None
     """A checkpoint or run folder, or a Hugging Face folder; null takes the newest intact checkpoint of this run."""
     ema: bool = False
-    """Take the moving average of the weights (optim.ema_decay) instead of the weights."""
+    """Use the moving average of the weights (optim.ema_decay)."""
     sequences: int | None = number(None, least=0)
     """Sequences of seq_len, spread evenly over the documents; null takes log.validation_sequences, 0 reads all."""
     tasks: list[str] = field(default_factory=list)
     """Tasks of lm-evaluation-harness, run in one process beside the loss (package lm-eval)."""
     task_path: str | None = None
-    """Folder with task definitions of your own (yaml); the harness's own tasks are then left out."""
+    """Folder with your own task definitions (yaml), which replace the tasks of the harness."""
     task_limit: int = number(0, least=0)
-    """Examples of each task, the first ones; 0 for all."""
+    """Number of examples of each task, from the first; 0 for all."""
     shots: int | None = number(None, least=0)
-    """Solved examples in front of each question; null leaves it to the task."""
+    """Solved examples in front of each question; null: the task decides."""
     answers: int = number(0, least=0)
-    """Chats: held-out questions that the model answers, beside the weights that the run started from, its own answers to other questions, and
-    the commonest answer (train/evaluate/answers.py); 0 for none."""
+    """Chats: number of held-out questions that the model answers (train/evaluate/answers.py). The table compares the answers with those of
+    the weights before the tune, with shuffled answers and with the commonest answer. 0 for none."""
     needle: list[int] = field(default_factory=list)
-    """Lengths of texts, in tokens, in which the model is to find a pass key (train/evaluate/needle.py); none for no such test."""
+    """Text lengths, in tokens, of the pass-key test (train/evaluate/needle.py); empty for no test."""
 
 
 @dataclass
@@ -818,19 +817,19 @@ class Generate:
     checkpoint: str | None = None
     """A checkpoint or run folder, or a Hugging Face folder; null takes the newest intact checkpoint of this run."""
     prompt: str | None = None
-    """The beginning of the text; null asks for it in a terminal, and takes each line of standard input elsewhere."""
+    """The prompt. null: ask in a terminal; elsewhere each line of standard input is a prompt."""
     tokens: int = number(200, least=1)
-    """New tokens per text, at most; a text also ends with its document or at the end of the context."""
+    """Largest number of new tokens; a text also ends with its document or at the end of the context."""
     temperature: float = number(0.8, least=0)
-    """Below 1 likely tokens become likelier; 0 always takes the likeliest."""
+    """Sampling temperature; 0 always takes the likeliest token."""
     top_p: float = number(1.0, above=0, most=1, what="a probability")
-    """Draw only from the likeliest tokens that together have this probability."""
+    """Sample only from the likeliest tokens with this total probability."""
     seed: int = number(1, least=0, most=LARGEST_SEED)
-    """Where sampling starts: equal seeds, prompts and settings give the same text."""
+    """Sampling seed: equal seeds, prompts and settings give the same text."""
     chat: bool = False
-    """A conversation instead of texts: lines are questions, answered by the chat template of the weights, or data.template."""
+    """Hold a conversation: lines are questions, in the chat template of the weights or in data.template."""
     speculative: bool = False
-    """Let the MTP modules draft tokens that the model then checks together: the same distribution, fewer steps."""
+    """Speculative decoding: MTP modules draft tokens, and the model verifies them. Same distribution, fewer steps."""
 
 
 @dataclass
@@ -842,8 +841,8 @@ class Score:
     to: str | None = None
     """The Parquet file to write; it must not exist yet."""
     routing: ScoredRouting = ScoredRouting.own
-    """Experts of every token: own (as the routers choose), write (the same, and the column `experts` says which) or replay (those that each
-    sample has under `experts`, as an inference engine chose them)."""
+    """Experts of every token: own (chosen by the routers), write (the same, also written to the column `experts`) or replay (read from `experts` of each
+    sample, as an inference engine chose them)."""
     checkpoint: str | None = None
     """A checkpoint or run folder, or a Hugging Face folder; null takes the newest intact checkpoint of this run."""
 
@@ -855,15 +854,15 @@ class Export:
     to: str | None = None
     """The folder to write; it must be empty or not exist yet."""
     dtype: ExportType = ExportType.bf16
-    """bf16, fp32 (the master weights themselves) or fp8 (E4M3 in blocks of 128x128, as DeepSeek's released weights)."""
+    """bf16, fp32 (the master weights) or fp8 (E4M3 in blocks of 128x128, as in DeepSeek's releases)."""
     checkpoint: str | None = None
     """A checkpoint or run folder; null takes the newest intact checkpoint of this run."""
     ema: bool = False
     """Take the moving average of the weights (optim.ema_decay) instead of the weights."""
     family: ModelFamily | None = None
-    """Whose names fields and tensors get; null takes those of the folder that the run started from, else deepseek_v3."""
+    """Family of the names of fields and tensors; null: the family of the folder that the run started from, else deepseek_v3."""
     merge: bool = False
-    """Write a whole folder, the adapter added to its base, and not the adapter in PEFT's form."""
+    """Add the adapter to its base and write a whole model, instead of a PEFT adapter."""
 
 
 @dataclass
@@ -871,9 +870,9 @@ class Average:
     """mode=average: the mean of the weights of several checkpoints of one model (train/checkpoint/average.py)."""
 
     of: list[str] = field(default_factory=list)
-    """Checkpoint folders, and run folders, of which the newest are taken; none for the run of this name."""
+    """Checkpoint folders, and run folders (their newest checkpoints are used); empty: the run of this name."""
     last: int = number(1, least=1)
-    """Checkpoints of each run folder, the newest ones."""
+    """Number of newest checkpoints of each run folder."""
     to: str | None = None
     """The run folder to write; it must be empty or not exist yet."""
 
@@ -883,36 +882,36 @@ class Config:
     """A whole run."""
 
     name: FilledKey[str] = LEFT_OUT
-    """Name of the run, whose folder is runs/<name>; null takes the recipe's name."""
+    """Name of the run; its folder is runs/<name>. null: the name of the recipe."""
     mode: Mode = Mode.train
-    """What to do with the recipe."""
+    """Task of the command."""
     seed: int = number(1, least=0, most=LARGEST_SEED)
     """Seed of the weights, the sample order and FIM."""
     steps: int = number(300, least=1)
     """Optimizer steps of the whole run."""
     epochs: float | None = number(None, above=0)
-    """How often the data are read, instead of steps, which follow from it; with a mix, as many sequences as all sources have together."""
+    """Passes over the data, which replace steps; with a mix, a pass has as many sequences as all sources together."""
     seq_len: int = number(256, least=1)
     """Tokens per sequence."""
     batch_size: int = number(16, least=1, slip=10_000_000)
     """Sequences per optimizer step, over all ranks."""
     micro_batch_size: FilledKey[int] = number(None, least=1)
-    """Sequences per forward pass of one rank; null takes the most that divide a rank's share of the batch, keep to
-    4096 tokens and leave the pipeline schedule enough micro-batches. Never null after load."""
+    """Sequences per forward pass of a rank. null: the largest number that divides a rank's share of the batch, has at most
+    4096 tokens and leaves enough micro-batches for the pipeline schedule. Never null after load."""
     resume: str = "auto"
     """auto (newest intact checkpoint of this run, if any), never (start new; an existing run is an error), or a checkpoint folder."""
     init_from: str | None = None
-    """A run, a checkpoint, or a folder with the weights of a model of DeepSeek-V3's architecture (safetensors, bf16, fp32 or FP8 blocks; the families of
-    export.family), which a new run starts from; null draws them. A run that has a checkpoint goes on from that."""
+    """Weights of a new run: a run, a checkpoint, or a Hugging Face folder of DeepSeek-V3's architecture (safetensors in bf16, fp32 or FP8 blocks; families as in
+    export.family). null: random weights. A run with a checkpoint goes on from its checkpoint."""
     text_only: bool = False
-    """Take the language model of weights from elsewhere that hold more, such as a tower for images, and leave the rest out."""
+    """Read only the language model of a folder that also holds other parts, such as an image encoder."""
     runs: str = "runs"
     """Folder that holds the run folders."""
     trust: bool = False
-    """Let the config.yaml of a run that a mode looks at call resolvers, such as ${oc.env:HOME}, name evaluate.task_path, whose tasks can
-    hold code, and name code by `_target_`. For runs of those you trust; a config.yaml cannot set it."""
+    """Trust the config.yaml of an existing run: it may call resolvers such as ${oc.env:HOME}, set evaluate.task_path (tasks can
+    hold code) and name code by `_target_`. A config.yaml cannot set this key."""
     callbacks: list[dict[str, Any]] = field(default_factory=list)
-    """Your own hooks, objects that look at a run or add to it: `_target_: my_mod.MyCallback` with its keys, each
+    """Hooks, objects that watch a run or add to it: each `_target_: my_mod.MyCallback` with its arguments
     (train/docs/change_model.md)."""
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
