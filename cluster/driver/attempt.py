@@ -1,4 +1,4 @@
-"""One attempt to run: its ranks as their agents last saw them, its progress, and what went wrong with it."""
+"""One attempt of a run: its ranks as last reported, its progress, and its failure."""
 
 from collections.abc import Collection
 from typing import Any
@@ -12,32 +12,32 @@ from cluster.topology import Placement
 from conf.errors import EXIT_USER
 
 NAMED_NODES = 8
-"""Lost nodes that a cause tells about one by one; events.jsonl has a line for each."""
+"""Number of lost nodes that a cause names; events.jsonl has a line for each lost node."""
 
 
 class Attempt(RankWatch):
     """Facts of one attempt; the supervisor decides what follows from them."""
 
     def __init__(self, number: int, placement: Placement, now: float, saved: int, patience: Patience):
-        """saved: step of the newest checkpoint, on disk or in memory, when it begins."""
+        """saved: step of the newest checkpoint, on disk or in memory, when the attempt begins."""
         names = {seat.rank: seat.node.name for seat in placement.seats}
         super().__init__(names, names, patience, now, saved)
         self.number, self.placement = number, placement
         self.ranks_of = {node: [seat.rank for seat in seats] for node, seats in placement.by_node.items()}
         self.lost: dict[str, str] = {}
-        """Nodes that it lost, and how; they may be back in the cluster already."""
+        """Nodes that the attempt lost, with the reason; they may have returned to the cluster already."""
         self.cause: Cause | None = None
         self.hang_since: float | None = None
         self.stacks: dict[int, str] = {}
         self.rings: dict[int, bytes] = {}
-        """What ranks communicated last, packed; empty of one without a ring."""
+        """Packed communication rings of the ranks; empty for a rank without a ring."""
         self.incident: dict[str, Any] | None = None
         dp = placement.dp
         self.stragglers = Stragglers([range(stage * dp, (stage + 1) * dp) for stage in range(placement.pp)])
 
     @property
     def reachable(self) -> tuple[str, ...]:
-        """All nodes with ranks that were not lost; of one of them ask `reaches`."""
+        """All nodes with ranks that were not lost; for a single node call `reaches`."""
         return tuple(node for node in self.ranks_of if node not in self.lost)
 
     def reaches(self, node: str) -> bool:
@@ -45,7 +45,7 @@ class Attempt(RankWatch):
 
     @property
     def live_reports(self) -> list[RankReport]:
-        """Ranks on nodes that answer."""
+        """Reports of the ranks on answering nodes."""
         return [self.reports[rank] for node in self.reachable for rank in self.ranks_of[node]]
 
     @property
@@ -53,24 +53,28 @@ class Attempt(RankWatch):
         return bool(self.lost or self.cause or self._bad)
 
     def count_repeated(self, reached: int) -> int:
-        """Steps that it does a second time, when the run had worked on step `reached` before; it has begun itself."""
+        """Return the number of steps that this attempt, which has begun, repeats if the run had worked on step
+        `reached` before.
+        """
         assert self.first_step is not None
         return max(0, reached - min(self.first_step, self.saved + 1))
 
     def take(self, now: float, reports: Collection[RankReport]) -> None:
-        """Remember what an agent says of its ranks."""
+        """Store an agent's reports of its ranks."""
         for report in reports:
             if report.step != self.reports[report.rank].step and report.busy is not None:
                 self.stragglers.take(report.rank, report.busy)
         super().take(now, reports)
 
     def look_again(self, hang_since: float | None) -> None:
-        """What ranks do is asked for anew. hang_since: when there was news last, where they are not judged for a failure."""
+        """Clear stacks and rings before they are collected anew. hang_since: time of the last news; None if ranks
+        are judged for a failure.
+        """
         self.hang_since = hang_since
         self.stacks, self.rings, self.incident = {}, {}, None
 
     def is_settled(self, now: float, until: float) -> bool:
-        """Whether to wait no longer for ranks to say why they failed, and for what they communicated last."""
+        """Whether to stop waiting for ranks to report why they failed, and for their communication rings."""
         reports = self.live_reports
         if now >= until or any(report.said == EXIT_USER for report in reports):
             return True
@@ -85,7 +89,7 @@ class Attempt(RankWatch):
         }
 
     def judge(self, now: float) -> Cause:
-        """The first failure, from all that is known; `incident` has the whole of it."""
+        """Return the first failure, based on all reports; `incident` gets the details."""
         found = name_cause(self.live_reports, self.names)
         if found is not None and found.kind is Kind.user:
             return found

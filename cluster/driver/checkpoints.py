@@ -10,17 +10,22 @@ from cluster.run_files import MANIFEST, NONE, STEP_FOLDERS, Age, hold_lock, read
 
 
 def newest(folder: Path) -> Age:
-    """Age of the newest checkpoint that was committed, else NONE; its manifest is there before the folder has its name."""
+    """Return the age of the newest committed checkpoint, else NONE. A manifest is complete before its folder gets
+    its name.
+    """
     return max(_ages(folder), default=NONE)
 
 
 def claim_attempt(folder: Path, timeout: float) -> int:
-    """A number above that of every earlier attempt of this run, 1 or more, which shuts those out from now on: a rank that an
-    earlier driver started may only now be about to begin. Raises UserError for a damaged fence, and where a rank
-    keeps the folder locked for longer than this, in seconds.
+    """Return a number (1 or more) above that of every earlier attempt, and lock earlier attempts out of the run from
+    now on.
+
+    A rank that an earlier driver started may be about to begin only now. Raises UserError for a damaged fence, and if a
+    rank keeps the folder locked for longer than `timeout` seconds.
     """
     started = [int(path.stem) for path in (folder / "attempts").glob("*.yaml") if re.fullmatch(r"\d{1,15}", path.stem)]
-    told = [event["attempt"] for event in read_events(folder)]  # also one that ended before its ranks were started
+    # Includes an attempt that ended before its ranks started
+    told = [event["attempt"] for event in read_events(folder)]
     checkpoints = folder / "checkpoints"
     checkpoints.mkdir(exist_ok=True)
     with hold_lock(checkpoints, timeout):
@@ -35,15 +40,15 @@ def written_since(folder: Path, attempt: int) -> bool:
 
 
 def _ages(folder: Path) -> list[Age]:
-    """The ages of all checkpoints but those whose manifest is damaged: nobody can tell their age, and no rank resumes
-    from them.
+    """Return the ages of all checkpoints with a readable manifest. The age of the others is unknown, and no rank
+    resumes from them.
     """
     found = []
     for path in (folder / "checkpoints").glob(f"{STEP_FOLDERS}/{MANIFEST}"):
         try:
             status = path.stat()
             attempt = _attempt_of(path, status.st_ino, status.st_mtime_ns)
-        except FileNotFoundError:  # a rank puts a newer one in its place, or prunes it
+        except FileNotFoundError:  # a rank is replacing or pruning it
             continue
         if attempt is not None:
             found.append(Age(attempt, int(path.parent.name.removeprefix("step_"))))
@@ -52,8 +57,9 @@ def _ages(folder: Path) -> list[Age]:
 
 @functools.lru_cache(maxsize=1024)
 def _attempt_of(path: Path, inode: int, written: int) -> int | None:
-    """Attempt that wrote a manifest, None if it is no manifest. Kept per file: a large run's are megabytes, and the
-    driver looks every second.
+    """Return the attempt that wrote a manifest, or None if the file is not a manifest.
+
+    The result is cached per file, because a large run's manifests have megabytes and the driver checks every second.
     """
     try:
         return int(json.loads(path.read_bytes())["attempt"])

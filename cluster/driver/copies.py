@@ -1,8 +1,10 @@
-"""The driver's view of the copies in memory (cluster/node/copy_store.py): which node holds what, and what ranks need to know.
+"""The driver's view of the in-memory copies (cluster/node/copy_store.py): which node holds which copies, and what
+ranks need to know.
 
-Agents report what they hold with every answer. Before an attempt starts, the driver writes attempts/NUMBER.memory.json
-for its ranks: where each node keeps its copies, who is next to whom, and the newest set that is whole on the nodes that
-answer, if there is one. Rank 0 compares its age with the newest checkpoint on disk (train/loop/resume.py).
+Agents report the copies that they hold with every answer. Before an attempt starts, the driver writes
+attempts/NUMBER.memory.json for its ranks: where each node keeps its copies, which node is next to which, and the newest
+set that is complete on the answering nodes, if any. Rank 0 compares the age of that set with the newest checkpoint on
+disk (train/loop/resume.py).
 """
 
 import hashlib
@@ -23,29 +25,31 @@ from conf.files import atomic_write_text, read_plain
 
 @dataclass(frozen=True)
 class Shelf:
-    """Where a node keeps its copies."""
+    """Location of one node's copies."""
 
     name: str
-    """The node's name, for people."""
+    """The node's name, for messages."""
     folder: str
     address: str
-    """HOST:PORT of its agent's store."""
+    """HOST:PORT of the store in the node's agent."""
     ranks: list[int]
-    """Ranks of this attempt that run there."""
+    """Ranks of this attempt that run on the node."""
 
 
 @dataclass(frozen=True)
 class Shelves:
-    """What the ranks of one attempt know of the copies."""
+    """Everything that the ranks of one attempt know about the copies."""
 
     nodes: list[Shelf]
-    """Those with ranks first, in the order of the placement; the next of a node is the one behind it, in a ring."""
+    """Nodes with ranks first, in placement order; they form a ring, in which each node's next node is the following
+    one.
+    """
     resume: str | None
-    """Name of the newest set that is whole; None if there is none."""
+    """Name of the newest complete set; None if there is none."""
     holders: list[list[int]]
     """For every rank that wrote that set, the indexes of the nodes that hold its part."""
     full_size: bool
-    """The attempt has all the ranks that the run wants; then its copies must fit into memory."""
+    """Whether the attempt has all the ranks that the run wants; then its copies must fit into memory."""
 
     @staticmethod
     def read(path: Path) -> "Shelves":
@@ -53,17 +57,21 @@ class Shelves:
         return Shelves(**(text | {"nodes": [Shelf(**node) for node in text["nodes"]]}))
 
     def home(self, rank: int) -> int:
-        """Index of the node that a rank runs on."""
+        """Return the index of the node that a rank runs on."""
         return next(index for index, node in enumerate(self.nodes) if rank in node.ranks)
 
     def next(self, index: int) -> int | None:
-        """Index of the node that also keeps what the ranks of this one write; None if there is no other."""
+        """Return the index of the node that also stores what this node's ranks write; None if there is no other
+        node.
+        """
         count = sum(bool(node.ranks) for node in self.nodes)
         return (index + 1) % count if count > 1 else None
 
 
 class Copies:
-    """What the agents of a run hold. folder: of the run; base: where every node keeps copies; first: attempt of a launch."""
+    """Copies that the agents of a run hold. folder: of the run; base: where every node keeps copies; first: first
+    attempt of this launch.
+    """
 
     def __init__(self, folder: Path, base: str, first: int):
         self._folder, self.base, self._first = folder, base, first
@@ -71,19 +79,21 @@ class Copies:
         self._run = hashlib.sha256(str(folder).encode()).hexdigest()[:8]
         self._ports: dict[str, int] = {}
         self._held: dict[str, dict[str, list[int]]] = {}
-        """By node id: ranks by name of the set."""
+        """By node id: the ranks in each set, by set name."""
 
     @cached_property
     def _id(self) -> str:
-        """A number that the run folder keeps. Who knows it can make the folder in memory before the run does."""
+        """Random id, stored in the run folder. A process that knows the id could create the memory folder before the
+        run does.
+        """
         path = self._folder / "attempts" / "memory_id"
         path.parent.mkdir(exist_ok=True)
         found = read_plain(path).decode() if path.exists() else ""
-        if not re.fullmatch("[0-9a-f]{8}", found):  # it becomes part of a path, so nothing else will do
+        if not re.fullmatch("[0-9a-f]{8}", found):  # the id becomes part of a path, so any other text is replaced
             found = secrets.token_hex(4)
             with naming(path):
                 atomic_write_text(path, found, mode=0o600)
-        elif path.stat().st_mode & 0o077:  # as earlier versions made it
+        elif path.stat().st_mode & 0o077:  # earlier versions wrote it with other permissions
             path.chmod(0o600)
         return found
 
@@ -91,20 +101,20 @@ class Copies:
         return str(Path(self.base) / folder_name(self._run, self._id, node.name))
 
     def note_port(self, node: str, port: int) -> None:
-        """The store of this node listens."""
+        """Record the port on which the store of this node listens."""
         self._ports[node] = port
 
     def take(self, node: str, held: dict[str, list[int]]) -> None:
-        """What the agent of a node reports."""
+        """Record the copies that a node's agent reports."""
         self._held[node] = held
 
     def forget(self, node: str) -> None:
-        """The node is lost."""
+        """Drop a lost node."""
         self._ports.pop(node, None)
         self._held.pop(node, None)
 
     def newest(self, nodes: Iterable[str]) -> SetId | None:
-        """The newest set that these nodes hold whole."""
+        """Return the newest set that these nodes together hold completely."""
         ranks: dict[str, set[int]] = {}
         for node in nodes:
             for name, held in self._held.get(node, {}).items():
@@ -113,9 +123,10 @@ class Copies:
         return max((id for id, held in found if id and len(held) == id.world), default=None)
 
     def shelves(self, placement: Placement, nodes: dict[str, Node], full_size: bool, auto: bool) -> Shelves:
-        """What the ranks of an attempt need. nodes: all that answer, by id.
+        """Return what the ranks of an attempt need. nodes: all answering nodes, by id.
 
-        auto: whether the run resumes from whatever is newest; else only from what this launch wrote.
+        auto: whether the run resumes from the newest state of any launch; otherwise only from a state that this launch
+        wrote.
         """
         ranks = {id: [seat.rank for seat in seats] for id, seats in placement.by_node.items()}
         ids = [*ranks, *(id for id in nodes if id not in ranks and id in self._ports)]
@@ -135,7 +146,9 @@ class Copies:
         return Shelves(shelves, found.name, holders, full_size)
 
     def write(self, number: int, shelves: Shelves) -> dict[str, str]:
-        """Leave them for the ranks of an attempt; returns the environment that tells them where."""
+        """Write the shelves to a file for the ranks of an attempt; returns the environment variables that name the
+        file.
+        """
         path = self._folder / "attempts" / f"{number:05d}.memory.json"
         with naming(path):
             path.write_text(json.dumps(asdict(shelves)))
@@ -143,8 +156,9 @@ class Copies:
 
 
 def given_shelves() -> tuple[Shelves, str] | None:
-    """What the driver told this rank, and the token of the stores; None without copies in memory. Call once: the token does
-    not stay in the environment, which every child of the rank would have.
+    """Read what the driver told this rank, with the token of the stores; None without copies in memory.
+
+    Call once: the token is removed from the environment, because every child of the rank would inherit it.
     """
     if "SLUICE_MEMORY" not in os.environ:
         return None

@@ -1,4 +1,4 @@
-"""The last words of a run that cannot go on: what failed, where, the lines that show it, and what to do."""
+"""Final report of a run that cannot go on: what failed, where, the log lines that show it, and what to do."""
 
 from cluster.cause import Cause, Kind
 from cluster.driver.policy import Policy
@@ -19,7 +19,9 @@ LOG_LINES = 30
 
 
 def give_up(cause: Cause, times: int, allowed: int, failures: list[tuple[int, Cause]], saved: int) -> str:
-    """Why no further attempt is made. failures: (attempt, cause) of all attempts; saved: newest checkpoint or -1."""
+    """Explain why the driver makes no further attempt. failures: (attempt, cause) of all attempts; saved: newest
+    checkpoint or -1.
+    """
     lines = [cause.text]
     if times > 1:
         lines.append(
@@ -36,7 +38,7 @@ def give_up(cause: Cause, times: int, allowed: int, failures: list[tuple[int, Ca
 
 
 def too_few(policy: Policy, free: list[Node], found: Placement | None, last: Cause | None, saved: int) -> str:
-    """Why the nodes that are there do not do."""
+    """Explain why the available nodes are not enough."""
     shapes, devices = policy.shapes, sum(node.devices for node in free)
     cure = f"add nodes, or set {shapes.words(found.shape)}, which fits" if found else shapes.why_nothing(free)
     error = UserError(
@@ -51,7 +53,7 @@ def too_few(policy: Policy, free: list[Node], found: Placement | None, last: Cau
 
 
 def no_node_comes(last: Cause | None, saved: int) -> str:
-    """Why a run ends that is alone on a Ray of its own, which has ended."""
+    """Explain why a run ends whose own Ray on this machine has ended."""
     before = f"\n  before it: {last.text}" if last else ""
     return (
         f"the Ray that this run started on this machine has ended, and no other node can come{before}\n  newest checkpoint: {_step(saved)}\n"

@@ -1,4 +1,4 @@
-"""The loop of the driver: asks agents, tells the supervisor, and does what it decides."""
+"""The driver's loop: queries the agents, reports to the supervisor and carries out its decisions."""
 
 import contextlib
 import dataclasses
@@ -43,29 +43,35 @@ from conf.own_code import targets_of
 from conf.schema import Config
 
 NEWS_SECONDS = 0.25
-"""Seconds after which an agent without news answers; it is asked again at once."""
+"""Seconds after which an agent without news answers; the driver then asks it again at once."""
 ANSWERS = 150
-"""A second at most: of many agents each has more patience, so that the driver does not drown in answers without news."""
+"""Upper bound of answers per second. With many agents, each waits longer, so that answers without news do not flood
+the driver.
+"""
 LONGEST_PATIENCE = 30.0
-"""Seconds of patience of an agent whose node answers the pulse; of another half a heartbeat, as its answer alone tells that it
-lives."""
+"""Upper bound, in seconds, of an agent's wait if its node answers the pulse. Without a pulse the bound is half a
+heartbeat, because only the agent's answer then shows that the node is alive.
+"""
 TICK_EVERY = 0.05
-"""Seconds between decisions, at least."""
+"""Minimum seconds between decisions."""
 LOOK_EVERY = 1.0
-"""Seconds between looks at the list of nodes and at the checkpoints."""
+"""Seconds between checks of the node list and of the checkpoints."""
 HELD_BACK = 2.0
-"""Seconds until a node is checked again whose folder for copies another agent holds."""
+"""Seconds until the driver checks a node again whose copy folder another agent holds."""
 REFUSED_SECONDS = 10.0
-"""Seconds until a node is checked again that was refused for another reason: somebody may set its clock or clear its disk."""
+"""Seconds until the driver checks a node again that it refused for another reason: an admin may fix its clock or
+free its disk.
+"""
 
 
 class Driver:
     """Runs one launch of a run on a fleet.
 
-    arguments: command line of a rank behind the interpreter, whose last part is the configuration file; every attempt
-    gets its own, with the layout that it has. rank_folder: working folder of the ranks, None where Ray ships the code. gpus:
-    whether the devices of the nodes are GPUs. planner: a command that writes layouts.json for cluster/driver/shapes.py, given cpu
-    or cuda behind it; it is started once the run trains.
+    arguments: command line of a rank, after the interpreter. Its last item is the configuration file; each attempt gets
+    its own file with its layout.
+    rank_folder: working folder of the ranks, None if Ray ships the code. gpus: whether the nodes' devices are GPUs.
+    planner: command that writes layouts.json for cluster/driver/shapes.py. The driver appends cpu or cuda and starts
+    the command once the run trains.
     """
 
     def __init__(
@@ -96,24 +102,24 @@ class Driver:
         self.vitals, self._rank_table = Vitals(), RankTable(folder)
         self._finish: m.FinishRun | None = None
         self._known: dict[str, Node] = {}
-        """Nodes that were listed, by id; checked ones are those that the supervisor knows."""
+        """Listed nodes, by id. The supervisor knows only the nodes that passed the checks."""
         self._overdue: dict[str, float] = {}
-        """When a node that answers the pulse should have answered the question of how its ranks are."""
+        """Latest time, by node, at which a node that answers the pulse should have reported its ranks."""
         self._ask_later: set[str] = set()
-        """Nodes whose agent could not answer; they are asked again at the next look."""
+        """Nodes whose agent could not answer; the driver asks them again at the next check of the node list."""
         self._released: set[str] = set()
-        """Nodes that were about to go and hold nothing of the run any more."""
+        """Nodes that were draining and hold nothing of the run any more."""
         self._probed_from = 0
-        """Number of the newest question of the pulse when the probe of all links began."""
+        """Number of the newest pulse question when the probe of all links began."""
         self._starting: tuple[int, Placement] | None = None
         self._network: NetworkTest | None = None
         self._test_ports: dict[str, int] = {}
-        """Where nodes listen for the network test, which comes before the first attempt."""
+        """Port on which each node listens for the network test, which runs before the first attempt."""
         self._refused: dict[str, str] = {}
         self._check_again: dict[str, float] = {}
-        """Ids of nodes that were refused, and when they are checked again."""
+        """Time of the next check, by id of a refused node."""
         self._without_folder: set[str] = set()
-        """Nodes that have no folder for copies."""
+        """Nodes without a folder for copies."""
         self._started_at = clock()
         self._first_step: int | None = None
         self._offsets: dict[int, int] = {}
@@ -124,7 +130,7 @@ class Driver:
         self._stop: str | None = None
 
     def run(self) -> m.FinishRun:
-        """Until the run ends; returns its exit code and the reason."""
+        """Runs until the run ends; returns its exit code and the reason."""
         self.journal.write("launch", 0, f"{self.config.name}", world=self.config.parallel.world)
         try:
             with handled(self._signalled, signal.SIGTERM, signal.SIGINT), self.view:
@@ -157,19 +163,21 @@ class Driver:
         if self._network is not None and self._starting is not None:
             self._test_network(self._network, *self._starting)
         if self.clock() - self._ticked < TICK_EVERY:
-            return  # what follows looks at all nodes, and thousands of them answer one by one
+            return  # the rest visits all nodes, and thousands of nodes answer one by one
         self._ticked = self.clock()
-        if self.supervisor.phase is not DriverPhase.running:  # what can be saved is about to count
+        if self.supervisor.phase is not DriverPhase.running:  # a savable state is about to matter
             self._look_at_copies()
         self._tell(m.Tick())
         self.view.update(self.supervisor)
         self._rank_table.update(self.supervisor, self._ticked)
 
     def _feel_pulse(self) -> None:
-        """Ask nodes whether they live. One whose agent is stuck does not, though its system may answer."""
+        """Ask nodes by UDP whether they are alive. A node with a stuck agent does not answer, even if its system
+        would.
+        """
         now, states = self._awake(), self.supervisor.nodes
         judging = self.supervisor.phase is DriverPhase.judging
-        for id, number in self.pulse.answers(now):  # to the last questions, before there are newer ones
+        for id, number in self.pulse.answers(now):  # answers to the last questions, before new questions go out
             if now < self._overdue.get(id, now):
                 self._tell(m.NodeHeard(id))
             if judging and number > self._probed_from:
@@ -177,7 +185,7 @@ class Driver:
         self.pulse.ask(now, lambda id: id in states and states[id].health is NodeHealth.ok)
 
     def _awake(self) -> float:
-        """The clock of all that concerns the pulse, which stands still while this process itself is held up."""
+        """Clock for everything about the pulse; it stands still while this process itself is held up."""
         now = self.clock()
         self._slept += self._held_up.since_last_look(now)
         return now - self._slept
@@ -195,7 +203,7 @@ class Driver:
             call_agent(self.fleet, placement.seats[0].node.id, Agent.free_port)
 
     def _look(self) -> None:
-        """At the nodes and the checkpoints."""
+        """Check the nodes and the checkpoints."""
         self._tell(m.CheckpointSaved(newest(self.folder)))
         self._look_at_copies()
         if not self._limits_told and self.shapes.is_planned and self.supervisor.phase is DriverPhase.running:
@@ -231,7 +239,7 @@ class Driver:
         self._ask_later.clear()
 
     def _forget(self, id: str) -> Node:
-        """A node without an agent of this launch."""
+        """Drop a node whose agent of this launch is gone."""
         self.copies.forget(id)
         self.pulse.forget(id)
         self._overdue.pop(id, None)
@@ -242,10 +250,11 @@ class Driver:
         self._tell(m.CopyHeld(Age(held.attempt, held.step) if held else NONE))
 
     def _ask(self, id: str) -> None:
-        """Ask an agent for its next news; each has one such question at a time."""
+        """Ask an agent for its next news; each agent has one such question at a time."""
         now, heartbeat, ranks = self._awake(), self.config.cluster.heartbeat, self._ranks_on(id)
         longest = NEWS_SECONDS if 0 in ranks else LONGEST_PATIENCE if self.pulse.hears(id, now) else heartbeat / 2
-        spread = random.uniform(0.5, 1.5)  # all were asked at once when the attempt began, and shall not answer at once
+        # All agents were asked at once when the attempt began, and must not all answer at once
+        spread = random.uniform(0.5, 1.5)
         patience = min(max(NEWS_SECONDS, spread * len(self._known) / ANSWERS), longest)
         self._overdue[id] = now + patience + heartbeat
         call_agent(self.fleet, id, Agent.ask, self._offsets_on(id), self.supervisor.number, patience)
@@ -254,7 +263,7 @@ class Driver:
         return self.supervisor.attempt.ranks_of.get(id, []) if self.supervisor.attempt else []
 
     def _offsets_on(self, id: str) -> dict[int, int]:
-        """How much of the output of each rank of a node is here."""
+        """Bytes of output that the driver already has, for each rank of a node."""
         return {rank: self._offsets[rank] for rank in self._ranks_on(id) if rank in self._offsets}
 
     def _take(self, reply: Reply) -> None:
@@ -262,7 +271,7 @@ class Driver:
             return
         if reply.dead:
             self._tell(m.NodeLost(reply.node, f"its agent died: {reply.error}", returning=True))
-            node = self._forget(reply.node)  # the next look starts a new agent, if the node is still listed
+            node = self._forget(reply.node)  # the next check starts a new agent, if the node is still listed
             if node.id not in self.supervisor.nodes:
                 self._refuse(node, f"its agent died: {reply.error}")
         elif reply.is_of(Agent.facts):
@@ -272,7 +281,7 @@ class Driver:
         elif reply.is_of(Agent.ask):
             if reply.error is None:
                 self._take_answer(reply.node, reply.value)
-                if reply.node in self._known:  # else it was let go
+                if reply.node in self._known:  # otherwise the driver has released the node
                     self._ask(reply.node)
             else:
                 self._note("call_failed", f"{self._known[reply.node].name}: {reply.method}: {reply.error}")
@@ -286,7 +295,7 @@ class Driver:
             self._send_orders(reply)
         elif reply.error is not None and reply.is_of(Agent.start):
             self._tell(m.StartFailed(self.supervisor.number, reply.node, f"{reply.method}: {reply.error}"))
-        elif reply.error is not None:  # ranks in reserve, say: the attempt can do without
+        elif reply.error is not None:  # reserve ranks, for example: the attempt can do without them
             name = self._known[reply.node].name
             self._note("call_failed", f"{name}: {reply.method}: {reply.error}", node=name, method=reply.method)
 
@@ -318,7 +327,7 @@ class Driver:
         )
         if opened.absent:
             self._without_folder.add(node.id)
-            if self._without_folder >= set(self._known):  # more nodes will not have it either
+            if self._without_folder >= set(self._known):  # more nodes will not have the folder either
                 self._do(m.FinishRun(EXIT_USER, f"no node has checkpoint.memory_folder = {self.copies.base}"))
 
     def _admit(self, node: Node) -> None:
@@ -327,12 +336,12 @@ class Driver:
         if len(self._known) < ANSWERS * NEWS_SECONDS:
             self._ask(node.id)
         else:
-            self._ask_later.add(node.id)  # by then it has answered the pulse, and may take its time
+            self._ask_later.add(node.id)  # by then the node has answered the pulse, and its agent may wait longer
         if self.supervisor.phase is DriverPhase.running and self._first_step is not None:
             self._warm([node])
 
     def _refuse(self, node: Node, problem: str, again: float = REFUSED_SECONDS) -> None:
-        """Keep it out until a later check finds nothing, told once. again: seconds until that check."""
+        """Keep a node out until a later check passes, and report it once. again: seconds until that check."""
         self._check_again[node.id] = self.clock() + again
         if node.name not in self._refused:
             self._note("node_refused", f"{node.name}: {problem}", node=node.name)
@@ -366,14 +375,14 @@ class Driver:
             self._plan_layouts()
 
     def _log_wholes(self, answer: Answer) -> None:
-        """In the log of a rank that failed, what its own message leaves out."""
+        """Write to a failed rank's log the part of its failure that its own output leaves out."""
         failures = [report.failure for report in answer.ranks if report.failure and report.rank not in self._logged]
         for failure in failures:
             self._logged.add(failure.rank)
             self.journal.output(failure.rank, failure.whole.encode())
 
     def _tell_of_pulse(self) -> None:
-        """Name the nodes without one where so many make the driver slow."""
+        """Name the nodes without a pulse if there are enough of them to slow down the driver."""
         nodes, now = self.supervisor.answering, self._awake()
         without = [node.name for id, node in nodes.items() if not self.pulse.hears(id, now)]
         if without and len(nodes) / ANSWERS > self.config.cluster.heartbeat / 2:
@@ -384,8 +393,9 @@ class Driver:
             self._note("no_pulse", text, nodes=without)
 
     def _tell_of_priority(self) -> None:
-        """Name the nodes where any other work slows the ranks, and keeps agents from answering."""
-        # A Ray of its own has this process's priority; on a cluster a submitted job has the one that Ray gives everything.
+        """Name the nodes where other work slows the ranks and delays the agents' answers."""
+        # An embedded Ray has this process's priority; on a cluster, a submitted job has the priority that Ray gives to
+        # all workers.
         if low := self.vitals.low(os.nice(0) if self.config.cluster.address is None else 0):
             name, niceness = next(iter(low.items()))
             where = name + (f" and {len(low) - 1} more" if len(low) > 1 else "")
@@ -396,12 +406,12 @@ class Driver:
             self._note("priority", text, nodes=list(low))
 
     def _plan_layouts(self) -> None:
-        """Find out which smaller layouts fit, unless an earlier launch has."""
+        """Start the planner for smaller layouts, unless an earlier launch has planned them."""
         if self._planner and self._planning is None and self.shapes.smaller and not self.shapes.is_planned:
             self._planning = spawn(self._planner, dict(os.environ), subprocess.DEVNULL)
 
     def _warm(self, nodes: Iterable[Node]) -> None:
-        """Have ranks in reserve there, now that starting them slows nobody's start."""
+        """Start reserve ranks on these nodes, now that their start delays no other start."""
         if self.config.cluster.standby:
             for node in nodes:
                 seats = self.supervisor.current.ranks_of.get(node.id, ())
@@ -432,7 +442,8 @@ class Driver:
             case m.StopRanks(number, nodes, why, in_memory):
                 for id in nodes:
                     call_agent(self.fleet, id, Agent.stop, number, in_memory, why)
-            case m.ProbeLinks(nodes):  # those with a pulse by its next questions, as calls to thousands take long
+            # Nodes with a pulse answer its next questions; calls to thousands of nodes take too long
+            case m.ProbeLinks(nodes):
                 self._probed_from, now = self.pulse.number, self._awake()
                 self.pulse.hurry()
                 for id in nodes:
@@ -448,14 +459,14 @@ class Driver:
                 screen = keep_incident(self.folder / "logs", incident, partial(self._note, "incident"))
                 self._note("incident", screen, ranks=incident["ranks"], fault=incident["fault"])
             case m.PassIncident(seconds):
-                with contextlib.suppress(OSError):  # a full disk: the event says it
+                with contextlib.suppress(OSError):  # the disk is full: the event has the text
                     pass_incident(self.folder / "logs", seconds)
             case m.FinishRun(code, text):
                 refused = "".join(f"\n  refused: {name}: {why}" for name, why in self._refused.items())
                 self._finish = m.FinishRun(code, text + (refused if code != EXIT_OK else ""))
 
     def _let_go(self) -> None:
-        """End the agents of nodes that are about to go; nothing of the run is there any more."""
+        """End the agents of draining nodes; they hold nothing of the run any more."""
         for id in self.supervisor.draining & set(self._known):
             self._forget(id)
             self._released.add(id)
@@ -465,11 +476,12 @@ class Driver:
     def _send_orders(self, reply: Reply) -> None:
         if (
             self._starting is None or reply.node != self._starting[1].seats[0].node.id
-        ):  # asked for an attempt that is over
+        ):  # the question was for an attempt that is over
             return
         number, placement = self._starting
         self._starting = None
-        if self.supervisor.current.lost:  # it is broken, and its end is on the way; where copies lie is not known
+        # The attempt is broken and about to end; the location of the copies is not known
+        if self.supervisor.current.lost:
             return
         if reply.error is not None:
             self._tell(m.StartFailed(number, reply.node, reply.error))
@@ -477,7 +489,7 @@ class Driver:
         try:
             arguments = [*self.arguments[:-1], str(self._attempt_config(number, placement.shape))]
             copies = self._tell_of_copies(number, placement)
-        except OSError as error:  # the disk of the run folder is full, say
+        except OSError as error:  # for example, the disk of the run folder is full
             self._tell(
                 m.StartFailed(
                     number, reply.node, f"the driver cannot tell the ranks what to do: {explain_disk_error(error)}"
@@ -491,7 +503,7 @@ class Driver:
             "SLUICE_STORE_SECRET": secrets.token_hex(32),
             "SLUICE_FOLDER": os.getcwd(),
         }
-        if safe := os.environ.get("PYTHONSAFEPATH"):  # a rank takes no package from the folder that it is started in
+        if safe := os.environ.get("PYTHONSAFEPATH"):  # a rank imports no package from its working folder
             shared["PYTHONSAFEPATH"] = safe
         shared |= {name: os.environ[name] for name in NAMES if name in os.environ}
         for id, seats in placement.by_node.items():
@@ -500,7 +512,7 @@ class Driver:
             call_agent(self.fleet, id, Agent.start, order)
 
     def _tell_of_copies(self, number: int, placement: Placement) -> dict[str, str]:
-        """Environment of ranks that keep copies in memory."""
+        """Return the environment variables of ranks that keep copies in memory."""
         if not self.config.checkpoint.every_memory:
             return {}
         full_size, auto = placement.shape == self.shapes.own, self.config.resume == "auto"
@@ -508,7 +520,7 @@ class Driver:
         return self.copies.write(number, shelves)
 
     def _drop_copies(self, code: int) -> None:
-        """Nobody needs the copies once the disk has a state as new; else the next launch does."""
+        """Drop the copies once the disk holds a state at least as new; otherwise the next launch needs them."""
         saved = newest(self.folder)
         safe = saved > NONE and saved >= self.supervisor.held
         if self.config.checkpoint.every_memory and code in (EXIT_OK, EXIT_STOPPED) and safe:
@@ -516,7 +528,9 @@ class Driver:
                 call_agent(self.fleet, id, Agent.drop_memory)
 
     def _attempt_config(self, number: int, shape: StageShape) -> Path:
-        """The configuration of an attempt: its layout, and the run's own newest checkpoint once this launch has written one."""
+        """Write the configuration of an attempt: its layout, and resume=auto once this launch has written a
+        checkpoint.
+        """
         config = self.config if shape == self.shapes.own else with_shape(self.config, shape)
         if written_since(self.folder, self.first):
             config = dataclasses.replace(config, resume="auto")
@@ -531,14 +545,15 @@ class Driver:
         self.view.note(kind, text)
 
     def _fetch_last_words(self) -> None:
-        """Fetch what the ranks printed last."""
+        """Fetch the last output of the ranks."""
         attempt = self.supervisor.attempt
         if attempt is None:
             return
         waiting, quiet = {id for id in attempt.reachable if id in self._known}, 0
         for id in waiting:
             call_agent(self.fleet, id, Agent.last_words, self._offsets_on(id), attempt.number)
-        # 2 s of silence end it, not 2 s: this process itself may be held up longer, with the answers at hand.
+        # Ends after 20 empty polls (2 s of silence), not after 2 s: this process may be held up longer while answers
+        # wait.
         while waiting and quiet < 20:
             replies = self.fleet.replies(0.1)
             quiet += not replies

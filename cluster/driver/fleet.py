@@ -1,6 +1,7 @@
-"""How a driver reaches the agents of the nodes: calls that never wait, answers as they come.
+"""The interface by which a driver reaches the agents of the nodes: calls that never block, and answers as they
+arrive.
 
-The one in use is cluster/driver/ray_backend.py; tests have one whose agents live in the same process.
+Runs use cluster/driver/ray_backend.py; tests use a fleet whose agents live in the same process.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from cluster.topology import Node
 Arguments = ParamSpec("Arguments")
 
 WAITING = (Agent.ask.__name__, Agent.network.__name__)
-"""Methods of an agent that take their time; the others return at once."""
+"""Agent methods that may block; the others return at once."""
 
 
 @dataclass(frozen=True)
@@ -24,42 +25,43 @@ class Reply:
     method: str
     value: Any = None
     error: str | None = None
-    """What the method raised, or how the agent died."""
+    """The exception of the method, or how the agent died."""
     dead: bool = False
-    """The agent is gone; a call starts a new one."""
+    """The agent is gone; the next call starts a new one."""
 
     def is_of(self, method: Callable) -> bool:
-        """Whether this is the outcome of a call of this method of `Agent`."""
+        """Whether this is the outcome of a call to this method of `Agent`."""
         return self.method == method.__name__
 
 
 class FleetLost(RuntimeError):
-    """Nobody can tell any longer which nodes there are; agents that were reached before may still answer."""
+    """The list of nodes is no longer available; agents that were reached before may still answer."""
 
 
 class Fleet(Protocol):
     """Agents by node id."""
 
     def nodes(self) -> list[Node]:
-        """Nodes that are believed to be alive. Raises FleetLost."""
+        """Return the nodes that are believed to be alive. Raises FleetLost."""
 
     def draining(self) -> dict[str, str]:
-        """Nodes that will soon go, and why."""
+        """Return the nodes that will be removed soon, and why."""
 
     def describe_return(self, node: Node) -> str:
-        """What somebody has to do so that a node which is listed as dead comes back; empty where neither it nor another one can come."""
+        """Say what a person must do to bring back a node that is listed as dead; empty if no node can come."""
 
     def release(self, node: str) -> None:
-        """End the agent of a node that is about to go, so that it may go."""
+        """End the agent of a draining node, so that the node can be removed."""
 
     def call(self, node: str, method: str, *arguments: Any) -> None:
-        """Call the method of `Agent` of this name there; see `call_agent`. The first call starts the agent.
+        """Call the method of `Agent` with this name on a node; see `call_agent`. The first call starts the agent.
 
-        Calls of a WAITING method come one after another, and so do all calls of the others together; neither waits for the other.
+        Calls of one WAITING method run one after another, and so do all calls of the other methods; the groups do not
+        wait for each other.
         """
 
     def replies(self, timeout: float) -> list[Reply]:
-        """Outcomes since the last time; waits up to `timeout` seconds for the first."""
+        """Return the outcomes since the last call; waits up to `timeout` seconds for the first."""
 
     def close(self) -> None:
         """End all agents, and with them their ranks."""
@@ -72,6 +74,8 @@ def call_agent(
     *arguments: Arguments.args,
     **named: Arguments.kwargs,
 ) -> None:
-    """Call a method of the agent of a node. method: as its class has it, `Agent.facts`; its arguments, all by position."""
+    """Call a method of a node's agent. method: as an attribute of the class, `Agent.facts`; pass its arguments by
+    position.
+    """
     assert not named, named
     fleet.call(node, method.__name__, *arguments)

@@ -1,14 +1,14 @@
-"""runs/NAME/events.jsonl and the gathered output of the ranks: what happened to a run, for people and tools.
+"""runs/NAME/events.jsonl and the collected output of the ranks: the history of a run, for people and tools.
 
-One JSON object a line, written with one call:
+One JSON object per line, written with one call:
 
-    time      Unix time in seconds, by a clock that nobody sets while the driver runs
+    time      Unix time in seconds, from a clock that nobody sets while the driver runs
     kind      see EVENT_KINDS
-    attempt   number of the attempt that it concerns; 0 before the first
+    attempt   number of the attempt that the event concerns; 0 before the first
     text      one sentence for people
     ...       fields of the kind, see EVENT_KINDS
 
-The file is only ever appended to; a later launch of the same run goes on in it.
+The file is append-only; a later launch of the same run continues it.
 """
 
 import contextlib
@@ -65,7 +65,8 @@ EVENT_KINDS = {
 class Journal:
     """Appends to events.jsonl and to logs/rank_N.log of a run folder.
 
-    note: called with a sentence, once, when the disk refuses a piece. The run goes on: events wait for room, output is lost.
+    note: called once, with a sentence, when the disk refuses data. The run goes on: events wait for room, output is
+    lost.
     """
 
     def __init__(self, folder: Path, note: Callable[[str], None] = say):
@@ -75,7 +76,7 @@ class Journal:
         self._logs = folder / "logs"
         self._logs.mkdir(parents=True, exist_ok=True)
         if read_tail(self._path, 1) not in (b"", b"\n"):
-            self._try(self._append, self._path, b"\n")  # ends the line in which a crash cut off the launch before
+            self._try(self._append, self._path, b"\n")  # ends the line that a crash of an earlier launch cut off
 
     def write(self, kind: str, attempt: int, text: str, **fields: Any) -> None:
         """Append one event."""
@@ -90,7 +91,7 @@ class Journal:
         self._try(self._append, log_path(self._logs, rank), piece)
 
     def _append(self, path: Path, piece: bytes) -> None:
-        """All of the piece or nothing."""
+        """Append the whole piece or nothing."""
         with naming(path, len(piece)), open(path, "ab", buffering=0, opener=open_plain) as file:
             size = file.tell()
             if (written := file.write(piece)) != len(piece):
@@ -109,7 +110,7 @@ class Journal:
 
 
 def read_events(folder: Path) -> list[dict[str, Any]]:
-    """All events in order, without lines that a crash cut off or no driver wrote; an empty list where there is no file."""
+    """Return all events in order, without incomplete lines and lines of other writers; empty if there is no file."""
     path = folder / EVENTS_FILE
     events = []
     for line in read_plain(path).splitlines() if path.exists() else []:

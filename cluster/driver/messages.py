@@ -1,4 +1,4 @@
-"""What the supervisor is told (events) and what it wants done (actions)."""
+"""Inputs of the supervisor (events) and its outputs (actions)."""
 
 from dataclasses import dataclass, field
 from enum import Enum
@@ -7,7 +7,7 @@ from cluster.cause import RankReport
 from cluster.run_files import Age
 from cluster.topology import Node, Placement
 
-# Where a run stands, and how each of its nodes is, as the supervisor sees them.
+# Phase of a run, and health of each node, as the supervisor sees them.
 
 
 class DriverPhase(Enum):
@@ -34,11 +34,11 @@ class NodeState:
     live: set[int] = field(default_factory=set)
     """Ranks that run there, as far as is known."""
     draining: bool = False
-    """It is about to go: it gets no further ranks."""
+    """The node will be removed soon and gets no further ranks."""
 
     @property
     def usable(self) -> bool:
-        """Whether an attempt may start there, once no rank lives there."""
+        """Whether an attempt may start on the node, once no rank lives there."""
         return self.health is NodeHealth.ok and not self.draining
 
 
@@ -47,7 +47,7 @@ class NodeState:
 
 @dataclass(frozen=True)
 class NodeJoined:
-    """A node is there, its agent answers, and it passed the checks; it holds no rank of ours."""
+    """A node is present, its agent answers, and it passed the checks; it holds no rank of ours."""
 
     node: Node
 
@@ -60,12 +60,12 @@ class NodeLost:
     why: str
     returning: bool = False
     last: bool = False
-    """Neither it nor another one can come."""
+    """Neither this node nor any other can come."""
 
 
 @dataclass(frozen=True)
 class AgentBeat:
-    """An agent's answer: the attempt whose ranks it holds (0 for none) and how they are."""
+    """An agent's answer: the attempt whose ranks it holds (0 for none) and their reports."""
 
     node: str
     attempt: int
@@ -74,7 +74,7 @@ class AgentBeat:
 
 @dataclass(frozen=True)
 class NodeHeard:
-    """A node lives; of its ranks nothing is said."""
+    """A node is alive; the event says nothing about its ranks."""
 
     node: str
 
@@ -86,7 +86,7 @@ class NodeProbed:
 
 @dataclass(frozen=True)
 class StacksPrinted:
-    """Tracebacks of the ranks of an attempt, and what they communicated last, packed; by rank."""
+    """Tracebacks and packed communication rings of the ranks of an attempt, by rank."""
 
     attempt: int
     texts: dict[int, str]
@@ -102,21 +102,21 @@ class StartFailed:
 
 @dataclass(frozen=True)
 class CheckpointSaved:
-    """A checkpoint is whole, the newest on disk."""
+    """A checkpoint is complete and the newest on disk."""
 
     age: Age
 
 
 @dataclass(frozen=True)
 class CopyHeld:
-    """The newest copy of the state that is whole in the memory of the nodes that answer, or NONE."""
+    """Age of the newest copy of the state that is complete in the memory of the answering nodes, or NONE."""
 
     age: Age
 
 
 @dataclass(frozen=True)
 class NodeDraining:
-    """A node is about to go."""
+    """A node will be removed soon."""
 
     node: str
     why: str
@@ -129,7 +129,7 @@ class StopAsked:
 
 @dataclass(frozen=True)
 class LayoutsPlanned:
-    """It is known what smaller layouts need."""
+    """The memory need of smaller layouts is known."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ class EndRanks:
 
 @dataclass(frozen=True)
 class StopRanks:
-    """Ask the ranks for a checkpoint and exit code 75. in_memory: a copy in memory will do; why: for people."""
+    """Ask the ranks for a checkpoint and exit code 75. in_memory: a copy in memory is enough; why: text for people."""
 
     attempt: int
     nodes: tuple[str, ...]
@@ -188,7 +188,7 @@ class ProbeLinks:
 
 @dataclass(frozen=True)
 class CollectStacks:
-    """native: of native threads too."""
+    """native: also collect the stacks of native threads."""
 
     attempt: int
     nodes: tuple[str, ...]
@@ -207,7 +207,7 @@ class Note:
 
 @dataclass(frozen=True)
 class KeepIncident:
-    """Write it, as cluster/incident.py has it, and show its screen."""
+    """Write the incident in the format of cluster/incident.py, and show its screen."""
 
     attempt: int
     incident: dict
@@ -215,7 +215,7 @@ class KeepIncident:
 
 @dataclass(frozen=True)
 class PassIncident:
-    """The run goes on after this silence, of which its newest incident tells."""
+    """Record in the newest incident that the run goes on after this silence."""
 
     seconds: float
 

@@ -1,9 +1,11 @@
-"""The network before step 0: every pair of nodes, latency and bandwidth over a plain socket; the slow pair is named.
+"""Network test before step 0: measures latency and bandwidth between pairs of nodes over a plain socket, and names
+slow pairs.
 
-Pairs are tried in the rounds of a tournament, so that every node has one partner at a time and N nodes take N - 1
-rounds. The nodes play them among themselves (cluster/node/network_probe.py), as a call to each node for each round would
-take the driver longer than the transfers. Not more than 63 rounds are played, and of thousands of nodes fewer, down to 7: every node still meets that many
-others. The transfer is short: it finds a bad cable or a route over the wrong interface, it is no benchmark.
+Pairs are tested in the rounds of a tournament: every node has one partner at a time, and N nodes take N - 1 rounds. The
+nodes run the rounds among themselves (cluster/node/network_probe.py), because a call to each node for each round would
+take the driver longer than the transfers. At most 63 rounds are run, and for thousands of nodes fewer, down to 7; every
+node still meets that many others. The transfer is short: it finds a bad cable or a route over the wrong interface, but
+is not a benchmark.
 """
 
 import statistics
@@ -15,15 +17,19 @@ from cluster.node.network_probe import PAIR_SECONDS, NodeLink
 from cluster.topology import Node
 
 SLOW_FACTOR = 3.0
-"""A pair with less than 1/3 of the median bandwidth, or over 3 times the median latency and 1 ms, is named."""
+"""A pair is slow below 1/3 of the median bandwidth, or above both 3 times the median latency and the median plus 1
+ms.
+"""
 ROUNDS = 63
 LEAST_ROUNDS = 7
 PAIRS = 16384
-"""Where 63 rounds have more pairs than this, fewer rounds are played."""
+"""If 63 rounds have more pairs than this, fewer rounds are run."""
 
 
 def rounds(count: int) -> list[list[tuple[int, int]]]:
-    """Circle method: in each round everyone has at most one partner; together all pairs, up to the limits above."""
+    """Circle method: each node has at most one partner per round; all rounds together give all pairs, up to the
+    limits above.
+    """
     players = list(range(count + count % 2))
     found = []
     for _ in range(min(len(players) - 1, ROUNDS, max(LEAST_ROUNDS, 2 * PAIRS // max(count, 1)))):
@@ -46,15 +52,15 @@ class LinkVerdict:
 
 
 class NetworkTest:
-    """The driver's side: has the nodes of a fleet play. Call `advance` often and `take` with every reply.
+    """The driver's side: makes the nodes of a fleet run the test. Call `advance` often and `take` with every reply.
 
-    ports: where each node listens, by its id.
+    ports: port on which each node listens, by node id.
     """
 
     def __init__(self, nodes: list[Node], ports: dict[str, int], fleet: Fleet, now: float):
         self._nodes = nodes
         self._partners: dict[str, list[Node]] = {}
-        """The nodes that each node measures, while its results are out."""
+        """The partners that each node measures, until its results arrive."""
         self._links: dict[tuple[str, str], NodeLink] = {}
         played = rounds(len(nodes))
         self._deadline = now + PAIR_SECONDS * (2 + len(played))
@@ -71,13 +77,13 @@ class NetworkTest:
             call_agent(fleet, id, Agent.network, turns[id])
 
     def take(self, reply: Reply) -> None:
-        """An answer of an agent to one of this test's calls."""
+        """Process an agent's answer to a call of this test."""
         if reply.error is None:
             for partner, link in zip(self._partners.pop(reply.node), reply.value, strict=True):
                 self._links[reply.node, partner.id] = link
 
     def advance(self, now: float) -> LinkVerdict | None:
-        """The verdict once all rounds are played."""
+        """Return the verdict after all rounds, else None."""
         if self._partners and now < self._deadline:
             return None
         for id, partners in self._partners.items():

@@ -1,4 +1,4 @@
-"""What a run wants of its nodes, and how patient it is."""
+"""What a run requires of its nodes, and how long the driver waits for each event."""
 
 from dataclasses import dataclass
 
@@ -8,53 +8,55 @@ from conf.schema import Config
 
 @dataclass(frozen=True)
 class Policy:
-    """What the run wants, and its patience in seconds."""
+    """Requirements of a run, and its time limits in seconds."""
 
     shapes: Shapes
-    """The run's layout, and those that it may shrink to."""
+    """The run's layout, and the smaller layouts that it may use."""
     first_attempt: int = 1
     wait: float = 60.0
-    """For enough nodes."""
+    """Time to wait for enough nodes."""
     heartbeat: float = 5.0
-    """Without an answer before a node counts as lost."""
+    """Time without an answer after which a node counts as lost."""
     kill_after: float | None = None
-    """Without any progress, at least; None for what Patience has."""
+    """Minimum time without any progress before ranks are ended; None: `Patience` decides."""
     hang_after: float = 300.0
-    """Without progress in a step, at most."""
+    """Maximum time without progress within a step."""
     start_timeout: float = 600.0
-    """Without progress before the first step, in a checkpoint or a validation, at most."""
+    """Maximum time without progress before the first step, in a checkpoint or in a validation."""
     timeout: float = 600.0
-    """In a collective; a save without progress has as long."""
+    """Time limit of a collective; also of a save without progress."""
     stop_timeout: float = 600.0
-    """For the checkpoint after a request to stop."""
+    """Time for the checkpoint after a stop request."""
     restarts: int = 3
-    """Failures of one kind without a new checkpoint in between."""
+    """Allowed failures of one kind without a new checkpoint in between."""
     straggler_factor: float = 1.2
-    """A rank with lastingly this many times its peers' work per step is named."""
+    """The driver names a rank that lastingly takes this many times its peers' work time per step."""
     saves: bool = True
-    """Whether checkpoints come at intervals; else nodes that return are used at once."""
+    """Whether the run writes checkpoints at intervals; otherwise it uses returning nodes at once."""
     copies: bool = False
-    """Whether ranks keep copies of the state in memory, from which they go on with more nodes."""
+    """Whether ranks keep copies of the state in memory; the run then goes on from such a copy with more nodes."""
     calls: float = 500.0
-    """Calls to agents, and their answers, that the driver can do in a second, at least."""
+    """Minimum rate, per second, of agent calls and answers that the driver can handle."""
     probe: float = 4.0
     settle: float = 1.5
-    """For the other ranks to report after the first failure."""
+    """Time for the other ranks to report after the first failure."""
     stacks: float = 5.0
-    """For ranks that hang to print where; a busy machine holds one for seconds. Of one that is stopped nobody waits for it."""
+    """Time for hung ranks to print their stacks; a busy machine can delay a rank for seconds. The driver does not
+    wait for a stopped rank.
+    """
     kill: float = 10.0
-    """For ranks to be gone after SIGKILL."""
+    """Time for ranks to disappear after SIGKILL."""
     return_wait: float = 6.0
-    """For a node whose agent is being started again."""
+    """Time to wait for a node whose agent is starting again."""
 
     @property
     def world(self) -> int:
-        """Ranks that the whole run has."""
+        """Number of ranks of the whole run."""
         return self.shapes.pp * self.shapes.own.dp
 
 
 def policy_of(config: Config, attempt: int, shapes: Shapes) -> Policy:
-    """What the configuration asks of the supervisor."""
+    """Read the supervisor's policy from the configuration."""
     cluster = config.cluster
     return Policy(
         shapes=shapes,

@@ -1,9 +1,10 @@
-"""ranks.json of a run folder: how all ranks of the newest attempt are, for whoever looks at the run from outside.
+"""ranks.json of a run folder: the state of all ranks in the newest attempt, for tools that watch the run from
+outside.
 
-time      Unix time at which the driver wrote it
-attempt   its number
-phase     of the driver (cluster/driver/messages.py)
-pp, dp    its layout; with parallel.cp all ranks of a stage count as dp
+time      Unix time at which the driver wrote the file
+attempt   number of the attempt
+phase     phase of the driver (cluster/driver/messages.py)
+pp, dp    layout; with parallel.cp all ranks of a stage count as dp
 ranks     [[rank, node, step, phase, busy, seconds, memory, ended], ...], as in cluster.cause.RankReport
 """
 
@@ -18,18 +19,18 @@ from conf.files import atomic_write_text
 
 RANKS_FILE = "ranks.json"
 WRITTEN_EVERY, SLOWER_FROM = 2.0, 1000
-"""Seconds between writings, and ranks from which on there are as many times more."""
+"""Seconds between two writes, and the number of ranks from which the interval grows in proportion to the ranks."""
 
 
 class RankTable:
-    """Writes the file now and then. A disk that refuses it costs nothing but the file."""
+    """Writes ranks.json at intervals. If the disk refuses the file, only the file is lost."""
 
     def __init__(self, folder: Path):
         self._path, self._clock = folder / RANKS_FILE, SteadyClock()
         self._due, self._phase = 0.0, DriverPhase.gathering
 
     def update(self, supervisor: Supervisor, now: float) -> None:
-        """Write it if it is time, or if the run has come into another phase. now: seconds of any clock."""
+        """Write the file if it is due, or if the phase of the run has changed. now: seconds of any clock."""
         attempt = supervisor.attempt
         if attempt is None or (now < self._due and supervisor.phase is self._phase):
             return

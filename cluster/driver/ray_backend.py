@@ -1,8 +1,8 @@
-"""Ray underneath: reach the nodes of a cluster, or start one here, and hold one agent actor on each.
+"""The Ray backend: connects to a Ray cluster, or starts Ray on this machine, and holds one agent actor per node.
 
-The only file that imports ray, and only once a run asks for it. Ray carries calls to agents and tells which nodes are
-there; ranks, placement, detection and restarts are ours. No placement group is needed: each agent is pinned to its node
-by id and takes all its devices, so that no other job shares them.
+This is the only file that imports ray, and only when a run asks for Ray. Ray carries the calls to agents and lists the
+nodes; ranks, placement, failure detection and restarts are ours. No placement group is needed: each agent is pinned to
+its node by id and takes all devices of the node, so that no other job shares them.
 """
 
 import collections
@@ -39,31 +39,38 @@ from conf.words import say
 OBJECT_STORE = 100 << 20
 """Bytes; no tensor goes through Ray."""
 CONNECT_LIMIT = 5
-"""Seconds for a connection to cluster.address."""
+"""Seconds allowed for a connection to cluster.address."""
 CONNECT_TRIES = "8"
-"""How often Ray itself tries, a second apart, at a head that is there; Ray would ask one that does not take the token
-20 times."""
+"""Number of Ray's own attempts, one per second, at a reachable head; by default Ray would ask a head that rejects
+the token 20 times.
+"""
 HEAD_START = "60"
-"""Seconds for the head of a Ray that the run starts; Ray's own are 30, which a busy machine can take."""
+"""Seconds allowed for the head to start when the run starts its own Ray; Ray's default of 30 can be too short on a
+busy machine.
+"""
 HEAD_LIMIT = 1
-"""Seconds for a connection to Ray's head while the run goes on."""
+"""Seconds allowed for a connection to Ray's head while the run goes on."""
 CLOSE_LIMIT = 3
-"""Seconds for agents to clean up after the run; whoever does not answer is killed."""
+"""Seconds allowed for agents to clean up after the run; the driver kills agents that do not answer."""
 CALLS_AT_ONCE = 32
-"""Calls made, and answers taken, before the driver looks at the clock and the pulse again: for some 20 ms, as thousands of nodes
-are to be asked every second."""
+"""Number of calls made, and of answers taken, before the driver checks the clock and the pulse again. That takes
+some 20 ms, because the driver has to ask thousands of nodes every second.
+"""
 CALLS_WHEN_SILENT = 20
-"""Calls made at a look that finds too many out and no answer."""
+"""Calls made per round when too many calls are pending and no answer arrives."""
 MOST_OUT = 256
-"""Calls that are out, while others wait for their turn: each takes Ray some 30 KiB, and has thousands wait for it."""
+"""Maximum number of pending calls; further calls wait. Each pending call takes Ray some 30 KiB and makes thousands
+of others wait.
+"""
 RAYLET = "raylet"
-"""Name of Ray's process of a node."""
+"""Name of Ray's process on a node."""
 SHIPPED = ["conf", "train", "parallel", "cluster"]
 
 
 def run_ray(config: Config, folder: Path, command: list[str], planner: Sequence[str] = ()) -> int:
-    """Run all ranks on Ray; returns the exit code of the run. `command` starts one rank, its last part is the configuration.
-    planner: as in cluster/driver/driver.py.
+    """Run all ranks on Ray; returns the exit code of the run.
+
+    command: starts one rank; its last item is the configuration file. planner: as in cluster/driver/driver.py.
     """
     assert command[0] == sys.executable, "agents start their own interpreter"
     folder = folder.absolute()
@@ -82,7 +89,7 @@ def run_ray(config: Config, folder: Path, command: list[str], planner: Sequence[
 
 
 class RayAbsent(UserError):
-    """The Ray that a run starts on this machine did not come up."""
+    """The Ray that a run starts on this machine did not start."""
 
     code = EXIT_CRASH
 
@@ -100,7 +107,7 @@ class RayFleet:
     """Agents as Ray actors, by Ray's node id; see cluster/driver/fleet.py."""
 
     _raylet: int | None = None
-    """The process of a Ray of this run that holds the agent."""
+    """Process id of the raylet that holds the agent, if this run started Ray."""
 
     def __init__(self, config: Config):
         _settings(embedded=config.cluster.address is None)
@@ -109,11 +116,11 @@ class RayFleet:
         self._ray = ray
         self._config = config
         self._folder: PrivateFolder | None = None
-        """The folder of a Ray on this machine alone."""
+        """Folder of a Ray that this run started on this machine."""
         self._sweeper: subprocess.Popen | None = None
-        """A process that clears up where this one is killed."""
+        """Process that cleans up if this process is killed."""
         self.ships = config.cluster.address is not None and "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ
-        """Whether Ray copies the program to the nodes; a submitted job has done so itself."""
+        """Whether Ray copies the program to the nodes; a submitted job has copied it already."""
         if config.cluster.address is None:
             self._start_embedded()
         else:
@@ -124,28 +131,31 @@ class RayFleet:
         self.gpus = config.cluster.device != "cpu" and any(node["Resources"].get("GPU") for node in ray.nodes())
         self._actors: dict[str, Any] = {}
         self._resources: dict[str, dict[str, float]] = {}
-        """What every node has that was listed, by its id."""
+        """Resources of every node that was listed, by node id."""
         self._named: set[str] = set()
-        """Ids of nodes whose name is a label."""
+        """Ids of nodes whose name comes from a label."""
         self._next: collections.deque[tuple[Any, str, str, tuple]] = collections.deque()
         """Calls that wait for their turn, as (actor, node, method, arguments)."""
         self._out = 0
-        """Calls that were made and have not ended, but for those of WAITING methods."""
+        """Number of pending calls, without calls of WAITING methods."""
         self._look: Future | None = None
-        """A question to the head that is out, asked at `_look_began`."""
+        """Pending question to the head, asked at `_look_began`."""
         self._look_began = 0.0
         self._leaving: dict[str, str] = {}
         self._taken = 0
-        """Answers that the last look found."""
+        """Number of answers that the last round found."""
         self._done: queue.SimpleQueue[tuple[str, str, Future]] = queue.SimpleQueue()
-        """Calls that ended, as (node, method, outcome); Ray's own thread puts them there, so that a call costs the same
-        however many others are out."""
+        """Finished calls, as (node, method, outcome). Ray's own thread adds them, so that the cost of a call does
+        not depend on the number of pending calls.
+        """
 
     def _start_embedded(self) -> None:
-        """Start a Ray here, once more where it does not come up: it waits 30 s for its processes, and a busy machine may take longer."""
+        """Start Ray on this machine; try once more if it fails, because Ray waits only 30 s for its processes and a
+        busy machine may take longer.
+        """
         try:
             self._try_embedded()
-        except Exception as error:  # Ray raises what it comes across
+        except Exception as error:  # Ray raises many kinds of exception
             say(
                 f"note: Ray did not come up on this machine ({first_line(error)}): it is started once more",
                 file=sys.stderr,
@@ -156,13 +166,15 @@ class RayFleet:
                 raise RayAbsent(first_line(again)) from again
 
     def _try_embedded(self) -> None:
-        # Ray opens its folder, sockets in it, to every user of the machine, so it gets one that no other can reach.
-        self._folder = PrivateFolder("sluice-ray-", Path("/tmp"))  # TMPDIR may be too long for a socket
+        # Ray opens its folder, with the sockets in it, to every user of the machine; so it gets a folder that no other
+        # user can reach.
+        self._folder = PrivateFolder("sluice-ray-", Path("/tmp"))  # TMPDIR may be too long for the path of a socket
         words = [sys.executable, "-m", "cluster.node.sweep_ray", str(self._folder.path)]
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         self._sweeper = subprocess.Popen(words, stdin=subprocess.PIPE, cwd=ROOT, start_new_session=True, **quiet)
         try:
-            # Agents look for packages where Ray is started: in the program's folder, not in the user's, whose names may be ours.
+            # Agents import packages from the folder in which Ray starts: use the program's folder, because the user's
+            # folder may hold packages with our names.
             with contextlib.chdir(ROOT):
                 self._ray.init(
                     _temp_dir=str(self._folder.path / "ray"),
@@ -194,14 +206,15 @@ class RayFleet:
                 raise _explain(address, f"{error}\n{said.read().decode(errors='replace')}") from error
 
     def nodes(self) -> list[Node]:
-        if self._raylet is not None and not lives(self._raylet):  # its head would notice it many seconds later
+        # The head would notice the dead raylet many seconds later
+        if self._raylet is not None and not lives(self._raylet):
             return []
         is_new = self._look is None and self._head_answers()
         if is_new:
             self._look, self._look_began = _in_thread(lambda: (self._list(), self._list_draining())), time.monotonic()
         if self._look is not None:  # the head may die, or hang, just after it answered
             silent = time.monotonic() - self._look_began
-            is_last = silent > CONNECT_LIMIT  # this process itself may have been held up, with the answer at hand
+            is_last = silent > CONNECT_LIMIT  # this process itself may have been held up while the answer waited
             try:
                 self._listed, self._leaving = self._look.result(HEAD_LIMIT if is_new or is_last else 0)
                 self._look, self._headless = None, False
@@ -229,8 +242,9 @@ class RayFleet:
         return found
 
     def _head_answers(self) -> bool:
-        """Whether something listens at Ray's head, without which Ray's own calls wait for a minute and then end this
-        process. FleetLost once nothing has for long.
+        """Whether something listens at Ray's head. Raises FleetLost after CONNECT_LIMIT seconds without a listener.
+
+        Without a head, Ray's own calls wait for a minute and then end this process.
         """
         try:
             _connect(self._head, HEAD_LIMIT)
@@ -259,7 +273,7 @@ class RayFleet:
         return {} if self._headless else self._leaving
 
     def _list_draining(self) -> dict[str, str]:
-        from ray._private.state import state  # ray.nodes() does not tell, and no public call does
+        from ray._private.state import state  # ray.nodes() lacks this, and no public call has it
 
         found: dict[str, str] = {}
         for node, deadline in state.get_draining_nodes().items():
@@ -273,7 +287,7 @@ class RayFleet:
             return cluster.ranks_per_node
         if self.gpus:
             return int(resources.get("GPU", 0))
-        if cluster.address is None:  # as cluster=local does: all ranks share this machine
+        if cluster.address is None:  # as with cluster=local, all ranks share this machine
             return parallel.world
         return int(resources.get("CPU", 0))
 
@@ -301,17 +315,18 @@ class RayFleet:
                 num_cpus=0,
                 num_gpus=int(self._resources[node].get("GPU", 0)) if self.gpus else 0,
                 max_restarts=0,
-                enable_task_events=False,  # of every call, for a dashboard that nobody opens
+                enable_task_events=False,  # no task event for every call: nobody opens a dashboard
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
             )
             .remote(LEASE * self._config.cluster.heartbeat, own_process=True)
         )
 
     def replies(self, timeout: float) -> list[Reply]:
-        # Where many nodes do not answer, as many calls are made as others answer, or some at every look.
+        # If many nodes do not answer, make one call for each answer of the last round, or a few calls if there was
+        # none.
         self._make_calls(min(CALLS_AT_ONCE, max(MOST_OUT - self._out, self._taken or CALLS_WHEN_SILENT)))
         found: list[Reply] = []
-        with contextlib.suppress(queue.Empty):  # the first, and what else is there
+        with contextlib.suppress(queue.Empty):  # take the first answer and all that are ready
             found.append(self._reply(*self._done.get(timeout=timeout)))
             while len(found) < CALLS_AT_ONCE:
                 found.append(self._reply(*self._done.get_nowait()))
@@ -333,7 +348,7 @@ class RayFleet:
         ends = [actor.close.remote() for actor in self._actors.values()]
         if ends:
             self._ray.wait(ends, num_returns=len(ends), timeout=CLOSE_LIMIT)
-        if self._headless:  # what follows would wait for the head; agents without a question end their ranks
+        if self._headless:  # the calls below would wait for the head; agents that get no question end their ranks
             cut_short()
             return
         for actor in self._actors.values():
@@ -350,20 +365,20 @@ class RayFleet:
 
 
 def _settings(embedded: bool) -> None:
-    """What Ray reads from the environment when it is imported or started."""
+    """Set the environment variables that Ray reads when it is imported or started."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if embedded:
-        # Ray would start a worker for every core, half a second of it each; a run has one agent.
+        # Ray would start a worker for every core, each of which costs half a second; a run has one agent.
         os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
         os.environ.setdefault(
             "RAY_worker_niceness", "0"
-        )  # Ray's default, 15, has any other work slow the ranks, and their agent
+        )  # with Ray's default, 15, any other work slows the ranks and their agent
         os.environ.setdefault("RAY_gcs_server_port_wait_time_s", HEAD_START)
-        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # by this, on Linux too, Ray listens on loopback alone
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # this makes Ray listen on loopback only, also on Linux
         os.environ["RAY_AUTH_MODE"] = "token"
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # loopback is shared with other users of the machine
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # other users of the machine share loopback
         os.environ.pop("RAY_AUTH_TOKEN_PATH", None)
         return
     os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", CONNECT_TRIES)
@@ -380,14 +395,14 @@ def _settings(embedded: bool) -> None:
 
 
 def _kill_started(folder: Path) -> None:
-    """End what a Ray that did not come up leaves behind: processes of this one that were told to use its folder."""
+    """Kill the processes that a failed start of Ray leaves behind: children of this process that use its folder."""
     for child in _started(folder):
         with contextlib.suppress(psutil.NoSuchProcess):
             child.kill()
 
 
 def _started(folder: Path) -> list[psutil.Process]:
-    """Processes of this one that were told to use this folder."""
+    """Return the children of this process whose command line names this folder."""
     found = []
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -396,7 +411,9 @@ def _started(folder: Path) -> list[psutil.Process]:
 
 
 def _require_answer(address: str) -> None:
-    """UserError, soon, if nothing listens there; Ray itself would try for a minute."""
+    """Raise UserError within CONNECT_LIMIT seconds if nothing listens at the address; Ray itself would try for a
+    minute.
+    """
     if address == "auto":
         return
     try:
@@ -411,7 +428,9 @@ def _require_answer(address: str) -> None:
 
 
 def _in_thread(call: Callable[[], Any]) -> Future:
-    """What a call gives, of a thread that holds nobody up, not even the end of this process."""
+    """Run a call in a daemon thread, which delays neither the caller nor the end of this process; returns its
+    future.
+    """
     outcome: Future = Future()
 
     def run() -> None:
@@ -425,14 +444,16 @@ def _in_thread(call: Callable[[], Any]) -> Future:
 
 
 def _connect(address: str, limit: float) -> None:
-    """OSError, or ValueError for what is no HOST:PORT, if nothing listens there."""
+    """Raise OSError if nothing listens at the address, and ValueError if it is not HOST:PORT."""
     host, _, port = address.rpartition(":")
     socket.create_connection((host, int(port)), timeout=limit).close()
 
 
 @contextlib.contextmanager
 def _stderr_in_file() -> Iterator[IO[bytes]]:
-    """Ray's native code repeats its errors on the terminal; keep them for one sentence of ours."""
+    """Capture stderr in a file, because Ray's native code repeats its errors on the terminal; the caller makes one
+    sentence of them.
+    """
     with tempfile.TemporaryFile() as file:
         terminal = os.dup(2)
         os.dup2(file.fileno(), 2)
@@ -444,7 +465,7 @@ def _stderr_in_file() -> Iterator[IO[bytes]]:
 
 
 def _explain(address: str, text: str) -> UserError:
-    """Why Ray did not let us in."""
+    """Explain why Ray rejected the connection."""
     text = text.strip()
     if "AuthToken" in text or "Unauthenticated" in text:
         return UserError(
@@ -457,5 +478,5 @@ def _explain(address: str, text: str) -> UserError:
 
 
 def _excludes() -> list[str]:
-    """Everything beside the program; the data of runs must not travel."""
+    """Patterns for everything except the program; the data of runs must not travel."""
     return [f"/{path.name}" for path in ROOT.iterdir() if path.name not in SHIPPED]

@@ -1,19 +1,25 @@
-"""Which layouts a run may have: its own and, for when nodes are missing, smaller ones. The pipeline stays as long as it is.
+"""The layouts that a run may use: its own and, when nodes are missing, smaller ones. The number of pipeline stages
+stays the same.
 
-The least that an attempt can do without is a block: an expert group of every stage. A smaller layout has fewer blocks, or blocks
-of fewer ranks, where fewer share the experts of a layer (a smaller ep), or both; where the batch does not divide, expert groups
-have shares that differ by a micro-batch a rank (parallel.uneven). A step takes as long as its busiest rank, so the best layout is
-the one whose busiest rank has the fewest micro-batches; of those that are as fast, the one with the largest ep, which is nearest
-to the recipe and needs the least memory, and then the one with the fewest ranks, which leaves spares.
+The unit of a layout is a block: one expert group of every stage. A smaller layout has fewer blocks, or blocks of fewer
+ranks (a smaller ep: fewer ranks share the experts of a layer), or both. If the batch does not divide evenly, the shares
+of expert groups differ by one micro-batch per rank (parallel.uneven).
 
-What a smaller layout needs of every device was planned by the program that starts the run: layouts.json in its folder has
+A step takes as long as its busiest rank. So the best layout is the one whose busiest rank has the fewest micro-batches.
+Among equally fast layouts, the largest ep wins, because it is closest to the recipe and needs the least memory; then
+the fewest ranks, which leaves spares.
 
-    config     digest of the config.yaml that was planned, of another one the file says nothing
-    layouts    [{"dp": 64, "ep": 64, "bytes": ...}, ...]: of every ep some dp; a larger dp needs no more. With parallel.cp all
+The program that starts the run plans the memory that a smaller layout needs on every device. It writes layouts.json in
+the run folder:
+
+    config     digest of the config.yaml that was planned; for any other config.yaml the file does not count
+    layouts    [{"dp": 64, "ep": 64, "bytes": ...}, ...]: for every ep some dp; a larger dp needs no more. With
+    parallel.cp all
                ranks of a stage count as dp
     problem    why there is no plan, else null
 
-Without a plan, or with one by which not even the run's own layout fits, memory is not known: then ep stays as it is.
+If there is no plan, or if by the plan the run's own layout does not fit, the memory need is unknown; then ep does not
+change.
 """
 
 import dataclasses
@@ -33,12 +39,12 @@ LAYOUTS_FILE = "layouts.json"
 
 
 def digest_of(folder: Path) -> str:
-    """Digest of the config.yaml of a run folder."""
+    """Return the digest of the config.yaml of a run folder."""
     return hashlib.sha256((folder / "config.yaml").read_bytes()).hexdigest()[:12]
 
 
 def with_shape(config: Config, shape: StageShape) -> Config:
-    """The configuration of a run in another layout."""
+    """Return the configuration of a run in another layout."""
     dp = shape.dp // config.parallel.cp
     uneven = config.parallel.uneven or any(batch % (config.micro_batch_size * dp) for batch in batch_sizes(config))
     parallel = dataclasses.replace(config.parallel, dp=dp, ep=shape.ep, uneven=uneven)
@@ -46,7 +52,9 @@ def with_shape(config: Config, shape: StageShape) -> Config:
 
 
 def smaller_shapes(config: Config) -> list[StageShape]:
-    """All with fewer data-parallel ranks or a smaller ep, the best first; whether rules allow them is not looked at."""
+    """Return all shapes with fewer data-parallel ranks or a smaller ep, the best first; other rules are not checked
+    here.
+    """
     own, size, found = config.parallel, config.micro_batch_size, []
     for ep in range(own.ep, 0, -1):
         group = math.lcm(ep, own.cp)  # ranks that work in lockstep
@@ -59,7 +67,7 @@ def smaller_shapes(config: Config) -> list[StageShape]:
 
 
 class Shapes:
-    """The layouts of a run. folder: None for a run without one, of which no memory is planned."""
+    """The layouts of a run. folder: run folder; None for a run without one, for which no memory is planned."""
 
     def __init__(self, config: Config, folder: Path | None = None):
         self._config, self._folder = config, folder
@@ -68,19 +76,21 @@ class Shapes:
         self.smaller = [shape for shape in smaller_shapes(config) if shape != self.own]
         self._broken: dict[StageShape, str | None] = {}
         self._planned: dict[int, dict[int, int]] | None = None
-        """Bytes of a device by ep and dp."""
+        """Bytes per device, by ep and dp."""
         self._there = 0
-        """Bytes of the smallest device among the nodes that were looked at last; 0 while none is known."""
+        """Bytes of the smallest device among the nodes checked last; 0 while none is known."""
         self.problem: str | None = None
-        """Why memory is not known."""
+        """Why the memory need is unknown."""
 
     @property
     def is_planned(self) -> bool:
-        """Whether the plan has come, with or without success."""
+        """Whether the plan has been written, with or without success."""
         return self._folder is not None and (self._planned is not None or self._read(self._folder))
 
     def why_not(self, shape: StageShape, nodes: Sequence[Node]) -> str | None:
-        """Why a layout may not run on these nodes, whose number is not looked at; None if it may."""
+        """Explain why a layout may not run on these nodes, or return None if it may; the number of nodes is not
+        checked.
+        """
         if shape == self.own:
             return None
         return self._broken_rule(shape) or self._lacks_memory(shape, nodes)
@@ -124,7 +134,7 @@ class Shapes:
             plan = read_plain_json(folder / LAYOUTS_FILE)
         except FileNotFoundError:
             return False
-        if plan["config"] != digest_of(folder):  # of an earlier launch
+        if plan["config"] != digest_of(folder):  # the plan of an earlier launch
             return False
         self._planned, self.problem = {}, plan["problem"]
         for layout in plan["layouts"]:
@@ -139,7 +149,7 @@ class Shapes:
         return f"pp {self.pp} x dp {shape.dp // cp}" + (f" ({', '.join(more)})" if more else "")
 
     def words(self, shape: StageShape) -> str:
-        """Words of the command line that ask for a shape."""
+        """Return the command-line words that ask for a shape."""
         parallel = with_shape(self._config, shape).parallel
         found = [f"parallel.dp={parallel.dp}"]
         found += [f"parallel.ep={shape.ep}"] if shape.ep != self.own.ep else []
@@ -148,7 +158,7 @@ class Shapes:
         )
 
     def why_idle(self, shape: StageShape, nodes: Sequence[Node]) -> str:
-        """Why these nodes do not do more than this layout, and what would make them."""
+        """Explain why these nodes cannot run a larger layout, and what would allow it."""
         faster = [other for other in (self.own, *self.smaller) if other.micro_batches < shape.micro_batches]
         rooms = {ep: count_group_places(nodes, ep) // self.pp * ep for ep in {other.ep for other in faster}}
         refused = [other for other in faster if rooms[other.ep] >= other.dp]
@@ -163,7 +173,7 @@ class Shapes:
         )
 
     def why_nothing(self, nodes: Sequence[Node]) -> str:
-        """What would make these nodes hold a layout, when they hold none."""
+        """Explain what would let these nodes run a layout, when none fits."""
         every = (self.own, *self.smaller)
         least = min((s for s in every if self.allows(s, nodes)), key=lambda shape: shape.dp)
         text = f"add nodes: the smallest layout that may run, {self.name(least)}, takes {self.pp * least.dp} devices"

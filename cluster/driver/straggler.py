@@ -1,17 +1,20 @@
-"""Ranks that are slower than those that do the same work, told from the noise of a busy machine.
+"""Finds ranks that are slower than other ranks with the same work, in spite of the noise of a busy machine.
 
-A rank says after every step how long its own work took. Its peers are the ranks of the same pipeline stage. Of the last
-WINDOW_BLOCKS x BLOCK_STEPS of every rank, the median of each block of steps is set beside the median of the peers' medians in that
-block, as a logarithm; one slow step, or a burst that ends, moves no more than a block. A rank is slow if
+After every step, a rank reports how long its own work took. Its peers are the ranks of the same pipeline stage. The
+window holds the last WINDOW_BLOCKS x BLOCK_STEPS steps of every rank. For each block of steps, the file takes the
+logarithm of the rank's median time over the median of its peers' medians. One slow step, or a short burst, changes no
+more than one block. A rank is slow if
 
-    - in the mean over the blocks it takes `factor` times its peers' time,
-    - that mean is at least NOISE times the noise of one block, which is NOISE x sqrt(WINDOW_BLOCKS) of its own standard errors,
-    - and no block has less than half of it: it lasts.
+    - its mean over the blocks is at least `factor` times its peers' time,
+    - that mean is at least NOISE times the noise of one block, which is NOISE x sqrt(WINDOW_BLOCKS) standard errors of
+      the mean,
+    - and every block has at least half of that mean, so that the slowness lasts.
 
-The noise of a block is the larger one of two: the standard error of its median, from the spread of single steps inside the
-blocks; and the spread of the peers' blocks around each other, which also sees noise that lasts for many steps.
+The noise of a block is the larger of two values: the standard error of its median, from the spread of single steps
+inside the blocks; and the spread of the peers' blocks around each other, which also covers noise that lasts for many
+steps.
 
-It is named once, and once more only after it was as fast as its peers for a whole window.
+A slow rank is named once. It is named again only after it was as fast as its peers for a whole window.
 """
 
 import math
@@ -24,20 +27,22 @@ BLOCK_STEPS, WINDOW_BLOCKS = 10, 8
 """Steps of a block, and blocks of the window."""
 NOISE = 2.0
 SPREAD = 1.4826
-"""Standard deviation of normal noise over the median of its sizes."""
+"""Standard deviation of normal noise over its median absolute value."""
 MEDIAN_ERROR = 1.2533
 """Standard error of a median over that of a mean."""
 LEAST_SECONDS = 0.01
-"""A step: less is nobody's concern."""
+"""Minimum excess per step for which a rank is named."""
 COUNTED_SECONDS = 1e-9
-"""Seconds that a step counts at least, as its logarithm is taken."""
+"""Lower bound of a step's seconds, because the code takes the logarithm."""
 LONE_FACTOR = 2.0
-"""A stage of one rank has no peers. It is set beside all ranks, whose work may differ by nature, and must stand out by this."""
+"""A stage of one rank has no peers. Its rank is compared with all ranks, whose work may differ by design, so it must
+exceed them by this factor.
+"""
 
 
 @dataclass(frozen=True)
 class SlowRank:
-    """A rank whose own work takes longer than that of the others; seconds per step."""
+    """A rank whose own work takes longer than that of its peers; both times in seconds per step."""
 
     rank: int
     seconds: float
@@ -45,10 +50,10 @@ class SlowRank:
 
 
 class Stragglers:
-    """Takes the times of single ranks and names those that are slow."""
+    """Collects the step times of ranks and names the slow ranks."""
 
     def __init__(self, stages: Sequence[Sequence[int]]):
-        """stages: ranks that do the same work, stage by stage; the ranks of all stages are numbered from 0."""
+        """stages: ranks with the same work, stage by stage; ranks are numbered from 0 over all stages."""
         everyone = [rank for ranks in stages for rank in ranks]
         self._groups = [np.array(ranks) for ranks in stages if len(ranks) > 1]
         self._lone = np.array([ranks[0] for ranks in stages if len(ranks) == 1], int)
@@ -57,20 +62,22 @@ class Stragglers:
         """Seconds of the newest steps of each rank; step s of a rank is in column s modulo the window."""
         self._seen_R = np.zeros(len(everyone), int)
         self._filled = 0
-        """Blocks that ranks have filled, over all ranks."""
+        """Number of filled blocks, summed over all ranks."""
         self._judged = 0
-        """Blocks of steps behind the last look."""
+        """Number of blocks at the last check."""
         self._named: set[int] = set()
 
     def take(self, rank: int, busy: float) -> None:
-        """Seconds of a rank's own work in its newest step."""
+        """Record the seconds of a rank's own work in its newest step."""
         seen = self._seen_R[rank]
         self._steps_RW[rank, seen % (BLOCK_STEPS * WINDOW_BLOCKS)] = max(busy, COUNTED_SECONDS)
         self._seen_R[rank] = seen + 1
         self._filled += (seen + 1) % BLOCK_STEPS == 0
 
     def new(self, factor: float) -> list[SlowRank]:
-        """Ranks that became slow since the last call; looks only when all ranks have a block of steps more."""
+        """Return the ranks that became slow since the last call; checks only when all ranks have one more block of
+        steps.
+        """
         if not factor or self._filled < len(self._seen_R) * max(WINDOW_BLOCKS, self._judged + 1):
             return []
         blocks = int(self._seen_R.min()) // BLOCK_STEPS
@@ -83,14 +90,16 @@ class Stragglers:
         return sorted(found, key=lambda slow: slow.rank)
 
     def _judge(self, ranks: np.ndarray, factor: float, wanted: np.ndarray) -> list[SlowRank]:
-        """The wanted ranks that became slow beside `ranks`. Shapes: R ranks, B blocks, S steps of a block."""
+        """Return the wanted ranks that became slow compared with `ranks`. Shapes: R ranks, B blocks, S steps of a
+        block.
+        """
         order_RW = (self._seen_R[ranks, None] + np.arange(BLOCK_STEPS * WINDOW_BLOCKS)) % (
             BLOCK_STEPS * WINDOW_BLOCKS
         )  # oldest first
         seconds_RW = np.take_along_axis(self._steps_RW[ranks], order_RW, 1)
         logs_RBS = np.log(seconds_RW).reshape(len(ranks), WINDOW_BLOCKS, BLOCK_STEPS)
         medians_RB = np.median(logs_RBS, 2)
-        # Of two ranks the faster one is the measure, of more the middle one.
+        # With two ranks, compare with the faster one; with more, with the middle one.
         middle_B = np.sort(medians_RB, 0)[(len(ranks) - 1) // 2]
         over_RB = medians_RB - middle_B
         spread_R = np.median(np.abs(logs_RBS - medians_RB[..., None]).reshape(len(ranks), -1), 1)

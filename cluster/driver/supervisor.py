@@ -1,25 +1,25 @@
-"""When to start, end and restart the ranks of a run: a state machine that is told the time and everything that happens.
+"""The state machine that decides when to start, end and restart the ranks of a run.
 
     gathering --enough nodes--> running --all ended well--> done
         ^                          | a rank failed, a node is silent, no step for too long
         |                          v
         +---- ending <-------- judging        judging: probe every node of the attempt, let the others report, collect
-        +---- stopping                        stacks; then the cause is named (cluster/cause.py) and all ranks are ended
+        +---- stopping                        stacks; then name the cause (cluster/cause.py) and end all ranks
 
-`handle(now, event)` returns what to do and does nothing itself, so that every schedule of faults can be tried in a test.
-Events are remembered, and what follows from them is decided at the next tick, so that an answer of one of thousands of nodes
-costs little. Rules that hold whatever happens:
+`handle(now, event)` returns actions and performs none itself, so that a test can try any schedule of faults. It
+receives the time with every event, stores events, and decides at the next tick, so that an answer of one of thousands
+of nodes costs little. These rules always hold:
 
-    - An attempt starts only when no rank of an earlier one lives on a node that answers. Ranks on a node that does not
-      answer are ended by their own agent after its lease, and their checkpoints carry an older attempt number.
-    - Attempt numbers rise, also over launches.
-    - A restart takes spares first, then the fastest layout that the nodes hold and rules and memory allow (shapes.py); what
-      is idle then is told. When nodes come back, the run stops itself right after a checkpoint or a whole copy in memory, and
-      goes on with more. When a node is about to go, it writes a checkpoint at
-      once and goes on without that node.
-    - Every kind of cause has a budget of failures without a new checkpoint in between, and of lost nodes each node has its own: that
-      others are lost as well says nothing of the run. So a run that moves on survives any number of lost nodes, and one that cannot
-      get past a step ends soon.
+    - An attempt starts only when no rank of an earlier attempt is alive on an answering node. On a node that does not
+      answer, the agent ends the ranks itself after its lease, and their checkpoints carry an older attempt number.
+    - Attempt numbers rise, also across launches.
+    - A restart first uses spare nodes, then the fastest layout that the nodes hold and that rules and memory allow
+      (shapes.py). The driver reports the nodes that stay idle. When nodes return, the run stops right after a
+      checkpoint or a complete copy in memory and goes on with more ranks. When a node drains, the run writes a
+      checkpoint at once and goes on without that node.
+    - Every kind of cause has a budget of failures without a new checkpoint in between. For lost nodes, each node has
+      its own budget, because the loss of other nodes says nothing about the run. So a run that makes progress survives
+      any number of lost nodes, and a run that cannot get past a step ends soon.
 """
 
 from collections import Counter
@@ -41,19 +41,20 @@ from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED, EXIT_U
 from conf.words import some_of
 
 NAP = 0.25
-"""Share of a heartbeat in which the driver may be busy between two ticks. What is longer it slept. With the half a heartbeat after
-which an agent answers at the latest, a node that lives stays within its heartbeat however long the driver slept."""
+"""Share of a heartbeat that the driver may be busy between two ticks; a longer pause counts as sleep. An agent
+answers within half a heartbeat, so a live node stays within its heartbeat however long the driver slept.
+"""
 SHOWN_NODES = 8
-"""Names of idle nodes in a sentence; the event has all."""
+"""Number of idle nodes that a sentence names; the event lists all."""
 
 
 def _budgets(cause: Cause) -> list[tuple[Kind, str]]:
-    """What a failure is counted against."""
+    """Return the budgets that a failure is counted against."""
     return [(cause.kind, name) for name in cause.nodes] if cause.kind is Kind.node else [(cause.kind, "")]
 
 
 class Supervisor:
-    """The state machine; see the top of the file."""
+    """The state machine described at the top of this file."""
 
     def __init__(self, policy: Policy, now: float):
         self.policy = policy
@@ -62,30 +63,30 @@ class Supervisor:
         self.number = policy.first_attempt - 1
         self.attempt: Attempt | None = None
         self.saved = NONE
-        """The newest checkpoint."""
+        """Age of the newest checkpoint."""
         self.held = NONE
-        """The newest copy in the memory of the nodes that answer."""
+        """Age of the newest copy in the memory of the answering nodes."""
         self.failures: list[tuple[int, Cause]] = []
         self._spent = Counter[tuple[Kind, str]]()
         self._patience = Patience(policy.hang_after, policy.start_timeout, policy.kill_after, policy.timeout)
         self._out: list[m.SupervisorAction] = []
         self._held_up = HeldUp(NAP * policy.heartbeat, now)
         self._late_from = now
-        """Until then no node can count as lost for its silence; later ones may be heard meanwhile."""
+        """Before this time no node can count as lost for its silence; the driver may hear from nodes meanwhile."""
         self._deadline = now + policy.wait
         self._no_node_comes = False
         self._stop_why: str | None = None
         self._placed: tuple[tuple | None, Placement | None] = None, None
-        """The nodes that were placed last, and what came of it."""
+        """The nodes that were placed last, and the resulting placement."""
         self._probing: set[str] = set()
         self._settled_at = self._probed_at = now
         self._failed_at: float | None = None
         self._named_by: float | None = None
-        """Until when the stacks of a run without news are waited for; None while nobody is to be named."""
+        """Time until which the supervisor waits for the stacks of a run without news; None if it names no rank."""
         self._quiet_since = now
-        """When ranks last got on before the failure that is judged."""
+        """Time of the ranks' last progress before the failure that is being judged."""
         self._again_until: int | None = None
-        """Steps up to here were done before, and are done again."""
+        """Steps up to this one were done before and are being repeated."""
         self._reached = -1
         """Highest step that a rank of this launch worked on."""
         self._safe = -1
@@ -93,7 +94,7 @@ class Supervisor:
 
     @property
     def current(self) -> Attempt:
-        """The attempt that runs, ends or was the last; there is one in every phase but the first."""
+        """The attempt that runs, is ending or ran last; it exists in every phase but the first."""
         assert self.attempt is not None
         return self.attempt
 
@@ -104,11 +105,11 @@ class Supervisor:
 
     @property
     def draining(self) -> set[str]:
-        """Ids of nodes that are about to go."""
+        """Ids of draining nodes."""
         return {id for id, state in self.nodes.items() if state.draining}
 
     def handle(self, now: float, event: m.Event) -> list[m.SupervisorAction]:
-        """Take one event at this time (seconds, monotonic); returns actions in order."""
+        """Process one event at this time (seconds, monotonic); returns actions in order."""
         self._out = []
         if self.phase is DriverPhase.done:
             return []
@@ -126,7 +127,7 @@ class Supervisor:
             case m.NodeProbed(node):
                 if node in self._probing:
                     self._probing.discard(node)
-                    # One that was held up has as long as the others had to say why its ranks failed.
+                    # A node that was held up gets as long as the other nodes to say why its ranks failed.
                     self._settled_at = max(self._settled_at, now + self.policy.settle)
             case m.StacksPrinted(number, texts, rings):
                 if self.attempt and number == self.number:
@@ -178,11 +179,11 @@ class Supervisor:
             state.live = live
             self._take(now, ranks)
             return
-        if live:  # it slept through the end of its attempt
+        if live:  # the node slept through the end of its attempt
             self._out.append(m.EndRanks(number, (id,)))
         elif state.health is NodeHealth.silent:
             self._join(now, state.node)
-        if not current:  # else it has not begun yet: its ranks count as alive since the order to start
+        if not current:  # otherwise the attempt has not begun: its ranks count as alive since the order to start
             self.nodes[id].live = live
 
     def _take(self, now: float, ranks: list) -> None:
@@ -224,10 +225,10 @@ class Supervisor:
             self._grow(now)
 
     def _got_on(self, age: Age) -> None:
-        """A step that no failure can take away: the budgets start full again.
+        """Refill the failure budgets if a new step is safe from failures.
 
-        A step that another attempt of this launch had reached does not count, or a run that does the same steps again
-        and again would never end. What earlier launches reached is nothing to this one, which may resume before it.
+        A step that another attempt of this launch had reached does not count: a run that repeats the same steps would
+        never end. Steps of earlier launches do not matter, because this launch may resume before them.
         """
         if age.attempt >= self.policy.first_attempt and age.step > self._safe:
             self._safe = age.step
@@ -252,7 +253,7 @@ class Supervisor:
                 self._stop_ranks(now, why) if asked else self._end_ranks(now)
 
     def _tell_limits(self) -> None:
-        """Say so where the attempt would have no successor without one of its nodes."""
+        """Report it if the run has no layout left once any of its nodes is lost."""
         placement, shapes = self.current.placement, self.policy.shapes
         usable = [node for node in self._usable() if node.id != placement.nodes[0].id]
         if place(usable, shapes.pp, [shapes.own, *shapes.smaller], partial(shapes.allows, nodes=usable)) is None:
@@ -270,7 +271,9 @@ class Supervisor:
             self._name_stragglers()
 
     def _forgive(self, now: float, slept: float) -> None:
-        """This process itself was stopped, or the laptop slept: nobody else is late, and who was to answer has as long as before."""
+        """Extend all deadlines by the time that this process, or the whole machine, slept: no node is late because
+        of it.
+        """
         for state in self.nodes.values():
             state.heard = min(state.heard + slept, now)
         if self.attempt:
@@ -298,7 +301,7 @@ class Supervisor:
     # Transitions ----------------------------------------------------------------------------------------------------
 
     def _advance(self, now: float) -> None:
-        """Whatever the state allows at this time."""
+        """Make every transition that the state allows at this time."""
         match self.phase:
             case DriverPhase.gathering:
                 self._gather(now)
@@ -326,7 +329,7 @@ class Supervisor:
         hoped = any(state.health is NodeHealth.returning or state.live for state in states)
         first = self.attempt is None
         if (first or hoped) and now < self._deadline and sum(node.devices for node in free) < self.policy.world:
-            return  # only the whole run may start now, and cannot
+            return  # only the whole run may start now, and it cannot
         found = self._place(free)
         if found and (found.shape == self.policy.shapes.own or (not first and (not hoped or now >= self._deadline))):
             self._start(now, found)
@@ -376,7 +379,9 @@ class Supervisor:
             self._grow(now)
 
     def _name_late(self, now: float) -> bool:
-        """Say who holds up a run without news, which is not ended yet; returns whether there was something to do."""
+        """Name the ranks that hold up a run without news, before the driver ends it; returns whether there was
+        something to do.
+        """
         attempt = self.current
         if attempt.is_late(now):
             attempt.name_late()
@@ -413,7 +418,7 @@ class Supervisor:
         self._judge(now, self.policy.settle)
 
     def _leave(self, now: float) -> None:
-        """All ranks ended well."""
+        """Finish the attempt: all ranks ended well."""
         if self._named_by is None and (seconds := self.current.over(now)) is not None:
             self._tell_went_on(seconds)
         if all(report.code == EXIT_OK for report in self.current.reports.values()):
@@ -427,7 +432,7 @@ class Supervisor:
         return f"step {self.saved.step} is saved" if self.saved > NONE else "no checkpoint is there"
 
     def _left_alone(self) -> str:
-        """What becomes of ranks that this driver cannot reach."""
+        """Describe what becomes of ranks that this driver cannot reach."""
         lost = self.attempt.lost if self.attempt else ()
         names = [
             state.node.name for id, state in self.nodes.items() if id in lost and state.health is NodeHealth.silent
@@ -438,7 +443,7 @@ class Supervisor:
         return f"; ranks on {some_of(names, SHOWN_NODES)} are not reached: their agents end them {lease:.0f} s after this driver's last question, without a checkpoint"
 
     def _judge(self, now: float, settle: float) -> None:
-        """A failure was noticed: ask every node whether it lives, and give the ranks time to say what they know."""
+        """React to a failure: ask every node whether it is alive, and give the ranks time to report."""
         self.phase, self._quiet_since = DriverPhase.judging, min(now, self.current.moved)
         self._named_by = None
         if self._failed_at is None:
@@ -468,17 +473,17 @@ class Supervisor:
         self._out.append(m.EndRanks(self.number, self.current.reachable))
 
     def _calls(self) -> float:
-        """Seconds that a call to every node of the attempt may take, and the answer."""
+        """Seconds that a call to every node of the attempt, with its answer, may take."""
         return len(self.current.reachable) / self.policy.calls
 
     def _await_end(self, now: float) -> None:
         stuck = [id for id in self.current.reachable if self.nodes[id].live]
         if stuck and now < self._deadline:
             return
-        for id in stuck:  # SIGKILL does not end a process that waits in the kernel, for a dead disk or device
+        for id in stuck:  # SIGKILL does not end a process that waits in the kernel for a dead disk or device
             self._lose(id, NodeHealth.silent, f"its ranks survive SIGKILL for {self.policy.kill:.0f} s")
         cause = self.current.cause
-        if cause is None and self._stop_why is None:  # a node was about to go before the first step
+        if cause is None and self._stop_why is None:  # a node was draining before the first step
             self._regroup(now)
             return
         if cause is None:
@@ -498,7 +503,7 @@ class Supervisor:
             self._regroup(now)
 
     def _regroup(self, now: float) -> None:
-        """Go for the next attempt: at once, or after a while when a node is about to return or nothing fits."""
+        """Start the next attempt: at once, or later if a node is about to return or no layout fits."""
         self.phase = DriverPhase.gathering
         enough = self._place(self._usable())
         self._deadline = now + (self.policy.return_wait if enough else self.policy.wait)

@@ -1,14 +1,17 @@
-"""How a run used its wall time, from the events of its driver (cluster/driver/journal.py). The parts add up to the time in which a driver ran:
+"""How a run used its wall time, computed from the driver's events (cluster/driver/journal.py). The parts add up to
+the time in which a driver ran:
 
-    waiting     for nodes: from the start of the driver, and from an event `waiting`, to the next attempt
+    waiting     for nodes: from the start of the driver, or from an event `waiting`, to the next attempt
     start       of a launch's first attempt, until its first step is done
-    training    steps that last
-    detection   from the last news of the ranks to the cause of a failure, the step that broke among it
-    restart     from the cause, or from the wish to go on with other nodes, to the first step of the next attempt, waiting aside
+    training    steps whose result lasts
+    detection   from the last news of the ranks to the cause of a failure, including the step that broke
+    restart     from the cause, or from the decision to regroup, to the first step of the next attempt, without the
+    waiting
     again       steps that the run had done before
 
-Nobody wanted training between two launches, so that time is no part. Effective time is training on as many ranks as the run wants: time on half
-of them counts half. Spare nodes that wait are held as well; what they cost says `held_share`.
+The time between two launches belongs to no part, because no training was wanted then. Effective time is training time
+weighted by ranks: time on half of the wanted ranks counts half. Waiting spare nodes are held as well; `held_share`
+shows their cost.
 """
 
 from collections.abc import Iterable
@@ -18,7 +21,7 @@ from typing import Any
 
 
 class TimePart(StrEnum):
-    """What a run's wall time goes into, as the top of this file defines it; in the order in which it is shown."""
+    """Parts of a run's wall time, as the top of this file defines them, in display order."""
 
     training = "training"
     again = "again"
@@ -37,44 +40,44 @@ class TimeSplit:
 
     seconds_in: dict[TimePart, float] = field(default_factory=lambda: dict.fromkeys(TimePart, 0.0))
     spans: list[tuple[float, float]] = field(default_factory=list)
-    """Unix times between which steps that last were made."""
+    """Unix times (start, end) of the stretches of lasting training steps."""
     attempts: int = 0
     nodes: int = 0
     """Nodes with ranks in the newest attempt."""
     spares: int = 0
     effective_seconds: float = 0.0
-    """Training, weighted by the share of the wanted ranks that did it."""
+    """Training seconds, weighted by the share of the wanted ranks that worked."""
     held_seconds: float = 0.0
-    """All seconds, weighted by the nodes that the attempt held, spares included, over those that the whole run needs."""
+    """All seconds, weighted by held nodes (spares included) over the nodes that the whole run needs."""
 
     @property
     def seconds(self) -> float:
-        """In which a driver ran."""
+        """Seconds in which a driver ran."""
         return sum(self.seconds_in.values())
 
     @property
     def downtime_seconds(self) -> float:
-        """Without steps, starts included."""
+        """Seconds without steps, starts included."""
         return sum(seconds for part, seconds in self.seconds_in.items() if part not in STEPPING)
 
     @property
     def share(self) -> float:
-        """The share of the time in which there were steps; 1 is best."""
+        """Share of the time with steps; 1 is best."""
         return 1 - self.downtime_seconds / self.seconds if self.seconds > 0 else 0.0
 
     @property
     def effective_share(self) -> float:
-        """Training time times ranks at work over ranks wanted, over all time; 1 is best."""
+        """Training time x working ranks / wanted ranks, over all time; 1 is best."""
         return self.effective_seconds / self.seconds if self.seconds > 0 else 0.0
 
     @property
     def held_share(self) -> float:
-        """Effective time over all nodes that the run held, spares included."""
+        """Effective time over the time of all nodes that the run held, spares included."""
         return self.effective_seconds / self.held_seconds if self.held_seconds > 0 else 0.0
 
 
 class _Clockwork:
-    """Goes through events and gives each stretch of time to a part."""
+    """Walks through the events and assigns each stretch of time to a part."""
 
     def __init__(self) -> None:
         self.split = TimeSplit()
@@ -83,12 +86,12 @@ class _Clockwork:
         self._weight = self._held = 1.0
         self._world, self._first = 0, True
         self._asked_at: float | None = None
-        """When the attempt was asked to stop for the next."""
+        """Time at which the driver asked the attempt to stop for the next one."""
         self._failed: tuple[float, bool] | None = None
-        """When the newest failure was told, and whether it said since when."""
+        """Time of the newest failure event, and whether that event says how long the ranks had made no progress."""
 
     def switch(self, now: float, part: TimePart | None) -> None:
-        """The part that began last ends now, and another begins."""
+        """End the current part now and begin another."""
         length = now - self._since
         if self._part is not None and length > 0:
             split = self.split
@@ -100,7 +103,7 @@ class _Clockwork:
         self._part, self._since = part, now
 
     def launch(self, now: float, before: float, event: dict[str, Any]) -> None:
-        self.switch(before, None)  # the launch before, if it did not say that it ended
+        self.switch(before, None)  # ends the previous launch, if it logged no end
         self.switch(now, TimePart.waiting)
         self._world, self._first, self._weight, self._held = event.get("world") or 0, True, 1.0, 1.0
 
@@ -123,7 +126,8 @@ class _Clockwork:
 
     def recover(self, now: float, event: dict[str, Any]) -> None:
         failed, told = self._failed or (now, True)
-        if not told and (late := max(0.0, event["seconds"] - (now - failed))):  # as earlier versions told of hangs
+        # Earlier versions reported the time of hangs this way
+        if not told and (late := max(0.0, event["seconds"] - (now - failed))):
             self.split.seconds_in[TimePart.training] -= late
             self.split.effective_seconds -= late
             self.split.seconds_in[TimePart.detection] += late
@@ -131,7 +135,7 @@ class _Clockwork:
 
 
 def split_time(events: Iterable[dict[str, Any]], now: float | None = None) -> TimeSplit:
-    """Add up the events of a run. now: Unix time while it runs; None if the last event was its end."""
+    """Add up the events of a run. now: Unix time while the run goes on; None if the last event ended it."""
     work, before = _Clockwork(), 0.0
     for event in events:
         time = event["time"]

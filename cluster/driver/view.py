@@ -1,6 +1,6 @@
-"""The run at the terminal of its driver: one live status line, above it what happens and what rank 0 prints.
+"""The run on the driver's terminal: one live status line; above it, events and the output of rank 0.
 
-Where the output is no terminal (a file, a job's log), notes and the lines of rank 0 come plain, one after another.
+If the output is not a terminal (a file, a job's log), the notes and the lines of rank 0 are printed as plain lines.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from conf.screen import Terminal
 from conf.words import harmless
 
 QUIET = {"checkpoint", "node_joined", "first_step", "finish"}
-"""Events that are in events.jsonl and the status line only."""
+"""Events shown only in events.jsonl and the status line."""
 REFRESH = 0.5
 
 
@@ -50,20 +50,20 @@ class View:
             self._line = b""
 
     def note(self, kind: str, text: str) -> None:
-        """An event."""
+        """Show an event."""
         text = harmless(text)
         self._last = f"{kind}: {text}".splitlines()[0]
         if kind not in QUIET:
             self._print(f"{time.strftime('%H:%M:%S')} {kind.replace('_', ' ')}: {text}")
 
     def output(self, piece: bytes) -> None:
-        """More of what rank 0 prints."""
+        """Show further output of rank 0."""
         *lines, self._line = (self._line + piece).split(b"\n")
         for line in lines:
             self._print(line.decode(errors="replace"))
 
     def update(self, supervisor: Supervisor) -> None:
-        """Draw the status line again, if it is time."""
+        """Redraw the status line if it is due."""
         now = time.monotonic()
         if self._live is not None and now - self._refreshed >= REFRESH:
             self._refreshed = now
@@ -76,7 +76,7 @@ class View:
 
 
 def status(name: str, steps: int, record: dict, supervisor: Supervisor, last: str) -> str:
-    """Two lines: how the training is, and how the machines are."""
+    """Return two lines: the state of the training and the state of the machines."""
     parts = [name, f"step {record.get('step', 0)}/{steps}"]
     if record.get("main_loss") is not None:
         parts.append(f"loss {record['main_loss']:.4g}")
@@ -99,8 +99,8 @@ def status(name: str, steps: int, record: dict, supervisor: Supervisor, last: st
 
 
 def last_record(metrics: Path) -> dict:
-    """The last whole line of metrics.jsonl; empty if there is none."""
+    """Return the last complete record of metrics.jsonl; empty if there is none."""
     *lines, _ = read_tail(metrics, 256 << 10).split(b"\n")
-    with contextlib.suppress(ValueError):  # a torn line is not news
+    with contextlib.suppress(ValueError):  # skip an incomplete line
         return json.loads(lines[-1]) if lines else {}
     return {}

@@ -1,10 +1,14 @@
-"""What agents tell of their nodes beside their ranks: their priority, clocks that jump in the middle of a run, and disks that fill.
+"""Node health that agents report besides their ranks: process priority, clock jumps during a run, and full disks.
 
-Neither ends a run, nor does a low priority, by which other work slows the ranks of a node. A clock matters as errors of several ranks are put in order by their times: those of a node are read by
-the driver's clock here. An agent counts them from when the node was checked, by a clock that nobody sets; by how much
-the node's clock was ahead then is taken here. How long an answer was on its way must not count: it is more than
-lies between an error and those of its victims. A full disk for temporary files costs the output of ranks, and the
-next start on that node. Both are named, once each time.
+None of the three ends a run. With a low priority, other work on the node slows its ranks.
+
+The driver orders the errors of several ranks by time, so it converts a node's times to its own clock here. An agent
+counts time from the node's check with a clock that nobody sets; this file subtracts how far the node's clock was ahead
+at that check. The travel time of an answer must not count: it is longer than the time between an error and the errors
+of its victims.
+
+A full disk for temporary files loses the output of ranks and makes the next start on that node fail. The driver reports
+each clock jump and each full disk once.
 """
 
 from dataclasses import dataclass
@@ -18,35 +22,37 @@ from cluster.topology import Node
 class _Vitals:
     name: str
     ahead: float = 0.0
-    """Seconds by which its clock was ahead when it was checked."""
+    """Seconds by which the node's clock was ahead at the check."""
     told: float = 0.0
-    """By how much its clock was set since, as told last."""
+    """Seconds by which the clock has been set since then, as last reported."""
     full: bool = False
     niceness: int = 0
 
 
 class Vitals:
-    """What the driver knows of the life of all nodes."""
+    """Health of all nodes, as far as the driver knows it."""
 
     def __init__(self) -> None:
         self._nodes: dict[str, _Vitals] = {}
-        """By id."""
+        """By node id."""
         self._low: set[str] = set()
-        """Names of the nodes of low priority that were told."""
+        """Names of the low-priority nodes that were already reported."""
 
     def know(self, node: Node, ahead: float, niceness: int = 0) -> None:
-        """This node was checked, its clock found ahead by so many seconds, and its agent runs at this niceness."""
+        """Record a checked node: how many seconds its clock is ahead, and the niceness of its agent."""
         self._nodes[node.id] = _Vitals(node.name, ahead, niceness=niceness)
 
     def low(self, niceness: int) -> dict[str, int]:
-        """Niceness of the nodes whose agents run below this one, by name, each told once."""
+        """Return the niceness, by node name, of nodes whose agents have a lower priority than this; each node is
+        returned once.
+        """
         found = {each.name: each.niceness for each in self._nodes.values() if each.niceness > niceness}
         fresh = {name: value for name, value in found.items() if name not in self._low}
         self._low |= fresh.keys()
         return fresh
 
     def take(self, node: Node, answer: Answer) -> list[tuple[str, str]]:
-        """Put the times of failures right; returns kind and text of what is to be told."""
+        """Correct the times of failures; return (kind, text) pairs to report."""
         known = self._nodes[node.id]
         for report in answer.ranks:
             if report.failure is not None:
