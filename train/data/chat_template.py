@@ -1,18 +1,18 @@
-"""From a chat to its text, and which characters of it the model learns: what it has to write itself, the stop token included.
+"""Renders a chat as text and finds the characters that the model learns: its own words and the stop token.
 
-A template in Jinja (the checkpoint's own, or ours, `plain`) runs in Jinja's sandbox, with what transformers gives one. Where it
-marks the assistant's turns ({% generation %}), what is marked is learnt. Where it does not, the turns are found by what the
-template does with them: with a character in the place of a content that is in no text, the text around it shows where the turn
-begins and ends. What the model writes begins where the prompt of generation ends, and ends with the stop token; the line end
-behind that is the template's.
+A Jinja template (the checkpoint's own, or our `plain`) runs in Jinja's sandbox with the settings that transformers
+uses. If the template marks the assistant's turns ({% generation %}), the marked text is learnt. If it does not, this
+file finds the turns by probing: it replaces a content by a character that no text contains. The text around this
+character shows where the turn begins and ends. The learnt part begins after the generation prompt and ends with the
+stop token; a line end after it belongs to the template.
 
-Reasoning goes to the template as the field `reasoning_content`, as transformers hands it on. A template that does not know the field
-gets it in front of the content, where the record has it there. A template may throw away reasoning or a message, and training would not
-show it. So a message that is not in the text is an error, and of reasoning data.reasoning says what then. Old reasoning is cut before, on
-request.
+The template gets reasoning in the field `reasoning_content`, as in transformers. If a template does not know the field,
+the reasoning stays in front of the content, where the record has it. A template may drop reasoning or a message, and
+training would not show the loss. So a missing message is an error, and data.reasoning decides about missing reasoning.
+On request, old reasoning is cut before rendering.
 
-A template may write no stop token behind a turn: with GLM-4.6's the token with which the next message begins is the stop. Then that token is
-learnt, and it is added behind the last turn.
+A template may write no stop token after a turn: in GLM-4.6 the first token of the next message is the stop. Then this
+token is learnt, and it is appended to the last turn.
 """
 
 import contextlib
@@ -41,35 +41,35 @@ PLAIN = "plain"
 TURN_BEGIN, TURN_END = PLACE_MARKS
 PROBE = TURN_BEGIN
 GIVEN = ("messages", "tools", "add_generation_prompt")
-"""Variables that every chat sets."""
+"""Variables that are set for every chat."""
 PROBED_ANSWER = "an answer"
 PROBED_QUESTION = {"role": "user", "content": "a question"}
 PROBED_TURNS = [PROBED_QUESTION, {"role": "assistant", "content": PROBED_ANSWER}]
-"""A chat, behind whose last content the stop token is looked for."""
+"""A chat for probing: the stop token follows its last content."""
 PROBED_CALL = {"id": "0", "type": "function", "function": {"name": PROBED_ANSWER, "arguments": {}}}
 OPENED = re.compile(rf"{THINK}\s*\Z")
 CLOSED = re.compile(rf"(?:(?P<open>{THINK})(?P<gap>\s*))?{THOUGHT}\s*\Z")
 EMPTY_THOUGHT = re.compile(rf"\s*(?:{THINK}\s*)?{THOUGHT}\s*")
 NAMED_TOKEN = re.compile(r"<\|[^<>|\s]+\|>|<\uff5c[^<>\uff5c\s]+\uff5c>")
-"""How models spell tokens of their templates."""
+"""How models spell the special tokens in their templates."""
 Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class PlacedTurn:
-    """Where a turn of the assistant is in a text."""
+    """Position of one assistant turn in a text."""
 
     begin: int
-    """First character behind the prompt of generation."""
+    """First character after the generation prompt."""
     content: int
-    """Where its content begins, behind what the template writes before it."""
+    """First character of the content, after the template's own text."""
     end: int
-    """One behind its last character, the stop token included."""
+    """Position after the last character, the stop token included."""
     cut: bool = False
-    """Whether the template took reasoning off the content."""
+    """Whether the template cut reasoning from the content."""
 
     def moved(self, count: int) -> "PlacedTurn":
-        """The turn behind so many more characters."""
+        """The turn moved by `count` characters."""
         return replace(self, begin=self.begin + count, content=self.content + count, end=self.end + count)
 
 
@@ -79,13 +79,13 @@ class RenderedChat:
 
     text: str
     learnt: list[Span]
-    """First character and one behind the last, of what is learnt; in order."""
+    """Learnt spans in order: the first character, and the position after the last."""
     unthought: int = 0
-    """Learnt turns without reasoning, where the prompt of the template begins some."""
+    """Number of learnt turns without reasoning, although the generation prompt opens a reasoning block."""
 
 
 class CannotRender(Exception):
-    """What is wrong with a chat and its template, and the cure."""
+    """A chat that its template cannot render: the reason and the cure."""
 
     def __init__(self, rule: str, cure: str):
         super().__init__(rule)
@@ -93,7 +93,7 @@ class CannotRender(Exception):
 
 
 class _Generation(Extension):
-    """The tags that mark what the assistant wrote."""
+    """Jinja tags that mark the assistant's text."""
 
     tags = {"generation"}
 
@@ -125,9 +125,10 @@ class ChatTemplate:
     """A template with the names of a tokenizer's special tokens."""
 
     def __init__(self, sources: dict[str, str], tokens: dict[str, Any], field: str, name: str):
-        """sources: the template, under `default`, and maybe one for chats with tools, under `tool_use`. tokens: names of special tokens,
-        and other variables of the template. field, name: for errors.
-        Raises UserError for one that is broken.
+        """Compiles the templates. Raises UserError if a template is broken.
+
+        sources: the template under `default`, and optionally a template for chats with tools under `tool_use`. tokens:
+        names of special tokens and other template variables. field, name: for errors.
         """
         self.name, self._field, self._tokens, self._sources = name, field, tokens, sources
         environment = _environment()
@@ -144,23 +145,27 @@ class ChatTemplate:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of what decides the text of a chat."""
+        """Hash of everything that decides a chat's text."""
         known = json.dumps([sorted(self._sources.items()), sorted(self._tokens.items())])
         return hashlib.blake2b(known.encode(), digest_size=16).hexdigest()
 
     @property
     def files(self) -> dict[str, str]:
-        """What a folder of weights keeps, by name of the file; empty where the template is no text."""
+        """Template files for a weights folder, by file name; empty if the template is a function."""
         return {TEMPLATE_FILES[kind]: source for kind, source in self._sources.items()}
 
     def require_tokens(self, tokenizer: Tokenizer) -> None:
-        """Raise UserError where the template spells a token that the tokenizer would cut into letters."""
+        """Raise UserError if the template contains a special token that the tokenizer does not know and would split
+        into letters."""
         for source in self._sources.values():
             for token in NAMED_TOKEN.findall(source):
                 refuse_unknown_token(token, tokenizer, self._field, self.name)
 
     def render(self, chat: Chat, supervise: Supervise, reasoning: LostReasoning | None = None) -> RenderedChat:
-        """reasoning: what becomes of reasoning that the template leaves out of a learnt turn. Raises CannotRender."""
+        """Renders a chat and finds its learnt spans. Raises CannotRender.
+
+        reasoning: what to do with reasoning that the template drops from a learnt turn.
+        """
         if reasoning is LostReasoning.drop:
             chat = chat.without_reasoning()
         chat = replace(chat, messages=self._fitting(chat.messages))
@@ -184,14 +189,16 @@ class ChatTemplate:
         return RenderedChat(text, [(turns[n].begin, turns[n].end) for n in wanted], len(unthought))
 
     def prompt(self, chat_messages: Sequence[Message], tools: list[Any] | None = None) -> str:
-        """What the model goes on from when it is to answer."""
+        """The text after which the model writes its answer."""
         text = self._run(self._fitting(chat_messages), tools, add_generation_prompt=True)
         return text.replace(TURN_BEGIN, "").replace(TURN_END, "")
 
     @cache  # noqa: B019  a run has one template
     def stop(self, called: bool = False) -> str:
-        """What ends a turn of the assistant: what the template writes behind its content, else the token with which the next message begins,
-        else the end of a document. called: of a turn that calls tools. Raises CannotRender.
+        """The text that ends an assistant turn. Raises CannotRender.
+
+        It is the text that the template writes after the content. If there is none, it is the first token of the next
+        message, or else the end-of-document token. called: for a turn that calls tools.
         """
         if written := self._written_stop():
             return written
@@ -201,9 +208,9 @@ class ChatTemplate:
         return (NAMED_TOKEN.findall(between) or [self._tokens.get("eos_token", "")])[-1]
 
     def stops(self) -> list[str]:
-        """What ends a turn of the assistant, with calls of tools or without. Raises CannotRender."""
+        """Texts that end an assistant turn, with and without tool calls. Raises CannotRender."""
         found = [self.stop()]
-        with contextlib.suppress(CannotRender):  # a template need not know tools
+        with contextlib.suppress(CannotRender):  # a template need not support tools
             found.append(self.stop(called=True))
         return list(dict.fromkeys(found))
 
@@ -213,7 +220,7 @@ class ChatTemplate:
         return behind.partition(TURN_END)[0] if TURN_END in behind else behind.strip()
 
     def _with_stops(self, chat: Chat, text: str, turns: dict[int, PlacedTurn]) -> tuple[str, dict[int, PlacedTurn]]:
-        """Turns that end with their stop token, also where the template writes none."""
+        """Extends each turn to its stop token, also where the template writes no stop token."""
         if self._written_stop():
             return text, turns
         for number, turn in turns.items():
@@ -228,7 +235,8 @@ class ChatTemplate:
     # Reasoning
 
     def _fitting(self, messages: Sequence[Message]) -> list[Message]:
-        """The messages with their reasoning where the template looks for it: in the field, unless it knows contents that begin with it alone."""
+        """The messages with reasoning in the field `reasoning_content`; unchanged if the template expects reasoning
+        only at the start of the content."""
         thoughts = [
             message for message in messages if message["role"] == "assistant" and with_field(message) != message
         ]
@@ -238,12 +246,13 @@ class ChatTemplate:
 
     @cache  # noqa: B019
     def _opens(self) -> bool:
-        """Whether the prompt begins reasoning."""
+        """Whether the generation prompt opens a reasoning block."""
         return OPENED.search(self.prompt([PROBED_QUESTION])) is not None
 
     @cache  # noqa: B019
     def _knows_contents_alone(self) -> bool:
-        """Whether a content that begins with reasoning is in the text as it is, behind no thought of the template, and the field is not."""
+        """Whether the template keeps reasoning at the start of a content, adds no reasoning block before it, and
+        ignores the reasoning field."""
         thought, answer = f"{THINK}\n{PROBE}\n{THOUGHT}", PROBED_TURNS[1]
         text = self._run([PROBED_QUESTION, answer | {"content": f"{thought}\n\n{PROBED_ANSWER}"}], None)
         before, found, _ = text.partition(thought)
@@ -252,7 +261,7 @@ class ChatTemplate:
         return bool(found) and not CLOSED.search(before) and mark not in in_field
 
     def _lost(self, chat: Chat) -> set[int]:
-        """Turns whose field of reasoning is not in the text."""
+        """Numbers of the turns whose reasoning field the template drops."""
         marks = {n: f"{PROBE}{n}{PROBE}" for n, message in enumerate(chat.messages) if message.get(REASONING)}
         if not marks:
             return set()
@@ -268,7 +277,8 @@ class ChatTemplate:
         wanted: list[int],
         choice: LostReasoning | None,
     ) -> tuple[str, dict[int, PlacedTurn]]:
-        """The text with reasoning that the template left out, where it is to be put in; and turns that begin behind what the prompt opens."""
+        """Inserts dropped reasoning if requested, and moves the start of a turn after the reasoning tag that the
+        prompt opens."""
         thoughts = {n: with_field(chat.messages[n]).get(REASONING) for n in turns}
         if not any(thoughts.values()):
             return text, turns
@@ -298,7 +308,7 @@ class ChatTemplate:
         return text, found
 
     def _has(self, text: str, content: str, chat: Chat) -> bool:
-        """Whether every message of this content is in the text: several may be alike."""
+        """Whether the text contains every message with this content; several messages may have the same content."""
         alike = [m for m in chat.messages if isinstance(m.get("content"), str) and m["content"].strip() == content]
         return text.count(content) >= len(alike)
 
@@ -313,7 +323,7 @@ class ChatTemplate:
             return self._templates[self._kind(tools)].render(
                 messages=messages, tools=tools, add_generation_prompt=add_generation_prompt, **self._tokens
             )
-        except Exception as error:  # whatever a template does with a chat
+        except Exception as error:  # a template can raise any exception
             lines = [
                 frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "<template>"
             ]
@@ -343,10 +353,10 @@ class ChatTemplate:
             turns[number] = PlacedTurn(begin, place, end, cut)
         return text, turns
 
-    # Templates that do not
+    # Templates that do not mark the turns
 
     def _probed(self, chat: Chat) -> tuple[str, dict[int, PlacedTurn]]:
-        """By a character in the place of every content of the assistant."""
+        """Finds the turns: replaces each assistant content by the probe character and compares the two texts."""
         plain = self._run(chat.messages, chat.tools)
         numbers = [number for number, message in enumerate(chat.messages) if message["role"] == "assistant"]
         probed = [
@@ -368,9 +378,8 @@ class ChatTemplate:
         return plain, turns
 
     def _around(self, probed: list[Message], number: int, tools: list[Any] | None, piece: str) -> tuple[int, str]:
-        """Characters that the template writes before a turn's content, in this piece, behind the prompt of generation; and what it
-        writes behind the content in the turn.
-        """
+        """Lengths of the template's own text around a turn's content. Returns the number of characters between the
+        generation prompt and the content in this piece, and the text after the content in the turn."""
         turn, given = self._run(probed[: number + 1], tools), self._run(probed[:number], tools, True)
         before, _, behind = turn.rpartition(PROBE)
         lead = before[_shared(before, given) :]
@@ -378,13 +387,15 @@ class ChatTemplate:
             return len(lead), behind.rstrip()
         header = given[
             _shared(given, self._run(probed[:number], tools)) :
-        ]  # the template writes an older turn in another way
+        ]  # the template writes an older turn differently
         place = piece.rfind(header) if header else -1
         return len(piece) - place - len(header) if place >= 0 else 0, behind.rstrip()
 
     def _by_prefix(self, plain: str, chat: Chat, number: int, at: int) -> PlacedTurn:
-        """Where a turn is, in templates that treat one without content in another way: the text up to a turn begins the whole text, or,
-        where an older turn has no reasoning, what the turn has behind that comes next. at: the end of the turn before.
+        """Finds a turn in a template that renders a turn without content differently.
+
+        Either the text up to this turn is the start of the whole text; or, if older turns lose their reasoning, the
+        turn's text after the reasoning comes next. at: end of the previous turn.
         """
         before, message = chat.messages[:number], chat.messages[number]
         turn = self._run([*before, message], chat.tools).rstrip()
@@ -407,7 +418,7 @@ class ChatTemplate:
 
 
 def _unmarked(text: str) -> tuple[str, list[Span]]:
-    """The text without marks, and what was between them."""
+    """The text without marks, and the spans that the marks enclosed."""
     parts = re.split(f"([{TURN_BEGIN}{TURN_END}])", text)
     plain, begins, spans = "", [], []
     for part in parts:
@@ -421,7 +432,7 @@ def _unmarked(text: str) -> tuple[str, list[Span]]:
 
 
 def _shared(one: str, other: str) -> int:
-    """Characters with which both begin; of <think> and </think> none."""
+    """Number of characters in the common prefix; a common start of <think> and </think> does not count."""
     pairs = enumerate(zip(one, other, strict=False))
     place = next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
     inside = place > 0 and {one[place - 1 :][: len(word)] for word in (THINK, THOUGHT)} & {THINK, THOUGHT}
@@ -429,7 +440,7 @@ def _shared(one: str, other: str) -> int:
 
 
 def _forms(content: str) -> Iterator[tuple[str, bool]]:
-    """How templates write a content, and whether reasoning in front of it is cut."""
+    """Ways in which templates write a content, each with whether leading reasoning is cut."""
     whole = [(content, False)]
     if THOUGHT in content:
         whole += [(content.rpartition(THOUGHT)[2], True), (content.partition(THOUGHT)[2], True)]
@@ -438,7 +449,8 @@ def _forms(content: str) -> Iterator[tuple[str, bool]]:
 
 
 def _aligned(plain: str, pieces: Sequence[str], contents: Sequence[str]) -> list[tuple[int, int, bool]] | None:
-    """Where each content begins and ends between the pieces of a text, and whether its reasoning is cut; None where they do not make it up."""
+    """Begin and end of each content between the pieces of a text, and whether its reasoning is cut; None if contents
+    and pieces do not add up to the text."""
     if len(pieces) != len(contents) + 1 or not plain.startswith(pieces[0]):
         return None
     at, found = len(pieces[0]), []
@@ -452,7 +464,8 @@ def _aligned(plain: str, pieces: Sequence[str], contents: Sequence[str]) -> list
 
 
 def _inserted(text: str, turn: PlacedTurn, thought: str) -> tuple[str, PlacedTurn]:
-    """The text with reasoning in front of a turn's content: in the thought that the template closes there, else in one of its own."""
+    """The text with reasoning before a turn's content: in the reasoning block that the template closes there, or
+    else in a new block."""
     closed = CLOSED.search(text[: turn.content])
     if closed is None:
         place = behind = turn.content
@@ -472,7 +485,7 @@ def _inserted(text: str, turn: PlacedTurn, thought: str) -> tuple[str, PlacedTur
 
 
 def refuse_unknown_token(token: str, tokenizer: Tokenizer, field: str, name: str) -> None:
-    """Raise UserError for a special token that the tokenizer has not. field, name: of the template, for the error."""
+    """Raise UserError if the tokenizer does not know a special token. field, name: of the template, for the error."""
     if tokenizer.id_of(token) is None:
         rule = f"writes {token}, which the tokenizer has not: it would be cut into letters"
         raise UserError(
@@ -483,9 +496,9 @@ def refuse_unknown_token(token: str, tokenizer: Tokenizer, field: str, name: str
 def load_template(
     choice: str | None, folder: Path | None, tokenizer: Tokenizer, keys: Mapping[str, Any] | None = None
 ) -> ChatTemplate:
-    """The template that data.template names, or that of the tokenizer's folder. Raises UserError.
+    """The template that data.template names, or the template in the tokenizer's folder. Raises UserError.
 
-    folder: where the tokenizer lies, None where it is no file of ours. keys: data.template_keys.
+    folder: the tokenizer's folder; None if the tokenizer is not on this disk. keys: data.template_keys.
     """
     keys = keys or {}
     if wrong := [key for key in keys if key in GIVEN]:
@@ -537,11 +550,11 @@ def _of_folder(folder: Path | None) -> tuple[dict[str, str], str]:
 
 
 def stop_ids(template: ChatTemplate, tokenizer: Tokenizer) -> list[int]:
-    """Tokens that end an answer: those of the template, those of generation_config.json, and eos. Raises UserError."""
+    """Token ids that end an answer: the template's, those in generation_config.json, and eos. Raises UserError."""
     try:
         ends = [encoding.ids for encoding in tokenizer.encode_rendered(template.stops())]
     except CannotRender as error:
         raise UserError("data.template", template.name, error.rule, error.cure) from error
-    # a stop of several tokens that are no special ones ends nothing, as its first token may stand anywhere
+    # a stop of several ordinary tokens is not used: its first token may occur anywhere
     own = [ids[0] for ids in ends if ids and (len(ids) == 1 or tokenizer.bytes_V[ids[0]] == 0)]
     return list(dict.fromkeys([*tokenizer.stop_ids, *own]))

@@ -1,7 +1,7 @@
-"""Chats as tokens, each with whether it is learnt, and as long as sequences take them.
+"""Tokenises chats, marks the learnt tokens and fits chats to the sequence length.
 
-The text of a chat is encoded as a whole, as an inference engine encodes it, and special tokens that are spelled in it are those
-tokens. A token is learnt if the span of what is learnt reaches into it.
+The chat's text is encoded as a whole, as an inference engine does it, and special tokens spelled in it become special
+tokens. A token is learnt if a learnt span overlaps it.
 
 D = chats, N = their tokens.
 """
@@ -28,37 +28,38 @@ from train.data.template_function import template_of
 from train.data.tokenizer import Tokenizer, load_tokenizer
 
 MASK_VERSION = 3
-"""Version of the way in which learnt tokens are found: another one makes the files of tokens anew. 1 lost turns that begin with a space, 2
-wrote reasoning into contents, and learnt no stop where the template writes none."""
+"""Version of the method that finds learnt tokens; a new version rebuilds the cached token files. Version 1 missed
+turns that begin with a space. Version 2 wrote reasoning into contents, and learnt no stop token if the template
+writes none."""
 AT_ONCE = 256
-"""Chats that are encoded together."""
+"""Number of chats that are encoded in one call."""
 
 
 @dataclass(frozen=True)
 class TokenisedChats:
     ids_N: np.ndarray
-    """uint32, the chats one after another."""
+    """uint32, all chats concatenated."""
     supervised_N: np.ndarray
-    """uint8: 1 of what is learnt."""
+    """uint8: 1 for learnt tokens."""
     lengths_D: np.ndarray
     hashes_D: np.ndarray
-    """uint64, of the chats' ids."""
+    """uint64, hashes of the chats' ids."""
     text_bytes: int
     unlearnt: int
-    """Chats that were left out, as nothing of them is learnt."""
+    """Number of chats left out because they have no learnt token."""
     unthought: int
-    """Learnt turns without reasoning, where the prompt of the template begins some."""
+    """Number of learnt turns without reasoning, although the generation prompt opens a reasoning block."""
 
 
 def chat_tokenizer(config: Config) -> tuple[Tokenizer, ChatTemplate]:
-    """The tokenizer of the weights that are tuned, and the template of chats. Raises UserError."""
+    """The tokenizer of the weights to fine-tune, and the chat template. Raises UserError."""
     choice = config.data.tokenizer or config.init_from
     if choice is None:
         rule = "chats need the tokenizer of the model that is tuned; none can be made of chats"
         raise UserError("data.tokenizer", None, rule, "set init_from=FOLDER, or data.tokenizer to the model's folder")
     path = Path(choice).expanduser()
     if config.data.tokenizer is None and (path / MANIFEST).is_file():
-        path = path.absolute().parents[1]  # a checkpoint, whose run has the tokenizer
+        path = path.absolute().parents[1]  # a checkpoint: the tokenizer is in its run folder
     tokenizer = load_tokenizer(str(path))
     folder = path if path.is_dir() else path.parent if path.is_file() else None
     return tokenizer, template_of(config.data, folder, tokenizer)
@@ -72,7 +73,7 @@ def tokenise_chats(
     source: str,
     settings: Data,
 ) -> Iterator[TokenisedChats]:
-    """Tokens of the chats (by their ids), some at a time. field, source: for errors. Raises UserError for a chat that cannot become text."""
+    """Tokens of the chats in groups. field, source: for errors. Raises UserError if a chat cannot be rendered."""
     names: list[str] = []
     rendered: list[RenderedChat] = []
     for name, chat in chats:
@@ -109,10 +110,10 @@ def _encode(names: list[str], rendered: list[RenderedChat], tokenizer: Tokenizer
 
 
 def learnt_tokens(encoding: Encoding, chat: RenderedChat) -> tuple[np.ndarray, np.ndarray]:
-    """Ids (uint32) of a chat, and 1 (uint8) for those that are learnt."""
+    """Token ids of a chat (uint32), and a mask (uint8) with 1 for learnt tokens."""
     mask_N = np.zeros(len(encoding.ids), dtype=np.uint8)
     begins_N, ends_N = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2).T
-    for begin, end in chat.learnt:  # a character may be several tokens, and both columns rise
+    for begin, end in chat.learnt:  # a character may be several tokens, and both columns increase
         first, behind = np.searchsorted(ends_N, begin, side="right"), np.searchsorted(begins_N, end)
         mask_N[first:behind] = 1
     return np.array(encoding.ids, dtype=np.uint32), mask_N
@@ -120,24 +121,24 @@ def learnt_tokens(encoding: Encoding, chat: RenderedChat) -> tuple[np.ndarray, n
 
 @dataclass(frozen=True)
 class FittedChats:
-    """Chats that fit into sequences, and what became of the others."""
+    """Chats that fit into a sequence, and the counts of chats that did not fit."""
 
     documents: Documents
     longest: int
-    """Tokens of the longest before."""
+    """Length of the longest chat before cutting, in tokens."""
     cut: int = 0
     dropped: int = 0
     emptied: int = 0
-    """Cut, and dropped since nothing of what is left is learnt."""
+    """Number of chats dropped because no learnt token is left after the cut."""
 
     @property
     def long(self) -> int:
-        """Chats that were too long."""
+        """Number of chats that were too long."""
         return self.cut + self.dropped + self.emptied
 
 
 def fit_chats(documents: Documents, room: int, too_long: TooLong) -> FittedChats:
-    """Keep chats of at most `room` tokens: longer ones lose their end, or are dropped."""
+    """Keep chats of at most `room` tokens; longer chats lose their end or are dropped."""
     long_D = documents.lengths_D > room
     longest = int(documents.lengths_D.max(initial=0))
     if not long_D.any():

@@ -1,14 +1,16 @@
-"""A record of JSONL or Parquet as a chat: messages with roles, the tools they may call, and which turns are learnt.
+"""Reads a chat from a JSONL or Parquet record: messages with roles, the available tools, and the turns to learn.
 
-Three forms, told apart by their keys:
-  messages        [{role, content, ...}], and `tools` beside it; OpenAI's and Hugging Face's form. `weight: 0` on a message of the
-                  assistant keeps it from being learnt.
-  prompt, completion  texts, or messages; the completion alone is learnt
+The keys decide between three forms:
+  messages        [{role, content, ...}], and `tools` at the same level; the form of OpenAI and Hugging Face. `weight: 0` excludes an
+                  assistant message from the loss.
+  prompt, completion  texts or messages; only the completion is learnt
   conversations   ShareGPT's [{from, value}]
-Reasoning stands under `reasoning_content` (also read: reasoning, thinking), or as <think>...</think> in front of the content.
 
-A null under a key means that the key is absent, at every depth: rows of Parquet have the keys of all rows, and null where a row has none.
-The same row is then the same chat in both formats. Nulls of lists stay, and so do all nulls of a text of JSON (tools, messages, arguments).
+Reasoning is under `reasoning_content` (also read: reasoning, thinking), or is <think>...</think> before the content.
+
+A null under a key means that the key is absent, at every depth. Parquet needs this rule: each row has the keys of all
+rows, with null for the missing ones. So a row gives the same chat in both formats. Nulls in lists stay, and so do nulls
+inside a JSON text (tools, messages, arguments).
 """
 
 import json
@@ -37,26 +39,27 @@ REASONING = "reasoning_content"
 REASONING_NAMES = (REASONING, "reasoning", "thinking")
 THINK, THOUGHT = "<think>", "</think>"
 LEADING_THOUGHT = re.compile(rf"\s*(?:{THINK})?(.*?){THOUGHT}(.*)", re.DOTALL)
-"""Reasoning in front of a content, and the content. The word that opens it may be a part of the prompt."""
+"""Matches reasoning before a content, and the content. The opening <think> may be missing, because it may belong to
+the prompt."""
 CHAT_KEYS = ("messages", "prompt", "completion", "conversations", "tools", "system")
-"""Columns that are read of Parquet, as far as there are."""
+"""Columns that are read from Parquet, if present."""
 PLACE_MARKS = "\ufdd0\ufdd1"
-"""No characters (Unicode's noncharacters), with which places are marked in a text (train/data/chat_template.py)."""
+"""Unicode noncharacters that mark positions in a text (train/data/chat_template.py)."""
 
 Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Chat:
-    """Messages as templates take them."""
+    """Messages in the form that templates take."""
 
     messages: list[Message]
     tools: list[Any] | None
     learnt: list[bool]
-    """Whether each message is the assistant's and may be learnt."""
+    """For each message: whether it is the assistant's and may be learnt."""
 
     def without_old_reasoning(self) -> "Chat":
-        """The assistant's turns before the last question have no reasoning."""
+        """A copy without the reasoning in assistant turns before the last question."""
         last = max((n for n, message in enumerate(self.messages) if message["role"] == "user"), default=0)
         return replace(
             self,
@@ -64,7 +67,7 @@ class Chat:
         )
 
     def without_reasoning(self) -> "Chat":
-        """No turn of the assistant has reasoning."""
+        """A copy without any reasoning."""
         return replace(self, messages=[_cut(message) for message in self.messages])
 
 
@@ -77,7 +80,7 @@ def _cut(message: Message) -> Message:
 
 
 def with_field(message: Message) -> Message:
-    """The message with the reasoning in front of its content under `reasoning_content`, as templates that know it expect."""
+    """The message with leading reasoning moved to `reasoning_content`, for templates that know this field."""
     found = LEADING_THOUGHT.fullmatch(message.get("content") or "") if message["role"] == "assistant" else None
     if found is None or REASONING in message:
         return message
@@ -85,7 +88,8 @@ def with_field(message: Message) -> Message:
 
 
 def read_chat(record: Any, place: str, field: str) -> Chat:
-    """Raises UserError with the place of the record: unknown roles, no turn of the assistant, and whatever else is no chat."""
+    """Reads a record. Raises UserError with the record's place for an unknown role, no assistant turn, or any other
+    invalid chat."""
 
     def refuse(rule: str, cure: str) -> UserError:
         return UserError(field, place, rule, cure)
@@ -122,14 +126,14 @@ def read_chat(record: Any, place: str, field: str) -> Chat:
 
 
 def _without_nulls(value: Any) -> Any:
-    """The value without keys that have a null, at every depth."""
+    """The value without the keys whose value is null, at every depth."""
     if isinstance(value, dict):
         return {key: _without_nulls(one) for key, one in value.items() if one is not None}
     return [_without_nulls(one) for one in value] if isinstance(value, list) else value
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Every text in it, keys included."""
+    """All strings in the value, keys included."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
@@ -167,7 +171,7 @@ def _from_sharegpt(turn: Any, refuse: Any) -> Message:
 
 
 def _message(given: Any, number: int, refuse: Any) -> tuple[Message, bool]:
-    """The message as templates take it, and whether its weight is not 0."""
+    """The message in the form that templates take, and whether its weight is not 0."""
     where = f"message {number + 1}"
     if not isinstance(given, dict):
         raise refuse(f"{where} is a {type(given).__name__}, not an object", 'write {"role": ..., "content": ...}')
@@ -199,5 +203,5 @@ def _message(given: Any, number: int, refuse: Any) -> tuple[Message, bool]:
     if content or "content" in given or not message.get("tool_calls"):
         message["content"] = content
     if message.get("tool_calls") and given.get("content") is None and not content:
-        message["content"] = None  # as OpenAI's form has it, which some templates ask for
+        message["content"] = None  # as in OpenAI's form, which some templates expect
     return message, weight == 1

@@ -1,10 +1,11 @@
-"""From the configuration to tokens on disk: the part of `prepare` that costs time, and needs no torch.
+"""Builds the tokenised corpus from the configuration: the slow part of `prepare`, without torch.
 
-For each source: hash the content (through a manifest, so that a second start reads nothing), find or make the tokenizer,
-find or make the token folder. Everything lies in data.cache under the hash of what went into it:
+For each source it hashes the content, finds or trains the tokenizer, and finds or writes the token folder. A manifest keeps the hashes, so a second start reads no data. Each cache entry is in data.cache under the hash of its inputs:
   manifests/  hashes of files by name, size and mtime      tokenizers/  trained tokenizers
   tokens/     token folders (token_store.py)               marks/       which large token folders were checked
-A second process that needs the same thing waits for the first, then finds it. A damaged entry is named and made again.
+
+If two processes need the same entry, the second one waits and then uses the entry of the first. A damaged entry is
+reported and rebuilt.
 """
 
 import contextlib
@@ -39,22 +40,22 @@ from train.data.tokenise import tokenise
 from train.data.tokenizer import SMALLEST_VOCAB, Tokenizer, check_fit, load_tokenizer, train_bpe
 
 SAMPLE_BYTES = 64 << 20
-"""Text that a tokenizer is trained on, at most."""
+"""Maximum text for training a tokenizer, in bytes."""
 
 
 @dataclass(frozen=True)
 class CorpusPart:
-    """One source of the corpus, divided."""
+    """One source of the corpus, split into training and held-out documents."""
 
     name: str
-    """Path of the source, absolute unless it is none of this machine; `stdlib` for Python's library."""
+    """Path of the source, absolute if it is on this machine; `stdlib` for Python's library."""
     content: str
     """Hash of its tokens."""
     weight: float
     train: Documents
     validation: Documents
     whole: Documents
-    """Both of them: the documents as they are."""
+    """Training and held-out documents together, not split."""
 
 
 @dataclass(frozen=True)
@@ -64,18 +65,19 @@ class Corpus:
     fingerprint: str
     """Hash of the contents, the tokenizer, the weights and the split."""
     notes: list[str] = field(default_factory=list)
-    """What the user may want to know, one sentence each."""
+    """Notes for the user, one sentence each."""
     template_files: dict[str, str] | None = None
-    """Jinja templates that made chats into text, by name of their file; empty of a function, None of other data."""
+    """Jinja templates that rendered the chats, by file name. Empty if a function rendered them; None if the data are
+    not chats."""
 
 
 def build_corpus(config: Config, progress: ReportProgress = silent) -> Corpus:
-    """Open the corpus, making what is missing. Safe to call in several processes at once. Raises UserError."""
+    """Open the corpus and build missing parts. Several processes may call it at once. Raises UserError."""
     return _Builder(config, progress).build()
 
 
 class _Builder:
-    """What the steps of one call share."""
+    """State that the steps of one build share."""
 
     def __init__(self, config: Config, progress: ReportProgress):
         self.config, self.data, self.progress = config, config.data, progress
@@ -87,7 +89,9 @@ class _Builder:
         if self.data.chats:
             return self._build_chats(sources_of(self.config))
         choice = self.data.tokenizer
-        given = None if choice is None else (load_tokenizer(choice), choice)  # before long data are read
+        given = (
+            None if choice is None else (load_tokenizer(choice), choice)
+        )  # an error must come before a long read of data
         if self.data.source:
             with refused(KEY, self.data.source[TARGET], "reading it"):
                 return self._read_own(given)
@@ -115,7 +119,7 @@ class _Builder:
         return Corpus(parts, tokenizer, fingerprint, self.notes)
 
     def _read_own(self, given: tuple[Tokenizer, str] | None) -> Corpus:
-        """The corpus of data.source: what is held out of it, as the rest is read in training."""
+        """The held-out part of data.source as a corpus; training reads the rest as a stream."""
         documents = OwnDocuments(self.config)
         content = documents.digest(self.cache, self.progress)
         tokenizer, name = given or self._tokenizer({}, {KEY: documents}, {KEY: content})
@@ -159,7 +163,7 @@ class _Builder:
         return Corpus(parts, tokenizer, fingerprint, self.notes, template.files)
 
     def _tell_of_long(self, fitted: list[tuple[str, FittedChats]], parts: list[CorpusPart]) -> None:
-        """Refuse chats that are too long, or say what became of them."""
+        """Raise UserError for chats that are too long, or note how many were cut or dropped."""
         long = sum(one.long for _, one in fitted)
         if long and self.data.too_long is TooLong.refuse:
             count = sum(len(one.documents) + one.emptied + one.dropped for _, one in fitted)
@@ -203,7 +207,8 @@ class _Builder:
             writer.more = {"unlearnt": unlearnt} | ({"unthought": unthought} if unthought else {})
 
     def _without_short(self, name: str, *sides: Documents) -> tuple[Documents, ...]:
-        """Training and held-out documents, and both, as data.min_tokens wants them. What is held out does not depend on it."""
+        """Training documents, held-out documents and both, each filtered by data.min_tokens. The choice of held-out
+        documents does not depend on data.min_tokens."""
         least = self.data.min_tokens
         if not least:
             return sides
@@ -224,7 +229,7 @@ class _Builder:
     def _tokenizer(
         self, memmaps: dict[str, Path], sources: dict[str, DocumentSource], digests: dict[str, str]
     ) -> tuple[Tokenizer, str]:
-        """The tokenizer and its name where none is set: that of tokenised data, else one trained here."""
+        """The tokenizer and its name if data.tokenizer is not set: from tokenised data, or else trained here."""
         for key, path in memmaps.items():
             if not (path / "tokenizer.json").is_file():
                 raise UserError(
@@ -240,7 +245,8 @@ class _Builder:
         return tokenizer, "null (trained on this data)"
 
     def _trained(self, sources: dict[str, DocumentSource], digests: dict[str, str]) -> str:
-        """tokenizer.json of a BPE trained on a sample of the training documents, once."""
+        """The tokenizer.json of a BPE trained on a sample of the training documents, from the cache after the first
+        time."""
         rows = self.config.model.vocab_size
         if rows < SMALLEST_VOCAB:
             raise UserError(
@@ -274,12 +280,12 @@ class _Builder:
         return self._once(path, ready, make)
 
     def _tokens(self, source: DocumentSource, digest: str, tokenizer: Tokenizer) -> TokenStore:
-        """The token folder of a source."""
+        """The token folder of a source, from the cache or newly written."""
         path = self.cache / "tokens" / _hash(digest, tokenizer.fingerprint)
         return self._store(path, lambda path: self._write(path, source, tokenizer))
 
     def _store(self, path: Path, write: Callable[[Path], None]) -> TokenStore:
-        """What is there, or what `write` makes."""
+        """Opens the token folder, after `write` if it is missing or damaged."""
 
         def ready() -> TokenStore | None:
             if not path.exists():
@@ -308,14 +314,14 @@ class _Builder:
                 raise no_text(source)
 
     def _once(self, path: Path, ready: Callable, make: Callable):
-        """What is there, or what one process makes while the others wait."""
+        """The cached result, or the result of `make`, which one process runs while the others wait."""
         if (found := ready()) is not None:
             return found
         with locked(path, lambda: self.progress("waiting for another process that makes the same", 0, 0)):
             return found if (found := ready()) is not None else make()
 
     def _open_memmap(self, path: Path, key: str, tokenizer: Tokenizer) -> TokenStore:
-        """Tokens that were made elsewhere, or a folder of the cache."""
+        """Opens a token folder that the user gives as data."""
         try:
             store = open_store(path, self.cache / "marks")
         except DamagedStore as damage:

@@ -15,11 +15,11 @@ from train.data.packing import Documents, PackedChats, Stream
 from train.data.shuffle import key
 from train.data.tokenizer import Tokenizer
 
-# Which source of a mix each sample comes from: shares follow the weights exactly, with no state.
+# Schedule decides which source of a mix each sample comes from. Shares follow the weights exactly, without state.
 #
-# Source 0 takes its share of all samples: after n samples it has had floor(n * w0 / (w0 + w1 + ...)). The samples that it
-# leaves are numbered again and source 1 takes its share of them, and so on. Every count is a closed form in n, never falls
-# and stays within a few samples of its share (one per source before it). The weights are taken as fractions with a
+# Source 0 takes its share of all samples: after n samples it has had floor(n * w0 / (w0 + w1 + ...)). The remaining
+# samples are numbered again; source 1 takes its share of these, and so on. Every count is a closed form in n, never
+# falls and stays within a few samples of its share (one per earlier source). Weights become fractions with a
 # denominator of at most 10^6.
 #
 # N = samples.
@@ -33,7 +33,7 @@ class Schedule:
         self.shares = [(exact[s] / sum(exact[s:])).limit_denominator(10**6) for s in range(len(exact))]
 
     def counts(self, samples: int) -> list[int]:
-        """How many of the first `samples` samples come from each source."""
+        """Number of samples from each source among the first `samples` samples."""
         counts = []
         for share in self.shares:
             counts.append(samples * share.numerator // share.denominator)
@@ -41,8 +41,8 @@ class Schedule:
         return counts
 
     def assign(self, first: int, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """For each source: rows (int64, 0..count-1) of samples [first, first+count) that are its own, and which of its
-        own samples they are."""
+        """Splits samples [first, first+count) among the sources. Returns for each source the rows (int64,
+        0..count-1) that it fills, and the numbers of these samples within the source."""
         rows_N, place_N = np.arange(count), np.arange(first, first + count, dtype=np.int64)
         taken = []
         for share in self.shares:
@@ -67,7 +67,7 @@ class TrainingData:
 
     @property
     def sequences(self) -> float:
-        """Samples of all sources, each read once."""
+        """Samples in one epoch of all sources."""
         return sum(stream.sequences for stream in self._streams)
 
     def batch(self, first_sample: int, count: int) -> Batch:
@@ -79,7 +79,7 @@ class TrainingData:
         return rows.batch
 
     def epochs(self, samples: int) -> dict[str, float]:
-        """How often the training text of each source has been read after this many samples."""
+        """Number of epochs of each source's training text after this many samples."""
         counts = self._schedule.counts(samples)
         return {
             name: float(count / stream.sequences)
@@ -87,7 +87,7 @@ class TrainingData:
         }
 
     def repeats(self, samples: int) -> str | None:
-        """A warning where so many samples read a source more than once; None where they do not."""
+        """A warning if this many samples read a source more than once; otherwise None."""
         often = [f"{name} {times:.3g} times" for name, times in self.epochs(samples).items() if times > 1]
         if not often:
             return None
@@ -97,21 +97,21 @@ class TrainingData:
         )
 
     def read_once(self, before: int, after: int) -> list[str]:
-        """Sources of which the sample number `after` begins a second reading that the sample `before` had not begun."""
+        """Sources whose second epoch begins between the samples `before` and `after`."""
         then = self.epochs(before)
         return [name for name, times in self.epochs(after).items() if then[name] <= 1 < times]
 
 
 class ValidationData:
-    """Fixed sequences of held-out documents, spread evenly over them: the same for every seed, without FIM.
+    """Fixed sequences spread evenly over the held-out documents: the same for every seed, without FIM.
 
-    Bits per byte: the nats of all targets / ln 2 / text_bytes of the same sequences. The bytes are those of the text that
-    the targets decode to, exactly. eos is a target like any other and costs nats, for the model has to say where a
-    document ends, but stands for no text: 0 bytes.
+    Bits per byte = nats of all targets / ln 2 / text_bytes of the same sequences. The bytes are exactly the text that
+    the targets decode to. eos is a target and costs nats, since the model must predict where a document ends, but eos
+    counts as 0 bytes.
     """
 
     def __init__(self, corpus: Corpus, config: Config, sequences: int | None = None):
-        """sequences: how many, shared among the sources by weight; None takes log.validation_sequences."""
+        """sequences: their total number, shared among the sources by weight; None: log.validation_sequences."""
         self.seq_len, self.mask, self.chats = config.seq_len, config.data.mask_documents, config.data.chats
         self.notes: list[str] = []
         self._tokenizer = corpus.tokenizer
@@ -129,11 +129,11 @@ class ValidationData:
             self._places += [(stream, max(1, whole) * place // count) for place in range(count)]
 
     def __len__(self) -> int:
-        """Sequences: those wanted, or as many as there are."""
+        """Number of sequences: the requested number, or fewer if the held-out text is short."""
         return len(self._places)
 
     def batch(self, first: int, count: int) -> Batch:
-        """Sequences first .. first + count - 1, fewer at the end, as tokens (count, seq_len + 1)."""
+        """Sequences first .. first + count - 1 as tokens (count, seq_len + 1); the last batch may be shorter."""
         places = self._places[first : first + count]
         rows = _Rows(len(places), self.seq_len, self.mask, self.chats)
         for row, (stream, window) in enumerate(places):
@@ -141,7 +141,7 @@ class ValidationData:
         return rows.batch
 
     def text_bytes(self, batch: Batch) -> int:
-        """Bytes of text that the targets of this batch decode to, of chats those that are learnt."""
+        """Bytes of the text that this batch's targets decode to; in chats only learnt targets count."""
         bytes_BT = self._tokenizer.bytes_V[batch.tokens_BS[:, 1:].numpy()]
         learnt_BT = batch.learnt_BT
         return int(bytes_BT.sum() if learnt_BT is None else bytes_BT[learnt_BT.numpy()].sum())
@@ -150,14 +150,14 @@ class ValidationData:
 def _stream(
     documents: Documents, config: Config, tokenizer: Tokenizer, seed: int, fim_rate: float = 0.0
 ) -> Stream | PackedChats:
-    """What reads these documents: as one text, or chats each by itself."""
+    """Reader of these documents: one continuous text, or packed chats."""
     if config.data.chats:
         return PackedChats(documents, config.seq_len, tokenizer.eos_id, seed)
     return Stream(documents, config.seq_len, tokenizer.eos_id, seed, tokenizer.fim_ids, fim_rate)
 
 
 class _Rows:
-    """A batch that is being filled."""
+    """Buffers of a batch that is being filled."""
 
     def __init__(self, count: int, seq_len: int, mask: bool, chats: bool):
         shape = (count, seq_len + 1)
@@ -166,7 +166,7 @@ class _Rows:
         self._supervised_BS = np.empty(shape, np.bool_) if chats else None
 
     def of(self, row: int) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
-        """Tokens, numbers of documents and what is learnt, to be written."""
+        """Buffers of one row to write: tokens, document numbers and the supervised mask."""
         numbers_S = None if self._numbers_BS is None else self._numbers_BS[row]
         return self._tokens_BS[row], numbers_S, None if self._supervised_BS is None else self._supervised_BS[row]
 

@@ -1,11 +1,11 @@
-"""Questions and answers made of the docstrings of Python code: chats to tune on that every machine with Python has.
+"""Builds chats from the docstrings of Python code: fine-tuning data that every machine with Python has.
 
     user        What does the function textwrap.dedent(text) do?
     assistant   Remove any common leading whitespace from every line in `text`.
 
-Of each module, public class, function and method the first paragraph of the docstring is the answer, if it is a sentence of SHORTEST_ANSWER to
-LONGEST_ANSWER characters. Every chat has the name of its file, so that files are held out as a whole: those that conf=tiny holds out of the
-same library, at an equal data.validation_fraction.
+The answer is the first paragraph of the docstring of a module, public class, function or method. The paragraph must be
+a sentence of SHORTEST_ANSWER to LONGEST_ANSWER characters. A chat has the name of its file, so whole files are held
+out. At the same data.validation_fraction these are the files that conf=tiny holds out.
 """
 
 import ast
@@ -17,18 +17,18 @@ from train.data.chats import Chat, read_chat
 from train.data.readers import SourceFile, read_text
 
 SHORTEST_ANSWER, LONGEST_ANSWER = 12, 240
-"""Characters of an answer: shorter ones say nothing, longer ones are no summaries."""
+"""Length limits of an answer in characters: shorter answers say nothing, longer ones are no summaries."""
 LONGEST_SIGNATURE = 80
-"""Characters of a list of parameters in a question."""
+"""Longest parameter list in a question, in characters."""
 Documented = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def read_docstring_chats(file: SourceFile, field: str) -> Iterator[tuple[str, Chat]]:
-    """The chats of a file of Python code, each under the file's name; none where it is no Python of this version."""
+    """The chats of a Python file, each under the file's name; none if this Python version cannot parse the file."""
     code = "".join(text for _, text in read_text(file, field, None))
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what the library's authors write is not the user's concern
+            warnings.simplefilter("ignore")  # warnings about the library's code do not concern the user
             module = ast.parse(code)
     except (SyntaxError, ValueError, RecursionError):
         return

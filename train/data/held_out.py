@@ -1,8 +1,8 @@
-"""Which documents are held out for validation.
+"""Chooses the documents that are held out for validation.
 
-A document is held out when the hash of its stable id is below validation_fraction of the range: adding documents never
-moves another one to the other side. Each side gets at least one. A corpus of a single document is cut in two: the last
-part of its bytes is held out.
+A document is held out if the hash of its stable id is below validation_fraction of the range. So adding documents never
+moves another document to the other side. Each side gets at least one document. A single document is cut in two: the
+last part of its bytes is held out.
 
 D = documents.
 """
@@ -17,9 +17,9 @@ from train.data.token_store import TokenStore
 from train.data.tokenizer import Tokenizer
 
 TOKENS_AT_ONCE = 1 << 20
-"""Tokens that are looked at in one go."""
+"""Number of tokens that one step of the search reads."""
 LONGEST_DOCUMENT = 16 << 20
-"""Characters of one document that a tokenizer is trained on, at most."""
+"""Maximum characters of one document for training a tokenizer."""
 
 
 def held_out_D(hashes_D: np.ndarray, fraction: float) -> np.ndarray:
@@ -48,18 +48,19 @@ def split_documents(store: TokenStore, tokenizer: Tokenizer, fraction: float) ->
 
 
 def all_documents(store: TokenStore) -> Documents:
-    """The documents of a token folder, undivided."""
+    """All documents of a token folder, not split."""
     return Documents(store.tokens_N, store.offsets_D1[:-1], np.diff(store.offsets_D1), store.supervised_N)
 
 
 def long_documents(documents: Documents, least: int) -> Documents:
-    """The documents of `least` tokens or more."""
+    """The documents that have at least `least` tokens."""
     long_D = documents.lengths_D >= least
     return Documents(documents.tokens, documents.starts_D[long_D], documents.lengths_D[long_D], documents.supervised)
 
 
 def _cut(tokens_N: np.ndarray, bytes_V: np.ndarray, fraction: float) -> int:
-    """Tokens that stay for training: as many as lie whole in the first part of the bytes; at least one on each side."""
+    """Number of tokens for training: those that lie entirely in the first part of the bytes; each side keeps at
+    least one token."""
     chunks = [slice(first, first + TOKENS_AT_ONCE) for first in range(0, len(tokens_N), TOKENS_AT_ONCE)]
     ends = np.cumsum([bytes_V[tokens_N[chunk]].sum() for chunk in chunks])
     goal = (1 - fraction) * ends[-1]
@@ -70,7 +71,7 @@ def _cut(tokens_N: np.ndarray, bytes_V: np.ndarray, fraction: float) -> int:
 
 
 def training_texts(sources: list[DocumentSource], limit: int, fraction: float) -> Iterator[str]:
-    """Texts of training documents from all over the sources, of about `limit` bytes, to train a tokenizer on."""
+    """Texts of training documents from all sources, about `limit` bytes in total, for training a tokenizer."""
     for source in sources:
         documents = _enough(source.sample(limit // len(sources)), limit // len(sources), fraction)
         if not documents:
@@ -84,7 +85,7 @@ def training_texts(sources: list[DocumentSource], limit: int, fraction: float) -
 
 
 def _enough(documents: Iterator[tuple[str, str]], limit: int, fraction: float) -> list[tuple[str, str]]:
-    """The first documents, until those for training have `limit` characters."""
+    """The first documents, until the training documents among them have `limit` characters."""
     taken, size = [], 0
     for name, text in documents:
         text = text[:LONGEST_DOCUMENT]

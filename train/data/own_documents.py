@@ -1,4 +1,5 @@
-"""Documents from code of the user's own (data.source), pass after pass, and which of them are held out: by their number in a pass.
+"""Reads documents from user code (data.source), pass after pass; a document's number in the pass decides whether it is
+held out.
 
 D = documents.
 """
@@ -24,30 +25,30 @@ from train.data.tokenizer import Tokenizer, in_parts
 
 KEY = "data.source"
 LOOKED_AT = 16
-"""Documents at the beginning by which data are known again."""
+"""Number of first documents that identify the data."""
 END = object()
 
 
 @dataclass(frozen=True)
 class StreamMark:
-    """Where a sample begins."""
+    """A position in the stream at which a sample begins."""
 
     sample: int = 0
     """Number of the sample."""
     passes: int = 0
-    """Passes behind it."""
+    """Completed passes."""
     document: int = 0
-    """Number, in its pass, of the document that holds its first token."""
+    """Number, within the pass, of the document that holds the sample's first token."""
     skip: int = 0
-    """Tokens of that document in front of it."""
+    """Tokens of that document before the sample."""
     pass_samples: int = 0
-    """Samples of the first pass; 0 while that goes on."""
+    """Number of samples in the first pass; 0 until it ends."""
     state: str | None = None
-    """What the source said of itself before it made the document, as JSON; None of one that says nothing."""
+    """JSON of the source's state_dict before it produced the document; None if the source has no state_dict."""
 
 
 class OwnDocument(NamedTuple):
-    """A document in its place."""
+    """A document with its position in the stream."""
 
     passes: int
     number: int
@@ -60,10 +61,11 @@ class OwnDocuments:
 
     field = KEY
     size = 1 << 21
-    """Characters of text from the beginning that a tokenizer is trained on: nobody knows how many there are, and some have no end."""
+    """Characters from the beginning for training a tokenizer. It is a fixed number, because the total is unknown and
+    a source may be endless."""
 
     def __init__(self, config: Config, tokenizer: Tokenizer | None = None):
-        """tokenizer: None while it is still to be trained."""
+        """tokenizer: None if it is not trained yet."""
         assert config.data.source
         self._section, self._fraction = config.data.source, config.data.validation_fraction
         self.name: str = self._section[TARGET]
@@ -94,7 +96,7 @@ class OwnDocuments:
         return hash_id(str(document.number)) < self._fraction * 2**64
 
     def tokens(self, document: OwnDocument) -> np.ndarray:
-        """Token ids of a document, int64, eos behind them; none of an empty one."""
+        """Token ids of a document with eos at the end, int64; empty if the document is empty."""
         assert self._tokenizer is not None
         if isinstance(document.content, str):
             ids = [id for part in self._tokenizer.encode_batch(list(in_parts(document.content))) for id in part]
@@ -108,7 +110,8 @@ class OwnDocuments:
         return np.append(ids, self._tokenizer.eos_id).astype(np.int64) if len(ids) else np.empty(0, np.int64)
 
     def held_out(self, wanted: int) -> Documents:
-        """Held-out documents from the beginning of a pass, of so many tokens, or all of them. Raises UserError where there is none."""
+        """Held-out documents from the start of a pass: `wanted` tokens, or all there are. Raises UserError if there
+        is none."""
         found, size, trains = [], 0, False
         for document in takewhile(lambda one: not one.passes, self.walk()):
             if not self.is_held_out(document):
@@ -128,7 +131,7 @@ class OwnDocuments:
         return []
 
     def digest(self, manifests: Path, progress: ReportProgress) -> str:
-        """Hash of what the recipe says and of the first documents."""
+        """Hash of the data.source section and of the first documents."""
         hashed = hashlib.blake2b(json.dumps(dict(self._section), sort_keys=True).encode(), digest_size=16)
         for document in islice(takewhile(lambda one: not one.passes, self.walk()), LOOKED_AT):
             content = document.content
@@ -136,7 +139,7 @@ class OwnDocuments:
         return hashed.hexdigest()
 
     def documents(self) -> Iterator[tuple[str, str]]:
-        """Texts of the first pass, to train a tokenizer on."""
+        """Texts of the first pass, for training a tokenizer."""
         for document in takewhile(lambda one: not one.passes, self.walk()):
             if not isinstance(document.content, str):
                 rule = f"is not known, and {self.name} gives token ids, not texts, on which one could be trained"

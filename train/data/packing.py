@@ -1,15 +1,15 @@
 """Packed training sequences, each a pure function of (seed, index) (paper 4.1).
 
-The algorithm. In epoch e the documents come in an order shuffled by (seed, e), each ended by eos. The epochs follow one
-another, which makes one endless stream of tokens. Window w covers tokens [w*S, w*S + S] of it, S = seq_len: neighbours
-overlap by one token, so every token is a target once. The windows that begin inside epoch e are that epoch's samples;
-sample i is one of them by a second shuffle, so that the pieces of a long document do not meet in one batch.
+The algorithm. In epoch e the documents are in an order shuffled by (seed, e), and eos ends each document. The epochs
+follow one another as one endless stream of tokens. Window w covers tokens [w*S, w*S + S], S = seq_len. Neighbours
+overlap by one token, so every token is a target once. The windows that begin inside epoch e are the samples of that
+epoch. A second shuffle orders them, so that the pieces of a long document do not meet in one batch.
 
-FIM (paper 4.1, PSM order) turns a document into begin, prefix, hole, suffix, end, middle, eos. The two cuts fall between
-tokens, not characters: the text needs no second tokenisation, and the length is known in advance (three more tokens).
-Which documents: slot g, counted over all epochs, when floor((g+1)*rate) > floor(g*rate). The slots are shuffled, so the
-choice is as good as random, and the number of FIM documents before any slot is a closed form. With it so are the
-start of every epoch and the place of every sample: nothing is replayed on resume, at any rank count.
+FIM (paper 4.1, PSM order) turns a document into begin, prefix, hole, suffix, end, middle, eos. The two cuts are between
+tokens, not characters. So the text is not tokenised again, and the length is known in advance (three more tokens). Slot
+g, counted over all epochs, is a FIM document if floor((g+1)*rate) > floor(g*rate). The slots are shuffled, so the
+choice is as good as random, and the number of FIM documents before any slot is a closed form. The start of every epoch
+and the position of every sample are closed forms too. Nothing is replayed on resume, at any rank count.
 
 The index of an epoch (document order and ends) is O(documents) and kept for the two newest epochs.
 
@@ -31,7 +31,7 @@ FIM_TOKENS = 3
 
 @dataclass(frozen=True)
 class Documents:
-    """Some documents of a token file."""
+    """A selection of documents in a token file."""
 
     tokens: np.ndarray
     """The whole file (uint16 or uint32), usually memory-mapped."""
@@ -40,7 +40,7 @@ class Documents:
     lengths_D: np.ndarray
     """Tokens of each document, without eos (int64)."""
     supervised: np.ndarray | None = None
-    """uint8, of the whole file: whether a token is learnt. None where all are."""
+    """uint8, for the whole file: 1 where a token is supervised. None: all are."""
 
     def __len__(self) -> int:
         return len(self.starts_D)
@@ -54,9 +54,9 @@ class _Epoch:
 
 
 class Stream:
-    """The endless stream over some documents, and its windows.
+    """The endless token stream over some documents, and its windows.
 
-    eos is the token after each document; fim are the (begin, hole, end) tokens, needed when fim_rate > 0.
+    eos is the token after each document; fim are the (begin, hole, end) tokens, required if fim_rate > 0.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Stream:
         self.fim = [np.array([token], dtype) for token in fim or ()]
         self.plain_tokens = int(documents.lengths_D.sum()) + len(documents)
         self.mean_tokens = self.plain_tokens + FIM_TOKENS * len(documents) * self.rate
-        """Tokens of an epoch, on average (FIM may add three more or less)."""
+        """Average tokens of an epoch; FIM may add three more or less."""
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
 
     def tokens_before(self, epoch: int) -> int:
@@ -84,11 +84,11 @@ class Stream:
         return epoch * self.plain_tokens + FIM_TOKENS * self._fim_before(epoch * len(self.documents))
 
     def samples_before(self, epoch: int) -> int:
-        """Samples before this epoch: the windows that begin earlier."""
+        """Samples before this epoch, which are the windows that begin earlier."""
         return -(-self.tokens_before(epoch) // self.seq_len)
 
     def windows_N(self, samples_N: np.ndarray) -> np.ndarray:
-        """The window (int64) of each sample; samples_N rises."""
+        """The window number (int64) of each sample; samples_N must increase."""
         windows_N = np.empty(len(samples_N), dtype=np.int64)
         done = 0
         while done < len(samples_N):
@@ -107,17 +107,17 @@ class Stream:
 
     @property
     def whole_windows(self) -> int:
-        """Windows that lie in the first epoch alone."""
+        """Number of windows that lie entirely in the first epoch."""
         return (self.tokens_before(1) - 1) // self.seq_len
 
     def fill(
         self, window: int, tokens_S: np.ndarray, numbers_S: np.ndarray | None, supervised_S: np.ndarray | None = None
     ) -> None:
-        """Fill in a window: its tokens, and the numbers of their documents, from 0."""
+        """Fill in a window: its tokens and their document numbers, from 0."""
         self.read(window * self.seq_len, tokens_S, numbers_S)
 
     def read(self, first_token: int, tokens_S: np.ndarray, numbers_S: np.ndarray | None) -> None:
-        """Fill tokens_S from this place of the stream on; numbers_S gets the document numbers, from 0."""
+        """Fill tokens_S from this position of the stream on; numbers_S gets the document numbers, from 0."""
         number, filled = 0, 0
         for pieces, skip in self._documents_from(first_token):
             begin = filled
@@ -136,7 +136,8 @@ class Stream:
                 return
 
     def _documents_from(self, token: int) -> Iterator[tuple[list[np.ndarray], int]]:
-        """Documents as lists of pieces, from the one that holds this token on; with the tokens to skip in it."""
+        """Documents as lists of pieces, starting with the document that holds this token, and the tokens to skip in
+        each."""
         number = self._epoch_of(token, self.tokens_before, 1)
         local = token - self.tokens_before(number)
         epoch = self._epoch(number)
@@ -165,7 +166,7 @@ class Stream:
         return place * self.rate.numerator // self.rate.denominator
 
     def _epoch(self, number: int) -> _Epoch:
-        """Index of an epoch, built when first needed."""
+        """Index of an epoch, built on first use."""
         if number not in self._epochs:
             size = len(self.documents)
             order_D = shuffled_D(key(self.seed, number, 0), size)
@@ -180,7 +181,7 @@ class Stream:
 
     def _epoch_of(self, position: int, before: Callable[[int], int], tokens: int) -> int:
         """The epoch e with before(e) <= position < before(e + 1); positions are `tokens` tokens apart."""
-        epoch = int(position * tokens // self.mean_tokens)  # at most a few off
+        epoch = int(position * tokens // self.mean_tokens)  # at most a few epochs off
         while before(epoch) > position:
             epoch -= 1
         while before(epoch + 1) <= position:
@@ -188,27 +189,27 @@ class Stream:
         return epoch
 
 
-# Sequences filled with whole chats, each by itself: a pure function of (seed, index).
+# PackedChats fills sequences with whole, independent chats, as a pure function of (seed, index).
 #
-# The algorithm. Chats, in an order drawn by the seed, are put one after another, the longest first, into the sequence that they fill
-# best (best fit, decreasing). What is left at the end of a sequence is filled up and never counted. Which chats share a sequence
-# stays so in all epochs; the order of the sequences is another one in each. Nothing is replayed on resume: the position is the number
-# of the sample.
+# The algorithm. The seed shuffles the chats, and a stable sort puts the longest first. Each chat goes into the sequence
+# with the least free space that is enough (best fit, decreasing). Padding fills the rest of a sequence and is never
+# counted. The same chats share a sequence in all epochs; the order of the sequences changes from epoch to epoch.
+# Nothing is replayed on resume: the position is the sample number.
 #
-# Best fit asks for the least free space that is enough: the spaces that there are stand in a sorted list, at most seq_len + 1 of them.
+# To find the best fit, the distinct free spaces are in a sorted list of at most seq_len + 1 entries.
 #
 # D = chats, S1 = seq_len + 1 tokens of a sequence, N = any number of samples.
 
 
 def pack_chats(lengths_D: np.ndarray, room: int, seed: int) -> list[list[int]]:
-    """Numbers of the chats of every sequence of so many tokens, in which each is whole. No chat is longer than that."""
+    """Chat numbers of each sequence of `room` tokens; every chat stays whole. No chat may be longer than `room`."""
     order_D = shuffled_D(key(seed, 0), len(lengths_D))
     order_D = order_D[np.argsort(-lengths_D[order_D], kind="stable")]
     sequences: list[list[int]] = []
     with_space: dict[int, list[int]] = {}
-    """Numbers of sequences by their free space."""
+    """Sequence numbers by free space."""
     spaces: list[int] = []
-    """Those that there are, rising."""
+    """The keys of `with_space`, sorted."""
     for chat, length in zip(order_D.tolist(), lengths_D[order_D].tolist(), strict=True):
         place = bisect_left(spaces, length)
         if place < len(spaces):
@@ -228,10 +229,10 @@ def pack_chats(lengths_D: np.ndarray, room: int, seed: int) -> list[list[int]]:
 
 
 class PackedChats:
-    """The endless samples of some chats, for `train.data.dataset`."""
+    """The endless samples of packed chats, for `train.data.dataset`."""
 
     def __init__(self, documents: Documents, seq_len: int, eos: int, seed: int):
-        """eos: what fills sequences up."""
+        """eos: the padding token."""
         assert documents.supervised is not None and len(documents) > 0
         self._documents, self._supervised, self._eos, self._seed = documents, documents.supervised, eos, seed
         self._sequences = pack_chats(documents.lengths_D, seq_len + 1, seed)
@@ -246,7 +247,7 @@ class PackedChats:
         return len(self._sequences)
 
     def windows_N(self, samples_N: np.ndarray) -> np.ndarray:
-        """The sequence (int64) of each sample; samples_N rises."""
+        """The sequence number (int64) of each sample; samples_N must increase."""
         count = len(self._sequences)
         epochs_N, inside_N = np.divmod(samples_N.astype(np.int64), count)
         found_N = np.empty(len(samples_N), dtype=np.int64)
@@ -258,7 +259,7 @@ class PackedChats:
     def fill(
         self, window: int, tokens_S: np.ndarray, numbers_S: np.ndarray | None, supervised_S: np.ndarray | None
     ) -> None:
-        """Fill in a sequence: tokens, the number of the chat of each (-1 of what only fills up), and whether it is learnt."""
+        """Fill in a sequence: tokens, the chat number of each token (-1 for padding), and the supervised mask."""
         assert numbers_S is not None and supervised_S is not None
         tokens_S[:], numbers_S[:], supervised_S[:] = self._eos, -1, False
         at = 0

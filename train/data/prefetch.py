@@ -1,4 +1,4 @@
-"""Batches made in the background, a few ahead of the step that needs them."""
+"""Builds batches in a background thread, a few ahead of the training step."""
 
 import time
 from collections import deque
@@ -10,21 +10,21 @@ from train.data.batch import Batch
 
 
 class Prefetch:
-    """Iterates over make(*request) for each request of a plan, which one thread calls `ahead` requests early.
+    """Iterates over make(*request) for each request of a plan; one thread runs `ahead` requests early.
 
-    An exception of make or of the plan is raised in the consumer, at the place where its batch would have come. Close it (or
-    use it as a context) to stop the thread; after that it yields nothing.
+    An exception in make or in the plan is raised in the consumer when the consumer reaches that batch. Close it (or use
+    it as a context manager) to stop the thread; after that it yields nothing.
     """
 
     def __init__(self, make: Callable[..., Batch], plan: Iterable[tuple[int, int]], ahead: int = 2):
         self.waited = 0.0
-        """Seconds that the consumer has waited for batches."""
+        """Total seconds that the consumer has waited for batches."""
         self._make, self._plan = make, iter(plan)
         self._pool = ThreadPoolExecutor(1, "data")
         self._coming = deque(self._pool.submit(self._make_next) for _ in range(ahead))
 
     def _make_next(self) -> Batch:
-        batch = self._make(*next(self._plan))  # whose StopIteration ends the consumer's loop
+        batch = self._make(*next(self._plan))  # its StopIteration ends the consumer's loop
         got_on()
         return batch
 
@@ -41,7 +41,7 @@ class Prefetch:
         return batch
 
     def close(self) -> None:
-        """Stop the thread and wait for the batch that it is making."""
+        """Stop the thread and wait for the batch that it is building."""
         self._coming.clear()
         self._pool.shutdown(cancel_futures=True)
 

@@ -1,4 +1,4 @@
-"""The one call that a rank makes for its data; and the steps of a run that is told how often it is to read them (epochs)."""
+"""Prepares the data of a rank in one call, and computes the steps of a run that sets `epochs`."""
 
 import math
 from dataclasses import dataclass, field, replace
@@ -24,17 +24,18 @@ class PreparedData:
     validation: ValidationData
     tokenizer: Tokenizer
     fingerprint: str
-    """Hash of everything that decides what the samples are, less seed and seq_len; a checkpoint keeps it."""
+    """Hash of everything that decides the samples, except seed and seq_len; stored in each checkpoint."""
     held_out: dict[str, Any]
-    """What a checkpoint keeps so that its held-out documents are known later: fraction, what decides (data.hold_out_by), and name and content of each
-    source."""
+    """Record in each checkpoint that identifies its held-out documents: the fraction, the rule (data.hold_out_by),
+    and each source's name and content."""
     notes: list[str] = field(default_factory=list)
-    """What the user may want to know, one sentence each."""
+    """Notes for the user, one sentence each."""
     template_files: dict[str, str] | None = None
-    """Jinja templates that made chats into text, by name of their file; empty of a function, None of other data."""
+    """Jinja templates that rendered the chats, by file name. Empty if a function rendered them; None if the data are
+    not chats."""
 
     def save_words(self, folder: Path) -> None:
-        """Write what turns text and chats into tokens: the tokenizer's files, with the templates that made chats instead of its own."""
+        """Write the tokenizer's files; the templates that rendered the chats replace the tokenizer's own templates."""
         files = self.tokenizer.files
         if self.template_files is not None:
             files = {name: text for name, text in files.items() if name not in TEMPLATE_FILES.values()}
@@ -44,8 +45,8 @@ class PreparedData:
 def prepare(config: Config, progress: ReportProgress = silent) -> PreparedData:
     """Find or make tokenizer and tokens, and open them. Raises UserError.
 
-    Idempotent and safe in several processes: the driver calls it before it starts ranks, which then find the cache.
-    A process that comes while another one works waits for it.
+    Idempotent and safe in several processes: the driver calls it before it starts the ranks, which then find the cache.
+    A second process waits for the first.
     """
 
     def tell(stage: str, done: int, total: int) -> None:
@@ -67,15 +68,16 @@ def prepare(config: Config, progress: ReportProgress = silent) -> PreparedData:
 
 
 def with_steps(config: Config) -> Config:
-    """The recipe with as many steps as read `epochs` times the sequences of all sources; the last step may read some once more.
-    Makes the tokens where they are missing. Raises UserError.
+    """The recipe with enough steps for `epochs` epochs over all sources; the last step may read some sequences again.
+
+    Makes the tokens if they are missing. Raises UserError.
     """
     assert config.epochs is not None
     with show_progress() as progress:
         corpus = build_corpus(config, progress)
     wanted = TrainingData(corpus, config).sequences * config.epochs
     steps = math.ceil(wanted / config.batch_size)
-    while Schedules(replace(config, steps=steps)).samples[-1] < wanted:  # a ramp begins with smaller batches
+    while Schedules(replace(config, steps=steps)).samples[-1] < wanted:  # a batch-size ramp begins with smaller batches
         steps += 1
     if config.optim.warmup_steps >= steps:
         rule = f"is not less than the {steps} steps of epochs = {config.epochs:g} and batch_size = {config.batch_size}: the learning rate would only rise"

@@ -1,4 +1,5 @@
-"""What `prepare` is doing, on stderr: a bar in a terminal, a line per stage elsewhere, nothing when all is cached."""
+"""Shows the progress of `prepare` on stderr: a bar in a terminal, otherwise a line per stage, nothing if all is
+cached."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -13,22 +14,22 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
 ReportProgress = Callable[[str, int, int], None]
-"""Called with what is being done, how much is done and how much there is (in bytes)."""
+"""Called with the stage, the bytes done and the total bytes."""
 
 
 def silent(stage: str, done: int, total: int) -> None:
-    """Progress that nobody watches."""
+    """A progress callback that shows nothing."""
 
 
 @contextmanager
 def show_progress() -> Iterator[ReportProgress]:
-    """A progress callback for `prepare` and `build_corpus`, for as long as the context lasts."""
+    """Provides a progress callback for `prepare` and `build_corpus` while the context is open."""
     with ExitStack() as stack:
         yield _Bar(stack) if sys.stderr.isatty() else _Lines()
 
 
 class _Lines:
-    """One line when a stage begins."""
+    """Prints one line when a stage begins."""
 
     def __init__(self) -> None:
         self._stage = ""
@@ -49,7 +50,7 @@ class _Bar:
 
     @cached_property
     def _progress(self) -> "ProgressBar":
-        """Only when there is something to show, since a start with everything cached should not wait for rich."""
+        """Created on first use: a start with a full cache should not wait for the import of rich."""
         from rich import progress
 
         from conf.screen import Terminal

@@ -1,4 +1,5 @@
-"""Whether the Hugging Face Hub can be reached: asked once and with a limit, since its libraries try for minutes."""
+"""Checks whether the Hugging Face Hub is reachable: once, and with a time limit, because its libraries retry for
+minutes."""
 
 import os
 import sys
@@ -8,21 +9,22 @@ from functools import cache
 from threading import Thread
 
 REACH_SECONDS = 10.0
-"""Seconds, a slow look-up of the name included."""
+"""Time limit in seconds, a slow name look-up included."""
 
 
 def hub() -> str:
-    """Address of the hub, from where its libraries take it."""
+    """Address of the hub, from the same environment variable as its libraries use."""
     return os.environ.get("HF_ENDPOINT", "https://huggingface.co")
 
 
 @cache
 def offline_reason() -> str | None:
-    """Why the hub cannot be asked; None if it can. Where it cannot, its libraries look into their caches alone from here on."""
+    """Why the hub is unreachable; None if it is reachable. If it is not, its libraries use only their caches from
+    now on."""
     wanted = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")  # as huggingface_hub reads it
     reason = "HF_HUB_OFFLINE is set" if wanted else _unreachable(hub())
     if reason is not None:
-        os.environ["HF_HUB_OFFLINE"] = "1"  # for what is imported later, and for other processes
+        os.environ["HF_HUB_OFFLINE"] = "1"  # for modules imported later, and for other processes
         for name in ("huggingface_hub.constants", "datasets.config"):
             if name in sys.modules:
                 vars(sys.modules[name])["HF_HUB_OFFLINE"] = True
@@ -36,12 +38,12 @@ def _unreachable(address: str) -> str | None:
         try:
             urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=REACH_SECONDS).close()
             reasons[0] = None
-        except urllib.error.HTTPError:  # it answers
+        except urllib.error.HTTPError:  # the hub answers
             reasons[0] = None
         except (OSError, ValueError) as error:
             reasons[0] = str(getattr(error, "reason", error))
 
-    asking = Thread(target=ask, daemon=True)  # looking a name up has no limit of its own
+    asking = Thread(target=ask, daemon=True)  # a name look-up has no time limit of its own
     asking.start()
     asking.join(REACH_SECONDS)
     return reasons[0]

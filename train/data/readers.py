@@ -1,4 +1,5 @@
-"""From one file to documents (stable id, text), in pieces that fit in memory. Raises UserError for what is not readable."""
+"""Reads documents (stable id, text) from one file, in pieces that fit in memory. Raises UserError if the file is
+unreadable."""
 
 import gzip
 import io
@@ -16,15 +17,15 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 TEXT_PIECE_BYTES = 16 << 20
-"""Bytes after which a text file is cut, at the next line end before."""
+"""Size in bytes above which a text file is cut, at the previous line end."""
 READ_BYTES = 1 << 20
 LONGEST_LINE = 128 << 20
-"""Bytes of a line of JSONL, which is held in memory, twice for a moment, at most."""
+"""Maximum bytes of a JSONL line; memory holds the line, for a moment twice."""
 LARGEST_RATIO, FREE = 1000, 1 << 30
-"""How many times its size a compressed file may unpack to, once that is more than FREE bytes: text is packed to a tenth or so, and a
-file that says next to nothing must not keep a run busy for ever."""
+"""Limit against decompression bombs: once the output exceeds FREE bytes, it may be at most LARGEST_RATIO times the
+file size. Text compresses to about a tenth."""
 ZSTD_INPUT = 4 << 10
-"""Bytes that are unpacked in one call: 4 bytes of Zstandard can become 128 KiB, so a call makes 128 MiB at most."""
+"""Bytes that one call decompresses. 4 bytes of Zstandard can become 128 KiB, so one call produces at most 128 MiB."""
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -39,9 +40,10 @@ class SourceFile:
 
 
 def read_text(file: SourceFile, field: str, binary: set[str] | None) -> Iterator[tuple[str, str]]:
-    """The file as one document, or as several when it is longer than TEXT_PIECE_BYTES.
+    """The file as one document, or as several if it is longer than TEXT_PIECE_BYTES.
 
-    A binary file (a NUL among the first 8 KiB: git's rule) yields nothing and is added to `binary`, unless that is None.
+    A binary file (a NUL among the first 8 KiB: git's rule) yields nothing, and its name is added to `binary`. If
+    `binary` is None, there is no such check.
     """
     with file.path.open("rb") as stream:
         offset, number, rest = 0, 0, b""
@@ -59,7 +61,7 @@ def read_text(file: SourceFile, field: str, binary: set[str] | None) -> Iterator
 
 
 def _cut(block: bytes) -> int:
-    """Where to end a piece: after the last line end in its second half, or else before the last character."""
+    """Where to cut a piece: after the last line end in its second half, or else before the last character."""
     line = block.rfind(b"\n", len(block) // 2) + 1
     if line:
         return line
@@ -82,19 +84,19 @@ def _decode(raw: bytes, file: SourceFile, offset: int, field: str) -> str:
 
 
 def read_jsonl(file: SourceFile, text_key: str, field: str) -> Iterator[tuple[str, str]]:
-    """One document per line, whose string stands under text_key."""
+    """One document per line: the string under text_key."""
     for name, place, record in read_jsonl_records(file, field):
         yield name, _text_of(record, text_key, place, field)
 
 
 def read_jsonl_records(file: SourceFile, field: str) -> Iterator[tuple[str, str, object]]:
-    """Stable id, place for errors and value of every line."""
+    """Stable id, place for errors and value of each line."""
     offset = number = 0
     for line in read_lines(file, field):
         number, size = number + 1, len(line)
         if line.strip():
             text = _decode(line, file, offset, field)
-            del line  # a line may be as large as the file
+            del line  # frees the line, which may be as large as the file
             place = f"{file.path}:{number}"
             yield f"{file.name}:{number}", place, _parse(text, place, field)
         offset += size
@@ -122,12 +124,12 @@ def _text_of(record: object, text_key: str, place: str, field: str) -> str:
 
 
 def text_key_of(field: str) -> str:
-    """The setting that names the text, beside a setting of a path."""
+    """The text_key setting that belongs to a path setting."""
     return field.removesuffix("path") + "text_key"
 
 
 def check_text(value: object, place: str, text_key: str, field: str) -> str:
-    """The value as text; null counts as no text."""
+    """The value as text; null counts as empty text."""
     if value is None:
         return ""
     if not isinstance(value, str):
@@ -140,7 +142,7 @@ def check_text(value: object, place: str, text_key: str, field: str) -> str:
 
 
 def read_lines(file: SourceFile, field: str) -> Iterator[bytes]:
-    """Lines of the file, decompressed by its suffix."""
+    """Lines of the file; the suffix decides how it is decompressed."""
     with file.path.open("rb", buffering=READ_BYTES) as raw:
         if file.name.endswith(".zst"):
             stream = io.BufferedReader(_Zstandard(raw), READ_BYTES)
@@ -153,7 +155,7 @@ def read_lines(file: SourceFile, field: str) -> Iterator[bytes]:
 
 
 def _bounded(readline: Callable[[int], bytes], file: SourceFile, field: str) -> Iterator[bytes]:
-    """The lines of a stream that is no trap."""
+    """The lines of a stream, with limits on line length and decompressed size."""
     largest = max(FREE, LARGEST_RATIO * file.size)
     number = size = 0
     while line := readline(LONGEST_LINE + 1):
@@ -168,14 +170,14 @@ def _bounded(readline: Callable[[int], bytes], file: SourceFile, field: str) -> 
 
 
 class _BrokenError(Exception):
-    """Not Zstandard, or it stops in the middle."""
+    """The data are not Zstandard, or end in the middle of a frame."""
 
 
 class _Zstandard(io.RawIOBase):
-    """Decompresses a stream of frames; unlike the library's own reader it notices that the last one is cut short."""
+    """Decompresses Zstandard frames; unlike the library's reader it detects a truncated last frame."""
 
     def __init__(self, raw: BinaryIO):
-        import zstandard  # only those who have such files wait for it
+        import zstandard  # imported only when such a file is read
 
         self._frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj
         self._error = zstandard.ZstdError
@@ -206,7 +208,7 @@ class _Zstandard(io.RawIOBase):
 
 
 def read_parquet(file: SourceFile, text_key: str, field: str) -> Iterator[tuple[str, str]]:
-    """One document per row, from the column text_key."""
+    """One document per row: the value of the column text_key."""
 
     def of_text(names: list[str]) -> list[str]:
         if text_key not in names:
@@ -221,9 +223,9 @@ def read_parquet(file: SourceFile, text_key: str, field: str) -> Iterator[tuple[
 def read_parquet_records(
     file: SourceFile, field: str, columns: Callable[[list[str]], list[str]]
 ) -> Iterator[tuple[str, str, dict[str, object]]]:
-    """Stable id, place for errors and values of every row, of the columns that are chosen from the names of all."""
+    """Stable id, place for errors and values of each row. `columns` chooses the columns from the list of all names."""
     import pyarrow
-    import pyarrow.parquet  # half a second that only those who have such files wait for
+    import pyarrow.parquet  # an import of half a second, only when such a file is read
 
     try:
         with pyarrow.parquet.ParquetFile(file.path) as table:

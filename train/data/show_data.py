@@ -1,4 +1,4 @@
-"""mode=show_data: chats as a run learns them. What is learnt is green, what only fills sequences is counted."""
+"""mode=show_data: prints chats as the run learns them, with learnt text in green and totals."""
 
 import numpy as np
 from rich.table import Table
@@ -16,11 +16,11 @@ from train.data.tokenizer import Tokenizer
 
 SHOWN_CHATS = 3
 SHOWN_TOKENS = 400
-"""Most tokens of an example."""
+"""Maximum tokens of an example."""
 
 
 def show_data(config: Config) -> int:
-    """Three examples and the totals on the screen. Starts nothing. Raises UserError."""
+    """Prints three examples and the totals. Starts no ranks. Raises UserError."""
     with show_progress() as progress:
         corpus = build_corpus(config, progress)
     terminal = Terminal()
@@ -37,7 +37,7 @@ def show_data(config: Config) -> int:
 
 
 def _spread(count: int) -> list[int]:
-    """Numbers of examples from all over the chats."""
+    """Numbers of examples, spread evenly over the chats."""
     return sorted({count * place // SHOWN_CHATS for place in range(SHOWN_CHATS)}) if count else []
 
 
@@ -75,7 +75,7 @@ def _totals(parts: list[CorpusPart], data: TrainingData, config: Config) -> Tabl
 
 
 def learnt_share(documents: Documents) -> float:
-    """Share of the tokens that are learnt."""
+    """Share of learnt tokens."""
     assert documents.supervised is not None
     spans = zip(documents.starts_D.tolist(), documents.lengths_D.tolist(), strict=True)
     learnt = sum(int(documents.supervised[start + 1 : start + length].sum()) for start, length in spans)

@@ -1,7 +1,7 @@
-"""Orders that are pure functions of numbers: no state, no generator whose stream a library may change.
+"""Random orders as pure functions of numbers: no state, and no library generator whose stream may change.
 
 Everything random about the data order comes from `key` (a seed for a purpose), `noise_N` (64 random bits per index) and
-`permute_N` (a permutation of [0, size) evaluated point by point, so that sample 10^9 costs what sample 0 costs).
+`permute_N`. `permute_N` evaluates a permutation of [0, size) point by point, so sample 10^9 costs the same as sample 0.
 """
 
 import numpy as np
@@ -10,14 +10,14 @@ MASK = 2**64 - 1
 
 
 def _mix(x: int) -> int:
-    """The finaliser of splitmix64: a bijection of 64-bit numbers that passes for random."""
+    """The finaliser of splitmix64: a bijection of 64-bit numbers whose output looks random."""
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & MASK
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB & MASK
     return x ^ (x >> 31)
 
 
 def key(*numbers: int) -> int:
-    """A 64-bit seed for this sequence of numbers; another order or length gives another seed."""
+    """A 64-bit seed for this sequence of numbers; a different order or length gives a different seed."""
     state = len(numbers)
     for number in numbers:
         state = _mix((state + 0x9E3779B97F4A7C15 + _mix(number & MASK)) & MASK)
@@ -33,15 +33,16 @@ def noise_N(seed: int, index_N: np.ndarray) -> np.ndarray:
 
 
 def shuffled_D(seed: int, size: int) -> np.ndarray:
-    """The numbers 0..size-1 (int64) in random order, all at once: O(size)."""
+    """The numbers 0..size-1 (int64) in random order: O(size)."""
     return np.argsort(noise_N(seed, np.arange(size, dtype=np.uint64)), kind="stable")
 
 
 def permute_N(seed: int, index_N: np.ndarray, size: int) -> np.ndarray:
     """Images (int64) of index_N under a random permutation of [0, size): O(1) per index.
 
-    Four Feistel rounds permute the smallest domain of 2^(2k) numbers that holds [0, size); an image outside is
-    permuted again until it falls inside (cycle walking, fewer than 4 rounds on average), which keeps it a permutation.
+    Four Feistel rounds permute the smallest domain of 2^(2k) numbers that holds [0, size). An image outside [0, size)
+    is permuted again until it falls inside (cycle walking, fewer than 4 times on average). The result is still a
+    permutation.
     """
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     low = np.uint64((1 << int(half)) - 1)

