@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from parallel.zero.engine import import_deepspeed
+from parallel.zero.deepspeed_patches import import_deepspeed
 
 if TYPE_CHECKING:
     from transformers import DeepseekV3ForCausalLM

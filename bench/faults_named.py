@@ -388,7 +388,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def import_ahead() -> None:
     """What ranks need, once: they are forks of this process, which computes nothing."""
-    from parallel.zero.engine import import_deepspeed
+    from parallel.zero.deepspeed_patches import import_deepspeed
     from train import worker  # noqa: F401
 
     import_deepspeed(on_cuda=False)

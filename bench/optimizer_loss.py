@@ -113,7 +113,7 @@ def train(optimizer: str, rate: str, seed: str, options: argparse.Namespace, ove
 def run_forked(words: list[str]) -> None:
     """`python -m train` with these words in a fork, which has all imports behind it."""
     import train.worker  # noqa: F401
-    from parallel.zero.engine import import_deepspeed
+    from parallel.zero.deepspeed_patches import import_deepspeed
 
     import_deepspeed(on_cuda=False)
     process = multiprocessing.get_context("fork").Process(target=_run, args=(words,))

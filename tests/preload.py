@@ -14,7 +14,7 @@ from unittest import mock
 
 import train
 from conf.load import compose
-from parallel.zero.engine import import_deepspeed
+from parallel.zero.deepspeed_patches import import_deepspeed
 from tests.composing import keep_groups
 from train.show.report import write_report
 

@@ -18,7 +18,7 @@ from parallel.mesh import Mesh
 from parallel.pipeline.host_store import HostStore
 from parallel.pipeline.schedule import Pipeline
 from parallel.pipeline.split import split_as_given, split_layers, split_layers_evenly
-from parallel.zero.engine import Zero
+from parallel.zero.engine import WeightFacts, Zero, ZeroSettings
 from train.kernels.choice import build_kernels
 from train.kernels.fp8.fp8 import Fp8Precision
 from train.kernels.fp8.frozen_blocks import draw_blocks, hold_in_blocks
@@ -64,16 +64,14 @@ def parallelize(
         chunks,
         lambda groups: updates.make(groups, config, updating.parts),
         mesh,
-        stage=config.parallel.zero,
-        offload=offload,
-        clip=optim.clip,
-        is_expert=lambda name: ".experts." in name,
-        facts=optim.facts,
-        weight_decay=optim.weight_decay,
-        is_frozen=lambda name: optim.freeze_routers and name.endswith(".router.weight"),
-        tied=None if config.adapter.on else tied_embedding(config, mesh, chunks),
-        units=(Block, MTP),
-        draws=dict(ChainMap(*draws)),
+        ZeroSettings(config.parallel.zero, offload, optim.clip, optim.facts, optim.weight_decay),
+        WeightFacts(
+            is_expert=lambda name: ".experts." in name,
+            is_frozen=lambda name: optim.freeze_routers and name.endswith(".router.weight"),
+            tied=None if config.adapter.on else tied_embedding(config, mesh, chunks),
+            units=(Block, MTP),
+            draws=dict(ChainMap(*draws)),
+        ),
     )
     model.pipeline.on_chunk_end = zero.reduce_ahead
     for chunk in chunks:

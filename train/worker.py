@@ -22,7 +22,7 @@ from conf.errors import EXIT_OK, DiskFailed
 from conf.run_paths import RunPaths
 from conf.schema import Config
 from parallel.exchange import RankNotes, from_rank_0
-from parallel.zero.engine import import_deepspeed
+from parallel.zero.deepspeed_patches import import_deepspeed
 from train.checkpoint.checkpointer import Checkpointer
 from train.checkpoint.commit import next_attempt
 from train.checkpoint.memory_copies import MemoryCopies

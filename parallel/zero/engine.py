@@ -18,14 +18,12 @@ The end of a step at stages 1 and 2, in its order. Stage 3 reduces in every back
 What these files use of DeepSpeed beyond its public functions is listed, with reasons, in private_names.py.
 """
 
-import logging
 import math
-import os
-import sys
-import types
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from itertools import product
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -36,13 +34,37 @@ from conf.thresholds import THRESHOLDS
 from parallel.mesh import Mesh
 from parallel.shard import FlatShard, Shard, ShardedOptimizer, Sharing, gradient_of
 from parallel.update_result import Update
-from parallel.zero.private_names import require_names
+from parallel.zero.deepspeed_patches import MeshAsMpu, import_deepspeed, own_engine, tell_groups
 from parallel.zero.sharded_weights import ShardedWeights, find_units, stage3_config
 from parallel.zero.whole_weights import WholeWeights
 
-DEEPSPEED_MUON = ("muon_optimizer", "original_muon")
-"""Modules of DeepSpeed that its ZeRO imports names of even where nothing uses Muon. They compile as they are imported, for which a
-rank would load torch's whole compiler (0.9 s of a core) in its first step."""
+
+@dataclass(frozen=True)
+class ZeroSettings:
+    """How a rank's state is sharded, and how its optimizer updates it."""
+
+    stage: int
+    offload: bool
+    """Master weights and the optimizer's state lie in the host's memory."""
+    clip: float
+    facts: OptimizerFacts
+    weight_decay: float
+
+
+@dataclass(frozen=True)
+class WeightFacts:
+    """What ZeRO has to know about the weights of a rank's chunks."""
+
+    is_expert: Callable[[str], bool]
+    """Whether the parameter of this global name is a weight of experts."""
+    is_frozen: Callable[[str], bool] = lambda _: False
+    """Whether the parameter of this global name is never moved."""
+    tied: nn.Parameter | None = None
+    """A parameter that the first and the last rank of the pipeline both hold; its gradients are summed over the two."""
+    units: tuple[type[nn.Module], ...] = ()
+    """Modules whose weights are gathered together at stage 3."""
+    draws: Mapping[nn.Parameter, Callable[[], None]] = field(default_factory=dict)
+    """Gives memory and its first values to each weight, called at stage 3 as it is sharded; without them all weights are there."""
 
 
 class Zero:
@@ -53,32 +75,17 @@ class Zero:
         chunks: Sequence[nn.Module],
         make_optimizer: Callable[[list[dict]], ShardedOptimizer],
         mesh: Mesh,
-        *,
-        stage: int,
-        offload: bool,
-        clip: float,
-        is_expert: Callable[[str], bool],
-        facts: OptimizerFacts,
-        weight_decay: float,
-        is_frozen: Callable[[str], bool] = lambda _: False,
-        tied: nn.Parameter | None = None,
-        units: tuple[type[nn.Module], ...] = (),
-        draws: Mapping[nn.Parameter, Callable[[], None]] | None = None,
+        settings: ZeroSettings,
+        about: WeightFacts,
     ):
-        """offload: master weights and the optimizer's state lie in the host's memory. is_expert: what a parameter's global name says
-        about it. facts: of the optimizer. is_frozen: whether a parameter of this name is never moved. tied: a parameter that the first and the last rank of
-        the pipeline both hold; its gradients are summed over the two. units: modules whose weights are gathered together at stage 3. draws: gives
-        memory and its first values to each weight, called at stage 3 as it is sharded; without them all weights are there.
-        """
-        self.mesh = mesh
+        self.mesh, self.tied = mesh, about.tied
         names = _unique_names(chunks)
         self.names = {param: name for param, name in names.items() if param.requires_grad}
         self.untrained = {param: name for param, name in names.items() if not param.requires_grad}
         """Weights without gradient, master and state, which are in no checkpoint: whole on every rank of a stage, or at stage 3 cut."""
         self.shapes = {param: tuple(param.shape) for param in names}
-        self.tied = tied
         # Of two copies, the last rank's is left out of the norm and of checkpoints.
-        self.copy = tied if tied is not None and mesh.pp_rank > 0 else None
+        self.copy = about.tied if about.tied is not None and mesh.pp_rank > 0 else None
         self.observer: Callable[[dict[str, Shard]], None] | None = None
         """Is called before every update with copies of the reduced gradients of this rank's shard, by logical name."""
         self.local_observer: Callable[[str, Shard], None] | None = None
@@ -86,64 +93,45 @@ class Zero:
         3, once a micro-batch."""
         self._valid: bool | Tensor = True
         self._bad: list[str] = []
-        dtype = next(iter(self.names)).dtype
-        expert_name = f"ep_size_{mesh.layout.ep}"
-        for param, name in names.items():  # DeepSpeed tells everyone the first rank's, also of what nobody trains
-            if param.requires_grad:
-                param.grad_dtype = torch.float32
-            if is_expert(name):
-                # What DeepSpeed knows experts by, stage 3 by the last two.
-                param.allreduce = False  # pyrefly: ignore[missing-attribute]  see above
-                param.group_name = expert_name  # pyrefly: ignore[missing-attribute]  see above
-                param.ds_zero_placement_family = "autoep_expert"  # pyrefly: ignore[missing-attribute]  see above
-                param.ds_zero_partition_group_name = expert_name  # pyrefly: ignore[missing-attribute]  see above
-        rules = {param: facts.choose_rule(name, param.dim()) for param, name in self.names.items()}
-        frozen = {param for param, name in self.names.items() if is_frozen(name)}
-        groups = _parameter_groups(rules, facts.rules, weight_decay, expert_name, frozen)
-        on_cuda = next(iter(self.names)).is_cuda
-        config = _config(stage, clip, dtype, self._reduced_elements(stage, dtype))
-        if offload:
-            config |= {"zero_force_ds_cpu_optimizer": False}  # the update is our optimizer's
-            config["zero_optimization"] |= {"offload_optimizer": {"device": "cpu", "pin_memory": on_cuda}}
-        module = nn.ModuleList(chunks)
-        deepspeed = import_deepspeed(on_cuda)
-        require_names(module=deepspeed.utils.groups)
-        _tell_groups(deepspeed, mesh)
-        if stage == 3:
-            config["zero_optimization"] |= stage3_config(module, units)
-            for unit in find_units(module, units):
-                deepspeed.utils.set_z3_leaf_module(unit, True)
+        expert_name = mark_experts(names, about.is_expert, mesh)
+        rules = {param: settings.facts.choose_rule(name, param.dim()) for param, name in self.names.items()}
+        frozen = {param for param, name in self.names.items() if about.is_frozen(name)}
+        groups = _parameter_groups(rules, settings.facts.rules, settings.weight_decay, expert_name, frozen)
         self.client = make_optimizer(groups)
         members = [group["params"] for group in groups]  # DeepSpeed puts its own in their place
-        if draws:
-            _shard_in_turn(deepspeed, names, draws, config, mesh)
-        self.engine = _initialize(deepspeed, module, self.client, config, mesh)
+        module = nn.ModuleList(chunks)
+        config = make_config(settings, module, about.units, self._reduced_elements)
+        self.engine = build_engine(module, self.client, config, mesh, names, about)
         self.optimizer = self.engine.optimizer
-        if stage == 3:
-            trained = {param: self.shapes[param] for param in self.names}
-            self._weights = ShardedWeights(
-                self.engine, self.client, trained, rules, self._shares, self._global_norm, self._show_local
-            )
-        else:
-            self._weights = WholeWeights(
-                self.engine,
-                self.client,
-                members,
-                self._shares,
-                ranks=mesh.layout.stage_ranks,
-                norm=self._global_norm,
-                close=self._close,
-                show=self._show_local,
-                clip=clip,
-                offload=offload,
-            )
-
+        self._weights = self._hold_weights(settings, rules, members)
         for flat, weights in self._weights.flats():
             params = [weight.param for weight in weights]
             group = mesh.stage_group if getattr(params[0], "allreduce", True) else mesh.edp_group
             named, sharing = [self.names[param] for param in params], self._shares(params[0])
             self.client.handover.shards[flat] = FlatShard(rules[params[0]], weights, sharing, group, named)
             self.client.allocate(flat)
+
+    def _hold_weights(
+        self, settings: ZeroSettings, rules: dict[nn.Parameter, UpdateRule], members: list[list[nn.Parameter]]
+    ) -> ShardedWeights | WholeWeights:
+        """How this stage holds weights and gradients. members: the parameters of each group of the optimizer."""
+        if settings.stage == 3:
+            trained = {param: self.shapes[param] for param in self.names}
+            return ShardedWeights(
+                self.engine, self.client, trained, rules, self._shares, self._global_norm, self._show_local
+            )
+        return WholeWeights(
+            self.engine,
+            self.client,
+            members,
+            self._shares,
+            ranks=self.mesh.layout.stage_ranks,
+            norm=self._global_norm,
+            close=self._close,
+            show=self._show_local,
+            clip=settings.clip,
+            offload=settings.offload,
+        )
 
     def set_lr(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
@@ -177,10 +165,9 @@ class Zero:
             self.client.updates += 1
         return Update(float(self._norm), applied, self._bad)
 
-    def _reduced_elements(self, stage: int, dtype: torch.dtype) -> int:
+    def _reduced_elements(self, everything: bool) -> int:
         """Elements of the weights whose gradients pass through DeepSpeed's bucket, see whole_weights.py."""
-        whole = stage == 3 or dtype == torch.float32
-        return sum(param.numel() for param in self.names if whole or self._shares(param).ranks > 1)
+        return sum(param.numel() for param in self.names if everything or self._shares(param).ranks > 1)
 
     def _shares(self, param: nn.Parameter) -> Sharing:
         """The ranks that hold the same weights as this one does of a parameter."""
@@ -312,94 +299,53 @@ def _parameter_groups(
     return groups
 
 
-def _config(stage: int, clip: float, dtype: torch.dtype, elements: int) -> dict:
-    config = {
+def mark_experts(names: Mapping[nn.Parameter, str], is_expert: Callable[[str], bool], mesh: Mesh) -> str:
+    """Mark weights of experts as DeepSpeed knows them, also those that nobody trains; gradients are fp32. Returns the name of their group."""
+    expert_name = f"ep_size_{mesh.layout.ep}"
+    for param, name in names.items():  # DeepSpeed tells everyone the first rank's, also of what nobody trains
+        if param.requires_grad:
+            param.grad_dtype = torch.float32
+        if is_expert(name):
+            # What DeepSpeed knows experts by, stage 3 by the last two.
+            param.allreduce = False  # pyrefly: ignore[missing-attribute]  see above
+            param.group_name = expert_name  # pyrefly: ignore[missing-attribute]  see above
+            param.ds_zero_placement_family = "autoep_expert"  # pyrefly: ignore[missing-attribute]  see above
+            param.ds_zero_partition_group_name = expert_name  # pyrefly: ignore[missing-attribute]  see above
+    return expert_name
+
+
+def make_config(
+    settings: ZeroSettings,
+    module: nn.Module,
+    units: tuple[type[nn.Module], ...],
+    reduced_elements: Callable[[bool], int],
+) -> dict[str, Any]:
+    """DeepSpeed's configuration. reduced_elements: of the weights whose gradients pass through its bucket, all of them if True."""
+    first = next(param for param in module.parameters() if param.requires_grad)
+    elements = reduced_elements(settings.stage == 3 or first.dtype == torch.float32)
+    config: dict[str, Any] = {
         # The schedule owns micro-batches; DeepSpeed sees one backward per step.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": clip,
+        "gradient_clipping": settings.clip,
         "steps_per_print": None,
         "zero_allow_untested_optimizer": True,
         "communication_data_type": "fp32",
         "zero_optimization": {
-            "stage": stage,
+            "stage": settings.stage,
             "contiguous_gradients": True,  # false sums experts over the wrong group without a word
             "overlap_comm": False,
             "reduce_bucket_size": max(1, min(elements, THRESHOLDS.bucket_elements)),
         },
     }
-    if dtype == torch.bfloat16:
+    if first.dtype == torch.bfloat16:
         config |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    if settings.offload:
+        config |= {"zero_force_ds_cpu_optimizer": False}  # the update is our optimizer's
+        config["zero_optimization"] |= {"offload_optimizer": {"device": "cpu", "pin_memory": first.is_cuda}}
+    if settings.stage == 3:
+        config["zero_optimization"] |= stage3_config(module, units)
     return config
-
-
-def import_deepspeed(on_cuda: bool) -> types.ModuleType:
-    """Import quietly, and without its three slow side roads on CPU."""
-    if not on_cuda:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        # Without it stage 3 starts the program numactl for every bucket of gradients, to count devices.
-        os.environ["LOCAL_SIZE"] = "1"
-    # Stage 3 puts weights on the device of this number.
-    os.environ["LOCAL_RANK"] = str(torch.cuda.current_device()) if on_cuda else "0"
-    import deepspeed
-    import deepspeed.ops
-
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # its warnings are about choices made here on purpose
-    if not on_cuda:
-        # Builds for two minutes on first use and has been seen to abort; gloo does the same work.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    for name in DEEPSPEED_MUON:
-        module = types.ModuleType(f"deepspeed.runtime.zero.muon.{name}")
-        module.__getattr__ = _unused_class  # pyrefly: ignore[bad-assignment]  a module's own (PEP 562)
-        sys.modules.setdefault(module.__name__, module)
-    return deepspeed
-
-
-def _unused_class(name: str) -> type:
-    """A class in the place of whatever is imported of a module that nothing uses."""
-    if name.startswith("__"):
-        raise AttributeError(name)
-    return type(name, (), {})
-
-
-def _tell_groups(deepspeed: types.ModuleType, mesh: Mesh) -> None:
-    """Our expert groups, by the name that marks their parameters."""
-    groups = deepspeed.utils.groups
-    name, layout, rank = f"ep_size_{mesh.layout.ep}", mesh.layout, mesh.rank
-    groups._EXPERT_PARALLEL_GROUP[name] = mesh.ep_group
-    groups._EXPERT_DATA_PARALLEL_GROUP[name] = mesh.edp_group
-    groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = next(g for g in layout.edp_groups() if rank in g)
-
-
-class _Mpu:
-    """The groups as DeepSpeed asks for them; pipeline ranks are its "model parallel" group."""
-
-    def __init__(self, mesh: Mesh):
-        self.mesh = mesh
-
-    def get_data_parallel_group(self):
-        return self.mesh.stage_group
-
-    def get_data_parallel_world_size(self) -> int:
-        return self.mesh.layout.stage_ranks
-
-    def get_data_parallel_rank(self) -> int:
-        return self.mesh.stage_rank
-
-    def get_model_parallel_group(self):
-        return self.mesh.stages_group
-
-    def get_model_parallel_world_size(self) -> int:
-        return self.mesh.layout.pp
-
-    def get_model_parallel_rank(self) -> int:
-        return self.mesh.pp_rank
-
-    def get_tensor_model_parallel_rank(self) -> int:
-        return 0
-
-    def get_tensor_model_parallel_world_size(self) -> int:
-        return 1
 
 
 class _DrawnInTurn(nn.Module):
@@ -416,48 +362,33 @@ class _DrawnInTurn(nn.Module):
             yield weight
 
 
-def _shard_in_turn(
-    deepspeed: types.ModuleType,
-    weights: Iterable[nn.Parameter],
-    draws: Mapping[nn.Parameter, Callable[[], None]],
-    config: dict,
+def build_engine(
+    module: nn.Module,
+    optimizer: ShardedOptimizer,
+    config: dict[str, Any],
     mesh: Mesh,
-) -> None:
-    """Shard weights for stage 3, of which a rank has one whole at a time."""
-    for weight in weights:
-        experts = not getattr(weight, "allreduce", True)
-        weight.ds_zero_partition_process_group = mesh.edp_group if experts else mesh.stage_group  # pyrefly: ignore[missing-attribute]  DeepSpeed asks for it
-    deepspeed.zero.Init(
-        module=_DrawnInTurn(weights, draws),
-        data_parallel_group=mesh.stage_group,
-        config_dict_or_path=config,
-        dtype=next(iter(weights)).dtype,
-        mpu=_Mpu(mesh),
-    )
-
-
-def _initialize(deepspeed, module: nn.Module, optimizer: ShardedOptimizer, config: dict, mesh: Mesh):
-    from deepspeed.runtime.engine import ZERO_OPTIMIZATION
-
+    weights: Collection[nn.Parameter],
+    about: WeightFacts,
+) -> Any:
+    """DeepSpeed's engine. With `about.draws` it shards weights for stage 3 one after another, so that a rank has one whole at a time."""
+    trained = [param for param in module.parameters() if param.requires_grad]
+    deepspeed, stage = import_deepspeed(trained[0].is_cuda), config["zero_optimization"]["stage"]
+    tell_groups(deepspeed, mesh)
+    for unit in find_units(module, about.units) if stage == 3 else ():
+        deepspeed.utils.set_z3_leaf_module(unit, True)
+    if about.draws:
+        for weight in weights:
+            experts = not getattr(weight, "allreduce", True)
+            weight.ds_zero_partition_process_group = mesh.edp_group if experts else mesh.stage_group  # pyrefly: ignore[missing-attribute]  DeepSpeed asks for it
+        deepspeed.zero.Init(
+            module=_DrawnInTurn(weights, about.draws),
+            data_parallel_group=mesh.stage_group,
+            config_dict_or_path=config,
+            dtype=next(iter(weights)).dtype,
+            mpu=MeshAsMpu(mesh),
+        )
     # Stages 1 and 2 want a group of experts' weights in the optimizer, which frozen experts have not. Stage 3 cuts these too.
-    sharded = [
-        param for param in module.parameters() if param.requires_grad or config["zero_optimization"]["stage"] == 3
-    ]
-    has_experts = any(not getattr(param, "allreduce", True) for param in sharded)
-    require_names(engine=deepspeed.DeepSpeedEngine)
-
-    class Engine(deepspeed.DeepSpeedEngine):
-        has_moe_layers = property(lambda self: has_experts, lambda self, found: None)
-
-        def _do_optimizer_sanity_check(self, basic_optimizer) -> str:
-            return ZERO_OPTIMIZATION
-
-        def _validate_zero3_moe_compatibility(self) -> None:
-            """Our experts carry their ZeRO-3 placement on the parameters."""
-
-    original, deepspeed.DeepSpeedEngine = deepspeed.DeepSpeedEngine, Engine
-    try:
-        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, mpu=_Mpu(mesh))
-    finally:
-        deepspeed.DeepSpeedEngine = original
+    sharded = module.parameters() if stage == 3 else trained
+    with own_engine(deepspeed, any(not getattr(param, "allreduce", True) for param in sharded)):
+        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, mpu=MeshAsMpu(mesh))
     return engine

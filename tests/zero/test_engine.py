@@ -17,7 +17,7 @@ from conf.schema import Optim
 from parallel import exchange
 from parallel.layout import Layout
 from parallel.mesh import build_mesh
-from parallel.zero.engine import Zero
+from parallel.zero.engine import WeightFacts, Zero, ZeroSettings
 from parallel.zero.sharded_weights import ShardedWeights
 from tests.ranks import plain, run_ranks, tensor_of
 from train.kernels.choice import build_kernels
@@ -94,8 +94,8 @@ def make_zero(mesh, dtype, stage, clip, moments=torch.float32, offload=False, ap
     experts = range(mesh.ep_rank * share, (mesh.ep_rank + 1) * share)
     chunks = [Toy(part, experts, dtype) for part in ([[one] for one in layers] if apart else [layers])]
     return Zero(
-        chunks, lambda groups: AdamW(groups, Optim(), moments, "adamw" in build_kernels("cpu").parts), mesh, stage=stage, clip=clip, offload=offload,
-        is_expert=lambda name: "experts" in name, facts=OPTIMIZERS[ADAMW], weight_decay=0.1, units=(Part,),
+        chunks, lambda groups: AdamW(groups, Optim(), moments, "adamw" in build_kernels("cpu").parts), mesh,
+        ZeroSettings(stage, offload, clip, OPTIMIZERS[ADAMW], weight_decay=0.1), WeightFacts(lambda name: "experts" in name, units=(Part,)),
     )  # fmt: skip
 
 

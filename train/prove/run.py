@@ -89,7 +89,7 @@ def _fork(
 ) -> ForkedProcess:
     """A rank of so many, which runs these parts."""
     import train.prove.judge  # noqa: F401  once, for all that are forked from here
-    from parallel.zero.engine import import_deepspeed
+    from parallel.zero.deepspeed_patches import import_deepspeed
     from train.prove.proof_rank import run_rank
 
     import_deepspeed(on_cuda=False)

@@ -4,7 +4,8 @@ import torch
 
 from conf.thresholds import THRESHOLDS
 from parallel.pipeline.host_store import HostStore
-from parallel.zero.engine import Zero, import_deepspeed
+from parallel.zero.deepspeed_patches import import_deepspeed
+from parallel.zero.engine import Zero
 from tests.prove.mutations.registry import BACKWARD, FORWARD, OURS, REDUCTION, RESUME, UPDATE, mutation
 from tests.prove.mutations.seams import Seams
 from train.checkpoint.staging import StagingBuffers

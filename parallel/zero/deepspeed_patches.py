@@ -1,0 +1,120 @@
+"""What is changed in DeepSpeed before our engine is built on it, each with its reason. Read with DeepSpeed 0.19.8 and 0.19.9.
+
+    sys.modules            two modules on Muon are empty: DeepSpeed imports them though nothing uses them, and they compile as they are imported,
+                           for which a rank would load torch's whole compiler (0.9 s of a core)
+    __compatible_ops__     on CPU without DeepSpeed's shared-memory collectives, which build for two minutes and have been seen to abort
+    environment            DS_ACCELERATOR, LOCAL_SIZE, LOCAL_RANK: without them DeepSpeed looks for an accelerator, starts the program numactl
+                           for every bucket of gradients, and puts the weights of stage 3 on another device
+    groups' tables         our expert groups by the name that marks their parameters: DeepSpeed would make groups of its own order
+    DeepSpeedEngine        `has_moe_layers` says whether this rank holds experts that are sharded, as DeepSpeed looks for a class of its own;
+                           the check of optimizers lets ours through, and that of experts at stage 3, as ours carry their placement
+
+What whole_weights.py and sharded_weights.py replace in one optimizer of DeepSpeed's stands there. Every private name, also of this
+file, is a row of private_names.py, which is held against the installed version as a rank starts.
+"""
+
+import logging
+import os
+import sys
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from parallel.mesh import Mesh
+from parallel.zero.private_names import require_names
+
+DEEPSPEED_MUON = ("muon_optimizer", "original_muon")
+"""Modules that stay empty."""
+
+
+def import_deepspeed(on_cuda: bool) -> types.ModuleType:
+    """Import quietly, and without its three slow side roads on CPU."""
+    if not on_cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        os.environ["LOCAL_SIZE"] = "1"
+    os.environ["LOCAL_RANK"] = str(torch.cuda.current_device()) if on_cuda else "0"
+    import deepspeed
+    import deepspeed.ops
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # its warnings are about choices made here on purpose
+    if not on_cuda:
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    for name in DEEPSPEED_MUON:
+        module = types.ModuleType(f"deepspeed.runtime.zero.muon.{name}")
+        module.__getattr__ = _unused_class  # pyrefly: ignore[bad-assignment]  a module's own (PEP 562)
+        sys.modules.setdefault(module.__name__, module)
+    return deepspeed
+
+
+def _unused_class(name: str) -> type:
+    """A class in the place of whatever is imported of a module that nothing uses."""
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return type(name, (), {})
+
+
+def tell_groups(deepspeed: types.ModuleType, mesh: Mesh) -> None:
+    """Enter our expert groups into DeepSpeed's tables."""
+    groups = deepspeed.utils.groups
+    require_names(module=groups)
+    name, layout, rank = f"ep_size_{mesh.layout.ep}", mesh.layout, mesh.rank
+    groups._EXPERT_PARALLEL_GROUP[name] = mesh.ep_group
+    groups._EXPERT_DATA_PARALLEL_GROUP[name] = mesh.edp_group
+    groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = next(g for g in layout.edp_groups() if rank in g)
+
+
+@contextmanager
+def own_engine(deepspeed: Any, has_experts: bool) -> Iterator[None]:
+    """Inside, `deepspeed.initialize` makes an engine of our class. has_experts: whether this rank holds experts that are sharded."""
+    from deepspeed.runtime.engine import ZERO_OPTIMIZATION
+
+    require_names(engine=deepspeed.DeepSpeedEngine)
+
+    class PatchedEngine(deepspeed.DeepSpeedEngine):
+        has_moe_layers = property(lambda self: has_experts, lambda self, found: None)
+
+        def _do_optimizer_sanity_check(self, basic_optimizer) -> str:
+            return ZERO_OPTIMIZATION
+
+        def _validate_zero3_moe_compatibility(self) -> None:
+            """Our experts carry their ZeRO-3 placement on the parameters."""
+
+    original, deepspeed.DeepSpeedEngine = deepspeed.DeepSpeedEngine, PatchedEngine
+    try:
+        yield
+    finally:
+        deepspeed.DeepSpeedEngine = original
+
+
+class MeshAsMpu:
+    """The groups as DeepSpeed asks for them; pipeline ranks are its "model parallel" group."""
+
+    def __init__(self, mesh: Mesh):
+        self.mesh = mesh
+
+    def get_data_parallel_group(self):
+        return self.mesh.stage_group
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.mesh.layout.stage_ranks
+
+    def get_data_parallel_rank(self) -> int:
+        return self.mesh.stage_rank
+
+    def get_model_parallel_group(self):
+        return self.mesh.stages_group
+
+    def get_model_parallel_world_size(self) -> int:
+        return self.mesh.layout.pp
+
+    def get_model_parallel_rank(self) -> int:
+        return self.mesh.pp_rank
+
+    def get_tensor_model_parallel_rank(self) -> int:
+        return 0
+
+    def get_tensor_model_parallel_world_size(self) -> int:
+        return 1
