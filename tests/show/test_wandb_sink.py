@@ -14,7 +14,15 @@ from conf.load import compose
 from conf.schema import WandbMode
 from tests.show.wandb_file import history, records, run_records
 from train.checkpoint.run_folder import RunFolder
-from train.show.wandb_sink import LOAD_BINS, WandbSink, has_netrc_key, load_histogram, place_of, run_id, wants_wandb
+from train.show.wandb_sink import (
+    LOAD_BINS,
+    WandbSink,
+    has_netrc_key,
+    load_histogram,
+    place_at_wandb,
+    run_id,
+    wants_wandb,
+)
 
 ATTEMPT = """
 import os, signal, sys, threading, time
@@ -101,7 +109,9 @@ def test_an_old_run_goes_on_in_the_project_that_its_config_names(tmp_path, monke
     run_id(folder.path)
     settings = yaml.safe_load(folder.config_path.read_text())
     folder.config_path.write_text(yaml.safe_dump(settings | {"log": settings["log"] | OLD}))
-    assert place_of(folder.path) == {"project": "mine", "entity": None, "group": "rates"}, "a mode that looks at it"
+    assert place_at_wandb(folder.path) == {"project": "mine", "entity": None, "group": "rates"}, (
+        "a mode that looks at it"
+    )
     for step in (1, 2):
         with RunFolder(config):
             attempt(folder.path, f"{step}, {step}", WANDB_PROJECT="another", WANDB_RUN_GROUP="other")
@@ -115,7 +125,7 @@ def test_a_folder_that_does_not_say_where_takes_what_the_environment_says(tmp_pa
     (tmp_path / "wandb").mkdir()
     run_id(tmp_path)
     (tmp_path / "config.yaml").write_text(text)
-    assert place_of(tmp_path)["project"] == "p"
+    assert place_at_wandb(tmp_path)["project"] == "p"
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from conf.schema import Config, Model
 from conf.words import say
 from train.metrics.names import SCALARS, WANDB
 from train.model.count import moe_layers
-from train.show.wandb_sink import has_key, layer_key, place_of
+from train.show.wandb_sink import has_key, layer_key, place_at_wandb
 
 DASHBOARD_FILE = "dashboard.json"
 
@@ -121,7 +121,7 @@ def build_dashboard(config: Config) -> int:
 
     wandb.setup(wandb.Settings(silent=True))
     online = has_key(wandb)
-    place = place_of(folder)
+    place = place_at_wandb(folder)
     entity = place["entity"] or (_entity(wandb, config) if online else "")
     workspace = make_workspace(config, place["project"] or "", entity)
     atomic_write_text(folder / DASHBOARD_FILE, json.dumps(specification(workspace), indent=1) + "\n")

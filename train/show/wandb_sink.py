@@ -134,7 +134,7 @@ def wants_wandb(mode: WandbMode) -> bool:
 class WandbSink:
     """Logs records, and what else `do` is given, to the W&B run of a run folder.
 
-    config: what W&B shows as the configuration, plain values. group: see `place_of`; wandb itself reads WANDB_TAGS and WANDB_NOTES. commit: of the program. note: called with one sentence when W&B goes offline against
+    config: what W&B shows as the configuration, plain values. group: see `place_at_wandb`; wandb itself reads WANDB_TAGS and WANDB_NOTES. commit: of the program. note: called with one sentence when W&B goes offline against
     expectation, or off. online_seconds: longest wait for the server, for tests.
     """
 
@@ -236,7 +236,7 @@ class WandbSink:
             "disable_git": self._commit is None,
         }
         wandb.setup(wandb.Settings(silent=True))
-        place = place_of(self._folder, self._group)
+        place = place_at_wandb(self._folder, self._group)
         atomic_write_json(self._folder / "wandb" / WANDB_PLACE, place)
         arguments = self._arguments | place | {"id": run_id(self._folder), "resume": "allow"}
         if goes_online(self._mode, wandb):
@@ -278,7 +278,7 @@ def has_netrc_key(base_url: str) -> bool:
         return False
 
 
-def place_of(run_folder: Path, group: str | None = None) -> dict[str, str | None]:
+def place_at_wandb(run_folder: Path, group: str | None = None) -> dict[str, str | None]:
     """Project, entity and group of the W&B run of a folder: those of its first attempt, else what the environment says.
 
     group: what W&B shows together, if WANDB_RUN_GROUP does not say.
