@@ -23,7 +23,7 @@ from conf.files import open_plain
 from conf.load import compose
 from tests.small import arguments
 from train.checkpoint.run_folder import RunFolder, is_held
-from train.command.top_state import RunReader
+from train.command.top_state import read_picture
 from train.command.why import main as why
 from train.loop.finish import finish_run
 from train.show.report import write_report
@@ -168,7 +168,7 @@ def test_a_malformed_incident_is_passed_over_by_all_who_read_it(tmp_path, logs, 
     assert newest_incident(logs) is None
     assert why(["one", f"runs={tmp_path / 'runs'}"]) == EXIT_OK
     assert "nothing has happened" in capsys.readouterr().out
-    assert RunReader(logs.parent, "one").read().incidents == [] and write_report(logs.parent).is_file()
+    assert read_picture(logs.parent, "one")["events"] == [] and write_report(logs.parent).is_file()
     path = write_incident(logs, incident())
     assert path.name == "incident_3.json" and newest_incident(logs)[0] == path
 

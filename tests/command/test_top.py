@@ -15,8 +15,8 @@ from rich.console import Console
 
 from conf.errors import EXIT_OK, EXIT_USER
 from train.command import top
-from train.command.top_screen import MAPS, run_screen
-from train.command.top_state import RankView, RunPicture, RunReader
+from train.command.top import MAPS, run_screen
+from train.command.top_state import read_picture
 
 NOW = time.time()
 INCIDENT = {
@@ -68,11 +68,13 @@ def shown(group, width: int, height: int = 60) -> list[str]:
 
 
 def test_a_run_without_a_driver_is_read_from_the_files_of_its_ranks(run):
-    picture = RunReader(run, "mine").read()
-    assert picture.state == "stopped" and (picture.step, picture.steps) == (8, 20) and picture.seconds_left is None
-    assert (picture.stages, picture.replicas) == (2, 3) and [one.rank for one in picture.ranks] == list(range(6))
-    assert picture.ranks[4].waiting == 2.0 and picture.ranks[4].node == "h4" and picture.restarts == 0
-    assert picture.wall.seconds == pytest.approx(80, abs=1) and picture.wall.seconds_in["start"] == pytest.approx(10)
+    picture = read_picture(run, "mine")
+    assert picture["state"] == "stopped" and picture["seconds_left"] is None
+    assert [picture[name] for name in ("step", "steps", "stages", "replicas", "restarts")] == [8, 20, 2, 3, 0]
+    assert [one["rank"] for one in picture["ranks"]] == list(range(6))
+    assert picture["ranks"][4]["waiting"] == 2.0 and picture["ranks"][4]["node"] == "h4"
+    assert picture["wall"]["seconds"] == pytest.approx(80, abs=1)
+    assert picture["wall"]["seconds_in"]["start"] == pytest.approx(10)
 
 
 def test_with_a_driver_its_table_counts_and_says_the_layout_of_now(run):
@@ -91,14 +93,22 @@ def test_with_a_driver_its_table_counts_and_says_the_layout_of_now(run):
         "ranks": [[0, "n0", 9, "step", 1.0, 2.0, 5, False], [1, "n1", 9, "checkpoint", None, None, 0, True], "odd"],
     }
     (run / "ranks.json").write_text(json.dumps(table))
-    picture = RunReader(run, "mine").read()
-    assert (picture.stages, picture.replicas) == (2, 1) and [one.node for one in picture.ranks] == ["n0", "n1"]
-    assert picture.ranks[1].ended and picture.ranks[1].waiting is None
+    picture = read_picture(run, "mine")
+    assert (picture["stages"], picture["replicas"]) == (2, 1)
+    assert [one["node"] for one in picture["ranks"]] == ["n0", "n1"]
+    assert picture["ranks"][1]["ended"] and picture["ranks"][1]["waiting"] is None
     lines = shown(run_screen(picture, 80), 80)
     assert any("rank 1 died" in line for line in lines) and any("culprit: rank 1" in line for line in lines)
     (run / "logs" / "incident_1.json").write_text(json.dumps(INCIDENT | {"text": "rank 1 left"}))
-    lines = shown(run_screen(RunReader(run, "mine").read(), 80), 80)
+    lines = shown(run_screen(read_picture(run, "mine"), 80), 80)
     assert any("incident: rank 1 left" in line for line in lines) and not any("culprit" in line for line in lines)
+
+
+def test_numbers_that_are_none_are_null(run, capsys):
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 9, "main_loss": float("nan"), "time": NOW}) + "\n")
+    assert read_picture(run, "mine")["record"]["main_loss"] is None
+    assert top.main(["mine", f"runs={run.parent}"]) == EXIT_OK and "step 9/20" in capsys.readouterr().out
 
 
 def test_a_run_that_failed_or_is_done_says_so_and_damaged_files_are_left_out(run):
@@ -106,34 +116,35 @@ def test_a_run_that_failed_or_is_done_says_so_and_damaged_files_are_left_out(run
     (run / "logs" / "rank_3.error.json").write_text("{}")
     (run / "logs" / "incident_1.json").write_text(json.dumps(INCIDENT | {"text": "rank 3 left out all_reduce 7"}))
     (run / "ranks.json").write_text("[]")
-    picture = RunReader(run, "mine").read()
-    assert picture.state == "failed" and [one.rank for one in picture.ranks] == [0, 1, 2, 4, 5]
+    picture = read_picture(run, "mine")
+    assert picture["state"] == "failed" and [one["rank"] for one in picture["ranks"]] == [0, 1, 2, 4, 5]
     assert any("left out all_reduce 7" in line for line in shown(run_screen(picture, 80), 80))
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 20, "time": NOW}) + "\n")
-    assert RunReader(run, "mine").read().state == "done"
+    assert read_picture(run, "mine")["state"] == "done"
 
 
-def picture_of(stages: int, replicas: int) -> RunPicture:
+def picture_of(stages: int, replicas: int) -> dict:
+    about = {"step": 5, "phase": "step", "seconds": 2.5, "ended": False, "age": 1.0, "waiting": 1.0}
     ranks = [
-        RankView(rank, f"n{rank // 8}", 5, "step", 2.0 if rank == 1 else 1.0, 2.5, 2**30 * (1 + rank % 3), 1.0)
+        about
+        | {"rank": rank, "node": f"n{rank // 8}", "busy": 2.0 if rank == 1 else 1.0, "memory": 2**30 * (1 + rank % 3)}
         for rank in range(stages * replicas)
     ]
-    events = [{"time": NOW - one, "kind": "straggler", "text": "x" * 300} for one in range(9)]
-    return RunPicture(
-        "run",
-        "trains",
-        5,
-        10,
-        {"main_loss": 2.5, "tokens_per_second": 1e6},
-        65.0,
-        stages,
-        replicas,
-        ranks,
-        None,
-        events,
-        2,
-    )
+    return {
+        "name": "run",
+        "state": "trains",
+        "step": 5,
+        "steps": 10,
+        "record": {"main_loss": 2.5, "tokens_per_second": 1e6},
+        "seconds_left": 65.0,
+        "stages": stages,
+        "replicas": replicas,
+        "ranks": ranks,
+        "wall": None,
+        "events": [{"time": NOW - one, "kind": "straggler", "text": "x" * 300} for one in range(9)],
+        "restarts": 2,
+    }
 
 
 @pytest.mark.parametrize(("stages", "replicas"), [(1, 1), (2, 3), (16, 128), (40, 500)])
@@ -153,9 +164,7 @@ def test_the_map_shows_which_rank_stands_out_and_noise_takes_two_shades_at_most(
     assert row.split()[2] == "·" * 6 + "█" * 6 + "·" * 12
     assert any("1 s to 2 s (rank 1), median 1 s" in line for line in lines)
     even = picture_of(2, 4)
-    even = RunPicture(
-        **{**even.__dict__, "ranks": [RankView(r, "", 1, "step", 1.0 + r / 200, 2.0, 0, 0.0) for r in range(8)]}
-    )
+    even["ranks"] = [rank | {"busy": 1.0 + rank["rank"] / 200, "memory": None} for rank in even["ranks"]]
     rows = [line.split()[2] for line in shown(run_screen(even, 80, 24), 80) if line.startswith("stage")]
     assert len(set("".join(rows))) <= 2
 
