@@ -592,7 +592,7 @@ EXPORT: tuple[ConfigCheck, ...] = (
                "mode=average needs a run folder to write", "set average.to=runs/NAME"),
 )
 
-_ON_RAY = ("cluster.wait", "cluster.heartbeat", "cluster.stop_timeout", "cluster.restarts", "cluster.standby")
+_ON_RAY = ("cluster.wait", "cluster.heartbeat", "cluster.restarts", "cluster.standby")
 _OF_MTP = ("optim.mtp_weight", "optim.detach_mtp")
 _OF_EXPERTS = ("optim.balance_loss", "optim.bias_speed", "optim.freeze_routers", "parallel.dispatch", "parallel.wire")
 WHERE_READ: tuple[JoinedRule, ...] = (

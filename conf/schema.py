@@ -619,7 +619,8 @@ class Cluster:
     stopped: torch's deterministic kernels, attention without cuDNN, no sums in NVLink's switches, nothing chosen by a measurement.
     Costs speed on a GPU; how much has not been measured."""
     timeout: float = number(600.0, above=0)
-    """Longest wait in a collective, in seconds; before the first step at least cluster.start_timeout."""
+    """Longest wait in a collective, in seconds; before the first step at least cluster.start_timeout. Ray: also the longest wait
+    for the last checkpoint after a stop request."""
     address: str | None = None
     """Ray: HOST:PORT of a running cluster, or auto for the one on this machine; null starts Ray here for this run."""
     ranks_per_node: int = number(0, least=0)
@@ -635,8 +636,6 @@ class Cluster:
     """Upper limit, in seconds, of the time without progress in a step."""
     start_timeout: float = expert(900.0, above=0)
     """Upper limit, in seconds, of the time without progress before the end of the first step, in checkpoints and in validations."""
-    stop_timeout: float = expert(600.0, above=0)
-    """Ray: longest wait for the last checkpoint after a stop request, in seconds."""
     restarts: int = number(3, least=0)
     """Ray: restarts after failures of one kind without a new checkpoint in between. Losses of different nodes count separately. Then the run
     ends with a diagnosis."""

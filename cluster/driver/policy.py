@@ -24,9 +24,7 @@ class Policy:
     start_timeout: float = 600.0
     """Maximum time without progress before the first step, in a checkpoint or in a validation."""
     timeout: float = 600.0
-    """Time limit of a collective; also of a save without progress."""
-    stop_timeout: float = 600.0
-    """Time for the checkpoint after a stop request."""
+    """Time limit of a collective; also of a save without progress, and of the checkpoint after a stop request."""
     restarts: int = 3
     """Allowed failures of one kind without a new checkpoint in between."""
     straggler_factor: float = 1.2
@@ -67,7 +65,6 @@ def policy_of(config: Config, attempt: int, shapes: Shapes) -> Policy:
         hang_after=cluster.hang_after,
         start_timeout=cluster.start_timeout,
         timeout=cluster.timeout,
-        stop_timeout=cluster.stop_timeout,
         restarts=cluster.restarts,
         saves=config.checkpoint.every > 0,
         copies=config.checkpoint.every_memory > 0,

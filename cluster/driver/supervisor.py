@@ -514,12 +514,12 @@ class Supervisor:
 
     def _stop_ranks(self, now: float, why: str, in_memory: bool = False) -> None:
         self.phase = DriverPhase.stopping
-        self._deadline = now + self.policy.stop_timeout
+        self._deadline = now + self.policy.timeout
         self._out.append(m.StopRanks(self.number, self.current.reachable, why, in_memory))
 
     def _await_stop(self, now: float) -> None:
         attempt = self.current
-        saves_until = attempt.alive + self.policy.stop_timeout if attempt.doing in PATIENT_PHASES else now
+        saves_until = attempt.alive + self.policy.timeout if attempt.doing in PATIENT_PHASES else now
         if attempt.broken:
             self._judge_failure(now)
         elif attempt.ended:

@@ -138,8 +138,8 @@ def test_a_rank_that_fails_while_a_late_run_is_looked_at_is_the_cause():
 
 @pytest.mark.parametrize("writes", [True, False])
 def test_the_last_checkpoint_has_as_long_as_it_writes(writes):
-    """That of a request to stop, and longer than cluster.stop_timeout; one that does nothing is ended then."""
-    world = World(nodes=1, steps=1000, every=1000, hang_after=300.0, start_timeout=900.0, stop_timeout=100.0)
+    """That of a request to stop, and longer than cluster.timeout; one that does nothing is ended then."""
+    world = World(nodes=1, steps=1000, every=1000, hang_after=300.0, start_timeout=900.0, timeout=100.0)
     world.run(10)
     world.hung, report = {0}, world.machines[0].ranks[0]
     world.tell(m.StopAsked("SIGTERM"))
