@@ -59,58 +59,85 @@ class KeyGroup:
         return replace(self, keys=keys, notes=notes)
 
 
+@dataclass(frozen=True)
+class SchemaField:
+    """A field of a section, read once for all that is made of the schema."""
+
+    name: str
+    kind: Any
+    """Its type without `| None`."""
+    nullable: bool
+    section: type | None
+    """The section in its type."""
+    mark: str
+    """How a path names an entry of a list or mapping of sections; empty for a section itself."""
+    meaning: str
+    expert: bool
+    default: Any
+
+    @property
+    def is_key(self) -> bool:
+        """Whether it has a value of its own, and is no section."""
+        return self.section is None or bool(self.mark)
+
+
+@cache
+def fields_of(cls: type) -> dict[str, SchemaField]:
+    """Every field of a section by name, in the order of the schema."""
+    hints, meanings, found = typing.get_type_hints(cls), attribute_meanings(cls), {}
+    usual = cls()
+    for item in dataclasses.fields(cls):
+        kind, nullable = plain(hints[item.name])
+        section, mark = inner_section(kind)
+        meaning, expert = meanings.get(item.name, ""), item.metadata.get("expert", False)
+        found[item.name] = SchemaField(
+            item.name, kind, nullable, section, mark, meaning, expert, getattr(usual, item.name)
+        )
+    return found
+
+
 @cache
 def groups() -> tuple[KeyGroup, ...]:
     """All sections in the order of the schema, the keys at the top first."""
-    sections = [
-        name for name, found in typing.get_type_hints(Config).items() if dataclasses.is_dataclass(plain(found)[0])
-    ]
     top = tuple(key for key in _keys(Config, "") if "." not in key.path)  # the others stand in their sections
     found = [KeyGroup("", "The run as a whole.", top)]
-    for name in sections:
-        cls = plain(typing.get_type_hints(Config)[name])[0]
-        notes = tuple(_notes(cls, f"{name}.", set()))
-        found.append(KeyGroup(name, docstring(cls), tuple(_keys(cls, f"{name}.")), notes))
+    for name, item in fields_of(Config).items():
+        if (cls := item.section) is not None and not item.is_key:
+            notes = tuple(_notes(cls, f"{name}.", set()))
+            found.append(KeyGroup(name, docstring(cls), tuple(_keys(cls, f"{name}.")), notes))
     return tuple(found)
 
 
 def _keys(cls: type, prefix: str, expert: bool = False) -> Iterator[Key]:
     """The keys of a section and of those in it. expert: whether the section is one that hardly anyone sets."""
-    hints, meanings = typing.get_type_hints(cls), attribute_meanings(cls)
-    for item in dataclasses.fields(cls):
-        found, nullable = plain(hints[item.name])
-        path, rare = prefix + item.name, expert or item.metadata.get("expert", False)
-        inner, mark = inner_section(found)
-        if mark is not None or inner is None:
-            yield Key(path, type_words(found), choices_of(found), nullable, meanings.get(item.name, ""), rare)
-        if inner is not None:
-            yield from _keys(inner, f"{path}{mark or ''}.", rare)
+    for item in fields_of(cls).values():
+        path, rare = prefix + item.name, expert or item.expert
+        if item.is_key:
+            yield Key(path, type_words(item.kind), choices_of(item.kind), item.nullable, item.meaning, rare)
+        if item.section is not None:
+            yield from _keys(item.section, f"{path}{item.mark}.", rare)
 
 
 def _notes(cls: type, prefix: str, described: set[type]) -> Iterator[tuple[str, str]]:
     """Sections in a section: what the field says, then, where it comes up first, what the class says."""
-    meanings = attribute_meanings(cls)
-    for name, hint in typing.get_type_hints(cls).items():
-        inner, mark = inner_section(plain(hint)[0])
-        if inner is None:
+    for item in fields_of(cls).values():
+        if (inner := item.section) is None:
             continue
-        path, said = f"{prefix}{name}{mark or ''}", [meanings.get(name, "")] if mark is None else []
+        path, said = f"{prefix}{item.name}{item.mark}", "" if item.mark else item.meaning
         if inner not in described:
             described.add(inner)
-            yield path, " ".join(words for words in (*said, docstring(inner)) if words)
+            yield path, " ".join(filter(None, (said, docstring(inner))))
             yield from _notes(inner, f"{path}.", described)
-        elif said and said[0]:
-            yield path, said[0]
+        elif said:
+            yield path, said
 
 
-def inner_section(found: Any) -> tuple[type | None, str | None]:
-    """The section in a type, and how a path names it: one of a list or mapping, or itself (None)."""
-    if dataclasses.is_dataclass(found):
-        return found, None
-    arguments = typing.get_args(found)
-    if arguments and dataclasses.is_dataclass(arguments[-1]):
-        return arguments[-1], ITEM if typing.get_origin(found) is list else f".{NAME}"
-    return None, None
+def inner_section(found: Any) -> tuple[type | None, str]:
+    """The section in a type, and how a path names it: one of a list or mapping, or itself (empty)."""
+    inner = next(iter(typing.get_args(found)[-1:]), found)
+    if not dataclasses.is_dataclass(inner):
+        return None, ""
+    return inner, "" if inner is found else ITEM if typing.get_origin(found) is list else f".{NAME}"
 
 
 def plain(found: Any) -> tuple[Any, bool]:
@@ -143,21 +170,18 @@ def choices_of(found: Any) -> tuple[str, ...]:
 def dotted_keys() -> list[str]:
     """Every dotted key of the schema."""
 
-    def walk(section: type, prefix: str) -> list[str]:
-        found = []
-        for name, kind in kinds(section).items():
-            found.append(prefix + name)
-            if dataclasses.is_dataclass(kind):
-                found += walk(kind, f"{prefix}{name}.")
-        return found
+    def walk(section: type, prefix: str) -> Iterator[str]:
+        for name, item in fields_of(section).items():
+            yield prefix + name
+            if item.section is not None and not item.is_key:
+                yield from walk(item.section, f"{prefix}{name}.")
 
-    return walk(Config, "")
+    return list(walk(Config, ""))
 
 
-@cache
 def kinds(section: type) -> dict[str, Any]:
     """The type of every field of a section, that of `int | None` being int."""
-    return {name: plain(kind)[0] for name, kind in typing.get_type_hints(section).items()}
+    return {name: item.kind for name, item in fields_of(section).items()}
 
 
 def type_of(key: str) -> Any:
@@ -177,7 +201,7 @@ def is_nullable(key: str) -> bool:
     """Whether a key of the schema takes null."""
     section, _, name = key.rpartition(".")
     kind: Any = type_of(section) if section else Config
-    return dataclasses.is_dataclass(kind) and plain(typing.get_type_hints(kind)[name])[1]
+    return dataclasses.is_dataclass(kind) and fields_of(kind)[name].nullable
 
 
 def docstring(cls: type) -> str:
@@ -218,12 +242,11 @@ def value_words(path: str, values: DictConfig) -> str:
 
 def _default_words(path: str) -> str:
     """What the schema itself says, for sections that a configuration does not have."""
-    cls, parts = Config, path.replace(ITEM, "").split(".")
-    for part in parts[:-1]:
-        if part != NAME:
-            cls, _ = inner_section(plain(typing.get_type_hints(cls)[part])[0])
-            assert cls is not None
-    return yaml_words(getattr(cls(), parts[-1]))
+    cls: Any = Config
+    *sections, last = path.replace(ITEM, "").split(".")
+    for name in sections:
+        cls = cls if name == NAME else fields_of(cls)[name].section
+    return yaml_words(fields_of(cls)[last].default)
 
 
 def yaml_words(value: Any) -> str:

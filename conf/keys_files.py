@@ -4,7 +4,6 @@ python -m conf.keys_files
 """
 
 import dataclasses
-import enum
 import json
 import sys
 import typing
@@ -14,7 +13,7 @@ from omegaconf import OmegaConf
 
 from conf.errors import EXIT_OK
 from conf.help import takes
-from conf.keys import KeyGroup, attribute_meanings, choices_of, docstring, groups, inner_section, plain, value_words
+from conf.keys import KeyGroup, SchemaField, choices_of, docstring, fields_of, groups, inner_section, value_words
 from conf.load import compose_node
 from conf.schema import ROOT, Config
 from conf.words import say
@@ -91,16 +90,15 @@ def recipe_schema() -> str:
 
 def _collect(cls: type, sections: dict[str, type]) -> None:
     """All sections below one, by name."""
-    for hint in typing.get_type_hints(cls).values():
-        inner, _ = inner_section(plain(hint)[0])
-        if inner is not None and inner.__name__ not in sections:
-            sections[inner.__name__] = inner
-            _collect(inner, sections)
+    for item in fields_of(cls).values():
+        if item.section is not None and item.section.__name__ not in sections:
+            sections[item.section.__name__] = item.section
+            _collect(item.section, sections)
 
 
 def _object(cls: type) -> str:
     """One section, as JSON."""
-    properties = {item.name: _property(cls, item) for item in dataclasses.fields(cls)}
+    properties = {name: _property(item) for name, item in fields_of(cls).items()}
     if cls is Config:
         properties["defaults"] = {"type": "array", "description": "What the recipe starts from (Hydra)."}
     lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(body)}" for name, body in properties.items())
@@ -108,39 +106,31 @@ def _object(cls: type) -> str:
     return f'{head[:-1]}, "properties": {{\n{lines}}}}}'
 
 
-def _property(cls: type, item: dataclasses.Field) -> dict[str, Any]:
-    meanings = attribute_meanings(cls)
-    found, nullable = plain(typing.get_type_hints(cls)[item.name])
-    default = _default(item)
+def _property(item: SchemaField) -> dict[str, Any]:
+    default = None if dataclasses.is_dataclass(item.default) else _json_value(item.default)
     return {
-        **({"description": meanings[item.name]} if item.name in meanings else {}),
+        **({"description": item.meaning} if item.meaning else {}),
         **({"default": default} if default is not None else {}),
-        "anyOf": [_value(found), INTERPOLATION, *([{"type": "null"}] if nullable else [])],
+        "anyOf": [_value(item.kind), INTERPOLATION, *([{"type": "null"}] if item.nullable else [])],
     }
 
 
 def _value(found: Any) -> dict[str, Any]:
     inner, _ = inner_section(found)
     section = {"$ref": f"#/$defs/{inner.__name__}"} if inner is not None else {}
-    words = choices_of(found)
     if typing.get_origin(found) is dict:
         return {"type": "object", "additionalProperties": section}
     if typing.get_origin(found) is list:
         return {"type": "array", "items": _value(typing.get_args(found)[0])}
+    words = choices_of(found)
     return section or ({"enum": words} if words else {"type": JSON_TYPES[found]})
 
 
-def _default(item: dataclasses.Field) -> Any:
-    """The schema's own, where it is a plain value."""
-    if item.default is dataclasses.MISSING:
-        assert item.default_factory is not dataclasses.MISSING
-        made = item.default_factory()
-        if dataclasses.is_dataclass(made):
-            return None
-        plain = OmegaConf.to_container(OmegaConf.structured({"_": made}), enum_to_str=True)
-        assert isinstance(plain, dict)
-        return plain["_"]
-    return item.default.name if isinstance(item.default, enum.Enum) else item.default
+def _json_value(default: Any) -> Any:
+    """A default of the schema as JSON has it: enumerations by name, entries as objects."""
+    plain = OmegaConf.to_container(OmegaConf.structured({"_": default}), enum_to_str=True)
+    assert isinstance(plain, dict)
+    return plain["_"]
 
 
 def main() -> int:
