@@ -65,7 +65,7 @@ class SchemaField:
 
     name: str
     kind: Any
-    """Its type without `| None`."""
+    """The type without `| None`."""
     nullable: bool
     section: type | None
     """The section in its type."""
