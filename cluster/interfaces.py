@@ -28,8 +28,13 @@ def interface_to(host: str) -> str:
 
     On the host itself its name often means 127.0.1.1, which other machines cannot reach: the default route counts there.
     """
+    return interface_of(address_to(host))
+
+
+def address_to(host: str) -> str:
+    """IP address of this machine on the route to this host, by which other machines reach it. OSError as above."""
     address = _source_address(host)
-    return interface_of(_source_address(ANYWHERE) if address.startswith("127.") else address)
+    return _source_address(ANYWHERE) if address.startswith("127.") else address
 
 
 def name_interface(host: str) -> None:

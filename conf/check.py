@@ -498,8 +498,6 @@ DATA: tuple[ConfigCheck, ...] = (
         JoinedRule("optim.qk_clip", lambda c, v: v is None,
                    "looks at the scores of all positions, also of those that only fill a sequence of chats up", "leave it out with chats"),
         JoinedRule("data.source", lambda c, v: not v, "gives text, and chats are read of files", "leave one of them out"),
-        JoinedRule("optim.extra_loss", lambda c, v: not v, "is a mean over all positions, also of those that are not learnt of chats",
-                   "leave it out with chats"),
         JoinedRule("evaluate.needle", lambda c, v: not v, "hides keys in text, and the data are chats", "leave it out with chats"),
     )),
 )

@@ -1,8 +1,8 @@
 """Forward and backward of all micro-batches of a step, over the stages of a pipeline.
 
 torch.distributed.pipelining owns the order of the actions and the transfers between stages.  Every rank of a pipeline
-reads the same batch; tokens_BS (and documents_BS and supervised_BS) are cut into micro-batches along B and reach every local chunk
-as keywords, so that only hidden states cross stages.  The last chunk turns them into its loss, of shape (1,): no
+reads the same batch; tokens_BS, and all that the caller names beside them (documents_BS, supervised_BS, tensors per token), are cut
+into micro-batches along B and reach every local chunk as keywords, so that only hidden states cross stages.  The last chunk turns them into its loss, of shape (1,): no
 logits enter the schedule.  The schedule weighs each loss by 1 / micro-batches (of the mean pipeline, where those that work
 side by side have shares of a batch that differ) and sums gradients, so gradients are those of the mean over micro-batches.  A single stage is a pipeline of one and runs through the same object, in the
 1F1B order F0 B0 F1 B1 ...
@@ -51,7 +51,7 @@ class Pipeline(Generic[Chunk]):
     ):
         """Collective over group.
 
-        modules: this rank's chunks in stage order, called as chunk(x, tokens_BS=..., documents_BS=..., supervised_BS=...) where x is tokens_BS
+        modules: this rank's chunks in stage order, called as chunk(x, tokens_BS=..., documents_BS=..., ...) where x is tokens_BS
         for stage 0 and hidden states (B, T, D) else; stage_ids: the numbers of their stages; group: the ranks of this
         pipeline in order (None: the world); hidden: D; dtype: of the hidden states between stages; cp: ranks that share the
         positions of each sequence, of which T = (S - 1) / cp cross from stage to stage; overlap: whether the
@@ -96,15 +96,16 @@ class Pipeline(Generic[Chunk]):
         *,
         micro_batches: int,
         mean: float | None = None,
+        **more: Tensor,
     ) -> Tensor | None:
         """Run all micro-batches forward and backward; gradients are added to the parameters' .grad.
 
         tokens_BS int64, documents_BS int32 and supervised_BS bool (or None; both on the host) are the same on every rank of the
-        pipeline, with B a multiple of micro_batches. mean: what losses are divided by, micro_batches if it is not given. Returns the sum of the
+        pipeline, with B a multiple of micro_batches. more: tensors (B, ...) that every chunk gets under these names. mean: what losses are divided by, micro_batches if it is not given. Returns the sum of the
         losses after that, a detached scalar, on the rank with the last stage, and None elsewhere.
         """
         schedule = self._schedule(tokens_BS, micro_batches, float(micro_batches) if mean is None else mean)
-        keywords = {"tokens_BS": tokens_BS} | _given(documents_BS, supervised_BS)
+        keywords = {"tokens_BS": tokens_BS} | _given(documents_BS, supervised_BS) | more
         losses: list[Tensor] = []
         self._left = dict.fromkeys(self.stage_ids, micro_batches)
         if self._host is not None:
@@ -123,7 +124,24 @@ class Pipeline(Generic[Chunk]):
         *,
         micro_batches: int,
     ) -> Tensor | None:
-        """Mean loss over micro-batches without gradients, on the rank with the last stage; None elsewhere.
+        """Mean loss over micro-batches without gradients, on the rank with the last stage; None elsewhere. Arguments as in `forward`."""
+        losses = self.forward(tokens_BS, documents_BS, supervised_BS, micro_batches=micro_batches)
+        total = torch.zeros((), device=self.device)
+        for loss in losses:
+            total += loss.sum() / micro_batches
+        return total if self.has_last else None
+
+    @torch.no_grad()
+    def forward(
+        self,
+        tokens_BS: Tensor,
+        documents_BS: Tensor | None = None,
+        supervised_BS: Tensor | None = None,
+        *,
+        micro_batches: int,
+        **more: Tensor,
+    ) -> list[Tensor]:
+        """What the last stage gives for every micro-batch without gradients, on the rank that has it; nothing elsewhere.
 
         Arguments as in step; any number of micro-batches that divides B will do. The modules are in eval mode meanwhile. The stages
         advance in slots: in slot t, stage s runs micro-batch t - s, so that each micro-batch moves one stage a slot;
@@ -135,17 +153,17 @@ class Pipeline(Generic[Chunk]):
         try:
             for module in self.modules:
                 module.eval()
-            return self._evaluate(tokens_BS, _given(documents_BS, supervised_BS), micro_batches)
+            return self._forward(tokens_BS, _given(documents_BS, supervised_BS) | more, micro_batches)
         finally:
             for module, training in zip(self.modules, was_training, strict=True):
                 module.train(training)
 
-    def _evaluate(self, tokens_BS: Tensor, given: dict[str, Tensor], micro_batches: int) -> Tensor | None:
+    def _forward(self, tokens_BS: Tensor, given: dict[str, Tensor], micro_batches: int) -> list[Tensor]:
         assert len(tokens_BS) % micro_batches == 0, (tokens_BS.shape, micro_batches)
         tokens = tokens_BS.chunk(micro_batches)
         parts = {name: value.chunk(micro_batches) for name, value in given.items()}
         inputs: dict[tuple[int, int], Tensor] = {}
-        total = torch.zeros((), device=self.device)
+        found: list[Tensor] = []
         for slot in range(micro_batches + self.num_stages - 1):
             outputs: dict[tuple[int, int], Tensor] = {}
             for module, stage in zip(self.modules, self.stage_ids, strict=True):
@@ -154,11 +172,11 @@ class Pipeline(Generic[Chunk]):
                     x = tokens[m] if stage == 0 else inputs.pop((stage, m))
                     keywords = {name: part[m] for name, part in parts.items()}
                     outputs[stage, m] = module(x, tokens_BS=tokens[m], **keywords)
-            loss = outputs.pop((self.num_stages - 1, slot - self.num_stages + 1), None)
-            if loss is not None:
-                total += loss.sum() / micro_batches
+            last = outputs.pop((self.num_stages - 1, slot - self.num_stages + 1), None)
+            if last is not None:
+                found.append(last)
             inputs |= self._exchange(slot, outputs, tokens)
-        return total if self.has_last else None
+        return found
 
     def _exchange(self, slot: int, outputs: dict, tokens: Sequence[Tensor]) -> dict[tuple[int, int], Tensor]:
         """Send what this rank made in the slot to the next stages, and receive what its stages need in the next."""

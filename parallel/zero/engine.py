@@ -205,14 +205,16 @@ class Zero:
         """What this rank holds of the weights between steps; at stage 3 its shards."""
         return (self._weights.held(param) for param in (*self.names, *self.untrained))
 
-    def untrained_shards(self) -> dict[str, Shard]:
+    def untrained_shards(self, owned: bool = False) -> dict[str, Shard]:
         """What this rank holds of the weights that nobody trains, live, by name; of one that is bytes, its place is among those of the
-        rank's own.
+        rank's own. owned: of one that several ranks hold whole, the first of them alone.
         """
         found: dict[str, Shard] = {}
         for param, name in self.untrained.items():
             held, whole = self._weights.held(param).detach().view(-1), math.prod(self.shapes[param])
             first = held.numel() * self._shares(param).rank if held.numel() < whole else 0
+            if owned and held.numel() == whole and self._shares(param).rank:
+                continue
             if first < whole:  # the last shards may be short or empty
                 place = (first, self.shapes[param]) if param.dtype == torch.uint8 else self.place(param, first)
                 found[name] = Shard(held[: whole - first], *place)

@@ -152,7 +152,7 @@ class ShardedWeights:
 
     def _begin_pass(self, *_: object) -> None:
         """Forward of a chunk begins; the backward of the micro-batch before is over."""
-        if self._in_pass and torch.is_grad_enabled():
+        if self._in_pass:
             self._end_pass()
         self._in_pass = torch.is_grad_enabled()
         self._coordinator.release_backward_leftovers()  # modules whose input has no gradient, like the embedding

@@ -73,8 +73,10 @@ def tokenizer_of(config: Config, checkpoint: Manifest) -> Tokenizer:
 
 
 def require_tokenizer(fingerprint: str, choice: str | None, checkpoint: Path, meta: dict[str, Any]) -> None:
-    """UserError if the tokenizer at hand is another one. choice: data.tokenizer, None for one trained on the data."""
-    if fingerprint != meta["tokenizer"]:
+    """UserError if the tokenizer at hand is another one. choice: data.tokenizer, None for one trained on the data. A loop of the user's own
+    may have had token ids alone, and its checkpoint takes any.
+    """
+    if meta["tokenizer"] and fingerprint != meta["tokenizer"]:
         raise UserError(
             "data.tokenizer",
             choice or "trained on the data",

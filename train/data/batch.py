@@ -1,8 +1,12 @@
 """The batch of one training step. B = sequences, S = seq_len + 1 tokens."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
+
+from conf.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -18,6 +22,12 @@ class Batch:
     """bool, same shape: tokens that are supervised, which means that they have a loss as targets. If set, the
     samples in `documents_BS` are independent: no loss, count or module crosses their borders. None: every token is
     supervised, and documents follow one another as one text."""
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    """fp32, same shape: what a loss of tokens takes (train/model/token_losses.py), of every token where it is a target. `weights` multiply
+    the loss, and `temperatures` divide the logits."""
+    experts_BTLK: Tensor | None = None
+    """int64: experts to take for every token but the last, in every MoE layer of the main model, as another engine chose them
+    (mode=score writes them). None for the routers' own choice."""
 
     @property
     def targets(self) -> int:
@@ -42,3 +52,47 @@ class Batch:
         if self.supervised_BS is None or self.documents_BS is None:
             return len(self.tokens_BS)
         return int((self.documents_BS.amax(1) + 1).sum())
+
+
+@dataclass(frozen=True)
+class GivenSample:
+    """One text for `batch_of_samples`."""
+
+    tokens: list[int]
+    first: int
+    """The first token that is learnt, 1 or more; all after it are."""
+    values: Mapping[str, float | Sequence[float]] = field(default_factory=dict)
+    """What tensors say of the learnt tokens: one number for all, or one for each."""
+    experts_TLK: Tensor | None = None
+    """Experts of all tokens but the last."""
+
+
+def batch_of_samples(samples: Sequence[GivenSample], length: int, filling: int = 0) -> Batch:
+    """One sample a sequence of `length` tokens, filled up with the token `filling`, which nothing learns. Every sample names the same tensors.
+    Raises UserError for a sample that is too long, or whose values do not fit its tokens.
+    """
+    shape = len(samples), length
+    tokens_BS = torch.full(shape, filling)
+    documents_BS, supervised_BS = torch.full(shape, -1, dtype=torch.int32), torch.zeros(shape, dtype=torch.bool)
+    tensors = {name: torch.zeros(shape) for name in samples[0].values}
+    experts = samples[0].experts_TLK
+    experts_BTLK = None if experts is None else experts.new_zeros(len(samples), length - 1, *experts.shape[1:])
+    for row, sample in enumerate(samples):
+        end, place = len(sample.tokens), f"sample {row}"
+        if not 1 <= sample.first < end <= length:
+            rule = f"must have 1 <= first < tokens <= {length}, and has first={sample.first} and {end} tokens"
+            raise UserError("samples", place, rule, "shorten it, or give longer sequences")
+        tokens_BS[row, :end], documents_BS[row, :end] = torch.tensor(sample.tokens), 0
+        supervised_BS[row, sample.first : end] = True
+        if sample.values.keys() != tensors.keys():
+            raise UserError("samples", place, f"must give {', '.join(tensors)} as the first one does", "add or remove")
+        for name, values in sample.values.items():
+            given = torch.tensor(values, dtype=torch.float32)
+            if given.dim() and len(given) != end - sample.first:
+                rule = f"must give {name} for each of its {end - sample.first} learnt tokens, and has {len(given)}"
+                raise UserError("samples", place, rule, "give one for each, or one number for all")
+            tensors[name][row, sample.first : end] = given
+        if experts_BTLK is not None:
+            assert sample.experts_TLK is not None, "all samples have experts, or none"
+            experts_BTLK[row, : end - 1] = sample.experts_TLK
+    return Batch(tokens_BS, documents_BS, supervised_BS, tensors, experts_BTLK)

@@ -172,5 +172,7 @@ class _Rows:
 
     @property
     def batch(self) -> Batch:
-        more = (None if part is None else torch.from_numpy(part) for part in (self._numbers_BS, self._supervised_BS))
-        return Batch(torch.from_numpy(self._tokens_BS), *more)
+        numbers_BS, supervised_BS = (
+            None if part is None else torch.from_numpy(part) for part in (self._numbers_BS, self._supervised_BS)
+        )
+        return Batch(torch.from_numpy(self._tokens_BS), numbers_BS, supervised_BS)

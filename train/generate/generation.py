@@ -19,7 +19,7 @@ from torch import Tensor
 from cluster.comm_ring import got_on
 from conf.errors import UserError
 from train.generate.cache import LatentCache
-from train.generate.decoder import Decoder
+from train.generate.decoder import Decoder, RoutingTap
 from train.generate.sampling import Sampler, accept_drafts, draw, uniforms
 from train.generate.source import LoadedModel
 from train.generate.text import require_utf8
@@ -129,6 +129,22 @@ class _Row:
     generator: torch.Generator
     tokens: list[int] = field(default_factory=list)
     end: EndReason | None = None
+    drawn: list[tuple[int, float, float]] = field(default_factory=list)
+    experts: list[Tensor] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class DrawnText:
+    """What a model wrote behind a prompt, and what it thought of it."""
+
+    tokens: list[int]
+    """With the end token, if there is one."""
+    logprobs: list[float]
+    """log p of each under the softmax of the logits over the temperature, from which training takes its own; 0 at temperature 0."""
+    cut_logprobs: list[float]
+    """log p of each in the distribution that it was drawn from, which is that of the likeliest tokens where top_p cuts the rest off."""
+    experts_TLK: Tensor | None
+    """Experts of every token of prompt and text but the last, int64; None of a model without any."""
 
 
 class Generation:
@@ -143,15 +159,20 @@ class Generation:
         *,
         seed: int,
         speculative: bool = False,
+        tap: RoutingTap | None = None,
+        own_seeds: bool = False,
     ):
-        """Raises UserError for a prompt that leaves no room in the context. The seed is that of every row.
+        """Raises UserError for a prompt that leaves no room in the context. The seed is that of every row; own_seeds: of the first, and
+        each further row has the next.
 
-        speculative: let the MTP modules draft; the model has some.
+        speculative: let the MTP modules draft; the model has some. tap: of the decoder's model, for `drawn`, without speculation.
         """
+        assert not (speculative and tap), "drafts are not recorded"
         assert prompts and all(prompts), "a prompt has at least the token that starts a document"
         self._decoder, self._sampler, self._limits = decoder, sampler, limits
         self._prompts = prompts
-        self._rows = [_row(index, prompt, limits, seed) for index, prompt in enumerate(prompts)]
+        self._rows = [_row(index, prompt, limits, seed + index * own_seeds) for index, prompt in enumerate(prompts)]
+        self._tap = tap
         self._live = list(self._rows)
         starts = [max(map(len, prompts)) - len(prompt) for prompt in prompts]
         self._cache = decoder.new_cache(starts)
@@ -169,6 +190,15 @@ class Generation:
     def ends(self) -> list[EndReason | None]:
         """Why each text ended; None while it goes on."""
         return [row.end for row in self._rows]
+
+    @property
+    def drawn(self) -> list[DrawnText]:
+        """What each prompt got, once all texts have ended, if their choices were recorded."""
+        found = []
+        for row in self._rows:
+            tokens, before, after = (list(part) for part in zip(*row.drawn, strict=True))
+            found.append(DrawnText(tokens, before, after, torch.cat(row.experts) if row.experts else None))
+        return found
 
     @torch.inference_mode()
     def steps(self) -> Iterator[dict[int, list[int]]]:
@@ -196,8 +226,10 @@ class Generation:
         tokens_BT = torch.tensor(padded, device=self._decoder.device)
         hidden_BTD = self._decoder.hidden(tokens_BT, self._cache)
         self._cache.commit([length] * len(padded))
-        p_BV = self._sampler.probabilities(self._decoder.logits(hidden_BTD[:, -1]))
+        logits_BV = self._decoder.logits(hidden_BTD[:, -1])
+        p_BV = self._sampler.probabilities(logits_BV)
         first_B = draw(p_BV, self._uniforms(1)[:, 0])
+        self._record(first_B, logits_BV, p_BV, length)
         return hidden_BTD, torch.cat([tokens_BT[:, 1:], first_B.unsqueeze(1)], 1)
 
     def _step(self, hidden_BTD: Tensor, tokens_BT: Tensor, counts: list[int]) -> tuple[Tensor, Tensor, list[int]]:
@@ -210,9 +242,11 @@ class Generation:
             drafted = self._drafter.draft(hidden_BTD, tokens_BT, counts, u_BX[:, : self.drafts])
             inputs_BL = torch.cat([inputs_BL, drafted[0]], 1)
         hidden_BLD = self._decoder.hidden(inputs_BL, self._cache)
-        p_BLV = self._sampler.probabilities(self._decoder.logits(hidden_BLD))
+        logits_BLV = self._decoder.logits(hidden_BLD)
+        p_BLV = self._sampler.probabilities(logits_BLV)
         if drafted is None:
             following_BL = draw(p_BLV[:, 0], u_BX[:, 0]).unsqueeze(1)
+            self._record(following_BL[:, 0], logits_BLV[:, 0], p_BLV[:, 0], 1)
             counts = [1] * len(counts)
         else:
             drafts_BK, q_BKV = drafted
@@ -226,6 +260,20 @@ class Generation:
         self._cache.commit(counts)
         self.counts.row_steps += len(counts)
         return hidden_BLD, following_BL, counts
+
+    def _record(self, tokens_B: Tensor, logits_BV: Tensor, p_BV: Tensor, length: int) -> None:
+        """What was drawn, for `drawn`. length: positions of this step, with padding on the left."""
+        if self._tap is None:
+            return
+        tokens_B1 = tokens_B.unsqueeze(1)
+        before_B = self._sampler.log_probabilities(logits_BV).gather(1, tokens_B1)[:, 0].tolist()
+        after_B = p_BV.gather(1, tokens_B1)[:, 0].log().tolist()
+        if self._tap.shape[0]:
+            experts_BTLK = self._tap.take().unflatten(0, (len(tokens_B), length)).cpu()
+            for row, experts_TLK in zip(self._live, experts_BTLK, strict=True):
+                row.experts.append(experts_TLK if row.experts else experts_TLK[-len(self._prompts[row.index]) :])
+        for row, *drawn in zip(self._live, tokens_B.tolist(), before_B, after_B, strict=True):
+            row.drawn.append((drawn[0], drawn[1], drawn[2]))
 
     def _emit(self, new: list[list[int]]) -> dict[int, list[int]]:
         """Take tokens into the live rows until each ends."""

@@ -27,6 +27,11 @@ class Sampler:
     top_p: float = 1.0
     """Only the likeliest tokens that together have this probability, the last one included."""
 
+    def log_probabilities(self, logits: Tensor) -> Tensor:
+        """fp32 (..., V), of the softmax at this temperature, before anything is cut off; 0 throughout at temperature 0."""
+        logits = logits[..., : self.vocab_size]
+        return torch.zeros_like(logits) if self.temperature == 0 else (logits / self.temperature).log_softmax(-1)
+
     def probabilities(self, logits: Tensor) -> Tensor:
         """fp32 (..., V) distributions that tokens are drawn from."""
         logits = logits[..., : self.vocab_size]

@@ -59,11 +59,11 @@ class Measure:
         self.clip = clip
         self.routers = parts.routers()
         self.last = next((chunk for chunk in parts.chunks if chunk.has_head), None)
-        self._weight = 1.0
+        self.micro_batches = 1.0
+        """Mean micro-batches of a data-parallel rank in the step, set by whoever runs it: how much the mean losses of this rank weigh."""
 
-    def clear(self, weight: float) -> None:
-        """Start a new step. weight: of this rank's mean losses, its share of the batch over the mean share."""
-        self._weight = weight
+    def clear(self) -> None:
+        """Start a new step."""
         for router in self.routers.values():
             router.clear()
         if self.last is not None:
@@ -78,7 +78,8 @@ class Measure:
         zeros = partial(torch.zeros, dtype=torch.float64, device=self.device)
         losses, loads_LE, biases_LE = zeros(3 + depth), zeros(shape), zeros(shape)
         if self.last is not None:
-            losses[: 2 + depth] = self.last.losses.means().double() * self._weight / self.mesh.layout.stage_ranks
+            weight = self.last.losses.count / self.micro_batches
+            losses[: 2 + depth] = self.last.losses.means().double() * weight / self.mesh.layout.stage_ranks
         for name, router in self.routers.items():
             row = self.layers.index(name)
             loads_LE[row] = router.load_E

@@ -97,7 +97,9 @@ def restore(
     if start.copy is not None and copies is not None:
         manifest = manifest_of(Path(start.copy["folder"]), start.copy)
         _fits(config, data.tokenizer, manifest.folder, manifest.meta, state.base)
-        problem = _load(state, manifest.meta, optimizer, lambda wanted: fill_shards(manifest, copies.files(), wanted))
+        problem = load_state(
+            state, manifest.meta, optimizer, lambda wanted: fill_shards(manifest, copies.files(), wanted)
+        )
         if problem is None:
             copies.mark_resumed()
             return _resumed(config, data, manifest.meta, notes, f"copies in memory, {manifest.folder}")
@@ -108,7 +110,7 @@ def restore(
         path = Path(start.checkpoint)
         meta = read_manifest(path).meta
         _fits(config, data.tokenizer, path, meta, state.base)
-        problem = _load(state, meta, optimizer, lambda wanted, path=path: checkpointer.load(path, wanted))
+        problem = load_state(state, meta, optimizer, lambda wanted, path=path: checkpointer.load(path, wanted))
         if problem is None:
             return _resumed(config, data, meta, notes, str(path))
         if config.resume != "auto":
@@ -155,7 +157,9 @@ def _newest_copy(config: Config, copies: MemoryCopies) -> tuple[dict[str, Any] |
     return None if manifest is None else manifest.body(), []
 
 
-def _load(state: RunState, meta: dict[str, Any], optimizer: str, load: Callable[[dict[str, Shard]], Any]) -> str | None:
+def load_state(
+    state: RunState, meta: dict[str, Any], optimizer: str, load: Callable[[dict[str, Shard]], Any]
+) -> str | None:
     """Fill the state by `load` on all ranks; returns the first problem of any of them. optimizer: of this run; it starts anew from a checkpoint
     of another.
     """

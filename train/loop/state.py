@@ -107,6 +107,13 @@ class RunState:
         }
         return base | self._biases()
 
+    def owned_base(self) -> dict[str, Shard]:
+        """What stands beside an adapter, and the balance biases, each element of one rank."""
+        shards = {f"master.{name}": shard for name, shard in self.zero.untrained_shards(owned=True).items()}
+        if self.mesh.pp_rank > 0:
+            shards.pop("master.embedding.weight", None)  # MTP's copy of the first rank's
+        return shards | (self._biases() if self.mesh.stage_rank == 0 else {})
+
     def fill_base(self, fill: FillShards, mark: WeightsMark | None = None) -> None:
         """Fill what this rank holds of the weights that a run starts from, of an adapter's run that of its base, and balance biases. mark: takes
         the values of an adapter's base."""

@@ -10,19 +10,21 @@ Shapes: B sequences, S = T + 1 tokens of a sample, T positions, D width, V vocab
 """
 
 import math
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from conf.errors import UserError
 from conf.own_code import subclass
 from conf.schema import Model, Recompute
 from train.model.block import Block
 from train.model.layers import AddedProduct, Embedding, LayerPrecision, RMSNorm
-from train.model.loss import cross_entropy
+from train.model.loss import cross_entropy, token_logprobs
 from train.model.moe import Dispatcher, LocalDispatcher
 from train.model.mtp import MTP
 from train.model.offload import Host
@@ -30,6 +32,7 @@ from train.model.operations import Kernels
 from train.model.rope import Rope
 from train.model.router import Router
 from train.model.sequence import Positions, SequenceShare
+from train.model.token_losses import LossTokens, TokenLoss
 
 
 class Losses:
@@ -75,6 +78,14 @@ class ModelOutputs:
     """The next tokens, int64."""
     head_VD: Tensor
     """The weight of the output head."""
+    learnt_BT: Tensor
+    """Whether a target is learnt, bool: of chats those of the answers, else all."""
+    divisor: float
+    """What sums over the learnt positions here are divided by, so that each counts the same in the whole step."""
+
+    def mean(self, values_BT: Tensor) -> Tensor:
+        """This micro-batch's share of the mean of values over the learnt tokens of the step. Where every token is learnt it is the plain mean."""
+        return values_BT.masked_fill(~self.learnt_BT, 0).sum() / self.divisor
 
     def logits(self) -> Tensor:
         """fp32 (B, T, V), of all positions at once, with gradient: the cross-entropy itself never holds so many."""
@@ -92,6 +103,10 @@ class Head(nn.Module):
         """The adapter of the weight, set by whoever trains one."""
         self.extra_loss: Callable[[ModelOutputs], Tensor] | None = None
         """A term of the user's own, set by whoever builds the model for a training."""
+        self.token_loss: TokenLoss | None = None
+        """What the main model minimises instead of the cross-entropy, set by whoever runs the step."""
+        self.gives_logprobs = False
+        """In eval mode, whether log-probabilities (B, T) are wanted instead of a loss, set by whoever asks for them."""
 
     def forward(
         self,
@@ -101,24 +116,96 @@ class Head(nn.Module):
         supervised_BS: Tensor | None = None,
         divisor: float | None = None,
         detaches_mtp: bool = False,
+        tensors_BS: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> list[Tensor]:
         """Losses of the main model (states[0], (B, T, D)) and of the MTP depths (one position shorter each), in training followed by
-        the term of the user's own, if there is one.
+        the term of the user's own, if there is one. Or log-probabilities, see `gives_logprobs`.
 
         Of the supervised tokens, or of all. Sums over divisor, also at MTP depths, which have fewer targets (eq. 24); None for
-        all positions of the main model here. detaches_mtp: the weight learns of the main model's loss alone.
+        all positions of the main model here. detaches_mtp: the weight learns of the main model's loss alone. tensors_BS: what
+        `token_loss` takes of every token.
         """
+        if self.gives_logprobs and not self.training:
+            return [self.logprobs(states[0], tokens_BS, positions, tensors_BS)]
         divisor = len(tokens_BS) * positions.count if divisor is None else divisor
         losses = []
         for depth, hidden_BTD in enumerate(states):
             left = positions.shorter(depth) if depth else positions
             learnt_N = None if supervised_BS is None else left.learnt(supervised_BS)
+            if not depth and self.training and self.token_loss is not None:
+                losses.append(self._token_loss(hidden_BTD, tokens_BS, positions, supervised_BS, divisor, tensors_BS))
+                continue
             weight_VD = self.weight.detach() if detaches_mtp and depth else self.weight
             losses.append(self.loss(hidden_BTD, left.take(tokens_BS, depth + 1), divisor, learnt_N, weight_VD))
         if self.training and self.extra_loss is not None:
-            outputs = ModelOutputs(states[0], positions.take(tokens_BS, 1), self.weight)
+            targets_BT = positions.take(tokens_BS, 1)
+            learnt_BT = torch.ones_like(targets_BT, dtype=torch.bool)
+            if supervised_BS is not None:
+                learnt_BT = positions.take(positions.learnt_BT(supervised_BS)).to(targets_BT.device)
+            outputs = ModelOutputs(states[0], targets_BT, self.weight, learnt_BT, divisor)
             losses.append(_scalar(self.extra_loss(outputs)))
         return losses
+
+    def logprobs(
+        self,
+        hidden_BTD: Tensor,
+        tokens_BS: Tensor,
+        positions: Positions,
+        tensors_BS: Mapping[str, Tensor],
+        rows_N: Tensor | None = None,
+    ) -> Tensor:
+        """log p(token | those before it) of the targets of all positions, fp32 (B, T), also where ranks share sequences; after division of the
+        logits by `temperatures`, where the batch has them. rows_N: of these rows of the positions here alone; 0 elsewhere.
+        """
+        hidden_ND, targets_N = hidden_BTD.flatten(0, 1), positions.take(tokens_BS, 1).flatten()
+        temperature_N = None
+        if "temperatures" in tensors_BS:
+            temperature_N = positions.take(tensors_BS["temperatures"], 1).flatten()
+        if rows_N is not None:
+            hidden_ND, targets_N = hidden_ND.index_select(0, rows_N), targets_N.index_select(0, rows_N)
+            temperature_N = None if temperature_N is None else temperature_N.index_select(0, rows_N)
+        hidden_ND, weight_VD = self.adapted(hidden_ND, self.weight)
+        found_N = token_logprobs(hidden_ND, weight_VD, targets_N, temperature_N, self._chunk, self._kernels)
+        if rows_N is not None:
+            found_N = found_N.new_zeros(hidden_BTD.shape[:2].numel()).index_copy(0, rows_N, found_N)
+        return positions.gather(found_N.view(hidden_BTD.shape[:2]))
+
+    def _token_loss(
+        self,
+        hidden_BTD: Tensor,
+        tokens_BS: Tensor,
+        positions: Positions,
+        supervised_BS: Tensor | None,
+        divisor: float,
+        tensors_BS: Mapping[str, Tensor],
+    ) -> Tensor:
+        """The sum of `token_loss` over the learnt tokens, over divisor. Where ranks share sequences each computes all of it, and this is its
+        part: one of as many as there are ranks.
+        """
+        assert self.token_loss is not None
+        device, rows_N = hidden_BTD.device, None
+        learnt_BT = samples_BT = torch.zeros(len(tokens_BS), positions.length, dtype=torch.int64)
+        if supervised_BS is None:
+            learnt_BT = learnt_BT == 0
+        else:
+            learnt_BT, rows_N = positions.learnt_BT(supervised_BS), positions.learnt(supervised_BS)
+            # The graph must be whole, as other ranks wait in its backward: one row, which no sum below takes.
+            rows_N = (rows_N if len(rows_N) else rows_N.new_zeros(1)).to(device)
+        if positions.documents_BT is not None:
+            samples_BT = positions.documents_BT.long()
+        logprobs_BT = self.logprobs(hidden_BTD, tokens_BS, positions, tensors_BS, rows_N)
+        tensors_BT = {name: tensor_BS[:, 1:] for name, tensor_BS in tensors_BS.items()}
+        tokens = LossTokens(learnt_BT.to(device), samples_BT.to(device), tensors_BT)
+        found_BT = self.token_loss(logprobs_BT, tokens)
+        if not isinstance(found_BT, Tensor) or found_BT.shape != logprobs_BT.shape or not found_BT.is_floating_point():
+            given = f"a tensor {tuple(found_BT.shape)}" if isinstance(found_BT, Tensor) else type(found_BT).__name__
+            rule = f"must be the loss of every token, a tensor {tuple(logprobs_BT.shape)} of floats"
+            raise UserError("loss", given, rule, "return it for all tokens: the engine takes those that are learnt")
+        if "weights" in tensors_BT:
+            found_BT = found_BT * tensors_BT["weights"]
+        parts = 1 if positions.share is None else positions.share.parts
+        # Log-probabilities that no learnt token has stay in the graph.
+        return found_BT.where(tokens.learnt_BT, 0 * logprobs_BT).sum() / (divisor * parts)
 
     def adapted(self, hidden: Tensor, weight_VD: Tensor) -> tuple[Tensor, Tensor]:
         """Operands of the product that gives the logits of hidden states (..., D)."""
@@ -208,7 +295,10 @@ class DeepSeekV3(nn.Module):
         for place, index in enumerate(layers):
             here, repeat = None if index < config.dense_layers else dispatcher, place < config.repeated_layers
             away = config.offloaded_part(place)
-            self.layers[str(index)] = block(config, precision, rope, here, local_experts, repeat, host, away, **factory)
+            made = block(config, precision, rope, here, local_experts, repeat, host, away, **factory)
+            if hasattr(made, "moe"):
+                made.moe.router.layer = index - config.dense_layers
+            self.layers[str(index)] = made
         if has_head:
             recompute, kernels = Recompute.norm in config.recompute, precision.kernels
             self.norm = RMSNorm(config.hidden, config.norm_eps, recompute, kernels, **factory)
@@ -236,20 +326,22 @@ class DeepSeekV3(nn.Module):
         tokens_BS: Tensor | None = None,
         documents_BS: Tensor | None = None,
         supervised_BS: Tensor | None = None,
+        experts_BTLK: Tensor | None = None,
+        **tensors_BS: Tensor,
     ) -> Tensor:
         """Hidden states (B, T, D), or of the last chunk the loss, fp32 (1,).
 
         x: tokens (B, S) for the first chunk, else hidden states of the positions here. tokens_BS: of whole sequences, needed
         by the last chunk (where it is the first too, x will do) and where sequences are shared. documents_BS: document of
         every token; keeps attention inside documents. supervised_BS: tokens that are learnt; documents are then samples that are apart
-        (`Positions.samples_BS`). Both on the host. The training loss is main + mtp_weight / depths * sum of MTP losses,
+        (`Positions.samples_BS`). Both on the host. experts_BTLK: see `Positions`. tensors_BS: what `Head.token_loss` takes. The training loss is main + mtp_weight / depths * sum of MTP losses,
         of the positions here; in eval mode it is the main loss.
         """
         tokens_BS = x if self.has_embedding else tokens_BS
         documents_BT = None if documents_BS is None else documents_BS[:, :-1]
         length = x.size(1) if tokens_BS is None else tokens_BS.size(1) - 1
         samples_BS = None if supervised_BS is None else documents_BS
-        positions = Positions(length, documents_BT, self._share, samples_BS=samples_BS)
+        positions = Positions(length, documents_BT, self._share, samples_BS=samples_BS, experts_BTLK=experts_BTLK)
         embedding_BTD = None
         if self.has_embedding or self._depths:
             assert tokens_BS is not None
@@ -260,7 +352,9 @@ class DeepSeekV3(nn.Module):
         if not self.has_head:
             return hidden_BTD
         assert tokens_BS is not None
-        loss = self._loss(self.norm(hidden_BTD), embedding_BTD, tokens_BS, positions, supervised_BS)
+        loss = self._loss(self.norm(hidden_BTD), embedding_BTD, tokens_BS, positions, supervised_BS, tensors_BS)
+        if loss.dim():
+            return loss
         return torch.stack([loss])  # no view: pipeline schedules detach it in place
 
     def logits(self, x: Tensor, last: bool = False) -> Tensor:
@@ -303,8 +397,9 @@ class DeepSeekV3(nn.Module):
         tokens_BS: Tensor,
         positions: Positions,
         supervised_BS: Tensor | None = None,
+        tensors_BS: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> Tensor:
-        """Scalar loss from the hidden states after the final norm."""
+        """Scalar loss, or log-probabilities, from the hidden states after the final norm."""
         states = [hidden_BTD]
         for depth, module in zip(range(1, self._depths + 1), self.mtp, strict=False):
             assert embedding_BTD is not None
@@ -316,7 +411,8 @@ class DeepSeekV3(nn.Module):
         states[0] = hidden_BTD
         divisor = self.loss_divisor if self.training else None if supervised_BS is None else 1.0
         states_in = states if self.training else states[:1]
-        main, *mtp = self.head(states_in, tokens_BS, positions, supervised_BS, divisor, self.detaches_mtp)
+        given = tokens_BS, positions, supervised_BS, divisor, self.detaches_mtp, tensors_BS
+        main, *mtp = self.head(states_in, *given)
         if not self.training:
             if self.observer is not None:
                 self.observer(states, tokens_BS, positions)

@@ -1,4 +1,4 @@
-"""Cross-entropy that never holds the logits of all tokens (model.loss_chunk at a time).
+"""Cross-entropy, and log-probabilities for other losses, that never hold the logits of all tokens (model.loss_chunk at a time).
 
 Forward takes a chunk of tokens, computes logits, softmax in fp32, the loss, and at once the gradients of the hidden states
 and of the head: they are ready when backward starts, which only scales them. With a vocabulary of 129,280 the logits of
@@ -8,6 +8,8 @@ gradient replaces the logits.
 
 Shapes: N tokens, C of a chunk, R rows of it, D width, V vocabulary.
 """
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -57,3 +59,61 @@ class _CrossEntropy(Function):
 
             dhead_VD = weight_gradient(ctx, 1, kept_VD, scaled)
         return dhidden_ND, dhead_VD, None, None, None, None
+
+
+def token_logprobs(
+    hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, temperature_N: Tensor | None, chunk: int, kernels: Kernels
+) -> Tensor:
+    """log softmax(hidden head^T / temperature)[target] of every token, fp32 (N,). temperature_N: None for 1.
+
+    Logits of a chunk exist at a time, once in forward and again in backward, as the gradient follows from a loss that is not known
+    before. They are fp32, whatever the format of hidden states.
+    """
+    return _TokenLogprobs.apply(hidden_ND, head_VD, targets_N, temperature_N, chunk, kernels)
+
+
+class _TokenLogprobs(Function):
+    @staticmethod
+    def forward(ctx, hidden_ND, head_VD, targets_N, temperature_N, chunk: int, kernels: Kernels):
+        ctx.save_for_backward(hidden_ND, head_VD, targets_N, temperature_N)
+        ctx.chunk, ctx.kernels = chunk, kernels
+        parts = _log_softmax_of_chunks(hidden_ND, head_VD, temperature_N, chunk, kernels)
+        return torch.cat([parts_CV.gather(1, targets_N[rows].unsqueeze(1)) for rows, parts_CV in parts]).squeeze(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_N: Tensor):
+        hidden_ND, head_VD, targets_N, temperature_N = ctx.saved_tensors
+        hidden_needed, head_needed, *_ = gradients_needed(ctx)
+        kernels, head, dhidden, dhead_VD = ctx.kernels, head_VD.to(hidden_ND.dtype), [], None
+        grad_N1 = (grad_N if temperature_N is None else grad_N / temperature_N).unsqueeze(1)
+        for rows, log_p_CV in _log_softmax_of_chunks(hidden_ND, head_VD, temperature_N, ctx.chunk, kernels):
+            # d log p[target] / d logit_v = [v = target] - p_v
+            dlogits_CV = log_p_CV.exp_().mul_(-grad_N1[rows])
+            dlogits_CV.scatter_add_(1, targets_N[rows].unsqueeze(1), grad_N1[rows])
+            dlogits_CV = dlogits_CV.to(head.dtype)
+            if hidden_needed:
+                dhidden.append(kernels.product(dlogits_CV, head.t(), head.dtype))
+            if head_needed:
+                dhead_VD = kernels.product(dlogits_CV.t(), hidden_ND[rows].t(), torch.float32, dhead_VD)
+        dweight_VD, kept_VD = None, dhead_VD
+        if kept_VD is not None:
+
+            def summed(dtype: torch.dtype, into_VD: Tensor | None) -> Tensor:
+                return kept_VD if into_VD is None else into_VD.add_(kept_VD)
+
+            dweight_VD = weight_gradient(ctx, 1, head_VD, summed)
+        return torch.cat(dhidden) if hidden_needed else None, dweight_VD, None, None, None, None
+
+
+def _log_softmax_of_chunks(
+    hidden_ND: Tensor, head_VD: Tensor, temperature_N: Tensor | None, chunk: int, kernels: Kernels
+) -> Iterator[tuple[slice, Tensor]]:
+    """Rows, and their log softmax(logits / temperature), fp32 (C, V)."""
+    head = head_VD.to(hidden_ND.dtype)
+    for first in range(0, len(hidden_ND), chunk):
+        rows = slice(first, first + chunk)
+        logits_CV = kernels.product(hidden_ND[rows], head, torch.float32)
+        if temperature_N is not None:
+            logits_CV = logits_CV / temperature_N[rows].unsqueeze(1)
+        yield rows, logits_CV.log_softmax(-1)

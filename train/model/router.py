@@ -54,6 +54,8 @@ class Router(nn.Module):
         self.rule = RoutingRule(config.top_k, *limit, config.route_scale, config.resolved_group_top_k)
         self.rule = self.rule._replace(softmax=config.scores == ScoreFunction.softmax)
         self.balance_weight, self.frozen = 0.0, False
+        self.layer: int | None = None
+        """Its number among the MoE layers of the main model, set by the model; None in an MTP module."""
         self._kernels = kernels
 
     def forward(
@@ -68,7 +70,11 @@ class Router(nn.Module):
         logits_BTE = self.score(x_BTD, remake)
         counters = (self.load_E, self.score_E, self.balance_loss) if self.training else None
         weight = self.balance_weight if self.training else 0.0
-        gates_BTK, ids_BTK = self._kernels.route(logits_BTE, self.bias_E, self.rule, weight, counters, positions)
+        replayed_BTK = None
+        if positions.experts_here_BTLK is not None and self.layer is not None:
+            replayed_BTK = positions.experts_here_BTLK[:, :, self.layer]
+        given = logits_BTE, self.bias_E, self.rule, weight, counters, positions
+        gates_BTK, ids_BTK = self._kernels.route(*given, replayed_BTK)
         return gates_BTK.flatten(0, 1), ids_BTK.flatten(0, 1)
 
     def score(self, x_BTD: Tensor, remake: AbstractContextManager) -> Tensor:

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from train.model.needed import Function
+
 X = TypeVar("X")
 
 
@@ -109,6 +111,8 @@ class Positions:
     samples_BS: Tensor | None = None
     """Number of the sample of every token, on the host, from 0 in each sequence and -1 of what only fills it up: samples that share
     a sequence and are apart. None where no border keeps a token from being the target of the one before."""
+    experts_BTLK: Tensor | None = None
+    """Experts of every position in each MoE layer of the main model that routers take instead of their own choice; None for their choice."""
 
     @property
     def whole_length(self) -> int:
@@ -160,18 +164,34 @@ class Positions:
         lengths = torch.bincount(number_BT.flatten(), minlength=count + 1)[:count]
         return PackedSamples(self.take(number_BT), lengths)
 
-    def learnt(self, supervised_BS: Tensor) -> Tensor:
-        """Rows of (B, positions here) in one axis whose target is supervised and of the same sample; int64 on the host."""
+    @cached_property
+    def experts_here_BTLK(self) -> Tensor | None:
+        """Those of the positions here."""
+        return None if self.experts_BTLK is None else self.take(self.experts_BTLK)
+
+    def learnt_BT(self, supervised_BS: Tensor) -> Tensor:
+        """Whether the target of a position, here or elsewhere, is supervised and of the same sample; bool on the host."""
         ahead = self.whole_length - self.length + 1
         learnt_BT = supervised_BS[:, ahead : ahead + self.length]
-        if self.counted_BT is not None:
-            learnt_BT = learnt_BT & self.counted_BT
-        return self.take(learnt_BT).flatten().nonzero().squeeze(-1)
+        return learnt_BT if self.counted_BT is None else learnt_BT & self.counted_BT
+
+    def learnt(self, supervised_BS: Tensor) -> Tensor:
+        """Rows of (B, positions here) in one axis that are learnt; int64 on the host."""
+        return self.take(self.learnt_BT(supervised_BS)).flatten().nonzero().squeeze(-1)
+
+    def gather(self, here_BT: Tensor) -> Tensor:
+        """What all processes that share the sequences have for their positions: (B, length). Differentiable, where each of them computes
+        the same of it and takes its part of the sum.
+        """
+        return here_BT if self.share is None else _Gather.apply(here_BT, self)
 
     def shorter(self, by: int) -> "Positions":
-        """Without the last ones of each sequence, which leaves the first `count` of those here."""
+        """Without the last ones of each sequence, which leaves the first `count` of those here. Nothing is replayed there: no engine
+        records the routers of MTP modules.
+        """
         documents_BT = None if self.documents_BT is None else self.documents_BT[:, :-by]
-        return replace(self, length=self.length - by, documents_BT=documents_BT, whole=self.whole_length)
+        whole = self.whole_length
+        return replace(self, length=self.length - by, documents_BT=documents_BT, whole=whole, experts_BTLK=None)
 
     def take(self, x: Tensor, shift: int = 0) -> Tensor:
         """From (B, S, ...) over whole sequences, what belongs to the positions here, each so many further on."""
@@ -232,6 +252,22 @@ class Positions:
                     )
             row += len(piece)
         return found
+
+
+class _Gather(Function):
+    """Values of the positions here to those of all."""
+
+    @staticmethod
+    def forward(ctx: Any, here_BT: Tensor, positions: Positions) -> Tensor:
+        assert positions.share is not None
+        ctx.positions, rows = positions, [len(piece) for piece in positions.pieces]
+        pieces = positions.share.gather_begin(here_BT.unsqueeze(-1), rows).wait()
+        return torch.cat(pieces, 1).squeeze(-1)
+
+    @staticmethod
+    def backward(ctx: Any, grad_BT: Tensor) -> tuple[Tensor, None]:
+        # The sum over all processes of what is the same on each.
+        return ctx.positions.take(grad_BT) * ctx.positions.share.parts, None
 
 
 def _common(one: range, other: range) -> range:

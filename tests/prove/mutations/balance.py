@@ -81,8 +81,8 @@ def balance_counts_the_chosen(bug: Seams) -> None:
     "ISEEKYAN/Megatron-LM#223: grouped routing counts the best of unrestricted scores", "copies", FORWARD, "loads"
 )
 def loads_of_unrestricted_scores(bug: Seams) -> None:
-    def forward(original, ctx, logits_BTE, bias_E, rule, weight, counters, positions):
-        gates, ids_BTK = original(ctx, logits_BTE, bias_E, rule, weight, counters, positions)
+    def forward(original, ctx, logits_BTE, bias_E, rule, weight, counters, positions, *more):
+        gates, ids_BTK = original(ctx, logits_BTE, bias_E, rule, weight, counters, positions, *more)
         if counters is not None:
             experts = logits_BTE.size(-1)
             best_BTK = routing.top_indices(logits_BTE, rule.top_k)
@@ -96,14 +96,16 @@ def loads_of_unrestricted_scores(bug: Seams) -> None:
 
 @mutation(OURS + ": the loss of each sequence is taken over all of a micro-batch", "two sequences", FORWARD, "balance")
 def balance_loss_of_all_sequences_as_one(bug: Seams) -> None:
-    def forward(original, ctx, logits_BTE, bias_E, rule, weight, counters, positions):
+    def forward(original, ctx, logits_BTE, bias_E, rule, weight, counters, positions, *more):
         batch, length, _ = logits_BTE.shape
         counted = None if counters is None else (counters[0].clone(), counters[1].clone(), counters[2])
-        original(ctx, logits_BTE.flatten(0, 1).unsqueeze(0), bias_E, rule, weight, counted, Positions(batch * length))
+        original(
+            ctx, logits_BTE.flatten(0, 1).unsqueeze(0), bias_E, rule, weight, counted, Positions(batch * length), *more
+        )
         if counters is None:
-            return original(ctx, logits_BTE, bias_E, rule, weight, counters, positions)
+            return original(ctx, logits_BTE, bias_E, rule, weight, counters, positions, *more)
         kept = counters[2].clone()
-        found = original(ctx, logits_BTE, bias_E, rule, weight, counters, positions)
+        found = original(ctx, logits_BTE, bias_E, rule, weight, counters, positions, *more)
         counters[2].copy_(kept)
         return found
 

@@ -102,11 +102,11 @@ def mean_of_a_micro_batch(bug: Seams) -> None:
     "loss|head|norm|mtp",
 )
 def mean_of_a_rank(bug: Seams) -> None:
-    def totals(original, self, batch, plan):
-        _, sequences = original(self, batch, plan)
-        return batch.targets * self._layout.dp, sequences
+    def count(original, self, batches, rows=None):
+        targets = sum(batch.targets for batch in batches)
+        return original(self, batches, rows)._replace(targets=targets * self._layout.dp)
 
-    bug.around(training_engine.Engine, "_totals", totals)
+    bug.around(training_engine.Engine, "count", count)
 
 
 @mutation(

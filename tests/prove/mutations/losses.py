@@ -54,8 +54,8 @@ def last_micro_batch_unscaled(bug: Seams) -> None:
     "loss|head|norm|mtp",
 )
 def ranks_with_less_weigh_more(bug: Seams) -> None:
-    def set_weights(original, self, plan, batch):
-        original(self, plan, batch)
+    def set_weights(original, self, plan, batch, *more):
+        original(self, plan, batch, *more)
         self._mean_micro_batches = self._micro_batches(batch)
 
     bug.around(training_engine.Engine, "_set_weights", set_weights)
@@ -171,8 +171,8 @@ def mtp_head_detached(bug: Seams) -> None:
 
 @mutation("modelscope/mcore-bridge#104: MTP weighs less than it should", "copies", (BACKWARD,), "mtp|head|norm")
 def mtp_weight_of_the_end(bug: Seams) -> None:
-    def set_weights(original, self, plan, batch):
-        original(self, plan, batch)
+    def set_weights(original, self, *arguments):
+        original(self, *arguments)
         if self.measure.last is not None:
             self.measure.last.mtp_weight = 0.1
 

@@ -100,8 +100,8 @@ class HealthWatch:
         self._watching = self._every > 0 and step % self._every == 0
 
     def probe(self, weight: Tensor) -> LayerProbe | None:
-        """For the layer of this weight, where this step is watched."""
-        if not self._watching or is_repeated():
+        """For the layer of this weight, where this step is watched; None for a forward without a backward, which is no part of the step."""
+        if not self._watching or not torch.is_grad_enabled() or is_repeated():
             return None
         return LayerProbe(self._names.get(id(weight), f"weight of shape {tuple(weight.shape)}"), self._readings)
 

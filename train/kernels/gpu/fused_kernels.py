@@ -108,13 +108,14 @@ class FusedKernels(PlainKernels):
         balance_weight: float,
         counters: RouterCounters | None,
         positions: Positions,
+        replayed_BTK: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         # fp64 is a proof's; ranks that share a sequence exchange counts between the two kernels; the kernel knows the sigmoid alone, and
         # no samples that are counted one by one
         plain = positions.share is not None or positions.samples_BS is not None or rule.softmax
         one_kernel = logits_BTE.dtype == torch.float32 and not plain
         route = FusedRoute if one_kernel else Route
-        return route.apply(logits_BTE, bias_E, rule, balance_weight, counters, positions)
+        return route.apply(logits_BTE, bias_E, rule, balance_weight, counters, positions, replayed_BTK)
 
     def sort_by_expert(self, expert_ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if not expert_ids_TK.is_cuda:

@@ -14,8 +14,11 @@ class FusedRoute(Function):
     """`train.model.operations.Kernels.route`."""
 
     @staticmethod
-    def forward(ctx, logits_BTE, bias_E, rule: RoutingRule, balance_weight: float, counters, positions: Positions):
-        logits_BTE, known_BTK = logits_BTE.contiguous(), recall()
+    def forward(
+        ctx, logits_BTE, bias_E, rule: RoutingRule, balance_weight: float, counters, positions: Positions, replayed_BTK
+    ):
+        logits_BTE = logits_BTE.contiguous()
+        known_BTK = recall() if replayed_BTK is None else replayed_BTK.contiguous()
         B, T, E = logits_BTE.shape
         ids_BTK = logits_BTE.new_empty(B, T, rule.top_k, dtype=torch.int64) if known_BTK is None else known_BTK
         gates_BTK = logits_BTE.new_empty(B, T, rule.top_k)
@@ -47,7 +50,7 @@ class FusedRoute(Function):
         dlogits_BTE = torch.empty_like(scores_BTE)
         if runs(dlogits_BTE):
             _triton().route_backward(grad_BTK.contiguous(), ctx.saved_tensors, dlogits_BTE, ctx.rule, ctx.weight)
-        return dlogits_BTE, None, None, None, None, None
+        return dlogits_BTE, None, None, None, None, None, None
 
 
 def _triton():

@@ -101,8 +101,9 @@ class PlainKernels(Kernels):
         balance_weight: float,
         counters: RouterCounters | None,
         positions: Positions,
+        replayed_BTK: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        return Route.apply(logits_BTE, bias_E, rule, balance_weight, counters, positions)
+        return Route.apply(logits_BTE, bias_E, rule, balance_weight, counters, positions, replayed_BTK)
 
     def sort_by_expert(self, expert_ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         sorted_R, order_R = expert_ids_TK.flatten().sort(stable=True)

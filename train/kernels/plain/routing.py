@@ -87,10 +87,12 @@ class Route(Function):
     """`train.model.operations.Kernels.route`: one backward for the gates and the balance loss."""
 
     @staticmethod
-    def forward(ctx, logits_BTE, bias_E, rule: RoutingRule, balance_weight: float, counters, positions: Positions):
+    def forward(
+        ctx, logits_BTE, bias_E, rule: RoutingRule, balance_weight: float, counters, positions: Positions, replayed_BTK
+    ):
         (batch, _, experts), length, share = logits_BTE.shape, positions.length, positions.share
         scores_BTE = logits_BTE.softmax(-1) if rule.softmax else logits_BTE.sigmoid()
-        ids_BTK = recall()
+        ids_BTK = recall() if replayed_BTK is None else replayed_BTK
         if ids_BTK is None:
             ids_BTK = remember(choose_experts(scores_BTE + bias_E, rule))
         chosen_BTK = scores_BTE.gather(-1, ids_BTK)
@@ -141,4 +143,4 @@ class Route(Function):
             dlogits_BTE = scores_BTE * (dscores_BTE - inner_BT1)
         else:
             dlogits_BTE = torch.ops.aten.sigmoid_backward(dscores_BTE, scores_BTE)
-        return dlogits_BTE, None, None, None, None, None
+        return dlogits_BTE, None, None, None, None, None, None

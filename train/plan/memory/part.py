@@ -395,6 +395,8 @@ class _End(DeepSeekV3):
         tokens_BS: Tensor | None = None,
         documents_BS: Tensor | None = None,
         supervised_BS: Tensor | None = None,
+        experts_BTLK: Tensor | None = None,
+        **tensors_BS: Tensor,
     ) -> Tensor:
         assert tokens_BS is not None and documents_BS is None and supervised_BS is None
         positions = Positions(tokens_BS.size(1) - 1, None, self._share)

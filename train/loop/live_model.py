@@ -1,0 +1,111 @@
+"""A live model between two steps: saved and loaded, its weights handed out and taken, and text written with it."""
+
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from cluster.got_on import got_on
+from torch import Tensor
+
+from cluster.run_files import step_name
+from conf.changed_settings import settings_of
+from conf.errors import UserError
+from conf.schema import Config
+from parallel.exchange import from_rank_0
+from train.checkpoint.adapter_base import require_adapter
+from train.checkpoint.checkpointer import Checkpointer
+from train.checkpoint.commit import next_attempt
+from train.checkpoint.manifest import read_manifest
+from train.checkpoint.read_shards import FolderFiles, fill_shards
+from train.checkpoint.trained_with import require_model
+from train.generate.decoder import Decoder, RoutingTap
+from train.generate.generation import DrawnText, Generation, Limits
+from train.generate.sampling import Sampler
+from train.loop.live_weights import fill_live, live_weights
+from train.loop.resume import load_state
+from train.loop.state import RunState
+from train.model.deepseek import DeepSeekV3
+from train.rank_parts import RankSetup
+
+
+class LiveModel:
+    """What `Engine` does with the state of one rank."""
+
+    def __init__(self, config: Config, rank: RankSetup, chunks: list[DeepSeekV3], state: RunState):
+        self._config, self._rank, self._chunks, self.state = config, rank, chunks, state
+        self._meta: dict[str, Any] = {"tokenizer": "", "data": "", "held_out": {}}
+        """What checkpoints say of the training text, as the one says that was loaded."""
+
+    def save(self, folder: Path, step: int) -> Path:
+        """See `Engine.save`. step: the last one that was made."""
+        config, state, mesh = self._config, self.state, self._rank.mesh
+        state.step = step
+        checkpointer = Checkpointer(
+            folder,
+            rank=mesh.rank,
+            world_size=mesh.layout.world,
+            attempt=from_rank_0(lambda: next_attempt(folder)),
+            keep=0,
+            timeout=config.cluster.timeout,
+            asynchronous=False,
+        )
+        about = {"name": config.name, "seed": config.seed, "seq_len": config.seq_len, "config": settings_of(config)}
+        checkpointer.save(step, state.shards(), state.meta() | self._meta | about)
+        checkpointer.finish(required=True)
+        dist.barrier()  # rank 0 has given it its name
+        return checkpointer.committer.root / step_name(step)
+
+    def load(self, path: Path) -> int:
+        """See `Engine.load`; returns the step."""
+        config, found = self._config, read_manifest(path)
+        require_model(config, path, found.meta)
+        require_adapter(config, path, found.meta)
+        files, optimizer = FolderFiles(path), config.optim.facts.name
+        problem = load_state(self.state, found.meta, optimizer, lambda wanted: fill_shards(found, files, wanted))
+        if problem is not None:
+            raise UserError("path", path, problem, "give another checkpoint")
+        self._meta = {name: found.meta[name] for name in self._meta}
+        return self.state.step
+
+    def weights(self, *, merged: bool, stacked: bool, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+        """See `Engine.weights`."""
+        how = {"merged": merged, "stacked": stacked}
+        return live_weights(self._config, self.state, self._rank.device, dtype=dtype, **how)
+
+    def fill(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """See `Engine.fill`."""
+        fill_live(self._config, self.state, weights)
+
+    def generate(
+        self,
+        prompts: list[list[int]],
+        *,
+        tokens: int,
+        temperature: float,
+        top_p: float,
+        end_ids: Collection[int],
+        seed: int,
+    ) -> list[DrawnText]:
+        """See `Engine.generate`."""
+        parallel, context = self._config.parallel, self._config.seq_len
+        if parallel.world > 1 or parallel.zero == 3:
+            given, rule = f"{parallel.world} ranks, zero={parallel.zero}", "one process writes, with whole weights"
+            raise UserError("generate", given, rule, "fill an engine of one process with these weights")
+        if not prompts or not all(prompts):
+            raise UserError(
+                "prompts", len(prompts), "must be lists of one token or more", "begin them with a start token"
+            )
+        (model,), limits = self._chunks, Limits(tokens, context, frozenset(end_ids))
+        sampler = Sampler(self._config.model.vocab_size, temperature, top_p)
+        tap = RoutingTap(model.eval())
+        try:
+            decoder = Decoder(model, context)
+            generation = Generation(decoder, prompts, sampler, limits, seed=seed, tap=tap, own_seeds=True)
+            for _ in generation.steps():
+                got_on()
+        finally:
+            tap.close()
+            model.train()
+        return generation.drawn

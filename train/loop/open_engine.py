@@ -1,0 +1,53 @@
+"""An engine in this process, which is one rank of all or the only one: for a loop of your own under torchrun, and for the ranks of a session."""
+
+from pathlib import Path
+
+from cluster.place import Place, given_place
+from conf.errors import UserError
+from conf.schema import Config
+from parallel.exchange import from_rank_0
+from train.checkpoint.run_folder import find_checkpoint
+from train.hf.folder import Folder, is_hf_folder, match, open_model
+from train.kernels.choice import choose_kernels
+from train.loop.layout_check import check_layout
+from train.loop.live_model import LiveModel
+from train.loop.start import start_from
+from train.loop.state import RunState
+from train.loop.training_engine import Engine
+from train.parallelize import parallelize
+from train.rank import set_up_rank
+
+
+def open_engine(config: Config, place: Place | None = None) -> Engine:
+    """The engine of this rank. Collective over all ranks: RANK and WORLD_SIZE say which this is, as torchrun sets them; without them it is
+    the only one. A process opens one engine.
+
+    The weights are those of `resume` if it names a checkpoint, else those of `init_from`, else drawn from the seed. Data and run folder are
+    the caller's own. Raises UserError.
+    """
+    place = place or given_place() or Place()
+    if place.world != config.parallel.world:
+        rule = f"is the number of processes, and the layout has {config.parallel.world} ranks"
+        raise UserError("WORLD_SIZE", place.world, rule, "start as many, or change parallel.*")
+    check_layout(config)
+    rank = set_up_rank(config, place)
+    kernels, _ = choose_kernels(config, rank.device)
+    resumes, source = config.resume != "auto", config.init_from
+    parts = parallelize(config, rank.mesh, rank.device, kernels, restored=resumes or source is not None)
+    state = RunState(config, rank.mesh, parts)
+    engine = Engine(config, parts, rank, LiveModel(config, rank, parts.chunks, state))
+    if source is not None and (config.adapter.on or not resumes):
+        start_from(config, _weights_of(config, source), state)
+    if resumes:
+        engine.load(Path(from_rank_0(lambda: str(find_checkpoint(config, config.resume, "resume")))))
+    return engine
+
+
+def _weights_of(config: Config, source: str) -> Folder | Path:
+    """The folder or the checkpoint that init_from names."""
+    path = Path(source).expanduser()
+    if not is_hf_folder(path):
+        return find_checkpoint(config, str(path), "init_from")
+    folder, _, _ = open_model(path, text_only=config.text_only)
+    match(folder, config.model)
+    return folder

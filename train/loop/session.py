@@ -1,0 +1,270 @@
+"""A session: the engine of all ranks, driven from one process.
+
+    with train.session(config) as engine:
+        engine.forward_backward(batch, "ppo", clip=0.2)
+        engine.update()
+
+The ranks are processes that a driver starts, on this machine or on Ray, as those of a run (train/loop/session_rank.py). Rank 0 connects to
+this process, which knows it by a key that lies in the session's folder, and hands every call to the others. Calls and answers are JSON
+and tensors in the bytes of safetensors: nothing is unpickled.
+
+A call that is refused leaves the session as it was. One that fails on a rank ends it: the driver names the rank and the cause, and so does
+the error that is raised here.
+"""
+
+import dataclasses
+import json
+import os
+import secrets
+import subprocess
+import sys
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
+from pathlib import Path
+from socket import create_server
+from types import TracebackType
+from typing import Any, NoReturn
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from cluster.interfaces import ANYWHERE, address_to
+from cluster.spawn import spawn
+from conf.errors import UserError
+from conf.files import open_lock, try_lock
+from conf.load import write_config
+from conf.run_paths import RunPaths
+from conf.schema import Config
+from parallel.update_result import Update
+from train.data.batch import Batch
+from train.loop.layout_check import check_layout
+from train.loop.measure import MeasuredStep
+from train.loop.stop import StopKind
+from train.loop.training_engine import StepOutcome, StepTotal, total_of
+from train.program import environment_of_children
+
+SESSION_FOLDER, ADDRESS_FILE, OUTPUT = "session", "address.json", "output.log"
+"""In the run's folder; in that the address of this process, and what the driver and rank 0 print."""
+LOOK_SECONDS = 0.2
+"""Seconds between looks at the ranks while this process waits for them."""
+END_SECONDS = 20.0
+"""Seconds that ranks get to end by themselves."""
+
+
+class SessionFailed(RuntimeError):
+    """The ranks of a session have ended. The text says which one failed first, and why."""
+
+
+@contextmanager
+def session(config: Config) -> "Iterator[Session]":
+    """Start the ranks of a layout, each with an engine as `open_engine` makes it, and drive them from here. Nothing of them is left
+    afterwards. Raises UserError for what is refused, and SessionFailed where a rank fails.
+    """
+    check_layout(config)
+    folder = RunPaths(config).path / SESSION_FOLDER
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    lock = open_lock(folder / "lock")
+    try:
+        if not try_lock(lock):
+            raise UserError("name", config.name, f"has a session already: {folder} is in use", "give another name=")
+        with Session(config, folder) as opened:
+            yield opened
+    finally:
+        os.close(lock)
+
+
+class Session:
+    """The methods of `Engine` for all ranks together: a batch is that of all data-parallel ranks, in their order. Numbers and tensors
+    come back.
+    """
+
+    def __init__(self, config: Config, folder: Path):
+        self._config, self._folder = config, folder
+        self.step = 0
+        """Steps that are made."""
+        self._link: Connection | None = None
+        self._driver: subprocess.Popen | None = None
+
+    def forward_backward(
+        self,
+        batch: Batch,
+        loss: str | Callable[..., Tensor] = "cross_entropy",
+        *,
+        last: bool = True,
+        total: StepTotal | None = None,
+        terms: Collection[str] | None = None,
+        **settings: float,
+    ) -> None:
+        """See `Engine.forward_backward`. loss: a name, the import path of a function, or a function that can be imported by the ranks."""
+        name = loss if isinstance(loss, str) else _import_path(loss)
+        more = {"loss": name, "last": last, "total": total, "terms": None if terms is None else [*terms]}
+        self._call("forward_backward", {**more, "settings": settings}, _plain(batch))
+
+    def update(self, step: int | None = None, *, lr: float | None = None) -> StepOutcome:
+        """See `Engine.update`."""
+        said, tensors = self._call("update", {"step": step, "lr": lr})
+        self.step = said["step"]
+        measured = MeasuredStep(**said["measured"], **tensors, stop=StopKind.none)
+        return StepOutcome(measured, Update(**said["update"]), torch.empty(0))
+
+    def discard(self) -> None:
+        """See `Engine.discard`."""
+        self._call("discard", {})
+
+    def logprobs(self, batch: Batch) -> Tensor:
+        """See `Engine.logprobs`."""
+        return self._call("logprobs", {}, _plain(batch))[1]["logprobs"]
+
+    def count(self, batches: Sequence[Batch]) -> StepTotal:
+        """See `Engine.count`."""
+        return total_of(batches)
+
+    def save(self, folder: Path | str) -> Path:
+        """See `Engine.save`."""
+        return Path(self._call("save", {"folder": str(Path(folder).expanduser().absolute())})[0]["path"])
+
+    def load(self, path: Path | str) -> None:
+        """See `Engine.load`."""
+        self.step = self._call("load", {"path": str(Path(path).expanduser().absolute())})[0]["step"]
+
+    def weights(
+        self, *, merged: bool = True, stacked: bool = False, dtype: torch.dtype | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
+        """See `Engine.weights`. Take all of them before the next call."""
+        named = None if dtype is None else str(dtype).removeprefix("torch.")
+        self._send("weights", {"merged": merged, "stacked": stacked, "dtype": named})
+        while True:
+            said, tensors = self._answer()
+            if said["done"]:
+                return
+            yield from tensors.items()
+
+    # The ranks
+
+    def __enter__(self) -> "Session":
+        try:
+            self._start()
+        except BaseException:
+            self._end(at_once=True)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end(at_once=error is not None)
+
+    def _start(self) -> None:
+        config_path = self._folder / "config.yaml"
+        write_config(self._config, str(config_path))
+        cluster = self._config.cluster
+        host = address_to(ANYWHERE) if cluster.backend == "ray" and cluster.address else "127.0.0.1"
+        key = secrets.token_bytes(32)
+        with create_server((host, 0)) as server, open(self._folder / OUTPUT, "wb") as output:
+            server.settimeout(LOOK_SECONDS)
+            address = {"host": host, "port": server.getsockname()[1], "key": key.hex()}
+            (self._folder / ADDRESS_FILE).unlink(missing_ok=True)
+            os.close(os.open(self._folder / ADDRESS_FILE, os.O_CREAT | os.O_EXCL, 0o600))
+            (self._folder / ADDRESS_FILE).write_text(json.dumps(address))
+            command = [sys.executable, "-m", "train.loop.session_rank", str(config_path)]
+            self._driver = spawn(command, os.environ | environment_of_children(), output)
+            while self._link is None:
+                with suppress(TimeoutError, AuthenticationError, EOFError, ConnectionError):
+                    link = Connection(server.accept()[0].detach())
+                    deliver_challenge(link, key)
+                    answer_challenge(link, key)
+                    self._link = link
+                if self._link is None:
+                    self._require_ranks()
+        (self._folder / ADDRESS_FILE).unlink()
+        self.step = self._answer()[0]["step"]
+
+    def _call(self, method: str, said: dict[str, Any], tensors: dict[str, Tensor] | None = None) -> tuple[dict, dict]:
+        self._send(method, said, tensors)
+        return self._answer()
+
+    def _send(self, method: str, said: dict[str, Any], tensors: dict[str, Tensor] | None = None) -> None:
+        if self._link is None:
+            raise UserError("session", method, "the session has ended", "open another one: with train.session(config)")
+        with suppress(ConnectionError):  # the answer tells why
+            self._link.send_bytes(json.dumps({"method": method, **said}).encode())
+            self._link.send_bytes(save(tensors or {}))
+
+    def _answer(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What rank 0 says. Raises UserError for a call that is refused."""
+        assert self._link is not None
+        try:
+            while not self._link.poll(LOOK_SECONDS):
+                self._require_ranks()
+            said, tensors = json.loads(self._link.recv_bytes()), load(self._link.recv_bytes())
+        except (EOFError, ConnectionError):
+            self._fail()
+        if refused := said.get("refused"):
+            raise UserError(*refused)
+        return said, tensors
+
+    def _require_ranks(self) -> None:
+        assert self._driver is not None
+        if self._driver.poll() is not None:
+            self._fail()
+
+    def _fail(self) -> NoReturn:
+        """Rank 0 has gone: raise what the driver says of that."""
+        driver, self._driver = self._driver, None
+        if self._link is not None:
+            self._link.close()
+            self._link = None
+        assert driver is not None
+        with suppress(subprocess.TimeoutExpired):
+            driver.wait(END_SECONDS)
+        _kill(driver)
+        said = (self._folder / OUTPUT).read_text(errors="replace").strip()
+        raise SessionFailed(said[-8000:] or f"the ranks ended with exit code {driver.returncode}; logs: {self._folder}")
+
+    def _end(self, at_once: bool) -> None:
+        """Let the ranks end, or make them."""
+        if self._link is not None:
+            self._link.close()  # which rank 0 takes as the end
+            self._link = None
+        driver, self._driver = self._driver, None
+        if driver is None:
+            return
+        if at_once:
+            driver.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            driver.wait(END_SECONDS)
+        _kill(driver)
+
+
+def _kill(driver: subprocess.Popen) -> None:
+    """The kernel ends its ranks with it."""
+    if driver.poll() is None:
+        driver.kill()
+        driver.wait()
+
+
+def _plain(batch: Batch) -> dict[str, Tensor]:
+    """The tensors of a batch by name; those per token with a dot."""
+    named = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch) if field.name != "tensors"}
+    given = {name: tensor for name, tensor in named.items() if tensor is not None}
+    return {
+        name: tensor.contiguous()
+        for name, tensor in {**given, **{f"tensors.{n}": t for n, t in batch.tensors.items()}}.items()
+    }
+
+
+def batch_of(tensors: dict[str, Tensor]) -> Batch:
+    """A batch from what was sent of it."""
+    per_token = {name.removeprefix("tensors."): tensor for name, tensor in tensors.items() if "." in name}
+    return Batch(**{name: tensor for name, tensor in tensors.items() if "." not in name}, tensors=per_token)
+
+
+def _import_path(loss: Callable[..., Tensor]) -> str:
+    path = f"{loss.__module__}.{getattr(loss, '__qualname__', '<locals>')}"
+    if loss.__module__ == "__main__" or "<" in path:
+        rule = "must be a function of a module that the ranks can import"
+        raise UserError("loss", path, rule, "put it into a file of its own, and give its import path")
+    return path

@@ -1,0 +1,190 @@
+"""The ranks of a session (train/loop/session.py). `python -m train.loop.session_rank CONFIG` is their driver, and each rank that it starts.
+
+Rank 0 takes calls from the process that controls the session, and all ranks do them. What can be refused is refused by all of them
+alike, before anything is computed: they look at the whole batch, of which each then takes its share.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from multiprocessing.connection import Client, Connection
+from pathlib import Path
+from typing import Any
+
+from cluster.farewell import leave  # before libraries, see there
+
+import train.kernels.cpu.tuned  # noqa: F401  before torch allocates anything
+
+# isort: split
+import torch
+import torch.distributed as dist
+from safetensors.torch import load, save
+from torch import Tensor
+
+from cluster.launch import given_run, launch
+from cluster.place import Place, given_place
+from conf.disk import disk_errors
+from conf.errors import EXIT_OK, UserError
+from conf.load import read_config
+from conf.schema import Config
+from parallel.exchange import patient_group
+from train.data.batch import Batch
+from train.loop.open_engine import open_engine
+from train.loop.session import ADDRESS_FILE, batch_of
+from train.loop.training_engine import Engine, StepTotal
+from train.rank import PREPARATION, guarded
+
+Answer = tuple[dict[str, Any], dict[str, Tensor]]
+"""What rank 0 says: plain values, and tensors by name."""
+
+
+class SessionRank:
+    """Does the calls of a session on one rank."""
+
+    def __init__(self, config: Config, engine: Engine, link: Connection | None, group: dist.ProcessGroup):
+        """link: to the controlling process, on rank 0. group: of all ranks, patient, as that process may think for hours."""
+        self._config, self._engine, self._link, self._group = config, engine, link, group
+        self._sharing = config.parallel.dp
+        self._calls: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], Answer]] = {
+            "forward_backward": self._forward_backward,
+            "update": self._update,
+            "discard": self._discard,
+            "logprobs": self._logprobs,
+            "save": self._save,
+            "load": self._load,
+            "weights": self._weights,
+        }
+
+    def serve(self) -> None:
+        """Until the controlling process closes the session, or is gone."""
+        self._say({"step": self._engine.step})
+        while said := self._broadcast(self._receive):
+            tensors = load(self._broadcast(self._receive))
+            order = json.loads(said)
+            method = order.pop("method")
+            try:
+                answer = self._calls[method](order, tensors)
+            except UserError as error:
+                given = [error.field, str(error.value), error.rule, error.cure]
+                self._say({"refused": given})
+            else:
+                self._say(*answer)
+
+    def _forward_backward(self, order: dict[str, Any], tensors: dict[str, Tensor]) -> Answer:
+        batch, total = self._share(batch_of(tensors)), order["total"]
+        more = {"last": order["last"], "terms": order["terms"], **order["settings"]}
+        self._engine.forward_backward(batch, order["loss"], total=None if total is None else StepTotal(*total), **more)
+        return {}, {}
+
+    def _update(self, order: dict[str, Any], _: dict[str, Tensor]) -> Answer:
+        outcome = self._engine.update(order["step"], lr=order["lr"])
+        measured = {name: value for name, value in vars(outcome.measured).items() if name != "stop"}
+        tensors = {name: measured.pop(name) for name in ("loads_LE", "biases_LE")}
+        return {"step": self._engine.step, "measured": measured, "update": asdict(outcome.update)}, tensors
+
+    def _discard(self, *_: Any) -> Answer:
+        self._engine.discard()
+        return {}, {}
+
+    def _logprobs(self, _: dict[str, Any], tensors: dict[str, Tensor]) -> Answer:
+        batch, mesh = batch_of(tensors), self._engine.mesh
+        mine, found_BS = self._share(batch), torch.zeros(batch.tokens_BS.shape)
+        values_BS, rows = self._engine.logprobs(mine), len(mine.tokens_BS)
+        if mesh.pp_rank == 0 and mesh.cp_rank == 0:
+            found_BS[mesh.dp_rank * rows : (mesh.dp_rank + 1) * rows] = values_BS
+        dist.all_reduce(found_BS, group=self._group)
+        return {}, {"logprobs": found_BS}
+
+    def _save(self, order: dict[str, Any], _: dict[str, Tensor]) -> Answer:
+        return {"path": str(self._engine.save(Path(order["folder"])))}, {}
+
+    def _load(self, order: dict[str, Any], _: dict[str, Tensor]) -> Answer:
+        self._engine.load(Path(order["path"]))
+        return {"step": self._engine.step}, {}
+
+    def _weights(self, order: dict[str, Any], _: dict[str, Tensor]) -> Answer:
+        dtype = None if order["dtype"] is None else getattr(torch, order["dtype"])
+        for name, tensor in self._engine.weights(merged=order["merged"], stacked=order["stacked"], dtype=dtype):
+            self._say({"done": False}, {name: tensor.cpu().contiguous()})
+        return {"done": True}, {}
+
+    def _share(self, batch: Batch) -> Batch:
+        """The rows of this data-parallel rank, of a batch that every rank finds sound. Raises UserError on all ranks alike."""
+        rows, least = len(batch.tokens_BS), self._sharing * self._config.micro_batch_size
+        if rows % least or not rows:
+            rule = f"must be a multiple of {least}: micro_batch_size={self._config.micro_batch_size} on each of {self._sharing} data-parallel ranks"
+            raise UserError("batch.tokens_BS", f"{rows} sequences", rule, "fill up with sequences of document -1")
+        self._engine.check(batch, rows // least)
+        size = rows // self._sharing
+        mine = slice(self._engine.mesh.dp_rank * size, (self._engine.mesh.dp_rank + 1) * size)
+
+        def cut(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[mine]
+
+        return replace(
+            batch,
+            tokens_BS=batch.tokens_BS[mine],
+            documents_BS=cut(batch.documents_BS),
+            supervised_BS=cut(batch.supervised_BS),
+            experts_BTLK=cut(batch.experts_BTLK),
+            tensors={name: tensor[mine] for name, tensor in batch.tensors.items()},
+        )
+
+    def _receive(self) -> bytes:
+        """On rank 0; nothing once the session is over."""
+        assert self._link is not None
+        try:
+            return self._link.recv_bytes()
+        except (EOFError, ConnectionError):
+            return b""
+
+    def _say(self, said: dict[str, Any], tensors: dict[str, Tensor] | None = None) -> None:
+        if self._link is not None:
+            self._link.send_bytes(json.dumps(said).encode())
+            self._link.send_bytes(save({name: tensor.contiguous() for name, tensor in (tensors or {}).items()}))
+
+    def _broadcast(self, make: Callable[[], bytes]) -> bytes:
+        """What rank 0 makes, on every rank."""
+        data = make() if self._link is not None else b""
+        length = torch.tensor([len(data)])
+        dist.broadcast(length, 0, group=self._group)
+        if not int(length):
+            return b""
+        text = (
+            torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            if data
+            else torch.empty(int(length), dtype=torch.uint8)
+        )
+        dist.broadcast(text, 0, group=self._group)
+        return text.numpy().tobytes()
+
+
+def run_rank(config: Config, place: Place, folder: Path) -> int:
+    """One rank until the session ends; returns the exit code. folder: of the session."""
+    return guarded(place, folder / "logs", disk_errors(config)(lambda: _run(config, place, folder)))
+
+
+def _run(config: Config, place: Place, folder: Path) -> int:
+    link = None
+    if place.rank == 0:
+        address = json.loads((folder / ADDRESS_FILE).read_text())
+        link = Client((address["host"], address["port"]), authkey=bytes.fromhex(address["key"]))
+    engine = open_engine(config, place)
+    with patient_group(PREPARATION) as group:
+        SessionRank(config, engine, link, group).serve()
+    return EXIT_OK
+
+
+def main() -> int:
+    folder = Path(sys.argv[1]).parent
+    if given_place() is not None:
+        config, place = given_run()
+        return run_rank(config, place, folder)
+    config = read_config(sys.argv[1])
+    command = [sys.executable, "-m", "train.loop.session_rank", sys.argv[1]]
+    return launch(config, folder, command, lambda config, place: run_rank(config, place, folder), alone=False)
+
+
+if __name__ == "__main__":
+    sys.exit(leave(main()))
