@@ -42,4 +42,8 @@ def __getattr__(name: str) -> Any:
 
     if told := other_system():
         raise ImportError(told)
-    return getattr(import_module(FOR_LOOPS.get(name, "train.api")), name)
+    if name in FOR_LOOPS:
+        return getattr(import_module(FOR_LOOPS[name]), name)
+    from train import api
+
+    return getattr(api, name)

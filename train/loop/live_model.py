@@ -6,20 +6,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from cluster.got_on import got_on
 from torch import Tensor
 
+from cluster.comm_ring import got_on
 from cluster.run_files import step_name
 from conf.changed_settings import settings_of
 from conf.errors import UserError
 from conf.schema import Config
 from parallel.exchange import from_rank_0
-from train.checkpoint.adapter_base import require_adapter
 from train.checkpoint.checkpointer import Checkpointer
 from train.checkpoint.commit import next_attempt
 from train.checkpoint.manifest import read_manifest
 from train.checkpoint.read_shards import FolderFiles, fill_shards
-from train.checkpoint.trained_with import require_model
+from train.checkpoint.trained_with import require_adapter, require_model
 from train.generate.decoder import Decoder, RoutingTap
 from train.generate.generation import DrawnText, Generation, Limits
 from train.generate.sampling import Sampler

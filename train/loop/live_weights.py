@@ -16,7 +16,7 @@ from torch import Tensor
 from conf.errors import UserError
 from conf.schema import BaseFormat, Config
 from parallel.shard import Shard
-from train.hf.adapter_names import AdaptedTensor, adapted_tensors
+from train.hf.adapter_folder import AdaptedTensor, adapted_tensors
 from train.hf.tensor_names import PlacedTensor, tensors
 from train.kernels.precision import activation_dtype
 from train.loop.state import RunState

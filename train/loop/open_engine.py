@@ -20,7 +20,7 @@ from train.rank import set_up_rank
 
 def open_engine(config: Config, place: Place | None = None) -> Engine:
     """The engine of this rank. Collective over all ranks: RANK and WORLD_SIZE say which this is, as torchrun sets them; without them it is
-    the only one. A process opens one engine.
+    the only one. A process may open several, of as many ranks.
 
     The weights are those of `resume` if it names a checkpoint, else those of `init_from`, else drawn from the seed. Data and run folder are
     the caller's own. Raises UserError.

@@ -48,9 +48,9 @@ from train.program import environment_of_children
 
 SESSION_FOLDER, ADDRESS_FILE, OUTPUT = "session", "address.json", "output.log"
 """In the run's folder; in that the address of this process, and what the driver and rank 0 print."""
-LOOK_SECONDS = 0.2
+SESSION_LOOK_SECONDS = 0.2
 """Seconds between looks at the ranks while this process waits for them."""
-END_SECONDS = 20.0
+SESSION_END_SECONDS = 20.0
 """Seconds that ranks get to end by themselves."""
 
 
@@ -164,7 +164,7 @@ class Session:
         host = address_to(ANYWHERE) if cluster.backend == "ray" and cluster.address else "127.0.0.1"
         key = secrets.token_bytes(32)
         with create_server((host, 0)) as server, open(self._folder / OUTPUT, "wb") as output:
-            server.settimeout(LOOK_SECONDS)
+            server.settimeout(SESSION_LOOK_SECONDS)
             address = {"host": host, "port": server.getsockname()[1], "key": key.hex()}
             (self._folder / ADDRESS_FILE).unlink(missing_ok=True)
             os.close(os.open(self._folder / ADDRESS_FILE, os.O_CREAT | os.O_EXCL, 0o600))
@@ -197,7 +197,7 @@ class Session:
         """What rank 0 says. Raises UserError for a call that is refused."""
         assert self._link is not None
         try:
-            while not self._link.poll(LOOK_SECONDS):
+            while not self._link.poll(SESSION_LOOK_SECONDS):
                 self._require_ranks()
             said, tensors = json.loads(self._link.recv_bytes()), load(self._link.recv_bytes())
         except (EOFError, ConnectionError):
@@ -219,7 +219,7 @@ class Session:
             self._link = None
         assert driver is not None
         with suppress(subprocess.TimeoutExpired):
-            driver.wait(END_SECONDS)
+            driver.wait(SESSION_END_SECONDS)
         _kill(driver)
         said = (self._folder / OUTPUT).read_text(errors="replace").strip()
         raise SessionFailed(said[-8000:] or f"the ranks ended with exit code {driver.returncode}; logs: {self._folder}")
@@ -235,7 +235,7 @@ class Session:
         if at_once:
             driver.terminate()
         with suppress(subprocess.TimeoutExpired):
-            driver.wait(END_SECONDS)
+            driver.wait(SESSION_END_SECONDS)
         _kill(driver)
 
 

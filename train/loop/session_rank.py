@@ -12,9 +12,8 @@ from multiprocessing.connection import Client, Connection
 from pathlib import Path
 from typing import Any
 
-from cluster.farewell import leave  # before libraries, see there
-
 import train.kernels.cpu.tuned  # noqa: F401  before torch allocates anything
+from cluster.interrupts import leave  # before libraries, see there
 
 # isort: split
 import torch

@@ -43,7 +43,7 @@ from train.loop.stop import StopKind
 from train.model.count import moe_layers
 from train.model.deepseek import DeepSeekV3
 from train.model.router import update_bias
-from train.model.token_losses import NEEDED_TENSORS, TOKEN_LOSSES, TokenLoss, cross_entropy
+from train.model.token_losses import NEEDED_TENSORS, TOKEN_LOSSES, TokenLoss, negative_logprob
 from train.optim.qk_clip import QKClip
 from train.optim.schedules import Schedules, StepPlan
 from train.rank_parts import ParallelModel, RankSetup
@@ -397,7 +397,7 @@ class Engine:
         if missing := [name for name in NEEDED_TENSORS.get(loss, ()) if name not in batch.tensors]:
             rule = f"must be among the batch's tensors for {loss.__name__}: {', '.join(NEEDED_TENSORS[loss])}"
             raise UserError("batch.tensors", missing[0], rule, "add it to the batch")
-        if loss is cross_entropy and not batch.tensors:
+        if loss is negative_logprob and not batch.tensors:
             return None
         return partial(loss, **settings) if settings else loss
 

@@ -166,7 +166,7 @@ class Positions:
 
     @cached_property
     def experts_here_BTLK(self) -> Tensor | None:
-        """Those of the positions here."""
+        """`experts_BTLK` of the positions here."""
         return None if self.experts_BTLK is None else self.take(self.experts_BTLK)
 
     def learnt_BT(self, supervised_BS: Tensor) -> Tensor:

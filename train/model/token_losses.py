@@ -56,8 +56,8 @@ TokenLoss = Callable[..., Tensor]
 """A loss of tokens, see the top of the file."""
 
 
-def cross_entropy(logprobs_BT: Tensor, tokens: LossTokens) -> Tensor:
-    """-logprob. What pretraining and supervised tuning minimise; without weights and temperatures the head computes it in one piece."""
+def negative_logprob(logprobs_BT: Tensor, tokens: LossTokens) -> Tensor:
+    """-logprob, the cross-entropy. What pretraining and supervised tuning minimise; without weights and temperatures the head computes it in one piece."""
     return -logprobs_BT
 
 
@@ -99,7 +99,8 @@ def kl(logprobs_BT: Tensor, tokens: LossTokens) -> Tensor:
 
 
 TOKEN_LOSSES: dict[str, TokenLoss] = {
-    loss.__name__: loss for loss in (cross_entropy, importance_sampling, ppo, cispo, gspo, kl)
+    "cross_entropy": negative_logprob,
+    **{loss.__name__: loss for loss in (importance_sampling, ppo, cispo, gspo, kl)},
 }
 """Losses by the names that the engine takes."""
 _POLICY = ("advantages", "old_logprobs")
