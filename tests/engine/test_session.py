@@ -101,7 +101,7 @@ def test_a_dead_rank_ends_the_call_with_its_name_and_ctrl_c_leaves_nothing(tmp_p
         raise KeyboardInterrupt
     assert children() <= before
     assert not list(Path(tmp_path).glob("*/session/address.json"))
-    with pytest.raises(SessionFailed, match="killed"), train.session(config) as engine:
+    with pytest.raises(SessionFailed, match="SIGKILL"), train.session(config) as engine:
         engine.forward_backward(batch, dying)
 
 
