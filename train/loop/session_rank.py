@@ -34,7 +34,7 @@ from train.loop.session import ADDRESS_FILE, batch_of
 from train.loop.training_engine import Engine, StepTotal
 from train.rank import PREPARATION, guarded
 
-Answer = tuple[dict[str, Any], dict[str, Tensor]]
+SessionAnswer = tuple[dict[str, Any], dict[str, Tensor]]
 """What rank 0 says: plain values, and tensors by name."""
 
 
@@ -45,7 +45,7 @@ class SessionRank:
         """link: to the controlling process, on rank 0. group: of all ranks, patient, as that process may think for hours."""
         self._config, self._engine, self._link, self._group = config, engine, link, group
         self._sharing = config.parallel.dp
-        self._calls: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], Answer]] = {
+        self._calls: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], SessionAnswer]] = {
             "forward_backward": self._forward_backward,
             "update": self._update,
             "discard": self._discard,
@@ -70,23 +70,23 @@ class SessionRank:
             else:
                 self._say(*answer)
 
-    def _forward_backward(self, order: dict[str, Any], tensors: dict[str, Tensor]) -> Answer:
+    def _forward_backward(self, order: dict[str, Any], tensors: dict[str, Tensor]) -> SessionAnswer:
         batch, total = self._share(batch_of(tensors)), order["total"]
         more = {"last": order["last"], "terms": order["terms"], **order["settings"]}
         self._engine.forward_backward(batch, order["loss"], total=None if total is None else StepTotal(*total), **more)
         return {}, {}
 
-    def _update(self, order: dict[str, Any], _: dict[str, Tensor]) -> Answer:
+    def _update(self, order: dict[str, Any], _: dict[str, Tensor]) -> SessionAnswer:
         outcome = self._engine.update(order["step"], lr=order["lr"])
         measured = {name: value for name, value in vars(outcome.measured).items() if name != "stop"}
         tensors = {name: measured.pop(name) for name in ("loads_LE", "biases_LE")}
         return {"step": self._engine.step, "measured": measured, "update": asdict(outcome.update)}, tensors
 
-    def _discard(self, *_: Any) -> Answer:
+    def _discard(self, *_: Any) -> SessionAnswer:
         self._engine.discard()
         return {}, {}
 
-    def _logprobs(self, _: dict[str, Any], tensors: dict[str, Tensor]) -> Answer:
+    def _logprobs(self, _: dict[str, Any], tensors: dict[str, Tensor]) -> SessionAnswer:
         batch, mesh = batch_of(tensors), self._engine.mesh
         mine, found_BS = self._share(batch), torch.zeros(batch.tokens_BS.shape)
         values_BS, rows = self._engine.logprobs(mine), len(mine.tokens_BS)
@@ -95,14 +95,14 @@ class SessionRank:
         dist.all_reduce(found_BS, group=self._group)
         return {}, {"logprobs": found_BS}
 
-    def _save(self, order: dict[str, Any], _: dict[str, Tensor]) -> Answer:
+    def _save(self, order: dict[str, Any], _: dict[str, Tensor]) -> SessionAnswer:
         return {"path": str(self._engine.save(Path(order["folder"])))}, {}
 
-    def _load(self, order: dict[str, Any], _: dict[str, Tensor]) -> Answer:
+    def _load(self, order: dict[str, Any], _: dict[str, Tensor]) -> SessionAnswer:
         self._engine.load(Path(order["path"]))
         return {"step": self._engine.step}, {}
 
-    def _weights(self, order: dict[str, Any], _: dict[str, Tensor]) -> Answer:
+    def _weights(self, order: dict[str, Any], _: dict[str, Tensor]) -> SessionAnswer:
         dtype = None if order["dtype"] is None else getattr(torch, order["dtype"])
         for name, tensor in self._engine.weights(merged=order["merged"], stacked=order["stacked"], dtype=dtype):
             self._say({"done": False}, {name: tensor.cpu().contiguous()})
