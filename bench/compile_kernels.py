@@ -21,7 +21,8 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -115,12 +116,6 @@ def compile_all(architectures: tuple[int, ...] = ARCHITECTURES) -> dict[tuple[st
     return found
 
 
-def compile_products() -> dict[str, Binary]:
-    """The FP8 products alone, for Hopper, by name."""
-    kernels = {name: _last_of(call, 90) for name, call in products_of().items()}
-    return dict(zip(kernels, _read(list(kernels.values()), 90), strict=True))
-
-
 def _last_of(call: Callable, architecture: int) -> triton.compiler.CompiledKernel:
     """The kernel that a call launches, the last where it launches several."""
     with compiling(architecture) as compiled:
@@ -130,7 +125,7 @@ def _last_of(call: Callable, architecture: int) -> triton.compiler.CompiledKerne
 
 def variants() -> dict[str, Callable]:
     """The calls of the FP8 engine that differ in what is compiled: formats of the input, of the scales, layouts of the result."""
-    x, wide = torch.empty(ROWS, HIDDEN, dtype=torch.bfloat16), torch.empty(ROWS, HIDDEN)
+    x = torch.empty(ROWS, HIDDEN, dtype=torch.bfloat16)
     q, scale = torch.empty(ROWS, HIDDEN, dtype=E4M3.dtype), torch.empty(HIDDEN // TILE, ROWS).t()
     weight, experts = x[:WIDTH], torch.empty(4, 2 * WIDTH, HIDDEN, dtype=torch.bfloat16)
     h, da = torch.empty(ROWS, 2 * WIDTH, dtype=torch.bfloat16), torch.empty(ROWS, WIDTH, dtype=torch.bfloat16)
@@ -153,43 +148,36 @@ def variants() -> dict[str, Callable]:
         "wgrad of experts, bf16, added": lambda: grouped_weight_gradient(h, x, ends, sums),
         "squares": lambda: triton_adamw.squares_of_chunks([shard]),
         "sums of squares": lambda: triton_adamw.sums_of_squares([shard]),
-        "swiglu_bwd": lambda: kernels.swiglu_backward(h, gates, da),
         "swiglu_bwd, FP8 in": lambda: kernels.swiglu_backward(h_q, gates, da, h_scale),
         "e5m6": lambda: kernels.quantize_e5m6(x, Cast(E5M6, (1, TILE), True)),
         "decode_e5m6": lambda: kernels.decode_e5m6(packed, scale, ROWS),
         "columns, E5M6 in": lambda: kernels.quantize_columns(packed, Cast(E4M3, (TILE, 1), False), scale),
     }
-    for pow2 in (False, True):
-        tiles, columns, blocks = (Cast(E4M3, block, pow2) for block in ((1, TILE), (TILE, 1), (TILE, TILE)))
-        calls |= {
-            f"{name}{', UE8M0' if pow2 else ''}": call
-            for name, call in {
-                "tiles": lambda cast=tiles: kernels.quantize_tiles(x, cast),
-                "tiles, fp32 in": lambda cast=tiles: kernels.quantize_tiles(wide, cast),
-                "tiles, FP8 in": lambda cast=tiles: kernels.quantize_tiles(q, cast, scale),
-                "columns": lambda cast=columns: kernels.quantize_columns(x, cast),
-                "columns, FP8 in": lambda cast=columns: kernels.quantize_columns(q, cast, scale),
-                "columns of experts": lambda cast=columns: kernels.quantize_columns(x, cast, ends_E=ends),
-                "columns of experts, FP8 in": lambda cast=columns: kernels.quantize_columns(
-                    q, cast, scale, ends_E=ends
-                ),
-                "both": lambda casts=(tiles, columns): kernels.quantize_both(x, *casts),
-                "both of experts": lambda casts=(tiles, columns): kernels.quantize_both(x, *casts, ends),
-                "columns again": lambda casts=(tiles, columns): kernels.quantize_again(x, *casts),
-                "columns, grouped": lambda cast=columns: kernels.quantize_columns(x, cast, None, groups),
-                "columns, grouped, FP8 in": lambda cast=columns: kernels.quantize_columns(q, cast, scale, groups),
-                "blocks": lambda cast=blocks: kernels.quantize_blocks(weight, cast, False),
-                "blocks, transposed": lambda cast=blocks: kernels.quantize_blocks(weight, cast, True),
-                "blocks of experts": lambda cast=blocks: kernels.quantize_blocks(experts, cast, False),
-                "blocks of experts, transposed": lambda cast=blocks: kernels.quantize_blocks(experts, cast, True),
-                "swiglu": lambda cast=tiles: kernels.swiglu_tiles(h, gates, cast),
-                "swiglu, h kept": lambda cast=tiles: kernels.swiglu_tiles(h, gates, cast, cast),
-            }.items()
-        }
+    tiles, columns, blocks = (Cast(E4M3, block, False) for block in ((1, TILE), (TILE, 1), (TILE, TILE)))
+    calls |= {
+        f"{name}{', UE8M0' if cast.pow2 else ''}": partial(kernel, *given, cast, *more)
+        for cast in (tiles, replace(tiles, pow2=True))
+        for name, kernel, given, more in (
+            ("tiles", kernels.quantize_tiles, (x,), ()),
+            ("both", kernels.quantize_both, (x,), (columns,)),
+            ("both of experts", kernels.quantize_both, (x,), (columns, ends)),
+            ("swiglu", kernels.swiglu_tiles, (h, gates), (tiles,)),
+        )
+    } | {
+        "columns": lambda: kernels.quantize_columns(x, columns),
+        "columns, FP8 in": lambda: kernels.quantize_columns(q, columns, scale),
+        "columns of experts": lambda: kernels.quantize_columns(x, columns, ends_E=ends),
+        "columns of experts, FP8 in": lambda: kernels.quantize_columns(q, columns, scale, ends_E=ends),
+        "columns, grouped": lambda: kernels.quantize_columns(x, columns, None, groups),
+        "columns, grouped, FP8 in": lambda: kernels.quantize_columns(q, columns, scale, groups),
+        "blocks": lambda: kernels.quantize_blocks(weight, blocks, False),
+        "blocks, transposed": lambda: kernels.quantize_blocks(weight, blocks, True),
+        "blocks of experts": lambda: kernels.quantize_blocks(experts, blocks, False),
+        "blocks of experts, transposed": lambda: kernels.quantize_blocks(experts, blocks, True),
+    }
     mx, exponents = Cast(E4M3, (1, MX_TILE), True), torch.empty(ROWS, HIDDEN // MX_TILE, dtype=torch.float8_e8m0fnu)
     calls |= {
         "mx": lambda: kernels.quantize_mx(x, mx),
-        "mx, fp32 in": lambda: kernels.quantize_mx(wide, mx),
         "mx, transposed": lambda: kernels.quantize_mx(x.mT, mx),
         "mx, transposed, FP8 in": lambda: kernels.quantize_mx(q.mT, mx, exponents),
         "mx, transposed, rows of experts": lambda: kernels.quantize_mx(x.mT, mx, None, ends),

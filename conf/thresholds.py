@@ -25,8 +25,8 @@ class Thresholds:
     logits: int = 1 << 18
     """Logits in fp32 at a time on CPU: 1 MiB."""
     product_tiles: int = 400
-    """Tiles of 128x128 of an FP8 product of experts from which a program of a GPU takes two that are neighbours. It takes 1.6 times as long
-    for them (`python -m bench.fp8_model`): with fewer tiles, half as many programs keep 132 multiprocessors busy for no less time."""
+    """Tiles of 128x128 of an FP8 product of experts from which a program of a GPU takes two that are neighbours. By an estimate
+    it takes 1.6 times as long for them: with fewer tiles, half as many programs keep 132 multiprocessors busy for no less time."""
     expert_rows: int = 32
     """To whose multiples the rows of an expert are rounded up. 16 and 64 are as fast: more kernels, or more added rows."""
     stays_bytes: int = 1 << 10

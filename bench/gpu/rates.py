@@ -17,9 +17,7 @@ from bench.gpu.machine import Machine
 from bench.gpu.timing import median_seconds
 from conf.errors import UserError
 from conf.load import compose
-from train.kernels.fp8.cast_rules import OperandRule
-from train.kernels.fp8.formats import E4M3
-from train.kernels.fp8.grouped_products import PaddedOperand
+from train.kernels.fp8.hopper import PaddedOperand
 from train.kernels.precision import build_precision
 
 DENSE = {
@@ -160,7 +158,6 @@ def quantisers(machine: Machine) -> Finding:
             lambda: engine.swiglu(h, gates, TILES, TILES.cast()),
             3 * h.numel() + h.numel() // 2,
         ),
-        "tensor": (lambda: engine.operand(x, OperandRule(E4M3, "tensor", False, 1e-4)), 3 * x.numel()),
     }
     rows = [[name, *rates(machine, {"": work}, moved)] for name, (work, moved) in works.items()]
     return Finding({}, table=[["quantiser, 8192 x 7168", "TB/s"], *rows])

@@ -58,11 +58,9 @@ ELSEWHERE = {
     "compile_kernels": "tests/bench/test_compile_kernels.py",
     "gpu": "tests/bench/gpu/test_dry.py",
     "faults_named": "tests/bench/test_faults_named.py",
-    "fp8_model": "tests/bench/test_fp8_model.py",
     "growth": "tests/bench/test_growth.py",
     "hf_memory": "tests/hf/test_memory.py",
     "slow_runs": "tests/bench/test_slow_runs.py",
-    "pair_budget": "tests/bench/test_pair_budget.py",
     "startup": "tests/bench/test_growth.py",
 }
 """Tests that run the whole command."""

@@ -9,7 +9,7 @@ from conf.load import compose
 from tests.small import SMALL
 from train.kernels.choice import build_kernels
 from train.kernels.fp8.frozen_blocks import BLOCKS, draw_blocks, frozen_blocks, hold_in_blocks
-from train.kernels.fp8.quantize import dequantize_reference, quantize_reference
+from train.kernels.fp8.quantize import dequantize, quantize
 from train.kernels.precision import activation_dtype, build_precision
 from train.model.adapter import LowRankPairs, add_adapters
 from train.model.deepseek import DeepSeekV3
@@ -77,8 +77,8 @@ def test_blocks_give_what_a_base_that_was_rounded_to_them_gives(words):
             keys = [f"1/{name}"] if blocks.experts is None else [f"1/{name}/{index}" for index in blocks.experts]
             for key, matrix in zip(keys, x.view(-1, *x.shape[-2:]), strict=True):
                 draw_normal(matrix, key, rounded.config.init_std)
-        assert (x - quantize_reference(x, BLOCKS).q.float()).abs().max() > 0
-        weight.data.copy_(dequantize_reference(quantize_reference(x, BLOCKS)))
+        assert (x - quantize(x, BLOCKS).q.float()).abs().max() > 0
+        weight.data.copy_(dequantize(quantize(x, BLOCKS)))
         assert blocks.data.nbytes < 1.1 * weight.numel() + 32 * len(blocks.data.view(-1, blocks.matrix_bytes))
     got, want = loss(packed), loss(rounded)
     assert got.item() == want.item()

@@ -23,11 +23,11 @@ from train.kernels.cpu import compiled_products, compiled_rows
 from train.kernels.cpu.compiled_attention import CompiledAttention, _attention_kept, _most_kept
 from train.kernels.cpu.compiled_rows import CompiledHeads
 from train.kernels.cpu.cpp_function import Array, Kernel, Number, Parameter, Struct, Table, rows_of_table
-from train.kernels.fp8 import scaled_products
+from train.kernels.fp8 import compiled_engine
 from train.kernels.fp8.compiled_casts import load_casts
 from train.kernels.fp8.formats import E4M3, E5M2, E5M6, TILE, WHOLE_SIDE, Cast, unpack_e5m6
 from train.kernels.fp8.groups import PaddedGroups
-from train.kernels.fp8.quantize import QuantizedTensor, dequantize_reference, quantize_reference
+from train.kernels.fp8.quantize import QuantizedTensor, dequantize, quantize
 from train.kernels.plain.heads import PlainHeads
 from train.kernels.plain.plain_kernels import PlainKernels
 from train.model.attention import AttentionInput
@@ -451,12 +451,12 @@ def scaled_product(draw: Draw) -> None:
         (left, left_values), (right, right_values) = (
             scaled(draw, placed(draw, normal(1 + draw(counts), contraction))) for _ in range(2)
         )
-        got = scaled_products.product(left, right, dtype)
+        got = compiled_engine.scaled_product(left, right, dtype)
         return check_product(got, left_values, right_values)
     groups = PaddedGroups(torch.tensor(rows_of_experts(draw)))
     left, left_values = scaled(draw, normal(groups.rows, contraction))
     right, right_values = scaled(draw, normal(len(groups.counts), draw(widths), contraction))
-    got = scaled_products.grouped(left, right, groups, dtype)
+    got = compiled_engine.scaled_grouped(left, right, groups, dtype)
     for expert, real in enumerate(groups.real()):
         check_product(got[real], left_values[real], right_values[expert])
     return None
@@ -518,27 +518,27 @@ def same_codes(ours: QuantizedTensor, theirs: QuantizedTensor) -> bool:
 
 def cast_matrices(draw: Draw) -> None:
     x, cast = cast_inputs(draw)
-    reference = quantize_reference(x, cast)
+    reference = quantize(x, cast)
     assert same_codes(load_casts().quantize(x, cast), reference)
     split = load_casts().split(x, cast)
     assert torch.equal(split.scale, reference.scale)
     dtype = draw(st.sampled_from([BF16, FP32]))
-    assert torch.equal(load_casts().fake_quantize(x, cast, dtype), dequantize_reference(reference).to(dtype))
+    assert torch.equal(load_casts().fake_quantize(x, cast, dtype), dequantize(reference).to(dtype))
     codes = QuantizedTensor(
         placed_apart(draw, reference.q), placed_apart(draw, reference.scale), reference.cast, reference.shape
     )
     other = Cast(draw(st.sampled_from([E4M3, E5M6])), (TILE, 1), False)
-    again = quantize_reference(dequantize_reference(reference), other)
-    assert torch.equal(load_casts().fake_quantize(codes, other, dtype), dequantize_reference(again).to(dtype))
+    again = quantize(dequantize(reference), other)
+    assert torch.equal(load_casts().fake_quantize(codes, other, dtype), dequantize(again).to(dtype))
 
 
 def decode_matrices(draw: Draw) -> None:
     x, cast = cast_inputs(draw)
-    reference = quantize_reference(x, cast)
+    reference = quantize(x, cast)
     codes = QuantizedTensor(
         placed_apart(draw, reference.q), placed_apart(draw, reference.scale), reference.cast, reference.shape
     )
-    values, dtype = dequantize_reference(reference), draw(st.sampled_from([BF16, FP32]))
+    values, dtype = dequantize(reference), draw(st.sampled_from([BF16, FP32]))
     assert torch.equal(load_casts().dequantize(codes, dtype), values.to(dtype))
     assert torch.equal(load_casts().dequantize(load_casts().decoded(codes), dtype), values.to(dtype))
 

@@ -11,7 +11,7 @@ from train.kernels.fp8 import hopper, triton_products, triton_quantize
 from train.kernels.fp8.cast_rules import OperandRule
 from train.kernels.fp8.cpu_engine import CpuEngine
 from train.kernels.fp8.formats import E4M3, TILE
-from train.kernels.fp8.grouped_products import TritonProducts
+from train.kernels.fp8.hopper import TritonProducts
 
 torch.set_num_threads(1)
 COUNTS = {"ragged": [3, 0, 130, 1], "none": [0, 0, 0, 0], "whole": [128, 0, 0, 128], "last": [0, 0, 0, 5]}
@@ -70,14 +70,12 @@ def test_experts_have_the_bits_of_the_emulation_where_sums_are_exact(engine, cou
 
 @pytest.mark.parametrize("tokens", [1, 130])
 def test_a_dense_gradient_has_the_bits_of_the_emulation_where_sums_are_exact(engine, tokens):
-    """Sizes that are no whole tiles; a right operand in blocks is taken, too."""
-    grad, x, start, cpu = whole_numbers(tokens, 70), whole_numbers(tokens, 200), whole_numbers(70, 200), CpuEngine()
-    for right in rules(True):
-        made = []
-        for side in (engine, cpu):
-            a, b = (side.operand(t, rule, transposed=True) for t, rule in ((grad, rules(True)[0]), (x, right)))
-            made.append(side.product(a, b, torch.float32, start.float()))
-        assert torch.equal(*made)
+    """Sizes that are no whole tiles."""
+    grad, x, start, made = whole_numbers(tokens, 70), whole_numbers(tokens, 200), whole_numbers(70, 200), []
+    for side in (engine, CpuEngine()):
+        a, b = (side.operand(t, rules(True)[0], transposed=True) for t in (grad, x))
+        made.append(side.product(a, b, torch.float32, start.float()))
+    assert torch.equal(*made)
 
 
 def test_experts_follow_the_emulation_as_far_as_fp32_sums_do(engine):
@@ -113,12 +111,8 @@ def test_sums_are_scaled_and_added_in_fp32_every_128():
 
 
 def test_the_host_need_not_know_how_many_rows_an_expert_has(engine):
-    """Rows stay as they are, but where scales cover several rows: these are padded to as many as there may be."""
-    counts = torch.tensor([3, 0, 130])
-    plain, padded = (engine.groups(counts, 133, in_tiles) for in_tiles in (True, False))
-    exact = CpuEngine().groups(counts, 133)
-    assert (plain.rows, padded.rows, exact.rows) == (133, (133 + 3 * 127) // 128 * 128, 384)
-    assert plain.slots_R is None and torch.equal(padded.slots_R, exact.slots_R)
-    assert plain.ends_E.tolist() == [3, 3, 133] and plain.ends_E.dtype == torch.int32
-    assert padded.ends_E.tolist() == [128, 128, 384] and padded.ends_E.dtype == torch.int32
-    assert "counts" not in vars(plain) and "counts" not in vars(padded)
+    """Rows stay as they are, without padding."""
+    groups = engine.groups(torch.tensor([3, 0, 130]), 133)
+    assert groups.rows == 133 and groups.slots_R is None
+    assert groups.ends_E.tolist() == [3, 3, 133] and groups.ends_E.dtype == torch.int32
+    assert "counts" not in vars(groups)

@@ -25,7 +25,7 @@ from train.kernels.fp8 import fp8
 from train.kernels.fp8.compiled_casts import load_casts
 from train.kernels.fp8.formats import E4M3, E5M2, E5M6, Cast, Format, unpack_e5m6
 from train.kernels.fp8.fp8 import Fp8Precision
-from train.kernels.fp8.quantize import EagerCasts, QuantizedTensor, dequantize_reference, quantize_reference
+from train.kernels.fp8.quantize import EagerCasts, QuantizedTensor, dequantize, quantize
 
 torch.set_num_threads(1)
 EAGER = EagerCasts()
@@ -46,11 +46,11 @@ def codes(x: QuantizedTensor) -> torch.Tensor:
 
 def check(x: torch.Tensor, cast: Cast) -> None:
     """All three casts of x, against the reference."""
-    ours, reference = load_casts().quantize(x, cast), quantize_reference(x, cast)
+    ours, reference = load_casts().quantize(x, cast), quantize(x, cast)
     assert torch.equal(codes(ours), codes(reference)) and torch.equal(ours.scale, reference.scale)
     assert ours.q.shape == reference.q.shape and ours.q.dtype == reference.q.dtype
     assert ours.cast == reference.cast and ours.shape == reference.shape
-    values = dequantize_reference(reference)
+    values = dequantize(reference)
     for dtype in DTYPES:
         for got in (load_casts().dequantize(reference, dtype), load_casts().fake_quantize(x, cast, dtype)):
             assert got.dtype == dtype and torch.equal(got, values.to(dtype))
@@ -70,7 +70,7 @@ def test_bits_are_those_of_the_reference(format, shape, dtype):
 def test_a_cast_of_codes_is_one_of_their_values(format):
     """What Wgrad does with what was kept: other blocks, and another format."""
     for first, second in itertools.product(casts_of(format)[::2], (E4M3, E5M2, E5M6)):
-        x = quantize_reference(wide(130, 300), first)
+        x = quantize(wide(130, 300), first)
         for cast in (Cast(second, (128, 1), True), Cast(second, (128, 128), False)):
             for dtype in DTYPES:
                 ours = load_casts().fake_quantize(x, cast, dtype)
@@ -83,7 +83,7 @@ def test_transposed_strided_and_half_precision_inputs(format):
     for cast in casts_of(format)[::3]:
         for view in (x.mT, x[:, ::3, 1::2], x[0].t()[3:, 5:], x.clamp(-6e4, 6e4).half(), x[:1].expand(3, 140, 260)):
             check(view, cast)
-        q = quantize_reference(x, cast)
+        q = quantize(x, cast)
         apart = QuantizedTensor(q.q.mT.contiguous().mT, q.scale.mT.contiguous().mT, q.cast, q.shape)
         assert torch.equal(load_casts().dequantize(apart, torch.float32), EAGER.dequantize(q, torch.float32))
 
@@ -113,8 +113,8 @@ def test_what_is_not_finite_is_what_the_reference_makes_of_it(format, bad):
     for cast, dtype in itertools.product(casts_of(format), DTYPES):
         x = wide(5, 260, dtype=dtype)
         x[2, 7] = bad
-        reference = quantize_reference(x, cast)
-        values = dequantize_reference(reference)
+        reference = quantize(x, cast)
+        values = dequantize(reference)
         assert not values[2, 7].isfinite()
         ours = load_casts().quantize(x, cast)
         torch.testing.assert_close(ours.scale, reference.scale, rtol=0, atol=0, equal_nan=True)

@@ -16,7 +16,7 @@ from train.kernels.fp8 import fp8, swiglu
 from train.kernels.fp8.formats import E4M3, E5M2, E5M6, Cast
 from train.kernels.fp8.fp8 import Fp8Precision
 from train.kernels.fp8.groups import PaddedGroups
-from train.kernels.fp8.quantize import dequantize_reference, quantize_reference
+from train.kernels.fp8.quantize import dequantize, quantize
 from train.kernels.plain.high import HighPrecision
 from train.model.recompute import RecomputedOutputs
 
@@ -35,7 +35,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 def cast(x: Tensor, *block: int, format=E4M3, pow2: bool = False, floor: float = 1e-4) -> Tensor:
     """Quantised and dequantised, by the reference."""
-    return dequantize_reference(quantize_reference(x, Cast(format, block, pow2, floor)))
+    return dequantize(quantize(x, Cast(format, block, pow2, floor)))
 
 
 def run(function, inputs: list[Tensor], grad: Tensor) -> list[Tensor]:

@@ -23,6 +23,6 @@ def test_a_stand_in_has_the_kernels_parameters(name):
 
 def test_a_format_that_no_gpu_multiplies_is_refused():
     precision = compose("precision=mxfp8", "precision.fp8.weight=e4m3/128x128/pow2").precision
-    with pytest.raises(UserError, match="does not go on CUDA with tiles of 1x32"):
+    with pytest.raises(UserError, match="must be e4m3/1x32 on CUDA"):
         meta_precision(precision, "cuda", build_kernels("cpu"), True)
     assert meta_precision(precision, "cpu", build_kernels("cpu"), True).dtype.itemsize == 2

@@ -4,15 +4,16 @@ from dataclasses import replace
 
 import torch
 
-from tests.prove.mutations.fp8 import ATTENTION, EXPERTS, LOW, MADE, WEIGHTS, with_cast_rules, with_rules
+from tests.prove.mutations.fp8 import ATTENTION, EXPERTS, LOW, MADE, WEIGHTS, with_cast_rules, with_operands, with_rules
 from tests.prove.mutations.registry import BACKWARD, FORWARD, OURS, mutation
 from tests.prove.mutations.seams import Seams
-from train.kernels.fp8 import cast_rules, swiglu
-from train.kernels.fp8.cast_rules import CastRules, OperandRule, Product
+from train.kernels.fp8 import swiglu
+from train.kernels.fp8.cast_rules import CastRules
 from train.kernels.fp8.compiled_casts import CompiledCasts
 from train.kernels.fp8.compiled_engine import CompiledEngine
+from train.kernels.fp8.engines import RoundedTensor
 from train.kernels.fp8.formats import E4M3, E5M2, E5M6, TILE, Cast
-from train.kernels.fp8.quantize import QuantizedTensor
+from train.kernels.fp8.quantize import QuantizedTensor, dequantize
 
 # --- Formats and caches -----------------------------------------------------------------------------------------------
 
@@ -64,7 +65,9 @@ def recomputed_swiglu_without_the_gate(bug: Seams) -> None:
 
 @mutation(OURS + ": products fall back to bf16 in silence", "fp8", FORWARD, MADE, LOW)
 def products_in_bf16(bug: Seams) -> None:
-    plain = Product(OperandRule(None), OperandRule(None))
-    bug.around(
-        cast_rules, "_linear", lambda original, *given: replace(original(*given), fprop=plain, dgrad=plain, wgrad=plain)
-    )
+    def change(make, source, rule, transposed):
+        x = dequantize(source) if isinstance(source, QuantizedTensor) else source
+        x = x.values if isinstance(x, RoundedTensor) else x
+        return x.bfloat16().mT if transposed else x.bfloat16()
+
+    with_operands(bug, change)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tests.prove.mutations.registry import BACKWARD, FORWARD, OURS, mutation
 from tests.prove.mutations.seams import Seams
-from train.kernels.fp8 import cast_rules, experts, fp8, linear
+from train.kernels.fp8 import cast_rules, fp8, linear
 from train.kernels.fp8.cast_rules import CastRules, OperandRule
 from train.kernels.fp8.compiled_casts import CompiledCasts
 from train.kernels.fp8.compiled_engine import CompiledEngine
@@ -283,7 +283,7 @@ def transposed_values_in_another_order(bug: Seams) -> None:
 @mutation(OURS + ": operands of Wgrad keep the tiles of Fprop and Dgrad", "fp8", BACKWARD, WEIGHTS, LOW)
 def wgrad_without_requantising(bug: Seams) -> None:
     def operand(original, self, source, rule, transposed=False, groups=None):
-        if not transposed or is_weight(rule) or rule.format is None:
+        if not transposed or is_weight(rule):
             return original(self, source, rule, transposed, groups)
         x = source if isinstance(source, Tensor | QuantizedTensor) else source.values
         return self._compiled.fake_quantize(x, fitted(rule.cast(), source), torch.float32).mT
@@ -327,4 +327,4 @@ def wgrad_of_other_rows(bug: Seams) -> None:
             return for_inputs, for_weights
         return for_inputs, replace(for_weights, q=for_weights.q.flip(-1), scale=for_weights.scale)
 
-    bug.around(experts, "gradient_operands", gradient_operands)
+    bug.around(linear, "gradient_operands", gradient_operands)

@@ -20,9 +20,8 @@ from torch.nn import functional as F
 from train.kernels.fp8.cast_rules import OperandRule
 from train.kernels.fp8.engines import Source
 from train.kernels.fp8.formats import MX_TILE, TILE, Cast
-from train.kernels.fp8.grouped_products import PaddedOperand
 from train.kernels.fp8.groups import PaddedGroups
-from train.kernels.fp8.hopper import HopperEngine, check_expert_sizes
+from train.kernels.fp8.hopper import HopperEngine, PaddedOperand, check_expert_sizes
 from train.kernels.fp8.quantize import QuantizedTensor
 
 _RECIPE = {
@@ -34,7 +33,7 @@ _RECIPE = {
 
 
 class ScaledGroupedProducts:
-    """`train.kernels.fp8.grouped_products.GroupedProducts` by torch's scaled_grouped_mm."""
+    """`train.kernels.fp8.hopper.GroupedProducts` by torch's scaled_grouped_mm."""
 
     flat = counted = False
 
@@ -59,7 +58,7 @@ class ScaledGroupedProducts:
 
 
 class BlackwellEngine(HopperEngine):
-    """`train.kernels.fp8.engines.Fp8Engine` on a Blackwell GPU."""
+    """`train.kernels.fp8.engines.Fp8Fp8Engine` on a Blackwell GPU."""
 
     def keep(self, x_MK: Tensor, cast: Cast) -> QuantizedTensor:
         if cast.block != (1, MX_TILE):
@@ -69,51 +68,43 @@ class BlackwellEngine(HopperEngine):
 
     cast = keep
 
+    def values(self, source: QuantizedTensor) -> Tensor:
+        if source.cast.block != (1, MX_TILE):
+            return super().values(source)
+        scale = _by_row(source.scale).view(source.scale.dtype).float()
+        values = source.q.float() * scale.repeat_interleave(MX_TILE, 1)
+        return values[: source.shape[0], : source.shape[1]].bfloat16()
+
     def operand(
         self, source: Source, rule: OperandRule, transposed: bool = False, groups: PaddedGroups | None = None
-    ) -> PaddedOperand | Tensor:
+    ) -> PaddedOperand:
         x, scale = source, None
         if isinstance(source, QuantizedTensor):
             (rows, columns), tiles = source.shape, source.cast.block == (1, MX_TILE)
-            if rule.format is not None and not transposed and source.cast == rule.cast():
+            if not transposed and source.cast == rule.cast():
                 return PaddedOperand(source.q, source.scale, True, rows)
-            if tiles and transposed and rule.format is not None:
+            if tiles and transposed:
                 x, scale = source.q[:rows, :columns], source.scale
             else:
-                x = _values(source) if tiles else super().operand(source, OperandRule(None))
+                x = self.values(source)
         assert isinstance(x, Tensor), "others are the CPU's"
-        if rule.format is None:
-            return super().operand(x, rule, transposed)
         if x.dim() == 3:
             check_expert_sizes(x)
         x_OC, ends_E = x.mT if transposed else x, None if groups is None else groups.ends_E
         q, scale = self._casts.quantize_mx(x_OC, rule.cast(), scale, ends_E)
         return PaddedOperand(q, scale, True, x_OC.shape[-2])
 
-    def groups(self, counts_E: Tensor, rows: int, in_tiles: bool = True) -> PaddedGroups:
-        return PaddedGroups(counts_E, rows, padded=False)
-
     def product(
-        self,
-        left: PaddedOperand | Tensor,
-        right: PaddedOperand | Tensor,
-        dtype: torch.dtype,
-        into: Tensor | None = None,
+        self, left: PaddedOperand, right: PaddedOperand, dtype: torch.dtype, into: Tensor | None = None
     ) -> Tensor:
-        if isinstance(left, Tensor) or isinstance(right, Tensor):
-            return super().product(left, right, dtype, into)
         scales = {"scale_a": left.scale, "scale_b": right.scale}
         made = self._scaled_mm(left.q, right.q.t(), **scales, **_RECIPE, output_dtype=dtype)
         made = made[: left.outer, : right.outer]
         return made.contiguous() if into is None else into.add_(made)
 
-    def swiglu(
-        self, h_P2F: Tensor, gates_P: Tensor, rule: OperandRule, cache: Cast | None
-    ) -> tuple[PaddedOperand | Tensor, Source]:
-        if rule.format is None:
-            return super().swiglu(h_P2F, gates_P, rule, cache)
+    def swiglu(self, h_P2F: Tensor, gates_P: Tensor, rule: OperandRule, cache: Cast) -> tuple[PaddedOperand, Source]:
         q, scale = self._casts.quantize_mx(h_P2F, rule.cast(), gates_R=gates_P)
-        return PaddedOperand(q, scale, True, len(h_P2F)), h_P2F if cache is None else self.keep(h_P2F, cache)
+        return PaddedOperand(q, scale, True, len(h_P2F)), self.keep(h_P2F, cache)
 
 
 def _by_row(scale: Tensor) -> Tensor:
@@ -127,10 +118,3 @@ def _scales_by_expert(scale: Tensor, groups: PaddedGroups) -> Tensor:
     words_PT = groups.whole.pad(_by_row(scale)[: groups.rows])
     blocks = words_PT.view(-1, 4, TILE // 4, words_PT.shape[1]).permute(0, 3, 2, 1)
     return blocks.reshape(words_PT.shape).view(scale.dtype)
-
-
-def _values(x: QuantizedTensor) -> Tensor:
-    """In bf16, which holds them."""
-    scale = _by_row(x.scale).view(x.scale.dtype).float()
-    values = x.q.float() * scale.repeat_interleave(MX_TILE, 1)
-    return values[: x.shape[0], : x.shape[1]].bfloat16()

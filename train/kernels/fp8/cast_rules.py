@@ -21,10 +21,9 @@ from train.kernels.fp8.formats import E4M3, E5M2, E5M6, MX_TILE, TILE, WHOLE_SID
 
 @dataclass(frozen=True)
 class OperandRule:
-    """How one operand is held: in bf16, or quantised."""
+    """How one operand is quantised."""
 
-    format: Format | None
-    """None for bf16."""
+    format: Format
     granularity: str = "1x128"
     pow2: bool = False
     floor: float = 0.0
@@ -35,7 +34,6 @@ class OperandRule:
 
     @cached_property
     def _casts(self) -> tuple[Cast, Cast]:
-        assert self.format is not None
         rows, columns = {
             "1x128": (1, TILE),
             "1x32": (1, MX_TILE),
@@ -62,8 +60,7 @@ class LayerCasts:
     fprop: Product
     dgrad: Product
     wgrad: Product
-    cache: Cast | None
-    """None keeps the input as it came."""
+    cache: Cast
 
 
 @dataclass(frozen=True)
@@ -75,19 +72,9 @@ class CastRules:
     """The attention's output projection."""
     experts_up: LayerCasts
     experts_down: LayerCasts
-    """The cache of experts_down is None: its input is recomputed from the SwiGLU input."""
-    swiglu: Cast | None
-    """None keeps the input of the experts' SwiGLU in bf16."""
-
-    @cached_property
-    def experts_in_tiles(self) -> bool:
-        """Whether each scale of an expert's rows is that of 128 values along a contraction."""
-        rules = [
-            rule
-            for linear in (self.experts_up, self.experts_down)
-            for rule in (linear.fprop.left, linear.dgrad.left, *linear.wgrad)
-        ]
-        return all(rule.granularity == "1x128" for rule in rules)
+    """The cache is not used here: the input is recomputed from the SwiGLU input."""
+    swiglu: Cast
+    """How the input of the experts' SwiGLU is kept."""
 
 
 def build_rules(fp8: Fp8) -> CastRules:
@@ -102,7 +89,7 @@ def _linear(fp8: Fp8, family: str) -> LayerCasts:
     gradient = parse_rule(operands.gradient, GRADIENT_FLOOR)
     cache = Cast(E5M6, (1, TILE), True, ACTIVATION_FLOOR) if family == "output" else activation.cast()
     products = Product(activation, weight), Product(gradient, weight), Product(gradient, activation)
-    return LayerCasts(*products, None if family == "experts_down" else cache)
+    return LayerCasts(*products, cache)
 
 
 def parse_rule(text: str, floor: float) -> OperandRule:

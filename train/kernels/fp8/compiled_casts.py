@@ -11,7 +11,7 @@ from torch import Tensor
 from train.kernels.cpu.cpp_build import CppSource, load_library
 from train.kernels.cpu.cpp_function import Array, Kernel, Number, Size, Struct, Threads
 from train.kernels.fp8.formats import E4M3, Cast
-from train.kernels.fp8.quantize import QuantizedTensor, fitted
+from train.kernels.fp8.quantize import EagerCasts, QuantizedTensor, fitted
 
 CASTS_SOURCE = CppSource(
     Path(__file__).with_name("casts.cpp"),
@@ -53,15 +53,14 @@ _decode_matrices = Kernel(
 )  # fmt: skip
 
 
-class CompiledCasts:
-    """`train.kernels.fp8.quantize.EagerCasts` compiled: the same bits, signed zeros aside. CPU tensors, or meta tensors, for
+class CompiledCasts(EagerCasts):
+    """Compiled: the same bits, signed zeros aside. CPU tensors, or meta tensors, for
     plans: the same is allocated then.
 
     A `QuantizedTensor` may also hold the values of its codes in bf16, which holds every format here exactly (`split`).
     """
 
     def quantize(self, x_MK: Tensor, cast: Cast) -> QuantizedTensor:
-        """See `train.kernels.fp8.quantize.quantize`."""
         cast = fitted(cast, x_MK)
         if cast.format.dtype is None:
             q = x_MK.new_empty(*x_MK.shape[:-1], 3 * -(-x_MK.shape[-1] // 2), dtype=torch.uint8)
@@ -84,7 +83,6 @@ class CompiledCasts:
         return QuantizedTensor(q, codes.scale, x.cast, x.shape)
 
     def fake_quantize(self, x: Tensor | QuantizedTensor, cast: Cast, dtype: torch.dtype) -> Tensor:
-        """See `train.kernels.fp8.quantize.fake_quantize`."""
         assert dtype in (torch.bfloat16, torch.float32)
         cast = fitted(cast, x)
         values = (x.q if isinstance(x, QuantizedTensor) else x).new_empty(x.shape, dtype=dtype)
@@ -92,7 +90,6 @@ class CompiledCasts:
         return values
 
     def dequantize(self, x: QuantizedTensor, dtype: torch.dtype) -> Tensor:
-        """See `train.kernels.fp8.quantize.dequantize`."""
         assert dtype in (torch.bfloat16, torch.float32)
         x = _contiguous(x)
         values = x.q.new_empty(x.shape, dtype=dtype)

@@ -20,7 +20,7 @@ from torch import Tensor
 from conf.thresholds import THRESHOLDS
 from train.kernels.fp8 import swiglu
 from train.kernels.fp8.cast_rules import OperandRule
-from train.kernels.fp8.engines import Casts, RoundedTensor, Source
+from train.kernels.fp8.engines import RoundedTensor, Source
 from train.kernels.fp8.formats import Cast
 from train.kernels.fp8.groups import PaddedGroups
 from train.kernels.fp8.quantize import EagerCasts, QuantizedTensor, exact_dtype, fitted
@@ -31,13 +31,13 @@ CpuOperand = Tensor | QuantizedTensor
 
 
 class CpuEngine:
-    """The emulation. It satisfies `Fp8Engine` with tensors as operands, runs wherever torch does, and is the reference for
+    """The emulation. It satisfies `Fp8Fp8Engine` with tensors as operands, runs wherever torch does, and is the reference for
     `CompiledEngine`.
 
     casts: how tensors are cast; torch's own operations unless something faster is given.
     """
 
-    def __init__(self, casts: Casts | None = None):
+    def __init__(self, casts: EagerCasts | None = None):
         self._casts = casts or EagerCasts()
 
     def keep(self, x_MK: Tensor, cast: Cast) -> Source:
@@ -55,27 +55,24 @@ class CpuEngine:
         return self._tensor(source, rule, transposed)
 
     def _tensor(self, source: Source, rule: OperandRule, transposed: bool = False) -> Tensor:
-        if rule.format is None:
-            values = self._values(source, torch.bfloat16)
+        cast = fitted(rule.cast(transposed), source)
+        dtype = exact_dtype(cast)
+        if isinstance(source, Tensor) or source.cast != cast:
+            x = source.values if isinstance(source, RoundedTensor) else source
+            values = self._casts.fake_quantize(x, cast, dtype)
         else:
-            cast = fitted(rule.cast(transposed), source)
-            dtype = exact_dtype(cast)
-            if isinstance(source, Tensor) or source.cast != cast:
-                x = source.values if isinstance(source, RoundedTensor) else source
-                values = self._casts.fake_quantize(x, cast, dtype)
-            else:
-                values = self._values(source, dtype)
+            values = self._values(source, dtype)
         return values.mT if transposed else values
 
-    def cast_again(self, x_MK: Tensor, kept: Cast, rule: OperandRule) -> Any:
-        return self.operand(self.cast(x_MK, kept), rule, transposed=True)
+    def values(self, source: Source) -> Tensor:
+        return self._values(source, torch.bfloat16)
 
     def gradient(
         self, dy: Source, for_inputs: OperandRule, for_weights: OperandRule, groups: PaddedGroups | None = None
     ) -> tuple[Any, Any]:
         return self.operand(dy, for_inputs), self.operand(dy, for_weights, transposed=True, groups=groups)
 
-    def groups(self, counts_E: Tensor, rows: int, in_tiles: bool = True) -> PaddedGroups:
+    def groups(self, counts_E: Tensor, rows: int) -> PaddedGroups:
         return PaddedGroups(counts_E)
 
     def product(self, left: CpuOperand, right: CpuOperand, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
@@ -98,11 +95,11 @@ class CpuEngine:
             torch.mm(left[:, rows], right[:, rows].mT, out=out_ON)
         return added(out_EON.to(dtype), into)
 
-    def swiglu(self, h_P2F: Tensor, gates_P: Tensor, rule: OperandRule, cache: Cast | None) -> tuple[Any, Source]:
-        return self._swiglu(h_P2F, gates_P, rule), h_P2F if cache is None else self.keep(h_P2F, cache)
+    def swiglu(self, h_P2F: Tensor, gates_P: Tensor, rule: OperandRule, cache: Cast) -> tuple[Any, Source]:
+        return self._swiglu(h_P2F, gates_P, rule), self.keep(h_P2F, cache)
 
     def _swiglu(self, h_P2F: Tensor, gates_P: Tensor, rule: OperandRule) -> Any:
-        if rule.format is None or rule.granularity != "1x128":
+        if rule.granularity != "1x128":
             return self.operand(swiglu.forward(h_P2F, gates_P), rule)
         parts = zip(swiglu.chunks(h_P2F), swiglu.chunks(gates_P, h_P2F), strict=True)
         return torch.cat([self._tensor(swiglu.forward(h, gates), rule) for h, gates in parts])

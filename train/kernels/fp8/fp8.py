@@ -7,25 +7,35 @@ product, so a checkpoint of a bf16 run resumes in FP8 and back.
 Shape suffixes: R rows sorted by expert, D width, F inner width, E experts.
 """
 
+import importlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from conf.schema import Fp8
 from train.kernels.cpu.cpp_build import has_avx2
-from train.kernels.fp8 import scaled_products
-from train.kernels.fp8.cast_rules import OperandRule, build_rules
+from train.kernels.fp8.blackwell import BlackwellEngine, ScaledGroupedProducts
+from train.kernels.fp8.cast_rules import build_rules
 from train.kernels.fp8.compiled_casts import CompiledCasts, load_casts
-from train.kernels.fp8.compiled_engine import CompiledEngine
+from train.kernels.fp8.compiled_engine import CompiledEngine, need_compiled
 from train.kernels.fp8.cpu_engine import CpuEngine
-from train.kernels.fp8.engines import Fp8Engine, pack_sources, unpack_sources
-from train.kernels.fp8.experts import expert_ffn
-from train.kernels.fp8.gpu_engine import load_gpu_engine
+from train.kernels.fp8.engines import Fp8Engine, HeldWeights, pack_sources, unpack_sources
 from train.kernels.fp8.health import HealthWatch, Report
-from train.kernels.fp8.held_weights import HeldWeights
-from train.kernels.fp8.linear import keep, linear
+from train.kernels.fp8.hopper import (
+    DeepGemmProducts,
+    HopperEngine,
+    TritonProducts,
+    check_gpu_operands,
+    has_mx_tiles,
+    load_deep_gemm,
+    needs_deep_gemm,
+)
+from train.kernels.fp8.installed import require_fit
+from train.kernels.fp8.linear import expert_ffn, keep, linear
 from train.model.layers import AddedProduct, HeldInput
 from train.model.operations import Kernels
 
@@ -63,14 +73,14 @@ class Fp8Precision:
     def hold(self, x: Tensor, kind: str) -> HeldInput | None:
         """See `LayerPrecision.hold`."""
         rules = getattr(self._rules, kind)
-        if rules.cache is None or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
             return None
         kept = keep(x.detach().reshape(-1, x.shape[-1]), self._engine, rules)
-        (tensors, forms), shape, as_it_was = pack_sources(kept), x.shape, OperandRule(None)
+        (tensors, forms), shape = pack_sources(kept), x.shape
 
         def values(*tensors: Tensor) -> Tensor:
             (source,) = unpack_sources(tensors, forms)
-            return self._engine.operand(source, as_it_was).reshape(shape)
+            return self._engine.values(source).reshape(shape)
 
         return HeldInput(kept, tensors, values)
 
@@ -121,5 +131,24 @@ def cpu_engine(fp8: Fp8, kernels: Kernels, meta: bool = False) -> CpuEngine:
     if not has_avx2():
         return CpuEngine(casts)
     if not meta:
-        scaled_products.need_compiled()
+        need_compiled()
     return CompiledEngine(casts, kernels)
+
+
+def load_gpu_engine(fp8: Fp8) -> HopperEngine:
+    """The engine of this GPU that the recipe asks for: Hopper's, or Blackwell's where scales are those of 32 values. Raises UserError for what it lacks."""
+    check_gpu_operands(fp8)
+    mx = has_mx_tiles(fp8)
+    require_fit(deep_gemm=False, mx=mx)
+    casts = _triton_module("quantize")
+    if mx:
+        grouped = F.scaled_grouped_mm  # pyrefly: ignore[missing-attribute]  torch's own stubs have only scaled_mm
+        return BlackwellEngine(casts, ScaledGroupedProducts(grouped))
+    if needs_deep_gemm(fp8):
+        return HopperEngine(casts, DeepGemmProducts(load_deep_gemm()))
+    return HopperEngine(casts, TritonProducts(_triton_module("products")))
+
+
+def _triton_module(name: str) -> ModuleType:
+    """Kernels that need triton, imported once it is known to be there."""
+    return importlib.import_module(f"train.kernels.fp8.triton_{name}")

@@ -50,8 +50,8 @@ class LayerProbe:
 
     @torch.no_grad()
     def operand(self, subject: str, x: Tensor, rule: OperandRule) -> None:
-        """What the cast of x (..., M, K) by the rule loses; nothing for an operand in bf16."""
-        if rule.format is None or x.numel() == 0:
+        """What the cast of x (..., M, K) by the rule loses."""
+        if x.numel() == 0:
             return
         cast = fitted(rule.cast(), x)
         blocks = blocked(x.float(), cast.block)

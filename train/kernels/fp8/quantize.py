@@ -11,25 +11,19 @@ A tensor (..., M, K) is cut into blocks of (rows, columns); each block is divide
 All of it is fp32 with IEEE division and one rounding to the format, to nearest with ties to even, so that the CPU
 and the Triton kernels agree in every bit of q and scale.  Ragged edges are padded with zeros, which changes no amax.
 
-`quantize_reference` is that, word for word.  `quantize`, `fake_quantize` and `dequantize` give the same values
-(signed zeros aside) two to six times faster in eager mode:
-  - the amax of bf16 is an integer maximum, since the order of positive floats is that of their bits;
-  - a value is rounded where it stands by adding and subtracting 1.5 * 2**k (see `formats.round_to`), without a
-    detour through 8-bit storage, whose conversion back is the slow part on CPU;
-  - E4M3 and E5M2 are decoded as shifted fp16 bits.
-With power-of-two scales the dequantised value has at most 7 significant bits, so it is exact in bf16.
+`quantize` is that, word for word, in torch's operations: every other path is tested against it. The CPU emulation takes compiled code
+(train/kernels/fp8/compiled_casts.py) where the CPU has AVX2.
 
 Shape suffixes: M rows, K columns, m and k blocks of rows and columns.
 """
 
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from train.kernels.fp8.formats import E4M3, Cast, Format, ScaleBlock, pack_e5m6, round_to, unpack_e5m6
+from train.kernels.fp8.formats import Cast, ScaleBlock, pack_e5m6, round_to, unpack_e5m6
 
 
 @dataclass(frozen=True)
@@ -87,8 +81,8 @@ def unblocked(blocks: Tensor, shape: torch.Size) -> Tensor:
     return whole if whole.shape == shape else whole[..., : shape[-2], : shape[-1]].contiguous()
 
 
-def quantize_reference(x_MK: Tensor, cast: Cast) -> QuantizedTensor:
-    """Plain quantisation of (..., M, K): the definition that every other path is tested against."""
+def quantize(x_MK: Tensor, cast: Cast) -> QuantizedTensor:
+    """Quantise (..., M, K)."""
     cast = fitted(cast, x_MK)
     blocks = blocked(x_MK.float(), cast.block)
     scale, inverse = scales(blocks.abs().amax((-3, -1), keepdim=True), cast)
@@ -100,24 +94,10 @@ def quantize_reference(x_MK: Tensor, cast: Cast) -> QuantizedTensor:
     return QuantizedTensor(q, scale.squeeze((-3, -1)), cast, x_MK.shape)
 
 
-def dequantize_reference(x: QuantizedTensor) -> Tensor:
-    """(..., M, K) fp32."""
+def dequantize(x: QuantizedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(..., M, K)."""
     values = unpack_e5m6(x.q, x.shape[-1]).float() if x.cast.format.dtype is None else x.q.float()
-    return unblocked(blocked(values, x.cast.block) * x.scale[..., :, None, :, None], values.shape)
-
-
-def quantize(x_MK: Tensor, cast: Cast) -> QuantizedTensor:
-    """`quantize_reference`, faster; same bits."""
-    if cast.format.dtype is None:
-        return quantize_reference(x_MK, cast)
-    cast = fitted(cast, x_MK)
-    blocks = blocked(x_MK, cast.block)
-    scale, inverse = scales(_amax(blocks), cast)
-    if x_MK.dtype == torch.bfloat16 and cast.pow2:
-        inverse = inverse.bfloat16()  # exact, and the product with a power of two is exact too
-    # no clamp: amax * inverse exceeds the maximum by at most one rounding of fp32, which casts to the maximum
-    q = unblocked((blocks * inverse).to(cast.format.dtype), x_MK.shape)
-    return QuantizedTensor(q, scale.squeeze((-3, -1)), cast, x_MK.shape)
+    return unblocked(blocked(values, x.cast.block).mul_(x.scale[..., :, None, :, None]).to(dtype), values.shape)
 
 
 def exact_dtype(cast: Cast) -> torch.dtype:
@@ -125,79 +105,17 @@ def exact_dtype(cast: Cast) -> torch.dtype:
     return torch.bfloat16 if cast.pow2 else torch.float32
 
 
-def fake_quantize(x_MK: Tensor, cast: Cast, dtype: torch.dtype | None = None) -> Tensor:
-    """Quantise (..., M, K) and dequantise, in `exact_dtype` or as asked."""
-    blocks, dtype = blocked(x_MK, fitted(cast, x_MK).block), dtype or exact_dtype(cast)
-    if cast.pow2 and x_MK.dtype == torch.bfloat16 and cast.format.mantissa <= 3:
-        return unblocked(_fake_bf16(blocks, cast).to(dtype), x_MK.shape)
-    scale, inverse = scales(_amax(blocks), cast)
-    return unblocked(round_to(blocks * inverse, cast.format).mul_(scale).to(dtype), x_MK.shape)
-
-
-def dequantize(x: QuantizedTensor, dtype: torch.dtype | None = None) -> Tensor:
-    """(..., M, K) in `exact_dtype` or as asked."""
-    values, factor = _as_fp16(x)
-    scaled = blocked(values, x.cast.block) * (x.scale * factor)[..., :, None, :, None]
-    return unblocked(scaled.to(dtype or exact_dtype(x.cast)), values.shape)
-
-
 class EagerCasts:
     """What the CPU emulation asks for, in torch's own operations; train/kernels/fp8/compiled_casts.py has the same compiled."""
 
     def quantize(self, x_MK: Tensor, cast: Cast) -> QuantizedTensor:
+        """Codes and scales."""
         return quantize(x_MK, cast)
 
     def fake_quantize(self, x: Tensor | QuantizedTensor, cast: Cast, dtype: torch.dtype) -> Tensor:
-        return fake_quantize(dequantize(x) if isinstance(x, QuantizedTensor) else x, cast, dtype)
+        """Values that the cast leaves, of dtype."""
+        return dequantize(quantize(dequantize(x) if isinstance(x, QuantizedTensor) else x, cast), dtype)
 
     def dequantize(self, x: QuantizedTensor, dtype: torch.dtype) -> Tensor:
+        """Values of the codes, of dtype."""
         return dequantize(x, dtype)
-
-
-def _as_fp16(x: QuantizedTensor) -> tuple[Tensor, float]:
-    """Values as fp16 of the same bit fields, and the power of two that is missing from them."""
-    if x.cast.format.dtype is None:
-        return unpack_e5m6(x.q, x.shape[-1]), 1.0
-    bits = x.q.view(torch.int8).short()
-    if x.cast.format is E4M3:  # the sign bit was copied to bit 14 too; exponent bias 7 beside 15
-        return bits.bitwise_left_shift_(7).bitwise_and_(-0x4080).view(torch.float16), 256.0
-    return bits.bitwise_left_shift_(8).view(torch.float16), 1.0
-
-
-def _amax(blocks: Tensor) -> Tensor:
-    """Max-abs of every block, kept as size-1 dimensions."""
-    if blocks.dtype != torch.bfloat16:
-        return blocks.abs().amax((-3, -1), keepdim=True)
-    magnitude = blocks.view(torch.int16) & 0x7FFF
-    return magnitude.amax((-3, -1), keepdim=True).view(torch.bfloat16)
-
-
-def _fake_bf16(blocks: Tensor, cast: Cast) -> Tensor:
-    """Round bf16 blocks on the grid of their own power-of-two scale, without leaving bf16.
-
-    Values from 2^122 up, infinities too, are rounded in some other way: their shift has no exponent in bf16.
-    """
-    carry, exponent, floor, half = _bf16_constants(cast.format, cast.floor)
-    shift = blocks.view(torch.int16) & 0x7FFF
-    smallest = shift.amax((-3, -1), keepdim=True)  # bits of amax, then of the smallest normal value of the block
-    smallest.add_(carry).bitwise_and_(0x7F80).sub_(exponent).clamp_min_(floor)
-    shift &= 0x7F80
-    torch.maximum(shift, smallest, out=shift)
-    shift += half
-    return (blocks + shift.view(torch.bfloat16)).sub_(shift.view(torch.bfloat16))
-
-
-@cache
-def _bf16_constants(format: Format, floor: float) -> tuple[int, int, int, int]:
-    """Bits of bf16 numbers for `_fake_bf16`.
-
-    The scale's exponent is that of amax less that of the maximum, plus 1 where amax has the larger mantissa.
-    carry: what the mantissa of the maximum lacks; added to amax it carries into the exponent just then.
-    exponent: from there to the smallest normal value of the block. floor: that value for the smallest amax allowed.
-    half: from the exponent of a value to 1.5 * 2**k with a step in its last place, see `formats.round_to`.
-    """
-    maximum = int(torch.tensor(format.max, dtype=torch.bfloat16).view(torch.int16))
-    scale, _ = scales(torch.tensor(floor), Cast(format, (1, 1), True, floor))
-    smallest = (scale * 2.0**format.min_exponent).bfloat16().view(torch.int16)
-    exponent = ((maximum >> 7) - 127 - format.min_exponent) << 7
-    return 0x7F - (maximum & 0x7F), exponent, int(smallest), ((7 - format.mantissa) << 7) + 0x40

@@ -11,14 +11,9 @@ Where the rows of an expert end is read on the device, so that nothing waits for
 padding: a program reads and writes those of its tile that are its expert's own.  In Wgrad each expert's columns are whole tiles, with
 zeros behind the real ones (`quantize_columns`).  All other sizes are multiples of 128.  A dense product is one of a single expert.
 
-A tile's place is a number and its elements' places are offsets from it in 32 bits: where both were one 64-bit pointer an element, the loop over the
-contraction had a tenth more instructions, and that of a dense Wgrad a third (`python -m bench.compile_kernels`).  Compiled and left: to promote the product of
-the step before, whose sums are copied from register to register, 64 moves for the 64 additions that no longer wait (231 instructions for 164), and which,
-without the copies, ptxas waits for after each quarter; TMA descriptors, as many instructions and a barrier more; scales of Wgrad by descriptors, four
-barriers and 71 instructions more, as Triton waits where it loads them.  By an estimate (`python -m bench.fp8_model`) the L2 cache feeds tiles of 128x128
-that no other block shares for half of the tensor cores' peak. So a program of many takes two that are neighbours, 128 rows by 256 columns, which share the rows:
-one after the other, as both sums fill half of the registers and one tile's products a quarter.  Compiled and left: two multiplied at a time, or one of 256 columns, which
-spill 240 and 280 bytes; Wgrad in 256x128, whose scales take 36 registers more (920 bytes and more). What else was compiled and left stands in train/docs/fp8_kernels.md.
+A tile's place is a number and its elements' places are offsets from it in 32 bits: 64-bit pointers of elements make the loop over the contraction a
+tenth longer, and that of a dense Wgrad a third.  A program of many takes two tiles that are neighbours, 128 rows by 256 columns, which share the rows: one after
+the other, as both sums fill half of the registers and one tile's products a quarter.  What else was compiled and left stands in train/docs/fp8_kernels.md.
 
 The module needs triton and is imported only where its kernels run.  Shape suffixes: O, N outer, C contraction, R rows,
 P columns of whole tiles, E experts.
@@ -92,7 +87,7 @@ def _product_kernel(
         acc += tl.dot(rows, tl.load(right + place).T) * scale[:, None]
         if tiles == 2:
             # what is multiplied next takes the registers of what was: an empty instruction, which has to stand between, holds the order
-            acc = tl.inline_asm_elementwise("", "=f,0", [acc], tl.float32, False, 1)
+            acc = tl.inline_asm_elementwise("", "=f,0", [acc], tl.float32, True, 1)
             beside += tl.dot(rows, tl.load(next_right + place).T) * next_scale[:, None]
             next_right += 128
         left, right = left + 128, right + 128

@@ -1,20 +1,19 @@
-"""Quantising kernels for CUDA, equal bit for bit in q and scale to `quantize_reference`.
+"""Quantising kernels for CUDA, equal bit for bit in q and scale to `quantize`.
 
 Each kernel reads its input once and writes FP8 values and fp32 scales in the layout of the product that takes them:
 
     quantize_tiles      (R, C) -> q (P, C) and one scale per row and 128 columns         left operands
     quantize_columns    (R, C) -> q^T (C, P) and one scale per column and 128 rows       both operands of Wgrad
     quantize_both       (R, C) -> both of these                                           a gradient, for Dgrad and Wgrad
-    quantize_again      (R, C) -> the second of what the first leaves                     what was kept as it came, for Wgrad
     quantize_blocks     (R, C) -> q (R, C) or (C, R) and one scale per 128x128           weights
     quantize_e5m6       (R, C) -> q (P, 3 C / 2), twelve bits a value             what waits for Wgrad in a finer format
     decode_e5m6         the values of that in bf16                                       what attention's backward takes
-    swiglu_tiles        SwiGLU with the gate value, then quantize_tiles; also h so       the down-projection's input, and what waits for backward
+    swiglu_tiles        SwiGLU with the gate value, then quantize_tiles; also of h       the down-projection's input, and what waits for backward
     swiglu_backward     a, dh and dw from h and da                                       see train/kernels/fp8/swiglu.py
     quantize_mx         (R, C) -> q (P, Q) and one scale per row and 32 columns          every operand of MXFP8, also SwiGLU's output
 
-An input may itself be FP8 with a scale per row and 128 columns: it is dequantised on the way in, so that what is cached
-for Wgrad goes from 1x128 to 128x1 in one pass (paper 3.5.2); for `quantize_columns` it may be E5M6, too.  Divisions are IEEE (`div_rn`): `/` is approximate on
+The input of `quantize_columns` may itself be FP8 with a scale per row and 128 columns, or E5M6: it is dequantised on the way in, so that what is
+cached for Wgrad goes from 1x128 to 128x1 in one pass (paper 3.5.2).  Divisions are IEEE (`div_rn`): `/` is approximate on
 NVIDIA GPUs and would break the equality.  Columns are multiples of 128, and so are the rows of weights; the caller pads.  Other
 rows are as many as there are: what lacks to whole tiles counts as zeros, is never read, and is written where a product reads it.
 
@@ -114,13 +113,13 @@ def _store_tiles(
 @quick
 @triton.jit(do_not_specialize=["height"])
 def _tiles_kernel(
-    x_ptr, in_scale_ptr, q_ptr, scale_ptr, height, width, height_out,
-    maximum: constexpr, floor: constexpr, pow2: constexpr, scaled: constexpr, block: constexpr,
+    x_ptr, q_ptr, scale_ptr, height, width, height_out,
+    maximum: constexpr, floor: constexpr, pow2: constexpr, block: constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * block + tl.arange(0, block)
     columns = tl.program_id(1) * 128 + tl.arange(0, 128)
     tile = tl.program_id(1)
-    x = _load(x_ptr, in_scale_ptr, rows, height, columns, tile, width, height, scaled)
+    x = _load(x_ptr, x_ptr, rows, height, columns, tile, width, height, False)
     _store_tiles(x, q_ptr, scale_ptr, rows, columns, rows < height_out, tile, width, height_out, maximum, floor, pow2)
 
 
@@ -200,22 +199,17 @@ def _columns_kernel(
 def _both_kernel(
     x_ptr, q_ptr, scale_ptr, q_t_ptr, scale_t_ptr, ends_ptr, height, width, rows_out, columns_out,
     maximum: constexpr, floor: constexpr, pow2: constexpr,
-    maximum_t: constexpr, floor_t: constexpr, pow2_t: constexpr, again: constexpr, experts: constexpr, slots: constexpr,
+    maximum_t: constexpr, floor_t: constexpr, pow2_t: constexpr, experts: constexpr, slots: constexpr,
 ):  # fmt: skip
-    """`_tiles_kernel` and `_columns_kernel` of one tile of rows and 128 columns; again: the latter of what the former leaves, which
-    nobody else wants."""
+    """`_tiles_kernel` and `_columns_kernel` of one tile of rows and 128 columns."""
     tile = tl.program_id(0)
     _, first, last = rows_of_tile(ends_ptr, tile, height, experts, slots)
     rows = first + tl.arange(0, 128)
     columns = tl.program_id(1) * 128 + tl.arange(0, 128)
     x = _load(x_ptr, x_ptr, rows, last, columns, 0, width, height, False)
-    if again:
-        scale, inverse = _scales(tl.max(tl.abs(x), axis=1), maximum, floor, pow2)
-        x = _cast(x * inverse[:, None], maximum, q_ptr.dtype.element_ty).to(tl.float32) * scale[:, None]
-    else:
-        written = rows < (last if experts > 1 else rows_out)
-        tile_n = tl.program_id(1)
-        _store_tiles(x, q_ptr, scale_ptr, rows, columns, written, tile_n, width, rows_out, maximum, floor, pow2)
+    written = rows < (last if experts > 1 else rows_out)
+    tile_n = tl.program_id(1)
+    _store_tiles(x, q_ptr, scale_ptr, rows, columns, written, tile_n, width, rows_out, maximum, floor, pow2)
     scale, inverse = _scales(tl.max(tl.abs(x), axis=0), maximum_t, floor_t, pow2_t)
     q = _cast(x * inverse[None, :], maximum_t, q_t_ptr.dtype.element_ty)
     place = columns[:, None] * tl.cast(columns_out, tl.int64) + tile * 128 + tl.arange(0, 128)[None, :]
@@ -261,7 +255,7 @@ def _blocks_kernel(
 @triton.jit(do_not_specialize=["height"])
 def _swiglu_kernel(
     h_ptr, gates_ptr, q_ptr, scale_ptr, kept_ptr, kept_scale_ptr, height, width,
-    maximum: constexpr, floor: constexpr, pow2: constexpr, kept: constexpr,
+    maximum: constexpr, floor: constexpr, pow2: constexpr,
     kept_maximum: constexpr, kept_floor: constexpr, kept_pow2: constexpr, block: constexpr,
 ):  # fmt: skip
     rows, tile = tl.program_id(0) * block + tl.arange(0, block), tl.program_id(1)
@@ -271,22 +265,21 @@ def _swiglu_kernel(
     silu = tl.div_rn(gate, 1.0 + tl.exp(-gate))
     a = silu * up * tl.load(gates_ptr + rows, there, 0.0)[:, None]
     _store_tiles(a, q_ptr, scale_ptr, rows, columns, there, tile, width, height, maximum, floor, pow2)
-    if kept:
-        _store_tiles(
-            gate, kept_ptr, kept_scale_ptr, rows, columns, there, tile, 2 * width, height,
-            kept_maximum, kept_floor, kept_pow2,
-        )  # fmt: skip
-        _store_tiles(
-            up, kept_ptr, kept_scale_ptr, rows, width + columns, there, width // 128 + tile, 2 * width, height,
-            kept_maximum, kept_floor, kept_pow2,
-        )  # fmt: skip
+    _store_tiles(
+        gate, kept_ptr, kept_scale_ptr, rows, columns, there, tile, 2 * width, height,
+        kept_maximum, kept_floor, kept_pow2,
+    )  # fmt: skip
+    _store_tiles(
+        up, kept_ptr, kept_scale_ptr, rows, width + columns, there, width // 128 + tile, 2 * width, height,
+        kept_maximum, kept_floor, kept_pow2,
+    )  # fmt: skip
 
 
 @quick
 @triton.jit(do_not_specialize=["height", "scale_rows"])
 def _swiglu_backward_kernel(
     h_ptr, in_scale_ptr, gates_ptr, da_ptr, a_ptr, dh_ptr, dgates_ptr, height, width, scale_rows,
-    scaled: constexpr, block: constexpr,
+    block: constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * block + tl.arange(0, block)
     there = rows < height
@@ -294,9 +287,9 @@ def _swiglu_backward_kernel(
     total = tl.zeros((block,), tl.float32)
     for start in range(0, width, 128):
         columns = start + tl.arange(0, 128)
-        gate = _load(h_ptr, in_scale_ptr, rows, height, columns, start // 128, 2 * width, scale_rows, scaled)
+        gate = _load(h_ptr, in_scale_ptr, rows, height, columns, start // 128, 2 * width, scale_rows, True)
         of_up = (width + start) // 128
-        up = _load(h_ptr, in_scale_ptr, rows, height, width + columns, of_up, 2 * width, scale_rows, scaled)
+        up = _load(h_ptr, in_scale_ptr, rows, height, width + columns, of_up, 2 * width, scale_rows, True)
         da = _load(da_ptr, h_ptr, rows, height, columns, 0, width, height, False)
         sigmoid = tl.div_rn(tl.full(gate.shape, 1.0, tl.float32), 1.0 + tl.exp(-gate))
         plain = gate * sigmoid * up
@@ -349,14 +342,13 @@ def _mx_kernel(
     tl.store(scale_ptr + matrix * (size // 128) + block * 128 + local % 32 * 4 + local // 32, words)
 
 
-def quantize_tiles(x_RC: Tensor, cast: Cast, in_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def quantize_tiles(x_RC: Tensor, cast: Cast) -> tuple[Tensor, Tensor]:
     """q (P, C), and scale (P, C / 128) stored column by column, as cuBLASLt and DeepGEMM read it."""
     rows, columns = _sizes(x_RC)
     whole = -(-rows // TILE) * TILE
     q, scale = cast.empty_tiles(x_RC, whole, columns)
     _tiles_kernel[(whole // QUANTIZE_ROWS, columns // TILE)](
-        x_RC, x_RC if in_scale is None else in_scale, q, scale, rows, columns, whole,
-        cast.format.max, cast.floor, cast.pow2, in_scale is not None, QUANTIZE_ROWS,
+        x_RC, q, scale, rows, columns, whole, cast.format.max, cast.floor, cast.pow2, QUANTIZE_ROWS,
     )  # fmt: skip
     return q, scale
 
@@ -397,21 +389,9 @@ def quantize_both(
     with_options(_both_kernel[(tiles, columns // TILE)], num_warps=8)(
         x_RC, q, scale, q_t, scale_t, x_RC if ends_E is None else ends_E, rows, columns, whole, tiles * TILE,
         cast.format.max, cast.floor, cast.pow2, cast_t.format.max, cast_t.floor, cast_t.pow2,
-        False, experts, power_of_2_from(experts),
+        experts, power_of_2_from(experts),
     )  # fmt: skip
     return (q, scale), (q_t, scale_t)
-
-
-def quantize_again(x_RC: Tensor, cast: Cast, cast_t: Cast) -> tuple[Tensor, Tensor]:
-    """`quantize_columns` by the second cast of what `quantize_tiles` by the first leaves, in one pass. Both have one format."""
-    rows, columns = _sizes(x_RC)
-    tiles = most_tiles(rows, 1)
-    q_t, scale_t = cast_t.empty_tiles(x_RC, columns, tiles * TILE)
-    with_options(_both_kernel[(tiles, columns // TILE)], num_warps=8)(
-        x_RC, q_t, scale_t, q_t, scale_t, x_RC, rows, columns, rows, tiles * TILE,
-        cast.format.max, cast.floor, cast.pow2, cast_t.format.max, cast_t.floor, cast_t.pow2, True, 1, 1,
-    )  # fmt: skip
-    return q_t, scale_t
 
 
 def quantize_columns(
@@ -461,33 +441,27 @@ def quantize_blocks(x_RC: Tensor, cast: Cast, transposed: bool) -> tuple[Tensor,
 
 
 def swiglu_tiles(
-    h_P2F: Tensor, gates_P: Tensor, cast: Cast, cache: Cast | None = None
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
-    """`quantize_tiles` of SwiGLU's output (P, F), and with a cache that of h, reading h once; neither has rows of padding."""
+    h_P2F: Tensor, gates_P: Tensor, cast: Cast, cache: Cast
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """`quantize_tiles` of SwiGLU's output (P, F), and by the cache's cast that of h, reading h once; neither has rows of padding."""
     rows, width = _sizes(h_P2F)[0], h_P2F.shape[1] // 2
-    q, scale = made = cast.empty_tiles(h_P2F, rows, width)
-    kept = None if cache is None else cache.empty_tiles(h_P2F, rows, 2 * width)
-    (kept_q, kept_scale), kept_cast = kept or made, cache or cast
+    made, kept = cast.empty_tiles(h_P2F, rows, width), cache.empty_tiles(h_P2F, rows, 2 * width)
     _swiglu_kernel[(-(-rows // QUANTIZE_ROWS), width // TILE)](
-        h_P2F, gates_P, q, scale, kept_q, kept_scale, rows, width,
-        cast.format.max, cast.floor, cast.pow2,
-        kept is not None, kept_cast.format.max, kept_cast.floor, kept_cast.pow2, QUANTIZE_ROWS,
+        h_P2F, gates_P, *made, *kept, rows, width, cast.format.max, cast.floor, cast.pow2,
+        cache.format.max, cache.floor, cache.pow2, QUANTIZE_ROWS,
     )  # fmt: skip
     return made, kept
 
 
-def swiglu_backward(
-    h_P2F: Tensor, gates_P: Tensor, da_PF: Tensor, in_scale: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """a (P, F) and dh (P, 2F) in bf16, and the gradient of the gates (P,)."""
+def swiglu_backward(h_P2F: Tensor, gates_P: Tensor, da_PF: Tensor, in_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """a (P, F) and dh (P, 2F) in bf16, and the gradient of the gates (P,). in_scale: of h, as `swiglu_tiles` gives both."""
     rows, width = _sizes(da_PF)
     a_PF = torch.empty_like(da_PF, dtype=torch.bfloat16)
     dh_P2F = da_PF.new_empty(rows, 2 * width, dtype=torch.bfloat16)
     dgates_P = torch.empty_like(gates_P)
     _swiglu_backward_kernel[(-(-rows // BACKWARD_ROWS),)](
-        h_P2F, h_P2F if in_scale is None else in_scale, gates_P, da_PF.contiguous(), a_PF, dh_P2F, dgates_P,
-        rows, width, h_P2F.shape[0], in_scale is not None, BACKWARD_ROWS,
-    )  # fmt: skip
+        h_P2F, in_scale, gates_P, da_PF.contiguous(), a_PF, dh_P2F, dgates_P, rows, width, len(h_P2F), BACKWARD_ROWS
+    )
     return a_PF, dh_P2F, dgates_P
 
 

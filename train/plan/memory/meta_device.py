@@ -23,9 +23,15 @@ from train.kernels.choice import build_kernels
 from train.kernels.fp8.blackwell import BlackwellEngine, ScaledGroupedProducts
 from train.kernels.fp8.formats import MX_TILE, TILE, Cast
 from train.kernels.fp8.fp8 import Fp8Precision, cpu_engine
-from train.kernels.fp8.grouped_products import DeepGemmProducts, TritonProducts
 from train.kernels.fp8.groups import most_tiles
-from train.kernels.fp8.hopper import HopperEngine, check_gpu_operands, has_mx_tiles, needs_deep_gemm
+from train.kernels.fp8.hopper import (
+    DeepGemmProducts,
+    HopperEngine,
+    TritonProducts,
+    check_gpu_operands,
+    has_mx_tiles,
+    needs_deep_gemm,
+)
 from train.kernels.plain.high import HighPrecision
 from train.kernels.precision import activation_dtype
 from train.model.operations import Kernels
@@ -74,7 +80,7 @@ def meta_precision(
     return Fp8Precision(precision.fp8, torch.device("meta"), kernels, engine, making)
 
 
-def _tiles(x_RC: Tensor, cast: Cast, in_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _tiles(x_RC: Tensor, cast: Cast) -> tuple[Tensor, Tensor]:
     return cast.empty_tiles(x_RC, _whole(x_RC.shape[0]), x_RC.shape[1])
 
 
@@ -101,10 +107,6 @@ def _columns(
 
 def _both(x_RC: Tensor, cast: Cast, cast_t: Cast, ends_E: Tensor | None = None) -> tuple:
     return _tiles(x_RC, cast), _columns(x_RC, cast_t, ends_E=ends_E)
-
-
-def _again(x_RC: Tensor, cast: Cast, cast_t: Cast) -> tuple[Tensor, Tensor]:
-    return _columns(x_RC, cast_t)
 
 
 def _decode_e5m6(q: Tensor, scale: Tensor, rows: int) -> Tensor:
@@ -138,13 +140,12 @@ def _mx(
     return x_RC.new_empty(*lead, whole, inner, dtype=cast.format.dtype), scale.flatten(-2) if lead else scale
 
 
-def _swiglu_tiles(h_P2F: Tensor, gates_P: Tensor, cast: Cast, cache: Cast | None = None) -> tuple:
+def _swiglu_tiles(h_P2F: Tensor, gates_P: Tensor, cast: Cast, cache: Cast) -> tuple:
     rows, width = len(h_P2F), h_P2F.shape[1] // 2
-    kept = None if cache is None else cache.empty_tiles(h_P2F, rows, 2 * width)
-    return cast.empty_tiles(h_P2F, rows, width), kept
+    return cast.empty_tiles(h_P2F, rows, width), cache.empty_tiles(h_P2F, rows, 2 * width)
 
 
-def _swiglu_backward(h_P2F: Tensor, gates_P: Tensor, da_PF: Tensor, in_scale: Tensor | None = None) -> tuple:
+def _swiglu_backward(h_P2F: Tensor, gates_P: Tensor, da_PF: Tensor, in_scale: Tensor) -> tuple:
     a_PF = torch.empty_like(da_PF, dtype=torch.bfloat16)
     dh_P2F = a_PF.new_empty(len(a_PF), 2 * a_PF.shape[1])
     return a_PF, dh_P2F, torch.empty_like(gates_P)
@@ -156,7 +157,6 @@ _KERNELS = SimpleNamespace(
     decode_e5m6=_decode_e5m6,
     quantize_columns=_columns,
     quantize_both=_both,
-    quantize_again=_again,
     quantize_blocks=_blocks,
     swiglu_tiles=_swiglu_tiles,
     swiglu_backward=_swiglu_backward,

@@ -20,7 +20,7 @@ from parallel.expert.wire import Fp8Wire
 from train.kernels.choice import choose_kernels
 from train.kernels.fp8.cast_rules import CastRules, Product, build_rules
 from train.kernels.fp8.engines import Fp8Engine
-from train.kernels.fp8.gpu_engine import load_gpu_engine
+from train.kernels.fp8.fp8 import load_gpu_engine
 from train.kernels.fp8.groups import PaddedGroups
 from train.kernels.precision import activation_dtype
 from train.model.attention import AttentionInput

@@ -27,9 +27,9 @@ class Work(NamedTuple):
     calls: float = 1.0
 
 
-UNPACKING = 21
-"""Bytes that move for each weight of block FP8 until its value is made (train/kernels/fp8/quantize.py, `dequantize`): codes to fp16 by shifts of
-bits, those times scales in fp32; the value itself is written, and copied to its place."""
+UNPACKING = 17
+"""Bytes that move for each weight of block FP8 until its value is made (train/kernels/fp8/quantize.py, `dequantize`): codes to fp32, those times
+scales in place; the value itself is written, and copied to its place."""
 
 
 @dataclass
