@@ -12,7 +12,7 @@ from train.kernels.gpu.fused_attention import AttentionByKind, CudnnAttention, E
 from train.kernels.plain.high import HighPrecision
 from train.kernels.plain.plain_attention import PlainAttention
 from train.kernels.plain.plain_kernels import PlainKernels
-from train.model.attention import AttentionCore, AttentionInput, AttentionOutput
+from train.model.attention import AttentionCore, AttentionInput, AttentionOutput, positions_first
 from train.model.deepseek import DeepSeekV3
 from train.model.init import initialise
 from train.model.sequence import Positions
@@ -46,6 +46,16 @@ class NoNumber(PlainAttention):
         return made._replace(lse_BHT=made.lse_BHT * torch.nan)
 
 
+class FromZero(PlainAttention):
+    """Begins the search of a query's largest score at 0, as a kernel may that was tried with scores around 0 alone."""
+
+    def forward(self, given: AttentionInput, keep: bool = False, largest: bool = False) -> AttentionOutput:
+        scores = (given.q_BHTQ.float() @ given.k_BHSQ.float().mT * given.scale).tril()
+        p = (scores - scores.amax(-1, keepdim=True).clamp_min(0)).exp().tril()
+        out = positions_first(p / p.sum(-1, keepdim=True) @ given.v_BHSV.float(), given.v_BHSV.dtype)
+        return AttentionOutput(out, p.sum(-1).log())
+
+
 class HalvedKeys(PlainAttention):
     def backward(self, dout_BHTV, given: AttentionInput, made: AttentionOutput):
         dq, dk, dv = super().backward(dout_BHTV, given, made)
@@ -61,6 +71,22 @@ def test_right_values_pass_and_wrong_ones_are_named(config, part, recipe):
     assert f"is wrong for {part} (its log-sum-exp is off by" in problem_of(NoNumber(), config, CPU, part)
     assert f"is wrong for {part} (dk is off by" in problem_of(HalvedKeys(), config, CPU, part)
     assert problem_of(Failing(), config, CPU, part) == f"fails for {part} (cuDNN Frontend error: no plan)"
+
+
+def test_a_core_that_fails_far_from_zero_and_one_that_fails_at_this_length_are_found(config):
+    assert "is wrong for whole sequences (its result is off by nan" in problem_of(
+        FromZero(), config, CPU, "whole sequences"
+    )
+    asked = []
+
+    class Watching(PlainAttention):
+        def forward(self, given: AttentionInput, keep: bool = False, largest: bool = False) -> AttentionOutput:
+            asked.append(given.q_BHTQ.shape)
+            return super().forward(given, keep, largest)
+
+    config = compose(*HEADS, "seq_len=200", "model.heads=6")
+    assert problem_of(Watching(), config, CPU, "documents") is None
+    assert [(shape[1], shape[2]) for shape in asked] == [(6, 200), (6, 199)]
 
 
 def test_a_core_that_is_right_for_whole_sequences_alone(config):

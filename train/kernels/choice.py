@@ -5,7 +5,8 @@ backward, with the right values.
 
 torch picks a kernel by what it knows of the sizes. DeepSeek-V3's heads, 192 wide in queries and keys and 128 in values, leave
 few of them, and the fastest, cuDNN's, fails on some versions of its library only when it is called. So each is tried once at the
-start, on small inputs of what this run asks for, whose results and gradients are held against train/model/attention.py on the CPU.
+start, at this run's own heads and length, with scores near -120, where a maximum that begins at 0 or a mask that only subtracts shows. Results and
+gradients of the first and the last head are held against train/model/attention.py in fp32 on the same device.
 """
 
 from collections.abc import Sequence
@@ -29,8 +30,10 @@ from train.model.sequence import Positions, Rectangle, SeenKeys
 ATTENTION_BOUND = 2e-2
 """Largest relative error, in the norm, of a result and of each gradient. Rounding the result and the probabilities to bf16
 makes some 3e-3; a wrong mask, scale or head makes 0.1 and more."""
-LENGTHS = 256, 255
-"""Positions tried: the module of an MTP depth has one fewer than the model."""
+TRIED_SCORE = -120.0
+"""What all scores of the trial lie around; the softmax is the same wherever they lie."""
+LARGE = 32.0
+"""One number of every query: with one of every key it makes those scores."""
 ATTENTION_RESULTS = "its result", "its log-sum-exp", "dq", "dk", "dv"
 
 ATTENTION_PARTS = "whole sequences", "documents", "blocks of keys"
@@ -89,47 +92,56 @@ def _refusal(core: AttentionCore, config: Config, device: torch.device, part: st
 
 
 def _tried(part: str, length: int) -> tuple[int, SeenKeys]:
-    """Queries of two sequences, and which of `length` keys they see."""
+    """Queries of a sequence, and which of `length` keys they see."""
     if (
         part == "blocks of keys"
     ):  # what a rank that shares sequences asks for: a piece, and a later one that sees all of it
         rectangles = [Rectangle(None, 0, length, 0, length, 0), Rectangle(None, length, 2 * length, 0, length, length)]
         return 2 * length, SeenKeys(rectangles)
     documents_BT = None
-    if part == "documents":  # of unequal lengths, other ones in the second sequence
-        ends = torch.tensor([[length // 3, length // 2], [1, length - 5]])
-        documents_BT = (torch.arange(length) >= ends[:, :, None]).sum(1).int()
+    if part == "documents":  # of unequal lengths, a single position among them
+        ends = torch.tensor([1, length // 3, length // 2])
+        documents_BT = (torch.arange(length) >= ends[:, None]).sum(0)[None].int()
     return length, Positions(length, documents_BT).seen[0]
 
 
 def problem_of(core: AttentionCore, config: Config, device: torch.device, part: str) -> str | None:
-    """What is wrong with a core at the widths of this model's heads; None where nothing is. part: of ATTENTION_PARTS."""
-    return next(filter(None, (_problem_at(length, core, config, device, part) for length in LENGTHS)), None)
+    """What is wrong with a core at this run's heads and length; None where nothing is. part: of ATTENTION_PARTS."""
+    length = config.seq_len // config.parallel.cp
+    if part == "blocks of keys":
+        length = max(1, length // 2)  # ranks that share sequences hold two pieces each
+    lengths = (length, length - 1) if config.model.mtp_depth else (length,)  # an MTP depth has a position fewer
+    return next(filter(None, (_problem_at(one, core, config, device, part) for one in lengths)), None)
 
 
 def _problem_at(length: int, core: AttentionCore, config: Config, device: torch.device, part: str) -> str | None:
     dtype, model = activation_dtype(config.precision), config.model
     width, values = model.nope_head_dim + model.rope_head_dim, model.v_head_dim
+    scale, keys = width**-0.5, model.nope_head_dim + values
     queries, seen = _tried(part, length)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     # As the model has them: positions before heads, values in rows behind keys.
-    keys = model.nope_head_dim + values
     shapes = (queries, width), (length, width), (length, keys), (queries, values)
-    numbers = [torch.randn(2, rows, 2, columns, generator=generator).to(dtype) for rows, columns in shapes]
-    expected = _both_ways(PlainAttention(), [tensor.float() for tensor in numbers], width**-0.5, seen)
+    numbers = [
+        torch.randn(1, rows, model.heads, columns, generator=generator, device=device).to(dtype)
+        for rows, columns in shapes
+    ]
+    numbers[0][..., 0], numbers[1][..., 0] = LARGE, round(TRIED_SCORE / (scale * LARGE))
+    compared = sorted({0, model.heads - 1})
+    expected = _both_ways(PlainAttention(), [tensor[:, :, compared].float() for tensor in numbers], scale, seen)
     try:
-        ours = _both_ways(core, [tensor.to(device) for tensor in numbers], width**-0.5, seen)
+        ours = _both_ways(core, numbers, scale, seen)
     except RuntimeError as error:
         return f"fails for {part} ({str(error).strip().splitlines()[0][:200]})"
     for name, one, other in zip(ATTENTION_RESULTS, ours, expected, strict=True):
-        error = ((one - other).norm() / other.norm()).item()
+        error = ((one[:, compared].float() - other).norm() / (other - other.mean()).norm()).item()
         if not error < ATTENTION_BOUND:  # not a number is wrong too
             return f"is wrong for {part} ({name} is off by {error:.2g} of its norm, and {ATTENTION_BOUND} is allowed)"
     return None
 
 
 def _both_ways(core: AttentionCore, numbers: list[Tensor], scale: float, seen: SeenKeys) -> list[Tensor]:
-    """Result, log-sum-exp, dq, dk, dv, in fp32 on the CPU."""
+    """Result, log-sum-exp, dq, dk, dv."""
     q, k, kv, dout = (tensor.transpose(1, 2) for tensor in numbers)
     v = kv[..., -dout.size(-1) :]
     given = AttentionInput(q, k, v, scale, seen)
@@ -137,7 +149,14 @@ def _both_ways(core: AttentionCore, numbers: list[Tensor], scale: float, seen: S
     met = made
     if q.size(2) > k.size(2):  # as if other blocks of keys had been met
         met = AttentionOutput(made.out_BHTV, made.lse_BHT + 1.0)
-    return [tensor.float().cpu() for tensor in (made.out_BHTV, made.lse_BHT, *core.backward(dout, given, met))]
+    dq, dk, dv = core.backward(dout, given, met)
+    return [
+        made.out_BHTV,
+        made.lse_BHT,
+        dq[..., 1:],
+        dk,
+        dv,
+    ]  # the first column of dq is 0 but for roundings, times a large number
 
 
 def build_kernels(
