@@ -15,9 +15,9 @@ needs_triton = pytest.mark.skipif(
 )
 
 
-def run_interpreted(folder: Path, names: Iterable[str]) -> None:
-    """Run the tests in these files of a folder, and hold what their kernels load and store (tests/ghost/interpreted_traffic.py)."""
-    options = ["-q", "-p", "no:cacheprovider", "-p", "tests.ghost.interpreted_traffic", "--timeout=240"]
+def run_interpreted(folder: Path, names: Iterable[str], traffic: bool = True) -> None:
+    """Run the tests in these files of a folder. traffic: hold what their kernels load and store (tests/ghost/interpreted_traffic.py)."""
+    options = ["-q", "-p", "no:cacheprovider", "--timeout=240", *(["-p", "tests.ghost.interpreted_traffic"] * traffic)]
     command = [sys.executable, "-m", "pytest", *options, *(str(folder / f"{name}.py") for name in names)]
     run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
