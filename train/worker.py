@@ -22,6 +22,7 @@ from conf.errors import EXIT_OK, DiskFailed
 from conf.run_paths import RunPaths
 from conf.schema import Config
 from parallel.exchange import RankNotes, from_rank_0
+from parallel.links import notes_on_links, try_links
 from parallel.zero.deepspeed_patches import import_deepspeed
 from train.checkpoint.checkpointer import Checkpointer
 from train.checkpoint.commit import next_attempt
@@ -94,6 +95,11 @@ def _run(config: Config, place: Place, stop: StopRequest, record: RankRecorder) 
     device, mesh = rank.device, rank.mesh
     # Until the first step is done: a rank that is slow to load or to compile is waited for as long as its driver waits for it.
     mesh.wait_at_most(max(config.cluster.timeout, config.cluster.start_timeout))
+    link_notes = []
+    if device.type == "cuda" and place.world > 1:
+        link_notes = notes_on_links(
+            *try_links(mesh, config.parallel.dispatch_facts, place.local_world, device), config.hardware.rates
+        )
     probe_in_turn(config, place, device)
     record.name_groups(mesh)
     paths = RunPaths(config)
@@ -126,7 +132,7 @@ def _run(config: Config, place: Place, stop: StopRequest, record: RankRecorder) 
     state = RunState(config, mesh, parts, hooks)
     state.compiled_products = products
     restored = restore(config, data, state, checkpointer, copies, start)
-    notes = [*data.notes, *restored.notes]
+    notes = [*link_notes, *data.notes, *restored.notes]
     if state.step < config.steps:
         samples = Schedules(config).samples
         if why := data.train.repeats(state.samples + samples[-1] - samples[state.step]):
