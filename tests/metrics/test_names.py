@@ -13,6 +13,7 @@ ELSEWHERE = {
     "parallel.ep > 1",
     "parallel.schedule=dualpipev",
     "cluster=ray",
+    "on GPUs",
 }
 """Conditions that one process does not meet; tests/loop/hooks/test_timeline_sampler.py, tests/test_layouts.py and tests/cluster do."""
 TABLE = {metric.name for metric in (*SCALARS, *EVENTS, *LAYERS)}

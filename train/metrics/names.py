@@ -262,6 +262,13 @@ SCALARS = (
         curve=Curve("memory", "peak memory", SKY, 1 / 2**30),
     ),
     Metric(
+        "kernels_compiled",
+        int,
+        "kernels",
+        "Triton kernels that the logging rank compiled since the second step of this start; each holds its step up",
+        "on GPUs",
+    ),
+    Metric(
         "memory_predicted_bytes",
         int,
         "bytes",

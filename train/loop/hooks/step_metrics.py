@@ -1,5 +1,6 @@
 """What metrics.jsonl says of every step: losses, rates, and how evenly routers share out tokens. Other hooks add to it, and the last writes it."""
 
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -95,8 +96,15 @@ class Fp8Readings:
         record |= together.metrics | together.layers
 
 
+SETTLED = 2
+"""Steps that have every size of a run, so that all its kernels are compiled."""
+
+
 class Recorder:
     """Hands the record to metrics.jsonl, the terminal and W&B, and tells W&B of checkpoints: on rank 0 alone."""
+
+    def __init__(self) -> None:
+        self._steps = self._compiled = 0
 
     def on_step(self, run: LiveRun, step: int, record: Record) -> None:
         if run.writer is None:
@@ -106,6 +114,11 @@ class Recorder:
             "memory_bytes": peak_memory(run.device),
             "time": time.time(),
         }
+        if (kernels := sys.modules.get("parallel.triton_types")) is not None:  # there once a kernel was launched
+            self._steps += 1
+            if self._steps <= SETTLED:
+                self._compiled = len(kernels.COMPILED)
+            rest["kernels_compiled"] = len(kernels.COMPILED) - self._compiled
         if run.writer.write(record | rest):
             run.saver.stall = 0.0  # else the next record tells of it
 
