@@ -58,7 +58,7 @@ class ScaledGroupedProducts:
 
 
 class BlackwellEngine(HopperEngine):
-    """`train.kernels.fp8.engines.Fp8Fp8Engine` on a Blackwell GPU."""
+    """`train.kernels.fp8.engines.Fp8Engine` on a Blackwell GPU."""
 
     def keep(self, x_MK: Tensor, cast: Cast) -> QuantizedTensor:
         if cast.block != (1, MX_TILE):

@@ -31,7 +31,7 @@ CpuOperand = Tensor | QuantizedTensor
 
 
 class CpuEngine:
-    """The emulation. It satisfies `Fp8Fp8Engine` with tensors as operands, runs wherever torch does, and is the reference for
+    """The emulation. It satisfies `Fp8Engine` with tensors as operands, runs wherever torch does, and is the reference for
     `CompiledEngine`.
 
     casts: how tensors are cast; torch's own operations unless something faster is given.

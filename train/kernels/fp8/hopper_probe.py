@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from train.kernels.fp8.engines import Fp8Fp8Engine
+    from train.kernels.fp8.engines import Fp8Engine
 
 PROBE_SECONDS = 300.0
 """Seconds: importing takes some 5, each of two kernels of DeepGEMM some 10 to compile the first time."""
@@ -118,12 +118,12 @@ class Trial:
     """One product of this engine and of the reference, on the same numbers."""
 
     name: str
-    run: "Callable[[Fp8Fp8Engine, Callable[[Tensor], Tensor]], Tensor]"
+    run: "Callable[[Fp8Engine, Callable[[Tensor], Tensor]], Tensor]"
     """From an engine and what brings a tensor to its device."""
 
 
 def wrong_products(
-    engine: "Fp8Fp8Engine", device: "torch.device", fp8: Fp8, say: Callable[[str], None] = lambda stage: None
+    engine: "Fp8Engine", device: "torch.device", fp8: Fp8, say: Callable[[str], None] = lambda stage: None
 ) -> list[tuple[str, str]]:
     """Each small product that fails or whose values are not those of the reference, with the cure.
 
