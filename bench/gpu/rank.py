@@ -42,6 +42,8 @@ class Task:
     ranks: int = 1
     backend: str = ""
     """Of several ranks: what init_process_group takes."""
+    links: bool = False
+    """Whether the links between the ranks are tried, and nothing else done."""
     threads: int = 0
     """Of a rank on a CPU; 0 for its share."""
 
@@ -123,6 +125,7 @@ def take_steps(task: Task, rank: int) -> dict:
     from bench.gpu.machine import kernels_of
     from cluster.place import Place
     from conf.load import compose
+    from parallel.links import try_links
     from parallel.mesh import build_mesh
     from train import parallelize as parallelize_module
     from train.loop.training_engine import Engine
@@ -133,7 +136,8 @@ def take_steps(task: Task, rank: int) -> dict:
 
     more = [] if task.compiled else ["cluster.compiled=false"]
     config = compose(*task.overrides, f"cluster.device={task.device}", f"cluster.threads={task.threads}", *more)
-    device = choose_device(config, Place(rank, task.ranks, 0, task.ranks))  # one card for all of them
+    place = Place(rank, task.ranks, rank if "nccl" in task.backend else 0, task.ranks)  # else one card for all of them
+    device = choose_device(config, place)
     if task.ranks == 1:
         start_process_group(config, Place(), device)
     else:
@@ -144,6 +148,10 @@ def take_steps(task: Task, rank: int) -> dict:
         store = os.environ["BENCH_STORE"]
         dist.init_process_group(task.backend, store, timedelta(seconds=WAIT), task.ranks, rank)
     mesh = build_mesh(layout_of(config), timedelta(seconds=WAIT))
+    if task.links:
+        names, found = try_links(mesh, config.parallel.dispatch_facts, task.ranks, device)
+        dist.destroy_process_group()
+        return {"names": names, "links": [tuple(vars(one).values()) for one in found]}
     parallelize_module.initialise = drawn_by_the_cpu
     parts = parallelize_module.parallelize(config, mesh, device, kernels_of(config, device))
     engine = Engine(config, parts, RankSetup(device, mesh))

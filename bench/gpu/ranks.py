@@ -1,6 +1,6 @@
 """Several ranks on one card: does every layout give the losses of one rank on it?
 
-NCCL takes one rank a card, which is tried and said. So tensors pass through the host (bench/gpu/staged.py); model, dispatch,
+NCCL takes one rank a card (bench/gpu/cards.py tries it where there are several). So tensors pass through the host (bench/gpu/staged.py); model, dispatch,
 pipelines and ZeRO run on the card as in a job, all processes side by side.
 """
 
@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 
 from bench.gpu.kernels import hopper
-from bench.gpu.line import Check, Finding, NotTried
+from bench.gpu.line import Check, Finding
 from bench.gpu.machine import Machine
-from bench.gpu.rank import Ranks, Task, losses, run_ranks
+from bench.gpu.rank import Ranks, Task, losses
 
 STEPS = 3
 MODEL = (
@@ -24,52 +24,39 @@ MODEL = (
 )
 SMALL = ("conf=tiny", "model.layers=3", "seq_len=64", "batch_size=4", "micro_batch_size=1", "cluster.ranks_per_node=1")
 LAYOUTS = {
-    "ep 8, node-limited dispatch": (8, "bf16", ("parallel.dp=8", "parallel.ep=8", "parallel.dispatch=node_limited")),
+    "ep 8, node-limited dispatch, FP8 with FP8 rows on the wire": (
+        8, "fp8", ("parallel.dp=8", "parallel.ep=8", "parallel.dispatch=node_limited", "parallel.wire=fp8"),
+    ),
     "pp 2, dp 4, ep 4, DualPipeV": (
         8, "bf16", ("parallel.pp=2", "parallel.dp=4", "parallel.ep=4", "parallel.schedule=dualpipev", "micro_batch_size=1"),
     ),
-    "ep 8, FP8 with FP8 rows on the wire": (8, "fp8", ("parallel.dp=8", "parallel.ep=8", "parallel.wire=fp8")),
-    "dp 8, ZeRO 2": (8, "bf16", ("parallel.dp=8", "parallel.zero=2")),
 }  # fmt: skip
 SMALL_LAYOUTS = {"ep 2": (2, "bf16", ("parallel.dp=2", "parallel.ep=2"))}
 LOSS = {"bf16": 1e-3, "fp8": 3e-3}
 NORM = {"bf16": 5e-2, "fp8": 0.15}
 LIMIT = 90.0
 """Seconds of a layout: nine processes import torch, take the card and build their kernels side by side."""
-NCCL_LIMIT = 45.0
 
 
 def checks(machine: Machine) -> list[Check]:
     layouts = LAYOUTS if machine.on_gpu else SMALL_LAYOUTS
-    found = [Check("NCCL with two ranks on one card", partial(nccl, machine), NCCL_LIMIT)]
+    found = []
     for name, (ranks, precision, overrides) in layouts.items():
         found.append(Check(f"{ranks} ranks: {name}", partial(layout, machine, ranks, precision, overrides), LIMIT))
     return found
 
 
-def nccl(machine: Machine) -> Finding:
-    """Where it works, so would several ranks with NCCL; where it is refused, the reason is what NCCL says."""
-    machine.need_gpu("NCCL")
-    overrides = (*MODEL, "parallel.dp=2", "parallel.ep=2")
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            run_ranks(
-                Task(overrides, "cuda", ranks=2, backend="cpu:gloo,cuda:nccl"), Path(folder) / "nccl", NCCL_LIMIT - 10
-            )
-        except RuntimeError as error:
-            raise NotTried(f"NCCL does not take two ranks on one card: {error}") from error
-    return Finding()
-
-
-def layout(machine: Machine, ranks: int, precision: str, overrides: tuple[str, ...]) -> Finding:
-    """Losses and gradient norms of a few steps beside those of one rank on the same device."""
+def layout(
+    machine: Machine, ranks: int, precision: str, overrides: tuple[str, ...], backend: str = "staged"
+) -> Finding:
+    """Losses and gradient norms of a few steps beside those of one rank on the same device. backend: what joins the ranks."""
     if machine.on_gpu and precision == "fp8":
         hopper(machine)
     common, device = (*(MODEL if machine.on_gpu else SMALL), f"precision={precision}"), machine.device.type
     with tempfile.TemporaryDirectory() as folder:
         one = Ranks(Task(common, device, STEPS), Path(folder) / "one")
         many = Ranks(
-            Task((*common, *overrides), device, STEPS, ranks=ranks, backend="staged", threads=1), Path(folder) / "many"
+            Task((*common, *overrides), device, STEPS, ranks=ranks, backend=backend, threads=1), Path(folder) / "many"
         )
         alone, together = (ranks.found(machine.patience * LIMIT) for ranks in (one, many))
     table, worst = [["step", "loss of one rank", "of all", "gradient norm of one rank", "of all"]], [0.0, 0.0]

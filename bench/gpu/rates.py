@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from bench.gpu.kernels import BACKENDS, BLOCKS, TILES, hopper, lacks
 from bench.gpu.line import Check, Finding, NotTried
 from bench.gpu.machine import Machine
-from bench.gpu.timing import median_seconds
+from bench.gpu.timing import median_seconds, watched_card
 from conf.errors import UserError
 from conf.load import compose
 from train.kernels.fp8.hopper import PaddedOperand
@@ -50,8 +50,16 @@ def checks(machine: Machine) -> list[Check]:
         **{f"experts' products in FP8 ({library})": partial(grouped_fp8, backend=backend) for backend, library in BACKENDS.items()},
         "quantisers": quantisers,
     }  # fmt: skip
-    found = [Check(name, partial(work, machine)) for name, work in works.items()]
-    return [*found, *(Check(f"layers in {name}", partial(layers, machine, given)) for name, given in LAYERS.items())]
+    works |= {f"layers in {name}": partial(layers, recipe=given) for name, given in LAYERS.items()}
+    return [Check(name, partial(with_clocks, work, machine)) for name, work in works.items()]
+
+
+def with_clocks(work: Callable[[Machine], Finding], machine: Machine) -> Finding:
+    """What the work finds, with the medians of clocks and power while it ran: a rate at half the clock is no slow kernel."""
+    with watched_card(machine) as seen:
+        found = work(machine)
+    found.figures |= seen
+    return found
 
 
 def rates(machine: Machine, works: dict[str, Callable[[], object]], work: float) -> list[float]:

@@ -8,7 +8,7 @@ import jsonschema
 import pytest
 import torch
 
-from bench.gpu import curve, memory, ranks, steps
+from bench.gpu import cards, curve, memory, ranks, steps
 from bench.gpu.machine import Machine
 from conf.load import compose
 from conf.schema import ROOT
@@ -57,14 +57,25 @@ def test_ranks_whose_tensors_pass_through_the_host_give_the_losses_of_one():
     assert found.problem is None and len(found.table) == 1 + ranks.STEPS
 
 
+@pytest.mark.slow
+def test_links_and_layouts_of_two_ranks_are_those_that_cards_would_run():
+    machine = Machine(torch.device("cpu"))
+    found = cards.links(machine)
+    assert {row[0] for row in found.table[1:]} == {"inside", "all-reduce", "all-to-all"} and found.figures == {
+        "cards": 2
+    }
+    assert cards.together(machine, cards.LAYOUTS["pp 2"]).problem is None
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
         *(("mode=dry_run", *overrides) for overrides in memory.CASES.values()),
         *((*ranks.MODEL, f"precision={precision}", *layout) for _, precision, layout in ranks.LAYOUTS.values()),
+        *((*ranks.MODEL, "precision=bf16", *layout) for layout in cards.LAYOUTS.values()),
         ("conf=tiny", *curve.SIZE),
     ],
-    ids=[*memory.CASES, *ranks.LAYOUTS, "curve"],
+    ids=[*memory.CASES, *ranks.LAYOUTS, *cards.LAYOUTS, "curve"],
 )
 def test_what_runs_on_a_gpu_alone_is_a_recipe_and_a_layout_that_can_run(overrides):
     config = with_nodes(compose(*overrides))

@@ -8,13 +8,15 @@ from types import SimpleNamespace
 
 import jsonschema
 import pytest
+import torch
 
 import bench.gpu.__main__ as command
-from bench.gpu import ranks
-from bench.gpu.line import FAIL, NOT_TRIED, PASS, Line
+from bench.gpu import cards, ranks, training
+from bench.gpu.line import FAIL, NOT_TRIED, PASS, Line, make_line
 from bench.gpu.page import draw, shown
 from bench.gpu.parts import MINUTES, PARTS, fitting
 from bench.gpu.run import follow
+from bench.gpu.timing import medians
 from bench.gpu.verdict import GpuVerdict, PartFound
 from conf.schema import ROOT
 
@@ -66,8 +68,9 @@ def test_a_part_that_cannot_start_is_one_line_that_fails(tmp_path):
     assert line.verdict == FAIL and "libcudart.so.13" in line.reason
 
 
-def test_all_parts_fit_and_none_is_begun_without_time(monkeypatch):
-    assert fitting(PARTS, MINUTES) == list(PARTS)
+def test_a_visit_has_all_parts_but_the_last_two_and_none_is_begun_without_time(monkeypatch):
+    assert fitting(PARTS, MINUTES) == list(PARTS)[:-2] and list(PARTS)[-2:] == ["peers", "curve"]
+    assert fitting(PARTS, 17) == list(PARTS)
     monkeypatch.setattr(command, "run_part", lambda *arguments: pytest.fail("a part was begun"))
     found = command.run(next(iter(PARTS.values())), "cpu", time.monotonic() - 1)
     (line,) = found.lines
@@ -77,8 +80,51 @@ def test_all_parts_fit_and_none_is_begun_without_time(monkeypatch):
 def test_a_part_has_at_least_the_time_of_its_ranks():
     """Each layout starts nine processes, so that what its checks may take is about what they need."""
     checks = ranks.checks(SimpleNamespace(on_gpu=True))
-    assert len(checks) == 1 + len(ranks.LAYOUTS)
+    assert len(checks) == len(ranks.LAYOUTS)
     assert sum(check.limit for check in checks) <= PARTS["ranks"].seconds
+
+
+def test_an_error_of_nccl_fails_its_line_and_one_card_is_not_tried(monkeypatch):
+    machine = SimpleNamespace(on_gpu=True, device=torch.device("cuda"), patience=1.0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert {make_line(check).verdict for check in cards.checks(machine)} == {NOT_TRIED}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+
+    def broken(*given):
+        raise RuntimeError("rank 1: NCCL error: unhandled system error")
+
+    monkeypatch.setattr(cards, "run_ranks", broken)
+    monkeypatch.setattr(cards, "layout", broken)
+    lines = [make_line(check) for check in cards.checks(machine)]
+    assert all(line.verdict == FAIL and "NCCL error" in line.reason for line in lines) and len(lines) == 4
+
+
+def test_clocks_are_medians_of_what_the_card_says():
+    said = "1980, 2619, 512.11, 61\n1755, 2619, 690.02, 63\n1410, 2619, 699.87, [N/A]\n14"
+    assert medians(said) == {
+        "clock (MHz)": 1755,
+        "memory clock (MHz)": 2619,
+        "power (W)": 690.02,
+        "temperature (C)": 62,
+    }
+    assert medians("") == {}
+
+
+def test_first_steps_that_compile_late_do_not_learn_or_take_more_than_planned_fail():
+    line = {
+        "step_seconds": 0.1,
+        "main_loss": 8.0,
+        "kernels_compiled": 0,
+        "memory_bytes": 10,
+        "memory_predicted_bytes": 10,
+    }
+    lines = [line | {"step_seconds": 30.0}, *(line | {"main_loss": 7.9 - step / 100} for step in range(19))]
+    found = training.judge(lines, 20)
+    assert found.problem is None and found.figures["first step (s)"] == 30.0
+    assert "0 of 20" in training.judge([], 20).problem
+    assert "3 kernels" in training.judge([*lines[:-1], lines[-1] | {"kernels_compiled": 3}], 20).problem
+    assert "1.30 of the plan" in training.judge([*lines[:-1], lines[-1] | {"memory_bytes": 13}], 20).problem
+    assert "does not fall" in training.judge([line] * 20, 20).problem
 
 
 def test_what_a_short_run_leaves_out_is_said_before_it_starts(monkeypatch, tmp_path, capsys):
@@ -106,7 +152,7 @@ def test_minutes_are_a_number_above_0(word, monkeypatch, capsys):
 @pytest.mark.parametrize(("line", "code"), [(Line("one", PASS), 0), (Line("one", FAIL, "<b>wrong</b>"), 1)])
 def test_the_command_writes_page_and_file_and_fails_where_a_line_does(line, code, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(command, "run_part", lambda *arguments: [line, Line("two", NOT_TRIED, "no GPU")])
-    monkeypatch.setattr("sys.argv", ["gpu", "--device", "cpu", "--out", str(tmp_path)])
+    monkeypatch.setattr("sys.argv", ["gpu", "--device", "cpu", "--minutes", "20", "--out", str(tmp_path)])
     assert command.main() == code
     record = json.loads((tmp_path / "gpu.json").read_text())
     jsonschema.validate(record, SCHEMA)
