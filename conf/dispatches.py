@@ -48,6 +48,8 @@ class DispatchFacts:
     """One hop between nodes, and behind it one inside them: nodes have equally many ranks of an expert group, and whole groups of
     experts."""
     needs_gpu: bool = False
+    package: str | None = None
+    """What has to be installed for it."""
     in_bf16: bool = False
     """It takes bf16 rows alone, and adds those of a rank one after another in bf16."""
     repeats: bool = True
@@ -124,6 +126,7 @@ DISPATCHES: dict[str, DispatchFacts] = {
         DeepEPFacts(
             "deepep",
             needs_gpu=True,
+            package="deep_ep",
             in_bf16=True,
             repeats=False,
             width=128,

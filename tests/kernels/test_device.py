@@ -135,3 +135,11 @@ def refused_by_the_first(rank: int, store: str) -> None:
 
 def test_all_ranks_refuse_what_one_machine_refuses(tmp_path):
     run_processes(refused_by_the_first, str(tmp_path / "store"))
+
+
+def test_a_dispatch_whose_package_is_not_there_is_refused_before_data_are_read():
+    layout = ("parallel.dp=8", "parallel.ep=8")
+    gpu_check.require_dispatch(compose(*layout))
+    with pytest.raises(UserError, match="needs the package deep_ep, which is not installed") as caught:
+        gpu_check.require_dispatch(compose(*layout, "parallel.dispatch=deepep"))
+    assert "parallel.dispatch=node_limited" in caught.value.cure

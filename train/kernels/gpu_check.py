@@ -1,5 +1,6 @@
 """Whether the GPU works before data are read: torch and Triton can use it, and its FP8 products are right."""
 
+import importlib.util
 import os
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -24,14 +25,28 @@ def check_gpu(config: Config) -> None:
     wanted, fp8 = config.cluster.device, config.precision.fp8
     if wanted == "cpu" or config.cluster.backend == "ray" or not (wanted == "cuda" or gpu_files()):
         return
-    if usable_gpu(wanted) and fp8 is not None and os.environ.get(PROBED) != str(fp8):
+    if not usable_gpu(wanted):
+        return
+    require_dispatch(config)
+    if fp8 is not None and os.environ.get(PROBED) != str(fp8):
         probe(config)
         os.environ[PROBED] = str(fp8)
+
+
+def require_dispatch(config: Config) -> None:
+    """Raises UserError where the package of the dispatch is not there, before data are read."""
+    package = config.parallel.dispatch_facts.package
+    if package is not None and config.parallel.ep > 1 and importlib.util.find_spec(package) is None:
+        rule = f"needs the package {package}, which is not installed"
+        cure = "build it from github.com/deepseek-ai/DeepEP, or set parallel.dispatch=node_limited"
+        raise UserError("parallel.dispatch", config.parallel.dispatch, rule, cure)
 
 
 def probe_in_turn(config: Config, place: Place, device: "torch.device") -> None:
     """The first rank of every machine tries the FP8 products; the others wait, and all refuse what one refuses."""
     fp8 = config.precision.fp8
+    if device.type == "cuda":
+        require_dispatch(config)
     if device.type != "cuda" or fp8 is None or os.environ.get(PROBED) == str(fp8):
         return
     from parallel.exchange import gather, patient_group
