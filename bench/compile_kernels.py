@@ -165,6 +165,7 @@ def variants() -> dict[str, Callable]:
         )
     } | {
         "columns": lambda: kernels.quantize_columns(x, columns),
+        "columns again": lambda: kernels.quantize_again(x, tiles, columns),
         "columns, FP8 in": lambda: kernels.quantize_columns(q, columns, scale),
         "columns of experts": lambda: kernels.quantize_columns(x, columns, ends_E=ends),
         "columns of experts, FP8 in": lambda: kernels.quantize_columns(q, columns, scale, ends_E=ends),

@@ -110,6 +110,9 @@ def test_rows_that_are_no_whole_tiles_are_cast_as_if_zeros_followed(dtype):
     expected, expected_t = quantize(padded, tiles), quantize(padded, columns)
     for q, scale in (by_row, triton_quantize.quantize_tiles(x, tiles)):
         assert same(q, expected.q) and same(scale, expected.scale) and scale.stride() == (1, 256)
+    once = triton_quantize.quantize_tiles(x, tiles)[0][:130], by_row[1][:130].t().contiguous().t()
+    expected_again = triton_quantize.quantize_columns(once[0], columns, once[1])
+    assert all(map(same, triton_quantize.quantize_again(x, tiles, columns), expected_again))
     for q, scale in (by_column, triton_quantize.quantize_columns(x, columns)):
         assert same(q, expected_t.q.mT) and same(scale, expected_t.scale.mT) and scale.stride() == (1, 128)
 

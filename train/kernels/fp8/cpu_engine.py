@@ -64,6 +64,9 @@ class CpuEngine:
             values = self._values(source, dtype)
         return values.mT if transposed else values
 
+    def cast_again(self, x_MK: Tensor, kept: Cast, rule: OperandRule) -> Any:
+        return self.operand(self.cast(x_MK, kept), rule, transposed=True)
+
     def values(self, source: Source) -> Tensor:
         return self._values(source, torch.bfloat16)
 

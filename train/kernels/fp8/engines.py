@@ -97,6 +97,9 @@ class Fp8Engine(Protocol):
         groups: the contraction runs over the padded rows of several experts, each on its own.
         """
 
+    def cast_again(self, x_MK: Tensor, kept: Cast, rule: OperandRule) -> Any:
+        """`operand`, transposed, of what the first cast leaves."""
+
     def values(self, source: Any) -> Tensor:
         """What was kept stands for, in bf16."""
 

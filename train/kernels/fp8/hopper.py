@@ -200,6 +200,12 @@ class HopperEngine:
         ends_E = None if groups is None else groups.unpadded_ends_E
         return _operand(self._casts.quantize_columns(x, cast, scale, flat, ends_E), True, inner)
 
+    def cast_again(self, x_MK: Tensor, kept: Cast, rule: OperandRule) -> PaddedOperand:
+        if kept.block != (1, TILE) or rule.granularity != "1x128" or rule.format is not kept.format:
+            return self.operand(self.cast(x_MK, kept), rule, transposed=True)
+        made = self._casts.quantize_again(_padded_columns(x_MK), kept, rule.cast(transposed=True))
+        return _operand(made, True, x_MK.shape[1])
+
     def gradient(
         self, dy: Source, for_inputs: OperandRule, for_weights: OperandRule, groups: PaddedGroups | None = None
     ) -> tuple[PaddedOperand, PaddedOperand]:

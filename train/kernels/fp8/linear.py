@@ -119,8 +119,10 @@ class _Linear(Function):
             dx_TK = engine.product(left, right, ctx.dtype)
         if weight_needed:
             (kept,) = unpack_sources(tensors, ctx.forms)
-            kept = engine.cast(kept, rules.cache) if isinstance(kept, Tensor) else kept
-            right = engine.operand(kept, rules.wgrad.right, transposed=True)
+            if isinstance(kept, Tensor):
+                right = engine.cast_again(kept, rules.cache, rules.wgrad.right)
+            else:
+                right = engine.operand(kept, rules.wgrad.right, transposed=True)
             dw_NK = weight_gradient(ctx, 1, weight_NK, partial(engine.product, left_t, right))
         if probe is not None and dx_TK is not None:
             probe.operand("gradient", dy_TN, rules.dgrad.left)

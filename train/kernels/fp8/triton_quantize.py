@@ -5,6 +5,7 @@ Each kernel reads its input once and writes FP8 values and fp32 scales in the la
     quantize_tiles      (R, C) -> q (P, C) and one scale per row and 128 columns         left operands
     quantize_columns    (R, C) -> q^T (C, P) and one scale per column and 128 rows       both operands of Wgrad
     quantize_both       (R, C) -> both of these                                           a gradient, for Dgrad and Wgrad
+    quantize_again      (R, C) -> the second of what the first leaves                     what was kept as it came, for Wgrad
     quantize_blocks     (R, C) -> q (R, C) or (C, R) and one scale per 128x128           weights
     quantize_e5m6       (R, C) -> q (P, 3 C / 2), twelve bits a value             what waits for Wgrad in a finer format
     decode_e5m6         the values of that in bf16                                       what attention's backward takes
@@ -199,17 +200,22 @@ def _columns_kernel(
 def _both_kernel(
     x_ptr, q_ptr, scale_ptr, q_t_ptr, scale_t_ptr, ends_ptr, height, width, rows_out, columns_out,
     maximum: constexpr, floor: constexpr, pow2: constexpr,
-    maximum_t: constexpr, floor_t: constexpr, pow2_t: constexpr, experts: constexpr, slots: constexpr,
+    maximum_t: constexpr, floor_t: constexpr, pow2_t: constexpr, again: constexpr, experts: constexpr, slots: constexpr,
 ):  # fmt: skip
-    """`_tiles_kernel` and `_columns_kernel` of one tile of rows and 128 columns."""
+    """`_tiles_kernel` and `_columns_kernel` of one tile of rows and 128 columns; again: the latter of what the former leaves, which
+    nobody else wants."""
     tile = tl.program_id(0)
     _, first, last = rows_of_tile(ends_ptr, tile, height, experts, slots)
     rows = first + tl.arange(0, 128)
     columns = tl.program_id(1) * 128 + tl.arange(0, 128)
     x = _load(x_ptr, x_ptr, rows, last, columns, 0, width, height, False)
-    written = rows < (last if experts > 1 else rows_out)
-    tile_n = tl.program_id(1)
-    _store_tiles(x, q_ptr, scale_ptr, rows, columns, written, tile_n, width, rows_out, maximum, floor, pow2)
+    if again:
+        scale, inverse = _scales(tl.max(tl.abs(x), axis=1), maximum, floor, pow2)
+        x = _cast(x * inverse[:, None], maximum, q_ptr.dtype.element_ty).to(tl.float32) * scale[:, None]
+    else:
+        written = rows < (last if experts > 1 else rows_out)
+        tile_n = tl.program_id(1)
+        _store_tiles(x, q_ptr, scale_ptr, rows, columns, written, tile_n, width, rows_out, maximum, floor, pow2)
     scale, inverse = _scales(tl.max(tl.abs(x), axis=0), maximum_t, floor_t, pow2_t)
     q = _cast(x * inverse[None, :], maximum_t, q_t_ptr.dtype.element_ty)
     place = columns[:, None] * tl.cast(columns_out, tl.int64) + tile * 128 + tl.arange(0, 128)[None, :]
@@ -389,9 +395,21 @@ def quantize_both(
     with_options(_both_kernel[(tiles, columns // TILE)], num_warps=8)(
         x_RC, q, scale, q_t, scale_t, x_RC if ends_E is None else ends_E, rows, columns, whole, tiles * TILE,
         cast.format.max, cast.floor, cast.pow2, cast_t.format.max, cast_t.floor, cast_t.pow2,
-        experts, power_of_2_from(experts),
+        False, experts, power_of_2_from(experts),
     )  # fmt: skip
     return (q, scale), (q_t, scale_t)
+
+
+def quantize_again(x_RC: Tensor, cast: Cast, cast_t: Cast) -> tuple[Tensor, Tensor]:
+    """`quantize_columns` by the second cast of what `quantize_tiles` by the first leaves, in one pass. Both have one format."""
+    rows, columns = _sizes(x_RC)
+    tiles = most_tiles(rows, 1)
+    q_t, scale_t = cast_t.empty_tiles(x_RC, columns, tiles * TILE)
+    with_options(_both_kernel[(tiles, columns // TILE)], num_warps=8)(
+        x_RC, q_t, scale_t, q_t, scale_t, x_RC, rows, columns, rows, tiles * TILE,
+        cast.format.max, cast.floor, cast.pow2, cast_t.format.max, cast_t.floor, cast_t.pow2, True, 1, 1,
+    )  # fmt: skip
+    return q_t, scale_t
 
 
 def quantize_columns(

@@ -109,6 +109,10 @@ def _both(x_RC: Tensor, cast: Cast, cast_t: Cast, ends_E: Tensor | None = None) 
     return _tiles(x_RC, cast), _columns(x_RC, cast_t, ends_E=ends_E)
 
 
+def _again(x_RC: Tensor, cast: Cast, cast_t: Cast) -> tuple[Tensor, Tensor]:
+    return _columns(x_RC, cast_t)
+
+
 def _decode_e5m6(q: Tensor, scale: Tensor, rows: int) -> Tensor:
     return q.new_empty(rows, q.shape[1] // 3 * 2, dtype=torch.bfloat16)
 
@@ -157,6 +161,7 @@ _KERNELS = SimpleNamespace(
     decode_e5m6=_decode_e5m6,
     quantize_columns=_columns,
     quantize_both=_both,
+    quantize_again=_again,
     quantize_blocks=_blocks,
     swiglu_tiles=_swiglu_tiles,
     swiglu_backward=_swiglu_backward,
