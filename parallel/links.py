@@ -86,7 +86,7 @@ def try_links(
         if mine is not None:
             other = sum(mine) - rank
             rate = size / _seconds(lambda other=other: exchange(other))
-            if came.ne(other & 0xFF).any():
+            if is_other(came, other & 0xFF):
                 raise RuntimeError(f"a wrong link: {names[rank]} gets other bytes than {names[other]} sends")
             found += [LinkRate(kind, mine, rate)] * (rank == mine[0])
         gather(None)  # ranks without a partner wait, so that each round has its links to itself
@@ -109,6 +109,11 @@ def try_links(
             found += [LinkRate(kind, tuple(ranks), moved / _seconds(together))] * (rank == ranks[0])
     everyone = gather([[one.kind, one.ranks, one.bytes_per_second] for one in found])
     return names, [LinkRate(kind, tuple(ranks), rate) for each in everyone for kind, ranks, rate in each]
+
+
+def is_other(came: Tensor, expected: int) -> bool:
+    """Whether a byte is not what was sent. Waits for the device."""
+    return bool(came.ne(expected).any())
 
 
 def notes_on_links(names: list[str], found: list[LinkRate], expected: dict[str, Rate]) -> list[str]:

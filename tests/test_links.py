@@ -1,12 +1,15 @@
 """What ranks learn of their links before a run: with gloo on CPUs, as NCCL is asked on GPUs."""
 
 import time
+from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from conf.dispatches import DISPATCHES
 from conf.schema import Rate
+from parallel import links
 from parallel.exchange import gather
 from parallel.layout import Layout
 from parallel.links import LinkRate, notes_on_links, rounds_of_pairs, try_links
@@ -53,6 +56,22 @@ def _measured(rank: int, dispatch: str) -> None:
 @pytest.mark.parametrize("dispatch", ["flat", "node_limited"])
 def test_all_ranks_learn_every_rate(dispatch):
     run_ranks(_measured, dispatch, world_size=4)
+
+
+def _wrong(rank: int) -> None:
+    """Rank 1 sends other bytes than it should."""
+    mesh = build_mesh(Layout(pp=1, dp=2, ep=1, ranks_per_node=1))
+    if rank == 1:
+        links.torch = SimpleNamespace(**vars(torch) | {"full": lambda *given, **named: torch.full(*given, **named) + 1})
+        with suppress(RuntimeError):  # whichever rank ends first
+            try_links(mesh, DISPATCHES["flat"], 1, CPU, size=1 << 14)
+    else:
+        with pytest.raises(RuntimeError, match=r"a wrong link: .*\(rank 0\) gets other bytes than .*\(rank 1\) sends"):
+            try_links(mesh, DISPATCHES["flat"], 1, CPU, size=1 << 14)
+
+
+def test_a_link_that_carries_other_bytes_is_named():
+    run_ranks(_wrong, world_size=2)
 
 
 def _dead(rank: int) -> None:
