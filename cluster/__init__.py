@@ -1,1 +1,3 @@
-"""Where processes run: this machine, under torchrun, or the nodes of a Ray cluster. Imports no torch and no train."""
+"""Starts and watches processes: on this machine, under torchrun, or on the nodes of a Ray cluster. Imports no torch
+and no train.
+"""

@@ -1,14 +1,16 @@
-"""Which rank broke a run: the first to fail, never its victims.
+"""Names the rank that broke a run: the first rank to fail, never one of its victims.
 
-When one rank fails, its peers lose their connection or wait until a time-out, and fail too, often sooner. In order:
+When one rank fails, its peers lose their connection or wait until a time-out. They fail too, and often report it
+sooner. The rules apply in this order:
 
-    1. a rank whose input was wrong (exit code 2): the user must act;
-    2. a node that no longer answers: everything else follows from it;
-    3. a rank that vanished without a word: killed, crashed in native code, or gone in the middle of its work with any exit code,
-       that of a good end included; a victim has time to write why;
-    4. ranks that are silent while the others timed out in a collective: they hang;
-    5. the earliest error by the clock of its host, which nobody sets, or the ranks that it blames itself: where a loss that is not finite began, which fails all
-       at once, and who did not write a part of a checkpoint.
+    1. A rank whose input was wrong (exit code 2): the user must act.
+    2. A node that no longer answers: all other failures follow from it.
+    3. A rank that vanished without a report: killed, crashed in native code, or gone in the middle of its work with any
+       exit code, even 0. A victim has time to write its reason.
+    4. Ranks that are silent while the others timed out in a collective: they hang.
+    5. The earliest error by its host's clock, which nobody sets, or the ranks that this error blames. Such an error
+       names the ranks where a non-finite loss began, which fails all ranks at once, or a rank that did not write its
+       part of a checkpoint.
 """
 
 import contextlib
@@ -29,17 +31,17 @@ from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED, EXIT_U
 from conf.files import atomic_write_text, open_plain, read_plain_json, read_tail
 
 CERTAIN = {-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGILL, -signal.SIGFPE}
-"""Exit codes of a rank that is no victim; a victim may still abort, as libraries do when they lose a peer."""
+"""Exit codes that no victim has; a victim may still abort, because libraries abort when they lose a peer."""
 NCCL_TIMEOUT = "Watchdog caught collective operation timeout"
-"""What torch prints before it aborts a rank that waited too long in a collective on GPUs."""
+"""Text that torch prints before it aborts a rank that waited too long in a GPU collective."""
 OUTPUT_TAIL = 4 << 10
-"""Bytes of output that explain a rank that ended without a word."""
+"""Bytes of output kept to explain a rank that ended without a report."""
 LAST_WORDS_BYTES = 64 << 10
-"""Bytes that a rank takes at its start for what it may have to say when the disk is full."""
+"""Bytes of disk that a rank reserves at its start for a failure report on a full disk."""
 NEWS_BYTES = 16 << 20
-"""Most bytes of what a rank says of itself in a file."""
+"""Maximum bytes read from a file in which a rank reports its state."""
 SAID = 4 << 10
-"""Characters of headline and message that are certain to fit there."""
+"""Characters of headline and message that always fit into the reserved space."""
 CURES_OF_SIGNALS: dict[int, str] = {
     signal.SIGKILL: "look at dmesg for the kernel's out-of-memory kills (lower micro_batch_size or model.loss_chunk if memory is short); "
     "else a person, a job scheduler or a container sent SIGKILL",
@@ -55,7 +57,7 @@ CURE_OF_EXITS = "find the code that ends the process with this exit code: the us
 
 
 class Kind(Enum):
-    """Why an attempt ended; each kind has its own budget."""
+    """Kind of failure that ended an attempt; each kind has its own budget."""
 
     user = "bad input"
     node = "node lost"
@@ -68,25 +70,27 @@ class Kind(Enum):
 
 @dataclass
 class Failure:
-    """What one rank had to say when it failed; written by the rank, read by the driver."""
+    """The report of a failed rank, written by the rank and read by the driver."""
 
     rank: int
     time: float
-    """By `cluster.clocks.uptime`, as no rank's own clock is trusted; an agent makes Unix time of it."""
+    """Time by `cluster.clocks.uptime`, because no rank's own clock is trusted; an agent converts it to Unix time."""
     kind: str
     """user, timeout, stopped or crash."""
     message: str
-    """A screen of ours, or the traceback of the error that was raised first."""
+    """Our error screen, or the traceback of the error that was raised first."""
     code: int
     ranks: list[int] = field(default_factory=list)
-    """Ranks where the failure began, if the reporting rank knows that."""
+    """Ranks where the failure began, if the reporting rank knows them."""
     headline: str = ""
-    """One line; empty where the message has its own."""
+    """One line; empty if the message has its own headline."""
     whole: str = ""
-    """The traceback with all errors that were raised from the first one; empty where there are none."""
+    """The traceback with all errors that followed from the first; empty if there are none."""
 
     def write(self, logs: Path) -> None:
-        """OSError if the disk refuses it. A full disk takes it in the room of `begin_work`."""
+        """Write the report. Raises OSError if the disk refuses it; on a full disk it uses the space that
+        `begin_work` reserved.
+        """
         logs.mkdir(parents=True, exist_ok=True)
         path = failure_path(logs, self.rank)
         try:
@@ -99,7 +103,7 @@ class Failure:
 
 
 def begin_work(logs: Path, rank: int) -> None:
-    """Leave the mark of a rank that works, which `end_work` removes. OSError if the disk refuses it."""
+    """Write the mark of a working rank, which `end_work` removes. Raises OSError if the disk refuses it."""
     logs.mkdir(parents=True, exist_ok=True)
     path = at_work_path(logs, rank)
     with naming(path, LAST_WORDS_BYTES), open(path, "wb", opener=open_plain) as file:
@@ -107,44 +111,46 @@ def begin_work(logs: Path, rank: int) -> None:
 
 
 def end_work(logs: Path, rank: int) -> None:
-    """The work is over, and how it ended is said by an exit code or a Failure. OSError if the disk refuses it."""
+    """Remove the mark: the work is over, and an exit code or a Failure tells its outcome. Raises OSError if the disk
+    refuses it.
+    """
     at_work_path(logs, rank).unlink(missing_ok=True)
 
 
 @dataclass
 class RankReport:
-    """One rank as its agent, or the driver of local ranks, sees it."""
+    """State of one rank as its agent, or the driver of local ranks, sees it."""
 
     rank: int
     code: int | None = None
-    """Exit code, minus the number of a signal; None while it runs."""
+    """Exit code, or minus the number of a signal; None while the rank runs."""
     failure: Failure | None = None
-    """What it wrote before it failed."""
+    """The report that the rank wrote before it failed."""
     step: int = -1
-    """The optimizer step that it works on, from 1; -1 before the loop has begun."""
+    """Optimizer step that the rank works on, from 1; -1 before the loop has begun."""
     phase: str = "start"
-    """start, step, validation, checkpoint, or the hook of a callback, as the rank says."""
+    """start, step, validation, checkpoint, or the hook of a callback, as the rank reports it."""
     busy: float | None = None
-    """Seconds of the last step that were its own work, not waiting for other ranks; None if it does not say."""
+    """Seconds of its own work in the last step, without waits for other ranks; None if not reported."""
     seconds: float | None = None
     """Seconds of that whole step."""
     memory: int = 0
-    """Peak bytes of its device, or of the process on a CPU; 0 if it does not say."""
+    """Peak bytes of its device, or of the process on a CPU; 0 if not reported."""
     sequences: float = 0.0
-    """In the step that it works on, over all ranks; 0 if it does not say."""
+    """Sequences in the current step, over all ranks; 0 if not reported."""
     on_gpu: bool = False
     done: int = 0
-    """Pieces of work so far, which count its progress between steps; see cluster/comm_ring.py."""
+    """Pieces of work done so far, which measure progress between steps; see cluster/comm_ring.py."""
     written: int = 0
-    """Bytes of checkpoints so far."""
+    """Bytes of checkpoints written so far."""
     waited_for_core: float = 0.0
-    """Seconds, so far; see cluster/spawn.py."""
+    """Seconds so far; see cluster/spawn.py."""
     state: str = ""
-    """Letter of the process state of Linux; T is stopped."""
+    """Letter of the process state of Linux; T means stopped."""
     log_tail: str | None = ""
-    """Last lines of its output; filled in once it has failed. None where its output went to the driver's terminal."""
+    """Last lines of its output, filled in after a failure. None if its output went to the driver's terminal."""
     deserted: bool = False
-    """It ended in the middle of its work, so that its exit code is none of ours."""
+    """The rank ended in the middle of its work, so its exit code is none of ours."""
 
     @property
     def ended(self) -> bool:
@@ -152,31 +158,35 @@ class RankReport:
 
     @property
     def bad(self) -> bool:
-        """Whether it failed. A rank that was asked to stop did not, though it says so, as others may fail of it."""
+        """Whether the rank failed. A rank that was asked to stop did not fail, even if it wrote a failure that made
+        others fail.
+        """
         if self.failure is not None:
             return self.failure.code != EXIT_STOPPED
         return self.deserted or self.code not in (None, EXIT_OK, EXIT_STOPPED)
 
     @property
     def said(self) -> int | None:
-        """The exit code that it chose."""
+        """The exit code that the rank chose."""
         return None if self.deserted else self.failure.code if self.failure else self.code
 
     @property
     def certain(self) -> bool:
-        """Whether it ended as no victim does."""
+        """Whether the rank ended in a way in which no victim ends."""
         return self.code is not None and (self.code in CERTAIN or (self.deserted and self.code >= 0))
 
 
 def read_report(rank: int, code: int | None, logs: Path, pid: int | None = None) -> RankReport:
-    """What a rank with this exit code left in its folder. Call after the code is known: one that has ended wrote all it will.
-    pid: of the process, if it is one of this machine.
+    """Read what a rank with this exit code left in its folder. Call it once the code is known: an ended rank writes
+    nothing more.
+
+    pid: process id, if the process is on this machine.
     """
     report = RankReport(rank, code)
     if pid is not None and code is None:
         report.waited_for_core = waited_for_core(pid)
         report.state = "T" if is_stopped(pid) else ""
-    with contextlib.suppress(OSError, ValueError):  # none before the loop; on a full disk written in place
+    with contextlib.suppress(OSError, ValueError):  # missing before the loop; may be incomplete on a full disk
         match read_plain_json(progress_path(logs, rank), NEWS_BYTES):
             case {"step": int(step), "phase": str(phase), **more}:
                 report.step, report.phase = step, phase
@@ -197,7 +207,7 @@ def _number(found: Any) -> Any:
 
 
 def _failure(found: Any) -> Failure | None:
-    """What a rank said, where a rank wrote this."""
+    """Return the failure report if a rank wrote it, else None."""
     match found:
         case {
             "rank": int(),
@@ -221,18 +231,18 @@ class Cause:
     text: str
     ranks: tuple[int, ...] = ()
     nodes: tuple[str, ...] = ()
-    """Names of the nodes it happened on."""
+    """Names of the nodes where it happened."""
     code: int = EXIT_CRASH
     log: str = field(default="", repr=False)
-    """Output or stacks that explain it."""
+    """Output or stacks that explain the failure."""
     advice: str = ""
-    """What to do, where that follows from how a rank ended."""
+    """Advice that follows from how the rank ended; empty if there is none."""
 
 
 def name_cause(reports: list[RankReport], names: dict[int, str]) -> Cause | None:
-    """The cause among these ranks, all on nodes that answer; None if none of them failed.
+    """Return the cause among these ranks, all on answering nodes; None if none of them failed.
 
-    names: node of each rank; empty where all share one machine, which no text then names.
+    names: node of each rank; empty if all share one machine, so that no text names it.
     """
     failed = sorted((report.failure for report in reports if report.failure), key=lambda failure: failure.time)
     first = failed[0] if failed else None
@@ -285,7 +295,7 @@ def _cause(
 
 
 def _headline(message: str) -> str:
-    """What happened: of a screen with rule and cure all, of other messages the first line."""
+    """Return what happened: a whole screen with rule and cure, or the first line of another message."""
     return message.strip() if "\n  rule: " in message else message.strip().splitlines()[0]
 
 
@@ -298,7 +308,7 @@ def _tail(report: RankReport) -> str:
 
 
 def _how(report: RankReport) -> str:
-    """How a rank ended that left no Failure, in words."""
+    """Describe how a rank without a Failure ended."""
     assert report.code is not None, "it has ended"
     if report.code < 0:
         memory = " (out of memory?)" if -report.code == signal.SIGKILL else ""
@@ -311,29 +321,30 @@ def _how(report: RankReport) -> str:
 
 
 def signal_name(number: int) -> str:
-    """The name of a signal, and the number of one that has no name, as most real-time signals."""
+    """Return the name of a signal, or its number if it has no name, as most real-time signals."""
     return signal.Signals(number).name if number in set(signal.Signals) else f"{number}"
 
 
 def cure_of_end(code: int | None) -> str:
-    """What to do about a rank that ended with this exit code, or minus a signal, and without a word."""
+    """Return advice for a rank that ended with this exit code, or minus a signal, and without a report."""
     if code is None or code >= 0:
         return CURE_OF_EXITS
     return CURES_OF_SIGNALS.get(-code, CURE_OF_OTHER_SIGNALS)
 
 
 WAITS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "barrier", "recv", "send", "wait")
-"""Names of functions in which a rank waits for others."""
+"""Names of functions in which a rank waits for other ranks."""
 NATIVE_HEAD = "Native threads, by pystack: "
-"""Behind it, in the stacks of a rank, stands where its native threads are."""
+"""Heading in a rank's stacks; the stacks of its native threads follow it."""
 _OF_PYTHON = re.compile(r"/lib/python3[.]\d+/(?!site-packages|dist-packages)")
-"""A file of Python's own library: its `wait` is of a thread, a queue or a process of this machine."""
+"""A file of Python's own library: a `wait` there waits for a thread, queue or process of this machine."""
 
 
 def name_hang(reports: list[RankReport], stacks: dict[int, str], names: dict[int, str], seconds: float) -> Cause:
-    """Who hangs, from the stacks that the ranks gave: the stopped, else the silent, else those that wait for nobody.
+    """Name the ranks that hang, from their stacks: stopped ranks, else silent ranks, else ranks that wait for no
+    other rank.
 
-    stacks: rank -> traceback of its threads by faulthandler; a rank that gave none is missing.
+    stacks: rank -> traceback of its threads by faulthandler; ranks without an answer are missing.
     """
     stopped = [report for report in reports if report.state == "T"]
     silent = [report for report in reports if report.rank not in stacks and not report.ended]
@@ -353,18 +364,20 @@ def name_hang(reports: list[RankReport], stacks: dict[int, str], names: dict[int
 
 
 def main_thread_frames(stack: str) -> list[str]:
-    """Lines of the main thread, innermost first; faulthandler prints it last."""
+    """Return the lines of the main thread, innermost first; faulthandler prints this thread last."""
     start = max(stack.rfind("\nThread "), stack.rfind("\nCurrent thread "), 0)
     return [line.strip() for line in stack[start:].splitlines() if line.lstrip().startswith("File ")]
 
 
 def waits_for_ranks(stack: str) -> bool:
-    """Whether the innermost frames of the main thread wait for other ranks: threads and queues of Python wait for something here."""
+    """Whether the innermost frames of the main thread wait for other ranks; waits in Python's threads and queues are
+    local and do not count.
+    """
     frames = [frame for frame in main_thread_frames(stack)[:4] if not _OF_PYTHON.search(frame)]
     return any(frame.rpartition(" in ")[2].lstrip("_").startswith(WAITS) for frame in frames)
 
 
 def innermost(stack: str) -> str:
-    """In words, where the main thread of a stack is."""
+    """Say where the main thread of a stack is."""
     frames = main_thread_frames(stack)
     return f", at {frames[0]}" if frames else ""

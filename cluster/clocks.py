@@ -1,18 +1,20 @@
-"""Two clocks for what is compared later: the time of day that nobody sets while a process runs, and how long the process was held up."""
+"""Two clocks: a time of day that nobody sets while a process runs, and a measure of how long the process was held
+up.
+"""
 
 import time
 
 _COUNTER = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
-"""The first counts on while the machine sleeps; only Linux has it."""
+"""CLOCK_BOOTTIME also counts while the machine sleeps; only Linux has it."""
 
 
 def uptime() -> float:
-    """Seconds since this host started: all its processes have this clock, and nobody sets it."""
+    """Return the seconds since this host started. All processes of the host share this clock, and nobody sets it."""
     return time.clock_gettime(_COUNTER)
 
 
 class SteadyClock:
-    """Unix time in seconds, read once when this is made and counted on from there."""
+    """Unix time in seconds, read once at construction and counted on from there."""
 
     def __init__(self) -> None:
         self._ahead = time.time() - uptime()
@@ -21,25 +23,29 @@ class SteadyClock:
         return self.at(uptime())
 
     def at(self, uptime: float) -> float:
-        """The time at which this host had been up for so long."""
+        """Return the Unix time at which this host had been up for `uptime` seconds."""
         return self._ahead + uptime
 
     def set_by(self) -> float:
-        """Seconds by which somebody has set the clock of this machine ahead since; below 0 for back."""
+        """Return the seconds by which somebody has set this machine's clock ahead since; negative if it was set
+        back.
+        """
         return time.time() - self.now()
 
 
 class HeldUp:
-    """Tells how long its process was held up between two looks, as by a busy machine or a laptop that slept: then nobody else is late.
+    """Measures how long its process was held up between two looks, for example by a busy machine or a sleeping
+    laptop.
 
-    nap: seconds that it may be busy between them; now: of the first.
+    A watcher that was held up must not call others late. nap: seconds that the process may be busy between two looks;
+    now: time of the first look.
     """
 
     def __init__(self, nap: float, now: float):
         self._nap, self._looked = nap, now
 
     def since_last_look(self, now: float) -> float:
-        """Seconds for which nobody may be blamed; 0 where the process was awake."""
+        """Return the seconds for which no other process may be blamed; 0 if this process was not held up."""
         held_up = max(0.0, now - self._looked - self._nap)
         self._looked = now
         return held_up

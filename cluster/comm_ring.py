@@ -1,13 +1,19 @@
-"""What a rank did last, in a file that outlives it: every collective, send and receive, with the step, the phase and the action of the
-pipeline in which it was begun. Mapped into memory, so that the kernel keeps what a process wrote that SIGKILL ended.
+"""A rank's recent communication, in a file that outlives the rank.
 
-    80 bytes     header: magic, version, number of records, rank, ranks of the run, process, Unix time of the start, host
-    48 bytes     what the rank is at: step, phase, layer, action, since when; pieces of work done, and bytes written of checkpoints
-    rest of 64 KiB   a JSON value a line: groups, and places of the program, each before the first record that has its number
-    records      88 bytes each, the oldest is overwritten
+It records every collective, send and receive with its step, phase and pipeline action. The file is mapped into memory,
+so the kernel keeps its content even if SIGKILL ends the process.
 
-One thread or several write, without a lock: a record has a number that only it has, and it is whole where that number stands at both
-of its ends. So a reader, which may be another process at any time, leaves out what was half written. Nothing here knows torch.
+    80 bytes     header: magic, version, number of records, rank, ranks of the run, process, Unix time of the start,
+                 host
+    48 bytes     current state: step, phase, layer, action, since when; pieces of work done, and bytes written of
+                 checkpoints
+    rest of 64 KiB   one JSON value per line: groups, and places in the program, each before the first record with its
+                     number
+    records      88 bytes each; the oldest is overwritten
+
+One or more threads write without a lock. Each record has a unique number at both of its ends, and the record is
+complete when both are equal. So a reader in another process can skip incomplete records at any time. Nothing here knows
+torch.
 """
 
 import itertools
@@ -33,20 +39,22 @@ from conf.files import read_plain
 MAGIC, RING_FORMAT = b"SLUICERING\0\0", 1
 MOST_RANKS = 1 << 20
 RING_BYTES = 16 << 20
-"""Most bytes of a ring that is read."""
+"""Maximum bytes of a ring that is read."""
 RECORDS = 8192
-"""Records of a file; some steps of a large layout."""
+"""Records per file; enough for some steps of a large layout."""
 NOW_AT, TABLE_AT, RECORDS_AT = 80, 128, 64 << 10
 """Offsets in bytes."""
 HEADER = struct.Struct("<12sIIIIId32s")
 NOW = struct.Struct("<IhBxHHH2xd")
 """Step, layer, phase, kind of action, stage, micro-batch, Unix time."""
 RECORD = struct.Struct("<QIHHBBhIi4xQQHHHBxdddQ")
-"""Serial, seq, group, place, kind, type, layer, step, peer, sent, received, action, stage, micro-batch, phase, began, waited, ended, serial."""
+"""Serial, seq, group, place, kind, type, layer, step, peer, sent, received, action, stage, micro-batch, phase,
+began, waited, ended, serial.
+"""
 WAITED_AT, ENDED_AT = 64, 72
 """Offsets of two times in a record."""
 RANK_PHASES = ("start", "data", "schedule", "reduction", "update", "record", "validation", "checkpoint")
-"""What a rank is at."""
+"""Phases of a rank's work."""
 KINDS = (
     "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "barrier", "send", "receive", "reduce", "gather", "scatter",
 )  # fmt: skip
@@ -65,18 +73,18 @@ ELEMENT_TYPES = (
     "float8_e4m3fn",
     "other",
 )
-"""Types of elements; the first where nothing is sent."""
+"""Element types; the first is used if nothing is sent."""
 _KIND_NUMBERS = {kind: number for number, kind in enumerate(KINDS)}
 _DTYPE_NUMBERS = {dtype: number for number, dtype in enumerate(ELEMENT_TYPES)}
 _OTHER = ELEMENT_TYPES.index("other")
 _TIME, _SERIAL, _COUNT = struct.Struct("<d"), struct.Struct("<Q"), struct.Struct("<I")
 LEAST_SENT, ALL_SENT = 128, 1 << 20
-"""Records that a rank sends at least, and that all ranks send together."""
+"""Minimum number of records that a rank sends, and the maximum for all ranks together."""
 NO_LAYER = -1
 
 
 class CommGroup(NamedTuple):
-    """Ranks that communicate. name: equal on all of them; label: what the layout calls it."""
+    """Ranks that communicate. name: equal on all of them; label: the layout's name for the group."""
 
     name: str
     label: str
@@ -84,41 +92,41 @@ class CommGroup(NamedTuple):
 
 
 class CommRecord(NamedTuple):
-    """One collective, send or receive, as one rank did it."""
+    """One collective, send or receive, as one rank saw it."""
 
     group: CommGroup
     seq: int
-    """Number in the group on this rank, from 1; of sends and receives the number between these two ranks."""
+    """Number in the group on this rank, from 1; for sends and receives the number between the two ranks."""
     kind: str
     dtype: str
     sent: int
     received: int
-    """Elements of this rank."""
+    """Elements that this rank sent and received."""
     peer: int
-    """Rank of the other end of a send or receive; -1 else."""
+    """Rank at the other end of a send or receive; -1 otherwise."""
     step: int
     phase: str
     layer: int
-    """The block that was entered last in this action; -1 where none was."""
+    """Block that was entered last in this action; -1 if none was."""
     action: str
-    """Such as `F2.0`: the forward of micro-batch 0 through stage 2; empty outside of a pipeline's actions."""
+    """For example `F2.0`: the forward of micro-batch 0 through stage 2; empty outside pipeline actions."""
     place: str
-    """File and line of who asked for it."""
+    """File and line of the caller."""
     began: float
     waited: float
-    """Unix time from which the rank did nothing but wait for it; 0 if it did not."""
+    """Unix time from which the rank only waited for it; 0 if the rank did not wait."""
     ended: float
-    """Unix time at which the rank knew that it was over; 0 if it does not."""
+    """Unix time at which the rank knew that it was complete; 0 if the rank does not know."""
 
     @property
     def blocks(self) -> bool:
-        """Whether its rank waits for it."""
+        """Whether the rank is waiting for this record."""
         return self.waited > 0 and self.ended == 0
 
 
 @dataclass
 class RankTrace:
-    """What one rank left."""
+    """Content of one rank's ring."""
 
     rank: int
     world: int
@@ -127,7 +135,7 @@ class RankTrace:
     started: float
     """Unix time."""
     records: list[CommRecord] = field(default_factory=list)
-    """The newest, oldest first."""
+    """The newest records, oldest first."""
     step: int = 0
     phase: str = "start"
     layer: int = NO_LAYER
@@ -137,26 +145,26 @@ class RankTrace:
 
     @property
     def is_here(self) -> bool:
-        """Whether its process is of this host."""
+        """Whether the rank's process is on this host."""
         return self.host.encode() == _host()
 
     @property
     def blocked(self) -> list[CommRecord]:
-        """What it waits for, oldest first."""
+        """Records that the rank waits for, oldest first."""
         return [record for record in self.records if record.blocks]
 
 
 class CommRing:
-    """The writer's side. Raises OSError if the disk has no room for the whole of it: later it asks for none."""
+    """Writer of a ring. Raises OSError if the disk has no room for the whole file; later writes need no more room."""
 
     def __init__(self, path: Path, rank: int, world: int, records: int = RECORDS):
         path.parent.mkdir(parents=True, exist_ok=True)
         size = RECORDS_AT + records * RECORD.size
         with suppress(FileNotFoundError):
-            path.unlink()  # whoever reads the one of an attempt before keeps it
+            path.unlink()  # a reader of an earlier attempt's file keeps that file
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
-            os.posix_fallocate(handle, 0, size)  # else a full disk would end the rank by SIGBUS
+            os.posix_fallocate(handle, 0, size)  # otherwise a full disk would end the rank by SIGBUS
             self._map = mmap.mmap(handle, size)
         finally:
             os.close(handle)
@@ -170,14 +178,14 @@ class CommRing:
         self._tell()
 
     def enter(self, phase: str, step: int | None = None) -> None:
-        """The rank is at something else from here on. phase: of RANK_PHASES."""
+        """Record that the rank enters another phase. phase: one of RANK_PHASES."""
         self.phase, self.layer, self._action = RANK_PHASES.index(phase), NO_LAYER, (0, 0, 0)
         if step is not None:
             self.step = step
         self._tell()
 
     def act(self, kind: str, stage: int, micro_batch: int) -> None:
-        """An action of the pipeline begins. kind: one or two letters."""
+        """Record that a pipeline action begins. kind: one or two letters."""
         self.layer, self._action = NO_LAYER, (int.from_bytes(kind.encode(), "little"), stage, micro_batch)
         self._tell()
 
@@ -186,20 +194,20 @@ class CommRing:
         self.count()
 
     def count(self, written: int = 0) -> None:
-        """The rank has done a piece of its work. written: that is, so many bytes of a checkpoint."""
+        """Count a piece of work. written: if nonzero, count this many bytes of a checkpoint instead."""
         self._done, self._written = self._done + (not written), self._written + written
         COUNTS.pack_into(self._map, COUNTS_AT, self._done, self._written)
 
     def name_group(self, name: str, label: str, ranks: Sequence[int]) -> int:
-        """The number of a group, by which `begin` knows it."""
+        """Return the number of a group, for `begin`."""
         return self._number((name, *ranks), ["group", name, label, _as_range(ranks)])
 
     def place(self, file: str, line: int) -> int:
-        """The number of a place in the program."""
+        """Return the number of a place in the program."""
         return self._number((file, line), ["place", file, line])
 
     def _number(self, key: Any, entry: list) -> int:
-        """Numbers count up in the order of the table; 0 is what no room was left for."""
+        """Return the number of an entry, in table order; 0 if the table has no room for it."""
         found = self._numbers.get(key)
         if found is None:
             text = json.dumps(entry, separators=(",", ":")).encode() + b"\n"
@@ -213,7 +221,9 @@ class CommRing:
     def begin(
         self, group: int, seq: int, kind: str, dtype: str, sent: int, received: int, peer: int, place: int
     ) -> int:
-        """Something begins; returns where it stands, for `wait` and `end`. group, place: numbers; kind: of KINDS."""
+        """Record that a communication begins; returns the record's offset for `wait` and `end`. group, place:
+        numbers; kind: one of KINDS.
+        """
         self.count()
         serial, now = next(self._serials), self._now()
         at = RECORDS_AT + (serial - 1) % self._records * RECORD.size
@@ -225,15 +235,15 @@ class CommRing:
         return at
 
     def wait(self, at: int) -> None:
-        """From here on the rank waits for it."""
+        """Record that the rank starts to wait for this communication."""
         _TIME.pack_into(self._map, at + WAITED_AT, self._now())
 
     def end(self, at: int) -> None:
-        """It is over, as far as this rank can know."""
+        """Record that this communication is complete, as far as this rank can know."""
         _TIME.pack_into(self._map, at + ENDED_AT, self._now())
 
     def close(self) -> None:
-        """The file stays."""
+        """Close the mapping; the file remains."""
         self._map.close()
 
 
@@ -242,7 +252,7 @@ def _host() -> bytes:
 
 
 def _as_range(ranks: Sequence[int]) -> list[int]:
-    """First, behind the last, and step, where that says all; else the ranks behind a -1."""
+    """Encode ranks as [first, last + 1, step] if they form a range; else as -1 followed by the ranks."""
     if len(ranks) > 1:
         stride = ranks[1] - ranks[0]
         if stride > 0 and list(ranks) == list(range(ranks[0], ranks[-1] + 1, stride)):
@@ -251,7 +261,9 @@ def _as_range(ranks: Sequence[int]) -> list[int]:
 
 
 def _from_range(said: list[int]) -> tuple[int, ...]:
-    """Earlier versions had a 0 in front of ranks that are no range. Raises ValueError for more than a run has."""
+    """Decode ranks. Earlier versions wrote 0 instead of -1 before ranks that form no range. Raises ValueError for
+    too many ranks.
+    """
     ranks = range(*said) if len(said) == 3 and said[0] >= 0 else said[1:]
     if len(ranks) > MOST_RANKS:
         raise ValueError("a group of more ranks than a run has")
@@ -259,7 +271,9 @@ def _from_range(said: list[int]) -> tuple[int, ...]:
 
 
 def read_trace(raw: bytes, last: int = RECORDS) -> RankTrace:
-    """What stands in a ring. last: most records, the newest. Raises ValueError for what is none."""
+    """Parse a ring. last: maximum number of records, the newest are kept. Raises ValueError if the bytes are no
+    ring.
+    """
     if len(raw) < RECORDS_AT or raw[: len(MAGIC)] != MAGIC:
         raise ValueError("no ring of a rank")
     _, version, records, rank, world, pid, started, host = HEADER.unpack_from(raw)
@@ -284,7 +298,7 @@ def read_trace(raw: bytes, last: int = RECORDS) -> RankTrace:
 def _read_table(table: bytes) -> tuple[dict[int, CommGroup], dict[int, str]]:
     groups, places = dict[int, CommGroup](), dict[int, str]()
     for number, line in enumerate(table.split(b"\0", 1)[0].splitlines(), 1):
-        with suppress(ValueError, RecursionError):  # a line that was half written has no record yet
+        with suppress(ValueError, RecursionError):  # an incomplete line has no record yet
             match json.loads(line):
                 case ["group", str(name), str(label), [int(), *_] as said] if all(isinstance(one, int) for one in said):
                     groups[number] = CommGroup(name, label, _from_range(said))
@@ -328,10 +342,12 @@ def _action(kind: int, stage: int, micro_batch: int) -> str:
 
 
 def read_traces(logs: Path, since: float = 0.0) -> dict[int, RankTrace]:
-    """What the ranks of a run left in this folder, by rank. since: Unix time; rings of ranks that began before it are of an earlier start."""
+    """Read the rings of a run's ranks from this folder, by rank. since: Unix time; rings that started before it
+    belong to an earlier start.
+    """
     traces = dict[int, RankTrace]()
     for path in logs.glob("rank_*.ring"):
-        with suppress(OSError, ValueError):  # its rank has just begun, or another version wrote it
+        with suppress(OSError, ValueError):  # the rank has just begun, or another version wrote the ring
             trace = read_trace(read_plain(path, RING_BYTES))
             if trace.started >= since:
                 traces[trace.rank] = trace
@@ -340,7 +356,7 @@ def read_traces(logs: Path, since: float = 0.0) -> dict[int, RankTrace]:
 
 
 def living_ranks(logs: Path, traces: Mapping[int, RankTrace]) -> dict[int, int]:
-    """By rank, the processes of this host and user that write these rings now."""
+    """Return, by rank, the processes of this host and user that currently write these rings."""
     return {
         rank: trace.pid
         for rank, trace in traces.items()
@@ -349,7 +365,9 @@ def living_ranks(logs: Path, traces: Mapping[int, RankTrace]) -> dict[int, int]:
 
 
 def pack_ring(path: Path, world: int) -> bytes:
-    """A ring as it travels, with as many of the newest records as all ranks of such a run may send; empty where there is none."""
+    """Return a ring packed for transfer, with the newest records up to this rank's share for such a run; empty if
+    there is no ring.
+    """
     try:
         raw = read_plain(path, RING_BYTES)
     except (OSError, ValueError):
@@ -364,19 +382,21 @@ def pack_ring(path: Path, world: int) -> bytes:
     return zlib.compress(bytes(head) + b"".join(newest), 1)
 
 
-# What a rank gets done between two steps, counted in its ring, so that nobody takes a slow rank for one that hangs.
+# Progress between two steps, counted in the rank's ring, so that no watcher mistakes a slow rank for a hung one.
 #
-# Whatever may be slow calls `got_on` after each piece of its work: a batch is read, a pass of a validation is over, a token of a sample is written.
-# The writer of a checkpoint calls `wrote`: its bytes count only while a rank waits for a checkpoint, as most are written beside the steps.
-# Both do nothing in a process that has no ring.
+# Slow code calls `got_on` after each piece of work: a batch is read, a pass of a validation is complete, a token of a
+# sample is written.
+# The writer of a checkpoint calls `wrote`. Its bytes count only while a rank waits for a checkpoint, because most are
+# written beside the steps.
+# Both functions do nothing in a process without a ring.
 
 _rings: list[CommRing] = []
-"""The ring of this process's rank is the last."""
+"""Active rings; the last entry is the ring of this process's rank."""
 
 
 @contextmanager
 def counted_in(ring: CommRing) -> Iterator[None]:
-    """Progress inside is counted in this ring."""
+    """Count progress inside the block in this ring."""
     _rings.append(ring)
     try:
         yield
@@ -385,12 +405,12 @@ def counted_in(ring: CommRing) -> Iterator[None]:
 
 
 def got_on() -> None:
-    """This rank has done a piece of its work."""
+    """Count one piece of work of this rank."""
     for ring in _rings[-1:]:
         ring.count()
 
 
 def wrote(size: int) -> None:
-    """This rank has written so many bytes of a checkpoint."""
+    """Count `size` bytes of a checkpoint that this rank has written."""
     for ring in _rings[-1:]:
         ring.count(written=size)

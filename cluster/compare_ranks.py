@@ -1,19 +1,19 @@
-"""Who holds a run up, by comparing what every rank did: the rings of all ranks (cluster/comm_ring.py), and where their threads are.
+"""Finds the rank that holds up a run by comparing the rings (cluster/comm_ring.py) and stacks of all ranks.
 
-In order, and the first that says something is what is said:
+The rules apply in this order; the first rule that matches decides:
 
-    1. stopped    a rank whose process is stopped
-    2. differs    two ranks did something different as the same collective of their group, or sent what the other end did not expect.
-                  Who of them is wrong: the one against most of its group; else the one that does not do what it is used to (in the
-                  step before, or a period of steps before), while the others do; else the one against the groups that do the same
-                  elsewhere; else that is not known
-    3. absent     ranks for which others wait, directly or through others, and which themselves wait for no rank
-    4. link       of the hosts that do not acknowledge what others sent, or are not answered themselves, the one that all of this is about
-    5. crossed    ranks that wait for each other: the one among them that does not do what it did in the step before
-    6. stuck      all are in, and nobody gets out: a network or a device
+    1. stopped    A rank's process is stopped.
+    2. differs    Two ranks did different things as the same collective of their group, or a rank sent what its receiver
+                  did not expect. The wrong rank is the one that differs from most of its group; else the rank that
+                  differs from its own earlier steps (the last step, or a period of steps before) while the others do
+                  not; else the rank that differs from other groups with the same label; else it is unknown.
+    3. absent     Ranks that others wait for, directly or indirectly, and that wait for no rank themselves.
+    4. link       Among the hosts with unacknowledged traffic, the one host that is part of every bad connection.
+    5. crossed    Ranks that wait for each other: the rank among them that differs from its own last step.
+    6. stuck      All ranks are in the collective and none gets out: a fault of a network or a device.
     7. unknown
 
-Nothing is guessed: where the rank is not known, none is named. All of this is a pure function.
+Nothing is guessed: if the rank is unknown, none is named. All of this is a pure function.
 """
 
 import linecache
@@ -39,17 +39,19 @@ from conf.schema import ROOT
 LOADER_THREAD = re.compile(r"/train/data/")
 """Files that make batches."""
 WAITS_HERE = re.compile(r"\b(acquire|join|wait|get|result)\(|\bwith \S*lock|_lock\b", re.IGNORECASE)
-"""A line of the program that waits for something of its own process."""
+"""Source line that waits for something in its own process."""
 OF_THREADS = re.compile(r"/(threading|queue|selectors|subprocess|multiprocessing/\w+|concurrent/\w+)\.py")
 GETS_ON_SECONDS = 2.0
-"""A run in which something happened since then gets on."""
+"""A run has made progress recently if something happened within this time."""
 
 
 def compare_ranks(
     traces: Mapping[int, RankTrace], stacks: Mapping[int, str], stopped: Iterable[int] = (), gone: Iterable[int] = ()
 ) -> Judgement:
-    """See the top of the file. stacks: of ranks that gave some, by faulthandler; stopped: ranks whose processes are stopped; gone:
-    ranks that have ended, of which others say nothing new.
+    """Apply the rules at the top of the file.
+
+    stacks: faulthandler stacks of the ranks that returned some; stopped: ranks whose processes are stopped; gone: ranks
+    that have ended, so that others waiting for them is no news.
     """
     held, gone = sorted(set(stopped)), set(gone)
     waits = find_waits({rank: trace for rank, trace in traces.items() if rank not in gone and rank not in held})
@@ -96,7 +98,7 @@ def compare_ranks(
 
 
 def _entered(traces: Mapping[int, RankTrace]) -> dict[tuple, int]:
-    """The number that every rank came to, by rank and channel."""
+    """Return the highest number that each rank reached, by rank and channel."""
     entered = dict[tuple, int]()
     for rank, trace in traces.items():
         for record in trace.records:
@@ -106,7 +108,7 @@ def _entered(traces: Mapping[int, RankTrace]) -> dict[tuple, int]:
 
 
 def find_waits(traces: Mapping[int, RankTrace]) -> list[RankWait]:
-    """All waits of these ranks, those that began first in front."""
+    """Return all waits of these ranks, the earliest first."""
     entered, waits = _entered(traces), []
     for rank, trace in traces.items():
         for record in trace.blocked:
@@ -122,7 +124,7 @@ def find_waits(traces: Mapping[int, RankTrace]) -> list[RankWait]:
 
 
 def _absent(traces: Mapping[int, RankTrace], waits: Sequence[RankWait], gone: set[int]) -> list[int]:
-    """Ranks that others wait for, and which themselves wait for none."""
+    """Return the ranks that others wait for and that wait for no rank themselves."""
     waiting = {wait.rank for wait in waits}
     wanted = {rank for wait in waits for rank in wait.missing}
     return sorted(rank for rank in wanted if rank not in waiting and rank not in gone)
@@ -131,7 +133,7 @@ def _absent(traces: Mapping[int, RankTrace], waits: Sequence[RankWait], gone: se
 def _say_absent(
     traces: Mapping[int, RankTrace], stacks: Mapping[int, str], waits: Sequence[RankWait], rank: int
 ) -> tuple[Fault, str]:
-    """What a rank does that does not come."""
+    """Describe what an absent rank is doing."""
     frames = main_thread_frames(stacks.get(rank, ""))
     trace = traces.get(rank)
     line = _source(frames)
@@ -156,7 +158,9 @@ def _say_absent(
 
 
 def _where(traces: Mapping[int, RankTrace], stacks: Mapping[int, str], rank: int) -> str:
-    """File and line of the innermost function of the program in which the main thread is; else that of its last record."""
+    """Return file and line of the program's innermost function on the main thread's stack; else the place of the
+    last record.
+    """
     frames = main_thread_frames(stacks.get(rank, ""))
     frame = next((frame for frame in frames if not OF_THREADS.search(frame)), frames[0] if frames else "")
     if found := _FRAME.match(frame):
@@ -168,7 +172,7 @@ def _where(traces: Mapping[int, RankTrace], stacks: Mapping[int, str], rank: int
 
 
 def _find_bad_link(stacks: Mapping[int, str]) -> Judgement | None:
-    """The host without which everything that was sent would have been acknowledged (cluster/stacks.py)."""
+    """Name the host that accounts for all unacknowledged traffic (cluster/stacks.py)."""
     said = {rank: found for rank, stack in stacks.items() if (found := _UNANSWERED.search(stack))}
     pairs = {frozenset((found[1], other)) for found in said.values() for other in found[2].split(", ") if other}
     if not pairs:
@@ -187,7 +191,7 @@ _FRAME = re.compile(r'File "(.+)", line (\d+) in (\S+)')
 
 
 def _source(frames: Sequence[str]) -> str:
-    """The line of the program at which the main thread is, where its file is here."""
+    """Return the source line at which the main thread is, if its file is on this machine."""
     frame = next((frame for frame in frames if not OF_THREADS.search(frame)), "")
     found = _FRAME.match(frame)
     return linecache.getline(found[1], int(found[2])).strip()[:120] if found and Path(found[1]).suffix == ".py" else ""
@@ -197,7 +201,7 @@ def _source(frames: Sequence[str]) -> str:
 
 
 def _crossed(traces: Mapping[int, RankTrace], waits: Sequence[RankWait]) -> Judgement:
-    """Whoever of the ranks that wait for each other does not do what it did in the step before."""
+    """Name the rank, among ranks that wait for each other, that differs from its own last step."""
     ring = sorted({wait.rank for wait in waits if wait.missing})
     changed = dict[int, tuple[Fault, CommRecord]]()
     for rank in ring:

@@ -1,14 +1,16 @@
-"""An incident of a run: who broke it or holds it up, what they did and where, who waits since when, and what to do.
+"""An incident of a run: the rank that broke it or holds it up, the place, the waiting ranks, and what to do.
 
-The judgement of cluster/cause.py, where ranks said something themselves, and that of cluster/compare_ranks.py, where what they did shows
-more: a rank that left a collective out makes another one fail. A screen says it; logs/incident_N.json has the whole:
+The judgement comes from cluster/cause.py if ranks reported a failure themselves. cluster/compare_ranks.py replaces it
+if the recorded communication shows more: a rank that skips a collective makes another rank fail. A screen summarises
+the incident; logs/incident_N.json has all of it:
 
     time, kind, text     Unix time, the kind of the cause and its sentence
-    fault, ranks, among  of judgement.Fault; the culprits, and ranks of which one is, where that is not known
+    fault, ranks, among  of judgement.Fault; the culprits; if the culprit is unknown, the ranks that include it
     where, advice        file and line; what to do
-    seconds              since the last news, of a hang
-    waits                [{"rank": 0, "for": [1], "what": "all_reduce 7 of ...", "place": "file:line", "seconds": 12.1}, ...]
-    by_rank              of each rank step, phase, action, layer, process, stack and its last records
+    seconds              since the last news, for a hang
+    waits                [{"rank": 0, "for": [1], "what": "all_reduce 7 of ...", "place": "file:line", "seconds": 12.1},
+                         ...]
+    by_rank              for each rank: step, phase, action, layer, process, stack and its last records
 """
 
 import json
@@ -37,9 +39,9 @@ from conf.words import one_line, say
 
 INCIDENT = re.compile(r"incident_(\d{1,9})\.json")
 SHOWN_RECORDS = 40
-"""Last records of a rank in the file."""
+"""Last records of each rank that the file keeps."""
 SHOWN_WAITS, LINE = 6, 400
-"""Ranks that wait, and characters of a sentence, on the screen."""
+"""Maximum waiting ranks, and maximum characters of a sentence, on the screen."""
 ADVICE_OF_CAUSE = {
     Kind.killed: "look at the log of this rank, at dmesg and at its device",
     Kind.crash: "the lines above come from the rank that failed first",
@@ -55,7 +57,7 @@ def judge_hang(
     names: dict[int, str],
     seconds: float,
 ) -> tuple[Cause, Judgement]:
-    """Who holds the run up that had no news for so long. names: node of each rank, or none."""
+    """Name the rank that holds up a run without news for `seconds`. names: node of each rank, or empty."""
     by_stacks = name_hang(list(reports), stacks, names, seconds)
     if not traces and len(reports) == 1 and reports[0].rank in stacks:
         return _judge_alone(reports[0], stacks[reports[0].rank], seconds)
@@ -75,7 +77,7 @@ def judge_hang(
 
 
 def _judge_alone(report: RankReport, stack: str, seconds: float) -> tuple[Cause, Judgement]:
-    """A rank that sees nothing of the others."""
+    """Judge a rank that has no data about the others."""
     waits = waits_for_ranks(stack)
     what = "waits for other ranks" if waits else "is not in a collective"
     text = f"no step finished for {seconds:.0f} s: rank {report.rank} in step {report.step} {what}{innermost(stack)}"
@@ -86,11 +88,13 @@ def _judge_alone(report: RankReport, stack: str, seconds: float) -> tuple[Cause,
 def judge_failure(
     cause: Cause, traces: Mapping[int, RankTrace], stacks: Mapping[int, str], names: dict[int, str]
 ) -> tuple[Cause, Judgement]:
-    """The cause that ranks gave, or the one that shows in what they did before: ranks that do different things as the same
-    collective fail in it, or in a later one, and often not those that are wrong.
+    """Return the cause that ranks reported, or a cause found in their recorded communication.
+
+    Ranks that do different things as the same collective fail in it or in a later one, and often the failing ranks are
+    not the wrong ones.
     """
     finding = None
-    if cause.kind is Kind.hang and traces:  # they gave up waiting, and what each did then stands in its ring
+    if cause.kind is Kind.hang and traces:  # the ranks gave up waiting; their rings hold what each did
         finding = compare_ranks(traces, stacks)
     elif cause.kind in (Kind.crash, Kind.killed) and not _is_certain(cause):
         finding = find_difference(traces)
@@ -102,7 +106,7 @@ def judge_failure(
 
 
 def _is_certain(cause: Cause) -> bool:
-    """Whether the rank ended as no victim of others does."""
+    """Whether the rank ended in a way in which no victim ends."""
     return any(signal.Signals(-code).name in cause.text for code in CERTAIN)
 
 
@@ -119,7 +123,7 @@ def describe_incident(
     seconds: float = 0.0,
     live: bool = False,
 ) -> dict[str, Any]:
-    """The incident as its file has it; see the top of this file. live: the ranks live on."""
+    """Return the incident in its file format; see the top of this file. live: the ranks are still running."""
     now = time.time()
     waits = [
         {
@@ -170,7 +174,7 @@ def _plain(record: CommRecord) -> dict[str, Any]:
 
 
 def write_incident(logs: Path, incident: dict[str, Any]) -> Path:
-    """To the next incident_N.json of the folder. OSError if the disk refuses it."""
+    """Write the incident to the next incident_N.json of the folder. Raises OSError if the disk refuses it."""
     number = 1 + max(
         (int(found[1]) for path in incident_files(logs) if (found := INCIDENT.fullmatch(path.name))), default=0
     )
@@ -181,7 +185,9 @@ def write_incident(logs: Path, incident: dict[str, Any]) -> Path:
 
 
 def keep_incident(logs: Path, incident: dict[str, Any], note: Callable[[str], None], told: bool = False) -> str:
-    """Write an incident and return its screen; where the disk refuses it, `note` hears why. told: see `incident_screen`."""
+    """Write an incident and return its screen; if the disk refuses it, call `note` with the reason. told: see
+    `incident_screen`.
+    """
     path = None
     try:
         path = write_incident(logs, incident)
@@ -191,7 +197,7 @@ def keep_incident(logs: Path, incident: dict[str, Any], note: Callable[[str], No
 
 
 def newest_incident(logs: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The last incident of a run, or None."""
+    """Return the last incident of a run, or None."""
     for path in reversed(incident_files(logs)):
         with suppress(OSError, ValueError):
             return path, read_incident(path)
@@ -199,16 +205,18 @@ def newest_incident(logs: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def incident_files(logs: Path) -> list[Path]:
-    """The files of a run that are named as incidents, whatever is in them, the newest at the end."""
+    """Return all files with an incident's name, whatever they contain, the newest last."""
     found = list[tuple[float, Path]]()
     for path in logs.glob("incident_*.json"):
-        with suppress(OSError):  # it is gone
+        with suppress(OSError):  # the file is gone
             found.append((path.lstat().st_mtime, path))
     return [path for _, path in sorted(found)]
 
 
 def read_incident(path: Path) -> dict[str, Any]:
-    """The incident in a file. Raises OSError; ValueError where the file holds none, as it may be somebody else's."""
+    """Read an incident. Raises OSError; ValueError if the file holds no incident, because it may be an untrusted
+    file.
+    """
     found = read_plain_json(path)
     if not isinstance(found, dict) or not all(
         name in found and fits(found[name]) for name, fits in INCIDENT_FIELDS.items()
@@ -240,11 +248,13 @@ INCIDENT_FIELDS: dict[str, Callable[[Any], bool]] = {
     "time": _is_time, "kind": _is_text, "text": _is_text, "fault": _is_text, "ranks": _are_ranks, "among": _are_ranks, "where": _is_text,
     "advice": _is_text, "waits": lambda found: isinstance(found, list) and all(map(_is_wait, found)),
 }  # fmt: skip
-"""What readers rely on."""
+"""Fields that readers rely on, each with its check."""
 
 
 def incident_screen(incident: Mapping[str, Any], path: Path | None = None, told: bool = False) -> str:
-    """One screen of it. told: the text of the failure stands above it, and is left out where a rank said that itself."""
+    """Return one screen of the incident. told: the failure text is printed above it, so the screen omits text that a
+    rank reported itself.
+    """
     ranks, among = incident["ranks"], incident["among"]
     who = ", ".join(map(str, ranks)) or (f"one of {', '.join(map(str, among[:8]))}" if among else "not known")
     head = [
@@ -271,7 +281,7 @@ def incident_screen(incident: Mapping[str, Any], path: Path | None = None, told:
 
 
 def unpack_traces(rings: Mapping[int, bytes]) -> dict[int, RankTrace]:
-    """Rings as agents send them, read."""
+    """Read rings in the format in which agents send them."""
     traces = dict[int, RankTrace]()
     for rank, packed in rings.items():
         with suppress(ValueError, zlib.error):
@@ -279,19 +289,22 @@ def unpack_traces(rings: Mapping[int, bytes]) -> dict[int, RankTrace]:
     return traces
 
 
-# The incident of a run that is late and not yet ended: it is told as a warning, and when the run goes on, its file says so.
+# A late run that has not been ended: its incident is shown as a warning. If the run goes on, the incident's file says
+# so.
 
 PASSED = "passed"
-"""The kind of an incident after which the run went on; until then it is that of a hang."""
+"""Kind of an incident after which the run went on; before that its kind is hang."""
 
 
 def warning_of(text: str, seconds_left: float) -> str:
-    """The sentence on who holds a run up, before it is ended."""
+    """Return the warning about the ranks that hold up a run, before the driver ends it."""
     return f"{text}; the run is ended in {seconds_left:.0f} s without progress (cluster.kill_after)"
 
 
 def pass_incident(logs: Path, seconds: float) -> None:
-    """The run goes on after a silence of so many seconds, of which its newest incident tells. OSError if the disk refuses it."""
+    """Record in the newest incident that the run went on after `seconds` of silence. Raises OSError if the disk
+    refuses it.
+    """
     if (found := newest_incident(logs)) is not None and found[1].get("kind") == "hang":
         path, incident = found
         text = f"{str(incident['text']).splitlines()[0]}; the run went on after {seconds:.0f} s"
@@ -299,7 +312,7 @@ def pass_incident(logs: Path, seconds: float) -> None:
 
 
 def tell_went_on(logs: Path, seconds: float) -> None:
-    """Say that a run which was late goes on."""
+    """Report that a late run goes on."""
     say(f"the run goes on after {seconds:.0f} s without news", file=sys.stderr)
-    with suppress(OSError):  # a full disk: it was said here
+    with suppress(OSError):  # the disk is full: the message above is enough
         pass_incident(logs, seconds)

@@ -1,4 +1,4 @@
-"""The network interfaces of this machine, by which gloo and NCCL reach other machines."""
+"""The network interfaces of this machine through which gloo and NCCL reach other machines."""
 
 import contextlib
 import errno
@@ -12,11 +12,11 @@ import psutil
 NAMES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 """Variables that name the interface. A value that the user set is never changed."""
 ANYWHERE = "192.0.2.1"
-"""An address for documentation (RFC 5737), to which nothing is sent: its route is the default route."""
+"""A documentation address (RFC 5737) to which nothing is sent: its route is the default route."""
 
 
 def interface_of(address: str) -> str:
-    """Name of the network interface that has this IP address; OSError if none has."""
+    """Return the name of the network interface with this IP address. Raises OSError if there is none."""
     for name, addresses in psutil.net_if_addrs().items():
         if any(entry.address == address for entry in addresses):
             return name
@@ -24,9 +24,10 @@ def interface_of(address: str) -> str:
 
 
 def interface_to(host: str) -> str:
-    """Name of the interface of the route to this host. OSError for a host without address or route.
+    """Return the interface of the route to this host. Raises OSError for a host without address or route.
 
-    On the host itself its name often means 127.0.1.1, which other machines cannot reach: the default route counts there.
+    On the host itself, its name often resolves to 127.0.1.1, which other machines cannot reach; then the default route
+    counts.
     """
     return interface_of(address_to(host))
 
@@ -38,13 +39,13 @@ def address_to(host: str) -> str:
 
 
 def name_interface(host: str) -> None:
-    """Have gloo and NCCL of this process use the interface of the route to this host, where the user named none."""
+    """Make gloo and NCCL in this process use the interface of the route to this host, unless the user named one."""
     if missing := [name for name in NAMES if name not in os.environ]:
         os.environ |= dict.fromkeys(missing, interface_to(host))
 
 
 def _source_address(host: str) -> str:
-    """The IP address of this machine from which packets to this host start."""
+    """Return this machine's IP address from which packets to this host are sent."""
     family, _, _, _, target = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect(target)  # chooses the route and sends nothing
@@ -54,15 +55,16 @@ def _source_address(host: str) -> str:
 # Ports for processes that open them later.
 
 LOWEST = 20000
-"""Ray's own processes take ports up to here."""
+"""Ray's own processes use ports below this number."""
 RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
 def free_port(address: str = "") -> int:
-    """A port that is free now on this address, or on all of this machine.
+    """Return a port that is free now on this address, or on all addresses of this machine.
 
-    None of those that the system itself gives to connections and to servers that ask for any: between the answer and its use
-    lie the imports of a rank, in which a busy machine opens hundreds. Raises OSError where none is free.
+    The port lies outside the range from which the system assigns ports to connections and servers. Between the answer
+    and the port's use a rank imports its modules, and a busy machine opens hundreds of ports meanwhile. Raises OSError
+    if no port is free.
     """
     lowest_given = int(RANGE.read_text().split()[0]) if RANGE.exists() else 32768
     ports = range(LOWEST, lowest_given) if lowest_given > LOWEST else range(1024, 1 << 16)

@@ -1,8 +1,9 @@
-"""Ctrl-C at any moment of a command: a line, an exit code, and no traceback.
+"""Ctrl-C at any moment of a command gives one line, an exit code, and no traceback.
 
-While the command imports its own modules it holds nothing, and ends at once. From then on the first Ctrl-C is a KeyboardInterrupt, so that
-what is open is closed, and the second one ends the process: files are written so that they bear it. An import would make another error
-of a KeyboardInterrupt, and a destructor would drop it; so it is raised right after them.
+While the command imports its own modules it holds nothing, so the first Ctrl-C ends it at once. Later, the first Ctrl-C
+raises KeyboardInterrupt, so that open resources are closed; the second one ends the process, and file writes tolerate
+that. An import would turn a KeyboardInterrupt into another error, and a destructor would drop it; so the interrupt is
+raised right after them.
 """
 
 import atexit
@@ -18,21 +19,21 @@ from typing import Any
 from conf.errors import EXIT_INTERRUPTED, StopInterrupt
 
 RAISE_AGAIN_S = 0.05
-"""Seconds until it is tried again."""
+"""Seconds until the interrupt is raised again."""
 SHOW_CURSOR = "\x1b[?25h"
 IMPORTS = "<frozen importlib._bootstrap>"
 
 
 def end_at_once(text: str) -> None:
-    """Say it, and end the process without what libraries want to do at its end."""
-    if sys.stderr.isatty():  # a bar hides the cursor
+    """Print the text and end the process without the exit handlers of libraries."""
+    if sys.stderr.isatty():  # a progress bar hides the cursor
         text = f"{SHOW_CURSOR}\n{text}"
-    os.write(2, f"{text}\n".encode())  # a print may be what was interrupted
+    os.write(2, f"{text}\n".encode())  # the interrupted code may itself be a print
     os._exit(EXIT_INTERRUPTED)
 
 
 def interrupt(number: int = signal.SIGALRM, frame: FrameType | None = None) -> None:
-    """Raise StopInterrupt, or where that would be lost do it as soon as it would not: a handler of signals."""
+    """Signal handler that raises StopInterrupt; inside an import, where it would be lost, it tries again later."""
     if _imports(frame):
         signal.signal(signal.SIGALRM, interrupt)
         signal.setitimer(signal.ITIMER_REAL, RAISE_AGAIN_S)
@@ -53,7 +54,7 @@ NOTHING_STARTED = "stopped by Ctrl-C; nothing was started"
 
 @contextmanager
 def handled(handler: Callable[[int, FrameType | None], None], *numbers: int) -> Iterator[None]:
-    """In this block these signals go to this handler."""
+    """Use this handler for these signals inside the block."""
     before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
@@ -63,28 +64,31 @@ def handled(handler: Callable[[int, FrameType | None], None], *numbers: int) -> 
 
 
 def every_interrupt() -> AbstractContextManager[None]:
-    """In this block each Ctrl-C is a KeyboardInterrupt, and none ends the process: for conversations, in which it ends a reply."""
+    """Make every Ctrl-C in the block a KeyboardInterrupt that does not end the process: in conversations, Ctrl-C
+    ends a reply.
+    """
     return handled(interrupt, signal.SIGINT)
 
 
 class Interrupts:
-    """Takes Ctrl-C for the command, until a training has its own way with it (train/loop/stop.py)."""
+    """Handles Ctrl-C for the command, until a training installs its own handler (train/loop/stop.py)."""
 
     def __init__(self) -> None:
-        """Make it before the command imports its modules."""
+        """Create it before the command imports its modules."""
         self.code = EXIT_INTERRUPTED
-        """The exit code that an interrupt ends the command with, once it is known."""
+        """Exit code of a command that Ctrl-C ends, once it is known."""
         self._process, self._begun, self._ended, self._asked = os.getpid(), False, False, False
         signal.signal(signal.SIGINT, self._take)
 
     def __enter__(self) -> None:
-        """The command has its modules: from here on there may be something to close."""
+        """The modules are imported: from here on there may be something to close."""
         self._begun = True
         sys.unraisablehook = self._dropped
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> bool:
         self._ended = True
-        signal.setitimer(signal.ITIMER_REAL, 0)  # at the end of Python nobody handles SIGALRM, and it would kill
+        # At Python's exit nobody handles SIGALRM, and it would kill the process
+        signal.setitimer(signal.ITIMER_REAL, 0)
         if interrupted := kind is not None and issubclass(kind, KeyboardInterrupt):
             os.write(2, f"{NOTHING_STARTED}\n".encode())
         return interrupted
@@ -92,7 +96,7 @@ class Interrupts:
     def _take(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:  # a fork of this process, which ends with it
             os._exit(EXIT_INTERRUPTED)
-        if self._ended:  # all is done but what libraries do at the end
+        if self._ended:  # only exit handlers of libraries are left
             os._exit(self.code)
         if not self._begun:
             end_at_once(NOTHING_STARTED)
@@ -102,7 +106,7 @@ class Interrupts:
         interrupt(number, frame)
 
     def _dropped(self, found: Any) -> None:
-        """An error where nobody can catch one."""
+        """Handle an error that was raised where no code can catch it."""
         if isinstance(found.exc_value, KeyboardInterrupt):
             if self._ended:
                 return
@@ -112,25 +116,27 @@ class Interrupts:
             sys.__unraisablehook__(found)
 
 
-# The end of a command where libraries, and Python itself, would hold it up.
+# Exits at once and skips slow library shutdown.
 #
-# Ray's own farewell, at the end of the interpreter, waits for more than a minute for a head that is gone, and then ends the process
-# with an exit code of its own. Behind all farewells Python takes the modules of torch and of others apart, one object after another,
-# for 0.9 s of a core, though the process ends with them anyway.
+# At the end of the interpreter, Ray waits for more than a minute for a head that is gone and then ends the process with
+# its own exit code.
+# After all exit handlers, Python destroys the modules of torch and other libraries one object after another. That takes
+# 0.9 s of a core, though the process ends anyway.
 
 _short = threading.Event()
 _codes: list[int] = []
-"""What `leave` was given."""
+"""Exit codes that `leave` received."""
 
 
 def cut_short() -> None:
-    """Let `leave` end this process without what libraries wanted to do at its end."""
+    """Let `leave` end this process without the exit handlers of libraries."""
     _short.set()
 
 
 def leave(code: int) -> int:
-    """The last thing that a command does: returns its exit code, with which the process ends when threads and libraries have come to their
-    end, or at once where `cut_short` was called.
+    """Return a command's exit code as its last action.
+
+    The process ends with this code after threads and libraries have finished, or at once if `cut_short` was called.
     """
     _codes.append(code)
     if _short.is_set():
@@ -140,7 +146,9 @@ def leave(code: int) -> int:
 
 @atexit.register
 def _end() -> None:
-    """After what libraries do at the end of Python, as this module is imported before them and such functions run last to first."""
+    """Exit handlers run last to first and this module is imported before the libraries, so this runs after their
+    handlers.
+    """
     if _codes:
         sys.stdout.flush()
         sys.stderr.flush()

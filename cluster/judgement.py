@@ -1,6 +1,6 @@
-"""What can be said of a run that failed or hangs: the fault, whose it is, who waits for whom, and the words for these.
+"""The verdict on a failed or hung run: the fault, its rank, who waits for whom, and the text for each.
 
-What happened is found by cluster/compare_ranks.py, out of what ranks did, and by cluster/cause.py, out of what they said.
+cluster/compare_ranks.py derives the verdict from what ranks did, cluster/cause.py from what they reported.
 """
 
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ from cluster.comm_ring import CommRecord
 
 
 class Fault(Enum):
-    """What was found; its value says it of one rank."""
+    """Kinds of fault; the value says it of one rank."""
 
     stopped = "is stopped"
     failed = "failed, as it says itself or its process shows"
@@ -51,28 +51,28 @@ FAULT_ADVICE = {
 
 
 class RankWait(NamedTuple):
-    """A rank that waits, for what, and for whom."""
+    """A rank that waits: for which communication and for which ranks."""
 
     rank: int
     record: CommRecord
     missing: tuple[int, ...]
-    """Ranks that have not come; none where all are in."""
+    """Ranks that have not entered; empty if all are in."""
 
 
 @dataclass
 class Judgement:
-    """What the comparison says."""
+    """Result of the comparison."""
 
     fault: Fault
     ranks: tuple[int, ...] = ()
-    """The culprits; none where they are not known."""
+    """The culprits; empty if unknown."""
     text: str = ""
-    """A sentence about them."""
+    """A sentence about the culprits."""
     where: str = ""
     """File and line."""
     waits: list[RankWait] = field(default_factory=list)
     among: tuple[int, ...] = ()
-    """Ranks of which one is the culprit, where it is not known which."""
+    """If the culprit is unknown, the ranks that include it."""
 
     @property
     def advice(self) -> str:
@@ -80,20 +80,20 @@ class Judgement:
 
 
 def name_record(record: CommRecord) -> str:
-    """A collective, send or receive in words."""
+    """Describe a collective, send or receive."""
     if record.peer >= 0:
         return f"{record.kind} {record.seq} {'to' if record.kind == 'send' else 'from'} rank {record.peer}"
     return f"{record.kind} {record.seq} of {record.group.label} {list_ranks(record.group.ranks)}"
 
 
 def channel_of(record: CommRecord) -> tuple:
-    """What a number counts in."""
+    """Return the key of the sequence in which a record is numbered."""
     group = record.group.name, record.group.ranks
     return (*group, record.kind, record.peer) if record.peer >= 0 else group
 
 
 def record_in_words(record: CommRecord) -> str:
-    """A record with its size."""
+    """Describe a record with its size."""
     sizes = sorted({record.sent, record.received} - {0}) or [0]
     what = f"{record.kind} of {' and '.join(map(str, sizes))} {record.dtype}" if record.dtype else record.kind
     if record.peer >= 0:
@@ -111,7 +111,7 @@ def ranks_in_words(ranks: Iterable[int]) -> str:
 
 
 def list_ranks(ranks: Iterable[int]) -> str:
-    """Numbers of ranks; of many the first and the last."""
+    """List rank numbers; for more than 8 ranks, only the first two and the last."""
     ranks = sorted(ranks)
     if len(ranks) > 8:
         return f"[{ranks[0]}, {ranks[1]}, ... {ranks[-1]}]"

@@ -1,8 +1,8 @@
-"""Choose how the ranks of a run come to life.
+"""Chooses how the ranks of a run start.
 
-One command serves all: with RANK and WORLD_SIZE set (torchrun, also under Slurm) this process is one rank; with cluster=ray it
-drives ranks on the nodes of Ray; a world of one runs in this process; otherwise this process becomes the driver and
-starts the ranks as children.
+One command serves all cases. With RANK and WORLD_SIZE set (torchrun, also under Slurm), this process is one rank. With
+cluster=ray, it drives ranks on the nodes of Ray. A world of one runs in this process. Otherwise this process becomes
+the driver and starts the ranks as children.
 """
 
 import os
@@ -19,10 +19,11 @@ from conf.schema import Config
 
 
 def given_run() -> tuple[Config, Place]:
-    """Configuration, whose file is the first argument, and place of a rank that a driver started. Call first.
+    """Return the configuration (its file is the first argument) and the place of a rank that a driver started. Call
+    it first.
 
-    Goes where the command was typed, since relative paths of a recipe mean that; Ray starts ranks in its copy of the
-    program. A node without that folder can still take a recipe whose paths are absolute.
+    It changes to the folder where the command was typed, because relative paths of a recipe refer to that folder; Ray
+    starts ranks in its copy of the program. A node without that folder can still use a recipe with absolute paths.
     """
     place = given_place()
     assert place is not None, "ranks are started by the driver, which sets RANK and WORLD_SIZE"
@@ -43,16 +44,17 @@ def launch(
 ) -> int:
     """Run all ranks (or this one); returns the exit code of the run.
 
-    `command` starts one rank as a child process; `run_rank` runs one in this process, which only the sole run of a
-    process may do, since torch's process groups and DeepSpeed leave traces. planner: what a driver may start, as in
-    cluster/driver/driver.py. watched: ranks say at every step how far they are, so that one that hangs can be told.
+    command: starts one rank as a child process. run_rank: runs one rank in this process; only the sole run of a process
+    may use it, because torch's process groups and DeepSpeed leave traces. planner: command for a driver, as in
+    cluster/driver/driver.py. watched: ranks report their progress at every step, so that a hung rank can be found.
     """
     parallel, place = config.parallel, given_place()
     if place is not None:
         check_world(parallel.pp, parallel.dp, parallel.cp, place.world, f"WORLD_SIZE = {place.world}")
         return run_rank(config, place)
     if config.cluster.backend == "ray":
-        from cluster.driver.ray_backend import run_ray  # importing Ray takes half a second that other runs need not pay
+        # The import of Ray takes half a second, which other runs do not pay
+        from cluster.driver.ray_backend import run_ray
 
         return run_ray(config, folder, command, planner)
     world = parallel.world

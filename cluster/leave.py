@@ -1,8 +1,8 @@
-"""This node is about to go:  python -m cluster.leave [--within SECONDS]
+"""Announces that this node will be removed:  python -m cluster.leave [--within SECONDS]
 
-Run it on the node itself: by hand before maintenance, as the preStop hook of a pod, or when a cloud announces that it takes
-the machine back. Ray then lists the node as draining; the run writes a checkpoint at once and goes on without the node.
-Returns when nothing runs here any longer, or when the time is up.
+Run it on the node itself: by hand before maintenance, as the preStop hook of a pod, or when a cloud announces that it
+takes the machine back. Ray then lists the node as draining; the run writes a checkpoint at once and goes on without the
+node. The command returns when no raylet runs here any longer, or when the time is up.
 """
 
 import argparse
@@ -21,9 +21,10 @@ from conf.words import say
 
 
 def raylets() -> list[tuple[psutil.Process, str, str]]:
-    """Every raylet that serves an address of this host, its node id, and the address of its head.
+    """Return every raylet that serves an address of this host, with its node id and the address of its head.
 
-    One in another network namespace, of a container, say, may have the same address, 127.0.0.1 at least: it is not of this host.
+    A raylet in another network namespace, for example in a container, may have the same address (at least 127.0.0.1);
+    it does not count.
     """
     mine = {entry.address for entries in psutil.net_if_addrs().values() for entry in entries}
     found = []
@@ -37,10 +38,12 @@ def raylets() -> list[tuple[psutil.Process, str, str]]:
 
 
 def shares_network(process: psutil.Process) -> bool:
-    """Whether it is in this process's network namespace; True where that cannot be read, as of another user's process."""
+    """Whether the process is in this process's network namespace; True if that cannot be read, as for another user's
+    process.
+    """
     try:
         return os.readlink(f"/proc/{process.pid}/ns/net") == os.readlink("/proc/self/ns/net")
-    except FileNotFoundError:  # it has ended, or this is no Linux
+    except FileNotFoundError:  # the process has ended, or this is not Linux
         return process.is_running()
     except PermissionError:
         return True

@@ -1,9 +1,9 @@
 """The ranks of a run as child processes of one driver on this machine.
 
-When a rank fails, its peers lose their connection and fail too, often sooner. So the report names the cause, by the rules
-of cluster/cause.py, and not the first process to end.
+When a rank fails, its peers lose their connection and fail too, often sooner. So the report names the cause by the
+rules of cluster/cause.py, not the first process that ended.
 
-They meet in a file of a folder that only this user can enter, and talk over loopback.
+The ranks meet in a file of a folder that only this user can enter, and communicate over loopback.
 """
 
 import os
@@ -36,30 +36,30 @@ from conf.files import open_plain
 from conf.words import say
 
 SETTLE = 3.0
-"""Seconds that the other ranks get to report after the first one failed."""
+"""Seconds that the other ranks get to report after the first failure."""
 STACKS_SECONDS = 5.0
-"""Seconds that ranks which hang get to say where."""
+"""Seconds that hung ranks get to write their stacks."""
 DIFFERENCE_SECONDS = 15.0
-"""Seconds between looks at what ranks did."""
+"""Seconds between comparisons of the ranks' communication."""
 RANKS_LOOK_SECONDS = 0.05
-"""Seconds between looks at the ranks."""
+"""Seconds between checks of the ranks."""
 Child = subprocess.Popen | ForkedProcess
 StartRank = Callable[[dict[str, str], IO | None], Child]
-"""Starts a rank with this environment, which writes to this file, or to the terminal."""
+"""Starts a rank with this environment; its output goes to this file, or to the terminal."""
 CLOSE = 60.0
-"""Seconds that a rank which still runs then gets to end by itself: rank 0 may have much to send to W&B."""
+"""Seconds that running ranks then get to end by themselves: rank 0 may have much to send to W&B."""
 
 
 def run_local(command: list[str], world: int, logs: Path, patience: Patience | None = None) -> int:
-    """Run `world` ranks, each of which this command starts; see `run_children`."""
+    """Run `world` ranks, each started by this command; see `run_children`."""
     return run_children(partial(spawn, command), world, logs, patience)
 
 
 def run_children(start: StartRank, world: int, logs: Path, patience: Patience | None = None) -> int:
-    """Start `world` ranks, wait for all, end all when one fails or there is no news for longer than `patience` allows, where ranks say
-    how far they are; returns the exit code of the run.
+    """Start `world` ranks and wait for all; returns the exit code of the run.
 
-    SIGTERM and Ctrl-C are passed on to the ranks as SIGTERM; a second Ctrl-C ends them at once, as KeyboardInterrupt.
+    All ranks are ended when one fails, or when reporting ranks have no news for longer than `patience` allows. SIGTERM
+    and Ctrl-C are passed to the ranks as SIGTERM; a second Ctrl-C ends them at once, as KeyboardInterrupt.
     """
     logs.mkdir(parents=True, exist_ok=True)
     _remove(logs, FAILURES, AT_WORK, PROGRESS, RINGS)
@@ -89,7 +89,7 @@ def _run(start: StartRank, world: int, logs: Path, store: Path, patience: Patien
     try:
         with handled(take, signal.SIGTERM, signal.SIGINT):
             _start(ranks, start, world, logs, store)
-            if asked:  # also those that were not there yet
+            if asked:  # also reaches ranks that had not started yet
                 _forward(ranks)
             return _watch(ranks, logs, asked, patience)
     finally:
@@ -97,7 +97,7 @@ def _run(start: StartRank, world: int, logs: Path, store: Path, patience: Patien
 
 
 def _start(ranks: list[Child], start: StartRank, world: int, logs: Path, store: Path) -> None:
-    """Add one after another to `ranks`."""
+    """Start the ranks one by one and append each to `ranks`."""
     environment = os.environ | {
         "WORLD_SIZE": str(world),
         "LOCAL_WORLD_SIZE": str(world),
@@ -106,7 +106,7 @@ def _start(ranks: list[Child], start: StartRank, world: int, logs: Path, store: 
         "NCCL_SOCKET_IFNAME": os.environ.get("NCCL_SOCKET_IFNAME", "lo"),
     }
     for rank in range(world):
-        # Rank 0 keeps the terminal: it draws the progress. The others write to their logs.
+        # Rank 0 keeps the terminal, because it draws the progress. The others write to their logs.
         output = None if rank == 0 else open(log_path(logs, rank), "w", opener=open_plain)  # noqa: SIM115
         ranks.append(start(environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, output))
         if output:
@@ -131,18 +131,18 @@ def _watch(ranks: list[Child], logs: Path, asked: list[int], patience: Patience 
             return max(codes)
         if asked and EXIT_STOPPED in codes and all(report.step < 0 for report in reports):
             _wait(ranks, SETTLE)
-            # One that still runs waits in a library, where it hears no signal, for one that has ended.
+            # A rank that still runs waits inside a library, where it handles no signal, for a rank that has ended.
             if any(rank.poll() is None for rank in ranks):
                 return _stopped_early()
             continue
         if watch is not None:
             watch.forgive(now, held_up.since_last_look(now))
             watch.take(now, reports)
-            if watch.first_step is not None and watch.is_hung(now):  # before it data may be made for hours
+            if watch.first_step is not None and watch.is_hung(now):  # before the first step, making data may take hours
                 return _show(_name_hang(ranks, logs, now - watch.silent_since), ranks, logs)
             if watch.first_step is not None and watch.is_late(now):
                 _warn(ranks, logs, watch, now)
-                held_up.since_last_look(time.monotonic())  # the time that stacks took is no time of the ranks
+                held_up.since_last_look(time.monotonic())  # time spent on collecting stacks is not the ranks' time
             elif (seconds := watch.went_on()) is not None:
                 tell_went_on(logs, seconds)
             elif text := watch.tell_quiet(now):
@@ -153,7 +153,7 @@ def _watch(ranks: list[Child], logs: Path, asked: list[int], patience: Patience 
 
 
 def _warn(ranks: list[Child], logs: Path, watch: RankWatch, now: float) -> None:
-    """Say who holds up a run that is late; it goes on."""
+    """Name the ranks that hold up a late run; the run goes on."""
     watch.name_late()
     traces, stacks, seconds = read_traces(logs), _stacks(ranks, logs), now - watch.silent_since
     cause, finding = judge_hang(_reports(ranks, logs), traces, stacks, {}, seconds)
@@ -164,14 +164,14 @@ def _warn(ranks: list[Child], logs: Path, watch: RankWatch, now: float) -> None:
 
 
 def _name_hang(ranks: list[Child], logs: Path, seconds: float) -> Cause:
-    """Who hangs, from what all ranks did and where their threads are."""
+    """Name the hung ranks, from all ranks' communication and stacks."""
     traces, stacks, reports = read_traces(logs), _stacks(ranks, logs, native=True), _reports(ranks, logs)
     cause, finding = judge_hang(reports, traces, stacks, {}, seconds)
     return _keep(logs, cause, finding, traces, stacks, seconds)
 
 
 def _name_failure(ranks: list[Child], logs: Path, cause: Cause) -> Cause:
-    """Who made a rank fail."""
+    """Name the rank that made another rank fail."""
     if not (traces := read_traces(logs)):
         return cause
     stacks = _stacks(ranks, logs)
@@ -180,7 +180,9 @@ def _name_failure(ranks: list[Child], logs: Path, cause: Cause) -> Cause:
 
 
 def _tell_difference(logs: Path) -> bool:
-    """Whether ranks did different things as the same collective, which need not fail and still makes every number wrong: then say so."""
+    """Report whether ranks did different things as the same collective. That need not fail, but it makes every
+    number wrong.
+    """
     traces = read_traces(logs)
     if (finding := find_difference(traces)) is None:
         return False
@@ -199,7 +201,7 @@ def _keep(
     stacks: dict[int, str],
     seconds: float = 0.0,
 ) -> Cause:
-    """Have the incident on the disk, and its screen in front of what explains the cause."""
+    """Write the incident to disk, and add its screen to the log of the cause."""
     if not traces or cause.kind is Kind.user:
         return cause
     incident = describe_incident(cause, finding, traces, stacks, seconds)
@@ -208,25 +210,26 @@ def _keep(
 
 
 def _stacks(ranks: list[Child], logs: Path, native: bool = False) -> dict[int, str]:
-    """Where the threads of those ranks are that can say it."""
+    """Return the stacks of the living ranks that answer."""
     alive = {rank: child.pid for rank, child in enumerate(ranks) if child.poll() is None}
     return gather_stacks(logs, alive, STACKS_SECONDS, native)
 
 
 def _reports(ranks: list[Child], logs: Path) -> list[RankReport]:
     reports = [read_report(number, rank.poll(), logs, rank.pid) for number, rank in enumerate(ranks)]
-    reports[0].log_tail = None  # a log would be of an earlier run
+    reports[0].log_tail = None  # an existing log would belong to an earlier run
     return reports
 
 
 def _explain(ranks: list[Child], logs: Path, asked: list[int]) -> int:
-    """Give the others a moment to report, name the cause, and let those that can end by themselves do so."""
+    """Let the other ranks report, name the cause, and let the ranks that can end by themselves do so."""
     _wait(ranks, SETTLE)
     reports = _reports(ranks, logs)
     cause = name_cause(reports, {})
     assert cause is not None, "a rank was seen to fail"
     if asked and cause.kind is Kind.killed and all(reports[rank].code == -signal.SIGTERM for rank in cause.ranks):
-        # Ranks take the signal as a wish only between their imports and their end; its peers are no failures either.
+        # Between their imports and their end, ranks treat the signal as a request to stop; outside, it ends them. Their
+        # peers have not failed either.
         say(f"stopped: ranks {list(cause.ranks)} were not in the training and ended at once", file=sys.stderr)
         return EXIT_STOPPED
     if asked and any(report.code == EXIT_STOPPED for report in reports):
@@ -240,7 +243,7 @@ def _stopped_early() -> int:
 
 
 def _show(cause: Cause, ranks: list[Child], logs: Path) -> int:
-    """Print what broke the run, and let those that can end by themselves do so; returns the exit code."""
+    """Print the cause, and let the ranks that can end by themselves do so; returns the exit code."""
     say(f"error: {cause.text}", file=sys.stderr)
     if cause.kind is not Kind.user:
         if cause.log.strip() not in cause.text:
@@ -256,7 +259,7 @@ def _show(cause: Cause, ranks: list[Child], logs: Path) -> int:
 
 
 def _wait(ranks: list[Child], seconds: float) -> None:
-    """Until all have ended, but no longer than this. While this process is held up itself, as by a busy machine, nobody is late."""
+    """Wait until all ranks have ended, at most `seconds`, not counting time in which this process itself is held up."""
     now = time.monotonic()
     ends, held_up = now + seconds, HeldUp(2 * RANKS_LOOK_SECONDS, now)
     while now < ends and any(rank.poll() is None for rank in ranks):
@@ -272,7 +275,7 @@ def _forward(ranks: list[Child]) -> None:
 
 
 def _end(ranks: list[Child]) -> None:
-    """Leave no child behind."""
+    """Kill all remaining children."""
     for rank in ranks:
         if rank.poll() is None:
             rank.kill()

@@ -1,4 +1,4 @@
-"""A process among the ranks of its run, as the driver or torchrun has said in the environment."""
+"""This process's place among the ranks of its run, read from the environment that the driver or torchrun set."""
 
 import os
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ class Place:
 
 
 def given_place() -> Place | None:
-    """The place that torchrun gave this process, or None."""
+    """Return the place that the driver or torchrun gave this process, or None."""
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return None
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -25,13 +25,15 @@ def given_place() -> Place | None:
 
 
 def given_attempt() -> int | None:
-    """The attempt number that a supervisor gave this rank, or None."""
+    """Return the attempt number that a supervisor gave this rank, or None."""
     return int(os.environ["SLUICE_ATTEMPT"]) if "SLUICE_ATTEMPT" in os.environ else None
 
 
 @dataclass(frozen=True)
 class Meeting:
-    """Where the ranks that a driver started meet: a file of this machine, or an address of rank 0 and a secret."""
+    """Meeting point of the ranks that a driver started: a file of this machine, or an address of rank 0 and a
+    secret.
+    """
 
     file: str | None = None
     address: str = ""
@@ -40,8 +42,9 @@ class Meeting:
 
 
 def given_meeting() -> Meeting | None:
-    """What the driver told its ranks; None for those of torchrun, which has a store of its own. Call once: the secret does
-    not stay in the environment, which every child of the rank would have.
+    """Return the meeting point from the driver; None for ranks of torchrun, which has its own store.
+
+    Call it once: the secret is removed from the environment, because every child of the rank would inherit it.
     """
     if file := os.environ.get("SLUICE_STORE"):
         return Meeting(file)
@@ -51,6 +54,6 @@ def given_meeting() -> Meeting | None:
 
 
 def is_driver() -> bool:
-    """Whether this process owns the run folder: the driver, or rank 0 of ranks that others started."""
+    """Whether this process owns the run folder: the driver, or rank 0 of ranks that were started otherwise."""
     place = given_place()
     return place is None or place.rank == 0

@@ -1,8 +1,8 @@
-"""A folder of one process that no other user can reach, and that does not stay behind where the process is killed.
+"""A folder of one process that no other user can reach, and that is cleaned up even if the process is killed.
 
-The process holds a lock on it, which the system lets go of however the process ends. Whoever makes the next folder of the same kind
-removes those without one. Not the process id tells whether its process lives: containers may share a folder for temporary
-files, and have ids of their own.
+The process holds a lock on the folder, which the system releases however the process ends. The next process that makes
+such a folder removes those without a lock. A process id cannot show whether the owner is alive: containers may share a
+folder for temporary files and have their own process ids.
 """
 
 import contextlib
@@ -15,14 +15,14 @@ from pathlib import Path
 from conf.files import try_lock
 
 FRESH = 60.0
-"""Seconds after its making in which a folder without a lock may be about to get one."""
+"""Seconds after its creation in which a folder without a lock may be about to get one."""
 
 
 class PrivateFolder:
-    """Made at once, of mode 0700. Close it with `remove`, or use it in `with`."""
+    """A folder of mode 0700, created at construction. Close it with `remove`, or use it in `with`."""
 
     def __init__(self, kind: str, parent: Path | None = None):
-        """kind: how names of such folders begin. parent: None for the folder of temporary files."""
+        """kind: prefix of the folder's name. parent: None for the folder of temporary files."""
         parent = parent or Path(tempfile.gettempdir())
         remove_dead(kind, parent)
         self.path = Path(tempfile.mkdtemp(prefix=kind, dir=parent))
@@ -30,7 +30,7 @@ class PrivateFolder:
         try_lock(self._lock)
 
     def remove(self) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)  # left-overs in a temporary folder do no harm
+        shutil.rmtree(self.path, ignore_errors=True)  # left-overs in a temporary folder are harmless
         os.close(self._lock)
 
     def __enter__(self) -> "PrivateFolder":
@@ -41,9 +41,9 @@ class PrivateFolder:
 
 
 def remove_dead(kind: str, parent: Path | None = None) -> None:
-    """Remove this user's folders of a kind whose process has ended. A link or a folder of another user is left alone."""
+    """Remove this user's folders of a kind whose process has ended. Links and folders of other users stay."""
     for folder in (parent or Path(tempfile.gettempdir())).glob(f"{kind}*"):
-        with contextlib.suppress(OSError):  # another process removes it, or it is no folder
+        with contextlib.suppress(OSError):  # another process removes it, or it is not a folder
             lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
                 state = os.fstat(lock)

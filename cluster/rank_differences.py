@@ -1,4 +1,6 @@
-"""The first collective or message that ranks did differently, and who of them is wrong: see the top of compare_ranks.py."""
+"""Finds the first collective or message that ranks did differently, and the wrong rank: see the top of
+compare_ranks.py.
+"""
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,11 +20,11 @@ from cluster.judgement import (
 
 Signature = tuple[Any, ...]
 EVEN = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "reduce", "send", "receive")
-"""In which all ranks of a group, or both ends, have as many elements, in every step."""
+"""Kinds in which all ranks of a group, or both ends, have the same number of elements in every step."""
 
 
 def _common(record: CommRecord) -> Signature:
-    """What all ranks of a group must have alike in a collective."""
+    """Return what must be equal on all ranks of a group in a collective."""
     if record.kind in EVEN:
         return record.kind, record.dtype, record.sent, record.received
     return (record.kind, record.dtype) if record.kind == "all_to_all" else (record.kind,)
@@ -33,7 +35,9 @@ def _whole(record: CommRecord) -> Signature:
 
 
 def find_difference(traces: Mapping[int, RankTrace]) -> Judgement | None:
-    """The first collective of a group that its ranks did differently, or the first message that its two ends see differently."""
+    """Return the first collective that the ranks of a group did differently, or the first message on which its two
+    ends disagree.
+    """
     by_group = defaultdict[tuple, dict[int, dict[int, CommRecord]]](lambda: defaultdict(dict))
     for rank, trace in traces.items():
         for record in trace.records:
@@ -57,7 +61,7 @@ def find_difference(traces: Mapping[int, RankTrace]) -> Judgement | None:
 
 
 def _loses(members: Mapping[int, CommRecord]) -> bool:
-    """Whether an exchange sends other amounts than are received."""
+    """Whether the amounts sent in an exchange differ from the amounts received."""
     records = list(members.values())
     if records[0].kind != "all_to_all" or len(records) < len(records[0].group.ranks):
         return False
@@ -70,7 +74,7 @@ def _blame(
     members: Mapping[int, CommRecord],
     key: Callable[[CommRecord], Signature],
 ) -> Judgement:
-    """Who of the ranks that did something different as the same collective is wrong."""
+    """Name the wrong rank among those that did different things as the same collective."""
     changed = {rank: deviation for rank, record in members.items() if (deviation := _deviation(traces[rank], record))}
     votes = Counter(key(record) for record in members.values())
     (most, count), *_ = votes.most_common(1)
@@ -100,7 +104,7 @@ def _blame(
 
 
 def _against_others(by_group: Mapping, members: Mapping[int, CommRecord], key: Callable) -> list[int]:
-    """The ranks that do not do what groups of the same kind do elsewhere, where these agree."""
+    """Return the ranks that differ from groups of the same kind elsewhere, if those groups agree."""
     example = next(iter(members.values()))
     elsewhere = {
         key(record)
@@ -123,7 +127,7 @@ def _kind_of(mine: CommRecord, theirs: CommRecord) -> Fault:
 
 
 def _by_step(trace: RankTrace, record: CommRecord) -> dict[int, list[CommRecord]]:
-    """What a rank did in the channel of this record, by step."""
+    """Return a rank's records in the channel of this record, by step."""
     done, channel = defaultdict[int, list[CommRecord]](list), channel_of(record)
     for one in trace.records:
         if channel_of(one) == channel:
@@ -132,11 +136,13 @@ def _by_step(trace: RankTrace, record: CommRecord) -> dict[int, list[CommRecord]
 
 
 def _deviation(trace: RankTrace, record: CommRecord) -> tuple[Fault, CommRecord] | None:
-    """What a rank did differently in a group in this step than it is used to, up to this record: than one period of its steps before,
-    such as 10 where it gathers metrics every 10 steps. None where it did as it did then, or as in an earlier step that no period explains;
-    and where nothing is known of these.
+    """Find how a rank's communication in this step, up to this record, differs from its own earlier steps.
+
+    The comparison uses the step one period earlier, for example 10 steps if the rank gathers metrics every 10 steps.
+    Returns None if the steps agree, if the step equals an earlier step that no period explains, or if nothing is known
+    of earlier steps.
     """
-    done, first = _by_step(trace, record), trace.records[0].step  # of which the ring may lack a part
+    done, first = _by_step(trace, record), trace.records[0].step  # the ring may lack a part of the first step
     known, begin = {one.step for one in trace.records}, record.step
     while begin - 1 > first and begin - 1 in known:
         begin -= 1
@@ -150,11 +156,13 @@ def _deviation(trace: RankTrace, record: CommRecord) -> tuple[Fault, CommRecord]
 
 
 def _find_period(history: Sequence[list[Signature]]) -> tuple[int, int]:
-    """After how many steps a rank does the same again, and for how many of its last steps that holds: the period that holds for longest,
-    at least twice its length. 1 and 0 where none does.
+    """Return the period after which a rank repeats its steps, and how many of its last steps repeat: the longest run
+    of at least twice the period wins.
+
+    Returns 1 and 0 if there is no period.
     """
     numbers = dict[tuple, int]()
-    kinds = [numbers.setdefault(tuple(one), len(numbers)) for one in reversed(history)]  # the last step in front
+    kinds = [numbers.setdefault(tuple(one), len(numbers)) for one in reversed(history)]  # the last step first
     best = 1, 0
     for period in range(1, len(kinds) // 2 + 1):
         pairs = zip(kinds, kinds[period:], strict=False)
@@ -167,7 +175,9 @@ def _find_period(history: Sequence[list[Signature]]) -> tuple[int, int]:
 def _against_other(
     trace: RankTrace, mine: CommRecord, other: RankTrace, theirs: CommRecord
 ) -> tuple[Fault, CommRecord] | None:
-    """What a rank did differently in this step than another one: than itself in an earlier step that began as the other's, if there is one."""
+    """Find how a rank's step differs from another rank's step. If an earlier step of the rank began like the other
+    rank's step, that earlier step is the reference.
+    """
     done, right = _by_step(trace, mine), _by_step(other, theirs)[theirs.step]
     wanted = _signatures(one for one in right if one.seq <= theirs.seq)
     earlier = (done[step] for step in sorted(done, reverse=True) if step < mine.step)
@@ -182,7 +192,9 @@ def _signatures(records: Iterable[CommRecord]) -> list[Signature]:
 def first_change(
     trace: RankTrace, step: int, before: list[CommRecord], now: list[CommRecord], until: int | None
 ) -> tuple[Fault, CommRecord] | None:
-    """until: the number after which nothing counts."""
+    """Return the first difference between two steps of a rank. until: number of the last record that counts; None
+    for all.
+    """
     if not before or trace.records[0].step >= step - 1:  # the ring has lost the beginning of that step
         return None
 

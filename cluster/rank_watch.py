@@ -1,6 +1,7 @@
-"""What the ranks of an attempt do, by their reports, and whether they still get on.
+"""Follows the ranks of an attempt by their reports, and decides whether they still make progress.
 
-What is asked at every tick is counted as reports come in, so that an answer costs as much as its node has ranks.
+Values that every tick needs are counted as reports arrive, so that the cost of an answer depends only on the ranks of
+its node.
 """
 
 from collections import Counter
@@ -10,38 +11,39 @@ from cluster.cause import RankReport
 from cluster.patience import QUIET_SECONDS, QUIET_STEPS, START_PHASE, STEP_PHASE, STEP_PHASES, Patience
 
 NAMED_RANKS = 8
-"""Numbers of ranks in a sentence."""
+"""Maximum number of ranks that a sentence names."""
 
 
 class RankWatch:
-    """Follows ranks from their start. names: node of each rank, empty where all share one machine; saved: step of the newest
-    checkpoint when they began.
+    """Follows ranks from their start.
+
+    names: node of each rank, empty if all share one machine; saved: step of the newest checkpoint when they began.
     """
 
     def __init__(self, ranks: Iterable[int], names: dict[int, str], patience: Patience, now: float, saved: int = 0):
         self.reports = {rank: RankReport(rank) for rank in ranks}
         self.names, self.saved = names, max(saved, 0)
         self.moved = now
-        """When there was news last: a rank came to another step or phase."""
+        """Time of the last news: a rank came to another step or phase."""
         self.alive = now
-        """When a rank last did a piece of its work."""
+        """Time at which a rank last did a piece of work."""
         self.step = -1
         """The highest step that a rank was seen to work on."""
         self.first_step: int | None = None
         """The first step that a rank was seen to work on."""
         self._patience, self._told_quiet = patience, False
         self._step_began = now
-        """When a rank first came to the highest step, or the ranks back to it."""
+        """Time at which a rank first reached the highest step, or at which the ranks returned to it."""
         self._silences = 0
-        """Counts what ended a silence."""
+        """Number of events that ended a silence."""
         self._late: tuple[int, float] | None = None
-        """The silence that was named, and since when it was."""
+        """The silence that was reported: its number, and its start time."""
         self._ended = self._bad = 0
-        """Ranks that ended, and that failed."""
+        """Number of ranks that ended, and of ranks that failed."""
         self._phases = Counter({START_PHASE: len(self.reports)})
-        """Ranks that run, by what they do."""
+        """Number of running ranks, by phase."""
         self._elsewhere = set[str]()
-        """What ranks do that are not of this watch."""
+        """Phases of ranks outside this watch."""
 
     @property
     def ended(self) -> bool:
@@ -49,18 +51,20 @@ class RankWatch:
 
     @property
     def stepping(self) -> bool:
-        """Whether it has finished a step of its own."""
+        """Whether the attempt has finished a step of its own."""
         return self.first_step is not None and self.step > min(self.first_step, self.saved + 1)
 
     @property
     def doing(self) -> str:
-        """What the ranks that run, and others that are known of, are in: a step where all are, else what the others of them do."""
+        """Phase of the running ranks, known ranks outside this watch included: step if all are in steps, else
+        another phase among them.
+        """
         phases = {phase for phase, count in self._phases.items() if count > 0} | self._elsewhere
         others = sorted(phases - {STEP_PHASE})
         return START_PHASE if not self.stepping else others[0] if others else STEP_PHASE
 
     def take(self, now: float, reports: Collection[RankReport]) -> None:
-        """Remember what is known of some ranks. One that had no core on a busy machine is not late."""
+        """Process reports of some ranks. A rank that got no core on a busy machine is not late."""
         starved = max(
             (report.waited_for_core - self.reports[report.rank].waited_for_core for report in reports), default=0.0
         )
@@ -93,13 +97,15 @@ class RankWatch:
         self._learn(now, doing, step)
 
     def see_others(self, now: float, phases: set[str], moved: bool) -> None:
-        """What ranks do that are not of this watch, while its own are silent, and whether they did anything since it looked last."""
+        """Record the phases of ranks outside this watch while its own ranks are silent. moved: whether they did
+        anything since the last look.
+        """
         self._elsewhere = phases
         if moved:
             self.alive = now
 
     def _learn(self, now: float, did: str, step: int) -> None:
-        """Say how long a step took, and what is done. did, step: before these reports."""
+        """Record how long a step took and which phases are complete. did, step: values before these reports."""
         left, comes = did in STEP_PHASES, self.doing in STEP_PHASES
         if left and (self.step > step or not comes):
             self._patience.take(STEP_PHASE, now - self._step_began)
@@ -109,43 +115,45 @@ class RankWatch:
             self._patience.finish(STEP_PHASE if left else did)
 
     def forgive(self, now: float, slept: float) -> None:
-        """The watching process or a rank was held up for so many seconds, and may have missed news."""
+        """Extend the limits by `slept` seconds, in which the watching process or a rank was held up and may have
+        missed news.
+        """
         self.moved, self.alive = min(self.moved + slept, now), min(self.alive + slept, now)
 
     @property
     def silent_since(self) -> float:
-        """When there was news last: in steps of another step or phase, else of any piece of work."""
+        """Time of the last news: in steps, of another step or phase; elsewhere, of any piece of work."""
         return self.moved if self.doing in STEP_PHASES else self.alive
 
     def is_late(self, now: float) -> bool:
-        """Whether there was no news for longer than this run is used to in what its ranks are doing, and nobody was named for it so far."""
+        """Whether the run has had no news for longer than usual in this phase, and no rank was named for it yet."""
         return self._late is None and now - self.silent_since > self._patience.limit(self.doing)
 
     def name_late(self) -> None:
-        """Notes that the rank which holds the run up is named, once for each silence."""
+        """Note that the blocking rank was named, so that it is named once per silence."""
         self._late = self._silences, self.silent_since
 
     def over(self, now: float) -> float | None:
-        """How long the silence is, in seconds, that was named and is not over, where the ranks end well."""
+        """Return the seconds of a reported silence that lasts until the ranks end well, or None."""
         return now - self._late[1] if self._late is not None else None
 
     def went_on(self) -> float | None:
-        """How long the silence was that was named, in seconds; once, when it is over."""
+        """Return the seconds of a reported silence once it is over; each silence is returned once."""
         if self._late is None or self._late[0] == self._silences:
             return None
         seconds, self._late = self.silent_since - self._late[1], None
         return seconds
 
     def is_hung(self, now: float) -> bool:
-        """Whether no rank did anything for so long that the run is to be ended."""
+        """Whether no rank has made progress for so long that the run must be ended."""
         return self.seconds_left(now) < 0
 
     def seconds_left(self, now: float) -> float:
-        """Until the run is ended, if no rank does anything."""
+        """Return the seconds until the run is ended if no rank makes progress."""
         return self.alive + self._patience.kill_limit(self.doing) - now
 
     def tell_quiet(self, now: float) -> str | None:
-        """A sentence, once for each silence, where a step takes much longer than usual."""
+        """Return a sentence, once per silence, if a step takes much longer than usual."""
         usual, silent = self._patience.usual_step(), now - self.moved
         if self._told_quiet or self.doing != STEP_PHASE or usual is None:
             return None

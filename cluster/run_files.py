@@ -1,23 +1,26 @@
-"""What the processes of a run leave on disk for each other: names and formats, which ranks and drivers alike take from here.
+"""Files that the processes of a run leave on disk for each other: names and formats, for ranks and drivers alike.
 
 checkpoints/.fence                       highest attempt number that may write there; see train/checkpoint/commit.py
 checkpoints/.lock                        held while the fence or the name of a checkpoint changes
 checkpoints/step_00001234/               a committed checkpoint; see train/checkpoint/manifest.py
-    manifest.json                        is there before the folder has this name, and says which attempt wrote it
+    manifest.json                        complete before the folder gets its name; says which attempt wrote the
+                                         checkpoint
     rank_00003.safetensors               a rank's part
     rank_00003.json                      its index, written last; both look the same in the memory of a node
 logs/rank_3.log                          output
-logs/rank_3.error.json                   cluster.cause.Failure, written before it exits
-logs/rank_3.at_work                      there from the start of its work until it has said how that ended; blanks, whose room
-                                         on the disk rank_3.error.json takes where there is no other
-logs/rank_3.stacks                       where its threads were when SIGUSR1 last asked for that, by faulthandler
-logs/rank_3.ring                         what it communicated last; see cluster/comm_ring.py
-logs/incident_1.json                     who broke the run or held it up; see cluster/incident.py
-logs/stop.txt                            why the ranks are asked to stop, where their agent knows
-logs/rank_3.progress.json                {"step": 17, "phase": "step", "time": ..., "sequences": 64, "busy": ..., "seconds": ...,
-                                         "memory": ..., "pid": ..., "host": ...}, at every step; busy, if there: seconds of the last
-                                         step that were its own work, of all its seconds
-ranks.json                               how all ranks are, as the driver of cluster=ray knows, see cluster/driver/rank_table.py
+logs/rank_3.error.json                   cluster.cause.Failure, written before the rank exits
+logs/rank_3.at_work                      exists while the rank works, until it has reported how the work ended; filled
+                                         with blanks, whose disk space rank_3.error.json uses on a full disk
+logs/rank_3.stacks                       stacks of its threads at the last SIGUSR1, by faulthandler
+logs/rank_3.ring                         its recent communication; see cluster/comm_ring.py
+logs/incident_1.json                     the rank that broke the run or held it up; see cluster/incident.py
+logs/stop.txt                            why the ranks are asked to stop, if their agent knows
+logs/rank_3.progress.json                {"step": 17, "phase": "step", "time": ..., "sequences": 64, "busy": ...,
+                                         "seconds": ..., "memory": ..., "pid": ..., "host": ...}, at every step; busy,
+                                         if present: seconds of the last step that were the rank's own work, out of all
+                                         its seconds
+ranks.json                               state of all ranks, as the driver of cluster=ray knows it; see
+                                         cluster/driver/rank_table.py
 """
 
 import errno
@@ -42,26 +45,26 @@ AT_WORK = "rank_*.at_work"
 PROGRESS = "rank_*.progress.json"
 """Pattern of `progress_path`."""
 RINGS = "rank_*.ring"
-"""Pattern of `cluster.comm_ring.ring_path`."""
+"""Pattern of `ring_path`."""
 COUNTS_AT = 104
 COUNTS = struct.Struct("<QQ")
-"""Pieces of work that the rank has done, and bytes that it has written of checkpoints (cluster/comm_ring.py); they only grow."""
+"""Pieces of work done and bytes of checkpoints written by the rank (cluster/comm_ring.py); both only grow."""
 RANK_FILE = re.compile(r"rank_(\d{5,18})\.(safetensors|json)")
 LATEST = 1e11
-"""Unix time that no file of a run has: of the year 5138."""
+"""Upper bound of Unix times in a run's files: the year 5138."""
 LOCK = ".lock"
 _FENCE = ".fence"
 
 
 class Age(NamedTuple):
-    """Order of writing: a later attempt is newer even where it resumed from an earlier step."""
+    """Order of writing: a later attempt is newer even if it resumed from an earlier step."""
 
     attempt: int
     step: int
 
 
 NONE = Age(0, -1)
-"""Before every state of a run."""
+"""Older than every state of a run."""
 
 
 def step_name(step: int) -> str:
@@ -97,7 +100,9 @@ def ring_path(logs: Path, rank: int) -> Path:
 
 
 def read_counts(logs: Path, rank: int) -> tuple[int, int]:
-    """Pieces of work that a rank has done, and bytes that it has written of checkpoints; zeros where it has no ring."""
+    """Return the pieces of work that a rank has done, and the bytes of checkpoints that it has written; zeros
+    without a ring.
+    """
     with suppress(OSError, struct.error):
         handle = open_plain(ring_path(logs, rank), os.O_RDONLY)
         try:
@@ -117,7 +122,9 @@ def stop_path(logs: Path) -> Path:
 
 
 def read_fence(checkpoints: Path) -> int:
-    """The highest attempt number that may write there; -1 for none. Raises UserError for what is no such number."""
+    """Return the highest attempt number that may write there; -1 if there is none. Raises UserError if the fence is
+    damaged.
+    """
     path = checkpoints / _FENCE
     try:
         with open(path, "rb", opener=open_plain) as file:
@@ -138,7 +145,9 @@ def read_fence(checkpoints: Path) -> int:
 
 @contextmanager
 def hold_lock(checkpoints: Path, timeout: float) -> Iterator[None]:
-    """Hold the lock of checkpoints/ for what a start changes there. UserError where it stays locked for longer than this, in seconds."""
+    """Hold the lock of checkpoints/ while a start changes the folder. Raises UserError if it stays locked for
+    `timeout` seconds.
+    """
     with ExitStack() as stack:
         try:
             stack.enter_context(exclusive(checkpoints / LOCK, timeout))
@@ -149,5 +158,5 @@ def hold_lock(checkpoints: Path, timeout: float) -> Iterator[None]:
 
 
 def write_fence(checkpoints: Path, attempt: int) -> None:
-    """Shut out the attempts before this one."""
+    """Shut out all attempts before this one."""
     atomic_write_text(checkpoints / _FENCE, str(attempt))

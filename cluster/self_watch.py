@@ -1,4 +1,6 @@
-"""A rank that no driver of ours watches, under torchrun or alone in its process, sees by itself that it hangs, and who holds it up."""
+"""Detects a hang from inside a rank that no Sluice driver supervises (torchrun, or a single process), and names the
+blocking rank.
+"""
 
 import os
 import sys
@@ -31,18 +33,20 @@ from conf.files import exclusive
 from conf.words import say
 
 LOOK_SECONDS = 0.25
-"""Between two looks."""
+"""Seconds between two checks."""
 OTHERS_AFTER_SECONDS, RANKS_IN_A_SECOND = 2.0, 50.0
-"""Silence after which a rank looks how far the others are, and how many it looks at in a second."""
+"""Silence after which a rank checks the progress of the others, and how many ranks it checks per second."""
 STACKS_WITHIN_SECONDS = 2.0
-"""That other ranks of this host get to say where they are."""
+"""Seconds that other ranks of this host get to write their stacks."""
 SAME_INCIDENT_SECONDS = 60.0
-"""A rank that fails so soon after another one told why needs not tell it again."""
+"""A rank that fails this soon after another rank reported an incident does not report it again."""
 
 
 class SelfWatch:
-    """Use it in `with`, around the work of this process. Says where the rank is when it gets on no more; ends: and ends it, so that what
-    started the ranks ends or restarts them all. It does not where the process is somebody else's, as a notebook.
+    """Watches the work of this process; use it in `with`. It reports the rank's position when progress stops.
+
+    ends: whether the watch then also ends the process, so that the program that started the ranks ends or restarts them
+    all. It must not end a process that belongs to the user, such as a notebook.
     """
 
     def __init__(self, logs: Path, place: Place, patience: Patience, ends: bool):
@@ -84,21 +88,22 @@ class SelfWatch:
             elif self._watch.is_late(now):
                 self._watch.name_late()
                 self._tell_hang(now - self._watch.silent_since, self._watch.seconds_left(now))
-                held_up.since_last_look(time.monotonic())  # the time that stacks took is no time of the rank
+                held_up.since_last_look(time.monotonic())  # time spent on collecting stacks is not the rank's time
             elif (seconds := self._watch.went_on()) is not None:
                 tell_went_on(self._logs, seconds)
             elif text := self._watch.tell_quiet(now):
                 say(text, file=sys.stderr)
 
     def _look_at_others(self) -> list[tuple]:
-        """How far the other ranks are that this one sees, on this host or in a shared run folder: one that works holds this one up, and
-        does not hang.
+        """Return the progress of the other ranks that this rank sees, on this host or in a shared run folder.
+
+        A rank that works holds this rank up, but the run does not hang.
         """
         reports = [read_report(rank, None, self._logs) for rank in range(self._world) if rank != self._rank]
         return [(one.phase, one.rank, one.step, one.done, one.written) for one in reports if one.step >= 0]
 
     def _tell_hang(self, seconds: float, left: float | None) -> None:
-        """Say who holds this rank up for so long. left: seconds until it is ended, where it may still go on."""
+        """Name the rank that holds this one up. left: seconds until this rank is ended; None if it is ended now."""
         traces = read_traces(self._logs)
         reports = self._reports(traces)
         stacks = self._stacks(traces, native=left is None)
@@ -112,13 +117,13 @@ class SelfWatch:
             self._tell(f"warning: {text}", incident | {"late": True})
 
     def _tell_failure(self, error: BaseException) -> None:
-        """An error of this rank, which may come from what another one did."""
+        """Report an error of this rank, which may follow from another rank's action."""
         traces = read_traces(self._logs)
         stacks = self._stacks(traces)
         code = error.code if isinstance(error, RunEnded) else EXIT_CRASH
         kind = Kind.diverged if code not in (EXIT_CRASH, EXIT_USER) else Kind.crash
         ranks = tuple(getattr(error, "ranks", ())) or (self._rank,)
-        first = list(causes(error))[-1]  # the pipeline wraps what fails in it in a page of its own
+        first = list(causes(error))[-1]  # the pipeline wraps an error inside it in a message of its own
         words = next((line for line in str(first).splitlines() if line.strip()), "")
         cause = Cause(kind, f"rank {self._rank} failed: {type(first).__name__}: {words}", ranks, code=code)
         if gone := [rank for rank, trace in traces.items() if trace.is_here and not lives(trace.pid)]:
@@ -128,7 +133,7 @@ class SelfWatch:
         self._tell(f"error: {cause.text}", describe_incident(cause, finding, traces, stacks))
 
     def _tell(self, text: str, incident: dict) -> None:
-        """One rank of a run tells the incident, the first; the others that they end with it."""
+        """Report the incident from one rank of a run, the first; each other rank only says that it ends with it."""
         path, late = None, incident.get("late", False)
         try:
             with exclusive(self._logs / ".incident.lock", STACKS_WITHIN_SECONDS):
@@ -140,16 +145,16 @@ class SelfWatch:
                         say(text, file=sys.stderr)
                     return
                 path = write_incident(self._logs, incident)
-        except OSError as error:  # TimeoutError is one
+        except OSError as error:  # includes TimeoutError
             say(f"the incident could not be written ({explain_disk_error(error)})", file=sys.stderr)
         say(f"{text}\n{incident_screen(incident, path, told=True)}", file=sys.stderr)
 
     def _reports(self, traces: dict[int, RankTrace]) -> list[RankReport]:
-        """All ranks that left a ring, as far as this one sees them."""
+        """Return reports of all ranks that left a ring, as far as this rank sees them."""
         here = {rank: trace.pid for rank, trace in traces.items() if trace.is_here}
         return [read_report(rank, None, self._logs, here.get(rank)) for rank in sorted({*traces, self._rank})]
 
     def _stacks(self, traces: dict[int, RankTrace], native: bool = False) -> dict[int, str]:
-        """Where the other ranks of this host are."""
+        """Return the stacks of the other ranks on this host."""
         others = {rank: pid for rank, pid in living_ranks(self._logs, traces).items() if rank != self._rank}
         return gather_stacks(self._logs, others, STACKS_WITHIN_SECONDS, native)

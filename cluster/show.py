@@ -1,4 +1,5 @@
-"""Show where the ranks of a recipe would go, and start nothing:  python -m cluster.show NODESxDEVICES[/RACK] OVERRIDES...
+"""Show where the ranks of a recipe would run, and start nothing:  python -m cluster.show NODESxDEVICES[/RACK]
+OVERRIDES...
 
 256 nodes with 8 devices, 32 nodes in a rack:  python -m cluster.show 256x8/32 conf=deepseek_v3 data=stdlib
 """
@@ -13,7 +14,7 @@ from conf.words import say
 
 
 def nodes_of(text: str) -> list[Node]:
-    """Nodes of a made-up cluster; UserError if the text is not NODESxDEVICES or NODESxDEVICES/RACK."""
+    """Return the nodes of a hypothetical cluster; UserError if the text is not NODESxDEVICES or NODESxDEVICES/RACK."""
     match = re.fullmatch(r"(\d+)x(\d+)(?:/(\d+))?", text)
     if match is None:
         raise UserError("nodes", text, "must be NODESxDEVICES or NODESxDEVICES/NODES_PER_RACK", "for example 256x8/32")

@@ -1,4 +1,4 @@
-"""A rank as a child process, and the end of a process with that of its parent."""
+"""Starts a rank as a child process that ends when its parent ends."""
 
 import contextlib
 import ctypes
@@ -16,15 +16,15 @@ import psutil
 from conf.schema import Config
 
 PR_SET_PDEATHSIG = 1
-"""The option of prctl for the signal that a process gets when its parent dies."""
+"""The prctl option for the signal that a process gets when its parent dies."""
 LEASE = 4.0
 """An agent kills its ranks after this many heartbeats without a question."""
 ENDING = 60.0
-"""Seconds that a killed rank may take to give back its memory."""
+"""Seconds that a killed rank may take to free its memory."""
 
 
 def longest_afterlife(config: Config) -> float:
-    """Seconds that a rank may live on after its driver was killed."""
+    """Return the seconds that a rank may live on after its driver was killed."""
     return ENDING + (LEASE * config.cluster.heartbeat if config.cluster.backend == "ray" else 0.0)
 
 
@@ -35,10 +35,10 @@ def spawn(
     folder: str | None = None,
     stdin: int = subprocess.DEVNULL,
 ) -> subprocess.Popen:
-    """Start it in a session of its own: Ctrl-C reaches the driver alone, which passes it on once. However this process dies,
-    the kernel kills the child with it.
+    """Start a child in its own session. Ctrl-C then reaches only the driver, which passes it on once.
 
-    output: of both streams; None leaves the child the terminal. folder: to work in; None for that of this process.
+    However this process dies, the kernel kills the child with it. output: for stdout and stderr; None lets the child
+    use the terminal. folder: working folder; None for that of this process.
     """
     bind, parent = _binder(), os.getpid()
     return subprocess.Popen(
@@ -54,13 +54,14 @@ def spawn(
 
 
 class ForkedProcess:
-    """A child that is a fork of this process, and so has all that it has imported: with those methods of Popen that
-    cluster/local.py asks for, and tied to its parent as `spawn` ties one. The parent must not have computed: threads of OpenMP
-    and contexts of a GPU do not survive a fork.
+    """A child forked from this process, with all modules that the process has imported.
+
+    It has the Popen methods that cluster/local.py uses, and is tied to its parent as by `spawn`. The parent must not
+    have computed before: OpenMP threads and GPU contexts do not survive a fork.
     """
 
     def __init__(self, work: Callable[[], int], environment: dict[str, str], output: IO | None):
-        """work: what it does, in this environment; returns its exit code."""
+        """work: function that the child runs in this environment; returns its exit code."""
         bind, parent = _binder(), os.getpid()
 
         def run() -> None:
@@ -97,28 +98,30 @@ class ForkedProcess:
 
 
 def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent dies, also where nobody reaps the dead: a parent that is a zombie
-    still has a process id, by which Ray looks whether it lives.
+    """Make the kernel kill this process when its parent dies, even if nobody reaps the parent.
+
+    A zombie parent still has a process id, and Ray uses that id to check whether its parent is alive.
     """
     _binder()(os.getppid())
 
 
 def _binder() -> Callable[[int], None]:
-    """What ties the process that calls it to its parent. Made before a fork: a fresh fork of a threaded process must not
-    load libraries.
+    """Return a function that ties the calling process to its parent.
+
+    Create it before a fork: a fresh fork of a threaded process must not load libraries.
     """
     prctl = ctypes.CDLL(None).prctl
 
     def bind(parent: int) -> None:
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before it was asked for
+        if os.getppid() != parent:  # the parent died before prctl was called
             os.kill(os.getpid(), signal.SIGKILL)
 
     return bind
 
 
 def lives(pid: int) -> bool:
-    """Whether there is such a process and it still does anything: a zombie has ended, though nobody may ever reap it."""
+    """Whether the process exists and is not a zombie: a zombie has ended, even if nobody ever reaps it."""
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -126,8 +129,10 @@ def lives(pid: int) -> bool:
 
 
 def holds_open(pid: int, path: Path) -> bool:
-    """Whether this process, of this user, has this very file open: then it is the one that a file of a run folder names, and may be signalled.
-    The folder may be somebody else's, and the number may be of another process by now.
+    """Whether this process belongs to this user and has this very file open.
+
+    Then the process id in the file is valid and may be signalled. The folder may be untrusted, and its process id may
+    belong to another process by now.
     """
     with contextlib.suppress(OSError):
         wanted = os.lstat(path)
@@ -139,7 +144,9 @@ def holds_open(pid: int, path: Path) -> bool:
 
 
 def processes_named(name: str) -> list[tuple[psutil.Process, list[str]]]:
-    """This host's processes of that name, with their command lines: a zombie has none, nor one whose line may not be read."""
+    """Return this host's processes with that name, with their command lines; zombies and processes with an
+    unreadable line are left out.
+    """
     found = psutil.process_iter(["name", "cmdline"])
     return [(one, one.info["cmdline"]) for one in found if one.info["name"] == name and one.info["cmdline"]]
 
@@ -153,7 +160,9 @@ def is_stopped(pid: int) -> bool:
 
 
 def waited_for_core(pid: int) -> float:
-    """Seconds that the main thread of a process could have run so far, and had no core; 0 where the kernel does not say."""
+    """Return the seconds that the main thread of a process was ready to run but had no core; 0 if the kernel does
+    not say.
+    """
     try:
         return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
     except (OSError, IndexError):

@@ -1,6 +1,7 @@
-"""Where every thread of a rank is, on request: SIGUSR1 makes it write that to a file of its logs. Behind it stands what the kernel says of
-its connections, who has not acknowledged what it sent; and of a rank that hangs, where its native threads are, those of libraries too, by
-pystack, if that is installed and may look into the process.
+"""Collects the stacks of a rank's threads: SIGUSR1 makes the rank write them to a file in its logs.
+
+The state of its TCP connections follows: which hosts have not acknowledged data. For a hung rank, stacks of native
+threads follow, those of libraries included, if pystack is installed and may inspect the process.
 """
 
 import contextlib
@@ -25,34 +26,37 @@ from cluster.spawn import is_stopped, spawn
 from conf.files import open_plain
 
 STACKS_BYTES = 256 << 10
-"""Most bytes of a rank's stacks; many threads have more than anybody reads."""
+"""Maximum bytes of a rank's stacks; many threads have more than anybody reads."""
 STACKS_LOOK_SECONDS = 0.05
-"""Between two looks for stacks that were asked for."""
+"""Seconds between two checks for requested stacks."""
 PYSTACK = Path(sys.executable).with_name("pystack")
 NO_PYSTACK = ["echo", "it is not installed, and `pip install pystack` does that"]
-"""A command that says so."""
+"""A command that prints that pystack is missing."""
 NATIVE_SECONDS = 1.5
-"""That pystack gets."""
+"""Seconds that pystack gets."""
 PR_SET_PTRACER = 0x59616D61
-"""The option of prctl for whom Yama lets look into a process: another one, and its descendants."""
+"""The prctl option that names who may inspect a process under Yama: another process and its descendants."""
 _natives: dict[int, tuple[subprocess.Popen, float]] = {}
-"""By process, who looks into it, and until when that is waited for."""
+"""By process: the pystack process that inspects it, and its deadline."""
 TCP_ESTABLISHED = "01"
-"""The state of a connection in /proc/net/tcp."""
+"""The state of an established connection in /proc/net/tcp."""
 TCP_RETRANSMITS = "01:"
-"""The timer of one on which something is sent and not acknowledged; where the other end takes nothing more it is another."""
+"""The timer of a connection with sent but unacknowledged data; if the other end accepts no more data, the timer
+differs.
+"""
 _kept_open: list[IO] = []
 
 
 def answer_requests(logs: Path | None, rank: int) -> None:
-    """From here on this process writes its stacks at SIGUSR1: to the file of `stacks_path`, or to stderr where there are no logs.
-    Whoever started it, or a child of theirs, may look into it.
+    """Make this process write its stacks at SIGUSR1: to the file of `stacks_path`, or to stderr without logs.
+
+    The parent process and the parent's other children may then inspect this process.
     """
     ctypes.CDLL(None).prctl(PR_SET_PTRACER, os.getppid())
     if logs is None:
         faulthandler.register(
             signal.SIGUSR1, sys.__stderr__ or sys.stderr, all_threads=True
-        )  # a notebook's own has no file
+        )  # a notebook's own stderr has no file
         return
     logs.mkdir(parents=True, exist_ok=True)
     file = open(stacks_path(logs, rank), "a", opener=open_plain)  # noqa: SIM115  open as long as this process lives
@@ -61,7 +65,9 @@ def answer_requests(logs: Path | None, rank: int) -> None:
 
 
 def ask_stacks(logs: Path, rank: int, pid: int) -> bool:
-    """Ask a rank for its stacks; returns whether it can answer. The signal would end a rank that still imports."""
+    """Ask a rank for its stacks; returns whether it can answer. A rank that is still importing is not asked: the
+    signal would end it.
+    """
     if not handles(pid, signal.SIGUSR1):
         return False
     with contextlib.suppress(OSError), open(stacks_path(logs, rank), "r+b", opener=open_plain) as file:
@@ -73,8 +79,8 @@ def ask_stacks(logs: Path, rank: int, pid: int) -> bool:
 
 
 def gather_stacks(logs: Path, pids: Mapping[int, int], seconds: float, native: bool = False) -> dict[int, str]:
-    """By rank, where the threads of these processes are, of those that say it within so many seconds. pids: by rank; native: see
-    `read_stacks`.
+    """Return the stacks of these processes, by rank, as far as they answer within `seconds`. pids: by rank; native:
+    see `read_stacks`.
     """
     asked = [rank for rank, pid in pids.items() if not is_stopped(pid) and ask_stacks(logs, rank, pid)]
     ends, stacks = time.monotonic() + seconds, dict[int, str]()
@@ -86,7 +92,7 @@ def gather_stacks(logs: Path, pids: Mapping[int, int], seconds: float, native: b
 
 
 def own_stacks() -> str:
-    """Where the threads of this process are."""
+    """Return the stacks of this process's threads."""
     with tempfile.TemporaryFile("w+") as file:
         faulthandler.dump_traceback(file, all_threads=True)
         file.seek(0)
@@ -94,8 +100,10 @@ def own_stacks() -> str:
 
 
 def read_stacks(logs: Path, rank: int, pid: int, native: bool = False) -> str | None:
-    """What it wrote since it was asked, or None before that is whole. What was printed in part would tell that a rank waits for nobody.
-    native: of one that waits for no other rank its native threads too, for which it is held up a second or so.
+    """Return the stacks that a rank wrote since the request, or None before they are complete.
+
+    Incomplete stacks would suggest that a rank waits for no other rank. native: for a rank that waits for no other
+    rank, add its native threads, which holds it up for about a second.
     """
     with contextlib.suppress(OSError), open(stacks_path(logs, rank), "rb", opener=open_plain) as file:
         piece = file.read(STACKS_BYTES)
@@ -108,7 +116,7 @@ def read_stacks(logs: Path, rank: int, pid: int, native: bool = False) -> str | 
 
 
 def _native_threads(logs: Path, rank: int, pid: int) -> str | None:
-    """What pystack says of the process; None while it works."""
+    """Return pystack's output for the process; None while pystack works."""
     path = stacks_path(logs, rank).with_suffix(".native")
     if pid not in _natives:
         words = [str(PYSTACK), "remote", "--native-all", "--no-color", str(pid)] if PYSTACK.exists() else NO_PYSTACK
@@ -126,12 +134,14 @@ def _native_threads(logs: Path, rank: int, pid: int) -> str | None:
 
 
 def is_looked_into(pid: int) -> bool:
-    """Whether pystack holds the process up now, which then looks like one that somebody stopped."""
+    """Whether pystack is inspecting the process now, which then looks stopped."""
     return pid in _natives
 
 
 def unanswered(pid: int) -> str:
-    """The addresses of other hosts that have not acknowledged what a process sent them by TCP, and its own; empty where there are none."""
+    """Return the hosts that have not acknowledged a process's TCP data, and the process's own address; empty if it
+    has no connections.
+    """
     own, late = Counter[str](), set[str]()
     with contextlib.suppress(OSError):
         sockets = {
@@ -153,14 +163,14 @@ def _link(path: str) -> str:
 
 
 def _address(said: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    """The address in a field of /proc/net/tcp, which has words of 4 bytes, each backwards, and a port."""
+    """Parse an address field of /proc/net/tcp: words of 4 bytes, each in reverse order, and a port."""
     raw = bytes.fromhex(said.partition(":")[0])
     found = ipaddress.ip_address(b"".join(raw[at : at + 4][::-1] for at in range(0, len(raw), 4)))
     return getattr(found, "ipv4_mapped", None) or found
 
 
 def _is_whole(stacks: str) -> bool:
-    """Whether faulthandler has printed all threads: the main one comes last, and its outermost function at its end."""
+    """Whether faulthandler has printed all threads: the main thread comes last and ends with its outermost function."""
     _, header, last = stacks.rpartition("(most recent call first):\n")
     return bool(header and re.search(r" in (<module>|_run_module_as_main)\n|^  \.\.\.\n", last, re.MULTILINE))
 

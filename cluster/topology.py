@@ -1,19 +1,19 @@
-"""Which rank runs on which device: a pure function from nodes and degrees of parallelism to an ordered list.
+"""Assigns ranks to devices: a pure function from nodes and degrees of parallelism to an ordered list.
 
-The ranks of one expert-parallel group (`ep` contiguous ranks, see parallel/layout.py) exchange tokens in every MoE layer,
-so a group sits on as few nodes as possible, and inside one rack where it can. The next busiest neighbours are the
-stages of a pipeline, so consecutive stages of the same data-parallel block get consecutive groups of devices:
+The ranks of one expert-parallel group (`ep` contiguous ranks, see parallel/layout.py) exchange tokens in every MoE
+layer, so a group uses as few nodes as possible, within one rack if it can. The stages of a pipeline communicate next
+most, so consecutive stages of the same data-parallel block get consecutive groups of devices:
 
-    1. Sort nodes by rack, name, address. Cut them into seats: a seat holds one expert group. Where a group fits a
-       node, a node has devices // ep seats; else a seat is ep / g nodes with g ranks each, g the largest divisor of
-       ep that the nodes can hold, first inside racks, then from what the racks have left over.
-    2. A block is one expert group of every stage: pp seats. A block has whole pipelines, so a lost device costs at
-       most one block of the attempt; which smaller layout follows says cluster/driver/shapes.py. Seat i takes stage i % pp of
-       block i // pp.
+    1. Sort nodes by rack, name, address. Cut them into seats: a seat holds one expert group. If a group fits on a node,
+       a node has devices // ep seats; else a seat is ep / g nodes with g ranks each, where g is the largest divisor of
+       ep that the nodes can hold. Seats are formed first inside racks, then from the remaining nodes of the racks.
+    2. A block is one expert group of every stage: pp seats. A block has whole pipelines, so a lost device costs at most
+       one block of the attempt; cluster/driver/shapes.py chooses the smaller layout. Seat i is stage i % pp of block i
+       // pp.
     3. Nodes without a rank are spares.
-    4. After a failure ranks stay where they were, next to their copies in memory; a spare takes the place of each node that
-       is missing, one of the same rack where there is one. Where that would spread more groups over racks than the steps above
-       do, those count.
+    4. After a failure, ranks stay on their nodes, next to their copies in memory. A spare replaces each missing node,
+       from the same rack if possible. If this would spread more groups over racks than steps 1 to 3, the result of
+       those steps is used.
 
 Every node holds the same number of ranks of an expert group, as the two-hop dispatcher requires.
 """
@@ -34,17 +34,17 @@ class Node:
     name: str
     """Label or host name, for people."""
     address: str
-    """IP address that the other nodes reach it by."""
+    """IP address at which the other nodes reach it."""
     devices: int
     """Ranks that it can hold: its GPUs, or an agreed number on CPU."""
     rack: str = ""
     device_bytes: int = 0
-    """Memory of a device; 0 where it is not known."""
+    """Memory of a device; 0 if unknown."""
 
 
 @dataclass(frozen=True)
 class StageShape:
-    """How many ranks a stage has, how many of them share experts, and what follows for the busiest of them."""
+    """Number of ranks in a stage, number of ranks that share experts, and the load of the busiest rank."""
 
     dp: int
     """parallel.dp x parallel.cp."""
@@ -87,7 +87,9 @@ class Placement:
 
     @cached_property
     def by_node(self) -> dict[str, list[Seat]]:
-        """Seats of every node that has any, by node id, ordered by local rank. Asked for again and again, of thousands of nodes."""
+        """Seats by node id, for nodes with seats, ordered by local rank. Cached, because it is read often for
+        thousands of nodes.
+        """
         found: dict[str, list[Seat]] = {}
         for seat in self.seats:
             found.setdefault(seat.node.id, []).append(seat)
@@ -106,9 +108,9 @@ def place(
     allowed: Callable[[StageShape], bool] = lambda shape: True,
     near: Placement | None = None,
 ) -> Placement | None:
-    """The placement of the first of these shapes that fits the nodes and is allowed; None if there is none.
+    """Return the placement of the first shape that fits the nodes and is allowed; None if there is none.
 
-    near: an earlier placement, whose ranks stay where they were if the shape is the same.
+    near: an earlier placement, whose ranks stay on their nodes if the shape is the same.
     """
     ordered = sorted(nodes, key=_position)
     seats_of = cache(lambda ep, inside: list(_seats(ordered, ep, inside)))
@@ -126,13 +128,13 @@ def place(
 
 
 def count_group_places(nodes: Iterable[Node], ep: int) -> int:
-    """How many expert groups of this size the nodes hold."""
+    """Return how many expert groups of this size the nodes hold."""
     ordered = sorted(nodes, key=_position)
     return max(len(list(_seats(ordered, ep, inside))) for inside in _parts(ep))
 
 
 def require(nodes: list[Node], pp: int, dp: int, ep: int) -> Placement:
-    """The placement of exactly pp x dp ranks; UserError if the nodes cannot hold them."""
+    """Return the placement of exactly pp x dp ranks; UserError if the nodes cannot hold them."""
     found = place(nodes, pp, [StageShape(size, ep) for size in range(dp, 0, -ep)])
     if found is not None and found.dp == dp:
         return found
@@ -151,9 +153,7 @@ def require(nodes: list[Node], pp: int, dp: int, ep: int) -> Placement:
 
 
 def _replace_missing(ordered: list[Node], near: Placement) -> Placement | None:
-    """A placement with the seats of another, and a spare in the place of every node that is not there; None if there
-    are too few.
-    """
+    """Return an earlier placement with a spare for every missing node; None if there are too few spares."""
     index = {node.id: place for place, node in enumerate(ordered)}
     used = near.by_node
     spares = [node for node in ordered if node.id not in used]
@@ -173,7 +173,7 @@ def _replace_missing(ordered: list[Node], near: Placement) -> Placement | None:
 
 
 def _straddling(placement: Placement) -> int:
-    """Expert groups that are in more than one rack."""
+    """Return the number of expert groups that span more than one rack."""
     racks: dict[int, set[str]] = {}
     for seat in placement.seats:
         racks.setdefault(seat.rank // placement.ep, set()).add(seat.node.rack)
@@ -194,12 +194,16 @@ _Seats = list[list[tuple[Node, int]]]
 
 
 def _parts(ep: int) -> Iterator[int]:
-    """How many ranks of an expert group a node may have, the largest number first: every group has it the same on all its nodes."""
+    """Yield how many ranks of an expert group a node may have, the largest first; the number is equal on all nodes
+    of a group.
+    """
     return (inside for inside in range(ep, 0, -1) if ep % inside == 0)
 
 
 def _seats(nodes: list[Node], ep: int, inside: int) -> Iterator[list[tuple[Node, int]]]:
-    """Places of whole expert groups with `inside` ranks a node, as (node, first device) of each part, best ones first."""
+    """Yield places of whole expert groups with `inside` ranks per node, as (node, first device) of each part, the
+    best first.
+    """
     if inside == ep:
         for node in nodes:
             for first in range(0, node.devices - ep + 1, ep):
@@ -221,7 +225,7 @@ def _seats(nodes: list[Node], ep: int, inside: int) -> Iterator[list[tuple[Node,
 
 
 def _number(nodes: list[Node], seats: _Seats, pp: int, shape: StageShape) -> Placement:
-    """Give out rank numbers: rank = stage * dp + block * ep + index in the expert group."""
+    """Assign rank numbers: rank = stage * dp + block * ep + index in the expert group."""
     dp, ep = shape.dp, shape.ep
     placed: list[Seat] = []
     for index, seat in enumerate(seats):
@@ -236,7 +240,7 @@ def _number(nodes: list[Node], seats: _Seats, pp: int, shape: StageShape) -> Pla
 
 
 def placement_table(placement: Placement) -> str:
-    """The placement for people: one line per node with ranks."""
+    """Return the placement as a table: one line per node with ranks."""
     rows = [("node", "rack", "address", "stages", "expert groups", "ranks")]
     for seats in placement.by_node.values():
         node = seats[0].node

@@ -1,16 +1,21 @@
-"""One per node: starts the ranks of that node as child processes and says how they are. Knows nothing of Ray.
+"""The agent of a node: starts the node's ranks as child processes and reports their state. Knows nothing of Ray.
 
-Two methods wait: `ask` for news, and `network` for measurements; RayFleet gives each a thread of its own. All others return
-at once, as an answer that is late means that the node is lost. What a rank says goes through files (cluster/run_files.py) in
-a scratch folder of the attempt on the node's own disk, never through the shared run folder, so that a rank of an old attempt
-cannot be mistaken for one of the new. Its output is sent to the driver piece by piece.
+Two methods wait: `ask` for news, and `network` for measurements; RayFleet gives each its own thread. All others return
+at once, because a late answer means that the node is lost. A rank reports through files (cluster/run_files.py) in a
+scratch folder of the attempt on the node's own disk, never through the shared run folder, so that a rank of an old
+attempt cannot be mistaken for a new one. The agent sends its output to the driver piece by piece.
 
-The rank finds in its environment RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT,
-GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME (set on this node, else where the driver runs, else the interface of the node's address), SLUICE_LOGS (the scratch folder), SLUICE_ATTEMPT (the number that fences checkpoints)
-and SLUICE_STORE_SECRET (what seals the store where the ranks of this attempt meet, see parallel/signed_store.py).
+The environment of a rank has RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT, and
 
-An agent that nobody asks for `lease` seconds, not even whether it lives (cluster/node/pulse_echo.py), is cut off: it kills its ranks, as
-a new attempt may run elsewhere.
+    GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME    as set on this node, else as set on the driver, else the interface of the
+                                              node's address
+    SLUICE_LOGS                               the scratch folder
+    SLUICE_ATTEMPT                            the number that fences checkpoints
+    SLUICE_STORE_SECRET                       secret that seals the store where the ranks of this attempt meet, see
+                                              parallel/signed_store.py
+
+An agent that gets no question for `lease` seconds, not even a pulse (cluster/node/pulse_echo.py), is cut off. It kills
+its ranks, because a new attempt may run elsewhere.
 """
 
 import contextlib
@@ -45,24 +50,24 @@ from cluster.stacks import ask_stacks, handles, is_looked_into, read_stacks
 from conf.errors import EXIT_STOPPED
 
 NEWS_LOOK_SECONDS = 0.05
-"""Seconds between an agent's looks for news while a question waits."""
+"""Seconds between an agent's checks for news while a question waits."""
 STACKS_WITHIN = 0.25
-"""A question waits no longer than this for stacks that were asked for."""
+"""A question waits at most this long for requested stacks."""
 OUTPUT_BYTES = 64 << 10
-"""Most bytes of one rank's output in one answer."""
+"""Maximum bytes of one rank's output in one answer."""
 
 
 @dataclass(frozen=True)
 class Order:
-    """What to start on one node."""
+    """Ranks to start on one node."""
 
     attempt: int
     ranks: list[tuple[int, int]]
     """(rank, local rank)."""
     arguments: list[str]
-    """Command line behind the Python interpreter."""
+    """Command line after the Python interpreter."""
     environment: dict[str, str]
-    """Variables that all ranks of the run have alike."""
+    """Variables that are equal for all ranks of the run."""
     address: str
     """IP address of the node, whose network interface the ranks use."""
     folder: str | None = None
@@ -71,24 +76,26 @@ class Order:
 
 @dataclass
 class Answer:
-    """How the ranks of a node are."""
+    """State of the ranks on a node."""
 
     attempt: int
     ranks: list[RankReport]
     output: dict[int, bytes] = field(default_factory=dict)
-    """New output of ranks, from the offset that was asked for."""
+    """New output of ranks, from the requested offset."""
     stacks: dict[int, str] = field(default_factory=dict)
-    """Tracebacks since they were last asked for."""
+    """Tracebacks that arrived since the last request for stacks."""
     rings: dict[int, bytes] = field(default_factory=dict)
-    """What ranks communicated last, packed by cluster/comm_ring.py; once behind each question for stacks, and at once."""
+    """Packed communication rings of the ranks (cluster/comm_ring.py); sent once, immediately after each request for
+    stacks.
+    """
     held: dict[str, list[int]] = field(default_factory=dict)
     """Copies of the state in this node's memory: ranks by set, see cluster/node/copy_store.py."""
     clock_set: float = 0.0
-    """Seconds by which somebody has set the node's clock ahead since it was checked; times in `ranks` are without it."""
+    """Seconds by which somebody has set the node's clock ahead since the check; times in `ranks` are free of it."""
     free_bytes: float = math.inf
-    """In its folder for temporary files."""
+    """Free bytes in the folder for temporary files."""
     leaving: bool = False
-    """The agent was told to end, as the node is about to go."""
+    """The agent was told to end, because the node will be removed."""
 
 
 @dataclass
@@ -98,19 +105,20 @@ class _Child:
     world: int
     """Ranks of the run."""
     stopped_by: int | None = None
-    """The signal by which it was asked to stop."""
+    """Signal by which the rank was asked to stop."""
     stacks_asked: bool = False
     native: bool = False
-    """Whether its native threads are asked for as well."""
+    """Whether its native threads are requested as well."""
     ring_due: bool = False
-    """The next answer has what it communicated last."""
+    """Whether the next answer must include its communication ring."""
 
 
 class Agent:
-    """See the top of the file.
+    """The agent described at the top of the file.
 
-    lease: seconds without a question before the ranks are killed. own_process: nothing else is in this process, so that
-    SIGTERM means that the node is about to go, and the process ends with its parent; then make the agent in the main thread.
+    lease: seconds without a question before the ranks are killed. own_process: the process belongs to the agent alone.
+    Then SIGTERM means that the node will be removed, and the process ends with its parent; create the agent in the main
+    thread.
     """
 
     def __init__(self, lease: float, own_process: bool = False):
@@ -122,7 +130,7 @@ class Agent:
         self._scratch: PrivateFolder | None = None
         self._asked = time.monotonic()
         self._clock = SteadyClock()
-        """The facts of this node as it was checked last."""
+        """Clock, started when the facts of this node were last gathered."""
         self._probe = NetworkProbe()
         self._store: Store | None = None
         self._echo: Echo | None = None
@@ -138,15 +146,16 @@ class Agent:
         threading.Thread(target=self._watch_lease, daemon=True).start()
 
     def facts(self, question: Question) -> Facts:
-        """What the checks before a start want to know of this node, which answers the driver's pulse from then on, and the other
-        nodes of the network test if there will be one.
+        """Gather the facts that the checks before a start need.
+
+        From then on, this node answers the driver's pulse, and also the other nodes if there will be a network test.
         """
         port, self._clock = 0, SteadyClock()
         if question.tests_network:
-            with contextlib.suppress(OSError):  # the test says so
+            with contextlib.suppress(OSError):  # the test reports it
                 port = self._probe.listen(question.address)
         if question.key and self._echo is None:
-            with contextlib.suppress(OSError):  # the driver asks it more often instead
+            with contextlib.suppress(OSError):  # then the driver asks this node more often
                 self._echo = Echo(question.node, question.address, question.key, self._renew)
         return dataclasses.replace(
             gather_facts(question), pulse=self._echo.place if self._echo else None, test_port=port
@@ -156,7 +165,7 @@ class Agent:
         self._asked = time.monotonic()
 
     def network(self, turns: list[tuple[str, int] | None]) -> list[NodeLink]:
-        """This node's turns of the network test, see cluster/driver/network.py; waits for the results."""
+        """Take this node's turns of the network test, see cluster/driver/network.py; waits for the results."""
         return self._probe.play(turns)
 
     def open_memory(self, folder: str, token: str, address: str) -> OpenedCopy:
@@ -169,16 +178,16 @@ class Agent:
         return OpenedCopy(self._store.port)
 
     def drop_memory(self) -> None:
-        """Give the memory of the copies back: nobody will need them."""
+        """Free the memory of the copies: nobody will need them."""
         if self._store is not None:
             self._store.close(remove=True)
             self._store = None
 
     def probe(self) -> None:
-        """An answer at all is the answer."""
+        """Return at once: any answer shows that the agent is alive."""
 
     def free_port(self) -> int:
-        """A port that is free now on all addresses of this node, see cluster/interfaces.py."""
+        """Return a port that is free now on all addresses of this node, see cluster/interfaces.py."""
         return free_port()
 
     def start(self, order: Order) -> None:
@@ -191,7 +200,8 @@ class Agent:
             self._scratch = scratch = PrivateFolder(scratch_prefix())
             for rank, local_rank in order.ranks:
                 self._children[rank] = self._spawn(order, rank, local_rank, scratch.path)
-            if 0 not in self._children:  # that thousands begin as they were told to is no news; rank 0 is followed
+            # Thousands of nodes that begin as ordered are no news; the driver follows rank 0
+            if 0 not in self._children:
                 self._told = self._attempt, [], [], *self._told[3:]
 
     def _spawn(self, order: Order, rank: int, local_rank: int, logs: Path) -> _Child:
@@ -214,7 +224,7 @@ class Agent:
         if standby := self._take_standby(order):
             line = {"environment": environment, "arguments": order.arguments[2:], "log": str(log)}
             assert standby.stdin is not None
-            with contextlib.suppress(BrokenPipeError):  # it ended just now; its exit code tells
+            with contextlib.suppress(BrokenPipeError):  # the process ended just now; its exit code is reported
                 standby.stdin.write(json.dumps(line).encode() + b"\n")
                 standby.stdin.close()
             return _Child(standby, log, world)
@@ -247,11 +257,11 @@ class Agent:
         return None
 
     def ask(self, offsets: dict[int, int], attempt: int | None = None, patience: float = 0.0) -> Answer:
-        """How the ranks are, and their output from these byte offsets on (0 where none is given).
+        """Return the state of the ranks, and their output from these byte offsets on (0 by default).
 
-        attempt: the one that the offsets belong to; the answer has no output of any other. patience: seconds until the
-        answer where there is no news. News are an attempt that began with rank 0 here or ended before it began, the end of a rank and
-        before it why it failed, a part of the state that is whole in memory, and that the node is about to go.
+        attempt: the attempt of the offsets; the answer has no output of any other attempt. patience: seconds to wait
+        for news. News are: an attempt that began with rank 0 here or ended before it began, a rank's failure report or
+        end, a complete part of the state in memory, and the coming removal of the node.
         """
         self._asked = asked = time.monotonic()
         while (left := asked + patience - time.monotonic()) > 0 and not self._has_news(patience - left):
@@ -276,11 +286,11 @@ class Agent:
             return answer
 
     def last_words(self, offsets: dict[int, int], attempt: int) -> Answer:
-        """`ask` for a driver that ends: at once, whatever other question waits."""
+        """Run `ask` for a driver that ends: at once, whatever other question waits."""
         return self.ask(offsets, attempt)
 
     def _news(self) -> tuple:
-        """What a waiting question is answered for as soon as it changes."""
+        """Return the values whose change answers a waiting question at once."""
         ended = [rank for rank, child in self._children.items() if child.process.poll() is not None]
         failed = [rank for rank, child in self._children.items() if failure_path(child.log.parent, rank).exists()]
         return self._attempt, ended, failed, self._leaving, self._held()
@@ -306,7 +316,11 @@ class Agent:
         return report
 
     def ask_stacks(self, attempt: int, native: bool = False) -> None:
-        """Make every rank print its stacks, those of libraries too where that is wanted; they come with the next answers, and what all ranks communicated with the next one."""
+        """Make every rank write its stacks. They come with later answers; the communication rings of all ranks come
+        with the next one.
+
+        native: include the threads of native libraries.
+        """
         if attempt != self._attempt:
             return
         for rank, child in self._children.items():
@@ -316,11 +330,12 @@ class Agent:
                 child.stacks_asked = ask_stacks(child.log.parent, rank, child.process.pid)
 
     def stop(self, attempt: int, in_memory: bool = False, why: str = "") -> None:
-        """Ask the ranks of this attempt for a checkpoint and exit. in_memory: a copy in memory will do, see train/loop/stop.py.
-        why: for rank 0's last screen.
+        """Ask the ranks of this attempt for a checkpoint and exit.
 
-        The ranks agree on it, so those of another node may have stopped these already. One that handles no signal any more is on
-        its way out, and would die of it; one that dies of it all the same let its handler go just before, and has stopped.
+        in_memory: a copy in memory is enough, see train/loop/stop.py. why: text for rank 0's last screen. The ranks
+        agree on the stop, so a rank on another node may have stopped these already. A rank without a handler is about
+        to exit, and the signal would kill it. If the signal still kills a rank, it had just removed its handler, and
+        counts as stopped.
         """
         wanted = [signal.SIGUSR2, signal.SIGTERM] if in_memory else [signal.SIGTERM]
         if why and attempt == self._attempt and 0 in self._children:
@@ -333,7 +348,7 @@ class Agent:
                 child.process.send_signal(handled[0])
 
     def end(self, attempt: int) -> None:
-        """Kill the ranks of this attempt and of older ones, and start none of them later."""
+        """Kill the ranks of this attempt and older ones, and start none of them later."""
         with self._lock:
             if attempt < self._attempt:
                 return
@@ -367,7 +382,7 @@ class Agent:
             with contextlib.suppress(ProcessLookupError):  # the whole session: a rank may have started helpers
                 os.killpg(child.process.pid, signal.SIGKILL)
         for child in self._children.values():
-            with contextlib.suppress(subprocess.TimeoutExpired):  # it waits in the kernel; the next answers tell
+            with contextlib.suppress(subprocess.TimeoutExpired):  # it waits in the kernel; the next answers report it
                 child.process.wait(1.0)
 
     def _forget(self) -> None:
@@ -384,12 +399,12 @@ class Agent:
 
 
 def scratch_prefix() -> str:
-    """Start of the names of scratch folders on this host."""
+    """Return the prefix of scratch folder names on this host."""
     return f"sluice-agent-{socket.gethostname()}-"
 
 
 def _inherited() -> dict[str, str]:
-    """This process's environment without what Ray set for itself."""
+    """Return this process's environment without the variables that Ray set for itself."""
     drop = ("RAY_", "OMP_NUM_THREADS")
     return {name: value for name, value in os.environ.items() if not name.startswith(drop)}
 

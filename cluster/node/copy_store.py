@@ -1,22 +1,23 @@
 """Copies of a run's state in the memory of its nodes: what a node holds, and how ranks reach it.
 
-A checkpoint on disk is rare; between two of them a lost node would cost every step since. So every few steps
+Checkpoints on disk are rare, and a lost node would cost every step since the last one. So every few steps
 (checkpoint.every_memory) each rank writes its part of the state to a folder in its own node's memory, and sends the
-same to the next node. A node holds
+same part to the next node. A node holds
 
-    /dev/shm/sluice-UID-RUN-ID-NODE/           RUN: digest of the run folder's path; ID: a number that it keeps
+    /dev/shm/sluice-UID-RUN-ID-NODE/           RUN: digest of the run folder's path; ID: a number stored in the run
+                                               folder
         .lock                                  locked by the agent as long as it lives
         attempt_00002.step_00000030.world_16/  one set: the state after step 30 as the 16 ranks of attempt 2 wrote it
             rank_00003.safetensors             a part, as in a checkpoint on disk
-            rank_00003.json                    its index, written last: the part is whole once this is there
+            rank_00003.json                    its index, written last: the part is complete once the index exists
 
-There is no commit. A set counts as a checkpoint when the nodes that answer hold every rank's part between them; whoever
-resumes merges the indexes into a manifest then. Two sets at most are kept: one that is known to be whole on all nodes,
-and the one in the making; every writer removes the others before it writes.
+There is no commit. A set counts as a checkpoint when the answering nodes together hold every rank's part; a resuming
+run then merges the indexes into a manifest. At most two sets are kept: one that is known to be complete on all nodes,
+and one in progress. Every writer removes the others before it writes.
 
-The agent of a node serves its folder to other nodes: PUT stores a file, GET reads a part of one. Both need the token
-of the run, and a PUT of an attempt older than the agent's own is refused: ranks on a cut node live on for a while. The
-files outlive agents and drivers, so that a new launch finds them. Knows nothing of Ray; imports no torch.
+The agent of a node serves its folder to other nodes: PUT stores a file, GET reads a part of a file. Both need the token
+of the run. A PUT of an attempt older than the agent's own is refused, because ranks on a disconnected node live on for
+a while. The files outlive agents and drivers, so that a new launch finds them. Knows nothing of Ray; imports no torch.
 """
 
 import contextlib
@@ -42,20 +43,20 @@ from cluster.run_files import RANK_FILE
 from conf.disk import cure_of_writing
 
 PIECE_BYTES = 1 << 20
-"""Bytes that move in one call."""
+"""Bytes transferred per call."""
 CONNECTIONS = 256
-"""Served at once, each by a thread; more wait until one of them ends."""
+"""Connections served at once, each by a thread; further connections wait."""
 ADMISSION = 10.0
 """Seconds that a connection gets to show the token."""
 STALE = 24 * 3600.0
-"""Seconds after which the folder of another run that no agent holds is removed."""
+"""Seconds after which another run's folder without an agent is removed."""
 _SET = re.compile(r"attempt_(\d{5,18})\.step_(\d{8,18})\.world_(\d{1,18})")
 _PATH = re.compile(rf"/({_SET.pattern})/({RANK_FILE.pattern})")
 
 
 @dataclass(frozen=True, order=True)
 class SetId:
-    """One state of the run in memory; sets order by age, as checkpoints do."""
+    """One state of the run in memory; sets are ordered by age, as checkpoints are."""
 
     attempt: int
     step: int
@@ -72,10 +73,10 @@ class SetId:
 
 
 def held(folder: Path) -> dict[str, list[int]]:
-    """Ranks whose part is whole, by name of the set."""
+    """Return the ranks whose part is complete, by name of the set."""
     found: dict[str, list[int]] = {}
     for inner in folder.glob("attempt_*"):
-        with contextlib.suppress(FileNotFoundError):  # a writer removes it just now
+        with contextlib.suppress(FileNotFoundError):  # a writer is removing it
             parts = [match for name in os.listdir(inner) if (match := RANK_FILE.fullmatch(name))]
             ranks = [int(match[1]) for match in parts if match[2] == "json"]
             if ranks:
@@ -84,7 +85,7 @@ def held(folder: Path) -> dict[str, list[int]]:
 
 
 def prune(folder: Path, keep: Collection[str], attempt: int) -> None:
-    """Remove all sets but these and those of attempts later than this one."""
+    """Remove all sets except these and those of later attempts."""
     for inner in folder.glob("attempt_*"):
         found = SetId.parse(inner.name)
         if found is not None and found.attempt <= attempt and inner.name not in keep:
@@ -92,30 +93,30 @@ def prune(folder: Path, keep: Collection[str], attempt: int) -> None:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of all files in the folder."""
+    """Return the bytes of all files in the folder."""
     total = 0
     for path in folder.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):  # a writer removes it just now
+        with contextlib.suppress(FileNotFoundError):  # a writer is removing it
             total += path.stat().st_size
     return total
 
 
 @dataclass(frozen=True)
 class OpenedCopy:
-    """What became of the wish to hold copies on a node."""
+    """Result of the request to hold copies on a node."""
 
     port: int = 0
-    """Where the copies are served; 0 if they are not."""
+    """Port where the copies are served; 0 if they are not."""
     problem: str = ""
-    """Why not, with the cure."""
+    """Why they are not served, with the cure."""
     passes: bool = False
-    """Only for now: another agent holds the folder."""
+    """Temporary: another agent holds the folder."""
     absent: bool = False
-    """There is no such folder."""
+    """The folder does not exist."""
 
 
 def why_not_opened(folder: Path, error: OSError) -> OpenedCopy:
-    """The error of a Store in words. An agent whose Ray died may live on for a moment and hold the folder."""
+    """Describe the error of a Store. An agent whose Ray died may live on for a moment and hold the folder."""
     if isinstance(error, BlockingIOError):
         return OpenedCopy(
             problem=f"another agent of this run holds {folder}; the node is asked again until that one has ended",
@@ -131,10 +132,12 @@ def why_not_opened(folder: Path, error: OSError) -> OpenedCopy:
 
 
 class Store:
-    """An agent's side: holds the folder and serves it on `address`; `attempt` tells the newest attempt of the node."""
+    """The agent's side: holds the folder and serves it on `address`; `attempt` returns the newest attempt of the
+    node.
+    """
 
     def __init__(self, folder: Path, token: str, address: str, attempt: Callable[[], int]):
-        """Raises OSError if the folder cannot be made, belongs to somebody else, or another agent holds it."""
+        """Raises OSError if the folder cannot be created, belongs to another user, or is held by another agent."""
         self.folder, self.token, self.attempt = folder, token, attempt
         _own(folder)
         self._lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
@@ -148,7 +151,7 @@ class Store:
         return self._server.server_address[1]
 
     def close(self, remove: bool) -> None:
-        """Stop serving; `remove`: and give the memory back."""
+        """Stop serving. remove: also free the memory."""
         self._server.shutdown()
         self._server.server_close()
         if remove:
@@ -157,8 +160,10 @@ class Store:
 
 
 def _own(folder: Path) -> None:
-    """Make the folder, or find it ours. In memory that all users share, another one could have put a link to a folder of ours
-    there, so links are not followed.
+    """Create the folder, or check that it is ours.
+
+    In memory that all users share, another user could have placed a link there to one of our folders, so links are not
+    followed.
     """
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700)
@@ -174,7 +179,7 @@ def _own(folder: Path) -> None:
 
 
 def _take_lock(handle: int, folder: Path, patience: float = 5.0) -> None:
-    """Lock, waiting for an agent that is just being killed."""
+    """Take the lock; waits for an agent that is just being killed."""
     deadline = time.monotonic() + patience
     while True:
         try:
@@ -187,13 +192,17 @@ def _take_lock(handle: int, folder: Path, patience: float = 5.0) -> None:
 
 
 def folder_name(run: str, id: str, node: str) -> str:
-    """Name of the folder for a run on a node. id: made with each new run folder, so that no copy outlives its run."""
+    """Return the name of a run's folder on a node. id: created with each new run folder, so that no copy outlives
+    its run.
+    """
     return f"sluice-{os.geteuid()}-{run}-{id}-{re.sub(r'[^A-Za-z0-9.]', '_', node)}"
 
 
 def sweep(mine: Path) -> None:
-    """Beside the folder that this node uses, remove those that no agent holds: of the same run and node before the run
-    folder was removed, and of any run of this user once they are STALE.
+    """Remove folders beside this node's own that no agent holds.
+
+    These are folders of the same run and node from before the run folder was removed, and folders of any run of this
+    user that are STALE.
     """
     kind, user, run, id, node = mine.name.split("-")
     for folder in mine.parent.glob(f"{kind}-{user}-*-*-*"):
@@ -214,7 +223,7 @@ def sweep(mine: Path) -> None:
 
 
 def _open_lock(folder: Path) -> int:
-    """The lock file of a true folder of this user; OSError if it is none."""
+    """Open the lock file of a real folder of this user; OSError if it is not one."""
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
         raise PermissionError(f"{folder} is not ours")
@@ -222,23 +231,24 @@ def _open_lock(folder: Path) -> int:
 
 
 class _Server(socketserver.ThreadingTCPServer):
-    """A bounded number of connections, of which those without the token are soon cut. http.server's own would ask the name
-    service for this host.
+    """Serves a bounded number of connections and soon cuts those without the token.
+
+    The default server of http.server would ask the name service for this host.
     """
 
     daemon_threads = True
-    request_queue_size = 1024  # all ranks that resume read at once
+    request_queue_size = 1024  # all resuming ranks read at once
     store: Store
 
     def __init__(self, *arguments: Any):
         self._slots = threading.Semaphore(CONNECTIONS)
         self._strangers: dict[socket.socket, float] = {}
-        """Connections that have not shown the token yet, and until when they may."""
+        """Connections that have not shown the token yet, and their deadlines."""
         self._closing = False
         super().__init__(*arguments)
 
     def admit(self, connection: socket.socket) -> None:
-        """It has shown the token."""
+        """Mark a connection that has shown the token."""
         self._strangers.pop(connection, None)
 
     def process_request(self, request: socket.socket | tuple[bytes, socket.socket], client_address: Any) -> None:
@@ -252,11 +262,11 @@ class _Server(socketserver.ThreadingTCPServer):
         super().process_request(request, client_address)
 
     def service_actions(self) -> None:
-        """Cut connections that are late. The server's own thread calls it ten times a second."""
+        """Cut late connections. The server's own thread calls it ten times a second."""
         for connection, deadline in list(self._strangers.items()):
             if time.monotonic() > deadline:
                 self.admit(connection)
-                with contextlib.suppress(OSError):  # it has ended
+                with contextlib.suppress(OSError):  # the connection has ended
                     connection.shutdown(socket.SHUT_RDWR)
 
     def shutdown_request(self, request: socket.socket | tuple[bytes, socket.socket]) -> None:
@@ -270,7 +280,7 @@ class _Server(socketserver.ThreadingTCPServer):
         super().shutdown()
 
     def handle_error(self, request: socket.socket | tuple[bytes, socket.socket], client_address: Any) -> None:
-        if not isinstance(sys.exception(), OSError):  # the other side went away: it reports that
+        if not isinstance(sys.exception(), OSError):  # the other side disconnected, and reports it
             super().handle_error(request, client_address)
 
 
@@ -311,7 +321,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def _receive(self, handle: int, length: int) -> bool:
-        """Write the body to the file; False if the sender went away."""
+        """Write the body to the file; False if the sender disconnected."""
         buffer = memoryview(bytearray(min(PIECE_BYTES, max(1, length))))
         while length:
             count = self.rfile.readinto(buffer[: min(len(buffer), length)])
@@ -343,7 +353,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(404, "not held here")
 
     def _range(self, whole: int) -> tuple[int, int]:
-        """First byte and number of bytes asked for."""
+        """Return the first byte and the number of bytes requested."""
         match = re.fullmatch(r"bytes=(\d{1,18})-(\d{1,18})", self.headers.get("Range", f"bytes=0-{whole - 1}"))
         if match is None:
             return 0, whole
@@ -351,7 +361,7 @@ class _Handler(BaseHTTPRequestHandler):
         return start, max(0, min(int(match[2]) + 1, whole) - start)
 
     def _admit(self) -> re.Match[str] | None:
-        """The parts of the path; None, with the answer sent, where token or path are wrong."""
+        """Return the parts of the path; None, with the answer sent, if token or path are wrong."""
         given = self.headers.get("Authorization", "")
         if not hmac.compare_digest(given.encode(), f"Bearer {self.server.store.token}".encode()):
             self._refuse(401, "wrong token")
@@ -367,11 +377,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_error(code, why)
 
     def log_message(self, format: str, *arguments: object) -> None:
-        """Nothing: the ranks report what fails."""
+        """Log nothing: the ranks report failures."""
 
 
 class Peer:
-    """The store of another node, as a rank reaches it, over one connection. Every method raises OSError."""
+    """A rank's connection to the store of another node. Every method raises OSError."""
 
     def __init__(self, address: str, token: str, timeout: float):
         """address: HOST:PORT."""
@@ -379,14 +389,14 @@ class Peer:
         self._headers = {"Authorization": f"Bearer {token}"}
 
     def put(self, name: str, path: Path, keep: str) -> None:
-        """Store a file under the set `name`; the sets other than this and `keep` are removed there."""
+        """Store a file under the set `name`; the peer removes all sets but this one and `keep`."""
         with open(path, "rb") as file:
             length = os.fstat(file.fileno()).st_size
             headers = self._headers | {"X-Keep": keep, "Content-Length": str(length)}
             self._ask("PUT", f"/{name}/{path.name}", headers, file)
 
     def get(self, name: str, file: str) -> bytes:
-        """A whole file of a set."""
+        """Return a whole file of a set."""
         return self._ask("GET", f"/{name}/{file}", self._headers)
 
     def read(self, name: str, file: str, view: memoryview, position: int) -> int:

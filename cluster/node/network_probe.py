@@ -1,4 +1,4 @@
-"""A node's side of the network test (cluster/driver/network.py): a server that echoes, and measurements of other nodes'."""
+"""A node's side of the network test (cluster/driver/network.py): an echo server, and measurements to other nodes."""
 
 import socket
 import threading
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 PINGS = 10
 BYTES = 4 << 20
 PAIR_SECONDS = 5.0
-"""Seconds that a pair may take before it counts as unreachable."""
+"""Seconds after which a pair counts as unreachable."""
 
 
 @dataclass(frozen=True)
 class NodeLink:
-    """What one node measured to another."""
+    """Measurement from one node to another."""
 
     address: str
     milliseconds: float = 0.0
@@ -24,15 +24,15 @@ class NodeLink:
 
 
 class NetworkProbe:
-    """An agent's side: a server, in a thread, that echoes and swallows, and measurements of other servers."""
+    """The agent's side: an echo server in a thread, and measurements of other servers."""
 
     def __init__(self) -> None:
         self._server: socket.socket | None = None
         self._served = threading.Semaphore(0)
-        """Measurements by others that no turn has waited for yet."""
+        """Measurements by other nodes that no turn has waited for yet."""
 
     def listen(self, address: str) -> int:
-        """Port of the server, on this address of the node; it ends with `close`."""
+        """Start the server on this address of the node and return its port; the server ends with `close`."""
         self.close()
         self._server = socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET)
         threading.Thread(target=self._serve, args=(self._server,), daemon=True).start()
@@ -45,8 +45,10 @@ class NetworkProbe:
             self._server = None
 
     def play(self, turns: list[tuple[str, int] | None]) -> list[NodeLink]:
-        """Measure the way to each of these servers, one after another; at None wait until another node has measured the way to
-        this one, so that a node does one of both at a time. A turn takes at most some PAIR_SECONDS.
+        """Measure the connection to each of these servers, one after another.
+
+        At None, wait until another node has measured the connection to this node, so that a node does only one of both
+        at a time. A turn takes at most about PAIR_SECONDS.
         """
         found = []
         for turn in turns:
@@ -65,7 +67,7 @@ class NetworkProbe:
             threading.Thread(target=self._answer, args=(connection,), daemon=True).start()
 
     def _answer(self, connection: socket.socket) -> None:
-        """Echo the pings, then swallow the transfer and say so."""
+        """Echo the pings, then receive the transfer and confirm it."""
         with connection:
             connection.settimeout(PAIR_SECONDS)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -82,7 +84,7 @@ class NetworkProbe:
 
 
 def measure(address: str, port: int) -> NodeLink:
-    """Latency and bandwidth to a listening NetworkProbe."""
+    """Return latency and bandwidth to a listening NetworkProbe."""
     try:
         with socket.create_connection((address, port), timeout=PAIR_SECONDS) as connection:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

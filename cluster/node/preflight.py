@@ -1,8 +1,8 @@
-"""Checks of a node before it may hold ranks: same program, same recipe, a clock that agrees, storage, devices.
+"""Checks of a node before it may hold ranks: same program, same recipe, an accurate clock, storage, devices.
 
-The driver asks the agent of every node that joins; an answer with a problem keeps the node out and says why. The
-shared folder is tried in both directions: each node reads a file that the driver wrote and writes one that the driver
-reads, as a path that exists on every node need not be the same storage.
+The driver asks the agent of every node that joins; a problem in the answer keeps the node out and says why. The shared
+folder is tested in both directions: each node reads a file that the driver wrote, and writes a file that the driver
+reads, because the same path on every node need not be the same storage.
 """
 
 import hashlib
@@ -27,14 +27,14 @@ from conf.own_code import is_findable
 from conf.schema import ROOT
 
 CLOCK_LIMIT = 2.0
-"""Seconds that a node's clock may be off: errors of several ranks are put in order by their times."""
+"""Maximum seconds that a node's clock may be off: errors of several ranks are ordered by time."""
 SCRATCH_LIMIT = 256 << 20
 """Free bytes that a node needs for the output of its ranks."""
 DRIVER_LEAVES = 0.99
 """Share of a GPU's memory that its driver leaves: 81008 of 81559 MiB of an H100."""
 PROBES = ".preflight"
 SOURCE_SUFFIXES = (".py", ".cpp", ".h")
-"""C++ is compiled on every node by itself, so its source must be the same too."""
+"""C++ is compiled on every node, so its source must be the same too."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +45,15 @@ class Question:
     """Content of the file that the driver wrote there."""
     node: str
     devices: int
-    """Ranks that it may hold."""
+    """Ranks that the node may hold."""
     on_gpus: bool
-    """Whether each has a GPU."""
+    """Whether each rank has a GPU."""
     address: str = ""
     """The node's address."""
     key: bytes = b""
-    """Key of the driver's pulse, see cluster/node/pulse_echo.py; empty for a driver that asks none."""
+    """Key of the driver's pulse, see cluster/node/pulse_echo.py; empty if the driver sends none."""
     tests_network: bool = False
-    """Whether the network test will want a port of this node, see cluster/driver/network.py."""
+    """Whether the network test will need a port of this node, see cluster/driver/network.py."""
     targets: tuple[str, ...] = ()
     """Import paths of the user's own code."""
     typed_in: str = ""
@@ -62,7 +62,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a node knows of itself."""
+    """A node's facts about itself."""
 
     python: str
     torch: str
@@ -73,23 +73,23 @@ class Facts:
     clock: float
     gpus: int
     device_bytes: int
-    """Memory of the smallest device; on CPU what each of the node's ranks has of its memory."""
+    """Memory of the smallest device; on CPU, each rank's share of the node's memory."""
     free_bytes: int
-    """In its folder for temporary files."""
+    """Free bytes in the folder for temporary files."""
     storage: str
-    """What is wrong with the run folder; empty if nothing."""
+    """Problem with the run folder; empty if there is none."""
     lacking: tuple[str, ...] = ()
-    """Import paths of the question of which nothing is there."""
+    """Import paths of the question that cannot be found."""
     niceness: int = 0
-    """Niceness of the agent, and so of its ranks: the more, the more other work on the node goes before them."""
+    """Niceness of the agent, and so of its ranks: the higher, the more other work on the node takes precedence."""
     pulse: tuple[str, int] | None = None
     """Address and port where the node answers the driver's pulse."""
     test_port: int = 0
-    """Port where the node listens for the network test; 0 where it does not."""
+    """Port where the node listens for the network test; 0 if it does not."""
 
 
 def gather_facts(question: Question) -> Facts:
-    """The facts of this node."""
+    """Gather the facts of this node."""
     storage, recipe = _try_storage(question)
     gpus = _gpu_bytes() if question.on_gpus else []
     return Facts(
@@ -124,7 +124,7 @@ def _digest_of_program() -> str:
 
 
 def _try_storage(question: Question) -> tuple[str, str]:
-    """What is wrong with the run folder, and the digest of the recipe there."""
+    """Return the problem with the run folder, and the digest of its recipe."""
     folder = Path(question.folder)
     try:
         word = (folder / PROBES / "driver").read_text()
@@ -140,7 +140,7 @@ def _try_storage(question: Question) -> tuple[str, str]:
 
 
 def _gpu_bytes() -> list[int]:
-    """Memory that a program has of every GPU that answers the driver's own tool; 0 where it does not say."""
+    """Return the usable memory of every GPU that nvidia-smi lists; 0 if it does not say."""
     words = ["nvidia-smi", "--query-gpu=index,memory.total", "--format=csv,noheader,nounits"]
     try:
         result = subprocess.run(words, capture_output=True, text=True, timeout=20)
@@ -151,7 +151,7 @@ def _gpu_bytes() -> list[int]:
 
 
 class Preflight:
-    """The driver's side: questions to nodes, and what is wrong with their answers."""
+    """The driver's side: questions to nodes, and problems in their answers."""
 
     def __init__(self, folder: Path, gpus: bool, clock: SteadyClock, key: bytes = b"", targets: Sequence[str] = ()):
         """key: of the driver's pulse. targets: import paths of the user's own code."""
@@ -169,7 +169,7 @@ class Preflight:
         return Question(*words, tests_network, self._targets, os.getcwd())
 
     def problem(self, node: Node, facts: Facts) -> str | None:
-        """Why this node must not hold ranks, with the cure; None if it may."""
+        """Explain why this node must not hold ranks, with the cure; None if it may."""
         for what, cure in (
             ("python", "use the same Python on every node"),
             ("torch", "install the same torch on every node"),
@@ -200,8 +200,9 @@ class Preflight:
         return None
 
     def ahead(self, node: Node, facts: Facts) -> float:
-        """Seconds by which its clock is ahead of the driver's, below 0 for behind; 0 where the way of question and answer may
-        be all of it.
+        """Return the seconds by which the node's clock is ahead of the driver's, negative if it lags.
+
+        Returns 0 if the travel time of question and answer could explain the whole difference.
         """
         return max(0.0, facts.clock - self._clock.now()) - max(0.0, self._sent[node.id] - facts.clock)
 

@@ -1,8 +1,9 @@
-"""A node's side of the pulse: it sends every datagram of the driver (cluster/driver/pulse_sender.py) back, sealed.
+"""A node's side of the pulse: answers every datagram of the driver (cluster/driver/pulse_sender.py) with a sealed
+datagram.
 
-That a node lives is asked by UDP every second or so; what its ranks do is asked through Ray, which costs the driver far more, when
-there is news. Who does not have the key of the launch can neither ask nor answer, and an
-old datagram counts for nothing.
+The driver asks by UDP every second or so whether a node is alive. The state of its ranks is asked through Ray, which
+costs the driver far more, when there is news. Without the key of the launch nobody can ask or answer, and an old
+datagram does not count.
 """
 
 import contextlib
@@ -17,19 +18,19 @@ SEAL = 16
 NUMBER = struct.Struct("!cQ")
 QUESTION, ANSWER = b"?", b"!"
 LONGEST_DATAGRAM = 512
-"""Bytes of a datagram; the id of a node is much shorter."""
+"""Maximum bytes of a datagram; the id of a node is much shorter."""
 END_LOOK_SECONDS = 0.5
-"""Seconds between looks whether to end."""
+"""Seconds between checks whether to end."""
 
 
 def seal_datagram(key: bytes, kind: bytes, number: int, node: str) -> bytes:
-    """A datagram: a question to the node of this id, or the answer to it."""
+    """Return a datagram: a question to the node with this id, or the answer to it."""
     word = NUMBER.pack(kind, number) + node.encode()
     return hmac.digest(key, word, "sha256")[:SEAL] + word
 
 
 def unseal(key: bytes, kind: bytes, datagram: bytes) -> tuple[int, str] | None:
-    """Number and node of a datagram of this kind; None for one that was not sealed with the key."""
+    """Return number and node of a datagram of this kind; None if it was not sealed with the key."""
     signed, word = datagram[:SEAL], datagram[SEAL:]
     if not hmac.compare_digest(signed, hmac.digest(key, word, "sha256")[:SEAL]) or word[:1] != kind:
         return None
@@ -37,9 +38,10 @@ def unseal(key: bytes, kind: bytes, datagram: bytes) -> tuple[int, str] | None:
 
 
 class Echo:
-    """Answers the driver's questions to the node of this id from a thread, until it is closed, and calls `heard` at each.
+    """Answers the driver's questions to this node from a thread until it is closed, and calls `heard` at each
+    question.
 
-    Raises OSError where the address is none of this machine's.
+    Raises OSError if the address does not belong to this machine.
     """
 
     def __init__(self, node: str, address: str, key: bytes, heard: Callable[[], None]):
@@ -60,7 +62,7 @@ class Echo:
         newest = 0
         with self._socket:
             while not self._closed.is_set():
-                with contextlib.suppress(OSError):  # nobody asked, or the answer finds no way
+                with contextlib.suppress(OSError):  # nobody asked, or the answer cannot be sent
                     datagram, driver = self._socket.recvfrom(LONGEST_DATAGRAM)
                     asked = unseal(self._key, QUESTION, datagram)
                     if asked is not None and asked[1] == self._node and asked[0] > newest:

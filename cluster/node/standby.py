@@ -1,9 +1,9 @@
 """A process that has imported a rank's program and waits to become a rank:  python -m cluster.node.standby MODULE
 
-Imports are most of the time that a small rank takes to start again. The agent keeps one such process per rank; a restart
-sends it one line of JSON with the environment, arguments and log of the rank, and the process calls MODULE.main(). What
-main() would import later, MODULE.preload() imports before the wait, where there is one. Until then it holds no device and
-no connection. End of input ends it.
+Imports take most of the time in which a small rank restarts. The agent keeps one such process per rank. For a restart
+it sends the process one line of JSON with the environment, arguments and log of the rank, and the process calls
+MODULE.main(). If the module has preload(), it runs before the wait and imports what main() would import later. Until
+then the process holds no device and no connection. End of input ends it.
 """
 
 import gc
@@ -16,7 +16,7 @@ from cluster.interrupts import leave
 
 
 def main() -> int:
-    gc.disable()  # a sixth of the imports would be looks through what they have made so far
+    gc.disable()  # otherwise collections take a sixth of the import time
     module = importlib.import_module(sys.argv[1])
     if hasattr(module, "preload"):
         module.preload()

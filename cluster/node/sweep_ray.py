@@ -1,9 +1,12 @@
-"""What is left of a Ray that a run started on its own machine when the run's driver was killed: some of its processes look by the
-number of their parent whether it lives, and a dead one that nobody reaps keeps its number.
+"""Cleans up a Ray that a run started on its own machine, after the run's driver was killed.
 
-python -m cluster.node.sweep_ray FOLDER    waits for the end of its standard input, which the driver holds, and then ends all processes of this
-                                           user that were told to use the folder, or are Ray's with a file of it open, and removes it; a minute
-                                           later also what agents have left.
+Some of Ray's processes check by process id whether their parent is alive, and a dead parent that nobody reaps keeps its
+id.
+
+python -m cluster.node.sweep_ray FOLDER    waits for the end of its standard input, which the driver holds. It then
+                                           kills all processes of this user whose command line names the folder, and Ray
+                                           processes with an open file in it, and removes the folder; a minute later it
+                                           also removes scratch folders of agents.
 """
 
 import contextlib
@@ -19,29 +22,32 @@ from cluster.node.agent import scratch_prefix
 from cluster.private_folder import FRESH, remove_dead
 
 SWEEPS, PAUSE_SECONDS = 50, 0.1
-"""Looks for such processes, as one may start another."""
+"""Number of searches for such processes, because one may start another, and seconds between them."""
 
 
 def sweep_ray(folder: Path) -> None:
-    """End the processes of a Ray that uses this folder, and remove it."""
+    """Kill the processes of a Ray that uses this folder, and remove the folder."""
     for _ in range(SWEEPS):
         found = [process for process in psutil.process_iter() if _uses(process, str(folder))]
         for process in found:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        shutil.rmtree(folder, ignore_errors=True)  # a process that ends may still write there
+        shutil.rmtree(folder, ignore_errors=True)  # an ending process may still write there
         if not found and not folder.exists():
             return
         time.sleep(PAUSE_SECONDS)
 
 
 def _uses(process: psutil.Process, folder: str) -> bool:
-    """Whether it is a living process of this user and of such a Ray, whose agents put a title in the place of their command lines."""
+    """Whether this is a live process of this user that belongs to such a Ray; Ray's agents replace their command
+    lines by titles.
+    """
     with contextlib.suppress(psutil.Error, OSError):
         line = process.cmdline()
         if process.pid == os.getpid() or process.uids().real != os.getuid() or not line:
             return False
-        if any(folder in word for word in line) and any("/ray/" in word for word in line):  # no reader of its logs
+        # A reader of Ray's logs is not one
+        if any(folder in word for word in line) and any("/ray/" in word for word in line):
             return True
         handles = os.scandir(f"/proc/{process.pid}/fd") if line[0].startswith("ray::") else ()
         return any(os.readlink(handle.path).startswith(f"{folder}/") for handle in handles)
