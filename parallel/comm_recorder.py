@@ -1,8 +1,8 @@
-"""Every collective, send and receive of this process goes through the methods of one class of torch: here they are seen, whoever calls.
+"""Records every collective, send and receive of this process by wrapping the methods of torch's `ProcessGroup`.
 
-That is ours, torch's pipeline runtime and DeepSpeed alike, as their functions all end in a method of `ProcessGroup`; so no code that
-communicates knows of it. What is seen goes to a log, whose format is none of this file's business. On a device the host does
-not know when something is over, and nothing is said of its end.
+Our code, torch's pipeline runtime and DeepSpeed all call these methods in the end, so code that communicates needs no
+change. Events go to a `CommLog`; its format is defined in cluster/comm_ring.py. For device tensors the host does not
+know when an operation completes, so no end is recorded.
 """
 
 import itertools
@@ -46,22 +46,24 @@ GROUP_METHODS = {
     "send": "send",
     "recv": "receive",
 }
-"""What the methods do; each version of torch has some of them."""
+"""The kind of operation of each method; each torch version has some of these methods."""
 IN_PLACE = ("all_reduce", "broadcast", "reduce")
-"""Whose one tensor is both sent and received."""
+"""Kinds whose one tensor is both sent and received."""
 _BETWEEN = ("-packages" + os.sep, sysconfig.get_path("stdlib") + os.sep, __file__)
-"""Parts of the names of files that are passed over when a caller is looked for: packages, torch and DeepSpeed among them."""
+"""Parts of file names to skip in the search for a caller: packages (torch and DeepSpeed among them), Python's
+library and this file.
+"""
 
 
 class CommLog(Protocol):
-    """Where records go; see cluster/comm_ring.py."""
+    """Receiver of the records; see cluster/comm_ring.py."""
 
     def name_group(self, name: str, label: str, ranks: Sequence[int]) -> int:
-        """The number of a group."""
+        """Return the number of a group."""
         ...
 
     def place(self, file: str, line: int) -> int:
-        """The number of a place in the program."""
+        """Return the number of a place in the program."""
         ...
 
     def begin(
@@ -74,7 +76,9 @@ class CommLog(Protocol):
 
 
 class RecordedWork:
-    """What a method of a group returned, which tells the log when it is waited for and when it is over."""
+    """Wraps the work that a group's method returned, and tells the log when it is waited for and when it is
+    complete.
+    """
 
     __slots__ = ("_at", "_ends", "_log", "_work")
 
@@ -82,7 +86,7 @@ class RecordedWork:
         self._work, self._log, self._at, self._ends = work, log, at, ends
 
     def wait(self, *given: Any, **named: Any) -> Any:
-        """Wait for the work; where that raises, it has no end."""
+        """Wait for the work; if that raises, no end is recorded."""
         self._log.wait(self._at)
         result = self._work.wait(*given, **named)
         if self._ends:
@@ -94,7 +98,7 @@ class RecordedWork:
 
 
 class CommRecorder:
-    """Sees what this process communicates, and says it to the log. labels: what the layout calls a group, where that is known."""
+    """Records this process's communication in the log. labels: the layout's names for groups, where known."""
 
     def __init__(self, log: CommLog):
         self.labels: dict[ProcessGroup, str] = {}
@@ -106,8 +110,9 @@ class CommRecorder:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Everything that begins inside is seen."""
-        # What getattr gives of a method from C++ does not bind to an instance once it is set again; what the class holds does.
+        """Record everything that begins inside the block."""
+        # A C++ method from getattr does not bind to an instance after it is set again; the entry in the class's dict
+        # does.
         kept = {name: vars(ProcessGroup)[name] for name in GROUP_METHODS if name in vars(ProcessGroup)}
         for name in kept:
             setattr(ProcessGroup, name, self._seen(getattr(ProcessGroup, name), GROUP_METHODS[name]))
@@ -159,7 +164,7 @@ class CommRecorder:
         return known
 
     def _place(self) -> int:
-        """The innermost caller that is of no package, so neither torch nor DeepSpeed."""
+        """Return the innermost caller outside packages, so neither torch nor DeepSpeed."""
         frame: FrameType | None = sys._getframe(3)
         while frame is not None:
             code = frame.f_code
@@ -191,7 +196,7 @@ def _first(tensors: Any) -> Any:
 
 
 def _count(tensors: Any) -> int:
-    """Elements of a tensor, or of all tensors of a list."""
+    """Return the number of elements of a tensor, or of all tensors of a list."""
     if isinstance(tensors, Tensor):
         return tensors.numel()
     return sum(map(_count, tensors)) if isinstance(tensors, list | tuple) else 0

@@ -1,17 +1,18 @@
-"""Context parallelism: the ranks of a group share each sequence, and exchange what attention needs of all of it.
+"""Context parallelism: the ranks of a group share each sequence and exchange the latents that attention needs.
 
-Rank r of N works on pieces r and 2 N - 1 - r of the 2 N pieces of a sequence (train/model/sequence.py). What travels is the
-latent of MLA and its rope key, kv_rank + rope_head_dim values a token and layer: gathered before attention, gathered again in its
-backward rather than kept, and the gradients of the latents go back by an all-to-all, in the activations' format, whose
-arrivals are summed in fp32. A sum on the way would round after every rank and take as many bytes.
+Rank r of N works on pieces r and 2 N - 1 - r of the 2 N pieces of a sequence (train/model/sequence.py). The ranks
+exchange MLA's latent and its rope key, kv_rank + rope_head_dim values per token and layer. They gather these before
+attention, and gather them again in its backward instead of keeping them. The gradients of the latents return by an
+all-to-all in the activation dtype and are summed in fp32 on arrival. A sum during the transfer would round after every
+rank and transfer as many bytes.
 
-A rank sends (N - 1) times its own latents in each gather, and (N - 1) / N of all latents' gradients in the scatter, which is as much:
-for T positions and B sequences, C values of b bytes each
+A rank sends (N - 1) times its own latents in each gather, and (N - 1) / N of all latents' gradients in the scatter,
+which is the same amount. For T positions and B sequences, with C values of b bytes each:
 
-    3 (N - 1) / N * B * T * C * b      a layer, forward and backward
+    3 (N - 1) / N * B * T * C * b      per layer, forward and backward
 
-All collectives are of the group's ranks, which hold the same stage and run the same actions, and are waited for inside the lane that
-issued them (parallel/pipeline/overlap.py).
+All collectives are within the group, whose ranks hold the same stage and run the same actions. They are waited for
+inside the lane that issued them (parallel/pipeline/overlap.py).
 
 Shapes: B sequences, T own positions, L positions of a piece, X any width, N ranks.
 """
@@ -27,19 +28,19 @@ from parallel.expert.link import TrafficCounters
 
 
 class ContextParallel:
-    """What a rank shares its sequences by: `train.model.sequence.SequenceShare`.
+    """The exchange of a rank with the ranks that share its sequences: `train.model.sequence.SequenceShare`.
 
-    group: the ranks that share sequences, in the order of their pieces. across: whether they lie on several nodes.
+    group: the ranks that share sequences, in the order of their pieces. across: whether the ranks span several nodes.
     """
 
     def __init__(self, group: dist.ProcessGroup, across: bool = False):
         self.group, self._across = group, across
         self.parts, self.part = dist.get_world_size(group), dist.get_rank(group)
         self.counters = TrafficCounters()
-        """Bytes sent: those of gathers as forward, those of scatters as backward."""
+        """Bytes sent: gathers count as forward, scatters as backward."""
 
     def gather_begin(self, own_BTX: Tensor, rows: Sequence[int]) -> "LatentsOnTheirWay":
-        """Start to bring (B, rows[j], X) of every piece j, in order. own_BTX: of this rank's two pieces."""
+        """Start to gather (B, rows[j], X) of every piece j, in order. own_BTX: this rank's two pieces."""
         size = max(rows)
         own_BTX = F.pad(own_BTX, (0, 0, 0, 2 * size - own_BTX.size(1))).contiguous()
         all_NBTX = own_BTX.new_empty(self.parts, *own_BTX.shape)
@@ -48,7 +49,7 @@ class ContextParallel:
         return LatentsOnTheirWay(own_BTX, all_NBTX, work, rows)
 
     def scatter_sum(self, pieces: list[Tensor]) -> Tensor:
-        """The sum over all ranks of what each has for this rank's pieces: (B, T, X)."""
+        """Return the sum over all ranks of their contributions to this rank's pieces: (B, T, X)."""
         size = max(piece.size(1) for piece in pieces)
         own = pieces[self.part].size(1) + pieces[-1 - self.part].size(1)
         padded = [F.pad(piece, (0, 0, 0, size - piece.size(1))) for piece in pieces]
@@ -59,7 +60,7 @@ class ContextParallel:
         return arrived_NBTX.sum(0, dtype=torch.float32).to(sent_NBTX.dtype)[:, :own]
 
     def total(self, counts: Tensor) -> Tensor:
-        """The sum over all ranks, on each."""
+        """Return the sum over all ranks, on each rank."""
         counts = counts.clone()
         dist.all_reduce(counts, group=self.group)
         return counts
@@ -80,8 +81,8 @@ class ContextParallel:
 
 
 class LoneContext(ContextParallel):
-    """Context parallelism without the other ranks, for a plan or a dry run: what would come from them is a copy of this
-    rank's own.
+    """Context parallelism without the other ranks, for a plan or a dry run: arrivals are copies of this rank's own
+    values.
     """
 
     def __init__(self, ranks: int, rank: int = 0):
@@ -98,13 +99,13 @@ class LoneContext(ContextParallel):
 
 
 class LatentsOnTheirWay:
-    """A gather that is under way. Holds on to what it sends."""
+    """A gather in progress. It keeps its send buffer alive."""
 
     def __init__(self, own_BTX: Tensor, all_NBTX: Tensor, work: dist.Work | None, rows: Sequence[int]):
         self._own_BTX, self._all_NBTX, self._work, self._rows = own_BTX, all_NBTX, work, rows
 
     def wait(self) -> list[Tensor]:
-        """(B, rows[j], X) of every piece j: views of what arrived. Call once."""
+        """Return (B, rows[j], X) of every piece j, as views of the received buffer. Call once."""
         if self._work is not None:
             self._work.wait()
         size = self._all_NBTX.size(2) // 2

@@ -1,8 +1,8 @@
 """Plain values between ranks: JSON in tensors, and nothing else.
 
-torch's collectives of objects (`all_gather_object`, `broadcast_object_list` and their like) pickle, and whoever can make a
-rank read a pickle runs code in it. So no rank sends or reads one: values cross as the bytes of their JSON text, and
-`refuse_pickles` makes torch's own functions raise, whoever calls them.
+torch's object collectives (`all_gather_object`, `broadcast_object_list` and similar) use pickle, and a process that can
+make a rank read a pickle can run code in it. So no rank sends or reads a pickle. Values travel as the bytes of their
+JSON text, and `refuse_pickles` makes torch's own functions raise for every caller.
 """
 
 import json
@@ -23,14 +23,17 @@ GLOO_TIMEOUT = re.compile(
     r"^\[\S*gloo\S*:\d+\] (Timed out waiting|Application timeout|(Connect|Read|Wait|Write) timeout)|\AWait timeout\Z",
     re.MULTILINE,
 )
-"""How gloo says so, which raises plain errors: behind the place in its own source, or, where ranks meet, in these two words."""
+"""gloo's timeout messages; gloo raises plain errors. The text follows a place in gloo's source, or, at the store, is
+just "Wait timeout".
+"""
 TIMEOUT = re.compile("timed out|timeout", re.IGNORECASE)
-"""In the words of NCCL and of the store, whose errors have a type."""
+"""Timeout text of NCCL and of the store, whose errors have a type."""
 
 
 def is_timeout(error: BaseException | None) -> bool:
-    """Whether gloo, NCCL or the store where ranks meet gave up waiting for another rank, whatever was raised from that. Another's
-    error with such words is none of these.
+    """Whether gloo, NCCL or the store gave up waiting for another rank, also as a cause of a later error.
+
+    Other errors with similar words do not count.
     """
     return any(
         (isinstance(one, dist.DistError) and TIMEOUT.search(str(one)))
@@ -40,10 +43,10 @@ def is_timeout(error: BaseException | None) -> bool:
 
 
 def gather(value: Any, group: ProcessGroup | None = None) -> list[Any]:
-    """Every rank's value, in the order of the ranks of the group (None: all). Collective over the group.
+    """Return every rank's value, in the rank order of the group (None: all ranks). Collective over the group.
 
-    value: what JSON can say; a tuple comes back as a list, a number as itself, also where it is not finite. Every rank
-    holds the longest text once per rank, so values should be small. Raises TypeError for what is no JSON.
+    value: anything that JSON can express; a tuple returns as a list, a number as itself, also if not finite. Every rank
+    holds the longest text once per rank, so values should be small. Raises TypeError for other values.
     """
     text = _encode(value)
     length = torch.tensor([text.numel()])
@@ -57,7 +60,9 @@ def gather(value: Any, group: ProcessGroup | None = None) -> list[Any]:
 
 
 def from_rank_0(make: Callable[[], Any]) -> Any:
-    """What `make` gives on rank 0, on every rank; JSON as in `gather`, of any size. Collective over all ranks."""
+    """Return on every rank the result of `make` on rank 0; JSON as in `gather`, of any size. Collective over all
+    ranks.
+    """
     first = dist.get_rank() == 0
     text = _encode(make()) if first else torch.empty(0, dtype=torch.uint8)
     length = torch.tensor([text.numel()])
@@ -70,7 +75,9 @@ def from_rank_0(make: Callable[[], Any]) -> Any:
 
 @contextmanager
 def patient_group(timeout: timedelta) -> Iterator[ProcessGroup]:
-    """A group of all ranks for a wait that may last longer than any collective of the training. Collective over all ranks."""
+    """Provide a group of all ranks for a wait that may last longer than any collective of the training. Collective
+    over all ranks.
+    """
     group = dist.new_group(backend="gloo", timeout=timeout)
     assert isinstance(group, ProcessGroup)
     yield group
@@ -78,26 +85,28 @@ def patient_group(timeout: timedelta) -> Iterator[ProcessGroup]:
 
 
 class RankNotes:
-    """Words that a rank leaves for others in the store where they met: for threads, which may use no collective, where no disk takes a word."""
+    """Notes that a rank leaves for other ranks in their store. Threads use them, because threads may use no
+    collective, when no disk can be written.
+    """
 
     def __init__(self, store: dist.Store | None = None):
-        """store: None for that of all ranks."""
+        """store: None for the store of all ranks."""
         self._store = store or distributed_c10d._get_default_store()
 
     def leave(self, name: str, text: str) -> None:
-        """Nobody hears of it where the rank that serves the store is gone."""
+        """Leave a note. It is lost if the rank that serves the store is gone."""
         with suppress(dist.DistError):
             self._store.set(name, text)
 
     def read(self, name: str) -> str | None:
-        """None where nobody has left any."""
+        """Return the note, or None if there is none."""
         with suppress(dist.DistError):
             return self._store.get(name).decode() if self._store.check([name]) else None
         return None
 
 
 def refuse_pickles() -> None:
-    """From now on torch's collectives of objects raise in this process, also where torch or DeepSpeed call them."""
+    """Make torch's object collectives raise in this process from now on, also when torch or DeepSpeed call them."""
     for name in ("_object_to_tensor", "_tensor_to_object", "_pickler", "_unpickler"):
         assert hasattr(distributed_c10d, name), f"torch.distributed.distributed_c10d has no {name} any more"
         setattr(distributed_c10d, name, _refuse)
@@ -108,7 +117,7 @@ def _refuse(*_: Any, **__: Any) -> None:
 
 
 def _encode(value: Any) -> Tensor:
-    """The JSON text as bytes (uint8), on the CPU: every group of ours has a backend for it."""
+    """Return the JSON text as bytes (uint8) on the CPU, for which all our groups have a backend."""
     return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
 
 

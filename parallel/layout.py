@@ -1,14 +1,15 @@
-"""Which ranks work together, as plain arithmetic: the pipeline, stage, context, expert and expert-data groups of a layout.
+"""Which ranks work together, as plain arithmetic: the pipeline, stage, context, expert and expert-data groups of a
+layout.
 
-Ranks are numbered with the pipeline outermost. Those of a stage, which hold the same layers, are numbered twice: by what they
-read, and by the experts that they hold:
+Ranks are numbered with the pipeline outermost. The ranks of a stage hold the same layers. They have two numberings, one
+by the data that they read and one by the experts that they hold:
 
     rank = pp_rank * stage_ranks + stage_rank,   stage_ranks = dp * cp
     stage_rank = dp_rank * cp + cp_rank = edp_rank * ep + ep_rank
 
-so the ranks of one context group, and those of one expert-parallel group, are contiguous (they should share nodes), and
-pipeline neighbours have the same index in neighbouring blocks. For experts and for ZeRO a rank that shares sequences is one
-that has sequences of its own.
+So the ranks of one context group are contiguous, and so are those of one expert-parallel group (they should share
+nodes). Pipeline neighbours have the same index in neighbouring blocks. For experts and for ZeRO, a rank that shares
+sequences counts like a rank with its own sequences.
 """
 
 from dataclasses import dataclass
@@ -42,11 +43,11 @@ class Layout(RankCounts):
         return rank % self.stage_ranks
 
     def dp_rank(self, rank: int) -> int:
-        """Which share of the batch."""
+        """Return the index of the rank's share of the batch."""
         return self.stage_rank(rank) // self.cp
 
     def cp_rank(self, rank: int) -> int:
-        """Which share of each of its sequences."""
+        """Return the index of the rank's share of each sequence."""
         return rank % self.cp
 
     def ep_rank(self, rank: int) -> int:
@@ -88,21 +89,23 @@ class Layout(RankCounts):
         return inside
 
     def ends_groups(self) -> list[list[int]]:
-        """First and last rank of every pipeline, which both hold the embedding when the model has MTP modules."""
+        """Return the first and last rank of every pipeline, which both hold the embedding if the model has MTP
+        modules.
+        """
         return [[group[0], group[-1]] if self.pp > 1 else group for group in self.pp_groups()]
 
     def intra_groups(self) -> list[list[int]]:
-        """Ranks of one expert group on one node."""
+        """Return the ranks of one expert group on one node, for each."""
         size = self.ep_ranks_per_node
         return [group[i : i + size] for group in self.ep_groups() for i in range(0, self.ep, size)]
 
     def inter_groups(self) -> list[list[int]]:
-        """Ranks of one expert group with the same index inside their nodes."""
+        """Return the ranks of one expert group that have the same index inside their nodes."""
         size = self.ep_ranks_per_node
         return [group[i::size] for group in self.ep_groups() for i in range(size)]
 
 
 def read_layout(config: Config, node: int) -> Layout:
-    """The layout that a recipe asks for. node: ranks of a node, unless cluster.ranks_per_node says it."""
+    """Return the layout of a recipe. node: ranks per node, unless cluster.ranks_per_node sets them."""
     parallel = config.parallel
     return Layout(parallel.pp, parallel.dp, parallel.ep, config.cluster.ranks_per_node or node, parallel.cp)

@@ -1,13 +1,15 @@
-"""Who works with whom: the process groups of every rank, whose members parallel/layout.py tells.
+"""The process groups of every rank; parallel/layout.py lists their members.
 
-On GPUs a group's communicator takes hundreds of megabytes of each rank. So groups with the same members are one group, and a
-communicator is formed at the first collective in its group: groups of one rank and groups that a layout does not use never have one.
+On GPUs, a group's communicator takes hundreds of megabytes of each rank. So groups with the same members are one group,
+and a communicator is created at the first collective of its group. Groups of one rank and groups that a layout does not
+use never have one.
 
-A pipeline's group is the exception. It carries only the sends and receives of the schedule, and shares its communicator with no
-collective. In a group whose communicator was formed with the group, torch runs all transfers of a rank one after another on one
-stream (pytorch pull request 172668: 7,300 to 9,700 tokens/s without that), and a broadcast beside them can hang. In a group of its own
-torch opens a communicator for each pair of neighbours, so that transfers to both sides overlap. torch 2.13 does so for all that a
-schedule sends at once; an older torch that batches these transfers (pytorch issue 175225) works too, but they do not overlap.
+A pipeline's group is the exception. It carries only the sends and receives of the schedule, and shares its communicator
+with no collective. If a communicator is created together with its group, torch runs all transfers of a rank one after
+another on one stream (pytorch pull request 172668: 7,300 to 9,700 tokens/s without that), and a broadcast beside them
+can hang. In a separate group torch opens one communicator per pair of neighbours, so that transfers to both sides
+overlap. torch 2.13 does so for all transfers that a schedule sends at once. An older torch that batches these transfers
+(pytorch issue 175225) works too, but the transfers do not overlap.
 """
 
 from dataclasses import dataclass, fields
@@ -20,7 +22,7 @@ from conf.check import check_world
 from parallel.layout import Layout
 
 Partition = tuple[tuple[int, ...], ...]
-"""Ranks in groups, to compare."""
+"""Ranks in groups, as a comparable value."""
 
 
 def partition(groups: list[list[int]]) -> Partition:
@@ -48,10 +50,10 @@ class Mesh:
     ends_group: ProcessGroup | None
     """First and last rank of my pipeline; None on the ranks between them."""
     inter_group: ProcessGroup
-    """Ranks of my expert group with my index on their nodes."""
+    """Ranks of my expert group with the same index on their nodes as mine."""
 
     def wait_at_most(self, seconds: float) -> None:
-        """Let collectives of all groups of this rank wait for so long from here on."""
+        """Set the timeout of collectives in all groups of this rank, from now on."""
         groups = {group for field in fields(self) if isinstance(group := getattr(self, field.name), ProcessGroup)}
         for group in {_all_ranks(), *groups}:
             distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
@@ -87,20 +89,20 @@ def _all_ranks() -> ProcessGroup:
 
 
 def form_later() -> None:
-    """Have groups that are made from now on form their communicators at their first collective. Call once the default
-    group, bound to a device, has formed its own.
+    """Make new groups create their communicators at their first collective. Call it once the default group, bound to
+    a device, has created its own.
 
-    torch would else split that of all ranks for each new group at once, also for those of other ranks: at 2048 ranks
-    some 1800 times, with a communicator for groups of one rank too.
+    Otherwise torch splits the communicator of all ranks for each new group at once, also for groups of other ranks: at
+    2048 ranks some 1800 times, including groups of one rank.
     """
     _all_ranks().bound_device_id = None
 
 
 def build_mesh(layout: Layout, timeout: timedelta | None = None) -> Mesh:
-    """Make the groups of this rank in the default process group; every rank must call it.
+    """Create the groups of this rank in the default process group; every rank must call it.
 
-    timeout: longest wait in a collective; groups do not inherit that of the default group, but the one of all ranks is
-    the default group itself.
+    timeout: longest wait in a collective. Groups do not inherit the timeout of the default group; the group of all
+    ranks is the default group itself.
     """
     world = dist.get_world_size()
     check_world(layout.pp, layout.dp, layout.cp, world, f"the number of ranks, {world}")

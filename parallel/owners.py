@@ -1,14 +1,15 @@
-"""Matrices whose elements lie on several ranks, each whole on one of them for a while.
+"""Gives each matrix that is sharded over several ranks an owner rank, which computes the whole matrix.
 
-ZeRO cuts weights anywhere. What works on whole matrices gives each an owner: every rank sends its elements there, the owner
-computes, and the result goes back the same ways. Owners are chosen by cost, the dearest matrix first: whoever holds most of it,
-or where that one has its share of the work already, whoever has least. A matrix that lies whole on its owner does not travel.
+ZeRO cuts weights at any element. An update that needs whole matrices gives each matrix an owner. Every rank sends its
+elements to the owner, the owner computes, and the results return the same way. Owners are chosen by cost, the most
+expensive matrix first: the rank that holds most of the matrix, or, if that rank already has its share of the work, the
+rank with the least work. A matrix that is already whole on its owner does not travel.
 
-Matrices go in packs, of which one is on its way while the one before is computed, so that memory stays bounded:
+Matrices travel in packs. One pack travels while the previous pack is computed, so memory stays bounded:
 
     gather pack 0 | gather pack 1, compute 0 | gather pack 2, compute 1, return 0 | ...
 
-Every rank of the group derives the same owners and packs from the sizes alone, so nothing is agreed upon.
+Every rank of the group derives the same owners and packs from the sizes alone, so the ranks need no agreement.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -23,22 +24,22 @@ from torch.distributed import ProcessGroup
 from parallel.shard import WeightPiece, cut_pieces
 
 KEEPS = 1.05
-"""A rank keeps the matrices that lie with it up to so many times the mean cost."""
+"""A rank owns matrices that it mostly holds up to this factor of the mean cost per rank."""
 
 
 class SharedMatrix(NamedTuple):
-    """A matrix within a weight of `width` columns, of which every rank holds an interval of elements."""
+    """A matrix within a weight of `width` columns; every rank holds an interval of the weight's elements."""
 
     weight: int
-    """Number of the weight in its flat shard."""
+    """Index of the weight in its flat shard."""
     width: int
     held: Sequence[range]
-    """By rank: the elements of the flattened weight that it holds."""
+    """By rank: the elements of the flattened weight that the rank holds."""
     place: WeightPiece
     cost: float
 
     def pieces(self, rank: int) -> list[WeightPiece]:
-        """What a rank holds of it, at most three cut_pieces: a part of a row, whole rows, a part of a row."""
+        """Return a rank's part as at most three rectangles: a part of a row, whole rows, a part of a row."""
         cut = [
             WeightPiece(_common(rows, self.place.rows), _common(columns, self.place.columns))
             for rows, columns in cut_pieces(self.held[rank], self.width)
@@ -50,7 +51,7 @@ class SharedMatrix(NamedTuple):
 
 
 def choose_owners(matrices: Sequence[SharedMatrix], ranks: int) -> list[int]:
-    """The owner of each."""
+    """Return the owner of each matrix."""
     mean = sum(matrix.cost for matrix in matrices) / ranks
     most = KEEPS * max([mean, *(matrix.cost for matrix in matrices)])
     loads, owners = [0.0] * ranks, [0] * len(matrices)
@@ -70,14 +71,15 @@ class MatrixPack:
 
     numbers: list[int]
     sent: list[int]
-    """Elements from this rank to every other on the way to the owners."""
+    """Elements that this rank sends to every other rank for their owners."""
     received: list[int]
 
 
 class MatrixOwners:
-    """The matrices of one flat shard, and who computes which.
+    """The matrices of one flat shard and their owners.
 
-    group: the ranks that share it; None for one that has it alone. elements: the most of a pack that any owner holds.
+    group: the ranks that share the shard; None if this rank holds it alone. elements: maximum elements of a pack per
+    owner.
     """
 
     def __init__(
@@ -98,11 +100,11 @@ class MatrixOwners:
         write: Callable[[int, int, WeightPiece, Tensor], None],
         like: Tensor,
     ) -> None:
-        """Have every matrix computed by its owner. Collective over the group.
+        """Compute every matrix on its owner. Collective over the group.
 
-        read: a view of what lies here of a weight. compute: from the numbers of matrices and the matrices to their results, in
-        the same shapes. write: takes the number of a matrix, its weight, a rectangle of that which lies here and the result
-        there. like: of the format and device in which elements travel.
+        read: returns a view of the local part of a weight. compute: takes matrix numbers and matrices, returns results
+        of the same shapes. write: takes a matrix number, its weight, a rectangle of the local part and the result for
+        it. like: a tensor with the dtype and device in which elements travel.
         """
         gathered: tuple[MatrixPack, Callable[[], dict[int, Tensor]]] | None = None
         returned: Callable[[], None] | None = None
@@ -123,7 +125,9 @@ class MatrixOwners:
             returned()
 
     def _cut(self, most: int) -> Iterator[list[int]]:
-        """Numbers of the matrices of each pack. Those of one shape stay together, so that their products can be batched."""
+        """Yield the matrix numbers of each pack. Matrices of one shape stay together, so that their matmuls can be
+        batched.
+        """
         shapes = {number: (len(m.place.rows), len(m.place.columns)) for number, m in enumerate(self._matrices)}
         by_owner = [
             sorted((n for n, owner in enumerate(self.owners) if owner == rank), key=lambda n: (shapes[n], n))
@@ -150,7 +154,9 @@ class MatrixOwners:
         return MatrixPack(numbers, sent, received)
 
     def _gather(self, pack: MatrixPack, read: Callable[[int, WeightPiece], Tensor], like: Tensor) -> Callable[[], dict]:
-        """Start to bring the matrices of a pack to their owners. Returns what waits for those of this rank, by number."""
+        """Start to send the matrices of a pack to their owners. Returns a function that waits for this rank's
+        matrices, by number.
+        """
         outgoing = [
             read(self._matrices[number].weight, piece).reshape(-1)
             for owner in range(self._ranks)
@@ -184,7 +190,9 @@ class MatrixOwners:
         write: Callable[[int, int, WeightPiece, Tensor], None],
         like: Tensor,
     ) -> Callable[[], None]:
-        """Start to send the results of a pack back. Returns what waits for those of this rank's elements."""
+        """Start to send the results of a pack back. Returns a function that waits for the results of this rank's
+        elements.
+        """
         for number, result in done.items():
             matrix = self._matrices[number]
             for piece in matrix.pieces(self._rank):
@@ -210,7 +218,7 @@ class MatrixOwners:
         return finish
 
     def _travelling(self, pack: MatrixPack, owner: int, rank: int) -> Iterator[tuple[int, WeightPiece]]:
-        """What a rank holds of the matrices of a pack that another one owns, in the order in which it travels."""
+        """Yield a rank's parts of the matrices of a pack that another rank owns, in the order of the message."""
         if owner != rank:
             for number in pack.numbers:
                 if self.owners[number] == owner:
@@ -234,7 +242,7 @@ class MatrixOwners:
 
 
 def _at(whole: Tensor, matrix: SharedMatrix, piece: WeightPiece) -> Tensor:
-    """The part of a matrix that a rectangle of its weight is."""
+    """Return the view of a matrix that a rectangle of its weight covers."""
     first, left = matrix.place.rows.start, matrix.place.columns.start
     return whole[
         piece.rows.start - first : piece.rows.stop - first, piece.columns.start - left : piece.columns.stop - left

@@ -1,12 +1,12 @@
-"""The one shape in which state leaves and enters a rank: an interval of a flattened logical tensor.
+"""The one form in which state enters and leaves a rank: an interval of a flattened logical tensor.
 
 Parts of a weight have these names, from the whole run to a row:
 
-    Shard        elements of the logical tensor, which is that of all ranks: what checkpoints and exports know
-    Fragment     elements of a rank's own parameter, with their master and state: what the rank updates of it
-    ShardSlice   where such elements lie in the rank's flat shard
-    FlatShard    all weights of one flat parameter, each a `FlatWeight` that knows which rank has which of its elements: for
-                 updates of whole matrices
+    Shard        elements of the logical tensor of all ranks: the unit of checkpoints and exports
+    Fragment     elements of a rank's own parameter that the rank updates, with master and state
+    ShardSlice   place of such elements in the rank's flat shard
+    FlatShard    all weights of one flat parameter, each a `FlatWeight` that knows which rank holds which of its
+                 elements; for updates of whole matrices
     WeightPiece  rows and columns of one weight
 """
 
@@ -25,12 +25,12 @@ from conf.optimizers import UpdateRule
 class Shard:
     """Elements [offset, offset + local.numel()) of the flattened logical tensor of `shape`.
 
-    ZeRO fragments, a rank's experts and whole tensors are all shards, so a checkpoint written under one layout
-    is read under any other by intersecting intervals.
+    ZeRO fragments, a rank's experts and whole tensors are all shards. So a checkpoint of one layout is read under any
+    other layout by intersecting intervals.
     """
 
     local: Tensor
-    """1-D, contiguous; shares memory with the live state, so that loading fills it in place."""
+    """1-D, contiguous; shares memory with the live state, so that loading fills the state in place."""
     offset: int
     """First element, in elements of the flattened logical tensor."""
     shape: tuple[int, ...]
@@ -43,7 +43,7 @@ class Shard:
 
 @dataclass
 class Fragment:
-    """What this rank updates of one parameter: elements [offset, offset + master.numel()) of it, flattened.
+    """The elements [offset, offset + master.numel()) of a flattened parameter that this rank updates.
 
     The parameter is the rank's own, so experts count from the rank's first expert.
     """
@@ -51,13 +51,13 @@ class Fragment:
     param: nn.Parameter
     offset: int
     master: Tensor
-    """fp32, 1-D; shares memory with the live state, as the optimizer's state does."""
+    """fp32, 1-D; shares memory with the live state, as `state` does."""
     state: dict[str, Tensor]
-    """The optimizer's, by the names of its rule (conf/optimizers.py)."""
+    """The optimizer's state, by the names of its rule (conf/optimizers.py)."""
 
 
 class Sharing(NamedTuple):
-    """How many ranks hold the same weights, and which of them this rank is."""
+    """Number of ranks that hold the same weights, and the index of this rank among them."""
 
     ranks: int
     rank: int
@@ -75,7 +75,9 @@ class WeightPiece(NamedTuple):
 
 
 def cut_pieces(elements: range, width: int) -> list[WeightPiece]:
-    """What an interval of a flattened weight of so many columns is: a part of a row, whole rows, a part of a row."""
+    """Split an interval of a flattened weight with `width` columns into rectangles: a part of a row, whole rows, a
+    part of a row.
+    """
     if not elements:
         return []
     (first, start), (last, stop) = divmod(elements.start, width), divmod(elements.stop, width)
@@ -95,14 +97,16 @@ class FlatWeight:
 
     param: nn.Parameter
     shape: tuple[int, ...]
-    """Shape of the whole parameter; of experts, those that this rank holds."""
+    """Shape of the whole parameter; for experts, only this rank's experts."""
     held: list[range]
-    """By rank of those that share it: the elements of the flattened parameter in that rank's shard."""
+    """By sharing rank: the elements of the flattened parameter in that rank's shard."""
     place: int
-    """Where the parameter's first element would lie in this rank's shard; below 0 where another rank holds it."""
+    """Offset of the parameter's first element in this rank's shard; negative if another rank holds that element."""
 
     def view(self, flat: Tensor, rows: range, columns: range, place: int | None = None) -> Tensor:
-        """Some rows and columns that this rank holds, in its shard or in a tensor that holds the parameter from `place` on."""
+        """Return some rows and columns that this rank holds, in its shard or in a tensor that holds the parameter
+        from `place` on.
+        """
         width = self.shape[-1]
         first = (self.place if place is None else place) + rows.start * width + columns.start
         return flat.as_strided((len(rows), len(columns)), (width, 1), flat.storage_offset() + first)
@@ -110,7 +114,7 @@ class FlatWeight:
 
 @dataclass
 class FlatShard:
-    """What lies in a flat parameter, for an update that needs more than single elements."""
+    """The weights of a flat parameter, for updates that need more than single elements."""
 
     rule: UpdateRule
     weights: list[FlatWeight]
@@ -118,10 +122,10 @@ class FlatShard:
     group: ProcessGroup
     """The ranks that share the weights."""
     names: list[str]
-    """Global ones."""
+    """Global names."""
 
     def scale_rows(self, flat: Tensor, factors: Mapping[str, Tensor]) -> None:
-        """Multiply the rows of weights, by name, each with its factor."""
+        """Multiply each row of the named weights by its factor."""
         for name, weight in zip(self.names, self.weights, strict=True):
             if name in factors:
                 factor_R1 = factors[name].to(flat).unsqueeze(1)
@@ -130,35 +134,37 @@ class FlatShard:
 
 
 class ShardSlice(NamedTuple):
-    """The elements of a parameter that lie in this rank's shard of its group."""
+    """The elements of a parameter that this rank's shard of the group holds."""
 
     param: nn.Parameter
     offset: int
     """First element, in the flattened parameter."""
     place: slice
-    """In the shard."""
+    """Place in the shard."""
 
 
 @dataclass
 class GradientHandover:
-    """What ZeRO hands to the optimizer for its next update, beside the `.grad` of the flat parameters. The one object that both
-    know; ZeRO fills it and the optimizer reads it.
+    """Data that ZeRO hands to the optimizer for the next update, besides the `.grad` of the flat parameters.
+
+    It is the only object that both know; ZeRO fills it and the optimizer reads it.
     """
 
     shards: dict[Tensor, FlatShard] = field(default_factory=dict)
-    """By flat parameter what lies in it."""
+    """Contents of each flat parameter."""
     factor: Tensor | None = None
-    """All gradients are multiplied with it on their way into the update, which so clips them; a scalar on the host."""
+    """Factor on all gradients, applied during the update for clipping; a scalar on the host."""
     unreduced: dict[Tensor, list[Tensor]] = field(default_factory=dict)
-    """By flat parameter the gradients of one that no other rank shares, where they lie: 1-D, fp32, one after another from its
-    first element on, none for padding at its end. Its `.grad` is a stand-in."""
+    """Gradients of flat parameters that no other rank shares, in their original buffers: 1-D, fp32, in order from
+    the first element, without the padding at the end. The `.grad` of such a flat parameter is a placeholder.
+    """
     row_factors: Mapping[str, Tensor] = field(default_factory=dict)
-    """By weight what its rows are multiplied with behind the update."""
+    """By weight: factors on its rows, applied after the update."""
     divisor: int = 1
-    """Those are sums over so many ranks' data, of which the mean is wanted."""
+    """Unreduced gradients are sums over the data of this number of ranks; division gives their mean."""
 
     def of(self, param: Tensor) -> tuple[list[Tensor], Tensor | float | None]:
-        """The gradient of a flat parameter in pieces, and what to multiply them with."""
+        """Return the gradient of a flat parameter in pieces, and the factor to apply to them."""
         if param not in self.unreduced:
             return [gradient_of(param).view(-1)], self.factor
         if self.divisor == 1:
@@ -167,31 +173,34 @@ class GradientHandover:
 
 
 def gradient_of(param: Tensor) -> Tensor:
-    """The gradient of a parameter that has one by now."""
+    """Return the gradient of a parameter that must have one."""
     assert param.grad is not None
     return param.grad
 
 
 def whole(tensor: Tensor) -> Shard:
-    """The shard of a rank that holds all of a tensor."""
+    """Return the shard of a rank that holds a whole tensor."""
     return Shard(tensor.detach().view(-1), 0, tuple(tensor.shape))
 
 
 class ShardedOptimizer(Protocol):
-    """What updates the flat fp32 parameters that ZeRO hands over, and so what parallel/zero asks of an optimizer. It is a
-    torch.optim.Optimizer; every group has the rule of its weights as `rule` (conf/optimizers.py).
+    """The optimizer interface that parallel/zero needs: it updates the flat fp32 parameters that ZeRO hands over.
+
+    It is a torch.optim.Optimizer; every group has the rule of its weights as `rule` (conf/optimizers.py).
     """
 
     param_groups: list[dict[str, Any]]
     handover: GradientHandover
     updates: int
-    """Made before this step; the owner advances it, once per step."""
+    """Updates before this step; the owner advances it once per step."""
 
     def allocate(self, param: Tensor) -> dict[str, Tensor]:
-        """The state of a flat parameter by name, made on first use; each of its shape, so that it is cut where the parameter is."""
+        """Return the state of a flat parameter by name, created on first use. Each tensor has the parameter's shape,
+        so that state and parameter are cut alike.
+        """
 
     def sums_of_squares(self, pieces: Sequence[Tensor]) -> Tensor:
-        """The sum of squares of every flat fp32 tensor, in fp64: (pieces,)."""
+        """Return the sum of squares of every flat fp32 tensor, in fp64: (pieces,)."""
 
     def step(self, closure: None = None) -> None:
-        """One update of every group that has gradients."""
+        """Update every group that has gradients."""

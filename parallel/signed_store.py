@@ -1,10 +1,10 @@
-"""A store where ranks of several nodes meet, in a network that strangers can reach.
+"""A store where ranks of several nodes meet, safe in a network with untrusted hosts.
 
-torch's process groups find each other through a store of keys and values: addresses, and the number that NCCL's connections
-ask for. TCPStore takes and hands out values without asking who is there. So its socket listens on the node's own address
-alone, and what ranks read in it was written by a rank of the same attempt: every value is encrypted and signed with a
-secret that only they have, under its own key. A stranger who finds the port learns no address and cannot place one; all he
-can do is make the attempt fail. Counters and the mere presence of keys are not signed: nothing is read from them.
+torch's process groups find each other through a key-value store. It holds addresses, and the number that NCCL's
+connections require. TCPStore accepts and returns values without authentication. So its socket listens only on the
+node's own address, and every value is encrypted and signed, under its own key, with a secret that only ranks of the
+same attempt have. An attacker who finds the port can neither read nor insert an address, and can only make the attempt
+fail. Counters and the existence of keys are not signed: no content is read from them.
 """
 
 import hashlib
@@ -16,14 +16,14 @@ from datetime import timedelta
 import torch.distributed as dist
 
 NONCE, SIGNATURE = 16, 32
-"""Bytes before and behind every value."""
+"""Bytes before and after every value."""
 
 _clones: list["SealedStore"] = []
-"""C++ reaches a Python store only as long as Python holds it too."""
+"""Keeps stores alive: C++ reaches a Python store only while Python holds a reference."""
 
 
 class SealedStore(dist.Store):
-    """Another store, whose values only those with the secret can write and read."""
+    """Wraps another store; only holders of the secret can write and read its values."""
 
     def __init__(self, store: dist.Store, secret: bytes):
         super().__init__()
@@ -40,7 +40,7 @@ class SealedStore(dist.Store):
         self._store.set(key, sealed)  # pyrefly: ignore[bad-argument-type]  it takes bytes, too
 
     def get(self, key: str) -> bytes:
-        """Raises PermissionError for a value that nobody with the secret wrote under this key."""
+        """Raises PermissionError for a value that was not written with the secret under this key."""
         sealed = self._store.get(key)
         nonce, signature = sealed[:NONCE], sealed[-SIGNATURE:]
         text = self._cipher(nonce, sealed[NONCE:-SIGNATURE])
@@ -56,7 +56,9 @@ class SealedStore(dist.Store):
         return hmac.digest(self._secret, b"".join((len(name).to_bytes(8), name, nonce, text)), "sha256")
 
     def _cipher(self, nonce: bytes, text: bytes) -> bytes:
-        """Both ways: a stream that secret and nonce determine, laid over the text. Python's own library has no cipher."""
+        """Encrypt or decrypt: XOR of the text with a stream derived from secret and nonce. Python's library has no
+        cipher.
+        """
         stream = hashlib.shake_256(b"stream" + self._secret + nonce).digest(len(text))
         return (int.from_bytes(text) ^ int.from_bytes(stream)).to_bytes(len(text))
 
@@ -72,11 +74,11 @@ class SealedStore(dist.Store):
     def delete_key(self, key: str) -> bool:
         return self._store.delete_key(key)
 
-    deleteKey = delete_key  # what C++ looks for
+    deleteKey = delete_key  # the name that C++ looks for
 
 
 def open_sealed_store(rank: int, address: str, port: int, secret: bytes, timeout: timedelta) -> SealedStore:
-    """The store of all ranks, served by rank 0 on this address, its own. OSError if it cannot listen there."""
+    """Open the store of all ranks; rank 0 serves it on its own `address`. Raises OSError if it cannot listen there."""
     listener = None
     if rank == 0:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
@@ -86,7 +88,7 @@ def open_sealed_store(rank: int, address: str, port: int, secret: bytes, timeout
         port,
         is_master=rank == 0,
         timeout=timeout,
-        wait_for_workers=False,  # strangers would count
+        wait_for_workers=False,  # connections of untrusted hosts would count as workers
         master_listen_fd=listener,
     )
     return SealedStore(store, secret)

@@ -1,21 +1,21 @@
-"""Every name of torch that the product uses and that torch's documentation promises nothing about: the place to read before an upgrade.
+"""Every undocumented name of torch that the product uses: read this file before an upgrade.
 
-Names that begin with an underscore, and those of the pipeline runtime that stand in no page of its documentation.
-tests/test_torch_private.py holds the list against what the product really uses, and against the installed torch. Beside it
-stands parallel/zero/private_names.py, with those of DeepSpeed.
+These are names with a leading underscore, and names of the pipeline runtime that torch's documentation lacks.
+tests/test_torch_private.py compares the list with the product's real use and with the installed torch.
+parallel/zero/private_names.py does the same for DeepSpeed.
 """
 
 from typing import NamedTuple
 
 
 class BorrowedName(NamedTuple):
-    """owner: the module or class that has the name, by its whole path."""
+    """owner: full path of the module or class that has the name."""
 
     owner: str
     name: str
     why: str
     since: str = ""
-    """The first version of torch that has it, where older ones that the product takes do without."""
+    """First torch version with the name, if the product also supports older versions, which do without it."""
 
 
 _STAGE = "torch.distributed.pipelining.stage.PipelineStage"
@@ -45,7 +45,7 @@ BORROWED = (
     BorrowedName(_STAGE, "group_rank", "which neighbour is this rank itself"),
     BorrowedName(_STAGE, "_warmup_forward_vote", "ranks agree on shapes by messages, which a lone rank gets none of", "2.13"),
     BorrowedName(_STAGE, "_warmup_backward_result", "the answer to that vote", "2.13"),
-    # A pair that overlaps: parallel/pipeline/overlap.py
+    # An overlapped pair: parallel/pipeline/overlap.py
     BorrowedName(_RUNTIME, "register_custom_function", "what the runtime does at an overlapped pair"),
     BorrowedName("torch.distributed.pipelining.schedules", "OVERLAP_F_B", "the action that is one"),
     BorrowedName(_CONTEXT, "schedule_ref", "the schedule that runs"),
@@ -61,7 +61,7 @@ BORROWED = (
     BorrowedName(_STAGE, "set_local_fwd_input", "an output goes to the next stage of this rank"),
     BorrowedName(_STAGE, "set_local_bwd_input", "a gradient goes to the stage before, of this rank"),
     BorrowedName(_STAGE, "get_local_bwd_output", "that gradient"),
-    # What a schedule does, without running it: parallel/pipeline/orders.py
+    # The order of a schedule without running it: parallel/pipeline/orders.py
     BorrowedName(_MULTI, "pipeline_order", "the actions of every rank"),
     BorrowedName(_RUNTIME, "_prepare_schedule_with_comms", "adds sends and receives, which take torch most of the time"),
     BorrowedName(_ACTION, "computation_type", "what an action is"),

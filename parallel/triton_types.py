@@ -1,8 +1,9 @@
-"""What a checker of types has to know of Triton's kernels, and a launch of them that takes less of the host. The module needs triton.
+"""Types of Triton's kernels for a type checker, and a launch that takes less host time. The module needs triton.
 
-Parameters of a kernel have no types of Python's: Triton takes them from the arguments of a launch. One that it compiles into
-the kernel it knows by the word `constexpr`, to its interpreter a word as it stands in the source, and by its own annotations
-such an argument would have to be one, where a launch gives a plain number. The options of a launch are in no signature.
+Parameters of a kernel have no Python types: Triton derives them from the arguments of a launch. Triton recognises
+compile-time parameters by the annotation `constexpr`, which its interpreter compares as a word of the source. Triton's
+own annotation would demand a constexpr argument, while a launch passes a plain number. The options of a launch are in
+no signature.
 """
 
 from collections.abc import Callable
@@ -31,13 +32,16 @@ if knobs.runtime.jit_post_compile_hook is None:  # whoever set it watches on his
 
 
 class QuickKernel:
-    """A kernel that is launched as Triton's own, `kernel[grid](...)`, in half of the host's time.
+    """A kernel that is launched like Triton's own, `kernel[grid](...)`, in half the host time.
 
-    Triton compiles a kernel for what it asks of the arguments: of a tensor its format and whether 16 divides its address, of a number its type,
-    whether 16 divides it and whether it is 1, of constants and options all. Of a number in `do_not_specialize` only the type counts: so rows, of
-    which every step has another number, compile nothing in mid-run. The same is asked here in fewer steps, to find again what Triton gave
-    for the first such launch. Left to Triton are tensors at other addresses, and launches that hooks watch.
-    Parameters are tensors (named _ptr) first, then numbers, then constants.
+    Triton specialises a kernel on properties of the arguments: for a tensor its dtype and whether 16 divides its
+    address; for a number its type, whether 16 divides it and whether it is 1; for constants and options all. For a
+    number in `do_not_specialize` only the type counts. So row counts, which differ in every step, compile nothing
+    during a run.
+
+    This class computes the same key in fewer steps and reuses the kernel that Triton returned for the first such
+    launch. Launches with unaligned tensors, and launches that hooks watch, go through Triton. Parameters are tensors
+    (named _ptr) first, then numbers, then constants.
     """
 
     def __init__(self, kernel: JITFunction):
@@ -70,34 +74,38 @@ class QuickKernel:
 
 
 def quick(kernel: _Launched) -> _Launched:
-    """A `QuickKernel`, where Triton compiles for the GPUs whose rules that one knows."""
+    """Return a `QuickKernel` if Triton compiles for GPUs whose specialisation rules it knows, else the kernel
+    itself.
+    """
     known = isinstance(kernel, JITFunction) and torch.version.hip is None
     return cast("_Launched", QuickKernel(kernel)) if known else kernel
 
 
 def _watched(hook: Any) -> bool:
-    """Whether a hook does something: a chain of functions, one, or None."""
+    """Whether a hook is set: a chain of functions, one function, or None."""
     return bool(getattr(hook, "calls", hook))
 
 
 @lru_cache(1 << 14, typed=True)
 def _kind_of(number: float) -> tuple:
-    """What a kernel is compiled for of a number."""
+    """Return the properties of a number on which a kernel is specialised."""
     if not isinstance(number, int):
         return (type(number),)
     return type(number), number == 1, number % 16 == 0, -(2**31) <= number < 2**31, number < 2**63
 
 
 def _width_of(number: int) -> bool:
-    """What a kernel is compiled for of an integer that is not specialised: whether it takes 64 bits."""
+    """Return the property of an unspecialised integer that changes the kernel: whether it fits into 32 bits."""
     return number < 2**31
 
 
 def with_options(launch: Callable[Parameters, None], **options: int) -> Callable[Parameters, None]:
-    """`kernel[grid]` with options of Triton, such as num_warps."""
+    """Return `kernel[grid]` with Triton options, such as num_warps."""
     return partial(cast("Callable[..., None]", launch), **options)
 
 
 def power_of_2_from(count: int) -> int:
-    """The smallest power of 2 that is not below the count, which is at least 1. Triton's own takes the host as long as a launch."""
+    """Return the smallest power of 2 not below `count` (at least 1). Triton's own function takes as much host time
+    as a launch.
+    """
     return 1 << (count - 1).bit_length()

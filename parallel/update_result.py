@@ -1,14 +1,14 @@
-"""What a step of the optimizer came to."""
+"""The result of an optimizer step."""
 
 from dataclasses import dataclass
 
 
 @dataclass
 class Update:
-    """What one optimizer step did."""
+    """Result of one optimizer step."""
 
     grad_norm: float
-    """Global gradient norm before clipping; not finite when the step was skipped."""
+    """Global gradient norm before clipping; not finite if the step was skipped."""
     applied: bool
     bad_parameters: list[str]
     """Parameters of this rank's shard with a non-finite gradient."""

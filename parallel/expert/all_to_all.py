@@ -1,14 +1,14 @@
 """Flat dispatch: one all-to-all over the whole expert-parallel group, dropless, with variable splits.
 
-Every (token, expert) pair is a message of its own, as in the common all-to-all dispatchers, even when two experts of
-a token share a rank: this is the yardstick for node-limited dispatch. A message is an encoded row and one gate.
+Every (token, expert) pair is a separate message, as in common all-to-all dispatchers, even if two experts of a token
+share a rank: this is the reference for node-limited dispatch. A message is an encoded row and one gate.
 
-    1. Sort the pairs by expert. Experts are numbered rank by rank, so the pairs are sorted by rank as well.
-    2. Exchange how many pairs go to which expert; copy the split sizes to the host, the only such copy.
-    3. Exchange the messages. The receiver knows from the counts which expert each arrival is for.
+    1. Sort the pairs by expert. Experts are numbered rank by rank, so the pairs are also sorted by rank.
+    2. Exchange the number of pairs per expert; copy the split sizes to the host, the only such copy.
+    3. Exchange the messages. The receiver knows the expert of each arrival from the counts.
     4. Sort arrivals by expert.
 
-Shapes beside those of dispatcher.py: P ranks, E experts in all, L experts per rank.
+Shapes besides those of dispatcher.py: P ranks, E experts in all, L experts per rank.
 """
 
 import torch
@@ -24,8 +24,8 @@ from parallel.expert.wire import Wire
 class AllToAllDispatcher(ChainDispatcher):
     """Experts over the ranks of one group, rank r holding experts [r*E/P, (r+1)*E/P).
 
-    group: the expert-parallel group, or None when this rank holds all experts.
-    experts: E. ranks_per_node: consecutive ranks that share a node, for the counters.
+    group: the expert-parallel group, or None if this rank holds all experts. experts: E. ranks_per_node: consecutive
+    ranks that share a node, for the counters.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, experts: int, ranks_per_node: int, wire: Wire):

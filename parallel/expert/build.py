@@ -1,6 +1,6 @@
-"""The table of dispatchers: what sends the rows of each dispatch, and what stands in for it where a rank is alone.
+"""The table of dispatchers: the class that moves the rows of each dispatch, and its stand-in for a rank alone.
 
-What a dispatch asks of a layout stands in conf/dispatches.py.
+conf/dispatches.py lists what a dispatch requires of a layout.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from parallel.expert.wire import Fp8RowsWire, Fp8Wire, HighWire, Wire
 
 @dataclass(frozen=True)
 class ExpertPlaces:
-    """Where the experts of a layer are, and in what form rows travel there. Fields as in `build_dispatcher`."""
+    """Location of a layer's experts, and the wire format of rows. Fields as in `build_dispatcher`."""
 
     experts: int
     wire: Wire
@@ -38,7 +38,9 @@ def _node_limited(at: ExpertPlaces) -> NodeLimitedDispatcher:
 
 @dataclass(frozen=True)
 class DispatcherKind:
-    """build: over the ranks of a run. stand_in: for a rank alone, called with group, wire and load (stand_in.py)."""
+    """build: creates the dispatcher over the ranks of a run. stand_in: creates one for a rank alone, from group,
+    wire and load (stand_in.py).
+    """
 
     build: Callable[[ExpertPlaces], ExchangeDispatcher]
     stand_in: Callable[[Group, Wire, Load], ExchangeDispatcher]
@@ -54,7 +56,9 @@ DISPATCHERS: dict[str, DispatcherKind] = {
 
 
 def build_wire(name: str, quantized: bool = False) -> Wire:
-    """bf16 (the activation format, whichever that is) or fp8. quantized: experts take FP8 rows as they arrive."""
+    """Return the wire bf16 (the activation dtype, whichever it is) or fp8. quantized: experts take FP8 rows as they
+    arrive.
+    """
     return HighWire() if name == "bf16" else Fp8RowsWire() if quantized else Fp8Wire()
 
 
@@ -71,13 +75,12 @@ def build_dispatcher(
     groups: int = 1,
     width: int = 0,
 ) -> ExchangeDispatcher:
-    """A dispatcher for one layer or, as it keeps no state between uses, for all layers of a rank.
+    """Build a dispatcher for one layer or, because it keeps no state between uses, for all layers of a rank.
 
-    name: parallel.dispatch. experts: routed experts of a layer. wire, quantized: see `build_wire`.
-    ep_group: the expert-parallel group (None: this rank alone). inter_group, intra_group: the
-    ranks with this rank's index on each node, and the ranks of this node (None: just this rank).
-    ranks_per_node: consecutive ranks of the group on one node. groups: the router's expert groups.
-    width: hidden width. Raises UserError where the sizes do not fit.
+    name: parallel.dispatch. experts: routed experts of a layer. wire, quantized: see `build_wire`. ep_group: the
+    expert-parallel group (None: this rank alone). inter_group, intra_group: the ranks with this rank's index on each
+    node, and the ranks of this node (None: just this rank). ranks_per_node: consecutive ranks of the group on one node.
+    groups: the router's expert groups. width: hidden width. Raises UserError if the sizes do not fit.
     """
     coded = build_wire(wire, quantized)
     places = ExpertPlaces(experts, coded, ep_group, inter_group, intra_group, ranks_per_node, groups, width)
@@ -85,5 +88,5 @@ def build_dispatcher(
 
 
 def build_stand_in(name: str, group: Group, wire: Wire, load: Load) -> ExchangeDispatcher:
-    """The stand-in of the dispatcher of this name."""
+    """Build the stand-in of the dispatcher with this name."""
     return DISPATCHERS[name].stand_in(group, wire, load)

@@ -1,12 +1,12 @@
-"""DeepEP's kernels behind the dispatcher protocol, for GPUs with NVLink and RDMA.
+"""DeepEP's kernels with the dispatcher interface, for GPUs with NVLink and RDMA.
 
-Written against the public interface of `deep_ep.Buffer` (get_dispatch_layout, dispatch, combine) as its documentation
-gives it. It has never run with the package itself, for want of GPUs; the tests run it on a stand-in that returns what
-the documentation promises.
+Written for the public interface of `deep_ep.Buffer` (get_dispatch_layout, dispatch, combine) as documented. It has
+never run with the package itself, for lack of GPUs; the tests use a stand-in that returns what the documentation
+promises.
 
-DeepEP moves a token once per rank that holds one of its experts, through one rank per node, and returns for every
-arrival its local expert ids (-1 for experts elsewhere) and gates. Expanding arrivals to rows by expert, and summing
-them again, is done here.
+DeepEP moves a token once per rank that holds one of its experts, through one rank per node. For every arrival it
+returns the local expert ids (-1 for experts elsewhere) and gates. This file expands arrivals to rows by expert, and
+sums the rows again.
 
 Shapes: T tokens, D channels, K experts per token, M arrivals, R rows, E local experts.
 """
@@ -26,16 +26,16 @@ from parallel.expert.wire import Fp8Wire, Wire
 
 @dataclass
 class _Plan(DispatchPlan):
-    """One hop, of which DeepEP keeps the record: of `fans` there is the one from arrivals to rows."""
+    """A single hop, which DeepEP records itself: `fans` holds only the fan-out from arrivals to rows."""
 
     handle: Any = None
     """DeepEP's record of the routing; None before the first dispatch."""
     gates_MK: Tensor | None = None
-    """The arrivals' gates: a dispatch on the same ways does not bring them again."""
+    """The arrivals' gates: a repeated dispatch on the same routes does not bring them again."""
 
 
 class _Landing:
-    """What DeepEP was asked for with these rows. Holds on to what was given to it until the computing waits."""
+    """A DeepEP operation in progress. It keeps the input buffers alive until the compute stream waits."""
 
     def __init__(self, brought: Any, rows: Tensor, *held: Any):
         self._brought, self._held = brought, held
@@ -52,11 +52,12 @@ class _Landing:
 class DeepEPDispatcher(ExchangeDispatcher):
     """Experts over the ranks of one group through DeepEP; bf16 activations, width a multiple of 128.
 
-    group: NCCL group. experts: experts in all. width: D, which sizes the buffers.
-    Bytes are not counted here, so it has no counters.
+    group: NCCL group. experts: experts in all. width: D, which sizes the buffers. Bytes are not counted here, so it has
+    no counters.
 
-    DeepEP waits on the stream that is current when it is called, which here is not the computing's: what was asked for flies beside the computing until
-    the second half of a use waits for it. The host waits in the first dispatch of tokens, as DeepEP sizes its output from counts.
+    DeepEP waits on the current stream of its caller, which here is not the compute stream. So its work overlaps with
+    computing until the second half of a use waits for it. The host waits in the first dispatch of tokens, because
+    DeepEP sizes its output from counts.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, experts: int, width: int, wire: Wire):
@@ -92,7 +93,7 @@ class DeepEPDispatcher(ExchangeDispatcher):
             return _Landing(received, rows_TD, sent)
 
     def _first_out(self, plan: _Plan, sent: Any, gates_TK: Tensor) -> Any:
-        """What arrives; the plan learns the ways."""
+        """Run the first dispatch: return the arrivals and record the routes in the plan."""
         ids_TK = plan.ids_TK.to(self._deep_ep.topk_idx_t)
         per_rank, per_rdma_rank, per_expert, in_rank, _ = self.buffer.get_dispatch_layout(ids_TK, self.experts)
         received, ids_MK, plan.gates_MK, counts, plan.handle, _ = self.buffer.dispatch(
@@ -107,7 +108,7 @@ class DeepEPDispatcher(ExchangeDispatcher):
         plan.rows = sum(counts)
         fan, plan.entry_of_row = fan_out_with_entries(ids_MK, ExpertTargets(0, 1, self.local), plan.rows)
         plan.fans.append(fan)
-        # From page-locked memory: the host would wait for a copy from any other.
+        # From pinned memory: otherwise the host would wait for the copy.
         plan.counts_E = torch.tensor(counts, pin_memory=ids_MK.is_cuda).to(ids_MK.device, non_blocking=True)
         return received
 
@@ -135,14 +136,14 @@ class DeepEPDispatcher(ExchangeDispatcher):
         return side_CX
 
     def _encode(self, rows_TD: Tensor, *, gradient: bool) -> Any:
-        """What DeepEP takes: bf16 rows, or FP8 rows and their scales."""
+        """Return DeepEP's input: bf16 rows, or FP8 rows and their scales."""
         if not isinstance(self.wire, Fp8Wire):
             return rows_TD.contiguous()
         q_TD, scale_TS = self.wire.decode_parts(self.wire.encode(rows_TD, gradient=gradient), rows_TD.shape[1])
         return q_TD.contiguous(), scale_TS
 
     def _decode(self, received: Any, *, gradient: bool) -> Tensor:
-        """bf16 rows from what DeepEP gives."""
+        """Return bf16 rows from DeepEP's output."""
         if not isinstance(received, tuple):
             return received
         assert isinstance(self.wire, Fp8Wire)

@@ -1,29 +1,29 @@
-"""What dispatchers over ranks share: four uses by autograd, each in two halves; and those of our own the chain of hops.
+"""The common part of all dispatchers over ranks: four uses by autograd, each in two halves, and our chain of hops.
 
-A token's way out is a chain of fan-outs (parallel/expert/permute.py) with an exchange after each but the last,
-which sorts the arrivals by local expert. The way back is the same chain reversed. Training uses each twice:
+Dispatch sends a token through a chain of fan-outs (parallel/expert/permute.py), with an exchange after each fan-out but
+the last, which sorts the arrivals by local expert. Combine is the same chain reversed. Training uses each twice:
 
-    dispatch forward     out,  on the wire        x and gates -> rows and their gates
-    dispatch backward    back, activation format  gradients of rows and gates -> gradients of x and gates
-    combine forward      back, activation format  expert outputs -> y
-    combine backward     out,  on the wire        gradient of y -> gradient of expert outputs (cached routing)
+    dispatch forward     out,  in the wire format   x and gates -> rows and their gates
+    dispatch backward    back, activation dtype     gradients of rows and gates -> gradients of x and gates
+    combine forward      back, activation dtype     expert outputs -> y
+    combine backward     out,  in the wire format   gradient of y -> gradient of expert outputs (cached routing)
 
-as in paper 3.3.3 (FP8 out, BF16 back). Every use is cut in two: `begin` runs up to the start of the exchange at
-the source's end of the chain (the slow network, where there are two hops), `wait` is the rest. In the backward
-pass the halves change roles: the gradient of wait starts the exchange, the gradient of begin waits for it.
-Between them autograd runs what was computed between begin and wait, such as the shared expert, since it runs
-ready nodes latest first.
+as in paper 3.3.3 (FP8 dispatch, BF16 combine). Every use is cut in two: `begin` runs up to the start of the exchange at
+the source's end of the chain (the slow network, if there are two hops), and `wait` is the rest. In the backward pass
+the halves change roles: the gradient of wait starts the exchange, and the gradient of begin waits for it. Autograd runs
+the latest ready node first. So between the two halves it runs what was computed between begin and wait, such as the
+shared expert.
 
-On a GPU the hops behind the first are started at once too, on a stream of their own (`beside`): the host knows all sizes by
-then, so a copy is sorted and sent on where it has arrived, whatever the computing's stream is at, and wait is for the last hop
-alone. So is all that DeepEP does (parallel/expert/deep_ep.py). A CPU has no such streams: there the hop inside the node, the fast network, is
-waited for where it starts.
+On a GPU, the hops after the first also start at once, on a separate stream (`beside`). The host knows all sizes by
+then, so each hop sorts and forwards its arrivals whatever the compute stream does, and wait is only for the last hop.
+The same holds for DeepEP (parallel/expert/deep_ep.py). A CPU has no such streams: there the hop inside the node, the
+fast network, is waited for where it starts.
 
-The token is quantized once, before any copy is made, so its copies hold equal bytes wherever they go, and the
-numbers of a run do not depend on how experts are spread.
+The token is quantized once, before any copy is made. So all copies hold equal bytes, and the numbers of a run do not
+depend on how experts are spread over ranks.
 
-Shapes: T tokens of this rank, D channels, K experts per token, R rows of this rank's experts, E local experts,
-M messages that arrived at this rank, C copies, B bytes of an encoded row, W = B/4 words, P peers of a hop.
+Shapes: T tokens of this rank, D channels, K experts per token, R rows of this rank's experts, E local experts, M
+messages that arrived at this rank, C copies, B bytes of an encoded row, W = B/4 words, P peers of a hop.
 """
 
 from abc import ABC, abstractmethod
@@ -44,7 +44,7 @@ from parallel.pipeline.overlap import yield_point
 if TYPE_CHECKING:
 
     class ExchangeFunction(torch.autograd.Function):
-        """torch's, whose own annotations forbid to name the arguments of a backward."""
+        """torch's class; its own annotations do not allow a backward with named arguments."""
 
         backward: Callable[..., Any]
 
@@ -54,7 +54,7 @@ else:
 
 @dataclass
 class DispatchPlan:
-    """Where the tokens of one dispatch go. Made by the forward dispatch, used again by all that follows."""
+    """The routes of one dispatch. The forward dispatch builds it; all later uses read it."""
 
     sent: list[list[int]]
     """Messages to every peer, per hop."""
@@ -67,11 +67,13 @@ class DispatchPlan:
     ids_TK: Tensor
     """The experts of this rank's own tokens."""
     fans: list[FanOut] = field(default_factory=list)
-    """One per hop, then the one from arrivals to rows sorted by expert. Later ones may need arrivals of earlier hops."""
+    """One fan-out per hop, then the one from arrivals to rows sorted by expert. Later ones may need arrivals of
+    earlier hops.
+    """
     entry_of_row: Tensor | None = None
-    """For node-limited dispatch: which entry of the arrivals' gates, (M, K) flattened, is each row's."""
+    """For node-limited dispatch: each row's index in the arrivals' gates, (M, K) flattened."""
     gates_dtype: torch.dtype = torch.float32
-    """Format of the gates, which the router chose: they and their gradients travel in it."""
+    """Dtype of the gates, as the router chose it: gates and their gradients travel in this dtype."""
 
 
 class CombinableRows(Protocol):
@@ -85,17 +87,17 @@ class DispatchedRows:
     """Tokens at their experts."""
 
     rows_RD: Tensor
-    """Rows for this rank's experts, sorted by local expert, in the activation format."""
+    """Rows for this rank's experts, sorted by local expert, in the activation dtype."""
     gates_R: Tensor
-    """fp32 gate value of every row, to be applied by the expert."""
+    """fp32 gate value of every row, which the expert applies."""
     counts_E: Tensor
     """Rows per local expert, int64, on the rows' device."""
     state: Any
-    """The dispatcher's own state for the way back."""
+    """The dispatcher's own state for the combine."""
 
 
 class PendingDispatch:
-    """A dispatch whose first exchange is under way."""
+    """A dispatch whose first exchange is in progress."""
 
     def __init__(self, flight: "ExchangeFlight", ticket: Tensor):
         self._flight, self._ticket = flight, ticket
@@ -108,7 +110,7 @@ class PendingDispatch:
 
 
 class PendingCombine:
-    """A combine whose last exchange is under way."""
+    """A combine whose last exchange is in progress."""
 
     def __init__(self, flight: "ExchangeFlight", ticket: Tensor):
         self._flight, self._ticket = flight, ticket
@@ -119,13 +121,13 @@ class PendingCombine:
 
 
 class ExchangeDispatcher(ABC):
-    """Dispatcher whose uses are cut in two; a subclass says how rows get to experts and back.
+    """A dispatcher whose uses are cut in two halves; subclasses move rows to experts and back.
 
-    wire: format of the way out.
+    wire: wire format of dispatch.
     """
 
     counters: Any = None
-    """`TrafficCounters` of what was moved, where it is counted."""
+    """`TrafficCounters` of the bytes moved, if they are counted."""
 
     def __init__(self, wire: Wire):
         self.wire = wire
@@ -137,9 +139,9 @@ class ExchangeDispatcher(ABC):
     ) -> PendingDispatch:
         """Start to send every token to its experts. Needs one copy of split sizes to the host.
 
-        x_TD: fp32 or bf16. expert_ids_TK: int64 ids over the whole group, those of a token distinct. gates_TK: fp32. All
-        may be fp64, as a proof has them. again: the state of an earlier dispatch of these tokens, whose rows go the same ways
-        without an exchange of counts.
+        x_TD: fp32 or bf16. expert_ids_TK: int64 ids over the whole group, distinct for each token. gates_TK: fp32. All
+        may be fp64, as in a check of `mode=prove`. again: the state of an earlier dispatch of these tokens; its routes
+        are reused without an exchange of counts.
         """
         assert gates_TK.dtype in (torch.float32, torch.float64) and expert_ids_TK.shape == gates_TK.shape
         plan = self._plan(expert_ids_TK) if again is None else again
@@ -158,50 +160,50 @@ class ExchangeDispatcher(ABC):
         return PendingCombine(flight, _CombineBegin.apply(out_RD, flight))
 
     def combine(self, out_RD: Tensor, routed: CombinableRows) -> Tensor:
-        """Sum of the expert outputs of every token, y_TD."""
+        """Return the sum of the expert outputs of every token, y_TD."""
         return self.combine_begin(out_RD, routed).wait()
 
     @abstractmethod
     def _plan(self, expert_ids_TK: Tensor) -> DispatchPlan:
-        """What is known before anything arrives."""
+        """Return what is known before anything arrives."""
 
     @abstractmethod
     def _start_out(self, flight: "ExchangeFlight", rows_TD: Tensor, gates_TK: Tensor | None) -> Any:
-        """Tokens and gates on their way to experts, or without gates gradients of results."""
+        """Start to send tokens and gates to experts, or, without gates, gradients of results."""
 
     @abstractmethod
     def _finish_out(self, flight: "ExchangeFlight", transfer: Any, gradient: bool = False) -> tuple[Tensor, Tensor]:
-        """Rows sorted by expert, and what came beside them for `_row_gates`, which a gradient has not."""
+        """Return rows sorted by expert, and the side data for `_row_gates`; gradients have no side data."""
 
     @abstractmethod
     def _start_back(self, flight: "ExchangeFlight", rows_RD: Tensor, side_MX: Tensor | None) -> Any:
-        """Results on their way back, or gradients of rows with those of the arrivals' gates."""
+        """Start to send results back, or gradients of rows with gradients of the arrivals' gates."""
 
     @abstractmethod
     def _finish_back(self, flight: "ExchangeFlight", transfer: Any) -> tuple[Tensor, Tensor]:
-        """Sums per token, and what came beside them for `_gate_grads_by_token`."""
+        """Return sums per token, and the side data for `_gate_grads_by_token`."""
 
     @abstractmethod
     def _row_gates(self, plan: DispatchPlan, side_MX: Tensor) -> Tensor:
-        """gates_R from what came beside the arrivals."""
+        """Return gates_R from the side data of the arrivals."""
 
     @abstractmethod
     def _gate_grads_by_token(self, plan: DispatchPlan, side_CX: Tensor) -> Tensor:
-        """Gradients of gates_TK from what came back to the source beside the rows."""
+        """Return gradients of gates_TK from the side data that came back to the source."""
 
     def _gate_grads_by_message(self, plan: DispatchPlan, grads_R: Tensor) -> Tensor:
         """Transpose of _row_gates: gradients of the gates of every arrival, (M, X)."""
         shape_MK = (plan.fans[-1].start_S.numel(), plan.ids_TK.shape[1])
         assert plan.entry_of_row is not None
-        # Entries for experts elsewhere stay 0, so that summing copies only brings the entries together.
+        # Entries of experts elsewhere stay 0, so the sum of copies only collects the entries.
         return grads_R.new_zeros(shape_MK).view(-1).index_copy_(0, plan.entry_of_row, grads_R).view(shape_MK)
 
 
 class ChainDispatcher(ExchangeDispatcher):
-    """Dispatcher over one or two hops; a subclass says how a token's copies and gates are laid out.
+    """A dispatcher over one or two hops; subclasses define the layout of a token's copies and gates.
 
-    links: one per hop, source first. `_plan` exchanges counts and fills the fan-outs known before anything arrives, the first at least. Gates
-    and their gradients travel as fp32 side words of the rows.
+    links: one per hop, source first. `_plan` exchanges counts and fills the fan-outs that are known before anything
+    arrives, at least the first. Gates and their gradients travel as fp32 side words of the rows.
     """
 
     def __init__(self, links: list[Link], wire: Wire):
@@ -209,19 +211,19 @@ class ChainDispatcher(ExchangeDispatcher):
         self.links = links
         self.counters = TrafficCounters()
         self.as_on_gpu = False
-        """Rows of the meta device are sent on as a GPU's."""
+        """Whether rows on the meta device are forwarded as on a GPU."""
         self._back_wire = HighWire()
 
     @abstractmethod
     def _first_copies(self, plan: DispatchPlan, words_TW: Tensor, gates_TK: Tensor) -> Tensor:
-        """Messages of the first hop: copies of the encoded rows, each followed by its side words."""
+        """Return the messages of the first hop: copies of the encoded rows, each followed by its side words."""
 
     @abstractmethod
     def _learn(self, plan: DispatchPlan, side_MX: Tensor) -> None:
-        """Add the next fan-out to the plan, from the side words of what has arrived."""
+        """Add the next fan-out to the plan, from the side words of the arrivals."""
 
     def _sends_ahead(self, rows: Tensor) -> bool:
-        """Whether all hops are started with the first."""
+        """Whether all hops start together with the first."""
         return len(self.links) > 1 and (rows.is_cuda or self.as_on_gpu)
 
     def _start_out(self, flight: "ExchangeFlight", rows_TD: Tensor, gates_TK: Tensor | None) -> Transfer:
@@ -239,7 +241,7 @@ class ChainDispatcher(ExchangeDispatcher):
             return self._send_on(flight, transfer, traffic).holding(message_CX)
 
     def _send_on(self, flight: "ExchangeFlight", transfer: Transfer, traffic: Traffic) -> Transfer:
-        """From the first hop's exchange to the last one's."""
+        """Run the hops from the first exchange to the last."""
         plan, words = flight.plan, self.wire.row_bytes(flight.width, flight.dtype) // 4
         for hop, link in enumerate(self.links[1:], 1):
             message_MX = transfer.wait()
@@ -282,7 +284,7 @@ class ChainDispatcher(ExchangeDispatcher):
         return collect(rows_CD, flight.plan.fans[0]), side_CX
 
     def _back_message(self, rows_CD: Tensor, fan: FanOut, side_MX: Tensor | None) -> Tensor:
-        """Summed rows as words, followed by their side words, where the sums are written at once."""
+        """Return summed rows as words, followed by their side words; the sums are written there directly."""
         wire, width, dtype = self._back_wire, rows_CD.shape[1], rows_CD.dtype
         if side_MX is None:
             return wire.encode(collect(rows_CD, fan)).view(torch.int32)
@@ -300,9 +302,11 @@ class ChainDispatcher(ExchangeDispatcher):
 
 
 def from_words(words_MX: Tensor, dtype: torch.dtype) -> Tensor:
-    """Values of one or two words each: a view, but for values of two words, which may lie across their borders.
+    """Reinterpret words as values of one or two words each: a view for one word, a copy for two, which may be
+    misaligned.
 
-    Those are read from a flat copy: torch takes one row, or rows of no words, for contiguous whatever their strides are.
+    Two-word values are read from a flat copy: torch treats one row, or rows of no words, as contiguous whatever their
+    strides are.
     """
     if dtype.itemsize == 4:
         return words_MX.view(dtype)
@@ -319,11 +323,11 @@ class ExchangeFlight:
     width: int
     dtype: torch.dtype
     transfer: Any = None
-    """What the dispatcher's own start gave, for its own finish."""
+    """Result of the dispatcher's own start, for its own finish."""
 
     def land(self) -> Any:
-        """The transfer that was started, to be waited for. Every rank comes by here as often as the others, also without a row
-        to send.
+        """Return the started transfer, to be waited for. All ranks call this equally often, even without a row to
+        send.
         """
         self.dispatcher.on_wait()
         transfer, self.transfer = self.transfer, None
@@ -337,10 +341,10 @@ def _sending_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def beside(rows: Tensor) -> AbstractContextManager:
-    """What a GPU is given in it runs beside the computing, behind what was computed so far.
+    """Run a GPU's work in the block beside the compute stream, after the work computed so far.
 
-    Memory that is taken in it is used again only in it, behind all that was given to the computing's stream until then. What was taken
-    outside has to be held until the computing waits for the last of it.
+    Memory allocated in the block is only reused in the block, after all work given to the compute stream until then.
+    Buffers allocated outside must be kept alive until the compute stream waits for the last work of the block.
     """
     if not rows.is_cuda:
         return nullcontext()
@@ -350,7 +354,7 @@ def beside(rows: Tensor) -> AbstractContextManager:
 
 
 def _ticket(like: Tensor) -> Tensor:
-    """An empty tensor that ties the two halves together in the autograd graph."""
+    """Return an empty tensor that connects the two halves in the autograd graph."""
     return like.new_empty(0, dtype=torch.float32)
 
 

@@ -1,4 +1,4 @@
-"""One process group as a dispatcher sees it: variable-size all-to-all that can be in flight.
+"""One process group as a dispatcher sees it: an asynchronous all-to-all with variable sizes.
 
 Shapes: P peers, C rows sent, R rows received, X any width.
 """
@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 import torch.distributed as dist
 from torch import Tensor
 
-# What the expert all-to-all moved and how long it was waited for.
+# Bytes that the expert all-to-all moved, and the time spent waiting for it.
 #
-# A dispatcher owns one TrafficCounters object. Bytes are those of the messages handed to the communication library for
-# other ranks, split counts included, without the library's own headers; what a rank keeps for itself is not sent
-# and not counted.
+# A dispatcher owns one TrafficCounters object. It counts the bytes of messages handed to the communication library for
+# other ranks, split counts included, without the library's own headers. Rows that a rank keeps for itself do not count.
 
 
 @dataclass
@@ -44,18 +43,18 @@ class TrafficCounters:
 
 
 class Transfer:
-    """An all-to-all in flight. Holds on to its buffers until it is waited for."""
+    """An all-to-all in progress. It keeps its buffers alive until it is waited for."""
 
     def __init__(self, sent: Tensor, received: Tensor, work: dist.Work | None, traffic: Traffic):
         self._held, self._received, self._work, self._traffic = [sent], received, work, traffic
 
     def holding(self, buffer: Tensor) -> "Transfer":
-        """This transfer, which holds on to a buffer of an earlier one too."""
+        """Also keep a buffer of an earlier transfer alive; returns this transfer."""
         self._held.append(buffer)
         return self
 
     def wait(self) -> Tensor:
-        """The rows received, by peer. Call once."""
+        """Return the rows received, by peer. Call once."""
         if self._work is not None:
             start = time.perf_counter()
             self._work.wait()
@@ -68,8 +67,8 @@ class Transfer:
 class Link:
     """All-to-all inside one group.
 
-    group: the process group, or None for a rank alone, which then exchanges nothing.
-    nodes_P: the node of every rank of the group, to tell bytes inside the node from bytes across.
+    group: the process group, or None for a rank alone, which then exchanges nothing. nodes_P: the node of every rank of
+    the group, to separate bytes inside the node from bytes across nodes.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, nodes_P: Sequence[int]):

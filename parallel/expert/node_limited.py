@@ -2,21 +2,21 @@
 
 With the router's limit of M nodes per token, a token costs M messages between nodes instead of up to K:
 
-    1. across nodes: to the rank of the same index on each node that holds one of its experts,
-    2. inside the node: from there to each rank that holds one of its experts, the bytes passed on unread,
+    1. across nodes: to the rank with the same index on each node that holds one of its experts,
+    2. inside the node: from there to each rank that holds one of its experts, the bytes forwarded unread,
     3. on the expert's rank: expanded to one row per expert.
 
-On the way back outputs are summed on the expert's rank, then on the forwarding rank, so that one sum per node
-crosses, then at the source. Sums round to the activation format at each of the three places, where the flat
-dispatch rounds once: in fp32 the two differ in the last bits, in bf16 by up to two more roundings.
+In combine, outputs are summed on the expert's rank, then on the forwarding rank, so that one sum per node crosses, then
+at the source. Sums are rounded to the activation dtype at each of the three places, while flat dispatch rounds once: in
+fp32 the two differ in the last bits, in bf16 by up to two more roundings.
 
-A message is an encoded row, the token's K gates and its K expert ids (int16), which each rank on the way reads to
-see where the copy goes next. With one node only the inside hop remains, with one rank per node only the outside.
+A message is an encoded row, the token's K gates and its K expert ids (int16). Each rank on the route reads the ids to
+find the next targets. With one node only the inside hop remains, with one rank per node only the outside hop.
 
-Counts need two small exchanges, one per hop, and one copy to the host: the first tells a rank's peers how many
-of its tokens reach their node, each rank of it and each expert of it; the second passes the sums on inside.
+Counts need two small exchanges, one per hop, and one copy to the host. The first tells a rank's peers how many of its
+tokens reach their node, each rank of the node and each of its experts; the second forwards the sums inside the node.
 
-Shapes beside those of dispatcher.py: N nodes, L ranks per node, F experts per rank, E = N*L*F.
+Shapes besides those of dispatcher.py: N nodes, L ranks per node, F experts per rank, E = N*L*F.
 """
 
 import torch
@@ -33,9 +33,8 @@ from parallel.expert.wire import Wire
 class NodeLimitedDispatcher(ChainDispatcher):
     """Experts over N nodes of L ranks, rank l of node n holding experts [(n*L + l)*F, (n*L + l + 1)*F).
 
-    inter_group: the ranks with this rank's index on every node, in node order; None with one node.
-    intra_group: the ranks of this node; None with one rank per node.
-    experts: E, below 32768.
+    inter_group: the ranks with this rank's index on every node, in node order; None with one node. intra_group: the
+    ranks of this node; None with one rank per node. experts: E, below 32768.
     """
 
     def __init__(
@@ -66,7 +65,9 @@ class NodeLimitedDispatcher(ChainDispatcher):
         return DispatchPlan(sent, received, counts[4][0], counts_F, expert_ids_TK, fans)
 
     def _exchange_counts(self, outer_NX: Tensor) -> tuple[list[list[int]], Tensor]:
-        """Sent and received messages of both hops and the number of rows, on the host; rows per local expert."""
+        """Return sent and received messages of both hops and the number of rows, on the host; and rows per local
+        expert.
+        """
         ranks = self.intra.size
         arriving_NX = self.inter.start_counts(outer_NX, self.counters.forward).wait()
         totals_X = arriving_NX.sum(0)
@@ -104,7 +105,7 @@ class NodeLimitedDispatcher(ChainDispatcher):
 
 
 def _read_side(plan: DispatchPlan, side_MX: Tensor) -> tuple[Tensor, Tensor]:
-    """gates_MK and ids_MK (int16) of arrived messages."""
+    """Return gates_MK and ids_MK (int16) of arrived messages."""
     entries = plan.ids_TK.shape[1]
     words = entries * plan.gates_dtype.itemsize // 4
     ids_MK = side_MX[:, words:].view(torch.int16)[:, :entries]

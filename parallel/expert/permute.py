@@ -1,21 +1,22 @@
-"""Moving rows between two orders by gathers alone.
+"""Moves rows between two orders by gathers only.
 
-A FanOut says which source row every copy holds. Its two uses are each other's transpose, so each is the
-other's backward pass, and neither scatters or adds in place:
+A FanOut says which source row every copy holds. Its two uses are transposes of each other, so each is the other's
+backward pass, and neither scatters or adds in place:
 
     spread:  copies_C = sources_S[source_C]                        a gather
     collect: sources_S[s] = sum of copies_C[c] over c in the list of s    a gather with a sum
 
-`collect` reads the copies once and keeps the sum in fp32 (embedding_bag does both), where a gather followed by
-a sum would first write all copies again. Dispatch is a chain of spreads with an exchange between two of them,
-combine the same chain backwards with collects.
+`collect` reads the copies once and keeps the sum in fp32 (embedding_bag does both); a gather followed by a sum would
+first write all copies again. Dispatch is a chain of spreads with an exchange between two of them; combine is the
+reverse chain with collects.
 
-On a GPU a fan-out of experts is two kernels and `collect` is one (parallel/expert/triton_dispatch.py); what stands here is the same in
-torch's operations.
+On a GPU, a fan-out of experts is two kernels and `collect` is one (parallel/expert/triton_dispatch.py); this file has
+the same in torch operations.
 
-Counted and left (`python -m bench.traffic`: an FP8 layer of DeepSeek-V3's experts, one of 64 ranks, 4096 tokens, forward and backward): products that
-read rows where they arrived would save the last gather, 0.31 ms at 3 TB/s of some 39 that a pair of layers takes. The gates act inside SwiGLU, so that
-combines are plain sums: 1.21 ms, of which products could take over the 0.61 behind the experts.
+Possible savings that were measured and left out (`python -m bench.traffic`: an FP8 layer of DeepSeek-V3's experts, one
+of 64 ranks, 4096 tokens, forward and backward). GEMMs that read rows at their arrival place would save the last gather,
+0.31 ms at 3 TB/s of the roughly 39 ms of a pair of layers. The gates act inside SwiGLU, so combines are plain sums:
+1.21 ms, of which GEMMs could take over the 0.61 ms after the experts.
 
 Shapes: S sources, C copies, N targets, K entries per source, X any width.
 """
@@ -35,13 +36,13 @@ class FanOut(NamedTuple):
     copy_C: Tensor
     """The copies again, listed source by source, int64."""
     start_S: Tensor
-    """Where the list of each source starts in copy_C, int64."""
+    """Start of each source's list in copy_C, int64."""
 
 
 def fan_out(hits_SN: Tensor, copies: int) -> FanOut:
-    """One copy of source s for every target n with hits_SN[s, n].
+    """Make one copy of source s for every target n with hits_SN[s, n].
 
-    copies is the number of hits, known to the host: passed in so that a GPU is not asked for it again.
+    copies: the number of hits, known to the host and passed in, so that a GPU is not asked for it again.
     """
     hits_NS = hits_SN.t().contiguous()
     source_C = torch.nonzero_static(hits_NS, size=copies)[:, 1]
@@ -53,7 +54,7 @@ def fan_out(hits_SN: Tensor, copies: int) -> FanOut:
 
 
 class ExpertTargets(NamedTuple):
-    """Targets that hold experts, per_target each, from the expert `first` on."""
+    """Targets that hold experts, per_target each, starting at expert `first`."""
 
     first: int
     per_target: int
@@ -61,14 +62,18 @@ class ExpertTargets(NamedTuple):
 
 
 def fan_out_of(ids_SK: Tensor, wanted: ExpertTargets, copies: int) -> FanOut:
-    """One copy of source s for every target that holds one of its experts ids_SK[s]; those of other targets are passed over."""
+    """Make one copy of source s for every target that holds one of its experts ids_SK[s]; experts outside the
+    targets are skipped.
+    """
     if ids_SK.is_cuda:
         return FanOut(*triton_dispatch().place_hits(ids_SK, *wanted, copies)[:3])
     return fan_out(hits(ids_SK, wanted), copies)
 
 
 def fan_out_with_entries(ids_SK: Tensor, wanted: ExpertTargets, copies: int) -> tuple[FanOut, Tensor]:
-    """`fan_out_of` for targets of one expert each, and which entry of ids_SK, flattened, every copy is for: int64 (C,)."""
+    """Run `fan_out_of` for targets of one expert each; also returns each copy's index in the flattened ids_SK: int64
+    (C,).
+    """
     assert wanted.per_target == 1
     if ids_SK.is_cuda:
         *fan, entry_C = triton_dispatch().place_hits(ids_SK, *wanted, copies)
@@ -82,14 +87,14 @@ def fan_out_with_entries(ids_SK: Tensor, wanted: ExpertTargets, copies: int) -> 
 
 
 def count_hits(ids_SK: Tensor, wanted: ExpertTargets) -> Tensor:
-    """How many sources have an expert of each target, int64 (N,)."""
+    """Return how many sources have an expert of each target, int64 (N,)."""
     if ids_SK.is_cuda:
         return triton_dispatch().count_hits(ids_SK, *wanted).sum(0)
     return hits(ids_SK, wanted).sum(0)
 
 
 def hits(ids_SK: Tensor, wanted: ExpertTargets) -> Tensor:
-    """Which targets hold one of each source's experts, bool (S, N)."""
+    """Return which targets hold one of each source's experts, bool (S, N)."""
     first, per_target, targets = wanted
     column_SK = (ids_SK - first).div(per_target, rounding_mode="floor").long()
     column_SK = column_SK.where((column_SK >= 0) & (column_SK < targets), targets)
@@ -98,7 +103,7 @@ def hits(ids_SK: Tensor, wanted: ExpertTargets) -> Tensor:
 
 
 def sort_entries(target_SK: Tensor) -> FanOut:
-    """One copy for every entry of target_SK (values below 32768), so a source may go K times to one target."""
+    """Make one copy for every entry of target_SK (values below 32768), so a source may go K times to one target."""
     sources, entries = target_SK.shape
     order_C = target_SK.flatten().to(torch.int16).argsort(stable=True)
     copy_C = torch.empty_like(order_C)
@@ -108,12 +113,14 @@ def sort_entries(target_SK: Tensor) -> FanOut:
 
 
 def spread(rows_SX: Tensor, fan: FanOut) -> Tensor:
-    """Copies of rows, (C, X)."""
+    """Return copies of rows, (C, X)."""
     return rows_SX.index_select(0, fan.source_C)
 
 
 def collect(rows_CX: Tensor, fan: FanOut, out_SX: Tensor | None = None) -> Tensor:
-    """Sum of every source's copies, (S, X), added in the order of their targets and rounded once. out_SX: where to write it."""
+    """Return the sum of every source's copies, (S, X), added in the order of their targets and rounded once. out_SX:
+    output buffer.
+    """
     if not rows_CX.is_cuda:
         sum_SX = F.embedding_bag(fan.copy_C, rows_CX, fan.start_S, mode="sum")
         return sum_SX if out_SX is None else out_SX.copy_(sum_SX)
@@ -124,7 +131,7 @@ def collect(rows_CX: Tensor, fan: FanOut, out_SX: Tensor | None = None) -> Tenso
 
 
 def triton_dispatch():
-    """The kernels of a GPU, with their names for the type checker."""
+    """Return the module of GPU kernels; the import gives the type checker their names."""
     from parallel.expert import triton_dispatch as kernels
 
     return kernels

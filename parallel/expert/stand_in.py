@@ -1,8 +1,8 @@
-"""Dispatchers without peers: the real ones, with an all-to-all that returns what the peers would have sent.
+"""Dispatchers without peers: the real classes, with an all-to-all that returns what the peers would have sent.
 
-One rank of a large job runs alone, for a plan (on the meta device) or for a dry run. Its own tokens are routed by the
-real router; how many messages and rows come back is prescribed by a `Load`, and their values are copies of this rank's
-own. Encoding, copies, gathers, sums and everything autograd keeps are those of the real dispatcher.
+One rank of a large job runs alone, for a plan (on the meta device) or for a dry run. The real router routes its own
+tokens. A `Load` prescribes how many messages and rows arrive; their values are copies of this rank's own. Encoding,
+copies, gathers, sums and everything that autograd keeps are those of the real dispatcher.
 
 Shapes: T tokens of this rank, K experts per token, P peers, M messages that arrive, R rows, L experts of this rank.
 """
@@ -30,27 +30,28 @@ from parallel.expert.wire import Wire
 
 @dataclass(frozen=True)
 class Group:
-    """An expert-parallel group that is not there."""
+    """An expert-parallel group whose other ranks do not exist."""
 
     ranks: int
     ranks_per_node: int
     experts: int
     top_k: int
     groups: int
-    """Expert groups of the router, of which a token reaches top_groups."""
+    """Expert groups of the router; a token reaches top_groups of them."""
     top_groups: int
 
     def reached(self, units: int) -> float:
-        """Expected number of units, equal runs of experts, in which a token has an expert; experts equally likely.
+        """Return the expected number of units (equal runs of experts) in which a token has an expert, with all
+        experts equally likely.
 
-        A token's K experts are any K of those in its top_groups groups.
+        A token's K experts are any K experts of its top_groups groups.
         """
         experts_per_unit, experts_per_group = self.experts // units, self.experts // self.groups
         open_experts = experts_per_group * self.top_groups
         if experts_per_unit <= experts_per_group:
             chance = self.top_groups / self.groups
             return units * chance * _some(open_experts, experts_per_unit, self.top_k)
-        inside = experts_per_unit // experts_per_group  # groups of a unit; how many of them are open varies
+        inside = experts_per_unit // experts_per_group  # groups per unit; the number of open groups among them varies
         ways = math.comb(self.groups, self.top_groups)
         return units * sum(
             math.comb(inside, opened)
@@ -62,35 +63,35 @@ class Group:
 
 
 def _some(experts: int, here: int, top_k: int) -> float:
-    """Chance that some of top_k different experts out of `experts` is among `here` of them."""
+    """Return the chance that at least one of top_k different experts out of `experts` is among `here` of them."""
     return 1 - math.comb(experts - here, top_k) / math.comb(experts, top_k)
 
 
 @dataclass(frozen=True)
 class Load:
-    """What the routers of all peers send to this rank's experts in a dispatch."""
+    """Tokens per expert that the routers of all peers send to this rank in a dispatch."""
 
     per_token_L: tuple[float, ...]
     """Rows of every expert of this rank, per token of this rank (peers have as many tokens)."""
 
     @classmethod
     def even(cls, group: Group, factor: float = 1.0) -> "Load":
-        """factor: rows of this rank over those of the mean rank."""
+        """Build an even load. factor: rows of this rank over those of the mean rank."""
         return cls((group.ranks * group.top_k / group.experts * factor,) * (group.experts // group.ranks))
 
     def rows_L(self, tokens: int) -> list[int]:
-        """Whole rows of every expert; their sum is that of the parts, rounded once."""
+        """Return whole rows of every expert; their sum is the rounded sum of the exact values."""
         ends = [round(tokens * end) for end in itertools.accumulate(self.per_token_L)]
         return [end - start for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def split_evenly(total: int, parts: int) -> list[int]:
-    """Whole numbers that differ by at most 1 and sum to total."""
+    """Return whole numbers that differ by at most 1 and sum to total."""
     return [total * (i + 1) // parts - total * i // parts for i in range(parts)]
 
 
 class StandInLink(Link):
-    """What arrives is made of what is sent, row by row, again and again."""
+    """A link whose arrivals are the sent rows, repeated as often as needed."""
 
     def __init__(self, nodes_P: Sequence[int]):
         self.group: ProcessGroup | None = None
@@ -127,7 +128,7 @@ class FlatStandIn(AllToAllDispatcher):
 
 
 class NodeLimitedStandIn(NodeLimitedDispatcher):
-    """`NodeLimitedDispatcher` of a rank alone: as many messages arrive as leave, but for the rows of `load`."""
+    """`NodeLimitedDispatcher` of a rank alone: as many messages arrive as leave, except for the rows of `load`."""
 
     def __init__(self, group: Group, wire: Wire, load: Load):
         nodes = group.ranks // group.ranks_per_node
@@ -144,7 +145,7 @@ class NodeLimitedStandIn(NodeLimitedDispatcher):
         tokens, device = len(expert_ids_TK), expert_ids_TK.device
         totals = [max(1, round(tokens * per_token)) for per_token in self._per_token]
         sent = [split_evenly(total, link.size) for total, link in zip(totals, self.links, strict=True)]
-        # As many arrive as leave, but that the last hop brings more where this rank's experts are wanted more.
+        # As many arrive as leave, but the last hop brings more if this rank's experts are chosen more often.
         rows_L = self.load.rows_L(tokens)
         arriving = max(1, round(totals[-1] * sum(rows_L) / expert_ids_TK.numel()), *rows_L)
         received = [*sent[:-1], split_evenly(arriving, self.links[-1].size)]
@@ -162,16 +163,17 @@ class NodeLimitedStandIn(NodeLimitedDispatcher):
 
 
 def _fan(copies_N: Sequence[int], sources: int, device: torch.device) -> FanOut:
-    """A FanOut with so many copies for every target, taken from the sources in turn."""
+    """Build a FanOut with this number of copies for every target, taken from the sources in turn."""
     targets = len(copies_N)
     return fan_out_of(_ids(tuple(copies_N), sources, device), ExpertTargets(0, 1, targets), sum(copies_N))
 
 
 @cache
 def _ids(copies_N: tuple[int, ...], sources: int, device: torch.device) -> Tensor:
-    """The targets of every source, -1 for none: (S, N).
+    """Return the targets of every source, -1 for none: (S, N).
 
-    No rank of a job has them, so whoever counts its memory does not see them, neither here where they are made nor where they are kept.
+    A real rank has no such tensor. So it is made and cached outside the dispatch modes, where a memory count does not
+    see it.
     """
     with _disable_current_modes():
         ids_SN = torch.full((sources, len(copies_N)), -1, dtype=torch.int16, device=device)
@@ -195,7 +197,7 @@ class DeepEPStandIn(DeepEPDispatcher):
 
 
 class _Buffer:
-    """`deep_ep.Buffer` as its documentation gives it, with copies of this rank's own rows as arrivals."""
+    """`deep_ep.Buffer` as documented, with copies of this rank's own rows as arrivals."""
 
     def __init__(self, load: Load, per_token: float, top_k: int):
         self._load, self._per_token, self._top_k = load, per_token, top_k
@@ -230,7 +232,7 @@ class _Buffer:
 
 
 def _cycle(x_SX: Tensor, rows: int) -> Tensor:
-    """The asked number of rows of x, from the first again where x has fewer."""
+    """Return `rows` rows of x, repeated from the first row if x has fewer."""
     out_RX = x_SX.new_empty(rows, *x_SX.shape[1:])
     for first in range(0, rows, max(1, len(x_SX))):
         part = out_RX[first : first + len(x_SX)]

@@ -1,12 +1,12 @@
-"""A GPU's kernels for rows on their way to experts and back: equal in every bit to parallel/expert/permute.py and wire.py.
+"""GPU kernels for the rows of dispatch and combine: bitwise equal to parallel/expert/permute.py and wire.py.
 
-    count_hits, place_hits      which copies are made of which sources, from the experts that each source wants
-    place_entries               the same where every expert is a target, with the way back
-    collect, sum_entries        the copies of every source, summed in fp32 and rounded once
-    encode                      rows to the bytes of the FP8 wire
+    count_hits, place_hits      which copies are made of which sources, from the experts of each source
+    place_entries               the same if every expert is a target, with the inverse for combine
+    collect, sum_entries        the sum of every source's copies, in fp32, rounded once
+    encode_rows                 rows to the bytes of the FP8 wire
 
-What is decided by values stays on the device: no kernel waits for the host. The module needs triton and is imported only where
-its kernels run. Shapes as in permute.py and wire.py; a message row is `row` elements away from the next.
+All decisions by value stay on the device: no kernel waits for the host. The module needs triton and is imported only
+where its kernels run. Shapes as in permute.py and wire.py; `row` is the stride between message rows, in elements.
 """
 
 import torch
@@ -17,18 +17,20 @@ from torch import Tensor
 from parallel.triton_types import constexpr, power_of_2_from, quick, with_options
 
 HITS = 4096
-"""Sources times targets of a program that counts or places, and 128 sources at most."""
+"""Sources times targets of one program that counts or places; a program takes at most 128 sources."""
 COUNT_BLOCKS = 64
 """Blocks of sources whose counts are summed at a time."""
 COLLECT_COLUMNS = 1024
-"""Columns of a program of `collect`: eight values a thread."""
+"""Columns of one program of `collect`: eight values per thread."""
 ENCODE_ROWS, ENCODE_TILES = 8, 4
-"""Rows and tiles of a program of `encode_rows`: the exponents of four tiles are one word."""
+"""Rows and tiles of one program of `encode_rows`: the exponents of four tiles form one word."""
 
 
 @triton.jit
 def _hits(ids_ptr, sources, number, first, per_target, K: constexpr, TARGETS: constexpr):
-    """Which targets every source has an entry for, and the last such entry: int32 (sources, TARGETS), the entry -1 for none."""
+    """Return, for every source and target, the source's last entry for that target: int32 (sources, TARGETS), -1 for
+    none.
+    """
     target = tl.arange(0, TARGETS)[None, :]
     entry = tl.full((sources.shape[0], TARGETS), -1, tl.int32)
     for k in tl.static_range(K):
@@ -56,9 +58,12 @@ def _place_kernel(
     ids_ptr, counts_ptr, source_ptr, copy_ptr, start_ptr, entry_ptr, number, first, per_target, targets, blocks,
     by_entry: constexpr, K: constexpr, TARGETS: constexpr, SOURCES: constexpr, COUNT_BLOCKS: constexpr,
 ):  # fmt: skip
-    """A copy lies behind all of earlier targets and, of its own, all of earlier sources; it is listed behind all of earlier
-    sources and, of its own, all of earlier targets; or, by_entry, where the entry is that it is for, and start_ptr gets the
-    copies of every target."""
+    """Place every copy.
+
+    Copies are ordered by target, then by source. A source's list is ordered by source, then by target, and start_ptr
+    gets the start of every list. With by_entry, copy_ptr is indexed by the entry that the copy is for, and start_ptr
+    gets the number of copies of every target.
+    """
     block = tl.program_id(0)
     sources = block * SOURCES + tl.arange(0, SOURCES)
     entry = _hits(ids_ptr, sources, number, first, per_target, K, TARGETS)
@@ -91,7 +96,7 @@ def _place_kernel(
 def _collect_kernel(
     rows_ptr, copy_ptr, start_ptr, out_ptr, sources, copies, width, row, out_row, each: constexpr, COLLECT_COLUMNS: constexpr
 ):  # fmt: skip
-    """each: copies of every source, 0 where start_ptr says where they begin."""
+    """Sum the copies of every source. each: copies per source; 0 if start_ptr says where each list begins."""
     source = tl.program_id(0)
     columns = tl.program_id(1) * COLLECT_COLUMNS + tl.arange(0, COLLECT_COLUMNS)
     first, last = source * each, source * each + each
@@ -111,7 +116,9 @@ def _encode_kernel(
     x_ptr, bytes_ptr, words_ptr, rows_R, width, tiles, units, floor: constexpr,
     ALIGN: constexpr, ENCODE_ROWS: constexpr, ENCODE_TILES: constexpr,
 ):  # fmt: skip
-    """`Fp8Wire.encode` of four tiles of some rows. A row has units * ALIGN bytes: so the compiler knows what divides them."""
+    """Run `Fp8Wire.encode` for four tiles of some rows. A row has units * ALIGN bytes, so the compiler knows a
+    divisor.
+    """
     rows = tl.program_id(0) * ENCODE_ROWS + tl.arange(0, ENCODE_ROWS)
     first = tl.program_id(1) * ENCODE_TILES
     columns = first * 128 + tl.arange(0, ENCODE_TILES * 128)
@@ -133,7 +140,9 @@ def _encode_kernel(
 
 
 def count_hits(ids_SK: Tensor, first: int, per_target: int, targets: int) -> Tensor:
-    """How many sources have one of the per_target experts of a target, by blocks of sources: int32 (blocks, targets)."""
+    """Return how many sources have one of the per_target experts of a target, by blocks of sources: int32 (blocks,
+    targets).
+    """
     (sources, entries), size = ids_SK.shape, _sources(targets)
     blocks = -(-sources // size)
     counts_BN = ids_SK.new_empty(blocks, targets, dtype=torch.int32)
@@ -148,14 +157,14 @@ def count_hits(ids_SK: Tensor, first: int, per_target: int, targets: int) -> Ten
 def place_hits(
     ids_SK: Tensor, first: int, per_target: int, targets: int, copies: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The three parts of a FanOut, and of which entry of ids_SK, flattened, every copy is; all int64."""
+    """Return the three parts of a FanOut, and each copy's index in the flattened ids_SK; all int64."""
     start_S = ids_SK.new_empty(len(ids_SK), dtype=torch.int64)
     source_C, copy_C, entry_C = _place(ids_SK, first, per_target, targets, copies, start_S, by_entry=False)
     return source_C, copy_C, start_S, entry_C
 
 
 def place_entries(ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`train.model.operations.Kernels.sort_by_expert`. The experts of a token are different ones."""
+    """Implements `train.model.operations.Kernels.sort_by_expert`. The experts of a token are distinct."""
     counts_E = ids_TK.new_empty(experts) if len(ids_TK) else ids_TK.new_zeros(experts)
     tokens_R, inverse_R, order_R = _place(ids_TK, 0, 1, experts, ids_TK.numel(), counts_E, by_entry=True)
     return order_R, inverse_R, tokens_R, counts_E
@@ -164,7 +173,7 @@ def place_entries(ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor,
 def _place(
     ids_SK: Tensor, first: int, per_target: int, targets: int, copies: int, start: Tensor, by_entry: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sources, lists and entries of copies; see `_place_kernel`."""
+    """Return sources, lists and entries of copies; see `_place_kernel`."""
     ids_SK = ids_SK.contiguous()
     counts_BN = count_hits(ids_SK, first, per_target, targets)
     source_C, copy_C, entry_C = (ids_SK.new_empty(copies, dtype=torch.int64) for _ in range(3))
@@ -178,12 +187,12 @@ def _place(
 
 
 def collect(rows_CX: Tensor, copy_C: Tensor, start_S: Tensor, out_SX: Tensor) -> None:
-    """The sum of every source's copies. Rows of both may be apart in memory."""
+    """Compute the sum of every source's copies. Rows of both may be strided."""
     _collect(rows_CX, copy_C, start_S, out_SX, 0)
 
 
 def sum_entries(rows_CX: Tensor, copy_SK: Tensor, out_SX: Tensor) -> None:
-    """The sum of the K copies of every source, in their order."""
+    """Compute the sum of the K copies of every source, in their order."""
     _collect(rows_CX, copy_SK, copy_SK, out_SX, copy_SK.shape[1])
 
 
@@ -197,7 +206,7 @@ def _collect(rows_CX: Tensor, copy_C: Tensor, start_S: Tensor, out_SX: Tensor, e
 
 
 def encode_rows(x_RD: Tensor, bytes_RB: Tensor, floor: float) -> None:
-    """Rows, whole tiles wide, to the bytes of the FP8 wire."""
+    """Encode rows, whose width is a whole number of tiles, to the bytes of the FP8 wire."""
     (rows, width), row = x_RD.shape, bytes_RB.shape[1]
     tiles, words = width // 128, bytes_RB.view(torch.int32)
     align = row & -row
@@ -218,5 +227,5 @@ def encode_rows(x_RD: Tensor, bytes_RB: Tensor, floor: float) -> None:
 
 
 def _sources(targets: int) -> int:
-    """That one program looks at."""
+    """Return the number of sources per program."""
     return max(1, min(128, HITS // power_of_2_from(targets)))

@@ -1,18 +1,18 @@
-"""The form in which rows travel.
+"""The format in which rows travel.
 
-A wire turns rows into bytes, one message row per row, and back. `bf16` sends the activation format as it is,
-so an fp32 run stays fp32 and loses nothing: there the name stands for "no wire format of its own". `fp8` sends
-E4M3 values with one power-of-two scale per 128 channels (paper 3.3.3), half the bytes of bf16.
+A wire encodes rows as bytes, one message row per row, and decodes them. `bf16` sends the activation dtype as it is, so
+an fp32 run stays fp32 and loses nothing; here the name means "no separate wire format". `fp8` sends E4M3 values with
+one power-of-two scale per 128 channels (paper 3.3.3), half the bytes of bf16.
 
 FP8 row, in bytes:  D values | ceil(D/128) scale exponents (UE8M0: exponent + 127) | zeros to a multiple of 4.
-Values are sent as bytes since gloo knows no FP8. With amax the largest magnitude of a tile:
+Values are sent as bytes, because gloo has no FP8. With amax the largest magnitude of a tile:
 
     scale = 2^ceil(log2(max(amax, floor) / 448)),    q = e4m3(x / scale)
 
-448 = 1.75 * 2^8 is the largest E4M3 number, so the exponent of the scale is that of amax less 8, plus 1 if the
-mantissa of amax exceeds 1.75. That is one integer addition to the bits of amax, exact and without a logarithm.
-Dividing by a power of two is exact as well, so q * scale is exact in bf16 and quantizing twice changes nothing:
-where rounding took a tile's amax down to 224 * scale, the second time halves the scale and doubles q, exactly.
+448 = 1.75 * 2^8 is the largest E4M3 number. So the exponent of the scale is the exponent of amax minus 8, plus 1 if the
+mantissa of amax exceeds 1.75. That is one integer addition to the bits of amax, exact and without a logarithm. Division
+by a power of two is exact as well, so q * scale is exact in bf16 and a second quantization changes nothing: if rounding
+reduced a tile's amax to 224 * scale, the second quantization halves the scale and doubles q, exactly.
 
 Shapes: R rows, D channels, B bytes per message row (a multiple of 4), S tiles of 128 channels.
 """
@@ -27,26 +27,30 @@ from torch.utils._pytree import tree_map_only
 
 from parallel.expert.permute import triton_dispatch
 
-# Rows as an FP8 wire brought them: for a product that takes them so, and to all else the values that they stand for.
+# Rows as they arrive from an FP8 wire: quantized for GEMMs that take FP8, plain values for all other operations.
 #
-# A `QuantizedRows` is a tensor of the activation format that holds E4M3 values and their scales.  Autograd hands it on like
-# any tensor, forward as rows and backward as their gradient.  The experts of an FP8 recipe take its parts; any other
-# operation gets its values, so nothing else needs to know that it exists.  Gathering rows gives rows in the same form.
+# A `QuantizedRows` is a tensor of the activation dtype that holds E4M3 values and their scales. Autograd passes it on
+# like any tensor, forward as rows and backward as their gradient. The experts of an FP8 recipe read its parts; any
+# other operation gets its values, so no other code needs to know that it exists. Gathering rows gives rows in the same
+# form.
 #
 # Shapes: R rows, D channels, S tiles of 128 channels.
 
 TILE = 128
-"""Values of a row that share a scale, on the wire and along the contraction of a product; also the side of a weight's block (paper 3.3.2)."""
+"""Values of a row that share a scale, on the wire and along the contraction of a GEMM; also the side of a weight's
+block (paper 3.3.2).
+"""
 _E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
 """The value of every byte."""
 Widen = Callable[[Tensor], Tensor]
-"""From values in FP8 to the same in fp32."""
+"""Converts FP8 values to fp32."""
 
 
 def widen(q_RD: Tensor) -> Tensor:
-    """FP8 values in fp32, by the way that is fast on the device. torch converts FP8 on a CPU one by one; to look up each of the 256 takes a fifth of that.
+    """Convert FP8 values to fp32, by the method that is fast on the device.
 
-    The table follows the rows to the meta device, where plans see what a CPU does.
+    torch converts FP8 on a CPU one value at a time; a lookup in a table of 256 values takes a fifth of that time. The
+    table follows the rows to the meta device, where plans see the operations of a CPU.
     """
     if q_RD.is_cuda:
         return q_RD.float()
@@ -56,8 +60,8 @@ def widen(q_RD: Tensor) -> Tensor:
 class QuantizedRows(Tensor):
     """Rows (R, D): q_RD times the scale of its tile, which bf16 holds exactly.
 
-    q_RD: float8_e4m3fn, its rows perhaps apart in memory. scale_RS: fp32 powers of two.
-    floor: smallest max-abs of a tile that a scale was made for. dtype: format of the values. widen: how they get there.
+    q_RD: float8_e4m3fn, its rows may be strided. scale_RS: fp32 powers of two. floor: smallest max-abs of a tile for
+    which a scale was made. dtype: of the values. widen: converts q_RD to fp32.
     """
 
     @staticmethod
@@ -83,7 +87,7 @@ class QuantizedRows(Tensor):
         return func(*args, **kwargs)
 
     def values(self) -> Tensor:
-        """The rows as a plain tensor."""
+        """Return the rows as a plain tensor."""
         return dequantize(self.q_RD, self.scale_RS, self.dtype, self.widen)
 
     def _gather(self, index_X: Tensor) -> "QuantizedRows":
@@ -95,12 +99,12 @@ class QuantizedRows(Tensor):
 
 
 def dequantize(q_RD: Tensor, scale_RS: Tensor, dtype: torch.dtype, widen: Widen = widen) -> Tensor:
-    """q_RD times the scale of its tile, of dtype."""
+    """Return q_RD times the scale of its tile, in dtype."""
     return in_tiles(widen(q_RD)).mul_(scale_RS[..., None]).flatten(1)[:, : q_RD.shape[1]].to(dtype)
 
 
 def in_tiles(x_RD: Tensor) -> Tensor:
-    """Rows as (R, S, 128), the last tile filled with zeros."""
+    """Return rows as (R, S, 128), the last tile padded with zeros."""
     width = x_RD.shape[1]
     if width % TILE:
         x_RD = torch.nn.functional.pad(x_RD, (0, -width % TILE))
@@ -109,25 +113,26 @@ def in_tiles(x_RD: Tensor) -> Tensor:
 
 E4M3_MAX = 448.0
 ACTIVATION_FLOOR, GRADIENT_FLOOR = 1e-4, 1e-12
-"""The smallest amax for gradients. Theirs can lie far below 1e-4 as a whole and would lose their range to the clamp of
-activations, so it is torchao's, which only guards the division."""
+"""The smallest amax for activations and for gradients. All gradients can be far below 1e-4 and would lose their
+range to the clamp of activations, so theirs is torchao's value, which only guards the division.
+"""
 
 
 class Wire(Protocol):
-    """How dispatchers use a wire."""
+    """The interface of a wire for dispatchers."""
 
     def row_bytes(self, width: int, dtype: torch.dtype) -> int:
-        """Bytes of one message row for rows of width channels, a multiple of 4."""
+        """Return the bytes of one message row for rows of width channels, a multiple of 4."""
 
     def encode(self, x_RD: Tensor, *, gradient: bool = False) -> Tensor:
-        """Rows to bytes, uint8 (R, B)."""
+        """Encode rows as bytes, uint8 (R, B)."""
 
     def decode(self, bytes_RB: Tensor, width: int, dtype: torch.dtype, *, gradient: bool = False) -> Tensor:
-        """Bytes to rows, (R, width) of dtype. gradient: as they were encoded."""
+        """Decode bytes to rows, (R, width) of dtype. gradient: as they were encoded."""
 
 
 class HighWire:
-    """The activation format itself: encode and decode are views where the width allows it."""
+    """The activation dtype itself: encode and decode are views if the width allows it."""
 
     def row_bytes(self, width: int, dtype: torch.dtype) -> int:
         return _round_up(width * dtype.itemsize, 4)
@@ -135,11 +140,11 @@ class HighWire:
     def encode(self, x_RD: Tensor, *, gradient: bool = False) -> Tensor:
         bytes_RB = x_RD.contiguous().view(torch.uint8)
         missing = -bytes_RB.shape[1] % 4
-        return F.pad(bytes_RB, (0, missing)) if missing else bytes_RB  # to pad by nothing makes a copy
+        return F.pad(bytes_RB, (0, missing)) if missing else bytes_RB  # padding by nothing would copy
 
     def decode(self, bytes_RB: Tensor, width: int, dtype: torch.dtype, *, gradient: bool = False) -> Tensor:
         rows_RB = bytes_RB[:, : width * dtype.itemsize]
-        if bytes_RB.stride(0) % dtype.itemsize:  # fp64, beside an odd number of 4-byte words
+        if bytes_RB.stride(0) % dtype.itemsize:  # fp64 beside an odd number of 4-byte words
             rows_RB = rows_RB.clone(memory_format=torch.contiguous_format)
         return rows_RB.view(dtype)
 
@@ -147,8 +152,8 @@ class HighWire:
 class Fp8Wire:
     """E4M3 with power-of-two scales per 1x128 tile (paper 3.3.2, 3.3.3).
 
-    activation_floor: smallest amax used for a scale. DeepSeek clamps activations at 1e-4.
-    gradient_floor: the same for gradients.
+    activation_floor: smallest amax used for a scale. DeepSeek clamps activations at 1e-4. gradient_floor: the same for
+    gradients.
     """
 
     def __init__(self, activation_floor: float = ACTIVATION_FLOOR, gradient_floor: float = GRADIENT_FLOOR):
@@ -171,7 +176,7 @@ class Fp8Wire:
         amax_RS = tiles_RST.abs().amax(2).clamp_min(floor)
         exponent_RS = ((amax_RS.view(torch.int32) + 0x1FFFFF) >> 23) - 8
         inverse_RS = ((254 - exponent_RS) << 23).view(torch.float32)
-        # The clamp acts on infinities only: they stay infinite through the scale, which a cast would not promise.
+        # The clamp changes infinities only: they stay infinite through the scale, which a cast would not guarantee.
         q_RD = (tiles_RST * inverse_RS[..., None]).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).flatten(1)
         bytes_RB = torch.zeros(rows, self.row_bytes(width, x_RD.dtype), dtype=torch.uint8, device=x_RD.device)
         bytes_RB[:, :width] = q_RD[:, :width].view(torch.uint8)
@@ -179,7 +184,7 @@ class Fp8Wire:
         return bytes_RB
 
     def decode_parts(self, bytes_RB: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        """Bytes to q_RD (float8_e4m3fn, a view) and scale_RS (fp32), for a product that takes both."""
+        """Split bytes into q_RD (float8_e4m3fn, a view) and scale_RS (fp32), for a GEMM that takes both."""
         q_RD = bytes_RB[:, :width].view(torch.float8_e4m3fn)
         exponent_RS = bytes_RB[:, width : width + _tiles(width)].to(torch.int32)
         return q_RD, (exponent_RS << 23).view(torch.float32)
@@ -188,12 +193,12 @@ class Fp8Wire:
         return self.unpack(*self.decode_parts(bytes_RB, width), dtype, gradient=gradient)
 
     def unpack(self, q_RD: Tensor, scale_RS: Tensor, dtype: torch.dtype, *, gradient: bool) -> Tensor:
-        """The rows that these parts stand for."""
+        """Return the rows of these parts."""
         return dequantize(q_RD, scale_RS, dtype, self.widen)
 
 
 class Fp8RowsWire(Fp8Wire):
-    """The FP8 wire for experts that compute in FP8: what arrives stays quantized (parallel/expert/wire.py)."""
+    """The FP8 wire for experts that compute in FP8: arrivals stay quantized."""
 
     def unpack(self, q_RD: Tensor, scale_RS: Tensor, dtype: torch.dtype, *, gradient: bool) -> Tensor:
         floor = self.gradient_floor if gradient else self.activation_floor

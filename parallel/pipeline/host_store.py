@@ -1,20 +1,20 @@
-"""Activations in the host's memory, between the forward that makes them and the backward that reads them.
+"""Stores activations in host memory between the forward that makes them and the backward that reads them.
 
-What a part of the model keeps goes out as one batch when the part ends, and comes back as one, in the reverse order. The order of
-the pipeline's actions says when:
+The activations that a part of the model keeps go to the host as one batch when the part ends, and return as one batch,
+in reverse order. The order of the pipeline's actions sets the times:
 
-    out     A copy starts as the batch is sent. The device's memory is let go of when the next batch of the action is sent, or
-            when the next action ends: until then the copy has computing beside it, and a backward that comes at once takes
-            back what has not gone yet.
-    back    The newest batch of a micro-batch starts to come back one action ahead of the backward that reads it. When backward
-            reads a batch, the one before it starts: two are on the device at a time.
+    out     A copy starts when the batch is sent. The device memory is freed when the action sends its next batch, or
+            when the next action ends. Until then computing hides the copy, and a backward that follows at once reuses
+            what has not gone yet.
+    back    The newest batch of a micro-batch starts to return one action before the backward that reads it. When
+            backward reads a batch, the previous batch starts to return: two batches are on the device at a time.
 
-Copies have two streams of the device, one each way, as its link works both ways at once. They wait for the computing and it for
-them by events, so the host waits for nothing. A copy's memory is let go of where the computing has waited for the copy, so the
-allocator needs to know of no second stream. On a CPU the same code copies where it stands.
+Copies use two device streams, one per direction, because the link works in both directions at once. Copies and
+computing wait for each other by events, so the host never waits. A copy's memory is freed after computing has waited
+for the copy, so the allocator needs to know of no second stream. On a CPU the same code copies synchronously.
 
-The host's memory is taken in pages, pinned for a GPU, which are kept and used again: experts' rows differ from one micro-batch
-to the next, so buffers of fitting sizes would pile up.
+Host memory is taken in pages (pinned for a GPU), which are kept and reused. Experts' rows differ from one micro-batch
+to the next, so buffers of exact sizes would pile up.
 """
 
 from collections import deque
@@ -32,7 +32,7 @@ from parallel.pipeline.orders import Action
 from parallel.pipeline.simulate import what_runs
 
 ALIGNMENT = 64
-"""Bytes at whose multiples tensors begin in a batch."""
+"""Alignment in bytes of tensors in a batch."""
 
 
 class HostMemoryFull(RuntimeError):
@@ -40,7 +40,7 @@ class HostMemoryFull(RuntimeError):
 
 
 def page_bytes(sizes: Iterable[int], kind: str) -> int:
-    """Bytes of the pages that a batch of tensors of so many bytes takes. kind: of the device."""
+    """Return the bytes of the pages for a batch of tensors with these sizes in bytes. kind: of the device."""
     page = _size_of_page(kind)
     return -(-sum(map(_aligned, sizes)) // page) * page
 
@@ -50,8 +50,8 @@ def _size_of_page(kind: str) -> int:
 
 
 def reads(action: Action, one_piece: Collection[int] = ()) -> list[tuple[int, int]]:
-    """Stage and micro-batch whose activations an action reads before any other does. one_piece: stages whose backward cannot be
-    split.
+    """Return the stages and micro-batches whose activations an action is the first to read. one_piece: stages whose
+    backward cannot be split.
     """
     return [
         (part.stage, part.micro_batch)
@@ -61,9 +61,9 @@ def reads(action: Action, one_piece: Collection[int] = ()) -> list[tuple[int, in
 
 
 class HostStore:
-    """The store of one rank. Copies between its device and pages of its host; see above.
+    """The store of one rank. It copies between its device and pages of its host; see above.
 
-    Outside of actions a batch comes back when it is read.
+    Outside of actions, a batch returns when it is read.
     """
 
     def __init__(self, device: torch.device):
@@ -71,32 +71,32 @@ class HostStore:
         self._pages = _Pages(device.type)
         self._out, self._back = _Copies(device), _Copies(device)
         self._reads: dict[tuple[str, int, int], tuple[list[tuple[int, int]], list[tuple[int, int]]]] = {}
-        """By action what it reads, and what the one after it does."""
+        """By action: what it reads, and what the next action reads."""
         self._batches: dict[tuple[int, int], list[_Batch]] = {}
-        """By stage and micro-batch, until they are read."""
+        """By stage and micro-batch, until the batches are read."""
         self._current: tuple[int, int] | None = None
-        """Stage and micro-batch of the forward that runs."""
+        """Stage and micro-batch of the running forward."""
         self._leaving: list[_Batch] = []
-        """What this action sends out; at most one."""
+        """Batches that this action sends out; at most one."""
         self._left_over: list[_Batch] = []
-        """What the action before has left."""
+        """Batches that the previous action left."""
         self.sent_bytes = 0
-        """What went out since this object was made."""
+        """Bytes sent to the host since construction."""
 
     @property
     def taken_bytes(self) -> int:
-        """Memory of the host."""
+        """Bytes of host memory in use for pages."""
         return self._pages.taken
 
     def start(self, actions: Iterable[Action], one_piece: Collection[int] = ()) -> None:
-        """A step begins, of these actions. one_piece: as in `reads`."""
+        """Start a step made of these actions. one_piece: as in `reads`."""
         runs = [action for action in actions if what_runs(action, action.stage in one_piece)]
         read = [*(reads(action, one_piece) for action in runs), []]
         self._reads = {action[:3]: pair for action, pair in zip(runs, pairwise(read), strict=True)}
 
     @contextmanager
     def acting(self, kind: str, stage: int, micro_batch: int) -> Iterator[None]:
-        """Around one action of the step; of a pair its forward half is given."""
+        """Wrap one action of the step; for a pair, pass its forward half."""
         if (kind, stage, micro_batch) not in self._reads:  # nothing runs
             yield
             return
@@ -112,10 +112,10 @@ class HostStore:
         self._left_over, self._leaving, self._current = self._leaving, [], None
         for key in now:
             for batch in self._batches.pop(key):
-                batch.wait()  # also of those that nothing was read of, before others have their memory
+                batch.wait()  # also batches that nothing was read from, before their memory is reused
 
     def send(self, storages: Sequence[Tensor]) -> list["_Piece"]:
-        """Begin to bring storages, flat and in bytes, to the host. What is returned for each gives it back."""
+        """Start to copy storages (flat, in bytes) to the host. Returns one object per storage, which gives it back."""
         self._let_go(self._leaving)
         sizes = list(map(len, storages))
         before = [] if self._current is None else self._batches[self._current]
@@ -133,7 +133,7 @@ class HostStore:
         return batch.held
 
     def read(self, batch: "_Batch") -> None:
-        """Let computing that comes now have this batch, and begin to fetch the one before it."""
+        """Make this batch available to the computing that follows, and start to fetch the previous batch."""
         self._fetch(batch)
         batch.wait()
         before, batch.before = batch.before, None
@@ -144,7 +144,7 @@ class HostStore:
         if batch.is_back:
             return
         batch.is_back = True
-        if not batch.held:  # else it has not left
+        if not batch.held:  # else it has not left the device
             pieces = [
                 (piece, places)
                 for one, places in zip(batch.pieces, batch.places, strict=True)
@@ -163,7 +163,7 @@ class HostStore:
     def _let_go(self, batches: list["_Batch"]) -> None:
         for batch in batches:
             if batch.is_back:
-                continue  # a backward came at once
+                continue  # a backward followed at once
             pieces = batch.held
             batch.wait()
             for piece in pieces:
@@ -171,7 +171,7 @@ class HostStore:
 
 
 class _Place(NamedTuple):
-    """Bytes begin to end of a storage, and where they lie on the host."""
+    """Bytes begin to end of a storage, and their place on the host."""
 
     begin: int
     end: int
@@ -186,39 +186,39 @@ class _Piece:
         self.batch: _Batch
 
     def fetched(self) -> Tensor:
-        """The storage, flat and in bytes, for computing that comes now."""
+        """Return the storage, flat and in bytes, for the computing that follows."""
         self._store.read(self.batch)
         assert self.tensor is not None
         return self.tensor
 
 
 class _Batch:
-    """What was sent together."""
+    """Storages that were sent together."""
 
     def __init__(self, pieces: list[_Piece], before: "_Batch | None", pages: "_Pages"):
         self.held = pieces
-        """Pieces as long as they are on their way, out or back: the device's memory must not be let go of under a copy."""
+        """Pieces during a copy, out or back: their device memory must not be freed before the copy ends."""
         self.pieces = [ref(piece) for piece in pieces]
-        """Those that backward still wants."""
+        """Pieces that backward still needs."""
         self.before = before
-        """The one that the same forward sent before, until this one is read."""
+        """The previous batch of the same forward, until this batch is read."""
         self.is_back = False
         self.places: list[list[_Place]] = []
         self.pages: list[_Page] = []
         self.copied: torch.cuda.Event | None = None
-        """When the last copy of it is through."""
+        """Event after the batch's last copy."""
         self._all_pages = pages
         for piece in pieces:
             piece.batch = self
 
     def wait(self) -> None:
-        """Let computing wait for the last copy; what comes after may have the memory."""
+        """Let computing wait for the last copy; later work may reuse the memory."""
         if self.copied is not None:
             torch.cuda.current_stream().wait_event(self.copied)
         self.held = []
 
     def give_pages(self) -> None:
-        """Let others have the pages, after the last copy."""
+        """Release the pages for reuse, after the last copy."""
         self.places = []
         for page in self.pages:
             page.read = self.copied
@@ -226,11 +226,11 @@ class _Batch:
         self.pages = []
 
     def __del__(self):
-        self.give_pages()  # of a graph that fell without a backward
+        self.give_pages()  # for a graph that was dropped without a backward
 
 
 class _Page:
-    """host: its bytes. read: when the copy back is through that read it last."""
+    """host: its bytes. read: event after the last copy that read the page."""
 
     def __init__(self, host: Tensor):
         self.host = host
@@ -238,7 +238,7 @@ class _Page:
 
 
 class _Pages:
-    """The host's memory of a rank."""
+    """The host memory of a rank."""
 
     def __init__(self, kind: str):
         self._kind, self._size = kind, _size_of_page(kind)
@@ -246,7 +246,9 @@ class _Pages:
         self.taken = 0
 
     def take(self, size: int) -> list[_Page]:
-        """Pages for so many bytes. What is copied to them on the current stream comes after what was read from them."""
+        """Return pages for `size` bytes. Copies to them on the current stream wait until earlier reads have
+        finished.
+        """
         pages = [self.free.popleft() if self.free else self._make() for _ in range(-(-size // self._size))]
         for event in {page.read for page in pages if page.read is not None}:
             torch.cuda.current_stream().wait_event(event)
@@ -271,7 +273,7 @@ class _Copies:
 
     @contextmanager
     def after_computing(self) -> Iterator[None]:
-        """Copies inside wait for what was computed up to now."""
+        """Make copies inside the block wait for all computing so far."""
         if self._stream is None:
             yield
             return
@@ -280,7 +282,7 @@ class _Copies:
             yield
 
     def mark(self) -> torch.cuda.Event | None:
-        """Their end up to here."""
+        """Return an event after all copies so far."""
         if self._stream is None:
             return None
         event = torch.cuda.Event()
@@ -293,7 +295,7 @@ def _aligned(size: int) -> int:
 
 
 def _places(sizes: Iterable[int], pages: Sequence[_Page]) -> Iterator[list[_Place]]:
-    """Where storages of these sizes lie, one behind the other."""
+    """Yield the places of storages with these sizes, one after another."""
     at = 0
     for size in sizes:
         places, begin = [], 0

@@ -1,7 +1,7 @@
-"""Which class of torch drives each schedule, and the order of its actions: what every rank computes, one after another.
+"""The torch class that drives each schedule, and the order of its actions on every rank.
 
-The order comes from the very class that drives a run, built around stand-ins for the stages, so that a plan simulates the schedule
-that will run. What a schedule asks of a layout stands in conf/pipeline_schedules.py.
+The order comes from the class that drives a run, built with placeholder stages, so that a plan simulates the schedule
+that will run. conf/pipeline_schedules.py lists what a schedule requires of a layout.
 """
 
 from collections.abc import Callable
@@ -17,11 +17,11 @@ from torch.distributed.pipelining.schedules import PipelineScheduleMulti
 from conf.pipeline_schedules import PLAIN_SCHEDULE, SCHEDULES
 
 TorchClass = type[Any]
-"""A PipelineScheduleSingle, or a PipelineScheduleMulti; they are called in different ways."""
+"""A PipelineScheduleSingle or a PipelineScheduleMulti; they are called in different ways."""
 
 
 class Action(NamedTuple):
-    """One thing a rank computes: F, B, I or W of one stage and micro-batch, or FB with its two halves."""
+    """One unit of a rank's work: F, B, I or W of one stage and micro-batch, or FB with its two halves."""
 
     kind: str
     stage: int
@@ -36,17 +36,22 @@ class TorchOrder:
 
     drives: TorchClass
     of_rank: Callable[[int, int, int], list[Action]] | None = None
-    """rank, pp, micro_batches: the order, where torch's class has no list that is right; for one stage a rank."""
+    """Function of rank, pp and micro_batches that returns the order, if torch's class has no correct list; for one
+    stage per rank.
+    """
 
     @property
     def is_multi(self) -> bool:
-        """It takes all stages of a rank, and waits for what they sent at the end of a step."""
+        """Whether it takes all stages of a rank, and waits for their sends at the end of a step."""
         return issubclass(self.drives, PipelineScheduleMulti)
 
 
 def _one_f_one_b(rank: int, pp: int, micro_batches: int) -> list[Action]:
-    """The order that Schedule1F1B executes. (The list it reports, pipeline_order, is wrong in torch 2.13: its last
-    stage starts at micro-batch 1; the class never runs that list.)"""
+    """Return the order that Schedule1F1B executes.
+
+    The list that it reports, pipeline_order, is wrong in torch 2.13: its last stage starts at micro-batch 1; the class
+    never runs that list.
+    """
     warm_up = min(micro_batches, pp - rank)
     forwards = [Action("F", rank, m) for m in range(micro_batches)]
     backwards = [Action("B", rank, m) for m in range(micro_batches)]
@@ -66,9 +71,11 @@ ORDERS: dict[str, TorchOrder] = {
 def schedule_actions(
     name: str, pp: int, micro_batches: int, virtual: int = 2, overlap: bool = True
 ) -> list[list[Action]]:
-    """What every rank computes, in order, under torch's schedule of this name; not to be changed. Needs no process group.
+    """Return every rank's actions, in order, under torch's schedule of this name. Do not change the result. Needs no
+    process group.
 
-    virtual: parallel.virtual_stages; overlap: whether pairs run together, else torch runs the forward and then the backward.
+    virtual: parallel.virtual_stages; overlap: whether pairs run together; otherwise torch runs the forward and then the
+    backward.
     """
     order = ORDERS[name]
     if order.of_rank is not None:
@@ -89,9 +96,11 @@ def schedule_actions(
 
 
 def without_transfers(drives: type[PipelineScheduleMulti]) -> type[PipelineScheduleMulti]:
-    """Leaves out the lists with communication, which no one asks for here and which take torch most of the time."""
+    """Return a class without the lists with communication, which are not needed here and take torch most of the
+    time.
+    """
 
-    class ComputeOnly(drives):  # pyrefly: ignore[invalid-inheritance]  one that is known at run time
+    class ComputeOnly(drives):  # pyrefly: ignore[invalid-inheritance]  the class is known at run time
         def _prepare_schedule_with_comms(self, *_: object, **__: object) -> None:
             pass
 
@@ -99,7 +108,7 @@ def without_transfers(drives: type[PipelineScheduleMulti]) -> type[PipelineSched
 
 
 def _action(torch_action) -> Action:
-    """torch's action tuple as ours."""
+    """Convert torch's action tuple to ours."""
     if torch_action.sub_actions:
         halves = tuple(_action(half) for half in torch_action.sub_actions)
         return Action("FB", halves[0].stage, halves[0].micro_batch, halves)

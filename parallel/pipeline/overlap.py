@@ -1,37 +1,39 @@
-"""The forward of one micro-batch and the backward of another, interleaved so that transfers fly under compute.
+"""The forward of one micro-batch and the backward of another, interleaved so that compute hides communication.
 
-Inside a layer of experts neither pass can hide its own all-to-all: the next product needs what is in flight.  The
-other pass can (paper 3.2.1).  So the two run as lanes that take turns, and turns change where communication starts:
-who has launched an asynchronous all-to-all calls `yield_point()` before waiting for it, and the other lane computes
-until it has launched its own.  Backward goes first, which gives the paper's order per pair of layers
-(deepseek_v3.md 5.3):
+Inside an expert layer neither pass can hide its own all-to-all, because its next GEMM needs the data in flight. The
+other pass can (paper 3.2.1). So the two run as lanes that take turns, and turns change when communication starts: a
+lane that has launched an asynchronous all-to-all calls `yield_point()` before it waits, and the other lane computes
+until it has launched its own. Backward goes first, which gives the paper's order per pair of layers (deepseek_v3.md
+5.3):
 
     backward lane                          forward lane
     begin combine(B)           ->
-                                           attn(F), begin dispatch(F)        combine(B) flies under attn(F)
+                                           attn(F), begin dispatch(F)        combine(B) is hidden by attn(F)
                                <-
     wait, mlp(B) and mlp(W),
-    begin dispatch(B)          ->                                            dispatch(F) flies under mlp(B), mlp(W)
-                                           wait, mlp(F), begin combine(F)    dispatch(B) flies under mlp(F)
+    begin dispatch(B)          ->                                            dispatch(F) is hidden by mlp(B), mlp(W)
+                                           wait, mlp(F), begin combine(F)    dispatch(B) is hidden by mlp(F)
                                <-
-    wait, attn(B), attn(W)     ->          wait                              combine(F) flies under attn(B), attn(W)
+    wait, attn(B), attn(W)     ->          wait                              combine(F) is hidden by attn(B), attn(W)
 
-It departs from the paper in one place: mlp(W) runs with mlp(B), because autograd computes both gradients of a product
-in one node, and so helps to hide dispatch(F) rather than dispatch(B).
+It departs from the paper in one place. Autograd computes both gradients of a GEMM in one node, so mlp(W) runs with
+mlp(B) and helps to hide dispatch(F) rather than dispatch(B).
 
-The backward lane is a second thread, since autograd cannot be paused in any other way; a baton lets exactly one lane
-run at a time.  So there is no data race, and the order of everything both lanes do is that of one thread.
+The backward lane is a second thread, because autograd cannot be paused in another way; a baton lets exactly one lane
+run at a time. So there is no data race, and both lanes together behave like one thread.
 
-No deadlock between ranks.  Collectives on a group match when all its ranks issue them in the same order.  The ranks of an
-expert group, and those that share sequences, hold the same stages and run the same list of actions, so they pair the same
-forward with the same backward.  Within a pair the order is a function of the sequence of yield points of either lane alone: the baton
-changes hands at each of them, never by time, until a lane ends, and then the other one runs to its end.  The sequence
-of yield points follows from the layers of the stage, which are the same on all these ranks; it must not depend
-on data (a dispatcher yields also when it has no row to send).  By induction over turns every rank issues the same
-collectives in the same order.  Those of shared sequences (the gather of latents before attention and in its backward, the
-scatter of their gradients, the count of chosen experts in the router; parallel/context.py) are issued and waited for inside
-one turn, as often as there are layers, whatever the data: they have no yield point of their own, and so a fixed place between
-two of the others.  Pipeline sends and receives happen before and after the pair, never inside it.
+No deadlock between ranks. Collectives on a group match if all its ranks issue them in the same order. The ranks of an
+expert group, and those that share sequences, hold the same stages and run the same list of actions, so they pair the
+same forward with the same backward. Within a pair, the order depends only on the sequence of yield points of each lane.
+The baton changes hands at each yield point, never by time, until a lane ends; then the other lane runs to its end. The
+sequence of yield points follows from the layers of the stage, which are the same on all these ranks. It must not depend
+on data: a dispatcher yields even if it has no row to send. By induction over turns every rank issues the same
+collectives in the same order.
+
+Collectives of shared sequences (the gather of latents before attention and in its backward, the scatter of their
+gradients, the count of chosen experts in the router; parallel/context.py) have no yield point. A lane issues them and
+waits for them inside one turn, as often as there are layers, whatever the data. So each has a fixed place between two
+yield points. Pipeline sends and receives happen before and after the pair, never inside it.
 """
 
 import queue
@@ -44,35 +46,35 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-if TYPE_CHECKING:  # dispatchers import this file for yield_point, and need none of torch's pipelining
+if TYPE_CHECKING:  # dispatchers import this file for yield_point, without torch's pipelining
     from parallel.pipeline.stage import Stage
 
 _FORWARD, _BACKWARD = 0, 1
 _NAMES = ("forward", "backward")
 
 _current: "_Pair | None" = None
-# The pair that is running in this process, if any.  A dispatcher's backward runs in a thread of autograd (its own
-# thread per CUDA device), which inherits neither thread-locals nor context variables from the lane; as only
-# one lane ever runs, whoever calls yield_point() is the lane that holds the baton.
+# The pair that runs in this process, if any. A dispatcher's backward runs in a thread of autograd (one thread per CUDA
+# device), which inherits neither thread-locals nor context variables from the lane. Only one lane ever runs, so the
+# caller of yield_point() is the lane with the baton.
 
 
 def yield_point() -> None:
     """Let the other lane compute. Call after launching an asynchronous transfer, before waiting for it.
 
-    Does nothing outside of an overlapped pair, and once the other lane has ended.
+    Does nothing outside of an overlapped pair, or after the other lane has ended.
     """
     if _current is not None:
         _current.hand_over()
 
 
 class LaneStopped(RuntimeError):
-    """Raised at the yield point of a lane whose partner failed; the partner's error is the one that reaches the user."""
+    """Raised at the yield point of a lane whose partner failed; the user sees the partner's error."""
 
 
 class Lanes:
     """Runs pairs of a forward and a backward. Keeps one thread for the backward lanes; close() ends it.
 
-    timeout: seconds that one lane waits for its turn, at most; larger than the longest collective may take.
+    timeout: maximum seconds that one lane waits for its turn; must exceed the longest collective.
     """
 
     def __init__(self, device: torch.device, timeout: float = 600.0):
@@ -81,7 +83,9 @@ class Lanes:
         threading.Thread(target=_work_off, args=(self._work,), name="backward-lane", daemon=True).start()
 
     def run(self, forward: Callable[[], Any], backward: Callable[[], Any]) -> tuple[Any, Any]:
-        """Results of both; forward runs in the calling thread. The first error of either lane is raised here."""
+        """Run both and return their results; forward runs in the calling thread. The first error of either lane is
+        raised here.
+        """
         global _current
         assert _current is None, "one pair at a time"
         _current = pair = _Pair(self._timeout)
@@ -105,11 +109,11 @@ def _work_off(work: "queue.SimpleQueue[Callable[[], None] | None]") -> None:
     """Body of the backward lanes' thread."""
     while (job := work.get()) is not None:
         job()
-        del job  # it holds the graph of its micro-batch, and the next one may be long in coming
+        del job  # the job holds the graph of its micro-batch, and the next job may come much later
 
 
 def _on_current_stream(work: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
-    """The work on the caller's stream: another thread would start on the default one."""
+    """Run the work on the caller's stream: another thread would start on the default stream."""
     if device.type != "cuda":
         return work
     stream = torch.cuda.current_stream(device)
@@ -122,7 +126,9 @@ def _on_current_stream(work: Callable[[], Any], device: torch.device) -> Callabl
 
 
 def _in_same_modes(work: Callable[[], Any]) -> Callable[[], Any]:
-    """The work under the dispatch modes of the caller, which torch keeps per thread: a count of memory sees both lanes."""
+    """Run the work under the caller's dispatch modes, which torch keeps per thread, so that a memory count sees both
+    lanes.
+    """
     modes = _get_current_dispatch_mode_stack()
     if not modes:
         return work
@@ -137,7 +143,7 @@ def _in_same_modes(work: Callable[[], Any]) -> Callable[[], Any]:
 
 
 class _Pair:
-    """One overlapped run: whose turn it is, and what came out."""
+    """One overlapped run: the lane whose turn it is, and the results."""
 
     def __init__(self, timeout: float):
         self.results: list[Any] = [None, None]
@@ -149,7 +155,7 @@ class _Pair:
         self._baton[_BACKWARD].release()
 
     def run(self, lane: int, work: Callable[[], Any]) -> None:
-        """Body of one lane, from its first turn to its end; hands the baton on whatever happens."""
+        """Body of one lane, from its first turn to its end; it always passes the baton on."""
         try:
             self._await_turn(lane)
             self.results[lane] = work()
@@ -184,10 +190,11 @@ class _Pair:
 
 
 def overlapped_pair(lanes: Lanes, acting: Callable[..., AbstractContextManager]) -> Callable[[Any, Any], None]:
-    """What torch's runtime shall do at an OVERLAP_F_B action of DualPipeV (for register_custom_function).
+    """Return the function that torch's runtime runs at an OVERLAP_F_B action of DualPipeV (for
+    register_custom_function).
 
-    Both receives are waited for before the pair starts and both sends come after it, as they do in the runtime's own
-    version, which runs the two halves one after the other; only the middle differs.
+    Both receives are waited for before the pair starts and both sends come after it, as in the runtime's own version,
+    which runs the two halves one after the other; only the middle differs.
     """
 
     def run_pair(action: Any, context: Any) -> None:
@@ -217,7 +224,7 @@ def overlapped_pair(lanes: Lanes, acting: Callable[..., AbstractContextManager])
 
 
 def _receive(posted: dict, stage: int, micro_batch: int, local: bool) -> None:
-    """Wait for what a neighbour sends; a neighbour on this rank has handed it over already."""
+    """Wait for a neighbour's message; a neighbour on this rank has handed its tensor over already."""
     if not local:
         for work in posted.pop((stage, micro_batch)):
             work.wait()

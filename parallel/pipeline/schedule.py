@@ -64,23 +64,23 @@ class Pipeline(Generic[Chunk]):
         self.modules, self.stage_ids, self.num_stages = list(modules), list(stage_ids), num_stages
         self.group, self.device, self.hidden, self.dtype, self._cp = group, device, hidden, dtype, cp
         self.timeline = timeline_of(device)
-        """When each action of the last steps ran."""
+        """Times of each action in the last steps."""
         self.stage_type: type[Stage] = Stage
-        """What stages are made as, before the first step."""
+        """Class of the stages; set it before the first step."""
         self.on_action: Callable[[str, int, int], None] = lambda kind, stage, micro_batch: None
-        """Told of every action as it begins."""
+        """Called at the start of every action."""
         self.on_chunk_end: Callable[[int], None] = lambda chunk: None
-        """Told which chunk's gradients are whole, as soon as they are, where other chunks of the rank still have work."""
+        """Called with a chunk as soon as its gradients are complete, if other chunks of the rank still have work."""
         self._left: dict[int, int] = {}
-        """Backward passes to come in this step, by stage."""
+        """Backward passes left in this step, by stage."""
         self._host = host
         self._lanes = Lanes(device, timeout) if overlap and self.facts.pairs else None
         placement = self.facts.place_stages(num_stages // each, each)
         self._rank_of = {stage: rank for rank, stages in enumerate(placement) for stage in stages}
         self._schedules: dict[tuple, Any] = {}
         if dist.get_world_size(group) > 1:
-            # torch opens the group's communicator at the first mixed send and receive, where only two ranks meet; NCCL
-            # wants all of them there, so open it here.
+            # torch opens the group's communicator at the first mixed send and receive, which only two ranks enter; NCCL
+            # needs all ranks there, so open it here.
             dist.all_reduce(torch.zeros(1, device=device), group=group)
 
     @property
@@ -111,7 +111,7 @@ class Pipeline(Generic[Chunk]):
         if self._host is not None:
             self._host.start(*self._actions(micro_batches))
         with self.timeline.step():
-            # The target only has to be there: the last chunk already knows its targets from tokens_BS.
+            # The target only has to exist: the last chunk already knows its targets from tokens_BS.
             schedule.step(tokens_BS, target=tokens_BS, losses=losses, return_outputs=False, **keywords)
         return torch.stack(losses).sum().detach() if self.has_last else None
 
@@ -179,7 +179,9 @@ class Pipeline(Generic[Chunk]):
         return found
 
     def _exchange(self, slot: int, outputs: dict, tokens: Sequence[Tensor]) -> dict[tuple[int, int], Tensor]:
-        """Send what this rank made in the slot to the next stages, and receive what its stages need in the next."""
+        """Send this rank's outputs of the slot to the next stages, and receive the inputs of its stages for the next
+        slot.
+        """
         inputs, transfers = {}, []
         for (stage, m), output in outputs.items():
             if stage + 1 in self.stage_ids:
@@ -199,7 +201,7 @@ class Pipeline(Generic[Chunk]):
         return dist.P2POp(operation, tensor, group=self.group, group_peer=self._rank_of[stage])
 
     def _schedule(self, tokens_BS: Tensor, micro_batches: int, mean: float):
-        """The torch schedule for this number and shape of micro-batches; a batch ramp changes the number."""
+        """Return the torch schedule for this number and shape of micro-batches; a batch ramp changes the number."""
         B, S = tokens_BS.shape
         assert B % micro_batches == 0, (B, micro_batches)
         key = (micro_batches, B // micro_batches, S, mean)
@@ -235,7 +237,7 @@ class Pipeline(Generic[Chunk]):
         return schedule
 
     def _actions(self, micro_batches: int) -> tuple[list[Action], list[int]]:
-        """What this rank does in a step, and its stages whose backward cannot be split."""
+        """Return this rank's actions in a step, and its stages whose backward cannot be split."""
         each = len(self.modules)
         actions = schedule_actions(
             self.facts.name, self.num_stages // each, micro_batches, each, self._lanes is not None
@@ -248,7 +250,7 @@ class Pipeline(Generic[Chunk]):
     def _acting(
         self, kind: str, stage: int, micro_batch: int, backward: tuple[int, int] | None = None
     ) -> Iterator[None]:
-        """Around every action; arguments as in `Timeline.action`."""
+        """Wrap every action; arguments as in `Timeline.action`."""
         self.on_action(kind, stage, micro_batch)
         hosted = nullcontext() if self._host is None else self._host.acting(kind, stage, micro_batch)
         with self.timeline.action(kind, stage, micro_batch, backward), hosted:
@@ -262,7 +264,7 @@ class Pipeline(Generic[Chunk]):
             self.on_chunk_end(chunk)
 
     def _example(self, boundary: int, B: int, S: int) -> Tensor:
-        """What crosses the boundary before stage `boundary`: tokens, hidden states, or (at the end) the loss."""
+        """Return an example of the data before stage `boundary`: tokens, hidden states, or (at the end) the loss."""
         if boundary == 0:
             return torch.empty(B, S, dtype=torch.int64, device="meta")
         if boundary == self.num_stages:
@@ -271,6 +273,6 @@ class Pipeline(Generic[Chunk]):
 
 
 def _given(documents_BS: Tensor | None, supervised_BS: Tensor | None) -> dict[str, Tensor]:
-    """Keywords of a chunk beside its tokens."""
+    """Return the keywords of a chunk besides its tokens."""
     named = {"documents_BS": documents_BS, "supervised_BS": supervised_BS}
     return {name: value for name, value in named.items() if value is not None}

@@ -1,9 +1,9 @@
-"""How long a schedule takes when its actions (orders.py) have given lengths, without ranks.
+"""Computes how long a schedule takes if its actions (orders.py) have given lengths, without ranks.
 
-Each rank executes its list in order; an action starts when the rank is free and what it needs has arrived:
+Each rank executes its list in order; an action starts when the rank is free and its inputs have arrived:
 
     F(stage, m) needs F(stage - 1, m);    B or I(stage, m) needs B or I(stage + 1, m) and F(stage, m);
-    W(stage, m) needs I(stage, m);        FB(F, B), an overlapped pair, needs what both halves need.
+    W(stage, m) needs I(stage, m);        FB(F, B), an overlapped pair, needs the inputs of both halves.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +21,7 @@ class Simulation:
     busy: list[float]
     """Seconds of computing, per rank."""
     starts: list[list[float]]
-    """When every action starts, per rank, in the order of the rank's list."""
+    """Start of every action, per rank, in the order of the rank's list."""
 
     @property
     def bubble(self) -> float:
@@ -35,8 +35,10 @@ class Simulation:
 
 
 def what_runs(action: Action, one_piece: bool) -> str:
-    """F, B, I, W or FB as it really runs, or nothing. one_piece: whether the stage's backward cannot be split, and is done in its I.
-    Of any other first stage torch does all of it in its W.
+    """Return the kind that an action really runs as: F, B, I, W, FB, or "" for nothing.
+
+    one_piece: the stage's backward cannot be split, so its I does all of it. In any other first stage, torch does the
+    whole backward in W.
     """
     if action.kind not in ("I", "W") or not (one_piece or action.stage == 0):
         return action.kind
@@ -44,8 +46,10 @@ def what_runs(action: Action, one_piece: bool) -> str:
 
 
 def stages_ahead(actions: Sequence[Action], one_piece: int | None = None) -> dict[int, int]:
-    """Stages of a rank whose last backward comes before that of another, in that order, and which action it is. one_piece: a stage as in
-    `what_runs`.
+    """Return the stages of a rank that finish their last backward before another stage of the rank, in order, each
+    with the index of that action.
+
+    one_piece: a stage as in `what_runs`.
     """
     ends = {
         part.stage: place
@@ -62,17 +66,18 @@ def simulate(actions: list[list[Action]], duration: Callable[[Action], float], t
 
 
 class Program:
-    """The lists of all ranks in an order in which nothing comes before what it needs. It does not depend on how long actions
-    take, so that many lengths are tried on one.
+    """The lists of all ranks in an order where every action follows its inputs.
+
+    The order does not depend on how long actions take, so many lengths can be tried on one Program.
     """
 
     def __init__(self, actions: list[list[Action]]):
-        """AssertionError when the lists wait for each other in a circle."""
+        """Raises AssertionError if the lists wait for each other in a circle."""
         self.actions = actions
         self._kinds: dict[tuple, tuple[int, Action]] = {}
-        """Numbers of the actions that differ in more than their micro-batches, and the first of each."""
+        """Numbers of the actions that differ in more than their micro-batches, and the first action of each."""
         self._steps: list[tuple[int, int, list[int]]] = []
-        """Rank, number of the kind, and the steps on other ranks that it needs."""
+        """Rank, number of the kind, and the steps of other ranks that it needs."""
         last = max(part.stage for line in actions for action in line for part in _parts(action))
         position = [0] * len(actions)
         made: dict[tuple[str, int, int], int] = {}
@@ -97,15 +102,15 @@ class Program:
         assert not stuck, f"every rank waits for another: {stuck}"
 
     def run(self, duration: Callable[[Action], float], transfer: float = 0.0) -> Simulation:
-        """duration: seconds of an action (an FB is asked for as a whole), in any micro-batch; transfer: seconds between the end of an action
-        and its result being there for a stage on another rank.
+        """Simulate. duration: seconds of an action in any micro-batch (an FB is one action); transfer: seconds until
+        a result reaches a stage on another rank.
         """
         lengths = [duration(action) for _, action in self._kinds.values()]
         ranks = len(self.actions)
         free, busy, ends = [0.0] * ranks, [0.0] * ranks, []
         starts: list[list[float]] = [[] for _ in range(ranks)]
         for rank, kind, needs in self._steps:
-            start = free[rank]  # what the rank itself has made is there by then
+            start = free[rank]  # results of the rank itself exist by then
             for step in needs:
                 start = max(start, ends[step] + transfer)
             free[rank] = start + lengths[kind]
@@ -128,7 +133,9 @@ def _needs(part: Action, last: int) -> Iterator[tuple[str, int, int]]:
 
 
 def _result(part: Action) -> tuple[str, int, int]:
-    """Under which name others wait for it: an input gradient is one, whether from B or from I."""
+    """Return the name under which other actions wait for a result: an input gradient has the same name from B and
+    from I.
+    """
     return ("B" if part.kind == "I" else part.kind), part.stage, part.micro_batch
 
 

@@ -1,12 +1,12 @@
-"""Which layers go to which pipeline stage, and so to which rank. Pure: no torch.
+"""Assigns layers to pipeline stages, and so to ranks. Pure: no torch.
 
-The rank with the most work sets the pace of the whole pipeline, whether its work lies in one stage or in two. So the split
-starts from equal numbers of layers and, as long as that helps, moves one layer's worth from one stage to another, the
-stages between passing theirs on. What helps, in this order: a smaller largest cost of a rank, evener costs of the ranks,
-evener costs of the stages, fewer layers in early stages, which hold the activations of more micro-batches in flight.
-With layers of equal cost no better split exists; with a few cheaper ones among them it is at most one of those off.
+The rank with the most work sets the pace of the whole pipeline, whether it has one stage or two. The split starts from
+equal numbers of layers. As long as it helps, it moves one layer from one stage to another; the stages between pass a
+layer on. The order of goals is: a smaller largest cost of a rank, evener costs of ranks, evener costs of stages, and
+fewer layers in early stages, which hold the activations of more micro-batches in flight. With layers of equal cost no
+better split exists; with a few cheaper layers the result is at most one cheap layer off.
 
-The first stage has the embedding and the last the head and the MTP modules, so these two may do without layers.
+The first stage has the embedding, and the last has the head and the MTP modules, so these two may have no layers.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,9 @@ from itertools import accumulate, pairwise, permutations
 
 
 def split_layers_evenly(layers: int, stages: int) -> list[range]:
-    """Contiguous layers of every stage, as many for each as can be; with too few, the first and the last do without."""
+    """Return contiguous layers per stage, as even as possible; with too few layers, the first and the last stage
+    have none.
+    """
     bounds = [layers * stage // stages for stage in range(stages + 1)]
     if stages > 2 and layers < stages:
         bounds = [0, *(layers * stage // (stages - 2) for stage in range(stages - 1)), layers]
@@ -22,14 +24,14 @@ def split_layers_evenly(layers: int, stages: int) -> list[range]:
 
 
 def split_as_given(lengths: Sequence[int]) -> list[range]:
-    """Contiguous layers of every stage, so many each."""
+    """Return contiguous layers per stage with these lengths."""
     return [range(begin, end) for begin, end in pairwise(accumulate(lengths, initial=0))]
 
 
 def split_layers(
     costs: Sequence[float], first_cost: float, last_cost: float, placement: Sequence[Sequence[int]]
 ) -> list[range]:
-    """Contiguous layers of every stage: at least one each, but for the first and the last, which may have none.
+    """Return contiguous layers per stage: at least one each, except the first and the last, which may have none.
 
     costs: cost of every layer, in any unit; first_cost: extra cost of the first stage (embedding); last_cost: extra
     cost of the last stage (head, loss and MTP modules), in the same unit. placement: stages of every rank.
@@ -64,6 +66,6 @@ def split_layers(
 
 
 def _move(bounds: list[int], source: int, target: int) -> list[int]:
-    """The stage `source` gives one layer away, `target` gets one, those between keep their number."""
+    """Move one layer from stage `source` to stage `target`; the stages between keep their number of layers."""
     low, high, step = (source, target, -1) if source < target else (target, source, 1)
     return [bound + step if low < number <= high else bound for number, bound in enumerate(bounds)]

@@ -1,9 +1,9 @@
-"""One chunk of the model as a stage of torch's pipeline runtime: timed, and frugal with memory.
+"""One chunk of the model as a stage of torch's pipeline runtime: timed, and with less memory.
 
-torch's stage allocates the receive buffers of all micro-batches when it starts, so a step's memory would grow with
-the number of micro-batches (120 of them, 4096 x 7168 in bf16: 7 GB per direction and stage), which a 1F1B-like order
-exists to avoid.  Here the buffers are laid out on the meta device; a real one is made when its receive is posted
-and dropped when its action is done.  In the same spirit a loss lets go of its graph right after its backward.
+torch's stage allocates the receive buffers of all micro-batches when it starts. So a step's memory would grow with the
+number of micro-batches (120 of them, 4096 x 7168 in bf16: 7 GB per direction and stage), which a 1F1B-like order is
+meant to avoid. Here the buffers start on the meta device; a real buffer is created when its receive is posted and
+dropped when its action is complete. For the same reason a loss releases its graph right after its backward.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,14 +15,16 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 from torch.distributed.pipelining import PipelineStage
 
-# What a backward in two parts, of inputs and then of weights, needs beside torch's own functions.
+# Additions to torch for a backward in two parts, first of inputs and then of weights.
 
 
 def kept_graph(output: Tensor) -> Node | None:
-    """Keeps the graph behind an output alive from before its backward of inputs, which lets go of it, to that of weights.
+    """Keep the graph of an output alive from before its backward of inputs, which releases it, until the backward of
+    weights.
 
-    Before torch 2.13 a node of a Python function does not live by being held in Python, as the parts hold those that
-    the second begins with. None where that is so no more: the rest of the graph is then freed in between.
+    Before torch 2.13 a Python reference does not keep a node of a Python function alive, and the second part starts
+    from such nodes. Returns None for torch 2.13 and later, where the reference is enough and the rest of the graph is
+    freed in between.
     """
     if torch.__version__ >= "2.13":
         return None
@@ -31,10 +33,10 @@ def kept_graph(output: Tensor) -> Node | None:
 
 
 def backward_of_weights(groups: Sequence[dict[str, Any]]) -> None:
-    """The second part: adds to every weight's `.grad`. groups: as torch's stage_backward_input gives them.
+    """Run the second part: adds to every weight's `.grad`. groups: as torch's stage_backward_input returns them.
 
-    torch's own asks autograd.grad() for the gradients and adds them itself, so that no product can add to a sum of its own
-    (train/model/weight_gradient.py). Otherwise this is the same.
+    torch's own version calls autograd.grad() and adds the gradients itself, so no GEMM could add to its own sum
+    (train/model/weight_gradient.py). Otherwise both are the same.
     """
     for group in groups:
         pairs = list(zip(group.pop("intermediates"), group.pop("grads"), strict=True))
@@ -45,7 +47,7 @@ def backward_of_weights(groups: Sequence[dict[str, Any]]) -> None:
             continue
         edges, gradients = zip(*arrived, strict=True)
         with ExitStack() as hooks:
-            # A node that another one leads to would count what the other passes on to it a second time.
+            # A node that another node leads to would count the other node's gradient a second time.
             for node, ones in pairs if len(pairs) > 1 else ():
                 hooks.callback(node.register_prehook(lambda _, ones=ones: ones).remove)
             torch.autograd.backward(edges, gradients, inputs=[node.variable for node in group["params"]])
@@ -54,9 +56,9 @@ def backward_of_weights(groups: Sequence[dict[str, Any]]) -> None:
 class Stage(PipelineStage):
     """A PipelineStage with static metadata.
 
-    inputs, outputs: example tensors of one micro-batch with the right shape, dtype and requires_grad (their values
-    are not used); giving both keeps torch from running the module once more to infer them. acting: makes the context of
-    an action, given as in `Timeline.action`.
+    inputs, outputs: example tensors of one micro-batch with the right shape, dtype and requires_grad (their values are
+    not used). With both given, torch does not run the module once more to infer them. acting: creates the context of an
+    action, called as `Timeline.action`.
     """
 
     def __init__(
@@ -75,12 +77,13 @@ class Stage(PipelineStage):
         )
         self._acting = acting
         self._one_piece = getattr(module, "backward_in_one_piece", False)
-        """The module's graph cannot be split into inputs and weights: both are done where the inputs are due."""
+        """Whether the module's backward cannot be split: then the inputs' part does all of it."""
         self._graphs: dict[int, Node | None] = {}
-        """The graph of every micro-batch between the two, see `kept_graph`."""
+        """The graph of every micro-batch between the two parts, see `kept_graph`."""
 
     def _get_init_p2p_neighbors_ops(self):
-        # torch 2.11 greets the neighbours of every stage, itself too where a rank holds both; gloo has no way to oneself.
+        # torch 2.11 greets the neighbours of every stage, including the rank itself if it holds both; gloo cannot send
+        # to itself.
         return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
 
     # Receive buffers
@@ -136,7 +139,7 @@ class Stage(PipelineStage):
     def run_forward(self, micro_batch: int, *args, **kwargs):
         """forward_one_chunk without its record, for a caller that times a pair as one action."""
         output = super().forward_one_chunk(micro_batch, *args, **kwargs)
-        # The stage keeps the activations themselves for backward; the buffer slot need not.
+        # The stage keeps the activations for backward; the buffer slot need not.
         _move(self.args_recv_info[micro_batch], torch.device("meta"))
         return output
 
@@ -151,7 +154,7 @@ class Stage(PipelineStage):
         if not self.is_last:
             _move(self.grad_recv_info[micro_batch], torch.device("meta"))
         elif full_backward:
-            # The schedule keeps every loss until the step ends, and with it the nodes of its graph.
+            # The schedule keeps every loss until the step ends, and with the loss its graph.
             assert loss is not None
             loss.detach_()
 
@@ -164,17 +167,18 @@ def _move(infos: tuple, device: torch.device) -> None:
             info.buffer = torch.empty_like(buffer, device=device, requires_grad=buffer.requires_grad)
 
 
-# A stage whose neighbours are not there: it computes on made-up hidden states and gradients, and sends to nobody.
+# A stage without neighbours: it computes on random hidden states and gradients, and sends to nobody.
 #
 # For a dry run, where one rank of a pipeline runs alone under torch's fake process group, which moves no data.
 
 HIDDEN_STD, GRADIENT_STD = 0.02, 1e-5
-"""Standard deviations of the made-up values: what a block sees is normalised, and gradients of a mean over many tokens
-are small."""
+"""Standard deviations of the random values: a block normalises its input, and gradients of a mean over many tokens
+are small.
+"""
 
 
 class LoneStage(Stage):
-    """See above; everything but the values of what arrives is as in a run."""
+    """A stage without neighbours, see above; only the values of arrivals differ from a run."""
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int):
         ops = super().get_fwd_recv_ops(fwd_chunk_id)
@@ -187,7 +191,7 @@ class LoneStage(Stage):
             _fill(self.grad_recv_info[bwd_chunk_id], GRADIENT_STD)
         return ops
 
-    # All stages would vote for static shapes; torch asks them by messages, which do not come.
+    # All stages would vote for static shapes by messages, which do not arrive here.
 
     def _warmup_forward_vote(self, has_backward: bool, received_acc: Tensor | None = None) -> Tensor:
         return torch.tensor([1], dtype=torch.int32, device=self.device)

@@ -1,9 +1,9 @@
-"""When each action of a step ran on this rank: the pipeline's bubble, measured in the run itself.
+"""Times of each action of a step on this rank: the pipeline's bubble, measured in the run itself.
 
-Every action (F, B, I, W, or FB for an overlapped pair) is recorded with its start and its length.  On CUDA both are
-events on the current stream, read when they have long passed, so nothing on the path waits for the device; on CPU
-they are readings of the clock.  What lies between two actions is waiting: for a neighbour's activations or
-gradients, or for a send to leave.  bubble = 1 - busy / span.
+Every action (F, B, I, W, or FB for an overlapped pair) is recorded with its start and its length. On CUDA both are
+events on the current stream, read long after they passed, so nothing waits for the device; on CPU they are clock
+readings. Time between two actions is waiting: for a neighbour's activations or gradients, or for a send to complete.
+bubble = 1 - busy / span.
 """
 
 import time
@@ -29,7 +29,7 @@ class ActionRecord:
     """Seconds since the step began on this rank."""
     seconds: float
     backward: tuple[int, int] | None = None
-    """For FB, stage and micro-batch of the backward half."""
+    """For FB: stage and micro-batch of the backward half."""
 
 
 @dataclass
@@ -42,7 +42,7 @@ class StepRecord:
 
     @property
     def busy(self) -> float:
-        """Seconds in which some action ran."""
+        """Seconds in which an action ran."""
         return sum(action.seconds for action in self.actions)
 
     @property
@@ -51,7 +51,7 @@ class StepRecord:
         return 1 - self.busy / self.span if self.span > 0 else 0.0
 
     def seconds(self, *kinds: str) -> float:
-        """Seconds that actions of these kinds ran."""
+        """Return the seconds in which actions of these kinds ran."""
         return sum(action.seconds for action in self.actions if action.kind in kinds)
 
 
@@ -59,7 +59,7 @@ Moment = TypeVar("Moment")
 
 
 class _Clock(Protocol[Moment]):
-    """Marks of some kind, and the time between two."""
+    """Time marks, and the time between two marks."""
 
     def now(self) -> Moment: ...
 
@@ -71,7 +71,7 @@ class _Clock(Protocol[Moment]):
 
 
 _Mark = tuple[str, int, int, tuple[int, int] | None, Moment, Moment]
-# kind, stage, micro_batch and backward as in ActionRecord, then when the action began and ended by the clock's own marks
+# kind, stage, micro_batch and backward as in ActionRecord, then the clock's marks of the action's start and end
 
 
 class Timeline(Generic[Moment]):
@@ -85,7 +85,7 @@ class Timeline(Generic[Moment]):
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Around one whole step of the schedule."""
+        """Wrap one whole step of the schedule."""
         self._open, begin = [], self._clock.now()
         yield
         self._pending.append((begin, self._clock.now(), self._open))
@@ -95,13 +95,13 @@ class Timeline(Generic[Moment]):
     def action(
         self, kind: str, stage: int, micro_batch: int, backward: tuple[int, int] | None = None
     ) -> Iterator[None]:
-        """Around one action; arguments as in ActionRecord."""
+        """Wrap one action; arguments as in ActionRecord."""
         start = self._clock.now()
         yield
         self._open.append((kind, stage, micro_batch, backward, start, self._clock.now()))
 
     def newest(self) -> StepRecord:
-        """The newest step whose times are known; on CUDA that may be the step before the last one."""
+        """Return the newest step with known times; on CUDA that may be the step before the last."""
         self._settle()
         return self._newest
 
@@ -133,7 +133,7 @@ class _WallClock:
 
 
 class _EventClock:
-    """Marks are CUDA events on the current stream; events that have been read are used again."""
+    """Marks are CUDA events on the current stream; events are reused after they have been read."""
 
     def __init__(self):
         self._free: list[torch.cuda.Event] = []
@@ -154,5 +154,5 @@ class _EventClock:
 
 
 def timeline_of(device: torch.device) -> Timeline[float] | Timeline[torch.cuda.Event]:
-    """By the clock that tells when the device is at work."""
+    """Return a timeline with the clock that measures the device's work."""
     return Timeline(_EventClock()) if device.type == "cuda" else Timeline(_WallClock())

@@ -1,21 +1,24 @@
-"""DeepSpeed ZeRO around the chunks of one rank. Of this project only the files of this folder know deepspeed.
+"""DeepSpeed ZeRO around the chunks of one rank. Within this project, only the files of this folder know deepspeed.
 
 One engine per rank holds a ModuleList of the rank's chunks; the raw modules go to the pipeline. Master weights are fp32
-shards, gradients fp32 also where weights are bf16; its state belongs to our optimizer. How weights and gradients are
-held depends on the stage: whole_weights.py (stages 1 and 2) and sharded_weights.py (stage 3). At stage 3 weights may come without memory, and get
-it one after another, each as it is drawn and sharded.
+shards. Gradients are fp32 even if weights are bf16. The optimizer state belongs to our optimizer. The stage decides how
+weights and gradients are held: whole_weights.py (stages 1 and 2) or sharded_weights.py (stage 3). At stage 3, weights
+may arrive without memory; each gets its memory when it is drawn and sharded, one after another.
 
-The end of a step at stages 1 and 2, in its order. Stage 3 reduces in every backward pass, and goes on from `Zero.step` likewise.
+The end of a step at stages 1 and 2, in order. Stage 3 reduces in every backward pass, and continues from `Zero.step` in
+the same way.
 
-    accumulate        at its end WholeWeights puts zeros where a gradient is missing, `Zero._close` sums that of a tied weight, and
-                      DeepSpeed reduces all that other ranks share, each rank to its shard
-    Zero.step         calls DeepSpeed's, which calls back for the norm: `Zero._global_norm` takes it over all ranks and names
-                      gradients that are not finite, and `WholeWeights._take_norm` makes of it the factor that clips
-    ShardedOptimizer  DeepSpeed calls its `step`, if the norm is finite: it takes gradients times the factor (`GradientHandover`), moves
-                      masters and state, and DeepSpeed makes weights of the masters and gathers them
-    forget_gradients  the next step starts without any
+    accumulate        At its end, WholeWeights fills missing gradients with zeros, `Zero._close` sums the gradient of a
+                      tied weight, and DeepSpeed reduces all gradients that other ranks share, each rank to its shard.
+    Zero.step         Calls DeepSpeed's step, which calls back for the norm. `Zero._global_norm` computes the norm over
+                      all ranks and names gradients that are not finite; `WholeWeights._take_norm` derives the clipping
+                      factor.
+    ShardedOptimizer  DeepSpeed calls its `step` if the norm is finite. It multiplies gradients by the factor
+                      (`GradientHandover`) and updates masters and state; DeepSpeed casts the masters to weights and
+                      gathers them.
+    forget_gradients  The next step starts without gradients.
 
-What these files use of DeepSpeed beyond its public functions is listed, with reasons, in private_names.py.
+private_names.py lists, with reasons, everything that these files use of DeepSpeed beyond its public functions.
 """
 
 import math
@@ -68,7 +71,7 @@ class WeightFacts:
 
 
 class Zero:
-    """The engine of one rank. Parameters have the global names that their chunks give them."""
+    """The ZeRO engine of one rank. Parameters have the global names that their chunks give them."""
 
     def __init__(
         self,
@@ -82,15 +85,18 @@ class Zero:
         names = _unique_names(chunks)
         self.names = {param: name for param, name in names.items() if param.requires_grad}
         self.untrained = {param: name for param, name in names.items() if not param.requires_grad}
-        """Weights without gradient, master and state, which are in no checkpoint: whole on every rank of a stage, or at stage 3 cut."""
+        """Weights without gradient, master and state, which are in no checkpoint: whole on every rank of a stage, or
+        sharded at stage 3.
+        """
         self.shapes = {param: tuple(param.shape) for param in names}
-        # Of two copies, the last rank's is left out of the norm and of checkpoints.
+        # Of the two copies, the last rank's copy is left out of the norm and of checkpoints.
         self.copy = about.tied if about.tied is not None and mesh.pp_rank > 0 else None
         self.observer: Callable[[dict[str, Shard]], None] | None = None
-        """Is called before every update with copies of the reduced gradients of this rank's shard, by logical name."""
+        """Called before every update with copies of the reduced gradients of this rank's shard, by logical name."""
         self.local_observer: Callable[[str, Shard], None] | None = None
-        """Is called with every gradient of this rank as it is about to be reduced: the whole of a parameter, once a step or, at stage
-        3, once a micro-batch."""
+        """Called with every gradient of this rank before it is reduced: the whole gradient of a parameter, once per
+        step, or once per micro-batch at stage 3.
+        """
         self._valid: bool | Tensor = True
         self._bad: list[str] = []
         expert_name = mark_experts(names, about.is_expert, mesh)
@@ -98,7 +104,7 @@ class Zero:
         frozen = {param for param, name in self.names.items() if about.is_frozen(name)}
         groups = _parameter_groups(rules, settings.facts.rules, settings.weight_decay, expert_name, frozen)
         self.client = make_optimizer(groups)
-        members = [group["params"] for group in groups]  # DeepSpeed puts its own in their place
+        members = [group["params"] for group in groups]  # DeepSpeed replaces these lists with its own
         module = nn.ModuleList(chunks)
         config = make_config(settings, module, about.units, self._reduced_elements)
         self.engine = build_engine(module, self.client, config, mesh, names, about)
@@ -138,15 +144,19 @@ class Zero:
             group["lr"] = 0.0 if group["frozen"] else lr
 
     def scale_rows(self, factors: Mapping[str, Tensor]) -> None:
-        """Have the next update multiply rows of master weights when it has moved them. factors: of weights by name, one a row."""
+        """Make the next update multiply rows of master weights after the optimizer's change. factors: by weight
+        name, one per row.
+        """
         self.client.handover.row_factors = factors
 
     def accumulate(self) -> AbstractContextManager[None]:
-        """Everything between two optimizer steps runs inside; afterwards the gradients are reduced."""
+        """Run everything between two optimizer steps inside the block; afterwards the gradients are reduced."""
         return self._weights.accumulate()
 
     def reduce_ahead(self, chunk: int) -> None:
-        """Tell that this chunk's gradients are whole, while other chunks of the rank still work: at stages 1 and 2 they are reduced."""
+        """Report that a chunk's gradients are complete while other chunks of the rank still work: stages 1 and 2
+        reduce them now.
+        """
         if isinstance(self._weights, WholeWeights):
             others = [set(one.parameters()) for one in self.engine.module]
             own = others.pop(chunk)
@@ -154,8 +164,9 @@ class Zero:
             self._weights.reduce_ahead(own - shared)
 
     def step(self, valid: bool | Tensor = True) -> Update:
-        """Clip, update the shard, gather the weights. Skips the update if not `valid`, which may be a scalar on the device, or if a
-        gradient is not finite. Waits for the device once.
+        """Clip, update the shard, gather the weights. Waits for the device once.
+
+        Skips the update if a gradient is not finite or `valid` is false; `valid` may be a scalar on the device.
         """
         self._valid = valid
         self.engine.step()
@@ -166,18 +177,18 @@ class Zero:
         return Update(float(self._norm), applied, self._bad)
 
     def _reduced_elements(self, everything: bool) -> int:
-        """Elements of the weights whose gradients pass through DeepSpeed's bucket, see whole_weights.py."""
+        """Return the elements of the weights whose gradients pass through DeepSpeed's bucket, see whole_weights.py."""
         return sum(param.numel() for param in self.names if everything or self._shares(param).ranks > 1)
 
     def _shares(self, param: nn.Parameter) -> Sharing:
-        """The ranks that hold the same weights as this one does of a parameter."""
+        """Return which ranks hold the same weights of a parameter as this rank."""
         mesh = self.mesh
         if getattr(param, "allreduce", True):
             return Sharing(mesh.layout.stage_ranks, mesh.stage_rank)
         return Sharing(mesh.layout.edp, mesh.edp_rank)
 
     def _global_norm(self) -> Tensor:
-        """Norm over all parameters of all ranks: shards are disjoint over the world, experts included."""
+        """Return the norm over all parameters of all ranks: shards are disjoint over the world, experts included."""
         pieces: dict[int, dict[str, Tensor]] = {}
         for param, gradient, divisor in self._weights.gradients():
             if param is not self.copy:
@@ -186,7 +197,7 @@ class Zero:
             self.observer(self._gradient_shards())
         device = self.engine.device
         sums = [torch.zeros(0, dtype=torch.float64, device=device)]
-        for divisor, one in pieces.items():  # those of an optimizer on the host lie there
+        for divisor, one in pieces.items():  # with offload, the squares are on the host
             sums.append((self.client.sums_of_squares(list(one.values())) / divisor**2).to(device))
         squares, names = torch.cat(sums), [name for one in pieces.values() for name in one]
         total = squares.sum()
@@ -197,12 +208,12 @@ class Zero:
         dist.all_reduce(total)
         *finite, total = torch.cat([squares.isfinite(), total.view(1)]).tolist()  # waits for the device
         self._bad = [name for name, good in zip(names, finite, strict=True) if not good]
-        # DeepSpeed asks several times whether it is finite, and would wait for each answer.
+        # DeepSpeed checks several times whether the norm is finite, and would wait for the device each time.
         self._norm = torch.tensor(total, dtype=torch.float64).sqrt().float()
         return self._norm
 
     def weights(self) -> Iterator[Tensor]:
-        """What this rank holds of the weights between steps; at stage 3 its shards."""
+        """Return what this rank holds of the weights between steps; at stage 3 its shards."""
         return (self._weights.held(param) for param in (*self.names, *self.untrained))
 
     def untrained_shards(self, owned: bool = False) -> dict[str, Shard]:
@@ -221,9 +232,9 @@ class Zero:
         return found
 
     def shards(self, copies: bool = False) -> dict[str, Shard]:
-        """Live fp32 master weights and optimizer's state of this rank's partition, by logical name.
+        """Return the live fp32 master weights and optimizer state of this rank's partition, by logical name.
 
-        copies: with those of a tied parameter that another rank holds too; for loading.
+        copies: include a tied parameter that another rank holds too; for loading.
         """
         found: dict[str, Shard] = {}
         for part in self._weights.fragments():
@@ -237,7 +248,7 @@ class Zero:
         return found
 
     def place(self, param: nn.Parameter, offset: int) -> tuple[int, tuple[int, ...]]:
-        """For an element of this rank's parameter, where it is in the logical tensor, and the shape of that."""
+        """Return the position of a local parameter's element in the logical tensor, and the logical tensor's shape."""
         shape = self.shapes[param]
         if not getattr(param, "allreduce", True):  # experts are split over ep along their first dimension
             return offset + self.mesh.ep_rank * math.prod(shape), (shape[0] * self.mesh.layout.ep, *shape[1:])
@@ -252,12 +263,12 @@ class Zero:
         }
 
     def finish_load(self, updates: int) -> None:
-        """Call after the shards were filled from a checkpoint: refreshes the weights from the masters."""
+        """Refresh the weights from the masters. Call it after the shards were filled from a checkpoint."""
         self.client.updates = updates
         self._weights.refresh()
 
     def _close(self) -> None:
-        """End a step at stages 1 and 2: all gradients of this rank are there, or reduced."""
+        """End a step at stages 1 and 2: all gradients of this rank exist or are already reduced."""
         for param in self.names:
             if param.grad is not None:
                 self._show_local(param)
@@ -274,7 +285,7 @@ class Zero:
 
 
 def _unique_names(chunks: Sequence[nn.Module]) -> dict[nn.Parameter, str]:
-    """Global name of every parameter; one shared by two chunks keeps its first name."""
+    """Return the global name of every parameter; a parameter shared by two chunks keeps its first name."""
     names: dict[nn.Parameter, str] = {}
     for chunk in chunks:
         for name, param in chunk.named_parameters():
@@ -289,7 +300,9 @@ def _parameter_groups(
     expert_name: str,
     frozen: set[nn.Parameter],
 ) -> list[dict]:
-    """Weights of one rule that reduce over the same ranks: those that all ranks of a stage share, then experts; frozen ones apart."""
+    """Group weights that have the same rule and reduce over the same ranks: shared weights of a stage first, then
+    experts; frozen ones apart.
+    """
     groups = []
     for is_expert in (False, True):
         kind = {"name": expert_name, "moe": True} if is_expert else {}
@@ -304,11 +317,11 @@ def _parameter_groups(
 def mark_experts(names: Mapping[nn.Parameter, str], is_expert: Callable[[str], bool], mesh: Mesh) -> str:
     """Mark weights of experts as DeepSpeed knows them, also those that nobody trains; gradients are fp32. Returns the name of their group."""
     expert_name = f"ep_size_{mesh.layout.ep}"
-    for param, name in names.items():  # DeepSpeed tells everyone the first rank's, also of what nobody trains
+    for param, name in names.items():  # DeepSpeed broadcasts rank 0's values, including frozen ones
         if param.requires_grad:
             param.grad_dtype = torch.float32
         if is_expert(name):
-            # What DeepSpeed knows experts by, stage 3 by the last two.
+            # DeepSpeed recognises experts by these attributes, stage 3 by the last two.
             param.allreduce = False  # pyrefly: ignore[missing-attribute]  see above
             param.group_name = expert_name  # pyrefly: ignore[missing-attribute]  see above
             param.ds_zero_placement_family = "autoep_expert"  # pyrefly: ignore[missing-attribute]  see above
@@ -335,7 +348,7 @@ def make_config(
         "communication_data_type": "fp32",
         "zero_optimization": {
             "stage": settings.stage,
-            "contiguous_gradients": True,  # false sums experts over the wrong group without a word
+            "contiguous_gradients": True,  # false silently sums experts over the wrong group
             "overlap_comm": False,
             "reduce_bucket_size": max(1, min(elements, THRESHOLDS.bucket_elements)),
         },
@@ -343,7 +356,7 @@ def make_config(
     if first.dtype == torch.bfloat16:
         config |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
     if settings.offload:
-        config |= {"zero_force_ds_cpu_optimizer": False}  # the update is our optimizer's
+        config |= {"zero_force_ds_cpu_optimizer": False}  # our optimizer does the update
         config["zero_optimization"] |= {"offload_optimizer": {"device": "cpu", "pin_memory": first.is_cuda}}
     if settings.stage == 3:
         config["zero_optimization"] |= stage3_config(module, units)
@@ -351,7 +364,7 @@ def make_config(
 
 
 class _DrawnInTurn(nn.Module):
-    """Weights that are drawn as DeepSpeed asks for them, which is when it is through with those before."""
+    """Draws each weight when DeepSpeed asks for it, after DeepSpeed has finished the previous weights."""
 
     def __init__(self, weights: Iterable[nn.Parameter], draws: Mapping[nn.Parameter, Callable[[], None]]):
         super().__init__()
@@ -381,7 +394,7 @@ def build_engine(
     if about.draws:
         for weight in weights:
             experts = not getattr(weight, "allreduce", True)
-            weight.ds_zero_partition_process_group = mesh.edp_group if experts else mesh.stage_group  # pyrefly: ignore[missing-attribute]  DeepSpeed asks for it
+            weight.ds_zero_partition_process_group = mesh.edp_group if experts else mesh.stage_group  # pyrefly: ignore[missing-attribute]  DeepSpeed reads it
         deepspeed.zero.Init(
             module=_DrawnInTurn(weights, about.draws),
             data_parallel_group=mesh.stage_group,
@@ -389,7 +402,8 @@ def build_engine(
             dtype=next(iter(weights)).dtype,
             mpu=MeshAsMpu(mesh),
         )
-    # Stages 1 and 2 want a group of experts' weights in the optimizer, which frozen experts have not. Stage 3 cuts these too.
+    # Stages 1 and 2 require a group of experts' weights in the optimizer; frozen experts have none. Stage 3 shards
+    # these too.
     sharded = module.parameters() if stage == 3 else trained
     with own_engine(deepspeed, any(not getattr(param, "allreduce", True) for param in sharded)):
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, mpu=MeshAsMpu(mesh))

@@ -1,13 +1,13 @@
-"""Every private name of DeepSpeed that this folder touches, and why: the one place to read before DeepSpeed is upgraded.
+"""Every private name of DeepSpeed that this folder uses, with the reason: read this file before a DeepSpeed upgrade.
 
-A name is private where DeepSpeed's own documentation promises nothing about it. `require_names` holds the list against the
-installed version when a rank starts, and tests/zero/test_private_names.py against what the files of this folder really use.
+A name is private if DeepSpeed's documentation promises nothing about it. `require_names` compares the list with the
+installed version when a rank starts; tests/zero/test_private_names.py compares it with the real use in this folder.
 
-What of DeepSpeed's behaviour is copied here rather than asked of it: the plan counts buffers as DeepSpeed makes them.
-
-A plan is made before anything starts, for machines that are not there, so it cannot run DeepSpeed. Each row names the functions that
-were read, with the hash of their source. tests/zero/test_copied_behaviour.py holds these against the installed DeepSpeed: where
-one differs, read it again, mend the copy if what it does has changed, and write the new hash here.
+The second list holds DeepSpeed behaviour that is copied here: the plan counts buffers as DeepSpeed allocates them. A
+plan is computed before anything starts, for machines that do not exist yet, so it cannot run DeepSpeed. Each row names
+the functions that were read, with the hash of their source. tests/zero/test_copied_behaviour.py compares the hashes
+with the installed DeepSpeed. If a hash differs, read the function again, correct the copy if the behaviour has changed,
+and write the new hash here.
 """
 
 import inspect
@@ -20,7 +20,9 @@ from conf.errors import UserError
 
 
 class PrivateName(NamedTuple):
-    """owner: what has the name, see `require_names`. is_fast: without it the result would be the same, only later."""
+    """owner: object that has the name, see `require_names`. is_fast: the name only saves time; the result is the
+    same without it.
+    """
 
     owner: str
     name: str
@@ -29,7 +31,7 @@ class PrivateName(NamedTuple):
 
 
 PRIVATE_NAMES = (
-    # deepspeed.utils.groups, and what marks experts' weights
+    # deepspeed.utils.groups, and the attributes that mark experts' weights
     PrivateName(
         "module", "_EXPERT_PARALLEL_GROUP", "our expert groups, over which stage 3 takes the mean of gradients"
     ),
@@ -89,9 +91,11 @@ PRIVATE_NAMES = (
 
 
 def require_names(**owners: object) -> None:
-    """Raise UserError where the installed DeepSpeed lacks a listed name of these owners: module (deepspeed.utils.groups), engine
-    (DeepSpeedEngine), optimizer12, offload12 (the same with offload) and optimizer3 (the two optimizers, built), param3 (a weight at stage 3) and
-    coordinator. The other owners of the list fail as they are imported or called.
+    """Raise UserError if the installed DeepSpeed lacks a listed name of these owners.
+
+    Owners: module (deepspeed.utils.groups), engine (DeepSpeedEngine), optimizer12 and optimizer3 (the two optimizers,
+    built), offload12 (optimizer12 with offload), param3 (a weight at stage 3) and coordinator. Names of the list's
+    other owners fail when they are imported or called.
     """
     missing = [one for one in PRIVATE_NAMES if one.owner in owners and not _has(owners[one.owner], one.name)]
     if missing:
@@ -104,7 +108,9 @@ def require_names(**owners: object) -> None:
 
 
 def _has(owner: object, name: str) -> bool:
-    """Whether an object has the name, or the module of a class gives it to objects: to find the class alone in there takes 0.2 s."""
+    """Whether an object has the name, or its class's module assigns the name to instances; a search for the class
+    alone would take 0.2 s.
+    """
     return hasattr(owner, name) or (isinstance(owner, type) and f"self.{name} =" in _source(owner.__module__))
 
 
@@ -114,21 +120,21 @@ def _source(module: str) -> str:
 
 
 READ_FROM = "0.19.8"
-"""The version of DeepSpeed that was read."""
+"""The DeepSpeed version that was read."""
 
 
 class CopiedBehaviour(NamedTuple):
-    """One thing that DeepSpeed does."""
+    """One behaviour of DeepSpeed that our code copies."""
 
     copy: str
     """Our file that does the same."""
     what: str
     file: str
-    """Theirs, in the folder of the package."""
+    """DeepSpeed's file, in the package folder."""
     owner: str
     """The class of the functions; empty for functions of the module."""
     functions: dict[str, str]
-    """By name, the first 16 digits of the SHA-256 of the source, from `def` to the end."""
+    """By function: the first 16 digits of the SHA-256 of its source, from `def` to the end."""
 
 
 COPIED = (

@@ -1,16 +1,18 @@
-"""ZeRO stages 1 and 2: every rank holds all weights and its shard of the optimizer's state.
+"""ZeRO stages 1 and 2: every rank holds all weights and its shard of the optimizer state.
 
-Gradients stay local during the schedule, as fp32 `.grad`, and are reduced once when the step's last micro-batch is
-through, by DeepSpeed's public coalesce_grad_reduction. That works under pipelines too, where a schedule with split
-backward runs no gradient hooks. Of bf16 weights those of a chunk that is through before another of the rank are reduced at once, in a block of
-their own: on a GPU beside the passes that are left. Gradients that no other rank shares (dp = 1; experts with ep = dp) need no reduction: the
-optimizer takes them where they are, which DeepSpeed would copy five times on the way through its bucket.
+Gradients stay local during the schedule, as fp32 `.grad`. DeepSpeed's public coalesce_grad_reduction reduces them once,
+after the step's last micro-batch. This works under pipelines too, where a schedule with split backward runs no gradient
+hooks.
 
-With offload the masters lie in the host's memory, moments with them, and DeepSpeed brings the shard's gradients there as it
-reduces them. Those that need no reduction the update fetches one by one.
+With bf16 weights, a chunk that finishes before another chunk of the rank is reduced at once, in its own block; on a GPU
+this overlaps with the remaining passes. Gradients that no other rank shares (dp = 1; experts with ep = dp) need no
+reduction. The optimizer reads them in place; DeepSpeed would copy them five times through its bucket.
 
-DeepSpeed calls back for the norm, which is taken over all ranks (engine.py), and for clipping, which the optimizer does in
-its own pass over the gradients.
+With offload, masters and moments are in host memory, and DeepSpeed moves the shard's gradients there as it reduces
+them. The update fetches gradients that need no reduction one by one.
+
+DeepSpeed calls back for the norm, which is computed over all ranks (engine.py), and for clipping, which the optimizer
+does while it reads the gradients.
 """
 
 import contextlib
@@ -24,9 +26,12 @@ from parallel.zero.private_names import require_names
 
 
 class WholeWeights:
-    """client: our optimizer under DeepSpeed's. groups: the parameters of each of its groups. shares: who else holds a
-    parameter. ranks: over whose gradients the mean is taken. norm: the global gradient norm, called once per step. close:
-    called before the last gradients are reduced. show: called with each that is reduced ahead of them. clip: the norm to clip to, 0 for none. offload: DeepSpeed was told to offload.
+    """The weights and gradients of stages 1 and 2.
+
+    client: our optimizer under DeepSpeed's. groups: the parameters of each of its groups. shares: which other ranks
+    hold a parameter. ranks: number of ranks over which gradients are averaged. norm: computes the global gradient norm,
+    called once per step. close: called before the last gradients are reduced. show: called with each parameter whose
+    gradient is reduced ahead. clip: the norm to clip to, 0 for none. offload: whether DeepSpeed offloads.
     """
 
     def __init__(
@@ -48,7 +53,7 @@ class WholeWeights:
         self._handover = client.handover
         self._handover.divisor = ranks
         self._optimizer = optimizer = engine.optimizer
-        # DeepSpeed puts one flat master in the place of each group's parameters, and keeps the order of the groups.
+        # DeepSpeed replaces each group's parameters by one flat master, and keeps the order of the groups.
         self._masters: list[Tensor] = [group["params"][0] for group in client.param_groups]
         self._groups, self._shares = groups, shares
         self._slices: dict[Tensor, list[ShardSlice]] = {}
@@ -58,18 +63,18 @@ class WholeWeights:
         self._unshared = [
             number for number, params in enumerate(self._groups) if is_bf16 and shares(params[0]).ranks == 1
         ]
-        """Groups whose gradients need no reduction; with fp32 weights DeepSpeed puts the shard together in the step."""
+        """Groups whose gradients need no reduction; with fp32 weights DeepSpeed assembles the shard in the step."""
         self._adds = is_bf16 and not offload and len(self._unshared) < len(groups)
-        """Whether DeepSpeed adds what it reduces to shards, so that it may do so in several blocks."""
+        """Whether DeepSpeed adds reduced gradients to shards, so that it may reduce in several blocks."""
         self._ahead: set[nn.Parameter] = set()
-        """Whose gradients are reduced already in this step."""
+        """Parameters whose gradients are already reduced in this step."""
         self._blocks = contextlib.ExitStack()
         self._stream = torch.cuda.Stream() if groups[0][0].is_cuda else None
-        """Where gradients are reduced ahead."""
+        """Stream on which gradients are reduced ahead."""
         require_names(optimizer12=optimizer, **({"offload12": optimizer} if offload else {}))
         if offload:
             optimizer.temp_grad_buffer_for_gpu_offload = (
-                None  # for sums of several backward passes, of which it sees one
+                None  # for sums of several backward passes, but DeepSpeed sees only one
             )
         optimizer.scaled_global_norm = lambda norm_type=2: self._take_norm(norm())
         optimizer.check_overflow = lambda partition_gradients=True: None  # a norm that is not finite skips the step
@@ -78,13 +83,13 @@ class WholeWeights:
         optimizer._gradient_reduction_buffer_dtype = lambda: torch.float32
 
     def _take_norm(self, norm: Tensor) -> Tensor:
-        """Let the update clip by this norm."""
+        """Set the update's clipping factor from this norm."""
         self._handover.factor = 1 / ((norm + 1e-6) / self._clip).clamp_min(1) if self._clip > 0 else None
         return norm
 
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[None]:
-        """Everything between two optimizer steps runs inside."""
+        """Run everything between two optimizer steps inside the block."""
         params = [param for group in self._groups for param in group]
         self._ahead.clear()
         with self._blocks:
@@ -92,7 +97,8 @@ class WholeWeights:
             try:
                 yield
             except BaseException:
-                # Leaving reduces what there is, also after an error, and would wait for a rank that no longer answers.
+                # Leaving the block reduces all existing gradients, also after an error, and would wait for a rank that
+                # no longer answers.
                 for param in params:
                     param.grad = None
                 raise
@@ -105,7 +111,9 @@ class WholeWeights:
             self._keep_unshared()
 
     def reduce_ahead(self, params: Collection[nn.Parameter]) -> None:
-        """Reduce gradients that are whole, while others grow. All ranks that share them come by here at the same place of the schedule."""
+        """Reduce complete gradients while others still grow. All ranks that share them call this at the same point
+        of the schedule.
+        """
         if not self._adds:
             return
         unshared = {param for number in self._unshared for param in self._groups[number]}
@@ -129,7 +137,7 @@ class WholeWeights:
         self._blocks.enter_context(self._engine.coalesce_grad_reduction())
 
     def _keep_unshared(self) -> None:
-        """Hand the gradients of groups that this rank has to itself to the optimizer as they are."""
+        """Hand gradients of groups that only this rank holds to the optimizer unchanged."""
         for number in self._unshared:
             params, master = self._groups[number], self._masters[number]
             self._handover.unreduced[master] = [gradient_of(param).view(-1) for param in params]
@@ -138,35 +146,35 @@ class WholeWeights:
         self._hold_places()
 
     def _hold_places(self) -> None:
-        """Put what DeepSpeed looks at in the place of gradients that need no reduction."""
+        """Put placeholders where DeepSpeed would look for gradients that need no reduction."""
         from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup
 
         for number in self._unshared:
             master = self._masters[number]
-            # DeepSpeed looks at its shape alone.
+            # DeepSpeed only reads its shape.
             placeholder = torch.zeros(1, device=master.device).expand(master.shape)
             self._optimizer.averaged_gradients[number] = GradPartitionBufferGroup([], placeholder)
 
     def forget_gradients(self) -> None:
-        """Call when a step is over, made or skipped."""
+        """Drop the gradients. Call it after a step, whether applied or skipped."""
         self._handover.unreduced.clear()
-        if self._offload:  # after a skipped step DeepSpeed would add the next gradients to those of that one
+        if self._offload:  # after a skipped step DeepSpeed would add the next gradients to the old ones
             for number in range(len(self._groups)):
                 self._optimizer.averaged_gradients[number] = None
 
     def held(self, param: nn.Parameter) -> Tensor:
-        """What this rank holds of a weight between steps: all of it."""
+        """Return this rank's part of a weight between steps: all of it."""
         return param
 
     def gradients(self) -> Iterator[tuple[nn.Parameter, Tensor, int]]:
-        """Gradients of this rank's shard without padding, and what they are still to be divided by."""
+        """Yield gradients of this rank's shard without padding, and the divisor still to apply."""
         for number, (master, slices) in enumerate(self._slices.items()):
             gradients, divisor = self._handover.unreduced.get(master), self._handover.divisor
             if gradients is None and self._offload:
                 gradients, divisor = [gradient_of(master)[part.place] for part in slices], 1
             elif gradients is None:
                 gradients, divisor = self._optimizer.averaged_gradients[number], 1
-            # What DeepSpeed has more than slices is the padding behind them.
+            # DeepSpeed's extra entries are the padding at the end.
             yield from ((part.param, gradient, divisor) for part, gradient in zip(slices, gradients, strict=False))
 
     def fragments(self) -> Iterator[Fragment]:
@@ -176,7 +184,7 @@ class WholeWeights:
                 yield Fragment(param, offset, master.detach()[place], state)
 
     def flats(self) -> Iterator[tuple[Tensor, list[FlatWeight]]]:
-        """Every flat parameter of the optimizer, and what lies in it."""
+        """Yield every flat parameter of the optimizer with its weights."""
         for params, master in zip(self._groups, self._masters, strict=True):
             size, (ranks, rank) = len(master), self._shares(params[0])
             firsts = [int(param.storage_offset()) - int(params[0].storage_offset()) for param in params]
@@ -197,19 +205,22 @@ class WholeWeights:
             )
 
     def refresh(self) -> None:
-        """Make the weights the rounded masters."""
+        """Set the weights to the rounded masters."""
         self._optimizer.update_lp_params()
 
 
 def _complete(param: nn.Parameter) -> None:
-    """Zeros where there is no gradient: one that is missing on one rank alone would shift the buckets of the others."""
+    """Fill a missing gradient with zeros: a gradient missing on one rank alone would shift the buckets of the
+    others.
+    """
     if param.grad is None:
         param.grad = torch.zeros_like(param, dtype=torch.float32)
 
 
 def slices_of(params: Sequence[nn.Parameter], size: int, rank: int) -> list[ShardSlice]:
-    """What lies in the shard of a rank, `size` elements of the group's parameters one after another. DeepSpeed has made all of
-    them views of one tensor, so that each knows its own place there.
+    """Return the slices in a rank's shard, which is `size` elements of the group's concatenated parameters.
+
+    DeepSpeed has made all parameters views of one tensor, so each parameter's storage offset is its place there.
     """
     found = []
     for param in params:
