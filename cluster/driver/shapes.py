@@ -14,8 +14,7 @@ the run folder:
 
     config     digest of the config.yaml that was planned; for any other config.yaml the file does not count
     layouts    [{"dp": 64, "ep": 64, "bytes": ...}, ...]: for every ep some dp; a larger dp needs no more. With
-    parallel.cp all
-               ranks of a stage count as dp
+               parallel.cp all ranks of a stage count as dp
     problem    why there is no plan, else null
 
 If there is no plan, or if by the plan the run's own layout does not fit, the memory need is unknown; then ep does not

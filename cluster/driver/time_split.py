@@ -5,8 +5,7 @@ the time in which a driver ran:
     start       of a launch's first attempt, until its first step is done
     training    steps whose result lasts
     detection   from the last news of the ranks to the cause of a failure, including the step that broke
-    restart     from the cause, or from the decision to regroup, to the first step of the next attempt, without the
-    waiting
+    restart     from the cause, or from the decision to regroup, to the first step of the next attempt; waiting excluded
     again       steps that the run had done before
 
 The time between two launches belongs to no part, because no training was wanted then. Effective time is training time

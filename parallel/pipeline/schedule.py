@@ -1,11 +1,13 @@
 """Forward and backward of all micro-batches of a step, over the stages of a pipeline.
 
-torch.distributed.pipelining owns the order of the actions and the transfers between stages.  Every rank of a pipeline
-reads the same batch; tokens_BS, and all that the caller names beside them (documents_BS, supervised_BS, tensors per token), are cut
-into micro-batches along B and reach every local chunk as keywords, so that only hidden states cross stages.  The last chunk turns them into its loss, of shape (1,): no
-logits enter the schedule.  The schedule weighs each loss by 1 / micro-batches (of the mean pipeline, where those that work
-side by side have shares of a batch that differ) and sums gradients, so gradients are those of the mean over micro-batches.  A single stage is a pipeline of one and runs through the same object, in the
-1F1B order F0 B0 F1 B1 ...
+torch.distributed.pipelining owns the order of the actions and the transfers between stages. Every rank of a pipeline
+reads the same batch. tokens_BS and the caller's other tensors (documents_BS, supervised_BS, tensors per token) are cut
+into micro-batches along B and reach every local chunk as keywords, so only hidden states cross stages. The last chunk
+turns them into its loss, of shape (1,): no logits enter the schedule.
+
+The schedule weights each loss by 1 / micro-batches and sums gradients, so gradients are those of the mean over
+micro-batches. If pipelines side by side have different shares of a batch, the divisor is the mean pipeline's number. A
+single stage is a pipeline of one and runs through the same object, in the 1F1B order F0 B0 F1 B1 ...
 
 Shapes: B sequences, S = T + 1 tokens of a batch row (T inputs and T targets), T positions, D hidden width.
 """
@@ -51,12 +53,12 @@ class Pipeline(Generic[Chunk]):
     ):
         """Collective over group.
 
-        modules: this rank's chunks in stage order, called as chunk(x, tokens_BS=..., documents_BS=..., ...) where x is tokens_BS
-        for stage 0 and hidden states (B, T, D) else; stage_ids: the numbers of their stages; group: the ranks of this
-        pipeline in order (None: the world); hidden: D; dtype: of the hidden states between stages; cp: ranks that share the
-        positions of each sequence, of which T = (S - 1) / cp cross from stage to stage; overlap: whether the
-        pairs of a forward and a backward take turns (overlap.py) or one after the other; timeout: longest wait of one half for the
-        other, in seconds; host: what holds activations for the chunks, and wants to know of every action.
+        modules: this rank's chunks in stage order, called as chunk(x, tokens_BS=..., documents_BS=..., ...), where x is
+        tokens_BS for stage 0 and else hidden states (B, T, D). stage_ids: numbers of their stages. group: ranks of this
+        pipeline in order (None: the world). hidden: D. dtype: of the hidden states between stages. cp: ranks that share
+        the positions of each sequence; T = (S - 1) / cp positions cross stages. overlap: whether the forward and
+        backward of a pair take turns (overlap.py) or run one after the other. timeout: longest wait of one half for the
+        other, in seconds. host: holds activations for the chunks, and is told of every action.
         """
         each = len(modules)
         self.facts = SCHEDULES[name]
@@ -100,9 +102,10 @@ class Pipeline(Generic[Chunk]):
     ) -> Tensor | None:
         """Run all micro-batches forward and backward; gradients are added to the parameters' .grad.
 
-        tokens_BS int64, documents_BS int32 and supervised_BS bool (or None; both on the host) are the same on every rank of the
-        pipeline, with B a multiple of micro_batches. more: tensors (B, ...) that every chunk gets under these names. mean: what losses are divided by, micro_batches if it is not given. Returns the sum of the
-        losses after that, a detached scalar, on the rank with the last stage, and None elsewhere.
+        tokens_BS int64, documents_BS int32 and supervised_BS bool (or None; both on the host) are equal on every rank
+        of the pipeline, with B a multiple of micro_batches. more: tensors (B, ...) that every chunk gets under these
+        names. mean: divisor of the losses, by default micro_batches. Returns the sum of the divided losses, a detached
+        scalar, on the rank with the last stage, and None elsewhere.
         """
         schedule = self._schedule(tokens_BS, micro_batches, float(micro_batches) if mean is None else mean)
         keywords = {"tokens_BS": tokens_BS} | _given(documents_BS, supervised_BS) | more
@@ -124,7 +127,9 @@ class Pipeline(Generic[Chunk]):
         *,
         micro_batches: int,
     ) -> Tensor | None:
-        """Mean loss over micro-batches without gradients, on the rank with the last stage; None elsewhere. Arguments as in `forward`."""
+        """Return the mean loss over micro-batches without gradients, on the rank with the last stage; None
+        elsewhere. Arguments as in `forward`.
+        """
         losses = self.forward(tokens_BS, documents_BS, supervised_BS, micro_batches=micro_batches)
         total = torch.zeros((), device=self.device)
         for loss in losses:
@@ -141,13 +146,14 @@ class Pipeline(Generic[Chunk]):
         micro_batches: int,
         **more: Tensor,
     ) -> list[Tensor]:
-        """What the last stage gives for every micro-batch without gradients, on the rank that has it; nothing elsewhere.
+        """Return the last stage's output for every micro-batch, without gradients, on the rank with that stage; an
+        empty list elsewhere.
 
-        Arguments as in step; any number of micro-batches that divides B will do. The modules are in eval mode meanwhile. The stages
-        advance in slots: in slot t, stage s runs micro-batch t - s, so that each micro-batch moves one stage a slot;
-        between two slots all ranks exchange what they made. One batch of sends and receives per slot, in the
-        same order everywhere, cannot deadlock, also where a rank has several stages (torch's own schedules
-        cannot run these forward only).
+        Arguments as in step; any number of micro-batches that divides B works. The modules are in eval mode meanwhile.
+        The stages advance in slots: in slot t, stage s runs micro-batch t - s, so that each micro-batch moves one stage
+        per slot. Between two slots all ranks exchange their outputs. One batch of sends and receives per slot, in the
+        same order everywhere, cannot deadlock, also if a rank has several stages (torch's own schedules cannot run
+        these forward only).
         """
         was_training = [module.training for module in self.modules]
         try:

@@ -1,16 +1,22 @@
-"""What is changed in DeepSpeed before our engine is built on it, each with its reason. Read with DeepSpeed 0.19.8 and 0.19.9.
+"""Changes to DeepSpeed before our engine is built on it, each with its reason. Read with DeepSpeed 0.19.8 and
+0.19.9.
 
-    sys.modules            two modules on Muon are empty: DeepSpeed imports them though nothing uses them, and they compile as they are imported,
-                           for which a rank would load torch's whole compiler (0.9 s of a core)
-    __compatible_ops__     on CPU without DeepSpeed's shared-memory collectives, which build for two minutes and have been seen to abort
-    environment            DS_ACCELERATOR, LOCAL_SIZE, LOCAL_RANK: without them DeepSpeed looks for an accelerator, starts the program numactl
-                           for every bucket of gradients, and puts the weights of stage 3 on another device
-    groups' tables         our expert groups by the name that marks their parameters: DeepSpeed would make groups of its own order
-    DeepSpeedEngine        `has_moe_layers` says whether this rank holds experts that are sharded, as DeepSpeed looks for a class of its own;
-                           the check of optimizers lets ours through, and that of experts at stage 3, as ours carry their placement
+    sys.modules            Two Muon modules are replaced by empty ones. DeepSpeed imports them even if nothing uses
+                           them, and they compile when imported: a rank would load torch's whole compiler (0.9 s of a
+                           core).
+    __compatible_ops__     On CPU, DeepSpeed's shared-memory collectives are off: they build for two minutes and have
+                           been seen to abort.
+    environment            DS_ACCELERATOR, LOCAL_SIZE, LOCAL_RANK: without them DeepSpeed searches for an accelerator,
+                           starts the program numactl for every bucket of gradients, and puts the weights of stage 3 on
+                           another device.
+    groups' tables         Our expert groups under the name that marks their parameters: DeepSpeed would create groups
+                           in its own order.
+    DeepSpeedEngine        `has_moe_layers` says whether this rank holds sharded experts, because DeepSpeed looks for
+                           its own class. The check of optimizers accepts ours, and so does the check of experts at
+                           stage 3, because ours have their placement on the parameters.
 
-What whole_weights.py and sharded_weights.py replace in one optimizer of DeepSpeed's stands there. Every private name, also of this
-file, is a row of private_names.py, which is held against the installed version as a rank starts.
+whole_weights.py and sharded_weights.py describe what they replace in one DeepSpeed optimizer. Every private name, also
+of this file, is a row of private_names.py, which is compared with the installed version when a rank starts.
 """
 
 import logging
@@ -27,11 +33,11 @@ from parallel.mesh import Mesh
 from parallel.zero.private_names import require_names
 
 DEEPSPEED_MUON = ("muon_optimizer", "original_muon")
-"""Modules that stay empty."""
+"""Modules that are replaced by empty ones."""
 
 
 def import_deepspeed(on_cuda: bool) -> types.ModuleType:
-    """Import quietly, and without its three slow side roads on CPU."""
+    """Import DeepSpeed quietly, and on CPU without three slow paths."""
     if not on_cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         os.environ["LOCAL_SIZE"] = "1"
@@ -39,18 +45,18 @@ def import_deepspeed(on_cuda: bool) -> types.ModuleType:
     import deepspeed
     import deepspeed.ops
 
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # its warnings are about choices made here on purpose
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # its warnings concern deliberate choices here
     if not on_cuda:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     for name in DEEPSPEED_MUON:
         module = types.ModuleType(f"deepspeed.runtime.zero.muon.{name}")
-        module.__getattr__ = _unused_class  # pyrefly: ignore[bad-assignment]  a module's own (PEP 562)
+        module.__getattr__ = _unused_class  # pyrefly: ignore[bad-assignment]  a module attribute (PEP 562)
         sys.modules.setdefault(module.__name__, module)
     return deepspeed
 
 
 def _unused_class(name: str) -> type:
-    """A class in the place of whatever is imported of a module that nothing uses."""
+    """Return a placeholder class for any import from an unused module."""
     if name.startswith("__"):
         raise AttributeError(name)
     return type(name, (), {})
@@ -68,7 +74,9 @@ def tell_groups(deepspeed: types.ModuleType, mesh: Mesh) -> None:
 
 @contextmanager
 def own_engine(deepspeed: Any, has_experts: bool) -> Iterator[None]:
-    """Inside, `deepspeed.initialize` makes an engine of our class. has_experts: whether this rank holds experts that are sharded."""
+    """Make `deepspeed.initialize` build an engine of our class inside the block. has_experts: whether this rank
+    holds sharded experts.
+    """
     from deepspeed.runtime.engine import ZERO_OPTIMIZATION
 
     require_names(engine=deepspeed.DeepSpeedEngine)
@@ -80,7 +88,7 @@ def own_engine(deepspeed: Any, has_experts: bool) -> Iterator[None]:
             return ZERO_OPTIMIZATION
 
         def _validate_zero3_moe_compatibility(self) -> None:
-            """Our experts carry their ZeRO-3 placement on the parameters."""
+            """Skip the check: our experts have their ZeRO-3 placement on the parameters."""
 
     original, deepspeed.DeepSpeedEngine = deepspeed.DeepSpeedEngine, PatchedEngine
     try:

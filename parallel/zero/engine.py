@@ -48,7 +48,7 @@ class ZeroSettings:
 
     stage: int
     offload: bool
-    """Master weights and the optimizer's state lie in the host's memory."""
+    """Whether master weights and optimizer state are in host memory."""
     clip: float
     facts: OptimizerFacts
     weight_decay: float
@@ -56,18 +56,20 @@ class ZeroSettings:
 
 @dataclass(frozen=True)
 class WeightFacts:
-    """What ZeRO has to know about the weights of a rank's chunks."""
+    """Properties of the weights of a rank's chunks that ZeRO needs."""
 
     is_expert: Callable[[str], bool]
-    """Whether the parameter of this global name is a weight of experts."""
+    """Whether the parameter with this global name is a weight of experts."""
     is_frozen: Callable[[str], bool] = lambda _: False
-    """Whether the parameter of this global name is never moved."""
+    """Whether the parameter with this global name never changes."""
     tied: nn.Parameter | None = None
     """A parameter that the first and the last rank of the pipeline both hold; its gradients are summed over the two."""
     units: tuple[type[nn.Module], ...] = ()
     """Modules whose weights are gathered together at stage 3."""
     draws: Mapping[nn.Parameter, Callable[[], None]] = field(default_factory=dict)
-    """Gives memory and its first values to each weight, called at stage 3 as it is sharded; without them all weights are there."""
+    """Per weight, a function that allocates and initialises it, called at stage 3 when the weight is sharded;
+    without them all weights already exist.
+    """
 
 
 class Zero:
@@ -120,7 +122,9 @@ class Zero:
     def _hold_weights(
         self, settings: ZeroSettings, rules: dict[nn.Parameter, UpdateRule], members: list[list[nn.Parameter]]
     ) -> ShardedWeights | WholeWeights:
-        """How this stage holds weights and gradients. members: the parameters of each group of the optimizer."""
+        """Build the weights' and gradients' holder of this stage. members: the parameters of each group of the
+        optimizer.
+        """
         if settings.stage == 3:
             trained = {param: self.shapes[param] for param in self.names}
             return ShardedWeights(
@@ -217,8 +221,10 @@ class Zero:
         return (self._weights.held(param) for param in (*self.names, *self.untrained))
 
     def untrained_shards(self, owned: bool = False) -> dict[str, Shard]:
-        """What this rank holds of the weights that nobody trains, live, by name; of one that is bytes, its place is among those of the
-        rank's own. owned: of one that several ranks hold whole, the first of them alone.
+        """Return this rank's part of the untrained weights, live, by name. A weight stored as bytes is placed within
+        the rank's own parameter.
+
+        owned: for a weight that several ranks hold whole, only the first of them returns it.
         """
         found: dict[str, Shard] = {}
         for param, name in self.untrained.items():
@@ -315,7 +321,9 @@ def _parameter_groups(
 
 
 def mark_experts(names: Mapping[nn.Parameter, str], is_expert: Callable[[str], bool], mesh: Mesh) -> str:
-    """Mark weights of experts as DeepSpeed knows them, also those that nobody trains; gradients are fp32. Returns the name of their group."""
+    """Mark weights of experts in the way that DeepSpeed recognises, also frozen ones, and make gradients fp32.
+    Returns the name of their group.
+    """
     expert_name = f"ep_size_{mesh.layout.ep}"
     for param, name in names.items():  # DeepSpeed broadcasts rank 0's values, including frozen ones
         if param.requires_grad:
@@ -335,7 +343,9 @@ def make_config(
     units: tuple[type[nn.Module], ...],
     reduced_elements: Callable[[bool], int],
 ) -> dict[str, Any]:
-    """DeepSpeed's configuration. reduced_elements: of the weights whose gradients pass through its bucket, all of them if True."""
+    """Return DeepSpeed's configuration. reduced_elements: returns the elements of weights whose gradients pass
+    through its bucket; True: of all weights.
+    """
     first = next(param for param in module.parameters() if param.requires_grad)
     elements = reduced_elements(settings.stage == 3 or first.dtype == torch.float32)
     config: dict[str, Any] = {
@@ -385,7 +395,9 @@ def build_engine(
     weights: Collection[nn.Parameter],
     about: WeightFacts,
 ) -> Any:
-    """DeepSpeed's engine. With `about.draws` it shards weights for stage 3 one after another, so that a rank has one whole at a time."""
+    """Build DeepSpeed's engine. With `about.draws` it shards weights for stage 3 one after another, so that a rank
+    holds only one whole weight at a time.
+    """
     trained = [param for param in module.parameters() if param.requires_grad]
     deepspeed, stage = import_deepspeed(trained[0].is_cuda), config["zero_optimization"]["stage"]
     tell_groups(deepspeed, mesh)
