@@ -1,13 +1,15 @@
-"""Low-rank pairs beside frozen weights (LoRA, arXiv 2106.09685): y = W x + scale B (A dropout(x)).
+"""LoRA A and B next to frozen weights (arXiv 2106.09685): y = W x + scale B (A dropout(x)).
 
-What the model asks for its products stays as it is, in any precision and with weights of any form: a module that is adapted adds
-to its output what its pairs give. They compute in the format of the activations, and their gradients are summed in fp32 like those
-of any weight. A starts uniform in +-1 / sqrt(inputs), as PEFT draws it, and B at 0.
+The model's own matmuls do not change, in any precision and with weights of any form: an adapted module adds the result
+of its LoRA matrices to its output. They compute in the activation dtype, and their gradients are summed in fp32 like
+those of any weight. A starts uniform in +-1 / sqrt(inputs), as PEFT draws it, and B at 0.
 
-Dropout draws nothing: whether an input counts follows from a hash of its row, its column, the step and the name of the pair. So a
-block that backward runs again, a resumed run and any layout drop the same inputs, and only rows that are equal share a mask.
+Dropout uses no random generator: a hash of its row, its column, the step and the name of the weight decides whether an
+input counts. So a block that backward runs again, a resumed run and any layout drop the same inputs, and only equal
+rows share a mask.
 
-Shapes: N rows (any leading axes), R rows sorted by expert, I inputs and O outputs of a product, E experts of this rank, Q rank.
+Shapes: N rows (any leading axes), R rows sorted by expert, I inputs and O outputs of a matmul, E experts of this rank,
+Q rank.
 """
 
 from collections.abc import Sequence
@@ -33,7 +35,9 @@ MIX = (-0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)
 
 
 class LowRankPairs:
-    """What the pairs of one weight add to its product. The parameters are those of the module that has the weight."""
+    """The LoRA A and B of one weight, which add to its matmul. The parameters belong to the module that has the
+    weight.
+    """
 
     def __init__(
         self,
@@ -44,13 +48,14 @@ class LowRankPairs:
         chunk: DeepSeekV3,
         salt: str,
     ):
-        """names: inside the module; the outputs of the pairs stand side by side. chunk: knows the step. salt: what dropout follows from
-        beside step and row."""
+        """names: of the LoRA parameters inside the module; the outputs of several A and B are concatenated. chunk:
+        knows the step. salt: input of the dropout hash, besides step and row.
+        """
         self._module, self._names, self._kernels, self._chunk = module, names, kernels, chunk
         self._scale, self._dropout, self._salt = adapter.scale, adapter.dropout, salt
 
     def add(self, y: Tensor, x: Tensor, groups: ExpertGroups | None = None) -> Tensor:
-        """y, and beside it what the pairs make of x (N, I): (N, O). groups: of rows that are sorted by expert."""
+        """Return y plus the LoRA result for x (N, I): (N, O). groups: for rows that are sorted by expert."""
         dropped, keep = self._drop(x)
         parts = []
         for name_a, name_b in self._names:
@@ -60,7 +65,7 @@ class LowRankPairs:
         return y + (parts[0] if len(parts) == 1 else torch.cat(parts, -1))
 
     def widen(self, x: Tensor, weight_OI: Tensor) -> tuple[Tensor, Tensor]:
-        """Operands whose product is the adapted one: the low-rank inputs beside x, and B beside the weight."""
+        """Return operands whose product is the adapted one: the low-rank inputs next to x, and B next to the weight."""
         ((name_a, name_b),) = self._names
         dropped, keep = self._drop(x)
         with keep:
@@ -73,7 +78,7 @@ class LowRankPairs:
         return GroupedProduct.apply(x, weight, groups, self._kernels)
 
     def _drop(self, x: Tensor) -> tuple[Tensor, AbstractContextManager]:
-        """x as the pairs take it, and the context in which saving that keeps nothing."""
+        """Return x as the LoRA matrices take it, and the context in which saving it keeps nothing."""
         if not (self._dropout and self._module.training):
             return x, nullcontext()
         drop = partial(_drop, share=self._dropout, salt=key_number(f"{self._chunk.step}/{self._salt}"))
@@ -84,8 +89,10 @@ class LowRankPairs:
 
 
 def _drop(x: Tensor, share: float, salt: int) -> Tensor:
-    """x with a share of its values at 0 and the others scaled up. Every value counts by the top bits of a product of two odd
-    numbers, one of its row and one of its column.
+    """Set a share of x's values to 0 and scale the others up.
+
+    The top bits of a product of two odd numbers, one of the value's row and one of its column, decide whether it is
+    kept.
     """
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
     column_I = _mixed(torch.arange(x.size(-1), device=x.device)) | 1
@@ -96,7 +103,7 @@ def _drop(x: Tensor, share: float, salt: int) -> Tensor:
 
 
 def _mixed(number: Tensor) -> Tensor:
-    """splitmix64 of int64 numbers; shifts keep the sign, which mixes as well."""
+    """Return splitmix64 of int64 numbers; shifts keep the sign, which mixes as well."""
     first, second, third = MIX
     number = number + first
     number = (number ^ (number >> 30)) * second
@@ -105,15 +112,17 @@ def _mixed(number: Tensor) -> Tensor:
 
 
 ADDED = {"weight": "added", "w13": "added_up", "w2": "added_down"}
-"""Where a module takes what is added, by the last part of its weight's name."""
+"""Attribute of a module for its adapter, by the last part of the weight's name."""
 
 
 def add_adapters(chunk: DeepSeekV3, adapter: Adapter, kernels: Kernels, seed: int) -> None:
-    """Freeze the weights of a chunk, and put pairs beside those of the targets, drawn by name so that every layout has the same.
+    """Freeze the weights of a chunk, and add LoRA A and B to the target weights, drawn by name so that every layout
+    has equal ones.
+
     On the meta device, for plans, nothing is drawn.
     """
     bases = [(name, param) for name, param in chunk.named_parameters() if target_of(name) in (adapter.targets or ())]
-    (dtype,) = {param.dtype for param in chunk.parameters()} - {torch.uint8}  # bytes of packed weights
+    (dtype,) = {param.dtype for param in chunk.parameters()} - {torch.uint8}  # uint8: bytes of packed weights
     for param in chunk.parameters():
         param.requires_grad_(False)
     for base, weight in bases:
@@ -131,17 +140,20 @@ def add_adapters(chunk: DeepSeekV3, adapter: Adapter, kernels: Kernels, seed: in
             setattr(module, name_b, nn.Parameter(a.new_zeros(*experts, outputs // len(names), adapter.rank)))
         setattr(module, ADDED[own], LowRankPairs(module, names, adapter, kernels, chunk, f"{seed}/{base}"))
     if bases and hasattr(chunk, "embedding"):
-        # What backward meets first must ask for a gradient, or a block that runs again would keep another graph than its first run.
+        # The first tensor on the path must require a gradient, or a block that runs again would record another graph
+        # than in its first run.
         chunk.embedding.register_forward_hook(_ask_for_gradient)
 
 
 def _ask_for_gradient(module: nn.Module, given: object, out: Tensor) -> Tensor:
-    """Give the values a gradient. As a leaf of the graph they would stay in memory with it, and so would their gradient."""
+    """Make the values require a gradient. As a leaf of the graph, the values and their gradient would stay in
+    memory.
+    """
     return _Asking.apply(out, torch.empty(0, requires_grad=True)) if torch.is_grad_enabled() else out
 
 
 class _Asking(Function):
-    """What backward comes by, and where nothing learns of it. anchor: asks for a gradient."""
+    """Makes its output require a gradient, but passes no gradient on. anchor: a tensor that requires a gradient."""
 
     @staticmethod
     def forward(ctx, x: Tensor, anchor: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
-"""The attention core, softmax(scale q k^T) v, of queries that see some of the keys: the one place that says what it takes and returns.
+"""The interface of the attention core, softmax(scale q k^T) v, for queries that see some of the keys.
 
-Who computes it stands in train/kernels. Who sees whom comes as rectangles (train/model/sequence.py): whole sequences and packed
-documents are squares with a diagonal, and what ranks that share sequences ask of one another is any. Nothing above a diagonal or
-between documents is computed, or kept as a mask. Backward computes the probabilities again from the log-sum-exp of the scores, l,
-which may be that over more keys than these:
+train/kernels implements it. Rectangles (train/model/sequence.py) say which queries see which keys: whole sequences and
+packed documents are squares with a diagonal; ranks that share sequences use arbitrary rectangles. Nothing above a
+diagonal or between documents is computed, or kept as a mask. Backward recomputes the probabilities from the log-sum-exp
+of the scores, l, which may cover more keys than these:
 
     p = exp(scale q k^T - l),  dv = p^T do,  ds = scale p * (do v^T - rowsum(do * o)),  dq = ds k,  dk = ds^T q
 
@@ -20,7 +20,7 @@ from train.model.sequence import SeenKeys
 
 
 class AttentionInput(NamedTuple):
-    """What attention takes."""
+    """Arguments of attention."""
 
     q_BHTQ: Tensor
     k_BHSQ: Tensor
@@ -28,14 +28,14 @@ class AttentionInput(NamedTuple):
     scale: float
     seen: SeenKeys
     watch: "LargestScores | None" = None
-    """Is told of the scores of a call that is trained."""
+    """Receives the scores of training calls."""
 
 
 class LargestScores:
     """The largest scaled score of each head over all calls since `clear`: most_H, fp32.
 
-    limit: a core that would have to compute the scores once more may tell their log-sum-exp, which is never less, of a query for
-    which that is not above the limit.
+    limit: some cores would have to compute the scores again. For a query whose log-sum-exp is at most `limit`, such a
+    core may return the log-sum-exp instead, which is an upper bound of its scores.
     """
 
     def __init__(self, heads: int, limit: float, device: torch.device):
@@ -52,35 +52,39 @@ class LargestScores:
 
 
 class AttentionOutput(NamedTuple):
-    """What attention returns."""
+    """Results of attention."""
 
     out_BHTV: Tensor
-    """In v's format, positions first in memory, as the output projection takes it. 0 of a query that sees nothing."""
+    """In v's dtype, positions first in memory, as the output projection takes it. 0 for a query that sees nothing."""
     lse_BHT: Tensor
-    """Log-sum-exp of the scaled scores of each query, fp32. -inf of one that sees nothing."""
+    """Log-sum-exp of the scaled scores of each query, fp32. -inf for a query that sees nothing."""
     largest_BHT: Tensor | None = None
-    """The largest scaled score of each query, fp32, where it was asked for; see `LargestScores.limit`."""
+    """The largest scaled score of each query, fp32, if requested; see `LargestScores.limit`."""
     kept: Tensor | None = None
-    """What else the core wants in backward."""
+    """Other data that the core needs in backward."""
 
 
 class AttentionCore(Protocol):
     """Computes attention, forward and backward."""
 
     takes_documents: bool
-    """Whether it is made for pieces of any length."""
+    """Whether it supports pieces of any length."""
 
     def forward(self, given: AttentionInput, keep: bool = False, largest: bool = False) -> AttentionOutput:
-        """keep: whether `kept` shall be there for a backward. largest: whether the largest scores are asked for."""
+        """Compute attention. keep: whether to return `kept` for a backward. largest: whether to return the largest
+        scores.
+        """
 
     def backward(
         self, dout_BHTV: Tensor, given: AttentionInput, made: AttentionOutput
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of q, k and v. made: by `forward`, or output and log-sum-exp over all keys that the queries see, these among them."""
+        """Return the gradients of q, k and v. made: the result of `forward`, or output and log-sum-exp over all keys
+        that the queries see, these keys included.
+        """
 
 
 def positions_first(x_BHTV: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor in that format, and as `AttentionOutput.out_BHTV` lies in memory."""
+    """Return a copy in this dtype, in the memory order of `AttentionOutput.out_BHTV`."""
     B, H, T, V = x_BHTV.shape
     return x_BHTV.new_empty(B, T, H, V, dtype=dtype).transpose(1, 2).copy_(x_BHTV)
 

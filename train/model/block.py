@@ -19,9 +19,9 @@ from train.model.sequence import Positions
 class Block(nn.Module):
     """Block of the main model or of an MTP module.
 
-    dispatcher: None makes a dense block. repeat: backward runs the whole block again, of which nothing is kept but its input.
-    host: takes the activations of `offload`, which is attention, ffn, or layer for both; None for nothing. Keeps (B, T, D).
-    positions: those of x; None for all of whole sequences.
+    dispatcher: None makes a dense block. repeat: backward runs the whole block again, so only the block's input is
+    kept. host: takes the activations of `offload`, which is attention, ffn, or layer for both; None for no offload.
+    Returns the shape (B, T, D) of its input. positions: those of x; None for all positions of whole sequences.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Block(nn.Module):
             return x_BTD + self.moe(normed_BTD, remake, positions)
 
     def _offloaded(self, part: str, x_BTD: Tensor) -> AbstractContextManager:
-        """The context of a part of the block that takes x."""
+        """Return the context of a part of the block that takes x."""
         if self._host is None or part != self._offload or not torch.is_grad_enabled():
             return nullcontext()
         return OffloadedBlock(self._host, (x_BTD, *self.parameters(), *self.buffers()))

@@ -1,8 +1,8 @@
-"""How many parameters a model has, and how many operations a token costs. Pure functions of the configuration.
+"""Counts the parameters of a model, and the operations per token. Pure functions of the configuration.
 
-Every weight of a product costs 2 operations per token forward and 4 backward; attention costs 6 per pair of positions and
-per unit of qk and v width. Looking up the embedding, norms and the router (0.3 % of the whole in DeepSeek-V3) are left
-out, as in DeepSeek's own figures; recomputation is not counted.
+Every weight of a matmul costs 2 operations per token forward and 4 backward; attention costs 6 per pair of positions
+and per unit of qk and v width. Embedding lookup, norms and the router (0.3 % of the whole in DeepSeek-V3) are left out,
+as in DeepSeek's own figures; recomputation is not counted.
 """
 
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ from conf.schema import Config, Model
 
 
 def moe_layers(model: Model) -> list[str]:
-    """Names of all layers with experts, in order."""
+    """Return the names of all layers with experts, in order."""
     return [f"layers.{i}" for i in range(model.dense_layers, model.layers)] + [
         f"mtp.{k}" for k in range(model.mtp_depth)
     ]
 
 
 def attention_layers(model: Model) -> list[str]:
-    """Names of all attention modules, in order."""
+    """Return the names of all attention modules, in order."""
     return [f"layers.{i}.attention" for i in range(model.layers)] + [
         f"mtp.{k}.block.attention" for k in range(model.mtp_depth)
     ]
@@ -26,15 +26,15 @@ def attention_layers(model: Model) -> list[str]:
 
 @dataclass(frozen=True)
 class Counts:
-    """Parameters of a model, MTP apart."""
+    """Parameters of a model, with MTP separate."""
 
     total: int
-    """Embedding and head included."""
+    """All parameters, embedding and head included."""
     active: int
-    """Used by one token, embedding and head included."""
+    """Parameters used by one token, embedding and head included."""
     active_without_embedding: int
     embedding: int
-    """The embedding table; the head is as large."""
+    """The embedding table; the head has the same size."""
     attention: int
     """Parameters of attention in one block."""
     dense_block: int
@@ -47,7 +47,7 @@ class Counts:
 
 
 def attention_products(config: Model) -> int:
-    """Weights of one MLA layer's products."""
+    """Return the weights of one MLA layer's matmuls."""
     qk_width = config.nope_head_dim + config.rope_head_dim
     if config.q_rank is None:
         queries = config.hidden * config.heads * qk_width
@@ -59,12 +59,12 @@ def attention_products(config: Model) -> int:
 
 
 def expert_params(config: Model) -> int:
-    """Weights of one routed expert."""
+    """Return the weights of one routed expert."""
     return 3 * config.hidden * config.expert_width
 
 
 def count_parameters(config: Model) -> Counts:
-    """Parameters of every part."""
+    """Count the parameters of every part."""
     attention = attention_products(config) + (config.q_rank or 0) + config.kv_rank
     outside_ffn = attention + 2 * config.hidden
     expert = expert_params(config)
@@ -92,8 +92,10 @@ def count_parameters(config: Model) -> Counts:
 
 
 def layer_flops(config: Model, seq_len: int, dense: bool, causal: bool = True, frozen: bool = False) -> float:
-    """Training operations per token of one block. causal: count only the half of attention that is needed. frozen: its weights have no
-    gradient; an adapter beside them is not counted.
+    """Return the training operations per token of one block.
+
+    causal: count only the needed half of attention. frozen: the block's weights have no gradient; an adapter next to
+    them is not counted.
     """
     if dense:
         ffn = 3 * config.hidden * config.dense_width
@@ -105,13 +107,15 @@ def layer_flops(config: Model, seq_len: int, dense: bool, causal: bool = True, f
 
 
 def head_flops(config: Model, frozen: bool = False) -> float:
-    """Training operations per token of the output head."""
+    """Return the training operations per token of the output head."""
     return (4 if frozen else 6) * config.vocab_size * config.hidden
 
 
 def flops_per_token(config: Model, seq_len: int, causal: bool = True, mtp: bool = False, frozen: bool = False) -> float:
-    """Training operations per token, forward and backward. DeepSeek's own MFU figures leave MTP out (mtp=False). frozen: as in
-    `layer_flops`."""
+    """Return the training operations per token, forward and backward.
+
+    DeepSeek's own MFU figures leave MTP out (mtp=False). frozen: as in `layer_flops`.
+    """
     dense, moe = (layer_flops(config, seq_len, kind, causal, frozen) for kind in (True, False))
     total = config.dense_layers * dense + head_flops(config, frozen)
     total += (config.layers - config.dense_layers) * moe
@@ -121,11 +125,11 @@ def flops_per_token(config: Model, seq_len: int, causal: bool = True, mtp: bool 
 
 
 def count_adapter(config: Config) -> int:
-    """Parameters of the adapter: rank times the inputs and outputs of every matrix that it stands beside."""
+    """Return the adapter's parameters: rank times the inputs and outputs of every adapted matrix."""
     model = config.model
     hidden, inner, value = model.hidden, model.expert_width, model.heads * model.v_head_dim
     queries, keys = model.heads * (model.nope_head_dim + model.rope_head_dim), model.kv_rank + model.rope_head_dim
-    ffn = 3 * hidden  # and three times the inner width
+    ffn = 3 * hidden  # plus three times the inner width
     sizes = {
         "q_up": (model.q_rank or hidden) + queries,
         "kv_up": model.kv_rank + model.heads * model.nope_head_dim + value,
@@ -143,7 +147,11 @@ def count_adapter(config: Config) -> int:
 
 
 def checkpoint_bytes(config: Config) -> int:
-    """Size of one checkpoint: fp32 master weights, those of an adapter alone where one is trained, what the optimizer keeps, and the average of the weights where one is kept."""
+    """Return the size of one checkpoint.
+
+    It holds fp32 master weights (only the adapter's if one is trained), the optimizer state, and the average of the
+    weights if one is kept.
+    """
     counts = count_parameters(config.model)
     stored = count_adapter(config) if config.adapter.on else counts.total + counts.mtp
     kept = config.optim.facts.count_state_bytes(config.precision.moment_bytes)

@@ -1,10 +1,10 @@
 """DeepSeek-V3, whole or as one chunk of a pipeline: the same class with fewer parts.
 
-Parameter names are global, whatever the chunk: `embedding.weight`, `layers.17.attention.kv_up.weight`,
+Parameter names are global in every chunk: `embedding.weight`, `layers.17.attention.kv_up.weight`,
 `layers.17.moe.experts.w13`, `norm.weight`, `head.weight`, `mtp.0.projection.weight`.
 
-The last chunk computes the loss itself, main and MTP, so no logits leave it. MTP needs the embedding: the last chunk of a
-pipeline has a table under the same name, physically the first chunk's where both live in one process.
+The last chunk computes the main and MTP losses itself, so no logits leave it. MTP needs the embedding: the last chunk
+of a pipeline has a table under the same name, which is the first chunk's table if both chunks are in one process.
 
 Shapes: B sequences, S = T + 1 tokens of a sample, T positions, D width, V vocabulary.
 """
@@ -36,7 +36,7 @@ from train.model.token_losses import LossTokens, TokenLoss
 
 
 class Losses:
-    """Losses of the micro-batches since `clear`, without gradient; stays on the device until read."""
+    """Losses of the micro-batches since `clear`, without gradient; they stay on the device until read."""
 
     def __init__(self, depths: int):
         self._depths = depths
@@ -44,13 +44,13 @@ class Losses:
 
     def clear(self) -> None:
         self.count = 0
-        """Micro-batches."""
+        """Number of micro-batches."""
         self.main: Tensor | float = 0.0
         """Sum of the main losses."""
         self.mtp: list[Tensor | float] = [0.0] * self._depths
         """Sum of the losses of every MTP depth, unweighted."""
         self.extra: Tensor | float = 0.0
-        """Sum of the term of the user's own (optim.extra_loss)."""
+        """Sum of the user's own loss term (optim.extra_loss)."""
 
     def add(self, main: Tensor, mtp: list[Tensor], extra: Tensor | None = None) -> None:
         self.count += 1
@@ -59,7 +59,9 @@ class Losses:
         self.mtp = [total + loss.detach() for total, loss in zip(self.mtp, mtp, strict=True)]
 
     def means(self) -> Tensor:
-        """Mean over micro-batches of the main loss, of every MTP depth, and of the user's own term: (2 + depths,)."""
+        """Return the mean over micro-batches of the main loss, of every MTP depth, and of the user's own term: (2 +
+        depths,).
+        """
         device = self.main.device if isinstance(self.main, Tensor) else None
         totals = [
             total if isinstance(total, Tensor) else torch.full((), total, device=device)
@@ -70,10 +72,10 @@ class Losses:
 
 @dataclass(frozen=True)
 class ModelOutputs:
-    """What a term of the user's own (optim.extra_loss) is a function of: those of one micro-batch, at the positions of this rank."""
+    """Arguments of the user's own loss term (optim.extra_loss): values of one micro-batch, at this rank's positions."""
 
     hidden_BTD: Tensor
-    """After the final norm."""
+    """Hidden states after the final norm."""
     targets_BT: Tensor
     """The next tokens, int64."""
     head_VD: Tensor
@@ -88,21 +90,23 @@ class ModelOutputs:
         return values_BT.masked_fill(~self.learnt_BT, 0).sum() / self.divisor
 
     def logits(self) -> Tensor:
-        """fp32 (B, T, V), of all positions at once, with gradient: the cross-entropy itself never holds so many."""
+        """Return fp32 (B, T, V) of all positions at once, with gradient; the cross-entropy itself never holds so
+        many logits.
+        """
         return F.linear(self.hidden_BTD, self.head_VD.to(self.hidden_BTD.dtype)).float()
 
 
 class Head(nn.Module):
-    """Output head. It is called once for all depths, as what a module call needs may be brought for it."""
+    """Output head. It is called once for all depths, because a module call may gather its weights."""
 
     def __init__(self, width: int, vocab_size: int, chunk: int, kernels: Kernels, **factory):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, width, **factory))
         self._chunk, self._kernels = chunk, kernels
         self.added: AddedProduct | None = None
-        """The adapter of the weight, set by whoever trains one."""
+        """The adapter of the weight, set by the code that trains one."""
         self.extra_loss: Callable[[ModelOutputs], Tensor] | None = None
-        """A term of the user's own, set by whoever builds the model for a training."""
+        """The user's own loss term, set by the code that builds the model for a training."""
         self.token_loss: TokenLoss | None = None
         """What the main model minimises instead of the cross-entropy, set by whoever runs the step."""
         self.gives_logprobs = False
@@ -208,16 +212,18 @@ class Head(nn.Module):
         return found_BT.where(tokens.learnt_BT, 0 * logprobs_BT).sum() / (divisor * parts)
 
     def adapted(self, hidden: Tensor, weight_VD: Tensor) -> tuple[Tensor, Tensor]:
-        """Operands of the product that gives the logits of hidden states (..., D)."""
+        """Return the operands of the matmul that gives the logits of hidden states (..., D)."""
         return (hidden, weight_VD) if self.added is None else self.added.widen(hidden, weight_VD)
 
     def loss(
         self, hidden_BTD: Tensor, targets_BT: Tensor, divisor: float, learnt_N: Tensor | None, weight_VD: Tensor
     ) -> Tensor:
-        """Sum of the cross-entropies over divisor. learnt_N: of these rows alone, on the host; None for all."""
+        """Return the sum of the cross-entropies over divisor. learnt_N: indices of the rows that count, on the host;
+        None for all rows.
+        """
         hidden_ND, targets_N = hidden_BTD.flatten(0, 1), targets_BT.flatten()
         if learnt_N is not None and len(learnt_N) == 0:
-            # The graph must be whole, as other ranks wait in its backward: one row that weighs nothing.
+            # The graph must be complete, because other ranks wait in its backward: use one row with weight 0.
             learnt_N, divisor = learnt_N.new_zeros(1), math.inf
         if learnt_N is not None:
             learnt_N = learnt_N.to(hidden_ND.device)
@@ -227,7 +233,7 @@ class Head(nn.Module):
 
 
 def _scalar(loss: Tensor) -> Tensor:
-    """The user's own term. Raises TypeError for what is none."""
+    """Return the user's own term as a scalar. Raises TypeError if it is not one number."""
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
         what = f"a tensor {tuple(loss.shape)} of {loss.dtype}" if isinstance(loss, Tensor) else type(loss).__name__
         raise TypeError(f"optim.extra_loss gave {what}; it must give one number as a tensor: a mean over the positions")
@@ -237,12 +243,12 @@ def _scalar(loss: Tensor) -> Tensor:
 class DeepSeekV3(nn.Module):
     """The parts of one chunk.
 
-    seq_len: length of the run's sequences (decides on YaRN). layers: global indices of the blocks held here.
-    has_head: final norm, output head and MTP modules. dispatcher: one object for all MoE layers; None for experts that
-    are all here. local_experts: those of every layer that this rank holds; None for all. embedding: a table to share.
-    share: what brings other positions of the sequences; None where whole sequences are here. host: takes what config.offload
-    names; None where nothing waits for a backward.
-    dtype, device: of the parameters. On the meta device build first, then call `init.initialise` or load.
+    seq_len: length of the run's sequences (decides on YaRN). layers: global indices of the chunk's blocks. has_head:
+    final norm, output head and MTP modules. dispatcher: one object for all MoE layers; None if all experts are local.
+    local_experts: indices of this rank's experts in every layer; None for all. embedding: a table to share. share:
+    exchanges positions with other ranks; None if whole sequences are local. host: takes the activations that
+    config.offload names; None if no backward follows. dtype, device: of the parameters. On the meta device, build
+    first, then call `init.initialise` or load.
     """
 
     def __init__(
@@ -270,26 +276,29 @@ class DeepSeekV3(nn.Module):
         self.config, self.has_embedding, self.has_head = config, has_embedding, has_head
         self.losses = Losses(config.mtp_depth)
         self.step = 0
-        """Number of the step, set by whoever runs it: which inputs an adapter drops follows from it."""
+        """Number of the step, set by the code that runs it; it decides which inputs an adapter drops."""
         self.mtp_weight = 0.0
-        """Weight lambda of the MTP losses, set by whoever runs the step."""
+        """Weight lambda of the MTP losses, set by the code that runs the step."""
         self.detaches_mtp = False
-        """Whether MTP losses train the MTP modules alone, set by whoever builds it."""
+        """Whether MTP losses train only the MTP modules, set by the code that builds the model."""
         self.loss_divisor: float | None = None
-        """What sums of losses are divided by in training, set by whoever runs the step; None for the positions here. In eval mode
-        the loss of supervised tokens is their sum."""
+        """Divisor of loss sums in training, set by the code that runs the step; None for the number of local
+        positions. In eval mode the loss of supervised tokens is their sum.
+        """
         self.observer: Callable[[list[Tensor], Tensor, Positions], None] | None = None
-        """In eval mode, where the MTP modules else stay idle, they run for it: it is called with what the head takes, the states
-        of the main model (B, T, D) and of every depth, tokens_BS and the positions here."""
+        """Called in eval mode with the head's inputs (the states of the main model (B, T, D) and of every depth),
+        tokens_BS and the local positions. Without an observer the MTP modules do not run in eval mode.
+        """
         self._share = share
         own = bool(config.block or config.router)
         self.backward_in_one_piece = own or (has_head and config.mtp_depth > 1)
-        """torch's split into input and weight gradients cannot serve a weight that enters the graph again behind itself,
-        as the embedding does from MTP depth 2 on, and as those of the user's own blocks may."""
+        """torch's split into input and weight gradients cannot handle a weight that is used twice on one path, such
+        as the embedding from MTP depth 2 on, or possibly weights of the user's own blocks.
+        """
         self._dtype = precision.dtype
         if has_embedding or (has_head and config.mtp_depth):
             self.embedding = embedding or Embedding(config.vocab_size, config.hidden, **factory)
-        # torch's containers do not say what they hold.
+        # torch's containers do not declare the type of their elements.
         self.layers = cast("MutableMapping[str, Block]", nn.ModuleDict())
         block = subclass("model.block", config.block, Block)
         for place, index in enumerate(layers):
@@ -308,7 +317,7 @@ class DeepSeekV3(nn.Module):
 
     @classmethod
     def whole(cls, config: Model, precision: LayerPrecision, *, seq_len: int, **rest) -> "DeepSeekV3":
-        """The model in one piece."""
+        """Build the whole model."""
         return cls(
             config,
             precision,
@@ -358,14 +367,16 @@ class DeepSeekV3(nn.Module):
         return torch.stack([loss])  # no view: pipeline schedules detach it in place
 
     def logits(self, x: Tensor, last: bool = False) -> Tensor:
-        """fp32 logits (B, T, V) of tokens (B, T), or of hidden states for a last chunk; last: only of the last position."""
+        """Return fp32 logits (B, T, V) of tokens (B, T), or of hidden states for a last chunk; last: only of the
+        last position.
+        """
         hidden_BTD = self.norm(self._run_layers(self._embed(x) if self.has_embedding else x, Positions(x.size(1))))
         if last:
             hidden_BTD = hidden_BTD[:, -1:]
         return F.linear(*self.head.adapted(hidden_BTD, self.head.weight.to(hidden_BTD.dtype))).float()
 
     def routers(self) -> dict[str, Router]:
-        """Routers of this chunk, MTP modules included, by the global name of their block."""
+        """Return the routers of this chunk, MTP modules included, by the global name of their block."""
         return {
             name.removesuffix(".moe.router").removesuffix(".block"): module
             for name, module in self.named_modules()
@@ -373,13 +384,13 @@ class DeepSeekV3(nn.Module):
         }
 
     def add_loss(self, extra_loss: Callable[[ModelOutputs], Tensor]) -> None:
-        """Give the last chunk a term of the user's own, before a pipeline takes the chunk."""
+        """Add the user's own loss term to the last chunk. Call it before a pipeline takes the chunk."""
         self.head.extra_loss = extra_loss
-        self.backward_in_one_piece = True  # its graph may take any weight once more
+        self.backward_in_one_piece = True  # its graph may use any weight twice
 
     @property
     def _depths(self) -> int:
-        """MTP modules that run."""
+        """Number of MTP modules that run."""
         return len(self.mtp) if self.has_head and (self.training or self.observer is not None) else 0
 
     def _embed(self, tokens_BT: Tensor) -> Tensor:

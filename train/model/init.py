@@ -1,9 +1,10 @@
-"""Initial weights: every weight normal(0, init_std), every gain 1 (paper 4.2).
+"""Initial weights: every weight normal(0, init_std), every norm weight 1 (paper 4.2).
 
-A value depends on the seed, the global name of its parameter and, for expert weights, the global index of the expert,
-and on nothing else: any layout of chunks and ranks starts from the same model. Each device draws its own numbers, which takes
-a GPU no time to speak of and a CPU half a minute for a layer of DeepSeek-V3. So all CPUs draw the same ones, and all GPUs of
-one kind the same others: torch's generator on a GPU deals its numbers out by how many multiprocessors there are.
+A value depends only on the seed, the global name of its parameter and, for expert weights, the global index of the
+expert: any layout of chunks and ranks starts from the same model. Each device draws its own numbers; for a layer of
+DeepSeek-V3 this takes a GPU negligible time and a CPU half a minute. All CPUs draw the same numbers. All GPUs of one
+kind draw equal numbers, different from the CPU's: torch's GPU generator distributes its numbers by the count of
+multiprocessors.
 """
 
 import hashlib
@@ -19,9 +20,10 @@ from train.model.moe import Experts
 
 
 def initialise(chunk: DeepSeekV3, seed: int | None, device: torch.device | str | None = None) -> None:
-    """Give memory to parts on the meta device (on `device`) and draw all weights; counters and biases become 0.
+    """Allocate parts that are on the meta device (on `device`) and draw all weights; counters and biases become 0.
 
-    seed: None for weights that a checkpoint will fill: they are not a number until then, so that none stays by mistake.
+    seed: None for weights that a checkpoint will fill. They are NaN until then, so that no uninitialised weight goes
+    unnoticed.
     """
     materialise(chunk, device)
     for draw in first_draws(chunk, seed).values():
@@ -31,7 +33,9 @@ def initialise(chunk: DeepSeekV3, seed: int | None, device: torch.device | str |
 
 
 def first_draws(chunk: DeepSeekV3, seed: int | None) -> dict[nn.Parameter, Callable[[], None]]:
-    """What draws each weight, and gives it memory before where it has none (`materialise`). seed: as in `initialise`."""
+    """Return, per weight, a function that draws it and first allocates it if it has no memory (`materialise`). seed:
+    as in `initialise`.
+    """
     return {
         weight: partial(_draw_weight, module, weight, f"{prefix}.{name}", seed, chunk.config.init_std)
         for prefix, module in chunk.named_modules()
@@ -40,8 +44,10 @@ def first_draws(chunk: DeepSeekV3, seed: int | None) -> dict[nn.Parameter, Calla
 
 
 def materialise(chunk: nn.Module, device: torch.device | str | None = None, hollow: bool = False) -> None:
-    """Replace parameters and buffers on the meta device by memory on `device`: weights arbitrary, buffers 0. hollow: weights have
-    their shape there, and memory of a single element."""
+    """Replace parameters and buffers on the meta device by memory on `device`: weights arbitrary, buffers 0.
+
+    hollow: weights have their shape there, but memory of a single element.
+    """
     device = device or "cpu"
     for module in chunk.modules():
         for name, weight in module.named_parameters(recurse=False):
@@ -62,7 +68,7 @@ def _draw_weight(module: nn.Module, weight: nn.Parameter, name: str, seed: int |
     """name: its global name."""
     if weight.untyped_storage().nbytes() < weight.nbytes:
         weight.data = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-    if weight.dtype == torch.uint8:  # block FP8 of a frozen weight, in which these bytes are not a number
+    if weight.dtype == torch.uint8:  # block FP8 of a frozen weight, where these bytes mean NaN
         weight.fill_(255)
     elif seed is None:
         weight.fill_(torch.nan)
@@ -73,19 +79,21 @@ def _draw_weight(module: nn.Module, weight: nn.Parameter, name: str, seed: int |
 
 
 def draw_uniform(weight: Tensor, key: str, bound: float, experts: range | None = None) -> None:
-    """Uniform in +-bound, by a key. experts: which the rows along the first dimension are, each with a key of its own."""
+    """Fill uniformly in +-bound, by a key. experts: expert indices of the rows along the first dimension, each with
+    its own key.
+    """
     _fill_drawn(weight, key, experts, lambda exact, generator: exact.uniform_(-bound, bound, generator=generator))
 
 
 def draw_normal(weight: Tensor, key: str, std: float, experts: range | None = None) -> None:
-    """Normal with mean 0, by a key. experts: as in `draw_uniform`."""
+    """Fill with normal values of mean 0, by a key. experts: as in `draw_uniform`."""
     _fill_drawn(weight, key, experts, lambda exact, generator: exact.normal_(0, std, generator=generator))
 
 
 def _fill_drawn(
     weight: Tensor, key: str, experts: range | None, draw: Callable[[Tensor, torch.Generator], Tensor]
 ) -> None:
-    """In fp32, which is there for one expert at a time."""
+    """Draw in fp32; only one expert at a time has an fp32 copy."""
     for index, one in [(None, weight)] if experts is None else zip(experts, weight, strict=True):
         generator = _generator(weight, key if index is None else f"{key}/{index}")
         one.copy_(draw(torch.empty(one.shape, dtype=torch.float32, device=weight.device), generator))
@@ -96,5 +104,5 @@ def _generator(weight: Tensor, key: str) -> torch.Generator:
 
 
 def key_number(key: str) -> int:
-    """64 bits that follow from the key."""
+    """Return 64 bits derived from the key."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little", signed=True)

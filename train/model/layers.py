@@ -1,6 +1,6 @@
-"""Parts that every block shares: linear layers, RMSNorm, SwiGLU, embedding.
+"""Layers that every block uses: linear layers, RMSNorm, SwiGLU, embedding.
 
-What they compute is that of the kernels which they are given (train/model/operations.py).
+The kernels that they receive (train/model/operations.py) do the computing.
 
 Shapes: N rows (any leading axes flattened), D width, F inner width, E experts, R rows routed to experts, V vocabulary.
 """
@@ -19,60 +19,64 @@ from train.model.recompute import RecomputedOutputs
 
 
 class HeldInput(NamedTuple):
-    """An input of a linear layer as it waits for backward."""
+    """A linear layer's input in the form that is kept for backward."""
 
     source: Any
-    """In the precision's own form."""
+    """The input in the precision's own form."""
     tensors: Sequence[Tensor]
-    """What of it takes memory."""
+    """The tensors that hold the memory."""
     values: Callable[..., Tensor]
-    """Given the tensors, what they stand for, in the shape and format of the input."""
+    """Maps the tensors to their values, in the shape and dtype of the input."""
 
 
 class AddedProduct(Protocol):
-    """What stands beside a product and is added to its output."""
+    """A second matmul whose result is added to a layer's output."""
 
     def add(self, y: Tensor, x: Tensor, groups: ExpertGroups | None = None) -> Tensor:
-        """y (..., O) with what x (..., I) makes added. groups: of rows that are sorted by expert."""
+        """Return y (..., O) plus the contribution of x (..., I). groups: for rows that are sorted by expert."""
 
     def widen(self, x: Tensor, weight_OI: Tensor) -> tuple[Tensor, Tensor]:
-        """Operands of one product that gives the sum: x with more columns, and the weight with as many."""
+        """Return operands of one matmul that gives the sum: x with more columns, and the weight with as many."""
 
 
 class PackedWeight(Protocol):
-    """A frozen weight that is held in another form than that of the values that products take."""
+    """A frozen weight that is stored in another form than the values that matmuls take."""
 
     shape: tuple[int, ...]
     """The shape of the values."""
 
     def unpack(self, dtype: torch.dtype) -> tuple[Tensor, AbstractContextManager]:
-        """The values, and the context in which saving them for backward keeps nothing."""
+        """Return the values, and the context in which saving them for backward keeps nothing."""
 
 
 PACKED = {"weight": "packed", "w13": "packed_up", "w2": "packed_down"}
-"""Where a module takes the form of a weight, by the last part of the weight's name."""
+"""Attribute of a module for the packed form of a weight, by the last part of the weight's name."""
 
 
 def open_weight(
     packed: PackedWeight | None, weight: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, AbstractContextManager]:
-    """A weight as a product takes it, and the context for the product."""
+    """Return a weight as a matmul takes it, and the context for the matmul."""
     return (weight, nullcontext()) if packed is None else packed.unpack(dtype)
 
 
 class LayerPrecision(Protocol):
-    """The number formats of the matrix products. The model asks for products and never branches on precision."""
+    """The dtypes of the matmuls. The model calls its methods and never branches on precision."""
 
     dtype: torch.dtype
-    """Format of activations between the products."""
+    """Dtype of activations between the matmuls."""
     kernels: Kernels
-    """What computes, in the products and between them."""
+    """Computes the matmuls and everything between them."""
 
     def linear(self, x: Tensor, weight: Tensor, kind: str = "dense", held: "HeldInput | None" = None) -> Tensor:
-        """x (..., D) times weight (F, D) transposed: (..., F). kind: see `Linear`. held: what `hold` gave for x."""
+        """Return x (..., D) times weight (F, D) transposed: (..., F). kind: see `Linear`. held: the result of `hold`
+        for x.
+        """
 
     def hold(self, x: Tensor, kind: str) -> "HeldInput | None":
-        """The form in which `linear` keeps x for backward, for others that keep it too; None where it keeps x as it is."""
+        """Return the form in which `linear` keeps x for backward, for other code that keeps it too; None if it keeps
+        x unchanged.
+        """
 
     def expert_ffn(
         self,
@@ -83,15 +87,15 @@ class LayerPrecision(Protocol):
         counts_E: Tensor,
         added: "tuple[AddedProduct | None, AddedProduct | None]" = (None, None),
     ) -> Tensor:
-        """SwiGLU FFN of every expert on its own rows: (R, D).
+        """Return the SwiGLU FFN of every expert on its own rows: (R, D).
 
-        rows_RD is sorted by expert and counts_E (int64) says how many rows each has. The gate value of a row scales the
-        SwiGLU output, before the down-projection. added: to the products of w13 and of w2.
+        rows_RD is sorted by expert and counts_E (int64) has the rows per expert. The gate value of a row scales the
+        SwiGLU output, before the down-projection. added: adapters for the matmuls of w13 and of w2.
         """
 
 
 class Linear(nn.Module):
-    """Product without bias, in the precision of the run.
+    """A matmul without bias, in the precision of the run.
 
     kind: `dense`, or `output` for the attention's output projection, whose input FP8 keeps in a finer format.
     """
@@ -101,9 +105,9 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(outputs, inputs, **factory))
         self._precision, self._kind = precision, kind
         self.added: AddedProduct | None = None
-        """The adapter of the weight, set by whoever trains one."""
+        """The adapter of the weight, set by the code that trains one."""
         self.packed: PackedWeight | None = None
-        """The form of the weight beside an adapter, if it is not the plain one."""
+        """The stored form of the weight next to an adapter, if it is not a plain tensor."""
 
     def forward(self, x: Tensor, held: HeldInput | None = None) -> Tensor:
         weight, keep = open_weight(self.packed, self.weight, self._precision.dtype)
@@ -117,7 +121,7 @@ class Linear(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Table of token vectors. The gradient is summed in fp32 whatever the format of the table."""
+    """Table of token vectors. The gradient is summed in fp32 whatever the dtype of the table."""
 
     def __init__(self, rows: int, width: int, **factory):
         super().__init__()
@@ -144,7 +148,7 @@ class _Embed(Function):
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last axis, statistics in fp32.
 
-    recompute: whether products that take the output keep only the input of the norm for backward.
+    recompute: whether matmuls that take the output keep only the input of the norm for backward.
     """
 
     def __init__(self, width: int, eps: float, recompute: bool, kernels: Kernels, **factory):
@@ -156,16 +160,16 @@ class RMSNorm(nn.Module):
         return _RMSNorm.apply(x, self.weight, self._eps, self._kernels)
 
     def with_remake(self, x: Tensor) -> tuple[Tensor, AbstractContextManager]:
-        """The output, and the context for the products that take it (see `RecomputedOutputs`)."""
+        """Return the output, and the context for the matmuls that take it (see `RecomputedOutputs`)."""
         y = self(x)
         if not (self._recompute and torch.is_grad_enabled()):
             return y, nullcontext()
-        # The weight is asked for when it is needed: it may be away in the meantime (ZeRO stage 3).
+        # The weight is read when it is needed: ZeRO stage 3 may free it in the meantime.
         return y, RecomputedOutputs(lambda source: self._kernels.rms_norm(source, self.weight, self._eps)[0], (x,), y)
 
 
 class _RMSNorm(Function):
-    """Keeps the input and 1 / rms only."""
+    """Keeps only the input and 1 / rms."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight_D: Tensor, eps: float, kernels: Kernels) -> Tensor:
@@ -187,7 +191,7 @@ def swiglu(h_N2F: Tensor, gates_N: Tensor | None, kernels: Kernels) -> Tensor:
 
 
 class _SwiGLU(Function):
-    """Keeps [gate | up] only and computes the rest again in backward."""
+    """Keeps only [gate | up] and recomputes the rest in backward."""
 
     @staticmethod
     def forward(ctx, h_N2F: Tensor, gates_N: Tensor | None, kernels: Kernels) -> Tensor:
@@ -220,7 +224,9 @@ class FFN(nn.Module):
 
 
 def recomputed_swiglu(a_NF: Tensor, h_N2F: Tensor, gates_N: Tensor | None, kernels: Kernels) -> AbstractContextManager:
-    """Context in which saving a = swiglu(h, gates) keeps nothing new: h and gates are kept for SwiGLU anyway."""
+    """Return the context in which saving a = swiglu(h, gates) keeps nothing new: h and gates are kept for SwiGLU
+    anyway.
+    """
     if not torch.is_grad_enabled():
         return nullcontext()
     sources = (h_N2F,) if gates_N is None else (h_N2F, gates_N)

@@ -22,7 +22,7 @@ from train.model.weight_gradient import weight_gradient
 def cross_entropy(
     hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, divisor: float, chunk: int, kernels: Kernels
 ) -> Tensor:
-    """Sum over tokens of -log softmax(hidden head^T)[target], divided by divisor; fp32 scalar."""
+    """Return the sum over tokens of -log softmax(hidden head^T)[target], divided by divisor; fp32 scalar."""
     return _CrossEntropy.apply(hidden_ND, head_VD, targets_N, divisor, chunk, kernels)
 
 
@@ -37,7 +37,7 @@ class _CrossEntropy(Function):
         for hidden_CD, targets_C in zip(hidden_ND.split(chunk), targets_N.split(chunk), strict=True):
             logits_CV = kernels.product(hidden_CD, head, head.dtype)
             loss += kernels.cross_entropy(logits_CV, targets_C, scale)
-            dlogits_CV = logits_CV  # it has replaced them
+            dlogits_CV = logits_CV  # the gradient has replaced the logits
             if want_hidden:
                 dhidden.append(kernels.product(dlogits_CV, head.t(), head.dtype))
             if want_head:

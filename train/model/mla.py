@@ -1,7 +1,7 @@
-"""Multi-head latent attention (paper 2.1.1, eq. 1-11), training form: keys and values are formed for every head.
+"""Multi-head latent attention (paper 2.1.1, eq. 1-11), training form: keys and values are computed for every head.
 
     c_Q  = norm(W_DQ x)            q = [W_UQ c_Q ; RoPE(W_QR c_Q)]      per head
-    c_KV = norm(W_DKV x)           k = [W_UK c_KV ; RoPE(W_KR x)]       the rope key is one for all heads
+    c_KV = norm(W_DKV x)           k = [W_UK c_KV ; RoPE(W_KR x)]       all heads share the rope key
                                    v =  W_UV c_KV
     y = W_O softmax(scale q k^T) v
 
@@ -47,15 +47,15 @@ class MLA(nn.Module):
         self._config, self._rope, self._kernels = config, rope, kernels
         self._recompute_up = Recompute.mla_up in config.recompute
         self.watch: LargestScores | None = None
-        """Who wants to know the scores of training, if anyone does."""
+        """Records the largest scores in training; None if they are not needed."""
 
     def forward(self, x_BTD: Tensor, remake: AbstractContextManager, positions: Positions | None = None) -> Tensor:
-        """remake: the context in which saving x costs nothing (`RMSNorm.with_remake`). positions: those of x; None for all of
-        whole sequences. Returns (B, T, D).
+        """remake: the context in which saving x costs nothing (`RMSNorm.with_remake`). positions: those of x; None
+        for all positions of whole sequences. Returns (B, T, D).
         """
         positions = positions or Positions(x_BTD.size(1))
         with remake:
-            # q_latent is the whole query where queries are not compressed
+            # q_latent is the whole query if queries are not compressed
             q_latent = self.q(x_BTD) if self._config.q_rank is None else self.q_down(x_BTD)
             kv_latent, k_rope_BTR = self.kv_down(x_BTD).split([self._config.kv_rank, self._config.rope_head_dim], -1)
         saved = ReplaceableTensors()
@@ -70,24 +70,26 @@ class MLA(nn.Module):
         return self._project(out_BHTV, saved)
 
     def attend(self, given: AttentionInput) -> Tensor:
-        """The attention core alone, of sequences that no other rank shares: (B, H, T, V)."""
+        """Run only the attention core, for sequences that no other rank shares: (B, H, T, V)."""
         return self._kernels.attention(given)
 
     def _project(self, out_BHTV: Tensor, saved: ReplaceableTensors) -> Tensor:
-        """(B, T, D). Where the projection keeps its input in fewer bits, attention's backward takes that too. saved: what attention
-        saved, its output among it in some kernels.
+        """Return (B, T, D). If the projection keeps its input in fewer bits, attention's backward reads that copy
+        too.
+
+        saved: the tensors that attention saved, in some kernels including its output.
         """
         x_BTX = out_BHTV.transpose(1, 2).flatten(2)
         held, heads = self.out.hold(x_BTX), out_BHTV.size(1)
         if held is not None:
-            values = held.values  # the tensors may go elsewhere in the meantime
+            values = held.values  # the tensors may be moved in the meantime
             saved.replace(
                 out_BHTV, lambda *kept: values(*kept).unflatten(-1, (heads, -1)).transpose(1, 2), *held.tensors
             )
         return self.out(x_BTX, held)
 
     def _up(self, q_latent: Tensor, kv_latent: Tensor, k_rope_BTR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys (B, H, T, Q) and values (B, H, T, V) from the latents."""
+        """Return queries, keys (B, H, T, Q) and values (B, H, T, V) from the latents."""
         config = self._config
         q_latent = self._up_queries(q_latent, [range(q_latent.size(1))])
         kv_latent, remake = self.kv_norm.with_remake(kv_latent)
@@ -98,9 +100,11 @@ class MLA(nn.Module):
         return self._kernels.to_heads(q, kv, k_rope_BTR, table, config.nope_head_dim)
 
     def _up_queries(self, q_latent: Tensor, pieces: Sequence[range]) -> Tensor:
-        """(B, T, H * Q), to be written over; q_latent is that already where queries are not compressed. pieces: their positions."""
+        """Return (B, T, H * Q), which the caller may overwrite; without compression q_latent already is the query.
+        pieces: their positions.
+        """
         if self._config.q_rank is None:
-            q = q_latent.clone() if self._recompute_up else q_latent  # backward comes here again with the same
+            q = q_latent.clone() if self._recompute_up else q_latent  # backward calls this again with the same tensor
         else:
             q_latent, remake = self.q_norm.with_remake(q_latent)
             with remake:
@@ -114,7 +118,9 @@ class MLA(nn.Module):
     def _attend_shared(
         self, positions: Positions, q_latent: Tensor, kv_latent: Tensor, k_rope_BTR: Tensor, saved: ReplaceableTensors
     ) -> Tensor:
-        """(B, H, T, V) where other ranks have the rest of the sequences: normed latents and turned rope keys travel, once."""
+        """Return (B, H, T, V) if other ranks have the rest of the sequences: normed latents and rotated rope keys
+        travel, once.
+        """
         config, table = self._config, self._rope.table(positions.whole_length, q_latent.device)
         table = torch.cat([table[piece.start : piece.stop] for piece in positions.here])
 

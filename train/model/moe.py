@@ -1,12 +1,12 @@
-"""Mixture of experts (paper 2.1.2): one shared expert plus the routed ones, through a dispatcher.
+"""Mixture of experts (paper 2.1.2): shared experts plus the routed ones, through a dispatcher.
 
     y = shared(x) + sum over chosen experts of gate * expert(x)
 
-A dispatcher brings each token to the ranks of its experts and the results back; the gate value acts inside the expert,
-so the way back is a plain sum. `LocalDispatcher` is the one for experts that all live here.
+A dispatcher sends each token to the ranks of its experts and returns the results. The gate value acts inside the
+expert, so combine is a plain sum. `LocalDispatcher` serves experts that are all local.
 
-Shapes: B sequences, T tokens, D width, F inner width, E experts (here: held by this rank), K experts per token, R rows,
-one per token and chosen expert.
+Shapes: B sequences, T tokens, D width, F inner width, E experts (here: of this rank), K experts per token, R rows, one
+per token and chosen expert.
 """
 
 from contextlib import AbstractContextManager
@@ -36,22 +36,24 @@ class RoutedRows(Protocol):
     counts_E: Tensor
     """Rows per local expert, int64, on the rows' device."""
     state: Any
-    """What the dispatcher needs for the way back."""
+    """The dispatcher's data for the combine."""
 
 
 class PendingRows(Protocol):
-    """A dispatch that is under way."""
+    """A dispatch in progress."""
 
     def wait(self) -> RoutedRows:
-        """The rows that have reached this rank's experts. Call once."""
+        """Return the rows that have reached this rank's experts. Call once."""
 
 
 class Dispatcher(Protocol):
-    """Brings tokens to experts and back. Differentiable in x and gates."""
+    """Dispatches tokens to experts and combines the results. Differentiable in x and gates."""
 
     def dispatch_begin(self, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor, again: Any = None) -> PendingRows:
-        """Start to send every token to its K experts. again: `RoutedRows.state` of an earlier dispatch of these tokens, whose
-        rows go the same ways."""
+        """Start to send every token to its K experts.
+
+        again: `RoutedRows.state` of an earlier dispatch of these tokens, whose routes are reused.
+        """
 
     def combine(self, out_RD: Tensor, routed: RoutedRows) -> Tensor:
         """Sum the K results of every token: (T, D)."""
@@ -68,7 +70,7 @@ class _Sorted(NamedTuple):
 
 @dataclass
 class ArrivedRows:
-    """Rows that had no way to go."""
+    """Rows of local experts, which need no exchange."""
 
     rows_RD: Tensor
     gates_R: Tensor
@@ -80,7 +82,7 @@ class ArrivedRows:
 
 
 class LocalDispatcher:
-    """All experts are here: a stable sort by expert, and its inverse. No waiting for the device."""
+    """For experts that are all local: a stable sort by expert, and its inverse. It never waits for the device."""
 
     def __init__(self, experts: int, kernels: Kernels):
         self._experts, self._kernels = experts, kernels
@@ -104,7 +106,7 @@ class LocalDispatcher:
 
 
 class _Permute(Function):
-    """Tokens to sorted rows. Both ways gather: no scattered addition, so the sum has one order."""
+    """Tokens to sorted rows. Forward and backward gather: without scattered additions, the sum has a fixed order."""
 
     @staticmethod
     def forward(ctx, x_TD, gates_TK, order: _Sorted, kernels: Kernels):
@@ -136,7 +138,7 @@ class _Unpermute(Function):
 
 
 class Experts(nn.Module):
-    """Weights of the routed experts that this rank holds: w13 (E, 2F, D) rows of w1 then w3, and w2 (E, D, F)."""
+    """Weights of this rank's routed experts: w13 (E, 2F, D), the rows of w1 then w3, and w2 (E, D, F)."""
 
     def __init__(self, config: Model, local: range, **factory):
         super().__init__()
@@ -146,10 +148,10 @@ class Experts(nn.Module):
         self.w2 = nn.Parameter(torch.empty(len(local), width, inner, **factory))
         self.added_up: AddedProduct | None = None
         self.added_down: AddedProduct | None = None
-        """The adapters of w13 and of w2, set by whoever trains them."""
+        """The adapters of w13 and of w2, set by the code that trains them."""
         self.packed_up: PackedWeight | None = None
         self.packed_down: PackedWeight | None = None
-        """Forms of w13 and of w2 beside an adapter, if they are not the plain one."""
+        """Stored forms of w13 and of w2 next to an adapter, if they are not plain tensors."""
 
 
 class MoE(nn.Module):
@@ -173,7 +175,7 @@ class MoE(nn.Module):
         gates_TK, ids_TK = self.router(x_BTD, remake, positions)
         x_TD = x_BTD.flatten(0, 1)
         pending = self.dispatcher.dispatch_begin(x_TD, ids_TK, gates_TK, recall())
-        shared_TD = None if self.shared is None else self.shared(x_TD, remake)  # while the tokens are on their way
+        shared_TD = None if self.shared is None else self.shared(x_TD, remake)  # while the dispatch is in progress
         routed = pending.wait()
         remember(routed.state)
         out_RD = self.run_experts(routed)
@@ -183,7 +185,7 @@ class MoE(nn.Module):
         return y_TD.view(x_BTD.shape)
 
     def run_experts(self, routed: RoutedRows) -> Tensor:
-        """Outputs of the local experts on the rows that came."""
+        """Return the outputs of the local experts on the received rows."""
         experts, dtype = self.experts, self._precision.dtype
         added = experts.added_up, experts.added_down
         w13_E2FD, keep_up = open_weight(experts.packed_up, experts.w13, dtype)

@@ -1,13 +1,13 @@
 """Multi-token prediction (paper 2.2, eq. 21-25).
 
-Depth k predicts the token k+1 ahead. At position i it joins what depth k-1 knows of tokens up to i+k-1 with the
-embedding of token i+k, and runs a whole block:
+Depth k predicts the token k+1 ahead. At position i it combines the state of depth k-1, which covers tokens up to i+k-1,
+with the embedding of token i+k, and runs a whole block:
 
     h_k[i] = norm( block( W [ norm(Emb(t[i+k])) ; norm(h_(k-1)[i]) ] ) ),   i = 1 .. T-k
 
 The order of the two halves is that of the released weights. h_0 is the main model's output after its final norm, and
-each depth hands on its output after its own norm (as peers do; the paper leaves it open). Nothing is detached. Embedding
-and head are the main model's.
+each depth passes on its output after its own norm (as other implementations do; the paper leaves it open). Nothing is
+detached. Embedding and head are the main model's.
 
 Shapes: B sequences, T positions of this depth, D width.
 """
@@ -47,10 +47,10 @@ class MTP(nn.Module):
         self.norm = RMSNorm(config.hidden, config.norm_eps, recompute, kernels, **factory)
 
     def forward(self, hidden_BTD: Tensor, embedding_BTD: Tensor, positions: Positions) -> Tensor:
-        """Normalised hidden states of this depth, for the shared head and for the next depth.
+        """Return the normalised hidden states of this depth, for the shared head and for the next depth.
 
-        hidden_BTD: of the depth before, without its last position. embedding_BTD: of the tokens k further on. positions: of
-        this depth.
+        hidden_BTD: of the previous depth, without its last position. embedding_BTD: of the tokens k further on.
+        positions: of this depth.
         """
         joined = torch.cat([self.embedding_norm(embedding_BTD), self.hidden_norm(hidden_BTD)], -1)
         return self.norm(self.block(self.projection(joined), positions))

@@ -1,12 +1,13 @@
-"""Activations that leave the device until backward: what is saved inside a context goes to the host where the context ends.
+"""Offloads activations until backward: tensors saved inside a context go to the host when the context ends.
 
-What goes are storages, each once, whatever views of it were saved. What stays:
+Whole storages are sent, each once, however many views of it were saved. These stay on the device:
 
-    the block's input   other parts hold it: the part before as its output, a pipeline's stage
-    weights, buffers    they are there anyway
-    small tensors       a copy takes longer to start than to run
+    the block's input   other code holds it: the previous part as its output, or a pipeline's stage
+    weights, buffers    they are on the device anyway
+    small tensors       starting their copy takes longer than the copy
 
-What a `RecomputedOutputs` or a `ReplaceableTensors` further in keeps goes to the host as well; what it makes again does not exist.
+Tensors that an inner `RecomputedOutputs` or `ReplaceableTensors` keeps go to the host as well; outputs that it
+recomputes are not stored at all.
 """
 
 import weakref
@@ -21,10 +22,10 @@ from train.model.recompute import PackedTensor, SavedContext, Slot
 
 
 class FetchedStorage(Protocol):
-    """Stands for a storage that is on the host."""
+    """Represents a storage that is on the host."""
 
     def fetched(self) -> Tensor:
-        """The storage on the device, flat and in bytes."""
+        """Return the storage on the device, flat and in bytes."""
 
 
 class Host(Protocol):
@@ -35,7 +36,7 @@ class Host(Protocol):
 
 
 class OffloadedBlock(SavedContext):
-    """See above. stays: the block's input, weights and buffers."""
+    """The context that offloads, see above. stays: the block's input, weights and buffers."""
 
     def __init__(self, host: Host, stays: Iterable[Tensor]):
         self._host = host
@@ -73,7 +74,7 @@ class OffloadedBlock(SavedContext):
                     one.leave(sent)
 
     def _place(self, kept: "weakref.ref[_OnHost | Slot]") -> "_OnHost | None":
-        """The place of a tensor that is still wanted; of one that a context further in has, made now."""
+        """Return the entry of a tensor that is still needed; for a tensor of an inner context, create it now."""
         found = kept()
         if isinstance(found, Slot):
             return found.hand_over(_OnHost) if found.tensor is not None and self._goes(found.tensor) else None
@@ -81,13 +82,13 @@ class OffloadedBlock(SavedContext):
 
 
 class _OnHost:
-    """One tensor that was saved."""
+    """One saved tensor."""
 
     def __init__(self, tensor: Tensor):
         self.tensor: Tensor | None = tensor
 
     def leave(self, sent: FetchedStorage) -> None:
-        """Let go of the tensor, which is part of what was sent."""
+        """Release the tensor, which is part of a sent storage."""
         tensor, self.tensor = self.tensor, None
         assert tensor is not None
         self._sent = sent
@@ -102,5 +103,5 @@ class _OnHost:
 
 
 def _flat(storage: torch.UntypedStorage, device: torch.device) -> Tensor:
-    """All bytes of a storage."""
+    """Return all bytes of a storage."""
     return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)

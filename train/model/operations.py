@@ -1,10 +1,11 @@
-"""What the layers ask to be computed, and machines do in several ways: here is what each is, and train/kernels how it is done.
+"""The operations that layers need: this file defines each, and train/kernels implements them for different machines.
 
-A model is built over one such object and asks it (`LayerPrecision.kernels`); train/kernels/choice.py says which one a run has.
-Methods that return two forward and backward are called inside a custom autograd Function.
+A model is built with one such object and calls it (`LayerPrecision.kernels`); train/kernels/choice.py chooses the
+object of a run. An operation with separate forward and backward methods is called inside a custom autograd Function.
 
-Shapes: N rows (any leading axes flattened), D width, F inner width, B sequences, T positions or tokens, H heads, Q qk width,
-V value width, R rows sorted by expert, E experts, K experts per token, I inputs and O outputs of a product, C contraction.
+Shapes: N rows (any leading axes flattened), D width, F inner width, B sequences, T positions or tokens, H heads, Q qk
+width, V value width, R rows sorted by expert, E experts, K experts per token, I inputs and O outputs of a matmul, C
+contraction.
 """
 
 from typing import NamedTuple, Protocol
@@ -16,14 +17,14 @@ from train.model.attention import AttentionCore, AttentionInput
 from train.model.sequence import Positions
 
 ExpertGroups = Tensor | list[int]
-"""Which rows are an expert's: how many each has, or where those of each end, int32 (E,)."""
+"""Rows of each expert: a count per expert, or the end of each expert's rows, int32 (E,)."""
 
 RouterCounters = tuple[Tensor, Tensor, Tensor]
-"""What forward adds to: load_E, score_E and balance_loss of a `Router`."""
+"""Buffers that forward adds to: load_E, score_E and balance_loss of a `Router`."""
 
 
 class RoutingRule(NamedTuple):
-    """How experts are chosen and weighed."""
+    """How experts are chosen and weighted."""
 
     top_k: int
     groups: int
@@ -31,53 +32,56 @@ class RoutingRule(NamedTuple):
     route_scale: float
     group_top_k: int
     softmax: bool = False
-    """Scores are a softmax of the logits, else the sigmoid of each."""
+    """Whether scores are a softmax of the logits; otherwise the sigmoid of each."""
 
 
 class Kernels(Protocol):
-    """What computes the model on some machine."""
+    """Computes the model on some machine."""
 
     parts: tuple[str, ...]
-    """What of a step runs as compiled code, by `train.kernels.cpu.libraries.LIBRARY_NAMES`."""
+    """Parts of a step that run as compiled code, by `train.kernels.cpu.libraries.LIBRARY_NAMES`."""
     core: AttentionCore
-    """What computes attention."""
+    """Computes attention."""
 
     def rms_norm(self, x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """Normalised x, and 1 / rms(x) as fp32 (..., 1)."""
+        """Return normalised x, and 1 / rms(x) as fp32 (..., 1)."""
 
     def rms_norm_backward(
         self, grad: Tensor, x: Tensor, weight_D: Tensor, rstd: Tensor, x_needed: bool, weight_needed: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of x and of the weight, each None where it is not needed.
+        """Return the gradients of x and of the weight, each None if it is not needed.
 
         With u = grad * weight: dx = rstd * (u - x * rstd^2 * mean(u * x)).
         """
 
     def swiglu(self, h_N2F: Tensor, gates_N: Tensor | None) -> Tensor:
-        """silu(gate) * up of h = [gate | up], times the row's gate value where given: (N, F); arithmetic in fp32."""
+        """Return silu(gate) * up of h = [gate | up], times the row's gate value if given: (N, F); arithmetic in
+        fp32.
+        """
 
     def swiglu_backward(self, grad_NF: Tensor, h_N2F: Tensor, gates_N: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Gradients of h and of the gate values."""
+        """Return the gradients of h and of the gate values."""
 
     def to_heads(
         self, q_BTHQ: Tensor, kv_BTHX: Tensor, k_rope_BTR: Tensor, table: Tensor, nope: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Turn the rope parts, give every head the one rope key, put heads first: queries, keys, values. Differentiable.
+        """Rotate the rope parts, give every head the one rope key, put heads first: queries, keys, values.
+        Differentiable.
 
-        q_BTHQ: may be turned where it lies, so that nobody can read it any more. kv_BTHX: per head [nope key | value], of which
-        the values may be a part. table: see `Rope.table`.
+        q_BTHQ: may be overwritten, so no other code may read it afterwards. kv_BTHX: per head [nope key | value]; the
+        returned values may be a view of it. table: see `Rope.table`.
         """
 
     def attention(self, given: AttentionInput) -> Tensor:
-        """softmax(scale q k^T) v by `core`: (B, H, T, V). Differentiable."""
+        """Return softmax(scale q k^T) v by `core`: (B, H, T, V). Differentiable."""
 
     def logits(self, x_ND: Tensor, weight_ED: Tensor) -> Tensor:
-        """x W^T of the router in fp32, from operands in any format: (N, E)."""
+        """Return x W^T of the router in fp32, from operands in any dtype: (N, E)."""
 
     def logits_backward(
         self, grad_NE: Tensor, x_ND: Tensor, weight_ED: Tensor, x_needed: bool, weight_needed: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of x in its format, and of the weight in fp32, each None where it is not needed."""
+        """Return the gradients of x in its dtype, and of the weight in fp32, each None if it is not needed."""
 
     def route(
         self,
@@ -96,27 +100,33 @@ class Kernels(Protocol):
         """
 
     def sort_by_expert(self, expert_ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Places of the rows in the order of their experts, the way back, the token of every sorted row, and rows per expert."""
+        """Return the row indices in expert order, the inverse order, the token of every sorted row, and rows per
+        expert.
+        """
 
     def sum_entries(self, rows_RD: Tensor, places_TK: Tensor) -> Tensor:
-        """Sum of the K rows of every token, added in their order in fp32 and rounded once: (T, D). places: of the rows."""
+        """Return the sum of the K rows of every token, added in their order in fp32 and rounded once: (T, D).
+        places: row indices.
+        """
 
     def cross_entropy(self, logits_NV: Tensor, targets_N: Tensor, scale: float | None) -> Tensor:
-        """Sum of -log softmax(logits)[target], fp32 scalar. Writes its gradient times scale over the logits, unless scale is None."""
+        """Return the sum of -log softmax(logits)[target], fp32 scalar. Overwrites the logits by their gradient times
+        scale, unless scale is None.
+        """
 
     def linear(self, x: Tensor, weight_OI: Tensor) -> Tensor:
-        """x W^T. Differentiable."""
+        """Return x W^T. Differentiable."""
 
     def product(self, left_OC: Tensor, right_NC: Tensor, dtype: torch.dtype, into_ON: Tensor | None = None) -> Tensor:
-        """left right^T: (O, N). into: of dtype; the product is added to it, and it is returned."""
+        """Return left right^T: (O, N). into: of dtype; the result is added to it, and it is returned."""
 
     def groups(self, counts_E: Tensor, dtype: torch.dtype) -> ExpertGroups:
-        """What the two products below take, for operands in dtype. counts_E: rows of every expert."""
+        """Return the groups for the two grouped GEMMs below, for operands in dtype. counts_E: rows per expert."""
 
     def grouped_product(self, x_RI: Tensor, weight_EIO: Tensor, groups: ExpertGroups) -> Tensor:
-        """x W with the weight of each row's expert: (R, O)."""
+        """Return x W with the weight of each row's expert: (R, O)."""
 
     def grouped_weight_gradient(
         self, grad_RO: Tensor, x_RI: Tensor, groups: ExpertGroups, dtype: torch.dtype, into_EOI: Tensor | None = None
     ) -> Tensor:
-        """grad^T x over the rows of each expert: (E, O, I). into: as in `product`."""
+        """Return grad^T x over the rows of each expert: (E, O, I). into: as in `product`."""

@@ -1,21 +1,23 @@
-"""Recomputation (paper 3.2.3): what backward makes again instead of keeping, single outputs or whole layers.
+"""Recomputation (paper 3.2.3): backward recomputes single outputs or whole layers instead of keeping them.
 
-An operation saves tensors for backward. The contexts of this file stand between it and what it saves, so the code that
-computes does not change, be it a plain product or a hand-written function.
+An operation saves tensors for backward. The contexts of this file intercept those saves, so the computing code does not
+change, be it a plain matmul or a hand-written function.
 
-    Recomputed       an output that is cheap to make from something that is kept anyway (a norm's output from the norm's
-                     input) is not kept: a recipe is, in its place.
-    Replaceable      what is saved stays as it is, until something that is kept anyway is found to stand for it.
-    repeatable       a layer keeps its input alone. What its operations save is counted and let go. When backward first
-                     wants some of it, the layer runs once more, and what its operations save this time goes where the
-                     first was wanted, in the same order. So the graph is that of the first run, and an ordinary
-                     backward, one in two parts (zbv, dualpipev) and one that takes turns with a forward all work on
-                     it as on any other. The second run ends with the last thing that is wanted: outputs are not.
+    RecomputedOutputs    keeps a recipe instead of an output that is cheap to compute from something that is kept anyway
+                         (a norm's output from the norm's input).
+    ReplaceableTensors   keeps saved tensors unchanged, until they are replaced by something that is kept anyway.
+    repeatable           keeps only a layer's input. Tensors that its operations save are counted and dropped. When
+                         backward first needs one, the layer runs once more, and the tensors saved this time fill the
+                         places of the first run, in the same order. So the graph is that of the first run. An ordinary
+                         backward, a backward in two parts (zbv, dualpipev) and one that alternates with a forward all
+                         use it like any other graph. The second run ends with the last needed tensor; the layer's
+                         outputs are not needed.
 
-What a layer decides it decides once: it `remember`s its decisions (which experts, and which rows go where), so that the
-second run sends the same rows to the same ranks whatever the bits of a second product are.
+A layer makes its decisions once. It `remember`s them (which experts, and which rows go where), so that the second run
+sends the same rows to the same ranks even if a repeated matmul differs in its last bits.
 
-Contexts lie in each other. What an inner one leaves, and the recipes it makes, go to the one around it.
+Contexts can be nested. Tensors that an inner context leaves, and the recipes that it creates, go to the enclosing
+context.
 """
 
 import weakref
@@ -31,17 +33,17 @@ T = TypeVar("T")
 
 
 class PackedTensor(Protocol):
-    """What is kept in place of a tensor."""
+    """A substitute that is kept in place of a tensor."""
 
     def unpack(self) -> "Tensor | PackedTensor":
-        """The tensor, or what it was in the hands of a context further in."""
+        """Return the tensor, or the substitute of an inner context."""
 
 
 P = TypeVar("P", bound=PackedTensor)
 
 
 class SavedContext:
-    """A context that sees what operations save inside it."""
+    """A context that intercepts the tensors that operations save inside it."""
 
     def __enter__(self) -> None:
         self._hooks = saved_tensors_hooks(_pack, unpacked)
@@ -54,7 +56,7 @@ class SavedContext:
         del self._hooks, self._token
 
     def pack(self, saved: Tensor | PackedTensor) -> Tensor | PackedTensor:
-        """What to keep in place of this."""
+        """Return what to keep instead of the argument."""
         raise NotImplementedError
 
     def makes(self, tensor: Tensor) -> bool:
@@ -63,18 +65,20 @@ class SavedContext:
 
 
 _OPEN: ContextVar[tuple[SavedContext, ...]] = ContextVar("open contexts", default=())
-"""The contexts around the running code, from the outermost on."""
+"""The contexts around the running code, the outermost first."""
 
 
 def _pack(tensor: Tensor) -> Tensor | PackedTensor:
-    # With its history an operation's own output would hold the operation, which holds what is kept: never to be freed.
-    # A weight is no output, and as itself it may be let go of in the meantime (ZeRO stage 3).
+    # With its history, an operation's own output would hold the operation, which holds the kept tensor: it would never
+    # be freed. A weight is no output, and kept as itself its memory may be freed in the meantime (ZeRO stage 3).
     has_history = tensor.requires_grad and not isinstance(tensor, nn.Parameter)
     return pack_outside(tensor.detach() if has_history else tensor, None)
 
 
 def pack_outside(saved: Tensor | PackedTensor, context: SavedContext | None) -> Tensor | PackedTensor:
-    """What all open contexts keep in place of this, from the innermost on; of those around `context` where it is given."""
+    """Return what all open contexts keep instead of the argument, the innermost first; only contexts around
+    `context` if it is given.
+    """
     opened = _OPEN.get()
     for one in reversed(opened[: opened.index(context)] if context in opened else opened):
         saved = one.pack(saved)
@@ -82,24 +86,27 @@ def pack_outside(saved: Tensor | PackedTensor, context: SavedContext | None) -> 
 
 
 def unpacked(saved: Tensor | PackedTensor) -> Tensor:
-    """The tensor that was saved."""
+    """Return the tensor that was saved."""
     while not isinstance(saved, Tensor):
         saved = saved.unpack()
     return saved
 
 
 def is_free(tensor: Tensor) -> bool:
-    """Whether saving the tensor for backward keeps nothing here, because a `RecomputedOutputs` around makes it again."""
+    """Whether saving the tensor for backward keeps nothing here, because an enclosing `RecomputedOutputs` recomputes
+    it.
+    """
     opened = _OPEN.get()
     return bool(opened) and opened[-1].makes(tensor)
 
 
 class RecomputedOutputs(SavedContext):
-    """Context in which saving one of `outputs` for backward keeps only `function`, which makes them all again.
+    """Context in which saving one of `outputs` for backward keeps only `function`, which recomputes them all.
 
-    function: called without gradient on `sources`, returns one tensor or a tuple with the values and strides of outputs. It
-    may be called once per backward pass; all that was saved under one context shares the result. A tensor counts as one of
-    the outputs when it starts at the same address, so views from the first element (reshapes, transposes) do too.
+    function: called without gradient on `sources`, returns one tensor or a tuple with the values and strides of
+    outputs. It may be called once per backward pass; all tensors saved under one context share the result. A tensor
+    counts as an output if it starts at the same address, so views from the first element (reshapes, transposes) count
+    too.
     """
 
     def __init__(
@@ -116,7 +123,7 @@ class RecomputedOutputs(SavedContext):
         return self._output(tensor) is not None
 
     def _output(self, tensor: Tensor) -> int | None:
-        """Which of the outputs the tensor is."""
+        """Return which output the tensor is."""
         index, numel = self._index.get(_address(tensor), (None, 0))
         return index if 0 < tensor.numel() <= numel else None
 
@@ -127,7 +134,7 @@ class RecomputedOutputs(SavedContext):
         return _Again(self, index, saved.size(), saved.stride())
 
     def make(self, index: int, size: torch.Size, stride: tuple[int, ...]) -> Tensor:
-        """An output, or a view of it."""
+        """Return an output, or a view of it."""
         if self._made is None:
             with torch.no_grad():
                 made = self._function(*map(unpacked, self._sources))
@@ -135,7 +142,7 @@ class RecomputedOutputs(SavedContext):
             self._waiting = self._saved
         base = self._made[index]
         self._waiting -= 1
-        if self._waiting == 0:  # the last reader: free the result, a further backward pass makes it again
+        if self._waiting == 0:  # the last reader: free the result; another backward pass recomputes it
             self._made = None
         return base.as_strided(size, stride, base.storage_offset())
 
@@ -151,7 +158,7 @@ class _Again:
 
 
 class ReplaceableTensors(SavedContext):
-    """Context after which something else may be kept in place of what was saved inside."""
+    """Context after which something else may replace the tensors that were saved inside."""
 
     def __init__(self) -> None:
         self._slots: list[weakref.ref[Slot]] = []
@@ -164,7 +171,9 @@ class ReplaceableTensors(SavedContext):
         return slot
 
     def replace(self, tensor: Tensor, make: Callable[..., Tensor], *sources: Tensor) -> None:
-        """Keep `make`, which gives nearly its values in its shape, and what it takes, where exactly this tensor was saved."""
+        """Keep `make` and its sources wherever exactly this tensor was saved; `make` returns nearly equal values in
+        its shape.
+        """
         kept = [pack_outside(source.detach(), self) for source in sources]
         for slot in filter(None, (ref() for ref in self._slots)):
             if slot.holds(tensor):
@@ -172,11 +181,11 @@ class ReplaceableTensors(SavedContext):
 
 
 class Slot:
-    """A tensor that was saved, or what gives it."""
+    """A saved tensor, or a function that returns it."""
 
     def __init__(self, tensor: Tensor):
         self.tensor: Tensor | None = tensor
-        """None where something else gives it."""
+        """None if a function returns it."""
         self._stride = tensor.stride()
 
     def holds(self, tensor: Tensor) -> bool:
@@ -187,7 +196,7 @@ class Slot:
         self.tensor, self._make = None, make
 
     def hand_over(self, pack: Callable[[Tensor], P]) -> P:
-        """Keep what this makes of the tensor in its place."""
+        """Keep pack(tensor) instead of the tensor, and return it."""
         assert self.tensor is not None
         packed = pack(self.tensor)
         self.replace(lambda: unpacked(packed))
@@ -204,13 +213,13 @@ class Slot:
 
 
 def repeatable(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """function(x), of which only x is kept for backward, and what function `remember`s."""
+    """Return function(x), keeping for backward only x and the decisions that function `remember`s."""
     with _FirstRun(function, x):
         return function(x)
 
 
 class _FirstRun(SavedContext):
-    """Counts what is saved, and lets it go."""
+    """Counts the saved tensors, and drops them."""
 
     def __init__(self, function: Callable[[Tensor], Tensor], x: Tensor):
         self._function = function
@@ -224,11 +233,11 @@ class _FirstRun(SavedContext):
         return place
 
     def repeat(self) -> None:
-        """Run the layer again, and fill the places that backward still has."""
+        """Run the layer again, and fill the places that backward still holds."""
         assert self._x is not None, "a layer runs again once"
         x, self._x = unpacked(self._x).detach().requires_grad_(), None
         second = _SecondRun(self._places, self.decisions)
-        token = _OPEN.set(())  # those around the code that runs backward have no part in it
+        token = _OPEN.set(())  # contexts around the code that runs backward do not apply
         try:
             with torch.enable_grad(), second:
                 self._function(x)
@@ -240,7 +249,7 @@ class _FirstRun(SavedContext):
 
 
 class _Place:
-    """Stands for one tensor that an operation of the layer saved."""
+    """Represents one tensor that an operation of the layer saved."""
 
     def __init__(self, run: _FirstRun):
         self._run: _FirstRun | None = run
@@ -255,7 +264,7 @@ class _Place:
 
 
 class _SecondRun(SavedContext):
-    """Hands what is saved to the places of the first run."""
+    """Passes saved tensors to the places of the first run."""
 
     def __init__(self, places: "list[weakref.ref[_Place]]", decisions: list[Any]):
         self._places, self._decisions = iter(places), iter(decisions)
@@ -278,16 +287,16 @@ class _SecondRun(SavedContext):
 
 
 class _AllThere(Exception):
-    """Nothing more is wanted of a second run."""
+    """A second run has filled all places."""
 
 
 def is_repeated() -> bool:
-    """Whether the running code is the second run of a layer: what it counts is counted already."""
+    """Whether the running code is the second run of a layer: its values are counted already."""
     return isinstance(_OPEN.get()[0], _SecondRun) if _OPEN.get() else False
 
 
 def remember(decision: T) -> T:
-    """Give this decision to `recall` when the layer runs again."""
+    """Store this decision, so that `recall` returns it when the layer runs again."""
     for context in _OPEN.get():
         if isinstance(context, _FirstRun):
             context.decisions.append(decision)
@@ -295,11 +304,13 @@ def remember(decision: T) -> T:
 
 
 def recall() -> Any:
-    """The next decision of the first run, in the order in which it remembered them; None where this is no second run."""
+    """Return the next decision of the first run, in the order in which it remembered them; None outside a second
+    run.
+    """
     innermost = next(iter(_OPEN.get()), None)
     return innermost.decision() if isinstance(innermost, _SecondRun) else None
 
 
 def _address(tensor: Tensor) -> tuple[int, int | torch.SymInt]:
-    """Where the tensor starts; on the meta device too, where there is no memory."""
+    """Return where the tensor starts; also on the meta device, which has no memory."""
     return tensor.untyped_storage()._cdata, tensor.storage_offset()

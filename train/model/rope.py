@@ -1,9 +1,10 @@
 """Rotary positions on adjacent pairs (paper 2.1.1), and their extension by YaRN (paper 4.3).
 
-Pair j of the R rope elements of position t turns by t * theta^(-2j/R), as a complex product in fp32.
-YaRN lets fast pairs be, slows the slow ones by `factor`, and mixes linearly between; it also sharpens the softmax, by
-`mscale` for whole queries and keys (DeepSeek), by `attention_factor` for their turned parts (the YaRN paper, 3.4), or both.
-Mistral Large 3 lets queries grow with their position instead, in steps of the original length (`Rope.grow`).
+Pair j of the R rope elements of position t rotates by t * theta^(-2j/R), as a complex multiplication in fp32. YaRN
+keeps fast pairs, slows the slow pairs by `factor`, and interpolates linearly between them. It also sharpens the
+softmax: by `mscale` for whole queries and keys (DeepSeek), by `attention_factor` for their rotated parts (the YaRN
+paper, 3.4), or by both. Mistral Large 3 instead scales queries with their position, in steps of the original length
+(`Rope.grow`).
 
 Shapes: B sequences, T positions, H heads, R rope width, Q qk width, V value width.
 """
@@ -17,9 +18,10 @@ from conf.schema import Model
 
 
 class Rope:
-    """Angles for one run. Tables are made on first use and kept per device.
+    """Angles for one run. Tables are built on first use and cached per device.
 
-    seq_len: length of the run's sequences, in tokens; YaRN is in force when it exceeds yarn.original_seq_len, or always.
+    seq_len: length of the run's sequences, in tokens; YaRN applies if it exceeds yarn.original_seq_len, or always with
+    yarn.always.
     """
 
     def __init__(self, config: Model, seq_len: int):
@@ -37,7 +39,7 @@ class Rope:
         return scale
 
     def frequencies(self) -> Tensor:
-        """Angle per position of every pair, fp32 (R/2,)."""
+        """Return the angle per position of every pair, fp32 (R/2,)."""
         width, theta = self._config.rope_head_dim, self._config.rope_theta
         plain = theta ** -(torch.arange(0, width, 2, dtype=torch.float32) / width)
         if not self._extended:
@@ -52,17 +54,19 @@ class Rope:
         return plain / yarn.factor * slowed + plain * (1 - slowed)
 
     def _pair_with_turns(self, turns: float) -> float:
-        """Index of the pair that turns that many times over the original length."""
+        """Return the index of the pair that makes this number of turns over the original length."""
         yarn, width = self._config.yarn, self._config.rope_head_dim
         return width * math.log(yarn.original_seq_len / (turns * 2 * math.pi)) / (2 * math.log(self._config.rope_theta))
 
     @property
     def grows(self) -> bool:
-        """Whether queries grow with their position."""
+        """Whether queries are scaled with their position."""
         return self._extended and bool(self._config.yarn.query_growth)
 
     def grow(self, q_BTX: Tensor, positions_T: Tensor) -> Tensor:
-        """Queries of these positions, times 1 + query_growth ln(1 + floor(p / original_seq_len)) where a model has that."""
+        """Scale queries of these positions by 1 + query_growth ln(1 + floor(p / original_seq_len)), if the model
+        does so.
+        """
         yarn = self._config.yarn
         if not self.grows:
             return q_BTX
@@ -71,10 +75,12 @@ class Rope:
         return (q_BTX * sizes_T.to(exact).unsqueeze(-1)).to(q_BTX.dtype)
 
     def table(self, length: int, device: torch.device) -> Tensor:
-        """exp(i angle) of the first `length` positions, times attention_factor under YaRN, complex64 (T, R/2)."""
+        """Return exp(i angle) of the first `length` positions, times attention_factor under YaRN, complex64 (T,
+        R/2).
+        """
         table = self._tables.get(device)
         if table is None or table.size(0) < length:
-            # All devices have the table that the CPU makes; in a plan nobody reads it.
+            # All devices use the table that the CPU computes; in a plan no code reads it.
             maker = device if device.type == "meta" else torch.device("cpu")
             positions = torch.arange(max(length, self._seq_len), dtype=torch.float32, device=maker)
             angles = torch.outer(positions, self.frequencies().to(maker))
@@ -84,12 +90,14 @@ class Rope:
 
 
 def rotate(x_BTHR: Tensor, table: Tensor) -> Tensor:
-    """Multiply adjacent pairs of the last axis by the complex table (T, R/2); fp32 result. table.conj() does so to gradients."""
+    """Multiply adjacent pairs of the last axis by the complex table (T, R/2); fp32 result. For gradients, pass
+    table.conj().
+    """
     pairs = torch.view_as_complex(x_BTHR.float().unflatten(-1, (-1, 2)).contiguous())
     return torch.view_as_real(pairs * table.unsqueeze(1)).flatten(-2)
 
 
 def turn_queries(q_BTHQ: Tensor, table: Tensor, nope: int) -> Tensor:
-    """The rope parts turned and heads first: (B, H, T, Q). Differentiable, as all of torch's operations."""
+    """Rotate the rope parts and put heads first: (B, H, T, Q). Differentiable, because it uses torch's operations."""
     turned = rotate(q_BTHQ[..., nope:], table).to(q_BTHQ.dtype)
     return torch.cat([q_BTHQ[..., :nope], turned], -1).transpose(1, 2)

@@ -1,14 +1,15 @@
 """The router (paper 2.1.2): sigmoid scores, bias for balance, limited groups, sequence-wise balance loss.
 
     s = sigmoid(W x)                              fp32; or softmax(W x) over the experts (model.scores)
-    chosen = top_k of (s + bias), inside the top_groups groups whose best group_top_k biased scores sum highest
+    chosen = top_k of (s + bias), inside the top_groups groups whose best group_top_k biased scores have the largest
+    sums
     gates = route_scale * s[chosen] / sum(s[chosen])
 
-The bias only selects. Equal scores go to the lower index. The sequence-wise loss (eq. 17-20) is
+The bias only affects the choice. Of equal scores, the lower index wins. The sequence-wise loss (eq. 17-20) is
     weight * mean over sequences of sum_i f_i P_i,    P_i = mean_t s_it / sum_j s_jt,
     f_i = experts / (top_k T) * how often i is in the top_k of the *unbiased* s.
-Where samples share a sequence and are apart, the mean is over samples, and T is that of the sample.
-Its gradient enters here, with the gate's own: no loss value travels to the last pipeline stage.
+If separate samples share a sequence, the mean is over samples, and T is the sample's length. The gradient of this loss
+enters here, with the gate's own: no loss value travels to the last pipeline stage.
 
 Shapes: B sequences, T positions, D width, E experts, K = top_k, G groups.
 """
@@ -25,13 +26,16 @@ from train.model.sequence import Positions
 
 
 class Router(nn.Module):
-    """Chooses experts and counts what it chose.
+    """Chooses experts and counts its choices.
 
-    bias_E (fp32) is state of the run: it is saved and updated, never trained by gradient. balance_weight is set by
-    whoever runs the step: alpha / micro-batches. frozen: whether the weight learns nothing, set by whoever builds it. While training, every forward adds to load_E (tokens per expert, int64),
-    score_E (sum over sequences of P_i) and balance_loss (its weighted value); `clear` starts a new step. Positions that do not
-    count (`Positions.counted_BT`) are chosen for and left out of all three. Where ranks share
-    sequences, how often an expert is chosen is counted over all of each, and what is added to is this rank's part.
+    bias_E (fp32) is part of the run's state: it is saved and updated, but never trained by gradient. The code that runs
+    the step sets balance_weight: alpha / micro-batches. The code that builds the model sets frozen: whether the weight
+    is not trained.
+
+    In training, every forward adds to load_E (tokens per expert, int64), score_E (sum over sequences of P_i) and
+    balance_loss (its weighted value); `clear` starts a new step. Positions that do not count (`Positions.counted_BT`)
+    get experts but are left out of all three. If ranks share sequences, the count of each expert covers whole
+    sequences, and each rank adds its own part.
     """
 
     bias_E: Tensor
@@ -61,10 +65,10 @@ class Router(nn.Module):
     def forward(
         self, x_BTD: Tensor, remake: AbstractContextManager, positions: Positions | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Gate values fp32 (B*T, K), differentiable, and expert ids int64 (B*T, K).
+        """Return gate values fp32 (B*T, K), differentiable, and expert ids int64 (B*T, K).
 
-        remake: the context in which saving x costs nothing (`RMSNorm.with_remake`). positions: those of x; None for all of
-        whole sequences.
+        remake: the context in which saving x costs nothing (`RMSNorm.with_remake`). positions: those of x; None for all
+        positions of whole sequences.
         """
         positions = positions or Positions(x_BTD.size(1))
         logits_BTE = self.score(x_BTD, remake)
@@ -78,13 +82,15 @@ class Router(nn.Module):
         return gates_BTK.flatten(0, 1), ids_BTK.flatten(0, 1)
 
     def score(self, x_BTD: Tensor, remake: AbstractContextManager) -> Tensor:
-        """What the sigmoid takes, fp32 (B, T, E). A router of the user's own may say otherwise."""
+        """Return the logits, fp32 (B, T, E). A user's own router may override this method."""
         with remake:
             weight_ED = self.weight.detach() if self.frozen else self.weight
             return _Logits.apply(x_BTD, weight_ED, self._kernels)
 
     def _apply(self, fn, recurse=True):
-        """Move the buffers with the module but never round them: engines call module.bfloat16() and mean the weights."""
+        """Move the buffers with the module but never round them: engines call module.bfloat16() and mean the
+        weights.
+        """
         exact = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
         for name, buffer in exact.items():
@@ -100,12 +106,14 @@ class Router(nn.Module):
         self.balance_loss.zero_()
 
     def entropy(self) -> Tensor:
-        """Entropy in nats of the mean normalised score since `clear`; log(experts) when scores are uniform on average."""
+        """Return the entropy in nats of the mean normalised score since `clear`; log(experts) if scores are uniform
+        on average.
+        """
         return torch.special.entr(self.score_E / self.score_E.sum()).sum()
 
 
 class _Logits(Function):
-    """fp32 product of operands in any format, which saves them as they came."""
+    """fp32 matmul of operands in any dtype, which it saves unchanged."""
 
     @staticmethod
     def forward(ctx, x_BTD: Tensor, weight_ED: Tensor, kernels: Kernels) -> Tensor:
@@ -124,9 +132,11 @@ class _Logits(Function):
 
 @torch.no_grad()
 def update_bias(bias_E: Tensor, load_E: Tensor, speed: float) -> None:
-    """Auxiliary-loss-free balancing (paper 2.1.2), after every step: b_i += speed * sign(mean load - load_i), in place, so that
-    the bias of an overloaded expert goes down and that of an underloaded one up. load counts tokens over the whole batch of
-    the step. The bias takes part in the choice of experts alone, never in their weights.
+    """Auxiliary-loss-free balancing (paper 2.1.2), after every step: b_i += speed * sign(mean load - load_i), in
+    place.
+
+    So the bias of an overloaded expert decreases and that of an underloaded one increases. load counts tokens per
+    expert over the whole batch of the step. The bias only affects the choice of experts, never their gate values.
     """
     load_E = load_E.to(bias_E.dtype)
     bias_E.add_(torch.sign(load_E.mean() - load_E), alpha=speed)

@@ -1,11 +1,12 @@
-"""Which positions of its sequences a process works on, and what brings it the others.
+"""The positions of its sequences that a process works on, and the exchange with processes that have the others.
 
-Mostly it has whole sequences. Where N processes share each sequence (context parallelism), its T positions are cut into 2 N
-equal pieces, of which process r works on pieces r and 2 N - 1 - r: an early one, whose queries see few keys, and a late one,
-whose queries see many, so that all have the same work. Each has the tokens of the whole sequence, which are few bytes; all
-else, from the embedding to the loss, it has for its own positions alone. Attention alone looks at other positions
-(train/model/attention.py), the balance loss counts over them (train/model/router.py), and the modules of MTP look at the
-next tokens, also behind the end of a piece.
+Usually a process has whole sequences. With context parallelism, N processes share each sequence. Its T positions are
+cut into 2 N equal pieces, and process r works on pieces r and 2 N - 1 - r: an early piece, whose queries see few keys,
+and a late piece, whose queries see many. So all processes have equal work. Each has the tokens of the whole sequence,
+which are few bytes; everything else, from the embedding to the loss, exists only for its own positions.
+
+Other positions matter in three places: attention (train/model/attention.py), the balance loss, which counts over them
+(train/model/router.py), and MTP modules, which read the next tokens, also after the end of a piece.
 
 Shapes: B sequences, S = T + 1 tokens of a sample, T positions.
 """
@@ -24,71 +25,75 @@ X = TypeVar("X")
 
 
 class PendingGather(Protocol):
-    """A gather that is under way."""
+    """A gather in progress."""
 
     def wait(self) -> list[Tensor]:
-        """What was gathered, piece by piece. Call once."""
+        """Return the gathered pieces. Call once."""
 
 
 class SequenceShare(Protocol):
-    """Shares sequences with other processes: brings what they have of the same sequences. All must call the same."""
+    """Exchanges values of shared sequences with other processes. All processes must make the same calls."""
 
     parts: int
-    """N."""
+    """Number of processes, N."""
     part: int
-    """r."""
+    """Index of this process, r."""
 
     def gather_begin(self, own_BTX: Tensor, rows: Sequence[int]) -> PendingGather:
-        """Start to bring (B, rows[j], X) of every piece j, in order. own_BTX: of the two pieces here."""
+        """Start to gather (B, rows[j], X) of every piece j, in order. own_BTX: this process's two pieces."""
 
     def scatter_sum(self, pieces: list[Tensor]) -> Tensor:
-        """The sum over all parts of what each has for the pieces here, (B, own positions, X); the transpose of the gather."""
+        """Return the sum over all parts of their contributions to this process's pieces, (B, own positions, X); the
+        transpose of the gather.
+        """
 
     def total(self, counts: Tensor) -> Tensor:
-        """The sum over all parts, on each."""
+        """Return the sum over all parts, on each process."""
 
 
 class Rectangle(NamedTuple):
-    """Queries that meet keys: query i, from `first_query` on, sees the keys j with j - first_key <= i - first_query + before.
+    """A range of queries and keys: query i sees the keys j with j - first_key <= i - first_query + before.
 
-    sequence: None for all. The queries are rows of this process, and the keys rows of a block of keys.
+    sequence: None for all. Queries are rows of this process, and keys are rows of a block of keys.
     """
 
     sequence: int | None
     first_query: int
     last_query: int
-    """One behind."""
+    """One past the last query."""
     first_key: int
     last_key: int
     before: int
 
 
 class PackedSamples:
-    """Samples that share sequences, as a router counts them. Made once a micro-batch and depth, for all layers."""
+    """Samples that share sequences, in the form that a router counts. Built once per micro-batch and depth, for all
+    layers.
+    """
 
     def __init__(self, number_BT: Tensor, lengths_N: Tensor):
-        """number_BT: of the sample of every position here, over all sequences; N of one that does not count. lengths_N: positions of
-        every sample that count, here or elsewhere. Both on the host.
+        """number_BT: sample number of every local position, over all sequences; N for positions that do not count.
+        lengths_N: number of positions that count in every sample, local or not. Both on the host.
         """
         self._number_BT, self._lengths_N = number_BT, lengths_N
         self._there: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """number_BT and lengths_N, int64, on the device."""
+        """Return number_BT and lengths_N, int64, on the device."""
         if device not in self._there:
             self._there[device] = self._number_BT.to(device), self._lengths_N.to(device)
         return self._there[device]
 
 
 class SeenKeys:
-    """Which queries of this process see which keys of one block. Made once a micro-batch, for all layers."""
+    """Which queries of this process see which keys of one block. Built once per micro-batch, for all layers."""
 
     def __init__(self, rectangles: list[Rectangle]):
         self.rectangles = rectangles
         self._made: dict[tuple, Any] = {}
 
     def once(self, make: Callable[..., X], *given: Any) -> X:
-        """make(rectangles, *given): what a kernel wants to know of them, which is made once."""
+        """Return make(rectangles, *given), the data that a kernel needs; the result is cached."""
         key = (make, *given)
         if key not in self._made:
             self._made[key] = make(self.rectangles, *given)
@@ -97,20 +102,22 @@ class SeenKeys:
 
 @dataclass(frozen=True)
 class Positions:
-    """The positions of a micro-batch: T of each of its sequences, of which some are here."""
+    """The positions of a micro-batch: T in each of its sequences, some of which are local."""
 
     length: int
     """T."""
     documents_BT: Tensor | None = None
-    """Number of the document of every position, on the host; a document is contiguous, and attention stays inside it. None for
-    whole sequences."""
+    """Document number of every position, on the host; a document is contiguous, and attention stays inside it. None
+    for whole sequences.
+    """
     share: SequenceShare | None = None
-    """None where whole sequences are here."""
+    """None if whole sequences are local."""
     whole: int = field(default=-1)
-    """T of the main model, which an MTP depth has fewer of; -1 for `length`."""
+    """T of the main model, if this is an MTP depth with fewer; -1 for `length`."""
     samples_BS: Tensor | None = None
-    """Number of the sample of every token, on the host, from 0 in each sequence and -1 of what only fills it up: samples that share
-    a sequence and are apart. None where no border keeps a token from being the target of the one before."""
+    """Sample number of every token, on the host, from 0 in each sequence, -1 for padding: separate samples that
+    share a sequence. None if every next token may be a target.
+    """
     experts_BTLK: Tensor | None = None
     """Experts of every position in each MoE layer of the main model that routers take instead of their own choice; None for their choice."""
 
@@ -121,7 +128,7 @@ class Positions:
 
     @cached_property
     def pieces(self) -> list[range]:
-        """All of them, in order."""
+        """All pieces, in order."""
         count = 1 if self.share is None else 2 * self.share.parts
         size = self.whole_length // count
         return [range(j * size, min((j + 1) * size, self.length)) for j in range(count - 1)] + [
@@ -137,14 +144,15 @@ class Positions:
 
     @property
     def count(self) -> int:
-        """Positions that are here."""
+        """Number of local positions."""
         return sum(map(len, self.here))
 
     @cached_property
     def counted_BT(self) -> Tensor | None:
-        """Whether a position counts, bool on the host: its target is of the same sample. None where all do.
+        """Whether a position counts, bool on the host: its target is in the same sample. None if all count.
 
-        What does not count is behind all that does in its sample, so that attention brings nothing of it there.
+        Positions that do not count come after all others of their sample, so attention passes nothing from them to
+        positions that count.
         """
         if self.samples_BS is None:
             return None
@@ -154,7 +162,7 @@ class Positions:
 
     @cached_property
     def packed(self) -> "PackedSamples | None":
-        """The samples of all sequences; None where they are not told apart."""
+        """The samples of all sequences; None if samples are not separate."""
         if self.samples_BS is None or self.counted_BT is None:
             return None
         samples_B = self.samples_BS.amax(1).long() + 1
@@ -194,18 +202,20 @@ class Positions:
         return replace(self, length=self.length - by, documents_BT=documents_BT, whole=whole, experts_BTLK=None)
 
     def take(self, x: Tensor, shift: int = 0) -> Tensor:
-        """From (B, S, ...) over whole sequences, what belongs to the positions here, each so many further on."""
+        """From (B, S, ...) over whole sequences, return the entries of the local positions, shifted by `shift`."""
         return _joined([x[:, piece.start + shift : piece.stop + shift] for piece in self.here])
 
     def take_with_next(self, x: Tensor, more: int) -> Tensor:
-        """From (B, S, ...) over whole sequences, what belongs to the positions here, and then to the `more` behind each
-        piece, as far as there are positions.
+        """From (B, S, ...) over whole sequences, return the entries of the local positions, followed by the next
+        `more` entries after each piece, as far as positions exist.
         """
         behind = [x[:, piece.stop : min(piece.stop + more, self.length)] for piece in self.here]
         return _joined([x[:, piece.start : piece.stop] for piece in self.here] + [y for y in behind if y.size(1)])
 
     def shifted(self, x: Tensor, more: int, depth: int) -> Tensor:
-        """From what `take_with_next` gave, that which is `depth` positions behind those here at this depth."""
+        """From the result of `take_with_next`, return the entries `depth` positions after the local ones of this
+        depth.
+        """
         parts, first, behind = [], 0, self.count
         for piece in self.here:
             next_ones = min(more, self.length - piece.stop)
@@ -217,7 +227,7 @@ class Positions:
 
     @cached_property
     def documents(self) -> list[tuple[int | None, range]]:
-        """The positions of every document, by sequence; one for all sequences where they are whole."""
+        """The positions of every document, by sequence; one entry for all sequences if they are whole."""
         if self.documents_BT is None:
             return [(None, range(self.length))]
         found: list[tuple[int | None, range]] = []
@@ -228,7 +238,7 @@ class Positions:
 
     @cached_property
     def seen(self) -> list[SeenKeys]:
-        """Which queries here see which keys of each piece; where whole sequences are here, that is all there is."""
+        """Which local queries see which keys of each piece; if whole sequences are local, there is one piece."""
         return [SeenKeys(self._rectangles(block)) for block in self.pieces]
 
     def _rectangles(self, block: range) -> list[Rectangle]:

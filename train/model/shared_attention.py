@@ -1,18 +1,19 @@
-"""Attention of the positions that are here over all positions of their sequences (context parallelism).
+"""Attention of this process's positions over all positions of their sequences (context parallelism).
 
-What is gathered is latents, never keys and values. The sequence is a row of blocks, one a piece; keys and values of a block are
-made of its latents when its turn comes, and forgotten after. A query meets the blocks one after another, and what it has of
-each is put together by the log-sum-exp of its scores:
+The ranks gather latents, never keys and values. The sequence is a row of blocks, one per piece. Keys and values of a
+block are computed from its latents when they are needed, and dropped afterwards. A query attends to one block after
+another; the log-sum-exp of its scores combines the partial results:
 
     forward    of block j: o_j = softmax(s_j) v_j and l_j = log sum exp s_j
                o = sum_j exp(l_j - l) o_j,  l = log sum_j exp l_j
     backward   p_j = exp(s_j - l),  ds_j = p_j * (do v_j^T - rowsum(do * o))
 
-so that memory is that of a block. Backward gathers the latents again, and makes keys and values again; the gradients of the
-latents of all blocks go to the ranks that have the positions. The weight that makes keys and values gets its gradient here
-too. A pass that wants weights alone (needed.py) takes what the pass before it put aside.
+so that the memory is that of one block. Backward gathers the latents and computes keys and values again; the gradients
+of all latents go to the ranks that have the positions. The weight that computes keys and values also gets its gradient
+here. A pass that needs only weight gradients (needed.py) takes the values that the previous pass stored.
 
-Shapes: B sequences, T positions here, H heads, Q qk width, V value width, L positions of a block, C kv_rank, R rope width.
+Shapes: B sequences, T positions here, H heads, Q qk width, V value width, L positions of a block, C kv_rank, R rope
+width.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,7 +29,7 @@ from train.model.sequence import PendingGather, Positions
 
 @dataclass(frozen=True)
 class KeysOfLatents:
-    """How keys and values are made of latents. up: (B, L, C) to per head [nope key | value], the latter of `heads` heads."""
+    """Computes keys and values from latents. up: maps (B, L, C) to [nope key | value] per head, for `heads` heads."""
 
     up: Callable[[Tensor], Tensor]
     heads: int
@@ -36,13 +37,13 @@ class KeysOfLatents:
     nope: int
 
     def make(self, kv_BLX: Tensor, k_rope_BLR: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys (B, H, L, Q) and values (B, H, L, V)."""
+        """Return keys (B, H, L, Q) and values (B, H, L, V)."""
         kv_BHLX = kv_BLX.unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k_rope_BHLR = k_rope_BLR.unsqueeze(1).expand(-1, self.heads, -1, -1)
         return torch.cat([kv_BHLX[..., : self.nope], k_rope_BHLR], -1), kv_BHLX[..., self.nope :]
 
     def of(self, latents_BLX: Tensor) -> tuple[Tensor, Tensor]:
-        """From [latent | turned rope key]."""
+        """Return keys and values from [latent | rotated rope key]."""
         latent_BLC, k_rope_BLR = latents_BLX.split([self.kv_rank, latents_BLX.size(-1) - self.kv_rank], -1)
         return self.make(self.up(latent_BLC), k_rope_BLR)
 
@@ -52,7 +53,7 @@ class KeysOfLatents:
         weights: Sequence[Tensor],
         attend: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]],
     ) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
-        """Gradients of the queries, the latents and the weights. attend: from keys and values to the gradients of
+        """Return the gradients of queries, latents and weights. attend: maps keys and values to the gradients of
         queries, keys and values.
         """
         latent_BLC, k_rope_BLR = latents_BLX.split([self.kv_rank, latents_BLX.size(-1) - self.kv_rank], -1)
@@ -67,10 +68,10 @@ class KeysOfLatents:
 
 
 class SharedAttention(Function):
-    """softmax(scale q k^T) v of the queries here over the keys of all positions: (B, H, T, V).
+    """softmax(scale q k^T) v of this process's queries over the keys of all positions: (B, H, T, V).
 
-    latents_BTX: [latent | turned rope key] of the positions here. weights: those of keys.up that learn. gathering: of the latents of all. watch: as in
-    `AttentionInput`.
+    latents_BTX: [latent | rotated rope key] of this process's positions. weights: the trained weights of keys.up.
+    gathering: a gather of all latents. watch: as in `AttentionInput`.
     """
 
     @staticmethod
@@ -102,7 +103,7 @@ class SharedAttention(Function):
             part_BHTV, part_BHT, *_ = made
             new_BHT = torch.logaddexp(lse_BHT, part_BHT)
             for sum_BHTV, value, of in ((out_BHTV, None, lse_BHT), (out_BHTV, part_BHTV, part_BHT)):
-                share_BHT1 = (of - new_BHT).exp_().nan_to_num_(0).unsqueeze(-1)  # of a query that has met no key yet
+                share_BHT1 = (of - new_BHT).exp_().nan_to_num_(0).unsqueeze(-1)  # 0 for a query that has met no key yet
                 if value is None:
                     sum_BHTV.mul_(share_BHT1)
                 else:

@@ -1,14 +1,15 @@
-"""Where the gradient of a product's weight is added up: one seam for all products, precisions and devices.
+"""Accumulates the gradient of a matmul's weight: one function for all matmuls, precisions and devices.
 
-The gradient of a weight is a sum over micro-batches in fp32, its `.grad`, also where the weight is bf16 (paper 3.3.3). autograd
-would have a product write a tensor of its own, rounded to the weight's format, and then add that to the sum: 18 bytes a weight
-that move through memory for a bf16 product. Here the product adds to the sum itself, 8 bytes, and nothing is rounded on the way.
+The gradient of a weight is a sum over micro-batches in fp32, its `.grad`, even if the weight is bf16 (paper 3.3.3).
+With plain autograd, a matmul would write a separate tensor, rounded to the weight's dtype, and then add it to the sum:
+18 bytes of memory traffic per weight for a bf16 matmul. Here the matmul adds directly to the sum: 8 bytes, and nothing
+is rounded in between.
 
-autograd sees an undefined gradient then. It still runs the weight's node, once all Functions that take the weight are through:
-that is where to learn that the gradient of a pass is complete (parallel/zero/sharded_weights.py), for hooks of the tensor are
-called for gradients alone that autograd adds itself.
+autograd then sees an undefined gradient. It still runs the weight's node after all Functions that use the weight have
+finished. That node shows when the gradient of a pass is complete (parallel/zero/sharded_weights.py), because tensor
+hooks only run for gradients that autograd adds itself.
 
-Shapes: N rows (any leading axes flattened), I inputs and O outputs of a product, R rows sorted by expert, E experts.
+Shapes: N rows (any leading axes flattened), I inputs and O outputs of a matmul, R rows sorted by expert, E experts.
 """
 
 from collections.abc import Callable
@@ -22,14 +23,15 @@ from train.model.needed import Function, gradients_needed, node_of, once_differe
 from train.model.operations import ExpertGroups, Kernels
 
 WeightProduct = Callable[[torch.dtype, Tensor | None], Tensor]
-"""The product: given the format of the gradient, and either the fp32 sum that it adds to and returns, or None."""
+"""The matmul: takes the dtype of the gradient, and either the fp32 sum to add to and return, or None."""
 
 
 def weight_gradient(ctx: Any, argument: int, weight: Tensor, product: WeightProduct) -> Tensor | None:
-    """What a Function's backward returns for the weight that is this argument of it: None where the product was added to `.grad`.
+    """Return the value that a Function's backward returns for the weight at this argument: None if the matmul added
+    to `.grad`.
 
-    That is where the gradient of the weight is fp32 and the running pass adds it up; it is handed to autograd where
-    autograd.grad() asked for it, where the weight is no leaf, and in formats without a product that adds.
+    The matmul adds to `.grad` if the weight's gradient is fp32 and the current pass accumulates it. Autograd gets the
+    gradient if autograd.grad() asked for it, if the weight is no leaf, and for dtypes without a matmul that adds.
     """
     node = node_of(ctx, argument)
     leaf = getattr(node, "variable", None)
@@ -46,11 +48,11 @@ def weight_gradient(ctx: Any, argument: int, weight: Tensor, product: WeightProd
 
 
 class LinearProduct(Function):
-    """`F.linear` without bias by the products of these kernels."""
+    """`F.linear` without bias by the matmuls of these kernels."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight_OI: Tensor, kernels: Kernels) -> Tensor:
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight_OI)  # a frozen weight wants nothing of x
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight_OI)  # a frozen weight needs no x
         ctx.kernels = kernels
         return kernels.product(_rows(x), weight_OI, x.dtype).view(*x.shape[:-1], -1)
 
@@ -68,8 +70,10 @@ class LinearProduct(Function):
 
 
 class GroupedProduct(Function):
-    """x W^T with the weight of each row's expert. Saves the weight itself, where F.grouped_mm's own backward would keep
-    a view of it: a view holds its memory also where the weight is let go until backward (ZeRO stage 3).
+    """x W^T with the weight of each row's expert.
+
+    It saves the weight itself. F.grouped_mm's own backward would keep a view, which holds the memory even when the
+    weight is freed until backward (ZeRO stage 3).
     """
 
     @staticmethod
