@@ -81,12 +81,14 @@ class ModelOutputs:
     head_VD: Tensor
     """The weight of the output head."""
     learnt_BT: Tensor
-    """Whether a target is learnt, bool: of chats those of the answers, else all."""
+    """Whether a target is learnt, bool: in chats the targets in answers, otherwise all."""
     divisor: float
-    """What sums over the learnt positions here are divided by, so that each counts the same in the whole step."""
+    """Divisor for sums over the local learnt positions, which gives each position the same weight in the whole step."""
 
     def mean(self, values_BT: Tensor) -> Tensor:
-        """This micro-batch's share of the mean of values over the learnt tokens of the step. Where every token is learnt it is the plain mean."""
+        """Return this micro-batch's share of the mean of values over the learnt tokens of the step; the plain mean
+        if every token is learnt.
+        """
         return values_BT.masked_fill(~self.learnt_BT, 0).sum() / self.divisor
 
     def logits(self) -> Tensor:
@@ -108,9 +110,9 @@ class Head(nn.Module):
         self.extra_loss: Callable[[ModelOutputs], Tensor] | None = None
         """The user's own loss term, set by the code that builds the model for a training."""
         self.token_loss: TokenLoss | None = None
-        """What the main model minimises instead of the cross-entropy, set by whoever runs the step."""
+        """The loss that the main model minimises instead of the cross-entropy, set by the code that runs the step."""
         self.gives_logprobs = False
-        """In eval mode, whether log-probabilities (B, T) are wanted instead of a loss, set by whoever asks for them."""
+        """Whether eval mode returns log-probabilities (B, T) instead of a loss, set by the calling code."""
 
     def forward(
         self,
@@ -122,12 +124,14 @@ class Head(nn.Module):
         detaches_mtp: bool = False,
         tensors_BS: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> list[Tensor]:
-        """Losses of the main model (states[0], (B, T, D)) and of the MTP depths (one position shorter each), in training followed by
-        the term of the user's own, if there is one. Or log-probabilities, see `gives_logprobs`.
+        """Return the losses of the main model (states[0], (B, T, D)) and of the MTP depths (one position shorter
+        each).
 
-        Of the supervised tokens, or of all. Sums over divisor, also at MTP depths, which have fewer targets (eq. 24); None for
-        all positions of the main model here. detaches_mtp: the weight learns of the main model's loss alone. tensors_BS: what
-        `token_loss` takes of every token.
+        In training, the user's own term follows, if there is one. With `gives_logprobs`, eval mode returns
+        log-probabilities instead. A loss is a sum over the supervised tokens (or all), divided by divisor, also at MTP
+        depths, which have fewer targets (eq. 24); divisor None: the number of local positions of the main model.
+        detaches_mtp: only the main model's loss trains the head's weight. tensors_BS: tensors per token for
+        `token_loss`.
         """
         if self.gives_logprobs and not self.training:
             return [self.logprobs(states[0], tokens_BS, positions, tensors_BS)]
@@ -158,8 +162,11 @@ class Head(nn.Module):
         tensors_BS: Mapping[str, Tensor],
         rows_N: Tensor | None = None,
     ) -> Tensor:
-        """log p(token | those before it) of the targets of all positions, fp32 (B, T), also where ranks share sequences; after division of the
-        logits by `temperatures`, where the batch has them. rows_N: of these rows of the positions here alone; 0 elsewhere.
+        """Return log p(token | previous tokens) of the targets of all positions, fp32 (B, T), also if ranks share
+        sequences.
+
+        If the batch has `temperatures`, they divide the logits. rows_N: compute only these rows of the local positions;
+        the others are 0.
         """
         hidden_ND, targets_N = hidden_BTD.flatten(0, 1), positions.take(tokens_BS, 1).flatten()
         temperature_N = None
@@ -183,8 +190,10 @@ class Head(nn.Module):
         divisor: float,
         tensors_BS: Mapping[str, Tensor],
     ) -> Tensor:
-        """The sum of `token_loss` over the learnt tokens, over divisor. Where ranks share sequences each computes all of it, and this is its
-        part: one of as many as there are ranks.
+        """Return the sum of `token_loss` over the learnt tokens, divided by divisor.
+
+        If ranks share sequences, each computes the whole sum, and returns its part: the sum divided by the number of
+        these ranks.
         """
         assert self.token_loss is not None
         device, rows_N = hidden_BTD.device, None
@@ -193,7 +202,8 @@ class Head(nn.Module):
             learnt_BT = learnt_BT == 0
         else:
             learnt_BT, rows_N = positions.learnt_BT(supervised_BS), positions.learnt(supervised_BS)
-            # The graph must be whole, as other ranks wait in its backward: one row, which no sum below takes.
+            # The graph must be complete, because other ranks wait in its backward: use one row, which no sum below
+            # counts.
             rows_N = (rows_N if len(rows_N) else rows_N.new_zeros(1)).to(device)
         if positions.documents_BT is not None:
             samples_BT = positions.documents_BT.long()
@@ -208,7 +218,7 @@ class Head(nn.Module):
         if "weights" in tensors_BT:
             found_BT = found_BT * tensors_BT["weights"]
         parts = 1 if positions.share is None else positions.share.parts
-        # Log-probabilities that no learnt token has stay in the graph.
+        # Log-probabilities of tokens that are not learnt stay in the graph.
         return found_BT.where(tokens.learnt_BT, 0 * logprobs_BT).sum() / (divisor * parts)
 
     def adapted(self, hidden: Tensor, weight_VD: Tensor) -> tuple[Tensor, Tensor]:
@@ -338,13 +348,16 @@ class DeepSeekV3(nn.Module):
         experts_BTLK: Tensor | None = None,
         **tensors_BS: Tensor,
     ) -> Tensor:
-        """Hidden states (B, T, D), or of the last chunk the loss, fp32 (1,).
+        """Return hidden states (B, T, D), or for the last chunk the loss, fp32 (1,).
 
-        x: tokens (B, S) for the first chunk, else hidden states of the positions here. tokens_BS: of whole sequences, needed
-        by the last chunk (where it is the first too, x will do) and where sequences are shared. documents_BS: document of
-        every token; keeps attention inside documents. supervised_BS: tokens that are learnt; documents are then samples that are apart
-        (`Positions.samples_BS`). Both on the host. experts_BTLK: see `Positions`. tensors_BS: what `Head.token_loss` takes. The training loss is main + mtp_weight / depths * sum of MTP losses,
-        of the positions here; in eval mode it is the main loss.
+        x: tokens (B, S) for the first chunk, else hidden states of the local positions. tokens_BS: of whole sequences;
+        needed by the last chunk (unless it is the first too) and if ranks share sequences. documents_BS: document of
+        every token; attention stays inside documents. supervised_BS: learnt tokens; documents are then separate samples
+        (`Positions.samples_BS`). Both on the host. experts_BTLK: see `Positions`. tensors_BS: tensors per token for
+        `Head.token_loss`.
+
+        The training loss is main + mtp_weight / depths * sum of MTP losses, of the local positions; in eval mode it is
+        the main loss.
         """
         tokens_BS = x if self.has_embedding else tokens_BS
         documents_BT = None if documents_BS is None else documents_BS[:, :-1]
@@ -410,7 +423,7 @@ class DeepSeekV3(nn.Module):
         supervised_BS: Tensor | None = None,
         tensors_BS: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> Tensor:
-        """Scalar loss, or log-probabilities, from the hidden states after the final norm."""
+        """Return the scalar loss, or log-probabilities, from the hidden states after the final norm."""
         states = [hidden_BTD]
         for depth, module in zip(range(1, self._depths + 1), self.mtp, strict=False):
             assert embedding_BTD is not None

@@ -1,10 +1,11 @@
-"""Cross-entropy, and log-probabilities for other losses, that never hold the logits of all tokens (model.loss_chunk at a time).
+"""Cross-entropy, and log-probabilities for other losses, without holding the logits of all tokens (model.loss_chunk
+at a time).
 
-Forward takes a chunk of tokens, computes logits, softmax in fp32, the loss, and at once the gradients of the hidden states
-and of the head: they are ready when backward starts, which only scales them. With a vocabulary of 129,280 the logits of
-one 4096-token sequence would be 2 GiB in fp32, and their gradient as much again. The products take the whole chunk. What
-lies between them, softmax and its gradient in fp32, takes on CPU a few rows at a time, which stay in the cache; the
-gradient replaces the logits.
+Forward takes a chunk of tokens and computes logits, softmax in fp32, the loss, and at once the gradients of the hidden
+states and of the head. So the gradients are ready when backward starts, which only scales them. With a vocabulary of
+129,280, the logits of one 4096-token sequence would be 2 GiB in fp32, and their gradient the same. The matmuls take the
+whole chunk. On CPU, softmax and its gradient in fp32 take a few rows at a time, which stay in the cache; the gradient
+replaces the logits.
 
 Shapes: N tokens, C of a chunk, R rows of it, D width, V vocabulary.
 """
@@ -64,10 +65,10 @@ class _CrossEntropy(Function):
 def token_logprobs(
     hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, temperature_N: Tensor | None, chunk: int, kernels: Kernels
 ) -> Tensor:
-    """log softmax(hidden head^T / temperature)[target] of every token, fp32 (N,). temperature_N: None for 1.
+    """Return log softmax(hidden head^T / temperature)[target] of every token, fp32 (N,). temperature_N: None for 1.
 
-    Logits of a chunk exist at a time, once in forward and again in backward, as the gradient follows from a loss that is not known
-    before. They are fp32, whatever the format of hidden states.
+    Only the logits of one chunk exist at a time. They are computed in forward and again in backward, because the
+    gradient depends on a loss that is not known before. They are fp32, whatever the dtype of hidden states.
     """
     return _TokenLogprobs.apply(hidden_ND, head_VD, targets_N, temperature_N, chunk, kernels)
 
@@ -109,7 +110,7 @@ class _TokenLogprobs(Function):
 def _log_softmax_of_chunks(
     hidden_ND: Tensor, head_VD: Tensor, temperature_N: Tensor | None, chunk: int, kernels: Kernels
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Rows, and their log softmax(logits / temperature), fp32 (C, V)."""
+    """Yield rows, and their log softmax(logits / temperature), fp32 (C, V)."""
     head = head_VD.to(hidden_ND.dtype)
     for first in range(0, len(hidden_ND), chunk):
         rows = slice(first, first + chunk)

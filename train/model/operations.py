@@ -93,10 +93,12 @@ class Kernels(Protocol):
         positions: Positions,
         replayed_BTK: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Gate values fp32 and expert ids int64, (B, T, K), from the router's logits. Differentiable, with the balance loss.
+        """Return gate values fp32 and expert ids int64, (B, T, K), from the router's logits. Differentiable, with
+        the balance loss.
 
-        In a repeated run of a block the ids are those of the first, and nothing is counted (train/model/recompute.py). replayed_BTK: experts
-        to take instead of those that the scores choose; their gates are made of this router's own scores.
+        In a repeated run of a block the ids are those of the first run, and nothing is counted
+        (train/model/recompute.py). replayed_BTK: experts to use instead of a choice by scores; their gates come from
+        this router's own scores.
         """
 
     def sort_by_expert(self, expert_ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -59,7 +59,7 @@ class Router(nn.Module):
         self.rule = self.rule._replace(softmax=config.scores == ScoreFunction.softmax)
         self.balance_weight, self.frozen = 0.0, False
         self.layer: int | None = None
-        """Number of the router among the MoE layers of the main model, set by the model; None in an MTP module."""
+        """Index of the router among the MoE layers of the main model, set by the model; None in an MTP module."""
         self._kernels = kernels
 
     def forward(

@@ -119,7 +119,9 @@ class Positions:
     share a sequence. None if every next token may be a target.
     """
     experts_BTLK: Tensor | None = None
-    """Experts of every position in each MoE layer of the main model that routers take instead of their own choice; None for their choice."""
+    """Expert ids of every position in each MoE layer of the main model, which routers use instead of their own
+    choice; None: routers choose.
+    """
 
     @property
     def whole_length(self) -> int:
@@ -174,28 +176,32 @@ class Positions:
 
     @cached_property
     def experts_here_BTLK(self) -> Tensor | None:
-        """`experts_BTLK` of the positions here."""
+        """`experts_BTLK` of the local positions."""
         return None if self.experts_BTLK is None else self.take(self.experts_BTLK)
 
     def learnt_BT(self, supervised_BS: Tensor) -> Tensor:
-        """Whether the target of a position, here or elsewhere, is supervised and of the same sample; bool on the host."""
+        """Return whether the target of a position, local or not, is supervised and in the same sample; bool on the
+        host.
+        """
         ahead = self.whole_length - self.length + 1
         learnt_BT = supervised_BS[:, ahead : ahead + self.length]
         return learnt_BT if self.counted_BT is None else learnt_BT & self.counted_BT
 
     def learnt(self, supervised_BS: Tensor) -> Tensor:
-        """Rows of (B, positions here) in one axis that are learnt; int64 on the host."""
+        """Return the indices of learnt rows among the flattened (B, local positions); int64 on the host."""
         return self.take(self.learnt_BT(supervised_BS)).flatten().nonzero().squeeze(-1)
 
     def gather(self, here_BT: Tensor) -> Tensor:
-        """What all processes that share the sequences have for their positions: (B, length). Differentiable, where each of them computes
-        the same of it and takes its part of the sum.
+        """Return the values of all positions from all processes that share the sequences: (B, length).
+
+        Differentiable, if each process computes the same loss from them and takes its part of the sum.
         """
         return here_BT if self.share is None else _Gather.apply(here_BT, self)
 
     def shorter(self, by: int) -> "Positions":
-        """Without the last ones of each sequence, which leaves the first `count` of those here. Nothing is replayed there: no engine
-        records the routers of MTP modules.
+        """Return the positions without the last ones of each sequence; of the local ones, the first `count` remain.
+
+        No experts are replayed there: no inference engine records the routers of MTP modules.
         """
         documents_BT = None if self.documents_BT is None else self.documents_BT[:, :-by]
         whole = self.whole_length
@@ -265,7 +271,7 @@ class Positions:
 
 
 class _Gather(Function):
-    """Values of the positions here to those of all."""
+    """Gathers the values of the local positions into the values of all positions."""
 
     @staticmethod
     def forward(ctx: Any, here_BT: Tensor, positions: Positions) -> Tensor:
@@ -276,7 +282,7 @@ class _Gather(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_BT: Tensor) -> tuple[Tensor, None]:
-        # The sum over all processes of what is the same on each.
+        # The sum over all processes of equal values.
         return ctx.positions.take(grad_BT) * ctx.positions.share.parts, None
 
 
