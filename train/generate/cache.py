@@ -1,9 +1,11 @@
-"""What MLA keeps of the past (paper 2.1.1): per token and layer one latent, after its norm, and one RoPE key for all heads.
+"""MLA's cache of past tokens (paper 2.1.1): per token and layer one latent, after its norm, and one RoPE key for all
+heads.
 
-Rows of a batch are padded on the left, so that all prompts end in the same column. A row has a start (its first real column)
-and a length (columns that count). New entries are written behind the length, and `commit` says how many of them count: what
-is not committed is overwritten next time, which is all that taking back rejected drafts needs. Rows may commit different
-numbers. Memory is allocated ahead and doubled when full, so a token costs a constant amount of copying.
+Rows of a batch are padded on the left, so that all prompts end in the same column. A row has a start (its first real
+column) and a length (number of valid columns). New entries are written after the length, and `commit` says how many of
+them are valid. Entries that are not committed are overwritten next time, so rejected drafts need no other removal. Rows
+may commit different numbers. Memory is allocated in advance and doubled when full, so each token causes a constant
+amount of copying on average.
 
 Shapes: B rows, T new tokens, S columns, N = B*T, W = kv_rank + rope width of an entry, R rope width.
 """
@@ -21,34 +23,40 @@ FIRST_COLUMNS = 256
 
 
 def bytes_per_token(config: Model, item_bytes: int, mtp_depth: int = 0) -> int:
-    """Cache of one token over all layers, and over this many MTP modules. 70,272 bytes for DeepSeek-V3 in bf16."""
+    """Return the cache bytes of one token over all layers, and over this many MTP modules. 70,272 bytes for
+    DeepSeek-V3 in bf16.
+    """
     return (config.layers + mtp_depth) * (config.kv_rank + config.rope_head_dim) * item_bytes
 
 
 def multi_head_bytes_per_token(config: Model, item_bytes: int) -> int:
-    """Bytes of the cache per token with multi-head attention of the same heads and widths: a key and a value per head."""
+    """Return the cache bytes per token of multi-head attention with the same heads and widths: a key and a value per
+    head.
+    """
     per_head = config.nope_head_dim + config.rope_head_dim + config.v_head_dim
     return config.layers * config.heads * per_head * item_bytes
 
 
 @dataclass(frozen=True)
 class Slots:
-    """Where the next T tokens of every row go, and what they may look at."""
+    """The columns for the next T tokens of every row, and the columns that they attend to."""
 
     columns_BT: Tensor
     starts_B1: Tensor
     first: int | None
-    """The first column, where it is the same in all rows."""
+    """The first column, if it is the same in all rows."""
     ends: list[int]
-    """For each of the T tokens, the columns that the longest row has by then."""
+    """For each of the T tokens, the number of columns that the longest row then has."""
     padded: bool
 
     def positions_N(self) -> Tensor:
-        """Position in its text of every token; 0 for padding."""
+        """Return the position of every token in its text; 0 for padding."""
         return (self.columns_BT - self.starts_B1).clamp_(min=0).flatten()
 
     def mask_BCS(self, queries: slice) -> Tensor | None:
-        """Which columns these C tokens see, None for all: from the row's start to itself. Padding sees itself, not nothing."""
+        """Return which columns these C tokens see: from the row's start to the token itself; None for all. Padding
+        sees itself, so its mask is never empty.
+        """
         end = self.ends[queries.stop - 1]
         if self.first is not None and not self.padded and queries.stop - queries.start == 1:
             return None
@@ -66,18 +74,19 @@ class LatentCache:
     def __init__(self, config: Model, layers: int, starts: list[int], dtype: torch.dtype, device: torch.device):
         self.starts, self.lengths = list(starts), [0] * len(starts)
         width = config.kv_rank + config.rope_head_dim
-        # Zeros: columns that a shorter row has not written yet count as 0, and 0 times what memory held may be NaN.
+        # Zeros: columns that a shorter row has not written yet are multiplied by 0, and 0 times uninitialised memory
+        # may be NaN.
         self._layers = [
             torch.zeros(len(starts), FIRST_COLUMNS, width, dtype=dtype, device=device) for _ in range(layers)
         ]
 
     @property
     def nbytes(self) -> int:
-        """Memory allocated."""
+        """Bytes of allocated memory."""
         return sum(entries.nbytes for entries in self._layers)
 
     def slots(self, count: int) -> Slots:
-        """Room for the next `count` tokens of every row."""
+        """Make room for the next `count` tokens of every row."""
         longest = max(self.lengths)
         self._reserve(longest + count)
         device = self._layers[0].device
@@ -91,7 +100,7 @@ class LatentCache:
         )
 
     def write(self, layer: int, slots: Slots, new_BTW: Tensor) -> Tensor:
-        """Put the new entries of a layer into their slots; all entries up to there, (B, S, W), a view."""
+        """Write the new entries of a layer into their slots; returns all entries up to their end, (B, S, W), a view."""
         entries_BSW = self._layers[layer]
         end = slots.ends[-1]
         if slots.first is not None:
@@ -102,11 +111,11 @@ class LatentCache:
         return entries_BSW[:, :end]
 
     def commit(self, counts: list[int]) -> None:
-        """Let the first `counts` of the tokens written last count, row by row; the rest is forgotten."""
+        """Mark the first `counts` of the last written tokens as valid, row by row; the rest is discarded."""
         self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
 
     def keep(self, rows: list[int]) -> None:
-        """Let go of all other rows."""
+        """Drop all other rows."""
         self.starts, self.lengths = [self.starts[row] for row in rows], [self.lengths[row] for row in rows]
         self._layers = [entries_BSW[rows] for entries_BSW in self._layers]
 
@@ -114,29 +123,30 @@ class LatentCache:
         held = self._layers[0].size(1)
         if columns <= held:
             return
-        for layer, old in enumerate(self._layers):  # one after the other: only one layer is in memory twice
+        for layer, old in enumerate(self._layers):  # one after another, so that only one layer is in memory twice
             new = old.new_zeros(old.size(0), max(columns, 2 * held), old.size(2))
             new[:, :held] = old
             self._layers[layer] = new
 
 
-# MLA's absorbed form (paper 2.1.1; DeepSeek-V2 2.1.2): attention on the cached latents themselves.
+# MLA's absorbed form (paper 2.1.1; DeepSeek-V2 2.1.2): attention directly on the cached latents.
 #
-#     q_i . k = q_nope_i . (W_UK_i c) + q_rope_i . k_rope = [W_UK_i^T q_nope_i ; q_rope_i] . [c ; k_rope]
-#     sum_s p_s v_s = sum_s p_s W_UV_i c_s = W_UV_i (sum_s p_s c_s)
+# q_i . k = q_nope_i . (W_UK_i c) + q_rope_i . k_rope = [W_UK_i^T q_nope_i ; q_rope_i] . [c ; k_rope]
+# sum_s p_s v_s = sum_s p_s W_UV_i c_s = W_UV_i (sum_s p_s c_s)
 #
-# So keys and values are never formed: all heads share one key, the cache entry, and one value, its latent part. Torch's
-# attention takes the entry for both; the rope part of its result is dropped. Heads are rows of one product, which reads the
-# cache once for all of them.
+# So keys and values are never computed: all heads share one key, the cache entry, and one value, its latent part.
+# Torch's attention takes the entry for both; the rope part of its result is dropped. Heads are rows of one matmul,
+# which reads the cache once for all of them.
 #
-# Shapes: B rows, T tokens, H heads, S columns of the cache, W = C + R entry, C kv_rank, R rope width; X = queries * heads.
+# Shapes: B rows, T tokens, H heads, S columns of the cache, W = C + R entry, C kv_rank, R rope width; X = queries *
+# heads.
 
 ABSORBED_ROWS = 2048
-"""Queries times heads that meet the cache at a time, which bounds the mask of a long prompt."""
+"""Queries times heads that are processed at a time, which bounds the mask of a long prompt."""
 
 
 def latent_attention(q_BTHW: Tensor, entries_BSW: Tensor, kv_rank: int, scale: float, slots: Slots) -> Tensor:
-    """Weighted sums of latents (B, T, H, C) for queries that carry W_UK already."""
+    """Return weighted sums of latents (B, T, H, C) for queries that W_UK has already been applied to."""
     length, heads = q_BTHW.shape[1:3]
     step = max(1, ABSORBED_ROWS // heads)
     parts = []

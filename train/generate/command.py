@@ -1,7 +1,7 @@
-"""`mode=generate`: text from a model, to standard output; what is said about it goes to standard error.
+"""`mode=generate`: writes a model's text to standard output, and information about it to standard error.
 
-The prompt is `generate.prompt`, or what a person types line by line, or each line of standard input. Reads checkpoints and
-writes no file.
+The prompt is `generate.prompt`, or lines that a person types, or each line of standard input. The command reads
+checkpoints and writes no file.
 """
 
 import io
@@ -25,9 +25,9 @@ from train.generate.text import TextStream, write
 from train.rank import choose_device
 
 LINES_AT_ONCE = 16
-"""Lines of standard input that are continued together."""
+"""Number of lines of standard input that are continued together."""
 PLAIN_TOKENS = 32
-"""Tokens of each text that are made again without drafts, to tell the speed-up."""
+"""Tokens of each text that are generated again without drafts, to measure the speed-up."""
 
 
 def generate(config: Config) -> int:
@@ -50,7 +50,7 @@ def generate(config: Config) -> int:
     except KeyboardInterrupt:
         write("\n")
         return EXIT_INTERRUPTED
-    except BrokenPipeError:  # the reader has enough
+    except BrokenPipeError:  # the reader has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return EXIT_OK
 
@@ -68,15 +68,15 @@ def _lines_of_stdin() -> Iterator[str]:
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(
             errors="surrogateescape"
-        )  # bytes that are not UTF-8 are refused later, whatever the locale
+        )  # bytes that are not UTF-8 are rejected later, whatever the locale
     return (line.rstrip("\r\n") for line in sys.stdin)
 
 
 class Writer:
-    """Continues prompts as the section `generate` says."""
+    """Continues prompts with the settings of the section `generate`."""
 
     def __init__(self, config: Config, source: LoadedModel):
-        """Raises UserError where the model has no drafter and one is wanted."""
+        """Raises UserError if a drafter is requested and the model has none."""
         self._settings, self._source = config.generate, source
         model = source.decoder.config
         if config.generate.speculative and model.mtp_depth == 0:
@@ -88,7 +88,7 @@ class Writer:
             )
 
     def headline(self) -> str:
-        """What writes, and what it keeps of a text."""
+        """Return one line about the model, and its cache size per token."""
         decoder = self._source.decoder
         depth = decoder.config.mtp_depth if self._settings.speculative else 0
         latent = bytes_per_token(decoder.config, decoder.dtype.itemsize, depth)
@@ -101,7 +101,7 @@ class Writer:
         )
 
     def _start(self, prompts: list[str], *, speculative: bool, tokens: int) -> Generation:
-        """A generation that has not begun. Raises UserError for a prompt over the context."""
+        """Create a generation without starting it. Raises UserError for a prompt that exceeds the context."""
         how = self._settings
         return start(
             self._source,
@@ -114,7 +114,7 @@ class Writer:
         )
 
     def show(self, prompts: list[str], titles: bool = False) -> None:
-        """Continue prompts together. The text of a single one appears as it grows; titles: put each prompt above its text."""
+        """Continue prompts together. A single text is printed as it grows. titles: print each prompt above its text."""
         generation = self._start(prompts, speculative=self._settings.speculative, tokens=self._settings.tokens)
         streams = [TextStream(self._source.tokenizer) for _ in prompts]
         texts = ["" for _ in prompts]
@@ -142,7 +142,7 @@ class Writer:
             write(prompt, sys.stderr)
 
     def _statistics(self, generation: Generation, prompts: list[str]) -> str:
-        """One line about speed, drafts and ends."""
+        """Return one line about speed, drafts and end reasons."""
         counts = generation.counts
         ends = " and ".join(dict.fromkeys(end.value for end in generation.ends if end is not None))
         said = f"[{sum(map(len, generation.tokens))} tokens"
@@ -163,7 +163,7 @@ class Writer:
 
 
 def _converse(writer: Writer) -> None:
-    """A person types prompts until end of file; an interrupt stops the text, not the conversation."""
+    """Read prompts from a person until end of file; an interrupt stops the text, not the conversation."""
     _say("Type the beginning of a text and press Enter. Ctrl-C stops a text, Ctrl-D ends.")
     with every_interrupt():
         while True:

@@ -1,10 +1,11 @@
-"""generate.chat=true: questions and answers, turn by turn, by the chat template that the weights were tuned with.
+"""generate.chat=true: questions and answers, turn by turn, with the chat template that the weights were tuned with.
 
-A prompt is what the template makes of the turns so far, as training saw it; an answer ends with a stop token of the template or of
-generation_config.json, or with the end of a document. Where the turns no longer fit into the model's context, the oldest are left out, which is said once.
+The template renders the turns so far into a prompt, as in training. An answer ends with a stop token of the template or
+of generation_config.json, or with the end of a document. If the turns no longer fit into the model's context, the
+oldest are left out, and the user is told once.
 
-In a terminal a person asks until Ctrl-D or /quit, /reset forgets the turns, and Ctrl-C ends an answer: what there is of it stays a turn.
-Elsewhere each line of standard input is a question.
+In a terminal, a person asks until Ctrl-D or /quit; /reset forgets the turns; Ctrl-C ends an answer, and the part so far
+stays a turn. Otherwise each line of standard input is a question.
 """
 
 import shutil
@@ -31,7 +32,9 @@ class Conversation:
     """Turns of a user and of a model that answers."""
 
     def __init__(self, config: Config, source: LoadedModel, say: Callable[[str], None]):
-        """say: takes a sentence for the user. Raises UserError where the weights have no template, or it cannot be used."""
+        """say: prints a sentence for the user. Raises UserError if the weights have no template, or if it cannot be
+        used.
+        """
         self._settings, self._source, self.tell = config.generate, source, say
         self._template = _template(config, source)
         self._stops = frozenset(stop_ids(self._template, source.tokenizer))
@@ -40,13 +43,14 @@ class Conversation:
         self._told = False
 
     def forget(self) -> None:
-        """Begin anew."""
+        """Start a new conversation."""
         self.turns = []
 
     def answer(self, question: str) -> Generator[str]:
-        """The text of an answer as it grows, whole characters. Both become turns, also where nobody asks for the rest.
+        """Yield the text of an answer as it grows, in whole characters. Question and answer become turns, even if
+        the caller stops early.
 
-        Raises UserError for a question that alone is longer than the context, which becomes no turn.
+        Raises UserError for a question that alone exceeds the context; it becomes no turn.
         """
         prompt = self._prompt([*self.turns, {"role": "user", "content": question}])
         how, decoder = self._settings, self._source.decoder
@@ -72,7 +76,9 @@ class Conversation:
             self.tell(f"[{end.value}]")
 
     def _prompt(self, turns: list[Message]) -> list[int]:
-        """Tokens of the turns, without the oldest where all are too many, so that half the context stays for an answer."""
+        """Return the tokens of the turns. If there are too many, drop the oldest turns, so that half the context
+        stays for an answer.
+        """
         most = self._source.context - min(self._settings.tokens, self._source.context // 2)
         while len(ids := self._encode(self._rendered(turns))) > most and len(turns) > 2:
             turns = turns[2:]
@@ -111,7 +117,7 @@ def _template(config: Config, source: LoadedModel) -> ChatTemplate:
 
 
 def converse(conversation: Conversation) -> None:
-    """Answer what a person types, until Ctrl-D or /quit."""
+    """Answer a person's questions until Ctrl-D or /quit."""
     conversation.tell(HELP)
     with every_interrupt():
         while True:
@@ -129,13 +135,13 @@ def converse(conversation: Conversation) -> None:
                 if question:
                     _one_turn(conversation, question)
             except KeyboardInterrupt:
-                continue  # what there is of the answer is a turn
+                continue  # the part of the answer so far is a turn
             except UserError as error:
                 report(error)
 
 
 def answer_each_line(conversation: Conversation, lines: Iterator[str]) -> None:
-    """Answer each line that is not empty, until /quit; every question stands above its answer."""
+    """Answer each non-empty line until /quit; print every question above its answer."""
     for line in lines:
         if (question := line.strip()) == QUIT:
             return
@@ -163,7 +169,7 @@ def _one_turn(conversation: Conversation, question: str, title: str = "") -> Non
 
 
 class _WordWrap:
-    """Text that grows, broken between words where a line of the terminal would end."""
+    """Growing text, broken between words at the width of the terminal."""
 
     def __init__(self, columns: int):
         self._columns, self._at, self._word = columns, 0, ""
@@ -181,7 +187,7 @@ class _WordWrap:
         return shown
 
     def finish(self) -> str:
-        """The word that is not whole yet."""
+        """Return the word that is not complete yet."""
         word, self._word = self._word, ""
         breaks = self._at > 0 and self._at + len(word) >= self._columns
         self._at = len(word) if breaks else self._at + len(word)

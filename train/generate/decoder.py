@@ -1,10 +1,10 @@
-"""The model as generation walks it: the modules of train/model, with attention on a cache of latents.
+"""The model as generation runs it: the modules of train/model, with attention on a cache of latents.
 
-Norms, projections, experts and head are the training model's own; only the attention core differs, and the cache enters
-nowhere else. Prompt and single tokens take the same path.
+Norms, projections, experts and head are the training model's own. Only the attention core differs, and only it uses the
+cache. Prompts and single tokens take the same path.
 
-Shapes: B rows, T new tokens, N = B*T, D width, V vocabulary, H heads, C kv_rank, R rope width, W = C + R,
-P nope width, U width of a value.
+Shapes: B rows, T new tokens, N = B*T, D width, V vocabulary, H heads, C kv_rank, R rope width, W = C + R, P nope width,
+U width of a value.
 """
 
 from contextlib import nullcontext
@@ -26,14 +26,16 @@ from train.model.router import Router
 
 
 def require_plain_blocks(config: Model) -> None:
-    """Raise UserError for blocks of the user's own. Imports nothing of them."""
+    """Raise UserError for the user's own blocks. Does not import them."""
     if config.block:
         rule = "computes whole sequences, and text is written token by token, by the parts of DeepSeek-V3's own block"
         raise UserError(f"model.block.{TARGET}", config.block[TARGET], rule, "look at held-out losses: mode=evaluate")
 
 
 class Decoder:
-    """A whole model in eval mode, whose weights stay as they are (some are copied). seq_len: of its training, which decides on YaRN."""
+    """A whole model in eval mode. Its weights do not change (some are copied). seq_len: of its training, which
+    decides on YaRN.
+    """
 
     def __init__(self, model: DeepSeekV3, seq_len: int):
         assert not model.training, "the routers of a training model count loads"
@@ -45,10 +47,10 @@ class Decoder:
         self._absorbed = {block.attention: self._split_up(block.attention) for block in layers}
 
     def _split_up(self, mla: MLA) -> tuple[Tensor, Tensor]:
-        """W_UK (H, P, C) and W_UV (H, C, U).
+        """Return W_UK (H, P, C) and W_UV (H, C, U).
 
-        Views of the weight, except that W_UV is copied in bf16, where the product with a transposed matrix takes about ten
-        times as long on a CPU for few tokens. fp32 shows no such difference.
+        They are views of the weight, except that W_UV is copied in bf16: there, the matmul with a transposed matrix
+        takes about ten times as long on a CPU for few tokens. fp32 shows no such difference.
         """
         up_HXC = mla.kv_up.weight.detach().view(self.config.heads, -1, self.config.kv_rank)
         w_uk_HPC, w_uv_HUC = up_HXC.split([self.config.nope_head_dim, self.config.v_head_dim], 1)
@@ -56,12 +58,12 @@ class Decoder:
         return w_uk_HPC, w_uv_HCU.contiguous() if self.dtype == torch.bfloat16 else w_uv_HCU
 
     def new_cache(self, starts: list[int], layers: int | None = None) -> LatentCache:
-        """An empty cache for rows with this much padding; layers: of the main model by default."""
+        """Return an empty cache for rows with this much padding; layers: of the main model by default."""
         layers = self.config.layers if layers is None else layers
         return LatentCache(self.config, layers, starts, self.dtype, self.device)
 
     def hidden(self, tokens_BT: Tensor, cache: LatentCache) -> Tensor:
-        """States after the final norm (B, T, D). Written to the cache, not committed."""
+        """Return the states after the final norm (B, T, D). The cache entries are written, not committed."""
         slots, table = self._slots(cache, tokens_BT.size(1))
         x_BTD = self._embed(tokens_BT)
         for layer, block in enumerate(self.model.layers.values()):
@@ -69,9 +71,11 @@ class Decoder:
         return self.model.norm(x_BTD)
 
     def mtp_hidden(self, depth: int, hidden_BTD: Tensor, tokens_BT: Tensor, cache: LatentCache) -> Tensor:
-        """States of MTP module `depth` (from 0), after its norm, (B, T, D), as `train.model.block` defines them.
+        """Return the states of MTP module `depth` (from 0), after its norm, (B, T, D), as `train.model.mtp` defines
+        them.
 
-        hidden_BTD: of the depth before at the same positions; tokens_BT: the tokens depth + 1 further on. cache: its own.
+        hidden_BTD: of the previous depth at the same positions; tokens_BT: the tokens depth + 1 further on. cache: its
+        own.
         """
         module = self.model.mtp[depth]
         joined = torch.cat([module.embedding_norm(self._embed(tokens_BT)), module.hidden_norm(hidden_BTD)], -1)
@@ -79,14 +83,14 @@ class Decoder:
         return module.norm(self._block(module.block, module.projection(joined), cache, 0, slots, table))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """fp32 (..., V) of states (..., D)."""
+        """Return fp32 (..., V) of states (..., D)."""
         return F.linear(hidden, self.model.head.weight).float()
 
     def _embed(self, tokens_BT: Tensor) -> Tensor:
         return F.embedding(tokens_BT, self.model.embedding.weight)
 
     def _slots(self, cache: LatentCache, count: int) -> tuple[Slots, Tensor]:
-        """Slots, and the turns of their positions, complex (N, R/2)."""
+        """Return the slots, and the rotations of their positions, complex (N, R/2)."""
         slots = cache.slots(count)
         return slots, self._rope.table(slots.ends[-1], self.device)[slots.positions_N()]
 
@@ -108,7 +112,7 @@ class Decoder:
         q_nope_NHP, q_rope_NHR = q.view(batch * length, config.heads, -1).split(
             [config.nope_head_dim, config.rope_head_dim], -1
         )
-        # The rope key turns as one more head.
+        # The rope key is rotated as one more head.
         ropes = torch.cat([q_rope_NHR, k_rope_BTR.reshape(batch * length, 1, -1)], 1)
         ropes = rotate(ropes.unsqueeze(0), table).to(self.dtype).view(batch, length, config.heads + 1, -1)
         entries_BSW = cache.write(layer, slots, torch.cat([mla.kv_norm(latent_BTC), ropes[:, :, -1]], -1))
@@ -122,35 +126,37 @@ class Decoder:
         return mla.out(values_HNU.transpose(0, 1).reshape(batch, length, -1))
 
 
-# Routing: which experts each token goes to, seen, or replayed from what another engine wrote down.
+# Routing: which experts each token goes to, recorded, or replayed from the record of an inference engine.
 #
-# An inference engine and a training round in another way, so near equal scores its tokens go to other experts, and log-probabilities that a
-# loop of reinforcement learning compares differ by more than rounding. Replay takes the engine's experts; the gates are this model's own
-# scores of them. Hooks on the routers do both, and the model knows nothing of it.
+# An inference engine and a training round differently, so tokens with nearly equal scores go to other experts, and the
+# log-probabilities that a reinforcement-learning loop compares differ by more than rounding. Replay uses the engine's
+# experts; the gates come from this model's own scores of them. Hooks on the routers do both, and the model knows
+# nothing of it.
 #
-# Shapes: B = 1 sample, T positions (tokens but the last), L MoE layers of the main model in order, K = top_k, D width.
+# Shapes: B = 1 sample, T positions (all tokens but the last), L MoE layers of the main model in order, K = top_k, D
+# width.
 
 
 class RoutingTap:
-    """Sees the choices of all MoE layers, or makes them."""
+    """Records the choices of all MoE layers, or replaces them."""
 
     def __init__(self, model: DeepSeekV3):
         """model: of a decoder, whole, in eval mode."""
         self.given_TLK: Tensor | None = None
-        """Experts that the next pass takes, int64 on the model's device; None for the routers' own choice."""
+        """Experts for the next pass, int64 on the model's device; None: the routers choose."""
         self._chosen: list[Tensor] = []
         routers = [block.moe.router for block in model.layers.values() if hasattr(block, "moe")]
         self.shape = (len(routers), model.config.top_k, model.config.experts)
-        """MoE layers, experts of a token and of a layer."""
+        """MoE layers, experts per token, and experts per layer."""
         self._hooks = [router.register_forward_hook(self._hook(number)) for number, router in enumerate(routers)]
 
     def close(self) -> None:
-        """See no more choices."""
+        """Stop recording."""
         for hook in self._hooks:
             hook.remove()
 
     def take(self) -> Tensor:
-        """Experts of the pass before, (T, L, K); of several rows one after another, with their padding."""
+        """Return the experts of the last pass, (T, L, K); several rows follow one another, padding included."""
         chosen, self._chosen = self._chosen, []
         return torch.stack(chosen, 1)
 
@@ -166,7 +172,7 @@ class RoutingTap:
 
 
 def gates_of(router: Router, x_BTD: Tensor, ids_TK: Tensor) -> Tensor:
-    """Gate values fp32 (B*T, K) of these experts, by the formula of train/model/router.py."""
+    """Return gate values fp32 (B*T, K) of these experts, by the formula of train/model/router.py."""
     logits_TE = router.score(x_BTD, nullcontext()).flatten(0, 1)
     scores_TE = logits_TE.softmax(-1) if router.rule.softmax else logits_TE.sigmoid()
     chosen_TK = scores_TE.gather(-1, ids_TK)

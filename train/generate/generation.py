@@ -1,8 +1,8 @@
-"""Tokens for a batch of prompts: prefill, then one token a step, or with drafts up to 1 + K.
+"""Generates tokens for a batch of prompts: prefill, then one token per step, or up to 1 + K with drafts.
 
-Prompts are padded on the left. A row ends at an end token, at its number of tokens, or at the end of the context, and
-leaves the batch then. The first token of a row follows its whole prompt; each later step feeds the last token (and the
-drafts behind it), so the cache is always one token short of the text.
+Prompts are padded on the left. A row ends at an end token, at its maximum number of tokens, or at the end of the
+context, and then leaves the batch. The first token of a row follows its whole prompt. Each later step feeds the last
+token (and the drafts after it), so the cache is always one token shorter than the text.
 
 Shapes: B rows, T tokens, L = 1 + K tokens of a step, K drafts (0 without speculation), D width, V vocabulary.
 """
@@ -24,19 +24,19 @@ from train.generate.sampling import Sampler, accept_drafts, draw, uniforms
 from train.generate.source import LoadedModel
 from train.generate.text import require_utf8
 
-# MTP modules that guess the next tokens (paper 2.2 and 5.4.3).
+# MTP modules that draft the next tokens (paper 2.2 and 5.4.3).
 #
-# Depth k (from 1) at position i joins the state of depth k-1 at i with token i+k, and predicts token i+k+1. With the last
-# sure token at n+1 and the main model's states up to n, depth 1 drafts token n+2 from position n, depth 2 takes that draft as
-# token n+2 and drafts n+3, and so on: D depths, D drafts, a pass of one block each.
+# Depth k (from 1) at position i joins the state of depth k-1 at i with token i+k, and predicts token i+k+1. With the
+# last confirmed token at n+1 and the main model's states up to n, depth 1 drafts token n+2 from position n, depth 2
+# takes that draft as token n+2 and drafts n+3, and so on: D depths, D drafts, and one pass of one block per depth.
 #
-# Every depth has a cache of its own. An entry of depth k at position i is sure once token i+k is: after m new tokens, m more
-# entries are, and the k-1 behind them, made from drafts, are made again next time. For that, each depth keeps its last sure
-# state, as the next depth starts one position further back. A row's first k-1 columns at depth k stand before its text: they
-# are counted as padding.
+# Every depth has its own cache. An entry of depth k at position i is confirmed once token i+k is. After m new tokens, m
+# more entries are confirmed, and the k-1 entries after them, which were made from drafts, are computed again next time.
+# For that, each depth keeps its last confirmed state, because the next depth starts one position further back. The
+# first k-1 columns of a row at depth k precede its text; they count as padding.
 #
-# Rows may have different numbers m of new tokens; a shorter row's inputs end in junk that nothing before it sees and that is
-# not committed.
+# Rows may have different numbers m of new tokens. The inputs of a shorter row end in arbitrary values, which no earlier
+# position sees and which are not committed.
 #
 # Shapes: B rows, M the largest m, L = M + k - 1 inputs of depth k, D width, V vocabulary, K drafts.
 
@@ -54,10 +54,10 @@ class Drafter:
         self._last_sure: list[Tensor] = [zeros_BD for _ in depths]
 
     def draft(self, hidden_BMD: Tensor, tokens_BM: Tensor, counts: list[int], u_BK: Tensor) -> tuple[Tensor, Tensor]:
-        """Drafts (B, K) and the distributions they were drawn from, (B, K, V).
+        """Return drafts (B, K) and the distributions that they were drawn from, (B, K, V).
 
-        hidden_BMD: the main model's states at the positions that are new, the first counts[row] of each row. tokens_BM:
-        the tokens behind those positions. u_BK: a number in [0, 1) for each draft.
+        hidden_BMD: the main model's states at the new positions, the first counts[row] of each row. tokens_BM: the
+        tokens after those positions. u_BK: a number in [0, 1) for each draft.
         """
         device = tokens_BM.device
         rows_B, counts_B = torch.arange(len(counts), device=device), torch.tensor(counts, device=device)
@@ -78,7 +78,7 @@ class Drafter:
         return torch.stack(drafts, 1), torch.stack(distributions, 1)
 
     def keep(self, rows: list[int]) -> None:
-        """Let go of all other rows."""
+        """Drop all other rows."""
         self._last_sure = [state_BD[rows] for state_BD in self._last_sure]
         for cache in self.caches:
             cache.keep(rows)
@@ -94,38 +94,38 @@ class EndReason(Enum):
 
 @dataclass(frozen=True)
 class Limits:
-    """When a text ends."""
+    """Conditions that end a text."""
 
     tokens: int
-    """Tokens of one text, at most."""
+    """Maximum tokens of one text."""
     context: int
-    """Tokens of prompt and text together, at most."""
+    """Maximum tokens of prompt and text together."""
     end_ids: frozenset[int]
     """Tokens that end a text."""
 
 
 @dataclass
 class GenerationCounts:
-    """What a generation took."""
+    """Counts and times of a generation."""
 
     decode_seconds: float = 0.0
     decoded: int = 0
     """Tokens after the first of every row."""
     row_steps: int = 0
-    """Steps times rows that were in them."""
+    """Steps times the rows in them."""
     accepted: int = 0
-    """Drafts that the model itself would have drawn."""
+    """Accepted drafts."""
     drafted: int = 0
 
 
 @dataclass
 class _Row:
     index: int
-    """Number of its prompt."""
+    """Index of its prompt."""
     room: int
-    """Tokens that may still come."""
+    """Number of tokens that may still follow."""
     full: EndReason
-    """What it means when there is no room left."""
+    """The end reason if no room is left."""
     generator: torch.Generator
     tokens: list[int] = field(default_factory=list)
     end: EndReason | None = None
@@ -135,16 +135,18 @@ class _Row:
 
 @dataclass(frozen=True)
 class DrawnText:
-    """What a model wrote behind a prompt, and what it thought of it."""
+    """A model's text after a prompt, with its log-probabilities."""
 
     tokens: list[int]
-    """With the end token, if there is one."""
+    """Token ids, including the end token, if there is one."""
     logprobs: list[float]
-    """log p of each under the softmax of the logits over the temperature, from which training takes its own; 0 at temperature 0."""
+    """Log-probability of each token under the softmax of logits / temperature, which training compares with its own;
+    0 at temperature 0.
+    """
     cut_logprobs: list[float]
-    """log p of each in the distribution that it was drawn from, which is that of the likeliest tokens where top_p cuts the rest off."""
+    """Log-probability of each token in the distribution it was drawn from, after the top_p cut."""
     experts_TLK: Tensor | None
-    """Experts of every token of prompt and text but the last, int64; None of a model without any."""
+    """Experts of every token of prompt and text except the last, int64; None for a model without experts."""
 
 
 class Generation:
@@ -162,10 +164,11 @@ class Generation:
         tap: RoutingTap | None = None,
         own_seeds: bool = False,
     ):
-        """Raises UserError for a prompt that leaves no room in the context. The seed is that of every row; own_seeds: of the first, and
-        each further row has the next.
+        """Raises UserError for a prompt that leaves no room in the context. All rows have the same seed; with
+        own_seeds, row i has seed + i.
 
-        speculative: let the MTP modules draft; the model has some. tap: of the decoder's model, for `drawn`, without speculation.
+        speculative: let the MTP modules draft; the model must have some. tap: of the decoder's model, for `drawn`,
+        without speculation.
         """
         assert not (speculative and tap), "drafts are not recorded"
         assert prompts and all(prompts), "a prompt has at least the token that starts a document"
@@ -178,7 +181,7 @@ class Generation:
         self._cache = decoder.new_cache(starts)
         self._drafter = Drafter(decoder, sampler, starts) if speculative else None
         self.drafts = decoder.config.mtp_depth if speculative else 0
-        """Drafts of a step."""
+        """Drafts per step."""
         self.counts = GenerationCounts()
 
     @property
@@ -188,12 +191,12 @@ class Generation:
 
     @property
     def ends(self) -> list[EndReason | None]:
-        """Why each text ended; None while it goes on."""
+        """Why each text ended; None while it continues."""
         return [row.end for row in self._rows]
 
     @property
     def drawn(self) -> list[DrawnText]:
-        """What each prompt got, once all texts have ended, if their choices were recorded."""
+        """The recorded text of each prompt, available after all texts have ended, if there is a tap."""
         found = []
         for row in self._rows:
             tokens, before, after = (list(part) for part in zip(*row.drawn, strict=True))
@@ -202,7 +205,7 @@ class Generation:
 
     @torch.inference_mode()
     def steps(self) -> Iterator[dict[int, list[int]]]:
-        """New tokens by prompt, step after step."""
+        """Yield the new tokens by prompt, step after step."""
         hidden_BTD, tokens_BT = self._prefill()
         counts = [tokens_BT.size(1)] * len(self._live)
         new = tokens_BT[:, -1:].tolist()
@@ -220,7 +223,9 @@ class Generation:
             self.counts.decode_seconds += time.perf_counter() - began
 
     def _prefill(self) -> tuple[Tensor, Tensor]:
-        """States of all columns (B, T, D), and the token behind each (B, T): the last column's is the first new one."""
+        """Return the states of all columns (B, T, D), and the token after each (B, T); the last column's token is
+        the first new one.
+        """
         length = max(map(len, self._prompts))
         padded = [[prompt[0]] * (length - len(prompt)) + prompt for prompt in self._prompts]
         tokens_BT = torch.tensor(padded, device=self._decoder.device)
@@ -233,10 +238,12 @@ class Generation:
         return hidden_BTD, torch.cat([tokens_BT[:, 1:], first_B.unsqueeze(1)], 1)
 
     def _step(self, hidden_BTD: Tensor, tokens_BT: Tensor, counts: list[int]) -> tuple[Tensor, Tensor, list[int]]:
-        """From the states, following tokens and numbers of positions that the last step made sure, those of this step."""
+        """Run one step: take the states, following tokens and position counts that the last step confirmed, and
+        return the new ones.
+        """
         last = torch.tensor(counts, device=tokens_BT.device).unsqueeze(1) - 1
         inputs_BL = tokens_BT.gather(1, last)
-        u_BX = self._uniforms(2 * self.drafts + 1)  # for the drafts, for their tests, for the token behind them
+        u_BX = self._uniforms(2 * self.drafts + 1)  # for the drafts, for their tests, for the token after them
         drafted = None
         if self._drafter is not None:
             drafted = self._drafter.draft(hidden_BTD, tokens_BT, counts, u_BX[:, : self.drafts])
@@ -262,7 +269,7 @@ class Generation:
         return hidden_BLD, following_BL, counts
 
     def _record(self, tokens_B: Tensor, logits_BV: Tensor, p_BV: Tensor, length: int) -> None:
-        """What was drawn, for `drawn`. length: positions of this step, with padding on the left."""
+        """Record the drawn tokens for `drawn`. length: positions of this step, including left padding."""
         if self._tap is None:
             return
         tokens_B1 = tokens_B.unsqueeze(1)
@@ -276,7 +283,7 @@ class Generation:
             row.drawn.append((drawn[0], drawn[1], drawn[2]))
 
     def _emit(self, new: list[list[int]]) -> dict[int, list[int]]:
-        """Take tokens into the live rows until each ends."""
+        """Add tokens to the live rows until each ends."""
         found = {}
         for row, ids in zip(self._live, new, strict=True):
             before = len(row.tokens)
@@ -320,7 +327,7 @@ def _row(index: int, prompt: list[int], limits: Limits, seed: int) -> _Row:
 
 
 class GenerationOptions(TypedDict, total=False):
-    """What `start` takes by name."""
+    """Keyword arguments of `start`."""
 
     tokens: Required[int]
     temperature: float
@@ -339,7 +346,9 @@ def start(
     seed: int = 1,
     speculative: bool = False,
 ) -> Generation:
-    """A generation of these prompts that has not begun. Raises UserError for a prompt over the context or not in UTF-8."""
+    """Create a generation for these prompts, without starting it. Raises UserError for a prompt that exceeds the
+    context or is not UTF-8.
+    """
     for prompt in prompts:
         require_utf8(prompt, "generate.prompt")
     return Generation(
@@ -353,7 +362,7 @@ def start(
 
 
 def complete(source: LoadedModel, prompt: str, **how: Unpack[GenerationOptions]) -> str:
-    """The continuation of a prompt, of at most `tokens` tokens. how: as `start` takes it."""
+    """Return the continuation of a prompt, of at most `tokens` tokens. how: keyword arguments of `start`."""
     generation = start(source, [prompt], **how)
     for _ in generation.steps():
         got_on()

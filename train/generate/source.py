@@ -1,4 +1,4 @@
-"""Where the weights come from: a checkpoint of ours or a Hugging Face folder, whole, in one process."""
+"""Loads whole weights into one process, from our checkpoint or from a Hugging Face folder."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,24 +30,26 @@ FIELD = "generate.checkpoint"
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model that can write, and how its tokens are read."""
+    """A model that can generate, with its tokenizer."""
 
     decoder: Decoder
     tokenizer: Tokenizer
     context: int
-    """Longest text, in tokens."""
+    """Maximum length of a text, in tokens."""
     start_id: int
-    """Token in front of every text."""
+    """Token before every text."""
     title: str
-    """What it is, for the user."""
+    """Description for the user."""
     words: Path
-    """The folder with its tokenizer, and its chat template if it has one."""
+    """Folder with the tokenizer, and the chat template if there is one."""
     notes: tuple[str, ...] = ()
-    """What else the user should know of it."""
+    """Further notes for the user."""
 
 
 def open_weights(config: Config, device: torch.device, checkpoint: str | None, field: str = FIELD) -> LoadedModel:
-    """The model of a checkpoint or folder; None is the newest intact checkpoint of the run. field: what errors name. Raises UserError."""
+    """Load the model of a checkpoint or folder; None is the newest intact checkpoint of the run. field: key that
+    errors name. Raises UserError.
+    """
     given = checkpoint and Path(checkpoint).expanduser()
     if given and is_hf_folder(given):
         return _from_hugging_face(config, given, device, field)
@@ -55,7 +57,7 @@ def open_weights(config: Config, device: torch.device, checkpoint: str | None, f
 
 
 def from_checkpoint(config: Config, checkpoint: Path, tokenizer: Tokenizer, device: torch.device) -> LoadedModel:
-    """A checkpoint of the run that config describes."""
+    """Load a checkpoint of the run that config describes."""
     decoder = Decoder(load_model(config, checkpoint, device), config.seq_len)
     title = f"{config.name}, step {read_manifest(checkpoint).step}"
     return LoadedModel(decoder, tokenizer, config.seq_len, tokenizer.eos_id, title, checkpoint.absolute().parents[1])
@@ -95,7 +97,9 @@ def _from_hugging_face(config: Config, folder: Path, device: torch.device, field
 
 
 def start_token(folder: Path, tokenizer: Tokenizer) -> int:
-    """The begin-of-text token where the folder's tokenizer puts one in front of every text, else eos, as in our training."""
+    """Return the begin-of-text token if the folder's tokenizer puts it before every text, else eos, as in our
+    training.
+    """
     path = folder / TOKENIZER_SETTINGS_FILE
     if not path.exists() or not read_json(path, FIELD, "download it again").get("add_bos_token"):
         return tokenizer.eos_id

@@ -1,4 +1,4 @@
-"""Token by token to text, and text to where it goes."""
+"""Converts tokens to text as they arrive, and writes text to its destination."""
 
 import sys
 from typing import TextIO
@@ -13,8 +13,8 @@ BROKEN = "\N{REPLACEMENT CHARACTER}"
 class TextStream:
     """Text of a growing list of tokens, in pieces that end at whole characters.
 
-    A token of a byte-level BPE may end inside a character. Decoded text then ends with U+FFFD, which is held back until the
-    next token tells whether the character becomes whole; every earlier U+FFFD is what the tokens really say.
+    A token of a byte-level BPE may end inside a character. Then the decoded text ends with U+FFFD, which is held back
+    until the next token shows whether the character is completed. Every earlier U+FFFD is the tokens' real content.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -22,10 +22,10 @@ class TextStream:
         self._open: list[int] = []
         """Tokens since the last whole character."""
         self._shown = 0
-        """Characters of theirs that were given out."""
+        """Number of their characters that were already returned."""
 
     def feed(self, ids: list[int]) -> str:
-        """The text that these tokens add."""
+        """Return the text that these tokens add."""
         self._open += ids
         text = self._tokenizer.decode(self._open)
         if not text.endswith(BROKEN):
@@ -37,14 +37,14 @@ class TextStream:
         return new
 
     def finish(self) -> str:
-        """What was held back."""
+        """Return the text that was held back."""
         rest = self._tokenizer.decode(self._open)[self._shown :]
         self._open, self._shown = [], 0
         return rest
 
 
 def write(text: str, stream: TextIO | None = None) -> None:
-    """Show text at once. A terminal gets no control characters; a file gets what the model wrote."""
+    """Write text at once. A terminal gets no control characters; a file gets the model's exact text."""
     stream = stream or sys.stdout
     encoding = stream.encoding or "utf-8"
     text = printable(text, encoding) if stream.isatty() else text.encode(encoding, "replace").decode(encoding)
@@ -53,7 +53,9 @@ def write(text: str, stream: TextIO | None = None) -> None:
 
 
 def require_utf8(text: str, field: str) -> None:
-    """Raise UserError for bytes that are not UTF-8: they come as lone surrogates, which no tokenizer takes. field: the key that they came by."""
+    """Raise UserError for bytes that are not UTF-8; they appear as lone surrogates, which no tokenizer accepts.
+    field: the key of the input.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -1,4 +1,6 @@
-"""A folder of PEFT's with an adapter, by its headers: whether it belongs to our model, and is computed as we compute it. No torch."""
+"""A PEFT adapter folder, read by its headers: checks whether it belongs to our model and is computed as we compute
+it. No torch.
+"""
 
 import math
 import os
@@ -13,25 +15,28 @@ from train.hf.config import some
 from train.hf.folder import ADAPTER_CONFIG, PLAIN_TYPES, Folder, read_header
 from train.hf.tensor_names import PlacedTensor, tensors
 
-# What an adapter's pairs are called in a folder of PEFT's, and where each lies in ours. No torch.
+# Names of LoRA A and B in a PEFT folder, and their place in our parameters. No torch.
 #
-# A matrix of theirs is one matrix of ours, or one of several that stand in one parameter, each with a pair of its own (conf/adapters.py).
-# So each of their A and B is one interval of a parameter of ours, and nothing is permuted: the names are those of the base's
-# folder, `base_model.model.` in front, and experts are named one by one, as vLLM and PEFT read them.
+# A matrix in their folder is one of our matrices, or one of several that are stacked in one of our parameters, each
+# with its own A and B (conf/adapters.py). So each A and B is one interval of one of our parameters, and nothing is
+# permuted. The names are those of the base's folder after `base_model.model.`, and experts are named one by one, as
+# vLLM and PEFT read them.
 
 ADAPTER_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-"""In front of the names of the base."""
+"""Prefix of the base's names."""
 BASE_MARK = "base_mark"
-"""In the file's metadata: by what the base is known again without reading it, two of its rows."""
+"""Key in the file's metadata: an identification of the base by two of its rows, which avoids reading the whole base."""
 BASE_WEIGHTS = "base_weights"
-"""In the file's metadata: the mark of all weights of the base (train/checkpoint/weights_mark.py). Earlier versions wrote none."""
+"""Key in the file's metadata: the mark of all weights of the base (train/checkpoint/weights_mark.py). Earlier
+versions wrote none.
+"""
 BASE_FORMAT = "base_format"
-"""In the file's metadata: in what the base lay when the adapter was trained beside it, as adapter.base has it."""
+"""Key in the file's metadata: storage format of the base during the adapter's training, as adapter.base has it."""
 
 
 class AdaptedTensor(NamedTuple):
-    """A matrix of the base's folder and its pair."""
+    """A matrix of the base's folder with its LoRA A and B."""
 
     base: PlacedTensor
     a: PlacedTensor
@@ -41,7 +46,9 @@ class AdaptedTensor(NamedTuple):
 
 
 def adapted_tensors(model: Model, family: ModelFamily, targets: Collection[str], rank: int) -> Iterator[AdaptedTensor]:
-    """Every matrix of the targets in a folder of this family, in its order; MTP modules' copies of the head left out."""
+    """Yield every matrix of the targets in a folder of this family, in folder order, without the MTP modules' copies
+    of the head.
+    """
     for base in tensors(model, family):
         name = base.ours.removeprefix("master.")
         if base.copy or target_of(name) not in targets:
@@ -59,11 +66,11 @@ def adapted_tensors(model: Model, family: ModelFamily, targets: Collection[str],
 
 
 def peft_config(adapter: Adapter, adapted: list[AdaptedTensor], base: str) -> dict[str, Any]:
-    """adapter_config.json. base: where the weights are that it belongs to.
+    """Return adapter_config.json. base: location of the weights that the adapter belongs to.
 
-    Where transformers holds experts as one parameter, PEFT takes every target that ends in gate_proj, up_proj or down_proj for them
-    and for nothing else. So those of dense and shared FFNs are named as parameters, which PEFT adapts without dropout; it
-    acts in training alone, and is 0 here.
+    If transformers holds experts as one parameter, PEFT applies every target that ends in gate_proj, up_proj or
+    down_proj to the experts only. So the matrices of dense and shared FFNs are listed as parameters. PEFT adapts
+    parameters without dropout; dropout only acts in training, and is 0 here.
     """
     modules, parameters = set(), set()
     for one in adapted:
@@ -105,24 +112,25 @@ PEFT_FIXED: dict[str, Any] = {
     "alpha_pattern": {},
     "alora_invocation_tokens": None,
 }
-"""Fields with one value that means y = W x + scale B A x with one rank; a file may leave them out."""
+"""Fields whose only allowed value means y = W x + scale B A x with one rank; a file may leave them out."""
 
 
 class AdapterFolder(NamedTuple):
-    """A sound adapter of a model."""
+    """A valid adapter of a model."""
 
     folder: Folder
     adapted: list[AdaptedTensor]
-    """Those that it has pairs for."""
+    """Matrices for which the adapter has A and B."""
     scale: float
     """Factor on B A."""
     base: str
-    """Where its author says that the weights are."""
+    """Location of the base weights, as stated by the adapter's author."""
 
 
 def open_adapter(path: Path, model: Model, family: ModelFamily) -> AdapterFolder:
-    """Read and check the headers of adapter.path. Raises UserError for what is no adapter, is damaged, is computed otherwise,
-    or belongs to another model.
+    """Read and check the headers of adapter.path.
+
+    Raises UserError if the folder is no adapter, is damaged, uses another formula, or belongs to another model.
     """
     folder = Folder(path, {}, ADAPTER_FIELD)
     if not os.path.isdir(path):
@@ -141,7 +149,7 @@ def open_adapter(path: Path, model: Model, family: ModelFamily) -> AdapterFolder
 
 
 def _read_settings(folder: Folder, body: dict[str, Any]) -> tuple[int, float]:
-    """Rank, and factor on B A."""
+    """Return the rank, and the factor on B A."""
     for key, value in PEFT_FIXED.items():
         if (found := body.get(key, value)) not in (value, None):
             raise folder.refuse(f"{key} must be {value}, and is {found!r:.80}", "give a plain LoRA adapter of one rank")

@@ -1,4 +1,4 @@
-"""config.json of a folder, to our model and back. Imports no torch: the driver reads it too."""
+"""Converts config.json of a folder to our model and back. Imports no torch, because the driver reads it too."""
 
 import math
 from collections.abc import Iterable
@@ -27,33 +27,34 @@ from train.hf.families import (
 from train.hf.mistral_fields import GROWTH, to_params
 
 SHOWN_NAMES = 6
-"""Names in an error message."""
+"""Number of names in an error message."""
 SCALE_BLOCK = 128
 """Side of the blocks that share a scale in FP8 weights."""
 MEANINGLESS_NUMBER = 2.0**63
-"""Numbers beyond mean nothing anywhere."""
+"""Larger numbers have no meaning in any field."""
 GROUP_TOP_K = 2
 """transformers ranks groups of experts by the sum of their best two scores, whatever config.json says."""
 LATENT_NORM_EPS = 1e-6
-"""transformers gives it to the norms of latents, whatever config.json says."""
+"""transformers uses this eps in the norms of latents, whatever config.json says."""
 YARN = tuple(field.name for field in fields(Yarn) if field.name != "always")
 
 
 def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """How many blocks a matrix has, down and across."""
+    """Return the number of blocks of a matrix, down and across."""
     return tuple(-(-size // SCALE_BLOCK) for size in shape)
 
 
 def some(names: Iterable[str]) -> str:
-    """The first of some names, for an error message of one screen."""
+    """Return the first of some names, for an error message that fits on one screen."""
     return some_of([f"{name:.200}" for name in names], SHOWN_NAMES)
 
 
 def read_model(folder: Path, field: str = "init_from") -> Model:
-    """The model that config.json describes, as transformers reads it. Raises UserError for one we cannot express.
+    """Read the model that config.json describes, as transformers reads it. Raises UserError for a model that ours
+    cannot express.
 
-    field: what the errors name. Where the file asks for YaRN it is in force at any length (`yarn.always`), else never.
-    Weights are read through `folder.open_model`, which also looks at what MTP modules there are.
+    field: key that errors name. If the file asks for YaRN, YaRN applies at any length (`yarn.always`), otherwise never.
+    To load weights call `folder.open_model`, which also checks which MTP modules exist.
     """
     family, path, body = read_fields(folder, field)
     growth = body["rope_scaling"].pop(GROWTH, 0.0) if family.config_file == PARAMS_FILE else 0.0
@@ -89,7 +90,7 @@ def read_model(folder: Path, field: str = "init_from") -> Model:
 
 
 def _section(field: str, path: Path, body: dict[str, Any], key: str) -> dict[str, Any] | None:
-    """An object of the file, or null."""
+    """Return an object of the file, or None."""
     value = body.get(key)
     if value is not None and not isinstance(value, dict):
         raise _refuse(field, path, f"{key} must be an object, and is {value!r:.80}", "download it again")
@@ -97,7 +98,7 @@ def _section(field: str, path: Path, body: dict[str, Any], key: str) -> dict[str
 
 
 def _check_types(model: Model) -> None:
-    """Raise TypeError for a value that is no number of the kind that its field takes."""
+    """Raise TypeError if a value is not a number of its field's type."""
     for part in (model, model.yarn):
         for name, kind in get_type_hints(type(part)).items():
             value = getattr(part, name)
@@ -158,7 +159,7 @@ def _check_quantised(field: str, path: Path, quantised: dict[str, Any]) -> None:
 
 
 def _check_derived(field: str, path: Path, body: dict[str, Any], model: Model) -> None:
-    """Fields that say again what others say must agree with them; null says nothing."""
+    """Check that redundant fields agree with the fields that they repeat; null is always allowed."""
     said = {
         "num_key_value_heads": model.heads,
         "head_dim": model.rope_head_dim,
@@ -173,7 +174,9 @@ def _check_derived(field: str, path: Path, body: dict[str, Any], model: Model) -
 
 
 def _check_layers(field: str, path: Path, body: dict[str, Any], model: Model, family: FamilyFacts) -> None:
-    """Raise UserError where mlp_layer_types, or what its class takes without it, is not dense_layers dense ones and then experts."""
+    """Raise UserError unless mlp_layer_types, or its class's default, is dense_layers dense layers followed by
+    sparse ones.
+    """
     types, dense = body.get("mlp_layer_types"), model.dense_layers
     if types is None and family.dense_unsaid in (None, dense):
         return
@@ -184,12 +187,14 @@ def _check_layers(field: str, path: Path, body: dict[str, Any], model: Model, fa
 
 
 def _layer_types(model: Model) -> list[str]:
-    """The kinds of FFN, as newer classes of transformers list them."""
+    """Return the kinds of FFN in the form that newer classes of transformers use."""
     return ["dense"] * model.dense_layers + ["sparse"] * (model.layers - model.dense_layers)
 
 
 def _rope(field: str, path: Path, body: dict[str, Any]) -> dict[str, Any]:
-    """Parameters of the positions: rope_scaling, or where it is empty rope_parameters. Raises UserError for others than ours."""
+    """Return the rotary parameters: rope_scaling, or rope_parameters if it is empty. Raises UserError for
+    unsupported parameters.
+    """
     older, newer = (_section(field, path, body, key) for key in ("rope_scaling", "rope_parameters"))
     name, rope = ("rope_scaling", older) if older else ("rope_parameters", newer or {})
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -215,8 +220,9 @@ def _rope(field: str, path: Path, body: dict[str, Any]) -> dict[str, Any]:
 
 
 def _differing(older: dict[str, Any], newer: dict[str, Any], theta: Any) -> list[str]:
-    """Parameters of the positions that two sections do not have alike; a newer one that has the type default alone says nothing
-    of them. theta: of the file, where a section states none.
+    """Return the rotary parameters on which two sections disagree.
+
+    A newer section of type default only states no parameters. theta: value of the file, for sections without one.
     """
     if newer.keys() <= {"rope_type", "type", "rope_theta"} and newer.get("rope_type", newer.get("type")) in (
         None,
@@ -236,7 +242,7 @@ def _is_size(value: object) -> bool:
 
 
 def _yarn(rope: dict[str, Any], length: int) -> Yarn:
-    """What transformers makes of these parameters, which `_rope` has checked."""
+    """Return the YaRN settings that transformers derives from these parameters, which `_rope` has checked."""
     if rope.get("rope_type", rope.get("type", "default")) == "default":
         return Yarn(original_seq_len=length)
     factor, given = rope["factor"], rope.get("attention_factor")
@@ -254,18 +260,18 @@ def _yarn(rope: dict[str, Any], length: int) -> Yarn:
 
 
 def _inferred_factor(factor: float, mscale: float | None, all_dim: float | None) -> float:
-    """The attention_factor of a file that states none."""
+    """Return the attention_factor for a file that states none."""
     growth = 0.1 * math.log(factor) if factor > 1 else 0.0
     return (mscale * growth + 1) / (all_dim * growth + 1) if mscale and all_dim else growth + 1
 
 
 def yarn_in_force(model: Model, seq_len: int) -> bool:
-    """Whether positions are stretched in a run with sequences of this length."""
+    """Whether YaRN applies in a run with sequences of this length."""
     return model.yarn.always or seq_len > model.yarn.original_seq_len
 
 
 def check_recipe(config: Config, theirs: Model, folder: Path) -> list[str]:
-    """Raise UserError where the recipe's model is not the folder's; returns notes on what may differ."""
+    """Raise UserError if the recipe's model is not the folder's; returns notes on possible differences."""
     ours, notes = config.model, []
     names = [*FIELDS, "rope_theta", "scores"]
     if ours.mtp_depth > theirs.mtp_depth:
@@ -274,7 +280,7 @@ def check_recipe(config: Config, theirs: Model, folder: Path) -> list[str]:
         notes.append(f"{folder} has {theirs.mtp_depth} MTP modules, the recipe {ours.mtp_depth}: the rest is left out")
     wrong = [name for name in names if getattr(ours, name) != getattr(theirs, name)]
     values = {f"model.{name}": (getattr(ours, name), getattr(theirs, name)) for name in wrong}
-    # null takes these from fields that may have been wrong
+    # a null value would be derived from fields that may be wrong
     cured = replace(ours, top_k=theirs.top_k, top_groups=theirs.top_groups, norm_eps=theirs.norm_eps)
     eps = cured.resolved_latent_norm_eps, theirs.resolved_latent_norm_eps
     values |= {"model.latent_norm_eps": eps} if eps[0] != eps[1] else {}
@@ -304,7 +310,9 @@ def config_json(
     ends: dict[str, Any],
     family: ModelFamily = ModelFamily.deepseek_v3,
 ) -> dict[str, Any]:
-    """config.json for a model that was trained on sequences of this length. dtype: bf16, fp32 or fp8; ends: bos_token_id and eos_token_id."""
+    """Return config.json for a model that was trained on sequences of this length. dtype: bf16, fp32 or fp8; ends:
+    bos_token_id and eos_token_id.
+    """
     in_force, facts = yarn_in_force(model, seq_len), FAMILIES[family]
     kind = {"architectures": [facts.architectures[0]], "model_type": facts.model_types[0]}
     body: dict[str, Any] = {} if facts.section else kind
@@ -312,7 +320,7 @@ def config_json(
     body |= {
         "num_key_value_heads": model.heads,
         "num_nextn_predict_layers": model.mtp_depth,
-        # without YaRN the positions beyond the original length were never seen
+        # without YaRN, training never saw positions beyond the original length
         "max_position_embeddings": model.max_seq_len
         if in_force
         else min(model.max_seq_len, model.yarn.original_seq_len),

@@ -1,8 +1,8 @@
-"""Families of folders that hold the same architecture: one row of FAMILIES each, with what it calls things. No torch.
+"""Model families whose folders hold the same architecture: one row of FAMILIES each, with their names. No torch.
 
-What is computed is one for all of them, in train/model. A row says by which words a folder is known, where its language model
-lies in the file of its configuration and among its tensors, and what it calls a tensor that DeepSeek-V3 calls otherwise.
-Everything else, such as which fields change the model, stands once, in FIELDS, under DeepSeek's names.
+train/model computes all of them in the same way. A row says how a folder is recognised, where its language model is in
+the configuration file and among the tensors, and which tensors have other names than in DeepSeek-V3. Everything else,
+such as the fields that change the model, is defined once, in FIELDS, under DeepSeek's names.
 """
 
 from dataclasses import dataclass, field
@@ -14,7 +14,8 @@ from conf.files import read_json
 from conf.schema import ModelFamily, ScoreFunction
 from train.hf.mistral_fields import MISTRAL_NAMES, from_params
 
-# Every field of config.json, and what becomes of it: honoured, fixed, read apart or harmless. What is in no table is refused.
+# Every field of config.json, and its treatment: used, fixed, read separately or harmless. A field in no table is
+# rejected.
 
 FIELDS = {
     "vocab_size": "vocab_size",
@@ -37,7 +38,7 @@ FIELDS = {
     "route_scale": "routed_scaling_factor",
     "norm_eps": "rms_norm_eps",
 }
-"""Fields of conf.schema.Model and theirs, where the values are the same."""
+"""Fields of conf.schema.Model and the names of config.json, for fields with the same values."""
 FIXED = {
     "hidden_act": "silu",
     "attention_bias": False,
@@ -48,10 +49,11 @@ FIXED = {
     "moe_layer_freq": 1,
     "rope_interleave": True,
 }
-"""What every DeepSeek-V3 has, and this program knows no other way of. A file may leave it out."""
+"""Values that every DeepSeek-V3 has and that this program requires. A file may leave them out."""
 FIXED_ELSEWHERE = {"partial_rotary_factor": 1.0, "is_causal": True, "is_encoder_decoder": False}
-"""Fields of other models with one allowed value, which transformers obeys in this one too. Files of DeepSeek-V3 have
-none of them."""
+"""Fields of other models with one allowed value; transformers applies them to this model too. Files of DeepSeek-V3
+have none of them.
+"""
 READ_APART = (
     "architectures",
     "model_type",
@@ -68,7 +70,7 @@ READ_APART = (
     "num_local_experts",
     "mlp_layer_types",
 )
-"""Fields with a rule of their own, here or in `read_model`."""
+"""Fields with their own rule, here or in `read_model`."""
 GENERATION = """
     bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
     exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty max_length min_length
@@ -114,7 +116,7 @@ HARMLESS = {
     **dict.fromkeys(GENERATION.split(), "how text is drawn; the section generate is ours"),
     **dict.fromkeys(OTHER_MODELS.split(), "older transformers wrote it into every file, and other models read it"),
 }
-"""Fields that change nothing in what the model computes here, and why. All others are refused unless they are null."""
+"""Fields that do not change the model's results here, with the reason. All others are rejected unless they are null."""
 QUANTISED = {
     "quant_method": "fp8",
     "fmt": "e4m3",
@@ -126,7 +128,9 @@ QUANTISED = {
     "expert_dtype": "every tensor says its own type",
     "dequantize": "weights are always dequantised here",
 }
-"""Fields of quantization_config, and the value that they must have or why they change nothing. All others are refused unless they are null."""
+"""Fields of quantization_config, with the required value or the reason why they change nothing. All others are
+rejected unless they are null.
+"""
 ROPE_NUMBERS = {
     "factor",
     "original_max_position_embeddings",
@@ -137,7 +141,7 @@ ROPE_NUMBERS = {
     "attention_factor",
 }
 ROPE_FIELDS = {"rope_type", "type", "rope_theta", "truncate", "partial_rotary_factor"} | ROPE_NUMBERS
-"""Parameters of the positions that have a meaning in every family. All others are refused unless they are null."""
+"""Rotary parameters that have a meaning in every family. All others are rejected unless they are null."""
 
 
 CONFIG_FILE = "config.json"
@@ -147,32 +151,34 @@ Fields = dict[str, Any]
 
 @dataclass(frozen=True)
 class FamilyFacts:
-    """How one family calls what DeepSeek-V3 calls otherwise."""
+    """Names in which one family differs from DeepSeek-V3."""
 
     name: ModelFamily
     title: str
-    """For a person."""
+    """Name for messages."""
     architectures: tuple[str, ...]
-    """What folders of it name; the first is what an export names."""
+    """Architectures that its folders name; an export names the first."""
     model_types: tuple[str, ...]
-    """What their `model_type` may be; the first is what an export writes."""
+    """Allowed values of `model_type`; an export writes the first."""
     section: str = ""
-    """The object of its file that holds the language model; empty where the file itself does."""
+    """Object of the configuration file that holds the language model; empty if it is the file itself."""
     beside: tuple[str, ...] = ()
-    """Fields beside that object that change nothing in a language model."""
+    """Fields beside that object that do not change the language model."""
     prefix: str = ""
-    """In front of the names of the language model's tensors."""
+    """Prefix of the language model's tensor names."""
     others: tuple[str, ...] = ()
-    """In front of the names of tensors that are those of no language model."""
+    """Prefixes of tensors that belong to no language model."""
     dense_unsaid: int | None = None
-    """How many layers its class in transformers makes dense where the file has no mlp_layer_types; None where it reads no such field."""
+    """Number of dense layers that its transformers class assumes without mlp_layer_types; None if the class does not
+    read this field.
+    """
     loader: str = "AutoModelForCausalLM"
-    """What of transformers loads an export; empty where nothing does."""
+    """The transformers class that loads an export; empty if there is none."""
     config_file: str = CONFIG_FILE
     stem: str = "model"
-    """How names of files with weights, and of their index, begin."""
+    """Prefix of the names of weight files and of their index."""
     names: dict[str, str] = field(default_factory=dict)
-    """Pieces of tensors' names, and what they are called here; in this order."""
+    """Parts of tensor names to replace, with their replacement in this family, in order."""
     fixed: Fields = field(default_factory=lambda: FIXED)
     """Fields with one allowed value, which a file may leave out."""
     scores: ScoreFunction = ScoreFunction.sigmoid
@@ -186,7 +192,7 @@ class FamilyFacts:
         return self.scores == ScoreFunction.sigmoid
 
     def name_of(self, theirs: str) -> str:
-        """What a tensor is called that DeepSeek-V3 calls theirs."""
+        """Return this family's name of a tensor, given DeepSeek-V3's name."""
         for piece, name in self.names.items():
             theirs = theirs.replace(piece, name)
         return self.prefix + theirs
@@ -236,7 +242,7 @@ FAMILIES = {
         ),
     )
 }
-"""By name. An architecture that no row names is refused."""
+"""By name. An architecture that no row names is rejected."""
 
 SPARSE = "its attention is sparse: an indexer chooses which tokens are attended to (DSA), and there is none here"
 REFUSED_MODELS = {
@@ -248,19 +254,19 @@ REFUSED_MODELS = {
     "DeepseekV2ForCausalLM": "its routers take a softmax whose gates are not made to add up to 1",
     "KimiLinearForCausalLM": "most of its layers have linear attention",
 }
-"""Models that are near to this one and cannot be expressed, and why."""
+"""Similar models that ours cannot express, with the reason."""
 
 
 def find_family(folder: Path, field: str) -> FamilyFacts:
-    """The family of a folder. Raises UserError where none of them is named."""
+    """Return the family of a folder. Raises UserError if it names none of them."""
     return read_fields(folder, field)[0]
 
 
 def read_fields(folder: Path, field: str) -> tuple[FamilyFacts, Path, Fields]:
-    """The family of a folder, the file that describes it, and the fields of its language model under DeepSeek's names.
+    """Return the family of a folder, its configuration file, and the language model's fields under DeepSeek's names.
 
-    Raises UserError where the file is not there or cannot be read, names another architecture, or has fields beside the language
-    model's that are not known.
+    Raises UserError if the file is missing or unreadable, names another architecture, or has unknown fields beside the
+    language model's.
     """
     path = folder / CONFIG_FILE
     if not path.exists() and (folder / PARAMS_FILE).exists():
@@ -279,7 +285,7 @@ def read_fields(folder: Path, field: str) -> tuple[FamilyFacts, Path, Fields]:
 
 
 def _named(field: str, path: Path, body: Fields) -> FamilyFacts:
-    """The row that the architecture of a file names."""
+    """Return the row that the architecture of a file names."""
     found = body.get("architectures")
     for facts in FAMILIES.values():
         if isinstance(found, list) and len(found) == 1 and found[0] in facts.architectures:
@@ -301,14 +307,18 @@ def _named(field: str, path: Path, body: Fields) -> FamilyFacts:
 
 
 def _require_type(field: str, path: Path, body: Fields, facts: FamilyFacts) -> None:
-    """UserError where `model_type`, by which transformers chooses its class, is that of another model than the architecture."""
+    """Raise UserError if `model_type`, by which transformers chooses its class, belongs to another model than the
+    architecture.
+    """
     if body.get("model_type") not in (None, *facts.model_types):
         rule = f"model_type must be {' or '.join(facts.model_types)}, as {facts.architectures[0]} has it, and is {body['model_type']!r:.80}"
         raise UserError(field, path, rule, "correct the field that is wrong, or download the file again")
 
 
 def _section(field: str, path: Path, body: Fields, facts: FamilyFacts) -> Fields:
-    """The language model's fields of a file that describes more. Those beside it may change nothing in it."""
+    """Return the language model's fields of a file that describes more. Fields beside them must not change the
+    language model.
+    """
     text = body.get(facts.section)
     if not isinstance(text, dict):
         raise UserError(field, path, f"{facts.section} must be an object, and is {text!r:.80}", "download it again")

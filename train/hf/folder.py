@@ -1,7 +1,8 @@
-"""A folder of safetensors, by its headers: every tensor's file, type and shape, and whether they are those of our model.
+"""A folder of safetensors, read by its headers: every tensor's file, dtype and shape, and whether they match our
+model.
 
-Reads no weights and imports no torch: the driver checks a folder before anything is started. Nothing in it is executed:
-files that only pickle can open are refused.
+It reads no weights and imports no torch: the driver checks a folder before anything starts. Nothing in the folder is
+executed; files that only pickle can open are rejected.
 """
 
 import os
@@ -20,7 +21,7 @@ from train.hf.families import FAMILIES, find_family
 from train.hf.tensor_names import MTP_NAMES, SCALE, PlacedTensor, tensors
 
 STEMS = tuple({facts.stem: None for facts in FAMILIES.values()})
-"""How names of files with weights begin."""
+"""Prefixes of the names of weight files."""
 ADAPTER_CONFIG = "adapter_config.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 PLAIN_TYPES = ("F32", "BF16", "F16")
@@ -34,7 +35,7 @@ class StoredTensor:
 
     file: str
     dtype: str
-    """The name that safetensors gives the format."""
+    """safetensors' name of the dtype."""
     shape: tuple[int, ...]
 
 
@@ -45,7 +46,7 @@ class Folder:
     path: Path
     stored: dict[str, StoredTensor]
     field: str = "init_from"
-    """What errors name."""
+    """Key that errors name."""
     family: ModelFamily = ModelFamily.deepseek_v3
 
     def refuse(self, rule: str, cure: str) -> UserError:
@@ -53,12 +54,14 @@ class Folder:
 
 
 def open_folder(path: Path, field: str = "init_from") -> Folder:
-    """Read all headers. Raises UserError for a folder without safetensors, for a missing or truncated file, and for weights that
-    lie beside those of the index.
+    """Read all headers.
+
+    Raises UserError for a folder without safetensors, for a missing or truncated file, and for weight files that the
+    index does not list.
     """
     folder = Folder(path, {}, field)
     if not os.path.isdir(path):  # Path.is_dir raises for a name that is too long
-        hub = re.fullmatch(r"[\w.-]+/([\w.-]+)", str(path))  # as its name on the hub
+        hub = re.fullmatch(r"[\w.-]+/([\w.-]+)", str(path))  # a name on the hub
         cure = (
             f"`hf download {path} --local-dir {hub[1]}`, then set {field}={hub[1]}"
             if hub
@@ -83,17 +86,17 @@ def open_folder(path: Path, field: str = "init_from") -> Folder:
 
 
 def is_hf_folder(folder: Path) -> bool:
-    """Whether this is one of theirs and not a run or a checkpoint."""
+    """Whether this is a Hugging Face folder and not a run or a checkpoint."""
     described = any(os.path.isfile(folder / facts.config_file) for facts in FAMILIES.values())
     return described and not os.path.exists(folder / "config.yaml")
 
 
 def open_model(path: Path, field: str = "init_from", text_only: bool = False) -> tuple[Folder, Model, list[str]]:
-    """The headers of a folder, its model, and notes for the user: the one way to weights from elsewhere.
+    """Return the headers of a folder, its model, and notes for the user. All external weights are opened here.
 
-    text_only: leave out what belongs to no language model, which is else an error.
-    MTP modules that config.json names and the weights lack, as transformers writes folders, are left out of the model, and so are
-    those of the weights that config.json does not name. Raises UserError for a damaged folder and for a model that cannot be expressed.
+    text_only: leave out tensors that belong to no language model, which are otherwise an error. MTP modules that only
+    config.json or only the weights have are left out of the model; folders written by transformers lack their weights.
+    Raises UserError for a damaged folder and for a model that ours cannot express.
     """
     folder, model = open_folder(path, field), read_model(path, field)
     folder, notes = _language_model(replace(folder, family=find_family(path, field).name), text_only)
@@ -105,8 +108,9 @@ def open_model(path: Path, field: str = "init_from", text_only: bool = False) ->
 
 
 def _language_model(folder: Folder, text_only: bool) -> tuple[Folder, list[str]]:
-    """The folder without tensors of other models than the language model, and a note that names them. Raises UserError where there
-    are some and nobody asked to leave them out.
+    """Return the folder without tensors of other models than the language model, and a note that names them.
+
+    Raises UserError if there are such tensors and text_only is false.
     """
     parts = FAMILIES[folder.family].others
     counts = {part: sum(name.startswith(part) for name in folder.stored) for part in parts}
@@ -123,7 +127,9 @@ def _language_model(folder: Folder, text_only: bool) -> tuple[Folder, list[str]]
 
 
 def _count_mtp(folder: Folder, layers: int) -> int:
-    """MTP modules that the weights hold behind that many layers: what no layer of the main model has makes one."""
+    """Return the number of MTP modules in the weights after `layers` layers; tensors that no main-model layer has
+    identify them.
+    """
     found, name_of = 0, FAMILIES[folder.family].name_of
     while any(name_of(f"model.layers.{layers + found}.{name}") in folder.stored for name in MTP_NAMES):
         found += 1
@@ -131,7 +137,9 @@ def _count_mtp(folder: Folder, layers: int) -> int:
 
 
 def _refuse_others(folder: Folder, files: dict[str, list[str]]) -> None:
-    """Raise UserError for weights in the folder that would not be read: other programs take them instead, or add them."""
+    """Raise UserError for weights in the folder that would not be read: other programs read them instead, or in
+    addition.
+    """
     names = sorted(file.name for file in folder.path.iterdir() if not file.name.startswith("."))
     if others := [name for name in names if name.endswith(".safetensors") and name not in files]:
         raise folder.refuse(
@@ -146,12 +154,12 @@ def _refuse_others(folder: Folder, files: dict[str, list[str]]) -> None:
 
 
 def index_of(stem: str) -> str:
-    """The name of the file that says which file holds which tensor."""
+    """Return the name of the file that maps tensors to files."""
     return f"{stem}.safetensors.index.json"
 
 
 def _listing(folder: Folder) -> str:
-    """What says which weights a folder has: an index, or the one file that needs none."""
+    """Return the file that lists the weights of a folder: an index, or the single file that needs none."""
     for name in (*map(index_of, STEMS), *(f"{stem}.safetensors" for stem in STEMS)):
         if (folder.path / name).is_file():
             return name
@@ -159,7 +167,7 @@ def _listing(folder: Folder) -> str:
 
 
 def _index(folder: Folder) -> dict[str, list[str]]:
-    """The names that each file is said to hold; of a single file nothing is said."""
+    """Return the tensor names that each file must hold; an empty list for a single file without index."""
     listing = _listing(folder)
     path = folder.path / listing
     if not listing.endswith(".json"):
@@ -191,7 +199,7 @@ def _index(folder: Folder) -> dict[str, list[str]]:
 
 
 def read_header(folder: Folder, file: str) -> dict[str, StoredTensor]:
-    """The tensors of one file. Raises UserError where it is damaged."""
+    """Return the tensors of one file. Raises UserError if it is damaged."""
     try:
         with safe_open(folder.path / file, framework="np") as reader:
             slices = {name: reader.get_slice(name) for name in reader.keys()}  # noqa: SIM118, no mapping
@@ -205,10 +213,11 @@ def read_header(folder: Folder, file: str) -> dict[str, StoredTensor]:
 
 
 def match(folder: Folder, model: Model) -> list[PlacedTensor]:
-    """The model's tensors that the folder holds, in its order. Raises UserError where they do not make up the model, and for the
-    first tensors that would not be read.
+    """Return the model's tensors that the folder holds, in folder order.
 
-    MTP modules' copies of embedding and head may be absent. Modules beyond model.mtp_depth are checked like the others, and left out.
+    Raises UserError if they do not form the model, or if the folder has tensors that would not be read. MTP modules'
+    copies of embedding and head may be absent. Modules beyond model.mtp_depth are checked like the others, and left
+    out.
     """
     held, stored = _count_mtp(folder, model.layers), folder.stored
     expected = list(tensors(replace(model, mtp_depth=max(model.mtp_depth, held)), folder.family))
@@ -224,7 +233,7 @@ def match(folder: Folder, model: Model) -> list[PlacedTensor]:
         )
     known = {each.theirs for each in expected}
     _check_scales(folder)
-    # a tensor without elements, as transformers writes for no shared experts, says nothing
+    # an empty tensor, which transformers writes if there are no shared experts, has no content
     extra = [name for name in stored if not name.endswith(SCALE) and name not in known and 0 not in stored[name].shape]
     if extra:
         raise folder.refuse(
@@ -245,7 +254,7 @@ def match(folder: Folder, model: Model) -> list[PlacedTensor]:
 
 
 def _check_scales(folder: Folder) -> None:
-    """Every FP8 weight has its scales, of the right shape, and every scale its weight."""
+    """Check that every FP8 weight has scales of the right shape, and every scale a weight."""
     stored = folder.stored
     for name, tensor in stored.items():
         if name.endswith(SCALE):

@@ -1,8 +1,8 @@
-"""Mistral Large 3 in its own words: params.json and the names of its tensors, beside DeepSeek's. No torch.
+"""Mistral Large 3's own format: params.json and its tensor names, mapped to DeepSeek's. No torch.
 
-What its file says and DeepSeek's cannot: routers take a softmax and have no balance bias; queries grow with their position
-(llama_4_scaling); positions are stretched by YaRN, which with `apply_scale: false` sharpens no softmax. So read vLLM and SGLang the
-release, where transformers has the class Mistral4 for a smaller model of the kind.
+The file states three things that DeepSeek's cannot: routers use a softmax and have no balance bias; queries are scaled
+with their position (llama_4_scaling); and YaRN with `apply_scale: false` does not sharpen the softmax. vLLM and SGLang
+read the release in this way; transformers has the class Mistral4 for a smaller model of this kind.
 """
 
 from pathlib import Path
@@ -12,7 +12,7 @@ from conf.errors import UserError
 from conf.files import read_json
 
 GROWTH = "llama_4_scaling_beta"
-"""What transformers calls the growth of queries, among the parameters of the positions."""
+"""transformers' name for the scaling of queries, among the rotary parameters."""
 PARAMS_FIELDS = {
     "dim": "hidden_size",
     "n_layers": "num_hidden_layers",
@@ -45,7 +45,7 @@ PARAMS_FIELDS = {
     "yarn.original_max_position_embeddings": "rope_scaling.original_max_position_embeddings",
     "llama_4_scaling.beta": f"rope_scaling.{GROWTH}",
 }
-"""Fields, those of an inner object behind a dot, and DeepSeek's."""
+"""Fields, with a dot for those of an inner object, and DeepSeek's names."""
 PARAMS_FIXED = {
     "moe.renorm_strategy": "WEIGHTS",
     "moe.use_load_balancing_bias": False,
@@ -87,11 +87,13 @@ MISTRAL_NAMES = {
     "down_proj.": "w2.",
     "up_proj.": "w3.",
 }
-"""Pieces of the names of tensors, DeepSeek's and its own; in this order."""
+"""Parts of tensor names, DeepSeek's and its own, in order of replacement."""
 
 
 def from_params(field: str, path: Path) -> dict[str, Any]:
-    """The fields of a params.json under DeepSeek's names. Raises UserError for what they cannot express."""
+    """Return the fields of a params.json under DeepSeek's names. Raises UserError for fields that these names cannot
+    express.
+    """
     found = _flat(read_json(path, field, "download it again"))
     known = {*PARAMS_FIELDS, *PARAMS_FIXED, *READ_BELOW}
     objects = {name.partition(".")[0] for name in known if "." in name}
@@ -120,14 +122,14 @@ def from_params(field: str, path: Path) -> dict[str, Any]:
     if wrong:
         raise UserError(field, path, wrong, cure)
     body = _nested({theirs: found[name] for name, theirs in PARAMS_FIELDS.items() if name in found})
-    # what YaRN's own class does with attention is done by growing queries, unless apply_scale asks for both
+    # the scaling of queries replaces YaRN's own effect on attention, unless apply_scale asks for both
     scale = 1.0 if found.get("yarn.apply_scale", True) else 0.0
     body["rope_scaling"] |= {"type": "yarn", "mscale": scale, "mscale_all_dim": scale, "attention_factor": 1.0}
     return body
 
 
 def to_params(body: dict[str, Any]) -> dict[str, Any]:
-    """The params.json of a model in DeepSeek's fields."""
+    """Return the params.json of a model in DeepSeek's fields."""
     flat = _flat(body)
     found = {name: flat[theirs] for name, theirs in PARAMS_FIELDS.items() if theirs in flat}
     if "yarn.factor" in found:
@@ -140,7 +142,7 @@ def to_params(body: dict[str, Any]) -> dict[str, Any]:
 
 
 def _flat(body: dict[str, Any]) -> dict[str, Any]:
-    """An object whose inner objects' fields stand in it, behind a dot."""
+    """Flatten an object: fields of inner objects get dotted names."""
     flat = {}
     for key, value in body.items():
         inner = value if isinstance(value, dict) else {}

@@ -1,8 +1,8 @@
-"""From a folder of safetensors into live shards: each rank reads the rows that its own elements lie in, nothing else.
+"""Reads a folder of safetensors into live shards: each rank reads only the rows that contain its own elements.
 
-Their tensors are intervals of ours (see tensor_names.py), and so is what a rank holds of ours, whatever ZeRO, experts and
-pipelines make of it. The intersections say which rows to read, and they pass through memory a few at a time, read and not
-mapped: mapped pages of a file would count to this process.
+Their tensors are intervals of ours (see tensor_names.py), and so is a rank's part of ours, whatever the ZeRO, expert
+and pipeline layout. The intersections say which rows to read. A few rows at a time pass through memory; they are read,
+not mapped, because mapped pages of a file would count to this process.
 """
 
 from bisect import bisect_right
@@ -22,25 +22,25 @@ from train.hf.folder import FP8, Folder
 from train.hf.tensor_names import SCALE, PlacedTensor
 
 READ_ELEMENTS = 1 << 23
-"""Elements that are converted at a time, about: 32 MB in fp32."""
+"""Approximate number of elements converted at a time: 32 MB in fp32."""
 
 
 @dataclass
 class ShardPart:
-    """What one wanted shard takes of one of their tensors."""
+    """The part of one of their tensors that one wanted shard needs."""
 
     placed: PlacedTensor
     start: int
-    """First element, in the flattened tensor of theirs."""
+    """First element, in their flattened tensor."""
     target: Tensor
-    """The memory to fill, or for a copy to compare with."""
+    """The memory to fill; for a copy, the memory to compare with."""
 
 
 def fill_from_folder(folder: Folder, placed: list[PlacedTensor], wanted: dict[str, Shard]) -> int:
-    """Fill every wanted shard with the folder's values, dequantised and, for shards of another type, rounded to it.
+    """Fill every wanted shard with the folder's values, dequantised and, for shards of another dtype, rounded to it.
 
-    placed: from `match`. Returns the bytes read. Raises UserError where a value is not finite, or a scale not above 0, or where an MTP module's copy of
-    embedding or head is not the same as the original.
+    placed: from `match`. Returns the bytes read. Raises UserError if a value is not finite, a scale is not above 0, or
+    an MTP module's copy of embedding or head differs from the original.
     """
     reader = _Reader(folder)
     originals = parts_of([each for each in placed if not each.copy], wanted)
@@ -71,7 +71,7 @@ def folder_reader(folder: Folder, placed: list[PlacedTensor]) -> Callable[[dict[
 
 
 def parts_of(placed: list[PlacedTensor], wanted: dict[str, Shard]) -> list[ShardPart]:
-    """Intersections of their tensors with the wanted shards, by file."""
+    """Return the intersections of their tensors with the wanted shards, by file."""
     by_name: dict[str, list[PlacedTensor]] = {}
     for each in placed:
         by_name.setdefault(each.ours, []).append(each)
@@ -96,7 +96,7 @@ class _Reader:
         self.folder, self.bytes = folder, 0
 
     def values(self, parts: list[ShardPart]) -> Iterable[tuple[ShardPart, int, Tensor]]:
-        """(part, first element in its target, values) a few rows at a time, every file opened once."""
+        """Yield (part, first element in its target, values), a few rows at a time; every file is opened once."""
         by_file: dict[str, list[ShardPart]] = {}
         for part in parts:
             by_file.setdefault(self.folder.stored[part.placed.theirs].file, []).append(part)
@@ -120,7 +120,7 @@ class _Reader:
             yield part, low - part.start, flat[low - row * width : high - row * width]
 
     def _read(self, opened, name: str, row: int, end: int) -> Tensor:
-        """Rows [row, end) in fp32, exact."""
+        """Return rows [row, end) in fp32, exact."""
         tensor = opened.get_slice(name)[row:end]
         self.bytes += tensor.nbytes
         if self.folder.stored[name].dtype != FP8:
@@ -132,7 +132,9 @@ class _Reader:
         return dequantize(padded, scale)[above:]
 
     def _scale(self, opened, name: str) -> Tensor:
-        """All scales of a weight, which may lie in another file. Raises UserError for one that no quantiser writes."""
+        """Return all scales of a weight, which may be in another file. Raises UserError for a scale that no
+        quantiser writes.
+        """
         name, stored = name + SCALE, self.folder.stored
         if stored[name].file == stored[name.removesuffix(SCALE)].file:
             scale = opened.get_tensor(name)

@@ -1,9 +1,9 @@
-"""Where every tensor of a folder lies in our model. Pure arithmetic on a configuration.
+"""Maps every tensor of a folder to its place in our model. Pure arithmetic on a configuration.
 
-The layouts differ in names and in what is stacked, not in values: RoPE turns adjacent pairs in both, so no row is
-permuted, and gate and up projections, which we stack, follow each other. So each of their tensors is one interval of
-one of ours, flattened. MTP module k is their layer `layers + k`, with copies of the embedding and of the head that ours
-shares with the main model.
+The layouts differ in names and in stacking, not in values. RoPE rotates adjacent pairs in both, so no row is permuted;
+the gate and up projections, which we stack, follow each other. So each of their tensors is one interval of one of our
+flattened tensors. MTP module k is their layer `layers + k`, with copies of the embedding and the head, which our MTP
+modules share with the main model.
 
 Our names are those of a checkpoint: `master.PARAMETER` for weights, `bias.BLOCK` for balance biases.
 
@@ -18,7 +18,7 @@ from conf.schema import Model, ModelFamily
 from train.hf.families import FAMILIES
 
 SCALE = "_scale_inv"
-"""Follows the name of an FP8 weight in that of its scales."""
+"""Suffix that turns the name of an FP8 weight into the name of its scales."""
 MTP_NAMES = (
     "embed_tokens.weight",
     "enorm.weight",
@@ -27,24 +27,24 @@ MTP_NAMES = (
     "shared_head.norm.weight",
     "shared_head.head.weight",
 )
-"""What an MTP module has beside the tensors of a layer, behind the layer's prefix."""
+"""Tensors of an MTP module besides those of a layer, after the layer's prefix."""
 
 
 @dataclass(frozen=True)
 class PlacedTensor:
-    """One tensor of theirs and its place in one of ours."""
+    """One of their tensors and its place in one of ours."""
 
     theirs: str
     shape: tuple[int, ...]
     ours: str
     start: int = 0
-    """First element, in the flattened tensor of ours."""
+    """First element, in our flattened tensor."""
     whole: tuple[int, ...] = ()
-    """Shape of the tensor of ours."""
+    """Shape of our tensor."""
     fp8: bool = False
-    """A matrix that DeepSeek's FP8 weights hold in E4M3 blocks."""
+    """Whether DeepSeek's FP8 weights hold this matrix in E4M3 blocks."""
     copy: bool = False
-    """An MTP module's copy of a tensor that ours has once."""
+    """Whether this is an MTP module's copy of a tensor that our model has once."""
 
     @property
     def count(self) -> int:
@@ -52,7 +52,7 @@ class PlacedTensor:
 
 
 def tensors(model: Model, family: ModelFamily = ModelFamily.deepseek_v3) -> Iterator[PlacedTensor]:
-    """Every tensor of a folder of this family but scales, layer by layer."""
+    """Yield every tensor of a folder of this family except scales, layer by layer."""
     facts = FAMILIES[family]
     for each in _as_deepseek(model):
         if facts.has_biases or not each.ours.startswith("bias."):
@@ -60,7 +60,7 @@ def tensors(model: Model, family: ModelFamily = ModelFamily.deepseek_v3) -> Iter
 
 
 def _as_deepseek(model: Model) -> Iterator[PlacedTensor]:
-    """The tensors under the names of DeepSeek-V3."""
+    """Yield the tensors under the names of DeepSeek-V3."""
     table = model.vocab_size, model.hidden
     yield _same("model.embed_tokens.weight", "master.embedding.weight", table)
     for index in range(model.layers):
@@ -72,12 +72,12 @@ def _as_deepseek(model: Model) -> Iterator[PlacedTensor]:
 
 
 def _same(theirs: str, ours: str, shape: tuple[int, ...], fp8: bool = False) -> PlacedTensor:
-    """A tensor that is one of ours."""
+    """Return a tensor that equals one of ours."""
     return PlacedTensor(theirs, shape, ours, 0, shape, fp8)
 
 
 def _block(model: Model, theirs: str, ours: str, inner: str, dense: bool) -> Iterator[PlacedTensor]:
-    """One transformer block. ours: the name that its balance bias goes by; inner: the rest of its parameters' prefix."""
+    """Yield one transformer block. ours: the name of its balance bias; inner: the rest of its parameters' prefix."""
     here = f"master.{ours}.{inner}"
     yield _same(f"{theirs}input_layernorm.weight", f"{here}attention_norm.weight", (model.hidden,))
     yield from _attention(model, f"{theirs}self_attn.", f"{here}attention.")
@@ -119,8 +119,10 @@ def _attention(model: Model, theirs: str, ours: str) -> Iterator[PlacedTensor]:
 def _ffn(
     width: int, inner: int, theirs: str, ours: str, index: int = 0, experts: int | None = None
 ) -> Iterator[PlacedTensor]:
-    """A dense or shared FFN, or one of the experts that ours stacks: w13 (2F, D) or (E, 2F, D) holds the gate's rows, then
-    those of up, and w2 is (D, F) or (E, D, F)."""
+    """Yield a dense or shared FFN, or one of the experts that our model stacks.
+
+    w13 (2F, D) or (E, 2F, D) holds the rows of gate, then those of up; w2 is (D, F) or (E, D, F).
+    """
     stack, end = ((), ".weight") if experts is None else ((experts,), "")
     for number, name in enumerate(("gate_proj", "up_proj")):
         start, whole = (2 * index + number) * inner * width, (*stack, 2 * inner, width)

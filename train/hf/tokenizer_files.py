@@ -1,4 +1,6 @@
-"""Tokenizer files of a Hugging Face folder: whether they are those of a run, and those that a run hands on. No torch."""
+"""Tokenizer files of a Hugging Face folder: checks whether they match a run, and writes those of an export. No
+torch.
+"""
 
 import json
 from pathlib import Path
@@ -20,7 +22,9 @@ TOKENIZER_CLASS = "PreTrainedTokenizerFast"
 
 
 def check_tokenizer(folder: Path, tokenizer: Tokenizer, choice: str | None) -> list[str]:
-    """Raise UserError where the run's tokenizer gives other ids than the folder's; returns notes. choice: data.tokenizer."""
+    """Raise UserError if the run's tokenizer gives other ids than the folder's; returns notes. choice:
+    data.tokenizer.
+    """
     path = folder / TOKENIZER_FILE
     if not path.is_file():
         return [
@@ -44,7 +48,9 @@ def check_tokenizer(folder: Path, tokenizer: Tokenizer, choice: str | None) -> l
 
 
 def _meaning(text: str) -> tuple[Any, ...]:
-    """What decides on ids: words, merges, added tokens. Two files with the same can differ in spelling."""
+    """Return the parts that decide on ids: words, merges, added tokens. Two files with equal parts can differ in
+    spelling.
+    """
     body = parse_json(text)
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in body["model"].get("merges", ())]
     added = {(token["id"], token["content"]) for token in body.get("added_tokens", ())}
@@ -53,8 +59,10 @@ def _meaning(text: str) -> tuple[Any, ...]:
 
 
 def with_words_of(tokenizer: Tokenizer, run: Path, source: Path | None) -> Tokenizer:
-    """The tokenizer of a run with all files beside it. source: the folder that it came from, which has those that runs of earlier versions
-    did not keep. The run's chat template, of the chats that it was tuned on, goes first.
+    """Return the tokenizer of a run with all its side files.
+
+    source: the tokenizer's original folder, which has files that runs of earlier versions did not keep. The run's own
+    chat template, which its chats were tuned with, takes precedence.
     """
     kept = files_beside(run)
     if kept.keys() & {SPECIAL_TOKENS_FILE, GENERATION_FILE} or source is None:
@@ -68,16 +76,18 @@ def with_words_of(tokenizer: Tokenizer, run: Path, source: Path | None) -> Token
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, length: int) -> None:
-    """Write tokenizer.json and the files beside it, with a tokenizer_config.json for AutoTokenizer. length: most tokens of a sequence."""
+    """Write tokenizer.json and its side files, with a tokenizer_config.json for AutoTokenizer. length: maximum
+    tokens of a sequence.
+    """
     settings: dict[str, Any] = {
         "tokenizer_class": TOKENIZER_CLASS,
-        "add_bos_token": False,  # training puts none in front of documents
+        "add_bos_token": False,  # training puts none before documents
         "clean_up_tokenization_spaces": False,
         **tokenizer.settings(TOKENIZER_SETTINGS_FILE),
         "eos_token": tokenizer.eos,
         "model_max_length": length,
     }
-    if settings.pop("auto_map", None):  # code of the folder that the tokenizer came from, which an export has not
+    if settings.pop("auto_map", None):  # names code in the tokenizer's original folder, which an export does not have
         settings["tokenizer_class"] = TOKENIZER_CLASS
     tokenizer.with_files(tokenizer.files | {TOKENIZER_SETTINGS_FILE: json.dumps(settings, indent=2) + "\n"}).save(
         folder

@@ -1,8 +1,16 @@
-"""mode=score: what a model thinks of given samples, as log-probabilities in a Parquet file.
+"""mode=score: writes a model's log-probabilities of given samples to a Parquet file.
 
-One row a sample, in the order of the file: `sample` (its number), `tokens`, `logprobs` (of every token given those before it, in nats, at
-temperature 1; null for the first, which nothing precedes), `first` (the first token of the completion, or 1), `logprob` (the sum from there on) and
-`count` (of how many tokens); and with score.routing=write `experts` (RoutingTap). Samples are computed one at a time, without padding, so that none changes another's numbers.
+One row per sample, in the order of the file. Its columns are:
+
+    sample     its index
+    tokens     its token ids
+    logprobs   of every token given the previous tokens, in nats, at temperature 1; null for the first token
+    first      the first token of the completion, or 1
+    logprob    the sum of logprobs from `first` on
+    count      the number of tokens in that sum
+    experts    the chosen experts (RoutingTap), with score.routing=write
+
+Samples are computed one at a time, without padding, so no sample affects another's numbers.
 """
 
 import os
@@ -34,13 +42,13 @@ SCORE_COLUMNS = pyarrow.schema(
     }
 )
 EXPERTS_COLUMN = pyarrow.field("experts", pyarrow.list_(pyarrow.list_(pyarrow.list_(pyarrow.int16()))))
-"""By token but the last, and MoE layer."""
+"""By token except the last, and by MoE layer."""
 ROWS_AT_ONCE = 256
-"""Samples that wait to be written together."""
+"""Number of samples that are written together."""
 
 
 def score(config: Config) -> int:
-    """Write the file score.to; returns the exit code. Raises UserError, with nothing left behind."""
+    """Write the file score.to; returns the exit code. Raises UserError, and then leaves no file."""
     assert config.score.data is not None and config.score.to is not None, "conf/check.py asks for them"
     target = Path(config.score.to).expanduser().absolute()
     if target.exists():
@@ -65,7 +73,9 @@ def score(config: Config) -> int:
 
 @torch.no_grad()
 def logprobs(decoder: Decoder, tokens: list[int], chunk: int) -> Tensor:
-    """log p(token i | those before it) of tokens 1 to the last, fp64 on the host (T - 1,). chunk: tokens whose logits exist at one time."""
+    """Return log p(token i | previous tokens) of tokens 1 to the last, fp64 on the host (T - 1,). chunk: number of
+    tokens whose logits exist at a time.
+    """
     tokens_BT = torch.tensor([tokens], device=decoder.device)
     hidden_TD = decoder.hidden(tokens_BT[:, :-1], decoder.new_cache([0]))[0]
     targets_T1 = tokens_BT[0, 1:, None]
@@ -77,7 +87,7 @@ def logprobs(decoder: Decoder, tokens: list[int], chunk: int) -> Tensor:
 
 
 def _rows(decoder: Decoder, samples: list[ScoredSample], chunk: int, tap: RoutingTap | None) -> Iterator[dict]:
-    """All columns that there may be; a schema takes its own."""
+    """Yield all possible columns; the schema selects from them."""
     for number, sample in enumerate(samples):
         if tap is not None and sample.experts is not None:
             tap.given_TLK = torch.tensor(sample.experts, device=decoder.device)
@@ -101,7 +111,7 @@ def _rows(decoder: Decoder, samples: list[ScoredSample], chunk: int, tap: Routin
 
 
 def _write(target: Path, rows: Iterator[dict], columns: pyarrow.Schema) -> None:
-    """All rows, in a hidden file beside the target that gets its name when it is whole."""
+    """Write all rows to a hidden file beside the target, which is renamed when complete."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The samples that mode=score is given: from JSONL or Parquet to token ids, or an error that names the line. No torch."""
+"""The input samples of mode=score: from JSONL or Parquet to token ids, or an error that names the line. No torch."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -11,7 +11,7 @@ from train.data.sources import find_files
 
 SCORE_DATA = "score.data"
 FORMS = (("tokens",), ("prompt", "completion"), ("text",))
-"""What a sample has, the first form whose keys it has all of."""
+"""Possible keys of a sample; the first form whose keys are all present applies."""
 RULE = "must have tokens (a list of ids), prompt and completion, or text"
 
 
@@ -21,9 +21,11 @@ class ScoredSample:
 
     tokens: list[int]
     first: int
-    """The first token whose log-probability counts to the sum: never 0, which nothing precedes."""
+    """Index of the first token whose log-probability counts in the sum; never 0, because the first token has no
+    log-probability.
+    """
     experts: list | None = None
-    """Expert ids by token but the last, MoE layer and place, where they are replayed."""
+    """Expert ids by token (except the last), MoE layer and rank of choice, if they are replayed."""
 
 
 def read_scored_samples(
@@ -34,11 +36,11 @@ def read_scored_samples(
     longest: int,
     replayed: tuple[int, int, int] | None = None,
 ) -> list[ScoredSample]:
-    """All samples of a file (.jsonl, .jsonl.gz, .jsonl.zst, .parquet), in order.
+    """Read all samples of a file (.jsonl, .jsonl.gz, .jsonl.zst, .parquet), in order.
 
-    encode: text to ids; start_id: the token in front of every text; longest: tokens of a sample, at most. replayed: MoE
-    layers, experts of a token and of a layer, where samples say where their tokens go. Raises UserError for a file
-    that cannot be read, and for the first sample that is none.
+    encode: text to ids; start_id: the token before every text; longest: maximum tokens of a sample. replayed: MoE
+    layers, experts per token and experts per layer, if samples name their experts. Raises UserError for a file that
+    cannot be read, and for the first invalid sample.
     """
     if not path.is_file():
         raise UserError(SCORE_DATA, path, "no such file", "give a .jsonl or .parquet of samples")
@@ -64,7 +66,7 @@ def read_scored_samples(
 
 
 def _sample(place: str, record: dict[str, Any], encode: Callable[[str], list[int]], start_id: int) -> ScoredSample:
-    """A record as token ids. A completion is tokenised by itself, so that its tokens are those that follow the prompt's."""
+    """Convert a record to token ids. A completion is tokenised separately, so its tokens follow the prompt's tokens."""
     form = next((form for form in FORMS if all(record.get(key) is not None for key in form)), None)
     if form is None:
         raise UserError(
@@ -87,7 +89,9 @@ def _sample(place: str, record: dict[str, Any], encode: Callable[[str], list[int
 def _with_experts(
     sample: ScoredSample, place: str, record: dict[str, Any], layers: int, top_k: int, experts: int
 ) -> ScoredSample:
-    """The sample with its experts; those of the last token, which predicts nothing, may be there. Raises UserError."""
+    """Return the sample with its experts; the file may include experts of the last token, which predicts nothing.
+    Raises UserError.
+    """
     given, positions = record.get("experts"), len(sample.tokens) - 1
     good = isinstance(given, list) and len(given) in (positions, positions + 1)
     if not (good and all(_is_choice(of_token, layers, top_k, experts) for of_token in given)):
@@ -109,7 +113,7 @@ def _is_choice(of_token: Any, layers: int, top_k: int, experts: int) -> bool:
 
 
 def _read(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Place for errors and keys of every sample."""
+    """Yield the location (for errors) and the keys of every sample."""
     file = find_files(path, SCORE_DATA)[0]
     parquet = path.suffix == ".parquet"
     records = read_parquet_records(file, SCORE_DATA, list) if parquet else read_jsonl_records(file, SCORE_DATA)
