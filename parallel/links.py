@@ -28,6 +28,8 @@ LINK_PATIENCE = 60.0
 """Seconds for one exchange; to open connections takes some."""
 SLOW_LINK = 0.5
 """Share of the expected rate, or of the median of all links of its kind, below which a link is slow."""
+NAMED_LINKS = 5
+"""Slow links that are named; the rest are counted."""
 
 Pair = tuple[int, int]
 
@@ -73,7 +75,11 @@ def try_links(
     facts: of the run's dispatch. local: ranks of a node. Raises RuntimeError for a link on which nothing or something wrong arrives.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
-    names = gather(f"{socket.gethostname()} {device} (rank {rank})")
+    everyone = gather([f"{socket.gethostname()} {device} (rank {rank})", local])
+    names, sizes = ([one[part] for one in everyone] for part in range(2))
+    local = (
+        local if len(set(sizes)) == 1 and world % local == 0 else 1
+    )  # nodes of several sizes: every link counts as one between nodes
     sent = torch.full((size,), rank & 0xFF, dtype=torch.uint8, device=device)
     came, found = torch.empty_like(sent), []
 
@@ -107,8 +113,8 @@ def try_links(
         if len(ranks) > 1:
             moved = size * (len(ranks) - 1) / len(ranks) * (2 if kind == "all-reduce" else 1)
             found += [LinkRate(kind, tuple(ranks), moved / _seconds(together))] * (rank == ranks[0])
-    everyone = gather([[one.kind, one.ranks, one.bytes_per_second] for one in found])
-    return names, [LinkRate(kind, tuple(ranks), rate) for each in everyone for kind, ranks, rate in each]
+    rates = gather([[one.kind, one.ranks, one.bytes_per_second] for one in found])
+    return names, [LinkRate(kind, tuple(ranks), rate) for each in rates for kind, ranks, rate in each]
 
 
 def is_other(came: Tensor, expected: int) -> bool:
@@ -127,9 +133,11 @@ def notes_on_links(names: list[str], found: list[LinkRate], expected: dict[str, 
         floor = SLOW_LINK * max(median, planned)
         slow += [one for one in found if one.kind == kind and one.bytes_per_second < floor]
     notes = [f"links between ranks: {'; '.join(said)}"] if said else []
-    for one in slow:
+    for one in slow[:NAMED_LINKS]:
         ends = " and ".join(names[rank] for rank in (one.ranks[0], one.ranks[-1]))
         notes.append(f"a slow link: {one.kind} of {ends} reaches {one.bytes_per_second / 1e9:.3g} GB/s")
+    if len(slow) > NAMED_LINKS:
+        notes.append(f"{len(slow) - NAMED_LINKS} more links are slow")
     return notes
 
 

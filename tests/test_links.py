@@ -78,7 +78,7 @@ def _dead(rank: int) -> None:
     """Rank 1 tells its name, and then sends nothing."""
     mesh = build_mesh(Layout(pp=1, dp=2, ep=1, ranks_per_node=1))
     if rank == 1:
-        gather("host-1 cpu (rank 1)")
+        gather(["host-1 cpu (rank 1)", 1])
         time.sleep(8)
     else:
         with pytest.raises(RuntimeError, match=r"a dead link: .*\(rank 0\) and host-1 cpu \(rank 1\) exchange no data"):
@@ -101,3 +101,8 @@ def test_a_slow_link_is_named_beside_the_others_and_the_hardware_file():
     assert slow == "a slow link: inside of host-1 cuda:0 (rank 2) and host-1 cuda:1 (rank 3) reaches 20 GB/s"
     assert len(notes_on_links(names, found, {})) == 2  # by the median of its kind
     assert notes_on_links(names, [], rates) == []
+    many = [LinkRate("across", (0, 2), 1e9)] * 9
+    assert (
+        notes_on_links(names, many, rates)[-1] == "4 more links are slow"
+        and len(notes_on_links(names, many, rates)) == 7
+    )

@@ -20,6 +20,7 @@ KERNELS = ("triton_", "hopper", "fused_", "deep_ep", "installed")
 """Modules for GPUs alone: how much a kernel takes at a time is part of its code, and which library a GPU needs is no size."""
 GIVEN = {
     "parallel: LINK_ROUNDS": "exchanges that are timed before a run",
+    "parallel: NAMED_LINKS": "of what a message shows",
     "train/loop/hooks: SETTLED": "steps before kernels that are compiled are counted",
     "train/kernels/fp8: TILE": "the width of FP8's tiles is part of the format (paper 3.3.1), and no matter of speed",
     "parallel/expert: TILE": "the same",
