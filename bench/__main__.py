@@ -4,19 +4,19 @@ Prints tables and writes them, with every single measurement, to bench.json:
 
     step        a whole training step beside transformers and torchtitan (bench/train_step.py), on torchtitan's debug
                 shape with 1 and 2 threads, and on a 300M-parameter DeepSeek-V3 shape without and with MTP: tokens/s,
-                ratios, share of the measured rate of products, peak memory, seconds from the command to the first step
+                ratios, share of the measured matmul rate, peak memory, seconds from the command to the first step
     parts       MLA, MoE, loss and optimizer beside transformers and torch (bench/parts.py)
     layouts     a whole training step over 2 ranks (EP 2) and 4 (pp2 dp2, and with ep2) beside torchtitan's FSDP2 and
-                DeepSpeed's AutoEP (bench/layouts.py), on torchtitan's debug shape with 1 thread a rank
+                DeepSpeed's AutoEP (bench/layouts.py), on torchtitan's debug shape with 1 thread per rank
     dispatch    an MoE layer over 2 ranks beside DeepSpeed's MoE and AutoEP (bench/dispatch.py)
 
-Peers take turns with ours in every round, at equal sizes and threads, each side with products in the dtype, bf16 or fp32, in
-which it is faster here in a few short turns; the optimizers differ, see bench/train_step.py. The share of products counts the
-arithmetic of train/model/count.py (causal attention) against a product of large matrices in that dtype, timed in the same
-rounds. torchtitan is installed into an environment of its own on first use. A peer that
-cannot run is named with the reason. megatron-core is not here: it does not run on CPU.
+All sides take turns in every round, at equal sizes and threads. Each side runs its matmuls in bf16 or fp32, whichever
+is faster here in a few short rounds. The optimizers differ, see bench/train_step.py. The share of the matmul rate
+compares the arithmetic of train/model/count.py (causal attention) with a large matmul in the same dtype, timed in the
+same rounds. On first use, torchtitan is installed into a separate environment. A peer that cannot run is named with the
+reason. megatron-core is missing because it does not run on CPU.
 
-Takes about 20 minutes. --quick takes two short rounds, enough to see that all of it works.
+Takes about 20 minutes. --quick runs two short rounds, enough to see that everything works.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The list that `python -m bench --help` prints, read from the docstrings of the modules, so that neither can drift."""
+"""The list that `python -m bench --help` prints, read from the docstrings of the modules so that both always agree."""
 
 import ast
 import re

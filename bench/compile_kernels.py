@@ -1,13 +1,16 @@
-"""Compile every Triton kernel for H100 and B200 as a run compiles it, without a GPU, and read what came out.
+"""Compile every Triton kernel for H100 and B200 as a run compiles it, without a GPU, and inspect the result.
 
     python -m bench.compile_kernels
 
-Calls the functions of train/kernels/fp8/triton_quantize.py and train/kernels/fp8/triton_products.py, train/kernels/gpu/fused_rows.py and
-parallel/expert/triton_dispatch.py with tensors of DeepSeek-V3's widths and lets Triton's own launcher compile what it would launch, so
-that types, constants and hints of divisibility are those of a run. Triton's package brings the assembler and the disassembler. Fails where a kernel spills registers to memory, moves single bytes to or from global memory,
-takes more shared memory than a block can have, or multiplies by the instructions of older tensor cores: each costs more time than
-the arithmetic. Prints registers, spilled bytes and shared memory, how many loads and stores of which width a thread makes (4x128 is
-four of 128 bits), instructions of tensor cores, and those of the loop around them, all kinds together.
+Calls the functions of train/kernels/fp8/triton_quantize.py, train/kernels/fp8/triton_products.py,
+train/kernels/gpu/fused_rows.py and parallel/expert/triton_dispatch.py with tensors of DeepSeek-V3's widths. Triton's
+own launcher compiles each launch, so types, constants and divisibility hints are those of a run. Triton's package
+includes the assembler and the disassembler.
+
+Fails if a kernel spills registers to memory, moves single bytes to or from global memory, takes more shared memory than
+a block can have, or multiplies with the instructions of older tensor cores: each costs more time than the arithmetic.
+Prints registers, spilled bytes and shared memory; the number and width of a thread's loads and stores (4x128 is four of
+128 bits); tensor-core instructions; and all instructions of the loop around them.
 
 Takes about half a minute.
 """

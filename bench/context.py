@@ -1,8 +1,11 @@
 """Sequences shared by ranks (parallel.cp) beside whole ones: losses, bytes, memory and time of a step of `tiny`.
 
-On the CPU, one thread a rank. For each number of ranks: loss and norm of the gradient of the second of two steps, how far they are from those of one rank, bytes of latents
-that a rank sends, counted and by the formula of parallel/context.py, the peak of a rank's memory in forward and backward beyond weights
-and gradients over an even share of one rank's, and the seconds of a core that a rank takes for the step over an even share.
+Runs on the CPU with one thread per rank. For each number of ranks it prints:
+
+- loss and gradient norm of the second of two steps, and their difference from those of one rank,
+- bytes of latents that a rank sends, counted and by the formula of parallel/context.py,
+- a rank's peak memory in forward and backward, beyond weights and gradients, over an even share of one rank's peak,
+- the core-seconds of a rank for the step, over an even share of one rank's.
 
     python -m bench.context [--tokens 8192] [--ranks 1 4] [--precision fp32]
 

@@ -1,18 +1,19 @@
-"""Tokens per second of generation beside transformers' generate on the same weights, and what MTP drafts add.
+"""Tokens per second of generation beside transformers' generate on the same weights, and the gain from MTP drafts.
 
 Two questions, one command each:
 
-    python -m bench.decode [--shape debug|tiny] [--dtype bf16|fp32] [--batch 1] [--prompt 32] [--tokens 128] [--threads 1]
+    python -m bench.decode [--shape debug|tiny] [--dtype bf16|fp32] [--batch 1] [--prompt 32] [--tokens 128] [--threads
+    1]
     python -m bench.decode --run RUN_FOLDER
 
-The first gives our model the random weights of transformers' DeepseekV3ForCausalLM. Both continue the same prompts greedily
-by the same number of tokens, in one process, in turns, so that the noise of the machine falls on both; prefill is
-counted. transformers runs as generate does by default; 5.24 caches the latents too, and forms keys and values of all
-earlier tokens again at every step. Prints medians, the ratio with its range over the rounds, and the bytes that each
-cache really holds per token.
+The first command gives our model the random weights of transformers' DeepseekV3ForCausalLM. Both models continue the
+same prompts greedily by the same number of tokens, in one process, in turns, so that machine noise affects both;
+prefill counts. transformers runs with generate's defaults; version 5.24 caches the latents too, and recomputes keys and
+values of all earlier tokens at every step. Prints medians, the ratio with its range over the rounds, and the real bytes
+per token of each cache.
 
-The second takes a trained run with MTP modules and compares generation with and without drafts, in turns, at three
-temperatures: share of drafts accepted, tokens per step, and how much faster a token is (prefill not counted).
+The second command takes a trained run with MTP modules and compares generation with and without drafts, in turns, at
+three temperatures: share of accepted drafts, tokens per step, and the speed-up per token (without prefill).
 
 Takes about 2 minutes.
 """

@@ -1,8 +1,9 @@
 """DeepSpeed's AutoEP as a peer on CPU: transformers' DeepSeek-V3 with its expert layers replaced, under ZeRO.
 
-AutoEP has a preset for this very model (deepseek_v3). In bf16 weights have fp32 copies in ZeRO's shards and gradients are
-bf16, which are DeepSpeed's defaults; torch's fused AdamW with fp32 moments. Under a pipeline (PipelineModule, its own 1F1B) modules
-do not have the names by which AutoEP finds a layer's experts, so it is told a pattern; layers are split by parameters.
+AutoEP has a preset for this model (deepseek_v3). With bf16, ZeRO's shards hold fp32 copies of the weights and gradients
+are bf16, which are DeepSpeed's defaults; the optimizer is torch's fused AdamW with fp32 moments. Under a pipeline
+(PipelineModule, its own 1F1B), modules lack the names by which AutoEP finds a layer's experts, so it gets a pattern;
+layers are split by parameters.
 """
 
 from collections.abc import Callable

@@ -3,14 +3,18 @@
     python -m bench.dispatch [--rounds 15] [--tokens 1024] [--malloc plain]
 
 Every layer has a router, 16 SwiGLU experts of width 512, top 4, hidden 256, EP 2 on gloo, 1024 tokens (--tokens) and
-one thread a rank, nothing dropped. In every round each layer takes one step, in turn, so that all see the same load of the
-machine; a step ends when the slower rank is done. Prints medians, least times, the ratio of the medians to the first
-row, which is the trainer's own way, and the median CPU time of rank 0, which a busy machine disturbs less. `--malloc tuned` (the default, as in training) keeps
-freed memory in the process, for every layer alike; `plain` leaves the C library's defaults.
+one thread per rank; no token is dropped. In every round each layer takes one step, in turn, so that all see the same
+machine load; a step ends when the slower rank finishes.
 
-    flat, node-limited  the project's dispatchers; experts in a loop (bench/expert_loop.py) or grouped_mm (the trainer's)
+Prints medians, minimum times, the ratio of medians to the first row (the trainer's own layer), and the median CPU time
+of rank 0, which other work disturbs less. `--malloc tuned` (the default, as in training) keeps freed memory in the
+process, for every layer; `plain` uses the C library's defaults.
+
+    flat, node-limited  the project's dispatchers; experts in a loop (bench/expert_loop.py) or grouped_mm (the
+                        trainer's)
     deepspeed MoE       deepspeed.moe.layer.MoE with drop_tokens=False: pads every expert to the fullest one; random
-                        routers load experts almost evenly, so that this is 7 % more products here, not the worst case
+                        routers load experts almost evenly, so the padding adds 7 % of GEMM work here, not the worst
+                        case
     deepspeed AutoEP    AutoEPMoELayer made from a one-layer Mixtral, grouped_mm experts
 
 Takes about half a minute.

@@ -1,15 +1,21 @@
-"""Break a run on purpose, many times, and see whether it ends as if nothing had happened.
+"""Break a run on purpose, many times, and check that it ends as if nothing had happened.
 
-    python -m bench.drill [--faults N] [--every STEPS] [--only NAME] [--seed S] [--hosts N] OVERRIDES...   overrides as for `python -m train`
+    python -m bench.drill [--faults N] [--every STEPS] [--only NAME] [--seed S] [--hosts N] OVERRIDES...
 
-Two runs of the recipe: one is left alone, the other meets N faults, each once the run has recovered from the one before,
-and tells what the run said of each and after how many seconds; with --every the next one also waits for so many steps more. On this machine with a Ray of its own: a rank killed or
-stopped (a hang), the agent killed, the driver told to stop or killed and started again, the newest checkpoint damaged. With
---hosts on so many network namespaces (needs root), the first of which holds the driver and Ray's head, also: a host loses its
-power or its link, in one direction or both, and comes back, or is told to leave; its clock is set;
-its disk for temporary files or that of the checkpoints is full. With cluster=local the driver alone is stopped or killed. At
-the end the losses of every step of both runs are compared, no step may be written twice, and every checkpoint is read. A
-host more than the run needs (a spare) keeps dp, and with it the losses, the same to the last bit.
+OVERRIDES as for `python -m train`. The recipe runs twice: one run is left alone. The other meets N faults, each after
+the run has recovered from the previous one (and with --every after that many further steps). For each fault, the drill
+prints the run's own report and the seconds until it.
+
+    on this machine, with its own Ray   a rank killed or stopped (a hang), the agent killed, the driver told to stop, or
+                                        killed and started again, the newest checkpoint damaged
+    --hosts                             also: a host loses its power or its link, in one direction or both, and returns;
+                                        a host is told to leave; its clock is set; its disk for temporary files, or the
+                                        disk of the checkpoints, is full
+    cluster=local                       only the driver is stopped or killed
+
+With --hosts, the hosts are network namespaces (needs root); the first holds the driver and Ray's head. At the end the
+drill compares the losses of every step of both runs, checks that no step was written twice, and reads every checkpoint.
+One host more than the run needs (a spare) keeps dp, and so the losses, equal to the last bit.
 
 Takes about two runs of the recipe.
 """

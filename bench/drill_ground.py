@@ -1,6 +1,6 @@
-"""Where a drill (bench/drill.py) runs and what can be broken there: this machine, or several hosts on it.
+"""The places where a drill (bench/drill.py) runs, with their faults: this machine, or several hosts on it.
 
-A fault is a method whose docstring says what happens; it returns once the run can be expected to recover by itself.
+A fault is a method whose docstring names it; it returns once the run should be able to recover by itself.
 """
 
 import contextlib

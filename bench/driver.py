@@ -1,21 +1,21 @@
-"""What a driver costs on a cluster of thousands of nodes, and how soon it notices a fault.
+"""The cost of a driver on a cluster of thousands of nodes, and how soon it notices a fault.
 
     python -m bench.driver [--nodes N ...] [--hosts 4] [--window 20] [--out driver.json]
 
-The driver is the real one, and so are its calls, which Ray carries to other processes, and its pulse, by UDP. What is a stub are the nodes, 8
-ranks each: a few host processes play thousands of agents, which answer as cluster/node/agent.py does, and ranks that take a
-step every few seconds. For every number of nodes:
+The driver is real, and so are its calls, which Ray carries to other processes, and its pulse by UDP. The nodes, with 8
+ranks each, are simulated: a few host processes represent thousands of agents, which answer like cluster/node/agent.py,
+with ranks that take a step every few seconds. For every number of nodes:
 
-    started      seconds from the driver's first round to the first step, which takes 5, all nodes joined, checked and ordered;
-                 beside it the processor time of the driver's process and of the hosts in that time
-    cores        processor time a second of the driver's process while the run trains; Ray's own threads and the hosts are named
-                 beside
-    rank dead    seconds from the death of a rank to the driver judging it
-    node lost    seconds from a node that falls silent to the driver calling it lost
+    started      seconds from the driver's first round to the first step, which takes 5 s itself; all nodes joined,
+                 checked and ordered; also the processor time of the driver's process and of the hosts until then
+    cores        processor time per second of the driver's process while the run trains; Ray's own threads and the hosts
+                 are listed separately
+    rank dead    seconds from the death of a rank until the driver judges it
+    node lost    seconds from a node's silence until the driver calls it lost
     memory       largest resident size of the driver's process
 
-Exits 1 where a target is missed. Without --nodes: 64 to 8192 nodes, each beside the one before. Cores are shared with the
-hosts, so that figures of a machine with few of them are upper limits.
+Exits 1 if a target is missed. Without --nodes: 64 to 8192 nodes, each beside the previous number. The hosts use the
+same cores, so figures of a machine with few cores are upper limits.
 
 Takes about a minute for each number of nodes.
 """

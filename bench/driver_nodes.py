@@ -1,4 +1,4 @@
-"""Stand-ins for the nodes of bench/driver.py: a host process plays many agents, which answer as cluster/node/agent.py does."""
+"""Simulated nodes for bench/driver.py: a process represents many agents, which answer like cluster/node/agent.py."""
 
 import asyncio
 import dataclasses

@@ -1,8 +1,9 @@
-"""DualPipe's order of actions, which no class of torch has: two pipelines over the same ranks, one from each end.
+"""DualPipe's order of actions, for which torch has no class: two pipelines over the same ranks, one from each end.
 
-V3 report 3.2.1, figure 5 and table 2: `pp` stages, each on the two ranks that lie as far from either end; micro-batches with even numbers enter
-at rank 0, the others at the last rank. torch's DualPipeV folds one pipeline of twice as many stages, which is as idle where all stages are as long
-as each other. A last stage with head and MTP module lies on one rank there, and is shared by two here.
+V3 report 3.2.1, figure 5 and table 2: `pp` stages, each on the two ranks with equal distance from either end.
+Micro-batches with even numbers enter at rank 0, the others at the last rank. torch's DualPipeV folds one pipeline of
+twice as many stages; its idle time is the same if all stages take equal time. There, a last stage with head and MTP
+module is on one rank; here two ranks share it.
 """
 
 from collections import Counter, deque

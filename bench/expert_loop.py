@@ -1,10 +1,10 @@
-"""SwiGLU experts as one loop over experts with a hand-written backward: a CPU form of the expert product.
+"""SwiGLU experts as a loop over experts with a hand-written backward: a CPU form of the grouped GEMM.
 
 F.grouped_mm writes the inner activations of all experts before SwiGLU reads them. Here each expert's rows go through
-product, SwiGLU and product while they are in the cache, and the temporaries of one expert serve the next, which also
-spares the page faults of large tensors. Arithmetic of SwiGLU in fp32, as in train/model/layers.py.
+GEMM, SwiGLU and GEMM while they are in the cache. The temporaries of one expert are reused for the next, which also
+avoids page faults of large tensors. SwiGLU computes in fp32, as in train/model/layers.py.
 
-Shapes: R rows sorted by expert, D width, F inner width, E experts; r and e are the rows and number of one expert.
+Shapes: R rows sorted by expert, D width, F inner width, E experts; r and e are the rows and index of one expert.
 """
 
 import torch

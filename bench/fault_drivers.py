@@ -1,12 +1,12 @@
-"""Drivers that put the plain loop (bench/fault_loop.py) on Ray, each its own process.
+"""Drivers that run the plain loop (bench/fault_loop.py) on Ray, each in its own process.
 
     python -m bench.fault_drivers sluice RUNS OVERRIDES...
     python -m bench.fault_drivers ray_train FOLDER ADDRESS MIN MAX TIMEOUT      ADDRESS of a Ray, or local
     python -m bench.fault_drivers clean ADDRESS
 
-The second is Ray Train's elastic TorchTrainer. What it notices is appended to FOLDER/noticed.jsonl by its own callback.
-The third removes what outlives a killed driver of Ray Train: its placement group and its actors are detached, and its own
-cleaner needs Ray's dashboard.
+The second command runs Ray Train's elastic TorchTrainer, whose callback appends the events that it notices to
+FOLDER/noticed.jsonl. The third removes what outlives a killed driver of Ray Train: its placement group and its actors
+are detached, and its own cleaner needs Ray's dashboard.
 """
 
 import json

@@ -1,7 +1,7 @@
-"""Faults of a few lines each, which a callback of the recipe puts into a rank that trains: nothing of the product knows of them.
+"""Small faults that a callback of the recipe injects into a training rank; the product knows nothing of them.
 
-`Saboteur` is the callback. At the end of the step before, it installs its faults on the ranks that they concern;
-the fault strikes in the next step, and notes when in the run's folder. See bench/faults_named.py.
+`Saboteur` is the callback. At the end of the previous step it installs its faults on the affected ranks. The fault acts
+in the next step and records its time in the run's folder. See bench/faults_named.py.
 """
 
 import ctypes

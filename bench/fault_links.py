@@ -1,5 +1,7 @@
-"""Ranks of this machine as hosts of their own, whose links can be slow, lossy or cut: each in a network namespace with a TUN device, and a
-process between them that hands packets on, or not. netem would do it in the kernel, which many have no module of. Needs root and Linux.
+"""Runs ranks of this machine as separate hosts whose links can be slow, lossy or cut. Needs root and Linux.
+
+Each rank is in a network namespace with a TUN device, and a process between them forwards packets, or drops them. netem
+could do this in the kernel, but many kernels lack that module.
 """
 
 import ctypes

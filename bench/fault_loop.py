@@ -1,12 +1,14 @@
-"""The plain training loop that every system of bench/faults.py runs: torch, gloo, an all-reduce of gradients, checkpoints.
+"""The plain training loop for every system of bench/faults.py: torch, gloo, an all-reduce of gradients, checkpoints.
 
-One rank a process, with the environment of torchrun (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT). Started again, it goes
-on from the newest checkpoint in the shared folder. Each rank appends what it did to FOLDER/steps.jsonl:
+One rank per process, with the environment of torchrun (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT). After a restart, it
+continues from the newest checkpoint in the shared folder. Each rank appends its events to FOLDER/steps.jsonl:
 
-    {"kind": "start", "rank", "host", "pid", "born", "time", "step"}      in a group of ranks; step: the one it resumes from
-    {"kind": "step", "rank", "host", "pid", "born", "time", "step"}       has finished this step; born: of its process
+    {"kind": "start", "rank", "host", "pid", "born", "time", "step"}      in a group of ranks; step: where it resumes
+    {"kind": "step", "rank", "host", "pid", "born", "time", "step"}       has finished this step; born: start of its
+    process
 
-Where Sluice's agent started the rank, the loop also says how far it is, as cluster/node/agent.py asks; it needs nothing else.
+If Sluice's agent started the rank, the loop also reports its progress, which is all that cluster/node/agent.py
+requires.
 
     python -m bench.fault_loop FOLDER TIMEOUT [CONFIG]       TIMEOUT: seconds of a collective; CONFIG is not read
 """

@@ -1,11 +1,12 @@
-"""The systems that bench/faults.py breaks: how each is started on its hosts, and where it writes what happened.
+"""The systems that bench/faults.py breaks: how each is started on its hosts, and where it writes its events.
 
     sluice, sluice_plain    Sluice on Ray: its own trainer on a toy model, and the plain loop (bench/fault_loop.py)
     ray_train               Ray Train, elastic from 2 to 3 workers, plain loop
     torchrun                torchrun, elastic from 2 to 3 nodes, c10d rendezvous on h0, plain loop
 
-All get the same patience, and the peers more than their defaults: TIMEOUT for a hang (of a collective, which is all that the
-peers watch: their default is 30 min), 3 s without a sign of life for a lost node, at most 5 s for a late node.
+All have the same time limits, which are more favourable to the peers than their defaults: TIMEOUT for a hang (of a
+collective, which is all that the peers watch; their default is 30 min), 3 s without a sign of life for a lost node, at
+most 5 s for a late node.
 """
 
 import datetime

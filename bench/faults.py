@@ -1,22 +1,26 @@
-"""Time to notice a fault and to train again: Sluice beside Ray Train and torchrun, on three hosts in network namespaces.
+"""Time to notice a fault and to train again: Sluice beside Ray Train and torchrun, on three simulated hosts.
 
     python -m bench.faults [--only SYSTEM:FAULT ...] [--rounds 3] [--minutes 18] [--limit 120] [--out faults.json]
 
-Needs root and iproute2. Every trial is a launch of its own: it trains for 20 s and on until half-way between two
-checkpoints, h1 meets the fault, and the trial ends with the next step, or after --limit seconds. (In the first seconds
-Sluice still prepares the processes that stand by for a restart, and few faults come then.) Rounds over all cells follow
-one another, so that the noise of the machine falls on all; a cell that did not recover is not tried again, and a round that would not end
-within --minutes is not begun, nor any trial after them: cells that were not tried are named. Everything started or made is
-ended and removed, after errors too.
+The hosts are network namespaces. Needs root and iproute2. Every trial is a separate launch: it trains for 20 s and then
+until half-way between two checkpoints, h1 meets the fault, and the trial ends with the next step, or after --limit
+seconds. (In the first seconds Sluice still prepares its reserve processes for a restart, and few real faults occur
+then.)
+
+Rounds over all cells follow one another, so that machine noise affects all. A cell that did not recover is not tried
+again. A round that would not end within --minutes is not started; untried cells are named. Everything started or
+created is ended and removed, also after errors.
 
     rank_kill   SIGKILL of the rank on h1                  hang         SIGSTOP of the rank on h1
     power_off   link down, then all processes of h1 killed link_cut     link down, processes live
     start       no fault: launch to first step on 3 hosts  start_local  the same, 3 ranks on one machine
 
-SYSTEM is one of bench/fault_systems.py. On one machine Sluice and Ray Train start their own Ray; on 3 hosts it runs
-already. The detection of Sluice is when it has named the cause, after asking all nodes; that of the others is their first
-sign of the failure, so the fair comparison is the next step. Columns: seconds from the launch to the first step (of all trials of the cell), from the fault until the system
-says so, and until the next step; steps done again. Medians over the trials; a system that never says so gets a dash.
+SYSTEM is one of bench/fault_systems.py. On one machine Sluice and Ray Train start their own Ray; on 3 hosts it already
+runs. Sluice's detection time ends when it has named the cause, after asking all nodes; for the others it ends at their
+first sign of the failure, so the fair comparison is the next step.
+
+Columns: seconds from the launch to the first step (over all trials of the cell), from the fault to the system's report,
+and to the next step; repeated steps. Medians over the trials; a system that never reports gets a dash.
 
 Takes about 18 minutes.
 """

@@ -1,18 +1,21 @@
-"""Faults of a few lines each, in ranks that train: is the right rank named, with the right cause, and after how many seconds?
+"""Small faults in ranks that train: is the right rank named, with the right cause, and after how many seconds?
 
     python -m bench.faults_named [--only NAME ...] [--limit 90] [--address HOST:PORT] [--out faults_named.json]
 
-A hook of this benchmark (bench/fault_hooks.py) puts the fault into a tiny model that trains on this machine, in pipelines, with
-experts over ranks, with shared sequences and with replicas; ranks run under the driver of one machine (`local`), as torchrun starts them
-(`torchrun`), or on a Ray of their own on this machine (`ray`). What logs/incident_N.json says then is judged: all culprits and no other must be named, and the cause must be one of those
-that are right for the fault. A wrong rank is a failure, and so is *unknown*. A run that hangs is over for this benchmark as soon as a warning names a rank. Seconds are from the fault to the incident, or to the
-event of a slow rank.
+A hook of this benchmark (bench/fault_hooks.py) injects the fault into a tiny model that trains on this machine, in
+pipelines, with experts over ranks, with shared sequences and with replicas. Ranks run under the driver of one machine
+(`local`), as torchrun starts them (`torchrun`), or on their own Ray on this machine (`ray`).
 
-Faults of links need root and TUN devices (bench/fault_links.py), as kernels without netem have no other; that of memory needs root and control groups of
-version 1. Where they cannot be had, the fault does not come to pass, which counts as not named. A clock that is an hour off is not named, and must not mislead.
+The benchmark judges logs/incident_N.json: it must name all culprits and no other rank, and a cause that is right for
+the fault. A wrong rank is a failure, and so is *unknown*. A hanging run ends for this benchmark as soon as a warning
+names a rank. Seconds count from the fault to the incident, or to the event of a slow rank.
 
-To hold another trainer against it: take bench/fault_hooks.py, which needs torch alone but for `in_loader` and `Saboteur`, and call a fault of
-its table in a rank between two steps.
+Faults of links need root and TUN devices (bench/fault_links.py), because kernels without netem have no other means; the
+memory fault needs root and control groups of version 1. Without these, the fault does not happen, which counts as not
+named. A clock that is an hour off is not named, and must not mislead.
+
+To test another trainer: take bench/fault_hooks.py, which needs only torch except for `in_loader` and `Saboteur`, and
+call a fault of its table in a rank between two steps.
 
 Takes about 25 minutes.
 """

@@ -1,10 +1,10 @@
-"""What the CPU emulation of FP8 costs beside bf16: linear layers, routed experts, and a model's forward and backward.
+"""Cost of the CPU emulation of FP8 beside bf16: linear layers, routed experts, and a model's forward and backward.
 
     python -m bench.fp8_cost [--threads 2] [--rounds 7] [--only linear|experts|model]
 
-In every round each precision takes one step of the same work, in turn, so that all see the same load of the machine.
-Prints the least wall time and the least CPU time (which a busy machine disturbs less), and their ratios to bf16.
-`fast` keeps values instead of bytes for backward, and rounds operands with fp32 scales to bf16.
+In every round each precision takes one step of the same work, in turn, so that all see the same machine load. Prints
+the minimum wall time and the minimum CPU time (which other work disturbs less), and their ratios to bf16. `fast` keeps
+values instead of bytes for backward, and rounds operands with fp32 scales to bf16.
 
 Takes about 5 minutes.
 """

@@ -1,17 +1,19 @@
 """Loss of FP8 training against bf16 on the same seed and data, smoothed as in the paper (appendix B.1).
 
-    python -m bench.fp8_loss [--conf tiny] [--steps 1000] [--only fp8,tensor] [--seeds 1,2,3] [--out runs/fp8_loss] [key=value ...]
+    python -m bench.fp8_loss [--conf tiny] [--steps 1000] [--only fp8,tensor] [--seeds 1,2,3] [--out runs/fp8_loss]
+    [key=value ...]
 
-Runs `python -m train` once per recipe and seed, one after the other, each in its own run folder; one whose run is complete is
-not run again, and one that was cut off resumes. Then writes loss.json and loss.svg to --out: the relative difference
-of the moving averages (decay 0.9) of the losses, per step, averaged over the seeds. Prints its largest and last value, and
-its mean from step 100 on with the standard error over the seeds: two runs of a small model differ by more than FP8 changes
-the loss, also both in bf16, so that it takes several to see it. The paper's bound is 0.25 %.
+Runs `python -m train` once per recipe and seed, one after another, each in its own run folder. A complete run is not
+repeated, and an interrupted run resumes. Then it writes loss.json and loss.svg to --out: the relative difference of the
+moving averages (decay 0.9) of the losses, per step, averaged over the seeds. Prints its largest and last value, and its
+mean from step 100 on with the standard error over the seeds. Two runs of a small model differ by more than the effect
+of FP8, even if both are bf16, so several seeds are needed to see it. The paper's bound is 0.25 %.
 
     fp8, fp8_ue8m0, mxfp8   the recipes of conf/precision
     tensor           one scale per tensor, everywhere
     block            gradients in 128x128 blocks, which made the paper's model diverge (B.2)
-    rounding         bf16 in micro-batches of 4: the same arithmetic summed in another order, for the noise of a run itself
+    rounding         bf16 in micro-batches of 4: the same arithmetic summed in another order, for the noise of a run
+                     itself
 
 Takes about 7 runs of 1000 steps.
 """

@@ -1,32 +1,32 @@
-"""How a training step's time and memory grow with the sizes of a run, beside how its arithmetic grows. On CPU, bf16.
+"""Growth of a training step's time, memory and arithmetic with the sizes of a run. On CPU, bf16.
 
     python -m bench.growth [--sweep experts finer length vocabulary dp ep] [--minutes 18] [--quick] [--out growth.json]
 
-    experts      8 to 256 of width 128, top 4: the same products per token, more weights
-    finer        8 to 256 of which all together are 16384 wide, top 4 and none shared: the same weights, fewer
-                 products per token
+    experts      8 to 256 of width 128, top 4: the same GEMM work per token, more weights
+    finer        8 to 256 with a total width of 16384, top 4 and none shared: the same weights, less GEMM work per token
     length       one sequence of 512 to 16384 tokens
     vocabulary   2048 to 129280
-    dp, ep       1 to 8 ranks on gloo with as many tokens each (weak scaling); experts over all ranks for ep
+    dp, ep       1 to 8 ranks on gloo with equal tokens each (weak scaling); experts over all ranks for ep
 
-The model is `tiny` (hidden 256, 4 layers, one of them dense) without MTP; a step is the trainer's own: forward, backward,
-DeepSpeed's reduction, clipping, AdamW. One thread a rank. Ranks beyond the cores of the machine wait for each other, so
-there CPU seconds of a rank stand for its time, and wall time is only shown.
+The model is `tiny` (hidden 256, 4 layers, one of them dense) without MTP; a step is the trainer's own: forward,
+backward, DeepSpeed's reduction, clipping, AdamW. One thread per rank. Ranks beyond the machine's cores wait for each
+other, so there CPU seconds of a rank count as its time, and wall time is only shown.
 
-Every cell is a process of its own in every round, so its peak of memory is its own; rounds go over all cells while there are
-minutes left, and figures are medians of rounds.
+Every cell runs in a new process in every round, so its peak memory is its own. Rounds over all cells repeat while there
+are minutes left, and figures are medians of rounds.
 
     CPU, wall   ms of a step; fw+bw: forward and backward; update: reduction, clipping, AdamW, new weights
     GFLOP       per rank and step by train/model/count.py; attention: its part that grows with the square of the length
-    state       bytes of weights, fp32 gradients, master weights and moments of a rank: what the update has to go through
-    RSS         most bytes resident, above what the process had with everything imported: tensors, what oneDNN keeps for every
-                shape of a product that it has seen, and what the C library keeps of freed memory
-    tensors     most bytes of tensors alive at a time
-    plan        the same as mode=plan foresees: state and activations
+    state       bytes of weights, fp32 gradients, master weights and moments of a rank, all of which the update reads
+    RSS         peak resident bytes, beyond those after all imports: tensors, oneDNN's data for every matmul shape that
+                it has seen, and freed memory that the C library keeps
+    tensors     peak bytes of live tensors
+    plan        the prediction of mode=plan: state and activations
 
-^ is the exponent to the row above (log of the ratio over log of the ratio of sizes), `all` that of a line through all rows.
-A step is a sum of products, attention (whose operations run at a lower rate) and work by bytes. So CPU time may grow as the
-fastest of the three, and tensors as the plan: a row that grows by more than SLACK times that is marked MORE.
+^ is the exponent relative to the previous row (log of the ratio over log of the ratio of sizes), `all` the exponent of
+a line through all rows. A step is a sum of matmuls, attention (whose operations run at a lower rate) and memory-bound
+work. So CPU time may grow like the fastest of the three, and tensors like the plan; a row that grows by more than SLACK
+times that is marked MORE.
 
 Takes about 18 minutes.
 """

@@ -1,4 +1,4 @@
-"""One point of bench/growth.py: a rank that takes training steps, and what its arithmetic says.
+"""One point of bench/growth.py: a rank that takes training steps, and the count of its arithmetic.
 
 python -m bench.growth_cell run CELL RANK STORE     one rank; prints a Sample
 python -m bench.growth_cell count CELLS             the Arithmetic of every cell

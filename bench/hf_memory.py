@@ -1,10 +1,11 @@
-"""Peak memory of import and export for a model with DeepSeek-V3's 61 layers, 256 experts and MTP module, at small width.
+"""Peak memory of import and export for a narrow model with DeepSeek-V3's 61 layers, 256 experts and MTP module.
 
     python -m bench.hf_memory [--expert-width 64] [--ranks 8] [--dtype fp8] [--folder FOLDER]
 
 Writes a Hugging Face folder, reads it as each of N ranks of ZeRO stage 3 (one after another, in one process) into a
-checkpoint, exports that, and compares the two folders tensor by tensor; exits 1 where they differ. Import and export run in processes of their own, so
-that their peaks are theirs; figures are what each adds to a process that has imported everything, mapped files included.
+checkpoint, exports that checkpoint, and compares the two folders tensor by tensor; exits 1 if they differ. Import and
+export run in separate processes, so that each has its own peak. Figures are the memory beyond that of a process after
+all imports, mapped files included.
 
 Takes about 2 minutes.
 """

@@ -1,8 +1,8 @@
-"""Several hosts on one machine: network namespaces with own addresses and host names, on a bridge in its own namespace.
+"""Several hosts on one machine: network namespaces with separate addresses and host names.
 
-Nothing is added to the machine's own network. Needs root and iproute2. Every process of a host is known by its
-namespace, so a host can be powered off, its link cut, and all of it removed again. A host with Ray may have a clock of its own,
-which can be set while its processes run.
+They are joined by a bridge in its own namespace, so nothing is added to the machine's own network. Needs root and
+iproute2. The namespace identifies every process of a host, so a host can be powered off, its link cut, and all of it
+removed again. A host with Ray may have its own clock, which can be set while its processes run.
 """
 
 import contextlib

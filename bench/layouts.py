@@ -1,29 +1,30 @@
 """A training step over several ranks, ours beside torchtitan's and DeepSpeed's AutoEP, in one run.
 
-    python -m bench.layouts [--layouts ep2 pp2dp2 pp2dp2ep2] [--shape debug|v3|tiny] [--rounds 7] [--seconds 6] [--out FILE]
+    python -m bench.layouts [--layouts ep2 pp2dp2 pp2dp2ep2] [--shape debug|v3|tiny] [--rounds 7] [--seconds 6] [--out
+    FILE]
 
-Ranks are processes of this machine on gloo with one thread each. A whole DeepSeek-V3 without MTP, products in the dtype, bf16
-or fp32, in which a side is faster here in a few short turns; forward, backward, reduction, clipping to norm 1, AdamW; nobody
-recomputes. Every side trains the same layout on equal sizes and tokens.
+Ranks are processes of this machine on gloo with one thread each. The model is a whole DeepSeek-V3 without MTP. Each
+side runs its matmuls in bf16 or fp32, whichever is faster here in a few short rounds. A step is forward, backward,
+reduction, clipping to norm 1, AdamW; no side recomputes. Every side trains the same layout on equal sizes and tokens.
 
-    ep2         2 ranks with data of their own, experts over both
+    ep2         2 ranks, each with its own data, experts over both
     pp2dp2      4 ranks: two stages, 1F1B with 4 micro-batches, of two data-parallel ranks each, which hold all experts
     pp2dp2ep2   the same with experts over the two data-parallel ranks
 
     ours        the trainer's own step, ZeRO-1
     torchtitan  its DeepSeek-V3 with FSDP2, see bench/torchtitan_peer.py
     autoep1     DeepSpeed's AutoEP on transformers' DeepSeek-V3 with ZeRO-1, see bench/deepspeed_peer.py
-    autoep2     the same with ZeRO-2, without a pipeline alone: DeepSpeed's pipelines refuse ZeRO-2
+    autoep2     the same with ZeRO-2, only without a pipeline: DeepSpeed's pipelines reject ZeRO-2
 
-In bf16 all keep fp32 weights in shards beside those that they compute with, and gradients are reduced in fp32 by ours and
-torchtitan, in bf16 by DeepSpeed. Moments are bf16 for ours, as in the paper, and fp32 for the peers. Nobody updates the
-routers' biases.
+In bf16, all sides keep fp32 weights in shards beside the bf16 weights. Gradients are reduced in fp32 by ours and
+torchtitan, in bf16 by DeepSpeed. Moments are bf16 for ours, as in the paper, and fp32 for the peers. No side updates
+the routers' biases.
 
-Each side is a set of processes of its own, set up as its users run it, and they take turns (bench/sides.py). Prints medians of
-tokens per second of all ranks together, their range, the ratio of ours to each (median and range over the rounds), CPU seconds
-of a step of all ranks together and the peer's over ours, which other work on the machine disturbs less, the peak memory of the
-largest rank, and seconds from the command to the first step. Where there are more ranks than cores, they share them, and other
-ranks fill the waits of a pipeline. A peer that cannot run is named with the reason.
+Each side is a separate set of processes, set up as its users run it; the sides take turns (bench/sides.py). Prints
+medians of tokens per second of all ranks together, their range, the ratio of ours to each (median and range over the
+rounds), CPU seconds of a step of all ranks together and the peer's over ours (which other work disturbs less), the peak
+memory of the largest rank, and seconds from the command to the first step. If there are more ranks than cores, ranks
+share cores, and other ranks fill the waits of a pipeline. A peer that cannot run is named with the reason.
 
 Takes about 10 minutes.
 """

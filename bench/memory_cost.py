@@ -1,9 +1,9 @@
-"""What each way to need less memory costs in time: a step of `tiny` with it beside the same step without.
+"""Time cost of each way to save memory: a step of `tiny` with it beside the same step without.
 
-On the CPU, one rank of one thread. Both sides of a case are processes of their own and take turns; what counts is CPU time, which
-other work on the machine changes little, and of it the median of the ratios of the rounds. Here the host's memory is
-the device's: what waits there is a plain copy on the way out and another on the way back, which the computing waits for. On a GPU such
-copies run beside the computing, and `mode=plan` says whether they are through in time. What `parallel.cp` costs is in bench.context.
+Runs on the CPU, one rank with one thread. Both sides of a case are separate processes and take turns. The result is the
+median ratio of CPU time over the rounds; other work changes CPU time little. Here the host's memory is the device's:
+offloading is a plain copy in each direction, and the computing waits for both. On a GPU such copies overlap with
+computing, and `mode=plan` says whether they finish in time. bench.context measures the cost of `parallel.cp`.
 
     python -m bench.memory_cost [--rounds 5] [--only layer offload optimizer]
 

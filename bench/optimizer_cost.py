@@ -1,11 +1,11 @@
-"""What a step with Muon costs beside one with AdamW, and what a plan knows of the difference.
+"""Cost of a step with Muon beside one with AdamW, and the difference that a plan predicts.
 
     python -m bench.optimizer_cost [--shape debug] [--length 512] [--rounds 3]
 
-Both train in one process on one thread of a CPU and take turns, a step each. What counts are core-seconds, which other work on the
-machine changes less: of a whole step, and the median of the ratios of the rounds. Planned is the
-difference of the operations of Newton-Schulz over the rate of a large product of fp32, timed in the same rounds; a plan has no more than
-that for it, and its rates come from published figures or from `plan.calibrate`.
+Both train in one process on one CPU thread and take turns, one step each. Prints core-seconds of a whole step, which
+other work changes less, and the median of the ratios of the rounds. The predicted difference is the operations of
+Newton-Schulz over the rate of a large fp32 matmul, timed in the same rounds. A plan uses the same formula, with rates
+from published figures or from `plan.calibrate`.
 
 Takes about 2 minutes.
 """

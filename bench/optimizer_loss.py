@@ -1,12 +1,13 @@
-"""Held-out loss of AdamW and Muon on the same data, against tokens and against time, each with its own best rate.
+"""Held-out loss of AdamW and Muon on the same data, against tokens and time, each at its own best rate.
 
-    python -m bench.optimizer_loss [--shape tiny] [--steps 60] [--rates 2e-3,4e-3,8e-3] [--muon-rates 2e-3,4e-3,8e-3] [--seeds 1,2,3] [--out runs/optimizer_loss] [key=value ...]
+    python -m bench.optimizer_loss [--shape tiny] [--steps 60] [--rates 2e-3,4e-3,8e-3] [--muon-rates 2e-3,4e-3,8e-3]
+                                   [--seeds 1,2,3] [--out runs/optimizer_loss] [key=value ...]
 
-For the first seed, each optimizer is trained once at every rate; the rate with the lowest held-out loss at the end is its own, and the
-other seeds are trained at that one. Every run is a `python -m train` in a run folder of its own; one whose run is complete is not
-run again. Writes loss.json and loss.svg to --out: means over the seeds, and as a band the smallest and the largest. Time is steps
-times the core-seconds that a step of that optimizer takes: their median over all steps of its runs, which other work on the machine
-hardly changes.
+For the first seed, each optimizer is trained once at every rate. The rate with the lowest final held-out loss is its
+best rate, at which the other seeds are trained. Every run is a `python -m train` in its own run folder; a complete run
+is not repeated. Writes loss.json and loss.svg to --out: means over the seeds, and the smallest and largest value as a
+band. Time is steps times the median core-seconds of a step over all runs of that optimizer, which other work hardly
+changes.
 
 Takes about 40 minutes on one core.
 """

@@ -1,7 +1,7 @@
-"""When which node of a simulated run is gone: by the trace of a year on 400 servers, or by chance.
+"""When each node of a simulated run is gone: by a trace of one year on 400 servers, or by chance.
 
-The trace (outage_trace/README.md) has no severity below a lost node: hangs, slow ranks and wrong numbers are not in it. Faults by chance come at the rate
-that was published of another job, and a node is away for as long as one of the trace was.
+In the trace (outage_trace/README.md) the smallest fault is a lost node: it has no hangs, slow ranks or wrong numbers.
+Faults by chance occur at the rate published for another job, and a node is away for as long as a node of the trace.
 """
 
 import csv

@@ -1,16 +1,19 @@
-"""Work and traffic of the owners of matrices, counted with the code that chooses them, beside what a plan says.
+"""Work and traffic of the owners of matrices, counted with the code that chooses them, beside the plan's prediction.
 
     python -m bench.owners [--recipes deepseek_v3,moonlight_16b,kimi_k2] [--ranks 8,32,128]
 
-Of a pipeline rank with layers of experts, under Muon: the matrices that all ranks of its stage share, cut as ZeRO 1 cuts them. Prints, by number of ranks that share them:
+Counts, for a pipeline rank with expert layers under Muon, the matrices that all ranks of its stage share, sharded as by
+ZeRO 1. Prints, by number of sharing ranks:
 
-    busiest     operations of the rank with the most, over the larger of the mean and the dearest matrix (1.2 at most is wanted)
-    planned     the same, as a plan has it, which is a bound
-    traffic     bytes that all ranks send for AdamW under ZeRO 1 (gradients in fp32 reduced to their shards, weights in bf16 gathered) and for
-                the matrices on their way to owners and back, over the former (1.25 at most from 8 ranks on)
-    planned     the same, as a plan has it
+    busiest     operations of the busiest rank, over the larger of the mean and the most expensive matrix (target: at
+                most 1.2)
+    planned     the plan's value of it, which is a bound
+    traffic     bytes that all ranks send for AdamW under ZeRO 1 (gradients in fp32 reduced to their shards, weights in
+                bf16 gathered), and bytes for the matrices to owners and back, over the former (target: at most 1.25
+                from 8 ranks on)
+    planned     the plan's value of it
 
-Experts never leave the ranks that hold them; where several ranks hold the same ones, they are shared like all else.
+Experts never leave the ranks that hold them; experts that several ranks hold are distributed like other matrices.
 
 Takes about a minute.
 """

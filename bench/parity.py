@@ -1,13 +1,15 @@
 """Losses and gradient norms of every layout beside one process: the largest relative differences over 20 steps.
 
-Runs `python -m train` as a user does, on a small model with every mechanism, in fp32, bf16 and FP8. One thread a rank.
+Runs `python -m train` as a user does, on a small model with every mechanism, in fp32, bf16 and FP8. One thread per
+rank.
 
-Layouts sum gradients in different orders, which differs in the last place. With bf16 moments such a difference can round a
-moment the other way, which changes one weight's update by up to 0.4 %; --moments fp32 leaves that out.
+Layouts sum gradients in different orders, so sums differ in the last place. With bf16 moments such a difference can
+round a moment the other way, which changes one weight's update by up to 0.4 %; --moments fp32 avoids that.
 
-An FP8 cast enlarges such differences, see train/docs/fp8.md. --set adds settings to every run, the reference's among them.
+An FP8 cast enlarges such differences, see train/docs/fp8.md. --set adds settings to every run, including the reference.
 
-    python -m bench.parity [--steps 20] [--dtype fp32|bf16|fp8|fp8_ue8m0] [--moments bf16|fp32] [--set KEY=VALUE ...] [LAYOUT ...]
+    python -m bench.parity [--steps 20] [--dtype fp32|bf16|fp8|fp8_ue8m0] [--moments bf16|fp32] [--set KEY=VALUE ...]
+    [LAYOUT ...]
 
 Takes about 8 minutes.
 """

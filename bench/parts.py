@@ -1,4 +1,4 @@
-"""The parts of a training step beside transformers' and torch's, forward and backward, and beside the rate of products.
+"""The parts of a training step beside transformers' and torch's, forward and backward, and beside the matmul rate.
 
     python -m bench.parts [--shape debug|v3|moe] [--threads 2] [--dtype best|bf16|fp32] [--rounds 9] [--json]
 
@@ -8,14 +8,15 @@
     optimizer   AdamW on the fp32 weights of one MoE    torch's fused AdamW on the same
                 layer, bf16 moments                     (fp32 moments)
 
-All in one process with the allocator that ours tunes at start, which helps both. Each side of a part is in the dtype, bf16 or
-fp32, in which its first steps are faster here, unless --dtype names one for all; the limits are in that of ours. In every round each side takes one step,
-in turn, and two limits are timed: a product of large matrices, and for MoE its floor, which is nothing but its products,
-forward and backward, with every expert at the same number of rows; both by torch or by compiled code, whichever the machine
-runs faster and training takes. Prints medians, the ratio of the times, ours as a
-multiple of the floor, and the share of the large product's rate that the part reaches (its arithmetic as in
-train/model/count.py; none for the optimizer). The shape `moe` has the most for MoE to do beside products: 64 experts,
-top 8, 4096 tokens.
+All run in one process with the allocator settings of our training, which help both sides. Each side of a part uses bf16
+or fp32, whichever is faster in its first steps here, unless --dtype sets one for all; the limits use the dtype of our
+side. In every round each side takes one step, in turn, and two limits are timed. One is a large matmul. The other, for
+MoE, is its floor: only its GEMMs, forward and backward, with equal rows for every expert. Both limits use torch or
+compiled code, whichever is faster on the machine and used in training.
+
+Prints medians, the ratio of the times, our time as a multiple of the floor, and the part's share of the large matmul's
+rate (arithmetic as in train/model/count.py; none for the optimizer). In the shape `moe`, work besides GEMMs is largest:
+64 experts, top 8, 4096 tokens.
 
 Takes about half a minute.
 """

@@ -2,8 +2,8 @@
 
     python -m bench.pictures [RUN] [--out train/docs]
 
-Writes plan.png, and report.png where RUN is given: the folder of a run that has trained, such as runs/tiny. The pages are the
-program's own; for the pictures they get a wider grid.
+Writes plan.png, and report.png if RUN is given: the folder of a trained run, such as runs/tiny. The pages are the
+program's own, with a wider grid for the pictures.
 
 Takes about 30 seconds.
 """

@@ -1,10 +1,11 @@
-"""The planned peak of memory beside the measured one, phase by phase of a whole run, for many layouts and recipes on the CPU.
+"""The planned peak of memory beside the measured peak, phase by phase, for many layouts and recipes on the CPU.
 
-Every rank of a small model starts, makes a step, saves, validates, makes the step that is measured, and starts again
-(train/dry_run/run_phases.py); every tensor of the rank is counted (train/plan/memory/ledger.py), and files of copies in memory. A line is a phase: of all ranks the one with the largest error, its
-peak by plan and as measured, in MB, and how far the plan is off. On a CPU the host's memory is the device's, so a peak is of both.
+Every rank of a small model starts, makes a step, saves, validates, makes the measured step, and starts again
+(train/dry_run/run_phases.py). Every tensor of the rank is counted (train/plan/memory/ledger.py), and files of copies in
+memory. A line is a phase of the rank with the largest error: its planned and measured peak, in MB, and the plan's
+error. On a CPU the host's memory is the device's, so a peak covers both.
 
-Routing is forced to be even, so that the plan needs no guess of it.
+Routing is forced to be even, so that the plan need not guess it.
 
     python -m bench.plan_memory [CASE ...]
 

@@ -1,32 +1,37 @@
-"""The planner beside what others have published of their own jobs. Needs no GPU.
+"""The planner beside published jobs of others. Needs no GPU.
 
     python -m bench.plan_published [--only WORDS]
 
-All of bench/published_jobs.py, which has their sources: the planned speed over the published one. Rates come from published timings of
-kernels and links (conf/hardware), none from these jobs, so the planned times are no fit. How far off they are makes the interval that
-a plan shows: of every source the mean square of log(published / planned) counts once, and its root times the quantile of Student's t for
-so many sources holds four of five. Coverage and width are of intervals made without the source they are held against; once more without
-the whole laboratory's program. Beside them stands what a factor for every generation and format, fitted to the other sources and shrunk, would
-make of the mean error: so little that plans have none.
+For all jobs of bench/published_jobs.py, which names their sources, prints the planned speed over the published speed.
+Rates come from published timings of kernels and links (conf/hardware), none from these jobs, so the planned times are
+not fitted. Their error gives the interval that a plan shows. The mean square of log(published / planned) is taken per
+source, and each source counts once. Its root times the quantile of Student's t for the number of sources covers four of
+five jobs. Coverage and width belong to intervals made without the source that they are tested on, and once more without
+all software of the same laboratory. Another row shows the mean error with a factor for every generation and dtype,
+fitted to the other sources and shrunk: it improves so little that plans have no such factor.
 
-Then DeepSeek's own job, part by part (2048 H800, 14.8T tokens; ISCA paper 2505.09343, table 4, MPFT column; V3 report, table 1), with its means:
-DeepGEMM and DeepEP as first released (February 2025, the nearest to the job and of the month of its profile), experts in balance. 1F, 1B and 1W are
-"forward time, input backward time, and weight backward time" of what runs alone, so a whole backward counts as both. Three plans:
+Then DeepSeek's own job, part by part (2048 H800, 14.8T tokens; ISCA paper 2505.09343, table 4, MPFT column; V3 report,
+table 1), with its software: DeepGEMM and DeepEP as first released (February 2025, closest to the job and in the month
+of its profile), experts in balance. 1F, 1B and 1W are "forward time, input backward time, and weight backward time" of
+actions that run alone, so a whole backward counts as both. Three plans:
 
-    DualPipe's order     its own (bench/dualpipe.py), 16 stages of 4 layers as in its profile, the last with one, MTP module and head. In pairs the
-                         kernels of layers are launched for the 112 SMs that transfers leave, as in the profile; head and loss are not
-    the trainer's split  what `mode=plan` says: dualpipev, `1, 30 x 2, 0` layers: one rank has the whole last stage, with head and MTP module
-    the split it names   the faster one that the plan names
+    DualPipe's order     its own (bench/dualpipe.py), 16 stages of 4 layers as in its profile; the last with one layer,
+                         the MTP module and the head. In pairs, the kernels of layers are launched for the 112 SMs that
+                         transfers leave, as in the profile; head and loss are not
+    the trainer's split  the split of `mode=plan`: dualpipev, `1, 30 x 2, 0` layers: one rank has the whole last stage,
+                         with head and MTP module
+    the split it names   the faster split that the plan names
 
-Which layers they gave to which stage is not published. The trace of DeepSeek's profile (one layer, forward and backward in a pair, 4096 tokens, EP 64)
-is no input but for its 112 SMs, which the V3 report has too (3.2.2: 20 of 132 for transfers); its pieces are compared one by one. Products for the
-gradients of weights run on two streams there: their time is that in which any of them runs (the sum is 8.19 ms). Rates of transfers are of DeepEP's
-own test: alone on the device, 24 SMs (20 in the profile), counts known before, as for gradients. Nobody has published the time of a dispatch that
-first learns its counts from the host, as the forward one does.
-Last the same job by our means, which is `conf=deepseek_v3`.
+The assignment of layers to stages is not published. The trace of DeepSeek's profile (one layer, forward and backward in
+a pair, 4096 tokens, EP 64) is no input, except for its 112 SMs, which the V3 report also states (3.2.2: 20 of 132 for
+transfers); its pieces are compared one by one. There, GEMMs for weight gradients run on two streams: their time is the
+time in which any of them runs (the sum is 8.19 ms). Transfer rates come from DeepEP's own test: alone on the device, 24
+SMs (20 in the profile), counts known before, as for gradients. Nobody has published the time of a dispatch that first
+gets its counts from the host, as the forward dispatch does. The last row is the same job with our software,
+`conf=deepseek_v3`.
 
-Experts are balanced in these plans, as they were forced to be. A layout that ran for others may not fit in this trainer, which keeps
-other tensors and does not split layers: `lacks` is by how much.
+Experts are balanced in these plans, as they were forced to be in the jobs. A layout that ran for others may not fit in
+this trainer, which keeps other tensors and does not split layers: `lacks` is the missing memory.
 
 Takes about a minute.
 """

@@ -1,12 +1,13 @@
-"""The layouts that plan.search finds beside ten for each job that a person would try. Needs no GPU.
+"""The layouts that plan.search finds, beside ten layouts by hand for each job. Needs no GPU.
 
     python -m bench.plan_search [JOB ...] [--layouts N]
 
-A layout by hand is what somebody who knows this trainer would write for the job: pipelines of several lengths, their schedules, one or more
-sequences at a time, blocks that run again or wait on the host, DeepEP, the optimizer on the host, ZeRO 3. Each is planned as `mode=plan` plans it, and
-none that fits may be faster than the best of the search, or fit where the search finds nothing: that ends the bench with an error. The seconds of a search are those of a core. Jobs
-are without a ramp of batch sizes, which layouts would have to divide. 48 B200 are the fewest that hold 671B: the optimizer has no room on the
-devices of 32, and on their hosts a node would need 2.6 TB of its 2.
+A layout by hand is one that an expert of this trainer would write for the job: pipelines of several lengths, their
+schedules, one or more sequences at a time, recomputed or offloaded blocks, DeepEP, the optimizer on the host, ZeRO 3.
+Each is planned as by `mode=plan`. If a layout by hand fits and is faster than the best result of the search, or if one
+fits and the search finds none, the bench ends with an error. The seconds of a search are core-seconds. Jobs have no
+ramp of batch sizes, because layouts would have to divide all of them. 48 B200 are the fewest that hold 671B: the
+optimizer does not fit on the devices of 32, and on their hosts a node would need 2.6 TB of its 2 TB.
 
 Takes about ten minutes.
 """

@@ -2,11 +2,11 @@
 
     python -m bench.plan_time [--calibration FILE] [--only NAME ...] [--steps 12]
 
-Without a file it calibrates first, on the recipe `tiny` with one thread a rank. Each layout is then really trained; its
-shortest step after the first three stands, as other work on the machine only ever adds time, and the calibration is made
-in the same spirit. The plan is told how unevenly that step's tokens were spread over the ranks of an expert group
-(`plan.imbalance`, from the logged load: the busiest rank's share, mean over the layers), as all wait for the busiest in
-every layer. Ranks beyond the cores would share them, which the planner has no rule for: two cores, two ranks.
+Without a file it first calibrates, on the recipe `tiny` with one thread per rank. Each layout is then trained. The
+result is its shortest step after the first three, because other work only ever adds time; the calibration uses the same
+principle. The plan gets the imbalance of that step's tokens over the ranks of an expert group (`plan.imbalance`, from
+the logged tokens per expert: the busiest rank's share, mean over the layers), because all ranks wait for the busiest in
+every layer. Ranks beyond the cores would share them, for which the planner has no rule: two cores, two ranks.
 
 Takes about 6 minutes.
 """

@@ -1,16 +1,17 @@
-"""Proofs over layouts and models, and over bugs that were put in: does every certificate hold that should, and no other?
+"""Checks of `mode=prove` over layouts and models, and over injected bugs: are the certificates right?
 
     python -m bench.prove                 all rows of bench/prove_rows.csv; exits 1 if one fails
-    python -m bench.prove --rows 3,17     these rows alone
-    python -m bench.prove --share 10      a tenth of them, another one at every commit
-    python -m bench.prove --tiles         with pass `tiles` too, which of a layout has the way to experts alone
+    python -m bench.prove --rows 3,17     only these rows
+    python -m bench.prove --share 10      a tenth of the rows, another tenth at every commit
+    python -m bench.prove --tiles         also the check `tiles`, in which layouts differ only by their dispatch
     python -m bench.prove --mutations     bugs of tests/prove/mutations: which are found, and where a certificate points
-    python -m bench.prove --mutations fp8,wire     those of some areas, or single ones by name
-    python -m bench.prove --generated 40  so many lines of the product changed by a rule: which changes survive, and why
-    python -m bench.prove --make-rows     make the rows again
+    python -m bench.prove --mutations fp8,wire     the bugs of some areas, or single bugs by name
+    python -m bench.prove --generated 40  this many lines of the product changed by a rule: which survive, and why
+    python -m bench.prove --make-rows     write the rows again
 
-Rows are so small that they need no miniature. Those of as many ranks follow one another in the same processes, as starting
-them takes as long as a proof. Needs what the extra dev installs, and one machine of 2 cores.
+Rows are so small that they need no miniature. Rows with equal numbers of ranks run one after another in the same
+processes, because starting the processes takes as long as a proof. Needs the packages of the extra dev, and one machine
+with 2 cores.
 
 Takes about a few seconds for each row.
 """

@@ -1,4 +1,4 @@
-"""Bugs that are put into the product (tests/prove/mutations): which a certificate finds, and where it points."""
+"""Bugs injected into the product (tests/prove/mutations): which ones a certificate finds, and where it points."""
 
 import tempfile
 import time

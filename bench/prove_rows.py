@@ -1,11 +1,13 @@
-"""The layouts and models that `python -m bench.prove` proves: every three settings meet, in every combination that the rules allow.
+"""The layouts and models of `python -m bench.prove`: every three settings meet in every allowed combination.
 
-Faults of layouts hide where a few settings meet (a split backward, a shared embedding and clipping, say), hardly ever where
-only all of twenty do. So a covering array of strength three, made by covertable, finds with some hundred rows what all
-combinations would take millions for. Rows drawn at random fill it up: they meet some fours as well.
+A fault of layouts usually needs a few settings together (for example a split backward, a shared embedding and
+clipping), and hardly ever all of twenty. So a covering array of strength three, made by covertable, finds with some
+hundred rows what all combinations would need millions for. Random rows are added, which also cover some combinations of
+four.
 
-What may stand together is asked of conf/check.py and train/loop/layout_check.py themselves. The rows lie in prove_rows.csv, as
-covertable takes four minutes for them; `python -m bench.prove --make-rows` writes them again after a change of SWITCHES.
+conf/check.py and train/loop/layout_check.py decide which settings may be combined. The rows are stored in
+prove_rows.csv, because covertable takes four minutes for them; `python -m bench.prove --make-rows` writes them again
+after a change of SWITCHES.
 """
 
 import contextlib

@@ -1,17 +1,20 @@
-"""Jobs that others have published and that can be laid out without tensor parallelism, each as the recipe that comes nearest.
+"""Published jobs of others that can run without tensor parallelism, each as the closest recipe.
 
-A source is a laboratory with one release of its software, as rows of one source err together. All but those marked force the experts
-to be balanced. Left out: jobs with tensor parallelism (Megatron-Bridge's 1024 H100, torchtitan's 256 B200), and those that drop tokens
-(Megatron-Bridge 25.09 on Blackwell).
+A source is a laboratory with one release of its software, because rows of one source have correlated errors. All jobs
+except the marked ones force balanced experts. Left out: jobs with tensor parallelism (Megatron-Bridge's 1024 H100,
+torchtitan's 256 B200), and jobs that drop tokens (Megatron-Bridge 25.09 on Blackwell).
 
-Megatron-Bridge: docs/performance-summary.md and -archive.md (all releases; DeepSeek-V3 and Kimi K2 on 256 devices, no other optimizer
-time than ours is assumed), layouts of src/megatron/bridge/perf_recipes, reruns and Moonlight of examples/model_verification_cards.
-Where it hides the exchange of experts behind the other direction, as from 26.06 on GB200 and GB300, the order is dualpipev, which does so
-here; else 1f1b or interleaved with its stages. From 26.06 on GB300 attention is in FP8, taken as twice as fast; there FP8 is MXFP8, for
-which the rates of DeepGEMM's form stand. Releases before 26.06 are taken to recompute what the recipes of 26.08 do.
-Automodel: docs/performance-summary.mdx of 2026-06; activation checkpoints are whole layers again; of 671B without MTP by its operations a
-token; FSDP is ZeRO 1 here; gradients that accumulate over several runs of the pipeline are as many steps.
-SimuMax: docs/b200/b200_release_v1.2_summary.md, eight B200, four layers (one of them dense) without MTP, by micro-batches of a rank.
+Megatron-Bridge: docs/performance-summary.md and -archive.md (all releases; DeepSeek-V3 and Kimi K2 on 256 devices; the
+optimizer time is assumed to be ours), layouts of src/megatron/bridge/perf_recipes, reruns and Moonlight of
+examples/model_verification_cards. If it hides the exchange of experts behind the other direction, as from 26.06 on
+GB200 and GB300, the schedule is dualpipev, which does so here; else 1f1b or interleaved with its stages. From 26.06 on
+GB300 attention is in FP8, assumed to be twice as fast; FP8 there is MXFP8, for which the rates of DeepGEMM's format are
+used. Releases before 26.06 are assumed to recompute the same as the recipes of 26.08.
+Automodel: docs/performance-summary.mdx of 2026-06; activation checkpoints are again whole layers; the 671B model has no
+MTP, according to its operations per token; FSDP is ZeRO 1 here; gradients accumulated over several runs of the pipeline
+count as separate steps.
+SimuMax: docs/b200/b200_release_v1.2_summary.md, eight B200, four layers (one of them dense) without MTP, by
+micro-batches of a rank.
 DeepSeek: ISCA paper 2505.09343, table 4, on 2048 H800.
 """
 

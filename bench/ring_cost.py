@@ -1,13 +1,14 @@
-"""What it costs to record all that a rank communicates, and to add up bits: events of a step times the cost of one, over its time.
+"""Cost of recording a rank's communication, and of summing bits: events per step x cost per event / step time.
 
     python -m bench.ring_cost [--calls 20000] [--runs FOLDER ...]
 
-The cost of one is the difference in CPU time between calls of a method of torch's groups with the recorder and without, where the method itself
-does nothing, so that no message and no other work is in it; the least of five rounds. Beside it stand those of an action of the pipeline and of a phase. For each run folder, from its
-rings and metrics.jsonl: events of a step of the rank that has most, median seconds of a step, and the share.
+The cost of an event is the difference in CPU time between calls of a method of torch's groups with and without the
+recorder. The method itself does nothing, so the difference contains no message and no other work; the minimum of five
+rounds counts. The costs of a pipeline action and of a phase are printed beside it. For each run folder, from its rings
+and metrics.jsonl: events per step of the rank with the most, median seconds of a step, and the share.
 
-The sum of the bits of a tensor (train/loop/hooks/replicas.py), of which log.replicas_every and log.state_every are made, costs so much for a
-call and so much for a byte.
+The sum of a tensor's bits (train/loop/hooks/replicas.py), on which log.replicas_every and log.state_every are based,
+has a cost per call and a cost per byte.
 
 Takes about 20 seconds.
 """

@@ -1,9 +1,9 @@
-"""Sides of a comparison of training speed: each is a set of processes of its own, one a rank, and they take turns.
+"""Sides of a speed comparison: each is a separate set of processes, one per rank, and the sides take turns.
 
-A side starts its ranks with one command line and finds RANK and WORLD_SIZE in its environment, as from torchrun, and in
-BENCH_STORE the init_method of its ranks' rendezvous. `serve` is the body of a rank: it takes one step, then as many as
-every line on its input asks for. Between two requests a rank waits for its input alone, so that sides whose turn it is
-not take no time from the one that works.
+A side starts its ranks with one command line. A rank finds RANK and WORLD_SIZE in its environment, as from torchrun,
+and in BENCH_STORE the init_method of its ranks' rendezvous. `serve` is the body of a rank: it takes one step, then as
+many as each line on its input asks for. Between two requests a rank only waits for input, so a waiting side takes no
+time from the working side.
 """
 
 import json

@@ -1,9 +1,11 @@
-"""Months of faults of a run, played against the real supervisor on nodes that exist only as numbers.
+"""Months of faults of a run, simulated with the real supervisor on nodes that exist only as numbers.
 
-    python -m bench.simulate [--faults trace|chance] [--spares 0,4,8,16] [--days DAYS] [--least-ep EP] [--json] [--step S] ... [key=value]
+    python -m bench.simulate [--faults trace|chance] [--spares 0,4,8,16] [--days DAYS] [--least-ep EP] [--json] [--step
+    S] ... [key=value]
 
-Without flags: 256 servers of the trace of a year (bench/outage_trace) with 0, 4, 8 and 16 spares, and 2,048 and 16,384 devices with faults by
-chance; with copies in memory, and some without. With overrides of a recipe its layout is simulated.
+Without flags: 256 servers of a one-year trace (bench/outage_trace) with 0, 4, 8 and 16 spares, and 2,048 and 16,384
+devices with faults by chance; with copies in memory, and some without. With overrides of a recipe its layout is
+simulated.
 
 Takes about 15 seconds a year of 256 servers.
 """

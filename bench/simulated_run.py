@@ -1,10 +1,13 @@
-"""A run on nodes that exist only as numbers: carries out what the real supervisor decides, and answers as agents and ranks would.
+"""A simulated run: carries out the real supervisor's decisions, and answers like agents and ranks.
 
-The clock goes in small steps where the supervisor waits for something, and jumps from one change to the next while all ranks train: the
-supervisor takes a jump for a time in which its own process was held up, and blames nobody. One rank speaks for all: they step together. What
-the supervisor tells is written down as its journal would be, and cluster/driver/time_split.py reads it.
+Its nodes exist only as numbers.
 
-A run that gave up is started again `Pace.relaunch` seconds later, once the whole layout has its nodes.
+The clock advances in small steps while the supervisor waits for something, and jumps from one change to the next while
+all ranks train. The supervisor takes a jump for a time in which its own process was held up, and blames no node. One
+rank represents all, because they step together. The supervisor's reports are recorded in the form of its journal, and
+cluster/driver/time_split.py reads them.
+
+A run that gave up is started again `Pace.relaunch` seconds after nodes for the whole layout are available.
 """
 
 import bisect

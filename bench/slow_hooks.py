@@ -1,4 +1,4 @@
-"""What makes a healthy run slow, which a callback of the recipe puts into its ranks: nothing of the product knows of it. See bench/slow_runs.py."""
+"""Slow operations that a callback of the recipe puts into the ranks of a healthy run; see bench/slow_runs.py."""
 
 import os
 import signal

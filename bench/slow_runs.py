@@ -1,11 +1,13 @@
-"""Healthy runs that are slow: does each end well, or is it taken for one that hangs?
+"""Healthy but slow runs: does each end well, or is it mistaken for a hanging run?
 
     python -m bench.slow_runs [--only NAME ...] [--at-once 4] [--out slow_runs.json]
 
-A tiny model trains on this machine, under the driver of one machine (`local`), as torchrun starts its ranks (`torchrun`), or on a Ray of its own
-(`ray`), with the limits that a recipe has by itself. One thing takes long, once, on one rank or on all (bench/slow_hooks.py): the first step, a
-batch, a step, a validation, a save in the middle of the run, the last one, the one after SIGTERM, a callback, a sample of text, weights for others. Some report pieces of
-their work meanwhile, some are silent. A run that ends as it would without the pause, with its last step saved, is right. Warnings are counted, and cost nothing.
+A tiny model trains on this machine, under the driver of one machine (`local`), as torchrun starts its ranks
+(`torchrun`), or on its own Ray (`ray`), with the default limits of a recipe. One operation takes long, once, on one
+rank or on all (bench/slow_hooks.py): the first step, a batch, a step, a validation, a save in the middle of the run,
+the last save, the save after SIGTERM, a callback, a sample of text, or published weights. Some report progress
+meanwhile, some are silent. A run is right if it ends as it would without the pause, with its last step saved. Warnings
+are counted, and are no failure.
 
 Takes about 20 minutes.
 """

@@ -1,4 +1,4 @@
-"""Seconds from a command to what it is for, as a user waits for them, with caches warm.
+"""Seconds from a command to its result, as a user waits for them, with warm caches.
 
     python -m bench.startup [--rounds 5] [--out startup.json] [OVERRIDE ...]
 
@@ -6,8 +6,8 @@
     help          `python -m train --help`
     error         `python -m train modle.layers=4`, to its message
 
-Commands take turns; the first round, which fills caches (tokenizer, tokens, Python's own), is not counted. Prints medians
-and ranges beside the targets. Run folders lie in a temporary one.
+Commands take turns; the first round, which fills caches (tokenizer, tokens, Python's own), does not count. Prints
+medians and ranges beside the targets. Run folders are in a temporary folder.
 
 Takes about 2 minutes.
 """

@@ -1,21 +1,21 @@
-"""torchtitan's DeepSeek-V3 as a peer on CPU: an environment of its own from the package registry, and a training step.
+"""torchtitan's DeepSeek-V3 as a peer on CPU: a separate environment from the package registry, and a training step.
 
-The environment adds torchtitan and what it needs to the torch of this one, so that both sides run the same torch. Its
-Trainer wants CUDA, so the step is written here around its model; two changes let that run on CPU:
+The environment adds torchtitan and its requirements to this environment's torch, so that both sides run the same torch.
+Its Trainer requires CUDA, so the step is written here around its model. Two changes let the step run on CPU:
 
-    attention   flex attention has no backward on CPU; torchtitan's own ScaledDotProductAttention takes its place
-    precision   in bf16 weights are so as a whole (torchtitan's fp32 weights with casts in every step would cost more)
+    attention   flex attention has no backward on CPU; torchtitan's own ScaledDotProductAttention replaces it
+    precision   with bf16, whole weights are bf16 (torchtitan's fp32 weights with casts in every step would cost more)
 
 Over several ranks (`build_ranks_step`) its own functions spread the model: parallelize_deepseekv3 (FSDP2 with expert
-parallelism) and pipeline_llm with 1F1B. Weights are as it trains by default: fp32 shards, gathered and used in bf16 (or in fp32), gradients
-reduced in fp32. It does not have a CPU in mind, and expects a newer torch than 2.13; to run here
+parallelism) and pipeline_llm with 1F1B. Weights follow its training defaults: fp32 shards, gathered and used in bf16
+(or in fp32), gradients reduced in fp32. It is not designed for CPUs, and expects a newer torch than 2.13. To run here:
 
-    device      the device type it finds is said to be cpu (it takes cuda where torch finds no accelerator)
+    device      the detected device type is set to cpu (it assumes cuda if torch finds no accelerator)
     gloo        FSDP2 sums gradients with SUM (set_force_sum_reduction_for_comms): gloo has no PREMUL_SUM
-    layout      spmd_backend is partial_dtensor: FSDP2 of torch 2.13 does not know the annotations of its default, spmd_types
-    pipeline    schedules get a whole batch and cut it, as torch 2.13's do not take the micro-batches that its Trainer makes
+    layout      spmd_backend is partial_dtensor: FSDP2 of torch 2.13 lacks the annotations of its default, spmd_types
+    pipeline    schedules get a whole batch and cut it, because torch 2.13's do not take its Trainer's micro-batches
 
-Optimizer: torch's fused AdamW, as torchtitan's own default.
+Optimizer: torch's fused AdamW, torchtitan's own default.
 """
 
 import importlib.util

@@ -1,10 +1,11 @@
-"""Memory traffic, launches and waits of DeepSeek-V3's layers on a GPU, line by line, counted without one.
+"""Memory traffic, launches and waits of DeepSeek-V3's layers on a GPU, line by line, counted without a GPU.
 
     python -m bench.traffic [--precision fp8] [--kind moe] [--dispatch node_limited] [--rows 20]
 
-Builds the layers at full width, 4096 tokens, forward and backward, on the stand-in for a GPU of tests/ghost, and prints what each moves
-outside products and attention, in milliseconds at 3 TB/s: in all, and the largest items by line of this project or by the name of
-our kernel. Nothing is computed, so these are counts and no times. Needs a CUDA build of torch (.ci/gpu says how to get one).
+Builds the layers at full width, 4096 tokens, forward and backward, on the simulated GPU of tests/ghost. Prints each
+layer's memory traffic outside matmuls and attention, in milliseconds at 3 TB/s: the total, and the largest items by
+line of this project or by the name of our kernel. Nothing is computed, so these are counts, not times. Needs a CUDA
+build of torch (.ci/gpu says how to get one).
 
 Takes about 10 seconds.
 """

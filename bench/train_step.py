@@ -1,19 +1,19 @@
-"""A training step of ours beside those of transformers and torchtitan, in one run.
+"""Our training step beside those of transformers and torchtitan, in one run.
 
-The same sizes, threads and tokens on all sides; forward, backward, clipping to norm 1, AdamW. Nobody recomputes, and nobody
-has MTP unless --mtp asks for it, which transformers cannot. Products are in the dtype, bf16 or fp32, in which a side is
-faster here in a few short turns, unless --dtype names one for all: a CPU without instructions for bf16 can take minutes for a step of a
-peer's that it does in seconds in fp32. The optimizers are not equal: with bf16
-ours keeps and updates fp32 weights beside the bf16 ones, as the paper does, and the peers' weights and moments are bf16
-alone. That favours the peers in time and memory, most where a step has few tokens for its parameters (shape v3).
+The same sizes, threads and tokens on all sides; forward, backward, clipping to norm 1, AdamW. No side recomputes, and
+no side has MTP unless --mtp asks for it, which transformers does not support. Each side runs its matmuls in bf16 or
+fp32, whichever is faster here in a few short rounds, unless --dtype sets one for all: a CPU without bf16 instructions
+can take minutes for a peer's step that takes seconds in fp32. The optimizers are not equal: with bf16, ours keeps and
+updates fp32 weights beside the bf16 ones, as in the paper, while the peers' weights and moments are only bf16. That
+favours the peers in time and memory, most if a step has few tokens for its parameters (shape v3).
 
-Each side is a process of its own, set up as its users run it (ours tunes the allocator at start, transformers takes its
-default experts; for torchtitan see bench/torchtitan_peer.py), and they take turns, so that the noise of the machine falls
-on all. Prints medians, the ratio of ours to each, its range over the rounds, and the ratio of CPU seconds of a step, which other
-work on the machine disturbs less. A peer that cannot run is
-named with the reason.
+Each side is a separate process, set up as its users run it (ours tunes the allocator at start, transformers uses its
+default experts; for torchtitan see bench/torchtitan_peer.py). The sides take turns, so that machine noise affects all.
+Prints medians, the ratio of ours to each, its range over the rounds, and the ratio of CPU seconds of a step, which
+other work disturbs less. A peer that cannot run is named with the reason.
 
-    python -m bench.train_step [--threads 2] [--dtype best|bf16|fp32] [--rounds 7] [--shape debug|v3|tiny] [--length 512] [--mtp]
+    python -m bench.train_step [--threads 2] [--dtype best|bf16|fp32] [--rounds 7] [--shape debug|v3|tiny] [--length
+    512] [--mtp]
 
 Takes about 2 minutes.
 """

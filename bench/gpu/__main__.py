@@ -1,15 +1,16 @@
-"""What Sluice does on this GPU: every check and every time that needs a card.
+"""Test Sluice on this GPU: every check and every timing that needs a card.
 
     python -m bench.gpu [--part NAME ...] [--minutes MINUTES] [--out FOLDER]
 
-Takes about 15 minutes at most, and 17 with `--minutes 17`, which has room for the last two parts. It says before it starts which parts it leaves out. Writes gpu.json
-(verdict.schema.json describes it) and gpu.html, one page to read and to send back. Every line passes, fails, or was not
-tried with the reason; the exit code is 1 if any fails. The parts:
+Takes about 15 minutes at most, and 17 with `--minutes 17`, which leaves room for the last two parts. Before it starts,
+it says which parts it leaves out. Writes gpu.json (verdict.schema.json describes it) and gpu.html, one page to read and
+to send back. Every line passes, fails, or was not tried with the reason; the exit code is 1 if any line fails. The
+parts:
 
 PARTS
-Every part has processes and time of its own, so that a crash or a hang takes one check with it. Without a GPU it is a dry
-check, which says so: the same code compares torch's operations on the CPU, in the place of the GPU's, with the CPU's
-compiled code, at small sizes.
+Every part has its own processes and time limit, so that a crash or a hang affects only one check. Without a GPU it is a
+dry check, and says so: the same code compares torch's CPU operations, instead of the GPU's, with the CPU's compiled
+code, at small sizes.
 """
 
 import argparse

@@ -1,6 +1,6 @@
-"""Several cards joined by NCCL: does every layout give the losses of one rank, and what do links and exchanges reach?
+"""Several cards joined by NCCL: does every layout give the losses of one rank, and how fast are links and exchanges?
 
-Each rank has a card of its own. An error of NCCL fails its line. With one card nothing of this is tried.
+Each rank has its own card. An NCCL error fails its line. With one card, none of this is tried.
 """
 
 import tempfile

@@ -1,9 +1,9 @@
-"""One part in a process of its own:  python -m bench.gpu.child PART DEVICE FILE
+"""One part in its own process:  python -m bench.gpu.child PART DEVICE FILE
 
-FILE gets one JSON object a line: first the names of all checks, then every check as it begins and its line when it is done.
-Checks that have a line there already are left out, so that a process can go on where another one died. A check that takes
-longer than its limit ends the process, and faulthandler prints where it hung; so does an error that leaves the CUDA context
-unusable.
+FILE gets one JSON object per line: first the names of all checks, then every check when it begins, and its line when it
+is complete. Checks that already have a line in FILE are left out, so a new process can continue after another one died.
+A check that takes longer than its limit ends the process, and faulthandler prints where it hung. An error that makes
+the CUDA context unusable ends the process too.
 """
 
 import faulthandler

@@ -1,10 +1,10 @@
 """When two results of the same arithmetic are equal enough.
 
-Each comparison has three sides that start from equal values: the device, the CPU in the same format, and the CPU in fp32.
-How far the second is from the third is what the format costs; the device may be FACTOR times as far from the CPU. Two roundings
-that have nothing to do with each other are the square root of 2 apart; the rest is chance, in small tensors above all: two
-implementations on one CPU were up to 1.9 apart in one of the 148 tensors of a step of `tiny`.
-What is wrong (a scale, a row, a sign, a missing sum) shows as many times that.
+Each comparison has three sides that start from equal values: the device, the CPU in the same dtype, and the CPU in
+fp32. The distance between the two CPU results is the error of the dtype. The device may be FACTOR times as far from the
+CPU. Two independent roundings differ by a factor of the square root of 2; the rest is chance, above all in small
+tensors: two implementations on one CPU differed by a factor of up to 1.9 in one of the 148 tensors of a step of `tiny`.
+A real error (a scale, a row, a sign, a missing sum) shows as many times that.
 """
 
 from collections.abc import Callable, Sequence

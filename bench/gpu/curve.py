@@ -1,9 +1,9 @@
-"""Sixty steps of `tiny` with `python -m train`, as a user starts it, on the device and on the CPU; losses side by side.
+"""Sixty steps of `tiny` with `python -m train` on the device and on the CPU; losses side by side.
 
-Both runs go on from a checkpoint that the CPU wrote after one step, since a GPU draws other weights from the same seed, and
-have the same batches. Roundings differ from the first step on, and training makes differences
-larger: two runs in bf16 that sum in another order were up to 1.2 % apart (train/docs/fp8.md). Losses are smoothed as in the
-paper's appendix B.1 before they are compared.
+Both runs continue from a checkpoint that the CPU wrote after one step, because a GPU draws other weights from the same
+seed. Both have the same batches. Roundings differ from the first step on, and training amplifies differences: two bf16
+runs that sum in another order differed by up to 1.2 % (train/docs/fp8.md). Losses are smoothed as in the paper's
+appendix B.1 before the comparison.
 """
 
 import atexit

@@ -1,4 +1,4 @@
-"""What is installed, what the device is and how fast it is at what the other parts compare with."""
+"""Installed software, the device, and the speed of the reference operations of the other parts."""
 
 import importlib.util
 import os

@@ -1,14 +1,15 @@
-"""Repair of Triton's CPU interpreter.
+"""Repairs Triton's CPU interpreter.
 
 The interpreter of triton 3.6 to 3.9 loses the carry out of the mantissa when it casts fp32 to FP8 (124.3 becomes 64
-instead of 128), and truncates when it casts to bf16, so torch does these casts here as hardware does them: nearest,
-ties to even, FP8 saturating. It multiplies the bits of bf16 matrices as if they were values, so they are widened before. It refuses assembly: an empty one,
-which only holds an order, gives what it takes. That of triton 3.6, which torch 2.11 brings, takes the bounds of a loop from arrays of one
-element, which numpy 2.4 refuses.
+instead of 128), and truncates when it casts to bf16. So torch does these casts here as hardware does them: nearest,
+ties to even, FP8 saturating. The interpreter multiplies the bits of bf16 matrices as if they were values, so they are
+widened before. It rejects inline assembly; an empty assembly, which only enforces an order, here returns its argument.
+The interpreter of triton 3.6, which torch 2.11 brings, takes loop bounds from arrays of one element, which numpy 2.4
+rejects.
 
-Half of its time goes into three habits that change no result, and which it loses here: it prepares Triton's language anew for every call of a
-function, finds out whether whole numbers overflow and drops the answer (it asserts only where its option `debug` is on), and makes a table of
-numpy's types to look one up.
+Half of its time goes into three habits that change no result and are removed here. It prepares Triton's language anew
+for every call of a function. It checks whole numbers for overflow and drops the answer (it asserts only with its option
+`debug`). It builds a table of numpy's types to look up one type.
 """
 
 from collections.abc import Callable

@@ -1,8 +1,8 @@
-"""Every piece of a step that a GPU computes with code of its own, against the CPU.
+"""Every operation of a step for which the GPU has custom code, against the CPU.
 
-Quantisers must agree in every bit. Products of quantised operands are held to the same operands multiplied in fp32. All else
-is compared as bench/gpu/compare.py says. Without a GPU our Triton kernels run in Triton's interpreter where it is
-installed; products in FP8 are not tried.
+Quantisers must agree in every bit. GEMMs of quantised operands are compared with the same operands multiplied in fp32.
+Everything else is compared as described in bench/gpu/compare.py. Without a GPU, our Triton kernels run in Triton's
+interpreter if it is installed; FP8 GEMMs are not tried.
 """
 
 import importlib.util

@@ -1,7 +1,7 @@
 """One layer of DeepSeek-V3 alone on a device: built, timed, measured, and watched for waits.
 
-The layer is the trainer's own chunk of one block with its own precision, and gradients that add up in fp32, as from the
-second micro-batch of a step on. As one rank of 64 it has four experts, and what other ranks would send to them is made up
+The layer is the trainer's own chunk of one block with its own precision, and gradients that accumulate in fp32, as from
+the second micro-batch of a step on. As one rank of 64 it has four experts; the data of other ranks is simulated
 (parallel/expert/stand_in.py).
 """
 

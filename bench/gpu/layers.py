@@ -1,14 +1,16 @@
-"""Layers of DeepSeek-V3 at full width, forward and backward: times, memory, kernels by class, beside the published trace.
+"""Layers of DeepSeek-V3 at full width, forward and backward: times, memory, kernels, beside the published trace.
 
-One dense layer and one of experts (4 of 256 on this GPU, as with 64 expert-parallel ranks), one sequence of 4096 tokens,
-hidden 7168, recomputation as in the recipe, node-limited dispatch. There are no other ranks: instead of the all-to-all
-the dispatcher makes up the rows that a balanced group would send, a copy in this GPU's memory.
+One dense layer and one expert layer (4 of 256 experts on this GPU, as with 64 expert-parallel ranks), one sequence of
+4096 tokens, hidden 7168, recomputation as in the recipe, node-limited dispatch. There are no other ranks: instead of
+the all-to-all, the dispatcher copies local rows to simulate those that a balanced group would send.
 
 Times are medians by CUDA events; backward whole, and its two halves, inputs and weights, as zbv and dualpipev run them.
-Operations as in train/model/count.py, without what is recomputed; shares of the rate of this card's own large bf16
-products, measured here; MFU against the maker's figure. DeepSeek's trace (profile-data) differs: an H800 whose compute
-kernels had 112 of its 132 SMs, FP8, the forward of one micro-batch overlapped with the backward of another, and its wall
-time hides an all-to-all over 64 GPUs that is absent here. Without a GPU widths are divided by SHRINK.
+Operations as in train/model/count.py, without recomputation. Shares refer to this card's own rate of large bf16
+matmuls, measured here; MFU refers to the maker's figure.
+
+DeepSeek's trace (profile-data) differs: an H800 whose compute kernels had 112 of its 132 SMs, FP8, the forward of one
+micro-batch overlapped with the backward of another; and its wall time hides an all-to-all over 64 GPUs, which is absent
+here. Without a GPU, widths are divided by SHRINK.
 """
 
 import gc

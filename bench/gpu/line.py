@@ -1,4 +1,4 @@
-"""What a check is and what it finds: a line that passes, fails, or was not tried, with the reason."""
+"""A check and its result: a line that passes, fails, or was not tried, with the reason."""
 
 import math
 import time

@@ -1,4 +1,4 @@
-"""What the checks run on: a CUDA device, or in a dry check the CPU."""
+"""The device of the checks: a CUDA device, or in a dry check the CPU."""
 
 import os
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
-"""Memory beside the plan: one rank of a job alone on the device (`mode=dry_run`), its peaks and what it holds all the time.
+"""Memory beside the plan: one rank of a job alone on the device (`mode=dry_run`), its peaks and permanent memory.
 
-A job's rank runs at full width, with as many of its layers as the device holds; without a GPU widths are divided.
+A job's rank runs at full width, with as many of its layers as the device holds; without a GPU, widths are divided.
 """
 
 import json

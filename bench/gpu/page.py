@@ -1,4 +1,4 @@
-"""The page that a person reads and sends back: one HTML file that needs nothing beside itself."""
+"""The page that a person reads and sends back: one self-contained HTML file."""
 
 from html import escape
 

@@ -1,4 +1,4 @@
-"""The parts of the command: their names, what they are about, their time, and where their checks are."""
+"""The parts of the command: their names, their subjects, their time, and the modules of their checks."""
 
 import importlib
 from collections.abc import Callable, Iterable

@@ -1,9 +1,9 @@
-"""A whole training step beside torchtitan's and transformers', and FP8 layers beside TransformerEngine's, on one device.
+"""A training step beside torchtitan's and transformers', and FP8 layers beside TransformerEngine's, on one GPU.
 
-The same sizes and tokens in bf16 on all sides; forward, backward, clipping to norm 1, AdamW; nobody recomputes. torchtitan's
-blocks are compiled, as it recommends on a GPU. Ours keeps and updates fp32 weights beside the bf16 ones, as the paper does;
-the peers' weights and moments are bf16 alone, which favours them in time and memory. Each side runs alone, one after the
-other, in a process of its own (bench/sides.py).
+The same sizes and tokens in bf16 on all sides; forward, backward, clipping to norm 1, AdamW; no side recomputes.
+torchtitan's blocks are compiled, as it recommends on a GPU. Our side keeps and updates fp32 weights beside the bf16
+ones, as in the paper; the peers' weights and moments are only bf16, which favours them in time and memory. The sides
+run one after another, each in its own process (bench/sides.py).
 """
 
 import importlib.util

@@ -1,7 +1,8 @@
 """Time of a layer's kernels by class, from torch's profiler. On a CPU: of torch's operations.
 
-Forward and the two halves of a split backward are profiled apart, so that a product's place says what it is for: all
-products of the second half are gradients of weights. Classes go by the names of kernels; what no pattern knows is `rest`.
+Forward and the two halves of a split backward are profiled separately, so that the phase shows the purpose of a GEMM:
+all GEMMs of the second half compute gradients of weights. Kernel names decide the class; names without a pattern are
+`rest`.
 """
 
 import re

@@ -1,10 +1,11 @@
-"""A rank that takes a few whole steps of a recipe and writes what it found, as one process of a comparison.
+"""A rank that takes a few whole steps of a recipe and writes its results, as one process of a comparison.
 
-    python -m bench.gpu.rank TASK OUT        with RANK, WORLD_SIZE and, for several ranks, BENCH_STORE in the environment
+    python -m bench.gpu.rank TASK OUT        with RANK, WORLD_SIZE and, for several ranks, BENCH_STORE in the
+    environment
 
 The step is the trainer's own: pipeline, DeepSpeed's engine, AdamW. Every layout gets the same random tokens for a step,
-drawn for the whole batch. OUT gets losses of every step (of ranks with the head), gradient norms and, where asked for, the
-gradients and the update of the fp32 weights of the first step.
+drawn for the whole batch. OUT gets the losses of every step (from ranks with the head), gradient norms and, on request,
+the gradients and the update of the fp32 weights in the first step.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Several ranks on one card: does every layout give the losses of one rank on it?
 
-NCCL takes one rank a card (bench/gpu/cards.py tries it where there are several). So tensors pass through the host (bench/gpu/staged.py); model, dispatch,
-pipelines and ZeRO run on the card as in a job, all processes side by side.
+NCCL takes one rank per card (bench/gpu/cards.py tries it if there are several cards). So tensors pass through the host
+(bench/gpu/staged.py); model, dispatch, pipelines and ZeRO run on the card as in a job, in parallel processes.
 """
 
 import tempfile

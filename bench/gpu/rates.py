@@ -1,6 +1,6 @@
-"""Rates of products at DeepSeek-V3's shapes, bf16 and FP8, beside DeepGEMM's own figures; of our quantisers; of FP8 layers.
+"""Rates of GEMMs at DeepSeek-V3's shapes, beside DeepGEMM's own figures; of our quantisers; of FP8 layers.
 
-Published: DeepGEMM's README of March 2025, H800, 1x128 by 128x128, bf16 out. Without a GPU nothing of this is tried.
+Published: DeepGEMM's README of March 2025, H800, 1x128 by 128x128, bf16 out. Without a GPU, none of this is tried.
 """
 
 from collections.abc import Callable

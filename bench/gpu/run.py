@@ -1,7 +1,7 @@
-"""A part, run to its end or to the end of its time, whatever becomes of its processes.
+"""Runs a part to its end or to the end of its time, even if its processes die.
 
-A process that dies takes one check with it: that line fails with what the process said, and a new process goes on with the
-next check while there is time.
+A dying process affects only one check: that line fails with the process's last output, and a new process continues with
+the next check while there is time.
 """
 
 import contextlib

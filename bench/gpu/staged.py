@@ -1,7 +1,7 @@
-"""Process groups for several ranks on one GPU, which NCCL refuses: tensors pass through the host, and gloo moves them there.
+"""Process groups for several ranks on one GPU, which NCCL rejects: gloo transfers tensors through the host.
 
-Every exchange starts when it is called, on copies, and its results are written to the GPU when it is waited for. All that a
-step does on the GPU is thus real; of exchanges only NCCL and the links between cards are not.
+Every exchange starts when it is called, on copies, and its results are written to the GPU when it is waited for. So all
+GPU work of a step is real; only NCCL and the links between cards are missing.
 """
 
 import torch

@@ -1,7 +1,7 @@
 """One whole step, the device beside the CPU: of `tiny`, and of a layer of DeepSeek-V3 at full width.
 
-`tiny` runs as a rank of its own process (bench/gpu/rank.py) with the trainer's pipeline, DeepSpeed and AdamW. The layer is
-dense or has eight experts, of which a token takes four: all widths are DeepSeek-V3's, and no dispatch is made up.
+`tiny` runs as a rank in its own process (bench/gpu/rank.py) with the trainer's pipeline, DeepSpeed and AdamW. The layer
+is dense or has eight experts, four of them per token: all widths are DeepSeek-V3's, and the dispatch is real.
 """
 
 import tempfile

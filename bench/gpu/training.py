@@ -1,7 +1,7 @@
-"""The first steps of `python -m train conf=tiny`, as a user starts them, in bf16 and FP8, and a resume from a checkpoint.
+"""The first steps of `python -m train conf=tiny` in bf16 and FP8, and a resume from a checkpoint.
 
-`mode=plan` comes first, so that the plan's memory stands beside the run's. The resume is held bit by bit: with cluster.deterministic a run that goes on from
-a checkpoint has the losses and gradient norms of one that never stopped.
+`mode=plan` runs first, so that the plan's memory can be compared with the run's. The resume must be bitwise equal: with
+cluster.deterministic, a resumed run has the losses and gradient norms of an uninterrupted run.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The whole of what was found, as it is written to gpu.json; verdict.schema.json describes the file."""
+"""All results, as written to gpu.json; verdict.schema.json describes the file."""
 
 import importlib.util
 import os

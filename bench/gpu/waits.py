@@ -1,7 +1,7 @@
-"""Where the host waits for the GPU, and how many operations it gives to it, in one forward and backward of a layer.
+"""Where the host waits for the GPU, and how many operations it launches, in one forward and backward of a layer.
 
-The counts to stand beside were made without a GPU, on a stand-in for the driver that counts calls: a wait in a row of a
-table there is one more round trip here, and a launch costs the host some 4.5 us.
+The reference counts were made without a GPU, on a simulated driver that counts calls. Each wait in a row of a table
+costs one more round trip here, and each launch costs the host some 4.5 us.
 """
 
 from functools import partial

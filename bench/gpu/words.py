@@ -1,4 +1,4 @@
-"""Errors and last words of processes in one line that names no folder of the machine."""
+"""Errors and last output of processes in one line that names no folder of the machine."""
 
 import re
 import signal
