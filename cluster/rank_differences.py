@@ -202,7 +202,9 @@ def first_change(
         return _common(one) == _common(other) and one.peer == other.peer
 
     def matches(i: int, j: int) -> int:
-        """For how long the present from i on does what the past did from j on; at the same place of the program counts twice."""
+        """Return how many records of `now` from i on equal those of `before` from j on; a record from the same place
+        counts twice.
+        """
         count = 0
         for one, other in zip(now[i:], before[j:], strict=False):
             if not alike(one, other):
@@ -233,7 +235,9 @@ def first_change(
 
 
 def _odd_messages(traces: Mapping[int, RankTrace]) -> list[tuple[float, tuple[int, CommRecord, int, CommRecord]]]:
-    """Sends whose receive, of the same number, has another size or type: when the later of both began, and both."""
+    """Return sends whose receive with the same number has another size or type: the later start time of both, and
+    both records.
+    """
     sends = {
         (record.group.name, rank, record.peer, record.seq): record
         for rank, trace in traces.items()
@@ -252,7 +256,7 @@ def _odd_messages(traces: Mapping[int, RankTrace]) -> list[tuple[float, tuple[in
 def _blame_message(
     traces: Mapping[int, RankTrace], sender: int, sent: CommRecord, receiver: int, received: CommRecord
 ) -> Judgement:
-    """Who of the two ends of a message is wrong."""
+    """Name the wrong end of a message."""
     changed = {
         rank: found
         for rank, record in ((sender, sent), (receiver, received))

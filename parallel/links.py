@@ -1,8 +1,9 @@
-"""Tries the links between ranks on GPUs before data are prepared, with the transfers of a step: a slow or dead one is named by its ends.
+"""Tests the links between GPU ranks before data preparation, with the transfers of a step; names slow or dead links.
 
-Each rank exchanges rows with one other at a time: with every neighbour on its node, then with the rank of its place on the neighbouring nodes.
-So a time belongs to one link, and all links of a kind are tried at once, as a step uses them. Then the run's own groups sum (all-reduce) and exchange rows
-(all-to-all). What comes is checked. A transfer that has no end in LINK_PATIENCE raises an error with both ends.
+Each rank exchanges rows with one other rank at a time: with every neighbour on its node, then with the rank of the same
+index on the neighbouring nodes. So a time belongs to one link, and all links of a kind are tested at once, as a step
+uses them. Then the run's own groups run an all-reduce and an all-to-all. Received bytes are checked. A transfer that
+does not end within LINK_PATIENCE raises an error that names both ends.
 """
 
 import socket
@@ -21,11 +22,11 @@ from parallel.exchange import gather
 from parallel.mesh import Mesh
 
 TRIED_BYTES = 64 << 20
-"""Size of a message: long enough that a GPU's link reaches its rate."""
+"""Size of a message: large enough that a GPU's link reaches its full rate."""
 LINK_ROUNDS = 5
-"""Timed exchanges of a pair or group, after one that opens the connection."""
+"""Timed exchanges per link or group, after one that opens the connection."""
 LINK_PATIENCE = 60.0
-"""Seconds for one exchange; to open connections takes some."""
+"""Seconds allowed for one exchange; opening connections takes some of them."""
 SLOW_LINK = 0.5
 """Share of the expected rate, or of the median of all links of its kind, below which a link is slow."""
 NAMED_LINKS = 5
@@ -36,7 +37,7 @@ Pair = tuple[int, int]
 
 @dataclass(frozen=True)
 class LinkRate:
-    """What one link or one group reached."""
+    """Measured rate of one link or one group."""
 
     kind: str
     """inside (a node), across (nodes), all-reduce or all-to-all."""
@@ -46,7 +47,7 @@ class LinkRate:
 
 
 def rounds_of_pairs(world: int, local: int) -> Iterator[tuple[str, list[Pair]]]:
-    """Rounds in which every rank has one partner at most. local: ranks of a node, which follow each other."""
+    """Yield rounds in which every rank has at most one partner. local: ranks per node, with consecutive numbers."""
     nodes = world // local
     for matching in _matchings(local):
         yield "inside", [(node * local + a, node * local + b) for node in range(nodes) for a, b in matching]
@@ -55,7 +56,7 @@ def rounds_of_pairs(world: int, local: int) -> Iterator[tuple[str, list[Pair]]]:
 
 
 def _matchings(count: int) -> Iterator[list[Pair]]:
-    """The links of a ring, each in one of two or three rounds."""
+    """Yield the links of a ring, split into two or three rounds."""
     ring = [(one, (one + 1) % count) for one in range(count if count > 2 else count - 1)]
     for part in (ring[0 : count - count % 2 : 2], ring[1::2], ring[count - 1 :] if count % 2 and count > 2 else []):
         if part:
@@ -70,9 +71,11 @@ def try_links(
     size: int = TRIED_BYTES,
     patience: float = LINK_PATIENCE,
 ) -> tuple[list[str], list[LinkRate]]:
-    """Names of all ranks by host and device, and what each link and this layout's groups reach. Collective over all ranks.
+    """Return the names of all ranks by host and device, and the rates of each link and of this layout's groups.
+    Collective over all ranks.
 
-    facts: of the run's dispatch. local: ranks of a node. Raises RuntimeError for a link on which nothing or something wrong arrives.
+    facts: of the run's dispatch. local: ranks per node. Raises RuntimeError for a link on which nothing or wrong data
+    arrives.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     everyone = gather([f"{socket.gethostname()} {device} (rank {rank})", local])
@@ -95,7 +98,7 @@ def try_links(
             if is_other(came, other & 0xFF):
                 raise RuntimeError(f"a wrong link: {names[rank]} gets other bytes than {names[other]} sends")
             found += [LinkRate(kind, mine, rate)] * (rank == mine[0])
-        gather(None)  # ranks without a partner wait, so that each round has its links to itself
+        gather(None)  # ranks without a partner wait, so that no other round uses the links
     hops = [mesh.intra_group, mesh.inter_group] if facts.by_nodes else [] if facts.needs_gpu else [mesh.ep_group]
     for kind, group in (("all-reduce", mesh.stage_group), *(("all-to-all", hop) for hop in hops)):
         ranks = dist.get_process_group_ranks(group)
@@ -118,12 +121,14 @@ def try_links(
 
 
 def is_other(came: Tensor, expected: int) -> bool:
-    """Whether a byte is not what was sent. Waits for the device."""
+    """Whether any byte differs from the expected value. Waits for the device."""
     return bool(came.ne(expected).any())
 
 
 def notes_on_links(names: list[str], found: list[LinkRate], expected: dict[str, Rate]) -> list[str]:
-    """What a person hears: the rates by kind beside those of the hardware file, and every slow link by its ends."""
+    """Return notes for the user: the rates by kind beside those of the hardware file, and the ends of every slow
+    link.
+    """
     said, slow = [], []
     for kind in dict.fromkeys(one.kind for one in found):
         rates = sorted(one.bytes_per_second for one in found if one.kind == kind)
@@ -142,7 +147,7 @@ def notes_on_links(names: list[str], found: list[LinkRate], expected: dict[str, 
 
 
 def _seconds(exchange: Callable[[], None]) -> float:
-    """The least of several, each waited for."""
+    """Return the minimum time of several exchanges, each waited for."""
     exchange()
     best = float("inf")
     for _ in range(LINK_ROUNDS):
@@ -153,7 +158,9 @@ def _seconds(exchange: Callable[[], None]) -> float:
 
 
 def _wait(works: list[dist.Work], device: torch.device, patience: float, who: str) -> None:
-    """Until all of it is there, but no longer than patience: NCCL's own wait holds the device and not the host."""
+    """Wait until all works are complete, at most `patience` seconds: NCCL's own wait blocks the device, not the
+    host.
+    """
     deadline = time.monotonic() + patience
     try:
         if device.type == "cpu":

@@ -20,14 +20,16 @@ Parameters = ParamSpec("Parameters")
 _Launched = TypeVar("_Launched")
 constexpr = Any if TYPE_CHECKING else tl.constexpr
 COMPILED: list[str] = []
-"""Kernels that this process has compiled, or read from Triton's cache, with what each is for; one that comes in mid-run held its step up."""
+"""Kernels that this process has compiled or read from Triton's cache, with their specialisation; a kernel that
+appears during a run delayed its step.
+"""
 
 
 def _note_compiled(*, repr: str, **_: Any) -> None:
     COMPILED.append(repr)
 
 
-if knobs.runtime.jit_post_compile_hook is None:  # whoever set it watches on his own
+if knobs.runtime.jit_post_compile_hook is None:  # a hook set by other code stays in place
     knobs.runtime.jit_post_compile_hook = _note_compiled
 
 
