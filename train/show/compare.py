@@ -1,7 +1,7 @@
-"""Several runs on one page: how their settings differ, how each ended, and their curves over each other.
+"""Compares several runs on one page: settings that differ, final results, and overlaid curves.
 
-`mode=report name=SWEEP` compares the jobs of a sweep, `mode=report 'name=[a,b,c]'` any runs. Curves lie over tokens, as steps
-of runs with different batches are different work.
+`mode=report name=SWEEP` compares the jobs of a sweep, `mode=report 'name=[a,b,c]'` any runs. The x axis is tokens,
+because runs with different batch sizes do different work per step.
 """
 
 import html
@@ -37,7 +37,7 @@ from train.show.series import Series, last, median, read_series, tail_mean
 
 COMPARISON_PAGE, OF_A_SWEEP = "comparison.html", "sweep.html"
 WHERE_IT_LIES = ("name", "runs", "resume")
-"""Settings that say which run it is, not what it does."""
+"""Settings that identify or locate a run and do not change its training."""
 DASHES = ("solid", "dash", "dot", "dashdot")
 UNITS = {metric.name: metric.unit for metric in SCALARS}
 DRAWN = (
@@ -48,28 +48,30 @@ DRAWN = (
     ("max_vio_running", "Imbalance of the mean load", "MaxVio of the mean load of about 100 steps; 0 is even."),
     ("lr", "Learning rate", "What the schedules say."),
 )
-"""Metric, title and what to look for."""
+"""Metric, title, and advice on reading the figure."""
 
 
 @dataclass(frozen=True)
 class RunToCompare:
     name: str
     settings: dict[str, Any]
-    """By dotted key."""
+    """Settings by dotted key."""
     series: Series
     gpu: bool
-    """Whether it trained on GPUs."""
+    """Whether the run trained on GPUs."""
 
 
 def print_reports(config: Config) -> int:
-    """mode=report: write the pages, and say where they are; returns the exit code. Raises UserError as `write_reports` does."""
+    """mode=report: write the pages and print their paths. Returns the exit code. Raises UserError as `write_reports`
+    does."""
     for page in write_reports(config):
         say(page)
     return EXIT_OK
 
 
 def write_reports(config: Config) -> list[Path]:
-    """Write what mode=report is asked for: of a run its report, of several or of a sweep a comparison. Returns the pages.
+    """Write the pages of mode=report: a report for one run, a comparison for several runs or a sweep. Returns the
+    paths.
 
     Raises UserError for a name that is neither a run nor a sweep.
     """
@@ -90,12 +92,12 @@ def write_reports(config: Config) -> list[Path]:
 
 
 def names_of(name: str) -> list[str]:
-    """`[a,b]` names several runs."""
+    """Run names in the setting `name`; `[a,b]` names several runs."""
     return [one.strip() for one in name[1:-1].split(",")] if name.startswith("[") else [name]
 
 
 def sweep_jobs(folder: Path) -> list[int]:
-    """Numbers of the jobs of a sweep that have recorded steps."""
+    """Job numbers of a sweep that have recorded steps."""
     found = (path.parent.name for path in folder.glob(f"*/{METRICS_FILE}"))
     return sorted(int(name) for name in found if name.isdecimal())
 
@@ -131,7 +133,7 @@ def _write(path: Path, title: str, runs: list[RunToCompare]) -> Path:
 
 
 def varied(settings: Sequence[dict[str, Any]]) -> list[str]:
-    """Dotted keys in which some of the settings differ, in the order of the schema."""
+    """Dotted keys whose value differs between the settings, in the order of the schema."""
     keys = dict.fromkeys(key for one in settings for key in one if key not in WHERE_IT_LIES)
     return [key for key in keys if any(one.get(key) != settings[0].get(key) for one in settings)]
 
@@ -158,7 +160,7 @@ RESULT_FORMATS = {
 
 
 def _results(run: RunToCompare, runs: Sequence[RunToCompare]) -> Iterator[str]:
-    """Results of one of these runs. The MFU of a processor, of a peak that was measured, is not set beside that of a GPU."""
+    """Formatted results of one run. A CPU's MFU is left out beside a GPU's, because the CPU's peak is only measured."""
     for label, measure in COMPARED_RESULTS:
         value, style = measure(run.series), RESULT_FORMATS.get(label, ".4f")
         if label == "MFU" and not run.gpu and any(other.gpu for other in runs):
@@ -185,18 +187,19 @@ def _figures(runs: list[RunToCompare]) -> Iterator[Figure]:
 
 
 def _tokens(series: Series) -> np.ndarray:
-    """Tokens at every recorded step; the steps themselves where tokens were not recorded."""
+    """Tokens at every recorded step, or the steps if tokens were not recorded."""
     return series.columns["tokens"] if series.has("tokens") else series.step_N
 
 
-# The end of a sweep: one table of its jobs.
+# End of a sweep: one table of its jobs.
 
 WIDE = 200
-"""Columns of a table that goes to a file, where nothing has to be folded."""
+"""Width in columns of a table that goes to a file, so that nothing wraps."""
 
 
 def sweep_screen(configs: Sequence[Config], codes: Sequence[int], console: Console | None = None) -> None:
-    """Job, what varied, held-out loss, speed and exit code, on stdout. codes: of the jobs that were started, in order."""
+    """Prints job, varied settings, held-out loss, speed and exit code on stdout. codes: of the started jobs, in
+    order."""
     console = console or Terminal()
     settings = [flat(settings_of(config)) for config in configs]
     keys = varied(settings)
@@ -219,7 +222,7 @@ def _word(value: object) -> str:
 
 
 def _job_results(config: Config) -> tuple[str, str]:
-    """Held-out loss and median speed of a job; empty without a step."""
+    """Held-out loss and median speed of a job; empty before its first step."""
     path = Path(config.runs) / config.name / METRICS_FILE
     series = read_series(path)
     loss = f"{last(series, 'validation_loss'):.4f}" if series.has("validation_loss") else ""

@@ -1,7 +1,8 @@
-"""A W&B workspace that shows a run, built by the library wandb-workspaces: `mode=dashboard`.
+"""Builds a W&B workspace for a run with the library wandb-workspaces: `mode=dashboard`.
 
-What to show is plain data: each metric of train/metrics/names.py says in which panel it is, and SECTIONS below which panels there are. With a key the workspace is saved and its link
-printed; in any case its definition lies in dashboard.json of the run's folder, so that one can see it without an account.
+The content is plain data: each metric in train/metrics/names.py names its panel, and SECTIONS below lists the panels.
+With a W&B key the workspace is saved and its link printed. Its definition is always written to dashboard.json in the
+run folder, so no account is needed to see it.
 """
 
 import json
@@ -23,13 +24,13 @@ DASHBOARD_FILE = "dashboard.json"
 
 @dataclass(frozen=True)
 class Panel:
-    """Curves over the steps; a metric that is a histogram becomes a heat map."""
+    """Curves over the steps; a histogram metric becomes a heat map."""
 
     title: str
     unit: str
     metrics: tuple[str, ...] = ()
     pattern: str = ""
-    """Instead of metrics: a regular expression that whole names match."""
+    """Regular expression that matches whole metric names; used instead of `metrics`."""
     log: bool = False
 
 
@@ -87,11 +88,11 @@ SECTIONS = {
     },
     "Memory": {"memory": "Peak of the logging rank, and as planned"},
 }
-"""Panels of each section: the word by which metrics name theirs in the table, and its title."""
+"""Panels of each section: the panel key that metrics use, and the panel's title."""
 
 
 def sections(model: Model) -> dict[str, tuple[Panel, ...]]:
-    """All sections for a model: SECTIONS, and a heat map of the load of each MoE layer."""
+    """All sections for a model: SECTIONS, and a load heat map for each MoE layer."""
     heat = (
         Panel(f"{layer}: experts by load", "experts", (f"layer_load/{layer_key(layer)}",))
         for layer in moe_layers(model)
@@ -101,7 +102,7 @@ def sections(model: Model) -> dict[str, tuple[Panel, ...]]:
 
 
 def _panel(word: str, title: str) -> Panel:
-    """The metrics that name this panel; one that stands for several, as mtp_loss_K does, by a pattern."""
+    """The panel with the metrics of this key; a name with a placeholder, such as mtp_loss_K, becomes a pattern."""
     shown = [metric for metric in (*SCALARS, *WANDB) if metric.panel == word]
     first, names = shown[0], tuple(metric.name for metric in shown)
     pattern = first.name.replace("_K", r"_\d+").replace("LAYER", ".+")
@@ -111,7 +112,8 @@ def _panel(word: str, title: str) -> Panel:
 
 
 def build_dashboard(config: Config) -> int:
-    """Write dashboard.json, and with a key save the workspace; says where either is. Returns the exit code."""
+    """Write dashboard.json, and save the workspace if there is a W&B key. Prints where they are. Returns the exit
+    code."""
     folder = Path(config.runs) / config.name
     if not (folder / "config.yaml").is_file():
         raise UserError(
@@ -134,14 +136,14 @@ def build_dashboard(config: Config) -> int:
         return EXIT_OK
     try:
         workspace.save()
-    except Exception as error:  # the library passes on whatever its transport raises
+    except Exception as error:  # the library passes on any exception of its transport
         raise _no_answer(config, error) from error
     say(f"the workspace: {workspace.url}")
     return EXIT_OK
 
 
 def make_workspace(config: Config, project: str, entity: str) -> Any:
-    """The workspace of the run's project that shows this run alone. entity: the W&B user or team."""
+    """The workspace in the run's project, filtered to this run. entity: the W&B user or team."""
     from wandb_workspaces import workspaces as ws
 
     return ws.Workspace(
@@ -170,14 +172,14 @@ def _plots(panels: Iterable[Panel]) -> Iterable[Any]:
 
 
 def specification(workspace: Any) -> dict[str, Any]:
-    """What W&B stores of a workspace."""
+    """The definition that W&B stores for a workspace."""
     return workspace._to_model().model_dump(mode="json", by_alias=True, exclude_none=True)["spec"]
 
 
 def _entity(wandb: Any, config: Config) -> str:
     try:
         return wandb.Api(timeout=10).default_entity
-    except Exception as error:  # as above
+    except Exception as error:  # any exception of the transport
         raise _no_answer(config, error) from error
 
 

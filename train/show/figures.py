@@ -1,8 +1,9 @@
-"""The figures of report.html, each with a title that says what one sees and a sentence that says what to look for.
+"""The figures of report.html, each with a title and a caption that says how to read it.
 
 Shape suffixes as in series.py.
 
-A long run is thinned so that the page stays small: curves as plot.py says; a heat map keeps every n-th recorded step.
+A long run is thinned so that the page stays small. Curves are thinned as in plot.py; a heat map keeps every n-th
+recorded step.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,20 +26,20 @@ from train.show.plot import (
 from train.show.series import Series
 
 LOAD_COLOURS = [[0.0, "#0b3c5d"], [0.166, "#7fb2d6"], [0.333, "#f7f7f7"], [0.6, "#f4a582"], [1.0, "#8c1c13"]]
-"""From blue (no token) over white (fair share, a third of the scale) to red (three fair shares and more)."""
+"""From blue (no token) through white (fair share, a third of the scale) to red (three fair shares or more)."""
 LOAD_PERCENT_TOP = 300
 
 
 class CurveFigure(NamedTuple):
-    """A figure that is nothing but the curves of its metrics."""
+    """A figure that shows only the curves of its metrics."""
 
     title: str
     unit: str
     caption: str
     zero: bool = True
-    """Whether the axis begins at 0."""
+    """Whether the y axis begins at 0."""
     quiet: bool = False
-    """Whether it is left out of a run in which it would be 0 throughout."""
+    """Whether to omit the figure if all its values are 0."""
 
 
 CURVE_FIGURES = {
@@ -114,7 +115,7 @@ CURVE_FIGURES = {
         quiet=True,
     ),
 }
-"""By the word by which metrics name theirs in the table."""
+"""Figures by the key that metrics name in train/metrics/names.py."""
 
 
 MFU_OF_GPUS = "DeepSeek-V3 reports 38.9 % (causal) and 43.7 % (full) on its H800s, MTP left out as here."
@@ -122,7 +123,7 @@ MFU_OF_PROCESSORS = "Of a processor the peak is the fastest product that was mea
 
 
 def curves_of(key: str) -> dict[str, Curve]:
-    """The curves of a figure by metric, in the order of the table."""
+    """The curves of a figure by metric, in the order of the metrics table."""
     return {metric.name: metric.curve for metric in SCALARS if metric.curve is not None and metric.curve.figure == key}
 
 
@@ -141,7 +142,8 @@ def _of_table(key: str, more: str = "") -> Callable[[Series, Mapping[str, Any]],
 def build(
     series: Series, settings: Mapping[str, Any], sampled: SampledStep | None = None, gpu: bool = False
 ) -> list[Figure]:
-    """All figures that the run has data for, in reading order. settings: the run's configuration. gpu: whether it is a run of GPUs."""
+    """All figures for which the run has data, in reading order. settings: the run's configuration. gpu: whether the
+    run used GPUs."""
     makers = (
         _loss,
         _of_table("imbalance"),
@@ -215,7 +217,7 @@ def _layer_heat(series: Series, settings: Mapping[str, Any]) -> Figure | None:
 
 
 def _layer_norms(series: Series, settings: Mapping[str, Any]) -> Figure | None:
-    """Three heat maps of one choice, each in powers of ten."""
+    """Three heat maps in one figure, of which the reader chooses one; values as powers of ten."""
     if not series.norms:
         return None
     steps, layers = [one["step"] for one in series.norms], list(series.norms[0]["layer_weight_norm"])
@@ -255,7 +257,7 @@ def _load_heat(series: Series, settings: Mapping[str, Any]) -> Figure | None:
     if not len(series.layer_step_S):
         return None
     mean_SL1 = series.load_SLE.mean(axis=2, keepdims=True)
-    # Two bytes a cell keep the page small; a percent is fine enough to see.
+    # Two bytes a cell keep the page small; whole percents are fine enough.
     share_SLE = np.round(np.minimum(series.load_SLE / np.maximum(mean_SL1, 1e-9) * 100, 60000)).astype(np.uint16)
     plot = go.Figure()
     for index, layer in enumerate(series.layers):

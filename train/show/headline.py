@@ -1,4 +1,4 @@
-"""The first screen of report.html: the numbers that one wants first, and sentences on what stands out."""
+"""The first screen of report.html: the key numbers, and sentences about notable facts."""
 
 import json
 import math
@@ -11,11 +11,11 @@ from train.metrics.quantities import duration, short
 from train.show.series import Series, last, median, tail_mean
 
 RESUMES = 8
-"""Resumes with other settings that the report tells of, the newest ones."""
+"""Number of resumes with changed settings that the report mentions; it takes the newest."""
 
 
 SETTING = 60
-"""Characters of a setting's value in a sentence."""
+"""Maximum characters of a setting's value in a sentence."""
 
 
 PAPER_MFU = "; DeepSeek-V3 reports 38.9 % on its H800s"
@@ -26,17 +26,18 @@ class Card(NamedTuple):
     label: str
     value: str
     caption: str
-    """What the number is, and what would be good."""
+    """Meaning of the number, and which values are good."""
 
 
 def headline(series: Series, settings: Mapping[str, Any], gpu: bool = False) -> list[Card]:
-    """Cards for what the run has measured, quality first. settings: the run's configuration. gpu: whether it is a run of GPUs."""
+    """Cards for the quantities that the run measured, quality first. settings: the run's configuration. gpu: whether
+    the run used GPUs."""
     found = _quality(series, settings) + _amount(series, gpu) + _experts(series) + _health(series)
     return [Card(label, text, caption) for label, value, text, caption in found if math.isfinite(value)]
 
 
 CardRow = tuple[str, float, str, str]
-"""Label, value (not finite: no card), the value as text, caption."""
+"""Label, value (no card if not finite), value as text, caption."""
 
 
 def _quality(series: Series, settings: Mapping[str, Any]) -> list[CardRow]:
@@ -128,7 +129,7 @@ def _health(series: Series) -> list[CardRow]:
 
 
 def findings(series: Series, settings: Mapping[str, Any]) -> list[str]:
-    """Sentences on how it went and on what is out of the ordinary."""
+    """Sentences about the run's progress and anything unusual."""
     found, main = [], series.finite("main_loss")
     if len(main) > 1:
         found.append(f"The training loss went from {main[0]:.3f} to {tail_mean(main):.3f} nats per token.")
@@ -163,19 +164,19 @@ def findings(series: Series, settings: Mapping[str, Any]) -> list[str]:
 
 
 def _changes(resumed: Record) -> str:
-    """A sentence on the settings that changed where a run was resumed."""
+    """A sentence about the settings that a resume changed."""
     pairs = (f"{key} from {clipped(old)} to {clipped(new)}" for key, (old, new) in resumed["changed"].items())
     return f"Resumed from step {resumed['step']:,} with other settings: {'; '.join(pairs)}."
 
 
 def clipped(value: Any) -> str:
-    """A setting as text that a sentence can hold; config.yaml has the whole."""
+    """A setting's value as text for a sentence, shortened; config.yaml has the full value."""
     text = value if isinstance(value, str) and value else json.dumps(value)
     return text if len(text) <= SETTING else f"{text[: SETTING // 2]}...{text[-SETTING // 2 :]}"
 
 
 def _stretches(series: Series, name: str) -> list[tuple[int, float]]:
-    """First step and value of every stretch of steps with one value."""
+    """First step and value of each stretch of steps with an unchanged value."""
     found: list[tuple[int, float]] = []
     for step, value in zip(series.step_N, series.columns.get(name, ()), strict=False):
         if math.isfinite(value) and (not found or found[-1][1] != value):
@@ -188,11 +189,12 @@ def total(series: Series, name: str) -> float:
 
 
 def _seconds(series: Series) -> float:
-    """Seconds of training. A record has its own step's seconds, and the stalls of all steps since the record before."""
+    """Seconds of training. A record has the time of its own step, and the stalls of all steps since the previous
+    record."""
     return _steps_per_record(series) * total(series, "step_seconds") + total(series, "checkpoint_stall_seconds")
 
 
 def _steps_per_record(series: Series) -> float:
-    """1 unless log.every leaves steps out."""
+    """Mean number of steps per record: 1 unless log.every skips steps."""
     steps = series.step_N
     return float(steps[-1] - steps[0] + 1) / len(steps) if len(steps) else 1.0

@@ -1,4 +1,4 @@
-"""The pipeline of one step as a picture: which rank computes when, and where it waits."""
+"""Draws the pipeline of one step: when each rank computes, and when it waits."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from train.metrics.timeline_file import SampledStep
 from train.show.plot import IDLE, Figure, figure, set_look
 
 PICTURE_ROWS, BARS = 16, 12_000
-"""Pipeline ranks and actions that the picture draws, at most."""
+"""Maximum number of pipeline ranks and of actions in the picture."""
 ACTION_COLOURS = {
     "F": ("forward", BLUE, "#9CCBE8"),
     "B": ("backward", GREEN, "#93D9C3"),
@@ -19,13 +19,13 @@ ACTION_COLOURS = {
     "W": ("backward of weights", "#E69F00", "#F6D998"),
     "FB": ("forward and backward together", PURPLE, "#EBCADB"),
 }
-"""Kind of action: its name, the colour of a rank's first stage and that of its others."""
+"""For each kind of action: its name, the colour on a rank's first stage, and the colour on its other stages."""
 NUMBERED = 800
-"""With more actions than this no number fits into a bar."""
+"""Maximum number of actions for which a number fits into each bar."""
 
 
 def timeline_figure(sampled: SampledStep | None) -> Figure | None:
-    """Gantt picture of a step, one row per pipeline rank; None without a pipeline."""
+    """Gantt chart of a step, one row per pipeline rank; None without a pipeline."""
     if sampled is None or len(sampled.span_seconds) < 2:
         return None
     ranks = len(sampled.span_seconds)
@@ -50,7 +50,7 @@ def timeline_figure(sampled: SampledStep | None) -> Figure | None:
     set_look(plot, height=150 + 44 * len(rows))
     plot.update_layout(barmode="overlay", bargap=0.18, hovermode="closest")
     if len(kept) <= NUMBERED:
-        plot.update_layout(uniformtext={"minsize": 9, "mode": "hide"})  # a number that does not fit is left out
+        plot.update_layout(uniformtext={"minsize": 9, "mode": "hide"})  # Plotly hides a number that does not fit
     plot.update_yaxes(autorange="reversed", type="category", automargin=True, showgrid=False)
     plot.update_xaxes(title=f"{unit} since the step began", range=[0, end * scale], showgrid=False)
     title = f"The pipeline in step {sampled.step:,}: who computes when ({sampled.schedule})"
@@ -64,7 +64,7 @@ def _row_name(pp_rank: int, stages: list[int]) -> str:
 def _bars(
     actions: list[dict[str, Any]], rows: Mapping[int, str], later: bool, scale: float, unit: str, numbered: bool
 ) -> go.Bar:
-    """All actions of a kind on the first stages of their ranks, or on the later ones."""
+    """All actions of one kind: on the first stages of their ranks, or on the later stages."""
     name, strong, pale = ACTION_COLOURS[actions[0]["kind"]]
     numbers = {
         "text": [_label(action) for action in actions],
@@ -80,7 +80,7 @@ def _bars(
         base=[action["start_seconds"] * scale for action in actions],
         x=[action["seconds"] * scale for action in actions],
         orientation="h",
-        # Among very many bars, lines between them would be all that one sees.
+        # Among very many bars, only the lines between them would be visible.
         marker={"color": pale if later else strong, "line": {"color": "#fff", "width": 1 if numbered else 0}},
         customdata=[_words(action) for action in actions],
         hovertemplate=f"%{{customdata}}<br>%{{x:.4g}} {unit} from %{{base:.4g}} {unit}<extra></extra>",

@@ -1,7 +1,8 @@
-"""What mode=plan predicted for this run, beside what it measures: read from the run's plan.json, if it is of this recipe.
+"""Compares the predictions of mode=plan with the run's measurements. They come from plan.json in the run folder, if its
+recipe matches.
 
-Memory is that of the tensors on the device. Step time stands beside the measured one only if the plan is for the very device
-that trains, by the rates of its description or by a calibration.
+Memory means the tensors on the device. Step time is compared only if the plan is for the device that trains, by its
+device description or a calibration.
 """
 
 import json
@@ -23,11 +24,11 @@ ACTION_SUMS = {
     "backward passes": (("B", "I", "W"), "backward_seconds"),
     "overlapped pairs": (("FB",), "overlapped_seconds"),
 }
-"""Sums over kinds of actions, and the metric that measures each."""
+"""For each sum over kinds of actions: the kinds, and the metric that measures the sum."""
 
 
 def recipe_of(config: Config) -> dict[str, Any]:
-    """What a plan and a run must have in common, as JSON has it."""
+    """The settings that a plan and a run must share, as JSON values."""
     found = {
         "parallel": asdict(config.parallel),
         "model": asdict(config.model),
@@ -41,7 +42,7 @@ def recipe_of(config: Config) -> dict[str, Any]:
 
 
 def planned(config: Config, run_folder: Path) -> Record:
-    """The predictions for the rank that reports; empty without a plan, or with one of another recipe."""
+    """The predictions for the reporting rank; empty without a plan, or if the plan has another recipe."""
     plan = _read(run_folder)
     if plan is None or plan.get("recipe") != recipe_of(config):
         return {}
@@ -64,9 +65,11 @@ def _read(run_folder: Path) -> dict[str, Any] | None:
 
 
 def _is_here(plan: dict[str, Any], config: Config) -> bool:
-    """Whether the device of a plan (part of CUDA's name for it, or a processor's whole name) is the one that trains, on a
-    CPU with as many threads."""
-    import torch  # a writer starts without it
+    """Whether the plan's device is the training device.
+
+    A GPU matches if CUDA's name contains the plan's name. A CPU must have the same name and number of threads.
+    """
+    import torch  # imported here, because a writer starts without torch
 
     if config.cluster.device != "cpu" and torch.cuda.is_available():
         return plan["device"] in torch.cuda.get_device_name()
@@ -74,11 +77,11 @@ def _is_here(plan: dict[str, Any], config: Config) -> bool:
 
 
 PlanRow = tuple[str, str, str, str]
-"""What, planned, measured, error of the plan."""
+"""Quantity, planned, measured, error of the plan."""
 
 
 def plan_rows(run_folder: Path, series: Series) -> list[PlanRow]:
-    """Predictions beside what the run measured, medians over the run; none where the run had no plan."""
+    """Predictions beside the run's measured medians; empty if the run had no plan."""
     plan, predicted = _read(run_folder), last(series, "memory_predicted_bytes")
     if plan is None or predicted != plan["peak"]:
         return []
@@ -99,7 +102,7 @@ def plan_rows(run_folder: Path, series: Series) -> list[PlanRow]:
 
 def _memory(plan: dict[str, Any], series: Series) -> PlanRow:
     peak, measured = plan["peak"], max(series.finite("memory_bytes"), default=0.0)
-    if plan["on_cpu"]:  # a process is more than its tensors: mode=dry_run measures those
+    if plan["on_cpu"]:  # a process uses more than its tensors; mode=dry_run measures the tensors
         return "memory of tensors", gib(peak), f"{gib(measured)} of the whole process", ""
     return "peak memory", gib(peak), gib(measured), error(peak, measured)
 

@@ -1,10 +1,10 @@
-"""What all figures of report.html are drawn with: colours, curves over steps, the common look.
+"""Drawing tools for the figures of report.html: colours, curves over steps, the common look.
 
 Shape suffixes as in series.py.
 
-A noisy curve is drawn twice: every step as a pale line, and the mean of the steps around it as a strong one. A long run is thinned
-so that the page stays small: a curve keeps the lowest and the highest point of every stretch, hence every spike, as a pale band
-around its mean.
+A noisy curve is drawn twice: every step as a pale line, and a moving average as a strong line. A long run is thinned so
+that the page stays small. Then a pale band shows the lowest and highest point of each stretch, so every spike stays
+visible, and the line shows the mean.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,11 +28,11 @@ DARK = {
     GREY: "#A5ABB4",
     IDLE: "#3A3F48",
 }
-"""What a colour becomes on a dark page: the same hue, lighter."""
+"""Replacement of each colour on a dark page: the same hue, lighter."""
 DOTTED_STEPS = 60
-"""Steps up to which every one of them is a dot, and nothing is smoothed."""
+"""Up to this number of steps each step is a dot, and nothing is smoothed."""
 TICKS = 6
-"""Numbers on the axis of tokens."""
+"""Maximum number of labels on the tokens axis."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,13 @@ class Figure:
     plot: go.Figure
     wide: bool = False
     choices: Sequence[str] = ()
-    """Names of its traces where the reader sees one of them at a time."""
+    """Names of the traces, if the reader sees one trace at a time."""
 
 
 def curves(
     series: Series, wanted: Mapping[str, Curve], unit: str, *, log: bool = False, zero: bool = False, height: int = 320
 ) -> go.Figure | None:
-    """Line plot over steps of those metrics that have values, None without any."""
+    """Line plot over steps of the metrics that have values; None if no metric has any."""
     plot = go.Figure()
     for metric, curve in wanted.items():
         if series.has(metric):
@@ -68,14 +68,14 @@ def log_axis(plot: go.Figure) -> None:
 
 
 def add_curve(plot: go.Figure, curve: Curve, x_N: np.ndarray, y_N: np.ndarray) -> None:
-    """Draw a curve of these values, as the beginning of this file says."""
-    if curve.markers:  # measured now and then: no gaps between the measurements
+    """Draw a curve of these values; the beginning of this file describes how."""
+    if curve.markers:  # occasional measurements are joined without gaps
         measured = np.isfinite(y_N)
         x_N, y_N = x_N[measured], y_N[measured]
     line, marker = {"color": curve.colour, "width": 1.8, "dash": curve.dash}, {"size": 6}
     pale = {"mode": "lines", "line": {"color": curve.colour, "width": 1}, "opacity": 0.35, "legendgroup": curve.label}
     few = len(x_N) <= DOTTED_STEPS
-    if len(x_N) > POINTS:  # a pale band from lowest to highest, and the mean in it
+    if len(x_N) > POINTS:  # a pale band from lowest to highest value, with the mean as a line
         x, y = thin(x_N, y_N)
         plot.add_scatter(x=x, y=y, **pale, showlegend=False, hoverinfo="skip")
         x_N, y_N = stretch_means(x_N, y_N)
@@ -87,7 +87,7 @@ def add_curve(plot: go.Figure, curve: Curve, x_N: np.ndarray, y_N: np.ndarray) -
 
 
 def add_tokens_axis(plot: go.Figure, series: Series) -> None:
-    """Tokens trained, above a figure over steps; the batch may grow, so that the steps between its numbers differ."""
+    """Adds an axis of trained tokens above a figure over steps. If the batch grows, its labels are unevenly spaced."""
     tokens_N = series.columns.get("tokens", np.zeros(0))
     known = np.isfinite(tokens_N)
     if known.sum() < 2:
@@ -105,7 +105,7 @@ def add_tokens_axis(plot: go.Figure, series: Series) -> None:
 
 
 def set_look(plot: go.Figure, height: int = 320) -> go.Figure:
-    """The look that all figures share; train/show/report_page.py adds what depends on light or dark."""
+    """Sets the look that all figures share; train/show/report_page.py adds the light and dark colours."""
     plot.update_layout(
         height=height,
         margin={"l": 70, "r": 20, "t": 30, "b": 50},
@@ -118,9 +118,9 @@ def set_look(plot: go.Figure, height: int = 320) -> go.Figure:
 
 
 def style(plot: go.Figure, step_N: np.ndarray, height: int = 320) -> go.Figure:
-    """The look of figures whose x axis shows the steps step_N."""
+    """Sets the look of figures whose x axis shows the steps step_N."""
     set_look(plot, height).update_xaxes(title="step", nticks=10, tickformat=",d")
-    if len(step_N) <= 10:  # else the axis would show halves of steps
+    if len(step_N) <= 10:  # otherwise the axis would show half steps
         plot.update_xaxes(tickvals=step_N.tolist())
     return plot
 

@@ -1,7 +1,9 @@
-"""log.prometheus=PORT: the numbers of the newest step for a Prometheus server, at http://HOST:PORT/metrics of the machine of rank 0.
+"""log.prometheus=PORT: serves the newest step's numbers to a Prometheus server, at http://HOST:PORT/metrics on rank 0's
+machine.
 
-Its text format (prometheus.io/docs/instrumenting/exposition_formats) is a line a number, so that no library is needed. Names are those of
-train/metrics/names.py with `sluice_` in front. The port is open to whoever reaches the machine, and tells numbers and the run's name.
+Its text format (prometheus.io/docs/instrumenting/exposition_formats) has one line per number, so no library is needed.
+Metric names are those of train/metrics/names.py with the prefix `sluice_`. The port is open to anyone who can reach the
+machine, and shows numbers and the run's name.
 """
 
 import errno
@@ -19,18 +21,19 @@ from conf.schema import Config
 from train.metrics.names import SCALARS, Record
 
 MOST_CONNECTIONS, SILENT_SECONDS = 16, 10.0
-"""Connections that are open at a time, and seconds for which one may say nothing."""
+"""Maximum number of open connections, and seconds after which a silent connection is closed."""
 _MEANINGS = {metric.name: metric.meaning for metric in SCALARS}
 
 
 def require_port(config: Config) -> None:
-    """UserError where this machine's port is taken, and rank 0 is to run here."""
+    """Raise UserError if the port is taken on this machine and rank 0 will run here."""
     if config.log.prometheus and config.cluster.backend != "ray":
         _server(config.log.prometheus, lambda: b"").server_close()
 
 
 class PrometheusSink:
-    """Serves the scalars of the newest record. UserError where the port is taken. run: the name that every number is labelled with."""
+    """Serves the scalars of the newest record. Raises UserError if the port is taken. run: the label of every
+    number."""
 
     def __init__(self, port: int, run: str):
         self._run, self._text = run, b""
@@ -47,7 +50,7 @@ class PrometheusSink:
 
 
 def prometheus_text(record: Record, run: str) -> bytes:
-    """Every number of a record as a gauge."""
+    """Every number of a record as a Prometheus gauge."""
     label = run.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
     lines = []
     for name, value in record.items():
@@ -62,7 +65,8 @@ def prometheus_text(record: Record, run: str) -> bytes:
 
 
 class _BoundedServer(ThreadingHTTPServer):
-    """A thread for each connection, of which the oldest gives way where there are too many: whoever keeps some open keeps no other out."""
+    """An HTTP server with a thread per connection. Too many connections close the oldest, so a client that keeps
+    connections open cannot block others."""
 
     def __init__(self, port: int, handler: type[BaseHTTPRequestHandler]):
         self._open: list[socket.socket] = []
@@ -73,7 +77,7 @@ class _BoundedServer(ThreadingHTTPServer):
         with self._lock:
             self._open.append(request)
             late = self._open[:-MOST_CONNECTIONS]
-        for each in late:  # its thread reads the end, and closes it
+        for each in late:  # its thread reads the end of the stream and closes the socket
             with suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
         super().process_request(request, client_address)
@@ -84,14 +88,14 @@ class _BoundedServer(ThreadingHTTPServer):
         super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A connection that was cut is no news."""
+        """Prints nothing: a cut connection is normal."""
 
 
 def _server(port: int, text: Callable[[], bytes]) -> ThreadingHTTPServer:
     class Handler(BaseHTTPRequestHandler):
         timeout = SILENT_SECONDS
 
-        def do_GET(self) -> None:  # as the library names it
+        def do_GET(self) -> None:  # name required by the library
             found = self.path.split("?")[0] in ("/", "/metrics")
             body = text() if found else b""
             self.send_response(200 if found else 404)
@@ -101,7 +105,7 @@ def _server(port: int, text: Callable[[], bytes]) -> ThreadingHTTPServer:
             self.wfile.write(body)
 
         def log_message(self, format: str, *_: object) -> None:
-            """Nobody wants a line for each question."""
+            """Prints nothing: one log line per request would be too many."""
 
     try:
         return _BoundedServer(port, Handler)

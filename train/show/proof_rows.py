@@ -1,4 +1,4 @@
-"""What prove.json says, for the report, and of which recipe, layout and code it says it. Imports no torch."""
+"""Rows of prove.json for the report, and the recipe, layout and code that the certificate covers. Imports no torch."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ from train import __version__
 from train.metrics.origin import code_version
 
 PROOF_FILE, PROOF_CARD_FILE = "prove.json", "card.md"
-"""Every figure; and what of it a reader of the run has to know."""
+"""Files of mode=prove: all figures, and the summary for a reader of the run."""
 
 
 PROVEN_RECIPE = (
@@ -25,11 +25,13 @@ PROVEN_RECIPE = (
     "data.mask_documents",
 )
 PROVEN_LAYOUT = ("parallel", "micro_batch_size")
-"""Keys that a proof depends on. It draws its own tokens and trains a few steps, whatever data and steps the recipe has."""
+"""Keys that the result of mode=prove depends on. mode=prove draws its own tokens and trains a few steps, so the
+recipe's data and steps do not matter."""
 
 
 def describe_proven(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What a proof is of: hashes of recipe and layout, version and commit of this program. settings: all, resolved, as JSON has them."""
+    """Identifies what a certificate of mode=prove covers: hashes of recipe and layout, and the program's version and
+    commit. settings: all settings, resolved, as JSON values."""
     commit, modified = code_version()
     hashes = {"recipe": _hash(settings, PROVEN_RECIPE), "layout": _hash(settings, PROVEN_LAYOUT)}
     return hashes | {"version": __version__, "commit": commit, "modified": modified}
@@ -46,7 +48,7 @@ def _hash(settings: Mapping[str, Any], keys: tuple[str, ...]) -> str:
 
 
 def _other(proven: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
-    """What of this run is another than what was proven."""
+    """Parts of the certificate that differ from this run: recipe, layout, version, commit."""
     own = describe_proven(settings)
     return [
         f"{name} {_shown(proven[name])}"
@@ -60,8 +62,9 @@ def _shown(value: Any) -> str:
 
 
 def report_rows(run_folder: Path, settings: Mapping[str, Any]) -> tuple[str, list[tuple[str, ...]]] | None:
-    """A sentence and a table for the report; None where there is no certificate that can be read. settings: of the run, which the sentence
-    speaks of only where the proof was of the same recipe and layout by the same code.
+    """A sentence and a table about prove.json for the report; None if no certificate is readable.
+
+    settings: of the run. The sentence is about the run only if the certificate has the same recipe, layout and code.
     """
     try:
         record = read_plain_json(run_folder / PROOF_FILE)

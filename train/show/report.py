@@ -1,7 +1,7 @@
-"""report.html: one file that shows a stranger how a run went. It needs no network and no server.
+"""Writes report.html: one file that shows how a run went, without network or server.
 
-Everything is made from the run folder (metrics.jsonl, timeline.json, events.jsonl, config.yaml, checkpoints/), so the
-report can be written again at any time, also beside a run that still trains or has crashed.
+It reads only the run folder (metrics.jsonl, timeline.json, events.jsonl, config.yaml, checkpoints/). So the report can
+be written again at any time, also while the run trains or after a crash.
 """
 
 import datetime
@@ -38,18 +38,18 @@ from train.show.writer import REPORT_EVERY
 
 REPORT = "report.html"
 SAMPLE = "sample.json"
-"""What the model wrote last: step, temperature, text; and `earlier`, the same of before, oldest first."""
+"""The newest generated text: step, temperature, text; and under `earlier` the previous texts, oldest first."""
 RELOADED = 60
-"""Seconds after which the page of a run that trains loads itself again."""
+"""Seconds after which the page of a training run reloads itself."""
 TRUSTED = 900.0 + REPORT_EVERY
-"""Seconds for which such a page still believes that the run trains, if nobody writes another."""
+"""Seconds for which the page still assumes that the run trains if no newer page is written."""
 
 
 def write_report(run_folder: Path, ended: bool = False) -> Path:
-    """Write report.html into the run folder and return its path. An older report is replaced in one move. Raises OSError; UserError where
-    a file of the run is so damaged that there is no page.
+    """Write report.html into the run folder and return its path. An older report is replaced atomically.
 
-    ended: the run has ended, though its own process, which writes this, still holds the folder.
+    ended: the run has ended, although its process, which writes this page, still holds the folder. Raises OSError.
+    Raises UserError if a damaged file of the run prevents the page.
     """
     try:
         page = _whole_page(run_folder, ended)
@@ -87,7 +87,7 @@ def _whole_page(run_folder: Path, ended: bool) -> str:
 
 
 def _made(what: str, make: Callable[[], list[str]]) -> list[str]:
-    """A part of the page. Files of a run may be damaged in any way, or somebody else's: then the page says so instead."""
+    """Builds a part of the page; if a file of the run is damaged, the part says so instead."""
     try:
         return make()
     except (UserError, OSError):
@@ -98,14 +98,14 @@ def _made(what: str, make: Callable[[], list[str]]) -> list[str]:
 
 
 def _until(run_folder: Path) -> float | None:
-    """Unix time up to which the page may say that the run trains; None where it does not."""
+    """Unix time until which the page may say that the run trains; None if it does not train."""
     if not is_held(run_folder):
         return None
     return time.time() + TRUSTED
 
 
 def _incident_parts(run_folder: Path) -> list[str]:
-    """Who broke the run or held it up last, see cluster/incident.py."""
+    """The newest incident: the rank that broke or blocked the run, see cluster/incident.py."""
     if (found := newest_incident(run_folder / "logs")) is None:
         return []
     path, incident = found
@@ -113,7 +113,7 @@ def _incident_parts(run_folder: Path) -> list[str]:
 
 
 def _profile_parts(run_folder: Path) -> list[str]:
-    """The tables of the ranks that were watched, see train/loop/hooks/profiler.py."""
+    """Tables of the profiled ranks, see train/loop/hooks/profiler.py."""
     found = []
     for file in sorted(run_folder.glob("profile/rank_*.json")):
         try:
@@ -130,14 +130,14 @@ def _profile_parts(run_folder: Path) -> list[str]:
                 for row in body["rows"]
             ]
         except (OSError, ValueError, KeyError, TypeError):
-            continue  # the rest of the page does not depend on it
+            continue  # the rest of the page does not need this file
         head = f"<h2>Where the time went</h2><p>Rank {html.escape(str(body.get('rank')))}, a step of {first} to {last}.</p>"
         found += [head, table_html(("part", "operation", "calls", "ms", "share"), rows)]
     return found
 
 
 def _answer_parts(run_folder: Path) -> list[str]:
-    """How a model answers held-out questions, by the newest evaluation (train/evaluate/answers.py)."""
+    """Scores of answers to held-out questions, from the newest evaluation (train/evaluate/answers.py)."""
     try:
         found = read_plain_json(run_folder / "evaluate.json")["answers"]
         if not found:
@@ -149,7 +149,7 @@ def _answer_parts(run_folder: Path) -> list[str]:
         examples = [tuple(str(text) for text in example.values()) for example in found["examples"]]
         heads = tuple(found["examples"][0])
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
-        return []  # no evaluation, or one of an earlier version
+        return []  # no evaluation, or one by an earlier version
     words = (
         f"Answers to {found['questions']} held-out questions, compared with the true ones by ROUGE-L (the longest common subsequence of words, "
         "0 to 1). A form that all answers have raises it, so answers to other questions and the commonest answer stand beside it. Loss: nats "
@@ -164,11 +164,11 @@ def _read_text(path: Path) -> str:
 
 
 def read_settings(run_folder: Path) -> Mapping[str, Any]:
-    """The content of config.yaml; empty where there is none or it cannot be read."""
+    """The content of config.yaml; empty if it is absent or unreadable."""
     try:
         settings = yaml.safe_load(_read_text(run_folder / "config.yaml"))
-    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date that does not exist
-        return {}  # the page shows the text as it is
+    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: an impossible date
+        return {}  # the page shows the raw text
     return settings if isinstance(settings, dict) else {}
 
 
@@ -194,7 +194,7 @@ def _page(
     gpu: bool,
     until: float | None,
 ) -> str:
-    """sections: what stands below the figures. gpu: whether the run is one of GPUs. until: see `_until`."""
+    """The whole page. sections: parts below the figures. gpu: whether the run used GPUs. until: see `_until`."""
     written = datetime.datetime.now().strftime("%Y-%m-%d %H:%M:%S")
     trains = "" if until is None else " The run trains: this page loads itself again every minute."
     parts = opening(f"Training report: {name}", f"{_description(settings)} Written {written}.{trains}")
@@ -235,7 +235,7 @@ def _run_parts(series: Series, settings: Mapping[str, Any], figures: list[Figure
 
 
 def _description(settings: Mapping[str, Any]) -> str:
-    """One sentence on the model and the data, from what the configuration has."""
+    """One sentence about the model and the data, from the configuration."""
     model, data = settings.get("model") or {}, settings.get("data") or {}
     if not {"layers", "hidden", "experts", "top_k"} <= model.keys():
         return ""
@@ -247,7 +247,7 @@ def _description(settings: Mapping[str, Any]) -> str:
 
 
 def read_written_texts(run_folder: Path) -> list[dict[str, Any]]:
-    """What the model wrote, oldest first: step, temperature, text. Raises UserError for a damaged file."""
+    """Generated texts, oldest first: step, temperature, text. Raises UserError for a damaged file."""
     path = run_folder / SAMPLE
     if not path.exists():
         return []
@@ -264,7 +264,7 @@ def read_written_texts(run_folder: Path) -> list[dict[str, Any]]:
 
 
 def _sample_parts(run_folder: Path) -> list[str]:
-    """What the model wrote, the newest text first."""
+    """Generated texts, newest first."""
     if not (samples := read_written_texts(run_folder)):
         return []
     *earlier, newest = samples
@@ -286,7 +286,7 @@ def _text(sample: Mapping[str, Any]) -> str:
 
 
 def _origin_parts(run_folder: Path) -> list[str]:
-    """How, by what and where the run was started."""
+    """Command, code and machine of the run's starts."""
     starts = read_starts(run_folder)
     if not starts:
         return []
@@ -326,7 +326,7 @@ def _when(start: StartRecord) -> str:
 
 
 def _plan_parts(rows: list[PlanRow]) -> list[str]:
-    """What mode=plan said beside what was measured."""
+    """Table of planned and measured quantities."""
     if not rows:
         return []
     text = "Medians over the run, times as means over its ranks; the error is that of the plan."
@@ -337,7 +337,7 @@ def _plan_parts(rows: list[PlanRow]) -> list[str]:
 
 
 def _wall_time_parts(found: WallTime | None) -> list[str]:
-    """What the wall time went into."""
+    """Table of the parts of the run's wall time."""
     if found is None:
         return []
     rows = [(words, duration(found.seconds_in[part]), f"{share:.2%}") for part, words, share in found.rows()]
@@ -349,7 +349,7 @@ def _wall_time_parts(found: WallTime | None) -> list[str]:
 
 
 def _cluster_parts(cluster: tuple[str, list] | None) -> list[str]:
-    """What happened to the run on its machines."""
+    """Events of the run on its machines."""
     if cluster is None:
         return []
     sentence, rows = cluster
@@ -360,7 +360,7 @@ def _cluster_parts(cluster: tuple[str, list] | None) -> list[str]:
 
 
 def _proof_parts(proof: tuple[str, list] | None) -> list[str]:
-    """What mode=prove found."""
+    """Result of mode=prove."""
     if proof is None:
         return []
     sentence, rows = proof
@@ -374,6 +374,6 @@ def _checkpoint_table(checkpoints: list[tuple[str, str, str]]) -> list[str]:
     return ["<h2>Checkpoints in this folder</h2>", table_html(("name", "size", "written"), checkpoints)]
 
 
-if __name__ == "__main__":  # what ReportSink starts
-    os.nice(10)  # at 19 it would hardly get a turn beside ranks that use all cores
+if __name__ == "__main__":  # ReportSink starts this module
+    os.nice(10)  # at 19 it would get almost no CPU time beside ranks that use all cores
     write_report(Path(sys.argv[1]))

@@ -1,8 +1,8 @@
-"""What report.html, plan.html and the comparison of runs share: one file with figures that needs no network and no server.
+"""Common parts of report.html, plan.html and the comparison page: one file with figures, without network or server.
 
-plotly.js and the numbers of the figures lie in the page as gzip in base64, as plotly.js alone takes 4.8 MB; the browser unpacks
-them (DecompressionStream). Colours follow the reader's choice of light or dark, and on a narrow screen figures get
-smaller margins and their scale of colours below them.
+plotly.js and the figures' data are in the page as gzip in base64, because plotly.js alone takes 4.8 MB. The browser
+unpacks them (DecompressionStream). Colours follow the reader's light or dark setting. On a narrow screen figures get
+smaller margins, and the colour scale is below the figure.
 """
 
 import base64
@@ -110,7 +110,7 @@ else document.getElementById("old").textContent = "The figures need a newer brow
 
 
 def opening(title: str, subtitle: str) -> list[str]:
-    """The beginning of a page; `closing` is its end."""
+    """The beginning of a page; `closing` returns the end."""
     return [
         "<!DOCTYPE html>",
         f'<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>',
@@ -123,12 +123,13 @@ def opening(title: str, subtitle: str) -> list[str]:
 
 
 def reloading(seconds: float, until: float) -> str:
-    """What has a page load itself again after so many seconds, up to this Unix time: one that nobody writes anew comes to rest."""
+    """Script that reloads the page after `seconds`, until this Unix time. So a page that is no longer rewritten
+    stops reloading."""
     return f"<script>if (Date.now() < {1000 * until:.0f}) setTimeout(() => location.reload(), {1000 * seconds:.0f});</script>"
 
 
 def closing(figures: Sequence[Figure]) -> list[str]:
-    """The end of a page with these figures, which figure_html has given their places."""
+    """The end of a page that draws these figures; figure_html has placed them."""
     if not figures:
         return ["</main></body></html>"]
     plain = {figure.key: _plain(figure) for figure in figures}
@@ -144,7 +145,7 @@ def closing(figures: Sequence[Figure]) -> list[str]:
 
 @cache
 def _packed_plotly() -> str:
-    """Packed once in a process, for 0.2 s of a core: a run writes its report again and again."""
+    """plotly.js, compressed once per process (0.2 s of a core), because a run writes its report repeatedly."""
     return _packed(get_plotlyjs())
 
 
@@ -153,7 +154,7 @@ def _packed(text: str) -> str:
 
 
 def _plain(figure: Figure) -> dict[str, Any]:
-    """Data and layout, without a template: the page has those of both colour schemes once."""
+    """Data and layout without the template: the page holds each colour scheme's template once."""
     plain = figure.plot.to_plotly_json()
     return {
         "data": plain["data"],
@@ -162,7 +163,7 @@ def _plain(figure: Figure) -> dict[str, Any]:
 
 
 def _theme(name: str, label: str) -> Mapping[str, Any]:
-    """A template of plotly on the page's own background. label: the colour behind what the pointer shows."""
+    """A plotly template on the page's own background. label: background colour of the hover label."""
     theme = plotly.io.templates[name].to_plotly_json()
     see_through = {"paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)", "hoverlabel": {"bgcolor": label}}
     return {**theme, "layout": {**theme["layout"], **see_through}}
@@ -177,7 +178,7 @@ def cards_html(cards: Iterable[Card]) -> str:
 
 
 def figure_html(figure: Figure) -> str:
-    """The place of a figure, which the script of `closing` draws."""
+    """A placeholder for a figure; the script of `closing` draws it."""
     wide = ' class="wide"' if figure.wide else ""
     options = "".join(f"<option>{html.escape(name)}</option>" for name in figure.choices)
     choice = (
@@ -191,13 +192,13 @@ def figure_html(figure: Figure) -> str:
 
 
 def _cell(text: str) -> str:
-    """A number and its unit stay on one line."""
+    """A table cell; a short text, such as a number with its unit, stays on one line."""
     whole = ' class="whole"' if len(text) <= len("1023.9 GiB") else ""
     return f"<td{whole}>{html.escape(text)}</td>"
 
 
 def table_html(head: Iterable[str], rows: Iterable[Iterable[str]], whole: bool = False) -> str:
-    """A table that is scrolled where it is too wide. whole: no cell takes a second line."""
+    """An HTML table that scrolls if it is too wide. whole: no cell wraps."""
     titles = "".join(f"<th>{html.escape(text)}</th>" for text in head)
     body = "".join("<tr>" + "".join(_cell(text) for text in row) + "</tr>" for row in rows)
     kind = ' class="whole"' if whole else ""

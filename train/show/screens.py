@@ -1,6 +1,6 @@
-"""What a person reads when a run ends: well, or on a signal.
+"""Screens at the end of a run, and the progress line while it trains.
 
-One style: a line with the outcome, then labelled lines. Nothing is boxed or wrapped, so that paths and commands can be
+A screen is a line with the outcome, then labelled lines. Nothing is boxed or wrapped, so paths and commands can be
 copied from any window.
 """
 
@@ -40,10 +40,11 @@ def final_screen(
     wandb: str | None = None,
     console: Console | None = None,
 ) -> None:
-    """The end of a run, on stdout. What is None is left out. seconds: wall time of the run.
+    """Prints the end of a run on stdout. None leaves a line out. seconds: wall time of the run.
 
-    training_loss: of the next token, mean of the last steps, to be set beside the held-out one.
-    plan: what mode=plan said beside what was measured. report: its path, or why there is none. wandb: address of the W&B run, or folder of the offline run.
+    training_loss: next-token loss, mean of the last steps, to compare with the held-out loss. plan: planned and
+    measured quantities. report: its path, or why there is none. wandb: address of the W&B run, or folder of the offline
+    run.
     """
     took = f" in {duration(seconds)}" if seconds is not None else ""
     rows = []
@@ -73,7 +74,7 @@ def stopped_screen(
     command: str,
     console: Console | None = None,
 ) -> None:
-    """A run that a signal or a limit stopped, on stdout. command: what resumes it."""
+    """Prints on stdout that a signal or a limit stopped the run. command: resumes the run."""
     rows = [
         ("Why", reason),
         ("Checkpoint", str(checkpoint) if checkpoint else "none yet: the run would start again"),
@@ -90,13 +91,13 @@ def _held_out(loss: float, bits_per_byte: float | None) -> str:
 
 
 def quoted_lines(text: str, indent: str = "") -> list[str]:
-    """The first lines of what a model wrote, as a screen shows them."""
+    """The first lines of a generated text, formatted for a screen."""
     lines = text.strip().splitlines() or [""]
     return [f"{indent}| {line}" for line in lines[:SAMPLE_LINES]] + [f"{indent}| ..."] * (len(lines) > SAMPLE_LINES)
 
 
 def show_rows(console: Console, title: str, style: str, rows: list[tuple[str, str]]) -> None:
-    """A title in a style (GOOD, WARN), then labelled lines."""
+    """Prints a title in a style (GOOD, WARN), then labelled lines."""
     console.print()
     console.print(Text(printable(title, console.encoding), style=style), soft_wrap=True)
     for label, value in rows:
@@ -107,28 +108,31 @@ def show_rows(console: Console, title: str, style: str, rows: list[tuple[str, st
 
 
 def printable(text: str, encoding: str) -> str:
-    """Without control characters (a sampled escape sequence must not reach the terminal), and what the terminal can show."""
+    """The text without control characters, limited to the terminal's encoding. A generated escape sequence must not
+    reach the terminal."""
     safe = "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
     return safe.encode(encoding, "replace").decode(encoding)
 
 
-# How a run looks at the terminal while it trains.
+# Progress at the terminal while a run trains.
 #
-# On a terminal: one live line that a person can watch, fitted to the width of the window. Elsewhere (a file, a CI
-# log): one plain line for each of the first steps, then one every few seconds or tenth of the run, and the rarer the
-# longer the run has lasted. Both show the same numbers.
+# On a terminal: one live line, fitted to the window's width. Elsewhere (a file, a CI log): one plain line for each of
+# the first steps, then a line every few seconds or every tenth of the run. The interval grows with the run's duration.
+# Both forms show the same numbers.
 
 FIRST_STEPS = 3
 PLAIN_SECONDS, PLAIN_SHARE = 5.0, 1 / 60
-"""Between plain lines: this long, or this share of the time since the start where that is longer (a minute after an hour)."""
+"""Minimum interval between plain lines: seconds, or a share of the time since the start if that is longer (a minute
+after an hour)."""
 SMOOTHING = 0.05
-"""Weight of the newest step in the mean step time that the time left is made from."""
+"""Weight of the newest step in the mean step time, which gives the time left."""
 MIN_BAR, MAX_BAR = 8, 40
 ASCII_BAR = str.maketrans("━╌", "#-")
 
 
 class StepClock:
-    """Mean wall time between steps, stalls included, forgetting old steps; `now` in seconds is passed in."""
+    """Mean wall time between steps, stalls included, with exponential forgetting. The caller passes `now` in
+    seconds."""
 
     def __init__(self, now: float):
         self._last, self._sum, self._weight = now, 0.0, 0.0
@@ -143,7 +147,7 @@ class StepClock:
 
 
 class Progress:
-    """Shows records of a run of `steps` steps, of which `done` were done before.
+    """Shows records of a run of `steps` steps, of which `done` were completed before.
 
     Safe to call from several threads. clock: seconds, for tests.
     """
@@ -179,7 +183,7 @@ class Progress:
         with self._lock:
             self._pace.tick(now)
             held_out = {"validation_loss": self._record["validation_loss"]} if "validation_loss" in self._record else {}
-            self._record = held_out | record  # the last held-out loss stays in view
+            self._record = held_out | record  # keeps the last held-out loss visible
             self._seen += 1
             due = self._is_due(record, now)
             if due:
@@ -198,7 +202,7 @@ class Progress:
         )
 
     def event(self, text: str | None) -> None:
-        """What the run is busy with beside steps; None when it is over."""
+        """Shows the run's current activity other than steps; None when it ends."""
         with self._lock:
             self._event = text
 
@@ -219,7 +223,7 @@ class Progress:
         yield Segment(line.translate(ASCII_BAR) if options.ascii_only else line)
 
     def line(self, width: int | None) -> str:
-        """The current state on one line of at most `width` characters; None leaves out the bar and nothing else."""
+        """The current state on one line of at most `width` characters; None: no limit and no bar."""
         with self._lock:
             record, event = self._record, self._event
             left = (self._steps - record["step"]) * self._pace.seconds_per_step()
@@ -227,9 +231,9 @@ class Progress:
 
 
 def parts(record: Record, steps: int, seconds_left: float, event: str | None) -> list[str]:
-    """Pieces of the line, the most important first."""
+    """Pieces of the progress line, the most important first."""
     found = [f"step {record['step']}/{steps}"]
-    if "main_loss" in record:  # what is minimised moves with the weights of the other losses
+    if "main_loss" in record:  # not the total loss, which changes with the weights of the other losses
         found.append(f"loss {record['main_loss']:.4g}")
     if event:
         found.append(f"[{event}]")
@@ -249,7 +253,7 @@ def parts(record: Record, steps: int, seconds_left: float, event: str | None) ->
 
 
 def fit(pieces: list[str], fraction: float, width: int | None) -> str:
-    """Join as many pieces as fit, first ones first, with a bar in what is left over; never longer than width."""
+    """Join as many pieces as fit, first ones first, with a bar in the remaining space; never longer than width."""
     if width is None:
         return "  ".join(pieces)
     while len(pieces) > 1 and len("  ".join(pieces)) > width:

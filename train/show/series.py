@@ -1,4 +1,4 @@
-"""What report.html is made from: a run's numbers as arrays, and ways to thin them without losing what matters.
+"""Reads a run's numbers as arrays for report.html, and thins them without losing spikes.
 
 Shape suffixes: N recorded steps, S steps kept for the heat maps, L MoE layers, E experts.
 """
@@ -15,14 +15,14 @@ from train.metrics.jsonl import read_heads_with_loads, read_steps
 from train.metrics.names import Record, is_event
 
 POINTS = 1000
-"""Points of a curve, at most (about)."""
+"""Approximate maximum of points in a curve."""
 HEAT_STEPS, HEAT_CELLS = 240, 600_000
-"""Columns of a heat map, and cells of all heat maps of expert loads together, at most."""
+"""Maximum columns of a heat map, and maximum cells of all expert heat maps together."""
 
 
 @dataclass(frozen=True)
 class Series:
-    """What the figures are made from: every recorded step's scalars, and some steps' layers."""
+    """Data of the figures: the scalars of every recorded step, and the layers of some steps."""
 
     step_N: np.ndarray
     columns: Mapping[str, np.ndarray]
@@ -33,12 +33,12 @@ class Series:
     load_SLE: np.ndarray
     """Tokens per expert."""
     norms: Sequence[Record] = ()
-    """Steps with norms of weights and updates by layer, and what they have of them."""
+    """Records that hold the norms of weights and updates by layer."""
     resumes: Sequence[Record] = ()
     """Events `resumed`, oldest first."""
 
     def finite(self, metric: str) -> np.ndarray:
-        """The finite values of a metric, in the order of steps; empty where it was never measured."""
+        """The finite values of a metric, in step order; empty if the metric was never measured."""
         values_N = self.columns.get(metric, np.zeros(0))
         return values_N[np.isfinite(values_N)]
 
@@ -47,7 +47,7 @@ class Series:
 
 
 def thin(x_N: np.ndarray, y_N: np.ndarray, points: int = POINTS) -> tuple[np.ndarray, np.ndarray]:
-    """At most about `points` of the points, with the lowest and highest of each of points/2 stretches."""
+    """At most about `points` points, with the lowest and highest of each of points/2 stretches."""
     if len(x_N) <= points:
         return x_N, y_N
     kept = {0, len(x_N) - 1}
@@ -63,14 +63,14 @@ def thin(x_N: np.ndarray, y_N: np.ndarray, points: int = POINTS) -> tuple[np.nda
 
 
 def stretch_means(x_N: np.ndarray, y_N: np.ndarray, stretches: int = POINTS // 4) -> tuple[np.ndarray, np.ndarray]:
-    """Mean of the finite values in each of the stretches, at its middle; NaN where there are none."""
+    """Mean of the finite values in each stretch, placed at its middle; NaN if it has no finite value."""
     parts = np.array_split(np.arange(len(x_N)), stretches)
     means = [float(np.mean(good)) if len(good := y_N[part][np.isfinite(y_N[part])]) else np.nan for part in parts]
     return np.array([x_N[part[len(part) // 2]] for part in parts]), np.array(means)
 
 
 def smoothed(y_N: np.ndarray) -> np.ndarray:
-    """Mean of the finite values around each, over a fortieth of them; NaN where a value is not finite."""
+    """Moving average of the finite values over a fortieth of the curve; NaN where a value is not finite."""
     half = max(1, len(y_N) // 80)
     finite = np.isfinite(y_N)
     window = np.ones(2 * half + 1)
@@ -80,7 +80,8 @@ def smoothed(y_N: np.ndarray) -> np.ndarray:
 
 
 def read_series(path: Path) -> Series:
-    """The scalars of every step, and layers and loads of evenly spaced steps. A missing file is a run without steps."""
+    """The scalars of every step, and layers and loads of evenly spaced steps. A missing file gives a run without
+    steps."""
     heads, loaded = [], []
     for head, has_loads in read_heads_with_loads(path) if path.exists() else ():
         heads.append(head)
@@ -95,7 +96,7 @@ def read_series(path: Path) -> Series:
 
 
 def _norms(path: Path, steps: list[int]) -> list[Record]:
-    """Norms of as many steps as a heat map has columns, evenly spaced."""
+    """Norms of evenly spaced steps, at most one per heat map column."""
     if not steps:
         return []
     wanted = {steps[i] for i in np.linspace(0, len(steps) - 1, min(HEAT_STEPS, len(steps))).round().astype(int)}
@@ -103,7 +104,7 @@ def _norms(path: Path, steps: list[int]) -> list[Record]:
 
 
 def _layers(path: Path, loaded: list[int]) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
-    """Layer names, steps_S, MaxVio_SL and load_SLE of as many of the steps as the page has room for."""
+    """Layer names, steps_S, MaxVio_SL and load_SLE of as many steps as fit in the page."""
     if not loaded:
         return [], np.zeros(0), np.zeros((0, 0)), np.zeros((0, 0, 0))
     (first,) = read_steps(path, {loaded[0]})
@@ -122,17 +123,17 @@ def _number(value: Any) -> float:
 
 
 def last(series: Series, name: str) -> float:
-    """The newest finite value, NaN without any."""
+    """The newest finite value; NaN if there is none."""
     values = series.finite(name)
     return float(values[-1]) if len(values) else math.nan
 
 
 def median(series: Series, name: str) -> float:
-    """Median without the first tenth, in which the run warms up; NaN without any value."""
+    """Median without the first tenth, which is warm-up; NaN if there is no value."""
     values = series.finite(name)
     return float(np.median(values[len(values) // 10 :])) if len(values) else math.nan
 
 
 def tail_mean(values: np.ndarray) -> float:
-    """Mean of the last tenth, of 20 values at most; NaN without any."""
+    """Mean of the last tenth, at most 20 values; NaN if there is none."""
     return float(values[-max(1, min(20, len(values) // 10)) :].mean()) if len(values) else math.nan

@@ -1,15 +1,16 @@
-"""Weights & Biases beside the training: in a thread of its own, offline without an account, never in the way.
+"""Logs to Weights & Biases in a separate thread, offline without an account, without disturbing the training.
 
-The thread imports wandb (about a second), starts the run, and then takes records from a queue, so that neither the
-first step nor a slow server holds the training up and no record is lost meanwhile. Whatever goes wrong there is one
-note, and W&B is off from then on: metrics.jsonl has everything.
+The thread imports wandb (about a second), starts the run, and takes records from a queue. So neither the import nor a
+slow server delays a step, and no record is lost. After any error it prints one note and switches W&B off; metrics.jsonl
+has everything.
 
-Which mode: `offline` as asked for, or without an API key (nobody is asked for one); with a key online, unless the
-server does not answer in time. WANDB_MODE in the environment wins over `auto`.
+Mode `offline`, or no API key: offline, and nobody is asked for a key. With a key: online, unless the server does not
+answer in time. WANDB_MODE in the environment overrides `auto`.
 
-Attempts of one run folder are one W&B run: its id is kept in wandb/run_id, its project, entity and group in wandb/place.json. A resumed attempt repeats steps that an
-earlier one has logged already; wandb/last_step says how far that one came, and those steps are left out. After kill -9
-that number can be ahead of the file on disk by what W&B had not flushed yet, the last second.
+All attempts of a run folder are one W&B run. Its id is in wandb/run_id; its project, entity and group are in
+wandb/place.json. A resumed attempt repeats some logged steps; wandb/last_step holds the last logged step, and repeated
+steps are not logged again. After kill -9 this number can be ahead of W&B's file by the last second, which W&B had not
+flushed.
 """
 
 import os
@@ -32,26 +33,27 @@ from conf.words import harmless, one_line
 from train.checkpoint.run_folder import WANDB_PLACE, wandb_place
 from train.metrics.names import LAYER_LOAD_EVERY, Record, is_event, is_layer_metric
 
-# What W&B gets beside the records of steps: axes and minima, checkpoints, tables, alerts.
+# Content for W&B other than step records: axes and minima, checkpoints, tables, alerts.
 #
-# Each is a function of the module wandb, the run and the newest step that was logged, for WandbSink.write. A table is logged one step later,
-# as W&B takes no second row of a step; a run that goes on has its own row of that step in another file.
+# Each item is a function of the module wandb, the run and the newest logged step, for WandbSink.write. A table is
+# logged one step later, because W&B accepts only one row per step. A resumed run writes its own row of that step into
+# another file.
 
 Item = Callable[[ModuleType, Any, int], None]
 
 OVER_TOKENS = ("main_loss", "mtp_loss", "mtp_loss_*", "balance_loss")
-"""Curves that W&B draws over the tokens trained, so that runs with different batches can be compared."""
+"""Curves that W&B draws over trained tokens, so that runs with different batch sizes are comparable."""
 WITH_MINIMUM = ("validation_loss", "validation_bits_per_byte")
-"""Curves over the tokens trained of which W&B's summary has the smallest value, as NAME.min, beside the newest one,
-NAME.last."""
+"""Curves over trained tokens whose W&B summary has the smallest value (NAME.min) and the newest value (NAME.last)."""
 FILES = 1_000_000
-"""Files of a checkpoint, at most: two and more for each rank."""
+"""Maximum number of files in a checkpoint; each rank writes two or more."""
 FIGURES = ("sequences", "tokens", "text_bytes", "loss", "perplexity", "bits_per_byte")
 
 
 def define_metrics(run: Any) -> None:
-    """Say which axis and which summary a metric has."""
-    # Of a run W&B shows the last value of each name. What is minimised moves with the weights of its parts: it has curves alone.
+    """Sets the axis and the summary of each metric."""
+    # W&B's summary shows the last value of each metric. `loss` gets no summary, because it changes with the weights of
+    # its parts.
     run.define_metric("loss", hidden=True, summary="none", step_metric="tokens")
     for name in OVER_TOKENS:
         run.define_metric(name, step_metric="tokens")
@@ -60,7 +62,7 @@ def define_metrics(run: Any) -> None:
 
 
 def checkpoint(step: int, path: Path) -> Item:
-    """A reference to the checkpoint's files: nothing is read or sent but their names and sizes."""
+    """An artifact that refers to the checkpoint's files: W&B gets only their names and sizes."""
 
     def log(wandb: ModuleType, run: Any, _: int) -> None:
         about = {"step": step, "path": str(path), "host": socket.gethostname()}
@@ -72,7 +74,7 @@ def checkpoint(step: int, path: Path) -> Item:
 
 
 def sample_table(step: int, text: str) -> Item:
-    """What the model wrote, as the table `samples`."""
+    """A generated text, as the table `samples`."""
 
     def log(wandb: ModuleType, run: Any, logged: int) -> None:
         run.log({"samples": wandb.Table(columns=["step", "text"], data=[[step, text]])}, step=logged + 1)
@@ -81,9 +83,8 @@ def sample_table(step: int, text: str) -> Item:
 
 
 def evaluation_tables(found: dict[str, Any]) -> Item:
-    """An evaluation, as evaluate.json has it: the tables `evaluations` and `evaluated_positions`, and of what else was asked for,
-    `evaluated_needle` and `evaluated_tasks`.
-    """
+    """An evaluation in the form of evaluate.json: the tables `evaluations` and `evaluated_positions`, and if
+    requested `evaluated_needle` and `evaluated_tasks`."""
 
     def log(wandb: ModuleType, run: Any, logged: int) -> None:
         head = [found["step"], found["checkpoint"], found["weights"]]
@@ -105,7 +106,7 @@ def evaluation_tables(found: dict[str, Any]) -> Item:
 
 
 def alert(title: str, text: str) -> Item:
-    """A message, which W&B sends on as the account says."""
+    """A message that W&B forwards as the account is configured."""
 
     def send(wandb: ModuleType, run: Any, _: int) -> None:
         run.alert(title=one_line(title), text=harmless(text), level=wandb.AlertLevel.WARN)
@@ -114,28 +115,34 @@ def alert(title: str, text: str) -> Item:
 
 
 ONLINE_SECONDS = 10.0
-"""Longest wait for the server at the start."""
+"""Maximum wait for the server at the start."""
 FINISH_SECONDS = 60.0
-"""Longest wait for the upload of the last records at the end."""
+"""Maximum wait for the upload of the last records at the end."""
 FLUSH_SECONDS = 1.0
-"""W&B writes its file this often; its default of 15 s loses the end of a killed run."""
+"""Interval at which W&B writes its file; its default of 15 s loses the end of a killed run."""
 WAITING_RECORDS = 10_000
 LAYER_SCALARS = ("layer_max_vio", "layer_entropy")
-"""What W&B gets of every MoE layer in every step; loads go as histograms."""
+"""Metrics that W&B gets for every MoE layer in every step; tokens per expert are sent as histograms."""
 LOAD_BINS, LOAD_TOP = 40, 4.0
 """The histogram of loads runs from 0 to 4 fair shares; its last bin holds everything above."""
 
 
 def wants_wandb(mode: WandbMode) -> bool:
-    """Whether there is a W&B run at all; checked before anything is started."""
+    """Whether the run logs to W&B at all; checked before W&B starts."""
     return mode != WandbMode.disabled and not (mode == WandbMode.auto and os.environ.get("WANDB_MODE") == "disabled")
 
 
 class WandbSink:
-    """Logs records, and what else `do` is given, to the W&B run of a run folder.
+    """Logs records and Items to the W&B run of a run folder.
 
+<<<<<<< HEAD
     config: what W&B shows as the configuration, plain values. group: see `place_at_wandb`; wandb itself reads WANDB_TAGS and WANDB_NOTES. commit: of the program. note: called with one sentence when W&B goes offline against
     expectation, or off. online_seconds: longest wait for the server, for tests.
+=======
+    config: the configuration that W&B shows, plain values. group: see `place_at_wandb`; wandb itself reads WANDB_TAGS and
+    WANDB_NOTES. commit: of the program. note: called with one sentence when W&B goes offline unexpectedly or is
+    switched off. online_seconds: maximum wait for the server, for tests.
+>>>>>>> 0af24ea1 (Plain words in train/show)
     """
 
     def __init__(
@@ -165,7 +172,7 @@ class WandbSink:
         self._thread.start()
 
     def write(self, record: Record | Item) -> None:
-        """Hand over a record, or what is none, as an Item is; it comes after the records before it. Returns at once."""
+        """Queue a record or an Item; the thread handles them in order. Returns at once."""
         if self._off:
             return
         try:
@@ -174,7 +181,7 @@ class WandbSink:
             self._switch_off(f"{WAITING_RECORDS} records wait and W&B takes none")
 
     def close(self) -> None:
-        """Wait until all records are on disk, and, online, on the server."""
+        """Wait until all records are on disk and, if online, on the server."""
         limit = self._online_seconds + FINISH_SECONDS
         try:
             self._queue.put(None, timeout=0 if self._off else limit)
@@ -192,11 +199,11 @@ class WandbSink:
     def _work(self) -> None:
         try:
             self._log_all()
-        except Exception as error:  # whatever it is, it must not reach the training; the note says it
+        except Exception as error:  # no exception may reach the training; the note reports it
             self._switch_off(f"{type(error).__name__}: {first_line(error)}")
 
     def _log_all(self) -> None:
-        import wandb  # takes a second, hence here
+        import wandb  # imported here, because it takes a second
 
         (self._folder / "wandb").mkdir(parents=True, exist_ok=True)
         run = self._start(wandb)
@@ -209,19 +216,19 @@ class WandbSink:
                 if callable(record):
                     self._do(record, wandb, run, logged)
                     continue
-                if (resumed := record.get("resumed")) is not None:  # also where an earlier attempt has logged this step
+                if (resumed := record.get("resumed")) is not None:  # also if an earlier attempt has logged this step
                     run.config.update({f"resumed_at_step_{resumed['step']}": resumed}, allow_val_change=True)
                 if record["step"] > logged:
                     run.log(to_wandb(record), step=record["step"], commit=True)
                     logged = record["step"]
-                    os.pwrite(file.fileno(), b"%020d\n" % logged, 0)  # one width, one call: never half a number
+                    os.pwrite(file.fileno(), b"%020d\n" % logged, 0)  # fixed width and one call: never half a number
         run.finish()
         wandb.teardown()  # finish alone returns before the last records are on disk
 
     def _do(self, item: Item, wandb: ModuleType, run: Any, logged: int) -> None:
         try:
             item(wandb, run, logged)
-        except Exception as error:  # such as a checkpoint that is removed meanwhile; the records go on
+        except Exception as error:  # for example a checkpoint removed meanwhile; the records continue
             self._note(f"W&B does without {item.__qualname__.partition('.')[0]}: {first_line(error)}")
 
     def _start(self, wandb: ModuleType) -> Any:
@@ -231,7 +238,7 @@ class WandbSink:
             "x_transaction_log_flush_interval": FLUSH_SECONDS,
             "init_timeout": self._online_seconds,
             "finish_timeout": FINISH_SECONDS,
-            "git_root": str(ROOT),  # else W&B looks for a repository where the command was typed
+            "git_root": str(ROOT),  # otherwise W&B looks for a repository in the current folder
             "git_commit": self._commit,
             "disable_git": self._commit is None,
         }
@@ -244,7 +251,7 @@ class WandbSink:
                 run = wandb.init(**arguments, mode="online", settings=wandb.Settings(**settings))
             except Exception as error:
                 self._note(f"W&B goes offline, the server gave no run: {first_line(error)}")
-                wandb.teardown()  # else the id counts as in use
+                wandb.teardown()  # otherwise the id counts as in use
                 wandb.setup(wandb.Settings(silent=True))
             else:
                 self.where = run.url
@@ -255,7 +262,7 @@ class WandbSink:
 
 
 def goes_online(mode: WandbMode, wandb: ModuleType) -> bool:
-    """Whether a run tries W&B's server, or stays offline at once."""
+    """Whether the run tries W&B's server; False: it is offline from the start."""
     if mode == WandbMode.offline or os.environ.get("WANDB_MODE") in ("offline", "dryrun"):
         return False
     return has_key(wandb)
@@ -279,9 +286,9 @@ def has_netrc_key(base_url: str) -> bool:
 
 
 def place_at_wandb(run_folder: Path, group: str | None = None) -> dict[str, str | None]:
-    """Project, entity and group of the W&B run of a folder: those of its first attempt, else what the environment says.
+    """Project, entity and group of a folder's W&B run: from its first attempt, otherwise from the environment.
 
-    group: what W&B shows together, if WANDB_RUN_GROUP does not say.
+    group: W&B's group, unless WANDB_RUN_GROUP is set.
     """
     return wandb_place(run_folder) or {
         "project": os.environ.get("WANDB_PROJECT", "sluice"),
@@ -291,7 +298,7 @@ def place_at_wandb(run_folder: Path, group: str | None = None) -> dict[str, str 
 
 
 def run_id(run_folder: Path) -> str:
-    """The W&B id of a run folder, made at its first attempt."""
+    """The W&B id of a run folder, created at its first attempt."""
     path = run_folder / "wandb" / "run_id"
     if not path.exists():
         atomic_write_text(path, secrets.token_hex(4) + "\n")
@@ -299,7 +306,7 @@ def run_id(run_folder: Path) -> str:
 
 
 def to_wandb(record: Record) -> dict[str, Any]:
-    """Scalars by their names, a few scalars for each MoE layer, and histograms of expert loads."""
+    """A record for W&B: scalars by name, some scalars per MoE layer, and histograms of tokens per expert."""
     import wandb
 
     scalars = (name for name in record if name != "step" and not is_layer_metric(name) and not is_event(name))
@@ -317,12 +324,12 @@ def to_wandb(record: Record) -> dict[str, Any]:
 
 
 def layer_key(layer: str) -> str:
-    """A layer as W&B spells it, which reads a dot as nesting."""
+    """A layer's name for W&B, which would read a dot as nesting."""
     return layer.replace(".", "_")
 
 
 def load_histogram(load: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Experts by load, in fair shares of their layer: numbers of experts and LOAD_BINS + 1 edges."""
+    """Histogram of tokens per expert, in fair shares of the layer: numbers of experts and LOAD_BINS + 1 edges."""
     counts_LE = np.array([np.asarray(row, np.float64) for row in load.values()])
     shares_LE = counts_LE / np.maximum(counts_LE.mean(axis=1, keepdims=True), 1e-9)
     return np.histogram(np.minimum(shares_LE, LOAD_TOP), bins=LOAD_BINS, range=(0.0, LOAD_TOP))

@@ -1,7 +1,7 @@
-"""Where the numbers of a step go: metrics.jsonl, the terminal, and Weights & Biases.
+"""Distributes the numbers of a step: to metrics.jsonl, the terminal, and Weights & Biases.
 
-The trainer of the logging rank opens one MetricsWriter and hands it one flat record a step, with names as in
-train/metrics/names.py. Sinks are independent; none of them stops the training.
+The trainer of the logging rank opens one MetricsWriter and passes it one flat record a step, with names as in
+train/metrics/names.py. Sinks are independent, and none of them stops the training.
 """
 
 import subprocess
@@ -27,30 +27,31 @@ from train.show.prometheus import PrometheusSink
 from train.show.screens import Progress
 from train.show.wandb_sink import Item, WandbSink, alert, wants_wandb
 
-# report.html while a run trains: written now and then by a process of its own, at a low priority, so that no step waits for it.
+# While a run trains, a separate low-priority process writes report.html, so that no step waits for it.
 #
-# Writing costs that process some seconds of a core. It starts no sooner than ten times as long after the one before.
+# Writing takes some seconds of a core. The pause before the next writing is at least ten times as long as the last
+# writing took.
 
 REPORT_EVERY = 300.0
-"""Seconds between writings of the page while the run trains, by a process of its own at a low priority."""
+"""Minimum seconds between two writings of the page while the run trains."""
 FIRST_REPORT = 60.0
-"""Seconds after the first step."""
+"""Seconds from the start of the run to the first writing."""
 IDLE_TIMES = 10.0
-"""How much longer than a writing took the pause behind it is, at least."""
+"""Minimum ratio of the pause after a writing to the time that the writing took."""
 
 
 class ReportSink:
-    """Has the report written while records come. Wait for its end, or have it ended, by `close`."""
+    """Starts a report process when it is due. `close` ends it."""
 
     def __init__(self, run_folder: Path, every: float = REPORT_EVERY):
-        """every: seconds between two, at least."""
+        """every: minimum seconds between two writings."""
         self._folder, self._every = run_folder, every
         self._child: subprocess.Popen | None = None
         self._began = time.monotonic()
         self._next = self._began + min(FIRST_REPORT, every)
 
     def write(self, record: Record) -> None:
-        """Start another writing if it is time. What it costs beyond that is not this process's."""
+        """Start the next writing if it is due; the cost falls on another process."""
         now = time.monotonic()
         if self._child is not None and self._child.poll() is not None:
             self._child = None
@@ -62,7 +63,7 @@ class ReportSink:
             self._began = now
 
     def close(self) -> None:
-        """No older report is written over the last one after this."""
+        """End a running writing, so that it cannot replace the final report."""
         if self._child is not None:
             self._child.kill()
             self._child.wait()
@@ -72,7 +73,7 @@ class ReportSink:
 
 
 SELDOM = {"validation_loss", "weight_norm"}
-"""What is measured in few steps, and recorded in each of them."""
+"""Metrics that are measured in few steps and recorded in each of these steps."""
 
 
 class Sink(Protocol):
@@ -82,7 +83,7 @@ class Sink(Protocol):
 
 
 class MetricsWriter:
-    """Hands records to sinks; use as a context manager, so that an exception leaves a readable terminal."""
+    """Passes records to sinks. Use it as a context manager, so that an exception leaves a readable terminal."""
 
     def __init__(
         self,
@@ -95,10 +96,11 @@ class MetricsWriter:
         extra: Callable[[], Record] = dict,
         alerts: str | None = None,
     ):
-        """every: steps between records to the sinks; the first, the last and those with one of SELDOM always go there.
+        """every: steps between records to the sinks. The first step, the last step and steps with a metric in SELDOM
+        are always recorded.
 
-        The terminal sees every record. first: events that the first record is to hold. extra: further scalars for the sinks.
-        alerts: the name that begins the title of an alert of W&B; None sends none.
+        The terminal shows every record. first: events for the first record. extra: further scalars for the sinks.
+        alerts: beginning of the titles of W&B alerts; None sends none.
         """
         self._sinks, self._progress, self._extra = list(sinks), progress, extra
         self._every, self._last_step, self._first = every, last_step, first or {}
@@ -106,7 +108,7 @@ class MetricsWriter:
         self._alerts, self._closed = alerts, False
 
     def write(self, record: Record) -> bool:
-        """Record one step; needs at least `step`. Whether it went to the sinks."""
+        """Record one step; the record needs at least `step`. Returns whether the sinks got it."""
         self._progress.write(record)
         step = record["step"]
         due = (
@@ -120,26 +122,26 @@ class MetricsWriter:
         return due
 
     def event(self, text: str | None) -> None:
-        """What the run is busy with beside steps (`validation`, `checkpoint`), None when it is over."""
+        """Shows the run's current activity other than steps (`validation`, `checkpoint`); None when it ends."""
         self._progress.event(text)
 
     def note(self, text: str) -> None:
-        """A sentence for the person at the terminal."""
+        """Prints a sentence at the terminal."""
         self._progress.note(text)
 
     def show(self, item: Item) -> None:
-        """Something beside steps for W&B, as an Item is."""
+        """Sends an Item to W&B."""
         if self._wandb is not None:
             self._wandb.write(item)
 
     def alert(self, what: str, text: str) -> None:
-        """Let W&B write to whoever watches the run. what: ends the title, as `diverged`."""
+        """Send a W&B alert to the people who watch the run. what: end of the title, such as `diverged`."""
         if self._alerts is not None:
             self.show(alert(f"{self._alerts}: {what}", text))
 
     @property
     def wandb_run(self) -> str | None:
-        """Address or offline folder of the W&B run, for the last screen; None without one."""
+        """Address or offline folder of the W&B run, for the last screen; None without W&B."""
         return self._wandb.where if self._wandb is not None else None
 
     def close(self) -> None:
@@ -161,8 +163,10 @@ class MetricsWriter:
 
 
 def what_ended(error: BaseException) -> str:
-    """A run, in two words."""
-    from parallel.exchange import is_timeout  # imports torch, which the driver, who has no such error, does without
+    """Short words for the error that ended a run."""
+    from parallel.exchange import (
+        is_timeout,
+    )  # imports torch, which the driver does not need, because it never has this error
 
     if getattr(error, "code", None) == EXIT_DIVERGED:
         return "diverged"
@@ -176,9 +180,10 @@ def what_ended(error: BaseException) -> str:
 def open_writer(
     config: Config, run_folder: Path, *, resumed_step: int = 0, resumed: Record | None = None
 ) -> MetricsWriter:
-    """The sinks that config.log asks for. resumed_step: last step in the loaded checkpoint, 0 for a new run.
+    """A writer with the sinks that config.log selects. resumed_step: last step in the loaded checkpoint, 0 for a new
+    run.
 
-    resumed: as in train/metrics/names.py, where it came from and what differs from the run that wrote it.
+    resumed: as in train/metrics/names.py, the origin of the run and the settings that differ from the earlier run.
     """
     name = config.name or run_folder.name
     progress = Progress(name, config.steps, enabled=config.log.progress, done=resumed_step)
@@ -213,7 +218,8 @@ def open_writer(
 
 
 def _with_steps_again(metrics: Path, resumed_step: int, resumed: Record | None) -> Record | None:
-    """`resumed`, with the steps that the file has behind the resumed one, which are done again, and the time of the last of them."""
+    """Adds to `resumed` the number of recorded steps after the resumed step, which will be repeated, and the time of
+    the last one."""
     last = read_last(metrics)
     again = last.get("step", 0) - resumed_step
     if again <= 0:
@@ -224,7 +230,8 @@ def _with_steps_again(metrics: Path, resumed_step: int, resumed: Record | None) 
 def open_wandb(
     config: Config, run_folder: Path, note: Callable[[str], None], settings: Mapping[str, Any] | None = None
 ) -> WandbSink:
-    """The W&B run of a run folder. note: for a sentence to the person at the terminal. settings: to be shown with the run."""
+    """The W&B run of a run folder. note: prints a sentence at the terminal. settings: configuration to show with the
+    run."""
     starts = read_starts(run_folder)
     name = config.name or run_folder.name
     return WandbSink(
@@ -239,7 +246,7 @@ def open_wandb(
 
 
 def tell_of_end(config: Config, run_folder: Path, code: int) -> None:
-    """Alert of a run that has failed for good, where its rank 0, which sends the other alerts, is gone: on a cluster, or ended as it hung."""
+    """Send the alert that a run has failed for good, if its rank 0 cannot: on a cluster, or after a hang."""
     text = last_failure(run_folder) if config.cluster.backend == "ray" else _hang_of(run_folder)
     if text and wants_wandb(config.log.wandb) and (run_folder / "wandb" / "run_id").is_file():
         sink = open_wandb(config, run_folder, lambda text: say(text, file=sys.stderr))
@@ -248,7 +255,7 @@ def tell_of_end(config: Config, run_folder: Path, code: int) -> None:
 
 
 def _hang_of(run_folder: Path) -> str:
-    """The sentence on what held up the newest start; empty where it did not end for that."""
+    """The sentence about the hang that ended the newest start; empty if no hang ended it."""
     _, incident = newest_incident(run_folder / "logs") or (None, {})
     begun = next((start["time"] for start in reversed(read_starts(run_folder))), 0.0)
     return incident["text"] if incident.get("kind") == Kind.hang.value and incident["time"] >= begun else ""
