@@ -1,10 +1,10 @@
-"""How evenly the experts are used, from token counts alone. Pure functions on numpy arrays or torch tensors.
+"""Measures how evenly the experts are used, from token counts alone. Pure functions on numpy arrays or torch tensors.
 
 Shape suffixes: L MoE layers (MTP modules last), E routed experts.
 
-MaxVio (LF paper, Tables 2-4) = (busiest expert - mean) / mean: 0 is even, 1 means twice the fair share. Of one
-batch it shows what an all-to-all has to carry; of the running load it shows whether the bias balances at all,
-since noise of single batches averages out.
+MaxVio (LF paper, Tables 2-4) = (busiest expert - mean) / mean: 0 is even, 1 means twice the fair share. MaxVio of one
+batch shows the load of the all-to-all. MaxVio of the running load shows whether the bias balances at all, because the
+noise of single batches averages out.
 """
 
 from collections.abc import Sequence
@@ -15,32 +15,37 @@ import numpy as np
 from train.metrics.names import Record
 
 HORIZON = 100
-"""Steps over which the running load remembers: a past step weighs exp(-age / HORIZON), about."""
+"""Time constant of the running load in steps: a past step has a weight of about exp(-age / HORIZON)."""
 DEAD_STEPS = 20
-"""An expert is dead when it got no token in this many steps. A fair expert of the smallest recipe gets hundreds in
-each step, so that 20 empty ones are no accident; a bias speed of 0.001 has then moved by 0.02 and should have revived it."""
+"""Steps without a token after which an expert counts as dead.
+
+An average expert of the smallest recipe gets hundreds of tokens in each step, so 20 steps without one are no accident.
+In 20 steps a bias speed of 0.001 moves the bias by 0.02, which should have revived the expert.
+"""
 
 
 class RunningLoad(NamedTuple):
-    """What is remembered of past steps. Goes into a checkpoint as two arrays, if the numbers shall go on smoothly."""
+    """Memory of past steps. Two arrays in a checkpoint keep it, so that the metrics continue smoothly after a
+    resume."""
 
     load_LE: np.ndarray
-    """Sum of counts with exponential forgetting. MaxVio ignores scale, so a sum serves as well as a mean."""
+    """Sum of token counts with exponential forgetting. MaxVio ignores scale, so a sum works as well as a mean."""
     idle_LE: np.ndarray
     """Steps since the expert last got a token, or since the start."""
     steps: int
-    """Steps seen."""
+    """Number of steps included."""
 
 
 def max_vio(counts_LE: Any) -> np.ndarray:
-    """MaxVio of each layer, (L,); 0 for a layer without any token."""
+    """MaxVio of each layer, (L,); 0 for a layer without tokens."""
     counts_LE = to_numpy(counts_LE)
     mean_L = counts_LE.mean(axis=1)
     return np.where(mean_L > 0, counts_LE.max(axis=1) / np.where(mean_L > 0, mean_L, 1) - 1, 0.0)
 
 
 def load_entropy(counts_LE: Any) -> np.ndarray:
-    """Entropy of the load over its maximum log E, (L,): 1 even, 0 all on one expert (or no token, or E = 1)."""
+    """Entropy of the tokens per expert over its maximum log E, (L,): 1 is even; 0 means all tokens on one expert (or
+    no token, or E = 1)."""
     counts_LE = to_numpy(counts_LE)
     total_L1 = counts_LE.sum(axis=1, keepdims=True)
     share_LE = counts_LE / np.where(total_L1 > 0, total_L1, 1)
@@ -49,7 +54,7 @@ def load_entropy(counts_LE: Any) -> np.ndarray:
 
 
 def update_running(running: RunningLoad | None, counts_LE: Any) -> RunningLoad:
-    """The running load after one more step; None before the first."""
+    """The running load after one more step. running: None before the first step."""
     counts_LE = to_numpy(counts_LE)
     if running is None:
         running = RunningLoad(np.zeros_like(counts_LE), np.zeros(counts_LE.shape, np.int64), 0)
@@ -58,15 +63,16 @@ def update_running(running: RunningLoad | None, counts_LE: Any) -> RunningLoad:
 
 
 def dead_experts(running: RunningLoad) -> np.ndarray:
-    """Experts of each layer without a token in the last DEAD_STEPS steps (in all steps so far, while fewer), (L,)."""
+    """Number of dead experts in each layer, (L,): without a token in the last DEAD_STEPS steps, or in all steps
+    while there are fewer."""
     return (running.idle_LE >= min(DEAD_STEPS, max(1, running.steps))).sum(axis=1)
 
 
 def balance_record(layers: Sequence[str], counts_LE: Any, bias_LE: Any, running: RunningLoad) -> Record:
     """All balance metrics of a step, with names as in names.py.
 
-    layers: names of the L layers. counts_LE: tokens per expert over the whole batch and all ranks. bias_LE: balance bias
-    that the step used. running: includes this step. Without MoE layers the record is empty.
+    layers: names of the L layers. counts_LE: tokens per expert over the whole batch and all ranks. bias_LE: balance
+    bias that the step used. running: includes this step. Without MoE layers the record is empty.
     """
     if not layers:
         return {}
@@ -89,7 +95,7 @@ def balance_record(layers: Sequence[str], counts_LE: Any, bias_LE: Any, running:
 
 
 def to_numpy(values: Any) -> np.ndarray:
-    """float64 array of a numpy array, nested list, or torch tensor on any device."""
+    """A numpy array, nested list, or torch tensor on any device as a float64 array."""
     if hasattr(values, "detach"):
         values = values.detach().to("cpu").double().numpy()
     return np.asarray(values, np.float64)

@@ -1,8 +1,8 @@
-"""metrics.jsonl: the record of a run that everything else can be made from again.
+"""Reads and writes metrics.jsonl, from which every other output of a run can be rebuilt.
 
-One line a step, whole lines only: a line is written with one call, unbuffered, so that a killed process loses
-nothing it had written, and a line that did not fit on the disk is taken back and waits in memory for room. On resume the file is cut behind the
-resumed step, so that no step occurs twice.
+One line a step, whole lines only. A line is written with one unbuffered call, so a killed process loses nothing that it
+had written. A line that does not fit on the disk is removed and waits in memory for space. On resume the file is cut
+after the resumed step, so no step occurs twice.
 """
 
 import contextlib
@@ -20,20 +20,22 @@ from train.metrics.names import LAYERS_MARK, Record, is_layer_metric, order
 
 METRICS_FILE = "metrics.jsonl"
 LOADS_PER_STEP = 1024
-"""Expert loads in a line on average, about: a larger model (16,000 loads in the 671B one) has them in every n-th line."""
+"""Approximate average of expert token counts per line. A larger model (16,000 counts in the 671B model) has them in
+every n-th line."""
 TAIL = 1 << 18
-"""Bytes of the end of the file in which the last steps are looked for."""
+"""Bytes at the end of the file that are searched for the last steps."""
 _STEP = re.compile(rb'\{"step":(\d+)[,}]')
 
 
 def encode_record(record: Record) -> bytes:
-    """One line, newline included: known names in the order of the table, null for what is not finite."""
+    """One line with newline: known names in the order of the table, null for values that are not finite."""
     plain = {name: _plain(record[name]) for name in sorted(record, key=order)}
     return json.dumps(plain, separators=(",", ":"), allow_nan=False).encode() + b"\n"
 
 
 def _plain(value: Any) -> Any:
-    """Numbers of numpy and torch as Python numbers; 7 significant digits, the precision of fp32."""
+    """The value with numpy and torch numbers as Python numbers, rounded to 7 significant digits, the precision of
+    fp32."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -50,8 +52,8 @@ def _plain(value: Any) -> Any:
 class JsonlSink:
     """Appends lines to metrics.jsonl of a run folder.
 
-    resumed_step: last step that the loaded checkpoint contains, 0 for a new run; later lines are cut off.
-    note: called with a sentence when the disk refuses a line, and when it has taken all again; training goes on meanwhile.
+    resumed_step: last step in the loaded checkpoint, 0 for a new run; later lines are cut off. note: called with a
+    sentence when the disk refuses a line, and again when all lines are written; training continues meanwhile.
     """
 
     def __init__(self, path: Path, resumed_step: int, note: Callable[[str], None]):
@@ -74,13 +76,13 @@ class JsonlSink:
             self._tell_of_room()
 
     def _append(self, line: bytes) -> None:
-        """All of the line or nothing."""
+        """Writes the whole line or nothing."""
         try:
             with naming(self._path, len(line)):
                 if (written := self._file.write(line)) != len(line):
                     raise OSError(errno.ENOSPC, f"{written} of {len(line)} bytes written")
         except OSError:
-            with contextlib.suppress(OSError):  # cutting needs no space; where it fails too, readers skip the torn line
+            with contextlib.suppress(OSError):  # truncation needs no space; if it fails too, readers skip the torn line
                 self._file.truncate(self._size)
             raise
         self._size += len(line)
@@ -113,7 +115,7 @@ def _with_loads_now_and_then(record: Record) -> Record:
 
 
 def _end_of_step(file: Any, step: int) -> int:
-    """Byte behind the last whole line of a step <= step."""
+    """Position after the last whole line whose step is <= step."""
     end = 0
     file.seek(0)
     for line in file:
@@ -125,12 +127,12 @@ def _end_of_step(file: Any, step: int) -> int:
 
 
 def read_heads(path: Path) -> Iterator[Record]:
-    """The scalars of every whole line, NaN for null. A damaged line is left out."""
+    """The scalars of every whole line, NaN for null. Damaged lines are skipped."""
     return (head for head, _ in read_heads_with_loads(path))
 
 
 def read_heads_with_loads(path: Path) -> Iterator[tuple[Record, bool]]:
-    """Every record of a file without its loads, and whether the line has the load of every expert."""
+    """Every record without its values per layer, and whether the line has the token counts of the experts."""
     for line in _whole_lines(path):
         head, mark, layers = line.partition(LAYERS_MARK)
         for record in _parse(head + b"}" if mark else line):
@@ -138,17 +140,17 @@ def read_heads_with_loads(path: Path) -> Iterator[tuple[Record, bool]]:
 
 
 def read_last_lines(file: Path) -> list[Record]:
-    """The whole lines at the end of metrics.jsonl that are of a step, oldest first; empty where there is no file."""
+    """Records of the whole lines at the end of metrics.jsonl, oldest first; empty without a file."""
     return [record for line in read_tail(file, TAIL).splitlines() for record in _parse(line)]
 
 
 def read_last(file: Path) -> Record:
-    """The newest of them; empty where there is none."""
+    """The newest record; empty if there is none."""
     return next(reversed(read_last_lines(file)), {})
 
 
 def read_steps(path: Path, steps: Container[int]) -> Iterator[Record]:
-    """All of the whole lines of these steps, per-layer values included."""
+    """Complete records of these steps, values per layer included."""
     for line in _whole_lines(path):
         match = _STEP.match(line)
         if match and int(match[1]) in steps:

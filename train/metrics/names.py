@@ -1,26 +1,26 @@
-"""The one table of metrics: what a line of metrics.jsonl may hold, in which unit, meaning what, and when; and where one sees it.
+"""The one table of metrics: names in metrics.jsonl, with unit, meaning, condition, W&B panel and report curve.
 
-A line is one JSON object. Its scalars come first, in the order of the table, then events, then the values per MoE layer, so that a
-reader of a long file can cut a line at LAYERS_MARK and parse the head alone. An absent key was not measured in
-that step; null means that the number was not finite (NaN is no JSON).
+A line is one JSON object. Scalars come first, in the order of the table, then events, then values per MoE layer. So a
+reader of a long file can cut a line at LAYERS_MARK and parse only the head. An absent key was not measured in that
+step; null means that the number was not finite (JSON has no NaN).
 
-MoE layers are named as their parameters are: `layers.3` in the main model, `mtp.0` for the first MTP module. W&B gets the
-scalars by the same names, and of the values per layer what WANDB lists; there a layer is spelled `layers_3`.
+MoE layers are named as their parameters: `layers.3` in the main model, `mtp.0` for the first MTP module. W&B gets the
+scalars by the same names. It gets the values per layer that WANDB lists, with a layer written as `layers_3`.
 """
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 Record = dict[str, Any]
-"""One step: metric name -> number, or for layer metrics -> {layer name: number or list}, or for an event an object."""
+"""One step: metric name -> number; for layer metrics -> {layer name: number or list}; for an event -> object."""
 
 
-# Okabe and Ito's palette, told apart with any colour vision.
+# Palette of Okabe and Ito, distinguishable with any colour vision.
 BLUE, ORANGE, GREEN, SKY, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#56B4E9", "#CC79A7", "#666666"
 
 
 class Curve(NamedTuple):
-    """A curve of report.html. figure: the key of the one that has it (train/show/figures.py). scale: what values are multiplied by."""
+    """A curve of report.html. figure: key of its figure (train/show/figures.py). scale: factor on the values."""
 
     figure: str
     label: str
@@ -29,7 +29,7 @@ class Curve(NamedTuple):
     markers: bool = False
     dash: str = "solid"
     smooth: bool = False
-    """Whether it is noisy: drawn pale, with the mean of the steps around it over it."""
+    """Whether the curve is noisy; it is then drawn pale, with a moving average over it."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,13 @@ class Metric:
     unit: str
     meaning: str
     when: str = ""
-    """What it takes to be measured; empty where every step has it."""
+    """Condition for the measurement; empty if every step has the metric."""
     panel: str = ""
-    """In which panel of the W&B workspace it is (SECTIONS in train/show/dashboard.py)."""
+    """Key of its panel in the W&B workspace (SECTIONS in train/show/dashboard.py)."""
     curve: Curve | None = None
-    """How report.html draws it."""
+    """Appearance in report.html; None: no curve."""
     log: bool = False
-    """Whether its axis is logarithmic."""
+    """Whether its y axis is logarithmic."""
 
 
 FP8_READINGS = (
@@ -449,7 +449,7 @@ EVENTS = (
         "the first step after a resume, or after a start that does steps again",
     ),
 )
-"""What is no number in a line."""
+"""Entries of a line that are objects instead of numbers."""
 
 LAYERS = (
     Metric("layer_max_vio", float, "1", "max_vio of each MoE layer"),
@@ -472,18 +472,19 @@ WANDB = (
     Metric("load", list, "experts", "experts of all MoE layers by load in fair shares, a histogram", panel="load"),
     Metric("layer_load/LAYER", list, "experts", "the same of one MoE layer", "every LAYER_LOAD_EVERY steps"),
 )
-"""What W&B gets of the values per layer."""
+"""Values per layer that W&B gets."""
 LAYER_LOAD_EVERY = 10
-"""Steps between histograms of single layers, which take the most room of all."""
+"""Steps between histograms of single layers, which take more space than all other values."""
 
 LAYERS_MARK = b',"layer_max_vio":'
-"""Where the head of a line ends: the scalars stand before it."""
+"""End of a line's head, which holds the scalars and events."""
 
 _ORDER = [metric.name for metric in SCALARS + EVENTS + LAYERS]
 
 
 def table_name(name: str) -> str:
-    """The name in the table: `mtp_loss_2` stands there as mtp_loss_K, W&B's `layer_max_vio/mtp_0` as layer_max_vio/LAYER."""
+    """A metric's name in the table: `mtp_loss_2` becomes mtp_loss_K, W&B's `layer_max_vio/mtp_0` becomes
+    layer_max_vio/LAYER."""
     base, _, depth = name.rpartition("_")
     if base == "mtp_loss" and depth.isdecimal():
         return "mtp_loss_K"
@@ -492,17 +493,17 @@ def table_name(name: str) -> str:
 
 
 def order(name: str) -> tuple[int, int]:
-    """Place of a metric in a line. An unknown name is our bug."""
+    """Position of a metric in a line. An unknown name is a bug in Sluice."""
     row = table_name(name)
     assert row in _ORDER, f"metric {name!r} is missing from train/metrics/names.py"
     return _ORDER.index(row), int(name.rpartition("_")[2]) if row == "mtp_loss_K" else 0
 
 
 def is_event(name: str) -> bool:
-    """Whether the value is no number."""
+    """Whether the metric is an event, whose value is an object."""
     return any(metric.name == name for metric in EVENTS)
 
 
 def is_layer_metric(name: str) -> bool:
-    """Whether the values are per MoE layer."""
+    """Whether the metric has values per layer."""
     return any(metric.name == name for metric in LAYERS)

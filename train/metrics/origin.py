@@ -1,17 +1,17 @@
-"""starts.json of a run folder: how the run was started each time, by what code, on what machine. For the report and W&B.
+"""Reads and writes starts.json: command, code and machine of each start of a run. For the report and W&B.
 
-One JSON list, a start after the other:
-
+The file is one JSON list with an object per start:
     time        when the command was given, Unix seconds
-    command     the command, as a shell takes it
+    command     the command, quoted for a shell
     folder      where it was given
-    commit      of the program's own repository; null where it is not one, as when it was installed
+    commit      of the program's own repository; null if it is not in one, for example when installed
     modified    whether files of that commit were changed
     machine     of rank 0: host, system, device, cores and memory_bytes; absent until it has started
-    ranks       of the run
-    versions    Python's and those of the packages that compute, as rank 0 has them
+    ranks       number of ranks
+    versions    Python's and those of the packages that compute, on rank 0
 
-The driver adds an entry, and rank 0, which may run elsewhere, completes it. Imports no torch: the driver uses it.
+The driver adds an entry. Rank 0, which may run on another machine, completes it. Imports no torch, because the driver
+uses it.
 """
 
 import os
@@ -36,7 +36,7 @@ from train.program import COMMAND, typed_command
 
 STARTS_FILE = "starts.json"
 KEPT = 100
-"""Starts in the file, the newest ones."""
+"""Maximum number of starts in the file; it keeps the newest."""
 PACKAGES = ("torch", "deepspeed", "numpy", "ray", "triton")
 GIT_SECONDS = 10.0
 TYPES = {"time": (int, float), "command": str, "folder": str, "commit": (str, type(None)), "modified": bool}
@@ -46,14 +46,14 @@ StartRecord = dict[str, Any]
 
 
 def record_start(folder: Path) -> None:
-    """Add this command to the file."""
+    """Add the current command to the file."""
     commit, modified = code_version()
     start = {"time": time.time(), "command": typed_words(), "folder": os.getcwd()}
     _write(folder, [*read_starts(folder), start | {"commit": commit, "modified": modified}])
 
 
 def record_machine(folder: Path, device: str, ranks: int, is_gpu: bool = False) -> None:
-    """Complete the newest start. device: name of the GPU or processor of rank 0."""
+    """Complete the newest start. device: name of rank 0's GPU or CPU."""
     if not (starts := read_starts(folder)):
         return  # a rank that was started by hand
     *before, newest = starts
@@ -71,7 +71,7 @@ def record_machine(folder: Path, device: str, ranks: int, is_gpu: bool = False) 
 
 
 def read_starts(folder: Path) -> list[StartRecord]:
-    """All starts, oldest first; empty where there is no file. Raises UserError for a damaged one."""
+    """All starts, oldest first; empty without a file. Raises UserError for a damaged file."""
     path = folder / STARTS_FILE
     try:
         starts = read_plain_json(path) if path.exists() else []
@@ -90,7 +90,7 @@ def read_starts(folder: Path) -> list[StartRecord]:
 
 
 def ran_on_gpu(folder: Path) -> bool:
-    """Whether the last start that got so far trained on GPUs; false for one of a version that did not say."""
+    """Whether the newest start with a machine entry trained on GPUs; false if an older version wrote it."""
     machines = [start["machine"] for start in read_starts(folder) if "machine" in start]
     return bool(machines and machines[-1].get("is_gpu"))
 
@@ -102,7 +102,7 @@ def _require(values: dict[str, Any], types: dict[str, Any]) -> None:
 
 
 def command_to_go_on(folder: Path) -> str:
-    """What was typed last, without resume=, which told where to start: to go on is what happens without it."""
+    """The last command without resume=. Without this word the command continues the newest checkpoint."""
     starts = read_starts(folder)
     if not starts:
         return "the same command"
@@ -110,7 +110,7 @@ def command_to_go_on(folder: Path) -> str:
 
 
 def typed_words() -> str:
-    """What was typed, as a shell takes it."""
+    """The current command, quoted for a shell."""
     if (place := given_place()) is not None:
         nodes = ["--nnodes", str(place.world // place.local_world)] if place.world > place.local_world else []
         start = ["torchrun", *nodes, "--nproc-per-node", str(place.local_world), "-m", "train"]
@@ -120,7 +120,8 @@ def typed_words() -> str:
 
 
 def code_version() -> tuple[str | None, bool]:
-    """Commit of the repository that this program runs from, None where it is none, and whether its files were changed."""
+    """Commit of the repository that this program runs from (None if there is none), and whether its files were
+    changed."""
     if not (ROOT / ".git").exists() or shutil.which("git") is None:
         return None, False
     commit = _git("rev-parse", "HEAD")
@@ -128,7 +129,7 @@ def code_version() -> tuple[str | None, bool]:
 
 
 def code_words(start: StartRecord) -> str:
-    """The version of the code, for a person."""
+    """The version of the code, as text."""
     if start["commit"] is None:
         return "installed, not a git repository"
     return f"git commit {start['commit']}{', with changed files' if start['modified'] else ''}"
@@ -139,7 +140,7 @@ def _git(*words: str) -> str | None:
         done = subprocess.run(
             ["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=GIT_SECONDS, check=True
         )
-    except (OSError, subprocess.SubprocessError):  # another user's repository, a damaged one, a slow disk
+    except (OSError, subprocess.SubprocessError):  # another user's repository, a damaged repository, a slow disk
         return None
     return done.stdout.strip()
 

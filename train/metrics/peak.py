@@ -1,12 +1,12 @@
-"""The peak of a device in FLOP/s, which MFU is measured against.
+"""Finds the peak of a device in FLOP/s, the reference of MFU.
 
-For data-centre GPUs it is the maker's dense bf16 figure, also when products run in FP8: the paper counts against bf16
-(ISCA 5.1.2: 432 TFLOPS non-causal is 43.7 % of an H800's 989). For everything else, a CPU above all, no such
-figure is known, and the fastest of a few plain matrix products stands for it, made as training makes them.
+For data-centre GPUs it is the maker's dense bf16 figure, also if GEMMs run in FP8, because the paper counts against
+bf16 (ISCA 5.1.2: 432 TFLOPS non-causal is 43.7 % of an H800's 989). For other devices, above all CPUs, no such figure
+is known. There the fastest of a few plain GEMMs replaces it, computed by the same kernels as in training.
 
-A measurement on a busy machine is too low, never too high. So the best figure of a kind of device, number of threads, number
-format and code is kept in the cache folder, and every start measures again, in the time that a start without a figure
-takes: it may raise the figure. From the second start on, a busy moment no longer moves what MFU is measured against.
+A measurement on a busy machine is too low, never too high. So the cache folder keeps the best figure for each kind of
+device, number of threads, number format and code. Every start measures again, in about 0.3 s, and may raise the figure.
+From the second start on, a busy moment no longer changes the reference of MFU.
 """
 
 import json
@@ -28,28 +28,29 @@ NAMED_PEAKS = (
     (r"\bH100\b(?!.*(PCIe|NVL))", 989e12),
     (r"\bA100\b", 312e12),
 )
-"""Names as CUDA reports them. PCIe and NVL cards of the H series are slower and get measured."""
+"""Patterns of the names that CUDA reports. PCIe and NVL cards of the H series are slower, so they are measured."""
 PRODUCT_SIZES = (256, 512, 1024, 2048, 4096, 8192)
 PRODUCT_TRIES = 3
 PEAK_SECONDS = 0.25
 IMPOSSIBLE = 1e17
-"""FLOP/s that no device reaches; a kept figure like that is damage, and would stand for ever."""
+"""FLOP/s that no device reaches. Such a figure in the cache is damage, and would otherwise stay for ever."""
 
 
 class Peak(NamedTuple):
     flops: float
     """FLOP/s."""
     label: str
-    """Where the figure comes from, for a person."""
+    """Origin of the figure, as text."""
 
 
 def peak_flops(
     device: torch.device, dtype: torch.dtype, kernels: Kernels, *, given: float = 0.0, cache: Path | None = None
 ) -> Peak:
-    """given (log.peak_flops) if it is set, else the maker's figure, else the best one measured so far, now included.
+    """The peak: `given` (log.peak_flops) if set, else the maker's figure, else the best measured figure, the current
+    one included.
 
-    dtype: format of the products; FP8 counts as bf16. kernels: what makes them. cache: folder that keeps the best figures; None keeps none. A
-    measurement takes about 0.3 s. A kept figure that cannot be read or written is said in the label, and no more.
+    dtype: format of the GEMMs; FP8 counts as bf16. kernels: compute the GEMMs. cache: folder of the best figures; None
+    keeps none. A measurement takes about 0.3 s. If a cached figure cannot be read or written, only the label says so.
     """
     if given > 0:
         return Peak(given, "log.peak_flops")
@@ -63,7 +64,7 @@ def peak_flops(
 
 
 def named_peak(name: str) -> float | None:
-    """The maker's dense bf16 FLOP/s of a GPU by the name that CUDA reports, None if unknown."""
+    """The maker's dense bf16 FLOP/s for a GPU name that CUDA reports; None if unknown."""
     return next((flops for pattern, flops in NAMED_PEAKS if re.search(pattern, name) and "MIG" not in name), None)
 
 
@@ -72,7 +73,7 @@ def _format(dtype: torch.dtype) -> str:
 
 
 def _kind(device: torch.device, dtype: torch.dtype, kernels: Kernels) -> dict[str, Any]:
-    """What measurements must have in common so that the best of them stands for all."""
+    """Properties that measurements must share to be comparable."""
     on_cuda, compiled = device.type == "cuda", dtype == torch.bfloat16 and "products" in kernels.parts
     return {
         "device": torch.cuda.get_device_name(device) if on_cuda else cpu_name(),
@@ -83,10 +84,10 @@ def _kind(device: torch.device, dtype: torch.dtype, kernels: Kernels) -> dict[st
 
 
 def _best_seen(folder: Path, kind: dict[str, Any], now: Peak) -> Peak:
-    """The better of the kept figure and the one of now, which is then kept.
+    """The better of the cached figure and the current figure, which is then cached.
 
-    A file per kind, replaced in one move. Of two processes that write at once the last one's figure stays, also if it is
-    the lower one: a later start raises it again.
+    Each kind has a file, which is replaced atomically. If two processes write at once, the last figure stays, even if
+    it is lower; a later start raises it again.
     """
     path = folder / (re.sub(r"[^A-Za-z0-9.]+", "_", " ".join(map(str, kind.values()))).strip("_")[:200] + ".json")
     kept, problem = _read_kept(path, kind)
@@ -103,7 +104,7 @@ def _best_seen(folder: Path, kind: dict[str, Any], now: Peak) -> Peak:
 
 
 def _read_kept(path: Path, kind: dict[str, Any]) -> tuple[float, str]:
-    """The figure in the file, 0 without one; and what is wrong with the file, which is then written again."""
+    """The figure in the file (0 if there is none), and the problem of an unreadable file, which is then replaced."""
     try:
         found = json.loads(path.read_bytes())
         flops = float(found.pop("flops"))
@@ -112,15 +113,15 @@ def _read_kept(path: Path, kind: dict[str, Any]) -> tuple[float, str]:
     except FileNotFoundError:
         return 0.0, ""
     except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError):
-        pass  # whatever the file holds, training needs nothing of it
+        pass  # training does not depend on this file
     return 0.0, f"; the figure kept in {path} could not be read and is replaced"
 
 
 def measured_peak(device: torch.device, dtype: torch.dtype, kernels: Kernels, budget: float = PEAK_SECONDS) -> float:
-    """Best rate of square matrix products of growing size within about `budget` seconds.
+    """Best rate of square GEMMs of growing size within about `budget` seconds.
 
-    On a busy machine CPU threads that wait for each other can be a hundred times slower than one thread alone, so half of
-    the budget goes to a single thread; the better of the two stands.
+    On a busy machine, CPU threads that wait for each other can be a hundred times slower than a single thread. So half
+    of the budget goes to a single thread, and the better rate counts.
     """
     if device.type != "cpu" or torch.get_num_threads() == 1:
         return _best_rate(device, dtype, kernels, budget)
@@ -139,10 +140,10 @@ def _best_rate(device: torch.device, dtype: torch.dtype, kernels: Kernels, budge
         pair = [torch.randn(size, size, device=device).to(dtype) for _ in range(2)]
         best = min(_seconds(*pair, kernels=kernels) for _ in range(PRODUCT_TRIES))
         rate = max(rate, 2 * size**3 / best)
-        used += PRODUCT_TRIES * best  # not what passed on the clock: the first product of a size may load a kernel
+        used += PRODUCT_TRIES * best  # not clock time, because the first GEMM of a size may load a kernel
         if used + PRODUCT_TRIES * 8 * best > budget:  # twice the size takes eight times as long
             break
-    while time.perf_counter() < deadline:  # the best of many tries saw the fewest interruptions
+    while time.perf_counter() < deadline:  # the fastest of many tries had the fewest interruptions
         rate = max(rate, 2 * size**3 / _seconds(*pair, kernels=kernels))
     return rate
 

@@ -1,14 +1,12 @@
-"""What the wall time of a run went into, over all its starts: the parts add up to it.
+"""Splits the wall time of a run, over all its starts, into parts that add up to the total.
 
-With a driver of cluster=ray its events say most of it (cluster/driver/time_split.py); of other runs starts.json says when they were started,
-and metrics.jsonl when each step was done. Of the time with steps metrics.jsonl says further what was waited for:
-
+With a driver of cluster=ray most parts come from the driver's events (cluster/driver/time_split.py). Other runs have the time of each start in starts.json, and the time of each step in metrics.jsonl. metrics.jsonl also gives the waits within training time:
     data        waiting for data
     stall       waiting for a checkpoint, on disk or in memory
-    beside      between steps, for what is neither: validation, sampled text, lines of the log
+    beside      between steps, for other work: validation, sampled text, lines of the log
 
-What was recorded of steps that are done again is gone from the file, so that of these nothing more is known. Of a run that went on elsewhere
-without a driver nobody knows when it ended: its last step counts as the end.
+The file loses the records of steps that are done again, so nothing more is known about these. If a run without a driver
+moved to another machine, its end is unknown: its last step counts as the end.
 """
 
 import datetime
@@ -38,13 +36,17 @@ PART_WORDS = {
     "restart": "restarts after it",
     "waiting": "waiting for nodes",
 }
-"""The parts, in the order in which they are shown."""
+"""The parts, in display order."""
 TimeSpan = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class WallTime:
-    """seconds_in: of each part of PART_WORDS. effective: training on as many ranks as are wanted, over all time."""
+    """Split of the wall time.
+
+    seconds_in: seconds of each part in PART_WORDS. effective: share of training time, weighted by the share of wanted
+    ranks.
+    """
 
     seconds_in: dict[str, float]
     effective: float
@@ -55,7 +57,7 @@ class WallTime:
         return sum(self.seconds_in.values())
 
     def rows(self) -> list[tuple[str, str, float]]:
-        """Part, words and share of the wall time of all that took any."""
+        """Part, words and share of the wall time, for the parts that took any."""
         whole = self.seconds or 1.0
         return [
             (part, words, self.seconds_in[part] / whole)
@@ -65,7 +67,8 @@ class WallTime:
 
 
 def split_wall_time(run_folder: Path, now: float | None = None) -> WallTime | None:
-    """None before the first start. now: Unix time for a run that goes on; by default that of this machine where it does."""
+    """The split of a run's wall time; None before the first start. now: Unix time for a run that still trains; by
+    default this machine's time if the run trains here."""
     if now is None and is_held(run_folder):
         now = time.time()
     metrics = run_folder / METRICS_FILE
@@ -94,13 +97,13 @@ def split_wall_time(run_folder: Path, now: float | None = None) -> WallTime | No
 def _of_starts(
     starts: list[float], heads: list[Record], now: float | None
 ) -> tuple[dict[str, float], list[TimeSpan], int]:
-    """Seconds by part, spans with steps that last, and the number of starts, of a run without a driver that tells."""
+    """Seconds by part, spans with lasting steps, and the number of starts, for a run without driver events."""
     found, spans = dict.fromkeys(("start", "training", "again"), 0.0), list[TimeSpan]()
     for place, begin in enumerate(starts):
         until = starts[place + 1] if place + 1 < len(starts) else math.inf
         mine = [head for head in heads if begin <= head.get("time", -1.0) < until]
         last = max([begin, *(head["time"] for head in mine)])
-        if until < math.inf:  # what this start did last may be done again by a later one, which says when it was done
+        if until < math.inf:  # a later start may repeat the last steps of this start, and records when they were done
             later = next((head for head in heads if head.get("time", -1.0) >= until), {})
             cut = (later.get("resumed") or {}).get("until") or begin
             last = max(last, cut) if cut < until else last
@@ -118,7 +121,7 @@ def _of_starts(
 
 
 def _waits(heads: Iterable[Record], spans: list[TimeSpan]) -> dict[str, float]:
-    """Seconds of data, stall and beside in the spans, each record's own at most."""
+    """Seconds of data, stall and beside in the spans, limited to each record's duration."""
     found = dict.fromkeys(("data", "stall", "beside"), 0.0)
     for before, head, length in _pairs(heads, spans):
         steps = max(1, head["step"] - before["step"])
@@ -132,7 +135,7 @@ def _waits(heads: Iterable[Record], spans: list[TimeSpan]) -> dict[str, float]:
 
 
 def _pairs(heads: Iterable[Record], spans: list[TimeSpan]) -> Iterator[tuple[Record, Record, float]]:
-    """Records one after the other in one span, and the seconds between them."""
+    """Consecutive records within one span, and the seconds between them."""
     before: Record | None = None
     for head in heads:
         if before is not None and "time" in head and "time" in before:
@@ -147,22 +150,22 @@ def _number(head: Record, name: str) -> float:
     return value if isinstance(value, int | float) and math.isfinite(value) else 0.0
 
 
-# How a run on a cluster used its time, from the events that its driver writes (cluster/driver/journal.py).
+# Time split of a cluster run, from the events that its driver writes (cluster/driver/journal.py).
 
 EVENT_ROWS = 200
-"""Events in the report, the newest ones."""
+"""Maximum number of events in the report; it shows the newest."""
 ROUTINE = {"checkpoint"}
-"""Kinds that the report leaves out."""
+"""Kinds of events that the report omits."""
 
 
 ALERTS = {"straggler": "a rank is slow", "node_lost": "a node is lost"}
-"""Kinds that somebody is told of while the run goes on, and in which words."""
+"""Kinds of events that send an alert during the run, with the alert's words."""
 
 
 class GoodputRecord:
-    """The figures for every step of a run; the events are read again when there are new ones.
+    """The cluster metrics for every step; it reads the events again when the file has grown.
 
-    tell: called with a few words and a sentence for each new event of ALERTS.
+    tell: called with short words and a sentence for each new event in ALERTS.
     """
 
     def __init__(self, run_folder: Path, tell: Callable[[str, str], None] = lambda *_: None):
@@ -193,13 +196,13 @@ class GoodputRecord:
 
 
 def last_failure(run_folder: Path) -> str:
-    """What ended the attempt before this one; empty where that is not known."""
+    """The failure that ended the previous attempt; empty if unknown."""
     texts = [event["text"] for event in read_events(run_folder) if event["kind"] == "failure"]
     return texts[-1] if texts else ""
 
 
 def cluster_summary(run_folder: Path) -> tuple[str, list[tuple[str, str, str, str]]] | None:
-    """A sentence, and rows (time, attempt, event, text) for the report; None for a run without such events."""
+    """A sentence and rows (time, attempt, event, text) for the report; None if the run has no events."""
     events = read_events(run_folder)
     if not events:
         return None
