@@ -1,9 +1,10 @@
-"""Answers to held-out questions beside the true ones, and beside what a format alone would get.
+"""Scores answers to held-out questions against the true answers, and against answers that only match the format.
 
-A question is a held-out chat up to its last learnt turn, as its tokens are in training; the true answer is that turn. Answers are the
-likeliest tokens, up to the stop token of the chats or ANSWER_TOKENS. Each is compared with the true one by ROUGE-L: F1 of the longest common
-subsequence of words (Lin 2004; lower case, letters and digits). Words that nearly all answers have raise it for any answer of that form, so
-two figures stand beside it: the model's own answers, each to another question, and the commonest answer of the training chats to all.
+A question is a held-out chat up to its last learnt turn, with the tokens of training; the true answer is that turn. The
+model answers greedily, up to the chats' stop token or ANSWER_TOKENS tokens. The score is ROUGE-L: F1 of the longest
+common subsequence of words (Lin 2004; lower case, letters and digits). Words that nearly all answers share raise the
+score of any answer in that form. So two baselines are reported: the model's answers moved to other questions, and the
+commonest training answer for all questions.
 """
 
 import re
@@ -23,9 +24,9 @@ from train.generate.sampling import Sampler
 
 ANSWER_TOKENS = 64
 ANSWERED_AT_ONCE = 32
-"""Questions that are answered together."""
+"""Number of questions answered in one batch."""
 SHOWN_QUESTIONS = 5
-"""Questions whose answers are kept word for word."""
+"""Number of questions whose answers are kept as text."""
 
 
 @dataclass(frozen=True)
@@ -34,29 +35,29 @@ class HeldOutQuestion:
 
     prompt: list[int]
     answer: list[int]
-    """The tokens of the answer, with its stop token."""
+    """Tokens of the answer, its stop token included."""
 
 
 @dataclass(frozen=True)
 class AnswerScore:
-    """How near some answers are to the true ones."""
+    """How close a set of answers is to the true answers."""
 
     of: str
-    """Whose answers they are, for a person."""
+    """Origin of the answers, as text."""
     rouge_l: float
     """Mean over the questions, from 0 to 1."""
     loss: float | None = None
-    """Nats per learnt token of the held-out chats; None for what is no model."""
+    """Nats per learnt token of the held-out chats; None for a baseline without a model."""
 
 
 @dataclass(frozen=True)
 class JudgedAnswers:
-    """What evaluate.json keeps of answers."""
+    """Results about answers for evaluate.json."""
 
     questions: int
     scores: list[AnswerScore]
     examples: list[dict[str, str]]
-    """question, true answer, and an answer by each model."""
+    """Texts of the question, the true answer, and each model's answer."""
 
     def plain(self) -> dict[str, Any]:
         """The object of evaluate.json."""
@@ -64,7 +65,7 @@ class JudgedAnswers:
 
 
 def find_questions(documents: Documents, count: int) -> list[HeldOutQuestion]:
-    """At most so many, from all over the chats, whose answer ends with the stop token that most have."""
+    """At most `count` questions, spread over the chats, whose answer ends with the most frequent stop token."""
     found = list(_last_turns(documents))
     stop = Counter(each.answer[-1] for each in found).most_common(1)[0][0]
     whole = [each for each in found if each.answer[-1] == stop and len(each.answer) > 1]
@@ -83,7 +84,7 @@ def _last_turns(documents: Documents) -> Iterator[HeldOutQuestion]:
 
 
 def commonest_answer(documents: Documents, tokenizer: Tokenizer) -> str:
-    """The answer that most chats have; the first of several."""
+    """The most frequent answer of the chats; on a tie the first."""
     answers = Counter(tuple(each.answer) for each in _last_turns(documents))
     return text_of(tokenizer, list(answers.most_common(1)[0][0]))
 
@@ -91,7 +92,7 @@ def commonest_answer(documents: Documents, tokenizer: Tokenizer) -> str:
 def answer_questions(
     decoder: Decoder, tokenizer: Tokenizer, questions: list[HeldOutQuestion], context: int
 ) -> list[str]:
-    """The model's answers. context: tokens of question and answer together, at most."""
+    """The model's answers. context: maximum tokens of question and answer together."""
     stops = frozenset({*tokenizer.stop_ids, questions[0].answer[-1]})
     texts = []
     for first in range(0, len(questions), ANSWERED_AT_ONCE):
@@ -105,18 +106,18 @@ def answer_questions(
 
 
 def text_of(tokenizer: Tokenizer, ids: list[int]) -> str:
-    """An answer without the stop token behind it."""
+    """Text of an answer without its stop token."""
     special = tokenizer.bytes_V[ids[-1]] == 0 if ids else False
     return tokenizer.decode(ids[:-1] if special else ids).strip()
 
 
 def mean_rouge_l(answers: list[str], truth: list[str]) -> float:
-    """Mean ROUGE-L."""
+    """Mean ROUGE-L of the answers."""
     return float(np.mean([rouge_l(*pair) for pair in zip(answers, truth, strict=True)]))
 
 
 def to_other_questions(answers: list[str]) -> list[str]:
-    """These answers in another order, each at the place of another one."""
+    """The answers in another order, so that each is at another question's place."""
     order = torch.randperm(len(answers), generator=torch.Generator().manual_seed(0)).tolist()
     moved = [""] * len(answers)
     for here, there in zip(order, [*order[1:], order[0]], strict=True):
@@ -125,7 +126,7 @@ def to_other_questions(answers: list[str]) -> list[str]:
 
 
 def rouge_l(answer: str, truth: str) -> float:
-    """F1 of the longest common subsequence of words, from 0 to 1."""
+    """ROUGE-L: F1 of the longest common subsequence of words, from 0 to 1."""
     found, wanted = (re.findall("[a-z0-9]+", text.lower()) for text in (answer, truth))
     lengths = [0] * (len(wanted) + 1)
     for word in found:

@@ -1,4 +1,4 @@
-"""One rank of an evaluation, top to bottom. `python -m train.evaluate.evaluation_rank CONFIG` is a rank that the driver started."""
+"""One rank of an evaluation, in reading order. The driver starts `python -m train.evaluate.evaluation_rank CONFIG`."""
 
 import sys
 from collections.abc import Callable
@@ -60,16 +60,15 @@ from train.show.writer import open_wandb
 
 # Runs a model, in any layout, on the texts of the needle test (train/evaluate/needle.py).
 #
-# Every text is one sequence without document borders. Of the main model's states only those at the key's tokens are turned into logits,
-# on whichever rank has them.
+# Each text is one sequence without document borders. Logits are computed only for the main model's states at the key's
+# tokens, on the rank that has them.
 #
 # Shapes: B texts, S = T + 1 tokens, N tokens of keys.
 
 
 def read_fillers(config: Config, corpus: Corpus, part: CorpusPart) -> list[list[int]]:
-    """Tokens of held-out text, one list for each text of a cell, as long as the longest text; line ends instead of ends of
-    documents.
-    """
+    """Tokens of held-out text, one list for each text of a cell, as long as the longest text; eos is replaced by
+    line ends."""
     longest, count = max(config.evaluate.needle), NEEDLE_TEXTS
     data = ValidationData(replace(corpus, parts=[part]), replace(config, seq_len=longest), count)
     tokens_BS, newline = data.batch(0, len(data)).tokens_BS, corpus.tokenizer.encode("\n")[-1]
@@ -86,7 +85,7 @@ def search_needles(
     fillers: list[list[int]],
     start_id: int,
 ) -> list[NeedleCell]:
-    """A cell for each length and depth; the same on every rank. Collective. start_id: token in front of every text."""
+    """A cell for each length and depth, equal on every rank. Collective. start_id: first token of every text."""
     needles = make_needles(config, tokenizer)
     keys = [len(needle.key) for needle in needles]
     watch = _Watch(pipeline.modules[-1] if pipeline.has_last else None)
@@ -108,10 +107,11 @@ def _score(
     keys: list[int],
     size: int,
 ) -> tuple[int, float]:
-    """Keys that are found, and nats of a key; texts are shared out over the data-parallel ranks."""
+    """Number of found keys, and mean nats of a key; the data-parallel ranks share the texts."""
     sums_B2 = torch.zeros(len(keys), 2, dtype=torch.float64)
     for first in range(0, len(keys), size * mesh.layout.dp):
-        # Every rank makes the same number of passes, since experts are shared; one without a text of its own repeats the first.
+        # Experts are shared, so every rank must run the same number of forward passes. A rank without texts repeats the
+        # first ones.
         mine = first + mesh.dp_rank * size
         rows = slice(mine, mine + size) if mine < len(keys) else slice(0, size)
         part_B2 = watch.over(
@@ -126,7 +126,7 @@ def _score(
 
 
 class _Watch:
-    """Reads keys from the last chunk of a model, wherever it is."""
+    """Scores the keys on the last chunk of a model; does nothing on other ranks."""
 
     def __init__(self, last: DeepSeekV3 | None):
         self._keys: list[int] = []
@@ -134,9 +134,10 @@ class _Watch:
             last.observer = partial(self._observe, last)
 
     def over(self, keys: list[int], forward: Callable[[], object]) -> Tensor:
-        """Nats of each key, and how many of its tokens another one is likelier than, of the part that is here: (B, 2).
+        """For each text, the key's nats and its number of tokens that are not the likeliest, for the part on this rank:
+        (B, 2).
 
-        keys: tokens of each text's key. forward: runs the texts through the model.
+        keys: number of tokens in each text's key. forward: runs the texts through the model.
         """
         self._keys, self._sums_B2 = keys, torch.zeros(len(keys), 2, dtype=torch.float64)
         forward()
@@ -156,7 +157,7 @@ class _Watch:
 
 
 EVALUATION_FOLDER = "evaluate"
-"""Beside the run's own files: configuration and logs of an evaluation on several ranks."""
+"""Folder in the run folder for configuration and logs of an evaluation on several ranks."""
 
 
 def run_rank(config: Config, place: Place, failures: Path | None = None) -> int:
@@ -169,10 +170,10 @@ def _run(config: Config, place: Place) -> int:
     if config.evaluate.tasks:
         from train.data.reach import offline_reason
 
-        offline_reason()  # before lm_eval is imported, which would look for the hub itself
-        from train.evaluate.harness import load_tasks  # lm_eval takes seconds
+        offline_reason()  # before the import of lm_eval, which would try to reach the hub itself
+        from train.evaluate.harness import load_tasks  # lm_eval takes seconds to import
 
-        load_tasks(config)  # what is missing is told before weights are read
+        load_tasks(config)  # reports missing tasks before weights are read
     config, rank = target.config, set_up_rank(target.config, place)
     device, mesh = rank.device, rank.mesh
     probe_in_turn(config, place, device)
@@ -199,10 +200,10 @@ def _run(config: Config, place: Place) -> int:
 
 
 def _load(target: Target, mesh: Mesh, device: torch.device) -> Pipeline[DeepSeekV3]:
-    """Raises UserError where one process has all the weights and no memory for them."""
+    """Load the model. Raises UserError if one process must hold all weights and lacks the memory."""
     dtype = activation_dtype(target.config.precision)
     if mesh.layout.world == 1:
-        item_bytes = dtype.itemsize + (4 if target.meta is not None else 0)  # a checkpoint's are read in fp32
+        item_bytes = dtype.itemsize + (4 if target.meta is not None else 0)  # a checkpoint is read in fp32
         require_memory(target.config.model, item_bytes, "evaluate.checkpoint", target.checkpoint)
     if target.meta is not None:
         return load_pipeline(target.config, mesh, device, target.checkpoint)
@@ -221,7 +222,7 @@ def _load(target: Target, mesh: Mesh, device: torch.device) -> Pipeline[DeepSeek
 def _loss(
     config: Config, source: EvaluatedSource, pipeline: Pipeline[DeepSeekV3], mesh: Mesh, device: torch.device
 ) -> Sums:
-    if config.data.chats:  # whose positions are those of the chats that share a sequence
+    if config.data.chats:  # positions are not measured, because chats share a sequence
         return held_out_loss(pipeline, source.data, mesh, config.micro_batch_size, device)
     last = pipeline.modules[-1] if pipeline.has_last else None
     observed = ObservedChunk(config.model.mtp_depth, config.seq_len, last)
@@ -237,7 +238,8 @@ def _answers(
     mesh: Mesh,
     device: torch.device,
 ) -> JudgedAnswers:
-    """Answers of these weights, and of those that the run started from if they are still there, to questions of the first source."""
+    """Answers of these weights to questions of the first source, and of the run's initial weights if they still
+    exist."""
     config, part, tokenizer = target.config, sources[0].part, corpus.tokenizer
     questions = find_questions(part.validation, config.evaluate.answers)
     truth = [text_of(tokenizer, each.answer) for each in questions]
@@ -269,7 +271,7 @@ def _answers(
 
 
 def _start_id(target: Target, corpus: Corpus) -> int:
-    """Token in front of a text: the end of another one, as in our training, or what a Hugging Face folder asks for."""
+    """First token of a text: eos, as in our training, or the token that a Hugging Face folder requires."""
     return corpus.tokenizer.eos_id if target.meta is not None else start_token(target.checkpoint, corpus.tokenizer)
 
 
@@ -308,7 +310,7 @@ def _report(
 
 
 def _tell_wandb(config: Config, evaluation: Evaluation, console: Console) -> None:
-    """Add the figures to the W&B run of the run that was evaluated, if it has one."""
+    """Add the results to the W&B run of the evaluated run, if it has one."""
     folder = RunPaths(config).path
     if wants_wandb(config.log.wandb) and (folder / "wandb" / "run_id").is_file():
         sink = open_wandb(config, folder, lambda text: console.print(text, soft_wrap=True, markup=False))

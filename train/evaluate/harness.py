@@ -1,8 +1,8 @@
-"""Standard tasks on our models, through lm-evaluation-harness (the package lm-eval, extra `eval`).
+"""Runs standard tasks on our models through lm-evaluation-harness (the package lm-eval, extra `eval`).
 
-The harness asks three questions: how likely a continuation is after a context, how likely a whole text is, and how a text
-goes on until a stop word. Everything starts with eos, as every document in our training follows the end of another, or with
-the begin token that a Hugging Face folder asks for. A context that is too long loses its beginning.
+The harness makes three requests: the probability of a continuation, the probability of a whole text, and a continuation
+up to a stop word. Each text starts with eos, because every document in our training follows eos; or with the begin
+token that a Hugging Face folder requires. A context that is too long loses its beginning.
 
 Shapes: B rows, T positions, V vocabulary.
 """
@@ -29,15 +29,16 @@ from train.generate.sampling import Sampler
 from train.model.deepseek import DeepSeekV3
 
 BOOTSTRAPS = 1000
-"""Resamplings behind a standard error that has no closed form."""
+"""Number of resamplings for a standard error without closed form."""
 NEW_TOKENS = 256
-"""Tokens of an answer where the task sets no limit."""
+"""Maximum tokens of an answer if the task sets no limit."""
 
 
 def run_tasks(config: Config, model: DeepSeekV3, tokenizer: Tokenizer, start_id: int) -> dict[str, dict[str, float]]:
-    """Task (or group of tasks) -> metric -> value, under the harness's own names. Raises UserError for unknown tasks.
+    """Results: task (or group of tasks) -> metric -> value, under the harness's own names. Raises UserError for unknown
+    tasks.
 
-    model: whole, in eval mode. start_id: token in front of every text.
+    model: whole, in eval mode. start_id: first token of every text.
     """
     wanted = config.evaluate
     found = simple_evaluate(
@@ -49,7 +50,7 @@ def run_tasks(config: Config, model: DeepSeekV3, tokenizer: Tokenizer, start_id:
         bootstrap_iters=BOOTSTRAPS,
         log_samples=False,
         random_seed=config.seed,
-        numpy_random_seed=config.seed % 2**32,  # numpy takes no more
+        numpy_random_seed=config.seed % 2**32,  # numpy accepts only 32 bits
         torch_random_seed=config.seed,
         fewshot_random_seed=config.seed,
     )
@@ -57,7 +58,8 @@ def run_tasks(config: Config, model: DeepSeekV3, tokenizer: Tokenizer, start_id:
 
 
 def load_tasks(config: Config) -> TaskManager:
-    """The harness's tasks, those that are wanted with their data. Raises UserError for one that is unknown or cannot be had."""
+    """The harness's tasks; the wanted tasks are loaded with their data. Raises UserError for an unknown or
+    unavailable task."""
     wanted = config.evaluate
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     offline = offline_reason()
@@ -84,7 +86,7 @@ def _require_known(tasks: Sequence[str], known: Sequence[str]) -> None:
 
 
 def _numbers(results: dict[str, Any]) -> dict[str, float]:
-    """The harness writes METRIC,FILTER; the filter `none` is left out."""
+    """The numeric results. The harness writes METRIC,FILTER; the filter `none` is left out."""
     return {
         name.removesuffix(",none"): float(value)
         for name, value in results.items()
@@ -93,7 +95,7 @@ def _numbers(results: dict[str, Any]) -> dict[str, float]:
 
 
 class Harness(TemplateLM):
-    """A whole model in eval mode as the harness sees it."""
+    """Adapts a whole model in eval mode to the harness's interface."""
 
     def __init__(self, model: DeepSeekV3, tokenizer: Tokenizer, start_id: int, config: Config):
         super().__init__()
@@ -114,7 +116,7 @@ class Harness(TemplateLM):
         return start + self._ids.encode(string)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """log p of each whole text, cut into windows of seq_len tokens that share one token."""
+        """log p of each whole text, cut into windows of seq_len tokens that overlap by one token."""
         totals = []
         for (text,) in (request.args for request in requests):
             ids = self._ids.encode(text)
@@ -126,7 +128,7 @@ class Harness(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
-        """log p of each continuation, and whether the model would have chosen it itself."""
+        """log p of each continuation, and whether greedy decoding would produce it."""
         found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         order = sorted(range(len(requests)), key=lambda place: -len(requests[place][1]) - len(requests[place][2]))
         for places in _cut(order, self._rows):
@@ -136,7 +138,7 @@ class Harness(TemplateLM):
 
     @torch.inference_mode()
     def _score(self, pairs: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-        """For (context, continuation) of a batch. Rows are padded at their end, where nothing looks back from."""
+        """Scores a batch of (context, continuation). Rows are padded at the end, which causal attention ignores."""
         for _, continuation in pairs:
             if len(continuation) > self._seq_len:
                 raise UserError(
@@ -156,9 +158,9 @@ class Harness(TemplateLM):
         return answers
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """How each context goes on, up to its first stop word."""
+        """The continuation of each context, up to its first stop word."""
         texts: list[str] = [""] * len(requests)
-        asked: list[tuple[Any, ...]] = [request.args for request in requests]  # context and settings
+        asked: list[tuple[Any, ...]] = [request.args for request in requests]  # context and settings of each request
         for settings in {repr(one[1]): one[1] for one in asked}.values():
             places = [place for place, one in enumerate(asked) if one[1] == settings]
             for batch in _cut(places, self._rows):
@@ -184,7 +186,7 @@ class Harness(TemplateLM):
 
 
 def _read(generation: Generation, decode: Callable[[list[int]], str], stops: list[str]) -> list[str]:
-    """Run until every text has ended or has a stop word in it; what comes before the first stop word."""
+    """Run until every text has ended or contains a stop word; returns the texts before the first stop word."""
     texts: list[str] = []
     for _ in generation.steps():
         texts = [decode(ids) for ids in generation.tokens]

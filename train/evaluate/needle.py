@@ -1,18 +1,18 @@
 """The needle test: does the model find one sentence in a long text?
 
-A pass key of five digits stands somewhere in text of the held-out documents, and the text ends with a question for it:
-
+A pass key of five digits is placed in held-out text, and the text ends with a question for it:
     [text] The pass key is 48213. Remember it. [more text] What is the pass key? The pass key is 48213
 
-For each length of the text and each depth of the key (0: at the beginning, 1: right before the question) several texts are made, with keys
-of their own. A key counts as found where the model, token by token, holds the right one likeliest, as greedy generation would.
-Beside it stands how many nats the key costs the model: keys are drawn evenly from 100,000, so that whoever does not look
-at the needle pays ln 100000 = 11.5 on average, at the least. So a model too weak to name a key may still be seen to look.
+Each length of the text and depth of the key (0: at the beginning, 1: right before the question) gets several texts with
+different keys. A key counts as found if each of its tokens is the model's likeliest token, as in greedy generation.
 
-The key is encoded apart from what is around it, with the same tokens in needle and answer, so that any tokenizer will do. The text
-has no ends of documents in it, behind which a model may have learnt not to look. Imports no torch.
+The test also reports the nats of a key. Keys are uniform over 100,000, so a model that ignores the needle pays at least
+ln 100000 = 11.5 on average. A lower value shows that a model uses the needle, even if it is too weak to name the key.
 
-T positions: the text has T + 1 tokens, as a sequence of training with seq_len = T has.
+The key is encoded separately and has the same tokens in needle and answer, so any tokenizer works. The text contains no
+eos, because a model may have learnt not to look back across eos. Imports no torch.
+
+T positions: the text has T + 1 tokens, like a training sequence with seq_len = T.
 """
 
 import math
@@ -26,18 +26,18 @@ from train.data.tokenizer import Tokenizer
 
 NEEDLE_KEYS = 100_000
 NEEDLE_TEXTS = 10
-"""Texts of each length and depth, each with a key of its own."""
+"""Texts of each length and depth; each has a different key."""
 NEEDLE_DEPTHS = 0.0, 0.25, 0.5, 0.75, 1.0
-"""Where the key stands in the text, 0 at the beginning, 1 right before the question."""
+"""Position of the key in the text: 0 at the beginning, 1 right before the question."""
 GUESSING = math.log(NEEDLE_KEYS)
-"""Nats that a key costs on average, at least, without a look at the needle."""
+"""Minimum mean nats of a key without use of the needle."""
 BEFORE, AFTER = "\nThe pass key is", ". Remember it.\n"
 NEEDLE_QUESTION = "\nWhat is the pass key? The pass key is"
 
 
 @dataclass(frozen=True)
 class Needle:
-    """A key and what stands around it, in tokens."""
+    """Tokens of a key, its sentence and the question."""
 
     sentence: list[int]
     question: list[int]
@@ -45,11 +45,11 @@ class Needle:
 
     @property
     def size(self) -> int:
-        """Tokens besides the text, the start token among them."""
+        """Number of tokens besides the filler, the start token included."""
         return 1 + len(self.sentence) + len(self.question) + len(self.key)
 
     def text(self, start_id: int, filler: list[int], length: int, depth: float) -> list[int]:
-        """length + 1 tokens of which the last ones are the key. filler: that many tokens or more."""
+        """A text of length + 1 tokens that ends with the key. filler: at least that many tokens."""
         room = length + 1 - self.size
         place = round(depth * room)
         return [start_id, *filler[:place], *self.sentence, *filler[place:room], *self.question, *self.key]
@@ -57,7 +57,7 @@ class Needle:
 
 @dataclass(frozen=True)
 class NeedleCell:
-    """All texts of one length and one depth."""
+    """Result for all texts of one length and one depth."""
 
     length: int
     depth: float
@@ -67,12 +67,13 @@ class NeedleCell:
     """Mean loss of a key."""
 
     def plain(self) -> dict[str, Any]:
-        """The result as evaluate.json has it."""
+        """The result in the form of evaluate.json."""
         return vars(self) | {"nats": self.nats if math.isfinite(self.nats) else None}
 
 
 def make_needles(config: Config, tokenizer: Tokenizer) -> list[Needle]:
-    """One for each text of a cell; the same keys for every cell. Raises UserError where a length has no room for them."""
+    """One needle for each text of a cell; all cells use the same keys. Raises UserError if a length is too short for
+    them."""
     draw = random.Random(config.seed)
     before, after, question = (tokenizer.encode(part) for part in (BEFORE, AFTER, NEEDLE_QUESTION))
     needles = []
@@ -88,7 +89,7 @@ def make_needles(config: Config, tokenizer: Tokenizer) -> list[Needle]:
 
 
 def needle_lines(cells: list[NeedleCell]) -> list[str]:
-    """For a person: a line per length, a column per depth."""
+    """Lines for the screen: a line per length, a column per depth."""
     if not cells:
         return []
     depths = sorted({cell.depth for cell in cells})

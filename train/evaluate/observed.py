@@ -1,15 +1,15 @@
-"""What is measured on the way beside the loss: at which positions it arises, and how well the MTP modules predict.
+"""Measures, during the forward pass of the loss, the loss by position and the predictions of the MTP modules.
 
-Position i (counted from 1) sees i tokens and predicts the next one. A model that uses long text has less loss at late positions
-than at early ones; one whose context ends earlier has more. Ranges of positions end at seq_len, at half of it, at a quarter and so
-on, so that two evaluations with lengths of powers of two have the same borders.
+Position i (counted from 1) sees i tokens and predicts the next. A model that uses long text has less loss at late
+positions than at early ones. A model whose usable context ends earlier has more. Ranges of positions end at seq_len,
+half of it, a quarter and so on. So two evaluations with powers of two as lengths have the same borders.
 
-Depth k at position i and the main model at position i + k predict the same token, i + k + 1. In greedy speculative decoding
-the main model accepts a draft exactly where both name the same one, so that this agreement, on given text, stands for
+Depth k at position i and the main model at position i + k predict the same token, i + k + 1. In greedy speculative
+decoding the main model accepts a draft exactly if both name the same token. So this agreement on given text estimates
 the acceptance rate of depth k (paper 5.4.3: 85 to 90 % for the second token).
 
-Shapes: B sequences, S = T + 1 tokens, T positions (those here, where sequences are shared), D width, V vocabulary, N positions in
-a row.
+Shapes: B sequences, S = T + 1 tokens, T positions (those on this rank if sequences are shared), D width, V vocabulary,
+N positions in a row.
 """
 
 from functools import partial
@@ -22,30 +22,33 @@ from train.model.deepseek import DeepSeekV3
 from train.model.sequence import Positions
 
 RANGES = 6
-"""Ranges of positions, at most."""
+"""Maximum number of ranges of positions."""
 SHORTEST = 32
-"""Positions of a range at least, where there are several: fewer would be noise."""
+"""Minimum number of positions in a range; fewer would be noise. Applies if there are several ranges."""
 
 
 def position_ranges(seq_len: int) -> list[range]:
-    """All positions, from 0, in order: the last half, the quarter before it, and so on; the first range is the rest."""
+    """Ranges that cover all positions, from 0, in order: the rest, ..., the quarter before the last half, the last
+    half."""
     ends = [seq_len >> halvings for halvings in reversed(range(RANGES))]
     return [range(*ends) for ends in pairwise([0, *(end for end in ends if end >= SHORTEST or end == seq_len)])]
 
 
 class ObservedChunk:
-    """Watches the last chunk of a model, wherever it is; sums of the pass before by `take`."""
+    """Observes the last chunk of a model; `take` returns the sums of the latest forward pass."""
 
     def __init__(self, depths: int, seq_len: int, last: DeepSeekV3 | None):
-        """last: the chunk with the head, None on a rank that has it not."""
+        """last: the chunk with the head; None on a rank without it."""
         self._ends = torch.tensor([positions.stop for positions in position_ranges(seq_len)])
         self._sums = torch.zeros(len(self._ends) + 2 * depths, dtype=torch.float64)
         if last is not None:
             last.observer = partial(self._observe, last)
 
     def take(self) -> Tensor:
-        """Sums of the last pass: for each range of positions the nats of its targets; for each depth the nats of its targets and
-        the positions where it agrees.
+        """Sums of the latest forward pass.
+
+        For each range of positions: the nats of its targets. For each depth: the nats of its targets, and the number of
+        positions where it agrees.
         """
         return self._sums
 
@@ -67,13 +70,14 @@ class ObservedChunk:
 
 
 def here(positions: Positions, device: torch.device) -> Tensor:
-    """Numbers (T,) of the positions here, from 0."""
+    """Numbers (T,) of this rank's positions, from 0."""
     return torch.cat([torch.arange(piece.start, piece.stop, device=device) for piece in positions.here])
 
 
 def read(last: DeepSeekV3, hidden_BTD: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """The likeliest token at each place, and -log p of the target in nats, fp32, with the logits of model.loss_chunk places at
-    a time. Any shapes (..., D) and (...).
+    """The likeliest token at each position, and -log p of the target in nats, fp32. Any shapes (..., D) and (...).
+
+    It computes the logits for model.loss_chunk positions at a time.
     """
     head_VD, chunk = last.head.weight.to(hidden_BTD.dtype), last.config.loss_chunk
     named, nats = [], []
@@ -87,7 +91,7 @@ def read(last: DeepSeekV3, hidden_BTD: Tensor, targets_BT: Tensor) -> tuple[Tens
 
 
 def _of_whole_sequences(own_BT: Tensor, positions: Positions) -> Tensor:
-    """Losses at all positions, of which other ranks may have some."""
+    """Values at all positions, gathered from the ranks that share the sequences."""
     if positions.share is None:
         return own_BT
     rows = [len(piece) for piece in positions.pieces]

@@ -1,29 +1,30 @@
-"""evaluate.json and the table that a person sees.
+"""Writes evaluate.json and prints its table.
 
-    name, checkpoint, step          the run, the folder of the weights, optimizer steps behind them (null: Hugging Face)
+    name, checkpoint, step          the run, the folder of the weights, their optimizer steps (null: Hugging Face)
     weights                         master, or ema (their moving average)
     precision, seq_len              as evaluated
     total                           all sources together, see below
-    sources                         one object per source: name, documents (held out, or all), and as in total
+    sources                         one object per source: name, documents (held out, or all), and the keys of total
     needle                          one object per length and depth: length, depth, texts, found (texts whose key the model names),
-                                    nats (of a key, mean; 11.5 for whoever guesses), see needle.py
-    answers                         null, or how near answers to held-out questions are to the true ones (answers.py): questions, scores
+                                    nats (mean per key; 11.5 for guessing), see needle.py
+    answers                         null, or scores of answers to held-out questions (answers.py): questions, scores
                                     (of, rouge_l, loss) and examples
     tasks                           task -> metric -> number, as lm-evaluation-harness names them
-In total and in each source:
-    sequences, tokens, text_bytes   what was read: sequences of seq_len, targets, bytes of text they stand for
+
+Keys of total and of each source:
+
+    sequences, tokens, text_bytes   the text read: sequences of seq_len, targets, bytes of text that the targets decode to
     loss                            nats per token of the main model, as validation_loss in metrics.jsonl
     perplexity                      e to the loss
-    bits_per_byte                   comparable between tokenizers; null where the targets are no text
-    positions                       one object per range of positions, none of chats: first, last (counted from 1: position i sees i tokens and
-                                    predicts the next), loss
-    mtp                             one object per depth, none of chats: depth, loss (as mtp_loss in metrics.jsonl), and agreement, the
-                                    share of positions where it names the token that the main model names
+    bits_per_byte                   comparable between tokenizers; null if the targets are no text
+    positions                       one object per range of positions, none for chats: first, last (counted from 1: position i sees
+                                    i tokens and predicts the next), loss
+    mtp                             one object per depth, none for chats: depth, loss (as mtp_loss in metrics.jsonl), and agreement,
+                                    the share of positions where it names the same token as the main model
 
-Which documents of each source count: those held out, where the run has trained on the rest; else all of them.
-
-A source is the run's own if the run knows its path or its very content (so that neither a moved folder nor one that has
-grown passes for new). A checkpoint keeps both, with the share that was held out.
+If the run has trained on a source, only the held-out documents count; otherwise all documents count. A source is the
+run's own if the run knows its path or its content. So a moved folder does not count as new, nor does a folder that has
+grown. A checkpoint keeps paths, content hashes and the held-out fraction.
 """
 
 import json
@@ -45,7 +46,7 @@ from train.evaluate.observed import position_ranges
 from train.loop.validation import Sums
 
 ALL = 1 << 62
-"""More sequences than any source has."""
+"""A number larger than the sequences of any source."""
 
 
 @dataclass(frozen=True)
@@ -54,14 +55,14 @@ class EvaluatedSource:
 
     name: str
     own: bool
-    """The run has trained on it, so that only its held-out documents count."""
+    """Whether the run has trained on the source; then only its held-out documents count."""
     part: CorpusPart
-    """The part of the corpus, of whose documents those for validation count."""
+    """The corpus part; the evaluation reads its validation documents."""
     data: ValidationData
 
 
 def choose_sources(corpus: Corpus, config: Config, held_out: dict[str, Any] | None) -> list[EvaluatedSource]:
-    """The sources that get sequences, in the order of the mix. held_out: what the checkpoint says of the run's data."""
+    """The sources that get sequences, in the order of the mix. held_out: record of the run's data in the checkpoint."""
     known = {word for source in held_out["sources"] for word in source} if held_out else set()
     wanted = config.evaluate.sequences
     wanted = config.log.validation_sequences if wanted is None else wanted
@@ -79,7 +80,7 @@ def choose_sources(corpus: Corpus, config: Config, held_out: dict[str, Any] | No
 
 
 def _same_side(config: Config, held_out: dict[str, Any]) -> None:
-    """What decides which documents are held out must be what it was: else learnt ones would count."""
+    """Raise UserError if the rule for held-out documents has changed, because trained documents would then count."""
     for key, was in (
         ("validation_fraction", held_out["fraction"]),
         ("hold_out_by", held_out.get("by", HoldOutBy.name)),
@@ -94,7 +95,7 @@ EVALUATION_FILE = "evaluate.json"
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one call of mode=evaluate has found."""
+    """Results of one call of mode=evaluate."""
 
     name: str
     checkpoint: Path
@@ -134,7 +135,7 @@ class Evaluation:
 
 
 def figures(sums: Sums, seq_len: int) -> dict[str, Any]:
-    """Rates from sums; `more` of the sums is that of train/evaluate/observed.py."""
+    """Rates computed from sums; `more` of the sums has the layout of train/evaluate/observed.py."""
     ranges = position_ranges(seq_len) if sums.more else []
     by_range, by_depth = sums.more[: len(ranges)], sums.more[len(ranges) :]
     mtp = []
@@ -157,7 +158,7 @@ def figures(sums: Sums, seq_len: int) -> dict[str, Any]:
 
 
 def show_result(evaluation: Evaluation, path: str, console: Console) -> None:
-    """A line per source, one per result of a task, and where the file is; wide only where names are long."""
+    """Prints a line per source, a line per task result, and the file's path."""
     plain = evaluation.plain()
     step = "" if evaluation.step is None else f", step {evaluation.step}"
     average = ", average of the weights" if evaluation.weights == "ema" else ""
@@ -188,7 +189,7 @@ def _line(row: dict[str, Any], words: str) -> str:
 
 
 def _by_position(ranges: list[dict[str, Any]]) -> list[str]:
-    """Two lines where there are several ranges."""
+    """Two lines about the loss by position, if there are several ranges."""
     if len(ranges) <= 1:
         return []
     titles = (f"{each['first']}-{each['last']}" for each in ranges)
@@ -200,7 +201,7 @@ def _by_position(ranges: list[dict[str, Any]]) -> list[str]:
 
 
 def lines_of_answers(judged: JudgedAnswers) -> list[str]:
-    """A line for each whose answers were compared."""
+    """A title and a line for each set of scored answers."""
     title = f"{'ROUGE-L':>12}  {'loss':>8}  answers to {judged.questions} held-out questions"
     rows = [
         f"{score.rouge_l:>12.4f}  {'' if score.loss is None else _text(score.loss, 4):>8}  {score.of}"

@@ -1,4 +1,4 @@
-"""`mode=evaluate`: refuse what cannot work, then start the ranks."""
+"""`mode=evaluate`: rejects an impossible request, then starts the ranks."""
 
 import importlib.util
 import sys
@@ -17,14 +17,15 @@ from train.program import install_words
 
 
 def evaluate(config: Config, alone: bool) -> int:
-    """Evaluate a checkpoint; returns the exit code. alone: the only job of this process, which may then be its rank."""
+    """Evaluate a checkpoint; returns the exit code. alone: this is the process's only job, so it may be the rank
+    itself."""
     if config.evaluate.tasks:
         _require_harness(config)
     target = find_target(config)
     with show_progress() as progress:
         corpus = build_corpus(target.config, progress)
     if config.evaluate.needle:
-        make_needles(target.config, corpus.tokenizer)  # which refuses what has no room for them
+        make_needles(target.config, corpus.tokenizer)  # raises UserError for a length that is too short
     folder = RunPaths(config).path / "evaluate"
     command = [sys.executable, "-m", "train.evaluate.evaluation_rank", str(folder / "config.yaml")]
     if given_place() is None and (config.parallel.world > 1 or not alone):
@@ -34,7 +35,7 @@ def evaluate(config: Config, alone: bool) -> int:
 
 
 def _run_rank(config: Config, place: Place) -> int:
-    from train.evaluate.evaluation_rank import run_rank  # imports torch, which the driver of other ranks can do without
+    from train.evaluate.evaluation_rank import run_rank  # imports torch, which a driver does not need
 
     return run_rank(config, place)
 

@@ -1,4 +1,4 @@
-"""What is evaluated: the checkpoint that the configuration means, and the configuration that fits it. Imports no torch."""
+"""Finds the checkpoint that the configuration names, and adapts the configuration to it. Imports no torch."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,17 +17,18 @@ class Target:
     """Weights to evaluate."""
 
     config: Config
-    """With the shape and the tokenizer that belong to the weights."""
+    """The configuration with the shape and tokenizer of the weights."""
     checkpoint: Path
     meta: dict[str, Any] | None
-    """What a checkpoint of ours keeps; None for a Hugging Face folder, of whose data nothing is known."""
+    """Metadata of a Sluice checkpoint; None for a Hugging Face folder, whose data are unknown."""
     step: int | None
     notes: tuple[str, ...] = ()
-    """What the user should know of the weights."""
+    """Notes for the user about the weights."""
 
 
 def find_target(config: Config) -> Target:
-    """Raises UserError where there is no intact checkpoint, or it has no averages and they are wanted."""
+    """The weights to evaluate. Raises UserError without an intact checkpoint, or without the moving average if that
+    is wanted."""
     given = config.evaluate.checkpoint
     if given is not None and is_hf_folder(Path(given).expanduser()):
         return _of_hf_folder(config, Path(given).expanduser().absolute())
@@ -64,7 +65,7 @@ def _of_hf_folder(config: Config, folder: Path) -> Target:
 
 
 def _with_tokenizer(config: Config, folder: Path) -> Config:
-    """The tokenizer that lies beside the weights, where none is set."""
+    """The configuration with the tokenizer beside the weights, unless one is set."""
     if config.data.tokenizer is not None or not (folder / "tokenizer.json").is_file():
         return config
     return replace(config, data=replace(config.data, tokenizer=str(folder)))
