@@ -1,8 +1,8 @@
-"""README.md of an exported folder: the model card, with what the model is, how it was trained and what it is worth.
+"""Writes README.md of an exported folder: the model card, with the model, its training and its figures.
 
-Whatever it says is known: shape and recipe from the settings in the checkpoint, figures from metrics.jsonl and evaluate.json
-of the run where they belong to the exported step. What it cannot know stands under "Before you publish". Paths of this machine do
-not leave it: of data the card has the last name alone.
+The card states only known facts. Shape and recipe come from the settings in the checkpoint. Figures come from
+metrics.jsonl and evaluate.json of the run, if they belong to the exported step. Unknown facts are listed under "Before
+you publish". The card contains no local paths: of the data it has only the last part of the path.
 """
 
 import math
@@ -24,14 +24,14 @@ from train.model.count import count_parameters
 CARD_FILE = "README.md"
 CARD_HEAD = {"library_name": "transformers", "pipeline_tag": "text-generation"}
 TAGS = ["mixture-of-experts", "sluice"]
-"""Beside the family's own."""
+"""Tags in addition to the model family's tag."""
 MAIN = ("seed", "seq_len", "steps", "batch_size")
 UNFINISHED = "TO BE FILLED IN"
-"""What only the author knows."""
+"""Placeholder for facts that only the author knows."""
 
 
 def _use(loader: str) -> list[str]:
-    """How to load it. loader: of transformers; empty where it knows no such class."""
+    """Section on loading the model. loader: class of transformers; empty if it has none for the family."""
     if not loader:
         return ["transformers has no class for these names; serving engines that know the released model read them.\n"]
     return [
@@ -42,12 +42,12 @@ def _use(loader: str) -> list[str]:
 
 
 def _head(family: ModelFamily) -> dict[str, Any]:
-    """What the Hub reads of a card."""
+    """Front matter of the card, which the Hub reads."""
     return CARD_HEAD | {"tags": [FAMILIES[family].model_types[0], *TAGS]}
 
 
 def model_card(config: Config, checkpoint: Manifest, family: ModelFamily, notes: list[str], length: int) -> str:
-    """The text. notes: where transformers computes otherwise. length: most tokens of a sequence."""
+    """Text of the card. notes: differences in transformers' computation. length: maximum tokens of a sequence."""
     counts, step = count_parameters(config.model), checkpoint.step
     folder, settings = checkpoint.folder.absolute(), checkpoint.meta.get("config", {})
     weights = "the moving average of the weights" if config.export.ema else "the weights themselves"
@@ -76,7 +76,7 @@ def model_card(config: Config, checkpoint: Manifest, family: ModelFamily, notes:
 
 
 def _figures(checkpoint: Path, step: int, config: Config) -> Iterator[tuple[str, str, str]]:
-    """Name, value and meaning of what was measured at this step."""
+    """Name, value and meaning of the figures measured at this step."""
     run = checkpoint.parents[1]
     file = run / "metrics.jsonl"
     heads = [head for head in read_heads(file) if head.get("step") == step] if file.is_file() else []
@@ -92,7 +92,7 @@ def _figures(checkpoint: Path, step: int, config: Config) -> Iterator[tuple[str,
 
 
 def _evaluated(file: Path, checkpoint: Path, weights: str) -> Iterator[tuple[str, str, str]]:
-    """What mode=evaluate has found of these weights."""
+    """Results of mode=evaluate for these weights."""
     found = read_json(file, "name", "remove it; mode=evaluate makes it again") if file.is_file() else {}
     if (found.get("checkpoint"), found.get("weights")) != (str(checkpoint), weights):
         return
@@ -122,12 +122,12 @@ def _sources(config: Config) -> list[str]:
 
 
 def _sections(settings: dict[str, Any]) -> dict[str, Any]:
-    """What has no path of this machine in it."""
+    """The sections of the settings that contain no local path."""
     return {name: settings[name] for name in ("model", "optim", "precision") if name in settings}
 
 
 def _name(path: str) -> str:
-    """hf://NAME as it is, else the last part of a path."""
+    """Name of a data source: hf://NAME unchanged, else the last part of the path."""
     return path if path.startswith("hf://") else Path(path).name
 
 
@@ -140,7 +140,7 @@ def _table(head: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> list[str]:
 
 
 def _short(number: float) -> str:
-    """671.03B, 33.0M."""
+    """A number with a suffix: 671.03B, 33.0M."""
     for size, suffix in ((1e9, "B"), (1e6, "M")):
         if number >= size:
             return f"{number / size:.4g}{suffix}"

@@ -1,10 +1,13 @@
-"""mode=export: a checkpoint of any layout, as a folder that Hugging Face's classes load (train/hf/families.py). That of an adapter
-is written as PEFT's classes load it (train/hf/adapter_folder.py), or with export.merge=true as a whole folder, added to its base.
+"""mode=export: writes a checkpoint of any layout as a folder for Hugging Face's classes (train/hf/families.py).
 
-Every tensor of theirs is an interval of one of ours (train/hf/tensor_names.py). So the export walks over theirs in order, reads
-the elements that the next few need, wherever the ranks left them, converts and writes them, and lets go: memory for a few
-million elements, however large the model. All is written to a hidden folder beside the target, which gets the target's
-name at the end; nothing half-written ever has it.
+An adapter's checkpoint becomes a folder for PEFT (train/hf/adapter_folder.py). With export.merge=true the adapter is
+added to its base, and a whole folder is written.
+
+Every Hugging Face tensor is an interval of a Sluice tensor (train/hf/tensor_names.py). The export goes through the
+Hugging Face tensors in order. It reads the elements for the next few of them, from whichever shards hold them, converts
+and writes them, and frees them. So it needs memory for a few million elements, however large the model is. All files
+are written to a hidden folder beside the target, which is renamed at the end. So the target name never holds an
+incomplete folder.
 """
 
 import math
@@ -55,15 +58,16 @@ from train.hf.tensor_names import tensors
 from train.hf.tokenizer_files import with_words_of, write_tokenizer
 
 SHARD_BYTES = 5e9
-"""Largest size of one file."""
+"""Maximum bytes of one weights file."""
 EXPORTED_ELEMENTS = 1 << 24
-"""Elements that are converted at a time, at most: 64 MB in fp32."""
+"""Maximum number of elements converted at a time: 64 MB in fp32."""
 SMALL_FILES = 64 << 20
-"""Bytes of disk for tokenizer, configuration and the table, amply."""
+"""Ample disk space for tokenizer, configuration and the table, in bytes."""
 
 
 def export(config: Config) -> int:
-    """Write the folder export.to and say what is in it; returns the exit code. Raises UserError, with nothing left behind."""
+    """Write the folder export.to and print its contents; returns the exit code. On UserError nothing is left on
+    disk."""
     with show_progress() as progress:
         said = write_export(config, progress)
     for line in said:
@@ -72,7 +76,7 @@ def export(config: Config) -> int:
 
 
 def write_export(config: Config, progress: ReportProgress) -> list[str]:
-    """Write the folder export.to; returns what there is to say of it. Raises UserError, with nothing left behind."""
+    """Write the folder export.to; returns lines about its contents. On UserError nothing is left on disk."""
     target = new_folder(config.export.to, "export.to")
     for key, own in (("model.block", config.model.block), ("model.router", config.model.router)):
         if own:
@@ -137,7 +141,7 @@ def write_export(config: Config, progress: ReportProgress) -> list[str]:
 
 
 def _tokenizer_folder(config: Config, tokenizer: Tokenizer) -> Path | None:
-    """Where the user's tokenizer came from, with what else it brought."""
+    """The folder that the run's tokenizer came from; None if it no longer holds this tokenizer."""
     for choice in (config.data.tokenizer, config.init_from):
         folder = Path(choice).expanduser() if choice else None
         if folder is not None and (folder / TOKENIZER_FILE).is_file() and not (folder / "config.yaml").is_file():
@@ -150,7 +154,8 @@ def _tokenizer_folder(config: Config, tokenizer: Tokenizer) -> Path | None:
 
 
 def _ends(config: Config, run: Path, tokenizer: Tokenizer) -> dict[str, Any]:
-    """bos_token_id and eos_token_id of the configuration: those of the folder that the tokenizer came from, and the stops of the chats' template."""
+    """bos_token_id and eos_token_id of the configuration: from the tokenizer's folder, and the stop tokens of the
+    chat template."""
     stops = tokenizer.stop_ids
     if config.data.chats and (run / TEMPLATE_FILES["default"]).is_file():
         stops = stop_ids(load_template(None, run, tokenizer, config.data.template_keys), tokenizer)
@@ -160,9 +165,8 @@ def _ends(config: Config, run: Path, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _check_family(config: Config, family: ModelFamily, alone: bool) -> None:
-    """Raise UserError where folders of this family cannot say what the model computes, or cannot hold its weights. alone: an adapter is
-    to be written.
-    """
+    """Raise UserError if this family's folder cannot describe the model's computation or hold its weights. alone:
+    the export is an adapter."""
     facts, model = FAMILIES[family], config.model
     for wrong, field, value, rule, cure in (
         (
@@ -213,7 +217,7 @@ def _check_family(config: Config, family: ModelFamily, alone: bool) -> None:
 
 
 def _check_room(target: Path, files: list[PlannedFile]) -> None:
-    """Raise UserError where the disk cannot hold the folder."""
+    """Raise UserError if the disk has no room for the folder."""
     needed = SMALL_FILES + sum(written.nbytes for file in files for written in file.written)
     existing = next(folder for folder in target.parents if folder.is_dir())
     free = shutil.disk_usage(existing).free
@@ -234,7 +238,7 @@ def _write_weights(
     progress: ReportProgress,
     metadata: dict[str, str] | None = None,
 ) -> None:
-    """Write every file, a few rows at a time. metadata: of each."""
+    """Write every file, a few rows at a time. metadata: of each file."""
     total, done = sum(written.placed.count for file in files for written in file.written), 0
     for file in files:
         outs = [out for written in file.written for out in written.outs]
@@ -250,11 +254,11 @@ def _write_weights(
 
 @dataclass(frozen=True)
 class ExportSlice:
-    """Some rows of one of their tensors."""
+    """Some rows of one Hugging Face tensor."""
 
     written: WrittenTensor
     first: int
-    """First element, in the flattened tensor of theirs."""
+    """First element, in the flattened Hugging Face tensor."""
     shape: tuple[int, ...]
 
     @property
@@ -263,16 +267,16 @@ class ExportSlice:
 
     @property
     def start(self) -> int:
-        """First element, in the flattened tensor of ours."""
+        """First element, in the flattened Sluice tensor."""
         return self.written.placed.start + self.first
 
     def of(self, span: Shard) -> Tensor:
-        """Values of the piece in a span of ours that holds them."""
+        """Values of the slice, from a span of the Sluice tensor that contains it."""
         return span.local[self.start - span.offset :][: self.count].view(self.shape)
 
 
 def _batches(written: list[WrittenTensor]) -> Iterator[list[ExportSlice]]:
-    """Cuts in order, as many at a time as EXPORTED_ELEMENTS has room for."""
+    """Slices in order, grouped to at most EXPORTED_ELEMENTS elements."""
     batch, room = [], EXPORTED_ELEMENTS
     for cut in (cut for each in written for cut in _cuts(each)):
         if batch and cut.count > room:
@@ -284,7 +288,7 @@ def _batches(written: list[WrittenTensor]) -> Iterator[list[ExportSlice]]:
 
 
 def _cuts(written: WrittenTensor) -> Iterator[ExportSlice]:
-    """Whole rows of blocks, so that every scale is made from all of its block."""
+    """Slices of whole block rows, so that each scale is computed from its entire block."""
     rows, *rest = written.placed.shape
     width = math.prod(rest)
     step = max(1, EXPORTED_ELEMENTS // width // SCALE_BLOCK) * SCALE_BLOCK
@@ -293,7 +297,7 @@ def _cuts(written: WrittenTensor) -> Iterator[ExportSlice]:
 
 
 def _read(stored: StoredWeights, batch: list[ExportSlice], ema: bool) -> dict[str, Shard]:
-    """The elements of each tensor of ours that the batch needs: they follow each other, as our order is theirs."""
+    """The elements of each Sluice tensor that the batch needs. They are contiguous, because both orders agree."""
     spans: dict[str, Shard] = {}
     needed = defaultdict(list)
     for cut in batch:
@@ -325,7 +329,8 @@ def _write(writer: PieceWriter, cut: ExportSlice, values: Tensor) -> None:
 
 
 def _notes(model: Model, family: FamilyFacts) -> Iterator[str]:
-    """Where transformers computes otherwise than this model was trained, whatever the weights; and what a folder lacks."""
+    """Notes on differences between transformers' computation and this model's training, and on missing parts of the
+    folder."""
     if family.others:
         yield (
             f"note: this is the language model of a {family.title} alone: {' and '.join(f'{part}*' for part in family.others)} and their "

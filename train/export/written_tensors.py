@@ -1,4 +1,4 @@
-"""What an export writes: each tensor with its types and file, and what becomes of everything in the checkpoint."""
+"""Plans and writes the tensors of an export, and reports what happens to each tensor of the checkpoint."""
 
 import json
 import math
@@ -21,9 +21,9 @@ from train.checkpoint.staging import DTYPE_BYTES, DTYPES, safetensors_header
 from train.hf.config import scale_shape
 from train.hf.tensor_names import SCALE, PlacedTensor
 
-# Safetensors files written in pieces: the header says where everything will lie, then the values come as they are made.
+# Safetensors files are written in pieces: first the header with all positions, then the values as they are computed.
 #
-# The library's own writer wants all tensors of a file in memory; this one needs only the piece at hand.
+# The library's own writer needs all tensors of a file in memory; this writer needs only the current piece.
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class ExportTensor:
 
     name: str
     dtype: str
-    """The name that safetensors gives the format."""
+    """Name of the format in safetensors."""
     shape: tuple[int, ...]
 
     @property
@@ -41,7 +41,7 @@ class ExportTensor:
 
 
 class PieceWriter:
-    """One safetensors file, open. Use it in `with`; leaving it without error means that every byte was written."""
+    """Writes one safetensors file. Use it in `with`; leaving without an error means that every byte was written."""
 
     def __init__(self, path: Path, outs: list[ExportTensor], metadata: dict[str, str] | None = None):
         self._outs = {out.name: out for out in outs}
@@ -52,7 +52,7 @@ class PieceWriter:
         self._write(header, 0)
 
     def write(self, name: str, start: int, values: Tensor) -> None:
-        """Put values, of the type that was announced, from element `start` on. OSError if the disk cannot take them."""
+        """Write values of the declared type from element `start` on. OSError if the disk refuses them."""
         out = self._outs[name]
         assert DTYPES[values.dtype] == out.dtype, f"{name} was announced as {out.dtype}"
         raw = values.detach().contiguous().view(-1).view(torch.uint8).numpy()
@@ -85,11 +85,11 @@ PLAIN_EXPORT_TYPES = {ExportType.bf16: "BF16", ExportType.fp8: "BF16", ExportTyp
 
 @dataclass(frozen=True)
 class WrittenTensor:
-    """One of their tensors, and how it is written."""
+    """A Hugging Face tensor and the way it is written."""
 
     placed: PlacedTensor
     outs: tuple[ExportTensor, ...]
-    """The tensor; of FP8 also its scales."""
+    """The tensor; for FP8 also its scales."""
 
     @property
     def nbytes(self) -> int:
@@ -105,7 +105,7 @@ class PlannedFile:
 def plan_files(
     placed: list[PlacedTensor], dtype: ExportType, shard_bytes: float, stem: str = "model"
 ) -> list[PlannedFile]:
-    """Their tensors in order, cut into files of at most shard_bytes (a tensor that is larger has its own)."""
+    """The Hugging Face tensors in order, split into files of at most shard_bytes; a larger tensor gets its own file."""
     groups: list[list[WrittenTensor]] = []
     room = 0.0
     for each in placed:
@@ -122,7 +122,7 @@ def plan_files(
 
 
 def _outs(placed: PlacedTensor, dtype: ExportType) -> Iterator[ExportTensor]:
-    if placed.ours.startswith("bias."):  # bf16 would move experts across the edge of being chosen
+    if placed.ours.startswith("bias."):  # bf16 rounding could change which experts are chosen
         yield ExportTensor(placed.theirs, "F32", placed.shape)
     elif placed.fp8 and dtype == ExportType.fp8:
         yield ExportTensor(placed.theirs, "F8_E4M3", placed.shape)
@@ -132,19 +132,22 @@ def _outs(placed: PlacedTensor, dtype: ExportType) -> Iterator[ExportTensor]:
 
 
 def index_json(files: list[PlannedFile]) -> dict[str, Any]:
-    """model.safetensors.index.json."""
+    """The content of model.safetensors.index.json."""
     weight_map = {out.name: file.name for file in files for written in file.written for out in written.outs}
     total = sum(written.nbytes for file in files for written in file.written)
     return {"metadata": {"total_size": total}, "weight_map": weight_map}
 
 
 def left_out(manifest: Manifest, placed: list[PlacedTensor], ema: bool) -> dict[str, str]:
-    """Every tensor of the checkpoint that is not exported, and why. Raises UserError where some have no fate, or some
-    that the model needs are not there.
+    """Every tensor of the checkpoint that is not exported, with the reason.
+
+    Raises UserError if a tensor has no known reason, or if a tensor that the model needs is missing.
     """
     needed = {source_name(each, ema): each.whole for each in placed}
     if is_merged := holds_adapter(manifest.meta) and not any(is_adapter(name) for name in needed):
-        needed = {name: shape for name, shape in needed.items() if name in manifest.tensors}  # the rest is the base's
+        needed = {
+            name: shape for name, shape in needed.items() if name in manifest.tensors
+        }  # the other tensors are in the base
     reasons = OPTIMIZER_TENSORS | (
         {"master.": "the weights themselves, as their average is exported"}
         if ema
@@ -170,7 +173,7 @@ def left_out(manifest: Manifest, placed: list[PlacedTensor], ema: bool) -> dict[
 
 
 def source_name(placed: PlacedTensor, ema: bool) -> str:
-    """The checkpoint's tensor that a tensor of theirs is taken from."""
+    """The checkpoint's tensor that holds the values of a Hugging Face tensor."""
     return "ema." + placed.ours.removeprefix("master.") if ema and placed.ours.startswith("master.") else placed.ours
 
 
@@ -179,7 +182,7 @@ def _reason(name: str, reasons: dict[str, str]) -> str | None:
 
 
 def fates(files: list[PlannedFile], rest: dict[str, str], ema: bool) -> list[dict[str, Any]]:
-    """One row for every tensor that is written, and one for every tensor of the checkpoint that is not."""
+    """One row for every written tensor, and one for every checkpoint tensor that is left out."""
     rows = [
         {
             "tensor": out.name,
@@ -206,7 +209,7 @@ def _fate(written: WrittenTensor, out: ExportTensor) -> str:
 
 
 def lines(rows: list[dict[str, Any]]) -> list[str]:
-    """The rows as text, those that differ in numbers alone as one, with how many there are."""
+    """The rows as text. Rows that differ only in numbers become one line with their count."""
     groups: dict[tuple[str, str, str], int] = {}
     for row in rows:
         source = row["from"].removeprefix("master.")
