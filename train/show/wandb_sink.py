@@ -135,14 +135,9 @@ def wants_wandb(mode: WandbMode) -> bool:
 class WandbSink:
     """Logs records and Items to the W&B run of a run folder.
 
-    <<<<<<< HEAD
-        config: what W&B shows as the configuration, plain values. group: see `place_at_wandb`; wandb itself reads WANDB_TAGS and WANDB_NOTES. commit: of the program. note: called with one sentence when W&B goes offline against
-        expectation, or off. online_seconds: longest wait for the server, for tests.
-    =======
-        config: the configuration that W&B shows, plain values. group: see `place_at_wandb`; wandb itself reads WANDB_TAGS and
-        WANDB_NOTES. commit: of the program. note: called with one sentence when W&B goes offline unexpectedly or is
-        switched off. online_seconds: maximum wait for the server, for tests.
-    >>>>>>> 0af24ea1 (Plain words in train/show)
+    config: the configuration that W&B shows, plain values. group: see `place_at_wandb`; wandb itself reads WANDB_TAGS
+    and WANDB_NOTES. commit: of the program. note: called with one sentence when W&B goes offline unexpectedly or is
+    switched off. online_seconds: maximum wait for the server, for tests.
     """
 
     def __init__(
