@@ -51,7 +51,7 @@ def compare_ranks(
     """Apply the rules at the top of the file.
 
     stacks: faulthandler stacks of the ranks that returned some; stopped: ranks whose processes are stopped; gone: ranks
-    that have ended, so that others waiting for them is no news.
+    that have ended, which are never named as absent.
     """
     held, gone = sorted(set(stopped)), set(gone)
     waits = find_waits({rank: trace for rank, trace in traces.items() if rank not in gone and rank not in held})

@@ -12,7 +12,7 @@ from cluster.comm_ring import CommRecord
 
 
 class Fault(Enum):
-    """Kinds of fault; the value says it of one rank."""
+    """Kinds of fault; the value is the text for one rank."""
 
     stopped = "is stopped"
     failed = "failed, as it says itself or its process shows"

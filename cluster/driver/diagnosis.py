@@ -53,7 +53,7 @@ def too_few(policy: Policy, free: list[Node], found: Placement | None, last: Cau
 
 
 def no_node_comes(last: Cause | None, saved: int) -> str:
-    """Explain why a run ends whose own Ray on this machine has ended."""
+    """Explain why a run ends after the Ray that it started on this machine has ended."""
     before = f"\n  before it: {last.text}" if last else ""
     return (
         f"the Ray that this run started on this machine has ended, and no other node can come{before}\n  newest checkpoint: {_step(saved)}\n"

@@ -57,9 +57,9 @@ TICK_EVERY = 0.05
 LOOK_EVERY = 1.0
 """Seconds between checks of the node list and of the checkpoints."""
 HELD_BACK = 2.0
-"""Seconds until the driver checks a node again whose copy folder another agent holds."""
+"""Seconds until the next check of a node that was refused because another agent holds its copy folder."""
 REFUSED_SECONDS = 10.0
-"""Seconds until the driver checks a node again that it refused for another reason: an admin may fix its clock or
+"""Seconds until the next check of a node that was refused for another reason: an admin may fix its clock or
 free its disk.
 """
 
@@ -130,7 +130,7 @@ class Driver:
         self._stop: str | None = None
 
     def run(self) -> m.FinishRun:
-        """Runs until the run ends; returns its exit code and the reason."""
+        """Run the loop until the run ends; returns its exit code and the reason."""
         self.journal.write("launch", 0, f"{self.config.name}", world=self.config.parallel.world)
         try:
             with handled(self._signalled, signal.SIGTERM, signal.SIGINT), self.view:

@@ -37,7 +37,7 @@ from conf.schema import ROOT, Config
 from conf.words import say
 
 OBJECT_STORE = 100 << 20
-"""Bytes; no tensor goes through Ray."""
+"""Size of Ray's object store, in bytes; no tensor goes through Ray."""
 CONNECT_LIMIT = 5
 """Seconds allowed for a connection to cluster.address."""
 CONNECT_TRIES = "8"

@@ -13,10 +13,10 @@ reverse chain with collects.
 On a GPU, a fan-out of experts is two kernels and `collect` is one (parallel/expert/triton_dispatch.py); this file has
 the same in torch operations.
 
-Possible savings that were measured and left out (`python -m bench.traffic`: an FP8 layer of DeepSeek-V3's experts, one
-of 64 ranks, 4096 tokens, forward and backward). GEMMs that read rows at their arrival place would save the last gather,
-0.31 ms at 3 TB/s of the roughly 39 ms of a pair of layers. The gates act inside SwiGLU, so combines are plain sums:
-1.21 ms, of which GEMMs could take over the 0.61 ms after the experts.
+Two savings were counted and left out (`python -m bench.traffic`: an FP8 layer of DeepSeek-V3's experts, one of 64
+ranks, 4096 tokens, forward and backward). GEMMs that read rows at their arrival place would save the last gather, 0.31
+ms at 3 TB/s of the roughly 39 ms of a pair of layers. The gates act inside SwiGLU, so combines are plain sums. These
+take 1.21 ms; GEMMs could absorb the 0.61 ms after the experts.
 
 Shapes: S sources, C copies, N targets, K entries per source, X any width.
 """

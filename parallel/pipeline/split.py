@@ -2,9 +2,9 @@
 
 The rank with the most work sets the pace of the whole pipeline, whether it has one stage or two. The split starts from
 equal numbers of layers. As long as it helps, it moves one layer from one stage to another; the stages between pass a
-layer on. The order of goals is: a smaller largest cost of a rank, evener costs of ranks, evener costs of stages, and
-fewer layers in early stages, which hold the activations of more micro-batches in flight. With layers of equal cost no
-better split exists; with a few cheaper layers the result is at most one cheap layer off.
+layer on. The goals, in order, are a smaller maximum cost of a rank, more even costs of ranks, more even costs of
+stages, and fewer layers in early stages, which hold the activations of more micro-batches in flight. With layers of
+equal cost no better split exists; with a few cheaper layers the result is at most one cheap layer off.
 
 The first stage has the embedding, and the last has the head and the MTP modules, so these two may have no layers.
 """

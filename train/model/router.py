@@ -1,8 +1,7 @@
 """The router (paper 2.1.2): sigmoid scores, bias for balance, limited groups, sequence-wise balance loss.
 
     s = sigmoid(W x)                              fp32; or softmax(W x) over the experts (model.scores)
-    chosen = top_k of (s + bias), inside the top_groups groups whose best group_top_k biased scores have the largest
-    sums
+    chosen = top_k of (s + bias), in the top_groups groups with the largest sum of their best group_top_k biased scores
     gates = route_scale * s[chosen] / sum(s[chosen])
 
 The bias only affects the choice. Of equal scores, the lower index wins. The sequence-wise loss (eq. 17-20) is
@@ -88,7 +87,7 @@ class Router(nn.Module):
             return _Logits.apply(x_BTD, weight_ED, self._kernels)
 
     def _apply(self, fn, recurse=True):
-        """Move the buffers with the module but never round them: engines call module.bfloat16() and mean the
+        """Move the buffers with the module but never round them: engines call module.bfloat16() to convert the
         weights.
         """
         exact = dict(self.named_buffers(recurse=False))
