@@ -88,8 +88,9 @@ class Failure:
     """The traceback with all errors that followed from the first; empty if there are none."""
 
     def write(self, logs: Path) -> None:
-        """Write the report. Raises OSError if the disk refuses it; on a full disk it uses the space that
-        `begin_work` reserved.
+        """Write the report.
+
+        Raises OSError if the disk refuses it; on a full disk it uses the space that `begin_work` reserved.
         """
         logs.mkdir(parents=True, exist_ok=True)
         path = failure_path(logs, self.rank)
@@ -111,8 +112,9 @@ def begin_work(logs: Path, rank: int) -> None:
 
 
 def end_work(logs: Path, rank: int) -> None:
-    """Remove the mark: the work is over, and an exit code or a Failure tells its outcome. Raises OSError if the disk
-    refuses it.
+    """Remove the mark: the work is over, and an exit code or a Failure tells its outcome.
+
+    Raises OSError if the disk refuses it.
     """
     at_work_path(logs, rank).unlink(missing_ok=True)
 
@@ -158,8 +160,9 @@ class RankReport:
 
     @property
     def bad(self) -> bool:
-        """Whether the rank failed. A rank that was asked to stop did not fail, even if it wrote a failure that made
-        others fail.
+        """Whether the rank failed.
+
+        A rank that was asked to stop did not fail, even if it wrote a failure that made others fail.
         """
         if self.failure is not None:
             return self.failure.code != EXIT_STOPPED
@@ -177,10 +180,10 @@ class RankReport:
 
 
 def read_report(rank: int, code: int | None, logs: Path, pid: int | None = None) -> RankReport:
-    """Read what a rank with this exit code left in its folder. Call it once the code is known: an ended rank writes
-    nothing more.
+    """Read what a rank with this exit code left in its folder.
 
-    pid: process id, if the process is on this machine.
+    Call it once the code is known: an ended rank writes nothing more. pid: process id, if the process is on this
+    machine.
     """
     report = RankReport(rank, code)
     if pid is not None and code is None:

@@ -261,8 +261,9 @@ def _as_range(ranks: Sequence[int]) -> list[int]:
 
 
 def _from_range(said: list[int]) -> tuple[int, ...]:
-    """Decode ranks. Earlier versions wrote 0 instead of -1 before ranks that form no range. Raises ValueError for
-    too many ranks.
+    """Decode ranks.
+
+    Earlier versions wrote 0 instead of -1 before ranks that form no range. Raises ValueError for too many ranks.
     """
     ranks = range(*said) if len(said) == 3 and said[0] >= 0 else said[1:]
     if len(ranks) > MOST_RANKS:
@@ -271,8 +272,9 @@ def _from_range(said: list[int]) -> tuple[int, ...]:
 
 
 def read_trace(raw: bytes, last: int = RECORDS) -> RankTrace:
-    """Parse a ring. last: maximum number of records, the newest are kept. Raises ValueError if the bytes are no
-    ring.
+    """Parse a ring.
+
+    last: maximum number of records, the newest are kept. Raises ValueError if the bytes are no ring.
     """
     if len(raw) < RECORDS_AT or raw[: len(MAGIC)] != MAGIC:
         raise ValueError("no ring of a rank")
@@ -342,8 +344,9 @@ def _action(kind: int, stage: int, micro_batch: int) -> str:
 
 
 def read_traces(logs: Path, since: float = 0.0) -> dict[int, RankTrace]:
-    """Read the rings of a run's ranks from this folder, by rank. since: Unix time; rings that started before it
-    belong to an earlier start.
+    """Read the rings of a run's ranks from this folder, by rank.
+
+    since: Unix time; rings that started before it belong to an earlier start.
     """
     traces = dict[int, RankTrace]()
     for path in logs.glob("rank_*.ring"):

@@ -185,8 +185,9 @@ def write_incident(logs: Path, incident: dict[str, Any]) -> Path:
 
 
 def keep_incident(logs: Path, incident: dict[str, Any], note: Callable[[str], None], told: bool = False) -> str:
-    """Write an incident and return its screen; if the disk refuses it, call `note` with the reason. told: see
-    `incident_screen`.
+    """Write an incident and return its screen; if the disk refuses it, call `note` with the reason.
+
+    told: see `incident_screen`.
     """
     path = None
     try:
@@ -214,8 +215,9 @@ def incident_files(logs: Path) -> list[Path]:
 
 
 def read_incident(path: Path) -> dict[str, Any]:
-    """Read an incident. Raises OSError; ValueError if the file holds no incident, because it may be an untrusted
-    file.
+    """Read an incident.
+
+    Raises OSError; ValueError if the file holds no incident, because it may be an untrusted file.
     """
     found = read_plain_json(path)
     if not isinstance(found, dict) or not all(
@@ -252,8 +254,9 @@ INCIDENT_FIELDS: dict[str, Callable[[Any], bool]] = {
 
 
 def incident_screen(incident: Mapping[str, Any], path: Path | None = None, told: bool = False) -> str:
-    """Return one screen of the incident. told: the failure text is printed above it, so the screen omits text that a
-    rank reported itself.
+    """Return one screen of the incident.
+
+    told: the failure text is printed above it, so the screen omits text that a rank reported itself.
     """
     ranks, among = incident["ranks"], incident["among"]
     who = ", ".join(map(str, ranks)) or (f"one of {', '.join(map(str, among[:8]))}" if among else "not known")
@@ -302,8 +305,9 @@ def warning_of(text: str, seconds_left: float) -> str:
 
 
 def pass_incident(logs: Path, seconds: float) -> None:
-    """Record in the newest incident that the run went on after `seconds` of silence. Raises OSError if the disk
-    refuses it.
+    """Record in the newest incident that the run went on after `seconds` of silence.
+
+    Raises OSError if the disk refuses it.
     """
     if (found := newest_incident(logs)) is not None and found[1].get("kind") == "hang":
         path, incident = found

@@ -19,11 +19,11 @@ from conf.schema import Config
 
 
 def given_run() -> tuple[Config, Place]:
-    """Return the configuration (its file is the first argument) and the place of a rank that a driver started. Call
-    it first.
+    """Return the configuration (its file is the first argument) and the place of a rank that a driver started.
 
-    It changes to the folder where the command was typed, because relative paths of a recipe refer to that folder; Ray
-    starts ranks in its copy of the program. A node without that folder can still use a recipe with absolute paths.
+    Call it first. It changes to the folder where the command was typed, because relative paths of a recipe refer to
+    that folder; Ray starts ranks in its copy of the program. A node without that folder can still use a recipe with
+    absolute paths.
     """
     place = given_place()
     assert place is not None, "ranks are started by the driver, which sets RANK and WORLD_SIZE"

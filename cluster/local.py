@@ -180,8 +180,9 @@ def _name_failure(ranks: list[Child], logs: Path, cause: Cause) -> Cause:
 
 
 def _tell_difference(logs: Path) -> bool:
-    """Report whether ranks did different things as the same collective. That need not fail, but it makes every
-    number wrong.
+    """Report whether ranks did different things as the same collective.
+
+    That need not fail, but it makes every number wrong.
     """
     traces = read_traces(logs)
     if (finding := find_difference(traces)) is None:

@@ -175,8 +175,9 @@ def _find_period(history: Sequence[list[Signature]]) -> tuple[int, int]:
 def _against_other(
     trace: RankTrace, mine: CommRecord, other: RankTrace, theirs: CommRecord
 ) -> tuple[Fault, CommRecord] | None:
-    """Find how a rank's step differs from another rank's step. If an earlier step of the rank began like the other
-    rank's step, that earlier step is the reference.
+    """Find how a rank's step differs from another rank's step.
+
+    If an earlier step of the rank began like the other rank's step, that earlier step is the reference.
     """
     done, right = _by_step(trace, mine), _by_step(other, theirs)[theirs.step]
     wanted = _signatures(one for one in right if one.seq <= theirs.seq)
@@ -192,8 +193,9 @@ def _signatures(records: Iterable[CommRecord]) -> list[Signature]:
 def first_change(
     trace: RankTrace, step: int, before: list[CommRecord], now: list[CommRecord], until: int | None
 ) -> tuple[Fault, CommRecord] | None:
-    """Return the first difference between two steps of a rank. until: number of the last record that counts; None
-    for all.
+    """Return the first difference between two steps of a rank.
+
+    until: number of the last record that counts; None for all.
     """
     if not before or trace.records[0].step >= step - 1:  # the ring has lost the beginning of that step
         return None

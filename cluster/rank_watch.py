@@ -97,8 +97,9 @@ class RankWatch:
         self._learn(now, doing, step)
 
     def see_others(self, now: float, phases: set[str], moved: bool) -> None:
-        """Record the phases of ranks outside this watch while its own ranks are silent. moved: whether they did
-        anything since the last look.
+        """Record the phases of ranks outside this watch while its own ranks are silent.
+
+        moved: whether they did anything since the last look.
         """
         self._elsewhere = phases
         if moved:

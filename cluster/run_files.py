@@ -122,8 +122,9 @@ def stop_path(logs: Path) -> Path:
 
 
 def read_fence(checkpoints: Path) -> int:
-    """Return the highest attempt number that may write there; -1 if there is none. Raises UserError if the fence is
-    damaged.
+    """Return the highest attempt number that may write there; -1 if there is none.
+
+    Raises UserError if the fence is damaged.
     """
     path = checkpoints / _FENCE
     try:
@@ -145,8 +146,9 @@ def read_fence(checkpoints: Path) -> int:
 
 @contextmanager
 def hold_lock(checkpoints: Path, timeout: float) -> Iterator[None]:
-    """Hold the lock of checkpoints/ while a start changes the folder. Raises UserError if it stays locked for
-    `timeout` seconds.
+    """Hold the lock of checkpoints/ while a start changes the folder.
+
+    Raises UserError if it stays locked for `timeout` seconds.
     """
     with ExitStack() as stack:
         try:

@@ -65,8 +65,9 @@ def answer_requests(logs: Path | None, rank: int) -> None:
 
 
 def ask_stacks(logs: Path, rank: int, pid: int) -> bool:
-    """Ask a rank for its stacks; returns whether it can answer. A rank that is still importing is not asked: the
-    signal would end it.
+    """Ask a rank for its stacks; returns whether it can answer.
+
+    A rank that is still importing is not asked: the signal would end it.
     """
     if not handles(pid, signal.SIGUSR1):
         return False

@@ -87,8 +87,9 @@ class Placement:
 
     @cached_property
     def by_node(self) -> dict[str, list[Seat]]:
-        """Seats by node id, for nodes with seats, ordered by local rank. Cached, because it is read often for
-        thousands of nodes.
+        """Seats by node id, for nodes with seats, ordered by local rank.
+
+        Cached, because it is read often for thousands of nodes.
         """
         found: dict[str, list[Seat]] = {}
         for seat in self.seats:

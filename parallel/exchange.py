@@ -23,8 +23,8 @@ GLOO_TIMEOUT = re.compile(
     r"^\[\S*gloo\S*:\d+\] (Timed out waiting|Application timeout|(Connect|Read|Wait|Write) timeout)|\AWait timeout\Z",
     re.MULTILINE,
 )
-"""gloo's timeout messages; gloo raises plain errors. The text follows a place in gloo's source, or, at the store, is
-just "Wait timeout".
+"""gloo's timeout messages; gloo raises plain errors.
+The text follows a place in gloo's source, or, at the store, is just "Wait timeout".
 """
 TIMEOUT = re.compile("timed out|timeout", re.IGNORECASE)
 """Timeout text of NCCL and of the store, whose errors have a type."""
@@ -60,8 +60,9 @@ def gather(value: Any, group: ProcessGroup | None = None) -> list[Any]:
 
 
 def from_rank_0(make: Callable[[], Any]) -> Any:
-    """Return on every rank the result of `make` on rank 0; JSON as in `gather`, of any size. Collective over all
-    ranks.
+    """Return on every rank the result of `make` on rank 0; JSON as in `gather`, of any size.
+
+    Collective over all ranks.
     """
     first = dist.get_rank() == 0
     text = _encode(make()) if first else torch.empty(0, dtype=torch.uint8)
@@ -75,8 +76,9 @@ def from_rank_0(make: Callable[[], Any]) -> Any:
 
 @contextmanager
 def patient_group(timeout: timedelta) -> Iterator[ProcessGroup]:
-    """Provide a group of all ranks for a wait that may last longer than any collective of the training. Collective
-    over all ranks.
+    """Provide a group of all ranks for a wait that may last longer than any collective of the training.
+
+    Collective over all ranks.
     """
     group = dist.new_group(backend="gloo", timeout=timeout)
     assert isinstance(group, ProcessGroup)
@@ -85,8 +87,9 @@ def patient_group(timeout: timedelta) -> Iterator[ProcessGroup]:
 
 
 class RankNotes:
-    """Notes that a rank leaves for other ranks in their store. Threads use them, because threads may use no
-    collective, when no disk can be written.
+    """Notes that a rank leaves for other ranks in their store.
+
+    Threads use them, because threads may use no collective, when no disk can be written.
     """
 
     def __init__(self, store: dist.Store | None = None):

@@ -89,11 +89,11 @@ def _all_ranks() -> ProcessGroup:
 
 
 def form_later() -> None:
-    """Make new groups create their communicators at their first collective. Call it once the default group, bound to
-    a device, has created its own.
+    """Make new groups create their communicators at their first collective.
 
-    Otherwise torch splits the communicator of all ranks for each new group at once, also for groups of other ranks: at
-    2048 ranks some 1800 times, including groups of one rank.
+    Call it once the default group, bound to a device, has created its own. Otherwise torch splits the communicator of
+    all ranks for each new group at once, also for groups of other ranks: at 2048 ranks some 1800 times, including
+    groups of one rank.
     """
     _all_ranks().bound_device_id = None
 

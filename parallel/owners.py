@@ -125,8 +125,9 @@ class MatrixOwners:
             returned()
 
     def _cut(self, most: int) -> Iterator[list[int]]:
-        """Yield the matrix numbers of each pack. Matrices of one shape stay together, so that their matmuls can be
-        batched.
+        """Yield the matrix numbers of each pack.
+
+        Matrices of one shape stay together, so that their matmuls can be batched.
         """
         shapes = {number: (len(m.place.rows), len(m.place.columns)) for number, m in enumerate(self._matrices)}
         by_owner = [
@@ -154,8 +155,9 @@ class MatrixOwners:
         return MatrixPack(numbers, sent, received)
 
     def _gather(self, pack: MatrixPack, read: Callable[[int, WeightPiece], Tensor], like: Tensor) -> Callable[[], dict]:
-        """Start to send the matrices of a pack to their owners. Returns a function that waits for this rank's
-        matrices, by number.
+        """Start to send the matrices of a pack to their owners.
+
+        Returns a function that waits for this rank's matrices, by number.
         """
         outgoing = [
             read(self._matrices[number].weight, piece).reshape(-1)
@@ -190,8 +192,9 @@ class MatrixOwners:
         write: Callable[[int, int, WeightPiece, Tensor], None],
         like: Tensor,
     ) -> Callable[[], None]:
-        """Start to send the results of a pack back. Returns a function that waits for the results of this rank's
-        elements.
+        """Start to send the results of a pack back.
+
+        Returns a function that waits for the results of this rank's elements.
         """
         for number, result in done.items():
             matrix = self._matrices[number]

@@ -195,8 +195,9 @@ class ShardedOptimizer(Protocol):
     """Updates before this step; the owner advances it once per step."""
 
     def allocate(self, param: Tensor) -> dict[str, Tensor]:
-        """Return the state of a flat parameter by name, created on first use. Each tensor has the parameter's shape,
-        so that state and parameter are cut alike.
+        """Return the state of a flat parameter by name, created on first use.
+
+        Each tensor has the parameter's shape, so that state and parameter are cut alike.
         """
 
     def sums_of_squares(self, pieces: Sequence[Tensor]) -> Tensor:

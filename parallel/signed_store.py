@@ -56,8 +56,9 @@ class SealedStore(dist.Store):
         return hmac.digest(self._secret, b"".join((len(name).to_bytes(8), name, nonce, text)), "sha256")
 
     def _cipher(self, nonce: bytes, text: bytes) -> bytes:
-        """Encrypt or decrypt: XOR of the text with a stream derived from secret and nonce. Python's library has no
-        cipher.
+        """Encrypt or decrypt: XOR of the text with a stream derived from secret and nonce.
+
+        Python's library has no cipher.
         """
         stream = hashlib.shake_256(b"stream" + self._secret + nonce).digest(len(text))
         return (int.from_bytes(text) ^ int.from_bytes(stream)).to_bytes(len(text))

@@ -107,7 +107,8 @@ def with_options(launch: Callable[Parameters, None], **options: int) -> Callable
 
 
 def power_of_2_from(count: int) -> int:
-    """Return the smallest power of 2 not below `count` (at least 1). Triton's own function takes as much host time
-    as a launch.
+    """Return the smallest power of 2 not below `count` (at least 1).
+
+    Triton's own function takes as much host time as a launch.
     """
     return 1 << (count - 1).bit_length()

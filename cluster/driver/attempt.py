@@ -67,8 +67,9 @@ class Attempt(RankWatch):
         super().take(now, reports)
 
     def look_again(self, hang_since: float | None) -> None:
-        """Clear stacks and rings before they are collected anew. hang_since: time of the last news; None if ranks
-        are judged for a failure.
+        """Clear stacks and rings before they are collected anew.
+
+        hang_since: time of the last news; None if ranks are judged for a failure.
         """
         self.hang_since = hang_since
         self.stacks, self.rings, self.incident = {}, {}, None

@@ -10,8 +10,9 @@ from cluster.run_files import MANIFEST, NONE, STEP_FOLDERS, Age, hold_lock, read
 
 
 def newest(folder: Path) -> Age:
-    """Return the age of the newest committed checkpoint, else NONE. A manifest is complete before its folder gets
-    its name.
+    """Return the age of the newest committed checkpoint, else NONE.
+
+    A manifest is complete before its folder gets its name.
     """
     return max(_ages(folder), default=NONE)
 
@@ -40,8 +41,9 @@ def written_since(folder: Path, attempt: int) -> bool:
 
 
 def _ages(folder: Path) -> list[Age]:
-    """Return the ages of all checkpoints with a readable manifest. The age of the others is unknown, and no rank
-    resumes from them.
+    """Return the ages of all checkpoints with a readable manifest.
+
+    The age of the others is unknown, and no rank resumes from them.
     """
     found = []
     for path in (folder / "checkpoints").glob(f"{STEP_FOLDERS}/{MANIFEST}"):

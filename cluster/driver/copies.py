@@ -69,8 +69,9 @@ class Shelves:
 
 
 class Copies:
-    """Copies that the agents of a run hold. folder: of the run; base: where every node keeps copies; first: first
-    attempt of this launch.
+    """Copies that the agents of a run hold.
+
+    folder: of the run; base: where every node keeps copies; first: first attempt of this launch.
     """
 
     def __init__(self, folder: Path, base: str, first: int):
@@ -83,8 +84,9 @@ class Copies:
 
     @cached_property
     def _id(self) -> str:
-        """Random id, stored in the run folder. A process that knows the id could create the memory folder before the
-        run does.
+        """Random id, stored in the run folder.
+
+        A process that knows the id could create the memory folder before the run does.
         """
         path = self._folder / "attempts" / "memory_id"
         path.parent.mkdir(exist_ok=True)

@@ -19,8 +19,9 @@ LOG_LINES = 30
 
 
 def give_up(cause: Cause, times: int, allowed: int, failures: list[tuple[int, Cause]], saved: int) -> str:
-    """Explain why the driver makes no further attempt. failures: (attempt, cause) of all attempts; saved: newest
-    checkpoint or -1.
+    """Explain why the driver makes no further attempt.
+
+    failures: (attempt, cause) of all attempts; saved: newest checkpoint or -1.
     """
     lines = [cause.text]
     if times > 1:

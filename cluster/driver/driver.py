@@ -45,12 +45,12 @@ from conf.schema import Config
 NEWS_SECONDS = 0.25
 """Seconds after which an agent without news answers; the driver then asks it again at once."""
 ANSWERS = 150
-"""Upper bound of answers per second. With many agents, each waits longer, so that answers without news do not flood
-the driver.
+"""Upper bound of answers per second.
+With many agents, each waits longer, so that answers without news do not flood the driver.
 """
 LONGEST_PATIENCE = 30.0
-"""Upper bound, in seconds, of an agent's wait if its node answers the pulse. Without a pulse the bound is half a
-heartbeat, because only the agent's answer then shows that the node is alive.
+"""Upper bound, in seconds, of an agent's wait if its node answers the pulse.
+Without a pulse the bound is half a heartbeat, because only the agent's answer then shows that the node is alive.
 """
 TICK_EVERY = 0.05
 """Minimum seconds between decisions."""
@@ -172,8 +172,9 @@ class Driver:
         self._rank_table.update(self.supervisor, self._ticked)
 
     def _feel_pulse(self) -> None:
-        """Ask nodes by UDP whether they are alive. A node with a stuck agent does not answer, even if its system
-        would.
+        """Ask nodes by UDP whether they are alive.
+
+        A node with a stuck agent does not answer, even if its system would.
         """
         now, states = self._awake(), self.supervisor.nodes
         judging = self.supervisor.phase is DriverPhase.judging

@@ -74,8 +74,9 @@ def call_agent(
     *arguments: Arguments.args,
     **named: Arguments.kwargs,
 ) -> None:
-    """Call a method of a node's agent. method: as an attribute of the class, `Agent.facts`; pass its arguments by
-    position.
+    """Call a method of a node's agent.
+
+    method: as an attribute of the class, `Agent.facts`; pass its arguments by position.
     """
     assert not named, named
     fleet.call(node, method.__name__, *arguments)

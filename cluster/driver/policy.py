@@ -39,8 +39,8 @@ class Policy:
     settle: float = 1.5
     """Time for the other ranks to report after the first failure."""
     stacks: float = 5.0
-    """Time for hung ranks to print their stacks; a busy machine can delay a rank for seconds. The driver does not
-    wait for a stopped rank.
+    """Time for hung ranks to print their stacks; a busy machine can delay a rank for seconds.
+    The driver does not wait for a stopped rank.
     """
     kill: float = 10.0
     """Time for ranks to disappear after SIGKILL."""

@@ -20,8 +20,9 @@ QUESTIONS_AT_ONCE = 200
 
 
 class Pulse:
-    """Sends questions and collects answers. Call `ask` and `answers` often. heartbeat: seconds for which an answer
-    counts.
+    """Sends questions and collects answers.
+
+    Call `ask` and `answers` often. heartbeat: seconds for which an answer counts.
     """
 
     def __init__(self, heartbeat: float):
@@ -40,8 +41,9 @@ class Pulse:
         self._last = 0.0
 
     def know(self, node: str, place: tuple[str, int] | None) -> None:
-        """Start asking this node. place: its address, as in cluster/node/pulse_echo.py; None for a node without a
-        pulse.
+        """Start asking this node.
+
+        place: its address, as in cluster/node/pulse_echo.py; None for a node without a pulse.
         """
         if place is None:
             return
@@ -89,8 +91,9 @@ class Pulse:
                     continue
 
     def hurry(self) -> None:
-        """Make all nodes due now. With many nodes, the first ones are asked at once and the others at the usual
-        rate.
+        """Make all nodes due now.
+
+        With many nodes, the first ones are asked at once and the others at the usual rate.
         """
         self._last -= self._every
 

@@ -53,14 +53,14 @@ HEAD_LIMIT = 1
 CLOSE_LIMIT = 3
 """Seconds allowed for agents to clean up after the run; the driver kills agents that do not answer."""
 CALLS_AT_ONCE = 32
-"""Number of calls made, and of answers taken, before the driver checks the clock and the pulse again. That takes
-some 20 ms, because the driver has to ask thousands of nodes every second.
+"""Number of calls made, and of answers taken, before the driver checks the clock and the pulse again.
+That takes some 20 ms, because the driver has to ask thousands of nodes every second.
 """
 CALLS_WHEN_SILENT = 20
 """Calls made per round when too many calls are pending and no answer arrives."""
 MOST_OUT = 256
-"""Maximum number of pending calls; further calls wait. Each pending call takes Ray some 30 KiB and makes thousands
-of others wait.
+"""Maximum number of pending calls; further calls wait.
+Each pending call takes Ray some 30 KiB and makes thousands of others wait.
 """
 RAYLET = "raylet"
 """Name of Ray's process on a node."""
@@ -145,8 +145,8 @@ class RayFleet:
         self._taken = 0
         """Number of answers that the last round found."""
         self._done: queue.SimpleQueue[tuple[str, str, Future]] = queue.SimpleQueue()
-        """Finished calls, as (node, method, outcome). Ray's own thread adds them, so that the cost of a call does
-        not depend on the number of pending calls.
+        """Finished calls, as (node, method, outcome).
+        Ray's own thread adds them, so that the cost of a call does not depend on the number of pending calls.
         """
 
     def _start_embedded(self) -> None:

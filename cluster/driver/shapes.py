@@ -1,9 +1,9 @@
-"""The layouts that a run may use: its own and, when nodes are missing, smaller ones. The number of pipeline stages
-stays the same.
+"""The layouts that a run may use: its own and, when nodes are missing, smaller ones.
 
-The unit of a layout is a block: one expert group of every stage. A smaller layout has fewer blocks, or blocks of fewer
-ranks (a smaller ep: fewer ranks share the experts of a layer), or both. If the batch does not divide evenly, the shares
-of expert groups differ by one micro-batch per rank (parallel.uneven).
+The number of pipeline stages stays the same. The unit of a layout is a block: one expert group of every stage. A
+smaller layout has fewer blocks, or blocks of fewer ranks (a smaller ep: fewer ranks share the experts of a layer), or
+both. If the batch does not divide evenly, the shares of expert groups differ by one micro-batch per rank
+(parallel.uneven).
 
 A step takes as long as its busiest rank. So the best layout is the one whose busiest rank has the fewest micro-batches.
 Among equally fast layouts, the largest ep wins, because it is closest to the recipe and needs the least memory; then

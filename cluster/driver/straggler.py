@@ -35,8 +35,8 @@ LEAST_SECONDS = 0.01
 COUNTED_SECONDS = 1e-9
 """Lower bound of a step's seconds, because the code takes the logarithm."""
 LONE_FACTOR = 2.0
-"""A stage of one rank has no peers. Its rank is compared with all ranks, whose work may differ by design, so it must
-exceed them by this factor.
+"""A stage of one rank has no peers.
+Its rank is compared with all ranks, whose work may differ by design, so it must exceed them by this factor.
 """
 
 
@@ -90,8 +90,9 @@ class Stragglers:
         return sorted(found, key=lambda slow: slow.rank)
 
     def _judge(self, ranks: np.ndarray, factor: float, wanted: np.ndarray) -> list[SlowRank]:
-        """Return the wanted ranks that became slow compared with `ranks`. Shapes: R ranks, B blocks, S steps of a
-        block.
+        """Return the wanted ranks that became slow compared with `ranks`.
+
+        Shapes: R ranks, B blocks, S steps of a block.
         """
         order_RW = (self._seen_R[ranks, None] + np.arange(BLOCK_STEPS * WINDOW_BLOCKS)) % (
             BLOCK_STEPS * WINDOW_BLOCKS

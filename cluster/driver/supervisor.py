@@ -41,8 +41,8 @@ from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED, EXIT_U
 from conf.words import some_of
 
 NAP = 0.25
-"""Share of a heartbeat that the driver may be busy between two ticks; a longer pause counts as sleep. An agent
-answers within half a heartbeat, so a live node stays within its heartbeat however long the driver slept.
+"""Share of a heartbeat that the driver may be busy between two ticks; a longer pause counts as sleep.
+An agent answers within half a heartbeat, so a live node stays within its heartbeat however long the driver slept.
 """
 SHOWN_NODES = 8
 """Number of idle nodes that a sentence names; the event lists all."""

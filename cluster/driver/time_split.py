@@ -1,5 +1,6 @@
-"""How a run used its wall time, computed from the driver's events (cluster/driver/journal.py). The parts add up to
-the time in which a driver ran:
+"""How a run used its wall time, computed from the driver's events (cluster/driver/journal.py).
+
+The parts add up to the time in which a driver ran:
 
     waiting     for nodes: from the start of the driver, or from an event `waiting`, to the next attempt
     start       of a launch's first attempt, until its first step is done

@@ -316,10 +316,10 @@ class Agent:
         return report
 
     def ask_stacks(self, attempt: int, native: bool = False) -> None:
-        """Make every rank write its stacks. They come with later answers; the communication rings of all ranks come
-        with the next one.
+        """Make every rank write its stacks.
 
-        native: include the threads of native libraries.
+        They come with later answers; the communication rings of all ranks come with the next one. native: include the
+        threads of native libraries.
         """
         if attempt != self._attempt:
             return

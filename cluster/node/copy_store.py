@@ -192,8 +192,9 @@ def _take_lock(handle: int, folder: Path, patience: float = 5.0) -> None:
 
 
 def folder_name(run: str, id: str, node: str) -> str:
-    """Return the name of a run's folder on a node. id: created with each new run folder, so that no copy outlives
-    its run.
+    """Return the name of a run's folder on a node.
+
+    id: created with each new run folder, so that no copy outlives its run.
     """
     return f"sluice-{os.geteuid()}-{run}-{id}-{re.sub(r'[^A-Za-z0-9.]', '_', node)}"
 

@@ -38,8 +38,9 @@ def _node_limited(at: ExpertPlaces) -> NodeLimitedDispatcher:
 
 @dataclass(frozen=True)
 class DispatcherKind:
-    """build: creates the dispatcher over the ranks of a run. stand_in: creates one for a rank alone, from group,
-    wire and load (stand_in.py).
+    """build: creates the dispatcher over the ranks of a run.
+
+    stand_in: creates one for a rank alone, from group, wire and load (stand_in.py).
     """
 
     build: Callable[[ExpertPlaces], ExchangeDispatcher]
@@ -56,8 +57,9 @@ DISPATCHERS: dict[str, DispatcherKind] = {
 
 
 def build_wire(name: str, quantized: bool = False) -> Wire:
-    """Return the wire bf16 (the activation dtype, whichever it is) or fp8. quantized: experts take FP8 rows as they
-    arrive.
+    """Return the wire bf16 (the activation dtype, whichever it is) or fp8.
+
+    quantized: experts take FP8 rows as they arrive.
     """
     return HighWire() if name == "bf16" else Fp8RowsWire() if quantized else Fp8Wire()
 

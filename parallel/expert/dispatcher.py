@@ -67,8 +67,8 @@ class DispatchPlan:
     ids_TK: Tensor
     """The experts of this rank's own tokens."""
     fans: list[FanOut] = field(default_factory=list)
-    """One fan-out per hop, then the one from arrivals to rows sorted by expert. Later ones may need arrivals of
-    earlier hops.
+    """One fan-out per hop, then the one from arrivals to rows sorted by expert.
+    Later ones may need arrivals of earlier hops.
     """
     entry_of_row: Tensor | None = None
     """For node-limited dispatch: each row's index in the arrivals' gates, (M, K) flattened."""
@@ -326,8 +326,9 @@ class ExchangeFlight:
     """Result of the dispatcher's own start, for its own finish."""
 
     def land(self) -> Any:
-        """Return the started transfer, to be waited for. All ranks call this equally often, even without a row to
-        send.
+        """Return the started transfer, to be waited for.
+
+        All ranks call this equally often, even without a row to send.
         """
         self.dispatcher.on_wait()
         transfer, self.transfer = self.transfer, None

@@ -116,8 +116,9 @@ def _encode_kernel(
     x_ptr, bytes_ptr, words_ptr, rows_R, width, tiles, units, floor: constexpr,
     ALIGN: constexpr, ENCODE_ROWS: constexpr, ENCODE_TILES: constexpr,
 ):  # fmt: skip
-    """Run `Fp8Wire.encode` for four tiles of some rows. A row has units * ALIGN bytes, so the compiler knows a
-    divisor.
+    """Run `Fp8Wire.encode` for four tiles of some rows.
+
+    A row has units * ALIGN bytes, so the compiler knows a divisor.
     """
     rows = tl.program_id(0) * ENCODE_ROWS + tl.arange(0, ENCODE_ROWS)
     first = tl.program_id(1) * ENCODE_TILES

@@ -113,8 +113,9 @@ def in_tiles(x_RD: Tensor) -> Tensor:
 
 E4M3_MAX = 448.0
 ACTIVATION_FLOOR, GRADIENT_FLOOR = 1e-4, 1e-12
-"""The smallest amax for activations and for gradients. All gradients can be far below 1e-4 and would lose their
-range to the clamp of activations, so theirs is torchao's value, which only guards the division.
+"""The smallest amax for activations and for gradients.
+All gradients can be far below 1e-4 and would lose their range to the clamp of activations, so theirs is torchao's
+value, which only guards the division.
 """
 
 

@@ -50,8 +50,9 @@ def _size_of_page(kind: str) -> int:
 
 
 def reads(action: Action, one_piece: Collection[int] = ()) -> list[tuple[int, int]]:
-    """Return the stages and micro-batches whose activations an action is the first to read. one_piece: stages whose
-    backward cannot be split.
+    """Return the stages and micro-batches whose activations an action is the first to read.
+
+    one_piece: stages whose backward cannot be split.
     """
     return [
         (part.stage, part.micro_batch)
@@ -246,8 +247,9 @@ class _Pages:
         self.taken = 0
 
     def take(self, size: int) -> list[_Page]:
-        """Return pages for `size` bytes. Copies to them on the current stream wait until earlier reads have
-        finished.
+        """Return pages for `size` bytes.
+
+        Copies to them on the current stream wait until earlier reads have finished.
         """
         pages = [self.free.popleft() if self.free else self._make() for _ in range(-(-size // self._size))]
         for event in {page.read for page in pages if page.read is not None}:

@@ -71,11 +71,10 @@ ORDERS: dict[str, TorchOrder] = {
 def schedule_actions(
     name: str, pp: int, micro_batches: int, virtual: int = 2, overlap: bool = True
 ) -> list[list[Action]]:
-    """Return every rank's actions, in order, under torch's schedule of this name. Do not change the result. Needs no
-    process group.
+    """Return every rank's actions, in order, under torch's schedule of this name.
 
-    virtual: parallel.virtual_stages; overlap: whether pairs run together; otherwise torch runs the forward and then the
-    backward.
+    Do not change the result. Needs no process group. virtual: parallel.virtual_stages; overlap: whether pairs run
+    together; otherwise torch runs the forward and then the backward.
     """
     order = ORDERS[name]
     if order.of_rank is not None:

@@ -83,8 +83,9 @@ class Lanes:
         threading.Thread(target=_work_off, args=(self._work,), name="backward-lane", daemon=True).start()
 
     def run(self, forward: Callable[[], Any], backward: Callable[[], Any]) -> tuple[Any, Any]:
-        """Run both and return their results; forward runs in the calling thread. The first error of either lane is
-        raised here.
+        """Run both and return their results; forward runs in the calling thread.
+
+        The first error of either lane is raised here.
         """
         global _current
         assert _current is None, "one pair at a time"

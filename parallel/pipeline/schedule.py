@@ -127,8 +127,9 @@ class Pipeline(Generic[Chunk]):
         *,
         micro_batches: int,
     ) -> Tensor | None:
-        """Return the mean loss over micro-batches without gradients, on the rank with the last stage; None
-        elsewhere. Arguments as in `forward`.
+        """Return the mean loss over micro-batches without gradients, on the rank with the last stage; None elsewhere.
+
+        Arguments as in `forward`.
         """
         losses = self.forward(tokens_BS, documents_BS, supervised_BS, micro_batches=micro_batches)
         total = torch.zeros((), device=self.device)

@@ -102,8 +102,10 @@ class Program:
         assert not stuck, f"every rank waits for another: {stuck}"
 
     def run(self, duration: Callable[[Action], float], transfer: float = 0.0) -> Simulation:
-        """Simulate. duration: seconds of an action in any micro-batch (an FB is one action); transfer: seconds until
-        a result reaches a stage on another rank.
+        """Simulate.
+
+        duration: seconds of an action in any micro-batch (an FB is one action); transfer: seconds until a result
+        reaches a stage on another rank.
         """
         lengths = [duration(action) for _, action in self._kinds.values()]
         ranks = len(self.actions)

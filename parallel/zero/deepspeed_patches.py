@@ -1,5 +1,6 @@
-"""Changes to DeepSpeed before our engine is built on it, each with its reason. Read with DeepSpeed 0.19.8 and
-0.19.9.
+"""Changes to DeepSpeed before our engine is built on it, each with its reason.
+
+Read with DeepSpeed 0.19.8 and 0.19.9.
 
     sys.modules            Two Muon modules are replaced by empty ones. DeepSpeed imports them even if nothing uses
                            them, and they compile when imported: a rank would load torch's whole compiler (0.9 s of a
@@ -74,8 +75,9 @@ def tell_groups(deepspeed: types.ModuleType, mesh: Mesh) -> None:
 
 @contextmanager
 def own_engine(deepspeed: Any, has_experts: bool) -> Iterator[None]:
-    """Make `deepspeed.initialize` build an engine of our class inside the block. has_experts: whether this rank
-    holds sharded experts.
+    """Make `deepspeed.initialize` build an engine of our class inside the block.
+
+    has_experts: whether this rank holds sharded experts.
     """
     from deepspeed.runtime.engine import ZERO_OPTIMIZATION
 

@@ -122,8 +122,9 @@ class Zero:
     def _hold_weights(
         self, settings: ZeroSettings, rules: dict[nn.Parameter, UpdateRule], members: list[list[nn.Parameter]]
     ) -> ShardedWeights | WholeWeights:
-        """Build the weights' and gradients' holder of this stage. members: the parameters of each group of the
-        optimizer.
+        """Build the weights' and gradients' holder of this stage.
+
+        members: the parameters of each group of the optimizer.
         """
         if settings.stage == 3:
             trained = {param: self.shapes[param] for param in self.names}
@@ -148,8 +149,9 @@ class Zero:
             group["lr"] = 0.0 if group["frozen"] else lr
 
     def scale_rows(self, factors: Mapping[str, Tensor]) -> None:
-        """Make the next update multiply rows of master weights after the optimizer's change. factors: by weight
-        name, one per row.
+        """Make the next update multiply rows of master weights after the optimizer's change.
+
+        factors: by weight name, one per row.
         """
         self.client.handover.row_factors = factors
 
@@ -221,10 +223,10 @@ class Zero:
         return (self._weights.held(param) for param in (*self.names, *self.untrained))
 
     def untrained_shards(self, owned: bool = False) -> dict[str, Shard]:
-        """Return this rank's part of the untrained weights, live, by name. A weight stored as bytes is placed within
-        the rank's own parameter.
+        """Return this rank's part of the untrained weights, live, by name.
 
-        owned: for a weight that several ranks hold whole, only the first of them returns it.
+        A weight stored as bytes is placed within the rank's own parameter. owned: for a weight that several ranks hold
+        whole, only the first of them returns it.
         """
         found: dict[str, Shard] = {}
         for param, name in self.untrained.items():
@@ -343,8 +345,9 @@ def make_config(
     units: tuple[type[nn.Module], ...],
     reduced_elements: Callable[[bool], int],
 ) -> dict[str, Any]:
-    """Return DeepSpeed's configuration. reduced_elements: returns the elements of weights whose gradients pass
-    through its bucket; True: of all weights.
+    """Return DeepSpeed's configuration.
+
+    reduced_elements: returns the elements of weights whose gradients pass through its bucket; True: of all weights.
     """
     first = next(param for param in module.parameters() if param.requires_grad)
     elements = reduced_elements(settings.stage == 3 or first.dtype == torch.float32)
@@ -395,8 +398,10 @@ def build_engine(
     weights: Collection[nn.Parameter],
     about: WeightFacts,
 ) -> Any:
-    """Build DeepSpeed's engine. With `about.draws` it shards weights for stage 3 one after another, so that a rank
-    holds only one whole weight at a time.
+    """Build DeepSpeed's engine.
+
+    With `about.draws` it shards weights for stage 3 one after another, so that a rank holds only one whole weight at a
+    time.
     """
     trained = [param for param in module.parameters() if param.requires_grad]
     deepspeed, stage = import_deepspeed(trained[0].is_cuda), config["zero_optimization"]["stage"]

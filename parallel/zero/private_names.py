@@ -20,8 +20,9 @@ from conf.errors import UserError
 
 
 class PrivateName(NamedTuple):
-    """owner: object that has the name, see `require_names`. is_fast: the name only saves time; the result is the
-    same without it.
+    """owner: object that has the name, see `require_names`.
+
+    is_fast: the name only saves time; the result is the same without it.
     """
 
     owner: str

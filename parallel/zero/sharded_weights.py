@@ -178,8 +178,9 @@ class ShardedWeights:
         self._backward.add(chunk)
 
     def _arrived(self, param: nn.Parameter) -> None:
-        """Handle a complete gradient: the weight's node has run. Hand over all gradients that are complete in the
-        fixed order.
+        """Handle a complete gradient: the weight's node has run.
+
+        Hand over all gradients that are complete in the fixed order.
         """
         if param.grad is None or param in self._shared:
             return

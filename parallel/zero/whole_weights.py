@@ -111,8 +111,9 @@ class WholeWeights:
             self._keep_unshared()
 
     def reduce_ahead(self, params: Collection[nn.Parameter]) -> None:
-        """Reduce complete gradients while others still grow. All ranks that share them call this at the same point
-        of the schedule.
+        """Reduce complete gradients while others still grow.
+
+        All ranks that share them call this at the same point of the schedule.
         """
         if not self._adds:
             return

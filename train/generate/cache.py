@@ -23,8 +23,9 @@ FIRST_COLUMNS = 256
 
 
 def bytes_per_token(config: Model, item_bytes: int, mtp_depth: int = 0) -> int:
-    """Return the cache bytes of one token over all layers, and over this many MTP modules. 70,272 bytes for
-    DeepSeek-V3 in bf16.
+    """Return the cache bytes of one token over all layers, and over this many MTP modules.
+
+    70,272 bytes for DeepSeek-V3 in bf16.
     """
     return (config.layers + mtp_depth) * (config.kv_rank + config.rope_head_dim) * item_bytes
 
@@ -54,8 +55,9 @@ class Slots:
         return (self.columns_BT - self.starts_B1).clamp_(min=0).flatten()
 
     def mask_BCS(self, queries: slice) -> Tensor | None:
-        """Return which columns these C tokens see: from the row's start to the token itself; None for all. Padding
-        sees itself, so its mask is never empty.
+        """Return which columns these C tokens see: from the row's start to the token itself; None for all.
+
+        Padding sees itself, so its mask is never empty.
         """
         end = self.ends[queries.stop - 1]
         if self.first is not None and not self.padded and queries.stop - queries.start == 1:

@@ -32,8 +32,9 @@ class Conversation:
     """Turns of a user and of a model that answers."""
 
     def __init__(self, config: Config, source: LoadedModel, say: Callable[[str], None]):
-        """say: prints a sentence for the user. Raises UserError if the weights have no template, or if it cannot be
-        used.
+        """say: prints a sentence for the user.
+
+        Raises UserError if the weights have no template, or if it cannot be used.
         """
         self._settings, self._source, self.tell = config.generate, source, say
         self._template = _template(config, source)
@@ -47,10 +48,10 @@ class Conversation:
         self.turns = []
 
     def answer(self, question: str) -> Generator[str]:
-        """Yield the text of an answer as it grows, in whole characters. Question and answer become turns, even if
-        the caller stops early.
+        """Yield the text of an answer as it grows, in whole characters.
 
-        Raises UserError for a question that alone exceeds the context; it becomes no turn.
+        Question and answer become turns, even if the caller stops early. Raises UserError for a question that alone
+        exceeds the context; it becomes no turn.
         """
         prompt = self._prompt([*self.turns, {"role": "user", "content": question}])
         how, decoder = self._settings, self._source.decoder
@@ -76,8 +77,9 @@ class Conversation:
             self.tell(f"[{end.value}]")
 
     def _prompt(self, turns: list[Message]) -> list[int]:
-        """Return the tokens of the turns. If there are too many, drop the oldest turns, so that half the context
-        stays for an answer.
+        """Return the tokens of the turns.
+
+        If there are too many, drop the oldest turns, so that half the context stays for an answer.
         """
         most = self._source.context - min(self._settings.tokens, self._source.context // 2)
         while len(ids := self._encode(self._rendered(turns))) > most and len(turns) > 2:

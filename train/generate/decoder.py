@@ -33,8 +33,9 @@ def require_plain_blocks(config: Model) -> None:
 
 
 class Decoder:
-    """A whole model in eval mode. Its weights do not change (some are copied). seq_len: of its training, which
-    decides on YaRN.
+    """A whole model in eval mode.
+
+    Its weights do not change (some are copied). seq_len: of its training, which decides on YaRN.
     """
 
     def __init__(self, model: DeepSeekV3, seq_len: int):

@@ -164,11 +164,10 @@ class Generation:
         tap: RoutingTap | None = None,
         own_seeds: bool = False,
     ):
-        """Raises UserError for a prompt that leaves no room in the context. All rows have the same seed; with
-        own_seeds, row i has seed + i.
+        """Raises UserError for a prompt that leaves no room in the context.
 
-        speculative: let the MTP modules draft; the model must have some. tap: of the decoder's model, for `drawn`,
-        without speculation.
+        All rows have the same seed; with own_seeds, row i has seed + i. speculative: let the MTP modules draft; the
+        model must have some. tap: of the decoder's model, for `drawn`, without speculation.
         """
         assert not (speculative and tap), "drafts are not recorded"
         assert prompts and all(prompts), "a prompt has at least the token that starts a document"
@@ -346,8 +345,9 @@ def start(
     seed: int = 1,
     speculative: bool = False,
 ) -> Generation:
-    """Create a generation for these prompts, without starting it. Raises UserError for a prompt that exceeds the
-    context or is not UTF-8.
+    """Create a generation for these prompts, without starting it.
+
+    Raises UserError for a prompt that exceeds the context or is not UTF-8.
     """
     for prompt in prompts:
         require_utf8(prompt, "generate.prompt")

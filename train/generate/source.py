@@ -47,8 +47,9 @@ class LoadedModel:
 
 
 def open_weights(config: Config, device: torch.device, checkpoint: str | None, field: str = FIELD) -> LoadedModel:
-    """Load the model of a checkpoint or folder; None is the newest intact checkpoint of the run. field: key that
-    errors name. Raises UserError.
+    """Load the model of a checkpoint or folder; None is the newest intact checkpoint of the run.
+
+    field: key that errors name. Raises UserError.
     """
     given = checkpoint and Path(checkpoint).expanduser()
     if given and is_hf_folder(given):

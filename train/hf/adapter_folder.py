@@ -1,5 +1,6 @@
-"""A PEFT adapter folder, read by its headers: checks whether it belongs to our model and is computed as we compute
-it. No torch.
+"""A PEFT adapter folder, read by its headers: checks whether it belongs to our model and is computed as we compute it.
+
+No torch.
 """
 
 import math
@@ -28,8 +29,8 @@ PREFIX = "base_model.model."
 BASE_MARK = "base_mark"
 """Key in the file's metadata: an identification of the base by two of its rows, which avoids reading the whole base."""
 BASE_WEIGHTS = "base_weights"
-"""Key in the file's metadata: the mark of all weights of the base (train/checkpoint/weights_mark.py). Earlier
-versions wrote none.
+"""Key in the file's metadata: the mark of all weights of the base (train/checkpoint/weights_mark.py).
+Earlier versions wrote none.
 """
 BASE_FORMAT = "base_format"
 """Key in the file's metadata: storage format of the base during the adapter's training, as adapter.base has it."""

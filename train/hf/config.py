@@ -50,11 +50,11 @@ def some(names: Iterable[str]) -> str:
 
 
 def read_model(folder: Path, field: str = "init_from") -> Model:
-    """Read the model that config.json describes, as transformers reads it. Raises UserError for a model that ours
-    cannot express.
+    """Read the model that config.json describes, as transformers reads it.
 
-    field: key that errors name. If the file asks for YaRN, YaRN applies at any length (`yarn.always`), otherwise never.
-    To load weights call `folder.open_model`, which also checks which MTP modules exist.
+    Raises UserError for a model that ours cannot express. field: key that errors name. If the file asks for YaRN, YaRN
+    applies at any length (`yarn.always`), otherwise never. To load weights call `folder.open_model`, which also checks
+    which MTP modules exist.
     """
     family, path, body = read_fields(folder, field)
     growth = body["rope_scaling"].pop(GROWTH, 0.0) if family.config_file == PARAMS_FILE else 0.0
@@ -192,8 +192,9 @@ def _layer_types(model: Model) -> list[str]:
 
 
 def _rope(field: str, path: Path, body: dict[str, Any]) -> dict[str, Any]:
-    """Return the rotary parameters: rope_scaling, or rope_parameters if it is empty. Raises UserError for
-    unsupported parameters.
+    """Return the rotary parameters: rope_scaling, or rope_parameters if it is empty.
+
+    Raises UserError for unsupported parameters.
     """
     older, newer = (_section(field, path, body, key) for key in ("rope_scaling", "rope_parameters"))
     name, rope = ("rope_scaling", older) if older else ("rope_parameters", newer or {})

@@ -51,8 +51,8 @@ FIXED = {
 }
 """Values that every DeepSeek-V3 has and that this program requires. A file may leave them out."""
 FIXED_ELSEWHERE = {"partial_rotary_factor": 1.0, "is_causal": True, "is_encoder_decoder": False}
-"""Fields of other models with one allowed value; transformers applies them to this model too. Files of DeepSeek-V3
-have none of them.
+"""Fields of other models with one allowed value; transformers applies them to this model too.
+Files of DeepSeek-V3 have none of them.
 """
 READ_APART = (
     "architectures",
@@ -128,8 +128,8 @@ QUANTISED = {
     "expert_dtype": "every tensor says its own type",
     "dequantize": "weights are always dequantised here",
 }
-"""Fields of quantization_config, with the required value or the reason why they change nothing. All others are
-rejected unless they are null.
+"""Fields of quantization_config, with the required value or the reason why they change nothing.
+All others are rejected unless they are null.
 """
 ROPE_NUMBERS = {
     "factor",
@@ -316,8 +316,9 @@ def _require_type(field: str, path: Path, body: Fields, facts: FamilyFacts) -> N
 
 
 def _section(field: str, path: Path, body: Fields, facts: FamilyFacts) -> Fields:
-    """Return the language model's fields of a file that describes more. Fields beside them must not change the
-    language model.
+    """Return the language model's fields of a file that describes more.
+
+    Fields beside them must not change the language model.
     """
     text = body.get(facts.section)
     if not isinstance(text, dict):

@@ -91,8 +91,9 @@ MISTRAL_NAMES = {
 
 
 def from_params(field: str, path: Path) -> dict[str, Any]:
-    """Return the fields of a params.json under DeepSeek's names. Raises UserError for fields that these names cannot
-    express.
+    """Return the fields of a params.json under DeepSeek's names.
+
+    Raises UserError for fields that these names cannot express.
     """
     found = _flat(read_json(path, field, "download it again"))
     known = {*PARAMS_FIELDS, *PARAMS_FIXED, *READ_BELOW}

@@ -132,8 +132,9 @@ class _Reader:
         return dequantize(padded, scale)[above:]
 
     def _scale(self, opened, name: str) -> Tensor:
-        """Return all scales of a weight, which may be in another file. Raises UserError for a scale that no
-        quantiser writes.
+        """Return all scales of a weight, which may be in another file.
+
+        Raises UserError for a scale that no quantiser writes.
         """
         name, stored = name + SCALE, self.folder.stored
         if stored[name].file == stored[name.removesuffix(SCALE)].file:

@@ -1,5 +1,6 @@
-"""Tokenizer files of a Hugging Face folder: checks whether they match a run, and writes those of an export. No
-torch.
+"""Tokenizer files of a Hugging Face folder: checks whether they match a run, and writes those of an export.
+
+No torch.
 """
 
 import json
@@ -48,8 +49,9 @@ def check_tokenizer(folder: Path, tokenizer: Tokenizer, choice: str | None) -> l
 
 
 def _meaning(text: str) -> tuple[Any, ...]:
-    """Return the parts that decide on ids: words, merges, added tokens. Two files with equal parts can differ in
-    spelling.
+    """Return the parts that decide on ids: words, merges, added tokens.
+
+    Two files with equal parts can differ in spelling.
     """
     body = parse_json(text)
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in body["model"].get("merges", ())]
@@ -76,8 +78,9 @@ def with_words_of(tokenizer: Tokenizer, run: Path, source: Path | None) -> Token
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, length: int) -> None:
-    """Write tokenizer.json and its side files, with a tokenizer_config.json for AutoTokenizer. length: maximum
-    tokens of a sequence.
+    """Write tokenizer.json and its side files, with a tokenizer_config.json for AutoTokenizer.
+
+    length: maximum tokens of a sequence.
     """
     settings: dict[str, Any] = {
         "tokenizer_class": TOKENIZER_CLASS,

@@ -35,8 +35,9 @@ MIX = (-0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)
 
 
 class LowRankPairs:
-    """The LoRA A and B of one weight, which add to its matmul. The parameters belong to the module that has the
-    weight.
+    """The LoRA A and B of one weight, which add to its matmul.
+
+    The parameters belong to the module that has the weight.
     """
 
     def __init__(
@@ -146,8 +147,9 @@ def add_adapters(chunk: DeepSeekV3, adapter: Adapter, kernels: Kernels, seed: in
 
 
 def _ask_for_gradient(module: nn.Module, given: object, out: Tensor) -> Tensor:
-    """Make the values require a gradient. As a leaf of the graph, the values and their gradient would stay in
-    memory.
+    """Make the values require a gradient.
+
+    As a leaf of the graph, the values and their gradient would stay in memory.
     """
     return _Asking.apply(out, torch.empty(0, requires_grad=True)) if torch.is_grad_enabled() else out
 

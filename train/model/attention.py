@@ -71,15 +71,18 @@ class AttentionCore(Protocol):
     """Whether it supports pieces of any length."""
 
     def forward(self, given: AttentionInput, keep: bool = False, largest: bool = False) -> AttentionOutput:
-        """Compute attention. keep: whether to return `kept` for a backward. largest: whether to return the largest
-        scores.
+        """Compute attention.
+
+        keep: whether to return `kept` for a backward. largest: whether to return the largest scores.
         """
 
     def backward(
         self, dout_BHTV: Tensor, given: AttentionInput, made: AttentionOutput
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the gradients of q, k and v. made: the result of `forward`, or output and log-sum-exp over all keys
-        that the queries see, these keys included.
+        """Return the gradients of q, k and v.
+
+        made: the result of `forward`, or output and log-sum-exp over all keys that the queries see, these keys
+        included.
         """
 
 

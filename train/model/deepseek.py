@@ -292,8 +292,8 @@ class DeepSeekV3(nn.Module):
         self.detaches_mtp = False
         """Whether MTP losses train only the MTP modules, set by the code that builds the model."""
         self.loss_divisor: float | None = None
-        """Divisor of loss sums in training, set by the code that runs the step; None for the number of local
-        positions. In eval mode the loss of supervised tokens is their sum.
+        """Divisor of loss sums in training, set by the code that runs the step; None for the number of local positions.
+        In eval mode the loss of supervised tokens is their sum.
         """
         self.observer: Callable[[list[Tensor], Tensor, Positions], None] | None = None
         """Called in eval mode with the head's inputs (the states of the main model (B, T, D) and of every depth),

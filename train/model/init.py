@@ -79,8 +79,9 @@ def _draw_weight(module: nn.Module, weight: nn.Parameter, name: str, seed: int |
 
 
 def draw_uniform(weight: Tensor, key: str, bound: float, experts: range | None = None) -> None:
-    """Fill uniformly in +-bound, by a key. experts: expert indices of the rows along the first dimension, each with
-    its own key.
+    """Fill uniformly in +-bound, by a key.
+
+    experts: expert indices of the rows along the first dimension, each with its own key.
     """
     _fill_drawn(weight, key, experts, lambda exact, generator: exact.uniform_(-bound, bound, generator=generator))
 

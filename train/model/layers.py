@@ -69,8 +69,9 @@ class LayerPrecision(Protocol):
     """Computes the matmuls and everything between them."""
 
     def linear(self, x: Tensor, weight: Tensor, kind: str = "dense", held: "HeldInput | None" = None) -> Tensor:
-        """Return x (..., D) times weight (F, D) transposed: (..., F). kind: see `Linear`. held: the result of `hold`
-        for x.
+        """Return x (..., D) times weight (F, D) transposed: (..., F).
+
+        kind: see `Linear`. held: the result of `hold` for x.
         """
 
     def hold(self, x: Tensor, kind: str) -> "HeldInput | None":

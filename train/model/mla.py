@@ -50,8 +50,9 @@ class MLA(nn.Module):
         """Records the largest scores in training; None if they are not needed."""
 
     def forward(self, x_BTD: Tensor, remake: AbstractContextManager, positions: Positions | None = None) -> Tensor:
-        """remake: the context in which saving x costs nothing (`RMSNorm.with_remake`). positions: those of x; None
-        for all positions of whole sequences. Returns (B, T, D).
+        """remake: the context in which saving x costs nothing (`RMSNorm.with_remake`).
+
+        positions: those of x; None for all positions of whole sequences. Returns (B, T, D).
         """
         positions = positions or Positions(x_BTD.size(1))
         with remake:
@@ -74,10 +75,10 @@ class MLA(nn.Module):
         return self._kernels.attention(given)
 
     def _project(self, out_BHTV: Tensor, saved: ReplaceableTensors) -> Tensor:
-        """Return (B, T, D). If the projection keeps its input in fewer bits, attention's backward reads that copy
-        too.
+        """Return (B, T, D).
 
-        saved: the tensors that attention saved, in some kernels including its output.
+        If the projection keeps its input in fewer bits, attention's backward reads that copy too. saved: the tensors
+        that attention saved, in some kernels including its output.
         """
         x_BTX = out_BHTV.transpose(1, 2).flatten(2)
         held, heads = self.out.hold(x_BTX), out_BHTV.size(1)

@@ -93,12 +93,11 @@ class Kernels(Protocol):
         positions: Positions,
         replayed_BTK: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return gate values fp32 and expert ids int64, (B, T, K), from the router's logits. Differentiable, with
-        the balance loss.
+        """Return gate values fp32 and expert ids int64, (B, T, K), from the router's logits.
 
-        In a repeated run of a block the ids are those of the first run, and nothing is counted
-        (train/model/recompute.py). replayed_BTK: experts to use instead of a choice by scores; their gates come from
-        this router's own scores.
+        Differentiable, with the balance loss. In a repeated run of a block the ids are those of the first run, and
+        nothing is counted (train/model/recompute.py). replayed_BTK: experts to use instead of a choice by scores; their
+        gates come from this router's own scores.
         """
 
     def sort_by_expert(self, expert_ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -112,8 +111,9 @@ class Kernels(Protocol):
         """
 
     def cross_entropy(self, logits_NV: Tensor, targets_N: Tensor, scale: float | None) -> Tensor:
-        """Return the sum of -log softmax(logits)[target], fp32 scalar. Overwrites the logits by their gradient times
-        scale, unless scale is None.
+        """Return the sum of -log softmax(logits)[target], fp32 scalar.
+
+        Overwrites the logits by their gradient times scale, unless scale is None.
         """
 
     def linear(self, x: Tensor, weight_OI: Tensor) -> Tensor:

@@ -90,8 +90,9 @@ class Rope:
 
 
 def rotate(x_BTHR: Tensor, table: Tensor) -> Tensor:
-    """Multiply adjacent pairs of the last axis by the complex table (T, R/2); fp32 result. For gradients, pass
-    table.conj().
+    """Multiply adjacent pairs of the last axis by the complex table (T, R/2); fp32 result.
+
+    For gradients, pass table.conj().
     """
     pairs = torch.view_as_complex(x_BTHR.float().unflatten(-1, (-1, 2)).contiguous())
     return torch.view_as_real(pairs * table.unsqueeze(1)).flatten(-2)

@@ -67,8 +67,9 @@ class Rectangle(NamedTuple):
 
 
 class PackedSamples:
-    """Samples that share sequences, in the form that a router counts. Built once per micro-batch and depth, for all
-    layers.
+    """Samples that share sequences, in the form that a router counts.
+
+    Built once per micro-batch and depth, for all layers.
     """
 
     def __init__(self, number_BT: Tensor, lengths_N: Tensor):
@@ -107,8 +108,8 @@ class Positions:
     length: int
     """T."""
     documents_BT: Tensor | None = None
-    """Document number of every position, on the host; a document is contiguous, and attention stays inside it. None
-    for whole sequences.
+    """Document number of every position, on the host; a document is contiguous, and attention stays inside it.
+    None for whole sequences.
     """
     share: SequenceShare | None = None
     """None if whole sequences are local."""

@@ -53,8 +53,9 @@ class KeysOfLatents:
         weights: Sequence[Tensor],
         attend: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]],
     ) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
-        """Return the gradients of queries, latents and weights. attend: maps keys and values to the gradients of
-        queries, keys and values.
+        """Return the gradients of queries, latents and weights.
+
+        attend: maps keys and values to the gradients of queries, keys and values.
         """
         latent_BLC, k_rope_BLR = latents_BLX.split([self.kv_rank, latents_BLX.size(-1) - self.kv_rank], -1)
         with torch.enable_grad():

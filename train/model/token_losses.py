@@ -65,8 +65,9 @@ def negative_logprob(logprobs_BT: Tensor, tokens: LossTokens) -> Tensor:
 
 
 def importance_sampling(logprobs_BT: Tensor, tokens: LossTokens) -> Tensor:
-    """-r A: the policy gradient, corrected for tokens that another policy sampled. Tensors: advantages,
-    old_logprobs.
+    """-r A: the policy gradient, corrected for tokens that another policy sampled.
+
+    Tensors: advantages, old_logprobs.
     """
     return -_ratio(logprobs_BT, tokens) * tokens["advantages"]
 

@@ -73,8 +73,9 @@ def score(config: Config) -> int:
 
 @torch.no_grad()
 def logprobs(decoder: Decoder, tokens: list[int], chunk: int) -> Tensor:
-    """Return log p(token i | previous tokens) of tokens 1 to the last, fp64 on the host (T - 1,). chunk: number of
-    tokens whose logits exist at a time.
+    """Return log p(token i | previous tokens) of tokens 1 to the last, fp64 on the host (T - 1,).
+
+    chunk: number of tokens whose logits exist at a time.
     """
     tokens_BT = torch.tensor([tokens], device=decoder.device)
     hidden_TD = decoder.hidden(tokens_BT[:, :-1], decoder.new_cache([0]))[0]
