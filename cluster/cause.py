@@ -373,8 +373,9 @@ def main_thread_frames(stack: str) -> list[str]:
 
 
 def waits_for_ranks(stack: str) -> bool:
-    """Whether the innermost frames of the main thread wait for other ranks; waits in Python's threads and queues are
-    local and do not count.
+    """Whether the innermost frames of the main thread wait for other ranks.
+
+    Waits in Python's threads and queues are local and do not count.
     """
     frames = [frame for frame in main_thread_frames(stack)[:4] if not _OF_PYTHON.search(frame)]
     return any(frame.rpartition(" in ")[2].lstrip("_").startswith(WAITS) for frame in frames)

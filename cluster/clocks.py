@@ -1,6 +1,4 @@
-"""Two clocks: a time of day that nobody sets while a process runs, and a measure of how long the process was held
-up.
-"""
+"""Two clocks: a time of day that nobody sets during a process, and a measure of how long it was held up."""
 
 import time
 
@@ -34,11 +32,10 @@ class SteadyClock:
 
 
 class HeldUp:
-    """Measures how long its process was held up between two looks, for example by a busy machine or a sleeping
-    laptop.
+    """Measures how long its process was held up between two looks.
 
-    A watcher that was held up must not call others late. nap: seconds that the process may be busy between two looks;
-    now: time of the first look.
+    A busy machine or a sleeping laptop holds a process up. A watcher that was held up must not call others late. nap:
+    seconds that the process may be busy between two looks; now: time of the first look.
     """
 
     def __init__(self, nap: float, now: float):

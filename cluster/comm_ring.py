@@ -368,8 +368,9 @@ def living_ranks(logs: Path, traces: Mapping[int, RankTrace]) -> dict[int, int]:
 
 
 def pack_ring(path: Path, world: int) -> bytes:
-    """Return a ring packed for transfer, with the newest records up to this rank's share for such a run; empty if
-    there is no ring.
+    """Return a ring packed for transfer; empty if there is no ring.
+
+    It keeps the newest records, up to a rank's share in a run of `world` ranks.
     """
     try:
         raw = read_plain(path, RING_BYTES)

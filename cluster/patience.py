@@ -22,8 +22,8 @@ STEP_FLOOR, OTHER_FLOOR = 7.0, 30.0
 KILL_ON_CPU, KILL_ON_GPU = 60.0, 120.0
 """Defaults of `cluster.kill_after`, in seconds."""
 HANG_ROOM, FIRST_HANG_ROOM = 2.5, 9.0
-"""Factor on the longest observation, and an addition to the factor that is divided by the number of observations: a
-single observation says little.
+"""Factor on the longest observation, and an addition that is divided by the number of observations.
+The addition is large at first, because a single observation says little.
 """
 REMEMBERED = 500
 """Number of observations kept per kind; older ones no longer show how long it may take."""

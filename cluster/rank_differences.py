@@ -1,6 +1,4 @@
-"""Finds the first collective or message that ranks did differently, and the wrong rank: see the top of
-compare_ranks.py.
-"""
+"""Finds the first collective or message that ranks did differently, and the wrong rank; see compare_ranks.py."""
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -35,9 +33,7 @@ def _whole(record: CommRecord) -> Signature:
 
 
 def find_difference(traces: Mapping[int, RankTrace]) -> Judgement | None:
-    """Return the first collective that the ranks of a group did differently, or the first message on which its two
-    ends disagree.
-    """
+    """Return the first collective that ranks did differently, or the first message whose ends disagree."""
     by_group = defaultdict[tuple, dict[int, dict[int, CommRecord]]](lambda: defaultdict(dict))
     for rank, trace in traces.items():
         for record in trace.records:
@@ -156,8 +152,9 @@ def _deviation(trace: RankTrace, record: CommRecord) -> tuple[Fault, CommRecord]
 
 
 def _find_period(history: Sequence[list[Signature]]) -> tuple[int, int]:
-    """Return the period after which a rank repeats its steps, and how many of its last steps repeat: the longest run
-    of at least twice the period wins.
+    """Return the period after which a rank repeats its steps, and how many of its last steps repeat.
+
+    The longest repetition wins; it must cover at least twice the period.
 
     Returns 1 and 0 if there is no period.
     """

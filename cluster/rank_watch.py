@@ -56,8 +56,9 @@ class RankWatch:
 
     @property
     def doing(self) -> str:
-        """Phase of the running ranks, known ranks outside this watch included: step if all are in steps, else
-        another phase among them.
+        """Phase of the running ranks: step if all are in steps, else another phase among them.
+
+        Known ranks outside this watch are included.
         """
         phases = {phase for phase, count in self._phases.items() if count > 0} | self._elsewhere
         others = sorted(phases - {STEP_PHASE})

@@ -1,5 +1,6 @@
-"""Detects a hang from inside a rank that no Sluice driver supervises (torchrun, or a single process), and names the
-blocking rank.
+"""Detects a hang from inside a rank that no Sluice driver supervises, and names the blocking rank.
+
+Such ranks run under torchrun, or as a single process.
 """
 
 import os

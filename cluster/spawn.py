@@ -144,8 +144,9 @@ def holds_open(pid: int, path: Path) -> bool:
 
 
 def processes_named(name: str) -> list[tuple[psutil.Process, list[str]]]:
-    """Return this host's processes with that name, with their command lines; zombies and processes with an
-    unreadable line are left out.
+    """Return this host's processes with that name, with their command lines.
+
+    Zombies and processes with an unreadable command line are left out.
     """
     found = psutil.process_iter(["name", "cmdline"])
     return [(one, one.info["cmdline"]) for one in found if one.info["name"] == name and one.info["cmdline"]]
@@ -160,9 +161,7 @@ def is_stopped(pid: int) -> bool:
 
 
 def waited_for_core(pid: int) -> float:
-    """Return the seconds that the main thread of a process was ready to run but had no core; 0 if the kernel does
-    not say.
-    """
+    """Return the seconds in which a process's main thread was ready but had no core; 0 if the kernel does not say."""
     try:
         return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
     except (OSError, IndexError):

@@ -140,8 +140,9 @@ def is_looked_into(pid: int) -> bool:
 
 
 def unanswered(pid: int) -> str:
-    """Return the hosts that have not acknowledged a process's TCP data, and the process's own address; empty if it
-    has no connections.
+    """Return the hosts that have not acknowledged a process's TCP data, and the process's own address.
+
+    The text is empty if the process has no connections.
     """
     own, late = Counter[str](), set[str]()
     with contextlib.suppress(OSError):

@@ -50,8 +50,8 @@ GROUP_METHODS = {
 IN_PLACE = ("all_reduce", "broadcast", "reduce")
 """Kinds whose one tensor is both sent and received."""
 _BETWEEN = ("-packages" + os.sep, sysconfig.get_path("stdlib") + os.sep, __file__)
-"""Parts of file names to skip in the search for a caller: packages (torch and DeepSpeed among them), Python's
-library and this file.
+"""Parts of file names to skip in the search for a caller.
+These are packages (torch and DeepSpeed among them), Python's library and this file.
 """
 
 

@@ -1,5 +1,4 @@
-"""Which ranks work together, as plain arithmetic: the pipeline, stage, context, expert and expert-data groups of a
-layout.
+"""The pipeline, stage, context, expert and expert-data groups of a layout, as plain arithmetic.
 
 Ranks are numbered with the pipeline outermost. The ranks of a stage hold the same layers. They have two numberings, one
 by the data that they read and one by the experts that they hold:

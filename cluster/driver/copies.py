@@ -1,5 +1,4 @@
-"""The driver's view of the in-memory copies (cluster/node/copy_store.py): which node holds which copies, and what
-ranks need to know.
+"""The driver's view of the in-memory copies (cluster/node/copy_store.py): which node holds which copies.
 
 Agents report the copies that they hold with every answer. Before an attempt starts, the driver writes
 attempts/NUMBER.memory.json for its ranks: where each node keeps its copies, which node is next to which, and the newest

@@ -1,5 +1,4 @@
-"""The interface by which a driver reaches the agents of the nodes: calls that never block, and answers as they
-arrive.
+"""The interface between a driver and the agents: calls that never block, and answers as they arrive.
 
 Runs use cluster/driver/ray_backend.py; tests use a fleet whose agents live in the same process.
 """

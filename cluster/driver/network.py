@@ -1,11 +1,10 @@
-"""Network test before step 0: measures latency and bandwidth between pairs of nodes over a plain socket, and names
-slow pairs.
+"""Network test before step 0: measures latency and bandwidth between pairs of nodes, and names slow pairs.
 
 Pairs are tested in the rounds of a tournament: every node has one partner at a time, and N nodes take N - 1 rounds. The
 nodes run the rounds among themselves (cluster/node/network_probe.py), because a call to each node for each round would
 take the driver longer than the transfers. At most 63 rounds are run, and for thousands of nodes fewer, down to 7; every
-node still meets that many others. The transfer is short: it finds a bad cable or a route over the wrong interface, but
-is not a benchmark.
+node still meets that many others. The transfer over a plain socket is short: it finds a bad cable or a route over the
+wrong interface, but is not a benchmark.
 """
 
 import statistics

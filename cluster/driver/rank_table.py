@@ -1,5 +1,4 @@
-"""ranks.json of a run folder: the state of all ranks in the newest attempt, for tools that watch the run from
-outside.
+"""ranks.json of a run folder: the state of all ranks in the newest attempt, for external tools.
 
 time      Unix time at which the driver wrote the file
 attempt   number of the attempt

@@ -41,12 +41,12 @@ OBJECT_STORE = 100 << 20
 CONNECT_LIMIT = 5
 """Seconds allowed for a connection to cluster.address."""
 CONNECT_TRIES = "8"
-"""Number of Ray's own attempts, one per second, at a reachable head; by default Ray would ask a head that rejects
-the token 20 times.
+"""Number of Ray's own attempts, one per second, at a reachable head.
+By default, Ray would ask a head that rejects the token 20 times.
 """
 HEAD_START = "60"
-"""Seconds allowed for the head to start when the run starts its own Ray; Ray's default of 30 can be too short on a
-busy machine.
+"""Seconds allowed for the head to start when the run starts its own Ray.
+Ray's default of 30 can be too short on a busy machine.
 """
 HEAD_LIMIT = 1
 """Seconds allowed for a connection to Ray's head while the run goes on."""
@@ -150,8 +150,9 @@ class RayFleet:
         """
 
     def _start_embedded(self) -> None:
-        """Start Ray on this machine; try once more if it fails, because Ray waits only 30 s for its processes and a
-        busy machine may take longer.
+        """Start Ray on this machine, with a second try if it fails.
+
+        Ray waits only 30 s for its processes, and a busy machine may take longer.
         """
         try:
             self._try_embedded()
@@ -411,9 +412,7 @@ def _started(folder: Path) -> list[psutil.Process]:
 
 
 def _require_answer(address: str) -> None:
-    """Raise UserError within CONNECT_LIMIT seconds if nothing listens at the address; Ray itself would try for a
-    minute.
-    """
+    """Raise UserError within CONNECT_LIMIT seconds if nothing listens; Ray itself would try for a minute."""
     if address == "auto":
         return
     try:
@@ -428,8 +427,9 @@ def _require_answer(address: str) -> None:
 
 
 def _in_thread(call: Callable[[], Any]) -> Future:
-    """Run a call in a daemon thread, which delays neither the caller nor the end of this process; returns its
-    future.
+    """Run a call in a daemon thread and return its future.
+
+    The thread delays neither the caller nor the end of this process.
     """
     outcome: Future = Future()
 
@@ -451,8 +451,9 @@ def _connect(address: str, limit: float) -> None:
 
 @contextlib.contextmanager
 def _stderr_in_file() -> Iterator[IO[bytes]]:
-    """Capture stderr in a file, because Ray's native code repeats its errors on the terminal; the caller makes one
-    sentence of them.
+    """Capture stderr in a file.
+
+    Ray's native code repeats its errors on the terminal; the caller makes one sentence of them.
     """
     with tempfile.TemporaryFile() as file:
         terminal = os.dup(2)

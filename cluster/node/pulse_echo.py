@@ -1,9 +1,8 @@
-"""A node's side of the pulse: answers every datagram of the driver (cluster/driver/pulse_sender.py) with a sealed
-datagram.
+"""A node's side of the pulse: answers every datagram of the driver (cluster/driver/pulse_sender.py).
 
-The driver asks by UDP every second or so whether a node is alive. The state of its ranks is asked through Ray, which
-costs the driver far more, when there is news. Without the key of the launch nobody can ask or answer, and an old
-datagram does not count.
+Answers are sealed. The driver asks by UDP every second or so whether a node is alive. The state of its ranks is asked
+through Ray, which costs the driver far more, when there is news. Without the key of the launch nobody can ask or
+answer, and an old datagram does not count.
 """
 
 import contextlib

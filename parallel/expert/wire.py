@@ -37,8 +37,8 @@ from parallel.expert.permute import triton_dispatch
 # Shapes: R rows, D channels, S tiles of 128 channels.
 
 TILE = 128
-"""Values of a row that share a scale, on the wire and along the contraction of a GEMM; also the side of a weight's
-block (paper 3.3.2).
+"""Values of a row that share a scale, on the wire and along the contraction of a GEMM.
+Also the side of a weight's block (paper 3.3.2).
 """
 _E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
 """The value of every byte."""

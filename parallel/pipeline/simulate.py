@@ -46,8 +46,9 @@ def what_runs(action: Action, one_piece: bool) -> str:
 
 
 def stages_ahead(actions: Sequence[Action], one_piece: int | None = None) -> dict[int, int]:
-    """Return the stages of a rank that finish their last backward before another stage of the rank, in order, each
-    with the index of that action.
+    """Return the stages of a rank that finish their last backward before another of its stages.
+
+    They are in order, each with the index of that action.
 
     one_piece: a stage as in `what_runs`.
     """

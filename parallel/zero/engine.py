@@ -87,8 +87,8 @@ class Zero:
         names = _unique_names(chunks)
         self.names = {param: name for param, name in names.items() if param.requires_grad}
         self.untrained = {param: name for param, name in names.items() if not param.requires_grad}
-        """Weights without gradient, master and state, which are in no checkpoint: whole on every rank of a stage, or
-        sharded at stage 3.
+        """Weights without gradient, master and state, which are in no checkpoint.
+        They are whole on every rank of a stage, or sharded at stage 3.
         """
         self.shapes = {param: tuple(param.shape) for param in names}
         # Of the two copies, the last rank's copy is left out of the norm and of checkpoints.
@@ -96,8 +96,8 @@ class Zero:
         self.observer: Callable[[dict[str, Shard]], None] | None = None
         """Called before every update with copies of the reduced gradients of this rank's shard, by logical name."""
         self.local_observer: Callable[[str, Shard], None] | None = None
-        """Called with every gradient of this rank before it is reduced: the whole gradient of a parameter, once per
-        step, or once per micro-batch at stage 3.
+        """Called with every gradient of this rank before it is reduced.
+        It gets the whole gradient of a parameter, once per step, or once per micro-batch at stage 3.
         """
         self._valid: bool | Tensor = True
         self._bad: list[str] = []
@@ -308,8 +308,9 @@ def _parameter_groups(
     expert_name: str,
     frozen: set[nn.Parameter],
 ) -> list[dict]:
-    """Group weights that have the same rule and reduce over the same ranks: shared weights of a stage first, then
-    experts; frozen ones apart.
+    """Group weights that have the same rule and reduce over the same ranks.
+
+    Weights that all ranks of a stage share come first, then experts. Frozen weights are in separate groups.
     """
     groups = []
     for is_expert in (False, True):

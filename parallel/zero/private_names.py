@@ -109,8 +109,9 @@ def require_names(**owners: object) -> None:
 
 
 def _has(owner: object, name: str) -> bool:
-    """Whether an object has the name, or its class's module assigns the name to instances; a search for the class
-    alone would take 0.2 s.
+    """Whether an object has the name, or its class's module assigns the name to instances.
+
+    A search within the class alone would take 0.2 s.
     """
     return hasattr(owner, name) or (isinstance(owner, type) and f"self.{name} =" in _source(owner.__module__))
 

@@ -76,8 +76,8 @@ class ShardedWeights:
         self._order = list(shapes)[::-1]
         chunks = Counter(param for chunk in engine.module for param in {*chunk.parameters()})
         self._shared = {param for param, count in chunks.items() if count > 1}
-        """Weights of two chunks on this rank: a pass adds to the gradient twice, and DeepSpeed may have reduced it
-        after the first time.
+        """Weights of two chunks on this rank.
+        A pass adds to their gradient twice, and DeepSpeed may have reduced it after the first time.
         """
         self._ready: set[nn.Parameter] = set()
         self._handed = 0
@@ -217,8 +217,9 @@ class ShardedWeights:
 
 @contextlib.contextmanager
 def _in_shape(param: nn.Parameter, shape: tuple[int, ...]) -> Iterator[None]:
-    """Give the parameter its full shape, with arbitrary values: it is empty while the weights are freed, and torch
-    checks shapes against it.
+    """Give the parameter its full shape, with arbitrary values.
+
+    It is empty while the weights are freed, and torch checks shapes against it.
     """
     data = param.data
     param.data = data.new_empty(()).expand(shape)

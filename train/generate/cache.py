@@ -1,5 +1,6 @@
-"""MLA's cache of past tokens (paper 2.1.1): per token and layer one latent, after its norm, and one RoPE key for all
-heads.
+"""MLA's cache of past tokens (paper 2.1.1): per token and layer one normed latent and one RoPE key.
+
+All heads share both.
 
 Rows of a batch are padded on the left, so that all prompts end in the same column. A row has a start (its first real
 column) and a length (number of valid columns). New entries are written after the length, and `commit` says how many of

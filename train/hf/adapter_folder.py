@@ -1,7 +1,4 @@
-"""A PEFT adapter folder, read by its headers: checks whether it belongs to our model and is computed as we compute it.
-
-No torch.
-"""
+"""A PEFT adapter folder, read by its headers: checks whether it fits our model and our formula. No torch."""
 
 import math
 import os

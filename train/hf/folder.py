@@ -1,5 +1,4 @@
-"""A folder of safetensors, read by its headers: every tensor's file, dtype and shape, and whether they match our
-model.
+"""A folder of safetensors, read by its headers, and the check whether its tensors match our model.
 
 It reads no weights and imports no torch: the driver checks a folder before anything starts. Nothing in the folder is
 executed; files that only pickle can open are rejected.

@@ -86,8 +86,9 @@ class ModelOutputs:
     """Divisor for sums over the local learnt positions, which gives each position the same weight in the whole step."""
 
     def mean(self, values_BT: Tensor) -> Tensor:
-        """Return this micro-batch's share of the mean of values over the learnt tokens of the step; the plain mean
-        if every token is learnt.
+        """Return this micro-batch's share of the mean of values over the learnt tokens of the step.
+
+        If every token is learnt, it is the plain mean.
         """
         return values_BT.masked_fill(~self.learnt_BT, 0).sum() / self.divisor
 
@@ -302,8 +303,8 @@ class DeepSeekV3(nn.Module):
         self._share = share
         own = bool(config.block or config.router)
         self.backward_in_one_piece = own or (has_head and config.mtp_depth > 1)
-        """torch's split into input and weight gradients cannot handle a weight that is used twice on one path, such
-        as the embedding from MTP depth 2 on, or possibly weights of the user's own blocks.
+        """torch's split into input and weight gradients cannot handle a weight that is used twice on one path.
+        Such weights are the embedding from MTP depth 2 on, and possibly weights of the user's own blocks.
         """
         self._dtype = precision.dtype
         if has_embedding or (has_head and config.mtp_depth):

@@ -1,5 +1,6 @@
-"""Cross-entropy, and log-probabilities for other losses, without holding the logits of all tokens (model.loss_chunk
-at a time).
+"""Cross-entropy, and log-probabilities for other losses, over chunks of tokens (model.loss_chunk).
+
+So the logits of all tokens never exist at once.
 
 Forward takes a chunk of tokens and computes logits, softmax in fp32, the loss, and at once the gradients of the hidden
 states and of the head. So the gradients are ready when backward starts, which only scales them. With a vocabulary of

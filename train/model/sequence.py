@@ -43,8 +43,9 @@ class SequenceShare(Protocol):
         """Start to gather (B, rows[j], X) of every piece j, in order. own_BTX: this process's two pieces."""
 
     def scatter_sum(self, pieces: list[Tensor]) -> Tensor:
-        """Return the sum over all parts of their contributions to this process's pieces, (B, own positions, X); the
-        transpose of the gather.
+        """Return the sum of all processes' values for this process's pieces, (B, own positions, X).
+
+        This is the transpose of the gather.
         """
 
     def total(self, counts: Tensor) -> Tensor:
@@ -108,20 +109,20 @@ class Positions:
     length: int
     """T."""
     documents_BT: Tensor | None = None
-    """Document number of every position, on the host; a document is contiguous, and attention stays inside it.
-    None for whole sequences.
+    """Document number of every position, on the host; None for whole sequences.
+    A document is contiguous, and attention stays inside it.
     """
     share: SequenceShare | None = None
     """None if whole sequences are local."""
     whole: int = field(default=-1)
     """T of the main model, if this is an MTP depth with fewer; -1 for `length`."""
     samples_BS: Tensor | None = None
-    """Sample number of every token, on the host, from 0 in each sequence, -1 for padding: separate samples that
-    share a sequence. None if every next token may be a target.
+    """Sample number of every token, on the host, if separate samples share sequences.
+    Numbers start from 0 in each sequence; -1 is padding. None if every next token may be a target.
     """
     experts_BTLK: Tensor | None = None
-    """Expert ids of every position in each MoE layer of the main model, which routers use instead of their own
-    choice; None: routers choose.
+    """Expert ids that routers use instead of their own choice; None: routers choose.
+    They cover every position in each MoE layer of the main model.
     """
 
     @property

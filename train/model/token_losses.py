@@ -58,8 +58,9 @@ TokenLoss = Callable[..., Tensor]
 
 
 def negative_logprob(logprobs_BT: Tensor, tokens: LossTokens) -> Tensor:
-    """-logprob, the cross-entropy of pretraining and supervised fine-tuning; without weights and temperatures the
-    head computes it directly.
+    """-logprob, the cross-entropy of pretraining and supervised fine-tuning.
+
+    Without weights and temperatures, the head computes it directly.
     """
     return -logprobs_BT
 
