@@ -142,12 +142,14 @@ def in_dualpipe(config: Config, step: StepTime) -> Seconds:
                 held(stages.directions(backward.stage).backward.segments, 0 if backward.stage == last else None),
                 0.0,
             ).seconds
-        if action.stage == 0 and action.kind in "IW":  # which torch cannot split; weights as many as of the next stage
-            weights = stages.elapsed(Action("W", 1, 0)).seconds
-            return weights if action.kind == "W" else stages.elapsed(Action("B", 0, 0)).seconds - weights
+        if action.kind in "IW":  # this trainer's W makes norms and SwiGLU again, which theirs need not
+            stage = max(1, action.stage)  # torch cannot split the first; weights as many as of the next
+            whole, inputs = (stages.elapsed(Action(kind, stage, 0)).seconds for kind in "BI")
+            weights = whole - inputs
+            return weights if action.kind == "W" else stages.elapsed(action._replace(kind="B")).seconds - weights
         return stages.elapsed(action).seconds
 
-    lines = dualpipe_actions(stages.layout.pp, stages.sizes.micro_batches)
+    lines = dualpipe_actions(stages.layout.pp, stages.micro_batches)
     found = simulate(lines, length, step.transfer_seconds)
     update = step.update.seconds + step.update.hidden  # no paper says that DeepSeek hides some of it
     return Seconds(found.makespan + update, seconds_by_kind(lines, length), found.bubble * found.makespan, update)
@@ -182,7 +184,7 @@ def pieces(config: Config) -> dict[str, float]:
     """Milliseconds of one layer of experts, forward and backward in a pair; kernels on the SMs that transfers leave, as in the trace."""
     stages = Stages(config, layout_of(config), load_rates(config, alone=False))
     stage = next(s for s in range(1, len(stages.layers) - 1) if stages.layers[s].start >= config.model.dense_layers)
-    layers, made, spread = len(stages.layers[stage]), stages.directions(stage), stages.spread
+    layers, made = len(stages.layers[stage]), stages.directions(stage)
     halves = Action("F", stage, 0), Action("B", stage, 0)
 
     def milliseconds(wanted: Callable[[str], bool]) -> float:
@@ -192,6 +194,8 @@ def pieces(config: Config) -> dict[str, float]:
     def product(*names: str) -> Callable[[str], bool]:
         return lambda kind: kind.rpartition("_")[0].removeprefix("triton_") in names
 
+    transfers = [[one.transfer for one in way.segments if one.transfer] for way in (made.forward, made.backward)]
+    sent = [1e3 * sum(each[place::2]) / layers for each in transfers for place in range(2)]  # out and back
     return {
         "pair of one layer": 1e3 * stages.elapsed(Action("FB", stage, 0, halves)).seconds / layers,
         "Wgrad products": milliseconds(product("wgrad", "grouped_wgrad")),
@@ -202,10 +206,9 @@ def pieces(config: Config) -> dict[str, float]:
         "permute and unpermute": milliseconds(lambda kind: kind in ("permute", "collect")),
         "casts and transposes": milliseconds(lambda kind: kind == "cast"),
         "norms, SwiGLU, RoPE": milliseconds(lambda kind: kind.startswith(("norm", "swiglu", "heads"))),
-        "dispatch forward, FP8": 1e3 * sum(stages.exchange(spread.row_bytes)),
-        "dispatch of gradients, FP8": 1e3 * sum(stages.exchange(spread.gradient_bytes)),
-        "both combines, bf16": 1e3
-        * sum(stages.exchange(spread.high_bytes) + stages.exchange(spread.high_gradient_bytes)),
+        "dispatch forward, FP8": sent[0],
+        "dispatch of gradients, FP8": sent[2],
+        "both combines, bf16": sent[1] + sent[3],
     }
 
 

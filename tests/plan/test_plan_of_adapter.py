@@ -10,10 +10,10 @@ from conf.schema import AdapterTarget, Config
 from train.loop.layout_check import check_layout
 from train.model.count import checkpoint_bytes, count_adapter, count_parameters
 from train.plan.budget import make_plan
-from train.plan.memory.rank_memory import chunk_parts
+from train.plan.memory.part import trace_backward
+from train.plan.memory.rank_memory import chunk_parts, scene_of
 from train.plan.memory.rank_weights import rank_weights
 from train.plan.search.lower_bounds import _state_bytes
-from train.plan.time import work
 from train.plan.time.update import count_weights
 
 ALL = "adapter.targets=[q_up,kv_up,down,out,routed,shared,dense,head]"
@@ -86,20 +86,25 @@ def test_stage_3_divides_frozen_weights_too():
 
 
 def test_the_only_gradients_of_weights_are_those_of_pairs():
+    """Operations of the products of weights' gradients are those of A and B of every target."""
     config = planned("conf=tiny", "adapter=lora", "adapter.rank=8", "adapter.targets=[out,routed]")
-    sizes = work.Sizes(config, tokens=32, micro_batches=1, local_experts=4)
-
-    def flops(passes: list[work.Work]) -> float:
-        return sum(one.flops for one in passes if "grad" in one.kind)
-
-    assert not work.linear(sizes, 32, 64, 48, target="q_up").weights
-    pair = work.linear(sizes, 32, 64, 48, "output", "out")
-    assert flops(pair.weights) == 2 * 32 * 8 * (64 + 48)
-    assert sum(one.flops for one in pair.forward) == 2 * 32 * (64 * 48 + 8 * (64 + 48))
-    up = work.grouped(sizes, 32, 64, 2 * 48, "experts_up", 2)
-    assert flops(up.weights) == 2 * 2 * 32 * 8 * (64 + 48)
-    assert flops(up.inputs) == 2 * 32 * 64 * 96 + flops(up.weights)
-    assert not work.embedding(sizes).weights and not work.router(sizes).weights
+    model, scene = config.model, scene_of(config)
+    tokens = config.micro_batch_size * config.seq_len
+    out = model.heads * model.v_head_dim + model.hidden
+    routed = 2 * (model.hidden + model.expert_width) + model.expert_width + model.hidden
+    run = trace_backward(scene, "moe", False, False)
+    works = [work for segment in run.work for work in segment.compute + segment.beside]
+    flops = {
+        grouped: sum(one.flops for one in works if "wgrad" in one.kind and grouped == ("grouped" in one.kind))
+        for grouped in (True, False)
+    }
+    assert flops[False] == 2 * tokens * 8 * out
+    assert flops[True] == 2 * tokens * model.top_k * 8 * routed
+    assert not any(
+        "wgrad" in one.kind or one.kind == "embed_backward"
+        for segment in trace_backward(scene, "embedding", False, False).work
+        for one in segment.compute
+    )
 
 
 def test_a_rank_without_a_block_is_refused():

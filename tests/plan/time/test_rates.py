@@ -12,13 +12,14 @@ from conf.load import compose
 from conf.schema import Rate
 from train.kernels.choice import build_kernels
 from train.kernels.cpu.processor import cpu_name
-from train.kernels.fp8.cpu_engine import CpuEngine
+from train.plan.memory.part import trace_backward, trace_forward
+from train.plan.memory.rank_memory import scene_of
 from train.plan.time import rates
-from train.plan.time.calibrate import fit_rate
+from train.plan.time.calibrate import _alone, fit_rate
 from train.plan.time.rates import Rates, load_rates
 from train.plan.time.step_time import plan_time
-from train.plan.time.timed_calls import KernelCases
-from train.plan.time.work import Work
+from train.plan.time.timed_run import timed_passes
+from train.plan.work_recorder import Work
 
 # DeepGEMM README at 55ab91f, H800, FP8 operands and bf16 results: groups, M, N, K, TFLOP/s.
 FPROP = [
@@ -173,18 +174,54 @@ def test_the_backend_moves_a_plan():
     assert deep_gemm < ours < 1.2 * deep_gemm
 
 
-def test_fp8_products_can_be_timed_and_are_counted_with_the_sum_that_they_add_to():
-    """By the emulation, for want of a GPU: every case runs, of the kinds that a plan asks for."""
-    config = compose("precision=fp8", "hardware=h100", "model.vocab_size=256", "seq_len=64", "micro_batch_size=1")
-    cases = list(KernelCases(config, torch.device("cpu"))._fp8(CpuEngine()))
-    assert {case.work.kind for case in cases} == {
-        "fprop_fp8", "dgrad_fp8", "triton_wgrad_fp8", "triton_grouped_fprop_fp8", "triton_grouped_dgrad_fp8",
-        "triton_grouped_wgrad_fp8", "cast",
-    }  # fmt: skip
-    for case in cases:
-        made = case.run()
-        if case.work.kind.endswith("wgrad_fp8"):
-            assert made.dtype == torch.float32 and case.work.bytes > 8 * made.numel()
+@pytest.mark.parametrize(
+    ("words", "prefix", "form"),
+    [
+        (("precision=fp8", "hardware=h100"), "triton_", "fp8"),
+        (("precision=fp8", "precision.fp8.backend=deepgemm", "hardware=h100"), "", "fp8"),
+        (("precision=mxfp8", "hardware=b200"), "", "mxfp8"),
+    ],
+)
+def test_products_in_fp8_are_recorded_by_the_library_that_makes_them(words, prefix, form):
+    """The sums that they add to are read and written; MXFP8's add to none, so that an addition follows. Operations are those of the sizes."""
+    config = compose(*words, "seq_len=256", "micro_batch_size=2", "model.recompute=[]")
+    model, scene = config.model, scene_of(config)
+    found = {}
+    for run in (trace_forward(scene, "moe").run, trace_backward(scene, "moe", False, False)):
+        for one in (work for segment in run.work for work in segment.compute + segment.beside):
+            found[one.kind] = one
+    grouped = f"{prefix}grouped_fprop_{form}", f"{prefix}grouped_wgrad_{form}"
+    rows, weights = 512 * model.top_k, 3 * model.hidden * model.expert_width
+    for kind in grouped:
+        assert found[kind].flops == pytest.approx(2 * rows * weights, rel=0.05 if "deepgemm" not in words[1] else 0.5)
+        assert found[kind].calls == 2
+    dense = "wgrad_mxfp8" if form == "mxfp8" else f"{prefix}wgrad_fp8"
+    assert found[dense].calls == 7 and found["cast"].calls > 0
+    added = 8 if form == "fp8" else 2
+    assert found[grouped[1]].bytes > added * model.experts * weights
+    assert ("accumulate" in found) and found["accumulate"].calls >= (9 if form == "mxfp8" else 1)
+
+
+def test_every_kind_of_a_plan_is_measured_by_a_calibration():
+    words = (
+        "conf=tiny",
+        "precision=bf16",
+        "hardware=cpu",
+        "cluster.device=cpu",
+        "mode=plan",
+        "seq_len=32",
+        "model.vocab_size=256",
+    )
+    config = compose(*words, "micro_batch_size=1")
+    timed = list(timed_passes(_alone(config, 1, 32), torch.device("cpu")))
+    assert all(one.seconds > 0 for one in timed if one.work.calls)
+    measured = {one.work.kind for one in timed}
+    scene = scene_of(_alone(config, 1, 32))
+    planned = set()
+    for part in ("embedding", "dense", "moe", "end"):
+        for run in (trace_forward(scene, part).run, trace_backward(scene, part, False, False)):
+            planned |= {work.kind for segment in run.work for work in segment.compute}
+    assert planned == measured
 
 
 # SimuMax at e691807, configs/system/b200_bf16_ceperm.json: Transformer Engine 2.11 on B200, bf16 operands, shapes of V3: groups, M, N, K,
@@ -252,17 +289,3 @@ def test_products_in_mxfp8_are_made_of_published_timings(name):
         assert low.seconds + flops / (low.flops / peaks) + moved / low.bandwidth == pytest.approx(
             taken / 1e6, rel=0.002
         )
-
-
-def test_products_in_mxfp8_are_timed_without_the_sum_that_they_do_not_add_to():
-    config = compose("precision=mxfp8", "hardware=b200", "model.vocab_size=256", "seq_len=64", "micro_batch_size=1")
-    cases = list(KernelCases(config, torch.device("cpu"))._fp8(CpuEngine()))
-    assert {case.work.kind for case in cases} == {
-        "fprop_mxfp8", "dgrad_mxfp8", "wgrad_mxfp8", "grouped_fprop_mxfp8", "grouped_dgrad_mxfp8", "grouped_wgrad_mxfp8", "cast",
-    }  # fmt: skip
-    for case in cases:
-        made = case.run()
-        if case.work.kind == "wgrad_mxfp8":
-            assert made.dtype == torch.float32
-        elif case.work.kind == "grouped_wgrad_mxfp8":
-            assert made.dtype == torch.bfloat16

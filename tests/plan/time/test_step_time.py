@@ -15,12 +15,14 @@ from train.kernels.precision import build_precision
 from train.model.count import flops_per_token
 from train.parallelize import build_chunks
 from train.plan.job import layout_of
+from train.plan.memory.part import trace_forward
+from train.plan.memory.rank_memory import scene_of
 from train.plan.time.passes import Segment, alone, overlapped
 from train.plan.time.rates import Rates, load_rates
 from train.plan.time.stages import Stages
 from train.plan.time.step_time import plan_time
 from train.plan.time.update import count_weights, update_time
-from train.plan.time.work import Work, permutation
+from train.plan.work_recorder import Work
 
 V3 = ("conf=deepseek_v3", "data.path=none", "parallel=single", "hardware=h800", "parallel.dispatch=deepep",
       "parallel.wire=fp8", "optim.batch_ramp_start=null", "optim.batch_ramp_steps=0")  # fmt: skip
@@ -105,24 +107,22 @@ def test_overlap_and_the_fp8_wire_save_time():
     assert times["both"] < times["alone"] and times["both"] <= times["bf16"]
 
 
-def test_rows_of_an_fp8_wire_stay_so_up_to_the_product_and_deepep_copies_them_while_it_sends():
-    base = (*V3, "parallel.pp=16", "parallel.dp=128", "parallel.ep=64", "parallel.schedule=dualpipev")
-    moved = {}
-    for name, more in {
-        "fp8": (),
-        "bf16 experts": ("precision=bf16",),
-        "hops": ("parallel.dispatch=node_limited",),
-    }.items():
-        config = compose(*base, *more)
-        stages = Stages(config, layout_of(config), Rates({}, ""))
-        out, back = permutation(stages.sizes, stages.spread)
-        moved[name] = [one.kind for one in out], len(back), out[-1].bytes / (2 * 8 * 4096)
-        row = stages.spread.row_bytes
-    assert moved == {
-        "fp8": (["cast", "permute"], 1, row),
-        "bf16 experts": (["cast", "cast", "permute"], 1, 2 * 7168),
-        "hops": (["cast", "permute", "permute", "permute"], 3, row),
-    }
+@pytest.mark.parametrize(
+    ("more", "hops", "sent", "sorted_row", "cast_on_arrival"),
+    [
+        ((), 1, 7168 + 4 * 56 + 8 * 12, 7168 + 4 * 56, 2),  # scales in fp32; ids and gates of eight experts
+        (("precision=bf16",), 1, 7168 + 4 * 56 + 8 * 12, 2 * 7168, 1),
+        (("parallel.dispatch=node_limited",), 2, 7168 + 56 + 6 * 8, 7168 + 4 * 56, 2),
+    ],
+)
+def test_rows_of_an_fp8_wire_stay_so_up_to_the_product(more, hops, sent, sorted_row, cast_on_arrival):
+    """Two casts behind the exchange are of the second product's rows and of weights, none of the rows that arrived; to bf16 it is one."""
+    config = compose(*V3, "parallel.pp=16", "parallel.dp=128", "parallel.ep=64", "parallel.schedule=dualpipev", *more)
+    out, arrived = trace_forward(scene_of(config), "moe").run.work[:2]
+    found = {one.kind: one for one in arrived.compute}
+    assert [one.row_bytes for one in out.exchanges] == [sent] * hops
+    assert found["permute"].bytes / (2 * 8 * 4096 * config.plan.imbalance) == pytest.approx(sorted_row, rel=0.01)
+    assert found["cast"].calls == cast_on_arrival
 
 
 def test_weights_of_a_rank_are_those_that_it_builds():

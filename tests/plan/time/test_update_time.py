@@ -121,5 +121,5 @@ def test_a_long_step_is_as_long_as_the_simulated_one():
     """Further micro-batches each take as long as those before them, so that a search does not simulate them."""
     config = compose(*SMALL, "parallel.pp=2", "parallel.schedule=1f1b", "batch_size=256", "micro_batch_size=2")
     stages = Stages(config, layout_of(config), Rates(config.hardware.rates, "its own"))
-    assert stages.sizes.micro_batches == 64
+    assert stages.micro_batches == 64
     assert estimate_step(stages)[0] == pytest.approx(simulate_step(stages).seconds, rel=1e-6)

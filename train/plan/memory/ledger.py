@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from train.plan.work_recorder import WorkRecorder
+
 _PLAIN = {Tensor, nn.Parameter}
 
 
@@ -58,11 +60,16 @@ class Ledger(TorchDispatchMode):
         self.tag = "workspace"
         self.event = ""
         self._is_told_apart = False
+        self.recorder: WorkRecorder | None = None
+        """Records the work of operations, if anyone wants to know it."""
 
     def _count(self, func, types, args=(), kwargs=None):
         if not _PLAIN.issuperset(types):
             return NotImplemented  # a tensor made of others turns to operations on those, which come by here
-        out = self._run(func, args, kwargs or {})
+        if self.recorder is None:
+            out = self._run(func, args, kwargs or {})
+        else:
+            out = self.recorder.operation(self._run, func, args, kwargs or {})
         self._enter_all(out)
         return out
 

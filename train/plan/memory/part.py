@@ -11,16 +11,17 @@ Shapes: B sequences, S = T + 1 tokens of a sample, T positions, D width.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, wraps
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor
 from torch.distributed.pipelining._backward import stage_backward_input
 
-from conf.dispatches import FLAT_DISPATCH
+from conf.dispatches import DISPATCHES, FLAT_DISPATCH
 from conf.schema import Adapter, BaseFormat, Model, Precision, Recompute
 from parallel.context import LoneContext
 from parallel.expert.build import build_stand_in
@@ -31,6 +32,7 @@ from parallel.pipeline.stage import backward_of_weights, kept_graph
 from train.kernels.fp8.formats import TILE
 from train.kernels.fp8.fp8 import Fp8Precision
 from train.kernels.fp8.frozen_blocks import hold_in_blocks
+from train.kernels.fp8.hopper import HopperEngine
 from train.kernels.plain.high import HighPrecision
 from train.kernels.precision import activation_dtype
 from train.model.adapter import add_adapters
@@ -42,6 +44,7 @@ from train.model.operations import Kernels
 from train.model.sequence import Positions
 from train.plan.memory.ledger import Ledger, MetaLedger
 from train.plan.memory.meta_device import meta_kernels, meta_precision, meta_wire
+from train.plan.work_recorder import WorkRecorder, WorkSegment
 
 AGAIN = "_again"
 """Behind the name of a block that backward runs again."""
@@ -113,6 +116,8 @@ class PassMemory:
 
     start: int
     pieces: tuple[Stretch, ...]
+    work: tuple[WorkSegment, ...] = ()
+    """What it computes and sends; of a pass through one part alone."""
 
     @property
     def end(self) -> int:
@@ -146,9 +151,15 @@ def traced_once(trace: Callable[..., Result]) -> Callable[..., Result]:
     return lru_cache(maxsize=4096)(wraps(trace)(lambda scene, part, *rest: made(seen_by(part, scene), part, *rest)))
 
 
+_FORWARDS: dict[tuple[Scene, str], Forward] = {}
+"""Forwards that were traced for their backward, by the scene that the part sees."""
+
+
 @traced_once
 def trace_forward(scene: Scene, part: str) -> Forward:
-    """part: one of a chunk's (train/plan/memory/chunk.py)."""
+    """part: one of a chunk's (train/plan/memory/chunk.py). Who wants the backward too asks for that first, which has it traced once."""
+    if (scene, part) in _FORWARDS:
+        return _FORWARDS[scene, part]
     with Run(scene, part) as run:
         return run.forward()
 
@@ -159,7 +170,9 @@ def trace_backward(scene: Scene, part: str, first: bool, held: bool) -> PassMemo
     to the end, as torch's stage does with that of a chunk's last part.
     """
     with Run(scene, part, first) as run:
-        run.forward()
+        forward = run.forward()
+        if not first:
+            _FORWARDS[scene, part] = forward
         return run.backward(held)
 
 
@@ -219,7 +232,8 @@ def seen_by(part: str, scene: Scene) -> Scene:
         recompute = []
     scene = replace(scene, model=FrozenSection(replace(model, recompute=recompute, offload=[away] if away else [])))
     if kind == "moe" or (kind == "end" and model.mtp_depth):
-        return scene
+        by_nodes = scene.dispatch in DISPATCHES and DISPATCHES[scene.dispatch].by_nodes
+        return scene if by_nodes else replace(scene, ranks_per_node=1)
     return replace(scene, dispatch="local", wire="bf16", ep=1, ranks_per_node=1, load=Load((1.0,)))
 
 
@@ -227,18 +241,21 @@ class Run:
     """One part between its borders, under a ledger. Call forward, then backward, or inputs and weights."""
 
     def __init__(self, scene: Scene, part: str, first: bool = False):
+        self.device = torch.device("meta")
         self._scene, self._part, self._first = scene, part, first
-        self._ledger = MetaLedger()
+        self._ledger: Ledger = MetaLedger()
+        self._recorder = self._ledger.recorder = WorkRecorder(waits_for_each=scene.kind == "cpu")
         self._base, self._start = 0, 0
         self._pieces: list[Stretch] | None = None
         self._incoming: list[Tensor] = []
         """Gradients of the inputs."""
         self._host = _StandInHost(self._ledger)
 
-    def __enter__(self) -> "Run":
-        self._module, self._precision = _build(self._scene, self._part, self._cut, self._ledger, self._host)
+    def __enter__(self) -> Self:
+        self._module, self._precision = self._build()
+        self._fill()
         with MetaLedger():  # worked out once
-            _make_tables(self._module, self._scene)
+            self._make_tables()
         for param in (param for param in self._module.parameters() if param.requires_grad):
             param.grad_dtype = torch.float32
             param.grad = None if self._first else torch.empty_like(param, dtype=torch.float32)
@@ -248,8 +265,8 @@ class Run:
             if tensor.grad is not None:
                 self._ledger.enter(tensor.grad)
         tokens = self._scene.sequences, self._scene.seq_len + 1
-        self._tokens_BS = torch.empty(tokens, dtype=torch.int64, device="meta")
-        self._anchor = torch.empty(0, device="meta", requires_grad=True)
+        self._tokens_BS = self._tokens(*tokens)
+        self._anchor = torch.empty(0, device=self.device, requires_grad=True)
         self._base = self._ledger.now.total
         self._ledger.now.by_tag.clear()
         return self
@@ -335,15 +352,42 @@ class Run:
         return self._states(positions.take_with_next(self._tokens_BS, self._module._depths).size(1))
 
     def _states(self, positions: int) -> Tensor:
-        shape = self._scene.sequences, positions, self._scene.model.section.hidden
-        return torch.empty(shape, dtype=activation_dtype(self._scene.precision.section), device="meta")
+        return self._numbers(self._scene.sequences, positions, self._scene.model.section.hidden)
+
+    def _numbers(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=activation_dtype(self._scene.precision.section), device=self.device)
+
+    def _tokens(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int64, device=self.device)
+
+    def _fill(self) -> None:
+        """Give memory and values to the weights, where that is wanted."""
+
+    def _kernels_of_device(self) -> Kernels:
+        return meta_kernels(self._scene.kind, self._scene.compiled)
+
+    def _precision_of_device(self, kernels: Kernels) -> HighPrecision | Fp8Precision:
+        recompute = Recompute.swiglu in self._scene.model.section.recompute
+        return meta_precision(self._scene.precision.section, self._scene.kind, kernels, recompute, self._making)
+
+    def _make_tables(self) -> None:
+        """Let the parts make what they make once and keep."""
+        for part in self._module.modules():
+            if isinstance(part, MLA):
+                part._rope.table(self._scene.seq_len, self.device)
 
     def _begin(self) -> None:
+        self._recorder.clear()
         self._ledger.mark()
         self._start, self._pieces = self._ledger.now.total - self._base, []
 
+    def _wait(self) -> None:
+        """The dispatcher waits for its peers."""
+        self._recorder.yielded()
+        self._cut()
+
     def _cut(self) -> None:
-        """End of a piece; also called where the dispatcher waits for its peers."""
+        """End of a piece."""
         if self._pieces is not None:
             peak = self._ledger.mark().total
             self._pieces.append(Stretch(peak - self._base, self._ledger.now.total - self._base))
@@ -352,7 +396,68 @@ class Run:
         self._cut()
         pieces, self._pieces = self._pieces, None
         assert pieces is not None
-        return PassMemory(self._start, tuple(pieces))
+        return PassMemory(self._start, tuple(pieces), self._recorder.segments())
+
+    def _build(self) -> tuple[DeepSeekV3, HighPrecision | Fp8Precision]:
+        scene, part, ledger, recorder = self._scene, self._part, self._ledger, self._recorder
+        model: Model = scene.model.section
+        kernels = self._kernels_of_device()
+        recorder.listen_to_kernels(kernels)
+        precision = self._precision_of_device(kernels)
+        if isinstance(precision, Fp8Precision) and isinstance(precision.weights.engine, HopperEngine):
+            recorder.listen_to_engine(precision.weights.engine)
+        if scene.holds_weights:
+            assert isinstance(precision, Fp8Precision)
+            precision.weights.hold()
+        share = LoneContext(scene.cp) if scene.cp > 1 else None
+        if share is not None:
+            recorder.listen_to_share(share)
+        layers = {"dense": range(1), "moe": range(model.dense_layers, model.dense_layers + 1)}.get(
+            kind_of(part), range(0)
+        )
+        kind = _End if part == "end" else DeepSeekV3
+        chunk = kind(
+            model,
+            precision,
+            seq_len=scene.seq_len,
+            layers=layers,
+            has_embedding=part == "embedding",
+            has_head=part == "end",
+            dispatcher=_Tagged(self._dispatcher(kernels), ledger, scene.load),
+            local_experts=range(model.experts // scene.ep),
+            share=share,
+            host=self._host,
+            dtype=activation_dtype(scene.precision.section),
+            device="meta",
+        )
+        if scene.adapter.section.base is BaseFormat.fp8:
+            hold_in_blocks(chunk)
+        if scene.adapter.section.on:
+            add_adapters(chunk, scene.adapter.section, kernels, seed=0)
+        if part == "end":
+            chunk.head.register_forward_pre_hook(lambda *_: setattr(ledger, "tag", "logits"))
+            chunk.head.register_forward_hook(lambda *_: setattr(ledger, "tag", "activations"))
+        return chunk, precision
+
+    def _dispatcher(self, kernels: Kernels) -> Dispatcher:
+        scene = self._scene
+        model: Model = scene.model.section
+        if scene.ep == 1:
+            return LocalDispatcher(model.experts, kernels)
+        group = Group(scene.ep, scene.ranks_per_node, model.experts, model.top_k, model.groups, model.top_groups)
+        wire = meta_wire(scene.wire, scene.precision.section.fp8 is not None, scene.kind)
+        dispatcher = build_stand_in(scene.dispatch, group, wire, scene.load)
+        dispatcher.on_wait = self._wait
+        if isinstance(dispatcher, ChainDispatcher):
+            dispatcher.as_on_gpu = scene.kind == "cuda"
+        self._recorder.listen_to_dispatcher(dispatcher)
+        return dispatcher
+
+    @contextmanager
+    def _making(self) -> Iterator[None]:
+        """Casts of weights that are held through a step are made inside."""
+        with self._ledger.told_apart(), self._recorder.once():
+            yield
 
 
 class _Entry(Function):
@@ -421,7 +526,8 @@ class _Tagged:
         with self._ledger.tagged("dispatch"):
             routed = self.__dict__.pop("_pending").wait()
         rows_L = self._rows_L
-        routed.counts_E.tolist = lambda: list(rows_L)  # of this one tensor: on the meta device it has no values
+        if routed.counts_E.is_meta:
+            routed.counts_E.tolist = lambda: list(rows_L)  # of this one tensor, which has no values
         return routed
 
     def combine(self, out_RD: Tensor, routed: RoutedRows) -> Tensor:
@@ -459,59 +565,3 @@ class _Here:
 def kind_of(part: str) -> str:
     """embedding, dense, moe or end: a part whatever backward does with it."""
     return part.partition("_")[0]
-
-
-def _build(
-    scene: Scene, part: str, on_wait: Callable[[], None], ledger: Ledger, host: _StandInHost
-) -> tuple[DeepSeekV3, HighPrecision | Fp8Precision]:
-    model: Model = scene.model.section
-    recompute = Recompute.swiglu in model.recompute
-    kernels = meta_kernels(scene.kind, scene.compiled)
-    precision = meta_precision(scene.precision.section, scene.kind, kernels, recompute, ledger.told_apart)
-    if scene.holds_weights:
-        assert isinstance(precision, Fp8Precision)
-        precision.weights.hold()
-    layers = {"dense": range(1), "moe": range(model.dense_layers, model.dense_layers + 1)}.get(kind_of(part), range(0))
-    kind = _End if part == "end" else DeepSeekV3
-    chunk = kind(
-        model,
-        precision,
-        seq_len=scene.seq_len,
-        layers=layers,
-        has_embedding=part == "embedding",
-        has_head=part == "end",
-        dispatcher=_Tagged(_dispatcher(scene, kernels, on_wait), ledger, scene.load),
-        local_experts=range(model.experts // scene.ep),
-        share=LoneContext(scene.cp) if scene.cp > 1 else None,
-        host=host,
-        dtype=activation_dtype(scene.precision.section),
-        device="meta",
-    )
-    if scene.adapter.section.base is BaseFormat.fp8:
-        hold_in_blocks(chunk)
-    if scene.adapter.section.on:
-        add_adapters(chunk, scene.adapter.section, kernels, seed=0)
-    if part == "end":
-        chunk.head.register_forward_pre_hook(lambda *_: setattr(ledger, "tag", "logits"))
-        chunk.head.register_forward_hook(lambda *_: setattr(ledger, "tag", "activations"))
-    return chunk, precision
-
-
-def _dispatcher(scene: Scene, kernels: Kernels, on_wait: Callable[[], None]) -> Dispatcher:
-    model: Model = scene.model.section
-    if scene.ep == 1:
-        return LocalDispatcher(model.experts, kernels)
-    group = Group(scene.ep, scene.ranks_per_node, model.experts, model.top_k, model.groups, model.top_groups)
-    wire = meta_wire(scene.wire, scene.precision.section.fp8 is not None, scene.kind)
-    dispatcher = build_stand_in(scene.dispatch, group, wire, scene.load)
-    dispatcher.on_wait = on_wait
-    if isinstance(dispatcher, ChainDispatcher):
-        dispatcher.as_on_gpu = scene.kind == "cuda"
-    return dispatcher
-
-
-def _make_tables(module: DeepSeekV3, scene: Scene) -> None:
-    """Let the parts make what they make once and keep."""
-    for part in module.modules():
-        if isinstance(part, MLA):
-            part._rope.table(scene.seq_len, torch.device("meta"))

@@ -332,18 +332,18 @@ def _is_compiled(kind: str, wanted: bool) -> bool:
 
 def chunk_parts(config: Config, layers: list[range] | None = None) -> list[dict[int, Parts]]:
     """For every pipeline rank the parts of its stages. layers: of every stage, instead of the split of the layout."""
-    placement = config.parallel.placement
-    last, dense = sum(map(len, placement)) - 1, config.model.dense_layers
     layers = layers or stage_layers(config)
-    behind = [_behind(config.model, place) for place in range(max(map(len, layers)))]
+    return [{stage: parts_of_stage(config, layers, stage) for stage in stages} for stages in config.parallel.placement]
 
-    def parts(stage: int) -> Parts:
-        blocks = [
-            ("dense" if index < dense else "moe") + end for index, end in zip(layers[stage], behind, strict=False)
-        ]
-        return (*["embedding"] * (stage == 0), *blocks, *["end"] * (stage == last))
 
-    return [{stage: parts(stage) for stage in stages} for stages in placement]
+def parts_of_stage(config: Config, layers: list[range], stage: int) -> Parts:
+    """The parts of one stage. layers: of every stage."""
+    dense = config.model.dense_layers
+    blocks = [
+        ("dense" if index < dense else "moe") + _behind(config.model, place)
+        for place, index in enumerate(layers[stage])
+    ]
+    return (*["embedding"] * (stage == 0), *blocks, *["end"] * (stage == len(layers) - 1))
 
 
 def _behind(model: Model, place: int) -> str:

@@ -37,7 +37,7 @@ def plan_record(
     config, step, budget = plan.config, plan.step, plan.budget
     layout, parallel = layout_of(config), config.parallel
     stages = Stages(config, layout, load_rates(config, alone=layout.world == 1))
-    inside, across = stages.spread.step_bytes(stages.sizes.tokens * stages.sizes.micro_batches)
+    inside, across = stages.spread.step_bytes(stages.tokens * stages.micro_batches)
     return {
         "name": config.name,
         "hardware": config.hardware.name,
@@ -51,7 +51,7 @@ def plan_record(
         "layout": {
             **vars(parallel),
             "micro_batch_size": config.micro_batch_size,
-            "micro_batches": stages.sizes.micro_batches,
+            "micro_batches": stages.micro_batches,
             "recompute": config.model.recompute,
             "offload": config.model.offload,
             "precision": config.precision.name,

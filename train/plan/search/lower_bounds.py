@@ -9,18 +9,19 @@ a layout that it rules out. Times of equal layers under equal conditions are cou
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
-from functools import cache, partial
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, cached_property, partial
 from itertools import accumulate
 from operator import add
 
+from conf.micro_batches import divisors
 from conf.pipeline_schedules import ActionSeconds
 from conf.schema import Config, Parallel
 from parallel.pipeline.orders import Action, schedule_actions
 from train.plan.job import STEADY, layout_of, micro_batches_of
 from train.plan.memory.chunk import chunk_of
 from train.plan.memory.part import Scene
-from train.plan.memory.rank_memory import chunk_parts, node_bytes
+from train.plan.memory.rank_memory import chunk_parts, node_bytes, scene_of
 from train.plan.reserve import tensor_memory
 from train.plan.search.candidates import ActivationSaving, Candidate, Frame
 from train.plan.search.changes import with_changes
@@ -28,6 +29,7 @@ from train.plan.time.rates import Rates
 from train.plan.time.stages import Stages
 from train.plan.time.step_time import slowest_update
 from train.plan.time.update import WeightCounts, count_weights
+from train.plan.work_recorder import Work
 
 OF_A_HOST = " of a node's own memory"
 HELD_AND_WAITING = " for weights, optimizer and what waits"
@@ -48,7 +50,7 @@ class FrameBounds:
         stages = self._stages(frame.config)
         last = len(stages.layers) - 1
         held = [count_weights(frame.config, stages.layers, ids, last) for ids in stages.placement]
-        parallel, count = frame.config.parallel, stages.sizes.micro_batches
+        parallel, count = frame.config.parallel, stages.micro_batches
         flight, _ = _waiting(parallel, count)
         placed = [with_changes(frame.config, offload_optimizer=host) for host in frame.hosts]
         state = [[_state_bytes(config, one) for one in held] for config in placed]
@@ -80,7 +82,7 @@ class FrameBounds:
                     key = (*saving.recompute, "", *saving.offload, dispatch, wire, fewest)
                     if key not in passes:
                         fastest = with_changes(saving.applied(frame.config, fewest), dispatch=dispatch, wire=wire)
-                        passes[key] = _pipeline_seconds(self._stages(fastest))
+                        passes[key] = _pipeline_seconds(QuickStages(fastest, self._rates, self._memo))
                     if host not in updates:
                         updates[host] = slowest_update(self._stages(placed[number])).seconds
                     one.seconds = passes[key] + updates[host]
@@ -95,6 +97,28 @@ class FrameBounds:
 
     def _stages(self, config: Config) -> Stages:
         return Stages(config, layout_of(config), self._rates, self._memo)
+
+
+SPREAD_WORK = 0.97
+"""Least work of a stage beside that with experts on as many ranks as may be: fewer copies of tokens are a few percent of what permutes them."""
+
+
+class QuickStages(Stages):
+    """Lower bounds on the times of a frame's stages, with the fewest traces: experts lie on as many ranks as may be, so that each has the fewest."""
+
+    def __init__(self, config: Config, rates: Rates, memo: dict):
+        super().__init__(config, layout_of(config), rates, memo)
+        self._alike = (*self._alike, "quick")
+
+    @cached_property
+    def _scene(self) -> Scene:
+        config, parallel = self.config, self.config.parallel
+        ranks = divisors(parallel.dp * parallel.cp)
+        ep = max(ep for ep in ranks if config.model.experts % ep == 0) if parallel.ep > 1 else 1
+        return scene_of(with_changes(config, ep=ep))
+
+    def seconds(self, works: Sequence[Work]) -> float:
+        return super().seconds(works) * (SPREAD_WORK if self.config.parallel.ep > 1 else 1.0)
 
 
 def _holds(kept: Callable[[int], list[int]], held: list[int], room: int, blocks: int) -> bool:
@@ -128,7 +152,7 @@ def _pipeline_seconds(stages: Stages) -> float:
     the last rank of equal ones that is the closed form. The closed forms of the others are taken at the shortest lengths.
     """
     parallel, ids = stages.config.parallel, range(len(stages.layers))
-    busy = [_busy(stages, own) * stages.sizes.micro_batches for own in stages.placement]
+    busy = [_busy(stages, own) * stages.micro_batches for own in stages.placement]
     if not parallel.schedule_facts.splits:
         before = accumulate((_busy(stages, [stage]) for stage in range(parallel.pp - 1)), initial=0.0)
         return max(map(sum, zip(busy, before, strict=True)))
@@ -203,7 +227,7 @@ def _moment_bytes(config: Config) -> int:
 def _kept_bytes(config: Config, stages: Stages, light: int, ids: list[int], flight: int) -> int:
     """The least that so many micro-batches of one stage keep: of a layer the inputs of both norms and the attention's output,
     with experts their inputs and those of their SwiGLU; of the `light` first, which run again or go to the host, their input."""
-    model, element = config.model, stages.sizes.element
+    model, element = config.model, stages.element
     quantised = 1 if config.precision.fp8 is not None else element
     row = 2 * model.hidden * element + model.heads * model.v_head_dim * quantised
     routed = model.top_k * (model.hidden + 2 * model.expert_width) * quantised
@@ -214,7 +238,7 @@ def _kept_bytes(config: Config, stages: Stages, light: int, ids: list[int], flig
         dense = len(once[: max(0, model.dense_layers - once.start)])
         return (len(layers) - len(once)) * again + len(once) * row + (len(once) - dense) * routed
 
-    return int(flight * min(rows(stages.layers[stage]) for stage in ids) * stages.sizes.tokens)
+    return int(flight * min(rows(stages.layers[stage]) for stage in ids) * stages.tokens)
 
 
 @cache

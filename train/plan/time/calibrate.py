@@ -1,6 +1,6 @@
 """plan.calibrate=true: time the recipe's kernels on the present device and write the rates that a plan uses.
 
-    1. Every kind of kernel is timed at several sizes (timed_calls.py) and fitted: seconds a call, operations, bytes.
+    1. Every kind of kernel is timed at several sizes (timed_run.py) and fitted: seconds a call, operations, bytes.
     2. With several devices, or a CPU with cores for several ranks, the same happens with all of them at work, as they share
        memory and caches; and the links between them are timed: all-to-all, send, reduction, gather.
     3. One rank's whole step is timed, passes and update, at two sizes of a micro-batch. What the kernels do not explain of the
@@ -18,7 +18,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import combinations
+from itertools import chain, combinations
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +34,17 @@ from parallel.mesh import build_mesh
 from train.kernels.choice import build_kernels
 from train.kernels.cpu.processor import cpu_name, threads_of, tune_cpu
 from train.parallelize import parallelize
-from train.plan.time import work
+from train.plan.job import device_kind
 from train.plan.time.rates import CALIBRATION_FILE, Rates
 from train.plan.time.step_time import plan_time
-from train.plan.time.timed_calls import KernelCases, batches
+from train.plan.time.timed_run import timed_passes, timed_rows_and_weights
 from train.plan.time.timed_step import TimedStep, undisturbed_clock, wall_clock
 from train.rank_parts import RankSetup
 
-KERNEL_SECONDS = 0.12
-"""Seconds for one kernel at one size."""
-LEAST_RUNS = 5
-"""Times that each is run, at least. The shortest stands: other work on a machine only ever adds time."""
+SHORTER = 4
+"""The second number of tokens is this part of the first."""
+LINK_RUNS = 20
+"""Times that each collective is run. The shortest stands: other work on a machine only ever adds time."""
 LINK_BYTES = (2**14, 2**18, 2**22)
 CALIBRATION_STEPS = 8
 
@@ -118,21 +118,34 @@ def _rank(rank: int, ranks: int, config: Config, kind: str, threads: int, folder
 
 def _all_rates(config: Config, device: torch.device) -> tuple[dict[str, dict], dict[str, float]]:
     """Fitted rates of all kinds, and the worst relative residue of each fit."""
-    kernels = KernelCases(config, device)
     samples: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
-    for case in kernels.cases():
-        kind, *amounts, calls = case.work
-        first, second, seconds = (amount / calls for amount in (*amounts, seconds_of(case.run, device)))
-        samples[kind].append((first, second, seconds))
+    timed = [timed_passes(_alone(config, *batch), device) for batch in batches(config)]
+    for (kind, *amounts, calls), seconds in chain(*timed, timed_rows_and_weights(config, device)):
+        flops, moved = (amount / calls for amount in amounts)
+        samples[kind].append((flops, moved, max(seconds / calls, 1e-9)))
     fits = {kind: fit_rate(found) for kind, found in samples.items()}
-    rates = {kind: rate for kind, (rate, _) in fits.items()}
-    for sizes, run in kernels.loss():
-        counted = work.head_work(sizes, [sizes.tokens]).forward
-        products = Rates(rates, "").seconds(one for one in counted if one.kind[:6] in ("fprop_", "dgrad_", "wgrad_"))
-        (loss,) = (one for one in counted if one.kind == "loss")
-        samples["loss"].append((0.0, loss.bytes, max(seconds_of(run, device) - products, 1e-7)))
-    fits["loss"] = fit_rate(samples["loss"])
     return {kind: vars(rate) for kind, (rate, _) in fits.items()}, {kind: worst for kind, (_, worst) in fits.items()}
+
+
+def batches(config: Config) -> list[tuple[int, int]]:
+    """Sequences and length of the recipe's micro-batch, and of the smaller one, so that a fit can tell a call from an element."""
+    if config.micro_batch_size < SHORTER:
+        return [(config.micro_batch_size, config.seq_len), (1, -(-config.seq_len // SHORTER))]
+    return [(config.micro_batch_size, config.seq_len), (config.micro_batch_size // SHORTER, config.seq_len)]
+
+
+def _alone(config: Config, sequences: int, length: int) -> Config:
+    """One rank without parallelism, which makes two micro-batches of so many sequences a step."""
+    return replace(
+        config,
+        parallel=Parallel(),
+        seq_len=length,
+        micro_batch_size=sequences,
+        batch_size=2 * sequences,
+        cluster=replace(config.cluster, ranks_per_node=1),
+        hardware=replace(config.hardware, name="here", device="cpu" * (device_kind(config) == "cpu"), fp8_flops=1.0),
+        optim=replace(config.optim, batch_ramp_start=None, batch_ramp_steps=0),
+    )
 
 
 def fit_rate(samples: Sequence[tuple[float, float, float]]) -> tuple[Rate, float]:
@@ -158,21 +171,6 @@ def fit_rate(samples: Sequence[tuple[float, float, float]]) -> tuple[Rate, float
     worst = float(np.abs(relative_N3 @ best - 1).max())
     call, per_flop, per_byte = best.tolist()
     return Rate(call, 1 / per_flop if per_flop else 0.0, 1 / per_byte if per_byte else 0.0), worst
-
-
-def seconds_of(run: Callable[[], object], device: torch.device) -> float:
-    """Shortest time of a call, after one that does not count."""
-    times: list[float] = []
-    run()
-    used = 0.0
-    while len(times) < LEAST_RUNS or used < KERNEL_SECONDS:
-        started = undisturbed_clock(device)
-        run()
-        times.append(undisturbed_clock(device) - started)
-        used += times[-1]
-        if used > 10 * KERNEL_SECONDS and len(times) >= 3:
-            break
-    return min(times)
 
 
 def _around_alone(config: Config, device: torch.device, rates: dict[str, dict]) -> tuple[Rate, dict[str, float]]:
@@ -201,16 +199,7 @@ class _Step:
     """A step of two micro-batches of one rank: measured, and what the plan says of its kernels."""
 
     def __init__(self, config: Config, sequences: int, length: int, rates: dict[str, dict], device, barrier=None):
-        alone = replace(
-            config,
-            parallel=Parallel(),
-            seq_len=length,
-            micro_batch_size=sequences,
-            batch_size=2 * sequences,
-            cluster=replace(config.cluster, ranks_per_node=1),
-            hardware=replace(config.hardware, name="here", device="", fp8_flops=1.0),
-            optim=replace(config.optim, batch_ramp_start=None, batch_ramp_steps=0),
-        )
+        alone = _alone(config, sequences, length)
         known = {kind: Rate(**rate) for kind, rate in rates.items() if kind != "launch"}
         plan = plan_time(alone, Rates(known, "this device"))
         self.kernels = plan.pipeline_seconds
@@ -278,7 +267,7 @@ def _shift(tensor: torch.Tensor, rank: int, ranks: int) -> None:
 def _seconds_in_step(run: Callable[[], object], device: torch.device) -> float:
     """Shortest time of a collective, its start aligned; every rank runs it as often as the others."""
     times = []
-    for _ in range(4 * LEAST_RUNS):
+    for _ in range(LINK_RUNS):
         dist.barrier()
         started = wall_clock(device)
         run()

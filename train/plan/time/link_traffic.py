@@ -11,9 +11,9 @@ from train.plan.time.update import count_weights, ring_bandwidth_share, sharers
 def count_traffic(stages: Stages) -> dict[str, dict[str, float]]:
     """Bytes in a step, mean over the ranks of a pipeline, of what leaves a device: to others of its node (inside), to other nodes
     (across), and to or from the host, by experts, stages, contexts, gradients, weights, activations and optimizer."""
-    config, layout, sizes, parallel = stages.config, stages.layout, stages.sizes, stages.config.parallel
-    model, element, last = config.model, sizes.element, len(stages.layers) - 1
-    tokens = sizes.tokens * sizes.micro_batches
+    config, layout, parallel = stages.config, stages.layout, stages.config.parallel
+    model, element, last = config.model, stages.element, len(stages.layers) - 1
+    tokens = stages.tokens * stages.micro_batches
     found: dict[str, defaultdict[str, float]] = {link: defaultdict(float) for link in ("inside", "across", "host")}
     moe = model.layers - model.dense_layers + model.mtp_depth
     for link, moved in zip(("inside", "across"), stages.spread.step_bytes(tokens), strict=True):
@@ -23,10 +23,10 @@ def count_traffic(stages: Stages) -> dict[str, dict[str, float]]:
     link = "inside" if layout.stage_ranks < layout.ranks_per_node else "across"
     found[link]["stages"] += 2 * borders * tokens * model.hidden * element
     link = "inside" if layout.cp <= layout.ranks_per_node else "across"
-    found[link]["contexts"] += 3 * latent_bytes(config) * sizes.micro_batches * (model.layers + model.mtp_depth)
+    found[link]["contexts"] += 3 * latent_bytes(config) * stages.micro_batches * (model.layers + model.mtp_depth)
     for ids in stages.placement:
         held = count_weights(config, stages.layers, ids, last)
-        times = (1, 2, sizes.micro_batches) if parallel.zero == 3 else (2, 1, 1)  # reduced, gathered, in a step
+        times = (1, 2, stages.micro_batches) if parallel.zero == 3 else (2, 1, 1)  # reduced, gathered, in a step
         for weights, group, per_node in sharers(layout, held):
             link, _ = ring_bandwidth_share(group, per_node)
             moved = weights * (group - 1) / group * times[2]
@@ -34,5 +34,5 @@ def count_traffic(stages: Stages) -> dict[str, dict[str, float]]:
             found[link]["weights"] += element * moved * times[1]
             found["host"]["optimizer"] += weights / group * (4 + element) * parallel.offload_optimizer
         if model.offload:
-            found["host"]["activations"] += 2 * sizes.micro_batches * sum(map(stages.count_sent, ids))
+            found["host"]["activations"] += 2 * stages.micro_batches * sum(map(stages.count_sent, ids))
     return {link: {what: moved / layout.pp for what, moved in each.items() if moved} for link, each in found.items()}

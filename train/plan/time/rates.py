@@ -16,7 +16,7 @@ from conf.schema import Config, Rate
 from train.kernels.choice import build_kernels
 from train.kernels.cpu.processor import cpu_name
 from train.plan.job import require_hardware
-from train.plan.time.work import Work
+from train.plan.work_recorder import Work
 
 WORK_KINDS = {
     "fprop": "",
@@ -31,27 +31,8 @@ WORK_KINDS = {
     "triton_wgrad": "wgrad",
 }
 """Kinds of products, each in a format (fprop_bf16), and what stands in for them. Those of triton are our kernels, in FP8."""
-MEMORY = (
-    "accumulate",
-    "add",
-    "cast",
-    "collect",
-    "copy",
-    "embed_backward",
-    "embed_forward",
-    "heads_backward",
-    "heads_forward",
-    "loss",
-    "norm_backward",
-    "norm_forward",
-    "optimizer",
-    "permute",
-    "route_backward",
-    "route_forward",
-    "swiglu_backward",
-    "swiglu_forward",
-)
-"""Kinds bound by memory, for which `memory` stands in."""
+NOT_MEMORY = ("memory", "attention_forward", "attention_backward", "launch")
+"""Kinds beside products, links and the host for which `memory` does not stand in. It does for all others."""
 HOST = ("host", "host_memory")
 """Kinds of offload: bytes of one device to or from its host, and what its processors read and write for it. Nothing stands in."""
 HOST_LAUNCH = "host_launch"
@@ -139,13 +120,13 @@ class Rates:
 
 
 def _nearest_kind(kind: str) -> str | None:
-    if kind in MEMORY:
-        return "memory"
     if kind in LINKS:
         return LINKS[kind]
     product, _, form = kind.rpartition("_")
-    other = WORK_KINDS.get(product)
-    return f"{other}_{form}" if other else None
+    if product in WORK_KINDS:
+        other = WORK_KINDS[product]
+        return f"{other}_{form}" if other else None
+    return None if kind in (*NOT_MEMORY, *LINKS.values(), *HOST, HOST_LAUNCH) else "memory"
 
 
 def load_rates(config: Config, alone: bool) -> Rates:

@@ -18,7 +18,7 @@ from train.plan.job import layout_of, program_of, require_hardware
 from train.plan.time.rates import HOST_LAUNCH, Rates, load_rates
 from train.plan.time.stages import Stages, require_rule
 from train.plan.time.update import UpdateTime, WeightCounts, count_weights, stage3_seconds, update_time
-from train.plan.time.work import Work
+from train.plan.work_recorder import Work
 
 
 @dataclass
@@ -110,7 +110,7 @@ LONG = 12
 
 def estimate_step(stages: Stages) -> tuple[float, float]:
     """Seconds of a step, and the busiest rank's time over the mean, from a step that is long enough to tell."""
-    pp, count = stages.layout.pp, stages.sizes.micro_batches
+    pp, count = stages.layout.pp, stages.micro_batches
     if count <= (LONG + 1) * pp or count % pp:
         step = simulate_step(stages)
         return step.seconds, step.simulation.imbalance
@@ -157,11 +157,11 @@ def plan_time(config: Config, rates: Rates | None = None) -> StepTime:
 
 def _transfer(stages: Stages) -> float:
     """Seconds from the end of a stage to its output on the next rank."""
-    layout, sizes = stages.layout, stages.sizes
+    layout = stages.layout
     if layout.pp == 1:
         return 0.0
     where = "inside" if layout.stage_ranks < layout.ranks_per_node else "across"
-    moved = sizes.tokens * stages.config.model.hidden * sizes.element
+    moved = stages.tokens * stages.config.model.hidden * stages.element
     return stages.rates.of(Work(f"send_{where}", bytes=moved))
 
 
@@ -221,14 +221,14 @@ def _work(stages: Stages, measure: Callable[[Work], float]) -> dict[str, float]:
         made = stages.directions(stage)
         for one in made.forward.work + made.backward.work:
             total[one.kind] += measure(one)
-    scale = stages.sizes.micro_batches / stages.layout.pp
+    scale = stages.micro_batches / stages.layout.pp
     return {kind: found * scale for kind, found in sorted(total.items(), key=lambda item: -item[1])}
 
 
 def _exchanges(stages: Stages) -> float:
     passes = [stages.directions(stage) for stage in range(len(stages.layers))]
     seconds = sum(part.transfer for made in passes for part in made.forward.segments + made.backward.segments)
-    return seconds * stages.sizes.micro_batches / stages.layout.pp
+    return seconds * stages.micro_batches / stages.layout.pp
 
 
 def mfu(config: Config, step_seconds: float, causal: bool) -> float | None:

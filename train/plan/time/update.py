@@ -24,7 +24,7 @@ from train.plan.memory.part import FrozenSection
 from train.plan.memory.rank_memory import chunk_parts
 from train.plan.memory.rank_weights import held_bytes, part_weights, rank_weights
 from train.plan.time.rates import Rates
-from train.plan.time.work import Work
+from train.plan.work_recorder import Work
 
 DEVICE_PASSES = 20
 """Bytes per gradient that DeepSpeed moves around the reduction: into its bucket, out of it, divided. Gradients that no

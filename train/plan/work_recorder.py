@@ -1,0 +1,446 @@
+"""The work of a pass: what a rank's own code asks to be computed and sent, recorded while that code runs.
+
+A recorder listens in three places. Nothing that it listens to knows of it.
+
+    methods     of the kernels, the FP8 engine, the wire and the dispatcher: a call counts as one kernel, with all that it does inside
+    nodes       of autograd, for methods that are differentiable: the backward of the call counts as one kernel too
+    operations  of torch outside such calls, seen by the ledger (train/plan/memory/ledger.py)
+
+The bytes of a call are those of the tensors that it is given and returns. What a CPU's several passes over memory add is in the measured rate of
+its kind. A kind names a rate (train/plan/time/rates.py); a kind that nobody lists takes the rate of memory, so a new kernel is planned as it is.
+
+Shapes: as in train/model/operations.py.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import dataclass
+from functools import cache, partial
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from parallel.expert.dispatcher import ChainDispatcher, ExchangeDispatcher
+from parallel.expert.link import Link
+from parallel.expert.stand_in import DeepEPStandIn, NodeLimitedStandIn
+from parallel.expert.wire import Fp8RowsWire, Fp8Wire
+from train.kernels.fp8.blackwell import ScaledGroupedProducts
+from train.kernels.fp8.groups import PaddedGroups
+from train.kernels.fp8.hopper import HopperEngine, PaddedOperand, TritonProducts
+from train.model.operations import Kernels
+from train.model.sequence import Rectangle
+
+
+class Work(NamedTuple):
+    """One kernel, or several of one kind together."""
+
+    kind: str
+    flops: float = 0.0
+    bytes: float = 0.0
+    calls: float = 1.0
+
+
+class Exchange(NamedTuple):
+    """One hop of the rows of a micro-batch between the ranks of an expert group."""
+
+    link: str
+    """inside or across; empty for one hop over both."""
+    row_bytes: int
+    """Bytes of a message, with what travels beside the row."""
+
+
+@dataclass(frozen=True)
+class WorkSegment:
+    """What is computed, the exchanges that then start, what is computed before they are waited for, and whether a pair of passes takes turns there."""
+
+    compute: tuple[Work, ...]
+    exchanges: tuple[Exchange, ...] = ()
+    beside: tuple[Work, ...] = ()
+    yields: bool = True
+
+
+class TimedWork(NamedTuple):
+    """A kernel and the seconds that it took."""
+
+    work: Work
+    seconds: float
+
+
+YIELD, WAIT = "yield", "wait"
+ONCE = "once_"
+"""Before the kind of work that is done once a step, not in every micro-batch."""
+
+
+class WorkRecorder:
+    """Records one pass at a time. waits_for_each: whether each hop is waited for where it starts, as on a CPU."""
+
+    def __init__(self, waits_for_each: bool, clock: Callable[[], float] | None = None):
+        self._waits_for_each, self._clock = waits_for_each, clock or (lambda: 0.0)
+        self._events: list[TimedWork | Exchange | str] = []
+        self._inside, self._once = 0, False
+
+    def clear(self) -> None:
+        self._events = []
+
+    @property
+    def timed(self) -> list[TimedWork]:
+        """All kernels of the pass, in order."""
+        return [event for event in self._events if isinstance(event, TimedWork)]
+
+    def segments(self) -> tuple[WorkSegment, ...]:
+        """The pass as segments. Kernels of one kind in a stretch are added up."""
+        found: list[WorkSegment] = []
+        compute, beside, exchanges = _Sums(), _Sums(), []
+        for event in self._events:
+            if isinstance(event, TimedWork):
+                (beside if exchanges else compute).add(event.work)
+            elif isinstance(event, Exchange):
+                exchanges.append(event)
+            elif exchanges and (event == YIELD or self._waits_for_each):
+                found.append(WorkSegment(compute.works(), tuple(exchanges), beside.works(), event == YIELD))
+                compute, beside, exchanges = _Sums(), _Sums(), []
+        return (*found, WorkSegment(compute.works()))
+
+    def yielded(self) -> None:
+        """A pass waits for its exchanges, where a pair takes turns."""
+        self._events.append(YIELD)
+
+    @contextmanager
+    def once(self) -> Iterator[None]:
+        """What is done inside is done once a step."""
+        self._once = True
+        try:
+            yield
+        finally:
+            self._once = False
+
+    def run(self, call: Callable[..., Any], count: Callable[..., Work], *args: Any, **kwargs: Any) -> Any:
+        """Call, and record it as one kernel. count: its work, from what it returned and was given."""
+        if self._inside:
+            return call(*args, **kwargs)
+        started = self._clock()
+        out = self._silently(call, *args, **kwargs)
+        self._note(count(out, *args, **kwargs), self._clock() - started)
+        return out
+
+    def listen(self, owner: Any, name: str, count: Callable[..., Work]) -> None:
+        """Record all calls of a method of this one object. count: as in `run`."""
+        call = getattr(owner, name)
+        setattr(owner, name, lambda *args, **kwargs: self.run(call, count, *args, **kwargs))
+
+    def operation(self, run: Callable[..., Any], func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Run an operation of torch, and record it where it is a kernel of its own."""
+        if self._inside or not _is_kernel(func):
+            return run(func, args, kwargs)
+        started = self._clock()
+        out = run(func, args, kwargs)
+        self._note(_count_operation(func, args, out), self._clock() - started)
+        return out
+
+    def _note(self, work: Work, seconds: float) -> None:
+        kind = ONCE + work.kind if self._once else work.kind
+        self._events.append(TimedWork(work._replace(kind=kind), seconds))
+
+    def listen_to_kernels(self, kernels: Kernels) -> None:
+        """Record what the model asks of these kernels."""
+        for name, kind in _ROWWISE.items():
+            self.listen(kernels, name, _moving(kind))
+        for name, count in _PRODUCTS.items():
+            self.listen(kernels, name, count)
+        for name, kind in _DIFFERENTIABLE.items():
+            self._listen_both_ways(kernels, name, kind)
+        kernels.core = copy(kernels.core)
+        for name in ("forward", "backward"):
+            self.listen(kernels.core, name, _attention_counter(name))
+
+    def _listen_both_ways(self, owner: Any, name: str, kind: str) -> None:
+        """Record the calls of a differentiable method, and their backwards."""
+        call, backward = getattr(owner, name), _moving(f"{kind}_backward")
+
+        def both(*args: Any) -> Any:
+            out = self.run(call, _moving(f"{kind}_forward"), *args)
+            node, started = next(one.grad_fn for one in out if isinstance(one, Tensor)), []
+            if node is not None:
+
+                def begin(_: tuple) -> None:
+                    self._inside += 1
+                    started.append(self._clock())
+
+                def end(grads: tuple, arrived: tuple) -> None:
+                    self._inside -= 1
+                    if not self._inside:
+                        self._note(backward(grads, *arrived), self._clock() - started.pop())
+
+                node.register_prehook(begin)
+                node.register_hook(end)
+            return out
+
+        setattr(owner, name, both)
+
+    def listen_to_engine(self, engine: HopperEngine) -> None:
+        """Record casts to FP8 and back, what is fused with them, and products in FP8."""
+        engine._casts = casts = SimpleNamespace(**{name: getattr(engine._casts, name) for name in FP8_CASTS})
+        for name, kind in FP8_CASTS.items():
+            self.listen(casts, name, _moving(kind))
+        self.listen(engine, "_scaled_mm", _count_scaled)
+        products = engine._products
+        form = "mxfp8" if isinstance(products, ScaledGroupedProducts) else "fp8"
+        prefix = "triton_" if isinstance(products, TritonProducts) else ""
+        self.listen(products, "grouped", partial(_count_fp8_grouped, f"{prefix}grouped_fprop_{form}"))
+        self.listen(products, "wgrad", partial(_count_fp8_wgrad, prefix, form))
+
+    def listen_to_dispatcher(self, dispatcher: ExchangeDispatcher) -> None:
+        """Record what goes over the links of a rank alone, and casts of rows that travel in FP8."""
+        wire = dispatcher.wire
+        for name in ("encode", "unpack"):
+            if isinstance(wire, Fp8Wire) and not (name == "unpack" and isinstance(wire, Fp8RowsWire)):
+                self.listen(wire, name, _moving("cast"))
+        for name in ("_plan", "_learn"):
+            if hasattr(dispatcher, name):
+                self.listen(dispatcher, name, _moving("sort"))
+        if isinstance(dispatcher, DeepEPStandIn):
+            for name in ("dispatch", "combine"):
+                self._listen_to_buffer(dispatcher.buffer, name)
+        elif isinstance(dispatcher, NodeLimitedStandIn):
+            self._listen_to_link(dispatcher.inter, "across")
+            self._listen_to_link(dispatcher.intra, "inside")
+        elif isinstance(dispatcher, ChainDispatcher):
+            self._listen_to_link(dispatcher.links[0], "")
+
+    def _listen_to_link(self, link: Link, name: str) -> None:
+        """name: as `Exchange.link`."""
+        start = link.start
+
+        def begin(rows_CX: Tensor, *rest: Any) -> Any:
+            transfer = self._silently(start, rows_CX, *rest)
+            self._events.append(Exchange(name, rows_CX.shape[1] * rows_CX.element_size()))
+            arrive = transfer.wait
+
+            def wait() -> Tensor:
+                self._events.append(WAIT)
+                return arrive()
+
+            transfer.wait = wait
+            return transfer
+
+        vars(link)["start"] = begin
+
+    def _listen_to_buffer(self, buffer: Any, name: str) -> None:
+        """buffer: DeepEP's, which sends rows and, beside them, what has a row for every token."""
+        call = getattr(buffer, name)
+
+        def send(rows: Any, *rest: Any, **more: Any) -> Any:
+            out = self._silently(call, rows, *rest, **more)
+            sent = [*(rows if isinstance(rows, tuple) else (rows,)), more.get("topk_weights"), more.get("topk_idx")]
+            self._events.append(Exchange("", sum(one.element_size() * one.shape[1] for one in sent if one is not None)))
+            return out
+
+        setattr(buffer, name, send)
+
+    def listen_to_share(self, share: Any) -> None:
+        """Record what ranks that share sequences send one another, which is waited for where it is issued."""
+        others = share.parts - 1
+        self.listen(share, "_all_gather", lambda out, there, own: Work("gather", bytes=others * _size(own)))
+        self.listen(share, "_all_to_all", lambda out, there, own: Work("all_to_all", bytes=others * _size(own[0])))
+
+    def _silently(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._inside += 1
+        try:
+            return call(*args, **kwargs)
+        finally:
+            self._inside -= 1
+
+
+class _Sums(defaultdict):
+    """Work by kind."""
+
+    def __init__(self):
+        super().__init__(lambda: [0.0, 0.0, 0.0])
+
+    def add(self, work: Work) -> None:
+        for place, amount in enumerate(work[1:]):
+            self[work.kind][place] += amount
+
+    def works(self) -> tuple[Work, ...]:
+        return tuple(Work(kind, *amounts) for kind, amounts in self.items())
+
+
+def _size(value: object) -> float:
+    """Bytes of all tensors in a value; of one that repeats itself those that it has."""
+    if isinstance(value, Tensor):
+        return min(value.numel() * value.element_size(), value.untyped_storage().nbytes())
+    return sum(map(_size, value)) if isinstance(value, list | tuple) else 0.0
+
+
+def _moving(kind: str) -> Callable[..., Work]:
+    """The work of a call that is bound by memory. What it returns of what it was given moves once."""
+
+    def count(out: Any, *args: Any, **kwargs: Any) -> Work:
+        given = (*args, *kwargs.values())
+        known = {one.untyped_storage()._cdata for one in given if isinstance(one, Tensor)}
+        outs = out if isinstance(out, tuple) else (out,)
+        made = [one for one in outs if not (isinstance(one, Tensor) and one.untyped_storage()._cdata in known)]
+        return Work(kind, bytes=_size((made, given)))
+
+    return count
+
+
+_ROWWISE = {
+    "rms_norm": "norm_forward",
+    "rms_norm_backward": "norm_backward",
+    "swiglu": "swiglu_forward",
+    "swiglu_backward": "swiglu_backward",
+    "sort_by_expert": "sort",
+    "sum_entries": "collect",
+}
+"""Kinds of those methods of `Kernels` that are called inside Functions, but for products."""
+_DIFFERENTIABLE = {"to_heads": "heads", "route": "route"}
+"""And of those that are Functions themselves."""
+
+
+def product_kind(left_OC: Tensor, right_NC: Tensor) -> str:
+    """The kind of left right^T, by how the operands lie in memory: Fprop has both row by row, Dgrad the left one alone, Wgrad neither."""
+    name = "wgrad" if left_OC.stride(-1) != 1 else "fprop" if right_NC.stride(-1) == 1 else "dgrad"
+    return f"{name}_{_form(left_OC)}"
+
+
+def _form(operand: Tensor) -> str:
+    return "bf16" if operand.dtype == torch.bfloat16 else "fp32"
+
+
+def _count_product(out: Tensor, left_OC: Tensor, right_NC: Tensor, *rest: Any) -> Work:
+    flops = 2 * left_OC.numel() * right_NC.shape[0]
+    return Work(product_kind(left_OC, right_NC), flops, _size((out, left_OC, right_NC, rest)))
+
+
+def _count_grouped(out: Tensor, x_RI: Tensor, weight_EIO: Tensor, groups: Any) -> Work:
+    name = "grouped_dgrad" if weight_EIO.stride(-1) == 1 else "grouped_fprop"
+    return Work(f"{name}_{_form(x_RI)}", 2 * x_RI.numel() * weight_EIO.shape[-1], _size((out, x_RI, weight_EIO)))
+
+
+def _count_grouped_wgrad(out: Tensor, grad_RO: Tensor, x_RI: Tensor, groups: Any, *rest: Any) -> Work:
+    flops = 2 * grad_RO.numel() * x_RI.shape[1]
+    return Work(f"grouped_wgrad_{_form(x_RI)}", flops, _size((out, grad_RO, x_RI, rest)))
+
+
+def _count_loss(out: Tensor, logits_NV: Tensor, targets_N: Tensor, scale: float | None) -> Work:
+    return Work("loss", bytes=(1 if scale is None else 2) * _size(logits_NV))
+
+
+_PRODUCTS = {
+    "product": _count_product,
+    "grouped_product": _count_grouped,
+    "grouped_weight_gradient": _count_grouped_wgrad,
+    "cross_entropy": _count_loss,
+}
+
+
+FP8_CASTS = {
+    "swiglu_tiles": "swiglu_forward",
+    "swiglu_backward": "swiglu_backward",
+    **dict.fromkeys(
+        (
+            "quantize_tiles",
+            "quantize_e5m6",
+            "decode_e5m6",
+            "quantize_columns",
+            "quantize_both",
+            "quantize_again",
+            "quantize_blocks",
+            "quantize_mx",
+        ),
+        "cast",
+    ),
+}
+"""Kinds of the kernels of train/kernels/fp8/triton_quantize.py."""
+
+
+def _count_scaled(out: Tensor, left_OC: Tensor, right_CN: Tensor, **kwargs: Any) -> Work:
+    form = "mxfp8" if kwargs["scale_recipe_a"] == F.ScalingType.BlockWise1x32 else "fp8"
+    name = "wgrad" if out.dtype == torch.float32 else "fprop"
+    return Work(f"{name}_{form}", 2 * left_OC.numel() * right_CN.shape[1], _size((out, left_OC, right_CN)))
+
+
+def _count_fp8_grouped(kind: str, out: Tensor, left: PaddedOperand, right: PaddedOperand, groups: PaddedGroups) -> Work:
+    flops = 2 * groups.rows * left.q.shape[-1] * right.outer
+    return Work(kind, flops, groups.rows * left.q.shape[-1] + _size((out, right.q)))
+
+
+def _count_fp8_wgrad(
+    prefix: str, form: str, out: None, left: PaddedOperand, right: PaddedOperand, groups: PaddedGroups | None,
+    out_EON: Tensor, added: bool,
+) -> Work:  # fmt: skip
+    kind, rows = ("wgrad", left.q.shape[1]) if groups is None else ("grouped_wgrad", groups.rows)
+    outer, inner = out_EON.shape[-2:]
+    return Work(
+        f"{prefix}{kind}_{form}", 2 * rows * outer * inner, rows * (outer + inner) + (1 + added) * _size(out_EON)
+    )
+
+
+def _attention_counter(name: str) -> Callable[..., Work]:
+    """The work of a core's forward, which has two products, or backward, which has five."""
+
+    def count(out: Any, *args: Any, **kwargs: Any) -> Work:
+        given = args[0] if name == "forward" else args[1]
+        (B, H, _, Q), V = given.q_BHTQ.shape, given.v_BHSV.shape[-1]
+        pairs = sum((B if one.sequence is None else 1) * _pairs(one) for one in given.seen.rectangles)
+        widths = Q + V if name == "forward" else 3 * Q + 2 * V
+        return Work(f"attention_{name}", 2 * pairs * H * widths)
+
+    return count
+
+
+@cache
+def _pairs(seen: Rectangle) -> int:
+    """Queries and keys that meet."""
+    keys = seen.last_key - seen.first_key
+    return sum(min(max(query + seen.before + 1, 0), keys) for query in range(seen.last_query - seen.first_query))
+
+
+_MAKES_NOTHING = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"}
+_GATHERS = {"index_select": "permute", "embedding": "embed_forward", "index": "permute", "gather": "permute"}
+"""Operations that read as much as they return."""
+_MULTIPLIES = {"mm", "addmm", "bmm"}
+_WRITES = {"copy_", "fill_", "zero_"}
+"""Operations that do not read their first argument."""
+_KINDS = {
+    "add": "add",
+    "add_": "add",
+    "embedding_dense_backward": "embed_backward",
+    "_embedding_bag": "collect",
+    "_embedding_bag_forward_only": "collect",
+    **dict.fromkeys(("copy_", "_to_copy", "clone", "cat", "stack"), "copy"),
+}
+_ADDS = {"add_", "addcmul_"}
+"""Operations by which gradients in fp32 are added up."""
+
+
+@cache
+def _is_kernel(func: Any) -> bool:
+    """Whether an operation computes: it does not where it returns views or room alone."""
+    schema = func._schema
+    views = any(one.alias_info is not None and not one.alias_info.is_write for one in schema.returns)
+    return not views and _name(func) not in _MAKES_NOTHING and schema.name.partition("::")[0] != "prim"
+
+
+@cache
+def _name(func: Any) -> str:
+    return func._schema.name.partition("::")[2]
+
+
+def _count_operation(func: Any, args: tuple, out: Any) -> Work:
+    name = _name(func)
+    if name in _MULTIPLIES:
+        left, right = args[-2:]
+        return Work(product_kind(left, right.mT), 2 * left.numel() * right.shape[-1], _size((out, args)))
+    if name in _GATHERS:
+        return Work(_GATHERS[name], bytes=2 * _size(out))
+    kind = _KINDS.get(name, "elementwise")
+    if name in _ADDS and args[0].dtype == torch.float32:
+        kind = "accumulate"
+    return Work(kind, bytes=_size((out, args[1:] if name in _WRITES else args)))
