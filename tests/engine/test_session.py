@@ -111,3 +111,15 @@ def test_a_loss_of_this_script_is_refused():
     with pytest.raises(UserError, match="must be a function of a module"):
         _import_path(lambda logprobs_BT, tokens: logprobs_BT)
     assert _import_path(halved) == "tests.engine.test_session.halved"
+
+
+@pytest.mark.slow
+def test_a_session_runs_on_ray(tmp_path):
+    pytest.importorskip("ray")
+    config = config_of("parallel.pp=2", "cluster=ray", f"runs={tmp_path}")
+    batch = policy_batch(config)
+    with train.session(config) as engine:
+        first = engine.logprobs(batch)
+        engine.forward_backward(batch, "gspo")
+        assert engine.update().update.applied
+        assert (engine.logprobs(batch) - first).abs().max() > 1e-4

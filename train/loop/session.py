@@ -12,7 +12,6 @@ A call that is refused leaves the session as it was. One that fails on a rank en
 the error that is raised here.
 """
 
-import dataclasses
 import json
 import os
 import secrets
@@ -20,6 +19,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import fields, replace
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
 from pathlib import Path
@@ -70,7 +70,9 @@ def session(config: Config) -> "Iterator[Session]":
     try:
         if not try_lock(lock):
             raise UserError("name", config.name, f"has a session already: {folder} is in use", "give another name=")
-        with Session(config, folder) as opened:
+        # Its ranks are those of a run in this folder, which is not started again: what it has learnt would be gone.
+        cluster = replace(config.cluster, restarts=0)
+        with Session(replace(config, runs=str(folder.parent), name=folder.name, cluster=cluster), folder) as opened:
             yield opened
     finally:
         os.close(lock)
@@ -248,7 +250,7 @@ def _kill(driver: subprocess.Popen) -> None:
 
 def _plain(batch: Batch) -> dict[str, Tensor]:
     """The tensors of a batch by name; those per token with a dot."""
-    named = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch) if field.name != "tensors"}
+    named = {field.name: getattr(batch, field.name) for field in fields(batch) if field.name != "tensors"}
     given = {name: tensor for name, tensor in named.items() if tensor is not None}
     return {
         name: tensor.contiguous()

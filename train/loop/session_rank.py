@@ -21,19 +21,24 @@ import torch.distributed as dist
 from safetensors.torch import load, save
 from torch import Tensor
 
+from cluster.comm_ring import got_on
 from cluster.launch import given_run, launch
 from cluster.place import Place, given_place
 from conf.disk import disk_errors
 from conf.errors import EXIT_OK, UserError
 from conf.load import read_config
+from conf.run_paths import RunPaths
 from conf.schema import Config
 from parallel.exchange import patient_group
 from train.data.batch import Batch
 from train.loop.open_engine import open_engine
+from train.loop.record import recorded
 from train.loop.session import ADDRESS_FILE, batch_of
 from train.loop.training_engine import Engine, StepTotal
 from train.rank import PREPARATION, guarded
 
+IDLE_SECONDS = 5.0
+"""Seconds of waiting for a call between two signs of life."""
 SessionAnswer = tuple[dict[str, Any], dict[str, Tensor]]
 """What rank 0 says: plain values, and tensors by name."""
 
@@ -134,6 +139,8 @@ class SessionRank:
         """On rank 0; nothing once the session is over."""
         assert self._link is not None
         try:
+            while not self._link.poll(IDLE_SECONDS):
+                got_on()  # nobody takes ranks that wait for a call for ranks that hang
             return self._link.recv_bytes()
         except (EOFError, ConnectionError):
             return b""
@@ -159,30 +166,31 @@ class SessionRank:
         return text.numpy().tobytes()
 
 
-def run_rank(config: Config, place: Place, folder: Path) -> int:
-    """One rank until the session ends; returns the exit code. folder: of the session."""
-    return guarded(place, folder / "logs", disk_errors(config)(lambda: _run(config, place, folder)))
+def run_rank(config: Config, place: Place) -> int:
+    """One rank until the session ends; returns the exit code."""
+    logs = RunPaths(config).logs
+    return guarded(place, logs, disk_errors(config)(lambda: _run(config, place, logs)))
 
 
-def _run(config: Config, place: Place, folder: Path) -> int:
+def _run(config: Config, place: Place, logs: Path) -> int:
     link = None
     if place.rank == 0:
-        address = json.loads((folder / ADDRESS_FILE).read_text())
+        address = json.loads((RunPaths(config).path / ADDRESS_FILE).read_text())
         link = Client((address["host"], address["port"]), authkey=bytes.fromhex(address["key"]))
-    engine = open_engine(config, place)
-    with patient_group(PREPARATION) as group:
-        SessionRank(config, engine, link, group).serve()
+    with recorded(logs, place) as record:
+        engine = open_engine(config, place)
+        record.name_groups(engine.mesh)
+        with patient_group(PREPARATION) as group:
+            SessionRank(config, engine, link, group).serve()
     return EXIT_OK
 
 
 def main() -> int:
-    folder = Path(sys.argv[1]).parent
     if given_place() is not None:
-        config, place = given_run()
-        return run_rank(config, place, folder)
+        return run_rank(*given_run())
     config = read_config(sys.argv[1])
     command = [sys.executable, "-m", "train.loop.session_rank", sys.argv[1]]
-    return launch(config, folder, command, lambda config, place: run_rank(config, place, folder), alone=False)
+    return launch(config, RunPaths(config).path, command, run_rank, alone=False)
 
 
 if __name__ == "__main__":
