@@ -121,3 +121,46 @@ def test_several_calls_before_an_update_equal_one(tmp_path, name):
         if key.startswith(("loads", "bias")):
             assert torch.equal(found[key], one[key]), key
     assert worst_difference(found, one) < (5e-3 if "bf16" in name else 2e-6)
+
+
+def step(played: Played, asks: bool = False) -> None:
+    """A step in two calls; asks: with log-probabilities between and after them."""
+    policy = share(played.config, policy_batch(played.config), played.rank.mesh.dp_rank)
+    half = len(policy.tokens_BS) // 2
+    batches = [rows_of(policy, 0, half), rows_of(policy, half, 2 * half)]
+    for one in batches:
+        played.engine.forward_backward(one, "ppo", last=one is batches[-1], total=played.engine.count(batches))
+        if asks:
+            played.engine.logprobs(policy)
+    played.update()
+    report = played.parts.precision.health()
+    assert bool(report.metrics) == (played.config.precision.fp8 is not None)
+    if report.metrics:
+        played.found[f"health.{played.rank.mesh.rank}"] = torch.tensor(
+            [report.metrics[key] for key in sorted(report.metrics)]
+        )
+
+
+def asking_step(played: Played) -> None:
+    step(played, asks=True)
+
+
+QUIET = {
+    "fp8": (1, ["precision=fp8", "precision.fp8.health.every=1"]),
+    "dropout": (
+        1,
+        ["adapter=lora", "adapter.rank=8", "adapter.dropout=0.3", "optim.bias_speed=[{value: 0}]", "init_from=none"],
+    ),
+    "zero3_again": (2, ["parallel.dp=2", "parallel.zero=3", "model.recompute=[norm,layer:2]"]),
+    "pp2_fp8": (2, ["parallel.pp=2", "precision=fp8", "precision.fp8.health.every=1"]),
+}
+
+
+@pytest.mark.parametrize("name", QUIET)
+def test_log_probabilities_change_no_bit(tmp_path, name):
+    world, more = QUIET[name]
+    quiet, asked = (
+        play(tmp_path, "quiet", step, *more, world=world),
+        play(tmp_path, "asked", asking_step, *more, world=world),
+    )
+    assert quiet.keys() == asked.keys() and all(torch.equal(quiet[key], asked[key]) for key in quiet)

@@ -23,6 +23,11 @@ def halved(logprobs_BT, tokens, by=1.0):
     return -logprobs_BT / by
 
 
+def summed(logprobs_BT, tokens):
+    """A number where the loss of every token is due."""
+    return -logprobs_BT.sum()
+
+
 def dying(logprobs_BT, tokens):
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -101,6 +106,10 @@ def test_a_dead_rank_ends_the_call_with_its_name_and_ctrl_c_leaves_nothing(tmp_p
         raise KeyboardInterrupt
     assert children() <= before
     assert not list(Path(tmp_path).glob("*/session/address.json"))
+    with pytest.raises(SessionFailed, match="must be the loss of every token"), train.session(config) as engine:
+        names = [pair[0] for pair, _ in zip(engine.weights(), range(2), strict=False)]
+        assert names[0] == "model.embed_tokens.weight" and engine.logprobs(batch).shape == batch.tokens_BS.shape
+        engine.forward_backward(batch, summed)
     with pytest.raises(SessionFailed, match="SIGKILL"), train.session(config) as engine:
         engine.forward_backward(batch, dying)
 

@@ -135,14 +135,17 @@ class Session:
     def weights(
         self, *, merged: bool = True, stacked: bool = False, dtype: torch.dtype | None = None
     ) -> Iterator[tuple[str, Tensor]]:
-        """See `Engine.weights`. Take all of them before the next call."""
+        """See `Engine.weights`. Take them before the next call; a loop over them may end early."""
         named = None if dtype is None else str(dtype).removeprefix("torch.")
         self._send("weights", {"merged": merged, "stacked": stacked, "dtype": named})
-        while True:
-            said, tensors = self._answer()
-            if said["done"]:
-                return
-            yield from tensors.items()
+        said: dict[str, Any] = {"done": False}
+        try:
+            while not said["done"]:
+                said, tensors = self._answer()
+                yield from tensors.items()
+        finally:
+            while not said["done"] and self._link is not None:  # a caller that stops early leaves the rest
+                said, _ = self._answer()
 
     # The ranks
 

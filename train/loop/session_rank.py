@@ -70,6 +70,8 @@ class SessionRank:
             try:
                 answer = self._calls[method](order, tensors)
             except UserError as error:
+                if self._engine.has_failed and self._engine.mesh.layout.world > 1:
+                    raise  # on this rank alone, and others wait for it
                 given = [error.field, str(error.value), error.rule, error.cure]
                 self._say({"refused": given})
             else:

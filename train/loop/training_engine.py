@@ -107,6 +107,8 @@ class Engine:
         self._is_reduced = False
         """The last call of a step is made."""
         self._moves_biases = True
+        self.has_failed = False
+        """A call has failed while it computed, so that other ranks may wait for this one."""
         self._reduce_ahead = parts.pipeline.on_chunk_end
         self.on_phase: Callable[[str], None] = lambda ended: None
         """Called at the ends of `schedule` (forward and backward), `reduction` and `update`."""
@@ -136,6 +138,9 @@ class Engine:
         token_loss = self._find_loss(loss, batch, settings)
         chosen = self._terms(terms, batch)
         batch = self._checked(batch)
+        if self.clip is not None and batch.supervised_BS is not None:
+            rule = "counts the scores of all positions, also of filling, and this batch has some"
+            raise UserError("optim.qk_clip", self._config.optim.qk_clip, rule, "leave it out")
         if total is None and not (last and self._open is None):
             rule = "must be given where a step has several calls: what their sums are divided by"
             raise UserError("total", None, rule, "give `engine.count(batches)` of all batches of the step to each call")
@@ -316,6 +321,7 @@ class Engine:
             try:
                 yield
             except Exception as error:  # torch wraps what fails in a pipeline
+                self.has_failed = True
                 if refused := next((one for one in causes(error) if isinstance(one, UserError)), None):
                     raise refused from None
                 raise
