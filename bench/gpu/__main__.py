@@ -2,10 +2,9 @@
 
     python -m bench.gpu [--part NAME ...] [--minutes MINUTES] [--out FOLDER]
 
-Takes about 15 minutes at most, and 17 with `--minutes 17`, which leaves room for the last two parts. Before it starts,
-it says which parts it leaves out. Writes gpu.json (verdict.schema.json describes it) and gpu.html, one page to read and
-to send back. Every line passes, fails, or was not tried with the reason; the exit code is 1 if any line fails. The
-parts:
+Takes about 15 minutes at most. With `--minutes 17` there is room for the last two parts. Before it starts, it says
+which parts it leaves out. Writes gpu.json (verdict.schema.json describes it) and gpu.html, one page to read and to send
+back. Every line passes, fails, or was not tried with the reason; the exit code is 1 if any line fails. The parts:
 
 PARTS
 Every part has its own processes and time limit, so that a crash or a hang affects only one check. Without a GPU it is a
