@@ -1,8 +1,10 @@
-"""mode=average: a checkpoint with the mean of the weights of several, as a run folder that evaluate, generate, export and init_from take.
+"""mode=average: writes a run folder with the mean weights of several checkpoints, for evaluate, generate, export and
+init_from.
 
-The mean is taken in fp64 and written in the type of the sources, so that one of equal checkpoints is that checkpoint. A part of the
-weights is read, averaged and written at a time, whatever layouts the sources have: memory for a few hundred million elements, however
-large the model. What belongs to an optimizer is left out, as no training goes on from a mean of it.
+The mean is computed in fp64 and written in the sources' type. So the mean of equal checkpoints equals each of them. The
+weights are read, averaged and written part by part, whatever layouts the sources have. So it needs memory for a few
+hundred million elements, however large the model is. Optimizer state is left out, because no training continues from a
+mean.
 """
 
 import math
@@ -31,22 +33,23 @@ from train.data.prepare_progress import ReportProgress, show_progress
 from train.data.tokenizer import BESIDE, TOKENIZER_FILE
 
 AVERAGED_ELEMENTS = 1 << 27
-"""Elements that are averaged at a time, at most: 2 GB of memory, with the sum in fp64, and 0.5 GB in a file."""
+"""Maximum number of elements averaged at a time: 2 GB of memory, with the sum in fp64, and 0.5 GB in a file."""
 AVERAGED_KINDS = ("master.", "bias.")
-"""Beginnings of the names of what is averaged: weights and balance biases."""
+"""Name prefixes of the averaged tensors: weights and balance biases."""
 NOT_COMPUTED = ("init_std", "max_seq_len")
-"""Fields of the model section that say nothing of what trained weights compute."""
+"""Fields of the model section that do not affect what trained weights compute."""
 SOURCES_FIELD = "average.of"
 
 WeightsPart = Mapping[str, tuple[int, int]]
-"""By tensor the first element and the number of them."""
+"""Per tensor: first element and number of elements."""
 StoredShapes = Mapping[str, tuple[str, tuple[int, ...]]]
-"""By tensor the name of its type and its shape."""
+"""Per tensor: type name and shape."""
 
 
 def write_average(config: Config) -> int:
-    """Write the run folder average.to; returns the exit code. Raises UserError, with nothing left behind, for sources that are not
-    there, are damaged or are not of one model and tokenizer.
+    """Write the run folder average.to; returns the exit code.
+
+    Raises UserError, and leaves nothing on disk, if sources are missing, damaged, or differ in model or tokenizer.
     """
     target = new_folder(config.average.to, "average.to")
     sources = _sources(config)
@@ -81,7 +84,7 @@ def write_average(config: Config) -> int:
 
 
 def _sources(config: Config) -> list[Manifest]:
-    """The checkpoints that average.of means, the oldest first; UserError unless they are two or more, and sound."""
+    """The checkpoints that average.of names, oldest first. UserError unless there are at least two, all intact."""
     found: list[Manifest] = []
     for given in config.average.of or [str(RunPaths(config).path)]:
         folder = Path(given).expanduser().absolute()
@@ -97,7 +100,7 @@ def _sources(config: Config) -> list[Manifest]:
 
 
 def _require_equal(one: Manifest, other: Manifest) -> None:
-    """UserError unless two checkpoints are of one model, and their tokens mean the same."""
+    """Raise UserError unless two checkpoints have the same model and tokenizer."""
 
     def refuse(what: str) -> UserError:
         return UserError(
@@ -121,7 +124,7 @@ def _require_equal(one: Manifest, other: Manifest) -> None:
 
 
 def _shapes(manifest: Manifest) -> StoredShapes:
-    """Type and shape of everything that is averaged."""
+    """Type and shape of every averaged tensor."""
     return {
         name: (entry.dtype, entry.shape) for name, entry in manifest.tensors.items() if name.startswith(AVERAGED_KINDS)
     }
@@ -132,7 +135,7 @@ def _weight_bytes(shapes: StoredShapes) -> int:
 
 
 def _check_room(target: Path, source: Manifest) -> None:
-    """UserError where the disk cannot hold the weights."""
+    """Raise UserError if the disk has no room for the weights."""
     needed = _weight_bytes(_shapes(source))
     free = shutil.disk_usage(next(folder for folder in target.parents if folder.is_dir())).free
     if free < needed:
@@ -141,7 +144,7 @@ def _check_room(target: Path, source: Manifest) -> None:
 
 
 def _write(root: Path, sources: Sequence[Manifest], meta: dict, progress: ReportProgress) -> None:
-    """The checkpoint, each part in the file of a rank of its own."""
+    """Writes the checkpoint; each part becomes the file of a separate rank."""
     shapes = _shapes(sources[0])
     parts = list(_parts({name: math.prod(shape) for name, (_, shape) in shapes.items()}))
     committer = Committer(root, attempt=1, world_size=len(parts), timeout=60.0)
@@ -162,7 +165,7 @@ def _write(root: Path, sources: Sequence[Manifest], meta: dict, progress: Report
 
 
 def _parts(sizes: Mapping[str, int]) -> Iterator[WeightsPart]:
-    """All elements, so many at a time as AVERAGED_ELEMENTS has room for."""
+    """All elements, split into parts of at most AVERAGED_ELEMENTS."""
     part: dict[str, tuple[int, int]] = {}
     room = AVERAGED_ELEMENTS
     for name, size in sorted(sizes.items()):
@@ -178,7 +181,7 @@ def _parts(sizes: Mapping[str, int]) -> Iterator[WeightsPart]:
 
 
 def _means(sources: Sequence[Manifest], part: WeightsPart, shapes: StoredShapes) -> dict[str, Tensor]:
-    """The mean over the sources of these elements of each tensor. UserError where one is not finite."""
+    """The mean over the sources for these elements of each tensor. UserError if a value is not finite."""
     sums = {name: torch.zeros(count, dtype=torch.float64) for name, (_, count) in part.items()}
     read = {name: torch.empty(count, dtype=TORCH[shapes[name][0]]) for name, (_, count) in part.items()}
     for source in sources:

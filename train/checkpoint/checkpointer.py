@@ -1,12 +1,13 @@
-"""Saves without stopping the training, and never kills it.
+"""Saves checkpoints without stopping the training, and never ends it with an error.
 
-`save` copies the shards to CPU buffers and returns; a thread writes them and takes part in the commit (see
-`train.checkpoint.commit`). A save that fails (disk full, I/O error, a rank that is gone) is retried, then given
-up with its folder removed, and becomes a line of text that `poll` hands to the loop: the next save is a new
-chance. Only the save at the end must succeed: `finish(required=True)` raises.
+`save` copies the shards to CPU buffers and returns. A thread writes them and takes part in the commit (see
+`train.checkpoint.commit`). A failed save (disk full, I/O error, a lost rank) is retried. If it fails again, its folder
+is removed, `poll` returns a warning to the training loop, and the next save starts fresh. Only the save at the end must
+succeed: `finish(required=True)` raises.
 
-A save that is stuck, as in a write to a disk that does not answer, cannot be ended. When the next one is due it is given up, with
-the rank named: the next takes other buffers, and no rank commits the old one, whenever its write returns.
+A stuck save, such as a write to a disk that does not answer, cannot be ended. When the next save is due, the stuck one
+is given up and its rank is named. The next save uses other buffers. No rank commits the stuck save, even if its write
+returns later.
 """
 
 import json
@@ -31,17 +32,19 @@ from train.checkpoint.read_shards import NotCovered, load_shards, merge_indexes
 from train.checkpoint.staging import StagingBuffers
 
 SAVE_PATIENCE = 0.8
-"""Share of the timeout that a save has until the next one may go on without it: all other ranks may wait for this one by then."""
+"""Share of the timeout that a save gets before the next one may continue without it. All other ranks may already
+wait for this rank."""
 GRACE = 0.1
-"""Share of the timeout in which a save that is given up has to say why; one that does not is stuck."""
+"""Share of the timeout in which a save that is given up must report the reason; otherwise it is stuck."""
 LEAST_GRACE = 1.0
-"""The least grace, in seconds."""
+"""Minimum grace, in seconds."""
 MOST_STUCK = 2
-"""Saves that may be stuck at a time, as each keeps its buffers."""
+"""Maximum number of stuck saves at a time, because each keeps its buffers."""
 
 
 class SaveFailed(DiskFailed):
-    """The save that had to succeed did not. ranks: those that did not write; late: no disk refused it, it did not end in time."""
+    """The required save failed. ranks: ranks that did not write. late: no disk error, but the save did not end in
+    time."""
 
     def __init__(self, root: Path, why: str, ranks: Sequence[int] = (), late: bool = False):
         cure = "free space there, make it writable, or bring the disk back that has failed (see `dmesg`)"
@@ -57,23 +60,23 @@ class SaveFailed(DiskFailed):
 
 @dataclass(frozen=True)
 class SaveResult:
-    """How one save ended, as this rank knows it."""
+    """Result of one save, from this rank's view."""
 
     step: int
     path: Path | None
-    """The checkpoint; None if the save failed. Only rank 0 knows of the commit: on others, where it will be."""
+    """The checkpoint; None if the save failed. Only rank 0 knows the commit; on other ranks it is the future path."""
     warning: str | None
-    """What went wrong, also if the checkpoint was written (retries, old ones not removed)."""
+    """Problems, also if the checkpoint was written (retries, old checkpoints not removed)."""
     fenced: bool
-    """A newer attempt of the run has started: stop this one."""
+    """Whether a newer attempt of the run has started, so that this one must stop."""
     seconds: float
-    """From the call of save to its end."""
+    """Seconds from the call of save to its end."""
     bytes: int
     """Size of this rank's data."""
     ranks: tuple[int, ...] = ()
-    """Those that failed, as far as this rank knows."""
+    """Failed ranks, as far as this rank knows."""
     late: bool = False
-    """It was not refused, but did not end in time."""
+    """Whether the save ended too late, instead of with a disk error."""
 
     @property
     def ok(self) -> bool:
@@ -82,21 +85,21 @@ class SaveResult:
 
 @dataclass
 class SaveInFlight:
-    """A save and the thread that writes it."""
+    """A save in progress and the thread that writes it."""
 
     save: Save
     buffers: StagingBuffers
     began: float
-    """By time.perf_counter."""
+    """Start time by time.perf_counter."""
     writes: bool = True
-    """Whether it writes; then rank 0's waits for the other ranks."""
+    """Whether this rank still writes; after that, rank 0's thread waits for the other ranks."""
     over: bool = False
-    """It has its result."""
+    """Whether the save has its result."""
     thread: threading.Thread = field(init=False)
 
 
 class Checkpointer:
-    """The checkpoints of a run, as one rank of one attempt writes them. Every rank calls save for the same steps."""
+    """Writes the checkpoints of a run, as one rank of one attempt. Every rank calls save for the same steps."""
 
     def __init__(
         self,
@@ -114,11 +117,13 @@ class Checkpointer:
         staging: int = 0,
         notes: RankNotes | None = None,
     ):
-        """`root`: the folder checkpoints/. `attempt`: from `commit.next_attempt`, the same on every rank.
+        """Joins the checkpoint folder. Raises AttemptFenced if a newer attempt has started.
 
-        `timeout`: longest wait for other ranks, in seconds; for an unfinished save somewhat less. `retries`: further tries of a
-        rank whose writing failed, the first after `retry_wait` seconds, then twice as long each. `staging`: most bytes of the
-        buffers; the training waits for the disk where that is less than it saves; 0 for all. `notes`: for a rank whose disk takes no word either. Raises AttemptFenced if a newer attempt has started.
+        `root`: the folder checkpoints/. `attempt`: from `commit.next_attempt`, the same on every rank. `timeout`:
+        maximum wait for other ranks, in seconds; for an unfinished save somewhat less. `retries`: further tries after a
+        failed write, the first after `retry_wait` seconds, each later one after twice the wait. `staging`: maximum
+        bytes of the buffers, 0 for all; if it is less than the saved state, the training waits for the disk. `notes`: a
+        channel for error notes if the disk refuses those too.
         """
         self.rank, self.keep, self.keep_every = rank, keep, keep_every
         self.asynchronous, self.timeout = asynchronous, timeout
@@ -126,30 +131,30 @@ class Checkpointer:
         self.committer = Committer(Path(root).resolve(), attempt, world_size, timeout, notes=notes)
         self.committer.enter(rank)
         self._buffers: StagingBuffers | None = None
-        """For the next save."""
+        """Buffers for the next save."""
         self._flight: SaveInFlight | None = None
         self._stuck: list[SaveInFlight] = []
-        """Those that were given up and have not ended."""
+        """Saves that were given up and still run."""
         self._ending = threading.Lock()
         """Held while a save gets its result."""
         self._serial = 0
         self._results: deque[SaveResult] = deque()  # the thread appends while the loop polls
         self._unsaved: int | None = None
-        """The step of the last save, until it is known to have succeeded."""
+        """Step of the last save, until that save is known to have succeeded."""
         self._protected: Path | None = None
         self._best: list[Path] = []
-        """Checkpoints with the least held-out loss so far; the last one may not be there yet."""
+        """Checkpoints with the lowest held-out loss so far; the last one may not be written yet."""
 
     def save(self, step: int, shards: dict[str, Shard], meta: dict[str, Any]) -> float:
-        """Write the state as the checkpoint of `step`; returns how long the caller was held up, in seconds.
+        """Write the state as the checkpoint of `step`; returns the seconds that the caller was blocked.
 
-        Waits for the save before, and for this one too unless asynchronous. `meta`: JSON values; rank 0's is stored.
+        Waits for the previous save, and for this one too unless asynchronous. `meta`: JSON values; rank 0's is stored.
         """
         began = time.perf_counter()
         save, self._unsaved = Save(step, self._serial), step
-        self._serial += 1  # also where this save is skipped, as ranks must go on counting alike
+        self._serial += 1  # also if this save is skipped, because all ranks must count alike
         self._settle()
-        started = time.perf_counter()  # what was waited for the save before is no time of this one
+        started = time.perf_counter()  # the wait for the previous save does not count for this one
         self._stuck = [flight for flight in self._stuck if flight.thread.is_alive()]
         if len(self._stuck) >= MOST_STUCK:
             self._skip(save, began)
@@ -173,7 +178,8 @@ class Checkpointer:
         return results
 
     def finish(self, required: bool = False) -> list[SaveResult]:
-        """Wait for the save in flight, then as `poll`. `required`: SaveFailed if the last one failed."""
+        """Wait for the save in flight, then return the results as `poll` does. `required`: SaveFailed if the last
+        save failed."""
         if not required:
             self._settle()
         elif not self._join(self._longest()):
@@ -188,17 +194,18 @@ class Checkpointer:
         return results
 
     def load(self, path: Path, wanted: dict[str, Shard]) -> dict[str, Any]:
-        """Fill shards as `train.checkpoint.read_shards.load_shards` does; the checkpoint is never pruned as long as this object lives."""
+        """Fill shards as `train.checkpoint.read_shards.load_shards` does. The checkpoint is never pruned while this
+        object lives."""
         meta = load_shards(path, wanted)
         self._protected = Path(path).resolve()
         return meta
 
     def keep_best(self, step: int) -> None:
-        """The checkpoint of this step is never pruned, once it is there, until another one is the best."""
+        """Protect the checkpoint of this step from pruning, until another one is the best."""
         self._best.append(self.committer.root / step_name(step))
 
     def _longest(self) -> float:
-        """How long a save may take, in seconds: `timeout` for each of writing, votes and the lock."""
+        """Maximum seconds of a save: `timeout` for each of writing, votes and the lock."""
         return 3 * self.timeout
 
     def _join(self, seconds: float) -> bool:
@@ -211,12 +218,13 @@ class Checkpointer:
         return True
 
     def _settle(self) -> None:
-        """Wait for the save in flight as long as no other rank takes this one for hung; then go on without it."""
+        """Wait for the save in flight, but not so long that another rank considers this rank hung; then continue
+        without it."""
         flight = self._flight
         if flight is None or self._join(flight.began + SAVE_PATIENCE * self.timeout - time.perf_counter()):
             return
         self.committer.abandon(flight.save)
-        if self._join(max(GRACE * self.timeout, LEAST_GRACE)):  # it says which ranks it waited for
+        if self._join(max(GRACE * self.timeout, LEAST_GRACE)):  # the save reports which ranks it waited for
             return
         self._flight = self._buffers = None
         self._stuck.append(flight)
@@ -228,14 +236,14 @@ class Checkpointer:
         self._end(flight, SaveResult(flight.save.step, None, warning, False, seconds, 0, ranks, late=True))
 
     def _end(self, flight: SaveInFlight, result: SaveResult) -> None:
-        """End a save; the first result of a save counts."""
+        """Record a save's result; only its first result counts."""
         with self._ending:
             if not flight.over:
                 flight.over = True
                 self._results.append(result)
 
     def _skip(self, save: Save, began: float) -> None:
-        """Take no part in this save, as too many are stuck, and let rank 0 know."""
+        """Skip this save, because too many saves are stuck, and inform rank 0."""
         steps = " and ".join(str(flight.save.step) for flight in self._stuck)
         why = f"rank {self.rank} still writes those of steps {steps}; a disk that does not answer?"
         text = f"checkpoint of step {save.step} skipped: {why}"
@@ -248,10 +256,10 @@ class Checkpointer:
                 self.committer.begin(save, self.rank)
                 self.committer.give_up(save, self.rank, why)
 
-        threading.Thread(target=tell, daemon=True).start()  # its disk may not answer either
+        threading.Thread(target=tell, daemon=True).start()  # the disk may not answer this thread either
 
     def _run(self, flight: SaveInFlight, meta: dict[str, Any]) -> None:
-        """The thread: everything that can go wrong becomes a result."""
+        """Runs in the thread; turns every failure into a result."""
         save, path, warning, failure = flight.save, None, None, None
         ranks, late = (self.rank,), False
         try:
@@ -264,7 +272,7 @@ class Checkpointer:
             failure, ranks, late = str(error), error.ranks, error.late
         except (AttemptFenced, NotCovered) as error:
             failure, ranks = str(error), ()
-        except Exception:  # a bug of ours in this thread must reach the loop as text, not vanish with the thread
+        except Exception:  # a bug in Sluice must reach the loop as text instead of being lost with the thread
             failure = textwrap.indent(traceback.format_exc(), " " * 8).strip()
         if failure is not None:
             self.committer.give_up(save, self.rank, failure)
@@ -278,7 +286,7 @@ class Checkpointer:
         )
 
     def _write(self, flight: SaveInFlight) -> str | None:
-        """Write this rank's files, with retries; returns a warning if it took some."""
+        """Write this rank's files, with retries; returns a warning if there were retries."""
         save = flight.save
         folder = self.committer.begin(save, self.rank)
         warning = None
@@ -290,7 +298,7 @@ class Checkpointer:
                 self.committer.vote(save, self.rank, {**identity, **index})
                 return warning
             except OSError as error:
-                with suppress(OSError):  # what is there of the file takes room that others may need
+                with suppress(OSError):  # a partial file takes space that others may need
                     (folder / data_name(self.rank)).unlink(missing_ok=True)
                 warning = (
                     f"try {attempt + 1} to write the checkpoint of step {save.step} failed: {explain_disk_error(error)}"
@@ -304,7 +312,7 @@ class Checkpointer:
         return self.committer.commit(save, merge_indexes(self.committer.await_votes(save), meta))
 
     def _prune(self, warning: str | None) -> str | None:
-        """Remove old checkpoints; a failure of any kind is a warning, as the new one is safe."""
+        """Remove old checkpoints. Any failure is only a warning, because the new checkpoint is safe."""
         try:
             best = next((path for path in reversed(self._best) if path.exists()), None)
             self.committer.prune(self.keep, self.keep_every, self._protected, best)

@@ -1,21 +1,22 @@
-"""How the files of all ranks become one checkpoint, with no collective: threads must not issue any.
+"""Combines the files of all ranks into one checkpoint, without collectives, because threads must not issue any.
 
 1. Every rank writes its data file, then its index by rename, into checkpoints/.step_N.attempt_A.save_K.tmp/.
-   The index is a rank's vote: "mine is on disk". A rank other than 0 is done then.
+   The index is the rank's vote: its data are on disk. Ranks other than 0 are then done.
 2. Rank 0 waits for all votes, merges them into manifest.json, and renames the folder to step_N. That rename is
-   the commit: before it nothing carries the final name, after it everything is durable.
-A rank that cannot write leaves a note, rank_R.failed, so that rank 0 gives up at once instead of at its timeout; where its disk does
-not take even that, it leaves the note in the store where the ranks met.
-When rank 0 gives up it removes the folder. A rank that comes later still makes it again; the next save clears it.
-A rank whose loop went on without a save (`abandon`) neither votes for it nor commits it any more.
+   the commit: before it no folder has the final name, after it everything is durable.
 
-Fencing. Ranks on a node that lost its network live on while a new attempt already runs elsewhere, and must not
-rename or prune over its checkpoints. `.fence` holds the highest attempt number. A new attempt, or the driver of a
-new launch, raises it, and an older one that reads a higher number than its own stops. Both raising, and check plus rename, happen under one
-advisory lock, so no attempt can be overtaken between its check and its rename, as far as the file system carries
-flock between hosts (NFSv4, Lustre with -o flock, one machine). Where it does not, the window is the few
-microseconds between the check and the rename; what would slip through is a whole, sound checkpoint of the old
-attempt, which sorts before every checkpoint of the new one (`Manifest.age`).
+A rank that cannot write leaves a note, rank_R.failed, so that rank 0 gives up at once instead of at its timeout. If the
+disk refuses the note too, the rank leaves it in the store of the rendezvous. When rank 0 gives up, it removes the
+folder. A late rank may create it again; the next save clears it. A rank whose loop continued without a save (`abandon`)
+neither votes for it nor commits it.
+
+Fencing. Ranks on a node that lost its network keep running while a new attempt runs elsewhere. They must not rename or
+prune over its checkpoints. `.fence` holds the highest attempt number. A new attempt, or the driver of a new launch,
+raises it. An attempt that reads a number higher than its own stops. Raising the number, and check plus rename, happen
+under one advisory lock. So no attempt can be overtaken between its check and its rename, if the file system shares
+flock between hosts (NFSv4, Lustre with -o flock, one machine). Otherwise a window of a few microseconds remains between
+check and rename. Then a whole, intact checkpoint of the old attempt may appear, and it sorts before all checkpoints of
+the new one (`Manifest.age`).
 """
 
 import os
@@ -41,11 +42,12 @@ HIDDEN = re.compile(
 
 
 class AttemptFenced(RuntimeError):
-    """A newer attempt of this run has started; this one must stop writing."""
+    """A newer attempt of this run has started, so this one must stop writing."""
 
 
 class SaveAbandoned(RuntimeError):
-    """This save cannot be committed; the text says which rank failed, and why. late: none failed, some did not come in time."""
+    """This save cannot be committed; the text names the failed rank and the reason. late: no rank failed, but some
+    were late."""
 
     def __init__(self, text: str, ranks: Sequence[int] = (), late: bool = False):
         super().__init__(text)
@@ -53,21 +55,22 @@ class SaveAbandoned(RuntimeError):
 
 
 def next_attempt(root: Path) -> int:
-    """The number for a new attempt at the run whose checkpoints are in `root`: above every earlier one."""
+    """The number for a new attempt of the run whose checkpoints are in `root`: higher than every earlier one."""
     return read_fence(root) + 1
 
 
 @dataclass(frozen=True)
 class Save:
-    """One save, named alike on every rank."""
+    """Identifies one save, equally on every rank."""
 
     step: int
     serial: int
-    """Counts the saves of an attempt, so that leftovers of a failed save never mix with a later one of its step."""
+    """Number of the save within the attempt. It separates the files of a failed save from a later save of the same
+    step."""
 
 
 class Committer:
-    """The checkpoints/ folder of a run, as one rank of one attempt may change it."""
+    """Changes the checkpoints/ folder of a run, as one rank of one attempt."""
 
     def __init__(
         self,
@@ -78,47 +81,49 @@ class Committer:
         poll: float = 0.02,
         notes: RankNotes | None = None,
     ):
-        """`timeout`: longest wait for other ranks or for the lock, in seconds; `poll`: first pause between looks; `notes`: None for a lone rank."""
+        """`timeout`: maximum wait for other ranks or for the lock, in seconds; `poll`: first pause between checks;
+        `notes`: None for a single rank."""
         self._notes = notes
         self.root, self.attempt, self.world_size = root, attempt, world_size
         self.timeout, self.poll = timeout, poll
         self._abandoned: set[Save] = set()
-        """The loop adds to it, the threads of the saves look."""
+        """Saves that this rank abandoned; the loop adds them, the save threads read them."""
 
     def enter(self, rank: int) -> None:
-        """Start as this rank; AttemptFenced if a newer attempt has started. Rank 0 shuts out older ones and sweeps, and raises UserError
-        where another process keeps the lock.
+        """Start as this rank; AttemptFenced if a newer attempt has started.
+
+        Rank 0 also fences older attempts and sweeps, and raises UserError if another process keeps the lock.
         """
         self.root.mkdir(parents=True, exist_ok=True)
         self._check_fence()
-        if rank == 0:  # alone, as thousands of ranks would queue for the lock
+        if rank == 0:  # only rank 0, because thousands of ranks would queue for the lock
             self.raise_fence()
             self.sweep()
 
     def raise_fence(self) -> None:
-        """Shut out all older attempts; AttemptFenced if a newer one has started."""
+        """Fence all older attempts; AttemptFenced if a newer one has started."""
         with hold_lock(self.root, self.timeout):
             self._check_fence()
             if read_fence(self.root) < self.attempt:
                 write_fence(self.root, self.attempt)
 
     def sweep(self) -> None:
-        """Clear what dead attempts left: half-written and half-removed folders."""
+        """Remove the incomplete folders of dead attempts."""
         with hold_lock(self.root, self.timeout):
             self._check_fence()
             for folder in self.root.glob(".step_*"):
                 match = HIDDEN.fullmatch(folder.name)
                 if match is None or int(match["attempt"]) >= self.attempt:
-                    continue  # of this attempt: a rank that was faster than rank 0 writes there
+                    continue  # of this attempt: a rank faster than rank 0 already writes there
                 if match["kind"] == "replaced" and not (self.root / match["name"]).exists():
                     folder.rename(self.root / match["name"])  # its writer died between the two renames of a commit
                 else:
-                    shutil.rmtree(folder, ignore_errors=True)  # a living writer of the old attempt may race with us
+                    shutil.rmtree(folder, ignore_errors=True)  # a live writer of the old attempt may still write here
 
     def begin(self, save: Save, rank: int) -> Path:
-        """Make the folder that every rank writes this save to; rank 0 also clears those of earlier, failed saves.
+        """Create the folder to which every rank writes this save. Raises AttemptFenced.
 
-        Raises AttemptFenced.
+        Rank 0 also removes the folders of earlier, failed saves.
         """
         self._check_fence()
         folder = self._temporary(save)
@@ -128,37 +133,37 @@ class Committer:
             if (match := HIDDEN.fullmatch(other.name)) and int(match["serial"]) < save.serial
         ]
         if older:
-            with self._lock():  # one that was given up is not being renamed meanwhile
+            with self._lock():  # so that no abandoned save is being renamed meanwhile
                 for other in older:
-                    shutil.rmtree(other, ignore_errors=True)  # a slow rank may still be writing there, in vain
+                    shutil.rmtree(other, ignore_errors=True)  # a slow rank may still write there; its files are useless
         folder.mkdir(exist_ok=True)
         return folder
 
     def abandon(self, save: Save) -> None:
-        """This rank goes on without this save, which must not be committed any more. Returns at once."""
+        """Continue without this save, which must no longer be committed. Returns at once."""
         self._abandoned.add(save)
 
     def refuse_lost(self, save: Save) -> None:
-        """Look, before writing again, whether it still makes sense: AttemptFenced or SaveAbandoned if not."""
+        """Check before a retry that the save is still wanted; raises AttemptFenced or SaveAbandoned if not."""
         self._check_fence()
         self._check_wanted(save)
         if not self._temporary(save).is_dir():
             raise SaveAbandoned("rank 0 gave up; its log says why")
 
     def is_overtaken(self) -> bool:
-        """Whether a newer attempt has started, which may be why an operation failed. Never raises OSError."""
+        """Whether a newer attempt has started, which may explain a failed operation. Never raises OSError."""
         try:
             return read_fence(self.root) > self.attempt
         except OSError:
-            return False  # the failure that led here is reported in any case
+            return False  # the original failure is reported in any case
 
     def vote(self, save: Save, rank: int, index: dict[str, Any]) -> None:
-        """Say that this rank's data file is on disk. Raises SaveAbandoned."""
+        """Declare that this rank's data file is on disk. Raises SaveAbandoned."""
         self._check_wanted(save)
         atomic_write_json(self._temporary(save) / index_name(rank), index)
 
     def give_up(self, save: Save, rank: int, why: str) -> None:
-        """Withdraw this rank's files and tell rank 0 that they will not come. Never raises OSError."""
+        """Remove this rank's files and tell rank 0 that they will not come. Never raises OSError."""
         folder = self._temporary(save)
         try:
             if rank == 0:
@@ -175,7 +180,7 @@ class Committer:
         return f"attempt {self.attempt}, save {save.serial} failed"
 
     def await_votes(self, save: Save) -> list[bytes]:
-        """Rank 0: the index files of all ranks once they are there; SaveAbandoned if one failed or the time is up."""
+        """Rank 0: the index files of all ranks, once complete; SaveAbandoned if a rank failed or the time is up."""
         folder, began = self._temporary(save), time.monotonic()
         missing = {index_name(rank): rank for rank in range(self.world_size)}
 
@@ -197,8 +202,9 @@ class Committer:
         return [(folder / index_name(rank)).read_bytes() for rank in range(self.world_size)]
 
     def commit(self, save: Save, manifest: dict[str, Any]) -> Path:
-        """Rank 0, after all votes: make the temporary folder the checkpoint of its step. Returns its path. Raises AttemptFenced,
-        SaveAbandoned.
+        """Rank 0, after all votes: make the temporary folder the checkpoint of its step, and return its path.
+
+        Raises AttemptFenced, SaveAbandoned.
         """
         folder = self._temporary(save)
         atomic_write_text(folder / MANIFEST, seal(manifest))
@@ -207,7 +213,7 @@ class Committer:
         with self._lock():
             self._check_fence()
             self._check_wanted(save)
-            if final.exists():  # damaged, or of a line of training that was given up; a folder cannot be renamed over
+            if final.exists():  # damaged, or from training that was rolled back; a rename cannot replace a folder
                 final.rename(aside)
             folder.rename(final)
             fsync_folder(self.root)
@@ -215,8 +221,10 @@ class Committer:
         return final
 
     def prune(self, keep: int, keep_every: int, *protected: Path | None) -> None:
-        """Rank 0: remove what is neither among the `keep` newest intact ones (0: all), nor at a multiple of
-        `keep_every` steps, nor `protected`. Damaged folders are not counted and not touched.
+        """Rank 0: remove old checkpoints.
+
+        It keeps the `keep` newest intact ones (0: all), multiples of `keep_every` steps, and `protected`. Damaged
+        folders are neither counted nor touched.
         """
         if keep == 0:
             return
@@ -227,13 +235,13 @@ class Committer:
                 held = keep_every > 0 and manifest.step % keep_every == 0
                 if held or manifest.folder in protected:
                     continue
-                # Renamed first, so that no reader takes a half-removed folder for a damaged checkpoint.
+                # Renamed first, so that no reader sees a partly removed folder as a damaged checkpoint.
                 doomed.append(manifest.folder.rename(self._hidden(manifest.folder.name, "pruned")))
         for folder in doomed:
             shutil.rmtree(folder)
 
     def path(self, save: Save) -> Path:
-        """Where the committed checkpoint is."""
+        """Path of the committed checkpoint."""
         return self.root / step_name(save.step)
 
     def _temporary(self, save: Save) -> Path:
@@ -254,7 +262,7 @@ class Committer:
             raise SaveAbandoned("this rank went on without it, as it took too long", late=True)
 
     def _wait(self, ready: Callable[[], bool], vain: Callable[[], bool]) -> bool:
-        """Call `ready` until it is true, at growing pauses; False when the time is up or it would be in vain."""
+        """Call `ready` at growing intervals until it is true; False if the time is up or `vain` is true."""
         deadline, pause = time.monotonic() + self.timeout, self.poll
         while not ready():
             if time.monotonic() > deadline or vain():

@@ -1,6 +1,7 @@
-"""The weights beside which an adapter is trained, read into block FP8 or as block FP8 means them.
+"""Reads an adapter's frozen base into block FP8, or with the values that block FP8 gives it.
 
-Blocks of a base that is block FP8 keep their values (train/hf/blocks.py); others are rounded. Few matrices are in memory at a time.
+A base that already is block FP8 keeps its values (train/hf/blocks.py); other bases are rounded. Only a few matrices are
+in memory at a time.
 """
 
 import math
@@ -21,8 +22,10 @@ from train.kernels.fp8.frozen_blocks import FrozenBlocks
 def fill_blocks(
     name: str, blocks: FrozenBlocks, ep: int, held: Tensor, first: int, fill: FillShards, mark: WeightsMark
 ) -> None:
-    """Fill bytes of one weight. name: in a checkpoint. ep: ranks that share experts. held: bytes from number `first` on of those that
-    the rank has, with padding behind the last. mark: takes the values that the bytes stand for.
+    """Fill bytes of one weight in block FP8.
+
+    name: in a checkpoint. ep: number of ranks that share the experts. held: this rank's bytes from position `first` on,
+    with padding at the end. mark: takes the values that the bytes represent.
     """
     size, (rows, columns) = blocks.matrix_bytes, blocks.shape[-2:]
     local = range(1) if blocks.experts is None else blocks.experts
@@ -42,7 +45,8 @@ def fill_blocks(
 
 
 def fill_rounded(fill: FillShards, wanted: dict[str, Shard]) -> None:
-    """Fill fp32 shards with a base as it was when its adapter was trained beside its blocks. wanted: by their names in a checkpoint."""
+    """Fill fp32 shards with the base values of an adapter's training, rounded by block FP8. wanted: by name in a
+    checkpoint."""
     plain = {name: shard for name, shard in wanted.items() if not is_held_in_blocks(name)}
     fill(plain)
     for name in wanted.keys() - plain.keys():
@@ -50,7 +54,7 @@ def fill_rounded(fill: FillShards, wanted: dict[str, Shard]) -> None:
 
 
 def _fill_rounded(fill: FillShards, name: str, shard: Shard) -> None:
-    """One weight: whole rows of blocks are read, matrix by matrix."""
+    """Fill one weight: it reads whole block rows, matrix by matrix."""
     rows, columns = shard.shape[-2:]
     stop = shard.offset + shard.local.numel()
     for start, count in _block_rows(shard.offset, stop, rows, columns):
@@ -62,7 +66,8 @@ def _fill_rounded(fill: FillShards, name: str, shard: Shard) -> None:
 
 
 def _block_rows(first: int, stop: int, rows: int, columns: int) -> Iterator[tuple[int, int]]:
-    """First element and number of rows of the stretches of whole blocks, each in one matrix, that elements [first, stop) lie in."""
+    """First element and number of rows of each group of whole block rows, within one matrix, that overlaps elements
+    [first, stop)."""
     size = rows * columns
     for matrix in range(first // size, -(-stop // size)):
         low, high = max(first - matrix * size, 0), min(stop - matrix * size, size)

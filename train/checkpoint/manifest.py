@@ -1,22 +1,23 @@
-"""What a checkpoint folder holds, and how its soundness is judged. Imports no torch: the driver looks for one too.
+"""Defines the files of a checkpoint folder and verifies them. Imports no torch, because the driver searches checkpoints
+too.
 
     checkpoints/step_00001234/
         rank_00000.safetensors    the intervals that rank 0 held: 1-D tensors in the safetensors format
-        rank_00000.json           its index: where each interval lies, and a CRC-32 for every block of the data
+        rank_00000.json           its index: the place of each interval, and a CRC-32 for every block of the data
         ...
         manifest.json             written last: meta, the size of every file, the CRC-32 of every index, and for
                                   each logical tensor its dtype, shape and intervals [rank, start, count]
 
-The checksums form a chain. The manifest ends with its own CRC-32 and covers each index; an index covers the
-header and every block of its data file. So a reader that needs a thousandth of a file reads and checks just the
-blocks around it, and still no byte enters a run unchecked.
+The checksums form a chain. The manifest ends with its own CRC-32 and covers each index. An index covers the header and
+every block of its data file. So a reader that needs a small part of a file reads and checks only the blocks around it.
+No byte enters a run unchecked.
 
-Two verifications follow. The fast one (manifest sound, every file there with its size) costs one `stat` per file
-and finds what crashes, full disks and partial copies leave behind; it chooses the checkpoint to resume from, since
-one process cannot read terabytes at a start. The full one reads everything, for tools and tests. Flipped bits in
-between are found by `load`, where each rank checks what it reads, all ranks in parallel.
+There are two verifications. The fast one (manifest intact, every file present with its size) costs one `stat` per file.
+It finds the results of crashes, full disks and partial copies. It chooses the checkpoint to resume from, because one
+process cannot read terabytes at a start. The full one reads everything, for tools and tests. `load` finds flipped bits:
+each rank checks the blocks that it reads, all ranks in parallel.
 
-Nothing is pickled: a checkpoint from a stranger can be wrong but cannot run code.
+Nothing is pickled: an untrusted checkpoint can hold wrong values but cannot run code.
 """
 
 import json
@@ -36,13 +37,13 @@ from conf.words import one_line
 
 FORMAT = "sluice checkpoint"
 CHECKPOINT_VERSION = 1
-"""Raised when older code could not read what newer code writes."""
+"""Format version; increased when older code cannot read newer files."""
 CRC_BLOCK = 4 << 20
-"""Bytes of data under one CRC-32; a multiple of every item size, so that no element spans two blocks."""
+"""Bytes of data per CRC-32; a multiple of every item size, so that no element spans two blocks."""
 LARGEST_NUMBER = 2**63 - 1
 """The largest number in a checkpoint."""
 HOOK_STATE = "hook."
-"""How the names of tensors and facts begin that a callback of the recipe keeps in checkpoints."""
+"""Name prefix of tensors and facts that a recipe's callback keeps in checkpoints."""
 META = {
     **dict.fromkeys(("step", "samples", "skipped", "updates", "seed", "seq_len"), int),
     **dict.fromkeys(("tokenizer", "data"), str),
@@ -50,11 +51,11 @@ META = {
     "held_out": dict,
     "config": dict,
 }
-"""Types of what modes read of the meta; numbers count something."""
+"""Types of the meta fields that modes read; ints are counts."""
 
 
 class CheckpointDamaged(UserError):
-    """A checkpoint of ours that is not intact; resume=auto passes over it to the one before."""
+    """A damaged Sluice checkpoint; resume=auto uses the previous one instead."""
 
     def __init__(self, file: Path, problem: str | OSError):
         if isinstance(problem, OSError):
@@ -66,17 +67,18 @@ class CheckpointDamaged(UserError):
 
     @property
     def line(self) -> str:
-        """The file and what is wrong with it."""
+        """The file and its problem."""
         return f"{one_line(self.value)} {self.rule}"
 
 
 class Meta(dict[str, Any]):
-    """What the run stored beside the tensors: samples, tokenizer, data, seed, ... CheckpointDamaged where one reads a name that is
-    missing or of a type that no run stores.
+    """The run's data beside the tensors: samples, tokenizer, data, seed, ...
+
+    Reading a name that is missing or has the wrong type raises CheckpointDamaged.
     """
 
     def __init__(self, path: Path, stored: dict[str, Any]):
-        """path: of the file that holds it."""
+        """path: of the file that contains it."""
         super().__init__(stored)
         self._path = path
 
@@ -92,27 +94,27 @@ class Meta(dict[str, Any]):
 
 @dataclass(frozen=True)
 class Entry:
-    """One logical tensor of a checkpoint."""
+    """One logical tensor in a checkpoint."""
 
     dtype: str
     """Name of the element type in the safetensors format, such as F32 or BF16."""
     shape: tuple[int, ...]
     intervals: list[tuple[int, int, int]]
-    """(rank, start, count) in elements of the flattened tensor, by rising start."""
+    """(rank, start, count) in elements of the flattened tensor, sorted by start."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The sound manifest of one checkpoint."""
+    """The intact manifest of one checkpoint."""
 
     folder: Path
     step: int
     attempt: int
     world_size: int
     meta: Meta
-    """What the run stored beside the tensors: samples, tokenizer, data, seed, config (its settings), ..."""
+    """The run's data beside the tensors: samples, tokenizer, data, seed, config (its settings), ..."""
     files: dict[str, list[int]]
-    """Size in bytes and, for an index, CRC-32; a data file's checksums are in its index."""
+    """Size in bytes and, for an index, CRC-32; the checksums of a data file are in its index."""
     tensors: dict[str, Entry] = field(repr=False)
 
     @property
@@ -120,23 +122,24 @@ class Manifest:
         return Age(self.attempt, self.step)
 
     def body(self) -> dict[str, Any]:
-        """What `manifest_of` makes this manifest of again, for another rank; JSON."""
+        """The manifest as JSON for another rank; `manifest_of` reverses this."""
         tensors = {name: (entry.dtype, entry.shape, entry.intervals) for name, entry in self.tensors.items()}
         return {**vars(self), "folder": str(self.folder), "tensors": tensors}
 
 
 def holds_adapter(meta: dict[str, Any]) -> bool:
-    """Whether the checkpoint with this meta has an adapter in the place of the weights."""
+    """Whether the checkpoint with this meta holds an adapter instead of the weights."""
     return "base" in meta
 
 
 def seal(body: dict[str, Any]) -> str:
-    """JSON text of `body` with its own CRC-32 as the last key; no format version may change this rule."""
+    """JSON text of `body` with its own CRC-32 as the last key. No format version may change this rule."""
     return json.dumps({**body, "crc32": zlib.crc32(json.dumps(body).encode())})
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a checkpoint; UserError for a folder that is none of ours or newer, else CheckpointDamaged."""
+    """The manifest of a checkpoint. UserError if the folder is no Sluice checkpoint or too new, CheckpointDamaged if
+    it is damaged."""
     path = folder / MANIFEST
     ours = re.fullmatch(r"step_\d{8,}", folder.name) is not None
     if not folder.is_dir():
@@ -166,7 +169,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def manifest_of(folder: Path, body: dict[str, Any]) -> Manifest:
-    """The manifest with this body, as `train.checkpoint.read_shards.merge_indexes` makes it."""
+    """The manifest with this body, which has the form of `train.checkpoint.read_shards.merge_indexes`."""
     path = folder / MANIFEST
     step, attempt, ranks = (_field(path, body, name, int) for name in ("step", "attempt", "world_size"))
     meta, files, tensors = (_field(path, body, name, dict) for name in ("meta", "files", "tensors"))
@@ -197,13 +200,13 @@ def _entries(path: Path, tensors: dict[str, Any], ranks: int) -> dict[str, Entry
 
 
 def _are_counts(found: Any, length: int | None = None) -> bool:
-    """Whether this is a list of integers from 0 on, of this length if one is given."""
+    """Whether `found` is a list of integers >= 0, of this length if given."""
     listed = isinstance(found, list | tuple) and length in (None, len(found))
     return listed and all(isinstance(count, int) and 0 <= count <= LARGEST_NUMBER for count in found)
 
 
 def _field(path: Path, body: dict[str, Any], name: str, kind: type) -> Any:
-    """A field of the body; CheckpointDamaged if it is missing or of another type."""
+    """A field of the body; CheckpointDamaged if it is missing or has another type."""
     if name not in body:
         raise CheckpointDamaged(path, f"holds no {name!r}")
     if not isinstance(body[name], kind) or isinstance(body[name], bool):
@@ -214,7 +217,7 @@ def _field(path: Path, body: dict[str, Any], name: str, kind: type) -> Any:
 
 
 def read_index(manifest: Manifest, rank: int) -> dict[str, Any]:
-    """The index of one rank's data file, checked against the manifest; CheckpointDamaged if it does not match."""
+    """The index of one rank's data file; CheckpointDamaged if it does not match the manifest."""
     path = manifest.folder / index_name(rank)
     try:
         text = path.read_bytes()
@@ -226,7 +229,7 @@ def read_index(manifest: Manifest, rank: int) -> dict[str, Any]:
 
 
 def check_index(manifest: Manifest, rank: int, text: bytes) -> dict[str, Any]:
-    """The index from its text; CheckpointDamaged if that does not match the manifest."""
+    """The index with this text; CheckpointDamaged if it does not match the manifest."""
     path = manifest.folder / index_name(rank)
     if [len(text), zlib.crc32(text)] != manifest.files[path.name]:
         raise CheckpointDamaged(path, "its checksum does not match the manifest's")
@@ -254,9 +257,9 @@ def _is_place(found: Any) -> bool:
 
 
 def verify(folder: Path, full: bool = False) -> list[str]:
-    """What is wrong with a checkpoint, file by file; an empty list if it is intact.
+    """Problems of a checkpoint, file by file; an empty list if it is intact.
 
-    Fast: sizes only. Full: every byte against its checksum. UserError if it is no checkpoint or a newer one.
+    Fast: sizes only. Full: every byte against its checksum. UserError if the folder is no checkpoint or too new.
     """
     try:
         return _problems(read_manifest(folder), full)
@@ -276,7 +279,7 @@ def _problems(manifest: Manifest, full: bool) -> list[str]:
 
 
 def check_data(manifest: Manifest, rank: int) -> None:
-    """Read one rank's data file whole; CheckpointDamaged at the first block that does not match its checksum."""
+    """Read one rank's data file completely; CheckpointDamaged at the first block with a wrong checksum."""
     index = read_index(manifest, rank)
     path = manifest.folder / data_name(rank)
     try:
@@ -292,12 +295,12 @@ def check_data(manifest: Manifest, rank: int) -> None:
 
 @dataclass(frozen=True)
 class FoundCheckpoint:
-    """Outcome of a search for the newest intact checkpoint."""
+    """Result of a search for the newest intact checkpoint."""
 
     manifest: Manifest | None
     warnings: list[str]
-    """What is wrong, file by file, with each damaged checkpoint met: all without a sound manifest, whose age nobody
-    can tell, and those newer than the one found."""
+    """Problems of damaged checkpoints, file by file: those without an intact manifest, whose age is unknown, and
+    those newer than the result."""
 
     @property
     def path(self) -> Path | None:
@@ -307,9 +310,8 @@ class FoundCheckpoint:
 def newest_intact(root: Path, full: bool = False, skip: Collection[Path] = ()) -> FoundCheckpoint:
     """The newest intact checkpoint in a run's checkpoints/ folder, by `verify`; None if there is none.
 
-    `skip`: checkpoints that `load` has found damaged, where the fast verification could not.
-
-    Raises UserError if one has a newer format: to pass over it would throw training away.
+    `skip`: checkpoints that `load` found damaged although the fast verification did not. Raises UserError if a
+    checkpoint has a newer format, because skipping it would lose training.
     """
     while True:
         warnings: list[str] = []
@@ -319,7 +321,7 @@ def newest_intact(root: Path, full: bool = False, skip: Collection[Path] = ()) -
             problems = _problems(manifest, full)
             if not problems:
                 return FoundCheckpoint(manifest, warnings)
-            if not os.path.lexists(manifest.folder):  # a run that lives has pruned it, as there are newer ones
+            if not os.path.lexists(manifest.folder):  # a live run has pruned it, so there are newer ones
                 break
             warnings += problems
         else:
@@ -332,7 +334,7 @@ def checkpoints(root: Path) -> list[Manifest]:
 
 
 def _newest_first(root: Path, warnings: list[str]) -> list[Manifest]:
-    """The sound manifests in `root`, by falling age; what is wrong with the others goes to `warnings`."""
+    """The intact manifests in `root`, newest first; problems of the others go to `warnings`."""
     while True:
         sound: list[Manifest] = []
         damaged: list[str] = []
@@ -340,7 +342,7 @@ def _newest_first(root: Path, warnings: list[str]) -> list[Manifest]:
             try:
                 sound.append(read_manifest(folder))
             except UserError as error:
-                if not os.path.lexists(folder):  # a run that lives has pruned it: look again, as there are newer ones
+                if not os.path.lexists(folder):  # a live run has pruned it: search again, because there are newer ones
                     break
                 if not isinstance(error, CheckpointDamaged):
                     raise

@@ -1,9 +1,9 @@
-"""A rank's side of the copies in memory (see cluster/node/copy_store.py): writing its part, and reading any part back.
+"""Writes and reads a rank's copies in memory (see cluster/node/copy_store.py).
 
-`save` copies the shards to buffers and returns; a thread writes them to the folder of the rank's own node, and sends the
-same file to the next node. Which earlier set must stay is agreed on by all ranks before: the newest that every one of
-them has stored in both places. So a whole set is there at any moment, however a save ends. A save that fails is a line
-of text for `poll`; the next one is a new chance.
+`save` copies the shards to buffers and returns. A thread writes them to the folder of the rank's own node, and sends
+the same file to the next node. Before a save, all ranks agree on the earlier set to keep: the newest that every rank
+has stored in both places. So a whole set exists at any moment, however a save ends. A failed save becomes a warning in
+`poll`, and the next save starts fresh.
 """
 
 import json
@@ -32,14 +32,14 @@ from train.checkpoint.read_shards import FolderFiles, ReadSpan, merge_indexes
 from train.checkpoint.staging import StagingBuffers, lay_out_shards
 
 SETS = 2
-"""Sets that a node holds at most."""
+"""Maximum number of sets on a node."""
 
 
 class MemoryCopies:
-    """What one rank of one attempt keeps in memory. Every rank calls save for the same steps."""
+    """The memory copies of one rank in one attempt. Every rank calls save for the same steps."""
 
     def __init__(self, shelves: Shelves, token: str, *, rank: int, world_size: int, attempt: int, timeout: float):
-        """timeout: longest wait for another node, in seconds."""
+        """timeout: maximum wait for another node, in seconds."""
         self.shelves, self.token, self.rank, self.world_size = shelves, token, rank, world_size
         self.attempt, self.timeout = attempt, timeout
         home = shelves.home(rank)
@@ -47,20 +47,20 @@ class MemoryCopies:
         self._folder = Path(shelves.nodes[home].folder)
         self._next = None if following is None else shelves.nodes[following]
         self._resumed = ""
-        """The set that this attempt started from, to be kept until it has one of its own."""
+        """The set that this attempt resumed from; it is kept until a newer one is whole."""
         self._stored = -1
-        """Step of this rank's newest part that is in both places."""
+        """Step of this rank's newest part that is stored in both places."""
         self._asked = -1
-        """Step of the last save."""
+        """Step of the last requested save."""
         self._stage: StagingBuffers | None = None
         self._thread: threading.Thread | None = None
         self._began = 0.0
         self._warnings: deque[str] = deque()  # the thread appends while the loop polls
 
     def save(self, step: int, shards: dict[str, Shard], meta: dict[str, Any]) -> float:
-        """Keep the state as it is after `step`; returns how long the caller was held up, in seconds. Collective.
+        """Copy the state after `step`; returns the seconds that the caller was blocked. Collective.
 
-        Waits for the save before. `meta`: JSON values, the same on every rank.
+        Waits for the previous save. `meta`: JSON values, the same on every rank.
         """
         began = time.perf_counter()
         ready = self._join()
@@ -81,18 +81,18 @@ class MemoryCopies:
         return time.perf_counter() - began
 
     def save_and_wait(self, step: int, shards: dict[str, Shard], meta: dict[str, Any]) -> bool:
-        """Save for a run that ends here: returns once the copy is made, and whether it is whole. Collective."""
+        """Save at the end of a run: returns when the copy is complete, and whether all ranks have it. Collective."""
         if self._asked != step:
             self.save(step, shards, meta)
         self._join()
         return self._oldest_stored() == step
 
     def poll(self) -> list[str]:
-        """What went wrong since the last call; never waits."""
+        """Warnings since the last call; never waits."""
         return [self._warnings.popleft() for _ in range(len(self._warnings))]
 
     def _join(self) -> bool:
-        """Wait for the thread as long as no other rank takes this one for hung; False if it still runs."""
+        """Wait for the thread, but not so long that another rank considers this rank hung; False if it still runs."""
         if self._thread is not None:
             self._thread.join(max(0.0, self._began + SAVE_PATIENCE * self.timeout - time.perf_counter()))
             if self._thread.is_alive():
@@ -101,20 +101,20 @@ class MemoryCopies:
         return True
 
     def _agree_on_kept(self) -> str:
-        """The set to keep until the next one is whole; empty if there is none."""
+        """Name of the set to keep until the next one is whole; empty if there is none."""
         step = self._oldest_stored()
         if step < self._asked == self._stored:
             self._warnings.append(f"copy of step {self._asked} in memory is not whole; logs of the other ranks say why")
         return SetId(self.attempt, step, self.world_size).name if step >= 0 else self._resumed
 
     def _oldest_stored(self) -> int:
-        """The newest step whose parts all ranks have in both places; -1 for none."""
+        """The newest step whose parts all ranks have in both places; -1 if there is none."""
         stored = torch.tensor([self._stored])
         dist.all_reduce(stored, op=dist.ReduceOp.MIN)
         return int(stored)
 
     def _run(self, stage: StagingBuffers, id: SetId, kept: str, meta: dict[str, Any]) -> None:
-        """The thread: everything that can go wrong becomes a warning."""
+        """Runs in the thread; turns every failure into a warning."""
         try:
             self._write(stage, id, kept, meta)
             self._stored = id.step
@@ -122,7 +122,7 @@ class MemoryCopies:
             self._warnings.append(f"copy of step {id.step} in memory not made by rank {self.rank}: {error}")
 
     def _write(self, stage: StagingBuffers, id: SetId, kept: str, meta: dict[str, Any]) -> None:
-        """Own node first, then the next one; the index follows its data in both."""
+        """Writes to the own node first, then to the next; in both the index follows its data."""
         prune(self._folder, {id.name, kept}, self.attempt)
         folder = self._folder / id.name
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -135,10 +135,10 @@ class MemoryCopies:
                     peer.put(id.name, folder / name, kept)
 
     def require_room(self, shards: dict[str, Shard]) -> str | None:
-        """Whether the copies of all ranks fit into the memory of their nodes; called by every rank before the first save.
+        """Check that the copies of all ranks fit into their nodes' memory; called by every rank before the first save.
 
-        Returns None if they do. If not: UserError where the run has all its ranks, else why there will be no copies: a run
-        on fewer nodes has larger parts, and must rather go on.
+        Returns None if they fit. If not, it raises UserError if the run has all its ranks. A run on fewer nodes has
+        larger parts and must continue, so it returns the reason for having no copies.
         """
         home = self.shelves.home(self.rank)
         room = shutil.disk_usage(self._folder).free + folder_bytes(self._folder)
@@ -165,9 +165,10 @@ class MemoryCopies:
     # Resuming -------------------------------------------------------------------------------------------------------
 
     def manifest(self) -> Manifest | None:
-        """For one rank: the manifest of the set to resume from, made from the indexes of all parts; None without one.
+        """For one rank: the manifest of the set to resume from, built from the indexes of all parts; None without a
+        set.
 
-        Raises CheckpointDamaged if a part is missing or the parts do not make up the tensors.
+        Raises CheckpointDamaged if a part is missing or the parts do not cover the tensors.
         """
         if self.shelves.resume is None:
             return None
@@ -182,12 +183,12 @@ class MemoryCopies:
         return ShelfFiles(self.shelves, self.token, self.rank, self.timeout)
 
     def mark_resumed(self) -> None:
-        """The state was loaded from the set; keep it until there is a newer one."""
+        """Keep the set that was loaded until there is a newer one."""
         self._resumed = self.shelves.resume or ""
 
 
 class ShelfFiles:
-    """The files of the set to resume from, on this node or another; see train.checkpoint.read_shards.Files."""
+    """The files of the set to resume from, on this node or others; see train.checkpoint.read_shards.Files."""
 
     def __init__(self, shelves: Shelves, token: str, rank: int, timeout: float):
         assert shelves.resume is not None
@@ -211,6 +212,6 @@ class ShelfFiles:
             yield lambda view, position: peer.read(self._set, data_name(rank), view, position)
 
     def _peer(self, rank: int) -> Peer:
-        """One of the nodes that hold this part; ranks spread over them."""
+        """One of the nodes that hold this part; different ranks use different holders."""
         holders = self._shelves.holders[rank]
         return Peer(self._shelves.nodes[holders[self._home % len(holders)]].address, self._token, self._timeout)

@@ -1,8 +1,8 @@
-"""From a checkpoint into live shards, whatever layout wrote it.
+"""Loads a checkpoint into live shards, whatever layout wrote it.
 
-Each wanted shard is an interval of a flattened tensor; the manifest lists the intervals that the writing ranks
-held. Their intersections say which bytes of which files to read, and nothing else is read: whole blocks around
-those bytes, each checked against its CRC-32 before a single element of it is used.
+Each wanted shard is an interval of a flattened tensor. The manifest lists the intervals that the writing ranks held.
+Their intersections give the bytes to read. Only whole blocks around these bytes are read, and each block is checked
+against its CRC-32 before any of its elements is used.
 """
 
 import json
@@ -34,15 +34,16 @@ from train.checkpoint.manifest import (
 )
 from train.checkpoint.staging import DTYPES
 
-# Intervals of flattened tensors: whether they cover a range, and the table of all ranks' intervals.
+# Intervals of flattened tensors: coverage checks, and the merged table of all ranks' intervals.
 
 
 class NotCovered(ValueError):
-    """The intervals of all ranks together do not make up a tensor."""
+    """The intervals of all ranks do not cover a tensor."""
 
 
 def first_hole(intervals: list[tuple[int, int]], start: int, stop: int) -> int | None:
-    """The first element of [start, stop) in no (start, count) interval; they come by rising start. None if covered."""
+    """The first element of [start, stop) outside all (start, count) intervals, which are sorted by start; None if
+    all are covered."""
     reached = start
     for begin, count in intervals:
         if begin > reached:
@@ -52,9 +53,9 @@ def first_hole(intervals: list[tuple[int, int]], start: int, stop: int) -> int |
 
 
 def merge_indexes(indexes: list[bytes], meta: dict[str, Any]) -> dict[str, Any]:
-    """Body of the manifest for the index files of ranks 0, 1, ...; NotCovered if a tensor has a hole.
+    """Body of the manifest for the index files of ranks 0, 1, ...; NotCovered if a tensor has a gap.
 
-    Intervals may overlap: replicas that several ranks hold are read from any of them.
+    Intervals may overlap: a replica is read from any rank that holds it.
     """
     ranks = [json.loads(text) for text in indexes]
     tensors: dict[str, tuple[str, list[int], list[tuple[int, int, int]]]] = {}
@@ -91,12 +92,12 @@ LOSSLESS = {
     torch.float32: (torch.float64,),
     torch.int32: (torch.int64,),
 }
-"""Conversions that keep every value: from the type in the file to the wanted one."""
+"""Conversions that keep every value: from the stored type to the wanted types."""
 
 
 @dataclass
 class FilePiece:
-    """A part of one wanted shard that one file holds."""
+    """A part of one wanted shard that is in one file."""
 
     name: str
     start: int
@@ -106,17 +107,17 @@ class FilePiece:
 
 
 ReadSpan = Callable[[memoryview, int], int]
-"""Fills the memory from this byte of a file on; returns how many bytes there were."""
+"""Fills the memory from this byte position of a file; returns the number of bytes read."""
 
 
 class Files(Protocol):
-    """Where the files of a checkpoint are. Both raise OSError."""
+    """Access to the files of a checkpoint, wherever they are. Both methods raise OSError."""
 
     def index(self, rank: int) -> bytes:
         """The index of a rank's data file."""
 
     def data(self, rank: int) -> AbstractContextManager[ReadSpan]:
-        """A rank's data file, to be read in parts."""
+        """A rank's data file, opened for partial reads."""
 
 
 class FolderFiles:
@@ -135,17 +136,19 @@ class FolderFiles:
 
 
 def load_shards(path: Path, wanted: dict[str, Shard], rounded: bool = False) -> dict[str, Any]:
-    """Fill the memory of every wanted shard from the checkpoint in `path`. rounded: to the type of the shard, where that is a smaller one.
+    """Fill the memory of every wanted shard from the checkpoint in `path`. rounded: values may be rounded to a smaller
+    type of the shard.
 
-    Returns the stored meta, and `step`, `attempt` and `world_size` of the run that wrote it. Raises UserError, before
-    anything is written, if the folder is no checkpoint, is newer, or lacks a tensor or part of it, or if shape or
-    type differ; CheckpointDamaged (a UserError too) if a file is missing or a checksum wrong: then shards may be half filled.
+    Returns the stored meta, and `step`, `attempt` and `world_size` of the run that wrote it. UserError comes before any
+    write: the folder is no checkpoint, is too new, lacks a tensor or part of it, or differs in shape or type.
+    CheckpointDamaged (a UserError too) means a missing file or wrong checksum; shards may then be partly filled.
     """
     return fill_shards(read_manifest(path), FolderFiles(path), wanted, rounded)
 
 
 def fill_shards(manifest: Manifest, files: Files, wanted: dict[str, Shard], rounded: bool = False) -> dict[str, Any]:
-    """Fill shards from a checkpoint whose manifest is known and whose files may be anywhere. rounded: as in `load_shards`."""
+    """Fill shards from a checkpoint with a known manifest, whose files may be anywhere. rounded: as in
+    `load_shards`."""
     pieces: dict[int, list[FilePiece]] = {}
     for name, shard in wanted.items():
         for rank, piece in _pieces(manifest, name, shard, rounded):
@@ -155,14 +158,14 @@ def fill_shards(manifest: Manifest, files: Files, wanted: dict[str, Shard], roun
         try:
             _read_rank(manifest, files, rank, parts, buffer)
         except OSError as error:
-            file = error.filename or data_name(rank)  # an error of reading names no file
+            file = error.filename or data_name(rank)  # a read error has no file name
             raise CheckpointDamaged(manifest.folder / file, error) from error
     identity = {"step": manifest.step, "attempt": manifest.attempt, "world_size": manifest.world_size}
     return {**manifest.meta, **identity}
 
 
 def _pieces(manifest: Manifest, name: str, shard: Shard, rounded: bool) -> list[tuple[int, FilePiece]]:
-    """(rank, piece) that together make up one wanted shard; overlaps of the stored intervals are read once."""
+    """(rank, piece) pairs that together cover one wanted shard; overlapping intervals are read once."""
     entry = _compatible(manifest, name, shard, rounded)
     stop = shard.offset + shard.local.numel()
     spans = [(start, count) for _, start, count in entry.intervals]
@@ -184,7 +187,7 @@ def _pieces(manifest: Manifest, name: str, shard: Shard, rounded: bool) -> list[
 
 
 def _compatible(manifest: Manifest, name: str, shard: Shard, rounded: bool) -> Entry:
-    """The entry of a wanted tensor, or UserError if there is none that fits it."""
+    """The entry of a wanted tensor; UserError if none fits."""
     entry, shape = manifest.tensors.get(name), tuple(shard.shape)
     if entry is None:
         raise UserError(
@@ -216,7 +219,7 @@ def _compatible(manifest: Manifest, name: str, shard: Shard, rounded: bool) -> E
 
 
 def _read_rank(manifest: Manifest, files: Files, rank: int, pieces: list[FilePiece], buffer: Tensor) -> None:
-    """Fill the pieces that lie in one rank's file, in the order of the file, so that a shared block is read once."""
+    """Fill the pieces in one rank's file, in file order, so that a shared block is read once."""
     index = check_index(manifest, rank, files.index(rank))
     tensors, path = index["tensors"], manifest.folder / data_name(rank)
     for piece in pieces:
@@ -255,7 +258,7 @@ def _read_rank(manifest: Manifest, files: Files, rank: int, pieces: list[FilePie
 
 
 def _read_block(read: ReadSpan, path: Path, index: dict[str, Any], number: int, buffer: Tensor) -> None:
-    """Read one block of the data part into `buffer`; CheckpointDamaged if it is short or its checksum is wrong."""
+    """Read one block of the data into `buffer`; CheckpointDamaged if it is short or its checksum is wrong."""
     size = min(CRC_BLOCK, index["data_bytes"] - number * CRC_BLOCK)
     view, position = buffer.numpy().data[:size], index["header_bytes"] + number * CRC_BLOCK
     while view:

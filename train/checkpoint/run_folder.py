@@ -1,20 +1,21 @@
-"""The folder of a run: its names, its lock, and where the run resumes from. Imports no torch: the driver uses it.
+"""The folder of a run: its files, its lock, and the checkpoint to resume from. Imports no torch, because the driver
+uses it.
 
 runs/NAME/
-    config.yaml        every value, resolved; what the ranks read
-    tokenizer.json     what turns text into the run's tokens, with tokenizer_config.json
+    config.yaml        every setting, resolved; the ranks read it
+    tokenizer.json     the run's tokenizer, with tokenizer_config.json
     metrics.jsonl      one JSON object a step
     timeline.json      a step of a pipeline, see train/metrics/timeline_file.py
     checkpoints/       see train/checkpoint/manifest.py
     logs/rank_N.log
-    starts.json        how it was started, by what code and where, see train/metrics/origin.py
-    sample.json        what the model wrote at the end
+    starts.json        command, code and machine of each start, see train/metrics/origin.py
+    sample.json        text that the model generated at the end
     best.json          step and held-out loss of the checkpoint that checkpoint.keep_best keeps
     report.html
     wandb/
-    .lock              locked, with process and host, as long as the driver of the run lives
-    .rank_0.lock       locked, shared, as long as a rank 0 of the run lives: it may outlive its driver, and alone writes what
-                       a start reads. A new start waits for it.
+    .lock              locked, with process and host, while the driver of the run lives
+    .rank_0.lock       locked, shared, while a rank 0 of the run lives. Rank 0 may outlive its driver, and only rank 0 writes
+                       the files that a start reads. So a new start waits for it.
 """
 
 import fcntl
@@ -53,18 +54,19 @@ from train.checkpoint.manifest import FoundCheckpoint, checkpoints, newest_intac
 
 BEST = "best.json"
 WANDB_PLACE = "place.json"
-"""In `wandb/`: project, entity and group in which the W&B run of this folder is."""
+"""File in `wandb/`: project, entity and group of this folder's W&B run."""
 WANDB_NAMES = ("project", "entity", "group")
 
 
 class RunFolder(RunPaths):
-    """A run folder that this process holds. Close it, or use it in `with`, to let another run have it."""
+    """A run folder that this process holds. Close it, or use it in `with`, to release it for another run."""
 
     def __init__(self, config: Config, checkpoint_bytes: int = 0):
         """Create and lock the folder and write config.yaml. `checkpoint_bytes`: estimated size of one checkpoint.
 
-        Waits for a rank 0 that has lost its driver and is about to end. Raises UserError, with nothing changed in an
-        existing folder, if a live run holds it, another user owns it, that rank does not end, the disk cannot hold the checkpoints, or resume forbids to go on with the checkpoints there.
+        Waits for a rank 0 that has lost its driver and is about to end. UserError leaves an existing folder unchanged.
+        Reasons: a live run holds it, another user owns it, that rank 0 does not end, the disk lacks room for the
+        checkpoints, or resume forbids to continue from them.
         """
         super().__init__(config)
         with disk_errors(config):
@@ -88,17 +90,17 @@ class RunFolder(RunPaths):
             raise
 
     def take_back(self) -> None:
-        """Undo the writing of config.yaml: the ranks refused to start. What was there describes the checkpoints."""
+        """Restore config.yaml after the ranks refused to start, because the old one describes the checkpoints."""
         try:
             if self._before is None:
                 self.config_path.unlink()
             else:
                 atomic_write_text(self.config_path, self._before)
-        except OSError as error:  # why the ranks refused is told in any case
+        except OSError as error:  # the ranks' reason is reported in any case
             say(f"{self.config_path} keeps the settings of this start: {explain_disk_error(error)}", file=sys.stderr)
 
     def close(self) -> None:
-        """Let go of the lock. The kernel does it too when the process dies, however it dies."""
+        """Release the lock. When the process dies, the kernel releases it."""
         os.close(self._lock)
 
     def __enter__(self) -> "RunFolder":
@@ -112,8 +114,9 @@ class RunFolder(RunPaths):
 
 @contextmanager
 def held_by_rank_0(paths: RunPaths) -> Iterator[None]:
-    """In rank 0, while it may write to the run folder. Ranks 0 of two attempts may hold it at once, one of them on a node
-    that was cut off; a start that has just begun may take it for a moment.
+    """Held by rank 0 while it may write to the run folder.
+
+    Ranks 0 of two attempts may hold it at once, if one is on a disconnected node. A new start may hold it for a moment.
     """
     paths.path.mkdir(parents=True, exist_ok=True)
     handle = open_lock(paths.rank_lock)
@@ -128,7 +131,7 @@ def held_by_rank_0(paths: RunPaths) -> Iterator[None]:
 
 
 def _await_end_of_rank_0(path: Path, config: Config) -> None:
-    """UserError if one holds the lock for longer than a rank lives on without its driver."""
+    """Wait for an earlier rank 0 to end; UserError if it holds the lock longer than a rank survives its driver."""
     handle = open_lock(path)
     try:
         limit = longest_afterlife(config)
@@ -155,7 +158,7 @@ def _me() -> str:
 
 
 def _holder(handle: int, path: Path) -> str:
-    """Who wrote into a lock file, and whether it can still be that one which holds it."""
+    """The process that a lock file names, and whether that process can still hold the lock."""
     text = os.pread(handle, 200, 0).decode(errors="replace").strip()
     told = re.fullmatch(r"process (\d{1,9}) on host (.+)", text)
     if told is None or (told[2] == socket.gethostname() and not lives(int(told[1]))):
@@ -166,7 +169,7 @@ def _holder(handle: int, path: Path) -> str:
 
 
 def is_held(run: Path) -> bool:
-    """Whether a driver, or a rank 0 that outlived it, still writes there."""
+    """Whether a driver, or a rank 0 that outlived it, still writes to the run folder."""
     for lock in (run / ".lock", run / ".rank_0.lock"):
         try:
             handle = open_plain(lock, os.O_RDONLY)
@@ -182,11 +185,11 @@ def is_held(run: Path) -> bool:
 
 
 def resume_point(config: Config, skip: Collection[Path] = ()) -> FoundCheckpoint:
-    """The checkpoint to start from (None: start new), with a warning for each damaged one passed over.
+    """The checkpoint to start from (None: start new), with a warning for each damaged one that was skipped.
 
-    `skip`: checkpoints that `load` found damaged. Raises UserError if a named checkpoint is damaged, or if all there
-    are: starting new beside them would throw training away unasked. Make rank 0's Checkpointer first: it repairs a
-    commit that was cut in two.
+    `skip`: checkpoints that `load` found damaged. Raises UserError if a named checkpoint is damaged, or if all are,
+    because a new start beside them would silently lose training. Create rank 0's Checkpointer first: it repairs an
+    interrupted commit.
     """
     own = RunPaths(config).checkpoints
     if config.resume == "never":
@@ -205,7 +208,8 @@ def resume_point(config: Config, skip: Collection[Path] = ()) -> FoundCheckpoint
 
 
 def find_checkpoint(config: Config, given: str | None, field: str) -> Path:
-    """The intact checkpoint that `given`, the value of `field`, names; null means the newest of the run. UserError if none."""
+    """The intact checkpoint that `given`, the value of `field`, names; null means the run's newest. UserError if
+    there is none."""
     try:
         found = resume_point(replace(config, resume=given or "auto")).path
     except UserError as error:
@@ -221,7 +225,7 @@ def find_checkpoint(config: Config, given: str | None, field: str) -> Path:
 
 
 def _named(path: Path) -> FoundCheckpoint:
-    """The intact checkpoint that a path names, itself or as the newest of a run; UserError if there is none."""
+    """The intact checkpoint at a path, or the newest one of a run at that path; UserError if there is none."""
     root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     if root.name == "checkpoints":
         found = newest_intact(root)
@@ -240,9 +244,9 @@ def _named(path: Path) -> FoundCheckpoint:
 
 
 def wandb_place(run: Path) -> dict[str, str | None]:
-    """Project, entity and group in which a run folder has its W&B run; empty for one that has none, or does not say where.
+    """Project, entity and group of a folder's W&B run; empty if there is no run or its place is unknown.
 
-    An earlier version had keys for them, so that its config.yaml says it as long as no other start has replaced that file.
+    An earlier version had keys for them, so its config.yaml holds them until another start replaces that file.
     """
     with suppress(*UNREADABLE, KeyError, TypeError, AttributeError):
         if (run / "wandb" / WANDB_PLACE).is_file():
@@ -272,9 +276,9 @@ def _make(config: Config, root: Path) -> None:
 
 
 def _lock(path: Path, name: str) -> int:
-    """An open handle that holds the lock; UserError naming the holder if another open file has it.
+    """An open handle that holds the lock; UserError with the holder's name if another process has it.
 
-    The file is never removed: between open and lock, a remover would leave two processes with two files.
+    The file is never removed, because a removal between open and lock would leave two processes with two files.
     """
     handle = open_lock(path)
     try:
@@ -307,7 +311,7 @@ def _lock(path: Path, name: str) -> int:
 
 
 def _refuse_existing(config: Config, folder: Path) -> None:
-    """resume=never is for new runs: UserError if the run has checkpoints, sound or not."""
+    """Raise UserError if resume=never and the run has checkpoints, intact or not."""
     if config.resume == "never" and (existing := sorted(folder.glob(STEP_FOLDERS))):
         raise UserError(
             "resume",
@@ -318,24 +322,27 @@ def _refuse_existing(config: Config, folder: Path) -> None:
 
 
 def write_best(folder: Path, step: int, loss: float) -> None:
-    """Say which checkpoint of a run is the one with the least held-out loss."""
+    """Record the checkpoint with the lowest held-out loss."""
     atomic_write_json(folder / BEST, {"step": step, "validation_loss": loss})
 
 
 def best_step(folder: Path) -> int | None:
-    """Step of the checkpoint with the least held-out loss, where a run keeps it."""
+    """Step of the checkpoint with the lowest held-out loss; None if the run keeps none."""
     with suppress(OSError, ValueError, KeyError, TypeError, OverflowError):
         return int(read_plain_json(folder / BEST)["step"])
     return None
 
 
 def check_space(config: Config, checkpoint_bytes: int) -> None:
-    """UserError if the disk cannot take the checkpoints still missing from `keep`, the one in the making, and beside them that which
-    the run resumes from.
+    """Raise UserError if the disk has no room for the checkpoints.
+
+    It counts those still missing from `keep`, the one being written, and the one that the run resumes from.
     """
     paths = RunPaths(config)
     there = len(checkpoints(paths.checkpoints))
-    most = config.checkpoint.keep + 1 if config.checkpoint.every else 1  # without any on the way: the one at the end
+    most = (
+        config.checkpoint.keep + 1 if config.checkpoint.every else 1
+    )  # without checkpoints during training: only the one at the end
     most += config.checkpoint.keep_best
     copies = max(1, most + (there > 0) - there)
     place = next(folder for folder in (paths.path, *paths.path.parents) if folder.exists())

@@ -1,11 +1,11 @@
-"""From live shards to a rank's data file, in two moves.
+"""Copies live shards to a rank's data file, in two steps.
 
-`StagingBuffers.copy` packs the shards into buffers in CPU memory, laid out as the file will be; training goes on as soon as
-it returns. `StagingBuffers.write` writes the buffers from a thread and computes a CRC-32 per block on the way. The buffers
-are kept between saves: page-locked memory is slow to allocate, and pages touched once are cheap to fill again.
+`StagingBuffers.copy` packs the shards into CPU buffers in the layout of the file; training continues when it returns.
+`StagingBuffers.write` runs in a thread, writes the buffers, and computes a CRC-32 per block. The buffers are kept
+between saves, because page-locked memory is slow to allocate, and reused pages are fast to fill.
 
-The file is in the safetensors format (8 bytes of header length, a JSON header, raw little-endian data), so that
-any tool can open it. It is written here because the library's writer neither computes checksums nor syncs.
+The file is in the safetensors format (8 bytes of header length, a JSON header, raw little-endian data), so any tool can
+open it. The library's writer is not used, because it neither computes checksums nor syncs.
 """
 
 import json
@@ -44,14 +44,14 @@ DTYPES = {
 }
 """Element types and their names in the safetensors format."""
 WRITE_BYTES = 16 << 20
-"""Bytes of one write, so that a slow disk shows that it goes on."""
+"""Bytes per write call, so that a slow disk still shows progress."""
 DTYPE_BYTES = {name: dtype.itemsize for dtype, name in DTYPES.items()}
-"""Bytes of an element, by these names."""
+"""Bytes per element, by safetensors name."""
 
 
 @dataclass(frozen=True)
 class StagedLayout:
-    """Where each shard lies in the data part of a rank's file."""
+    """Position of each shard in the data part of a rank's file."""
 
     places: dict[str, tuple[str, tuple[int, ...], int, int, int]]
     """name -> (dtype, logical shape, start and count in elements, first byte in the data part)."""
@@ -60,7 +60,7 @@ class StagedLayout:
 
 
 def lay_out_shards(shards: dict[str, Shard]) -> StagedLayout:
-    """The file of these shards; it names each by an interval of one dimension."""
+    """The file layout of these shards; each shard is stored as a one-dimensional interval."""
     for name, shard in shards.items():
         assert shard.local.dtype in DTYPES, f"{name}: {shard.local.dtype} has no name in the safetensors format"
     header, offsets, size = safetensors_header(
@@ -76,9 +76,10 @@ def lay_out_shards(shards: dict[str, Shard]) -> StagedLayout:
 def safetensors_header(
     tensors: Iterable[tuple[str, str, Sequence[int]]], metadata: dict[str, str] | None = None
 ) -> tuple[bytes, dict[str, int], int]:
-    """The first bytes of a file with these tensors (name, type and shape), the first byte of each in the data part, and the
-    bytes of that part. Wide elements come first, so that each is aligned to its own size without padding, which the format
-    forbids; else the order is the given one.
+    """Header of a file with these tensors (name, type and shape).
+
+    Returns the header bytes, the first byte of each tensor in the data part, and the size of that part. Wide elements
+    come first, so that each is aligned without padding, which the format forbids. Otherwise the given order stays.
     """
     header: dict[str, dict[str, Any]] = {} if metadata is None else {"__metadata__": metadata}
     offsets, at = {}, 0
@@ -92,19 +93,19 @@ def safetensors_header(
 
 
 class StagingBuffers:
-    """A rank's buffers for one save at a time."""
+    """A rank's buffers, for one save at a time."""
 
     def __init__(self, pinned: bool, most: int = 0):
-        """`pinned`: page-lock the buffers, for fast copies from a GPU. `most`: bytes that they may take, at least those of one segment; 0 for
-        all that is saved. What is more is copied piece by piece as it is written."""
+        """`pinned`: page-lock the buffers, for fast copies from a GPU. `most`: maximum bytes of the buffers, at
+        least one segment; 0 for the whole state. A larger state is copied piece by piece while it is written."""
         self.pinned, self.most = pinned, most and max(most, THRESHOLDS.staging_bytes)
         self.segments: list[Tensor] = []
         self.layout = StagedLayout({}, b"", 0)
         self._live: dict[str, Shard] = {}
-        """What is still to be copied."""
+        """Shards that are still to be copied."""
 
     def copy(self, shards: dict[str, Shard]) -> None:
-        """Take a snapshot. When this returns, the shards may change, but not before the end of `write` where they are `in_pieces`."""
+        """Take a snapshot. The shards may change when this returns, or if `in_pieces` is true, after `write`."""
         self.layout, self._live = lay_out_shards(shards), shards
         self._fit(self._room)
         if not self.in_pieces:
@@ -113,7 +114,7 @@ class StagingBuffers:
 
     @property
     def in_pieces(self) -> bool:
-        """Whether what is saved now is more than the buffers hold."""
+        """Whether the current save is larger than the buffers."""
         return self._room < self.layout.data_bytes
 
     @property
@@ -121,7 +122,7 @@ class StagingBuffers:
         return min(self.layout.data_bytes, self.most or self.layout.data_bytes)
 
     def _fill(self, start: int) -> None:
-        """Copy the bytes of the data part from `start` on, as many as there is room for."""
+        """Copy the bytes of the data part from `start` on, up to the buffers' size."""
         devices = set()
         for name, (*_, at) in self.layout.places.items():
             raw = self._live[name].local.detach().view(torch.uint8)
@@ -133,11 +134,11 @@ class StagingBuffers:
                 self.segments[segment][offset : offset + size].copy_(part, non_blocking=self.pinned)
                 done += size
             devices |= {raw.device} if raw.is_cuda else set()
-        for device in devices:  # wait here, so that whichever stream writes the shards next needs no event
+        for device in devices:  # wait here, so that no later writer of the shards needs an event
             torch.cuda.synchronize(device)
 
     def write(self, folder: Path, rank: int) -> dict[str, Any]:
-        """Write and fsync this rank's data file. Returns what its index says about it; OSError if it cannot."""
+        """Write and fsync this rank's data file. Returns the content of its index; OSError if it fails."""
         header, blocks, left = self.layout.header, Checksums(), self.layout.data_bytes
         path = folder / data_name(rank)
         with naming(path, len(header) + left), open(path, "wb", buffering=0, opener=open_plain) as file:
@@ -161,7 +162,8 @@ class StagingBuffers:
         }
 
     def _fit(self, size: int) -> None:
-        """Make the segments hold `size` bytes; all but the last are full-sized, and those that fit are kept."""
+        """Resize the segments to `size` bytes; all but the last are full-sized, and large enough segments are
+        reused."""
         most = THRESHOLDS.staging_bytes
         wanted = [min(most, size - start) for start in range(0, size, most)]
         kept = self.segments[: len(wanted)]
@@ -175,12 +177,12 @@ class StagingBuffers:
 
 
 class Checksums:
-    """CRC-32 of every block of data that comes in views of any size; the last block may be short."""
+    """CRC-32 of every block of data, which arrives in views of any size; the last block may be short."""
 
     def __init__(self) -> None:
         self.all: list[int] = []
         self._room = 0
-        """Bytes that are left in the last block."""
+        """Bytes still missing from the last block."""
 
     def add(self, view: memoryview) -> None:
         while view:

@@ -1,13 +1,12 @@
-"""Weights as a checkpoint means them: those that it holds or, of an adapter's run, those of its base with the adapter added.
+"""Reads a checkpoint's weights; for an adapter's run, the base with the adapter added.
 
-    W + scale B A       in fp32, before anything rounds it
+    W + scale B A       in fp32, before any rounding
 
-An adapter's pairs come from the checkpoint of its run, or from a folder of PEFT's (adapter.path) beside a whole model. Either way they are
-added while the base is read, interval by interval, so that no more of them is in memory than a few tensors.
+LoRA's A and B come from the checkpoint of the run, or from a PEFT folder (adapter.path) beside a whole model. They are
+added while the base is read, interval by interval, so only a few tensors are in memory at a time.
 
-The weights of a checkpoint of ours, without optimizer and gradients: in the chunks of a layout, or whole in one process.
-
-The whole model of a Hugging Face folder in one process.
+A Sluice checkpoint is read without optimizer and gradients: into the chunks of a layout, or whole in one process. A
+Hugging Face folder is read whole in one process.
 """
 
 import hashlib
@@ -60,11 +59,11 @@ from train.model.operations import Kernels
 from train.parallelize import build_chunks, build_pipeline, make_dispatcher, make_share
 
 CACHED_TENSORS = 8
-"""Tensors of an adapter's checkpoint that are kept for the matrices that follow: those of one layer's experts."""
+"""Number of adapter tensors kept for the next matrices: those of one layer's experts."""
 
 
 class StoredPairs:
-    """What an adapter adds to the matrices of its base."""
+    """The LoRA matrices A and B that are added to a base."""
 
     def __init__(
         self,
@@ -75,26 +74,26 @@ class StoredPairs:
         weights: str | None,
         other: UserError,
     ):
-        """read: gives an A or a B, in fp32. base: in which they were trained beside theirs. weights: the mark of that, None where it is not
-        known. other: the error of another base.
-        """
+        """read: returns an A or a B, in fp32. base: format of the base in training. weights: mark of the base in
+        training; None if unknown. other: the error for a different base."""
         self.adapted = list(adapted)
         self._mark, self._weights, self._other = WeightsMark(), weights, other
         self._by_place = {(one.base.ours, one.base.start): one for one in self.adapted}
         self._scale, self._read, self._base = scale, read, base
 
     def as_trained(self, fill_base: FillShards) -> FillShards:
-        """The base as it was when they were trained beside it, which is looked at as it is read."""
+        """The reader of the base in the format of the adapter's training; it also computes the mark of the base."""
         fill = partial(fill_rounded, fill_base) if self._base is BaseFormat.fp8 else fill_base
         return fill if self._weights is None else self._mark.watching(fill)
 
     def require_base(self, gather: Callable[[list[MarkedPart]], Iterable[Iterable]] = lambda parts: [parts]) -> None:
-        """UserError where the base, all of which was read meanwhile, is another one than theirs. gather: as `WeightsMark.text` has it."""
+        """Raise UserError if the base, which must be read completely by now, differs from that of the training.
+        gather: as in `WeightsMark.text`."""
         if self._weights is not None and not same_weights(self._mark.text(gather), self._weights):
             raise self._other
 
     def add_to(self, wanted: dict[str, Shard]) -> None:
-        """Add scale B A to all shards that adapted matrices lie in. wanted: weights in fp32, by our names."""
+        """Add scale B A to all shards that overlap adapted matrices. wanted: weights in fp32, by Sluice's names."""
         for part in parts_of([one.base for one in self.adapted], wanted):
             found, width = self._by_place[part.placed.ours, part.placed.start], part.placed.shape[1]
             row, end = part.start // width, -(-(part.start + part.target.numel()) // width)
@@ -102,7 +101,7 @@ class StoredPairs:
             part.target.add_(delta.flatten()[part.start - row * width :][: part.target.numel()], alpha=self._scale)
 
     def fill_added(self, fill_base: FillShards, wanted: dict[str, Shard]) -> None:
-        """Fill shards of any type with the base and what is added to it, one after another, each rounded from fp32."""
+        """Fill shards of any type with the base plus the adapter, one after another, each rounded from fp32."""
         fill_base = self.as_trained(fill_base)
         for name, shard in wanted.items():
             values = {name: Shard(torch.empty(shard.local.numel()), shard.offset, shard.shape)}
@@ -112,11 +111,12 @@ class StoredPairs:
 
 
 class StoredWeights:
-    """The weights of a checkpoint, whole or in part."""
+    """Reads the weights of a checkpoint, whole or in part."""
 
     def __init__(self, config: Config, checkpoint: Path, kind: str = "master"):
-        """kind: master, or ema, their average: of an adapter's run that of the adapter. Reads no weights. Raises UserError where
-        the base is not there, or is not that of the adapter.
+        """Opens the checkpoint; reads no weights. Raises UserError if the base is missing or is not the adapter's.
+
+        kind: master, or ema (the moving average; in an adapter's run, the adapter's average).
         """
         self.manifest, self._kind = read_manifest(checkpoint), kind
         self._own = partial(fill_shards, self.manifest, FolderFiles(checkpoint))
@@ -138,7 +138,7 @@ class StoredWeights:
         self._base = self.pairs.as_trained(open_base(config, self.manifest))
 
     def fill(self, wanted: dict[str, Shard]) -> None:
-        """A `FillShards`; weights in fp32."""
+        """Fill shards with weights in fp32; has the type `FillShards`."""
         here = {name: shard for name, shard in wanted.items() if self._base is None or name in self.manifest.tensors}
         self._own(here)
         if self._base is not None:
@@ -147,12 +147,12 @@ class StoredWeights:
             self.pairs.add_to({plain_name(name): shard for name, shard in wanted.items()})
 
     def base_mark(self, model: Model) -> str:
-        """The mark of its base (`mark_of`), of a checkpoint that holds an adapter."""
+        """The base's mark (`mark_of`); only for a checkpoint that holds an adapter."""
         assert self._base is not None
         return mark_of(self._base, model)
 
     def read(self, placed: PlacedTensor) -> Tensor:
-        """An A or a B of the adapter that it holds, in fp32."""
+        """A LoRA A or B of the checkpoint's adapter, in fp32."""
         values = self._whole(placed.ours, placed.whole)
         return values[placed.start : placed.start + placed.count].view(placed.shape)
 
@@ -164,12 +164,13 @@ class StoredWeights:
 
 
 def plain_name(name: str) -> str:
-    """The name of the weights of which this may be the average."""
+    """The name of the weights; for the name of an average, that of the averaged weights."""
     return f"master.{name.removeprefix('ema.')}" if name.startswith("ema.") else name
 
 
 def open_base(config: Config, manifest: Manifest) -> FillShards:
-    """The weights that the adapter in a checkpoint was trained beside: where they lay then, else init_from. Raises UserError."""
+    """Reader of the base that a checkpoint's adapter was trained with: its old path, else init_from. Raises
+    UserError."""
     meta = manifest.meta
     path = Path(meta["base"]["path"])
     if not path.exists():
@@ -187,7 +188,8 @@ def open_base(config: Config, manifest: Manifest) -> FillShards:
 
 
 def mark_of(fill_base: FillShards, model: Model) -> str:
-    """A mark by which a base is known again, in whatever format it is stored: of its last gain and its first token's vector."""
+    """A mark that identifies a base in any storage format: a hash of its last norm weight and its first token's
+    vector."""
     gain, vector = torch.empty(model.hidden), torch.empty(model.hidden)
     fill_base(
         {
@@ -200,7 +202,7 @@ def mark_of(fill_base: FillShards, model: Model) -> str:
 
 
 def open_pairs(path: str | None, model: Model, family: ModelFamily, fill_base: FillShards) -> StoredPairs | None:
-    """The pairs of a folder of PEFT's; None without a path. Raises UserError where they do not belong to the base."""
+    """The LoRA matrices in a PEFT folder; None without a path. Raises UserError if they do not belong to the base."""
     if path is None:
         return None
     found = open_adapter(Path(path).expanduser(), model, family)
@@ -234,13 +236,13 @@ def open_pairs(path: str | None, model: Model, family: ModelFamily, fill_base: F
 
 
 def weight_bytes(config: Model, item_bytes: int) -> int:
-    """Memory of all weights, MTP modules included."""
+    """Memory of all weights in bytes, MTP modules included."""
     counts = count_parameters(config)
     return item_bytes * (counts.total + counts.mtp)
 
 
 def fits_here(config: Config, device: torch.device) -> bool:
-    """Whether machine and device have memory for the whole model beside a run, in fp32 while it loads."""
+    """Whether machine and device have memory for the whole model beside a run, in fp32 during loading."""
     room = psutil.virtual_memory().available
     if device.type == "cuda":
         room = min(room, torch.cuda.mem_get_info(device)[0])
@@ -248,7 +250,7 @@ def fits_here(config: Config, device: torch.device) -> bool:
 
 
 def require_memory(model: Model, item_bytes: int, field: str, what: Path) -> None:
-    """UserError if one process cannot hold the weights while they load. what: where they come from, the value of field."""
+    """Raise UserError if one process cannot hold the weights during loading. what: their source, the value of field."""
     needed, free = weight_bytes(model, item_bytes), psutil.virtual_memory().available
     if needed > free:
         raise UserError(
@@ -275,12 +277,12 @@ def load_model(config: Config, checkpoint: Path, device: torch.device) -> DeepSe
 
 
 def load_pipeline(config: Config, mesh: Mesh, device: torch.device, checkpoint: Path) -> Pipeline[DeepSeekV3]:
-    """This rank's part of the model, ready to evaluate, whatever layout wrote the checkpoint."""
+    """This rank's part of the model for evaluation, whatever layout wrote the checkpoint."""
     dispatcher = None if mesh.layout.ep == 1 else make_dispatcher(config, mesh)
     kernels, _ = choose_kernels(config, device)
     precision = build_precision(config.precision, device, kernels)
     share = None if mesh.layout.cp == 1 else make_share(mesh)
-    plain = replace(config, adapter=Adapter())  # what an adapter does is in the weights
+    plain = replace(config, adapter=Adapter())  # the weights include the adapter
     chunks, stage_ids, num_stages = build_chunks(plain, mesh, device, dispatcher, precision, restored=True, share=share)
     kind = "ema" if config.evaluate.ema else "master"
     stored = StoredWeights(config, checkpoint, kind)
@@ -294,14 +296,15 @@ def load_pipeline(config: Config, mesh: Mesh, device: torch.device, checkpoint: 
 def read_into_chunks(
     chunks: list[DeepSeekV3], stored: StoredWeights, kind: str = "master", ep_rank: int = 0, ep: int = 1
 ) -> None:
-    """Read weights (kind: master, or ema, their average) and balance biases into the chunks, which hold the experts of
-    rank ep_rank of ep.
+    """Read weights and balance biases into the chunks, which hold the experts of rank ep_rank of ep.
+
+    kind: master, or ema (their moving average).
     """
     weights, wanted = {}, {}
     for chunk in chunks:
         for name, param in chunk.named_parameters():
             offset, shape = 0, tuple(param.shape)
-            if ".experts." in name:  # split over ep along their first dimension
+            if ".experts." in name:  # split over ep along the first dimension
                 offset, shape = ep_rank * math.prod(shape), (shape[0] * ep, *shape[1:])
             in_place = param.dtype == torch.float32 and param.device.type == "cpu"
             weights[param] = param.view(-1) if in_place else torch.empty(param.numel(), dtype=torch.float32)
@@ -322,9 +325,10 @@ def load_hf_model(
 ) -> tuple[Model, DeepSeekV3, Path | None]:
     """The whole model of a folder on CPU in eval mode, its configuration, and the path of its tokenizer.json, if any.
 
-    Weights are held and multiplied in dtype, and read straight into it: memory for the model once. field: what errors
-    name. kernels: that the model computes with; torch's operations if not given. text_only: leave out what belongs to no language
-    model. adapter: a folder of PEFT's to be added to the weights. Raises UserError for a folder that is no sound DeepSeek-V3.
+    Weights are stored and multiplied in dtype, and read directly into it, so memory holds the model once. field: name
+    in errors. kernels: compute the model; torch's operations by default. text_only: leave out the tensors of other
+    modalities. adapter: a PEFT folder to add to the weights. Raises UserError unless the folder holds an intact
+    DeepSeek-V3 model.
     """
     path = Path(folder).expanduser()
     headers, config, _ = open_model(path, field, text_only)

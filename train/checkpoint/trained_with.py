@@ -1,4 +1,4 @@
-"""What a checkpoint was trained with and cannot go on without: its tokenizer and the shape of its model."""
+"""Checks the conditions for continuing a checkpoint: its tokenizer, model shape, and an adapter's base."""
 
 import hashlib
 import json
@@ -29,12 +29,13 @@ SHAPE = [
     "shared_experts",
     "mtp_depth",
 ]
-"""Fields of the model section that names and shapes of its tensors follow from."""
+"""Fields of the model section that determine the names and shapes of its tensors."""
 
 
 def require_model(config: Config, checkpoint: Path, meta: dict[str, Any]) -> None:
-    """UserError if the checkpoint's model has other tensors, naming the fields that differ. A checkpoint that does not hold
-    its settings is compared tensor by tensor when it is loaded.
+    """Raise UserError if the checkpoint's model has other tensors; names the fields that differ.
+
+    A checkpoint without settings is compared tensor by tensor when it is loaded.
     """
     stored = meta.get("config", {}).get("model", {})
     differ = {name: stored[name] for name in SHAPE if stored.get(name, ...) not in (..., getattr(config.model, name))}
@@ -50,14 +51,15 @@ def require_model(config: Config, checkpoint: Path, meta: dict[str, Any]) -> Non
 
 
 def refuse_mean(config: Config, checkpoint: Path, meta: dict[str, Any]) -> None:
-    """UserError for a checkpoint that no optimizer wrote."""
+    """Raise UserError for a checkpoint of mode=average, which has no optimizer state."""
     if meta.get("averaged"):
         rule = f"cannot go on from {checkpoint}, which mode=average wrote: a mean of weights has no optimizer's state"
         raise UserError("resume", config.resume, rule, f"set init_from={checkpoint} under another name=")
 
 
 def tokenizer_of(config: Config, checkpoint: Manifest) -> Tokenizer:
-    """The one that is set, else the one in the run's folder. Raises UserError if neither is that of the training."""
+    """The configured tokenizer, or the one in the run's folder. Raises UserError if it is not the training's
+    tokenizer."""
     run = checkpoint.folder.absolute().parents[1]
     if config.data.tokenizer is None and not (run / "tokenizer.json").is_file():
         raise UserError(
@@ -73,9 +75,8 @@ def tokenizer_of(config: Config, checkpoint: Manifest) -> Tokenizer:
 
 
 def require_tokenizer(fingerprint: str, choice: str | None, checkpoint: Path, meta: dict[str, Any]) -> None:
-    """UserError if the tokenizer at hand is another one. choice: data.tokenizer, None for one trained on the data. A loop of the user's own
-    may have had token ids alone, and its checkpoint takes any.
-    """
+    """Raise UserError if the tokenizer differs from the checkpoint's. choice: data.tokenizer, None for one trained
+    on the data."""
     if meta["tokenizer"] and fingerprint != meta["tokenizer"]:
         raise UserError(
             "data.tokenizer",
@@ -85,22 +86,24 @@ def require_tokenizer(fingerprint: str, choice: str | None, checkpoint: Path, me
         )
 
 
-# Which weights an adapter was trained beside, and what it cannot go on without. No torch.
+# Identifies the base of an adapter, and checks the adapter's settings. No torch.
 #
-# Checkpoints of such a run hold the adapter alone. Their meta says where the base lay and what it was, by a fingerprint: of a checkpoint of
-# ours by the checksums of its files, of a Hugging Face folder by the headers of its files and samples of their bytes, so that most others are refused
-# before anything starts; and by a mark of all weights (train/checkpoint/weights_mark.py), which is made while they are read, so that
-# not a single changed value passes. Checkpoints of earlier versions have no such mark. A folder may have moved.
+# Checkpoints of an adapter's run hold only the adapter. Their meta holds the path of the base and a fingerprint. For a
+# Sluice checkpoint the fingerprint covers the checksums of its files. For a Hugging Face folder it covers the headers
+# of its files and samples of their bytes. So most other bases are refused before anything starts. A mark of all weights
+# (train/checkpoint/weights_mark.py), computed while they are read, detects every changed value. Checkpoints of earlier
+# versions have no such mark. The folder may have moved.
 
 PLACES, BYTES_OF_PLACE = 16, 4096
-"""How many places of a file its fingerprint looks at, from the first byte to the last, and how much of each."""
+"""Number of positions that a fingerprint samples in a file, from start to end, and bytes per sample."""
 SHAPING = ("rank", "targets", "base")
-"""Keys of the adapter section that the shapes of its parameters follow from, and what it is trained beside."""
+"""Keys of the adapter section that determine its parameters' shapes and the base's format."""
 
 
 def describe_base(source: Folder | Path) -> dict[str, str]:
-    """The `base` of a checkpoint's meta. source: a folder with its headers read, or a checkpoint of ours. Raises UserError where
-    a file cannot be read.
+    """The `base` entry of a checkpoint's meta. Raises UserError if a file is unreadable.
+
+    source: a folder whose headers are read, or a Sluice checkpoint.
     """
     found = hashlib.sha256()
     if isinstance(source, Path):
@@ -120,14 +123,14 @@ def describe_base(source: Folder | Path) -> dict[str, str]:
 
 
 def require_adapter(config: Config, checkpoint: Path, meta: dict[str, Any]) -> None:
-    """UserError unless both the checkpoint and the run are of whole weights, or of adapters of one shape."""
+    """Raise UserError unless checkpoint and run both hold whole weights, or adapters of the same shape."""
     if config.adapter.on != holds_adapter(meta):
         here, there = "trains an adapter", "whole weights"
         cure = f"set init_from={checkpoint} and another name=, or leave adapter=lora out"
         if not config.adapter.on:
             here, there, cure = "trains whole weights", "an adapter alone", "add adapter=lora, or take another name="
         raise UserError("adapter", config.adapter.name, f"{checkpoint} holds {there}, and this run {here}", cure)
-    stored = {"base": "plain"} | meta.get("config", {}).get("adapter", {})  # older checkpoints know of one
+    stored = {"base": "plain"} | meta.get("config", {}).get("adapter", {})  # older checkpoints lack this key
     now: dict[str, Any] = {"rank": config.adapter.rank, "base": str(config.adapter.base)}
     now["targets"] = [str(target) for target in config.adapter.targets or ()]
     for key in SHAPING if config.adapter.on else ():
@@ -139,21 +142,21 @@ def require_adapter(config: Config, checkpoint: Path, meta: dict[str, Any]) -> N
 
 
 def require_base(config: Config, checkpoint: Path, meta: dict[str, Any], base: dict[str, str]) -> None:
-    """UserError unless the adapter in the checkpoint was trained beside this base."""
+    """Raise UserError unless the checkpoint's adapter was trained with this base."""
     known, now = (one.get("weights") for one in (meta["base"], base))
     if meta["base"]["fingerprint"] != base["fingerprint"] or (known and now and known != now):
         raise other_base(config.init_from, checkpoint, meta)
 
 
 def other_base(init_from: str | None, checkpoint: Path, meta: dict[str, Any]) -> UserError:
-    """For weights that the adapter in a checkpoint was not trained beside."""
+    """The UserError for a base that a checkpoint's adapter was not trained with."""
     path = meta["base"]["path"]
     rule = f"holds other weights than those that the adapter in {checkpoint} was trained beside: {path}"
     return UserError("init_from", init_from, rule, f"set init_from={path}, or its copy")
 
 
 def refuse_adapter(checkpoint: Path, meta: dict[str, Any]) -> None:
-    """UserError for a checkpoint that a run would start from and that holds an adapter alone."""
+    """Raise UserError if a run would start from a checkpoint that holds only an adapter."""
     if holds_adapter(meta):
         rule = f"{checkpoint} holds an adapter alone, beside the weights of {meta['base']['path']}"
         cure = "merge it into them first, by mode=export of its run with export.merge=true, and start from that folder"

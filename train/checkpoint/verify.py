@@ -28,7 +28,8 @@ def main(folders: list[str]) -> int:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints of a run, or the folder itself where it is one. Raises UserError for a run without any: nothing read is nothing proven."""
+    """Checkpoints of a run, or the folder itself if it is a checkpoint. UserError for a run without checkpoints,
+    because then nothing would be checked."""
     inner = folder / "checkpoints"
     if not inner.is_dir():
         return [folder]

@@ -1,10 +1,11 @@
-"""One mark of all weights of a base, made while they are read, by which they are known again from any files and in any layout.
+"""Computes one mark of a base's weights while they are read, which identifies them in any file format and layout.
 
     mark = sum over all elements of  number(value) * factor(place in its block) * factor(tensor, block)    mod 2^64
 
-A block is BLOCK elements of a flattened tensor that follow one another, and a value counts by its size and sign in bf16, so that the same weights in fp32, in
-bf16 and in block FP8 have one mark. It is a sum, so that each rank takes the intervals that it holds, and any change of a single value
-changes it, as all factors are odd. The main model and each MTP module have a sum of their own: a model may be read without its modules.
+A block is BLOCK consecutive elements of a flattened tensor. A value counts by its size and sign in bf16, so the same
+weights in fp32, bf16 and block FP8 have the same mark. The mark is a sum, so each rank adds the intervals that it
+holds. All factors are odd, so any change of a single value changes the mark. The main model and each MTP module have
+separate sums, because a model may be read without its modules.
 """
 
 import hashlib
@@ -19,24 +20,24 @@ from torch import Tensor
 from parallel.shard import Shard
 
 FillShards = Callable[[dict[str, Shard]], Any]
-"""Fills shards of weights and balance biases by their names in a checkpoint."""
+"""Fills shards of weights and balance biases, by their names in a checkpoint."""
 BLOCK, BLOCKS_AT_ONCE = 1 << 14, {"cpu": 4, "cuda": 512}
-"""Blocks that are summed together: what a core's caches hold, and a launch of a kernel is worth."""
+"""Blocks per sum: as many as fit in a core's caches, and enough to be worth a kernel launch."""
 MODULUS = 1 << 64
-"""Sums wrap as 64-bit integers do."""
+"""Sums wrap like 64-bit integers."""
 MarkedPart = tuple[str, int, int, int]
-"""Name of a tensor, first element, element behind the last, and their sum."""
+"""Name of a tensor, first element, position after the last element, and the sum of the interval."""
 
 
 class WeightsMark:
-    """Sums of the weights that were read so far."""
+    """Sums of the weights read so far."""
 
     def __init__(self) -> None:
         self.parts: list[MarkedPart] = []
         self._taken: dict[str, list[tuple[int, int]]] = {}
 
     def watching(self, fill: FillShards) -> FillShards:
-        """A reading as `fill` does it, whose values are taken into the mark as they come."""
+        """A reader like `fill` that also adds the values to the mark."""
 
         def watched(wanted: dict[str, Shard]) -> Any:
             found = fill(wanted)
@@ -47,7 +48,8 @@ class WeightsMark:
         return watched
 
     def add(self, name: str, values: Tensor, offset: int) -> None:
-        """Take an interval of a tensor; what was taken before does not count again. name: in a checkpoint, also of an average."""
+        """Add an interval of a tensor; elements that were already added do not count again. name: in a checkpoint,
+        also of an average."""
         name = f"master.{name.removeprefix('ema.')}" if name.startswith("ema.") else name
         taken, place, stop = self._taken.setdefault(name, []), offset, offset + values.numel()
         for first, last in [*(one for one in sorted(taken) if one[1] > offset), (stop, stop)]:
@@ -60,7 +62,8 @@ class WeightsMark:
         taken[:] = _joined(taken)
 
     def text(self, gather: Callable[[list[MarkedPart]], Iterable[Iterable[Any]]] = lambda parts: [parts]) -> str:
-        """The mark, by the parts of all ranks. gather: gives those of every rank; of replicas, which have the same intervals, one counts."""
+        """The mark, from the parts of all ranks. gather: returns the parts of every rank; equal intervals of
+        replicas count once."""
         sums: dict[str, int] = {}
         reached: dict[str, int] = {}
         for name, start, stop, value in sorted({tuple(part) for rank in gather(self.parts) for part in rank}):
@@ -73,7 +76,7 @@ class WeightsMark:
 
 
 def same_weights(one: str | None, other: str | None) -> bool:
-    """Whether two marks are those of the same weights, as far as both know them."""
+    """Whether two marks describe the same weights, as far as both are known."""
     return not one or not other or all(a == b for a, b in zip(one.split("-"), other.split("-"), strict=False))
 
 
@@ -88,7 +91,7 @@ def _joined(intervals: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def _sum(name: str, values: Tensor, offset: int) -> int:
-    """The sum over an interval that begins at this element."""
+    """The sum over an interval that begins at element `offset`."""
     start, total, done = _start(name), 0, 0
     factors = _odd(0, BLOCK).to(values.device)
     while done < values.numel():
@@ -98,7 +101,7 @@ def _sum(name: str, values: Tensor, offset: int) -> int:
             count *= min(BLOCKS_AT_ONCE[values.device.type], (values.numel() - done) // BLOCK)
         bits = values[done : done + count].bfloat16().view(torch.int16)
         negative = bits >> 15
-        numbers = ((bits & 0x7FFF) ^ negative).sub_(negative).long()  # size and sign: both zeros are 0
+        numbers = ((bits & 0x7FFF) ^ negative).sub_(negative).long()  # size and sign: both zeros give 0
         if count < BLOCK:
             sums = numbers.mul_(factors[place : place + count]).sum().view(1)
         else:
@@ -119,12 +122,12 @@ def _block_factors() -> Tensor:
 
 
 def _odd(first: int, count: int) -> Tensor:
-    """Odd factors of 64 bits, number `first` and those that follow."""
+    """Odd 64-bit factors, from number `first` on."""
     return _block_factors() if (first, count) == (0, BLOCK) else _mixed(first, count)
 
 
 def _mixed(first: int, count: int) -> Tensor:
-    """By the finaliser of SplitMix64 (Steele et al., 2014)."""
+    """Odd factors from the finaliser of SplitMix64 (Steele et al., 2014)."""
     mixed = (np.arange(first, first + count, dtype=np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
