@@ -1,4 +1,4 @@
-"""The words behind those commands of `sluice` that look at run folders: names, flags and runs=FOLDER, in any order."""
+"""Parses the words of the `sluice` commands that read run folders: names, flags and runs=FOLDER, in any order."""
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -8,22 +8,22 @@ from conf.errors import UserError
 
 
 class CommandWords(NamedTuple):
-    """What was typed."""
+    """The parsed words of a command."""
 
     command: str
-    """Such as `sluice why`, for errors."""
+    """The command for errors, such as `sluice why`."""
     names: list[str]
     flags: list[str]
     runs: Path
-    """The folder of runs."""
+    """The folder that contains the runs."""
 
     def require_flags(self, known: Collection[str], cure: str) -> None:
-        """UserError for a flag that is not known."""
+        """Raise UserError for an unknown flag."""
         if unknown := sorted(set(self.flags) - set(known)):
             raise UserError(self.command, unknown[0], "is no flag of it", cure)
 
     def one_run(self) -> str:
-        """The name of the one run that a command takes, beside --json. UserError for anything else."""
+        """The name of the single run that the command takes; --json is also allowed. UserError for anything else."""
         cure = f"`{self.command} NAME [runs=FOLDER] [--json]`; `sluice runs` lists the names"
         self.require_flags({"--json"}, cure)
         if len(self.names) != 1:
@@ -32,7 +32,7 @@ class CommandWords(NamedTuple):
 
 
 def sort_words(command: str, words: Sequence[str]) -> CommandWords:
-    """Sort the words by what they are; of several runs= the last counts."""
+    """Sort the words into names, flags and the runs folder; the last runs= counts."""
     flags = [word for word in words if word.startswith("-")]
     folders = [word.removeprefix("runs=") for word in words if word.startswith("runs=")]
     names = [word for word in words if not word.startswith(("runs=", "-"))]

@@ -30,11 +30,12 @@ from train.program import COMMAND, DISTRIBUTION
 from train.show.screens import GOOD, WARN, show_rows
 
 FEATURES = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
-"""Features of CPUs, as Linux calls them, that the compiled code or torch's products gain by."""
+"""CPU features, by their Linux names, that speed up the compiled code or torch's GEMMs."""
 
 
 class DoctorLine(NamedTuple):
-    """One line of the screen. cure: what to do, None where nothing lacks. stops: whether runs cannot start like this."""
+    """One line of the screen. cure: what to do, None if nothing is missing. stops: whether no run can start in this
+    state."""
 
     label: str
     state: str
@@ -44,7 +45,7 @@ class DoctorLine(NamedTuple):
 
 @reported
 def main(words: list[str]) -> int:
-    """What follows `doctor`, overrides of a recipe; returns the exit code."""
+    """Check this machine and print the result; returns the exit code. words: overrides of a recipe."""
     config, console = compose(*words), Terminal()
     with console.status("looking at this machine"):
         findings = list(find_all(config))
@@ -52,12 +53,12 @@ def main(words: list[str]) -> int:
 
 
 def version_line() -> str:
-    """Versions of the program and of the two libraries that decide most."""
+    """Versions of Sluice, torch and DeepSpeed."""
     return f"{COMMAND} {__version__}, torch {version('torch')}, deepspeed {version('deepspeed')}"
 
 
 def doctor_screen(findings: list[DoctorLine], console: Console) -> int:
-    """Print all; EXIT_USER where something stops runs."""
+    """Print all findings. Returns EXIT_USER if a finding prevents runs."""
     bad, lacks = [one for one in findings if one.stops], [one for one in findings if one.cure]
     rows = [
         (one.label, one.state + (f"\n{'error' if one.stops else 'to do'}: {one.cure}" if one.cure else ""))
@@ -71,7 +72,7 @@ def doctor_screen(findings: list[DoctorLine], console: Console) -> int:
 
 
 def find_all(config: Config) -> Iterator[DoctorLine]:
-    """All findings, in the order in which one reads them."""
+    """All findings, in display order."""
     from train.model.count import checkpoint_bytes
 
     yield DoctorLine("Program", f"{version_line()}, Python {platform.python_version()}, in {ROOT}")
@@ -83,7 +84,7 @@ def find_all(config: Config) -> Iterator[DoctorLine]:
 
 
 def _packages() -> DoctorLine:
-    """Whether what is installed is what the program asks for."""
+    """Whether the installed packages meet the program's requirements."""
     wanted = [
         one for one in map(Requirement, requirements()) if one.marker is None or one.marker.evaluate({"extra": ""})
     ]
@@ -98,7 +99,7 @@ def _packages() -> DoctorLine:
 
 
 def requirements() -> list[str]:
-    """What the distribution asks for; of a checkout that is not installed, what its pyproject.toml says."""
+    """Requirements of the installed distribution, or else those in the checkout's pyproject.toml."""
     try:
         return metadata.requires(DISTRIBUTION) or []
     except metadata.PackageNotFoundError:
@@ -106,7 +107,7 @@ def requirements() -> list[str]:
 
 
 def _device(config: Config) -> Iterator[DoctorLine]:
-    """The device that a run would take, and FP8 where the recipe wants it."""
+    """The device that a run would use, and the state of FP8 if the recipe needs it."""
     import torch
 
     from train.kernels.device import idle_gpu, sees_gpu
@@ -140,7 +141,7 @@ def _device(config: Config) -> Iterator[DoctorLine]:
 
 
 def _cpu() -> Iterator[DoctorLine]:
-    """The processor, and whether the compiled parts of a step can be had."""
+    """The CPU, and whether the compiled parts of a step can be built."""
     from train.kernels.cpu.cpp_build import compiler_name, cpu_features, has_avx2
     from train.kernels.cpu.libraries import LIBRARY_NAMES, library, source
 

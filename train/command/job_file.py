@@ -24,36 +24,36 @@ from train.model.count import checkpoint_bytes
 from train.program import DISTRIBUTION
 
 PROCESS_BYTES = 12e9
-"""Memory of the host for a rank without its checkpoint: the libraries of CUDA and torch, tokens, pinned buffers. An estimate."""
+"""Estimated host memory of a rank without its checkpoint: libraries of CUDA and torch, tokens, pinned buffers."""
 CORES_PER_DEVICE = 8
-"""Cores that a rank and its threads for data and checkpoints find enough; an estimate."""
+"""Estimated number of cores that a rank needs, with its threads for data and checkpoints."""
 SAVES = 2
-"""Buffers that a checkpoint may take at once: one being written when the next begins."""
+"""Maximum number of checkpoint buffers in use: one is still written when the next save begins."""
 LONGEST = 24
-"""Hours that a job asks for, at most: it saves before its end, is queued again and goes on."""
+"""Maximum hours that a job requests. A longer run saves before the end of a job, and is queued again."""
 SPARE_TIME = 1.25
-"""Over the planned time of all steps, for starts, checkpoints and validations."""
+"""Factor on the planned time of all steps, for starts, checkpoints and validations."""
 FILE_KINDS = ("slurm", "kuberay", "skypilot", "torchrun")
-"""Kinds of files, of which each has its template."""
+"""Kinds of files; each has a template."""
 ON_RAY = ("slurm", "kuberay")
-"""Kinds whose file starts Ray and brings the words for it."""
+"""Kinds whose file starts Ray and adds the settings for it."""
 LAUNCH_FLAGS = ("--print", "--queue", "--image")
 
 
 @dataclass(frozen=True)
 class Job:
-    """What every kind of file is filled with."""
+    """Values for the template of any kind of file."""
 
     config: Config
     words: list[str]
-    """What was typed of the recipe."""
+    """The recipe's words from the command line."""
     nodes: int
     devices: int
-    """Devices of each node."""
+    """Devices per node."""
     gpu: str | None
-    """Name of the devices; None for processors."""
+    """Name of the GPUs; None for CPUs."""
     memory_bytes: float
-    """What a node needs of its host."""
+    """Host memory that a node needs."""
     hours: int
     plan_line: str
     queue: str | None
@@ -66,11 +66,11 @@ class Job:
 
     @property
     def cores(self) -> int:
-        """Cores that a node needs of its host."""
+        """Host cores that a node needs."""
         return self.devices * self.cores_per_device
 
     def plain_name(self, characters: str) -> str:
-        """The run's name in these characters alone."""
+        """The run's name, with all other characters replaced by hyphens."""
         name = self.config.name if "A" in characters else self.config.name.lower()
         return re.sub(f"[^{characters}]+", "-", name).strip("-")
 
@@ -92,7 +92,7 @@ class Job:
 
     @property
     def mounts(self) -> dict[str, str]:
-        """Absolute folders that every node must see, and the keys that name them."""
+        """Top-level folders that every node must see, with the keys that use them."""
         config, found = self.config, {}
         named = {"runs": config.runs, "data.path": config.data.path, "data.tokenizer": config.data.tokenizer,
                  "init_from": config.init_from, "data.cache": config.data.cache}  # fmt: skip
@@ -106,7 +106,8 @@ class Job:
 
 @reported
 def main(words: Sequence[str], plan: Callable[[Config], tuple[str, float, float]]) -> int:
-    """What follows `launch`; returns the exit code. plan: the verdict in words, hours, and bytes that a node offloads."""
+    """Print the file; returns the exit code. words: after `launch`. plan: returns the verdict in words, hours, and
+    the bytes that a node offloads."""
     kind, options, recipe = _split(words)
     say(_written(kind, _job(kind, recipe, options, plan)).rstrip())
     say(f"how to start it: cluster/docs/launch.md#{kind}", file=sys.stderr)
@@ -114,7 +115,7 @@ def main(words: Sequence[str], plan: Callable[[Config], tuple[str, float, float]
 
 
 def _split(words: Sequence[str]) -> tuple[str, dict[str, str], list[str]]:
-    """The kind, the flags with a value, and the words of the recipe."""
+    """The kind, the flags with values, and the words of the recipe."""
     rest, options = list(words), {}
     for flag in LAUNCH_FLAGS:
         for place, word in enumerate(rest):
@@ -167,7 +168,7 @@ def _job(
 
 
 def _written(kind: str, job: Job) -> str:
-    """The template of this kind, filled. A block of a file that is taken as it is begins and ends in a comment."""
+    """The filled template of this kind. In a file that is also used directly, template blocks are inside comments."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(ROOT / "cluster" / "files"), undefined=jinja2.StrictUndefined,
         block_start_string="#%", block_end_string="%#",

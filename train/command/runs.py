@@ -35,24 +35,24 @@ LIST_RUNS = "`sluice runs` lists them; `sluice runs runs=FOLDER` those of anothe
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What a run folder says of its run."""
+    """Summary of a run folder."""
 
     name: str
     state: str
-    """trains now; done; stopped, with a checkpoint to go on from; lost, with steps and no checkpoint; empty, without a step."""
+    """trains now; done; stopped: it can continue from a checkpoint; lost: steps but no checkpoint; empty: no steps."""
     step: int
     steps: int | None
-    """That it is to make; None where config.yaml does not say."""
+    """Planned steps; None if config.yaml does not give them."""
     loss: float | None
-    """The loss of the next token in the last step, as the progress line shows it: without MTP, nats per token."""
+    """Next-token loss of the last step, without MTP, in nats per token, as in the progress line."""
     age_s: float
-    """Seconds since it last wrote anything."""
+    """Seconds since the run last wrote a file."""
     disk_bytes: int
 
 
 @reported
 def main(words: Sequence[str]) -> int:
-    """What follows `runs` on the command line; returns the exit code."""
+    """Run `sluice runs` with the words after it; returns the exit code."""
     given = sort_words("sluice runs", words)
     names, flags, folder = given.names, given.flags, given.runs
     cleans = names[:1] == ["clean"]
@@ -75,7 +75,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def summaries(folder: Path) -> Iterator[RunSummary]:
-    """The runs in a folder, jobs of sweeps among them, the one that wrote last first."""
+    """The runs in a folder, including jobs of sweeps, most recently written first."""
     configs = [*folder.glob("*/config.yaml"), *folder.glob("*/*/config.yaml")]
     runs = [_summary(folder, config.parent) for config in configs]
     yield from sorted(runs, key=lambda run: run.age_s)
@@ -102,7 +102,7 @@ def _summary(folder: Path, run: Path) -> RunSummary:
 
 
 def _setting(run: Path, *keys: str) -> Any:
-    """A value of a run's config.yaml; None where that cannot be read, as the runs beside it are shown all the same."""
+    """A value in a run's config.yaml. None if it is unreadable, so that the other runs are still shown."""
     try:
         value = yaml.safe_load(read_plain(run / "config.yaml"))
         for key in keys:
@@ -113,13 +113,13 @@ def _setting(run: Path, *keys: str) -> Any:
 
 
 def disk_bytes(path: Path) -> int:
-    """What a folder takes on the disk; links are not followed."""
+    """Disk space of a folder; links are not followed."""
     total = 0
     for place, _, files in os.walk(path):
         for file in files:
             try:
                 total += os.lstat(os.path.join(place, file)).st_blocks * 512
-            except FileNotFoundError:  # a checkpoint that goes while we look
+            except FileNotFoundError:  # a checkpoint that is removed meanwhile
                 continue
     return total
 
@@ -144,14 +144,14 @@ def _clean(folder: Path, found: dict[str, RunSummary], names: Sequence[str], doe
 
 
 def _remove(path: Path) -> None:
-    """A folder, under a name first that no reader takes for a whole one."""
+    """Remove a folder. It is renamed first, so that no reader takes it for a complete folder."""
     gone = path.with_name(f".{path.name}.removed")
     path.rename(gone)
     shutil.rmtree(gone)
 
 
 def _superfluous(folder: Path, runs: Iterable[RunSummary]) -> Iterator[Path]:
-    """Folders that a run can do without."""
+    """Folders that can be removed without loss of the run's results."""
     for run in runs:
         path = folder / run.name
         if run.state == "empty":
@@ -162,7 +162,7 @@ def _superfluous(folder: Path, runs: Iterable[RunSummary]) -> Iterator[Path]:
                 _setting(path, "checkpoint", "keep_every"),
             )
             if newest is None or not isinstance(every, int):
-                continue  # without its settings nobody knows which are to stay
+                continue  # without its settings it is unknown which checkpoints to keep
             best = best_step(path)
             for other in sorted((path / "checkpoints").glob(STEP_FOLDERS)):
                 if (

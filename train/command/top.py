@@ -26,11 +26,11 @@ from train.command.top_state import read_picture
 from train.metrics.quantities import duration, gib, short
 
 LOOKS_EVERY = 1.0
-"""Seconds between looks at the folder."""
+"""Seconds between reads of the run folder."""
 HARD_SPACE = "\N{NO-BREAK SPACE}"
 SHADES = "·░▒▓█"
 COLOURS = ("grey37", "dodger_blue2", "green3", "gold3", "red3")
-"""Colours of cells, from the least to the most; the characters tell the same without colour."""
+"""Colours of cells, from the least to the most; the characters show the same without colour."""
 STATES = {
     "trains": "bold green",
     "done": "bold green",
@@ -41,7 +41,7 @@ STATES = {
 }
 NEWS_STYLES = {"failure": "red", "incident": "red", "straggler": "yellow", "node lost": "yellow", "quiet": "yellow"}
 LEAST_RANGE = 0.2
-"""Share of the median between the lightest and the darkest cell, at least: less is noise."""
+"""Minimum share of the median between the lightest and the darkest cell; a smaller difference is noise."""
 MAP_ROWS, WIDEST_CELL, LABEL_WIDTH = 16, 6, 9
 LISTED_RANKS = LISTED_NEWS = 8
 
@@ -55,7 +55,7 @@ MAPS = {
     "waiting": ("for other ranks or data in its newest step", _seconds),
     "memory": ("its peak", gib),
 }
-"""Values of ranks with a heat map: what they are, and how they are written."""
+"""Values of ranks that have a heat map: description and formatter."""
 HEAD = {
     "main_loss": "loss {:.4g}",
     "validation_loss": "held-out {:.4g}",
@@ -66,12 +66,12 @@ HEAD = {
     "grad_norm": "gradient {:.3g}",
     "skipped_steps": "{} skipped",
 }
-"""Numbers of the newest record in the head, but for those that are 0."""
+"""Numbers of the newest record that the head shows; zeros are left out."""
 
 
 @reported
 def main(words: Sequence[str]) -> int:
-    """What follows `top` on the command line; returns the exit code."""
+    """Run `sluice top` with the words after it; returns the exit code."""
     given = sort_words("sluice top", words)
     name, console = given.one_run(), Terminal()
     folder = given.runs / name
@@ -91,7 +91,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def run_screen(picture: dict[str, Any], width: int, height: int | None = None) -> Group:
-    """The whole run. height: of a terminal, which then has as many maps and rows as fit; None for all of them."""
+    """The whole screen. height: of the terminal, which limits maps and rows; None shows all."""
     lines, news = [*_head(picture, width)], [*_news(picture, width)][-LISTED_NEWS:]
     room = 10**6 if height is None else height - len(lines) - min(len(news), 3) - 5
     for name in MAPS if picture["ranks"] else ():
@@ -125,13 +125,14 @@ def _head(picture: dict[str, Any], width: int) -> Iterator[Text]:
 
 
 def _lines_of(pieces: Sequence[str], width: int) -> Iterator[Text]:
-    """Lines with as many pieces as fit; none is cut in two at its spaces."""
+    """Lines with as many pieces as fit; no piece is broken at its spaces."""
     whole = "  ".join(piece.replace(" ", HARD_SPACE) for piece in pieces)
     yield from (Text(line.replace(HARD_SPACE, " ")) for line in textwrap.wrap(whole, width))
 
 
 def heat_map(picture: dict[str, Any], name: str, width: int, rows: int) -> list[Text]:
-    """Stages are rows and replicas columns. Where there are more than fit, a cell stands for several ranks and shows their largest value."""
+    """A heat map with stages as rows and replicas as columns. If it does not fit, a cell shows the largest value of
+    several ranks."""
     (title, words), stages, replicas = MAPS[name], picture["stages"], picture["replicas"]
     values = {rank["rank"]: rank[name] for rank in picture["ranks"] if rank[name] is not None}
     lines = [Text(f"{name}: {title}"[:width], style="bold")]
@@ -162,12 +163,12 @@ def heat_map(picture: dict[str, Any], name: str, width: int, rows: int) -> list[
 
 
 def _share(index: int, parts: int, count: int) -> range:
-    """Which of `count` things the part of this index has."""
+    """The part of `count` items that belongs to this index."""
     return range(index * count // parts, (index + 1) * count // parts)
 
 
 def _table(picture: dict[str, Any], width: int, shown: int) -> list[Text]:
-    """The busiest ranks."""
+    """Table of the busiest ranks."""
     ranks = sorted(picture["ranks"], key=lambda rank: (-(rank["busy"] or 0.0), rank["rank"]))
     head = f"{'rank':>6} {'stage':>5} {'step':>8} {'doing':<10} {'busy':>9} {'waiting':>9} {'memory':>10} {'news':>7}  node"
     found = [Text(head[:width], style="bold")]
@@ -183,7 +184,7 @@ def _table(picture: dict[str, Any], width: int, shown: int) -> list[Text]:
 
 
 def _news(picture: dict[str, Any], width: int) -> Iterator[Text]:
-    """Events in a line each, oldest first."""
+    """One line per event, oldest first."""
     for event in picture["events"]:
         kind, when = event["kind"].replace("_", " "), time.strftime("%m-%d %H:%M:%S", time.localtime(event["time"]))
         text = f"{when}  {one_line(kind)}: {one_line(event['text'])}"

@@ -1,7 +1,8 @@
-"""What `sluice top` shows of a run, read from its folder alone: it may train now, here or elsewhere, hang, be dead or done.
+"""Reads the data of `sluice top` from the run folder alone; the run may train here or elsewhere, hang, be dead or done.
 
-Ranks: with cluster=ray the driver writes how all of them are (cluster/driver/rank_table.py); else each has its own file
-(cluster/run_files.py). What a file of another version or a strange hand lacks is left out.
+With cluster=ray the driver writes the state of all ranks (cluster/driver/rank_table.py). Otherwise each rank has its
+own file (cluster/run_files.py). Fields that are missing in a file are left out, for example in files of another
+version.
 """
 
 import contextlib
@@ -27,24 +28,24 @@ from train.show.report import read_settings
 
 SHOWN_EVENTS = 200
 WALL_TIME_EVERY = 10
-"""Seconds between looks at all that a run recorded, of which its wall time is made."""
+"""Seconds between reads of the run's whole record, which the wall time needs."""
 PACE_STEPS = 20
-"""Newest records from which the time left is made."""
+"""Number of newest records for the estimate of the time left."""
 QUIET_FACTOR, QUIET_LEAST = 5.0, 30.0
-"""A run without a step for so many usual ones, and so many seconds, is shown as quiet."""
+"""A run is shown as quiet after this multiple of the usual step time without a step, and at least this many seconds."""
 
 
 def read_picture(folder: Path, name: str) -> dict[str, Any]:
-    """A run at one moment, as --json prints it; null for what is not known.
+    """A run at one moment, as --json prints it; null for unknown values.
 
     name, step, steps, stages, replicas, restarts
     state         trains, quiet, stopped, failed, done or empty
     seconds_left  of a run that trains
     record        numbers of the newest line of metrics.jsonl
-    ranks         by number: rank, node, step, phase, ended, memory in bytes, age in seconds of what is said, and in seconds of the
-                  newest step busy (own work), seconds (all of it) and waiting (the rest, for other ranks or data)
+    ranks         sorted by number: rank, node, step, phase, ended, memory in bytes, age of these values in seconds; and in seconds
+                  of the newest step busy (own work), seconds (the whole step) and waiting (the rest, for other ranks or data)
     wall          seconds_in (by part), seconds and share (effective) of the wall time
-    events        the newest ones and the newest incident: time, kind, text
+    events        the newest events and the newest incident: time, kind, text
     """
     settings, now = read_settings(folder), time.time()
     said, steps = settings.get("parallel"), settings.get("steps")
@@ -73,17 +74,18 @@ def read_picture(folder: Path, name: str) -> dict[str, Any]:
         "events": _news(folder, events),
         "restarts": max(0, (wall.starts if wall is not None else 1) - 1),
     }
-    return json.loads(json.dumps(picture), parse_constant=lambda _: None)  # NaN is no JSON
+    return json.loads(json.dumps(picture), parse_constant=lambda _: None)  # JSON has no NaN
 
 
 @lru_cache(maxsize=1)
 def _wall_time(folder: Path, moment: int) -> WallTime | None:
-    """Kept for a moment, as it reads the whole run."""
+    """The split of the wall time, cached for `moment`, because it reads the whole run."""
     return split_wall_time(folder)
 
 
 def _news(folder: Path, events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """All but checkpoints, oldest first. The ranks' newest incident is a sentence, where the driver's event of it is a screen."""
+    """Events except checkpoints, oldest first. The ranks' newest incident, one sentence, replaces the driver's
+    incident events."""
     found = [event for event in events if event["kind"] != "checkpoint"][-SHOWN_EVENTS:]
     if (newest := newest_incident(folder / "logs")) is not None:
         found = [event for event in found if event["kind"] != "incident"]
@@ -109,7 +111,7 @@ def _whole(value: Any, otherwise: int) -> int:
 
 
 def _pace(records: Sequence[Record]) -> float | None:
-    """Seconds from step to step of late, stalls included."""
+    """Mean seconds per step in the newest records, stalls included."""
     begun = max((place for place, one in enumerate(records) if "resumed" in one), default=0)
     told = [one for one in records[begun:][-PACE_STEPS:] if isinstance(one.get("time"), int | float)]
     steps = told[-1]["step"] - told[0]["step"] if told else 0
@@ -117,7 +119,7 @@ def _pace(records: Sequence[Record]) -> float | None:
 
 
 def _read_table(folder: Path) -> dict[str, Any]:
-    """The driver's table; empty without one that can be read."""
+    """The driver's rank table; empty if there is no readable one."""
     with contextlib.suppress(OSError, ValueError):
         table = read_plain_json(folder / RANKS_FILE)
         return table if isinstance(table, dict) and isinstance(table.get("ranks"), list) else {}
@@ -141,7 +143,7 @@ def _from_files(folder: Path, now: float) -> Iterator[dict[str, Any]]:
 
 
 def _rank(number: int, node: str, said: dict[str, Any], age: float, ended: bool) -> dict[str, Any]:
-    """What a rank said, as `read_picture` has it. age: seconds since it said so."""
+    """A rank's values in the form of `read_picture`. age: seconds since the rank wrote them."""
     seconds = {
         key: float(value) if isinstance(value := said.get(key), int | float) and math.isfinite(value) else None
         for key in ("busy", "seconds")

@@ -25,12 +25,12 @@ from train.checkpoint.run_folder import is_held
 from train.command.command_words import sort_words
 
 ASKED_SECONDS = 3.0
-"""That ranks get to say where they are."""
+"""Seconds that ranks have to report their stacks."""
 
 
 @reported
 def main(words: Sequence[str]) -> int:
-    """What follows `why` on the command line; returns the exit code."""
+    """Run `sluice why` with the words after it; returns the exit code."""
     given = sort_words("sluice why", words)
     name = given.one_run()
     folder = given.runs / name
@@ -76,13 +76,14 @@ def _tell(folder: Path) -> None:
 
 
 def alive_traces(logs: Path) -> dict[int, RankTrace]:
-    """What ranks did that live on this machine, and what those of them did that have ended since they began; empty where none lives."""
+    """Traces of the run's ranks, if some live on this machine; includes ranks that have ended since they started.
+    Empty if none lives."""
     traces = read_traces(logs)
     return traces if living_ranks(logs, traces) else {}
 
 
 def last_news(traces: dict[int, RankTrace]) -> float:
-    """Unix time at which a rank last began or ended anything."""
+    """Unix time of the newest start or end of any action on any rank."""
     return max(
         max(trace.since, *(max(record.began, record.ended) for record in trace.records[-50:]), 0.0)
         for trace in traces.values()
@@ -90,7 +91,7 @@ def last_news(traces: dict[int, RankTrace]) -> float:
 
 
 def look_at(logs: Path, traces: dict[int, RankTrace]) -> dict[str, Any]:
-    """The state of a run that lives here, as an incident."""
+    """The state of a run on this machine, in the form of an incident."""
     here = living_ranks(logs, traces)
     reports = [
         RankReport(
