@@ -1,1 +1,1 @@
-"""What changes the weights: AdamW, their average, and the schedules of its settings."""
+"""Optimizers of the weights, their moving average, and the schedules of their settings."""

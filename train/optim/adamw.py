@@ -1,6 +1,7 @@
-"""AdamW with fp32 weights and bf16 moments (paper 3.3.3), on the flat shards that ZeRO hands over.
+"""AdamW with fp32 weights and bf16 moments (paper 3.3.3), on flat shards from ZeRO.
 
-torch's fused kernel is the reference; CPUs with AVX2 run compiled code (train/kernels/cpu/adamw.cpp), GPUs train/kernels/gpu/triton_adamw.py.
+torch's fused kernel is the reference. CPUs with AVX2 use compiled code (train/kernels/cpu/adamw.cpp), GPUs use
+train/kernels/gpu/triton_adamw.py.
 """
 
 from collections.abc import Collection, Sequence
@@ -18,7 +19,7 @@ from train.kernels.cpu.cpp_function import Array, Kernel, Number, Size, Struct, 
 from train.kernels.cpu.libraries import library
 
 VECTOR = 16
-"""Elements of torch's widest vectors. What is left over at the end of a tensor it computes one by one, in double."""
+"""Elements of torch's widest vectors. torch computes the remainder of a tensor one element at a time, in double."""
 
 _load = partial(library, "adamw")
 _sum_of_squares = Kernel(
@@ -38,7 +39,7 @@ _adamw = Kernel(
 
 
 class UpdatePiece(NamedTuple):
-    """What an update of some neighbouring elements reads and writes; all flat."""
+    """Operands of an update of adjacent elements, all flat."""
 
     weight: Tensor
     grad: Tensor
@@ -47,10 +48,10 @@ class UpdatePiece(NamedTuple):
 
 
 class AdamW(torch.optim.Optimizer):
-    """Decoupled weight decay; moments kept in `moments` dtype, arithmetic in fp32. Computes where the weights lie.
+    """AdamW with decoupled weight decay, `moments` dtype for the moments and fp32 arithmetic, on the weights' device.
 
-    A parameter is a flat fp32 tensor: ZeRO's shard of the master weights. Element order does not matter, so that
-    any sharding gives the same update bit for bit. compiled: whether a CPU runs compiled code, see `Kernels.parts`.
+    A parameter is a flat fp32 tensor: ZeRO's shard of the master weights. Element order does not matter, so any
+    sharding gives the same update bit for bit. compiled: whether a CPU uses compiled code, see `Kernels.parts`.
     """
 
     def __init__(self, groups: list[dict], optim: Optim, moments: torch.dtype, compiled: bool):
@@ -59,21 +60,22 @@ class AdamW(torch.optim.Optimizer):
         self.moments, self._compiled = moments, compiled
         self.handover = GradientHandover()
         self.updates = 0
-        """Updates made before this step; counts bias correction for all groups alike."""
+        """Number of updates before this step, for bias correction; the same for all groups."""
 
     @classmethod
     def make(cls, groups: list[dict], config: Config, parts: Collection[str]) -> "AdamW":
-        """AdamW as a run asks for it, over these parameter groups. parts: of a step that run as compiled code, see `Kernels.parts`."""
+        """AdamW with the run's settings, for these parameter groups. parts: parts of a step that use compiled code,
+        see `Kernels.parts`."""
         return cls(groups, config.optim, moments_dtype(config.precision), "adamw" in parts)
 
     @staticmethod
     def count_scratch_bytes(kind: str, precision: Precision, elements: int, compiled: bool) -> int:
-        """What an update of so many elements takes beside its operands. kind: of the device."""
+        """Scratch memory of an update of this many elements. kind: of the device."""
         none = kind == "cuda" or compiled or moments_dtype(precision) == torch.float32
         return 0 if none else 8 * min(THRESHOLDS.adamw_elements, elements)
 
     def allocate(self, param: Tensor) -> dict[str, Tensor]:
-        """The two moments of a parameter, made on first use."""
+        """The two moments of a parameter, allocated on first use."""
         state = self.state[param]
         if not state:
             state["exp_avg"] = torch.zeros_like(param, dtype=self.moments)
@@ -81,7 +83,7 @@ class AdamW(torch.optim.Optimizer):
         return state
 
     def sums_of_squares(self, pieces: Sequence[Tensor]) -> Tensor:
-        """Sum of squares of every flat fp32 tensor, in fp64: (pieces,)."""
+        """Sum of squares of each flat fp32 tensor, in fp64: (pieces,)."""
         if pieces and pieces[0].is_cuda:
             from train.kernels.gpu import triton_adamw
 
@@ -90,7 +92,8 @@ class AdamW(torch.optim.Optimizer):
         return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.float64)
 
     def _sum_of_squares(self, x: Tensor) -> Tensor:
-        """By rows it is as exact as fp64 throughout, to 1e-7, and ten times as fast; torch's norm of all at once is off by 1e-4."""
+        """Sum of squares, by rows: relative error 1e-7, like fp64 throughout, and ten times as fast. torch's norm of
+        the whole tensor has an error of 1e-4."""
         if self._compiled:
             return torch.tensor(_sum_of_squares(x), dtype=torch.float64)
         row = THRESHOLDS.norm_row
@@ -103,7 +106,7 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyrefly: ignore[bad-override]  nobody computes the loss again here
-        """One update of every group that has gradients; `updates` is advanced by the owner, once per step."""
+        """One update of every group that has gradients; the owner increments `updates` once per step."""
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is None:
@@ -113,7 +116,7 @@ class AdamW(torch.optim.Optimizer):
                     self.handover.shards[param].scale_rows(param.view(-1), factors)
 
     def update(self, param: Tensor, group: dict) -> None:
-        """Update one flat parameter, whose gradient ZeRO has handed over."""
+        """Update one flat parameter, with the gradient from ZeRO."""
         state = self.allocate(param)
         held = param.view(-1), state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)
         gradients, factor = self.handover.of(param)
@@ -133,11 +136,12 @@ class AdamW(torch.optim.Optimizer):
 
 
 def _update(piece: UpdatePiece, group: dict, count: int, factor: Tensor | float | None) -> None:
-    """One pass over memory by torch's fused kernel. Moments of another dtype pass through an fp32 copy, chunk by chunk, and the
-    gradient is left multiplied.
+    """One pass over memory by torch's fused kernel. The gradient stays multiplied by `factor`.
+
+    Moments of another dtype go through an fp32 copy, chunk by chunk.
     """
     weight, grad, exp_avg, exp_avg_sq = piece
-    step = torch.full((), float(count), device=weight.device)  # written there: a copy of it would be waited for
+    step = torch.full((), float(count), device=weight.device)  # created on the device: a copy would block
     if factor is not None:
         grad.mul_(factor)
     whole = weight.numel() // VECTOR * VECTOR
@@ -157,7 +161,7 @@ def _update(piece: UpdatePiece, group: dict, count: int, factor: Tensor | float 
 
 
 def _update_compiled(piece: UpdatePiece, group: dict, count: int, factor: Tensor | float | None) -> None:
-    """An update as compiled code, for moments in bf16."""
+    """An update by compiled code, for bf16 moments."""
     _adamw(*piece, *_settings(group, count, factor).values())
 
 
@@ -176,7 +180,7 @@ def _update_on_gpu(
 
 
 def _settings(group: dict, count: int, factor: Tensor | float | None) -> dict[str, float]:
-    """What the update number `count` multiplies with, see `Settings` of train/kernels/cpu/adamw.cpp."""
+    """The factors of update number `count`, see `Settings` in train/kernels/cpu/adamw.cpp."""
     (beta1, beta2), lr = group["betas"], group["lr"]
     return {
         "factor": 1.0 if factor is None else float(factor), "lerp": 1 - beta1,
@@ -186,7 +190,7 @@ def _settings(group: dict, count: int, factor: Tensor | float | None) -> dict[st
 
 
 def _update_rest(rest: list[Tensor], group: dict, step: Tensor) -> None:
-    """The last few elements as one padded vector, so that they get the arithmetic of all others wherever shards are cut."""
+    """Update the last elements as one padded vector, so that their arithmetic does not depend on the shard borders."""
     padded = [torch.zeros(VECTOR, device=tensor.device) for tensor in rest]
     for vector, tensor in zip(padded, rest, strict=True):
         vector[: tensor.numel()] = tensor

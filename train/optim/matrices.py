@@ -1,11 +1,11 @@
-"""What a logical matrix is, by the name of a weight: Muon orthogonalises each by itself.
+"""Splits a weight into logical matrices by its name; Muon orthogonalises each of them separately.
 
-A weight holds several of them where it stacks products that have nothing to do with each other: the heads of attention, keys and
-values of a head, the latent and the rope key, w1 and w3, experts. As one matrix, the larger of them would decide the singular
-values of the others; MLA lagged behind under Muon until heads were split (GLM-5's report). Which weights Muon updates at all stands
-in conf/optimizers.py.
+A weight holds several logical matrices if it stacks independent matrices: the heads of attention, keys and values of a
+head, the latent and the rope key, w1 and w3, experts. In one joint matrix, the largest block would dominate the
+singular values of the others. MLA was worse under Muon until its heads were split (GLM-5's report). conf/optimizers.py
+decides which weights Muon updates.
 
-Every logical matrix is a rectangle of its weight, seen as rows and columns: (E, R, C) has E * R rows.
+Every logical matrix is a rectangle of its weight, in rows and columns: (E, R, C) has E * R rows.
 """
 
 import re
@@ -31,10 +31,10 @@ class LogicalMatrix(NamedTuple):
 
 
 class MatrixStack(NamedTuple):
-    """How a weight stacks its matrices. whole: what it is where heads are not split."""
+    """How a weight stacks its logical matrices. by_head: the split applies only if heads are split."""
 
     sizes: Callable[[Model, int], Sequence[int]]
-    """Sizes of the matrices, one after another, from the model and the length of that side."""
+    """Sizes of the stacked matrices, from the model and the length of that axis."""
     axis: int = -2
     by_head: bool = False
 
@@ -46,13 +46,14 @@ STACKS: dict[str, MatrixStack] = {
     r"attention\.kv_down\.": MatrixStack(lambda m, _: [m.kv_rank, m.rope_head_dim]),
     r"\.w13(\.|$)": MatrixStack(lambda _, rows: [rows // 2] * 2),
 }
-"""By a part of the name; a weight that none of them names is one matrix."""
+"""Stacks by a pattern in the weight's name; a weight without a pattern is one matrix."""
 
 
 def logical_matrices(name: str, shape: Sequence[int], model: Model, by_head: bool) -> list[LogicalMatrix]:
-    """The logical matrices of a weight that Muon updates. shape: (rows, columns), or of any number of experts (E, rows, columns).
+    """The logical matrices of a weight that Muon updates.
 
-    by_head: whether attention's products are split by heads.
+    shape: (rows, columns), or (E, rows, columns) for any number of experts. by_head: whether attention weights are
+    split by heads.
     """
     *experts, rows, columns = shape
     stack = next((stack for part, stack in STACKS.items() if re.search(part, name)), None)
@@ -75,18 +76,15 @@ def _ranges(sizes: Sequence[int]) -> list[range]:
     return [range(end - size, end) for end, size in zip(ends, sizes, strict=True)]
 
 
-# The orthogonal factor of matrices by Newton-Schulz iteration: what Muon turns a momentum into.
+# Newton-Schulz iteration for the orthogonal factor of matrices, which Muon applies to the momentum.
 #
-# With G = U S V^T, each step moves all singular values by one odd polynomial and leaves U and V as they are:
+# With G = U S V^T, each step maps all singular values by one odd polynomial and keeps U and V:
 #
 #     X <- a X + (b A + c A A) X,   A = X X^T,   from X = G / |G|   (Frobenius norm)
 #
-# so that they come near 1, and X near U V^T. Only products are needed, and no decomposition. A matrix with more rows than columns
-# is turned, which makes A the smaller of the two products. A matrix of zeros gives zeros.
+# The singular values approach 1, and X approaches U V^T. The iteration needs only matmuls, no decomposition. A matrix with more rows than columns is transposed, which makes A the smaller of the two Gram matrices. A zero matrix gives zeros.
 #
-# The coefficients: `quintic` is Jordan's, which leaves singular values between about 0.68 and 1.2 (Muon, kellerjordan.github.io/posts/muon;
-# Moonlight, arXiv 2502.16982); `polar_express` has other ones for each step, each the best for what the step before left (arXiv
-# 2505.16932, algorithm 1); `deepseek_v4` takes eight steps of `quintic` and then two that settle at 1 (DeepSeek-V4's report).
+# The coefficients: `quintic` is Jordan's, with resulting singular values between about 0.68 and 1.2 (Muon, kellerjordan.github.io/posts/muon; Moonlight, arXiv 2502.16982). `polar_express` has different coefficients for each step, each optimal for the result of the previous step (arXiv 2505.16932, algorithm 1). `deepseek_v4` takes eight steps of `quintic` and then two that converge to 1 (DeepSeek-V4's report).
 #
 # Shapes: B matrices, M rows, N columns.
 
@@ -100,7 +98,7 @@ PUBLISHED_POLAR: tuple[Coefficients, ...] = (
     (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
 )
 SAFETY = 1.01
-"""By so much the paper's coefficients are drawn in, as rounding may leave a singular value a little above 1."""
+"""Safety factor on the paper's coefficients, because rounding may leave a singular value slightly above 1."""
 
 
 ITERATIONS: dict[str, tuple[Coefficients, ...]] = {
@@ -111,10 +109,10 @@ ITERATIONS: dict[str, tuple[Coefficients, ...]] = {
 
 
 def orthogonalise(g_BMN: Tensor, iteration: str) -> Tensor:
-    """The orthogonal factor of each matrix, in the format of g; its products are in that format too.
+    """The orthogonal factor of each matrix, in the dtype of g, which its matmuls use too.
 
-    The size of a matrix plays no part, from the smallest to the largest that the format has: it is divided by its largest
-    element before its norm is taken.
+    The result does not depend on the scale of a matrix, over the whole range of the dtype. The matrix is divided by its
+    largest element before its norm is computed.
     """
     x_BMN = g_BMN / _or_one(g_BMN.abs().amax((-2, -1), keepdim=True))
     x_BMN = x_BMN / _or_one(torch.linalg.matrix_norm(x_BMN, keepdim=True))
@@ -131,6 +129,6 @@ def _or_one(sizes: Tensor) -> Tensor:
 
 
 def products(rows: int, columns: int, iteration: str) -> float:
-    """Operations of one matrix: three products a step, of which one is the small one."""
+    """Operations for one matrix: three matmuls a step, one of them with the small Gram matrix only."""
     short, long = sorted((rows, columns))
     return len(ITERATIONS[iteration]) * (4.0 * short * short * long + 2.0 * short**3)

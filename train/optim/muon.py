@@ -1,14 +1,15 @@
-"""Muon: momentum, orthogonalised, for the matrices inside a model (Keller Jordan 2024; Moonlight, arXiv 2502.16982, 2.2).
+"""Muon: orthogonalised momentum for the matrices inside a model (Keller Jordan 2024; Moonlight, arXiv 2502.16982, 2.2).
 
     M <- mu M + G             G: the mean gradient, clipped by the global norm
     O  = NS(G + mu M)         Nesterov; NS of each logical matrix (train/optim/matrices.py)
     W <- (1 - lr decay) W - lr 0.2 sqrt(max(rows, columns)) O
 
-The last factor gives an update the size that AdamW's has, so that its learning rate and decay carry over. What a logical matrix is
-stands in train/optim/matrices.py; embedding, head, routers and gains AdamW updates.
+The last factor scales an update to the size of AdamW's, so AdamW's learning rate and decay can be reused.
+train/optim/matrices.py defines logical matrices. AdamW updates embedding, head, routers and norm weights.
 
-ZeRO hands over flat shards that are cut anywhere. Momentum is updated where it lies, element by element. A matrix that lies on
-several ranks goes to its owner, which orthogonalises it once, and the factor comes back to its shards (parallel/owners.py).
+ZeRO passes flat shards, which may be cut anywhere. Momentum is updated in the shards, element by element. A matrix on
+several ranks is sent to its owner, which orthogonalises it once and sends the factor back to the shards
+(parallel/owners.py).
 """
 
 from collections.abc import Collection, Sequence
@@ -26,18 +27,18 @@ from train.optim.adamw import AdamW, moments_dtype
 from train.optim.matrices import logical_matrices, orthogonalise, products
 
 UPDATE_SIZE = 0.2
-"""The root of the mean square of AdamW's updates, as Moonlight measured it."""
+"""Root mean square of AdamW's updates, as Moonlight measured it."""
 
 
 class _Placed(NamedTuple):
-    """The logical matrices of a flat parameter, and who orthogonalises which."""
+    """The logical matrices of a flat parameter, and the rank that orthogonalises each of them."""
 
     matrices: list[SharedMatrix]
     owners: MatrixOwners
 
 
 class Muon(AdamW):
-    """The optimizer of weights whose rule says so; all others AdamW updates."""
+    """Updates the weights whose rule selects Muon; AdamW updates all others."""
 
     def __init__(self, groups: list[dict], config: Config, compiled: bool):
         super().__init__(groups, config.optim, moments_dtype(config.precision), compiled)
@@ -50,11 +51,12 @@ class Muon(AdamW):
 
     @staticmethod
     def count_scratch_bytes(kind: str, precision: Precision, elements: int, compiled: bool) -> int:
-        """Matrices of a pack, their factors and what Newton-Schulz makes of them, some six copies; two packs on their way."""
+        """Scratch memory in bytes: matrices of a pack, their factors and Newton-Schulz results, about six copies;
+        two packs in transfer."""
         return 32 * min(THRESHOLDS.muon_elements, elements)
 
     def allocate(self, param: Tensor) -> dict[str, Tensor]:
-        """The momentum of matrices, made on first use; AdamW's moments of all else."""
+        """The momentum of matrices, allocated on first use; AdamW's moments for other parameters."""
         shard = self.handover.shards.get(param)
         if shard is None or not shard.rule.is_whole:
             return super().allocate(param)
@@ -75,7 +77,7 @@ class Muon(AdamW):
         self._move(param, shard, gradients, group)
 
     def _add_momentum(self, param: Tensor, gradients: Sequence[Tensor], factor: Tensor | float | None) -> None:
-        """M <- mu M + G, and in the gradients' place G + mu M, which is what is orthogonalised."""
+        """Compute M <- mu M + G, and replace the gradients by G + mu M, which is then orthogonalised."""
         mu, first = self._muon.momentum, 0
         momentum = self.allocate(param)["momentum"].view(-1)
         for gradient in gradients:
@@ -89,10 +91,10 @@ class Muon(AdamW):
                 new.add_(summed, alpha=mu)
 
     def _move(self, param: Tensor, shard: FlatShard, gradients: Sequence[Tensor], group: dict) -> None:
-        """Decay the weights, and move them against the orthogonal factors of what stands in the gradients' place."""
+        """Decay the weights, and subtract the orthogonal factors of the matrices in `gradients`."""
         matrices, owners = self._place(param, shard)
         masters, decay = param.detach().view(-1), 1 - group["lr"] * group["weight_decay"]
-        one_by_one = len(gradients) > 1  # those of weights that no other rank shares
+        one_by_one = len(gradients) > 1  # gradients of weights that no other rank shares
 
         def read(weight: int, piece: WeightPiece) -> Tensor:
             flat, place = (gradients[weight], 0) if one_by_one else (gradients[0], None)
@@ -106,7 +108,7 @@ class Muon(AdamW):
         owners.each(read, lambda _, whole: self._factors(whole), write, masters[:0])
 
     def _factors(self, matrices: Sequence[Tensor]) -> list[Tensor]:
-        """Neighbours of one shape as batches; on a GPU in bf16, as published."""
+        """Orthogonal factors; adjacent matrices of one shape form a batch; on a GPU in bf16, as published."""
         found: list[Tensor] = []
         for _, same in groupby(matrices, key=lambda matrix: matrix.shape):
             batch = torch.stack(list(same))

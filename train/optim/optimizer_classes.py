@@ -1,4 +1,4 @@
-"""The table of optimizers: what updates the weights of each name. What each keeps stands in conf/optimizers.py."""
+"""The table of optimizer classes by name. conf/optimizers.py describes the state of each optimizer."""
 
 from collections.abc import Collection
 from typing import Protocol
@@ -11,13 +11,14 @@ from train.optim.muon import Muon
 
 
 class OptimizerClass(Protocol):
-    """What is asked of an optimizer before there is one."""
+    """Functions of an optimizer class that are called before an instance exists."""
 
     def make(self, groups: list[dict], config: Config, parts: Collection[str]) -> ShardedOptimizer:
-        """The optimizer that a run asks for, over these parameter groups. parts: of a step that run as compiled code, see `Kernels.parts`."""
+        """The optimizer with the run's settings, for these parameter groups. parts: parts of a step that use
+        compiled code, see `Kernels.parts`."""
 
     def count_scratch_bytes(self, kind: str, precision: Precision, elements: int, compiled: bool) -> int:
-        """What an update of so many elements takes beside its operands. kind: of the device."""
+        """Scratch memory of an update of this many elements. kind: of the device."""
 
 
 OPTIMIZER_CLASSES: dict[str, OptimizerClass] = {ADAMW: AdamW, MUON: Muon}

@@ -1,12 +1,13 @@
-"""QK-clip: no attention score of a training step above a limit tau (Kimi K2's report, arXiv 2507.20534, 2.1), for MLA.
+"""QK-clip for MLA: bounds the attention scores of a training step by tau (Kimi K2's report, arXiv 2507.20534, 2.1).
 
     eta = min(1, tau / S),   S: the largest score of a head in the step, over all its tokens
     q_nope, k_nope  times  sqrt(eta),   q_rope  times  eta
 
-so that every score of the head is multiplied by eta. The rope key is one for all heads and stays. What is scaled are the rows of the
-products that make queries and keys, in the fp32 masters, behind the update and before they are rounded; momentum stays.
+So every score of the head is multiplied by eta. All heads share one rope key, which is not scaled. The scaled rows
+belong to the weights that produce queries and keys. They are scaled in the fp32 masters, after the update and before
+rounding; momentum is not scaled.
 
-Scores are those of passes that train: of all micro-batches of a step, and of all ranks that hold the head.
+Scores come from training passes only: from all micro-batches of a step, and all ranks that hold the head.
 
 Shapes: L attention layers of this rank, H heads, R rows of a weight.
 """
@@ -22,9 +23,9 @@ from train.model.mla import MLA
 
 
 class QKClip:
-    """Watches the attention of this rank's chunks.
+    """Records the attention scores of this rank's chunks.
 
-    limit: tau. most: takes (L, H) and makes it the largest of all ranks that hold these layers, in place.
+    limit: tau. most: replaces (L, H) in place by the maximum over all ranks that hold these layers.
     """
 
     def __init__(self, chunks: Sequence[nn.Module], model: Model, limit: float, most: Callable[[Tensor], None]):
@@ -37,18 +38,18 @@ class QKClip:
             module.watch = watch
 
     def clear(self) -> None:
-        """Start a step."""
+        """Reset the scores at the start of a step."""
         for watch in self._watches:
             watch.clear()
 
     def largest(self) -> Tensor:
         """The largest score of every head in this step: (L, H). Collective over the ranks that hold these layers."""
-        scores_LH = torch.stack([watch.most_H for watch in self._watches])  # a stage has a layer
+        scores_LH = torch.stack([watch.most_H for watch in self._watches])  # a stage has at least one layer
         self._most(scores_LH)
         return scores_LH
 
     def factors(self, scores_LH: Tensor) -> dict[str, Tensor]:
-        """By weight what its rows are multiplied with: (R,), fp32."""
+        """Row factors of each weight: (R,), fp32."""
         model, found = self._model, {}
         eta_LH = (self.limit / scores_LH).where(scores_LH > self.limit, 1.0)
         for name, eta_H in zip(self.layers, eta_LH, strict=True):
@@ -60,5 +61,5 @@ class QKClip:
 
 
 def _by_rows(*parts: tuple[Tensor, int]) -> Tensor:
-    """Each head's factor of each part, once a row."""
+    """Each head's factor of each part, repeated for each row."""
     return torch.cat([factor_H.unsqueeze(1).expand(-1, rows) for factor_H, rows in parts], 1).flatten()

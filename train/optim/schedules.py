@@ -1,7 +1,7 @@
-"""What changes over the run: learning rate, MTP weight, bias speed and batch size, as pure functions of the step.
+"""Schedules over the run: learning rate, MTP weight, bias speed and batch size, as pure functions of the step.
 
-Everything is measured in tokens: `until` of a phase is a fraction of the tokens of the whole run, so that a shorter
-run keeps the shape of the schedule.
+Everything is measured in tokens: `until` of a phase is a fraction of the run's total tokens. So a shorter run keeps the
+shape of the schedule.
 """
 
 import math
@@ -18,7 +18,7 @@ class StepPlan:
     step: int
     """Number of the step, from 1."""
     first_sample: int
-    """Samples consumed before it: the data position."""
+    """Samples consumed before this step, which is the data position."""
     batch_size: int
     """Sequences of this step, over all ranks."""
     lr: float
@@ -37,7 +37,7 @@ class Schedules:
     def plan(self, step: int, shift: int = 0) -> StepPlan:
         """Settings of step 1..steps. shift: samples that an earlier part of the run consumed beyond this schedule."""
         index, optim = step - 1, self.config.optim
-        # Middle of the step: a run of one step sits in the middle of its schedule, not at an end.
+        # Middle of the step: a run of one step is evaluated at the middle of its schedule, not at an end.
         fraction = (self.samples[index] + self.batch_sizes[index] / 2) / self.samples[-1]
         warmup = min(1.0, step / optim.warmup_steps) if optim.warmup_steps else 1.0
         return StepPlan(
@@ -70,7 +70,7 @@ def _between(shape: Shape, before: float, after: float, done: float) -> float:
 
 
 def _batch_size(config: Config, index: int) -> int:
-    """Sequences of the step with this index from 0: linear in steps, rounded down to the increment."""
+    """Sequences of the step with this index, from 0: linear in steps, rounded down to the increment."""
     optim: Optim = config.optim
     if optim.batch_ramp_start is None or index >= optim.batch_ramp_steps:
         return config.batch_size
