@@ -23,11 +23,11 @@ class Batch:
     samples in `documents_BS` are independent: no loss, count or module crosses their borders. None: every token is
     supervised, and documents follow one another as one text."""
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
-    """fp32, same shape: what a loss of tokens takes (train/model/token_losses.py), of every token where it is a target. `weights` multiply
-    the loss, and `temperatures` divide the logits."""
+    """fp32, same shape: inputs of a token loss (train/model/token_losses.py), with a value for every token as a target.
+    `weights` multiply the loss, and `temperatures` divide the logits."""
     experts_BTLK: Tensor | None = None
-    """int64: experts to take for every token but the last, in every MoE layer of the main model, as another engine chose them
-    (mode=score writes them). None for the routers' own choice."""
+    """int64: given experts for every token except the last, in every MoE layer of the main model. Another engine chose
+    them (mode=score writes them). None: the routers choose."""
 
     @property
     def targets(self) -> int:
@@ -56,20 +56,22 @@ class Batch:
 
 @dataclass(frozen=True)
 class GivenSample:
-    """One text for `batch_of_samples`."""
+    """One sample for `batch_of_samples`."""
 
     tokens: list[int]
     first: int
-    """The first token that is learnt, 1 or more; all after it are."""
+    """Position of the first learnt token, at least 1; all later tokens are learnt too."""
     values: Mapping[str, float | Sequence[float]] = field(default_factory=dict)
-    """What tensors say of the learnt tokens: one number for all, or one for each."""
+    """Per name of a tensor in `Batch`: one number for all learnt tokens, or a number for each."""
     experts_TLK: Tensor | None = None
-    """Experts of all tokens but the last."""
+    """Given experts of all tokens except the last."""
 
 
 def batch_of_samples(samples: Sequence[GivenSample], length: int, filling: int = 0) -> Batch:
-    """One sample a sequence of `length` tokens, filled up with the token `filling`, which nothing learns. Every sample names the same tensors.
-    Raises UserError for a sample that is too long, or whose values do not fit its tokens.
+    """A batch with one sample per sequence of `length` tokens, padded with the token `filling`, which is not learnt.
+
+    All samples must name the same tensors. Raises UserError for a sample that is too long, or whose values do not match
+    its tokens.
     """
     shape = len(samples), length
     tokens_BS = torch.full(shape, filling)
