@@ -20,7 +20,7 @@ logs/rank_3.progress.json                {"step": 17, "phase": "step", "time": .
                                          if present: seconds of the last step that were the rank's own work, out of all
                                          its seconds
 ranks.json                               state of all ranks, as the driver of cluster=ray knows it; see
-                                         cluster/driver/rank_table.py
+                                         cluster/driver/journal.py
 """
 
 import errno

@@ -17,12 +17,11 @@ from cluster.driver import messages as m
 from cluster.driver.checkpoints import claim_attempt, newest, written_since
 from cluster.driver.copies import Copies
 from cluster.driver.fleet import Fleet, FleetLost, Reply, call_agent
-from cluster.driver.journal import Journal
+from cluster.driver.journal import Journal, RankTable
 from cluster.driver.messages import DriverPhase, NodeHealth
 from cluster.driver.network import NetworkTest
 from cluster.driver.policy import policy_of
 from cluster.driver.pulse_sender import Pulse
-from cluster.driver.rank_table import RankTable
 from cluster.driver.shapes import Shapes, with_shape
 from cluster.driver.supervisor import NAP, Supervisor
 from cluster.driver.view import View

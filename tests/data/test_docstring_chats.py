@@ -5,7 +5,7 @@ import pytest
 
 from conf.load import compose
 from conf.schema import DataFormat, MixSource
-from train.data.docstring_chats import LONGEST_ANSWER, SHORTEST_ANSWER, read_docstring_chats
+from train.data.chats import LONGEST_ANSWER, SHORTEST_ANSWER, read_docstring_chats
 from train.data.held_out import held_out_D
 from train.data.sources import find_files, hash_id, open_chats, open_source
 

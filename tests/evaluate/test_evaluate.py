@@ -18,8 +18,7 @@ from train.checkpoint.stored_weights import load_model
 from train.data.corpus import build_corpus
 from train.data.dataset import ValidationData
 from train.evaluate.evaluation_rank import run_rank
-from train.evaluate.observed import position_ranges
-from train.evaluate.result import figures
+from train.evaluate.result import figures, position_ranges
 from train.evaluate.run import evaluate
 from train.evaluate.target import find_target
 from train.export.run import export

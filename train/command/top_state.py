@@ -1,6 +1,6 @@
 """Reads the data of `sluice top` from the run folder alone; the run may train here or elsewhere, hang, be dead or done.
 
-With cluster=ray the driver writes the state of all ranks (cluster/driver/rank_table.py). Otherwise each rank has its
+With cluster=ray the driver writes the state of all ranks (cluster/driver/journal.py). Otherwise each rank has its
 own file (cluster/run_files.py). Fields that are missing in a file are left out, for example in files of another
 version.
 """
@@ -15,8 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from cluster.driver.journal import read_events
-from cluster.driver.rank_table import RANKS_FILE
+from cluster.driver.journal import RANKS_FILE, read_events
 from cluster.incident import newest_incident
 from cluster.run_files import PROGRESS
 from conf.files import read_plain_json

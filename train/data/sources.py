@@ -6,7 +6,7 @@ A document is:
   jsonl    the string under text_key of each line; plain, .gz or .zst
   parquet  each value of the column text_key
   stdlib   each .py file of Python's own standard library, without site-packages and the library's tests
-  docstrings  chats made of those files (train/data/docstring_chats.py)
+  docstrings  chats made of those files (train/data/chats.py)
 
 Documents without text are left out. The stable id alone decides whether a document is held out. The id is a hash of the
 content. With data.hold_out_by=name, and for stdlib and docstrings, it is the path relative to the source's root, with
@@ -27,8 +27,7 @@ from typing import Any, Protocol
 from conf.disk import cure_of_reading
 from conf.errors import UserError
 from conf.schema import CHATS, Config, DataFormat, MixSource
-from train.data.chats import CHAT_KEYS, Chat, read_chat
-from train.data.docstring_chats import read_docstring_chats
+from train.data.chats import CHAT_KEYS, Chat, read_chat, read_docstring_chats
 from train.data.prepare_progress import ReportProgress
 from train.data.reach import hub, offline_reason
 from train.data.readers import (

@@ -41,8 +41,7 @@ from train.evaluate.answers import (
     to_other_questions,
 )
 from train.evaluate.needle import NEEDLE_DEPTHS, NEEDLE_TEXTS, NeedleCell, make_needles
-from train.evaluate.observed import ObservedChunk, here, read
-from train.evaluate.result import EvaluatedSource, Evaluation, choose_sources, show_result
+from train.evaluate.result import EvaluatedSource, Evaluation, ObservedChunk, choose_sources, here, read, show_result
 from train.evaluate.target import Target, find_target
 from train.generate.decoder import Decoder
 from train.generate.source import start_token
