@@ -28,7 +28,7 @@ JOBS = {
     "8 H100 (16B)": (8, f"conf=deepseek_v3_16b hardware=h100 {RAMPLESS}"),
     "256 H100": (256, f"{V3} hardware=h100"),
     "64 H200": (64, f"{V3} hardware=h200"),
-    "48 B200": (48, f"{V3} hardware=b200"),
+    "48 B200": (48, f"{V3} hardware=b200 precision=mxfp8"),
     "32K": (2048, f"conf=deepseek_v3_32k {RAMPLESS}"),
     "128K": (2048, f"conf=deepseek_v3_128k {RAMPLESS}"),
     "4 H800 (tiny)": (4, f"conf=tiny hardware=h800 {RAMPLESS}"),

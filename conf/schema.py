@@ -668,8 +668,14 @@ class Hardware:
     memory_bytes: float = expert(0.0, least=0)
     """Memory of one device, in bytes; 0 for its share of this machine's memory."""
     host_memory_bytes: float = expert(0.0, least=0)
-    """Memory of the processors of devices_per_node devices, in bytes, for what is offloaded; 0 for not known. The rates `host`
+    """Memory of the processors of devices_per_host devices, in bytes, for what is offloaded; 0 for not known. The rates `host`
     (bytes of one device to or from it) and `host_memory` (bytes that its processors read or write for one device) go with it."""
+    devices_per_host: int = expert(0, least=0)
+    """Devices that share host_memory_bytes, where they are fewer than a node's, as the four of a tray of an NVL72; 0 for all of a node."""
+    shared_memory_bytes: float = expert(0.0, least=0)
+    """What /dev/shm of a host holds, in bytes, for copies in memory (checkpoint.memory_folder); 0 for half of host_memory_bytes, as Linux has it."""
+    disk_bytes: float = expert(0.0, least=0)
+    """Room for checkpoints and exports of the run on the file system of all nodes, in bytes; 0 for not known."""
     bf16_flops: float = expert(0.0, least=0)
     """Dense peak of one device, FLOP/s: what MFU is counted against."""
     fp8_flops: float = expert(0.0, least=0)

@@ -24,7 +24,7 @@ from train.plan.memory.rank_memory import HELD_COPIES, host_bytes, plan_memory, 
 from train.plan.memory.schedule_memory import WalkDepth
 from train.plan.report import plan_page
 from train.plan.report.plan_record import verdict
-from train.plan.reserve import reserve_of, tensor_memory
+from train.plan.reserve import host_memory, reserve_of, tensor_memory
 from train.plan.search import candidates
 from train.plan.search import lower_bounds as bounds
 from train.plan.search import search as searching
@@ -239,7 +239,7 @@ def test_bounds_are_below_what_they_bound(few_choices):
             ranks, scene = plan_memory(config), scene_of(config)
             peak = max(rank.peak_bytes for rank in ranks)
             if config.parallel.offload_optimizer:
-                layers, has = stage_layers(config), int(config.hardware.host_memory_bytes)
+                layers, has = stage_layers(config), host_memory(config)
                 held = [count_weights(config, layers, ids, len(layers) - 1) for ids in config.parallel.placement]
                 bound = bounds._host_lacking(config, held) * layout_of(config).ranks_per_node + has
                 assert bound <= host_bytes(config, ranks) + 8, one

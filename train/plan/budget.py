@@ -6,9 +6,10 @@ from enum import StrEnum
 from conf.load import compose
 from conf.schema import Config
 from train.loop.layout_check import check_layout
+from train.model.count import checkpoint_bytes, count_parameters
 from train.optim.schedules import Schedules
 from train.plan.failures import HOUR, Failures, plan_failures
-from train.plan.job import device_memory, layout_of, require_hardware, require_host, with_nodes
+from train.plan.job import device_memory, layout_of, require_hardware, require_host, require_products, with_nodes
 from train.plan.memory.rank_memory import RankMemory, host_bytes, host_lacking, plan_memory
 from train.plan.reserve import reserve_of
 from train.plan.time.step_time import StepTime, plan_time
@@ -61,6 +62,45 @@ class Budget:
         return Budget(tokens, self.days + other.days, hours, hours * TRILLION / tokens, cost, energy)
 
 
+@dataclass(frozen=True)
+class DiskBytes:
+    """Bytes on disk."""
+
+    checkpoint: int
+    """Of one."""
+    checkpoints: int
+    """How many there are at one time: those that stay, and the one that is being written."""
+    export: int
+    """Of one folder of weights; 0 where the run writes none."""
+    has: int
+    """0 for not known."""
+
+    @property
+    def whole(self) -> int:
+        """Of the run, with the three folders of weights that there are while the newest is written."""
+        return self.checkpoints * self.checkpoint + 3 * self.export
+
+    @property
+    def lacking(self) -> int:
+        return max(0, self.whole - self.has) if self.has else 0
+
+    @property
+    def most_kept(self) -> int:
+        """The largest checkpoint.keep that the disk has room for, 0 for none."""
+        return max(0, (self.has - 3 * self.export) // self.checkpoint - 1)
+
+
+def disk_of(config: Config) -> DiskBytes:
+    """What a run keeps on disk (train/checkpoint/commit.py), where each save may have to wait for the next to be whole."""
+    saves, steps = config.checkpoint, config.steps
+    every = -(-steps // saves.every) if saves.every else 1
+    stay = min(saves.keep + 1 if saves.keep else every, every)
+    stay += (steps // saves.keep_every if saves.keep and saves.keep_every else 0) + saves.keep_best
+    exported = 2 * (count_parameters(config.model).total + count_parameters(config.model).mtp)
+    wanted = bool(saves.weights_every) and not config.adapter.on
+    return DiskBytes(checkpoint_bytes(config), stay, exported * wanted, int(config.hardware.disk_bytes))
+
+
 @dataclass
 class RunPlan:
     """All that mode=plan knows of a recipe."""
@@ -95,8 +135,13 @@ class RunPlan:
         return host_bytes(self.config, self.ranks)
 
     @property
+    def disk(self) -> DiskBytes:
+        """What the run has on disk at one time."""
+        return disk_of(self.config)
+
+    @property
     def fits(self) -> bool:
-        return self.room_bytes >= 0 and not host_lacking(self.config, self.ranks)
+        return self.room_bytes >= 0 and not host_lacking(self.config, self.ranks) and not self.disk.lacking
 
     @property
     def verdict(self) -> Verdict:
@@ -107,6 +152,7 @@ def make_plan(config: Config) -> RunPlan:
     """Plan a recipe. Raises UserError for a layout that cannot run and for what the planner has no rule for."""
     require_hardware(config.hardware)
     require_host(config)
+    require_products(config)
     config = with_nodes(config)
     check_layout(config)
     step = plan_time(config)

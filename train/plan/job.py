@@ -9,6 +9,7 @@ from conf.schema import Config, Hardware
 from parallel.layout import Layout, read_layout
 from parallel.pipeline.orders import Action, schedule_actions
 from parallel.pipeline.simulate import Program
+from train.kernels.fp8.hopper import has_mx_tiles
 
 
 def require_hardware(hardware: Hardware) -> None:
@@ -67,6 +68,21 @@ def device_memory(config: Config) -> int:
 def layout_of(config: Config) -> Layout:
     """The layout of a recipe on the hardware that is planned for."""
     return read_layout(config, min(config.parallel.world, config.hardware.devices_per_node))
+
+
+def host_ranks(config: Config) -> int:
+    """Ranks that share the memory of a host."""
+    ranks = layout_of(config).ranks_per_node
+    return min(config.hardware.devices_per_host or ranks, ranks)
+
+
+def require_products(config: Config) -> None:
+    """Raise UserError for FP8 products that a run on these devices refuses at its start (train/kernels/fp8/installed.py)."""
+    fp8, hardware = config.precision.fp8, config.hardware
+    if fp8 is None or has_mx_tiles(fp8) or "fprop_mxfp8" not in hardware.rates:
+        return
+    rule = f"has tiles of 128, which Hopper multiplies: {hardware.device} multiplies tiles of 32, and a run ends at its start"
+    raise UserError("precision.name", config.precision.name, rule, "choose precision=mxfp8 (or bf16)")
 
 
 def with_nodes(config: Config) -> Config:

@@ -25,7 +25,7 @@ from functools import lru_cache
 
 from conf.schema import Config
 from parallel.layout import Layout
-from train.plan.job import device_kind, device_memory, layout_of
+from train.plan.job import device_kind, device_memory, host_ranks, layout_of
 
 MIB = 2**20
 CONTEXT = 1_060_000_000
@@ -63,6 +63,27 @@ def reserve_of(config: Config) -> dict[str, int]:
         "exchange": _exchange(config, layout),
         "fragmentation": fragmentation(int(config.hardware.memory_bytes)),  # 0 where nobody says how much there is
     }
+
+
+HOST_SYSTEM = 0.05
+"""Share of a host's memory for its operating system, its agents and the page cache through which checkpoints are written. An estimate."""
+HOST_PROCESS = 3_000_000_000
+"""Bytes of a rank's process beside tensors: 0.5 GB of Python with the program imported (cluster.prefork), the rest an estimate of what CUDA and
+NCCL map and lock."""
+
+
+def host_memory(config: Config) -> int:
+    """Bytes of a host that tensors of its ranks can have; 0 where nobody says what it has."""
+    has = int(config.hardware.host_memory_bytes)
+    return max(1, int(has * (1 - HOST_SYSTEM)) - host_ranks(config) * HOST_PROCESS) if has else 0
+
+
+def copies_memory(config: Config) -> int | None:
+    """Bytes of a host that copies in memory can have; None where they lie on a disk, or nobody knows."""
+    hardware, folder = config.hardware, config.checkpoint.memory_folder
+    if not hardware.host_memory_bytes or not f"{folder}/".startswith("/dev/shm/"):
+        return None
+    return int(hardware.shared_memory_bytes or hardware.host_memory_bytes / 2)
 
 
 def tensor_memory(config: Config) -> int:

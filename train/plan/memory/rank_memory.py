@@ -27,7 +27,7 @@ from train.hf.read import READ_ELEMENTS
 from train.kernels.choice import build_kernels
 from train.model.count import count_parameters
 from train.parallelize import stage_layers
-from train.plan.job import actions_of, device_kind, layout_of
+from train.plan.job import actions_of, device_kind, host_ranks, layout_of
 from train.plan.memory.chunk import Parts, chunk_of
 from train.plan.memory.ledger import PhaseBytes
 from train.plan.memory.part import AGAIN, AWAY, FrozenSection, Scene, kind_of, trace_casts
@@ -44,6 +44,7 @@ from train.plan.memory.rank_weights import (
 from train.plan.memory.schedule_memory import MemoryPeak, ScheduleWalk, StagePlan, WalkDepth
 from train.plan.memory.step_end import StepEnd, kept_elements
 from train.plan.memory.zero3 import Zero3Memory
+from train.plan.reserve import copies_memory, host_memory
 
 HELD_COPIES = 5
 """Parts of the state that the memory of a node holds for each rank with checkpoint.every_memory: two copies of its own, two of its
@@ -98,17 +99,28 @@ def host_bytes(config: Config, ranks: Sequence[RankMemory]) -> int:
 
 
 def node_bytes(config: Config, sizes: Sequence[int]) -> int:
-    """What the ranks of the fullest node have together. sizes: of each pipeline rank, in any order."""
-    layout = layout_of(config)
-    copies = min(layout.world // layout.pp, layout.ranks_per_node)  # of one place of the pipeline on a node
-    most = sorted(sizes, reverse=True)[: max(1, layout.ranks_per_node // copies)]
+    """What the ranks of the fullest host have together. sizes: of each pipeline rank, in any order."""
+    layout, together = layout_of(config), host_ranks(config)
+    copies = min(layout.world // layout.pp, together)  # of one place of the pipeline on a node
+    most = sorted(sizes, reverse=True)[: max(1, together // copies)]
     return copies * sum(most)
 
 
 def host_lacking(config: Config, ranks: Sequence[RankMemory]) -> int:
-    """By how much that is more than a node has; 0 where nobody says what it has."""
-    has = int(config.hardware.host_memory_bytes)
-    return max(0, host_bytes(config, ranks) - has) if has else 0
+    """By how much that is more than a host has for tensors, or copies in memory more than their folder holds; 0 where nobody says."""
+    has = host_memory(config)
+    return max(host_bytes(config, ranks) - has if has else 0, copies_lacking(config, ranks), 0)
+
+
+def copies_bytes(config: Config, ranks: Sequence[RankMemory]) -> int:
+    """What the folder of copies in memory holds on the fullest host."""
+    return node_bytes(config, [rank.host_items.get("copies", 0) * (HELD_COPIES - 1) // HELD_COPIES for rank in ranks])
+
+
+def copies_lacking(config: Config, ranks: Sequence[RankMemory]) -> int:
+    """By how much copies in memory are more than their folder holds."""
+    room = copies_memory(config)
+    return 0 if room is None else max(0, copies_bytes(config, ranks) - room)
 
 
 def rank_memory(

@@ -17,7 +17,7 @@ from train.metrics.names import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY
 from train.metrics.quantities import GIB, amount, gib, length_of_run, seconds, share
 from train.metrics.timeline_file import SampledStep
 from train.plan.budget import RunPlan
-from train.plan.job import layout_of
+from train.plan.job import host_ranks
 from train.plan.report.plan_record import (
     failure_words,
     interval_words,
@@ -26,6 +26,7 @@ from train.plan.report.plan_record import (
     split_words,
     verdict,
 )
+from train.plan.reserve import host_memory
 from train.plan.search.cures import FasterSplit
 from train.show.headline import Card
 from train.show.pipeline_figures import timeline_figure
@@ -225,8 +226,8 @@ def host_figure(plan: RunPlan) -> Figure | None:
     """A bar per pipeline rank of what it keeps in its node's own memory; None where none keeps anything."""
     if not plan.host_bytes:
         return None
-    caption = "What each rank keeps in its node's own memory, most of it at one time. The line is its even share of what a node has."
-    limit = plan.config.hardware.host_memory_bytes / layout_of(plan.config).ranks_per_node
+    caption = "What each rank keeps in its node's own memory, most of it at one time. The line is its even share of what a host has for tensors."
+    limit = host_memory(plan.config) / host_ranks(plan.config)
     return _bars(
         "host", "Memory of the hosts", caption, [rank.host_items for rank in plan.ranks], limit, "a rank's share"
     )

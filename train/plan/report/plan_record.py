@@ -16,6 +16,8 @@ from train.metrics.quantities import amount, gib, length_of_run, seconds, share
 from train.parallelize import stage_layers
 from train.plan.budget import Budget, RunPlan
 from train.plan.job import layout_of, micro_batches_of
+from train.plan.memory.rank_memory import copies_lacking
+from train.plan.reserve import copies_memory, host_memory
 from train.plan.search.changes import words as as_typed
 from train.plan.search.cures import Cure, FasterSplit
 from train.plan.time.link_traffic import count_traffic
@@ -63,6 +65,8 @@ def plan_record(
         "reserve_bytes": plan.reserve,
         "room_bytes": plan.room_bytes,
         "host_bytes": plan.host_bytes,
+        "host_room_bytes": host_memory(config) - plan.host_bytes if host_memory(config) else None,
+        "disk_bytes": asdict(plan.disk) | {"whole": plan.disk.whole},
         "fullest_pp_rank": plan.fullest.pp_rank,
         "cures": [vars(cure) for cure in cures],
         "ranks": [
@@ -145,11 +149,35 @@ def verdict(plan: RunPlan) -> str:
     if plan.fits:
         return f"{plan.verdict}, with {gib(plan.room_bytes)} of {memory} to spare on {rank}"
     if plan.room_bytes >= 0:
-        host = plan.config.hardware.host_memory_bytes
-        over = f"{plan.verdict}, {gib(plan.host_bytes - host)} over the {gib(host)} of a node's own memory"
+        return f"{plan.verdict}, {_lacking_beside(plan)}"
+    return f"{plan.verdict}, {gib(-plan.room_bytes)} over the {memory} of a device on {rank}"
+
+
+def _lacking_beside(plan: RunPlan) -> str:
+    """What a plan lacks that fits on its devices: of a host's memory, of the folder of copies, or of the disk."""
+    config = plan.config
+    if over := copies_lacking(config, plan.ranks):
+        folder, room = config.checkpoint.memory_folder, copies_memory(config) or 0
+        cure = "checkpoint.memory_folder on a disk, checkpoint.every_memory=0, or hardware.shared_memory_bytes of a larger one"
+        return f"{gib(over)} of copies in memory over the {gib(room)} that {folder} of a host holds ({cure})"
+    host = host_memory(config)
+    if host and plan.host_bytes > host:
+        over = f"{gib(plan.host_bytes - host)} over the {gib(host)} that a host has for tensors"
         staged = max(rank.host_items.get("checkpoint", 0) for rank in plan.ranks)
         return f"{over} (checkpoint.staging_bytes less than {staged:.2g} takes less)" if staged else over
-    return f"{plan.verdict}, {gib(-plan.room_bytes)} over the {memory} of a device on {rank}"
+    disk = plan.disk
+    cure = f"checkpoint.keep={disk.most_kept}" if disk.most_kept else "a larger disk"
+    return f"{gib(disk.lacking)} over the {gib(disk.has)} of the disk (hardware.disk_bytes; {cure})"
+
+
+def disk_words(plan: RunPlan) -> str:
+    """What the run has on disk."""
+    disk, saves = plan.disk, plan.config.checkpoint
+    words = f"a checkpoint is {gib(disk.checkpoint)}, {disk.checkpoints} at one time {gib(disk.checkpoints * disk.checkpoint)}"
+    words += f" (checkpoint.keep={saves.keep}, and the one that is written)" if saves.keep else " (checkpoint.keep=0)"
+    if disk.export:
+        words += f"; weights {gib(disk.export)}, three folders at one time"
+    return f"{words}; {gib(disk.whole)} of {gib(disk.has)}" if disk.has else words
 
 
 def reserve_words(reserve: dict[str, int]) -> str:

@@ -19,6 +19,7 @@ from train.plan.memory.rank_weights import part_weights
 from train.plan.report.plan_page import PLAN_PAGE
 from train.plan.report.plan_record import (
     budget_words,
+    disk_words,
     failure_words,
     interval_words,
     layout_words,
@@ -27,6 +28,7 @@ from train.plan.report.plan_record import (
     split_words,
     verdict,
 )
+from train.plan.reserve import host_memory
 from train.plan.search.cures import Cure, FasterSplit
 from train.plan.search.search import FoundLayout, Search
 from train.show.planned import PLAN_FILE
@@ -60,6 +62,7 @@ def plan_screen(
     rows += [
         ("Layout", layout_words(plan)),
         *([("Host", _host(plan))] if plan.host_bytes else []),
+        ("Disk", disk_words(plan)),
         ("Phases", _phases(plan)),
         *([("Split", stages)] if (stages := split_words(plan, split)) is not None else []),
         *([("Stages", cure_words(faster_stages, plan))] if faster_stages is not None else []),
@@ -106,10 +109,10 @@ def _beside(plan: RunPlan) -> str:
 
 
 def _host(plan: RunPlan) -> str:
-    has = plan.config.hardware.host_memory_bytes
+    has = host_memory(plan.config)
     fullest = max(plan.ranks, key=lambda rank: rank.host_bytes)
     parts = ", ".join(f"{name} {gib(size)}" for name, size in fullest.host_items.items())
-    whole = f"the {gib(has)} of a node's own memory" if has else "a node's own memory, of unknown size"
+    whole = f"the {gib(has)} that a host has for tensors" if has else "a host's memory, of unknown size"
     return f"{gib(plan.host_bytes)} of {whole}; of a rank: {parts}"
 
 

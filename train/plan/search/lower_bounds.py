@@ -18,11 +18,11 @@ from conf.micro_batches import divisors
 from conf.pipeline_schedules import ActionSeconds
 from conf.schema import Config, Parallel
 from parallel.pipeline.orders import Action, schedule_actions
-from train.plan.job import STEADY, layout_of, micro_batches_of
+from train.plan.job import STEADY, host_ranks, layout_of, micro_batches_of
 from train.plan.memory.chunk import chunk_of
 from train.plan.memory.part import Scene
 from train.plan.memory.rank_memory import chunk_parts, node_bytes, scene_of
-from train.plan.reserve import tensor_memory
+from train.plan.reserve import host_memory, tensor_memory
 from train.plan.search.candidates import ActivationSaving, Candidate, Frame
 from train.plan.search.changes import with_changes
 from train.plan.time.rates import Rates
@@ -206,12 +206,12 @@ def _state_bytes(config: Config, held: WeightCounts) -> int:
 
 def _host_lacking(config: Config, held: list[WeightCounts]) -> int:
     """What a node lacks, for each of its devices, of its own memory for the optimizer; 0 or less where it has room."""
-    layout, has = layout_of(config), int(config.hardware.host_memory_bytes)
+    has = host_memory(config)
     if not config.parallel.offload_optimizer or not has:
         return 0
     element = config.precision.weight_bytes
     sizes = [int(_shard(config, one) * (8 + element + _moment_bytes(config))) for one in held]
-    return (node_bytes(config, sizes) - has) // layout.ranks_per_node
+    return (node_bytes(config, sizes) - has) // host_ranks(config)
 
 
 def _shard(config: Config, held: WeightCounts) -> float:
