@@ -67,17 +67,17 @@ class DiskBytes:
     """Bytes on disk."""
 
     checkpoint: int
-    """Of one."""
+    """Bytes of one checkpoint."""
     checkpoints: int
     """How many there are at one time: those that stay, and the one that is being written."""
     export: int
-    """Of one folder of weights; 0 where the run writes none."""
+    """Bytes of a folder of weights; 0 where the run writes none."""
     has: int
-    """0 for not known."""
+    """Bytes of the disk; 0 for not known."""
 
     @property
     def whole(self) -> int:
-        """Of the run, with the three folders of weights that there are while the newest is written."""
+        """Bytes of the run, with the three folders of weights that there are while the newest is written."""
         return self.checkpoints * self.checkpoint + 3 * self.export
 
     @property
