@@ -1,1 +1,1 @@
-"""What looks at a run or adds to it; hook_list.py has the order and train/loop/live_run.py what a hook is."""
+"""Hooks of a run. hook_list.py has their order; train/loop/live_run.py defines a hook."""

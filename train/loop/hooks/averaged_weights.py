@@ -1,4 +1,4 @@
-"""optim.ema_decay: the average of the weights, taken after every update and kept in checkpoints as ema.*."""
+"""optim.ema_decay: the moving average of the weights, updated after every step and saved in checkpoints as ema.*."""
 
 from typing import Any
 
@@ -16,8 +16,8 @@ from train.loop.live_run import LiveRun
 class Ema:
     """Averages of this rank's fp32 master shards.
 
-    The copy from the device is issued without waiting; the average of a step is taken when the next step arrives, so
-    the training never waits for it.
+    The copy from the device is asynchronous. The average of a step is computed when the next step's weights arrive, so
+    training never waits for it.
     """
 
     def __init__(self, masters: dict[str, Tensor], decay: float):
@@ -33,7 +33,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the weights as they are now."""
+        """Start to add the current weights to the average."""
         self.flush()
         for name, master in self.masters.items():
             self._arrived[name].copy_(master.detach(), non_blocking=True)
@@ -54,7 +54,7 @@ class Ema:
 
     @torch.no_grad()
     def restart(self) -> None:
-        """Forget the past: the average becomes the present weights."""
+        """Reset the average to the current weights."""
         self._pending = False
         for name, master in self.masters.items():
             self.average[name].copy_(master.detach())
@@ -94,5 +94,5 @@ class AveragedWeights:
 
 
 def weight_averages(config: Config, zero: Zero) -> list[AveragedWeights]:
-    """None or one, as the recipe asks for it."""
+    """An empty list, or a list of one if optim.ema_decay is set."""
     return [AveragedWeights(zero, config.optim.ema_decay)] if config.optim.ema_decay else []

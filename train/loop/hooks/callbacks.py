@@ -1,6 +1,7 @@
-"""Hooks of the user's own, which `callbacks` of a recipe names; train/loop/live_run.py says what a hook is.
+"""Hooks of the user, from `callbacks` of a recipe; train/loop/live_run.py defines a hook.
 
-One that works for minutes calls `run.got_on()` now and then: a run without progress counts as hung after a while (cluster.kill_after).
+A hook that works for minutes must call `run.got_on()` at intervals: a run without progress for cluster.kill_after
+counts as hung.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,10 +19,10 @@ from train.loop.live_run import HOOK_METHODS, LiveRun
 
 
 class Callback:
-    """One of them, with the methods that it has."""
+    """A user's callback, with the hook methods that it defines."""
 
     def __init__(self, made: Any, progress: RankProgress | None):
-        """progress: hears what the callback works at outside of steps."""
+        """progress: is notified when the callback starts work outside of steps."""
         self._progress = progress
         if hasattr(made, "close"):
             self.close = made.close
@@ -42,17 +43,17 @@ class Callback:
 
 
 def _as_kept(give: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What a callback gives, under names that checkpoints know as a callback's."""
+    """A callback's values, under the names with which checkpoints mark a callback's state."""
     return {HOOK_STATE + name: value for name, value in give().items()}
 
 
 def _own(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """What callbacks gave to a checkpoint's meta."""
+    """The entries of a checkpoint's meta that callbacks wrote."""
     return {name.removeprefix(HOOK_STATE): value for name, value in meta.items() if name.startswith(HOOK_STATE)}
 
 
 def make_callbacks(config: Config, progress: RankProgress | None = None) -> list[Callback]:
-    """The callbacks of a recipe, in its order. progress: None where they are only to be checked. Raises UserError."""
+    """The callbacks of a recipe, in its order. progress: None if the callbacks are only validated. Raises UserError."""
     found = []
     for place, section in enumerate(config.callbacks):
         key = f"callbacks[{place}]"

@@ -1,4 +1,7 @@
-"""checkpoint.every_memory: copies of the state in the memory of this node and the next (train/checkpoint/memory_copies.py)."""
+"""checkpoint.every_memory: copies of the state in this node's and the next node's memory.
+
+See train/checkpoint/memory_copies.py.
+"""
 
 from train.checkpoint.memory_copies import MemoryCopies
 from train.loop.live_run import LiveRun
@@ -6,14 +9,14 @@ from train.metrics.names import Record
 
 
 class CopiesInMemory:
-    """Makes them every few steps, and one that the next attempt goes on from."""
+    """Copies the state every few steps, and once more before an attempt ends so that the next attempt can resume."""
 
     def __init__(self, copies: MemoryCopies | None):
-        """copies: None for a run that keeps none."""
+        """copies: None for a run without copies in memory."""
         self._copies = copies
 
     def give_up(self) -> None:
-        """There is no room for them."""
+        """Stop the copies: the memory is too small for them."""
         self._copies = None
 
     def on_step(self, run: LiveRun, step: int, record: Record) -> None:
@@ -21,7 +24,8 @@ class CopiesInMemory:
             self._copy(run, self._copies)
 
     def save_and_wait(self, run: LiveRun) -> bool:
-        """Have the state in memory; returns whether it is there, whole. A checkpoint on its way to the disk gets there first."""
+        """Copy the state to memory; returns whether the copy is complete. First waits for a running checkpoint to
+        reach the disk."""
         return self._copies is not None and self._copy(run, self._copies, waits=True)
 
     def _copy(self, run: LiveRun, copies: MemoryCopies, waits: bool = False) -> bool:

@@ -1,8 +1,8 @@
-"""Errors of the device and of NCCL on one screen: what failed in which layer, and what to change.
+"""Explains errors of the device and of NCCL on one screen: the operation and layer that failed, and the cure.
 
-Where it was is read from the frames of the error's own traceback, so a step without an error pays nothing: modules are
-found as the `self` of a frame, and in a backward pass, where no module runs, the weight among a function's variables tells.
-What torch's own operations do in a backward has no frame of Python, and only the stage is named.
+The place is read from the frames of the error's own traceback, so a step without an error costs nothing. Modules are
+the `self` of a frame. In a backward pass no module runs: there, a weight among a function's variables gives the layer.
+torch's own backward operations have no Python frame, so the text names only the stage.
 """
 
 import re
@@ -27,7 +27,7 @@ from train.metrics.quantities import gib
 CPU_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 NCCL = "NCCL error"
 NO_MEMORY = re.compile(r"Cuda failure[^\n]*out of memory|Failed to CUDA (c|m)alloc")
-"""What NCCL says where it finds no memory for its own buffers."""
+"""NCCL's messages when it finds no memory for its own buffers."""
 LESS_ON_HOST = (
     "model.offload with less in it (layer:N, attention, ffn), a smaller micro_batch_size, or more ranks of a pipeline (parallel.pp); mode=plan "
     "tells what a node's memory needs"
@@ -44,20 +44,21 @@ PHASES = {
     "_save": "saving",
     "_copy": "copying of the state",
 }
-"""By the function that does it; the innermost that is found counts."""
+"""Phase by function name; the innermost matching frame counts."""
 UPDATE = ("step", "Zero"), ("accumulate", "WholeWeights"), ("accumulate", "ShardedWeights")
 """Function and class of the work after the last backward."""
 SHOWN_CHARACTERS = 400
-"""Characters of the library's own words."""
+"""Maximum characters quoted from the library's message."""
 
 
 class ExplainedError(RunEnded):
-    """An error of the device or the network; its traceback lies in a file beside."""
+    """An error of the device or the network; a file in the log folder has its traceback."""
 
 
 @contextmanager
 def raise_explained(config: Config, rank: int, logs: Path) -> Iterator[None]:
-    """Raise what runs out of memory, or fails in NCCL, as `ExplainedError`, with traceback and allocator's summary in logs."""
+    """Raise `ExplainedError` for out-of-memory and NCCL errors; logs gets a file with traceback and allocator
+    summary."""
     try:
         yield
     except Exception as error:
@@ -69,7 +70,7 @@ def raise_explained(config: Config, rank: int, logs: Path) -> Iterator[None]:
 
 
 def _explain(config: Config, error: Exception) -> str | None:
-    """The screen, its first line the headline; None for any other error."""
+    """The screen, with its headline as first line; None for any other error."""
     chain = list(causes(error, contexts=True))
     for one in chain:
         said = str(one)
@@ -86,7 +87,7 @@ def _explain(config: Config, error: Exception) -> str | None:
 
 
 def _place(chain: list[BaseException]) -> str:
-    """Layer, phase and stage, as far as the frames tell."""
+    """Layer, phase and stage, as far as the frames show them."""
     frames = [frame for error in chain for frame, _ in traceback.walk_tb(error.__traceback__)][::-1]
     modules, weights = _names(frames)
     layer = next((name for frame in frames if (name := _layer(frame, modules, weights))), None)
@@ -108,24 +109,24 @@ def _names(frames: list[FrameType]) -> tuple[dict[int, str], dict[int, str]]:
         for name, module in root.named_modules():
             modules.setdefault(id(module), name)
             for param in module.parameters(recurse=False):
-                if param.numel():  # stage 3 of ZeRO leaves a place without memory
+                if param.numel():  # stage 3 of ZeRO leaves a parameter without memory
                     weights.setdefault(param.data_ptr(), name)
     return modules, weights
 
 
 def _layer(frame: FrameType, modules: dict[int, str], weights: dict[int, str]) -> str | None:
-    """The layer that a frame works for."""
+    """The layer that a frame belongs to."""
     own = frame.f_locals.get("self")
     if isinstance(own, nn.Module):
         return modules.get(id(own)) or None  # the whole chunk has no name
     tensors = (value for value in frame.f_locals.values() if isinstance(value, Tensor))
-    with suppress(RuntimeError):  # one without memory of its own
+    with suppress(RuntimeError):  # a tensor without its own memory
         return next((weights[one.data_ptr()] for one in tensors if one.numel() and one.data_ptr() in weights), None)
     return None
 
 
 def _phase(frames: list[FrameType]) -> tuple[str, str]:
-    """What was being done, and of which stage; the innermost frame comes first."""
+    """The phase and its stage; the innermost frame comes first."""
     for frame in frames:
         function, own = frame.f_code.co_name, frame.f_locals.get("self")
         if function in PHASES:
@@ -137,7 +138,7 @@ def _phase(frames: list[FrameType]) -> tuple[str, str]:
 
 
 def _memory(said: str) -> list[str]:
-    """The request, and where the memory is."""
+    """The requested memory, and how the device's memory is used."""
     lines = [f"  asked: {_words(said)}"]
     if torch.cuda.is_initialized():
         free, total = torch.cuda.mem_get_info()
@@ -150,13 +151,13 @@ def _memory(said: str) -> list[str]:
 
 
 def _words(said: str) -> str:
-    """A library's words in one line."""
+    """A library's message as one line."""
     line = " ".join(said.split())
     return line if len(line) <= SHOWN_CHARACTERS else f"{line[:SHOWN_CHARACTERS]} ..."
 
 
 def _lighter(config: Config) -> str:
-    """What takes less memory than this recipe."""
+    """Changes to the recipe that need less memory."""
     parallel, model = config.parallel, config.model
     changes = []
     if config.micro_batch_size > 1:
@@ -189,7 +190,7 @@ def _network(said: str) -> str:
 
 
 def _write(file: Path, error: Exception) -> bool:
-    """Traceback and allocator's summary, beside the logs; whether that could be written."""
+    """Write traceback and allocator summary to the file; returns whether the write succeeded."""
     parts = ["".join(traceback.format_exception(error))]
     if torch.cuda.is_initialized():
         parts.append(torch.cuda.memory_summary())

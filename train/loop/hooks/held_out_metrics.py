@@ -1,4 +1,4 @@
-"""log.validate_every: the loss on held-out sequences. checkpoint.keep_best: the state in which it was least."""
+"""log.validate_every: loss on held-out sequences. checkpoint.keep_best: keeps the state with the lowest such loss."""
 
 import math
 
@@ -9,7 +9,7 @@ from train.metrics.names import Record
 
 
 class Validation:
-    """Measures the held-out loss in the steps that are due, and in the last."""
+    """Measures the held-out loss in the due steps and in the last step."""
 
     def on_step(self, run: LiveRun, step: int, record: Record) -> None:
         every = run.config.log.validate_every
@@ -21,7 +21,7 @@ class Validation:
 
 
 class BestKept:
-    """Asks for a checkpoint where the held-out loss is the least so far; its step then belongs to the state."""
+    """Requests a checkpoint when the held-out loss is the lowest so far; the state then stores this step."""
 
     def on_start(self, run: LiveRun) -> None:
         if run.state.best is not None:

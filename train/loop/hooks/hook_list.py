@@ -1,6 +1,6 @@
-"""The hooks of a run, in the order in which they are called; train/loop/live_run.py says what a hook is.
+"""The hooks of a run, in call order; train/loop/live_run.py defines a hook.
 
-device_errors.py is no hook: it explains an error of any part of a rank, also before there is a run (train/worker.py).
+device_errors.py is no hook: it explains errors of any part of a rank, even before the run exists (train/worker.py).
 """
 
 from typing import Any
@@ -27,27 +27,30 @@ from train.rank_parts import ParallelModel, RankSetup
 def build_hooks(
     config: Config, rank: RankSetup, parts: ParallelModel, flops: Flops, copies: CopiesInMemory, ring: CommRing | None
 ) -> list[Any]:
-    """Every hook, the recipe's callbacks among them. Those that the recipe does not ask for do nothing. Raises UserError."""
+    """Every hook, including the recipe's callbacks. A hook that the recipe does not enable does nothing. Raises
+    UserError."""
     zero, mesh = parts.zero, rank.mesh
     progress = RankProgress(RunPaths(config).logs, mesh.rank, rank.device, ring)
     return [
-        StepMetrics(flops),  # before all that takes time and is no training
-        TimelineSampler(),  # aligns the ranks of the pipeline: after what waits for nobody, and before the profiler looks
+        StepMetrics(flops),  # before all slow work that is not training
+        TimelineSampler(),  # aligns the pipeline's ranks: after hooks that wait for no rank, before the profiler starts
         StepProfiler(
             config, mesh.rank, parts
-        ),  # last before the passes and first after the update: what else is done is not in it
-        ReplicaCheck(config.log.replicas_every, zero, mesh),  # before the phase changes: what it finds is of the passes
+        ),  # last before the passes and first after the update, so that the profile has no other work
+        ReplicaCheck(
+            config.log.replicas_every, zero, mesh
+        ),  # before the phase changes: finds differences from the passes
         StateCheck(config.log.state_every, zero, mesh.rank),  # before anything reads the state
-        progress,  # before what may be slow, so that whoever watches knows what the rank is at
+        progress,  # before slow work, so that the driver knows the rank's phase
         Fp8Readings(config),  # any place before the recorder
         LayerNorms(config, zero, rank.device),  # keeps the weights before the update, and adds to the record
-        *weight_averages(config, zero),  # any place: alone takes the weights after the update
-        SkippedSteps(),  # after the checks: a run that it ends has been looked at
-        Validation(),  # after all that measures the step, as it takes long; adds the held-out loss to the record
-        BestKept(),  # after the validation, which it reads
-        Recorder(),  # after all that adds to the record
+        *weight_averages(config, zero),  # any place: no other hook copies the weights after the update
+        SkippedSteps(),  # after the checks, so that they have run before this hook ends the run
+        Validation(),  # after all measurements of the step, because it is slow; adds the held-out loss to the record
+        BestKept(),  # after the validation, whose loss it reads
+        Recorder(),  # after all hooks that add to the record
         *make_callbacks(config, progress),  # after the record is written, and before the state is saved
         copies,  # before checkpoints, which take longer
-        SampleTexts(),  # after a checkpoint has begun, which it waits for
-        PublishedWeights(),  # the same; after the samples, as it takes longer
+        SampleTexts(),  # after a checkpoint has begun; waits for it
+        PublishedWeights(),  # the same; after the samples, because it takes longer
     ]

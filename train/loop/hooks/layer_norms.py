@@ -1,9 +1,9 @@
-"""Norms of the weights of every layer, and of what a step changed of them.
+"""Norms of every layer's weights, and of the change that a step's update made to them.
 
-A layer's norm is the root of the sum of squares of its fp32 master weights, every one counted once, whatever the layout: each rank adds
-up the intervals that it would write to a checkpoint, and one sum over all ranks follows. What an update changed is told by a copy of
-the masters from before, in the host's memory and from the end of the backward passes to that of the update alone; so it holds for any
-optimizer. A run measures every log.norms_every steps, and costs nothing in the others.
+A layer's norm is the root of the sum of squares of its fp32 master weights. Every weight counts once in any layout:
+each rank sums the intervals that it would write to a checkpoint, and an all-reduce follows. For the update's norm, a
+copy of the masters stays in host memory from the end of the backward passes until after the update. So the norm is
+correct for any optimizer. A run measures every log.norms_every steps; other steps cost nothing.
 """
 
 from collections.abc import Iterator
@@ -20,13 +20,13 @@ from train.metrics.names import Record
 
 
 def layer_names(model: Model) -> list[str]:
-    """Parts of the model whose norms are told apart, as parameters name them."""
+    """Parts of the model with separate norms, by the prefix of parameter names."""
     blocks = [f"layers.{i}" for i in range(model.layers)]
     return ["embedding", *blocks, "norm", "head", *(f"mtp.{i}" for i in range(model.mtp_depth))]
 
 
 class LayerNorms:
-    """What one rank adds to the norms of a step that is measured."""
+    """Computes this rank's share of the norms in measured steps."""
 
     def __init__(self, config: Config, zero: Zero, device: torch.device):
         self._every = config.log.norms_every
@@ -46,7 +46,8 @@ class LayerNorms:
             self._before = {name: master.to("cpu", copy=True) for name, master in self._masters()}
 
     def collect(self, step: int) -> Record:
-        """Call after the update, on all ranks: norms by layer and of all together; nothing for a step that is not measured."""
+        """Norms by layer and of the whole model; empty for a step that is not measured. Call after the update, on
+        all ranks."""
         if not self._measures(step):
             return {}
         squares_2L = torch.zeros(2, len(self._layers), dtype=torch.float64)

@@ -1,14 +1,14 @@
-"""Where values that are not finite began: on which rank, in which layer, in the forward or the backward pass.
+"""Finds where non-finite values began: the rank, the layer, and the forward or backward pass.
 
-The loss and the gradients of a step are sums over ranks, in which one NaN hides where it came from. So a step that was skipped
-is done once more, with the same weights and data, while every module is watched; its gradients are thrown away. A normal
-step pays nothing. What is seen is gathered from all ranks, and the earliest sighting in the order of the pass is the origin:
+The loss and the gradients of a step are sums over ranks, in which one NaN hides its origin. So a skipped step runs
+once more, with the same weights and data, while every module is watched; its gradients are discarded. A normal step
+costs nothing. The sightings of all ranks are gathered; the earliest in the order of the pass is the origin:
 
-    forward     the smallest place in the order of the layers
-    backward    the largest one, if the forward pass was finite everywhere
+    forward     the smallest position in the order of the layers
+    backward    the largest position, if the forward pass was finite everywhere
 
-Later layers, earlier ranks of the pipeline and the experts' ranks only catch what began there. A value that does not come
-again was no matter of the weights or the data, but most likely of a device.
+Later layers, earlier pipeline ranks and the ranks of experts only receive values that began at the origin. A value
+that does not appear again was not caused by weights or data, but most likely by a device.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,20 +24,21 @@ from conf.words import some_of
 from train.model.deepseek import DeepSeekV3
 
 SHOWN_TENSORS = 8
-"""Names in a sentence, at most."""
+"""Maximum number of names in a sentence."""
 
 
 @dataclass(frozen=True, order=True)
 class Sighting:
-    """A boundary of a module at which a value was not finite; sorted by the order of the forward pass."""
+    """A module boundary with a non-finite value; sorted in the order of the forward pass."""
 
     layer: int
     boundary: int
-    """Inside the layer."""
+    """Number of the boundary inside the layer."""
     name: str
-    """Name of the module, with what was not finite of it."""
+    """The module's tensor that was not finite: its input, its output or a weight."""
     catching: bool = False
-    """A gradient that is a sum over tokens, with experts on several ranks also over those of other ranks."""
+    """True for a gradient that is a sum over tokens; with experts on several ranks, it includes tokens of other
+    ranks."""
 
 
 PASSES = ("forward", "backward")
@@ -45,22 +46,22 @@ PASSES = ("forward", "backward")
 
 @dataclass(frozen=True)
 class RankSightings:
-    """What one rank knows of a step that was skipped."""
+    """Findings of one rank about a skipped step."""
 
     rank: int
     replica: int
-    """The data-parallel rank: ranks with the same one work on the same samples."""
+    """The data-parallel rank: ranks with the same number work on the same samples."""
     loss: bool | None
-    """Whether its own loss was finite; None on a rank that sees no loss."""
+    """Whether the rank's own loss was finite; None on a rank without a loss."""
     gradients: list[str]
-    """Parameters of its shard with a non-finite gradient, which is summed over ranks; the first SHOWN_TENSORS."""
+    """Parameters of its shard with a non-finite gradient, summed over ranks; the first SHOWN_TENSORS."""
     weights: list[str]
-    """Parameters that are not finite themselves."""
+    """Parameters with non-finite values."""
     forward: Sighting | None
     backward: Sighting | None
 
     def plain(self) -> dict[str, Any]:
-        """The record in types of JSON, for the other ranks."""
+        """The record in JSON types, for the other ranks."""
         seen = {name: None if (at := getattr(self, name)) is None else list(vars(at).values()) for name in PASSES}
         return vars(self) | seen
 
@@ -70,15 +71,15 @@ class RankSightings:
 
 
 class Watch:
-    """Looks for values that are not finite in all modules of these chunks, while it is entered."""
+    """Looks for non-finite values in all modules of these chunks, while it is entered as a context."""
 
     def __init__(self, chunks: Sequence[DeepSeekV3]):
         self._chunks = chunks
         self._handles: list[RemovableHandle] = []
         self.forward: Sighting | None = None
-        """The first in the order of the layers."""
+        """The first sighting in the order of the layers."""
         self.backward: Sighting | None = None
-        """The last in the order of the layers, which the backward pass reaches first."""
+        """The last sighting in the order of the layers, which the backward pass reaches first."""
 
     def __enter__(self) -> Self:
         for chunk in self._chunks:
@@ -91,7 +92,7 @@ class Watch:
             handle.remove()
 
     def _visit(self, name: str, module: nn.Module, layer: int, boundary: int) -> int:
-        """Watch a module and what is in it; returns the number of its last boundary."""
+        """Watch a module and its children; returns the number of its last boundary."""
         start = Sighting(layer, boundary, f"the input of {name}")
         for child_name, child in module.named_children():
             boundary = self._visit(f"{name}.{child_name}", child, layer, boundary + 1)
@@ -100,7 +101,7 @@ class Watch:
         return end.boundary
 
     def _watch(self, name: str, module: nn.Module, start: Sighting, end: Sighting) -> None:
-        """Look at the inputs, outputs and weights of a module, and at their gradients."""
+        """Watch a module's inputs, outputs and weights' gradients."""
         self._handles += [
             module.register_forward_pre_hook(lambda _, inputs: self._see(inputs, start)),
             module.register_forward_hook(lambda _, __, output: self._see(output, end)),
@@ -111,7 +112,7 @@ class Watch:
                 self._handles.append(param.register_hook(partial(self._see_weights_gradient, at, param)))
 
     def _see(self, values: Any, at: Sighting) -> None:
-        """Look at the tensors among values, and at their gradients as soon as they are there."""
+        """Check the tensors among values, and their gradients once these are computed."""
         for value in _tensors_in(values):
             if (self.forward is None or at < self.forward) and not is_finite(value):
                 self.forward = at
@@ -123,14 +124,16 @@ class Watch:
             self.backward = at
 
     def _see_weights_gradient(self, at: Sighting, param: nn.Parameter, gradient: Tensor | None) -> None:
-        """Where autograd has none the product has added it to the sum: not finite once, not finite from there on."""
+        """Check a weight's gradient. If autograd has none, the GEMM has added it to the sum, which stays non-finite
+        from then on."""
         gradient = param.grad if gradient is None else gradient
         if gradient is not None:
             self._see_gradient(at, gradient)
 
 
 def _layers_in_order(chunk: DeepSeekV3) -> Iterator[tuple[str, nn.Module, int]]:
-    """Name, module and place in the forward pass of the embedding, every block, the norm, MTP modules and the head."""
+    """Name, module and position in the forward pass of the embedding, every block, the norm, MTP modules and the
+    head."""
     blocks, depths = chunk.config.layers, chunk.config.mtp_depth
     for name, module in chunk.named_children():
         if name == "layers":
@@ -142,7 +145,7 @@ def _layers_in_order(chunk: DeepSeekV3) -> Iterator[tuple[str, nn.Module, int]]:
 
 
 def _tensors_in(values: Any) -> Iterator[Tensor]:
-    """Plain tensors of floating point among values; other kinds (quantised rows) have their values elsewhere."""
+    """Plain floating-point tensors among values; other kinds (quantised rows) store their values elsewhere."""
     if isinstance(values, (tuple, list)):
         for value in values:
             yield from _tensors_in(value)
@@ -155,23 +158,23 @@ def is_finite(value: Tensor) -> bool:
 
 
 def bad_weights(named: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """Names of the parameters with a value that is not finite."""
+    """Names of the parameters with a non-finite value."""
     return sorted({name for name, weight in named if not is_finite(weight)})[:SHOWN_TENSORS]
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a value that is not finite began, as far as that can be known."""
+    """Where a non-finite value began, as far as the ranks' findings show."""
 
     what: str
     """`non-finite loss` or `non-finite gradient`."""
     phase: str | None
-    """forward, backward; None where it did not come again."""
+    """forward or backward; None if the value did not appear again."""
     where: str
     ranks: tuple[int, ...]
-    """Empty where no rank can be told from the others."""
+    """Empty if the findings single out no rank."""
     alone: bool
-    """Other replicas with the same weights were finite."""
+    """Whether other replicas with the same weights were finite."""
     weights: tuple[str, ...]
 
     @property
@@ -187,7 +190,8 @@ class Origin:
         return f"{self.what}: it began in the {self.phase} pass{whom or ' on all ranks that hold it'}, at {place}"
 
     def advice(self, updates: int, samples: str) -> str:
-        """What fits. updates: how many were made to the weights so far. samples: those of the step, for a person."""
+        """Advice that fits this origin. updates: number of updates so far. samples: the samples of the step, as
+        text."""
         older = "resume from an older checkpoint with resume=PATH"
         if self.weights:
             if updates:
@@ -210,7 +214,7 @@ def _of(ranks: Sequence[int]) -> str:
 
 
 def shown_ranks(ranks: Sequence[int]) -> str:
-    """`rank 1`, `ranks 1, 2 and 5`, or the first few and how many more."""
+    """`rank 1`, `ranks 1, 2 and 5`, or the first few and the number of others."""
     if len(ranks) == 1:
         return f"rank {ranks[0]}"
     if len(ranks) > SHOWN_TENSORS:
@@ -219,7 +223,8 @@ def shown_ranks(ranks: Sequence[int]) -> str:
 
 
 def find_origin(finite_loss: bool, saw: Sequence[RankSightings]) -> Origin:
-    """From what all ranks saw when the step was done again. finite_loss: whether the loss of the step was."""
+    """The origin, from the findings of all ranks in the repeated step. finite_loss: whether the step's loss was
+    finite."""
     what = "non-finite gradient" if finite_loss else "non-finite loss"
     broken = [each for each in saw if each.weights]
     if broken:

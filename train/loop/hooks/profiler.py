@@ -1,11 +1,11 @@
-"""Where the time of a step goes: torch's profiler over some steps of some ranks, with names of our parts in it.
+"""Profiles the time of a step: torch's profiler over some steps of some ranks, with names of Sluice's parts.
 
 runs/NAME/profile/
     rank_0.trace.json.gz   every operation with its time; https://ui.perfetto.dev opens it
-    rank_0.json            the rows of the table: part, operation, calls, seconds a step
+    rank_0.json            rows of the table: part, operation, calls and seconds per step
 
-A part is known by the methods that do its work, which have names as long as steps are watched and are themselves otherwise, so that a
-step that nobody watches pays nothing. Operations of backward belong to the part whose forward they come from.
+A part is identified by its methods. Their calls are recorded only in profiled steps, so other steps cost nothing.
+Backward operations belong to the part of their forward.
 """
 
 import json
@@ -44,17 +44,18 @@ METHODS: dict[type, dict[str, str]] = {
     MoE: {"run_experts": "experts"},
     Head: {"forward": "head and loss"},
 }
-"""By module, the methods that have a name in the trace, and the name."""
+"""Per module type: the traced methods and their names in the trace."""
 DISPATCH = {"dispatch_begin": "dispatch", "combine": "dispatch"}
 TRAVELS = "_Dispatch", "_Combine"
-"""How the autograd functions of parallel/expert/dispatcher.py begin, which also wait for rows outside those methods."""
+"""Name prefixes of the autograd functions of parallel/expert/dispatcher.py, which wait for rows outside those
+methods."""
 OPTIMIZER = "optimizer"
 PART_NAMES = {*(name for methods in METHODS.values() for name in methods.values()), *DISPATCH.values(), OPTIMIZER}
 OTHER = "between the parts"
 
 
 class StepProfiler:
-    """Watches the steps of one rank that the configuration names."""
+    """Profiles the configured steps of one rank."""
 
     def __init__(self, config: Config, rank: int, parts: ParallelModel):
         self._first, self._last = config.profile.steps or (0, 0)
@@ -72,22 +73,22 @@ class StepProfiler:
     on_skip = on_update
 
     def begin(self, step: int) -> None:
-        """Call before each step of the training."""
+        """Call before each training step."""
         if self._watches and self._first <= step <= self._last and self._profile is None:
             self._start()
 
     def end(self, step: int, note: Callable[[str], None]) -> None:
-        """Call after each step. note: takes what a person is told once all steps are over."""
+        """Call after each step. note: receives the table for the user after the last profiled step."""
         if self._profile is not None and step == self._last:
             self._finish(self._last - self._first + 1, note)
 
     def close(self, run: LiveRun | None = None) -> None:
-        """The run ends, perhaps before the last step that was to be watched: what was seen of it is given up."""
+        """Called at the end of the run. If the last profiled step has not run, the profile is discarded."""
         self._watches = False
         self._open.close()
 
     def _start(self) -> None:
-        os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # else it writes lines of its own to the terminal
+        os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # else Kineto prints its own lines to the terminal
         self._open.enter_context(named(self._parts))
         on_gpu = [ProfilerActivity.CUDA] * torch.cuda.is_available()
         self._profile = self._open.enter_context(profile(activities=[ProfilerActivity.CPU, *on_gpu]))
@@ -111,7 +112,7 @@ class StepProfiler:
 
 @contextmanager
 def named(parts: ParallelModel) -> Iterator[None]:
-    """Give the methods of our parts, and the pipeline's actions, names in the trace."""
+    """Give the methods of Sluice's parts and the pipeline's actions names in the trace."""
     with ExitStack() as stack:
         dispatchers: dict[int, Any] = {}
         for module in (module for chunk in parts.pipeline.modules for module in chunk.modules()):
@@ -129,7 +130,7 @@ def named(parts: ParallelModel) -> Iterator[None]:
 
 @contextmanager
 def _wrapped(owner: Any, method: str, name: str) -> Iterator[None]:
-    """The method of this one object, under a name."""
+    """Record the calls of this object's method under a name."""
     plain = getattr(owner, method)
 
     @wraps(plain)
@@ -162,9 +163,9 @@ def _wrapped_actions(timeline: Any) -> Iterator[None]:
 
 
 def largest(events: Sequence[FunctionEvent], steps: int) -> list[dict[str, Any]]:
-    """The rows of the table, the longest first: of each part and operation, what the device spent in it and in nothing below it.
+    """Rows of the table, the longest first: per part and operation, the device time without nested operations.
 
-    On a GPU the device is the GPU, where an operation launched there; else the thread that did it.
+    The device is the GPU if any operation ran there, else the CPU thread.
     """
     of_forward = {event.sequence_nr: part for event in events if event.sequence_nr >= 0 and (part := _part(event, {}))}
     seconds: dict[tuple[str, str], float] = defaultdict(float)
@@ -191,7 +192,7 @@ def largest(events: Sequence[FunctionEvent], steps: int) -> list[dict[str, Any]]
 
 
 def _part(event: FunctionEvent, of_forward: dict[int, str]) -> str | None:
-    """The innermost part that an operation ran in, or that the forward was in whose backward it is."""
+    """The innermost part that an operation ran in; for a backward operation, the part of its forward."""
     above: FunctionEvent | None = event
     while above is not None:
         if above.name in PART_NAMES:
@@ -205,7 +206,7 @@ def _part(event: FunctionEvent, of_forward: dict[int, str]) -> str | None:
 
 
 def table_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The table for a terminal."""
+    """The table as lines for a terminal."""
     lines = [f"  {'part':18}{'operation':44}{'calls':>8}{'ms':>10}{'share':>8}"]
     for row in rows:
         lines.append(

@@ -1,10 +1,10 @@
-"""Weights in Hugging Face's form while the run trains (checkpoint.weights_every), for whoever samples with the newest, as a loop of
-reinforcement learning does.
+"""checkpoint.weights_every: writes weights in Hugging Face's format during training, for example for RL samplers.
 
-    runs/NAME/weights/step_00000100/   a whole folder, as mode=export writes it, with export.dtype and export.family
-    runs/NAME/weights/newest           a link to the newest one, which changes in one move
+    runs/NAME/weights/step_00000100/   a complete folder, as mode=export writes it, with export.dtype and export.family
+    runs/NAME/weights/newest           a link to the newest folder, replaced atomically
 
-A folder gets its name when it is whole. The KEPT_FOLDERS newest stay, so that who has just read the link has time to open what it names.
+A folder gets its final name when it is complete. The newest KEPT_FOLDERS stay, so that a reader of the link has time to
+open the folder.
 """
 
 import os
@@ -24,23 +24,24 @@ KEPT_FOLDERS = 2
 
 
 class PublishedWeights:
-    """Writes the folder of a checkpoint that is due, by rank 0 once the checkpoint is there. The other ranks meet it in the next step."""
+    """Writes the folder of a due checkpoint on rank 0, once the checkpoint exists. Other ranks wait for rank 0 in
+    the next step."""
 
     def on_save(self, run: LiveRun, step: int) -> None:
         every = run.config.checkpoint.weights_every
         if run.writer is None or not every or (step % every and step < run.config.steps):
             return
         run.saver.finish(run)
-        if (RunPaths(run.config).checkpoints / step_name(step)).exists():  # else it is told why not
+        if (RunPaths(run.config).checkpoints / step_name(step)).exists():  # else the saver has reported the failure
             with run.beside("checkpoint"):
                 publish_weights(run.config, step)
 
 
 def publish_weights(config: Config, step: int) -> Path:
-    """Write the folder of this step's checkpoint and let the link name it; returns the folder. Raises UserError."""
+    """Write the folder of this step's checkpoint and point the link to it; returns the folder. Raises UserError."""
     folder = RunPaths(config).path / WEIGHTS_FOLDER
     target = folder / step_name(step)
-    if not target.exists():  # a run that was cut off here writes it once
+    if not target.exists():  # a run that was interrupted here does not write it again
         checkpoint = str(RunPaths(config).checkpoints / step_name(step))
         section = replace(config.export, to=str(target), checkpoint=checkpoint, ema=False, merge=False)
         write_export(replace(config, export=section), silent)

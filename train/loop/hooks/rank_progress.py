@@ -1,4 +1,4 @@
-"""A small file per rank that says what it is doing, for whoever watches over the ranks; and the peak memory that it tells."""
+"""Writes each rank's phase and peak memory to a small file, for the driver that watches the ranks."""
 
 import contextlib
 import json
@@ -19,19 +19,21 @@ from conf.words import say_note
 from train.loop.live_run import LiveRun
 
 SHOWN_PHASES = ("validation", "checkpoint")
-"""Phases outside of steps, which the terminal shows."""
+"""Phases outside of steps that the terminal shows."""
 
 
 class RankProgress:
-    """Writes the file of cluster.run_files.progress_path: step, phase (step, validation, checkpoint, or the hook of a callback), Unix
-    time, and how the rank is.
+    """Writes the file of cluster.run_files.progress_path: step, phase, Unix time and measurements of the rank.
 
-    sequences: of the step, over all ranks. busy: seconds of the step before that the rank worked, without its waits for other
-    ranks, and seconds: of that whole step; null at the start. memory: peak bytes of its device, or of the process on a CPU.
+    phase: step, validation, checkpoint, or the hook of a callback. sequences: of the step, over all ranks. busy:
+    seconds of
+    the previous step without waits for other ranks, and seconds: of that whole step; both null at the start. memory:
+    peak
+    bytes of the rank's device, or of the process on a CPU.
     """
 
     def __init__(self, logs: Path, rank: int, device: torch.device, ring: CommRing | None = None):
-        """ring: what this rank is at is written there too."""
+        """ring: also receives the rank's phase."""
         self._path, self._device, self._ring = progress_path(logs, rank), device, ring
         self._refused, self._is_beside = False, False
         self._note: Callable[[str], None] = say_note
@@ -51,7 +53,7 @@ class RankProgress:
         self._is_beside = phase in SHOWN_PHASES
 
     def say(self, run: LiveRun, phase: str, sequences: int = 0) -> None:
-        """What the rank is at until it says the next."""
+        """Report the rank's phase, which holds until the next report."""
         busy = None if run.seconds is None else run.engine.measure.step_work.busy
         self.write(run.step, phase, sequences, busy, run.seconds)
 
@@ -63,7 +65,7 @@ class RankProgress:
         busy: float | None = None,
         seconds: float | None = None,
     ) -> None:
-        """Replace the file in one move, so that a reader never sees a part."""
+        """Replace the file atomically, so that a reader never sees a partial file."""
         news = {"step": step, "phase": phase, "time": time.time(), "sequences": sequences, "busy": busy}
         news |= {"seconds": seconds, "memory": peak_memory(self._device), "on_gpu": self._device.type == "cuda"}
         text = json.dumps(news | {"pid": os.getpid(), "host": platform.node()})
@@ -76,9 +78,9 @@ class RankProgress:
                 self._note(f"progress could not be written ({explain_disk_error(error)}); training goes on")
 
     def _write_over(self, text: str) -> None:
-        """Put the text in the place of the old one, which takes no more room: a rank whose file stands still looks as if it hung.
+        """Overwrite the old text in place, which needs no more disk space; a rank whose file never changes looks hung.
 
-        A reader may find half of each, which is no JSON: it takes that for no news.
+        A reader may find a mix of both texts, which is not valid JSON, and treats it as no news.
         """
         with contextlib.suppress(OSError), open(self._path, "r+b", buffering=0, opener=open_plain) as file:
             size = os.fstat(file.fileno()).st_size
@@ -86,7 +88,7 @@ class RankProgress:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: most CUDA memory allocated at a time, or on CPU the largest resident set."""
+    """Bytes: peak allocated CUDA memory, or on CPU the largest resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,17 +1,15 @@
-"""Whether weights that several ranks hold are equal on all of them, to the bit: a bit that flipped in one copy makes no error anywhere.
+"""Checks for flipped bits: weights with copies on several ranks, and optimizer state between its uses.
 
-Weights are compared at the end of the backward passes, before the update: after it they are made anew from the master weights, which
-only one rank has, and a flip would be gone, but not what it did to gradients. Each rank adds up the bits of each of its weights as
-integers, so that one flipped bit changes the sum; the least and the largest sum of all copies follow from one reduction of two numbers a
-weight. What cannot be seen: a flip that is gone by then, one in a master weight or a moment, experts that only one rank holds, and
-stage 3 of ZeRO, where no weight has a copy.
+Copies of weights are compared bit by bit at the end of the backward passes, before the update. The update rounds the
+weights anew from the master weights, which only one rank has; a flip would then be gone, but not its effect on
+gradients. Each rank sums the bits of each weight as integers, so that one flipped bit changes the sum. One reduction of
+two numbers per weight gives the smallest and largest sum of all copies. Not detected: a flip that is already gone,
+flips in master weights or moments, experts that only one rank holds, and stage 3 of ZeRO, where no weight has a copy.
 
-Whether master weights and the optimizer's state are, when they are read next, what the update before left: a bit that flips in memory
-meanwhile makes no error anywhere, and most of them have no copy on another rank.
-
-Between the end of an update and the next read, by an update or a checkpoint, nothing may write them. So each rank adds up the bits of
-every tensor of its shard behind the update of some steps, and again before that read. What cannot be seen: a flip inside an update, one
-behind a step that is not checked, and one in a gradient or an activation.
+Master weights and moments must not change between the end of an update and their next read, by an update or a
+checkpoint. Most of them have no copy on another rank. So each rank sums the bits of every tensor of its shard after the
+update of some steps, and again before that read. Not detected: a flip inside an update, a flip after a step that is not
+checked, and a flip in a gradient or an activation.
 """
 
 from collections import Counter
@@ -29,21 +27,21 @@ from parallel.zero.engine import Zero
 from train.loop.live_run import LiveRun
 
 SHOWN_WEIGHTS = 4
-"""Names in a sentence."""
+"""Maximum number of names in a sentence."""
 TAKE_OUT = (
     "a run that goes on from its last checkpoint has them right. Where it comes again on the same device, take that out"
 )
-"""The cure of a flipped bit, as the end of a sentence."""
+"""The cure for a flipped bit, as the end of a sentence."""
 
 
 class ReplicasDiffer(RunEnded):
-    """Copies of a weight are not equal; the gradients of this step are wrong, and the update was not made."""
+    """Copies of a weight are not equal; the gradients of this step are wrong, and the update did not run."""
 
     code = EXIT_CRASH
 
 
 class ReplicaCheck:
-    """Compares the copies of what one rank holds, with all that hold the same. every: steps between; 0 never."""
+    """Compares this rank's weights with all their copies. every: interval in steps; 0 means never."""
 
     def __init__(self, every: int, zero: Zero, mesh: Mesh):
         self._every = every
@@ -60,20 +58,22 @@ class ReplicaCheck:
             self.require_equal(step)
 
     def require_equal(self, step: int) -> None:
-        """Call before the update of every step, on all ranks. Raises ReplicasDiffer, on the ranks that hold such a weight."""
+        """Call before the update of every step, on all ranks. Raises ReplicasDiffer on the ranks that hold such a
+        weight."""
         if not self._every or step % self._every:
             return
         for group, params, names in self._sets:
             sums = torch.stack([sum_of_bits(param) for param in params])
-            ends = torch.stack([sums, ~sums])  # ~ turns the order round, as a minus does, and never overflows
+            ends = torch.stack([sums, ~sums])  # ~ reverses the order, as a minus does, and never overflows
             dist.all_reduce(ends, dist.ReduceOp.MAX, group=group)
             if bool((ends[0] != ~ends[1]).any()):
                 finite = torch.stack([param.detach().isfinite().all() for param in params])
                 self._tell(step, group, torch.stack([sums, finite.to(sums)]), names)
 
     def _tell(self, step: int, group: ProcessGroup, facts: Tensor, names: Sequence[str]) -> None:
-        """Name the copies that differ from most others, and of two the one that is not finite. facts: of each weight of this rank its sum, and
-        whether it is finite.
+        """Name the copies that differ from most others; without a majority, the copies that are not finite.
+
+        facts: per weight of this rank, its sum and whether it is finite.
         """
         of_rank = [torch.empty_like(facts) for _ in range(dist.get_world_size(group))]
         dist.all_gather(of_rank, facts, group=group)
@@ -103,8 +103,11 @@ class ReplicaCheck:
 
 
 def sum_of_bits(tensor: Tensor) -> Tensor:
-    """Bits of a tensor as whole numbers of 8 bytes, and what is left behind them one by one, added up modulo 2^64: int64, a scalar on its
-    device. It follows from the values alone, wherever they lie, and every flipped bit changes it.
+    """Sum of a tensor's bits modulo 2^64: int64, a scalar on its device.
+
+    Adds 8-byte integers, then the remaining elements one by one. The sum depends only on the values, not on their
+    address;
+    every single flipped bit changes it.
     """
     flat = tensor.detach().contiguous().view(-1)
     size = flat.element_size()
@@ -118,18 +121,19 @@ def sum_of_bits(tensor: Tensor) -> Tensor:
 
 
 class StateChanged(RunEnded):
-    """Something changed master weights or moments that nothing may write; neither update nor checkpoint was made of them."""
+    """Master weights or moments changed between update and read; neither an update nor a checkpoint used them."""
 
     code = EXIT_CRASH
 
 
 class StateCheck:
-    """Holds the state of one rank's shard against what an update left. every: steps between such updates; 0 never."""
+    """Compares the state of one rank's shard with its state after an update. every: interval in steps; 0 means
+    never."""
 
     def __init__(self, every: int, zero: Zero, rank: int):
         self._every, self._zero, self._rank = every, zero, rank
         self._left: tuple[int, dict[str, Tensor]] | None = None
-        """The step of an update, and the sums of bits behind it."""
+        """The step of the last noted update, and the bit sums after it."""
 
     def on_phase(self, run: LiveRun, step: int, phase: str) -> None:
         if phase in ("update", "checkpoint"):
@@ -141,11 +145,11 @@ class StateCheck:
     on_skip = on_update
 
     def note(self, step: int) -> None:
-        """Call behind the update of every step."""
+        """Call after the update of every step."""
         self._left = (step, self._sums()) if self._every and step % self._every == 0 else None
 
     def require_unchanged(self) -> None:
-        """Call before the state is read. Raises StateChanged, on the rank whose state it is alone."""
+        """Call before the state is read. Raises StateChanged, only on the rank whose state changed."""
         if self._left is None:
             return
         (step, before), now = self._left, self._sums()

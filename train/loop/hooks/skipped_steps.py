@@ -1,4 +1,4 @@
-"""optim.max_bad_steps: a step without update is counted and named; too many in a row end the run, with advice."""
+"""optim.max_bad_steps: counts and explains steps without an update; too many in a row end the run, with advice."""
 
 import math
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ class RunDiverged(RunEnded):
 
 
 class SkippedSteps:
-    """Watches the steps that have no update."""
+    """Handles the steps without an update."""
 
     def __init__(self) -> None:
         self._bad_in_a_row, self._has_updated = 0, False
@@ -27,21 +27,26 @@ class SkippedSteps:
         self._bad_in_a_row, self._has_updated = 0, True
 
     def on_skip(self, run: LiveRun, step: int) -> None:
-        """Does the step again on all ranks, where it is the first of a row or the last one. Raises RunDiverged for too many in a row, for
-        several at the end of the run, and where the start has made no update: what it would save is of an earlier step, and may be beyond help.
+        """Repeat the step on all ranks if it is the first or the last of a row, to find the origin.
+
+        Raises RunDiverged for too many bad steps in a row, and at the end of the run for several in a row or if the
+        attempt
+        made no update. In that last case a save would store an earlier state, which may already be damaged.
         """
         run.state.skipped += 1
         self._bad_in_a_row += 1
         finite = math.isfinite(run.outcome.measured.main_loss)
         at_end = step == run.config.steps and (self._bad_in_a_row > 1 or not self._has_updated)
         last = at_end or self._bad_in_a_row >= run.config.optim.max_bad_steps
-        if self._bad_in_a_row > 1 and not last:  # the first of a row was looked at, and the last one will be
+        if (
+            self._bad_in_a_row > 1 and not last
+        ):  # the origin was found in the first step of the row, and is found again in the last
             run.note(f"step {step} skipped: again a non-finite {'gradient' if finite else 'loss'}")
             return
         origin = self._find_origin(run, finite, run.outcome.update.bad_parameters)
         run.note(f"step {step} skipped: {origin.text}")
         if last:
-            run.saver.checkpointer.finish()  # a save in flight is a place to resume from
+            run.saver.checkpointer.finish()  # a running save becomes a checkpoint to resume from
             samples = samples_of(run, origin.ranks if origin.alone else ())
             advice = origin.advice(run.parts.zero.client.updates, samples)
             raise RunDiverged(
@@ -51,7 +56,7 @@ class SkippedSteps:
             )
 
     def _find_origin(self, run: LiveRun, finite_loss: bool, bad: Sequence[str]) -> Origin:
-        """Do the step once more on all ranks and watch it; weights and moments stay as they are."""
+        """Repeat the step on all ranks with a `Watch`; weights and moments do not change."""
         zero, last = run.parts.zero, run.engine.measure.last
         loss = None if last is None else bool(last.losses.means().isfinite().all())
         masters = ((name, shard.local) for name, shard in zero.shards().items() if name.startswith("master."))
@@ -67,7 +72,7 @@ class SkippedSteps:
 
 
 def samples_of(run: LiveRun, ranks: Sequence[int]) -> str:
-    """The samples that these ranks read in the step at hand; without any ranks, those of all."""
+    """The samples that these ranks read in the current step; for no ranks, the samples of all."""
     plan = run.plan
     if not ranks:
         return f"{plan.first_sample} to {plan.first_sample + plan.batch_size - 1}"

@@ -1,4 +1,7 @@
-"""What metrics.jsonl says of every step: losses, rates, and how evenly routers share out tokens. Other hooks add to it, and the last writes it."""
+"""Fills a step's record for metrics.jsonl: losses, rates, and the balance of the routers.
+
+Other hooks add to the record, and `Recorder` writes it.
+"""
 
 import sys
 import time
@@ -17,7 +20,7 @@ from train.show.wandb_sink import checkpoint
 
 @dataclass
 class Flops:
-    """What MFU needs."""
+    """FLOPs per token and peak rate, for MFU."""
 
     causal: float
     """Per token."""
@@ -26,11 +29,11 @@ class Flops:
     peak: float
     """FLOP/s of one rank's device."""
     label: str
-    """Where the peak comes from, for a person."""
+    """Source of the peak, as text."""
 
 
 class StepMetrics:
-    """Losses and settings of the step, loads of the experts, and the speed of the training without validation and saving."""
+    """Adds the step's losses and settings, tokens per expert, and training speed without validation and saving."""
 
     def __init__(self, flops: Flops):
         self._flops = flops
@@ -80,7 +83,7 @@ class StepMetrics:
 
 
 class Fp8Readings:
-    """precision.fp8.health: readings of the FP8 products in a step that is watched, the worst over all ranks; warns of limits passed."""
+    """precision.fp8.health: readings of the FP8 GEMMs in watched steps, the worst of all ranks; warns beyond limits."""
 
     def __init__(self, config: Config):
         fp8 = config.precision.fp8
@@ -97,11 +100,12 @@ class Fp8Readings:
 
 
 SETTLED = 2
-"""Steps that have every size of a run, so that all its kernels are compiled."""
+"""Number of steps after which all sizes of a run have occurred, so that all its kernels are compiled."""
 
 
 class Recorder:
-    """Hands the record to metrics.jsonl, the terminal and W&B, and tells W&B of checkpoints: on rank 0 alone."""
+    """Sends the record to metrics.jsonl, the terminal and W&B, and checkpoints to the terminal and W&B; only on rank
+    0."""
 
     def __init__(self) -> None:
         self._steps = self._compiled = 0
@@ -114,13 +118,13 @@ class Recorder:
             "memory_bytes": peak_memory(run.device),
             "time": time.time(),
         }
-        if (kernels := sys.modules.get("parallel.triton_types")) is not None:  # there once a kernel was launched
+        if (kernels := sys.modules.get("parallel.triton_types")) is not None:  # exists once a kernel was launched
             self._steps += 1
             if self._steps <= SETTLED:
                 self._compiled = len(kernels.COMPILED)
             rest["kernels_compiled"] = len(kernels.COMPILED) - self._compiled
         if run.writer.write(record | rest):
-            run.saver.stall = 0.0  # else the next record tells of it
+            run.saver.stall = 0.0  # else the next record includes the stall
 
     def on_checkpoint(self, run: LiveRun, step: int, path: Path) -> None:
         if run.writer is not None:

@@ -15,27 +15,27 @@ from train.metrics.names import Record
 from train.metrics.timeline_file import SampledStep, write_timeline
 
 WARM_UP = 3
-"""The early sample is this step of an attempt: what the first ones only do once is over."""
+"""The early sample is this step of an attempt: one-time work of the first steps is then over."""
 
 
 class TimelineSampler:
-    """Takes the timeline of an early step and of the last; of none without a pipeline."""
+    """Samples the timeline of an early step and of the last step; without a pipeline, of none."""
 
     def __init__(self) -> None:
         self._steps = set[int]()
-        """Those that are sampled; the same on every rank."""
+        """The sampled steps, the same on every rank."""
 
     def on_start(self, run: LiveRun) -> None:
         if run.mesh.layout.pp > 1:
             self._steps = {run.state.step + WARM_UP, run.config.steps}
 
     def on_batch(self, run: LiveRun, step: int, batch: Batch) -> None:
-        """Let the ranks of the pipeline start together. Collective over the pipeline, right before its step."""
+        """Align the start of the pipeline's ranks. Collective over the pipeline, right before its step."""
         if step in self._steps:
             dist.all_reduce(torch.zeros(1, device=run.device), group=run.mesh.stages_group)
 
     def on_step(self, run: LiveRun, step: int, record: Record) -> None:
-        """Bring the first pipeline's records to rank 0, which writes them. Collective over that pipeline."""
+        """Gather the first pipeline's records on rank 0, which writes them. Collective over that pipeline."""
         mesh = run.mesh
         if step not in self._steps or mesh.stage_rank:
             return
@@ -52,7 +52,7 @@ class TimelineSampler:
 
 
 def plain_actions(record: StepRecord, rank: int, pp_rank: int) -> list[dict[str, Any]]:
-    """One rank's part of timeline.json."""
+    """One rank's entries of timeline.json."""
     return [
         {
             "rank": rank,

@@ -1,4 +1,7 @@
-"""What the model writes at the end of a run, and now and then before (log.sample_every). The file keeps them all, by step."""
+"""Generates sample text from checkpoints at the end of a run and every log.sample_every steps.
+
+sample.json has the newest KEPT_SAMPLES texts, by step.
+"""
 
 import torch
 
@@ -17,11 +20,12 @@ from train.show.wandb_sink import sample_table
 
 SAMPLE_TEMPERATURE = 0.8
 KEPT_SAMPLES = 100
-"""Texts in the file, the newest ones."""
+"""Maximum number of texts in the file; the newest stay."""
 
 
 class SampleTexts:
-    """What the checkpoint of some steps writes, told by rank 0 once the checkpoint is there. The other ranks meet it in the next step."""
+    """Shows a sample of a due checkpoint on rank 0, once the checkpoint exists. Other ranks wait for rank 0 in the
+    next step."""
 
     def on_save(self, run: LiveRun, step: int) -> None:
         every, saving = run.config.log.sample_every, run.config.checkpoint.every
@@ -38,9 +42,9 @@ class SampleTexts:
 
 
 def sample(config: Config, tokenizer: Tokenizer, device: torch.device) -> str | None:
-    """Text from the newest checkpoint, also kept in sample.json; or why there is none; None when the run wants none.
+    """Text from the newest checkpoint, also stored in sample.json; or the reason for no text; None if samples are off.
 
-    Every text of a run begins from the same draws, so that what differs between two of them is the model.
+    All texts of a run use the same random draws, so two texts differ only by the model.
     """
     paths = RunPaths(config)
     checkpoint = newest_intact(paths.checkpoints).path
