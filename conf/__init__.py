@@ -1,1 +1,1 @@
-"""How a run is described: recipes, groups, the typed schema and its rules. Imports no torch."""
+"""Recipes, option groups, and the typed schema of a run with its rules. Imports no torch."""

@@ -1,10 +1,10 @@
-"""Low-rank adapters: which parameters of the model each target adapts, and what the parameters of an adapter are called. No torch.
+"""Low-rank adapters: which parameters each target adapts, and the names of the adapter's parameters. Imports no torch.
 
-An adapted product is y = W x + (alpha / rank) B (A dropout(x)), and W stays as it is (LoRA, arXiv 2106.09685). A is drawn and B is 0
-at the start. What stands in one parameter of ours and is several matrices has a pair for each of them: w13 holds w1 and w3, and
-every routed expert has its own.
+An adapted matmul is y = W x + (alpha / rank) B (A dropout(x)), with frozen W (LoRA, arXiv 2106.09685). At the start A
+is random and B is 0. If a base parameter stacks several matrices, each matrix has its own A and B: w13 stacks w1 and
+w3, and every routed expert has its own matrices.
 
-    base                    its pairs
+    base                    its A and B
     q_up.weight  (O, I)     q_up.lora_A (rank, I)                  q_up.lora_B (O, rank)
     w13.weight  (2F, D)     w13.w1_lora_A, w13.w3_lora_A (rank, D) w13.w1_lora_B, w13.w3_lora_B (F, rank)
     experts.w13 (E, 2F, D)  experts.w1_lora_A, experts.w3_lora_A (E, rank, D), and _B (E, F, rank)
@@ -15,7 +15,7 @@ every routed expert has its own.
 from typing import NamedTuple
 
 ADAPTER_TARGETS: dict[str, tuple[str, ...]] = {
-    "q_up": ("attention.q_up.weight", "attention.q.weight"),  # without a query latent, q is all there is
+    "q_up": ("attention.q_up.weight", "attention.q.weight"),  # a model without a query latent has only q
     "kv_up": ("attention.kv_up.weight",),
     "down": ("attention.q_down.weight", "attention.kv_down.weight"),
     "out": ("attention.out.weight",),
@@ -24,22 +24,22 @@ ADAPTER_TARGETS: dict[str, tuple[str, ...]] = {
     "dense": ("ffn.w13.weight", "ffn.w2.weight"),
     "head": ("head.weight",),
 }
-"""By target: how the names of the base parameters end that it adapts, in blocks of MTP modules too."""
+"""Per target: name endings of the base parameters that it adapts, including the blocks of MTP modules."""
 ON_REQUEST = ("head",)
-"""Targets that are adapted only where they are named."""
+"""Targets that are adapted only if a recipe names them."""
 
 
 class LowRankNames(NamedTuple):
-    """The two parameters of one pair."""
+    """Names of one pair of parameters, LoRA A and B."""
 
     a: str
-    """Name of A: (rank, inputs), with the experts of this rank in front where they are stacked."""
+    """Name of A: (rank, inputs); for stacked experts (experts of this rank, rank, inputs)."""
     b: str
-    """Name of B: (outputs, rank), with the experts in front as in A."""
+    """Name of B: (outputs, rank); for stacked experts (experts of this rank, outputs, rank)."""
 
 
 def target_of(base: str) -> str | None:
-    """The target that adapts the base parameter of this global name; None for one that nothing adapts."""
+    """The target that adapts the base parameter with this global name; None if no target adapts it."""
     return next(
         (target for target, ends in ADAPTER_TARGETS.items() if f".{base}".endswith(tuple(f".{end}" for end in ends))),
         None,
@@ -47,12 +47,14 @@ def target_of(base: str) -> str | None:
 
 
 def is_held_in_blocks(base: str) -> bool:
-    """Whether adapter.base=fp8 holds the base parameter of this name as block FP8: those of the products that precision.fp8 casts."""
+    """Whether adapter.base=fp8 stores this base parameter as block FP8: the weights whose matmuls precision.fp8
+    casts."""
     return target_of(base) not in (None, *ON_REQUEST)
 
 
 def name_pairs(base: str) -> list[LowRankNames]:
-    """The pairs of an adapted base parameter: one, or for w13 those of w1 and of w3, which each give half of its outputs."""
+    """Names of A and B for an adapted base parameter: one pair, or for w13 two pairs (w1, w3), each for half of the
+    outputs."""
     stem, _, last = base.rpartition(".")
     is_weight = last == "weight"
     matrix = stem.rpartition(".")[2] if is_weight else last
@@ -61,5 +63,5 @@ def name_pairs(base: str) -> list[LowRankNames]:
 
 
 def is_adapter(name: str) -> bool:
-    """Whether this is the name of a parameter of an adapter."""
+    """Whether this is the name of an adapter parameter."""
     return name.endswith(("lora_A", "lora_B"))

@@ -1,8 +1,8 @@
-"""What a resumed run does otherwise than the run that wrote its checkpoint: key by key, with the old value and the new one.
+"""Reports how a resumed run differs from the run that wrote its checkpoint: each key with its old and new value.
 
-A checkpoint holds the resolved settings of the run that wrote it. Every key that differs is told, in groups by what it
-can change, unless EFFECTS says that it cannot change the training. A key that EFFECTS does not name is taken to change it, so
-that a new field of the schema is told until somebody says otherwise.
+A checkpoint stores the resolved settings of the run that wrote it. Every key with a different value is reported,
+grouped by its possible effect. Keys are not reported if EFFECTS says that they cannot change the training. A key
+without an entry in EFFECTS counts as a change of the training, so new fields of the schema are reported by default.
 """
 
 import json
@@ -21,12 +21,12 @@ from conf.schema import Config, Data, Fp8, HoldOutBy, Optim, OptimizerName, Prec
 from conf.words import harmless, one_line
 
 LINE_WIDTH, AROUND = 100, 60
-"""Characters of a line above which old and new stand below each other, and of a long value that are shown around the first
-difference."""
+"""LINE_WIDTH: characters of a line, above which the old and the new value get a line each. AROUND: characters of a long
+value that are shown before and after the first difference."""
 
 
 class Effect(Enum):
-    """What a setting can change; the value heads its group on the screen."""
+    """The possible effect of a setting; the value is the heading of its group on the screen."""
 
     training = "change the training"
     rounding = "change rounding and speed alone"
@@ -75,7 +75,7 @@ EFFECTS: dict[str, tuple[Effect, str]] = {
     "export": (Effect.none, "mode=export reads it"),
     "average": (Effect.none, "mode=average reads it"),
 }
-"""By key or group of keys, the longest one that fits: what it can change, and why."""
+"""Effect and reason by key or group of keys; the longest matching entry applies."""
 
 REMARKS = {
     "steps": "schedules stretch over the new length",
@@ -87,17 +87,17 @@ REMARKS = {
 
 @dataclass(frozen=True)
 class Changes:
-    """What differs from the run that wrote a checkpoint."""
+    """Differences between this run and the run that wrote a checkpoint."""
 
     settings: dict[str, tuple[Any, Any]]
-    """Old and new value by key; None where there was or is none."""
+    """Old and new value by key; None if there was or is no value."""
     known: bool
-    """False for a checkpoint that does not hold the settings it was written with."""
+    """False for a checkpoint that does not contain its settings."""
     facts: tuple[str, ...] = ()
-    """Sentences on what is no setting: the data themselves, the average of the weights."""
+    """Sentences about differences that are not settings: the data themselves, the average of the weights."""
 
     def notes(self) -> list[str]:
-        """For a person; settings by group."""
+        """Notes for the user; settings by group."""
         groups = {effect: [key for key in self.settings if effect_of(key) is effect] for effect in Effect}
         lines = []
         for effect, keys in groups.items():
@@ -112,7 +112,7 @@ class Changes:
         return [*found, *self.facts]
 
     def plain(self) -> dict[str, Any]:
-        """For metrics.jsonl and W&B."""
+        """The differences as JSON values, for metrics.jsonl and W&B."""
         return {
             "changed": {
                 harmless(key): [harmless(value) if isinstance(value, str) else value for value in pair]
@@ -124,21 +124,21 @@ class Changes:
 
 
 def settings_of(config: Config) -> dict[str, Any]:
-    """All settings, resolved, as JSON has them."""
+    """All settings, resolved, as JSON values."""
     return json.loads(json.dumps(asdict(config)))
 
 
 def effect_of(key: str) -> Effect:
-    """What a key such as `optim.lr_schedule[0].value` can change."""
+    """The possible effect of a key such as `optim.lr_schedule[0].value`."""
     fitting = [name for name in EFFECTS if key == name or key.startswith((f"{name}.", f"{name}["))]
     return EFFECTS[max(fitting, key=len)][0] if fitting else Effect.training
 
 
 def changed(config: Config, fingerprint: str, meta: dict[str, Any]) -> Changes:
-    """How this run differs from the one whose checkpoint has this meta. fingerprint: of the data at hand.
+    """The differences between this run and the run whose checkpoint has this meta. fingerprint: of this run's data.
 
-    A setting that the checkpoint's program did not have yet counts as its default. Raises UserError for one that this program no
-    longer has, if its value mattered.
+    A setting that did not exist yet in the checkpoint's version counts as its default. Raises UserError for a setting
+    that this version has removed, if its value changed results.
     """
     new = settings_of(config)
     if "config" in meta:
@@ -154,8 +154,9 @@ def changed(config: Config, fingerprint: str, meta: dict[str, Any]) -> Changes:
 
 @cache
 def _defaults() -> dict[str, Any]:
-    """What every setting was before there was a key for it, those of FP8 included, but not of where the cache is, which asks for the
-    environment.
+    """Every setting's value before its key existed, including the FP8 settings.
+
+    The location of the cache is left out, because its default depends on the environment.
     """
     config = Config(
         data=Data(cache="", hold_out_by=HoldOutBy.name),
@@ -167,7 +168,7 @@ def _defaults() -> dict[str, Any]:
 
 
 def _pairs(old: dict[str, Any], new: dict[str, Any], defaults: dict[str, Any]) -> Iterator[tuple[str, tuple[Any, Any]]]:
-    """Old and new value of every key of either. A group that was or is absent as a whole is one key."""
+    """Old and new value of every key of both sides. A group that is null on one side counts as one key."""
     old, new = _shut(old, new), _shut(new, old)
     for key in [*new, *(key for key in old if key not in new)]:
         before, after = old.get(key, defaults.get(key)), new.get(key)
@@ -175,7 +176,7 @@ def _pairs(old: dict[str, Any], new: dict[str, Any], defaults: dict[str, Any]) -
 
 
 def _shut(here: dict[str, Any], there: dict[str, Any]) -> dict[str, Any]:
-    """The leaves here, but for a group that is null there, which becomes one leaf."""
+    """The leaves of `here`; a group that is null in `there` becomes one leaf."""
     found: dict[str, Any] = {}
     for key, value in here.items():
         group = next((key[:dot] for dot in _dots(key) if there.get(key[:dot], ...) is None), None)
@@ -212,7 +213,7 @@ def _facts(config: Config, fingerprint: str, meta: dict[str, Any], found: dict[s
 
 
 def flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    """Leaves by dotted key; a list of groups has an index in its key, a list of numbers or words is a leaf."""
+    """Leaves by dotted key. A list of groups has its index in the key; a list of numbers or words is a leaf."""
     if isinstance(node, dict) and node:
         parts = [(f"{prefix}.{key}" if prefix else str(key), value) for key, value in node.items()]
     elif isinstance(node, list) and any(isinstance(item, dict) for item in node):
@@ -233,7 +234,7 @@ def _line(key: str, old: Any, new: Any) -> str:
 
 
 def _cut(text: str, start: int) -> str:
-    """What lies around the first difference, and how long the whole is."""
+    """The text around the first difference, and the length of the whole text."""
     first, last = max(0, start - AROUND), start + AROUND
     before, after = "..." if first else "", "..." if last < len(text) else ""
     return f"{before}{text[first:last]}{after} ({len(text)} characters)"

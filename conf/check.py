@@ -1,6 +1,6 @@
-"""Rules that join several fields: RULES is read from top to bottom, and the first that is broken is the error.
+"""Rules over several fields: `check` tests RULES in order and raises the error of the first broken rule.
 
-Pure: reads the configuration, touches nothing, raises UserError.
+Pure: reads only the configuration, and raises UserError.
 """
 
 import itertools
@@ -44,44 +44,47 @@ NOT_CHATS, FOR_CHATS = (
 MAX_EXPERTS = 32767
 """Expert ids are sorted and sent as int16."""
 IN_EVERY_LAYER = (AdapterTarget.q_up, AdapterTarget.kv_up, AdapterTarget.down, AdapterTarget.out)
-"""Targets of an adapter that every block has."""
+"""Adapter targets that exist in every block."""
 ADDS_ADAPTERS = (Mode.evaluate, Mode.generate, Mode.score, Mode.export)
 """Modes that add adapter.path to the weights."""
 SMALLEST_SHARE = 1e-6
-"""The smallest share of a mix: what train/data/dataset.py can tell from nothing."""
+"""The smallest share of a mix that train/data/dataset.py can distinguish from zero."""
 IN_PARTS = next(name for name, facts in SCHEDULES.items() if facts.stages is None)
-"""The schedule that takes parallel.virtual_stages."""
+"""The schedule that reads parallel.virtual_stages."""
 OPERAND = re.compile(r"(e4m3|e5m2)/((1x128|128x128|row|tensor)/(fp32|pow2)|1x32/pow2)")
 
 
 class ConfigCheck(Protocol):
-    """What a table of rules holds: rules, and functions for those that are no comparison."""
+    """An entry of a table of rules: a `JoinedRule`, a group of rules, or a function for a rule that is not a
+    comparison."""
 
     def __call__(self, config: Config, /) -> None:
-        """Raise UserError if the configuration breaks it."""
+        """Raise UserError if the configuration breaks the rule."""
 
 
 Text = str | Callable[[Config, Any], str]
-"""A sentence, in which {seq_len}, {model.layers} and {v} stand for keys and the value; or what makes one of both."""
+"""A sentence with placeholders for keys and the value ({seq_len}, {model.layers}, {v}), or a function of configuration
+and value that returns a sentence."""
 
 
 @dataclass(frozen=True)
 class JoinedRule:
-    """What the value of a key must be, beside those of others. In functions `c` is the configuration and `v` the value."""
+    """A rule for the value of a key, given the values of other keys. In functions `c` is the configuration and `v` the
+    value."""
 
     key: str
     holds: Callable[[Config, Any], Any]
     rule: Text
     cure: Text
     each: bool = False
-    """Whether it is held against every entry of the key, which is a list."""
+    """Whether the rule applies to every entry of the key, whose value is a list."""
     named: str = ""
-    """What the error calls the key, if not by its name."""
+    """Name of the key in the error, if not `key`."""
     shown: Callable[[Config, Any], Any] = lambda c, v: v
-    """What the error shows of the value."""
+    """The value as the error shows it."""
 
     def __call__(self, config: Config) -> None:
-        """Raise UserError if the configuration breaks it."""
+        """Raise UserError if the configuration breaks the rule."""
         found = attrgetter(self.key)(config)
         for value in found if self.each else (found,):
             if not self.holds(config, value):
@@ -95,13 +98,13 @@ def _written(text: Text, config: Config, value: Any) -> str:
 
 @dataclass(frozen=True)
 class ConditionalRules:
-    """Rules of some configurations alone."""
+    """Rules that apply only to configurations with a certain property."""
 
     so: Callable[[Config], Any]
     rules: Iterable[ConfigCheck]
 
     def __call__(self, config: Config) -> None:
-        """Raise UserError if the configuration is such a one and breaks a rule."""
+        """Raise UserError if `so` is true for the configuration and it breaks a rule."""
         if self.so(config):
             hold(self.rules, config)
 
@@ -129,21 +132,21 @@ def notes_of_typed_keys(config: Config, keys: Collection[str]) -> Iterator[str]:
 
 
 def check_spread(config: Config) -> None:
-    """The rules that another layout of a recipe can break, where the recipe keeps all others: those of its batch, ramp and section
+    """Check the rules that a different layout can break in an otherwise valid recipe: batch, ramp and section
     parallel."""
-    check_batch(config)  # what most layouts of a search break, and costs nothing
+    check_batch(config)  # cheap, and most layouts of a search fail here
     check_fields(config.parallel, "parallel.")
     hold((*OPTIM, *ADAPTERS, *PARALLEL), config)
 
 
 def check_model(model: Model) -> None:
-    """The rules of the model section alone, for models that come from elsewhere."""
+    """The rules of the model section alone, for models from other sources than a recipe."""
     check_fields(model, "model.")
     hold(MODEL, Config(model=model))
 
 
 def check_experts(experts: int, ep: int) -> None:
-    """Raise UserError unless every one of ep ranks gets the same number of experts."""
+    """Raise UserError unless each of the ep ranks gets the same number of experts."""
     if experts % ep:
         near = [size for size in range(1, experts + 1) if experts % size == 0]
         cure = f"set parallel.ep to one of {near}, or model.experts to a multiple of {ep}"
@@ -153,7 +156,8 @@ def check_experts(experts: int, ep: int) -> None:
 
 
 def check_world(pp: int, dp: int, cp: int, world: int, given: str) -> None:
-    """Raise UserError unless the layout takes all ranks that were started. given: what says how many."""
+    """Raise UserError unless the layout uses all started ranks. given: the source of the number of ranks, for the
+    error."""
     if pp * dp * cp != world:
         raise UserError(
             "parallel.pp x parallel.dp" if cp == 1 else "parallel.pp x parallel.dp x parallel.cp",
@@ -170,7 +174,7 @@ def _is_name(c: Config, v: str) -> bool:
 
 
 def _parts(key: str, parts: Iterable[str]) -> ConfigCheck:
-    """What is recomputed, or goes to the host. parts: all words but layer:N."""
+    """The rule of a list of parts to recompute or to offload to the host. parts: all allowed words except layer:N."""
 
     def check_parts(config: Config) -> None:
         words = attrgetter(key)(config)
@@ -232,7 +236,8 @@ def _phases(key: str) -> tuple[ConfigCheck, ...]:
 
 
 def _pieces(key: str, each: bool = False) -> ConfigCheck:
-    """Sequences that cp ranks share are cut into 2 cp pieces of one length. key: which says how long they are."""
+    """Rules for sequences shared by cp ranks, which are cut into 2 cp pieces of equal length. key: of the sequence
+    length."""
     return ConditionalRules(
         lambda c: c.parallel.cp > 1,
         (
@@ -270,7 +275,7 @@ def _pieces(key: str, each: bool = False) -> ConfigCheck:
     )
 
 
-# A rule is read in lines of its key and condition, its rule, and its cure.
+# Each rule is written as its key and condition, its rule, and its cure.
 # fmt: off
 TOP: tuple[ConfigCheck, ...] = (
     JoinedRule("name", _is_name,
@@ -306,7 +311,7 @@ TOP: tuple[ConfigCheck, ...] = (
     JoinedRule("profile.ranks", lambda c, v: 0 <= v < c.parallel.world,
                lambda c, v: f"must be a rank, 0 to {c.parallel.world - 1}", "take 0", each=True),
     ConditionalRules(
-        lambda c: c.cluster.deterministic,  # packages of others that make no promise to repeat their bits
+        lambda c: c.cluster.deterministic,  # other projects' packages do not promise bitwise repeatable results
         (
             JoinedRule("parallel.dispatch", lambda c, v: DISPATCHES[v].repeats,
                        "does not go with cluster.deterministic: nobody says that its rows arrive in the same order in every run",
@@ -370,7 +375,7 @@ MODEL: tuple[ConfigCheck, ...] = (
 )
 
 def _set_here(section: MuonOptim | Adapter) -> dict[str, Any]:
-    """The keys of a section that are not at their defaults."""
+    """The keys of a section that differ from their defaults."""
     plain = vars(type(section)())
     return {key: value for key, value in vars(section).items() if value != plain[key]}
 
@@ -502,8 +507,8 @@ DATA: tuple[ConfigCheck, ...] = (
     )),
 )
 
-# Layers and micro-batches of a pipeline are held by train/loop/layout_check.py (`check_schedule`), in the modes that build one; the
-# number of ranks by `check_world`, where it is known.
+# train/loop/layout_check.py (`check_schedule`) checks layers and micro-batches of a pipeline, in the modes that build
+# one. `check_world` checks the number of ranks when it is known.
 PARALLEL: tuple[ConfigCheck, ...] = (
     JoinedRule("parallel.split", lambda c, v: all(type(n) is int and n >= 0 for n in v) if isinstance(v, list) else v in ("cost", "even"),
                "must be cost, even, or a list with the number of layers of every stage",
@@ -610,6 +615,7 @@ WHERE_READ: tuple[JoinedRule, ...] = (
     JoinedRule("text_only", lambda c, v: not v or c.init_from, "is about weights from elsewhere, and init_from names none",
                "set init_from, or leave it out"),
 )
-"""Where keys are read that others leave without effect: one that is typed elsewhere gets a note."""
+"""Keys without effect in some configurations, with the condition under which they are read. A typed key without effect
+gets a note."""
 # fmt: on
 RULES = (*TOP, *MODEL, *OPTIM, *ADAPTERS, *DATA, *PARALLEL, *PRECISION, *PLAN, *EVALUATE, *SCORE, *EXPORT)

@@ -1,9 +1,11 @@
-"""Disks that are full, fail, or refuse to be read or written: how much room they have, and their errors as a user reads them.
+"""Handles disk errors: free space, and error messages for disks that are full, broken, or deny access.
 
-Three rules hold for every file that the program writes. Errors name the file (`naming`). What a run can do without, such
-as progress or the report, is given up with a note, and the run goes on; lines of metrics and events wait for room (`Backlog`). The
-rest becomes one screen (`disk_errors`) that names the setting, the disk, the bytes that are needed and the cure. What a user can do
-about an error depends on what the system says, and stands here alone: `cure_of_reading` and `cure_of_writing`.
+Three rules hold for every file that the program writes:
+- Errors name the file (`naming`).
+- If the run can do without the file, such as progress or the report, the program prints a note and the run continues. Lines of metrics and events wait in memory for free space (`Backlog`).
+- Other errors become one screen (`disk_errors`) with the setting, the disk, the needed bytes and the cure.
+
+The cure depends on the system's error; only `cure_of_reading` and `cure_of_writing` choose it.
 """
 
 import errno
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 BACKLOG = 64 << 20
-"""Bytes that may wait in memory for room on a disk."""
+"""Bytes that may wait in memory for free space on a disk."""
 FULL = {errno.ENOSPC, errno.EDQUOT}
 RIGHTS = {errno.EACCES, errno.EPERM}
 DISK_FAILED = {
@@ -42,14 +44,15 @@ DISK_FAILED = {
     errno.EUCLEAN,
     errno.EBADMSG,
 }
-"""A disk, its file system, or the network to it does not work: nothing that the user of a file has set or can set."""
+"""The disk, its file system, or the network to it is broken; no setting of the user can help."""
 HANDLES = {errno.EMFILE, errno.ENFILE}
 REFUSED = FULL | RIGHTS | DISK_FAILED | {errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EFBIG, errno.ELOOP}
 
 
 @contextmanager
 def naming(path: Path, needed: int | None = None, way: str = "written") -> Iterator[None]:
-    """Let an OSError of this block, which writes the file, name it. needed: bytes that the file takes. way: what cannot be done with it."""
+    """Add the file's name to an OSError of this block, which writes the file. needed: size of the file in bytes. way:
+    the failed operation."""
     try:
         yield
     except OSError as error:
@@ -60,23 +63,24 @@ def naming(path: Path, needed: int | None = None, way: str = "written") -> Itera
 
 
 def reading(path: Path) -> AbstractContextManager[None]:
-    """Let an OSError of this block, which reads the file, name it: that of `read` does not say of which file it is."""
+    """Add the file's name to an OSError of this block, which reads the file. The error of `read` does not contain the
+    name."""
     return naming(path, way="read")
 
 
 def is_refusal(error: Exception) -> TypeGuard[OSError]:
-    """Whether a disk does not give what it holds, so that nothing is known of what is in the file."""
+    """Whether the system refuses access to the file, so its content is unknown."""
     return isinstance(error, OSError) and _number(error) in RIGHTS | DISK_FAILED | HANDLES
 
 
 def _number(error: OSError) -> int | None:
-    """The errno; libraries in Rust and C++ have it in their text alone."""
+    """The errno; libraries in Rust and C++ give it only in the error text."""
     found = re.search(r"\b(?:os error|errno) (\d+)", str(error)) if error.errno is None else None
     return int(found[1]) if found else error.errno
 
 
 def cure_of_reading(error: OSError) -> str:
-    """What a user can do about a file that cannot be read."""
+    """The cure for a file that cannot be read."""
     if _number(error) in RIGHTS:
         return f"let user {os.geteuid()} read it (`ls -l`, and `ls -ld` of the folders above it)"
     if _number(error) in {errno.ENOENT, errno.ENOTDIR}:
@@ -85,7 +89,7 @@ def cure_of_reading(error: OSError) -> str:
 
 
 def cure_of_writing(error: OSError) -> str:
-    """What a user can do about a file or a folder that cannot be written."""
+    """The cure for a file or folder that cannot be written."""
     if error.errno in FULL:
         return "free space there"
     if error.errno == errno.EISDIR:
@@ -98,7 +102,7 @@ def cure_of_writing(error: OSError) -> str:
 
 
 def _cure(error: OSError) -> str | None:
-    """What can be done whether a file is read or written; None where that makes a difference."""
+    """The cure if it is the same for reading and writing; None otherwise."""
     if _number(error) in DISK_FAILED:
         return "the disk, or the network to it, has failed: see `dmesg` on this machine, and start again once it works"
     if error.errno == errno.ELOOP:
@@ -109,7 +113,7 @@ def _cure(error: OSError) -> str | None:
 
 
 def describe_room(path: Path | str) -> str:
-    """The disk that holds, or would hold, this path, and how much of it is free."""
+    """A sentence on the disk that holds, or would hold, this path, and its free space."""
     place = Path(path).absolute()
     while not place.exists():
         place = place.parent
@@ -120,7 +124,7 @@ def describe_room(path: Path | str) -> str:
 
 
 def size_in_words(count: float) -> str:
-    """Bytes for people."""
+    """A number of bytes as text with a unit."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"
@@ -129,7 +133,7 @@ def size_in_words(count: float) -> str:
 
 
 def explain_disk_error(error: OSError) -> str:
-    """What the system says, and, of a full disk, which one it is and how much is missing."""
+    """The system's message; for a full disk also the disk's name, its free space and the needed bytes."""
     if error.errno not in FULL or not isinstance(error.filename, str):
         return str(error)
     needed = getattr(error, "needed", None)
@@ -137,21 +141,21 @@ def explain_disk_error(error: OSError) -> str:
 
 
 class Backlog:
-    """Pieces for the end of a file, in order. Those that its disk refuses wait in memory, and are written once there is room."""
+    """Appends pieces to a file in order. Pieces that the disk refuses wait in memory until there is space."""
 
     def __init__(self, write: Callable[[bytes], None]):
-        """write: appends all of a piece, or raises OSError and leaves the file as it was."""
+        """write: appends a whole piece, or raises OSError and leaves the file unchanged."""
         self._write = write
         self._waiting: deque[bytes] = deque()
         self._bytes = 0
         self.dropped = 0
-        """Pieces that are lost, the oldest, as more than BACKLOG bytes waited."""
+        """Number of lost pieces: the oldest are dropped when more than BACKLOG bytes wait."""
 
     def __len__(self) -> int:
         return len(self._waiting)
 
     def add(self, piece: bytes) -> None:
-        """Write it behind what waits; OSError if it waits now too."""
+        """Write the piece after the waiting pieces. OSError: the piece now waits too."""
         self._waiting.append(piece)
         self._bytes += len(piece)
         while self._bytes > BACKLOG and len(self._waiting) > 1:
@@ -160,7 +164,7 @@ class Backlog:
         self.flush()
 
     def flush(self) -> None:
-        """Write what waits; OSError if the disk refuses it still."""
+        """Write the waiting pieces. OSError: the disk still refuses."""
         while self._waiting:
             self._write(self._waiting[0])
             self._bytes -= len(self._waiting.popleft())
@@ -168,7 +172,7 @@ class Backlog:
 
 @contextmanager
 def disk_errors(*configs: Config, kind: type[UserError] = UserError) -> Iterator[None]:
-    """Turn the refusal of a disk into an error of this kind, which names the setting that leads there."""
+    """Convert a disk's OSError into an error of this kind, which names the setting of the path."""
     try:
         yield
     except OSError as error:
@@ -190,7 +194,7 @@ def disk_errors(*configs: Config, kind: type[UserError] = UserError) -> Iterator
 
 
 def _way(error: OSError) -> str:
-    """Whether the file was read or written, as far as that is known: only some errors tell."""
+    """Whether the file was read or written, if known; only some errors say so."""
     if way := getattr(error, "way", None):
         return way
     if error.errno in FULL | {errno.EROFS, errno.EFBIG}:
@@ -201,7 +205,7 @@ def _way(error: OSError) -> str:
 
 
 def _setting(path: Path, configs: tuple[Config, ...]) -> tuple[str, str]:
-    """The key whose folder holds the path, and its value."""
+    """The key whose folder contains the path, and its value."""
     for config in configs:
         for key, value in (
             ("export.to", config.export.to),
@@ -214,12 +218,12 @@ def _setting(path: Path, configs: tuple[Config, ...]) -> tuple[str, str]:
 
 
 def let_output_be_lost() -> None:
-    """From now on, output that goes to a file is dropped while that file's disk is full, instead of ending this process."""
+    """From now on, drop output to a file while its disk is full, instead of ending this process."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         try:
             in_file = stat.S_ISREG(os.fstat(stream.fileno()).st_mode)
-        except (OSError, ValueError, AttributeError):  # closed, or no file at all: tests capture it
+        except (OSError, ValueError, AttributeError):  # closed, or not a file: tests capture it
             continue
         if in_file:
             stream.flush()
@@ -235,7 +239,7 @@ def let_output_be_lost() -> None:
 
 
 class _Lossy(io.FileIO):
-    """A file whose disk may be full."""
+    """A file that drops writes if its disk refuses them."""
 
     def write(self, data: "Buffer", /) -> int:
         try:

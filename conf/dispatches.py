@@ -1,7 +1,7 @@
-"""The ways of tokens to experts on other ranks: what each asks of a layout, and what follows from it. No torch.
+"""The dispatches of tokens to experts on other ranks: requirements on the layout, and costs. Imports no torch.
 
-Whoever wants to know something of a dispatch asks it here and never compares its name. What sends the rows stands in the table of
-parallel/expert/build.py; an entry there and one here add a dispatch.
+Code asks a dispatch's entry here for its properties and never compares its name. The table in parallel/expert/build.py
+has the code that sends the rows. A new dispatch needs an entry in both tables.
 """
 
 from dataclasses import dataclass, replace
@@ -11,26 +11,27 @@ from conf.errors import UserError
 
 @dataclass(frozen=True)
 class Reach:
-    """How far a token goes, in the mean. Experts lie in order over the ranks of an expert group."""
+    """How far a token travels, on average. Experts are placed in order on the ranks of an expert group."""
 
     nodes: float
-    """That hold one of its experts."""
+    """Number of nodes with at least one expert of the token."""
     ranks: float
     experts: int
     ep: int
     """Ranks of the expert group."""
     per_node: int
-    """How many of them share a node."""
+    """Ranks of the expert group on one node."""
 
 
 @dataclass(frozen=True)
 class Messages:
-    """Messages of one token in one layer of experts, in the mean; of the rank that has most."""
+    """Messages per token and MoE layer, on average, on the rank that has the most."""
 
     copies: tuple[float, ...]
-    """That each hop makes by kernels of its own, beside the exchange; those kept included."""
+    """Row copies per hop that Sluice's own kernels make in addition to the exchange, including rows that stay on the
+    rank."""
     arrivals: float
-    """That reach the expert's ranks, per token of a rank."""
+    """Rows that arrive at the experts' ranks, per token of a rank."""
     inside: float
     """To other ranks of the same node."""
     across: float
@@ -39,33 +40,33 @@ class Messages:
 
 @dataclass(frozen=True)
 class DispatchFacts:
-    """What is known of a dispatch."""
+    """Properties of a dispatch."""
 
     name: str
     per_expert: bool = False
-    """A token is sent once for each of its experts; else once to each node that has one, and there once to each rank."""
+    """True: a token is sent once per expert. False: once per node with one of its experts, and there once per rank."""
     by_nodes: bool = False
-    """One hop between nodes, and behind it one inside them: nodes have equally many ranks of an expert group, and whole groups of
-    experts."""
+    """One hop between nodes, then one inside a node. Nodes must have equal numbers of ranks of an expert group, and
+    whole groups of experts."""
     needs_gpu: bool = False
     package: str | None = None
-    """What has to be installed for it."""
+    """The package that it needs."""
     in_bf16: bool = False
-    """It takes bf16 rows alone, and adds those of a rank one after another in bf16."""
+    """It takes only bf16 rows, and adds the rows of a rank one after another in bf16."""
     repeats: bool = True
     """Rows arrive in the same order in every run."""
     width: int = 1
-    """What model.hidden is a multiple of."""
+    """model.hidden must be a multiple of this number."""
     sizes: tuple[int, ...] | None = None
-    """Sizes of an expert group that it has; None for any."""
+    """Supported sizes of an expert group; None for any size."""
 
     def is_able(self, ep: int, hidden: int, on_gpu: bool) -> bool:
-        """Whether it runs over so many ranks, with rows of this width."""
+        """Whether it supports ep ranks and rows of this width, on this device."""
         fits = hidden % self.width == 0 and (self.sizes is None or ep in self.sizes)
         return fits and (on_gpu or not self.needs_gpu)
 
     def count_messages(self, reach: Reach) -> Messages:
-        """How often a token is sent."""
+        """Messages of a token, see `Messages`."""
         other_node, same_node = 1 - reach.per_node / reach.ep, (reach.per_node - 1) / reach.ep
         if self.per_expert:
             experts = reach.experts
@@ -75,23 +76,24 @@ class DispatchFacts:
         return Messages(copies, reach.ranks, reach.ranks * (1 - 1 / reach.per_node), reach.nodes * other_node)
 
     def side_bytes(self, top_k: int) -> int:
-        """What travels beside a row to the experts: one gate, or all gates and experts of the token."""
+        """Bytes sent with a row to the experts: one gate, or all gates and experts of the token."""
         return 4 if self.per_expert else 4 * top_k + -(-2 * top_k // 4) * 4
 
     def gate_bytes(self, top_k: int) -> int:
-        """What travels beside a row's gradient on its way back: the gradients of those gates."""
+        """Bytes sent back with the gradient of a row: the gradients of its gates."""
         return 4 if self.per_expert else 4 * top_k
 
     def find_links(self, ep: int, per_node: int) -> tuple[range, ...]:
-        """Ranks of the expert group that the first of them exchanges rows with through NCCL, in each hop."""
+        """Per hop: ranks of the expert group with which its first rank exchanges rows through NCCL."""
         return (range(0, ep, per_node), range(per_node)) if self.by_nodes else (range(ep),)
 
     def count_buffer_bytes(self, ep: int, hidden: int) -> int | None:
-        """What its own buffers take of every device; None for rows that travel through NCCL's."""
+        """Bytes of the dispatch's own buffers on every device; None if NCCL's buffers carry the rows."""
         return None
 
     def find_sums(self, experts: int, ep: int, per_node: int) -> list[int]:
-        """Runs of experts whose rows of a token are added before they reach its rank: those of a rank, those of a node."""
+        """Numbers of consecutive experts whose rows of a token are added before they return to its rank: those of a
+        rank, of a node."""
         if self.per_expert or ep == 1:
             return []
         of_rank = experts // ep
@@ -101,14 +103,19 @@ class DispatchFacts:
 
 @dataclass(frozen=True)
 class DeepEPFacts(DispatchFacts):
-    """The package DeepEP (github.com/deepseek-ai/DeepEP), which copies and adds rows while it sends them; sizes as in its deep_ep/buffer.py."""
+    """The package DeepEP (github.com/deepseek-ai/DeepEP), which copies and adds rows during transfer.
+
+    Sizes follow its deep_ep/buffer.py.
+    """
 
     def count_messages(self, reach: Reach) -> Messages:
         return replace(super().count_messages(reach), copies=())
 
     def count_buffer_bytes(self, ep: int, hidden: int) -> int:
-        """By the formulas of csrc/config.hpp, for bf16 rows: ten channels, each with slots for every rank of a node and, twice, for
-        every node."""
+        """Buffer size by the formulas of csrc/config.hpp, for bf16 rows.
+
+        There are ten channels. Each has slots for every rank of a node and, twice, for every node.
+        """
         inside, nodes = min(ep, 8), -(-ep // 8)
         slots = 256 if ep <= 8 else 288 if ep <= 64 else 560 if ep <= 128 else 720
         row = 2 * hidden + 8 + 128 * (8 + 4 + 4)
@@ -116,7 +123,7 @@ class DeepEPFacts(DispatchFacts):
 
 
 FLAT_DISPATCH = "flat"
-"""What a recipe has that asks for nothing else; it runs wherever any other does."""
+"""The default dispatch of a recipe; it runs on every layout."""
 
 DISPATCHES: dict[str, DispatchFacts] = {
     each.name: each
@@ -137,10 +144,11 @@ DISPATCHES: dict[str, DispatchFacts] = {
 
 
 def check_groups(ep: int, ranks_per_node: int, groups: int) -> None:
-    """Raise UserError unless the router's expert groups and the nodes fit each other (paper 2.1.2, 3.2.2).
+    """Raise UserError unless the router's expert groups match the nodes (paper 2.1.2, 3.2.2).
 
-    Nodes are runs of ranks_per_node ranks of an expert-parallel group. A group of experts may not straddle two
-    nodes, or a token limited to M groups could reach more than M nodes. One group means no limit and always fits.
+    A node holds ranks_per_node consecutive ranks of an expert-parallel group. A group of experts must not straddle two
+    nodes. Otherwise a token limited to M groups could reach more than M nodes. A single group means no limit and always
+    fits.
     """
     if ep % ranks_per_node:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Errors that say all in their own words: that of the user's input, and what ends a run."""
+"""Errors with a complete text for the user: invalid input, and the end of a run."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,14 +14,14 @@ EXIT_CODES = {
     EXIT_STOPPED: "a signal stopped a training, with a checkpoint if a step was done; the same command, without `resume=`, goes on",
     EXIT_INTERRUPTED: "Ctrl-C ended it at once: any other mode, a command that was still starting, or a second Ctrl-C in a training",
 }
-"""What the exit codes of a command mean; scripts may rely on them. The table in train/docs/troubleshooting.md is this one."""
+"""Meanings of a command's exit codes; scripts may rely on them. train/docs/troubleshooting.md has the same table."""
 
 
 class UserError(ValueError):
-    """Something in the input is wrong. Says which field has which value, the rule it breaks, and the cure.
+    """Invalid input: the field and its value, the broken rule, and the cure.
 
-    Every entry point prints it as one screen without a traceback and exits with `code`. Words from elsewhere that stand in it are made
-    harmless here (conf/words.py).
+    Every command prints it on one screen without a traceback and exits with `code`. It sanitises untrusted text in its
+    parts (conf/words.py).
     """
 
     code = EXIT_USER
@@ -36,13 +36,14 @@ class UserError(ValueError):
 
 
 class DiskFailed(UserError):
-    """A disk refused, in the middle of a run, what the run cannot do without; what was trained may be lost."""
+    """A disk refused a file that a running run cannot do without; trained steps may be lost."""
 
     code = EXIT_CRASH
 
 
 class RunEnded(RuntimeError):
-    """A run cannot go on, and the text says why, without a traceback. ranks: where it began, empty where that is not known."""
+    """A run cannot continue; the text gives the reason, without a traceback. ranks: where the failure began, empty if
+    unknown."""
 
     code = EXIT_CRASH
 
@@ -52,11 +53,11 @@ class RunEnded(RuntimeError):
 
 
 class StopInterrupt(KeyboardInterrupt):
-    """A signal asked this process to stop; another KeyboardInterrupt is an error of the code that raised it."""
+    """A signal asked this process to stop. Any other KeyboardInterrupt is an error of the code that raised it."""
 
 
 def causes(error: BaseException | None, contexts: bool = False) -> Iterator[BaseException]:
-    """The error and what it was raised from, the outermost first. contexts: also what was being handled when it was raised."""
+    """The error and its causes, the outermost error first. contexts: include the exceptions that were being handled."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -65,5 +66,5 @@ def causes(error: BaseException | None, contexts: bool = False) -> Iterator[Base
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of a library says first; its kind where it says nothing."""
+    """The first line of an error's text; the name of its class if it has no text."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,7 +1,7 @@
-"""What the schema says of a field besides its type: the bounds of a number, and whether hardly anyone sets it.
+"""Metadata of a schema field: the bounds of a number, and whether it is an expert key.
 
-conf/schema.py declares them beside the default, `check_fields` holds every value against them, and conf/command_line.py
-reads them when a command line does not fit.
+conf/schema.py declares the metadata beside the default. `check_fields` checks every value, and conf/command_line.py
+uses the metadata to explain an invalid command line.
 """
 
 import dataclasses
@@ -21,19 +21,19 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """What a number must keep. An infinite number or NaN keeps none."""
+    """Bounds of a number; infinite values and NaN are always out of bounds."""
 
     least: float = -math.inf
     above: float = -math.inf
     most: float = math.inf
     below: float = math.inf
     slip: float = dataclasses.field(default=math.inf, compare=False)
-    """More than this was not meant. It is said only to whom it happens."""
+    """A larger value must be a mistake. Only the error for such a value mentions this bound."""
     what: str = ""
-    """What the number is, where that explains the bounds: a share, a probability."""
+    """Kind of the number, if it explains the bounds: a share, a probability."""
 
     def hold(self, value: float) -> bool:
-        """Whether the value lies inside."""
+        """Whether the value is within the bounds."""
         return (
             math.isfinite(value)
             and self.above < value < self.below
@@ -41,13 +41,13 @@ class Bounds:
         )
 
     def rule(self) -> str:
-        """The limit as a rule that a person reads."""
+        """The bounds as a rule for the user."""
         if self.what:
             return f"is {self.what}, {self.words()}"
         return "must not be negative" if self == Bounds(least=0) else f"must be {self.words()}"
 
     def words(self) -> str:
-        """Which numbers those are: `1 or more`, `above 0 and at most 1`."""
+        """The bounds as text: `1 or more`, `above 0 and at most 1`."""
         if self == Bounds(what=self.what):
             return "finite"
         if math.isfinite(self.least) and math.isfinite(self.most):
@@ -62,39 +62,39 @@ class Bounds:
 
 
 LEFT_OUT: Any = None
-"""What a `FilledKey` key is until it is filled."""
+"""The value of a `FilledKey` key before it is filled."""
 
 if TYPE_CHECKING:
     FilledKey = Annotated[T, "null in a recipe at most"]
 else:
 
     class FilledKey:
-        """The type of a key that a recipe may leave out, or set to null, and that loading fills: whoever reads a loaded one finds a
-        value."""
+        """The type of a key that loading fills if a recipe leaves it out or sets it to null. In a loaded configuration
+        it has a value."""
 
         def __class_getitem__(cls, kind: type) -> types.UnionType:
             return kind | None
 
 
 def number(default: Any, **bounds: Any) -> Any:
-    """A field that holds a number, or null, with `Bounds` given by name."""
+    """A field with a number or null, and its `Bounds` as keyword arguments."""
     return dataclasses.field(default=default, metadata={"bounds": Bounds(**bounds)})
 
 
 def expert(default: Any = dataclasses.MISSING, *, make: Callable[[], Any] | None = None, **bounds: Any) -> Any:
-    """A field that hardly anyone sets, with all keys below it: `sluice --help` shows it where `expert` is asked for.
+    """An expert field, with all keys below it: `sluice --help` shows it only on request (`expert`).
 
-    make: makes the default of a list or a section. bounds: of a number.
+    make: returns the default of a list or a section. bounds: of a number.
     """
     given = {"default": default} if make is None else {"default_factory": make}
     return dataclasses.field(**given, metadata={"bounds": Bounds(**bounds), "expert": True})
 
 
 def check_fields(section: Any, prefix: str = "") -> None:
-    """Raise UserError for the first value in a section, or in what it holds, that breaks its own bounds; and OmegaConf's error for what
-    was added to a section (`+KEY=VALUE`) and is no key of it.
+    """Raise UserError for the first value in a section or its subsections that is out of its bounds.
 
-    prefix: of the keys of the section, such as `model.`.
+    Raises OmegaConf's error for an added name (`+KEY=VALUE`) that is not a key of the section. prefix: of the section's
+    keys, such as `model.`.
     """
     if added := vars(section).keys() - {field.name for field in _fields(type(section))}:
         raise ConfigKeyError(f"is no key\nfull_key: {prefix}{min(added)}")
@@ -112,15 +112,17 @@ def check_fields(section: Any, prefix: str = "") -> None:
 
 
 def wrong_choice(key: str, value: Any, choices: Iterable[str], instead: str) -> UserError:
-    """A word that is none of the choices. instead: the cure where no choice is close."""
+    """The error for a word that is not one of the choices. instead: the cure if no choice is similar."""
     choices = list(choices)
-    close = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.8)  # closer than online is to offline
+    close = difflib.get_close_matches(
+        str(value), choices, n=1, cutoff=0.8
+    )  # the cutoff must separate online from offline
     cure = f"did you mean {close[0]}?" if close else instead
     return UserError(key, value, f"must be one of {', '.join(choices)}", cure)
 
 
 def _cure(key: str, field: dataclasses.Field, bounds: Bounds) -> str:
-    """Names the default too where it says more than the bounds do: that of a fraction."""
+    """The cure; it also names the default if that says more than the bounds, as for a fraction."""
     default, words = field.default, bounds.words()
     example = f", such as {_text(default)}" if isinstance(default, float) and default and bounds.hold(default) else ""
     return f"set {key} to {'a number ' if words[0].isalpha() else ''}{words}{example}"
@@ -131,7 +133,7 @@ def _text(value: float) -> str:
 
 
 def _sections(value: Any) -> Iterator[tuple[str, Any]]:
-    """Sections that a value is or holds, each with what stands before its keys."""
+    """The sections in a value, each with the prefix of its keys."""
     if dataclasses.is_dataclass(value):
         yield "", value
     elif isinstance(value, list):

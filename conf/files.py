@@ -1,7 +1,7 @@
 """Small file operations that survive a crash at any instruction.
 
-A reader sees the old file or the new one, never a part: write under another name, fsync, rename, and fsync the
-folder, as a rename is durable only once its folder is.
+A reader sees the old file or the new file, never a part. The writer writes under a temporary name, calls fsync and
+renames. It then calls fsync on the folder, because a rename is durable only after the folder is.
 """
 
 import errno
@@ -23,14 +23,15 @@ from conf.errors import UserError
 
 NO_PLAIN_FILE = "it is no plain file, but a link, a pipe or a device"
 RUN_FILE_BYTES = 256 << 20
-"""Most bytes of a file of a run folder that is read whole into memory."""
+"""Maximum bytes of a run folder's file that is read whole into memory."""
 
 
 def open_plain(path: str | Path, flags: int, mode: int = 0o666) -> int:
-    """A handle of a plain file, as `open` takes it for its `opener`. Raises OSError for a link, a pipe, a device and all else that is none.
+    """A handle of a plain file, for the `opener` argument of `open`. Raises OSError for links, pipes, devices and
+    anything else.
 
-    Whatever is opened under a run folder is opened by this: the folder may be somebody else's, who put a link to a file of this user there.
-    A pipe would let this process wait for ever.
+    Files in a run folder are opened with this function. The folder may belong to another user, who may have placed a
+    link to a file of this user. A pipe would block this process for ever.
     """
     try:
         handle = os.open(path, flags & ~os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, mode)
@@ -50,7 +51,7 @@ def open_plain(path: str | Path, flags: int, mode: int = 0o666) -> int:
 
 
 def read_plain(path: Path, most: int = RUN_FILE_BYTES) -> bytes:
-    """The content of a file of a run folder. Raises OSError; ValueError where it has more than so many bytes."""
+    """The content of a file in a run folder. Raises OSError; ValueError if it has more than `most` bytes."""
     with open(path, "rb", opener=open_plain) as file:
         if (size := os.fstat(file.fileno()).st_size) > most:
             raise ValueError(f"{path} has {size} bytes, and {most} are the most that it may have")
@@ -58,7 +59,7 @@ def read_plain(path: Path, most: int = RUN_FILE_BYTES) -> bytes:
 
 
 def read_plain_json(path: Path, most: int = RUN_FILE_BYTES) -> Any:
-    """The JSON value in a file of a run folder. Raises OSError; ValueError for all that is none."""
+    """The JSON value in a file of a run folder. Raises OSError; ValueError if the file is not JSON."""
     try:
         return json.loads(read_plain(path, most))
     except RecursionError:
@@ -66,7 +67,7 @@ def read_plain_json(path: Path, most: int = RUN_FILE_BYTES) -> Any:
 
 
 def fsync_folder(path: Path) -> None:
-    """Make names created, renamed or removed in this folder durable."""
+    """Make created, renamed and removed names in this folder durable."""
     handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)
@@ -75,9 +76,9 @@ def fsync_folder(path: Path) -> None:
 
 
 def atomic_write_text(path: Path, text: str, durable: bool = True, mode: int = 0o666) -> None:
-    """Replace the file by `text` (UTF-8) in one step. OSError leaves the old file as it was.
+    """Replace the file by `text` (UTF-8) in one step. After an OSError the old file is unchanged.
 
-    durable: survive a crash of the machine as well as one of this process. mode: of the file, less the umask.
+    durable: survive a crash of the machine, not only of this process. mode: permissions of the file, before the umask.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -90,7 +91,7 @@ def atomic_write_text(path: Path, text: str, durable: bool = True, mode: int = 0
                     os.fsync(file.fileno())
             os.replace(temporary, path)
     except BaseException:
-        with suppress(OSError):  # it was not even made
+        with suppress(OSError):  # it was not created
             temporary.unlink(missing_ok=True)
         raise
     if durable:
@@ -103,7 +104,7 @@ def atomic_write_json(path: Path, value: Any) -> None:
 
 
 def read_tail(path: Path, most: int) -> bytes:
-    """The last bytes of a file, so many at most; none of one that cannot be read."""
+    """The last bytes of a file, at most `most`; empty if the file cannot be read."""
     with suppress(OSError), open(path, "rb", opener=open_plain) as file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - most))
         return file.read(most)
@@ -111,16 +112,18 @@ def read_tail(path: Path, most: int) -> bytes:
 
 
 def open_lock(path: Path) -> int:
-    """A handle of a lock file, created if missing. Who may open a file can lock it, if only to keep others out, so nobody may but
-    those who can write the folder: they could put another file in its place.
+    """A handle of a lock file, created if missing. Only users who can write the folder may open it.
+
+    Any user who can open a file can lock it, and so keep others out. Users who can write the folder could replace the
+    file anyway.
     """
     handle = open_plain(path, os.O_RDWR | os.O_CREAT, 0o600)
     found = os.fstat(handle)
-    if found.st_uid == os.geteuid():  # also one that an earlier version made, open to everybody
+    if found.st_uid == os.geteuid():  # also a file of an earlier version, open to all users
         writers = os.stat(path.parent).st_mode & 0o022
         mode = 0o600 | writers << 1 | writers
         if stat.S_IMODE(found.st_mode) != mode:
-            with suppress(PermissionError):  # a file system that keeps no modes
+            with suppress(PermissionError):  # a file system without modes
                 os.fchmod(handle, mode)
     return handle
 
@@ -144,7 +147,7 @@ def exclusive(path: Path, timeout: float) -> Iterator[None]:
 
 
 def try_lock(handle: int) -> bool:
-    """Take the advisory lock of an open file; False where another holds it."""
+    """Take the advisory lock of an open file; False if another process holds it."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -153,7 +156,8 @@ def try_lock(handle: int) -> bool:
 
 
 def new_folder(given: str | None, field: str) -> Path:
-    """The folder that a mode is to make. given: the value of field. Raises UserError where something is in its way."""
+    """The folder that a mode creates. given: the value of field. Raises UserError if a file or a non-empty folder is
+    there."""
     assert given is not None, "conf/check.py asks for it"
     target = Path(given).expanduser().absolute()
     if target.is_dir() and any(target.iterdir()):
@@ -165,7 +169,8 @@ def new_folder(given: str | None, field: str) -> Path:
 
 @contextmanager
 def written_whole(target: Path, field: str) -> Iterator[Path]:
-    """A hidden folder that becomes the target when all went well, and is removed when not. field: the key that names the target."""
+    """A hidden folder, which is renamed to the target after success and removed after a failure. field: the key of the
+    target."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
@@ -175,7 +180,7 @@ def written_whole(target: Path, field: str) -> Iterator[Path]:
                 with file.open("rb") as opened:
                     os.fsync(opened.fileno())
         fsync_folder(temporary)
-        temporary.rename(target)  # over an empty folder too
+        temporary.rename(target)  # replaces an empty folder too
         fsync_folder(target.parent)
     except OSError as error:
         raise UserError(field, target, f"cannot be written: {error}", "correct that, or give another folder") from error
@@ -183,17 +188,18 @@ def written_whole(target: Path, field: str) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-# JSON of a file that a user gives, read in one place: whatever is in it, the user gets a rule and no traceback.
+# JSON of a user's file, read in one place: for any content the user gets a rule and no traceback.
 
 LARGEST_FILE = 128 << 20
-"""Bytes of a file, at most. The index of DeepSeek-V3's 91,991 tensors has 9 MB, tokenizers of large vocabularies 10 to 40."""
+"""Maximum size of a file in bytes. The index of DeepSeek-V3's 91,991 tensors has 9 MB, tokenizers of large vocabularies
+10 to 40."""
 TYPE_NAMES = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
 
 
 def read_json(path: Path, field: str, cure: str, kind: type = dict, value: object = None) -> Any:
-    """The content of a file, of that kind. Raises UserError(field, value or else the path, what is wrong, cure).
+    """The JSON value of a file, of the given type. Raises UserError(field, value or else the path, the problem, cure).
 
-    cure: of wrong content; a disk that refuses has its own.
+    cure: for wrong content; disk errors have their own cure.
     """
     try:
         return parse_json(read_plain_text(path), kind)
@@ -204,7 +210,7 @@ def read_json(path: Path, field: str, cure: str, kind: type = dict, value: objec
 
 
 def read_plain_text(path: Path) -> str:
-    """The text of a plain file. Raises ValueError, in words for a user."""
+    """The text of a plain file. Raises ValueError with a message for the user."""
     try:
         if not path.is_file():
             raise ValueError("it is no plain file" if path.exists() else "no such file")
@@ -218,7 +224,7 @@ def read_plain_text(path: Path) -> str:
 
 
 def parse_json(text: str, kind: type = dict) -> Any:
-    """The value of that kind that a text holds. Raises ValueError, in words for a user."""
+    """The JSON value in a text, of the given type. Raises ValueError with a message for the user."""
     try:
         body = json.loads(text)
     except RecursionError:

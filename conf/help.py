@@ -1,8 +1,8 @@
-"""`sluice --help`: what can be said on the command line, all of it read from the schema and the folders of conf/.
+"""`sluice --help`: the possible words of a command line, read from the schema and the folders of conf/.
 
 sluice --help                      modes, recipes, groups, the keys at the top
 sluice --help parallel             the keys of a section; optim.lr is one key
-sluice --help expert [parallel]    those that hardly anyone sets, of all sections or of some
+sluice --help expert [parallel]    expert keys, of all sections or of the named sections
 sluice --help optim conf=NAME      with the values of that recipe
 """
 
@@ -21,7 +21,7 @@ from conf.load import compose_node, explained, reported
 from conf.schema import ROOT, Mode
 
 EXPERT = "expert"
-"""The word that asks for keys that hardly anyone sets."""
+"""The word that asks for expert keys, which hardly anyone sets."""
 EXAMPLES = (
     ("sluice", "train the recipe tiny, a small DeepSeek-V3, here and now"),
     ("sluice conf=tiny data.path=FOLDER name=mine", "on text of your own"),
@@ -39,7 +39,7 @@ EXAMPLES = (
 
 @reported
 def show_help(words: list[str], console: Console | None = None) -> int:
-    """The screen for a command line that asks for help; returns the exit code."""
+    """Print the help for a command line that asks for it; returns the exit code."""
     overrides, names = _sorted_out(words)
     console = console or Console(highlight=False)
     with explained(overrides):
@@ -53,7 +53,8 @@ def show_help(words: list[str], console: Console | None = None) -> int:
 
 
 def _sorted_out(words: list[str]) -> tuple[list[str], list[str]]:
-    """Overrides, a folder of recipes (--config-dir) among them, and names of sections or keys. Other flags play no part."""
+    """Overrides (a folder of recipes, --config-dir, becomes one of them), and names of sections or keys. Ignores other
+    flags."""
     overrides, names, left = [], [], iter(words)
     for word in left:
         flag, _, value = word.partition("=")
@@ -65,7 +66,7 @@ def _sorted_out(words: list[str]) -> tuple[list[str], list[str]]:
 
 
 def recipe_lines() -> dict[str, str]:
-    """Every recipe with its first line of comment."""
+    """Every recipe with the first comment line of its file."""
     return {name: option_line(ROOT / "conf" / "conf" / f"{name}.yaml") for name in options("conf")}
 
 
@@ -75,12 +76,12 @@ def options(group: str) -> list[str]:
 
 
 def option_groups() -> list[str]:
-    """Folders of conf/ with options, recipes aside."""
+    """Folders of conf/ with options, except the folder of recipes."""
     return sorted(path.name for path in (ROOT / "conf").iterdir() if path.name != "conf" and any(path.glob("*.yaml")))
 
 
 def option_line(path: Path) -> str:
-    """The first line of comment of an option that is meant for people; empty where it has none."""
+    """The first comment line of an option's file that is not a directive; empty if there is none."""
     comments = (line[1:].strip() for line in path.read_text().splitlines() if line.startswith("#"))
     return next((line for line in comments if not line.startswith(("@package", "yaml-language-server"))), "")
 
@@ -114,7 +115,7 @@ def _two_columns(console: Console, title: str, rows: Iterable[tuple[str, str]]) 
 
 
 def _section(name: str, values: DictConfig, expert: bool) -> Iterator[object]:
-    """The screen of a section, a part of one, or a key. expert: of a section, the keys that hardly anyone sets."""
+    """The help screen of a section, a part of a section, or a key. expert: show the expert keys of a section."""
     everything = groups()
     for group in everything:
         if name == group.name:
@@ -138,7 +139,7 @@ def _section(name: str, values: DictConfig, expert: bool) -> Iterator[object]:
 
 
 def _screen(group: KeyGroup, values: DictConfig, more: str = "") -> Iterator[object]:
-    """A title, the notes of the sections in it, a table of keys, and how to see more; nothing for a group without keys."""
+    """A title, the notes of the subsections, a table of keys, and how to see more; nothing for a group without keys."""
     if not group.keys and not more:
         return
     yield f"\n[bold]{escape(group.name or 'Keys at the top')}[/]  {escape(group.meaning)}"
@@ -160,7 +161,7 @@ def _screen(group: KeyGroup, values: DictConfig, more: str = "") -> Iterator[obj
 
 
 def takes(key: Key) -> str:
-    """What a key takes: its choices, else its type."""
+    """The accepted values of a key as text: its choices, else its type."""
     words = " | ".join(key.choices) if key.choices else key.type
     words = f"list of {words}" if key.choices and key.type.startswith("list") else words
     return f"({words}{' or null' if key.nullable else ''})"

@@ -1,6 +1,6 @@
 """Every key of the schema with its type, choices and meaning, read from conf/schema.py itself.
 
-`sluice --help`, the page train/docs/keys.md and the JSON schema for editors are made of this.
+`sluice --help`, the page train/docs/keys.md and the editors' JSON schema are generated from this.
 """
 
 import ast
@@ -21,39 +21,39 @@ from conf import schema
 from conf.schema import Config
 
 WORDS = {int: "whole number", float: "number", bool: "true or false", str: "text", Any: "word or list of whole numbers"}
-"""Types as a person calls them."""
+"""Names of the types for the user."""
 ITEM, NAME = "[]", "NAME"
 """In a path: any entry of a list, and any name in a mapping."""
 
 
 @dataclass(frozen=True)
 class Key:
-    """One setting. path: as it stands on a command line, `optim.lr`; `optim.lr_schedule[].until` is one of an entry."""
+    """One setting. path: as on a command line, `optim.lr`; `optim.lr_schedule[].until` is a key of a list entry."""
 
     path: str
     type: str
-    """In words."""
+    """The type as text."""
     choices: tuple[str, ...]
-    """All that it takes; empty where it takes whatever fits its type."""
+    """All accepted words; empty if the key accepts every value of its type."""
     nullable: bool
     meaning: str
     """One line, with the unit."""
     expert: bool = False
-    """Whether hardly anyone sets it."""
+    """Whether it is an expert key, which hardly anyone sets."""
 
 
 @dataclass(frozen=True)
 class KeyGroup:
-    """A section of the configuration, or of a section. name: its path, empty for the keys at the top."""
+    """A section of the configuration, or a section in a section. name: its path, empty for the keys at the top."""
 
     name: str
     meaning: str
     keys: tuple[Key, ...]
     notes: tuple[tuple[str, str], ...] = ()
-    """Sections in it, with what holds for all of their keys."""
+    """Paths of its subsections, each with a note for all keys of the subsection."""
 
     def part(self, expert: bool) -> "KeyGroup":
-        """The keys that hardly anyone sets, or the others, with the notes on the sections that these are in."""
+        """The group with only its expert keys, or only the other keys, and with the notes on their subsections."""
         keys = tuple(key for key in self.keys if key.expert is expert)
         notes = tuple((path, note) for path, note in self.notes if any(key.path.startswith(path) for key in keys))
         return replace(self, keys=keys, notes=notes)
@@ -61,23 +61,23 @@ class KeyGroup:
 
 @dataclass(frozen=True)
 class SchemaField:
-    """A field of a section, read once for all that is made of the schema."""
+    """A field of a section, as everything generated from the schema uses it."""
 
     name: str
     kind: Any
     """The type without `| None`."""
     nullable: bool
     section: type | None
-    """The section in its type."""
+    """The section in its type, if there is one."""
     mark: str
-    """How a path names an entry of a list or mapping of sections; empty for a section itself."""
+    """Placeholder for an entry of a list or mapping of sections in a path; empty for a section itself."""
     meaning: str
     expert: bool
     default: Any
 
     @property
     def is_key(self) -> bool:
-        """Whether it has a value of its own, and is no section."""
+        """Whether the field has a value of its own, and is not a section."""
         return self.section is None or bool(self.mark)
 
 
@@ -98,8 +98,8 @@ def fields_of(cls: type) -> dict[str, SchemaField]:
 
 @cache
 def groups() -> tuple[KeyGroup, ...]:
-    """All sections in the order of the schema, the keys at the top first."""
-    top = tuple(key for key in _keys(Config, "") if "." not in key.path)  # the others stand in their sections
+    """All sections in the order of the schema; the keys at the top come first."""
+    top = tuple(key for key in _keys(Config, "") if "." not in key.path)  # other keys belong to their sections
     found = [KeyGroup("", "The run as a whole.", top)]
     for name, item in fields_of(Config).items():
         if (cls := item.section) is not None and not item.is_key:
@@ -109,7 +109,7 @@ def groups() -> tuple[KeyGroup, ...]:
 
 
 def _keys(cls: type, prefix: str, expert: bool = False) -> Iterator[Key]:
-    """The keys of a section and of those in it. expert: whether the section is one that hardly anyone sets."""
+    """The keys of a section and its subsections. expert: whether the whole section is for experts."""
     for item in fields_of(cls).values():
         path, rare = prefix + item.name, expert or item.expert
         if item.is_key:
@@ -119,7 +119,7 @@ def _keys(cls: type, prefix: str, expert: bool = False) -> Iterator[Key]:
 
 
 def _notes(cls: type, prefix: str, described: set[type]) -> Iterator[tuple[str, str]]:
-    """Sections in a section: what the field says, then, where it comes up first, what the class says."""
+    """Notes on subsections: the field's docstring, and at the first use of a class the docstring of the class."""
     for item in fields_of(cls).values():
         if (inner := item.section) is None:
             continue
@@ -133,7 +133,8 @@ def _notes(cls: type, prefix: str, described: set[type]) -> Iterator[tuple[str, 
 
 
 def inner_section(found: Any) -> tuple[type | None, str]:
-    """The section in a type, and how a path names it: one of a list or mapping, or itself (empty)."""
+    """The section in a type, and its placeholder in a path: an entry of a list or mapping, or empty for a section
+    itself."""
     inner = next(iter(typing.get_args(found)[-1:]), found)
     if not dataclasses.is_dataclass(inner):
         return None, ""
@@ -141,7 +142,7 @@ def inner_section(found: Any) -> tuple[type | None, str]:
 
 
 def plain(found: Any) -> tuple[Any, bool]:
-    """A type without `| None`, and whether it had it."""
+    """A type without `| None`, and whether it had `| None`."""
     if isinstance(found, types.UnionType):
         (inner,) = (each for each in typing.get_args(found) if each is not type(None))
         return inner, True
@@ -149,7 +150,7 @@ def plain(found: Any) -> tuple[Any, bool]:
 
 
 def type_words(found: Any) -> str:
-    """A type for a person."""
+    """A type as text for the user."""
     arguments = typing.get_args(found)
     if typing.get_origin(found) is list:
         inner = arguments[0]
@@ -162,7 +163,7 @@ def type_words(found: Any) -> str:
 
 
 def choices_of(found: Any) -> tuple[str, ...]:
-    """All values of a type, where they are words that the schema knows."""
+    """All words of an enumeration, or of a list of its members; empty for other types."""
     inner = typing.get_args(found)[0] if typing.get_origin(found) is list else found
     return tuple(inner.__members__) if isinstance(inner, type) and issubclass(inner, enum.Enum) else ()
 
@@ -180,12 +181,12 @@ def dotted_keys() -> list[str]:
 
 
 def kinds(section: type) -> dict[str, Any]:
-    """The type of every field of a section, that of `int | None` being int."""
+    """The type of every field of a section; int for `int | None`."""
     return {name: item.kind for name, item in fields_of(section).items()}
 
 
 def type_of(key: str) -> Any:
-    """The type of a key, None if the schema does not have it. Names of rates are free."""
+    """The type of a key, None if the schema does not have the key. Names in mappings are free."""
     kind: Any = Config
     for name in key.split("."):
         if typing.get_origin(kind) is dict:
@@ -198,7 +199,7 @@ def type_of(key: str) -> Any:
 
 
 def is_nullable(key: str) -> bool:
-    """Whether a key of the schema takes null."""
+    """Whether a key of the schema accepts null."""
     section, _, name = key.rpartition(".")
     kind: Any = type_of(section) if section else Config
     return dataclasses.is_dataclass(kind) and fields_of(kind)[name].nullable
@@ -230,7 +231,7 @@ def _tree() -> ast.Module:
 
 
 def value_words(path: str, values: DictConfig) -> str:
-    """The value of a key in a composed configuration, as YAML writes it; of an entry of a list, the default."""
+    """The value of a key in a composed configuration, as YAML; the default for a key of a list entry."""
     place: Any = values
     for part in path.split("."):
         place = None if ITEM in part or part == NAME else place._get_node(part) if place is not None else None
@@ -241,7 +242,7 @@ def value_words(path: str, values: DictConfig) -> str:
 
 
 def _default_words(path: str) -> str:
-    """What the schema itself says, for sections that a configuration does not have."""
+    """The schema's default, for sections that a configuration does not have."""
     cls: Any = Config
     *sections, last = path.replace(ITEM, "").split(".")
     for name in sections:
@@ -250,7 +251,7 @@ def _default_words(path: str) -> str:
 
 
 def yaml_words(value: Any) -> str:
-    """A value as one types it."""
+    """A value as a user types it."""
     if isinstance(value, enum.Enum):
         return value.name
     return yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("\n...\n").strip()

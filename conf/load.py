@@ -1,7 +1,7 @@
-"""From the command line to a checked Config, through plain Hydra.
+"""Composes a checked Config from a command line, with plain Hydra.
 
-Folders in conf/ are the groups: conf/ the recipes, model/, data/ and so on. Nothing else is searched, since any folder there
-would be a group, and a folder of runs would hide the key `runs`.
+Folders in conf/ are Hydra groups: conf/ has the recipes, then model/, data/ and so on. No other folder is searched,
+because each folder there would be a group. A folder of runs would then hide the key `runs`.
 """
 
 import contextlib
@@ -47,16 +47,16 @@ from conf.words import say, say_note
 from conf.yaml_file import UNREADABLE, escaped, read_yaml, yaml_error
 
 SPREADS = (Mode.train, Mode.plan, Mode.dry_run)
-"""Modes in which the layout is the job's own, and worth a line where it was chosen."""
+"""Modes in which the layout belongs to this job, so the user sees a line about chosen values."""
 PLANNED = "h800"
-"""What mode=plan plans for where nothing is said."""
+"""The hardware of mode=plan if a user gives none."""
 COMPOSING = threading.Lock()
-"""Hydra has one state in a process, which it sets aside and puts back around each composition: one thread at a time."""
+"""Hydra has global state, which each composition replaces and restores. So only one thread composes at a time."""
 
 
 @dataclass
 class _Primary(Config):
-    """The schema with Hydra's own settings: which groups are taken by default, and that Hydra writes no files."""
+    """The schema with Hydra's own settings: default groups, and no files from Hydra."""
 
     defaults: list[Any] = field(
         default_factory=lambda: [
@@ -73,7 +73,8 @@ class _Primary(Config):
             {"conf": "tiny"},
         ]
     )
-    """The recipe comes after the groups, so that it changes what they say, and before those that are typed, see `_following`."""
+    """The recipe comes after the default groups, so it overrides them, and before groups that a user types, see
+    `_following`."""
     hydra: Any = field(
         default_factory=lambda: {
             "output_subdir": None,
@@ -85,8 +86,9 @@ class _Primary(Config):
 
 
 def to_config(node: DictConfig, said: Callable[[str], None] | None = None) -> Config:
-    """Typed and checked configuration from a node of the schema; raises UserError. said: takes a sentence on each value chosen here."""
-    if _takes_over(node):  # OmegaConf asks of a single value alone whether what it takes over fits
+    """Typed and checked configuration from a node of the schema; raises UserError. said: receives a sentence about each
+    chosen value."""
+    if _takes_over(node):  # OmegaConf checks the type of a referenced value only for single values
         whole = OmegaConf.masked_copy(node, [key for key in node if key != "hydra"])
         node = cast(DictConfig, OmegaConf.merge(_schema(), escaped(OmegaConf.to_container(whole, resolve=True))))
     config = Config()
@@ -103,19 +105,21 @@ def to_config(node: DictConfig, said: Callable[[str], None] | None = None) -> Co
 
 
 def _takes_over(node: DictConfig) -> bool:
-    """Whether a setting is given by another one, as `${KEY}`; that the cache's place comes from the environment is no such case."""
+    """Whether a setting refers to another setting, as `${KEY}`. The cache's default, which reads the environment, does
+    not count."""
     keys, place = [str(key) for key in node if key != "hydra"], Config().data.cache
     return any(OmegaConf.is_interpolation(node, key) or "${" in str(node[key]).replace(place, "") for key in keys)
 
 
 @cache
 def _schema() -> DictConfig:
-    """The schema with its defaults, for OmegaConf, which copies what it merges into."""
+    """The schema with its defaults, for OmegaConf, which copies it before merging."""
     return OmegaConf.structured(Config)
 
 
 def _choose(config: Config) -> Iterator[str]:
-    """Fill what the recipe leaves to be chosen, with a sentence on each. Nothing is written to a configuration later."""
+    """Fill the values that the recipe leaves open, with a sentence about each. No later code changes a
+    configuration."""
     if config.optim.name is None:
         config.optim.name, why = _choose_optimizer(config)
         if why:
@@ -145,7 +149,10 @@ def _choose(config: Config) -> Iterator[str]:
 
 
 def _choose_optimizer(config: Config) -> tuple[OptimizerName, str]:
-    """The optimizer of the run if it exists, else of the weights it starts from; and why, where it is not what it always is."""
+    """The optimizer, and the reason if it is not the usual choice.
+
+    An existing run keeps its optimizer; a new run takes the optimizer of its initial weights.
+    """
     own = Path(config.runs, config.name, "config.yaml")
     if config.adapter.on:
         return OptimizerName[ADAMW], ""
@@ -153,7 +160,7 @@ def _choose_optimizer(config: Config) -> tuple[OptimizerName, str]:
         found = _setting_of(own, "optim.name")
         return OptimizerName[found if found in OPTIMIZERS else ADAMW], ""
     known = None
-    with contextlib.suppress(UserError):  # a folder that cannot be read has an error of its own
+    with contextlib.suppress(UserError):  # an unreadable folder is reported elsewhere
         known = pretrained_with(read_json(Path(config.init_from).expanduser() / "config.json", "init_from", ""))
     if known is None:
         return OptimizerName[ADAMW], ""
@@ -161,7 +168,10 @@ def _choose_optimizer(config: Config) -> tuple[OptimizerName, str]:
 
 
 def _choose_hold_out(config: Config) -> HoldOutBy:
-    """What the run does if it exists, else what the run does whose weights or state it starts from: its learnt documents stay with the learnt."""
+    """The hold-out rule of the existing run, else of the run whose weights or state this run starts from.
+
+    So documents that were learnt stay out of the held-out data.
+    """
     folders = [Path(config.runs, config.name)]
     for given in (config.resume, config.init_from):
         folder = Path(given or "").expanduser()
@@ -171,33 +181,35 @@ def _choose_hold_out(config: Config) -> HoldOutBy:
 
 
 def _setting_of(run: Path, key: str) -> Any:
-    """What a config.yaml says, which may not be there; None where it does not say."""
+    """The value of a key in a config.yaml; None if the file or the value is missing."""
     with contextlib.suppress(UserError, OmegaConfBaseException):
         return OmegaConf.select(read_yaml(run), key) if run.is_file() else None
     return None
 
 
 def read_config(path: str) -> Config:
-    """The configuration that the driver wrote to a run folder: values alone, so a file that calls a function is refused."""
+    """The configuration in a run folder, as the driver wrote it. The file holds plain values; a file that calls a
+    function is refused."""
     node = OmegaConf.merge(_schema(), read_yaml(Path(path)))
     assert isinstance(node, DictConfig)
     return to_config(node)
 
 
 def write_config(config: Config, path: str) -> None:
-    """Write every value, resolved, so that a rank needs no Hydra. One that starts meanwhile reads the old file or the new one."""
+    """Write every value, resolved, so a rank needs no Hydra. A concurrent reader sees the old file or the new file."""
     atomic_write_text(Path(path), OmegaConf.to_yaml(OmegaConf.create(escaped(asdict(config)))))
 
 
 def compose(*overrides: str) -> Config:
-    """Checked configuration for these words of a command line. Raises UserError for what is mistyped or does not fit together."""
+    """The checked configuration for these words of a command line. Raises UserError for invalid words or
+    combinations."""
     overrides = tuple(map(_reworded, overrides))
     with explained(overrides):
         return to_config(_composed(overrides))
 
 
 def compose_node(*overrides: str) -> DictConfig:
-    """The settings before interpolations are resolved and rules are checked, with Hydra's own settings."""
+    """The settings before interpolation and checks, with Hydra's own settings."""
     with COMPOSING, hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3", job_name="train"):
         register()
         node = hydra.compose("train", [_reworded(word) for word in overrides], return_hydra_config=True)
@@ -208,7 +220,7 @@ def compose_node(*overrides: str) -> DictConfig:
 
 @contextmanager
 def explained(words: Sequence[str]) -> Iterator[None]:
-    """Turn errors of Hydra and OmegaConf in this block into UserError. words: of the command line that it composes."""
+    """Convert errors of Hydra and OmegaConf in this block to UserError. words: of the command line that is composed."""
     check_words(words)
     try:
         yield
@@ -219,8 +231,10 @@ def explained(words: Sequence[str]) -> Iterator[None]:
 
 
 def _reworded(word: str) -> str:
-    """`name=[a,b]`, several runs for mode=report, as the text that the field holds; Hydra would read a list. `optim=muon` as the key:
-    the groups of that name are schedules, which hold for any optimizer.
+    """The word in the form that Hydra needs.
+
+    `name=[a,b]`, several runs for mode=report, becomes text, because Hydra would read a list. `optim=muon` becomes
+    optim.name=muon: the options of group optim are schedules for any optimizer.
     """
     key, _, value = word.partition("=")
     if key == "conf" and "/" not in value:
@@ -231,7 +245,7 @@ def _reworded(word: str) -> str:
 
 
 def _following(load: Callable[..., DictConfig]) -> Callable[..., DictConfig]:
-    """Hydra's composition, which is also that of a sweep's jobs and of --cfg, so that what is typed wins over the recipe."""
+    """Wrap Hydra's composition so that typed groups override the recipe, also for the jobs of a sweep and for --cfg."""
 
     @wraps(load)
     def load_typed(
@@ -250,12 +264,14 @@ def _following(load: Callable[..., DictConfig]) -> Callable[..., DictConfig]:
 
 
 def _empty_beside_typed(node: DictConfig, words: Sequence[str]) -> None:
-    """Empty the keys of the recipe that would make a typed key do nothing, as `epochs` does with `steps`. UserError where both are typed."""
+    """Clear keys of the recipe that would disable a typed key, as `epochs` disables `steps`. UserError if both are
+    typed."""
     settings = {
         key: value for key, _, value in (word.lstrip("+").partition("=") for word in words)
-    }  # the last one counts
+    }  # the last setting of a key counts
     given = [key for key, value in settings.items() if value.lower() not in ("", "null", "[]")]
-    # Keys inside a dictionary such as data.source count as typed for it. `data` is a group: keys inside it do not type the group.
+    # Keys inside a dictionary such as data.source count as typed for it. `data` is a group: keys inside it do not type
+    # the group.
     inside = [key for key in given if "." in key]
     typed = [
         name
@@ -264,17 +280,17 @@ def _empty_beside_typed(node: DictConfig, words: Sequence[str]) -> None:
     ]
     for key in typed:
         for other in INSTEAD_OF[key]:
-            if other in typed and key != "data":  # a group, over whose values typed keys go
+            if other in typed and key != "data":  # data is a group, and typed keys override its values
                 raise UserError(f"{key} and {other}", "", "exclude each other", f"leave {key} or {other} out")
             if other not in typed and OmegaConf.select(node, other):
                 OmegaConf.update(node, other, [] if other == "data.mix" else None)
 
 
 class RecipeFiles(FileConfigSource):
-    """How Hydra reads files of recipes and groups: without the keys that earlier versions had."""
+    """Hydra's reader of recipe and group files, which drops the keys of earlier versions."""
 
     def load_config(self, config_path: str) -> ConfigResult:
-        """Raises UserError for a removed key that is not at its last default."""
+        """Raises UserError for a removed key whose value is not its last default."""
         found = super().load_config(config_path)
         package = found.header["package"] or config_path.rpartition("/")[0].replace("/", ".")
         plain = OmegaConf.to_container(found.config)
@@ -287,7 +303,8 @@ class RecipeFiles(FileConfigSource):
 
 @cache
 def register() -> None:
-    """Make the schema known to Hydra, once in a process, and `${is_set:${KEY}}` to recipes: whether a key is not null."""
+    """Register the schema with Hydra, once per process, and `${is_set:${KEY}}` for recipes: whether a key is not
+    null."""
     OmegaConf.register_new_resolver("is_set", lambda value: value is not None, replace=True)
     schema = OmegaConf.structured(_Primary)
     for key in (*OWN_CODE, "data.template_keys"):
@@ -295,22 +312,22 @@ def register() -> None:
         place = OmegaConf.select(schema, section) if section else schema
         OmegaConf.set_struct(
             place._get_node(name), False
-        )  # the keys of code of the user's own, and of a template, are no keys of the schema
+        )  # the keys of user code and of a template are not keys of the schema
     ConfigStore.instance().store(name="train", node=schema)
-    Plugins.instance()  # which would put its own reader there later
+    Plugins.instance()  # Plugins would otherwise register its own reader later
     SourcesRegistry.instance().types["file"] = RecipeFiles
     ConfigLoaderImpl.load_configuration = _following(ConfigLoaderImpl.load_configuration)
 
 
 def run(job: Callable[[list[Config]], int]) -> int:
-    """Compose the configuration from sys.argv, or with -m one for every combination; returns job's exit code.
+    """Compose the configuration from sys.argv, or with -m every combination; returns the exit code of job.
 
-    All are checked before job is called, so that a mistake in the last of a sweep does not wait for the others.
+    All configurations are checked before job is called, so an error in the last job of a sweep shows at once.
     """
     words = sys.argv[1:] = [_reworded(word) for word in sys.argv[1:]]
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing, so that every error has one form
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing, so all errors have the same form
     try:
-        settings = settings_in(words)  # between which Hydra takes no flags
+        settings = settings_in(words)  # Hydra accepts no flags between settings
         sys.argv[1:] = [*(word for word in words if word not in settings), *settings]
         plain = not any(word.startswith("-") or word.lstrip("+~").startswith("hydra") for word in words)
         try:
@@ -337,13 +354,14 @@ def run(job: Callable[[list[Config]], int]) -> int:
 
 
 def _composed(words: Sequence[str]) -> DictConfig:
-    """The settings of one run, for words that are nothing but settings: Hydra's own command would compose them twice."""
+    """The settings of one run, for words that are only settings. Hydra's own command would compose them twice."""
     node = compose_node(*words)
     return over_run_settings(node, list(words), list(node.hydra.runtime.choices))
 
 
 def _composed_by_hydra() -> list[DictConfig]:
-    """The settings of every job of the command in sys.argv; none where it asks Hydra for something else, which prints it."""
+    """The settings of every job of the command in sys.argv; empty if the command asks Hydra for output, which Hydra
+    prints."""
     register()
     nodes: list[DictConfig] = []
 
@@ -357,20 +375,20 @@ def _composed_by_hydra() -> list[DictConfig]:
             node.name = f"{node.name}/{hydra_config.job.num}"
         nodes.append(over_run_settings(node, hydra_config.overrides.task, list(hydra_config.runtime.choices)))
 
-    with tempfile.TemporaryDirectory() as scratch:  # takes Hydra's own note of a sweep
+    with tempfile.TemporaryDirectory() as scratch:  # for Hydra's own files of a sweep
         OmegaConf.register_new_resolver("scratch", lambda: scratch, replace=True)
         collect()
     return nodes
 
 
 def _say(choice: str) -> None:
-    """A line on the screen, by one of the ranks that torchrun starts."""
+    """Print a note, on only one of the ranks that torchrun starts."""
     if os.environ.get("RANK", "0") == "0":
         say_note(choice)
 
 
 def reported(main: Callable[..., int]) -> Callable[..., int]:
-    """The main function of a command, whose errors of the user are printed and become its exit code."""
+    """A command's main function that prints a UserError and returns its exit code."""
 
     @wraps(main)
     def run_main(*arguments: Any) -> int:

@@ -1,8 +1,9 @@
-"""How a step's sequences become micro-batches: the size that is chosen where none is given, and the rule.
+"""Splits the sequences of a step into micro-batches: the automatic size, and the rules.
 
-Every data-parallel rank has its share of the batch and cuts it into micro-batches of one size. The shares are batch_size / dp;
-with parallel.uneven those of an expert group, whose ranks work in lockstep, may be a micro-batch larger than those of another.
-(With parallel.cp the lockstep is that of all ranks that expert groups and shared sequences connect.)
+Every data-parallel rank has a share of the batch, and cuts it into micro-batches of one size. A share is batch_size /
+dp. With parallel.uneven, the ranks of one expert group may each have one micro-batch more than the ranks of another.
+Ranks of an expert group work in lockstep; with parallel.cp, so do all ranks that expert groups and shared sequences
+connect.
 """
 
 import math
@@ -11,22 +12,22 @@ from conf.errors import UserError
 from conf.schema import Config, Parallel
 
 MICRO_BATCH_TOKENS = 4096
-"""Most tokens per forward pass of one rank, where the size is chosen."""
+"""Maximum tokens per forward pass of one rank, for an automatic size."""
 
 
 def batch_sizes(config: Config) -> list[int]:
-    """Sequences per step that a run may have: those of its ramp, and the full batch."""
+    """All possible numbers of sequences per step: the steps of the ramp, and the full batch."""
     start, step = config.optim.batch_ramp_start or config.batch_size, config.optim.batch_ramp_increment
     return [*range(start, config.batch_size, step), config.batch_size]
 
 
 def in_lockstep(parallel: Parallel) -> int:
-    """Data-parallel ranks that do their micro-batches together."""
+    """Number of data-parallel ranks that run their micro-batches together."""
     return parallel.ep // math.gcd(parallel.ep, parallel.cp)
 
 
 def share_of(config: Config, batch: int, dp_rank: int) -> tuple[int, int]:
-    """First sequence and number of sequences of a data-parallel rank, of a step with so many."""
+    """First sequence and number of sequences of a data-parallel rank, in a step of `batch` sequences."""
     size, together = config.micro_batch_size, in_lockstep(config.parallel)
     group, index = divmod(dp_rank, together)
     each, more = divmod(batch // (size * together), config.parallel.dp // together)
@@ -36,12 +37,12 @@ def share_of(config: Config, batch: int, dp_rank: int) -> tuple[int, int]:
 
 
 def most_micro_batches(config: Config) -> int:
-    """The most micro-batches of any rank, one with the largest share, in a step with the full batch."""
+    """Maximum micro-batches of a rank in a step with the full batch; rank 0 has the largest share."""
     return share_of(config, config.batch_size, 0)[1] // config.micro_batch_size
 
 
 def micro_batch_counts(config: Config) -> set[int]:
-    """Those that ranks have in a step, over all batches of the ramp: of the largest share and of the smallest."""
+    """The numbers of micro-batches of a rank in a step, over the whole ramp, for the largest and the smallest share."""
     ranks = 0, config.parallel.dp - 1
     return {
         share_of(config, batch, rank)[1] // config.micro_batch_size for batch in batch_sizes(config) for rank in ranks
@@ -49,13 +50,15 @@ def micro_batch_counts(config: Config) -> set[int]:
 
 
 def batch_unit(config: Config) -> int:
-    """What every batch is a multiple of."""
+    """Number of sequences that every batch must be a multiple of."""
     return config.micro_batch_size * (in_lockstep(config.parallel) if config.parallel.uneven else config.parallel.dp)
 
 
 def choose_micro_batch_size(config: Config) -> int:
-    """The largest size that divides a rank's share of every batch, keeps to MICRO_BATCH_TOKENS, and leaves the schedule as
-    many micro-batches as it needs; 1 where no size does.
+    """The largest valid micro-batch size; 1 if no size is valid.
+
+    A valid size divides a rank's share of every batch, respects MICRO_BATCH_TOKENS, and gives the schedule enough
+    micro-batches.
     """
     batches, parallel = batch_sizes(config), config.parallel
     whole = math.gcd(*batches)
@@ -68,10 +71,9 @@ def choose_micro_batch_size(config: Config) -> int:
 
 
 def check_batch(config: Config) -> None:
-    """Raise UserError unless every data-parallel rank has the same whole number of micro-batches, or with parallel.uneven every
-    rank of an expert group.
+    """Raise UserError unless every data-parallel rank has the same whole number of micro-batches.
 
-    The cure is the change nearest to what was asked for.
+    With parallel.uneven only the ranks of one expert group must have equal numbers. The cure is the smallest change.
     """
     batch, size, dp = config.batch_size, config.micro_batch_size, config.parallel.dp
     if batch % (size * dp) == 0:
@@ -112,6 +114,6 @@ def _check_uneven(config: Config) -> None:
 
 
 def divisors(number: int) -> list[int]:
-    """All of them, ascending."""
+    """All divisors of a number, ascending."""
     small = [each for each in range(1, math.isqrt(number) + 1) if number % each == 0]
     return sorted({*small, *(number // each for each in small)})

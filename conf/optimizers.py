@@ -1,8 +1,8 @@
-"""The optimizers: what each keeps of a weight, and what follows from it. No torch.
+"""The optimizers: the state of each per weight, and its memory and traffic. Imports no torch.
 
-Whoever wants to know something of an optimizer asks it here and never compares its name or those of its state. What updates the weights
-stands in the table of train/optim/optimizer_classes.py, and what a proof holds it against in that of train/prove/updates.py; an entry in each of
-the three adds an optimizer.
+Code asks an optimizer's entry here for its properties and never compares its name or the names of its state. A new
+optimizer needs an entry in three tables: here, in train/optim/optimizer_classes.py (the code of the update), and in
+train/prove/updates.py (its reference for mode=prove).
 """
 
 import re
@@ -11,47 +11,49 @@ from typing import Any
 
 TABLE = re.compile(r"^(embedding|head)\.|\.router\.")
 ADAMW, MUON = "adamw", "muon"
-"""The first is what a checkpoint was written by that does not say it."""
+"""ADAMW is also the optimizer of a checkpoint that does not name its optimizer."""
 
 UPDATE_BYTES = 16
-"""Per element of an update: weight and gradient read, weight written, and read again to be rounded."""
+"""Bytes per element of an update: weight and gradient are read, the weight is written, and read again for rounding."""
 
 
 @dataclass(frozen=True)
 class UpdateRule:
-    """What is kept of some weights beside their fp32 masters, and whether they decay."""
+    """State of some weights besides their fp32 masters, and whether they decay."""
 
     name: str
     """Name of their parameter group."""
     state: tuple[str, ...]
-    """Tensors of a weight's own shape, in the format precision.moments; a checkpoint has each as STATE.WEIGHT."""
+    """State tensors with the shape of the weight, in dtype precision.moments. A checkpoint stores each as
+    STATE.WEIGHT."""
     decays: bool = True
     formula: str = ADAMW
-    """Name of the update's formula, against which a proof holds it."""
+    """Name of the update formula, which mode=prove checks."""
     is_whole: bool = False
     """Whether an update needs whole matrices, and not only single elements."""
 
     def count_state_bytes(self, moment_bytes: int) -> int:
-        """Bytes of the state of a weight. moment_bytes: of one element of the state."""
+        """Bytes of state per weight element. moment_bytes: of one element of a state tensor."""
         return len(self.state) * moment_bytes
 
 
 @dataclass(frozen=True)
 class OptimizerFacts:
-    """What is known of an optimizer."""
+    """Properties of an optimizer."""
 
     name: str
     matrices: UpdateRule
     vectors: UpdateRule
-    """The gains of norms."""
+    """Rule of the norm weights."""
     meanings: tuple[tuple[str, str], ...]
-    """What each name of a state means, for a person."""
+    """Name and meaning of each state tensor, for the user."""
     tables: UpdateRule | None = None
-    """Rule of embedding, head and routers, whose rows each stand for a token or an expert, where they have another than matrices."""
+    """Rule of embedding, head and routers, whose rows each represent a token or an expert. None: the rule of
+    matrices."""
 
     @property
     def rules(self) -> tuple[UpdateRule, ...]:
-        """In the order in which a rank updates its weights."""
+        """All rules, in the order in which a rank updates its weights."""
         return tuple(rule for rule in (self.matrices, self.tables, self.vectors) if rule is not None)
 
     def choose_rule(self, weight: str, dims: int) -> UpdateRule:
@@ -61,11 +63,12 @@ class OptimizerFacts:
         return self.tables if self.tables is not None and TABLE.search(weight) else self.matrices
 
     def count_state_bytes(self, moment_bytes: int) -> int:
-        """Bytes of the state of the weight that most is kept of."""
+        """Maximum bytes of state per weight element, over all rules."""
         return max(rule.count_state_bytes(moment_bytes) for rule in self.rules)
 
     def count_update_bytes(self, moment_bytes: int, element: int) -> int:
-        """What an update reads and writes of one weight, in the mean. element: bytes of the rounded weight."""
+        """Upper bound of the bytes that an update reads and writes per weight element. element: bytes of the rounded
+        weight."""
         return UPDATE_BYTES + 2 * self.count_state_bytes(moment_bytes) + element
 
 
@@ -98,12 +101,12 @@ PRETRAINED: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("Moonlight", MUON, {"vocab_size": 163840, "hidden_size": 2048, "n_routed_experts": 64}),
     ("DeepSeek-V3", ADAMW, {"vocab_size": 129280, "hidden_size": 7168, "n_routed_experts": 256}),
 )
-"""Models whose optimizer is published, and what their config.json has: tuning does best with the optimizer of the pretraining (Moonlight,
-arXiv 2502.16982, 3.5; Kimi K2, arXiv 2507.20534, 3.1)."""
+"""Models with a published optimizer, and entries of their config.json. Tuning works best with the optimizer of the
+pretraining (Moonlight, arXiv 2502.16982, 3.5; Kimi K2, arXiv 2507.20534, 3.1)."""
 
 
 def pretrained_with(config_json: dict[str, Any]) -> tuple[str, str] | None:
-    """Name of a model that is known by its config.json, and of its optimizer."""
+    """Names of the model with this config.json and of its optimizer; None for an unknown model."""
     return next(
         ((model, name) for model, name, its in PRETRAINED if its.items() <= config_json.items()),
         None,

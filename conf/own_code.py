@@ -1,8 +1,8 @@
-"""Code of the user's own, which a recipe names by its import path: `_target_: my_pkg.my_mod.Thing`, with the keys that it takes beside it.
+"""User code, which a recipe names by its import path: `_target_: my_pkg.my_mod.Thing`, with arguments as further keys.
 
-One form for every place of OWN_CODE. A class is made with the keys; a function gets them after the arguments of its place. Modules are
-looked for where Python looks, and last in the folder in which the command was typed. Nothing is imported before it is needed, so
-that a mode that has no use for a piece of code never runs it.
+All keys of OWN_CODE have this form. A class is called with the keys. A function gets them after the arguments that its
+caller passes. Modules are searched on Python's path, then in the folder of the command. Code is imported only when
+needed, so a mode that does not use it never runs it.
 """
 
 import difflib
@@ -24,22 +24,23 @@ from conf.schema import ROOT, Config, Mode
 
 TARGET = "_target_"
 CodeSection = Mapping[str, Any]
-"""What a recipe says of a piece of code: its target, and its keys."""
+"""A recipe's entry for user code: its target, and its keys."""
 OWN_CODE = ("data.source", "data.template_function", "model.block", "model.router", "optim.extra_loss", "callbacks")
-"""The keys that take code; the last one takes a list of it."""
+"""The keys that accept code; the last key accepts a list."""
 READ_FROM_RUNS: dict[str, tuple[Mode, ...]] = {
     "data.source": (Mode.evaluate,),
     "data.template_function": (Mode.evaluate, Mode.generate),
     "model.block": (Mode.evaluate,),
     "model.router": (Mode.evaluate, Mode.generate, Mode.score),
 }
-"""Which of the modes that look at a run need what: these import it, where it stands in the config.yaml of a run, if they are told to."""
+"""Modes that read an existing run, by key: these modes import the code named in the run's config.yaml, if the user
+allows it."""
 _FILES: dict[str, str] = {}
-"""The key that named each file that was imported."""
+"""For each imported file, the key that named it."""
 
 
 def sections_of(config: Any) -> dict[str, CodeSection]:
-    """What a configuration names, by key."""
+    """The code sections of a configuration, by key."""
     found: dict[str, CodeSection] = {}
     for key in OWN_CODE:
         value = attrgetter(key)(config)
@@ -63,22 +64,23 @@ def check_targets(config: Config) -> None:
 
 
 def is_findable(target: str, folder: str) -> bool:
-    """Whether the first part of an import path is there, on this node. folder: in which the command was typed."""
+    """Whether the top-level package of an import path exists on this node. folder: the working directory of the
+    command."""
     return importlib.machinery.PathFinder.find_spec(target.partition(".")[0], [*sys.path, folder]) is not None
 
 
 def import_target(key: str, section: CodeSection) -> Any:
-    """What the section names. Raises UserError where it is not there or cannot be imported."""
+    """The class or function that the section names. Raises UserError if it does not exist or its import fails."""
     target: str = section[TARGET]
     module_name, _, name = target.rpartition(".")
     if (folder := os.getcwd()) not in sys.path:
-        sys.path.append(folder)  # last, so that nothing there hides a package of ours
+        sys.path.append(folder)  # last, so it cannot hide a package of Sluice
     with refused(key, target, "importing it"):
         try:
             module = importlib.import_module(module_name)
         except ModuleNotFoundError as error:
             if not f"{module_name}.".startswith(f"{error.name}."):
-                raise  # a package that the user's module asks for
+                raise  # a package that the user's module imports
             rule = f"there is no module {error.name}: it was looked for in {_searched(folder)}"
             cure = "type the command in the folder that holds it, put that folder into PYTHONPATH, or install it; on every node, if there are several"
             raise UserError(f"{key}.{TARGET}", target, rule, cure) from error
@@ -97,7 +99,7 @@ def _searched(folder: str) -> str:
 
 
 def make(key: str, section: CodeSection) -> Any:
-    """An object of the class that the section names, or the function with its keys filled in. Raises UserError."""
+    """An object of the named class, or the named function with its keys bound. Raises UserError."""
     found = import_target(key, section)
     keys = {name: value for name, value in section.items() if name != TARGET}
     if not callable(found):
@@ -109,7 +111,7 @@ def make(key: str, section: CodeSection) -> Any:
 
 
 def subclass(key: str, section: CodeSection | None, base: type) -> Callable[..., Any]:
-    """The class that the section names with its keys filled in, which must be a subclass of `base`; base itself without a section."""
+    """The named class, which must be a subclass of `base`, with its keys bound; `base` itself without a section."""
     if not section:
         return base
     found = import_target(key, section)
@@ -120,14 +122,14 @@ def subclass(key: str, section: CodeSection | None, base: type) -> Callable[...,
 
 
 def require_arguments(key: str, section: CodeSection, called: Any, count: int, what: str) -> None:
-    """UserError unless it can be called with so many arguments. what: those arguments for a person."""
+    """UserError unless `called` accepts `count` arguments. what: these arguments as text."""
     try:
         inspect.signature(called).bind(*[None] * count)
     except TypeError as error:
         rule = f"must take {what}: {error}{_defined(called)}"
         raise UserError(f"{key}.{TARGET}", section[TARGET], rule, "correct its arguments, or its keys here") from error
     except ValueError:
-        pass  # a builtin, which does not say what it takes
+        pass  # a builtin without a signature
 
 
 def _defined(called: Any) -> str:
@@ -138,7 +140,7 @@ def _defined(called: Any) -> str:
 
 @contextmanager
 def refused(key: str, target: str, doing: str) -> Iterator[None]:
-    """Make what the user's code raises before a start a UserError that names its file and line."""
+    """Convert an exception of user code before the start into a UserError with file and line."""
     try:
         yield
     except UserError:
@@ -158,7 +160,8 @@ def _raised_at(error: Exception) -> str:
 
 
 def named_by(frames: traceback.StackSummary) -> str | None:
-    """Where in the user's own code an error came up, and which key names it; None where it did not pass there."""
+    """The place in user code where an error occurred, with the key that names the code; None if no user code was on the
+    stack."""
     frame = next((frame for frame in reversed(frames) if frame.filename in _FILES), None)
     return (
         frame

@@ -1,7 +1,7 @@
-"""The schedules of a pipeline: what each asks of a layout, and what follows from it. No torch.
+"""The pipeline schedules: requirements on the layout, and costs. Imports no torch.
 
-Whoever wants to know something of a schedule asks it here and never compares its name. The order of its actions stands in the table of
-parallel/pipeline/orders.py; an entry there and one here add a schedule.
+Code asks a schedule's entry here for its properties and never compares its name. The table in
+parallel/pipeline/orders.py has the order of its actions. A new schedule needs an entry in both tables.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ from conf.errors import UserError
 
 @dataclass(frozen=True)
 class ActionSeconds:
-    """How long the actions of one stage take, where all stages are equal."""
+    """Seconds of the actions of one stage, if all stages are equal."""
 
     forward: float
     inputs: float
@@ -25,30 +25,31 @@ class ActionSeconds:
 
 @dataclass(frozen=True)
 class ScheduleFacts:
-    """What is known of a schedule."""
+    """Properties of a schedule."""
 
     name: str
     idle_per_hop: Callable[[ActionSeconds], float]
-    """Idle seconds of a rank in one step over pp - 1; stages equal, transfers free, micro-batches enough."""
+    """Idle seconds of a rank in one step, divided by pp - 1, for equal stages, free transfers and enough
+    micro-batches."""
     stages: int | None = 1
-    """Stages of every rank; None: as many as parallel.virtual_stages says."""
+    """Stages of every rank; None: parallel.virtual_stages."""
     folds: bool = False
-    """The stages lie in a V, so that the first and the last share rank 0, with the embedding and the head, which are tied for free
-    there; else rank r has r, r + pp, r + 2 pp and so on."""
+    """True: the stages form a V. Rank 0 then has the first and the last stage, with embedding and head, which are tied
+    there at no cost. False: rank r has the stages r, r + pp, r + 2 pp and so on."""
     least: int = 0
-    """Micro-batches that it needs, over the ranks of the pipeline."""
+    """Minimum number of micro-batches, divided by the number of pipeline ranks."""
     rounds: bool = False
-    """Micro-batches come in rounds of about pp."""
+    """Micro-batches run in rounds of about pp."""
     splits: bool = False
-    """A backward is cut in two, I and W; else a rank begins when the stages before its first have gone forward, and ends before those
-    go backward."""
+    """True: a backward is split into I and W. False: a rank begins after the forward of all stages before its first
+    stage, and ends before their backward."""
     pairs: bool = False
-    """The forward of one micro-batch and the backward of another run together, where parallel.overlap is true."""
+    """The forward of one micro-batch and the backward of another run together, if parallel.overlap is true."""
     in_parts: str | None = None
-    """The schedule of the same order that gives every rank several stages."""
+    """The schedule of the same order with several stages per rank."""
 
     def rank_stages(self, virtual: int = 2) -> int:
-        """Stages that each rank holds. virtual: parallel.virtual_stages."""
+        """Stages per rank. virtual: parallel.virtual_stages."""
         return virtual if self.stages is None else self.stages
 
     def place_stages(self, pp: int, virtual: int = 2) -> list[list[int]]:
@@ -58,7 +59,8 @@ class ScheduleFacts:
         return [[*range(r, pp * self.rank_stages(virtual), pp)] for r in range(pp)]
 
     def find_broken_rule(self, pp: int, micro_batches: int) -> str | None:
-        """Why a pipeline of pp ranks cannot run so many micro-batches per step and data-parallel rank; None if it can."""
+        """The reason why a pipeline of pp ranks cannot run this number of micro-batches per step and data-parallel
+        rank; None if it can."""
         least, rounds = max(1, self.least * pp), max(1, micro_batches // pp)
         if micro_batches < least:
             return f"{self.name} needs at least {least} micro-batches to fill {pp} pipeline ranks"
@@ -69,30 +71,35 @@ class ScheduleFacts:
         return None
 
     def count_idle_seconds(self, pp: int, seconds: ActionSeconds) -> float:
-        """Idle seconds of a rank in one step, in closed form. Counted on torch's lists by parallel/pipeline/simulate.py, which has no such limits;
-        the tests hold the two together."""
+        """Idle seconds of a rank in one step, in closed form.
+
+        parallel/pipeline/simulate.py counts them in torch's action lists, without the limits of the formula. Tests
+        compare both.
+        """
         return (pp - 1) * self.idle_per_hop(seconds)
 
 
 def _forward_and_backward(seconds: ActionSeconds) -> float:
-    """With v stages a rank one of them is 1 / v of what it is with one, and so is the idle time."""
+    """With v stages per rank, a stage takes 1 / v of the time of a single stage, and so does the idle time."""
     return seconds.forward + seconds.inputs + seconds.weights
 
 
 def _inputs(seconds: ActionSeconds) -> float:
-    """For F <= I <= 2 W. Never 0: the title's zero bubble lets ranks start a step before others have ended the last one, and here the
-    optimizer lies between."""
+    """For F <= I <= 2 W. Never 0, although the paper's title says zero bubble: there, ranks start a step before other
+    ranks end the previous step. Here the optimizer runs in between."""
     return seconds.inputs
 
 
 def _pair(seconds: ActionSeconds) -> float:
-    """For I <= F pp / (pp - 1), of the ranks before the last, which leaves one pair unoverlapped. Equal to the paper's
-    (PP/2 - 1)(FB + B - 3 W), Table 2, where F = I."""
+    """For I <= F pp / (pp - 1), on the ranks before the last rank, which leaves one pair without overlap.
+
+    Equal to (PP/2 - 1)(FB + B - 3 W) of the paper's Table 2 if F = I.
+    """
     return seconds.pair + seconds.forward - 2 * seconds.weights
 
 
 PLAIN_SCHEDULE = "1f1b"
-"""What a pipeline of one stage runs as, and a recipe that asks for nothing else."""
+"""The schedule of a pipeline with one stage, and the default of a recipe."""
 
 SCHEDULES: dict[str, ScheduleFacts] = {
     each.name: each
@@ -106,7 +113,7 @@ SCHEDULES: dict[str, ScheduleFacts] = {
 
 
 def check_schedule(name: str, pp: int, micro_batches: int, layers: int, virtual: int = 2) -> None:
-    """Raise UserError when the schedule cannot run with these sizes. Pure; called before anything starts.
+    """Raise UserError if the schedule cannot run with these sizes. Pure; called before anything starts.
 
     micro_batches: micro-batches per step and data-parallel rank, batch_size / (micro_batch_size x dp).
     """
@@ -118,7 +125,7 @@ def check_schedule(name: str, pp: int, micro_batches: int, layers: int, virtual:
         if layers + 2 >= pp and each > 1 and not plain.find_broken_rule(pp, micro_batches):
             able += [f"parallel.schedule={PLAIN_SCHEDULE}" + " without parallel.virtual_stages" * (virtual != 2)]
         fewer = (layers + 2) // each
-        able += [f"parallel.pp <= {fewer}"] * (fewer > 1 or (fewer == 1 and not able))  # 1 would be no pipeline
+        able += [f"parallel.pp <= {fewer}"] * (fewer > 1 or (fewer == 1 and not able))  # 1 would not be a pipeline
         raise UserError(
             "parallel.pp",
             f"{pp} with {_given(name, virtual)}",
@@ -136,12 +143,13 @@ def check_schedule(name: str, pp: int, micro_batches: int, layers: int, virtual:
 
 
 def _given(name: str, virtual: int) -> str:
-    """A schedule as a command line has it."""
+    """A schedule as on a command line."""
     return f"parallel.schedule={name}" + (f" parallel.virtual_stages={virtual}" if virtual != 2 else "")
 
 
 def check_split(lengths: Sequence[int], name: str, pp: int, layers: int, virtual: int = 2) -> None:
-    """Raise UserError when these are not layers of every stage of a pipeline. Pure; called before anything starts."""
+    """Raise UserError unless `lengths` is a valid number of layers for every stage. Pure; called before anything
+    starts."""
     stages, given = pp * SCHEDULES[name].rank_stages(virtual), "[" + ",".join(map(str, lengths)) + "]"
     if len(lengths) != stages:
         raise UserError(

@@ -1,8 +1,8 @@
-"""Keys that an earlier version had, as data: what becomes of them in its recipes, run folders and checkpoints.
+"""Keys of earlier versions, as data: how to treat them in recipes, run folders and checkpoints.
 
-At the value that is in force now such a key says nothing, and is dropped without a word. At another one the run asked for what is
-no longer there, which is an error with the cure. What a run has written (config.yaml, checkpoints) holds every key: there a key that
-changed no result is dropped at every value.
+A removed key whose value is in force now is dropped silently. Another value asked for a removed feature, which is an
+error with a cure. Files that a run wrote (config.yaml, checkpoints) contain every key. There, a key that never changed
+results is dropped at any value.
 """
 
 from dataclasses import dataclass
@@ -13,19 +13,20 @@ from conf.errors import UserError
 
 @dataclass(frozen=True)
 class RemovedKey:
-    """What is known of a key that is no longer in the schema."""
+    """Properties of a key that is no longer in the schema."""
 
     default: Any
-    """The value in force now, which was the default of the last version that had the key. `${KEY}`: the value of another key."""
+    """The value in force now, which was the default of the last version with the key. `${KEY}`: the value of another
+    key."""
     version: str
-    """The first one without it."""
+    """The first version without the key."""
     cure: str
-    """For who set another value."""
+    """The cure for users who set another value."""
     changes_results: bool = True
-    """Whether another value gives other results, not only other speed, memory, readings or plans."""
+    """Whether another value changes results, and not only speed, memory, readings or plans."""
 
     def error(self, key: str, value: Any, place: str = "") -> UserError:
-        """For the key at this value. place: the file that holds it, empty for the command line."""
+        """The error for the key with this value. place: the file that holds it, empty for the command line."""
         rule = f"was removed in {self.version}, where it is always {self.default}"
         return UserError(key, value, f"in {place}: it {rule}" if place else rule, self.cure)
 
@@ -46,7 +47,7 @@ OPERANDS = {
     }.items()
     for operand, value in operands.items()
 }
-"""The removed keys of single operands in precision.fp8, and which key of precision.fp8 says their value."""
+"""Removed precision.fp8 keys of single operands, and the key of precision.fp8 that sets their value now."""
 REMOVED_KEYS: dict[str, RemovedKey] = {
     "precision.fp8.gradient_floor": RemovedKey(1e-12, "0.2.0", LEAVE_OUT),
     **{
@@ -93,22 +94,23 @@ REMOVED_KEYS: dict[str, RemovedKey] = {
         )
     },
 }
-"""By dotted key. A key that is removed gets a line here, and one on the page train/docs/upgrading.md."""
+"""By dotted key. A removed key needs a line here, and a line on the page train/docs/upgrading.md."""
 REMOVED_VALUES: dict[tuple[str, Any], Any] = {("precision.fp8.backend", "specialized"): "triton"}
-"""By dotted key and value of a key that is still there: the value that gives the same results, for settings that a run has written."""
+"""By dotted key and value of an existing key: the new value with the same results, for settings that a run wrote."""
 
 
 def drop_removed_keys(settings: dict[Any, Any], place: str, package: str = "", *, by_run: bool = True) -> bool:
     """Take removed keys out of nested settings of an earlier version; returns whether there were any.
 
-    place: the file that holds the settings, for the error. package: the section that they are of, such as `precision.fp8`, empty
-    for a whole configuration. by_run: a run has written them, and no person. Raises UserError for a removed key at another value than its last default.
+    place: the file with the settings, for the error. package: the section of the settings, such as `precision.fp8`;
+    empty for a whole configuration. by_run: whether a run wrote the settings, and not a person. Raises UserError for a
+    removed key whose value is not its last default.
     """
     return _drop(settings, settings, place, package, package, by_run)
 
 
 def _drop(section: dict[str, Any], settings: dict[str, Any], place: str, top: str, package: str, by_run: bool) -> bool:
-    """section: the settings of `package`, somewhere in the `settings` of `top`."""
+    """Drop removed keys in a section. section: settings of `package`, inside the `settings` of `top`."""
     dropped = False
     for name, value in list(section.items()):
         key = f"{package}.{name}" if package else str(name)
@@ -131,7 +133,8 @@ def _drop(section: dict[str, Any], settings: dict[str, Any], place: str, top: st
 
 
 def _value_of(default: Any, settings: dict[str, Any], package: str) -> Any:
-    """The value at the key that a default names, in settings of `package`; the default itself where it is none of those."""
+    """The value of the key that a default refers to, in the settings of `package`; the default itself if it refers to
+    no key there."""
     if not (isinstance(default, str) and default.startswith(f"${{{package}")):
         return default
     found: Any = settings

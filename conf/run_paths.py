@@ -1,4 +1,4 @@
-"""Where the files of a run lie; train/checkpoint/run_folder.py says what each is."""
+"""Paths of a run's files; train/checkpoint/run_folder.py describes each file."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ from conf.schema import Config
 
 
 class RunPaths:
-    """The names in a run folder. Touches nothing."""
+    """The names in a run folder. Accesses no file."""
 
     def __init__(self, config: Config):
         self.path = Path(config.runs).absolute() / config.name
@@ -15,7 +15,7 @@ class RunPaths:
         self.rank_lock = self.path / ".rank_0.lock"
         self.checkpoints = self.path / "checkpoints"
         self.logs = Path(os.environ.get("SLUICE_LOGS", self.path / "logs"))
-        """An agent of cluster=ray gives its ranks a folder of their own and gathers what they write."""
+        """Under cluster=ray, an agent sets SLUICE_LOGS to a folder of its own and collects the ranks' output."""
         self.metrics = self.path / "metrics.jsonl"
         self.report = self.path / "report.html"
         self.wandb = self.path / "wandb"

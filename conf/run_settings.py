@@ -1,13 +1,13 @@
-"""Modes that look at an earlier run take its settings, so that nobody has to repeat them.
+"""Applies the settings of an existing run in modes that read a run, so a user need not repeat them.
 
     python -m train mode=evaluate name=mine data.path=OTHER
 
-What the run was (model, precision, seq_len, tokenizer, ...) comes from its config.yaml; what the command line says goes
-over it; how to spread the work now (parallel, cluster) comes from the command line alone, as it is another job. With an
-explicit conf=RECIPE, or where there is no run, the composed configuration is taken as it is.
+The run's own settings (model, precision, seq_len, tokenizer, ...) come from its config.yaml. The command line overrides
+them. The layout of this job (parallel, cluster) comes only from the command line. With an explicit conf=RECIPE, or
+without an existing run, the composed configuration is used unchanged.
 
-The run may be somebody else's. Only with trust=true may its config.yaml read this machine (conf/yaml_file.py) or name code to be run
-(conf/own_code.py).
+The run may belong to another user. Only with trust=true may its config.yaml read this machine (conf/yaml_file.py) or
+name code to run (conf/own_code.py).
 """
 
 from collections.abc import Sequence
@@ -23,11 +23,11 @@ from conf.yaml_file import escaped, read_yaml
 
 LOOKS_AT_A_RUN = (Mode.export, Mode.evaluate, Mode.generate, Mode.score, Mode.dashboard)
 SOURCES = ("path", "mix", "format", "text_key", "source")
-"""Fields of data that say where documents come from. They change together, as path, mix and source exclude each other."""
+"""Fields of data that locate the documents. They change together, because path, mix and source exclude each other."""
 
 
 def over_run_settings(node: DictConfig, overrides: Sequence[str], groups: Sequence[str]) -> DictConfig:
-    """The composed node, over the settings of the run that it looks at if its mode is such a one.
+    """The composed node with the settings of the existing run, if the mode reads a run; otherwise the node itself.
 
     overrides: the command line, KEY=VALUE each; groups: names of Hydra's groups.
     """
@@ -43,9 +43,9 @@ def over_run_settings(node: DictConfig, overrides: Sequence[str], groups: Sequen
         rule = f"holds what this version does not know: {str(error).splitlines()[0]}"
         cure = "use the version that trained the run, or correct the file"
         raise UserError(file.name, file, rule, cure) from error
-    if settings.data.hold_out_by is None:  # an earlier version's, which had no such key
+    if settings.data.hold_out_by is None:  # an earlier version without this key
         settings.data.hold_out_by = HoldOutBy.name
-    if (file.parent / "tokenizer.json").is_file():  # the path in the settings may mean nothing here
+    if (file.parent / "tokenizer.json").is_file():  # the path in the settings may not exist here
         settings.data.tokenizer = escaped(str(file.parent))
     if any(key.startswith("data.") and key.split(".")[1] in SOURCES for key in keys):
         keys += [f"data.{name}" for name in SOURCES]
@@ -60,7 +60,7 @@ def over_run_settings(node: DictConfig, overrides: Sequence[str], groups: Sequen
         typed = {key, f"{key}._target_", key.partition(".")[0]} & {*keys}
         section = OmegaConf.select(settings, key)
         if key == "data.template_function" and node.mode == Mode.generate and not node.generate.chat:
-            continue  # texts need none
+            continue  # plain text needs no template
         if node.mode in modes and section and not node.trust and not typed:
             rule = f"stands in {file}, and would be imported: code that runs as you"
             cure = f"set trust=true, if you trust who wrote the file, or give your own recipe: conf=NAME, or {key}=null for none"
@@ -68,13 +68,13 @@ def over_run_settings(node: DictConfig, overrides: Sequence[str], groups: Sequen
     if "micro_batch_size" not in keys and settings.micro_batch_size:
         share, rest = divmod(settings.batch_size, settings.parallel.dp)
         if rest or share % settings.micro_batch_size or "seq_len" in keys:
-            settings.micro_batch_size = None  # it was chosen for the layout and the sequences of the training
+            settings.micro_batch_size = None  # it was chosen for the training's layout and sequence length
     assert isinstance(settings, DictConfig)
     return settings
 
 
 def _folders(node: DictConfig) -> list[Path]:
-    """Where the run's folder may be: around the checkpoint that is named, else by the run's name."""
+    """Possible folders of the run: around the named checkpoint, else by the run's name."""
     sections = {mode: node[mode.value] for mode in (Mode.export, Mode.evaluate, Mode.generate, Mode.score)}
     named = sections[node.mode].checkpoint if node.mode in sections else None
     if named is None:

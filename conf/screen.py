@@ -1,4 +1,4 @@
-"""A console of rich for words that may be somebody else's, see conf/words.py."""
+"""A rich console for text that may be untrusted, see conf/words.py."""
 
 from typing import Any
 
@@ -8,10 +8,10 @@ from conf.words import harmless
 
 
 class Terminal(Console):
-    """Shows texts as they are: [red] is no mark-up, :smile: no picture, and escape sequences are visible text."""
+    """Shows text literally: [red] is not markup, :smile: is not an emoji, and escape sequences are visible."""
 
     def __init__(self, **settings: Any):
-        """settings: of rich's Console."""
+        """settings: arguments of rich's Console."""
         plain: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
         super().__init__(**plain | settings)
 

@@ -1,7 +1,8 @@
-"""Words that are right elsewhere, as data: those that other programs have for our keys and values, keys that one mode alone reads, and keys that
-exclude each other. conf/command_line.py answers with what is meant.
+"""Words with a known meaning, as data: other programs' names for keys and values, keys of a single mode, keys that
+exclude each other.
 
-Spelling is found by itself; a line here is for a word that looks like no key of ours, or like a wrong one.
+conf/command_line.py uses them to name the intended key. Spelling mistakes need no entry; an entry is for a word that
+resembles no key, or the wrong key.
 """
 
 from conf.schema import Mode
@@ -79,7 +80,7 @@ KEYS = {
     "wandb_mode": "log.wandb",
     "zero_stage": "parallel.zero",
 }
-"""What is typed, alone or as the last part of a key, and the key that is meant."""
+"""A typed word, alone or as the last part of a key, and the intended key."""
 
 VALUES = {
     ("log.wandb", "online"): ("auto", "is online where there is a key"),
@@ -94,7 +95,7 @@ VALUES = {
     ("precision", "float32"): ("fp32", "is float32"),
     ("cluster.device", "gpu"): ("cuda", "takes GPUs"),
 }
-"""A key and what is typed for it, in small letters; the value that is meant, and what it does."""
+"""A key and a typed value, in lower case; the intended value, and its effect."""
 
 NO_TENSOR_PARALLELISM = "there is no tensor parallelism: parallel.pp spreads layers, parallel.ep experts, parallel.cp positions, parallel.zero=3 weights"
 ACCUMULATION = (
@@ -112,10 +113,10 @@ CURES = {
     "tensor_parallel_size": NO_TENSOR_PARALLELISM,
     "tp": NO_TENSOR_PARALLELISM,
 }
-"""What is typed, as a key, the last part of one, a value or a word alone, and the cure where no one key is meant."""
+"""A typed key, last part of a key, value or single word, and the cure if no single key is intended."""
 
 COMMANDS = ("doctor", "runs", "launch", "why", "top")
-"""Words that follow `sluice` in place of settings: train/__main__.py has what they do."""
+"""Commands that follow `sluice` instead of settings; train/__main__.py runs them."""
 
 OWN_KEYS: dict[str, tuple[Mode, ...]] = {
     "average": (Mode.average,),
@@ -132,7 +133,7 @@ OWN_KEYS: dict[str, tuple[Mode, ...]] = {
     "prove": (Mode.prove,),
     "score": (Mode.score,),
 }
-"""A key, or a section of them, and the modes that read it: said to another, it would do nothing without a word."""
+"""A key or section, and the modes that read it. In any other mode it would silently do nothing."""
 
 INSTEAD_OF: dict[str, tuple[str, ...]] = {
     "steps": ("epochs",),
@@ -146,4 +147,4 @@ INSTEAD_OF: dict[str, tuple[str, ...]] = {
     "data.template": ("data.template_function",),
     "data.template_function": ("data.template",),
 }
-"""A key, and the keys that leave it without effect while they have a value. Typed, it empties those of the recipe."""
+"""A key, and the keys that disable it while they have a value. Typing the key clears these keys of the recipe."""

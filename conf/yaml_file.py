@@ -1,7 +1,8 @@
-"""Reads a YAML file, and says in one sentence what is wrong with one that cannot be read.
+"""Reads a YAML file, and explains in one sentence why a file cannot be read.
 
-A run folder may be somebody else's. So its file is data: a reference such as ${model.layers} means another value of the file, while
-a resolver such as ${oc.env:HOME} calls a function that can read this machine, and is refused.
+A run folder may belong to another user, so its file is treated as data. A reference such as ${model.layers} means
+another value of the file. A resolver such as ${oc.env:HOME} calls a function that can read this machine, and is
+refused.
 """
 
 import re
@@ -21,12 +22,13 @@ from conf.errors import UserError
 from conf.removed_keys import drop_removed_keys
 
 UNREADABLE = (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, RecursionError)
-"""What reading a file of settings raises when the file is at fault; ValueError: not UTF-8, or a date that does not exist."""
+"""Exceptions of a settings file with wrong content; ValueError: not UTF-8, or a date that does not exist."""
 
 
 def read_yaml(path: Path, trust: bool = False) -> DictConfig:
-    """The settings in a file, such as config.yaml of a run, also of an earlier version (conf/removed_keys.py). Raises UserError if
-    they cannot be read, or name a resolver without `trust`.
+    """The settings in a file, such as a run's config.yaml, also of an earlier version (conf/removed_keys.py).
+
+    Raises UserError if the file cannot be read, or names a resolver without `trust`.
     """
     try:
         found = OmegaConf.load(path)
@@ -43,7 +45,7 @@ def read_yaml(path: Path, trust: bool = False) -> DictConfig:
 
 
 def _calls(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Every text of nested mappings and lists that holds a resolver, with its key."""
+    """Every text in nested mappings and lists that contains a resolver, with its key."""
     if isinstance(value, dict):
         for name, inner in value.items():
             yield from _calls(inner, f"{key}.{name}" if key else str(name))
@@ -55,14 +57,15 @@ def _calls(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _holds_resolver(tree: Any) -> bool:
-    """Whether one stands anywhere in a parsed text."""
+    """Whether a parsed text contains a resolver."""
     if isinstance(tree, OmegaConfGrammarParser.InterpolationResolverContext):
         return True
     return any(map(_holds_resolver, getattr(tree, "children", None) or ()))
 
 
 def escaped(value: Any) -> Any:
-    """Plain values whose texts OmegaConf reads as they are: a ${ in them is no reference, as they were resolved already."""
+    """Plain values, escaped for OmegaConf: a ${ in their text is not a reference, because references are already
+    resolved."""
     if isinstance(value, dict):
         return {key: escaped(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -73,7 +76,7 @@ def escaped(value: Any) -> Any:
 
 
 def yaml_error(error: Exception, path: Path | None = None) -> UserError:
-    """An error of UNREADABLE for the user. path: the file, where it is known; errors of YAML know theirs."""
+    """An exception of UNREADABLE as a UserError. path: the file, if known; YAML errors know their file."""
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
     place = mark.name if mark else getattr(error, "name", None) or getattr(error, "filename", None) or path
     line = f", line {mark.line + 1}" if mark else ""
