@@ -1,1 +1,1 @@
-"""The run of a rank: steps, what is measured in them, where they start and how they end."""
+"""The run of a rank: start, steps, measurements and end."""

@@ -1,4 +1,4 @@
-"""The end of a run as its user sees it: the report, and one screen with the results and paths."""
+"""Ends a run for its user: writes the report, and shows results and paths on one screen."""
 
 import sys
 from pathlib import Path
@@ -20,7 +20,10 @@ from train.show.series import Series, read_series, tail_mean
 
 
 def finish_run(config: Config, code: int, seconds: float, wandb: str | None, text: str | None) -> None:
-    """Called on rank 0 when the run has ended with this exit code. seconds: wall time of the training; text: what the model wrote."""
+    """Called on rank 0 when the run has ended with this exit code.
+
+    seconds: wall time of the training. text: the model's sample text.
+    """
     paths = RunPaths(config)
     checkpoint = newest_intact(paths.checkpoints).path
     report = _report(config, paths.path)
@@ -51,7 +54,7 @@ def _why_stopped(logs: Path) -> str:
 
 
 def _plan_line(folder: Path, series: Series) -> str | None:
-    """What was planned and what came; the training is done, and no damage of plan.json takes that back."""
+    """Planned and measured values. A damaged plan.json only prints a note: the training has succeeded."""
     try:
         return plan_words(plan_rows(folder, series))
     except Exception as error:
@@ -60,7 +63,7 @@ def _plan_line(folder: Path, series: Series) -> str | None:
 
 
 def _report(config: Config, folder: Path) -> Path | str:
-    """The report that was written, or why it was not: the training is done in any case."""
+    """Path of the written report, or the reason why it could not be written."""
     try:
         return write_report(folder, ended=True)
     except OSError as error:
@@ -71,7 +74,7 @@ def _report(config: Config, folder: Path) -> Path | str:
 
 
 def last_validation(metrics: Path) -> dict[str, float]:
-    """The newest record with a validation in it."""
+    """The newest record with a validation."""
     found: dict[str, float] = {}
     for record in read_heads(metrics):
         if "validation_loss" in record:

@@ -1,4 +1,7 @@
-"""Whether a layout can run, before anything starts. No torch, which takes seconds to import, unless a rule needs it."""
+"""Checks whether a layout can run, before anything starts.
+
+Imports torch, which takes seconds, only if a rule needs it.
+"""
 
 from conf.dispatches import check_groups
 from conf.errors import UserError
@@ -8,9 +11,9 @@ from conf.schema import Config
 
 
 def check_layout(config: Config) -> None:
-    """Raise UserError where the layout cannot run, for what needs more than one field to see. Starts nothing.
+    """Raise UserError if the layout cannot run, by rules over several fields. Starts nothing.
 
-    One rank too: a pipeline of one stage still follows its schedule.
+    One rank is checked too: a pipeline of one stage still follows its schedule.
     """
     parallel = config.parallel
     for micro_batches in micro_batch_counts(config):
@@ -29,7 +32,7 @@ def check_layout(config: Config) -> None:
 
 
 def _check_offload(config: Config) -> None:
-    """Some block has to be left that does not run again."""
+    """Require a block that recomputation leaves out."""
     from train.parallelize import stage_layers
 
     again, longest = config.model.repeated_layers, max(map(len, stage_layers(config)))
@@ -44,7 +47,7 @@ def _check_offload(config: Config) -> None:
 
 
 def _check_adapter(config: Config) -> None:
-    """Every rank of a pipeline has a block, and in it something to train."""
+    """Require on every pipeline rank a block, in which the adapter trains."""
     from train.parallelize import stage_layers
 
     layers = stage_layers(config)

@@ -1,4 +1,4 @@
-"""A live model between two steps: saved and loaded, its weights handed out and taken, and text written with it."""
+"""Operations on a live model between two steps: save, load, read and replace weights, generate text."""
 
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
@@ -30,15 +30,15 @@ from train.rank_parts import RankSetup
 
 
 class LiveModel:
-    """What `Engine` does with the state of one rank."""
+    """Implements the operations of `Engine` on one rank's state."""
 
     def __init__(self, config: Config, rank: RankSetup, chunks: list[DeepSeekV3], state: RunState):
         self._config, self._rank, self._chunks, self.state = config, rank, chunks, state
         self._meta: dict[str, Any] = {"tokenizer": "", "data": "", "held_out": {}}
-        """What checkpoints say of the training text, as the one says that was loaded."""
+        """Entries about the training text in checkpoints, copied from the loaded checkpoint."""
 
     def save(self, folder: Path, step: int) -> Path:
-        """See `Engine.save`. step: the last one that was made."""
+        """See `Engine.save`. step: the last completed step."""
         config, state, mesh = self._config, self.state, self._rank.mesh
         state.step = step
         checkpointer = Checkpointer(
@@ -53,7 +53,7 @@ class LiveModel:
         about = {"name": config.name, "seed": config.seed, "seq_len": config.seq_len, "config": settings_of(config)}
         checkpointer.save(step, state.shards(), state.meta() | self._meta | about)
         checkpointer.finish(required=True)
-        dist.barrier()  # rank 0 has given it its name
+        dist.barrier()  # rank 0 has renamed the folder to its final name
         return checkpointer.committer.root / step_name(step)
 
     def load(self, path: Path) -> int:

@@ -1,8 +1,9 @@
-"""The weights of a live model under Hugging Face's names, for whoever samples with them.
+"""The weights of a live model under Hugging Face's names, for example for samplers.
 
-Ranks hold intervals of our tensors (parallel/shard.py), and each tensor of a folder is an interval of one of ours (train/hf/tensor_names.py).
-So a bucket of theirs is filled by all ranks, each with what it holds, and summed: of every element one rank has the value, and the
-others 0. No rank ever holds more than a bucket beside its own part. The values are the fp32 masters, rounded once.
+Ranks hold intervals of Sluice's tensors (parallel/shard.py). Each tensor of a Hugging Face folder is an interval of one
+of Sluice's tensors (train/hf/tensor_names.py). So all ranks fill a bucket of Hugging Face tensors: each rank writes
+the elements that it holds, and an all-reduce adds them. Each element is nonzero on one rank only. No rank holds
+more than one bucket besides its own part. The values are the fp32 masters, rounded once.
 """
 
 from collections.abc import Iterable, Iterator
@@ -22,13 +23,13 @@ from train.kernels.precision import activation_dtype
 from train.loop.state import RunState
 
 BUCKET_ELEMENTS = 1 << 26
-"""Elements that are gathered together, 256 MB in fp32; a larger tensor has a bucket to itself."""
+"""Elements that are gathered together, 256 MB in fp32; a larger tensor has its own bucket."""
 STACKED_NAMES = {"w13": "gate_up_proj", "w2": "down_proj"}
-"""What the experts of a layer are called where they are one tensor, as transformers holds them in memory."""
+"""Names of a layer's experts as one tensor, as transformers keeps them in memory."""
 
 
 class _Wanted(NamedTuple):
-    """One tensor of theirs, and the pair that is added to it."""
+    """One Hugging Face tensor, and the LoRA A and B that are added to it."""
 
     placed: PlacedTensor
     pair: AdaptedTensor | None = None
@@ -49,7 +50,7 @@ def live_weights(
     dtype: torch.dtype | None = None,
     bucket: int = BUCKET_ELEMENTS,
 ) -> Iterator[tuple[str, Tensor]]:
-    """See `Engine.weights`. Collective over all ranks: each takes all tensors. bucket: elements."""
+    """See `Engine.weights`. Collective over all ranks: each must read all tensors. bucket: elements."""
     dtype = dtype or activation_dtype(config.precision)
     held = {name: shard for name, shard in state.shards().items() if name.startswith(("master.", "bias."))}
     if config.adapter.on and (stacked or (merged and config.adapter.base is BaseFormat.fp8)):
@@ -76,13 +77,13 @@ def live_weights(
             if one.pair is not None:
                 a, b = next(found), next(found)
                 value = value.add_(b @ a, alpha=config.adapter.scale)
-            # bf16 would move experts across the edge of being chosen
+            # bf16 would change which experts are chosen
             yield one.placed.theirs, value if one.placed.ours.startswith("bias.") else value.to(dtype)
 
 
 @torch.no_grad()
 def fill_live(config: Config, state: RunState, weights: Iterable[tuple[str, Tensor]]) -> None:
-    """See `Engine.fill`. Each rank takes what it holds."""
+    """See `Engine.fill`. Each rank copies the elements that it holds."""
     if config.adapter.on:
         raise UserError("adapter", "lora", "takes no whole weights", "fill an engine without an adapter")
     places, held = {placed.theirs: placed for placed in tensors(config.model, state.family)}, state.wanted_of_start()
@@ -102,7 +103,7 @@ def fill_live(config: Config, state: RunState, weights: Iterable[tuple[str, Tens
 
 
 def _wanted(config: Config, state: RunState, merged: bool, stacked: bool) -> Iterator[_Wanted]:
-    """In the order of a folder."""
+    """The wanted tensors in the order of a folder."""
     model, adapter = config.model, config.adapter
     adapted = list(adapted_tensors(model, state.family, adapter.targets, adapter.rank)) if adapter.on else []
     if adapted and not merged:
@@ -132,12 +133,12 @@ def _buckets(wanted: list[_Wanted], bucket: int) -> Iterator[list[_Wanted]]:
 
 
 def _overlap(part: PlacedTensor, shard: Shard) -> tuple[int, int]:
-    """First and last element, one behind, of our tensor that both have."""
+    """First and last element, exclusive, of Sluice's tensor that both part and shard contain."""
     return max(part.start, shard.offset), min(part.start + part.count, shard.offset + shard.local.numel())
 
 
 def _fill(target: Tensor, part: PlacedTensor, shard: Shard | None) -> None:
-    """What this rank holds of a tensor of theirs."""
+    """Copy this rank's elements of a Hugging Face tensor."""
     first, end = (0, 0) if shard is None else _overlap(part, shard)
     if shard is not None and first < end:
         target[first - part.start : end - part.start] = shard.local[first - shard.offset : end - shard.offset]

@@ -1,8 +1,8 @@
-"""What the ranks know of a step, put together by one all-reduce.
+"""Combines all ranks' measurements of a step by one all-reduce.
 
-Each rank holds some layers and some of the tokens. The vector below has a place for every number of every layer;
-a rank fills in its own and the sum over all ranks is the whole: losses from the last pipeline stage, expert loads
-from every stage, balance biases from the first rank of a stage, times and traffic from every rank.
+Each rank holds some layers and some of the tokens. The vector below has a place for every number of every layer. A rank
+fills in its own numbers, and the sum over all ranks is complete. Losses come from the last pipeline stage, tokens per
+expert from every stage, balance biases from the first rank of a stage, times and traffic from every rank.
 
 L MoE layers (MTP modules included), E experts.
 """
@@ -24,28 +24,28 @@ from train.rank_parts import ParallelModel, RankSetup
 
 @dataclass
 class MeasuredStep:
-    """One step over all ranks."""
+    """Measurements of one step over all ranks."""
 
     main_loss: float
     """Mean cross-entropy of the next token, nats."""
     mtp_losses: list[float]
     """Loss of each MTP depth, unweighted."""
     extra_loss: float
-    """The term of the user's own (optim.extra_loss); 0 without one."""
+    """The user's own loss term (optim.extra_loss); 0 without one."""
     balance_loss: float
     """Weighted, summed over layers."""
     loads_LE: Tensor
     """Tokens routed to each expert, over the whole batch (float64)."""
     biases_LE: Tensor
-    """Balance biases that were in force (float64)."""
+    """Balance biases used in the step (float64)."""
     stop: StopKind
-    """What some rank was asked for; the disk counts more than memory."""
+    """The stop that some rank was asked for; a stop with a checkpoint on disk wins over a copy in memory."""
     scores_L: list[float]
-    """Largest attention score of each layer; none where nobody asks for them."""
+    """Largest attention score of each layer; empty without optim.qk_clip."""
     heads_clipped: int
     """Heads of all layers with a score above optim.qk_clip."""
     work: dict[str, float]
-    """What pipeline and dispatchers did, by metric name."""
+    """Measurements of pipeline and dispatchers, by metric name."""
 
 
 class Measure:
@@ -60,7 +60,8 @@ class Measure:
         self.routers = parts.routers()
         self.last = next((chunk for chunk in parts.chunks if chunk.has_head), None)
         self.micro_batches = 1.0
-        """Mean micro-batches of a data-parallel rank in the step, set by whoever runs it: how much the mean losses of this rank weigh."""
+        """Mean micro-batches of a data-parallel rank in the step, set by the engine: this rank's mean losses are
+        weighted by it."""
 
     def clear(self) -> None:
         """Start a new step."""
@@ -73,7 +74,7 @@ class Measure:
             self.clip.clear()
 
     def collect(self, stop: StopKind) -> "CollectedMeasures":
-        """Sum over all ranks; every rank gets the same. Waits for no device."""
+        """Sum over all ranks; every rank gets the same. Does not wait for the device."""
         depth, shape = self.model.mtp_depth, (len(self.layers), self.model.experts)
         zeros = partial(torch.zeros, dtype=torch.float64, device=self.device)
         losses, loads_LE, biases_LE = zeros(3 + depth), zeros(shape), zeros(shape)
@@ -104,23 +105,24 @@ class Measure:
 
 
 class CollectedMeasures:
-    """The sums, on their way to the host."""
+    """The sums, during their copy to the host."""
 
     def __init__(self, measure: Measure, vector: Tensor, sizes: list[int], scores_LH: Tensor):
         self._measure, self._sizes = measure, sizes
         self.scores_LH = scores_LH
-        """Largest attention scores as `QKClip.largest` gives them, on the device."""
+        """Largest attention scores as `QKClip.largest` returns them, on the device."""
         losses, loads, *_ = vector.split(sizes)
         self.finite = losses[0].isfinite()
         """Whether the main loss is finite: bool, on the device."""
         self.loads_LE = loads.view(-1, measure.model.experts)
-        """Loads of the experts as in `MeasuredStep`, on the device."""
+        """Tokens per expert as in `MeasuredStep`, on the device."""
         self._host = vector
         if vector.is_cuda:
             self._host = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True).copy_(vector, non_blocking=True)
 
     def read(self) -> MeasuredStep:
-        """Call when the host has waited for something that the device was asked for later, which no step of training lacks."""
+        """The sums as `MeasuredStep`. Call after the host has waited for later work of the device, as every training
+        step does."""
         losses, loads, biases, scores, clipped, own = self._host.split(self._sizes)
         main_loss, *mtp_losses, extra_loss, balance_loss = losses.tolist()
         on_disk, in_memory, *work = own.tolist()
@@ -140,5 +142,5 @@ class CollectedMeasures:
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host there. For a GPU it is copied from page-locked memory: for any other copy the host would wait."""
+    """A host tensor on the device. A GPU copy comes from page-locked memory; the host would wait for any other copy."""
     return (x.pin_memory() if device.type == "cuda" and not x.is_cuda else x).to(device, non_blocking=True)

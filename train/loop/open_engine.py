@@ -1,4 +1,7 @@
-"""An engine in this process, which is one rank of all or the only one: for a loop of your own under torchrun, and for the ranks of a session."""
+"""Opens an engine in this process, for a custom loop under torchrun and for the ranks of a session.
+
+The process is one of several ranks, or the only one.
+"""
 
 from pathlib import Path
 
@@ -19,11 +22,15 @@ from train.rank import set_up_rank
 
 
 def open_engine(config: Config, place: Place | None = None) -> Engine:
-    """The engine of this rank. Collective over all ranks: RANK and WORLD_SIZE say which this is, as torchrun sets them; without them it is
-    the only one. A process may open several, of as many ranks.
+    """The engine of this rank. Collective over all ranks.
 
-    The weights are those of `resume` if it names a checkpoint, else those of `init_from`, else drawn from the seed. Data and run folder are
-    the caller's own. Raises UserError.
+    RANK and WORLD_SIZE give the rank, as torchrun sets them; without them the process is the only rank. A process may
+    open
+    several engines with the same number of ranks.
+
+    The weights come from `resume` if it names a checkpoint, else from `init_from`, else they are drawn from the seed.
+    The
+    caller manages data and run folder. Raises UserError.
     """
     place = place or given_place() or Place()
     if place.world != config.parallel.world:

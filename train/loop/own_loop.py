@@ -1,4 +1,4 @@
-"""A step of a loop of the user's own, on a whole model and any optimizer of torch: what `train.train_step` does."""
+"""A step of a custom loop, on a whole model and any torch optimizer: implements `train.train_step`."""
 
 import torch
 from torch import Tensor

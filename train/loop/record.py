@@ -1,4 +1,4 @@
-"""Has what a rank communicates written to its ring, with what only this side knows: groups by their names, actions of the pipeline, layers."""
+"""Records this rank's communication in its ring buffer, with group names, pipeline actions and layers."""
 
 import sys
 from collections import defaultdict
@@ -22,14 +22,14 @@ from train.rank_parts import ParallelModel
 
 @dataclass
 class RankRecorder:
-    """What a rank writes to, while it runs."""
+    """The records that a rank writes while it runs."""
 
     ring: CommRing | None = None
-    """None where the disk had no room for it."""
+    """None if the disk had no room for the ring."""
     recorder: CommRecorder | None = None
 
     def name_groups(self, mesh: Mesh) -> None:
-        """Groups are known by the words of the layout from here on; one that is several has the names of all."""
+        """From now on, record groups by their names in the layout; a group with several roles has all their names."""
         if self.recorder is None:
             return
         labels = defaultdict[ProcessGroup, list[str]](list)
@@ -40,7 +40,7 @@ class RankRecorder:
         self.recorder.labels = {group: "/".join(names) for group, names in labels.items()}
 
     def watch_parts(self, parts: ParallelModel) -> None:
-        """Say from here on at which action and which block the rank is."""
+        """From now on, record this rank's current pipeline action and block."""
         if self.ring is None:
             return
         parts.pipeline.on_action = self.ring.act
@@ -60,7 +60,7 @@ class RankRecorder:
 
 @contextmanager
 def recorded(logs: Path, place: Place) -> Iterator[RankRecorder]:
-    """Everything that is communicated inside goes to the ring of this rank."""
+    """Record all communication inside the context in this rank's ring."""
     try:
         ring = CommRing(ring_path(logs, place.rank), place.rank, place.world)
     except OSError as error:

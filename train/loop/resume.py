@@ -1,4 +1,4 @@
-"""Where a run starts: rank 0 looks for the checkpoint, every rank reads its part of it."""
+"""Finds the start of a run: rank 0 searches for the checkpoint, every rank reads its part."""
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -28,23 +28,24 @@ from train.loop.state import RunState
 
 @dataclass
 class RestoredState:
-    """Where the state of a run comes from."""
+    """The source of a run's restored state."""
 
     notes: list[str] = field(default_factory=list)
-    """For a person."""
+    """Notes for the user."""
     resumed: dict[str, Any] | None = None
-    """`resumed` in train/metrics/names.py; None where no checkpoint was read."""
+    """`resumed` in train/metrics/names.py; None if no checkpoint was read."""
 
 
 class StartingPoint(NamedTuple):
-    """Where rank 0 found that a run starts."""
+    """The start of a run, as rank 0 found it."""
 
     copy: dict[str, Any] | None = None
-    """The body of the manifest of a set in memory that is newer than what the disk has; the disk was not searched then."""
+    """Manifest body of a set of copies in memory that is newer than the disk's checkpoints; the disk was not
+    searched then."""
     checkpoint: str | None = None
-    """Path of the checkpoint that config.resume means."""
+    """Path of the checkpoint that config.resume selects."""
     notes: Sequence[str] = ()
-    """What was passed over."""
+    """Skipped copies and checkpoints, with reasons."""
 
     @property
     def has_weights(self) -> bool:
@@ -52,14 +53,14 @@ class StartingPoint(NamedTuple):
         return bool(self.copy or self.checkpoint or self.notes)
 
     def compiled_products(self) -> bool | None:
-        """Whether the run that goes on has compiled products; None where nothing says it: a new run, or an older checkpoint."""
+        """Whether the resumed run uses compiled matmuls; None if unknown: a new run, or an older checkpoint."""
         if self.copy is not None:
             return self.copy["meta"].get("compiled_products")
         return None if self.checkpoint is None else read_manifest(Path(self.checkpoint)).meta.get("compiled_products")
 
 
 def find_start(config: Config, copies: MemoryCopies | None) -> StartingPoint:
-    """Look for it. Collective over all ranks; raises UserError where all that there is is damaged."""
+    """Search for the starting point. Collective over all ranks; raises UserError if all checkpoints are damaged."""
     return StartingPoint(*from_rank_0(lambda: _find_start(config, copies)))
 
 
@@ -70,7 +71,7 @@ def _find_start(config: Config, copies: MemoryCopies | None) -> StartingPoint:
 
 
 def _search_disk(config: Config, skip: Collection[Path], notes: Sequence[str] = ()) -> StartingPoint:
-    """On rank 0. skip: checkpoints that were found damaged when they were read, and that notes name already."""
+    """On rank 0. skip: checkpoints found damaged while reading, which notes already name."""
     found = resume_point(config, skip=skip)
     passed = [] if skip else [f"passed over a damaged checkpoint: {warning}" for warning in found.warnings]
     return StartingPoint(None, None if found.path is None else str(found.path), [*notes, *passed])
@@ -84,15 +85,15 @@ def restore(
     copies: MemoryCopies | None,
     start: StartingPoint,
 ) -> RestoredState:
-    """Load the newest copy in memory, or the checkpoint that config.resume means, if any, or the weights of init_from.
+    """Load the newest copy in memory, the checkpoint of config.resume, or the weights of init_from, if there is any.
 
-    What turns out damaged on any rank is passed over under resume=auto. Raises UserError if the checkpoint belongs to
+    Under resume=auto, a source that is damaged on any rank is skipped. Raises UserError if the checkpoint belongs to
     another model, another tokenizer or a longer run.
     """
     skip: set[Path] = set()
     begun = (
         _start(config, data.tokenizer, state) if config.adapter.on and config.init_from else []
-    )  # no checkpoint holds the base
+    )  # no checkpoint contains the base
     notes, optimizer = list(start.notes), config.optim.facts.name
     if start.copy is not None and copies is not None:
         manifest = manifest_of(Path(start.copy["folder"]), start.copy)
@@ -118,7 +119,7 @@ def restore(
         notes.append(f"passed over a damaged checkpoint: {problem}")
         skip.add(path)
         start = StartingPoint(*from_rank_0(lambda: _search_disk(config, skip)))
-    if notes:  # the weights may be half loaded, and nobody asked to begin from the start
+    if notes:  # the weights may be partly loaded, and the user did not ask for a fresh start
         raise UserError(
             "resume",
             config.resume,
@@ -143,8 +144,9 @@ def _resumed(config: Config, data: PreparedData, meta: dict[str, Any], notes: li
 
 
 def _newest_copy(config: Config, copies: MemoryCopies) -> tuple[dict[str, Any] | None, list[str]]:
-    """On rank 0: the body of the manifest of the set to resume from, None if there is none or the disk has a newer state;
-    and what is wrong with it.
+    """On rank 0: manifest body of the copies in memory to resume from, and notes about their damage.
+
+    The body is None if there are no copies, or if the disk has a newer state.
     """
     try:
         manifest = copies.manifest()
@@ -160,8 +162,9 @@ def _newest_copy(config: Config, copies: MemoryCopies) -> tuple[dict[str, Any] |
 def load_state(
     state: RunState, meta: dict[str, Any], optimizer: str, load: Callable[[dict[str, Shard]], Any]
 ) -> str | None:
-    """Fill the state by `load` on all ranks; returns the first problem of any of them. optimizer: of this run; it starts anew from a checkpoint
-    of another.
+    """Fill the state by `load` on all ranks; returns the first problem of any rank.
+
+    optimizer: of this run. Its state starts from zero if another optimizer wrote the checkpoint.
     """
     problem = None
     own = written_by(meta) == optimizer
@@ -176,7 +179,7 @@ def load_state(
 
 
 def _start(config: Config, tokenizer: Tokenizer, state: RunState) -> list[str]:
-    """Begin from the weights of init_from; rank 0 alone looks at all headers."""
+    """Start from the weights of init_from; only rank 0 reads all headers."""
     own = from_rank_0(lambda: None if (found := own_start(config, tokenizer)) is None else str(found))
     if own is not None:
         start_from(config, Path(own), state)
@@ -199,7 +202,7 @@ def _start(config: Config, tokenizer: Tokenizer, state: RunState) -> list[str]:
 
 
 def _fits(config: Config, tokenizer: Tokenizer, path: Path, meta: dict[str, Any], base: dict[str, str] | None) -> None:
-    """Raise UserError where the run cannot go on from a checkpoint. base: what its adapter is trained beside."""
+    """Raise UserError if the run cannot resume from a checkpoint. base: description of the adapter's base model."""
     require_model(config, path, meta)
     require_adapter(config, path, meta)
     if base is not None:

@@ -1,4 +1,4 @@
-"""Checkpoints of a run as its loop makes them: when one is whole, hooks are told; when one cannot be, a person is."""
+"""Saves a run's checkpoints for its loop: tells hooks about complete checkpoints, and the user about failed ones."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from train.loop.live_run import LiveRun
 
 
 class RunOvertaken(RunEnded):
-    """A newer attempt of this run has started elsewhere; this one must not go on."""
+    """A newer attempt of this run has started elsewhere; this one must stop."""
 
 
 class Saver:
@@ -21,21 +21,21 @@ class Saver:
     def __init__(self, config: Config, checkpointer: Checkpointer):
         self.checkpointer, self._settings = checkpointer, settings_of(config)
         self.stall = 0.0
-        """Seconds that the training waited for a checkpoint since the last record."""
+        """Seconds that training waited for a checkpoint since the last record."""
 
     def save(self, run: LiveRun, final: bool = False) -> None:
-        """Begin a checkpoint. final: wait until it is whole, or raise."""
+        """Begin a checkpoint. final: wait until it is complete, or raise."""
         with run.beside("checkpoint"):
             self.stall += self.checkpointer.save(run.state.step, run.state.shards(), self.meta(run))
             self._tell(run, self.checkpointer.finish(required=True) if final else self.checkpointer.poll())
 
     def finish(self, run: LiveRun) -> None:
-        """Wait for the checkpoint on its way."""
+        """Wait for a checkpoint that is being written."""
         with run.beside("checkpoint"):
             self._tell(run, self.checkpointer.finish())
 
     def meta(self, run: LiveRun) -> dict[str, Any]:
-        """What is saved beside the tensors."""
+        """The checkpoint's entries besides tensors."""
         config, data = run.config, run.data.train
         stream = {"stream": data.mark(run.state.samples)} if isinstance(data, StreamedData) else {}
         return (run.state.meta() | stream) | {

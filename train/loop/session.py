@@ -1,15 +1,15 @@
-"""A session: the engine of all ranks, driven from one process.
+"""A session: the engine of all ranks, controlled from one process.
 
     with train.session(config) as engine:
         engine.forward_backward(batch, "ppo", clip=0.2)
         engine.update()
 
-The ranks are processes that a driver starts, on this machine or on Ray, as those of a run (train/loop/session_rank.py). Rank 0 connects to
-this process, which knows it by a key that lies in the session's folder, and hands every call to the others. Calls and answers are JSON
-and tensors in the bytes of safetensors: nothing is unpickled.
+A driver starts the ranks as processes, on this machine or on Ray, as for a run (train/loop/session_rank.py). Rank 0
+connects to this process and forwards every call to the other ranks. A key in the session's folder authenticates the
+connection. Calls and answers are JSON, and tensors in the safetensors format: nothing is unpickled.
 
-A call that is refused leaves the session as it was. One that fails on a rank ends it: the driver names the rank and the cause, and so does
-the error that is raised here.
+A refused call leaves the session unchanged. A call that fails on a rank ends the session: the driver's message and the
+error raised here name the rank and the cause.
 """
 
 import json
@@ -47,21 +47,23 @@ from train.loop.training_engine import StepOutcome, StepTotal, total_of
 from train.program import environment_of_children
 
 SESSION_FOLDER, ADDRESS_FILE, OUTPUT = "session", "address.json", "output.log"
-"""In the run's folder; in that the address of this process, and what the driver and rank 0 print."""
+"""Files in the run's folder: the session's folder, in it the address of this process, and the output of driver and
+rank 0."""
 SESSION_LOOK_SECONDS = 0.2
-"""Seconds between looks at the ranks while this process waits for them."""
+"""Interval, in seconds, between checks of the driver while this process waits for an answer."""
 SESSION_END_SECONDS = 20.0
-"""Seconds that ranks get to end by themselves."""
+"""Seconds that ranks have to end by themselves."""
 
 
 class SessionFailed(RuntimeError):
-    """The ranks of a session have ended. The text says which one failed first, and why."""
+    """The ranks of a session have ended. The text names the rank that failed first, and the cause."""
 
 
 @contextmanager
 def session(config: Config) -> "Iterator[Session]":
-    """Start the ranks of a layout, each with an engine as `open_engine` makes it, and drive them from here. Nothing of them is left
-    afterwards. Raises UserError for what is refused, and SessionFailed where a rank fails.
+    """Start the ranks of a layout, each with an engine as from `open_engine`, and control them from this process.
+
+    No rank remains afterwards. Raises UserError for refused settings, and SessionFailed if a rank fails.
     """
     check_layout(config)
     folder = RunPaths(config).path / SESSION_FOLDER
@@ -70,7 +72,7 @@ def session(config: Config) -> "Iterator[Session]":
     try:
         if not try_lock(lock):
             raise UserError("name", config.name, f"has a session already: {folder} is in use", "give another name=")
-        # Its ranks are those of a run in this folder, which is not started again: what it has learnt would be gone.
+        # The ranks form a run in this folder that is not restarted: a restart would lose all updates.
         cluster = replace(config.cluster, restarts=0)
         with Session(replace(config, runs=str(folder.parent), name=folder.name, cluster=cluster), folder) as opened:
             yield opened
@@ -79,14 +81,16 @@ def session(config: Config) -> "Iterator[Session]":
 
 
 class Session:
-    """The methods of `Engine` for all ranks together: a batch is that of all data-parallel ranks, in their order. Numbers and tensors
-    come back.
+    """The methods of `Engine` for all ranks together. A batch contains the shares of all data-parallel ranks, in their
+    order.
+
+    Methods return numbers and tensors.
     """
 
     def __init__(self, config: Config, folder: Path):
         self._config, self._folder = config, folder
         self.step = 0
-        """Steps that are made."""
+        """Number of completed steps."""
         self._link: Connection | None = None
         self._driver: subprocess.Popen | None = None
 
@@ -100,7 +104,8 @@ class Session:
         terms: Collection[str] | None = None,
         **settings: float,
     ) -> None:
-        """See `Engine.forward_backward`. loss: a name, the import path of a function, or a function that can be imported by the ranks."""
+        """See `Engine.forward_backward`. loss: a name, the import path of a function, or a function that the ranks
+        can import."""
         name = loss if isinstance(loss, str) else _import_path(loss)
         more = {"loss": name, "last": last, "total": total, "terms": None if terms is None else [*terms]}
         self._call("forward_backward", {**more, "settings": settings}, _plain(batch))
@@ -135,7 +140,7 @@ class Session:
     def weights(
         self, *, merged: bool = True, stacked: bool = False, dtype: torch.dtype | None = None
     ) -> Iterator[tuple[str, Tensor]]:
-        """See `Engine.weights`. Take them before the next call; a loop over them may end early."""
+        """See `Engine.weights`. Read all of them before the next call; a loop over them may end early."""
         named = None if dtype is None else str(dtype).removeprefix("torch.")
         self._send("weights", {"merged": merged, "stacked": stacked, "dtype": named})
         said: dict[str, Any] = {"done": False}
@@ -144,7 +149,7 @@ class Session:
                 said, tensors = self._answer()
                 yield from tensors.items()
         finally:
-            while not said["done"] and self._link is not None:  # a caller that stops early leaves the rest
+            while not said["done"] and self._link is not None:  # a caller that stops early leaves answers unread
                 said, _ = self._answer()
 
     # The ranks
@@ -194,12 +199,12 @@ class Session:
     def _send(self, method: str, said: dict[str, Any], tensors: dict[str, Tensor] | None = None) -> None:
         if self._link is None:
             raise UserError("session", method, "the session has ended", "open another one: with train.session(config)")
-        with suppress(ConnectionError):  # the answer tells why
+        with suppress(ConnectionError):  # the answer gives the reason
             self._link.send_bytes(json.dumps({"method": method, **said}).encode())
             self._link.send_bytes(save(tensors or {}))
 
     def _answer(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """What rank 0 says. Raises UserError for a call that is refused."""
+        """The answer of rank 0. Raises UserError for a refused call."""
         assert self._link is not None
         try:
             while not self._link.poll(SESSION_LOOK_SECONDS):
@@ -217,7 +222,7 @@ class Session:
             self._fail()
 
     def _fail(self) -> NoReturn:
-        """Rank 0 has gone: raise what the driver says of that."""
+        """Called when rank 0 is gone: raise the driver's output as an error."""
         driver, self._driver = self._driver, None
         if self._link is not None:
             self._link.close()
@@ -230,7 +235,7 @@ class Session:
         raise SessionFailed(said[-8000:] or f"the ranks ended with exit code {driver.returncode}; logs: {self._folder}")
 
     def _end(self, at_once: bool) -> None:
-        """Let the ranks end, or make them."""
+        """Wait for the ranks to end, or end them."""
         if self._link is not None:
             self._link.close()  # which rank 0 takes as the end
             self._link = None
@@ -245,14 +250,14 @@ class Session:
 
 
 def _kill(driver: subprocess.Popen) -> None:
-    """The kernel ends its ranks with it."""
+    """End the driver; the kernel then ends its ranks."""
     if driver.poll() is None:
         driver.kill()
         driver.wait()
 
 
 def _plain(batch: Batch) -> dict[str, Tensor]:
-    """The tensors of a batch by name; those per token with a dot."""
+    """The tensors of a batch by name; names of per-token tensors contain a dot."""
     named = {field.name: getattr(batch, field.name) for field in fields(batch) if field.name != "tensors"}
     given = {name: tensor for name, tensor in named.items() if tensor is not None}
     return {
@@ -262,7 +267,7 @@ def _plain(batch: Batch) -> dict[str, Tensor]:
 
 
 def batch_of(tensors: dict[str, Tensor]) -> Batch:
-    """A batch from what was sent of it."""
+    """A batch from its received tensors."""
     per_token = {name.removeprefix("tensors."): tensor for name, tensor in tensors.items() if "." in name}
     return Batch(**{name: tensor for name, tensor in tensors.items() if "." not in name}, tensors=per_token)
 

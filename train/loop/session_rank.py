@@ -1,7 +1,9 @@
-"""The ranks of a session (train/loop/session.py). `python -m train.loop.session_rank CONFIG` is their driver, and each rank that it starts.
+"""The ranks of a session (train/loop/session.py).
 
-Rank 0 takes calls from the process that controls the session, and all ranks do them. What can be refused is refused by all of them
-alike, before anything is computed: they look at the whole batch, of which each then takes its share.
+`python -m train.loop.session_rank CONFIG` is their driver, and also the program of each rank that the driver starts.
+
+Rank 0 receives calls from the controlling process, and all ranks execute them. All ranks check the whole batch before
+any computation, so that all of them refuse the same calls; each rank then uses its share.
 """
 
 import json
@@ -38,16 +40,17 @@ from train.loop.training_engine import Engine, StepTotal
 from train.rank import PREPARATION, guarded
 
 IDLE_SECONDS = 5.0
-"""Seconds of waiting for a call between two signs of life."""
+"""Interval, in seconds, between signs of life while the rank waits for a call."""
 SessionAnswer = tuple[dict[str, Any], dict[str, Tensor]]
-"""What rank 0 says: plain values, and tensors by name."""
+"""An answer of rank 0: plain values, and tensors by name."""
 
 
 class SessionRank:
-    """Does the calls of a session on one rank."""
+    """Executes the calls of a session on one rank."""
 
     def __init__(self, config: Config, engine: Engine, link: Connection | None, group: dist.ProcessGroup):
-        """link: to the controlling process, on rank 0. group: of all ranks, patient, as that process may think for hours."""
+        """link: to the controlling process, on rank 0. group: of all ranks, with a long timeout, because calls may
+        be hours apart."""
         self._config, self._engine, self._link, self._group = config, engine, link, group
         self._sharing = config.parallel.dp
         self._calls: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], SessionAnswer]] = {
@@ -61,7 +64,7 @@ class SessionRank:
         }
 
     def serve(self) -> None:
-        """Until the controlling process closes the session, or is gone."""
+        """Execute calls until the controlling process closes the session or ends."""
         self._say({"step": self._engine.step})
         while said := self._broadcast(self._receive):
             tensors = load(self._broadcast(self._receive))
@@ -71,7 +74,7 @@ class SessionRank:
                 answer = self._calls[method](order, tensors)
             except UserError as error:
                 if self._engine.has_failed and self._engine.mesh.layout.world > 1:
-                    raise  # on this rank alone, and others wait for it
+                    raise  # only this rank failed, and others wait for it
                 given = [error.field, str(error.value), error.rule, error.cure]
                 self._say({"refused": given})
             else:
@@ -116,7 +119,8 @@ class SessionRank:
         return {"done": True}, {}
 
     def _share(self, batch: Batch) -> Batch:
-        """The rows of this data-parallel rank, of a batch that every rank finds sound. Raises UserError on all ranks alike."""
+        """This data-parallel rank's rows of a batch that every rank has checked. Raises UserError on all ranks
+        alike."""
         rows, least = len(batch.tokens_BS), self._sharing * self._config.micro_batch_size
         if rows % least or not rows:
             rule = f"must be a multiple of {least}: micro_batch_size={self._config.micro_batch_size} on each of {self._sharing} data-parallel ranks"
@@ -138,11 +142,11 @@ class SessionRank:
         )
 
     def _receive(self) -> bytes:
-        """On rank 0; nothing once the session is over."""
+        """The next message, on rank 0; empty once the session is over."""
         assert self._link is not None
         try:
             while not self._link.poll(IDLE_SECONDS):
-                got_on()  # nobody takes ranks that wait for a call for ranks that hang
+                got_on()  # ranks that wait for a call must not count as hung
             return self._link.recv_bytes()
         except (EOFError, ConnectionError):
             return b""
@@ -153,7 +157,7 @@ class SessionRank:
             self._link.send_bytes(save({name: tensor.contiguous() for name, tensor in (tensors or {}).items()}))
 
     def _broadcast(self, make: Callable[[], bytes]) -> bytes:
-        """What rank 0 makes, on every rank."""
+        """The bytes that rank 0 makes, on every rank."""
         data = make() if self._link is not None else b""
         length = torch.tensor([len(data)])
         dist.broadcast(length, 0, group=self._group)
@@ -169,7 +173,7 @@ class SessionRank:
 
 
 def run_rank(config: Config, place: Place) -> int:
-    """One rank until the session ends; returns the exit code."""
+    """Run one rank until the session ends; returns the exit code."""
     logs = RunPaths(config).logs
     return guarded(place, logs, disk_errors(config)(lambda: _run(config, place, logs)))
 

@@ -1,8 +1,8 @@
-"""init_from: a new run that starts from the weights of a Hugging Face folder, or of a checkpoint of ours. Imports no torch: the driver
-checks too.
+"""init_from: starts a new run from the weights of a Hugging Face folder, or of a Sluice checkpoint.
 
-Master weights become exactly the folder's values, dequantised where they are FP8, balance biases its correction biases.
-Moments stay 0, and an average of the weights starts from them.
+Imports no torch: the driver checks init_from too. Master weights get exactly the folder's values, dequantised from FP8
+if needed; balance biases get its correction biases. Moments start at 0, and an average of the weights starts from
+them.
 """
 
 from pathlib import Path
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def check_start(config: Config, tokenizer: Tokenizer) -> tuple[Folder, list[str]]:
     """The headers of config.init_from, and notes for the user. Reads no weights.
 
-    Raises UserError where the folder is damaged, holds another model than the recipe's, or knows another tokenizer.
+    Raises UserError if the folder is damaged, or its model or tokenizer differs from the recipe's.
     """
     assert config.init_from is not None
     path = Path(config.init_from).expanduser()
@@ -39,7 +39,7 @@ def check_start(config: Config, tokenizer: Tokenizer) -> tuple[Folder, list[str]
 
 
 def other_optimizer(config: Config, folder: Path) -> list[str]:
-    """A note where the weights are known to have been pretrained with another."""
+    """A note if the weights are known to have been pretrained with another optimizer."""
     path, own = folder / CONFIG_FILE, config.optim.facts.name
     body = read_json(path, "init_from", "download it again") if path.is_file() else {}
     known = pretrained_with(body.get("text_config") or body)
@@ -51,9 +51,9 @@ def other_optimizer(config: Config, folder: Path) -> list[str]:
 
 
 def own_start(config: Config, tokenizer: Tokenizer) -> Path | None:
-    """The checkpoint that config.init_from names, itself or as the newest of a run; None where it is a folder of Hugging Face's.
+    """The checkpoint that config.init_from names, directly or as a run's newest; None for a Hugging Face folder.
 
-    Raises UserError where it is damaged, or of another model or tokenizer.
+    Raises UserError if it is damaged, or has another model or tokenizer.
     """
     assert config.init_from is not None
     path = Path(config.init_from).expanduser()
@@ -68,7 +68,9 @@ def own_start(config: Config, tokenizer: Tokenizer) -> Path | None:
 
 
 def start_from(config: Config, source: Folder | Path, state: "RunState") -> None:
-    """Fill this rank's part of the state, of an adapter's run that of its base, from what `check_start` or `own_start` has found sound."""
+    """Fill this rank's part of the state, or of the base in an adapter's run, from a source that `check_start` or
+    `own_start`
+    accepted."""
     from train.checkpoint.weights_mark import WeightsMark  # torch
 
     mark = WeightsMark()

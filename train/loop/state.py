@@ -1,15 +1,15 @@
-"""What a run must remember: everything a checkpoint holds, by logical name.
+"""The state of a run: everything that a checkpoint contains, by logical name.
 
     master.*                            fp32 weights
-    STATE.*                             what the optimizer keeps, by its names (conf/optimizers.py)
-    bias.LAYER                          balance bias of every MoE layer; not where an adapter is trained, whose base has them
-    running.load, running.idle          past expert loads, from which MaxVio and dead experts are told
-    ema.*, and others                   what hooks keep (train/loop/live_run.py): the average of the weights
+    STATE.*                             state of the optimizer, by its names (conf/optimizers.py)
+    bias.LAYER                          balance bias of every MoE layer; not in an adapter's run, whose base has them
+    running.load, running.idle          past tokens per expert, for MaxVio and dead experts
+    ema.*, and others                   state of hooks (train/loop/live_run.py): the average of the weights
 
-The rest is in the meta: step, samples (the data position), updates, the family of the folder whose weights the run started
-from, of an adapter's run its base (train/checkpoint/trained_with.py), and on a CPU whose products the run computes with, which was
-measured when it began; schedules follow from the step. Nothing
-in a run draws random numbers after the weights are made, so there is no generator state to keep.
+The meta has the rest: step, samples (the data position), updates, and the family of the folder whose weights the run
+started from. An adapter's run adds its base (train/checkpoint/trained_with.py). A CPU run adds whether it uses compiled
+matmuls, as measured at its start. Schedules follow from the step. After the initial weights a run draws no random
+numbers, so no generator state is stored.
 """
 
 from collections import ChainMap
@@ -32,23 +32,23 @@ from train.rank_parts import ParallelModel
 
 
 class RunState:
-    """The live state of one rank, seen as shards."""
+    """The live state of one rank, as shards."""
 
     def __init__(self, config: Config, mesh: Mesh, parts: ParallelModel, hooks: Sequence[Any] = ()):
-        """hooks: those that keep state among them are part of it."""
+        """hooks: the state includes hooks that have `shards`."""
         self.mesh, self.zero, self.routers = mesh, parts.zero, parts.routers()
         self.compiled_products: bool | None = None
-        """Whether the products of a CPU are compiled, which was measured when the run began; None where that is no choice."""
+        """Whether a CPU's matmuls are compiled, as measured at the run's start; None if there is no choice."""
         self.step = 0
         self.samples = 0
         self.best: tuple[int, float] | None = None
-        """Step and value of the least held-out loss so far, where the run keeps the best checkpoint."""
+        """Step and value of the lowest held-out loss so far, if the run keeps the best checkpoint."""
         self.skipped = 0
         self.family = ModelFamily.deepseek_v3
         self._trains_adapter = config.adapter.on
         self._blocks = {name: blocks for chunk in parts.chunks for name, blocks in frozen_blocks(chunk)}
         self.base: dict[str, str] | None = None
-        """What an adapter is trained beside, once it is there."""
+        """Description of an adapter's base, once it is loaded."""
         size_LE = len(moe_layers(config.model)), config.model.experts
         self.load_LE = torch.zeros(size_LE, dtype=torch.float64)
         self.idle_LE = torch.zeros(size_LE, dtype=torch.int64)
@@ -60,14 +60,14 @@ class RunState:
         return RunningLoad(self.load_LE.numpy(), self.idle_LE.numpy(), self.step)
 
     def record_loads(self, loads_LE: torch.Tensor) -> RunningLoad:
-        """Take the loads of a step into the running ones."""
+        """Add a step's tokens per expert to the running ones."""
         running = update_running(self.running, loads_LE)
         self.load_LE.copy_(torch.from_numpy(running.load_LE))
         self.idle_LE.copy_(torch.from_numpy(running.idle_LE))
         return running
 
     def shards(self) -> dict[str, Shard]:
-        """This rank's part; what all data-parallel or all ranks know alike comes from the first of them."""
+        """This rank's part of the state. Only the first rank of a group includes state that the group's ranks share."""
         shards = self.zero.shards()
         for hook in self.keepers:
             shards |= _apart(shards, hook.shards())
@@ -78,8 +78,10 @@ class RunState:
         return shards
 
     def wanted(self, meta: Mapping[str, Any], *, own_optimizer: bool = True) -> dict[str, Shard]:
-        """What this rank reads from a checkpoint with this meta, which may have been written without what hooks keep, or by another
-        optimizer: then what this one keeps of weights becomes zero.
+        """The shards that this rank reads from a checkpoint with this meta.
+
+        The checkpoint may lack a hook's state, or come from another optimizer: then this optimizer's state is set to
+        zero.
         """
         shards = self.zero.shards(copies=True)
         if not own_optimizer:
@@ -94,8 +96,10 @@ class RunState:
         return shards | biases | self._loads()
 
     def wanted_of_start(self) -> dict[str, Shard]:
-        """What this rank reads of the weights that a run starts from: its masters, or the base of an adapter where it lies; and the
-        balance biases."""
+        """The shards that this rank reads of the run's initial weights, with the balance biases.
+
+        These are its masters, or its part of an adapter's base.
+        """
         if not self._trains_adapter:
             return {
                 name: shard
@@ -108,15 +112,17 @@ class RunState:
         return base | self._biases()
 
     def owned_base(self) -> dict[str, Shard]:
-        """What stands beside an adapter, and the balance biases, each element of one rank."""
+        """An adapter's base and the balance biases, with each element on one rank only."""
         shards = {f"master.{name}": shard for name, shard in self.zero.untrained_shards(owned=True).items()}
         if self.mesh.pp_rank > 0:
-            shards.pop("master.embedding.weight", None)  # MTP's copy of the first rank's
+            shards.pop("master.embedding.weight", None)  # MTP's copy of the first rank's embedding
         return shards | (self._biases() if self.mesh.stage_rank == 0 else {})
 
     def fill_base(self, fill: FillShards, mark: WeightsMark | None = None) -> None:
-        """Fill what this rank holds of the weights that a run starts from, of an adapter's run that of its base, and balance biases. mark: takes
-        the values of an adapter's base."""
+        """Fill this rank's part of the initial weights, or of the base in an adapter's run, and the balance biases.
+
+        mark: receives the values of an adapter's base.
+        """
         mark = mark or WeightsMark()
         (mark.watching(fill) if self._trains_adapter else fill)(self.wanted_of_start())
         for name, shard in self.zero.untrained_shards().items():
@@ -126,9 +132,9 @@ class RunState:
                 )
 
     def finish_load(self, meta: dict[str, Any]) -> None:
-        """Take over after the wanted shards were filled, from a checkpoint with this meta."""
+        """Finish loading after the wanted shards were filled, from a checkpoint with this meta."""
         self.step, self.samples, self.skipped = meta["step"], meta["samples"], meta["skipped"]
-        self.family = ModelFamily(meta.get("family", self.family))  # older checkpoints know of one
+        self.family = ModelFamily(meta.get("family", self.family))  # older checkpoints have only one family
         if best := meta.get("best"):
             self.best = int(best[0]), float(best[1])
         self.zero.finish_load(meta["updates"])
@@ -157,12 +163,12 @@ class RunState:
 
 
 def _has(meta: Mapping[str, Any], hook: Any) -> bool:
-    """Whether a checkpoint with this meta holds what a hook keeps."""
+    """Whether a checkpoint with this meta has the state of a hook."""
     return all((key in meta or key in META) and meta[key] not in (None, False) for key in hook.meta())
 
 
 def _apart(shards: Mapping[str, Shard], more: dict[str, Shard]) -> dict[str, Shard]:
-    """What a hook keeps. Raises UserError where its names are taken."""
+    """The state of a hook. Raises UserError if its names are in use."""
     if taken := sorted(shards.keys() & more.keys()):
         rule = "names tensors that the state of the run has already"
         raise UserError("callbacks", ", ".join(taken), rule, "give those of the hook's `shards` names of their own")

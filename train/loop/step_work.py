@@ -1,13 +1,13 @@
-"""What this rank's pipeline and dispatcher did in a step, as numbers that become metrics when summed over all ranks.
+"""Measures the work of this rank's pipeline and dispatcher in a step; sums over all ranks become metrics.
 
-Means over ranks are sent as shares of the world's size, so that a sum is all they need (train/loop/measure.py has it). A
-metric that a layout cannot have (a bubble without a pipeline, traffic without expert parallelism) is left out.
+Each rank sends its share of a mean, divided by the world size, so that a sum gives the mean (train/loop/measure.py).
+A metric that a layout cannot have (a bubble without a pipeline, traffic without expert parallelism) is left out.
 
-A rank's busy time is that of its actions. Inside an action it may wait as well, for tokens from other experts' ranks
-(dispatch_wait_seconds) or for sharded weights; the bubble is only what the schedule leaves empty between actions.
+A rank's busy time is the time of its actions. Inside an action it may also wait, for tokens from other experts' ranks
+(dispatch_wait_seconds) or for sharded weights. The bubble is only the time between actions.
 
-`busy` is what this rank did itself, with both kinds of waiting taken out, so that a slow rank stands out from those
-that wait for it. With NCCL the host does not wait for tokens: there a slow rank's expert group looks slow as a whole.
+`busy` is this rank's own work without both kinds of waiting, so a slow rank stands out from ranks that wait for it.
+With NCCL the host does not wait for tokens: there a slow rank's whole expert group looks slow.
 """
 
 from collections.abc import Sequence
@@ -26,20 +26,21 @@ class StepWork:
         self._counters = None if parts.dispatcher is None else parts.dispatcher.counters
         self._has_pairs = parts.pipeline.facts.pairs
         self.busy = 0.0
-        """Seconds of this rank's own work in the step that was collected last."""
+        """Seconds of this rank's own work in the last collected step."""
         self._names = list(self._read())
 
     def clear(self) -> None:
-        """Start a new step: forget what a validation moved since the last."""
+        """Start a new step: reset the counters, which may include a validation's traffic."""
         if self._counters is not None:
             self._counters.take()
 
     def collect(self) -> list[float]:
-        """This rank's summands of the step that has just ended on the device; the same number of them on every rank."""
+        """This rank's terms for the step that has just ended on the device; every rank returns the same number of
+        terms."""
         return list(self._read().values())
 
     def named(self, sums: Sequence[float]) -> dict[str, float]:
-        """Metrics from the sums over all ranks of what they collected."""
+        """Metrics from the sums of all ranks' terms."""
         values = dict(zip(self._names, sums, strict=True))
         return {name: int(value) if name in _BYTES else value for name, value in values.items()}
 

@@ -1,5 +1,7 @@
-"""Signals ask the run to stop after the current step: SIGTERM and Ctrl-C with a checkpoint, SIGUSR2 with a copy in memory where the
-run keeps some. A second Ctrl-C stops it at once, and so does the first one before a step is done.
+"""Signals ask the run to stop after the current step, and save its state.
+
+SIGTERM and Ctrl-C save a checkpoint; SIGUSR2 copies the state to memory if the run keeps such copies. A second Ctrl-C
+stops the run at once, and so does the first before a step is done.
 """
 
 import signal
@@ -11,24 +13,28 @@ from conf.errors import StopInterrupt
 
 
 class StopKind(Enum):
-    """How a run is to end after a step."""
+    """How a run must end after a step."""
 
     none = 0
     in_memory = 1
-    """The run's next attempt is at hand, and goes on from the copies."""
+    """The next attempt starts right away, and resumes from the copies in memory."""
     on_disk = 2
 
 
 class StopRequest:
-    """Remembers the first signal, and one to disk rather than one to memory; `pending` is read once per step and agreed on among
-    the ranks.
+    """Remembers the first signal; a request to save on disk replaces a request to copy to memory.
+
+    The ranks read `pending` once per step and agree on it.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
         self.has_stepped = False
-        """Whether a step was done since the start, so that there is something to save. Until then the first signal ends the run at once:
-        the start, or a step of a model that is far too large, may take longer than anyone waits."""
+        """Whether a step is done since the start, so that there is a state to save.
+
+        Until then the first signal ends the run at once: the start, or a step of a far too large model, may take too
+        long.
+        """
         numbers = signal.SIGTERM, signal.SIGINT, signal.SIGUSR2
         self._previous = {number: signal.signal(number, self._take) for number in numbers}
 
@@ -51,6 +57,6 @@ class StopRequest:
             self.signal = number
 
     def close(self) -> None:
-        """Give the signals back to whoever had them."""
+        """Restore the previous signal handlers."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)

@@ -1,7 +1,7 @@
-"""The loop: one optimizer step after another, on every rank alike.
+"""The training loop: runs one optimizer step after another, the same on every rank.
 
-For each: plan it, read this rank's share of the batch, make the step (training_engine.py), record it, and save the state when due. All else that
-a run does is a hook (live_run.py), which the loop tells where it is.
+For each step it makes the plan, reads this rank's share of the batch, runs the step (training_engine.py), records it,
+and saves the state when due. All other work of a run is in hooks (live_run.py), which the loop calls.
 """
 
 import time
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
     from train.loop.hooks.copies_in_memory import CopiesInMemory
 
 NEXT_PHASE = {"schedule": "reduction", "reduction": "update", "update": "record"}
-"""What a step is at after each of its phases."""
+"""The phase that follows each phase of a step."""
 
 
 class Trainer:
     """Trains one rank of a run, until the last step or a request to stop."""
 
     def __init__(self, run: LiveRun, stop: StopRequest, copies: "CopiesInMemory"):
-        """copies: take the state where the next attempt goes on from memory."""
+        """copies: save the state if the next attempt resumes from memory."""
         self.run, self.stop, self._copies = run, stop, copies
         self.goes_on = False
-        """It stopped for another attempt, which takes its state from memory."""
+        """The run stopped for another attempt, which resumes from memory."""
         self._saved: int | None = None
-        """The step of the newest checkpoint that hooks know of."""
+        """The step of the newest checkpoint that hooks know."""
 
     def train(self) -> int:
         """Train from the state's step to the last; returns the exit code. Raises RunDiverged, DiskFailed."""
@@ -50,10 +50,10 @@ class Trainer:
         if not steps:
             run.note(f"this run has all its {config.steps} steps behind it; raise steps= to train on")
             if not (run.folder / "checkpoints" / step_name(run.state.step)).exists():
-                self._save(final=True)  # it came from another run's folder, perhaps in another layout
+                self._save(final=True)  # the state came from another run's folder, perhaps in another layout
             return EXIT_OK
         schedules = Schedules(config)
-        # The data go on where the checkpoint ended, also when the batch size was changed since.
+        # The data continue at the checkpoint's position, even if the batch size has changed since.
         shift = run.state.samples - schedules.samples[run.state.step]
         plans = (schedules.plan(step, shift) for step in steps)
         shares = (self._share(schedules.plan(step, shift)) for step in steps)
@@ -97,7 +97,8 @@ class Trainer:
             run.note(f"step {plan.step}: all training text of {source} has been read once; from here on it repeats")
         record = {"step": plan.step, "data_wait_seconds": batches.waited - waited}
         run.tell("on_step", plan.step, record)
-        # After its record is written: a run that resumes here goes on with the next. The last state is saved when the run ends.
+        # After its record is written: a run that resumes here continues with the next step. The end of the run saves
+        # the last state.
         every = run.config.checkpoint.every
         if plan.step < run.config.steps and (run.wants_save or (every and plan.step % every == 0)):
             self._save()
@@ -105,7 +106,7 @@ class Trainer:
         return outcome.measured.stop
 
     def _save(self, final: bool = False) -> None:
-        """Save the state. final: and wait until it is saved."""
+        """Save the state. final: also wait until it is saved."""
         self.run.saver.save(self.run, final)
         if self._saved != self.run.state.step:
             self._saved = self.run.state.step

@@ -1,23 +1,24 @@
-"""The engine of one rank: what any loop needs of a model in any layout. Our own trainer is one of its clients.
+"""The engine of one rank: the operations that a training loop needs, in any layout.
 
     forward_backward    gradients of a loss over a batch; several calls add up
-    update              gradients clipped and applied, unless loss or gradient is not finite; the biases of the routers move by the
-                        loads of the step (paper 2.1.2)
-    discard             the gradients are forgotten
-    logprobs            log-probabilities of given tokens, which change nothing
+    update              gradients are clipped and applied if loss and gradients are finite; router biases are adjusted by
+                        the step's tokens per expert (paper 2.1.2)
+    discard             deletes the gradients
+    logprobs            log-probabilities of given tokens; changes nothing
     save, load          checkpoints, which any layout reads
-    generate            text of the live model, of one process
-    weights, fill       the weights under Hugging Face's names, given a bucket at a time, and taken
+    generate            text of the live model, in one process
+    weights, fill       reads the weights under Hugging Face's names, one bucket at a time, and replaces them
 
-All ranks make the same calls in the same order. In every call each data-parallel rank gives its own share of the batch; ranks that share
-it (stages of a pipeline, parts of sequences) give the same. A step in its order:
+Sluice's own trainer uses this engine. All ranks make the same calls in the same order. In every call each
+data-parallel rank gives its own share of the batch; ranks with the same share (stages of a pipeline, parts of
+sequences) give the same. A step, in order:
 
-    weights     what losses and routers count
+    weights     weights of the loss terms and router losses
     passes      forward and backward of all micro-batches
-    measures    losses, loads and times, summed over all ranks
-    reduction   gradients are reduced, at ZeRO 1 and 2 not before the last call of the step; at ZeRO 3 in every backward
-    update
-    balance     the biases
+    measures    losses, tokens per expert and times, summed over all ranks
+    reduction   gradients are reduced: at ZeRO 1 and 2 in the step's last call, at ZeRO 3 in every backward
+    update      the optimizer updates the weights
+    balance     router biases are adjusted
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -53,11 +54,11 @@ if TYPE_CHECKING:
     from train.loop.live_model import LiveModel
 
 TERMS = ("mtp", "balance", "biases")
-"""What a step does beside its loss: MTP's losses, the balance loss of the routers, and the move of their biases."""
+"""Optional parts of a step: MTP's losses, the balance loss of the routers, and the adjustment of their biases."""
 
 
 def set_weights(chunks: Sequence[DeepSeekV3], plan: StepPlan, balance_weight: float) -> None:
-    """What routers and the MTP modules count in this step, and which it is. balance_weight: alpha / micro-batches."""
+    """Set the step's number and the weights of MTP and balance losses. balance_weight: alpha / micro-batches."""
     for chunk in chunks:
         chunk.mtp_weight, chunk.step = plan.mtp_weight, plan.step
         for router in chunk.routers().values():
@@ -65,50 +66,55 @@ def set_weights(chunks: Sequence[DeepSeekV3], plan: StepPlan, balance_weight: fl
 
 
 class StepTotal(NamedTuple):
-    """What all calls and ranks of a step learn together: what its sums are divided by."""
+    """Divisors of a step's sums, over all calls and ranks."""
 
     rows: int
     """Sequences of tokens."""
     targets: int | None
-    """Learnt tokens; None where all are learnt."""
+    """Learnt tokens; None if all tokens are learnt."""
     samples: int
-    """Samples, or sequences where those are not told apart."""
+    """Samples, or sequences if samples are not distinguished."""
 
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What a step came to. Without an applied update the weights and biases are those before it."""
+    """Results of a step. Without an applied update, weights and biases are unchanged."""
 
     measured: MeasuredStep
     update: Update
     scores_LH: Tensor
-    """Largest attention score of every head of this rank's layers, as `QKClip.largest` gives them; none where nobody asks for them."""
+    """Largest attention score of every head of this rank's layers, as from `QKClip.largest`; empty without
+    optim.qk_clip."""
 
 
 class Engine:
-    """Makes the steps of one rank; every rank makes the same ones."""
+    """Runs the steps of one rank; every rank runs the same steps."""
 
     def __init__(self, config: Config, parts: ParallelModel, rank: RankSetup, live: "LiveModel | None" = None):
-        """live: what is saved, loaded, handed out and written with; None for a caller that does none of it."""
+        """live: implements saving, loading, weights and generation; None for a caller that uses none of them."""
         self._live = live
         self._config, self._parts, self._device = config, parts, rank.device
         self.mesh = rank.mesh
-        """This rank among the others: `dp_rank` says which share of a batch is its own."""
+        """This rank's position: `dp_rank` tells its share of a batch."""
         self._layout, self._schedules = rank.mesh.layout, Schedules(config)
         self.step = 0
-        """Steps that are made, set by whoever goes on from others: which part of the recipe's schedules the next one has."""
+        """Number of completed steps, which selects the next step of the recipe's schedules; a caller that resumes
+        sets it."""
         self._sequences = config.micro_batch_size * rank.mesh.layout.dp
         """Sequences of one micro-batch of every data-parallel rank."""
         self._mean_micro_batches = 0.0
-        """Mean micro-batches of a data-parallel rank in this step: what losses are divided by, so that all tokens of
-        the batch weigh the same where shares differ (parallel.uneven)."""
+        """Mean micro-batches of a data-parallel rank in this step.
+
+        Losses are divided by it, so that all tokens of the batch have the same weight if shares differ
+        (parallel.uneven).
+        """
         self._open: ExitStack | None = None
-        """What ends with the last call of the step that is under way; None between steps."""
+        """Contexts that end with the last call of the current step; None between steps."""
         self._is_reduced = False
-        """The last call of a step is made."""
+        """Whether the last call of the step is done."""
         self._moves_biases = True
         self.has_failed = False
-        """A call has failed while it computed, so that other ranks may wait for this one."""
+        """Whether a call failed during computation, so that other ranks may wait for this one."""
         self._reduce_ahead = parts.pipeline.on_chunk_end
         self.on_phase: Callable[[str], None] = lambda ended: None
         """Called at the ends of `schedule` (forward and backward), `reduction` and `update`."""
@@ -116,7 +122,7 @@ class Engine:
         self.measure = Measure(config.model, parts, rank, self.clip)
         self._moe_layers = sum(not name.startswith("mtp") for name in moe_layers(config.model))
 
-    # A loop of anyone's
+    # Custom loops
 
     def forward_backward(
         self,
@@ -128,12 +134,17 @@ class Engine:
         terms: Collection[str] | None = None,
         **settings: float,
     ) -> None:
-        """Add the gradients of a loss over this rank's share of a batch to those of the step.
+        """Add the gradients of a loss over this rank's share of a batch to the step's gradients.
 
-        loss: a name of `TOKEN_LOSSES`, or a function as of train/model/token_losses.py or its import path; settings: its further arguments. last: the last
-        call of the step, with which gradients are reduced. total: what all calls of the step learn, of `count`; needed where there are
-        several, as sums over tokens are divided by it. None: this call is the whole step. terms: of `TERMS`; None for all, but of a batch
-        with replayed experts, whose loads are no choice of the routers, without `biases`. Raises UserError.
+        loss: a name of `TOKEN_LOSSES`, a function as in train/model/token_losses.py, or its import path. settings: its
+        further
+        arguments. last: whether this is the step's last call, which reduces the gradients. total: learnt tokens of all
+        calls of
+        the step, from `count`, because sums over tokens are divided by it. A step with several calls needs it; None:
+        this call
+        is the whole step. terms: of `TERMS`. None: all, but without `biases` for replayed experts, because the routers
+        did not
+        choose them. Raises UserError.
         """
         token_loss = self._find_loss(loss, batch, settings)
         chosen = self._terms(terms, batch)
@@ -155,8 +166,11 @@ class Engine:
         self._pass(plan, batch, total, last, token_loss, "balance" in chosen)
 
     def update(self, step: int | None = None, *, lr: float | None = None) -> StepOutcome:
-        """Clip and apply the gradients of the step, as number `step` of the recipe's schedules; None for the next. Nothing is applied
-        where loss or gradient is not finite. lr: instead of the schedule's. Raises UserError.
+        """Clip and apply the gradients of the step.
+
+        step: number in the recipe's schedules; None for the next. lr: replaces the schedule's rate. Nothing is applied
+        if loss
+        or gradient is not finite. Raises UserError.
         """
         number = self.step + 1 if step is None else step
         if not 1 <= number <= self._config.steps:
@@ -169,7 +183,7 @@ class Engine:
         return self._update(plan if lr is None else replace(plan, lr=lr))
 
     def discard(self) -> None:
-        """Forget the gradients of the step."""
+        """Delete the gradients of the step."""
         if self._open is not None:
             self._close()
         if self._is_reduced:
@@ -178,9 +192,13 @@ class Engine:
 
     @torch.no_grad()
     def logprobs(self, batch: Batch) -> Tensor:
-        """log p(token | those before it) of every token of this rank's share, fp32 (B, S) on the host, alike on all ranks that have this
-        share; 0 for the first of a sequence. The logits are divided by the tensor `temperatures`, if the batch has it; nothing is
-        cut off. Changes nothing: routers count nothing, and adapters drop nothing. Raises UserError.
+        """log p(token | earlier tokens) of every token of this rank's share: fp32 (B, S) on the host.
+
+        All ranks with this share get the same values; the first token of a sequence gets 0. The logits are divided by
+        the
+        tensor `temperatures`, if the batch has it; there is no top-p. Changes nothing: routers count nothing, and
+        adapters use
+        no dropout. Raises UserError.
         """
         batch, head = self._checked(batch), self.measure.last
         wanted = {name: tensor for name, tensor in batch.tensors.items() if name == "temperatures"}
@@ -194,47 +212,58 @@ class Engine:
         values_BT = torch.zeros(len(batch.tokens_BS), batch.tokens_BS.size(1) - 1, device=self._device)
         if found:
             torch.cat(found, out=values_BT)
-        if self._layout.pp > 1:  # those of the last stage, and zeros
+        if self._layout.pp > 1:  # the last stage's values; other stages have zeros
             dist.all_reduce(values_BT, group=self.mesh.stages_group)
         return torch.nn.functional.pad(values_BT, (1, 0)).cpu()
 
     def count(self, batches: Sequence[Batch], rows: int | None = None) -> StepTotal:
-        """What the batches of all ranks learn together. Collective over all ranks, except where rows, their sequences over all ranks, are
-        known and every token is learnt.
+        """Learnt tokens, sequences and samples in the batches of all ranks.
+
+        Collective over all ranks, except if rows (sequences over all ranks) is given and every token is learnt.
         """
         if rows is not None and all(batch.supervised_BS is None for batch in batches):
             return StepTotal(rows, None, rows)
         totals = torch.tensor(_counts(batches), dtype=torch.int64, device=self._device)
         if self._layout.world > 1:
             dist.all_reduce(totals)
-        alike = self._layout.pp * self._layout.cp  # ranks that have the same share
+        alike = self._layout.pp * self._layout.cp  # number of ranks that have the same share
         found = _total((totals // alike).tolist())
         return found if rows is None else found._replace(rows=rows)
 
     def save(self, folder: Path) -> Path:
-        """Write a checkpoint of the last step into a folder of checkpoints, and wait until it is whole; returns its path,
-        FOLDER/step_00000012. Training goes on from it in any layout, and every mode reads it. Raises DiskFailed.
+        """Write a checkpoint of the last step and wait until it is complete; returns its path, FOLDER/step_00000012.
+
+        folder: of checkpoints. Training can resume from it in any layout, and every mode reads it. Raises
+        DiskFailed.
         """
         return self._between_steps("save").save(folder, self.step)
 
     def load(self, path: Path) -> None:
-        """Go on from a checkpoint of any layout: weights, optimizer's state, balance biases and the number of the step. Raises UserError
-        where it is damaged or of another model.
+        """Load a checkpoint of any layout: weights, optimizer state, balance biases and step number.
+
+        Raises UserError if it is damaged or has another model.
         """
         self.step = self._between_steps("load").load(path)
 
     def weights(
         self, *, merged: bool = True, stacked: bool = False, dtype: torch.dtype | None = None
     ) -> Iterator[tuple[str, Tensor]]:
-        """Hugging Face's names and tensors, in the order of a folder, alike on all ranks. Collective: every rank takes all of them, and a
-        tensor lives until the next. Balance biases are among them, fp32. merged: of an adapter's run, added to the base; else the
-        adapter alone, under PEFT's names. stacked: experts of a layer as one tensor. dtype: None for that of the recipe. Raises UserError.
+        """Hugging Face's names and tensors in a folder's order, the same on all ranks.
+
+        Collective: every rank must read all of them, and a tensor is valid until the next. They include balance biases
+        in fp32.
+        merged: the adapter is added to the base; else only the adapter, under PEFT's names. stacked: experts of a layer
+        as one tensor. dtype: None for the recipe's. Raises UserError.
         """
         return self._between_steps("weights").weights(merged=merged, stacked=stacked, dtype=dtype)
 
     def fill(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Take weights and balance biases under Hugging Face's names, as `weights` of another engine gives them: for a sampler of one
-        process beside a session. The optimizer's state stays. Raises UserError for a name or shape that the model does not have.
+        """Replace weights and balance biases by tensors under Hugging Face's names, as `weights` of another engine
+        returns them.
+
+        For example for a sampler in one process next to a session. The optimizer's state does not change. Raises
+        UserError for
+        an unknown name or a wrong shape.
         """
         self._between_steps("fill").fill(weights)
 
@@ -248,8 +277,12 @@ class Engine:
         end_ids: Collection[int] = (),
         seed: int = 1,
     ) -> "list[DrawnText]":
-        """What the live model writes behind prompts of any lengths, token ids, in one batch; of one process, with its weights whole. At most
-        so many tokens each, and none behind an end token. Row i draws from seed + i. Raises UserError.
+        """Completions of prompts (token ids, any lengths) by the live model, in one batch; one process with whole
+        weights only.
+
+        tokens: maximum of new tokens per prompt; generation stops at an end token. Row i uses the random seed `seed` +
+        i. Raises
+        UserError.
         """
         how = {"temperature": temperature, "top_p": top_p, "end_ids": end_ids, "seed": seed}
         return self._between_steps("generate").generate(prompts, tokens=tokens, **how)
@@ -264,18 +297,21 @@ class Engine:
         stopping: StopKind = StopKind.none,
         on_phase: Callable[[str], None] = lambda _: None,
     ) -> StepOutcome:
-        """A whole step by the recipe's own loss. batch: this rank's share. stopping: how this rank was asked to stop, which all ranks then
-        know. on_phase: see there.
+        """Run a whole step with the recipe's loss.
+
+        batch: this rank's share. stopping: the stop that this rank was asked for; all ranks get it with the
+        measurements.
+        on_phase: see the field.
         """
         self.on_phase, self._moves_biases = on_phase, True
         self._pass(plan, batch, self.count([batch], plan.batch_size), stopping=stopping)
         return self._update(plan)
 
     def run_passes(self, batch: Batch) -> None:
-        """Forward and backward of all micro-batches."""
+        """Run forward and backward of all micro-batches."""
         self._parts.pipeline.step(**self._inputs(batch), mean=self._mean_micro_batches)
         if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)  # what the passes took is part of what all ranks are told
+            torch.cuda.synchronize(self._device)  # the time of the passes is part of the measurements for all ranks
 
     # Parts of a step
 
@@ -307,7 +343,7 @@ class Engine:
 
     @contextmanager
     def _accumulating(self, plan: StepPlan) -> Iterator[None]:
-        """A call of the step that is under way, or of a new one. An error in it ends the step."""
+        """A context for one call of the current step, or of a new one. An error inside ends the step."""
         if self._is_reduced:
             rule = "came after the last call of a step, and update or discard did not"
             raise UserError("forward_backward", "another call", rule, "call update, or give last=False before it")
@@ -320,7 +356,7 @@ class Engine:
                 self._parts.precision.start_step(plan.step, self._config.holds_weights)
             try:
                 yield
-            except Exception as error:  # torch wraps what fails in a pipeline
+            except Exception as error:  # torch wraps errors in a pipeline
                 self.has_failed = True
                 if refused := next((one for one in causes(error) if isinstance(one, UserError)), None):
                     raise refused from None
@@ -356,7 +392,7 @@ class Engine:
         return QKClip(parts.chunks, self._config.model, limit, most)
 
     def _inputs(self, batch: Batch) -> dict:
-        """What the pipeline takes of a batch; tensors per token where the head is, experts everywhere."""
+        """The pipeline's inputs from a batch; per-token tensors only on the rank of the head, experts on all ranks."""
         more = {} if self.measure.last is None else dict(batch.tensors)
         if batch.experts_BTLK is not None:
             more["experts_BTLK"] = batch.experts_BTLK
@@ -385,16 +421,16 @@ class Engine:
             update_bias(router.bias_E, loads_LE[self.measure.layers.index(name)], plan.bias_speed)
 
     def _between_steps(self, method: str) -> "LiveModel":
-        """Raises UserError inside a step, as gradients are no part of what is saved or handed out."""
+        """The live model. Raises UserError inside a step, because gradients are not saved or handed out."""
         assert self._live is not None, "this engine was made for steps alone"
         if self._open is not None or self._is_reduced:
             raise UserError(method, "in a step", "comes between steps", "call update or discard before it")
         return self._live
 
-    # What a caller gives
+    # Checks of a caller's arguments
 
     def _find_loss(self, loss: str | TokenLoss, batch: Batch, settings: Mapping[str, float]) -> TokenLoss | None:
-        """None for the cross-entropy that the head computes in one piece. Raises UserError."""
+        """The loss function; None for the cross-entropy that the head computes in one piece. Raises UserError."""
         if isinstance(loss, str):
             if loss not in TOKEN_LOSSES and "." not in loss:
                 known = ", ".join(TOKEN_LOSSES)
@@ -418,7 +454,7 @@ class Engine:
         return terms
 
     def check(self, batch: Batch, micro_batches: int) -> None:
-        """Raise UserError where this layout cannot take a batch, of one rank or of all. micro_batches: of a rank."""
+        """Raise UserError if this layout cannot process a batch, of one rank or of all. micro_batches: per rank."""
         tokens_BS, config = batch.tokens_BS, self._config
         (rows, length), cp = tokens_BS.shape, self._layout.cp
         if (length - 1) % (2 * cp if cp > 1 else 1) or length < 2:
@@ -443,14 +479,15 @@ class Engine:
             self._experts(batch)
 
     def _checked(self, batch: Batch) -> Batch:
-        """The batch, complete. Raises UserError."""
+        """The checked batch with all its fields. Raises UserError."""
         self.check(batch, self._micro_batches(batch))
         batch = _completed(batch)
         return batch if batch.experts_BTLK is None else replace(batch, experts_BTLK=self._experts(batch))
 
     def _experts(self, batch: Batch) -> Tensor:
-        """Replayed experts (B, T, L, K), with any that are allowed where a position does not count: of filling, and the last of each sample. Raises
-        UserError.
+        """Replayed experts (B, T, L, K), with arbitrary valid experts at positions that do not count. Raises UserError.
+
+        These positions are padding, and the last of each sample.
         """
         ids, model = batch.experts_BTLK, self._config.model
         assert ids is not None
@@ -480,12 +517,12 @@ class Engine:
 
 
 def total_of(batches: Sequence[Batch]) -> StepTotal:
-    """What these batches, of all ranks, learn together."""
+    """Learnt tokens, sequences and samples in these batches of all ranks."""
     return _total(_counts(batches))
 
 
 def _counts(batches: Sequence[Batch]) -> list[int]:
-    """Rows, learnt tokens, samples, and batches in which tokens are marked as learnt."""
+    """Rows, learnt tokens, samples, and the number of batches that mark learnt tokens."""
     whole = [_completed(batch) for batch in batches]
     marked = sum(batch.supervised_BS is not None for batch in whole)
     return [
@@ -502,11 +539,11 @@ def _total(counts: list[int]) -> StepTotal:
 
 
 def _completed(batch: Batch) -> Batch:
-    """With documents where tokens are marked as learnt: one sample a sequence."""
+    """The batch with documents if it marks learnt tokens: one sample per sequence."""
     if batch.supervised_BS is None or batch.documents_BS is not None:
         return batch
     return replace(batch, documents_BS=torch.zeros(batch.tokens_BS.shape, dtype=torch.int32))
 
 
 def _nothing(chunk: int) -> None:
-    """No gradients are whole before the last call of a step."""
+    """Does nothing: gradients are complete only after the step's last call."""

@@ -1,4 +1,4 @@
-"""Loss on held-out sequences, in any layout: what a run validates with, and what mode=evaluate measures."""
+"""Loss on held-out sequences, in any layout, for a run's validation and for mode=evaluate."""
 
 import math
 from collections.abc import Callable
@@ -20,13 +20,13 @@ class Sums:
 
     sequences: int = 0
     tokens: int = 0
-    """Targets that are learnt, eos included."""
+    """Learnt targets, eos included."""
     text_bytes: int = 0
-    """Bytes of text that the targets stand for."""
+    """Bytes of text in the targets."""
     nats: float = 0.0
-    """-log p of all targets, of the main model."""
+    """-log p of all targets, by the main model."""
     more: tuple[float, ...] = ()
-    """Sums of whatever else was measured on the way."""
+    """Sums of additional measurements."""
 
     def __add__(self, other: "Sums") -> "Sums":
         more = tuple(a + b for a, b in zip(self.more, other.more, strict=True)) if self.more else other.more
@@ -45,7 +45,7 @@ class Sums:
 
     @property
     def bits_per_byte(self) -> float:
-        """Not a number where the targets stand for no text."""
+        """NaN if the targets have no text."""
         return self.nats / math.log(2) / self.text_bytes if self.text_bytes else math.nan
 
 
@@ -57,15 +57,15 @@ def held_out_loss(
     device: torch.device,
     more: Callable[[], Tensor] | None = None,
 ) -> Sums:
-    """Main loss on all sequences of `data`, shared out over the data-parallel ranks; every rank gets the same sums.
+    """Main loss on all sequences of `data`, divided among the data-parallel ranks; every rank gets the same sums.
 
-    size: sequences per forward pass of one rank. more: called on every rank after each pass that counts, gives further
-    sums of that pass (float64, the same number of them everywhere; zeros where a rank has nothing to add).
+    size: sequences per forward pass of one rank. more: called on every rank after each pass, returns further sums of that
+    pass (float64, the same number on all ranks; zeros if a rank has nothing to add).
     """
     totals: Tensor | float = 0.0
     for first in range(0, len(data), size * mesh.layout.dp):
-        # Every rank makes the same number of passes, since experts are shared; a rank without a share of its own
-        # repeats the first sequences and does not count them.
+        # Every rank makes the same number of passes, since experts are shared. A rank without a share repeats
+        # the first sequences and does not count them.
         mine = first + mesh.dp_rank * size
         batch = data.batch(mine if mine < len(data) else 0, size)
         loss = pipeline.evaluate(
@@ -73,8 +73,9 @@ def held_out_loss(
         )
         own = torch.zeros(4, dtype=torch.float64)
         if loss is not None:
-            # The ranks that share sequences have a loss each: the mean of as many positions, or the sum of those that are supervised.
-            # One of them counts what is the sequences'.
+            # Each rank of a shared sequence has its own loss: a mean over equally many positions, or a sum over
+            # supervised
+            # ones. Only one rank counts the sequences' totals.
             counts, nats = mesh.cp_rank == 0, loss.item()
             if batch.supervised_BS is None:
                 nats *= batch.targets // mesh.layout.cp
