@@ -59,7 +59,7 @@ def given(tree: ast.AST) -> Iterator[str]:
             yield node.target.id
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id.isupper():
             yield node.id
-        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and isinstance(node.value, ast.Name):
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self":
             yield node.attr
 
 
