@@ -93,9 +93,9 @@ def count_beside_reduction(precision: str) -> list[int]:
     """The same for what ranks of a stage exchange in a step of DualPipeV, first ZeRO's reduction of the chunk that ends first."""
     found, make, run = [], Zero.__init__, Engine.run
 
-    def over_nccl(zero: Zero, chunks: Any, make_optimizer: Any, mesh: Mesh, **options: Any) -> None:
+    def over_nccl(zero: Zero, chunks: Any, make_optimizer: Any, mesh: Mesh, *rest: Any, **options: Any) -> None:
         _over_nccl(mesh.stage_group, mesh.layout.stage_ranks)
-        make(zero, chunks, make_optimizer, mesh, **options)
+        make(zero, chunks, make_optimizer, mesh, *rest, **options)
 
     def watched(*args: Any, **options: Any) -> Any:
         with recorded_events() as events:

@@ -9,5 +9,8 @@ from tests.interpret import needs_triton, run_interpreted
 
 @pytest.mark.slow
 @needs_triton
-def test_cuda_path_in_the_interpreter():
-    run_interpreted(Path(__file__).parent, ["interpreted", "interpreted_products", "interpreted_mx"])
+@pytest.mark.parametrize(
+    "names", [["interpreted"], ["interpreted_products", "interpreted_mx"]], ids=["hopper", "products and blackwell"]
+)
+def test_cuda_path_in_the_interpreter(names):
+    run_interpreted(Path(__file__).parent, names)
