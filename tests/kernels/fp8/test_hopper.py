@@ -8,6 +8,7 @@ from tests.interpret import needs_triton, run_interpreted
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # of all of them: each one has a limit of its own
 @needs_triton
 @pytest.mark.parametrize(
     "names", [["interpreted"], ["interpreted_products", "interpreted_mx"]], ids=["hopper", "products and blackwell"]
