@@ -37,6 +37,8 @@ from conf.schema import (
 OF_STDLIB = (DataFormat.stdlib, DataFormat.docstrings)
 """Formats that need no path."""
 NEEDS_NO_DATA = (Mode.generate, Mode.score, Mode.plan, Mode.dry_run, Mode.prove)
+DENSE_ALONE = (Mode.plan, Mode.dry_run, Mode.prove)
+"""Modes that do not know sparse attention yet."""
 NOT_CHATS, FOR_CHATS = (
     "says how chats are learnt, and the data of this recipe are none",
     "set data.format=chat, or leave it out",
@@ -324,6 +326,8 @@ TOP: tuple[ConfigCheck, ...] = (
 )
 
 MODEL: tuple[ConfigCheck, ...] = (
+    JoinedRule("model.sparse.heads", lambda c, v: v == 0 or c.mode not in DENSE_ALONE,
+               "is sparse attention, and mode={mode} knows dense attention alone", "leave out the mode, or set model.sparse.heads=0"),
     _parts("model.recompute", list(Recompute)),
     _parts("model.offload", list(Offload)),
     JoinedRule("model.offload", lambda c, v: not v or Recompute.layer not in c.model.recompute,
@@ -333,6 +337,16 @@ MODEL: tuple[ConfigCheck, ...] = (
                "says twice what goes to the host: `layer` is all of a block", "keep [layer]"),
     JoinedRule("model.rope_head_dim", lambda c, v: v % 2 == 0,
                "must be even: RoPE turns pairs", lambda c, v: f"take {v + 1}"),
+    ConditionalRules(lambda c: c.model.sparse.heads > 0, (
+        JoinedRule("model.q_rank", lambda c, v: v is not None,
+                   "must be given with sparse attention: the indexer makes its queries of the query latent",
+                   "set model.q_rank, or model.sparse.heads=0"),
+        JoinedRule("model.sparse.head_dim", lambda c, v: v >= c.model.rope_head_dim,
+                   "must be at least model.rope_head_dim = {model.rope_head_dim}, which is the part that turns", "raise it"),
+        JoinedRule("model.sparse.pattern", lambda c, v: not v or (len(v) == c.model.layers and re.fullmatch("F[FS]*", v)),
+                   "must be a letter F or S for each of model.layers = {model.layers}, the first F",
+                   "leave it empty for an indexer in every layer"),
+    )),
     JoinedRule("model.dense_layers", lambda c, v: v <= c.model.layers,
                "must not exceed model.layers = {model.layers}", "lower it"),
     ConditionalRules(
@@ -387,6 +401,22 @@ OPTIM: tuple[ConfigCheck, ...] = (
     JoinedRule("optim.bias_speed", lambda c, v: c.model.scores == ScoreFunction.sigmoid or not any(phase.value for phase in v),
                "must be 0 with model.scores=softmax, whose routers have no balance bias", "set 'optim.bias_speed=[{{value: 0}}]'",
                shown=lambda c, v: [phase.value for phase in v]),
+    ConditionalRules(lambda c: c.optim.index_warmup, (
+        JoinedRule("optim.index_warmup", lambda c, v: c.model.sparse.heads > 0,
+                   "trains indexers, and model.sparse.heads is 0", "set model.sparse.heads, or leave it out"),
+        JoinedRule("optim.index_warmup", lambda c, v: not c.adapter.on, "trains the indexers alone, and an adapter leaves them as they are",
+                   "leave one of them out"),
+        JoinedRule("optim.index_warmup", lambda c, v: not (c.optim.extra_loss or c.model.block or c.model.router),
+                   "trains the indexers alone, by code that knows no parts of your own", "leave one of them out"),
+        JoinedRule("parallel.zero", lambda c, v: v < 3,
+                   "must be 1 or 2 with optim.index_warmup: stage 3 gathers weights by the passes of whole blocks, and indexers alone have a backward",
+                   "use parallel.zero=1 or 2"),
+        JoinedRule("optim.index_loss", lambda c, v: v > 0, "must be above 0 with optim.index_warmup, which has no other loss", "set 1"),
+        JoinedRule("optim.bias_speed", lambda c, v: not any(phase.value for phase in v),
+                   "must be 0 with optim.index_warmup: the balance biases stay as they are", "set 'optim.bias_speed=[{{value: 0}}]'",
+                   shown=lambda c, v: [phase.value for phase in v]),
+        JoinedRule("optim.qk_clip", lambda c, v: v is None, "scales weights, which optim.index_warmup leaves as they are", "leave it out"),
+    )),
     JoinedRule("optim.betas", lambda c, v: len(v) == 2 and all(0 <= beta < 1 for beta in v),
                "must be two numbers in [0, 1)", "use [0.9, 0.95]"),
     JoinedRule("optim.muon", lambda c, v: v == MuonOptim() or c.optim.facts.matrices.is_whole,
@@ -596,6 +626,7 @@ EXPORT: tuple[ConfigCheck, ...] = (
 )
 
 _ON_RAY = ("cluster.wait", "cluster.heartbeat", "cluster.restarts", "cluster.standby")
+_OF_SPARSE = (*(f"model.sparse.{key}" for key in ("head_dim", "top_k", "interleaved", "pattern")), "optim.index_loss")
 _OF_MTP = ("optim.mtp_weight", "optim.detach_mtp")
 _OF_EXPERTS = ("optim.balance_loss", "optim.bias_speed", "optim.freeze_routers", "parallel.dispatch", "parallel.wire")
 WHERE_READ: tuple[JoinedRule, ...] = (
@@ -612,6 +643,8 @@ WHERE_READ: tuple[JoinedRule, ...] = (
                "set checkpoint.every_memory, or leave it out"),
     JoinedRule("log.sample_every", lambda c, v: v == 0 or c.log.sample_tokens > 0, "is for texts of log.sample_tokens tokens, which is 0",
                "set log.sample_tokens, or leave it out"),
+    *(JoinedRule(key, lambda c, v: c.model.sparse.heads > 0, "is about sparse attention, and model.sparse.heads is 0",
+                 "set model.sparse.heads, or leave it out") for key in _OF_SPARSE),
     JoinedRule("text_only", lambda c, v: not v or c.init_from, "is about weights from elsewhere, and init_from names none",
                "set init_from, or leave it out"),
 )

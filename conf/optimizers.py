@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-TABLE = re.compile(r"^(embedding|head)\.|\.router\.")
+TABLE = re.compile(r"^(embedding|head)\.|\.(router|indexer)\.")
 ADAMW, MUON = "adamw", "muon"
 """ADAMW is also the optimizer of a checkpoint that does not name its optimizer."""
 
@@ -48,8 +48,7 @@ class OptimizerFacts:
     meanings: tuple[tuple[str, str], ...]
     """Name and meaning of each state tensor, for the user."""
     tables: UpdateRule | None = None
-    """Rule of embedding, head and routers, whose rows each represent a token or an expert. None: the rule of
-    matrices."""
+    """Rule of embedding, head, routers and indexers. None: the rule of matrices."""
 
     @property
     def rules(self) -> tuple[UpdateRule, ...]:

@@ -81,7 +81,9 @@ Fp8Backend = StrEnum("Fp8Backend", ["triton", "deepgemm"])
 PrecisionName = StrEnum("PrecisionName", ["fp32", "bf16", "fp8", "fp8_ue8m0", "mxfp8"])
 ExportType = StrEnum("ExportType", ["bf16", "fp32", "fp8"])
 ScoreFunction = StrEnum("ScoreFunction", ["sigmoid", "softmax"])
-ModelFamily = StrEnum("ModelFamily", ["deepseek_v3", "kimi_k25", "glm4_moe_lite", "mistral_large_3"])
+ModelFamily = StrEnum(
+    "ModelFamily", ["deepseek_v3", "deepseek_v32", "kimi_k25", "glm4_moe_lite", "glm_moe_dsa", "mistral_large_3"]
+)
 """Model families, whose folders have different names of fields and tensors (train/hf/families.py)."""
 AdapterKind = StrEnum("AdapterKind", ["none", "lora"])
 AdapterTarget = StrEnum("AdapterTarget", ["q_up", "kv_up", "down", "out", "routed", "shared", "dense", "head"])
@@ -126,6 +128,29 @@ class Yarn:
     """Factor on the RoPE parts of queries and keys. Hugging Face: attention_factor, or its inferred value."""
     query_growth: float = expert(0.0, least=0)
     """Queries of position p are multiplied by 1 + query_growth ln(1 + floor(p / original_seq_len)), as in Llama 4 and Mistral Large 3."""
+
+
+@dataclass
+class SparseAttention:
+    """DeepSeek Sparse Attention (DeepSeek-V3.2, GLM-5): an indexer scores all keys for each query, which attends to the best
+    (train/docs/sparse_attention.md)."""
+
+    heads: int = number(0, least=0, slip=WIDEST)
+    """Heads of the indexer; 0 for dense attention, without one."""
+    head_dim: int = number(128, least=1, slip=WIDEST)
+    """Width of a head of the indexer, and of its one key for each token. At least rope_head_dim."""
+    top_k: int = number(2048, least=1)
+    """Keys that a query attends to; in sequences of no more tokens attention is dense."""
+    interleaved: bool = False
+    """Whether the indexer's RoPE turns adjacent elements, as GLM-5 has it; false: each with the one half the width further, as in
+    DeepSeek-V3.2."""
+    pattern: str = ""
+    """A letter for every layer of the main model: F chooses its keys, S takes those of the last F before it, and has no indexer; empty: all
+    choose. MTP modules always choose."""
+
+    def chooses(self, layer: int | None) -> bool:
+        """Whether a layer of the main model has an indexer; None for that of an MTP module."""
+        return self.heads > 0 and (layer is None or not self.pattern or self.pattern[layer] == "F")
 
 
 @dataclass
@@ -180,6 +205,7 @@ class Model:
     rope_theta: float = number(10000.0, above=1)
     """Base of RoPE's frequencies."""
     yarn: Yarn = field(default_factory=Yarn)
+    sparse: SparseAttention = field(default_factory=SparseAttention)
     norm_eps: float = number(1e-6, above=0)
     """Epsilon of every RMSNorm, added to the mean square."""
     latent_norm_eps: float | None = expert(None, above=0)
@@ -356,6 +382,11 @@ class Optim:
     """Settings of name=muon."""
     freeze_routers: bool = False
     """Freeze the weights of all routers. With bias_speed 0 tokens keep their experts."""
+    index_loss: float = number(1.0, least=0)
+    """Sparse attention: weight of the indexers' losses, each the mean over queries of the KL divergence of its choice from the attention; 0 leaves
+    indexers as they are."""
+    index_warmup: bool = False
+    """Sparse attention: train the indexers alone, beside dense attention, before a run that trains all weights with sparse attention."""
     detach_mtp: bool = False
     """Stop the gradient of MTP losses at the MTP modules: main model, embedding and head do not learn from them."""
     qk_clip: float | None = number(None, above=0)

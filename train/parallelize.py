@@ -67,7 +67,10 @@ def parallelize(
         ZeroSettings(config.parallel.zero, offload, optim.clip, optim.facts, optim.weight_decay),
         WeightFacts(
             is_expert=lambda name: ".experts." in name,
-            is_frozen=lambda name: optim.freeze_routers and name.endswith(".router.weight"),
+            is_frozen=lambda name: (
+                (optim.freeze_routers and name.endswith(".router.weight"))
+                or (optim.index_warmup and ".indexer." not in name)
+            ),
             tied=None if config.adapter.on else tied_embedding(config, mesh, chunks),
             units=(Block, MTP),
             draws=dict(ChainMap(*draws)),
@@ -217,7 +220,7 @@ def build_chunks(
             draw_blocks(chunk, config.seed)
         if config.adapter.on:
             add_adapters(chunk, config.adapter, precision.kernels, config.seed)
-        chunk.detaches_mtp = config.optim.detach_mtp
+        chunk.detaches_mtp, chunk.warms_indexers = config.optim.detach_mtp, config.optim.index_warmup
         for router in chunk.routers().values():
             router.frozen = config.optim.freeze_routers
         embedding = getattr(chunk, "embedding", embedding)

@@ -1,10 +1,12 @@
 """Prefill and decoding on cached latents give what the training model gives on the whole text."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from conf.load import compose
-from conf.schema import Model, Yarn
+from conf.schema import Model, SparseAttention, Yarn
 from tests.model.test_parity import random_config
 from train.generate.cache import FIRST_COLUMNS, LatentCache, bytes_per_token, multi_head_bytes_per_token
 from train.generate.decoder import Decoder
@@ -49,6 +51,27 @@ def test_prefill_and_decode_equal_the_full_forward(seed):
     found = feed(Decoder(model, seq_len), tokens_BT, [seq_len // 2] + [1] * (seq_len - seq_len // 2), [0, 0, 0])
     # Both are fp32; only the order of the products differs.
     torch.testing.assert_close(found, model.logits(tokens_BT), atol=2e-5, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pattern", ["", "FS"])
+def test_sparse_attention_chooses_the_same_keys_of_a_cache(pattern):
+    config, seq_len = random_config(3)
+    config = replace(config, layers=2, dense_layers=1, q_rank=12, mtp_depth=0)
+    config.sparse = SparseAttention(heads=3, head_dim=config.rope_head_dim + 4, top_k=5, pattern=pattern)
+    seq_len = config.max_seq_len = max(24, seq_len)
+    model = random_model(config, seq_len)
+    tokens_BT = torch.randint(config.vocab_size, (3, seq_len))
+    decoder, pieces = Decoder(model, seq_len), [9, 3] + [1] * (seq_len - 12)
+    found = feed(decoder, tokens_BT, pieces, [0, 0, 0])
+    torch.testing.assert_close(found, model.logits(tokens_BT), atol=2e-5, rtol=0)
+    padded = torch.cat([torch.zeros(3, 4, dtype=torch.int64), tokens_BT], 1)
+    again = feed(decoder, padded, [13, 3] + [1] * (seq_len - 12), [4, 4, 4])[:, 4:]
+    torch.testing.assert_close(again, found, atol=2e-5, rtol=0)
+    indexers = 1 if pattern else 2
+    assert bytes_per_token(config, 4) == 4 * (
+        2 * (config.kv_rank + config.rope_head_dim) + indexers * config.sparse.head_dim
+    )
 
 
 @torch.no_grad()

@@ -14,8 +14,10 @@ ELSEWHERE = {
     "parallel.schedule=dualpipev",
     "cluster=ray",
     "on GPUs",
+    "model.sparse.heads > 0",
 }
-"""Conditions that one process does not meet; tests/loop/hooks/test_timeline_sampler.py, tests/test_layouts.py and tests/cluster do."""
+"""Conditions that this run does not meet; tests/loop/hooks/test_timeline_sampler.py, tests/test_layouts.py, tests/test_sparse_layouts.py and
+tests/cluster do."""
 TABLE = {metric.name for metric in (*SCALARS, *EVENTS, *LAYERS)}
 
 

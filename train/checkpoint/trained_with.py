@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,15 @@ def require_model(config: Config, checkpoint: Path, meta: dict[str, Any]) -> Non
     """
     stored = meta.get("config", {}).get("model", {})
     differ = {name: stored[name] for name in SHAPE if stored.get(name, ...) not in (..., getattr(config.model, name))}
+    sparse = stored.get("sparse") or {}
+    if sparse.get("heads"):  # a run that starts from dense attention may add indexers
+        keys = ("heads", "head_dim", "interleaved", "pattern")
+        now = config.model.sparse
+        differ |= {f"sparse.{key}": sparse[key] for key in keys if sparse.get(key, ...) not in (..., getattr(now, key))}
     if differ:
         raise UserError(
             ", ".join(f"model.{name}" for name in differ),
-            ", ".join(str(getattr(config.model, name)) for name in differ),
+            ", ".join(str(attrgetter(name)(config.model)) for name in differ),
             f"the model must have the shape of the one in {checkpoint}, which has "
             + ", ".join(f"model.{name} = {value}" for name, value in differ.items()),
             f"set {' '.join(f'model.{name}={json.dumps(value)}' for name, value in differ.items())}, or take another name= "

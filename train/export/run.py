@@ -28,7 +28,7 @@ from conf.own_code import TARGET
 from conf.schema import BaseFormat, Config, ExportType, Model, ModelFamily
 from conf.words import one_line, say
 from parallel.shard import Shard
-from train.checkpoint.manifest import read_manifest
+from train.checkpoint.manifest import Manifest, read_manifest
 from train.checkpoint.read_shards import TORCH
 from train.checkpoint.run_folder import find_checkpoint
 from train.checkpoint.stored_weights import StoredWeights
@@ -90,7 +90,7 @@ def write_export(config: Config, progress: ReportProgress) -> list[str]:
     if ema and not manifest.meta["has_ema"]:
         raise UserError("export.ema", ema, f"{checkpoint} holds no average of the weights", "leave export.ema out")
     tokenizer = tokenizer_of(config, manifest)
-    family = config.export.family or ModelFamily(manifest.meta.get("family", ModelFamily.deepseek_v3))
+    family = config.export.family or _own_family(config, manifest)
     stored = StoredWeights(config, checkpoint, "ema" if ema else "master")
     if config.export.merge and stored.pairs is None:
         rule = f"adds an adapter to its base, and {checkpoint} holds whole weights"
@@ -164,6 +164,12 @@ def _ends(config: Config, run: Path, tokenizer: Tokenizer) -> dict[str, Any]:
     return {"bos_token_id": own if bos is None else bos, "eos_token_id": stops if len(stops) > 1 else stops[0]}
 
 
+def _own_family(config: Config, manifest: Manifest) -> ModelFamily:
+    """The family of the folder that the run started from; of a dense one whose run added indexers, DeepSeek-V3.2."""
+    family = ModelFamily(manifest.meta.get("family", ModelFamily.deepseek_v3))
+    return ModelFamily.deepseek_v32 if config.model.sparse.heads and not FAMILIES[family].is_sparse else family
+
+
 def _check_family(config: Config, family: ModelFamily, alone: bool) -> None:
     """Raise UserError if this family's folder cannot describe the model's computation or hold its weights. alone:
     the export is an adapter."""
@@ -189,6 +195,20 @@ def _check_family(config: Config, family: ModelFamily, alone: bool) -> None:
             family,
             f"means routers that take a {facts.scores}, and the model's take a {model.scores}",
             f"take export.family={next(row.name for row in FAMILIES.values() if row.scores == model.scores)}",
+        ),
+        (
+            facts.is_sparse != (model.sparse.heads > 0),
+            "export.family",
+            family,
+            f"has {'sparse' if facts.is_sparse else 'dense'} attention, and the model has model.sparse.heads = {model.sparse.heads}",
+            f"take export.family={next(row.name for row in FAMILIES.values() if row.is_sparse == (model.sparse.heads > 0))}",
+        ),
+        (
+            "S" in model.sparse.pattern and not facts.shares,
+            "export.family",
+            family,
+            "has an indexer in every layer, and by model.sparse.pattern some of the model's take the keys of another",
+            f"take export.family={ModelFamily.glm_moe_dsa}",
         ),
         (
             model.yarn.query_growth > 0 and facts.config_file != PARAMS_FILE,

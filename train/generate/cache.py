@@ -1,6 +1,6 @@
 """MLA's cache of past tokens (paper 2.1.1): per token and layer one normed latent and one RoPE key.
 
-All heads share both.
+All heads share both. With sparse attention an indexer keeps its key, too.
 
 Rows of a batch are padded on the left, so that all prompts end in the same column. A row has a start (its first real
 column) and a length (number of valid columns). New entries are written after the length, and `commit` says how many of
@@ -11,13 +11,16 @@ amount of copying on average.
 Shapes: B rows, T new tokens, S columns, N = B*T, W = kv_rank + rope width of an entry, R rope width.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from conf.schema import Model
+from conf.thresholds import THRESHOLDS
+from train.model.indexer import IndexVectors, best_keys, index_scores
+from train.model.sequence import KeyChoices
 
 FIRST_COLUMNS = 256
 """Columns allocated at the start."""
@@ -28,7 +31,11 @@ def bytes_per_token(config: Model, item_bytes: int, mtp_depth: int = 0) -> int:
 
     70,272 bytes for DeepSeek-V3 in bf16.
     """
-    return (config.layers + mtp_depth) * (config.kv_rank + config.rope_head_dim) * item_bytes
+    indexers = sum(config.sparse.chooses(layer) for layer in range(config.layers)) + mtp_depth * config.sparse.chooses(
+        None
+    )
+    latents = (config.layers + mtp_depth) * (config.kv_rank + config.rope_head_dim)
+    return (latents + indexers * config.sparse.head_dim) * item_bytes
 
 
 def multi_head_bytes_per_token(config: Model, item_bytes: int) -> int:
@@ -50,10 +57,21 @@ class Slots:
     ends: list[int]
     """For each of the T tokens, the number of columns that the longest row then has."""
     padded: bool
+    choices: KeyChoices = field(default_factory=KeyChoices)
+    """Columns that sparse attention chooses."""
 
     def positions_N(self) -> Tensor:
         """Return the position of every token in its text; 0 for padding."""
         return (self.columns_BT - self.starts_B1).clamp_(min=0).flatten()
+
+    def chosen_BCS(self, queries: slice) -> Tensor | None:
+        """Which columns these C tokens attend to, None for all: those that are chosen for them, or that they see."""
+        chosen_BTK, end = self.choices.chosen_BTK, self.ends[queries.stop - 1]
+        if chosen_BTK is None:
+            return self.mask_BCS(queries)
+        numbers_BCK = chosen_BTK[:, queries].long()
+        mask_BCS = numbers_BCK.new_zeros(*numbers_BCK.shape[:2], end + 1, dtype=torch.bool)
+        return mask_BCS.scatter_(-1, numbers_BCK.masked_fill(numbers_BCK < 0, end), True)[..., :end]
 
     def mask_BCS(self, queries: slice) -> Tensor | None:
         """Return which columns these C tokens see: from the row's start to the token itself; None for all.
@@ -77,11 +95,10 @@ class LatentCache:
     def __init__(self, config: Model, layers: int, starts: list[int], dtype: torch.dtype, device: torch.device):
         self.starts, self.lengths = list(starts), [0] * len(starts)
         width = config.kv_rank + config.rope_head_dim
-        # Zeros: columns that a shorter row has not written yet are multiplied by 0, and 0 times uninitialised memory
-        # may be NaN.
-        self._layers = [
-            torch.zeros(len(starts), FIRST_COLUMNS, width, dtype=dtype, device=device) for _ in range(layers)
-        ]
+        # Zeros: columns that a shorter row has not written yet count as 0, and 0 times what memory held may be NaN.
+        widths = [width] * layers + [config.sparse.head_dim * config.sparse.chooses(layer) for layer in range(layers)]
+        self._layers = [torch.zeros(len(starts), FIRST_COLUMNS, width, dtype=dtype, device=device) for width in widths]
+        self._index = layers
 
     @property
     def nbytes(self) -> int:
@@ -112,6 +129,10 @@ class LatentCache:
             rows_B1 = torch.arange(new_BTW.size(0), device=new_BTW.device).unsqueeze(1)
             entries_BSW[rows_B1, slots.columns_BT] = new_BTW
         return entries_BSW[:, :end]
+
+    def write_index(self, layer: int, slots: Slots, new_BTI: Tensor) -> Tensor:
+        """Put the new keys of a layer's indexer into their slots; all keys up to there, (B, S, I)."""
+        return self.write(self._index + layer, slots, new_BTI)
 
     def commit(self, counts: list[int]) -> None:
         """Mark the first `counts` of the last written tokens as valid, row by row; the rest is discarded."""
@@ -160,8 +181,24 @@ def latent_attention(q_BTHW: Tensor, entries_BSW: Tensor, kv_rank: int, scale: f
     return out_BTHW[..., :kv_rank]
 
 
+def choose_columns(index: IndexVectors, top_k: int, slots: Slots) -> Tensor:
+    """Columns of the top_k largest scores of every query, as `train.model.indexer.best_keys` numbers them: (B, T, top_k)."""
+    q_BTHI, k_BSI, w_BTH = index
+    length, heads = q_BTHI.shape[1:3]
+    step, parts = max(1, ABSORBED_ROWS // heads), []
+    for first in range(0, length, step):
+        queries = slice(first, min(first + step, length))
+        keys_BSI, mask_BCS = k_BSI[:, : slots.ends[queries.stop - 1]], slots.mask_BCS(queries)
+        rows = zip(q_BTHI[:, queries], keys_BSI, w_BTH[:, queries], strict=True)
+        scores_BCS = torch.stack([index_scores(*row, THRESHOLDS.attention_scores) for row in rows])
+        if mask_BCS is not None:
+            scores_BCS.masked_fill_(~mask_BCS, -torch.inf)
+        parts.append(best_keys(scores_BCS, top_k))
+    return torch.cat(parts, 1)
+
+
 def _block(q_BCHW: Tensor, entries_BSW: Tensor, scale: float, slots: Slots, queries: slice) -> Tensor:
-    mask_BCS = slots.mask_BCS(queries)
+    mask_BCS = slots.chosen_BCS(queries)
     mask_B1XS = None if mask_BCS is None else mask_BCS.repeat_interleave(q_BCHW.size(2), 1).unsqueeze(1)
     entries_B1SW = entries_BSW.unsqueeze(1)
     q_B1XW = q_BCHW.flatten(1, 2).unsqueeze(1)

@@ -17,9 +17,10 @@ from torch.nn import functional as F
 from conf.errors import UserError
 from conf.own_code import TARGET
 from conf.schema import Model
-from train.generate.cache import LatentCache, Slots, latent_attention
+from train.generate.cache import LatentCache, Slots, choose_columns, latent_attention
 from train.model.block import Block
 from train.model.deepseek import DeepSeekV3
+from train.model.indexer import Indexer, IndexVectors
 from train.model.mla import MLA
 from train.model.rope import Rope, rotate
 from train.model.router import Router
@@ -104,10 +105,33 @@ class Decoder:
             return x_BTD + block.moe(normed_BTD, nullcontext())
         return x_BTD + block.ffn(normed_BTD.flatten(0, 1), nullcontext()).view(x_BTD.shape)
 
+    def _choose(
+        self,
+        indexer: Indexer,
+        x_BTD: Tensor,
+        q_latent: Tensor,
+        cache: LatentCache,
+        layer: int,
+        slots: Slots,
+        table: Tensor,
+    ) -> None:
+        """Write the keys of a layer's indexer, and choose the columns that queries attend to, here and in layers that have none."""
+        x_1ND, latent_1NC = (t.flatten(0, 1).unsqueeze(0) for t in (x_BTD, q_latent))
+        q, k, w = (t.view(*x_BTD.shape[:2], *t.shape[2:]) for t in indexer(x_1ND, latent_1NC, table))
+        keys_BSI, top_k = cache.write_index(layer, slots, k), self.config.sparse.top_k
+        if slots.ends[-1] > top_k:
+            slots.choices.chosen_BTK = choose_columns(IndexVectors(q, keys_BSI, w), top_k, slots)
+
     def _attend(self, mla: MLA, x_BTD: Tensor, cache: LatentCache, layer: int, slots: Slots, table: Tensor) -> Tensor:
         config = self.config
         batch, length, _ = x_BTD.shape
-        q = mla.q(x_BTD) if config.q_rank is None else mla.q_up(mla.q_norm(mla.q_down(x_BTD)))
+        if config.q_rank is None:
+            q = mla.q(x_BTD)
+        else:
+            q_latent = mla.q_norm(mla.q_down(x_BTD))
+            q = mla.q_up(q_latent)
+            if mla.indexer is not None:
+                self._choose(mla.indexer, x_BTD, q_latent, cache, layer, slots, table)
         latent_BTC, k_rope_BTR = mla.kv_down(x_BTD).split([config.kv_rank, config.rope_head_dim], -1)
         q = self._rope.grow(q.view(batch * length, -1), slots.positions_N())
         q_nope_NHP, q_rope_NHR = q.view(batch * length, config.heads, -1).split(

@@ -8,7 +8,7 @@ from typing import Any, get_args, get_type_hints
 
 from conf.check import check_model
 from conf.errors import UserError
-from conf.schema import Config, Model, ModelFamily, Yarn
+from conf.schema import Config, Model, ModelFamily, SparseAttention, Yarn
 from conf.words import some_of
 from train.hf.families import (
     FAMILIES,
@@ -16,11 +16,16 @@ from train.hf.families import (
     FIXED,
     FIXED_ELSEWHERE,
     HARMLESS,
+    INDEX_LETTERS,
+    INDEX_ROPE,
+    INDEX_SHARING,
+    INDEX_TYPES,
     PARAMS_FILE,
     QUANTISED,
     READ_APART,
     ROPE_FIELDS,
     ROPE_NUMBERS,
+    SPARSE_FIELDS,
     FamilyFacts,
     read_fields,
 )
@@ -62,6 +67,7 @@ def read_model(folder: Path, field: str = "init_from") -> Model:
     missing = [theirs for theirs in FIELDS.values() if theirs not in body]
     if missing:
         raise _refuse(field, path, f"lacks {', '.join(missing)}", "take the config.json that belongs to the weights")
+    sparse = _sparse(field, path, body, family)
     values = {ours: body[theirs] for ours, theirs in FIELDS.items()}
     values["shared_experts"] = values["shared_experts"] or 0
     length = body.get("max_position_embeddings", Model.max_seq_len)
@@ -75,6 +81,7 @@ def read_model(folder: Path, field: str = "init_from") -> Model:
         rope_theta=rope.get("rope_theta", body.get("rope_theta", Model.rope_theta)),
         yarn=replace(_yarn(rope, length), query_growth=growth),
         scores=family.scores,
+        sparse=sparse,
     )
     try:
         _check_types(model)
@@ -99,7 +106,7 @@ def _section(field: str, path: Path, body: dict[str, Any], key: str) -> dict[str
 
 def _check_types(model: Model) -> None:
     """Raise TypeError if a value is not a number of its field's type."""
-    for part in (model, model.yarn):
+    for part in (model, model.yarn, model.sparse):
         for name, kind in get_type_hints(type(part)).items():
             value = getattr(part, name)
             kinds = get_args(kind) or (kind,)
@@ -120,6 +127,9 @@ def _check_kind(field: str, path: Path, body: Any, family: FamilyFacts) -> None:
                 "give other weights",
             )
     known = {*FIELDS.values(), *FIXED, *FIXED_ELSEWHERE, *READ_APART, *HARMLESS}
+    if family.is_sparse:
+        known |= {*SPARSE_FIELDS.values(), INDEX_ROPE, "layer_types", "mlp_bias"}
+        known |= {*INDEX_SHARING} if family.shares else set()
     unknown = [key for key, value in body.items() if key not in known and value is not None]
     if unknown:
         raise _refuse(
@@ -158,11 +168,56 @@ def _check_quantised(field: str, path: Path, quantised: dict[str, Any]) -> None:
         )
 
 
+def _sparse(field: str, path: Path, body: dict[str, Any], family: FamilyFacts) -> SparseAttention:
+    """The indexers that the file describes. Raises UserError where it does not describe them, or contradicts itself."""
+    if not family.is_sparse:
+        return SparseAttention()
+    cure = "take the config.json that belongs to the weights"
+    if missing := [
+        theirs for theirs in SPARSE_FIELDS.values() if type(body.get(theirs)) is not int or body[theirs] < 1
+    ]:
+        raise _refuse(field, path, f"must state {', '.join(missing)}, as 1 or more", cure)
+    layers = body["num_hidden_layers"]
+    kinds = body.get("layer_types")
+    if kinds is not None and kinds != ["indexed_attention"] * layers:
+        raise _refuse(field, path, f"layer_types must be indexed_attention in every layer, and is {kinds!s:.80}", cure)
+    if type(turns := body.get(INDEX_ROPE, family.interleaved)) is not bool:
+        raise _refuse(field, path, f"{INDEX_ROPE} must be true or false, and is {turns!r:.80}", cure)
+    said = {}
+    if (types := body.get(INDEX_TYPES)) is not None:
+        said[INDEX_TYPES] = [INDEX_LETTERS.get(str(kind), "?") for kind in types]
+    if (letters := body.get("index_topk_pattern")) is not None:
+        said["index_topk_pattern"] = [INDEX_LETTERS.get(str(kind), str(kind)) for kind in letters]
+    if (every := body.get("index_topk_freq")) is not None or body.get("index_skip_topk_offset") is not None:
+        every, offset = (1 if every is None else every), body.get("index_skip_topk_offset", 2)
+        if type(every) is not int or type(offset) is not int:
+            raise _refuse(
+                field,
+                path,
+                f"index_topk_freq and its offset must be whole numbers, and are {every!r:.40}, {offset!r:.40}",
+                cure,
+            )
+        said["index_topk_freq"] = ["FS"[max(layer - offset + 1, 0) % max(every, 1) > 0] for layer in range(layers)]
+    found = next(iter(said.values()), list("F" * layers))
+    if any(other != found for other in said.values()):
+        raise _refuse(field, path, f"{' and '.join(said)} must say the same of every layer", cure)
+    if len(found) != layers or not {*found} <= {"F", "S"} or found[:1] != ["F"]:
+        what = next(iter(said), INDEX_TYPES)
+        raise _refuse(
+            field, path, f"{what} must be full or shared for each of the {layers} layers, and full for the first", cure
+        )
+    pattern = "".join(found) if "S" in found else ""
+    return SparseAttention(
+        **{ours: body[theirs] for ours, theirs in SPARSE_FIELDS.items()}, interleaved=turns, pattern=pattern
+    )
+
+
 def _check_derived(field: str, path: Path, body: dict[str, Any], model: Model) -> None:
     """Check that redundant fields agree with the fields that they repeat; null is always allowed."""
     said = {
         "num_key_value_heads": model.heads,
-        "head_dim": model.rope_head_dim,
+        # GLM-5.2 states another, and transformers takes this one whatever the file says
+        "head_dim": body.get("head_dim") if model.sparse.heads else model.rope_head_dim,
         "qk_head_dim": model.nope_head_dim + model.rope_head_dim,
         "num_local_experts": model.experts,
         "num_mtp_layers": model.mtp_depth,
@@ -287,6 +342,13 @@ def check_recipe(config: Config, theirs: Model, folder: Path) -> list[str]:
     values |= {"model.latent_norm_eps": eps} if eps[0] != eps[1] else {}
     ranked = cured.resolved_group_top_k, theirs.resolved_group_top_k
     values |= {"model.group_top_k": ranked} if theirs.top_groups < theirs.groups and ranked[0] != ranked[1] else {}
+    if ours.sparse.heads and not theirs.sparse.heads:
+        notes.append(f"{folder} has dense attention: the run draws the indexers (optim.index_warmup trains them alone)")
+    else:
+        pairs = {
+            f"model.sparse.{name}": (value, getattr(theirs.sparse, name)) for name, value in vars(ours.sparse).items()
+        }
+        values |= {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
     in_force = yarn_in_force(ours, config.seq_len)
     if theirs.yarn.always and in_force:
         pairs = {f"model.yarn.{name}": (getattr(ours.yarn, name), getattr(theirs.yarn, name)) for name in YARN}
@@ -350,6 +412,12 @@ def config_json(
             "activation_scheme": "dynamic",
             "weight_block_size": [SCALE_BLOCK, SCALE_BLOCK],
         }
+    if facts.is_sparse:
+        body |= {theirs: getattr(model.sparse, ours) for ours, theirs in SPARSE_FIELDS.items()}
+        body[INDEX_ROPE] = model.sparse.interleaved
+    if facts.shares:
+        letters = model.sparse.pattern or "F" * model.layers
+        body[INDEX_TYPES] = [kind for letter in letters for kind, own in INDEX_LETTERS.items() if own == letter]
     if facts.dense_unsaid is not None:
         body["mlp_layer_types"] = _layer_types(model)
     if facts.config_file == PARAMS_FILE:

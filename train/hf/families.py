@@ -50,6 +50,20 @@ FIXED = {
     "rope_interleave": True,
 }
 """Values that every DeepSeek-V3 has and that this program requires. A file may leave them out."""
+SPARSE_FIELDS = {"heads": "index_n_heads", "head_dim": "index_head_dim", "top_k": "index_topk"}
+"""Fields of conf.schema.SparseAttention and theirs, where the values are the same."""
+INDEX_ROPE = "indexer_rope_interleave"
+"""Field that says how the indexer's RoPE turns. transformers reads it nowhere, and takes what the family has."""
+INDEX_TYPES, INDEX_LETTERS = "indexer_types", {"full": "F", "shared": "S"}
+"""Field that lists which layers choose their keys and which take those of one before, and the letters of both."""
+INDEX_SHARING = (
+    INDEX_TYPES,
+    "index_topk_pattern",
+    "index_topk_freq",
+    "index_skip_topk_offset",
+    "index_share_for_mtp_iteration",
+)
+"""Fields that say so: a list, letters, or a rule. The last one is of drafts that run one MTP module several times, which no training does."""
 FIXED_ELSEWHERE = {"partial_rotary_factor": 1.0, "is_causal": True, "is_encoder_decoder": False}
 """Fields of other models with one allowed value; transformers applies them to this model too.
 Files of DeepSeek-V3 have none of them.
@@ -181,6 +195,12 @@ class FamilyFacts:
     """Parts of tensor names to replace, with their replacement in this family, in order."""
     fixed: Fields = field(default_factory=lambda: FIXED)
     """Fields with one allowed value, which a file may leave out."""
+    is_sparse: bool = False
+    """Whether its attention is sparse: an indexer chooses keys."""
+    interleaved: bool = False
+    """Whether the indexer's RoPE turns adjacent elements where the file does not say."""
+    shares: bool = False
+    """Whether layers may take the keys that an earlier one chooses."""
     scores: ScoreFunction = ScoreFunction.sigmoid
     has_mtp: bool = True
     has_fp8: bool = True
@@ -202,6 +222,24 @@ FAMILIES = {
     facts.name: facts
     for facts in (
         FamilyFacts(ModelFamily.deepseek_v3, "DeepSeek-V3", ("DeepseekV3ForCausalLM",), ("deepseek_v3", "kimi_k2")),
+        FamilyFacts(
+            ModelFamily.deepseek_v32,
+            "DeepSeek-V3.2",
+            ("DeepseekV32ForCausalLM",),
+            ("deepseek_v32",),
+            fixed=FIXED | {"mlp_bias": False},
+            is_sparse=True,
+        ),
+        FamilyFacts(
+            ModelFamily.glm_moe_dsa,
+            "GLM-5",
+            ("GlmMoeDsaForCausalLM",),
+            ("glm_moe_dsa",),
+            fixed=FIXED | {"mlp_bias": False},
+            is_sparse=True,
+            interleaved=True,
+            shares=True,
+        ),
         FamilyFacts(
             ModelFamily.kimi_k25,
             "Kimi K2.5",
@@ -244,11 +282,8 @@ FAMILIES = {
 }
 """By name. An architecture that no row names is rejected."""
 
-SPARSE = "its attention is sparse: an indexer chooses which tokens are attended to (DSA), and there is none here"
 REFUSED_MODELS = {
-    "DeepseekV32ForCausalLM": SPARSE,
-    "GlmMoeDsaForCausalLM": SPARSE,
-    "MistralLarge4ForConditionalGeneration": SPARSE,
+    "MistralLarge4ForConditionalGeneration": "its attention is sparse in a way of its own, which is not here",
     "DeepseekV4ForCausalLM": "its attention is compressed (CSA, HCA), its residual stream manifold (mHC), and tokens are routed by hash",
     "LongcatFlashForCausalLM": "its layers have two attentions, and some of its experts compute nothing",
     "DeepseekV2ForCausalLM": "its routers take a softmax whose gates are not made to add up to 1",

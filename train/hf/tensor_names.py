@@ -64,7 +64,14 @@ def _as_deepseek(model: Model) -> Iterator[PlacedTensor]:
     table = model.vocab_size, model.hidden
     yield _same("model.embed_tokens.weight", "master.embedding.weight", table)
     for index in range(model.layers):
-        yield from _block(model, f"model.layers.{index}.", f"layers.{index}", "", dense=index < model.dense_layers)
+        yield from _block(
+            model,
+            f"model.layers.{index}.",
+            f"layers.{index}",
+            "",
+            dense=index < model.dense_layers,
+            chooses=model.sparse.chooses(index),
+        )
     for depth in range(model.mtp_depth):
         yield from _mtp(model, f"model.layers.{model.layers + depth}.", f"mtp.{depth}")
     yield _same("model.norm.weight", "master.norm.weight", (model.hidden,))
@@ -76,11 +83,13 @@ def _same(theirs: str, ours: str, shape: tuple[int, ...], fp8: bool = False) -> 
     return PlacedTensor(theirs, shape, ours, 0, shape, fp8)
 
 
-def _block(model: Model, theirs: str, ours: str, inner: str, dense: bool) -> Iterator[PlacedTensor]:
+def _block(model: Model, theirs: str, ours: str, inner: str, dense: bool, chooses: bool) -> Iterator[PlacedTensor]:
     """Yield one transformer block. ours: the name of its balance bias; inner: the rest of its parameters' prefix."""
     here = f"master.{ours}.{inner}"
     yield _same(f"{theirs}input_layernorm.weight", f"{here}attention_norm.weight", (model.hidden,))
     yield from _attention(model, f"{theirs}self_attn.", f"{here}attention.")
+    if chooses:
+        yield from _indexer(model, f"{theirs}self_attn.indexer.", f"{here}attention.indexer.")
     yield _same(f"{theirs}post_attention_layernorm.weight", f"{here}ffn_norm.weight", (model.hidden,))
     if dense:
         yield from _ffn(model.hidden, model.dense_width, f"{theirs}mlp.", f"{here}ffn.")
@@ -116,6 +125,16 @@ def _attention(model: Model, theirs: str, ours: str) -> Iterator[PlacedTensor]:
         yield _same(f"{theirs}{name}.weight", f"{ours}{own}.weight", shape, fp8=len(shape) == 2)
 
 
+def _indexer(model: Model, theirs: str, ours: str) -> Iterator[PlacedTensor]:
+    """The indexer of a layer. In FP8 folders its gates are no blocks."""
+    heads, width = model.sparse.heads, model.sparse.head_dim
+    yield _same(f"{theirs}wq_b.weight", f"{ours}q.weight", (heads * width, model.q_rank or 0), fp8=True)
+    yield _same(f"{theirs}wk.weight", f"{ours}k.weight", (width, model.hidden), fp8=True)
+    for part in ("weight", "bias"):
+        yield _same(f"{theirs}k_norm.{part}", f"{ours}k_norm.{part}", (width,))
+    yield _same(f"{theirs}weights_proj.weight", f"{ours}weight", (heads, model.hidden))
+
+
 def _ffn(
     width: int, inner: int, theirs: str, ours: str, index: int = 0, experts: int | None = None
 ) -> Iterator[PlacedTensor]:
@@ -137,6 +156,6 @@ def _mtp(model: Model, theirs: str, ours: str) -> Iterator[PlacedTensor]:
     yield _same(f"{theirs}enorm.weight", f"master.{ours}.embedding_norm.weight", (width,))
     yield _same(f"{theirs}hnorm.weight", f"master.{ours}.hidden_norm.weight", (width,))
     yield _same(f"{theirs}eh_proj.weight", f"master.{ours}.projection.weight", (width, 2 * width))
-    yield from _block(model, theirs, ours, "block.", dense=False)
+    yield from _block(model, theirs, ours, "block.", dense=False, chooses=model.sparse.chooses(None))
     yield _same(f"{theirs}shared_head.norm.weight", f"master.{ours}.norm.weight", (width,))
     yield replace(_same(f"{theirs}shared_head.head.weight", "master.head.weight", table), copy=True)

@@ -24,6 +24,8 @@ def check_layout(config: Config) -> None:
         _check_offload(config)
     if config.adapter.on and parallel.pp > 1:
         _check_adapter(config)
+    if "S" in config.model.sparse.pattern or config.optim.index_warmup:
+        _check_choices(config)
     if parallel.ep > 1 and parallel.dispatch_facts.by_nodes:
         from parallel.layout import read_layout
 
@@ -59,3 +61,22 @@ def _check_adapter(config: Config) -> None:
                 f"leaves rank {rank} of the pipeline without a block, where an adapter has nothing to train",
                 "lower parallel.pp, or give parallel.split",
             )
+
+
+def _check_choices(config: Config) -> None:
+    """No stage begins with a layer that takes the keys of one before it; and indexers that learn alone have something to learn in the first."""
+    from train.parallelize import stage_layers
+
+    stages, sparse = stage_layers(config), config.model.sparse
+    if config.optim.index_warmup and not stages[0]:
+        rule = "has no layer in its first stage, in which optim.index_warmup has nothing to train"
+        raise UserError("parallel.split", config.parallel.split, rule, "give the first stage a layer")
+    for number, layers in enumerate(stages):
+        if layers and not sparse.chooses(layers.start):
+            rule = (
+                f"puts layer {layers.start} first in stage {number}, and by model.sparse.pattern it takes the keys that layer "
+                f"{sparse.pattern.rindex('F', 0, layers.start)} chooses, in the stage before"
+            )
+            starts = [at for at, letter in enumerate(sparse.pattern) if letter == "F"]
+            cure = f"give parallel.split so that stages begin with one of the layers {starts}"
+            raise UserError("parallel.split", config.parallel.split, rule, cure)

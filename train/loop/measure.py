@@ -34,6 +34,8 @@ class MeasuredStep:
     """The user's own loss term (optim.extra_loss); 0 without one."""
     balance_loss: float
     """Weighted, summed over layers."""
+    index_loss: float
+    """Loss of sparse attention's indexers, weighted, summed over layers."""
     loads_LE: Tensor
     """Tokens routed to each expert, over the whole batch (float64)."""
     biases_LE: Tensor
@@ -58,6 +60,7 @@ class Measure:
         self.attentions = attention_layers(model) if clip is not None else []
         self.clip = clip
         self.routers = parts.routers()
+        self.indexers = [indexer for chunk in parts.chunks for indexer in chunk.indexers()]
         self.last = next((chunk for chunk in parts.chunks if chunk.has_head), None)
         self.micro_batches = 1.0
         """Mean micro-batches of a data-parallel rank in the step, set by the engine: this rank's mean losses are
@@ -65,8 +68,8 @@ class Measure:
 
     def clear(self) -> None:
         """Start a new step."""
-        for router in self.routers.values():
-            router.clear()
+        for counting in (*self.routers.values(), *self.indexers):
+            counting.clear()
         if self.last is not None:
             self.last.losses.clear()
         self.step_work.clear()
@@ -77,16 +80,18 @@ class Measure:
         """Sum over all ranks; every rank gets the same. Does not wait for the device."""
         depth, shape = self.model.mtp_depth, (len(self.layers), self.model.experts)
         zeros = partial(torch.zeros, dtype=torch.float64, device=self.device)
-        losses, loads_LE, biases_LE = zeros(3 + depth), zeros(shape), zeros(shape)
+        losses, loads_LE, biases_LE = zeros(4 + depth), zeros(shape), zeros(shape)
         if self.last is not None:
             weight = self.last.losses.count / self.micro_batches
             losses[: 2 + depth] = self.last.losses.means().double() * weight / self.mesh.layout.stage_ranks
         for name, router in self.routers.items():
             row = self.layers.index(name)
             loads_LE[row] = router.load_E
-            losses[-1] += router.balance_loss.double() / self.mesh.layout.dp
+            losses[-2] += router.balance_loss.double() / self.mesh.layout.dp
             if self.mesh.stage_rank == 0:
                 biases_LE[row] = router.bias_E
+        for indexer in self.indexers:
+            losses[-1] += indexer.loss / self.mesh.layout.stage_ranks
         scores_LH, scores_L, clipped = zeros(0), zeros(len(self.attentions)), zeros(1)
         if self.clip is not None:
             scores_LH = self.clip.largest()
@@ -124,7 +129,7 @@ class CollectedMeasures:
         """The sums as `MeasuredStep`. Call after the host has waited for later work of the device, as every training
         step does."""
         losses, loads, biases, scores, clipped, own = self._host.split(self._sizes)
-        main_loss, *mtp_losses, extra_loss, balance_loss = losses.tolist()
+        main_loss, *mtp_losses, extra_loss, balance_loss, index_loss = losses.tolist()
         on_disk, in_memory, *work = own.tolist()
         shape = self.loads_LE.shape
         return MeasuredStep(
@@ -132,6 +137,7 @@ class CollectedMeasures:
             mtp_losses=mtp_losses,
             extra_loss=extra_loss,
             balance_loss=balance_loss,
+            index_loss=index_loss,
             loads_LE=loads.view(shape),
             biases_LE=biases.view(shape),
             stop=StopKind.on_disk if on_disk > 0 else StopKind.in_memory if in_memory > 0 else StopKind.none,

@@ -15,10 +15,13 @@ def run_step(model: DeepSeekV3, optimizer: Optimizer, tokens_BS: Tensor, config:
     """See train/api.py."""
     plan, parts = Schedules(config).plan(step), tokens_BS.split(config.micro_batch_size)
     routers = [*model.routers().values()]
-    set_weights([model], plan, config.optim.balance_loss / len(parts))
+    set_weights(
+        [model], plan, *(weight / len(parts) for weight in (config.optim.balance_loss, config.optim.index_loss))
+    )
+    model.warms_indexers = config.optim.index_warmup
     model.losses.clear()
-    for router in routers:
-        router.clear()
+    for counting in (*routers, *model.indexers()):
+        counting.clear()
     optimizer.zero_grad()
     for part in parts:
         (model(part) / len(parts)).backward()
@@ -35,6 +38,7 @@ def run_step(model: DeepSeekV3, optimizer: Optimizer, tokens_BS: Tensor, config:
         "mtp_loss": sum(mtp) / max(1, len(mtp)),
         "extra_loss": extra,
         "balance_loss": sum(router.balance_loss.item() for router in routers),
+        "index_loss": sum(float(indexer.loss) for indexer in model.indexers()),
         "grad_norm": norm.item(),
         "lr": plan.lr,
     }

@@ -5,13 +5,16 @@ if needed; balance biases get its correction biases. Moments start at 0, and an 
 them.
 """
 
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.run_files import MANIFEST
 from conf.files import read_json
 from conf.optimizers import pretrained_with
-from conf.schema import Config
+from conf.schema import Config, Model, SparseAttention
 from train.checkpoint.manifest import read_manifest
 from train.checkpoint.run_folder import find_checkpoint
 from train.checkpoint.trained_with import describe_base, refuse_adapter, require_model, require_tokenizer
@@ -21,7 +24,12 @@ from train.hf.families import CONFIG_FILE, FAMILIES
 from train.hf.folder import Folder, match, open_model
 from train.hf.tokenizer_files import check_tokenizer
 
+INDEXER = ".indexer."
+"""Part of the names of an indexer's weights."""
+
 if TYPE_CHECKING:
+    from parallel.shard import Shard
+    from train.checkpoint.weights_mark import FillShards
     from train.loop.state import RunState
 
 
@@ -34,8 +42,27 @@ def check_start(config: Config, tokenizer: Tokenizer) -> tuple[Folder, list[str]
     path = Path(config.init_from).expanduser()
     folder, model, notes = open_model(path, text_only=config.text_only)
     notes += [*check_recipe(config, model, path), *other_optimizer(config, path)]
-    match(folder, config.model)
+    match(folder, _model_of(config, folder))
     return folder, notes + check_tokenizer(path, tokenizer, config.data.tokenizer)
+
+
+def _model_of(config: Config, folder: Folder) -> Model:
+    """The recipe's model, of which a folder with dense attention has no indexers."""
+    return config.model if FAMILIES[folder.family].is_sparse else replace(config.model, sparse=SparseAttention())
+
+
+def _with_indexers(config: Config, fill: "FillShards", has: Callable[[str], bool]) -> "FillShards":
+    """What fills from weights that may lack the indexers, which then are those of config.seed. has: whether a name is there."""
+    from train.model.init import draw_indexer  # torch
+
+    def fill_all(wanted: "dict[str, Shard]") -> None:
+        fill({name: shard for name, shard in wanted.items() if has(name)})
+        for name, shard in wanted.items():
+            if not has(name):
+                drawn = draw_indexer(name.removeprefix("master."), shard.shape, config.seed, config.model.init_std)
+                shard.local.copy_(drawn.flatten()[shard.offset : shard.offset + shard.local.numel()])
+
+    return fill_all
 
 
 def other_optimizer(config: Config, folder: Path) -> list[str]:
@@ -78,18 +105,18 @@ def start_from(config: Config, source: Folder | Path, state: "RunState") -> None
         from train.checkpoint.read_shards import FolderFiles, fill_shards  # torch
 
         manifest = read_manifest(source)
-        state.fill_base(
-            lambda wanted: fill_shards(manifest, FolderFiles(source), wanted, rounded=config.adapter.on), mark
-        )
+        read = partial(fill_shards, manifest, FolderFiles(source), rounded=config.adapter.on)
+        has = lambda name: INDEXER not in name or name in manifest.tensors  # noqa: E731
+        state.fill_base(_with_indexers(config, read, has), mark)
         family = manifest.meta.get("family")
     else:
         from train.hf.read import folder_reader  # torch
 
-        read, has_biases = folder_reader(source, match(source, config.model)), FAMILIES[source.family].has_biases
-        state.fill_base(
-            lambda wanted: read({name: wanted[name] for name in wanted if has_biases or not name.startswith("bias.")}),
-            mark,
+        facts, read = FAMILIES[source.family], folder_reader(source, match(source, _model_of(config, source)))
+        named = lambda wanted: read(  # noqa: E731
+            {name: wanted[name] for name in wanted if facts.has_biases or not name.startswith("bias.")}
         )
+        state.fill_base(_with_indexers(config, named, lambda name: INDEXER not in name or facts.is_sparse), mark)
         family = source.family
     if config.adapter.on:
         from parallel.exchange import from_rank_0, gather  # torch

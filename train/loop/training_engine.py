@@ -57,10 +57,13 @@ TERMS = ("mtp", "balance", "biases")
 """Optional parts of a step: MTP's losses, the balance loss of the routers, and the adjustment of their biases."""
 
 
-def set_weights(chunks: Sequence[DeepSeekV3], plan: StepPlan, balance_weight: float) -> None:
-    """Set the step's number and the weights of MTP and balance losses. balance_weight: alpha / micro-batches."""
+def set_weights(chunks: Sequence[DeepSeekV3], plan: StepPlan, balance_weight: float, index_weight: float) -> None:
+    """Set the step's number and the weights of MTP, balance and indexer losses.
+
+    balance_weight, index_weight: alpha / micro-batches.
+    """
     for chunk in chunks:
-        chunk.mtp_weight, chunk.step = plan.mtp_weight, plan.step
+        chunk.mtp_weight, chunk.step, chunk.index_weight = plan.mtp_weight, plan.step, index_weight
         for router in chunk.routers().values():
             router.balance_weight = balance_weight
 
@@ -410,7 +413,8 @@ class Engine:
     def _set_weights(self, plan: StepPlan, batch: Batch, total: StepTotal, with_balance: bool = True) -> None:
         self._mean_micro_batches = self.measure.micro_batches = total.rows / self._sequences
         balance_weight = self._config.optim.balance_loss * self._sequences / total.samples
-        set_weights(self._parts.chunks, plan, balance_weight if with_balance else 0.0)
+        index_weight = 0.0 if self._config.adapter.on else self._config.optim.index_loss / self._mean_micro_batches
+        set_weights(self._parts.chunks, plan, balance_weight if with_balance else 0.0, index_weight)
         for chunk in self._parts.chunks:
             chunk.loss_divisor = None
             if total.targets is not None:

@@ -74,7 +74,7 @@ SCALARS = (
         "loss",
         float,
         "nats per token",
-        "what is minimised: main_loss + mtp_weight x mtp_loss + extra_loss + balance_loss; no measure of quality, as the weights change",
+        "what is minimised: main_loss + mtp_weight x mtp_loss + extra_loss + balance_loss + index_loss; no measure of quality, as the weights change",
         panel="minimised",
     ),
     Metric(
@@ -103,6 +103,14 @@ SCALARS = (
         "1",
         "the term of your own, as it was added to the loss",
         "optim.extra_loss",
+        panel="weights",
+    ),
+    Metric(
+        "index_loss",
+        float,
+        "nats",
+        "KL divergence of the indexers' choice from the attention, a mean over queries, weighted, summed over layers",
+        "model.sparse.heads > 0",
         panel="weights",
     ),
     Metric("balance_loss", float, "1", "sequence-wise balance loss, weighted, summed over MoE layers", panel="weights"),

@@ -29,6 +29,17 @@ class AttentionInput(NamedTuple):
     seen: SeenKeys
     watch: "LargestScores | None" = None
     """Receives the scores of training calls."""
+    chosen_BTK: Tensor | None = None
+    """Rows of keys that each query sees of those in `seen`, int32, in any order; numbers that are no row here are passed over. None for
+    all of them."""
+    lse: "KeptLse | None" = None
+    """Takes the log-sum-exp of the scores of a call that is trained."""
+
+
+class KeptLse:
+    """The log-sum-exp of the scores of one call, for who wants it beside the output."""
+
+    lse_BHT: Tensor
 
 
 class LargestScores:
@@ -103,6 +114,8 @@ class Attend(Function):
         made = core.forward(given, keep=trained, largest=watch is not None)
         if watch is not None:
             watch.add(made)
+        if given.lse is not None:
+            given.lse.lse_BHT = made.lse_BHT
         ctx.save_for_backward(*given[:3], made.out_BHTV, made.lse_BHT, made.kept)
         ctx.core, ctx.rest = core, given[3:]
         return made.out_BHTV
@@ -115,7 +128,5 @@ class Attend(Function):
         return (
             None,
             *ctx.core.backward(dout_BHTV, given, AttentionOutput(out_BHTV, lse_BHT, kept=kept)),
-            None,
-            None,
-            None,
+            *(None for _ in ctx.rest),
         )

@@ -20,7 +20,8 @@ class Block(nn.Module):
     """Block of the main model or of an MTP module.
 
     dispatcher: None makes a dense block. repeat: backward runs the whole block again, so only the block's input is
-    kept. host: takes the activations of `offload`, which is attention, ffn, or layer for both; None for no offload.
+    kept. host: takes the activations of `offload`, which is attention, ffn, or layer for both; None for no offload. chooses: whether it has an
+    indexer.
     Returns the shape (B, T, D) of its input. positions: those of x; None for all positions of whole sequences.
     """
 
@@ -34,12 +35,13 @@ class Block(nn.Module):
         repeat: bool,
         host: Host | None = None,
         offload: str = "",
+        chooses: bool = False,
         **factory,
     ):
         super().__init__()
         recompute_norm, kernels = Recompute.norm in config.recompute, precision.kernels
         self.attention_norm = RMSNorm(config.hidden, config.norm_eps, recompute_norm, kernels, **factory)
-        self.attention = MLA(config, precision, rope, **factory)
+        self.attention = MLA(config, precision, rope, chooses, **factory)
         self.ffn_norm = RMSNorm(config.hidden, config.norm_eps, recompute_norm, kernels, **factory)
         if dispatcher is None:
             recompute_swiglu = Recompute.swiglu in config.recompute

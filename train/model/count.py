@@ -58,6 +58,19 @@ def attention_products(config: Model) -> int:
     return queries + keys_values + config.hidden * config.rope_head_dim + out
 
 
+def indexer_products(config: Model) -> int:
+    """Weights of the products of one indexer; 0 without sparse attention."""
+    sparse = config.sparse
+    return sparse.heads * (sparse.head_dim * (config.q_rank or 0) + config.hidden) + sparse.head_dim * config.hidden * (
+        sparse.heads > 0
+    )
+
+
+def indexer_layers(config: Model) -> int:
+    """Layers of the main model with an indexer."""
+    return sum(config.sparse.chooses(layer) for layer in range(config.layers))
+
+
 def expert_params(config: Model) -> int:
     """Return the weights of one routed expert."""
     return 3 * config.hidden * config.expert_width
@@ -75,9 +88,12 @@ def count_parameters(config: Model) -> Counts:
     outside_blocks = 2 * embedding + config.hidden
     dense, moe = config.dense_layers, config.layers - config.dense_layers
     active = outside_blocks + dense * dense_block + moe * moe_active
-    mtp_extra = 2 * config.hidden**2 + 3 * config.hidden
+    indexer = indexer_products(config) + 2 * config.sparse.head_dim * (config.sparse.heads > 0)
+    indexers = indexer_layers(config) * indexer
+    active += indexers
+    mtp_extra = 2 * config.hidden**2 + 3 * config.hidden + indexer
     return Counts(
-        total=outside_blocks + dense * dense_block + moe * moe_block,
+        total=outside_blocks + indexers + dense * dense_block + moe * moe_block,
         active=active,
         active_without_embedding=active - embedding,
         embedding=embedding,
@@ -102,8 +118,22 @@ def layer_flops(config: Model, seq_len: int, dense: bool, causal: bool = True, f
     else:
         ffn = (config.top_k + config.shared_experts) * expert_params(config)
     widths = config.nope_head_dim + config.rope_head_dim + config.v_head_dim
-    core = seq_len * config.heads * widths * (0.5 if causal else 1.0)
-    return 6 * core + (4 if frozen else 6) * (attention_products(config) + ffn)
+    pairs = seq_len * (0.5 if causal else 1.0)  # a token
+    core = _attended(config, seq_len, pairs) * config.heads * widths
+    indexer = (
+        indexer_layers(config)
+        / config.layers
+        * (indexer_products(config) + pairs * config.sparse.heads * config.sparse.head_dim)
+    )
+    return 6 * core + (4 if frozen else 6) * (attention_products(config) + ffn) + (2 if frozen else 6) * indexer
+
+
+def _attended(config: Model, seq_len: int, pairs: float) -> float:
+    """Keys that a token attends to, in the mean. pairs: those that it sees."""
+    top_k = config.sparse.top_k
+    if not config.sparse.heads or seq_len <= top_k:
+        return pairs
+    return top_k - top_k**2 / (2 * seq_len) if pairs < seq_len else top_k
 
 
 def head_flops(config: Model, frozen: bool = False) -> float:

@@ -23,6 +23,7 @@ from conf.errors import UserError
 from conf.own_code import subclass
 from conf.schema import Model, Recompute
 from train.model.block import Block
+from train.model.indexer import Indexer, LearnAlone
 from train.model.layers import AddedProduct, Embedding, LayerPrecision, RMSNorm
 from train.model.loss import cross_entropy, token_logprobs
 from train.model.moe import Dispatcher, LocalDispatcher
@@ -292,19 +293,24 @@ class DeepSeekV3(nn.Module):
         """Weight lambda of the MTP losses, set by the code that runs the step."""
         self.detaches_mtp = False
         """Whether MTP losses train only the MTP modules, set by the code that builds the model."""
+        self.warms_indexers = False
+        """Whether training teaches only the indexers, beside dense attention, set by the code that builds the model."""
         self.loss_divisor: float | None = None
         """Divisor of loss sums in training, set by the code that runs the step; None for the number of local positions.
         In eval mode the loss of supervised tokens is their sum.
         """
+        self.index_weight = 0.0
+        """Weight of the indexers' losses over micro-batches, set by the code that runs the step."""
         self.observer: Callable[[list[Tensor], Tensor, Positions], None] | None = None
         """Called in eval mode with the head's inputs (the states of the main model (B, T, D) and of every depth),
         tokens_BS and the local positions. Without an observer the MTP modules do not run in eval mode.
         """
         self._share = share
         own = bool(config.block or config.router)
-        self.backward_in_one_piece = own or (has_head and config.mtp_depth > 1)
+        self.backward_in_one_piece = own or (has_head and config.mtp_depth > 1) or config.sparse.heads > 0
         """torch's split into input and weight gradients cannot handle a weight that is used twice on one path.
         Such weights are the embedding from MTP depth 2 on, and possibly weights of the user's own blocks.
+        Nor can it handle indexers, whose inputs have no gradient.
         """
         self._dtype = precision.dtype
         if has_embedding or (has_head and config.mtp_depth):
@@ -315,7 +321,8 @@ class DeepSeekV3(nn.Module):
         for place, index in enumerate(layers):
             here, repeat = None if index < config.dense_layers else dispatcher, place < config.repeated_layers
             away = config.offloaded_part(place)
-            made = block(config, precision, rope, here, local_experts, repeat, host, away, **factory)
+            more = {"chooses": True} if config.sparse.chooses(index) else {}
+            made = block(config, precision, rope, here, local_experts, repeat, host, away, **more, **factory)
             if hasattr(made, "moe"):
                 made.moe.router.layer = index - config.dense_layers
             self.layers[str(index)] = made
@@ -365,6 +372,25 @@ class DeepSeekV3(nn.Module):
         length = x.size(1) if tokens_BS is None else tokens_BS.size(1) - 1
         samples_BS = None if supervised_BS is None else documents_BS
         positions = Positions(length, documents_BT, self._share, samples_BS=samples_BS, experts_BTLK=experts_BTLK)
+        if self.training and self.index_weight:
+            divisor = len(x) * positions.count if self.loss_divisor is None else self.loss_divisor
+            positions.choices.weight, positions.choices.supervised_BS = self.index_weight / divisor, supervised_BS
+        if not (self.training and self.warms_indexers):
+            return self._run(x, positions, tokens_BS, supervised_BS, tensors_BS)
+        positions.choices.alone = terms = []
+        with torch.no_grad():
+            out = self._run(x, positions, tokens_BS, supervised_BS, tensors_BS)
+        return LearnAlone.apply(out, x, *terms) if torch.is_grad_enabled() else out
+
+    def _run(
+        self,
+        x: Tensor,
+        positions: Positions,
+        tokens_BS: Tensor | None,
+        supervised_BS: Tensor | None,
+        tensors_BS: dict[str, Tensor],
+    ) -> Tensor:
+        """`forward` at these positions."""
         embedding_BTD = None
         if self.has_embedding or self._depths:
             assert tokens_BS is not None
@@ -396,6 +422,10 @@ class DeepSeekV3(nn.Module):
             for name, module in self.named_modules()
             if isinstance(module, Router)
         }
+
+    def indexers(self) -> list[Indexer]:
+        """Indexers of this chunk, MTP modules included."""
+        return [module for module in self.modules() if isinstance(module, Indexer)]
 
     def add_loss(self, extra_loss: Callable[[ModelOutputs], Tensor]) -> None:
         """Add the user's own loss term to the last chunk. Call it before a pipeline takes the chunk."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from train.model.deepseek import DeepSeekV3
+from train.model.indexer import LayerNorm
 from train.model.layers import RMSNorm
 from train.model.moe import Experts
 
@@ -72,10 +73,19 @@ def _draw_weight(module: nn.Module, weight: nn.Parameter, name: str, seed: int |
         weight.fill_(255)
     elif seed is None:
         weight.fill_(torch.nan)
-    elif isinstance(module, RMSNorm):
-        weight.fill_(1)
+    elif isinstance(module, RMSNorm | LayerNorm):
+        weight.fill_(0 if name.endswith(".bias") else 1)
     else:
         draw_normal(weight, f"{seed}/{name}", std, module.local if isinstance(module, Experts) else None)
+
+
+def draw_indexer(name: str, shape: tuple[int, ...], seed: int, std: float) -> Tensor:
+    """The first values of an indexer's weight of this global name, whole, as `initialise` draws them on a CPU."""
+    values = torch.empty(shape)
+    if ".k_norm." in name:
+        return values.fill_(0 if name.endswith(".bias") else 1)
+    draw_normal(values, f"{seed}/{name}", std)
+    return values
 
 
 def draw_uniform(weight: Tensor, key: str, bound: float, experts: range | None = None) -> None:

@@ -8,28 +8,32 @@
 q_down, q_up, kv_down, kv_up and out hold the W's, packed as in the released weights: kv_down gives [c_KV | rope key],
 q_up per head [nope | rope], kv_up per head [nope key | value]. Without q_rank, `q` projects x directly.
 
+With sparse attention a query attends to the keys that the indexer of its layer chooses, or that of an earlier one (indexer.py).
+
 Shapes: B sequences, T positions, D width, H heads, Q qk width = nope + rope, R rope width, V value width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from conf.schema import Model, Recompute
-from train.model.attention import AttentionInput, LargestScores
+from train.model.attention import AttentionInput, KeptLse, LargestScores
+from train.model.indexer import AttentionTarget, Indexer, IndexLoss, IndexVectors, Learn, query_weights, whole_keys
 from train.model.layers import LayerPrecision, Linear, RMSNorm
-from train.model.recompute import RecomputedOutputs, ReplaceableTensors
+from train.model.recompute import RecomputedOutputs, ReplaceableTensors, is_repeated, recall, remember
 from train.model.rope import Rope, rotate, turn_queries
-from train.model.sequence import Positions
+from train.model.sequence import Positions, SeenKeys
 from train.model.shared_attention import KeysOfLatents, SharedAttention
 
 
 class MLA(nn.Module):
     """Multi-head latent attention of one block."""
 
-    def __init__(self, config: Model, precision: LayerPrecision, rope: Rope, **factory):
+    def __init__(self, config: Model, precision: LayerPrecision, rope: Rope, chooses: bool = False, **factory):
+        """chooses: whether it has an indexer."""
         super().__init__()
         width, heads = config.hidden, config.heads
         qk_width = config.nope_head_dim + config.rope_head_dim
@@ -44,6 +48,7 @@ class MLA(nn.Module):
         self.kv_norm = RMSNorm(config.kv_rank, config.resolved_latent_norm_eps, recompute_norm, kernels, **factory)
         self.kv_up = Linear(config.kv_rank, heads * (config.nope_head_dim + config.v_head_dim), precision, **factory)
         self.out = Linear(heads * config.v_head_dim, width, precision, kind="output", **factory)
+        self.indexer = Indexer(config, precision, **factory) if chooses else None
         self._config, self._rope, self._kernels = config, rope, kernels
         self._recompute_up = Recompute.mla_up in config.recompute
         self.watch: LargestScores | None = None
@@ -60,15 +65,89 @@ class MLA(nn.Module):
             q_latent = self.q(x_BTD) if self._config.q_rank is None else self.q_down(x_BTD)
             kv_latent, k_rope_BTR = self.kv_down(x_BTD).split([self._config.kv_rank, self._config.rope_head_dim], -1)
         saved = ReplaceableTensors()
+        index, chosen_BTK = self._choose(x_BTD, q_latent, remake, positions)
+        lse = KeptLse() if index is not None else None
         if positions.share is not None:
-            return self._project(self._attend_shared(positions, q_latent, kv_latent, k_rope_BTR, saved), saved)
-        heads = self._up(q_latent, kv_latent, k_rope_BTR)
-        keep = nullcontext()
-        if self._recompute_up and torch.is_grad_enabled():
-            keep = RecomputedOutputs(self._up, (q_latent, kv_latent, k_rope_BTR), *heads)
-        with saved, keep:
-            out_BHTV = self.attend(AttentionInput(*heads, self._rope.softmax_scale, positions.seen[0], self.watch))
-        return self._project(out_BHTV, saved)
+            out_BHTV, q_BHTQ, blocks = self._attend_shared(
+                positions, q_latent, kv_latent, k_rope_BTR, saved, chosen_BTK, lse
+            )
+        else:
+            q_BHTQ, k_BHTQ, v_BHTV = heads = self._up(q_latent, kv_latent, k_rope_BTR)
+            keep = nullcontext()
+            if self._recompute_up and torch.is_grad_enabled():
+                keep = RecomputedOutputs(self._up, (q_latent, kv_latent, k_rope_BTR), *heads)
+            scale, seen = self._rope.softmax_scale, positions.seen[0]
+            with saved, keep:
+                out_BHTV = self.attend(AttentionInput(q_BHTQ, k_BHTQ, v_BHTV, scale, seen, self.watch, chosen_BTK, lse))
+
+            def blocks() -> Iterator[tuple[Tensor, SeenKeys, int]]:
+                yield k_BHTQ.detach(), seen, 0
+
+        y_BTD = self._project(out_BHTV, saved)
+        if index is None or lse is None:
+            return y_BTD
+        target = AttentionTarget(q_BHTQ.detach(), lse.lse_BHT, self._rope.softmax_scale, blocks)
+        return self._learn(y_BTD, index, positions, chosen_BTK, target)
+
+    def _choose(
+        self, x_BTD: Tensor, q_latent: Tensor, remake: AbstractContextManager, positions: Positions
+    ) -> tuple[IndexVectors | None, Tensor | None]:
+        """What the indexer learns of, where it learns, and the keys that every query here attends to; None for all that it sees."""
+        sparse, choices = self._config.sparse, positions.choices
+        learns = self.indexer is not None and self.training and choices.weight > 0
+        is_dense = not sparse.heads or positions.length <= sparse.top_k or (self.training and choices.alone is not None)
+        chosen_BTK = None if is_dense else recall()
+        index = None
+        if self.indexer is not None and (learns or not (is_dense or chosen_BTK is not None)):
+            with torch.set_grad_enabled(learns):
+                index = self._index(self.indexer, x_BTD.detach(), q_latent.detach(), remake, positions)
+        if is_dense or chosen_BTK is not None:
+            return index if learns else None, chosen_BTK
+        if index is not None:
+            whole = index._replace(k_BSI=whole_keys(positions, index.k_BSI.detach()))
+            with torch.no_grad():
+                choices.chosen_BTK = self._kernels.choose_keys(whole, positions.seen_whole, sparse.top_k)
+        assert choices.chosen_BTK is not None, "the first layer of a chunk chooses"
+        return index if learns else None, remember(choices.chosen_BTK)
+
+    def _index(
+        self,
+        indexer: Indexer,
+        x_BTD: Tensor,
+        q_latent: Tensor,
+        remake: AbstractContextManager,
+        positions: Positions,
+    ) -> IndexVectors:
+        table = self._rope.table(positions.whole_length, x_BTD.device)
+        table = torch.cat([table[piece.start : piece.stop] for piece in positions.here])
+        latent, remake_latent = self.q_norm.with_remake(q_latent)
+        return indexer(x_BTD, latent.detach(), table, remake, remake_latent)
+
+    def _learn(
+        self,
+        y_BTD: Tensor,
+        index: IndexVectors,
+        positions: Positions,
+        chosen_BTK: Tensor | None,
+        target: AttentionTarget,
+    ) -> Tensor:
+        """y, by which the loss of the indexer reaches it in backward."""
+        indexer, alone = self.indexer, positions.choices.alone
+        assert indexer is not None, "who learns"
+
+        def compute(vectors: IndexVectors) -> IndexLoss:
+            weight_BT = query_weights(positions, len(y_BTD), y_BTD.device)
+            return self._kernels.index_loss(vectors, positions.seen_whole, chosen_BTK, target, weight_BT)
+
+        def count(loss: Tensor) -> None:
+            if not is_repeated():
+                indexer.loss = indexer.loss + loss
+
+        if alone is None:
+            return Learn.apply(y_BTD, *index, positions, compute, count)
+        with torch.enable_grad():
+            alone.append(Learn.apply(y_BTD.new_zeros(()), *index, positions, compute, count))
+        return y_BTD
 
     def attend(self, given: AttentionInput) -> Tensor:
         """Run only the attention core, for sequences that no other rank shares: (B, H, T, V)."""
@@ -117,10 +196,17 @@ class MLA(nn.Module):
         )
 
     def _attend_shared(
-        self, positions: Positions, q_latent: Tensor, kv_latent: Tensor, k_rope_BTR: Tensor, saved: ReplaceableTensors
-    ) -> Tensor:
-        """Return (B, H, T, V) if other ranks have the rest of the sequences: normed latents and rotated rope keys
-        travel, once.
+        self,
+        positions: Positions,
+        q_latent: Tensor,
+        kv_latent: Tensor,
+        k_rope_BTR: Tensor,
+        saved: ReplaceableTensors,
+        chosen_BTK: Tensor | None,
+        lse: KeptLse | None,
+    ) -> tuple[Tensor, Tensor, Callable[[], Iterator[tuple[Tensor, SeenKeys, int]]]]:
+        """(B, H, T, V) where other ranks have the rest of the sequences: normed latents and turned rope keys travel, once. And the queries,
+        and what gathers the latents again for the keys of all positions, as `AttentionTarget` takes them.
         """
         config, table = self._config, self._rope.table(positions.whole_length, q_latent.device)
         table = torch.cat([table[piece.start : piece.stop] for piece in positions.here])
@@ -137,8 +223,9 @@ class MLA(nn.Module):
             )
 
         latents_BTX = to_travel(kv_latent, k_rope_BTR)
-        assert positions.share is not None
-        gathering = positions.share.gather_begin(latents_BTX.detach(), [len(piece) for piece in positions.pieces])
+        share = positions.share
+        assert share is not None
+        gathering = share.gather_begin(latents_BTX.detach(), [len(piece) for piece in positions.pieces])
         q_BHTQ = queries(q_latent)
         keep = nullcontext()
         if self._recompute_up and torch.is_grad_enabled():
@@ -146,7 +233,7 @@ class MLA(nn.Module):
             keep = RecomputedOutputs(lambda q, *others: (queries(q), to_travel(*others)), sources, q_BHTQ, latents_BTX)
         keys = KeysOfLatents(self.kv_up, config.heads, config.kv_rank, config.nope_head_dim)
         with saved, keep:
-            return SharedAttention.apply(
+            out_BHTV = SharedAttention.apply(
                 q_BHTQ,
                 latents_BTX,
                 keys,
@@ -155,5 +242,16 @@ class MLA(nn.Module):
                 positions,
                 gathering,
                 self.watch,
+                chosen_BTK,
+                lse,
                 *(weight for weight in self.kv_up.parameters() if weight.requires_grad),
             )
+
+        def blocks() -> Iterator[tuple[Tensor, SeenKeys, int]]:
+            rows = [len(piece) for piece in positions.pieces]
+            again = share.gather_begin(latents_BTX.detach(), rows).wait()
+            for piece, seen, latents_BLX in zip(positions.pieces, positions.seen, again, strict=True):
+                if seen.rectangles:
+                    yield keys.of(latents_BLX)[0], seen, piece.start
+
+        return out_BHTV, q_BHTQ, blocks

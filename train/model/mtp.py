@@ -43,7 +43,8 @@ class MTP(nn.Module):
         self.hidden_norm = RMSNorm(config.hidden, config.norm_eps, recompute, kernels, **factory)
         self.projection = Linear(2 * config.hidden, config.hidden, precision, **factory)
         block = subclass("model.block", config.block, Block)
-        self.block = block(config, precision, rope, dispatcher, local_experts, repeat, **factory)
+        more = {"chooses": True} if config.sparse.chooses(None) else {}
+        self.block = block(config, precision, rope, dispatcher, local_experts, repeat, **more, **factory)
         self.norm = RMSNorm(config.hidden, config.norm_eps, recompute, kernels, **factory)
 
     def forward(self, hidden_BTD: Tensor, embedding_BTD: Tensor, positions: Positions) -> Tensor:

@@ -8,13 +8,16 @@ width, V value width, R rows sorted by expert, E experts, K experts per token, I
 contraction.
 """
 
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from train.model.attention import AttentionCore, AttentionInput
-from train.model.sequence import Positions
+from train.model.sequence import Positions, SeenKeys
+
+if TYPE_CHECKING:
+    from train.model.indexer import AttentionTarget, IndexLoss, IndexVectors
 
 ExpertGroups = Tensor | list[int]
 """Rows of each expert: a count per expert, or the end of each expert's rows, int32 (E,)."""
@@ -74,6 +77,23 @@ class Kernels(Protocol):
 
     def attention(self, given: AttentionInput) -> Tensor:
         """Return softmax(scale q k^T) v by `core`: (B, H, T, V). Differentiable."""
+
+    def choose_keys(self, index: "IndexVectors", seen: SeenKeys, top_k: int) -> Tensor:
+        """The top_k keys of the largest scores of every query here, of those that it sees: their numbers ascending, int32 (B, T, top_k), and
+        -1 behind them where it sees fewer. Of equal scores the earlier key wins. seen: keys of all positions as one block.
+        """
+
+    def index_loss(
+        self,
+        index: "IndexVectors",
+        seen: SeenKeys,
+        chosen_BTK: Tensor | None,
+        target: "AttentionTarget",
+        weight_BT: Tensor,
+    ) -> "IndexLoss":
+        """The sum of weight * KL(p || softmax(I)) over the queries here (train/model/indexer.py), and its gradients. chosen: keys that a query
+        attends to; None for all that it sees.
+        """
 
     def logits(self, x_ND: Tensor, weight_ED: Tensor) -> Tensor:
         """Return x W^T of the router in fp32, from operands in any dtype: (N, E)."""

@@ -102,6 +102,20 @@ class SeenKeys:
         return self._made[key]
 
 
+@dataclass
+class KeyChoices:
+    """What layers of sparse attention share in one micro-batch. Training sets the first three (train/model/indexer.py)."""
+
+    weight: float = 0.0
+    """Weight of the indexers' loss at every learnt query; 0 where none learns."""
+    supervised_BS: Tensor | None = None
+    """Tokens that are learnt, on the host; None for all."""
+    alone: list[Tensor] | None = None
+    """Takes the losses where indexers learn alone, and attention is dense meanwhile; None where they learn beside the model."""
+    chosen_BTK: Tensor | None = None
+    """What the newest layer with an indexer has chosen: numbers of positions in their sequence, int32, -1 where there are fewer."""
+
+
 @dataclass(frozen=True)
 class Positions:
     """The positions of a micro-batch: T in each of its sequences, some of which are local."""
@@ -124,6 +138,8 @@ class Positions:
     """Expert ids that routers use instead of their own choice; None: routers choose.
     They cover every position in each MoE layer of the main model.
     """
+    choices: KeyChoices = field(default_factory=KeyChoices)
+    """What layers of sparse attention share."""
 
     @property
     def whole_length(self) -> int:
@@ -248,6 +264,11 @@ class Positions:
     def seen(self) -> list[SeenKeys]:
         """Which local queries see which keys of each piece; if whole sequences are local, there is one piece."""
         return [SeenKeys(self._rectangles(block)) for block in self.pieces]
+
+    @cached_property
+    def seen_whole(self) -> SeenKeys:
+        """Which queries here see which keys of all positions, as one block."""
+        return self.seen[0] if self.share is None else SeenKeys(self._rectangles(range(self.length)))
 
     def _rectangles(self, block: range) -> list[Rectangle]:
         found, row = [], 0

@@ -22,7 +22,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from train.model.attention import AttentionCore, AttentionInput, AttentionOutput, LargestScores, positions_first
+from train.model.attention import (
+    AttentionCore,
+    AttentionInput,
+    AttentionOutput,
+    KeptLse,
+    LargestScores,
+    positions_first,
+)
 from train.model.needed import Function, gradients_needed, is_recorded, once_differentiable
 from train.model.sequence import PendingGather, Positions
 
@@ -72,7 +79,8 @@ class SharedAttention(Function):
     """softmax(scale q k^T) v of this process's queries over the keys of all positions: (B, H, T, V).
 
     latents_BTX: [latent | rotated rope key] of this process's positions. weights: the trained weights of keys.up.
-    gathering: a gather of all latents. watch: as in `AttentionInput`.
+    gathering: a gather of all latents. watch, lse: as in `AttentionInput`.
+    chosen: numbers of positions that each query attends to; None for all that it sees.
     """
 
     @staticmethod
@@ -86,19 +94,24 @@ class SharedAttention(Function):
         positions: Positions,
         gathering: PendingGather,
         watch: LargestScores | None,
+        chosen_BTK: Tensor | None,
+        lse: KeptLse | None,
         *weights: Tensor,
     ) -> Tensor:
         B, H, T, _ = q_BHTQ.shape
         watch = watch if is_recorded(ctx) else None
         out_BHTV, lse_BHT = None, None
-        for seen, latents_BLX in zip(positions.seen, gathering.wait(), strict=True):
+        blocks = zip(positions.pieces, positions.seen, gathering.wait(), strict=True)
+        for piece, seen, latents_BLX in blocks:
             k_BHLQ, v_BHLV = keys.of(latents_BLX)
             if out_BHTV is None or lse_BHT is None:
                 out_BHTV = torch.zeros(B, H, T, v_BHLV.size(-1), dtype=torch.float32, device=q_BHTQ.device)
                 lse_BHT = torch.full((B, H, T), -torch.inf, dtype=torch.float32, device=q_BHTQ.device)
             if not seen.rectangles:
                 continue
-            made = core.forward(AttentionInput(q_BHTQ, k_BHLQ, v_BHLV, scale, seen, watch), largest=watch is not None)
+            chosen = _rows_of(chosen_BTK, piece)
+            given = AttentionInput(q_BHTQ, k_BHLQ, v_BHLV, scale, seen, watch, chosen)
+            made = core.forward(given, largest=watch is not None)
             if watch is not None:
                 watch.add(made)
             part_BHTV, part_BHT, *_ = made
@@ -113,7 +126,10 @@ class SharedAttention(Function):
         assert out_BHTV is not None and lse_BHT is not None, "a sequence has a piece"
         out_BHTV = positions_first(out_BHTV, q_BHTQ.dtype)
         ctx.save_for_backward(q_BHTQ, latents_BTX, out_BHTV, lse_BHT)
+        if lse is not None:
+            lse.lse_BHT = lse_BHT
         ctx.weights, ctx.keys, ctx.core, ctx.scale, ctx.positions = weights, keys, core, scale, positions
+        ctx.chosen_BTK = chosen_BTK
         ctx.put_aside = None
         return out_BHTV
 
@@ -121,7 +137,7 @@ class SharedAttention(Function):
     @once_differentiable
     def backward(ctx, dout_BHTV: Tensor):
         q_needed, latents_needed, *needed = gradients_needed(ctx)
-        rest = (None,) * 6
+        rest = (None,) * 8
         weights_needed = any(needed[len(rest) :])
         if ctx.put_aside is not None and not (q_needed or latents_needed):
             dweights, ctx.put_aside = ctx.put_aside, None
@@ -133,13 +149,16 @@ class SharedAttention(Function):
         dq_BHTQ = torch.zeros(q_BHTQ.shape, dtype=torch.float32, device=q_BHTQ.device)
         dweights = [torch.zeros(one.shape, dtype=torch.float32, device=q_BHTQ.device) for one in ctx.weights]
         dlatents = []
-        for seen, latents_BLX in zip(positions.seen, gathering.wait(), strict=True):
+        for piece, seen, latents_BLX in zip(positions.pieces, positions.seen, gathering.wait(), strict=True):
             if not seen.rectangles:
                 dlatents.append(torch.zeros_like(latents_BLX))
                 continue
 
-            def attend(k, v, seen=seen):
-                return ctx.core.backward(dout_BHTV, AttentionInput(q_BHTQ, k, v, ctx.scale, seen), whole)
+            chosen = _rows_of(ctx.chosen_BTK, piece)
+
+            def attend(k, v, seen=seen, chosen=chosen):
+                given = AttentionInput(q_BHTQ, k, v, ctx.scale, seen, chosen_BTK=chosen)
+                return ctx.core.backward(dout_BHTV, given, whole)
 
             dq, dlatents_BLX, parts = ctx.keys.gradients(latents_BLX, ctx.weights, attend)
             dq_BHTQ += dq
@@ -150,3 +169,8 @@ class SharedAttention(Function):
         if not weights_needed:
             ctx.put_aside = dweights
         return dq_BHTQ.to(q_BHTQ.dtype), dlatents_BTX, *rest, *(dweights if weights_needed else [None] * len(dweights))
+
+
+def _rows_of(chosen_BTK: Tensor | None, piece: range) -> Tensor | None:
+    """Numbers of positions as rows of this piece."""
+    return None if chosen_BTK is None else chosen_BTK - piece.start

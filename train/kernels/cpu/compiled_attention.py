@@ -107,7 +107,7 @@ class CompiledAttention(PlainAttention):
 
 def _spans(given: AttentionInput) -> Spans | None:
     """What compiled code takes; None where it does not."""
-    if given.q_BHTQ.dtype != torch.bfloat16:
+    if given.q_BHTQ.dtype != torch.bfloat16 or given.chosen_BTK is not None:
         return None
     B, _, T, _ = given.q_BHTQ.shape
     spans: Spans = []

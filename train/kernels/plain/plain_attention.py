@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from conf.thresholds import THRESHOLDS
 from train.model.attention import AttentionCore, AttentionInput, AttentionOutput, positions_first
+from train.model.sequence import SeenKeys
 
 
 class PlainAttention(AttentionCore):
@@ -28,7 +29,9 @@ class PlainAttention(AttentionCore):
             scores_XCS = torch.baddbmm(bias_CS, q32[rows, queries], k32[rows, keys].mT, alpha=given.scale)
             most[rows, queries] = largest_XC = scores_XCS.amax(-1)
             p_XCS = scores_XCS.softmax(-1)
-            lse[rows, queries] = largest_XC - p_XCS.amax(-1).log_()
+            if given.chosen_BTK is not None:  # a query may have chosen none of these keys
+                p_XCS.masked_fill_((largest_XC == -torch.inf).unsqueeze(-1), 0)
+            lse[rows, queries] = torch.where(largest_XC == -torch.inf, largest_XC, largest_XC - p_XCS.amax(-1).log_())
             out[rows, queries] = torch.bmm(p_XCS, v32[rows, keys])
         shape = given.q_BHTQ.shape[:3]
         out_BHTV = positions_first(out.view(*shape, -1), given.v_BHSV.dtype)
@@ -57,12 +60,28 @@ def _blocks(given: AttentionInput) -> Iterator[tuple[slice, slice, slice, Tensor
     -inf where a query does not see a key, else 0, (C, S).
     """
     batch, heads = given.q_BHTQ.shape[:2]
-    length = given.k_BHSQ.size(2)
+    for sequences, queries, keys, bias_CS in query_blocks(given.seen, given.k_BHSQ.size(2), batch, given.q_BHTQ.device):
+        parts = [(sequences, bias_CS)]
+        if given.chosen_BTK is not None:
+            parts = [(range(b, b + 1), only_chosen(bias_CS, given.chosen_BTK[b, queries], keys)) for b in sequences]
+        for several, bias_CS in parts:
+            rows = range(several.start * heads, several.stop * heads)
+            count = max(1, THRESHOLDS.attention_scores // bias_CS.numel()) if given.q_BHTQ.is_cpu else len(rows)
+            for row in range(rows.start, rows.stop, count):
+                yield slice(row, min(row + count, rows.stop)), queries, keys, bias_CS
+
+
+def query_blocks(
+    seen: SeenKeys, length: int, batch: int, device: torch.device
+) -> Iterator[tuple[range, slice, slice, Tensor]]:
+    """Blocks of queries that see the same keys but for a diagonal: their sequences, the positions of the queries, those of the keys that
+    any of them sees, of `length`, and what is added to scores: -inf where a query does not see a key, else 0, (C, S).
+    """
     most = THRESHOLDS.attention_queries
-    bias = torch.full((most, most), -torch.inf, device=given.q_BHTQ.device).triu_(1)
+    bias = torch.full((most, most), -torch.inf, device=device).triu_(1)
     bias = F.pad(bias, (length, 0))  # behind the diagonal of the last `most` columns
-    for sequence, first_query, last_query, first_key, last_key, before in given.seen.rectangles:
-        rows = range(batch * heads) if sequence is None else range(sequence * heads, (sequence + 1) * heads)
+    for sequence, first_query, last_query, first_key, last_key, before in seen.rectangles:
+        sequences = range(batch) if sequence is None else range(sequence, sequence + 1)
         block = most if last_query - first_query >= 4 * most else most // 2
         for first in range(first_query, last_query, block):
             last = min(first + block, last_query)
@@ -70,6 +89,13 @@ def _blocks(given: AttentionInput) -> Iterator[tuple[slice, slice, slice, Tensor
             keys = slice(first_key, min(last_key, first_key + diagonal + last - first))
             start = max(length - diagonal, 0)
             bias_CS = bias[: last - first, start : start + keys.stop - first_key]
-            count = max(1, THRESHOLDS.attention_scores // bias_CS.numel()) if given.q_BHTQ.is_cpu else len(rows)
-            for row in range(rows.start, rows.stop, count):
-                yield slice(row, min(row + count, rows.stop)), slice(first, last), keys, bias_CS
+            yield sequences, slice(first, last), keys, bias_CS
+
+
+def only_chosen(bias_CS: Tensor, chosen_CK: Tensor, keys: slice) -> Tensor:
+    """What is added to scores where each query sees the chosen keys alone. chosen: numbers of keys; those outside `keys` are passed over."""
+    size = keys.stop - keys.start
+    place_CK = chosen_CK.long() - keys.start
+    place_CK = place_CK.masked_fill((place_CK < 0) | (place_CK >= size), size)
+    sees_CS = torch.zeros(len(chosen_CK), size + 1, dtype=torch.bool, device=bias_CS.device).scatter_(1, place_CK, True)
+    return bias_CS.masked_fill(~sees_CS[:, :size], -torch.inf)

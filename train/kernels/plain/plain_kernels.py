@@ -17,10 +17,12 @@ from conf.thresholds import THRESHOLDS
 from train.kernels.plain import grouped
 from train.kernels.plain.heads import PlainHeads
 from train.kernels.plain.plain_attention import PlainAttention
+from train.kernels.plain.plain_indexer import choose_keys, index_loss
 from train.kernels.plain.routing import Route
 from train.model.attention import Attend, AttentionCore, AttentionInput
+from train.model.indexer import AttentionTarget, IndexLoss, IndexVectors
 from train.model.operations import ExpertGroups, Kernels, RouterCounters, RoutingRule
-from train.model.sequence import Positions
+from train.model.sequence import Positions, SeenKeys
 
 
 class PlainKernels(Kernels):
@@ -83,6 +85,19 @@ class PlainKernels(Kernels):
 
     def attention(self, given: AttentionInput) -> Tensor:
         return Attend.apply(self.core, *given)
+
+    def choose_keys(self, index: IndexVectors, seen: SeenKeys, top_k: int) -> Tensor:
+        return choose_keys(index, seen, top_k)
+
+    def index_loss(
+        self,
+        index: IndexVectors,
+        seen: SeenKeys,
+        chosen_BTK: Tensor | None,
+        target: AttentionTarget,
+        weight_BT: Tensor,
+    ) -> IndexLoss:
+        return index_loss(index, seen, chosen_BTK, target, weight_BT)
 
     def logits(self, x_ND: Tensor, weight_ED: Tensor) -> Tensor:
         return F.linear(x_ND.float(), weight_ED.float())

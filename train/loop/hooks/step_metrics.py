@@ -46,7 +46,11 @@ class StepMetrics:
             "tokens": state.samples * run.config.seq_len,
             "samples": state.samples,
             "epochs": max(run.data.train.epochs(state.samples).values()),
-            "loss": measured.main_loss + plan.mtp_weight * mtp_loss + measured.extra_loss + measured.balance_loss,
+            "loss": measured.main_loss
+            + plan.mtp_weight * mtp_loss
+            + measured.extra_loss
+            + measured.balance_loss
+            + measured.index_loss,
             "main_loss": measured.main_loss,
             "balance_loss": measured.balance_loss,
             "grad_norm": run.outcome.update.grad_norm,
@@ -60,6 +64,8 @@ class StepMetrics:
             record["mtp_loss"] = mtp_loss
         if len(measured.mtp_losses) > 1:
             record |= {f"mtp_loss_{k}": loss for k, loss in enumerate(measured.mtp_losses, 1)}
+        if run.config.model.sparse.heads:
+            record["index_loss"] = measured.index_loss
         if run.config.optim.extra_loss:
             record["extra_loss"] = measured.extra_loss
         if measured.scores_L:

@@ -1,0 +1,95 @@
+"""The choice and the loss of an indexer (train/model/indexer.py has the formulas) in torch's operations on any device.
+
+A block of queries meets all keys that it sees, and some heads at a time, so that memory beside the results is that of a block.
+
+Shapes as in train/model/indexer.py; C queries of a block.
+"""
+
+import torch
+from torch import Tensor
+
+from conf.thresholds import THRESHOLDS
+from train.kernels.plain.plain_attention import only_chosen, query_blocks
+from train.model.indexer import AttentionTarget, IndexLoss, IndexVectors, best_keys, head_slices, index_scores
+from train.model.sequence import SeenKeys
+
+
+def choose_keys(index: IndexVectors, seen: SeenKeys, top_k: int) -> Tensor:
+    """`train.model.operations.Kernels.choose_keys`."""
+    q_BTHI, k_BSI, _ = index
+    batch, length = q_BTHI.shape[:2]
+    chosen_BTK = torch.full((batch, length, top_k), -1, dtype=torch.int32, device=q_BTHI.device)
+    for sequences, queries, keys, bias_CS in query_blocks(seen, k_BSI.size(1), batch, q_BTHI.device):
+        for b in sequences:
+            scores_CS = _scores(index, b, queries, keys).add_(bias_CS)
+            found_CK = best_keys(scores_CS, top_k)
+            chosen_BTK[b, queries] = found_CK.add_(keys.start).masked_fill_(found_CK < keys.start, -1)
+    return chosen_BTK
+
+
+def index_loss(
+    index: IndexVectors, seen: SeenKeys, chosen_BTK: Tensor | None, target: AttentionTarget, weight_BT: Tensor
+) -> IndexLoss:
+    """`train.model.operations.Kernels.index_loss`."""
+    q_BTHI, k_BSI, _ = index
+    batch, device = len(q_BTHI), q_BTHI.device
+    grads = IndexVectors(*(torch.zeros(t.shape, device=device) for t in index))
+    loss = torch.zeros((), device=device)
+    lse_BT = torch.full(q_BTHI.shape[:2], -torch.inf, device=device)
+
+    def open_scores(b: int, queries: slice, keys: slice, bias_CS: Tensor) -> Tensor:
+        """What is added to the scores of one sequence."""
+        return bias_CS if chosen_BTK is None else only_chosen(bias_CS, chosen_BTK[b, queries], keys)
+
+    for sequences, queries, keys, bias_CS in query_blocks(seen, k_BSI.size(1), batch, device):
+        for b in sequences:
+            scores_CS = _scores(index, b, queries, keys) + open_scores(b, queries, keys, bias_CS)
+            lse_BT[b, queries] = scores_CS.logsumexp(-1)
+    for k_BHLQ, seen_here, first in target.blocks():
+        for sequences, queries, own, bias_CS in query_blocks(seen_here, k_BHLQ.size(2), batch, device):
+            keys = slice(first + own.start, first + own.stop)
+            for b in sequences:
+                open_CS = open_scores(b, queries, keys, bias_CS)
+                p_CS = _mean_attention(target, b, queries, k_BHLQ[b, :, own], open_CS)
+                log_CS = _scores(index, b, queries, keys).add_(open_CS).sub_(lse_BT[b, queries].unsqueeze(-1))
+                weight_C1 = weight_BT[b, queries].unsqueeze(-1)
+                apart_CS = torch.xlogy(p_CS, p_CS) - (p_CS * log_CS).masked_fill_(p_CS == 0, 0)
+                loss += (apart_CS * weight_C1).sum()
+                _add_gradients(grads, index, b, queries, keys, (log_CS.exp_() - p_CS) * weight_C1)
+    return IndexLoss(loss, IndexVectors(*(grad.to(of.dtype) for grad, of in zip(grads, index, strict=True))))
+
+
+def _scores(index: IndexVectors, b: int, queries: slice, keys: slice) -> Tensor:
+    return index_scores(
+        index.q_BTHI[b, queries], index.k_BSI[b, keys], index.w_BTH[b, queries], THRESHOLDS.attention_scores
+    )
+
+
+def _mean_attention(target: AttentionTarget, b: int, queries: slice, k_HSQ: Tensor, open_CS: Tensor) -> Tensor:
+    """Attention summed over heads, of which each sums to 1, over their number: (C, S)."""
+    heads = len(k_HSQ)
+    p_CS = torch.zeros_like(open_CS)
+    for some in head_slices(heads, open_CS.numel(), THRESHOLDS.attention_scores):
+        scores_HCS = torch.baddbmm(
+            open_CS - target.lse_BHT[b, some, queries].unsqueeze(-1),
+            target.q_BHTQ[b, some, queries].float(),
+            k_HSQ[some].float().mT,
+            alpha=target.scale,
+        )
+        p_CS += scores_HCS.exp_().sum(0)
+    return p_CS.div_(heads)
+
+
+def _add_gradients(
+    grads: IndexVectors, index: IndexVectors, b: int, queries: slice, keys: slice, dscores_CS: Tensor
+) -> None:
+    """Add what the gradient of the scores gives to q, k and w."""
+    k_SI = index.k_BSI[b, keys].float()
+    for heads in head_slices(index.w_BTH.size(-1), dscores_CS.numel(), THRESHOLDS.attention_scores):
+        q_HCI = index.q_BTHI[b, queries, heads].float().transpose(0, 1)
+        products_HCS = (q_HCI @ k_SI.mT).relu_()
+        grads.w_BTH[b, queries, heads] += (products_HCS * dscores_CS).sum(-1).mT
+        w_HC1 = index.w_BTH[b, queries, heads].float().mT.unsqueeze(-1)
+        dproducts_HCS = (products_HCS > 0) * dscores_CS * w_HC1
+        grads.q_BTHI[b, queries, heads] += (dproducts_HCS @ k_SI).transpose(0, 1)
+        grads.k_BSI[b, keys] += (dproducts_HCS.mT @ q_HCI).sum(0)

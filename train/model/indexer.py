@@ -1,0 +1,208 @@
+"""The indexer of sparse attention (DSA; DeepSeek-V3.2, 2.1), which chooses the keys that a query attends to.
+
+    I_ts = sum_j w_tj ReLU(q_tj . k_s)          score of query t and key s over the heads j of the indexer, fp32
+    q = W_Q c_Q,  k = LayerNorm(W_K x),  w = W_W x * heads^-0.5 * head_dim^-0.5          RoPE on the first part of q and k
+
+c_Q is the query latent after its norm and x the input of the block; all heads share one key. A query attends to the top_k keys of the
+largest scores among those that it sees; of equal scores the earlier key wins, so that all layouts choose the same.
+
+The loss of an indexer is the mean over learnt queries of KL(p || softmax(I)), where p is the attention summed over heads and divided
+by its sum, both over the keys that the query attends to. Its gradient ends at the indexer: x, c_Q and p are taken as they are. As it
+enters beside the output of attention, no loss value travels to the last pipeline stage.
+
+Shapes: B sequences, T queries, S keys, D width, H heads of the indexer, I their width, K chosen keys, Q qk width.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from conf.schema import Model
+from train.model.layers import LayerPrecision, Linear
+from train.model.needed import Function, is_recorded, once_differentiable
+from train.model.rope import rotate
+from train.model.router import exact_product
+from train.model.sequence import Positions, SeenKeys
+
+LAYER_NORM_EPS = 1e-6
+"""Epsilon of the keys' LayerNorm, in every released model."""
+
+
+class IndexVectors(NamedTuple):
+    """What scores are made of."""
+
+    q_BTHI: Tensor
+    k_BSI: Tensor
+    w_BTH: Tensor
+    """fp32, with both factors."""
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm over the last axis, in fp32."""
+
+    def __init__(self, width: int, **factory):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, **factory))
+        self.bias = nn.Parameter(torch.empty(width, **factory))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight.float(), self.bias.float()
+        return F.layer_norm(x.float(), x.shape[-1:], weight, bias, LAYER_NORM_EPS).to(x.dtype)
+
+
+class Indexer(nn.Module):
+    """The indexer of one layer. `loss` is the sum of its losses since `clear`, of training alone."""
+
+    def __init__(self, config: Model, precision: LayerPrecision, **factory):
+        super().__init__()
+        assert config.q_rank is not None, "conf/check.py"
+        heads, width = config.sparse.heads, config.sparse.head_dim
+        self.q = Linear(config.q_rank, heads * width, precision, **factory)
+        self.k = Linear(config.hidden, width, precision, **factory)
+        self.k_norm = LayerNorm(width, **factory)
+        self.weight = nn.Parameter(torch.empty(heads, config.hidden, **factory))
+        self._config, self._rope_width, self._kernels = config.sparse, config.rope_head_dim, precision.kernels
+        self.loss: Tensor | float = 0.0
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        q_latent_BTC: Tensor,
+        table: Tensor,
+        remake_x: AbstractContextManager | None = None,
+        remake_q: AbstractContextManager | None = None,
+    ) -> IndexVectors:
+        """table: of RoPE at these positions. remake_x, remake_q: contexts in which saving x and the latent costs nothing."""
+        with remake_q or nullcontext():
+            q = self.q(q_latent_BTC).unflatten(-1, (self._config.heads, -1))
+        with remake_x or nullcontext():
+            k = self.k(x_BTD)
+            w_BTH = exact_product(x_BTD, self.weight, self._kernels)
+        k = self._turn(self.k_norm(k).unsqueeze(2), table).squeeze(2)
+        return IndexVectors(self._turn(q, table), k, w_BTH * (self._config.heads * self._config.head_dim) ** -0.5)
+
+    def clear(self) -> None:
+        """Start a new step."""
+        self.loss = 0.0
+
+    def _turn(self, x_BTHI: Tensor, table: Tensor) -> Tensor:
+        turning, rest = x_BTHI.split([self._rope_width, x_BTHI.size(-1) - self._rope_width], -1)
+        if not self._config.interleaved:  # element j turns with j + R/2: the same order in q and k changes no product
+            turning = turning.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+        return torch.cat([rotate(turning, table).to(x_BTHI.dtype), rest], -1)
+
+
+@dataclass(frozen=True)
+class AttentionTarget:
+    """The attention that an indexer learns from."""
+
+    q_BHTQ: Tensor
+    lse_BHT: Tensor
+    """Log-sum-exp of the scaled scores over all keys that a query attends to."""
+    scale: float
+    blocks: Callable[[], Iterator[tuple[Tensor, SeenKeys, int]]]
+    """Keys (B, H, L, Q) of one block after another, which queries see which of them, and the position of the first."""
+
+
+class IndexLoss(NamedTuple):
+    """The loss of an indexer over the queries here, and the gradients of its vectors, in their formats."""
+
+    loss: Tensor
+    gradients: IndexVectors
+
+
+def query_weights(positions: Positions, batch: int, device: torch.device) -> Tensor:
+    """What the loss of every query here counts, fp32 (B, T)."""
+    choices = positions.choices
+    if choices.supervised_BS is None:
+        return torch.full((batch, positions.count), choices.weight, device=device)
+    weight_N = torch.zeros(batch * positions.count)
+    weight_N[positions.learnt(choices.supervised_BS)] = choices.weight
+    return weight_N.view(batch, -1).to(device)
+
+
+def whole_keys(positions: Positions, k_BTI: Tensor) -> Tensor:
+    """Keys of all positions, in order, from those here."""
+    if positions.share is None:
+        return k_BTI
+    return torch.cat(positions.share.gather_begin(k_BTI, [len(piece) for piece in positions.pieces]).wait(), 1)
+
+
+class Learn(Function):
+    """y, in whose backward the indexer's vectors get the gradients of its loss. compute: gives both, of the vectors with all keys."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        y: Tensor,
+        q_BTHI: Tensor,
+        k_BTI: Tensor,
+        w_BTH: Tensor,
+        positions: Positions,
+        compute: Callable[[IndexVectors], IndexLoss],
+        count: Callable[[Tensor], None],
+    ) -> Tensor:
+        assert is_recorded(ctx), "an indexer learns where gradients are recorded"
+        loss, (dq_BTHI, dk_BSI, dw_BTH) = compute(IndexVectors(q_BTHI, whole_keys(positions, k_BTI), w_BTH))
+        count(loss)
+        if positions.share is not None:
+            dk_BSI = positions.share.scatter_sum(list(dk_BSI.split([len(piece) for piece in positions.pieces], 1)))
+        ctx.save_for_backward(dq_BTHI, dk_BSI, dw_BTH)
+        return y.view_as(y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor):
+        return dy, *ctx.saved_tensors, None, None, None
+
+
+class LearnAlone(Function):
+    """What a chunk gives where its indexers learn alone: in backward each of their losses gets 1, and what the chunk was given nothing."""
+
+    @staticmethod
+    def forward(ctx, out: Tensor, x: Tensor, *terms: Tensor) -> Tensor:
+        ctx.x = x.shape, x.dtype, x.device
+        return out.view_as(out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout: Tensor):
+        shape, dtype, device = ctx.x
+        dx = torch.zeros(shape, dtype=dtype, device=device) if ctx.needs_input_grad[1] else None
+        return None, dx, *(dout.new_ones((), dtype=torch.float32) for _ in ctx.needs_input_grad[2:])
+
+
+def index_scores(q_CHI: Tensor, k_SI: Tensor, w_CH: Tensor, elements: int) -> Tensor:
+    """I of one sequence, fp32 (C, S); as many heads at a time as have so many products. elements: of those, at most."""
+    scores_CS = torch.zeros(len(q_CHI), len(k_SI), device=q_CHI.device)
+    for heads in head_slices(w_CH.size(1), scores_CS.numel(), elements):
+        products_HCS = (q_CHI[:, heads].float().transpose(0, 1) @ k_SI.float().mT).relu_()
+        scores_CS += products_HCS.mul_(w_CH[:, heads].float().mT.unsqueeze(-1)).sum(0)
+    return scores_CS
+
+
+def head_slices(heads: int, each: int, elements: int) -> Iterator[slice]:
+    """Heads to work on at a time. each: elements of a head."""
+    count = max(1, elements // max(1, each))
+    for first in range(0, heads, count):
+        yield slice(first, min(first + count, heads))
+
+
+def best_keys(scores_TS: Tensor, top_k: int) -> Tensor:
+    """Numbers of the top_k largest of the last axis, ascending, int32 (..., top_k); of equal ones the lower number wins. -1 behind them
+    where fewer are above -inf.
+    """
+    size = scores_TS.size(-1)
+    count = min(top_k, size)
+    least_T1 = scores_TS.topk(count, sorted=False).values.amin(-1, keepdim=True)
+    above_TS = scores_TS > least_T1
+    level_TS = (scores_TS == least_T1) & (scores_TS > -torch.inf)
+    chosen_TS = above_TS | (level_TS & (level_TS.cumsum(-1) <= count - above_TS.sum(-1, keepdim=True)))
+    numbers_S = torch.arange(size, dtype=torch.int32, device=scores_TS.device)
+    found = torch.where(chosen_TS, numbers_S, size).topk(count, largest=False, sorted=True).values
+    return F.pad(found.masked_fill_(found == size, -1), (0, top_k - count), value=-1)
