@@ -25,12 +25,10 @@ def open_engine(config: Config, place: Place | None = None) -> Engine:
     """The engine of this rank. Collective over all ranks.
 
     RANK and WORLD_SIZE give the rank, as torchrun sets them; without them the process is the only rank. A process may
-    open
-    several engines with the same number of ranks.
+    open several engines with the same number of ranks.
 
     The weights come from `resume` if it names a checkpoint, else from `init_from`, else they are drawn from the seed.
-    The
-    caller manages data and run folder. Raises UserError.
+    The caller manages data and run folder. Raises UserError.
     """
     place = place or given_place() or Place()
     if place.world != config.parallel.world:

@@ -96,8 +96,7 @@ def own_start(config: Config, tokenizer: Tokenizer) -> Path | None:
 
 def start_from(config: Config, source: Folder | Path, state: "RunState") -> None:
     """Fill this rank's part of the state, or of the base in an adapter's run, from a source that `check_start` or
-    `own_start`
-    accepted."""
+    `own_start` accepted."""
     from train.checkpoint.weights_mark import WeightsMark  # torch
 
     mark = WeightsMark()

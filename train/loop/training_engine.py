@@ -140,14 +140,10 @@ class Engine:
         """Add the gradients of a loss over this rank's share of a batch to the step's gradients.
 
         loss: a name of `TOKEN_LOSSES`, a function as in train/model/token_losses.py, or its import path. settings: its
-        further
-        arguments. last: whether this is the step's last call, which reduces the gradients. total: learnt tokens of all
-        calls of
-        the step, from `count`, because sums over tokens are divided by it. A step with several calls needs it; None:
-        this call
-        is the whole step. terms: of `TERMS`. None: all, but without `biases` for replayed experts, because the routers
-        did not
-        choose them. Raises UserError.
+        further arguments. last: whether this is the step's last call, which reduces the gradients. total: learnt tokens
+        of all calls of the step, from `count`, because sums over tokens are divided by it. A step with several calls
+        needs it; None: this call is the whole step. terms: of `TERMS`. None: all, but without `biases` for replayed
+        experts, because the routers did not choose them. Raises UserError.
         """
         token_loss = self._find_loss(loss, batch, settings)
         chosen = self._terms(terms, batch)
@@ -172,8 +168,7 @@ class Engine:
         """Clip and apply the gradients of the step.
 
         step: number in the recipe's schedules; None for the next. lr: replaces the schedule's rate. Nothing is applied
-        if loss
-        or gradient is not finite. Raises UserError.
+        if loss or gradient is not finite. Raises UserError.
         """
         number = self.step + 1 if step is None else step
         if not 1 <= number <= self._config.steps:
@@ -198,10 +193,8 @@ class Engine:
         """log p(token | earlier tokens) of every token of this rank's share: fp32 (B, S) on the host.
 
         All ranks with this share get the same values; the first token of a sequence gets 0. The logits are divided by
-        the
-        tensor `temperatures`, if the batch has it; there is no top-p. Changes nothing: routers count nothing, and
-        adapters use
-        no dropout. Raises UserError.
+        the tensor `temperatures`, if the batch has it; there is no top-p. Changes nothing: routers count nothing, and
+        adapters use no dropout. Raises UserError.
         """
         batch, head = self._checked(batch), self.measure.last
         wanted = {name: tensor for name, tensor in batch.tensors.items() if name == "temperatures"}
@@ -254,9 +247,8 @@ class Engine:
         """Hugging Face's names and tensors in a folder's order, the same on all ranks.
 
         Collective: every rank must read all of them, and a tensor is valid until the next. They include balance biases
-        in fp32.
-        merged: the adapter is added to the base; else only the adapter, under PEFT's names. stacked: experts of a layer
-        as one tensor. dtype: None for the recipe's. Raises UserError.
+        in fp32. merged: the adapter is added to the base; else only the adapter, under PEFT's names. stacked: experts
+        of a layer as one tensor. dtype: None for the recipe's. Raises UserError.
         """
         return self._between_steps("weights").weights(merged=merged, stacked=stacked, dtype=dtype)
 
@@ -265,8 +257,7 @@ class Engine:
         returns them.
 
         For example for a sampler in one process next to a session. The optimizer's state does not change. Raises
-        UserError for
-        an unknown name or a wrong shape.
+        UserError for an unknown name or a wrong shape.
         """
         self._between_steps("fill").fill(weights)
 
@@ -284,8 +275,7 @@ class Engine:
         weights only.
 
         tokens: maximum of new tokens per prompt; generation stops at an end token. Row i uses the random seed `seed` +
-        i. Raises
-        UserError.
+        i. Raises UserError.
         """
         how = {"temperature": temperature, "top_p": top_p, "end_ids": end_ids, "seed": seed}
         return self._between_steps("generate").generate(prompts, tokens=tokens, **how)
@@ -303,8 +293,7 @@ class Engine:
         """Run a whole step with the recipe's loss.
 
         batch: this rank's share. stopping: the stop that this rank was asked for; all ranks get it with the
-        measurements.
-        on_phase: see the field.
+        measurements. on_phase: see the field.
         """
         self.on_phase, self._moves_biases = on_phase, True
         self._pass(plan, batch, self.count([batch], plan.batch_size), stopping=stopping)

@@ -1,1 +1,1 @@
-"""What a run will need and how fast it will be, before it starts."""
+"""Plans a run before it starts: its memory and its speed."""

@@ -1,4 +1,4 @@
-"""A plan as a whole: does it fit, how fast is it, and what does the run cost."""
+"""The plan as a whole: whether the run fits, its speed and its cost."""
 
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -18,7 +18,7 @@ KWH_IN_JOULES, TRILLION = 3.6e6, 1e12
 
 
 class Verdict(StrEnum):
-    """What a plan says of a run."""
+    """Verdict of a plan about memory and disk."""
 
     fits = "fits"
     barely = "fits barely"
@@ -26,18 +26,20 @@ class Verdict(StrEnum):
 
 
 BARELY = 0.03
-"""Share of a device that must be left beside reserve and imbalance: planned tensors have been within 1 % of measured ones, and the
-reserve is an estimate that may be off by a third."""
+"""Minimum free share of a device besides reserve and imbalance.
+
+Planned tensors were within 1 % of measured tensors; the reserve is an estimate with an error of up to a third.
+"""
 
 
 def verdict_of(room: int, memory: int) -> Verdict:
-    """Whether a peak that leaves `room` of a device's memory, its reserve apart, is one that a run can rely on."""
+    """The verdict for a peak that leaves `room` bytes of a device's memory, after its reserve."""
     return Verdict.lacks if room < 0 else Verdict.barely if room < BARELY * memory else Verdict.fits
 
 
 @dataclass
 class Budget:
-    """What all tokens of the run take, step by step through its ramp of batch sizes, without failures."""
+    """Cost of all tokens of the run, over its steps with the ramp of batch sizes, without failures."""
 
     tokens: float
     days: float
@@ -46,16 +48,16 @@ class Budget:
     cost: float | None
     """In hardware.currency; None without hardware.price_per_hour."""
     energy_kwh: float | None
-    """Energy of the devices at their limit of power; None where it is not given."""
+    """Energy of the devices at their power limit; None if the limit is not given."""
 
     def lasting(self, share: float) -> "Budget":
-        """The budget where only a share of the time is spent on steps that last."""
+        """The budget if only this share of the time is spent on steps that no failure undoes."""
         cost, energy = (None if value is None else value / share for value in (self.cost, self.energy_kwh))
         hours = self.gpu_hours / share
         return Budget(self.tokens, self.days / share, hours, hours * TRILLION / self.tokens, cost, energy)
 
     def __add__(self, other: "Budget") -> "Budget":
-        """One run after another. Costs that are not known stay so."""
+        """The budget of two runs, one after the other. An unknown cost makes the sum unknown."""
         tokens, hours = self.tokens + other.tokens, self.gpu_hours + other.gpu_hours
         cost = None if self.cost is None or other.cost is None else self.cost + other.cost
         energy = None if self.energy_kwh is None or other.energy_kwh is None else self.energy_kwh + other.energy_kwh
@@ -64,20 +66,20 @@ class Budget:
 
 @dataclass(frozen=True)
 class DiskBytes:
-    """Bytes on disk."""
+    """Disk usage of a run."""
 
     checkpoint: int
     """Bytes of one checkpoint."""
     checkpoints: int
-    """How many there are at one time: those that stay, and the one that is being written."""
+    """Maximum number of checkpoints at a time: kept ones, and the one that is being written."""
     export: int
-    """Bytes of a folder of weights; 0 where the run writes none."""
+    """Bytes of an exported folder of weights; 0 if the run exports none."""
     has: int
-    """Bytes of the disk; 0 for not known."""
+    """Bytes of the disk; 0 for unknown."""
 
     @property
     def whole(self) -> int:
-        """Bytes of the run, with the three folders of weights that there are while the newest is written."""
+        """Bytes of the run, with three folders of weights: this many exist while the newest is written."""
         return self.checkpoints * self.checkpoint + 3 * self.export
 
     @property
@@ -86,12 +88,12 @@ class DiskBytes:
 
     @property
     def most_kept(self) -> int:
-        """The largest checkpoint.keep that the disk has room for, 0 for none."""
+        """The largest checkpoint.keep that the disk has room for, or 0."""
         return max(0, (self.has - 3 * self.export) // self.checkpoint - 1)
 
 
 def disk_of(config: Config) -> DiskBytes:
-    """What a run keeps on disk (train/checkpoint/commit.py), where each save may have to wait for the next to be whole."""
+    """A run's files on disk (train/checkpoint/commit.py), if each save may have to wait until the next is complete."""
     saves, steps = config.checkpoint, config.steps
     every = -(-steps // saves.every) if saves.every else 1
     stay = min(saves.keep + 1 if saves.keep else every, every)
@@ -103,40 +105,40 @@ def disk_of(config: Config) -> DiskBytes:
 
 @dataclass
 class RunPlan:
-    """All that mode=plan knows of a recipe."""
+    """The complete plan of a recipe, for mode=plan."""
 
     config: Config
     ranks: list[RankMemory]
     step: StepTime
     budget: Budget
     failures: Failures | None
-    """None where nobody knows how long a checkpoint takes: on CPUs."""
+    """None if the time of a checkpoint is unknown: on CPUs."""
     memory_bytes: int
     """Memory of one device."""
 
     @property
     def fullest(self) -> RankMemory:
-        """The rank with the least room."""
+        """The rank with the least free memory."""
         return max(self.ranks, key=lambda rank: rank.peak_bytes)
 
     @property
     def reserve(self) -> dict[str, int]:
-        """What of a device no tensor can have, by name (train/plan/reserve.py)."""
+        """Device memory that tensors cannot use, by name (train/plan/reserve.py)."""
         return reserve_of(self.config)
 
     @property
     def room_bytes(self) -> int:
-        """What the fullest rank leaves free beside the reserve; negative: what it lacks."""
+        """Free bytes of the fullest rank after the reserve; negative if memory is lacking."""
         return self.memory_bytes - sum(self.reserve.values()) - self.fullest.peak_bytes
 
     @property
     def host_bytes(self) -> int:
-        """What the ranks of the fullest node keep in the host's memory."""
+        """Host memory used by the ranks of the fullest node."""
         return host_bytes(self.config, self.ranks)
 
     @property
     def disk(self) -> DiskBytes:
-        """What the run has on disk at one time."""
+        """The run's disk usage."""
         return disk_of(self.config)
 
     @property
@@ -149,7 +151,8 @@ class RunPlan:
 
 
 def make_plan(config: Config) -> RunPlan:
-    """Plan a recipe. Raises UserError for a layout that cannot run and for what the planner has no rule for."""
+    """Plan a recipe. Raises UserError for a layout that cannot run, and for settings that the planner does not
+    support."""
     require_hardware(config.hardware)
     require_host(config)
     require_products(config)
@@ -176,8 +179,11 @@ def budget_of(config: Config, step: StepTime) -> Budget:
 
 
 def _whole_run(config: Config, step: StepTime) -> tuple[float, float]:
-    """Tokens of the run, and seconds of its steps. A step of the ramp is priced by its batch: the smallest and the full one are planned,
-    and the time between them grows evenly, as every further micro-batch takes as long as the one before."""
+    """Tokens of the run, and seconds of its steps.
+
+    Only the smallest and the full batch of the ramp are planned. Times between them are interpolated linearly, because
+    every micro-batch takes the same time.
+    """
     sizes = Schedules(config).batch_sizes
     wanted = config.plan.tokens and config.plan.tokens / config.seq_len  # sequences
     samples, seconds = 0.0, 0.0
@@ -190,19 +196,19 @@ def _whole_run(config: Config, step: StepTime) -> tuple[float, float]:
             break
         share = (config.batch_size - size) / max(1, config.batch_size - least)
         samples, seconds = samples + size, seconds + share * first + (1 - share) * step.step_seconds
-    if wanted:  # whole steps no longer count: to the token
+    if wanted:  # exact to the token, not to whole steps
         seconds += (wanted - samples) / config.batch_size * step.step_seconds
         samples = wanted
     return samples * config.seq_len, seconds
 
 
 def with_batch(config: Config, batch: int) -> Config:
-    """The recipe with another batch, always that one."""
+    """The recipe with another batch size, and without a ramp."""
     return replace(config, batch_size=batch, optim=replace(config.optim, batch_ramp_start=None, batch_ramp_steps=0))
 
 
 def later_phases(config: Config) -> list[tuple[str, RunPlan]]:
-    """plan.phases, each planned with this plan's devices, for its time alone."""
+    """plan.phases, each planned with this plan's devices; only their times are used."""
     planned = []
     for name in config.plan.phases:
         phase = compose(f"conf={name}", "data.path=none", "mode=plan")

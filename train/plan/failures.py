@@ -1,13 +1,13 @@
-"""What failures cost a run: the time that its checkpoints, its losses and its restarts take, and how often to save.
+"""The cost of failures: time for checkpoints, lost work and restarts, and the best checkpoint interval.
 
-Failures come at random, M seconds apart in the mean. A checkpoint holds the training up for s seconds and is written w seconds later; one
-that is not written yet does not count. A failure loses what was done since the newest that counts, T / 2 + w in the mean where one is
-begun every T seconds, and R seconds until the next step. So T seconds of training take, in the mean (Daly 2006, equation 20, with the
-writing beside the training counted as time that is lost with a failure)
+Failures come at random, on average every M seconds. A checkpoint stalls training for s seconds and is complete w
+seconds later; an incomplete checkpoint does not count. A failure loses the work since the newest complete checkpoint, T
+/ 2 + w on average if a checkpoint starts every T seconds, and R seconds until the next step. So T seconds of training
+take, on average (Daly 2006, equation 20, where the write during training counts as time lost by a failure):
 
     M exp((R + w) / M) (exp((T + s) / M) - 1)
 
-and the best T is the one with the least of it for a second of training, but not less than w, as the next save waits for the last.
+The best T has the lowest cost per second of training, but is at least w, because each save waits for the last.
 """
 
 import itertools
@@ -20,38 +20,45 @@ from train.plan.job import layout_of
 
 HOUR = 3600.0
 NOTICED_AND_STARTED, START_OF_A_NODE = 16.0, 0.003
-"""Seconds from a lost node to the next step of a toy model, and what each node adds to a start (bench/RESULTS.md: a link that is cut;
-starts of 64 to 4096 nodes)."""
+"""Restart times, in seconds: from a lost node to the next step of a toy model, and the addition per node.
+
+Source: bench/RESULTS.md, a link that is cut, and starts of 64 to 4096 nodes.
+"""
 REPAIR = 5.5 * 24 * HOUR
-"""Seconds in which a node is repaired, in the mean (InfiniteHBD's trace of 400 servers, SIGCOMM 2025; the median is 0.85 days)."""
+"""Mean repair time of a node, in seconds (InfiniteHBD's trace of 400 servers, SIGCOMM 2025; median 0.85 days)."""
 COVERED = 0.99
-"""Share of the time in which spare nodes are to be enough."""
+"""Share of the time in which the spare nodes must suffice."""
 DISK_BANDWIDTH = 1e9
-"""Bytes a second that each node writes of a checkpoint, and reads of it, all at once: Meta's storage for Llama 3 sustained 2 TB/s for 2048
-nodes."""
+"""Bytes per second that each node writes or reads of a checkpoint, with all nodes active at once.
+
+Source: Meta's storage for Llama 3 sustained 2 TB/s for 2048 nodes.
+"""
 
 
 @dataclass(frozen=True)
 class SaveCosts:
-    """Checkpoints of a run that fails now and then. Seconds."""
+    """Checkpoint and failure times of a run, in seconds."""
 
     between_failures: float
     restart: float
-    """From a failure to the next step, with reading the checkpoint."""
+    """From a failure to the next step, including reading the checkpoint."""
     stall: float
-    """For which the training waits at each checkpoint."""
+    """Time that training waits at each checkpoint."""
     write: float
-    """From then until it counts."""
+    """From the end of the stall until the checkpoint is complete."""
 
     def effective(self, interval: float) -> float:
-        """Share of the time that is spent on steps which last, with a checkpoint every `interval` seconds of training."""
+        """Share of the time spent on lasting steps, with a checkpoint every `interval` seconds of training."""
         mean = self.between_failures
         lost, segment = (self.restart + self.write) / mean, (interval + self.stall) / mean
         return interval / mean * math.exp(-lost) / math.expm1(segment) if lost + segment < 500 else 0.0
 
     @property
     def best_interval(self) -> float:
-        """With the largest effective share: there x = (T + s) / M is 1 + s / M - exp(-x), which Newton's steps come down to from above."""
+        """The interval with the largest effective share.
+
+        There, x = (T + s) / M solves x = 1 + s / M - exp(-x); Newton's steps approach x from above.
+        """
         stall = max(self.stall / self.between_failures, 1e-12)
         x = stall + math.sqrt(2 * stall)  # Young's root is never below it
         for _ in range(20):
@@ -61,7 +68,7 @@ class SaveCosts:
 
 @dataclass(frozen=True)
 class Failures:
-    """What a plan says of them; seconds, shares of 1."""
+    """Failures and checkpoint intervals in a plan; seconds, and shares of 1."""
 
     between_seconds: float
     restart_seconds: float
@@ -74,11 +81,11 @@ class Failures:
     """Steps between checkpoints with the largest effective share."""
     best_share: float
     spare_nodes: int
-    """Spare nodes that are enough in COVERED of the time, where each failure takes a node away until it is repaired."""
+    """Spare nodes that suffice in a share COVERED of the time, if every failure removes a node until its repair."""
 
 
 def plan_failures(config: Config, step_seconds: float) -> Failures | None:
-    """None on CPUs, and where the link to the host is not known."""
+    """The costs of failures; None on CPUs, and if the bandwidth to the host is unknown."""
     host, layout, checkpoint = config.hardware.rates.get("host"), layout_of(config), config.checkpoint
     if host is None or not config.plan.failures:
         return None
@@ -88,11 +95,11 @@ def plan_failures(config: Config, step_seconds: float) -> Failures | None:
     moved = each * layout.ranks_per_node / DISK_BANDWIDTH
     started = NOTICED_AND_STARTED + START_OF_A_NODE * nodes
     on_disk = SaveCosts(between, started + moved, each / host.bandwidth, moved)
-    if 0 < checkpoint.staging_bytes < each:  # the training waits for the disk
+    if 0 < checkpoint.staging_bytes < each:  # training waits for the disk
         on_disk = SaveCosts(between, started + moved, moved, 0.0)
     best = math.ceil(on_disk.best_interval / step_seconds)
     steps, saving = checkpoint.every or math.inf, on_disk
-    if checkpoint.every_memory:  # a node's failure; checkpoints on disk hold it up beside them
+    if checkpoint.every_memory:  # after the failure of a node; checkpoints on disk add their stalls
         steps = checkpoint.every_memory
         shared = on_disk.stall * steps / checkpoint.every if checkpoint.every else 0.0
         sent = each / config.hardware.rates["across"].bandwidth
@@ -112,6 +119,9 @@ def plan_failures(config: Config, step_seconds: float) -> Failures | None:
 
 
 def spares(mean: float) -> int:
-    """The least number that is enough in COVERED of the time where so many are out in the mean (a Poisson distribution)."""
+    """The smallest number of spare nodes that suffices in a share COVERED of the time.
+
+    mean: nodes under repair on average; their number has a Poisson distribution.
+    """
     shares = (math.exp(count * math.log(mean) - mean - math.lgamma(count + 1)) for count in itertools.count())
     return next(count for count, share in enumerate(itertools.accumulate(shares)) if share >= COVERED)

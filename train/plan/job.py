@@ -1,4 +1,4 @@
-"""What every part of a plan asks of the job that it plans: its devices, how they are laid out, and its pipeline's actions."""
+"""Facts about the planned job that all parts of a plan use: devices, their layout, and the pipeline's actions."""
 
 from dataclasses import replace
 from functools import lru_cache
@@ -13,7 +13,7 @@ from train.kernels.fp8.hopper import has_mx_tiles
 
 
 def require_hardware(hardware: Hardware) -> None:
-    """Raise UserError where no description was chosen."""
+    """Raise UserError if no hardware description was chosen."""
     if hardware.name is None:
         raise UserError(
             "hardware",
@@ -24,7 +24,7 @@ def require_hardware(hardware: Hardware) -> None:
 
 
 def require_host(config: Config) -> None:
-    """Raise UserError where something is offloaded and the description does not know the host."""
+    """Raise UserError if the recipe offloads state and the hardware description lacks the host."""
     hardware = config.hardware
     asked = ["parallel.offload_optimizer"] * config.parallel.offload_optimizer + ["model.offload"] * bool(
         config.model.offload
@@ -41,12 +41,12 @@ def require_host(config: Config) -> None:
 
 
 def can_offload(config: Config) -> bool:
-    """Whether what is offloaded leaves the devices, and the description knows the host."""
+    """Whether offloading frees device memory, and the description has the host's memory."""
     return device_kind(config) == "cuda" and config.hardware.host_memory_bytes > 0
 
 
 def device_kind(config: Config) -> str:
-    """cpu or cuda: that of the description, or of this machine where there is none."""
+    """cpu or cuda, from the hardware description; without a description, from this machine."""
     if config.hardware.name is not None:
         return "cpu" if config.hardware.device == "cpu" else "cuda"
     if config.cluster.device == "auto":
@@ -57,7 +57,7 @@ def device_kind(config: Config) -> str:
 
 
 def device_memory(config: Config) -> int:
-    """Bytes of one device; of a CPU the share of each of this machine's ranks."""
+    """Memory of one device in bytes; for a CPU, the share of each of this machine's ranks."""
     if config.hardware.memory_bytes:
         return int(config.hardware.memory_bytes)
     import psutil
@@ -66,18 +66,19 @@ def device_memory(config: Config) -> int:
 
 
 def layout_of(config: Config) -> Layout:
-    """The layout of a recipe on the hardware that is planned for."""
+    """The layout of a recipe on the planned hardware."""
     return read_layout(config, min(config.parallel.world, config.hardware.devices_per_node))
 
 
 def host_ranks(config: Config) -> int:
-    """Ranks that share the memory of a host."""
+    """Number of ranks that share the memory of a host."""
     ranks = layout_of(config).ranks_per_node
     return min(config.hardware.devices_per_host or ranks, ranks)
 
 
 def require_products(config: Config) -> None:
-    """Raise UserError for FP8 products that a run on these devices refuses at its start (train/kernels/fp8/installed.py)."""
+    """Raise UserError for FP8 GEMMs that a run on these devices refuses at its start
+    (train/kernels/fp8/installed.py)."""
     fp8, hardware = config.precision.fp8, config.hardware
     if fp8 is None or has_mx_tiles(fp8) or "fprop_mxfp8" not in hardware.rates:
         return
@@ -86,33 +87,35 @@ def require_products(config: Config) -> None:
 
 
 def with_nodes(config: Config) -> Config:
-    """The recipe with the ranks per node of its hardware, which rules about nodes ask for."""
+    """The recipe with the hardware's ranks per node, which rules about nodes need."""
     nodes = replace(config.cluster, ranks_per_node=layout_of(config).ranks_per_node)
     return replace(config, cluster=nodes)
 
 
 def micro_batches_of(config: Config) -> int:
-    """Micro-batches of the rank with most of them, in a step at the full batch."""
+    """Micro-batches of the rank with the most, in a step at the full batch size."""
     return most_micro_batches(config)
 
 
 STEADY = 4
-"""Rounds, of a micro-batch for every rank of a pipeline or somewhat more, after which a schedule repeats itself until it ends."""
+"""Rounds after which a schedule repeats until its end; a round has at least one micro-batch per pipeline rank."""
 
 
 def actions_of(config: Config, shortest: bool = False) -> list[list[Action]]:
-    """What every rank of a pipeline does in a step, in order. shortest: with no more micro-batches than bring all that a step can
-    keep."""
+    """The actions of every pipeline rank in a step, in order.
+
+    shortest: with only as many micro-batches as the peak of memory needs.
+    """
     count, pp = micro_batches_of(config), config.parallel.pp
     if shortest:
-        count = min(count, STEADY * (count // max(1, count // pp)))  # where it has rounds, of as many
+        count = min(count, STEADY * (count // max(1, count // pp)))  # if the schedule has rounds of equal size
     return schedule_actions(
         config.parallel.schedule, pp, count, config.parallel.virtual_stages, config.parallel.overlap
     )
 
 
 def program_of(config: Config, micro_batches: int | None = None) -> Program:
-    """The actions of all ranks of a pipeline, ready to be timed. micro_batches: in place of all."""
+    """The actions of all ranks of a pipeline, ready to be timed. micro_batches: replaces the step's number."""
     parallel = config.parallel
     count = micro_batches or micro_batches_of(config)
     return _program(parallel.schedule, parallel.pp, count, parallel.virtual_stages, parallel.overlap)

@@ -26,10 +26,8 @@ class RankProgress:
     """Writes the file of cluster.run_files.progress_path: step, phase, Unix time and measurements of the rank.
 
     phase: step, validation, checkpoint, or the hook of a callback. sequences: of the step, over all ranks. busy:
-    seconds of
-    the previous step without waits for other ranks, and seconds: of that whole step; both null at the start. memory:
-    peak
-    bytes of the rank's device, or of the process on a CPU.
+    seconds of the previous step without waits for other ranks, and seconds: of that whole step; both null at the start.
+    memory: peak bytes of the rank's device, or of the process on a CPU.
     """
 
     def __init__(self, logs: Path, rank: int, device: torch.device, ring: CommRing | None = None):

@@ -106,8 +106,7 @@ def sum_of_bits(tensor: Tensor) -> Tensor:
     """Sum of a tensor's bits modulo 2^64: int64, a scalar on its device.
 
     Adds 8-byte integers, then the remaining elements one by one. The sum depends only on the values, not on their
-    address;
-    every single flipped bit changes it.
+    address; every single flipped bit changes it.
     """
     flat = tensor.detach().contiguous().view(-1)
     size = flat.element_size()

@@ -1,1 +1,1 @@
-"""How much memory every rank takes."""
+"""Plans the memory of every rank."""

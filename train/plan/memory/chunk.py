@@ -1,16 +1,17 @@
-"""What the passes of a pipeline chunk take: those of its parts one after another (train/plan/memory/part.py).
+"""Memory of a pipeline chunk's passes, which are the passes of its parts in sequence (train/plan/memory/part.py).
 
-With h the bytes of hidden states (B, T, D), n parts (blocks, then the end if it is here) and x_0 ... x_n their inputs and
-outputs, what is alive is a sum of
+With h the bytes of hidden states (B, T, D), n parts (blocks, then the end if this chunk has it) and x_0 ... x_n their
+inputs and outputs, live memory is a sum of
 
-    own_i       what part i keeps for its backward beside its input
-    x_i         every part keeps its input, and the stage holds x_0 and x_n; h each
-    sent_i      what of own_i waits on the host, from the end of the next part that sends to the backward of that part
-    E           the embedding's output where MTP modules need it; in the first chunk it is x_0
-    dx_i, dE    gradients on their way
+    own_i       tensors that part i keeps for its backward, besides its input
+    x_i         inputs of parts, which every part keeps; the stage holds x_0 and x_n; h bytes each
+    sent_i      part of own_i that waits on the host, from the end of the next part that sends to the backward of part i
+    E           the embedding's output, if MTP modules need it; in the first chunk it is x_0
+    dx_i, dE    gradients in use
 
-and a pass of part i sees the sum over all other parts as a constant below its own numbers. Those count x_i, and where they
-are alive x_i+1 and the gradients of both. The end has no output worth counting, and E as a second input.
+For a pass of part i, the sum over all other parts is a constant that is added to its own numbers. Its own numbers
+include x_i and, while they are alive, x_i+1 and the gradients of both. The end has an output of negligible size, and E
+as a second input.
 """
 
 from collections import Counter
@@ -30,19 +31,22 @@ from train.plan.memory.part import (
 )
 
 Parts = tuple[str, ...]
-"""Names of a chunk's parts in order: embedding, dense, moe, end; moe_again where backward runs the block again, moe_away_ffn where its FFN's
-activations wait on the host, and the like."""
+"""Names of a chunk's parts in order: embedding, dense, moe, end.
+
+Suffixes: moe_again if backward recomputes the block, moe_away_ffn if its FFN's activations wait on the host, and so
+on.
+"""
 
 
 @lru_cache(maxsize=4096)
 def chunk_of(scene: Scene, parts: Parts) -> "ChunkMemory":
-    """The chunk with these parts; the same object every time."""
+    """The chunk with these parts; the same object on every call."""
     return ChunkMemory(scene, parts)
 
 
 @dataclass(frozen=True)
 class ChunkMemory:
-    """The passes of one chunk. Bytes; x_0, x_n and their gradients count in every pass while they are alive."""
+    """The passes of one chunk, in bytes. x_0, x_n and their gradients count in every pass while they are alive."""
 
     scene: Scene
     parts: Parts
@@ -66,7 +70,7 @@ class ChunkMemory:
 
     @cached_property
     def hidden(self) -> int:
-        """h."""
+        """h: bytes of the hidden states."""
         return trace_forward(self.scene, "embedding").output
 
     @cached_property
@@ -85,21 +89,21 @@ class ChunkMemory:
 
     @cached_property
     def sent_bytes(self) -> int:
-        """All sent_i."""
+        """Sum of all sent_i."""
         return sum(self._sent)
 
     @cached_property
     def host_bytes(self) -> tuple[int, int]:
-        """What all sent_i take on the host, and that of the last part that sends."""
+        """Host memory of all sent_i, and of the last part that sends."""
         taken = [trace_forward(self.scene, name).host_bytes for name in self._names if AWAY in name]
         return sum(taken), next((size for size in reversed(taken) if size), 0)
 
     def _newest(self, i: int) -> int:
-        """sent_j of the nearest part before i that sends."""
+        """sent_j of the nearest earlier part that sends."""
         return next((size for size in reversed(self._sent[:i]) if size), 0)
 
     def _resident(self, i: int) -> int:
-        """What is on the device of own_0 ... own_i-1 while part i runs, in either pass."""
+        """Bytes of own_0 ... own_i-1 that are on the device while part i runs, in forward or backward."""
         return sum(self._own[:i]) - sum(self._sent[:i]) + self._newest(i)
 
     def _kept(self, name: str) -> Counter:
@@ -110,7 +114,7 @@ class ChunkMemory:
 
     @cached_property
     def kept(self) -> Counter:
-        """What stays on the device for backward by item, x_n apart, and x_0 where it was received."""
+        """Device bytes kept for backward, by item, without x_n, and without x_0 if it was received."""
         kept: Counter = Counter()
         for name, count in Counter(self._names).items():
             for item, size in (self._kept(name) - trace_forward(self.scene, name).sent).items():
@@ -121,7 +125,7 @@ class ChunkMemory:
 
     @property
     def _held(self) -> int:
-        """All of x_0 ... x_n, and E."""
+        """Bytes of x_0 ... x_n and E."""
         count = len(self._names) + (not self.has_end) + (self._joins and not self._has_embedding)
         return count * self.hidden
 
@@ -131,29 +135,31 @@ class ChunkMemory:
         return PassMemory(self._input, _joined([run.pieces for run in lifted]))
 
     def ascent(self) -> Iterator[tuple[str, int]]:
-        """Parts in the order of forward, and what lies below each one's own numbers."""
+        """Parts in the order of forward, and the live bytes outside each part's own numbers."""
         if self._has_embedding or self._joins:
             yield "embedding", self._input
-        early = self.hidden * (self._joins and not self._has_embedding)  # E, made before the blocks run
+        early = self.hidden * (self._joins and not self._has_embedding)  # E, computed before the blocks run
         for i, name in enumerate(self._names):
-            own = self.hidden * (name == "end" and self._joins)  # of E, which the end's own numbers have
+            own = self.hidden * (name == "end" and self._joins)  # E, which is in the end's own numbers
             yield name, self._resident(i) + i * self.hidden + early - own
 
     @property
     def _input(self) -> int:
-        """x_0 where it was received."""
+        """Bytes of x_0 if it was received."""
         return 0 if self._has_embedding else self.hidden
 
     @cached_property
     def evaluation(self) -> int:
-        """Most bytes in a forward without gradients. x_0 stays to its end."""
+        """Peak bytes of a forward without gradients. x_0 stays until its end."""
         runs = [trace_evaluation(self.scene, name) for name in self.parts]
         first = runs[: 1 + self._has_embedding]
         return max(first + [run + self.hidden for run in runs[len(first) :]])
 
     def backward(self, first: bool, table_first: bool) -> PassMemory:
-        """A whole backward. first: it makes the gradients of the weights, which then count. table_first: also that of the
-        embedding, which two chunks of a rank may share.
+        """A whole backward.
+
+        first: it allocates the gradients of the weights, which then count. table_first: also the embedding's gradient,
+        which two chunks of a rank may share.
         """
         start = self._resident(len(self._names)) + self._held + (0 if self.has_end else self.hidden)
 
@@ -163,28 +169,29 @@ class ChunkMemory:
         return PassMemory(start, _joined([_lifted(run, below).pieces for _, run, below in self.descent(run_of)]))
 
     def descent(self, run_of: Callable[[str, bool], PassMemory]) -> Iterator[tuple[str, PassMemory, int]]:
-        """Parts in the order of backward, their passes, and what lies below each one's own numbers.
+        """Parts in the order of backward, their passes, and the live bytes outside each part's own numbers.
 
-        run_of: the pass of a part; held as in trace_backward. What it leaves behind counts from there on.
+        run_of: the pass of a part; held as in trace_backward. Memory that a pass leaves counts from its end on.
         """
         h, names = self.hidden, self._names
         output = 0 if self.has_end else h
-        rest = 0  # alive of parts that are through, but for the gradient of their input
+        rest = 0  # live bytes of finished parts, except for the gradient of their input
         for i in reversed(range(len(names))):
             run = run_of(names[i], i == len(names) - 1)
             below = self._resident(i) + i * h + output + rest
             if names[i] == "end":
                 below -= h * (self._joins and self._has_embedding)  # E is x_0
             yield names[i], run, below
-            rest += run.end - h  # of the end dE goes on to the embedding, and stays in the rest until then
+            rest += run.end - h  # dE of the end goes to the embedding, and stays in `rest` until then
         if self._has_embedding or self._joins:
             arrived = h * self._joins  # dE
             yield "embedding", run_of("embedding", False), output + rest - arrived + self._input
 
     def split(self, first: bool) -> tuple[PassMemory, PassMemory]:
-        """The two passes of a backward in parts, inputs and weights; not for the first chunk.
+        """The two passes of a split backward, for inputs and for weights; not for the first chunk.
 
-        The graph, all hidden states and the gradients of block outputs stay until the second is through, and what came from the host.
+        The graph, all hidden states, the gradients of block outputs and tensors fetched from the host stay until the
+        second pass ends.
         """
         h, names = self.hidden, self._names
         runs = [trace_split_backward(self.scene, name, first) for name in names]
@@ -204,12 +211,12 @@ class ChunkMemory:
 
 
 def _lifted(run: PassMemory, below: int) -> PassMemory:
-    """A pass on top of what else is alive."""
+    """A pass with the other live bytes added."""
     return PassMemory(run.start + below, tuple(Stretch(piece.peak + below, piece.end + below) for piece in run.pieces))
 
 
 def _joined(runs: Sequence[Sequence[Stretch]]) -> tuple[Stretch, ...]:
-    """Runs one after another: the last piece of one and the first of the next are one."""
+    """Passes in sequence: the last piece of each pass is merged with the first piece of the next."""
     joined: list[Stretch] = []
     for pieces in runs:
         first, *others = pieces

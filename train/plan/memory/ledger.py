@@ -1,10 +1,10 @@
-"""Every byte of tensor memory that code takes and gives back, counted without the allocator's help.
+"""Counts every byte of tensor memory that code allocates and frees, without the allocator.
 
-A Ledger is a dispatch mode: it sees every operation and enters each new storage with its size and the tag in force; a
-storage leaves when its last tensor dies. It works on the CPU, where it is the measurement, and on the meta device,
-where it tells what code would take without taking it. What kernels take inside one operation is not seen.
+A Ledger is a dispatch mode: it sees every operation and records each new storage with its size and the current tag. A
+storage is removed when its last tensor dies. On the CPU it measures real memory; on the meta device it shows the
+memory that code would use. Memory that a kernel uses inside one operation is not seen.
 
-Operations of other threads are not seen either, unless the mode is entered there too; autograd's passes on the CPU and
+Operations of other threads are not seen either, unless the mode is entered there too. Autograd's passes on the CPU and
 on meta run in the thread that starts them.
 """
 
@@ -29,7 +29,7 @@ _PLAIN = {Tensor, nn.Parameter}
 
 @dataclass
 class Snapshot:
-    """Bytes that were alive at one time, in all and by tag."""
+    """Live bytes at one time, in total and by tag."""
 
     total: int = 0
     by_tag: Counter = field(default_factory=Counter)
@@ -37,17 +37,18 @@ class Snapshot:
 
 
 def _undisturbed(mode: "type[Ledger]") -> "type[Ledger]":
-    """The class, which gets its dispatch here: torch wraps one that stands in a class for torch.compile, which each operation would pay for."""
+    """Set the class's dispatch method after its creation: torch wraps a method in the class body for torch.compile,
+    which slows every operation."""
     mode.__torch_dispatch__ = mode._count
     return mode
 
 
 @_undisturbed
 class Ledger(TorchDispatchMode):
-    """Bytes alive, now and at the peak since `mark`.
+    """Live bytes, now and at the peak since `mark`.
 
-    tag: entered with every new storage. event: what is going on, kept with the peak. The device tells which storages
-    count: one kind only.
+    device: only storages of this kind count. tag: recorded with every new storage. event: label of the current work,
+    stored with the peak.
     """
 
     def __init__(self, device: torch.device | str):
@@ -61,11 +62,11 @@ class Ledger(TorchDispatchMode):
         self.event = ""
         self._is_told_apart = False
         self.recorder: WorkRecorder | None = None
-        """Records the work of operations, if anyone wants to know it."""
+        """Records the work of operations, if a caller sets it."""
 
     def _count(self, func, types, args=(), kwargs=None):
         if not _PLAIN.issuperset(types):
-            return NotImplemented  # a tensor made of others turns to operations on those, which come by here
+            return NotImplemented  # a tensor subclass runs operations on its inner tensors, and these are counted
         if self.recorder is None:
             out = self._run(func, args, kwargs or {})
         else:
@@ -84,7 +85,7 @@ class Ledger(TorchDispatchMode):
                 self._enter_all(one)
 
     def enter(self, tensor: Tensor, tag: str | None = None) -> None:
-        """Count the storage of a tensor, unless it is counted already."""
+        """Count the storage of a tensor, unless it is already counted."""
         if tensor.device.type != self._kind or type(tensor) not in _PLAIN:
             return
         storage = tensor.untyped_storage()
@@ -109,18 +110,18 @@ class Ledger(TorchDispatchMode):
             self.peak = Snapshot(now.total, Counter(now.by_tag), self.event)
 
     def tag_of(self, tensor: Tensor) -> str:
-        """With which tag its storage is counted."""
+        """The tag of a tensor's storage."""
         return self._live[tensor.untyped_storage()._cdata][1]
 
     def mark(self) -> Snapshot:
-        """The peak since the last mark; a new one begins at what is alive now."""
+        """The peak since the last mark; a new peak starts at the current live bytes."""
         peak, now = self.peak, self.now
         self.peak = Snapshot(now.total, Counter(now.by_tag), self.event)
         return peak
 
     @contextmanager
     def told_apart(self) -> Iterator[None]:
-        """New storages count nothing, as somebody else counts them."""
+        """New storages inside the context count zero bytes, because the caller counts them."""
         self._is_told_apart = True
         try:
             yield
@@ -129,7 +130,7 @@ class Ledger(TorchDispatchMode):
 
     @contextmanager
     def tagged(self, tag: str) -> Iterator[None]:
-        """New storages carry this tag inside."""
+        """New storages inside the context get this tag."""
         before, self.tag = self.tag, tag
         try:
             yield
@@ -138,18 +139,19 @@ class Ledger(TorchDispatchMode):
 
 
 class PhaseBytes(NamedTuple):
-    """Peaks of a phase of a rank's run."""
+    """Peaks of a phase of a rank's run, in bytes."""
 
     device: int
     host: int
-    """What lies in the host's own memory; 0 on a CPU, where it is the device's."""
+    """Tensors in host memory; 0 on a CPU, where host and device memory are the same."""
 
 
 class PeakMeter:
-    """Inside its `with`, `mark` tells the peak since the last mark. On the CPU operations take a little longer there."""
+    """A context in which `mark` returns the peak since the last mark. On the CPU, operations inside are slightly
+    slower."""
 
     def __init__(self, device: torch.device, counts_host: bool = False):
-        """counts_host: beside a GPU's memory also that of tensors on its host."""
+        """counts_host: with a GPU, also count tensors on its host."""
         self._device, self._on_gpu = device, device.type == "cuda"
         self._ledger = Ledger("cpu") if counts_host or not self._on_gpu else None
 
@@ -168,11 +170,11 @@ class PeakMeter:
             self._ledger.__exit__(*error)
 
     def mark(self) -> int:
-        """Bytes of the device."""
+        """Peak bytes on the device."""
         return self.mark_both().device
 
     def mark_both(self) -> PhaseBytes:
-        """Bytes of the device and of the host."""
+        """Peak bytes on the device and on the host."""
         counted = 0 if self._ledger is None else self._ledger.mark().total
         if not self._on_gpu:
             return PhaseBytes(counted, 0)
@@ -182,8 +184,10 @@ class PeakMeter:
 
 
 class MetaLedger(Ledger):
-    """A ledger of the meta device. What a call returns follows from the shapes of its arguments there, so that equal calls are worked out once
-    in a process: much of torch's shape arithmetic is Python, and takes ten times as long as to look it up.
+    """A ledger of the meta device, which computes each kind of call only once.
+
+    On meta, a call's result follows from its arguments' shapes. Much of torch's shape arithmetic is Python, and ten
+    times slower than a lookup.
     """
 
     def __init__(self):
@@ -210,25 +214,26 @@ class MetaLedger(Ledger):
 
 
 _MADE: dict[tuple, tuple[type, list[tuple | None]]] = {}
-"""Whether a call returns one tensor or several, and their shapes, strides and types (None for one that was not asked for), by the call."""
+"""Results by call: whether it returns one tensor or several, with shape, stride and dtype (None for a missing
+result)."""
 
 
 @cache
 def _makes_new(func: Any) -> bool:
-    """Whether all that an operation returns is new, and what it is given stays as it is."""
+    """Whether all results of an operation are new tensors, and it changes no argument."""
     return not any(one.alias_info for one in (*func._schema.arguments, *func._schema.returns))
 
 
 @cache
 def _writes_alone(func: Any) -> bool:
-    """Whether an operation does nothing but write values, element by element, into its first argument, which it returns."""
+    """Whether an operation only writes values elementwise into its first argument, and returns that argument."""
     first = func._schema.arguments[:1]
     written = [one.alias_info is not None and one.alias_info.is_write for one in first]
     return torch.Tag.pointwise in func.tags and func._schema.name.endswith("_") and written == [True]
 
 
 def _shape_of(value: object) -> Hashable:
-    """All of an argument that what a call returns depends on."""
+    """All properties of an argument that determine a call's result."""
     if isinstance(value, Tensor):
         return value.shape, value.stride(), value.dtype, value.device
     if isinstance(value, list | tuple):

@@ -1,11 +1,11 @@
-"""The model on the meta device as if it were on a GPU or a CPU: the same operations, no memory and no values.
+"""Builds the model on the meta device as if on a GPU or a CPU: the same operations, without memory and values.
 
-The model gets objects of that device: its kernels and products, where those that only exist on GPUs are stood in for by
-what they return. Nothing of torch is exchanged, and everything else is its own shape arithmetic.
+The model gets that device's kernels and GEMMs. Stand-ins replace those that exist only on GPUs, and return tensors of
+the same shapes. Nothing in torch is replaced; all other shapes come from torch's own shape arithmetic.
 
-torch's FakeTensorMode is not used: a GPU's fake tensors abort autograd where torch is built without CUDA, and a CPU's take 20
-times as long as meta tensors. Nor is its MemTracker: it finds the bytes that a Ledger (ledger.py) finds in twice the time, and
-tells them by module, without the items of a plan and without peaks between two points.
+torch's FakeTensorMode is not used: a GPU's fake tensors abort autograd if torch is built without CUDA, and a CPU's take
+20 times as long as meta tensors. torch's MemTracker is not used: it finds the same bytes as a Ledger (ledger.py) in
+twice the time, and reports them by module, without a plan's items and without peaks between two points.
 """
 
 from collections.abc import Callable
@@ -47,12 +47,12 @@ def _scaled_grouped_mm(a: Tensor, b: Tensor, *, offs: Tensor, output_dtype: torc
 
 
 def meta_kernels(kind: str, compiled: bool) -> Kernels:
-    """`build_kernels` of such a device."""
+    """`build_kernels` for this kind of device."""
     return build_kernels(kind, compiled)
 
 
 def meta_wire(name: str, quantized: bool, kind: str) -> Wire:
-    """`build_wire` of such a device."""
+    """`build_wire` for this kind of device."""
     wire = build_wire(name, quantized)
     if isinstance(wire, Fp8Wire) and kind == "cuda":
         wire.widen = Tensor.float
@@ -66,7 +66,7 @@ def meta_precision(
     recompute_swiglu: bool,
     making: Callable[[], AbstractContextManager] = nullcontext,
 ) -> HighPrecision | Fp8Precision:
-    """`build_precision` of such a device. making: as `Fp8Precision` takes it."""
+    """`build_precision` for this kind of device. making: as in `Fp8Precision`."""
     if precision.fp8 is None:
         return HighPrecision(activation_dtype(precision), kernels, recompute_swiglu)
     if kind == "cpu":
@@ -118,7 +118,7 @@ def _decode_e5m6(q: Tensor, scale: Tensor, rows: int) -> Tensor:
 
 
 def _whole(rows: int) -> int:
-    """In whole tiles."""
+    """Rows rounded up to whole tiles."""
     return -(-rows // TILE) * TILE
 
 
@@ -167,16 +167,16 @@ _KERNELS = SimpleNamespace(
     swiglu_backward=_swiglu_backward,
     quantize_mx=_mx,
 )
-"""In place of train/kernels/fp8/triton_quantize.py."""
+"""Replaces train/kernels/fp8/triton_quantize.py."""
 
 _PRODUCTS = SimpleNamespace(
     product=lambda left, left_scale, right, right_scale, out, ends=None: out,
     wgrad=lambda left, left_scale, right, right_scale, out, added, ends=None: out,
 )
-"""In place of train/kernels/fp8/triton_products.py, whose kernels write into tensors that the engine made."""
+"""Replaces train/kernels/fp8/triton_products.py, whose kernels write into tensors that the engine allocates."""
 
 _DEEP_GEMM = SimpleNamespace(
     m_grouped_fp8_gemm_nt_contiguous=lambda *args, **kwargs: None,
     k_grouped_fp8_gemm_nt_contiguous=lambda *args, **kwargs: None,
 )
-"""In place of DeepGEMM, whose kernels write into tensors that the engine made."""
+"""Replaces DeepGEMM, whose kernels write into tensors that the engine allocates."""

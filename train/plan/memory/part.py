@@ -1,11 +1,11 @@
-"""What a part of the model takes and keeps, by running its real code on the meta device under a Ledger.
+"""Measures memory and work of a model part by running its real code on the meta device under a Ledger.
 
-A chunk is a chain of parts: embedding, blocks, and the end (final norm, MTP modules, head and loss). Each part is run alone,
-forward and backward, between a border that makes its input and a border that makes its incoming gradient, so that both
-live as long as they would in the chain. Passes of a chunk are then the passes of its parts one after another
-(train/plan/memory/chunk.py), and nothing has to be known here about what a layer saves under which recipe.
+A chunk is a chain of parts: embedding, blocks, and the end (final norm, MTP modules, head and loss). Each part runs
+alone, forward and backward, between a border that creates its input and a border that creates its incoming gradient.
+So both live as long as they would in the chain. Passes of a chunk are the passes of its parts in sequence
+(train/plan/memory/chunk.py). This file needs no knowledge of the tensors that a layer saves in a recipe.
 
-All sizes in bytes. Weights are not counted, nor are their gradients, but for those that a first backward makes.
+All sizes in bytes. Weights do not count, and their gradients count only if a first backward allocates them.
 
 Shapes: B sequences, S = T + 1 tokens of a sample, T positions, D width.
 """
@@ -47,16 +47,16 @@ from train.plan.memory.meta_device import meta_kernels, meta_precision, meta_wir
 from train.plan.work_recorder import WorkRecorder, WorkSegment
 
 AGAIN = "_again"
-"""Behind the name of a block that backward runs again."""
+"""Suffix of a block that backward recomputes."""
 AWAY = "_away_"
-"""Between the name of a block and the part of it that waits for backward on the host."""
+"""Separates a block's name from the part of it that waits for backward on the host."""
 
 
 Section = TypeVar("Section")
 
 
 class FrozenSection(Generic[Section]):
-    """A configuration section as a key of caches: equal by value."""
+    """A configuration section as a key of caches, equal by value."""
 
     def __init__(self, section: Section):
         self.section, self._text = section, repr(section)
@@ -73,7 +73,7 @@ NO_ADAPTER = FrozenSection(Adapter())
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything that the memory of a micro-batch's passes through a part depends on."""
+    """All settings that determine the memory of a micro-batch's passes through a part."""
 
     model: FrozenSection[Model]
     precision: FrozenSection[Precision]
@@ -83,41 +83,41 @@ class Scene:
     sequences: int
     """B, of a micro-batch."""
     dispatch: str
-    """parallel.dispatch; local where a rank has all experts."""
+    """parallel.dispatch; local if a rank has all experts."""
     wire: str
     ep: int
     ranks_per_node: int
-    """Ranks of an expert-parallel group on a node."""
+    """Ranks of an expert-parallel group on one node."""
     load: Load
     """Rows of this rank's experts."""
     gloo: bool
-    """The ranks talk by gloo, which keeps what was sent until the step ends, and lacks a sum that scatters."""
+    """Whether the ranks use gloo, which keeps sent tensors until the step ends and has no reduce-scatter."""
     compiled: bool
-    """A CPU runs compiled code where it can (train/kernels/choice.py), which keeps and takes less."""
+    """Whether a CPU uses compiled code where possible (train/kernels/choice.py), which needs less memory."""
     cp: int = 1
-    """Ranks that share every sequence; those with the first and the last piece have no fewer than others."""
+    """Ranks that share every sequence; the plan assumes the most positions that any of them has."""
     adapter: FrozenSection[Adapter] = NO_ADAPTER
     holds_weights: bool = False
-    """FP8 weights are cast once a step; `trace_casts` counts what the casts take, and nothing else does."""
+    """Whether FP8 weights are cast once per step; only `trace_casts` counts these casts."""
 
 
 @dataclass(frozen=True)
 class Stretch:
-    """A stretch of a pass up to a point where an overlapped pair may change lanes."""
+    """A stretch of a pass, up to a point where an overlapped pair of passes may alternate."""
 
     peak: int
     end: int
-    """Alive at its end."""
+    """Live bytes at its end."""
 
 
 @dataclass(frozen=True)
 class PassMemory:
-    """One pass through a part. Its input and output, or the gradients of them, count while they are alive."""
+    """One pass through a part. Input and output, or their gradients, count while they are alive."""
 
     start: int
     pieces: tuple[Stretch, ...]
     work: tuple[WorkSegment, ...] = ()
-    """What it computes and sends; of a pass through one part alone."""
+    """Computation and communication of the pass; only for a pass through a single part."""
 
     @property
     def end(self) -> int:
@@ -130,34 +130,38 @@ class PassMemory:
 
 @dataclass(frozen=True)
 class Forward:
-    """A forward pass and what stays of it."""
+    """A forward pass, and the memory that remains after it."""
 
     run: PassMemory
     kept: Counter
-    """By item; with the input where backward needs it, without the output."""
+    """By item; includes the input if backward needs it, excludes the output."""
     output: int
     sent: Counter
-    """What of the kept goes to the host, by item."""
+    """The share of `kept` that goes to the host, by item."""
     host_bytes: int
-    """What it takes there."""
+    """Host memory of the sent tensors."""
 
 
 Result = TypeVar("Result")
 
 
 def traced_once(trace: Callable[..., Result]) -> Callable[..., Result]:
-    """A trace of a part in a scene, made once for all scenes that differ in nothing that the part sees."""
+    """Caches a trace for all scenes that are equal in the settings that the part sees."""
     made = lru_cache(maxsize=4096)(trace)
     return lru_cache(maxsize=4096)(wraps(trace)(lambda scene, part, *rest: made(seen_by(part, scene), part, *rest)))
 
 
 _FORWARDS: dict[tuple[Scene, str], Forward] = {}
-"""Forwards that were traced for their backward, by the scene that the part sees."""
+"""Forwards that were traced for their backward, by part and the scene that it sees."""
 
 
 @traced_once
 def trace_forward(scene: Scene, part: str) -> Forward:
-    """part: one of a chunk's (train/plan/memory/chunk.py). Who wants the backward too asks for that first, which has it traced once."""
+    """The forward of a part. A caller that also needs the backward asks for it first, so that the forward is traced
+    once.
+
+    part: a name of a chunk's part (train/plan/memory/chunk.py).
+    """
     if (scene, part) in _FORWARDS:
         return _FORWARDS[scene, part]
     with Run(scene, part) as run:
@@ -166,8 +170,10 @@ def trace_forward(scene: Scene, part: str) -> Forward:
 
 @traced_once
 def trace_backward(scene: Scene, part: str, first: bool, held: bool) -> PassMemory:
-    """Whole backward. first: the gradients of the weights are made in it, and count. held: the incoming gradient is kept
-    to the end, as torch's stage does with that of a chunk's last part.
+    """Whole backward.
+
+    first: it allocates the gradients of the weights, which count. held: the incoming gradient is kept to the end, as
+    torch's stage does for a chunk's last part.
     """
     with Run(scene, part, first) as run:
         forward = run.forward()
@@ -178,10 +184,10 @@ def trace_backward(scene: Scene, part: str, first: bool, held: bool) -> PassMemo
 
 @traced_once
 def trace_split_backward(scene: Scene, part: str, first: bool) -> tuple[PassMemory, PassMemory]:
-    """The input part and the weight part of a backward, by torch's own functions.
+    """The input half and the weight half of a backward, by torch's own functions.
 
-    Output and incoming gradient, which the stage holds through both, count. At the end of the second what stays is what
-    the graph holds on to until it falls as a whole.
+    Output and incoming gradient count, since the stage holds them through both halves. At the end of the second half,
+    only memory remains that the graph holds until it is freed.
     """
     with Run(scene, part, first) as run:
         run.forward(leaves=True)
@@ -189,7 +195,8 @@ def trace_split_backward(scene: Scene, part: str, first: bool) -> tuple[PassMemo
 
 
 def trace_evaluation(scene: Scene, part: str) -> int:
-    """Most bytes of a forward without gradients, in eval mode, its input counted. Casts of weights are held in steps alone."""
+    """Peak bytes of a forward without gradients, in eval mode, including its input. Weight casts are held only in
+    steps."""
     plain = replace(scene.model.section, recompute=[], offload=[])
     return _trace_evaluation(replace(scene, model=FrozenSection(plain), holds_weights=False), kind_of(part))
 
@@ -201,7 +208,7 @@ def _trace_evaluation(scene: Scene, part: str) -> int:
 
 
 def trace_casts(scene: Scene, part: str) -> int:
-    """Bytes of the casts of a part's weights that are held through a step."""
+    """Bytes of the casts of a part's weights that are held during a step."""
     if not scene.holds_weights:
         return 0
     plain = replace(
@@ -220,8 +227,11 @@ def _trace_casts(scene: Scene, part: str) -> int:
 
 @lru_cache(maxsize=4096)
 def seen_by(part: str, scene: Scene) -> Scene:
-    """The scene with nothing in it that this part does not see: which blocks of a stage run again or go to the host, which its name
-    says, and without experts all that is said of them."""
+    """The scene without settings that this part does not see.
+
+    The part's name tells whether its block is recomputed or offloaded; a part without experts sees no expert
+    settings.
+    """
     model: Model = scene.model.section
     kind, away = kind_of(part), part.partition(AWAY)[2]
     recompute = [what for what in model.recompute if not what.startswith(f"{Recompute.layer}:")]
@@ -238,7 +248,7 @@ def seen_by(part: str, scene: Scene) -> Scene:
 
 
 class Run:
-    """One part between its borders, under a ledger. Call forward, then backward, or inputs and weights."""
+    """Runs one part between its borders, under a ledger. Call forward, then backward, or inputs and weights."""
 
     def __init__(self, scene: Scene, part: str, first: bool = False):
         self.device = torch.device("meta")
@@ -254,7 +264,7 @@ class Run:
     def __enter__(self) -> Self:
         self._module, self._precision = self._build()
         self._fill()
-        with MetaLedger():  # worked out once
+        with MetaLedger():  # computed once
             self._make_tables()
         for param in (param for param in self._module.parameters() if param.requires_grad):
             param.grad_dtype = torch.float32
@@ -276,11 +286,11 @@ class Run:
 
     @property
     def casts(self) -> int:
-        """Bytes of the casts of weights that were made so far and are held."""
+        """Bytes of the weight casts that were computed so far and are held."""
         return self._precision.weights.count_bytes() if isinstance(self._precision, Fp8Precision) else 0
 
     def forward(self, leaves: bool = False) -> Forward:
-        """leaves: inputs stand at the ends of the graph, as torch's split of a backward wants them."""
+        """leaves: inputs are leaves of the graph, as torch's split backward needs them."""
         self._ledger.tag = "activations"
         joins = self._scene.model.section.mtp_depth > 0 and not leaves
         borders = {"embedding": 0, "end": 1 + joins}.get(self._part, 1)
@@ -295,7 +305,7 @@ class Run:
             self._y = self._module(*self._inputs, tokens_BS=self._tokens_BS)
         else:
             self._y = self._module(self._inputs[0], tokens_BS=self._tokens_BS)
-        self._y.requires_grad_()  # also where only what is frozen made it
+        self._y.requires_grad_()  # also if only frozen weights made it
         run = self._finish()
         output = self._y.untyped_storage().nbytes()
         kept = Counter(self._ledger.now.by_tag)
@@ -343,11 +353,11 @@ class Run:
         return self._finish()
 
     def _empty(self) -> Tensor:
-        """Hidden states (B, T, D) of the positions of one rank."""
+        """Hidden states (B, T, D) of one rank's positions."""
         return self._states(self._scene.seq_len // self._scene.cp)
 
     def _embedded(self) -> Tensor:
-        """The embedding's output, which the end takes: with the tokens behind the pieces of a rank."""
+        """The embedding's output for the end, including the tokens after a rank's pieces."""
         positions = Positions(self._scene.seq_len, None, self._module._share)
         return self._states(positions.take_with_next(self._tokens_BS, self._module._depths).size(1))
 
@@ -361,7 +371,7 @@ class Run:
         return torch.empty(shape, dtype=torch.int64, device=self.device)
 
     def _fill(self) -> None:
-        """Give memory and values to the weights, where that is wanted."""
+        """Give memory and values to the weights, in subclasses that need them."""
 
     def _kernels_of_device(self) -> Kernels:
         return meta_kernels(self._scene.kind, self._scene.compiled)
@@ -371,7 +381,7 @@ class Run:
         return meta_precision(self._scene.precision.section, self._scene.kind, kernels, recompute, self._making)
 
     def _make_tables(self) -> None:
-        """Let the parts make what they make once and keep."""
+        """Let the parts build the tables that they build once and keep."""
         for part in self._module.modules():
             if isinstance(part, MLA):
                 part._rope.table(self._scene.seq_len, self.device)
@@ -382,12 +392,12 @@ class Run:
         self._start, self._pieces = self._ledger.now.total - self._base, []
 
     def _wait(self) -> None:
-        """The dispatcher waits for its peers."""
+        """Called when the dispatcher waits for its peers."""
         self._recorder.yielded()
         self._cut()
 
     def _cut(self) -> None:
-        """End of a piece."""
+        """End a piece."""
         if self._pieces is not None:
             peak = self._ledger.mark().total
             self._pieces.append(Stretch(peak - self._base, self._ledger.now.total - self._base))
@@ -455,13 +465,13 @@ class Run:
 
     @contextmanager
     def _making(self) -> Iterator[None]:
-        """Casts of weights that are held through a step are made inside."""
+        """Context in which weight casts are computed that stay for the whole step."""
         with self._ledger.told_apart(), self._recorder.once():
             yield
 
 
 class _Entry(Function):
-    """Makes an input of the part; its gradient arrives here."""
+    """Creates an input of the part, and receives its gradient."""
 
     @staticmethod
     def forward(ctx, anchor: Tensor, make: Callable[[], Tensor], arrived: Callable[[Tensor], None]) -> Tensor:
@@ -475,7 +485,7 @@ class _Entry(Function):
 
 
 class _Exit(Function):
-    """Takes the output of the part; its gradient starts here."""
+    """Takes the output of the part, and starts its gradient."""
 
     @staticmethod
     def forward(ctx, y: Tensor, started: Callable[[Tensor], None]) -> Tensor:
@@ -490,7 +500,7 @@ class _Exit(Function):
 
 
 class _End(DeepSeekV3):
-    """Everything behind the blocks of the last chunk."""
+    """Everything after the blocks of the last chunk."""
 
     def forward(
         self,
@@ -511,7 +521,7 @@ class _End(DeepSeekV3):
 
 
 class _Tagged:
-    """A dispatcher whose memory goes by its own name, and whose counts of rows, which code waits for, can be asked."""
+    """Tags a dispatcher's memory, and makes its row counts readable, which calling code waits for."""
 
     def __init__(self, dispatcher: Dispatcher, ledger: Ledger, load: Load):
         self._dispatcher, self._ledger, self._load = dispatcher, ledger, load
@@ -527,7 +537,7 @@ class _Tagged:
             routed = self.__dict__.pop("_pending").wait()
         rows_L = self._rows_L
         if routed.counts_E.is_meta:
-            routed.counts_E.tolist = lambda: list(rows_L)  # of this one tensor, which has no values
+            routed.counts_E.tolist = lambda: list(rows_L)  # replaced only on this tensor, which has no values
         return routed
 
     def combine(self, out_RD: Tensor, routed: RoutedRows) -> Tensor:
@@ -536,7 +546,7 @@ class _Tagged:
 
 
 class _StandInHost:
-    """Learns what would go to the host, which stays where it is: backward finds it there as if it had come back."""
+    """Records tensors that would go to the host, but leaves them in place, so that backward finds them."""
 
     def __init__(self, ledger: Ledger):
         self._ledger = ledger
@@ -554,7 +564,7 @@ class _StandInHost:
 
 @dataclass(frozen=True, eq=False)
 class _Here:
-    """A storage that was to be sent."""
+    """A storage that would be on the host."""
 
     storage: Tensor
 
@@ -563,5 +573,5 @@ class _Here:
 
 
 def kind_of(part: str) -> str:
-    """embedding, dense, moe or end: a part whatever backward does with it."""
+    """embedding, dense, moe or end: the part's name without suffix."""
     return part.partition("_")[0]

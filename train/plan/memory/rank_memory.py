@@ -1,13 +1,13 @@
-"""How much memory every rank of a run will need: its state, and the schedule walked through action by action.
+"""Plans the memory of every rank: its state, and a walk through every action of its schedule.
 
     state       weights, master weights and moments, in DeepSpeed's groups and shards (rank_weights.py)
-    schedule    torch's own action list of the rank (schedule_memory.py); what passes take and keep comes from the model's own code,
-                run on the meta device (part.py, chunk.py)
+    schedule    torch's own action list of the rank (schedule_memory.py); passes are measured by running the model's own
+                code on the meta device (part.py, chunk.py)
     reduction   gradients reduced, sharded and applied at the end of the step (step_end.py)
-    life        what a run does beside its steps, and its starts (`RunPhases`)
+    life        a run's work outside of its steps, and its starts (`RunPhases`)
 
-The largest of all moments is the peak, and what is alive then is listed by item. Ranks with the same place in the pipeline
-are alike, but for the rows that reach their experts: `plan.imbalance` says by how much the busiest exceeds the mean.
+The plan lists the live items at the peak. Ranks at the same pipeline position are equal, except for the rows that their
+experts receive: `plan.imbalance` gives the ratio of the busiest rank to the mean.
 """
 
 from collections import Counter
@@ -47,78 +47,84 @@ from train.plan.memory.zero3 import Zero3Memory
 from train.plan.reserve import copies_memory, host_memory
 
 HELD_COPIES = 5
-"""Parts of the state that the memory of a node holds for each rank with checkpoint.every_memory: two copies of its own, two of its
-neighbour's, and the one that is on its way (train/checkpoint/memory_copies.py)."""
+"""Copies of a rank's state in its node's memory with checkpoint.every_memory.
+
+Two are its own, two its neighbour's, and one is being copied (train/checkpoint/memory_copies.py).
+"""
 
 
 LATER = ("activations", "checkpoint", "copies")
-"""What of the host's memory a start does not have yet, and what then stays: pages and buffers are kept from one use to the next."""
+"""Host memory items that do not exist at the start but then stay: pages and buffers are reused."""
 IS_FINITE_BYTES = 7
-"""Bytes an element that torch.isfinite takes in fp32: the absolute values, and three answers."""
+"""Bytes per element that torch.isfinite uses in fp32: the absolute values, and three boolean results."""
 STARTS = ("start", "resume", "init_from")
 
 
 @dataclass(frozen=True)
 class RankMemory:
-    """The peak of the ranks at one place of the pipeline. Bytes."""
+    """The peak of the ranks at one pipeline position, in bytes."""
 
     pp_rank: int
     layers: list[range]
     """Layers of its stages, in order of stages."""
     items: dict[str, int]
-    """What is alive at the peak: weights, casts (of weights, in FP8), master, moments, gradients, activations (with hidden states inside stages),
-    dispatch, logits, in_flight (hidden states and gradients between stages), reduction, workspace, buffers; items that are
-    0 are left out."""
+    """Live items at the peak; items of 0 bytes are left out.
+
+    weights, casts (of weights, in FP8), master, moments, gradients, activations (with hidden states inside stages),
+    dispatch, logits, in_flight (hidden states and gradients between stages), reduction, workspace, buffers.
+    """
     peak_bytes: int
     """Sum of the items."""
     peak_event: str
-    """What runs at the peak."""
+    """The action or phase at the peak."""
     in_flight: int
-    """Micro-batches that wait for their backward when the schedule is at its highest, over all stages of the rank."""
+    """Micro-batches that wait for their backward at the schedule's peak, over all stages of the rank."""
     phases: dict[str, PhaseBytes]
     """Peaks of all phases of the run (`phases`)."""
     host_items: dict[str, int]
-    """What it keeps in the host's memory, which on a CPU is the device's: master, moments, buffers, activations, average, checkpoint (until it is
-    written), copies (in memory)."""
+    """The rank's host memory by item; on a CPU these items are in device memory.
+
+    master, moments, buffers, activations, average, checkpoint (until it is written), copies (in memory).
+    """
 
     @property
     def host_bytes(self) -> int:
-        """In the host's memory, in the phase with most."""
+        """Peak of host memory over all phases."""
         return max(one.host for one in self.phases.values())
 
 
 def plan_memory(config: Config) -> list[RankMemory]:
-    """One entry per pipeline rank. Runs on the meta device: needs no memory of the size of the model."""
+    """One entry per pipeline rank. Runs on the meta device, so it does not need the model's memory."""
     scene = scene_of(config)
     return [rank_memory(config, pp_rank, scene) for pp_rank in range(config.parallel.pp)]
 
 
 def host_bytes(config: Config, ranks: Sequence[RankMemory]) -> int:
-    """What the ranks of the fullest node keep in the host's memory. ranks: one entry per pipeline rank, in any order."""
+    """Host memory of the ranks of the fullest node. ranks: one entry per pipeline rank, in any order."""
     return node_bytes(config, [rank.host_bytes for rank in ranks])
 
 
 def node_bytes(config: Config, sizes: Sequence[int]) -> int:
-    """What the ranks of the fullest host have together. sizes: of each pipeline rank, in any order."""
+    """Sum over the ranks of the fullest host. sizes: of each pipeline rank, in any order."""
     layout, together = layout_of(config), host_ranks(config)
-    copies = min(layout.world // layout.pp, together)  # of one place of the pipeline on a node
+    copies = min(layout.world // layout.pp, together)  # ranks at one pipeline position on a node
     most = sorted(sizes, reverse=True)[: max(1, together // copies)]
     return copies * sum(most)
 
 
 def host_lacking(config: Config, ranks: Sequence[RankMemory]) -> int:
-    """By how much that is more than a host has for tensors, or copies in memory more than their folder holds; 0 where nobody says."""
+    """Lacking bytes of a host's memory or of the folder of copies in memory; 0 if sizes are unknown."""
     has = host_memory(config)
     return max(host_bytes(config, ranks) - has if has else 0, copies_lacking(config, ranks), 0)
 
 
 def copies_bytes(config: Config, ranks: Sequence[RankMemory]) -> int:
-    """What the folder of copies in memory holds on the fullest host."""
+    """Bytes of the folder of copies in memory on the fullest host."""
     return node_bytes(config, [rank.host_items.get("copies", 0) * (HELD_COPIES - 1) // HELD_COPIES for rank in ranks])
 
 
 def copies_lacking(config: Config, ranks: Sequence[RankMemory]) -> int:
-    """By how much copies in memory are more than their folder holds."""
+    """Lacking bytes of the folder of copies in memory."""
     room = copies_memory(config)
     return 0 if room is None else max(0, copies_bytes(config, ranks) - room)
 
@@ -131,8 +137,11 @@ def rank_memory(
     shortest: bool = False,
     depth: WalkDepth = WalkDepth.whole,
 ) -> RankMemory:
-    """The entry of one pipeline rank under a scene. layers: of every stage, instead of the split of the layout. shortest: of a step of no
-    more micro-batches than its peak asks for, which may then be said to be at another of them. depth: the whole peak, or a bound on it."""
+    """The entry of one pipeline rank in a scene.
+
+    layers: of every stage, instead of the layout's split. shortest: plan a step with only as many micro-batches as its
+    peak needs; the peak may then be reported at another micro-batch. depth: the exact peak, or a bound on it.
+    """
     state, host, moments = _moments(config, pp_rank, 0, scene, layers, shortest, depth)
     peak = max(moments.values(), key=lambda moment: moment.total)
     items, event = {name: size for name, size in (state + peak.items).items() if size}, peak.event
@@ -162,8 +171,8 @@ def phases(
     """Peaks of one rank in each phase of its run. layers: as in rank_memory.
 
     start       the rank builds its weights and the optimizer's state
-    schedule    forward and backward passes of a step; its reduction of gradients; its update
-    average, validation, checkpoint, copies, export      beside steps, where the recipe has them
+    schedule, reduction, update     the parts of a step: passes, reduction of gradients, update
+    average, validation, checkpoint, copies, export      outside of steps, if the recipe enables them
     resume      a start from a checkpoint
     init_from   a start from the weights of a Hugging Face folder
     """
@@ -193,11 +202,11 @@ def _phases(
     found |= {name: PhaseBytes(held + moment.total, kept) for name, moment in moments.items()}
     if "export" in found and scene.kind != "cpu":
         found["export"] = PhaseBytes(held, kept + export_bytes(config))
-    in_files = (state + host)["copies"] * (HELD_COPIES - 1) // HELD_COPIES  # they outlive the ranks
+    in_files = (state + host)["copies"] * (HELD_COPIES - 1) // HELD_COPIES  # the files outlive the ranks
     found["resume"] = on_host(built, early, CRC_BLOCK + in_files)
     if config.init_from is not None and not config.adapter.on:
         groups = shards(config, rank_weights(config, list(chunk_parts(config, layers)[pp_rank].values())))
-        experts = config.model.experts // config.parallel.ep  # a folder has them apart, and gate and up too
+        experts = config.model.experts // config.parallel.ep  # a folder stores experts separately, and gate and up too
         largest = max(
             min(size, one.elements // (experts if one.is_expert else 1) // (2 if "w13" in one.name else 1))
             for one, size in kept_elements(config, groups, stage_rank)
@@ -208,17 +217,21 @@ def _phases(
 
 
 def export_bytes(config: Config) -> int:
-    """Most bytes of an export: parts of the weights in fp32, and what tells whether all of one are finite (train/export/run.py)."""
+    """Peak bytes of an export: parts of the weights in fp32, and the check that all values are finite
+    (train/export/run.py)."""
     counts, model = count_parameters(config.model), FrozenSection(config.model)
     kinds = ("embedding", "dense", "moe")
     largest = max(weight.elements for kind in kinds for weight in part_weights(model, kind, config.model.experts))
-    read = min(counts.total + counts.mtp, 2 * EXPORTED_ELEMENTS)  # those before go when the next have been read
+    read = min(counts.total + counts.mtp, 2 * EXPORTED_ELEMENTS)  # earlier weights are freed after the next are read
     return FP32_BYTES * read + IS_FINITE_BYTES * min(largest, EXPORTED_ELEMENTS)
 
 
 def _built_bytes(config: Config, pp_rank: int, held: int, layers: list[range] | None) -> int:
-    """Most of a rank at its start, of which `held` bytes stay. Under ZeRO 3 weights are drawn in fp32 before, an
-    expert at a time, and sharded one after another; under an adapter all are there before."""
+    """Peak bytes of a rank at its start, of which `held` bytes stay.
+
+    ZeRO 3 first draws weights in fp32, one expert at a time, and shards them one by one. With an adapter, all weights
+    exist before sharding.
+    """
     if config.parallel.zero < 3:
         return held
     weights = rank_weights(config, list(chunk_parts(config, layers)[pp_rank].values()))
@@ -241,7 +254,7 @@ def _moments(
     shortest: bool = False,
     depth: WalkDepth = WalkDepth.whole,
 ) -> tuple[Counter, Counter, dict[str, MemoryPeak]]:
-    """What a rank holds all the time, what of it on the host, and on top of the first the peak of each phase."""
+    """A rank's permanent state, its share on the host, and the peak of each phase on top of the state."""
     chunks = chunk_parts(config, layers)[pp_rank]
     weights = rank_weights(config, list(chunks.values()))
     groups = shards(config, weights)
@@ -277,7 +290,7 @@ def _moments(
     averaged, copied = config.optim.ema_decay > 0, config.checkpoint.every_memory > 0
     host["average"] = (
         averaged * 2 * FP32_BYTES * owned
-    )  # and the weights on their way to it (train/loop/hooks/averaged_weights.py)
+    )  # and the weights during their copy to the average (train/loop/hooks/averaged_weights.py)
     copy = {
         weight: size
         for weight, size in kept_elements(config, groups, stage_rank)
@@ -285,7 +298,8 @@ def _moments(
     }
 
     def saves(group: Shards) -> int:
-        """Elements of its part that are in a checkpoint: of two copies of the embedding that of the first rank."""
+        """Elements of this rank's part that a checkpoint stores: of two copies of the embedding, only the first
+        rank's."""
         whole = group.scattered if config.parallel.zero == 3 else group.partition
         return whole - sum(copy.get(weight, 0) for weight in group.weights)
 
@@ -302,7 +316,7 @@ def _moments(
         "update": MemoryPeak(updated, Counter(reduction=updated), "update of weights"),
     }
     moments |= {"average": MemoryPeak()} if averaged else {}
-    if not shortest:  # it takes less than a forward of the schedule
+    if not shortest:  # validation takes less than a forward of the schedule
         moments["validation"] = MemoryPeak(size := evaluated(), Counter(workspace=size), "validation")
     moments |= {"checkpoint": MemoryPeak()} | ({"copies": MemoryPeak()} if copied else {})
     if config.checkpoint.weights_every and pp_rank == stage_rank == 0 and not config.adapter.on:
@@ -312,7 +326,7 @@ def _moments(
 
 
 def scene_of(config: Config, load: Load | None = None) -> Scene:
-    """What all passes of a run have in common. load: instead of an even one, times plan.imbalance."""
+    """Settings that all passes of a run share. load: replaces an even load times plan.imbalance."""
     model, parallel = config.model, config.parallel
     layout = layout_of(config)
     if load is None:
@@ -343,7 +357,7 @@ def _is_compiled(kind: str, wanted: bool) -> bool:
 
 
 def chunk_parts(config: Config, layers: list[range] | None = None) -> list[dict[int, Parts]]:
-    """For every pipeline rank the parts of its stages. layers: of every stage, instead of the split of the layout."""
+    """The parts of every pipeline rank's stages. layers: of every stage, instead of the layout's split."""
     layers = layers or stage_layers(config)
     return [{stage: parts_of_stage(config, layers, stage) for stage in stages} for stages in config.parallel.placement]
 
@@ -359,7 +373,7 @@ def parts_of_stage(config: Config, layers: list[range], stage: int) -> Parts:
 
 
 def _behind(model: Model, place: int) -> str:
-    """The end of the name of the block at this place of a stage."""
+    """The suffix of the block at this position in a stage."""
     if place < model.repeated_layers:
         return AGAIN
     part = model.offloaded_part(place)
@@ -373,7 +387,7 @@ def _layers(config: Config, layers: list[range] | None = None) -> list[list[rang
 
 
 def state_items(config: Config, groups: list[Shards]) -> Counter:
-    """What a rank holds all the time."""
+    """A rank's permanent state in bytes, by item."""
     owned = sum(group.partition for group in groups)
     whole = sum(group.partition * group.ranks for group in groups)
     return Counter(
@@ -384,14 +398,14 @@ def state_items(config: Config, groups: list[Shards]) -> Counter:
 
 
 def _offload_buffers(config: Config, groups: list[Shards]) -> int:
-    """On the host with DeepSpeed's ZeRO-Offload: the shard's gradients, its updated weights, and a place for the largest weight."""
+    """Host buffers of DeepSpeed's ZeRO-Offload: the shard's gradients, its updated weights, and the largest weight."""
     owned, element = sum(group.partition for group in groups), config.precision.weight_bytes
     largest = max(weight.elements for group in groups for weight in group.weights)
     return (FP32_BYTES + element) * owned + element * largest
 
 
 def buffer_bytes(config: Config, chunks: dict[int, Parts]) -> int:
-    """Tables of RoPE, counters of routers, and the tokens of a step."""
+    """Bytes of RoPE tables, router counters, and a step's tokens."""
     model = config.model
     tables = len(chunks) * 8 * config.seq_len * model.rope_head_dim // 2
     routers = sum(
@@ -411,7 +425,7 @@ def _walk(
     depth: WalkDepth,
     ahead: dict[int, tuple[int, int]],
 ) -> tuple[MemoryPeak, int]:
-    """The peak of the schedule, and the most bytes of activations that wait on the host in it."""
+    """The peak of the schedule, and its peak of activations on the host in bytes."""
     model, parallel = config.model, config.parallel
     share = model.experts // parallel.ep
     last = max(max(stages) for stages in parallel.placement)

@@ -1,4 +1,4 @@
-"""The weights of a rank in the order in which DeepSpeed has them, and what ZeRO makes of them (parallel/zero).
+"""The weights of a rank in DeepSpeed's order, and their shards under ZeRO (parallel/zero).
 
 All sizes in bytes unless a name says elements.
 """
@@ -22,7 +22,7 @@ from train.plan.memory.chunk import Parts
 from train.plan.memory.part import NO_ADAPTER, FrozenSection, kind_of
 
 FP32_BYTES = 4
-"""Bytes."""
+"""Bytes of an fp32 element."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,11 @@ class Weight:
     name: str
     shape: tuple[int, ...]
     is_trained: bool = True
-    """False for a weight that an adapter is trained beside: it has no master, moments or gradient."""
+    """False for a base weight of an adapter's run, which has no master, moments or gradient."""
     item_bytes: int | None = None
-    """Bytes of an element; None for those of the recipe's weights."""
+    """Bytes per element; None for the recipe's weight format."""
     chunk: int | None = None
-    """The rank's chunk that alone has it. None for an embedding that the end of the model may use too."""
+    """The rank's only chunk with this weight. None for an embedding that the end of the model may use too."""
 
     @property
     def elements(self) -> int:
@@ -49,7 +49,7 @@ class Weight:
 def part_weights(
     model: FrozenSection[Model], part: str, local_experts: int, adapter: FrozenSection[Adapter] = NO_ADAPTER
 ) -> tuple[Weight, ...]:
-    """The weights of a part (train/plan/memory/part.py); of the end without the embedding, which is a part of its own."""
+    """The weights of a part (train/plan/memory/part.py). The end's exclude the embedding, which is its own part."""
     config = model.section
     layers = {"dense": range(1), "moe": range(config.dense_layers, config.dense_layers + 1)}.get(
         kind_of(part), range(0)
@@ -76,15 +76,14 @@ def part_weights(
 
 
 def held_bytes(config: Config, weights: Sequence[Weight]) -> int:
-    """Bytes of whole weights, in the formats in which a rank holds them."""
+    """Bytes of whole weights, in the formats in which a rank stores them."""
     usual = config.precision.weight_bytes
     return sum(weight.elements * (weight.item_bytes or usual) for weight in weights)
 
 
 def rank_weights(config: Config, chunks: Sequence[Parts]) -> list[Weight]:
-    """The weights of all chunks of a rank; an embedding that two of them share, or the end needs for MTP, is there
-    once.
-    """
+    """The weights of all chunks of a rank. An embedding that two chunks share, or that MTP needs at the end, appears
+    once."""
     model, share = FrozenSection(config.model), config.model.experts // config.parallel.ep
     has_table = any(needs_table(config.model, parts) for parts in chunks)
     names = [(None if config.model.mtp_depth else 0, "embedding")] * has_table
@@ -99,13 +98,13 @@ def _chunk_weights(chunk: int | None, *part: Any) -> list[Weight]:
 
 
 def needs_table(model: Model, parts: Parts) -> bool:
-    """Whether a chunk has the embedding: the first, and the last where there are MTP modules."""
+    """Whether a chunk has the embedding: the first chunk, and the last if there are MTP modules."""
     return "embedding" in parts or ("end" in parts and model.mtp_depth > 0)
 
 
 @dataclass(frozen=True)
 class Shards:
-    """One parameter group under ZeRO: flattened, padded to equal parts, one of them this rank's."""
+    """One parameter group under ZeRO: flattened, padded, and cut into equal parts, one of them this rank's."""
 
     weights: list[Weight]
     ranks: int
@@ -122,12 +121,12 @@ class Shards:
 
     @property
     def scattered(self) -> int:
-        """Elements of this rank's part where every weight is cut for itself, as at stage 3."""
+        """Elements of this rank's part if every weight is cut separately, as at stage 3."""
         return sum(math.ceil(weight.elements / self.ranks) for weight in self.weights)
 
 
 def shards(config: Config, weights: Sequence[Weight]) -> list[Shards]:
-    """The groups of a rank that are not empty, in DeepSpeed's order."""
+    """A rank's non-empty groups, in DeepSpeed's order."""
     parallel, facts = config.parallel, config.optim.facts
     kinds = {(experts, rule): [] for experts in (False, True) for rule in facts.rules}
     for weight in (weight for weight in weights if weight.is_trained):
@@ -137,6 +136,6 @@ def shards(config: Config, weights: Sequence[Weight]) -> list[Shards]:
 
 
 def state_bytes(config: Config, groups: Sequence[Shards], owned: Callable[[Shards], int]) -> int:
-    """What the optimizer keeps of this rank's parts. owned: elements of one of them."""
+    """Bytes of optimizer state for this rank's parts. owned: returns the elements of a group's part."""
     moment = config.precision.moment_bytes
     return sum(group.rule.count_state_bytes(moment) * owned(group) for group in groups)

@@ -1,16 +1,16 @@
-"""A rank's action list, walked through: what every action finds, takes and leaves behind.
+"""Walks through a rank's action list and computes the memory of every action.
 
-Alive between actions, beside the rank's state:
+Live between actions, besides the rank's state:
 
-    kept        what a forward has kept for its backward, by item (chunk.py)
-    hidden      hidden states at a border between two stages: made or received, until the stages here are through with them
-    gradient    the same of their gradients
-    gradients   of weights, fp32, from the first backward of a stage on; where they are reduced ahead this rank's shard in their place
-    leaving     of what waits on the host the part that a forward sent last, until the next action is through
-    away        the same part, from the action ahead of its backward on (parallel/pipeline/host_store.py)
+    kept        tensors that a forward keeps for its backward, by item (chunk.py)
+    hidden      hidden states at a border between two stages: computed or received, until this rank's stages are done
+    gradient    the gradients of these hidden states
+    gradients   gradients of weights, fp32, from a stage's first backward on; if reduced ahead, only this rank's shard
+    leaving     the last part that a forward sent to the host, until the next action is done
+    away        the same part, from the action before its backward on (parallel/pipeline/host_store.py)
 
-torch's stage holds input and output of a chunk to the end of its backward. Where the first and the last stage share a rank
-the embedding is one table with one gradient. gloo holds what was sent until the step ends.
+torch's stage holds input and output of a chunk to the end of its backward. If the first and the last stage share a
+rank, the embedding is one table with one gradient. gloo holds sent tensors until the step ends.
 """
 
 from collections import Counter, defaultdict
@@ -27,7 +27,7 @@ from train.plan.memory.part import PassMemory
 
 @dataclass(frozen=True)
 class MemoryPeak:
-    """The moment at which most is alive. Bytes."""
+    """The moment with the most live bytes."""
 
     total: int = 0
     items: Counter = field(default_factory=Counter)
@@ -38,33 +38,33 @@ class MemoryPeak:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage of the rank."""
+    """Memory facts of one of the rank's stages."""
 
     chunk: ChunkMemory
     gradients: int
-    """Bytes of the gradients of its weights, the embedding's apart."""
+    """Bytes of the gradients of its weights, without the embedding's."""
     table: int
-    """Bytes of the embedding's gradient where the stage uses it, else 0."""
+    """Bytes of the embedding's gradient if the stage uses it, else 0."""
     one_piece: bool = False
-    """The whole backward runs where its input part is due."""
+    """Whether the whole backward runs in place of its input part."""
 
 
 class WalkDepth(IntEnum):
-    """Which passes a walk has traced. The peak of one that leaves some out is a bound."""
+    """The passes that a walk traces. If it leaves some out, its peak is only a bound."""
 
     forwards = 0
-    """Forward passes: between the halves of a backward everything is taken to stay, as its graph does."""
+    """Only forward passes: between the halves of a backward, all tensors are assumed to stay, as its graph does."""
     settled = 1
-    """All but those that make gradients for the first time: half as many as there are."""
+    """All passes except those that allocate gradients: half as many traces."""
     whole = 2
 
 
 SENT = -1
-"""Holder of a tensor in place of a stage: the transport."""
+"""Holder of a tensor that is not a stage: the transport."""
 
 
 class ScheduleWalk:
-    """One rank of a pipeline over one step."""
+    """Walks through one step of a pipeline rank."""
 
     def __init__(
         self,
@@ -74,13 +74,16 @@ class ScheduleWalk:
         depth: WalkDepth,
         ahead: Mapping[int, tuple[int, int]],
     ):
-        """stages: those of the rank. holds_sent: what was sent to other ranks stays until the step ends. ahead: by stage what the reduction
-        takes behind its last backward, and what it leaves (step_end.py).
+        """stages: the rank's stages. holds_sent: tensors sent to other ranks stay until the step ends.
+
+        ahead: by stage, the peak bytes of the reduction after its last backward, and the bytes that remain
+        (step_end.py).
         """
         self._ahead, self._left = ahead, Counter()
         self._stages, self._last, self._holds_sent, self._depth = stages, num_stages - 1, holds_sent, depth
         self._alive: dict[tuple[str, int, int], Counter] = {}
-        """By kind, stage (of a border the upper one) and micro-batch. Counters are put here and taken away, never changed."""
+        """By kind, stage (the upper stage of a border) and micro-batch. Counters are added and removed, never
+        changed."""
         self._bytes: dict[tuple[str, int, int], int] = {}
         self._total = 0
         self._holders: defaultdict[tuple[str, int, int], set[int]] = defaultdict(set)
@@ -89,15 +92,15 @@ class ScheduleWalk:
         self._table_made = False
         self._gradients = 0
         self._peak: tuple = 0, 0, 0, {}, None, 0
-        """Bytes, those of them outside of the passes, gradients and all else that was alive, the action, and what it adds to what waits."""
+        """The peak: its bytes, bytes outside of passes, gradients, other live items, the action, and its forwards."""
         self._leaving: list[tuple[str, int, int]] = []
-        """Keys that the last action put among what is alive, and the next takes away."""
+        """Keys that the last action added to the live items, and the next action removes."""
         self._host = 0
         self.host_peak = 0
         """Bytes of the host's memory."""
 
     def run(self, actions: Sequence[Action]) -> MemoryPeak:
-        """Walk the whole list."""
+        """Walk through the whole list."""
         lines = [
             [part for part in action.halves[::-1] or (action,) if self._kind(part)]  # backward goes first
             for action in actions
@@ -120,7 +123,7 @@ class ScheduleWalk:
         return self._described()
 
     def _reduce_ahead(self, action: Action) -> None:
-        """Behind the last backward of a stage."""
+        """Reduce gradients after the last backward of a stage."""
         self._left[action.stage] -= self._kind(action) in "BW"
         if self._left[action.stage] or action.stage not in self._ahead:
             return
@@ -131,7 +134,7 @@ class ScheduleWalk:
         self._gradients += stays
 
     def _fetch(self, action: Action) -> None:
-        """The first of what a backward reads comes back, or has not left."""
+        """Bring the first tensors that a backward reads back to the device, unless they are still there."""
         stage, m = action.stage, action.micro_batch
         chunk = self._stages[stage].chunk
         if self._kind(action) not in ("B", "I") or ("kept", stage, m) not in self._alive or not chunk.sent_last:
@@ -145,7 +148,7 @@ class ScheduleWalk:
         return what_runs(action, self._stages[action.stage].one_piece)
 
     def _receive(self, action: Action) -> None:
-        """Hidden states or their gradient from another rank."""
+        """Receive hidden states, or their gradient, from another rank."""
         stage, m = action.stage, action.micro_batch
         chunk = self._stages[stage].chunk
         if self._kind(action) == "F" and stage > 0:
@@ -154,7 +157,7 @@ class ScheduleWalk:
             self._hold("gradient", stage + 1, m, chunk.hidden, stage)
 
     def _play(self, action: Action, parts: Sequence[Action]) -> None:
-        """The passes of an action on top of all that is alive beside what they count themselves."""
+        """Run the passes of an action on top of the other live bytes."""
         if self._depth < WalkDepth.whole and any(self._is_first(part) for part in parts):
             return
         peak = total = self._gradients + self._total
@@ -188,7 +191,7 @@ class ScheduleWalk:
             del self._alive[key]
 
     def _counted(self, action: Action) -> Iterator[tuple[str, int, int]]:
-        """Keys of what a pass includes in its own numbers."""
+        """Keys of live items that a pass includes in its own numbers."""
         stage, m = action.stage, action.micro_batch
         keys = [("hidden", stage, m)]
         if self._kind(action) != "F":
@@ -200,7 +203,7 @@ class ScheduleWalk:
         return _pass(self._stages[action.stage].chunk, self._kind(action), first, first and not self._table_made)
 
     def _is_first(self, action: Action) -> bool:
-        """Whether it makes gradients for the first time."""
+        """Whether the action allocates the gradients of its stage."""
         return self._kind(action) in "BW" and action.stage not in self._made
 
     def _finish(self, action: Action) -> None:
@@ -273,7 +276,7 @@ def _pass(chunk: ChunkMemory, kind: str, first: bool, table_first: bool) -> Pass
 
 
 def _highest(lanes: Sequence[PassMemory]) -> int:
-    """The largest sum of passes that take turns, the first beginning, and the other going on where one has ended."""
+    """The largest sum of alternating passes; the first begins, and one continues alone when the other has ended."""
     now = [lane.start for lane in lanes]
     left = [list(lane.pieces) for lane in lanes]
     highest, turn = sum(now), 0
@@ -287,7 +290,7 @@ def _highest(lanes: Sequence[PassMemory]) -> int:
 
 
 def _name(action: Action) -> str:
-    """Words for an action: forward of stage 3, micro-batch 12."""
+    """An action in words: forward of stage 3, micro-batch 12."""
     kinds = {"F": "forward", "B": "backward", "I": "backward of inputs", "W": "backward of weights"}
     if action.halves:
         return " beside ".join(map(_name, action.halves))
