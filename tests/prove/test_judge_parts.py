@@ -11,15 +11,15 @@ import torch
 from conf.run_paths import RunPaths
 from conf.schema import Config
 from tests.prove.proofs import gather_evidence, small_proof
-from train.prove.evidence import EVIDENCE, Evidence, read_evidence
+from train.prove.compare import Comparisons
+from train.prove.evidence import EVIDENCE, Evidence, assemble, read_evidence
 from train.prove.findings import Difference, ProofFindings
-from train.prove.judge_high import WholeJudge
-from train.prove.judge_parts import TOLD, UNTOLD
-from train.prove.judge_update import assemble
+from train.prove.judge_parts import judge_parts
 from train.prove.layouts import run_part, watched_steps
 from train.prove.parts import own_rows
 from train.prove.reference_step import plan_step
 from train.prove.samples import Samples
+from train.prove.step_parts import TOLD, UNTOLD, StepParts
 
 TINY = [
     "model.layers=2", "model.mtp_depth=1", "model.hidden=144", "model.expert_width=72", "model.heads=2", "model.vocab_size=41",
@@ -43,7 +43,8 @@ class Judged:
         spoil(tensors)
         findings = ProofFindings()
         spoilt = Evidence(self.evidence.info, tensors, self.evidence.places)
-        WholeJudge("recipe", self.config, findings, [spoilt], self.before, self.batch).judge_all()
+        at = Comparisons("recipe", self.config, findings)
+        judge_parts(StepParts(at, [spoilt], self.before, self.batch))
         return findings
 
     def first(self, spoil: Callable[[dict[str, torch.Tensor]], None]) -> Difference:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,9 +11,12 @@ from conf.load import compose
 from conf.schema import Optim
 from tests.small import SMALL
 from train.prove import reference_step
+from train.prove.compare import Comparisons
 from train.prove.evidence import Evidence, StepInfo
 from train.prove.findings import ProofFindings
-from train.prove.judge_update import Tally, UpdateJudge
+from train.prove.judge import Judge
+from train.prove.judge_state import Tally
+from train.prove.judge_update import judge_update
 from train.prove.miniature import RATE, shrink
 from train.prove.reference_step import PlainPlan
 
@@ -136,7 +138,7 @@ def judge_updates(trainee: Callable[[Optim], Trainee], lr: float, moments: str =
     given = [f"optim.lr={lr}", "optim.ema_decay=0.999", "optim.clip=0", f"precision.moments={moments}"]
     config = compose(*SMALL, "data.path=none", *given)
     findings, one, draw = ProofFindings(), trainee(config.optim), torch.Generator().manual_seed(1)
-    judge, before = UpdateJudge("fp32", config, findings, Path("none")), one.state()
+    at, before = Comparisons("fp32", config, findings), one.state()
     plan = PlainPlan(first_sample=0, batch_size=8, lr=lr, mtp_weight=0.1, bias_speed=0.001)
     for step in range(1, STEPS + 1):
         gradients = {name: 1e-3 * torch.randn(shape, generator=draw) for name, shape in SHAPES.items()}
@@ -148,9 +150,9 @@ def judge_updates(trainee: Callable[[Optim], Trainee], lr: float, moments: str =
             for name, tensor in tensors.items():
                 evidence.add(kind, name, tensor.flatten())
                 evidence.places[f"{kind}/{name}"] = 0, tuple(tensor.shape)
-        judge.step = step
+        at.step = step
         double = {name: tensor.double() for name, tensor in before.items()}
-        before = judge._judge_update([evidence], double, SimpleNamespace(loads={LAYER: load_E}), plan)
+        before = judge_update(at, [evidence], double, {LAYER: load_E}, plan, step)
     return findings
 
 
@@ -182,8 +184,8 @@ def judge_a_skipped_step(spoil: Callable[[dict[str, Tensor], StepInfo], object])
     """One in which a gradient is not finite, on a rank whose state and counts `spoil` has changed."""
     config = compose(*SMALL, "data.path=none", "optim.ema_decay=0.999")
     findings, one = ProofFindings(), Trainee(config.optim)
-    judge, before = UpdateJudge("fp32", config, findings, Path("none")), one.state()
-    judge.step, judge.tally = 2, Tally(updates=1, samples=8)
+    judge, before = Judge("fp32", config, Path("none"), findings), one.state()
+    judge.at.step, judge.tally = 2, Tally(updates=1, samples=8)
     info = StepInfo("fp32", 0, 2, 0, "one", "cpu", applied=False, updates=1, samples=16, skipped=1)
     evidence, after = Evidence(info), one.state()
     spoil(after, info)
@@ -191,8 +193,7 @@ def judge_a_skipped_step(spoil: Callable[[dict[str, Tensor], StepInfo], object])
         evidence.add("after", name, tensor.flatten())
         evidence.places[f"after/{name}"] = 0, tuple(tensor.shape)
     evidence.add("own", f"bias.{LAYER}", after[f"bias.{LAYER}"])
-    plan = PlainPlan(first_sample=8, batch_size=8, lr=1e-3, mtp_weight=0.1, bias_speed=0.001)
-    judge._judge_skip([evidence], {name: tensor.double() for name, tensor in before.items()}, plan)
+    judge.judge_skip([evidence], {name: tensor.double() for name, tensor in before.items()}, batch_size=8)
     return findings
 
 

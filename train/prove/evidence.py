@@ -13,6 +13,7 @@ Keys of tensors are KIND/NAME, those of what a micro-batch made KIND/NAME/NUMBER
 """
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -36,6 +37,8 @@ from train.model.recompute import is_repeated
 from train.model.router import Router
 from train.prove.watched_dispatcher import WatchedDispatcher
 
+State = dict[str, Tensor]
+"""Whole tensors by the name of their shards, fp64: master.NAME, those of the optimizer's state, ema.NAME, bias.LAYER."""
 EVIDENCE = "evidence"
 """Folder of what ranks saw, in the proof's own."""
 WATCHED = (Block, Embedding, FFN, MLA, MTP, MoE, Router)
@@ -117,6 +120,10 @@ class Evidence:
         first = self.info.first + number * self.info.micro_batch_size
         return slice(first, first + self.info.micro_batch_size)
 
+    def micro_batches(self) -> int:
+        """That went through the rank."""
+        return 1 + max((number for _, number, _ in self.calls_of_kind("forward")), default=-1)
+
     def write(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         info = self.info
@@ -140,6 +147,26 @@ def read_evidence(folder: Path, proof: str) -> Iterator[tuple[int, int, list[Evi
         found.setdefault((int(part), int(step)), []).append(path)
     for (part, step), paths in sorted(found.items()):
         yield part, step, sorted(map(Evidence.read, paths), key=lambda evidence: evidence.info.rank)
+
+
+def assemble(ranks: list[Evidence], kind: str) -> State:
+    """Whole tensors, fp64, from the shards of all ranks. What no rank has is not a number."""
+    found: State = {}
+    for rank in ranks:
+        for name, tensor in rank.of_kind(kind):
+            offset, shape = rank.places[f"{kind}/{name}"]
+            whole = found.setdefault(name, torch.full(shape, math.nan, dtype=torch.float64))
+            whole.view(-1)[offset : offset + tensor.numel()] = tensor.double()
+    return found
+
+
+def calls_by_name(ranks: list[Evidence], kind: str) -> dict[str, list[tuple[Evidence, int, Tensor]]]:
+    """(rank, number of the micro-batch, tensor) of every call of a part, on all ranks."""
+    found: dict[str, list[tuple[Evidence, int, Tensor]]] = {}
+    for rank in ranks:
+        for name, number, tensor in rank.calls_of_kind(kind):
+            found.setdefault(name, []).append((rank, number, tensor))
+    return found
 
 
 def depth_of(name: str) -> int:

@@ -4,8 +4,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from train.prove.bounds import Bound
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class Difference:
     """A comparison that failed."""
 
@@ -73,9 +75,13 @@ class ProofVerdict:
     loosest: float = 0.0
     """Bounds that were applied, as a share of the size of what was compared."""
 
-    def tell_bound(self, share: float) -> None:
-        """This bound was applied."""
+    def take(self, error: float, bound: Bound, numbers: int, untold: int, unit: float, where: str) -> None:
+        """Take in a comparison of so many numbers. unit: what the bound is a multiple of, as a share of the size of what was compared."""
+        share = bound.value * unit
+        self.compared, self.untold = self.compared + numbers - untold, self.untold + untold
         self.sharpest, self.loosest = min(self.sharpest, share), max(self.loosest, share)
+        if share_of_bound(error, bound.value) >= self.share:
+            self.worst, self.bound, self.reason, self.where = error, bound.value, bound.reason, where
 
     @property
     def share(self) -> float:

@@ -1,4 +1,7 @@
-"""Attention of single ranks, with whole sequences and with shared ones: see train/prove/judge_parts.py.
+"""Attention of single ranks, with whole sequences and with shared ones, and what turns its queries and keys.
+
+A rank with whole sequences shows what its attention takes and gives. Where ranks share sequences, each has the queries of its positions, and
+makes keys and values of all positions from latents that travel: these are made here from what the products around attention gave.
 
 Shapes as in train/prove/reference.py; L positions of whole sequences, of which T are a rank's own.
 """
@@ -13,8 +16,8 @@ from train.prove import high_precision as high
 from train.prove import low_precision as low
 from train.prove.bounds import Bound
 from train.prove.evidence import Evidence, depth_of, places_of
-from train.prove.judge_parts import ELEMENTS, PartCall, PartsJudge
-from train.prove.low_precision import FORMATS, FP32, Total
+from train.prove.low_precision import FORMATS, Total
+from train.prove.step_parts import ELEMENTS, PartCall, StepParts
 
 SCORES = 4 * 2.0**-9
 """Attention cores may keep probabilities and then their slopes in bf16, each rounded by 2^-9 of itself; where ranks share sequences
@@ -22,188 +25,181 @@ each block of keys is rounded for itself, and the sum once more."""
 
 
 @dataclass(frozen=True)
-class SharedCall:
-    """Attention of a micro-batch where ranks share sequences."""
+class AttentionCall:
+    """Attention of a micro-batch on a rank."""
 
-    name: str
-    rank: Evidence
-    number: int
-    out: PartCall
-    """The projection behind it."""
+    call: PartCall
+    """That shows its output: of attention, or of the projection behind it."""
+    what: str
+    """What of that call the output is."""
+    out: PartCall | None
+    """Of the projection behind it, through which gradients went; None where none did."""
     q: Tensor
     k: Tensor
     v: Tensor
     unseen: Tensor
-    places: list[int]
+    places: Sequence[int]
     """Places of the queries."""
 
+    def heads(self, tensor: Tensor) -> Tensor:
+        """(B, T, H * X) as (B, H, T, X)."""
+        return tensor if tensor.dim() == 4 else tensor.unflatten(-1, (self.q.size(1), -1)).transpose(1, 2)
 
-class AttentionJudge(PartsJudge):
-    """Judges attention, and what turns its queries and keys."""
 
-    def _in_rows(self, terms: int) -> Bound:
-        value = ELEMENTS + 8 * FP32 * max(terms, 1) ** 0.5
-        return Bound(value, f"some products and a sum of {terms} terms in fp32, and one rounding of the result")
+def judge_attention(step: StepParts, name: str) -> None:
+    """Outputs; of whole sequences what was turned, too."""
+    scale, shared = high.softmax_scale(step.config), step.cp > 1
+    for one in _shared_calls(step, name) if shared else _whole_calls(step, name):
+        total, got = high.attend(one.q, one.k, one.v, scale, one.unseen), one.heads(one.call.get(one.what))
+        step.compare("attention", one.call, one.what, total, _in_scores(step), got=got)
+        if not shared:
+            _judge_heads(step, name, one)
 
-    def _attention(self, name: str) -> None:
-        scale = high.softmax_scale(self.config)
-        for call in self._shared(name):
-            total = high.attend(call.q, call.k, call.v, scale, call.unseen)
-            self._total(
-                "attention", call.out, "x", _heads_of(call.out.get("x"), call.q.size(1)), total, self._in_scores()
-            )
-        for call in self.calls.get(name, []):
-            q, k, v = (call.get(what) for what in "qkv")
-            total = high.attend(q, k, v, scale, self._unseen(call))
-            self._total("attention", call, "y", call.get("y"), total, self._in_scores())
-            self._heads(name, call, (q, k, v))
 
-    def _attention_back(self, name: str) -> None:
-        scale = high.softmax_scale(self.config)
-        for call in self._shared(name):
-            self._shared_back(call, scale)
-        for call in self.calls.get(name, []):
-            if call.has("dy", "dq", "dk", "dv"):
-                out = self._kept(self._of_same(f"{name}.out", call))
-                dy, q, k, v = (call.get(what) for what in ("dy", "q", "k", "v"))
-                slopes = high.attend_back(dy, q, k, v, out, scale, self._unseen(call))
-                for what, total in zip(("dq", "dk", "dv"), slopes, strict=True):
-                    self._total("attention", call, what, call.get(what), total, self._in_scores())
-
-    def _heads(self, name: str, call: PartCall, heads: tuple[Tensor, ...]) -> None:
-        """Queries, keys and values of the products' outputs: turned by their positions, and one rope key for all heads."""
-        model, (q, k, v) = self.config.model, heads
-        q_BTX, kv_BTX, down_BTX = (
-            self._of_same(f"{name}.{part}", call).get("y") for part in (self._queries, "kv_up", "kv_down")
+def judge_attention_back(step: StepParts, name: str) -> None:
+    """Gradients of queries, keys and values."""
+    scale, shared = high.softmax_scale(step.config), step.cp > 1
+    for one in _shared_calls(step, name) if shared else _whole_calls(step, name):
+        dout = "dx" if shared else "dy"
+        if one.out is None or not one.call.has(dout):
+            continue
+        # Attention's output as its backward takes it: in the form in which the projection behind it keeps its input (3.3.3).
+        kept = low.kept(one.out.rows("x"), step.rounding.output.kept).x.view(one.out.tensors["x"].shape)
+        slopes = high.attend_back(
+            one.heads(one.call.get(dout)), one.q, one.k, one.v, _heads_of(kept, one.q.size(1)), scale, one.unseen
         )
-        q_BHTQ, kv_BHTX = (one.unflatten(-1, (model.heads, -1)).transpose(1, 2) for one in (q_BTX, kv_BTX))
-        q_BHTQ = self._grown(q_BHTQ, range(q_BHTQ.size(2)))
-        rope = down_BTX[..., model.kv_rank :].unsqueeze(1).expand(-1, model.heads, -1, -1)
-        nope = model.nope_head_dim
-        bound = Bound(8 * ELEMENTS, "angles and turns in fp32, and one rounding of the result")
-        for what, got, plain, part in (
-            ("q", q, q_BHTQ[..., :nope], q_BHTQ[..., nope:]),
-            ("k", k, kv_BHTX[..., :nope], rope),
-        ):
-            self._total(
-                "heads", call, what, got[..., nope:], high.turned(part, self.config, range(part.size(-2))), bound
-            )
-            self._total("heads", call, what, got[..., :nope], Total(plain, plain.abs(), None), bound)
-        values = kv_BHTX[..., nope:]
-        self._total("heads", call, "v", v, Total(values, values.abs(), None), bound)
+        if shared:
+            _judge_shared_slopes(step, name, one, slopes)
+            continue
+        for what, total in zip(("dq", "dk", "dv"), slopes, strict=True):
+            step.compare("attention", one.call, what, total, _in_scores(step))
 
-    def _kept(self, out: PartCall) -> Tensor:
-        """Attention's output as its backward takes it: in the form in which the projection behind it keeps its input (3.3.3)."""
-        kept = low.kept(out.rows("x"), self.rounding.output.kept).x
-        return _heads_of(kept.view(out.tensors["x"].shape), self.config.model.heads)
 
-    def _of_same(self, name: str, call: PartCall) -> PartCall:
-        """The call of another part of the same rank and micro-batch."""
-        return self._through(name, call.rank)[call.number]
+def _in_scores(step: StepParts) -> Bound:
+    if step.rounding.high == FORMATS["fp32"]:
+        return step.in_rows(step.config.seq_len)
+    return Bound(SCORES, "4 x 2^-9: probabilities and their slopes may be rounded to bf16, each by 2^-9 of itself")
 
-    def _through(self, name: str, rank: Evidence, back: bool = True) -> list[PartCall]:
-        """Calls of a part on a rank through which gradients went, or did not, in order: those of the micro-batches, and not those that
-        are made again for a backward.
-        """
-        those = [one for one in self.calls.get(name, []) if one.rank is rank and one.has("dy") == back]
-        return sorted(those, key=lambda one: one.number)
 
-    def _unseen(self, call: PartCall) -> Tensor:
-        length = call.tensors["q"].size(2)
-        if self.batch.documents_BS is None:
-            return high.unseen(length, None)
-        return high.unseen(length, self.batch.documents_BS[call.rank.rows(call.number), :length])
+def _queries(step: StepParts, name: str) -> str:
+    return f"{name}.{'q' if step.config.model.q_rank is None else 'q_up'}"
 
-    def _in_scores(self) -> Bound:
-        if self.rounding.high == FORMATS["fp32"]:
-            return self._in_rows(self.config.seq_len)
-        return Bound(SCORES, "4 x 2^-9: probabilities and their slopes may be rounded to bf16, each by 2^-9 of itself")
 
-    # Where ranks share sequences: each has the queries of its positions, and makes keys and values of all from latents that travel
-
-    def _shared(self, name: str) -> Iterator["SharedCall"]:
-        """Every micro-batch of every rank; of none where ranks have whole sequences."""
-        blocks, depth = 2 * self.cp, depth_of(name)
-        length = self.config.seq_len - depth
-        for rank in self.ranks if self.cp > 1 else ():
-            made = self._through(f"{name}.kv_up", rank, back=False)
-            for number, out in enumerate(self._through(f"{name}.out", rank)):
-                kv_BHLX = _heads_of(
-                    torch.cat([one.get("y") for one in made[number * blocks : (number + 1) * blocks]], 1),
-                    self.config.model.heads,
-                )
-                places = places_of(rank.info, self.config.seq_len, depth)
-                rope_BLR = self._rope_keys(name, rank, number, length)
-                q_BHTQ = self._turned_heads(self._through(f"{name}.{self._queries}", rank)[number].get("y"), places)
-                nope = self.config.model.nope_head_dim
-                k_BHLQ = torch.cat([kv_BHLX[..., :nope], rope_BLR.unsqueeze(1).expand(-1, q_BHTQ.size(1), -1, -1)], -1)
-                documents = self.batch.documents_BS
-                if documents is not None:
-                    documents = documents[rank.rows(number), :length]
-                seen = high.unseen(length, documents)[:, :, places]
-                yield SharedCall(name, rank, number, out, q_BHTQ, k_BHLQ, kv_BHLX[..., nope:], seen, places)
-
-    def _rope_keys(self, name: str, rank: Evidence, number: int, length: int) -> Tensor:
-        """Turned, of all positions, from the ranks that have them: (B, L, R)."""
-        whole = None
-        for mate in (mate for mate in self.ranks if mate.info.dp_rank == rank.info.dp_rank):
-            if calls := self._through(f"{name}.kv_down", mate):
-                rope_BTR = calls[number].get("y")[..., self.config.model.kv_rank :]
-                places = places_of(mate.info, self.config.seq_len, depth_of(name))
-                made = low.nearest(high.turned(rope_BTR, self.config, places).x, self.rounding.high)
-                whole = made.new_zeros(len(made), length, made.size(-1)) if whole is None else whole
-                whole[:, places] = made
-        assert whole is not None, f"no rank has {name}"
-        return whole
-
-    def _turned_heads(self, q_BTX: Tensor, places: Sequence[int]) -> Tensor:
-        q_BHTQ, nope = _heads_of(q_BTX, self.config.model.heads), self.config.model.nope_head_dim
-        q_BHTQ = self._grown(q_BHTQ, places)
-        rope = low.nearest(high.turned(q_BHTQ[..., nope:], self.config, places).x, self.rounding.high)
-        return torch.cat([q_BHTQ[..., :nope], rope], -1)
-
-    def _grown(self, q_BHTQ: Tensor, places: Sequence[int]) -> Tensor:
-        """Queries of these positions as they go to be turned: a model whose queries grow rounds them once more."""
-        if not self.config.model.yarn.query_growth:
-            return q_BHTQ
-        return low.nearest(q_BHTQ * high.query_sizes(self.config, places), self.rounding.high)
-
-    def _shared_back(self, call: "SharedCall", scale: float) -> None:
-        """Queries, and of the keys and values what these queries give each block of positions."""
-        nope, heads = self.config.model.nope_head_dim, call.q.size(1)
-        if not call.out.has("dx"):
-            return
-        dout, out = _heads_of(call.out.get("dx"), heads), self._kept(call.out)
-        slopes = high.attend_back(dout, call.q, call.k, call.v, out, scale, call.unseen)
-        grown = high.query_sizes(self.config, call.places)
-        slopes = slopes._replace(q=Total(slopes.q.x * grown, slopes.q.size * grown, None))
-        queries = self._through(f"{call.name}.{self._queries}", call.rank)[call.number]
-        got = _heads_of(queries.get("dy"), heads)
-        plain = Total(slopes.q.x[..., :nope], slopes.q.size[..., :nope], None)
-        self._total("attention", queries, "dy", got[..., :nope], plain, self._in_scores())
-        turned = high.turned(slopes.q.x[..., nope:], self.config, call.places, back=True)
-        size = high.turned(slopes.q.size[..., nope:], self.config, call.places).size
-        self._total("attention", queries, "dy", got[..., nope:], Total(turned.x, size, None), self._in_scores())
-        made = self._through(f"{call.name}.kv_up", call.rank, back=False)[call.number * 2 * self.cp :][: 2 * self.cp]
-        first = 0
-        for block in made:
-            rows = slice(first, first + block.get("x").size(1))
-            first = rows.stop
-            for again in self._through(f"{call.name}.kv_up", call.rank):
-                if torch.equal(again.tensors["x"], block.tensors["x"]):
-                    got = _heads_of(again.get("dy"), heads)
-                    for have, total, part in (
-                        (got[..., :nope], slopes.k, slice(nope)),
-                        (got[..., nope:], slopes.v, slice(None)),
-                    ):
-                        want = Total(total.x[:, :, rows, part], total.size[:, :, rows, part], None)
-                        self._total("attention", again, "dy", have, want, self._in_scores())
-
-    @property
-    def _queries(self) -> str:
-        return "q" if self.config.model.q_rank is None else "q_up"
+def _unseen(step: StepParts, rank: Evidence, number: int, length: int) -> Tensor:
+    documents = step.batch.documents_BS
+    return high.unseen(length, None if documents is None else documents[rank.rows(number), :length])
 
 
 def _heads_of(x_BTX: Tensor, heads: int) -> Tensor:
     """(B, T, H * X) as (B, H, T, X)."""
     return x_BTX.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+# Whole sequences
+
+
+def _whole_calls(step: StepParts, name: str) -> Iterator[AttentionCall]:
+    for call in step.calls.get(name, []):
+        q, k, v = (call.get(what) for what in "qkv")
+        unseen, is_back = _unseen(step, call.rank, call.number, q.size(2)), call.has("dy", "dq", "dk", "dv")
+        out = step.through(f"{name}.out", call.rank)[call.number] if is_back else None
+        yield AttentionCall(call, "y", out, q, k, v, unseen, range(q.size(2)))
+
+
+def _judge_heads(step: StepParts, name: str, one: AttentionCall) -> None:
+    """Queries, keys and values of the products' outputs: turned by their positions, and one rope key for all heads."""
+    model, call = step.config.model, one.call
+    q_BTX, kv_BTX, down_BTX = (
+        step.through(part, call.rank)[call.number].get("y")
+        for part in (_queries(step, name), f"{name}.kv_up", f"{name}.kv_down")
+    )
+    q_BHTQ, kv_BHTX = (_heads_of(each, model.heads) for each in (q_BTX, kv_BTX))
+    q_BHTQ, nope = _grown(step, q_BHTQ, one.places), model.nope_head_dim
+    rope = down_BTX[..., model.kv_rank :].unsqueeze(1).expand(-1, model.heads, -1, -1)
+    bound = Bound(8 * ELEMENTS, "angles and turns in fp32, and one rounding of the result")
+    turned_q, turned_k = (high.turned(part, step.config, one.places) for part in (q_BHTQ[..., nope:], rope))
+    for what, got, want in (
+        ("q", one.q[..., nope:], turned_q),
+        ("q", one.q[..., :nope], q_BHTQ[..., :nope]),
+        ("k", one.k[..., nope:], turned_k),
+        ("k", one.k[..., :nope], kv_BHTX[..., :nope]),
+        ("v", one.v, kv_BHTX[..., nope:]),
+    ):
+        total = want if isinstance(want, Total) else Total(want, want.abs(), None)
+        step.compare("heads", call, what, total, bound, got=got)
+
+
+def _grown(step: StepParts, q_BHTQ: Tensor, places: Sequence[int]) -> Tensor:
+    """Queries of these positions as they go to be turned: a model whose queries grow rounds them once more."""
+    if not step.config.model.yarn.query_growth:
+        return q_BHTQ
+    return low.nearest(q_BHTQ * high.query_sizes(step.config, places), step.rounding.high)
+
+
+# Shared sequences
+
+
+def _shared_calls(step: StepParts, name: str) -> Iterator[AttentionCall]:
+    """Every micro-batch of every rank."""
+    model, high_format, depth = step.config.model, step.rounding.high, depth_of(name)
+    heads, nope, length = model.heads, model.nope_head_dim, step.config.seq_len - depth
+    for rank in step.ranks:
+        places = places_of(rank.info, step.config.seq_len, depth)
+        for number, out in enumerate(step.through(f"{name}.out", rank)):
+            kv_BHLX = _heads_of(torch.cat([one.get("y") for one in _blocks(step, name, rank, number)], 1), heads)
+            rope_BHLR = _rope_keys(step, name, rank, number, length).unsqueeze(1).expand(-1, heads, -1, -1)
+            queries = step.through(_queries(step, name), rank)[number].get("y")
+            q_BHTQ = _grown(step, _heads_of(queries, heads), places)
+            rope = low.nearest(high.turned(q_BHTQ[..., nope:], step.config, places).x, high_format)
+            q_BHTQ, k_BHLQ = (
+                torch.cat(each, -1) for each in ([q_BHTQ[..., :nope], rope], [kv_BHLX[..., :nope], rope_BHLR])
+            )
+            unseen = _unseen(step, rank, number, length)[:, :, places]
+            yield AttentionCall(out, "x", out, q_BHTQ, k_BHLQ, kv_BHLX[..., nope:], unseen, places)
+
+
+def _blocks(step: StepParts, name: str, rank: Evidence, number: int) -> list[PartCall]:
+    """Calls that made keys and values of a micro-batch: one for every block of positions."""
+    blocks = 2 * step.cp
+    return step.through(f"{name}.kv_up", rank, back=False)[number * blocks : (number + 1) * blocks]
+
+
+def _rope_keys(step: StepParts, name: str, rank: Evidence, number: int, length: int) -> Tensor:
+    """Turned, of all positions, from the ranks that have them: (B, L, R)."""
+    whole = None
+    for mate in (mate for mate in step.ranks if mate.info.dp_rank == rank.info.dp_rank):
+        if calls := step.through(f"{name}.kv_down", mate):
+            rope_BTR = calls[number].get("y")[..., step.config.model.kv_rank :]
+            places = places_of(mate.info, step.config.seq_len, depth_of(name))
+            made = low.nearest(high.turned(rope_BTR, step.config, places).x, step.rounding.high)
+            whole = made.new_zeros(len(made), length, made.size(-1)) if whole is None else whole
+            whole[:, places] = made
+    assert whole is not None, f"no rank has {name}"
+    return whole
+
+
+def _judge_shared_slopes(step: StepParts, name: str, one: AttentionCall, slopes: high.AttentionSlopes) -> None:
+    """Queries, and of the keys and values what these queries give each block of positions."""
+    nope, heads, rank, bound = step.config.model.nope_head_dim, one.q.size(1), one.call.rank, _in_scores(step)
+    grown = high.query_sizes(step.config, one.places)
+    dq, size = slopes.q.x * grown, slopes.q.size * grown
+    number = step.through(f"{name}.out", rank).index(one.call)
+    queries = step.through(_queries(step, name), rank)[number]
+    got = _heads_of(queries.get("dy"), heads)
+    step.compare("attention", queries, "dy", Total(dq[..., :nope], size[..., :nope], None), bound, got=got[..., :nope])
+    turned = high.turned(dq[..., nope:], step.config, one.places, back=True)
+    turned = turned._replace(size=high.turned(size[..., nope:], step.config, one.places).size)
+    step.compare("attention", queries, "dy", turned, bound, got=got[..., nope:])
+    first = 0
+    for block in _blocks(step, name, rank, number):
+        rows = slice(first, first + block.get("x").size(1))
+        first = rows.stop
+        for again in step.through(f"{name}.kv_up", rank):
+            if torch.equal(again.tensors["x"], block.tensors["x"]):
+                got = _heads_of(again.get("dy"), heads)
+                for have, total, part in (
+                    (got[..., :nope], slopes.k, slice(nope)),
+                    (got[..., nope:], slopes.v, slice(None)),
+                ):
+                    want = Total(total.x[:, :, rows, part], total.size[:, :, rows, part], None)
+                    step.compare("attention", again, "dy", want, bound, got=have)

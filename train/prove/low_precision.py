@@ -265,18 +265,20 @@ def fprop(x_TK: Tensor, weight: NearNumbers, rules: LinearRules) -> Total:
     return product(cast(NearNumbers(x_TK), rules.fprop[0], -1), weight)
 
 
+def turned(given: NearNumbers) -> NearNumbers:
+    """Transposed."""
+    return NearNumbers(given.x.mT, None if given.off is None else given.off.mT)
+
+
 def dgrad(dy_TN: NearNumbers, weight: NearNumbers, rules: LinearRules) -> Total:
     """weight: (N, K), cast for this product."""
-    return product(
-        cast(dy_TN, rules.dgrad[0], -1), NearNumbers(weight.x.mT, None if weight.off is None else weight.off.mT)
-    )
+    return product(cast(dy_TN, rules.dgrad[0], -1), turned(weight))
 
 
 def wgrad(dy_TN: NearNumbers, kept_TK: NearNumbers, rules: LinearRules) -> Total:
     """(N, K)."""
     left, right = cast(dy_TN, rules.wgrad[0], -2), cast(kept_TK, rules.wgrad[1], -2)
-    turned = [NearNumbers(one.x.mT, None if one.off is None else one.off.mT) for one in (left, right)]
-    return product(*turned)
+    return product(turned(left), turned(right))
 
 
 def kept(x_TK: Tensor, rule: Rule | None) -> NearNumbers:

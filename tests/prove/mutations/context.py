@@ -173,9 +173,9 @@ def weight_gradient_of_the_first_block(bug: Seams) -> None:
     calls = [0]
 
     def gradients(original, self, *arguments):
-        dq, dlatents, dweight = original(self, *arguments)
+        dq, dlatents, dweights = original(self, *arguments)
         calls[0] += 1
-        return dq, dlatents, dweight * (calls[0] % 2)
+        return dq, dlatents, [each * (calls[0] % 2) for each in dweights]
 
     bug.around(KeysOfLatents, "gradients", gradients)
 

@@ -6,9 +6,10 @@ import torch
 from conf.load import compose
 from parallel.shard import Shard
 from tests.small import SMALL
+from train.prove.compare import Comparisons
 from train.prove.evidence import Evidence, StepInfo
 from train.prove.findings import ProofFindings
-from train.prove.judge_reduction import ReductionJudge
+from train.prove.judge_gradients import judge_reduction, judge_totals
 from train.prove.reference import weight_shapes
 
 RANKS, EXPERTS = 4, 2
@@ -34,8 +35,7 @@ def failed(reduce, by_micro_batch: bool = False) -> set[str]:
             rank.add_shard("local", name, Shard(local if by_micro_batch else local.float(), offset, shape))
             if by_micro_batch:
                 rank.add_shard("sizes", name, Shard(grads[rank.info.rank].double().abs().sum(0), offset, shape))
-    judge = ReductionJudge("recipe", config, findings := ProofFindings())
-    judge._judge_reduction(ranks)
+    judge_reduction(Comparisons("recipe", config, findings := ProofFindings()), ranks)
     assert findings.verdicts["recipe", "reduced gradients"].compared == sum(
         torch.Size(shape).numel() for shape in weight_shapes(config.model).values()
     )
@@ -71,8 +71,7 @@ def judged_totals(total: torch.Tensor, name: str = "head.weight", batch_size: in
     rank.add_shard("local", name, Shard(total, 0, tuple(total.shape)))
     for number in range(4):  # a chat with nothing to learn gives a gradient of zeros
         rank.add("backward", f"norm/{number}", torch.full((3,), float(2 * number < batch_size)))
-    judge = ReductionJudge("recipe", config, findings := ProofFindings())
-    judge._judge_totals([rank])
+    judge_totals(Comparisons("recipe", config, findings := ProofFindings()), [rank])
     return len(findings.differences)
 
 

@@ -18,9 +18,10 @@ from tests.expert import test_deep_ep
 from tests.expert.test_dispatch import groups_of
 from tests.ranks import run_ranks
 from tests.small import SMALL
+from train.prove.compare import Comparisons
 from train.prove.evidence import Evidence, StepInfo
 from train.prove.findings import ProofFindings
-from train.prove.judge_wire import WireJudge
+from train.prove.judge_rows import judge_rows
 from train.prove.low_precision import FORMATS, nearest
 from train.prove.sent_rows import sent_in_fp8, summed_rows
 from train.prove.watched_dispatcher import WatchedDispatcher
@@ -201,8 +202,8 @@ def test_every_bug_of_the_wire_is_seen(kind, tmp_path):
     config = compose(*SMALL, *one_layer, "data.path=none", "parallel.wire=fp8", "precision=bf16")
     failed = {}
     for name in SENT[kind]:
-        judge = WireJudge("recipe", config, findings := ProofFindings())
-        judge._judge_wire([Evidence.read(path) for path in sorted((tmp_path / name).iterdir())])
+        at = Comparisons("recipe", config, findings := ProofFindings())
+        judge_rows(at, [Evidence.read(path) for path in sorted((tmp_path / name).iterdir())])
         failed[name] = {quantity for (_, quantity), verdict in findings.verdicts.items() if verdict.failed}
         assert len(findings.verdicts) == 7 and all(verdict.compared for verdict in findings.verdicts.values())
     assert failed.pop(HONEST) == set()

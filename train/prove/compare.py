@@ -1,0 +1,168 @@
+"""How two values of the same thing are compared, and what is kept of it.
+
+`Comparisons.compare` is the only comparison there is, of a named quantity. A `Measure` says what a difference is measured in: the size of the
+tensor (`in_size`), what each element may be off by (`in_each`), or what is left beyond a rounding of the result (train/prove/judge_parts.py).
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from conf.schema import Config
+from train.prove.bounds import Bound, is_low, is_rounded
+from train.prove.evidence import Evidence
+from train.prove.findings import Difference, ProofFindings, ProofVerdict, share_of_bound
+
+MISSING = 1.0
+"""The error of a tensor that is missing: a bound from there on tells nothing."""
+LOOSE = ("outputs", "losses", "gradients of weights", "gradients of outputs")
+"""Quantities that pass recipe measures by their norm."""
+BITS, COUNTS = Bound(0.0, "bit for bit"), Bound(0.0, "whole numbers")
+
+
+class Measured(NamedTuple):
+    """A difference, in the unit of the bound."""
+
+    errors: Tensor
+    """Of each element, to find the worst one."""
+    error: float
+    """What is held to the bound."""
+    scale: float | None = None
+    """The unit where all elements share it; None where each has its own."""
+    share: float = 1.0
+    """The unit over the size of what is compared."""
+    untold: int = 0
+    """Elements of which rounding may hide all."""
+    most_untold: float = math.inf
+    """More of them fail: too little would be proven."""
+
+
+Measure = Callable[[Tensor, Tensor], Measured]
+"""(got, want), both flat and fp64."""
+
+
+def in_size(scale: float | None = None, by_norm: bool = False) -> Measure:
+    """Measures in the size of what is wanted, or in a given one. by_norm: root mean squares, else largest values."""
+
+    def measure(got: Tensor, want: Tensor) -> Measured:
+        unit, errors = size_of(want, by_norm) if scale is None else scale, (got - want).abs()
+        return Measured(errors, share_of_bound(size_of(errors, by_norm), unit), unit)
+
+    return measure
+
+
+def in_each(allowed: Tensor, before: Tensor | None = None) -> Measure:
+    """Measures each element in what it may be off by. before: what an update moved, of which rounding may hide small moves."""
+
+    def measure(got: Tensor, want: Tensor) -> Measured:
+        each, difference = allowed.flatten(), (got - want).abs()
+        errors = torch.where(difference == 0, 0.0, difference / each)
+        move = torch.zeros_like(want) if before is None else (want - before.flatten()).abs()
+        share = share_of_bound(size_of(each, True), size_of(want, True))
+        return Measured(errors, errors.max().item(), share=share, untold=int(((move > 0) & (move <= each)).sum()))
+
+    return measure
+
+
+class Comparisons:
+    """The comparisons of one pass: each goes into the findings with the part, step and phase that is judged."""
+
+    def __init__(self, proof: str, config: Config, findings: ProofFindings):
+        """config: as the ranks ran it."""
+        self.proof, self.config, self.findings = proof, config, findings
+        self.is_low, self.is_rounded = is_low(proof, config), is_rounded(proof, config)
+        self.phase = "start"
+        self.part = self.step = 0
+
+    def compare(
+        self,
+        quantity: str,
+        name: str,
+        got: Tensor | float,
+        want: Tensor | float,
+        bound: Bound,
+        *,
+        rank: Evidence | None = None,
+        scale: float | None = None,
+        measure: Measure | None = None,
+        widen: Callable[[Bound, float], Bound] | None = None,
+    ) -> None:
+        """Hold what came out to what should have. scale: of `in_size`, which measures where nothing else is given. widen: makes a wider bound,
+        and is asked where this one is exceeded.
+        """
+        flat = (torch.as_tensor(one, dtype=torch.float64).detach().flatten() for one in (got, want))
+        got_N, want_N = flat
+        if len(got_N) != len(want_N):
+            self.fail(quantity, name, "another number of elements", len(got_N), len(want_N), rank)
+            return
+        if not len(got_N):
+            return
+        made = (measure or in_size(scale, self.is_rounded and quantity in LOOSE))(got_N, want_N)
+        error = math.inf if math.isnan(made.error) else made.error
+        if error > bound.value and widen is not None:
+            bound = widen(bound, made.scale or 0.0)
+        verdict = self._verdict(quantity)
+        if made.scale is not None and bound.value >= MISSING and math.isfinite(error):
+            verdict.untold += len(got_N)
+            return
+        verdict.take(error, bound, len(got_N), made.untold, made.share, f"step {self.step}, {name}")
+        if error > bound.value:
+            place = int(made.errors.nan_to_num(math.inf).argmax())
+            self._differ(quantity, name, rank, got_N[place].item(), want_N[place].item(), error, bound)
+        elif made.untold > made.most_untold:
+            reason = f"not told: ties may hide more than {made.most_untold:.0f} of the numbers"
+            self.fail(quantity, name, reason, made.untold, len(got_N), rank)
+
+    def same_names(self, quantity: str, got: Iterable[str], want: Iterable[str]) -> None:
+        for name in want:
+            if name not in got:
+                self.fail(quantity, name, "no rank has it")
+        for name in got:
+            if name not in want:
+                self.fail(quantity, name, "the reference has no such tensor")
+
+    def fail(
+        self,
+        quantity: str,
+        name: str,
+        reason: str,
+        got: float = math.nan,
+        want: float = math.nan,
+        rank: Evidence | None = None,
+    ) -> None:
+        """What is missing, or cannot be compared."""
+        verdict = self._verdict(quantity)
+        verdict.worst, verdict.where = math.inf, f"step {self.step}, {name}"
+        self._differ(quantity, name, rank, got, want, math.inf, Bound(0.0, reason))
+
+    def _verdict(self, quantity: str) -> ProofVerdict:
+        return self.findings.verdicts.setdefault((self.proof, quantity), ProofVerdict(self.proof, quantity))
+
+    def _differ(
+        self, quantity: str, name: str, rank: Evidence | None, got: float, want: float, error: float, bound: Bound
+    ) -> None:
+        self._verdict(quantity).failed += 1
+        found = Difference(
+            proof=self.proof,
+            part=self.part,
+            step=self.step,
+            phase=self.phase,
+            quantity=quantity,
+            name=name,
+            rank=None if rank is None else rank.info.rank,
+            got=got,
+            want=want,
+            error=error,
+            bound=bound.value,
+            reason=bound.reason,
+        )
+        self.findings.differences.append(found)
+
+
+def size_of(tensor: Tensor, by_norm: bool) -> float:
+    """Root mean square, or the largest value."""
+    tensor = tensor.detach().double()
+    return (tensor.square().mean().sqrt() if by_norm else tensor.abs().max()).item()

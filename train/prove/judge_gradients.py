@@ -1,0 +1,86 @@
+"""Gradients summed over micro-batches and over ranks.
+
+The sum is fp32 in every recipe (paper 3.3.1), also where weights and activations are bf16. So each element of a reduced gradient is
+held to what fp32 rounds, not to what a format below does: a rank that is missing, or a sum in bf16, stands out.
+
+Of a sum over micro-batches a rank has the total alone, which is judged with the products that make it (train/prove/judge_products.py).
+Here it is only looked at: a total of several terms has bits that bf16 has not, unless it was kept in bf16. A term is a micro-batch
+whose gradient comes back to the part: of chats some have nothing to learn, and one term alone may be a product rounded to bf16.
+"""
+
+import re
+from collections import Counter
+
+import torch
+
+from train.prove import reference
+from train.prove.bounds import UNIT, Bound
+from train.prove.compare import Comparisons, in_each
+from train.prove.evidence import Evidence, State, assemble, depth_of
+
+MORE = 4
+"""Roundings of a sum over ranks beside one for each term: divisions by the number of ranks, and the tied embedding's second sum."""
+MOST_IN_BF16, ENOUGH = 0.9, 16
+"""Share of a total's numbers that may happen to have no more bits than bf16, and how many of them tell."""
+
+
+def judge_totals(at: Comparisons, ranks: list[Evidence]) -> None:
+    """Sums over the micro-batches of a rank, of weights that every token meets."""
+    why = "share of numbers that bf16 holds: of sums of several terms in fp32 far fewer, in bf16 all"
+    for rank in ranks:
+        came: Counter[str] = Counter()
+        for part, _, gradient in rank.calls_of_kind("backward"):
+            came[part] += bool(gradient.any())
+        for name, total in () if _is_by_micro_batch(rank) else rank.of_kind("local"):
+            held, everyone = total[total != 0].float(), name != "embedding.weight" and ".experts." not in name
+            if everyone and len(held) >= ENOUGH and _terms_of(name, came) > 1:
+                share = (held == held.bfloat16().float()).double().mean().item()
+                bound = Bound(MOST_IN_BF16, why)
+                at.compare("format of sums over micro-batches", name, share, 0.0, bound, rank=rank, scale=1.0)
+
+
+def judge_reduction(at: Comparisons, ranks: list[Evidence]) -> None:
+    """Sums over the ranks of a stage."""
+    shapes, info = reference.trained_shapes(at.config), ranks[0].info
+    reduced, want = assemble(ranks, "reduced"), sum_over_ranks(ranks, shapes)
+    sizes = sum_over_ranks(ranks, shapes, signs=False)
+    at.same_names("reduced gradients", reduced, want)
+    terms = info.dp * info.cp
+    if _is_by_micro_batch(ranks[0]):
+        terms += -(-int(info.plan["batch_size"]) // (info.dp * info.micro_batch_size))
+    why = f"{terms} terms added in fp32, as a share of their sum without signs"
+    for name in reversed(shapes):
+        if name in reduced and name in want:
+            bound = Bound((terms + MORE) * UNIT["fp32"], why)
+            at.compare("reduced gradients", name, reduced[name], want[name], bound, measure=in_each(sizes[name]))
+
+
+def _is_by_micro_batch(rank: Evidence) -> bool:
+    """Whether each micro-batch was reduced by itself (ZeRO 3)."""
+    return any(True for _ in rank.of_kind("sizes"))
+
+
+def _terms_of(weight: str, came: Counter[str]) -> int:
+    """Micro-batches that the gradient of a weight is a sum of: those of the smallest part around it, of the head's those of its inputs.
+    came: micro-batches whose gradient came back and is not zero, by part."""
+    if weight.startswith("head."):
+        depths = sorted((part for part in came if re.fullmatch(r"mtp\.\d+", part)), key=depth_of)
+        return sum(came[part] for part in ["norm", *depths[-1:]])
+    names = weight.split(".")
+    around = (".".join(names[:length]) for length in range(len(names), 0, -1))
+    return next(came[part] for part in around if part in came)
+
+
+def sum_over_ranks(ranks: list[Evidence], shapes: dict[str, tuple[int, ...]], signs: bool = True) -> State:
+    """The mean over the ranks of a stage of the gradients that ranks made: here, and not by the product's own reduction.
+
+    signs: False adds what each rank's gradient comes to without its sign.
+    """
+    found: State = {}
+    for rank in ranks:
+        for name, tensor in rank.of_kind("local"):
+            given = tensor.double() if signs else rank.tensors.get(f"sizes/{name}", tensor).double().abs()
+            offset, _ = rank.places[f"local/{name}"]
+            whole = found.setdefault(name, torch.zeros(shapes.get(name, tensor.shape), dtype=torch.float64))
+            whole.view(-1)[offset : offset + given.numel()] += given.flatten() / (rank.info.dp * rank.info.cp)
+    return found

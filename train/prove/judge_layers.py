@@ -1,0 +1,159 @@
+"""What stays in bf16 and fp32 around the products: embedding, norms, sums past attention and FFN, and the output head."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from train.prove import high_precision as high
+from train.prove import low_precision as low
+from train.prove import reference
+from train.prove.bounds import Bound
+from train.prove.compare import BITS
+from train.prove.evidence import places_of
+from train.prove.low_precision import FORMATS, FP32, Total
+from train.prove.step_parts import ELEMENTS, PartCall, StepParts, SumOverCalls
+
+HALF = 2.0**-9
+"""Relative: what a rounding to bf16 changes at most."""
+NO_GRADIENT = Bound(0.0, "what is not learnt gives no gradient")
+
+
+# Norms
+
+
+def judge_norm(step: StepParts, name: str) -> None:
+    """Outputs."""
+    gain = step.weights[f"{name}.weight"]
+    for call in step.calls.get(name, []):
+        step.compare("norms", call, "y", high.rms_norm(call.rows("x"), gain, _eps(step, name)), step.in_rows(len(gain)))
+
+
+def judge_norm_back(step: StepParts, name: str) -> None:
+    """Gradients of inputs and of the weight."""
+    gain, made = step.weights[f"{name}.weight"], SumOverCalls()
+    for call in step.calls.get(name, []):
+        if call.has("dy"):
+            dx, dgain = high.rms_norm_back(call.rows("dy"), call.rows("x"), gain, _eps(step, name))
+            if call.has("dx"):
+                step.compare("norms", call, "dx", dx, step.in_rows(len(gain)))
+            made.add(dgain, step.on_gpu, len(call.rows("dy")))
+    step.compare_gradient(f"{name}.weight", made, step.in_rows(made.terms))
+
+
+def _eps(step: StepParts, name: str) -> float:
+    model = step.config.model
+    return model.resolved_latent_norm_eps if name.endswith((".q_norm", ".kv_norm")) else model.norm_eps
+
+
+# Embedding
+
+
+def judge_embedding(step: StepParts, name: str) -> None:
+    """Rows of the table."""
+    for call in step.calls[name]:
+        rows = step.weights[f"{name}.weight"][call.tensors["ids"].long()]
+        step.compare("embedding", call, "y", Total(rows, rows.abs(), None), BITS)
+
+
+def judge_embedding_back(step: StepParts, name: str) -> None:
+    """Summed in fp32 in every recipe: what comes back to each token's row, of all micro-batches and ranks."""
+    made, table = SumOverCalls(), step.weights[f"{name}.weight"]
+    for call in step.calls[name]:
+        if call.has("dy"):
+            ids, dy_ND = call.tensors["ids"].long().flatten(), call.rows("dy")
+            summed, size = (torch.zeros_like(table).index_add_(0, ids, one) for one in (dy_ND, dy_ND.abs()))
+            made.add(Total(summed, size, None), False, len(ids))
+    step.compare_gradient(f"{name}.weight", made)
+
+
+# What goes past attention and FFN, and is added to what they make
+
+
+def judge_sums(step: StepParts, name: str) -> None:
+    """Of a block: with attention, then with the FFN."""
+    ffn = f"{name}.ffn" if f"{name}.ffn.w13" in step.calls else f"{name}.moe"
+    for call in step.calls[f"{name}.ffn_norm"]:
+        before = next(
+            one for one in step.calls[f"{name}.attention_norm"] if (one.rank, one.number) == (call.rank, call.number)
+        )
+        attention, made, out = (_seen(call, "forward", part) for part in (f"{name}.attention", ffn, name))
+        _judge_sum(step, call, f"{name}.attention and its input", call.get("x"), before.get("x"), attention)
+        _judge_sum(step, call, name, out, call.get("x"), made)
+
+
+def judge_sums_back(step: StepParts, name: str) -> None:
+    """The gradients of both."""
+    for call in step.calls[f"{name}.ffn_norm"]:
+        got, out = (_seen(call, "backward", one) for one in (f"{name}.attention", name))
+        _judge_sum(step, call, f"gradients behind {name}.attention", got, out, call.get("dx"))
+
+
+def _judge_sum(step: StepParts, call: PartCall, name: str, got: Tensor, one: Tensor, other: Tensor) -> None:
+    one, other = one.flatten(0, -2), other.flatten(0, -2)
+    total, bound = Total(one + other, one.abs() + other.abs(), None), Bound(4 * FP32, "one addition and one rounding")
+    step.compare("sums past attention and FFN", call, "x", total, bound, got=got, name=name)
+
+
+def _seen(call: PartCall, phase: str, name: str) -> Tensor:
+    """What was seen of a call's micro-batch, by `EvidenceWatch`: fp64."""
+    return call.rank.tensors[f"{phase}/{name}/{call.number}"].double()
+
+
+# Output head
+
+
+def judge_head(step: StepParts, name: str) -> None:
+    """Losses of every depth."""
+    bound = Bound(2 * ELEMENTS, "a logarithm and a sum in fp32")
+    for call, made, _ in _head_calls(step):
+        step.compare("output head", call, "y", made.loss, bound, FORMATS["fp32"])
+
+
+def judge_head_back(step: StepParts, name: str) -> None:
+    """Gradients of states and of the weight."""
+    whole, order = SumOverCalls(), step.in_rows(step.config.model.vocab_size)
+    for call, made, learnt_N in _head_calls(step):
+        if not call.has("dx", "dy"):
+            step.at.fail("parts", call.name, "not every micro-batch came back", 0, 1, call.rank)
+            continue
+        slope, dx_ND = call.get("dy"), call.rows("dx")
+        x, weight = _times(made.x, low.nearest(slope, step.rounding.high)), _times(made.weight, slope)
+        twice = low.spacing(x.x, step.rounding.high)  # the product is rounded, and its multiple
+        x = Total(x.x, x.size, twice if x.off is None else twice + x.off)
+        if learnt_N is not None:
+            rest, quantity = dx_ND[~learnt_N], "gradients of what is not learnt"
+            step.at.compare(quantity, call.name, rest, torch.zeros_like(rest), NO_GRADIENT, rank=call.rank)
+            dx_ND = dx_ND[learnt_N]
+        step.compare("output head", call, "dx", x, order, got=dx_ND)
+        if step.config.optim.detach_mtp and call.name != "head.0":
+            continue  # the head learns nothing of it
+        # Of a piece of the tokens, and on a CPU without instructions for bf16 of sums inside a piece as well.
+        pieces = 2 * HALF * weight.size if step.rounds_gradients else torch.zeros_like(weight.x)
+        weight = weight._replace(off=pieces if weight.off is None else pieces + weight.off)
+        whole.add(weight, False, len(x.x))
+    step.compare_gradient("head.weight", whole, step.in_rows(whole.terms))
+
+
+def _head_calls(step: StepParts) -> Iterator[tuple[PartCall, high.HeadSlopes, Tensor | None]]:
+    """The calls of heads of the main model and of every depth, with the rows that are learnt; None for all."""
+    order, weight = step.in_rows(step.config.model.hidden).value, step.weights["head.weight"]
+    for depth in range(1 + step.config.model.mtp_depth):
+        seats = reference.Seats.of(step.batch, depth)
+        for call in step.calls.get(f"head.{depth}", []):
+            rows, info, learnt_N = call.rank.rows(call.number), call.rank.info, None
+            places = places_of(info, step.config.seq_len, depth)
+            targets_N = step.batch.tokens_BS[rows][:, [place + depth + 1 for place in places]].flatten()
+            x_ND, count = call.rows("x"), info.micro_batch_size * step.config.seq_len / step.cp
+            if seats.learnt_BT is not None:
+                learnt_N = seats.learnt_BT[rows][:, places].flatten()
+                main_BT = reference.Seats.of(step.batch, 0).learnt_BT
+                assert main_BT is not None
+                micro_batches = info.plan["batch_size"] / (info.micro_batch_size * info.dp)  # of a rank, on average
+                x_ND, targets_N = x_ND[learnt_N], targets_N[learnt_N]
+                count = int(main_BT.sum()) / (step.shared * micro_batches)
+            yield call, high.head(x_ND, weight, targets_N, count, step.rounding.high, order), learnt_N
+
+
+def _times(one: Total, factor: Tensor) -> Total:
+    return Total(one.x * factor, one.size * factor.abs(), None if one.off is None else one.off * factor.abs())

@@ -1,0 +1,212 @@
+"""Outputs, choices, losses and gradients of the whole model in a step, held against the reference's step."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from train.prove import reference
+from train.prove.bounds import Bound, averaged, chosen, computed
+from train.prove.compare import COUNTS, Comparisons, size_of
+from train.prove.evidence import Evidence, assemble, calls_by_name, depth_of, places_of
+from train.prove.high_precision import choice_excess
+from train.prove.judge_gradients import sum_over_ranks
+from train.prove.reference import PlainModel
+from train.prove.samples import Samples
+from train.prove.shaken import ReferenceStep, ShakenRuns
+
+StepPart = Callable[[ReferenceStep], Tensor]
+"""Takes a tensor out of a step of the reference."""
+
+
+@dataclass
+class WholeModel:
+    """A step of the whole model: what the ranks saw, and what the reference came to."""
+
+    at: Comparisons
+    ranks: list[Evidence]
+    want: ReferenceStep
+    shaken: ShakenRuns | None
+    """None in fp64."""
+    batch_size: int
+
+    def judge_forward(self) -> None:
+        """From the first part to the last; then losses, loads and attention scores."""
+        at, seen, made = self.at, self.want.seen, calls_by_name(self.ranks, "forward")
+        for name, value in seen.values.items():
+            if name.endswith(".biased") or (name == "embedding" and name not in made):
+                continue  # where one rank holds the table for two stages the layer after it tells as much
+            if name not in made:
+                at.fail("outputs", name, "no rank has made it")
+            for rank, number, got in made.get(name, ()):
+                if name.endswith(".ids"):
+                    self._judge_choice(name.removesuffix(".ids"), rank, number, got)
+                else:
+                    part = partial(self._output, name, rank, number, got.size(1) if name == "embedding" else None)
+                    self._compare("outputs", name, rank, got, part, size_of(value, at.is_rounded))
+        for rank in self.ranks:
+            self._judge_losses(rank)
+            for name, got in rank.of_kind("scores"):
+                self._compare("attention scores", name, rank, got, partial(_score, name))
+
+    def judge_backward(self) -> None:
+        """From the last part to the first: the gradient that comes back to its output, then those of its weights."""
+        at, came, wanted = self.at, calls_by_name(self.ranks, "backward"), self.want.gradients
+        exact, shapes = at.proof == "exact", reference.trained_shapes(at.config)
+        found = sum_over_ranks(self.ranks, shapes) if exact else assemble(self.ranks, "reduced")
+        at.same_names("gradients of weights", found, wanted)
+        for name in backward_order(list(wanted), list(came)):
+            if name in wanted and name in found:
+                self._compare("gradients of weights", name, None, found[name], partial(_gradient, name))
+            for rank, number, got in came.get(name, ()):
+                if (gradient := self.want.seen.values[name].grad) is not None:
+                    scale = size_of(gradient * rank.info.dp * rank.info.cp, at.is_rounded)
+                    part = partial(self._output_gradient, name, rank, number)
+                    self._compare("gradients of outputs", name, rank, got, part, scale)
+
+    def _compare(
+        self,
+        quantity: str,
+        name: str,
+        rank: Evidence | None,
+        got: Tensor | float,
+        part: StepPart,
+        scale: float | None = None,
+        bound: Bound | None = None,
+    ) -> None:
+        """Compare with a part of the reference's step. A step that is more sensitive than the bound knows is given what rounding does to it."""
+        bound, widen = bound or computed(self.at.proof, self.at.config), partial(self._widen, part, self.at.is_rounded)
+        self.at.compare(quantity, name, got, part(self.want), bound, rank=rank, scale=scale, widen=widen)
+
+    def _widen(self, part: StepPart, by_norm: bool, bound: Bound, scale: float) -> Bound:
+        if self.shaken is None:
+            return bound
+        wider = self.shaken.bound(part, part(self.want).detach(), scale, by_norm)
+        return max(bound, wider, key=lambda one: one.value)
+
+    def _output(self, name: str, rank: Evidence, number: int, count: int | None, step: ReferenceStep) -> Tensor:
+        """What a rank should have made of an output in a micro-batch."""
+        return self._here(step.seen.values[name], name, rank, number, count)
+
+    def _output_gradient(self, name: str, rank: Evidence, number: int, step: ReferenceStep) -> Tensor:
+        gradient = step.seen.values[name].grad
+        assert gradient is not None
+        return self._here(gradient * (rank.info.dp * rank.info.cp), name, rank, number)
+
+    def _here(self, value: Tensor, name: str, rank: Evidence, number: int, count: int | None = None) -> Tensor:
+        """The samples and positions of a rank; rows of all samples may lie in one axis. count: positions, if they may be more."""
+        by_sample = value if value.size(0) == self.batch_size else value.unflatten(0, (self.batch_size, -1))
+        return by_sample[rank.rows(number)][:, self._places(rank, name, count)]
+
+    def _places(self, rank: Evidence, name: str, count: int | None) -> list[int]:
+        """Positions of a sequence that a rank has of an output. count: how many it has: embeddings reach after every piece as far as
+        MTP modules look.
+        """
+        config, info = self.at.config, rank.info
+        here = places_of(info, config.seq_len, depth_of(name))
+        if info.cp == 1 or count in (None, len(here)):
+            return here
+        size, last = config.seq_len // (2 * info.cp), config.seq_len - depth_of(name)
+        ends = [(piece + 1) * size for piece in (info.cp_rank, 2 * info.cp - 1 - info.cp_rank)]
+        return here + [t for end in ends for t in range(end, min(end + config.model.mtp_depth, last))]
+
+    def _judge_choice(self, name: str, rank: Evidence, number: int, ids: Tensor) -> None:
+        """Chosen experts; where rounding may choose others, how far apart their scores were."""
+        at = self.at
+        bound = chosen(at.proof, at.config)
+        if at.proof == "exact":
+            want = self._output(f"{name}.ids", rank, number, None, self.want)
+            at.compare("chosen experts", name, ids, want, bound, rank=rank, scale=1.0)
+            return
+        scores = partial(self._output, f"{name}.biased", rank, number, None)
+
+        def widen(bound: Bound, _: float) -> Bound:
+            """Two scores were compared, and each may be off."""
+            wider = self._widen(scores, False, Bound(bound.value / 2, bound.reason), 1.0)
+            return Bound(2 * wider.value, wider.reason)
+
+        excess = choice_excess(at.config.model, scores(self.want).flatten(0, -2), ids)
+        at.compare("chosen experts", name, excess, 0.0, bound, rank=rank, scale=1.0, widen=widen)
+
+    def _judge_losses(self, rank: Evidence) -> None:
+        at, info, seen = self.at, rank.info, self.want.seen
+        bound = averaged(at.proof, at.config, int(info.plan["batch_size"]))
+        for name, got in {"main_loss": info.main_loss, "balance_loss": info.balance_loss}.items():
+            part = partial(_loss, name.removesuffix("_loss"))
+            self._compare("losses", name, rank, got, part, bound=bound)
+        for depth, (got, _) in enumerate(zip(info.mtp_losses, seen.mtp, strict=True)):
+            self._compare("losses", f"mtp_loss_{depth + 1}", rank, got, partial(_mtp_loss, depth), bound=bound)
+        for got, (name, want) in zip(info.loads, seen.loads.items(), strict=True):
+            at.compare("loads", name, torch.tensor(got), want, COUNTS, rank=rank)
+
+
+def _score(name: str, step: ReferenceStep) -> Tensor:
+    return step.seen.scores[name]
+
+
+def _gradient(name: str, step: ReferenceStep) -> Tensor:
+    return step.gradients[name]
+
+
+def _loss(name: str, step: ReferenceStep) -> Tensor:
+    return getattr(step.seen, name)
+
+
+def _mtp_loss(depth: int, step: ReferenceStep) -> Tensor:
+    return step.seen.mtp[depth]
+
+
+def judge_batch(at: Comparisons, ranks: list[Evidence], batch_size: int) -> bool:
+    """Whether the shares of the ranks make up the batch: of another there is nothing to compare."""
+    shares = {(rank.info.first, rank.info.first + rank.micro_batches() * rank.info.micro_batch_size) for rank in ranks}
+    starts, ends = (sorted(side) for side in zip(*shares, strict=True))
+    if [*starts, batch_size] == [0, *ends]:
+        return True
+    reason = "the ranks trained on other samples than those of the batch, each once"
+    at.fail("samples of the step", "batch", reason, ends[-1] - starts[0], batch_size)
+    return False
+
+
+def judge_validation(at: Comparisons, ranks: list[Evidence], plain: PlainModel) -> None:
+    """The loss on held-out sequences. plain: with the weights after the step."""
+    at.phase, count = "validation", at.config.log.validation_sequences
+    with torch.no_grad():
+        want = plain.losses(Samples(at.config).batch(-count, count), with_mtp=False).main
+    for rank in ranks:
+        got = math.nan if rank.info.validation_loss is None else rank.info.validation_loss
+        at.compare("held-out loss", "main_loss", got, want, averaged(at.proof, at.config, count), rank=rank)
+
+
+def choices_of(ranks: list[Evidence], seq_len: int) -> dict[str, Tensor]:
+    """The experts that the ranks chose for all tokens of the batch (N, K), by router."""
+    found: dict[str, Tensor] = {}
+    for name, calls in calls_by_name(ranks, "forward").items():
+        if name.endswith(".ids"):
+            wholes: dict[int, Tensor] = {}
+            for rank, number, ids in calls:
+                rows, depth = rank.rows(number), depth_of(name)
+                ids_BTK = ids.view(rows.stop - rows.start, -1, ids.size(-1))
+                empty = ids.new_empty(len(ids_BTK), seq_len - depth, ids.size(-1))
+                wholes.setdefault(rows.start, empty)[:, places_of(rank.info, seq_len, depth)] = ids_BTK
+            found[name.removesuffix(".ids")] = torch.cat([wholes[first] for first in sorted(wholes)]).flatten(0, 1)
+    return found
+
+
+def backward_order(weights: list[str], outputs: list[str]) -> list[str]:
+    """Names of weights and of outputs in the order in which their gradients are made: those of the last part come first, that of
+    an output before those of the weights that made it.
+    """
+    place = {name: float(number) for number, name in enumerate(weights)}
+
+    def after(output: str) -> tuple[float, int]:
+        prefix = output.removesuffix(".gates") + "."
+        inside = [number for name, number in place.items() if name.startswith(prefix)]
+        return max(inside, default=-1.0) + 0.5, -len(output)
+
+    order = sorted(
+        [*((number, -math.inf, name) for name, number in place.items()), *((*after(name), name) for name in outputs)]
+    )
+    return [name for *_, name in reversed(order)]

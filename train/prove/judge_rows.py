@@ -1,0 +1,130 @@
+"""Rows on their way to experts and back: what came out on the ranks, held against what went in on the ranks.
+
+Every layer, micro-batch and expert group by itself, on what the ranks really had; so a difference here is a fault of the way, and of
+nothing before it. Which row is which token's is not asked of the product: rows and tokens are matched by expert and gate.
+
+    forward     gates at the experts, rows at the experts, sums of expert outputs
+    backward    gradients at the experts, gradients of gates, sums of gradients of rows
+
+Shapes: T tokens of all ranks of the group, K experts of a token, P pairs (T K) of a token and an expert, D channels.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from conf.dispatches import DISPATCHES
+from train.prove.bounds import Bound
+from train.prove.compare import COUNTS, Comparisons, in_each
+from train.prove.evidence import Evidence
+from train.prove.reference import layers_with_experts
+from train.prove.sent_rows import ACTIVATION_FLOOR, GRADIENT_FLOOR, sent_in_fp8, summed_rows
+
+AT_TOKENS = ("x", "ids", "gates", "y", "d_x", "d_gates", "d_y")
+AT_EXPERTS = ("rows", "row_gates", "counts", "out", "d_rows", "d_row_gates", "d_out")
+ROWS = Bound(0.0, "bit for bit: rows are rounded once, where they are sent")
+SeenTensors = dict[str, Tensor]
+"""What the ranks of a group kept of one layer and micro-batch, one rank after another, by the names of watched_dispatcher.py."""
+
+
+@dataclass(frozen=True)
+class SentRows:
+    """One layer, micro-batch and expert group."""
+
+    name: str
+    """Name of the mixture of experts."""
+    number: int
+    """Number of the micro-batch."""
+    ranks: list[Evidence]
+    seen: SeenTensors
+
+    def place(self) -> tuple[int, bool, int, int]:
+        """In the order of the computation."""
+        kind, layer, *_ = self.name.split(".")
+        return self.number, kind == "mtp", int(layer), self.ranks[0].info.rank
+
+    def order_at_experts(self) -> Tensor:
+        """(P,) rows by expert, gate and gradient of the gate."""
+        counts_E, seen = self.seen["counts"], self.seen
+        return _order(torch.arange(len(counts_E)).repeat_interleave(counts_E), seen["row_gates"], seen["d_row_gates"])
+
+    def order_at_tokens(self) -> Tensor:
+        """(P,) pairs in the same order, if gates came as they were sent."""
+        return _order(*(self.seen[name].flatten() for name in ("ids", "gates", "d_gates")))
+
+    def hops(self) -> list[int]:
+        """How many experts lie where the rows of a token are added before they reach its rank: on a rank, on a node."""
+        info = self.ranks[0].info
+        return DISPATCHES[info.dispatch].find_sums(len(self.seen["counts"]), info.ep, info.ep_ranks_per_node)
+
+
+def judge_rows(at: Comparisons, ranks: list[Evidence]) -> None:
+    """The way to experts and back, in one step."""
+    sent, layers = sorted(sent_rows(ranks), key=SentRows.place), layers_with_experts(at.config.model)
+    every = [f"{layer}.block.moe" if layer.startswith("mtp.") else f"{layer}.moe" for layer in layers]
+    at.phase = "forward"
+    at.same_names("rows at the experts", {one.name for one in sent}, every)
+    for one in sent:
+        seen = one.seen
+        loads_E = torch.bincount(seen["ids"].flatten(), minlength=len(seen["counts"]))
+        at.compare("rows of experts", one.name, seen["counts"], loads_E, COUNTS)
+        gates_P = seen["gates"].flatten()[one.order_at_tokens()]
+        at.compare("gates at the experts", one.name, seen["row_gates"][one.order_at_experts()], gates_P, ROWS)
+        _judge_sent(at, one, "rows at the experts", ("x", "rows"), ACTIVATION_FLOOR)
+        _judge_sums(at, one, "out", "y", "sums of expert outputs")
+    at.phase = "backward"
+    for one in reversed(sent):
+        gates_P = one.seen["d_gates"].flatten()[one.order_at_tokens()]
+        at.compare("gradients of gates", one.name, gates_P, one.seen["d_row_gates"][one.order_at_experts()], ROWS)
+        _judge_sent(at, one, "gradients of outputs at the experts", ("d_y", "d_out"), GRADIENT_FLOOR)
+        _judge_sums(at, one, "d_rows", "d_x", "sums of gradients of rows")
+
+
+def _judge_sent(at: Comparisons, sent: SentRows, quantity: str, names: tuple[str, str], floor: float) -> None:
+    """Rows from tokens to experts. names: of what was sent, and of what arrived."""
+    given, arrived = (sent.seen[name] for name in names)
+    rows_TD, top_k = given.double(), sent.seen["ids"].size(1)
+    if at.config.parallel.wire == "fp8" and sent.ranks[0].info.ep > 1:
+        rows_TD = sent_in_fp8(rows_TD, floor)
+    want = rows_TD[sent.order_at_tokens() // top_k]
+    at.compare(quantity, sent.name, arrived[sent.order_at_experts()], want, ROWS, scale=1.0)
+
+
+def _judge_sums(at: Comparisons, sent: SentRows, rows: str, sums: str, quantity: str) -> None:
+    """Sums of rows from experts to tokens."""
+    seen, at_experts, at_tokens = sent.seen, sent.order_at_experts(), sent.order_at_tokens()
+    if len(at_experts) != len(at_tokens):
+        return  # which was told
+    rows_PD = torch.empty(seen[rows].shape, dtype=torch.float64)
+    rows_PD[at_tokens] = seen[rows][at_experts].double()
+    in_bf16, by_addition = seen[sums].dtype == torch.bfloat16, DISPATCHES[sent.ranks[0].info.dispatch].in_bf16
+    rows_TKD = rows_PD.unflatten(0, seen["ids"].shape)
+    want_TD, off_TD = summed_rows(rows_TKD, seen["ids"], sent.hops(), in_bf16, by_addition)
+    least = 2.0**-16 if in_bf16 else 2.0**-23
+    reason = "added in fp32 and rounded once, at every place that hands a sum on; beyond that a tie, or fp32"
+    allowed, bound = off_TD / least + want_TD.abs(), Bound(least, f"{reason}: {least:g} of the sum")
+    at.compare(quantity, sent.name, seen[sums], want_TD, bound, measure=in_each(allowed))
+
+
+def sent_rows(ranks: list[Evidence]) -> Iterator[SentRows]:
+    """Everything that was sent in a step."""
+    for first in range(0, len(ranks), ranks[0].info.ep):
+        group = ranks[first : first + ranks[0].info.ep]
+        for key in dict(group[0].of_kind("sent")):
+            name, what, number = key.rsplit("/", 2)
+            if what == "x":
+                found = {
+                    what: torch.cat([rank.tensors[f"sent/{name}/{what}/{number}"] for rank in group])
+                    for what in (*AT_TOKENS, *AT_EXPERTS)
+                }
+                yield SentRows(name, int(number), group, found)
+
+
+def _order(*keys: Tensor) -> Tensor:
+    """Sorted by the first key, among equals by the second, and so on."""
+    order = torch.arange(len(keys[0]))
+    for key in reversed(keys):
+        order = order[key[order].sort(stable=True).indices]
+    return order

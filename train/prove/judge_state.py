@@ -1,0 +1,115 @@
+"""The state of a run between its steps: what it starts from, what a skipped step leaves as it is, what a checkpoint has, and its counts."""
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from conf.errors import UserError
+from conf.schema import Config
+from parallel.shard import whole
+from train.checkpoint.read_shards import load_shards
+from train.kernels.plain.plain_kernels import PlainKernels
+from train.kernels.precision import build_precision
+from train.model.adapter import add_adapters
+from train.model.deepseek import DeepSeekV3
+from train.model.init import initialise
+from train.prove import reference
+from train.prove.compare import BITS, COUNTS, Comparisons
+from train.prove.evidence import Evidence, State, assemble
+from train.prove.samples import initial_biases, initial_weights
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What a run has done so far."""
+
+    updates: int = 0
+    samples: int = 0
+    skipped: int = 0
+
+    def after(self, sequences: int, applied: bool = True) -> "Tally":
+        """With one step more."""
+        return Tally(self.updates + applied, self.samples + sequences, self.skipped + (not applied))
+
+
+def state_after(config: Config, ranks: list[Evidence]) -> State:
+    """The state, put together from the shards of all ranks."""
+    found = {name: tensor for name, tensor in assemble(ranks, "after").items() if not name.startswith("running.")}
+    if config.adapter.on:  # the biases belong to the base, which is not saved
+        found |= {name: bias.double() for rank in ranks for name, bias in rank.of_kind("own")}
+    return found
+
+
+def given_state(config: Config) -> State:
+    """What a proof starts from."""
+    trained = reference.trained_shapes(config)
+    weights = {name: weight.double() for name, weight in initial_weights(config).items() if name in trained}
+    biases = {f"bias.{name}": bias.double() for name, bias in initial_biases(config).items()}
+    state = {f"master.{name}": weight for name, weight in weights.items()} | biases
+    for name, weight in weights.items():
+        rule = config.optim.facts.choose_rule(name, weight.dim())
+        state |= {f"{kind}.{name}": torch.zeros_like(weight) for kind in rule.state}
+    return state | {f"ema.{name}": weight for name, weight in weights.items() if config.optim.ema_decay}
+
+
+def state_from_checkpoint(config: Config, saved: State, tally: Tally) -> tuple[State, Tally]:
+    """What a run goes on with: all that was saved, but for what another optimizer kept."""
+    if config.prove.first_optimizer in (None, config.optim.name):
+        return saved, tally
+    kept = {name: tensor for name, tensor in saved.items() if name.startswith(("master.", "bias.", "ema."))}
+    return given_state(config) | kept, replace(tally, updates=0)
+
+
+def judge_same(at: Comparisons, quantity: str, ranks: list[Evidence], want: State, own: str | None = None) -> State:
+    """Hold the state of all ranks, and every rank's own copy of the biases, to this one, bit for bit. own: what those are called.
+    Returns what the ranks have."""
+    got = state_after(at.config, ranks)
+    at.same_names("state", got, want)
+    for name in [name for name in want if name in got]:
+        at.compare(quantity, name, got[name], want[name], BITS)
+    for rank in ranks:
+        for name, bias in rank.of_kind("own"):
+            at.compare(own or quantity, name, bias, want[name], BITS, rank=rank)
+    return got
+
+
+def judge_tally(at: Comparisons, ranks: list[Evidence], tally: Tally) -> None:
+    """What every rank says that the run has done."""
+    for rank in ranks:
+        info = rank.info
+        at.compare("applied updates", "Adam's count", info.updates, tally.updates, COUNTS, rank=rank)
+        at.compare("position in the data", "samples", info.samples, tally.samples, COUNTS, rank=rank)
+        at.compare("skipped steps", "the run", info.skipped, tally.skipped, COUNTS, rank=rank)
+
+
+def judge_drawn(at: Comparisons, ranks: list[Evidence]) -> None:
+    """The weights that a run would have begun with: in every layout those of the model in one piece."""
+    drawn, config = assemble(ranks, "drawn"), at.config
+    if not drawn or at.proof != "fp32":
+        return
+    plain, device = build_precision(config.precision, torch.device("cpu"), PlainKernels()), ranks[0].info.device
+    model = DeepSeekV3.whole(config.model, plain, seq_len=config.seq_len, device="meta")
+    initialise(model, config.seed, device)
+    if config.adapter.on:
+        add_adapters(model, config.adapter, plain.kernels, config.seed)
+    want = {name: weight.double().cpu() for name, weight in model.named_parameters() if weight.requires_grad}
+    at.same_names("initial weights", drawn, want)
+    for name in want:
+        at.compare("initial weights", name, drawn[name], want[name], BITS)
+
+
+def judge_checkpoint(at: Comparisons, path: Path, state: State) -> None:
+    """The checkpoint of a step on disk, whose state is known. Of an adapter it has no biases."""
+    at.phase = "checkpoint"
+    own = {name: value for name, value in state.items() if not (at.config.adapter.on and name.startswith("bias."))}
+    found: dict[str, Tensor] = {name: torch.full_like(value, math.nan) for name, value in own.items()}
+    try:
+        load_shards(path, {name: whole(tensor) for name, tensor in found.items()})
+    except (OSError, UserError) as error:
+        at.fail("state in a checkpoint", path.name, str(error))
+        return
+    for name, tensor in found.items():
+        at.compare("state in a checkpoint", name, tensor, state[name], BITS)
