@@ -15,6 +15,7 @@ from train.kernels.plain.plain_kernels import PlainKernels
 from train.model import block
 from train.model.deepseek import DeepSeekV3, Losses
 from train.model.init import initialise
+from train.prove.recipe_values import read_values
 from train.prove.reference import PlainModel, gradients
 
 torch.set_num_threads(1)
@@ -61,7 +62,9 @@ def reference_of(model: DeepSeekV3, balance_loss: float) -> PlainModel:
         config, model=model.config, optim=dataclasses.replace(config.optim, balance_loss=balance_loss)
     )
     weights = {name: weight.detach().clone().requires_grad_() for name, weight in model.named_parameters()}
-    return PlainModel(config, weights, {name: router.bias_E.clone() for name, router in model.routers().items()})
+    return PlainModel(
+        read_values(config), weights, {name: router.bias_E.clone() for name, router in model.routers().items()}
+    )
 
 
 def test_losses_of_a_step_are_means_over_its_micro_batches():

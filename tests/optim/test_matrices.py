@@ -6,10 +6,11 @@ import torch
 from conf.load import compose
 from conf.optimizers import MUON, OPTIMIZERS
 from train.optim.matrices import logical_matrices
-from train.prove.samples import weight_shapes
+from train.prove.recipe_values import read_values
+from train.prove.reference import weight_shapes
 
 MODEL = compose("conf=tiny").model
-SHAPES = weight_shapes(MODEL)
+SHAPES = weight_shapes(read_values(MODEL))
 
 
 def takes_muon(name: str, shape: tuple[int, ...]) -> bool:

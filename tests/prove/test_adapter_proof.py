@@ -25,6 +25,18 @@ WHOLE = {
     "dp2_zero3_fp32": ["parallel.dp=2", "parallel.ep=2", "parallel.zero=3"],
     "dp2_zero3_blocks": ["parallel.dp=2", "parallel.zero=3", "adapter.base=fp8", "precision=bf16"],
     "ep2_bf16_fp8_wire": ["parallel.dp=2", "parallel.ep=2", "precision=bf16", "parallel.wire=fp8"],
+    "ep2_fp8_blocks_dropout": [
+        "parallel.dp=2",
+        "parallel.ep=2",
+        "precision=fp8",
+        "adapter.base=fp8",
+        "adapter.dropout=0.25",
+    ],
+    "cp2_head_bf16": [
+        "parallel.cp=2",
+        "precision=bf16",
+        "adapter.targets=[q_up,kv_up,down,out,routed,shared,dense,head]",
+    ],
     "pp2_fp8": ["parallel.pp=2", "parallel.schedule=dualpipev", "precision=fp8"],
 }
 
@@ -40,9 +52,13 @@ def test_a_layout_is_proven(tmp_path, name):
     config = small_proof(tmp_path, *LORA, *WHOLE[name])
     gather_evidence(config)
     findings = judge_all(config)
-    # Where formats round and parts are not judged singly, gradients of some weights are surer than their bound in the other passes alone.
+    # Whole gradients of a model that rounds are unsure; single ones are judged, as below.
     for key in [key for key, verdict in findings.verdicts.items() if key == UNSURE and not verdict.compared]:
         assert findings.verdicts.pop(key).untold > 0
+    if config.precision.name != "fp32":
+        judged = {quantity for (proof, quantity), one in findings.verdicts.items() if proof == "tiles" and one.compared}
+        assert {"products", "products of experts", "gradients of single weights"} <= judged
+        assert ("dropout" in judged) == (config.adapter.dropout > 0)
     assert_holds(findings, config)
 
 

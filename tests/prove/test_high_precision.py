@@ -7,7 +7,8 @@ from torch.nn import functional as F
 from conf.load import compose
 from tests.small import SMALL
 from train.prove import high_precision as high
-from train.prove.low_precision import FORMATS
+from train.prove.low_precision import FORMATS, NearNumbers
+from train.prove.recipe_values import read_values
 from train.prove.reference import PlainModel
 
 B, T, D, E, K = 2, 6, 12, 8, 4
@@ -55,11 +56,11 @@ def test_the_output_head():
     x, weight, targets = drawn(7, D), drawn(11, D, seed=1), torch.arange(7)
     loss = F.cross_entropy(x @ weight.T, targets, reduction="sum") / 9
     loss.backward()
-    made = high.head(x.detach(), weight.detach(), targets, 9, FORMATS["fp32"], 0.0)
+    made = high.head(NearNumbers(x.detach()), weight.detach(), targets, 9, FORMATS["fp32"], 0.0)
     torch.testing.assert_close(made.loss.x, loss.detach(), rtol=1e-6, atol=0)
     torch.testing.assert_close(made.x.x, x.grad, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(made.weight.x, weight.grad, rtol=1e-5, atol=1e-7)
-    low = high.head(x.detach(), weight.detach(), targets, 9, FORMATS["bf16"], 1e-6)
+    low = high.head(NearNumbers(x.detach()), weight.detach(), targets, 9, FORMATS["bf16"], 1e-6)
     error = (low.x.x - x.grad).norm() / x.grad.norm()
     assert 1e-4 < error < 2e-2 and low.x.off is not None
 
@@ -68,7 +69,7 @@ def test_the_output_head():
 def test_the_router_with_its_balance_loss(softmax):
     """Against autograd of the whole reference's own formulas."""
     x, weight, dgates = drawn(B, T, D), drawn(E, D, seed=1), drawn(B, T, K, seed=2).detach()
-    small = compose(*SMALL, "data.path=none", f"model.experts={E}", f"model.top_k={K}")
+    small = read_values(compose(*SMALL, "data.path=none", f"model.experts={E}", f"model.top_k={K}"))
     plain = PlainModel(small, {}, {})
     scores = (x @ weight.T).softmax(-1) if softmax else (x @ weight.T).sigmoid()
     ids = high.best(scores.detach(), K)

@@ -6,10 +6,11 @@ import torch
 from conf.load import compose
 from parallel.shard import Shard
 from tests.small import SMALL
-from train.prove.compare import Comparisons
+from train.prove.comparison import Comparisons
 from train.prove.evidence import Evidence, StepInfo
 from train.prove.findings import ProofFindings
 from train.prove.judge_gradients import judge_reduction, judge_totals
+from train.prove.recipe_values import read_values
 from train.prove.reference import weight_shapes
 
 RANKS, EXPERTS = 4, 2
@@ -23,7 +24,7 @@ def failed(reduce, by_micro_batch: bool = False) -> set[str]:
     for info in infos:
         info.plan = {"batch_size": 8}
     ranks, draw = [Evidence(info) for info in infos], torch.Generator().manual_seed(0)
-    for name, shape in weight_shapes(config.model).items():
+    for name, shape in weight_shapes(read_values(config.model)).items():
         size = torch.Size(shape).numel()
         shared = EXPERTS if ".experts." in name else 1
         grads = torch.randn(RANKS, 2, size // shared, generator=draw) * torch.randn(RANKS, 2, 1, generator=draw).exp2()
@@ -37,7 +38,7 @@ def failed(reduce, by_micro_batch: bool = False) -> set[str]:
                 rank.add_shard("sizes", name, Shard(grads[rank.info.rank].double().abs().sum(0), offset, shape))
     judge_reduction(Comparisons("recipe", config, findings := ProofFindings()), ranks)
     assert findings.verdicts["recipe", "reduced gradients"].compared == sum(
-        torch.Size(shape).numel() for shape in weight_shapes(config.model).values()
+        torch.Size(shape).numel() for shape in weight_shapes(read_values(config.model)).values()
     )
     return {difference.name for difference in findings.differences}
 
@@ -56,7 +57,7 @@ def test_a_sum_in_fp32_in_any_order_holds():
 @pytest.mark.slow
 @pytest.mark.parametrize("by_micro_batch", [False, True])
 def test_every_weight_shows_what_is_no_sum_in_fp32(by_micro_batch):
-    every = set(weight_shapes(compose(*SMALL, "data.path=none").model))
+    every = set(weight_shapes(read_values(compose(*SMALL, "data.path=none").model)))
     in_bf16 = lambda parts: mean(parts.bfloat16()).float()  # noqa: E731
     assert failed(in_bf16, by_micro_batch) == every
     assert failed(lambda parts: mean(parts).bfloat16().float(), by_micro_batch) == every

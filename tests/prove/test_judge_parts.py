@@ -11,12 +11,13 @@ import torch
 from conf.run_paths import RunPaths
 from conf.schema import Config
 from tests.prove.proofs import gather_evidence, small_proof
-from train.prove.compare import Comparisons
+from train.prove.comparison import Comparisons
 from train.prove.evidence import EVIDENCE, Evidence, assemble, read_evidence
 from train.prove.findings import Difference, ProofFindings
 from train.prove.judge_parts import judge_parts
 from train.prove.layouts import run_part, watched_steps
 from train.prove.parts import own_rows
+from train.prove.recipe_values import read_values
 from train.prove.reference_step import plan_step
 from train.prove.samples import Samples
 from train.prove.step_parts import TOLD, UNTOLD, StepParts
@@ -35,7 +36,7 @@ class Judged:
         self.config, (step,) = run_part(config, 0, 1).config, watched_steps(config)
         steps = {(part, step): ranks for part, step, ranks in read_evidence(RunPaths(config).path / EVIDENCE, "recipe")}
         self.before, self.evidence = assemble(steps[0, step - 1], "after"), steps[0, step][0]
-        plan = plan_step(self.config, step)
+        plan = plan_step(read_values(self.config), step)
         self.batch = Samples(self.config).batch(plan.first_sample, plan.batch_size)
 
     def judge(self, spoil: Callable[[dict[str, torch.Tensor]], None]) -> ProofFindings:

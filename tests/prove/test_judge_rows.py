@@ -18,7 +18,7 @@ from tests.expert import test_deep_ep
 from tests.expert.test_dispatch import groups_of
 from tests.ranks import run_ranks
 from tests.small import SMALL
-from train.prove.compare import Comparisons
+from train.prove.comparison import Comparisons
 from train.prove.evidence import Evidence, StepInfo
 from train.prove.findings import ProofFindings
 from train.prove.judge_rows import judge_rows

@@ -1,6 +1,7 @@
 """The miniature of every recipe keeps its structure and passes the same checks. Pure configuration, nothing runs."""
 
 from copy import deepcopy
+from dataclasses import fields, is_dataclass
 from functools import cache
 
 import pytest
@@ -173,3 +174,40 @@ def test_deepep_is_flat_where_there_is_no_gpu_and_says_so(monkeypatch):
     monkeypatch.setattr(gpu, "usable_gpu", lambda wanted: True)
     mini = shrink(recipe("tiny", *LAYOUTS["deepep"], "cluster.device=cuda"))
     assert mini.cfg.parallel.dispatch == "deepep" and mini.cfg.model.hidden == 128
+
+
+def leaves(section, prefix: str = ""):
+    for entry in fields(section):
+        value = getattr(section, entry.name)
+        if is_dataclass(value):
+            yield from leaves(value, f"{prefix}{entry.name}.")
+        elif isinstance(value, bool | int | float):
+            yield f"{prefix}{entry.name}", value
+
+
+OF_NO_RUN = {"seed", "text_only", "trust", "prove.ranks", "mode"}
+"""Keys that change no training, or that a proof itself reads."""
+
+
+def test_whatever_key_is_changed_the_miniature_has_it_or_says_what_it_leaves_out():
+    """Each number and switch of the schema, one after another, as far as the rules allow another value."""
+    plain, silent = recipe("tiny"), []
+    for key, value in leaves(plain):
+        changed = deepcopy(plain)
+        *sections, last = key.split(".")
+        section = changed
+        for name in sections:
+            section = getattr(section, name)
+        setattr(section, last, not value if isinstance(value, bool) else value * 2 or 1)
+        try:
+            check(changed)
+            check_layout(changed)
+        except UserError:
+            continue
+        small = shrink(changed)
+        there, here = changed, small.cfg
+        for name in key.split("."):
+            there, here = getattr(there, name), getattr(here, name)
+        if there != here and key not in OF_NO_RUN and not any(key in cut for cut in small.cuts):
+            silent.append(key)
+    assert silent == []

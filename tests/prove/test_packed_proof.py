@@ -12,6 +12,7 @@ from train.data.batch import Batch
 from train.prove import reference
 from train.prove.judge import judge_all
 from train.prove.miniature import shrink
+from train.prove.recipe_values import read_values
 from train.prove.samples import Samples, initial_biases, initial_weights
 
 CHATS = ["data.format=chat", "batch_size=8", "model.mtp_depth=2", "optim.balance_loss=0.01", "optim.clip=0.1"]
@@ -73,7 +74,7 @@ def test_the_reference_of_packed_samples_is_that_of_one_at_a_time():
     def run(batches: list[Batch]) -> tuple[list[reference.WatchedPass], dict[str, torch.Tensor]]:
         weights = {name: weight.double().requires_grad_() for name, weight in initial_weights(config).items()}
         biases = {name: bias.double() for name, bias in initial_biases(config).items()}
-        plain, seen = reference.PlainModel(config, weights, biases), []
+        plain, seen = reference.PlainModel(read_values(config), weights, biases), []
         every, learnt = sum(one.sequences for one in batches), sum(one.targets for one in batches)
         for one in batches:
             made = plain.losses(one)

@@ -17,14 +17,17 @@ from conf.run_paths import RunPaths
 from conf.schema import ROOT, Config
 from tests.prove.proofs import gather_evidence, small_proof
 from tests.small import SMALL, environment
-from train.prove import judge as judging
+from train.prove import judge_state as judging
 from train.prove.card import write_card
 from train.prove.certificate import Certificate, sharpness_of
 from train.prove.double import grouped_product, in_double
 from train.prove.findings import Difference, ProofFindings, ProofVerdict, first_of
-from train.prove.judge import backward_order, choice_excess, judge_all, judge_pass
+from train.prove.high_precision import choice_excess
+from train.prove.judge import judge_all, judge_pass
+from train.prove.judge_model import backward_order
 from train.prove.layouts import in_layout, layout_name, passes_of, second_layout
 from train.prove.miniature import shrink
+from train.prove.recipe_values import read_values
 from train.prove.reference import choose, weight_shapes
 from train.prove.run import prove
 from train.show.proof_rows import describe_proven, report_rows
@@ -147,7 +150,8 @@ def test_ranks_of_another_batch_fail_and_nothing_more_is_compared(exact, batch_s
 
 def test_a_single_part_of_a_later_step_is_named_before_whole_outputs():
     def found(quantity: str, step: int, phase: str, proof: str = "recipe") -> Difference:
-        return Difference(proof, 0, step, phase, quantity, "layers.1", None, 1.0, 2.0, 0.5, 0.1, "")
+        place = {"proof": proof, "part": 0, "step": step, "phase": phase, "quantity": quantity, "name": "layers.1"}
+        return Difference(**place, rank=None, got=1.0, want=2.0, error=0.5, bound=0.1, reason="")
 
     whole, part, update = (
         found("gradients of outputs", 1, "backward"), found("products", 3, "forward"), found("master weights", 2, "update")
@@ -295,7 +299,7 @@ def test_in_double_nothing_is_fp32():
 
 
 def test_gradients_come_from_the_last_part_to_the_first():
-    weights = list(weight_shapes(compose(*SMALL, "data.path=none").model))
+    weights = list(weight_shapes(read_values(compose(*SMALL, "data.path=none").model)))
     order = backward_order(
         weights, ["layers.0", "layers.0.attention", "layers.0.ffn", "layers.1", "norm", "layers.1.moe.router.gates"]
     )
@@ -310,7 +314,7 @@ def test_gradients_come_from_the_last_part_to_the_first():
 
 
 def test_a_choice_is_right_as_far_as_scores_may_be_off():
-    model = compose(*SMALL, "data.path=none").model
+    model = read_values(compose(*SMALL, "data.path=none").model)
     biased_NE = torch.rand(50, model.experts, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     right_NK = choose(model, biased_NE)
     assert choice_excess(model, biased_NE, right_NK) == 0
@@ -321,10 +325,25 @@ def test_a_choice_is_right_as_far_as_scores_may_be_off():
     assert choice_excess(model, biased_NE, right_NK.flip(0)) > 0.05
 
 
-@pytest.mark.parametrize("file", ["reference.py", "reference_adapter.py", "reference_step.py", "reference_muon.py"])
-def test_the_reference_is_one_short_file_that_shares_no_code_with_what_it_judges(file):
+REFERENCES = [
+    "reference.py",
+    "reference_adapter.py",
+    "reference_step.py",
+    "reference_muon.py",
+    "reference_first_weights.py",
+]
+REFERENCES += ["low_precision.py", "high_precision.py", "sent_rows.py", "recipe_values.py"]
+
+
+@pytest.mark.parametrize("file", REFERENCES)
+def test_a_reference_is_a_short_file_that_imports_nothing_of_the_product(file):
     text = (ROOT / "train" / "prove" / file).read_text()
-    modules = [node.module for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)]
+    nodes = list(ast.walk(ast.parse(text)))
+    modules = [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+    modules += [name.name for node in nodes if isinstance(node, ast.Import) for name in node.names]
     assert len(text.splitlines()) <= 400
-    shared = [name for name in modules if name.split(".")[0] in ("train", "parallel", "cluster")]
-    assert [name for name in shared if not name.startswith("train.prove.reference_")] == []
+    own = {f"train.prove.{name.removesuffix('.py')}" for name in REFERENCES}
+    ours = [
+        name for name in modules if name.split(".")[0] in ("train", "parallel", "cluster", "conf", "tests", "bench")
+    ]
+    assert [name for name in ours if name not in own] == []

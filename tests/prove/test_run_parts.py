@@ -9,6 +9,7 @@ from conf.schema import Config
 from train.optim.schedules import Schedules
 from train.prove.layouts import PROOFS, layout_name, run_part, save_step
 from train.prove.miniature import shrink
+from train.prove.recipe_values import read_values
 from train.prove.reference import turns, weight_shapes
 from train.prove.samples import ProofData
 
@@ -63,7 +64,7 @@ def test_some_pairs_lie_on_yarns_ramp(name):
     model, seq_len = (config := small(name)).model, config.seq_len
     like = torch.zeros((), dtype=torch.float64)
     plain = model.rope_theta ** (-2 * torch.arange(model.rope_head_dim // 2, dtype=torch.float64) / model.rope_head_dim)
-    slowed = turns(model, seq_len, 2, like)[1] / plain
+    slowed = turns(read_values(model), seq_len, 2, like)[1] / plain
     between = (slowed > 1.001 / model.yarn.factor) & (slowed < 0.999)
     assert between.sum() >= 2 and slowed[0] == 1 and slowed[-1] == pytest.approx(1 / model.yarn.factor)
 
@@ -71,5 +72,7 @@ def test_some_pairs_lie_on_yarns_ramp(name):
 @pytest.mark.parametrize("name", ["tiny", "deepseek_v3"])
 def test_no_vector_divides_the_gains_of_a_layer(name):
     config = small(name)
-    first = {key: shape for key, shape in weight_shapes(config.model).items() if key.startswith("layers.0.")}
+    first = {
+        key: shape for key, shape in weight_shapes(read_values(config.model)).items() if key.startswith("layers.0.")
+    }
     assert sum(shape[0] for shape in first.values() if len(shape) == 1) % 2 == 1

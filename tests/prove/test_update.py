@@ -10,12 +10,13 @@ from torch import Tensor
 from conf.load import compose
 from conf.schema import Optim
 from tests.small import SMALL
+from train.optim import schedules
 from train.prove import reference_step
-from train.prove.compare import Comparisons
+from train.prove.comparison import Comparisons
 from train.prove.evidence import Evidence, StepInfo
 from train.prove.findings import ProofFindings
 from train.prove.judge import Judge
-from train.prove.judge_state import Tally
+from train.prove.judge_state import Tally, judge_schedules
 from train.prove.judge_update import judge_update
 from train.prove.miniature import RATE, shrink
 from train.prove.reference_step import PlainPlan
@@ -223,3 +224,17 @@ def test_what_a_skipped_step_must_not_do_is_found(spoil):
 def test_a_miniature_learns_at_a_rate_that_moves_its_weights(lr):
     mini = shrink(compose("mode=prove", f"optim.lr={lr}"))
     assert mini.cfg.optim.lr == RATE and any("optim.lr" in cut for cut in mini.cuts)
+
+
+@pytest.mark.parametrize("steps", [1, 7, 50])
+def test_the_settings_of_every_step_of_a_run_are_judged(steps, monkeypatch):
+    phases = "optim.lr_schedule=[{until: 0.5, value: 1.0}, {until: 0.9, value: 0.5, shape: cosine}, {until: 1.0, value: 0.1}]"
+    config = compose(*SMALL, "data.path=none", f"steps={steps}", phases)
+    judge_schedules(config, findings := ProofFindings())
+    assert findings.differences == [] and findings.verdicts["fp32", "settings of all steps"].compared >= 5 * steps
+    monkeypatch.setattr(schedules, "value_at", lambda phases, done: original(phases[:-1] or phases, min(done, 0.9)))
+    judge_schedules(config, findings := ProofFindings())
+    assert bool(findings.differences) == (steps > 1), "a last phase that never comes"
+
+
+original = schedules.value_at

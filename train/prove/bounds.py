@@ -11,6 +11,8 @@ from conf.schema import Config, Model
 EXACT = 1e-10
 """Pass exact: of the tensor's largest value."""
 UNIT = {"fp64": 2.0**-53, "fp32": 2.0**-24, "bf16": 2.0**-8, "e4m3": 2.0**-4}
+SMALLEST = 2.0**-126
+"""What is smaller in fp32 or bf16 is rounded to steps of less than the format's precision, or to 0."""
 LOW = ("recipe", "tiles")
 """Passes in the recipe's own precision."""
 MOST = 0.75

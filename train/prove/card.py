@@ -42,6 +42,8 @@ def _card_lines(certificate: Certificate) -> Sequence[str]:
         "",
         f"Layout: {certificate.layout}. In miniature, {certificate.steps} steps: {' '.join(certificate.cuts)}",
         "",
+        f"What acts on some steps or heads alone acted so often: {certificate.acted_text or 'nothing of it is in the recipe'}.",
+        "",
         f"What mode=prove has verified; every figure is in `{PROOF_FILE}`.",
         "",
         "| what | verified |",

@@ -63,6 +63,8 @@ class Certificate:
     verdicts: Sequence[ProofVerdict]
     differences: Sequence[Difference]
     """In the order of the computation."""
+    acted: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """How often what acts on some steps or heads alone did, and of how many times."""
     proven: Mapping[str, Any] = field(default_factory=dict)
     """The recipe, layout and code that were proven, see `train.show.proof_rows.describe_proven`."""
     own_code: Mapping[str, str] = field(default_factory=dict)
@@ -77,6 +79,10 @@ class Certificate:
         own = ", ".join(f"{key} ({target})" for key, target in self.own_code.items())
         rule = f"code of your own, without which the ranks ran, as a proof has no formulas for it: {own}"
         return [*NEVER_PROVEN, *([rule] if own else [])]
+
+    @property
+    def acted_text(self) -> str:
+        return "; ".join(f"{name}: {times} of {of}" for name, (times, of) in self.acted.items())
 
     @property
     def first(self) -> Difference | None:
@@ -95,6 +101,7 @@ class Certificate:
             "device": self.device,
             "steps": self.steps,
             "cuts": list(self.cuts),
+            "acted": {name: list(counts) for name, counts in self.acted.items()},
             "seconds": self.seconds,
             "passes": PROOFS_SAY,
             "precisions": [asdict(one) for one in sharpness_of(self.verdicts)],
@@ -116,6 +123,7 @@ class Certificate:
         read = "read in the same layout, as the rules allow no other" if same else "read in another layout"
         rows.append(("Checkpoint", f"{read}: {self.second_layout}"))
         rows += [("Smaller", "\n".join(textwrap.wrap(" ".join(self.cuts), WIDTH)))] if self.cuts else []
+        rows += [("Acted", self.acted_text)] if self.acted else []
         for proof, says in PROOFS_SAY.items():
             rows.append(
                 (proof, "\n".join([says, *_lines(proof, [one for one in self.verdicts if one.proof == proof])]))
@@ -182,7 +190,7 @@ def sharpness_of(verdicts: Sequence[ProofVerdict]) -> list[Sharpness]:
 
 
 def _sharper(verdicts: Sequence[ProofVerdict]) -> str:
-    """What of pass recipe was held to sharper bounds, of what really ran: beside an adapter single parts are not judged."""
+    """What of pass recipe was held to sharper bounds, of what really ran."""
     compared = {one.quantity for one in verdicts if one.compared}
     ran = [name for name, quantities in SHARPER.items() if compared.issuperset(quantities)]
     if not ran:
@@ -198,7 +206,7 @@ def _lines(proof: str, verdicts: list[ProofVerdict]) -> list[str]:
     """What failed; or how much was compared, how sharply, what came nearest to its bound, and what was not seen."""
     if not verdicts:
         return [
-            "did not run: nothing has a scale for every 128 of it, or an adapter stands beside"
+            "did not run: nothing has a scale for every 128 of it, and no adapter stands beside products that round"
             if proof == "tiles"
             else "did not run"
         ]

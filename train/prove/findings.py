@@ -96,6 +96,8 @@ class ProofFindings:
     verdicts: dict[tuple[str, str], ProofVerdict] = field(default_factory=dict)
     differences: list[Difference] = field(default_factory=list)
     """In the order of the computation."""
+    acted: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """How often what acts on some steps or heads alone did act, and of how many times."""
     device: str = "cpu"
     """Kind of device that the ranks had."""
     second_layout: str = ""
@@ -108,6 +110,7 @@ def together(passes: Sequence[ProofFindings]) -> ProofFindings:
     for one in passes:
         findings.verdicts |= one.verdicts
         findings.differences += one.differences
+        findings.acted |= one.acted
         findings.device, findings.second_layout = one.device, one.second_layout or findings.second_layout
     return findings
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from conf.schema import Config
-from train.prove.low_precision import CURVED, NearNumbers, PlainFormat, Total, product, rounded
+from train.prove.low_precision import CURVED, NearNumbers, PlainFormat, Total, product, rounded, transposed
+from train.prove.recipe_values import Values
 from train.prove.reference import best, group_scores, rotate, stretched, turns
 
 # --- Norms ----------------------------------------------------------------------------------------------------------
@@ -41,7 +41,7 @@ def rms_norm_back(dy_ND: Tensor, x_ND: Tensor, gain_D: Tensor, eps: float) -> tu
 # --- Attention (2.1.1) ----------------------------------------------------------------------------------------------
 
 
-def softmax_scale(config: Config) -> float:
+def softmax_scale(config: Values) -> float:
     """1 / sqrt(width of queries), and mscale^2 where YaRN is in force (4.3)."""
     model = config.model
     scale = (model.nope_head_dim + model.rope_head_dim) ** -0.5
@@ -86,14 +86,14 @@ def attend_back(
     )
 
 
-def query_sizes(config: Config, places: Sequence[int]) -> Tensor:
+def query_sizes(config: Values, places: Sequence[int]) -> Tensor:
     """What queries of these positions are multiplied by (Llama 4's growth): fp64 (T, 1), 1 in a model without it."""
     yarn = config.model.yarn
     steps = [place // yarn.original_seq_len for place in places]
     return torch.tensor([[1 + yarn.query_growth * math.log1p(step)] for step in steps], dtype=torch.float64)
 
 
-def turned(x: Tensor, config: Config, places: Sequence[int], back: bool = False) -> Total:
+def turned(x: Tensor, config: Values, places: Sequence[int], back: bool = False) -> Total:
     """Adjacent pairs turned by the angle of their position, (..., T, R), and for gradients back."""
     model = config.model
     angle = turns(model, config.seq_len, max(places) + 1, x)[list(places)]
@@ -114,12 +114,12 @@ class HeadSlopes(NamedTuple):
 
 
 def head(
-    x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, positions: float, high: PlainFormat, order: float
+    x_ND: NearNumbers, weight_VD: Tensor, targets_N: Tensor, positions: float, high: PlainFormat, order: float
 ) -> HeadSlopes:
     """Sum of -log softmax(x W^T)[target], over so many positions. Logits and their gradients are kept in the activations' format; order:
     what the order of their sums may change, of the magnitudes that it adds up.
     """
-    summed = product(NearNumbers(x_ND), NearNumbers(weight_VD))
+    summed = product(x_ND, NearNumbers(weight_VD))
     logits = rounded(summed, high, order * summed.size)
     off = torch.zeros_like(logits.x) if logits.off is None else logits.off
     p, targets_N1 = logits.x.softmax(-1), targets_N[:, None]
@@ -130,9 +130,7 @@ def head(
     )
     slopes = (p - F.one_hot(targets_N, p.size(-1))) / positions
     made = rounded(NearNumbers(slopes, p * (off + mean_off) / positions), high, CURVED * (p + (slopes < 0)) / positions)
-    turned_x, turned_w = NearNumbers(x_ND.mT), NearNumbers(weight_VD.mT)
-    off = None if made.off is None else made.off.mT
-    return HeadSlopes(loss, product(made, turned_w), product(NearNumbers(made.x.mT, off), turned_x))
+    return HeadSlopes(loss, product(made, NearNumbers(weight_VD.mT)), product(transposed(made), transposed(x_ND)))
 
 
 # --- Router (2.1.2) -------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ The order of the comparisons is that of the computation, so the first one that f
     checkpoint     what is on disk is the state of its step, bit for bit                               judge_state.py
 
 Where formats round, single parts are judged before whole outputs (judge_parts.py), and rows on their way (judge_rows.py). All compare by
-`Comparisons.compare` (compare.py).
+`Comparisons.compare` (comparison.py).
 
 Shapes as in train/prove/reference.py.
 """
@@ -36,11 +36,11 @@ from conf.run_paths import RunPaths
 from conf.schema import Config
 from train.prove import reference_step
 from train.prove.bounds import UNIT, Bound, chosen, coarsest
-from train.prove.compare import Comparisons
+from train.prove.comparison import Comparisons
 from train.prove.evidence import EVIDENCE, Evidence, State, read_evidence
 from train.prove.findings import ProofFindings, together
 from train.prove.judge_gradients import judge_reduction, judge_totals
-from train.prove.judge_model import WholeModel, choices_of, judge_batch, judge_validation
+from train.prove.judge_model import WholeModel, chosen_experts, judge_batch, judge_validation
 from train.prove.judge_parts import judge_parts
 from train.prove.judge_rows import judge_rows
 from train.prove.judge_state import (
@@ -120,7 +120,7 @@ class Judge:
         at.part, at.step, at.findings.device = part, step, ranks[0].info.device
         if at.proof in ("fp32", "recipe") and (self.run is None or self.run.number != part):
             self.run = run_part(self.job, part, len(ranks))
-            at.config = self.run.config
+            at.run_as(self.run.config)
         if part == 1:
             at.findings.second_layout = f"{ranks[0].info.layout}, {len(ranks)} ranks"
 
@@ -134,7 +134,7 @@ class Judge:
         """Single parts alone, with the weights that the ranks say they have."""
         at = self.at
         if at.step in watched_steps(at.config) and before is not None:
-            self._judge_parts(ranks, before, reference_step.plan_step(at.config, at.step))
+            self._judge_parts(ranks, before, reference_step.plan_step(at.values, at.step))
         return state_after(at.config, ranks)
 
     def _judge_parts(self, ranks: list[Evidence], before: State, plan: reference_step.PlainPlan) -> None:
@@ -154,7 +154,7 @@ class Judge:
     def _judge_step(self, ranks: list[Evidence], before: State) -> State | None:
         """The state after it; None where nothing that follows can be compared."""
         at, exact = self.at, self.at.proof == "exact"
-        plan = replace(reference_step.plan_step(at.config, at.step), first_sample=self.tally.samples)
+        plan = replace(reference_step.plan_step(at.values, at.step), first_sample=self.tally.samples)
         at.phase = "settings"
         for rank in ranks:
             for name, value in rank.info.plan.items():
@@ -164,13 +164,13 @@ class Judge:
             return None
         plain, samples = self._plain(before), Samples(at.config)
         if not exact:  # rounding may choose other experts: those that the ranks chose, which are then looked at
-            plain.choices = choices_of(ranks, at.config.seq_len)
+            plain.choices = chosen_experts(ranks, at.config.seq_len)
         want = run_shaken_step(plain, samples, plan)
         unit = UNIT[coarsest(at.config) if at.is_rounded else "fp32"]
         near = None if at.is_rounded else 2 * chosen(at.proof, at.config).value
         shaken = None if exact else ShakenRuns(plain, samples, plan, unit, near)
         whole = WholeModel(at, ranks, want, shaken, plan.batch_size)
-        if at.is_rounded and at.step in watched_steps(at.config) and not at.config.adapter.on:
+        if at.is_rounded and at.step in watched_steps(at.config):
             self._judge_parts(ranks, before, plan)
         at.phase = "forward"
         whole.judge_forward()
@@ -205,6 +205,7 @@ class Judge:
         for rank in ranks:
             got, want = float(rank.info.applied), float(applied)
             self.at.compare("applied updates", "all weights", got, want, Bound(0.0, why), rank=rank)
+        self.at.acted("skipped steps", not applied)
         self.tally = self.tally.after(batch_size, applied)
         judge_tally(self.at, ranks, self.tally)
 
@@ -223,4 +224,4 @@ class Judge:
             rounded = master.bfloat16().double() if self.at.is_low else master
             weights[name] = rounded.clone().requires_grad_(name in masters)
         biases = {name.removeprefix("bias."): bias for name, bias in state.items() if name.startswith("bias.")}
-        return PlainModel(config, weights, biases)
+        return PlainModel(self.at.values, weights, biases)

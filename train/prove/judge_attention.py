@@ -33,7 +33,7 @@ class AttentionCall:
     what: str
     """What of that call the output is."""
     out: PartCall | None
-    """Of the projection behind it, through which gradients went; None where none did."""
+    """The call of the projection behind it, through which gradients went; None where none did."""
     q: Tensor
     k: Tensor
     v: Tensor

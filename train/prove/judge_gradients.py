@@ -15,7 +15,7 @@ import torch
 
 from train.prove import reference
 from train.prove.bounds import UNIT, Bound
-from train.prove.compare import Comparisons, in_each
+from train.prove.comparison import Comparisons, in_each
 from train.prove.evidence import Evidence, State, assemble, depth_of
 
 MORE = 4
@@ -41,7 +41,7 @@ def judge_totals(at: Comparisons, ranks: list[Evidence]) -> None:
 
 def judge_reduction(at: Comparisons, ranks: list[Evidence]) -> None:
     """Sums over the ranks of a stage."""
-    shapes, info = reference.trained_shapes(at.config), ranks[0].info
+    shapes, info = reference.trained_shapes(at.values), ranks[0].info
     reduced, want = assemble(ranks, "reduced"), sum_over_ranks(ranks, shapes)
     sizes = sum_over_ranks(ranks, shapes, signs=False)
     at.same_names("reduced gradients", reduced, want)

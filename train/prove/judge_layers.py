@@ -9,13 +9,17 @@ from train.prove import high_precision as high
 from train.prove import low_precision as low
 from train.prove import reference
 from train.prove.bounds import Bound
-from train.prove.compare import BITS
+from train.prove.comparison import BITS
 from train.prove.evidence import places_of
-from train.prove.low_precision import FORMATS, FP32, Total
-from train.prove.step_parts import ELEMENTS, PartCall, StepParts, SumOverCalls
+from train.prove.judge_pairs import PairsCall, WeightPairs
+from train.prove.low_precision import FORMATS, FP32, NearNumbers, Total
+from train.prove.step_parts import ELEMENTS, UNTOLD, PartCall, StepParts, SumOverCalls
 
 HALF = 2.0**-9
 """Relative: what a rounding to bf16 changes at most."""
+ADAPTED_UNTOLD = 0.2
+"""Share of the gradients of an adapted head's input that may be not told: a logit that is unsure makes a whole row so, and low-rank inputs
+that were rounded make more of them unsure."""
 NO_GRADIENT = Bound(0.0, "what is not learnt gives no gradient")
 
 
@@ -43,7 +47,8 @@ def judge_norm_back(step: StepParts, name: str) -> None:
 
 def _eps(step: StepParts, name: str) -> float:
     model = step.config.model
-    return model.resolved_latent_norm_eps if name.endswith((".q_norm", ".kv_norm")) else model.norm_eps
+    of_latents = name.endswith((".q_norm", ".kv_norm")) and model.latent_norm_eps is not None
+    return model.latent_norm_eps if of_latents else model.norm_eps
 
 
 # Embedding
@@ -71,7 +76,7 @@ def judge_embedding_back(step: StepParts, name: str) -> None:
 
 
 def judge_sums(step: StepParts, name: str) -> None:
-    """Of a block: with attention, then with the FFN."""
+    """Sums in a block: with attention, then with the FFN."""
     ffn = f"{name}.ffn" if f"{name}.ffn.w13" in step.calls else f"{name}.moe"
     for call in step.calls[f"{name}.ffn_norm"]:
         before = next(
@@ -111,33 +116,34 @@ def judge_head(step: StepParts, name: str) -> None:
 
 
 def judge_head_back(step: StepParts, name: str) -> None:
-    """Gradients of states and of the weight."""
-    whole, order = SumOverCalls(), step.in_rows(step.config.model.vocab_size)
+    """Gradients of states, of the weight and of its pair."""
+    whole, pairs, order = SumOverCalls(), WeightPairs(step, "head.weight"), step.in_rows(step.config.model.vocab_size)
     for call, made, learnt_N in _head_calls(step):
         if not call.has("dx", "dy"):
             step.at.fail("parts", call.name, "not every micro-batch came back", 0, 1, call.rank)
             continue
-        slope, dx_ND = call.get("dy"), call.rows("dx")
+        slope, dx_ND, x_ND = call.get("dy"), call.rows("dx"), call.rows("x")
         x, weight = _times(made.x, low.nearest(slope, step.rounding.high)), _times(made.weight, slope)
         twice = low.spacing(x.x, step.rounding.high)  # the product is rounded, and its multiple
         x = Total(x.x, x.size, twice if x.off is None else twice + x.off)
-        if learnt_N is not None:
-            rest, quantity = dx_ND[~learnt_N], "gradients of what is not learnt"
-            step.at.compare(quantity, call.name, rest, torch.zeros_like(rest), NO_GRADIENT, rank=call.rank)
-            dx_ND = dx_ND[learnt_N]
-        step.compare("output head", call, "dx", x, order, got=dx_ND)
-        if step.config.optim.detach_mtp and call.name != "head.0":
-            continue  # the head learns nothing of it
         # Of a piece of the tokens, and on a CPU without instructions for bf16 of sums inside a piece as well.
         pieces = 2 * HALF * weight.size if step.rounds_gradients else torch.zeros_like(weight.x)
         weight = weight._replace(off=pieces if weight.off is None else pieces + weight.off)
-        whole.add(weight, False, len(x.x))
+        if learnt_N is not None:
+            rest, quantity = dx_ND[~learnt_N], "gradients of what is not learnt"
+            step.at.compare(quantity, call.name, rest, torch.zeros_like(rest), NO_GRADIENT, rank=call.rank)
+            dx_ND, x_ND = dx_ND[learnt_N], x_ND[learnt_N]
+        x = pairs.narrow(x, weight, PairsCall(call, "dropped", NearNumbers(x_ND), low.product))
+        step.compare("output head", call, "dx", x, order, got=dx_ND, most=ADAPTED_UNTOLD if pairs.names else UNTOLD)
+        if not step.config.optim.detach_mtp or call.name == "head.0":  # else the head learns nothing of it
+            whole.add(weight, False, len(x.x))
+    pairs.judge_gradients(ADAPTED_UNTOLD)
     step.compare_gradient("head.weight", whole, step.in_rows(whole.terms))
 
 
 def _head_calls(step: StepParts) -> Iterator[tuple[PartCall, high.HeadSlopes, Tensor | None]]:
     """The calls of heads of the main model and of every depth, with the rows that are learnt; None for all."""
-    order, weight = step.in_rows(step.config.model.hidden).value, step.weights["head.weight"]
+    order, pairs = step.in_rows(step.config.model.hidden).value, WeightPairs(step, "head.weight")
     for depth in range(1 + step.config.model.mtp_depth):
         seats = reference.Seats.of(step.batch, depth)
         for call in step.calls.get(f"head.{depth}", []):
@@ -152,7 +158,9 @@ def _head_calls(step: StepParts) -> Iterator[tuple[PartCall, high.HeadSlopes, Te
                 micro_batches = info.plan["batch_size"] / (info.micro_batch_size * info.dp)  # of a rank, on average
                 x_ND, targets_N = x_ND[learnt_N], targets_N[learnt_N]
                 count = int(main_BT.sum()) / (step.shared * micro_batches)
-            yield call, high.head(x_ND, weight, targets_N, count, step.rounding.high, order), learnt_N
+            given = PairsCall(call, "dropped", NearNumbers(x_ND), low.product)
+            x, weight = pairs.widen(given, step.weights["head.weight"])
+            yield call, high.head(x, weight, targets_N, count, step.rounding.high, order), learnt_N
 
 
 def _times(one: Total, factor: Tensor) -> Total:

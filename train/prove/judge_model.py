@@ -10,7 +10,7 @@ from torch import Tensor
 
 from train.prove import reference
 from train.prove.bounds import Bound, averaged, chosen, computed
-from train.prove.compare import COUNTS, Comparisons, size_of
+from train.prove.comparison import WHOLE_NUMBERS, Comparisons, size_of
 from train.prove.evidence import Evidence, assemble, calls_by_name, depth_of, places_of
 from train.prove.high_precision import choice_excess
 from train.prove.judge_gradients import sum_over_ranks
@@ -50,17 +50,19 @@ class WholeModel:
         for rank in self.ranks:
             self._judge_losses(rank)
             for name, got in rank.of_kind("scores"):
-                self._compare("attention scores", name, rank, got, partial(_score, name))
+                self._compare("attention scores", name, rank, got, lambda step, name=name: step.seen.scores[name])
 
     def judge_backward(self) -> None:
         """From the last part to the first: the gradient that comes back to its output, then those of its weights."""
         at, came, wanted = self.at, calls_by_name(self.ranks, "backward"), self.want.gradients
-        exact, shapes = at.proof == "exact", reference.trained_shapes(at.config)
+        exact, shapes = at.proof == "exact", reference.trained_shapes(at.values)
         found = sum_over_ranks(self.ranks, shapes) if exact else assemble(self.ranks, "reduced")
         at.same_names("gradients of weights", found, wanted)
         for name in backward_order(list(wanted), list(came)):
             if name in wanted and name in found:
-                self._compare("gradients of weights", name, None, found[name], partial(_gradient, name))
+                self._compare(
+                    "gradients of weights", name, None, found[name], lambda step, name=name: step.gradients[name]
+                )
             for rank, number, got in came.get(name, ()):
                 if (gradient := self.want.seen.values[name].grad) is not None:
                     scale = size_of(gradient * rank.info.dp * rank.info.cp, at.is_rounded)
@@ -128,35 +130,20 @@ class WholeModel:
             wider = self._widen(scores, False, Bound(bound.value / 2, bound.reason), 1.0)
             return Bound(2 * wider.value, wider.reason)
 
-        excess = choice_excess(at.config.model, scores(self.want).flatten(0, -2), ids)
+        excess = choice_excess(at.values.model, scores(self.want).flatten(0, -2), ids)
         at.compare("chosen experts", name, excess, 0.0, bound, rank=rank, scale=1.0, widen=widen)
 
     def _judge_losses(self, rank: Evidence) -> None:
         at, info, seen = self.at, rank.info, self.want.seen
         bound = averaged(at.proof, at.config, int(info.plan["batch_size"]))
         for name, got in {"main_loss": info.main_loss, "balance_loss": info.balance_loss}.items():
-            part = partial(_loss, name.removesuffix("_loss"))
-            self._compare("losses", name, rank, got, part, bound=bound)
+            part = name.removesuffix("_loss")
+            self._compare("losses", name, rank, got, lambda step, part=part: getattr(step.seen, part), bound=bound)
         for depth, (got, _) in enumerate(zip(info.mtp_losses, seen.mtp, strict=True)):
-            self._compare("losses", f"mtp_loss_{depth + 1}", rank, got, partial(_mtp_loss, depth), bound=bound)
+            name = f"mtp_loss_{depth + 1}"
+            self._compare("losses", name, rank, got, lambda step, depth=depth: step.seen.mtp[depth], bound=bound)
         for got, (name, want) in zip(info.loads, seen.loads.items(), strict=True):
-            at.compare("loads", name, torch.tensor(got), want, COUNTS, rank=rank)
-
-
-def _score(name: str, step: ReferenceStep) -> Tensor:
-    return step.seen.scores[name]
-
-
-def _gradient(name: str, step: ReferenceStep) -> Tensor:
-    return step.gradients[name]
-
-
-def _loss(name: str, step: ReferenceStep) -> Tensor:
-    return getattr(step.seen, name)
-
-
-def _mtp_loss(depth: int, step: ReferenceStep) -> Tensor:
-    return step.seen.mtp[depth]
+            at.compare("loads", name, torch.tensor(got), want, WHOLE_NUMBERS, rank=rank)
 
 
 def judge_batch(at: Comparisons, ranks: list[Evidence], batch_size: int) -> bool:
@@ -180,7 +167,7 @@ def judge_validation(at: Comparisons, ranks: list[Evidence], plain: PlainModel) 
         at.compare("held-out loss", "main_loss", got, want, averaged(at.proof, at.config, count), rank=rank)
 
 
-def choices_of(ranks: list[Evidence], seq_len: int) -> dict[str, Tensor]:
+def chosen_experts(ranks: list[Evidence], seq_len: int) -> dict[str, Tensor]:
     """The experts that the ranks chose for all tokens of the batch (N, K), by router."""
     found: dict[str, Tensor] = {}
     for name, calls in calls_by_name(ranks, "forward").items():

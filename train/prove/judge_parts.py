@@ -8,18 +8,19 @@ micro-batches and the mean over all ranks, as the update takes it.
 
 Numbers of which ties may change more than TOLD of that sum are not told, and more than UNTOLD of a tensor fails: nothing would be proven.
 
-PARTS says which part is judged by what: judge_products.py, judge_attention.py, judge_layers.py, judge_router.py.
+PART_JUDGES says which part is judged by what: judge_products.py, judge_attention.py, judge_layers.py, judge_router.py.
 """
 
 import re
 from collections.abc import Callable, Iterable
 
 from train.prove import judge_attention, judge_layers, judge_products, judge_router, reference
+from train.prove.reference_adapter import is_adapted
 from train.prove.step_parts import StepParts
 
 PartJudge = Callable[[StepParts, str], None]
 """Judges the forward or the backward of all calls of a part."""
-PARTS: tuple[tuple[str, PartJudge, PartJudge], ...] = (
+PART_JUDGES: tuple[tuple[str, PartJudge, PartJudge], ...] = (
     (r"(embedding)", judge_layers.judge_embedding, judge_layers.judge_embedding_back),
     (r"(head)", judge_layers.judge_head, judge_layers.judge_head_back),
     (r"(.*norm)", judge_layers.judge_norm, judge_layers.judge_norm_back),
@@ -59,13 +60,15 @@ def judge_parts(step: StepParts) -> None:
 def _parts_of(weights: Iterable[str]) -> Iterable[tuple[str, PartJudge, PartJudge]]:
     """Parts by name with their judges, in the order of a forward pass. weights: in that order."""
     for weight in weights:
-        for pattern, forward, backward in PARTS:
+        for pattern, forward, backward in PART_JUDGES:
             if match := re.fullmatch(pattern, weight.removesuffix(".weight")):
                 yield match[1], forward, backward
 
 
 def _judge_returns(step: StepParts, name: str) -> None:
     """Every micro-batch has to give the part a gradient."""
+    if is_adapted(step.config) and name.endswith("embedding_norm"):
+        return  # nothing before it learns
     for rank in step.ranks:
         those = [call for call in step.calls.get(name, []) if call.rank is rank]
         if not those or name == "embedding" or (rank.info.cp > 1 and name.endswith(".kv_up")):

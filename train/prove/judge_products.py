@@ -1,35 +1,54 @@
 """Linear layers, experts and the SwiGLU between their products: forward and backward of single ranks, and the gradients of their weights."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
+from torch import Tensor
 
 from train.prove import low_precision as low
-from train.prove.low_precision import FORMATS, LinearRules, NearNumbers, Total
+from train.prove.bounds import Bound
+from train.prove.judge_pairs import PairsCall, RowProduct, WeightPairs
+from train.prove.low_precision import FORMATS, LinearRules, NearNumbers, PlainFormat, Total
 from train.prove.step_parts import IN_ELEMENTS, PartCall, StepParts, SumOverCalls
 
 
 def judge_linear(step: StepParts, name: str) -> None:
     """Outputs."""
-    rules, whole = _rules(step, name), step.weights[f"{name}.weight"]
+    rules, whole, pairs = _rules(step, name), step.weights[f"{name}.weight"], WeightPairs(step, f"{name}.weight")
     weight = low.weight_for("fprop", whole, rules)
     for call in step.calls.get(name, []):
-        step.compare("products", call, "y", low.fprop(call.rows("x"), weight, rules), step.order(whole.size(-1)))
+        total = pairs.add(low.fprop(call.rows("x"), weight, rules), _with_pairs(call))
+        step.compare("products", call, "y", total, step.order(whole.size(-1)))
 
 
 def judge_linear_back(step: StepParts, name: str) -> None:
-    """Gradients of inputs and of the weight."""
-    rules, whole, made = _rules(step, name), step.weights[f"{name}.weight"], SumOverCalls()
-    weight = low.weight_for("dgrad", whole, rules)
+    """Gradients of inputs, of the weight and of its pairs."""
+    rules, whole, pairs = _rules(step, name), step.weights[f"{name}.weight"], WeightPairs(step, f"{name}.weight")
+    weight, made = low.weight_for("dgrad", whole, rules), SumOverCalls()
     for call in step.calls.get(name, []):
         if not call.has("dy"):
             continue
         dy_TN = NearNumbers(call.rows("dy"))
+        total = low.dgrad(dy_TN, weight, rules)
+        if pairs.names:
+            total = pairs.add_back(total, dy_TN, _with_pairs(call), partial(_add, step))
         if call.has("dx"):
-            step.compare("products", call, "dx", low.dgrad(dy_TN, weight, rules), step.order(len(whole)))
-        total = low.wgrad(dy_TN, low.kept(call.rows("x"), rules.kept), rules)
-        made.add(total, _rounds_gradients(step), len(dy_TN.x))
+            step.compare("products", call, "dx", total, step.order(len(whole)))
+        if f"{name}.weight" in step.trained:
+            wgrad = low.wgrad(dy_TN, low.kept(call.rows("x"), rules.kept), rules)
+            made.add(wgrad, _rounds_gradients(step), len(dy_TN.x))
+    pairs.judge_gradients()
     step.compare_gradient(f"{name}.weight", made)
+
+
+def _with_pairs(call: PartCall) -> PairsCall:
+    return PairsCall(call, "dropped", NearNumbers(call.rows("x")), low.product)
+
+
+def _add(step: StepParts, made: SumOverCalls, dy: NearNumbers, x: NearNumbers) -> None:
+    """Add what a call gives the gradient of a weight of one of its pairs."""
+    made.add(low.product(low.transposed(dy), low.transposed(x)), step.rounds_gradients, len(x.x))
 
 
 def _rules(step: StepParts, name: str) -> LinearRules:
@@ -72,60 +91,92 @@ def _pairs(step: StepParts, name: str) -> Iterator[tuple[PartCall, PartCall]]:
 
 def judge_experts(step: StepParts, name: str) -> None:
     """Both products."""
-    up, down, high = step.rounding.up, step.rounding.down, step.rounding.high
-    w13 = low.weight_for("fprop", step.weights[f"{name}.experts.w13"], up)
-    w2 = low.weight_for("fprop", step.weights[f"{name}.experts.w2"], down)
+    up, down = step.rounding.up, step.rounding.down
+    (whole13, pairs13), (whole2, pairs2) = _sides(step, name)
+    w13, w2 = low.weight_for("fprop", whole13, up), low.weight_for("fprop", whole2, down)
     for call in step.calls.get(name, []):
-        counts, here = _here(call)
-        x_RD = low.cast_rows(NearNumbers(call.get("x")), counts, up.fprop[0], -1)
-        h_R2F = _by_expert(x_RD, counts, w13, here)
-        step.compare("products of experts", call, "h", h_R2F, step.order(w13.x.size(-1)))
+        counts, times, x = _rows(call), _times(call), NearNumbers(call.get("x"))
+        h_R2F = times(low.cast_rows(x, counts, up.fprop[0], -1), w13)
+        h_R2F = pairs13.add(h_R2F, PairsCall(call, "dropped", x, times))
+        step.compare("products of experts", call, "h", h_R2F, step.order(whole13.size(-1)))
         a_RF = low.swiglu(call.get("h"), call.get("gates"))
-        if down.fprop[0] is None:
-            a = low.rounded(NearNumbers(a_RF), high, low.CURVED * a_RF.abs())
-        else:
+        a = rounded = low.rounded(NearNumbers(a_RF), step.rounding.high, low.CURVED * a_RF.abs())
+        if down.fprop[0] is not None:
             a = low.cast_rows(NearNumbers(a_RF), counts, down.fprop[0], -1, low.CURVED)
-        step.compare("products of experts", call, "y", _by_expert(a, counts, w2, here), step.order(w2.x.size(-1)))
+        y_RD = pairs2.add(times(a, w2), PairsCall(call, "dropped_a", rounded, times))
+        step.compare("products of experts", call, "y", y_RD, step.order(whole2.size(-1)))
 
 
 def judge_experts_back(step: StepParts, name: str) -> None:
-    """Gradients of rows, of the first product, of gates and of both weights."""
+    """Gradients of rows, of the first product, of gates, of both weights and of their pairs."""
     up, down, high = step.rounding.up, step.rounding.down, step.rounding.high
-    whole13, whole2 = (step.weights[f"{name}.experts.{part}"] for part in ("w13", "w2"))
-    w13, w2 = low.turned(low.weight_for("dgrad", whole13, up)), low.turned(low.weight_for("dgrad", whole2, down))
+    (whole13, pairs13), (whole2, pairs2) = _sides(step, name)
+    w13, w2 = (
+        low.transposed(low.weight_for("dgrad", whole13, up)),
+        low.transposed(low.weight_for("dgrad", whole2, down)),
+    )
     made13, made2 = SumOverCalls(), SumOverCalls()
     for call in step.calls.get(name, []):
         if not call.has("dy", "dh"):
             continue
-        counts, here = _here(call)
-        dy_RD = low.cast_rows(NearNumbers(call.get("dy")), counts, down.dgrad[0], -1)
-        da_RF = _by_expert(dy_RD, counts, w2, here)
-        da = low.rounded(da_RF, high, step.order(w2.x.size(-1)).value * da_RF.size)
-        h = low.cast_rows(NearNumbers(call.get("h")), counts, step.rounding.swiglu, -1)
-        back = low.swiglu_backward(h, call.get("gates"), da, high)
-        step.compare("SwiGLU of experts", call, "dh", back.dh, IN_ELEMENTS)
+        counts, times, gates, given = _rows(call), _times(call), call.get("gates"), NearNumbers(call.get("dy"))
+        add_to = partial(_add_rows, step, call)
+        dy_RD = low.cast_rows(given, counts, down.dgrad[0], -1)
+        da_RF, order = times(dy_RD, w2), step.order(whole2.size(-2))
+        a_RF = low.swiglu(call.get("h"), gates)
+        a = low.rounded(NearNumbers(a_RF), high, low.CURVED * a_RF.abs())
+        back_of = partial(_swiglu_back, call, high, order, bool(pairs2.names))
+        h, dropped, of_w2 = NearNumbers(call.get("h")), PairsCall(call, "dropped_a", a, times), partial(add_to, whole2)
+        if pairs2.names and not step.rounding.is_fp8:
+            da_RF = pairs2.add_back(da_RF, given, dropped, of_w2)
+        back = back_of(low.cast_rows(h, counts, step.rounding.swiglu, -1), da_RF)
+        dh, dgates = back.dh, back.dgates
+        if pairs2.names and step.rounding.is_fp8:  # the pairs have a SwiGLU of their own
+            more = back_of(h, pairs2.add_back(None, given, dropped, of_w2))
+            dh, dgates = _added(back.dh, more.dh, high), _added(back.dgates, more.dgates, FORMATS["fp32"])
+        step.compare("SwiGLU of experts", call, "dh", dh, IN_ELEMENTS)
         if call.has("dgates"):
-            order = step.order(da.x.size(-1))
-            step.compare("SwiGLU of experts", call, "dgates", back.dgates, order, FORMATS["fp32"])
-        dh = NearNumbers(call.get("dh"))
+            order = step.order(whole2.size(-1))
+            step.compare("SwiGLU of experts", call, "dgates", dgates, order, FORMATS["fp32"])
+        dh, x = NearNumbers(call.get("dh")), NearNumbers(call.get("x"))
+        dx_RD = times(low.cast_rows(dh, counts, up.dgrad[0], -1), w13)
+        if pairs13.names:
+            dx_RD = pairs13.add_back(dx_RD, dh, PairsCall(call, "dropped", x, times), partial(add_to, whole13))
         if call.has("dx"):
-            dx_RD = _by_expert(low.cast_rows(dh, counts, up.dgrad[0], -1), counts, w13, here)
-            step.compare("products of experts", call, "dx", dx_RD, step.order(w13.x.size(-1)))
-        x = low.cast_rows(NearNumbers(call.get("x")), counts, up.kept, -1)
+            step.compare("products of experts", call, "dx", dx_RD, step.order(whole13.size(-2)))
+        if f"{name}.experts.w13" not in step.trained:
+            continue
+        x = low.cast_rows(x, counts, up.kept, -1)
         for made, rules, whole, sides in ((made13, up, whole13, (dh, x)), (made2, down, whole2, (dy_RD, back.a))):
             left, right = (low.cast_rows(one, counts, rule, -2) for one, rule in zip(sides, rules.wgrad, strict=True))
-            made.add_rows(left, right, counts, here, whole, _rounds_gradients(step))
-    step.compare_gradient(f"{name}.experts.w2", made2)
-    step.compare_gradient(f"{name}.experts.w13", made13)
+            made.add_rows(left, right, counts, _here(call), len(whole), _rounds_gradients(step))
+    for part, pairs, made in (("w2", pairs2, made2), ("w13", pairs13, made13)):
+        pairs.judge_gradients()
+        step.compare_gradient(f"{name}.experts.{part}", made)
 
 
-def _here(call: PartCall) -> tuple[list[int], range]:
-    """Rows of each expert that the rank has, and which ones of all these are."""
-    counts, first = call.tensors["counts"].tolist(), int(call.tensors["first"])
-    return counts, range(first, first + len(counts))
+def _sides(step: StepParts, name: str) -> list[tuple[Tensor, WeightPairs]]:
+    """The weights of both products, with the pairs beside them."""
+    names = [f"{name}.experts.{part}" for part in ("w13", "w2")]
+    return [(step.weights[each], WeightPairs(step, each)) for each in names]
 
 
-def _by_expert(rows: NearNumbers, counts: list[int], weight: NearNumbers, here: range) -> Total:
+def _rows(call: PartCall) -> list[int]:
+    """Rows of each expert that the rank has."""
+    return call.tensors["counts"].tolist()
+
+
+def _here(call: PartCall) -> range:
+    """Which ones of all these experts are."""
+    first = int(call.tensors["first"])
+    return range(first, first + len(call.tensors["counts"]))
+
+
+def _times(call: PartCall) -> RowProduct:
+    return partial(_by_expert, _rows(call), _here(call))
+
+
+def _by_expert(counts: list[int], here: range, rows: NearNumbers, weight: NearNumbers) -> Total:
     """Rows of each expert times its own matrix. weight: (E, N, C), of all experts."""
     empty = rows.x.new_zeros(0, weight.x.size(1))
     parts = [Total(empty, empty, empty)]
@@ -133,5 +184,29 @@ def _by_expert(rows: NearNumbers, counts: list[int], weight: NearNumbers, here: 
         if len(one.x):
             off = None if weight.off is None else weight.off[expert]
             made = low.product(one, NearNumbers(weight.x[expert], off))
-            parts.append(made._replace(off=torch.zeros_like(made.x) if made.off is None else made.off))
+            parts.append(made._replace(off=low.slack(made)))
     return Total(*map(torch.cat, zip(*parts, strict=True)))
+
+
+def _add_rows(
+    step: StepParts, call: PartCall, base: Tensor, made: SumOverCalls, dy: NearNumbers, x: NearNumbers
+) -> None:
+    """Add what a call gives the gradient of a pair of experts. base: the weight that the pair stands beside."""
+    made.add_rows(dy, x, _rows(call), _here(call), len(base), step.rounds_gradients)
+
+
+def _swiglu_back(
+    call: PartCall, high: PlainFormat, order: Bound, cancels: bool, h: NearNumbers, da: Total
+) -> low.SwigluSlopes:
+    """What goes back through SwiGLU. cancels: da is a sum of rounded terms that may come to little, and counts by their magnitudes."""
+    back = low.swiglu_backward(h, call.get("gates"), low.rounded(da, high, order.value * da.size), high)
+    if not cancels:
+        return back
+    sizes = low.swiglu_backward(h, call.get("gates"), NearNumbers(da.size), high)
+    return back._replace(dh=back.dh._replace(size=sizes.dh.size))
+
+
+def _added(one: Total, other: Total, form: PlainFormat) -> Total:
+    """The sum of two results that are rounded to a format before."""
+    off = low.slack(one) + low.slack(other) + (low.spacing(one.x, form) + low.spacing(other.x, form)) / 2
+    return Total(one.x + other.x, one.size + other.size, off)

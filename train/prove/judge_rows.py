@@ -17,7 +17,7 @@ from torch import Tensor
 
 from conf.dispatches import DISPATCHES
 from train.prove.bounds import Bound
-from train.prove.compare import COUNTS, Comparisons, in_each
+from train.prove.comparison import WHOLE_NUMBERS, Comparisons, in_each
 from train.prove.evidence import Evidence
 from train.prove.reference import layers_with_experts
 from train.prove.sent_rows import ACTIVATION_FLOOR, GRADIENT_FLOOR, sent_in_fp8, summed_rows
@@ -62,14 +62,14 @@ class SentRows:
 
 def judge_rows(at: Comparisons, ranks: list[Evidence]) -> None:
     """The way to experts and back, in one step."""
-    sent, layers = sorted(sent_rows(ranks), key=SentRows.place), layers_with_experts(at.config.model)
+    sent, layers = sorted(sent_rows(ranks), key=SentRows.place), layers_with_experts(at.values.model)
     every = [f"{layer}.block.moe" if layer.startswith("mtp.") else f"{layer}.moe" for layer in layers]
     at.phase = "forward"
     at.same_names("rows at the experts", {one.name for one in sent}, every)
     for one in sent:
         seen = one.seen
         loads_E = torch.bincount(seen["ids"].flatten(), minlength=len(seen["counts"]))
-        at.compare("rows of experts", one.name, seen["counts"], loads_E, COUNTS)
+        at.compare("rows of experts", one.name, seen["counts"], loads_E, WHOLE_NUMBERS)
         gates_P = seen["gates"].flatten()[one.order_at_tokens()]
         at.compare("gates at the experts", one.name, seen["row_gates"][one.order_at_experts()], gates_P, ROWS)
         _judge_sent(at, one, "rows at the experts", ("x", "rows"), ACTIVATION_FLOOR)

@@ -16,10 +16,16 @@ from train.kernels.precision import build_precision
 from train.model.adapter import add_adapters
 from train.model.deepseek import DeepSeekV3
 from train.model.init import initialise
-from train.prove import reference
-from train.prove.compare import BITS, COUNTS, Comparisons
+from train.optim.schedules import Schedules
+from train.prove import reference, reference_step
+from train.prove import reference_first_weights as first_weights
+from train.prove.bounds import Bound
+from train.prove.comparison import BITS, WHOLE_NUMBERS, Comparisons, in_each
 from train.prove.evidence import Evidence, State, assemble
+from train.prove.findings import ProofFindings
+from train.prove.recipe_values import read_values
 from train.prove.samples import initial_biases, initial_weights
+from train.prove.updates import update_of
 
 
 @dataclass(frozen=True)
@@ -45,13 +51,14 @@ def state_after(config: Config, ranks: list[Evidence]) -> State:
 
 def given_state(config: Config) -> State:
     """What a proof starts from."""
-    trained = reference.trained_shapes(config)
+    values = read_values(config)
+    trained = reference.trained_shapes(values)
     weights = {name: weight.double() for name, weight in initial_weights(config).items() if name in trained}
     biases = {f"bias.{name}": bias.double() for name, bias in initial_biases(config).items()}
     state = {f"master.{name}": weight for name, weight in weights.items()} | biases
     for name, weight in weights.items():
-        rule = config.optim.facts.choose_rule(name, weight.dim())
-        state |= {f"{kind}.{name}": torch.zeros_like(weight) for kind in rule.state}
+        _, kinds = update_of(values, name, weight.dim())
+        state |= {f"{kind}.{name}": torch.zeros_like(weight) for kind in kinds}
     return state | {f"ema.{name}": weight for name, weight in weights.items() if config.optim.ema_decay}
 
 
@@ -76,13 +83,26 @@ def judge_same(at: Comparisons, quantity: str, ranks: list[Evidence], want: Stat
     return got
 
 
+def judge_schedules(config: Config, findings: ProofFindings) -> None:
+    """The settings of all steps of a run, of which a proof makes a few."""
+    at, plans = Comparisons("fp32", config, findings), Schedules(config)
+    at.phase, want = "settings", [vars(plan) for plan in reference_step.plan_steps(at.values)]
+    got = [vars(plans.plan(step)) for step in range(1, config.steps + 1)]
+    for name in want[0]:
+        given, wanted = (
+            torch.tensor([float(plan[name]) for plan in each], dtype=torch.float64) for each in (got, want)
+        )
+        formula = Bound(1e-12, "a formula in fp64")
+        at.compare("settings of all steps", name, given, wanted, formula, measure=in_each(wanted.abs() + 1e-30))
+
+
 def judge_tally(at: Comparisons, ranks: list[Evidence], tally: Tally) -> None:
     """What every rank says that the run has done."""
     for rank in ranks:
         info = rank.info
-        at.compare("applied updates", "Adam's count", info.updates, tally.updates, COUNTS, rank=rank)
-        at.compare("position in the data", "samples", info.samples, tally.samples, COUNTS, rank=rank)
-        at.compare("skipped steps", "the run", info.skipped, tally.skipped, COUNTS, rank=rank)
+        at.compare("applied updates", "Adam's count", info.updates, tally.updates, WHOLE_NUMBERS, rank=rank)
+        at.compare("position in the data", "samples", info.samples, tally.samples, WHOLE_NUMBERS, rank=rank)
+        at.compare("skipped steps", "the run", info.skipped, tally.skipped, WHOLE_NUMBERS, rank=rank)
 
 
 def judge_drawn(at: Comparisons, ranks: list[Evidence]) -> None:
@@ -95,6 +115,17 @@ def judge_drawn(at: Comparisons, ranks: list[Evidence]) -> None:
     initialise(model, config.seed, device)
     if config.adapter.on:
         add_adapters(model, config.adapter, plain.kernels, config.seed)
+    constants = {name: first_weights.constant_of(name, weight.dim()) for name, weight in drawn.items()}
+    shares = {name: first_weights.shares(at.values, name, drawn[name]) for name in drawn if constants[name] is None}
+    for name, given in {**shares, "all weights": torch.cat([*shares.values()])}.items():
+        bound = Bound(first_weights.DISTANCE, "Kolmogorov's distance times the root of the count")
+        far, measure = first_weights.distance(given), in_each(torch.ones(1))
+        at.compare("distribution of initial weights", name, far, 0.0, bound, measure=measure)
+    for name, weight in drawn.items():
+        if (constant := constants[name]) is not None:
+            at.compare("initial weights", name, weight, torch.full_like(weight, constant), BITS)
+        else:
+            at.compare("initial weights", f"equal rows of {name}", first_weights.repeated(weight), 0, WHOLE_NUMBERS)
     want = {name: weight.double().cpu() for name, weight in model.named_parameters() if weight.requires_grad}
     at.same_names("initial weights", drawn, want)
     for name in want:

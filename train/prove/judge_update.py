@@ -4,19 +4,26 @@ import torch
 from torch import Tensor
 
 from train.prove import reference_muon, reference_step
-from train.prove.bounds import EXACT, UNIT, Bound
-from train.prove.compare import Comparisons, in_each
+from train.prove.bounds import EXACT, SMALLEST, UNIT, Bound
+from train.prove.comparison import Comparisons, in_each
 from train.prove.evidence import Evidence, State, assemble
 from train.prove.judge_state import state_after
 from train.prove.reference_step import PlainPlan
-from train.prove.updates import UPDATES, WeightUpdate
+from train.prove.updates import UPDATES, WeightUpdate, update_of
 
-QUANTITIES = {"master": "master weights", "ema": "average of weights", "bias": "biases"}
+QUANTITIES = {
+    "master": "master weights",
+    "ema": "average of weights",
+    "bias": "biases",
+    "exp_avg": "first moments",
+    "exp_avg_sq": "second moments",
+    "momentum": "momentum",
+}
 ROUNDINGS = {"master": 4, "ema": 2, "bias": 2}
 """Roundings of fp32, at most, in what is said below that each is of; those of the optimizer's state stand in train/prove/updates.py."""
 STATE_ROUNDINGS = {kind: count for formula in UPDATES.values() for kind, count in formula.roundings.items()}
-SMALLEST, SMALLEST_BF16 = 2.0**-126, 2.0**-133
-"""What is smaller is rounded to steps of less than the format's precision, or to 0."""
+SMALLEST_BF16 = 2.0**-133
+"""The smallest number that bf16 keeps."""
 
 
 def judge_update(
@@ -25,22 +32,24 @@ def judge_update(
     """The update of the gradients that the ranks had, which were judged by themselves; number 1, 2, ... of the run's. Returns the state
     after it.
     """
-    reduced, after, optim = assemble(ranks, "reduced"), state_after(at.config, ranks), at.config.optim
+    reduced, after, optim = assemble(ranks, "reduced"), state_after(at.config, ranks), at.values.optim
     at.same_names("state", after, before)
     norm = float(reference_step.global_norm(reduced))
     sums = Bound(16 * UNIT["fp32"], "sums of squares in fp32 by rows, 16 x 2^-24")
     for rank in ranks:
         at.compare("global norm", "all weights", rank.info.grad_norm, norm, sums, rank=rank)
     clip, factors = reference_step.clip_factor(norm, optim), _row_factors(at, ranks)
+    if optim.clip:
+        at.acted("optim.clip, steps", clip < 1)
     clipped = {name: gradient * clip for name, gradient in reduced.items()}
     _judge_exact(at, ranks, before, clipped, plan, number)
     for name, gradient in clipped.items():
         if f"master.{name}" not in after or f"master.{name}" not in before:
             continue
-        rule = optim.facts.choose_rule(name, gradient.dim())
-        formula, names = UPDATES[rule.formula], [f"{kind}.{name}" for kind in ("master", *rule.state)]
+        formula, state = update_of(at.values, name, gradient.dim())
+        names = [f"{kind}.{name}" for kind in ("master", *state)]
         held = [before[each] for each in names]
-        one = WeightUpdate(at.config, name, reference_step.rate_of(optim, name, plan.lr), number)
+        one = WeightUpdate(at.values, name, reference_step.rate_of(optim, name, plan.lr), number)
         new = formula.make(one, held[0], gradient, *held[1:])
         sizes = formula.size_roundings(one, held, gradient, new)
         if name in factors:
@@ -77,21 +86,21 @@ def _judge_exact(
     at: Comparisons, ranks: list[Evidence], before: State, clipped: State, plan: PlainPlan, number: int
 ) -> None:
     """The updates that the ranks made in fp64 of the same gradients. clipped: those, as the reference clips them."""
-    found, gradients, optim = assemble(ranks, "exact"), assemble(ranks, "exact_gradient"), at.config.optim
+    found, gradients = assemble(ranks, "exact"), assemble(ranks, "exact_gradient")
     fp64 = Bound(
         EXACT, "fp64 rounds by 1e-16, and Newton-Schulz multiplies that by some 1e5 at most; of the largest change"
     )
     fp32 = Bound(32 * UNIT["fp32"], "the factor of clipping in fp32, and one rounding of the product")
     for name, gradient in gradients.items():
-        rule = optim.facts.choose_rule(name, gradient.dim())
+        formula, state = update_of(at.values, name, gradient.dim())
         at.compare("clipped gradients", name, gradient, clipped[name], fp32)
-        names = [f"{kind}.{name}" for kind in ("master", *rule.state)]
+        names = [f"{kind}.{name}" for kind in ("master", *state)]
         held = [before[each] for each in names]
-        made = UPDATES[rule.formula].make(WeightUpdate(at.config, name, plan.lr, number), held[0], gradient, *held[1:])
+        made = formula.make(WeightUpdate(at.values, name, plan.lr, number), held[0], gradient, *held[1:])
         for each, new, old in zip(names, made, held, strict=True):
             at.compare("updates in fp64", each, found[each], new, fp64, scale=float((new - old).abs().max()) or 1.0)
     if at.proof == "fp32":
-        whole = {name for name in clipped if optim.facts.choose_rule(name, clipped[name].dim()).is_whole}
+        whole = {name for name, clip in clipped.items() if update_of(at.values, name, clip.dim())[0].is_whole}
         at.same_names("updates in fp64", gradients, whole)
 
 
@@ -100,7 +109,9 @@ def _row_factors(at: Comparisons, ranks: list[Evidence]) -> State:
     found: State = {}
     for rank in ranks:
         for name, scores_H in rank.of_kind("scores"):
-            found |= reference_muon.qk_factors(at.config, name, scores_H)
+            if not any(key.startswith(f"{name}.") for key in found):
+                at.acted("optim.qk_clip, heads", int((scores_H > at.values.optim.qk_clip).sum()), len(scores_H))
+            found |= reference_muon.qk_factors(at.values, name, scores_H)
     return found
 
 
@@ -120,7 +131,7 @@ def _judge_moved(
     allowed, why = count * rounded + SMALLEST, f"{count} roundings of fp32, of each element by itself"
     if kind in STATE_ROUNDINGS and moments == "bf16":
         allowed, why = allowed + UNIT["bf16"] * want.abs() + SMALLEST_BF16, f"{why}, and one of bf16"
-    quantity = (QUANTITIES | dict(at.config.optim.facts.meanings))[kind]
+    quantity = QUANTITIES[kind]
     at.compare(quantity, name, got[name], want, Bound(1.0, why), rank=rank, measure=in_each(allowed, before[name]))
 
 

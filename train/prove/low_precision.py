@@ -17,7 +17,7 @@ each rounded to fp32, and 1 / scale made by a division of its own (DeepSeek's Ti
 Products are summed in fp32 (every 128 of them promoted, 3.3.2) and rounded once, to bf16 (Fprop, Dgrad) or not (Wgrad). What waits for
 Wgrad waits in FP8, or E5M6 behind the attention, and is cast again along the tokens (3.3.3, 3.5.2).
 
-Nothing is shared with what is judged but the text of the recipe (conf/schema.py). All is in fp64 here. What honest ranks may do
+Nothing is shared with what is judged but the values of the recipe. All is in fp64 here. What honest ranks may do
 differently is the order of a sum, and so the side of a tie on which its result falls; both are counted: `NearNumbers` holds numbers and
 how far each may be off, because a value lies so near to the middle between two numbers of a format.
 
@@ -32,8 +32,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from conf.errors import UserError
-from conf.schema import Fp8, Precision
+from train.prove.recipe_values import Values
 
 TILE = 128
 FLOOR = 1e-4
@@ -79,6 +78,11 @@ class Total(NamedTuple):
     """The sum of the products' magnitudes, which rounding of sums is measured in."""
     off: Tensor | None
     """What ties of the operands may change."""
+
+
+def slack(given: NearNumbers | Total) -> Tensor:
+    """By how much each number may be off."""
+    return torch.zeros_like(given.x) if given.off is None else given.off
 
 
 def spacing(x: Tensor, form: PlainFormat) -> Tensor:
@@ -207,42 +211,26 @@ class PlainRounding:
     is_fp8: bool
 
 
-def read_rounding(precision: Precision) -> PlainRounding:
-    """Raises UserError for a format that this file does not know: what has no reference is not proven."""
+def read_rounding(precision: Values) -> PlainRounding:
+    """The casts of a recipe, which names an operand FORMAT/GRANULARITY/SCALE."""
     fp8, high = precision.fp8, FORMATS["fp32" if precision.name == "fp32" else "bf16"]
     if fp8 is None:
         plain = LinearRules((None, None), (None, None), (None, None), None)
         return PlainRounding(high, plain, plain, plain, plain, None, False)
-    swiglu = Rule(FORMATS["e4m3"], "1x128", fp8.activation.endswith("pow2"), FLOOR)
-    dense, output, up, down = (_rules(fp8, family) for family in ("dense", "output", "experts_up", "experts_down"))
-    return PlainRounding(high, dense, output, up, down, swiglu, True)
 
-
-def _rules(fp8: Fp8, family: str) -> LinearRules:
-    def rule(text: str, floor: float) -> Rule:
-        form, shared, scale = _known_parts(text)
+    def rule(text: str, floor: float = FLOOR) -> Rule:
+        form, shared, scale = text.split("/")
         return Rule(FORMATS[form], shared, scale == "pow2", floor)
 
-    given = fp8.operands(family)
-    activation, weight, gradient = rule(given.activation, FLOOR), rule(given.weight, FLOOR), rule(given.gradient, 1e-12)
-    waits = {"output": Rule(FORMATS["e5m6"], "1x128", True, FLOOR), "experts_down": None}
-    kept = waits.get(family, activation)
-    return LinearRules((activation, weight), (gradient, weight), (gradient, activation), kept)
+    def rules(activation: str, gradient: str, kept: Rule | None) -> LinearRules:
+        x, weight, dy = rule(activation), rule(fp8.weight), rule(gradient, 1e-12)
+        return LinearRules((x, weight), (dy, weight), (dy, x), kept)
 
-
-def _known(field: str, value: str, known: Sequence[str]) -> str:
-    if value not in known:
-        rule = "the reference of mode=prove knows no such format, so it could prove nothing of it"
-        raise UserError(field, value, rule, f"use one of {', '.join(known)}")
-    return value
-
-
-def _known_parts(text: str) -> list[str]:
-    field, parts = "precision.fp8", text.split("/")
-    known = (("e4m3", "e5m2"), ("1x128", "1x32", "128x128", "row", "tensor"), ("fp32", "pow2"))
-    if len(parts) != len(known):
-        _known(field, text, ["FORMAT/GRANULARITY/SCALE"])
-    return [_known(field, part, choices) for part, choices in zip(parts, known, strict=True)]
+    swiglu = Rule(FORMATS["e4m3"], "1x128", fp8.activation.endswith("pow2"), FLOOR)
+    dense = rules(fp8.activation, fp8.gradient, rule(fp8.activation))
+    output = rules(fp8.attention_output, fp8.gradient, Rule(FORMATS["e5m6"], "1x128", True, FLOOR))
+    up = rules(fp8.dispatched, fp8.gradient, rule(fp8.dispatched))
+    return PlainRounding(high, dense, output, up, rules(fp8.activation, fp8.dispatched, None), swiglu, True)
 
 
 # --- Linear layers (3.3.1) ------------------------------------------------------------------------------------------
@@ -265,20 +253,20 @@ def fprop(x_TK: Tensor, weight: NearNumbers, rules: LinearRules) -> Total:
     return product(cast(NearNumbers(x_TK), rules.fprop[0], -1), weight)
 
 
-def turned(given: NearNumbers) -> NearNumbers:
+def transposed(given: NearNumbers) -> NearNumbers:
     """Transposed."""
     return NearNumbers(given.x.mT, None if given.off is None else given.off.mT)
 
 
 def dgrad(dy_TN: NearNumbers, weight: NearNumbers, rules: LinearRules) -> Total:
     """weight: (N, K), cast for this product."""
-    return product(cast(dy_TN, rules.dgrad[0], -1), turned(weight))
+    return product(cast(dy_TN, rules.dgrad[0], -1), transposed(weight))
 
 
 def wgrad(dy_TN: NearNumbers, kept_TK: NearNumbers, rules: LinearRules) -> Total:
     """(N, K)."""
     left, right = cast(dy_TN, rules.wgrad[0], -2), cast(kept_TK, rules.wgrad[1], -2)
-    return product(turned(left), turned(right))
+    return product(transposed(left), transposed(right))
 
 
 def kept(x_TK: Tensor, rule: Rule | None) -> NearNumbers:

@@ -17,7 +17,9 @@ last chunk of the loss is shorter than the others.
 import itertools
 import math
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields, is_dataclass, replace
+from multiprocessing import get_context
 from typing import Any
 
 from conf.dispatches import FLAT_DISPATCH
@@ -57,6 +59,8 @@ ROPE = 16
 ODD = 15
 """Width of the latent of keys and values, so that no vector divides its gain or a shard; a GPU's products want
 multiples of 16 bytes."""
+HEADS = 3
+"""With two, the first, the last and the next one would be the same in too many places."""
 EXPERTS = 32
 RANK = 8
 """The rank of an adapter; its scale stays."""
@@ -65,7 +69,20 @@ CLIP = 0.1
 RATE = 1e-3
 """At least, of learning. What a smaller one moves in a step, or what the average of the weights makes of that, may be less than
 weights are rounded by; no branch depends on it."""
-SHOWN = ("model", "adapter", "optim", "parallel", "data")
+SHOWN = (
+    "model.",
+    "adapter.",
+    "optim.",
+    "parallel.",
+    "cluster.ranks_per_node",
+    "steps",
+    "seq_len",
+    "batch_size",
+    "micro_batch_size",
+)
+"""What the keys begin with whose values a proof tells beside the recipe's."""
+OWN = ("mode", "resume")
+"""Keys that a proof has its own values of by nature."""
 
 
 @dataclass(frozen=True)
@@ -118,11 +135,11 @@ def shrink(cfg: Config) -> Miniature:
         less = micro_batch_size * together
     adapter, rank = cfg.adapter, min(cfg.adapter.rank, RANK)
     if adapter.on:
-        adapter = replace(adapter, rank=rank, alpha=adapter.scale * rank, dropout=0.0)
+        adapter = replace(adapter, rank=rank, alpha=adapter.scale * rank)
     small = replace(
         cfg,
         mode=Mode.prove,
-        steps=min(cfg.steps, STEPS),
+        steps=STEPS,
         seq_len=seq_len,
         batch_size=full * share - less,
         micro_batch_size=micro_batch_size,
@@ -150,8 +167,17 @@ def shrink(cfg: Config) -> Miniature:
         generate=Generate(),
         export=Export(),
     )
-    if small.adapter.on and small.precision.weight_bytes < 4:
-        structure = [*structure, "Beside an adapter single parts are not judged in formats that round; whole ones are."]
+    if cfg.optim.qk_clip is not None:
+        from train.prove.samples import middle_score  # imports torch
+
+        with ProcessPoolExecutor(
+            1, get_context("fork")
+        ) as other:  # ranks are forks of this one, which must not have computed
+            limit = other.submit(middle_score, small).result()
+        small = replace(small, optim=replace(small.optim, qk_clip=limit))
+    if small.adapter.dropout:
+        where = "acts in no pass" if small.precision.weight_bytes == 4 else "acts in pass tiles alone"
+        structure = [*structure, f"Dropout {where}: single parts are judged with it, and where products round."]
     return Miniature(small, [*structure, *_differences(whole, small)])
 
 
@@ -236,7 +262,7 @@ def _shrink_model(cfg: Config, layout: Layout, layers: int) -> Model:
         hidden=hidden,
         layers=layers,
         dense_layers=min(model.dense_layers, 1) if model.dense_layers < model.layers else layers,
-        heads=min(model.heads, 2),
+        heads=min(model.heads, HEADS),
         q_rank=None if model.q_rank is None else min(model.q_rank, 24),
         kv_rank=min(model.kv_rank, 16 if _has_gpu(cfg) else ODD),
         nope_head_dim=min(model.nope_head_dim, 16),
@@ -295,22 +321,22 @@ def _shrink_optim(optim: Optim, start: int, more: int) -> Optim:
 
 
 def _differences(cfg: Config, small: Config) -> list[str]:
-    """A sentence for every setting of the model, its training and its layout that differs."""
-    found = [
-        f"{name} is {_text(here)} instead of {_text(there)}."
-        for name, there, here in _pairs("", cfg, small)
-        if here != there and not name.startswith("data.")
-    ]
+    """A sentence for every setting of the model, its training and its layout that differs, and one for all that nothing here reads."""
+    changed = [(name, there, here) for name, there, here in _pairs("", cfg, small) if here != there and name not in OWN]
+    is_read = {name: name.startswith(SHOWN) for name, *_ in changed}
+    found = [f"{name} is {_text(here)} instead of {_text(there)}." for name, there, here in changed if is_read[name]]
+    if left_out := [name for name, *_ in changed if not is_read[name]]:
+        found.append(f"Not in the proof, as nothing that it runs reads them: {', '.join(left_out)}.")
     return [*found, "The tokens are drawn at random, in documents of random length."]
 
 
 def _pairs(prefix: str, cfg: Any, small: Any) -> Iterator[tuple[str, Any, Any]]:
+    """(key, the recipe's value, the miniature's) of all keys."""
     for entry in fields(cfg):
         there, here = getattr(cfg, entry.name), getattr(small, entry.name)
         if is_dataclass(there):
-            if prefix or entry.name in SHOWN:
-                yield from _pairs(f"{prefix}{entry.name}.", there, here)
-        elif prefix or entry.name in ("steps", "seq_len", "batch_size", "micro_batch_size"):
+            yield from _pairs(f"{prefix}{entry.name}.", there, here)
+        else:
             yield prefix + entry.name, there, here
 
 

@@ -9,6 +9,7 @@ Keys are part.WHAT/NAME/NUMBER, and the number counts the calls of the part, mic
     linear layer, norm     x, y, and the gradients dy, dx; of every call, also those that are made again for backward
     router                 x, dx; gates and choices are seen by `EvidenceWatch`
     experts                x, gates, counts, y, dy, dx, dgates, and h, dh between the products, rows in the order of their experts
+    an adapter's pairs     dropped, what dropout leaves of the input; of the second product of experts dropped_a
     attention              q, k, v, y, and the gradients dq, dk, dv, dy; not where ranks share sequences
     embedding              ids, y, dy
     output head            x, dx of each depth, under head.DEPTH, and its loss y with dy
@@ -29,7 +30,7 @@ from train.model.attention import AttentionInput
 from train.model.deepseek import DeepSeekV3, Head
 from train.model.layers import Embedding, Linear, RMSNorm
 from train.model.mla import MLA
-from train.model.moe import MoE, RoutedRows
+from train.model.moe import Experts, MoE, RoutedRows
 from train.model.needed import Function
 from train.model.recompute import is_repeated
 from train.model.router import Router
@@ -67,6 +68,8 @@ class PartsWatch:
                     module.run_experts = partial(self._run_experts, name, first, module.run_experts)
                 elif isinstance(module, MLA):
                     module.attend = partial(self._attend, name, module.attend)
+                for what, pairs in _pairs_of(module).items():
+                    pairs._drop = partial(self._drop, name, what, pairs._drop)
 
     def clear(self) -> None:
         self.seen, self._calls = {}, {}
@@ -117,6 +120,7 @@ class PartsWatch:
             return None
         states, *rest = given
         keys = self._open()["head"] = [self.begin(f"head.{depth}") for depth in range(len(states))]
+        self._open()["depths"] = iter(keys)
         for key, state in zip(keys, states, strict=True):
             self.keep("x", key, state)
         return [_Passed.apply(one, partial(self.keep, "dx", key)) for one, key in zip(states, keys, strict=True)], *rest
@@ -165,6 +169,18 @@ class PartsWatch:
         self.keep_gradient("dy", key, out_BHTV)
         return out_BHTV
 
+    def _drop(
+        self, name: str, what: str, drop: Callable[[Tensor], tuple[Tensor, Any]], x: Tensor
+    ) -> tuple[Tensor, Any]:
+        """In the place of what an adapter's pairs do to their input."""
+        dropped, context = drop(x)
+        key = self._open().get(name) or getattr(self._here, "experts", (None,))[0]
+        if isinstance(key, list):  # of the head, whose depths come in order
+            key = next(self._open()["depths"])
+        if key is not None and dropped is not x:
+            self.keep(what, key, dropped)
+        return dropped, context
+
     # Between the two products of experts
 
     def _watch_swiglu(self, precision: HighPrecision | Fp8Precision) -> None:
@@ -207,6 +223,15 @@ class _WatchedSwiGLU:
     def swiglu(self, h: Tensor, *rest: Any) -> Any:
         self._watch.saw_swiglu(h)
         return self._inner.swiglu(h, *rest)
+
+
+def _pairs_of(module: nn.Module) -> dict[str, Any]:
+    """What stands beside the products of a module, by what is kept of it."""
+    found = {
+        "dropped": getattr(module, "added_up" if isinstance(module, Experts) else "added", None),
+        "dropped_a": getattr(module, "added_down", None),
+    }
+    return {what: pairs for what, pairs in found.items() if pairs is not None}
 
 
 def first_node(y: Tensor, x: Tensor) -> Any:

@@ -335,7 +335,7 @@ class _ProvenTrainer(Trainer):
         """Train as `run` does. start: what is known of the state before the first step."""
         self._rank, self._proof, self._part = rank, start.info.proof, part
         self._folder = RunPaths(self.run.config).path.parent / EVIDENCE
-        watched = is_rounded(self._proof, self.run.config) and not self.run.config.adapter.on
+        watched = self._proof == "tiles" or is_rounded(self._proof, self.run.config)
         self._watch = EvidenceWatch(self.run.parts.chunks, sent=watched)
         self._parts_watch = PartsWatch(self.run.parts.chunks, self.run.parts.precision) if watched else None
         needs_whole = self._proof == "fp32" and self.run.config.optim.facts.matrices.is_whole

@@ -1,7 +1,7 @@
 """DeepSeek-V3 in one file, as plain as the formulas are: what mode=prove holds every layout against.
 
 Read it from top to bottom to learn the model. Nothing here is fast: one process, one expert after another, autograd, all in the format
-of the given weights, fp64 in a proof. It shares no code with what it judges, only the settings (conf/schema.py) and names of weights.
+of the given weights, fp64 in a proof. It shares no code with what it judges, only the values of the recipe and names of weights.
 
     forward                embedding -> blocks -> head and MTP modules -> losses             PlainModel
     backward               autograd                                                          gradients
@@ -17,21 +17,21 @@ R rope width, N tokens in a row (B*T), E experts, G groups, K experts of a token
 import math
 from collections.abc import Callable
 from copy import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from conf.schema import Adapter, Config, Model
-from train.prove.reference_adapter import adapted, adapter_shapes
+from train.prove.recipe_values import Values
+from train.prove.reference_adapter import adapted, adapter_shapes, is_adapted
 
 Weights = dict[str, Tensor]
 """Every weight by its name; those of the experts are stacked: w13 (E, 2F, D) with the rows of w1, then of w3, w2 (E, D, F)."""
 
 
-def weight_shapes(model: Model) -> dict[str, tuple[int, ...]]:
+def weight_shapes(model: Values) -> dict[str, tuple[int, ...]]:
     """Every weight, in the order in which a forward pass meets it. Products without bias; gains of norms are vectors."""
     D, H, E, F_ = model.hidden, model.heads, model.experts, model.expert_width
     Q = model.nope_head_dim + model.rope_head_dim
@@ -69,13 +69,13 @@ def weight_shapes(model: Model) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def trained_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+def trained_shapes(config: Values) -> dict[str, tuple[int, ...]]:
     """Those that learn: all, or an adapter alone."""
     shapes = weight_shapes(config.model)
-    return adapter_shapes(config, shapes) if config.adapter.on else shapes
+    return adapter_shapes(config, shapes) if is_adapted(config) else shapes
 
 
-def layers_with_experts(model: Model) -> list[str]:
+def layers_with_experts(model: Values) -> list[str]:
     """In the order of a forward pass; every MTP module is one."""
     main = [f"layers.{layer}" for layer in range(model.dense_layers, model.layers)]
     return main + [f"mtp.{depth}" for depth in range(model.mtp_depth)]
@@ -95,7 +95,7 @@ def swiglu(x_ND: Tensor, w13_2FD: Tensor, w2_DF: Tensor) -> Tensor:
     return (F.silu(gate_NF) * up_NF) @ w2_DF.T
 
 
-def turns(model: Model, seq_len: int, length: int, like: Tensor) -> Tensor:
+def turns(model: Values, seq_len: int, length: int, like: Tensor) -> Tensor:
     """Angle by which pair j turns at position t, (T, R/2): t / theta^(2j/R), stretched by YaRN for long sequences (4.3).
 
     YaRN keeps pairs that turn more than beta_fast times over the original length, divides the angle of those that turn
@@ -118,7 +118,7 @@ def turns(model: Model, seq_len: int, length: int, like: Tensor) -> Tensor:
     return torch.outer(torch.arange(length, dtype=like.dtype, device=like.device), frequency)
 
 
-def stretched(model: Model, seq_len: int) -> bool:
+def stretched(model: Values, seq_len: int) -> bool:
     """Whether YaRN is in force."""
     return model.yarn.always or seq_len > model.yarn.original_seq_len
 
@@ -207,18 +207,20 @@ class PlainModel:
     """
 
     def __init__(
-        self, config: Config, weights: Weights, biases: Weights, choices: dict[str, Tensor] | None = None
+        self, config: Values, weights: Weights, biases: Weights, choices: dict[str, Tensor] | None = None
     ) -> None:
         self.config, self.model, self.optim = config, config.model, config.optim
         self.weights, self.biases, self.choices = weights, biases, choices or {}
+        self.is_whole = False
+        """Whether the weights have what an adapter adds to them."""
         self.watched: type[WatchedPass] = WatchedPass
         self.best_without_bias: Callable[[Tensor, int], Tensor] = best
 
     def losses(self, batch: PlainBatch, with_mtp: bool = True) -> WatchedPass:
         """Main loss, MTP losses (eq. 21-25) and balance losses of a batch, as means over all that is learnt, 0 where nothing is."""
-        if self.config.adapter.on:
+        if is_adapted(self.config) and not self.is_whole:
             whole = copy(self)
-            whole.config, whole.weights = replace(self.config, adapter=Adapter()), adapted(self.config, self.weights)
+            whole.is_whole, whole.weights = True, adapted(self.config, self.weights)
             return whole.losses(batch, with_mtp)
         model, seen = self.model, self.watched()
         tokens_BS, seats = batch.tokens_BS, Seats.of(batch, 0)
@@ -366,7 +368,7 @@ def best(scores: Tensor, count: int) -> Tensor:
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
 
 
-def choose(model: Model, biased_NE: Tensor) -> Tensor:
+def choose(model: Values, biased_NE: Tensor) -> Tensor:
     """The K experts with the highest biased scores inside the top_groups best groups (2.1.2, node-limited routing)."""
     if model.top_groups < model.groups:
         open_NG = torch.zeros(len(biased_NE), model.groups, dtype=torch.bool, device=biased_NE.device)
@@ -376,7 +378,7 @@ def choose(model: Model, biased_NE: Tensor) -> Tensor:
     return best(biased_NE, model.top_k)
 
 
-def group_scores(model: Model, biased_NE: Tensor) -> Tensor:
+def group_scores(model: Values, biased_NE: Tensor) -> Tensor:
     """(N, G): the sum of the best scores of a group, as many as a token takes from a group on average."""
     count = model.top_k // model.top_groups if model.group_top_k is None else model.group_top_k
     return biased_NE.unflatten(1, (model.groups, -1)).sort(dim=-1, descending=True).values[..., :count].sum(-1)

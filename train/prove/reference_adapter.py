@@ -9,7 +9,7 @@ Shapes: O outputs, I inputs, E experts, F inner width.
 import torch
 from torch import Tensor
 
-from conf.schema import Config
+from train.prove.recipe_values import Values
 
 ADAPTED_ENDS = {
     "q_up": ("attention.q.weight", "attention.q_up.weight"),
@@ -24,10 +24,15 @@ ADAPTED_ENDS = {
 """By target the ends of the names of its weights."""
 
 
-def pairs_of(config: Config, weight: str) -> list[str]:
+def is_adapted(config: Values) -> bool:
+    """Whether pairs learn, and nothing else."""
+    return config.adapter.name != "none"
+
+
+def pairs_of(config: Values, weight: str) -> list[str]:
     """What the names of the pairs of a weight begin with, one for each matrix in it; none where it is not adapted."""
     targets = config.adapter.targets or ()
-    if not config.adapter.on or not any(weight.endswith(end) for target in targets for end in ADAPTED_ENDS[target]):
+    if not is_adapted(config) or not any(weight.endswith(end) for target in targets for end in ADAPTED_ENDS[target]):
         return []
     if weight.endswith(".experts.w13"):
         return [weight[:-3] + "w1_lora_", weight[:-3] + "w3_lora_"]
@@ -53,7 +58,7 @@ def in_blocks(weight: Tensor) -> Tensor:
     return found
 
 
-def adapter_shapes(config: Config, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+def adapter_shapes(config: Values, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """All pairs: A (rank, I) and B (O, rank), those of experts stacked. shapes: of the weights."""
     found: dict[str, tuple[int, ...]] = {}
     for weight, (*experts, outputs, inputs) in ((name, shape) for name, shape in shapes.items() if len(shape) > 1):
@@ -64,7 +69,7 @@ def adapter_shapes(config: Config, shapes: dict[str, tuple[int, ...]]) -> dict[s
     return found
 
 
-def adapted(config: Config, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def adapted(config: Values, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights that the model computes with, in which the pairs learn."""
     scale, found = config.adapter.alpha / config.adapter.rank, dict(weights)
     for name in weights:

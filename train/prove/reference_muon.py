@@ -8,7 +8,7 @@ Sources: Muon, arXiv 2502.16982, 2.2; QK-clip, arXiv 2507.20534, 2.1; Newton-Sch
 import torch
 from torch import Tensor
 
-from conf.schema import Config
+from train.prove.recipe_values import Values
 
 NEWTON_SCHULZ = {
     "quintic": [(3.4445, -4.7750, 2.0315)] * 5,
@@ -35,7 +35,14 @@ def newton_schulz(matrix: Tensor, name: str) -> Tensor:
     return x
 
 
-def split_matrices(config: Config, name: str, weight: Tensor) -> list[Tensor]:
+def is_matrix(name: str, dims: int) -> bool:
+    """Whether Muon updates a weight: every matrix but embedding, head and routers, whose rows each stand for a token or an expert; AdamW
+    updates those and all vectors (arXiv 2502.16982, 2.2).
+    """
+    return dims > 1 and not name.startswith(("embedding.", "head.")) and ".router." not in name
+
+
+def split_matrices(config: Values, name: str, weight: Tensor) -> list[Tensor]:
     """Views of a weight that stand for one product each: experts, w1 and w3, heads, keys and values, latent and rope key."""
     model, heads = config.model, config.optim.muon.by_head
     part = name.removesuffix(".weight").rpartition(".")[2]
@@ -58,7 +65,7 @@ def split_matrices(config: Config, name: str, weight: Tensor) -> list[Tensor]:
 
 
 def muon(
-    config: Config, name: str, lr: float, weight: Tensor, gradient: Tensor, momentum: Tensor
+    config: Values, name: str, lr: float, weight: Tensor, gradient: Tensor, momentum: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Weight and momentum after an update (arXiv 2502.16982, 2.2): Nesterov momentum, each matrix made orthogonal by itself, and scaled
     to the size of Adam's updates.
@@ -72,7 +79,7 @@ def muon(
     return weight, momentum
 
 
-def qk_factors(config: Config, name: str, scores_H: Tensor) -> dict[str, Tensor]:
+def qk_factors(config: Values, name: str, scores_H: Tensor) -> dict[str, Tensor]:
     """By weight the factors of its rows, so that no score is above the limit (arXiv 2507.20534, 2.1). name: of the attention."""
     model, limit = config.model, config.optim.qk_clip
     assert limit is not None

@@ -8,12 +8,14 @@ Sections are those of the DeepSeek-V3 report (arXiv 2412.19437). Shares no code 
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
 
-from conf.schema import Config, Optim, Phase, Shape
+from train.prove.recipe_values import Values
 
 
 @dataclass(frozen=True)
@@ -27,22 +29,24 @@ class PlainPlan:
     bias_speed: float
 
 
-def plan_step(config: Config, step: int) -> PlainPlan:
-    """Settings of step 1, 2, ... Schedules are measured in samples: a step stands at the middle of its batch."""
+def plan_step(config: Values, step: int) -> PlainPlan:
+    """Settings of step 1, 2, ..."""
+    return next(islice(plan_steps(config), step - 1, None))
+
+
+def plan_steps(config: Values) -> Iterator[PlainPlan]:
+    """Settings of all steps. Schedules are measured in samples: a step stands at the middle of its batch."""
     sizes = [batch_size(config, index) for index in range(config.steps)]
-    optim, before = config.optim, sum(sizes[: step - 1])
-    done = (before + sizes[step - 1] / 2) / sum(sizes)
-    warmed = 1.0 if optim.warmup_steps == 0 else min(1.0, step / optim.warmup_steps)
-    return PlainPlan(
-        before,
-        sizes[step - 1],
-        optim.lr * warmed * scheduled(optim.lr_schedule, done),
-        scheduled(optim.mtp_weight, done),
-        scheduled(optim.bias_speed, done),
-    )
+    optim, before, whole = config.optim, 0, sum(sizes)
+    for step, size in enumerate(sizes, 1):
+        done = (before + size / 2) / whole
+        warmed = 1.0 if optim.warmup_steps == 0 else min(1.0, step / optim.warmup_steps)
+        lr = optim.lr * warmed * scheduled(optim.lr_schedule, done)
+        yield PlainPlan(before, size, lr, scheduled(optim.mtp_weight, done), scheduled(optim.bias_speed, done))
+        before += size
 
 
-def batch_size(config: Config, index: int) -> int:
+def batch_size(config: Values, index: int) -> int:
     """Sequences of the step with this index from 0: they grow linearly, in whole increments, over the ramp."""
     optim = config.optim
     if optim.batch_ramp_start is None or index >= optim.batch_ramp_steps:
@@ -52,15 +56,15 @@ def batch_size(config: Config, index: int) -> int:
     return math.floor(grown / optim.batch_ramp_increment) * optim.batch_ramp_increment
 
 
-def scheduled(phases: list[Phase], done: float) -> float:
+def scheduled(phases: list[Values], done: float) -> float:
     """Value of a schedule when this share of the run is done. Each phase starts at the value in which the one before ended."""
     index = next(i for i, phase in enumerate(phases) if done <= phase.until)
     phase, earlier = phases[index], phases[index - 1] if index else None
     start, value = (0.0, phase.value) if earlier is None else (earlier.until, earlier.value)
     part = (done - start) / (phase.until - start)
-    if phase.shape == Shape.constant:
+    if phase.shape == "constant":
         return phase.value
-    if phase.shape == Shape.cosine:
+    if phase.shape == "cosine":
         part = (1 - math.cos(math.pi * part)) / 2
     return value + (phase.value - value) * part
 
@@ -70,13 +74,13 @@ def global_norm(gradients_of: dict[str, Tensor]) -> Tensor:
     return torch.stack([gradient.square().sum() for gradient in gradients_of.values()]).sum().sqrt()
 
 
-def clip_factor(norm: float, optim: Optim) -> float:
+def clip_factor(norm: float, optim: Values) -> float:
     """What gradients are multiplied with so that their norm is at most optim.clip; 1e-6 as in torch.nn.utils."""
     return 1.0 if optim.clip == 0 else min(1.0, optim.clip / (norm + 1e-6))
 
 
 def adamw(
-    optim: Optim, lr: float, update: int, weight: Tensor, gradient: Tensor, mean: Tensor, square: Tensor
+    optim: Values, lr: float, update: int, weight: Tensor, gradient: Tensor, mean: Tensor, square: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weight, mean and mean of squares after update number 1, 2, ..."""
     beta1, beta2 = optim.betas
@@ -86,12 +90,12 @@ def adamw(
     return weight * (1 - lr * optim.weight_decay * decays(optim, weight)) - lr * step, mean, square
 
 
-def decays(optim: Optim, weight: Tensor) -> bool:
+def decays(optim: Values, weight: Tensor) -> bool:
     """Whether a weight decays: every matrix, and a norm weight where the recipe says so."""
     return weight.dim() > 1 or optim.decay_norms
 
 
-def rate_of(optim: Optim, name: str, lr: float) -> float:
+def rate_of(optim: Values, name: str, lr: float) -> float:
     """Learning rate of a weight: 0 of what is frozen."""
     return 0.0 if optim.freeze_routers and name.endswith(".router.weight") else lr
 

@@ -31,7 +31,6 @@ PROOF_FOLDER = "prove"
 def prove(config: Config, alone: bool) -> int:
     """Returns the exit code: 0 only if all of it held. alone: the only job of this process, which may then be its rank."""
     tune_cpu()  # of the ranks, which are forks of this process
-    from train.prove.low_precision import read_rounding
     from train.prove.miniature import shrink
 
     started = time.monotonic()
@@ -39,7 +38,6 @@ def prove(config: Config, alone: bool) -> int:
         rule = "mode=prove starts its ranks on this machine, or is started by torchrun"
         raise UserError("cluster.backend", config.cluster.backend, rule, "leave cluster=ray out")
     check_layout(config)
-    read_rounding(config.precision)  # of a format without a reference nothing could be proven
     run_folder = Path(config.runs).absolute() / config.name
     mini = shrink(config)
     small = replace(mini.cfg, runs=str(run_folder), name=PROOF_FOLDER)
@@ -107,9 +105,13 @@ def _run_rank(config: Config, place: Place, parts: Sequence[int]) -> int:
 def _judge(config: Config, small: Config, cuts: list[str], started: float) -> int:
     from train.prove.card import write_card
     from train.prove.certificate import Certificate
+    from train.prove.findings import ProofFindings, together
     from train.prove.judge import judge_all
+    from train.prove.judge_state import judge_schedules
 
-    findings = judge_all(small, at_a_time=2 if forks(small) else 1)
+    findings, schedules = judge_all(small, at_a_time=2 if forks(small) else 1), ProofFindings()
+    judge_schedules(config, schedules)
+    findings = together([schedules, findings])
     certificate = Certificate(
         name=config.name,
         layout=layout_name(small),
@@ -121,6 +123,7 @@ def _judge(config: Config, small: Config, cuts: list[str], started: float) -> in
         seconds=time.monotonic() - started,
         verdicts=list(findings.verdicts.values()),
         differences=findings.differences,
+        acted=findings.acted,
         proven=describe_proven(settings_of(config)),
         own_code=targets_of(config),
     )

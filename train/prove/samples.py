@@ -18,7 +18,8 @@ from torch import Tensor
 
 from conf.schema import Config
 from train.data.batch import Batch
-from train.prove.reference import layers_with_experts, trained_shapes, weight_shapes
+from train.prove.recipe_values import read_values
+from train.prove.reference import PlainModel, layers_with_experts, trained_shapes, weight_shapes
 from train.prove.reference_adapter import in_blocks, is_beside_pairs
 
 BIAS = 0.05
@@ -106,8 +107,8 @@ class ProofData:
 
 def initial_weights(config: Config) -> dict[str, Tensor]:
     """Every weight, those of an adapter too, fp32, by name: a product of normal size for an input of normal size, gains about 1; by tiles, see above."""
-    weights = {}
-    for name, shape in (weight_shapes(config.model) | trained_shapes(config)).items():
+    weights, values = {}, read_values(config)
+    for name, shape in (weight_shapes(values.model) | trained_shapes(values)).items():
         drawn = torch.randn(shape, generator=_generator(f"{config.seed}/{name}"))
         if len(shape) == 1:
             weights[name] = 1 + 0.2 * drawn
@@ -134,7 +135,7 @@ def _by_tile(width: int, halves: bool = False) -> Tensor:
 def initial_biases(config: Config) -> dict[str, Tensor]:
     """Biases of every router, fp32 (E,)."""
     biases = {}
-    for name in layers_with_experts(config.model):
+    for name in layers_with_experts(read_values(config).model):
         biases[name] = BIAS * torch.randn(config.model.experts, generator=_generator(f"{config.seed}/bias/{name}"))
         if config.model.expert_width > TILE:
             biases[name][0] += CROWDED
@@ -145,3 +146,13 @@ def initial_biases(config: Config) -> dict[str, Tensor]:
 def _generator(key: str) -> torch.Generator:
     seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little", signed=True)
     return torch.Generator().manual_seed(seed)
+
+
+def middle_score(config: Config) -> float:
+    """A limit of attention scores that some heads of a proof are above at first, and some are below. On one thread."""
+    torch.set_num_threads(1)
+    values, batch = read_values(config), Samples(config).batch(0, 1)
+    weights = {name: weight.double() for name, weight in initial_weights(config).items()}
+    biases = {name: bias.double() for name, bias in initial_biases(config).items()}
+    scores = torch.cat([*PlainModel(values, weights, biases).losses(batch).scores.values()]).sort().values
+    return float(scores[(len(scores) - 1) // 2 : len(scores) // 2 + 1].mean())

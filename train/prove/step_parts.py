@@ -9,10 +9,12 @@ from torch import Tensor
 
 from train.data.batch import Batch
 from train.prove import low_precision as low
-from train.prove.bounds import Bound
-from train.prove.compare import Comparisons, Measure, Measured
+from train.prove import reference
+from train.prove.bounds import SMALLEST, Bound
+from train.prove.comparison import Comparisons, DifferenceMeasure, Measurement
 from train.prove.evidence import Evidence, State, assemble
 from train.prove.low_precision import FORMATS, FP32, NearNumbers, PlainFormat, Total
+from train.prove.samples import initial_weights
 
 TOLD, UNTOLD = 0.05, 0.01
 """What ties may change of the sum of a value's magnitudes; the share of a tensor of which they may change more."""
@@ -56,11 +58,14 @@ class StepParts:
 
     def __init__(self, at: Comparisons, ranks: list[Evidence], before: State, batch: Batch):
         """before: the state before the step, of which the weights are. batch: of the step."""
-        info, self.at, self.ranks, self.batch, self.config = ranks[0].info, at, ranks, batch, at.config
+        info, self.at, self.ranks, self.batch, self.config = ranks[0].info, at, ranks, batch, at.values
         self.rounding = low.read_rounding(self.config.precision)
         self.on_gpu, self.cp = info.device == "cuda", info.cp
         masters = {name.removeprefix("master."): w for name, w in before.items() if name.startswith("master.")}
-        self.weights = {name: low.nearest(master, self.rounding.high) for name, master in masters.items()}
+        base = initial_weights(at.config) if at.config.adapter.on else {}  # which no step moves
+        given = {name: weight.double() for name, weight in base.items()} | masters
+        self.weights = {name: low.nearest(weight, self.rounding.high) for name, weight in given.items()}
+        self.trained = reference.trained_shapes(self.config)
         self.biases = {name.removeprefix("bias."): bias for name, bias in before.items() if name.startswith("bias.")}
         self.reduced, self.calls = assemble(ranks, "reduced"), calls_of(ranks)
         self.shared = info.dp * info.cp
@@ -84,7 +89,7 @@ class StepParts:
         return Bound(value, f"8 x 2^-24 x sqrt({terms} terms), of their magnitudes, and one rounding of the result")
 
     def in_rows(self, terms: int) -> Bound:
-        """The same of a row in fp32, with some products of single elements."""
+        """What the order of a sum in fp32 and some products of single elements may change."""
         value = ELEMENTS + 8 * FP32 * max(terms, 1) ** 0.5
         return Bound(value, f"some products and a sum of {terms} terms in fp32, and one rounding of the result")
 
@@ -98,32 +103,39 @@ class StepParts:
         form: PlainFormat | None = None,
         got: Tensor | None = None,
         name: str | None = None,
+        most: float = UNTOLD,
     ) -> None:
-        """Hold what a call gave to what it should have given. form: of the result. got: where it is a part of what the call has."""
+        """Hold what a call gave to what it should have given. form: of the result. got: where it is a part of what the call has. most: the
+        share of numbers that may be not told.
+        """
         found = call.get(what) if got is None else got
-        measure = beyond_rounding(want, form or self.rounding.high)
+        measure = beyond_rounding(want, form or self.rounding.high, most)
         named = name or f"{WHAT[what]} of {call.name}"
         self.at.compare(quantity, named, found, want.x, bound, rank=call.rank, measure=measure)
 
-    def compare_gradient(self, name: str, made: "SumOverCalls", bound: Bound | None = None) -> None:
+    def compare_gradient(
+        self, name: str, made: "SumOverCalls", bound: Bound | None = None, most: float = UNTOLD
+    ) -> None:
         """The mean over ranks of what all micro-batches make, beside what the update took."""
         quantity = "gradients of single weights"
+        if name not in self.trained:
+            return  # beside an adapter
         if made.total is None:
             self.at.fail(quantity, name, "no rank left what it took and gave")
             return
-        got, measure = self.reduced[name] * self.shared, beyond_rounding(made.total, FORMATS["fp32"])
+        got, measure = self.reduced[name] * self.shared, beyond_rounding(made.total, FORMATS["fp32"], most)
         self.at.compare(quantity, name, got, made.total.x, bound or self.order(made.terms), measure=measure)
 
 
-def beyond_rounding(want: Total, form: PlainFormat) -> Measure:
+def beyond_rounding(want: Total, form: PlainFormat, most: float = UNTOLD) -> DifferenceMeasure:
     """Measures what is left of a difference beyond one rounding of the result and ties, in the magnitudes that make a value."""
 
-    def measure(got: Tensor, want_N: Tensor) -> Measured:
-        size, off = want.size.flatten(), torch.zeros_like(got) if want.off is None else want.off.flatten()
-        beyond = ((got - want_N).abs() - low.spacing(got, form) / 2 - off).clamp_min_(0)
+    def measure(got: Tensor, want_N: Tensor) -> Measurement:
+        size, off = want.size.flatten(), low.slack(want).flatten()
+        beyond = ((got - want_N).abs() - low.spacing(got, form) / 2 - off - SMALLEST).clamp_min_(0)
         errors = torch.where(beyond == 0, 0.0, beyond / size).nan_to_num_(math.inf, math.inf)
-        untold, most = int((off > TOLD * size).sum()), max(UNTOLD * len(got), FEW)
-        return Measured(errors, errors.max().item(), untold=untold, most_untold=most)
+        untold, limit = int((off > TOLD * size).sum()), max(most * len(got), FEW)
+        return Measurement(errors, errors.max().item(), untold=untold, most_untold=limit)
 
     return measure
 
@@ -137,7 +149,7 @@ class SumOverCalls:
 
     def add(self, one: Total, is_rounded: bool, terms: int) -> None:
         """is_rounded: to bf16, maybe."""
-        off = torch.zeros_like(one.x) if one.off is None else one.off
+        off = low.slack(one)
         if is_rounded:
             off = off + (low.spacing(one.x, FORMATS["bf16"]) / 2).masked_fill_(one.size == 0, 0)  # a 0 is not rounded
         self.terms += terms
@@ -149,19 +161,17 @@ class SumOverCalls:
             mine += more
 
     def add_rows(
-        self, left: NearNumbers, right: NearNumbers, counts: Sequence[int], here: range, weight: Tensor, rounded: bool
+        self, left: NearNumbers, right: NearNumbers, counts: Sequence[int], here: range, experts: int, rounded: bool
     ) -> None:
-        """Add the gradients of experts, each from its own rows."""
+        """Add the gradients of experts, each from its own rows. experts: all that the weight has."""
         if self.total is None:
-            self.total = Total(*(torch.zeros_like(weight) for _ in range(3)))
-        x, size, off = self.total
-        assert off is not None
+            self.total = Total(*(left.x.new_zeros(experts, left.x.size(-1), right.x.size(-1)) for _ in range(3)))
         rows = zip(here, low.split_rows(left, counts), low.split_rows(right, counts), strict=True)
         for expert, left_e, right_e in rows:
             if len(left_e.x):
                 part = SumOverCalls()
-                part.total = Total(x[expert], size[expert], off[expert])
-                part.add(low.product(low.turned(left_e), low.turned(right_e)), rounded, 0)
+                part.total = Total(*(one[expert] for one in (self.total.x, self.total.size, low.slack(self.total))))
+                part.add(low.product(low.transposed(left_e), low.transposed(right_e)), rounded, 0)
         self.terms += max(counts, default=0)
 
 

@@ -7,10 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from conf.optimizers import ADAMW, MUON
-from conf.schema import Config
 from train.prove import reference_muon, reference_step
 from train.prove.bounds import UNIT
+from train.prove.recipe_values import Values
 
 STEP_ROUNDINGS = 8
 """How many times as many of them a step has as the weight that it is taken from: it is made of both moments."""
@@ -23,7 +22,7 @@ NEWTON_SCHULZ_ROUNDINGS = 4
 class WeightUpdate(NamedTuple):
     """What one step makes of one weight."""
 
-    config: Config
+    config: Values
     name: str
     lr: float
     number: int
@@ -41,6 +40,8 @@ class PlainUpdate:
     roundings: dict[str, int]
     """How many of them at most, of every name of the state. A gradient is multiplied by a factor of a norm that may be off by 16, and its
     square by that factor twice."""
+    is_whole: bool = False
+    """Whether it takes whole matrices, which a rank updates in fp64 once more."""
 
 
 def make_adamw(one: WeightUpdate, weight: Tensor, gradient: Tensor, mean: Tensor, square: Tensor) -> tuple[Tensor, ...]:
@@ -94,6 +95,13 @@ def _slope(singular: float, steps: list[tuple[float, float, float]]) -> float:
 
 
 UPDATES: dict[str, PlainUpdate] = {
-    ADAMW: PlainUpdate(make_adamw, size_adamw_roundings, {"exp_avg": 32, "exp_avg_sq": 64}),
-    MUON: PlainUpdate(make_muon, size_muon_roundings, {"momentum": 32}),
+    "adamw": PlainUpdate(make_adamw, size_adamw_roundings, {"exp_avg": 32, "exp_avg_sq": 64}),
+    "muon": PlainUpdate(make_muon, size_muon_roundings, {"momentum": 32}, is_whole=True),
 }
+
+
+def update_of(config: Values, name: str, dims: int) -> tuple[PlainUpdate, tuple[str, ...]]:
+    """The formula of a weight, and the names of its state."""
+    by_muon = config.optim.name == "muon" and reference_muon.is_matrix(name, dims)
+    formula = UPDATES["muon" if by_muon else "adamw"]
+    return formula, tuple(formula.roundings)

@@ -23,6 +23,7 @@ from tests.prove.mutations import (
     reduction,
     resumes,
     routing,
+    shared,
     sizes,
     skips,
     wire,
@@ -51,6 +52,7 @@ _FILES = (
     formats,
     high,
     wire,
+    shared,
 )
 AREAS = [area.__name__.rsplit(".", 1)[-1] for area in _FILES]
 """In the order of a step."""

@@ -1,12 +1,18 @@
 """Adapters: what pairs add to a product, what learns, and what stays as it was."""
 
+from dataclasses import replace
+
 import torch
+import torch.distributed as dist
 
 from conf.schema import Adapter
+from parallel.expert.dispatcher import PendingDispatch
 from parallel.zero.engine import Zero
 from tests.prove.mutations.registry import BACKWARD, FORWARD, OURS, RESUME, UPDATE, mutation
 from tests.prove.mutations.seams import Seams
 from train import parallelize
+from train.kernels.fp8 import linear
+from train.kernels.fp8.compiled_engine import CompiledEngine
 from train.kernels.fp8.frozen_blocks import FrozenBlocks
 from train.model import adapter
 from train.model.adapter import LowRankPairs
@@ -135,3 +141,135 @@ def pairs_of_the_neighbour_after_a_resume(bug: Seams) -> None:
         original(self, updates)
 
     bug.around(Zero, "finish_load", finish)
+
+
+# --- In the recipe's own precision, part by part ----------------------------------------------------------------------
+
+LOW, PRODUCTS = "recipe", "products"
+
+
+def of_base(bug: Seams, change) -> None:
+    """change(rows) after products of experts with the base, in FP8."""
+    bug.around(CompiledEngine, "grouped", lambda original, self, *given: change(original(self, *given)))
+
+
+@mutation(
+    OURS + ": products of experts of a base in FP8 are 1.3 times as large", "adapters fp8", FORWARD, PRODUCTS, LOW
+)
+def base_of_experts_times_1_3(bug: Seams) -> None:
+    of_base(bug, lambda rows: rows * 1.3)
+
+
+@mutation(OURS + ": products of experts of a base in FP8 are 0", "adapters fp8", FORWARD, PRODUCTS, LOW)
+def base_of_experts_of_0(bug: Seams) -> None:
+    of_base(bug, torch.zeros_like)
+
+
+@mutation(OURS + ": rows of experts arrive rolled by one", "adapters fp8", FORWARD, "rows at the experts", LOW)
+def rows_rolled_by_one(bug: Seams) -> None:
+    def wait(original, self):
+        routed = original(self)
+        return replace(routed, rows_RD=routed.rows_RD.roll(1, 0))
+
+    bug.around(PendingDispatch, "wait", wait)
+
+
+def of_second(bug: Seams, change) -> None:
+    """change(self, y, x, groups, add) in the place of what the pairs of experts' second product add."""
+
+    def add(original, self, y, x, groups=None):
+        is_down = groups is not None and "w2" in self._salt
+        return change(self, y, x, groups, original) if is_down else original(self, y, x, groups)
+
+    bug.around(LowRankPairs, "add", add)
+
+
+@mutation(OURS + ": experts have no pairs of their second product", "adapters fp8", FORWARD, PRODUCTS, LOW)
+def no_pairs_of_down(bug: Seams) -> None:
+    of_second(bug, lambda self, y, x, groups, add: y)
+
+
+@mutation(OURS + ": experts have no pairs of their first product", "adapters fp8", FORWARD, PRODUCTS, LOW)
+def no_pairs_of_up(bug: Seams) -> None:
+    def add(original, self, y, x, groups=None):
+        return y if groups is not None and "w13" in self._salt else original(self, y, x, groups)
+
+    bug.around(LowRankPairs, "add", add)
+
+
+@mutation(OURS + ": pairs of experts' second product take SwiGLU without gates", "adapters fp8", FORWARD, PRODUCTS, LOW)
+def pairs_of_down_without_gates(bug: Seams) -> None:
+    bug.around(linear, "swiglu_of", lambda original, h, gates, kernels: original(h, torch.ones_like(gates), kernels))
+
+
+@mutation(OURS + ": Dgrad of linear layers beside pairs is 0.6 times as large", "adapters fp8", BACKWARD, PRODUCTS, LOW)
+def dgrad_times_06(bug: Seams) -> None:
+    def backward(original, ctx, dy):
+        dx, *rest = original(ctx, dy)
+        return (None if dx is None else dx * 0.6, *rest)
+
+    bug.around(linear._Linear, "backward", backward)
+
+
+@mutation(OURS + ": a rank keeps its pairs of before every update", "adapters bf16", FORWARD, f"{PRODUCTS}|output", LOW)
+def a_rank_keeps_its_pairs(bug: Seams) -> None:
+    def step(original, self, *given, **more):
+        held = {param: param.detach().clone() for param in self.engine.module.parameters() if param.requires_grad}
+        done = original(self, *given, **more)
+        if dist.get_rank() == 1:
+            for param, before in held.items():
+                param.data.copy_(before)
+        return done
+
+    bug.around(Zero, "step", step)
+
+
+@mutation(
+    OURS + ": gradients of experts' pairs are 0.8 times as large", "adapters bf16", BACKWARD, "gradients of single", LOW
+)
+def gradients_of_experts_pairs_times_08(bug: Seams) -> None:
+    def product(original, self, x, weight, groups):
+        return original(
+            self, x, weight if groups is None else weight.detach() + 0.8 * (weight - weight.detach()), groups
+        )
+
+    bug.around(LowRankPairs, "_product", product)
+
+
+@mutation(OURS + ": what pairs add is rounded through FP8", "adapters bf16", FORWARD, PRODUCTS, LOW)
+def pairs_in_fp8(bug: Seams) -> None:
+    def add(original, self, y, x, groups=None):
+        return original(self, y, x + (x.to(torch.float8_e4m3fn).to(x.dtype) - x).detach(), groups)
+
+    bug.around(LowRankPairs, "add", add)
+
+
+def dropped(bug: Seams, change) -> None:
+    """change(dropped, x, share) after dropout."""
+    bug.around(adapter, "_drop", lambda original, x, share, salt: change(original(x, share, salt), x, share))
+
+
+@mutation(OURS + ": dropout does not scale up what it keeps", "adapters dropped", FORWARD, "dropout", "tiles")
+def dropout_without_scaling(bug: Seams) -> None:
+    dropped(bug, lambda kept, x, share: kept * (1 - share))
+
+
+@mutation(OURS + ": dropout drops nothing", "adapters dropped", FORWARD, "dropout", "tiles")
+def dropout_drops_nothing(bug: Seams) -> None:
+    dropped(bug, lambda kept, x, share: x.clone())
+
+
+@mutation(OURS + ": dropout keeps the share that it should drop", "adapters dropped", FORWARD, "dropout", "tiles")
+def dropout_the_other_way(bug: Seams) -> None:
+    dropped(bug, lambda kept, x, share: torch.where(kept == 0, x / (1 - share), 0))
+
+
+@mutation(
+    OURS + ": a block's scale of a base in FP8 is its neighbour's", "adapters dropped", FORWARD, PRODUCTS, "tiles"
+)
+def scale_of_the_next_block(bug: Seams) -> None:
+    def parts(original, self, row):
+        scale, codes = original(self, row)
+        return scale.flip(-1), codes
+
+    bug.around(FrozenBlocks, "_parts", parts)

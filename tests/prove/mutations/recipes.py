@@ -51,6 +51,9 @@ RECIPES = {
     "chats with biases": [*COPIES, *CHATS, "optim.bias_speed=[{until: 1.0, value: 0.0}]"],
     "adapters": [*EXPERTS, *LORA],
     "adapters in blocks": [*EXPERTS, *LORA, "adapter.base=fp8"],
+    "adapters bf16": [*EXPERTS, *FEW, *LORA, "precision=bf16"],
+    "adapters fp8": [*LOW, "parallel.dp=2", "parallel.ep=2", *LORA],
+    "adapters dropped": [*LOW, "parallel.dp=2", "parallel.ep=2", *LORA, "adapter.base=fp8", "adapter.dropout=0.25"],
     "shared": [*BASE, "parallel.cp=2"],
     "pipeline": [*BASE, "parallel.pp=2"],
     "zbv": [*STAGES, "parallel.schedule=zbv"],
@@ -80,5 +83,10 @@ RECIPES = {
     "muon after adamw": [*COPIES, "optim=muon", "prove.first_optimizer=adamw"],
     "muon scores": [*COPIES, "optim=muon", "optim.qk_clip=0.01"],
     "averaged": [*COPIES, "optim.ema_decay=0.9"],
+    "phases": [
+        *COPIES,
+        "optim.lr_schedule=[{until: 0.5, value: 1.0}, {until: 0.9, value: 0.5, shape: cosine}, {until: 1.0, value: 0.1}]",
+    ],
+    "eps of latents": [*COPIES, "model.latent_norm_eps=0.1"],
     "tiny rate": [*COPIES, "optim.lr=1e-6", "optim.ema_decay=0.999"],
 }

@@ -1,6 +1,6 @@
 """How two values of the same thing are compared, and what is kept of it.
 
-`Comparisons.compare` is the only comparison there is, of a named quantity. A `Measure` says what a difference is measured in: the size of the
+`Comparisons.compare` is the only comparison there is, of a named quantity. A `DifferenceMeasure` says what a difference is measured in: the size of the
 tensor (`in_size`), what each element may be off by (`in_each`), or what is left beyond a rounding of the result (train/prove/judge_parts.py).
 """
 
@@ -15,19 +15,20 @@ from conf.schema import Config
 from train.prove.bounds import Bound, is_low, is_rounded
 from train.prove.evidence import Evidence
 from train.prove.findings import Difference, ProofFindings, ProofVerdict, share_of_bound
+from train.prove.recipe_values import read_values
 
 MISSING = 1.0
 """The error of a tensor that is missing: a bound from there on tells nothing."""
 LOOSE = ("outputs", "losses", "gradients of weights", "gradients of outputs")
 """Quantities that pass recipe measures by their norm."""
-BITS, COUNTS = Bound(0.0, "bit for bit"), Bound(0.0, "whole numbers")
+BITS, WHOLE_NUMBERS = Bound(0.0, "bit for bit"), Bound(0.0, "whole numbers")
 
 
-class Measured(NamedTuple):
+class Measurement(NamedTuple):
     """A difference, in the unit of the bound."""
 
     errors: Tensor
-    """Of each element, to find the worst one."""
+    """Errors of each element, to find the worst one."""
     error: float
     """What is held to the bound."""
     scale: float | None = None
@@ -40,29 +41,29 @@ class Measured(NamedTuple):
     """More of them fail: too little would be proven."""
 
 
-Measure = Callable[[Tensor, Tensor], Measured]
+DifferenceMeasure = Callable[[Tensor, Tensor], Measurement]
 """(got, want), both flat and fp64."""
 
 
-def in_size(scale: float | None = None, by_norm: bool = False) -> Measure:
+def in_size(scale: float | None = None, by_norm: bool = False) -> DifferenceMeasure:
     """Measures in the size of what is wanted, or in a given one. by_norm: root mean squares, else largest values."""
 
-    def measure(got: Tensor, want: Tensor) -> Measured:
+    def measure(got: Tensor, want: Tensor) -> Measurement:
         unit, errors = size_of(want, by_norm) if scale is None else scale, (got - want).abs()
-        return Measured(errors, share_of_bound(size_of(errors, by_norm), unit), unit)
+        return Measurement(errors, share_of_bound(size_of(errors, by_norm), unit), unit)
 
     return measure
 
 
-def in_each(allowed: Tensor, before: Tensor | None = None) -> Measure:
+def in_each(allowed: Tensor, before: Tensor | None = None) -> DifferenceMeasure:
     """Measures each element in what it may be off by. before: what an update moved, of which rounding may hide small moves."""
 
-    def measure(got: Tensor, want: Tensor) -> Measured:
+    def measure(got: Tensor, want: Tensor) -> Measurement:
         each, difference = allowed.flatten(), (got - want).abs()
         errors = torch.where(difference == 0, 0.0, difference / each)
         move = torch.zeros_like(want) if before is None else (want - before.flatten()).abs()
         share = share_of_bound(size_of(each, True), size_of(want, True))
-        return Measured(errors, errors.max().item(), share=share, untold=int(((move > 0) & (move <= each)).sum()))
+        return Measurement(errors, errors.max().item(), share=share, untold=int(((move > 0) & (move <= each)).sum()))
 
     return measure
 
@@ -72,10 +73,15 @@ class Comparisons:
 
     def __init__(self, proof: str, config: Config, findings: ProofFindings):
         """config: as the ranks ran it."""
-        self.proof, self.config, self.findings = proof, config, findings
+        self.proof, self.findings = proof, findings
+        self.run_as(config)
         self.is_low, self.is_rounded = is_low(proof, config), is_rounded(proof, config)
         self.phase = "start"
         self.part = self.step = 0
+
+    def run_as(self, config: Config) -> None:
+        """The ranks run this from now on."""
+        self.config, self.values = config, read_values(config)
 
     def compare(
         self,
@@ -87,7 +93,7 @@ class Comparisons:
         *,
         rank: Evidence | None = None,
         scale: float | None = None,
-        measure: Measure | None = None,
+        measure: DifferenceMeasure | None = None,
         widen: Callable[[Bound, float], Bound] | None = None,
     ) -> None:
         """Hold what came out to what should have. scale: of `in_size`, which measures where nothing else is given. widen: makes a wider bound,
@@ -115,6 +121,12 @@ class Comparisons:
         elif made.untold > made.most_untold:
             reason = f"not told: ties may hide more than {made.most_untold:.0f} of the numbers"
             self.fail(quantity, name, reason, made.untold, len(got_N), rank)
+
+    def acted(self, name: str, times: int, of: int = 1) -> None:
+        """Count how often something acts that does not always."""
+        name = f"{name} (pass {self.proof})"
+        before = self.findings.acted.get(name, (0, 0))
+        self.findings.acted[name] = before[0] + times, before[1] + of
 
     def same_names(self, quantity: str, got: Iterable[str], want: Iterable[str]) -> None:
         for name in want:
