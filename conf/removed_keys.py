@@ -94,7 +94,7 @@ REMOVED_KEYS: dict[str, RemovedKey] = {
         )
     },
 }
-"""By dotted key. A removed key needs a line here, and a line on the page train/docs/upgrading.md."""
+"""By dotted key. A removed key needs a line here, and a line in the last table of 0.2.0 in CHANGELOG.md."""
 REMOVED_VALUES: dict[tuple[str, Any], Any] = {("precision.fp8.backend", "specialized"): "triton"}
 """By dotted key and value of an existing key: the new value with the same results, for settings that a run wrote."""
 
