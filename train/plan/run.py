@@ -1,4 +1,4 @@
-"""mode=plan: plan, show, and write runs/<name>/plan.json and plan.html. Starts no run and asks for no GPU."""
+"""mode=plan: plans a recipe, shows the plan, and writes runs/<name>/plan.json and plan.html. Needs no GPU."""
 
 import json
 import shlex
@@ -21,14 +21,14 @@ from train.show.planned import PLAN_FILE
 
 
 def tell_best(found: FoundLayout) -> None:
-    """A line on standard error, while a search goes on."""
+    """Print a line on standard error during a search."""
     say(f"search: {found.step_seconds:.3g} s a step: {shlex.join(found.overrides)}", file=sys.stderr, flush=True)
 
 
 def run_plan(config: Config) -> int:
-    """Do what the plan section asks for; returns the exit code."""
+    """Run the operations of the plan section; returns the exit code."""
     if config.plan.calibrate:
-        from train.plan.time.calibrate import calibrate  # the one part that runs kernels
+        from train.plan.time.calibrate import calibrate  # the only part that runs kernels
 
         calibration_screen(calibrate(config))
         return EXIT_OK

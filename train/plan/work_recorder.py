@@ -1,13 +1,15 @@
-"""The work of a pass: what a rank's own code asks to be computed and sent, recorded while that code runs.
+"""Records the work of a pass, computing and communication, while a rank's own code runs.
 
-A recorder listens in three places. Nothing that it listens to knows of it.
+A recorder observes three places, without changes to the observed code:
 
-    methods     of the kernels, the FP8 engine, the wire and the dispatcher: a call counts as one kernel, with all that it does inside
-    nodes       of autograd, for methods that are differentiable: the backward of the call counts as one kernel too
+    methods     of the kernels, the FP8 engine, the wire and the dispatcher: a call counts as one kernel, including all
+                work inside
+    nodes       of autograd, for differentiable methods: the backward of the call counts as one kernel too
     operations  of torch outside such calls, seen by the ledger (train/plan/memory/ledger.py)
 
-The bytes of a call are those of the tensors that it is given and returns. What a CPU's several passes over memory add is in the measured rate of
-its kind. A kind names a rate (train/plan/time/rates.py); a kind that nobody lists takes the rate of memory, so a new kernel is planned as it is.
+The bytes of a call are those of its arguments and results. The extra memory passes of a CPU are in the measured rate of
+its kind. A kind names a rate (train/plan/time/rates.py). An unlisted kind uses the rate of memory, so a new kernel is
+planned without changes here.
 
 Shapes: as in train/model/operations.py.
 """
@@ -46,17 +48,18 @@ class Work(NamedTuple):
 
 
 class Exchange(NamedTuple):
-    """One hop of the rows of a micro-batch between the ranks of an expert group."""
+    """One hop of a micro-batch's rows between the ranks of an expert group."""
 
     link: str
     """inside or across; empty for one hop over both."""
     row_bytes: int
-    """Bytes of a message, with what travels beside the row."""
+    """Bytes of a message, including a row's side data."""
 
 
 @dataclass(frozen=True)
 class WorkSegment:
-    """What is computed, the exchanges that then start, what is computed before they are waited for, and whether a pair of passes takes turns there."""
+    """Computing, the exchanges that it then starts, computing before the wait for them, and whether a pair of passes
+    alternates at the wait."""
 
     compute: tuple[Work, ...]
     exchanges: tuple[Exchange, ...] = ()
@@ -65,7 +68,7 @@ class WorkSegment:
 
 
 class TimedWork(NamedTuple):
-    """A kernel and the seconds that it took."""
+    """A kernel and its measured seconds."""
 
     work: Work
     seconds: float
@@ -73,11 +76,11 @@ class TimedWork(NamedTuple):
 
 YIELD, WAIT = "yield", "wait"
 ONCE = "once_"
-"""Before the kind of work that is done once a step, not in every micro-batch."""
+"""Prefix for the kind of work that is done once per step, not in every micro-batch."""
 
 
 class WorkRecorder:
-    """Records one pass at a time. waits_for_each: whether each hop is waited for where it starts, as on a CPU."""
+    """Records one pass at a time. waits_for_each: whether each hop blocks where it starts, as on a CPU."""
 
     def __init__(self, waits_for_each: bool, clock: Callable[[], float] | None = None):
         self._waits_for_each, self._clock = waits_for_each, clock or (lambda: 0.0)
@@ -107,12 +110,12 @@ class WorkRecorder:
         return (*found, WorkSegment(compute.works()))
 
     def yielded(self) -> None:
-        """A pass waits for its exchanges, where a pair takes turns."""
+        """Record a wait for exchanges at which a pair of passes alternates."""
         self._events.append(YIELD)
 
     @contextmanager
     def once(self) -> Iterator[None]:
-        """What is done inside is done once a step."""
+        """Work inside the context is done once per step."""
         self._once = True
         try:
             yield
@@ -120,7 +123,7 @@ class WorkRecorder:
             self._once = False
 
     def run(self, call: Callable[..., Any], count: Callable[..., Work], *args: Any, **kwargs: Any) -> Any:
-        """Call, and record it as one kernel. count: its work, from what it returned and was given."""
+        """Call, and record the call as one kernel. count: returns its work, from its result and arguments."""
         if self._inside:
             return call(*args, **kwargs)
         started = self._clock()
@@ -134,7 +137,7 @@ class WorkRecorder:
         setattr(owner, name, lambda *args, **kwargs: self.run(call, count, *args, **kwargs))
 
     def operation(self, run: Callable[..., Any], func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Run an operation of torch, and record it where it is a kernel of its own."""
+        """Run a torch operation, and record it if it is a separate kernel."""
         if self._inside or not _is_kernel(func):
             return run(func, args, kwargs)
         started = self._clock()
@@ -147,7 +150,7 @@ class WorkRecorder:
         self._events.append(TimedWork(work._replace(kind=kind), seconds))
 
     def listen_to_kernels(self, kernels: Kernels) -> None:
-        """Record what the model asks of these kernels."""
+        """Record the model's calls of these kernels."""
         for name, kind in _ROWWISE.items():
             self.listen(kernels, name, _moving(kind))
         for name, count in _PRODUCTS.items():
@@ -183,7 +186,7 @@ class WorkRecorder:
         setattr(owner, name, both)
 
     def listen_to_engine(self, engine: HopperEngine) -> None:
-        """Record casts to FP8 and back, what is fused with them, and products in FP8."""
+        """Record casts to FP8 and back, work fused with them, and GEMMs in FP8."""
         engine._casts = casts = SimpleNamespace(**{name: getattr(engine._casts, name) for name in FP8_CASTS})
         for name, kind in FP8_CASTS.items():
             self.listen(casts, name, _moving(kind))
@@ -195,7 +198,7 @@ class WorkRecorder:
         self.listen(products, "wgrad", partial(_count_fp8_wgrad, prefix, form))
 
     def listen_to_dispatcher(self, dispatcher: ExchangeDispatcher) -> None:
-        """Record what goes over the links of a rank alone, and casts of rows that travel in FP8."""
+        """Record a rank's transfers over its links, casts of rows that travel in FP8, and sorts of rows."""
         wire = dispatcher.wire
         for name in ("encode", "unpack"):
             if isinstance(wire, Fp8Wire) and not (name == "unpack" and isinstance(wire, Fp8RowsWire)):
@@ -231,7 +234,7 @@ class WorkRecorder:
         vars(link)["start"] = begin
 
     def _listen_to_buffer(self, buffer: Any, name: str) -> None:
-        """buffer: DeepEP's, which sends rows and, beside them, what has a row for every token."""
+        """buffer: DeepEP's, which sends rows and all other inputs with a row per token."""
         call = getattr(buffer, name)
 
         def send(rows: Any, *rest: Any, **more: Any) -> Any:
@@ -243,7 +246,7 @@ class WorkRecorder:
         setattr(buffer, name, send)
 
     def listen_to_share(self, share: Any) -> None:
-        """Record what ranks that share sequences send one another, which is waited for where it is issued."""
+        """Record transfers between ranks that share sequences; each blocks at its start."""
         others = share.parts - 1
         self.listen(share, "_all_gather", lambda out, there, own: Work("gather", bytes=others * _size(own)))
         self.listen(share, "_all_to_all", lambda out, there, own: Work("all_to_all", bytes=others * _size(own[0])))
@@ -271,14 +274,14 @@ class _Sums(defaultdict):
 
 
 def _size(value: object) -> float:
-    """Bytes of all tensors in a value; of one that repeats itself those that it has."""
+    """Bytes of all tensors in a value; for an expanded tensor, the bytes of its storage."""
     if isinstance(value, Tensor):
         return min(value.numel() * value.element_size(), value.untyped_storage().nbytes())
     return sum(map(_size, value)) if isinstance(value, list | tuple) else 0.0
 
 
 def _moving(kind: str) -> Callable[..., Work]:
-    """The work of a call that is bound by memory. What it returns of what it was given moves once."""
+    """The work of a call that is limited by memory. A returned argument counts once."""
 
     def count(out: Any, *args: Any, **kwargs: Any) -> Work:
         given = (*args, *kwargs.values())
@@ -298,13 +301,14 @@ _ROWWISE = {
     "sort_by_expert": "sort",
     "sum_entries": "collect",
 }
-"""Kinds of those methods of `Kernels` that are called inside Functions, but for products."""
+"""Kinds of `Kernels` methods that are called inside Functions, except GEMMs."""
 _DIFFERENTIABLE = {"to_heads": "heads", "route": "route"}
-"""And of those that are Functions themselves."""
+"""Kinds of methods that are Functions themselves."""
 
 
 def product_kind(left_OC: Tensor, right_NC: Tensor) -> str:
-    """The kind of left right^T, by how the operands lie in memory: Fprop has both row by row, Dgrad the left one alone, Wgrad neither."""
+    """The kind of left right^T, by memory order: Fprop has both operands row by row, Dgrad only the left, Wgrad
+    neither."""
     name = "wgrad" if left_OC.stride(-1) != 1 else "fprop" if right_NC.stride(-1) == 1 else "dgrad"
     return f"{name}_{_form(left_OC)}"
 
@@ -383,7 +387,7 @@ def _count_fp8_wgrad(
 
 
 def _attention_counter(name: str) -> Callable[..., Work]:
-    """The work of a core's forward, which has two products, or backward, which has five."""
+    """The work of a core's forward, which has two GEMMs, or backward, which has five."""
 
     def count(out: Any, *args: Any, **kwargs: Any) -> Work:
         given = args[0] if name == "forward" else args[1]
@@ -397,7 +401,7 @@ def _attention_counter(name: str) -> Callable[..., Work]:
 
 @cache
 def _pairs(seen: Rectangle) -> int:
-    """Queries and keys that meet."""
+    """Number of pairs of query and visible key."""
     keys = seen.last_key - seen.first_key
     return sum(min(max(query + seen.before + 1, 0), keys) for query in range(seen.last_query - seen.first_query))
 
@@ -417,12 +421,12 @@ _KINDS = {
     **dict.fromkeys(("copy_", "_to_copy", "clone", "cat", "stack"), "copy"),
 }
 _ADDS = {"add_", "addcmul_"}
-"""Operations by which gradients in fp32 are added up."""
+"""Operations that add up fp32 gradients."""
 
 
 @cache
 def _is_kernel(func: Any) -> bool:
-    """Whether an operation computes: it does not where it returns views or room alone."""
+    """Whether an operation computes; operations that only return views or allocate do not."""
     schema = func._schema
     views = any(one.alias_info is not None and not one.alias_info.is_write for one in schema.returns)
     return not views and _name(func) not in _MAKES_NOTHING and schema.name.partition("::")[0] != "prim"

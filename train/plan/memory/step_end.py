@@ -1,23 +1,23 @@
-"""What the end of a step takes: gradients brought into DeepSpeed's bucket, reduced and sharded, then the update.
+"""Memory at the end of a step: gradients go into DeepSpeed's bucket, are reduced and sharded; then the update.
 
-This follows DeepSpeed buffer by buffer (parallel/zero/private_names.py names what was read), since on small models and few micro-batches the peak of the
-whole step lies here. Gradients are fp32 and whole when it begins (parallel/zero/whole_weights.py):
+This follows DeepSpeed buffer by buffer (parallel/zero/private_names.py names the code it follows). On small models with
+few micro-batches, the peak of the whole step is here. At its start, gradients are fp32 and whole
+(parallel/zero/whole_weights.py):
 
-With offload (ZeRO 1 and 2) a shard's gradients go on to the host as they are reduced: the slices that this rank keeps let go of
-their whole gradients at once, with fp32 weights nothing is put together on the device, and scratch is the host's.
+    own        gradients of a group with only this rank stay unchanged to the end (with bf16 weights)
+    fill       a gradient is copied into the bucket, and its own memory freed; one larger than the bucket stays
+    reduce     when the bucket is full, the slices of every group are joined in a copy and summed over its ranks
+    keep       with bf16 weights, sums go to a flat shard per group, allocated on first use; with fp32 weights, whole
+               gradients of which this rank keeps a slice are copied into one buffer
+    update     group by group; with fp32 weights the shard is first copied together; then the optimizer's scratch
 
-    own        gradients of a group that this rank shares with nobody stay as they are to the end (with bf16 weights)
-    fill       a gradient is copied into the bucket, and its own memory freed; one that is larger than the bucket stays
-    reduce     when the bucket is full: the slices of every group are put together in a copy and summed over its ranks
-    keep       with bf16 weights, sums go to a flat shard per group, made when first needed; with fp32 weights the
-               gradients of which this rank has a piece are copied whole into one buffer
-    update     group by group; with fp32 weights the shard is copied together first; then the optimizer's scratch
+With offload (ZeRO 1 and 2), a shard's gradients go to the host as they are reduced. Slices that this rank keeps release
+their whole gradients at once, fp32 weights need no joined copy on the device, and the scratch is on the host.
 
-Of bf16 weights those of a chunk that ends before another of the rank come first, in a block of their own, and leave a shard of every group
-(parallel/zero/whole_weights.py).
+With bf16 weights, gradients of a chunk that ends before another chunk of the rank are reduced first, in their own
+block, and leave a shard of every group (parallel/zero/whole_weights.py).
 
-Gradients that are other ranks' business are let go after their reduction at stage 2, and at stage 1 only when all are
-reduced.
+At stage 2, gradients that other ranks keep are released after their reduction; at stage 1, after all reductions.
 
 All sizes in bytes unless a name says elements.
 """
@@ -35,7 +35,7 @@ from train.plan.memory.rank_weights import FP32_BYTES, Shards, Weight
 
 @dataclass
 class _Bytes:
-    """Bytes in use, and the most there were since the last mark."""
+    """Bytes in use, and their maximum since the last mark."""
 
     now: int = 0
     peak: int = 0
@@ -51,7 +51,7 @@ class _Bytes:
 
 @dataclass(frozen=True)
 class Slice:
-    """A piece of a gradient that one rank keeps."""
+    """A slice of a gradient that one rank keeps."""
 
     owner: int
     elements: int
@@ -59,13 +59,13 @@ class Slice:
 
 @dataclass(frozen=True)
 class Gradient:
-    """One weight's gradient among those of its group."""
+    """A weight's gradient in its group."""
 
     group: int
     weight: Weight
     slices: list[Slice]
     mine: bool
-    """This rank keeps a piece."""
+    """Whether this rank keeps a slice."""
 
     @property
     def size(self) -> int:
@@ -73,7 +73,7 @@ class Gradient:
 
 
 def _gradients(groups: Sequence[Shards], ranks: Sequence[int]) -> Iterator[Gradient]:
-    """In DeepSpeed's order. ranks: this rank's number in every group."""
+    """All gradients in DeepSpeed's order. ranks: this rank's number in every group."""
     for number, (group, rank) in enumerate(zip(groups, ranks, strict=True)):
         begin, part = 0, group.partition
         for weight in group.weights:
@@ -86,7 +86,7 @@ def _gradients(groups: Sequence[Shards], ranks: Sequence[int]) -> Iterator[Gradi
 
 
 def kept_elements(config: Config, groups: Sequence[Shards], stage_rank: int) -> list[tuple[Weight, int]]:
-    """How much a rank keeps of every weight that it keeps a piece of."""
+    """The weights of which a rank keeps a part, with the elements that it keeps."""
     if config.parallel.zero == 3:
         return [(weight, -(-weight.elements // group.ranks)) for group in groups for weight in group.weights]
     ranks = [stage_rank * group.ranks // config.parallel.stage_ranks for group in groups]
@@ -114,8 +114,10 @@ class StepEnd:
         self._bucket = min(max(1, sum(one.weight.elements for one in self._gradients)), THRESHOLDS.bucket_elements)
 
     def peaks(self, ended: Sequence[int]) -> tuple[list[tuple[int, int]], int, int]:
-        """Most bytes of gradients, buffers and scratch at a time, in the reduction and in the update. ended: chunks whose gradients are
-        reduced ahead, in that order: for each, before the others, the most bytes beside what there was, and those that stay, mostly below 0.
+        """Peak bytes of gradients, buffers and scratch, in the reduction and in the update.
+
+        ended: chunks whose gradients are reduced ahead, in order. First comes a list with, for each of them, the
+        peak on top of earlier bytes, and the change of remaining bytes, mostly negative.
         """
         meter = self._meter = _Bytes()
         meter.take(sum(one.size for one in self._gradients))
@@ -133,7 +135,7 @@ class StepEnd:
         return ahead, meter.mark(), self._update()
 
     def _reduce_all(self, gradients: Sequence[Gradient], ahead: bool = False) -> None:
-        """One block of DeepSpeed's; ahead: none of these gradients outlives it."""
+        """Reduce one of DeepSpeed's blocks. ahead: all of these gradients are freed with it."""
         self._meter.take(FP32_BYTES * self._bucket)
         waiting: list[Gradient] = []
         for one in gradients:
@@ -153,14 +155,14 @@ class StepEnd:
         return one.weight.elements <= self._bucket
 
     def _reduce(self, waiting: Sequence[Gradient]) -> None:
-        """Sum the gradients that wait over their ranks, and keep this rank's."""
+        """Sum the waiting gradients over their ranks, and keep this rank's slices."""
         meter = self._meter
         if self._bf16:
             for one in waiting:
                 if one.mine and one.group not in self._shards:
                     self._shards.add(one.group)
                     meter.take(FP32_BYTES * self._groups[one.group].partition)
-        for experts in (False, True):  # each over ranks of its own
+        for experts in (False, True):  # each over its own ranks
             slices = [one for one in waiting if (self._has_expert_groups and one.weight.is_expert) == experts]
             for copied in self._copies(slices):
                 meter.take(FP32_BYTES * copied)
@@ -185,7 +187,7 @@ class StepEnd:
         return sum(one.size for one in self._gradients if one.mine)
 
     def _copies(self, gradients: Sequence[Gradient]) -> Iterator[int]:
-        """Elements of each copy that slices are put together in; a slice alone is not copied."""
+        """Elements of each copy that joins slices; a single slice is not copied."""
         slices: list[int] = []
         for mine, run in groupby(
             ((one, piece) for one in gradients for piece in one.slices),
@@ -206,7 +208,7 @@ class StepEnd:
         return self._bf16 and piece.owner == self._ranks[one.group]
 
     def _end(self, gradients: Sequence[Gradient], ahead: bool) -> None:
-        """All these are reduced: the bucket goes, and gradients too large for it that have outlived their reduction."""
+        """Free the bucket, and large gradients that are still there, after all of these gradients are reduced."""
         stays = (
             one
             for one in gradients

@@ -1,8 +1,8 @@
-"""What ZeRO stage 3 takes beside this rank's shards (parallel/zero/sharded_weights.py): weights and gradients of the part at work.
+"""Memory of ZeRO stage 3 besides this rank's shards (parallel/zero/sharded_weights.py), for the active unit.
 
-The model's units work one after another: embedding, blocks, final norm, MTP modules, head, and back. While one is at work
-its weights are there, and some of those that come next (zero3_gather.py). Gradients leave for a bucket, which stays for the whole
-run, and are reduced on the way (zero3_scatter.py). All sizes in bytes.
+The model's units run in sequence: embedding, blocks, final norm, MTP modules, head, and back. While a unit runs, its
+weights are gathered, and some of the next units' weights (zero3_gather.py). Gradients go to a bucket, which stays
+for the whole run, and are reduced during backward (zero3_scatter.py). All sizes in bytes.
 """
 
 from collections.abc import Sequence
@@ -32,13 +32,13 @@ class Zero3Memory:
     """One rank, which has the whole model in one chunk."""
 
     def __init__(self, config: Config, weights: Sequence[Weight], groups: Sequence[Shards], chunk: ChunkMemory):
-        """weights: those of the rank, of which groups have the trained ones."""
+        """weights: all of the rank; groups contain the trained ones."""
         self._config, self._groups, self._chunk = config, groups, chunk
         self._frozen = [weight for weight in weights if not weight.is_trained]
         self._element = config.precision.weight_bytes
 
     def state(self) -> dict[str, int]:
-        """What is there all the time."""
+        """Permanent bytes by item."""
         owned = sum(group.scattered for group in self._groups)
         return {
             "weights": self._element * owned + sum(self._shared(weight).shard_bytes for weight in self._frozen),
@@ -49,20 +49,23 @@ class Zero3Memory:
         }
 
     def schedule(self) -> tuple[int, str]:
-        """Most bytes in forward and backward passes and between them, and the unit at work."""
+        """Peak bytes in forward and backward passes and between them, and the unit at the peak."""
         forward, (backward, _) = self._forward, self._backward
         held = self._held
         moments = []
         for number, (visit, gathered) in enumerate(zip((*forward, *backward), held, strict=True)):
             most = max(visit.peak + gathered.working, visit.start + gathered.fetching)
             moments.append((most, f"{'forward' if number < len(forward) else 'backward'}: {visit.unit}"))
-        if micro_batches_of(self._config) > 1:  # what is left of one is reduced as the next begins
+        if micro_batches_of(self._config) > 1:  # the rest of a micro-batch's gradients is reduced as the next begins
             moments.append((self.reduction(), "reduction between micro-batches"))
         return max(moments)
 
     def evaluation(self) -> int:
-        """Most bytes in a forward without gradients. MTP modules do not work in it, but DeepSpeed has learnt their turn: weights of theirs are
-        on their way when the head works."""
+        """Peak bytes in a forward without gradients.
+
+        MTP modules do not run in it, but DeepSpeed has learnt their turn: it gathers their weights while the head
+        runs.
+        """
         visits = [visit for part in self._chunk.parts for visit in trace_unit_evaluation(self._chunk.scene, part)]
         held = self._held[: len(visits)]
         if len(self._forward) > len(visits):
@@ -74,9 +77,10 @@ class Zero3Memory:
         )
 
     def reduction(self) -> int:
-        """Most bytes when what is left of the last micro-batch is reduced.
+        """Peak bytes when the last micro-batch's remaining gradients are reduced.
 
-        The embedding's input has no gradient, so DeepSpeed does not see its backward end, and its weights are still there.
+        The embedding's input has no gradient, so DeepSpeed does not see the end of its backward and keeps its
+        weights.
         """
         _, left = self._backward
         outside = 0 if self._bucket.takes(left.elements) else FP32_BYTES * left.elements
@@ -113,30 +117,30 @@ class Zero3Memory:
 
     @cached_property
     def _held(self) -> list[GatheredBytes]:
-        """What is gathered at the visits of forward, then of backward."""
+        """Gathered bytes at the visits of forward, then of backward."""
         last = len(self._learnt[0]) - 1
         held = follow_gathers(*self._learnt)
         return held[1 : last + 1] + held[-last:]
 
     @cached_property
     def _learnt(self) -> tuple[list[list[SharedWeight]], list[tuple[int, bool]], int]:
-        """Units, the visits of them that DeepSpeed learns, and its limit of elements."""
+        """Units, the sequence of visits that DeepSpeed learns, and its limit of elements."""
         units = self._units()
         last, depths = len(units) - 1, self._config.model.mtp_depth
-        down = range(last, 0, -1)  # the model itself comes first in each pass, a unit without weights
+        down = range(last, 0, -1)  # each pass starts with the model itself, a unit without weights
         visits = [*range(last + 1), 0, *[last] * depths, *down]  # the head once for every output
         done = [True] * (last + 2) + [False] * depths + [True] * last
         limit = max(sum(weight.elements for weight in unit) for unit in units)
         return units, list(zip(visits, done, strict=True)), limit
 
     def _units(self) -> list[list[SharedWeight]]:
-        """Weights by unit; the first is the model itself, which has none of its own."""
+        """Weights by unit; the first unit is the model itself, without weights of its own."""
         found: list[list[SharedWeight]] = [[]]
         for part in self._chunk.parts:
             by_unit: dict[str, list[SharedWeight]] = {}
             for weight in self._weights(part):
                 by_unit.setdefault(unit_of(weight.name) if part == "end" else part, []).append(self._shared(weight))
-            head = by_unit.pop("head", None)  # at work last
+            head = by_unit.pop("head", None)  # runs last
             found += [*by_unit.values(), *([head] if head else [])]
         return found
 
@@ -155,7 +159,7 @@ class Zero3Memory:
         return part_weights(FrozenSection(self._config.model), part, share, FrozenSection(self._config.adapter))
 
     def update(self) -> int:
-        """Most bytes while the weights are updated, group by group: a copy of the gradients and scratch."""
+        """Peak bytes while the weights are updated, group by group: a copy of the gradients and scratch."""
         scene, precision = self._chunk.scene, self._config.precision
         scratch = OPTIMIZER_CLASSES[self._config.optim.facts.name].count_scratch_bytes
         sizes = [group.scattered for group in self._groups]

@@ -1,17 +1,18 @@
-"""What ZeRO stage 3 has gathered while each unit of the model is at work, by DeepSpeed's own rules.
+"""Simulates which weights ZeRO stage 3 has gathered while each unit of the model runs, by DeepSpeed's rules.
 
-DeepSpeed (parallel/zero/private_names.py names what was read of it) learns in which order units work and, before each, gathers
+DeepSpeed (parallel/zero/private_names.py names the code it follows) learns the order of units. Before each unit, it
+gathers
 
-    what is missing of the unit itself, and waits for it
-    weights of the next ones, weight by weight, until `limit` elements are on their way or 2 limit are there in all
+    the missing weights of the unit, and waits for them
+    weights of the next units, one by one, until `limit` elements are in transfer or 2 limit are gathered in total
 
-Weights that are gathered together come in one buffer, and when the first unit that needs any of them waits, each is copied
-out of it. The buffer stays until the last of them was waited for. A weight that comes alone, or that no other rank
-shares, is not copied. After its work a unit's weights go, unless the next gathers have already counted on them.
-DeepSpeed waits for a unit's weights in the order of a set of objects, which is another in every process: the most bytes
-are those of the worst order. Where another unit works than the one it has learnt, it lets all go that is on its way.
+Weights of one gather share a buffer. When the first unit that needs one of them waits, each weight is copied out. The
+buffer stays until the wait for its last weight. A weight that is gathered alone, or has no other rank, is not copied.
+After a unit's work its weights are freed, unless later gathers already rely on them. DeepSpeed waits for a unit's
+weights in the order of a set of objects, which differs between processes: the peak is for the worst order. If another
+unit runs than the learnt one, DeepSpeed frees all weights in transfer.
 
-Limits count elements, and what is told are bytes.
+Limits count elements; results are bytes.
 """
 
 from collections import Counter, deque
@@ -22,7 +23,7 @@ from typing import NamedTuple
 
 
 class SharedWeight(NamedTuple):
-    """A weight, the process group that shares it, and the ranks in that group."""
+    """A weight, the process group that shares it, and the number of ranks in that group."""
 
     elements: int
     group: str
@@ -31,7 +32,7 @@ class SharedWeight(NamedTuple):
 
     @property
     def shard_bytes(self) -> int:
-        """Bytes that one rank has, with what makes all shards equally long."""
+        """Bytes of one rank's shard, padded so that all shards have the same length."""
         return -(-self.elements // self.ranks) * self.item_bytes
 
     @property
@@ -44,9 +45,9 @@ class GatheredBytes(NamedTuple):
     """Gathered weights around one visit of a unit, in bytes."""
 
     fetching: int
-    """Most while its weights come."""
+    """Peak while its weights arrive."""
     working: int
-    """While it is at work."""
+    """While the unit runs."""
 
 
 class _Status(Enum):
@@ -57,7 +58,7 @@ class _Status(Enum):
 
 @dataclass(eq=False)
 class _Weight:
-    """One weight in one simulation. next_use: number of the visit that the latest gather or wait was for."""
+    """A weight in a simulation. next_use: number of the visit that the latest gather or wait was for."""
 
     shared: SharedWeight
     status: _Status = _Status.away
@@ -68,7 +69,7 @@ class _Weight:
 
 @dataclass(eq=False)
 class _Gather:
-    """Weights on their way together. buffers: bytes, not those that become a weight's own memory."""
+    """Weights in one transfer. buffers: bytes, without those that become a weight's own memory."""
 
     waited: list[_Weight]
     copied: list[_Weight] = field(default_factory=list)
@@ -85,14 +86,14 @@ class _Gather:
 def follow_gathers(
     units: Sequence[Sequence[SharedWeight]], visits: Sequence[tuple[int, bool]], limit: int
 ) -> list[GatheredBytes]:
-    """What is gathered at every visit. visits: a unit's number, and whether it is done with when the visit ends."""
+    """Gathered bytes at every visit. visits: a unit's number, and whether the unit is finished when the visit ends."""
     return _Coordinator(units, visits, limit).run(len(visits))
 
 
 def follow_change(
     units: Sequence[Sequence[SharedWeight]], visits: Sequence[tuple[int, bool]], limit: int, number: int, unit: int
 ) -> GatheredBytes:
-    """What is gathered where this unit works instead of the one that the learnt visit of that number has."""
+    """Gathered bytes if this unit runs instead of the unit that was learnt for visit `number`."""
     coordinator = _Coordinator(units, visits, limit)
     coordinator.run(number)
     return coordinator.visit_unlearnt(unit)
@@ -105,10 +106,10 @@ class _Coordinator:
         self._queue = deque((weight, number) for number, (unit, _) in enumerate(visits) for weight in self._units[unit])
         self._coming: dict[_Weight, _Gather] = {}
         self._counted = 0
-        """Elements that DeepSpeed takes for gathered: without padding and buffers."""
+        """Elements that DeepSpeed counts as gathered: without padding and buffers."""
 
     def run(self, end: int) -> list[GatheredBytes]:
-        """The visits before this number."""
+        """Gathered bytes of the visits before number `end`."""
         found = []
         for number, (unit, done) in enumerate(self._visits[:end]):
             weights = self._units[unit]
@@ -121,7 +122,7 @@ class _Coordinator:
         return found
 
     def visit_unlearnt(self, unit: int) -> GatheredBytes:
-        """The visit of a unit whose turn it is not. Buffers stay until all that was on its way has come and gone."""
+        """The visit of a unit out of turn. Buffers stay until all weights in transfer have arrived and are freed."""
         highest = self._size()
         for weight, gather in self._coming.items():
             gather.arrive()
@@ -149,10 +150,10 @@ class _Coordinator:
             self._counted += weight.shared.elements
 
     def _wait(self, weights: list[_Weight]) -> int:
-        """Let a unit's weights arrive. Returns the most bytes that are there meanwhile."""
+        """Let a unit's weights arrive. Returns the peak bytes meanwhile."""
         highest = self._size()
         coming = [weight for weight in weights if weight in self._coming]
-        left = Counter(self._coming.values())  # of a gather's weights; with its last one its buffers go
+        left = Counter(self._coming.values())  # weights left in each gather; its buffers are freed with the last one
         early = list({gather: weight for weight in coming if left[gather := self._coming[weight]] > 1}.values())
         for weight in [*early, *(weight for weight in coming if weight not in early)]:  # the worst order
             self._coming[weight].arrive()

@@ -1,8 +1,9 @@
-"""Passes of a part under ZeRO stage 3: unit by unit, with gradients that leave as they come (parallel/zero/sharded_weights.py).
+"""Passes of a part under ZeRO stage 3, unit by unit, with gradients reduced during backward.
 
-Gradients of weights, whole and in fp32, are handed over in the reverse of the module order and copied into a bucket. What
-waits there is reduced when the next belongs to another group of ranks, dense or experts, or has no room: put together with
-the shards in order, summed, and added to the shards' sums. A gradient larger than the bucket stays what it is until then.
+See parallel/zero/sharded_weights.py. Whole fp32 gradients of weights are handed over in reverse module order and
+copied into a bucket. Waiting gradients are reduced when the next belongs to another group of ranks (dense or
+experts), or has no room: joined in the order of shards, summed, and added to the shards' sums. A gradient larger
+than the bucket keeps its own memory until then.
 """
 
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ class WaitingGradients(NamedTuple):
 
     elements: int = 0
     padded: int = 0
-    """With what makes all shards equally long."""
+    """Elements with the padding that makes all shards equally long."""
     tensors: int = 0
     experts: bool = False
 
@@ -39,7 +40,7 @@ class Bucket:
     gloo: bool
 
     def is_full(self, waiting: WaitingGradients, elements: int, experts: bool) -> bool:
-        """Whether what waits is reduced before a gradient of this kind comes."""
+        """Whether waiting gradients must be reduced before a gradient of this kind is added."""
         return waiting.tensors > 0 and (experts != waiting.experts or waiting.elements + elements > self.limit)
 
     def add(self, waiting: WaitingGradients, elements: int, experts: bool) -> WaitingGradients:
@@ -52,7 +53,7 @@ class Bucket:
         return elements <= self.limit
 
     def reduction(self, waiting: WaitingGradients) -> int:
-        """Most bytes that a reduction takes. gloo makes a copy to sum in; experts' shards are scaled after the sum."""
+        """Peak bytes of a reduction. gloo sums in a copy; experts' shards are scaled after the sum."""
         ranks = self.expert_ranks if waiting.experts else self.dense_ranks
         in_order = 0 if waiting.tensors == 1 and waiting.elements == waiting.padded else waiting.padded
         summed = waiting.padded if self.gloo else 0
@@ -61,20 +62,20 @@ class Bucket:
 
 
 class Visit(NamedTuple):
-    """A unit's work in a pass: bytes alive when it begins, and at most."""
+    """A unit's work in a pass: live bytes at its start, and its peak."""
 
     unit: str
     start: int
     peak: int
 
     def lifted(self, below: int) -> "Visit":
-        """On top of what else is alive."""
+        """The visit with other live bytes added."""
         return Visit(self.unit, self.start + below, self.peak + below)
 
 
 @traced_once
 def trace_unit_forward(scene: Scene, part: str) -> tuple[Visit, ...]:
-    """Forward. unit: the part's own name, of the end norm, mtp.0 ... and head."""
+    """Forward. unit: the part's own name; for the end: norm, mtp.0 ... and head."""
     with _UnitRun(scene, part) as run:
         return run.visits(run.forward().run)
 
@@ -90,7 +91,10 @@ def trace_unit_evaluation(scene: Scene, part: str) -> tuple[Visit, ...]:
 def trace_unit_backward(
     scene: Scene, part: str, held: bool, bucket: Bucket, waiting: WaitingGradients
 ) -> tuple[PassMemory, tuple[Visit, ...], WaitingGradients]:
-    """Whole backward, its visits, and what waits then. held: as in trace_backward. waiting: at the start."""
+    """Whole backward, its visits, and the gradients that wait at its end.
+
+    held: as in trace_backward. waiting: gradients at the start.
+    """
     with _UnitRun(scene, part, bucket, waiting) as run:
         run.forward()
         whole = run.backward(held)
@@ -98,7 +102,7 @@ def trace_unit_backward(
 
 
 class _UnitRun(Run):
-    """A run that knows when units begin, and hands gradients over."""
+    """A run that records when units begin, and hands gradients over."""
 
     def __init__(self, scene: Scene, part: str, bucket: Bucket | None = None, waiting: WaitingGradients = NOTHING):
         super().__init__(scene, part, first=bucket is not None)
@@ -142,7 +146,7 @@ class _UnitRun(Run):
             self._begun.append((unit, len(self._pieces)))
 
     def _watch(self, out: Tensor | list[Tensor], unit: str) -> None:
-        """Note when the backward of a unit begins: with the gradient of an output."""
+        """Record the begin of a unit's backward, which is the gradient of an output."""
         for tensor in (out if isinstance(out, list) else [out]) if torch.is_grad_enabled() else ():
             tensor.register_hook(lambda _: self._visit(unit))
 
@@ -165,7 +169,7 @@ class _UnitRun(Run):
 
 
 def unit_of(name: str) -> str:
-    """The unit of a module or a weight of the end; empty for one that is in none, as the embedding."""
+    """The unit of a module or weight of the end; empty if it is in no unit, like the embedding."""
     first, *rest = name.split(".")
     if first == "mtp":
         return f"mtp.{rest[0]}" if rest else ""

@@ -1,1 +1,1 @@
-"""What a plan tells: a screen, a page, plan.json."""
+"""Outputs of a plan: a screen, a page, plan.json."""

@@ -1,4 +1,4 @@
-"""plan.html: the plan as one page that needs no network: memory of every rank, where the time goes, the pipeline's step."""
+"""plan.html: the plan as one page without network access: memory of every rank, time by work, the pipeline's step."""
 
 import html
 import json
@@ -38,7 +38,7 @@ BAR_COLOURS = (BLUE, SKY, GREEN, "#93D9C3", ORANGE, "#E69F00", PURPLE, "#7A8B1C"
 
 
 def write_page(path: Path, plan: RunPlan, split: FasterSplit | None, record: dict[str, Any]) -> None:
-    """Write the page in one move. record: the content of plan.json."""
+    """Write the page atomically. record: the content of plan.json."""
     atomic_write_text(path, "\n".join(_parts(plan, split, record)))
 
 
@@ -138,7 +138,7 @@ def _cures(record: dict[str, Any]) -> list[str]:
 
 
 def _search(record: dict[str, Any]) -> list[str]:
-    """The best layouts that a search has found, side by side."""
+    """The best layouts of a search, side by side."""
     if "search" not in record:
         return []
     best = record["search"]["best"]
@@ -172,18 +172,18 @@ PLANNED_PHASES = {
     "resume": "start from a checkpoint",
     "init_from": "start from a folder of weights",
 }
-"""What a phase is (`phases` of train/plan/memory/rank_memory.py)."""
+"""Descriptions of the phases (`phases` in train/plan/memory/rank_memory.py)."""
 
 
 def _phases(plan: RunPlan) -> str:
-    """The fullest rank's peak in each phase, on its device and in its node's own memory."""
+    """The fullest rank's peak in each phase, on its device and in its node's host memory."""
     rank = plan.fullest
     rows = [(PLANNED_PHASES[name], gib(one.device), gib(one.host)) for name, one in rank.phases.items()]
     return table_html((f"phase, of rank {rank.pp_rank}", "device", "host"), rows)
 
 
 def _stages(record: dict[str, Any]) -> str:
-    """Neighbours that are alike are one row."""
+    """A table of the stages; equal neighbours share a row."""
     rows = []
     for (layers, *times), group in groupby(record["stages"], key=_shown):
         alike = list(group)
@@ -212,7 +212,7 @@ def _span(first: int, last: int) -> str:
 
 
 def memory_figure(plan: RunPlan) -> Figure | None:
-    """A bar per pipeline rank, by item, and the line of the device."""
+    """A bar per pipeline rank, by item, and a line for the device's memory."""
     caption = (
         "What each rank of a pipeline holds at its own peak; ranks with the same place in other pipelines are alike. "
         "The line is what a device has for tensors, the reserve taken off. "
@@ -223,7 +223,7 @@ def memory_figure(plan: RunPlan) -> Figure | None:
 
 
 def host_figure(plan: RunPlan) -> Figure | None:
-    """A bar per pipeline rank of what it keeps in its node's own memory; None where none keeps anything."""
+    """A bar of host memory per pipeline rank; None if no rank uses any."""
     if not plan.host_bytes:
         return None
     caption = "What each rank keeps in its node's own memory, most of it at one time. The line is its even share of what a host has for tensors."
@@ -236,7 +236,7 @@ def host_figure(plan: RunPlan) -> Figure | None:
 def _bars(
     key: str, title: str, caption: str, ranks: Sequence[Mapping[str, int]], limit: float, what: str
 ) -> Figure | None:
-    """A bar of items per pipeline rank, and a line at so many bytes (0 for none). what: the line is."""
+    """A bar of items per pipeline rank, and a line at `limit` bytes (none for 0). what: label of the line."""
     plot = go.Figure()
     totals = {name: sum(rank.get(name, 0) for rank in ranks) for rank in ranks for name in rank}
     for colour, name in zip(BAR_COLOURS, sorted(totals, key=lambda name: -totals[name]), strict=False):
@@ -263,7 +263,7 @@ def _bars(
 
 
 def interval_figure(plan: RunPlan, record: dict[str, Any]) -> Figure | None:
-    """Steps of the plan and of its later phases, or of the layouts of a search, with the interval of such plans; None where nobody knows it."""
+    """Step times of the plan and its later phases, or of a search's layouts, with their intervals; None if unknown."""
     spread = plan.step.spread
     if spread is None:
         return None
@@ -293,7 +293,7 @@ LINKS_SHOWN = {"inside": "inside a node", "across": "between nodes", "host": "to
 
 
 def traffic_figure(record: dict[str, Any]) -> Figure | None:
-    """What a device sends in a step, by kind of link and by what it is for; None where it sends nothing."""
+    """Bytes that a device sends in a step, by kind of link and by purpose; None if it sends nothing."""
     found = {link: each for link, each in record["link_bytes"].items() if each}
     plot = go.Figure()
     for colour, what in zip(BAR_COLOURS, sorted({what for each in found.values() for what in each}), strict=False):
@@ -312,7 +312,7 @@ def traffic_figure(record: dict[str, Any]) -> Figure | None:
 
 
 def time_figure(plan: RunPlan) -> Figure | None:
-    """Where the step of a mean rank goes: by action, and inside actions by kind of work."""
+    """Seconds of a mean rank's step: by action, and inside actions by kind of work."""
     step = plan.step
     names = {"F": "forward", "B": "backward", "I": "backward of inputs", "W": "backward of weights", "FB": "pairs"}
     actions = [(names[kind], value) for kind, value in step.action_seconds.items()]
@@ -338,7 +338,7 @@ def time_figure(plan: RunPlan) -> Figure | None:
 
 
 def step_figure(plan: RunPlan) -> Figure | None:
-    """The pipeline's step as the report draws a measured one."""
+    """The pipeline's planned step, drawn like a measured one in the report."""
     step = plan.step
     actions = []
     for pp_rank, (line, starts) in enumerate(zip(step.actions, step.simulation.starts, strict=True)):

@@ -1,4 +1,4 @@
-"""What a plan says: plan.json for programs, and the sentences that the terminal and the page share.
+"""Contents of a plan: plan.json for programs, and sentences that the terminal and the page share.
 
 Units are in the names of plan.json's fields; train/docs/plan.md describes each.
 """
@@ -35,7 +35,7 @@ def plan_record(
     faster_stages: Cure | None = None,
     phases: Sequence[tuple[str, RunPlan]] = (),
 ) -> dict[str, Any]:
-    """The content of plan.json but for a search."""
+    """The content of plan.json, except for a search."""
     config, step, budget = plan.config, plan.step, plan.budget
     layout, parallel = layout_of(config), config.parallel
     stages = Stages(config, layout, load_rates(config, alone=layout.world == 1))
@@ -126,7 +126,7 @@ OWN_CODE_PLANNED = {
 
 
 def own_code_words(config: Config) -> dict[str, str]:
-    """What the plan knows of each piece of the user's own code, by key."""
+    """How the plan covers each piece of the user's own code, by key."""
     return {f"{key} ({target})": OWN_CODE_PLANNED[key.partition("[")[0]] for key, target in targets_of(config).items()}
 
 
@@ -144,7 +144,7 @@ def _stage(stages: Stages, stage: int) -> dict[str, Any]:
 
 
 def verdict(plan: RunPlan) -> str:
-    """Fits, fits barely or does not, by how much, which rank."""
+    """Whether the plan fits, the margin, and the rank."""
     rank, memory = f"pipeline rank {plan.fullest.pp_rank}", gib(plan.memory_bytes)
     if plan.fits:
         return f"{plan.verdict}, with {gib(plan.room_bytes)} of {memory} to spare on {rank}"
@@ -154,7 +154,7 @@ def verdict(plan: RunPlan) -> str:
 
 
 def _lacking_beside(plan: RunPlan) -> str:
-    """What a plan lacks that fits on its devices: of a host's memory, of the folder of copies, or of the disk."""
+    """The lack of a plan that fits on its devices: host memory, the folder of copies, or disk."""
     config = plan.config
     if over := copies_lacking(config, plan.ranks):
         folder, room = config.checkpoint.memory_folder, copies_memory(config) or 0
@@ -171,7 +171,7 @@ def _lacking_beside(plan: RunPlan) -> str:
 
 
 def disk_words(plan: RunPlan) -> str:
-    """What the run has on disk."""
+    """The run's disk usage."""
     disk, saves = plan.disk, plan.config.checkpoint
     words = f"a checkpoint is {gib(disk.checkpoint)}, {disk.checkpoints} at one time {gib(disk.checkpoints * disk.checkpoint)}"
     words += f" (checkpoint.keep={saves.keep}, and the one that is written)" if saves.keep else " (checkpoint.keep=0)"
@@ -181,7 +181,7 @@ def disk_words(plan: RunPlan) -> str:
 
 
 def reserve_words(reserve: dict[str, int]) -> str:
-    """What of a device is kept free of tensors."""
+    """Device memory that is reserved."""
     if len(reserve) < 2:
         return f"{gib(sum(reserve.values()))} reserved"
     parts = ", ".join(f"{name} {gib(size)}" for name, size in reserve.items() if size)
@@ -189,7 +189,7 @@ def reserve_words(reserve: dict[str, int]) -> str:
 
 
 def layout_words(plan: RunPlan) -> str:
-    """How the work is spread."""
+    """Layout, micro-batches and recomputation."""
     config, parallel = plan.config, plan.config.parallel
     shared = f"cp {parallel.cp}, " if parallel.cp > 1 else ""
     again = ", ".join(config.model.recompute) or "nothing"
@@ -201,7 +201,7 @@ def layout_words(plan: RunPlan) -> str:
 
 
 def budget_words(budget: Budget, hardware: Hardware) -> str:
-    """What tokens take."""
+    """Time and cost of the tokens."""
     words = f"{amount(budget.tokens)} tokens in {length_of_run(budget.days)}: {amount(budget.gpu_hours)} device hours"
     if budget.cost is not None:
         words += (
@@ -213,7 +213,7 @@ def budget_words(budget: Budget, hardware: Hardware) -> str:
 
 
 def failure_words(plan: RunPlan) -> str | None:
-    """What failures make of the budget; None where nobody knows."""
+    """The budget with failures; None if they are not planned."""
     found, checkpoint, hardware = plan.failures, plan.config.checkpoint, plan.config.hardware
     if found is None:
         return None
@@ -234,7 +234,7 @@ def failure_words(plan: RunPlan) -> str | None:
 
 
 def interval_words(step: StepTime) -> str:
-    """How far jobs were from such plans; nothing where nobody knows."""
+    """The interval of jobs' step times around the plan; empty if unknown."""
     if step.interval_seconds is None:
         return ""
     least, most = map(seconds, step.interval_seconds)
@@ -242,7 +242,8 @@ def interval_words(step: StepTime) -> str:
 
 
 def split_words(plan: RunPlan, split: FasterSplit | None) -> str | None:
-    """Layers of every stage, how unevenly they load the ranks, and a better split where there is one; None without a pipeline."""
+    """Layers of every stage, the imbalance between ranks, and a better split if there is one; None without a
+    pipeline."""
     simulation, parallel = plan.step.simulation, plan.config.parallel
     if parallel.pp == 1:
         return None

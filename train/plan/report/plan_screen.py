@@ -1,4 +1,4 @@
-"""What a person reads in the terminal: the verdict first."""
+"""The plan on the terminal, with the verdict first."""
 
 import re
 import shlex
@@ -98,7 +98,7 @@ def _fullest(plan: RunPlan) -> str:
 
 
 def _beside(plan: RunPlan) -> str:
-    """What the verdict counts beside the peak, and in it."""
+    """The reserve, and the imbalance that the peak includes."""
     imbalance = plan.config.plan.imbalance
     more = (
         f"; the busiest experts get {imbalance:g} times the mean (plan.imbalance)"
@@ -131,7 +131,7 @@ def cure_words(cure: Cure, plan: RunPlan) -> str:
 
 
 def _matrices(config: Config) -> str:
-    """What the optimizer makes orthogonal by itself, of a weight of each kind: how many, and their rows and columns."""
+    """The matrices that the optimizer orthogonalises, per kind of weight: their number, rows and columns."""
     found: dict[str, Counter[tuple[int, int]]] = {}
     for part in ("dense", "moe", *["end"] * (config.model.mtp_depth > 0)):
         for weight in part_weights(FrozenSection(config.model), part, config.model.experts):
@@ -146,7 +146,7 @@ def _matrices(config: Config) -> str:
 
 
 def _adapter(plan: RunPlan) -> str:
-    """What is trained, and how what is not lies beside it."""
+    """The trained parameters, and how the frozen ones are stored."""
     counts = count_parameters(plan.config.model)
     frozen = "ZeRO 1 and 2 shard their state alone: frozen weights are whole on every rank of a stage, experts over ep"
     if plan.config.parallel.zero == 3:

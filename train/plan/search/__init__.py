@@ -1,1 +1,1 @@
-"""Which layouts there are, and what would make one fit."""
+"""Searches layouts, and changes that make a recipe fit."""

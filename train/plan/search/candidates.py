@@ -1,4 +1,4 @@
-"""The layouts that a search looks at: every combination of its choices for a number of devices."""
+"""The layouts of a search: every combination of its choices for a number of devices."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,30 +15,30 @@ from train.plan.search.changes import LIGHTEST, fitted_ramp, with_changes
 MICRO_BATCHES = (1, 2, 4, 8)
 VIRTUAL_STAGES = (2, 3, 4)
 CONTEXT_TOKENS = 4096
-"""Tokens of a sequence that a rank has at least where ranks share sequences."""
+"""Minimum tokens per rank of a sequence that several ranks share."""
 WAYS = [*product(DISPATCHES, WireFormat)]
-"""Dispatch and wire."""
+"""Pairs of dispatch and wire."""
 
 
 @dataclass(frozen=True)
 class ActivationSaving:
-    """What a layout does to keep fewer activations on a device."""
+    """Settings of a layout that reduce the activations on a device."""
 
     recompute: list[str]
     offload: list[str] = field(default_factory=list)
     blocks: str = ""
-    """recompute or offload, where beside that the first blocks of every stage run again or wait on the host: as few as memory
-    asks for."""
+    """recompute or offload, if the first blocks of every stage are also recomputed or wait on the host. Their number
+    is as small as memory allows."""
 
     def applied(self, config: Config, blocks: int) -> Config:
-        """The recipe with so many such blocks a stage."""
+        """The recipe with this number of such blocks per stage."""
         more = [f"layer:{blocks}"] if self.blocks and blocks else []
         recompute = self.recompute + more * (self.blocks == "recompute")
         return with_changes(config, recompute=recompute, offload=self.offload + more * (self.blocks == "offload"))
 
 
 SOME = [str(Recompute.norm), str(Recompute.swiglu)]
-"""What is recomputed for a small part of a step."""
+"""Recomputed items that take little time."""
 SAVINGS = (
     ActivationSaving([]), ActivationSaving(SOME), ActivationSaving(LIGHTEST), ActivationSaving(LIGHTEST, blocks="recompute"), ActivationSaving([str(Recompute.layer)]),
     ActivationSaving(SOME, blocks="offload"), ActivationSaving(LIGHTEST, blocks="offload"),
@@ -47,26 +47,26 @@ SAVINGS = (
 
 @dataclass(frozen=True)
 class Frame:
-    """Layouts that differ in nothing but what is kept of activations, how rows travel, and where the optimizer lies."""
+    """Layouts that differ only in activation saving, dispatch and wire, and place of the optimizer."""
 
     config: Config
     """With flat dispatch in bf16, and the optimizer on the device."""
     family: str
-    """All layouts of one pipeline length and schedule."""
+    """Name for all layouts of one pipeline length and schedule."""
     savings: Sequence[ActivationSaving]
     ways: Sequence[tuple[str, WireFormat]]
     hosts: list[bool]
-    """Whether the optimizer lies on the host."""
+    """Choices for the optimizer on the host: True or False."""
 
     @property
     def layouts(self) -> int:
-        """How many; those that differ in a number of blocks count as one."""
+        """Number of layouts; layouts that differ only in a number of blocks count as one."""
         return len(self.savings) * len(self.ways) * len(self.hosts)
 
 
 @dataclass
 class Candidate:
-    """One layout that bounds do not rule out (train/plan/search/lower_bounds.py)."""
+    """A layout that bounds do not rule out (train/plan/search/lower_bounds.py)."""
 
     placed: Config
     """Without its saving, with flat dispatch in bf16."""
@@ -74,25 +74,25 @@ class Candidate:
     family: str
     saving: ActivationSaving
     blocks: int
-    """Most of those that a stage has."""
+    """Maximum number of the saving's blocks in a stage."""
     seconds: float
-    """Bound on the step."""
+    """Lower bound on the step's time."""
     least_bytes: int
-    """Bound on the memory of the fullest rank."""
+    """Lower bound on the memory of the fullest rank."""
     fullest: int
     """The pipeline rank of that bound."""
     kept_bytes: int
-    """What of it waits for backward."""
+    """The bytes of that bound that wait for backward."""
 
     @cached_property
     def config(self) -> Config:
-        """With all blocks that its saving may have. Made when it is asked for, as a search looks at one of ten."""
+        """With all blocks that its saving may have. Built on access, because a search needs one in ten."""
         dispatch, wire = self.way
         return with_changes(self.saving.applied(self.placed, self.blocks), dispatch=dispatch, wire=wire)
 
 
 def frames(config: Config, devices: int) -> Iterator[Frame]:
-    """Every combination for these devices, whatever the rules say of it."""
+    """Every combination for these devices, before any rule is checked."""
     model, able = config.model, can_offload(config)
     savings = [one for one in SAVINGS if able or one.blocks != "offload"]
     own = ActivationSaving(model.recompute, model.offload)
@@ -119,7 +119,7 @@ def frames(config: Config, devices: int) -> Iterator[Frame]:
 
 
 def _orders(config: Config, pp: int) -> Iterator[tuple[str, int]]:
-    """Schedules, each with its virtual stages: where it has a choice, as many as leave every inner stage a layer."""
+    """Schedules, each with its virtual stages. If there is a choice, every inner stage must keep a layer."""
     if pp == 1:
         yield PLAIN_SCHEDULE, 2
         return
@@ -129,13 +129,16 @@ def _orders(config: Config, pp: int) -> Iterator[tuple[str, int]]:
 
 
 def _contexts(config: Config, ranks: int) -> list[int]:
-    """Over how many ranks of a stage sequences may be shared: 1, and more where each still has CONTEXT_TOKENS of one."""
+    """Numbers of ranks that may share sequences: 1, and more if each rank still has CONTEXT_TOKENS of a sequence."""
     most = max(config.seq_len // CONTEXT_TOKENS, config.parallel.cp)
     return [cp for cp in divisors(ranks) if cp <= most and (cp == 1 or config.seq_len % (2 * cp) == 0)]
 
 
 def _ramp(config: Config, share: int, pp: int, schedule: str) -> Config:
-    """The recipe with a ramp for this pipeline; where micro-batches come in rounds of pp, so does its batch if the full one does."""
+    """The recipe with a batch ramp that fits this pipeline.
+
+    For a schedule with rounds of pp micro-batches, the ramp's steps have whole rounds too, if the full batch has.
+    """
     if SCHEDULES[schedule].rounds:
         whole = fitted_ramp(config, share * pp, 2)
         if whole is not config:

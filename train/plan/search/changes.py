@@ -1,4 +1,4 @@
-"""Recipes that differ from a given one in how the work is spread, and which of them may run."""
+"""Variants of a recipe with another layout, and checks whether they may run."""
 
 import math
 import shlex
@@ -16,12 +16,15 @@ from train.plan.job import can_offload, with_nodes
 from train.plan.time.stages import require_rule
 
 LIGHTEST: list[str] = [str(what) for what in SELECTIVE]
-"""All that may be recomputed."""
+"""All items that may be recomputed."""
 
 
 def with_changes(config: Config, **values: Any) -> Config:
-    """The recipe with other values of parallel's fields, micro_batch_size, recompute, offload, loss_chunk, moments. A list of layers that
-    another pipeline has no stages for gives way to a split by cost, and virtual stages leave with the schedule that has them."""
+    """The recipe with other values of parallel's fields, micro_batch_size, recompute, offload, loss_chunk, moments.
+
+    A list of layers that does not match the new number of stages becomes a split by cost. Virtual stages are reset
+    if the new schedule does not have them.
+    """
     parallel = {name: value for name, value in values.items() if hasattr(config.parallel, name)}
     model = {name: value for name, value in values.items() if name in ("recompute", "offload", "loss_chunk")}
     precision = {name: value for name, value in values.items() if name == "moments"}
@@ -41,8 +44,10 @@ def with_changes(config: Config, **values: Any) -> Config:
 
 
 def fitted_ramp(config: Config, share: int, least: int) -> Config:
-    """The recipe with a batch ramp in steps that `share` sequences divide, from at least `least` shares on: what another
-    layout asks for. Unchanged without a ramp, and where no such step divides the full batch."""
+    """The recipe with a batch ramp whose batches are multiples of `share` sequences, from `least` shares on.
+
+    Another layout may need such a ramp. Unchanged without a ramp, and if no such step divides the full batch.
+    """
     optim = config.optim
     if optim.batch_ramp_start is None:
         return config
@@ -54,7 +59,7 @@ def fitted_ramp(config: Config, share: int, least: int) -> Config:
 
 
 def broken_rule(config: Config) -> UserError | None:
-    """The first rule that keeps a recipe from running or from being planned; None where there is none."""
+    """The first rule that forbids running or planning a recipe; None if there is none."""
     try:
         check(config)
         require_rule(config)
@@ -64,7 +69,7 @@ def broken_rule(config: Config) -> UserError | None:
 
 
 def broken_layout(config: Config) -> UserError | None:
-    """The rule that a layout breaks, of a recipe in which all but the layout is known to keep the rules."""
+    """The rule that a layout breaks, for a recipe whose other settings are valid."""
     try:
         check_spread(config)
         check_layout(with_nodes(config))
@@ -74,12 +79,12 @@ def broken_layout(config: Config) -> UserError | None:
 
 
 def words(value: Any) -> str:
-    """A value of the section parallel as a command line has it."""
+    """A value of the section parallel, as written on a command line."""
     return str(value).replace(" ", "").lower() if isinstance(value, bool | list) else str(value)
 
 
 def overrides(config: Config, base: Config) -> list[str]:
-    """The command line that turns the base recipe into this one."""
+    """The command-line arguments that turn the base recipe into this one."""
     found = []
     for name, value in vars(config.parallel).items():
         if value != getattr(base.parallel, name):
@@ -90,7 +95,7 @@ def overrides(config: Config, base: Config) -> list[str]:
     size = config.micro_batch_size
     if size != base.micro_batch_size or (
         found and size != choose_micro_batch_size(config)
-    ):  # as null would under this layout
+    ):  # the value that null would select with this layout
         found.append(f"micro_batch_size={size}")
     if config.model.recompute != base.model.recompute:
         found.append(f"model.recompute=[{','.join(config.model.recompute)}]")
@@ -104,7 +109,7 @@ def overrides(config: Config, base: Config) -> list[str]:
 
 
 def lighter(config: Config) -> Iterator[Config]:
-    """Single changes that may save memory, without a promise that they do or that they may run."""
+    """Single changes that may save memory; they may turn out not to save any, or not to run."""
     parallel, model = config.parallel, config.model
     for again in (LIGHTEST, [*LIGHTEST, f"{Recompute.layer}:1"], [Recompute.layer]):
         if set(model.recompute) != set(again):
@@ -138,7 +143,7 @@ def lighter(config: Config) -> Iterator[Config]:
 
 
 def unsearched(config: Config) -> Iterator[Config]:
-    """Single changes that may save memory, of what no search varies."""
+    """Single changes that may save memory, in settings that no search varies."""
     if config.precision.moments == "fp32":
         yield with_changes(config, moments="bf16")
     if config.model.loss_chunk > 512:
@@ -146,9 +151,9 @@ def unsearched(config: Config) -> Iterator[Config]:
 
 
 def write_parallel(config: Config, name: str, base: Config, folder: Path | None = None) -> Path:
-    """Write conf/parallel/<name>.yaml; returns its path. Raises UserError where the name is taken by another file.
+    """Write conf/parallel/<name>.yaml; returns its path. Raises UserError if another file has the name.
 
-    What is not of the group (micro-batch, recomputation) stands in a comment, as the arguments to give with it.
+    Settings outside of the group (micro-batch, recomputation) are in a comment, as arguments to give with it.
     """
     path = (folder or ROOT / "conf" / "parallel") / f"{name}.yaml"
     rest = [part for part in overrides(config, base) if not part.startswith("parallel.")]

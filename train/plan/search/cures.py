@@ -1,4 +1,4 @@
-"""What would make a plan fit, or faster: changes that were really evaluated, the cheapest first."""
+"""Changes that make a plan fit, or faster. All shown changes were fully planned; the cheapest comes first."""
 
 from dataclasses import dataclass
 from itertools import combinations
@@ -16,10 +16,10 @@ from train.plan.time.step_time import plan_time
 
 SHOWN_CURES = 3
 PAIRED = 5
-"""Single changes that save most, which are tried in pairs where none is enough."""
+"""Number of single changes with the largest savings, which are tried in pairs if no single change suffices."""
 
 WORTH = 0.01
-"""Share of a step that another split, or more stages, must save to be named."""
+"""Minimum share of a step that another split, or more stages, must save to be shown."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,12 @@ class Cure:
     room_bytes: int
     step_seconds: float
     gpu_seconds: float
-    """step_seconds of all devices: what a step costs."""
+    """step_seconds of all devices: the cost of a step."""
     devices: int
 
 
 def find_cures(plan: RunPlan) -> list[Cure]:
-    """Up to three cures, the cheapest step first: single changes, else pairs of those that save most."""
+    """Up to three cures, the cheapest step first: single changes, else pairs of the changes that save most."""
     saved: list[tuple[int, Config]] = []
     found = []
     for config in lighter(plan.config):
@@ -53,8 +53,10 @@ def find_cures(plan: RunPlan) -> list[Cure]:
 
 
 def find_beyond(plan: RunPlan) -> list[Cure]:
-    """What makes a layout fit that no search on its devices tries: single changes of the rest of the recipe, then the fewest devices that
-    are enough, of up to twice as many."""
+    """Changes that make a layout fit beyond the choices of a search on its devices.
+
+    First come single changes of other settings, then the smallest sufficient number of devices, up to twice as many.
+    """
     parallel = plan.config.parallel
     more = [with_changes(plan.config, pp=pp) for pp in range(parallel.pp + 1, 2 * parallel.pp + 1)]
     more += [with_changes(plan.config, dp=dp) for dp in range(parallel.dp + 1, 2 * parallel.dp + 1)]
@@ -70,7 +72,7 @@ def find_beyond(plan: RunPlan) -> list[Cure]:
 
 @dataclass(frozen=True)
 class FasterSplit:
-    """Layers of every stage that make the plan's step shorter, and what is left of a device with them (negative: lacking)."""
+    """Layers of every stage that shorten the plan's step, and the memory left on a device (negative: lacking)."""
 
     layers: list[int]
     step_seconds: float
@@ -78,7 +80,7 @@ class FasterSplit:
 
 
 def find_split(plan: RunPlan) -> FasterSplit | None:
-    """The split that the planned times call for, where it shortens the step by at least WORTH."""
+    """The best split by planned times, if it shortens the step by at least WORTH."""
     layout = layout_of(plan.config)
     if layout.pp == 1:
         return None
@@ -91,8 +93,10 @@ def find_split(plan: RunPlan) -> FasterSplit | None:
 
 
 def find_stages(plan: RunPlan) -> Cure | None:
-    """The number of stages of a rank that shortens the step of a plan most, in the same order of actions, by at least WORTH, and still
-    fits."""
+    """The number of stages per rank that shortens the plan's step most, by at least WORTH, and still fits.
+
+    The order of actions stays the same.
+    """
     schedule = plan.config.parallel.schedule_facts.in_parts
     if plan.config.parallel.pp == 1 or schedule is None:
         return None
@@ -107,7 +111,7 @@ def find_stages(plan: RunPlan) -> Cure | None:
 
 
 def _peak_of_fullest(config: Config, plan: RunPlan) -> int:
-    """Peak of the place in the pipeline that was fullest, a first look before all ranks are walked through."""
+    """Peak of the pipeline rank that was fullest, as a first check before all ranks are planned."""
     rank = min(plan.fullest.pp_rank, config.parallel.pp - 1)
     return rank_memory(config, rank, scene_of(config)).peak_bytes
 
@@ -125,7 +129,7 @@ def _cure(config: Config, plan: RunPlan, first_look: int) -> list[Cure]:
 
 
 def _both(base: Config, one: Config, other: Config) -> Config | None:
-    """The recipe with both changes; None where they change the same field."""
+    """The recipe with both changes; None if they change the same field."""
     values = [_values(config, base) for config in (one, other)]
     if values[0].keys() & values[1].keys():
         return None

@@ -1,11 +1,11 @@
 """Lower bounds on the memory and the time of layouts, without their memory model and their simulation.
 
-memory   weights, gradients and optimizer of each rank, and the least that its micro-batches in flight keep
-time     the busiest rank's work, the schedule's idle time in closed form, the update
+    memory   weights, gradients and optimizer of each rank, and the minimum that its micro-batches in flight keep
+    time     the busiest rank's work, the schedule's idle time in closed form, the update
 
-Layouts of a frame share their weights, their update and what is in flight. Of a saving by blocks, memory counts with all of them and time
-with none. Memory comes first, and is all that is asked of
-a layout that it rules out. Times of equal layers under equal conditions are counted once in a search.
+Layouts of a frame share their weights, their update and the micro-batches in flight. For a saving by blocks, the
+memory bound assumes all blocks and the time bound none. Memory comes first; a layout that it rules out gets no time
+bound. Times of equal layers under equal conditions are computed once in a search.
 """
 
 from bisect import bisect_left
@@ -39,13 +39,13 @@ class FrameBounds:
     """Bounds of the layouts of one frame."""
 
     def __init__(self, frame: Frame, rates: Rates, memo: dict):
-        """memo: as in Stages, of the whole search."""
+        """memo: as in Stages, for the whole search."""
         self._frame, self._rates, self._memo = frame, rates, memo
         self.lacking: list[tuple[int, str, Candidate]] = []
-        """Bytes a device that layouts lack which memory rules out, and of what."""
+        """Layouts that memory rules out: the bytes that each lacks per device, and of which memory."""
 
     def candidates(self) -> Iterator[Candidate]:
-        """Those that memory does not rule out."""
+        """The layouts that memory does not rule out."""
         frame = self._frame
         stages = self._stages(frame.config)
         last = len(stages.layers) - 1
@@ -76,7 +76,7 @@ class FrameBounds:
                         self.lacking.append((max(lacking, 0) + max(hosts[number], 0), what, one))
                         continue
                     host, fewest = frame.hosts[number], 0
-                    if saving.blocks == "recompute":  # what waits on the host need not take time
+                    if saving.blocks == "recompute":  # offload need not cost time
                         holds = partial(_holds, kept, state[number], memory[dispatch])
                         fewest = bisect_left(range(blocks), True, key=holds)
                     key = (*saving.recompute, "", *saving.offload, dispatch, wire, fewest)
@@ -89,7 +89,7 @@ class FrameBounds:
                     yield one
 
     def _kept(self, saving: ActivationSaving, stages: Stages, flight: list[int], blocks: int) -> list[int]:
-        """`_kept_bytes` of every rank with so many blocks of a saving."""
+        """`_kept_bytes` of every rank with this number of a saving's blocks."""
         config = saving.applied(self._frame.config, blocks)
         model, longest = config.model, max(map(len, stages.layers))
         light = sum(place < model.repeated_layers or bool(model.offloaded_part(place)) for place in range(longest))
@@ -100,11 +100,15 @@ class FrameBounds:
 
 
 SPREAD_WORK = 0.97
-"""Least work of a stage beside that with experts on as many ranks as may be: fewer copies of tokens are a few percent of what permutes them."""
+"""Factor for the minimum work of a stage, relative to its experts on the largest number of ranks.
+
+Permuting copies of tokens is a few percent of the work, and its amount depends on the ranks.
+"""
 
 
 class QuickStages(Stages):
-    """Lower bounds on the times of a frame's stages, with the fewest traces: experts lie on as many ranks as may be, so that each has the fewest."""
+    """Lower bounds on the times of a frame's stages, with the fewest traces: each rank has as few experts as
+    possible."""
 
     def __init__(self, config: Config, rates: Rates, memo: dict):
         super().__init__(config, layout_of(config), rates, memo)
@@ -122,13 +126,15 @@ class QuickStages(Stages):
 
 
 def _holds(kept: Callable[[int], list[int]], held: list[int], room: int, blocks: int) -> bool:
-    """Whether the fullest rank has room for what it holds and for what so many blocks let it keep."""
+    """Whether the fullest rank has room for its state and its kept activations with this number of blocks."""
     return max(map(add, held, kept(blocks))) <= room
 
 
 def traced_bound(candidate: Candidate, config: Config, scene: Scene) -> int:
-    """The bound on memory with what a forward pass of the model's own code really keeps. config: the candidate's, with any number of
-    the blocks of its saving."""
+    """The bound on memory with the activations that a forward pass of the model's own code really keeps.
+
+    config: the candidate's, with any number of its saving's blocks.
+    """
     rank = candidate.fullest
     chunks = [chunk_of(scene, parts) for parts in chunk_parts(config)[rank].values()]
     kept = min(sum(chunk.kept.values()) for chunk in chunks)
@@ -138,18 +144,22 @@ def traced_bound(candidate: Candidate, config: Config, scene: Scene) -> int:
 
 
 def _waiting(parallel: Parallel, count: int) -> tuple[list[int], list[int]]:
-    """Micro-batches of which a rank is sure to keep all at one time, and how many while another goes forward (-1: none does): of two that
-    run as a pair one is not yet, or no longer, whole."""
+    """Micro-batches that a rank surely keeps completely at one time, and their number during another's forward (-1:
+    never).
+
+    In a pair, one of the two micro-batches is not complete.
+    """
     most = in_flight(parallel.schedule, parallel.pp, min(count, STEADY * parallel.pp), parallel.virtual_stages)
     paired = parallel.schedule_facts.pairs
     return [each - paired for each, _ in most], [each - 1 - paired for _, each in most]
 
 
 def _pipeline_seconds(stages: Stages) -> float:
-    """Seconds of all micro-batches on the busiest rank, and what it idles.
+    """Seconds of all micro-batches on the busiest rank, and its idle time.
 
-    Where backward is not split, a rank begins when the stages before its first have gone forward, and ends before those go backward: on
-    the last rank of equal ones that is the closed form. The closed forms of the others are taken at the shortest lengths.
+    If backward is not split, a rank starts after the forwards of the stages before its first stage, and ends before
+    their backwards. On the last of equal ranks this equals the closed form. Other schedules use their closed forms
+    at the shortest lengths.
     """
     parallel, ids = stages.config.parallel, range(len(stages.layers))
     busy = [_busy(stages, own) * stages.micro_batches for own in stages.placement]
@@ -159,7 +169,7 @@ def _pipeline_seconds(stages: Stages) -> float:
     lengths = {stages.kind(stage): _lengths(stages, stage) for stage in ids}
     forward, inputs, weights = (min(column) for column in zip(*lengths.values(), strict=True))
     pair = 0.0
-    if parallel.schedule_facts.pairs:  # more of W leaves less to idle; the first stage has all of its backward there
+    if parallel.schedule_facts.pairs:  # a longer W shortens the idle time; the first stage has its whole backward in W
         pair = min(_pair(stages, own) for own in stages.placement)
         weights = max(each[2] for kind, each in lengths.items() if kind != stages.kind(0))
     shortest = ActionSeconds(forward, inputs, weights, pair)
@@ -167,7 +177,7 @@ def _pipeline_seconds(stages: Stages) -> float:
 
 
 def _busy(stages: Stages, ids: list[int]) -> float:
-    """Seconds of one micro-batch on the stages of a rank, in pairs where the schedule has them."""
+    """Seconds of one micro-batch on the stages of a rank, in pairs if the schedule has them."""
     if stages.config.parallel.schedule_facts.pairs:
         return 2 * _pair(stages, ids)
     return sum(stages.elapsed(Action(kind, stage, 0)).seconds for stage in ids for kind in "FB")
@@ -190,7 +200,7 @@ def _lengths(stages: Stages, stage: int) -> tuple[float, float, float]:
 
 
 def _state_bytes(config: Config, held: WeightCounts) -> int:
-    """Weights, fp32 gradients, master weights and moments of a rank, cut as ZeRO cuts them."""
+    """Bytes of a rank's weights, fp32 gradients, master weights and moments, with ZeRO's sharding."""
     parallel = config.parallel
     element = config.precision.weight_bytes
     copies = parallel.stage_ranks, parallel.stage_ranks // parallel.ep
@@ -205,7 +215,7 @@ def _state_bytes(config: Config, held: WeightCounts) -> int:
 
 
 def _host_lacking(config: Config, held: list[WeightCounts]) -> int:
-    """What a node lacks, for each of its devices, of its own memory for the optimizer; 0 or less where it has room."""
+    """Bytes per device that a node's own memory lacks for the optimizer; 0 or less if it fits."""
     has = host_memory(config)
     if not config.parallel.offload_optimizer or not has:
         return 0
@@ -215,7 +225,7 @@ def _host_lacking(config: Config, held: list[WeightCounts]) -> int:
 
 
 def _shard(config: Config, held: WeightCounts) -> float:
-    """Trained weights of which a rank has the optimizer's state."""
+    """Number of trained weights for which a rank has the optimizer's state."""
     parallel = config.parallel
     return held.dense / parallel.stage_ranks + held.experts / (parallel.stage_ranks // parallel.ep)
 
@@ -225,8 +235,11 @@ def _moment_bytes(config: Config) -> int:
 
 
 def _kept_bytes(config: Config, stages: Stages, light: int, ids: list[int], flight: int) -> int:
-    """The least that so many micro-batches of one stage keep: of a layer the inputs of both norms and the attention's output,
-    with experts their inputs and those of their SwiGLU; of the `light` first, which run again or go to the host, their input."""
+    """Lower bound on the bytes that `flight` micro-batches of one stage keep.
+
+    Per layer: the inputs of both norms and the attention's output; with experts, their inputs and the inputs of
+    their SwiGLU. The first `light` layers, which are recomputed or offloaded, keep only their input.
+    """
     model, element = config.model, stages.element
     quantised = 1 if config.precision.fp8 is not None else element
     row = 2 * model.hidden * element + model.heads * model.v_head_dim * quantised
@@ -243,8 +256,11 @@ def _kept_bytes(config: Config, stages: Stages, light: int, ids: list[int], flig
 
 @cache
 def in_flight(schedule: str, pp: int, micro_batches: int, virtual: int = 2) -> list[tuple[int, int]]:
-    """Most micro-batches of its stages that a rank has sent forward and not yet back once it has gradients of all its weights, at any time and
-    when one of them goes forward (0: none does then), per rank."""
+    """Per rank, the most micro-batches of its stages between forward and backward, once it has gradients of all its
+    weights.
+
+    First at any time, then while one of them runs its forward (0: none does then).
+    """
     most = []
     for line in schedule_actions(schedule, pp, micro_batches, virtual):
         parts = [action.halves or (action,) for action in line]

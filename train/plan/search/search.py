@@ -1,16 +1,16 @@
-"""plan.search=true: which layout is fastest on these devices, and why the others are not.
+"""plan.search=true: finds the fastest layouts on these devices, and the reasons against the others.
 
-    1. Every combination of pipeline, contexts, experts, schedule, micro-batch, recomputation, activations on the host, dispatch, wire and
-       place of the optimizer that the rules admit (candidates.py).
-    2. Bounds on its memory and, where that may fit, on its step (lower_bounds.py).
-    3. From the smallest bound on time upwards the simulation, and from the shortest step upwards the memory model, until ten fit and
-       no bound of the rest undercuts them. Where ranks of a pipeline work unevenly, a layout that fits is also tried with the split of
-       stages that the planned times call for.
+    1. Every combination of pipeline, contexts, experts, schedule, micro-batch, recomputation, activations on the host,
+       dispatch, wire and place of the optimizer that the rules allow (candidates.py).
+    2. Bounds on its memory and, if that may fit, on its step time (lower_bounds.py).
+    3. The simulation, from the smallest time bound upwards, and the memory model, from the shortest step upwards, until
+       ten layouts fit and no other bound is below their times. If ranks of a pipeline have uneven work, a layout that
+       fits is also tried with the stage split that the planned times suggest.
 
-The optimizer lies on the host where a layout does not fit otherwise, and as few blocks run again or wait on the host as memory asks for:
-that only takes time. Whoever interrupts a search gets the best that it has found so far. A family is all layouts of one
-pipeline length and schedule. Of each family that has no place among the best it is said why: the rule that all of it breaks, how
-far its lightest layout is from fitting, or how much slower its best one is.
+The optimizer is on the host only if a layout does not fit otherwise, and as few blocks as possible are recomputed or
+offloaded, because both only cost time. An interrupted search returns the best layouts so far. A family is all
+layouts of one pipeline length and schedule. Every family without a place among the best gets a reason: the rule that
+all of it breaks, the memory that its lightest layout lacks, or how much slower its best layout is.
 """
 
 import gc
@@ -43,11 +43,11 @@ from train.plan.time.step_time import estimate_step, mfu, plan_time, simulate_st
 
 SHOWN_LAYOUTS = 10
 REASONS = 3
-"""Kinds of layouts whose rule is told where none runs."""
+"""Maximum number of families whose rule is shown if no layout runs."""
 _UNSEEN = -1
-"""In place of a number of blocks: of a candidate of which only bounds are known."""
+"""Replaces the number of blocks of a candidate with bounds only."""
 UNEVEN = 1.03
-"""The busiest rank's work over the mean from which on another split of the stages is looked at."""
+"""Ratio of the busiest rank's work to the mean from which another stage split is tried."""
 
 
 @dataclass(frozen=True)
@@ -63,14 +63,14 @@ class FoundLayout:
 
 @dataclass(frozen=True)
 class Family:
-    """Layouts of one kind that have no place among the best, and why."""
+    """Layouts of one kind without a place among the best, and the reason."""
 
     name: str
     reason: str
 
 
 def _choice(found: FoundLayout) -> dict[str, Any]:
-    """One of the best, as plan.json has it."""
+    """One of the best layouts, as in plan.json."""
     budget, failures = budget_of(found.config, plan_time(found.config)), plan_failures(found.config, found.step_seconds)
     return {
         "overrides": found.overrides,
@@ -85,18 +85,18 @@ def _choice(found: FoundLayout) -> dict[str, Any]:
 
 @dataclass
 class Search:
-    """The outcome."""
+    """The result of a search."""
 
     base: Config
     devices: int
     tried: int
     complete: bool = True
-    """False where somebody interrupted it."""
+    """False after an interrupt."""
     best: list[FoundLayout] = field(default_factory=list)
     rejected: list[Family] = field(default_factory=list)
 
     def record(self) -> dict[str, Any]:
-        """What plan.json has of it."""
+        """The search's entry in plan.json."""
         return {
             "devices": self.devices,
             "tried": self.tried,
@@ -106,14 +106,16 @@ class Search:
         }
 
     def command(self, name: str) -> list[str]:
-        """The arguments that use the best layout once it is written under this name."""
+        """The arguments that use the best layout after it is written under this name."""
         rest = [part for part in self.best[0].overrides if not part.startswith("parallel.")]
         return [f"parallel={name}", *rest]
 
 
 def search(config: Config, tell: Callable[[FoundLayout], None] = lambda found: None) -> Search:
-    """The ten fastest layouts that fit; after an interrupt (SIGINT), of those looked at so far. tell: called with every layout that is
-    the best so far. Raises UserError where none fits, KeyboardInterrupt where none was found yet.
+    """The ten fastest layouts that fit; after an interrupt (SIGINT), of the layouts tried so far.
+
+    tell: called with every layout that is the best so far. Raises UserError if none fits, KeyboardInterrupt if none
+    was found yet.
     """
     require_hardware(config.hardware)
     require_host(config)
@@ -122,7 +124,7 @@ def search(config: Config, tell: Callable[[FoundLayout], None] = lambda found: N
     require_rule(config)
     devices = config.plan.devices or config.parallel.world
     finder = _Finder(config, devices, tell)
-    gc.freeze()  # torch's objects live on, and need not be looked through with those of every trace
+    gc.freeze()  # torch's objects stay alive; garbage collection after every trace need not scan them
     try:
         fits = finder.run()
     finally:
@@ -154,7 +156,7 @@ class _Miss(NamedTuple):
 
     @classmethod
     def of(cls, config: Config) -> "_Miss":
-        """What a layout really lacks (negative: has to spare)."""
+        """The memory that a layout really lacks (negative: free)."""
         ranks = plan_memory(config)
         lacking, host = max(rank.peak_bytes for rank in ranks) - tensor_memory(config), host_lacking(config, ranks)
         return cls(host, OF_A_HOST, config) if host and lacking <= 0 else cls(lacking, "", config)
@@ -162,22 +164,23 @@ class _Miss(NamedTuple):
 
 @dataclass
 class _Looked:
-    """What a search has seen of a family."""
+    """The findings of a search about a family."""
 
     rule: UserError | None = None
-    """The first that one of its layouts breaks."""
+    """The first rule that one of its layouts breaks."""
     runs: bool = False
-    """Some of its layouts break none."""
+    """Whether some of its layouts break no rule."""
     lacking: list[tuple[int, str, Candidate]] = field(default_factory=list)
-    """Bytes a device that layouts lack which a bound rules out, and of what: the nearest of each frame."""
+    """Layouts that a bound rules out: bytes that each lacks per device, and of which memory; only the nearest of
+    each frame."""
     possible: list[Candidate] = field(default_factory=list)
     """Layouts that no bound rules out."""
     missed: list["_Miss"] = field(default_factory=list)
-    """What those lack which were looked at and do not fit."""
+    """Tried layouts that do not fit."""
     nearest: "_Miss | None" = None
-    """The layout that lacks least, where none of the family fits."""
+    """The layout that lacks least, if none of the family fits."""
     steps: list[float] = field(default_factory=list)
-    """Seconds of a step of those that fit."""
+    """Step seconds of the layouts that fit."""
 
 
 class _Finder:
@@ -189,7 +192,7 @@ class _Finder:
         self._rates, self._memo = load_rates(config, alone=devices == 1), {}
         self._families: defaultdict[str, _Looked] = defaultdict(_Looked)
         self._looked: dict[tuple[str, ...], tuple[int, str]] = {}
-        """What layouts lack, by their overrides."""
+        """Lacking bytes of tried layouts, by their overrides."""
         self._on_devices: set[tuple[str, ...]] = set()
         """Layouts that fit with the optimizer on the devices."""
 
@@ -223,7 +226,10 @@ class _Finder:
         return sorted(fits, key=lambda fit: fit.step_seconds)
 
     def _ways(self, frame: Frame, family: _Looked) -> list[tuple[str, WireFormat]]:
-        """Those that the rules admit. Flat dispatch has no rule of its own, so what breaks one with it breaks all."""
+        """The pairs of dispatch and wire that the rules allow.
+
+        Flat dispatch has no rule of its own, so a rule that a layout breaks with it is broken with all.
+        """
         flat = broken_layout(frame.config)
         errors = {FLAT_DISPATCH: flat}
         if flat is None:
@@ -251,15 +257,15 @@ class _Finder:
             if self._needs_no_host(config):
                 continue
             lacking, what = self._look(one, config)
-            if lacking <= 0 and (blocks or not one.blocks):  # without a block it is the layout of another saving
+            if lacking <= 0 and (blocks or not one.blocks):  # without a block it equals a layout of another saving
                 fit = self._fit(one.family, config, -lacking, seconds)
                 best = sorted([*best, fit.step_seconds])[:SHOWN_LAYOUTS]
                 yield fit
-            elif lacking > 0 and blocks < one.blocks and not what:  # a node's own memory only gets fuller
+            elif lacking > 0 and blocks < one.blocks and not what:  # more blocks use even more of a node's own memory
                 heappush(queue, (self._seconds(one, blocks + 1), number, blocks + 1))
 
     def _fewest(self, one: Candidate) -> int | None:
-        """The fewest blocks of its saving with which a bound on memory lets a candidate fit; None where it does not with all."""
+        """The fewest blocks with which a candidate fits by a memory bound; None if it does not fit with all blocks."""
         low, high = 0, one.blocks
         if self._lacking(one, high) > 0:
             return None
@@ -279,7 +285,7 @@ class _Finder:
         return Stages(config, layout_of(config), self._rates, self._memo)
 
     def _needs_no_host(self, config: Config) -> bool:
-        """Whether a layout with the optimizer on the host fits without that, which is faster."""
+        """Whether a layout with the optimizer on the host also fits without, which is faster."""
         host = config.parallel.offload_optimizer
         return host and self._name(with_changes(config, offload_optimizer=False)) in self._on_devices
 
@@ -287,7 +293,7 @@ class _Finder:
         return tuple(overrides(config, self._base))
 
     def _look(self, one: Candidate, config: Config) -> tuple[int, str]:
-        """`_missed` of a candidate with some blocks, kept for savings that share a layout."""
+        """`_missed` of a candidate with some blocks, cached for savings that share a layout."""
         name = self._name(config)
         if name not in self._looked:
             self._looked[name] = _missed(config, one.fullest)
@@ -296,7 +302,7 @@ class _Finder:
         return self._looked[name]
 
     def _fit(self, family: str, config: Config, room: int, seconds: float) -> _Fit:
-        """A layout that fits, with the faster of two splits of its stages."""
+        """A layout that fits, with the faster of two stage splits."""
         if not config.parallel.offload_optimizer:
             self._on_devices.add(self._name(config))
         fit = self._faster(_Fit(config, family, room, seconds))
@@ -304,7 +310,7 @@ class _Finder:
         return fit
 
     def _faster(self, fit: _Fit) -> _Fit:
-        """A layout with the split of stages that the planned times call for, where that is faster and fits."""
+        """The layout with the split that the planned times suggest, if it is faster and fits; else unchanged."""
         stages = self._stages(fit.config)
         if estimate_step(stages)[1] < UNEVEN:
             return fit
@@ -350,7 +356,7 @@ class _Finder:
 
     @property
     def nearest(self) -> _Miss | None:
-        """Where nothing fits, the layout that lacks least of those that were looked at, once `rejected` has told of every family."""
+        """If nothing fits, the tried layout that lacks least; valid after `rejected` has handled every family."""
         families = self._families.values()
         if nearest := [family.nearest for family in families if family.nearest is not None]:
             return min(nearest, key=lambda miss: miss.lacking)
@@ -359,15 +365,15 @@ class _Finder:
 
 
 def _bytes_lacking(one: tuple[int, str, Candidate]) -> tuple[int, int]:
-    """By which the nearest is found; of equal ones the lightest."""
+    """Sort key for the nearest layout; among equals, the lightest."""
     return one[0], one[2].least_bytes
 
 
 def _missed(config: Config, fullest: int) -> tuple[int, str]:
-    """Bytes that the fullest rank lacks (negative: has to spare), and of what; the likely ranks are looked at first."""
+    """Lacking bytes of the fullest rank (negative: free), and of which memory; likely ranks are checked first."""
     scene, memory, last = scene_of(config), tensor_memory(config), config.parallel.pp - 1
     ranks: list[RankMemory] = []
-    for depth in WalkDepth:  # bounds first, which rule most of them out
+    for depth in WalkDepth:  # bounds first, which rule out most layouts
         ranks = []
         likely = (last, fullest) if depth == WalkDepth.forwards else (fullest, 0, last, *range(last))
         for rank in dict.fromkeys(likely):
@@ -380,7 +386,7 @@ def _missed(config: Config, fullest: int) -> tuple[int, str]:
 
 
 def _nothing_runs(config: Config, found: Search, devices: int) -> UserError:
-    """No layout on so many devices keeps the rules: it is a matter of numbers that divide, not of memory."""
+    """The error for devices whose number no layout of the recipe divides."""
     reasons = "; ".join(f"{family.name}: {family.reason}" for family in found.rejected[:REASONS])
     more = f"; and so for {len(found.rejected) - REASONS} more" if len(found.rejected) > REASONS else ""
     return UserError(
@@ -392,7 +398,7 @@ def _nothing_runs(config: Config, found: Search, devices: int) -> UserError:
 
 
 def _near(config: Config, devices: int) -> str:
-    """The nearest numbers of devices that a pipeline no longer than the model and the batch divide among."""
+    """The nearest device numbers that fit the batch size and a pipeline of at most the model's length."""
     longest = config.model.layers + 2
     shares = divisors(config.batch_size)
     able = {pp * dp for pp in range(1, longest + 1) for dp in shares}
@@ -405,7 +411,7 @@ def _near(config: Config, devices: int) -> str:
 
 
 def _nothing_fits(config: Config, found: Search, nearest: _Miss | None) -> UserError:
-    """No layout can hold the model on these devices. nearest: the one that lacks least, where bounds leave any."""
+    """The error for devices on which no layout fits. nearest: the layout that lacks least, if there is one."""
     reasons = "; ".join(f"{family.name}: {family.reason}" for family in found.rejected)
     rule = f"{found.devices} x {config.hardware.name} cannot hold this recipe under any of {found.tried} layouts"
     cures = []

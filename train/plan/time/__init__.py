@@ -1,1 +1,1 @@
-"""How long a step takes."""
+"""Plans the time of a step."""

@@ -1,14 +1,15 @@
-"""plan.calibrate=true: time the recipe's kernels on the present device and write the rates that a plan uses.
+"""plan.calibrate=true: times the recipe's kernels on the present device and writes the rates for plans.
 
-    1. Every kind of kernel is timed at several sizes (timed_run.py) and fitted: seconds a call, operations, bytes.
-    2. With several devices, or a CPU with cores for several ranks, the same happens with all of them at work, as they share
-       memory and caches; and the links between them are timed: all-to-all, send, reduction, gather.
-    3. One rank's whole step is timed, passes and update, at two sizes of a micro-batch. What the kernels do not explain of the
-       passes is a cost of every launch (Python, autograd) and a factor on the kernels (cold caches); of the update, a factor.
+    1. Every kind of kernel is timed at several sizes (timed_run.py), and a rate is fitted: seconds per call, operations,
+       bytes.
+    2. With several devices, or a CPU with cores for several ranks, the same is done with all of them active, as they
+       share memory and caches. The links between them are timed too: all-to-all, send, reduction, gather.
+    3. One rank's whole step is timed, passes and update, at two micro-batch sizes. The remainder of the passes' time
+       becomes a cost per launch (Python, autograd) and a factor on the kernels (cold caches); the update's, a factor.
 
-A single-threaded CPU is timed by the processor's own clock, which stands still while other processes have the core.
+A single-threaded CPU is timed by the processor's own clock, which stops while other processes have the core.
 
-The file says on what, with how many threads and when it was measured. A plan refuses it for another device.
+The file records the device, the number of threads and the date. A plan refuses it for another device.
 """
 
 import json
@@ -42,9 +43,9 @@ from train.plan.time.timed_step import TimedStep, undisturbed_clock, wall_clock
 from train.rank_parts import RankSetup
 
 SHORTER = 4
-"""The second number of tokens is this part of the first."""
+"""Divisor of the first number of tokens that gives the second."""
 LINK_RUNS = 20
-"""Times that each collective is run. The shortest stands: other work on a machine only ever adds time."""
+"""Runs of each collective. The shortest counts: other work on a machine only ever adds time."""
 LINK_BYTES = (2**14, 2**18, 2**22)
 CALIBRATION_STEPS = 8
 
@@ -81,7 +82,7 @@ def calibrate(config: Config) -> Path:
 
 
 def _measure_on(ranks: int, config: Config, kind: str, threads: int) -> dict[str, Any]:
-    """Run the measurements in `ranks` processes and return what rank 0 found."""
+    """Run the measurements in `ranks` processes and return rank 0's results."""
     barrier = multiprocessing.get_context("spawn").Barrier(ranks)
     with tempfile.TemporaryDirectory() as folder:
         multiprocessing.spawn(_rank, (ranks, config, kind, threads, folder, barrier), ranks)
@@ -117,7 +118,7 @@ def _rank(rank: int, ranks: int, config: Config, kind: str, threads: int, folder
 
 
 def _all_rates(config: Config, device: torch.device) -> tuple[dict[str, dict], dict[str, float]]:
-    """Fitted rates of all kinds, and the worst relative residue of each fit."""
+    """Fitted rates of all kinds, and the worst relative residual of each fit."""
     samples: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
     timed = [timed_passes(_alone(config, *batch), device) for batch in batches(config)]
     for (kind, *amounts, calls), seconds in chain(*timed, timed_rows_and_weights(config, device)):
@@ -128,14 +129,15 @@ def _all_rates(config: Config, device: torch.device) -> tuple[dict[str, dict], d
 
 
 def batches(config: Config) -> list[tuple[int, int]]:
-    """Sequences and length of the recipe's micro-batch, and of the smaller one, so that a fit can tell a call from an element."""
+    """Sequences and length of the recipe's micro-batch, and of a smaller one, so that a fit separates calls from
+    elements."""
     if config.micro_batch_size < SHORTER:
         return [(config.micro_batch_size, config.seq_len), (1, -(-config.seq_len // SHORTER))]
     return [(config.micro_batch_size, config.seq_len), (config.micro_batch_size // SHORTER, config.seq_len)]
 
 
 def _alone(config: Config, sequences: int, length: int) -> Config:
-    """One rank without parallelism, which makes two micro-batches of so many sequences a step."""
+    """One rank without parallelism, with two micro-batches of this many sequences per step."""
     return replace(
         config,
         parallel=Parallel(),
@@ -151,9 +153,8 @@ def _alone(config: Config, sequences: int, length: int) -> Config:
 def fit_rate(samples: Sequence[tuple[float, float, float]]) -> tuple[Rate, float]:
     """The rate of samples (operations, bytes, seconds) of one call each, and the largest relative error of the fit.
 
-    A rate is three limits: seconds = calls a + operations / flops + bytes / bandwidth. Least squares of the relative errors
-    under the condition that no limit is negative: with three unknowns the best of the seven subsets of them that may be
-    non-zero is found by trying all.
+    A rate has three terms: seconds = calls a + operations / flops + bytes / bandwidth. The fit minimises the squared
+    relative errors, with no negative term: for three unknowns, all seven subsets of non-zero terms are tried.
     """
     rows_N3 = np.array([[1.0, flops, moved] for flops, moved, _ in samples])
     seconds_N = np.array([seconds for *_, seconds in samples])
@@ -174,9 +175,9 @@ def fit_rate(samples: Sequence[tuple[float, float, float]]) -> tuple[Rate, float
 
 
 def _around_alone(config: Config, device: torch.device, rates: dict[str, dict]) -> tuple[Rate, dict[str, float]]:
-    """What one rank's step takes beyond its kernels: the rate of a launch, and factors on passes and update.
+    """The time of one rank's step beyond its kernels: the rate of a launch, and factors on passes and update.
 
-    Steps at two sizes of a micro-batch tell launches, the same in both, from kernels.
+    Steps at two micro-batch sizes separate launches, equal in both, from kernels.
     """
     steps = [_Step(config, *batch, rates, device) for batch in batches(config)]
     first, second = steps
@@ -190,13 +191,13 @@ def _around_alone(config: Config, device: torch.device, rates: dict[str, dict]) 
 def _factors_together(
     config: Config, device: torch.device, rates: dict[str, dict], launch: Rate, barrier
 ) -> dict[str, float]:
-    """The factors where all ranks work at once. launch: as of a rank alone, which has its own core for it."""
+    """The factors with all ranks active. launch: from a rank alone, because each rank has its own core for launches."""
     step = _Step(config, *batches(config)[0], rates, device, barrier)
     return {"passes": (step.passes - launch.seconds * step.launches) / step.kernels, "update": step.update}
 
 
 class _Step:
-    """A step of two micro-batches of one rank: measured, and what the plan says of its kernels."""
+    """A step of two micro-batches on one rank: measured times, and the plan of its kernels."""
 
     def __init__(self, config: Config, sequences: int, length: int, rates: dict[str, dict], device, barrier=None):
         alone = _alone(config, sequences, length)
@@ -204,14 +205,15 @@ class _Step:
         plan = plan_time(alone, Rates(known, "this device"))
         self.kernels = plan.pipeline_seconds
         self.launches = plan_time(alone, Rates(dict.fromkeys(known, Rate(seconds=1.0)), "calls")).pipeline_seconds
-        """Their number."""
+        """Number of launches."""
         self.passes, updated = _step(alone, device, barrier)
         self.update = updated / plan.update.seconds
         """Measured over planned."""
 
 
 def _step(config: Config, device: torch.device, barrier) -> tuple[float, float]:
-    """Shortest seconds of the passes over two micro-batches, and of what follows until the update, of a rank alone."""
+    """Shortest seconds of the passes over two micro-batches, and of the work from then to the update, on a rank
+    alone."""
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -252,7 +254,7 @@ def _links(rank: int, ranks: int, device: torch.device, folder: str) -> dict[str
 
 
 def _shift(tensor: torch.Tensor, rank: int, ranks: int) -> None:
-    """Send to the next rank and receive from the one before."""
+    """Send to the next rank and receive from the previous rank."""
     received = torch.empty_like(tensor)
     works = dist.batch_isend_irecv(
         [
@@ -265,7 +267,7 @@ def _shift(tensor: torch.Tensor, rank: int, ranks: int) -> None:
 
 
 def _seconds_in_step(run: Callable[[], object], device: torch.device) -> float:
-    """Shortest time of a collective, its start aligned; every rank runs it as often as the others."""
+    """Shortest time of a collective with an aligned start; every rank runs it equally often."""
     times = []
     for _ in range(LINK_RUNS):
         dist.barrier()

@@ -1,4 +1,4 @@
-"""What a device sends in a step: bytes by kind of link and by what they are for."""
+"""Bytes that a device sends in a step, by kind of link and by purpose."""
 
 from collections import defaultdict
 from itertools import pairwise
@@ -9,8 +9,11 @@ from train.plan.time.update import count_weights, ring_bandwidth_share, sharers
 
 
 def count_traffic(stages: Stages) -> dict[str, dict[str, float]]:
-    """Bytes in a step, mean over the ranks of a pipeline, of what leaves a device: to others of its node (inside), to other nodes
-    (across), and to or from the host, by experts, stages, contexts, gradients, weights, activations and optimizer."""
+    """Bytes per step that leave a device, as a mean over the ranks of a pipeline.
+
+    By link: to the same node (inside), to other nodes (across), to or from the host. By purpose: experts, stages,
+    contexts, gradients, weights, activations and optimizer.
+    """
     config, layout, parallel = stages.config, stages.layout, stages.config.parallel
     model, element, last = config.model, stages.element, len(stages.layers) - 1
     tokens = stages.tokens * stages.micro_batches
@@ -26,7 +29,9 @@ def count_traffic(stages: Stages) -> dict[str, dict[str, float]]:
     found[link]["contexts"] += 3 * latent_bytes(config) * stages.micro_batches * (model.layers + model.mtp_depth)
     for ids in stages.placement:
         held = count_weights(config, stages.layers, ids, last)
-        times = (1, 2, stages.micro_batches) if parallel.zero == 3 else (2, 1, 1)  # reduced, gathered, in a step
+        times = (
+            (1, 2, stages.micro_batches) if parallel.zero == 3 else (2, 1, 1)
+        )  # reductions and gathers per step, and micro-batches that repeat them
         for weights, group, per_node in sharers(layout, held):
             link, _ = ring_bandwidth_share(group, per_node)
             moved = weights * (group - 1) / group * times[2]

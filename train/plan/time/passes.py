@@ -1,11 +1,11 @@
-"""Seconds of a pass over the layers of a stage, alone or overlapped with another: who waits for which transfer.
+"""Seconds of a pass over the layers of a stage, alone or overlapped with another pass.
 
-A pass is a list of segments. A segment computes, starts a transfer, computes what does not need it (the shared
-experts), and then waits. Alone, a pass can hide a transfer only behind that last part. In a pair two passes take turns
-where each has started a transfer, exactly as parallel/pipeline/overlap.py runs them, backward first.
+A pass is a list of segments. A segment computes, starts a transfer, computes independent work (the shared experts), and
+then waits. Alone, a pass hides a transfer only behind that last part. In a pair, the two passes alternate when one has
+started a transfer, exactly as parallel/pipeline/overlap.py runs them, backward first.
 
-Transfers of a device follow one another. While one is in flight, computing is slowed: it takes the share `taken` of
-the device (some SMs, or on a CPU the very cores).
+Transfers of a device run one after another. A transfer in flight slows computing: it takes the share `taken` of the
+device (some SMs, or on a CPU the cores themselves).
 """
 
 from dataclasses import dataclass
@@ -13,26 +13,26 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Segment:
-    """Seconds of computing, then of a transfer (0 for none) with the computing that may run beside it."""
+    """Seconds of computing, then of a transfer (0 for none) and of computing that may overlap it."""
 
     compute: float
     transfer: float = 0.0
     beside: float = 0.0
     yields: bool = True
-    """Whether a pair changes turns before the transfer is waited for."""
+    """Whether a pair switches to the other pass before the wait for the transfer."""
 
 
 @dataclass(frozen=True)
 class ElapsedTime:
-    """How long a pass or a pair of them takes."""
+    """The time of a pass or of a pair of passes."""
 
     seconds: float
     exposed: float
-    """Seconds of these in which a transfer was waited for."""
+    """Seconds of waiting for transfers, included in `seconds`."""
 
 
 def alone(segments: list[Segment], taken: float) -> ElapsedTime:
-    """One pass, nothing else to do while it waits."""
+    """The time of one pass, without other work during its waits."""
     seconds = exposed = 0.0
     for segment in segments:
         beside = _compute(0.0, segment.beside, segment.transfer, taken)
@@ -52,7 +52,7 @@ class _Lane:
 
 
 def overlapped(forward: list[Segment], backward: list[Segment], taken: float) -> ElapsedTime:
-    """A forward and a backward pass that take turns; see parallel/pipeline/overlap.py for the order."""
+    """The time of a forward and a backward pass that alternate; see parallel/pipeline/overlap.py for the order."""
     lanes = [_Lane(backward), _Lane(forward)]
     now = exposed = link = 0.0
     turn = 0
@@ -77,6 +77,6 @@ def overlapped(forward: list[Segment], backward: list[Segment], taken: float) ->
 
 
 def _compute(now: float, seconds: float, link: float, taken: float) -> float:
-    """When computing that starts now ends, slowed while the link is busy."""
+    """The end time of computing that starts now, slowed while the link is busy."""
     lost = taken * max(0.0, link - now)
     return now + min(seconds + lost, seconds / max(1 - taken, 1e-9))

@@ -1,8 +1,7 @@
-"""Seconds of work: the rates of a description or of a calibration, and which kind stands in for which.
+"""Seconds of work, from the rates of a hardware description or a calibration, with fallbacks between kinds.
 
-Shipped descriptions know a few kinds (products, attention, memory); a calibration measures all that this project's own
-code does. A kind that is not there takes the rate of the kind that it is an instance of, along WORK_KINDS; a kind without any
-is an error.
+Shipped descriptions have a few kinds (GEMMs, attention, memory); a calibration measures all kinds in Sluice's code.
+A missing kind uses the rate of its more general kind, along WORK_KINDS. A kind without any rate is an error.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,14 +29,17 @@ WORK_KINDS = {
     "triton_grouped_wgrad": "grouped_wgrad",
     "triton_wgrad": "wgrad",
 }
-"""Kinds of products, each in a format (fprop_bf16), and what stands in for them. Those of triton are our kernels, in FP8."""
+"""Kinds of GEMMs, each with a format (fprop_bf16), and their fallbacks. Kinds with triton are Sluice's FP8 kernels."""
 NOT_MEMORY = ("memory", "attention_forward", "attention_backward", "launch")
-"""Kinds beside products, links and the host for which `memory` does not stand in. It does for all others."""
+"""Kinds without the fallback `memory`, besides GEMMs, links and the host. All others have it."""
 HOST = ("host", "host_memory")
-"""Kinds of offload: bytes of one device to or from its host, and what its processors read and write for it. Nothing stands in."""
+"""Kinds of offload, without fallback: bytes between a device and its host, and bytes that the host's processors read
+and write for it."""
 HOST_LAUNCH = "host_launch"
-"""Kind of what Python takes of a core of the host, in seconds of a call, to give a kernel of the passes to a device. Nothing stands in: where a
-description does not have it, it counts nothing."""
+"""Kind for the host time of launching a kernel in the passes, in seconds of a core per call.
+
+It has no fallback: if a description lacks it, launches cost nothing.
+"""
 LINKS = {
     "all_to_all_inside": "inside",
     "all_to_all_across": "across",
@@ -48,9 +50,12 @@ LINKS = {
     "gather_inside": "inside",
     "gather_across": "across",
 }
-"""Kinds of transfers and what stands in for them: inside and across, bytes of one device in one direction."""
+"""Kinds of transfers and their fallbacks: inside and across, bytes of one device in one direction."""
 PUBLISHED_SPREAD = 0.16
-"""Four of five jobs that others have published take a plan's step times exp(-0.16) to exp(0.16): `python -m bench.plan_published`."""
+"""Four of five published jobs have step times between exp(-0.16) and exp(0.16) times a plan's.
+
+Measured by `python -m bench.plan_published`.
+"""
 CALIBRATION_FILE = "calibration.json"
 REQUIRED = {
     "device",
@@ -66,21 +71,21 @@ REQUIRED = {
 
 @dataclass(frozen=True)
 class Rates:
-    """Rates of one device. source: for a person."""
+    """Rates of one device. source: for the user."""
 
     rates: Mapping[str, Rate]
     source: str
     factors: Mapping[str, float] = field(default_factory=dict)
-    """Factors of passes and of update: what kernels do not explain of them, as a factor; 1 where not measured."""
+    """Factors of passes and of update, for time that kernels do not explain; 1 if not measured."""
     threads: int | None = None
     """Threads of a rank on the CPU that was calibrated."""
     spread: float | None = None
-    """Spread of jobs around a plan, as PUBLISHED_SPREAD; None where nobody has held such plans against jobs."""
+    """Spread of jobs around a plan, as PUBLISHED_SPREAD; None if such plans were not compared with jobs."""
     _found: dict[str, Rate] = field(default_factory=dict, init=False, compare=False, repr=False)
-    """By kind, as they were asked for."""
+    """Rates by kind, cached on first use."""
 
     def rate(self, kind: str) -> Rate:
-        """The rate of a kind, or of what stands in for it. Raises UserError where there is none."""
+        """The rate of a kind, or of its fallback. Raises UserError if there is none."""
         if kind not in self._found:
             self._found[kind] = self._find(kind)
         return self._found[kind]
@@ -99,13 +104,12 @@ class Rates:
         return self.rates[name]
 
     def seconds(self, work: Iterable[Work]) -> float:
-        """Time of kernels one after another."""
+        """Time of kernels in sequence."""
         return sum(self.of(one) for one in work)
 
     def passes(self, work: Sequence[Work]) -> float:
-        """Seconds of work inside the passes of a step, with what Python and autograd take to launch them (calibrations
-        only).
-        """
+        """Seconds of work inside the passes of a step, including launches by Python and autograd (only in
+        calibrations)."""
         launch = self.rates.get("launch", Rate()).seconds
         return self.factor("passes") * self.seconds(work) + launch * sum(one.calls for one in work)
 
@@ -130,7 +134,7 @@ def _nearest_kind(kind: str) -> str | None:
 
 
 def load_rates(config: Config, alone: bool) -> Rates:
-    """The rates that a plan of this recipe uses. alone: only one rank of a machine works (CPUs share their memory).
+    """The rates that a plan of this recipe uses. alone: only one rank of a machine is active (CPUs share their memory).
 
     Raises UserError without a description, without rates, and for a calibration of another device.
     """
@@ -167,7 +171,7 @@ def read_calibration(path: str) -> dict[str, Any]:
 
 
 def check_device(config: Config, calibration: Mapping[str, Any]) -> None:
-    """Raise UserError where a calibration is not of the device that is planned for, or of another number format."""
+    """Raise UserError if a calibration is of another device than the planned one, or of another number format."""
     hardware, device = config.hardware, calibration["device"]
     wanted = cpu_name() if hardware.device == "cpu" else hardware.device
     same = device == wanted if hardware.device == "cpu" else wanted in device

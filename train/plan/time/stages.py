@@ -1,7 +1,7 @@
-"""Seconds of every action of a pipeline: what the stages' own code asks for (train/plan/work_recorder.py), at the rates of a device.
+"""Seconds of every action of a pipeline: recorded work of the stages (train/plan/work_recorder.py) at a device's rates.
 
-The parts of a stage are those of the memory plan (train/plan/memory/part.py), which runs each of them once. A stage adds them up as
-segments (passes.py), so that the schedule can overlap what it overlaps.
+The parts of a stage come from the memory plan (train/plan/memory/part.py), which runs each of them once. A stage
+joins them as segments (passes.py), so that the schedule can overlap them.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,12 +29,13 @@ from train.plan.time.update import to_host
 from train.plan.work_recorder import ONCE, Exchange, Work
 
 FEW_MICRO_BATCHES = 16
-"""Micro-batches of a step; among more the first is not told from the others: it does not read the sums of gradients, which it makes."""
+"""Up to this many micro-batches, the first is distinguished: it does not read the sums of gradients, but creates
+them."""
 
 
 @dataclass
 class PassTime:
-    """One pass over some layers: segments for time, and the work in them."""
+    """One pass over some layers: segments for time, and their work."""
 
     segments: list[Segment] = field(default_factory=list)
     pieces: list[Sequence[Work]] = field(default_factory=list)
@@ -45,7 +46,7 @@ class PassTime:
 
     @classmethod
     def joined(cls, passes: Sequence["PassTime"]) -> "PassTime":
-        """One after another."""
+        """The passes in sequence."""
         return cls([one for each in passes for one in each.segments], [one for each in passes for one in each.pieces])
 
 
@@ -54,11 +55,11 @@ def _computing(one: PassTime) -> float:
 
 
 class Directions:
-    """The passes of some layers, each made when it is asked for."""
+    """The passes of some layers, each built on first access."""
 
     def __init__(self, make: Callable[[str], PassTime]):
         self.of = cache(make)
-        """By the kind of its action: F, B, I or W."""
+        """Passes by kind of action: F, B, I or W."""
 
     @property
     def forward(self) -> PassTime:
@@ -66,7 +67,7 @@ class Directions:
 
     @property
     def backward(self) -> PassTime:
-        """Whole."""
+        """The whole backward."""
         return self.of("B")
 
     @property
@@ -82,14 +83,14 @@ class Stages:
     """Durations of the actions of a recipe's pipeline."""
 
     def __init__(self, config: Config, layout: Layout, rates: Rates, memo: dict | None = None):
-        """memo: what was counted for other layouts of this recipe at the same rates, and is added to."""
+        """memo: cached results for other layouts of this recipe at the same rates; new results are added."""
         self.config, self.layout, self.rates = config, layout, rates
         self.placement = config.parallel.placement
         self.layers = stage_layers(config)
         self.taken = config.hardware.communication_share
         parallel = config.parallel
         self.tokens = config.micro_batch_size * config.seq_len // parallel.cp
-        """Tokens of a micro-batch of one rank."""
+        """Tokens of a micro-batch on one rank."""
         self.micro_batches = micro_batches_of(config)
         self.element = config.precision.weight_bytes
         """Bytes of an activation and of a weight."""
@@ -100,7 +101,7 @@ class Stages:
             self.tokens, self.micro_batches, parallel.cp, layout.ranks_per_node, words, parallel.ep, parallel.dispatch, parallel.wire,
             config.holds_weights,
         )  # fmt: skip
-        """All that the time of a part depends on, of what layouts differ in."""
+        """All settings that differ between layouts and affect the time of a part."""
         self._sent: dict[int, float] = {}
         self._elapsed: dict[tuple, ElapsedTime] = {}
         self._kinds: dict[int, Parts] = {}
@@ -112,13 +113,16 @@ class Stages:
 
     @property
     def reduces_ahead(self) -> bool:
-        """Whether gradients of a chunk are reduced beside the passes of others (parallel/zero/whole_weights.py). A CPU waits for them."""
+        """Whether gradients of a chunk are reduced during the passes of other chunks (parallel/zero/whole_weights.py).
+
+        A CPU waits for the reduction.
+        """
         parallel = self.config.parallel
         return self.on_gpu and self.element == 2 and parallel.zero < 3 and not parallel.offload_optimizer
 
     @cached_property
     def spread(self) -> Spread:
-        """Where the tokens of a layer of experts go."""
+        """Expected destinations of the tokens in a layer of experts."""
         return spread_of(self.config, self.layout)
 
     @cached_property
@@ -140,9 +144,9 @@ class Stages:
         return self._remembered(key, lambda: Directions(lambda way: self._stage(parts, way)))
 
     def balanced(self) -> list[int]:
-        """Layers of every stage with which the ranks are as evenly busy as can be by these times, as parallel.split takes them."""
+        """Layers of every stage that balance the ranks best by these times, as for parallel.split."""
         model = self.config.model
-        again = model.repeated_layers >= model.layers  # a share of every stage goes with the stage, not with the layer
+        again = model.repeated_layers >= model.layers  # a share of every stage depends on the stage, not on the layer
         end = AGAIN if again and Recompute.layer in model.recompute else ""
         dense, moe = (self._pair((kind + end,)) for kind in ("dense", "moe"))
         costs = [dense if index < model.dense_layers else moe for index in range(model.layers)]
@@ -150,7 +154,7 @@ class Stages:
         return [len(one) for one in split_layers(costs, first, last, self.placement)]
 
     def _pair(self, parts: Parts) -> float:
-        """Seconds of a forward and a backward of these parts, run together where the schedule does."""
+        """Seconds of a forward and a backward of these parts, overlapped if the schedule overlaps them."""
         made = self._passes(parts)
         forward, backward = made.forward.segments, made.backward.segments
         if self.config.parallel.schedule_facts.pairs and self.config.parallel.overlap:
@@ -158,11 +162,11 @@ class Stages:
         return alone(forward, self.taken).seconds + alone(backward, self.taken).seconds
 
     def _stage(self, parts: Parts, way: str) -> PassTime:
-        """A pass of these parts one after another, backward from the last."""
+        """A pass of these parts in sequence; backward starts with the last."""
         first, depth = parts[0] == "embedding", self.config.model.mtp_depth if parts[-1] == "end" else 0
         whole = self.config.parallel.zero == 3 or depth > 1  # backward_in_one_piece
         if way in "IW" and (whole or first):
-            # the first stage has nothing to send on: torch's split does nothing in I and everything in W
+            # the first stage has no gradient to send: torch's split does nothing in I and everything in W
             return self._stage(parts, "B") if (way == "I") == whole else PassTime()
         if depth and not first:
             parts = ("embedding", *parts)
@@ -172,19 +176,22 @@ class Stages:
         )
 
     def _part(self, part: str, way: str) -> PassTime:
-        """A pass through a part, mean over the micro-batches: the gradients of the first become the sums of the others."""
+        """A pass through a part, mean over the micro-batches: the first creates the gradients, the others add to
+        them."""
         if part == "end" and self._scene.ep > 1 and self.config.model.mtp_depth:
             return self._end(way)
         if way == "F":
-            trace_backward(self._scene, part, False, False)  # which traces the forward too
+            trace_backward(self._scene, part, False, False)  # this traces the forward too
             return self._timed([(1.0, trace_forward(self._scene, part).run)])
         share = 1 / self.micro_batches if self.micro_batches <= FEW_MICRO_BATCHES else 0.0
         shares = {True: share, False: 1 - share}
         return self._timed([(share, self._backward(part, way, first)) for first, share in shares.items() if share])
 
     def _end(self, way: str) -> PassTime:
-        """A pass of the end with MTP modules whose experts lie on several ranks: the end with all experts here, and what their blocks take
-        more than such a block. So the many ways of experts are not traced for the end too, which would take most of a search.
+        """A pass of the end, whose MTP modules have experts on several ranks.
+
+        It is computed as the end with all experts on this rank, plus the difference of the MTP blocks. So the end is
+        not traced for every expert layout, which would take most of a search.
         """
         model, parallel = self.config.model, replace(self.config.parallel, ep=1)
         block = "moe" + AGAIN * (Recompute.layer in model.recompute)
@@ -194,17 +201,17 @@ class Stages:
         compute = _computing(end) - model.mtp_depth * _computing(less)
         gone = [Work(kind, *(-model.mtp_depth * amount for amount in amounts)) for kind, *amounts in less.work]
         rest = PassTime([Segment(compute)], [end.work, gone])
-        return PassTime.joined([*more, rest] if way == "F" else [rest, *more])  # head and loss behind the blocks
+        return PassTime.joined([*more, rest] if way == "F" else [rest, *more])  # head and loss run after the blocks
 
     def _backward(self, part: str, way: str, first: bool) -> PassMemory:
         if way == "B":
             return trace_backward(self._scene, part, first, False)
-        if part == "embedding":  # beside MTP modules, whose gradient of it comes with the weights
+        if part == "embedding":  # with MTP modules: its gradient comes in the weights pass
             return trace_backward(self._scene, part, first, False) if way == "W" else PassMemory(0, ())
         return trace_split_backward(self._scene, part, first)[way == "W"]
 
     def _timed(self, passes: list[tuple[float, PassMemory]]) -> PassTime:
-        """Passes that differ in their work alone, each with its share of the micro-batches."""
+        """Passes that differ only in their work, each weighted with its share of the micro-batches."""
         made = PassTime()
         for segments in zip(*(run.work for _, run in passes), strict=True):
             weighed = list(zip([share for share, _ in passes], segments, strict=True))
@@ -219,7 +226,7 @@ class Stages:
         return made
 
     def _scaled(self, work: Work, share: float) -> Work:
-        """Work of a share of the micro-batches. What is done once a step is in the trace of each."""
+        """Work of a share of the micro-batches. Work done once per step is in the trace of each."""
         kind = work.kind.removeprefix(ONCE)
         if kind != work.kind:
             share /= self.micro_batches
@@ -228,12 +235,12 @@ class Stages:
         return Work(kind, work.flops * share, work.bytes * share, work.calls * share)
 
     def seconds(self, works: Sequence[Work]) -> float:
-        """Time of computing in a pass, and of what is waited for where it is sent."""
+        """Time of computing in a pass, and of transfers that block it."""
         sent = [one for one in works if one.kind in LINKS]
         return self.rates.passes([one for one in works if one.kind not in LINKS]) + self.rates.seconds(sent)
 
     def _exchange_seconds(self, hop: Exchange) -> float:
-        """Seconds of one hop of a micro-batch's rows, of the rank that has most to move."""
+        """Seconds of one hop of a micro-batch's rows, for the rank with the most rows."""
         tokens = self.tokens * self.config.plan.imbalance * hop.row_bytes
         return max(
             (
@@ -253,7 +260,7 @@ class Stages:
         return self._elapsed[key]
 
     def _long_key(self, action: Action) -> tuple:
-        """A key that is equal for every layout of which the stages do the same."""
+        """A key that is equal for all layouts whose stages do the same work."""
         kinds = [self.kind(half.stage) for half in action.halves or (action,)]
         return (*self._alike, action.kind, *kinds, self.config.parallel.zero == 3)
 
@@ -261,7 +268,8 @@ class Stages:
         return self._beside_copies(action, self._computing(action))
 
     def _beside_copies(self, action: Action, computed: ElapsedTime) -> ElapsedTime:
-        """With what goes to the host or comes back meanwhile: a link takes both ways at once, and a CPU copies in its own time."""
+        """The time including copies to or from the host: a link copies both ways at once, and a CPU copies in its
+        own time."""
         halves = action.halves or (action,)
         there = [self._copies(half.stage) for half in halves if half.kind == "F"]
         back = [self._copies(stage) for half in halves for stage, _ in reads(half)]
@@ -270,7 +278,7 @@ class Stages:
         return ElapsedTime(max(computed.seconds, *there, *back, 0.0), computed.exposed)
 
     def _copies(self, stage: int) -> float:
-        """Seconds in which what a micro-batch keeps of a stage goes to the host."""
+        """Seconds of sending a micro-batch's offloaded activations of a stage to the host."""
         if not self.config.model.offload:
             return 0.0
         if stage not in self._sent:
@@ -278,7 +286,7 @@ class Stages:
         return self._sent[stage]
 
     def count_sent(self, stage: int) -> int:
-        """What a micro-batch keeps of a stage on the host."""
+        """Bytes of a stage's activations on the host, per micro-batch."""
         return chunk_of(self._scene, self.kind(stage)).sent_bytes
 
     def _computing(self, action: Action) -> ElapsedTime:
@@ -289,7 +297,7 @@ class Stages:
 
 
 def require_rule(config: Config) -> None:
-    """Raise UserError for a recipe whose step time this file has no rule for."""
+    """Raise UserError for a recipe whose step time this file does not support."""
     if config.data.mask_documents:
         raise UserError(
             "data.mask_documents",

@@ -1,7 +1,7 @@
 """Seconds of a training step: the pipeline simulated action by action, then reduction, optimizer and gather.
 
-The actions and their order are torch's own (parallel/pipeline/simulate.py); their lengths are those of stages.py. MFU is
-counted as DeepSeek counts it: without MTP, against the bf16 peak.
+The actions and their order are torch's own (parallel/pipeline/simulate.py); stages.py gives their durations. MFU
+follows DeepSeek's definition: without MTP, relative to the bf16 peak.
 """
 
 import math
@@ -23,7 +23,7 @@ from train.plan.work_recorder import Work
 
 @dataclass
 class StepTime:
-    """What a plan says about speed. Seconds are of one optimizer step."""
+    """The speed in a plan. Seconds are of one optimizer step."""
 
     step_seconds: float
     pipeline_seconds: float
@@ -35,32 +35,35 @@ class StepTime:
     action_seconds: dict[str, float]
     """Seconds by kind of action (F, B, I, W, FB), mean over the ranks of a pipeline."""
     exposed_communication_seconds: float
-    """Waiting for experts' tokens inside actions, mean over the ranks of a pipeline."""
+    """Time of waiting for experts' tokens inside actions, mean over the ranks of a pipeline."""
     work_seconds: dict[str, float]
     """Seconds of computing by kind of work, mean over the ranks of a pipeline."""
     host_seconds: float
-    """Seconds that a core of the host takes to launch that computing, which it does ahead of the device, mean over the ranks of a pipeline; 0 where
-    nobody says what a launch takes. In no other figure: where it is more than the computing, the host binds, and the step takes longer."""
+    """Seconds of a host core for launching that computing, ahead of the device; mean over the ranks of a pipeline.
+
+    0 if launch times are unknown. No other figure includes it: if it exceeds the computing time, the host limits the
+    step, which then takes longer.
+    """
     exchange_seconds: float
     """Seconds of experts' exchanges, hidden or not, mean over the ranks of a pipeline."""
     update: UpdateTime
     tokens_per_second: float
     tokens_per_second_per_gpu: float
     mfu_causal: float | None
-    """Against the bf16 peak of the description; None where it has none."""
+    """Relative to the description's bf16 peak; None if it has none."""
     mfu_full: float | None
     """MFU with attention counted without its mask."""
     actions: list[list[Action]]
-    """What every rank of a pipeline does, in order."""
+    """The actions of every rank of a pipeline, in order."""
     length: Callable[[Action], float]
     """Seconds of an action."""
     transfer_seconds: float
     """From the end of a stage to its output on the next rank."""
     simulation: Simulation
     rates: str
-    """Where the rates come from."""
+    """Source of the rates."""
     threads: int | None
-    """Threads of a rank, where they were measured on a CPU."""
+    """Threads of a rank, if the rates were measured on a CPU."""
     spread: float | None
     """See Rates.spread."""
 
@@ -71,7 +74,7 @@ class StepTime:
 
     @property
     def interval_seconds(self) -> tuple[float, float] | None:
-        """Between what and what four of five such jobs take a step; None for rates that were not held against jobs."""
+        """The interval of step times of four in five such jobs; None for rates that were not compared with jobs."""
         if self.spread is None:
             return None
         return self.step_seconds * math.exp(-self.spread), self.step_seconds * math.exp(self.spread)
@@ -79,7 +82,7 @@ class StepTime:
 
 @dataclass(frozen=True)
 class SimulatedStep:
-    """What a search asks of a step; a plan adds what it consists of."""
+    """The parts of a step's time that a search needs; a plan adds their breakdown."""
 
     simulation: Simulation
     update: UpdateTime
@@ -92,7 +95,7 @@ class SimulatedStep:
 
 
 def simulate_step(stages: Stages, micro_batches: int | None = None) -> SimulatedStep:
-    """The pipeline, action by action, and the update of the rank that takes longest over it. micro_batches: in place of all."""
+    """The pipeline, action by action, and the update of the slowest rank. micro_batches: replaces the step's number."""
     extra = _stage3(stages) if stages.config.parallel.zero == 3 else {}
 
     def duration(action: Action) -> float:
@@ -105,11 +108,11 @@ def simulate_step(stages: Stages, micro_batches: int | None = None) -> Simulated
 
 
 LONG = 12
-"""Micro-batches per rank of a pipeline from which on further ones are not simulated: each takes as long as those before it."""
+"""Micro-batches per pipeline rank from which on more are extrapolated: each takes the same time."""
 
 
 def estimate_step(stages: Stages) -> tuple[float, float]:
-    """Seconds of a step, and the busiest rank's time over the mean, from a step that is long enough to tell."""
+    """Seconds of a step, and the ratio of the busiest rank's time to the mean, extrapolated from shorter steps."""
     pp, count = stages.layout.pp, stages.micro_batches
     if count <= (LONG + 1) * pp or count % pp:
         step = simulate_step(stages)
@@ -121,7 +124,7 @@ def estimate_step(stages: Stages) -> tuple[float, float]:
 
 
 def plan_time(config: Config, rates: Rates | None = None) -> StepTime:
-    """Plan the time of a step. Raises UserError for what cannot run, has no rule, or has no rates."""
+    """Plan the time of a step. Raises UserError for a recipe that cannot run, is not supported, or has no rates."""
     require_hardware(config.hardware)
     require_rule(config)
     layout = layout_of(config)
@@ -166,8 +169,10 @@ def _transfer(stages: Stages) -> float:
 
 
 def slowest_update(stages: Stages, *simulated: Any) -> UpdateTime:
-    """Time of the update of the rank that takes longest over it, with what is left of the reduction when its passes are through.
-    simulated: as for `_hidden`; without it all is hidden that may be, so that this is the least time.
+    """Time of the slowest rank's update, with the part of the reduction that remains after its passes.
+
+    simulated: arguments for `_hidden`; without them, all reduction that can be hidden is hidden, which gives the
+    minimum.
     """
     updates: dict[WeightCounts, UpdateTime] = {}
     for rank, ids in enumerate(stages.placement):
@@ -183,8 +188,10 @@ def slowest_update(stages: Stages, *simulated: Any) -> UpdateTime:
 def _hidden(
     stages: Stages, rank: int, whole: float, program: Program, simulation: Simulation, length: Callable[[Action], float]
 ) -> float:
-    """Seconds of a rank's reduction, which takes `whole`, that its passes hide, less what they lose to it: of all stages but the last to
-    end, from the end of the first (parallel/zero/whole_weights.py).
+    """Seconds of a rank's reduction (`whole` in total) that its passes hide, minus their own slowdown.
+
+    Hidden are the reductions of all stages except the last to end, from the end of the first
+    (parallel/zero/whole_weights.py).
     """
     actions = program.actions[rank]
     ahead = stages_ahead(actions)
@@ -196,7 +203,8 @@ def _hidden(
 
 
 def _stage3(stages: Stages) -> dict[str, float]:
-    """Seconds that stage 3's gathers add to F and B: what the pass cannot hide, and the computing they take meanwhile."""
+    """Seconds that stage 3's gathers add to F and B: the part that the pass cannot hide, and the slowdown of its
+    computing."""
     held = count_weights(stages.config, stages.layers, stages.placement[0], len(stages.layers) - 1)
     forward, backward = stage3_seconds(stages.config, stages.layout, stages.rates, held)
     added = {}
@@ -215,7 +223,7 @@ def _by_kind(actions: list[list[Action]], duration: Callable[[Action], float]) -
 
 
 def _work(stages: Stages, measure: Callable[[Work], float]) -> dict[str, float]:
-    """What this measures of the computing of all micro-batches, by kind of work, mean over ranks."""
+    """Sum of this measure over the computing of all micro-batches, by kind of work, mean over ranks."""
     total: defaultdict[str, float] = defaultdict(float)
     for stage in range(len(stages.layers)):
         made = stages.directions(stage)
@@ -232,7 +240,7 @@ def _exchanges(stages: Stages) -> float:
 
 
 def mfu(config: Config, step_seconds: float, causal: bool) -> float | None:
-    """Against the bf16 peak of all devices; None where the description has none."""
+    """MFU relative to the bf16 peak of all devices; None if the description has none."""
     if not config.hardware.bf16_flops:
         return None
     rate = config.batch_size * config.seq_len / step_seconds / config.parallel.world

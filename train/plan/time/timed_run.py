@@ -1,10 +1,12 @@
-"""The kernels of a recipe, timed: each part of the model as a memory plan runs it (train/plan/memory/part.py), on a real device.
+"""Times the kernels of a recipe: runs each part of the model as a memory plan does, on a real device.
 
-What is timed is what is recorded (train/plan/work_recorder.py), so that a new kernel is calibrated as it is planned. A part runs several times, and the
-shortest time of each kernel stands: other work on a machine only ever adds time. Beside the parts stand those kernels of an update that work on
-weights alone, and casts of rows that travel in FP8.
+See train/plan/memory/part.py. The recorder (train/plan/work_recorder.py) is the plan's own, so a new kernel is
+calibrated as it is planned. A part runs several times, and the shortest time of each kernel counts: other work on a
+machine only ever adds time. Kernels outside of the parts are timed separately: parts of the update that work only on
+weights, and casts of rows that travel in FP8.
 
-A GPU's autograd runs in a thread of its own, where single operations of torch are not seen; what the model asks of its kernels is.
+A GPU's autograd runs in its own thread, where single torch operations are not seen; the model's calls of its kernels
+are.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -31,16 +33,16 @@ TIMED_PARTS = ("embedding", "dense", "moe", "end")
 TIMED_PASSES = 6
 """Passes through a part; the first does not count."""
 COUNT = 2**25
-"""Weights in those cases that do not depend on tokens: more than a cache holds, as between two steps."""
+"""Number of weights in cases that do not depend on tokens: larger than a cache, as between two steps."""
 PIECES = (2**14, 2**20)
-"""Weights of one tensor there."""
+"""Weights of one tensor in these cases."""
 
 
 class TimedRun(Run):
     """A part of a recipe on a device."""
 
     def __init__(self, config: Config, part: str, device: torch.device):
-        """config: of one rank alone."""
+        """config: of a single rank."""
         super().__init__(scene_of(config), part)
         self._config, self.device = config, device
         self._ledger = Ledger(device)
@@ -86,7 +88,7 @@ def timed_passes(config: Config, device: torch.device) -> Iterator[TimedWork]:
 
 
 def timed_rows_and_weights(config: Config, device: torch.device) -> Iterator[TimedWork]:
-    """Rows that travel in FP8; sums of gradients, copies and the optimizer."""
+    """Casts of rows that travel in FP8, sums of gradients, copies, and the optimizer."""
     clock = WorkRecorder(False, lambda: undisturbed_clock(device))
     dtype, element = activation_dtype(config.precision), config.precision.weight_bytes
     rows = torch.randn(config.micro_batch_size * config.seq_len, config.model.hidden, device=device).to(dtype)

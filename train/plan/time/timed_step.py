@@ -1,4 +1,7 @@
-"""What measures this device: a clock that waits for it, and the steps of one rank, phase by phase. A calibration and a dry run use both."""
+"""Measures this device: a clock that waits for it, and steps of one rank, phase by phase.
+
+A calibration and a dry run use both.
+"""
 
 import time
 from collections.abc import Callable
@@ -14,21 +17,21 @@ from train.rank_parts import ParallelModel, RankSetup
 
 
 def wall_clock(device: torch.device) -> float:
-    """Seconds, when all that was asked of the device is done."""
+    """Seconds after all pending work of the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def undisturbed_clock(device: torch.device) -> float:
-    """Seconds as of `wall_clock`; for a CPU with one thread, those of the processor, which stand still while others have it."""
+    """Seconds of `wall_clock`; for a CPU with one thread, processor time, which excludes other processes."""
     if device.type == "cpu" and torch.get_num_threads() == 1:
         return time.process_time()
     return wall_clock(device)
 
 
 class TimedStep:
-    """Steps of one rank over one batch of random tokens, as training makes them."""
+    """Steps of one rank over one batch of random tokens, as in training."""
 
     def __init__(
         self, config: Config, parts: ParallelModel, rank: RankSetup, clock: Callable[[torch.device], float] = wall_clock
@@ -42,9 +45,10 @@ class TimedStep:
     def run(
         self, number: int, on_phase: Callable[[str], None] = lambda _: None
     ) -> tuple[StepOutcome, dict[str, float]]:
-        """Step `number`: what it came to, and the seconds of `schedule`, `reduction` and `update`. on_phase: called at their ends.
+        """Run step `number`; returns its outcome and the seconds of `schedule`, `reduction` and `update`.
 
-        Its learning rate is 0: the same work, and weights that stay sound without the other ranks' shards.
+        on_phase: called at their ends. The learning rate is 0: the same work, and weights stay valid without the
+        other ranks' shards.
         """
         plan = StepPlan(number, 0, self._config.batch_size, 0.0, self._config.optim.mtp_weight[0].value, 0.0)
         marks, seconds = [self._clock(self._device)], {}

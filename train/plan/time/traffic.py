@@ -1,9 +1,9 @@
-"""Where tokens go: copies of a token at every hop and the bytes of the exchanges between ranks.
+"""Estimates the copies of a token at every hop, and the bytes of exchanges between ranks.
 
-With balanced routing every expert is as likely as any other, so the expected number of nodes, ranks and experts a
-token reaches follows from the router's rule alone. It is counted on random scores by that very rule (paper 2.1.2):
-groups by their best group_top_k scores, then the top_k experts in them. Messages as in parallel/expert: a row on
-the wire and what travels beside it.
+With balanced routing all experts are equally likely, so the expected number of nodes, ranks and experts that a token
+reaches follows from the router's rule. It is counted on random scores by the same rule (paper 2.1.2): groups by
+their best group_top_k scores, then the top_k experts in them. Messages are as in parallel/expert: a row on the wire
+and its side data.
 """
 
 from dataclasses import dataclass
@@ -17,34 +17,34 @@ from parallel.expert.wire import TILE
 from parallel.layout import Layout
 
 SAMPLES = 4096
-"""Random tokens to count on: the standard error of a mean copy count is below 0.5 %."""
+"""Number of random tokens: the standard error of a mean copy count is below 0.5 %."""
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Expected copies of one token in one layer of experts, and what its messages cost. Means over tokens."""
+    """Expected copies of one token in one layer of experts, and the bytes of its messages. Means over tokens."""
 
     ranks: int
     """Ranks of the expert group."""
     copies: tuple[float, ...]
-    """Messages that a hop makes of a token: see `Messages` of conf/dispatches.py."""
+    """Messages per token of each hop: see `Messages` in conf/dispatches.py."""
     arrivals: float
     """Messages that reach the expert's ranks, per token of a rank."""
     row_bytes: int
-    """Bytes of a message on the way out of the forward pass: a row on the wire and what travels beside it."""
+    """Bytes of a dispatch message in forward: a row on the wire and its side data."""
     gradient_bytes: int
-    """On the way out of the backward pass: a row on the wire alone."""
+    """Bytes of a dispatch message in backward: only a row on the wire."""
     high_bytes: int
-    """On the way back of the forward pass: a row in the activations' format."""
+    """Bytes of a combine message in forward: a row in the activation dtype."""
     high_gradient_bytes: int
-    """On the way back of the backward pass: such a row and the gradients of its gates."""
+    """Bytes of a combine message in backward: such a row and the gradients of its gates."""
     inside: float
     """Messages of a token to other ranks of the same node."""
     across: float
     """Messages of a token to other nodes."""
 
     def step_bytes(self, tokens: float) -> tuple[float, float]:
-        """Bytes that tokens of one layer cost in forward and backward together: inside nodes and across."""
+        """Bytes of exchanges for a layer's tokens, forward and backward together: inside nodes and across."""
         row = self.row_bytes + self.gradient_bytes + self.high_bytes + self.high_gradient_bytes
         return tokens * self.inside * row, tokens * self.across * row
 
@@ -64,8 +64,11 @@ def spread_of(config: Config, layout: Layout) -> Spread:
 
 
 def latent_bytes(config: Config) -> int:
-    """What a rank sends in one gather of the latents of a layer and micro-batch, and in one scatter of their gradients. A layer takes
-    two gathers and a scatter (parallel/context.py)."""
+    """Bytes that a rank sends in one gather of a layer's latents, per micro-batch; a scatter of their gradients sends
+    the same.
+
+    A layer needs two gathers and one scatter (parallel/context.py).
+    """
     model, cp = config.model, config.parallel.cp
     own = config.micro_batch_size * config.seq_len // cp
     return (cp - 1) * own * (model.kv_rank + model.rope_head_dim) * config.precision.weight_bytes
@@ -84,14 +87,15 @@ def _chosen(experts: int, top_k: int, groups: int, top_groups: int, group_top_k:
 
 
 def reached(model: Model, nodes: int, per_node: int) -> tuple[float, float, int]:
-    """Expected nodes and ranks that hold an expert of a token, and its experts; experts spread in order over ranks."""
+    """Expected nodes and ranks that hold an expert of a token, and its number of experts; ranks hold experts in
+    order."""
     rule = model.experts, model.top_k, model.groups, model.top_groups, model.resolved_group_top_k
     return _distinct(nodes, *rule), _distinct(nodes * per_node, *rule), model.top_k
 
 
 @cache
 def _distinct(holders: int, experts: int, *rule: int) -> float:
-    """Expected holders of equal runs of the experts that have one of a token's."""
+    """Expected number of holders with at least one of a token's experts, if all hold equally many in order."""
     hit_SH = np.zeros((SAMPLES, holders), dtype=bool)
     np.put_along_axis(hit_SH, _chosen(experts, *rule) // (experts // holders), True, 1)
     return float(hit_SH.sum(1).mean())

@@ -1,14 +1,15 @@
-"""Seconds between the last micro-batch and the next step: gradients reduced, weights updated and gathered again.
+"""Seconds between the last micro-batch and the next step: gradient reduction, weight update and gather.
 
-As parallel/zero/whole_weights.py runs DeepSpeed: gradients are summed over all ranks that hold the same weights (an all-reduce, of
-which each rank keeps its shard), in fp32; then every rank updates its shard and the weights are gathered in their own
-format. Dense weights are shared by all ranks of a stage, experts by the ranks with the same experts. Of it only gradients
-of a chunk that ends before another of its rank are reduced beside a pipeline's work (step_time.py). At stage 3 the gathers and the reduction happen in every micro-batch instead, and
-what is left is the update.
+This follows parallel/zero/whole_weights.py with DeepSpeed. Gradients are summed in fp32 over all ranks that hold the
+same weights (an all-reduce, of which each rank keeps its shard). Then every rank updates its shard, and the weights are
+gathered in their own format. All ranks of a stage share dense weights; the ranks with the same experts share experts.
+Only gradients of a chunk that ends before another chunk of its rank are reduced during the pipeline's work
+(step_time.py). At stage 3, gathers and reduction run in every micro-batch, and only the update remains.
 
-An optimizer that makes matrices orthogonal does so behind its pass over the shard: matrices travel to their owners and back while others are
-computed (parallel/owners.py), so that the longer of the two counts. With the optimizer on the host, the shard's gradients go there over the device's link and its rounded weights come back; the update
-itself is bound by the memory of the host's processors.
+An optimizer that orthogonalises matrices does so after its pass over the shard. Matrices travel to their owners and
+back while others are computed (parallel/owners.py), so the longer of the two counts. With the optimizer on the host,
+the shard's gradients go there over the device's link, and its rounded weights come back. The update itself is
+limited by the memory bandwidth of the host's processors.
 """
 
 import math
@@ -27,22 +28,25 @@ from train.plan.time.rates import Rates
 from train.plan.work_recorder import Work
 
 DEVICE_PASSES = 20
-"""Bytes per gradient that DeepSpeed moves around the reduction: into its bucket, out of it, divided. Gradients that no
-other rank shares stay where they are, with bf16 weights."""
+"""Bytes per gradient element that DeepSpeed moves for the reduction: into its bucket, out of it, divided.
+
+With bf16 weights, gradients without another rank stay in place.
+"""
 NORM_BYTES, CLIP_BYTES = 4, 8
-"""Bytes per element of the shard: read for the norm; read and written to clip, at stage 3 (else the update clips)."""
+"""Bytes per element of the shard: read for the norm; read and written for clipping at stage 3 (else the update
+clips)."""
 
 
 @dataclass(frozen=True)
 class UpdateTime:
-    """Seconds of the three parts."""
+    """Seconds of reduction, optimizer and gather."""
 
     reduce: float
-    """What no pass hides of the reduction."""
+    """The part of the reduction that no pass hides."""
     optimizer: float
     gather: float
     hidden: float = 0.0
-    """What passes hide of the reduction, less what they lose to it; not in `seconds`."""
+    """The part of the reduction that passes hide, minus their slowdown; not in `seconds`."""
 
     @property
     def seconds(self) -> float:
@@ -51,40 +55,41 @@ class UpdateTime:
 
 @dataclass(frozen=True)
 class WeightCounts:
-    """Weights of one rank, by who else holds them."""
+    """Weights of one rank, by the ranks that share them."""
 
     dense: float
     experts: float
     orthogonal: tuple["Orthogonal", ...] = ()
-    """What is made orthogonal of the two, where the optimizer does that."""
+    """The orthogonalised weights of dense and experts, if the optimizer orthogonalises."""
     frozen_dense: int = 0
-    """Bytes of the weights beside which an adapter is trained, but for experts; what is counted above are then those of the adapter."""
+    """Bytes of an adapter's frozen base weights, without experts; the counts above are then of the adapter."""
     frozen_experts: int = 0
-    """Bytes of its experts."""
+    """Bytes of the base's experts."""
 
 
 @dataclass(frozen=True)
 class Orthogonal:
-    """Matrices that an optimizer makes orthogonal, each on one of the ranks that share it."""
+    """Matrices that an optimizer orthogonalises, each on one of the ranks that share it."""
 
     elements: float
     flops: float
     largest: float
-    """Operations of the dearest matrix."""
+    """Operations of the most expensive matrix."""
     dearest: int
-    """How many have as many."""
+    """Number of matrices with as many operations."""
 
     def busiest(self, ranks: int) -> float:
-        """Operations, at most, of the rank that has most of them, where so many share the matrices."""
+        """Upper bound on the operations of the busiest rank, if this many ranks share the matrices."""
         return max(KEEPS * max(self.flops / ranks, self.largest), math.ceil(self.dearest / ranks) * self.largest)
 
     def moved(self, ranks: int) -> float:
-        """Bytes of a rank on the way to owners and back, in fp32: a matrix lies on all ranks alike, and its owner keeps its share."""
+        """Bytes that a rank sends to owners and back, in fp32: every rank holds an equal part of a matrix, and the
+        owner's part does not travel."""
         return 2 * 4 * self.elements * (ranks - 1) / ranks**2
 
 
 def count_weights(config: Config, layers: list[range], stage_ids: list[int], last: int) -> WeightCounts:
-    """Weights of the stages of one pipeline rank, experts those of one rank of the expert group."""
+    """Weights of the stages of one pipeline rank; experts are of one rank of the expert group."""
     model, parallel = config.model, config.parallel
     if config.adapter.on:
         chunks = [parts for rank in chunk_parts(config, layers) for stage, parts in rank.items() if stage in stage_ids]
@@ -105,13 +110,13 @@ def count_weights(config: Config, layers: list[range], stage_ids: list[int], las
     if last in stage_ids:
         dense += counts.embedding + model.hidden + counts.mtp - modules * per_layer
         experts += modules * per_layer
-    if 0 in stage_ids or modules:  # one table where first and last stage share a rank
+    if 0 in stage_ids or modules:  # one table if first and last stage share a rank
         dense += counts.embedding
     return WeightCounts(dense, experts / parallel.ep, _orthogonal(config, layers, stage_ids, last))
 
 
 def _orthogonal(config: Config, layers: list[range], stage_ids: list[int], last: int) -> tuple[Orthogonal, ...]:
-    """What is made orthogonal of the weights that all ranks of a stage share, and of the experts of one rank."""
+    """The orthogonalised weights that all ranks of a stage share, and those of one rank's experts."""
     if not config.optim.facts.matrices.is_whole:
         return ()
     model, share = FrozenSection(config.model), config.model.experts // config.parallel.ep
@@ -135,7 +140,7 @@ def _orthogonal(config: Config, layers: list[range], stage_ids: list[int], last:
 
 
 def _orthogonal_time(config: Config, rates: Rates, held: WeightCounts, groups: list[tuple[float, int, int]]) -> float:
-    """Seconds to make matrices orthogonal on their owners, beside which others travel there and back in fp32."""
+    """Seconds to orthogonalise matrices on their owners, while other matrices travel there and back in fp32."""
     seconds = 0.0
     form = "bf16" if device_kind(config) == "cuda" else "fp32"
     for one, (_, group, per_node) in zip(held.orthogonal, groups, strict=False):
@@ -146,12 +151,12 @@ def _orthogonal_time(config: Config, rates: Rates, held: WeightCounts, groups: l
 
 
 def ring_bandwidth_share(group: int, per_node: int) -> tuple[str, float]:
-    """Which link a ring of `group` ranks, `per_node` of them on each node, is bound by, and how many it has of it."""
+    """The link that limits a ring of `group` ranks (`per_node` per node), and how many of these links it has."""
     return ("inside", 1.0) if group <= per_node else ("across", float(per_node))
 
 
 def sharers(layout: Layout, held: WeightCounts) -> list[tuple[float, int, int]]:
-    """A rank's weights but for experts, and its experts: each with how many ranks have the same, and how many of those a node has."""
+    """A rank's dense weights and its experts, each with the number of ranks that share them, in total and per node."""
     inside_node = min(layout.stage_ranks, layout.ranks_per_node)
     return [
         (held.dense, layout.stage_ranks, inside_node),
@@ -193,21 +198,23 @@ def update_time(config: Config, layout: Layout, rates: Rates, held: WeightCounts
 
 
 def to_host(config: Config, rates: Rates, moved: float) -> float:
-    """Seconds to bring so many bytes of one device to the host, or back; on a CPU they are copied where they are."""
+    """Seconds to copy this many bytes of one device to the host, or back; on a CPU they are copied in place."""
     if config.hardware.device == "cpu":
         return rates.of(Work("copy", bytes=2 * moved))
     return rates.of(Work("host", bytes=moved))
 
 
 def _collective(name: str, rates: Rates, moved: float, group: int, per_node: int) -> float:
-    """Seconds of a ring over the group. Over nodes every rank of a node brings its own adapter, up to the inside speed."""
+    """Seconds of a ring over the group. Across nodes, every rank of a node adds its own adapter, up to the inside
+    speed."""
     where, links = ring_bandwidth_share(group, per_node)
     seconds = rates.of(Work(f"{name}_{where}", bytes=moved / links))
     return seconds if where == "inside" else max(seconds, rates.of(Work(f"{name}_inside", bytes=moved)))
 
 
 def stage3_seconds(config: Config, layout: Layout, rates: Rates, held: WeightCounts) -> tuple[float, float]:
-    """Seconds of communication that stage 3 adds to a micro-batch: in forward a gather, in backward one and a reduction."""
+    """Communication seconds that stage 3 adds to a micro-batch: a gather in forward; a gather and a reduction in
+    backward."""
     element = config.precision.weight_bytes
     gather = reduce = 0.0
     frozen_weights = held.frozen_dense, held.frozen_experts
