@@ -2,7 +2,8 @@
 
 Three rules hold for every file that the program writes:
 - Errors name the file (`naming`).
-- If the run can do without the file, such as progress or the report, the program prints a note and the run continues. Lines of metrics and events wait in memory for free space (`Backlog`).
+- If the run can do without the file, such as progress or the report, the program prints a note and the run continues.
+  Lines of metrics and events wait in memory for free space (`Backlog`).
 - Other errors become one screen (`disk_errors`) with the setting, the disk, the needed bytes and the cure.
 
 The cure depends on the system's error; only `cure_of_reading` and `cure_of_writing` choose it.

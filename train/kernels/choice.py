@@ -1,12 +1,14 @@
-"""Which kernels compute the model (train/kernels/plain/plain_kernels.py): compiled code or torch's operations on a CPU, fused ones on a GPU.
+"""Chooses the kernels of the model: compiled code or torch operations on a CPU, fused kernels on a GPU (interface:
+`Kernels`).
 
-Which attention cores a GPU runs, one for whole sequences and one for documents: the first that works there forward and
-backward, with the right values.
+It also chooses the GPU's attention cores, for whole sequences and for documents: the first core that works in forward
+and backward, with correct values.
 
-torch picks a kernel by what it knows of the sizes. DeepSeek-V3's heads, 192 wide in queries and keys and 128 in values, leave
-few of them, and the fastest, cuDNN's, fails on some versions of its library only when it is called. So each is tried once at the
-start, at this run's own heads and length, with scores near -120, where a maximum that begins at 0 or a mask that only subtracts shows. Results and
-gradients of the first and the last head are held against train/model/attention.py in fp32 on the same device.
+torch selects an attention kernel by the sizes alone. DeepSeek-V3's heads have 192 elements in queries and keys and 128
+in values, which few kernels support. cuDNN's, the fastest, fails in some library versions only when it is called. So
+every core is tested once at the start, with this run's heads and length. The scores are near -120, which reveals a
+running maximum that starts at 0, or a mask that only subtracts. Results and gradients of the first and the last head
+are compared with train/model/attention.py in fp32 on the same device.
 """
 
 from collections.abc import Sequence
@@ -28,16 +30,16 @@ from train.model.operations import Kernels
 from train.model.sequence import Positions, Rectangle, SeenKeys
 
 ATTENTION_BOUND = 2e-2
-"""Largest relative error, in the norm, of a result and of each gradient. Rounding the result and the probabilities to bf16
-makes some 3e-3; a wrong mask, scale or head makes 0.1 and more."""
+"""Largest allowed relative error, in the norm, of a result and of each gradient. Rounding the result and the
+probabilities to bf16 gives about 3e-3; a wrong mask, scale or head gives at least 0.1."""
 TRIED_SCORE = -120.0
-"""What all scores of the trial lie around; the softmax is the same wherever they lie."""
+"""Approximate value of all scores in the test. The softmax does not depend on it."""
 LARGE = 32.0
-"""One number of every query: with one of every key it makes those scores."""
+"""A large component of every query; its product with a component of every key gives TRIED_SCORE."""
 ATTENTION_RESULTS = "its result", "its log-sum-exp", "dq", "dk", "dv"
 
 ATTENTION_PARTS = "whole sequences", "documents", "blocks of keys"
-"""What a run may ask of attention, the last where ranks share sequences."""
+"""Parts of attention that a run may need; the last only if ranks share sequences."""
 
 CORES: dict[str, AttentionCore] = {
     "cuDNN's attention": CudnnAttention(),
@@ -45,13 +47,13 @@ CORES: dict[str, AttentionCore] = {
     "torch's memory-efficient attention": EfficientAttention(),
     "attention in torch's operations, which is slow,": PlainAttention(),
 }
-"""In the order in which torch prefers its own kernels on Hopper."""
+"""In the order of torch's own preference on Hopper."""
 
 
 def choose_attention(config: Config, device: torch.device) -> tuple[AttentionCore, list[str]]:
-    """The core of a run on this GPU, and a note on what does not work.
+    """The attention core of a run on this GPU, and notes on cores that fail.
 
-    Raises UserError where none gives the right values.
+    Raises UserError if no core gives correct values.
     """
     parts = ATTENTION_PARTS if config.parallel.cp > 1 else ATTENTION_PARTS[:2]
     whole, notes = _first_right(config, device, [part for part in parts if part != "documents"], CORES)
@@ -68,7 +70,7 @@ def choose_attention(config: Config, device: torch.device) -> tuple[AttentionCor
 def _first_right(
     config: Config, device: torch.device, parts: Sequence[str], cores: dict[str, AttentionCore]
 ) -> tuple[AttentionCore, list[str]]:
-    """The first for all of these parts, and a note on those before it."""
+    """The first core that is correct for all of these parts, and a note on the cores before it."""
     failed: list[str] = []
     for name, core in cores.items():
         problem = next(filter(None, (_refusal(core, config, device, part) for part in parts)), None)
@@ -85,32 +87,31 @@ def _first_right(
 
 
 def _refusal(core: AttentionCore, config: Config, device: torch.device, part: str) -> str | None:
-    """Why a run does not take this core, None where it does."""
+    """The reason why a run cannot use this core; None if it can."""
     if isinstance(core, CudnnAttention) and config.cluster.deterministic:
         return "need not repeat its bits, which cluster.deterministic asks for"
     return problem_of(core, config, device, part)
 
 
 def _tried(part: str, length: int) -> tuple[int, SeenKeys]:
-    """Queries of a sequence, and which of `length` keys they see."""
-    if (
-        part == "blocks of keys"
-    ):  # what a rank that shares sequences asks for: a piece, and a later one that sees all of it
+    """Number of queries of a sequence, and the keys that they see, of `length` keys."""
+    if part == "blocks of keys":  # a rank that shares sequences: its own piece, and a later piece that sees all of it
         rectangles = [Rectangle(None, 0, length, 0, length, 0), Rectangle(None, length, 2 * length, 0, length, length)]
         return 2 * length, SeenKeys(rectangles)
     documents_BT = None
-    if part == "documents":  # of unequal lengths, a single position among them
+    if part == "documents":  # of unequal lengths, one of them a single position
         ends = torch.tensor([1, length // 3, length // 2])
         documents_BT = (torch.arange(length) >= ends[:, None]).sum(0)[None].int()
     return length, Positions(length, documents_BT).seen[0]
 
 
 def problem_of(core: AttentionCore, config: Config, device: torch.device, part: str) -> str | None:
-    """What is wrong with a core at this run's heads and length; None where nothing is. part: of ATTENTION_PARTS."""
+    """A description of a core's error at this run's heads and length; None if it is correct. part: of
+    ATTENTION_PARTS."""
     length = config.seq_len // config.parallel.cp
     if part == "blocks of keys":
         length = max(1, length // 2)  # ranks that share sequences hold two pieces each
-    lengths = (length, length - 1) if config.model.mtp_depth else (length,)  # an MTP depth has a position fewer
+    lengths = (length, length - 1) if config.model.mtp_depth else (length,)  # an MTP module has one position fewer
     return next(filter(None, (_problem_at(one, core, config, device, part) for one in lengths)), None)
 
 
@@ -120,7 +121,7 @@ def _problem_at(length: int, core: AttentionCore, config: Config, device: torch.
     scale, keys = width**-0.5, model.nope_head_dim + values
     queries, seen = _tried(part, length)
     generator = torch.Generator(device).manual_seed(0)
-    # As the model has them: positions before heads, values in rows behind keys.
+    # In the model's layout: positions before heads, values after keys in a row.
     shapes = (queries, width), (length, width), (length, keys), (queries, values)
     numbers = [
         torch.randn(1, rows, model.heads, columns, generator=generator, device=device).to(dtype)
@@ -135,19 +136,19 @@ def _problem_at(length: int, core: AttentionCore, config: Config, device: torch.
         return f"fails for {part} ({str(error).strip().splitlines()[0][:200]})"
     for name, one, other in zip(ATTENTION_RESULTS, ours, expected, strict=True):
         error = ((one[:, compared].float() - other).norm() / (other - other.mean()).norm()).item()
-        if not error < ATTENTION_BOUND:  # not a number is wrong too
+        if not error < ATTENTION_BOUND:  # NaN is an error too
             return f"is wrong for {part} ({name} is off by {error:.2g} of its norm, and {ATTENTION_BOUND} is allowed)"
     return None
 
 
 def _both_ways(core: AttentionCore, numbers: list[Tensor], scale: float, seen: SeenKeys) -> list[Tensor]:
-    """Result, log-sum-exp, dq, dk, dv."""
+    """Result, log-sum-exp, dq, dk and dv of one core."""
     q, k, kv, dout = (tensor.transpose(1, 2) for tensor in numbers)
     v = kv[..., -dout.size(-1) :]
     given = AttentionInput(q, k, v, scale, seen)
     made = core.forward(given, keep=True)
     met = made
-    if q.size(2) > k.size(2):  # as if other blocks of keys had been met
+    if q.size(2) > k.size(2):  # as if other blocks of keys had come before
         met = AttentionOutput(made.out_BHTV, made.lse_BHT + 1.0)
     dq, dk, dv = core.backward(dout, given, met)
     return [
@@ -156,14 +157,17 @@ def _both_ways(core: AttentionCore, numbers: list[Tensor], scale: float, seen: S
         dq[..., 1:],
         dk,
         dv,
-    ]  # the first column of dq is 0 but for roundings, times a large number
+    ]  # the first column of dq is zero up to rounding, times a large number
 
 
 def build_kernels(
     kind: str, compiled: bool = True, core: AttentionCore | None = None, products: bool | None = None
 ) -> Kernels:
-    """kind: of the device, cpu or cuda. compiled: whether a CPU that can runs compiled code. core: of attention on a GPU.
-    products: whether a CPU's products are compiled too; None for what is faster (`train.kernels.cpu.libraries.products_pay`).
+    """The kernels for a kind of device.
+
+    kind: cpu or cuda. compiled: whether a CPU uses compiled code if it can. core: attention core of a GPU. products:
+    whether a CPU also uses compiled matmuls; None selects the faster choice
+    (`train.kernels.cpu.libraries.products_pay`).
     """
     if kind == "cuda":
         return FusedKernels(core)
@@ -173,8 +177,9 @@ def build_kernels(
 
 
 def choose_products(config: Config, device: torch.device, kept: bool | None) -> bool | None:
-    """Whether the products of a run on this CPU are compiled; None where there is nothing to choose. kept: what the run chose
-    when it began, so that a busy machine cannot change its arithmetic at a resume.
+    """Whether a run on this CPU uses compiled matmuls; None if there is no choice.
+
+    kept: the choice at the start of the run, so a busy machine cannot change the arithmetic at a resume.
     """
     if kept is not None or device.type == "cuda" or not config.cluster.compiled or native.why_absent() is not None:
         return kept
@@ -182,9 +187,9 @@ def choose_products(config: Config, device: torch.device, kept: bool | None) -> 
 
 
 def choose_kernels(config: Config, device: torch.device, products: bool | None = None) -> tuple[Kernels, list[str]]:
-    """The kernels of a run, and notes on what is slower than it could be. products: see `choose_products`; None to choose here.
+    """The kernels of a run, and notes on slow choices. products: see `choose_products`; None to choose here.
 
-    Raises UserError where no attention of a GPU gives the right values.
+    Raises UserError if no attention core of a GPU gives correct values.
     """
     if device.type == "cuda":
         core, notes = choose_attention(config, device)

@@ -1,16 +1,17 @@
-"""cluster.deterministic: the same bits in every run on the same machines.
+"""cluster.deterministic: bitwise identical results in every run on the same machines.
 
-What could make two runs differ, and what is done about it:
+Sources of differences between two runs, and the measures against them:
 
-    torch's kernels that add atomically        torch.use_deterministic_algorithms, which takes others or raises an error
-    torch's attention in backward              flash and memory-efficient kernels repeat themselves in that mode; cuDNN's is left out
+    torch's kernels with atomic additions      torch.use_deterministic_algorithms, which replaces them or raises an error
+    torch's attention in backward              flash and memory-efficient kernels are deterministic in that mode; cuDNN's is excluded
     cuBLAS with several streams                CUBLAS_WORKSPACE_CONFIG, read when CUDA starts
     NCCL's sums in the switches of NVLink      NCCL_NVLS_ENABLE=0; rings and trees add in an order that the layout fixes
-    products chosen by a measurement (CPU)     chosen by what the CPU says that it has (train/kernels/cpu/libraries.py)
+    choice of matmuls by a timing (CPU)        chosen by the CPU's instruction sets (train/kernels/cpu/libraries.py)
     DeepEP, DeepGEMM                           refused (conf/check.py)
 
-Our own kernels, in Triton and in C++, add nothing atomically: a program or a thread owns each result, and what several have a part
-in is added up by a second kernel in a fixed order. tests/kernels/test_deterministic.py looks for one that does.
+Sluice's own kernels, in Triton and C++, use no atomic additions. Each result belongs to one program or thread. A second
+kernel adds partial sums of several programs in a fixed order. tests/kernels/test_deterministic.py searches for atomic
+additions.
 """
 
 import os
@@ -18,11 +19,11 @@ import os
 from conf.errors import UserError
 
 LIBRARY_VARIABLES = {"CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"), "NCCL_NVLS_ENABLE": ("0",)}
-"""Variables of the environment that libraries read when CUDA or NCCL starts, with the values that will do, the best first."""
+"""Environment variables that libraries read when CUDA or NCCL starts, with the allowed values, the best value first."""
 
 
 def check_settings() -> None:
-    """Raises UserError for a variable of the environment that is set otherwise."""
+    """Raises UserError if one of these environment variables has another value."""
     for name, values in LIBRARY_VARIABLES.items():
         if os.environ.get(name, values[0]) not in values:
             raise UserError(
@@ -34,9 +35,8 @@ def check_settings() -> None:
 
 
 def repeat_bits() -> None:
-    """Make all that this process computes from here on repeat in every bit. Call before CUDA starts. Raises UserError
-    as `check_settings` does.
-    """
+    """Make all later computations of this process bitwise repeatable. Call before CUDA starts. Raises UserError like
+    `check_settings`."""
     import torch
     from torch.utils import deterministic
 
@@ -44,6 +44,6 @@ def repeat_bits() -> None:
     for name, values in LIBRARY_VARIABLES.items():
         os.environ.setdefault(name, values[0])
     torch.use_deterministic_algorithms(True)
-    # What is read was written: filling it would cost a pass over memory.
+    # Every value is written before it is read; filling new memory would cost a pass over it.
     deterministic.fill_uninitialized_memory = False  # pyrefly: ignore[missing-attribute]  torch sets the module's class at run time
     torch.backends.cudnn.benchmark = False

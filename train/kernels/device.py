@@ -1,4 +1,5 @@
-"""A rank's GPU: whether torch and Triton can use it, how its memory is cut, and what NCCL keeps for the day that a collective hangs."""
+"""A rank's GPU: whether torch and Triton can use it, its memory allocator, and NCCL's records of hanging
+collectives."""
 
 import glob
 import os
@@ -15,15 +16,15 @@ if TYPE_CHECKING:
     import torch
 
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-"""Settings of torch's allocator, under the name of today and of before."""
+"""Names of the settings of torch's allocator, the current and the old name."""
 FLIGHTS = "flight_recorder_rank_"
-"""Before the rank in the names of the files where NCCL's process groups leave their last collectives."""
+"""Prefix of the files with the last collectives of NCCL's process groups; the rank follows."""
 GPUS = ("/dev/nvidia[0-9]*", "/dev/dxg")
-"""Files that a machine with a GPU of NVIDIA has, or a container that was given one; the second is that of Windows."""
+"""Device files of NVIDIA GPUs on a machine or in a container; the second is for Windows (WSL)."""
 
 
 def check_memory(config: Config, state_bytes: int) -> None:
-    """UserError where ranks of this machine's CPU have less memory, all together, than weights and optimizer state take."""
+    """UserError if ranks on this machine's CPU have less memory in total than weights and optimizer state need."""
     if config.cluster.backend == "ray" or (config.cluster.device != "cpu" and gpu_files()):
         return
     total = psutil.virtual_memory().total
@@ -40,7 +41,7 @@ def check_memory(config: Config, state_bytes: int) -> None:
 def usable_gpu(wanted: str) -> bool:
     """Whether runs can use a GPU. wanted: cluster.device, auto or cuda.
 
-    Raises UserError for a GPU that torch should use and cannot, and for one on which Triton cannot start kernels.
+    Raises UserError for a required GPU that torch cannot use, and for a GPU on which Triton cannot start kernels.
     """
     if not sees_gpu(wanted):
         return False
@@ -49,7 +50,7 @@ def usable_gpu(wanted: str) -> bool:
 
 
 def sees_gpu(wanted: str) -> bool:
-    """Whether torch can use a GPU, whatever else is missing. Raises UserError for one that it should use and cannot."""
+    """Whether torch can use a GPU; checks nothing else. Raises UserError for a GPU that torch should use and cannot."""
     import torch
 
     if torch.cuda.is_available():
@@ -65,7 +66,7 @@ def sees_gpu(wanted: str) -> bool:
 
 
 def idle_gpu(config: Config, device: "torch.device") -> str | None:
-    """A note for a run on the CPU of a machine with a GPU, where torch is built for the CPU alone."""
+    """A note for a run on the CPU of a machine with a GPU, if torch is built without CUDA."""
     import torch
 
     if device.type == "cpu" and config.cluster.device == "auto" and gpu_files() and torch.version.cuda is None:
@@ -74,20 +75,23 @@ def idle_gpu(config: Config, device: "torch.device") -> str | None:
 
 
 def grow_segments() -> None:
-    """Let the allocator extend what it has, unless the user set it: experts get another number of rows in each step, and
-    blocks of fixed sizes would leave holes. Call before CUDA allocates anything.
+    """Let the allocator extend its segments, unless the user set it. Call before CUDA allocates anything.
+
+    The row counts of experts change in each step, and blocks of fixed sizes would fragment the memory.
     """
     if not any(name in os.environ for name in ALLOCATOR):
         os.environ[ALLOCATOR[0]] = "expandable_segments:True"
 
 
 def bind_to_numa_node(device: "torch.device", folder: Path = Path("/sys")) -> None:
-    """Run all later threads of this process on the cores beside the GPU: memory of another NUMA node is slower for the optimizer on the
-    host and for copies. Changes nothing where the system does not say, or allows none of these cores.
+    """Run all later threads of this process on the cores near the GPU.
+
+    Memory of another NUMA node is slower for the optimizer on the host and for copies. Does nothing if the system does
+    not report the node, or allows none of its cores.
     """
     import torch
 
-    gpu: Any = torch.cuda.get_device_properties(device)  # torch's stubs leave out where it sits
+    gpu: Any = torch.cuda.get_device_properties(device)  # torch's stubs lack the PCI address
     address = f"{gpu.pci_domain_id:04x}:{gpu.pci_bus_id:02x}:{gpu.pci_device_id:02x}.0"
     try:
         node = int((folder / f"bus/pci/devices/{address}/numa_node").read_text())
@@ -101,9 +105,10 @@ def bind_to_numa_node(device: "torch.device", folder: Path = Path("/sys")) -> No
 
 
 def record_collectives(logs: Path) -> None:
-    """Have every rank keep its last 2000 collectives, and write them to logs/flight_recorder_rank_N when one times out.
+    """Make every rank record its last 2000 collectives, and write them to logs/flight_recorder_rank_N when one times
+    out.
 
-    Names as torch 2.11 to 2.13 read them when a process group is made; the user's own settings stay.
+    The variables are named as torch 2.11 to 2.13 reads them when it creates a process group. User settings are kept.
     """
     if "TORCH_NCCL_TRACE_BUFFER_SIZE" not in os.environ:
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
@@ -118,7 +123,7 @@ def gpu_files() -> list[str]:
 
 
 def _why_not() -> str:
-    """What torch says where it sees no GPU."""
+    """torch's reason for seeing no GPU."""
     import torch
 
     if torch.version.cuda is None and torch.version.hip is None:

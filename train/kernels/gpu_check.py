@@ -1,4 +1,4 @@
-"""Whether the GPU works before data are read: torch and Triton can use it, and its FP8 products are right."""
+"""Checks before data are read whether torch and Triton can use the GPU, and whether its FP8 GEMMs are correct."""
 
 import importlib.util
 import os
@@ -15,13 +15,14 @@ if TYPE_CHECKING:
     import torch
 
 PROBED = "SLUICE_PROBED"
-"""Set to the FP8 recipe whose products this command has tried, for the ranks that it starts here."""
+"""Environment variable with the FP8 recipe whose GEMMs this command has tested, for the ranks that it starts here."""
 PROBE_PATIENCE = timedelta(hours=1)
-"""Longest wait for the first rank of each machine, which tries products for hopper_probe.PROBE_SECONDS at most."""
+"""Longest wait for the first rank of each machine, which tests GEMMs for at most hopper_probe.PROBE_SECONDS."""
 
 
 def check_gpu(config: Config) -> None:
-    """What the driver of local ranks can see. Raises UserError. Elsewhere ranks look at their own machines."""
+    """Check the GPU in the driver of local ranks. Raises UserError. With cluster=ray, ranks check their own
+    machines."""
     wanted, fp8 = config.cluster.device, config.precision.fp8
     if wanted == "cpu" or config.cluster.backend == "ray" or not (wanted == "cuda" or gpu_files()):
         return
@@ -34,7 +35,7 @@ def check_gpu(config: Config) -> None:
 
 
 def require_dispatch(config: Config) -> None:
-    """Raises UserError where the package of the dispatch is not there, before data are read."""
+    """Raises UserError if the package of the dispatch is not installed, before data are read."""
     package = config.parallel.dispatch_facts.package
     if package is not None and config.parallel.ep > 1 and importlib.util.find_spec(package) is None:
         rule = f"needs the package {package}, which is not installed"
@@ -43,7 +44,8 @@ def require_dispatch(config: Config) -> None:
 
 
 def probe_in_turn(config: Config, place: Place, device: "torch.device") -> None:
-    """The first rank of every machine tries the FP8 products; the others wait, and all refuse what one refuses."""
+    """The first rank of every machine tests the FP8 GEMMs; the other ranks wait. All ranks raise the error of any
+    rank."""
     fp8 = config.precision.fp8
     if device.type == "cuda":
         require_dispatch(config)

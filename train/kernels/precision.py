@@ -1,4 +1,4 @@
-"""From the precision section to the object that the model asks for its products."""
+"""Builds the precision object, which computes the model's matmuls, from the precision section."""
 
 import torch
 
@@ -11,10 +11,10 @@ from train.model.operations import Kernels
 def build_precision(
     precision: Precision, device: torch.device, kernels: Kernels, recompute_swiglu: bool = True
 ) -> HighPrecision | Fp8Precision:
-    """The products of a checked section on this device. Raises UserError where the device lacks what FP8 needs.
+    """The matmuls for a checked section on this device. Raises UserError if the device lacks a requirement of FP8.
 
-    kernels: what the model computes with on this device, see train/kernels/choice.py. recompute_swiglu: whether experts in fp32 or
-    bf16 make their SwiGLU output again in backward; FP8 always does.
+    kernels: the model's kernels on this device, see train/kernels/choice.py. recompute_swiglu: whether experts in fp32
+    or bf16 recompute their SwiGLU output in backward; FP8 always does.
     """
     if precision.fp8 is not None:
         return Fp8Precision(precision.fp8, device, kernels)
@@ -22,5 +22,6 @@ def build_precision(
 
 
 def activation_dtype(precision: Precision) -> torch.dtype:
-    """Format of weights and of activations between the products; master weights and gradients are fp32 in all."""
+    """Dtype of weights and activations between the matmuls. Master weights and gradients are fp32 for all
+    precisions."""
     return torch.float32 if precision.name == "fp32" else torch.bfloat16

@@ -1,14 +1,17 @@
-"""MXFP8 products on Blackwell GPUs of compute capability 10: E4M3, and a scale in E8M0 for 32 values along the contraction.
+"""MXFP8 GEMMs on Blackwell GPUs of compute capability 10: E4M3, and an E8M0 scale per 32 values of the contraction.
 
-    quantise            our Triton kernel (`quantize_mx` of train/kernels/fp8/triton_quantize.py)
-    dense products      torch's scaled_mm (cuBLASLt), 1x32 by 1x32
-    grouped products    torch's scaled_grouped_mm (CUTLASS): rows of experts by their weights, and for Wgrad sums over the rows of each
+    quantise            Sluice's Triton kernel (`quantize_mx` of train/kernels/fp8/triton_quantize.py)
+    dense GEMMs         torch's scaled_mm (cuBLASLt), 1x32 by 1x32
+    grouped GEMMs       torch's scaled_grouped_mm (CUTLASS): rows of experts by their weights; in Wgrad sums over the rows of each expert
 
-Neither adds to a sum, and grouped products are rounded to bf16: gradients of weights are added in a pass of their own.  Traps of the grouped
-kernels, as of torch 2.11 to 2.13: the scales of each expert's rows begin at a multiple of 128 rows, also where the rows do not; in
-Wgrad they are a matrix of their own; and an expert without rows has its gradient left unwritten, so that it gets a tile of zeros.
+Neither adds to a sum, and grouped GEMMs round to bf16. So weight gradients are added in a separate pass. Pitfalls of
+the grouped kernels, as of torch 2.11 to 2.13:
+- The scales of each expert's rows begin at a multiple of 128 rows, even if the rows do not.
+- In Wgrad the scales of each expert form a separate matrix.
+- The gradient of an expert without rows is not written, so such an expert gets a tile of zeros.
 
-What waits for backward in tiles of 128 is as on Hopper.  Shape suffixes: as in train/kernels/fp8/hopper.py; T tiles along the contraction.
+Inputs saved for backward in tiles of 128 are treated as on Hopper. Shape suffixes: as in train/kernels/fp8/hopper.py; T
+tiles along the contraction.
 """
 
 from collections.abc import Callable
@@ -108,13 +111,13 @@ class BlackwellEngine(HopperEngine):
 
 
 def _by_row(scale: Tensor) -> Tensor:
-    """Scales as they lie in memory as words of four, (O, T)."""
+    """Scales in memory order as row-major words of four scales, (O, T)."""
     tiles = scale.shape[1] // 4
     return scale.view(torch.int32).view(-1, tiles, TILE // 4, 4).permute(0, 3, 2, 1).reshape(-1, tiles)
 
 
 def _scales_by_expert(scale: Tensor, groups: PaddedGroups) -> Tensor:
-    """Scales of rows as they lie, with those of each expert from a multiple of 128 rows on."""
+    """Scales of rows in memory order, with each expert's scales starting at a multiple of 128 rows."""
     words_PT = groups.whole.pad(_by_row(scale)[: groups.rows])
     blocks = words_PT.view(-1, 4, TILE // 4, words_PT.shape[1]).permute(0, 3, 2, 1)
     return blocks.reshape(words_PT.shape).view(scale.dtype)

@@ -1,13 +1,13 @@
-"""The rules of FP8 casts as objects: which operand of which product is cast how (paper 3.3; `conf.schema.Fp8` is its text form).
+"""The cast rule of each operand of each matmul, as objects (paper 3.3; `conf.schema.Fp8` is the text form).
 
-A linear layer has three products, each of a left and a right operand:
+A linear layer has three matmuls, each with a left and a right operand:
 
     Fprop   y  = x w^T      activation, weight       contracted over the inputs
     Dgrad   dx = dy w       gradient, weight         contracted over the outputs
     Wgrad   dw = dy^T x     gradient, activation     contracted over the tokens
 
-Tiles of 128 (of 32 in MXFP8) lie along the contraction, so the same rule is 1x128 of a tensor that is contracted over its last
-dimension and 128x1 of one that is contracted over its first.
+Tiles of 128 (of 32 in MXFP8) run along the contraction. So the same rule means 1x128 for a contraction over the last
+dimension of a tensor, and 128x1 for a contraction over the first.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from train.kernels.fp8.formats import E4M3, E5M2, E5M6, MX_TILE, TILE, WHOLE_SID
 
 @dataclass(frozen=True)
 class OperandRule:
-    """How one operand is quantised."""
+    """The quantisation of one operand."""
 
     format: Format
     granularity: str = "1x128"
@@ -29,7 +29,7 @@ class OperandRule:
     floor: float = 0.0
 
     def cast(self, transposed: bool = False) -> Cast:
-        """The cast of a tensor contracted over its last dimension, or with `transposed` over the one before."""
+        """The cast of a tensor contracted over its last dimension, or with `transposed` over the dimension before."""
         return self._casts[transposed]
 
     @cached_property
@@ -47,7 +47,7 @@ class OperandRule:
 
 
 class Product(NamedTuple):
-    """The rules of a product's operands."""
+    """The rules of a matmul's operands."""
 
     left: OperandRule
     right: OperandRule
@@ -55,7 +55,7 @@ class Product(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerCasts:
-    """The three products of a linear layer, and the form in which its input waits for Wgrad."""
+    """The three matmuls of a linear layer, and the cast of its saved input for Wgrad."""
 
     fprop: Product
     dgrad: Product
@@ -65,20 +65,20 @@ class LayerCasts:
 
 @dataclass(frozen=True)
 class CastRules:
-    """The linear layers of a model by kind, and the cached SwiGLU input."""
+    """The linear layers of a model by kind, and the saved SwiGLU input."""
 
     dense: LayerCasts
     output: LayerCasts
     """The attention's output projection."""
     experts_up: LayerCasts
     experts_down: LayerCasts
-    """The cache is not used here: the input is recomputed from the SwiGLU input."""
+    """Its cache is not used: the input is recomputed from the SwiGLU input."""
     swiglu: Cast
-    """How the input of the experts' SwiGLU is kept."""
+    """The cast of the saved input of the experts' SwiGLU."""
 
 
 def build_rules(fp8: Fp8) -> CastRules:
-    """The rules that a checked `precision.fp8` section describes."""
+    """The rules of a checked `precision.fp8` section."""
     dense, output, up, down = (_linear(fp8, family) for family in ("dense", "output", "experts_up", "experts_down"))
     return CastRules(dense, output, up, down, Cast(E4M3, (1, TILE), down.fprop.left.pow2, ACTIVATION_FLOOR))
 
@@ -93,6 +93,6 @@ def _linear(fp8: Fp8, family: str) -> LayerCasts:
 
 
 def parse_rule(text: str, floor: float) -> OperandRule:
-    """The rule of an operand as the configuration writes it, FORMAT/GRANULARITY/SCALE."""
+    """The rule of an operand from its text in the configuration, FORMAT/GRANULARITY/SCALE."""
     name, granularity, scale = text.split("/")
     return OperandRule({"e4m3": E4M3, "e5m2": E5M2}[name], granularity, scale == "pow2", floor)

@@ -1,4 +1,4 @@
-"""The casts of the CPU emulation as compiled code: `train/kernels/fp8/casts.cpp`."""
+"""The casts of the CPU emulation in compiled code: `train/kernels/fp8/casts.cpp`."""
 
 from ctypes import c_float, c_int32, c_int64
 from functools import cache, partial
@@ -19,11 +19,11 @@ CASTS_SOURCE = CppSource(
     "precision.fp8.compiled=false: torch's operations, slower",
     ("-ffp-contract=off",),
 )
-"""Without contraction, so that a product is rounded before it is added to, as in the reference."""
+"""No contraction to fused multiply-add: a multiplication is rounded before the addition, as in the reference."""
 
 
 def _matrices(of: str, out: bool = False) -> Struct:
-    """`Matrices` of casts.cpp: values or codes of one byte or in twelve bits, and their scales where they count."""
+    """`Matrices` of casts.cpp: values, one-byte codes, or twelve-bit codes, and their scales if used."""
     what = {"out": out, "optional": True}
     parts = {
         "values": Array((torch.bfloat16, torch.float32), "*M R C", **what),
@@ -54,10 +54,10 @@ _decode_matrices = Kernel(
 
 
 class CompiledCasts(EagerCasts):
-    """Compiled: the same bits, signed zeros aside. CPU tensors, or meta tensors, for
-    plans: the same is allocated then.
+    """Compiled casts: the same bits as `EagerCasts`, except signed zeros.
 
-    A `QuantizedTensor` may also hold the values of its codes in bf16, which holds every format here exactly (`split`).
+    They take CPU tensors, or meta tensors for plans, with the same allocations. A `QuantizedTensor` here may also hold
+    the values of its codes in bf16, which represents every format exactly (`split`).
     """
 
     def quantize(self, x_MK: Tensor, cast: Cast) -> QuantizedTensor:
@@ -69,12 +69,12 @@ class CompiledCasts(EagerCasts):
         return self._quantize(x_MK, q, cast)
 
     def split(self, x: Tensor | QuantizedTensor, cast: Cast) -> QuantizedTensor:
-        """`quantize` with values in bf16 in place of codes."""
+        """`quantize` with values in bf16 instead of codes."""
         q = (x.q if isinstance(x, QuantizedTensor) else x).new_empty(x.shape, dtype=torch.bfloat16)
         return self._quantize(x, q, fitted(cast, x))
 
     def decoded(self, x: QuantizedTensor) -> QuantizedTensor:
-        """An operand with values in bf16 in place of codes."""
+        """An operand with values in bf16 instead of codes."""
         if x.q.dtype == torch.bfloat16:
             return x
         codes = _contiguous(x)
@@ -97,7 +97,7 @@ class CompiledCasts(EagerCasts):
         return values
 
     def _quantize(self, x: Tensor | QuantizedTensor, q: Tensor, cast: Cast) -> QuantizedTensor:
-        """Into q, codes or values."""
+        """Quantise into q, which holds codes or values."""
         blocks = [-(-size // side) for size, side in zip(x.shape[-2:], cast.block, strict=True)]
         scale = q.new_empty(*x.shape[:-2], *blocks, dtype=torch.float32)
         _cast(x, q, scale, cast)
@@ -106,13 +106,13 @@ class CompiledCasts(EagerCasts):
 
 @cache
 def load_casts() -> CompiledCasts:
-    """The compiled casts. Raises UserError where they cannot be built, kept or loaded."""
+    """The compiled casts. Raises UserError if they cannot be built, stored or loaded."""
     load_library(CASTS_SOURCE)
     return CompiledCasts()
 
 
 def _cast(x: Tensor | QuantizedTensor, q: Tensor, scale: Tensor | None, cast: Cast) -> None:
-    """Into q, codes or values, and scale; without a scale, values that have it inside."""
+    """Cast into q, codes or values, and scale; without a scale, into values that include it."""
     x = _contiguous(x)
     source = (x.q, x.scale, x.cast) if isinstance(x, QuantizedTensor) else (x, None, Cast(E4M3, (1, 1), False))
     _cast_matrices(*_memory(*source), *_memory(q, scale, cast), cast.floor, cast.pow2)
@@ -139,7 +139,7 @@ def _contiguous(x: QuantizedTensor) -> QuantizedTensor: ...
 
 
 def _contiguous(x: Tensor | QuantizedTensor) -> Tensor | QuantizedTensor:
-    """A tensor row by row in memory, values in bf16 or fp32."""
+    """A tensor in row-major order, with values in bf16 or fp32."""
     if isinstance(x, QuantizedTensor):
         return QuantizedTensor(x.q.contiguous(), x.scale.contiguous(), x.cast, x.shape)
     return x.contiguous() if x.dtype in (torch.bfloat16, torch.float32) else x.float().contiguous()

@@ -1,8 +1,8 @@
-"""The CPU's emulation with compiled products, where operands with fp32 scales stay values and scales up to the product.
+"""CPU emulation with compiled matmuls, which keep values and fp32 scales of operands separate up to the matmul.
 
-The values are numbers of the format, exact in bf16, so that the product costs what a bf16 one costs (train/kernels/cpu/products.cpp).
-Operands whose scales are powers of two, or that are to be rounded, have these inside, in bf16 as in `CpuEngine`; products of
-two such are the plain ones of train/kernels/cpu/compiled_products.py, or torch's where those are faster.
+The values are numbers of the FP8 format, exact in bf16, so a matmul costs as much as in bf16
+(train/kernels/cpu/products.cpp). Operands with power-of-two scales include their scales, in bf16 as in `CpuEngine`. Two
+such operands use the plain matmuls of train/kernels/cpu/compiled_products.py, or torch's if these are faster.
 """
 
 from collections.abc import Sequence
@@ -25,12 +25,13 @@ from train.kernels.fp8.quantize import QuantizedTensor, fitted
 from train.model.operations import Kernels
 
 ScaledOperand = Tensor | QuantizedTensor
-"""An operand (O, C): `QuantizedTensor` with its values in bf16, or a tensor in bf16, whose scales are all one. A scale stands for tiles of 128
-along the contraction, or for all of it."""
+"""An operand (O, C): a `QuantizedTensor` with values in bf16, or a bf16 tensor whose scales are all one. A scale
+applies to tiles of 128 along the contraction, or to the whole contraction."""
 
 
 class CompiledEngine(CpuEngine):
-    """`CpuEngine`, but for the order of sums; CPU and meta tensors only. Values of operands with fp32 scales are rounded to bf16 nowhere."""
+    """`CpuEngine` with another order of sums; only for CPU and meta tensors. Operands with fp32 scales are never
+    rounded to bf16."""
 
     def __init__(self, casts: CompiledCasts, kernels: Kernels):
         super().__init__(casts)
@@ -48,7 +49,7 @@ class CompiledEngine(CpuEngine):
         return _transposed(operand) if transposed else operand
 
     def _split(self, source: Source, cast: Cast) -> QuantizedTensor:
-        """Values and scales of a source in this format."""
+        """Values and scales of a source with this cast."""
         cast = fitted(cast, source)
         if isinstance(source, QuantizedTensor) and source.cast == cast:
             return self._compiled.decoded(source)
@@ -87,7 +88,7 @@ class CompiledEngine(CpuEngine):
         return QuantizedTensor(q_PF, scale, parts[0].cast, q_PF.shape)
 
     def _is_torchs(self, left: ScaledOperand, right: ScaledOperand) -> bool:
-        """Whether the product is one for torch: no scales, and no faster as compiled code."""
+        """Whether torch computes the matmul: both operands have no scales, and compiled code is not faster."""
         if not (isinstance(left, Tensor) and isinstance(right, Tensor)):
             return False
         return not (self._plain_too and left.dtype == right.dtype == torch.bfloat16)
@@ -102,7 +103,7 @@ def _transposed(x: QuantizedTensor) -> QuantizedTensor:
 def scaled_product(
     left_OC: ScaledOperand, right_NC: ScaledOperand, dtype: torch.dtype, into_ON: Tensor | None = None
 ) -> Tensor:
-    """left right^T: (O, N). into: fp32, to which the product is added."""
+    """left right^T: (O, N). into: fp32 tensor to which the result is added."""
     (rows, contraction), columns = left_OC.shape, right_NC.shape[0]
     out_ON = _values(left_OC).new_empty(rows, columns, dtype=dtype) if into_ON is None else into_ON
     _run("scaled_gemm", left_OC, right_NC, out_ON, [(0, rows, 0, 0, contraction, 0)], into_ON is not None)
@@ -137,7 +138,7 @@ def scaled_grouped_wgrad(
 
 
 def need_compiled() -> None:
-    """Raises UserError where the code cannot be built, kept or loaded."""
+    """Raises UserError if the code cannot be built, stored or loaded."""
     load_library(
         source("products", "precision.fp8.compiled", "precision.fp8.compiled=false: torch's operations, slower")
     )
@@ -154,7 +155,8 @@ def _values(x: ScaledOperand) -> Tensor:
 
 
 def _scales(x: ScaledOperand) -> tuple[Tensor | None, int]:
-    """One for every block of outer and tile of C; log2 of the side of a block. See `compiled_products._operand`."""
+    """The scales, one per block of the outer axis and tile of C, and log2 of the block's side. See
+    `compiled_products._operand`."""
     if isinstance(x, Tensor):
         return NO_SCALES
     (side, along), (*lead, outer, contraction) = x.cast.block, x.shape

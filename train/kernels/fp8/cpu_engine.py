@@ -1,13 +1,14 @@
-"""The CPU's emulation of FP8 products, which runs wherever torch does.
+"""The CPU's emulation of FP8 matmuls, on any device that torch supports.
 
-The CPU has no FP8 arithmetic, so the emulation multiplies the dequantised operands and accumulates in fp32.  Its
-operands are exact: where every scale is a power of two they fit bf16, and the product costs what a bf16 one costs (a
-weight's gradient, which is fp32, costs an fp32 one);
-with fp32 scales `CpuEngine` takes fp32 operands and an fp32 product, or, by choice, operands rounded to bf16.
-`CompiledEngine` (train/kernels/fp8/compiled_engine.py) keeps values and fp32 scales apart where the CPU has AVX2, so
-that this product, too, costs about what a bf16 one costs.  That one sums each 128 of the contraction apart, as Hopper
-kernels do; `CpuEngine` has one product per call, which differs by 3e-7 relative, far below the 4e-2 of the quantisation.
-An expert's rows are taken with padding up to `expert_rows` of conf/thresholds.py (train/kernels/plain/grouped.py says why).
+A CPU has no FP8 arithmetic, so the emulation multiplies the dequantised operands and accumulates in fp32. Its operands
+are exact. With power-of-two scales they fit bf16, and a matmul costs as much as in bf16 (an fp32 weight gradient costs
+an fp32 matmul). With fp32 scales `CpuEngine` uses fp32 operands and an fp32 matmul.
+
+`CompiledEngine` (train/kernels/fp8/compiled_engine.py) keeps values and fp32 scales separate on CPUs with AVX2, so this
+matmul also costs about as much as in bf16. It sums each 128 elements of the contraction separately, like Hopper
+kernels. `CpuEngine` uses one matmul per call. The relative difference is 3e-7, far below the 4e-2 of the quantisation.
+An expert's rows are padded to a multiple of `expert_rows` in conf/thresholds.py (train/kernels/plain/grouped.py gives
+the reason).
 
 Shape suffixes: as in train/kernels/fp8/engines.py.
 """
@@ -27,14 +28,14 @@ from train.kernels.fp8.quantize import EagerCasts, QuantizedTensor, exact_dtype,
 from train.kernels.plain.plain_kernels import added
 
 CpuOperand = Tensor | QuantizedTensor
-"""What the CPU multiplies; values and scales apart are for `CompiledEngine` alone."""
+"""An operand on a CPU; only `CompiledEngine` takes separate values and scales."""
 
 
 class CpuEngine:
-    """The emulation. It satisfies `Fp8Engine` with tensors as operands, runs wherever torch does, and is the reference for
+    """The emulation: an `Fp8Engine` with tensors as operands, on any device of torch, and the reference for
     `CompiledEngine`.
 
-    casts: how tensors are cast; torch's own operations unless something faster is given.
+    casts: the implementation of casts; torch operations by default.
     """
 
     def __init__(self, casts: EagerCasts | None = None):
@@ -114,7 +115,7 @@ class CpuEngine:
         return swiglu.recompute(self._values(h), gates_P)
 
     def _values(self, source: Source, dtype: torch.dtype | None = None) -> Tensor:
-        """What a source stands for, exactly or in a format."""
+        """The values of a source, exact or in a given dtype."""
         if isinstance(source, QuantizedTensor):
             return self._casts.dequantize(source, dtype or exact_dtype(source.cast))
         values = source.values if isinstance(source, RoundedTensor) else source
@@ -122,7 +123,10 @@ class CpuEngine:
 
 
 def _common(left: CpuOperand, right: CpuOperand, result: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Both in the format that holds both exactly, or in fp32 where the result is: torch rounds a product to its operands' format."""
+    """Both operands in the dtype that represents both exactly, or in fp32 if the result is fp32.
+
+    torch rounds the result of a matmul to the dtype of its operands.
+    """
     assert isinstance(left, Tensor) and isinstance(right, Tensor), "the others are CompiledEngine's"
     if left.dtype == right.dtype and (left.dtype == torch.float32 or result != torch.float32):
         return left, right

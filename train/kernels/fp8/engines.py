@@ -1,17 +1,18 @@
-"""Who computes with quantised operands: the protocol `Fp8Engine`, the forms of what goes in, and weights that are held as operands.
+"""The protocol `Fp8Engine` for matmuls of quantised operands, the forms of its inputs, and weights held as operands.
 
-An engine makes operands out of tensors and multiplies two operands.  Every operand is (outer, contraction), so each
-product is left @ right^T.  Which engine a run has:
+An engine converts tensors to operands and multiplies two operands. Every operand is (outer, contraction), so every
+matmul is left @ right^T. The engines:
 
-    engine            where            casts                 products of layers     products of experts, and those added to a sum
+    engine            where            casts                 GEMMs of layers        grouped GEMMs, and GEMMs added to a sum
     CpuEngine         any device       torch                 torch                  torch (cpu_engine.py)
     CompiledEngine    CPU with AVX2    compiled_casts.py     compiled_engine.py     compiled_engine.py
-    HopperEngine      sm_90            triton_quantize.py    cuBLASLt               triton_products.py, or DeepGEMM where it is asked for
-    BlackwellEngine   sm_100, MXFP8    triton_quantize.py    cuBLASLt               torch (CUTLASS), sums in a pass of their own
+    HopperEngine      sm_90            triton_quantize.py    cuBLASLt               triton_products.py, or DeepGEMM if the recipe asks for it
+    BlackwellEngine   sm_100, MXFP8    triton_quantize.py    cuBLASLt               torch (CUTLASS), with separate additions
 
-Rows of other ranks arrive quantised where parallel.wire=fp8 sent them so, and are no more cast (`Fp8Engine.take_arrived`).
+With parallel.wire=fp8, rows of other ranks arrive quantised and are not cast again (`Fp8Engine.take_arrived`).
 
-Shape suffixes: O outer, C contraction, P padded rows (train/kernels/fp8/groups.py), E experts, N outer of the right operand.
+Shape suffixes: O outer, C contraction, P padded rows (train/kernels/fp8/groups.py), E experts, N outer of the right
+operand.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,7 +31,7 @@ from train.kernels.fp8.quantize import QuantizedTensor
 
 @dataclass(frozen=True)
 class RoundedTensor:
-    """A quantised tensor held as the values that it stands for."""
+    """A quantised tensor stored as its dequantised values."""
 
     values: Tensor
     cast: Cast
@@ -41,7 +42,8 @@ class RoundedTensor:
 
 
 Source = Tensor | QuantizedTensor | RoundedTensor
-"""What an operand is made of, and what a layer keeps for backward: a tensor as it came, or quantised."""
+"""The source of an operand, and the input that a layer saves for backward: the original tensor, or a quantised
+tensor."""
 
 
 SourceForm = tuple[Cast, torch.Size] | Cast | None
@@ -49,7 +51,7 @@ SourceForm = tuple[Cast, torch.Size] | Cast | None
 
 
 def pack_sources(*kept: Source) -> tuple[list[Tensor], list[SourceForm]]:
-    """Tensors for autograd to save, and what `unpack_sources` needs to put them together again."""
+    """Tensors for autograd to save, and the forms that `unpack_sources` needs to rebuild the sources."""
     tensors: list[Tensor] = []
     forms: list[SourceForm] = []
     for one in kept:
@@ -81,38 +83,38 @@ class Fp8Engine(Protocol):
     """Quantises and multiplies on one kind of device."""
 
     def keep(self, x_MK: Tensor, cast: Cast) -> Source:
-        """Quantise, to keep for backward: bit for bit `quantize`, perhaps padded."""
+        """Quantise a tensor to save it for backward: bitwise equal to `quantize`, perhaps padded."""
 
     def cast(self, x_MK: Tensor, cast: Cast) -> Source:
-        """A cast to use at once, in whatever form is cheapest."""
+        """Quantise a tensor for immediate use, in the cheapest form."""
 
     def take_arrived(self, q_MK: Tensor, scale: Tensor, cast: Cast) -> Source:
-        """What `keep` would give for values that are quantised already. scale: (M, ceil(K / 128))."""
+        """The result of `keep` for values that are already quantised. scale: (M, ceil(K / 128))."""
 
     def operand(
         self, source: Source, rule: OperandRule, transposed: bool = False, groups: PaddedGroups | None = None
     ) -> Any:
-        """Operand (O, C) of a source (O, C), or with `transposed` of a source (C, O). Leading axes stay.
+        """Operand (O, C) of a source (O, C), or with `transposed` of a source (C, O). Leading axes are kept.
 
-        groups: the contraction runs over the padded rows of several experts, each on its own.
+        groups: the contraction runs over the padded rows of several experts, separately for each.
         """
 
     def cast_again(self, x_MK: Tensor, kept: Cast, rule: OperandRule) -> Any:
-        """`operand`, transposed, of what the first cast leaves."""
+        """The transposed `operand` of the values that the first cast produces."""
 
     def values(self, source: Any) -> Tensor:
-        """What was kept stands for, in bf16."""
+        """The values of a saved source, in bf16."""
 
     def gradient(
         self, dy: Source, for_inputs: OperandRule, for_weights: OperandRule, groups: PaddedGroups | None = None
     ) -> tuple[Any, Any]:
-        """Both left operands that a gradient (T, N) is: that of Dgrad, and transposed that of Wgrad."""
+        """Both left operands of a gradient (T, N): for Dgrad, and transposed for Wgrad."""
 
     def groups(self, counts_E: Tensor, rows: int) -> PaddedGroups:
-        """The layout of so many rows in all of experts with these row counts, for all that has `groups` here."""
+        """The layout of `rows` rows, of experts with these row counts, for the `groups` arguments of this engine."""
 
     def product(self, left: Any, right: Any, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
-        """left @ right^T. into: of dtype; the product is added to it, and it is returned."""
+        """left @ right^T. into: the result is added to this tensor of dtype, which is returned."""
 
     def grouped(self, left: Any, right: Any, groups: PaddedGroups, dtype: torch.dtype) -> Tensor:
         """left (P, C), right (E, N, C): each expert's rows times its own matrix, (P, N), zero in the padding."""
@@ -123,23 +125,24 @@ class Fp8Engine(Protocol):
         """left (O, P), right (N, P): for each expert the sum over its rows, (E, O, N). into: as in `product`."""
 
     def swiglu(self, h_P2F: Tensor, gates_P: Tensor, rule: OperandRule, cache: Cast) -> tuple[Any, Source]:
-        """Operand of SwiGLU's output (train/kernels/fp8/swiglu.py), and h as it is kept for backward."""
+        """Operand of SwiGLU's output (train/kernels/fp8/swiglu.py), and h in the form that is saved for backward."""
 
     def swiglu_backward(self, h: Source, gates_P: Tensor, da_PF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """a (P, F), dh (P, 2F) and the gradient of the gates (P,)."""
 
     def recompute_swiglu(self, h: Source, gates_P: Tensor) -> Tensor:
-        """The a of `swiglu_backward` alone."""
+        """Only the a of `swiglu_backward`."""
 
 
 class HeldWeights:
-    """Weights as operands, made once a step and held through its micro-batches. Between `hold` and `drop` no weight may change.
+    """Weights as operands, built once per step and shared by its micro-batches. No weight may change between `hold` and
+    `drop`.
 
-    A product takes a weight in two casts: as it is for Fprop, transposed for Dgrad. Weights change between steps alone, so every
-    micro-batch would make the same ones again. The first step makes each where it is asked for; later ones make all of them before their
-    passes, which then find the same memory taken from beginning to end.
+    A layer uses a weight in two casts: as stored for Fprop, transposed for Dgrad. Weights change only between steps, so
+    every micro-batch would build the same operands. The first step builds each operand at its first use. Later steps
+    build all operands before their passes, so the passes see the same memory use throughout.
 
-    making: the context in which operands that are held are made, for whoever counts them apart.
+    making: a context around the construction of held operands, so that a caller can count them separately.
     """
 
     def __init__(self, engine: Fp8Engine, making: Callable[[], AbstractContextManager] = nullcontext):
@@ -149,8 +152,9 @@ class HeldWeights:
         self._made: dict[tuple[int, bool], Any] = {}
 
     def name(self, weight: Tensor) -> int | None:
-        """What stands for a weight in a backward, which autograd may give another tensor of the same memory. None for what is not held, as is no
-        weight that was just made of other bytes.
+        """A key for a weight in backward, where autograd may pass another tensor of the same memory.
+
+        None for a weight that is not held, such as a weight just unpacked from bytes.
         """
         if not (self._holds and isinstance(weight, nn.Parameter)):
             return None
@@ -170,19 +174,19 @@ class HeldWeights:
 
     @torch.no_grad()
     def hold(self) -> None:
-        """Make what was asked for before, and hold it with all that is asked for from now on."""
+        """Build all operands of earlier steps, and hold them together with all later operands."""
         self.drop()
         self._holds = True
         for (name, transposed), rule in self._asked.items():
             self.operand(self._weights[name], name, rule, transposed)
 
     def drop(self) -> None:
-        """Let go of all operands, before a weight changes."""
+        """Drop all operands, before a weight changes."""
         self._holds = False
         self._made.clear()
 
     def count_bytes(self) -> int:
-        """Bytes of what is held, without what are the weights themselves."""
+        """Bytes of the held operands, without storage of the weights themselves."""
         weights = {weight.untyped_storage()._cdata for weight in self._weights.values()}
         parts = [tensor for made in self._made.values() for tensor in _tensors(made)]
         storages = {one._cdata: one.nbytes() for one in (tensor.untyped_storage() for tensor in parts)}
@@ -190,5 +194,5 @@ class HeldWeights:
 
 
 def _tensors(made: Any) -> list[Tensor]:
-    """An operand is a tensor, or has its tensors as fields."""
+    """The tensors of an operand, which is a tensor or has tensors as fields."""
     return [made] if isinstance(made, Tensor) else [one for one in vars(made).values() if isinstance(one, Tensor)]

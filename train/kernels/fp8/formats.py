@@ -1,8 +1,8 @@
 """Number formats below bf16, and the twelve-bit packing of E5M6.
 
-A format with m mantissa bits represents 1 + m significant bits down to 2**min_exponent and a fixed step of
-2**(min_exponent - m) below it.  E5M6 has no torch dtype: it is the top twelve bits of an fp16, and two values
-share three bytes, value i at bit 12 i of the little-endian stream (reference arithmetic: DeepSeek TileKernels).
+A format with m mantissa bits represents 1 + m significant bits down to 2**min_exponent, and a fixed step of
+2**(min_exponent - m) below it. E5M6 has no torch dtype. Its code is the top twelve bits of an fp16, and two values
+share three bytes: value i is at bit 12 i of the little-endian stream (reference arithmetic: DeepSeek TileKernels).
 
 Shape suffixes: K packed dimension.
 """
@@ -17,7 +17,7 @@ from parallel.expert.wire import TILE
 MX_TILE = 32
 """Values along a contraction that share a scale in MXFP8 (OCP Microscaling Formats, v1.0)."""
 AMAX_FLOOR = 1e-4
-"""Smallest max-abs that a scale is made for, so that an all-zero tile has a finite scale (paper 3.3.2 kernels)."""
+"""Lower bound of the max-abs in a scale, so an all-zero tile has a positive scale (paper 3.3.2 kernels)."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Format:
     max: float
     """Largest finite value."""
     dtype: torch.dtype | None
-    """torch's storage type; None where values are packed by hand."""
+    """torch's storage type; None for values in Sluice's own packing."""
 
 
 E4M3 = Format("e4m3", 3, -6, 448.0, torch.float8_e4m3fn)
@@ -47,31 +47,32 @@ WHOLE_SIDE = 2**62
 
 @dataclass(frozen=True)
 class Cast:
-    """How a tensor is quantised."""
+    """The quantisation of a tensor: format, block and kind of scale."""
 
     format: Format
     block: ScaleBlock
-    """Rows and columns that share a scale; cut to the tensor's size where larger."""
+    """Rows and columns that share a scale; cut to the tensor's size if larger."""
     pow2: bool
-    """Scales are rounded up to powers of two."""
+    """Whether scales are rounded up to powers of two."""
     floor: float = AMAX_FLOOR
-    """Smallest max-abs that a scale is made for."""
+    """Lower bound of the max-abs in a scale."""
 
     def empty_tiles(self, like: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-        """Room on `like`'s device for q (rows, columns), and for a scale per row and 128 columns, stored column by column."""
+        """Memory on `like`'s device for q (rows, columns), and for a scale per row and 128 columns, stored column by
+        column."""
         return like.new_empty(rows, columns, dtype=self.format.dtype), empty_scales(like, rows, columns // TILE)
 
 
 def empty_scales(like: Tensor, outer: int, tiles: int) -> Tensor:
-    """Room on `like`'s device for fp32 scales (outer, tiles), stored column by column."""
+    """Memory on `like`'s device for fp32 scales (outer, tiles), stored column by column."""
     return like.new_empty_strided((outer, tiles), (1, outer), dtype=torch.float32)
 
 
 def round_to(x: Tensor, format: Format) -> Tensor:
     """Round fp32 values, |x| <= format.max, to the nearest value of the format, ties to even; in place.
 
-    Adding 1.5 * 2**23 steps leaves no bit below the step in an fp32, so that the addition itself rounds, and
-    subtracting it again is exact.  The step is that of the value's own binade, or of the smallest normal one.
+    Adding 1.5 * 2**23 steps leaves no bit below the step in an fp32, so the addition itself rounds, and the subtraction
+    is exact. The step is the step of the value's own binade, or of the smallest normal binade.
     """
     assert x.dtype == torch.float32
     shift = x.view(torch.int32) & 0x7F800000

@@ -1,8 +1,8 @@
-"""FP8 products for the model: DeepSeek-V3's mixed precision (paper 3.3).
+"""FP8 matmuls for the model: DeepSeek-V3's mixed precision (paper 3.3).
 
-The model asks for its products and never branches; embedding, output head, router, norms and the attention core do not
-ask and stay high.  Parameters and buffers hold nothing of FP8: scales are made from the values at hand in every
-product, so a checkpoint of a bf16 run resumes in FP8 and back.
+The model calls this object for its matmuls and never branches on the precision. Embedding, output head, router, norms
+and the attention core do not use it and stay in high precision. Parameters and buffers contain no FP8 state: every
+matmul computes its scales from the current values. So a checkpoint of a bf16 run resumes in FP8, and the reverse.
 
 Shape suffixes: R rows sorted by expert, D width, F inner width, E experts.
 """
@@ -41,10 +41,10 @@ from train.model.operations import Kernels
 
 
 class Fp8Precision:
-    """The protocol `train.model.layers.LayerPrecision` with FP8 products."""
+    """Implements the protocol `train.model.layers.LayerPrecision` with FP8 matmuls."""
 
     dtype = torch.bfloat16
-    """Format of activations between the products."""
+    """Dtype of activations between the matmuls."""
 
     def __init__(
         self,
@@ -54,9 +54,8 @@ class Fp8Precision:
         engine: Fp8Engine | None = None,
         making: Callable[[], AbstractContextManager] = nullcontext,
     ):
-        """engine: instead of the device's own. making: as `HeldWeights` takes it. Raises UserError where the device lacks what its
-        engine needs.
-        """
+        """engine: replaces the device's default engine. making: passed to `HeldWeights`. Raises UserError if the device
+        lacks a requirement of its engine."""
         self.kernels = kernels
         self._rules = build_rules(fp8)
         self._health = HealthWatch(fp8.health.every)
@@ -100,19 +99,20 @@ class Fp8Precision:
         return expert_ffn(rows_RD, gates_R, both, counts_E, self.weights, self._rules, probes, added, self.kernels)
 
     def watch(self, model: nn.Module) -> None:
-        """Learn the names of the model's layers, for the health readings."""
+        """Store the names of the model's layers, for the health readings."""
         self._health.name(model.named_parameters())
 
     def start_step(self, step: int, hold_weights: bool = False) -> None:
-        """Tell which step begins: every `precision.fp8.health.every` steps the products are checked. hold_weights: cast them once, as none
-        changes before `end_passes`.
+        """Start a step. Every `precision.fp8.health.every` steps the matmuls are checked.
+
+        hold_weights: cast the weights once, because none changes before `end_passes`.
         """
         self._health.start_step(step)
         if hold_weights:
             self.weights.hold()
 
     def end_passes(self) -> None:
-        """Let go of the casts of weights, before the update."""
+        """Drop the casts of weights, before the update."""
         self.weights.drop()
 
     def health(self) -> Report:
@@ -121,9 +121,10 @@ class Fp8Precision:
 
 
 def cpu_engine(fp8: Fp8, kernels: Kernels, meta: bool = False) -> CpuEngine:
-    """The emulation that a checked section describes. kernels: for products without scales. meta: for plans, which run no compiled code.
+    """The CPU emulation for a checked section. kernels: for matmuls without scales. meta: for plans, which run no
+    compiled code.
 
-    Raises UserError where compiled code is asked for and cannot be built, kept or loaded.
+    Raises UserError if compiled code is requested and cannot be built, stored or loaded.
     """
     if not fp8.compiled:
         return CpuEngine()
@@ -136,7 +137,10 @@ def cpu_engine(fp8: Fp8, kernels: Kernels, meta: bool = False) -> CpuEngine:
 
 
 def load_gpu_engine(fp8: Fp8) -> HopperEngine:
-    """The engine of this GPU that the recipe asks for: Hopper's, or Blackwell's where scales are those of 32 values. Raises UserError for what it lacks."""
+    """The GPU engine that the recipe requests: Hopper's, or Blackwell's for one scale per 32 values.
+
+    Raises UserError for missing requirements.
+    """
     check_gpu_operands(fp8)
     mx = has_mx_tiles(fp8)
     require_fit(deep_gemm=False, mx=mx)
@@ -150,5 +154,5 @@ def load_gpu_engine(fp8: Fp8) -> HopperEngine:
 
 
 def _triton_module(name: str) -> ModuleType:
-    """Kernels that need triton, imported once it is known to be there."""
+    """A module of kernels that needs triton, imported after triton is known to exist."""
     return importlib.import_module(f"train.kernels.fp8.triton_{name}")

@@ -1,8 +1,8 @@
-"""Weights that nobody trains in block FP8: E4M3 codes and an fp32 scale for every 128x128, and no other copy of them.
+"""Frozen weights in block FP8: E4M3 codes and an fp32 scale per 128x128 block, without any other copy.
 
-Each matrix lies as bytes, its scales first and its codes behind: DeepSpeed rounds what floats to the format of the run, and gloo gathers
-no FP8, but bytes travel as they are (ZeRO stage 3). A product takes values that are made of the bytes when it runs, and made again when
-its backward does, so that nothing of a weight stays between the two.
+Each matrix is stored as bytes, first its scales, then its codes. DeepSpeed rounds floating-point parameters to the
+run's dtype, and gloo does not gather FP8, but both keep bytes unchanged (ZeRO stage 3). A matmul uses values computed
+from the bytes when it runs, and again in its backward. So no values are stored in between.
 
 Shapes: E experts, M rows, K columns, m and k blocks of rows and columns, B bytes of a matrix.
 """
@@ -25,18 +25,19 @@ from train.model.recompute import RecomputedOutputs
 
 BLOCKS = Cast(E4M3, (TILE, TILE), pow2=False)
 MATRIX_ALIGNMENT = 4
-"""Bytes: every matrix begins where an fp32 may lie."""
+"""Bytes: every matrix begins at an address aligned for fp32."""
 
 
 class FrozenBlocks:
-    """One weight of a module, (M, K) or of experts (E, M, K), whose parameter becomes the bytes: (B,) or (E, B), uint8."""
+    """A module's weight, (M, K) or for experts (E, M, K), whose parameter is replaced by bytes: (B,) or (E, B),
+    uint8."""
 
     def __init__(self, module: nn.Module, name: str):
         weight = getattr(module, name)
         self._module, self._name = module, name
         self.shape: tuple[int, ...] = tuple(weight.shape)
         self.experts: range | None = module.local if isinstance(module, Experts) else None
-        """Which ones a weight of experts has."""
+        """The experts in the weight; None for other weights."""
         rows, columns = self.shape[-2:]
         self._scales = -(-rows // TILE), -(-columns // TILE)
         self._scale_bytes = MATRIX_ALIGNMENT * math.prod(self._scales)
@@ -46,11 +47,11 @@ class FrozenBlocks:
 
     @property
     def data(self) -> nn.Parameter:
-        """The bytes; at stage 3 empty while they are away."""
+        """The bytes; empty at ZeRO stage 3 while they are not gathered."""
         return getattr(self._module, self._name)
 
     def unpack(self, dtype: torch.dtype) -> tuple[Tensor, AbstractContextManager]:
-        """The values, and the context in which saving them for backward keeps nothing."""
+        """The values, and a context in which saving them for backward keeps no memory."""
         values = self._values(dtype)
         if not torch.is_grad_enabled():
             return values, nullcontext()
@@ -65,14 +66,14 @@ class FrozenBlocks:
         return row
 
     def round(self, values: Tensor) -> None:
-        """Take values of its shape, rounded to blocks."""
+        """Store values of the weight's shape, rounded to blocks."""
         rows = self.data.detach().view(-1, self.matrix_bytes)
         for row, matrix in zip(rows, values.view(-1, *self.shape[-2:]), strict=True):
             found = quantize(matrix, BLOCKS)
             row.copy_(self.pack(found.q, found.scale))
 
     def _parts(self, row: Tensor) -> tuple[Tensor, Tensor]:
-        """Scales (m, k) fp32 and codes (M, K) uint8 of one matrix, views of its bytes."""
+        """Scales (m, k) fp32 and codes (M, K) uint8 of one matrix, as views of its bytes."""
         codes = row[self._scale_bytes : self._scale_bytes + math.prod(self.shape[-2:])]
         return row[: self._scale_bytes].view(torch.float32).view(self._scales), codes.view(self.shape[-2:])
 
@@ -80,7 +81,9 @@ class FrozenBlocks:
         data = self.data.detach()
         values = torch.empty(self.shape, dtype=dtype, device=data.device)
         rows, matrices = data.view(-1, self.matrix_bytes), values.view(-1, *self.shape[-2:])
-        for row, matrix in zip(rows[:1] if data.is_meta else rows, matrices, strict=False):  # in a plan one is like all
+        for row, matrix in zip(
+            rows[:1] if data.is_meta else rows, matrices, strict=False
+        ):  # in a plan all matrices are alike
             scale, codes = self._parts(row)
             q_MK = codes.view(torch.float8_e4m3fn)
             matrix.copy_(dequantize(QuantizedTensor(q_MK, scale, fitted(BLOCKS, q_MK), q_MK.shape), dtype))
@@ -88,7 +91,7 @@ class FrozenBlocks:
 
 
 def hold_in_blocks(chunk: DeepSeekV3) -> None:
-    """Let the products' weights of a chunk on the meta device be bytes: those that `is_held_in_blocks` names."""
+    """Replace the weights of a chunk on the meta device by bytes, for the names of `is_held_in_blocks`."""
     for name, _ in list(chunk.named_parameters()):
         if is_held_in_blocks(name):
             prefix, _, own = name.rpartition(".")
@@ -97,7 +100,7 @@ def hold_in_blocks(chunk: DeepSeekV3) -> None:
 
 
 def frozen_blocks(chunk: nn.Module) -> Iterator[tuple[str, FrozenBlocks]]:
-    """All of a chunk, by the names of their parameters."""
+    """All `FrozenBlocks` of a chunk, with the names of their parameters."""
     for prefix, module in chunk.named_modules():
         for own, attribute in PACKED.items():
             blocks = getattr(module, attribute, None)
@@ -106,7 +109,7 @@ def frozen_blocks(chunk: nn.Module) -> Iterator[tuple[str, FrozenBlocks]]:
 
 
 def draw_blocks(chunk: DeepSeekV3, seed: int) -> None:
-    """Draw their values as `initialise` draws those of other weights."""
+    """Draw the values of all frozen blocks, as `initialise` draws other weights."""
     for name, blocks in frozen_blocks(chunk):
         values = torch.empty(blocks.shape, device=blocks.data.device)
         draw_normal(values, f"{seed}/{name}", chunk.config.init_std, blocks.experts)

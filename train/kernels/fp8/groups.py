@@ -1,14 +1,14 @@
-"""Rows of several experts, and the tiles of 128 that they take.
+"""Rows of several experts, and their tiles of 128 rows.
 
-FP8 kernels work on whole tiles: 128 rows of one expert share a kernel block in Fprop and Dgrad, and 128 rows share a
-scale in Wgrad, where a tile must not mix experts.  What an expert lacks to whole tiles is zeros, which change neither scales nor
-sums.  Rows are padded so for some products, and for casts whose scales cover several rows. Our products find each tile's rows where
-they lie; then only what is quantised along the rows, the operands of Wgrad, has columns of padding.
+FP8 kernels work on whole tiles. In Fprop and Dgrad 128 rows of one expert share a kernel block. In Wgrad 128 rows share
+a scale, and a tile must not mix experts. Zeros fill the last tile of an expert; they change neither scales nor sums.
+Some GEMMs need padded rows, and so do casts whose scales cover several rows. Sluice's own GEMMs find the rows of each
+tile in unpadded memory. Then only tensors quantised along the rows, the operands of Wgrad, have padded columns.
 
-How many rows an expert has, a GPU knows first.  Products that read it there need no host that knows it: given how many rows
-there are in all, they get as many tiles as those could take.
+The GPU knows the row counts of experts before the host. GEMMs that read them on the GPU do not wait for the host: from
+the total number of rows they get the largest possible number of tiles.
 
-Shape suffixes: R rows as the dispatcher gave them, P rows as products take them, E experts.
+Shape suffixes: R rows from the dispatcher, P rows as the GEMMs take them, E experts.
 """
 
 from functools import cached_property
@@ -21,12 +21,11 @@ from train.kernels.fp8.formats import TILE
 
 
 class PaddedGroups:
-    """Where the rows of each expert lie."""
+    """Positions of the rows of each expert."""
 
     def __init__(self, counts_E: Tensor, rows: int | None = None, padded: bool = True):
-        """counts_E: rows of each expert. rows: their sum, where the device shall not be waited for. padded: whether products take
-        rows with padding between the experts.
-        """
+        """counts_E: rows of each expert. rows: their sum, if the host must not wait for the device. padded: whether
+        GEMMs take rows with padding between the experts."""
         self._counts_E, self._rows, self._is_padded = counts_E, rows, padded
 
     @cached_property
@@ -41,30 +40,32 @@ class PaddedGroups:
 
     @cached_property
     def starts(self) -> list[int]:
-        """First of each expert's rows, as products take them. Waits for the device."""
+        """First row of each expert, as the GEMMs take the rows. Waits for the device."""
         return list(accumulate(self.padded if self._is_padded else self.counts, initial=0))[:-1]
 
     @cached_property
     def rows(self) -> int:
-        """P; where padding is made without waiting as many as there may be, the last ones nobody's and zero."""
+        """P. If padding is computed without waiting, P is the maximum, and the last rows are zero and belong to no
+        expert."""
         if self._rows is None:
             return sum(self.padded)
         return most_tiles(self._rows, len(self._counts_E)) * TILE if self._is_padded else self._rows
 
     @cached_property
     def ends_E(self) -> Tensor:
-        """Where the rows of each expert end, as products take them, int32, on the device."""
+        """End of each expert's rows, as the GEMMs take the rows: int32, on the device."""
         return (self._padded_E if self._is_padded else self._counts_E).cumsum(0, dtype=torch.int32)
 
     @cached_property
     def whole(self) -> "PaddedGroups":
-        """These rows with padding."""
+        """The same rows with padding."""
         return PaddedGroups(self._counts_E, self._rows)
 
     @cached_property
     def sum_ends_E(self) -> Tensor:
-        """Where the rows of each expert end, int32, as a sum over them takes them: padded, one tile at the least, and in the last expert's
-        all that are left.
+        """End of each expert's rows in a sum over rows (Wgrad), int32.
+
+        Rows are padded, each expert has at least one tile, and the last expert includes all remaining rows.
         """
         ends_E = ((self._counts_E.clamp_min(1) + (TILE - 1)) // TILE * TILE).cumsum(0, dtype=torch.int32)
         ends_E[-1:].fill_(most_tiles(self.rows + len(ends_E), len(ends_E)) * TILE)
@@ -72,12 +73,13 @@ class PaddedGroups:
 
     @property
     def unpadded_ends_E(self) -> Tensor | None:
-        """`ends_E` where rows lie without padding; None where every 128 of them are one expert's."""
+        """`ends_E` for rows without padding; None for padded rows, where all 128 rows of a tile belong to one
+        expert."""
         return None if self._is_padded else self.ends_E
 
     @cached_property
     def slots_R(self) -> Tensor | None:
-        """Padded position of every row, int64; None where nothing is padded, as far as the host knows."""
+        """Padded position of every row, int64; None if nothing is padded, as far as the host knows."""
         if not self._is_padded or (self._rows is None and self.padded == self.counts):
             return None
         counts_E = self._counts_E
@@ -91,7 +93,7 @@ class PaddedGroups:
         return (self._counts_E + (TILE - 1)) // TILE * TILE
 
     def pad(self, rows_RX: Tensor) -> Tensor:
-        """(R, ...) -> (P, ...), with zero rows where experts are padded."""
+        """(R, ...) -> (P, ...), with zero rows as padding."""
         if self.slots_R is None:
             return rows_RX.contiguous()
         return rows_RX.new_zeros(self.rows, *rows_RX.shape[1:]).index_copy_(0, self.slots_R, rows_RX)
@@ -101,18 +103,21 @@ class PaddedGroups:
         return rows_PX if self.slots_R is None else rows_PX.index_select(0, self.slots_R)
 
     def real(self, step: int = 1) -> list[slice]:
-        """Positions of each expert's own rows among the P, and of padding up to a multiple of step, a divisor of 128."""
+        """Slices of each expert's rows among the P rows, including padding up to a multiple of step, a divisor of
+        128."""
         ends = [start + -(-count // step) * step for start, count in zip(self.starts, self.counts, strict=True)]
         return [slice(start, end) for start, end in zip(self.starts, ends, strict=True)]
 
 
 def most_tiles(rows: int, experts: int) -> int:
-    """The most tiles of 128 rows of one expert each: as many as so many rows can take."""
+    """Maximum number of tiles of 128 rows, each with rows of one expert, for this number of rows."""
     return (rows + min(rows, experts) * (TILE - 1)) // TILE
 
 
 def on_device(numbers: list, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
-    """The numbers as a tensor there. For a GPU they are copied from page-locked memory: from any other the host would wait
-    until the copy is done, and so for all work that was asked of the GPU before.
+    """The numbers as a tensor on the device.
+
+    For a GPU they are copied from page-locked memory. With other memory the host would wait for the copy, and so for
+    all previously launched work of the GPU.
     """
     return torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""Watching FP8 products: what the casts lose, and how far the products are off.
+"""Monitors FP8 matmuls: the losses of the casts, and the errors of the matmuls.
 
 Every `every` steps each layer takes readings, per tensor class (activation, weight, gradient):
 
@@ -6,11 +6,11 @@ Every `every` steps each layer takes readings, per tensor class (activation, wei
     saturated     share of the values beyond the format's maximum, or not finite, which the cast clamps
     scale_range   log2 of the largest over the smallest scale of the tensor
 
-and per product (fprop, dgrad)
+and per matmul (fprop, dgrad)
 
-    error         |y - y'| / |y'| of the first 128 rows, with y' the same product of bf16 operands
+    error         |y - y'| / |y'| of the first 128 rows, with y' the same matmul of bf16 operands
 
-A reading stays on the device until the step is over, so that taking one does not wait for it.
+A reading stays on the device until the end of the step, so taking it does not wait for the device.
 """
 
 from collections.abc import Iterable, Sequence
@@ -25,18 +25,18 @@ from train.kernels.fp8.quantize import blocked, fitted, scales
 from train.model.recompute import is_repeated
 
 SHADOW_ROWS = 128
-"""Rows of a product that are recomputed in bf16."""
+"""Rows of a matmul that are recomputed in bf16."""
 LIMITS = {"flushed": 0.05, "saturated": 0.0, "error": 0.1}
-"""By name of a reading, the largest one without a warning."""
+"""By name of a reading, the largest value without a warning."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """One number of one tensor or product."""
+    """One number of one tensor or matmul."""
 
     layer: str
     subject: str
-    """activation, weight or gradient; fprop or dgrad for the error of a product."""
+    """activation, weight or gradient; fprop or dgrad for the error of a matmul."""
     name: str
     value: Tensor
     """A scalar, on the device."""
@@ -50,7 +50,7 @@ class LayerProbe:
 
     @torch.no_grad()
     def operand(self, subject: str, x: Tensor, rule: OperandRule) -> None:
-        """What the cast of x (..., M, K) by the rule loses."""
+        """Take the readings of the cast of x (..., M, K) by the rule."""
         if x.numel() == 0:
             return
         cast = fitted(rule.cast(), x)
@@ -59,7 +59,9 @@ class LayerProbe:
         scale, inverse = scales(amax, cast)
         scaled = blocks * inverse
         nonzero = blocks != 0
-        clamped = ~(scaled.abs() <= rule.format.max * (1 + 2**-20))  # one rounding beyond the maximum is no clamp
+        clamped = ~(
+            scaled.abs() <= rule.format.max * (1 + 2**-20)
+        )  # one rounding beyond the maximum does not count as clamped
         flushed = (round_to(scaled, rule.format) == 0) & nonzero
         used = amax > 0
         self._take(subject, "flushed", flushed.sum() / nonzero.sum().clamp_min(1))
@@ -69,7 +71,7 @@ class LayerProbe:
 
     @torch.no_grad()
     def product(self, subject: str, out: Tensor, left: Tensor, right: Tensor) -> None:
-        """Relative error of out (M, N), which stands for left (M, K) right (N, K)^T."""
+        """Take the relative error of out (M, N), the FP8 result of left (M, K) right (N, K)^T."""
         if out.numel() == 0:
             return
         exact = (left[:SHADOW_ROWS].bfloat16() @ right.bfloat16().mT).float()
@@ -81,7 +83,7 @@ class LayerProbe:
 
 
 class HealthWatch:
-    """Decides which steps are watched, and sums up their readings."""
+    """Selects the monitored steps, and summarises their readings."""
 
     def __init__(self, every: int):
         """every: steps between checks; 0 for none."""
@@ -91,22 +93,25 @@ class HealthWatch:
         self._watching = False
 
     def name(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
-        """Learn the names of the weights, for the readings."""
+        """Store the names of the weights, for the readings."""
         self._names.update((id(parameter), name.removesuffix(".weight")) for name, parameter in parameters)
 
     def start_step(self, step: int) -> None:
-        """Forget the readings; watch this step if its turn has come."""
+        """Clear the readings, and monitor this step if it is due."""
         self._readings.clear()
         self._watching = self._every > 0 and step % self._every == 0
 
     def probe(self, weight: Tensor) -> LayerProbe | None:
-        """For the layer of this weight, where this step is watched; None for a forward without a backward, which is no part of the step."""
+        """The probe for the layer of this weight in a monitored step; else None.
+
+        Also None for a forward without a backward, which is not part of the step.
+        """
         if not self._watching or not torch.is_grad_enabled() or is_repeated():
             return None
         return LayerProbe(self._names.get(id(weight), f"weight of shape {tuple(weight.shape)}"), self._readings)
 
     def report(self) -> "Report":
-        """What the step showed; empty for one that was not watched. Of several readings the worst counts."""
+        """The results of the step; empty if it was not monitored. The worst of several readings counts."""
         report = Report({}, {}, [])
         if not self._readings:
             return report
@@ -132,28 +137,28 @@ class HealthWatch:
 
 
 def _worse(value: float, other: float | None) -> float:
-    """The larger; not a number is worse than any."""
+    """The larger value; NaN is worse than any number."""
     return value if other is None or value != value or value > other else other
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a watched step showed."""
+    """Results of a monitored step."""
 
     metrics: dict[str, float]
     """fp8_SUBJECT_NAME: the worst layer's value."""
     layers: dict[str, dict[str, float]]
     """layer_fp8_SUBJECT_NAME: every layer's value."""
     warnings: list[str]
-    """One for every limit that a layer passed."""
+    """One warning for every limit that a layer exceeded."""
 
 
 WARNINGS = 5
-"""Warnings of a step that are shown one by one; the rest are counted."""
+"""Number of warnings of a step that are shown individually; the others are only counted."""
 
 
 def merge_reports(reports: Sequence[Report]) -> Report:
-    """The reports of all ranks as one: of several values for a name the worst."""
+    """The reports of all ranks as one: the worst value for each name."""
     together = Report({}, {}, [])
     for report in reports:
         for key, value in report.metrics.items():

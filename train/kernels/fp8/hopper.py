@@ -1,20 +1,24 @@
-"""FP8 products on Hopper GPUs: operands in tiles of 1x128, weights in blocks of 128x128.
+"""FP8 GEMMs on Hopper GPUs: operands in tiles of 1x128, weights in blocks of 128x128.
 
-    quantise            our Triton kernels (train/kernels/fp8/triton_quantize.py)
-    dense products      torch's blockwise scaled_mm (cuBLASLt): 1x128 by 128x128 and 1x128 by 1x128
-    grouped products, and products added to a sum, which scaled_mm cannot: one of two libraries (`precision.fp8.backend`)
-      TritonProducts    our kernels (train/kernels/fp8/triton_products.py), with torch and triton alone
+    quantise            Sluice's Triton kernels (train/kernels/fp8/triton_quantize.py)
+    dense GEMMs         torch's blockwise scaled_mm (cuBLASLt): 1x128 by 128x128 and 1x128 by 1x128
+    grouped GEMMs, and GEMMs added to a sum, which scaled_mm lacks: one of two libraries (`precision.fp8.backend`)
+      TritonProducts    Sluice's kernels (train/kernels/fp8/triton_products.py), which need only torch and triton
       DeepGemmProducts  DeepGEMM's: M-grouped 1x128 by 128x128 (Fprop, Dgrad), K-grouped 1x128 by 1x128 (Wgrad, fp32)
 
-What is missing or too old is an error that names it; nothing falls back.  Operands are padded with zeros to multiples of 128, rows by the
-kernels that quantise.
+A missing or old library is an error that names it; there is no fallback. The quantisation kernels pad operands with
+zero rows to multiples of 128.
 
-Traps.  cuBLASLt reads the scales of a 128x128 operand with their number along the contraction rounded up to a multiple of 4.  DeepGEMM's
-K-grouped kernel wants each expert's operand as a matrix of its own, one after the other; it wants a C operand, and leaves the result of an
-expert without rows unwritten; and it transposes scales of tiles that are stored row by row with a kernel that it compiles for each width, which
-for Wgrad means for every number of rows, and whose shared memory ends at 116,000 rows.  Column by column, as here, both take them as they are.
+Pitfalls of the libraries:
+- cuBLASLt reads the scales of a 128x128 operand with their number along the contraction rounded up to a multiple of 4.
+- DeepGEMM's K-grouped kernel takes each expert's operand as a separate matrix, one after another. It needs a C operand,
+  and does not write the result of an expert without rows.
+- DeepGEMM transposes tile scales stored row by row, with a kernel that it compiles for each width. For Wgrad this means
+  for every number of rows, and the kernel's shared memory ends at 116,000 rows. Scales stored column by column, as
+  here, are accepted directly by both libraries.
 
-Shape suffixes: O outer, C contraction, P rows of experts (train/kernels/fp8/groups.py), E experts, N outer of the right operand.
+Shape suffixes: O outer, C contraction, P rows of experts (train/kernels/fp8/groups.py), E experts, N outer of the right
+operand.
 """
 
 import importlib
@@ -40,32 +44,33 @@ from train.kernels.fp8.quantize import QuantizedTensor, dequantize
 
 @dataclass(frozen=True)
 class PaddedOperand:
-    """A quantised operand in the layout of the kernels, sizes padded to multiples of 128."""
+    """A quantised operand in the layout of the kernels, with sizes padded to multiples of 128."""
 
     q: Tensor
-    """(..., O, C); in a K-grouped product of DeepGEMM flat, one (O, rows of the expert) matrix after the other."""
+    """(..., O, C); in DeepGEMM's K-grouped GEMM flat: one (O, rows of the expert) matrix after another."""
     scale: Tensor
-    """Tiles: (O, C / 128) stored column by column. Blocks: (..., O / 128, C / 128), contiguous.
-    MXFP8: as `quantize_mx` of train/kernels/fp8/triton_quantize.py gives it."""
+    """Tiles: (O, C / 128) stored column by column. Blocks: (..., O / 128, C / 128), contiguous. MXFP8: the layout of
+    `quantize_mx` in train/kernels/fp8/triton_quantize.py."""
     tiles: bool
-    """One scale per row and 128 of the contraction, or 32; otherwise one per 128x128."""
+    """True: one scale per row and 128 (or 32) elements of the contraction. False: one scale per 128x128."""
     outer: int
     """O without the padding."""
 
     @cached_property
     def columns(self) -> tuple[Tensor, Tensor]:
-        """q and scales of blocks as cuBLASLt reads a right operand: (C, O), and (C / 128 to a multiple of 4, O / 128)."""
-        right = -self.scale.shape[1] % 4  # none in most sizes, where a pad would be a copy
+        """q and scales of blocks as cuBLASLt reads a right operand: (C, O), and (C / 128 padded to a multiple of 4, O /
+        128)."""
+        right = -self.scale.shape[1] % 4  # zero for most sizes, which then need no copy
         return self.q.t(), (F.pad(self.scale, (0, right), value=1.0) if right else self.scale).t()
 
 
 class GroupedProducts(Protocol):
-    """Both kinds of grouped products. Rows are those of `PaddedGroups`, and there are some."""
+    """Both kinds of grouped GEMMs, for at least one row. `PaddedGroups` gives the rows."""
 
     flat: bool
-    """Whether operands of `wgrad` lie one expert's matrix after the other."""
+    """Whether the operands of `wgrad` are one expert's matrix after another."""
     counted: bool
-    """Whether the host must know how many rows each expert has."""
+    """Whether the host must know the row count of each expert."""
 
     def grouped(self, left: PaddedOperand, right: PaddedOperand, groups: PaddedGroups) -> Tensor:
         """left (P, C or more rows) in tiles, right (E, N, C) in blocks: (P, N) in bf16."""
@@ -73,18 +78,17 @@ class GroupedProducts(Protocol):
     def wgrad(
         self, left: PaddedOperand, right: PaddedOperand, groups: PaddedGroups | None, out_EON: Tensor, added: bool
     ) -> None:
-        """left (O, P), right (N, P), both in tiles: fill out_EON (bf16 or fp32), or add to it (fp32). groups: None where
-        all rows are summed into one matrix.
-        """
+        """left (O, P), right (N, P), both in tiles: fill out_EON (bf16 or fp32), or add to it (fp32). groups: None if
+        all rows are summed into one matrix."""
 
 
 class TritonProducts:
-    """By our kernels."""
+    """Grouped GEMMs by Sluice's Triton kernels."""
 
     flat = counted = False
 
     def __init__(self, kernels: Any):
-        """kernels: their module."""
+        """kernels: the module with the kernels."""
         self._kernels = kernels
 
     def grouped(self, left: PaddedOperand, right: PaddedOperand, groups: PaddedGroups) -> Tensor:
@@ -99,7 +103,7 @@ class TritonProducts:
 
 
 class DeepGemmProducts:
-    """By the module deep_gemm."""
+    """Grouped GEMMs by the module deep_gemm."""
 
     flat = counted = True
 
@@ -141,11 +145,11 @@ class DeepGemmProducts:
 
 
 def load_deep_gemm() -> ModuleType:
-    """DeepGEMM, of a version that has the kernels and fits the torch that is there."""
+    """The module DeepGEMM, in a version that has the kernels and is compatible with the installed torch."""
     require_fit(deep_gemm=True)
     try:
         return importlib.import_module("deep_gemm")
-    except (ImportError, OSError, AssertionError) as error:  # an assertion where it finds no CUDA toolkit
+    except (ImportError, OSError, AssertionError) as error:  # DeepGEMM asserts that it finds a CUDA toolkit
         rule = f"{DEEP_GEMM} {version(DEEP_GEMM)} cannot be loaded: {error!r}"
         raise UserError("precision", "fp8", rule, WITHOUT_PACKAGES) from error
 
@@ -154,7 +158,7 @@ class HopperEngine:
     """`train.kernels.fp8.engines.Fp8Engine` on a Hopper GPU."""
 
     def __init__(self, kernels: Any, products: GroupedProducts, scaled_mm: Callable[..., Tensor] = F.scaled_mm):
-        """kernels: train.kernels.fp8.triton_quantize. products: of whichever library."""
+        """kernels: train.kernels.fp8.triton_quantize. products: the grouped GEMMs of one of the libraries."""
         self._casts, self._products, self._scaled_mm = kernels, products, scaled_mm
 
     def keep(self, x_MK: Tensor, cast: Cast) -> QuantizedTensor:
@@ -166,7 +170,7 @@ class HopperEngine:
 
     def take_arrived(self, q_MK: Tensor, scale: Tensor, cast: Cast) -> QuantizedTensor:
         q = _padded_columns(q_MK.view(torch.uint8)).view(q_MK.dtype)
-        columns = scale.new_empty(scale.shape[::-1]).copy_(scale.t())  # the strides say so even where a size is 1
+        columns = scale.new_empty(scale.shape[::-1]).copy_(scale.t())  # sets the strides even for sizes of 1
         return QuantizedTensor(q, columns.t(), cast, q_MK.shape)
 
     def values(self, source: QuantizedTensor) -> Tensor:
@@ -266,23 +270,24 @@ class HopperEngine:
         return self._casts.swiglu_backward(h.q, gates_P, da_PF, h.scale)
 
     def recompute_swiglu(self, h: Source, gates_P: Tensor) -> Tensor:
-        # the same kernel, so the same bits; what it also computes from the zeros is not used
+        # the same kernel, so the same bits; its other results from the zeros are ignored
         da_PF = gates_P.new_zeros(h.shape[0], h.shape[1] // 2, dtype=torch.bfloat16)
         return self.swiglu_backward(h, gates_P, da_PF)[0]
 
 
 def needs_deep_gemm(fp8: Fp8) -> bool:
-    """Whether DeepGEMM has a part in the products."""
+    """Whether the recipe uses DeepGEMM."""
     return fp8.backend == Fp8Backend.deepgemm
 
 
 def has_mx_tiles(fp8: Fp8) -> bool:
-    """Whether an operand has a scale for 32 values, as Blackwell's products take them."""
+    """Whether an operand has a scale per 32 values, as Blackwell's GEMMs take it."""
     return any("/1x32/" in getattr(fp8, name) for name in FP8_OPERANDS)
 
 
 def check_gpu_operands(fp8: Fp8) -> None:
-    """A GPU's products take E4M3: on Hopper tiles of 1x128 by weights in blocks of 128x128, on Blackwell tiles of 1x32 on both sides. Raises UserError."""
+    """Check that the operands suit a GPU: E4M3, on Hopper 1x128 by 128x128 weights, on Blackwell 1x32 by 1x32. Raises
+    UserError."""
     mx = has_mx_tiles(fp8)
     for name in FP8_OPERANDS:
         operand = getattr(fp8, name)
@@ -303,7 +308,7 @@ def check_gpu_operands(fp8: Fp8) -> None:
 
 
 def check_expert_sizes(weight_ENK: Source) -> None:
-    """Raises UserError for experts whose weights are no whole tiles."""
+    """Raises UserError for expert weights whose sizes are not whole tiles."""
     for size in weight_ENK.shape[1:]:
         if size % TILE:
             raise UserError(
@@ -319,6 +324,6 @@ def _operand(made: tuple[Tensor, Tensor], tiles: bool, outer: int) -> PaddedOper
 
 
 def _padded_columns(x_RC: Tensor) -> Tensor:
-    """Columns of whole tiles, contiguous."""
+    """x with its columns padded to whole tiles, contiguous."""
     right = -x_RC.shape[-1] % TILE
     return F.pad(x_RC, (0, right)) if right else x_RC.contiguous()

@@ -1,10 +1,11 @@
-"""Whether the FP8 products of this GPU, Hopper or Blackwell, work with what is installed: tried in a process of its own, before data are read.
+"""Tests the FP8 GEMMs of this Hopper or Blackwell GPU with the installed software, in a separate process, before data
+are read.
 
     python -m train.kernels.fp8.hopper_probe CONFIG ANSWER DEVICE
 
-Versions come first, then small products through the very calls of a training step, whose values are held against the
-emulation on the CPU (train/kernels/fp8/cpu_engine.py).  A library that does not fit may abort the process, in which case the
-last stage that the answer names tells where.  The parent imports no torch.
+It checks versions first, then runs small GEMMs through the same calls as a training step. It compares their values with
+the emulation on the CPU (train/kernels/fp8/cpu_engine.py). An incompatible library may abort the process; then the last
+stage in the answer shows the place. The parent process imports no torch.
 """
 
 import json
@@ -33,19 +34,19 @@ if TYPE_CHECKING:
     from train.kernels.fp8.engines import Fp8Engine
 
 PROBE_SECONDS = 300.0
-"""Seconds: importing takes some 5, each of two kernels of DeepGEMM some 10 to compile the first time."""
+"""Seconds: imports take about 5, and each of two DeepGEMM kernels takes about 10 to compile the first time."""
 PRODUCT_BOUND = 1e-2
-"""Largest relative error of a row of a product, in the norm, against the emulation of the same operands.  Rounding to bf16
-makes 1e-3, and Hopper's tensor cores keep fewer bits than fp32 within 128 of the contraction; a scale or a row of the wrong place
-makes 0.1 and more."""
+"""Largest allowed relative error of a row of a GEMM, in the norm, against the emulation with the same operands.
+Rounding to bf16 gives 1e-3, and Hopper's tensor cores keep fewer bits than fp32 within 128 elements of the contraction.
+A misplaced scale or row gives at least 0.1."""
 PROBE_TAIL = 1500
-"""Characters of the child's last words that the error repeats."""
+"""Characters of the end of the child's output that the error repeats."""
 
 
 def probe(config: Config, device: int = 0) -> str:
-    """What is installed, in one line, once it has proved to work. Waits at most PROBE_SECONDS.
+    """The installed versions in one line, after all tests pass. Waits at most PROBE_SECONDS.
 
-    device: number of the GPU. Raises UserError naming all that does not fit.
+    device: number of the GPU. Raises UserError with all incompatibilities.
     """
     name, fp8 = config.precision.name, config.precision.fp8
     assert fp8 is not None
@@ -81,7 +82,7 @@ def probe(config: Config, device: int = 0) -> str:
 
 
 def main() -> int:
-    """The child. Writes the answer at every stage again: the last one stays where the process aborts."""
+    """The child process. It writes the answer again at every stage, so the last stage remains if the process aborts."""
     config, answer, device = read_config(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     fp8 = config.precision.fp8
     assert fp8 is not None
@@ -115,19 +116,19 @@ def main() -> int:
 
 @dataclass(frozen=True)
 class Trial:
-    """One product of this engine and of the reference, on the same numbers."""
+    """One GEMM, which an engine and the reference compute on the same numbers."""
 
     name: str
     run: "Callable[[Fp8Engine, Callable[[Tensor], Tensor]], Tensor]"
-    """From an engine and what brings a tensor to its device."""
+    """Arguments: an engine, and a function that moves a tensor to the engine's device."""
 
 
 def wrong_products(
     engine: "Fp8Engine", device: "torch.device", fp8: Fp8, say: Callable[[str], None] = lambda stage: None
 ) -> list[tuple[str, str]]:
-    """Each small product that fails or whose values are not those of the reference, with the cure.
+    """Each small GEMM that fails or differs from the reference, with the cure.
 
-    fp8: names the library of the experts' products, and says whether there are any. say: hears of each in advance.
+    fp8: names the library of the grouped GEMMs, if any. say: called with the name of each GEMM before it runs.
     """
     from train.kernels.fp8.cpu_engine import CpuEngine
 
@@ -137,19 +138,19 @@ def wrong_products(
         expected = trial.run(reference, lambda x: x).float()
         try:
             ours = trial.run(engine, lambda x: x.to(device)).float().cpu()
-        except Exception as error:  # whatever a library says of its own; a GPU in error fails what follows too
+        except Exception as error:  # any exception of a library; later GEMMs on a failed GPU fail too
             said = "\n          ".join(str(error).strip().splitlines()[:3])[:PROBE_TAIL]
             return [*bad, (f"{trial.name} fails: {type(error).__name__}: {said}", _cures(fp8))]
         size = expected.norm(dim=-1)
         error = ((ours - expected).norm(dim=-1) / size.clamp_min(1e-4 * size.max())).max().item()
-        if not error < PRODUCT_BOUND:  # not a number is wrong too
+        if not error < PRODUCT_BOUND:  # NaN is an error too
             rule = f"{trial.name} is off by {error:.2g} of a row's norm, and {PRODUCT_BOUND} is allowed"
             bad.append((rule, _cures(fp8)))
     return bad
 
 
 def _trials(fp8: Fp8) -> "Iterator[Trial]":
-    """Ragged sizes, five blocks of the contraction (no multiple of four), an expert without rows."""
+    """Tests with ragged sizes, five blocks of the contraction (not a multiple of four), and an expert without rows."""
     import torch
 
     from train.kernels.fp8.cast_rules import OperandRule
@@ -162,7 +163,7 @@ def _trials(fp8: Fp8) -> "Iterator[Trial]":
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
-        """Rows of very different size, so that scales in the wrong place are seen."""
+        """Rows of very different magnitude, which reveal misplaced scales."""
         x = torch.randn(shape, generator=generator) * torch.exp(torch.randn(*shape[:-1], 1, generator=generator))
         return x.bfloat16()
 
@@ -212,7 +213,7 @@ def _how(code: int) -> str:
 
 
 def _text(output: bytes | str | None) -> str:
-    """subprocess gives bytes of a child that took too long, whatever it was asked for."""
+    """Output as text; after a timeout subprocess returns bytes even in text mode."""
     return output.decode(errors="replace") if isinstance(output, bytes) else output or ""
 
 

@@ -1,4 +1,4 @@
-"""What is installed for FP8 products on a Hopper or Blackwell GPU, and which parts of it do not fit each other."""
+"""Versions of the FP8 software for a Hopper or Blackwell GPU, and their incompatibilities."""
 
 import ctypes
 import importlib.util
@@ -13,22 +13,22 @@ from pathlib import Path
 from conf.errors import UserError
 
 DEEP_GEMM = "sgl-deep-gemm"
-"""The package on PyPI that holds DeepGEMM, module deep_gemm."""
+"""The package on PyPI that contains DeepGEMM, module deep_gemm."""
 DEEP_GEMM_OLDEST, DEEP_GEMM_NEWEST = (0, 1, 4), (0, 1, 5)
-"""From the first version with the K-grouped FP8 kernel to the last that is built for this torch."""
+"""From the first version with the K-grouped FP8 kernel to the last version built for this torch."""
 TORCH_OF_DEEP_GEMM = (2, 11)
-"""Under torch 2.12 and 2.13 these versions load, and their first call aborts the process (PyObjectSlot)."""
+"""With torch 2.12 and 2.13 these versions load, but their first call aborts the process (PyObjectSlot)."""
 CUDA_OF_DEEP_GEMM = 13
 OTHER_BUILD = "another build"
-"""A module deep_gemm that does not come from the package: its products are tried all the same."""
+"""A module deep_gemm that is not from the package; its GEMMs are tested all the same."""
 OLDEST_CUDA = (12, 9)
-"""The first whose cuBLASLt multiplies FP8 in blocks."""
+"""The first CUDA version whose cuBLASLt has blockwise FP8 GEMMs."""
 OLDEST_NVCC = (12, 3)
 """DeepGEMM's own limit."""
 CAPABILITY = (9, 0)
-"""Compute capability of Hopper, whose products have tiles of 128."""
+"""Compute capability of Hopper, whose GEMMs have tiles of 128."""
 MX_CAPABILITIES = (10, 0), (10, 3)
-"""Compute capabilities of Blackwell for servers, which torch's grouped products of tiles of 32 are written for."""
+"""Compute capabilities of Blackwell server GPUs, the targets of torch's grouped GEMMs with tiles of 32."""
 
 WITHOUT_PACKAGES = (
     "use precision.fp8.backend=triton, which needs no such package, or "
@@ -43,30 +43,30 @@ CHOOSE_BF16 = "choose precision=bf16"
 
 @dataclass(frozen=True)
 class InstalledVersions:
-    """Versions of all that has a part in an FP8 product; None for what is not there."""
+    """Versions of all parts of an FP8 GEMM; None for a part that is not installed."""
 
     torch: str
     cuda: str | None
-    """What torch was built with."""
+    """The CUDA version that torch was built with."""
     abi: bool
     """Whether torch has C++11's ABI, as DeepGEMM does."""
     scaled_mm: bool
-    """Whether torch has products of scaled operands."""
+    """Whether torch has GEMMs of scaled operands."""
     triton: str | None
     deep_gemm: str | None
     nvcc: str | None
     """Version of the compiler in `toolkit`."""
     toolkit: str | None
-    """Where DeepGEMM looks for it: CUDA_HOME, CUDA_PATH, the nvcc on the PATH, /usr/local/cuda."""
+    """DeepGEMM's CUDA toolkit: CUDA_HOME, CUDA_PATH, the nvcc on the PATH, or /usr/local/cuda."""
     nvrtc: bool
-    """Whether DeepGEMM is told to compile with NVRTC instead (DG_JIT_USE_NVRTC)."""
+    """Whether DeepGEMM is configured to compile with NVRTC instead (DG_JIT_USE_NVRTC)."""
     driver: str | None
-    """The newest CUDA that the driver knows."""
+    """The newest CUDA version that the driver supports."""
     gpu: str | None
     capability: tuple[int, int] | None
 
     def __str__(self) -> str:
-        """In one line."""
+        """All versions in one line."""
         cuda, abi = f"CUDA {self.cuda}", "C++11's ABI" if self.abi else "the ABI before C++11"
         compiler = f"nvcc {self.nvcc or 'none'} in {self.toolkit or 'no CUDA_HOME'}"
         driver = f"driver for CUDA {self.driver or '?'}"
@@ -80,7 +80,7 @@ class InstalledVersions:
 
 
 def look_up_versions(device: int | None = None) -> InstalledVersions:
-    """What there is. device: number of the GPU, None for the current one. Initialises CUDA where that can be."""
+    """The installed versions. device: number of the GPU, None for the current one. Initialises CUDA if possible."""
     import torch
     from torch.nn import functional as F
 
@@ -102,7 +102,8 @@ def look_up_versions(device: int | None = None) -> InstalledVersions:
 
 
 def misfits(found: InstalledVersions, deep_gemm: bool, mx: bool = False) -> list[tuple[str, str]]:
-    """What does not fit, and its cure. deep_gemm: whether the experts' products are DeepGEMM's. mx: whether scales are those of 32 values."""
+    """Incompatibilities, each with its cure. deep_gemm: whether DeepGEMM runs the grouped GEMMs. mx: whether a scale
+    covers 32 values."""
     bad: list[tuple[str, str]] = []
     if found.gpu is None:
         bad.append(("torch sees no GPU", "use cluster.device=cpu"))
@@ -122,7 +123,7 @@ def misfits(found: InstalledVersions, deep_gemm: bool, mx: bool = False) -> list
 
 
 def require_fit(deep_gemm: bool, mx: bool = False) -> None:
-    """Raises UserError for what does not fit. deep_gemm, mx: as in `misfits`."""
+    """Raises UserError for incompatible parts. deep_gemm, mx: as in `misfits`."""
     found = look_up_versions()
     if bad := misfits(found, deep_gemm, mx):
         raise refusal(bad, str(found), "mxfp8" if mx else "fp8")
@@ -131,7 +132,7 @@ def require_fit(deep_gemm: bool, mx: bool = False) -> None:
 def _of_deep_gemm(found: InstalledVersions) -> list[tuple[str, str]]:
     bad = [] if found.deep_gemm == OTHER_BUILD else _of_package(found)
     if found.nvrtc:
-        return bad  # the probe's product tells whether that compiles
+        return bad  # the probe tests whether its GEMM compiles
     if found.nvcc is None:
         where = f"there is none in {found.toolkit}" if found.toolkit else "no CUDA_HOME, PATH or /usr/local/cuda has it"
         bad.append((f"DeepGEMM compiles its kernels with nvcc when they are first called, and {where}", TOOLKIT))
@@ -162,14 +163,14 @@ def _of_package(found: InstalledVersions) -> list[tuple[str, str]]:
 
 
 def refusal(bad: list[tuple[str, str]], found: str, value: str = "fp8") -> UserError:
-    """One error for all of them. found: what is installed. value: of the precision's name."""
+    """One error for all problems. found: the installed versions. value: the precision's name."""
     problems = "".join(f"\n        - {problem}" for problem, _ in bad)
     rule = f"needs parts that fit each other:{problems}\n        found: {found}"
     return UserError("precision", value, rule, ";\n        ".join(dict.fromkeys(cure for _, cure in bad)))
 
 
 def version(package: str) -> str | None:
-    """The version of a package, of what pip knows; None where it knows none."""
+    """The version of a package that pip knows; None for an unknown package."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -182,7 +183,7 @@ def _numbers(text: str | None) -> tuple[int, ...]:
 
 
 def _toolkit() -> str | None:
-    """The folder that DeepGEMM takes for CUDA's toolkit."""
+    """The folder that DeepGEMM uses as CUDA's toolkit."""
     if given := os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
         return given
     if (nvcc := shutil.which("nvcc")) is not None:
@@ -191,7 +192,7 @@ def _toolkit() -> str | None:
 
 
 def _nvcc(toolkit: str) -> str | None:
-    """The compiler's version; None where there is none that runs."""
+    """The compiler's version; None if it does not run."""
     try:
         said = subprocess.run(
             [f"{toolkit}/bin/nvcc", "--version"], capture_output=True, text=True, timeout=60, check=True
@@ -203,7 +204,7 @@ def _nvcc(toolkit: str) -> str | None:
 
 
 def _driver() -> str | None:
-    """The newest CUDA that the driver knows, as it says itself."""
+    """The newest CUDA version that the driver reports."""
     number = ctypes.c_int()
     try:
         ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number))

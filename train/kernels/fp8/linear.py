@@ -1,28 +1,29 @@
-"""Linear layers and the FFN of routed experts with FP8 products as the rules say, which keep their inputs in FP8.
+"""Linear layers and the FFN of routed experts with FP8 matmuls by the cast rules; their inputs are saved in FP8.
 
-    linear      y  = Q(x) Q(w)^T                   keeps Q(x): one byte a value and the scales
+    linear      y  = Q(x) Q(w)^T                   saves Q(x): one byte per value, and the scales
       backward  dx = Q(dy) Q(w)
                 dw = Q'(dy)^T Q'(D(Q(x)))          Q' in 128x1 tiles; D dequantises (paper 3.3.3, 3.5.2)
 
-    up          h = Q(x) Q(w13)^T                  bf16; keeps Q(x)
+    up          h = Q(x) Q(w13)^T                  bf16; saves Q(x)
       backward  dx = Q(dh) Q(w13)
                 dw13 = Q'(dh)^T Q'(D(Q(x)))
+
     down        y = Q(silu(g) u * gate) Q(w2)^T    the router's gate value inside SwiGLU, before the cast
-                                                   keeps Q(h) and the gates
+                                                   saves Q(h) and the gates
       backward  da = Q(dy) Q(w2)
                 a, dh, dgate from D(Q(h)) and da   SwiGLU's output is recomputed (paper 3.3.3)
-                dw2 = Q'(D(Q(dy)))^T Q'(a)         dy is what the dispatcher's wire brought: FP8 already
+                dw2 = Q'(D(Q(dy)))^T Q'(a)         the dispatcher delivers dy in FP8 already
 
-What is kept need not be what Fprop used: the attention's output is kept in E5M6 (12 bits).  Where the model keeps the
-input anyway, or makes it again (`train.model.recompute`), a layer saves the input itself and casts it again in
+The saved cast may differ from Fprop's: the attention's output is saved in E5M6 (12 bits). If the model saves or
+recomputes the input anyway (`train.model.recompute`), a layer saves the input itself. It casts the input again in
 backward, with the same result.
 
-Where products want experts' rows padded to 128, that is done once, on entry (train/kernels/fp8/groups.py).  Where the
-dispatcher's wire is FP8, x and dy arrive quantised (parallel/expert/wire.py).  They are taken as they are if the rules
-ask for that very cast: then Q(x) and Q(dy) above are what the wire brought, and quantising its values again would give the same.
+If the GEMMs need experts' rows padded to 128, the rows are padded once, on entry (train/kernels/fp8/groups.py). If the
+dispatcher's wire is FP8, x and dy arrive quantised (parallel/expert/wire.py). They are used directly if the rules ask
+for the same cast. Then Q(x) and Q(dy) above are the arrived codes; quantising their values again would give the same.
 
-Shape suffixes: T tokens (leading axes flattened), K inputs, N outputs; R rows sorted by expert, P rows as products take them, D width,
-F inner width, E experts.
+Shape suffixes: T tokens (leading axes flattened), K inputs, N outputs; R rows sorted by expert, P rows as the GEMMs
+take them, D width, F inner width, E experts.
 """
 
 from functools import partial
@@ -57,17 +58,18 @@ def linear(
     probe: LayerProbe | None,
     held: HeldInput | None = None,
 ) -> Tensor:
-    """x (..., K) times weight transposed: (..., N) in the format of x. held: x as it is kept, where somebody else keeps it too."""
+    """x (..., K) times weight transposed: (..., N) in the dtype of x. held: the saved form of x, if other layers share
+    it."""
     return _Linear.apply(x, weight_NK, weights, rules, probe, not torch.is_grad_enabled(), is_free(x), held)
 
 
 def keep(x_MK: Tensor, engine: Fp8Engine, rules: LayerCasts) -> Source:
-    """The form in which an input waits for Wgrad."""
+    """The input in the form that is saved for Wgrad."""
     return engine.keep(x_MK, rules.cache)
 
 
 def left_source(kept: Source, x_MK: Tensor, rules: LayerCasts) -> Source:
-    """What Fprop's activation is made of: the kept form where that is the very same cast."""
+    """The source of Fprop's activation operand: the saved form if it has the same cast, else x itself."""
     rule = rules.fprop.left
     same = not isinstance(kept, Tensor) and kept.cast == fitted(rule.cast(), x_MK)
     return kept if same else x_MK
@@ -81,7 +83,7 @@ def gradient_operands(
     weights_needed: bool,
     groups: PaddedGroups | None = None,
 ) -> tuple[Any, Any]:
-    """The left operands of Dgrad and of Wgrad, None for a product that is not made. groups: of an expert's rows."""
+    """The left operands of Dgrad and of Wgrad; None for a matmul that is not needed. groups: of the experts' rows."""
     if inputs_needed and weights_needed:
         return engine.gradient(dy, rules.dgrad.left, rules.wgrad.left, groups)
     for_inputs = engine.operand(dy, rules.dgrad.left) if inputs_needed else None
@@ -92,12 +94,12 @@ def gradient_operands(
 class _Linear(Function):
     @staticmethod
     def forward(ctx, x, weight_NK, weights, rules, probe, only_forward, free, held):
-        x_TK = x.reshape(-1, x.shape[-1])  # here, where a view costs autograd nothing
+        x_TK = x.reshape(-1, x.shape[-1])  # outside of autograd's view, so the reshape costs nothing
         engine, ctx.name = weights.engine, weights.name(weight_NK)
         kept = x_TK if only_forward or free else keep(x_TK, engine, rules) if held is None else held.source
         left = engine.operand(left_source(kept, x_TK, rules), rules.fprop.left)
         y_TN = engine.product(left, weights.operand(weight_NK, ctx.name, rules.fprop.right), x_TK.dtype)
-        tensors, ctx.forms = pack_sources(*[kept] * ctx.needs_input_grad[1])  # a frozen weight wants nothing of x
+        tensors, ctx.forms = pack_sources(*[kept] * ctx.needs_input_grad[1])  # a frozen weight needs nothing of x
         ctx.save_for_backward(weight_NK, *tensors)
         ctx.weights, ctx.rules, ctx.probe, ctx.dtype, ctx.shape = weights, rules, probe, x.dtype, x.shape
         if probe is not None:
@@ -141,9 +143,10 @@ def expert_ffn(
     added: tuple[AddedProduct | None, AddedProduct | None],
     kernels: Kernels,
 ) -> Tensor:
-    """SwiGLU FFN of every expert on its own rows: (R, D) in the rows' format. weights, probes, added: of w13 and of w2.
+    """SwiGLU FFN of every expert on its own rows: (R, D) in the rows' dtype. weights, probes, added: of w13 and of w2.
 
-    rows_RD and the gradient of the result may be `QuantizedRows`. kernels: of what is added, which takes rows in a high format.
+    rows_RD and the gradient of the result may be `QuantizedRows`. kernels: for the added matmuls, which take rows in
+    bf16 or fp32.
     """
     groups, (w13_E2FD, w2_EDF) = held.engine.groups(counts_E, len(rows_RD)), weights
     up, down = (None, None) if probes is None else probes
@@ -164,7 +167,8 @@ def expert_ffn(
 
 
 class _Moved(Function):
-    """Rows as products take them, or as the dispatcher gave them. there: makes the one of the other, and `back` of their gradients."""
+    """Converts rows between the layouts of the GEMMs and of the dispatcher. there: converts the rows; back: converts
+    their gradients."""
 
     @staticmethod
     def forward(ctx, rows, there, back):
@@ -261,7 +265,7 @@ class _Down(Function):
 
 
 def _arrived(rows_RD: Tensor, groups: PaddedGroups, engine: Fp8Engine, rule: OperandRule) -> Source:
-    """The rows as products take them: quantised as they came if the rule asks for that cast, else their values."""
+    """The rows as the GEMMs take them: the arrived codes if the rule asks for their cast, else the values."""
     if isinstance(rows_RD, QuantizedRows):
         cast = Cast(E4M3, (1, TILE), pow2=True, floor=rows_RD.scale_floor)
         if rule.cast() == cast:
@@ -274,7 +278,7 @@ def _arrived(rows_RD: Tensor, groups: PaddedGroups, engine: Fp8Engine, rule: Ope
 def _probe_forward(
     probe: LayerProbe, rules: Product, groups: PaddedGroups, x_PK: Tensor, weight_ENK: Tensor, y_PN: Tensor
 ) -> None:
-    """Look at the operands of a projection, and shadow the product of the busiest expert."""
+    """Take readings of a projection's operands, and recompute the GEMM of the busiest expert."""
     probe.operand("activation", x_PK, rules.left)
     probe.operand("weight", weight_ENK, rules.right)
     busiest = max(range(len(groups.counts)), key=groups.counts.__getitem__)

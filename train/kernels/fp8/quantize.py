@@ -1,18 +1,18 @@
-"""Block-scaled quantisation: the plain reference, and the path that the CPU emulation takes.
+"""Block-scaled quantisation: the plain reference, also used by the CPU emulation.
 
-A tensor (..., M, K) is cut into blocks of (rows, columns); each block is divided by one scale and cast (paper
-3.3.2): activations and gradients in tiles of 128 along the contraction, weights in 128x128.
+A tensor (..., M, K) is cut into blocks of (rows, columns). Each block is divided by one scale and cast (paper 3.3.2).
+Activations and gradients have tiles of 128 along the contraction, weights have blocks of 128x128.
 
     amax    = max(max |x|, 1e-4)
     scale   = amax / max of the format           rounded up to a power of two for UE8M0 scales
     inverse = max of the format / amax           1 / scale for UE8M0
     q       = cast(clamp(x * inverse, -max, max))     and x is about q * scale
 
-All of it is fp32 with IEEE division and one rounding to the format, to nearest with ties to even, so that the CPU
-and the Triton kernels agree in every bit of q and scale.  Ragged edges are padded with zeros, which changes no amax.
+All arithmetic is fp32 with IEEE division and one rounding to the format, to nearest with ties to even. So the CPU and
+the Triton kernels agree in every bit of q and scale. Ragged edges are padded with zeros, which change no amax.
 
-`quantize` is that, word for word, in torch's operations: every other path is tested against it. The CPU emulation takes compiled code
-(train/kernels/fp8/compiled_casts.py) where the CPU has AVX2.
+`quantize` implements exactly this with torch operations; all other implementations are tested against it. The CPU
+emulation uses compiled code (train/kernels/fp8/compiled_casts.py) if the CPU has AVX2.
 
 Shape suffixes: M rows, K columns, m and k blocks of rows and columns.
 """
@@ -28,22 +28,24 @@ from train.kernels.fp8.formats import Cast, ScaleBlock, pack_e5m6, round_to, unp
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """A quantised tensor; x is about q * scale, scale repeated over its block."""
+    """A quantised tensor; x is about q * scale, with scale repeated over its block."""
 
     q: Tensor
     """(..., M, K) in the format's dtype; E5M6: (..., M, 3 ceil(K / 2)) uint8."""
     scale: Tensor
     """(..., ceil(M / rows), ceil(K / columns)) fp32."""
     cast: Cast
-    """How it was made; the block no larger than the tensor."""
+    """The cast that produced it; its block is no larger than the tensor."""
     shape: torch.Size
     """(..., M, K), without the padding that q and scale may have on CUDA."""
 
 
 def scales(amax: Tensor, cast: Cast) -> tuple[Tensor, Tensor]:
-    """(scale, inverse) in fp32 of blocks with this max-abs. Not a number where amax is not."""
+    """(scale, inverse) in fp32 of blocks with this max-abs. NaN where amax is NaN."""
     amax = amax.float().clamp_min(cast.floor)
-    maximum = torch.full_like(amax, cast.format.max)  # a number in its place would be divided by as a reciprocal
+    maximum = torch.full_like(
+        amax, cast.format.max
+    )  # torch divides by a Python number as a multiplication by its reciprocal
     scale = amax / maximum
     if not cast.pow2:
         return scale, maximum / amax
@@ -53,7 +55,7 @@ def scales(amax: Tensor, cast: Cast) -> tuple[Tensor, Tensor]:
 
 
 class ShapedTensor(Protocol):
-    """A tensor, in whatever form."""
+    """An object with the shape of a tensor."""
 
     @property
     def shape(self) -> torch.Size: ...
@@ -95,27 +97,27 @@ def quantize(x_MK: Tensor, cast: Cast) -> QuantizedTensor:
 
 
 def dequantize(x: QuantizedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """(..., M, K)."""
+    """The values of a quantised tensor: (..., M, K)."""
     values = unpack_e5m6(x.q, x.shape[-1]).float() if x.cast.format.dtype is None else x.q.float()
     return unblocked(blocked(values, x.cast.block).mul_(x.scale[..., :, None, :, None]).to(dtype), values.shape)
 
 
 def exact_dtype(cast: Cast) -> torch.dtype:
-    """The smallest format that holds the quantised values exactly: bf16 for power-of-two scales, else fp32."""
+    """The smallest dtype that represents the quantised values exactly: bf16 for power-of-two scales, else fp32."""
     return torch.bfloat16 if cast.pow2 else torch.float32
 
 
 class EagerCasts:
-    """What the CPU emulation asks for, in torch's own operations; train/kernels/fp8/compiled_casts.py has the same compiled."""
+    """Casts for the CPU emulation in torch operations; train/kernels/fp8/compiled_casts.py has the compiled casts."""
 
     def quantize(self, x_MK: Tensor, cast: Cast) -> QuantizedTensor:
         """Codes and scales."""
         return quantize(x_MK, cast)
 
     def fake_quantize(self, x: Tensor | QuantizedTensor, cast: Cast, dtype: torch.dtype) -> Tensor:
-        """Values that the cast leaves, of dtype."""
+        """The values after the cast, in dtype."""
         return dequantize(quantize(dequantize(x) if isinstance(x, QuantizedTensor) else x, cast), dtype)
 
     def dequantize(self, x: QuantizedTensor, dtype: torch.dtype) -> Tensor:
-        """Values of the codes, of dtype."""
+        """The values of the codes, in dtype."""
         return dequantize(x, dtype)

@@ -1,12 +1,12 @@
-"""SwiGLU with the gate value of the router inside (paper 3.3.3; DeepSeek TileKernels), plain form.
+"""SwiGLU multiplied by the router's gate value (paper 3.3.3; DeepSeek TileKernels), plain form.
 
     forward    a = silu(g) * u * w                         g and u the halves of h, w the row's gate value
     backward   du = da * w * silu(g)
                dg = da * w * u * silu'(g)                  silu'(g) = s + g s (1 - s), s = sigmoid(g)
                dw = sum over the row of da * silu(g) * u
 
-Arithmetic is fp32.  The forward result is cast to FP8 straight from fp32; backward gives the recomputed `a` and dh in
-bf16, since each of them is cast twice there (1x128 and 128x1) and both casts start from the same numbers.
+Arithmetic is fp32. The forward result is cast to FP8 directly from fp32. Backward returns the recomputed `a` and dh in
+bf16: each is cast twice there (1x128 and 128x1), and both casts start from the same numbers.
 
 Shape suffixes: P rows, F inner width of an expert.
 """
@@ -24,13 +24,14 @@ def forward(h_P2F: Tensor, gates_P: Tensor) -> Tensor:
 
 
 def chunks(x_P: Tensor, h_P2F: Tensor | None = None) -> tuple[Tensor, ...]:
-    """Rows of x in pieces of at most so many values of h as conf/thresholds.py says (x itself if not given)."""
+    """Rows of x in pieces whose part of h has at most the elements that conf/thresholds.py allows. h: x itself if not
+    given."""
     h_P2F = x_P if h_P2F is None else h_P2F
     return x_P.split(max(1, THRESHOLDS.fp8_gate_and_up // max(h_P2F.shape[1], 1)))
 
 
 def recompute(h_P2F: Tensor, gates_P: Tensor) -> Tensor:
-    """a (P, F) in bf16, as `backward` gives it."""
+    """a (P, F) in bf16, as `backward` returns it."""
     a_PF = gates_P.new_empty(h_P2F.shape[0], h_P2F.shape[1] // 2, dtype=torch.bfloat16)
     for h, gates, a in zip(*(chunks(tensor, h_P2F) for tensor in (h_P2F, gates_P, a_PF)), strict=True):
         a.copy_(forward(h, gates))

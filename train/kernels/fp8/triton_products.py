@@ -1,22 +1,25 @@
-"""Products of FP8 operands as Triton kernels: for the rows of several experts, and summed into a gradient.
+"""GEMMs of FP8 operands as Triton kernels: grouped by expert, and summed into a gradient.
 
-    product     left (R, C) in 1x128 by right (E, N, C) in 128x128 -> (R, N)       Fprop and Dgrad, each row its expert's matrix
+    product     left (R, C) in 1x128 by right (E, N, C) in 128x128 -> (R, N)       Fprop and Dgrad, each row times its expert's matrix
     wgrad       left (O, P) by right (N, P), both in 1x128 -> (E, O, N) in fp32    Wgrad, summed over each expert's own columns
 
-Tensor cores multiply 128 of the contraction from zero; that sum is scaled and added to an fp32 one in registers, so that their
-short accumulator never holds more (paper 3.3.2).  `wgrad` can add to what is in the result, which then is the gradient of
-several micro-batches and was never rounded.
+Tensor cores sum 128 elements of the contraction from zero. This sum is scaled and added to an fp32 sum in registers, so
+their short accumulator never holds more (paper 3.3.2). `wgrad` can add to the existing result, which is then the
+unrounded gradient of several micro-batches.
 
-Where the rows of an expert end is read on the device, so that nothing waits for the host.  Rows of Fprop and Dgrad lie without
-padding: a program reads and writes those of its tile that are its expert's own.  In Wgrad each expert's columns are whole tiles, with
-zeros behind the real ones (`quantize_columns`).  All other sizes are multiples of 128.  A dense product is one of a single expert.
+The kernels read the end of each expert's rows on the device, so nothing waits for the host. Rows of Fprop and Dgrad
+have no padding: a program reads and writes only the rows of its tile that belong to its expert. In Wgrad each expert's
+columns are whole tiles, with zeros after the real columns (`quantize_columns`). All other sizes are multiples of 128. A
+dense GEMM is a grouped GEMM with a single expert.
 
-A tile's place is a number and its elements' places are offsets from it in 32 bits: 64-bit pointers of elements make the loop over the contraction a
-tenth longer, and that of a dense Wgrad a third.  A program of many takes two tiles that are neighbours, 128 rows by 256 columns, which share the rows: one after
-the other, as both sums fill half of the registers and one tile's products a quarter.  What else was compiled and left stands in train/docs/fp8_kernels.md.
+The position of a tile is a number, and its elements have 32-bit offsets from it. 64-bit pointers per element would make
+the loop over the contraction a tenth slower, and the loop of a dense Wgrad a third slower. In a large GEMM a program
+computes two adjacent tiles, 128 rows by 256 columns, which share the rows. It computes them one after another, because
+both sums fill half of the registers, and the GEMM of one tile fills a quarter. train/docs/fp8_kernels.md describes the
+rejected variants.
 
-The module needs triton and is imported only where its kernels run.  Shape suffixes: O, N outer, C contraction, R rows,
-P columns of whole tiles, E experts.
+The module needs triton and is imported only where its kernels run. Shape suffixes: O, N outer, C contraction, R rows, P
+columns of whole tiles, E experts.
 """
 
 from functools import partial
@@ -33,23 +36,27 @@ from train.kernels.fp8.groups import most_tiles
 from train.kernels.fp8.triton_quantize import rows_of_tile, tiles_of_experts
 
 BAND = 8
-"""Tiles of the left operand whose programs are neighbours: together they read each tile of the right operand once from memory."""
+"""Number of adjacent tiles of the left operand with consecutive programs: together they read each tile of the right
+operand once from memory."""
 WARPS, STAGES = 8, 4
-"""Two warpgroups, each with 64 rows of the tile: its sum and the 128 products' take half of a thread's registers.  Four stages
-of 32 KiB, or 48 for two tiles, fill the shared memory of a Hopper GPU to more than a half: while one is multiplied, three are on their way."""
+"""Two warpgroups, each with 64 rows of the tile. Their sum and the partial sum of 128 elements take half of a thread's
+registers. Four stages of 32 KiB, or 48 KiB for two tiles, fill more than half of a Hopper GPU's shared memory: while
+one stage is multiplied, three are being loaded."""
 LANES = 32
-"""Threads of a warp. A sum over so many numbers comes out in a register of the whole warp, so the compiler knows that all threads take the same steps
-of an expert's columns: 244 instructions a step for 276 of up to 16 experts (Triton 3.7.1)."""
+"""Threads of a warp. The result of a sum over this many numbers is in a register of the whole warp. So the compiler
+knows that all threads take the same steps over an expert's columns: 244 instructions per step instead of 276, for up to
+16 experts (Triton 3.7.1)."""
 
 
 def _named(kernel: str, specialization) -> str:
-    """What profilers show: products of several experts are told from dense ones."""
+    """The kernel's name in profilers, which distinguishes grouped from dense GEMMs."""
     return f"_grouped_{kernel}_kernel" if specialization.constants["experts"] > 1 else f"_{kernel}_kernel"
 
 
 @triton.jit
 def tile_of_program(program, tiles_m, tiles_n, band: constexpr):
-    """Tile of a program: down a band of the left operand's tiles, then the next of the right operand's."""
+    """Tile (m, n) of a program: first down a band of the left operand's tiles, then the next tile of the right
+    operand."""
     first = program // (band * tiles_n) * band
     height = tl.minimum(tiles_m - first, band)
     inside = program % (band * tiles_n)
@@ -68,7 +75,7 @@ def _product_kernel(
     if expert >= experts:
         return
     inside, contraction = tl.arange(0, 128), steps * 128
-    read = tl.minimum(inside, last - first - 1)  # rows of others are neither read nor written
+    read = tl.minimum(inside, last - first - 1)  # rows of other experts are neither read nor written
     acc = tl.zeros((128, 128), tl.float32)
     beside = tl.zeros((128, 128), tl.float32)
     matrix = tl.cast(expert, tl.int64) * (width // 128) + n * tiles
@@ -86,13 +93,15 @@ def _product_kernel(
         rows = tl.load(left + left_place)
         acc += tl.dot(rows, tl.load(right + place).T) * scale[:, None]
         if tiles == 2:
-            # what is multiplied next takes the registers of what was: an empty instruction, which has to stand between, holds the order
+            # the operands of the next GEMM reuse the registers of the previous GEMM: this empty instruction keeps the
+            # order
             acc = tl.inline_asm_elementwise("", "=f,0", [acc], tl.float32, True, 1)
             beside += tl.dot(rows, tl.load(next_right + place).T) * next_scale[:, None]
             next_right += 128
         left, right = left + 128, right + 128
         left_scale_ptr, right_scale_ptr = left_scale_ptr + scale_rows, right_scale_ptr + 1
-    # Zero, which no compiler knows: places of the results are made here and hold no register before.
+    # Zero, which the compiler cannot know: so the offsets of the results are computed here and occupy no register
+    # before.
     inside += scale_rows >> 31
     row = width if tiles == 2 else width_out
     out = out_ptr + tl.cast(first, tl.int64) * row + n * tiles * 128 + (inside[:, None] * row + inside[None, :])
@@ -106,7 +115,7 @@ def _product_kernel(
 
 @triton.jit
 def store_sums(acc, out_ptr, expert, m, n, height_out, width_out, added: constexpr):
-    """Tile (m, n) of an expert's matrix. added: to what is there."""
+    """Store tile (m, n) of an expert's matrix. added: add it to the existing values."""
     row, column = m * 128 + tl.arange(0, 128), n * 128 + tl.arange(0, 128)
     matrix = out_ptr + expert.to(tl.int64) * height_out * width_out
     out = matrix + row[:, None].to(tl.int64) * width_out + column[None, :]
@@ -156,10 +165,10 @@ def product(
     out_RN: Tensor,
     ends_E: Tensor | None = None,
 ) -> Tensor:
-    """out_RN, bf16 or fp32, filled with each row times the matrix of its expert, transposed.
+    """Fill out_RN, bf16 or fp32, with each row times the transposed matrix of its expert.
 
-    left_scale (R, C / 128), stored column by column; right_scale (E, N / 128, C / 128), contiguous.  out_RN may leave out the
-    last rows and columns.  ends_E: where the rows of each expert end, int32, the last being the rows of out_RN; None for a
+    left_scale (R, C / 128), stored column by column; right_scale (E, N / 128, C / 128), contiguous. out_RN may omit the
+    last rows and columns. ends_E: end of each expert's rows, int32, the last equal to the rows of out_RN; None for a
     single matrix.
     """
     (rows, contraction), (experts, width, _), (height_out, width_out) = left_RC.shape, right_ENC.shape, out_RN.shape
@@ -177,7 +186,7 @@ def product(
 
 
 def check_product(left_RC: Tensor, left_scale: Tensor, right_ENC: Tensor, right_scale: Tensor, out_RN: Tensor) -> None:
-    """Fails for operands of `product` that lie otherwise than its kernels read them."""
+    """Assert that the operands of `product` have the layout that its kernels read."""
     rows, contraction = left_RC.shape
     _whole(right_ENC)
     assert left_RC.is_contiguous() and _by_column(left_scale) and left_scale.shape == (rows, contraction // TILE)
@@ -187,7 +196,7 @@ def check_product(left_RC: Tensor, left_scale: Tensor, right_ENC: Tensor, right_
 def check_wgrad(
     left_OP: Tensor, left_scale: Tensor, right_NP: Tensor, right_scale: Tensor, out_EON: Tensor, added: bool
 ) -> tuple[int, int, int]:
-    """Padded height and width of the result, and columns. Fails for operands of `wgrad` that lie otherwise than its kernels read them."""
+    """Padded height and width of the result, and number of columns. Asserts the layout of the operands of `wgrad`."""
     (height, columns), (width, others) = _whole(left_OP), _whole(right_NP)
     assert others == columns and out_EON.is_contiguous()
     assert _by_column(left_scale) and _by_column(right_scale)
@@ -196,10 +205,10 @@ def check_wgrad(
 
 
 def tiles_at_once(tiles_m: int, right_ENC: Tensor, out_RN: Tensor) -> int:
-    """Neighbours that a program takes, 1 or 2. tiles_m: of rows."""
+    """Number of adjacent tiles per program, 1 or 2. tiles_m: tiles of rows."""
     experts, width, contraction = right_ENC.shape
     in_pairs = width == out_RN.shape[1] and width % (2 * TILE) == 0
-    in_pairs &= experts > 1 and contraction > TILE  # where the loop is compiled
+    in_pairs &= experts > 1 and contraction > TILE  # only there the loop is compiled
     return 2 if in_pairs and tiles_m * (width // TILE) >= THRESHOLDS.product_tiles else 1
 
 
@@ -207,10 +216,12 @@ def wgrad(
     left_OP: Tensor, left_scale: Tensor, right_NP: Tensor, right_scale: Tensor, out_EON: Tensor, added: bool,
     ends_E: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """out_EON, bf16 or fp32, filled with left @ right^T over the columns of each expert; zero for one without. added: to what it holds, in fp32.
+    """Fill out_EON, bf16 or fp32, with left @ right^T over the columns of each expert; zero for an expert without
+    columns.
 
-    Scales (O or N, P / 128), stored column by column.  out_EON may leave out the last rows and columns.  ends_E: as in
-    `product`, of rows that take whole tiles of columns here; without, all columns are one expert's.
+    added: add to the existing values, in fp32. Scales (O or N, P / 128), stored column by column. out_EON may omit the
+    last rows and columns. ends_E: as in `product`, for rows that are whole tiles of columns here; None if all columns
+    belong to one expert.
     """
     height, width, columns = check_wgrad(left_OP, left_scale, right_NP, right_scale, out_EON, added)
     experts, height_out, width_out = out_EON.shape
