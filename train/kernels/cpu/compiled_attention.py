@@ -1,4 +1,4 @@
-"""The attention core on a CPU as compiled code: `train/kernels/cpu/attention.cpp`."""
+"""The attention core on a CPU in compiled code: `train/kernels/cpu/attention.cpp`."""
 
 from ctypes import c_float, c_int64
 from functools import partial
@@ -66,10 +66,10 @@ _attention_backward = Kernel(
 
 
 class CompiledAttention(PlainAttention):
-    """In bf16, of all positions of sequences or documents; anything else in torch's operations.
+    """Compiled attention for bf16, over all positions of sequences or documents; torch operations for other inputs.
 
-    The probabilities of a span are kept for backward where they take about as much memory as its queries, keys and values,
-    or less; those of longer ones are recomputed, so memory is linear in the sequence.
+    The probabilities of a span are saved for backward if they need at most about as much memory as its queries, keys
+    and values. For longer spans they are recomputed, so memory is linear in the sequence length.
     """
 
     def forward(self, given: AttentionInput, keep: bool = False, largest: bool = False) -> AttentionOutput:
@@ -81,7 +81,7 @@ class CompiledAttention(PlainAttention):
         rows = rows_of_table((*span, 0) for span in spans)
         kept = v.new_empty(
             _attention_kept(rows, H, _most_kept(given) if keep else 0)
-        )  # writes into it what is kept where
+        )  # also writes the positions of saved values into the table
         out_BHTV = v.new_empty(B, T, H, V).transpose(1, 2)
         lse_BHT = v.new_empty(B, H, T, dtype=torch.float32)
         largest_BHT = torch.empty_like(lse_BHT) if largest else None
@@ -106,7 +106,7 @@ class CompiledAttention(PlainAttention):
 
 
 def _spans(given: AttentionInput) -> Spans | None:
-    """What compiled code takes; None where it does not."""
+    """The spans of the input, if compiled code supports it; else None."""
     if given.q_BHTQ.dtype != torch.bfloat16 or given.chosen_BTK is not None:
         return None
     B, _, T, _ = given.q_BHTQ.shape
@@ -123,10 +123,10 @@ def _longest(spans: Spans) -> int:
 
 
 def _most_kept(given: AttentionInput) -> int:
-    """The longest span whose probabilities are kept."""
+    """Length of the longest span whose probabilities are saved."""
     return 2 * (2 * given.q_BHTQ.size(-1) + given.v_BHSV.size(-1))
 
 
 def _readable(t: Tensor) -> Tensor:
-    """A tensor with the channels of a position side by side."""
+    """A tensor whose channels of a position are contiguous."""
     return t if t.stride(-1) == 1 else t.contiguous()

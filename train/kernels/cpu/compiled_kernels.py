@@ -1,6 +1,7 @@
-"""The kernels of a CPU with AVX2: compiled code for what is in bf16 (train/kernels/cpu), torch's operations for the rest.
+"""The kernels of a CPU with AVX2: compiled code for bf16 operations (train/kernels/cpu), torch operations for the
+others.
 
-Shapes as in train/model/operations.py. Tensors on the meta device take what real ones would, so that plans count it.
+Shapes as in train/model/operations.py. Meta tensors cause the same allocations as real tensors, so plans count them.
 """
 
 import torch
@@ -15,7 +16,8 @@ from train.model.weight_gradient import LinearProduct
 
 
 class CompiledKernels(PlainKernels):
-    """`Kernels` as compiled code. products: whether those are too, see `train.kernels.cpu.libraries.products_pay`."""
+    """`Kernels` in compiled code. products: whether matmuls are compiled too, see
+    `train.kernels.cpu.libraries.products_pay`."""
 
     def __init__(self, products: bool):
         self._products = products

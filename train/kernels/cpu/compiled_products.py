@@ -1,9 +1,9 @@
-"""Matrix products of bf16 on a CPU as compiled code: `train/kernels/cpu/products.cpp`.
+"""bf16 matmuls on a CPU in compiled code: `train/kernels/cpu/products.cpp`.
 
-Values are exact in fp32 and so are their products; sums are in fp32 and rounded once, to the format asked for. Of a
-weight's gradient that is fp32, as paper 3.3.3 keeps it.
+Values are exact in fp32, and so are their products. Sums are in fp32 and rounded once, to the requested dtype. For a
+weight gradient this is fp32, as in paper 3.3.3.
 
-Shape suffixes: O, N outer axes of a product, C contraction, E experts, R rows sorted by expert.
+Shape suffixes: O, N outer axes of a matmul, C contraction, E experts, R rows sorted by expert.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ from train.kernels.cpu.cpp_function import (
 from train.kernels.cpu.libraries import library
 
 NO_SCALES = (None, 0)
-"""All are one."""
+"""Scales that are all one."""
 
 
 def _operand(side: str, matrices: str, outer: str) -> dict[str, Parameter]:
@@ -59,11 +59,12 @@ _products = Kernel(
 )  # fmt: skip
 
 Part = tuple[int, int, int, int, int, int]
-"""One product: first row on the left, rows, matrix on the right, first and last of the contraction, offset of its output."""
+"""One matmul: first row on the left, rows, matrix on the right, begin and end of the contraction, offset of its
+output."""
 
 
 def product(left_OC: Tensor, right_NC: Tensor, dtype: torch.dtype, into_ON: Tensor | None = None) -> Tensor:
-    """left right^T: (O, N). into: fp32, to which the product is added."""
+    """left right^T: (O, N). into: fp32 tensor to which the result is added."""
     (rows, contraction), columns = left_OC.shape, right_NC.shape[0]
     out_ON = left_OC.new_empty(rows, columns, dtype=dtype) if into_ON is None else into_ON
     run_products("gemm", left_OC, right_NC, out_ON, [(0, rows, 0, 0, contraction, 0)], into=into_ON is not None)
@@ -71,7 +72,7 @@ def product(left_OC: Tensor, right_NC: Tensor, dtype: torch.dtype, into_ON: Tens
 
 
 def grouped(left_RC: Tensor, right_ENC: Tensor, rows: Sequence[int]) -> Tensor:
-    """Each expert's rows times its own matrix, transposed: (R, N). rows: of every expert."""
+    """Each expert's rows times its own transposed matrix: (R, N). rows: of every expert."""
     _, columns, contraction = right_ENC.shape
     out_RN = left_RC.new_empty(left_RC.shape[0], columns)
     run_products("grouped_gemm", left_RC, right_ENC, out_RN, parts_by_rows(_starts(rows), rows, columns, contraction))
@@ -90,12 +91,13 @@ def grouped_weight_gradient(
 
 
 def parts_by_rows(starts: Sequence[int], rows: Sequence[int], columns: int, contraction: int) -> list[Part]:
-    """The products of every expert: its rows on the left times its matrix on the right. starts: first row of each."""
+    """The matmuls of every expert: its rows on the left times its matrix on the right. starts: first row of each
+    expert."""
     return [(s, n, e, 0, contraction, s * columns) for e, (s, n) in enumerate(zip(starts, rows, strict=True))]
 
 
 def parts_by_sums(starts: Sequence[int], rows: Sequence[int], outer: int, columns: int) -> list[Part]:
-    """The products of every expert that sum over its rows, which are the contraction."""
+    """The matmuls of every expert with its rows as the contraction."""
     return [(0, outer, 0, s, s + n, e * outer * columns) for e, (s, n) in enumerate(zip(starts, rows, strict=True))]
 
 
@@ -107,9 +109,9 @@ def run_products(
     name: str, left: Tensor, right: Tensor, out: Tensor, parts: Sequence[Part], left_scales=NO_SCALES, right_scales=NO_SCALES,
     into: bool = False,
 ) -> None:  # fmt: skip
-    """Write the parts' products, (O, C) or (E, O, C) on either side, into out, or add them to what is in it, fp32.
+    """Write the results of all parts into out, or add them to out (fp32). Operands are (O, C) or (E, O, C).
 
-    name: for torch's profiler, which sees nothing of compiled code by itself. scales: see `_operand`.
+    name: for torch's profiler, which does not see compiled code. scales: see `_operand`.
     """
     assert not into or out.dtype == torch.float32, out.dtype
     left, right = readable(left), readable(right)
@@ -120,14 +122,15 @@ def run_products(
         and 0 <= place <= place + rows * columns <= places
         for first, rows, of, begin, end, place in parts
     ), (parts, left.shape, right.shape, out.shape)  # fmt: skip
-    # A name costs a percent of the step of a small model, also where nobody reads it.
+    # The profiler's name costs one percent of a step of a small model, even if nothing records it.
     with record_function(name) if torch.autograd._profiler_enabled() else nullcontext():
         _products(left, *left_scales, right, *right_scales, out, int(into), rows_of_table(parts))
 
 
 def readable(x: Tensor) -> Tensor:
-    """A tensor's values side by side in memory along the last axis or the one before, and with its values there
-    (`parallel.expert.wire` has others, and gives them to torch's operations alone).
+    """A plain tensor that is contiguous along the last axis or the axis before.
+
+    Tensor subclasses may keep their values elsewhere (`parallel.expert.wire`); only torch operations see those.
     """
     x = x if type(x) in PLAIN_CLASSES else x.view(x.shape)
     return x if 1 in x.stride()[-2:] else x.contiguous()

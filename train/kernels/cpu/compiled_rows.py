@@ -1,6 +1,6 @@
-"""Norm, SwiGLU, the split into heads and the loss in bf16 on a CPU, and the order of rows, as compiled code: `train/kernels/cpu/rows.cpp`.
+"""Norm, SwiGLU, head split, loss and row sorting on a CPU in compiled code, for bf16: `train/kernels/cpu/rows.cpp`.
 
-Shapes as in train/model/operations.py. Tensors on the meta device take what real ones would, so that plans count it.
+Shapes as in train/model/operations.py. Meta tensors cause the same allocations as real tensors, so plans count them.
 """
 
 from ctypes import c_bool, c_float, c_int64
@@ -52,7 +52,7 @@ _cross_entropy = Kernel(
 
 
 def _heads(name: str, back: bool) -> Kernel:
-    """Forward the first three tensors are read and the others written, backward it is the other way round."""
+    """Forward reads the first three tensors and writes the others; backward does the reverse."""
     first = {"q": "B T H nope+R", "kv": "B T H nope+V", "shared": "B T 1 R"}
     second = {"queries": "B H T nope+R", "keys": "B H T nope+R", "values": "B H T V"}
     split = Struct(
@@ -78,7 +78,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 def rms_norm_backward(
     grad: Tensor, x: Tensor, weight_D: Tensor, rstd: Tensor, x_needed: bool, weight_needed: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of x, and of the weight in fp32; each None where it is not needed."""
+    """Gradients of x, and of the weight in fp32; None for a gradient that is not needed."""
     dx = x.new_empty(x.shape) if x_needed else None
     dweight_D = weight_D.new_empty(weight_D.shape, dtype=torch.float32) if weight_needed else None
     _rms_norm_backward(_rows(grad), _rows(x), weight_D.contiguous(), rstd, dx, dweight_D)
@@ -86,7 +86,7 @@ def rms_norm_backward(
 
 
 def swiglu(h_N2F: Tensor, gates_N: Tensor | None) -> Tensor:
-    """silu(gate) * up, times the row's gate value where given: (N, F)."""
+    """silu(gate) * up, times the row's gate value if given: (N, F)."""
     h_N2F, gates_N = _rows(h_N2F), _fp32(gates_N)
     out_NF = h_N2F.new_empty(h_N2F.size(0), h_N2F.size(1) // 2)
     _swiglu_forward(h_N2F, gates_N, out_NF)
@@ -103,7 +103,7 @@ def swiglu_backward(grad_NF: Tensor, h_N2F: Tensor, gates_N: Tensor | None) -> t
 
 
 def sort_by_expert(expert_ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`train.model.operations.Kernels.sort_by_expert`."""
+    """Implements `train.model.operations.Kernels.sort_by_expert`."""
     ids_TK = expert_ids_TK.contiguous()
     order_R, inverse_R, tokens_R = (ids_TK.new_empty(ids_TK.numel()) for _ in range(3))
     counts_E = ids_TK.new_empty(experts)
@@ -113,7 +113,7 @@ def sort_by_expert(expert_ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor,
 
 
 def cross_entropy_of_logits(logits_NV: Tensor, targets_N: Tensor, scale: float | None) -> Tensor:
-    """`train.model.operations.Kernels.cross_entropy`."""
+    """Implements `train.model.operations.Kernels.cross_entropy`."""
     losses_N = logits_NV.new_empty(len(logits_NV), dtype=torch.float32)
     known = _cross_entropy(logits_NV, targets_N.contiguous(), losses_N, scale or 0.0, scale is not None)
     assert known is not False, f"targets must be in [0, {logits_NV.size(1)}), and there are others"
@@ -121,7 +121,7 @@ def cross_entropy_of_logits(logits_NV: Tensor, targets_N: Tensor, scale: float |
 
 
 class CompiledHeads(Function):
-    """`train.model.operations.Kernels.to_heads` in bf16."""
+    """Implements `train.model.operations.Kernels.to_heads` in bf16."""
 
     @staticmethod
     def forward(ctx, q_BTHQ: Tensor, kv_BTHX: Tensor, k_rope_BTR: Tensor, table: Tensor, nope: int):
@@ -145,7 +145,7 @@ class CompiledHeads(Function):
 
 
 def _rows(x: Tensor) -> Tensor:
-    """(N, D) with the values of a row side by side; not a copy where rows are evenly spaced."""
+    """(N, D) with contiguous rows; not a copy if the rows are evenly spaced."""
     return _readable(x.reshape(-1, x.size(-1)))
 
 

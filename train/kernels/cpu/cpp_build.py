@@ -1,8 +1,8 @@
-"""C++ beside the Python, compiled at its first use and kept.
+"""Compiles C++ sources at their first use, and caches the libraries.
 
-The compiler is the machine's own (CXX, g++ or clang++), so that the loops use the widest vectors that the CPU has.  What is
-built lies in $SLUICE_CACHE/kernels under the hash of all that went into it, the CPU's features among them. What somebody
-else could have put there is not loaded: whoever can write the folder or a library could run code as this user.
+The compiler is the machine's own (CXX, g++ or clang++), so the loops use the widest vectors of the CPU. A library is
+stored in $SLUICE_CACHE/kernels under the hash of all its inputs, including the CPU's features. A file that another user
+could have written is not loaded: anyone who can write the folder or a library could run code as this user.
 """
 
 import ctypes
@@ -25,9 +25,9 @@ from cluster.comm_ring import got_on
 from conf.errors import UserError
 
 COMPILER_FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fwrapv", "-shared", "-fPIC"]
-"""Integers wrap, as the bits of what is not finite do."""
+"""Integer overflow wraps, as the code needs for the bits of non-finite values."""
 NATIVE = {"x86_64": ["-march=native", "-mprefer-vector-width=512"], "aarch64": ["-mcpu=native"]}
-"""By machine: the widest vectors that the CPU has."""
+"""Flags by machine, for the widest vectors of the CPU."""
 
 
 CPU_LIMITS = {
@@ -35,15 +35,15 @@ CPU_LIMITS = {
     "avx512": (("avx512_bf16", "amx"), ("-mno-avx512bf16",)),
     "avx512_bf16": (("amx",), ()),
 }
-"""What SLUICE_CPU may say that a CPU has at most: features that are then not seen, and what the compiler is told."""
+"""Allowed values of SLUICE_CPU, the upper limit of CPU features: the features to hide, and compiler flags."""
 
 
 @dataclass(frozen=True)
 class CppSource:
-    """One file to compile, and what to say where that cannot be.
+    """A C++ file to compile, and the texts of the error if this is impossible.
 
-    flags: beside COMPILER_FLAGS. headers: what the file includes of ours. field: the setting that asks for it.
-    without: what to set to do without it, and what that means.
+    flags: in addition to COMPILER_FLAGS. headers: Sluice's headers that the file includes. field: the setting that
+    requests it. without: the setting that avoids it, and the consequence.
     """
 
     path: Path
@@ -54,12 +54,14 @@ class CppSource:
 
 
 def load_library(source: CppSource) -> ctypes.CDLL:
-    """The library, built if it is not there yet. Raises UserError where nothing can build, keep or load it."""
+    """The loaded library, built if missing. Raises UserError if it cannot be built, stored or loaded."""
     path = _built(source)
     try:
-        handle = os.open(path, os.O_RDONLY)  # stays open: the loader takes an equal name for the same library
+        handle = os.open(path, os.O_RDONLY)  # stays open: the loader identifies a library by its name
         _require_own(os.fstat(handle), path, source)
-        name = f"/proc/self/fd/{handle}" if sys.platform.startswith("linux") else str(path)  # what was looked at
+        name = (
+            f"/proc/self/fd/{handle}" if sys.platform.startswith("linux") else str(path)
+        )  # the same file that was checked
         return ctypes.CDLL(name)
     except OSError as error:
         rule = f"must hold libraries that can be loaded: {path}: {error}"
@@ -68,7 +70,7 @@ def load_library(source: CppSource) -> ctypes.CDLL:
 
 @cache
 def cpu_features() -> str:
-    """What this CPU can do, as the system says it, without what SLUICE_CPU leaves out."""
+    """Features of this CPU as the system reports them, without the features that SLUICE_CPU hides."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform.startswith("linux") else []
     features = [line for line in lines if line.startswith(("flags", "Features"))]
     said, (hidden, _) = features[0] if features else platform.processor(), _limit()
@@ -76,7 +78,7 @@ def cpu_features() -> str:
 
 
 def _limit() -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What SLUICE_CPU hides of this CPU, and the compiler's flags for it."""
+    """The features that SLUICE_CPU hides, and the compiler flags for it."""
     most = os.environ.get("SLUICE_CPU", "")
     if most and most not in CPU_LIMITS:
         raise UserError(
@@ -86,18 +88,18 @@ def _limit() -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def has_avx2() -> bool:
-    """Whether this CPU has the least that vectors.h is made of, as nearly all of x86 have since 2015."""
+    """Whether this CPU has the minimum for vectors.h, as nearly all x86 CPUs since 2015."""
     return {"avx2", "fma"} <= set(cpu_features().split())
 
 
 def compiler_name(source: CppSource) -> str:
-    """The C++ compiler that would build it, in its own words. Raises UserError where there is none."""
+    """The first line of the C++ compiler's version output. Raises UserError if there is no compiler."""
     compiler = _compiler(source)
     return (_version(*compiler).decode(errors="replace").splitlines() or [shlex.join(compiler)])[0]
 
 
 def _built(source: CppSource) -> Path:
-    """The shared library for this source, compiler and CPU."""
+    """Path of the shared library for this source, compiler and CPU."""
     compiler = _compiler(source)
     openmp = ["-fopenmp"] if sys.platform.startswith("linux") else []
     command = [*compiler, *COMPILER_FLAGS, *source.flags, *NATIVE.get(platform.machine(), []), *_limit()[1], *openmp]
@@ -107,7 +109,7 @@ def _built(source: CppSource) -> Path:
         _version(*compiler),
         cpu_features().encode(),
         *texts,
-    ]  # machines that share a home differ
+    ]  # machines that share a home directory may differ
     key = hashlib.sha256(b"\0".join(parts)).hexdigest()
     folder = Path(os.environ.get("SLUICE_CACHE") or Path.home() / ".cache" / "sluice") / "kernels"
     path = folder / f"{source.path.stem}_{key[:16]}.so"
@@ -115,9 +117,11 @@ def _built(source: CppSource) -> Path:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         _require_own(folder.stat(), folder, source)
         if not path.exists():
-            with tempfile.TemporaryDirectory(dir=folder) as scratch:  # ranks may build at once; the last one's stays
+            with tempfile.TemporaryDirectory(
+                dir=folder
+            ) as scratch:  # ranks may build at the same time; the last library stays
                 library = _build(source, command, Path(scratch) / path.name)
-                library.chmod(library.stat().st_mode & ~0o022)  # whatever the umask is
+                library.chmod(library.stat().st_mode & ~0o022)  # for any umask
                 library.replace(path)
     except OSError as error:
         raise UserError("SLUICE_CACHE", folder.parent, f"cannot be written: {error.strerror}", _move(source)) from error
@@ -125,7 +129,7 @@ def _built(source: CppSource) -> Path:
 
 
 def _compiler(source: CppSource) -> list[str]:
-    """The command of the C++ compiler: CXX if it is set, else the first at hand."""
+    """The command of the C++ compiler: CXX if set, else the first compiler found."""
     asked = shlex.split(os.environ.get("CXX", ""))
     for command in [asked] if asked else [["g++"], ["clang++"], ["c++"]]:
         if shutil.which(command[0]):
@@ -140,7 +144,7 @@ def _version(*compiler: str) -> bytes:
 
 
 def _build(source: CppSource, command: list[str], library: Path) -> Path:
-    """Runs the compiler; returns the library."""
+    """Run the compiler; returns the library."""
     done = subprocess.run([*command, "-o", str(library), str(source.path)], capture_output=True, text=True)
     got_on()
     if done.returncode:
@@ -151,7 +155,7 @@ def _build(source: CppSource, command: list[str], library: Path) -> Path:
 
 
 def _require_own(found: os.stat_result, path: Path, source: CppSource) -> None:
-    """UserError for a folder or file that somebody else than this user and root could have written."""
+    """UserError for a folder or file that users other than this user and root could have written."""
     if found.st_uid not in (os.geteuid(), 0):
         problem, cure = f"belongs to user {found.st_uid}", "remove it"
     elif found.st_mode & 0o002:
@@ -166,7 +170,7 @@ def _require_own(found: os.stat_result, path: Path, source: CppSource) -> None:
 
 
 def _is_private(group: int) -> bool:
-    """Whether nobody but this user, or root, is in the group: many systems give every user such a group."""
+    """Whether only this user, or root, is in the group; many systems give every user such a group."""
     try:
         user, entry = pwd.getpwuid(os.geteuid()).pw_name, grp.getgrgid(group)
     except KeyError:

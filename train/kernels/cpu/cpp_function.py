@@ -1,12 +1,12 @@
-"""The one way from tensors to compiled code: what a C++ function takes is declared once, and checked in every call.
+"""Calls compiled C++ functions with tensors; declares each function's parameters once, and checks every call.
 
-C++ gets addresses and reads what lies there. So a `Kernel` says of every parameter, in C++'s order, what it may be: of a
-tensor the dtype, the shape in named sizes, which strides C++ takes, and whether it is written. Any other tensor (elsewhere,
-apart in memory, of a class that holds its values in another place) is a bug of ours: an AssertionError names function,
-parameter, expectation and what came, and nothing is called. On the meta device the same is checked and nothing is called,
-so that a plan sees what a run allocates.
+C++ gets addresses and reads the memory there. So a `Kernel` declares every parameter, in C++'s order: for a tensor its
+dtype, its shape in named sizes, the strides that C++ takes, and whether it is written. Any other tensor is a bug in
+Sluice, for example a tensor on another device, with other strides, or of a class that keeps its values elsewhere. It
+raises an AssertionError with function, parameter, expectation and actual value, and C++ is not called. On the meta
+device the same checks run without the call, so a plan sees the allocations of a run.
 
-`torch.library.custom_op` could stand here too, but it checks no strides and takes 36 us a call where this takes 5 to 10.
+`torch.library.custom_op` is an alternative, but it checks no strides and takes 36 us per call; this code takes 5 to 10.
 """
 
 import ctypes
@@ -23,30 +23,30 @@ import torch
 from torch import Tensor
 
 PLAIN_CLASSES = (Tensor, torch.nn.Parameter)
-"""Classes whose values lie at their address."""
+"""Classes whose values are at their address."""
 
 
 class _Call:
-    """What is known of a call while its arguments are taken."""
+    """State of a call while its arguments are processed."""
 
     __slots__ = ("derived", "meta", "real", "sizes")
 
     def __init__(self):
         self.sizes: dict[str, float] = {}
         self.derived: list[tuple[str, Array, Tensor, CodeType, int]] = []
-        """Sizes that must follow from others, and what came."""
+        """Axes whose size is an expression of other sizes, with their actual size."""
         self.meta: list[tuple[str, Array, Tensor]] = []
         """Tensors without memory."""
         self.real = False
-        """Whether memory is to be written."""
+        """Whether the call writes to memory."""
 
 
 class _Unfit(Exception):
-    """An argument is not what is declared: name of the parameter, its declaration, what came."""
+    """An argument does not match its declaration: name of the parameter, its declaration, the argument."""
 
 
 def _compiled(sizes: str) -> list[str | CodeType]:
-    """Names as they are, expressions to be evaluated."""
+    """Names unchanged, expressions compiled for evaluation."""
     return [size if size.isidentifier() else compile(size, "size", "eval") for size in sizes.split()]
 
 
@@ -55,24 +55,22 @@ def _value(size: str | CodeType, sizes: dict[str, float]) -> float:
 
 
 class Parameter(Protocol):
-    """One of a C++ function, or a part of its struct."""
+    """A parameter of a C++ function, or a field of its struct."""
 
     types: list[type]
     """Types of the words that C++ gets."""
 
     def take(self, name: str, given: Iterator, call: _Call) -> Iterable[Any]:
-        """Those words, of the next argument that is given if there is one for it. Raises _Unfit."""
+        """The words for C++, from the next argument if this parameter has one. Raises _Unfit."""
 
 
 class Array:
-    """A tensor: its address, then the strides of the axes that may lie apart.
+    """A tensor parameter: its address, then the strides of its leading axes.
 
-    dtype: or several; the place of the one that came is then the size PARAMETER_dtype.
-    sizes: of every axis a name, a number or an expression without spaces, as in "N 2*F". "*N": the product of all
-    first axes, 1 if there is none.
-    apart: how many axes, from the first on, may lie apart in memory. Without any the tensor is contiguous.
-    beside: among so many last axes one lies side by side.
-    out: it is written. optional: None may come in its place, a null pointer.
+    dtype: one or several; the index of the actual dtype then becomes the size PARAMETER_dtype. sizes: per axis a name,
+    a number or an expression without spaces, as in "N 2*F". "*N": the product of all leading axes, 1 if there are none.
+    apart: number of leading axes with any stride. With 0 the tensor must be contiguous. beside: one of this many last
+    axes must have stride 1. out: C++ writes it. optional: the argument may be None, which becomes a null pointer.
     """
 
     def __init__(
@@ -87,7 +85,7 @@ class Array:
     def take(self, name: str, given: Iterator, call: _Call) -> Sequence[int]:
         x = next(given)
         if x is None and self._optional:
-            call.sizes[f"{name}_dtype"] = 0  # of no meaning
+            call.sizes[f"{name}_dtype"] = 0  # has no meaning
             return [0] * len(self.types)
         if type(x) not in PLAIN_CLASSES or x.dtype not in self._dtypes or not self._has_values(name, x, call):
             raise _Unfit(name, self, x)
@@ -107,7 +105,7 @@ class Array:
         raise _Unfit(name, self, x)
 
     def _has_values(self, name: str, x: Tensor, call: _Call) -> bool:
-        """Whether the numbers at its address are its values, or it has none."""
+        """Whether the memory at its address holds its values, or it has no memory."""
         if x.is_cpu:
             call.real |= self._out
             return not x.is_conj() and not x.is_neg()
@@ -121,7 +119,7 @@ class Array:
             shape = (math.prod(shape[:lead]), *shape[lead:])
         if len(shape) != len(self._sizes):
             return False
-        for size, came in zip(self._sizes, shape):  # noqa: B905 - asked above
+        for size, came in zip(self._sizes, shape):  # noqa: B905 - checked above
             if type(size) is CodeType:
                 call.derived.append((name, self, x, size, came))
             elif call.sizes.setdefault(size, came) != came:
@@ -129,9 +127,9 @@ class Array:
         return True
 
     def _lies_right(self, shape: Sequence[int], strides: Sequence[int]) -> bool:
-        """Whether values lie side by side where they must, and none is written twice.
+        """Whether one of the last axes has stride 1 as required, and no element is written twice.
 
-        The stride of a lone value means nothing.
+        The stride of an axis of size 1 has no meaning.
         """
         if self._out and any(size > 1 and stride == 0 for size, stride in zip(shape, strides, strict=True)):
             return False
@@ -145,7 +143,7 @@ class Array:
 
 
 class Number:
-    """A number as it is given. Expressions of sizes may name it."""
+    """A number, passed unchanged. Expressions of sizes may use its name."""
 
     def __init__(self, kind: type):
         self.types = [kind]
@@ -156,7 +154,7 @@ class Number:
 
 
 class Size:
-    """A size of the parameters before it, or an expression of sizes. Nobody gives it."""
+    """A size of the parameters before it, or an expression of sizes. The caller does not pass it."""
 
     def __init__(self, size: str, kind: type = c_int64):
         self.types = [kind]
@@ -167,7 +165,7 @@ class Size:
 
 
 class Threads:
-    """An argument for the number of threads: as many as torch uses. No caller gives it."""
+    """torch's number of threads. The caller does not pass it."""
 
     def __init__(self, kind: type = c_int64):
         self.types = [kind]
@@ -177,7 +175,7 @@ class Threads:
 
 
 class Zeros:
-    """Words that the function does not look at. Nobody gives them."""
+    """Words that the function ignores. The caller does not pass them."""
 
     def __init__(self, words: int):
         self.types = [c_int64] * words
@@ -187,7 +185,7 @@ class Zeros:
 
 
 class Table:
-    """Rows of so many int64, as `rows_of_table` makes them: their address and their number."""
+    """Rows of `columns` int64 values, built by `rows_of_table`: their address and their number."""
 
     types = [c_void_p, c_int64]
 
@@ -205,20 +203,20 @@ class Table:
 
 
 def rows_of_table(rows: Iterable[Iterable[int]]) -> ctypes.Array:
-    """For `Table`."""
+    """The rows as one int64 array, for `Table`."""
     words = list(chain.from_iterable(rows))
     return (c_int64 * len(words))(*words)
 
 
 class Struct:
-    """Parameters that C++ takes together, by one address."""
+    """Parameters that C++ takes as one struct, by address."""
 
     types = [c_char_p]
 
     def __init__(self, **parts: Parameter):
         self._parts = list(parts.items())
         kinds = chain.from_iterable(part.types for part in parts.values())
-        self._layout = struct.Struct("@" + "".join(kind._type_ for kind in kinds))  # aligned as C++ does
+        self._layout = struct.Struct("@" + "".join(kind._type_ for kind in kinds))  # aligned as in C++
 
     def take(self, name: str, given: Iterator, call: _Call) -> tuple[bytes]:
         return (self._layout.pack(*_words(self._parts, given, call)),)
@@ -232,20 +230,21 @@ def _words(parameters: list[tuple[str, Parameter]], given: Iterator, call: _Call
 
 
 class Kernel:
-    """One C++ function, called with what its parameters need, in their order."""
+    """A C++ function, called with the arguments of its parameters in order."""
 
     declared: list["Kernel"] = []
-    """All of this process."""
+    """All kernels of this process."""
 
     def __init__(
         self, load: Callable[[], ctypes.CDLL], name: str, returns: type | None = None, **parameters: Parameter
     ):
-        """load: the library, at the first call. parameters: those of C++, in its order."""
+        """load: returns the library, at the first call. parameters: C++'s parameters, in order."""
         self.name, self._load, self._returns, self._parameters = name, load, returns, list(parameters.items())
         Kernel.declared.append(self)
 
     def __call__(self, *given: Any) -> Any:
-        """What C++ returns, or None on the meta device. Raises AssertionError where an argument is not as declared."""
+        """C++'s return value, or None on the meta device. Raises AssertionError for an argument that does not match its
+        declaration."""
         call, values = _Call(), iter(given)
         try:
             words = _words(self._parameters, values, call)

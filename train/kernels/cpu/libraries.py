@@ -1,7 +1,8 @@
-"""The parts of a step that a CPU can run as compiled code: which there are, and whether this machine can have them.
+"""The compiled libraries of a CPU, and whether this machine can use them.
 
-They are for bf16 and CPUs with AVX-512 or AVX2. Where these or a C++ compiler are absent, the same is done by torch's
-operations, which the code is tested against. So are matrix products where torch's are faster (`products_pay`). Who uses them is decided in train/kernels/choice.py.
+They are for bf16, on CPUs with AVX-512 or AVX2. Without these features or a C++ compiler, torch operations do the same
+work; the compiled code is tested against them. Matmuls also use torch if it is faster (`products_pay`).
+train/kernels/choice.py decides which kernels a run uses.
 """
 
 import ctypes
@@ -17,17 +18,18 @@ from train.kernels.cpu.cpp_function import Kernel
 LIBRARY_NAMES = ("adamw", "attention", "products", "rows")
 """The C++ files, each a library."""
 SLOW_SHARE = 0.75
-"""Share of the rate of FMA: torch's products reach nine tenths of what a CPU has for bf16, compiled ones eight tenths
-of FMA's."""
+"""Fraction of the FMA rate below which compiled matmuls are faster: torch's reach 90 % of the CPU's bf16 rate, compiled
+matmuls 80 % of the FMA rate."""
 
 
 @cache
 def why_absent() -> str | None:
-    """Why this machine cannot have it, None if it can. The first call on a machine builds it, which takes some seconds."""
+    """The reason why this machine cannot use the libraries, None if it can. The first call on a machine builds them,
+    which takes some seconds."""
     if not has_avx2():
         return "this CPU has no AVX2"
     try:
-        with ThreadPoolExecutor() as builders:  # one compiler uses one core
+        with ThreadPoolExecutor() as builders:  # each compiler uses one core
             list(builders.map(library, LIBRARY_NAMES))
     except UserError as error:
         return str(error)
@@ -36,12 +38,12 @@ def why_absent() -> str | None:
 
 @cache
 def products_pay(measured: bool = True) -> bool:
-    """Whether compiled products, made of fp32's FMA, are faster on this CPU than torch's, made of what it has for bf16.
+    """Whether compiled matmuls, with fp32's FMA, are faster on this CPU than torch's, with the CPU's bf16 instructions.
 
-    A dot product of bf16 pairs does the work of two FMAs. On some CPUs it takes the time of two, on others that of four,
-    which their names do not tell: it is measured, and both are far from the border. Where AMX is, nothing comes near it.
-    measured: false for what the CPU says of itself, the same in every run: where it has no bf16.
-    SLUICE_PRODUCTS=compiled or torch answers instead.
+    A dot product of bf16 pairs does the work of two FMAs. On some CPUs it takes the time of two FMAs, on others of
+    four. The CPU's name does not tell, so the rate is measured; both cases are far from the threshold. With AMX, torch
+    is always faster. measured: false uses only the CPU's reported features, the same in every run: compiled if it has
+    no bf16 instructions. SLUICE_PRODUCTS=compiled or torch overrides the answer.
     """
     if answer := os.environ.get("SLUICE_PRODUCTS"):
         if answer not in ("compiled", "torch"):
@@ -53,7 +55,7 @@ def products_pay(measured: bool = True) -> bool:
 
 @cache
 def library(name: str) -> ctypes.CDLL:
-    """Raises UserError where it cannot be built, kept or loaded."""
+    """The library of this name. Raises UserError if it cannot be built, stored or loaded."""
     return load_library(source(name, "cluster.compiled", "cluster.compiled=false: torch's operations, slower"))
 
 
@@ -61,7 +63,7 @@ _bf16_rate = Kernel(partial(library, "products"), "bf16_rate", ctypes.c_double)
 
 
 def source(name: str, field: str, without: str) -> CppSource:
-    """One of LIBRARY_NAMES as somebody asks for it, see `CppSource`."""
+    """A library of LIBRARY_NAMES as a `CppSource`, with the caller's error texts."""
     here = Path(__file__).parent
-    flags = ("-ffp-contract=off",)  # products and sums are one operation only where the code says so
+    flags = ("-ffp-contract=off",)  # FMA instructions only where the code asks for them
     return CppSource(here / f"{name}.cpp", field, without, flags, (here / "tiles.h", here / "vectors.h"))

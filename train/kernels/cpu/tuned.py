@@ -1,4 +1,4 @@
-"""Imported before torch by every program that computes: settings as a first import, so that all others stand behind it as usual."""
+"""Applies CPU and GPU settings on import; every program that computes imports it before torch."""
 
 from train.kernels.cpu.processor import tune_cpu, tune_gpu
 

@@ -1,30 +1,31 @@
-"""Quantising kernels for CUDA, equal bit for bit in q and scale to `quantize`.
+"""Quantisation kernels for CUDA, bitwise equal to `quantize` in q and scale.
 
-Each kernel reads its input once and writes FP8 values and fp32 scales in the layout of the product that takes them:
+Each kernel reads its input once and writes FP8 values and fp32 scales in the layout of the GEMM that reads them:
 
     quantize_tiles      (R, C) -> q (P, C) and one scale per row and 128 columns         left operands
     quantize_columns    (R, C) -> q^T (C, P) and one scale per column and 128 rows       both operands of Wgrad
-    quantize_both       (R, C) -> both of these                                           a gradient, for Dgrad and Wgrad
-    quantize_again      (R, C) -> the second of what the first leaves                     what was kept as it came, for Wgrad
+    quantize_both       (R, C) -> both of these                                          a gradient, for Dgrad and Wgrad
+    quantize_again      (R, C) -> quantize_columns of the result of quantize_tiles       an input saved unquantised, for Wgrad
     quantize_blocks     (R, C) -> q (R, C) or (C, R) and one scale per 128x128           weights
-    quantize_e5m6       (R, C) -> q (P, 3 C / 2), twelve bits a value             what waits for Wgrad in a finer format
-    decode_e5m6         the values of that in bf16                                       what attention's backward takes
-    swiglu_tiles        SwiGLU with the gate value, then quantize_tiles; also of h       the down-projection's input, and what waits for backward
+    quantize_e5m6       (R, C) -> q (P, 3 C / 2), twelve bits per value                  inputs saved for Wgrad with more mantissa bits
+    decode_e5m6         E5M6 codes -> their values in bf16                               input of attention's backward
+    swiglu_tiles        SwiGLU with the gate value, then quantize_tiles; also of h       the down-projection's input, and h saved for backward
     swiglu_backward     a, dh and dw from h and da                                       see train/kernels/fp8/swiglu.py
-    quantize_mx         (R, C) -> q (P, Q) and one scale per row and 32 columns          every operand of MXFP8, also SwiGLU's output
+    quantize_mx         (R, C) -> q (P, Q) and one scale per row and 32 columns          every MXFP8 operand, also SwiGLU's output
 
-The input of `quantize_columns` may itself be FP8 with a scale per row and 128 columns, or E5M6: it is dequantised on the way in, so that what is
-cached for Wgrad goes from 1x128 to 128x1 in one pass (paper 3.5.2).  Divisions are IEEE (`div_rn`): `/` is approximate on
-NVIDIA GPUs and would break the equality.  Columns are multiples of 128, and so are the rows of weights; the caller pads.  Other
-rows are as many as there are: what lacks to whole tiles counts as zeros, is never read, and is written where a product reads it.
+The input of `quantize_columns` may itself be FP8 with a scale per row and 128 columns, or E5M6. It is dequantised while
+it is read, so a saved input is converted from 1x128 to 128x1 for Wgrad in one pass (paper 3.5.2). Divisions are IEEE
+(`div_rn`), because `/` is approximate on NVIDIA GPUs and would break the equality. Columns are multiples of 128, and so
+are the rows of weights; the caller pads. Other row counts are arbitrary: the missing rows of the last tile count as
+zeros, are never read, and are written where a GEMM reads them.
 
-The last one alone reads tensors of any strides and sizes, so that a transpose is a view, and writes scales as Blackwell's products
-read them, in E8M0 (a byte, the exponent of a power of two plus 127): 128 rows by 4 scales are 512 bytes, in which the scales of row r begin
-at 16 (r mod 32) + 4 (r div 32); these blocks follow each other along the contraction, then along the rows (cuBLAS 13, "1D Block Scaling
-Factors Layout").
+`quantize_mx` alone reads tensors of any strides and sizes, so a transpose is a view. It writes scales as Blackwell's
+GEMMs read them, in E8M0 (a byte, the exponent of a power of two plus 127). A block of 128 rows by 4 scales has 512
+bytes; the scales of row r begin at byte 16 (r mod 32) + 4 (r div 32). The blocks follow one another along the
+contraction, then along the rows (cuBLAS 13, "1D Block Scaling Factors Layout").
 
-The module needs triton and is imported only where its kernels run.  Shape suffixes: R rows, P rows of whole tiles, C columns, Q columns
-of whole tiles.
+The module needs triton and is imported only where its kernels run. Shape suffixes: R rows, P rows of whole tiles, C
+columns, Q columns of whole tiles.
 """
 
 import torch
@@ -37,11 +38,12 @@ from train.kernels.fp8.formats import TILE, Cast, empty_scales
 from train.kernels.fp8.groups import most_tiles, on_device
 
 QUANTIZE_ROWS = 32
-"""Rows that one program works on."""
+"""Rows per program."""
 BACKWARD_ROWS = 8
-"""Rows that one program of `swiglu_backward` works on: it holds several values of each, and more rows cost most of the registers."""
+"""Rows per program of `swiglu_backward`, which holds several values per element; more rows would need most of the
+registers."""
 QUANTIZE_COLUMNS = 32
-"""Columns that one program of `quantize_columns` works on."""
+"""Columns per program of `quantize_columns`."""
 
 
 @triton.jit
@@ -60,13 +62,14 @@ def _scales(amax, maximum: constexpr, floor: constexpr, pow2: constexpr):
 
 @triton.jit
 def _cast(scaled, maximum: constexpr, dtype: constexpr):
-    """Clamp, and round to the format. Not a number stays so."""
+    """Clamp, and round to the format. NaN stays NaN."""
     return tl.clamp(scaled, -maximum, maximum, propagate_nan=tl.PropagateNan.ALL).to(dtype)
 
 
 @triton.jit
 def tiles_of_experts(ends_ptr, experts: constexpr, slots: constexpr, least: constexpr = 0):
-    """Where each expert's rows end, and how many tiles of 128 they take, at least so many; none for slots behind the experts."""
+    """End of each expert's rows, and its number of tiles of 128 rows, at least `least`; 0 tiles for slots after the
+    last expert."""
     slot = tl.arange(0, slots)
     end = tl.load(ends_ptr + slot, mask=slot < experts, other=0)
     start = tl.load(ends_ptr + slot - 1, mask=(slot > 0) & (slot < experts), other=0)
@@ -75,7 +78,8 @@ def tiles_of_experts(ends_ptr, experts: constexpr, slots: constexpr, least: cons
 
 @triton.jit
 def rows_of_tile(ends_ptr, tile, height, experts: constexpr, slots: constexpr, least: constexpr = 0):
-    """The expert of a tile, the first of its 128 rows, and where the expert's rows end. No rows are left behind the last expert."""
+    """The expert of a tile, the first of its 128 rows, and the end of the expert's rows. Tiles after the last expert
+    have no rows."""
     expert, first, last = 0, tile * 128, height
     if experts > 1:
         end, tiles = tiles_of_experts(ends_ptr, experts, slots, least)
@@ -89,8 +93,9 @@ def rows_of_tile(ends_ptr, tile, height, experts: constexpr, slots: constexpr, l
 
 @triton.jit
 def _load(x_ptr, scale_ptr, rows, last, columns, tile, width, scale_rows, scaled: constexpr):
-    """fp32 values at rows x columns, all of one tile of 128 columns, zero from the row `last` on; scaled: FP8 with a scale per
-    row and tile, stored column by column.
+    """fp32 values at rows x columns, all in one tile of 128 columns; zero from the row `last` on.
+
+    scaled: FP8 with a scale per row and tile, stored column by column.
     """
     there = rows < last
     x = tl.load(x_ptr + rows[:, None].to(tl.int64) * width + columns[None, :], there[:, None], 0.0).to(tl.float32)
@@ -104,7 +109,8 @@ def _store_tiles(
     x, q_ptr, scale_ptr, rows, columns, there, tile, width, scale_rows,
     maximum: constexpr, floor: constexpr, pow2: constexpr,
 ):  # fmt: skip
-    """Values at rows x columns, all of one tile of 128 columns, as FP8 with a scale per row, which are stored column by column."""
+    """Store values at rows x columns, all in one tile of 128 columns, as FP8 with a scale per row; scales are stored
+    column by column."""
     scale, inverse = _scales(tl.max(tl.abs(x), axis=1), maximum, floor, pow2)
     q = _cast(x * inverse[:, None], maximum, q_ptr.dtype.element_ty)
     tl.store(q_ptr + rows[:, None].to(tl.int64) * width + columns[None, :], q, there[:, None])
@@ -136,7 +142,8 @@ def _e5m6_kernel(
     x = _load(x_ptr, x_ptr, rows, height, columns, 0, width, height, False)
     scale, inverse = _scales(tl.max(tl.abs(x), axis=1), maximum, floor, pow2)
     x = tl.clamp(x * inverse[:, None], -maximum, maximum, propagate_nan=tl.PropagateNan.ALL)
-    # Round as `formats.round_to`: the addition leaves no bit below six of the mantissa, or below the smallest normal's.
+    # Round as `formats.round_to`: the addition leaves no bit below six mantissa bits, or below the smallest normal
+    # value's.
     step = tl.maximum(x.to(tl.int32, bitcast=True) & 0x7F800000, 113 << 23) + ((17 << 23) + 0x400000)
     x = (x + step.to(tl.float32, bitcast=True)) - step.to(tl.float32, bitcast=True)
     codes = (x.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) >> 4) & 0xFFF
@@ -154,7 +161,8 @@ def _e5m6_kernel(
 
 @triton.jit
 def _load_e5m6(q_ptr, scale_ptr, rows, start, tile, width, height, count: constexpr):
-    """fp32 values at rows x `count` columns from `start` on, all of one tile of 128 columns, of packed words of 32 bits."""
+    """fp32 values at rows x `count` columns from `start` on, all in one tile of 128 columns, from packed words of 32
+    bits."""
     words = rows[:, None].to(tl.int64) * (width // 8 * 3) + (start // 8 + tl.arange(0, count // 8))[None, :] * 3
     low, middle, high = tl.load(q_ptr + words), tl.load(q_ptr + words + 1), tl.load(q_ptr + words + 2)
     first = low & 0xFFFFFF
@@ -189,7 +197,7 @@ def _columns_kernel(
     scale, inverse = _scales(tl.max(tl.abs(x), axis=0), maximum, floor, pow2)
     q = _cast(x * inverse[None, :], maximum, q_ptr.dtype.element_ty)
     base, stride = tile * 128, tl.cast(height_out, tl.int64)
-    if flat:  # both are whole tiles; without that knowledge the compiler stores byte by byte
+    if flat:  # both are whole tiles; without this hint the compiler stores byte by byte
         base, stride = tl.multiple_of(tl.load(base_ptr + tile), 128), tl.multiple_of(tl.load(stride_ptr + tile), 128)
     tl.store(q_ptr + base + columns[:, None] * stride + tl.arange(0, 128)[None, :], tl.trans(q))
     tl.store(scale_ptr + tile * width + columns, scale)
@@ -202,8 +210,10 @@ def _both_kernel(
     maximum: constexpr, floor: constexpr, pow2: constexpr,
     maximum_t: constexpr, floor_t: constexpr, pow2_t: constexpr, again: constexpr, experts: constexpr, slots: constexpr,
 ):  # fmt: skip
-    """`_tiles_kernel` and `_columns_kernel` of one tile of rows and 128 columns; again: the latter of what the former leaves, which
-    nobody else wants."""
+    """`_tiles_kernel` and `_columns_kernel` for one tile of rows and 128 columns.
+
+    again: apply the second cast to the result of the first, which is not stored.
+    """
     tile = tl.program_id(0)
     _, first, last = rows_of_tile(ends_ptr, tile, height, experts, slots)
     rows = first + tl.arange(0, 128)
@@ -320,11 +330,11 @@ def _mx_kernel(
     matrix, size = tl.program_id(2).to(tl.int64), tl.num_programs(0) * 128 * tl.cast(tiles * 128, tl.int64)
     rows, columns, last = tl.program_id(0) * 128 + local, tile * 128 + local, width
     block, of_expert = tl.program_id(0) * tiles + tile, tiles
-    if experts > 1:  # the scales of each are a matrix of their own
+    if experts > 1:  # the scales of each expert are a separate matrix
         slot = tl.arange(0, slots)
         _, counts = tiles_of_experts(ends_ptr, experts, slots, 1)
         expert, start, last = rows_of_tile(ends_ptr, tile, width, experts, slots, 1)
-        columns, expert = start + local, tl.minimum(expert, experts - 1)  # tiles that are left are zeros of the last
+        columns, expert = start + local, tl.minimum(expert, experts - 1)  # remaining tiles are zeros of the last expert
         before = tl.sum(tl.where(slot < expert, counts, 0))
         of_expert = tl.where(expert < experts - 1, tl.sum(tl.where(slot == expert, counts, 0)), tiles - before)
         block = before * tl.num_programs(0) + tl.program_id(0) * of_expert + tile - before
@@ -334,7 +344,7 @@ def _mx_kernel(
     if gated:
         up = tl.load(x_ptr + place + tl.cast(width, tl.int64) * x_column, there, 0.0).to(tl.float32)
         x = tl.div_rn(x, 1.0 + tl.exp(-x)) * up * tl.load(gates_ptr + rows, rows < height, 0.0)[:, None]
-    if scaled:  # x is the transpose of what has these scales
+    if scaled:  # x is the transpose of the tensor with these scales
         word = (columns // 128 * tl.num_programs(0) + tl.program_id(0)) * 128 + columns % 32 * 4 + columns % 128 // 32
         word = tl.load(in_scale_ptr + word, columns < last, 0)
         factors = (((word[None, :] >> (tl.arange(0, 4) * 8)[:, None]) & 0xFF) << 23).to(tl.float32, bitcast=True)
@@ -360,7 +370,8 @@ def quantize_tiles(x_RC: Tensor, cast: Cast) -> tuple[Tensor, Tensor]:
 
 
 def quantize_e5m6(x_RC: Tensor, cast: Cast) -> tuple[Tensor, Tensor]:
-    """q uint8 (P, 3 C / 2), as `train.kernels.fp8.formats.pack_e5m6` packs it, and scale (P, C / 128) stored column by column."""
+    """q uint8 (P, 3 C / 2), as `train.kernels.fp8.formats.pack_e5m6` packs it, and scale (P, C / 128) stored column by
+    column."""
     rows, columns = _sizes(x_RC)
     whole = -(-rows // TILE) * TILE
     q = x_RC.new_empty(whole, columns // 2 * 3, dtype=torch.uint8)
@@ -372,7 +383,7 @@ def quantize_e5m6(x_RC: Tensor, cast: Cast) -> tuple[Tensor, Tensor]:
 
 
 def decode_e5m6(q: Tensor, scale: Tensor, rows: int) -> Tensor:
-    """Values (R, C) in bf16, which holds them where scales are powers of two, of what `quantize_e5m6` gives."""
+    """Values (R, C) in bf16 of the result of `quantize_e5m6`; exact for power-of-two scales."""
     columns = q.shape[1] // 3 * 2
     out_RC = q.new_empty(rows, columns, dtype=torch.bfloat16)
     _decode_kernel[(-(-rows // QUANTIZE_ROWS), columns // TILE)](
@@ -384,9 +395,8 @@ def decode_e5m6(q: Tensor, scale: Tensor, rows: int) -> Tensor:
 def quantize_both(
     x_RC: Tensor, cast: Cast, cast_t: Cast, ends_E: Tensor | None = None
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """`quantize_tiles` by the first cast and `quantize_columns` by the second, reading x once. With ends_E the former has no
-    rows of padding.
-    """
+    """`quantize_tiles` by the first cast and `quantize_columns` by the second, with one read of x. With ends_E the
+    first result has no padding rows."""
     rows, columns = _sizes(x_RC)
     experts = 1 if ends_E is None else ends_E.shape[0]
     tiles, whole = most_tiles(rows, experts), -(-rows // TILE) * TILE if experts == 1 else rows
@@ -401,7 +411,8 @@ def quantize_both(
 
 
 def quantize_again(x_RC: Tensor, cast: Cast, cast_t: Cast) -> tuple[Tensor, Tensor]:
-    """`quantize_columns` by the second cast of what `quantize_tiles` by the first leaves, in one pass. Both have one format."""
+    """`quantize_columns` by the second cast, applied to the values of `quantize_tiles` by the first cast, in one pass.
+    Both casts have the same format."""
     rows, columns = _sizes(x_RC)
     tiles = most_tiles(rows, 1)
     q_t, scale_t = cast_t.empty_tiles(x_RC, columns, tiles * TILE)
@@ -419,11 +430,11 @@ def quantize_columns(
     flat: list[int] | None = None,
     ends_E: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """q and scale of the transpose, tiles along R.
+    """q and scale of the transpose, with tiles along R.
 
-    q (C, P), scale (C, P / 128) stored column by column.  ends_E: where the rows of each expert end, int32; each gets tiles of
-    its own, and those that are left behind the last expert's are zeros.  flat, the padded rows of each expert: q is flat, one
-    (C, rows) matrix after the other.  x_RC may be the q of `quantize_e5m6`, with its scale.
+    q (C, P), scale (C, P / 128) stored column by column. ends_E: end of each expert's rows, int32. Each expert has its
+    own tiles; the tiles after the last expert are zeros. flat, the padded rows of each expert: q is flat, one (C, rows)
+    matrix after another. x_RC may be the q of `quantize_e5m6`, with its scale.
     """
     packed = x_RC.dtype == torch.uint8
     if packed:
@@ -461,7 +472,8 @@ def quantize_blocks(x_RC: Tensor, cast: Cast, transposed: bool) -> tuple[Tensor,
 def swiglu_tiles(
     h_P2F: Tensor, gates_P: Tensor, cast: Cast, cache: Cast
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """`quantize_tiles` of SwiGLU's output (P, F), and by the cache's cast that of h, reading h once; neither has rows of padding."""
+    """`quantize_tiles` of SwiGLU's output (P, F), and of h by the cache's cast, with one read of h. Neither result has
+    padding rows."""
     rows, width = _sizes(h_P2F)[0], h_P2F.shape[1] // 2
     made, kept = cast.empty_tiles(h_P2F, rows, width), cache.empty_tiles(h_P2F, rows, 2 * width)
     _swiglu_kernel[(-(-rows // QUANTIZE_ROWS), width // TILE)](
@@ -472,7 +484,8 @@ def swiglu_tiles(
 
 
 def swiglu_backward(h_P2F: Tensor, gates_P: Tensor, da_PF: Tensor, in_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """a (P, F) and dh (P, 2F) in bf16, and the gradient of the gates (P,). in_scale: of h, as `swiglu_tiles` gives both."""
+    """a (P, F) and dh (P, 2F) in bf16, and the gradient of the gates (P,). in_scale: of h, as returned by
+    `swiglu_tiles`."""
     rows, width = _sizes(da_PF)
     a_PF = torch.empty_like(da_PF, dtype=torch.bfloat16)
     dh_P2F = da_PF.new_empty(rows, 2 * width, dtype=torch.bfloat16)
@@ -490,11 +503,11 @@ def quantize_mx(
     ends_E: Tensor | None = None,
     gates_R: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """q (..., P, Q) and its scales, E8M0: (P, Q / 32), of several matrices (..., P x Q / 32).
+    """q (..., P, Q) and its E8M0 scales: (P, Q / 32), or (..., P x Q / 32) for several matrices.
 
-    x_RC: of any strides. in_scale: that of x_RC transposed, made here. ends_E: where the columns of each expert end, int32; each gets tiles of its own,
-    one at the least, whose scales are laid out as a matrix of their own, and those that are left are zeros of the last. gates_R: x_RC is SwiGLU's input, and its
-    output is quantised.
+    x_RC: of any strides. in_scale: scale of the transpose of x_RC, from this function. ends_E: end of each expert's
+    columns, int32. Each expert has its own tiles, at least one, and its scales form a separate matrix; the remaining
+    tiles are zeros of the last expert. gates_R: x_RC is SwiGLU's input, and SwiGLU's output is quantised.
     """
     *lead, rows, columns = x_RC.shape
     columns = columns if gates_R is None else columns // 2
@@ -502,7 +515,7 @@ def quantize_mx(
     tiles = -(-columns // TILE) if ends_E is None else most_tiles(columns + experts, experts)
     whole = -(-rows // TILE) * TILE
     q = x_RC.new_empty(*lead, whole, tiles * TILE, dtype=cast.format.dtype)
-    words = q.new_empty(*lead, whole, tiles, dtype=torch.int32)  # of four scales
+    words = q.new_empty(*lead, whole, tiles, dtype=torch.int32)  # words of four scales
     with_options(_mx_kernel[(whole // TILE, tiles, lead[0] if lead else 1)], num_warps=16)(
         x_RC, x_RC if in_scale is None else in_scale.view(torch.int32), x_RC if gates_R is None else gates_R, q,
         words, x_RC if ends_E is None else ends_E, rows, columns, x_RC.stride(0) if lead else 0,
@@ -522,7 +535,8 @@ def _sizes(x_RC: Tensor) -> tuple[int, int]:
 
 
 def _tile_places(lengths: list[int], columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """For every 128 rows: where the first of them goes in a flat q of (columns, rows) matrices, and the row stride there."""
+    """For every 128 rows: the position of the first row in a flat q of (columns, rows) matrices, and the row stride
+    there."""
     base, stride, before = [], [], 0
     for length in lengths:
         base += range(before * columns, before * columns + length, TILE)

@@ -1,10 +1,10 @@
-"""The attention core on a GPU: torch's kernels. Which one a run has says train/kernels/choice.py.
+"""The attention cores on a GPU: torch's kernels. train/kernels/choice.py selects the core of a run.
 
-Documents that follow one another in a sequence go into one call with their lengths, which computes each up to its own
-diagonal and needs no mask. Any other rectangle is a call by itself. What is asked of one sequence alone has any length, what is
-asked of all has few, and a run may have a core for each (`AttentionByKind`).
+Consecutive documents of a sequence share one call with their lengths. The call computes each document up to its own
+diagonal and needs no mask. Any other rectangle is a separate call. Calls for one sequence have any length; calls for
+all sequences have only a few lengths. A run may use a different core for each kind (`AttentionByKind`).
 
-Shapes as in train/model/attention.py; P documents of a call, M queries of it.
+Shapes as in train/model/attention.py; P documents of a call, M queries of a call.
 """
 
 import math
@@ -21,10 +21,10 @@ from train.model.sequence import Rectangle
 
 ATEN = torch.ops.aten
 LSE_ROWS = 32
-"""The memory-efficient kernel takes and gives log-sum-exps in multiples of so many queries."""
+"""The memory-efficient kernel pads log-sum-exps to multiples of this number of queries."""
 WASTE = 4
-"""In a call with documents the kernel makes room for as many log-sum-exps of each as the longest has; most of that, by
-all queries."""
+"""In a call with documents the kernel allocates log-sum-exps of the longest document's length for every document. This
+is the maximum ratio of the allocation to the number of queries."""
 
 
 class _Documents(NamedTuple):
@@ -32,13 +32,14 @@ class _Documents(NamedTuple):
 
     longest: int
     bounds: Tensor
-    """Where each begins, and where the last ends: int32 (P + 1,)."""
+    """Start of each document, and end of the last: int32 (P + 1,)."""
     places: tuple[Tensor, Tensor]
-    """The document of every query and its place in it: int64 (M,)."""
+    """The document of every query and its position in the document: int64 (M,)."""
 
 
 class _Call(NamedTuple):
-    """Queries that meet keys: all of them, or up to a diagonal, which `documents` have one of each."""
+    """A call of an attention kernel: queries that see all keys, or keys up to a diagonal; `documents` have a diagonal
+    each."""
 
     sequences: slice
     queries: slice
@@ -47,17 +48,17 @@ class _Call(NamedTuple):
     documents: _Documents | None = None
 
     def take(self, *tensors: Tensor) -> list[Tensor]:
-        """The rows of one call, of q, k, v, and of any others over queries."""
+        """The rows of this call, of q, k, v, and of other tensors over queries."""
         return [t[self.sequences, :, self.keys if i in (1, 2) else self.queries] for i, t in enumerate(tensors)]
 
 
 def calls(rectangles: Sequence[Rectangle], device: torch.device, waste: float = WASTE) -> list[_Call]:
-    """All that these rectangles take. waste: as WASTE says."""
+    """All kernel calls for these rectangles. waste: see WASTE."""
     return [_call(run, device) for run in _runs(rectangles, waste)]
 
 
 def _runs(rectangles: Sequence[Rectangle], waste: float) -> Iterator[list[Rectangle]]:
-    """Documents that share a call, in order, and any other rectangle alone."""
+    """Groups of documents that share a call, in order; any other rectangle alone."""
     run: list[Rectangle] = []
     for one in rectangles:
         if run:
@@ -94,12 +95,13 @@ def _call(run: list[Rectangle], device: torch.device) -> _Call:
 
 
 def _sent(x: Tensor, device: torch.device) -> Tensor:
-    """On the device, without a wait of the host."""
+    """The tensor on the device, copied without blocking the host."""
     return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
 
 class EfficientAttention(PlainAttention):
-    """torch's memory-efficient kernel, which every GPU since 2016 runs. It takes documents, and any log-sum-exp in backward."""
+    """torch's memory-efficient kernel, which supports every GPU since 2016. It supports documents, and any log-sum-exp
+    in backward."""
 
     waste: float = WASTE
 
@@ -125,7 +127,7 @@ class EfficientAttention(PlainAttention):
         if given.chosen_BTK is not None:
             return super().backward(dout_BHTV, given, made)
         inputs, scale, seen = given[:3], given.scale, given.seen
-        # The kernel reads an output whose heads lie side by side, whatever its strides.
+        # The kernel assumes an output with contiguous heads and ignores its strides.
         assert made.out_BHTV.stride(1) == made.out_BHTV.size(3), "the output has its positions first"
         grads: tuple[Tensor, ...] | None = None
         for call in seen.once(calls, dout_BHTV.device, self.waste):
@@ -157,7 +159,7 @@ class EfficientAttention(PlainAttention):
         self, call: _Call, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, out: Tensor, lse: Tensor, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of q, k and v of one call."""
-        unused = torch.empty((), dtype=torch.int64, device=q.device)  # of dropout
+        unused = torch.empty((), dtype=torch.int64, device=q.device)  # dropout state
         if call.documents is None:
             if more := -q.size(2) % LSE_ROWS:
                 lse = F.pad(lse, (0, more), value=torch.inf)
@@ -177,7 +179,8 @@ class EfficientAttention(PlainAttention):
 
 
 def _largest(given: AttentionInput, lse_BHT: Tensor) -> Tensor:
-    """The kernels tell no scores: where their log-sum-exp is above the limit, they are computed once more."""
+    """The largest score of each query. The kernels do not return scores: where the log-sum-exp is above the limit, they
+    are recomputed."""
     if not lse_BHT.is_cuda:
         exact = PlainAttention().forward(given, largest=True).largest_BHT
         assert exact is not None, "was asked for"
@@ -189,8 +192,10 @@ def _largest(given: AttentionInput, lse_BHT: Tensor) -> Tensor:
 
 
 class FlashAttention(EfficientAttention):
-    """FlashAttention as torch has it, which its own attention over variable lengths calls. It wants queries, keys and values of one
-    width: narrower values get columns of zeros, which change no other. Log-sum-exps lie side by side, so that none is room to spare.
+    """torch's FlashAttention, which torch's variable-length attention calls.
+
+    It needs queries, keys and values of one width: narrower values are padded with zero columns, which change no other
+    column. Its log-sum-exps are packed, so no memory is wasted.
     """
 
     waste = math.inf
@@ -209,7 +214,7 @@ class FlashAttention(EfficientAttention):
         self, call: _Call, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, out: Tensor, lse: Tensor, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         width, lengths = v.size(-1), self._lengths(call, q, k)
-        unused = torch.empty((), dtype=torch.int64, device=q.device)  # of dropout
+        unused = torch.empty((), dtype=torch.int64, device=q.device)  # dropout state
         dout, q, k, v, out = (_tokens(call, _widened(t, q)) for t in (dout, q, k, v, out))
         lse = lse.contiguous() if call.documents is None else lse.squeeze(0).contiguous()
         grads = ATEN._flash_attention_backward(
@@ -219,7 +224,7 @@ class FlashAttention(EfficientAttention):
         return dq, dk, dv[..., :width]
 
     def _lengths(self, call: _Call, q: Tensor, k: Tensor) -> tuple[Tensor | None, Tensor | None, int, int]:
-        """Bounds of documents in queries and keys, and the longest of them."""
+        """Bounds of documents in queries and keys, and the length of the longest document."""
         if call.documents is None:
             return None, None, q.size(2), k.size(2)
         return call.documents.bounds, call.documents.bounds, call.documents.longest, call.documents.longest
@@ -231,13 +236,13 @@ def _widened(x: Tensor, like: Tensor) -> Tensor:
 
 
 def _tokens(call: _Call, x_BHTX: Tensor) -> Tensor:
-    """Positions before heads, and without the axis of sequences where documents share a call."""
+    """Positions before heads, without the axis of sequences if documents share a call."""
     x = x_BHTX.transpose(1, 2)
     return x if call.documents is None else x.squeeze(0)
 
 
 class AttentionByKind(EfficientAttention):
-    """One core for what is asked of all sequences alike, another for documents, whose pieces have any length."""
+    """One core for calls over all sequences, another core for documents, whose pieces have any length."""
 
     def __init__(self, whole: EfficientAttention, documents: EfficientAttention):
         self.whole, self.documents, self.waste = whole, documents, documents.waste
@@ -255,13 +260,13 @@ class AttentionByKind(EfficientAttention):
 
 
 class CudnnAttention(EfficientAttention):
-    """cuDNN's kernel, the fastest. It makes a plan for every length, so that it takes no documents."""
+    """cuDNN's kernel, the fastest. It builds a plan for every length, so it is not used for documents."""
 
     takes_documents = False
 
     def __init__(self) -> None:
         self._last_axis: tuple[int, ...] = ()
-        """Last axis of its log-sum-exp: torch's versions differ in it."""
+        """Trailing axes of its log-sum-exp, which differ between torch versions."""
 
     def _forward(self, call: _Call, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         assert call.sequences == slice(None), "documents have a core of their own"
@@ -272,7 +277,7 @@ class CudnnAttention(EfficientAttention):
     def _backward(
         self, call: _Call, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, out: Tensor, lse: Tensor, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        unused = torch.empty((), dtype=torch.int64, device=q.device)  # of dropout
+        unused = torch.empty((), dtype=torch.int64, device=q.device)  # dropout state
         lse = lse.contiguous().view(*lse.shape, *self._last_axis)
         return ATEN._scaled_dot_product_cudnn_attention_backward(
             dout,

@@ -1,4 +1,5 @@
-"""A GPU's kernels: torch's fused ones where it has them, our own in Triton where it has none (train/kernels/gpu/fused_rows.py).
+"""A GPU's kernels: torch's fused kernels where they exist, Sluice's Triton kernels elsewhere
+(train/kernels/gpu/fused_rows.py).
 
 Shapes as in train/model/operations.py.
 """
@@ -58,7 +59,7 @@ class FusedKernels(PlainKernels):
             return super().product(left_OC, right_NC, dtype, into_ON)
         if left_OC.is_meta:
             return left_OC.new_empty(len(left_OC), len(right_NC), dtype=dtype) if into_ON is None else into_ON
-        if not left_OC.is_cuda:  # torch has neither there; the same but for the order of sums
+        if not left_OC.is_cuda:  # torch has neither operation there; the same except for the order of sums
             return super().product(left_OC.float(), right_NC.float(), dtype, into_ON)
         if into_ON is None:
             return torch.mm(left_OC, right_NC.t(), out_dtype=dtype)
@@ -90,7 +91,7 @@ class FusedKernels(PlainKernels):
         if x_ND.dtype != torch.bfloat16 or weight_ED.dtype != torch.bfloat16:
             return super().logits_backward(grad_NE, x_ND, weight_ED, x_needed, weight_needed)
         (N, E), dx_ND, dweight_ED = grad_NE.shape, None, None
-        parts_N2E = x_ND.new_empty(N, 2, E)  # the gradient is the sum of two numbers of bf16 but for 2^-17 of it
+        parts_N2E = x_ND.new_empty(N, 2, E)  # the gradient equals the sum of two bf16 numbers, up to 2^-17 of it
         large_NE, rest_NE = parts_N2E.unbind(1)
         torch.sub(grad_NE, large_NE.copy_(grad_NE), out=rest_NE)
         parts_NX = parts_N2E.flatten(1)
@@ -110,8 +111,8 @@ class FusedKernels(PlainKernels):
         positions: Positions,
         replayed_BTK: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        # fp64 is a proof's; ranks that share a sequence exchange counts between the two kernels; the kernel knows the sigmoid alone, and
-        # no samples that are counted one by one
+        # Plain code for three cases: fp64 in mode=prove; ranks that share a sequence, which exchange counts between the
+        # two kernels; and softmax scores or counts per sample, which the kernel does not support.
         plain = positions.share is not None or positions.samples_BS is not None or rule.softmax
         one_kernel = logits_BTE.dtype == torch.float32 and not plain
         route = FusedRoute if one_kernel else Route

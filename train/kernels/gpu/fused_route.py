@@ -1,4 +1,7 @@
-"""The router's choice on a GPU: what the kernels of train/kernels/gpu/triton_route.py read and write. Shapes as in train/kernels/plain/routing.py."""
+"""The router's expert choice on a GPU, by the kernels of train/kernels/gpu/triton_route.py.
+
+Shapes as in train/kernels/plain/routing.py.
+"""
 
 import torch
 from torch import Tensor
@@ -11,7 +14,7 @@ from train.model.sequence import Positions
 
 
 class FusedRoute(Function):
-    """`train.model.operations.Kernels.route`."""
+    """Implements `train.model.operations.Kernels.route`."""
 
     @staticmethod
     def forward(
@@ -40,7 +43,7 @@ class FusedRoute(Function):
         ctx.save_for_backward(scores_BTE, ids_BTK, gates_BTK, factor_BT1, total_BT1, frequency_BE)
         ctx.rule, ctx.weight = rule, weight
         ctx.mark_non_differentiable(ids_BTK)
-        ctx.set_materialize_grads(False)  # zeros for the ids
+        ctx.set_materialize_grads(False)  # no zero gradients for the ids
         return gates_BTK, ids_BTK
 
     @staticmethod
@@ -54,7 +57,7 @@ class FusedRoute(Function):
 
 
 def _triton():
-    """The kernels of a GPU, with their names for the type checker."""
+    """The GPU's kernels, imported so that the type checker knows their names."""
     from train.kernels.gpu import triton_route
 
     return triton_route

@@ -1,7 +1,7 @@
-"""SwiGLU and the split into heads on a GPU: what the kernels of train/kernels/gpu/triton_rows.py read and write.
+"""SwiGLU and the split into heads on a GPU, by the kernels of train/kernels/gpu/triton_rows.py.
 
-Triton is imported when the first of them runs: plans are made for GPUs on machines without it. Tensors on the meta device take what
-real ones would, so that plans count it. Shapes as in train/model/operations.py.
+Triton is imported at the first call, because plans for GPUs also run on machines without it. Meta tensors cause the
+same allocations as real tensors, so plans count them. Shapes as in train/model/operations.py.
 """
 
 import torch
@@ -11,7 +11,7 @@ from train.model.needed import Function, once_differentiable
 
 
 def swiglu(h_N2F: Tensor, gates_N: Tensor | None) -> Tensor:
-    """silu(gate) * up, times the row's gate value where given: (N, F)."""
+    """silu(gate) * up, times the row's gate value if given: (N, F)."""
     out_NF = h_N2F.new_empty(h_N2F.size(0), h_N2F.size(1) // 2)
     if runs(out_NF):
         _triton().swiglu(h_N2F.contiguous(), None if gates_N is None else gates_N.contiguous(), out_NF)
@@ -29,7 +29,7 @@ def swiglu_backward(grad_NF: Tensor, h_N2F: Tensor, gates_N: Tensor | None) -> t
 
 
 class FusedHeads(Function):
-    """`train.model.operations.Kernels.to_heads`. Its queries and values are views of what it is given."""
+    """Implements `train.model.operations.Kernels.to_heads`. Its queries and values are views of the inputs."""
 
     @staticmethod
     def forward(ctx, q_BTHQ: Tensor, kv_BTHX: Tensor, k_rope_BTR: Tensor, table: Tensor, nope: int):
@@ -45,7 +45,7 @@ class FusedHeads(Function):
 def heads(
     q_BTHQ: Tensor, kv_BTHX: Tensor, k_rope_BTR: Tensor, table: Tensor, nope: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values, heads first. Queries are turned where they lie, and values are left where they lie."""
+    """Queries, keys and values, heads first. Queries are rotated in place, and values are a view of kv."""
     B, T = q_BTHQ.shape[:2]
     q_BTHQ, kv_BTHX = q_BTHQ.contiguous(), kv_BTHX.contiguous()
     k_BTHQ = torch.empty_like(q_BTHQ)
@@ -57,7 +57,7 @@ def heads(
 
 
 def heads_backward(dq_BHTQ: Tensor, dk_BHTQ: Tensor, dv_BHTV: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, of kv and of the rope key, from gradients whose axes may lie in any order."""
+    """Gradients of q, of kv and of the rope key, from gradients with their axes in any memory order."""
     B, H, T, Q = dq_BHTQ.shape
     rope = 2 * table.size(1)
     dq_BTHQ, dkv_BTHX = (dq_BHTQ.new_empty(B, T, H, width) for width in (Q, Q - rope + dv_BHTV.size(3)))
@@ -69,17 +69,17 @@ def heads_backward(dq_BHTQ: Tensor, dk_BHTQ: Tensor, dv_BHTV: Tensor, table: Ten
 
 
 def runs(out: Tensor) -> bool:
-    """Whether there is something to compute, on a device that can."""
+    """Whether there is work, on a real device."""
     return out.numel() > 0 and not out.is_meta
 
 
 def _reals(table: Tensor) -> Tensor:
-    """Complex numbers as reals: real and imaginary parts side by side, (T, R/2, 2)."""
+    """Complex numbers as reals: real and imaginary parts adjacent, (T, R/2, 2)."""
     return torch.view_as_real(table.contiguous())
 
 
 def _triton():
-    """The kernels of a GPU, with their names for the type checker."""
+    """The GPU's kernels, imported so that the type checker knows their names."""
     from train.kernels.gpu import triton_rows
 
     return triton_rows

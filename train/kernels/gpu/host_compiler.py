@@ -1,8 +1,9 @@
-"""What Triton needs of a GPU's machine beside the GPU: a C compiler and Python's headers.
+"""Checks the host tools that Triton needs besides a GPU: a C compiler and Python's headers.
 
-Triton compiles every kernel itself, and has the machine's C compiler build what starts it: small modules of Python in C, the
-first of them when a process asks for the GPU's driver. So a run on a GPU needs both, in bf16 too; a C++ compiler does not do.
-Found as triton.runtime.build of 3.6 to 3.9 finds them, and tried, since a compiler can be there without the C library's headers.
+Triton compiles every kernel itself, but builds small Python modules in C with the machine's C compiler to launch them.
+The first is built when a process asks for the GPU's driver. So every run on a GPU needs both, also in bf16; a C++
+compiler is not enough. The search follows triton.runtime.build of 3.6 to 3.9. The compiler is also tested, because it
+may be installed without the C library's headers.
 """
 
 import os
@@ -16,7 +17,7 @@ from pathlib import Path
 from conf.errors import UserError
 
 COMPILERS = ("gcc", "clang")
-"""Looked for on the PATH where CC is not set; `cc` is not."""
+"""Searched on the PATH if CC is not set; `cc` is not searched."""
 PYTHON = f"python{sys.version_info.major}.{sys.version_info.minor}"
 TRIED_SOURCE = """#include <stdlib.h>
 #include <Python.h>
@@ -24,15 +25,15 @@ static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "tried", NULL, -1, NU
 PyMODINIT_FUNC PyInit_tried(void) { return PyModule_Create(&module); }
 """
 COMPILER_SECONDS = 60.0
-"""Seconds that the compiler may take; it takes a part of one."""
+"""Seconds that the compiler may take; it needs less than one."""
 COMPILER_TAIL = 600
-"""Characters of its last words that the error repeats."""
+"""Characters of the end of its output that the error repeats."""
 INSTALL_COMPILER = "apt-get install build-essential (dnf install gcc), or set CC to a C compiler"
 INSTALL_HEADERS = f"apt-get install {PYTHON}-dev, or python3-dev for the system's own Python ({PYTHON}-devel or python3-devel with dnf)"
 
 
 def missing_for_triton() -> tuple[str, str] | None:
-    """What Triton lacks to build what starts its kernels, and the cure; None where it lacks nothing."""
+    """A missing requirement for Triton's launchers, and the cure; None if nothing is missing."""
     compiler = compiler_command()
     if compiler is None:
         return "there is no C compiler: CC is not set, and gcc and clang are not on the PATH", INSTALL_COMPILER
@@ -57,19 +58,19 @@ def missing_for_triton() -> tuple[str, str] | None:
 
 
 def require_for_triton(device: object) -> None:
-    """Raises UserError where `missing_for_triton` names something. device: the value of cluster.device."""
+    """Raises UserError if `missing_for_triton` finds a problem. device: the value of cluster.device."""
     if (missing := missing_for_triton()) is not None:
         rule = f"needs a C compiler and Python's headers, by which Triton starts its kernels: {missing[0]}"
         raise UserError("cluster.device", device, rule, f"{missing[1]}; or use cluster.device=cpu")
 
 
 def compiler_command() -> str | None:
-    """The program that Triton runs; None where it finds none."""
+    """The C compiler that Triton runs; None if it finds none."""
     given = os.environ.get("CC")
     return next((found for name in COMPILERS if (found := shutil.which(name))), None) if given is None else given
 
 
 def headers() -> str:
-    """The folder in which Triton has the compiler look for Python.h."""
-    scheme = sysconfig.get_default_scheme()  # Debian's own has them where it installs nothing
+    """The folder where Triton's compiler command looks for Python.h."""
+    scheme = sysconfig.get_default_scheme()  # Debian's default scheme names a folder without headers
     return sysconfig.get_paths(scheme="posix_prefix" if scheme == "posix_local" else scheme)["include"]

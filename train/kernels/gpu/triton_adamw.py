@@ -1,11 +1,12 @@
 """AdamW of train/optim/adamw.py on a GPU, in one pass over memory, and the norm before it.
 
-An update reads weight, gradient and two moments and writes all but the gradient: 20 bytes a parameter with bf16 moments. Neither
-it nor the norm is launched more often for more parameters: one launch works on many pieces of memory, of which a table on the
-device says where they are. A program takes PROGRAM_ELEMENTS elements of one piece; their number is known before, so that the host makes
-one line of the table for each piece and the device the rest.
+An update reads weight, gradient and two moments, and writes all of them except the gradient: 20 bytes per parameter
+with bf16 moments. The number of launches of update and norm does not grow with the number of parameters. One launch
+works on many pieces of memory, and a table on the device holds their addresses. A program processes PROGRAM_ELEMENTS
+elements of one piece. This number is fixed, so the host writes one table row per piece, and the device computes the
+rest.
 
-Every element gets the same arithmetic wherever a shard begins or ends: that of the compiled code for CPUs, in fp32.
+Every element gets the same arithmetic for any shard borders, equal to the compiled code for CPUs, in fp32.
 
 The module needs triton and is imported only where its kernels run.
 """
@@ -22,17 +23,16 @@ from torch import Tensor
 from parallel.triton_types import constexpr, with_options
 
 PROGRAM_ELEMENTS, ELEMENTS_AT_ONCE = 1 << 14, 1 << 11
-"""Elements of a program, and at a time."""
+"""Elements per program, and elements at a time."""
 ALIGNED = 16
-"""A multiple of so many bytes as the address of a piece lets threads read 128 bits at a time, if its elements are one
-too."""
+"""If a piece's address in bytes and its size in elements are multiples of this, threads read 128 bits at a time."""
 
 
 class _Layout(NamedTuple):
     """Pieces cut into chunks; the tensors are on the device and int64."""
 
     starts: Tensor
-    """The first element of every piece among all, and the end of the last."""
+    """The first element of every piece in the concatenation of all pieces, and the end of the last."""
     first_chunks: Tensor
     """The first chunk of every piece, and the end of the last."""
     piece_of_chunk: Tensor
@@ -40,7 +40,8 @@ class _Layout(NamedTuple):
 
 @triton.jit
 def _chunk(pointers_ptr, starts_ptr, firsts_ptr, pieces_ptr, chunk: constexpr, aligned: constexpr):
-    """What this program works on: the address of its piece, its place there, the place of the piece among all, and its end there."""
+    """The part of this program: address of its piece, its start in the piece, the piece's start among all, and the
+    piece's size."""
     piece = tl.load(pieces_ptr + tl.program_id(0))
     start = tl.load(starts_ptr + piece)
     size = tl.load(starts_ptr + piece + 1) - start
@@ -89,7 +90,7 @@ def _squares_kernel(
 
 @triton.jit
 def _sums_kernel(chunks_ptr, out_ptr, firsts_ptr, block: constexpr):
-    """Sums of every piece over its chunks, in their order."""
+    """Sum of every piece over its chunks, in their order."""
     first, end = tl.load(firsts_ptr + tl.program_id(0)), tl.load(firsts_ptr + tl.program_id(0) + 1)
     total = tl.zeros((block,), tl.float64)
     for begin in range(first, end, block):
@@ -102,9 +103,10 @@ def update(
     weight: Tensor, mean: Tensor, square: Tensor, gradients: Sequence[Tensor],
     *, factor: float, lerp: float, keep_square: float, add_square: float, decay: float, step: float, root: float, eps: float,
 ) -> None:  # fmt: skip
-    """Update a flat shard by its gradients, 1-D and fp32, which lie one after another from its first element on. They
-    are multiplied with the factor. mean += lerp (g - mean); square = keep_square square + add_square g^2; weight =
-    decay weight - step mean / (sqrt(square) / root + eps).
+    """Update a flat shard by its gradients, 1-D and fp32, which follow one another from its first element on.
+
+    Each gradient g is multiplied by factor. mean += lerp (g - mean); square = keep_square square + add_square g^2;
+    weight = decay weight - step mean / (sqrt(square) / root + eps).
     """
     gradients = [one for one in gradients if one.numel()]
     if not gradients:
@@ -117,7 +119,7 @@ def update(
 
 
 def sums_of_squares(pieces: Sequence[Tensor]) -> Tensor:
-    """Sums of squares of every piece, fp32 and 1-D: fp64 (pieces,)."""
+    """Sum of squares of every fp32 1-D piece: fp64 (pieces,)."""
     chunks, first_chunks = squares_of_chunks(pieces)
     out = chunks.new_empty(len(pieces))
     _sums_kernel[(len(pieces),)](chunks, out, first_chunks, ELEMENTS_AT_ONCE)
@@ -125,7 +127,10 @@ def sums_of_squares(pieces: Sequence[Tensor]) -> Tensor:
 
 
 def squares_of_chunks(pieces: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Sums of squares of the pieces' chunks, in fp32 by columns of a chunk and then in fp64; and the first chunk of every piece."""
+    """Sums of squares of the pieces' chunks, and the first chunk of every piece.
+
+    The sums are in fp32 within the columns of a chunk, then in fp64.
+    """
     layout, pointers, aligned = _table(pieces)
     chunks = pointers.new_empty(len(layout.piece_of_chunk), dtype=torch.float64)
     if len(chunks):
@@ -143,7 +148,7 @@ def squares_of_chunks(pieces: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _table(pieces: Sequence[Tensor]) -> tuple[_Layout, Tensor, bool]:
-    """How the pieces are cut, where each begins, and whether all begin at whole lines."""
+    """The pieces' layout, their addresses, and whether all addresses and sizes are aligned."""
     device = pieces[0].device
     assert all(one.dtype == torch.float32 and one.is_contiguous() and one.device == device for one in pieces)
     sizes, addresses = tuple(one.numel() for one in pieces), [one.data_ptr() for one in pieces]
@@ -153,7 +158,7 @@ def _table(pieces: Sequence[Tensor]) -> tuple[_Layout, Tensor, bool]:
 
 @lru_cache(maxsize=64)
 def _layout(sizes: tuple[int, ...], device: torch.device) -> _Layout:
-    """Where pieces lie, which does not change in a run."""
+    """Borders of the pieces, which do not change in a run."""
     starts, firsts = [0], [0]
     for size in sizes:
         starts.append(starts[-1] + size)
@@ -163,6 +168,6 @@ def _layout(sizes: tuple[int, ...], device: torch.device) -> _Layout:
 
 
 def _there(numbers: Sequence[int] | Tensor, device: torch.device) -> Tensor:
-    """int64 on the device. From page-locked memory, as the host would wait for a copy from any other."""
+    """int64 numbers on the device, copied from page-locked memory, because the host would wait for any other copy."""
     numbers = torch.as_tensor(numbers)
     return (numbers.pin_memory() if device.type == "cuda" else numbers).to(device, non_blocking=True)

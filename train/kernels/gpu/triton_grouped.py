@@ -1,11 +1,12 @@
-"""The gradient of experts' weights on a GPU, summed in fp32 over the micro-batches: torch's grouped product writes bf16 only.
+"""Gradient of the experts' weights on a GPU, summed in fp32 over the micro-batches; torch's grouped GEMM only writes
+bf16.
 
-Each program makes one tile of one expert's gradient: a loop over the expert's rows, then one addition to the sum. Where rows end
-is read on the device, so that nobody waits for how many an expert got.
+Each program computes one tile of one expert's gradient: a loop over the expert's rows, then one addition to the sum. It
+reads the end of the rows on the device, so nothing waits for an expert's row count.
 
 The module needs triton and is imported only where its kernel runs.
 
-Shape suffixes: R rows sorted by expert, E experts, I inputs and O outputs of the product.
+Shape suffixes: R rows sorted by expert, E experts, I inputs and O outputs of the matmul.
 """
 
 import torch
@@ -18,7 +19,7 @@ from parallel.triton_types import constexpr, quick, with_options
 TILE_O, TILE_I, STEP_R = 128, 128, 64
 """Sides of a tile, and rows that are read at a time."""
 NEIGHBOURS = 8
-"""Tiles along O that run together, for each along I: their operands stay in the cache."""
+"""Tiles along O that run together, for each tile along I: their operands stay in the cache."""
 
 
 @quick
@@ -58,9 +59,9 @@ def _gradient_kernel(
 
 
 def grouped_weight_gradient(grad_RO: Tensor, x_RI: Tensor, ends_E: Tensor, into_EOI: Tensor | None) -> Tensor:
-    """grad^T x over the rows of each expert, fp32 (E, O, I), added to what is in into, if that is given.
+    """grad^T x over the rows of each expert, fp32 (E, O, I), added to `into` if given.
 
-    ends: where the rows of each expert end, int32 (E,); rows behind the last are left out.
+    ends: end of each expert's rows, int32 (E,); rows after the last end are ignored.
     """
     grad_RO, x_RI = grad_RO.contiguous(), x_RI.contiguous()
     experts, outputs, inputs = len(ends_E), grad_RO.shape[1], x_RI.shape[1]

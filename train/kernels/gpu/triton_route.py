@@ -1,11 +1,12 @@
-"""The router's choice on a GPU: Triton kernels, equal to train/kernels/plain/routing.py but for the order of sums over experts and tokens.
+"""Router's expert choice as Triton kernels, equal to train/kernels/plain/routing.py except for the order of sums over
+experts and tokens.
 
-    forward     scores, choice, gate values; and of every block of tokens the sums that the counters are made of
-    finish      adds those sums up, in the order of the tokens, and to the counters: no atomic addition, so a run repeats itself
+    forward     scores, choice, gate values; and per block of tokens the sums for the counters
+    finish      adds these sums in the order of the tokens, and adds them to the counters: no atomic addition, so runs are repeatable
     backward    the gradient of the logits
 
-The module needs triton and is imported only where its kernels run, by train/kernels/gpu/fused_route.py. Shapes as in train/kernels/plain/routing.py;
-EXPERTS, GROUPS and CHOSEN are E, G and K rounded up to powers of two.
+The module needs triton and is imported only where its kernels run, by train/kernels/gpu/fused_route.py. Shapes as in
+train/kernels/plain/routing.py; EXPERTS, GROUPS and CHOSEN are E, G and K rounded up to powers of two.
 """
 
 import triton
@@ -16,14 +17,14 @@ from parallel.triton_types import constexpr, power_of_2_from, quick
 from train.model.operations import RouterCounters, RoutingRule
 
 ROUTE_TOKENS = 8
-"""Tokens of one sequence that a program works on."""
+"""Tokens of one sequence per program."""
 SUM_BLOCKS = 16
 """Blocks of tokens whose sums are added at a time."""
 
 
 @triton.jit
 def _largest(values, last: constexpr):
-    """Index of the largest of the last axis, the lowest of equal ones; in bounds even where values are no numbers."""
+    """Index of the largest value of the last axis, the lowest index for equal values; in bounds even for NaN."""
     return tl.minimum(tl.argmax(values, axis=1, tie_break_left=True), last)[:, None]
 
 
@@ -32,7 +33,7 @@ def _open_groups(
     biased, expert, per_group,
     GROUPS_G: constexpr, top_groups: constexpr, group_top_k: constexpr, GROUPS: constexpr,
 ):  # fmt: skip
-    """Which experts are in the groups whose best group_top_k scores sum highest."""
+    """Whether each expert is in one of the top_groups groups with the highest sums of their group_top_k best scores."""
     tokens: constexpr = biased.shape[0]
     group, numbers = expert // per_group, tl.arange(0, GROUPS)[None, :]
     sums = tl.full((tokens, GROUPS), -float("inf"), tl.float32)
@@ -60,7 +61,7 @@ def _route_kernel(
     given: constexpr, counted: constexpr, balanced: constexpr,
     EXPERTS: constexpr, GROUPS: constexpr, CHOSEN: constexpr, ROUTE_TOKENS: constexpr,
 ):  # fmt: skip
-    """given: the ids are, and only what follows from them is computed."""
+    """given: the ids are inputs, and only the values that depend on them are computed."""
     batch = tl.program_id(1).to(tl.int64)
     tokens = tl.program_id(0) * ROUTE_TOKENS + tl.arange(0, ROUTE_TOKENS)[:, None]
     expert, entry = tl.arange(0, EXPERTS)[None, :], tl.arange(0, CHOSEN)[None, :]
@@ -146,7 +147,7 @@ def _backward_kernel(
     E: constexpr, K: constexpr, balanced: constexpr,
     EXPERTS: constexpr, CHOSEN: constexpr, ROUTE_TOKENS: constexpr,
 ):  # fmt: skip
-    """weight: of the loss, over the number of tokens."""
+    """weight: of the loss, divided by the number of tokens."""
     batch = tl.program_id(1).to(tl.int64)
     tokens = tl.program_id(0) * ROUTE_TOKENS + tl.arange(0, ROUTE_TOKENS)[:, None]
     expert, entry = tl.arange(0, EXPERTS)[None, :], tl.arange(0, CHOSEN)[None, :]
@@ -179,9 +180,8 @@ def route(
     given: bool,
     balanced: bool,
 ) -> None:
-    """made: scores, ids (read where given), gates, factor, total. sums: load, share and choices without bias of every block of
-    ROUTE_TOKENS tokens, (B, blocks, E); None where nothing is counted.
-    """
+    """made: scores, ids (an input if `given`), gates, factor, total. sums: load, share and choices without bias per
+    block of ROUTE_TOKENS tokens, (B, blocks, E); None if nothing is counted."""
     B, T, E = logits_BTE.shape
     _route_kernel[(-(-T // ROUTE_TOKENS), B)](
         logits_BTE, bias_E, *made, *(sums or (made[0], made[0], made[0])), T, E // rule.groups, rule.route_scale,
@@ -199,8 +199,10 @@ def finish_route(
     weight: float,
     added: bool,
 ) -> None:
-    """From the sums of all blocks how often each expert is among the largest scores, where a loss is weighed; added: to the
-    counters, too.
+    """From the sums of all blocks, compute how often each expert has one of the largest scores, if the loss has a
+    weight.
+
+    added: also add the sums to the counters.
     """
     B, blocks, E = sums[0].shape
     _finish_kernel[(1,)](

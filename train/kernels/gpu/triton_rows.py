@@ -1,11 +1,12 @@
-"""SwiGLU and the split into heads on a GPU, one pass over memory each: Triton kernels, equal to train/kernels/plain/plain_kernels.py.
+"""SwiGLU and the split into heads on a GPU, in one pass over memory each: Triton kernels, equal to
+train/kernels/plain/plain_kernels.py.
 
-Arithmetic is fp32 whatever the format of the tensors, and every result is rounded once, as in the plain form; only the last bit
-of exp, the order of the sum over heads and fused multiply-adds differ. liger-kernel's SwiGLU knows no gate value and writes
-gradients over the [gate | up] that is kept; torch.compile would compile anew for the row counts of experts.
+Arithmetic is fp32 for all dtypes, and every result is rounded once, as in the plain form. Only the last bit of exp, the
+order of the sum over heads and fused multiply-adds differ. liger-kernel's SwiGLU has no gate value and overwrites the
+saved [gate | up] with gradients; torch.compile would recompile for the experts' row counts.
 
-The module needs triton and is imported only where its kernels run, by train/kernels/gpu/fused_rows.py, which allocates what they write.
-Shapes as in train/model/operations.py.
+The module needs triton and is imported only where its kernels run, by train/kernels/gpu/fused_rows.py, which allocates
+the outputs. Shapes as in train/model/operations.py.
 """
 
 import triton
@@ -15,12 +16,12 @@ from torch import Tensor
 from parallel.triton_types import constexpr, power_of_2_from, quick
 
 SWIGLU_ROWS, SWIGLU_COLUMNS = 4, 512
-"""Rows and columns of [gate | up] that a program of SwiGLU works on at a time: 16 values a thread, so that all loads
-are of 128 bits."""
+"""Rows and columns of [gate | up] that a program of SwiGLU processes at a time: 16 values per thread, so all loads have
+128 bits."""
 HEAD_POSITIONS = 16
 """Positions of one head that a program of `heads` moves."""
 BACKWARD_TOKENS = 8
-"""Positions of which a program of `heads_backward` sums all heads."""
+"""Positions for which a program of `heads_backward` sums all heads."""
 
 
 @quick
@@ -78,7 +79,7 @@ def _turned(pairs_ptr, place, there, table_ptr, table_place, table_there, ROPE: 
 
 @triton.jit
 def _times_table(pairs, table_ptr, table_place, table_there, ROPE: constexpr, back: constexpr):
-    """`_turned` of a block that is loaded."""
+    """`_turned` for a block that is already loaded."""
     rows: constexpr = pairs.shape[0]
     real, imaginary = tl.split(tl.reshape(pairs, (rows, ROPE // 2, 2)))
     table = tl.load(table_ptr + table_place, table_there, 0.0)
@@ -96,7 +97,8 @@ def _heads_kernel(
     nope: constexpr, rope: constexpr, kv_row: constexpr,
     NOPE: constexpr, ROPE: constexpr, HEAD_POSITIONS: constexpr,
 ):  # fmt: skip
-    """One head of HEAD_POSITIONS positions. q_ptr: the rope part of queries, nope + rope apart, where the turned one goes."""
+    """One head of HEAD_POSITIONS positions. q_ptr: the rope part of the queries, rows nope + rope apart, rotated in
+    place."""
     head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     tokens = tl.program_id(0) * HEAD_POSITIONS + tl.arange(0, HEAD_POSITIONS)
     real = (tokens < length)[:, None]
@@ -106,7 +108,7 @@ def _heads_kernel(
     table_place = tokens[:, None] * rope + r
     place = row * (nope + rope) + r
     rotated = _turned(q_ptr, place, turned, table_ptr, table_place, turned, ROPE, False)
-    tl.debug_barrier()  # every thread has read before one writes
+    tl.debug_barrier()  # every thread has read before any thread writes
     tl.store(q_ptr + place, rotated, turned)
     tl.store(k_ptr + row * (nope + rope) + n, tl.load(kv_ptr + row * kv_row + n, plain), plain)
     shared = (batch * length + tokens[:, None]) * shared_row + r
@@ -122,7 +124,8 @@ def _heads_backward_kernel(
     nope: constexpr, rope: constexpr, value: constexpr,
     NOPE: constexpr, ROPE: constexpr, VALUE: constexpr, HEAD_POSITIONS: constexpr,
 ):  # fmt: skip
-    """All heads of HEAD_POSITIONS positions, so that the gradient of the shared rope key is one sum in the order of the heads."""
+    """All heads of HEAD_POSITIONS positions, so the gradient of the shared rope key is one sum in the order of the
+    heads."""
     batch = tl.program_id(1).to(tl.int64)
     tokens = tl.program_id(0) * HEAD_POSITIONS + tl.arange(0, HEAD_POSITIONS)
     places = tokens[:, None].to(tl.int64)
@@ -150,7 +153,7 @@ def _heads_backward_kernel(
 
 
 def swiglu(h_N2F: Tensor, gates_N: Tensor | None, out_NF: Tensor) -> None:
-    """silu(gate) * up, times the row's gate value where given. All contiguous."""
+    """silu(gate) * up, times the row's gate value if given. All contiguous."""
     rows, width = out_NF.shape
     gates = h_N2F if gates_N is None else gates_N
     grid = -(-rows // SWIGLU_ROWS), -(-width // SWIGLU_COLUMNS)
@@ -169,8 +172,9 @@ def swiglu_backward(
 
 
 def heads(q_rope_BTHR: Tensor, k_nope_BTHN: Tensor, k_rope_BTR: Tensor, table: Tensor, k_BTHQ: Tensor) -> None:
-    """Turns the rope part of contiguous queries in place, and fills contiguous keys. The keys' nope part is the start of contiguous
-    rows; those of k_rope are evenly spaced. table: real (T, R/2, 2).
+    """Rotate the rope part of contiguous queries in place, and fill contiguous keys.
+
+    The keys' nope part is the start of contiguous rows; the rows of k_rope are evenly spaced. table: real (T, R/2, 2).
     """
     B, T, H, _ = k_BTHQ.shape
     nope, rope = k_nope_BTHN.size(3), k_rope_BTR.size(2)
@@ -189,7 +193,8 @@ def heads_backward(
     dkv_BTHX: Tensor,
     dk_rope_BTR: Tensor,
 ) -> None:
-    """Gradients of q, kv and the rope key. Those that are given may lie in any order of their axes but the last."""
+    """Gradients of q, kv and the rope key. The given gradients may have any memory order of their axes, with the last
+    axis contiguous."""
     B, H, T, Q = dq_BHTQ.shape
     sizes = Q - dk_rope_BTR.size(2), dk_rope_BTR.size(2), dv_BHTV.size(3)
     nope, rope, value = map(power_of_2_from, sizes)

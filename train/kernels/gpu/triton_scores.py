@@ -1,7 +1,8 @@
-"""The largest score of each query on a GPU, by a Triton kernel: attention's own kernels tell the log-sum-exp alone.
+"""The largest score of each query on a GPU, by a Triton kernel, because attention's own kernels return only the
+log-sum-exp.
 
-A block of queries whose log-sum-exps are all at most a limit is not computed: they are told instead, and none is less than the
-largest score. So where scores stay small, the kernel reads one number a query.
+If all log-sum-exps of a block of queries are at most a limit, the kernel returns them instead of the scores. A
+log-sum-exp is never less than the largest score. So for small scores the kernel reads one number per query.
 
 The module needs triton and is imported only where its kernels run.
 
@@ -26,7 +27,7 @@ def _largest_kernel(
     q_b, q_h, q_t, k_b, k_h, k_s, seen_b, heads, queries, scale, limit,
     Q: constexpr, M: constexpr, N: constexpr, D: constexpr,
 ):  # fmt: skip
-    row = tl.program_id(1).to(tl.int64)  # from 87,382 positions on, places in q and k are beyond 32 bits
+    row = tl.program_id(1).to(tl.int64)  # from 87,382 positions on, offsets in q and k exceed 32 bits
     sequence, head = row // heads, row % heads
     query = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
     real = query < queries
@@ -60,7 +61,7 @@ def _largest_kernel(
 
 
 def largest_scores(given: AttentionInput, lse_BHT: Tensor, limit: float) -> Tensor:
-    """The largest scaled score of each query, or its log-sum-exp where that is at most the limit: (B, H, T), fp32."""
+    """The largest scaled score of each query, or its log-sum-exp if that is at most the limit: (B, H, T), fp32."""
     q, k = (t if t.stride(-1) == 1 else t.contiguous() for t in given[:2])
     batch, heads, queries, width = q.shape
     seen = given.seen.once(_seen_by_query, batch, queries, q.device)
@@ -74,7 +75,7 @@ def largest_scores(given: AttentionInput, lse_BHT: Tensor, limit: float) -> Tens
 
 
 def _seen_by_query(rectangles: list[Rectangle], batch: int, queries: int, device: torch.device) -> Tensor:
-    """The first key that each query of each sequence sees, and the one behind the last: int32 (B, T, 2)."""
+    """The first key that each query of each sequence sees, and the end of its keys: int32 (B, T, 2)."""
     seen = torch.zeros(batch, queries, 2, dtype=torch.int32)
     for sequence, first_query, last_query, first_key, last_key, before in rectangles:
         rows = slice(None) if sequence is None else slice(sequence, sequence + 1)

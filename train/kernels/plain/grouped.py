@@ -1,11 +1,12 @@
-"""Products with the weight of each row's expert, from rows of every expert (bf16 on a CPU) or from where they end.
+"""Grouped matmuls of rows with their expert's weight, given row counts (bf16 on a CPU) or the ends of the rows.
 
-oneDNN compiles a kernel for every shape it meets: some 0.4 ms, as long as a product of a few hundred rows takes, and how many
-rows an expert gets is hardly ever the same twice. So rows are rounded up to a multiple of `expert_rows` (conf/thresholds.py) here. Where rows are
-independent, the product reads and writes into the next expert's, which come later and overwrite that. Where rows are summed
-over, zeros are added. In fp32 and on a GPU torch's own grouped product takes where the rows of each expert end, int32 (E,).
+oneDNN compiles a kernel for every new shape, which takes about 0.4 ms, as long as a matmul of a few hundred rows. An
+expert's row count is rarely the same twice. So row counts are rounded up to a multiple of `expert_rows`
+(conf/thresholds.py). If rows are independent, the matmul reads and writes beyond its rows into the next expert's rows,
+whose own matmul overwrites them later. If rows are summed over, they are padded with zeros. In fp32 and on a GPU
+torch's own grouped matmul takes the end of each expert's rows, int32 (E,).
 
-Shapes: R rows sorted by expert, E experts, I inputs and O outputs of a product.
+Shapes: R rows sorted by expert, E experts, I inputs and O outputs of a matmul.
 """
 
 import itertools
@@ -19,14 +20,14 @@ from conf.thresholds import THRESHOLDS
 
 
 def product(x_RI: Tensor, weight_EIO: Tensor, rows: Sequence[int]) -> Tensor:
-    """(R, O). rows: of every expert."""
+    """Each row times its expert's weight: (R, O). rows: of every expert."""
     R = len(x_RI)
     out_RO = x_RI.new_empty(R, weight_EIO.size(2))
     for weight_IO, start, end in _parts(weight_EIO, rows):
         size = _rounded(end - start)
         if start + size <= R:
             torch.mm(x_RI[start : start + size], weight_IO, out=out_RO[start : start + size])
-        else:  # nothing comes later: with the rows before instead
+        else:  # no later rows: use the rows before instead
             first = max(0, R - size)
             out_RO[start:end] = (x_RI[first:] @ weight_IO)[start - first : end - first]
     return out_RO
@@ -47,15 +48,15 @@ def weight_gradient(grad_RO: Tensor, x_RI: Tensor, rows: Sequence[int]) -> Tenso
 
 
 def ends_of(counts_E: Tensor) -> Tensor:
-    """Where the rows of each expert end. counts_E: how many there are."""
+    """End of each expert's rows. counts_E: rows of each expert."""
     return counts_E.cumsum(0).to(torch.int32)
 
 
 def product_to_ends(x_RI: Tensor, weight_EIO: Tensor, ends_E: Tensor) -> Tensor:
-    """(R, O)."""
+    """Each row times its expert's weight: (R, O)."""
     if (
         len(x_RI) == 0 or x_RI.is_meta
-    ):  # a rank may get none, which torch's CUDA kernel refuses; on meta it takes bf16 alone
+    ):  # torch's CUDA kernel refuses empty input, which a rank may get; on meta it supports only bf16
         return x_RI.new_empty(len(x_RI), weight_EIO.shape[2])
     return F.grouped_mm(x_RI, weight_EIO, offs=ends_E)
 
@@ -68,7 +69,7 @@ def weight_gradient_to_ends(grad_RO: Tensor, x_RI: Tensor, ends_E: Tensor) -> Te
 
 
 def _parts(by_expert: Tensor, rows: Sequence[int]) -> Iterator[tuple[Tensor, int, int]]:
-    """Every expert's own tensor with its first row and the one behind its last; experts without rows are left out."""
+    """Every expert's own tensor with the start and the end of its rows; experts without rows are left out."""
     ends = list(itertools.accumulate(rows))
     for one, count, end in zip(by_expert, rows, ends, strict=True):
         if count:

@@ -1,4 +1,4 @@
-"""The split of queries, keys and values into heads, in torch's operations: the rope parts turned, heads first.
+"""The split of queries, keys and values into heads, in torch operations: rotates the rope parts, and puts heads first.
 
 Shapes: B sequences, T positions, H heads, R rope width, Q qk width, V value width.
 """
@@ -10,7 +10,7 @@ from train.model.rope import rotate
 
 
 class PlainHeads(Function):
-    """`train.model.operations.Kernels.to_heads`."""
+    """Implements `train.model.operations.Kernels.to_heads`."""
 
     @staticmethod
     def forward(ctx, q_BTHQ, kv_BTHX, k_rope_BTR, table, nope: int):

@@ -1,6 +1,6 @@
-"""Products in fp32 or bf16: nothing is cast. bf16 products accumulate in fp32 inside the kernels.
+"""Matmuls in fp32 or bf16, without casts; bf16 matmuls accumulate in fp32 inside the kernels.
 
-What multiplies are the kernels that the object is given (train/model/operations.py).
+The object's kernels compute the matmuls (train/model/operations.py).
 
 Shapes: D width, F inner width, E experts of this rank, R rows sorted by expert.
 """
@@ -17,9 +17,9 @@ from train.model.weight_gradient import GroupedProduct
 
 
 class HighPrecision:
-    """Products with operands in dtype, torch.float32 or torch.bfloat16.
+    """Matmuls with operands in dtype, torch.float32 or torch.bfloat16.
 
-    recompute_swiglu: whether experts make their SwiGLU output again in backward instead of keeping it.
+    recompute_swiglu: whether experts recompute their SwiGLU output in backward instead of saving it.
     """
 
     def __init__(self, dtype: torch.dtype, kernels: Kernels, recompute_swiglu: bool = True):
@@ -30,7 +30,7 @@ class HighPrecision:
         return self.kernels.linear(x, weight.to(self.dtype))
 
     def hold(self, x: Tensor, kind: str) -> None:
-        """Inputs are kept as they are."""
+        """Nothing to hold: inputs are saved unchanged."""
 
     def expert_ffn(
         self,

@@ -1,8 +1,10 @@
-"""The attention core in torch's operations on any device, the reference of all others (train/model/attention.py has the formulas).
+"""The attention core in torch operations on any device, the reference of all others (train/model/attention.py has the
+formulas).
 
-A block of queries meets all keys that it sees in one product, so memory stays linear in the sequence. All is in fp32.
+A block of queries and all keys that it sees form one matmul, so memory stays linear in the sequence. All arithmetic is
+in fp32.
 
-Shapes as in train/model/attention.py; X = B*H rows of a batched product, C queries of a block.
+Shapes as in train/model/attention.py; X = B*H rows of a batched matmul, C queries of a block.
 """
 
 from collections.abc import Iterator
@@ -17,7 +19,7 @@ from train.model.sequence import SeenKeys
 
 
 class PlainAttention(AttentionCore):
-    """`AttentionCore` in torch's operations, on any device."""
+    """`AttentionCore` in torch operations, on any device."""
 
     takes_documents = True
 
@@ -56,8 +58,10 @@ class PlainAttention(AttentionCore):
 
 
 def _blocks(given: AttentionInput) -> Iterator[tuple[slice, slice, slice, Tensor]]:
-    """Rows of the batched products, positions of the queries, those of the keys that any of them sees, and what is added to scores:
-    -inf where a query does not see a key, else 0, (C, S).
+    """Rows of the batched matmuls, positions of the queries, positions of the keys that any of them sees, and the mask
+    (C, S).
+
+    The mask is added to the scores: -inf where a query does not see a key, else 0.
     """
     batch, heads = given.q_BHTQ.shape[:2]
     for sequences, queries, keys, bias_CS in query_blocks(given.seen, given.k_BHSQ.size(2), batch, given.q_BHTQ.device):
@@ -74,12 +78,14 @@ def _blocks(given: AttentionInput) -> Iterator[tuple[slice, slice, slice, Tensor
 def query_blocks(
     seen: SeenKeys, length: int, batch: int, device: torch.device
 ) -> Iterator[tuple[range, slice, slice, Tensor]]:
-    """Blocks of queries that see the same keys but for a diagonal: their sequences, the positions of the queries, those of the keys that
-    any of them sees, of `length`, and what is added to scores: -inf where a query does not see a key, else 0, (C, S).
+    """Blocks of queries that see the same keys except for a diagonal.
+
+    Yields their sequences, the positions of the queries, the positions of the keys that any of them sees (of `length`),
+    and the mask (C, S), which is added to the scores: -inf where a query does not see a key, else 0.
     """
     most = THRESHOLDS.attention_queries
     bias = torch.full((most, most), -torch.inf, device=device).triu_(1)
-    bias = F.pad(bias, (length, 0))  # behind the diagonal of the last `most` columns
+    bias = F.pad(bias, (length, 0))  # for keys after the diagonal of the last `most` columns
     for sequence, first_query, last_query, first_key, last_key, before in seen.rectangles:
         sequences = range(batch) if sequence is None else range(sequence, sequence + 1)
         block = most if last_query - first_query >= 4 * most else most // 2

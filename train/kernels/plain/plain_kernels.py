@@ -1,7 +1,7 @@
-"""What the layers ask for (train/model/operations.py) in torch's operations: the reference for all other ways to compute it.
+"""The operations of the layers (train/model/operations.py) in torch: the reference for all other implementations.
 
-Others take the place of single methods: compiled code for bf16 on a CPU (train/kernels/cpu/compiled_kernels.py), torch's fused
-kernels on a GPU (train/kernels/gpu/fused_kernels.py).
+Subclasses replace single methods: by compiled code for bf16 on a CPU (train/kernels/cpu/compiled_kernels.py), or by
+torch's fused kernels on a GPU (train/kernels/gpu/fused_kernels.py).
 
 Shapes as in train/model/operations.py.
 """
@@ -26,13 +26,13 @@ from train.model.sequence import Positions, SeenKeys
 
 
 class PlainKernels(Kernels):
-    """`Kernels` in torch's operations, on any device."""
+    """`Kernels` in torch operations, on any device."""
 
     parts: tuple[str, ...] = ()
     core: AttentionCore = PlainAttention()
 
     def rows_at_once(self, x_ND: Tensor, elements: int) -> int:
-        """How many rows to work on at a time, where so many elements stay in a cache."""
+        """Number of rows to process at a time, if `elements` elements fit a cache."""
         return max(1, elements // x_ND.size(1))
 
     def rms_norm(self, x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -73,7 +73,7 @@ class PlainKernels(Kernels):
         return dh_N2F, dgates_N
 
     def _pieces(self, h_N2F: Tensor, *rows: Tensor | None) -> Iterator[tuple]:
-        """Rows of all tensors in step, as many as are worked on at a time."""
+        """Pieces of the rows of all tensors together, in the size that is processed at a time."""
         size = self.rows_at_once(h_N2F, THRESHOLDS.gate_and_up)
         splits = [t.split(size) if t is not None else itertools.repeat(None) for t in (h_N2F, *rows)]
         return zip(*splits, strict=False)
@@ -169,7 +169,7 @@ class PlainKernels(Kernels):
 
 
 def added(made: Tensor, into: Tensor | None) -> Tensor:
-    """What was made, or the sum that it was added to."""
+    """`made`, or `into` after `made` is added to it."""
     return made if into is None else into.add_(made)
 
 

@@ -1,6 +1,6 @@
-"""What the router does with its logits (train/model/router.py has the formulas), in torch's operations.
+"""The router's computation on its logits, in torch operations (train/model/router.py has the formulas).
 
-Shapes: B sequences, T positions, E experts, K = top_k, G groups, N sequences or samples that are counted one by one.
+Shapes: B sequences, T positions, E experts, K = top_k, G groups, N sequences or samples that are counted separately.
 """
 
 import torch
@@ -13,7 +13,7 @@ from train.model.sequence import Positions
 
 
 def top_indices(scores: Tensor, k: int) -> Tensor:
-    """Indices of the k largest of the last axis, largest first; of equal ones the lower index wins."""
+    """Indices of the k largest values of the last axis, largest first; the lower index wins for equal values."""
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
 
 
@@ -29,40 +29,42 @@ def choose_experts(biased_BTE: Tensor, rule: RoutingRule) -> Tensor:
 
 
 def count_experts(ids: Tensor, experts: int) -> Tensor:
-    """How often each expert occurs along all but the first axis: int64 (B, E)."""
+    """Number of occurrences of each expert along all axes except the first: int64 (B, E)."""
     ids = ids.flatten(1)
     return ids.new_zeros(ids.size(0), experts).scatter_add_(1, ids, torch.ones_like(ids))
 
 
 class _Whole:
-    """Counts by sequence: N = B."""
+    """Counts per sequence: N = B."""
 
     def __init__(self, length: int):
         self._length = length
 
     def count(self, ids_BTK: Tensor, experts: int) -> Tensor:
-        """How often each expert is chosen: int64 (N, E)."""
+        """Number of choices of each expert: int64 (N, E)."""
         return count_experts(ids_BTK, experts)
 
     def frequency(self, best_NE: Tensor, experts: int, top_k: int) -> Tensor:
-        """f from how often each expert is among the best of all positions: (N, E)."""
+        """f, from the number of positions at which each expert is among the best: (N, E)."""
         return best_NE * (experts / (top_k * self._length))
 
     def mean(self, scores_BTE: Tensor, total_BT1: Tensor) -> Tensor:
-        """P: the sum over positions here of the shares of the scores, over all positions: (N, E)."""
+        """P: the sum of the scores' shares over the positions on this rank, divided by the number of all positions: (N,
+        E)."""
         return ((1 / total_BT1).transpose(1, 2) @ scores_BTE).squeeze(1) / self._length
 
     def spread(self, frequency_NE: Tensor, length: int) -> Tensor:
-        """f of every position, times how much more it weighs than one of `length` positions: (B, 1 or T, E)."""
+        """f for every position, times its weight relative to a position of a sequence of `length` positions: (B, 1 or
+        T, E)."""
         return frequency_NE.unsqueeze(1)
 
 
 class _Packed:
-    """Counts by sample: N samples, and one more for what does not count, which is dropped."""
+    """Counts per sample: N samples, and an extra sample for positions that do not count, which is dropped."""
 
     def __init__(self, number_BT: Tensor, lengths_N: Tensor):
         self._number_BT = number_BT
-        self._lengths_N1 = lengths_N.clamp_min(1).unsqueeze(-1)  # one token has no position
+        self._lengths_N1 = lengths_N.clamp_min(1).unsqueeze(-1)  # a sample of one token has no position
 
     def count(self, ids_BTK: Tensor, experts: int) -> Tensor:
         places = (self._number_BT.unsqueeze(-1) * experts + ids_BTK).flatten()
@@ -84,7 +86,7 @@ class _Packed:
 
 
 class Route(Function):
-    """`train.model.operations.Kernels.route`: one backward for the gates and the balance loss."""
+    """Implements `train.model.operations.Kernels.route`: one backward for the gates and the balance loss."""
 
     @staticmethod
     def forward(
@@ -117,7 +119,7 @@ class Route(Function):
                     balance_loss += balance_weight * (frequency_NE * share_NE).sum() / batch
         ctx.save_for_backward(scores_BTE, ids_BTK, gates_BTK, factor_BT1, frequency_BXE, total_BT1)
         ctx.route_scale, ctx.softmax = rule.route_scale, rule.softmax
-        # The gradients of those that share sequences are averaged, where each has a part of the loss.
+        # Gradients of ranks that share sequences are averaged, but each rank has only a part of the loss.
         ctx.balance_weight = balance_weight * (1 if share is None else share.parts) / (batch * max(length, 1))
         ctx.mark_non_differentiable(ids_BTK)
         return gates_BTK, ids_BTK
