@@ -1,4 +1,4 @@
-"""What is trained, and the loop. From Python: `import train`, see train/docs/python.md."""
+"""Models and their training loop. From Python: `import train`, see train/docs/python.md."""
 
 from importlib import import_module
 from typing import Any
@@ -31,11 +31,11 @@ FOR_LOOPS = {
     "session": "train.loop.session",
     "SessionFailed": "train.loop.session",
 }
-"""Where the names are that are not of train/api.py: they import torch."""
+"""Modules of the names that are not in train/api.py, because they import torch."""
 
 
 def __getattr__(name: str) -> Any:
-    """The functions of train/api.py, and what loops of anyone's are made of; imported when one is asked for."""
+    """The functions of train/api.py, and the parts of custom loops; each is imported on first access."""
     if name not in __all__:
         raise AttributeError(f"module 'train' has no attribute {name!r}")
     from train.program import other_system

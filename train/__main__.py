@@ -1,4 +1,5 @@
-"""`sluice [conf=RECIPE] [group=option] [key=value]`, or `python -m train`: compose, check, then do what `mode` says."""
+"""`sluice [conf=RECIPE] [group=option] [key=value]`, or `python -m train`: composes and checks settings, then runs
+`mode`."""
 
 import gc
 import importlib
@@ -8,11 +9,12 @@ import signal
 import sys
 
 IS_COMMAND = __name__ == "__main__" or os.path.basename(sys.argv[0]) == "sluice"
-"""And not a module that something else imports."""
+"""False if another program imports this module."""
 COMMAND_MODULES = {"doctor": "doctor", "runs": "runs", "launch": "job_file", "why": "why", "top": "top"}
-"""What follows `sluice` in place of a recipe, and its module in train/command, whose docstring is what --help says."""
+"""Commands that can follow `sluice` instead of a recipe, and their modules in train/command. --help prints a
+module's docstring."""
 if IS_COMMAND:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is who takes it: no traceback of an import
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until a handler is set: no traceback from an import
 
 from pathlib import Path  # noqa: E402
 from types import TracebackType  # noqa: E402
@@ -21,7 +23,7 @@ from train.program import environment_of_children, guard_names, require_linux, r
 
 require_linux()
 if __name__ == "__main__":
-    guard_names()  # before a package is looked for that the working folder may hide
+    guard_names()  # before imports of packages that files in the working folder may hide
     require_packages()
 
 from cluster.interrupts import Interrupts  # noqa: E402
@@ -58,18 +60,21 @@ MODE_FUNCTIONS = {
     Mode.prove: "train.prove.run:prove",
     Mode.show_data: "train.data.show_data:show_data",
 }
-"""Where what a mode does begins: module and function, imported when it is asked for. It takes the settings and returns the exit code."""
+"""Function of each mode as module:function, imported on use. It takes the settings and returns the exit code."""
 STARTS_RANKS = (Mode.evaluate, Mode.prove)
 """Modes whose function also takes whether the job is the only one of this process, see `do`."""
 
 
 def main(configs: list[Config]) -> int:
-    """One run, or those of a sweep one after another, until one is told to stop; returns the worst exit code."""
+    """Run one job, or those of a sweep in sequence, until one is told to stop; returns the worst exit code."""
     codes: list[int] = []
     try:
         for config in configs:
             codes.append(do(config, alone=len(configs) == 1))
-            if codes[-1] in (EXIT_STOPPED, EXIT_INTERRUPTED):  # a signal means the command, not the one job it found
+            if codes[-1] in (
+                EXIT_STOPPED,
+                EXIT_INTERRUPTED,
+            ):  # a signal is for the whole command, not for the current job only
                 if left := len(configs) - len(codes):
                     say(f"stopped: {left} of {len(configs)} jobs of the sweep were not started", file=sys.stderr)
                 break
@@ -85,7 +90,8 @@ def main(configs: list[Config]) -> int:
 
 
 def do(config: Config, alone: bool) -> int:
-    """What `mode` says; returns the exit code. alone: the only job of this process, which may then be its rank."""
+    """Run `mode`; returns the exit code. alone: whether it is the only job of this process, which may then be its
+    rank."""
     try:
         if config.mode is Mode.train:
             return _train(config, alone)
@@ -98,7 +104,7 @@ def do(config: Config, alone: bool) -> int:
 
 
 def _train(config: Config, alone: bool) -> int:
-    """alone: the only run of this process, which may then be its rank."""
+    """alone: whether it is the only run of this process, which may then be its rank."""
     from train.checkpoint.run_folder import RunFolder
     from train.metrics.origin import record_start
     from train.show.writer import tell_of_end
@@ -123,8 +129,10 @@ def _train(config: Config, alone: bool) -> int:
 
 
 def check_before_start(config: Config) -> None:
-    """What can be refused before anything is written, the quickest first: a layout that cannot work, a disk or a memory that
-    is too small, a checkpoint of another model, data that cannot be read.
+    """Checks before anything is written, the quickest first.
+
+    They find a layout that cannot run, a disk or a memory that is too small, a checkpoint of another model, and
+    unreadable data.
     """
     from train.checkpoint.run_folder import check_space, resume_point
     from train.checkpoint.trained_with import describe_base, refuse_mean, require_adapter, require_base, require_model
@@ -138,7 +146,7 @@ def check_before_start(config: Config) -> None:
 
     check_layout(config)
     if given_place() is not None:
-        return  # ranks that others started wait for rank 0 with the patience of the training, until they know each other
+        return  # ranks started by another program wait for rank 0 only as long as training does, until they know each other
     check_space(config, checkpoint_bytes(config))
     check_memory(config, checkpoint_bytes(config))
     check_gpu(config)
@@ -167,15 +175,15 @@ def check_before_start(config: Config) -> None:
 
 
 def _run_rank(config: Config, place: Place) -> int:
-    gc.disable()  # a sixth of these imports would be looks through what they have made so far
-    from train.worker import run_rank  # imports torch, which the driver of other ranks can do without
+    gc.disable()  # garbage collection during these imports would take a sixth of their time
+    from train.worker import run_rank  # imports torch, which the driver of other ranks does not need
 
     gc.enable()
     return run_rank(config, place)
 
 
 def _plan_of_job(config: Config) -> tuple[str, float, float]:
-    """What a plan says of a run in a line, the hours that it takes, and the bytes that the fullest node keeps in its host's memory."""
+    """Summary line of a run's plan, its hours, and the host memory of the fullest node in bytes."""
     from train.plan.budget import make_plan
 
     plan = make_plan(config)
@@ -187,14 +195,14 @@ def _plan_of_job(config: Config) -> tuple[str, float, float]:
 
 
 def _show_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Where Python would print what nobody caught, whatever stands in it."""
+    """Print an uncaught exception like Python, but with untrusted text made harmless."""
     import traceback
 
     say("".join(traceback.format_exception(kind, error, trace)).rstrip(), file=sys.stderr)
 
 
 def command() -> int:
-    """What was typed after `sluice` or `python -m train`; returns the exit code."""
+    """Run the words typed after `sluice` or `python -m train`; returns the exit code."""
     os.environ |= environment_of_children()
     sys.excepthook = _show_bug
     let_output_be_lost()
@@ -227,7 +235,7 @@ def _command(words: list[str]) -> int:
 
 
 def command_alone() -> int:
-    """The command as all that this process is for, which ends with it, see `leave`."""
+    """Run the command in a process that exists only for it and ends with it, see `leave`."""
     return leave(command())
 
 

@@ -1,11 +1,12 @@
-"""Sluice from Python and notebooks: what the commands do, as functions. `import train` gives all of them.
+"""Sluice from Python and notebooks: the commands as functions. `import train` gives all of them.
 
     config = train.compose("conf=tiny", "steps=20", "name=first")
     run = train.run(config)
     model = train.load(run.folder)
     print(train.complete(model, "def main(", tokens=40))
 
-Settings are the words of the command line. Bad ones raise conf.errors.UserError, with field, value, rule and cure.
+Settings are the words of the command line. Invalid ones raise conf.errors.UserError, with field, value, rule and
+cure.
 """
 
 import os
@@ -38,7 +39,7 @@ __all__ = ["RunFailed", "RunResult", "build_model", "complete", "compose", "load
 
 
 class RunFailed(RuntimeError):
-    """A run ended with an exit code that is not 0. What was wrong stands in its output. code: of conf/errors.py."""
+    """A run ended with a nonzero exit code; its output gives the cause. code: of conf/errors.py."""
 
     def __init__(self, folder: Path, code: int):
         super().__init__(f"the run in {folder} ended with exit code {code}; its last output says why")
@@ -51,20 +52,20 @@ class RunResult:
 
     folder: Path
     code: int = EXIT_OK
-    """Exit code of the command that was run last here; 75 where a signal stopped it."""
+    """Exit code of the last command; 75 if a signal stopped it."""
 
     @property
     def checkpoint(self) -> Path | None:
-        """The newest intact one; None where there is none."""
+        """The newest intact checkpoint, or None."""
         return newest_intact(self.folder / "checkpoints").path
 
     def records(self) -> list[dict[str, Any]]:
-        """One dictionary a recorded step, of the scalars that train/metrics/names.py explains; NaN for what was not finite."""
+        """One dictionary per recorded step, with the scalars of train/metrics/names.py; non-finite values are NaN."""
         path = self.folder / METRICS_FILE
         return list(read_heads(path)) if path.is_file() else []
 
     def frame(self) -> "pandas.DataFrame":
-        """The records as a data frame whose index is the step. Raises UserError where pandas is not installed."""
+        """The records as a data frame with the step as index. Raises UserError if pandas is not installed."""
         try:
             import pandas
         except ImportError as error:
@@ -75,15 +76,16 @@ class RunResult:
 
 
 def compose(*words: str) -> Config:
-    """The checked settings for words of the command line. Raises UserError for what is mistyped or does not fit together."""
+    """The checked settings for words of the command line. Raises UserError for unknown, invalid or conflicting
+    settings."""
     return load_settings.compose(*words)
 
 
 def run(config: Config) -> RunResult:
-    """Do what config.mode says, as the command does: train (or go on), evaluate, export, plan, ...
+    """Run config.mode, as the command does: train (or resume), evaluate, export, plan, ...
 
-    Ranks are processes of their own, so that this one stays free for the next run. Raises UserError for what is refused
-    before a start, and RunFailed for a run that fails later.
+    Ranks are separate processes, so this process can start another run afterwards. Raises UserError for a refused
+    start, and RunFailed for a run that fails later.
     """
     from train.__main__ import do
 
@@ -96,7 +98,7 @@ def run(config: Config) -> RunResult:
 
 
 def open_run(folder: Path | str) -> RunResult:
-    """A run that is there, also while it trains. Raises UserError if the folder is none."""
+    """An existing run, which may still train. Raises UserError if the folder is not a run."""
     folder = Path(folder).expanduser().absolute()
     if not (folder / "config.yaml").is_file():
         raise UserError("folder", folder, "is no run: it holds no config.yaml", "give runs/NAME of a run")
@@ -104,11 +106,12 @@ def open_run(folder: Path | str) -> RunResult:
 
 
 def build_model(config: Config, device: str = "cpu") -> "DeepSeekV3":
-    """The whole model of a recipe with the weights that a run of it starts from, in the recipe's precision.
+    """The whole model of a recipe with a run's initial weights, in the recipe's precision.
 
-    `model(tokens)` takes token ids (B, T + 1) and gives the loss (1,), nats per token; `model.logits(tokens)` takes (B, T)
-    and gives (B, T, vocabulary). In train mode, as it comes, the loss is of the next token; MTP's is added with
-    `model.mtp_weight`, and `train_step` makes whole steps. Raises UserError if memory cannot hold it.
+    `model(tokens)` takes token ids (B, T + 1) and returns the loss (1,), nats per token; `model.logits(tokens)`
+    takes (B, T) and returns (B, T, vocabulary). The model is in train mode, and the loss is of the next token; MTP's
+    loss is added with `model.mtp_weight`. `train_step` makes whole steps. Raises UserError if the memory is too
+    small.
     """
     import torch
 
@@ -134,13 +137,14 @@ def build_model(config: Config, device: str = "cpu") -> "DeepSeekV3":
 def train_step(
     model: "DeepSeekV3", optimizer: "Optimizer", tokens_BS: "Tensor", config: Config, step: int
 ) -> dict[str, float]:
-    """One step of an own loop over what `build_model` gave, as a run in one process makes it.
+    """One step of a custom loop over a model from `build_model`, as in a run of one process.
 
-    tokens_BS: token ids (B, seq_len + 1) of the whole step, which goes through in parts of config.micro_batch_size sequences. step: its
-    number, 1 to config.steps, which decides on the learning rate, MTP's weight and the speed of the balance bias. Clips by
-    config.optim.clip, lets the optimizer update, and moves the biases of the routers by the loads of the step (paper 2.1.2). Where loss or
-    gradient is not finite nothing is changed. Returns main_loss, mtp_loss, extra_loss and balance_loss (the last one weighted), grad_norm
-    and lr. Raises UserError for a step that the recipe does not have.
+    tokens_BS: token ids (B, seq_len + 1) of the whole step, processed in parts of config.micro_batch_size sequences.
+    step: its number, 1 to config.steps, which sets the learning rate, MTP's weight and the speed of the balance
+    bias. The step clips by config.optim.clip, calls the optimizer, and adjusts router biases by the step's tokens
+    per expert (paper 2.1.2). If loss or gradient is not finite, nothing changes. Returns main_loss, mtp_loss,
+    extra_loss and balance_loss (the last weighted), grad_norm and lr. Raises UserError for a step outside of the
+    recipe.
     """
     from train.loop.own_loop import run_step
 
@@ -150,10 +154,10 @@ def train_step(
 
 
 def load(path: Path | str, *overrides: str) -> "LoadedModel":
-    """A model that can write, from a run, a checkpoint or a Hugging Face folder: `complete` takes it, and
-    `.decoder.model` is the torch module, in eval mode. overrides: as on the command line, cluster.device=cpu say.
+    """A model for text generation from a run, a checkpoint or a Hugging Face folder, for `complete`.
 
-    Raises UserError for what is not there, is damaged or does not fit in memory.
+    `.decoder.model` is the torch module, in eval mode. overrides: as on the command line, for example
+    cluster.device=cpu. Raises UserError for a source that is missing, damaged or too large for the memory.
     """
     from cluster.place import Place
     from train.generate.source import open_weights
@@ -164,8 +168,9 @@ def load(path: Path | str, *overrides: str) -> "LoadedModel":
 
 
 def complete(model: "LoadedModel", prompt: str, *, tokens: int = 200, **how: Any) -> str:
-    """The continuation of a prompt, of at most so many tokens. how: temperature, top_p, seed and speculative, as in the
-    section `generate`.
+    """The continuation of a prompt. tokens: maximum number of new tokens.
+
+    how: temperature, top_p, seed and speculative, as in the section `generate`.
     """
     from train.generate.generation import complete as continuation
 
@@ -179,7 +184,7 @@ def _quoted(text: str) -> str:
 
 @contextmanager
 def _environment(values: dict[str, str]) -> Iterator[None]:
-    """These variables for the processes that are started meanwhile."""
+    """Set these environment variables for processes that are started inside the context."""
     before = {name: os.environ.get(name) for name in values}
     os.environ |= values
     try:

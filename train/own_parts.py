@@ -1,4 +1,4 @@
-"""What a recipe names of the user's own code, tried before anything is started or written."""
+"""Tests the user's own code in a recipe before anything is started or written."""
 
 from dataclasses import replace
 
@@ -16,7 +16,7 @@ from train.parallelize import make_loss
 
 
 def check_own_code(config: Config) -> None:
-    """Raise UserError for code that is not there or does not fit its place. Data are tried where the corpus is built."""
+    """Raise UserError for code that is missing or unsuitable. Data code is tested when the corpus is built."""
     for name in ("block", "router"):
         if section := getattr(config.model, name):
             with refused(f"model.{name}", section[TARGET], "making it"):
@@ -31,7 +31,7 @@ def check_own_code(config: Config) -> None:
 
 
 def _buffers(model: Model) -> set[str]:
-    """Those that are to be kept, in one block of each kind."""
+    """Names of persistent buffers in one block of each kind."""
     last = min(model.dense_layers, model.layers - 1)
     layers = range(max(0, last - 1), last + 1)
     kernels = HighPrecision(torch.float32, PlainKernels())

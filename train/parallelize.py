@@ -1,4 +1,4 @@
-"""The one order in which a model becomes the chunks of a rank: split, build on meta, materialise, initialise, wrap."""
+"""Builds the chunks of a rank in a fixed order: split, build on meta, materialise, initialise, wrap."""
 
 from collections import ChainMap
 from collections.abc import Callable
@@ -48,8 +48,8 @@ def parallelize(
 ) -> ParallelModel:
     """Build this rank's chunks with the weights of config.seed, and wrap them for training.
 
-    restored: the caller fills all weights from a checkpoint, so none are drawn.
-    dispatcher, layers (of every stage), share: for a dry run, instead of those that the layout asks for.
+    restored: the caller fills all weights from a checkpoint, so none are drawn. dispatcher, layers (of every stage),
+    share: for a dry run, replace those of the layout.
     """
     in_turn = (
         config.parallel.zero == 3 and not config.adapter.on
@@ -111,7 +111,7 @@ def build_rank_model(
 
 
 def make_loss(section: CodeSection) -> Callable[[ModelOutputs], Tensor]:
-    """The term of the user's own. Raises UserError."""
+    """The user's loss term. Raises UserError."""
     key = "optim.extra_loss"
     loss = make(key, section)
     require_arguments(key, section, loss, 1, "one argument, the outputs of the model")
@@ -151,7 +151,7 @@ def build_pipeline(
 
 
 def stage_layers(config: Config) -> list[range]:
-    """Layers of every stage, as parallel.split says: by cost they are balanced by the operations of a training step."""
+    """Layers of every stage, by parallel.split; a split by cost balances the operations of a training step."""
     model, seq_len, parallel = config.model, config.seq_len, config.parallel
     if isinstance(parallel.split, list):
         return split_as_given(parallel.split)
@@ -166,7 +166,7 @@ def stage_layers(config: Config) -> list[range]:
 
 @cache
 def _split(costs: tuple[float, ...], last: float, placement: tuple[tuple[int, ...], ...]) -> tuple[range, ...]:
-    """Kept, as a planner asks for the same split many times."""
+    """Cached, because a planner needs the same split many times."""
     return tuple(split_layers(costs, 0.0, last, placement))
 
 
@@ -184,8 +184,8 @@ def build_chunks(
 ) -> tuple[list[DeepSeekV3], list[int], int]:
     """This rank's chunks with the weights of config.seed, their stage numbers, and the number of stages.
 
-    layers: of every stage; None for `stage_layers`. restored: as in `parallelize`. host: takes what model.offload names. hollow: without memory
-    for weights, which somebody else draws.
+    layers: of every stage; None for `stage_layers`. restored: as in `parallelize`. host: stores the activations of
+    model.offload. hollow: weights get no memory; the caller draws them.
     """
     placement = config.parallel.placement
     stage_ids, num_stages = placement[mesh.pp_rank], sum(len(ids) for ids in placement)
@@ -193,7 +193,7 @@ def build_chunks(
     held = config.model.experts // mesh.layout.ep
     dtype, in_blocks = activation_dtype(config.precision), config.adapter.base is BaseFormat.fp8
     chunks: list[DeepSeekV3] = []
-    embedding = None  # where first and last stage share a rank, they share the table
+    embedding = None  # if the first and last stage share a rank, they share the table
     for stage in stage_ids:
         chunk = DeepSeekV3(
             config.model,
@@ -208,7 +208,7 @@ def build_chunks(
             share=share,
             host=host,
             dtype=dtype,
-            device="meta" if hollow or in_blocks else device,  # never whole in memory, beside their blocks
+            device="meta" if hollow or in_blocks else device,  # never whole in memory next to their blocks
         )
         if in_blocks:
             hold_in_blocks(chunk)
@@ -229,12 +229,12 @@ def build_chunks(
 
 
 def make_share(mesh: Mesh) -> ContextParallel:
-    """The one object that brings other positions of this rank's sequences, for all layers."""
+    """The object that exchanges other positions of this rank's sequences, shared by all layers."""
     return ContextParallel(mesh.cp_group, mesh.layout.cp > mesh.layout.ranks_per_node)
 
 
 def make_dispatcher(config: Config, mesh: Mesh) -> ExchangeDispatcher:
-    """The one object that brings tokens of all layers to experts on other ranks."""
+    """The object that brings tokens to experts on other ranks, shared by all layers."""
     return build_dispatcher(
         config.parallel.dispatch,
         experts=config.model.experts,
@@ -250,7 +250,7 @@ def make_dispatcher(config: Config, mesh: Mesh) -> ExchangeDispatcher:
 
 
 def tied_embedding(config: Config, mesh: Mesh, chunks: list[DeepSeekV3]) -> nn.Parameter | None:
-    """The embedding, where the first and the last stage hold it on different ranks and the last needs it for MTP."""
+    """The embedding, if the first and the last stage hold it on different ranks and the last needs it for MTP."""
     placement = config.parallel.placement
     same_rank = sum(len(ids) for ids in placement) - 1 in placement[0]
     holders = [chunk.embedding.weight for chunk in chunks if hasattr(chunk, "embedding")]

@@ -1,8 +1,8 @@
-"""How the program is called and installed: what hides it or what it lacks, by which command it was started, where its children find it.
+"""How the program was started and installed: protects its imports, checks its packages, and prepares child processes.
 
-`python -m` looks for packages in the working folder first, so a user's conf.py, cluster/ or torch.py there would be imported
-instead of what is meant. The command `sluice` does not look there. This file is imported before all else, which may be hidden,
-and needs the standard library alone.
+`python -m` looks for packages in the working folder first, so a user's conf.py, cluster/ or torch.py there would
+replace the real package. The command `sluice` does not look there. This file is imported before all others, which
+may be hidden, and needs only the standard library.
 """
 
 import importlib.metadata
@@ -16,18 +16,18 @@ ROOT = Path(__file__).resolve().parents[1]
 """Root of the program, equal to conf.schema.ROOT, which cannot be imported yet."""
 COMMAND = "sluice"
 DISTRIBUTION = "sluice-train"
-"""What pip calls the program; PyPI's `sluice` is another project."""
+"""The program's name for pip; PyPI's `sluice` is another project."""
 
 
 def require_linux() -> None:
-    """End with one line on another system than Linux."""
+    """On a system other than Linux, end with a one-line error."""
     if told := other_system():
         print(f"error: {told}", file=sys.stderr)
         sys.exit(2)
 
 
 def other_system() -> str | None:
-    """What is told on another system than Linux; None on Linux."""
+    """The error text on a system other than Linux; None on Linux."""
     if sys.platform == "linux":
         return None
     return (
@@ -36,10 +36,10 @@ def other_system() -> str | None:
 
 
 def guard_names() -> None:
-    """Forget the working folder as a place of packages, where `python -m` has put it.
+    """Remove the working folder from the import path, where `python -m` has put it.
 
-    What cannot be cured here is a user's train.py or train/__init__.py, which `python -m train` takes for the program:
-    `sluice` does not.
+    This does not help against a user's train.py or train/__init__.py, which `python -m train` runs instead of the
+    program. `sluice` is not affected.
     """
     first = sys.path[0] if sys.path and not sys.flags.safe_path else None
     if first is not None and Path(first or ".").resolve() == Path.cwd() != ROOT:
@@ -47,9 +47,9 @@ def guard_names() -> None:
 
 
 def require_packages() -> None:
-    """End with one line where this Python lacks a package that the program needs, as one outside the environment does.
+    """End with a one-line error if this Python lacks a required package, for example outside of the environment.
 
-    Looks in a checkout alone: pip installs the program elsewhere, and its packages with it.
+    Checks only in a checkout: pip installs the program elsewhere, together with its packages.
     """
     if lacking := list(_lacking()):
         named = ", ".join(lacking[:3]) + (f" and {len(lacking) - 3} others" if len(lacking) > 3 else "")
@@ -60,7 +60,7 @@ def require_packages() -> None:
 
 
 def _lacking() -> Iterator[str]:
-    """Packages that pyproject.toml asks for and this Python has not."""
+    """Packages that pyproject.toml requires and this Python lacks."""
     project = ROOT / "pyproject.toml"
     if not project.is_file():
         return
@@ -75,16 +75,16 @@ def _lacking() -> Iterator[str]:
 
 
 def environment_of_children() -> dict[str, str]:
-    """What Python processes need to find this program and nothing in the folder where they start."""
+    """Environment variables with which Python processes find this program, and no modules in their working folder."""
     found = {"PYTHONSAFEPATH": "1"}
-    if ROOT.name != "site-packages":  # a checkout, perhaps known by the working folder alone
+    if ROOT.name != "site-packages":  # a checkout, possibly found only through the working folder
         others = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and Path(path) != ROOT]
         found["PYTHONPATH"] = os.pathsep.join([str(ROOT), *others])
     return found
 
 
 def typed_command() -> list[str] | None:
-    """The words that start the program as the user started it; None where something else did, such as torchrun."""
+    """The words with which the user started the program; None if another program started it, such as torchrun."""
     started = Path(sys.argv[0]).name
     if started == COMMAND:
         return [COMMAND]
@@ -92,7 +92,7 @@ def typed_command() -> list[str] | None:
 
 
 def install_words(extra: str) -> str:
-    """How to install an extra of the program where it lies now."""
+    """The command that installs an extra of the program in its present place."""
     if (ROOT / "pyproject.toml").is_file():
         return f"in the program's folder: pip install -e '.[{extra}]'"
     return f"pip install '{DISTRIBUTION}[{extra}]'"

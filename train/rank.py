@@ -1,4 +1,4 @@
-"""A process as one rank: what becomes of its errors, its device, where it meets the others, and the groups they work in."""
+"""A process as one rank: handles its errors, chooses its device, joins the other ranks, and builds the groups."""
 
 import os
 import sys
@@ -36,14 +36,14 @@ from train.rank_parts import RankSetup
 
 T = TypeVar("T")
 PREPARATION = timedelta(days=7)
-"""Longest wait for data to be made: tokenising a large text takes longer than any collective of the training may."""
+"""Longest wait for data preparation: tokenising a large text takes longer than any collective in training may."""
 
 
 def guarded(place: Place, failures: Path | None, work: Callable[[], int]) -> int:
-    """Do the work of a rank; an error becomes an exit code, and so does an exit in the middle of it.
+    """Run the work of a rank; errors, and exits in the middle of the work, become an exit code.
 
-    failures: the folder where a driver looks for what its ranks say of their errors; it then reports them. None where
-    nobody looks, in the only process of a run and under torchrun: errors are printed, and a UserError is raised.
+    failures: the folder in which a driver reads the ranks' errors, and then reports them. None without a driver, in
+    the only process of a run and under torchrun: errors are printed, and a UserError is raised.
     """
     with _marked(place, failures):
         return _guarded(place, failures, work)
@@ -51,7 +51,8 @@ def guarded(place: Place, failures: Path | None, work: Callable[[], int]) -> int
 
 @contextmanager
 def _marked(place: Place, failures: Path | None) -> Iterator[None]:
-    """Let the driver tell a process that left this block from one that only has an exit code."""
+    """Mark the rank as working, so that the driver distinguishes a process that completed this block from one that
+    did not."""
     if failures is None:
         yield
         return
@@ -78,9 +79,9 @@ def _guarded(place: Place, failures: Path | None, work: Callable[[], int]) -> in
             raise
         if not isinstance(error, StopInterrupt):
             return _report(error, place, failures)
-        if place.rank == 0:  # where all ranks end so, nobody else says it
+        if place.rank == 0:  # if all ranks end like this, no other message says so
             say("stopped before the first step; the same command goes on", file=sys.stderr)
-        with suppress(OSError):  # others fail where it was asked alone
+        with suppress(OSError):  # if only this rank was asked, the others fail
             words = "a signal asked this rank alone to stop, before it had done a step"
             Failure(place.rank, uptime(), "stopped", words, EXIT_STOPPED).write(failures)
         return EXIT_STOPPED
@@ -97,14 +98,14 @@ def _guarded(place: Place, failures: Path | None, work: Callable[[], int]) -> in
 def set_up_rank(config: Config, place: Place) -> RankSetup:
     """The device of this rank and its groups. Collective over all ranks; raises UserError."""
     device = choose_device(config, place)
-    if not dist.is_initialized():  # by an engine that this process opened before
+    if not dist.is_initialized():  # an engine that this process opened before has initialised it
         start_process_group(config, place, device)
     mesh = build_mesh(read_layout(config, place.local_world), timedelta(seconds=config.cluster.timeout))
     return RankSetup(device, mesh)
 
 
 def choose_device(config: Config, place: Place) -> torch.device:
-    """The device of this rank, and its share of the cores of this machine; beside a GPU those of its NUMA node."""
+    """The device of this rank, and its share of this machine's cores; with a GPU, cores of its NUMA node."""
     wanted = config.cluster.device
     torch.set_num_threads(threads_of(config.cluster.threads, place.local_world))
     if config.cluster.deterministic:
@@ -119,7 +120,7 @@ def choose_device(config: Config, place: Place) -> torch.device:
 
 
 def start_process_group(config: Config, place: Place, device: torch.device) -> None:
-    """The default group of all ranks, which meet where the driver said or torchrun has a store."""
+    """The default group of all ranks, which meet at the driver's address or through torchrun's store."""
     refuse_pickles()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     bound = device if device.type == "cuda" and place.world > 1 else None  # one rank needs no communicator
@@ -146,7 +147,7 @@ def start_process_group(config: Config, place: Place, device: torch.device) -> N
 
 
 def in_turn(place: Place, make: Callable[[ReportProgress], T]) -> T:
-    """The first rank of every machine makes what is not cached yet; the others find it."""
+    """The first rank of every machine runs `make` and fills the cache; then the others run it and use the cache."""
     with patient_group(PREPARATION) as everybody:
         if place.local_rank == 0:
             with show_progress() as progress:
@@ -158,7 +159,7 @@ def in_turn(place: Place, make: Callable[[ReportProgress], T]) -> T:
 
 
 def _report(error: BaseException, place: Place, failures: Path | None) -> int:
-    """Leave the error where the driver finds it, or print it where there is none."""
+    """Write the error for the driver, or print it if there is no driver."""
     expected = isinstance(error, (UserError, RunEnded))
     code = error.code if expected else EXIT_CRASH
     kind = "user" if code == EXIT_USER else "timeout" if is_timeout(error) else "crash"
@@ -178,9 +179,9 @@ def _report(error: BaseException, place: Place, failures: Path | None) -> int:
 
 
 def _tell(failure: Failure, chain: list[BaseException]) -> None:
-    """Put the error that was raised first in front, as the pipeline wraps what fails in it in a page of its own.
+    """Put the error that was raised first at the front, because the pipeline wraps errors in long texts of its own.
 
-    chain: the error and its causes, the first to be raised last.
+    chain: the error and its causes; the last was raised first.
     """
     first = chain[-1]
     frames = traceback.extract_tb(first.__traceback__)
@@ -198,6 +199,6 @@ def _tell(failure: Failure, chain: list[BaseException]) -> None:
 
 
 def _first_line(error: BaseException) -> str:
-    """Type and words of an error."""
+    """Type and first line of an error."""
     words = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {words}" if words else type(error).__name__

@@ -1,4 +1,4 @@
-"""The parts of a rank that many files name: its device and groups, its model, and what updates the weights."""
+"""The parts of a rank that many files use: its device and groups, its model, and the optimizer of its weights."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RankSetup:
-    """Where a rank computes, and with whom."""
+    """A rank's device and process groups."""
 
     device: "torch.device"
     mesh: "Mesh"
@@ -27,15 +27,15 @@ class RankSetup:
 
 @dataclass
 class RankModel:
-    """This rank's part of the model, and how it runs."""
+    """This rank's part of the model, with its schedule and communication."""
 
     chunks: "list[DeepSeekV3]"
     pipeline: "Pipeline[DeepSeekV3]"
     dispatcher: "ExchangeDispatcher | None"
-    """None where this rank holds all experts."""
+    """None if this rank holds all experts."""
     precision: "HighPrecision | Fp8Precision"
     share: "ContextParallel | None"
-    """None where this rank has whole sequences."""
+    """None if this rank has whole sequences."""
 
     def routers(self) -> "dict[str, Router]":
         """Routers of all chunks, by layer."""
@@ -44,6 +44,6 @@ class RankModel:
 
 @dataclass
 class ParallelModel(RankModel):
-    """A rank's model with what updates its weights."""
+    """A rank's model with ZeRO, which updates its weights."""
 
     zero: "Zero"

@@ -1,4 +1,4 @@
-"""One rank, top to bottom. `python -m train.worker CONFIG` is a rank that the driver started."""
+"""Runs one rank from start to end. `python -m train.worker CONFIG` is a rank that the driver started."""
 
 import sys
 import time
@@ -60,7 +60,7 @@ from train.show.writer import open_writer
 
 
 def preload() -> None:
-    """Import what a rank needs once it knows its device, where that can only be the CPU; see cluster/node/standby.py."""
+    """Import modules that a rank needs later, if its device can only be the CPU; see cluster/node/standby.py."""
     if not torch.cuda.is_available():
         import_deepspeed(on_cuda=False)
 
@@ -75,12 +75,12 @@ def run_rank(config: Config, place: Place, failures: Path | None = None) -> int:
 
 
 def _run_explained(config: Config, place: Place, stop: StopRequest, failures: Path | None) -> int:
-    """failures: None where no driver of ours sees a rank that hangs."""
+    """failures: None if no Sluice driver watches this rank for hangs."""
     paths, driven = RunPaths(config), failures is not None
     watch = SelfWatch(paths.logs, place, patience_of(config.cluster), ends=given_place() is not None)
     logs = failures or paths.logs
     if not driven and given_place() is not None:
-        answer_requests(logs, place.rank)  # where whoever compares the ranks looks for them
+        answer_requests(logs, place.rank)  # in the folder where a comparison of ranks looks for them
     with (
         held_by_rank_0(paths) if place.rank == 0 else nullcontext(),
         nullcontext() if driven else watch,
@@ -93,7 +93,7 @@ def _run_explained(config: Config, place: Place, stop: StopRequest, failures: Pa
 def _run(config: Config, place: Place, stop: StopRequest, record: RankRecorder) -> int:
     rank = set_up_rank(config, place)
     device, mesh = rank.device, rank.mesh
-    # Until the first step is done: a rank that is slow to load or to compile is waited for as long as its driver waits for it.
+    # Until the first step is done, a rank that loads or compiles slowly is waited for as long as its driver waits.
     mesh.wait_at_most(max(config.cluster.timeout, config.cluster.start_timeout))
     link_notes = []
     if device.type == "cuda" and place.world > 1:

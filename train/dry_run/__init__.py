@@ -1,1 +1,1 @@
-"""One rank of a job, alone on the device at hand, beside its plan."""
+"""Runs one rank of a job alone on the present device, and compares it with its plan."""

@@ -1,8 +1,8 @@
-"""How many rows the ranks that are not there send to this rank's experts.
+"""The number of rows that absent ranks send to this rank's experts, by dry_run.routing.
 
-balanced      as many as to any other rank's, and as many to each expert
-skewed        half as many again, and within the rank falling from the first expert to the last in a straight line
-a folder      of an earlier run: what its last recorded load sent to these experts, mean over the layers
+balanced      the same number as to any other rank, and to each of its experts
+skewed        1.5 times as many, falling linearly from the rank's first expert to its last
+a folder      of an earlier run: the rows that its last recorded load sent to these experts, mean over the layers
 """
 
 from dataclasses import replace
@@ -31,7 +31,8 @@ def group_of(config: Config) -> Group:
 
 
 def load_of(config: Config, rank: int) -> Load:
-    """What dry_run.routing asks for. Raises UserError where a recorded load is not one of this model, or means nothing."""
+    """The load of dry_run.routing. Raises UserError for a recorded load of another model, or if no other rank sends
+    rows."""
     group, routing = group_of(config), config.dry_run.routing
     if routing == "balanced":
         return Load.even(group)

@@ -1,4 +1,4 @@
-"""What a dry run found beside the plan, as dry_run.json and as a screen."""
+"""Results of a dry run beside the plan: dry_run.json, and a screen."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,12 +31,12 @@ ACTION_NAMES = {
     "FB": "overlapped pair",
 }
 REST = "all else at the peak"
-"""Gradients as far as they are there, activations, workspace."""
+"""Existing gradients, activations and workspace."""
 
 
 @dataclass(frozen=True)
 class ComparedFigure:
-    """A figure, and what the plan said; None where it said nothing, or nothing was measured."""
+    """A measured and a planned figure; None if not measured or not planned."""
 
     measured: float | None
     planned: float | None = None
@@ -51,7 +51,7 @@ class ComparedFigure:
 
 @dataclass(frozen=True)
 class Findings:
-    """What one dry run found."""
+    """The results of one dry run."""
 
     piece: DryRunPiece
     device: str
@@ -60,11 +60,11 @@ class Findings:
     peak: ComparedFigure
     phases: dict[str, ComparedFigure]
     host_phases: dict[str, ComparedFigure]
-    """Peaks of the host's own memory; empty on a CPU."""
+    """Peaks of host memory; empty on a CPU."""
     items: dict[str, ComparedFigure]
-    """Weights, master, moments; gradients when the schedule ends; and `rest`: what else the peak has beside the first three."""
+    """Weights, master, moments; gradients at the end of the schedule; and `rest`, the peak without the first three."""
     actions: dict[str, ComparedFigure]
-    """Seconds of an action by kind, mean over a step's, the step being the median one."""
+    """Seconds of an action by kind: mean over the actions of a step, in the median step."""
     counts: dict[str, int]
     """Actions of a step by kind."""
     steps: dict[str, ComparedFigure]
@@ -72,21 +72,21 @@ class Findings:
     skipped: int
     """Timed steps without an update."""
     unsaved: str
-    """Why nothing was saved, if that is so."""
+    """The reason if nothing was saved."""
     job_peak: int
-    """Planned peak of the whole rank on the job's own hardware."""
+    """Planned peak of the whole rank on the job's hardware."""
     job_room: int | None
-    """What that peak leaves beside the reserve, as in a plan; None without a description of the hardware."""
+    """Free memory after that peak and the reserve, as in a plan; None without a hardware description."""
     job_step: float | None
-    """Seconds of the job's step as planned; None where there are no rates."""
+    """Planned seconds of the job's step; None without rates."""
     job_step_again: float | None
-    """Seconds of a step of the job with the measured times put back; None where they say nothing about the job."""
+    """Seconds of the job's step with the measured times inserted; None if they do not apply to the job."""
     reason: str
-    """Why one of the two is missing."""
+    """The reason if one of these two is missing."""
 
 
 def find(piece: DryRunPiece, measured: MeasuredRank, times: Times, device: torch.device) -> Findings:
-    """Set what was measured beside the plans."""
+    """Combine the measurements with the plans."""
     job, part = piece.job, times.piece
     here = phases(piece.config, piece.pp_rank, piece.rank % job.parallel.stage_ranks, piece.scene, piece.layers)
     job_peak = rank_memory(job, piece.pp_rank, scene_of(job, piece.load)).peak_bytes
@@ -126,11 +126,11 @@ def find(piece: DryRunPiece, measured: MeasuredRank, times: Times, device: torch
 
 
 def _items(piece: DryRunPiece, measured: MeasuredRank, planned_peak: int) -> dict[str, ComparedFigure]:
-    """What the rank holds all the time, its gradients, and the rest of the peak."""
+    """The rank's permanent state, its gradients, and the rest of the peak."""
     plan = rank_memory(piece.config, piece.pp_rank, piece.scene, piece.layers).items
     state = ("weights", "master", "moments")
     items = {name: ComparedFigure(measured.items[name], plan.get(name, 0)) for name in state}
-    if piece.config.parallel.zero == 1:  # further stages keep no gradients of whole weights
+    if piece.config.parallel.zero == 1:  # ZeRO 2 and 3 keep no gradients of whole weights
         chunks = list(chunk_parts(piece.config, piece.layers)[piece.pp_rank].values())
         gradients = FP32_BYTES * sum(w.elements for w in rank_weights(piece.config, chunks) if w.is_trained)
         items["gradients"] = ComparedFigure(measured.items["gradients"], gradients)
@@ -146,7 +146,7 @@ def _planned_phase(part: ExpectedTimes | None, name: str) -> float | None:
 
 
 def record(found: Findings) -> dict[str, Any]:
-    """dry_run.json. Bytes and seconds."""
+    """The content of dry_run.json, in bytes and seconds."""
     piece = found.piece
     stages = {str(stage): [piece.layers[stage].start, piece.layers[stage].stop] for stage in piece.stages}
     return {
@@ -179,7 +179,7 @@ def record(found: Findings) -> dict[str, Any]:
 
 
 def dry_run_screen(found: Findings, folder: Path, console: Console | None = None) -> None:
-    """The findings on one screen: what ran, then memory, times, and the job."""
+    """The results on one screen: the tested part, then memory, times, and the job."""
     piece = found.piece
     rows = [("Ran", _what_ran(found))]
     if piece.left_out:

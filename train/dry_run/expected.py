@@ -1,10 +1,10 @@
-"""What the planner expects of a rank that runs alone, in seconds; and the job's step with what was measured put back.
+"""Planned seconds of a rank that runs alone, and the job's step with the measured times inserted.
 
-Alone, nothing is sent: exchanges, sends, reductions and gathers between ranks take no time. So the expected times are those
-of the planner with links that take none, and the step of the whole job keeps the planner's own links:
+A lone rank sends nothing: exchanges, sends, reductions and gathers between ranks take no time. So its times are planned
+with links of zero cost. The step of the whole job keeps the planner's own links:
 
-    every action    as planned with its transfers, plus what its computing took longer (or less) than planned, by kind
-    the update      as planned, plus the same difference of reduction and update
+    every action    as planned with its transfers, plus the difference of measured and planned computing, by kind
+    the update      as planned, plus the same difference for reduction and update
 """
 
 from collections import defaultdict
@@ -28,7 +28,7 @@ from train.plan.time.update import UpdateTime, count_weights, update_time
 
 @dataclass(frozen=True)
 class ExpectedTimes:
-    """Seconds of the piece alone."""
+    """Planned seconds of the lone rank's piece."""
 
     stages: Stages
     actions: Mapping[str, float]
@@ -37,26 +37,27 @@ class ExpectedTimes:
 
     @property
     def schedule(self) -> float:
-        """All actions one after another."""
+        """Seconds of all actions in sequence."""
         return sum(self.actions.values())
 
 
 @dataclass(frozen=True)
 class Times:
-    """What can be said about time."""
+    """The planned times that are available."""
 
     job: StepTime | None
     """The plan of the job on its own hardware; None without rates."""
     piece: ExpectedTimes | None
-    """None where the rates are not of the device that runs here."""
+    """None if the rates are of another device than the present one."""
     whole: ExpectedTimes | None
-    """What is expected of the job's rank, at full width with all its layers."""
+    """The plan of the job's rank, at full width with all its layers."""
     reason: str
-    """Why one of them is missing."""
+    """The reason if one of them is missing."""
 
 
 def expect(piece: DryRunPiece, device: torch.device) -> Times:
-    """Plan the times. Raises UserError for a calibration that cannot be used; what has no rates or rules is left out."""
+    """Plan the times. Raises UserError for a calibration that cannot be used; times without rates or rules are left
+    out."""
     job = piece.job
     if not job.hardware.rates and job.plan.calibration is None:
         return Times(
@@ -79,9 +80,9 @@ def expect(piece: DryRunPiece, device: torch.device) -> Times:
 
 
 def plan_again(times: Times, measured: Mapping[str, float], update: float) -> float:
-    """Seconds of the job's step with the measured times put back.
+    """Seconds of the job's step with the measured times inserted.
 
-    measured: seconds a step of the piece by kind of action; update: of its reduction and update together.
+    measured: seconds per step of the piece, by kind of action. update: seconds of its reduction and update together.
     """
     assert times.job is not None and times.piece is not None and times.whole is not None
     job, whole = times.job, times.whole
@@ -102,7 +103,7 @@ def _is_here(job: Config, device: torch.device) -> bool:
 
 
 def _with_load(config: Config, piece: DryRunPiece) -> Config:
-    """plan.imbalance as the rows of this rank are to those of a mean one."""
+    """The recipe with plan.imbalance set to this rank's rows, relative to a mean rank's."""
     imbalance = sum(piece.load.per_token_L) / piece.job.model.top_k
     return replace(config, plan=replace(config.plan, imbalance=imbalance))
 

@@ -1,7 +1,8 @@
-"""One rank without the others: the trainer's own parts under torch's fake process group, which moves no data.
+"""Runs one rank without the others: the trainer's parts on torch's fake process group, which moves no data.
 
-Model, schedule, optimizer and DeepSpeed are those of a run. Instead of neighbours there are stages that make up what would
-arrive, and instead of the all-to-all a dispatcher that returns as many rows as `Load` says. Losses mean nothing.
+Model, schedule, optimizer and DeepSpeed are those of a run. Stand-in stages create the tensors that would arrive
+from neighbours. A stand-in dispatcher replaces the all-to-all and returns as many rows as `Load` defines. Losses
+have no meaning.
 """
 
 import warnings
@@ -37,22 +38,22 @@ from train.rank_parts import ParallelModel, RankSetup
 
 @dataclass
 class MeasuredRank:
-    """What a rank took. Bytes and seconds."""
+    """Measurements of a rank, in bytes and seconds."""
 
     phases: dict[str, PhaseBytes] = field(default_factory=dict)
-    """Peaks of memory in the phases of a run that were done (`train.plan.memory.rank_memory.phases`)."""
+    """Memory peaks of the phases that were done (`train.plan.memory.rank_memory.phases`)."""
     unsaved: str = ""
-    """Why nothing was saved, if that is so."""
+    """The reason if nothing was saved."""
     items: dict[str, int] = field(default_factory=dict)
     """Weights, master, moments, and gradients at the end of the schedule."""
     actions: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    """For every timed step the seconds of all actions of a kind."""
+    """For every timed step, the seconds of all actions of a kind."""
     counts: Counter[str] = field(default_factory=Counter)
     """Actions of a step by kind."""
     seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     """Seconds of every timed step: the phases, and `step`."""
     skipped: int = 0
-    """Timed steps without an update, as gradients were not finite."""
+    """Timed steps without an update, because gradients were not finite."""
 
     @property
     def peak(self) -> int:
@@ -60,8 +61,10 @@ class MeasuredRank:
 
 
 def run_alone(piece: DryRunPiece, device: torch.device, folder: Path | None = None) -> MeasuredRank:
-    """One step to warm up, one for memory, then the timed ones; and all else that a run does, once. folder: where files may lie meanwhile; None
-    for the system's. Raises UserError where the device's memory runs out."""
+    """Run a warm-up step, a step for memory, the timed steps, and the other phases of a run once.
+
+    folder: for temporary files; None for the system's folder. Raises UserError if the device's memory runs out.
+    """
     config = piece.config
     warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
     layout = layout_of(config)
@@ -71,7 +74,7 @@ def run_alone(piece: DryRunPiece, device: torch.device, folder: Path | None = No
         if layout.ep > 1:
             wire = build_wire(config.parallel.wire, config.precision.fp8 is not None)
             dispatcher = build_stand_in(config.parallel.dispatch, group_of(config), wire, piece.load)
-        mesh, (kernels, _) = build_mesh(layout), choose_kernels(config, device)  # those of a run
+        mesh, (kernels, _) = build_mesh(layout), choose_kernels(config, device)  # the kernels of a run
         share = LoneContext(layout.cp, mesh.cp_rank) if layout.cp > 1 else None
         rank, more = RankSetup(device, mesh), {"dispatcher": dispatcher, "layers": piece.layers, "share": share}
 
@@ -129,12 +132,12 @@ def _train(config: Config, life: RunPhases, rank: RankSetup, number: int) -> Mea
         run(step, measured)
     if config.profile.steps:
         _watch(config, parts, rank, number)
-    parts.zero.engine.destroy()  # its hooks would keep all of it alive for the rest of a sweep
+    parts.zero.engine.destroy()  # its hooks would keep all objects alive for the rest of a sweep
     return measured
 
 
 def _watch(config: Config, parts: ParallelModel, rank: RankSetup, number: int) -> None:
-    """Let torch's profiler watch as many steps as profile.steps asks for, after those whose time counts."""
+    """Run the profiler over the steps of profile.steps, after the timed steps."""
     watched = replace(config, profile=replace(config.profile, ranks=[number]))
     timed, (first, last) = TimedStep(config, parts, rank), config.profile.steps
     with closing(StepProfiler(watched, number, parts)) as profiler:
@@ -156,6 +159,6 @@ def _items(parts: ParallelModel) -> dict[str, int]:
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the storages behind them, each once."""
+    """Bytes of the tensors' storages, each counted once."""
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())

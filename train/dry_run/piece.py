@@ -1,9 +1,9 @@
-"""Which part of a job runs in a dry run: the rank, and where the device cannot take all of it, how much is left out.
+"""Chooses the part of a job for a dry run: the rank, and the reduction that the device needs.
 
-Two things can be left out. Layers: a chunk then has fewer blocks, at full width. Width: hidden width, heads, latents, FFNs,
-vocabulary and sequence are divided by one number; the count of experts, the layout and the schedule stay. A GPU leaves out
-layers first, since what is left is then the job's own work. A CPU would take hours at full width, so it starts with the
-smallest divisor that makes a step a matter of seconds.
+Two things can be reduced. Layers: a chunk then has fewer blocks, at full width. Width: hidden width, heads, latents,
+FFNs, vocabulary and sequence are divided by one number; the number of experts, the layout and the schedule stay. A
+GPU first leaves out layers, because the rest is then the job's real work. A CPU would need hours at full width, so
+it uses the smallest divisor with which a step takes seconds.
 """
 
 from dataclasses import dataclass, replace
@@ -28,15 +28,15 @@ MOST_SHRINK = 256
 
 @dataclass(frozen=True)
 class DryRunPiece:
-    """What runs."""
+    """The part of a job that a dry run runs."""
 
     job: Config
     """The recipe as given."""
     config: Config
-    """The recipe as it runs here: for this device, and divided by `shrink`."""
+    """The recipe for this device, divided by `shrink`."""
     rank: int
     layers: list[range]
-    """Layers of every stage of the job; those of this rank may be cut short."""
+    """Layers of every stage of the job; layers of this rank may be cut."""
     load: Load
     shrink: int
     left_out: int
@@ -44,7 +44,7 @@ class DryRunPiece:
     needed: int
     """Planned peak of all its layers, bytes."""
     room: int
-    """What the device has, bytes."""
+    """Available memory of the device, bytes."""
 
     @property
     def pp_rank(self) -> int:
@@ -56,17 +56,17 @@ class DryRunPiece:
 
     @property
     def whole(self) -> bool:
-        """Whether the rank runs as it would in the job."""
+        """Whether the rank runs as in the job."""
         return self.shrink == 1 and self.left_out == 0
 
     @property
     def scene(self) -> Scene:
-        """What a plan of this piece needs to know; nothing is really sent."""
+        """The plan's scene of this piece; nothing is really sent."""
         return _alone(self.config, self.load)
 
 
 def choose_rank(config: Config) -> int:
-    """The rank that the recipe asks for; of ranks with the same place in the pipeline the first."""
+    """The rank that the recipe selects; of ranks at the same pipeline position, the first."""
     if config.dry_run.rank != "worst":
         return int(config.dry_run.rank)
     fullest = max(plan_memory(config), key=lambda rank: rank.peak_bytes)
@@ -74,7 +74,7 @@ def choose_rank(config: Config) -> int:
 
 
 def choose_piece(config: Config, rank: int, load: Load, device: torch.device) -> DryRunPiece:
-    """The largest piece of the rank that fits the device. Raises UserError where none does."""
+    """The largest piece of the rank that fits the device. Raises UserError if none fits."""
     here, room, wanted = for_device(config, device), free_memory(device), config.dry_run.shrink
     factor = wanted or 1
     while factor <= MOST_SHRINK:
@@ -100,7 +100,7 @@ def for_device(config: Config, device: torch.device) -> Config:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that a dry run may use: of a GPU what CUDA's context, which is there by now, and gaps between tensors leave."""
+    """Bytes that a dry run may use: on a GPU, memory beyond the existing CUDA context and gaps between tensors."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return free - fragmentation(total)
@@ -108,7 +108,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def shrunk(config: Config, factor: int) -> Config:
-    """The recipe with widths, vocabulary and sequence divided, no smaller than what still is a model."""
+    """The recipe with widths, vocabulary and sequence divided, but not below a model's minimum sizes."""
     if factor == 1:
         return config
 
@@ -131,7 +131,7 @@ def shrunk(config: Config, factor: int) -> Config:
 
 
 def _cut(job: Config, config: Config, rank: int, load: Load, factor: int, room: int) -> DryRunPiece | None:
-    """A piece of as many of the rank's layers as fit; None where not even the fewest do."""
+    """A piece with as many of the rank's layers as fit; None if even the fewest do not fit."""
     pp_rank, scene = rank // job.parallel.stage_ranks, _alone(config, load)
     placement = job.parallel.placement
     layers, stages = stage_layers(job), placement[pp_rank]
@@ -139,7 +139,7 @@ def _cut(job: Config, config: Config, rank: int, load: Load, factor: int, room: 
     needed = rank_memory(config, pp_rank, scene, layers).peak_bytes
     peak, left_out = needed, 0
     while peak > room:
-        # The stage with the most layers gives one up; only the first and the last stage may do without.
+        # Remove a layer from the longest stage; only the first and the last stage may have none.
         lengths = {stage: len(layers[stage]) - (stage not in (0, last)) for stage in stages}
         longest = max(lengths, key=lengths.__getitem__)
         if lengths[longest] == 0:
@@ -155,7 +155,7 @@ def _alone(config: Config, load: Load) -> Scene:
 
 
 def _work(job: Config, config: Config, rank: int) -> float:
-    """Operations of one step of this rank with all its layers, by the recipe as it runs here."""
+    """Operations of one step of this rank with all its layers, by the recipe for this device."""
     model, seq_len, parallel = config.model, config.seq_len, config.parallel
     placement, layers = parallel.placement, stage_layers(job)
     stages = placement[rank // parallel.stage_ranks]

@@ -1,4 +1,4 @@
-"""mode=dry_run: choose the rank and what of it fits, run it alone, and show it beside the plan."""
+"""mode=dry_run: chooses a rank and the part that fits, runs it alone, and shows it beside the plan."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,8 @@ from train.rank import choose_device
 
 
 def dry_run(config: Config) -> int:
-    """Returns the exit code. Raises UserError for a layout that cannot run, and where no part of the rank fits."""
+    """Run the mode; returns the exit code. Raises UserError for a layout that cannot run, and if no part of the rank
+    fits."""
     config = with_nodes(config)
     check_layout(config)
     device = _choose_device(config)
@@ -37,7 +38,7 @@ def dry_run(config: Config) -> int:
 
 
 def _choose_device(config: Config) -> torch.device:
-    """The device that a run of one rank has; a CPU with as many threads as its calibration had."""
+    """The device as for a run of one rank; a CPU uses its calibration's number of threads."""
     device = choose_device(config, Place())
     if device.type == "cpu" and config.plan.calibration is not None and not config.cluster.threads:
         torch.set_num_threads(read_calibration(config.plan.calibration)["threads"])

@@ -1,7 +1,8 @@
-"""The memory of a whole run of one rank: of its start, of a step, of what a run does beside its steps (saves to disk, copies in memory, an
-export, an average of the weights, a validation), and of starts from what these have left. Each is done by the code that a run has for it.
+"""Measures the memory of a whole run of one rank: its start, a step, other work, and restarts from its files.
 
-A rank of a dry run is alone: what it writes is then a job of its own, in which each of its shards is a whole tensor.
+Other work is saves to disk, copies in memory, an export, an average of the weights and a validation. Each phase runs
+the code of a real run. A rank of a dry run is alone: its files then form a job of one rank, in which each of its
+shards is a whole tensor.
 """
 
 import gc
@@ -33,12 +34,13 @@ from train.plan.memory.rank_memory import HELD_COPIES
 from train.rank_parts import ParallelModel, RankSetup
 
 TOKEN = "of a dry run"
-"""What a rank shows to the stores of its copies."""
+"""The token that a rank sends to the stores of its copies."""
 NOTHING_BEFORE = PhaseBytes(0, 0)
 
 
 class RunPhases(ExitStack):
-    """One rank on its way through a run, and `peaks`, which it finds. Leaving its `with` ends what serves its files."""
+    """One rank during a run, and the memory `peaks` that it measures. Leaving the context ends the servers of its
+    files."""
 
     def __init__(
         self,
@@ -49,8 +51,9 @@ class RunPhases(ExitStack):
         *,
         is_alone: bool,
     ):
-        """folder: for the files of all ranks. build: makes the rank's model, without drawing its weights where that is True. is_alone: other
-        ranks or layers are not there.
+        """folder: for the files of all ranks. build: builds the rank's model; True: without drawing its weights.
+
+        is_alone: other ranks or layers are absent.
         """
         super().__init__()
         self._config, self._rank, self._is_alone = replace(config, runs=str(folder)), rank, is_alone
@@ -62,15 +65,17 @@ class RunPhases(ExitStack):
         self._nodes: list[Path] = []
         self._averages: list[AveragedWeights] = []
         self._held: tuple[object, ...] = ()
-        """What keeps the buffers of saves."""
+        """Keeps the buffers of saves alive."""
         self.peaks: dict[str, PhaseBytes] = {}
         self.unsaved = ""
-        """Why nothing was saved, if that is so."""
+        """The reason if nothing was saved."""
 
     def begin(self, phase: str, fill: Callable[[RunState], None] | None = None) -> tuple[ParallelModel, RunState]:
-        """Start the rank; fill: with weights of somewhere else than its seed."""
+        """Start the rank. fill: fills the weights from a source; None: they are drawn from the seed."""
         with self.meter() as meter:
-            before = meter.mark_both()  # DeepSpeed's caches hold some of an engine before, which a run does not have
+            before = (
+                meter.mark_both()
+            )  # DeepSpeed's caches hold tensors of an earlier engine, which a run does not have
             parts = self._build(fill is not None)
             self._averages = weight_averages(self._config, parts.zero)
             state = RunState(self._config, self._rank.mesh, parts, self._averages)
@@ -83,19 +88,19 @@ class RunPhases(ExitStack):
         return PeakMeter(self._rank.device, counts_host=True)
 
     def mark(self, phase: str, meter: PeakMeter, before: PhaseBytes = NOTHING_BEFORE) -> None:
-        """The end of a phase, which found so much."""
+        """Record the peaks at the end of a phase, minus `before`."""
         device, host = (most - there for most, there in zip(meter.mark_both(), before, strict=True))
         copied = sum(map(folder_bytes, self._nodes))  # files in the memory of nodes
         on_cpu = self._rank.device.type == "cpu"
         self.peaks[phase] = PhaseBytes(device + copied * on_cpu, host + copied * (not on_cpu))
 
     def go_on(self, parts: ParallelModel, state: RunState, tokens_BS: Tensor, meter: PeakMeter) -> None:
-        """All that a run does beside its steps, once. What it keeps for that stays until `begin_again`, as in a run."""
+        """Do all work of a run outside of its steps once. Its buffers stay until `begin_again`, as in a run."""
         for phase in self._do(parts, state, tokens_BS[: self._config.micro_batch_size]):
             self.mark(phase, meter)
 
     def begin_again(self) -> None:
-        """Further starts, when nothing of the run is left but its files."""
+        """Measure further starts, when only the run's files are left."""
         self._held = ()
         for phase, fill, source in (
             ("resume", self._resume, self._paths.checkpoints),
@@ -103,7 +108,7 @@ class RunPhases(ExitStack):
         ):
             if not source.exists():
                 continue
-            self._averages = []  # they hold the run before
+            self._averages = []  # they hold the previous run
             gc.collect()
             parts = self.begin(phase, fill)[0]
             parts.zero.engine.destroy()
@@ -111,7 +116,7 @@ class RunPhases(ExitStack):
             self._nodes = []  # a new run finds no copies
 
     def _do(self, parts: ParallelModel, state: RunState, tokens_BS: Tensor) -> Iterator[str]:
-        """Each phase, and then its name."""
+        """Run each phase, then yield its name."""
         yield from self._save(state)
         for average in self._averages:
             average.ema.update()
@@ -156,7 +161,7 @@ class RunPhases(ExitStack):
     def _resume(self, state: RunState) -> None:
         newest, saved = checkpoints(self._paths.checkpoints)[0], state.shards().keys()
         wanted = self._placed(state.wanted(newest.meta))
-        if self._is_alone:  # biases and loads are in the files of others
+        if self._is_alone:  # biases and loads are in the files of other ranks
             wanted = {name: wanted[name] for name in saved}
         self._open_checkpoints(attempt=2).load(newest.folder, wanted)
         state.finish_load(newest.meta)
@@ -172,7 +177,8 @@ class RunPhases(ExitStack):
         )
 
     def _open_copies(self) -> MemoryCopies | None:
-        """The rank's node and the next, which holds of it what its own holds of the one before."""
+        """Copies on the rank's node and on the next, which holds this rank's as its own node holds the previous
+        rank's."""
         if not self._config.checkpoint.every_memory:
             return None
         self._nodes = [self._folder / f"node_{self._number}_{place}" for place in range(2)]
