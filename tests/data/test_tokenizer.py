@@ -247,7 +247,7 @@ def test_without_deepseeks_package_the_error_names_it(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in (ROOT / "conf" / "conf").glob("*.yaml")))
 def test_the_tokenizer_of_every_recipe_fits_its_model(recipe):
-    config = compose("mode=plan", f"conf={recipe}", "data.path=/somewhere")
+    config = compose(f"conf={recipe}", "data.path=/somewhere", "init_from=/base")
     if config.data.tokenizer is not None:  # else one of the model's size is trained
         tokenizer = load_tokenizer(config.data.tokenizer)
         check_fit(tokenizer, config.data.tokenizer, config.model.vocab_size, config.data.fim_rate)
