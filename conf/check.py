@@ -38,7 +38,7 @@ OF_STDLIB = (DataFormat.stdlib, DataFormat.docstrings)
 """Formats that need no path."""
 NEEDS_NO_DATA = (Mode.generate, Mode.score, Mode.plan, Mode.dry_run, Mode.prove)
 DENSE_ALONE = (Mode.plan, Mode.dry_run, Mode.prove)
-"""Modes that do not know sparse attention yet."""
+"""Modes that do not support sparse attention."""
 NOT_CHATS, FOR_CHATS = (
     "says how chats are learnt, and the data of this recipe are none",
     "set data.format=chat, or leave it out",

@@ -1,7 +1,7 @@
-// AdamW of train/optim/adamw.py with bf16 moments, in one pass over memory, and the norm before it, for CPUs with AVX-512 or AVX2.
-// Called by ctypes.
+// AdamW of train/optim/adamw.py with bf16 moments, in one pass over memory, and the norm before it, for CPUs with
+// AVX-512 or AVX2. Called by ctypes.
 //
-// Every element gets the same arithmetic wherever a shard begins or ends: that of torch's kernel, in fp32, so that moments
+// Every element gets the same arithmetic for any shard borders: the arithmetic of torch's kernel, in fp32, so moments
 // are rounded to the same bf16.
 
 #include <vector>
@@ -12,7 +12,7 @@ namespace {
 
 using namespace tiles;
 
-constexpr i64 PIECE = 4096;  // elements that a thread takes at a time
+constexpr i64 PIECE = 4096;  // elements per work item of a thread
 
 struct Settings {
   float factor;  // of the gradient
@@ -20,7 +20,7 @@ struct Settings {
   float decay, step, root, eps;
 };
 
-// A vector of elements or fewer.
+// A whole vector of elements, or fewer.
 template <class Which>
 inline void update(float* weight, const float* gradient, u16* mean, u16* square, const Settings& s, Which which) {
   const Vector g = load(gradient, which) * all(s.factor);
@@ -35,7 +35,7 @@ inline void update(float* weight, const float* gradient, u16* mean, u16* square,
   store(square, v, which);
 }
 
-// Of up to PIECE elements, in fp32.
+// Sum of squares of up to PIECE elements, in fp32.
 float squares(const float* x, i64 n) {
   Vector sums[4] = {};
   i64 i = 0;
@@ -55,7 +55,7 @@ float squares(const float* x, i64 n) {
 
 extern "C" {
 
-// Pieces are added in fp64 and in their order, so the number of threads changes nothing.
+// Pieces are added in fp64 in their order, so the number of threads does not change the result.
 double sum_of_squares(const float* x, i64 n, i64 threads) {
   const i64 pieces = (n + PIECE - 1) / PIECE;
   std::vector<float> sums(pieces);

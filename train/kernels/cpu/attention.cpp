@@ -1,9 +1,9 @@
 // The attention core of train/model/attention.py for bf16 on CPUs with AVX-512 or AVX2. Called by ctypes.
 //
-// A job is one head of one span of positions. A block of its queries meets all earlier keys at once: scores, softmax over
-// whole rows, products with the values, all in fp32. Tiles above the diagonal are skipped. Backward takes probabilities that
-// forward kept, rounded to bf16, or computes them again from the log-sum-exp of their scores, and sums the gradients of keys
-// and values in fp32.
+// A job is one head of one span of positions. A block of its queries is processed with all earlier keys at once:
+// scores, softmax over whole rows, matmul with the values, all in fp32. Tiles above the diagonal are skipped. Backward
+// uses the probabilities that forward saved, rounded to bf16, or recomputes them from the log-sum-exp of their scores.
+// It sums the gradients of keys and values in fp32.
 
 #include <cmath>
 #include <vector>
@@ -15,9 +15,9 @@ namespace {
 using namespace tiles;
 
 constexpr i64 QUERIES = 96;  // of a block, a multiple of a tile's rows
-constexpr i64 DEPTH = 256;   // keys that a product sums over before it turns to the next channels: their panel stays in the cache
+constexpr i64 DEPTH = 256;   // keys that a matmul sums over before the next channels: their panel stays in the cache
 
-// Of one head: element (position, channel) at data[position * stride + channel].
+// A matrix of one head: element (position, channel) is data[position * stride + channel].
 struct Matrix {
   u16* data;
   i64 stride;
@@ -27,18 +27,18 @@ inline Matrix matrix(const Heads& x, i64 b, i64 h, i64 t) { return {x.at(b, h, t
 
 struct Span {
   i64 sequence, start, end;
-  i64 kept;  // values before those of its first head, or -1 where nothing is kept
+  i64 kept;  // saved values before the span's first head, or -1 if nothing is saved
 };
 
-// Probabilities of a head before row m, if they are kept: a row has whole panels of keys up to its diagonal.
+// Number of saved probabilities of a head before row m: a row has whole panels of keys up to its diagonal.
 i64 kept_before(i64 m) { return PANEL * (m / PANEL + 1) * (m / PANEL * PANEL / 2 + m % PANEL); }
 
-// The largest scaled score of a row, and the log-sum-exp of all.
+// The largest scaled score of a row, and the log-sum-exp of all its scores.
 struct Sums {
   float largest, lse;
 };
 
-// Scores of one row become probabilities, zero behind its `keys` keys up to `end`.
+// Replaces the scores of one row by probabilities; zero from key `keys` up to `end`.
 Sums softmax(float* s, i64 keys, i64 end, float scale) {
   Vector most = all(-INFINITY), sum{};
   for (i64 j = 0; j < keys; j += LANES)
@@ -59,7 +59,7 @@ Sums softmax(float* s, i64 keys, i64 end, float scale) {
   return {largest, largest + std::log(total)};
 }
 
-// The same again, from the log-sum-exp.
+// The same, from the log-sum-exp.
 void probabilities_of(float* s, i64 keys, i64 end, float scale, float lse) {
   const Vector factor = all(scale), top = all(lse), zero{};
   for (i64 j = 0; j < end; j += LANES) {
@@ -75,8 +75,8 @@ float dot(const T* a, const T* b, i64 n) {
   return sum_of(sum);
 }
 
-// Gradients of the probabilities of one row become those of its scores, scaled, zero behind its `keys` keys up to `end`.
-// mean: of them, weighted by the probabilities.
+// Replaces the gradients of the probabilities of one row by the scaled gradients of its scores; zero from key `keys` up
+// to `end`. mean: of the gradients, weighted by the probabilities.
 void softmax_backward(float* dp, const float* p, i64 keys, i64 end, float scale, float mean) {
   const Vector weighted = all(mean), factor = all(scale);
   for (i64 j = 0; j < end; j += LANES) {
@@ -88,24 +88,25 @@ void softmax_backward(float* dp, const float* p, i64 keys, i64 end, float scale,
 
 using Floats = std::vector<float>;
 
-// Room of one thread, of a size for the longest span.
+// Buffers of one thread, sized for the longest span.
 struct Room {
   Floats keys_by_channel, values_by_channel, keys, values;  // panels
-  Floats left, some;  // a block of queries or of gradients of the output, as left operand and as panels
+  Floats left, some;  // a block of queries or of output gradients, as left operand and as panels
   Floats p, dp, out, dk, dv;
 };
 
 struct Problem {
   Heads q, k, v, out, dout, dq, dk, dv;
   u16* kept;
-  float *lse, *largest;  // the latter may be missing
+  float *lse, *largest;  // largest may be null
   i64 heads, length, qk, width, longest;
   float scale;
 
-  // Of p and dp: whole panels of keys, and a row not a power of two long, for which the cache has little room.
+  // Row length of p and dp: whole panels of keys, and not a power of two, which would cause cache conflicts.
   i64 columns() const { return up(longest, PANEL) + 16; }
 
-  // (rows, before + rows) products of rows of a, in panels, and columns of the panels, but for tiles above the diagonal.
+  // (rows, before + rows) matmul of rows of a, in panels, with columns of the panels, except for tiles above the
+  // diagonal.
   void below(const float* a, const float* panels, i64 channels, float* c, i64 rows, i64 before) const {
     for (i64 n = 0; n < before + rows; n += PANEL)
       for (i64 m = 0; m < rows; m += ROWS) {
@@ -115,7 +116,8 @@ struct Problem {
       }
   }
 
-  // rows x channels: probabilities or the like (rows, keys) times panels of (keys, channels), up to the diagonal.
+  // rows x channels: probabilities or their gradients (rows, keys) times panels of (keys, channels), up to the
+  // diagonal.
   void along_keys(const float* p, const float* panels, i64 length, i64 channels, float* c, i64 rows, i64 before) const {
     const i64 ldc = up(channels, PANEL);
     for (i64 k = 0; k < before + rows; k += DEPTH)
@@ -153,7 +155,8 @@ struct Problem {
     }
   }
 
-  // one(scores of a row, how many keys it sees, how many a row has, number of the row): makes them probabilities.
+  // one(scores of a row, number of keys that it sees, padded number of keys, index of the row): replaces the scores by
+  // probabilities.
   template <class One>
   void probabilities(Room& room, Matrix query, i64 rows, i64 before, const One& one) const {
     pack_transposed<ROWS>(query.data, query.stride, rows, qk, room.left.data());
@@ -222,7 +225,8 @@ struct Problem {
         float* const dp = room.dp.data() + m * columns();
         const float* const p = room.p.data() + m * columns();
         const i64 keys = first + m + 1;
-        // Kept probabilities are rounded, and the mean is that under them. Others may be of more keys than these.
+        // Saved probabilities are rounded, so the mean uses them. Otherwise the log-sum-exp may cover more keys than
+        // these, and the output gives the mean.
         const float mean = kept ? dot<float>(dp, p, keys) : dot(gradient.data + m * gradient.stride, output.data + m * output.stride, width);
         softmax_backward(dp, p, keys, end, scale, mean);
       }
@@ -255,7 +259,7 @@ struct Problem {
 
 extern "C" {
 
-// Places of what is kept of spans of up to `longest` positions; their sum is returned.
+// Positions of the saved values of spans with up to `longest` positions; returns their total size.
 i64 attention_kept(Span* spans, i64 count, i64 heads, i64 longest) {
   i64 values = 0;
   for (Span* span = spans; span < spans + count; ++span) {

@@ -1,10 +1,11 @@
-// Products of bf16 matrices, and of bf16 values with fp32 scales, for CPUs with AVX-512 or AVX2. Called by ctypes.
+// Matmuls of bf16 matrices, and of bf16 values with fp32 scales, for CPUs with AVX-512 or AVX2. Called by ctypes.
 //
-// A job is a block of one product's output. Its thread packs DEPTH of the contraction of the left operand for all rows of the
-// block, which stays in the second-level cache, and then panel by panel that of the right operand, which stays in the first
-// while all rows meet it; then it takes the next DEPTH. With scales every 128 of the contraction are summed in registers,
-// then multiplied with the scales of their row and of their column and added to an fp32 sum, as kernels on Hopper do
-// (paper 3.3.2). The order of an element's sum depends on neither the block nor the threads.
+// A job is a block of one matmul's output. Its thread packs DEPTH elements of the contraction of the left operand, for
+// all rows of the block, which fit the L2 cache. Then it packs the same of the right operand panel by panel; a panel
+// fits the L1 cache while all rows use it. Then it continues with the next DEPTH elements. With scales, each 128
+// elements of the contraction are summed in registers, multiplied by the scales of their row and their column, and
+// added to an fp32 sum, like kernels on Hopper (paper 3.3.2). The order of an element's sum depends neither on the
+// block nor on the threads.
 
 #include <chrono>
 #include <memory>
@@ -18,14 +19,15 @@ using namespace tiles;
 
 constexpr i64 TILE = 128;                 // of the contraction: one pair of scales
 constexpr i64 DEPTH = 256;                // packed at once, a multiple of a tile
-constexpr i64 HEIGHT = 516, WIDTH = 512;  // of a block, at most
+constexpr i64 HEIGHT = 516, WIDTH = 512;  // maximum sides of a block
 
-// Matrices (outer, contraction). A scale is that of outer >> shift and of a tile; none: all are one.
+// Matrices (outer, contraction). Each scale belongs to one value of outer >> shift and one tile; null: all scales are
+// one.
 struct Operand {
   const u16* data;
-  i64 matrix, outer, inner;  // strides; outer or inner is one
+  i64 matrix, outer, inner;  // strides; either outer or inner is one
   const float* scale;
-  i64 scale_matrix, scale_outer, scale_tile, shift;  // strides, and log2 of what shares a scale along outer
+  i64 scale_matrix, scale_outer, scale_tile, shift;  // strides, and log2 of the number of outer rows that share a scale
 
   // Panels of outer [first, first + count) over contraction [begin, end).
   template <i64 WIDTH>
@@ -42,8 +44,8 @@ struct Operand {
   }
 };
 
-// One product: rows [first, first + rows) of the left operand, all rows of one matrix on the right, contraction [begin, end),
-// where begin is the first of a tile if there are scales.
+// One matmul: rows [first, first + rows) of the left operand, all rows of one matrix on the right, contraction [begin,
+// end). With scales, begin is the start of a tile.
 struct Part {
   i64 first, rows, right, begin, end;
   i64 out;  // offset of the first element
@@ -55,7 +57,7 @@ struct Block {
   i64 row, rows, column, columns;
 };
 
-// `tile` with the scales of its rows and columns, which the sums are multiplied with.
+// `tile`, with the sums multiplied by the scales of their rows and columns.
 template <class To>
 void scaled_tile(i64 rows, Left a, const float* panel, i64 count, const float* left, const float* right, const float* from, i64 from_row, To to, i64 to_row) {
   of_rows(rows, [=](auto constant) {
@@ -75,12 +77,12 @@ void scaled_tile(i64 rows, Left a, const float* panel, i64 count, const float* l
   });
 }
 
-// Sides of the blocks, multiples of a tile's.
+// Sides of the blocks, multiples of a tile's sides.
 struct Sides {
   i64 height, width;
 };
 
-// What one thread works in: 1.6 MB at most.
+// Buffers of one thread: 1.6 MB at most.
 struct Room {
   std::unique_ptr<float[]> left, panel, scales, sums;
   Room(Sides sides, i64 depth)
@@ -93,12 +95,12 @@ struct Problem {
   void* out;
   i64 fp32;  // else bf16
   i64 columns, out_stride;
-  i64 into;  // the products are added to what is in out, which is fp32
+  i64 into;  // whether to add the result to out, which is then fp32
 
-  // Of the first element of a row of the block.
+  // Offset in out of the first element of a row of the block.
   i64 place(const Block& block, i64 m) const { return block.part->out + (block.row + m) * out_stride + block.column; }
 
-  // To: of the output.
+  // To: dtype of the output.
   template <class To>
   void run(Room& room, const Block& block) const {
     const Part& part = *block.part;
@@ -129,11 +131,12 @@ struct Problem {
 
   bool scaled() const { return left.scale || right.scale; }
 
-  // The panel of the block that begins with column n, over [begin, end) of the contraction. Both are packed.
+  // Computes the panel of the block that begins with column n, over [begin, end) of the contraction. Both operands are
+  // packed.
   template <class To>
   void add(Room& room, const Block& block, i64 n, i64 begin, i64 end) const {
     const Part& part = *block.part;
-    // What is fp32 is a gradient of weights, which waits for the end of the step.
+    // An fp32 output is a weight gradient, which is not read before the end of the step.
     const bool lines = fp32 && uintptr_t(out) % 64 == 0 && part.out % 16 == 0 && out_stride % 16 == 0;
     const bool scaled = this->scaled();
     const i64 packed = end - begin, step = scaled ? TILE : packed, width = up(block.columns, PANEL);
@@ -151,12 +154,12 @@ struct Problem {
         To* to = (To*)out + place(block, m) + n;
         const float* before = first && !into ? nullptr : first && !ragged ? (const float*)to : sums;
         const i64 before_row = first && into && !ragged ? out_stride : width;
-        // By value: what is captured by reference is read from memory again in the innermost loop.
+        // By value: the innermost loop would read variables captured by reference from memory again.
         const auto write = [=](auto to, i64 to_row) {
           if (scaled) scaled_tile(rows, a, panel, count, left_scales, columns, before, before_row, to, to_row);
           else tile<true>(rows, a, panel, count, before, before_row, to, to_row);
         };
-        // The last sums go where they belong at once, if their panel is whole.
+        // The last sums are written directly to the output, if their panel is whole.
         if (k + count < part.end || ragged) write(sums, width);
         else if (lines) write(Stream{(float*)to}, out_stride);
         else write(to, out_stride);
@@ -174,7 +177,7 @@ struct Problem {
   }
 };
 
-// The side of the fewest equal pieces, none larger than `most`.
+// The side of equal pieces: as few pieces as possible, none larger than `most`.
 i64 even(i64 size, i64 most, i64 multiple) {
   const i64 pieces = std::max<i64>(1, (size + most - 1) / most);
   return up((size + pieces - 1) / pieces, multiple);
@@ -182,7 +185,7 @@ i64 even(i64 size, i64 most, i64 multiple) {
 
 #ifdef __AVX512BF16__
 
-// Seconds of so many rounds of ten operations on registers, of which none waits for another: the least of several tries.
+// Seconds of a fixed number of rounds of ten independent register operations: the minimum of several tries.
 template <class Operation>
 double seconds(const Operation& op) {
   using clock = std::chrono::steady_clock;
@@ -192,7 +195,7 @@ double seconds(const Operation& op) {
     const auto start = clock::now();
     for (int round = 0; round < 4096; ++round) {
       a = op(a), b = op(b), c = op(c), d = op(d), e = op(e), f = op(f), g = op(g), h = op(h), i = op(i), j = op(j);
-      asm volatile("" : "+v"(a), "+v"(b), "+v"(c), "+v"(d), "+v"(e), "+v"(f), "+v"(g), "+v"(h), "+v"(i), "+v"(j));  // all are made
+      asm volatile("" : "+v"(a), "+v"(b), "+v"(c), "+v"(d), "+v"(e), "+v"(f), "+v"(g), "+v"(h), "+v"(i), "+v"(j));  // forces all results
     }
     least = std::min(least, std::chrono::duration<double>(clock::now() - start).count());
   }
@@ -205,7 +208,8 @@ double seconds(const Operation& op) {
 
 extern "C" {
 
-// What this CPU's dot products of bf16 pairs reach of the rate of fp32's FMA; 0 without them. Takes a millisecond.
+// Rate of this CPU's dot products of bf16 pairs, relative to the rate of fp32's FMA; 0 without them. Takes a
+// millisecond.
 double bf16_rate() {
 #ifdef __AVX512BF16__
   const Vector x = all(1);
@@ -227,7 +231,8 @@ void products(const Problem* problem, const Part* parts, i64 count, i64 threads)
   const auto sides_of = [=](i64 height, i64 width) { return Sides{even(rows, height, ROWS), even(problem->columns, width, PANEL)}; };
   Sides sides = sides_of(HEIGHT, WIDTH);
   std::vector<Block> blocks = problem->blocks(parts, count, sides);
-  // Small blocks are packed more often than large ones, so only as small as gives all threads the same.
+  // Small blocks are packed more often than large blocks. So blocks are only made small enough to give all threads
+  // equal work.
   const auto uneven = [=](i64 jobs) { return jobs < 4 * threads && jobs % threads; };
   while (threads > 1 && uneven(blocks.size()) && std::max(sides.height, sides.width) > 2 * PANEL) {
     sides = sides.height > sides.width ? sides_of(sides.height / 2, sides.width) : sides_of(sides.height, sides.width / 2);

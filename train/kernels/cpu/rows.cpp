@@ -1,8 +1,9 @@
-// What the model does to rows of bf16 between its products, for CPUs with AVX-512 or AVX2: RMSNorm and SwiGLU of
-// train/model/layers.py, the split into heads of train/model/mla.py and the loss of train/model/loss.py. Called by ctypes.
+// The model's row operations in bf16 between its matmuls, for CPUs with AVX-512 or AVX2: RMSNorm and SwiGLU of
+// train/model/layers.py, the split into heads of train/model/mla.py and the loss of train/model/loss.py. Called by
+// ctypes.
 //
-// One pass over memory each way. Values are widened to fp32 where they are read and rounded once where they are written.
-// No result depends on the number of threads.
+// Each direction is one pass over memory. Values are widened to fp32 when they are read and rounded once when they are
+// written. No result depends on the number of threads.
 
 #include <cfloat>
 #include <cmath>
@@ -16,7 +17,7 @@ using namespace tiles;
 
 // ---- RMSNorm
 
-constexpr i64 PARTS = 64, PART = 64;  // parts of the rows whose shares of a sum are added in order, at most; rows of one, at least
+constexpr i64 PARTS = 64, PART = 64;  // maximum number of row parts whose sums are added in order; minimum rows of a part
 
 void norm_row(const u16* x, const u16* weight, u16* y, float* rstd, i64 width, float eps) {
   Vector sum{};
@@ -31,7 +32,8 @@ void norm_row(const u16* x, const u16* weight, u16* y, float* rstd, i64 width, f
   });
 }
 
-// With u = grad * weight: dx = rstd * (u - x * rstd^2 * mean(u * x)), and grad * x * rstd is added to dweight. Either may be null.
+// With u = grad * weight: dx = rstd * (u - x * rstd^2 * mean(u * x)); grad * x * rstd is added to dweight. dx or
+// dweight may be null.
 void norm_row_backward(const u16* grad, const u16* x, const u16* weight, float rstd, u16* dx, float* dweight, i64 width) {
   const Vector factor = all(rstd);
   Vector sum{};
@@ -87,7 +89,7 @@ void swiglu_row_backward(const u16* grad, const u16* h, const float* gate_value,
 
 inline float value_of(const u16* x) { return load(x, Some{first_of(1)})[0]; }
 
-// -log softmax(x)[target]. Its gradient times scale goes in the place of x, if that is wanted. powers: room for width values.
+// -log softmax(x)[target]. If `gradient`, x is replaced by the gradient times scale. powers: buffer of width values.
 float cross_entropy_row(u16* x, i64 target, float scale, bool gradient, float* powers, i64 width) {
   const Vector least = all(-INFINITY), lowest = all(-FLT_MAX);
   Vector most = least, sum{}, broken{};
@@ -97,7 +99,7 @@ float cross_entropy_row(u16* x, i64 target, float scale, bool gradient, float* p
     const Vector v = load(x + j, which), power = exp(v - all(largest));
     store(powers + j, power, which);
     sum = sum + where(which, power, Vector{});
-    broken = fmadd(max(lowest, v), Vector{}, broken);  // NaN if a value is, which no power shows
+    broken = fmadd(max(lowest, v), Vector{}, broken);  // NaN if a value is NaN, which no power shows
   });
   const float total = sum_of(sum) + sum_of(broken) + largest * 0, loss = std::log(total) - (value_of(x + target) - largest);
   if (!gradient) return loss;
@@ -109,9 +111,10 @@ float cross_entropy_row(u16* x, i64 target, float scale, bool gradient, float* p
 
 // ---- heads
 
-constexpr i64 POSITIONS = 32;  // of a job
+constexpr i64 POSITIONS = 32;  // positions of a job
 
-// Pairs turned by complex numbers, or back: every product rounded before their sum, as torch's complex ones are.
+// Pairs rotated by complex numbers, or back. Every product is rounded before the addition, like torch's complex
+// products.
 template <bool BACK>
 inline Vector turn(Vector x, Vector by) {
   const Vector straight = x * evens(by), across = swapped(x) * odds(by);
@@ -125,7 +128,7 @@ void turn(const From* x, const float* by, u16* to, i64 width) {
 
 inline void copy(const u16* from, u16* to, i64 n) { std::memcpy(to, from, n * sizeof(u16)); }
 
-// A tensor (B, T, H, width) in memory, channels side by side.
+// A tensor (B, T, H, width) in memory, with contiguous channels.
 struct Positions {
   u16* data;
   i64 batch, position, head;  // strides
@@ -138,7 +141,7 @@ struct Split {
   const float* table;            // (T, rope / 2) complex
   i64 batch, heads, length, nope, rope, value;
 
-  // Both ways memory is read in its order, which matters more than the order of writing.
+  // Both directions read memory in order, which matters more than the order of writes.
 
   void forward(i64 b, i64 first, i64 last) const {
     for (i64 t = first; t < last; ++t)
@@ -154,7 +157,7 @@ struct Split {
       }
   }
 
-  // sums: room for POSITIONS x rope.
+  // sums: buffer of POSITIONS x rope.
   void backward(i64 b, i64 first, i64 last, float* sums) const {
     std::fill_n(sums, (last - first) * rope, 0.f);
     for (i64 h = 0; h < heads; ++h)
@@ -229,7 +232,7 @@ void swiglu_forward(const u16* h, i64 h_row, const float* gates, u16* out, i64 r
   for (i64 n = 0; n < rows; ++n) swiglu_row(h + n * h_row, gates ? gates + n : nullptr, out + n * inner, inner);
 }
 
-// gates and dgates may be null, together.
+// gates and dgates may both be null.
 void swiglu_backward(const u16* grad, i64 grad_row, const u16* h, i64 h_row, const float* gates, u16* dh, float* dgates,
                      i64 rows, i64 inner, i64 threads) {
   threads = threads_for(4 * rows * inner, threads);
@@ -239,7 +242,7 @@ void swiglu_backward(const u16* grad, i64 grad_row, const u16* h, i64 h_row, con
                         dgates ? dgates + n : nullptr, inner);
 }
 
-// The loss of every row, see cross_entropy_row. False: a target is no column.
+// The loss of every row, see cross_entropy_row. False: a target is out of range.
 bool cross_entropy(u16* logits, const i64* targets, float* losses, i64 rows, i64 width, float scale, bool gradient, i64 threads) {
   for (i64 n = 0; n < rows; ++n)
     if (targets[n] < 0 || targets[n] >= width) return false;
@@ -254,7 +257,7 @@ bool cross_entropy(u16* logits, const i64* targets, float* losses, i64 rows, i64
   return true;
 }
 
-// Rows in the order of their experts, those of one expert in their own order. k: rows of a token. False: there is no such expert.
+// Sorts rows by expert; rows of one expert keep their order. k: rows of a token. False: an expert id is out of range.
 bool sort_by_expert(const i64* expert, i64* order, i64* inverse, i64* tokens, i64* counts, i64 rows, i64 k, i64 experts) {
   std::fill_n(counts, experts, 0);
   for (i64 n = 0; n < rows; ++n) {

@@ -1,10 +1,10 @@
-// Products of matrices in tiles that stay in registers, and what goes with them.
+// Matmuls in tiles that stay in registers, and their helpers.
 //
-// Operands in bf16 are widened where they are packed, and multiplied and summed in fp32: exact products, and twice as fast
-// as dot products of bf16 pairs (VDPBF16PS) where those run at a quarter of the rate of fp32's FMA. A, on the left, is read
-// value by value; it may be packed in panels of ROWS rows. B is packed in panels of PANEL columns: of every panel all its
-// rows, PANEL values each, so that it streams. C is fp32, its rows as long as whole panels. Nothing is masked: what pads a
-// panel is zero.
+// bf16 operands are widened when they are packed, and multiplied and summed in fp32. The products are exact. This is
+// twice as fast as dot products of bf16 pairs (VDPBF16PS) on CPUs where those run at a quarter of the rate of fp32's
+// FMA. A, on the left, is read value by value; it may be packed in panels of ROWS rows. B is packed in panels of PANEL
+// columns, each with all its rows of PANEL values, so B is read sequentially. C is fp32 with rows of whole panels. No
+// operation is masked: panels are padded with zeros.
 
 #pragma once
 
@@ -15,7 +15,7 @@
 namespace tiles {
 
 constexpr i64 PANEL = 2 * LANES;            // columns
-constexpr i64 ROWS = LANES == 16 ? 12 : 6;  // of a tile: three quarters of the registers hold its sums
+constexpr i64 ROWS = LANES == 16 ? 12 : 6;  // of a tile: its sums occupy three quarters of the registers
 
 inline i64 up(i64 x, i64 step) { return (x + step - 1) / step * step; }
 
@@ -25,15 +25,15 @@ struct Left {
   i64 row, inner;
 };
 
-// body(M) with M = rows known at compile time, 1 to ROWS.
+// Calls body(M) with M = rows as a compile-time constant, 1 to ROWS.
 template <int M = ROWS, class Body>
 inline void of_rows(i64 rows, const Body& body) {
   if (rows == M) body(std::integral_constant<int, M>{});
   else if constexpr (M > 1) of_rows<M - 1>(rows, body);
 }
 
-// Adds the products of M rows and one panel over `count` of the contraction to the sums. TURNED: a.row is 1, else a.inner.
-// Inlined and with loops over rows unrolled, so that the sums stay in registers.
+// Adds the products of M rows and one panel, over `count` elements of the contraction, to the sums. TURNED: a.row is 1,
+// else a.inner is 1. Inlined and with unrolled loops over rows, so the sums stay in registers.
 template <int M, bool TURNED>
 [[gnu::always_inline]] inline void multiply(Left a, const float* panel, i64 count, Vector (&sum)[M][2]) {
   for (i64 k = 0; k < count; ++k, panel += PANEL) {
@@ -47,14 +47,14 @@ template <int M, bool TURNED>
   }
 }
 
-// n values of fp32 as bf16.
+// Converts n fp32 values to bf16.
 inline void narrow(const float* from, u16* to, i64 n) {
   along(n, [&](i64 j, auto which) { store(to + j, load(from + j, which), which); });
 }
 
 // ---- tiles
 
-// Sums of up to ROWS rows of one panel, added to what is at `from`, if that is given. To: float*, u16* or Stream.
+// Sums of up to ROWS rows of one panel, added to the values at `from` if given. To: float*, u16* or Stream.
 template <bool TURNED, class To>
 inline void tile(i64 rows, Left a, const float* panel, i64 count, const float* from, i64 from_row, To to, i64 to_row) {
   of_rows(rows, [=](auto constant) {
@@ -75,7 +75,7 @@ inline void tile(i64 rows, Left a, const float* panel, i64 count, const float* f
   });
 }
 
-// Added to C or in its place.
+// Adds the sums to C, or overwrites C.
 template <bool TURNED>
 inline void tile(i64 rows, Left a, const float* panel, i64 count, float* c, i64 ldc, bool add) {
   tile<TURNED>(rows, a, panel, count, add ? c : nullptr, ldc, c, ldc);
@@ -83,13 +83,13 @@ inline void tile(i64 rows, Left a, const float* panel, i64 count, float* c, i64 
 
 // ---- panels of bf16 matrices, widened. WIDTH: PANEL for B, ROWS for A.
 
-// Values of the panels of a matrix with so many rows and columns.
+// Number of values in the panels of a rows x columns matrix.
 template <i64 WIDTH>
 inline i64 panel_values(i64 rows, i64 columns) { return rows * up(columns, WIDTH); }
 
 constexpr i64 part_of(i64 width) { return std::min(width, LANES); }
 
-// Of X, its rows being the contraction. N whole panels at a time.
+// Packs panels of X, whose rows are the contraction: N whole panels at a time.
 template <i64 WIDTH, i64 N>
 inline void pack_panels(const u16* x, i64 stride, i64 rows, float* panels) {
   constexpr i64 PART = part_of(WIDTH), PARTS = WIDTH / PART;
@@ -99,7 +99,7 @@ inline void pack_panels(const u16* x, i64 stride, i64 rows, float* panels) {
       store_part<PART>(panels + i / PARTS * rows * WIDTH + k * WIDTH + i % PARTS * PART, load_part<PART>(x + i * PART));
 }
 
-// A panel that has fewer columns.
+// Packs a panel with fewer columns.
 template <i64 WIDTH>
 inline void pack_last(const u16* x, i64 stride, i64 rows, i64 columns, float* panel) {
   constexpr i64 PART = part_of(WIDTH);
@@ -109,14 +109,14 @@ inline void pack_last(const u16* x, i64 stride, i64 rows, i64 columns, float* pa
 
 template <i64 WIDTH>
 inline void pack(const u16* x, i64 stride, i64 rows, i64 columns, float* panels) {
-  constexpr i64 LINES = WIDTH < PANEL ? 96 : PANEL;  // columns that are read together: whole lines of memory
+  constexpr i64 LINES = WIDTH < PANEL ? 96 : PANEL;  // columns that are read together: whole cache lines
   i64 first = 0;
   for (; first + LINES <= columns; first += LINES) pack_panels<WIDTH, LINES / WIDTH>(x + first, stride, rows, panels + first * rows);
   for (; first + WIDTH <= columns; first += WIDTH) pack_panels<WIDTH, 1>(x + first, stride, rows, panels + first * rows);
   if (first < columns) pack_last<WIDTH>(x + first, stride, rows, columns - first, panels + first * rows);
 }
 
-// Of X^T, columns of X being the contraction.
+// Packs panels of X^T: the columns of X are the contraction.
 template <i64 WIDTH>
 inline void pack_transposed(const u16* x, i64 stride, i64 rows, i64 columns, float* panels) {
   constexpr i64 PART = part_of(WIDTH);
@@ -125,7 +125,7 @@ inline void pack_transposed(const u16* x, i64 stride, i64 rows, i64 columns, flo
     float* to = panels + first / WIDTH * WIDTH * columns + first % WIDTH;
     for (i64 k = 0; k < columns; k += 2 * LANES) {
       const i64 left = columns - k;
-      Pairs pairs[LANES];  // neighbours in a row
+      Pairs pairs[LANES];  // adjacent values of a row
       for (i64 i = 0; i < LANES; ++i) pairs[i] = i < n ? load_pairs(x + (first + i) * stride + k, left) : no_pairs();
       transpose(pairs);
       for (i64 i = 0; i < std::min(LANES, (left + 1) / 2); ++i) {
@@ -137,14 +137,14 @@ inline void pack_transposed(const u16* x, i64 stride, i64 rows, i64 columns, flo
   }
 }
 
-// A tensor (B, H, T, width) of bf16 in memory, channels side by side.
+// A bf16 tensor (B, H, T, width) in memory, with contiguous channels.
 struct Heads {
   u16* data;
   i64 batch, head, position;  // strides
   u16* at(i64 b, i64 h, i64 t) const { return data + b * batch + h * head + t * position; }
 };
 
-// exp for x <= 0: 2^n times a polynomial for the rest, 2 units in the last place.
+// exp for x <= 0: 2^n times a polynomial of the remainder, with an error of 2 units in the last place.
 inline Vector exp(Vector x) {
   x = max(x, all(-104));
   const Vector n = nearest(x * all(1.44269504f));

@@ -1,5 +1,5 @@
-// Vectors of fp32 as wide as this CPU has them, and what tiles.h and the files on it do with them: 16 values with AVX-512, 8
-// with AVX2 and FMA. Plain arithmetic is written with operators; nothing is contracted.
+// fp32 vectors of this CPU's width and their operations for tiles.h and its users: 16 values with AVX-512, 8 with AVX2
+// and FMA. Plain arithmetic uses operators; nothing is contracted.
 
 #pragma once
 
@@ -14,17 +14,18 @@ namespace tiles {
 using i64 = int64_t;
 using u16 = uint16_t;
 
-// Whole lines of memory that nobody reads soon: they are written past the caches, which would fetch them first.
+// Destination of whole cache lines that are not read soon. Stores bypass the caches, which would fetch the lines first.
 struct Stream {
   float* at;
   Stream operator+(i64 n) const { return {at + n}; }
 };
 
-// Threads for work of about so many cycles: each has as many as it takes to wake one, some ten microseconds.
+// Threads for work of about this many cycles. Each thread gets at least the work of the time to wake it, about ten
+// microseconds.
 constexpr i64 WAKING = 1 << 15;
 inline i64 threads_for(i64 cycles, i64 threads) { return std::clamp<i64>(cycles / WAKING, 1, threads); }
 
-// All values of a vector, or the first few, the rest being zero.
+// Selects all values of a vector. `Some` selects the first few; the others are zero.
 struct All {};
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
@@ -56,8 +57,8 @@ inline float largest_of(Vector x) { return _mm512_reduce_max_ps(x); }
 inline Vector where(Some some, Vector a, Vector b) { return _mm512_mask_mov_ps(b, some.mask, a); }
 inline Vector where_negative(Vector x, Vector a, Vector b) { return _mm512_mask_mov_ps(b, _mm512_movepi32_mask(_mm512_castps_si512(x)), a); }
 
-// Of neighbours both the first, both the second, or each the other; b subtracted from the first and added to the second, or the
-// other way round.
+// evens, odds: the first or the second value of each adjacent pair, twice. swapped: both values exchanged.
+// subtract_add, add_subtract: b is subtracted from the first value and added to the second, or the reverse.
 inline Vector evens(Vector x) { return _mm512_moveldup_ps(x); }
 inline Vector odds(Vector x) { return _mm512_movehdup_ps(x); }
 inline Vector swapped(Vector x) { return _mm512_permute_ps(x, 0xB1); }
@@ -66,7 +67,7 @@ inline Vector add_subtract(Vector a, Vector b) { return _mm512_fmsubadd_ps(a, _m
 
 inline Vector widened(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
 
-// To the nearest, ties to even. CPUs with an instruction for it make zero of subnormals.
+// Rounds to nearest, ties to even. CPUs with an instruction for it flush subnormals to zero.
 inline __m256i narrowed(Vector x) {
 #ifdef __AVX512BF16__
   return (__m256i)_mm512_cvtneps_pbh(x);
@@ -89,7 +90,7 @@ inline Vector load(const float* x, Some some) { return _mm512_maskz_loadu_ps(som
 inline void store(u16* to, Vector x, Some some) { _mm256_mask_storeu_epi16(to, some.mask, narrowed(x)); }
 inline void store(float* to, Vector x, Some some) { _mm512_mask_storeu_ps(to, some.mask, x); }
 
-// The first PART values. With a mask: whole vectors, of which the next covers the end, take longer to write.
+// The first PART values, with a mask. Whole overlapping vectors would take longer to write.
 template <i64 PART>
 inline Vector load_part(const u16* x) {
   if constexpr (PART < LANES) return load(x, Some{first_of(PART)});
@@ -102,7 +103,7 @@ inline void store_part(float* to, Vector x) {
   else store(to, x, All{});
 }
 
-// Two times LANES values, or the first few.
+// Two times LANES values, or the first n.
 inline Pairs load_pairs(const u16* x, i64 n) {
   return _mm512_maskz_loadu_epi16(n >= 2 * LANES ? ~__mmask32(0) : (__mmask32(1) << n) - 1, x);
 }
@@ -110,7 +111,7 @@ inline Pairs no_pairs() { return _mm512_setzero_si512(); }
 inline Vector first_of_pairs(Pairs x) { return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)); }
 inline Vector second_of_pairs(Pairs x) { return _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(0xffff0000))); }
 
-// LANES vectors of LANES words, transposed.
+// Transposes LANES vectors of LANES words.
 inline void transpose(Pairs* x) {
   __m512i y[16];
   for (int i = 0; i < 16; i += 2) {
@@ -163,7 +164,7 @@ inline Vector sqrt(Vector x) { return _mm256_sqrt_ps(x); }
 inline Vector nearest(Vector x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Vector minus_abs(Vector x) { return _mm256_or_ps(x, _mm256_set1_ps(-0.f)); }
 
-// x 2^n, in two steps, as 2^n itself may be too small for fp32.
+// x 2^n, in two steps, because 2^n itself may be too small for fp32.
 inline Vector times_power(Vector x, Vector n) {
   const auto power = [](__m256i exponent) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(exponent, _mm256_set1_epi32(127)), 23)); };
   const __m256i whole = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(whole, 1);
@@ -182,7 +183,7 @@ inline float largest_of(Vector x) { return reduce(x, [](__m128 a, __m128 b) { re
 inline Vector where(Some some, Vector a, Vector b) { return _mm256_blendv_ps(b, a, _mm256_castsi256_ps(some.mask.lanes)); }
 inline Vector where_negative(Vector x, Vector a, Vector b) { return _mm256_blendv_ps(b, a, x); }
 
-// As above.
+// As for AVX-512.
 inline Vector evens(Vector x) { return _mm256_moveldup_ps(x); }
 inline Vector odds(Vector x) { return _mm256_movehdup_ps(x); }
 inline Vector swapped(Vector x) { return _mm256_permute_ps(x, 0xB1); }
@@ -191,7 +192,7 @@ inline Vector add_subtract(Vector a, Vector b) { return _mm256_fmsubadd_ps(a, _m
 
 inline Vector widened(__m128i x) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16)); }
 
-// To the nearest, ties to even.
+// Rounds to nearest, ties to even.
 inline __m128i narrowed(Vector x) {
   const __m256i bits = _mm256_castps_si256(x), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
@@ -219,7 +220,7 @@ inline void store(u16* to, Vector x, Some some) {
 }
 inline void store(float* to, Vector x, Some some) { _mm256_maskstore_ps(to, some.mask.lanes, x); }
 
-// The first PART values, 6 or all. Without masks, which some CPUs are slow to write with.
+// The first PART values, 6 or all. Without masks, because some CPUs write slowly with masks.
 template <i64 PART>
 inline Vector load_part(const u16* x) {
   static_assert(PART == 6 || PART == LANES);
@@ -237,7 +238,7 @@ inline void store_part(float* to, Vector x) {
   _mm_storel_pi((__m64*)(to + 4), _mm256_extractf128_ps(x, 1));
 }
 
-// Two times LANES values, or the first few.
+// Two times LANES values, or the first n.
 inline Pairs load_pairs(const u16* x, i64 n) {
   if (n >= 2 * LANES) return _mm256_loadu_si256((const __m256i*)x);
   u16 values[2 * LANES] = {};
@@ -248,7 +249,7 @@ inline Pairs no_pairs() { return _mm256_setzero_si256(); }
 inline Vector first_of_pairs(Pairs x) { return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16)); }
 inline Vector second_of_pairs(Pairs x) { return _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(0xffff0000))); }
 
-// LANES vectors of LANES words, transposed.
+// Transposes LANES vectors of LANES words.
 inline void transpose(Pairs* x) {
   __m256i y[8];
   for (int i = 0; i < 8; i += 2) {
@@ -271,7 +272,7 @@ inline void transpose(Pairs* x) {
 
 inline Vector where(All, Vector a, Vector) { return a; }
 
-// body(first, which) over n values.
+// Calls body(first, which) over n values.
 template <class Body>
 inline void along(i64 n, const Body& body) {
   i64 j = 0;

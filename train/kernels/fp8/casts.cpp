@@ -1,9 +1,11 @@
-// Casts to formats below bf16 on a CPU: what train/kernels/fp8/quantize.py defines, in one pass over memory. Called by ctypes.
+// Casts to formats below bf16 on a CPU, as train/kernels/fp8/quantize.py defines them, in one pass over memory. Called
+// by ctypes.
 //
-// A matrix is worked on in strips, as many rows as share scales or more: rows of 1x128 tiles are read once, strips of 128
-// rows twice, the second time from the cache. Some rows at a time are widened to fp32 in a buffer that stays in the
-// first-level cache, and all arithmetic is fp32 with IEEE rounding, as in the reference, so that every bit agrees with it
-// (signed zeros aside). The loops are plain, for the compiler to vectorise. It must not contract a product and a sum.
+// A matrix is processed in strips of at least as many rows as share scales. Rows of 1x128 tiles are read once, strips
+// of 128 rows twice, the second time from the cache. Some rows at a time are widened to fp32 in a buffer that fits the
+// L1 cache. All arithmetic is fp32 with IEEE rounding, as in the reference, so every bit agrees with it (except signed
+// zeros). The loops are plain, so the compiler vectorises them. The compiler must not contract a multiplication and an
+// addition.
 
 #include <algorithm>
 #include <cstdint>
@@ -19,7 +21,8 @@ inline i32 bits(float x) { i32 b; std::memcpy(&b, &x, 4); return b; }
 inline float number(i32 b) { float x; std::memcpy(&x, &b, 4); return x; }
 inline i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
 
-// A format with sign, exponent and `mantissa` bits; exponent field 0 holds the fixed steps below its smallest normal value.
+// A format with sign, exponent and `mantissa` bits; exponent field 0 encodes the fixed steps below the smallest normal
+// value.
 struct Format {
   i32 mantissa, min_exponent, width;  // width: bits of a code, 8 or 12
   float max;
@@ -29,7 +32,8 @@ struct Format {
   float step() const { return number((127 + min_exponent - mantissa) << 23); }
 };
 
-// Matrices in memory, row by row: values, or codes and scales; null where absent. Values beside scales are without them.
+// Matrices in memory, row-major: values, or codes and scales; null if absent. Values next to scales do not include the
+// scales.
 struct Matrices {
   void* values;
   i64 fp32;         // else bf16
@@ -70,7 +74,7 @@ void decode(const Code* codes, float* to, i64 n, const Format& f, float scale) {
   }
 }
 
-// from: values of the format.
+// from: values that the format represents exactly.
 template <class Code>
 void encode(const float* from, Code* codes, i64 n, const Format& f) {
   const i32 mantissa = f.mantissa, bias = f.bias(), sign = f.sign();
@@ -84,7 +88,7 @@ void encode(const float* from, Code* codes, i64 n, const Format& f) {
   }
 }
 
-// Codes of 12 bits lie in pairs in three bytes, the first of a pair in the low bits.
+// Codes of 12 bits are stored in pairs in three bytes, with the first code of a pair in the low bits.
 void unpack(const uint8_t* from, uint16_t* to, i64 pairs) {
   for (i64 j = 0; j < pairs; ++j) {
     const i32 first = from[3 * j], middle = from[3 * j + 1], last = from[3 * j + 2];
@@ -118,7 +122,7 @@ void scales(const i32* amax, float* scale, float* inverse, i64 n, float max, flo
   }
 }
 
-// Nearest value of the format: adding 1.5 * 2**23 steps leaves no bit below the step, subtracting them is exact.
+// Nearest value of the format: adding 1.5 * 2**23 steps leaves no bit below the step, and the subtraction is exact.
 struct Grid {
   i32 smallest, half;
   explicit Grid(const Format& f)
@@ -147,7 +151,7 @@ struct Cast {
       if (!in.scale) return;
     }
     const i64 scales = ceil_div(columns, in.block_columns);
-    const i64 side = in.scale ? in.block_columns : columns;  // without scales all are one
+    const i64 side = in.scale ? in.block_columns : columns;  // without scales, one block per row
     for (i64 i = 0; i < count; ++i) {
       const i64 first = (matrix * ceil_div(rows, in.block_rows) + (row + i) / in.block_rows) * scales;
       if (in.packed) unpack(in.packed + (index + i) * packed_bytes(columns), wide, ceil_div(columns, 2));
@@ -173,12 +177,13 @@ struct Cast {
     if (out.codes) return encode(x, out.codes + index * columns, count * columns, out.format);
     for (i64 i = 0; i < count; ++i) {
       encode(x + i * columns, wide, columns, out.format);
-      wide[columns] = 0;  // the second of the last pair, where columns are odd
+      wide[columns] = 0;  // the second code of the last pair, if the number of columns is odd
       pack(wide, out.packed + (index + i) * packed_bytes(columns), ceil_div(columns, 2));
     }
   }
 
-  // One function per row and block: with blocks of one column over (x, amax or scale of every column), else of each block.
+  // Calls a function per row and block. With blocks of one column: column(index of x, index of amax or scale) per row;
+  // else block(...) per block.
   template <class Column, class Block>
   void each(i64 count, const Column& column, const Block& block) const {
     for (i64 i = 0; i < count; ++i) {
@@ -189,7 +194,7 @@ struct Cast {
     }
   }
 
-  // Bits of max-abs: the order of positive floats is that of their bits, not-a-number last.
+  // Bits of max-abs: positive floats have the same order as their bits, with NaN last.
   void raise(const float* x, i32* amax, i64 count) const {
     each(count,
          [=, n = columns](i64 x0, i64 k0) {
@@ -202,7 +207,7 @@ struct Cast {
          });
   }
 
-  // What the codes stand for: x times inverse, rounded.
+  // The values of the codes: x times inverse, rounded.
   void round(float* x, const float* inverse, i64 count) const {
     const Grid grid(out.format);
     each(count,
@@ -226,7 +231,7 @@ struct Cast {
          });
   }
 
-  // Rows first to last of a matrix, which share their scales or have each its own.
+  // Rows first to last of a matrix, which share their scales or have their own.
   void strip(i64 matrix, i64 first, i64 last, float* x, i32* amax, float* scale, float* inverse, uint16_t* wide) const {
     const bool own = out.block_rows == 1;
     const i64 step = rows_at_a_time(), blocks = across() * (own ? last - first : 1);
@@ -254,7 +259,7 @@ struct Cast {
 
 extern "C" {
 
-// Cast matrices of one size to a format: its codes and scales, or values, or values without their scales, and these.
+// Cast matrices of one size to a format: to codes and scales, to values, or to values without scales and the scales.
 void cast_matrices(const Matrices* in, const Matrices* out, i64 matrices, i64 rows, i64 columns, float floor, i32 pow2,
                    i32 threads) {
   const Cast cast{*in, *out, rows, columns, floor, bool(pow2)};

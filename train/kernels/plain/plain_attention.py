@@ -99,7 +99,10 @@ def query_blocks(
 
 
 def only_chosen(bias_CS: Tensor, chosen_CK: Tensor, keys: slice) -> Tensor:
-    """What is added to scores where each query sees the chosen keys alone. chosen: numbers of keys; those outside `keys` are passed over."""
+    """The mask for scores if each query sees only its chosen keys.
+
+    chosen: indices of keys; indices outside `keys` are ignored.
+    """
     size = keys.stop - keys.start
     place_CK = chosen_CK.long() - keys.start
     place_CK = place_CK.masked_fill((place_CK < 0) | (place_CK >= size), size)

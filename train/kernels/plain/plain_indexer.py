@@ -1,6 +1,7 @@
-"""The choice and the loss of an indexer (train/model/indexer.py has the formulas) in torch's operations on any device.
+"""The key choice and the loss of an indexer in torch operations on any device (train/model/indexer.py has the formulas).
 
-A block of queries meets all keys that it sees, and some heads at a time, so that memory beside the results is that of a block.
+A block of queries and all keys that it sees are processed together, some heads at a time. So the memory, besides the
+results, is the memory of one block.
 
 Shapes as in train/model/indexer.py; C queries of a block.
 """
@@ -15,7 +16,7 @@ from train.model.sequence import SeenKeys
 
 
 def choose_keys(index: IndexVectors, seen: SeenKeys, top_k: int) -> Tensor:
-    """`train.model.operations.Kernels.choose_keys`."""
+    """Implements `train.model.operations.Kernels.choose_keys`."""
     q_BTHI, k_BSI, _ = index
     batch, length = q_BTHI.shape[:2]
     chosen_BTK = torch.full((batch, length, top_k), -1, dtype=torch.int32, device=q_BTHI.device)
@@ -30,7 +31,7 @@ def choose_keys(index: IndexVectors, seen: SeenKeys, top_k: int) -> Tensor:
 def index_loss(
     index: IndexVectors, seen: SeenKeys, chosen_BTK: Tensor | None, target: AttentionTarget, weight_BT: Tensor
 ) -> IndexLoss:
-    """`train.model.operations.Kernels.index_loss`."""
+    """Implements `train.model.operations.Kernels.index_loss`."""
     q_BTHI, k_BSI, _ = index
     batch, device = len(q_BTHI), q_BTHI.device
     grads = IndexVectors(*(torch.zeros(t.shape, device=device) for t in index))
@@ -38,7 +39,7 @@ def index_loss(
     lse_BT = torch.full(q_BTHI.shape[:2], -torch.inf, device=device)
 
     def open_scores(b: int, queries: slice, keys: slice, bias_CS: Tensor) -> Tensor:
-        """What is added to the scores of one sequence."""
+        """The mask that is added to the scores of one sequence."""
         return bias_CS if chosen_BTK is None else only_chosen(bias_CS, chosen_BTK[b, queries], keys)
 
     for sequences, queries, keys, bias_CS in query_blocks(seen, k_BSI.size(1), batch, device):
@@ -66,7 +67,7 @@ def _scores(index: IndexVectors, b: int, queries: slice, keys: slice) -> Tensor:
 
 
 def _mean_attention(target: AttentionTarget, b: int, queries: slice, k_HSQ: Tensor, open_CS: Tensor) -> Tensor:
-    """Attention summed over heads, of which each sums to 1, over their number: (C, S)."""
+    """Attention probabilities, averaged over the heads: (C, S)."""
     heads = len(k_HSQ)
     p_CS = torch.zeros_like(open_CS)
     for some in head_slices(heads, open_CS.numel(), THRESHOLDS.attention_scores):
@@ -83,7 +84,7 @@ def _mean_attention(target: AttentionTarget, b: int, queries: slice, k_HSQ: Tens
 def _add_gradients(
     grads: IndexVectors, index: IndexVectors, b: int, queries: slice, keys: slice, dscores_CS: Tensor
 ) -> None:
-    """Add what the gradient of the scores gives to q, k and w."""
+    """Add the gradients of q, k and w that follow from the gradient of the scores."""
     k_SI = index.k_BSI[b, keys].float()
     for heads in head_slices(index.w_BTH.size(-1), dscores_CS.numel(), THRESHOLDS.attention_scores):
         q_HCI = index.q_BTHI[b, queries, heads].float().transpose(0, 1)
