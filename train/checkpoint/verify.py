@@ -1,6 +1,7 @@
-"""Read checkpoints and check every byte:  python -m train.checkpoint.verify FOLDER...
+"""Reads checkpoints and checks every byte:  python -m train.checkpoint.verify FOLDER...
 
-FOLDER: a checkpoint, or a run, whose checkpoints are all read. Prints what is wrong; exit code 1 if anything is.
+FOLDER: a checkpoint, or a run; of a run, all checkpoints are read. Prints the
+problems of each checkpoint, or `intact`. The exit code is 1 if there are problems.
 """
 
 import sys

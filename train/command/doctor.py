@@ -1,7 +1,9 @@
-"""`sluice doctor [OVERRIDES]`: what of this machine a run of the recipe would use, and what to do where something lacks.
+"""`sluice doctor [KEY=VALUE ...]`: checks this machine for a run of the recipe.
 
-Each finding asks the code that a run asks. Nothing is started or written, but for compiled code, which is built and kept
-as a run would.
+It shows the program, packages, device, compiled code and disks that a run would
+use, and a cure for everything that is missing. The checks call the same code as
+a run. They start and write nothing, except compiled code, which is built and
+kept as in a run.
 """
 
 import os

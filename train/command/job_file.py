@@ -1,7 +1,10 @@
-"""`sluice launch --print KIND [--queue=NAME] [--image=IMAGE] hardware=NAME conf=... key=value`: the file that starts this recipe there.
+"""`sluice launch --print KIND hardware=NAME [KEY=VALUE ...]`: prints a job file.
 
-KIND: slurm, kuberay, skypilot or torchrun. Nothing is started or sent; the file goes to standard output, with the reason for every value
-beside it. Nodes, devices, memory and the time limit follow from the recipe and its plan (mode=plan).
+KIND: slurm, kuberay, skypilot or torchrun. More flags: --queue=NAME,
+--image=IMAGE. The file starts the recipe on a cluster of that kind. It goes to
+standard output, with a reason beside every value; nothing is started or sent.
+Nodes, devices, memory and the time limit follow from the recipe and its plan
+(mode=plan).
 """
 
 import math

@@ -1,7 +1,11 @@
-"""`sluice runs [runs=FOLDER] [--json]`: the runs of a folder; `sluice runs clean [NAME ...] [--yes]`: what of them can go.
+"""`sluice runs [runs=FOLDER] [--json]`: lists the runs of a folder.
+`sluice runs clean [NAME ...] [--yes]`: removes runs or checkpoints.
 
-Cleaning shows first what it would free, and does it with --yes. Without names it takes, of runs that nobody trains now, all checkpoints but
-the newest sound one, those of checkpoint.keep_every and the best one (checkpoint.keep_best), and runs that never made a step; with names, those runs as a whole.
+Without --yes, clean only shows the space that it would free. With names, it
+removes these runs completely. Without names, it removes runs without any step,
+and checkpoints of stopped and finished runs. Of each run these checkpoints stay:
+the newest intact one, those of checkpoint.keep_every, and the best one
+(checkpoint.keep_best).
 """
 
 import json

@@ -1,8 +1,11 @@
-"""`sluice top NAME [runs=FOLDER] [--json]`: a run at a glance, while it trains, hangs, or after its end.
+"""`sluice top NAME [runs=FOLDER] [--json]`: shows the present state of a run.
 
-Ranks as heat maps of busy, waiting and memory, by stage and replica; step, loss, speed, time left, effective time, events. Everything is read
-from the run folder, on any machine that sees it. In a terminal the screen is made anew until Ctrl-C; elsewhere one picture is printed, with
---json for scripts. The screen is made by pure functions from a picture (train/command/top_state.py) to lines of a given width.
+It works while the run trains or hangs, and after its end. Heat maps show busy
+time, waiting time and memory of the ranks, by stage and replica. Above them are
+step, loss, speed, time left and effective time; below them the newest events.
+All data come from the run folder, so any machine with this folder can show them.
+In a terminal the screen is updated until Ctrl-C. Elsewhere it is printed once;
+--json prints the data for scripts.
 """
 
 import contextlib

@@ -1,8 +1,10 @@
-"""`sluice why NAME [runs=FOLDER] [--json]`: who broke a run, or holds up one that hangs now: which rank, what it did and where, and who
-waits for it since when.
+"""`sluice why NAME [runs=FOLDER] [--json]`: explains why a run failed or hangs.
 
-Of a run whose ranks are on this machine, what they did last is read from the memory that they share with nobody else, without stopping them, and
-they say where their threads are. Of a run that is over, or whose ranks are elsewhere, the newest logs/incident_N.json is shown.
+It names the rank that caused the problem, the operation and its place in the
+code, and the ranks that wait for it, with the start of their wait. If the run's
+ranks are on this machine, it reads their last operations from ring buffers and
+their threads' stacks, without stopping them. If the run has ended, or its ranks
+are on other machines, it shows the newest logs/incident_N.json.
 """
 
 import json
