@@ -178,7 +178,7 @@ def complete(model: "LoadedModel", prompt: str, *, tokens: int = 200, **how: Any
 
 
 def _quoted(text: str) -> str:
-    """A value on Hydra's command line, whatever is in it: backslashes count only in front of a quote."""
+    """A value for Hydra's command line, with any characters; backslashes count only before a quote."""
     return '"' + re.sub(r'(\\*)("|$)', lambda found: found[1] * 2 + ("\\" + found[2] if found[2] else ""), text) + '"'
 
 

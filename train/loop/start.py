@@ -47,12 +47,15 @@ def check_start(config: Config, tokenizer: Tokenizer) -> tuple[Folder, list[str]
 
 
 def _model_of(config: Config, folder: Folder) -> Model:
-    """The recipe's model, of which a folder with dense attention has no indexers."""
+    """The recipe's model for this folder; without indexers if the folder has dense attention."""
     return config.model if FAMILIES[folder.family].is_sparse else replace(config.model, sparse=SparseAttention())
 
 
 def _with_indexers(config: Config, fill: "FillShards", has: Callable[[str], bool]) -> "FillShards":
-    """What fills from weights that may lack the indexers, which then are those of config.seed. has: whether a name is there."""
+    """Extends `fill` to a source that may lack the indexers: missing ones are drawn from config.seed.
+
+    has: whether the source has a name.
+    """
     from train.model.init import draw_indexer  # torch
 
     def fill_all(wanted: "dict[str, Shard]") -> None:

@@ -1,9 +1,9 @@
 """The cost of failures: time for checkpoints, lost work and restarts, and the best checkpoint interval.
 
 Failures come at random, on average every M seconds. A checkpoint stalls training for s seconds and is complete w
-seconds later; an incomplete checkpoint does not count. A failure loses the work since the newest complete checkpoint, T
-/ 2 + w on average if a checkpoint starts every T seconds, and R seconds until the next step. So T seconds of training
-take, on average (Daly 2006, equation 20, where the write during training counts as time lost by a failure):
+seconds later; an incomplete checkpoint does not count. A failure loses the work since the newest complete checkpoint: on
+average T / 2 + w seconds if a checkpoint starts every T seconds. Then R seconds pass until the next step. So T seconds
+of training take, on average (Daly 2006, equation 20, where the write during training counts as time lost by a failure):
 
     M exp((R + w) / M) (exp((T + s) / M) - 1)
 

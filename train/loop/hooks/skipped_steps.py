@@ -29,8 +29,9 @@ class SkippedSteps:
     def on_skip(self, run: LiveRun, step: int) -> None:
         """Repeat the step on all ranks if it is the first or the last of a row, to find the origin.
 
-        Raises RunDiverged for too many bad steps in a row, and at the end of the run for several in a row or if the
-        attempt made no update. In that last case a save would store an earlier state, which may already be damaged.
+        Raises RunDiverged for too many bad steps in a row. At the end of the run, two bad steps in a row are too
+        many, and one is if the attempt made no update: a save would store an earlier state, which may already be
+        damaged.
         """
         run.state.skipped += 1
         self._bad_in_a_row += 1

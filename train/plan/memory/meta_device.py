@@ -5,7 +5,7 @@ the same shapes. Nothing in torch is replaced; all other shapes come from torch'
 
 torch's FakeTensorMode is not used: a GPU's fake tensors abort autograd if torch is built without CUDA, and a CPU's take
 20 times as long as meta tensors. torch's MemTracker is not used: it finds the same bytes as a Ledger (ledger.py) in
-twice the time, and reports them by module, without a plan's items and without peaks between two points.
+twice the time. It reports them by module, without a plan's items and without peaks between two points.
 """
 
 from collections.abc import Callable

@@ -11,11 +11,11 @@ few micro-batches, the peak of the whole step is here. At its start, gradients a
                gradients of which this rank keeps a slice are copied into one buffer
     update     group by group; with fp32 weights the shard is first copied together; then the optimizer's scratch
 
-With offload (ZeRO 1 and 2), a shard's gradients go to the host as they are reduced. Slices that this rank keeps release
-their whole gradients at once, fp32 weights need no joined copy on the device, and the scratch is on the host.
+With offload (ZeRO 1 and 2), a shard's gradients go to the host as they are reduced. Whole gradients are freed as soon
+as this rank's slices are copied. With fp32 weights there is no joined copy on the device. The scratch is on the host.
 
-With bf16 weights, gradients of a chunk that ends before another chunk of the rank are reduced first, in their own
-block, and leave a shard of every group (parallel/zero/whole_weights.py).
+With bf16 weights, a chunk that ends before another chunk of the rank has its gradients reduced first, in a separate
+block. This leaves a shard of every group (parallel/zero/whole_weights.py).
 
 At stage 2, gradients that other ranks keep are released after their reduction; at stage 1, after all reductions.
 
@@ -86,7 +86,7 @@ def _gradients(groups: Sequence[Shards], ranks: Sequence[int]) -> Iterator[Gradi
 
 
 def kept_elements(config: Config, groups: Sequence[Shards], stage_rank: int) -> list[tuple[Weight, int]]:
-    """The weights of which a rank keeps a part, with the elements that it keeps."""
+    """The weights of which this rank keeps slices, with the number of kept elements."""
     if config.parallel.zero == 3:
         return [(weight, -(-weight.elements // group.ranks)) for group in groups for weight in group.weights]
     ranks = [stage_rank * group.ranks // config.parallel.stage_ranks for group in groups]
@@ -114,10 +114,10 @@ class StepEnd:
         self._bucket = min(max(1, sum(one.weight.elements for one in self._gradients)), THRESHOLDS.bucket_elements)
 
     def peaks(self, ended: Sequence[int]) -> tuple[list[tuple[int, int]], int, int]:
-        """Peak bytes of gradients, buffers and scratch, in the reduction and in the update.
+        """Peak bytes of gradients, buffers and scratch: of every early reduction, of the reduction, and of the update.
 
-        ended: chunks whose gradients are reduced ahead, in order. First comes a list with, for each of them, the
-        peak on top of earlier bytes, and the change of remaining bytes, mostly negative.
+        ended: chunks whose gradients are reduced ahead, in order. For each, the first list has the peak above the
+        bytes before it, and the change of bytes that remains, mostly negative.
         """
         meter = self._meter = _Bytes()
         meter.take(sum(one.size for one in self._gradients))

@@ -3,8 +3,8 @@
 DeepSpeed (parallel/zero/private_names.py names the code it follows) learns the order of units. Before each unit, it
 gathers
 
-    the missing weights of the unit, and waits for them
-    weights of the next units, one by one, until `limit` elements are in transfer or 2 limit are gathered in total
+    1. the missing weights of the unit, and waits for them
+    2. weights of the next units, one by one, until `limit` elements are in transfer, or 2 limit are gathered in total
 
 Weights of one gather share a buffer. When the first unit that needs one of them waits, each weight is copied out. The
 buffer stays until the wait for its last weight. A weight that is gathered alone, or has no other rank, is not copied.

@@ -100,9 +100,9 @@ class FrameBounds:
 
 
 SPREAD_WORK = 0.97
-"""Factor for the minimum work of a stage, relative to its experts on the largest number of ranks.
+"""Minimum ratio of a stage's work to its work with the experts on the most ranks.
 
-Permuting copies of tokens is a few percent of the work, and its amount depends on the ranks.
+The number of ranks affects only the permutation of tokens, by a few percent.
 """
 
 
@@ -144,10 +144,9 @@ def traced_bound(candidate: Candidate, config: Config, scene: Scene) -> int:
 
 
 def _waiting(parallel: Parallel, count: int) -> tuple[list[int], list[int]]:
-    """Micro-batches that a rank surely keeps completely at one time, and their number during another's forward (-1:
-    never).
+    """Lower bounds, per rank, on micro-batches with complete activations: at any time, and while another runs forward.
 
-    In a pair, one of the two micro-batches is not complete.
+    -1: no forward runs then. In a pair of micro-batches, the activations of one are not complete.
     """
     most = in_flight(parallel.schedule, parallel.pp, min(count, STEADY * parallel.pp), parallel.virtual_stages)
     paired = parallel.schedule_facts.pairs
@@ -256,10 +255,10 @@ def _kept_bytes(config: Config, stages: Stages, light: int, ids: list[int], flig
 
 @cache
 def in_flight(schedule: str, pp: int, micro_batches: int, virtual: int = 2) -> list[tuple[int, int]]:
-    """Per rank, the most micro-batches of its stages between forward and backward, once it has gradients of all its
-    weights.
+    """Maximum micro-batches in flight on each rank (after forward, before backward), once all its weights have
+    gradients.
 
-    First at any time, then while one of them runs its forward (0: none does then).
+    Two numbers per rank: the maximum at any time, and the maximum while a forward runs (0 if none runs then).
     """
     most = []
     for line in schedule_actions(schedule, pp, micro_batches, virtual):

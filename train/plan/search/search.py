@@ -3,14 +3,15 @@
     1. Every combination of pipeline, contexts, experts, schedule, micro-batch, recomputation, activations on the host,
        dispatch, wire and place of the optimizer that the rules allow (candidates.py).
     2. Bounds on its memory and, if that may fit, on its step time (lower_bounds.py).
-    3. The simulation, from the smallest time bound upwards, and the memory model, from the shortest step upwards, until
-       ten layouts fit and no other bound is below their times. If ranks of a pipeline have uneven work, a layout that
-       fits is also tried with the stage split that the planned times suggest.
+    3. Layouts are simulated from the smallest time bound upwards, and their memory is planned from the shortest step
+       upwards. The search ends when ten layouts fit and no other bound is below their times. If ranks of a pipeline
+       have uneven work, a layout that fits is also tried with the stage split that the planned times suggest.
 
-The optimizer is on the host only if a layout does not fit otherwise, and as few blocks as possible are recomputed or
-offloaded, because both only cost time. An interrupted search returns the best layouts so far. A family is all
-layouts of one pipeline length and schedule. Every family without a place among the best gets a reason: the rule that
-all of it breaks, the memory that its lightest layout lacks, or how much slower its best layout is.
+The optimizer is on the host only if a layout does not fit otherwise. As few blocks as possible are recomputed or
+offloaded. Both only cost time. An interrupted search returns the best layouts so far.
+
+A family is all layouts of one pipeline length and schedule. Every family without a place among the best gets a reason:
+the rule that all of it breaks, the memory that its lightest layout lacks, or how much slower its best layout is.
 """
 
 import gc

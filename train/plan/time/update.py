@@ -83,8 +83,10 @@ class Orthogonal:
         return max(KEEPS * max(self.flops / ranks, self.largest), math.ceil(self.dearest / ranks) * self.largest)
 
     def moved(self, ranks: int) -> float:
-        """Bytes that a rank sends to owners and back, in fp32: every rank holds an equal part of a matrix, and the
-        owner's part does not travel."""
+        """Bytes that a rank sends to owners and back, in fp32.
+
+        Every rank holds an equal part of a matrix; the owner's part does not travel.
+        """
         return 2 * 4 * self.elements * (ranks - 1) / ranks**2
 
 
