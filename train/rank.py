@@ -51,8 +51,10 @@ def guarded(place: Place, failures: Path | None, work: Callable[[], int]) -> int
 
 @contextmanager
 def _marked(place: Place, failures: Path | None) -> Iterator[None]:
-    """Mark the rank as working, so that the driver distinguishes a process that completed this block from one that
-    did not."""
+    """Mark the rank as working.
+
+    The driver uses the mark to detect a process that ended before it completed this block.
+    """
     if failures is None:
         yield
         return

@@ -177,8 +177,7 @@ class RunPhases(ExitStack):
         )
 
     def _open_copies(self) -> MemoryCopies | None:
-        """Copies on the rank's node and on the next, which holds this rank's as its own node holds the previous
-        rank's."""
+        """Open stores of copies on this rank's node and on the next node."""
         if not self._config.checkpoint.every_memory:
             return None
         self._nodes = [self._folder / f"node_{self._number}_{place}" for place in range(2)]

@@ -98,8 +98,10 @@ def own_start(config: Config, tokenizer: Tokenizer) -> Path | None:
 
 
 def start_from(config: Config, source: Folder | Path, state: "RunState") -> None:
-    """Fill this rank's part of the state, or of the base in an adapter's run, from a source that `check_start` or
-    `own_start` accepted."""
+    """Fill this rank's part of the state from a source; in an adapter's run, the part of its base.
+
+    source: accepted by `check_start` or `own_start`.
+    """
     from train.checkpoint.weights_mark import WeightsMark  # torch
 
     mark = WeightsMark()

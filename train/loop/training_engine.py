@@ -253,11 +253,10 @@ class Engine:
         return self._between_steps("weights").weights(merged=merged, stacked=stacked, dtype=dtype)
 
     def fill(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Replace weights and balance biases by tensors under Hugging Face's names, as `weights` of another engine
-        returns them.
+        """Replace weights and balance biases by tensors under Hugging Face's names.
 
-        For example for a sampler in one process next to a session. The optimizer's state does not change. Raises
-        UserError for an unknown name or a wrong shape.
+        weights: as from `weights` of another engine, for example for a sampler in one process next to a session. The
+        optimizer's state does not change. Raises UserError for an unknown name or a wrong shape.
         """
         self._between_steps("fill").fill(weights)
 

@@ -58,8 +58,10 @@ class Exchange(NamedTuple):
 
 @dataclass(frozen=True)
 class WorkSegment:
-    """Computing, the exchanges that it then starts, computing before the wait for them, and whether a pair of passes
-    alternates at the wait."""
+    """Computing, exchanges that start after it, and computing before the wait for them.
+
+    yields: a pair of passes alternates at the wait.
+    """
 
     compute: tuple[Work, ...]
     exchanges: tuple[Exchange, ...] = ()

@@ -37,9 +37,7 @@ def build_hooks(
         StepProfiler(
             config, mesh.rank, parts
         ),  # last before the passes and first after the update, so that the profile has no other work
-        ReplicaCheck(
-            config.log.replicas_every, zero, mesh
-        ),  # before the phase changes: finds differences from the passes
+        ReplicaCheck(config.log.replicas_every, zero, mesh),  # before the phase changes: compares after the passes
         StateCheck(config.log.state_every, zero, mesh.rank),  # before anything reads the state
         progress,  # before slow work, so that the driver knows the rank's phase
         Fp8Readings(config),  # any place before the recorder

@@ -132,8 +132,10 @@ class Watch:
 
 
 def _layers_in_order(chunk: DeepSeekV3) -> Iterator[tuple[str, nn.Module, int]]:
-    """Name, module and position in the forward pass of the embedding, every block, the norm, MTP modules and the
-    head."""
+    """Name, module and position in the forward pass of each part.
+
+    Parts: the embedding, every block, the norm, MTP modules and the head.
+    """
     blocks, depths = chunk.config.layers, chunk.config.mtp_depth
     for name, module in chunk.named_children():
         if name == "layers":

@@ -47,8 +47,10 @@ METHODS: dict[type, dict[str, str]] = {
 """Per module type: the traced methods and their names in the trace."""
 DISPATCH = {"dispatch_begin": "dispatch", "combine": "dispatch"}
 TRAVELS = "_Dispatch", "_Combine"
-"""Name prefixes of the autograd functions of parallel/expert/dispatcher.py, which wait for rows outside those
-methods."""
+"""Name prefixes of the autograd functions of parallel/expert/dispatcher.py.
+
+They also wait for rows outside of the methods of `DISPATCH`.
+"""
 OPTIMIZER = "optimizer"
 PART_NAMES = {*(name for methods in METHODS.values() for name in methods.values()), *DISPATCH.values(), OPTIMIZER}
 OTHER = "between the parts"

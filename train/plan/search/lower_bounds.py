@@ -255,10 +255,10 @@ def _kept_bytes(config: Config, stages: Stages, light: int, ids: list[int], flig
 
 @cache
 def in_flight(schedule: str, pp: int, micro_batches: int, virtual: int = 2) -> list[tuple[int, int]]:
-    """Maximum micro-batches in flight on each rank (after forward, before backward), once all its weights have
-    gradients.
+    """Maximum micro-batches in flight per rank, once all its weights have gradients.
 
-    Two numbers per rank: the maximum at any time, and the maximum while a forward runs (0 if none runs then).
+    In flight: after forward, before backward. Two numbers per rank: the maximum at any time, and the maximum while a
+    forward runs (0 if none runs then).
     """
     most = []
     for line in schedule_actions(schedule, pp, micro_batches, virtual):

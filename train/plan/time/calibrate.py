@@ -129,8 +129,10 @@ def _all_rates(config: Config, device: torch.device) -> tuple[dict[str, dict], d
 
 
 def batches(config: Config) -> list[tuple[int, int]]:
-    """Sequences and length of the recipe's micro-batch, and of a smaller one, so that a fit separates calls from
-    elements."""
+    """Sequences and length of the recipe's micro-batch, and of a smaller one.
+
+    With two sizes, a fit separates the cost of a call from the cost of an element.
+    """
     if config.micro_batch_size < SHORTER:
         return [(config.micro_batch_size, config.seq_len), (1, -(-config.seq_len // SHORTER))]
     return [(config.micro_batch_size, config.seq_len), (config.micro_batch_size // SHORTER, config.seq_len)]
@@ -212,8 +214,10 @@ class _Step:
 
 
 def _step(config: Config, device: torch.device, barrier) -> tuple[float, float]:
-    """Shortest seconds of the passes over two micro-batches, and of the work from then to the update, on a rank
-    alone."""
+    """Shortest seconds of the passes over two micro-batches, and of the following reduction and update.
+
+    A single rank runs them.
+    """
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

@@ -108,8 +108,10 @@ class Rates:
         return sum(self.of(one) for one in work)
 
     def passes(self, work: Sequence[Work]) -> float:
-        """Seconds of work inside the passes of a step, including launches by Python and autograd (only in
-        calibrations)."""
+        """Seconds of work inside the passes of a step, including launches.
+
+        Launches by Python and autograd are known only from calibrations.
+        """
         launch = self.rates.get("launch", Rate()).seconds
         return self.factor("passes") * self.seconds(work) + launch * sum(one.calls for one in work)
 
