@@ -104,7 +104,8 @@ def do(config: Config, alone: bool) -> int:
 
 
 def _train(config: Config, alone: bool) -> int:
-    """alone: whether it is the only run of this process, which may then be its rank."""
+    """Train a run; returns the exit code. alone: whether it is the only run of this process, which may then be its
+    rank."""
     from train.checkpoint.run_folder import RunFolder
     from train.metrics.origin import record_start
     from train.show.writer import tell_of_end

@@ -82,7 +82,7 @@ class Findings:
     job_step_again: float | None
     """Seconds of the job's step with the measured times inserted; None if they do not apply to the job."""
     reason: str
-    """The reason if one of these two is missing."""
+    """The reason if `job_step` or `job_step_again` is missing."""
 
 
 def find(piece: DryRunPiece, measured: MeasuredRank, times: Times, device: torch.device) -> Findings:

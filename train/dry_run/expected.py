@@ -48,7 +48,7 @@ class Times:
     job: StepTime | None
     """The plan of the job on its own hardware; None without rates."""
     piece: ExpectedTimes | None
-    """None if the rates are of another device than the present one."""
+    """The plan of the lone piece; None if the rates are of another device."""
     whole: ExpectedTimes | None
     """The plan of the job's rank, at full width with all its layers."""
     reason: str

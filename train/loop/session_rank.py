@@ -157,7 +157,7 @@ class SessionRank:
             self._link.send_bytes(save({name: tensor.contiguous() for name, tensor in (tensors or {}).items()}))
 
     def _broadcast(self, make: Callable[[], bytes]) -> bytes:
-        """The bytes that rank 0 makes, on every rank."""
+        """Returns on every rank the bytes that `make` returns on rank 0."""
         data = make() if self._link is not None else b""
         length = torch.tensor([len(data)])
         dist.broadcast(length, 0, group=self._group)

@@ -35,7 +35,7 @@ class RunState:
     """The live state of one rank, as shards."""
 
     def __init__(self, config: Config, mesh: Mesh, parts: ParallelModel, hooks: Sequence[Any] = ()):
-        """hooks: the state includes hooks that have `shards`."""
+        """hooks: those with `shards` are part of the state."""
         self.mesh, self.zero, self.routers = mesh, parts.zero, parts.routers()
         self.compiled_products: bool | None = None
         """Whether a CPU's matmuls are compiled, as measured at the run's start; None if there is no choice."""

@@ -218,7 +218,7 @@ class WorkRecorder:
             self._listen_to_link(dispatcher.links[0], "")
 
     def _listen_to_link(self, link: Link, name: str) -> None:
-        """name: as `Exchange.link`."""
+        """Record the exchanges over a link. name: as in `Exchange.link`."""
         start = link.start
 
         def begin(rows_CX: Tensor, *rest: Any) -> Any:
@@ -236,7 +236,7 @@ class WorkRecorder:
         vars(link)["start"] = begin
 
     def _listen_to_buffer(self, buffer: Any, name: str) -> None:
-        """buffer: DeepEP's, which sends rows and all other inputs with a row per token."""
+        """Record the exchanges of DeepEP's buffer, which sends rows and all other inputs with a row per token."""
         call = getattr(buffer, name)
 
         def send(rows: Any, *rest: Any, **more: Any) -> Any:

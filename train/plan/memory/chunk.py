@@ -107,7 +107,7 @@ class ChunkMemory:
         return sum(self._own[:i]) - sum(self._sent[:i]) + self._newest(i)
 
     def _kept(self, name: str) -> Counter:
-        """own_i by item."""
+        """Bytes that a part keeps for its backward besides its input (own_i), by item."""
         kept = Counter(trace_forward(self.scene, name).kept)
         kept["activations"] -= self.hidden * (1 + (name == "end" and self._joins))
         return kept

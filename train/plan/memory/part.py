@@ -95,7 +95,7 @@ class Scene:
     compiled: bool
     """Whether a CPU uses compiled code where possible (train/kernels/choice.py), which needs less memory."""
     cp: int = 1
-    """Ranks that share every sequence; the plan assumes the most positions that any of them has."""
+    """Ranks that share every sequence. The plan is of the rank with the first and the last piece; no rank has more positions."""
     adapter: FrozenSection[Adapter] = NO_ADAPTER
     holds_weights: bool = False
     """Whether FP8 weights are cast once per step; only `trace_casts` counts these casts."""
@@ -290,7 +290,7 @@ class Run:
         return self._precision.weights.count_bytes() if isinstance(self._precision, Fp8Precision) else 0
 
     def forward(self, leaves: bool = False) -> Forward:
-        """leaves: inputs are leaves of the graph, as torch's split backward needs them."""
+        """Run the part forward. leaves: inputs are leaves of the graph, as torch's split backward needs them."""
         self._ledger.tag = "activations"
         joins = self._scene.model.section.mtp_depth > 0 and not leaves
         borders = {"embedding": 0, "end": 1 + joins}.get(self._part, 1)

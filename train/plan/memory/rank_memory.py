@@ -190,7 +190,7 @@ def _phases(
     host: Counter,
     moments: dict[str, MemoryPeak],
 ) -> dict[str, PhaseBytes]:
-    """state, host, moments: of `_moments`."""
+    """Peaks of one rank in each phase, from the state, host and moments of `_moments`."""
     held, kept = sum(state.values()), sum(host.values())
 
     def on_host(device: int, host: int, more: int) -> PhaseBytes:

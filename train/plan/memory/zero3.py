@@ -32,7 +32,7 @@ class Zero3Memory:
     """One rank, which has the whole model in one chunk."""
 
     def __init__(self, config: Config, weights: Sequence[Weight], groups: Sequence[Shards], chunk: ChunkMemory):
-        """weights: all of the rank; groups contain the trained ones."""
+        """weights: all weights of the rank; groups contain the trained ones."""
         self._config, self._groups, self._chunk = config, groups, chunk
         self._frozen = [weight for weight in weights if not weight.is_trained]
         self._element = config.precision.weight_bytes

@@ -39,7 +39,7 @@ class FrameBounds:
     """Bounds of the layouts of one frame."""
 
     def __init__(self, frame: Frame, rates: Rates, memo: dict):
-        """memo: as in Stages, for the whole search."""
+        """memo: cached results, as in `Stages`, for the whole search."""
         self._frame, self._rates, self._memo = frame, rates, memo
         self.lacking: list[tuple[int, str, Candidate]] = []
         """Layouts that memory rules out: the bytes that each lacks per device, and of which memory."""

@@ -185,7 +185,7 @@ class _Looked:
 
 
 class _Finder:
-    """One search."""
+    """Runs one search."""
 
     def __init__(self, config: Config, devices: int, tell: Callable[[FoundLayout], None]):
         self._base, self._devices, self._tell, self.tried = config, devices, tell, 0
@@ -387,7 +387,7 @@ def _missed(config: Config, fullest: int) -> tuple[int, str]:
 
 
 def _nothing_runs(config: Config, found: Search, devices: int) -> UserError:
-    """The error for devices whose number no layout of the recipe divides."""
+    """The error if no layout is possible on this number of devices."""
     reasons = "; ".join(f"{family.name}: {family.reason}" for family in found.rejected[:REASONS])
     more = f"; and so for {len(found.rejected) - REASONS} more" if len(found.rejected) > REASONS else ""
     return UserError(

@@ -46,7 +46,7 @@ class PassTime:
 
     @classmethod
     def joined(cls, passes: Sequence["PassTime"]) -> "PassTime":
-        """The passes in sequence."""
+        """One pass that consists of these passes in sequence."""
         return cls([one for each in passes for one in each.segments], [one for each in passes for one in each.pieces])
 
 

@@ -5,8 +5,8 @@ calibrated as it is planned. A part runs several times, and the shortest time of
 machine only ever adds time. Kernels outside of the parts are timed separately: parts of the update that work only on
 weights, and casts of rows that travel in FP8.
 
-A GPU's autograd runs in its own thread, where single torch operations are not seen; the model's calls of its kernels
-are.
+A GPU's autograd runs in its own thread, where the recorder does not see single torch operations. It sees the model's
+calls of its kernels.
 """
 
 from collections.abc import Callable, Iterator, Sequence
