@@ -110,8 +110,7 @@ SETTLED = 2
 
 
 class Recorder:
-    """Sends the record to metrics.jsonl, the terminal and W&B, and checkpoints to the terminal and W&B; only on rank
-    0."""
+    """Sends the record to metrics.jsonl, the terminal and W&B, and complete checkpoints to W&B; only on rank 0."""
 
     def __init__(self) -> None:
         self._steps = self._compiled = 0
