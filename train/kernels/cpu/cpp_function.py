@@ -67,10 +67,13 @@ class Parameter(Protocol):
 class Array:
     """A tensor parameter: its address, then the strides of its leading axes.
 
-    dtype: one or several; the index of the actual dtype then becomes the size PARAMETER_dtype. sizes: per axis a name,
-    a number or an expression without spaces, as in "N 2*F". "*N": the product of all leading axes, 1 if there are none.
-    apart: number of leading axes with any stride. With 0 the tensor must be contiguous. beside: one of this many last
-    axes must have stride 1. out: C++ writes it. optional: the argument may be None, which becomes a null pointer.
+    dtype: one or several; the index of the actual dtype then becomes the size PARAMETER_dtype.
+    sizes: per axis a name, a number or an expression without spaces, as in "N 2*F". "*N": the product of all leading
+        axes, 1 if there are none.
+    apart: number of leading axes with any stride. With 0 the tensor must be contiguous.
+    beside: of this many last axes, one must have stride 1.
+    out: C++ writes it.
+    optional: the argument may be None, which becomes a null pointer.
     """
 
     def __init__(

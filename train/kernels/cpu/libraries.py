@@ -42,8 +42,10 @@ def products_pay(measured: bool = True) -> bool:
 
     A dot product of bf16 pairs does the work of two FMAs. On some CPUs it takes the time of two FMAs, on others of
     four. The CPU's name does not tell, so the rate is measured; both cases are far from the threshold. With AMX, torch
-    is always faster. measured: false uses only the CPU's reported features, the same in every run: compiled if it has
-    no bf16 instructions. SLUICE_PRODUCTS=compiled or torch overrides the answer.
+    is always faster.
+
+    measured: false uses only the CPU's reported features, the same in every run: compiled if it has no bf16
+    instructions. The environment variable SLUICE_PRODUCTS=compiled or torch overrides the answer.
     """
     if answer := os.environ.get("SLUICE_PRODUCTS"):
         if answer not in ("compiled", "torch"):
