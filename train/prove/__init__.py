@@ -1,1 +1,4 @@
-"""mode=prove: whether a layout trains the model, held against a plain process (train/docs/prove.md)."""
+"""mode=prove: checks that a layout trains the model, by comparison with a plain process (train/docs/prove.md).
+
+A proof consists of the checks `exact`, `fp32`, `recipe` and `tiles`; messages call them passes.
+"""

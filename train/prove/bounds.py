@@ -1,7 +1,7 @@
-"""How far two honest computations of the same quantity may be apart, and why.
+"""Bounds for the difference between two correct computations of the same quantity, with reasons.
 
-u is the unit roundoff of a format: a rounded result is off by at most u of itself. A chain of n products whose sums have K
-terms rounds n sqrt(K) times on the way that errors usually add up.
+u is the unit roundoff of a format: rounding changes a result by at most u, relative. A chain of n matmuls with sums of
+K terms rounds about n sqrt(K) times in the direction in which errors usually add up.
 """
 
 from dataclasses import dataclass
@@ -9,39 +9,40 @@ from dataclasses import dataclass
 from conf.schema import Config, Model
 
 EXACT = 1e-10
-"""Pass exact: of the tensor's largest value."""
+"""Bound of check exact, relative to the tensor's largest value."""
 UNIT = {"fp64": 2.0**-53, "fp32": 2.0**-24, "bf16": 2.0**-8, "e4m3": 2.0**-4}
 SMALLEST = 2.0**-126
-"""What is smaller in fp32 or bf16 is rounded to steps of less than the format's precision, or to 0."""
+"""Smaller values in fp32 or bf16 are rounded with less than the format's precision, or to 0."""
 LOW = ("recipe", "tiles")
-"""Passes in the recipe's own precision."""
+"""Checks in the recipe's own precision."""
 MOST = 0.75
-"""In low precision, whatever the chain: what is missing or doubled is off by 1."""
+"""Largest bound in low precision, for any chain: a missing or doubled value has an error of 1."""
 ROOM = 8.0
-"""What norms, softmax and the router's sigmoid may enlarge an error by on its way."""
+"""Factor by which norms, softmax and the router's sigmoid may enlarge an error."""
 
 
 @dataclass(frozen=True)
 class Bound:
-    """Largest difference that is allowed."""
+    """The largest allowed difference."""
 
     value: float
     reason: str
 
 
 def chain(model: Model) -> int:
-    """Products between a token and the loss and back: 8 of a block each way (attention has six, an FFN two), and the head."""
+    """Number of matmuls from a token to the loss and back: 8 per block and direction (attention six, FFN two), and the
+    head."""
     return 2 * (8 * (model.layers + model.mtp_depth) + 1)
 
 
 def terms(config: Config) -> int:
-    """Terms of the longest sum: over a width, over a vocabulary, or over the tokens of a batch."""
+    """Number of terms of the longest sum: over a width, over a vocabulary, or over the tokens of a batch."""
     model = config.model
     return max(model.hidden, model.dense_width, model.vocab_size, config.batch_size * config.seq_len)
 
 
 def computed(proof: str, config: Config) -> Bound:
-    """Outputs, losses and gradients of a pass: what the chain of products makes of rounding."""
+    """Bound of outputs, losses and gradients in a check: the rounding errors of the chain of matmuls."""
     if proof == "exact":
         return Bound(EXACT, "fp64 rounds by 1e-16, and sums of any order stay far below")
     n, K = chain(config.model), terms(config)
@@ -58,19 +59,20 @@ def computed(proof: str, config: Config) -> Bound:
 
 
 def is_tiled(config: Config) -> bool:
-    """Whether products are in FP8, or rows travel so."""
+    """Whether the matmuls or the wire use FP8."""
     return config.precision.fp8 is not None or config.parallel.wire == "fp8"
 
 
 def coarsest(config: Config) -> str:
-    """The format of UNIT in which a recipe rounds most. A wire of FP8 rounds on the way to the experts, in any precision."""
+    """The format in UNIT with the coarsest rounding of a recipe. An FP8 wire rounds rows for the experts in any
+    precision."""
     if is_tiled(config):
         return "e4m3"
     return "bf16" if config.precision.name != "fp32" else "fp32"
 
 
 def averaged(proof: str, config: Config, sequences: int) -> Bound:
-    """Losses: in low precision the roundings of one token are not those of another, and a mean has fewer of them."""
+    """Bound of losses. In low precision, tokens have independent rounding errors, which average out in a mean."""
     bound, tokens = computed(proof, config), sequences * config.seq_len
     if not is_rounded(proof, config):
         return bound
@@ -78,8 +80,9 @@ def averaged(proof: str, config: Config, sequences: int) -> Bound:
 
 
 def chosen(proof: str, config: Config) -> Bound:
-    """By how much scores may be off for an expert to be chosen in the place of another: a sigmoid's slope is a quarter, and what a
-    softmax's score moves by when all logits move is no more than twice that.
+    """Largest error of scores for which a different expert choice is correct.
+
+    The slope of a sigmoid is at most a quarter. If all logits change, a softmax score changes by at most twice as much.
     """
     if proof == "exact":
         return Bound(0.0, "the same experts in the same order")
@@ -91,10 +94,10 @@ def chosen(proof: str, config: Config) -> Bound:
 
 
 def is_rounded(proof: str, config: Config) -> bool:
-    """Whether a format below fp32 takes part, so that outputs and gradients are measured by their norm."""
+    """Whether a format below fp32 is used, so outputs and gradients are measured by their norm."""
     return proof in LOW and coarsest(config) != "fp32"
 
 
 def is_low(proof: str, config: Config) -> bool:
-    """Whether the model computes with weights in bf16."""
+    """Whether the model computes with bf16 weights."""
     return proof in LOW and config.precision.name != "fp32"

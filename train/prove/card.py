@@ -1,4 +1,7 @@
-"""card.md: what of a recipe a proof has verified, on which device, and what it has not. For somebody who gets the run, not the screen."""
+"""card.md: the properties of a recipe that a proof has verified, on which device, and the properties that it has not.
+
+It is for readers who get the run folder but do not see the screen.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,16 +21,16 @@ VERIFIED = {
     ),
     "resume": (("checkpoint",), "a checkpoint, read in another layout, is the saved state bit for bit, and trains on"),
 }
-"""Fields that a proof has something to say of, the phases of a comparison that belong to them, and what held."""
+"""Fields that a proof can verify, with the phases of a comparison that belong to each, and the verified statement."""
 NOT_HERE = {
     "conversion": "a proof converts nothing; `mode=export` writes a Hugging Face folder, and `init_from` reads one",
     "speed": "a proof measures none; `python -m bench` and the metrics of a run do",
 }
-"""Fields of which a proof says nothing, and where to look."""
+"""Fields that a proof does not verify, with other sources."""
 
 
 def write_card(certificate: Certificate, folder: Path) -> Path:
-    """Write it beside prove.json."""
+    """Write card.md next to prove.json."""
     atomic_write_text(folder / PROOF_CARD_FILE, "\n".join(_card_lines(certificate)) + "\n")
     return folder / PROOF_CARD_FILE
 

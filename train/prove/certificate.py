@@ -1,4 +1,4 @@
-"""What a proof came to: prove.json and a screen."""
+"""The result of a proof: prove.json and a screen."""
 
 import json
 import math
@@ -29,15 +29,16 @@ BLIND = {
     "recipe": "in whole outputs and gradients, what is below the loosest bound",
     "tiles": "whole outputs, updates and checkpoints, which the passes before have; pipelines, in which no scale is another",
 }
-"""What a pass does not see."""
+"""What a check cannot detect."""
 SHARPER = {
     "single parts": ("products", "gradients of single weights"),
     "rows on their way": ("rows at the experts", "sums of expert outputs"),
     "sums over ranks": ("reduced gradients",),
 }
-"""What pass recipe holds to far sharper bounds than whole outputs, where it ran: quantities by what they are called."""
+"""Parts of check recipe with much tighter bounds than whole outputs, if they ran, with the names of their
+quantities."""
 WIDTH = 100
-"""Columns of what is wrapped."""
+"""Columns of wrapped text."""
 NEVER_PROVEN = [
     "kernels of GPUs, and NCCL, unless the ranks ran on GPUs",
     "sizes beyond the miniature: memory, overflow of counters, speed",
@@ -48,27 +49,27 @@ NEVER_PROVEN = [
 
 @dataclass(frozen=True)
 class Certificate:
-    """What a proof found of one recipe in one layout."""
+    """The result of a proof for one recipe in one layout."""
 
     name: str
     layout: str
     second_layout: str
-    """That which read the checkpoint."""
+    """The layout that read the checkpoint."""
     ranks: int
     device: str
     steps: int
     cuts: Sequence[str]
-    """What is smaller than in the recipe, a sentence each."""
+    """A sentence for each reduction of the recipe."""
     seconds: float
     verdicts: Sequence[ProofVerdict]
     differences: Sequence[Difference]
-    """In the order of the computation."""
+    """Failed comparisons, in the order of the computation."""
     acted: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    """How often what acts on some steps or heads alone did, and of how many times."""
+    """Mechanisms that act only on some steps or heads: how often they acted, and the number of opportunities."""
     proven: Mapping[str, Any] = field(default_factory=dict)
-    """The recipe, layout and code that were proven, see `train.show.proof_rows.describe_proven`."""
+    """The proven recipe, layout and code, see `train.show.proof_rows.describe_proven`."""
     own_code: Mapping[str, str] = field(default_factory=dict)
-    """Import paths of the user's code by key, which no proof runs."""
+    """Import paths of the user's code by key; a proof does not run this code."""
 
     @property
     def holds(self) -> bool:
@@ -86,11 +87,11 @@ class Certificate:
 
     @property
     def first(self) -> Difference | None:
-        """Where a fault begins."""
+        """The difference closest to the origin of a fault."""
         return first_of(self.differences)
 
     def record(self) -> dict[str, Any]:
-        """prove.json. Errors and bounds are relative; null for a difference without a measure."""
+        """The content of prove.json. Errors and bounds are relative; null for a difference without a measure."""
         return {
             "name": self.name,
             "proven": dict(self.proven),
@@ -116,7 +117,7 @@ class Certificate:
         return folder / PROOF_FILE
 
     def show(self, path: Path, console: Console | None = None) -> None:
-        """On one screen."""
+        """Print the result on one screen."""
         said = "this layout trains this model" if self.holds else "this layout does NOT train this model"
         rows = [("Layout", f"{self.layout}, {self.ranks} ranks on {self.device}, {self.steps} steps")]
         same = self.second_layout.startswith(f"{self.layout}, {self.ranks} ")
@@ -138,23 +139,23 @@ class Certificate:
 
 @dataclass(frozen=True)
 class Sharpness:
-    """What a pass told, and how sharply. Bounds are shares of the size of what was compared."""
+    """Amount and tightness of a check's comparisons. Bounds are relative to the size of the compared tensor."""
 
     proof: str
     compared: int
     untold: int
     quantities: int
     bit_for_bit: int
-    """Quantities of them that had to be equal in every bit."""
+    """Number of quantities that had to be equal in every bit."""
     sharpest: float | None
-    """The sharpest bound of the quantities that were rounded; None without one."""
+    """The tightest bound of the quantities with rounding; None without such a quantity."""
     sharpest_quantity: str
     loosest: float | None
     loosest_quantity: str
     does_not_see: str
 
     def text(self) -> str:
-        """Two sentences."""
+        """The amount and the bounds as text."""
         share = f", not told {self.untold:,} that rounding alone may move by their own size" if self.untold else ""
         told = f"told: {self.compared:,} numbers, {self.bit_for_bit} of {self.quantities} quantities bit for bit{share}"
         if self.sharpest is None:
@@ -164,7 +165,7 @@ class Sharpness:
 
 
 def sharpness_of(verdicts: Sequence[ProofVerdict]) -> list[Sharpness]:
-    """The sharpness of every pass that ran."""
+    """The sharpness of every check that ran."""
     found = []
     for proof in PROOFS_SAY:
         of_pass = [one for one in verdicts if one.proof == proof]
@@ -190,7 +191,7 @@ def sharpness_of(verdicts: Sequence[ProofVerdict]) -> list[Sharpness]:
 
 
 def _sharper(verdicts: Sequence[ProofVerdict]) -> str:
-    """What of pass recipe was held to sharper bounds, of what really ran."""
+    """A sentence on the parts of check recipe with tighter bounds, as far as they ran."""
     compared = {one.quantity for one in verdicts if one.compared}
     ran = [name for name, quantities in SHARPER.items() if compared.issuperset(quantities)]
     if not ran:
@@ -203,7 +204,8 @@ def _sharper(verdicts: Sequence[ProofVerdict]) -> str:
 
 
 def _lines(proof: str, verdicts: list[ProofVerdict]) -> list[str]:
-    """What failed; or how much was compared, how sharply, what came nearest to its bound, and what was not seen."""
+    """Failures of a check; without failures the amount and tightness of its comparisons, the largest error, and its
+    blind spots."""
     if not verdicts:
         return [
             "did not run: nothing has a scale for every 128 of it, and no adapter stands beside products that round"
@@ -225,7 +227,7 @@ def _lines(proof: str, verdicts: list[ProofVerdict]) -> list[str]:
 
 
 def _finite(record: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no infinity and no NaN."""
+    """The record with null for infinity and NaN, which JSON does not have."""
     return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
     }

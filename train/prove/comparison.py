@@ -1,7 +1,8 @@
-"""How two values of the same thing are compared, and what is kept of it.
+"""Comparison of two values of a named quantity, and the record of its result.
 
-`Comparisons.compare` is the only comparison there is, of a named quantity. A `DifferenceMeasure` says what a difference is measured in: the size of the
-tensor (`in_size`), what each element may be off by (`in_each`), or what is left beyond a rounding of the result (train/prove/judge_parts.py).
+All comparisons use `Comparisons.compare`. A `DifferenceMeasure` defines the unit of a difference: the size of the
+tensor (`in_size`), an allowed error per element (`in_each`), or the error beyond a rounding of the result
+(train/prove/step_parts.py).
 """
 
 import math
@@ -18,9 +19,9 @@ from train.prove.findings import Difference, ProofFindings, ProofVerdict, share_
 from train.prove.recipe_values import read_values
 
 MISSING = 1.0
-"""The error of a tensor that is missing: a bound from there on tells nothing."""
+"""The error of a missing tensor; a bound of this size or more detects nothing."""
 LOOSE = ("outputs", "losses", "gradients of weights", "gradients of outputs")
-"""Quantities that pass recipe measures by their norm."""
+"""Quantities that check recipe measures by their norm."""
 BITS, WHOLE_NUMBERS = Bound(0.0, "bit for bit"), Bound(0.0, "whole numbers")
 
 
@@ -28,17 +29,17 @@ class Measurement(NamedTuple):
     """A difference, in the unit of the bound."""
 
     errors: Tensor
-    """Errors of each element, to find the worst one."""
+    """Error of each element, to find the worst."""
     error: float
-    """What is held to the bound."""
+    """The error that is compared with the bound."""
     scale: float | None = None
-    """The unit where all elements share it; None where each has its own."""
+    """The unit if all elements share it; None if each element has its own."""
     share: float = 1.0
-    """The unit over the size of what is compared."""
+    """The unit divided by the size of the compared tensor."""
     untold: int = 0
-    """Elements of which rounding may hide all."""
+    """Number of inconclusive elements, whose whole value rounding may hide."""
     most_untold: float = math.inf
-    """More of them fail: too little would be proven."""
+    """More inconclusive elements than this fail, because the comparison would prove too little."""
 
 
 DifferenceMeasure = Callable[[Tensor, Tensor], Measurement]
@@ -46,7 +47,8 @@ DifferenceMeasure = Callable[[Tensor, Tensor], Measurement]
 
 
 def in_size(scale: float | None = None, by_norm: bool = False) -> DifferenceMeasure:
-    """Measures in the size of what is wanted, or in a given one. by_norm: root mean squares, else largest values."""
+    """Measures in the size of the expected tensor, or in a given size. by_norm: root mean squares, else largest
+    values."""
 
     def measure(got: Tensor, want: Tensor) -> Measurement:
         unit, errors = size_of(want, by_norm) if scale is None else scale, (got - want).abs()
@@ -56,7 +58,8 @@ def in_size(scale: float | None = None, by_norm: bool = False) -> DifferenceMeas
 
 
 def in_each(allowed: Tensor, before: Tensor | None = None) -> DifferenceMeasure:
-    """Measures each element in what it may be off by. before: what an update moved, of which rounding may hide small moves."""
+    """Measures each element in its allowed error. before: values before an update, whose small moves rounding may
+    hide."""
 
     def measure(got: Tensor, want: Tensor) -> Measurement:
         each, difference = allowed.flatten(), (got - want).abs()
@@ -69,7 +72,7 @@ def in_each(allowed: Tensor, before: Tensor | None = None) -> DifferenceMeasure:
 
 
 class Comparisons:
-    """The comparisons of one pass: each goes into the findings with the part, step and phase that is judged."""
+    """The comparisons of one check. Each is added to the findings with the current part, step and phase."""
 
     def __init__(self, proof: str, config: Config, findings: ProofFindings):
         """config: as the ranks ran it."""
@@ -80,7 +83,7 @@ class Comparisons:
         self.part = self.step = 0
 
     def run_as(self, config: Config) -> None:
-        """The ranks run this from now on."""
+        """Set the configuration that the ranks run from now on."""
         self.config, self.values = config, read_values(config)
 
     def compare(
@@ -96,8 +99,10 @@ class Comparisons:
         measure: DifferenceMeasure | None = None,
         widen: Callable[[Bound, float], Bound] | None = None,
     ) -> None:
-        """Hold what came out to what should have. scale: of `in_size`, which measures where nothing else is given. widen: makes a wider bound,
-        and is asked where this one is exceeded.
+        """Compare an actual with an expected value.
+
+        scale: of `in_size`, which is the default measure. widen: returns a wider bound; called if the error exceeds
+        this bound.
         """
         flat = (torch.as_tensor(one, dtype=torch.float64).detach().flatten() for one in (got, want))
         got_N, want_N = flat
@@ -123,7 +128,7 @@ class Comparisons:
             self.fail(quantity, name, reason, made.untold, len(got_N), rank)
 
     def acted(self, name: str, times: int, of: int = 1) -> None:
-        """Count how often something acts that does not always."""
+        """Count how often a mechanism acted that does not always act."""
         name = f"{name} (pass {self.proof})"
         before = self.findings.acted.get(name, (0, 0))
         self.findings.acted[name] = before[0] + times, before[1] + of
@@ -145,7 +150,7 @@ class Comparisons:
         want: float = math.nan,
         rank: Evidence | None = None,
     ) -> None:
-        """What is missing, or cannot be compared."""
+        """Record a missing value, or values that cannot be compared."""
         verdict = self._verdict(quantity)
         verdict.worst, verdict.where = math.inf, f"step {self.step}, {name}"
         self._differ(quantity, name, rank, got, want, math.inf, Bound(0.0, reason))
@@ -175,6 +180,6 @@ class Comparisons:
 
 
 def size_of(tensor: Tensor, by_norm: bool) -> float:
-    """Root mean square, or the largest value."""
+    """Root mean square, or the largest absolute value."""
     tensor = tensor.detach().double()
     return (tensor.square().mean().sqrt() if by_norm else tensor.abs().max()).item()

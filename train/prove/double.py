@@ -1,10 +1,10 @@
-"""The product's own code in fp64: whatever it asks for in fp32 it gets in fp64, and nothing else of it changes.
+"""Runs Sluice's own code in fp64: all fp32 tensors become fp64, and nothing else changes.
 
-In fp64 two ways to the same sum differ by some 1e-15 of its terms, where a wrong scale, a missing term or another order of
-tokens differs by what it is. So what agrees to 1e-10 is the same function, and not only near to it.
+In fp64 two orders of the same sum differ by about 1e-15 of its terms. A wrong scale, a missing term or another order of
+tokens differs by its full size. So agreement to 1e-10 proves the same function, and not only a similar result.
 
-torch shows every operation below autograd, of all lanes of a pipeline, to a dispatch mode. There a new tensor, a cast or a sum in
-fp32 becomes one in fp64. A product that knows no fp64 has its plain form here.
+A torch dispatch mode sees every operation below autograd, on all threads of a pipeline. There a new tensor, a cast or a
+sum in fp32 becomes fp64. Operations without fp64 support have a plain form here.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ WIDER = {torch.float32: torch.float64, torch.complex64: torch.complex128}
 
 @contextmanager
 def in_double() -> Iterator[None]:
-    """Everything inside that would be fp32 is fp64. What comes from outside in fp32 stays so."""
+    """Inside the block, new fp32 tensors are fp64. Tensors from outside stay fp32."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
@@ -43,7 +43,7 @@ class _AtLeastDouble(TorchDispatchMode):
 def grouped_product(
     left: Tensor, right: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: Any = None
 ) -> Tensor:
-    """F.grouped_mm: each group of rows with its own matrix; or, where both are matrices, over each group of columns and rows."""
+    """F.grouped_mm: each group of rows times its own matrix; for two matrices, each group of columns times its rows."""
     assert offs is not None and bias is None
     ends = offs.tolist()
     spans = list(zip([0, *ends], ends, strict=False))

@@ -1,15 +1,15 @@
-"""What a rank saw in one step of a proof, and how it gets from the rank to whoever judges it: a file of safetensors.
+"""The evidence of one rank for one step of a proof, and its safetensors file, which the judge reads.
 
-Keys of tensors are KIND/NAME, those of what a micro-batch made KIND/NAME/NUMBER:
+Keys of tensors are KIND/NAME, or KIND/NAME/NUMBER for tensors of a micro-batch:
 
-    forward, backward      output of a part of the model, and the gradient that came back to it, by micro-batch
-    sent                   what a dispatcher was given and what came out of it: NAME/WHAT/NUMBER, see watched_dispatcher.py
+    forward, backward      output of a part of the model, and the gradient that returned to it, by micro-batch
+    sent                   inputs and outputs of a dispatcher: NAME/WHAT/NUMBER, see watched_dispatcher.py
     local                  gradient of a weight on this rank alone, before any reduction
-    sizes                  of a gradient that was reduced by micro-batch, the sum of what it came to in each without signs
-    drawn                  master weights as the product draws them when a run begins
+    sizes                  for gradients reduced by micro-batch: the sum of their absolute values over the micro-batches
+    drawn                  master weights as initialised at the start of a run
     reduced                gradient of a weight as the update takes it: this rank's shard
-    exact_gradient, exact  of a matrix that is updated as a whole, in fp64: its clipped gradient, and masters and state after the update
-    after                  masters, moments, averages and biases after the step; before the first one of a part of a run, `loaded`
+    exact_gradient, exact  for a matrix that is updated as a whole, in fp64: its clipped gradient; masters and state after the update
+    after                  masters, moments, averages and biases after the step, or as loaded before the first step of a part
 """
 
 import json
@@ -38,29 +38,30 @@ from train.model.router import Router
 from train.prove.watched_dispatcher import WatchedDispatcher
 
 State = dict[str, Tensor]
-"""Whole tensors by the name of their shards, fp64: master.NAME, those of the optimizer's state, ema.NAME, bias.LAYER."""
+"""Whole tensors by the name of their shards, fp64: master.NAME, STATE.NAME for the optimizer's state, ema.NAME,
+bias.LAYER."""
 EVIDENCE = "evidence"
-"""Folder of what ranks saw, in the proof's own."""
+"""Folder of the ranks' evidence, in the folder of the proof."""
 WATCHED = (Block, Embedding, FFN, MLA, MTP, MoE, Router)
 
 
 @dataclass
 class StepInfo:
-    """What a step says of itself, in numbers."""
+    """The settings and numbers of a step on one rank."""
 
     proof: str
-    """Pass: exact, fp32 or recipe."""
+    """The check: exact, fp32, recipe or tiles."""
     part: int
-    """0, and 1 for the part of the run that goes on from the checkpoint in another layout."""
+    """0, or 1 for the part of the run that resumes from the checkpoint in another layout."""
     step: int
-    """0 for the state that a part began with."""
+    """0 for the state at the start of a part."""
     rank: int
     layout: str
     device: str
     dp: int = 1
     dp_rank: int = 0
     first: int = 0
-    """The first of its samples, in the step's batch."""
+    """Its first sample, in the step's batch."""
     cp: int = 1
     cp_rank: int = 0
     ep: int = 1
@@ -72,11 +73,11 @@ class StepInfo:
     mtp_losses: list[float] = field(default_factory=list)
     balance_loss: float = 0.0
     loads: list[list[float]] = field(default_factory=list)
-    """Tokens of every expert, by layer with experts."""
+    """Tokens per expert, by layer with experts."""
     grad_norm: float = 0.0
     applied: bool = True
     sums_in_fp32: bool = False
-    """Whether products add gradients of weights in bf16 to their sums as they are, and do not round them before."""
+    """Whether matmuls add weight gradients of bf16 operands to their fp32 sums without rounding them to bf16 before."""
     validation_loss: float | None = None
     updates: int = 0
     samples: int = 0
@@ -85,18 +86,18 @@ class StepInfo:
 
 @dataclass
 class Evidence:
-    """One rank's view of one step."""
+    """One rank's data of one step."""
 
     info: StepInfo
     tensors: dict[str, Tensor] = field(default_factory=dict)
     places: dict[str, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
-    """For every shard its first element in the flattened tensor, and the tensor's shape."""
+    """For every shard the index of its first element in the flattened tensor, and the tensor's shape."""
 
     def add(self, kind: str, name: str, tensor: Tensor) -> None:
         self.add_seen({f"{kind}/{name}": tensor})
 
     def add_seen(self, seen: dict[str, Tensor]) -> None:
-        """What a watch kept, under its keys."""
+        """Add tensors that a watch kept, under its keys."""
         self.tensors |= {key: tensor.detach().cpu().clone().contiguous() for key, tensor in seen.items()}
 
     def add_shard(self, kind: str, name: str, shard: Shard) -> None:
@@ -110,7 +111,7 @@ class Evidence:
                 yield key.removeprefix(f"{kind}/"), tensor
 
     def calls_of_kind(self, kind: str) -> Iterator[tuple[str, int, Tensor]]:
-        """(name, number of the micro-batch, tensor) of what every micro-batch has."""
+        """(name, number of the micro-batch, tensor) for a kind with one tensor per micro-batch."""
         for key, tensor in self.of_kind(kind):
             name, number = key.rsplit("/", 1)
             yield name, int(number), tensor
@@ -121,7 +122,7 @@ class Evidence:
         return slice(first, first + self.info.micro_batch_size)
 
     def micro_batches(self) -> int:
-        """That went through the rank."""
+        """Number of micro-batches on the rank."""
         return 1 + max((number for _, number, _ in self.calls_of_kind("forward")), default=-1)
 
     def write(self, folder: Path) -> None:
@@ -140,7 +141,8 @@ class Evidence:
 
 
 def read_evidence(folder: Path, proof: str) -> Iterator[tuple[int, int, list[Evidence]]]:
-    """(part, step, every rank's view of it) of a pass, in order. Each is read when it is asked for, as all are gigabytes."""
+    """(part, step, evidence of all ranks) of a check, in order. Files are read on demand, because all together have
+    gigabytes."""
     found: dict[tuple[int, int], list[Path]] = {}
     for path in folder.glob(f"{proof}_*.safetensors"):
         part, step = path.name.split(".", 1)[0].removeprefix(f"{proof}_").split("_")
@@ -150,7 +152,7 @@ def read_evidence(folder: Path, proof: str) -> Iterator[tuple[int, int, list[Evi
 
 
 def assemble(ranks: list[Evidence], kind: str) -> State:
-    """Whole tensors, fp64, from the shards of all ranks. What no rank has is not a number."""
+    """Whole fp64 tensors, from the shards of all ranks; NaN where no rank has a shard."""
     found: State = {}
     for rank in ranks:
         for name, tensor in rank.of_kind(kind):
@@ -170,12 +172,13 @@ def calls_by_name(ranks: list[Evidence], kind: str) -> dict[str, list[tuple[Evid
 
 
 def depth_of(name: str) -> int:
-    """How many positions fewer than the main model an output has: those of MTP modules."""
+    """MTP depth of an output: the number of positions that it lacks compared with the main model."""
     return int(name.split(".")[1]) + 1 if name.startswith("mtp.") else 0
 
 
 def places_of(info: StepInfo, seq_len: int, depth: int) -> list[int]:
-    """Positions of a sequence that a rank has at an MTP depth (0: the main model): of 2 cp pieces one from the front and one from the back."""
+    """Positions of a sequence on a rank at an MTP depth (0: the main model): of 2 cp pieces, one from the front and one
+    from the back."""
     last, size = seq_len - depth, seq_len // (2 * info.cp)
     if info.cp == 1:
         return list(range(last))
@@ -184,25 +187,25 @@ def places_of(info: StepInfo, seq_len: int, depth: int) -> list[int]:
 
 
 class EvidenceWatch:
-    """Keeps what the parts of these chunks put out while they train, and the gradients that come back to them.
+    """Keeps the outputs of the chunks' parts in training, and the gradients that return to them.
 
-    Micro-batches go through a chunk in their order, whatever the schedule, so a count of calls tells which one it is.
+    In every schedule, micro-batches pass a chunk in order, so the number of calls identifies the micro-batch.
     """
 
     def __init__(self, chunks: list[DeepSeekV3], sent: bool = False):
-        """sent: with what goes to experts and comes back, while `keeps_sent`."""
+        """sent: also keep the dispatchers' inputs and outputs, while `keeps_sent`."""
         self.keeps_sent = True
         self.is_open = True
-        """Whether passes belong to the step, and not to a look at what was wrong in it."""
+        """Whether passes belong to the step, and not to a diagnosis of its error."""
         self.spoils = False
-        """Whether the next gradient that comes back to a part is made not finite."""
+        """Whether to make the next gradient that returns to a part NaN."""
         self.seen: dict[str, Tensor] = {}
         self._calls: dict[str, int] = {}
         self._dispatchers: list[WatchedDispatcher] = []
         tables = [chunk.embedding for chunk in chunks if hasattr(chunk, "embedding")]
         for chunk in chunks:
             for name, module in chunk.named_modules():
-                shared = name == "embedding" and len(tables) > 1  # calls of two chunks could not be told apart
+                shared = name == "embedding" and len(tables) > 1  # calls of two chunks could not be distinguished
                 if (isinstance(module, WATCHED) or name == "norm") and not shared:
                     module.register_forward_hook(partial(self._take, name))
                 if isinstance(module, MoE) and sent:
@@ -227,7 +230,7 @@ class EvidenceWatch:
             self.seen[f"forward/{name}.ids/{number}"] = ids.detach().clone()
             name, output = f"{name}.gates", gates
         self.seen[f"forward/{name}/{number}"] = output.detach().clone()
-        if output.requires_grad and name != "embedding":  # whose gradient comes in two parts where two ranks hold it
+        if output.requires_grad and name != "embedding":  # the embedding's gradient has two parts if two ranks hold it
             output.register_hook(partial(self._take_gradient, f"backward/{name}/{number}"))
 
     def _take_gradient(self, key: str, gradient: Tensor) -> Tensor | None:

@@ -1,8 +1,9 @@
-"""The updates of whole matrices once more in fp64, on the shards, owners and groups of the run: in fp32, what rounding makes of a matrix
-in directions with a small singular value hides what is wrong there.
+"""Repeats the updates of whole matrices in fp64, with the run's shards, owners and groups.
 
-Only the numbers are others: the same optimizer, told by a handover of its own what it was handed, with the weights, the gradients and
-what it keeps as fp64. What it would make of them is evidence; the run goes on from its own update.
+In fp32, rounding errors in directions with a small singular value would hide a fault.
+
+The code is the same optimizer, with its own handover and with weights, gradients and state in fp64. Its results are
+evidence; the run continues from its own update.
 """
 
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from train.prove.evidence import Evidence
 
 
 class ExactUpdates:
-    """Updates of whole matrices in fp64, of one step of this rank."""
+    """fp64 updates of whole matrices, for one step of this rank."""
 
     def __init__(self, config: Config, zero: Zero):
         self._config, self._zero = config, zero
@@ -34,7 +35,7 @@ class ExactUpdates:
         zero.client.update = updated  # pyrefly: ignore[missing-attribute]  see above
 
     def clear(self) -> None:
-        """Start a step."""
+        """Clear the evidence at the start of a step."""
         self._seen = {"exact": {}, "exact_gradient": {}}
 
     def give(self, evidence: Evidence) -> None:

@@ -1,4 +1,4 @@
-"""What the judges of a proof found: a verdict on every quantity of every pass, and every comparison that failed."""
+"""The findings of a proof: a verdict on every quantity of every check, and every failed comparison."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from train.prove.bounds import Bound
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """A comparison that failed."""
+    """A failed comparison."""
 
     proof: str
     part: int
@@ -17,9 +17,9 @@ class Difference:
     phase: str
     quantity: str
     name: str
-    """Name of the tensor, or of the part of the model whose output it is."""
+    """Name of the tensor, or of the part of the model with this output."""
     rank: int | None
-    """None where all ranks were put together."""
+    """None for a tensor assembled from all ranks."""
     got: float
     want: float
     error: float
@@ -27,7 +27,7 @@ class Difference:
     reason: str
 
     def text(self) -> str:
-        """One sentence."""
+        """The difference as one sentence."""
         who = "" if self.rank is None else f", rank {self.rank}"
         return (
             f"pass {self.proof}, step {self.step}{who}, {self.phase}: {self.quantity} of {self.name} is {self.got:.9g} and "
@@ -36,12 +36,14 @@ class Difference:
 
 
 WHOLE = ("outputs", "losses", "gradients of weights", "gradients of outputs", "chosen experts", "loads")
-"""Quantities of the whole model, whose differences in low precision begin to show anywhere behind a fault."""
+"""Quantities of the whole model. In low precision, their first difference may be anywhere after a fault."""
 
 
 def first_of(differences: Sequence[Difference]) -> Difference | None:
-    """Where a fault begins. They come in the order of the computation; but in the recipe's own precision whole outputs are compared so
-    loosely that what a single part shows says more, also of a later step.
+    """The difference closest to the origin of a fault.
+
+    Differences are in the order of the computation. In the recipe's own precision, bounds on whole outputs are wide.
+    There, a difference of a single part says more, even from a later step.
     """
     if not differences or not is_blurred(differences[0]):
         return differences[0] if differences else None
@@ -59,7 +61,7 @@ def is_of_a_part(difference: Difference) -> bool:
 
 @dataclass
 class ProofVerdict:
-    """What a pass says of one quantity."""
+    """The verdict of a check on one quantity."""
 
     proof: str
     quantity: str
@@ -70,13 +72,15 @@ class ProofVerdict:
     reason: str = ""
     failed: int = 0
     untold: int = 0
-    """Numbers that were compared with nothing, as rounding alone may move them by their own size; finite they must be."""
+    """Inconclusive numbers, which rounding alone may change by their own size. They must be finite and are not compared
+    otherwise."""
     sharpest: float = math.inf
     loosest: float = 0.0
-    """Bounds that were applied, as a share of the size of what was compared."""
+    """Smallest and largest applied bound, relative to the size of the compared tensor."""
 
     def take(self, error: float, bound: Bound, numbers: int, untold: int, unit: float, where: str) -> None:
-        """Take in a comparison of so many numbers. unit: what the bound is a multiple of, as a share of the size of what was compared."""
+        """Add a comparison of `numbers` numbers. unit: the unit of the bound, relative to the size of the compared
+        tensor."""
         share = bound.value * unit
         self.compared, self.untold = self.compared + numbers - untold, self.untold + untold
         self.sharpest, self.loosest = min(self.sharpest, share), max(self.loosest, share)
@@ -85,27 +89,27 @@ class ProofVerdict:
 
     @property
     def share(self) -> float:
-        """The worst error, of what is allowed."""
+        """The worst error as a fraction of its bound."""
         return share_of_bound(self.worst, self.bound)
 
 
 @dataclass
 class ProofFindings:
-    """What all passes found."""
+    """The findings of all checks."""
 
     verdicts: dict[tuple[str, str], ProofVerdict] = field(default_factory=dict)
     differences: list[Difference] = field(default_factory=list)
     """In the order of the computation."""
     acted: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """How often what acts on some steps or heads alone did act, and of how many times."""
+    """Mechanisms that act only on some steps or heads: how often they acted, and the number of opportunities."""
     device: str = "cpu"
-    """Kind of device that the ranks had."""
+    """Kind of device of the ranks."""
     second_layout: str = ""
-    """In which the checkpoint was read, and on how many ranks."""
+    """Layout and number of ranks that read the checkpoint."""
 
 
 def together(passes: Sequence[ProofFindings]) -> ProofFindings:
-    """What the judges of several passes found, in their order."""
+    """The findings of several checks as one, in their order."""
     findings = ProofFindings()
     for one in passes:
         findings.verdicts |= one.verdicts
@@ -116,5 +120,5 @@ def together(passes: Sequence[ProofFindings]) -> ProofFindings:
 
 
 def share_of_bound(error: float, bound: float) -> float:
-    """The share of what is allowed; where nothing is, an error is beyond all measure."""
+    """The error as a fraction of the bound; infinite for an error with a bound of 0."""
     return error / bound if bound else (math.inf if error else 0.0)

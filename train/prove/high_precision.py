@@ -1,7 +1,8 @@
-"""Parts that stay in bf16 and fp32 in every recipe (3.3.1): norms, attention, router. Forward and backward, as plain as their formulas.
+"""Reference formulas of the parts that stay in bf16 and fp32 in every recipe (3.3.1): norms, attention, router.
 
-What comes in is what a rank really had. Nothing is rounded here but where the recipe keeps a result: all is in fp64, and every
-result says the sum of the magnitudes that make it, in which rounding is measured (`Total` of train/prove/low_precision.py).
+Inputs are the rank's actual inputs. All arithmetic is fp64, and values are rounded only where the recipe stores a
+result. Every result includes the sum of the magnitudes of its terms, the unit of rounding errors (`Total` of
+train/prove/low_precision.py).
 
 Shapes as in train/prove/reference.py; N rows.
 """
@@ -22,13 +23,13 @@ from train.prove.reference import best, group_scores, rotate, stretched, turns
 
 
 def rms_norm(x_ND: Tensor, gain_D: Tensor, eps: float) -> Total:
-    """x over the root of the mean of its squares, times the gain."""
+    """x over its root mean square, times the norm weight."""
     made = x_ND / (x_ND.square().mean(-1, keepdim=True) + eps).sqrt() * gain_D
     return Total(made, made.abs(), None)
 
 
 def rms_norm_back(dy_ND: Tensor, x_ND: Tensor, gain_D: Tensor, eps: float) -> tuple[Total, Total]:
-    """Gradients of x and of the gain."""
+    """Gradients of x and of the norm weight."""
     rstd_N1 = (x_ND.square().mean(-1, keepdim=True) + eps).rsqrt()
     up_ND = dy_ND * gain_D
     slope, magnitude = ((x_ND * up_ND).mean(-1, keepdim=True), (x_ND * up_ND).abs().mean(-1, keepdim=True))
@@ -42,7 +43,7 @@ def rms_norm_back(dy_ND: Tensor, x_ND: Tensor, gain_D: Tensor, eps: float) -> tu
 
 
 def softmax_scale(config: Values) -> float:
-    """1 / sqrt(width of queries), and mscale^2 where YaRN is in force (4.3)."""
+    """1 / sqrt(width of queries), times mscale^2 if YaRN is active (4.3)."""
     model = config.model
     scale = (model.nope_head_dim + model.rope_head_dim) ** -0.5
     if stretched(model, config.seq_len) and model.yarn.factor > 1:
@@ -51,7 +52,7 @@ def softmax_scale(config: Values) -> float:
 
 
 def unseen(length: int, documents_BT: Tensor | None) -> Tensor:
-    """(1 or B, 1, T, T): keys that a query does not see, later ones and those of other documents."""
+    """(1 or B, 1, T, T): mask of keys that a query does not see: later keys, and keys of other documents."""
     later = torch.ones(length, length, dtype=torch.bool).triu(1)[None, None]
     if documents_BT is None:
         return later
@@ -59,7 +60,7 @@ def unseen(length: int, documents_BT: Tensor | None) -> Tensor:
 
 
 class AttentionSlopes(NamedTuple):
-    """Slopes of queries, keys and values."""
+    """Gradients of queries, keys and values."""
 
     q: Total
     k: Total
@@ -75,7 +76,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, unseen: Tensor) -> Tot
 def attend_back(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float, unseen: Tensor
 ) -> AttentionSlopes:
-    """out: as the rank had it."""
+    """Gradients of attention. out: the rank's actual output."""
     p = (q @ k.mT * scale).masked_fill(unseen, -math.inf).softmax(-1)
     ds = scale * p * (dout @ v.mT - (dout * out).sum(-1, keepdim=True))
     size = scale * p * (dout.abs() @ v.abs().mT + (dout * out).abs().sum(-1, keepdim=True))
@@ -87,14 +88,14 @@ def attend_back(
 
 
 def query_sizes(config: Values, places: Sequence[int]) -> Tensor:
-    """What queries of these positions are multiplied by (Llama 4's growth): fp64 (T, 1), 1 in a model without it."""
+    """Factors of the queries at these positions (Llama 4's growth): fp64 (T, 1), all 1 in a model without it."""
     yarn = config.model.yarn
     steps = [place // yarn.original_seq_len for place in places]
     return torch.tensor([[1 + yarn.query_growth * math.log1p(step)] for step in steps], dtype=torch.float64)
 
 
 def turned(x: Tensor, config: Values, places: Sequence[int], back: bool = False) -> Total:
-    """Adjacent pairs turned by the angle of their position, (..., T, R), and for gradients back."""
+    """Adjacent pairs rotated by the angle of their position, (..., T, R); for gradients rotated back."""
     model = config.model
     angle = turns(model, config.seq_len, max(places) + 1, x)[list(places)]
     size = model.yarn.attention_factor if stretched(model, config.seq_len) else 1.0
@@ -116,8 +117,10 @@ class HeadSlopes(NamedTuple):
 def head(
     x_ND: NearNumbers, weight_VD: Tensor, targets_N: Tensor, positions: float, high: PlainFormat, order: float
 ) -> HeadSlopes:
-    """Sum of -log softmax(x W^T)[target], over so many positions. Logits and their gradients are kept in the activations' format; order:
-    what the order of their sums may change, of the magnitudes that it adds up.
+    """Sum of -log softmax(x W^T)[target], divided by `positions`, with its gradients.
+
+    Logits and their gradients are stored in the activation dtype. order: error from the order of their sums, relative
+    to the sum of magnitudes.
     """
     summed = product(x_ND, NearNumbers(weight_VD))
     logits = rounded(summed, high, order * summed.size)
@@ -137,20 +140,20 @@ def head(
 
 
 class RouterSlopes(NamedTuple):
-    """Slopes of the input and of the weight."""
+    """Gradients of the input and of the weight."""
 
     x: Total
     weight: Total
 
 
 def route_scores(x_BTD: Tensor, weight_ED: Tensor, softmax: bool) -> tuple[Tensor, Tensor]:
-    """Scores and the magnitudes that make their logits, (B, T, E)."""
+    """Scores, and the magnitudes of the terms of their logits, (B, T, E)."""
     logits_BTE = x_BTD @ weight_ED.T
     return logits_BTE.softmax(-1) if softmax else logits_BTE.sigmoid(), x_BTD.abs() @ weight_ED.abs().T
 
 
 def gates(scores_BTE: Tensor, sizes_BTE: Tensor, ids_BTK: Tensor, route_scale: float) -> Total:
-    """Gates of these experts. What rounding does to logits moves a gate by no more than twice that of itself."""
+    """Gates of these experts. Rounding errors of the logits change a gate by at most twice their size, relative."""
     chosen_BTK = scores_BTE.gather(-1, ids_BTK)
     made = route_scale * chosen_BTK / (chosen_BTK.sum(-1, keepdim=True) + 1e-20)
     return Total(made, made * (1 + 2 * sizes_BTE.amax(-1, keepdim=True)), None)
@@ -171,12 +174,15 @@ def route_back(
     off_B1E: Tensor,
     softmax: bool,
 ) -> RouterSlopes:
-    """balance: what a sequence's balance loss multiplies an expert's share of the scores of a token with; off: as it may be off."""
+    """Gradients of the router.
+
+    balance: factor of the balance loss for an expert's share of a token's scores; off: its possible error.
+    """
     scores_BTE, _ = route_scores(x_BTD, weight_ED, softmax)
     chosen_BTK = scores_BTE.gather(-1, ids_BTK)
     sum_BT1 = chosen_BTK.sum(-1, keepdim=True) + 1e-20
     factor_BT1 = route_scale / sum_BT1
-    # gate = scale * s / sum(s): its slope is that of the quotient
+    # gate = scale * s / sum(s): its gradient is the gradient of the quotient
     inner_BT1 = (dgates_BTK * chosen_BTK).sum(-1, keepdim=True) / sum_BT1
     size_BT1 = (dgates_BTK * chosen_BTK).abs().sum(-1, keepdim=True) / sum_BT1
     total_BT1 = scores_BTE.sum(-1, keepdim=True)
@@ -200,7 +206,7 @@ def route_back(
 
 
 def choice_excess(model, biased_NE: Tensor, ids_NK: Tensor) -> float:
-    """By how much scores must have been off for the choice to be right: 0 for the reference's own."""
+    """Smallest error of the scores that explains the choice: 0 for the reference's own choice."""
     count = model.top_k // model.top_groups if model.group_top_k is None else model.group_top_k
     excess = 0.0
     open_NE = torch.ones_like(biased_NE, dtype=torch.bool)
@@ -210,7 +216,7 @@ def choice_excess(model, biased_NE: Tensor, ids_NK: Tensor) -> float:
         least_N1 = groups_NG.sort(dim=-1, descending=True).values[:, model.top_groups - 1 : model.top_groups]
         behind_NK = (least_N1 - groups_NG.gather(1, ids_NK // size)).clamp_min(0)
         excess = behind_NK.max().item() / (2 * count)
-        # A group that is open beyond doubt stands out by more than that excess.
+        # A group is certainly open only if its score exceeds the limit by more than that error.
         open_NE = (groups_NG >= least_N1 + 2 * count * excess).repeat_interleave(size, 1)
     inside_NE = biased_NE.masked_fill(~open_NE, -math.inf)
     kth_N1 = inside_NE.sort(dim=-1, descending=True).values[:, model.top_k - 1 : model.top_k]

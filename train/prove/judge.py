@@ -1,23 +1,22 @@
-"""What the ranks saw, held against the reference.
+"""Compares the ranks' evidence with the reference.
 
-Every step is judged on its own: the reference starts from the state that the ranks had before it, which is what they were judged
-to have after the step before. So differences do not grow from step to step, and each bound is that of one step; the steps
-together are the run.
+Every step is judged separately: the reference starts from the ranks' state before the step, which was already judged
+after the previous step. So differences do not grow from step to step, and each bound is for one step. Together the
+steps cover the run.
 
-The order of the comparisons is that of the computation, so the first one that fails says where a fault begins:
-
-    start          the state is that which the proof gave, or that which was saved, bit for bit        judge_state.py
-    forward        outputs of all parts, first to last; losses; loads                                  judge_model.py
-    backward       from the last part to the first: the gradient that comes back to a part,
-                   then those of its weights
+The order of the comparisons is the order of the computation, so the first failure shows the origin of a fault:
+    start          the state equals the given or the saved state, bit for bit                          judge_state.py
+    forward        outputs of all parts, first to last; losses; tokens per expert                      judge_model.py
+    backward       from the last part to the first: the gradient that returns to a part,
+                   then the gradients of its weights
     reduction      sums of gradients over micro-batches and ranks                                      judge_gradients.py
-    update         norm, masters, moments, average of the weights, biases; nothing of them in a
+    update         norm, masters, moments, average of the weights, biases; none of them in a
                    step whose gradient is not finite                                                   judge_update.py
     validation     loss on held-out sequences
-    checkpoint     what is on disk is the state of its step, bit for bit                               judge_state.py
+    checkpoint     the files hold the state of their step, bit for bit                                 judge_state.py
 
-Where formats round, single parts are judged before whole outputs (judge_parts.py), and rows on their way (judge_rows.py). All compare by
-`Comparisons.compare` (comparison.py).
+In precisions with rounding, single parts (judge_parts.py) and the dispatched rows (judge_rows.py) are judged before
+whole outputs. All comparisons use `Comparisons.compare` (comparison.py).
 
 Shapes as in train/prove/reference.py.
 """
@@ -62,8 +61,9 @@ from train.prove.step_parts import StepParts
 
 
 def judge_all(config: Config, proofs: Sequence[str] | None = None, at_a_time: int = 1) -> ProofFindings:
-    """These passes of a proof whose ranks have ended, or all of them. config: that which they read. at_a_time: more than 1 in forks of
-    this process, which must not have computed.
+    """The findings of these checks, or of all checks, after their ranks have ended. config: as the ranks read it.
+
+    at_a_time: values above 1 use forks of this process, which must not have computed with torch before.
     """
     given = passes_of(config) if proofs is None else proofs
     if at_a_time == 1:
@@ -73,14 +73,14 @@ def judge_all(config: Config, proofs: Sequence[str] | None = None, at_a_time: in
 
 
 def judge_pass(config: Config, proof: str) -> ProofFindings:
-    """One of them."""
+    """The findings of one check."""
     findings = ProofFindings()
     Judge(proof, PROOFS[proof](config), RunPaths(config).path / EVIDENCE, findings).judge()
     return findings
 
 
 class Judge:
-    """Judges one pass."""
+    """Judges one check."""
 
     def __init__(self, proof: str, config: Config, folder: Path, findings: ProofFindings):
         """config: as the ranks ran it. folder: of their evidence."""
@@ -88,10 +88,10 @@ class Judge:
         self.checkpoints = RunPaths(replace(config, name=f"{config.name}/{proof}")).checkpoints
         self.tally = Tally()
         self.run: RunPart | None = None
-        """To which the step belongs."""
+        """The part of the run to which the step belongs."""
 
     def judge(self) -> None:
-        """Judge all steps, up to one after which nothing can be compared."""
+        """Judge all steps, up to a step after which no comparison is possible."""
         at, before, saved = self.at, None, None
         for part, step, ranks in read_evidence(self._folder, at.proof):
             self._enter(part, step, ranks)
@@ -111,7 +111,9 @@ class Judge:
             if part == 0 and step == save_step(at.config):
                 saved = before, self.tally
                 judge_checkpoint(at, self.checkpoints / step_name(step), before)
-            elif step == self.run.last and (part or step < self.job.steps):  # else the second part wrote over it
+            elif step == self.run.last and (
+                part or step < self.job.steps
+            ):  # otherwise the second part has overwritten it
                 judge_checkpoint(at, self.checkpoints / step_name(step), before)
         assert before is not None, f"no rank left evidence of pass {at.proof}"
 
@@ -131,7 +133,7 @@ class Judge:
         return False
 
     def _judge_tiles(self, ranks: list[Evidence], before: State | None) -> State:
-        """Single parts alone, with the weights that the ranks say they have."""
+        """Judge only single parts, with the weights that the ranks report."""
         at = self.at
         if at.step in watched_steps(at.config) and before is not None:
             self._judge_parts(ranks, before, reference_step.plan_step(at.values, at.step))
@@ -152,7 +154,7 @@ class Judge:
         return got
 
     def _judge_step(self, ranks: list[Evidence], before: State) -> State | None:
-        """The state after it; None where nothing that follows can be compared."""
+        """The state after the step; None if nothing after it can be compared."""
         at, exact = self.at, self.at.proof == "exact"
         plan = replace(reference_step.plan_step(at.values, at.step), first_sample=self.tally.samples)
         at.phase = "settings"
@@ -163,7 +165,7 @@ class Judge:
         if not judge_batch(at, ranks, plan.batch_size):
             return None
         plain, samples = self._plain(before), Samples(at.config)
-        if not exact:  # rounding may choose other experts: those that the ranks chose, which are then looked at
+        if not exact:  # rounding may change the choice: use the ranks' experts, which are judged later
             plain.choices = chosen_experts(ranks, at.config.seq_len)
         want = run_shaken_step(plain, samples, plan)
         unit = UNIT[coarsest(at.config) if at.is_rounded else "fp32"]
@@ -194,7 +196,8 @@ class Judge:
         return after
 
     def judge_skip(self, ranks: list[Evidence], before: State, batch_size: int) -> State:
-        """A step in which one rank had a gradient that is not finite: on every rank it moves nothing but the position in the data."""
+        """Judge a step in which one rank had a gradient that is not finite: all ranks only advance the position in the
+        data."""
         self.at.phase = "update"
         self._count(ranks, batch_size, False, "a gradient that is not finite on one rank skips the step on all")
         after = judge_same(self.at, "state after a skipped step", ranks, before)
@@ -210,12 +213,12 @@ class Judge:
         judge_tally(self.at, ranks, self.tally)
 
     def _judge_validation(self, ranks: list[Evidence], after: State) -> None:
-        """After the last step of each part."""
+        """Judge the validation loss after the last step of each part."""
         if self.run is not None and self.at.step == self.run.last:
             judge_validation(self.at, ranks, self._plain(after))
 
     def _plain(self, state: State) -> PlainModel:
-        """The reference with these weights, and with what an adapter is trained beside, which no step moves."""
+        """The reference with these weights, and with the frozen base weights of an adapter, which no step changes."""
         config = self.at.config
         base = initial_weights(config) if config.adapter.on else {}
         masters = {name.removeprefix("master."): value for name, value in state.items() if name.startswith("master.")}

@@ -1,9 +1,10 @@
-"""Attention of single ranks, with whole sequences and with shared ones, and what turns its queries and keys.
+"""Judges attention on single ranks, with whole or shared sequences, and the rotation of its queries and keys.
 
-A rank with whole sequences shows what its attention takes and gives. Where ranks share sequences, each has the queries of its positions, and
-makes keys and values of all positions from latents that travel: these are made here from what the products around attention gave.
+A rank with whole sequences records the inputs and outputs of its attention. If ranks share sequences, each has the
+queries of its positions, and computes keys and values of all positions from received latents. Here these keys and
+values are computed from the recorded outputs of the linear layers around attention.
 
-Shapes as in train/prove/reference.py; L positions of whole sequences, of which T are a rank's own.
+Shapes as in train/prove/reference.py; L positions of whole sequences, T of them on a rank.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,8 +21,8 @@ from train.prove.low_precision import FORMATS, Total
 from train.prove.step_parts import ELEMENTS, PartCall, StepParts
 
 SCORES = 4 * 2.0**-9
-"""Attention cores may keep probabilities and then their slopes in bf16, each rounded by 2^-9 of itself; where ranks share sequences
-each block of keys is rounded for itself, and the sum once more."""
+"""Attention cores may store probabilities and then their gradients in bf16, each rounded by 2^-9 relative. If ranks
+share sequences, each block of keys is rounded separately, and the sum once more."""
 
 
 @dataclass(frozen=True)
@@ -29,17 +30,17 @@ class AttentionCall:
     """Attention of a micro-batch on a rank."""
 
     call: PartCall
-    """That shows its output: of attention, or of the projection behind it."""
+    """The call that shows its output: of attention itself, or of the output projection."""
     what: str
-    """What of that call the output is."""
+    """Name of the output in that call."""
     out: PartCall | None
-    """The call of the projection behind it, through which gradients went; None where none did."""
+    """The call of the output projection, if gradients went through it; else None."""
     q: Tensor
     k: Tensor
     v: Tensor
     unseen: Tensor
     places: Sequence[int]
-    """Places of the queries."""
+    """Positions of the queries."""
 
     def heads(self, tensor: Tensor) -> Tensor:
         """(B, T, H * X) as (B, H, T, X)."""
@@ -47,7 +48,7 @@ class AttentionCall:
 
 
 def judge_attention(step: StepParts, name: str) -> None:
-    """Outputs; of whole sequences what was turned, too."""
+    """Judge the outputs; for whole sequences also the rotation."""
     scale, shared = high.softmax_scale(step.config), step.cp > 1
     for one in _shared_calls(step, name) if shared else _whole_calls(step, name):
         total, got = high.attend(one.q, one.k, one.v, scale, one.unseen), one.heads(one.call.get(one.what))
@@ -57,13 +58,13 @@ def judge_attention(step: StepParts, name: str) -> None:
 
 
 def judge_attention_back(step: StepParts, name: str) -> None:
-    """Gradients of queries, keys and values."""
+    """Judge the gradients of queries, keys and values."""
     scale, shared = high.softmax_scale(step.config), step.cp > 1
     for one in _shared_calls(step, name) if shared else _whole_calls(step, name):
         dout = "dx" if shared else "dy"
         if one.out is None or not one.call.has(dout):
             continue
-        # Attention's output as its backward takes it: in the form in which the projection behind it keeps its input (3.3.3).
+        # Attention's output as its backward takes it: in the saved form of the output projection's input (3.3.3).
         kept = low.kept(one.out.rows("x"), step.rounding.output.kept).x.view(one.out.tensors["x"].shape)
         slopes = high.attend_back(
             one.heads(one.call.get(dout)), one.q, one.k, one.v, _heads_of(kept, one.q.size(1)), scale, one.unseen
@@ -107,7 +108,8 @@ def _whole_calls(step: StepParts, name: str) -> Iterator[AttentionCall]:
 
 
 def _judge_heads(step: StepParts, name: str, one: AttentionCall) -> None:
-    """Queries, keys and values of the products' outputs: turned by their positions, and one rope key for all heads."""
+    """Judge queries, keys and values from the outputs of the linear layers: rotated by their positions, with one rope
+    key for all heads."""
     model, call = step.config.model, one.call
     q_BTX, kv_BTX, down_BTX = (
         step.through(part, call.rank)[call.number].get("y")
@@ -130,7 +132,7 @@ def _judge_heads(step: StepParts, name: str, one: AttentionCall) -> None:
 
 
 def _grown(step: StepParts, q_BHTQ: Tensor, places: Sequence[int]) -> Tensor:
-    """Queries of these positions as they go to be turned: a model whose queries grow rounds them once more."""
+    """Queries of these positions before the rotation; a model with growing queries rounds them once more."""
     if not step.config.model.yarn.query_growth:
         return q_BHTQ
     return low.nearest(q_BHTQ * high.query_sizes(step.config, places), step.rounding.high)
@@ -140,7 +142,7 @@ def _grown(step: StepParts, q_BHTQ: Tensor, places: Sequence[int]) -> Tensor:
 
 
 def _shared_calls(step: StepParts, name: str) -> Iterator[AttentionCall]:
-    """Every micro-batch of every rank."""
+    """Attention calls of every micro-batch on every rank."""
     model, high_format, depth = step.config.model, step.rounding.high, depth_of(name)
     heads, nope, length = model.heads, model.nope_head_dim, step.config.seq_len - depth
     for rank in step.ranks:
@@ -159,13 +161,13 @@ def _shared_calls(step: StepParts, name: str) -> Iterator[AttentionCall]:
 
 
 def _blocks(step: StepParts, name: str, rank: Evidence, number: int) -> list[PartCall]:
-    """Calls that made keys and values of a micro-batch: one for every block of positions."""
+    """Calls that computed keys and values of a micro-batch, one for every block of positions."""
     blocks = 2 * step.cp
     return step.through(f"{name}.kv_up", rank, back=False)[number * blocks : (number + 1) * blocks]
 
 
 def _rope_keys(step: StepParts, name: str, rank: Evidence, number: int, length: int) -> Tensor:
-    """Turned, of all positions, from the ranks that have them: (B, L, R)."""
+    """Rotated rope keys of all positions, from the ranks that have them: (B, L, R)."""
     whole = None
     for mate in (mate for mate in step.ranks if mate.info.dp_rank == rank.info.dp_rank):
         if calls := step.through(f"{name}.kv_down", mate):
@@ -179,7 +181,8 @@ def _rope_keys(step: StepParts, name: str, rank: Evidence, number: int, length: 
 
 
 def _judge_shared_slopes(step: StepParts, name: str, one: AttentionCall, slopes: high.AttentionSlopes) -> None:
-    """Queries, and of the keys and values what these queries give each block of positions."""
+    """Judge the gradients of queries, and the contributions of these queries to the gradients of each block of keys and
+    values."""
     nope, heads, rank, bound = step.config.model.nope_head_dim, one.q.size(1), one.call.rank, _in_scores(step)
     grown = high.query_sizes(step.config, one.places)
     dq, size = slopes.q.x * grown, slopes.q.size * grown

@@ -1,11 +1,12 @@
-"""Gradients summed over micro-batches and over ranks.
+"""Judges gradients summed over micro-batches and over ranks.
 
-The sum is fp32 in every recipe (paper 3.3.1), also where weights and activations are bf16. So each element of a reduced gradient is
-held to what fp32 rounds, not to what a format below does: a rank that is missing, or a sum in bf16, stands out.
+The sum is fp32 in every recipe (paper 3.3.1), also with bf16 weights and activations. So each element of a reduced
+gradient must match within fp32 rounding. A missing rank, or a sum in bf16, exceeds this bound.
 
-Of a sum over micro-batches a rank has the total alone, which is judged with the products that make it (train/prove/judge_products.py).
-Here it is only looked at: a total of several terms has bits that bf16 has not, unless it was kept in bf16. A term is a micro-batch
-whose gradient comes back to the part: of chats some have nothing to learn, and one term alone may be a product rounded to bf16.
+For a sum over micro-batches a rank records only the total; train/prove/judge_products.py judges it with its matmuls.
+Here only its format is tested: a total of several terms has bits that bf16 does not have, unless it was stored in bf16.
+A term is a micro-batch whose gradient returns to the part. Some micro-batches of chats have nothing to learn, and a
+single term may be a matmul result rounded to bf16.
 """
 
 import re
@@ -19,13 +20,15 @@ from train.prove.comparison import Comparisons, in_each
 from train.prove.evidence import Evidence, State, assemble, depth_of
 
 MORE = 4
-"""Roundings of a sum over ranks beside one for each term: divisions by the number of ranks, and the tied embedding's second sum."""
+"""Roundings of a sum over ranks, in addition to one per term: divisions by the number of ranks, and the second sum of
+the tied embedding."""
 MOST_IN_BF16, ENOUGH = 0.9, 16
-"""Share of a total's numbers that may happen to have no more bits than bf16, and how many of them tell."""
+"""Largest fraction of a total's numbers that may fit bf16 by chance, and the minimum of numbers for a conclusive
+test."""
 
 
 def judge_totals(at: Comparisons, ranks: list[Evidence]) -> None:
-    """Sums over the micro-batches of a rank, of weights that every token meets."""
+    """Judge sums over the micro-batches of a rank, for weights that process every token."""
     why = "share of numbers that bf16 holds: of sums of several terms in fp32 far fewer, in bf16 all"
     for rank in ranks:
         came: Counter[str] = Counter()
@@ -40,7 +43,7 @@ def judge_totals(at: Comparisons, ranks: list[Evidence]) -> None:
 
 
 def judge_reduction(at: Comparisons, ranks: list[Evidence]) -> None:
-    """Sums over the ranks of a stage."""
+    """Judge sums over the ranks of a stage."""
     shapes, info = reference.trained_shapes(at.values), ranks[0].info
     reduced, want = assemble(ranks, "reduced"), sum_over_ranks(ranks, shapes)
     sizes = sum_over_ranks(ranks, shapes, signs=False)
@@ -56,13 +59,15 @@ def judge_reduction(at: Comparisons, ranks: list[Evidence]) -> None:
 
 
 def _is_by_micro_batch(rank: Evidence) -> bool:
-    """Whether each micro-batch was reduced by itself (ZeRO 3)."""
+    """Whether each micro-batch was reduced separately (ZeRO 3)."""
     return any(True for _ in rank.of_kind("sizes"))
 
 
 def _terms_of(weight: str, came: Counter[str]) -> int:
-    """Micro-batches that the gradient of a weight is a sum of: those of the smallest part around it, of the head's those of its inputs.
-    came: micro-batches whose gradient came back and is not zero, by part."""
+    """Number of micro-batches in the gradient of a weight: of the smallest part around it; for the head, of its inputs.
+
+    came: number of micro-batches with a non-zero gradient, by part.
+    """
     if weight.startswith("head."):
         depths = sorted((part for part in came if re.fullmatch(r"mtp\.\d+", part)), key=depth_of)
         return sum(came[part] for part in ["norm", *depths[-1:]])
@@ -72,9 +77,9 @@ def _terms_of(weight: str, came: Counter[str]) -> int:
 
 
 def sum_over_ranks(ranks: list[Evidence], shapes: dict[str, tuple[int, ...]], signs: bool = True) -> State:
-    """The mean over the ranks of a stage of the gradients that ranks made: here, and not by the product's own reduction.
+    """The mean of the ranks' local gradients over a stage, computed here and not by the product's own reduction.
 
-    signs: False adds what each rank's gradient comes to without its sign.
+    signs: False adds the absolute values of each rank's gradient.
     """
     found: State = {}
     for rank in ranks:

@@ -1,4 +1,4 @@
-"""What stays in bf16 and fp32 around the products: embedding, norms, sums past attention and FFN, and the output head."""
+"""Judges the parts in bf16 and fp32 around the linear layers: embedding, norms, residual sums, and the output head."""
 
 from collections.abc import Iterator
 
@@ -16,10 +16,10 @@ from train.prove.low_precision import FORMATS, FP32, NearNumbers, Total
 from train.prove.step_parts import ELEMENTS, UNTOLD, PartCall, StepParts, SumOverCalls
 
 HALF = 2.0**-9
-"""Relative: what a rounding to bf16 changes at most."""
+"""Largest relative error of rounding to bf16."""
 ADAPTED_UNTOLD = 0.2
-"""Share of the gradients of an adapted head's input that may be not told: a logit that is unsure makes a whole row so, and low-rank inputs
-that were rounded make more of them unsure."""
+"""Allowed fraction of inconclusive gradients at the input of an adapted head. An uncertain logit makes a whole row
+inconclusive, and rounded low-rank inputs increase the number of such rows."""
 NO_GRADIENT = Bound(0.0, "what is not learnt gives no gradient")
 
 
@@ -27,14 +27,14 @@ NO_GRADIENT = Bound(0.0, "what is not learnt gives no gradient")
 
 
 def judge_norm(step: StepParts, name: str) -> None:
-    """Outputs."""
+    """Judge the outputs."""
     gain = step.weights[f"{name}.weight"]
     for call in step.calls.get(name, []):
         step.compare("norms", call, "y", high.rms_norm(call.rows("x"), gain, _eps(step, name)), step.in_rows(len(gain)))
 
 
 def judge_norm_back(step: StepParts, name: str) -> None:
-    """Gradients of inputs and of the weight."""
+    """Judge the gradients of inputs and of the weight."""
     gain, made = step.weights[f"{name}.weight"], SumOverCalls()
     for call in step.calls.get(name, []):
         if call.has("dy"):
@@ -55,14 +55,15 @@ def _eps(step: StepParts, name: str) -> float:
 
 
 def judge_embedding(step: StepParts, name: str) -> None:
-    """Rows of the table."""
+    """Judge the rows of the table."""
     for call in step.calls[name]:
         rows = step.weights[f"{name}.weight"][call.tensors["ids"].long()]
         step.compare("embedding", call, "y", Total(rows, rows.abs(), None), BITS)
 
 
 def judge_embedding_back(step: StepParts, name: str) -> None:
-    """Summed in fp32 in every recipe: what comes back to each token's row, of all micro-batches and ranks."""
+    """Judge the gradient of the table: the sum of the gradients of each token's row over all micro-batches and ranks,
+    in fp32."""
     made, table = SumOverCalls(), step.weights[f"{name}.weight"]
     for call in step.calls[name]:
         if call.has("dy"):
@@ -72,11 +73,11 @@ def judge_embedding_back(step: StepParts, name: str) -> None:
     step.compare_gradient(f"{name}.weight", made)
 
 
-# What goes past attention and FFN, and is added to what they make
+# Residual sums: inputs that skip attention and FFN, and are added to their outputs
 
 
 def judge_sums(step: StepParts, name: str) -> None:
-    """Sums in a block: with attention, then with the FFN."""
+    """Judge the sums in a block: with attention, then with the FFN."""
     ffn = f"{name}.ffn" if f"{name}.ffn.w13" in step.calls else f"{name}.moe"
     for call in step.calls[f"{name}.ffn_norm"]:
         before = next(
@@ -88,7 +89,7 @@ def judge_sums(step: StepParts, name: str) -> None:
 
 
 def judge_sums_back(step: StepParts, name: str) -> None:
-    """The gradients of both."""
+    """Judge the gradients of both sums."""
     for call in step.calls[f"{name}.ffn_norm"]:
         got, out = (_seen(call, "backward", one) for one in (f"{name}.attention", name))
         _judge_sum(step, call, f"gradients behind {name}.attention", got, out, call.get("dx"))
@@ -101,7 +102,7 @@ def _judge_sum(step: StepParts, call: PartCall, name: str, got: Tensor, one: Ten
 
 
 def _seen(call: PartCall, phase: str, name: str) -> Tensor:
-    """What was seen of a call's micro-batch, by `EvidenceWatch`: fp64."""
+    """A tensor of the call's micro-batch from `EvidenceWatch`: fp64."""
     return call.rank.tensors[f"{phase}/{name}/{call.number}"].double()
 
 
@@ -109,14 +110,14 @@ def _seen(call: PartCall, phase: str, name: str) -> Tensor:
 
 
 def judge_head(step: StepParts, name: str) -> None:
-    """Losses of every depth."""
+    """Judge the losses of every depth."""
     bound = Bound(2 * ELEMENTS, "a logarithm and a sum in fp32")
     for call, made, _ in _head_calls(step):
         step.compare("output head", call, "y", made.loss, bound, FORMATS["fp32"])
 
 
 def judge_head_back(step: StepParts, name: str) -> None:
-    """Gradients of states, of the weight and of its pair."""
+    """Judge the gradients of states, of the weight and of its LoRA A and B."""
     whole, pairs, order = SumOverCalls(), WeightPairs(step, "head.weight"), step.in_rows(step.config.model.vocab_size)
     for call, made, learnt_N in _head_calls(step):
         if not call.has("dx", "dy"):
@@ -124,9 +125,9 @@ def judge_head_back(step: StepParts, name: str) -> None:
             continue
         slope, dx_ND, x_ND = call.get("dy"), call.rows("dx"), call.rows("x")
         x, weight = _times(made.x, low.nearest(slope, step.rounding.high)), _times(made.weight, slope)
-        twice = low.spacing(x.x, step.rounding.high)  # the product is rounded, and its multiple
+        twice = low.spacing(x.x, step.rounding.high)  # the matmul is rounded, and then its multiple
         x = Total(x.x, x.size, twice if x.off is None else twice + x.off)
-        # Of a piece of the tokens, and on a CPU without instructions for bf16 of sums inside a piece as well.
+        # A piece of the tokens is rounded; on a CPU without bf16 instructions, also sums within a piece.
         pieces = 2 * HALF * weight.size if step.rounds_gradients else torch.zeros_like(weight.x)
         weight = weight._replace(off=pieces if weight.off is None else pieces + weight.off)
         if learnt_N is not None:
@@ -135,14 +136,14 @@ def judge_head_back(step: StepParts, name: str) -> None:
             dx_ND, x_ND = dx_ND[learnt_N], x_ND[learnt_N]
         x = pairs.narrow(x, weight, PairsCall(call, "dropped", NearNumbers(x_ND), low.product))
         step.compare("output head", call, "dx", x, order, got=dx_ND, most=ADAPTED_UNTOLD if pairs.names else UNTOLD)
-        if not step.config.optim.detach_mtp or call.name == "head.0":  # else the head learns nothing of it
+        if not step.config.optim.detach_mtp or call.name == "head.0":  # otherwise the head learns nothing from it
             whole.add(weight, False, len(x.x))
     pairs.judge_gradients(ADAPTED_UNTOLD)
     step.compare_gradient("head.weight", whole, step.in_rows(whole.terms))
 
 
 def _head_calls(step: StepParts) -> Iterator[tuple[PartCall, high.HeadSlopes, Tensor | None]]:
-    """The calls of heads of the main model and of every depth, with the rows that are learnt; None for all."""
+    """The calls of the head for the main model and every MTP depth, with the learnt rows; None for all rows."""
     order, pairs = step.in_rows(step.config.model.hidden).value, WeightPairs(step, "head.weight")
     for depth in range(1 + step.config.model.mtp_depth):
         seats = reference.Seats.of(step.batch, depth)

@@ -1,4 +1,4 @@
-"""Outputs, choices, losses and gradients of the whole model in a step, held against the reference's step."""
+"""Compares outputs, choices, losses and gradients of the whole model in a step with the reference's step."""
 
 import math
 from collections.abc import Callable
@@ -19,26 +19,26 @@ from train.prove.samples import Samples
 from train.prove.shaken import ReferenceStep, ShakenRuns
 
 StepPart = Callable[[ReferenceStep], Tensor]
-"""Takes a tensor out of a step of the reference."""
+"""Selects a tensor of a step of the reference."""
 
 
 @dataclass
 class WholeModel:
-    """A step of the whole model: what the ranks saw, and what the reference came to."""
+    """A step of the whole model: the ranks' evidence, and the reference's result."""
 
     at: Comparisons
     ranks: list[Evidence]
     want: ReferenceStep
     shaken: ShakenRuns | None
-    """None in fp64."""
+    """The perturbed runs of the reference; None in fp64."""
     batch_size: int
 
     def judge_forward(self) -> None:
-        """From the first part to the last; then losses, loads and attention scores."""
+        """Judge outputs from the first part to the last; then losses, tokens per expert and attention scores."""
         at, seen, made = self.at, self.want.seen, calls_by_name(self.ranks, "forward")
         for name, value in seen.values.items():
             if name.endswith(".biased") or (name == "embedding" and name not in made):
-                continue  # where one rank holds the table for two stages the layer after it tells as much
+                continue  # if one rank holds the table for two stages, the next layer shows the same
             if name not in made:
                 at.fail("outputs", name, "no rank has made it")
             for rank, number, got in made.get(name, ()):
@@ -53,7 +53,7 @@ class WholeModel:
                 self._compare("attention scores", name, rank, got, lambda step, name=name: step.seen.scores[name])
 
     def judge_backward(self) -> None:
-        """From the last part to the first: the gradient that comes back to its output, then those of its weights."""
+        """Judge gradients from the last part to the first: of its output, then of its weights."""
         at, came, wanted = self.at, calls_by_name(self.ranks, "backward"), self.want.gradients
         exact, shapes = at.proof == "exact", reference.trained_shapes(at.values)
         found = sum_over_ranks(self.ranks, shapes) if exact else assemble(self.ranks, "reduced")
@@ -79,7 +79,8 @@ class WholeModel:
         scale: float | None = None,
         bound: Bound | None = None,
     ) -> None:
-        """Compare with a part of the reference's step. A step that is more sensitive than the bound knows is given what rounding does to it."""
+        """Compare with a tensor of the reference's step. If the step is more sensitive than the bound assumes,
+        perturbed runs widen the bound."""
         bound, widen = bound or computed(self.at.proof, self.at.config), partial(self._widen, part, self.at.is_rounded)
         self.at.compare(quantity, name, got, part(self.want), bound, rank=rank, scale=scale, widen=widen)
 
@@ -90,7 +91,7 @@ class WholeModel:
         return max(bound, wider, key=lambda one: one.value)
 
     def _output(self, name: str, rank: Evidence, number: int, count: int | None, step: ReferenceStep) -> Tensor:
-        """What a rank should have made of an output in a micro-batch."""
+        """The expected output of a rank in a micro-batch."""
         return self._here(step.seen.values[name], name, rank, number, count)
 
     def _output_gradient(self, name: str, rank: Evidence, number: int, step: ReferenceStep) -> Tensor:
@@ -99,14 +100,14 @@ class WholeModel:
         return self._here(gradient * (rank.info.dp * rank.info.cp), name, rank, number)
 
     def _here(self, value: Tensor, name: str, rank: Evidence, number: int, count: int | None = None) -> Tensor:
-        """The samples and positions of a rank; rows of all samples may lie in one axis. count: positions, if they may be more."""
+        """The samples and positions of a rank; rows of all samples may be in one axis. count: number of positions, if
+        there may be more."""
         by_sample = value if value.size(0) == self.batch_size else value.unflatten(0, (self.batch_size, -1))
         return by_sample[rank.rows(number)][:, self._places(rank, name, count)]
 
     def _places(self, rank: Evidence, name: str, count: int | None) -> list[int]:
-        """Positions of a sequence that a rank has of an output. count: how many it has: embeddings reach after every piece as far as
-        MTP modules look.
-        """
+        """Positions of an output that a rank has in a sequence. count: their number: embeddings extend after every
+        piece as far as MTP modules look."""
         config, info = self.at.config, rank.info
         here = places_of(info, config.seq_len, depth_of(name))
         if info.cp == 1 or count in (None, len(here)):
@@ -116,7 +117,7 @@ class WholeModel:
         return here + [t for end in ends for t in range(end, min(end + config.model.mtp_depth, last))]
 
     def _judge_choice(self, name: str, rank: Evidence, number: int, ids: Tensor) -> None:
-        """Chosen experts; where rounding may choose others, how far apart their scores were."""
+        """Judge the chosen experts; if rounding may change the choice, judge the distance between their scores."""
         at = self.at
         bound = chosen(at.proof, at.config)
         if at.proof == "exact":
@@ -126,7 +127,7 @@ class WholeModel:
         scores = partial(self._output, f"{name}.biased", rank, number, None)
 
         def widen(bound: Bound, _: float) -> Bound:
-            """Two scores were compared, and each may be off."""
+            """The bound for a comparison of two scores, each with its own error."""
             wider = self._widen(scores, False, Bound(bound.value / 2, bound.reason), 1.0)
             return Bound(2 * wider.value, wider.reason)
 
@@ -147,7 +148,7 @@ class WholeModel:
 
 
 def judge_batch(at: Comparisons, ranks: list[Evidence], batch_size: int) -> bool:
-    """Whether the shares of the ranks make up the batch: of another there is nothing to compare."""
+    """Whether the ranks' shares form the batch; otherwise nothing can be compared."""
     shares = {(rank.info.first, rank.info.first + rank.micro_batches() * rank.info.micro_batch_size) for rank in ranks}
     starts, ends = (sorted(side) for side in zip(*shares, strict=True))
     if [*starts, batch_size] == [0, *ends]:
@@ -158,7 +159,7 @@ def judge_batch(at: Comparisons, ranks: list[Evidence], batch_size: int) -> bool
 
 
 def judge_validation(at: Comparisons, ranks: list[Evidence], plain: PlainModel) -> None:
-    """The loss on held-out sequences. plain: with the weights after the step."""
+    """Judge the loss on held-out sequences. plain: with the weights after the step."""
     at.phase, count = "validation", at.config.log.validation_sequences
     with torch.no_grad():
         want = plain.losses(Samples(at.config).batch(-count, count), with_mtp=False).main
@@ -183,8 +184,9 @@ def chosen_experts(ranks: list[Evidence], seq_len: int) -> dict[str, Tensor]:
 
 
 def backward_order(weights: list[str], outputs: list[str]) -> list[str]:
-    """Names of weights and of outputs in the order in which their gradients are made: those of the last part come first, that of
-    an output before those of the weights that made it.
+    """Names of weights and outputs in the order in which their gradients are computed.
+
+    Gradients of the last part come first; the gradient of an output comes before the gradients of its weights.
     """
     place = {name: float(number) for number, name in enumerate(weights)}
 

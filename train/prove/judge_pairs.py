@@ -1,7 +1,8 @@
-"""What an adapter's pairs add beside a product, forward and backward, on single ranks: y = W x + scale B (A x), A and B in the activations' format.
+"""Reference of LoRA A and B on single ranks, forward and backward: y = W x + scale B (A x), in the activation dtype.
 
-Every product of a pair is rounded once, and so are its multiple by the scale and every sum. Only A and B learn. What dropout leaves of an
-input is taken from the rank: its share and its factor are judged, and not which inputs it drops.
+Every matmul with A or B is rounded once, and so are its multiple by the scale and every sum. Only A and B learn. The
+input after dropout is taken from the rank. Its dropped fraction and its factor are judged, but not the choice of the
+dropped elements.
 """
 
 import math
@@ -18,43 +19,43 @@ from train.prove.reference_adapter import pairs_of
 from train.prove.step_parts import UNTOLD, PartCall, StepParts, SumOverCalls
 
 RowProduct = Callable[[NearNumbers, NearNumbers], Total]
-"""Rows (N, C) and a weight (..., O, C): rows times the weight, of experts each row with the matrix of its own."""
+"""Rows (N, C) and a weight (..., O, C): rows times the weight; for experts, each row times its own matrix."""
 AddTo = Callable[[SumOverCalls, NearNumbers, NearNumbers], None]
-"""Adds to the gradient of a weight that of its outputs (N, O) and inputs (N, I)."""
+"""Adds to a weight's gradient the contribution of output gradients (N, O) and inputs (N, I)."""
 HEAD_PIECES = 2.0**-8
-"""What rounding to bf16 changes of a sum of pieces and of each of them, at most."""
+"""Largest relative error of rounding a sum of pieces and each piece to bf16."""
 DEVIATIONS = 6.0
-"""By which the share of what is dropped may differ from what it should be."""
+"""Allowed difference between the dropped fraction and its expected value, in standard deviations."""
 
 
 class PairsCall(NamedTuple):
-    """A call of a product with pairs beside it."""
+    """A call of a linear layer with LoRA A and B."""
 
     call: PartCall
     dropped: str
-    """What of the call dropout left of the input."""
+    """Name of the call's input after dropout."""
     x: NearNumbers
     """The input (N, I)."""
     times: RowProduct
 
     def taken(self) -> NearNumbers:
-        """What the pairs took: the input, or what dropout left of it."""
+        """The input of LoRA A: the input, or the input after dropout."""
         has = self.call.has(self.dropped) and self.call.rows(self.dropped).shape == self.x.x.shape  # not of no rows
         return NearNumbers(self.call.rows(self.dropped)) if has else self.x
 
 
 class WeightPairs:
-    """The pairs beside a weight, and the sums of their gradients over calls."""
+    """LoRA A and B of a weight, and the sums of their gradients over calls."""
 
     def __init__(self, step: StepParts, weight: str):
         self._step, self._high, self._share = step, step.rounding.high, step.config.adapter.dropout
         self._scale = step.config.adapter.alpha / step.config.adapter.rank
         self.names = pairs_of(step.config, weight)
-        """What the names of the pairs begin with, one for each matrix in the weight; none where it is not adapted."""
+        """Name prefixes of A and B, one per matrix in the weight; empty if the weight is not adapted."""
         self._made = {f"{name}{end}": SumOverCalls() for name in self.names for end in "BA"}
 
     def add(self, base: Total, given: PairsCall) -> Total:
-        """A product, and what the pairs make of its input beside it."""
+        """The result of a linear layer plus the LoRA term of its input."""
         if not self.names:
             return base
         self._judge_dropout(given)
@@ -66,7 +67,7 @@ class WeightPairs:
         return self._sum([self._round(base), added])
 
     def add_back(self, base: Total | None, dy: NearNumbers, given: PairsCall, add_to: AddTo) -> Total:
-        """Gradient of an input, with what comes back through the pairs. Adds up the gradients of A and B."""
+        """Gradient of an input, including its path through A and B. Accumulates the gradients of A and B."""
         terms, taken = [] if base is None else [self._round(base)], given.taken()
         for name, dy_p in zip(self.names, dy.x.chunk(len(self.names), -1), strict=True):
             inner, dy_p = self._inner(name, taken, given.times), NearNumbers(dy_p)
@@ -77,7 +78,8 @@ class WeightPairs:
         return self._sum(terms)
 
     def widen(self, given: PairsCall, weight: Tensor) -> tuple[NearNumbers, Tensor]:
-        """Operands of one product that has the pair in it, as the head takes them: low-rank inputs beside x, and B beside the weight."""
+        """Operands of one matmul that includes LoRA, as the head uses it: low-rank inputs concatenated to x, and B to
+        the weight."""
         x = given.x
         for name in self.names:
             self._judge_dropout(given)
@@ -85,7 +87,8 @@ class WeightPairs:
         return x, weight
 
     def narrow(self, dx: Total, dweight: Total, given: PairsCall) -> Total:
-        """Gradient of the input of a product that `widen` made, from those of its operands. Adds up the gradients of A and B."""
+        """Gradient of the input of a matmul from `widen`, from the gradients of its operands. Accumulates the gradients
+        of A and B."""
         if not self.names:
             return dx
         (name,), width, taken = self.names, given.x.x.size(-1), given.taken()
@@ -99,17 +102,18 @@ class WeightPairs:
         dB, size, off = (one[:, width:].clone() for one in (dweight.x, dweight.size, low.slack(dweight)))
         in_bf16 = (
             0.0 if self._high == FORMATS["fp32"] else HEAD_PIECES * size
-        )  # a part of an operand that is no weight by itself
+        )  # a part of an operand that is not a separate weight
         self._made[f"{name}B"].add(Total(dB, size, off + in_bf16), False, len(taken.x))
         return self._sum([own, self._through(given, self._round(low.product(dinner, low.transposed(self._a(name)))))])
 
     def judge_gradients(self, most: float = UNTOLD) -> None:
-        """Compare the gradients of A and B, over all calls. most: the share of numbers that may be not told."""
+        """Compare the gradients of A and B, over all calls. most: allowed fraction of inconclusive numbers."""
         for name, made in self._made.items():
             self._step.compare_gradient(name, made, most=most)
 
     def _judge_dropout(self, given: PairsCall) -> None:
-        """Compare the share and the factor of dropout. Which inputs it drops follows from bits that no reference has."""
+        """Compare the fraction and the factor of dropout. The choice of dropped inputs depends on random bits that the
+        reference does not have."""
         at, name, share, given_x = self._step.at, given.call.name, self._share, given.x.x
         if share and not given.call.has(given.dropped):
             at.fail("dropout", name, "no pair left what it took", rank=given.call.rank)
@@ -126,7 +130,8 @@ class WeightPairs:
         self._step.compare("dropout", given.call, "x", Total(x, x.abs(), off), rounded, got=got, name=name)
 
     def _through(self, given: PairsCall, dx: Total) -> Total:
-        """A gradient of the input that goes back through dropout. Whether it dropped an input of 0 is not seen."""
+        """A gradient of the input after the backward of dropout. For an input of 0 it is unknown whether it was
+        dropped."""
         if not given.call.has(given.dropped):
             return dx
         factor, unsure = 1 / (1 - self._share), given.x.x == 0
@@ -155,14 +160,14 @@ class WeightPairs:
         return Total(made, total.size, torch.maximum(more - made, made - less))
 
     def _sum(self, terms: list[Total]) -> Total:
-        """Added one after another and rounded after each, in any order."""
+        """The sum of the terms, rounded after each addition, in any order."""
         sides = zip(*((one.x, one.size, low.slack(one)) for one in terms), strict=True)
         x, size, off = (torch.stack(side).sum(0) for side in sides)
         sizes = sum(one.x.abs() for one in terms)
-        roundings = max(len(terms) - 2, 0) + 2 * (self._share > 0)  # of sums, and of what dropout multiplies
+        roundings = max(len(terms) - 2, 0) + 2 * (self._share > 0)  # of sums, and of multiplications by dropout
         return Total(x, size, off + roundings * low.spacing(torch.as_tensor(sizes), self._high) / 2)
 
 
 def _beside(parts: list[NearNumbers]) -> NearNumbers:
-    """Side by side."""
+    """The parts, concatenated along the last axis."""
     return NearNumbers(torch.cat([one.x for one in parts], -1), torch.cat([low.slack(one) for one in parts], -1))

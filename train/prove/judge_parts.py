@@ -1,14 +1,16 @@
-"""Single parts of the ranks where formats round, each held against what it should have made of what it really took.
+"""Judges single parts of the ranks in precisions with rounding: each output is compared with the result for the actual
+input.
 
-A rank's own inputs and gradients of outputs (train/prove/parts.py) go through train/prove/low_precision.py and high_precision.py, which
-round where the recipe rounds. What is left is the order of a sum and one rounding, so that a bound is a few millionths of a sum's magnitudes
-in the place of the three quarters that outputs of a whole model in FP8 need. A difference is measured beyond half a step of the format
-of the result, in units of the sum of the magnitudes that make the value. A gradient of a weight is the sum over all
-micro-batches and the mean over all ranks, as the update takes it.
+A rank's own inputs and output gradients (train/prove/parts.py) go through train/prove/low_precision.py and
+high_precision.py, which round where the recipe rounds. The remaining differences are the order of a sum and one
+rounding. So a bound is a few millionths of a sum's magnitudes, instead of the three quarters for outputs of a whole FP8
+model. A difference is measured beyond half a step of the result's format, relative to the sum of the magnitudes of the
+terms. The gradient of a weight is the sum over all micro-batches and the mean over all ranks, as the update takes it.
 
-Numbers of which ties may change more than TOLD of that sum are not told, and more than UNTOLD of a tensor fails: nothing would be proven.
+Numbers that rounding ties may change by more than TOLD of that sum are inconclusive. More than a fraction UNTOLD of
+them in a tensor fails, because the comparison would prove nothing.
 
-PART_JUDGES says which part is judged by what: judge_products.py, judge_attention.py, judge_layers.py, judge_router.py.
+PART_JUDGES assigns a judge to each part: judge_products.py, judge_attention.py, judge_layers.py, judge_router.py.
 """
 
 import re
@@ -31,13 +33,15 @@ PART_JUDGES: tuple[tuple[str, PartJudge, PartJudge], ...] = (
     (r"(.*\.(?:ffn|shared))\.w13", judge_products.judge_swiglu, judge_products.judge_swiglu_back),
     (r"(.*)\.kv_up", judge_attention.judge_attention, judge_attention.judge_attention_back),
 )
-"""By the name of a weight, without its end, the parts that begin there, with what judges their forward and their backward."""
+"""Patterns for the name of a weight, without its ending: the name of the part that begins there, and the judges of its
+forward and backward."""
 WITHIN = ("", ".w13", ".0", ".out", ".ffn_norm")
-"""What of a part was watched, where it is an FFN, the head, attention or a block."""
+"""Name endings of the watched layers of a part, for an FFN, the head, attention and a block."""
 
 
 def judge_parts(step: StepParts) -> None:
-    """Forward from the first part to the last, backward from the last to the first; nothing where something was not seen."""
+    """Judge forward from the first part to the last, backward from the last to the first; neither if evidence is
+    missing."""
     at, parts = step.at, list(_parts_of(reference.weight_shapes(step.config.model)))
     failed = len(at.findings.differences)
     at.phase = "forward"
@@ -66,13 +70,13 @@ def _parts_of(weights: Iterable[str]) -> Iterable[tuple[str, PartJudge, PartJudg
 
 
 def _judge_returns(step: StepParts, name: str) -> None:
-    """Every micro-batch has to give the part a gradient."""
+    """Check that every micro-batch gives the part a gradient."""
     if is_adapted(step.config) and name.endswith("embedding_norm"):
-        return  # nothing before it learns
+        return  # no layer before it learns
     for rank in step.ranks:
         those = [call for call in step.calls.get(name, []) if call.rank is rank]
         if not those or name == "embedding" or (rank.info.cp > 1 and name.endswith(".kv_up")):
-            continue  # another rank's; a table that MTP modules have too; keys that are made block by block
+            continue  # on another rank; a table shared with MTP modules; keys computed block by block
         back, due = sum(call.has("dx" if name.endswith(".router") else "dy") for call in those), rank.micro_batches()
         if back != due:
             step.at.fail("parts", name, "not every micro-batch came back, or one came twice", back, due, rank)

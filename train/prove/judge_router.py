@@ -1,4 +1,5 @@
-"""Routers of single ranks: gates, choices, and the gradients of inputs and weights, with those of the balance loss."""
+"""Judges routers on single ranks: gates, choices, and the gradients of inputs and weights, including the balance
+loss."""
 
 import torch
 from torch import Tensor
@@ -11,11 +12,11 @@ from train.prove.low_precision import FORMATS, FP32
 from train.prove.step_parts import PartCall, StepParts, SumOverCalls
 
 SPLIT = 2.0**-15
-"""A GPU multiplies a router's gradient in fp32 as two numbers of bf16."""
+"""Relative error of a router's gradient on a GPU, which multiplies it as two bf16 numbers."""
 
 
 def judge_router(step: StepParts, name: str) -> None:
-    """Gates, and how far apart the scores of what was chosen instead were."""
+    """Judge the gates, and the score distance between chosen and better experts."""
     model, weight, order = step.config.model, step.weights[f"{name}.weight"], step.in_rows(step.config.model.hidden)
     for call in step.calls.get(name, []):
         ids_BTK, gates = _routed(call, "forward", "ids"), _routed(call, "forward", "gates")
@@ -31,7 +32,7 @@ def judge_router(step: StepParts, name: str) -> None:
 
 
 def judge_router_back(step: StepParts, name: str) -> None:
-    """Gradients of the input and of the weight."""
+    """Judge the gradients of the input and of the weight."""
     model, weight, made = step.config.model, step.weights[f"{name}.weight"], SumOverCalls()
     order = step.in_rows(max(model.experts, model.hidden))
     order = Bound(max(order.value, SPLIT), "a product of two parts of bf16") if step.on_gpu else order
@@ -45,14 +46,15 @@ def judge_router_back(step: StepParts, name: str) -> None:
         if call.has("dx"):
             step.compare("router", call, "dx", slopes.x, order)
         made.add(slopes.weight, False, ids_BTK[..., 0].numel())
-    if not step.config.optim.freeze_routers:  # else its gradient is nothing, as other passes show
+    if not step.config.optim.freeze_routers:  # otherwise its gradient is zero, as other checks show
         bound = Bound(order.value + step.in_rows(made.terms).value, order.reason)
         step.compare_gradient(f"{name}.weight", made, bound)
 
 
 def _balance(step: StepParts, call: PartCall, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """What the balance loss (eq. 17-20) multiplies shares of scores with, (B, T, E), counted over whole sequences, or over each
-    sample of them, and by how much near ties may move it.
+    """Factors of the balance loss (eq. 17-20) for shares of scores, (B, T, E), and their possible change by near ties.
+
+    They are counted over whole sequences, or over each sample in them.
     """
     model, info, depth, config = step.config.model, call.rank.info, depth_of(call.name), step.config
     seats = reference.Seats.of(step.batch, depth)
@@ -68,7 +70,7 @@ def _balance(step: StepParts, call: PartCall, weight: Tensor) -> tuple[Tensor, T
             kth, after = score_BTE.sort(-1, descending=True).values[..., model.top_k - 1 : model.top_k + 1].split(1, -1)
             near = (
                 2 * FP32 * (1 + size_BTE.amax(-1, keepdim=True))
-            )  # some roundings of the sum, a sigmoid's slope of 1/4
+            )  # some roundings of the sum, and a sigmoid's slope of 1/4
             close = ((score_BTE - kth).abs() <= near) | ((score_BTE - after).abs() <= near)
             may_BTE[:, places] = ((kth - after <= near) & close).double()
     samples_BT, count = torch.zeros(often_BTE.shape[:2]), info.plan["batch_size"]
@@ -83,6 +85,6 @@ def _balance(step: StepParts, call: PartCall, weight: Tensor) -> tuple[Tensor, T
 
 
 def _routed(call: PartCall, phase: str, what: str) -> Tensor | None:
-    """(B, T, K), fp64."""
+    """A routing tensor of the call, (B, T, K), fp64."""
     found = call.rank.tensors.get(f"{phase}/{call.name}.{what}/{call.number}")
     return None if found is None else found.double().view(*call.tensors["x"].shape[:2], -1)

@@ -1,7 +1,8 @@
-"""Rows on their way to experts and back: what came out on the ranks, held against what went in on the ranks.
+"""Judges dispatch and combine: compares the rows that arrive with the rows that were sent.
 
-Every layer, micro-batch and expert group by itself, on what the ranks really had; so a difference here is a fault of the way, and of
-nothing before it. Which row is which token's is not asked of the product: rows and tokens are matched by expert and gate.
+Every layer, micro-batch and expert group is judged separately, with the ranks' actual rows. So a difference is a fault
+of dispatch or combine, and not of an earlier part. The order of rows is not taken from the product: rows and tokens are
+matched by expert and gate.
 
     forward     gates at the experts, rows at the experts, sums of expert outputs
     backward    gradients at the experts, gradients of gates, sums of gradients of rows
@@ -26,42 +27,44 @@ AT_TOKENS = ("x", "ids", "gates", "y", "d_x", "d_gates", "d_y")
 AT_EXPERTS = ("rows", "row_gates", "counts", "out", "d_rows", "d_row_gates", "d_out")
 ROWS = Bound(0.0, "bit for bit: rows are rounded once, where they are sent")
 SeenTensors = dict[str, Tensor]
-"""What the ranks of a group kept of one layer and micro-batch, one rank after another, by the names of watched_dispatcher.py."""
+"""Tensors of one layer and micro-batch, concatenated over the ranks of a group, by the names of
+watched_dispatcher.py."""
 
 
 @dataclass(frozen=True)
 class SentRows:
-    """One layer, micro-batch and expert group."""
+    """The rows of one layer, micro-batch and expert group."""
 
     name: str
-    """Name of the mixture of experts."""
+    """Name of the MoE layer."""
     number: int
     """Number of the micro-batch."""
     ranks: list[Evidence]
     seen: SeenTensors
 
     def place(self) -> tuple[int, bool, int, int]:
-        """In the order of the computation."""
+        """Sort key for the order of the computation."""
         kind, layer, *_ = self.name.split(".")
         return self.number, kind == "mtp", int(layer), self.ranks[0].info.rank
 
     def order_at_experts(self) -> Tensor:
-        """(P,) rows by expert, gate and gradient of the gate."""
+        """(P,) rows sorted by expert, gate and gradient of the gate."""
         counts_E, seen = self.seen["counts"], self.seen
         return _order(torch.arange(len(counts_E)).repeat_interleave(counts_E), seen["row_gates"], seen["d_row_gates"])
 
     def order_at_tokens(self) -> Tensor:
-        """(P,) pairs in the same order, if gates came as they were sent."""
+        """(P,) pairs in the same order, if the gates arrived unchanged."""
         return _order(*(self.seen[name].flatten() for name in ("ids", "gates", "d_gates")))
 
     def hops(self) -> list[int]:
-        """How many experts lie where the rows of a token are added before they reach its rank: on a rank, on a node."""
+        """Number of experts per place where the rows of a token are added before they reach its rank: per rank, per
+        node."""
         info = self.ranks[0].info
         return DISPATCHES[info.dispatch].find_sums(len(self.seen["counts"]), info.ep, info.ep_ranks_per_node)
 
 
 def judge_rows(at: Comparisons, ranks: list[Evidence]) -> None:
-    """The way to experts and back, in one step."""
+    """Judge dispatch and combine of one step."""
     sent, layers = sorted(sent_rows(ranks), key=SentRows.place), layers_with_experts(at.values.model)
     every = [f"{layer}.block.moe" if layer.startswith("mtp.") else f"{layer}.moe" for layer in layers]
     at.phase = "forward"
@@ -83,7 +86,7 @@ def judge_rows(at: Comparisons, ranks: list[Evidence]) -> None:
 
 
 def _judge_sent(at: Comparisons, sent: SentRows, quantity: str, names: tuple[str, str], floor: float) -> None:
-    """Rows from tokens to experts. names: of what was sent, and of what arrived."""
+    """Judge rows from tokens to experts. names: of the sent tensor, and of the received tensor."""
     given, arrived = (sent.seen[name] for name in names)
     rows_TD, top_k = given.double(), sent.seen["ids"].size(1)
     if at.config.parallel.wire == "fp8" and sent.ranks[0].info.ep > 1:
@@ -93,10 +96,10 @@ def _judge_sent(at: Comparisons, sent: SentRows, quantity: str, names: tuple[str
 
 
 def _judge_sums(at: Comparisons, sent: SentRows, rows: str, sums: str, quantity: str) -> None:
-    """Sums of rows from experts to tokens."""
+    """Judge sums of rows from experts to tokens."""
     seen, at_experts, at_tokens = sent.seen, sent.order_at_experts(), sent.order_at_tokens()
     if len(at_experts) != len(at_tokens):
-        return  # which was told
+        return  # already reported
     rows_PD = torch.empty(seen[rows].shape, dtype=torch.float64)
     rows_PD[at_tokens] = seen[rows][at_experts].double()
     in_bf16, by_addition = seen[sums].dtype == torch.bfloat16, DISPATCHES[sent.ranks[0].info.dispatch].in_bf16
@@ -109,7 +112,7 @@ def _judge_sums(at: Comparisons, sent: SentRows, rows: str, sums: str, quantity:
 
 
 def sent_rows(ranks: list[Evidence]) -> Iterator[SentRows]:
-    """Everything that was sent in a step."""
+    """All rows that were sent in a step."""
     for first in range(0, len(ranks), ranks[0].info.ep):
         group = ranks[first : first + ranks[0].info.ep]
         for key in dict(group[0].of_kind("sent")):
@@ -123,7 +126,7 @@ def sent_rows(ranks: list[Evidence]) -> Iterator[SentRows]:
 
 
 def _order(*keys: Tensor) -> Tensor:
-    """Sorted by the first key, among equals by the second, and so on."""
+    """Order by the first key, then by the second key, and so on."""
     order = torch.arange(len(keys[0]))
     for key in reversed(keys):
         order = order[key[order].sort(stable=True).indices]

@@ -1,4 +1,5 @@
-"""The state of a run between its steps: what it starts from, what a skipped step leaves as it is, what a checkpoint has, and its counts."""
+"""Judges the state of a run between its steps: at the start, after a skipped step, in a checkpoint, and its
+counters."""
 
 import math
 from dataclasses import dataclass, replace
@@ -30,19 +31,19 @@ from train.prove.updates import update_of
 
 @dataclass(frozen=True)
 class Tally:
-    """What a run has done so far."""
+    """Counters of a run."""
 
     updates: int = 0
     samples: int = 0
     skipped: int = 0
 
     def after(self, sequences: int, applied: bool = True) -> "Tally":
-        """With one step more."""
+        """The counters after one more step."""
         return Tally(self.updates + applied, self.samples + sequences, self.skipped + (not applied))
 
 
 def state_after(config: Config, ranks: list[Evidence]) -> State:
-    """The state, put together from the shards of all ranks."""
+    """The state, assembled from the shards of all ranks."""
     found = {name: tensor for name, tensor in assemble(ranks, "after").items() if not name.startswith("running.")}
     if config.adapter.on:  # the biases belong to the base, which is not saved
         found |= {name: bias.double() for rank in ranks for name, bias in rank.of_kind("own")}
@@ -50,7 +51,7 @@ def state_after(config: Config, ranks: list[Evidence]) -> State:
 
 
 def given_state(config: Config) -> State:
-    """What a proof starts from."""
+    """The initial state of a proof."""
     values = read_values(config)
     trained = reference.trained_shapes(values)
     weights = {name: weight.double() for name, weight in initial_weights(config).items() if name in trained}
@@ -63,7 +64,7 @@ def given_state(config: Config) -> State:
 
 
 def state_from_checkpoint(config: Config, saved: State, tally: Tally) -> tuple[State, Tally]:
-    """What a run goes on with: all that was saved, but for what another optimizer kept."""
+    """The state after a resume: everything that was saved, except state of another optimizer."""
     if config.prove.first_optimizer in (None, config.optim.name):
         return saved, tally
     kept = {name: tensor for name, tensor in saved.items() if name.startswith(("master.", "bias.", "ema."))}
@@ -71,8 +72,10 @@ def state_from_checkpoint(config: Config, saved: State, tally: Tally) -> tuple[S
 
 
 def judge_same(at: Comparisons, quantity: str, ranks: list[Evidence], want: State, own: str | None = None) -> State:
-    """Hold the state of all ranks, and every rank's own copy of the biases, to this one, bit for bit. own: what those are called.
-    Returns what the ranks have."""
+    """Compare the state of all ranks, and every rank's own copy of the biases, with this state, bit for bit.
+
+    own: quantity name of the copies. Returns the ranks' state.
+    """
     got = state_after(at.config, ranks)
     at.same_names("state", got, want)
     for name in [name for name in want if name in got]:
@@ -84,7 +87,7 @@ def judge_same(at: Comparisons, quantity: str, ranks: list[Evidence], want: Stat
 
 
 def judge_schedules(config: Config, findings: ProofFindings) -> None:
-    """The settings of all steps of a run, of which a proof makes a few."""
+    """Judge the settings of all steps of a run; a proof trains only a few of them."""
     at, plans = Comparisons("fp32", config, findings), Schedules(config)
     at.phase, want = "settings", [vars(plan) for plan in reference_step.plan_steps(at.values)]
     got = [vars(plans.plan(step)) for step in range(1, config.steps + 1)]
@@ -97,7 +100,7 @@ def judge_schedules(config: Config, findings: ProofFindings) -> None:
 
 
 def judge_tally(at: Comparisons, ranks: list[Evidence], tally: Tally) -> None:
-    """What every rank says that the run has done."""
+    """Judge the counters of every rank."""
     for rank in ranks:
         info = rank.info
         at.compare("applied updates", "Adam's count", info.updates, tally.updates, WHOLE_NUMBERS, rank=rank)
@@ -106,7 +109,7 @@ def judge_tally(at: Comparisons, ranks: list[Evidence], tally: Tally) -> None:
 
 
 def judge_drawn(at: Comparisons, ranks: list[Evidence]) -> None:
-    """The weights that a run would have begun with: in every layout those of the model in one piece."""
+    """Judge the initial weights of a run: in every layout equal to the undivided model's."""
     drawn, config = assemble(ranks, "drawn"), at.config
     if not drawn or at.proof != "fp32":
         return
@@ -133,7 +136,7 @@ def judge_drawn(at: Comparisons, ranks: list[Evidence]) -> None:
 
 
 def judge_checkpoint(at: Comparisons, path: Path, state: State) -> None:
-    """The checkpoint of a step on disk, whose state is known. Of an adapter it has no biases."""
+    """Judge the checkpoint of a step on disk. An adapter's checkpoint has no biases."""
     at.phase = "checkpoint"
     own = {name: value for name, value in state.items() if not (at.config.adapter.on and name.startswith("bias."))}
     found: dict[str, Tensor] = {name: torch.full_like(value, math.nan) for name, value in own.items()}

@@ -1,4 +1,4 @@
-"""What an update made of the state of a run, held against the reference: norm, masters, moments, average of the weights and biases."""
+"""Judges an update: norm, masters, moments, average of the weights and biases, compared with the reference."""
 
 import torch
 from torch import Tensor
@@ -20,17 +20,19 @@ QUANTITIES = {
     "momentum": "momentum",
 }
 ROUNDINGS = {"master": 4, "ema": 2, "bias": 2}
-"""Roundings of fp32, at most, in what is said below that each is of; those of the optimizer's state stand in train/prove/updates.py."""
+"""Maximum number of fp32 roundings per kind of state; train/prove/updates.py has the numbers for the optimizer's
+state."""
 STATE_ROUNDINGS = {kind: count for formula in UPDATES.values() for kind, count in formula.roundings.items()}
 SMALLEST_BF16 = 2.0**-133
-"""The smallest number that bf16 keeps."""
+"""The smallest positive bf16 number."""
 
 
 def judge_update(
     at: Comparisons, ranks: list[Evidence], before: State, loads: dict[str, Tensor], plan: PlainPlan, number: int
 ) -> State:
-    """The update of the gradients that the ranks had, which were judged by themselves; number 1, 2, ... of the run's. Returns the state
-    after it.
+    """Judge an update with the ranks' gradients, which were judged separately. number: 1, 2, ... of the run's updates.
+
+    Returns the state after it.
     """
     reduced, after, optim = assemble(ranks, "reduced"), state_after(at.config, ranks), at.values.optim
     at.same_names("state", after, before)
@@ -74,7 +76,7 @@ def judge_update(
 def judge_biases(
     at: Comparisons, ranks: list[Evidence], before: State, loads: dict[str, Tensor], plan: PlainPlan
 ) -> None:
-    """Biases of pass exact, which updates nothing else."""
+    """Judge the biases in check exact, which updates nothing else."""
     bound = Bound(4 * UNIT["fp64"], "two roundings of a sum in fp64")
     for rank in ranks:
         for name, bias in rank.of_kind("after"):
@@ -85,7 +87,7 @@ def judge_biases(
 def _judge_exact(
     at: Comparisons, ranks: list[Evidence], before: State, clipped: State, plan: PlainPlan, number: int
 ) -> None:
-    """The updates that the ranks made in fp64 of the same gradients. clipped: those, as the reference clips them."""
+    """Judge the ranks' fp64 updates from the same gradients. clipped: the gradients as the reference clips them."""
     found, gradients = assemble(ranks, "exact"), assemble(ranks, "exact_gradient")
     fp64 = Bound(
         EXACT, "fp64 rounds by 1e-16, and Newton-Schulz multiplies that by some 1e5 at most; of the largest change"
@@ -105,7 +107,7 @@ def _judge_exact(
 
 
 def _row_factors(at: Comparisons, ranks: list[Evidence]) -> State:
-    """Factors of the rows of weights that the limit of attention scores scales, from the scores that the ranks acted on."""
+    """Row factors of the weights that optim.qk_clip scales, from the scores that the ranks used."""
     found: State = {}
     for rank in ranks:
         for name, scores_H in rank.of_kind("scores"):
@@ -116,14 +118,17 @@ def _row_factors(at: Comparisons, ranks: list[Evidence]) -> State:
 
 
 def _size(before: Tensor, after: Tensor, moved: Tensor) -> Tensor:
-    """One rounding of fp32 of a number and of what was added to it."""
+    """One fp32 rounding error of a number and of the value added to it."""
     return UNIT["fp32"] * (torch.maximum(before.abs(), after.abs()) + moved.abs())
 
 
 def _judge_moved(
     at: Comparisons, name: str, got: State, want: Tensor, before: State, rounded: Tensor, rank: Evidence | None = None
 ) -> None:
-    """rounded: what one rounding of fp32 is of each element. Where rounding may hide the whole move, it is not told."""
+    """Judge a tensor that an update moved. rounded: one fp32 rounding error of each element.
+
+    Elements whose whole move may be hidden by rounding are inconclusive.
+    """
     if name not in got:
         return
     kind, moments = name.split(".", 1)[0], at.config.precision.moments
@@ -136,8 +141,10 @@ def _judge_moved(
 
 
 def _judge_decay(at: Comparisons, name: str, before: Tensor, got: Tensor, want: Tensor, rounded: Tensor) -> None:
-    """The part of an error that is in proportion to the weights: a rounding of each weight by itself adds up to nothing, so that
-    a decay shows that moves no weight by more than it is rounded.
+    """Judge the part of an error that is proportional to the weights.
+
+    Rounding errors of single weights average out in it. So it reveals a wrong decay, even if no weight moves by more
+    than its rounding.
     """
     square = before.square().sum().clamp_min(SMALLEST)
     error = float(((got - want) * before).sum() / square)

@@ -1,4 +1,4 @@
-"""In what form a recipe runs: in each pass of a proof, and in the layout that reads its checkpoint."""
+"""The configurations of a recipe in a proof: for each check, and for the layout that reads the checkpoint."""
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -25,28 +25,30 @@ from train.prove.bounds import is_tiled
 
 
 def in_fp32(config: Config) -> Config:
-    """The recipe with fp32 products, and without what only other formats have."""
+    """The recipe in fp32, without features that exist only in other formats."""
     config = without_dropout(config)
-    parallel = replace(config.parallel, wire=WireFormat.bf16)  # the activations' own format
+    parallel = replace(config.parallel, wire=WireFormat.bf16)  # the activation dtype
     if parallel.dispatch_facts.in_bf16:
         parallel = replace(parallel, dispatch=DispatchKind(FLAT_DISPATCH))
     return replace(config, precision=Precision(name=PrecisionName.fp32, moments=HighFormat.fp32), parallel=parallel)
 
 
 def without_dropout(config: Config) -> Config:
-    """The recipe as whole outputs can be compared: which inputs dropout takes follows from bits that no reference has."""
+    """The recipe without dropout, for comparisons of whole outputs: the reference does not have dropout's random
+    bits."""
     return replace(config, adapter=replace(config.adapter, dropout=0.0))
 
 
 TILED = 136
-"""Every width, and the tokens of a micro-batch, in pass `tiles`: two tiles of 128, of which the last is not full. With one tile nothing
-would have a neighbour whose scale it could be given."""
+"""Every width, and the tokens of a micro-batch, in check `tiles`: two tiles of 128, the second not full. With a single
+tile no value could get the scale of a neighbouring tile."""
 TILED_HEADS = 4
 
 
 def with_two_tiles(config: Config) -> Config:
-    """The recipe with few layers that are wide, for two steps. Where a rank is in a pipeline changes no scale, so all ranks have all layers;
-    the way to experts stays.
+    """The recipe with few wide layers, for two steps.
+
+    A pipeline changes no scale, so all ranks have all layers; dispatch and combine stay.
     """
     model, parallel, ranks = config.model, config.parallel, config.parallel.world
     dense, depth, multiple = min(model.dense_layers, 1), min(model.mtp_depth, 1), parallel.dispatch_facts.width
@@ -78,12 +80,14 @@ PROOFS: dict[str, Callable[[Config], Config]] = {
     "recipe": without_dropout,
     "tiles": with_two_tiles,
 }
-"""The passes, and the recipe as it runs in each."""
+"""The checks, and the function that converts a recipe for each."""
 
 
 def passes_of(config: Config) -> list[str]:
-    """Those that a recipe needs: `tiles`, which looks at single parts, where something has a scale for every 128 of it or an adapter stands
-    beside products that round.
+    """The checks of a recipe.
+
+    `tiles`, which judges single parts, is included if something has a scale per 128 values, or for an adapter in a
+    precision with rounding.
     """
     return [
         proof
@@ -93,24 +97,26 @@ def passes_of(config: Config) -> list[str]:
 
 
 LOOSE_CLIP = 1e4
-"""To which the second part of a run clips, so that no gradient is; the first part clips every one."""
+"""Clip of the second part of a run, which clips no gradient; the first part clips every gradient."""
 
 
 @dataclass(frozen=True)
 class RunPart:
-    """The steps of a run in one layout, with what a user changes between two: the number of steps, the batch, and the clip."""
+    """The steps of a run in one layout. A user may change the number of steps, the batch and the clip between two
+    parts."""
 
     number: int
-    """0, and 1 for the part that goes on from a checkpoint of the other."""
+    """0, or 1 for the part that resumes from a checkpoint of part 0."""
     config: Config
     last: int
     """The step after which it stops, with a checkpoint."""
     spoilt: int | None
-    """The step in which one rank has a gradient that is not finite, so that nothing is updated."""
+    """The step in which one rank has a gradient that is not finite, so nothing is updated."""
 
 
 def save_step(config: Config) -> int:
-    """The step after which the first part writes the checkpoint that the second goes on from. It makes one step more meanwhile."""
+    """The step whose checkpoint the second part resumes from. The first part trains one more step while it is
+    written."""
     return max(1, config.steps // 2)
 
 
@@ -120,14 +126,15 @@ def stop_step(config: Config) -> int:
 
 
 def watched_steps(config: Config) -> set[int]:
-    """Steps of which single parts are judged: the first after the checkpoint, and the same one of the ranks that wrote it, which
-    have made an update before, as what is kept of weights must follow them.
+    """Steps whose single parts are judged: the first step after the checkpoint, in both parts.
+
+    There the ranks that wrote the checkpoint have made an update before, so held weights must have followed it.
     """
     return {stop_step(config)}
 
 
 def run_part(config: Config, number: int, ranks: int) -> RunPart:
-    """A part of the run of a recipe, on so many ranks. config: as a pass runs it."""
+    """A part of a recipe's run, on this number of ranks. config: as a check runs it."""
     held_out = replace(config.log, validation_sequences=_held_out(config, ranks))
     if number:
         return RunPart(number, replace(_go_on(config, ranks), log=held_out), config.steps, None)
@@ -136,7 +143,7 @@ def run_part(config: Config, number: int, ranks: int) -> RunPart:
     first = replace(
         config,
         optim=replace(own, name=config.prove.first_optimizer or own.name),
-        steps=max(stop, config.steps ^ 1),  # another number, with the same first half
+        steps=max(stop, config.steps ^ 1),  # a different number with the same first half
         log=replace(held_out, validate_every=stop),
         checkpoint=replace(config.checkpoint, every=saved),
     )
@@ -144,15 +151,16 @@ def run_part(config: Config, number: int, ranks: int) -> RunPart:
 
 
 def run_parts(proof: str, config: Config, ranks: int, numbers: Sequence[int]) -> list[RunPart]:
-    """The parts of a run, of those with these numbers, that a pass has."""
+    """The parts of a run that a check has, among these numbers."""
     if proof == "tiles":
         return [RunPart(0, config, config.steps, None) for number in numbers if number == 0]
     return [run_part(config, number, ranks) for number in numbers]
 
 
 def _go_on(config: Config, ranks: int) -> Config:
-    """The second part: another layout, and another batch from the first step on, so that the data go on elsewhere than a schedule
-    of that batch says.
+    """The configuration of the second part: another layout, and another batch size from the first step on.
+
+    So the position in the data differs from the position that a schedule with this batch size computes.
     """
     other = in_layout(config, second_layout(config, ranks))
     optim = replace(
@@ -169,7 +177,8 @@ def _go_on(config: Config, ranks: int) -> Config:
 
 
 def _held_out(config: Config, ranks: int) -> int:
-    """Sequences of a validation: the fewest from three on that no pass of all ranks divides, in either layout."""
+    """Number of validation sequences: the smallest number from three on that all ranks' passes do not divide, in either
+    layout."""
     other = second_layout(config, ranks)
     passes = {config.micro_batch_size * config.parallel.dp, other.dp} - {1}
     return next(count for count in itertools.count(3) if all(count % size for size in passes))
@@ -185,19 +194,19 @@ def _is_allowed(config: Config) -> bool:
 
 
 def second_layout(config: Config, ranks: int) -> Parallel:
-    """Another layout, of so many ranks; the recipe's own where the rules allow no other."""
+    """Another layout with this number of ranks; the recipe's own if the rules allow no other."""
     return next((each for each in _others(config, ranks) if _is_allowed(in_layout(config, each))), config.parallel)
 
 
 def in_layout(config: Config, parallel: Parallel) -> Config:
-    """The recipe in another layout, one sequence at a time, so that more layouts divide the batch."""
+    """The recipe in another layout, with micro-batches of one sequence, so that more layouts divide the batch."""
     ranks_per_node = 0 if parallel.dispatch_facts.per_expert else config.cluster.ranks_per_node
     cluster = replace(config.cluster, ranks_per_node=ranks_per_node)
     return replace(config, parallel=parallel, micro_batch_size=1, cluster=cluster)
 
 
 def _others(config: Config, world: int) -> Iterator[Parallel]:
-    """The farther from the recipe's, the earlier."""
+    """Other layouts, the most different first."""
     own = config.parallel
     plain = replace(
         own,
@@ -223,14 +232,14 @@ def _others(config: Config, world: int) -> Iterator[Parallel]:
             schedule = PipelineSchedule(name)
             yield replace(plain, pp=2, dp=half, ep=gcd(half, config.model.experts), schedule=schedule)
     yield from (replace(plain, ep=ep, zero=zero) for ep in {shared, 1} for zero in {1, 2, 3} - {own.zero})
-    kept = replace(plain, pp=own.pp, dp=own.dp, cp=own.cp)  # where the batch divides among no other number of ranks
+    kept = replace(plain, pp=own.pp, dp=own.dp, cp=own.cp)  # if no other number of ranks divides the batch
     shared, experts = own.stage_ranks, config.model.experts
     sizes = [ep for ep in range(shared, 0, -1) if shared % ep == 0 and experts % ep == 0 and ep != own.ep]
     yield from (replace(kept, ep=ep, zero=zero) for ep in sizes for zero in (2, 1))
 
 
 def layout_name(config: Config) -> str:
-    """For a person."""
+    """The layout as text for the user."""
     parallel = config.parallel
     parts = [f"{name} {value}" for name in ("pp", "dp", "cp", "ep") if (value := getattr(parallel, name)) > 1]
     parts += [parallel.schedule_words] if parallel.pp > 1 or len(parallel.placement[0]) > 1 else []

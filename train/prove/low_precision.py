@@ -1,25 +1,26 @@
-"""Mixed precision (3.3) as plain as the paper says it: what single parts of a rank are held against in the pass `recipe`.
+"""Mixed precision (3.3), written like the paper's formulas: the reference for single parts of a rank in check `recipe`.
 
-A linear layer has three products, each of a left and a right operand (3.3.1):
+A linear layer has three matmuls, each with a left and a right operand (3.3.1):
 
     Fprop   y  = x w^T      summed over the inputs
     Dgrad   dx = dy w       summed over the outputs
     Wgrad   dw = dy^T x     summed over the tokens, in fp32, also over micro-batches (3.3.3)
 
-An operand in FP8 is cut into tiles along the sum, 1x128 of activations and gradients, or into blocks of 128x128 of weights. Each
-has one scale, made from its largest magnitude (3.3.2):
+An FP8 operand is cut along the sum into tiles of 1x128 for activations and gradients, or into blocks of 128x128 for
+weights. Each tile has one scale, computed from its largest magnitude (3.3.2):
 
     scale = max(largest, floor) / largest number of the format, or the next power of two above
-    q     = x * (1 / scale), rounded to the nearest number of the format, and the product multiplies q * scale
+    q     = x * (1 / scale), rounded to the nearest number of the format, and the matmul multiplies q * scale
 
-each rounded to fp32, and 1 / scale made by a division of its own (DeepSeek's TileKernels do the same).
+Each value is rounded to fp32, and 1 / scale is a separate division (as in DeepSeek's TileKernels).
 
-Products are summed in fp32 (every 128 of them promoted, 3.3.2) and rounded once, to bf16 (Fprop, Dgrad) or not (Wgrad). What waits for
-Wgrad waits in FP8, or E5M6 behind the attention, and is cast again along the tokens (3.3.3, 3.5.2).
+Matmuls are summed in fp32 (promoted every 128 terms, 3.3.2) and rounded once, to bf16 (Fprop, Dgrad) or not at all
+(Wgrad). Inputs are saved for Wgrad in FP8, or in E5M6 after the attention, and are cast again along the tokens (3.3.3,
+3.5.2).
 
-Nothing is shared with what is judged but the values of the recipe. All is in fp64 here. What honest ranks may do
-differently is the order of a sum, and so the side of a tie on which its result falls; both are counted: `NearNumbers` holds numbers and
-how far each may be off, because a value lies so near to the middle between two numbers of a format.
+This file shares only the values of the recipe with the judged code. All arithmetic here is fp64. Correct ranks may use
+another order of a sum, so a result may fall on the other side of a rounding tie. Both effects are counted:
+`NearNumbers` holds numbers and their possible errors, for values near the middle between two numbers of a format.
 
 Shapes: T rows, K inputs, N outputs; of experts R rows sorted by expert, D width, F inner width.
 """
@@ -36,18 +37,18 @@ from train.prove.recipe_values import Values
 
 TILE = 128
 FLOOR = 1e-4
-"""Smallest max-abs of activations and weights that a scale is made for, as in DeepSeek's kernels."""
+"""Lower bound of the max-abs of activations and weights in a scale, as in DeepSeek's kernels."""
 FP32 = 2.0**-24
 """Unit roundoff."""
 EXPONENT = 0x7FF << 52
-"""Bits of fp64 that say the power of two."""
+"""Exponent bits of fp64."""
 CURVED = 16 * FP32
-"""Relative: by what an exponential and the products around it may be off."""
+"""Largest relative error of an exponential and the multiplications around it."""
 
 
 @dataclass(frozen=True)
 class PlainFormat:
-    """Numbers of 1 + mantissa significant bits, down to 2^least; below, equally spaced ones."""
+    """Numbers with 1 + mantissa significant bits, down to 2^least; equally spaced below."""
 
     mantissa: int
     least: int
@@ -64,29 +65,29 @@ FORMATS = {
 
 
 class NearNumbers(NamedTuple):
-    """Numbers, fp64, and by how much each may honestly be off; None for not at all."""
+    """fp64 numbers, and the largest correct deviation of each; None for exact numbers."""
 
     x: Tensor
     off: Tensor | None = None
 
 
 class Total(NamedTuple):
-    """What a sum of products comes to before it is rounded."""
+    """A sum of products before rounding."""
 
     x: Tensor
     size: Tensor
-    """The sum of the products' magnitudes, which rounding of sums is measured in."""
+    """The sum of the products' magnitudes, the unit of rounding errors of sums."""
     off: Tensor | None
-    """What ties of the operands may change."""
+    """Largest change by rounding ties of the operands."""
 
 
 def slack(given: NearNumbers | Total) -> Tensor:
-    """By how much each number may be off."""
+    """The possible error of each number."""
     return torch.zeros_like(given.x) if given.off is None else given.off
 
 
 def spacing(x: Tensor, form: PlainFormat) -> Tensor:
-    """Distance of the neighbouring numbers of the format around x."""
+    """Distance of adjacent numbers of the format around x."""
     leading = x.abs().clamp_min_(2.0**form.least).view(torch.int64) & EXPONENT  # of fp64, without its mantissa
     return leading.view(torch.float64).mul_(2.0**-form.mantissa)
 
@@ -97,15 +98,13 @@ def power(exponent: Tensor) -> Tensor:
 
 
 def nearest(x: Tensor, form: PlainFormat) -> Tensor:
-    """Rounded to the format, to nearest, ties to even, and what is beyond its largest number to that."""
+    """x rounded to the format, to nearest, ties to even; larger magnitudes become the largest number."""
     step = spacing(x, form)
     return ((x / step).round_() * step).clamp_(-form.largest, form.largest)
 
 
 def rounded(given: NearNumbers | Total, form: PlainFormat, noise: Tensor | float = 0.0) -> NearNumbers:
-    """Numbers rounded to the format. noise: by how much the numbers may be off beside what they say, which decides on
-    which side of a tie they fall.
-    """
+    """Numbers rounded to the format. noise: possible error in addition to `off`, which may change the side of a tie."""
     x, margin = nearest(given.x, form), noise if given.off is None else given.off + noise
     if isinstance(margin, float) and margin == 0:
         return NearNumbers(x)
@@ -117,15 +116,15 @@ def rounded(given: NearNumbers | Total, form: PlainFormat, noise: Tensor | float
 
 @dataclass(frozen=True)
 class Rule:
-    """How an operand is cast."""
+    """The cast of an operand."""
 
     form: PlainFormat
     shared: str
-    """What shares a scale: 1x128, 1x32, 128x128, row (all of the sum) or tensor."""
+    """Range of a scale: 1x128, 1x32, 128x128, row (the whole sum) or tensor."""
     is_power: bool
     """Whether scales are powers of two."""
     floor: float
-    """Smallest magnitude that a scale is made for."""
+    """Lower bound of the magnitude in a scale."""
 
     def block(self, along: int) -> tuple[int | None, int | None]:
         """Rows and columns that share a scale, None for all, of a matrix that is summed over this axis."""
@@ -135,9 +134,9 @@ class Rule:
 
 
 def cast(given: NearNumbers, rule: Rule | None, along: int, noise: float = 0.0) -> NearNumbers:
-    """An operand (..., M, N) as the product takes it, summed over axis `along` (-1 or -2); as it is without a rule.
+    """An operand (..., M, N) as the matmul takes it, summed over axis `along` (-1 or -2); unchanged without a rule.
 
-    noise: relative, by which the numbers may be off beside what they say.
+    noise: relative error of the numbers in addition to `off`.
     """
     if rule is None:
         return given
@@ -169,7 +168,7 @@ def _cast(blocks: Tensor, largest: Tensor, rule: Rule) -> Tensor:
 
 
 def _blocks(x: Tensor, rule: Rule, along: int) -> Tensor:
-    """(..., M, N) as (..., m, rows, n, columns), the last ones filled with zeros."""
+    """(..., M, N) as (..., m, rows, n, columns), padded with zeros at the end."""
     height, width = x.shape[-2:]
     rows, columns = (side or size for side, size in zip(rule.block(along), (height, width), strict=True))
     rows, columns = max(1, min(rows, height)), max(1, min(columns, width))
@@ -186,7 +185,7 @@ def _whole(blocks: Tensor, shape: torch.Size) -> Tensor:
 
 @dataclass(frozen=True)
 class LinearRules:
-    """The operands of the three products, each in FP8 or bf16 (None), and the form in which the input waits for Wgrad."""
+    """The operands of the three matmuls, each in FP8 or bf16 (None), and the cast of the input saved for Wgrad."""
 
     fprop: tuple[Rule | None, Rule | None]
     dgrad: tuple[Rule | None, Rule | None]
@@ -196,23 +195,23 @@ class LinearRules:
 
 @dataclass(frozen=True)
 class PlainRounding:
-    """The casts of all linear layers, by what they are."""
+    """The casts of all linear layers, by kind."""
 
     high: PlainFormat
-    """Format of activations between the products."""
+    """Format of activations between the matmuls."""
     dense: LinearRules
     output: LinearRules
-    """The projection behind the attention."""
+    """The attention's output projection."""
     up: LinearRules
     down: LinearRules
-    """The two of experts, SwiGLU between them."""
+    """The two linear layers of experts, with SwiGLU between them."""
     swiglu: Rule | None
-    """In what form the input of the experts' SwiGLU waits."""
+    """The cast of the saved input of the experts' SwiGLU."""
     is_fp8: bool
 
 
 def read_rounding(precision: Values) -> PlainRounding:
-    """The casts of a recipe, which names an operand FORMAT/GRANULARITY/SCALE."""
+    """The casts of a recipe, which writes an operand as FORMAT/GRANULARITY/SCALE."""
     fp8, high = precision.fp8, FORMATS["fp32" if precision.name == "fp32" else "bf16"]
     if fp8 is None:
         plain = LinearRules((None, None), (None, None), (None, None), None)
@@ -249,28 +248,28 @@ def product(left: NearNumbers, right: NearNumbers) -> Total:
 
 
 def fprop(x_TK: Tensor, weight: NearNumbers, rules: LinearRules) -> Total:
-    """weight: (N, K), cast for this product."""
+    """Fprop. weight: (N, K), cast for this matmul."""
     return product(cast(NearNumbers(x_TK), rules.fprop[0], -1), weight)
 
 
 def transposed(given: NearNumbers) -> NearNumbers:
-    """Transposed."""
+    """Numbers and errors, transposed."""
     return NearNumbers(given.x.mT, None if given.off is None else given.off.mT)
 
 
 def dgrad(dy_TN: NearNumbers, weight: NearNumbers, rules: LinearRules) -> Total:
-    """weight: (N, K), cast for this product."""
+    """Dgrad. weight: (N, K), cast for this matmul."""
     return product(cast(dy_TN, rules.dgrad[0], -1), transposed(weight))
 
 
 def wgrad(dy_TN: NearNumbers, kept_TK: NearNumbers, rules: LinearRules) -> Total:
-    """(N, K)."""
+    """Wgrad: (N, K)."""
     left, right = cast(dy_TN, rules.wgrad[0], -2), cast(kept_TK, rules.wgrad[1], -2)
     return product(transposed(left), transposed(right))
 
 
 def kept(x_TK: Tensor, rule: Rule | None) -> NearNumbers:
-    """What an input is when Wgrad takes it."""
+    """An input as Wgrad takes it from its saved form."""
     return NearNumbers(x_TK) if rule is None else cast(NearNumbers(x_TK), rule, -1)
 
 
@@ -287,27 +286,27 @@ def weight_for(which: str, weight: Tensor, rules: LinearRules) -> NearNumbers:
 
 
 class SwigluSlopes(NamedTuple):
-    """What goes back through SwiGLU."""
+    """Gradients of SwiGLU."""
 
     a: NearNumbers
-    """Output of SwiGLU, made again, in the activations' format."""
+    """Output of SwiGLU, recomputed, in the activation dtype."""
     dh: Total
     dgates: Total
 
 
 def swiglu(h_R2F: Tensor, gates_R: Tensor | None) -> Tensor:
-    """silu(gate) * up, times the value of the router's gate where there is one (3.3.3): (R, F)."""
+    """silu(gate) * up, times the router's gate value if given (3.3.3): (R, F)."""
     gate_RF, up_RF = h_R2F.chunk(2, -1)
     made = gate_RF * gate_RF.sigmoid() * up_RF
     return made if gates_R is None else made * gates_R[:, None]
 
 
 def swiglu_backward(h_R2F: NearNumbers, gates_R: Tensor | None, da_RF: NearNumbers, high: PlainFormat) -> SwigluSlopes:
-    """From the gradient of the output to those of h and of the gates. h: as it waited."""
+    """Gradients of h and of the gates from the gradient of the output. h: in its saved form."""
     factor_R1 = 1.0 if gates_R is None else gates_R[:, None]
 
     def parts(h_R2F: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """silu(gate) * up, its slopes along gate and up, and the magnitudes that make these."""
+        """silu(gate) * up, its derivatives by gate and up, and the magnitudes of their terms."""
         gate_RF, up_RF = h_R2F.chunk(2, -1)
         sigmoid_RF = gate_RF.sigmoid()
         silu_RF, rest_RF = gate_RF * sigmoid_RF, gate_RF * (1 - sigmoid_RF)
@@ -338,7 +337,7 @@ def swiglu_backward(h_R2F: NearNumbers, gates_R: Tensor | None, da_RF: NearNumbe
 def cast_rows(
     given: NearNumbers, counts: Sequence[int], rule: Rule | None, along: int, noise: float = 0.0
 ) -> NearNumbers:
-    """Rows of several experts, none of whose tiles holds rows of two."""
+    """Cast rows of several experts; no tile contains rows of two experts."""
     rows = None if rule is None else rule.block(along)[0]
     if rule is None or rows in (None, 1):
         return cast(given, rule, along, noise)

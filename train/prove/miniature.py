@@ -1,17 +1,18 @@
-"""The recipe in miniature: small enough to run on this machine in seconds, and the same in everything that a layout can get wrong.
+"""The recipe in miniature: it runs on this machine in seconds, and keeps everything that a layout can get wrong.
 
-Widths, vocabulary, sequence, layers, experts of a group and the number of micro-batches become small. Pipeline, data and expert parallelism,
-expert groups and their nodes, top-k, schedule, ZeRO stage, dispatch, wire, MTP, recomputation, masks, clipping, ramp and
-precision stay. Where the ranks are more than `prove.ranks`, every degree becomes the smallest that still has its structure:
+Widths, vocabulary, sequence, layers, experts of a group and the number of micro-batches become small. Pipeline, data
+and expert parallelism, expert groups and their nodes, top-k, schedule, ZeRO stage, dispatch, wire, MTP, recomputation,
+masks, clipping, ramp and precision stay. If the recipe has more than `prove.ranks` ranks, every degree becomes the
+smallest with the same structure:
 
     pipeline ranks x copies of every expert x nodes of an expert group x ranks of the group on a node
 
-each 1 where the recipe has 1, else 2 (a divisor of the recipe's, where routing asks for one). Where ranks share sequences, two
-of those of a stage do. If that is still too many, degrees
-become 1, what a proof loses least by first. Whatever became smaller is told in `cuts`.
+Each degree is 1 if the recipe's is 1, else 2 (or a divisor of the recipe's, if routing needs it). If ranks share
+sequences, two ranks of a stage do. If there are still too many ranks, degrees become 1, starting with the least
+important for a proof. `cuts` lists every reduction.
 
-Small odd sizes are chosen on purpose: the vocabulary leaves a remainder in every split, so that ZeRO pads its shards, and the
-last chunk of the loss is shorter than the others.
+Small odd sizes are chosen on purpose: the vocabulary leaves a remainder in every split, so ZeRO pads its shards, and
+the last chunk of the loss is shorter than the others.
 """
 
 import itertools
@@ -52,23 +53,23 @@ STEPS = 4
 SEQUENCE = 24
 VOCABULARY = 97
 MINIATURE_WIDTH, TILED_WIDTH = 32, 136
-"""The second where products are in FP8 or rows travel so: two tiles of 128, of which the last is not full. All other widths have two
-in pass `tiles` alone (train/prove/layouts.py)."""
+"""Hidden width without and with FP8 matmuls or an FP8 wire. The second is two tiles of 128, the last not full. Other
+widths have two tiles only in check `tiles` (train/prove/layouts.py)."""
 ROPE = 16
-"""Eight pairs: some lie on YaRN's ramp, which in DeepSeek-V3 goes from a third of them to two thirds."""
+"""Eight pairs: some are on YaRN's ramp, which covers the middle third of the pairs in DeepSeek-V3."""
 ODD = 15
-"""Width of the latent of keys and values, so that no vector divides its gain or a shard; a GPU's products want
+"""Width of the latent of keys and values, so that no vector length divides its norm weight or a shard; GPU GEMMs need
 multiples of 16 bytes."""
 HEADS = 3
-"""With two, the first, the last and the next one would be the same in too many places."""
+"""With two heads, the first, last and next head would coincide in too many places."""
 EXPERTS = 32
 RANK = 8
-"""The rank of an adapter; its scale stays."""
+"""The rank of an adapter; its scale is unchanged."""
 CLIP = 0.1
-"""Gradients of the miniature are longer than this, so that clipping acts."""
+"""Gradient norms of the miniature are larger than this, so clipping acts."""
 RATE = 1e-3
-"""At least, of learning. What a smaller one moves in a step, or what the average of the weights makes of that, may be less than
-weights are rounded by; no branch depends on it."""
+"""Lower bound of the learning rate. With a smaller rate, the change of the weights or of their average could be below
+their rounding. No code path depends on the rate."""
 SHOWN = (
     "model.",
     "adapter.",
@@ -80,18 +81,18 @@ SHOWN = (
     "batch_size",
     "micro_batch_size",
 )
-"""What the keys begin with whose values a proof tells beside the recipe's."""
+"""Prefixes of the keys whose values a proof shows next to the recipe's values."""
 OWN = ("mode", "resume")
-"""Keys that a proof has its own values of by nature."""
+"""Keys whose values always differ in a proof."""
 
 
 @dataclass(frozen=True)
 class Miniature:
-    """What is proven in the place of a recipe."""
+    """The small configuration that is proven instead of a recipe."""
 
     cfg: Config
     cuts: list[str]
-    """A sentence for everything that is smaller than in the recipe."""
+    """A sentence for every value that is smaller than in the recipe."""
 
 
 @dataclass(frozen=True)
@@ -112,13 +113,13 @@ LOST = {
     "nodes": "expert groups over several nodes",
     "pp": "the pipeline",
 }
-"""What is given up where even the smallest layout has too many ranks, in this order."""
+"""Structure that is dropped, in this order, if even the smallest layout has too many ranks."""
 
 
 def shrink(cfg: Config) -> Miniature:
     """The miniature of a recipe that has passed check_layout; it passes the same checks. Starts nothing."""
     model, optim = replace(cfg.model, block=None, router=None), replace(cfg.optim, extra_loss=None)
-    whole = cfg = replace(cfg, model=model, optim=optim, callbacks=[])  # the reference knows no code of the user's
+    whole = cfg = replace(cfg, model=model, optim=optim, callbacks=[])  # the reference does not run the user's code
     if cfg.parallel.dispatch_facts.needs_gpu and not _has_gpu(cfg):
         cfg = replace(cfg, parallel=replace(cfg.parallel, dispatch=DispatchKind(FLAT_DISPATCH)))
     layout, structure = _shrink_layout(cfg)
@@ -131,7 +132,7 @@ def shrink(cfg: Config) -> Miniature:
     share, less = micro_batch_size * layout.dp, 0
     together = in_lockstep(replace(cfg.parallel, cp=layout.cp, ep=layout.ep))
     if cfg.parallel.uneven and layout.dp > together:
-        start = full  # a ramp has larger steps than the difference of the shares
+        start = full  # a ramp has larger steps than the difference between the shares
         less = micro_batch_size * together
     adapter, rank = cfg.adapter, min(cfg.adapter.rank, RANK)
     if adapter.on:
@@ -172,7 +173,7 @@ def shrink(cfg: Config) -> Miniature:
 
         with ProcessPoolExecutor(
             1, get_context("fork")
-        ) as other:  # ranks are forks of this one, which must not have computed
+        ) as other:  # ranks are forks of this process, which must not have computed with torch
             limit = other.submit(middle_score, small).result()
         small = replace(small, optim=replace(small.optim, qk_clip=limit))
     if small.adapter.dropout:
@@ -188,7 +189,8 @@ def _has_gpu(cfg: Config) -> bool:
 
 
 def _shrink_layout(cfg: Config) -> tuple[Layout, list[str]]:
-    """At most prove.ranks ranks with the structure of the recipe's, and what of it is lost."""
+    """A layout of at most prove.ranks ranks with the structure of the recipe's layout, and sentences on lost
+    structure."""
     whole, most = layout_of(cfg), cfg.prove.ranks
     inside = whole.ep_ranks_per_node if cfg.parallel.dispatch_facts.by_nodes else whole.ep
     if whole.world <= most:
@@ -201,11 +203,13 @@ def _shrink_layout(cfg: Config) -> tuple[Layout, list[str]]:
             degrees = replace(degrees, **{name: 1})
             lost.append(f"prove.ranks = {most} leaves no room for {what}: that is not part of the proof.")
     if given.pp >= 3 and degrees.pp == 2 and degrees.ranks // 2 * 3 <= most:
-        degrees = replace(degrees, pp=3)  # a rank that has neither end
+        degrees = replace(degrees, pp=3)  # a rank with neither end of the pipeline
     ep = degrees.nodes * degrees.inside
     ranks, cp = degrees.edp * ep, 1
     if whole.cp > 1:
-        wanted = 2 * min(whole.dp, 2)  # two that share a sequence, and two shares of the batch where it has some
+        wanted = 2 * min(
+            whole.dp, 2
+        )  # two ranks that share a sequence, and two shares of the batch if the recipe has several
         while ranks % wanted and 2 * ranks * degrees.pp <= most:
             ranks *= 2
         cp = 2 - ranks % 2
@@ -217,7 +221,7 @@ def _shrink_layout(cfg: Config) -> tuple[Layout, list[str]]:
 
 
 def _sequence(cfg: Config, layout: Layout) -> int:
-    """Some SEQUENCE tokens, of which every piece of a rank is longer than MTP modules look."""
+    """About SEQUENCE tokens; every piece of a rank is longer than the reach of MTP modules."""
     if layout.cp == 1:
         return min(cfg.seq_len, SEQUENCE)
     pieces = 2 * layout.cp
@@ -225,16 +229,19 @@ def _sequence(cfg: Config, layout: Layout) -> int:
 
 
 def _least(degree: int) -> int:
-    """The smallest prime factor: what divides experts and groups by the degree divides them by it."""
+    """The smallest prime factor, which divides experts and groups if the degree does."""
     return next((part for part in range(2, degree + 1) if degree % part == 0), 1)
 
 
 def _shrink_layers(cfg: Config, layout: Layout) -> tuple[int, str | list[int]]:
-    """How many, and parallel.split. Of a list for more stages: ends without layers stay so, and where inner stages differ one does."""
+    """The number of layers, and parallel.split.
+
+    For a list with more stages: ends without layers stay so, and unequal inner stages give one unequal stage.
+    """
     model, given = cfg.model, cfg.parallel.split
     stages = layout.pp * cfg.parallel.schedule_facts.rank_stages(cfg.parallel.virtual_stages)
     dense, moe = min(model.dense_layers, 1), min(model.layers - model.dense_layers, 2)
-    # beside an adapter every rank needs a block, also one with the embedding or the head
+    # with an adapter every rank needs a block, also a rank with the embedding or the head
     layers = min(model.layers, max(dense + moe, stages * (1 + cfg.adapter.on)))
     if not isinstance(given, list):
         return layers, given
@@ -250,11 +257,11 @@ def _shrink_model(cfg: Config, layout: Layout, layers: int) -> Model:
     multiple, width = cfg.parallel.dispatch_facts.width, TILED_WIDTH if is_tiled(cfg) else MINIATURE_WIDTH
     hidden = min(model.hidden, max(multiple, width // multiple * multiple))
     yarn = model.yarn
-    if cfg.seq_len > yarn.original_seq_len:  # in force because of the length, which it stays
+    if cfg.seq_len > yarn.original_seq_len:  # YaRN is active because of the length, and must stay active
         length = max(1, seq_len * yarn.original_seq_len // cfg.seq_len)
         by = (
             length / yarn.original_seq_len
-        )  # the ramp between fast and slow pairs lies where it was, in shares of the pairs
+        )  # the ramp between fast and slow pairs covers the same fraction of the pairs
         yarn = replace(yarn, original_seq_len=length, beta_fast=by * yarn.beta_fast, beta_slow=by * yarn.beta_slow)
     return replace(
         model,
@@ -277,7 +284,8 @@ def _shrink_model(cfg: Config, layout: Layout, layers: int) -> Model:
 
 
 def _experts(model: Model, ep: int) -> int:
-    """Some EXPERTS, a multiple of groups and ranks. If it could, a token still chooses among more than its top_k."""
+    """About EXPERTS, a multiple of groups and ranks. A token still chooses from more than its top_k, if it did in the
+    recipe."""
     size = model.experts // model.groups
     needed = max(model.resolved_group_top_k + 1, math.ceil(2 * model.top_k / model.top_groups))
     least = min(size, max(needed, EXPERTS // model.groups))
@@ -285,7 +293,7 @@ def _experts(model: Model, ep: int) -> int:
 
 
 def _chunk(cfg: Config, tokens: int) -> int:
-    """Tokens of a chunk of the loss: several chunks where the recipe has several, of which the last is shorter."""
+    """Tokens per chunk of the loss: several chunks if the recipe has several, with a shorter last chunk."""
     whole = cfg.micro_batch_size * cfg.seq_len
     if cfg.model.loss_chunk >= whole:
         return tokens
@@ -293,7 +301,8 @@ def _chunk(cfg: Config, tokens: int) -> int:
 
 
 def _micro_batches(cfg: Config, layout: Layout, layers: int) -> tuple[int, int]:
-    """Micro-batches of a rank in a step, at the start of the ramp and after it: enough for every phase of the schedule."""
+    """Micro-batches of a rank in a step, at the start of the ramp and after it: enough for every phase of the
+    schedule."""
     sizes = [batch // (cfg.micro_batch_size * cfg.parallel.dp) for batch in batch_sizes(cfg)]
     wanted = max(1, cfg.parallel.schedule_facts.least) * layout.pp + 1
 
@@ -312,7 +321,7 @@ def _micro_batches(cfg: Config, layout: Layout, layers: int) -> tuple[int, int]:
 
 
 def _shrink_optim(optim: Optim, start: int, more: int) -> Optim:
-    """The recipe's schedules over the few steps, and gradients that are clipped if the recipe clips."""
+    """The recipe's schedules over the few steps; gradients are clipped if the recipe clips."""
     if optim.batch_ramp_start is not None:
         optim = replace(optim, batch_ramp_start=start, batch_ramp_steps=2, batch_ramp_increment=more or start)
     clip = min(optim.clip, CLIP)
@@ -321,7 +330,8 @@ def _shrink_optim(optim: Optim, start: int, more: int) -> Optim:
 
 
 def _differences(cfg: Config, small: Config) -> list[str]:
-    """A sentence for every setting of the model, its training and its layout that differs, and one for all that nothing here reads."""
+    """A sentence for every changed setting of the model, its training and its layout, and one for all settings that a
+    proof ignores."""
     changed = [(name, there, here) for name, there, here in _pairs("", cfg, small) if here != there and name not in OWN]
     is_read = {name: name.startswith(SHOWN) for name, *_ in changed}
     found = [f"{name} is {_text(here)} instead of {_text(there)}." for name, there, here in changed if is_read[name]]
@@ -331,7 +341,7 @@ def _differences(cfg: Config, small: Config) -> list[str]:
 
 
 def _pairs(prefix: str, cfg: Any, small: Any) -> Iterator[tuple[str, Any, Any]]:
-    """(key, the recipe's value, the miniature's) of all keys."""
+    """(key, the recipe's value, the miniature's value) of all keys."""
     for entry in fields(cfg):
         there, here = getattr(cfg, entry.name), getattr(small, entry.name)
         if is_dataclass(there):

@@ -1,16 +1,17 @@
-"""What single parts of the model took and gave on a rank, so that each can be judged alone (train/prove/judge_parts.py).
+"""Records inputs and outputs of single parts of the model on a rank, so each can be judged separately
+(train/prove/judge_parts.py).
 
-Parts are watched where they are joined: by hooks on modules, on tensors and on autograd's nodes, in the place of a layer's own methods,
-and by an object that stands for its kernels. So a GPU's kernels are seen as those of a CPU, and every schedule and recomputation is.
-Nothing that is computed changes.
+Parts are watched at their borders, by hooks on modules, tensors and autograd nodes, by replaced methods of a layer, and
+by a wrapper of its kernels. So GPU kernels are watched like CPU kernels, in every schedule and recomputation. No
+computation changes.
 
-Keys are part.WHAT/NAME/NUMBER, and the number counts the calls of the part, micro-batch after micro-batch:
+Keys are part.WHAT/NAME/NUMBER. NUMBER counts the calls of the part, micro-batch after micro-batch:
 
-    linear layer, norm     x, y, and the gradients dy, dx; of every call, also those that are made again for backward
-    router                 x, dx; gates and choices are seen by `EvidenceWatch`
-    experts                x, gates, counts, y, dy, dx, dgates, and h, dh between the products, rows in the order of their experts
-    an adapter's pairs     dropped, what dropout leaves of the input; of the second product of experts dropped_a
-    attention              q, k, v, y, and the gradients dq, dk, dv, dy; not where ranks share sequences
+    linear layer, norm     x, y, and the gradients dy, dx; of every call, also of recomputed calls
+    router                 x, dx; `EvidenceWatch` records gates and choices
+    experts                x, gates, counts, y, dy, dx, dgates, and h, dh between the matmuls, rows sorted by expert
+    LoRA A and B           dropped, the input after dropout; for the second matmul of experts dropped_a
+    attention              q, k, v, y, and the gradients dq, dk, dv, dy; not if ranks share sequences
     embedding              ids, y, dy
     output head            x, dx of each depth, under head.DEPTH, and its loss y with dy
 """
@@ -36,19 +37,19 @@ from train.model.recompute import is_repeated
 from train.model.router import Router
 
 TILE = 128
-"""Rows that experts may be padded to."""
+"""Expert rows may be padded to a multiple of this."""
 BETWEEN = 8
-"""More of autograd's nodes than lie between the output of experts and their input."""
+"""More than the number of autograd nodes between the output of experts and their input."""
 
 
 class PartsWatch:
-    """Keeps what the parts of these chunks take and give while `is_on`. precision: the one that the chunks ask."""
+    """Records inputs and outputs of the chunks' parts while `is_on`. precision: the object that the chunks use."""
 
     def __init__(self, chunks: list[DeepSeekV3], precision: HighPrecision | Fp8Precision):
         self.is_on = False
         self.seen: dict[str, Tensor] = {}
         self._calls: dict[str, int] = {}
-        self._here = threading.local()  # lanes of an overlapped pair are threads
+        self._here = threading.local()  # an overlapped pair runs in two threads
         self._watch_swiglu(precision)
         tables: set[Embedding] = set()
         for chunk in chunks:
@@ -57,7 +58,7 @@ class PartsWatch:
                     module.register_forward_pre_hook(partial(self._take_input, name))
                     if not isinstance(module, Router):
                         module.register_forward_hook(partial(self._take_output, name))
-                elif isinstance(module, Embedding) and module not in tables:  # which two chunks may share
+                elif isinstance(module, Embedding) and module not in tables:  # two chunks may share it
                     tables.add(module)
                     module.register_forward_hook(self._take_embedded)
                 elif isinstance(module, Head):
@@ -75,11 +76,11 @@ class PartsWatch:
         self.seen, self._calls = {}, {}
 
     def is_watching(self) -> bool:
-        """Whether what runs now is to be kept: the second run of a layer has a graph of its own, through which nothing goes back."""
+        """Whether to record now: the recomputation of a layer has its own graph, and no gradients go through it."""
         return self.is_on and not is_repeated()
 
     def begin(self, name: str) -> str:
-        """The key of the next call of a part, but for what of it."""
+        """NAME/NUMBER of the key of a part's next call."""
         number = self._calls[name] = self._calls.get(name, -1) + 1
         return f"{name}/{number}"
 
@@ -87,7 +88,7 @@ class PartsWatch:
         self.seen[f"part.{what}/{key}"] = tensor.detach().clone()
 
     def keep_gradient(self, what: str, key: str, tensor: Tensor) -> None:
-        """Keep the gradient of a tensor, when it comes."""
+        """Keep the gradient of a tensor when it is computed."""
         if tensor.requires_grad:
             tensor.register_hook(lambda gradient: self.keep(what, key, gradient))
 
@@ -110,7 +111,7 @@ class PartsWatch:
 
     def _take_embedded(self, table: Embedding, given: tuple, y: Tensor) -> None:
         if self.is_watching() and table.training and torch.is_grad_enabled():
-            key = self.begin("embedding")  # of all tables of a rank, whose gradients are one
+            key = self.begin("embedding")  # of all tables of a rank, which share one gradient
             self.keep("ids", key, given[0])
             self.keep("y", key, y)
             self.keep_gradient("dy", key, y)
@@ -135,7 +136,7 @@ class PartsWatch:
         return self._here.__dict__.setdefault("keys", {})
 
     def _run_experts(self, name: str, first: Tensor, run: Callable[[RoutedRows], Tensor], routed: RoutedRows) -> Tensor:
-        """In the place of a layer's `run_experts`, which is `run`. first: the number of its first expert that is here."""
+        """Replaces a layer's `run_experts`, which is passed as `run`. first: index of its first expert on this rank."""
         if not (self.is_watching() and torch.is_grad_enabled()):
             return run(routed)
         rows_RD, gates_R, counts = routed.rows_RD, routed.gates_R, routed.counts_E
@@ -157,7 +158,7 @@ class PartsWatch:
         return y_RD
 
     def _attend(self, name: str, attend: Callable[[AttentionInput], Tensor], given: AttentionInput) -> Tensor:
-        """In the place of a layer's `attend`."""
+        """Replaces a layer's `attend`."""
         if not (self.is_watching() and torch.is_grad_enabled()):
             return attend(given)
         key = self.begin(name)
@@ -172,7 +173,7 @@ class PartsWatch:
     def _drop(
         self, name: str, what: str, drop: Callable[[Tensor], tuple[Tensor, Any]], x: Tensor
     ) -> tuple[Tensor, Any]:
-        """In the place of what an adapter's pairs do to their input."""
+        """Replaces the dropout of LoRA inputs."""
         dropped, context = drop(x)
         key = self._open().get(name) or getattr(self._here, "experts", (None,))[0]
         if isinstance(key, list):  # of the head, whose depths come in order
@@ -181,14 +182,14 @@ class PartsWatch:
             self.keep(what, key, dropped)
         return dropped, context
 
-    # Between the two products of experts
+    # Between the two matmuls of experts
 
     def _watch_swiglu(self, precision: HighPrecision | Fp8Precision) -> None:
         owner, name = (precision.weights, "engine") if isinstance(precision, Fp8Precision) else (precision, "kernels")
         setattr(owner, name, _WatchedSwiGLU(getattr(owner, name), self))
 
     def enter_experts(self, key: str | None, counts: Sequence[int] = ()) -> None:
-        """Say whose SwiGLU runs next in this thread; None for nobody's that is watched."""
+        """Set the experts whose SwiGLU runs next in this thread; None if they are not watched."""
         self._here.experts = key, counts
 
     def saw_swiglu(self, h: Tensor) -> None:
@@ -198,7 +199,7 @@ class PartsWatch:
 
 
 class _Passed(Function):
-    """A tensor by another name, whose gradient alone is seen."""
+    """The tensor as a new view, so that only its gradient on this path is seen."""
 
     @staticmethod
     def forward(ctx, x: Tensor, saw) -> Tensor:
@@ -212,7 +213,7 @@ class _Passed(Function):
 
 
 class _WatchedSwiGLU:
-    """An engine or kernels, all of which goes on to them; SwiGLU is watched."""
+    """Wraps an engine or kernels and forwards all calls; records SwiGLU's input."""
 
     def __init__(self, inner: Any, watch: PartsWatch):
         self._inner, self._watch = inner, watch
@@ -226,7 +227,7 @@ class _WatchedSwiGLU:
 
 
 def _pairs_of(module: nn.Module) -> dict[str, Any]:
-    """What stands beside the products of a module, by what is kept of it."""
+    """LoRA modules of a module, by the name of their recorded input."""
     found = {
         "dropped": getattr(module, "added_up" if isinstance(module, Experts) else "added", None),
         "dropped_a": getattr(module, "added_down", None),
@@ -235,7 +236,7 @@ def _pairs_of(module: nn.Module) -> dict[str, Any]:
 
 
 def first_node(y: Tensor, x: Tensor) -> Any:
-    """Autograd's node that takes x, on the way back from y along the first argument of each."""
+    """The autograd node that takes x, on the backward path from y along the first argument of each node."""
     node = y.grad_fn
     for _ in range(BETWEEN):
         assert node is not None
@@ -247,7 +248,7 @@ def first_node(y: Tensor, x: Tensor) -> Any:
 
 
 def own_rows(rows_PX: Tensor, counts: Sequence[int]) -> Tensor:
-    """The rows of each expert, without those between them that fill whole tiles."""
+    """The rows of each expert, without the padding between them."""
     if len(rows_PX) == sum(counts):
         return rows_PX
     starts = accumulate((-(-count // TILE) * TILE for count in counts), initial=0)

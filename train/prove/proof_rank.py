@@ -1,13 +1,14 @@
-"""One rank of a proof, top to bottom. `python -m train.prove.proof_rank CONFIG [PART]` is a rank that the driver started.
+"""One rank of a proof, top to bottom. `python -m train.prove.proof_rank CONFIG [PART]` is a rank that the driver
+started.
 
-It trains as the product does, by the product's own code, and leaves what it saw. It judges nothing.
+It trains with the product's own code and writes evidence. It judges nothing.
 
-    exact      one step in fp64 with the gradients of this rank alone, before any reduction; with the sizes at which code goes another
-               way (conf/thresholds.py) lowered
-    fp32       steps of the Trainer through DeepSpeed, a checkpoint that is written while a step goes on, and steps from there in
-               another layout, with another batch and those sizes lowered; one step has a gradient that is not finite
+    exact      one step in fp64 with the gradients of this rank alone, before any reduction; the sizes at which code takes
+               another path (conf/thresholds.py) are lowered
+    fp32       steps of the Trainer through DeepSpeed, a checkpoint that is written during a later step, and steps from there in
+               another layout, with another batch and lowered sizes; one step has a gradient that is not finite
     recipe     the same in the recipe's own precision
-    tiles      two steps of it with two tiles in every width
+    tiles      two steps in the recipe's precision with two tiles in every width
 """
 
 import sys
@@ -85,9 +86,8 @@ def run_rank(
     proofs: Sequence[str] | None = None,
     parts: Sequence[int] = PARTS,
 ) -> int:
-    """Leave this rank's evidence of these passes, or of all; returns the exit code. failures: see train.rank.guarded. parts: see
-    run_pass.
-    """
+    """Write this rank's evidence of these checks, or of all; returns the exit code. failures: see train.rank.guarded.
+    parts: see run_pass."""
     given = passes_of(config) if proofs is None else proofs
     return guarded(place, failures, disk_errors(config)(lambda: _run(config, place, given, parts)))
 
@@ -101,8 +101,9 @@ def _run(config: Config, place: Place, proofs: Sequence[str], parts: Sequence[in
 
 
 def run_pass(proof: str, config: Config, place: Place, device: torch.device, parts: Sequence[int] = PARTS) -> None:
-    """Leave the evidence of one pass. Needs the process group of all ranks. parts: of a run, 0 up to the checkpoint, 1 from there
-    in another layout of all ranks that there are.
+    """Write the evidence of one check. Needs the process group of all ranks.
+
+    parts: of a run: 0 up to the checkpoint, 1 from there in another layout of all ranks.
     """
     as_run = PROOFS[proof](config)
     if proof != "exact":
@@ -112,7 +113,7 @@ def run_pass(proof: str, config: Config, place: Place, device: torch.device, par
 
 
 def in_groups(config: Config, place: Place, device: torch.device) -> RankSetup:
-    """The rank in the groups of a layout, which may be another than that of the part before."""
+    """The rank in the groups of a layout, which may differ from the layout of the previous part."""
     mesh = build_mesh(read_layout(config, place.local_world), timedelta(seconds=config.cluster.timeout))
     return RankSetup(device, mesh)
 
@@ -124,11 +125,13 @@ def prove_exact(config: Config, place: Place, device: torch.device) -> None:
     """One step of the engine, without an optimizer."""
     rank, plan = in_groups(config, place, device), Schedules(config).plan(1)
     first, count = share_of(config, plan.batch_size, rank.mesh.dp_rank)
-    # Drawn outside, as in fp64 other numbers would be drawn.
+    # Drawn outside, because fp64 would draw other numbers.
     batch = ProofData.of(config).train.batch(plan.first_sample + first, count)
     weights, biases = initial_weights(config), initial_biases(config)
     with in_double(), lowered():
-        kernels = build_kernels(device.type, config.cluster.compiled, PlainAttention())  # a GPU's own know no fp64
+        kernels = build_kernels(
+            device.type, config.cluster.compiled, PlainAttention()
+        )  # a GPU's own kernels do not support fp64
         model = build_rank_model(config, rank.mesh, device, kernels, restored=True)
         fill_chunks(model.chunks, weights)
         fill_biases(model, biases)
@@ -147,16 +150,16 @@ def prove_exact(config: Config, place: Place, device: torch.device) -> None:
 
 
 def add_scores(evidence: Evidence, step: Engine, outcome: StepOutcome) -> None:
-    """The largest attention scores, by layer, where they are watched."""
+    """Add the largest attention scores, by layer, if they are recorded."""
     if step.clip is not None:
         for name, scores_H in zip(step.clip.layers, outcome.scores_LH, strict=True):
             evidence.add("scores", name, scores_H)
 
 
 class _LocalGradients(Zero):
-    """In the place of ZeRO: gradients stay where they were made, and no weight changes."""
+    """Replaces ZeRO: gradients stay on their rank, and no weight changes."""
 
-    def __init__(self, chunks: list[DeepSeekV3]):  # of ZeRO's own state it has none
+    def __init__(self, chunks: list[DeepSeekV3]):  # without ZeRO's own state
         self._chunks = chunks
 
     @contextmanager
@@ -173,7 +176,7 @@ class _LocalGradients(Zero):
         return Update(0.0, bool(valid), [])
 
     def give(self, evidence: Evidence) -> None:
-        """Give the evidence; of experts, the offset says which ones."""
+        """Add the local gradients to the evidence; for experts, the offset identifies them."""
         done: set[int] = set()
         for chunk in self._chunks:
             for prefix, module in chunk.named_modules():
@@ -191,7 +194,7 @@ class _LocalGradients(Zero):
 
 @torch.no_grad()
 def fill_chunks(chunks: list[DeepSeekV3], weights: dict[str, Tensor]) -> None:
-    """Give the weights of a proof to whole chunks."""
+    """Copy the weights of a proof into whole chunks."""
     for chunk in chunks:
         for prefix, module in chunk.named_modules():
             for name, weight in module.named_parameters(recurse=False):
@@ -205,7 +208,7 @@ def fill_chunks(chunks: list[DeepSeekV3], weights: dict[str, Tensor]) -> None:
 
 
 def fill_biases(model: RankModel, biases: dict[str, Tensor]) -> None:
-    """Give them to the routers that are here."""
+    """Copy the biases into the routers of this rank."""
     for name, router in model.routers().items():
         router.bias_E.copy_(biases[name])
 
@@ -214,7 +217,7 @@ def fill_biases(model: RankModel, biases: dict[str, Tensor]) -> None:
 
 
 def prove_trained(proof: str, config: Config, place: Place, device: torch.device, parts: Sequence[int]) -> None:
-    """Some steps, a checkpoint, and the rest of the steps from it in another layout; of pass `tiles` the steps alone."""
+    """Some steps, a checkpoint, and the remaining steps from it in another layout; in check `tiles` only steps."""
     config = replace(config, name=f"{config.name}/{proof}")
     for folder in (RunPaths(config).checkpoints, RunPaths(config).logs):
         folder.mkdir(parents=True, exist_ok=True)
@@ -228,7 +231,7 @@ def prove_trained(proof: str, config: Config, place: Place, device: torch.device
 def _train(proof: str, part: RunPart, place: Place, device: torch.device) -> None:
     config = part.config
     rank, paths = in_groups(config, place, device), RunPaths(config)
-    data = cast("PreparedData", ProofData.of(config))  # all of it that a run asks for
+    data = cast("PreparedData", ProofData.of(config))  # has everything that a run needs
     kernels, _ = choose_kernels(config, device)
     attempt = from_rank_0(lambda: next_attempt(paths.checkpoints))
     checkpointer = _LateCheckpointer(
@@ -263,7 +266,7 @@ def _train(proof: str, part: RunPart, place: Place, device: torch.device) -> Non
 
 @torch.no_grad()
 def fill_state(config: Config, state: RunState, parts: ParallelModel) -> None:
-    """Give the weights of a proof to the masters, moments of 0, and the biases."""
+    """Copy the weights of a proof into the masters, and the biases into the routers; set moments to 0."""
     weights = initial_weights(config)
     for name, shard in state.zero.shards(copies=True).items():
         kind, weight = name.split(".", 1)
@@ -279,7 +282,7 @@ def fill_state(config: Config, state: RunState, parts: ParallelModel) -> None:
 
 @torch.no_grad()
 def fill_base(config: Config, state: RunState) -> None:
-    """Give an adapter the weights that it stands beside, which are in no checkpoint, and their biases."""
+    """Give an adapter its base weights, which no checkpoint contains, and their biases."""
     given = {f"master.{name}": weight for name, weight in initial_weights(config).items()}
     given |= {f"bias.{name}": bias for name, bias in initial_biases(config).items()}
 
@@ -295,15 +298,16 @@ def _fill(shard: Shard, whole: Tensor) -> None:
 
 
 class _Stop(StopRequest):
-    """In the place of signals: nobody asks a proof to stop but the proof."""
+    """Replaces stop signals: only the proof itself asks to stop."""
 
     def __init__(self) -> None:
         self.signal, self.has_stepped = None, False
 
 
 class _LateCheckpointer(Checkpointer):
-    """Writes what it has copied when the training goes on to the next save or to its end, as a slow disk would: what then is in
-    the checkpoint and was not there when it was saved, shows.
+    """Writes a copied checkpoint only at the next save or at the end of training, like a slow disk.
+
+    A checkpoint that contains later values than the values at its save is then detected.
     """
 
     def __init__(self, *arguments, **settings) -> None:
@@ -329,10 +333,10 @@ class _LateCheckpointer(Checkpointer):
 
 
 class _ProvenTrainer(Trainer):
-    """The product's, which leaves evidence of every step."""
+    """The product's Trainer, which also writes evidence of every step."""
 
     def prove(self, rank: RankSetup, part: RunPart, start: Evidence) -> None:
-        """Train as `run` does. start: what is known of the state before the first step."""
+        """Train as `run` does. start: the evidence of the state before the first step."""
         self._rank, self._proof, self._part = rank, start.info.proof, part
         self._folder = RunPaths(self.run.config).path.parent / EVIDENCE
         watched = self._proof == "tiles" or is_rounded(self._proof, self.run.config)
@@ -347,11 +351,11 @@ class _ProvenTrainer(Trainer):
         self.train()
 
     def leave_state(self, evidence: Evidence) -> None:
-        """Add what the rank holds of the state of the run, and write it."""
+        """Add the rank's state of the run to the evidence, and write it."""
         info, state = evidence.info, self.run.state
         info.updates, info.samples, info.skipped = state.zero.client.updates, state.samples, state.skipped
         for name, shard in self.run.state.shards().items():
-            if self._proof != "tiles" or name.startswith(("master.", "bias.")):  # the weights of the step behind
+            if self._proof != "tiles" or name.startswith(("master.", "bias.")):  # the weights after the step
                 evidence.add_shard("after", name, shard)
         for name, router in self.run.parts.routers().items():
             evidence.add("own", f"bias.{name}", router.bias_E)
@@ -374,7 +378,7 @@ class _ProvenTrainer(Trainer):
         outcome, gradients = self._outcome
         info = _info(self._proof, self._part.number, self.run.config, self._rank, plan, outcome)
         info.validation_loss = self._validation_loss
-        compiles = getattr(self.run.parts.precision.kernels, "compiles_product", None)  # torch's operations round
+        compiles = getattr(self.run.parts.precision.kernels, "compiles_product", None)  # torch operations round
         info.sums_in_fp32 = compiles is not None and compiles(torch.empty(0, dtype=torch.bfloat16))
         evidence = Evidence(info)
         add_scores(evidence, self.run.engine, outcome)
@@ -393,7 +397,7 @@ class _ProvenTrainer(Trainer):
 
 
 class _Gradients:
-    """Gradients of one step: of this rank before they are reduced, and its shard of them after."""
+    """Gradients of one step: of this rank before the reduction, and its shard of the reduced gradients."""
 
     def __init__(self) -> None:
         self.reduced: dict[str, Shard] = {}
@@ -401,7 +405,7 @@ class _Gradients:
         self._sizes: dict[str, Shard] = {}
 
     def add_local(self, name: str, gradient: Shard) -> None:
-        """Sums what is reduced by micro-batch, beyond the product's own rounding."""
+        """Sum gradients that are reduced by micro-batch, with more precision than the product's own rounding."""
         held = self._local.get(name)
         if held is None:
             self._local[name] = replace(gradient, local=gradient.local.clone())
@@ -417,10 +421,10 @@ class _Gradients:
 
 
 class _WatchedStep(Engine):
-    """An engine whose gradients are copied on their way to the other ranks and into the update. last: the step that asks to stop."""
+    """An engine that copies gradients before the reduction and before the update. last: the step that asks to stop."""
 
     def __init__(self, step: Engine, zero: Zero, saw: Callable[[StepOutcome, _Gradients], None], last: int):
-        vars(self).update(vars(step))  # it goes on as the given one
+        vars(self).update(vars(step))  # it has the state of the given engine
         self._zero, self._saw, self._last = zero, saw, last
 
     def run(
@@ -430,7 +434,7 @@ class _WatchedStep(Engine):
         self._zero.observer, self._zero.local_observer = gradients.reduced.update, gradients.add_local
         stop = StopKind.on_disk if plan.step == self._last else StopKind.none
         outcome = super().run(plan, batch, stopping=stop, on_phase=on_phase)
-        # A step that was skipped is done again, for a look at it, which leaves no evidence.
+        # A skipped step is repeated for a diagnosis, which leaves no evidence.
         self._zero.observer = self._zero.local_observer = None
         self._saw(outcome, gradients)
         return outcome

@@ -1,11 +1,11 @@
-"""A recipe as references take it: a plain mapping of its values, with nothing that the product makes of them."""
+"""A recipe as the references take it: a plain mapping of its values, without values derived by the product."""
 
 from dataclasses import asdict
 from typing import Any
 
 
 class Values(dict[str, Any]):
-    """A mapping whose values are attributes, too."""
+    """A mapping whose values are also attributes."""
 
     def __getattr__(self, name: str) -> Any:
         if name in self:
@@ -14,5 +14,5 @@ class Values(dict[str, Any]):
 
 
 def read_values(recipe: Any) -> Values:
-    """The fields of a dataclass, and of those in it."""
+    """The fields of a dataclass and of nested dataclasses, as a mapping."""
     return asdict(recipe, dict_factory=Values)

@@ -1,17 +1,18 @@
-"""DeepSeek-V3 in one file, as plain as the formulas are: what mode=prove holds every layout against.
+"""DeepSeek-V3 in one file, written like its formulas: the reference that mode=prove compares every layout with.
 
-Read it from top to bottom to learn the model. Nothing here is fast: one process, one expert after another, autograd, all in the format
-of the given weights, fp64 in a proof. It shares no code with what it judges, only the values of the recipe and names of weights.
+Read it from top to bottom to learn the model. Nothing here is fast: one process, one expert after another, autograd,
+all in the dtype of the given weights, which is fp64 in a proof. It shares no code with the judged product, only the
+values of the recipe and names of weights.
 
     forward                embedding -> blocks -> head and MTP modules -> losses             PlainModel
     backward               autograd                                                          gradients
 
-Settings of a step and the update that follows are reference_step.py.
+reference_step.py has the settings of a step and the update.
 
 Equations and sections are those of the DeepSeek-V3 report (arXiv 2412.19437).
 
-Shapes: B sequences, S = T + 1 tokens of a sample, T positions, D width, V vocabulary, H heads, Q = nope + rope width of a head,
-R rope width, N tokens in a row (B*T), E experts, G groups, K experts of a token, F inner width.
+Shapes: B sequences, S = T + 1 tokens of a sample, T positions, D width, V vocabulary, H heads, Q = nope + rope width of
+a head, R rope width, N tokens in a row (B*T), E experts, G groups, K experts of a token, F inner width.
 """
 
 import math
@@ -28,11 +29,12 @@ from train.prove.recipe_values import Values
 from train.prove.reference_adapter import adapted, adapter_shapes, is_adapted
 
 Weights = dict[str, Tensor]
-"""Every weight by its name; those of the experts are stacked: w13 (E, 2F, D) with the rows of w1, then of w3, w2 (E, D, F)."""
+"""Every weight by its name; expert weights are stacked: w13 (E, 2F, D) with the rows of w1, then of w3, w2 (E, D,
+F)."""
 
 
 def weight_shapes(model: Values) -> dict[str, tuple[int, ...]]:
-    """Every weight, in the order in which a forward pass meets it. Products without bias; gains of norms are vectors."""
+    """Every weight, in the order of a forward pass. Linear layers have no bias; norm weights are vectors."""
     D, H, E, F_ = model.hidden, model.heads, model.experts, model.expert_width
     Q = model.nope_head_dim + model.rope_head_dim
     queries: dict[str, tuple[int, ...]] = {"q.weight": (H * Q, D)}
@@ -70,13 +72,13 @@ def weight_shapes(model: Values) -> dict[str, tuple[int, ...]]:
 
 
 def trained_shapes(config: Values) -> dict[str, tuple[int, ...]]:
-    """Those that learn: all, or an adapter alone."""
+    """Shapes of the trained weights: all weights, or only an adapter's."""
     shapes = weight_shapes(config.model)
     return adapter_shapes(config, shapes) if is_adapted(config) else shapes
 
 
 def layers_with_experts(model: Values) -> list[str]:
-    """In the order of a forward pass; every MTP module is one."""
+    """Layers with experts in the order of a forward pass, including every MTP module."""
     main = [f"layers.{layer}" for layer in range(model.dense_layers, model.layers)]
     return main + [f"mtp.{depth}" for depth in range(model.mtp_depth)]
 
@@ -85,7 +87,7 @@ def layers_with_experts(model: Values) -> list[str]:
 
 
 def rms_norm(x: Tensor, gain_D: Tensor, eps: float) -> Tensor:
-    """x over the root of the mean of its squares, times a learnt gain."""
+    """x over its root mean square, times a learnt norm weight."""
     return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * gain_D
 
 
@@ -96,10 +98,10 @@ def swiglu(x_ND: Tensor, w13_2FD: Tensor, w2_DF: Tensor) -> Tensor:
 
 
 def turns(model: Values, seq_len: int, length: int, like: Tensor) -> Tensor:
-    """Angle by which pair j turns at position t, (T, R/2): t / theta^(2j/R), stretched by YaRN for long sequences (4.3).
+    """Rotation angle of pair j at position t, (T, R/2): t / theta^(2j/R), stretched by YaRN for long sequences (4.3).
 
-    YaRN keeps pairs that turn more than beta_fast times over the original length, divides the angle of those that turn
-    less than beta_slow times by `factor`, and goes linearly from one to the other between.
+    YaRN keeps pairs that rotate more than beta_fast times over the original length. It divides the angle of pairs that
+    rotate less than beta_slow times by `factor`, and interpolates linearly between.
     """
     yarn, width = model.yarn, model.rope_head_dim
     pair = torch.arange(width // 2, dtype=like.dtype, device=like.device)
@@ -119,12 +121,12 @@ def turns(model: Values, seq_len: int, length: int, like: Tensor) -> Tensor:
 
 
 def stretched(model: Values, seq_len: int) -> bool:
-    """Whether YaRN is in force."""
+    """Whether YaRN is active."""
     return model.yarn.always or seq_len > model.yarn.original_seq_len
 
 
 def rotate(x: Tensor, angle: Tensor, size: float) -> Tensor:
-    """Turn the adjacent pairs of the last axis: (a, b) -> (a cos - b sin, a sin + b cos), times size."""
+    """Rotate the adjacent pairs of the last axis: (a, b) -> (a cos - b sin, a sin + b cos), times size."""
     a, b = x[..., 0::2], x[..., 1::2]
     cos, sin = angle.cos() * size, angle.sin() * size
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
@@ -135,10 +137,10 @@ def rotate(x: Tensor, angle: Tensor, size: float) -> Tensor:
 
 @dataclass
 class WatchedPass:
-    """What a forward pass came to; `values` keep their gradients through the backward pass."""
+    """Results of a forward pass; `values` keep their gradients through the backward pass."""
 
     values: dict[str, Tensor] = field(default_factory=dict)
-    """Outputs of the parts, by name, in the order in which they were made."""
+    """Outputs of the parts, by name, in the order of computation."""
     main: Tensor = field(default_factory=lambda: torch.zeros(()))
     """Cross-entropy of the next token, nats."""
     mtp: list[Tensor] = field(default_factory=list)
@@ -146,7 +148,7 @@ class WatchedPass:
     balance: Tensor = field(default_factory=lambda: torch.zeros(()))
     """Sequence-wise balance losses of all layers, weighted."""
     loads: dict[str, Tensor] = field(default_factory=dict)
-    """Tokens of every expert, by the name of the layer."""
+    """Tokens per expert, by the name of the layer."""
     scores: dict[str, Tensor] = field(default_factory=dict)
     """The largest score of every head (H,), by the name of the attention."""
 
@@ -158,33 +160,35 @@ class WatchedPass:
 
 
 class PlainBatch(Protocol):
-    """Samples that are trained on together."""
+    """Samples that are trained together."""
 
     @property
     def tokens_BS(self) -> Tensor: ...
 
     @property
     def documents_BS(self) -> Tensor | None:
-        """Number of the document of every token, in which attention stays; -1 of what only fills a row up."""
+        """Index of the document of every token, which limits attention; -1 for padding."""
         ...
 
     @property
     def supervised_BS(self) -> Tensor | None:
-        """Which tokens are learnt; documents are then samples that know nothing of one another. None where all of one text are."""
+        """Which tokens are learnt; documents are then independent samples. None: all tokens of one text."""
         ...
 
 
 @dataclass(frozen=True)
 class Seats:
-    """Who sits where in the rows of a batch, at an MTP depth k: position i has token i and predicts token i + k + 1."""
+    """Documents, samples and learnt targets of a batch's positions at MTP depth k: position i has token i and predicts
+    token i + k + 1."""
 
     documents_BT: Tensor | None
     samples_BT: Tensor | None = None
-    """Number of the sample of a position, -1 of one whose target is another's or fills up; None where samples are not apart."""
+    """Index of a position's sample, -1 if its target is padding or in another sample; None if samples are not
+    independent."""
     learnt_BT: Tensor | None = None
     """Whether the target is learnt; None for all."""
     samples: int = 0
-    """All that are in the batch."""
+    """Number of samples in the batch."""
 
     @classmethod
     def of(cls, batch: PlainBatch, depth: int) -> "Seats":
@@ -203,7 +207,7 @@ class Seats:
 class PlainModel:
     """The model with given weights and routers' biases.
 
-    choices: experts (N, K) that the tokens of a layer go to, instead of those that the router would choose; by name.
+    choices: experts (N, K) for the tokens of a layer, by name, instead of the router's own choice.
     """
 
     def __init__(
@@ -212,12 +216,13 @@ class PlainModel:
         self.config, self.model, self.optim = config, config.model, config.optim
         self.weights, self.biases, self.choices = weights, biases, choices or {}
         self.is_whole = False
-        """Whether the weights have what an adapter adds to them."""
+        """Whether the weights include the adapter's contribution."""
         self.watched: type[WatchedPass] = WatchedPass
         self.best_without_bias: Callable[[Tensor, int], Tensor] = best
 
     def losses(self, batch: PlainBatch, with_mtp: bool = True) -> WatchedPass:
-        """Main loss, MTP losses (eq. 21-25) and balance losses of a batch, as means over all that is learnt, 0 where nothing is."""
+        """Main loss, MTP losses (eq. 21-25) and balance losses of a batch, as means over all learnt targets; 0 without
+        targets."""
         if is_adapted(self.config) and not self.is_whole:
             whole = copy(self)
             whole.is_whole, whole.weights = True, adapted(self.config, self.weights)
@@ -246,8 +251,10 @@ class PlainModel:
     def cross_entropy(
         self, state_BTD: Tensor, targets_BT: Tensor, seats: "Seats", learnt: int, alone: bool = False
     ) -> Tensor:
-        """Sum of -log softmax(head state)[target], over what the main model learns, also at MTP depths (eq. 24). alone: the
-        head learns nothing of it.
+        """Sum of -log softmax(head state)[target], over the number of the main model's targets, also at MTP depths (eq.
+        24).
+
+        alone: the head learns nothing from it.
         """
         head_VD = self.weights["head.weight"]
         logits_NV = state_BTD.flatten(0, 1) @ (head_VD.detach() if alone else head_VD).T
@@ -264,7 +271,7 @@ class PlainModel:
         return seen.keep(name, rms_norm(x_BTD, w[f"{name}.norm.weight"], eps))
 
     def block(self, name: str, dense: bool, x_BTD: Tensor, seats: "Seats", seen: WatchedPass) -> Tensor:
-        """x += attention(norm(x)); x += ffn(norm(x)), the FFN dense or a mixture of experts."""
+        """x += attention(norm(x)); x += ffn(norm(x)), with a dense FFN or a mixture of experts."""
         w, eps = self.weights, self.model.norm_eps
         normed_BTD = rms_norm(x_BTD, w[f"{name}.attention_norm.weight"], eps)
         x_BTD = x_BTD + self.attention(f"{name}.attention", normed_BTD, seats.documents_BT, seen)
@@ -275,7 +282,7 @@ class PlainModel:
         return seen.keep(name, x_BTD + self.experts(f"{name}.moe", normed_BTD, seats, seen))
 
     def attention(self, name: str, x_BTD: Tensor, documents_BT: Tensor | None, seen: WatchedPass) -> Tensor:
-        """Multi-head latent attention (eq. 1-11): queries, keys and values come from two small latents."""
+        """Multi-head latent attention (eq. 1-11): queries, keys and values are computed from two small latents."""
         model, w = self.model, self.weights
         (B, T, _), H, nope, R = x_BTD.shape, model.heads, model.nope_head_dim, model.rope_head_dim
         eps = model.norm_eps if model.latent_norm_eps is None else model.latent_norm_eps
@@ -309,7 +316,8 @@ class PlainModel:
         return seen.keep(name, out_BHTV.transpose(1, 2).flatten(2) @ w[f"{name}.out.weight"].T)
 
     def experts(self, name: str, x_BTD: Tensor, seats: "Seats", seen: WatchedPass) -> Tensor:
-        """Shared experts, which every token meets, plus the gated sum of the chosen ones (eq. 12). No token is dropped."""
+        """Shared experts, which process every token, plus the gated sum of the chosen experts (eq. 12). No token is
+        dropped."""
         w, x_ND = self.weights, x_BTD.flatten(0, 1)
         gates_NK, ids_NK = self.route(f"{name}.router", x_BTD, seats, seen)
         y_ND = torch.zeros_like(x_ND)
@@ -324,8 +332,9 @@ class PlainModel:
         return seen.keep(name, y_ND.view(x_BTD.shape))
 
     def route(self, name: str, x_BTD: Tensor, seats: "Seats", seen: WatchedPass) -> tuple[Tensor, Tensor]:
-        """Gates (N, K) and expert ids (N, K) (eq. 13-16). The bias takes part in the choice alone, never in the gate. What has no
-        target of its own sample is in no load and no balance loss.
+        """Gates (N, K) and expert ids (N, K) (eq. 13-16). The bias affects only the choice, never the gate.
+
+        Positions without a target in their own sample count neither for the tokens per expert nor for the balance loss.
         """
         layer = name.removesuffix(".moe.router").removesuffix(".block")
         weight_ED = self.weights[f"{name}.weight"]
@@ -343,7 +352,7 @@ class PlainModel:
         return seen.keep(f"{name}.gates", gates_NK), ids_NK
 
     def balance_losses(self, scores_BTE: Tensor, seats: "Seats") -> Tensor:
-        """Mean over sequences, or over samples where those are apart: one after another, each as if it were alone."""
+        """Mean over sequences, or over independent samples, each computed separately."""
         if seats.samples_BT is None:
             return self.balance_loss(scores_BTE)
         total = scores_BTE.new_zeros(())
@@ -353,8 +362,10 @@ class PlainModel:
         return total / seats.samples
 
     def balance_loss(self, scores_BTE: Tensor) -> Tensor:
-        """sum_i f_i P_i of every sequence (eq. 17-20), mean over sequences: f_i says how often expert i is among the K best
-        without bias, over an even share, and P_i is its mean share of the scores.
+        """sum_i f_i P_i of every sequence (eq. 17-20), mean over sequences.
+
+        f_i is how often expert i is among the K best without bias, relative to an even share. P_i is its mean share of
+        the scores.
         """
         model, (B, T, E) = self.model, scores_BTE.shape
         best_BTK = self.best_without_bias(scores_BTE.detach(), model.top_k)
@@ -364,7 +375,7 @@ class PlainModel:
 
 
 def best(scores: Tensor, count: int) -> Tensor:
-    """Indices of the largest of the last axis; of equal ones the lower index."""
+    """Indices of the largest values of the last axis; the lower index wins for equal values."""
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
 
 
@@ -379,7 +390,7 @@ def choose(model: Values, biased_NE: Tensor) -> Tensor:
 
 
 def group_scores(model: Values, biased_NE: Tensor) -> Tensor:
-    """(N, G): the sum of the best scores of a group, as many as a token takes from a group on average."""
+    """(N, G): the sum of a group's best scores, as many as a token takes from a group on average."""
     count = model.top_k // model.top_groups if model.group_top_k is None else model.group_top_k
     return biased_NE.unflatten(1, (model.groups, -1)).sort(dim=-1, descending=True).values[..., :count].sum(-1)
 
@@ -388,9 +399,11 @@ def group_scores(model: Values, biased_NE: Tensor) -> Tensor:
 
 
 def gradients(plain: PlainModel, batch: PlainBatch, mtp_weight: float) -> WatchedPass:
-    """Forward and backward of a batch: every weight's `.grad`, and those of what was watched. The minimised loss is
+    """Forward and backward of a batch: sets every weight's `.grad`, and the gradients of watched values.
 
-    main + mtp_weight / depths * sum of MTP losses + balance_loss * sum over layers of sequence-wise losses
+    The minimised loss is
+
+        main + mtp_weight / depths * sum of MTP losses + balance_loss * sum over layers of sequence-wise losses
     """
     seen = plain.losses(batch)
     loss = seen.main + seen.balance

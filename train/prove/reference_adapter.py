@@ -1,7 +1,7 @@
-"""What an adapter is, as plain as the formula: every adapted matrix W counts as W + alpha / rank B A, and B and A alone learn.
+"""An adapter, written like its formula: every adapted matrix W counts as W + alpha / rank B A, and only B and A learn.
 
-Shares no code with what it judges, only the settings and the names of weights. w13 is two matrices, one below the other, with a pair
-each; every expert has its own.
+Shares no code with the judged product, only the settings and the names of weights. w13 is two matrices, one below the
+other, each with its own A and B; so has every expert.
 
 Shapes: O outputs, I inputs, E experts, F inner width.
 """
@@ -21,16 +21,16 @@ ADAPTED_ENDS = {
     "dense": ("ffn.w13.weight", "ffn.w2.weight"),
     "head": ("head.weight",),
 }
-"""By target the ends of the names of its weights."""
+"""Per target the name endings of its weights."""
 
 
 def is_adapted(config: Values) -> bool:
-    """Whether pairs learn, and nothing else."""
+    """Whether only LoRA A and B learn."""
     return config.adapter.name != "none"
 
 
 def pairs_of(config: Values, weight: str) -> list[str]:
-    """What the names of the pairs of a weight begin with, one for each matrix in it; none where it is not adapted."""
+    """Name prefixes of A and B of a weight, one per matrix in it; empty if it is not adapted."""
     targets = config.adapter.targets or ()
     if not is_adapted(config) or not any(weight.endswith(end) for target in targets for end in ADAPTED_ENDS[target]):
         return []
@@ -43,12 +43,12 @@ def pairs_of(config: Values, weight: str) -> list[str]:
 
 
 def is_beside_pairs(name: str) -> bool:
-    """Whether adapter.base=fp8 holds the weight of this name in blocks: all that pairs may stand beside, but the head."""
+    """Whether adapter.base=fp8 stores this weight in blocks: all weights that can be adapted, except the head."""
     return any(name.endswith(end) for target, ends in ADAPTED_ENDS.items() if target != "head" for end in ends)
 
 
 def in_blocks(weight: Tensor) -> Tensor:
-    """Values (..., O, I) of E4M3 with a scale for every 128x128 of a matrix, the largest value of a block at 448."""
+    """Values (..., O, I) of E4M3 with a scale per 128x128 block, the largest value of a block at 448."""
     found = torch.empty_like(weight)
     for top in range(0, weight.shape[-2], 128):
         for left in range(0, weight.shape[-1], 128):
@@ -59,7 +59,7 @@ def in_blocks(weight: Tensor) -> Tensor:
 
 
 def adapter_shapes(config: Values, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """All pairs: A (rank, I) and B (O, rank), those of experts stacked. shapes: of the weights."""
+    """All A (rank, I) and B (O, rank), stacked for experts. shapes: of the weights."""
     found: dict[str, tuple[int, ...]] = {}
     for weight, (*experts, outputs, inputs) in ((name, shape) for name, shape in shapes.items() if len(shape) > 1):
         pairs = pairs_of(config, weight)
@@ -70,7 +70,7 @@ def adapter_shapes(config: Values, shapes: dict[str, tuple[int, ...]]) -> dict[s
 
 
 def adapted(config: Values, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights that the model computes with, in which the pairs learn."""
+    """The effective weights of the model, with the contribution of A and B."""
     scale, found = config.adapter.alpha / config.adapter.rank, dict(weights)
     for name in weights:
         if pairs := pairs_of(config, name):

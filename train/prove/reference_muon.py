@@ -1,6 +1,6 @@
-"""Muon and the limit of attention scores as plain as the formulas are: what mode=prove holds train/optim against.
+"""Muon and the limit of attention scores, written like their formulas: the reference of mode=prove for train/optim.
 
-As in reference.py, one matrix after another, in the format of what is given, and no code of what it judges.
+As in reference.py: one matrix after another, in the dtype of the inputs, without the judged code.
 
 Sources: Muon, arXiv 2502.16982, 2.2; QK-clip, arXiv 2507.20534, 2.1; Newton-Schulz, kellerjordan.github.io/posts/muon.
 """
@@ -27,7 +27,8 @@ NEWTON_SCHULZ = {
 
 
 def newton_schulz(matrix: Tensor, name: str) -> Tensor:
-    """Near the orthogonal factor U V^T of a matrix U S V^T: every step is an odd polynomial of the singular values."""
+    """Approximates the orthogonal factor U V^T of a matrix U S V^T: every step is an odd polynomial of the singular
+    values."""
     x = matrix / matrix.norm().clamp_min(1e-300)
     for a, b, c in NEWTON_SCHULZ[name]:
         gram = x @ x.T
@@ -36,14 +37,15 @@ def newton_schulz(matrix: Tensor, name: str) -> Tensor:
 
 
 def is_matrix(name: str, dims: int) -> bool:
-    """Whether Muon updates a weight: every matrix but embedding, head and routers, whose rows each stand for a token or an expert; AdamW
-    updates those and all vectors (arXiv 2502.16982, 2.2).
+    """Whether Muon updates a weight: every matrix except embedding, head and routers (arXiv 2502.16982, 2.2).
+
+    Rows of those represent tokens or experts; AdamW updates them and all vectors.
     """
     return dims > 1 and not name.startswith(("embedding.", "head.")) and ".router." not in name
 
 
 def split_matrices(config: Values, name: str, weight: Tensor) -> list[Tensor]:
-    """Views of a weight that stand for one product each: experts, w1 and w3, heads, keys and values, latent and rope key."""
+    """Views of a weight's logical matrices: experts, w1 and w3, heads, keys and values, latent and rope key."""
     model, heads = config.model, config.optim.muon.by_head
     part = name.removesuffix(".weight").rpartition(".")[2]
     stacked = list(weight) if weight.dim() == 3 else [weight]
@@ -67,8 +69,9 @@ def split_matrices(config: Values, name: str, weight: Tensor) -> list[Tensor]:
 def muon(
     config: Values, name: str, lr: float, weight: Tensor, gradient: Tensor, momentum: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Weight and momentum after an update (arXiv 2502.16982, 2.2): Nesterov momentum, each matrix made orthogonal by itself, and scaled
-    to the size of Adam's updates.
+    """Weight and momentum after an update (arXiv 2502.16982, 2.2): Nesterov momentum, orthogonalised per matrix.
+
+    The update is scaled to the size of Adam's updates.
     """
     optim = config.optim
     momentum = optim.muon.momentum * momentum + gradient
@@ -80,7 +83,8 @@ def muon(
 
 
 def qk_factors(config: Values, name: str, scores_H: Tensor) -> dict[str, Tensor]:
-    """By weight the factors of its rows, so that no score is above the limit (arXiv 2507.20534, 2.1). name: of the attention."""
+    """Row factors by weight that keep all scores at or below the limit (arXiv 2507.20534, 2.1). name: of the
+    attention."""
     model, limit = config.model, config.optim.qk_clip
     assert limit is not None
     eta_H1 = (limit / scores_H.double()).clamp(max=1.0).unsqueeze(1)

@@ -1,10 +1,10 @@
-"""Settings and update of a step, as plain as the formulas are; between them stand forward and backward, which are reference.py.
+"""Settings and update of a step, written like their formulas; reference.py has the forward and backward between them.
 
-    settings of a step     learning rate, weights and batch size as the run goes on          plan_step
-    update                 clip by the global norm, AdamW, average of the weights            clip_factor, adamw, average
-    balance                the routers' biases follow the loads                              move_bias
+    settings of a step     learning rate, weights and batch size during the run              plan_step
+    update                 clip by the global norm, AdamW, average of the weights            clip_factor, adamw, moving_average
+    balance                the routers' biases follow the tokens per expert                  move_bias
 
-Sections are those of the DeepSeek-V3 report (arXiv 2412.19437). Shares no code with what it judges.
+Sections are those of the DeepSeek-V3 report (arXiv 2412.19437). Shares no code with the judged product.
 """
 
 import math
@@ -20,7 +20,7 @@ from train.prove.recipe_values import Values
 
 @dataclass(frozen=True)
 class PlainPlan:
-    """What one step trains with."""
+    """The settings of one step."""
 
     first_sample: int
     batch_size: int
@@ -35,7 +35,7 @@ def plan_step(config: Values, step: int) -> PlainPlan:
 
 
 def plan_steps(config: Values) -> Iterator[PlainPlan]:
-    """Settings of all steps. Schedules are measured in samples: a step stands at the middle of its batch."""
+    """Settings of all steps. Schedules are functions of samples; a step is at the middle of its batch."""
     sizes = [batch_size(config, index) for index in range(config.steps)]
     optim, before, whole = config.optim, 0, sum(sizes)
     for step, size in enumerate(sizes, 1):
@@ -47,7 +47,7 @@ def plan_steps(config: Values) -> Iterator[PlainPlan]:
 
 
 def batch_size(config: Values, index: int) -> int:
-    """Sequences of the step with this index from 0: they grow linearly, in whole increments, over the ramp."""
+    """Sequences of the step with this index, from 0: a linear ramp in whole increments."""
     optim = config.optim
     if optim.batch_ramp_start is None or index >= optim.batch_ramp_steps:
         return config.batch_size
@@ -57,7 +57,8 @@ def batch_size(config: Values, index: int) -> int:
 
 
 def scheduled(phases: list[Values], done: float) -> float:
-    """Value of a schedule when this share of the run is done. Each phase starts at the value in which the one before ended."""
+    """Value of a schedule after this fraction of the run. Each phase starts at the final value of the previous
+    phase."""
     index = next(i for i, phase in enumerate(phases) if done <= phase.until)
     phase, earlier = phases[index], phases[index - 1] if index else None
     start, value = (0.0, phase.value) if earlier is None else (earlier.until, earlier.value)
@@ -70,12 +71,12 @@ def scheduled(phases: list[Values], done: float) -> float:
 
 
 def global_norm(gradients_of: dict[str, Tensor]) -> Tensor:
-    """The norm of the gradients of all weights together."""
+    """The norm of all gradients together."""
     return torch.stack([gradient.square().sum() for gradient in gradients_of.values()]).sum().sqrt()
 
 
 def clip_factor(norm: float, optim: Values) -> float:
-    """What gradients are multiplied with so that their norm is at most optim.clip; 1e-6 as in torch.nn.utils."""
+    """Factor of the gradients that limits their norm to optim.clip; 1e-6 as in torch.nn.utils."""
     return 1.0 if optim.clip == 0 else min(1.0, optim.clip / (norm + 1e-6))
 
 
@@ -91,12 +92,12 @@ def adamw(
 
 
 def decays(optim: Values, weight: Tensor) -> bool:
-    """Whether a weight decays: every matrix, and a norm weight where the recipe says so."""
+    """Whether a weight decays: every matrix, and norm weights if the recipe says so."""
     return weight.dim() > 1 or optim.decay_norms
 
 
 def rate_of(optim: Values, name: str, lr: float) -> float:
-    """Learning rate of a weight: 0 of what is frozen."""
+    """Learning rate of a weight; 0 for frozen weights."""
     return 0.0 if optim.freeze_routers and name.endswith(".router.weight") else lr
 
 
@@ -106,5 +107,6 @@ def moving_average(before: Tensor, weight: Tensor, decay: float) -> Tensor:
 
 
 def move_bias(bias_E: Tensor, load_E: Tensor, speed: float) -> Tensor:
-    """Balance without a loss (2.1.2): an expert with more than the mean load is chosen less from now on, and the reverse."""
+    """Balance without a loss (2.1.2): an expert with more tokens than the mean is chosen less from now on, and the
+    reverse."""
     return bias_E + speed * torch.sign(load_E.to(bias_E.dtype).mean() - load_E)

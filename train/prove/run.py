@@ -1,4 +1,4 @@
-"""mode=prove: shrink the recipe, let its ranks train, judge what they saw, and say what is proven."""
+"""mode=prove: reduces the recipe to a miniature, trains its ranks, judges their evidence, and reports the result."""
 
 import shutil
 import sys
@@ -25,12 +25,13 @@ from train.prove.layouts import PROOFS, in_layout, layout_name, second_layout
 from train.show.proof_rows import PROOF_CARD_FILE, PROOF_FILE, describe_proven
 
 PROOF_FOLDER = "prove"
-"""In the run's folder: configuration, logs, and while a proof runs its checkpoints and evidence."""
+"""In the run's folder: configuration and logs, and during a proof its checkpoints and evidence."""
 
 
 def prove(config: Config, alone: bool) -> int:
-    """Returns the exit code: 0 only if all of it held. alone: the only job of this process, which may then be its rank."""
-    tune_cpu()  # of the ranks, which are forks of this process
+    """Run a proof. Returns the exit code: 0 only if all comparisons hold. alone: the only job of this process, which
+    may then be its rank."""
+    tune_cpu()  # for the ranks, which are forks of this process
     from train.prove.miniature import shrink
 
     started = time.monotonic()
@@ -55,7 +56,11 @@ def prove(config: Config, alone: bool) -> int:
 
 
 def _launch(small: Config, folder: Path, alone: bool) -> int:
-    """Let the ranks run. What one rank saves, two read, where this process may start them; else as many as saved it."""
+    """Run the ranks.
+
+    If one rank saves and this process may start more ranks, two ranks read the checkpoint; otherwise as many as saved
+    it.
+    """
     other = in_layout(small, second_layout(small, 2))
     runs: list[tuple[Config, tuple[int, ...]]] = [(small, (0, 1))]
     if small.parallel.world == 1 and given_place() is None and other.parallel != small.parallel:
@@ -74,8 +79,9 @@ def _launch(small: Config, folder: Path, alone: bool) -> int:
 
 
 def forks(config: Config) -> bool:
-    """Whether ranks and judges are forks of this process, which then imports for all of them what takes each some seconds of a core.
-    Not where GPUs are, whose driver survives no fork, nor where others have started the ranks.
+    """Whether ranks and judges are forks of this process, which then imports torch once for all of them.
+
+    False with GPUs, whose driver does not survive a fork, and if another program started the ranks.
     """
     from train.kernels.device import sees_gpu
 
@@ -85,8 +91,8 @@ def forks(config: Config) -> bool:
 def _fork(
     small: Config, world: int, parts: Sequence[int], environment: dict[str, str], output: IO | None
 ) -> ForkedProcess:
-    """A rank of so many, which runs these parts."""
-    import train.prove.judge  # noqa: F401  once, for all that are forked from here
+    """Start a rank out of `world` ranks, which runs these parts."""
+    import train.prove.judge  # noqa: F401  once, for all forks
     from parallel.zero.deepspeed_patches import import_deepspeed
     from train.prove.proof_rank import run_rank
 
@@ -97,7 +103,7 @@ def _fork(
 
 
 def _run_rank(config: Config, place: Place, parts: Sequence[int]) -> int:
-    from train.prove.proof_rank import run_rank  # imports torch, which the driver of other ranks can do without
+    from train.prove.proof_rank import run_rank  # imports torch, which the driver of other ranks does not need
 
     return run_rank(config, place, parts=parts)
 
@@ -134,7 +140,7 @@ def _judge(config: Config, small: Config, cuts: list[str], started: float) -> in
 
 
 def _clear(run_folder: Path) -> None:
-    """An old certificate must not be taken for that of a proof that fails to end."""
+    """Remove the old results, so they cannot be mistaken for results of a proof that fails."""
     for name in (PROOF_FILE, PROOF_CARD_FILE):
         (run_folder / name).unlink(missing_ok=True)
     shutil.rmtree(run_folder / PROOF_FOLDER, ignore_errors=True)

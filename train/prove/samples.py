@@ -1,9 +1,10 @@
-"""What a proof trains on and starts from: both follow from the seed, an index or a name, and nothing else.
+"""Training samples and initial state of a proof: both depend only on the seed and an index or a name.
 
-Tokens are drawn unevenly, so that a few of them come often and some never, as in text. Weights are larger than a training's
-first ones, gains are not 1 and biases not 0: what is multiplied by 1 or added to 0 would not be proven. Where a width has
-several tiles of 128, the numbers of every other one are STEP times as small or as large, in weights, activations and gradients, so that the
-scale of a neighbour is far from right. Where experts have, one of them is chosen by all tokens and one by none.
+Tokens are drawn unevenly, so some are frequent and some never occur, as in text. Weights are larger than a training's
+initial weights, norm weights are not 1 and biases not 0: a multiplication by 1 or an addition of 0 would not be proven.
+If a width has several tiles of 128, every second tile is scaled by STEP or its inverse, in weights, activations and
+gradients, so the scale of a neighbouring tile is far off. If the experts' width has several tiles, all tokens choose
+one expert and none chooses another.
 
 Shapes: B sequences, S = seq_len + 1.
 """
@@ -23,15 +24,15 @@ from train.prove.reference import PlainModel, layers_with_experts, trained_shape
 from train.prove.reference_adapter import in_blocks, is_beside_pairs
 
 BIAS = 0.05
-"""Spread of the routers' biases at the start, beside scores between 0 and 1."""
+"""Standard deviation of the routers' initial biases; scores are between 0 and 1."""
 CROWDED = 1.0
-"""Bias of the first expert, which all tokens choose, and less of the last, which none does."""
+"""Bias of the first expert, which all tokens choose; the negative bias of the last expert, which no token chooses."""
 TILE, STEP = 128, 2.0**-6
-"""Channels of a tile, and what those of every second one are multiplied with."""
+"""Channels of a tile, and the factor of every second tile."""
 
 
 class Samples:
-    """Training samples by number, as train/data/dataset.py gives them; those below 0 are held out."""
+    """Training samples by index, with the interface of train/data/dataset.py; negative indices are held out."""
 
     def __init__(self, config: Config):
         self._config = config
@@ -44,15 +45,16 @@ class Samples:
         return Batch(tokens_BS, documents_BS) if self._config.data.mask_documents else Batch(tokens_BS)
 
     def epochs(self, samples: int) -> dict[str, float]:
-        """Samples that are drawn come to no end."""
+        """Random samples have no epochs."""
         return {"drawn": 0.0}
 
     def read_once(self, before: int, after: int) -> list[str]:
         return []
 
     def _sample(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens, the document of each, and which are supervised. Of chats some rows are filled up, and every third one has nothing to
-        learn, so that micro-batches differ.
+        """Tokens, document of each token, and supervised tokens.
+
+        For chats, some rows are padded, and every third row has nothing to learn, so micro-batches differ.
         """
         draw, length = _generator(f"{self._config.seed}/sample/{number}"), self._config.seq_len + 1
         share_S = torch.rand(length, generator=draw, dtype=torch.float64)
@@ -73,7 +75,7 @@ class Samples:
 
 @dataclass
 class HeldOut:
-    """Held-out sequences, as train/data/dataset.py gives them."""
+    """Held-out sequences, with the interface of train/data/dataset.py."""
 
     samples: Samples
     count: int
@@ -90,7 +92,7 @@ class HeldOut:
 
 @dataclass
 class ProofData:
-    """In the place of train.data.prepare.PreparedData."""
+    """Replaces train.data.prepare.PreparedData."""
 
     train: Samples
     validation: HeldOut
@@ -106,7 +108,10 @@ class ProofData:
 
 
 def initial_weights(config: Config) -> dict[str, Tensor]:
-    """Every weight, those of an adapter too, fp32, by name: a product of normal size for an input of normal size, gains about 1; by tiles, see above."""
+    """Every weight, including an adapter's, fp32, by name, with norm weights of about 1 and tiles as described above.
+
+    Inputs of unit size give outputs of unit size.
+    """
     weights, values = {}, read_values(config)
     for name, shape in (weight_shapes(values.model) | trained_shapes(values)).items():
         drawn = torch.randn(shape, generator=_generator(f"{config.seed}/{name}"))
@@ -126,7 +131,7 @@ def initial_weights(config: Config) -> dict[str, Tensor]:
 
 
 def _by_tile(width: int, halves: bool = False) -> Tensor:
-    """What each channel is multiplied with. halves: two things of that size lie beside each other."""
+    """The factor of each channel. halves: two parts of half the width are adjacent."""
     if halves:
         return _by_tile(width // 2).repeat(2)
     return torch.where(torch.arange(width) // TILE % 2 == 0, 1.0, STEP)
@@ -149,7 +154,7 @@ def _generator(key: str) -> torch.Generator:
 
 
 def middle_score(config: Config) -> float:
-    """A limit of attention scores that some heads of a proof are above at first, and some are below. On one thread."""
+    """A limit of attention scores that is below the initial scores of some heads and above others. Uses one thread."""
     torch.set_num_threads(1)
     values, batch = read_values(config), Samples(config).batch(0, 1)
     weights = {name: weight.double() for name, weight in initial_weights(config).items()}

@@ -1,11 +1,12 @@
-"""What rounding does to the reference itself: how far a step moves when every part of it is shaken by as much as a format rounds.
+"""Measures the effect of rounding on the reference itself: the change of a step if every part is randomly perturbed by
+a unit roundoff.
 
-A bound from the number of products alone does not know how sensitive a step is. Where a softmax is sharp, a gradient is the
-difference of large numbers, or a width of 16 averages few roundings, honest ranks differ by several times that bound. So the
-reference runs the step again with every weight, every output of a part and every gradient of one off at random by the unit
-roundoff of the format: no sum of roundings on that way is likely to be larger. Where rounding alone may move a tensor by its own
-size, as FP8 does in some thin models, this pass says nothing of it, and the certificate counts it as not told; the passes exact
-and fp32 do.
+A bound from the number of matmuls does not consider the sensitivity of a step. With a sharp softmax, a gradient that is
+the difference of large numbers, or a width of 16 that averages few roundings, correct ranks differ by several times
+that bound. So the reference runs the step again, with every weight, every output of a part and its gradient perturbed
+by the unit roundoff of the format. Sums of rounding errors are unlikely to be larger. If rounding alone may change a
+tensor by its own size, as FP8 does in some thin models, this check is inconclusive for the tensor, and the certificate
+counts it as not told. The checks exact and fp32 are conclusive for it.
 """
 
 import math
@@ -22,23 +23,25 @@ from train.prove.reference_step import PlainPlan
 from train.prove.samples import Samples
 
 RUNS, FP32_RUNS = 3, 8
-"""Runs of the shaken reference: in fp32 they are seldom asked for, and are more, since the largest of few falls short for a weight of few
-elements (8 of a gain differed by 4.8 times the largest of three runs on one processor)."""
+"""Numbers of perturbed runs. fp32 rarely needs them, but uses more runs, because the maximum of few runs is too small
+for a weight with few elements (a norm weight of 8 elements differed by 4.8 times the maximum of three runs on one
+processor)."""
 MARGIN = 4.0
-"""By how much a difference may exceed the largest of these runs. They shake a part once, and inside it a rank rounds some ten times
-(attention: projections, norms, RoPE, scores, softmax, sums), which adds up to sqrt(10) = 3.2 times as much; and the runs are few."""
+"""Allowed ratio of a difference to the maximum of these runs. A run perturbs a part once, but a rank rounds about ten
+times inside it (attention: projections, norms, RoPE, scores, softmax, sums), which adds up to sqrt(10) = 3.2 times as
+much. The number of runs is also small."""
 
 
 @dataclass(frozen=True)
 class ReferenceStep:
-    """What the reference came to in a step."""
+    """The reference's result of a step."""
 
     seen: WatchedPass
     gradients: Weights
 
 
 def run_shaken_step(plain: PlainModel, samples: Samples, plan: PlainPlan) -> ReferenceStep:
-    """Forward and backward of the batch of a step. A weight that nothing reached has a gradient of zeros."""
+    """Forward and backward of the batch of a step. The gradient of an unused weight is zero."""
     batch = samples.batch(plan.first_sample, plan.batch_size)
     seen = reference.gradients(plain, batch, plan.mtp_weight)
     return ReferenceStep(
@@ -48,17 +51,20 @@ def run_shaken_step(plain: PlainModel, samples: Samples, plan: PlainPlan) -> Ref
 
 
 class ShakenRuns:
-    """The shaken runs of one step, which are made when the first of them is asked for."""
+    """The perturbed runs of one step, computed at the first request."""
 
     def __init__(self, plain: PlainModel, samples: Samples, plan: PlainPlan, unit: float, near: float | None):
-        """unit: roundoff of the format, of the value itself. near: scores that are no farther apart may change places in the balance
-        loss, which they hardly ever do, so that runs at random do not show it; None where they do.
+        """unit: roundoff of the format, relative to the value.
+
+        near: score distance at which two experts may change places in the balance loss. Random runs rarely show such a
+        change, so one run swaps them. None: random runs show it.
         """
         self._plain, self._samples, self._plan, self._unit, self._near = plain, samples, plan, unit, near
         self._runs: list[ReferenceStep] = []
 
     def bound(self, part: Callable[[ReferenceStep], Tensor], want: Tensor, scale: float, by_norm: bool) -> Bound:
-        """How far `part` of a step may be from `want`, in units of `scale`: by the norm, or the largest of its values."""
+        """Allowed distance of `part` of a step from `want`, in units of `scale`: by the norm, or by the largest
+        value."""
         if not self._runs:
             self._runs = [self._run(seed) for seed in range(FP32_RUNS if self._unit == UNIT["fp32"] else RUNS)]
             if self._near is not None:
@@ -95,7 +101,7 @@ class ShakenRuns:
         return run_shaken_step(moved, self._samples, self._plan)
 
     def _run_turned(self, near: float) -> ReferenceStep:
-        """Balance losses count the other one of two experts that nearly tie for the last place."""
+        """A run whose balance losses count the other of two experts that nearly tie for the last place."""
 
         def best(scores: Tensor, count: int) -> Tensor:
             ordered, ids = scores.sort(dim=-1, descending=True, stable=True)

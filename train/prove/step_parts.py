@@ -1,4 +1,5 @@
-"""What single parts of a step are judged with: what each part took and gave on every rank, how a result is compared, and sums over calls."""
+"""Data and measures for judging single parts of a step: recorded inputs and outputs, comparison of results, and sums
+over calls."""
 
 import math
 from collections.abc import Sequence
@@ -17,13 +18,15 @@ from train.prove.low_precision import FORMATS, FP32, NearNumbers, PlainFormat, T
 from train.prove.samples import initial_weights
 
 TOLD, UNTOLD = 0.05, 0.01
-"""What ties may change of the sum of a value's magnitudes; the share of a tensor of which they may change more."""
+"""A number is inconclusive if ties may change it by more than TOLD of its sum of magnitudes. UNTOLD: allowed fraction
+of such numbers in a tensor."""
 FEW = 16
-"""Numbers that may be so in any tensor: one tie in a tile changes some, which of a small tensor are a large share."""
+"""Inconclusive numbers that any tensor may have: one tie in a tile changes several numbers, a large fraction of a small
+tensor."""
 SHORT = 2.0**-12
-"""A GPU's tensor cores sum products of FP8 in some 14 bits, 128 at a time (3.3.2)."""
+"""Relative error of a GPU's tensor cores, which sum FP8 products in about 14 bits, 128 at a time (3.3.2)."""
 ELEMENTS = 2.0**-19
-"""What is made element by element in fp32: an exponential and some products."""
+"""Relative error of elementwise fp32 arithmetic: an exponential and some multiplications."""
 IN_ELEMENTS = Bound(ELEMENTS, "an exponential and some products in fp32, and one rounding of the result")
 WHAT = {
     "x": "input", "y": "output", "dy": "gradient of the output", "dx": "gradient of the input", "h": "first product",
@@ -34,7 +37,7 @@ WHAT = {
 
 @dataclass(frozen=True)
 class PartCall:
-    """A call of a part on a rank, with what it took and gave."""
+    """A call of a part on a rank, with its recorded inputs and outputs."""
 
     rank: Evidence
     name: str
@@ -45,7 +48,7 @@ class PartCall:
         return all(what in self.tensors for what in whats)
 
     def get(self, what: str) -> Tensor:
-        """fp64."""
+        """A tensor of the call, in fp64."""
         return self.tensors[what].double()
 
     def rows(self, what: str) -> Tensor:
@@ -57,12 +60,12 @@ class StepParts:
     """The single parts of one step of all ranks."""
 
     def __init__(self, at: Comparisons, ranks: list[Evidence], before: State, batch: Batch):
-        """before: the state before the step, of which the weights are. batch: of the step."""
+        """before: the state before the step, which gives the weights. batch: of the step."""
         info, self.at, self.ranks, self.batch, self.config = ranks[0].info, at, ranks, batch, at.values
         self.rounding = low.read_rounding(self.config.precision)
         self.on_gpu, self.cp = info.device == "cuda", info.cp
         masters = {name.removeprefix("master."): w for name, w in before.items() if name.startswith("master.")}
-        base = initial_weights(at.config) if at.config.adapter.on else {}  # which no step moves
+        base = initial_weights(at.config) if at.config.adapter.on else {}  # no step changes it
         given = {name: weight.double() for name, weight in base.items()} | masters
         self.weights = {name: low.nearest(weight, self.rounding.high) for name, weight in given.items()}
         self.trained = reference.trained_shapes(self.config)
@@ -72,24 +75,26 @@ class StepParts:
         """Ranks over which gradients are averaged."""
         in_fp32 = self.rounding.high == FORMATS["fp32"] or all(one.info.sums_in_fp32 for one in ranks)
         self.rounds_gradients = not in_fp32
-        """Whether the gradient of a micro-batch may be rounded to bf16 before it is added up, as torch's products on a CPU do."""
+        """Whether the gradient of a micro-batch may be rounded to bf16 before it is added, as by torch's matmuls on a
+        CPU."""
 
     def through(self, name: str, rank: Evidence, back: bool = True) -> list[PartCall]:
-        """Calls of a part on a rank through which gradients went, or did not, in order: those of the micro-batches, and not those that
-        are made again for a backward.
+        """Calls of a part on a rank, in order: with gradients (back), or without.
+
+        Calls with gradients are the calls of the micro-batches, without recomputed calls.
         """
         those = [one for one in self.calls.get(name, []) if one.rank is rank and one.has("dy") == back]
         return sorted(those, key=lambda one: one.number)
 
     def order(self, terms: int) -> Bound:
-        """What the order of a sum may change, of the magnitudes that it adds up."""
+        """Bound for the order of a sum, relative to the sum of magnitudes."""
         if self.on_gpu and self.rounding.is_fp8:
             return Bound(SHORT, "tensor cores sum products of FP8 in some 14 bits")
         value = 8 * FP32 * max(terms, 1) ** 0.5
         return Bound(value, f"8 x 2^-24 x sqrt({terms} terms), of their magnitudes, and one rounding of the result")
 
     def in_rows(self, terms: int) -> Bound:
-        """What the order of a sum in fp32 and some products of single elements may change."""
+        """Bound for the order of a sum in fp32 and some elementwise multiplications."""
         value = ELEMENTS + 8 * FP32 * max(terms, 1) ** 0.5
         return Bound(value, f"some products and a sum of {terms} terms in fp32, and one rounding of the result")
 
@@ -105,8 +110,10 @@ class StepParts:
         name: str | None = None,
         most: float = UNTOLD,
     ) -> None:
-        """Hold what a call gave to what it should have given. form: of the result. got: where it is a part of what the call has. most: the
-        share of numbers that may be not told.
+        """Compare a result of a call with the expected result.
+
+        form: of the result. got: a part of the call's tensor, if not the whole. most: allowed fraction of inconclusive
+        numbers.
         """
         found = call.get(what) if got is None else got
         measure = beyond_rounding(want, form or self.rounding.high, most)
@@ -116,10 +123,11 @@ class StepParts:
     def compare_gradient(
         self, name: str, made: "SumOverCalls", bound: Bound | None = None, most: float = UNTOLD
     ) -> None:
-        """The mean over ranks of what all micro-batches make, beside what the update took."""
+        """Compare a weight's gradient as the update took it with the mean over ranks of all micro-batches'
+        contributions."""
         quantity = "gradients of single weights"
         if name not in self.trained:
-            return  # beside an adapter
+            return  # base of an adapter
         if made.total is None:
             self.at.fail(quantity, name, "no rank left what it took and gave")
             return
@@ -128,7 +136,8 @@ class StepParts:
 
 
 def beyond_rounding(want: Total, form: PlainFormat, most: float = UNTOLD) -> DifferenceMeasure:
-    """Measures what is left of a difference beyond one rounding of the result and ties, in the magnitudes that make a value."""
+    """Measures the difference beyond one rounding of the result and rounding ties, relative to the sum of
+    magnitudes."""
 
     def measure(got: Tensor, want_N: Tensor) -> Measurement:
         size, off = want.size.flatten(), low.slack(want).flatten()
@@ -141,17 +150,17 @@ def beyond_rounding(want: Total, form: PlainFormat, most: float = UNTOLD) -> Dif
 
 
 class SumOverCalls:
-    """A gradient of a weight."""
+    """The gradient of a weight, summed over calls."""
 
     def __init__(self) -> None:
         self.total: Total | None = None
         self.terms = 0
 
     def add(self, one: Total, is_rounded: bool, terms: int) -> None:
-        """is_rounded: to bf16, maybe."""
+        """Add the contribution of a call. is_rounded: whether it may be rounded to bf16."""
         off = low.slack(one)
         if is_rounded:
-            off = off + (low.spacing(one.x, FORMATS["bf16"]) / 2).masked_fill_(one.size == 0, 0)  # a 0 is not rounded
+            off = off + (low.spacing(one.x, FORMATS["bf16"]) / 2).masked_fill_(one.size == 0, 0)  # 0 is not rounded
         self.terms += terms
         if self.total is None:
             self.total = Total(one.x, one.size, off)
@@ -163,7 +172,7 @@ class SumOverCalls:
     def add_rows(
         self, left: NearNumbers, right: NearNumbers, counts: Sequence[int], here: range, experts: int, rounded: bool
     ) -> None:
-        """Add the gradients of experts, each from its own rows. experts: all that the weight has."""
+        """Add the gradients of experts, each from its own rows. experts: number of experts in the weight."""
         if self.total is None:
             self.total = Total(*(left.x.new_zeros(experts, left.x.size(-1), right.x.size(-1)) for _ in range(3)))
         rows = zip(here, low.split_rows(left, counts), low.split_rows(right, counts), strict=True)

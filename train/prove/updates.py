@@ -1,4 +1,4 @@
-"""What the update of each optimizer is held against: its formula in the reference, and how far fp32 may be from that."""
+"""The reference of each optimizer's update: its formula, and bounds of fp32 rounding."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,48 +12,50 @@ from train.prove.bounds import UNIT
 from train.prove.recipe_values import Values
 
 STEP_ROUNDINGS = 8
-"""How many times as many of them a step has as the weight that it is taken from: it is made of both moments."""
+"""Rounding errors of a step relative to the rounding errors of its weight: the step is computed from both moments."""
 
 
 NEWTON_SCHULZ_ROUNDINGS = 4
-"""How often a step of Newton-Schulz rounds: three products round their terms, and their sums once more."""
+"""Roundings of a Newton-Schulz step: three matmuls round their terms, and their sum is rounded once more."""
 
 
 class WeightUpdate(NamedTuple):
-    """What one step makes of one weight."""
+    """The update of one weight in one step."""
 
     config: Values
     name: str
     lr: float
     number: int
-    """1, 2, ... of the run's updates."""
+    """Number of the run's updates: 1, 2, ..."""
 
 
 @dataclass(frozen=True)
 class PlainUpdate:
-    """One formula."""
+    """The formula of an update, with its rounding errors."""
 
     make: Callable[..., tuple[Tensor, ...]]
     """(WeightUpdate, weight, gradient, *state): the new weight and the new state, as in the reference."""
     size_roundings: Callable[..., list[Tensor]]
-    """(WeightUpdate, before, gradient, new): what one rounding of fp32 is of each element of weight and state."""
+    """(WeightUpdate, before, gradient, new): one fp32 rounding error of each element of weight and state."""
     roundings: dict[str, int]
-    """How many of them at most, of every name of the state. A gradient is multiplied by a factor of a norm that may be off by 16, and its
-    square by that factor twice."""
+    """Maximum number of roundings per name of a state. A gradient is multiplied by a clip factor whose norm may have 16
+    roundings, and its square by the square of that factor."""
     is_whole: bool = False
-    """Whether it takes whole matrices, which a rank updates in fp64 once more."""
+    """Whether it takes whole matrices, whose update a rank repeats in fp64."""
 
 
 def make_adamw(one: WeightUpdate, weight: Tensor, gradient: Tensor, mean: Tensor, square: Tensor) -> tuple[Tensor, ...]:
-    """By the reference."""
+    """AdamW by the reference."""
     return reference_step.adamw(one.config.optim, one.lr, one.number, weight, gradient, mean, square)
 
 
 def size_adamw_roundings(
     one: WeightUpdate, before: list[Tensor], gradient: Tensor, new: tuple[Tensor, Tensor, Tensor]
 ) -> list[Tensor]:
-    """What one rounding of fp32 is of each element of weight, mean and mean of squares: of the terms that are summed, as two of
-    opposite signs may leave less than either is rounded by.
+    """One fp32 rounding error of each element of weight, mean and mean of squares.
+
+    It is relative to the summed terms: the sum of two terms of opposite signs may be smaller than their rounding
+    errors.
     """
     optim, lr = one.config.optim, one.lr
     (weight, mean, _), unit, (beta1, beta2) = before, UNIT["fp32"], optim.betas
@@ -64,15 +66,17 @@ def size_adamw_roundings(
 
 
 def make_muon(one: WeightUpdate, weight: Tensor, gradient: Tensor, momentum: Tensor) -> tuple[Tensor, ...]:
-    """By the reference."""
+    """Muon by the reference."""
     return reference_muon.muon(one.config, one.name, one.lr, weight, gradient, momentum)
 
 
 def size_muon_roundings(
     one: WeightUpdate, before: list[Tensor], gradient: Tensor, new: tuple[Tensor, Tensor]
 ) -> list[Tensor]:
-    """What one rounding of fp32 is of each element of weight and momentum. Newton-Schulz multiplies an error in a direction by as much as the singular value there, beside
-    the norm of all: what it makes of the smallest one is the most, and may lie in any element.
+    """One fp32 rounding error of each element of weight and momentum.
+
+    Newton-Schulz multiplies an error in a singular direction by its factor for that singular value. The factor of the
+    smallest singular value is the largest, and its error may be in any element.
     """
     (weight, momentum), unit, muon = before, UNIT["fp32"], one.config.optim.muon
     terms = muon.momentum * momentum.abs() + gradient.abs()
@@ -87,7 +91,7 @@ def size_muon_roundings(
 
 
 def _slope(singular: float, steps: list[tuple[float, float, float]]) -> float:
-    """What comes of a singular value, over the value: at 0 the product of the first coefficients."""
+    """The factor of Newton-Schulz for a singular value; at 0 the product of the first coefficients."""
     x = max(singular, 1e-12)
     for a, b, c in steps:
         x = a * x + b * x**3 + c * x**5

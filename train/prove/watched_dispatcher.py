@@ -1,10 +1,10 @@
-"""What a dispatcher is given and what comes out of it, on every rank, kept as evidence.
+"""Records a dispatcher's inputs and outputs on every rank, as evidence.
 
-It stands where the model asks for a dispatcher, and knows nothing of how rows travel, so it is the same for all of them:
+It replaces the model's dispatcher and does not depend on the transport of rows, so it works for all dispatchers:
 
     forward     x, ids, gates -> rows, row_gates, counts        tokens of this rank; rows of this rank's experts
                 out -> y                                        their outputs; sums for the tokens of this rank
-    backward    d_y -> d_out                                    gradients, the other way
+    backward    d_y -> d_out                                    gradients, in the other direction
                 d_rows, d_row_gates -> d_x, d_gates
 
 Shapes as in train/model/moe.py.
@@ -23,16 +23,16 @@ Keep = Callable[[str, int, Tensor], None]
 
 
 class WatchedDispatcher:
-    """The dispatcher of one layer, which hands a copy of everything to `keep` while the layer trains."""
+    """The dispatcher of one layer, which passes a copy of every tensor to `keep` while the layer trains."""
 
     def __init__(self, moe: MoE, inner: Dispatcher, keep: Keep):
         self._moe, self._inner, self._keep = moe, inner, keep
         self._calls = 0
         self._numbers: dict[int, int] = {}
-        """Micro-batches whose rows are at their experts, by what the dispatcher made of them."""
+        """Micro-batches whose rows are at their experts, by the id of the dispatcher's result."""
 
     def start_step(self) -> None:
-        """The next micro-batch is number 0."""
+        """Restart the numbers of micro-batches at 0."""
         self._calls = 0
 
     def dispatch_begin(self, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor, again: Any = None) -> PendingRows:
@@ -40,7 +40,7 @@ class WatchedDispatcher:
             return self._inner.dispatch_begin(x_TD, expert_ids_TK, gates_TK, again)
         number, self._calls = self._calls, self._calls + 1
         self._keep("ids", number, expert_ids_TK)
-        # Of views of its own, as others take the same tensors and add to their gradients.
+        # On its own views, because other code uses the same tensors and adds to their gradients.
         x_TD, gates_TK = x_TD.view_as(x_TD), gates_TK.view_as(gates_TK)
         self._watch("x", number, x_TD)
         self._watch("gates", number, gates_TK)
@@ -56,7 +56,7 @@ class WatchedDispatcher:
         return y_TD
 
     def arrived(self, number: int, routed: RoutedRows) -> None:
-        """The rows of a micro-batch have reached this rank's experts."""
+        """Record the rows of a micro-batch that have reached this rank's experts."""
         self._numbers[id(routed)] = number
         self._watch("rows", number, routed.rows_RD)
         self._watch("row_gates", number, routed.gates_R)
@@ -69,7 +69,7 @@ class WatchedDispatcher:
 
 
 class _WatchedPending:
-    """A dispatch that is under way."""
+    """A dispatch in progress."""
 
     def __init__(self, watched: WatchedDispatcher, number: int, inner: PendingRows):
         self._watched, self._number, self._inner = watched, number, inner
