@@ -61,7 +61,7 @@ class StepInfo:
     dp: int = 1
     dp_rank: int = 0
     first: int = 0
-    """Its first sample, in the step's batch."""
+    """The rank's first sample, in the step's batch."""
     cp: int = 1
     cp_rank: int = 0
     ep: int = 1

@@ -58,7 +58,7 @@ class PaddedGroups:
 
     @cached_property
     def whole(self) -> "PaddedGroups":
-        """The same rows with padding."""
+        """These rows with padding between the experts."""
         return PaddedGroups(self._counts_E, self._rows)
 
     @cached_property
