@@ -52,9 +52,9 @@ class DispatchFacts:
     package: str | None = None
     """The package that it needs."""
     in_bf16: bool = False
-    """It takes only bf16 rows, and adds the rows of a rank one after another in bf16."""
+    """Whether the dispatch takes only bf16 rows, and adds the rows of a rank one after another in bf16."""
     repeats: bool = True
-    """Rows arrive in the same order in every run."""
+    """Whether rows arrive in the same order in every run."""
     width: int = 1
     """model.hidden must be a multiple of this number."""
     sizes: tuple[int, ...] | None = None

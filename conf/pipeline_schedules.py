@@ -16,11 +16,11 @@ class ActionSeconds:
 
     forward: float
     inputs: float
-    """The backward of inputs, I."""
+    """Seconds of the backward of inputs, I."""
     weights: float
-    """The backward of weights, W; a whole backward is B = I + W."""
+    """Seconds of the backward of weights, W; a whole backward is B = I + W."""
     pair: float
-    """A forward and a backward that run together, FB."""
+    """Seconds of a forward and a backward that run together, FB."""
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,8 @@ class Thresholds:
     """Logits in fp32 at a time on a CPU: 1 MiB."""
     product_tiles: int = 400
     """Number of 128x128 tiles of an FP8 grouped GEMM from which a GPU program computes two adjacent tiles. Two tiles
-    take an estimated 1.6 times as long. With fewer tiles, half as many programs would not occupy 132 multiprocessors
-    for less time."""
+    take an estimated 1.6 times as long. Below this number, half as many programs would leave some of 132
+    multiprocessors idle and save no time."""
     expert_rows: int = 32
     """The rows of an expert are padded to a multiple of this number. 16 and 64 are as fast: more kernels, or more
     padding."""

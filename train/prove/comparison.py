@@ -43,7 +43,7 @@ class Measurement(NamedTuple):
 
 
 DifferenceMeasure = Callable[[Tensor, Tensor], Measurement]
-"""(got, want), both flat and fp64."""
+"""Called with (got, want), both flat and fp64."""
 
 
 def in_size(scale: float | None = None, by_norm: bool = False) -> DifferenceMeasure:

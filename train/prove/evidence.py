@@ -105,13 +105,13 @@ class Evidence:
         self.places[f"{kind}/{name}"] = shard.offset, tuple(shard.shape)
 
     def of_kind(self, kind: str) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor)"""
+        """Tensors of a kind, as (name, tensor)."""
         for key, tensor in self.tensors.items():
             if key.startswith(f"{kind}/"):
                 yield key.removeprefix(f"{kind}/"), tensor
 
     def calls_of_kind(self, kind: str) -> Iterator[tuple[str, int, Tensor]]:
-        """(name, number of the micro-batch, tensor) for a kind with one tensor per micro-batch."""
+        """Tensors of a kind with one tensor per micro-batch, as (name, number of the micro-batch, tensor)."""
         for key, tensor in self.of_kind(kind):
             name, number = key.rsplit("/", 1)
             yield name, int(number), tensor
@@ -141,8 +141,8 @@ class Evidence:
 
 
 def read_evidence(folder: Path, proof: str) -> Iterator[tuple[int, int, list[Evidence]]]:
-    """(part, step, evidence of all ranks) of a check, in order. Files are read on demand, because all together have
-    gigabytes."""
+    """The evidence of a check, in order, as (part, step, evidence of all ranks). Files are read on demand, because all
+    together have gigabytes."""
     found: dict[tuple[int, int], list[Path]] = {}
     for path in folder.glob(f"{proof}_*.safetensors"):
         part, step = path.name.split(".", 1)[0].removeprefix(f"{proof}_").split("_")
@@ -163,7 +163,7 @@ def assemble(ranks: list[Evidence], kind: str) -> State:
 
 
 def calls_by_name(ranks: list[Evidence], kind: str) -> dict[str, list[tuple[Evidence, int, Tensor]]]:
-    """(rank, number of the micro-batch, tensor) of every call of a part, on all ranks."""
+    """All calls of every part on all ranks, by name, as (rank, number of the micro-batch, tensor)."""
     found: dict[str, list[tuple[Evidence, int, Tensor]]] = {}
     for rank in ranks:
         for name, number, tensor in rank.calls_of_kind(kind):

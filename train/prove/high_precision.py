@@ -52,7 +52,7 @@ def softmax_scale(config: Values) -> float:
 
 
 def unseen(length: int, documents_BT: Tensor | None) -> Tensor:
-    """(1 or B, 1, T, T): mask of keys that a query does not see: later keys, and keys of other documents."""
+    """Mask (1 or B, 1, T, T) of the keys that a query does not see: later keys, and keys of other documents."""
     later = torch.ones(length, length, dtype=torch.bool).triu(1)[None, None]
     if documents_BT is None:
         return later

@@ -43,7 +43,7 @@ class AttentionCall:
     """Positions of the queries."""
 
     def heads(self, tensor: Tensor) -> Tensor:
-        """(B, T, H * X) as (B, H, T, X)."""
+        """A tensor (B, T, H * X) by heads: (B, H, T, X)."""
         return tensor if tensor.dim() == 4 else tensor.unflatten(-1, (self.q.size(1), -1)).transpose(1, 2)
 
 
@@ -92,7 +92,7 @@ def _unseen(step: StepParts, rank: Evidence, number: int, length: int) -> Tensor
 
 
 def _heads_of(x_BTX: Tensor, heads: int) -> Tensor:
-    """(B, T, H * X) as (B, H, T, X)."""
+    """A tensor (B, T, H * X) by heads: (B, H, T, X)."""
     return x_BTX.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 

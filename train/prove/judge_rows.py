@@ -48,12 +48,12 @@ class SentRows:
         return self.number, kind == "mtp", int(layer), self.ranks[0].info.rank
 
     def order_at_experts(self) -> Tensor:
-        """(P,) rows sorted by expert, gate and gradient of the gate."""
+        """The order (P,) that sorts rows by expert, gate and gradient of the gate."""
         counts_E, seen = self.seen["counts"], self.seen
         return _order(torch.arange(len(counts_E)).repeat_interleave(counts_E), seen["row_gates"], seen["d_row_gates"])
 
     def order_at_tokens(self) -> Tensor:
-        """(P,) pairs in the same order, if the gates arrived unchanged."""
+        """The order (P,) that sorts pairs of tokens and experts in the same way, if the gates arrived unchanged."""
         return _order(*(self.seen[name].flatten() for name in ("ids", "gates", "d_gates")))
 
     def hops(self) -> list[int]:

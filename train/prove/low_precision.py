@@ -168,7 +168,7 @@ def _cast(blocks: Tensor, largest: Tensor, rule: Rule) -> Tensor:
 
 
 def _blocks(x: Tensor, rule: Rule, along: int) -> Tensor:
-    """(..., M, N) as (..., m, rows, n, columns), padded with zeros at the end."""
+    """x in blocks: (..., M, N) as (..., m, rows, n, columns), padded with zeros at the end."""
     height, width = x.shape[-2:]
     rows, columns = (side or size for side, size in zip(rule.block(along), (height, width), strict=True))
     rows, columns = max(1, min(rows, height)), max(1, min(columns, width))
@@ -263,7 +263,7 @@ def dgrad(dy_TN: NearNumbers, weight: NearNumbers, rules: LinearRules) -> Total:
 
 
 def wgrad(dy_TN: NearNumbers, kept_TK: NearNumbers, rules: LinearRules) -> Total:
-    """Wgrad: (N, K)."""
+    """The weight gradient (Wgrad): (N, K)."""
     left, right = cast(dy_TN, rules.wgrad[0], -2), cast(kept_TK, rules.wgrad[1], -2)
     return product(transposed(left), transposed(right))
 

@@ -236,7 +236,8 @@ def _least(degree: int) -> int:
 def _shrink_layers(cfg: Config, layout: Layout) -> tuple[int, str | list[int]]:
     """The number of layers, and parallel.split.
 
-    For a list with more stages: ends without layers stay so, and unequal inner stages give one unequal stage.
+    If the recipe's split is a list for more stages, ends without layers stay so. If its inner stages differ, one inner
+    stage differs here too.
     """
     model, given = cfg.model, cfg.parallel.split
     stages = layout.pp * cfg.parallel.schedule_facts.rank_stages(cfg.parallel.virtual_stages)
@@ -341,7 +342,7 @@ def _differences(cfg: Config, small: Config) -> list[str]:
 
 
 def _pairs(prefix: str, cfg: Any, small: Any) -> Iterator[tuple[str, Any, Any]]:
-    """(key, the recipe's value, the miniature's value) of all keys."""
+    """All keys as (key, the recipe's value, the miniature's value)."""
     for entry in fields(cfg):
         there, here = getattr(cfg, entry.name), getattr(small, entry.name)
         if is_dataclass(there):

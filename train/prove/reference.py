@@ -390,7 +390,8 @@ def choose(model: Values, biased_NE: Tensor) -> Tensor:
 
 
 def group_scores(model: Values, biased_NE: Tensor) -> Tensor:
-    """(N, G): the sum of a group's best scores, as many as a token takes from a group on average."""
+    """Scores of the groups, (N, G): the sum of a group's best scores, as many as a token takes from a group on
+    average."""
     count = model.top_k // model.top_groups if model.group_top_k is None else model.group_top_k
     return biased_NE.unflatten(1, (model.groups, -1)).sort(dim=-1, descending=True).values[..., :count].sum(-1)
 

@@ -23,9 +23,9 @@ from train.prove.reference_step import PlainPlan
 from train.prove.samples import Samples
 
 RUNS, FP32_RUNS = 3, 8
-"""Numbers of perturbed runs. fp32 rarely needs them, but uses more runs, because the maximum of few runs is too small
-for a weight with few elements (a norm weight of 8 elements differed by 4.8 times the maximum of three runs on one
-processor)."""
+"""Numbers of perturbed runs. fp32 rarely needs them, but uses more runs. The maximum of few runs is too small for a
+weight with few elements: a norm weight of 8 elements differed by 4.8 times the maximum of three runs on one processor.
+"""
 MARGIN = 4.0
 """Allowed ratio of a difference to the maximum of these runs. A run perturbs a part once, but a rank rounds about ten
 times inside it (attention: projections, norms, RoPE, scores, softmax, sums), which adds up to sqrt(10) = 3.2 times as

@@ -52,7 +52,7 @@ class PartCall:
         return self.tensors[what].double()
 
     def rows(self, what: str) -> Tensor:
-        """(rows, width)"""
+        """A tensor of the call as fp64 (rows, width)."""
         return self.get(what).flatten(0, -2)
 
 

@@ -34,9 +34,11 @@ class PlainUpdate:
     """The formula of an update, with its rounding errors."""
 
     make: Callable[..., tuple[Tensor, ...]]
-    """(WeightUpdate, weight, gradient, *state): the new weight and the new state, as in the reference."""
+    """The formula: takes (WeightUpdate, weight, gradient, *state), returns the new weight and the new state, as in the
+    reference."""
     size_roundings: Callable[..., list[Tensor]]
-    """(WeightUpdate, before, gradient, new): one fp32 rounding error of each element of weight and state."""
+    """The rounding errors: takes (WeightUpdate, before, gradient, new), returns one fp32 rounding error of each element
+    of weight and state."""
     roundings: dict[str, int]
     """Maximum number of roundings per name of a state. A gradient is multiplied by a clip factor whose norm may have 16
     roundings, and its square by the square of that factor."""

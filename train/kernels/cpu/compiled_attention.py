@@ -23,7 +23,7 @@ from train.kernels.plain.plain_attention import PlainAttention
 from train.model.attention import AttentionInput, AttentionOutput
 
 Spans = list[tuple[int, int, int]]
-"""(sequence, start, end)."""
+"""Spans of positions: (sequence, start, end)."""
 
 _load = partial(library, "attention")
 _attention_kept = Kernel(

@@ -145,7 +145,7 @@ class CompiledHeads(Function):
 
 
 def _rows(x: Tensor) -> Tensor:
-    """(N, D) with contiguous rows; not a copy if the rows are evenly spaced."""
+    """x as (N, D) with contiguous rows; not a copy if the rows are evenly spaced."""
     return _readable(x.reshape(-1, x.size(-1)))
 
 

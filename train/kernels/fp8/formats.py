@@ -82,7 +82,7 @@ def round_to(x: Tensor, format: Format) -> Tensor:
 
 
 def pack_e5m6(x_K: Tensor) -> Tensor:
-    """(..., K) fp32 on the E5M6 grid -> (..., 3 ceil(K / 2)) uint8."""
+    """Pack E5M6 values: (..., K) fp32 on the E5M6 grid -> (..., 3 ceil(K / 2)) uint8."""
     x_K = torch.nn.functional.pad(x_K, (0, x_K.shape[-1] % 2)).half()  # exact: fp16 has E5M6's exponent range
     bits = (x_K.view(torch.int16).int() >> 4) & 0xFFF
     first, second = bits[..., 0::2], bits[..., 1::2]
@@ -90,7 +90,7 @@ def pack_e5m6(x_K: Tensor) -> Tensor:
 
 
 def unpack_e5m6(packed: Tensor, length: int) -> Tensor:
-    """(..., 3 ceil(K / 2)) uint8 -> (..., K) fp16, K = length."""
+    """Unpack E5M6 values: (..., 3 ceil(K / 2)) uint8 -> (..., K) fp16, K = length."""
     first, middle, last = packed.unflatten(-1, (-1, 3)).short().unbind(-1)
     pairs = torch.stack((first | (middle & 0xF) << 8, middle >> 4 | last << 4), -1).flatten(-2)
     return (pairs << 4).view(torch.float16)[..., :length]

@@ -25,7 +25,7 @@ from train.model.recompute import RecomputedOutputs
 
 BLOCKS = Cast(E4M3, (TILE, TILE), pow2=False)
 MATRIX_ALIGNMENT = 4
-"""Bytes: every matrix begins at an address aligned for fp32."""
+"""Alignment of every matrix in bytes, for its fp32 scales."""
 
 
 class FrozenBlocks:

@@ -93,13 +93,13 @@ class PaddedGroups:
         return (self._counts_E + (TILE - 1)) // TILE * TILE
 
     def pad(self, rows_RX: Tensor) -> Tensor:
-        """(R, ...) -> (P, ...), with zero rows as padding."""
+        """Add padding: (R, ...) -> (P, ...), with zero rows between the experts."""
         if self.slots_R is None:
             return rows_RX.contiguous()
         return rows_RX.new_zeros(self.rows, *rows_RX.shape[1:]).index_copy_(0, self.slots_R, rows_RX)
 
     def unpad(self, rows_PX: Tensor) -> Tensor:
-        """(P, ...) -> (R, ...)."""
+        """Remove padding: (P, ...) -> (R, ...)."""
         return rows_PX if self.slots_R is None else rows_PX.index_select(0, self.slots_R)
 
     def real(self, step: int = 1) -> list[slice]:

@@ -146,7 +146,7 @@ class Report:
     """Results of a monitored step."""
 
     metrics: dict[str, float]
-    """fp8_SUBJECT_NAME: the worst layer's value."""
+    """fp8_SUBJECT_NAME: the value of the worst layer."""
     layers: dict[str, dict[str, float]]
     """layer_fp8_SUBJECT_NAME: every layer's value."""
     warnings: list[str]

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from train.kernels.fp8.engines import Fp8Engine
 
 PROBE_SECONDS = 300.0
-"""Seconds: imports take about 5, and each of two DeepGEMM kernels takes about 10 to compile the first time."""
+"""Longest duration of the probe. Imports take about 5 s, and each of two DeepGEMM kernels takes about 10 s to compile
+the first time."""
 PRODUCT_BOUND = 1e-2
 """Largest allowed relative error of a row of a GEMM, in the norm, against the emulation with the same operands.
 Rounding to bf16 gives 1e-3, and Hopper's tensor cores keep fewer bits than fp32 within 128 elements of the contraction.
@@ -120,7 +121,7 @@ class Trial:
 
     name: str
     run: "Callable[[Fp8Engine, Callable[[Tensor], Tensor]], Tensor]"
-    """Arguments: an engine, and a function that moves a tensor to the engine's device."""
+    """The tested call. Its arguments are an engine, and a function that moves a tensor to the engine's device."""
 
 
 def wrong_products(

@@ -31,17 +31,17 @@ class QuantizedTensor:
     """A quantised tensor; x is about q * scale, with scale repeated over its block."""
 
     q: Tensor
-    """(..., M, K) in the format's dtype; E5M6: (..., M, 3 ceil(K / 2)) uint8."""
+    """Codes (..., M, K) in the format's dtype; for E5M6 (..., M, 3 ceil(K / 2)) uint8."""
     scale: Tensor
-    """(..., ceil(M / rows), ceil(K / columns)) fp32."""
+    """Scales (..., ceil(M / rows), ceil(K / columns)), fp32."""
     cast: Cast
     """The cast that produced it; its block is no larger than the tensor."""
     shape: torch.Size
-    """(..., M, K), without the padding that q and scale may have on CUDA."""
+    """Shape of the tensor, (..., M, K), without the padding that q and scale may have on CUDA."""
 
 
 def scales(amax: Tensor, cast: Cast) -> tuple[Tensor, Tensor]:
-    """(scale, inverse) in fp32 of blocks with this max-abs. NaN where amax is NaN."""
+    """Scale and inverse, in fp32, of blocks with this max-abs. NaN where amax is NaN."""
     amax = amax.float().clamp_min(cast.floor)
     maximum = torch.full_like(
         amax, cast.format.max
@@ -68,7 +68,7 @@ def fitted(cast: Cast, x_MK: ShapedTensor) -> Cast:
 
 
 def blocked(x_MK: Tensor, block: ScaleBlock) -> Tensor:
-    """(..., M, K) -> (..., m, rows, k, columns), zero-padded at ragged edges."""
+    """x in blocks: (..., M, K) -> (..., m, rows, k, columns), zero-padded at ragged edges."""
     rows, columns = block
     below, right = -x_MK.shape[-2] % rows, -x_MK.shape[-1] % columns
     if below or right:

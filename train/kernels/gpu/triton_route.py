@@ -180,8 +180,11 @@ def route(
     given: bool,
     balanced: bool,
 ) -> None:
-    """made: scores, ids (an input if `given`), gates, factor, total. sums: load, share and choices without bias per
-    block of ROUTE_TOKENS tokens, (B, blocks, E); None if nothing is counted."""
+    """Run the forward kernel.
+
+    made: scores, ids (an input if `given`), gates, factor, total. sums: load, share and choices without bias per block
+    of ROUTE_TOKENS tokens, (B, blocks, E); None if nothing is counted.
+    """
     B, T, E = logits_BTE.shape
     _route_kernel[(-(-T // ROUTE_TOKENS), B)](
         logits_BTE, bias_E, *made, *(sums or (made[0], made[0], made[0])), T, E // rule.groups, rule.route_scale,
@@ -218,7 +221,7 @@ def route_backward(
     rule: RoutingRule,
     weight: float,
 ) -> None:
-    """kept: scores, ids, gates, factor, total and frequency."""
+    """Run the backward kernel. kept: scores, ids, gates, factor, total and frequency."""
     B, T, E = dlogits_BTE.shape
     _backward_kernel[(-(-T // ROUTE_TOKENS), B)](
         grad_BTK, *kept, dlogits_BTE, T, rule.route_scale, weight / (B * T),

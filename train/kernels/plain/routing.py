@@ -45,17 +45,18 @@ class _Whole:
         return count_experts(ids_BTK, experts)
 
     def frequency(self, best_NE: Tensor, experts: int, top_k: int) -> Tensor:
-        """f, from the number of positions at which each expert is among the best: (N, E)."""
+        """The frequency f of equation 18, from the number of positions at which each expert is among the best: (N,
+        E)."""
         return best_NE * (experts / (top_k * self._length))
 
     def mean(self, scores_BTE: Tensor, total_BT1: Tensor) -> Tensor:
-        """P: the sum of the scores' shares over the positions on this rank, divided by the number of all positions: (N,
-        E)."""
+        """The mean share P of equation 20, (N, E): the sum of the scores' shares over the positions on this rank,
+        divided by the number of all positions."""
         return ((1 / total_BT1).transpose(1, 2) @ scores_BTE).squeeze(1) / self._length
 
     def spread(self, frequency_NE: Tensor, length: int) -> Tensor:
-        """f for every position, times its weight relative to a position of a sequence of `length` positions: (B, 1 or
-        T, E)."""
+        """The frequency f for every position, times its weight relative to a position of a sequence of `length`
+        positions: (B, 1 or T, E)."""
         return frequency_NE.unsqueeze(1)
 
 
