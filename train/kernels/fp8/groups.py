@@ -45,8 +45,8 @@ class PaddedGroups:
 
     @cached_property
     def rows(self) -> int:
-        """P. If padding is computed without waiting, P is the maximum, and the last rows are zero and belong to no
-        expert."""
+        """Number of rows P, as the GEMMs take them. If padding is computed without waiting, P is the maximum, and the last
+        rows are zero and belong to no expert."""
         if self._rows is None:
             return sum(self.padded)
         return most_tiles(self._rows, len(self._counts_E)) * TILE if self._is_padded else self._rows
