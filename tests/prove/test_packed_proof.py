@@ -57,7 +57,7 @@ def test_a_layout_is_proven(tmp_path, name):
 def alone(batch: Batch) -> list[Batch]:
     """Each sample of a batch in a sequence of its own that it fills."""
     found = []
-    for tokens_S, documents_S, learnt_S in zip(*vars(batch).values(), strict=True):
+    for tokens_S, documents_S, learnt_S in zip(batch.tokens_BS, batch.documents_BS, batch.supervised_BS, strict=True):
         for number in documents_S[documents_S >= 0].unique():
             here = documents_S == number
             found.append(Batch(tokens_S[here][None], torch.zeros_like(documents_S[here])[None], learnt_S[here][None]))

@@ -372,8 +372,8 @@ class DeepSeekV3(nn.Module):
         length = x.size(1) if tokens_BS is None else tokens_BS.size(1) - 1
         samples_BS = None if supervised_BS is None else documents_BS
         positions = Positions(length, documents_BT, self._share, samples_BS=samples_BS, experts_BTLK=experts_BTLK)
-        if self.training and self.index_weight:
-            divisor = len(x) * positions.count if self.loss_divisor is None else self.loss_divisor
+        if self.training and self.index_weight and self.config.sparse.heads:
+            divisor = len(x) * positions.count if self.loss_divisor is None else self.loss_divisor or math.inf
             positions.choices.weight, positions.choices.supervised_BS = self.index_weight / divisor, supervised_BS
         if not (self.training and self.warms_indexers):
             return self._run(x, positions, tokens_BS, supervised_BS, tensors_BS)
