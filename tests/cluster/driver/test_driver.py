@@ -159,7 +159,7 @@ def test_the_first_rank_to_fail_is_named_and_the_run_goes_on(tmp_path, what, cau
     assert cause != "hang" or all(wait["for"] == [2] for wait in incident["waits"])
     log = (run.folder / "logs" / "rank_2.log").read_text()
     assert log.count("all that was raised from it") == (what == "crash")
-    assert run.only("recovered")["seconds"] < 25  # a dead rank is no hang, which would take 30
+    assert cause == "hang" or run.only("recovered")["seconds"] < 25  # a dead rank is no hang, which would take 30
     attempts = sorted((run.folder / "attempts").iterdir())
     assert [path.name for path in attempts] == ["00001.yaml", "00002.yaml"]
 
