@@ -286,7 +286,7 @@ def test_a_run_from_more_than_a_language_model_leaves_the_rest_on_request_and_ex
 
 
 def _keys(model) -> dict:
-    left = ("recompute", "offload", "yarn", "init_std", "loss_chunk")
+    left = ("recompute", "offload", "yarn", "sparse", "init_std", "loss_chunk")
     return {key: value for key, value in vars(model).items() if key not in left}
 
 
