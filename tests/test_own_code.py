@@ -25,7 +25,8 @@ from tests.ranks import run_processes
 from tests.small import SMALL, metrics
 from train.checkpoint.manifest import read_manifest
 from train.data.corpus import build_corpus
-from train.data.own_documents import OwnDocuments, StreamedData
+from train.data.own_documents import OwnDocuments
+from train.data.streamed import StreamedData
 from train.own_parts import check_own_code
 from train.prove.certificate import NEVER_PROVEN, Certificate
 from train.prove.miniature import shrink

@@ -311,7 +311,7 @@ def test_every_chat_is_in_one_sequence_of_an_epoch(tokenizer, tmp_path):
 
     def chats_of(first: int) -> list[tuple]:
         batch, found = data.batch(first, count), []
-        for tokens_S, numbers_S, learnt_S in zip(*vars(batch).values(), strict=True):
+        for tokens_S, numbers_S, learnt_S in zip(batch.tokens_BS, batch.documents_BS, batch.supervised_BS, strict=True):
             for number in range(int(numbers_S.max()) + 1):
                 here = (numbers_S == number).nonzero().flatten()
                 assert here.tolist() == list(range(int(here[0]), int(here[-1]) + 1))

@@ -11,8 +11,9 @@ from conf.errors import UserError
 from conf.schema import Config
 from train.data.corpus import build_corpus
 from train.data.dataset import TrainingData, ValidationData
-from train.data.own_documents import OwnDocuments, StreamedData
+from train.data.own_documents import OwnDocuments
 from train.data.prepare_progress import ReportProgress, show_progress, silent
+from train.data.streamed import StreamedData
 from train.data.tokenizer import TEMPLATE_FILES, Tokenizer
 from train.optim.schedules import Schedules
 

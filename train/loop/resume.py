@@ -18,8 +18,8 @@ from train.checkpoint.memory_copies import MemoryCopies
 from train.checkpoint.read_shards import fill_shards
 from train.checkpoint.run_folder import resume_point
 from train.checkpoint.trained_with import refuse_mean, require_adapter, require_base, require_model, require_tokenizer
-from train.data.own_documents import StreamedData
 from train.data.prepare import PreparedData
+from train.data.streamed import StreamedData
 from train.data.tokenizer import Tokenizer
 from train.hf.folder import Folder, StoredTensor
 from train.loop.start import check_start, own_start, start_from

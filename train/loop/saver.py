@@ -7,7 +7,7 @@ from conf.changed_settings import settings_of
 from conf.errors import RunEnded
 from conf.schema import Config
 from train.checkpoint.checkpointer import Checkpointer, SaveResult
-from train.data.own_documents import StreamedData
+from train.data.streamed import StreamedData
 from train.loop.live_run import LiveRun
 
 

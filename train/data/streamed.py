@@ -1,0 +1,103 @@
+"""Training samples from the user's own documents (data.source).
+
+The documents of a pass stay in their order, eos ends each document, and pass follows pass: one endless stream of
+tokens. Sample i covers tokens [i S, i S + S] of the stream, S = seq_len. Every rank reads the whole stream and keeps
+its own samples, so a sample is the same in every layout.
+
+The position is a number of samples, as with other data. A checkpoint also holds a nearby mark: the pass, the document,
+and how many of its tokens were read. A resumed run asks the source again for the documents before the mark, but does
+not look at their content. If the source has `state_dict` and `load_state_dict`, it does not even produce these
+documents.
+
+S1 = seq_len + 1, B = sequences.
+
+This file is apart from own_documents.py because processes that only tokenise do not import torch.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+
+from conf.schema import Config
+from train.data.batch import Batch
+from train.data.own_documents import OwnDocument, OwnDocuments, StreamMark
+
+MARKS = 16
+"""Number of recent batches whose marks are kept; it exceeds the number of prefetched batches."""
+
+
+class StreamedData:
+    """Training samples of data.source; replaces `TrainingData`."""
+
+    def __init__(self, documents: OwnDocuments, config: Config):
+        self.seq_len, self._mask, self._documents = config.seq_len, config.data.mask_documents, documents
+        self._start = StreamMark()
+        self._walk: Iterator[tuple[StreamMark, np.ndarray, np.ndarray]] | None = None
+        self._next = 0
+        self._pass_samples = 0
+        self._marks: deque[StreamMark] = deque(maxlen=MARKS)
+
+    def go_on(self, mark: dict[str, Any] | None) -> None:
+        """Resume at the `mark` stored in a checkpoint; None: the checkpoint has no mark."""
+        self._start = StreamMark(**mark or {})
+        self._pass_samples = self._start.pass_samples
+
+    def mark(self, samples: int) -> dict[str, Any]:
+        """The latest known mark at or before this sample."""
+        known = [mark for mark in (self._start, *self._marks) if mark.sample <= samples]
+        return asdict(replace(known[-1], pass_samples=self._pass_samples))
+
+    def batch(self, first_sample: int, count: int) -> Batch:
+        """Samples first_sample .. first_sample + count - 1, as tokens (count, seq_len + 1). Going backwards is
+        slower."""
+        if self._walk is None or first_sample < self._next:
+            start = self._start if self._start.sample <= first_sample else StreamMark()
+            self._walk, self._next = self._samples(start), start.sample
+        taken = list(islice(self._walk, first_sample - self._next, first_sample - self._next + count))
+        self._next = first_sample + count
+        self._marks.append(taken[0][0])
+        tokens_BS, numbers_BS = (torch.from_numpy(np.stack(rows)) for rows in list(zip(*taken, strict=True))[1:])
+        return Batch(tokens_BS, numbers_BS.int() if self._mask else None)
+
+    def _samples(self, mark: StreamMark) -> Iterator[tuple[StreamMark, np.ndarray, np.ndarray]]:
+        """For each sample from a mark on: its mark, its tokens (S1,) and its document numbers (S1,)."""
+        length, sample, skip = self.seq_len, mark.sample, mark.skip
+        tokens = np.empty(0, np.int64)
+        held: deque[tuple[OwnDocument, int, int]] = (
+            deque()
+        )  # per document: tokens already used, and tokens in the buffer
+        for document in self._documents.walk(mark):
+            if document.passes and not self._pass_samples:
+                self._pass_samples = sample
+            ids = np.empty(0) if self._documents.is_held_out(document) else self._documents.tokens(document)[skip:]
+            if not len(ids):
+                continue
+            held.append((document, skip, len(ids)))
+            tokens, skip = np.concatenate([tokens, ids]), 0
+            while len(tokens) > length:
+                at, behind, _ = held[0]
+                numbers = np.repeat(np.arange(len(held)), [here for _, _, here in held])
+                begins = StreamMark(sample, at.passes, at.number, behind, state=at.state)
+                yield begins, tokens[: length + 1], numbers[: length + 1]
+                tokens, sample, left = tokens[length:], sample + 1, length
+                while left >= held[0][2]:
+                    left -= held.popleft()[2]
+                at, behind, here = held[0]
+                held[0] = at, behind + left, here - left
+
+    def epochs(self, samples: int) -> dict[str, float]:
+        """Number of passes in these samples; 0 until the first pass has ended."""
+        return {self._documents.name: samples / self._pass_samples if self._pass_samples else 0.0}
+
+    def repeats(self, samples: int) -> str | None:
+        """None, because the number of documents is unknown."""
+        return None
+
+    def read_once(self, before: int, after: int) -> list[str]:
+        """The source's name if the first pass ended between these samples."""
+        return [self._documents.name] if self._pass_samples and before <= self._pass_samples < after else []
