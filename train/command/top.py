@@ -8,10 +8,11 @@ In a terminal the screen is updated until Ctrl-C. Elsewhere it is printed once;
 --json prints the data for scripts.
 """
 
-import contextlib
 import json
+import signal
 import statistics
 import textwrap
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -86,10 +87,12 @@ def main(words: Sequence[str]) -> int:
     elif not console.is_terminal or console.is_dumb_terminal:
         console.print(run_screen(read_picture(folder, name), console.width))
     else:
-        with contextlib.suppress(KeyboardInterrupt), Live(console=console, screen=True, auto_refresh=False) as live:
-            while True:
+        stop = threading.Event()  # a KeyboardInterrupt is lost where it falls into a finalizer
+        signal.signal(signal.SIGINT, lambda *_: stop.set())
+        with Live(console=console, screen=True, auto_refresh=False) as live:
+            while not stop.is_set():
                 live.update(run_screen(read_picture(folder, name), console.width, console.height), refresh=True)
-                time.sleep(LOOKS_EVERY)
+                stop.wait(LOOKS_EVERY)
     return EXIT_OK
 
 

@@ -151,8 +151,12 @@ def test_the_first_rank_to_fail_is_named_and_the_run_goes_on(tmp_path, what, cau
     assert run.run() == EXIT_OK, run.finish.text
     failure = run.only("failure")
     assert failure["cause"] == cause and words in failure["text"] and failure["ranks"] == [2]
-    incident = json.loads((run.folder / "logs" / "incident_1.json").read_text())
-    assert incident["ranks"] == run.only("incident")["ranks"] == failure["ranks"] and failure["nodes"] == ["n2"]
+    told = [
+        event for event in run.events if event["kind"] == "incident"
+    ]  # a hang has one of the warning too, if it came first
+    incident = json.loads((run.folder / "logs" / f"incident_{len(told)}.json").read_text())
+    assert len(told) <= 1 + (cause == "hang") and failure["nodes"] == ["n2"]
+    assert all(incident["ranks"] == event["ranks"] == failure["ranks"] for event in told)
     assert (
         len(incident["by_rank"]) == 4
     )  # what all ranks did came to the driver from their nodes, also of one that is dead
