@@ -111,7 +111,7 @@ SCALARS = (
         "nats",
         "KL divergence of the indexers' choice from the attention, a mean over queries, weighted, summed over layers",
         "model.sparse.heads > 0",
-        panel="weights",
+        panel="index_loss",
     ),
     Metric("balance_loss", float, "1", "sequence-wise balance loss, weighted, summed over MoE layers", panel="weights"),
     Metric(
@@ -275,6 +275,7 @@ SCALARS = (
         "kernels",
         "Triton kernels that the logging rank compiled since the second step of this start; each holds its step up",
         "on GPUs",
+        panel="compiled",
     ),
     Metric(
         "memory_predicted_bytes",

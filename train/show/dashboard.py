@@ -47,6 +47,7 @@ SECTIONS = {
         "epochs": "How often the training text has been read",
         "minimised": "What is minimised: next token, weighted MTP and balance",
         "weights": "Weights of the other losses",
+        "index_loss": "Loss of the indexers of sparse attention",
         "skipped": "Updates skipped",
         "scores": "Largest attention score, where optim.qk_clip watches them",
         "clipped": "Heads whose scores were above optim.qk_clip",
@@ -72,6 +73,7 @@ SECTIONS = {
         "waits": "Waiting for data, and for checkpoints",
         "step": "Step, without validation and saving",
         "batch": "Batch",
+        "compiled": "Kernels compiled after the second step",
     },
     "FP8": {
         "fp8_error": "Error of products against bf16",
