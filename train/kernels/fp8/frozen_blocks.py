@@ -81,9 +81,7 @@ class FrozenBlocks:
         data = self.data.detach()
         values = torch.empty(self.shape, dtype=dtype, device=data.device)
         rows, matrices = data.view(-1, self.matrix_bytes), values.view(-1, *self.shape[-2:])
-        for row, matrix in zip(
-            rows[:1] if data.is_meta else rows, matrices, strict=False
-        ):  # in a plan all matrices are alike
+        for row, matrix in zip(rows, matrices, strict=True):
             scale, codes = self._parts(row)
             q_MK = codes.view(torch.float8_e4m3fn)
             matrix.copy_(dequantize(QuantizedTensor(q_MK, scale, fitted(BLOCKS, q_MK), q_MK.shape), dtype))
