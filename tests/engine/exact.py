@@ -1,8 +1,7 @@
 """The same scenarios in fp64, where two ways to one sum differ by 1e-15 of its terms: gradients of every rank, added up."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -14,8 +13,6 @@ from torch import Tensor
 from conf.thresholds import lowered
 from parallel.layout import read_layout
 from parallel.mesh import build_mesh
-from parallel.update_result import Update
-from parallel.zero.engine import Zero
 from tests.engine.scenario import any_experts, config_of, policy_batch, rows_of, share
 from tests.ranks import run_ranks
 from train.kernels.choice import build_kernels
@@ -24,31 +21,12 @@ from train.loop.training_engine import Engine
 from train.model.moe import Experts
 from train.parallelize import build_rank_model
 from train.prove.double import in_double
+from train.prove.proof_rank import LocalGradients
 from train.rank_parts import ParallelModel, RankSetup
 
 LOSSES = ("cross_entropy", "importance_sampling", "ppo", "cispo", "gspo", "kl")
 Change = Callable[[], None] | None
 """A bug to put into a rank before it begins."""
-
-
-class GradientsHere(Zero):
-    """Instead of ZeRO: gradients stay where they were computed, and no weight changes."""
-
-    def __init__(self) -> None:
-        """Of ZeRO's own state it has none."""
-
-    @contextmanager
-    def accumulate(self) -> Iterator[None]:
-        yield
-
-    def set_lr(self, lr: float) -> None:
-        """Nothing is updated."""
-
-    def scale_rows(self, factors: Mapping[str, Tensor]) -> None:
-        """Nothing is updated."""
-
-    def step(self, valid: bool | Tensor = True) -> Update:
-        return Update(0.0, bool(valid), [])
 
 
 def exact(folder: Path, name: str, *more: str, world: int = 1, change: Change = None) -> dict[str, Tensor]:
@@ -70,9 +48,8 @@ def _run(rank: int, folder: str, name: str, more: tuple[str, ...], change: Chang
     with in_double(), lowered():
         kernels = build_kernels("cpu", config.cluster.compiled, PlainAttention())
         model = build_rank_model(config, mesh, setup.device, kernels, restored=True)
-        parts = ParallelModel(
-            model.chunks, model.pipeline, model.dispatcher, model.precision, model.share, GradientsHere()
-        )
+        local = LocalGradients(model.chunks)
+        parts = ParallelModel(model.chunks, model.pipeline, model.dispatcher, model.precision, model.share, local)
         for key, weight, first, _ in weights_of(parts):
             with torch.no_grad():
                 weight.copy_(drawn(key, weight, config.model.experts)[first : first + len(weight)])

@@ -135,7 +135,7 @@ def prove_exact(config: Config, place: Place, device: torch.device) -> None:
         model = build_rank_model(config, rank.mesh, device, kernels, restored=True)
         fill_chunks(model.chunks, weights)
         fill_biases(model, biases)
-        local = _LocalGradients(model.chunks)
+        local = LocalGradients(model.chunks)
         parts = ParallelModel(model.chunks, model.pipeline, model.dispatcher, model.precision, model.share, local)
         watch = EvidenceWatch(parts.chunks)
         step = Engine(config, parts, rank)
@@ -156,7 +156,7 @@ def add_scores(evidence: Evidence, step: Engine, outcome: StepOutcome) -> None:
             evidence.add("scores", name, scores_H)
 
 
-class _LocalGradients(Zero):
+class LocalGradients(Zero):
     """Replaces ZeRO: gradients stay on their rank, and no weight changes."""
 
     def __init__(self, chunks: list[DeepSeekV3]):  # without ZeRO's own state
