@@ -38,7 +38,7 @@ PARTS = {
         ("curve", "Sixty steps of tiny, beside the CPU", 70),
     )
 }
-"""In the order of what ends a first visit soonest. The last ones are for whoever has more minutes."""
+"""In the order of what ends a first visit soonest. The last ones run if you give more minutes."""
 MINUTES = 15
 """A visit."""
 
