@@ -65,7 +65,11 @@ def test_a_session_is_the_engine_of_one_process_and_is_reopened_in_another_layou
             engine.forward_backward(batch, "rlhf")
         with pytest.raises(UserError, match="must be a multiple of 2"):
             engine.logprobs(replace(batch, tokens_BS=batch.tokens_BS[:3]))
+        shared = batch.tensors["old_logprobs"]
+        assert engine.logprobs(replace(batch, tensors={**batch.tensors, "same": shared})).shape == shared.shape
         engine.forward_backward(batch, halved, by=2.0)
+        with pytest.raises(UserError, match="comes between steps"):
+            list(engine.weights())
         assert engine.update().measured.main_loss == pytest.approx(one["first"].item(), rel=1e-5)
         path = engine.save(tmp_path / "saved")
         with pytest.raises(UserError, match="in use"), train.session(config):

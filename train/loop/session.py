@@ -148,9 +148,10 @@ class Session:
             while not said["done"]:
                 said, tensors = self._answer()
                 yield from tensors.items()
-        finally:
-            while not said["done"] and self._link is not None:  # a caller that stops early leaves answers unread
+        except GeneratorExit:  # the caller stops early and leaves answers unread
+            while not said["done"]:
                 said, _ = self._answer()
+            raise
 
     # The ranks
 
@@ -257,12 +258,14 @@ def _kill(driver: subprocess.Popen) -> None:
 
 
 def _plain(batch: Batch) -> dict[str, Tensor]:
-    """The tensors of a batch by name; names of per-token tensors contain a dot."""
+    """Copies of a batch's tensors by name, because safetensors refuses two tensors in the same memory. Names of
+    per-token tensors contain a dot."""
     named = {field.name: getattr(batch, field.name) for field in fields(batch) if field.name != "tensors"}
-    given = {name: tensor for name, tensor in named.items() if tensor is not None}
+    named |= {f"tensors.{name}": tensor for name, tensor in batch.tensors.items()}
     return {
-        name: tensor.contiguous()
-        for name, tensor in {**given, **{f"tensors.{n}": t for n, t in batch.tensors.items()}}.items()
+        name: tensor.clone(memory_format=torch.contiguous_format)
+        for name, tensor in named.items()
+        if tensor is not None
     }
 
 
