@@ -157,11 +157,13 @@ def show_worst(results: Iterable[RowResult]) -> None:
     for result in results:
         for verdict in result.verdicts:
             found.setdefault((verdict.proof, verdict.quantity), []).append((result.number, verdict))
-    print(f"{'pass':7} {'quantity':28} {'compared':>12} {'not told':>9} {'worst':>9} {'allowed':>9} {'share':>7}  row")
+    print(
+        f"{'pass':7} {'quantity':28} {'compared':>12} {'inconclusive':>12} {'worst':>9} {'allowed':>9} {'share':>7}  row"
+    )
     for (proof, quantity), ones in found.items():
         number, worst = max(ones, key=lambda one: one[1].share)
         compared, untold = (sum(getattr(verdict, kind) for _, verdict in ones) for kind in ("compared", "untold"))
-        figures = f"{compared:12,} {untold:9,} {worst.worst:9.2g} {worst.bound:9.2g} {worst.share:7.1%}"
+        figures = f"{compared:12,} {untold:12,} {worst.worst:9.2g} {worst.bound:9.2g} {worst.share:7.1%}"
         print(f"{proof:7} {quantity:28} {figures}  {number}")
 
 

@@ -57,7 +57,7 @@ def test_a_layout_is_proven(tmp_path, name):
         assert findings.verdicts.pop(key).untold > 0
     if config.precision.name != "fp32":
         judged = {quantity for (proof, quantity), one in findings.verdicts.items() if proof == "tiles" and one.compared}
-        assert {"products", "products of experts", "gradients of single weights"} <= judged
+        assert {"matmuls", "matmuls of experts", "gradients of single weights"} <= judged
         assert ("dropout" in judged) == (config.adapter.dropout > 0)
     assert_holds(findings, config)
 

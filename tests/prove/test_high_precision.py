@@ -47,9 +47,9 @@ def test_attention_inside_documents():
 def test_turning_back_undoes_turning_where_nothing_grows():
     config = compose(*SMALL, "data.path=none")
     x = drawn(1, 2, 3, config.model.rope_head_dim).detach()
-    there = high.turned(x, config, [5, 1, 9])
-    torch.testing.assert_close(high.turned(there.x, config, [5, 1, 9], back=True).x, x)
-    torch.testing.assert_close(high.turned(x[:, :, 1:2], config, [1]).x, there.x[:, :, 1:2])
+    there = high.rotated(x, config, [5, 1, 9])
+    torch.testing.assert_close(high.rotated(there.x, config, [5, 1, 9], back=True).x, x)
+    torch.testing.assert_close(high.rotated(x[:, :, 1:2], config, [1]).x, there.x[:, :, 1:2])
 
 
 def test_the_output_head():

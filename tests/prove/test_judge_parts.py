@@ -20,7 +20,7 @@ from train.prove.parts import own_rows
 from train.prove.recipe_values import read_values
 from train.prove.reference_step import plan_step
 from train.prove.samples import Samples
-from train.prove.step_parts import TOLD, UNTOLD, StepParts
+from train.prove.step_parts import INCONCLUSIVE, MOST_INCONCLUSIVE, StepParts
 
 TINY = [
     "model.layers=2", "model.mtp_depth=1", "model.hidden=144", "model.expert_width=72", "model.heads=2", "model.vocab_size=41",
@@ -65,21 +65,21 @@ def test_a_rank_as_it_is_holds(judged):
     assert [one.text() for one in findings.differences[:3]] == []
     verdicts = {one.quantity: one for one in findings.verdicts.values()}
     assert set(verdicts) == {
-        "products", "products of experts", "SwiGLU", "SwiGLU of experts", "norms", "attention", "heads", "router",
+        "matmuls", "matmuls of experts", "SwiGLU", "SwiGLU of experts", "norms", "attention", "heads", "router",
         "router's choice", "output head", "gradients of single weights", "embedding",
         "sums past attention and FFN",
     }  # fmt: skip
     for one in verdicts.values():
         assert one.compared and one.bound < 0.008 and one.worst <= one.bound
-        assert one.untold <= UNTOLD * (one.compared + one.untold)
-    assert TOLD <= 0.05
+        assert one.untold <= MOST_INCONCLUSIVE * (one.compared + one.untold)
+    assert INCONCLUSIVE <= 0.05
 
 
 SPOILT = [
-    ("part.y/layers.0.attention.q_down/0", 1.01, "forward", "products"),
-    ("part.dx/layers.0.attention.out/1", 1.01, "backward", "products"),
-    ("part.h/layers.1.moe/0", 1.01, "forward", "products of experts"),
-    ("part.y/mtp.0.block.moe/1", 1.3, "forward", "products of experts"),
+    ("part.y/layers.0.attention.q_down/0", 1.01, "forward", "matmuls"),
+    ("part.dx/layers.0.attention.out/1", 1.01, "backward", "matmuls"),
+    ("part.h/layers.1.moe/0", 1.01, "forward", "matmuls of experts"),
+    ("part.y/mtp.0.block.moe/1", 1.3, "forward", "matmuls of experts"),
     ("part.dh/layers.1.moe/1", 1.01, "backward", "SwiGLU of experts"),
     ("part.dgates/layers.1.moe/0", 1.001, "backward", "SwiGLU of experts"),
     ("part.x/layers.0.ffn.w2/0", 1.01, "forward", "SwiGLU"),
@@ -151,7 +151,7 @@ def test_weights_of_the_step_before_are_seen(judged):
     moved = {name: value * 1.02 if name.startswith("master.") else value for name, value in judged.before.items()}
     before, judged.before = judged.before, moved
     try:
-        assert judged.first(lambda tensors: None).quantity in ("embedding", "norms", "products")
+        assert judged.first(lambda tensors: None).quantity in ("embedding", "norms", "matmuls")
     finally:
         judged.before = before
 

@@ -20,7 +20,7 @@ from tests.small import SMALL, environment
 from train.prove import judge_state as judging
 from train.prove.card import write_card
 from train.prove.certificate import Certificate, sharpness_of
-from train.prove.double import grouped_product, in_double
+from train.prove.double import grouped_matmul, in_double
 from train.prove.findings import Difference, ProofFindings, ProofVerdict, first_of
 from train.prove.high_precision import choice_excess
 from train.prove.judge import judge_all, judge_pass
@@ -154,7 +154,7 @@ def test_a_single_part_of_a_later_step_is_named_before_whole_outputs():
         return Difference(**place, rank=None, got=1.0, want=2.0, error=0.5, bound=0.1, reason="")
 
     whole, part, update = (
-        found("gradients of outputs", 1, "backward"), found("products", 3, "forward"), found("master weights", 2, "update")
+        found("gradients of outputs", 1, "backward"), found("matmuls", 3, "forward"), found("master weights", 2, "update")
     )  # fmt: skip
     assert first_of([whole, update, part]) is part and first_of([whole, update]) is whole
     assert first_of([update, part]) is update and first_of([]) is None
@@ -223,7 +223,7 @@ def test_a_pass_says_of_single_parts_what_ran():
     assert seen("outputs").endswith("the loosest bound")
     assert seen("outputs", "reduced gradients").endswith("bound. Sums over ranks are held to far sharper ones")
     every = (
-        "products",
+        "matmuls",
         "gradients of single weights",
         "rows at the experts",
         "sums of expert outputs",
@@ -285,9 +285,9 @@ def test_the_plain_grouped_product_is_torchs():
     draw = torch.Generator().manual_seed(0)
     left, right = torch.randn(12, 8, generator=draw), torch.randn(3, 8, 16, generator=draw)
     ends = torch.tensor([5, 5, 12], dtype=torch.int32)
-    torch.testing.assert_close(grouped_product(left, right, ends), F.grouped_mm(left, right, offs=ends))
+    torch.testing.assert_close(grouped_matmul(left, right, ends), F.grouped_mm(left, right, offs=ends))
     other = torch.randn(12, 16, generator=draw)
-    torch.testing.assert_close(grouped_product(left.t(), other, ends), F.grouped_mm(left.t(), other, offs=ends))
+    torch.testing.assert_close(grouped_matmul(left.t(), other, ends), F.grouped_mm(left.t(), other, offs=ends))
 
 
 def test_in_double_nothing_is_fp32():

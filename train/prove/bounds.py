@@ -48,13 +48,13 @@ def computed(proof: str, config: Config) -> Bound:
     n, K = chain(config.model), terms(config)
     if proof == "fp32":
         value = ROOM * UNIT["fp32"] * (n * K) ** 0.5
-        return Bound(value, f"{ROOM:g} x 2^-24 x sqrt({n} products x {K} terms)")
+        return Bound(value, f"{ROOM:g} x 2^-24 x sqrt({n} matmuls x {K} terms)")
     name = coarsest(config)
     if name == "fp32":
         return computed("fp32", config)
     value = min(MOST, 2 * UNIT[name] * n**0.5)
     return Bound(
-        value, f"2 x unit roundoff {UNIT[name]:g} of {name} x sqrt({n} products), at most {MOST:g}, of the norm"
+        value, f"2 x unit roundoff {UNIT[name]:g} of {name} x sqrt({n} matmuls), at most {MOST:g}, of the norm"
     )
 
 

@@ -53,10 +53,10 @@ def _card_lines(certificate: Certificate) -> Sequence[str]:
         "|---|---|",
         *(f"| {name} | {fields[name]} |" for name in order),
         "",
-        "| pass | told | not seen |",
+        "| check | compared | not detected |",
         "|---|---|---|",
         *(
-            f"| {one.proof}: {PROOFS_SAY[one.proof]} | {one.text().removeprefix('told: ')} | {one.does_not_see} |"
+            f"| {one.proof}: {PROOFS_SAY[one.proof]} | {one.text().removeprefix('compared ')} | {one.does_not_see} |"
             for one in sharpness_of(certificate.verdicts)
         ),
     ]

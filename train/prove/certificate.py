@@ -31,7 +31,7 @@ BLIND = {
 }
 """What a check cannot detect."""
 SHARPER = {
-    "single parts": ("products", "gradients of single weights"),
+    "single parts": ("matmuls", "gradients of single weights"),
     "rows on their way": ("rows at the experts", "sums of expert outputs"),
     "sums over ranks": ("reduced gradients",),
 }
@@ -156,12 +156,18 @@ class Sharpness:
 
     def text(self) -> str:
         """The amount and the bounds as text."""
-        share = f", not told {self.untold:,} that rounding alone may move by their own size" if self.untold else ""
-        told = f"told: {self.compared:,} numbers, {self.bit_for_bit} of {self.quantities} quantities bit for bit{share}"
+        left = (
+            f"; {self.untold:,} inconclusive, as rounding alone may change them by their own size"
+            if self.untold
+            else ""
+        )
+        compared = (
+            f"compared {self.compared:,} numbers, {self.bit_for_bit} of {self.quantities} quantities bit for bit{left}"
+        )
         if self.sharpest is None:
-            return told
+            return compared
         bounds = f"sharpest bound {self.sharpest:.1e} ({self.sharpest_quantity}), loosest {self.loosest:.1e} ({self.loosest_quantity})"
-        return f"{told}; {bounds}"
+        return f"{compared}; {bounds}"
 
 
 def sharpness_of(verdicts: Sequence[ProofVerdict]) -> list[Sharpness]:

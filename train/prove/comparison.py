@@ -36,9 +36,9 @@ class Measurement(NamedTuple):
     """The unit if all elements share it; None if each element has its own."""
     share: float = 1.0
     """The unit divided by the size of the compared tensor."""
-    untold: int = 0
+    inconclusive: int = 0
     """Number of inconclusive elements, whose whole value rounding may hide."""
-    most_untold: float = math.inf
+    most_inconclusive: float = math.inf
     """More inconclusive elements than this fail, because the comparison would prove too little."""
 
 
@@ -66,7 +66,9 @@ def in_each(allowed: Tensor, before: Tensor | None = None) -> DifferenceMeasure:
         errors = torch.where(difference == 0, 0.0, difference / each)
         move = torch.zeros_like(want) if before is None else (want - before.flatten()).abs()
         share = share_of_bound(size_of(each, True), size_of(want, True))
-        return Measurement(errors, errors.max().item(), share=share, untold=int(((move > 0) & (move <= each)).sum()))
+        return Measurement(
+            errors, errors.max().item(), share=share, inconclusive=int(((move > 0) & (move <= each)).sum())
+        )
 
     return measure
 
@@ -119,13 +121,15 @@ class Comparisons:
         if made.scale is not None and bound.value >= MISSING and math.isfinite(error):
             verdict.untold += len(got_N)
             return
-        verdict.take(error, bound, len(got_N), made.untold, made.share, f"step {self.step}, {name}")
+        verdict.take(error, bound, len(got_N), made.inconclusive, made.share, f"step {self.step}, {name}")
         if error > bound.value:
             place = int(made.errors.nan_to_num(math.inf).argmax())
             self._differ(quantity, name, rank, got_N[place].item(), want_N[place].item(), error, bound)
-        elif made.untold > made.most_untold:
-            reason = f"not told: ties may hide more than {made.most_untold:.0f} of the numbers"
-            self.fail(quantity, name, reason, made.untold, len(got_N), rank)
+        elif made.inconclusive > made.most_inconclusive:
+            reason = (
+                f"inconclusive: rounding ties may hide a difference in more than {made.most_inconclusive:.0f} numbers"
+            )
+            self.fail(quantity, name, reason, made.inconclusive, len(got_N), rank)
 
     def acted(self, name: str, times: int, of: int = 1) -> None:
         """Count how often a mechanism acted that does not always act."""

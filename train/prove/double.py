@@ -34,13 +34,13 @@ class _AtLeastDouble(TorchDispatchMode):
     def __torch_dispatch__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = dict(kwargs or {})
         if func is torch.ops.aten._grouped_mm.default:
-            return grouped_product(*args, **kwargs)
+            return grouped_matmul(*args, **kwargs)
         if kwargs.get("dtype") in WIDER:
             kwargs["dtype"] = WIDER[kwargs["dtype"]]
         return func(*args, **kwargs)
 
 
-def grouped_product(
+def grouped_matmul(
     left: Tensor, right: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: Any = None
 ) -> Tensor:
     """F.grouped_mm: each group of rows times its own matrix; for two matrices, each group of columns times its rows."""

@@ -78,11 +78,11 @@ class ProofVerdict:
     loosest: float = 0.0
     """Smallest and largest applied bound, relative to the size of the compared tensor."""
 
-    def take(self, error: float, bound: Bound, numbers: int, untold: int, unit: float, where: str) -> None:
+    def take(self, error: float, bound: Bound, numbers: int, inconclusive: int, unit: float, where: str) -> None:
         """Add a comparison of `numbers` numbers. unit: the unit of the bound, relative to the size of the compared
         tensor."""
         share = bound.value * unit
-        self.compared, self.untold = self.compared + numbers - untold, self.untold + untold
+        self.compared, self.untold = self.compared + numbers - inconclusive, self.untold + inconclusive
         self.sharpest, self.loosest = min(self.sharpest, share), max(self.loosest, share)
         if share_of_bound(error, bound.value) >= self.share:
             self.worst, self.bound, self.reason, self.where = error, bound.value, bound.reason, where

@@ -15,23 +15,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from train.prove.low_precision import CURVED, NearNumbers, PlainFormat, Total, product, rounded, transposed
+from train.prove.low_precision import CURVED, NearNumbers, PlainFormat, Total, matmul, rounded, transposed
 from train.prove.recipe_values import Values
 from train.prove.reference import best, group_scores, rotate, stretched, turns
 
 # --- Norms ----------------------------------------------------------------------------------------------------------
 
 
-def rms_norm(x_ND: Tensor, gain_D: Tensor, eps: float) -> Total:
+def rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float) -> Total:
     """x over its root mean square, times the norm weight."""
-    made = x_ND / (x_ND.square().mean(-1, keepdim=True) + eps).sqrt() * gain_D
+    made = x_ND / (x_ND.square().mean(-1, keepdim=True) + eps).sqrt() * weight_D
     return Total(made, made.abs(), None)
 
 
-def rms_norm_back(dy_ND: Tensor, x_ND: Tensor, gain_D: Tensor, eps: float) -> tuple[Total, Total]:
+def rms_norm_back(dy_ND: Tensor, x_ND: Tensor, weight_D: Tensor, eps: float) -> tuple[Total, Total]:
     """Gradients of x and of the norm weight."""
     rstd_N1 = (x_ND.square().mean(-1, keepdim=True) + eps).rsqrt()
-    up_ND = dy_ND * gain_D
+    up_ND = dy_ND * weight_D
     slope, magnitude = ((x_ND * up_ND).mean(-1, keepdim=True), (x_ND * up_ND).abs().mean(-1, keepdim=True))
     dx = rstd_N1 * (up_ND - x_ND * rstd_N1.square() * slope)
     size = rstd_N1 * (up_ND.abs() + x_ND.abs() * rstd_N1.square() * magnitude)
@@ -94,7 +94,7 @@ def query_sizes(config: Values, places: Sequence[int]) -> Tensor:
     return torch.tensor([[1 + yarn.query_growth * math.log1p(step)] for step in steps], dtype=torch.float64)
 
 
-def turned(x: Tensor, config: Values, places: Sequence[int], back: bool = False) -> Total:
+def rotated(x: Tensor, config: Values, places: Sequence[int], back: bool = False) -> Total:
     """Adjacent pairs rotated by the angle of their position, (..., T, R); for gradients rotated back."""
     model = config.model
     angle = turns(model, config.seq_len, max(places) + 1, x)[list(places)]
@@ -122,7 +122,7 @@ def head(
     Logits and their gradients are stored in the activation dtype. order: error from the order of their sums, relative
     to the sum of magnitudes.
     """
-    summed = product(x_ND, NearNumbers(weight_VD))
+    summed = matmul(x_ND, NearNumbers(weight_VD))
     logits = rounded(summed, high, order * summed.size)
     off = torch.zeros_like(logits.x) if logits.off is None else logits.off
     p, targets_N1 = logits.x.softmax(-1), targets_N[:, None]
@@ -133,7 +133,7 @@ def head(
     )
     slopes = (p - F.one_hot(targets_N, p.size(-1))) / positions
     made = rounded(NearNumbers(slopes, p * (off + mean_off) / positions), high, CURVED * (p + (slopes < 0)) / positions)
-    return HeadSlopes(loss, product(made, NearNumbers(weight_VD.mT)), product(transposed(made), transposed(x_ND)))
+    return HeadSlopes(loss, matmul(made, NearNumbers(weight_VD.mT)), matmul(transposed(made), transposed(x_ND)))
 
 
 # --- Router (2.1.2) -------------------------------------------------------------------------------------------------

@@ -54,9 +54,9 @@ from train.prove.judge_state import (
 )
 from train.prove.judge_update import judge_biases, judge_update
 from train.prove.layouts import PROOFS, RunPart, passes_of, run_part, save_step, watched_steps
+from train.prove.perturbed import PerturbedRuns, run_reference_step
 from train.prove.reference import PlainModel
 from train.prove.samples import Samples, initial_weights
-from train.prove.shaken import ShakenRuns, run_shaken_step
 from train.prove.step_parts import StepParts
 
 
@@ -167,11 +167,11 @@ class Judge:
         plain, samples = self._plain(before), Samples(at.config)
         if not exact:  # rounding may change the choice: use the ranks' experts, which are judged later
             plain.choices = chosen_experts(ranks, at.config.seq_len)
-        want = run_shaken_step(plain, samples, plan)
+        want = run_reference_step(plain, samples, plan)
         unit = UNIT[coarsest(at.config) if at.is_rounded else "fp32"]
         near = None if at.is_rounded else 2 * chosen(at.proof, at.config).value
-        shaken = None if exact else ShakenRuns(plain, samples, plan, unit, near)
-        whole = WholeModel(at, ranks, want, shaken, plan.batch_size)
+        perturbed = None if exact else PerturbedRuns(plain, samples, plan, unit, near)
+        whole = WholeModel(at, ranks, want, perturbed, plan.batch_size)
         if at.is_rounded and at.step in watched_steps(at.config):
             self._judge_parts(ranks, before, plan)
         at.phase = "forward"

@@ -119,11 +119,11 @@ def _judge_heads(step: StepParts, name: str, one: AttentionCall) -> None:
     q_BHTQ, nope = _grown(step, q_BHTQ, one.places), model.nope_head_dim
     rope = down_BTX[..., model.kv_rank :].unsqueeze(1).expand(-1, model.heads, -1, -1)
     bound = Bound(8 * ELEMENTS, "angles and turns in fp32, and one rounding of the result")
-    turned_q, turned_k = (high.turned(part, step.config, one.places) for part in (q_BHTQ[..., nope:], rope))
+    rotated_q, rotated_k = (high.rotated(part, step.config, one.places) for part in (q_BHTQ[..., nope:], rope))
     for what, got, want in (
-        ("q", one.q[..., nope:], turned_q),
+        ("q", one.q[..., nope:], rotated_q),
         ("q", one.q[..., :nope], q_BHTQ[..., :nope]),
-        ("k", one.k[..., nope:], turned_k),
+        ("k", one.k[..., nope:], rotated_k),
         ("k", one.k[..., :nope], kv_BHTX[..., :nope]),
         ("v", one.v, kv_BHTX[..., nope:]),
     ):
@@ -152,7 +152,7 @@ def _shared_calls(step: StepParts, name: str) -> Iterator[AttentionCall]:
             rope_BHLR = _rope_keys(step, name, rank, number, length).unsqueeze(1).expand(-1, heads, -1, -1)
             queries = step.through(_queries(step, name), rank)[number].get("y")
             q_BHTQ = _grown(step, _heads_of(queries, heads), places)
-            rope = low.nearest(high.turned(q_BHTQ[..., nope:], step.config, places).x, high_format)
+            rope = low.nearest(high.rotated(q_BHTQ[..., nope:], step.config, places).x, high_format)
             q_BHTQ, k_BHLQ = (
                 torch.cat(each, -1) for each in ([q_BHTQ[..., :nope], rope], [kv_BHLX[..., :nope], rope_BHLR])
             )
@@ -173,7 +173,7 @@ def _rope_keys(step: StepParts, name: str, rank: Evidence, number: int, length: 
         if calls := step.through(f"{name}.kv_down", mate):
             rope_BTR = calls[number].get("y")[..., step.config.model.kv_rank :]
             places = places_of(mate.info, step.config.seq_len, depth_of(name))
-            made = low.nearest(high.turned(rope_BTR, step.config, places).x, step.rounding.high)
+            made = low.nearest(high.rotated(rope_BTR, step.config, places).x, step.rounding.high)
             whole = made.new_zeros(len(made), length, made.size(-1)) if whole is None else whole
             whole[:, places] = made
     assert whole is not None, f"no rank has {name}"
@@ -190,9 +190,9 @@ def _judge_shared_slopes(step: StepParts, name: str, one: AttentionCall, slopes:
     queries = step.through(_queries(step, name), rank)[number]
     got = _heads_of(queries.get("dy"), heads)
     step.compare("attention", queries, "dy", Total(dq[..., :nope], size[..., :nope], None), bound, got=got[..., :nope])
-    turned = high.turned(dq[..., nope:], step.config, one.places, back=True)
-    turned = turned._replace(size=high.turned(size[..., nope:], step.config, one.places).size)
-    step.compare("attention", queries, "dy", turned, bound, got=got[..., nope:])
+    rotated = high.rotated(dq[..., nope:], step.config, one.places, back=True)
+    rotated = rotated._replace(size=high.rotated(size[..., nope:], step.config, one.places).size)
+    step.compare("attention", queries, "dy", rotated, bound, got=got[..., nope:])
     first = 0
     for block in _blocks(step, name, rank, number):
         rows = slice(first, first + block.get("x").size(1))

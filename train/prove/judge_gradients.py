@@ -3,7 +3,7 @@
 The sum is fp32 in every recipe (paper 3.3.1), also with bf16 weights and activations. So each element of a reduced
 gradient must match within fp32 rounding. A missing rank, or a sum in bf16, exceeds this bound.
 
-For a sum over micro-batches a rank records only the total; train/prove/judge_products.py judges it with its matmuls.
+For a sum over micro-batches a rank records only the total; train/prove/judge_matmuls.py judges it with its matmuls.
 Here only its format is tested: a total of several terms has bits that bf16 does not have, unless it was stored in bf16.
 A term is a micro-batch whose gradient returns to the part. Some micro-batches of chats have nothing to learn, and a
 single term may be a matmul result rounded to bf16.
@@ -77,7 +77,7 @@ def _terms_of(weight: str, came: Counter[str]) -> int:
 
 
 def sum_over_ranks(ranks: list[Evidence], shapes: dict[str, tuple[int, ...]], signs: bool = True) -> State:
-    """The mean of the ranks' local gradients over a stage, computed here and not by the product's own reduction.
+    """The mean of the ranks' local gradients over a stage, computed here and not by Sluice's own reduction.
 
     signs: False adds the absolute values of each rank's gradient.
     """

@@ -11,13 +11,13 @@ from train.prove import reference
 from train.prove.bounds import Bound
 from train.prove.comparison import BITS
 from train.prove.evidence import places_of
-from train.prove.judge_pairs import PairsCall, WeightPairs
+from train.prove.judge_lora import LoraCall, WeightLora
 from train.prove.low_precision import FORMATS, FP32, NearNumbers, Total
-from train.prove.step_parts import ELEMENTS, UNTOLD, PartCall, StepParts, SumOverCalls
+from train.prove.step_parts import ELEMENTS, MOST_INCONCLUSIVE, PartCall, StepParts, SumOverCalls
 
 HALF = 2.0**-9
 """Largest relative error of rounding to bf16."""
-ADAPTED_UNTOLD = 0.2
+MOST_INCONCLUSIVE_ADAPTED = 0.2
 """Allowed fraction of inconclusive gradients at the input of an adapted head. An uncertain logit makes a whole row
 inconclusive, and rounded low-rank inputs increase the number of such rows."""
 NO_GRADIENT = Bound(0.0, "what is not learnt gives no gradient")
@@ -28,20 +28,26 @@ NO_GRADIENT = Bound(0.0, "what is not learnt gives no gradient")
 
 def judge_norm(step: StepParts, name: str) -> None:
     """Judge the outputs."""
-    gain = step.weights[f"{name}.weight"]
+    norm_weight = step.weights[f"{name}.weight"]
     for call in step.calls.get(name, []):
-        step.compare("norms", call, "y", high.rms_norm(call.rows("x"), gain, _eps(step, name)), step.in_rows(len(gain)))
+        step.compare(
+            "norms",
+            call,
+            "y",
+            high.rms_norm(call.rows("x"), norm_weight, _eps(step, name)),
+            step.in_rows(len(norm_weight)),
+        )
 
 
 def judge_norm_back(step: StepParts, name: str) -> None:
     """Judge the gradients of inputs and of the weight."""
-    gain, made = step.weights[f"{name}.weight"], SumOverCalls()
+    norm_weight, made = step.weights[f"{name}.weight"], SumOverCalls()
     for call in step.calls.get(name, []):
         if call.has("dy"):
-            dx, dgain = high.rms_norm_back(call.rows("dy"), call.rows("x"), gain, _eps(step, name))
+            dx, dweight = high.rms_norm_back(call.rows("dy"), call.rows("x"), norm_weight, _eps(step, name))
             if call.has("dx"):
-                step.compare("norms", call, "dx", dx, step.in_rows(len(gain)))
-            made.add(dgain, step.on_gpu, len(call.rows("dy")))
+                step.compare("norms", call, "dx", dx, step.in_rows(len(norm_weight)))
+            made.add(dweight, step.on_gpu, len(call.rows("dy")))
     step.compare_gradient(f"{name}.weight", made, step.in_rows(made.terms))
 
 
@@ -118,7 +124,7 @@ def judge_head(step: StepParts, name: str) -> None:
 
 def judge_head_back(step: StepParts, name: str) -> None:
     """Judge the gradients of states, of the weight and of its LoRA A and B."""
-    whole, pairs, order = SumOverCalls(), WeightPairs(step, "head.weight"), step.in_rows(step.config.model.vocab_size)
+    whole, lora, order = SumOverCalls(), WeightLora(step, "head.weight"), step.in_rows(step.config.model.vocab_size)
     for call, made, learnt_N in _head_calls(step):
         if not call.has("dx", "dy"):
             step.at.fail("parts", call.name, "not every micro-batch came back", 0, 1, call.rank)
@@ -134,17 +140,25 @@ def judge_head_back(step: StepParts, name: str) -> None:
             rest, quantity = dx_ND[~learnt_N], "gradients of what is not learnt"
             step.at.compare(quantity, call.name, rest, torch.zeros_like(rest), NO_GRADIENT, rank=call.rank)
             dx_ND, x_ND = dx_ND[learnt_N], x_ND[learnt_N]
-        x = pairs.narrow(x, weight, PairsCall(call, "dropped", NearNumbers(x_ND), low.product))
-        step.compare("output head", call, "dx", x, order, got=dx_ND, most=ADAPTED_UNTOLD if pairs.names else UNTOLD)
+        x = lora.narrow(x, weight, LoraCall(call, "dropped", NearNumbers(x_ND), low.matmul))
+        step.compare(
+            "output head",
+            call,
+            "dx",
+            x,
+            order,
+            got=dx_ND,
+            most=MOST_INCONCLUSIVE_ADAPTED if lora.names else MOST_INCONCLUSIVE,
+        )
         if not step.config.optim.detach_mtp or call.name == "head.0":  # otherwise the head learns nothing from it
             whole.add(weight, False, len(x.x))
-    pairs.judge_gradients(ADAPTED_UNTOLD)
+    lora.judge_gradients(MOST_INCONCLUSIVE_ADAPTED)
     step.compare_gradient("head.weight", whole, step.in_rows(whole.terms))
 
 
 def _head_calls(step: StepParts) -> Iterator[tuple[PartCall, high.HeadSlopes, Tensor | None]]:
     """The calls of the head for the main model and every MTP depth, with the learnt rows; None for all rows."""
-    order, pairs = step.in_rows(step.config.model.hidden).value, WeightPairs(step, "head.weight")
+    order, lora = step.in_rows(step.config.model.hidden).value, WeightLora(step, "head.weight")
     for depth in range(1 + step.config.model.mtp_depth):
         seats = reference.Seats.of(step.batch, depth)
         for call in step.calls.get(f"head.{depth}", []):
@@ -159,8 +173,8 @@ def _head_calls(step: StepParts) -> Iterator[tuple[PartCall, high.HeadSlopes, Te
                 micro_batches = info.plan["batch_size"] / (info.micro_batch_size * info.dp)  # of a rank, on average
                 x_ND, targets_N = x_ND[learnt_N], targets_N[learnt_N]
                 count = int(main_BT.sum()) / (step.shared * micro_batches)
-            given = PairsCall(call, "dropped", NearNumbers(x_ND), low.product)
-            x, weight = pairs.widen(given, step.weights["head.weight"])
+            given = LoraCall(call, "dropped", NearNumbers(x_ND), low.matmul)
+            x, weight = lora.widen(given, step.weights["head.weight"])
             yield call, high.head(x, weight, targets_N, count, step.rounding.high, order), learnt_N
 
 

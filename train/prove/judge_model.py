@@ -14,9 +14,9 @@ from train.prove.comparison import WHOLE_NUMBERS, Comparisons, size_of
 from train.prove.evidence import Evidence, assemble, calls_by_name, depth_of, places_of
 from train.prove.high_precision import choice_excess
 from train.prove.judge_gradients import sum_over_ranks
+from train.prove.perturbed import PerturbedRuns, ReferenceStep
 from train.prove.reference import PlainModel
 from train.prove.samples import Samples
-from train.prove.shaken import ReferenceStep, ShakenRuns
 
 StepPart = Callable[[ReferenceStep], Tensor]
 """Selects a tensor of a step of the reference."""
@@ -29,7 +29,7 @@ class WholeModel:
     at: Comparisons
     ranks: list[Evidence]
     want: ReferenceStep
-    shaken: ShakenRuns | None
+    perturbed: PerturbedRuns | None
     """The perturbed runs of the reference; None in fp64."""
     batch_size: int
 
@@ -85,9 +85,9 @@ class WholeModel:
         self.at.compare(quantity, name, got, part(self.want), bound, rank=rank, scale=scale, widen=widen)
 
     def _widen(self, part: StepPart, by_norm: bool, bound: Bound, scale: float) -> Bound:
-        if self.shaken is None:
+        if self.perturbed is None:
             return bound
-        wider = self.shaken.bound(part, part(self.want).detach(), scale, by_norm)
+        wider = self.perturbed.bound(part, part(self.want).detach(), scale, by_norm)
         return max(bound, wider, key=lambda one: one.value)
 
     def _output(self, name: str, rank: Evidence, number: int, count: int | None, step: ReferenceStep) -> Tensor:

@@ -7,16 +7,16 @@ rounding. So a bound is a few millionths of a sum's magnitudes, instead of the t
 model. A difference is measured beyond half a step of the result's format, relative to the sum of the magnitudes of the
 terms. The gradient of a weight is the sum over all micro-batches and the mean over all ranks, as the update takes it.
 
-Numbers that rounding ties may change by more than TOLD of that sum are inconclusive. More than a fraction UNTOLD of
+Numbers that rounding ties may change by more than INCONCLUSIVE of that sum are inconclusive. More than a fraction MOST_INCONCLUSIVE of
 them in a tensor fails, because the comparison would prove nothing.
 
-PART_JUDGES assigns a judge to each part: judge_products.py, judge_attention.py, judge_layers.py, judge_router.py.
+PART_JUDGES assigns a judge to each part: judge_matmuls.py, judge_attention.py, judge_layers.py, judge_router.py.
 """
 
 import re
 from collections.abc import Callable, Iterable
 
-from train.prove import judge_attention, judge_layers, judge_products, judge_router, reference
+from train.prove import judge_attention, judge_layers, judge_matmuls, judge_router, reference
 from train.prove.reference_adapter import is_adapted
 from train.prove.step_parts import StepParts
 
@@ -28,9 +28,9 @@ PART_JUDGES: tuple[tuple[str, PartJudge, PartJudge], ...] = (
     (r"(.*norm)", judge_layers.judge_norm, judge_layers.judge_norm_back),
     (r"(.*)\.ffn_norm", judge_layers.judge_sums, judge_layers.judge_sums_back),
     (r"(.*\.router)", judge_router.judge_router, judge_router.judge_router_back),
-    (r"(.*)\.experts\.w13", judge_products.judge_experts, judge_products.judge_experts_back),
-    (r"(?!.*norm|.*\.router|.*\.experts\.)(.+\..+)", judge_products.judge_linear, judge_products.judge_linear_back),
-    (r"(.*\.(?:ffn|shared))\.w13", judge_products.judge_swiglu, judge_products.judge_swiglu_back),
+    (r"(.*)\.experts\.w13", judge_matmuls.judge_experts, judge_matmuls.judge_experts_back),
+    (r"(?!.*norm|.*\.router|.*\.experts\.)(.+\..+)", judge_matmuls.judge_linear, judge_matmuls.judge_linear_back),
+    (r"(.*\.(?:ffn|shared))\.w13", judge_matmuls.judge_swiglu, judge_matmuls.judge_swiglu_back),
     (r"(.*)\.kv_up", judge_attention.judge_attention, judge_attention.judge_attention_back),
 )
 """Patterns for the name of a weight, without its ending: the name of the part that begins there, and the judges of its

@@ -1,7 +1,7 @@
 """Judges dispatch and combine: compares the rows that arrive with the rows that were sent.
 
 Every layer, micro-batch and expert group is judged separately, with the ranks' actual rows. So a difference is a fault
-of dispatch or combine, and not of an earlier part. The order of rows is not taken from the product: rows and tokens are
+of dispatch or combine, and not of an earlier part. The order of rows is not taken from Sluice: rows and tokens are
 matched by expert and gate.
 
     forward     gates at the experts, rows at the experts, sums of expert outputs

@@ -235,7 +235,7 @@ def read_rounding(precision: Values) -> PlainRounding:
 # --- Linear layers (3.3.1) ------------------------------------------------------------------------------------------
 
 
-def product(left: NearNumbers, right: NearNumbers) -> Total:
+def matmul(left: NearNumbers, right: NearNumbers) -> Total:
     """left (O, C) right (N, C)^T, summed over C."""
     x, size = left.x @ right.x.mT, left.x.abs() @ right.x.abs().mT
     off = None
@@ -249,7 +249,7 @@ def product(left: NearNumbers, right: NearNumbers) -> Total:
 
 def fprop(x_TK: Tensor, weight: NearNumbers, rules: LinearRules) -> Total:
     """Fprop. weight: (N, K), cast for this matmul."""
-    return product(cast(NearNumbers(x_TK), rules.fprop[0], -1), weight)
+    return matmul(cast(NearNumbers(x_TK), rules.fprop[0], -1), weight)
 
 
 def transposed(given: NearNumbers) -> NearNumbers:
@@ -259,13 +259,13 @@ def transposed(given: NearNumbers) -> NearNumbers:
 
 def dgrad(dy_TN: NearNumbers, weight: NearNumbers, rules: LinearRules) -> Total:
     """Dgrad. weight: (N, K), cast for this matmul."""
-    return product(cast(dy_TN, rules.dgrad[0], -1), transposed(weight))
+    return matmul(cast(dy_TN, rules.dgrad[0], -1), transposed(weight))
 
 
 def wgrad(dy_TN: NearNumbers, kept_TK: NearNumbers, rules: LinearRules) -> Total:
     """The weight gradient (Wgrad): (N, K)."""
     left, right = cast(dy_TN, rules.wgrad[0], -2), cast(kept_TK, rules.wgrad[1], -2)
-    return product(transposed(left), transposed(right))
+    return matmul(transposed(left), transposed(right))
 
 
 def kept(x_TK: Tensor, rule: Rule | None) -> NearNumbers:

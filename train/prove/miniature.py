@@ -333,7 +333,9 @@ def _shrink_optim(optim: Optim, start: int, more: int) -> Optim:
 def _differences(cfg: Config, small: Config) -> list[str]:
     """A sentence for every changed setting of the model, its training and its layout, and one for all settings that a
     proof ignores."""
-    changed = [(name, there, here) for name, there, here in _pairs("", cfg, small) if here != there and name not in OWN]
+    changed = [
+        (name, there, here) for name, there, here in _both_values("", cfg, small) if here != there and name not in OWN
+    ]
     is_read = {name: name.startswith(SHOWN) for name, *_ in changed}
     found = [f"{name} is {_text(here)} instead of {_text(there)}." for name, there, here in changed if is_read[name]]
     if left_out := [name for name, *_ in changed if not is_read[name]]:
@@ -341,12 +343,12 @@ def _differences(cfg: Config, small: Config) -> list[str]:
     return [*found, "The tokens are drawn at random, in documents of random length."]
 
 
-def _pairs(prefix: str, cfg: Any, small: Any) -> Iterator[tuple[str, Any, Any]]:
+def _both_values(prefix: str, cfg: Any, small: Any) -> Iterator[tuple[str, Any, Any]]:
     """All keys as (key, the recipe's value, the miniature's value)."""
     for entry in fields(cfg):
         there, here = getattr(cfg, entry.name), getattr(small, entry.name)
         if is_dataclass(there):
-            yield from _pairs(f"{prefix}{entry.name}.", there, here)
+            yield from _both_values(f"{prefix}{entry.name}.", there, here)
         else:
             yield prefix + entry.name, there, here
 

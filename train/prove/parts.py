@@ -69,8 +69,8 @@ class PartsWatch:
                     module.run_experts = partial(self._run_experts, name, first, module.run_experts)
                 elif isinstance(module, MLA):
                     module.attend = partial(self._attend, name, module.attend)
-                for what, pairs in _pairs_of(module).items():
-                    pairs._drop = partial(self._drop, name, what, pairs._drop)
+                for what, lora in _lora_modules(module).items():
+                    lora._drop = partial(self._drop, name, what, lora._drop)
 
     def clear(self) -> None:
         self.seen, self._calls = {}, {}
@@ -226,13 +226,13 @@ class _WatchedSwiGLU:
         return self._inner.swiglu(h, *rest)
 
 
-def _pairs_of(module: nn.Module) -> dict[str, Any]:
+def _lora_modules(module: nn.Module) -> dict[str, Any]:
     """LoRA modules of a module, by the name of their recorded input."""
     found = {
         "dropped": getattr(module, "added_up" if isinstance(module, Experts) else "added", None),
         "dropped_a": getattr(module, "added_down", None),
     }
-    return {what: pairs for what, pairs in found.items() if pairs is not None}
+    return {what: lora for what, lora in found.items() if lora is not None}
 
 
 def first_node(y: Tensor, x: Tensor) -> Any:

@@ -1,7 +1,7 @@
 """One rank of a proof, top to bottom. `python -m train.prove.proof_rank CONFIG [PART]` is a rank that the driver
 started.
 
-It trains with the product's own code and writes evidence. It judges nothing.
+It trains with Sluice's own code and writes evidence. It judges nothing.
 
     exact      one step in fp64 with the gradients of this rank alone, before any reduction; the sizes at which code takes
                another path (conf/thresholds.py) are lowered
@@ -213,7 +213,7 @@ def fill_biases(model: RankModel, biases: dict[str, Tensor]) -> None:
         router.bias_E.copy_(biases[name])
 
 
-# Trained: the product's Trainer, DeepSpeed and checkpoints
+# Trained: Sluice's Trainer, DeepSpeed and checkpoints
 
 
 def prove_trained(proof: str, config: Config, place: Place, device: torch.device, parts: Sequence[int]) -> None:
@@ -333,7 +333,7 @@ class _LateCheckpointer(Checkpointer):
 
 
 class _ProvenTrainer(Trainer):
-    """The product's Trainer, which also writes evidence of every step."""
+    """Sluice's Trainer, which also writes evidence of every step."""
 
     def prove(self, rank: RankSetup, part: RunPart, start: Evidence) -> None:
         """Train as `run` does. start: the evidence of the state before the first step."""
@@ -378,7 +378,7 @@ class _ProvenTrainer(Trainer):
         outcome, gradients = self._outcome
         info = _info(self._proof, self._part.number, self.run.config, self._rank, plan, outcome)
         info.validation_loss = self._validation_loss
-        compiles = getattr(self.run.parts.precision.kernels, "compiles_product", None)  # torch operations round
+        compiles = getattr(self.run.parts.precision.kernels, "compiles_matmul", None)  # torch operations round
         info.sums_in_fp32 = compiles is not None and compiles(torch.empty(0, dtype=torch.bfloat16))
         evidence = Evidence(info)
         add_scores(evidence, self.run.engine, outcome)
@@ -405,7 +405,7 @@ class _Gradients:
         self._sizes: dict[str, Shard] = {}
 
     def add_local(self, name: str, gradient: Shard) -> None:
-        """Sum gradients that are reduced by micro-batch, with more precision than the product's own rounding."""
+        """Sum gradients that are reduced by micro-batch, with more precision than Sluice's own rounding."""
         held = self._local.get(name)
         if held is None:
             self._local[name] = replace(gradient, local=gradient.local.clone())

@@ -1,4 +1,4 @@
-"""A recipe as the references take it: a plain mapping of its values, without values derived by the product."""
+"""A recipe as the references take it: a plain mapping of its values, without values derived by Sluice."""
 
 from dataclasses import asdict
 from typing import Any

@@ -1,7 +1,7 @@
 """DeepSeek-V3 in one file, written like its formulas: the reference that mode=prove compares every layout with.
 
 Read it from top to bottom to learn the model. Nothing here is fast: one process, one expert after another, autograd,
-all in the dtype of the given weights, which is fp64 in a proof. It shares no code with the judged product, only the
+all in the dtype of the given weights, which is fp64 in a proof. It shares no code with the judged code, only the
 values of the recipe and names of weights.
 
     forward                embedding -> blocks -> head and MTP modules -> losses             PlainModel
@@ -86,9 +86,9 @@ def layers_with_experts(model: Values) -> list[str]:
 # --- Parts of a block -----------------------------------------------------------------------------------------------
 
 
-def rms_norm(x: Tensor, gain_D: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """x over its root mean square, times a learnt norm weight."""
-    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * gain_D
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight_D
 
 
 def swiglu(x_ND: Tensor, w13_2FD: Tensor, w2_DF: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """An adapter, written like its formula: every adapted matrix W counts as W + alpha / rank B A, and only B and A learn.
 
-Shares no code with the judged product, only the settings and the names of weights. w13 is two matrices, one below the
+Shares no code with the judged code, only the settings and the names of weights. w13 is two matrices, one below the
 other, each with its own A and B; so has every expert.
 
 Shapes: O outputs, I inputs, E experts, F inner width.
@@ -29,7 +29,7 @@ def is_adapted(config: Values) -> bool:
     return config.adapter.name != "none"
 
 
-def pairs_of(config: Values, weight: str) -> list[str]:
+def lora_prefixes(config: Values, weight: str) -> list[str]:
     """Name prefixes of A and B of a weight, one per matrix in it; empty if it is not adapted."""
     targets = config.adapter.targets or ()
     if not is_adapted(config) or not any(weight.endswith(end) for target in targets for end in ADAPTED_ENDS[target]):
@@ -42,7 +42,7 @@ def pairs_of(config: Values, weight: str) -> list[str]:
     return [module + "w1_lora_", module + "w3_lora_"] if module.endswith(".w13.") else [module + "lora_"]
 
 
-def is_beside_pairs(name: str) -> bool:
+def is_stored_in_blocks(name: str) -> bool:
     """Whether adapter.base=fp8 stores this weight in blocks: all weights that can be adapted, except the head."""
     return any(name.endswith(end) for target, ends in ADAPTED_ENDS.items() if target != "head" for end in ends)
 
@@ -62,10 +62,10 @@ def adapter_shapes(config: Values, shapes: dict[str, tuple[int, ...]]) -> dict[s
     """All A (rank, I) and B (O, rank), stacked for experts. shapes: of the weights."""
     found: dict[str, tuple[int, ...]] = {}
     for weight, (*experts, outputs, inputs) in ((name, shape) for name, shape in shapes.items() if len(shape) > 1):
-        pairs = pairs_of(config, weight)
-        for pair in pairs:
-            found[f"{pair}A"] = (*experts, config.adapter.rank, inputs)
-            found[f"{pair}B"] = (*experts, outputs // len(pairs), config.adapter.rank)
+        prefixes = lora_prefixes(config, weight)
+        for prefix in prefixes:
+            found[f"{prefix}A"] = (*experts, config.adapter.rank, inputs)
+            found[f"{prefix}B"] = (*experts, outputs // len(prefixes), config.adapter.rank)
     return found
 
 
@@ -73,7 +73,7 @@ def adapted(config: Values, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The effective weights of the model, with the contribution of A and B."""
     scale, found = config.adapter.alpha / config.adapter.rank, dict(weights)
     for name in weights:
-        if pairs := pairs_of(config, name):
-            products = [weights[f"{pair}B"] @ weights[f"{pair}A"] for pair in pairs]
+        if prefixes := lora_prefixes(config, name):
+            products = [weights[f"{prefix}B"] @ weights[f"{prefix}A"] for prefix in prefixes]
             found[name] = weights[name] + scale * torch.cat(products, -2)
     return found

@@ -4,7 +4,7 @@
     update                 clip by the global norm, AdamW, average of the weights            clip_factor, adamw, moving_average
     balance                the routers' biases follow the tokens per expert                  move_bias
 
-Sections are those of the DeepSeek-V3 report (arXiv 2412.19437). Shares no code with the judged product.
+Sections are those of the DeepSeek-V3 report (arXiv 2412.19437). Shares no code with the judged code.
 """
 
 import math

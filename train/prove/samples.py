@@ -21,7 +21,7 @@ from conf.schema import Config
 from train.data.batch import Batch
 from train.prove.recipe_values import read_values
 from train.prove.reference import PlainModel, layers_with_experts, trained_shapes, weight_shapes
-from train.prove.reference_adapter import in_blocks, is_beside_pairs
+from train.prove.reference_adapter import in_blocks, is_stored_in_blocks
 
 BIAS = 0.05
 """Standard deviation of the routers' initial biases; scores are between 0 and 1."""
@@ -126,7 +126,7 @@ def initial_weights(config: Config) -> dict[str, Tensor]:
             inputs = _by_tile(shape[-1], name.endswith("projection.weight"))
             weights[name] = drawn / shape[-1] ** 0.5 * outputs / inputs
     if config.adapter.base == "fp8":
-        weights |= {name: in_blocks(weights[name]) for name in weights if is_beside_pairs(name)}
+        weights |= {name: in_blocks(weights[name]) for name in weights if is_stored_in_blocks(name)}
     return weights
 
 

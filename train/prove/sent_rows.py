@@ -4,7 +4,7 @@
                applied to the activation gradient before MoE down-projections"; the scales are "integral powers of 2".
     combine    "for both the forward and backward combine components, we retain them in BF16".
 
-All arithmetic is fp64, without the product's code. It gives the values of received rows, and the places where a sum of
+All arithmetic is fp64, without Sluice's code. It gives the values of received rows, and the places where a sum of
 rows is rounded.
 
 Shapes: R rows, D channels, T tokens, K experts of a token.

@@ -17,20 +17,20 @@ from train.prove.evidence import Evidence, State, assemble
 from train.prove.low_precision import FORMATS, FP32, NearNumbers, PlainFormat, Total
 from train.prove.samples import initial_weights
 
-TOLD, UNTOLD = 0.05, 0.01
-"""A number is inconclusive if ties may change it by more than TOLD of its sum of magnitudes. UNTOLD: allowed fraction
+INCONCLUSIVE, MOST_INCONCLUSIVE = 0.05, 0.01
+"""A number is inconclusive if ties may change it by more than INCONCLUSIVE of its sum of magnitudes. MOST_INCONCLUSIVE: allowed fraction
 of such numbers in a tensor."""
 FEW = 16
 """Inconclusive numbers that any tensor may have: one tie in a tile changes several numbers, a large fraction of a small
 tensor."""
 SHORT = 2.0**-12
-"""Relative error of a GPU's tensor cores, which sum FP8 products in about 14 bits, 128 at a time (3.3.2)."""
+"""Relative error of a GPU's tensor cores, which sum FP8 multiplications in about 14 bits, 128 at a time (3.3.2)."""
 ELEMENTS = 2.0**-19
 """Relative error of elementwise fp32 arithmetic: an exponential and some multiplications."""
-IN_ELEMENTS = Bound(ELEMENTS, "an exponential and some products in fp32, and one rounding of the result")
+IN_ELEMENTS = Bound(ELEMENTS, "an exponential and some multiplications in fp32, and one rounding of the result")
 WHAT = {
-    "x": "input", "y": "output", "dy": "gradient of the output", "dx": "gradient of the input", "h": "first product",
-    "dh": "gradient of the first product", "gates": "gates", "dgates": "gradient of the gates", "q": "queries", "k": "keys",
+    "x": "input", "y": "output", "dy": "gradient of the output", "dx": "gradient of the input", "h": "first matmul",
+    "dh": "gradient of the first matmul", "gates": "gates", "dgates": "gradient of the gates", "q": "queries", "k": "keys",
     "v": "values", "dq": "gradient of the queries", "dk": "gradient of the keys", "dv": "gradient of the values",
 }  # fmt: skip
 
@@ -89,14 +89,14 @@ class StepParts:
     def order(self, terms: int) -> Bound:
         """Bound for the order of a sum, relative to the sum of magnitudes."""
         if self.on_gpu and self.rounding.is_fp8:
-            return Bound(SHORT, "tensor cores sum products of FP8 in some 14 bits")
+            return Bound(SHORT, "tensor cores sum FP8 multiplications in about 14 bits")
         value = 8 * FP32 * max(terms, 1) ** 0.5
         return Bound(value, f"8 x 2^-24 x sqrt({terms} terms), of their magnitudes, and one rounding of the result")
 
     def in_rows(self, terms: int) -> Bound:
         """Bound for the order of a sum in fp32 and some elementwise multiplications."""
         value = ELEMENTS + 8 * FP32 * max(terms, 1) ** 0.5
-        return Bound(value, f"some products and a sum of {terms} terms in fp32, and one rounding of the result")
+        return Bound(value, f"some multiplications and a sum of {terms} terms in fp32, and one rounding of the result")
 
     def compare(
         self,
@@ -108,7 +108,7 @@ class StepParts:
         form: PlainFormat | None = None,
         got: Tensor | None = None,
         name: str | None = None,
-        most: float = UNTOLD,
+        most: float = MOST_INCONCLUSIVE,
     ) -> None:
         """Compare a result of a call with the expected result.
 
@@ -121,7 +121,7 @@ class StepParts:
         self.at.compare(quantity, named, found, want.x, bound, rank=call.rank, measure=measure)
 
     def compare_gradient(
-        self, name: str, made: "SumOverCalls", bound: Bound | None = None, most: float = UNTOLD
+        self, name: str, made: "SumOverCalls", bound: Bound | None = None, most: float = MOST_INCONCLUSIVE
     ) -> None:
         """Compare a weight's gradient as the update took it with the mean over ranks of all micro-batches'
         contributions."""
@@ -135,7 +135,7 @@ class StepParts:
         self.at.compare(quantity, name, got, made.total.x, bound or self.order(made.terms), measure=measure)
 
 
-def beyond_rounding(want: Total, form: PlainFormat, most: float = UNTOLD) -> DifferenceMeasure:
+def beyond_rounding(want: Total, form: PlainFormat, most: float = MOST_INCONCLUSIVE) -> DifferenceMeasure:
     """Measures the difference beyond one rounding of the result and rounding ties, relative to the sum of
     magnitudes."""
 
@@ -143,8 +143,8 @@ def beyond_rounding(want: Total, form: PlainFormat, most: float = UNTOLD) -> Dif
         size, off = want.size.flatten(), low.slack(want).flatten()
         beyond = ((got - want_N).abs() - low.spacing(got, form) / 2 - off - SMALLEST).clamp_min_(0)
         errors = torch.where(beyond == 0, 0.0, beyond / size).nan_to_num_(math.inf, math.inf)
-        untold, limit = int((off > TOLD * size).sum()), max(most * len(got), FEW)
-        return Measurement(errors, errors.max().item(), untold=untold, most_untold=limit)
+        inconclusive, limit = int((off > INCONCLUSIVE * size).sum()), max(most * len(got), FEW)
+        return Measurement(errors, errors.max().item(), inconclusive=inconclusive, most_inconclusive=limit)
 
     return measure
 
@@ -180,7 +180,7 @@ class SumOverCalls:
             if len(left_e.x):
                 part = SumOverCalls()
                 part.total = Total(*(one[expert] for one in (self.total.x, self.total.size, low.slack(self.total))))
-                part.add(low.product(low.transposed(left_e), low.transposed(right_e)), rounded, 0)
+                part.add(low.matmul(low.transposed(left_e), low.transposed(right_e)), rounded, 0)
         self.terms += max(counts, default=0)
 
 

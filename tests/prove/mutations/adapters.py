@@ -145,7 +145,7 @@ def pairs_of_the_neighbour_after_a_resume(bug: Seams) -> None:
 
 # --- In the recipe's own precision, part by part ----------------------------------------------------------------------
 
-LOW, PRODUCTS = "recipe", "products"
+LOW, MATMULS = "recipe", "matmuls"
 
 
 def of_base(bug: Seams, change) -> None:
@@ -153,14 +153,12 @@ def of_base(bug: Seams, change) -> None:
     bug.around(CompiledEngine, "grouped", lambda original, self, *given: change(original(self, *given)))
 
 
-@mutation(
-    OURS + ": products of experts of a base in FP8 are 1.3 times as large", "adapters fp8", FORWARD, PRODUCTS, LOW
-)
+@mutation(OURS + ": products of experts of a base in FP8 are 1.3 times as large", "adapters fp8", FORWARD, MATMULS, LOW)
 def base_of_experts_times_1_3(bug: Seams) -> None:
     of_base(bug, lambda rows: rows * 1.3)
 
 
-@mutation(OURS + ": products of experts of a base in FP8 are 0", "adapters fp8", FORWARD, PRODUCTS, LOW)
+@mutation(OURS + ": products of experts of a base in FP8 are 0", "adapters fp8", FORWARD, MATMULS, LOW)
 def base_of_experts_of_0(bug: Seams) -> None:
     of_base(bug, torch.zeros_like)
 
@@ -184,12 +182,12 @@ def of_second(bug: Seams, change) -> None:
     bug.around(LowRankPairs, "add", add)
 
 
-@mutation(OURS + ": experts have no pairs of their second product", "adapters fp8", FORWARD, PRODUCTS, LOW)
+@mutation(OURS + ": experts have no pairs of their second product", "adapters fp8", FORWARD, MATMULS, LOW)
 def no_pairs_of_down(bug: Seams) -> None:
     of_second(bug, lambda self, y, x, groups, add: y)
 
 
-@mutation(OURS + ": experts have no pairs of their first product", "adapters fp8", FORWARD, PRODUCTS, LOW)
+@mutation(OURS + ": experts have no pairs of their first product", "adapters fp8", FORWARD, MATMULS, LOW)
 def no_pairs_of_up(bug: Seams) -> None:
     def add(original, self, y, x, groups=None):
         return y if groups is not None and "w13" in self._salt else original(self, y, x, groups)
@@ -197,12 +195,12 @@ def no_pairs_of_up(bug: Seams) -> None:
     bug.around(LowRankPairs, "add", add)
 
 
-@mutation(OURS + ": pairs of experts' second product take SwiGLU without gates", "adapters fp8", FORWARD, PRODUCTS, LOW)
+@mutation(OURS + ": pairs of experts' second product take SwiGLU without gates", "adapters fp8", FORWARD, MATMULS, LOW)
 def pairs_of_down_without_gates(bug: Seams) -> None:
     bug.around(linear, "swiglu_of", lambda original, h, gates, kernels: original(h, torch.ones_like(gates), kernels))
 
 
-@mutation(OURS + ": Dgrad of linear layers beside pairs is 0.6 times as large", "adapters fp8", BACKWARD, PRODUCTS, LOW)
+@mutation(OURS + ": Dgrad of linear layers beside pairs is 0.6 times as large", "adapters fp8", BACKWARD, MATMULS, LOW)
 def dgrad_times_06(bug: Seams) -> None:
     def backward(original, ctx, dy):
         dx, *rest = original(ctx, dy)
@@ -211,7 +209,7 @@ def dgrad_times_06(bug: Seams) -> None:
     bug.around(linear._Linear, "backward", backward)
 
 
-@mutation(OURS + ": a rank keeps its pairs of before every update", "adapters bf16", FORWARD, f"{PRODUCTS}|output", LOW)
+@mutation(OURS + ": a rank keeps its pairs of before every update", "adapters bf16", FORWARD, f"{MATMULS}|output", LOW)
 def a_rank_keeps_its_pairs(bug: Seams) -> None:
     def step(original, self, *given, **more):
         held = {param: param.detach().clone() for param in self.engine.module.parameters() if param.requires_grad}
@@ -236,7 +234,7 @@ def gradients_of_experts_pairs_times_08(bug: Seams) -> None:
     bug.around(LowRankPairs, "_product", product)
 
 
-@mutation(OURS + ": what pairs add is rounded through FP8", "adapters bf16", FORWARD, PRODUCTS, LOW)
+@mutation(OURS + ": what pairs add is rounded through FP8", "adapters bf16", FORWARD, MATMULS, LOW)
 def pairs_in_fp8(bug: Seams) -> None:
     def add(original, self, y, x, groups=None):
         return original(self, y, x + (x.to(torch.float8_e4m3fn).to(x.dtype) - x).detach(), groups)
@@ -264,9 +262,7 @@ def dropout_the_other_way(bug: Seams) -> None:
     dropped(bug, lambda kept, x, share: torch.where(kept == 0, x / (1 - share), 0))
 
 
-@mutation(
-    OURS + ": a block's scale of a base in FP8 is its neighbour's", "adapters dropped", FORWARD, PRODUCTS, "tiles"
-)
+@mutation(OURS + ": a block's scale of a base in FP8 is its neighbour's", "adapters dropped", FORWARD, MATMULS, "tiles")
 def scale_of_the_next_block(bug: Seams) -> None:
     def parts(original, self, row):
         scale, codes = original(self, row)

@@ -19,7 +19,7 @@ from train.kernels.plain.plain_kernels import added
 
 LOW = "recipe"
 WEIGHTS = "gradients of (single )?weights"
-ATTENTION, EXPERTS, MADE = "attention", "moe|experts", "outputs|products"
+ATTENTION, EXPERTS, MADE = "attention", "moe|experts", "outputs|matmuls"
 """Parts that certificates name; what a part made, in the last."""
 
 
@@ -107,7 +107,7 @@ def wgrad_summed_in_bf16(bug: Seams) -> None:
     "modelscope/mcore-bridge#125: Dgrad of weights that were never filled",
     "fp8",
     BACKWARD,
-    "gradients? of (outputs|the input|the first product)",
+    "gradients? of (outputs|the input|the first matmul)",
     LOW,
 )
 def dgrad_of_empty_weights(bug: Seams) -> None:
@@ -124,7 +124,7 @@ def dgrad_of_empty_weights(bug: Seams) -> None:
     "NVIDIA/TransformerEngine#1047: the weights' FP8 copies are never refreshed",
     "fp8",
     FORWARD,
-    "outputs|loss|products",
+    "outputs|loss|matmuls",
     LOW,
 )
 def copies_of_weights_never_refreshed(bug: Seams) -> None:
@@ -142,7 +142,7 @@ def copies_of_weights_never_refreshed(bug: Seams) -> None:
     "NVIDIA/TransformerEngine#1047: the same on two ranks that share experts",
     "fp8 wire",
     FORWARD,
-    "outputs|loss|products",
+    "outputs|loss|matmuls",
     LOW,
 )
 def copies_of_weights_never_refreshed_on_two_ranks(bug: Seams) -> None:
@@ -215,7 +215,7 @@ def ragged_tile_lost(bug: Seams) -> None:
     "pytorch/ao#4229: Dgrad with the first block's scale",
     "fp8",
     BACKWARD,
-    "gradients? of (outputs|the input|the first product)",
+    "gradients? of (outputs|the input|the first matmul)",
     LOW,
 )
 def dgrad_with_the_first_blocks_scale(bug: Seams) -> None:
@@ -256,7 +256,7 @@ def wgrad_with_the_first_tiles_scale(bug: Seams) -> None:
     "pytorch/ao#4229: scales of blocks are not transposed with their values",
     "fp8",
     BACKWARD,
-    "gradients? of (outputs|the input|the first product)",
+    "gradients? of (outputs|the input|the first matmul)",
     LOW,
 )
 def scales_not_transposed(bug: Seams) -> None:

@@ -227,7 +227,7 @@ def groups_by_their_best(bug: Seams) -> None:
 
 
 @mutation(
-    OURS + ": the attention's output is cast as other inputs are", "fp8", FORWARD, "products .*attention.out", "recipe"
+    OURS + ": the attention's output is cast as other inputs are", "fp8", FORWARD, "matmuls .*attention.out", "recipe"
 )
 def attention_output_cast_as_others(bug: Seams) -> None:
     bug.around(
@@ -236,7 +236,7 @@ def attention_output_cast_as_others(bug: Seams) -> None:
 
 
 @mutation(
-    OURS + ": what travels to experts is cast as other inputs are", "fp8", FORWARD, "products of experts", "recipe"
+    OURS + ": what travels to experts is cast as other inputs are", "fp8", FORWARD, "matmuls of experts", "recipe"
 )
 def dispatched_cast_as_others(bug: Seams) -> None:
     bug.around(

@@ -57,16 +57,16 @@ class CompiledKernels(PlainKernels):
         return kernel(logits_NV, targets_N, scale)
 
     def linear(self, x: Tensor, weight_OI: Tensor) -> Tensor:
-        if not self.compiles_product(x, weight_OI):
+        if not self.compiles_matmul(x, weight_OI):
             return super().linear(x, weight_OI)
         return LinearProduct.apply(x, weight_OI, self)
 
     def product(self, left_OC: Tensor, right_NC: Tensor, dtype: torch.dtype, into_ON: Tensor | None = None) -> Tensor:
-        kernel = compiled_products.product if self.compiles_product(left_OC, right_NC) else super().product
+        kernel = compiled_products.product if self.compiles_matmul(left_OC, right_NC) else super().product
         return kernel(left_OC, right_NC, dtype, into_ON)
 
     def grouped_product(self, x_RI: Tensor, weight_EIO: Tensor, groups: ExpertGroups) -> Tensor:
-        if not self.compiles_product(x_RI, weight_EIO):
+        if not self.compiles_matmul(x_RI, weight_EIO):
             return super().grouped_product(x_RI, weight_EIO, groups)
         assert isinstance(groups, list)
         return compiled_products.grouped(x_RI, weight_EIO.mT, groups)
@@ -74,12 +74,12 @@ class CompiledKernels(PlainKernels):
     def grouped_weight_gradient(
         self, grad_RO: Tensor, x_RI: Tensor, groups: ExpertGroups, dtype: torch.dtype, into_EOI: Tensor | None = None
     ) -> Tensor:
-        if not self.compiles_product(grad_RO, x_RI):
+        if not self.compiles_matmul(grad_RO, x_RI):
             return super().grouped_weight_gradient(grad_RO, x_RI, groups, dtype, into_EOI)
         assert isinstance(groups, list)
         return compiled_products.grouped_weight_gradient(grad_RO.t(), x_RI.t(), groups, dtype, into_EOI)
 
-    def compiles_product(self, *tensors: Tensor) -> bool:
+    def compiles_matmul(self, *tensors: Tensor) -> bool:
         return self._products and _in_bf16(*tensors)
 
 

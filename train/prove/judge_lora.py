@@ -15,10 +15,10 @@ from torch import Tensor
 from train.prove import low_precision as low
 from train.prove.bounds import Bound
 from train.prove.low_precision import FORMATS, FP32, NearNumbers, Total
-from train.prove.reference_adapter import pairs_of
-from train.prove.step_parts import UNTOLD, PartCall, StepParts, SumOverCalls
+from train.prove.reference_adapter import lora_prefixes
+from train.prove.step_parts import MOST_INCONCLUSIVE, PartCall, StepParts, SumOverCalls
 
-RowProduct = Callable[[NearNumbers, NearNumbers], Total]
+RowMatmul = Callable[[NearNumbers, NearNumbers], Total]
 """Rows (N, C) and a weight (..., O, C): rows times the weight; for experts, each row times its own matrix."""
 AddTo = Callable[[SumOverCalls, NearNumbers, NearNumbers], None]
 """Adds to a weight's gradient the contribution of output gradients (N, O) and inputs (N, I)."""
@@ -28,7 +28,7 @@ DEVIATIONS = 6.0
 """Allowed difference between the dropped fraction and its expected value, in standard deviations."""
 
 
-class PairsCall(NamedTuple):
+class LoraCall(NamedTuple):
     """A call of a linear layer with LoRA A and B."""
 
     call: PartCall
@@ -36,7 +36,7 @@ class PairsCall(NamedTuple):
     """Name of the call's input after dropout."""
     x: NearNumbers
     """The input (N, I)."""
-    times: RowProduct
+    times: RowMatmul
 
     def taken(self) -> NearNumbers:
         """The input of LoRA A: the input, or the input after dropout."""
@@ -44,17 +44,17 @@ class PairsCall(NamedTuple):
         return NearNumbers(self.call.rows(self.dropped)) if has else self.x
 
 
-class WeightPairs:
+class WeightLora:
     """LoRA A and B of a weight, and the sums of their gradients over calls."""
 
     def __init__(self, step: StepParts, weight: str):
         self._step, self._high, self._share = step, step.rounding.high, step.config.adapter.dropout
         self._scale = step.config.adapter.alpha / step.config.adapter.rank
-        self.names = pairs_of(step.config, weight)
+        self.names = lora_prefixes(step.config, weight)
         """Name prefixes of A and B, one per matrix in the weight; empty if the weight is not adapted."""
         self._made = {f"{name}{end}": SumOverCalls() for name in self.names for end in "BA"}
 
-    def add(self, base: Total, given: PairsCall) -> Total:
+    def add(self, base: Total, given: LoraCall) -> Total:
         """The result of a linear layer plus the LoRA term of its input."""
         if not self.names:
             return base
@@ -66,7 +66,7 @@ class WeightPairs:
         )
         return self._sum([self._round(base), added])
 
-    def add_back(self, base: Total | None, dy: NearNumbers, given: PairsCall, add_to: AddTo) -> Total:
+    def add_back(self, base: Total | None, dy: NearNumbers, given: LoraCall, add_to: AddTo) -> Total:
         """Gradient of an input, including its path through A and B. Accumulates the gradients of A and B."""
         terms, taken = [] if base is None else [self._round(base)], given.taken()
         for name, dy_p in zip(self.names, dy.x.chunk(len(self.names), -1), strict=True):
@@ -77,7 +77,7 @@ class WeightPairs:
             terms.append(self._through(given, self._round(given.times(dinner, low.transposed(self._a(name))))))
         return self._sum(terms)
 
-    def widen(self, given: PairsCall, weight: Tensor) -> tuple[NearNumbers, Tensor]:
+    def widen(self, given: LoraCall, weight: Tensor) -> tuple[NearNumbers, Tensor]:
         """Operands of one matmul that includes LoRA, as the head uses it: low-rank inputs concatenated to x, and B to
         the weight."""
         x = given.x
@@ -86,7 +86,7 @@ class WeightPairs:
             x, weight = _beside([x, self._inner(name, given.taken())]), torch.cat([weight, self._b(name).x], -1)
         return x, weight
 
-    def narrow(self, dx: Total, dweight: Total, given: PairsCall) -> Total:
+    def narrow(self, dx: Total, dweight: Total, given: LoraCall) -> Total:
         """Gradient of the input of a matmul from `widen`, from the gradients of its operands. Accumulates the gradients
         of A and B."""
         if not self.names:
@@ -97,26 +97,26 @@ class WeightPairs:
             for sides in zip(*(one.tensor_split([width], -1) for one in (dx.x, dx.size, low.slack(dx))), strict=True)
         )
         dinner = self._scaled(beside)
-        dA = low.product(low.transposed(dinner), low.transposed(taken))
+        dA = low.matmul(low.transposed(dinner), low.transposed(taken))
         self._made[f"{name}A"].add(dA, self._step.rounds_gradients, len(taken.x))
         dB, size, off = (one[:, width:].clone() for one in (dweight.x, dweight.size, low.slack(dweight)))
         in_bf16 = (
             0.0 if self._high == FORMATS["fp32"] else HEAD_PIECES * size
         )  # a part of an operand that is not a separate weight
         self._made[f"{name}B"].add(Total(dB, size, off + in_bf16), False, len(taken.x))
-        return self._sum([own, self._through(given, self._round(low.product(dinner, low.transposed(self._a(name)))))])
+        return self._sum([own, self._through(given, self._round(low.matmul(dinner, low.transposed(self._a(name)))))])
 
-    def judge_gradients(self, most: float = UNTOLD) -> None:
+    def judge_gradients(self, most: float = MOST_INCONCLUSIVE) -> None:
         """Compare the gradients of A and B, over all calls. most: allowed fraction of inconclusive numbers."""
         for name, made in self._made.items():
             self._step.compare_gradient(name, made, most=most)
 
-    def _judge_dropout(self, given: PairsCall) -> None:
+    def _judge_dropout(self, given: LoraCall) -> None:
         """Compare the fraction and the factor of dropout. The choice of dropped inputs depends on random bits that the
         reference does not have."""
         at, name, share, given_x = self._step.at, given.call.name, self._share, given.x.x
         if share and not given.call.has(given.dropped):
-            at.fail("dropout", name, "no pair left what it took", rank=given.call.rank)
+            at.fail("dropout", name, "no rank recorded the input after dropout", rank=given.call.rank)
         if not given.call.has(given.dropped):
             return
         got, count = given.taken().x, max(int((given_x != 0).sum()), 1)
@@ -126,10 +126,10 @@ class WeightPairs:
         )
         at.compare("dropout", name, lost, share, bound, rank=given.call.rank, scale=1.0)
         x, off = (one * (got != 0) / (1 - share) for one in (given_x, low.slack(given.x)))
-        rounded = Bound(4 * FP32, "a product in fp32 and one rounding")
+        rounded = Bound(4 * FP32, "a multiplication in fp32 and one rounding")
         self._step.compare("dropout", given.call, "x", Total(x, x.abs(), off), rounded, got=got, name=name)
 
-    def _through(self, given: PairsCall, dx: Total) -> Total:
+    def _through(self, given: LoraCall, dx: Total) -> Total:
         """A gradient of the input after the backward of dropout. For an input of 0 it is unknown whether it was
         dropped."""
         if not given.call.has(given.dropped):
@@ -144,7 +144,7 @@ class WeightPairs:
     def _b(self, name: str) -> NearNumbers:
         return NearNumbers(self._step.weights[f"{name}B"])
 
-    def _inner(self, name: str, taken: NearNumbers, times: RowProduct = low.product) -> NearNumbers:
+    def _inner(self, name: str, taken: NearNumbers, times: RowMatmul = low.matmul) -> NearNumbers:
         """scale A x."""
         return self._scaled(self._round(times(taken, self._a(name))))
 

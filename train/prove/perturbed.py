@@ -6,7 +6,7 @@ the difference of large numbers, or a width of 16 that averages few roundings, c
 that bound. So the reference runs the step again, with every weight, every output of a part and its gradient perturbed
 by the unit roundoff of the format. Sums of rounding errors are unlikely to be larger. If rounding alone may change a
 tensor by its own size, as FP8 does in some thin models, this check is inconclusive for the tensor, and the certificate
-counts it as not told. The checks exact and fp32 are conclusive for it.
+counts it as inconclusive. The checks exact and fp32 are conclusive for it.
 """
 
 import math
@@ -40,7 +40,7 @@ class ReferenceStep:
     gradients: Weights
 
 
-def run_shaken_step(plain: PlainModel, samples: Samples, plan: PlainPlan) -> ReferenceStep:
+def run_reference_step(plain: PlainModel, samples: Samples, plan: PlainPlan) -> ReferenceStep:
     """Forward and backward of the batch of a step. The gradient of an unused weight is zero."""
     batch = samples.batch(plan.first_sample, plan.batch_size)
     seen = reference.gradients(plain, batch, plan.mtp_weight)
@@ -50,7 +50,7 @@ def run_shaken_step(plain: PlainModel, samples: Samples, plan: PlainPlan) -> Ref
     )
 
 
-class ShakenRuns:
+class PerturbedRuns:
     """The perturbed runs of one step, computed at the first request."""
 
     def __init__(self, plain: PlainModel, samples: Samples, plan: PlainPlan, unit: float, near: float | None):
@@ -68,39 +68,37 @@ class ShakenRuns:
         if not self._runs:
             self._runs = [self._run(seed) for seed in range(FP32_RUNS if self._unit == UNIT["fp32"] else RUNS)]
             if self._near is not None:
-                self._runs.append(self._run_turned(self._near))
+                self._runs.append(self._run_swapped(self._near))
         moves = [(part(run).detach().flatten() - want.flatten()).abs() for run in self._runs]
         spread = max((move.square().mean().sqrt() if by_norm else move.max()).item() for move in moves)
         spread = spread / scale if scale else (math.inf if spread else 0.0)
-        reason = (
-            f"{MARGIN:g} x what the reference itself moves by where each part of the step is off by {self._unit:g} at random, "
-            f"the largest of {len(self._runs)} runs"
-        )
+        reason = f"{MARGIN:g} x the largest change of the reference in {len(self._runs)} runs whose parts are perturbed at random by {self._unit:g}"
         return Bound(MARGIN * spread, reason)
 
     def _run(self, seed: int) -> ReferenceStep:
         generator = torch.Generator().manual_seed(seed)
 
-        def shake(value: Tensor) -> Tensor:
+        def perturb(value: Tensor) -> Tensor:
             noise = torch.randn(value.shape, generator=generator, dtype=value.dtype)
             return value * (1 + self._unit * noise)
 
-        class ShakenParts(WatchedPass):
+        class PerturbedParts(WatchedPass):
             def keep(self, name: str, value: Tensor) -> Tensor:
-                value = shake(value)
+                value = perturb(value)
                 if value.requires_grad:
-                    value.register_hook(shake)
+                    value.register_hook(perturb)
                 return super().keep(name, value)
 
         plain = self._plain
         weights = {
-            name: shake(weight.detach()).requires_grad_(weight.requires_grad) for name, weight in plain.weights.items()
+            name: perturb(weight.detach()).requires_grad_(weight.requires_grad)
+            for name, weight in plain.weights.items()
         }
         moved = PlainModel(plain.config, weights, plain.biases, plain.choices)
-        moved.watched = ShakenParts
-        return run_shaken_step(moved, self._samples, self._plan)
+        moved.watched = PerturbedParts
+        return run_reference_step(moved, self._samples, self._plan)
 
-    def _run_turned(self, near: float) -> ReferenceStep:
+    def _run_swapped(self, near: float) -> ReferenceStep:
         """A run whose balance losses count the other of two experts that nearly tie for the last place."""
 
         def best(scores: Tensor, count: int) -> Tensor:
@@ -114,6 +112,6 @@ class ShakenRuns:
             name: weight.detach().clone().requires_grad_(weight.requires_grad)
             for name, weight in self._plain.weights.items()
         }
-        turned = PlainModel(self._plain.config, weights, self._plain.biases, self._plain.choices)
-        turned.best_without_bias = best
-        return run_shaken_step(turned, self._samples, self._plan)
+        swapped = PlainModel(self._plain.config, weights, self._plain.biases, self._plain.choices)
+        swapped.best_without_bias = best
+        return run_reference_step(swapped, self._samples, self._plan)

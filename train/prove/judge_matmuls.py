@@ -8,47 +8,47 @@ from torch import Tensor
 
 from train.prove import low_precision as low
 from train.prove.bounds import Bound
-from train.prove.judge_pairs import PairsCall, RowProduct, WeightPairs
+from train.prove.judge_lora import LoraCall, RowMatmul, WeightLora
 from train.prove.low_precision import FORMATS, LinearRules, NearNumbers, PlainFormat, Total
 from train.prove.step_parts import IN_ELEMENTS, PartCall, StepParts, SumOverCalls
 
 
 def judge_linear(step: StepParts, name: str) -> None:
     """Judge the outputs."""
-    rules, whole, pairs = _rules(step, name), step.weights[f"{name}.weight"], WeightPairs(step, f"{name}.weight")
+    rules, whole, lora = _rules(step, name), step.weights[f"{name}.weight"], WeightLora(step, f"{name}.weight")
     weight = low.weight_for("fprop", whole, rules)
     for call in step.calls.get(name, []):
-        total = pairs.add(low.fprop(call.rows("x"), weight, rules), _with_pairs(call))
-        step.compare("products", call, "y", total, step.order(whole.size(-1)))
+        total = lora.add(low.fprop(call.rows("x"), weight, rules), _with_lora(call))
+        step.compare("matmuls", call, "y", total, step.order(whole.size(-1)))
 
 
 def judge_linear_back(step: StepParts, name: str) -> None:
     """Judge the gradients of inputs, of the weight and of its LoRA A and B."""
-    rules, whole, pairs = _rules(step, name), step.weights[f"{name}.weight"], WeightPairs(step, f"{name}.weight")
+    rules, whole, lora = _rules(step, name), step.weights[f"{name}.weight"], WeightLora(step, f"{name}.weight")
     weight, made = low.weight_for("dgrad", whole, rules), SumOverCalls()
     for call in step.calls.get(name, []):
         if not call.has("dy"):
             continue
         dy_TN = NearNumbers(call.rows("dy"))
         total = low.dgrad(dy_TN, weight, rules)
-        if pairs.names:
-            total = pairs.add_back(total, dy_TN, _with_pairs(call), partial(_add, step))
+        if lora.names:
+            total = lora.add_back(total, dy_TN, _with_lora(call), partial(_add, step))
         if call.has("dx"):
-            step.compare("products", call, "dx", total, step.order(len(whole)))
+            step.compare("matmuls", call, "dx", total, step.order(len(whole)))
         if f"{name}.weight" in step.trained:
             wgrad = low.wgrad(dy_TN, low.kept(call.rows("x"), rules.kept), rules)
             made.add(wgrad, _rounds_gradients(step), len(dy_TN.x))
-    pairs.judge_gradients()
+    lora.judge_gradients()
     step.compare_gradient(f"{name}.weight", made)
 
 
-def _with_pairs(call: PartCall) -> PairsCall:
-    return PairsCall(call, "dropped", NearNumbers(call.rows("x")), low.product)
+def _with_lora(call: PartCall) -> LoraCall:
+    return LoraCall(call, "dropped", NearNumbers(call.rows("x")), low.matmul)
 
 
 def _add(step: StepParts, made: SumOverCalls, dy: NearNumbers, x: NearNumbers) -> None:
     """Add a call's contribution to the gradient of LoRA A or B."""
-    made.add(low.product(low.transposed(dy), low.transposed(x)), step.rounds_gradients, len(x.x))
+    made.add(low.matmul(low.transposed(dy), low.transposed(x)), step.rounds_gradients, len(x.x))
 
 
 def _rules(step: StepParts, name: str) -> LinearRules:
@@ -65,21 +65,21 @@ def _rounds_gradients(step: StepParts) -> bool:
 
 def judge_swiglu(step: StepParts, name: str) -> None:
     """Judge the inputs of the second linear layer."""
-    for first, second in _pairs(step, name):
+    for first, second in _swiglu_calls(step, name):
         a_NF = low.swiglu(first.rows("y"), None)
         step.compare("SwiGLU", second, "x", Total(a_NF, a_NF.abs(), None), IN_ELEMENTS)
 
 
 def judge_swiglu_back(step: StepParts, name: str) -> None:
     """Judge the gradients of the first linear layer's output."""
-    for first, second in _pairs(step, name):
+    for first, second in _swiglu_calls(step, name):
         if second.has("dx") and first.has("dy"):
             da_NF = NearNumbers(second.rows("dx"))
             back = low.swiglu_backward(NearNumbers(first.rows("y")), None, da_NF, step.rounding.high)
             step.compare("SwiGLU", first, "dy", back.dh, IN_ELEMENTS)
 
 
-def _pairs(step: StepParts, name: str) -> Iterator[tuple[PartCall, PartCall]]:
+def _swiglu_calls(step: StepParts, name: str) -> Iterator[tuple[PartCall, PartCall]]:
     """Calls of both linear layers on the same rows."""
     seconds = {(call.rank.info.rank, call.number): call for call in step.calls.get(f"{name}.w2", [])}
     for call in step.calls.get(f"{name}.w13", []):
@@ -92,25 +92,25 @@ def _pairs(step: StepParts, name: str) -> Iterator[tuple[PartCall, PartCall]]:
 def judge_experts(step: StepParts, name: str) -> None:
     """Judge both matmuls."""
     up, down = step.rounding.up, step.rounding.down
-    (whole13, pairs13), (whole2, pairs2) = _sides(step, name)
+    (whole13, lora13), (whole2, lora2) = _sides(step, name)
     w13, w2 = low.weight_for("fprop", whole13, up), low.weight_for("fprop", whole2, down)
     for call in step.calls.get(name, []):
         counts, times, x = _rows(call), _times(call), NearNumbers(call.get("x"))
         h_R2F = times(low.cast_rows(x, counts, up.fprop[0], -1), w13)
-        h_R2F = pairs13.add(h_R2F, PairsCall(call, "dropped", x, times))
-        step.compare("products of experts", call, "h", h_R2F, step.order(whole13.size(-1)))
+        h_R2F = lora13.add(h_R2F, LoraCall(call, "dropped", x, times))
+        step.compare("matmuls of experts", call, "h", h_R2F, step.order(whole13.size(-1)))
         a_RF = low.swiglu(call.get("h"), call.get("gates"))
         a = rounded = low.rounded(NearNumbers(a_RF), step.rounding.high, low.CURVED * a_RF.abs())
         if down.fprop[0] is not None:
             a = low.cast_rows(NearNumbers(a_RF), counts, down.fprop[0], -1, low.CURVED)
-        y_RD = pairs2.add(times(a, w2), PairsCall(call, "dropped_a", rounded, times))
-        step.compare("products of experts", call, "y", y_RD, step.order(whole2.size(-1)))
+        y_RD = lora2.add(times(a, w2), LoraCall(call, "dropped_a", rounded, times))
+        step.compare("matmuls of experts", call, "y", y_RD, step.order(whole2.size(-1)))
 
 
 def judge_experts_back(step: StepParts, name: str) -> None:
     """Judge the gradients of rows, of the first matmul, of gates, of both weights and of their LoRA A and B."""
     up, down, high = step.rounding.up, step.rounding.down, step.rounding.high
-    (whole13, pairs13), (whole2, pairs2) = _sides(step, name)
+    (whole13, lora13), (whole2, lora2) = _sides(step, name)
     w13, w2 = (
         low.transposed(low.weight_for("dgrad", whole13, up)),
         low.transposed(low.weight_for("dgrad", whole2, down)),
@@ -125,14 +125,14 @@ def judge_experts_back(step: StepParts, name: str) -> None:
         da_RF, order = times(dy_RD, w2), step.order(whole2.size(-2))
         a_RF = low.swiglu(call.get("h"), gates)
         a = low.rounded(NearNumbers(a_RF), high, low.CURVED * a_RF.abs())
-        back_of = partial(_swiglu_back, call, high, order, bool(pairs2.names))
-        h, dropped, of_w2 = NearNumbers(call.get("h")), PairsCall(call, "dropped_a", a, times), partial(add_to, whole2)
-        if pairs2.names and not step.rounding.is_fp8:
-            da_RF = pairs2.add_back(da_RF, given, dropped, of_w2)
+        back_of = partial(_swiglu_back, call, high, order, bool(lora2.names))
+        h, dropped, of_w2 = NearNumbers(call.get("h")), LoraCall(call, "dropped_a", a, times), partial(add_to, whole2)
+        if lora2.names and not step.rounding.is_fp8:
+            da_RF = lora2.add_back(da_RF, given, dropped, of_w2)
         back = back_of(low.cast_rows(h, counts, step.rounding.swiglu, -1), da_RF)
         dh, dgates = back.dh, back.dgates
-        if pairs2.names and step.rounding.is_fp8:  # LoRA has its own SwiGLU
-            more = back_of(h, pairs2.add_back(None, given, dropped, of_w2))
+        if lora2.names and step.rounding.is_fp8:  # LoRA has its own SwiGLU
+            more = back_of(h, lora2.add_back(None, given, dropped, of_w2))
             dh, dgates = _added(back.dh, more.dh, high), _added(back.dgates, more.dgates, FORMATS["fp32"])
         step.compare("SwiGLU of experts", call, "dh", dh, IN_ELEMENTS)
         if call.has("dgates"):
@@ -140,25 +140,25 @@ def judge_experts_back(step: StepParts, name: str) -> None:
             step.compare("SwiGLU of experts", call, "dgates", dgates, order, FORMATS["fp32"])
         dh, x = NearNumbers(call.get("dh")), NearNumbers(call.get("x"))
         dx_RD = times(low.cast_rows(dh, counts, up.dgrad[0], -1), w13)
-        if pairs13.names:
-            dx_RD = pairs13.add_back(dx_RD, dh, PairsCall(call, "dropped", x, times), partial(add_to, whole13))
+        if lora13.names:
+            dx_RD = lora13.add_back(dx_RD, dh, LoraCall(call, "dropped", x, times), partial(add_to, whole13))
         if call.has("dx"):
-            step.compare("products of experts", call, "dx", dx_RD, step.order(whole13.size(-2)))
+            step.compare("matmuls of experts", call, "dx", dx_RD, step.order(whole13.size(-2)))
         if f"{name}.experts.w13" not in step.trained:
             continue
         x = low.cast_rows(x, counts, up.kept, -1)
         for made, rules, whole, sides in ((made13, up, whole13, (dh, x)), (made2, down, whole2, (dy_RD, back.a))):
             left, right = (low.cast_rows(one, counts, rule, -2) for one, rule in zip(sides, rules.wgrad, strict=True))
             made.add_rows(left, right, counts, _here(call), len(whole), _rounds_gradients(step))
-    for part, pairs, made in (("w2", pairs2, made2), ("w13", pairs13, made13)):
-        pairs.judge_gradients()
+    for part, lora, made in (("w2", lora2, made2), ("w13", lora13, made13)):
+        lora.judge_gradients()
         step.compare_gradient(f"{name}.experts.{part}", made)
 
 
-def _sides(step: StepParts, name: str) -> list[tuple[Tensor, WeightPairs]]:
+def _sides(step: StepParts, name: str) -> list[tuple[Tensor, WeightLora]]:
     """The weights of both matmuls, with their LoRA A and B."""
     names = [f"{name}.experts.{part}" for part in ("w13", "w2")]
-    return [(step.weights[each], WeightPairs(step, each)) for each in names]
+    return [(step.weights[each], WeightLora(step, each)) for each in names]
 
 
 def _rows(call: PartCall) -> list[int]:
@@ -172,7 +172,7 @@ def _here(call: PartCall) -> range:
     return range(first, first + len(call.tensors["counts"]))
 
 
-def _times(call: PartCall) -> RowProduct:
+def _times(call: PartCall) -> RowMatmul:
     return partial(_by_expert, _rows(call), _here(call))
 
 
@@ -183,7 +183,7 @@ def _by_expert(counts: list[int], here: range, rows: NearNumbers, weight: NearNu
     for expert, one in zip(here, low.split_rows(rows, counts), strict=True):
         if len(one.x):
             off = None if weight.off is None else weight.off[expert]
-            made = low.product(one, NearNumbers(weight.x[expert], off))
+            made = low.matmul(one, NearNumbers(weight.x[expert], off))
             parts.append(made._replace(off=low.slack(made)))
     return Total(*map(torch.cat, zip(*parts, strict=True)))
 
