@@ -459,3 +459,10 @@ def test_stage_3_starts_with_its_shards_and_beside_an_adapter_with_all_weights_o
     rank = make_plan(compose(*words, "adapter=lora", "optim=tune", "init_from=none", "model.mtp_depth=0")).fullest
     assert rank.items == {"weights": rank.peak_bytes} and rank.peak_event.startswith("start")
     assert rank.peak_bytes >= 2 * counted.total
+
+
+def test_a_model_whose_queries_grow_is_planned():
+    """Its code asks torch for a dtype, which is no tensor, while it is traced."""
+    assert make_plan(
+        compose("conf=tiny", "hardware=h100", "precision=bf16", "model.yarn.always=true", "model.yarn.query_growth=0.1")
+    ).fits

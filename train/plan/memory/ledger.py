@@ -202,7 +202,7 @@ class MetaLedger(Ledger):
         made = _MADE.get(key)
         if made is None:
             out = func(*args, **kwargs)
-            outs = (out,) if isinstance(out, Tensor) else out
+            outs = out if isinstance(out, tuple | list) else (out,)
             if all(one is None or (type(one) is Tensor and one.is_meta) for one in outs):
                 _MADE[key] = type(out), [one if one is None else (one.shape, one.stride(), one.dtype) for one in outs]
             return out
