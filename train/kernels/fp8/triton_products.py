@@ -15,8 +15,8 @@ dense GEMM is a grouped GEMM with a single expert.
 The position of a tile is a number, and its elements have 32-bit offsets from it. 64-bit pointers per element would make
 the loop over the contraction a tenth slower, and the loop of a dense Wgrad a third slower. In a large GEMM a program
 computes two adjacent tiles, 128 rows by 256 columns, which share the rows. It computes them one after another, because
-both sums fill half of the registers, and the GEMM of one tile fills a quarter. train/docs/fp8_kernels.md describes the
-rejected variants.
+both sums fill half of the registers, and the GEMM of one tile fills a quarter. bench/RESULTS.md has the
+registers of each variant.
 
 The module needs triton and is imported only where its kernels run. Shape suffixes: O, N outer, C contraction, R rows, P
 columns of whole tiles, E experts.
