@@ -1,6 +1,7 @@
 """Keys that an earlier version had: dropped from its files where they say nothing, an error with the cure where they do."""
 
 import copy
+import re
 
 import pytest
 import yaml
@@ -9,7 +10,7 @@ from conf.changed_settings import changed, settings_of
 from conf.errors import UserError
 from conf.keys import groups
 from conf.load import compose, read_config, write_config
-from conf.removed_keys import REMOVED_KEYS, drop_removed_keys
+from conf.removed_keys import REMOVED_KEYS, REMOVED_VALUES, drop_removed_keys
 from conf.schema import ROOT
 
 KEY = "precision.fp8.gradient_floor"
@@ -25,11 +26,15 @@ def with_floor(settings: dict, floor: float) -> dict:
 def test_the_table_names_keys_that_are_gone_and_the_page_names_them():
     known = {key.path for group in groups() for key in group.keys}
     page = (ROOT / "CHANGELOG.md").read_text()
+    rows = re.findall(r"^\| (.*?) \|", page.partition("### From 0.1.0")[2].partition("\n## ")[0], re.M)
+    table = "\n".join(rows)
     assert KEY in REMOVED_KEYS
+    assert all(f"`{key}={value}`" in table for key, value in REMOVED_VALUES)
+    assert [name for name in re.findall(r"`([\w.]+\.\w+)`", table) if name in known] == ["evaluate.task_path"]
     for key, removed in REMOVED_KEYS.items():
         section, _, name = key.rpartition(".")
         listed = f"`{key}`", f"`{section}.*`", f"`{section.rpartition('.')[0]}.*`"
-        assert key not in known and any(name in page.partition(f"## {removed.version}")[2] for name in listed)
+        assert key not in known and any(name in table for name in listed), key
         assert drop_removed_keys({name: removed.default, "other": 1}, "mine.yaml", section) is True
         with pytest.raises(UserError, match=removed.version) as caught:
             drop_removed_keys({name: "another"}, "mine.yaml", section, by_run=False)
