@@ -44,6 +44,8 @@ PROGRAMS = {
         "curl",
         "export",
         "cd",
+        "cp",
+        "mkdir",
         "kill",
         "lm_eval",
     ),
