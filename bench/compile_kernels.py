@@ -2,7 +2,7 @@
 
     python -m bench.compile_kernels
 
-Calls the functions of train/kernels/fp8/triton_quantize.py, train/kernels/fp8/triton_products.py,
+Calls the functions of train/kernels/fp8/triton_quantize.py, train/kernels/fp8/triton_matmuls.py,
 train/kernels/gpu/fused_rows.py and parallel/expert/triton_dispatch.py with tensors of DeepSeek-V3's widths. Triton's
 own launcher compiles each launch, so types, constants and divisibility hints are those of a run. Triton's package
 includes the assembler and the disassembler.
@@ -36,7 +36,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from parallel.expert import triton_dispatch
-from train.kernels.fp8 import triton_products as products
+from train.kernels.fp8 import triton_matmuls as matmuls
 from train.kernels.fp8 import triton_quantize as kernels
 from train.kernels.fp8.formats import E4M3, E5M6, MX_TILE, TILE, Cast
 from train.kernels.gpu import fused_rows, triton_adamw, triton_route
@@ -74,7 +74,7 @@ class Binary:
     """To global memory."""
     shared_bytewise: int
     """Loads and stores of single bytes of shared memory."""
-    products: Counter[str]
+    matmuls: Counter[str]
     """Instructions of tensor cores."""
     loop: int
     """Instructions of the innermost loop that multiplies; 0 without one."""
@@ -85,7 +85,7 @@ class Binary:
         found = [f"spills {self.spilled} bytes"] if self.spilled else []
         found += [f"stores single bytes, {self.stores[8]} a thread"] if self.stores[8] else []
         found += [f"takes {self.shared} bytes of shared memory"] if self.shared > SHARED else []
-        found += [f"multiplies with {', '.join(other)}"] if (other := self.products.keys() - THEIR_OWN) else []
+        found += [f"multiplies with {', '.join(other)}"] if (other := self.matmuls.keys() - THEIR_OWN) else []
         return " and ".join(found) or None
 
 
@@ -101,7 +101,7 @@ def table(found: dict[tuple[str, int], Binary]) -> list[str]:
     lines = [f"{head}  {'loads':23}{'stores':15}{'tensor cores':14}{'loop':>5}  shared bytewise"]
     for (name, architecture), binary in found.items():
         row = f"{name:42}{architecture:4}{binary.registers:10}{binary.spilled:8}{binary.shared:7}"
-        instructions = " ".join(f"{number} {name}" for name, number in binary.products.items())
+        instructions = " ".join(f"{number} {name}" for name, number in binary.matmuls.items())
         row += f"  {_widths(binary.loads):23}{_widths(binary.stores):15}{instructions:14}{binary.loop or '':>5}  {binary.shared_bytewise or '':<4}"
         lines.append(f"{row}{f'  FAIL: {binary.problem}' if binary.problem else ''}".rstrip())
     return lines
@@ -254,13 +254,13 @@ def products_of() -> dict[str, Callable]:
     sums, rounded = (torch.empty(E, outer, HIDDEN, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
     wgrad = grad, grad_scale, x, x_scale
     return {
-        "product of experts": lambda: products.product(left, left_scale, right, blocks, out, ends),
-        "product of experts, few rows": lambda: products.product(left[:128], few, right, blocks, out[:128], ends),
-        "product": lambda: products.product(left, left_scale, right[:1], blocks[:1], out),
-        "wgrad of experts": lambda: products.wgrad(*wgrad, sums, False, ends),
-        "wgrad of experts in bf16": lambda: products.wgrad(*wgrad, rounded, False, ends),
-        "wgrad of experts, added": lambda: products.wgrad(*wgrad, sums, True, ends),
-        "wgrad, added": lambda: products.wgrad(*wgrad, sums[:1], True),
+        "product of experts": lambda: matmuls.matmul(left, left_scale, right, blocks, out, ends),
+        "product of experts, few rows": lambda: matmuls.matmul(left[:128], few, right, blocks, out[:128], ends),
+        "product": lambda: matmuls.matmul(left, left_scale, right[:1], blocks[:1], out),
+        "wgrad of experts": lambda: matmuls.wgrad(*wgrad, sums, False, ends),
+        "wgrad of experts in bf16": lambda: matmuls.wgrad(*wgrad, rounded, False, ends),
+        "wgrad of experts, added": lambda: matmuls.wgrad(*wgrad, sums, True, ends),
+        "wgrad, added": lambda: matmuls.wgrad(*wgrad, sums[:1], True),
     }
 
 

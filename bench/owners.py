@@ -27,7 +27,7 @@ from conf.load import compose
 from conf.schema import Config
 from parallel.owners import SharedMatrix, choose_owners
 from parallel.shard import WeightPiece
-from train.optim.matrices import logical_matrices, products
+from train.optim.matrices import logical_matrices, newton_schulz_flops
 from train.plan.memory.part import FrozenSection
 from train.plan.memory.rank_weights import Weight, part_weights
 from train.plan.time.update import Orthogonal, count_weights
@@ -68,7 +68,7 @@ def count_owners(config: Config, weights: Sequence[Weight], ranks: int) -> Owner
         held = [range(*pair) for pair in pairwise(ends)]
         first += weight.elements
         for one in logical_matrices(weight.name, weight.shape, config.model, config.optim.muon.by_head):
-            cost = products(*one.shape, config.optim.muon.iteration)
+            cost = newton_schulz_flops(*one.shape, config.optim.muon.iteration)
             matrices.append(SharedMatrix(number, weight.shape[-1], held, WeightPiece(*one), cost))
     loads, moved = [0.0] * ranks, 0
     for matrix, owner in zip(matrices, choose_owners(matrices, ranks), strict=True):

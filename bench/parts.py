@@ -38,7 +38,7 @@ from bench.train_step import DTYPES, SHAPES, TOKENS, Case, random_tokens, torch_
 from train.kernels.choice import build_kernels
 from train.kernels.precision import build_precision
 from train.metrics.peak import measured_peak
-from train.model.count import attention_products, expert_params, head_flops
+from train.model.count import attention_matmul_weights, expert_params, head_flops
 from train.model.deepseek import Head
 from train.model.mla import MLA
 from train.model.moe import LocalDispatcher, MoE
@@ -118,7 +118,7 @@ class TimedParts:
         return TimedPart(
             self._step(lambda x_BTD: ours(x_BTD, nullcontext())),
             self._step(lambda x_BTD: peer(x_BTD, position_embeddings=turns, attention_mask=None)[0]),
-            6 * self.case.tokens * (attention_products(self.model) + core),
+            6 * self.case.tokens * (attention_matmul_weights(self.model) + core),
         )
 
     def _moe(self) -> TimedPart:
@@ -131,10 +131,10 @@ class TimedParts:
             self._step(lambda x_BTD: ours(x_BTD, nullcontext())),
             self._step(peer),
             6 * self.case.tokens * active,
-            self._ffn_products(),
+            self._ffn_matmuls(),
         )
 
-    def _ffn_products(self) -> Step:
+    def _ffn_matmuls(self) -> Step:
         """The six products of every expert, all with the same rows, and of the shared experts as one FFN."""
         model = self.model
         sizes = [(self.case.tokens * model.top_k // model.experts, model.expert_width)] * model.experts
@@ -150,10 +150,10 @@ class TimedParts:
         def step() -> None:
             for (R, F), (w13, w2) in zip(sizes, weights, strict=True):
                 for left, weight in ((x[:R], w13), (a[:R, :F], w2)):  # forward
-                    self._kernels.product(left, weight, self.dtype)
+                    self._kernels.matmul(left, weight, self.dtype)
                 for grad, left, weight in ((x[:R], a[:R, :F], w2), (h[:R, : 2 * F], x[:R], w13)):  # backward
-                    self._kernels.product(grad, weight.t(), self.dtype)
-                    self._kernels.product(grad.t(), left.t(), self.dtype)
+                    self._kernels.matmul(grad, weight.t(), self.dtype)
+                    self._kernels.matmul(grad.t(), left.t(), self.dtype)
 
         return step
 

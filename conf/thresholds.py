@@ -25,7 +25,7 @@ class Thresholds:
     """Elements of [gate | up] of FP8 experts at a time, whose rows and scales are processed together."""
     logits: int = 1 << 18
     """Logits in fp32 at a time on a CPU: 1 MiB."""
-    product_tiles: int = 400
+    matmul_tiles: int = 400
     """Number of 128x128 tiles of an FP8 grouped GEMM from which a GPU program computes two adjacent tiles. Two tiles
     take an estimated 1.6 times as long. Below this number, half as many programs would leave some of 132
     multiprocessors idle and save no time."""
@@ -64,7 +64,7 @@ LOWERED = Thresholds(
     gate_and_up=500,
     fp8_gate_and_up=500,
     logits=1000,
-    product_tiles=1,
+    matmul_tiles=1,
     expert_rows=4,
     stays_bytes=16,
     adamw_elements=4096,

@@ -84,7 +84,7 @@ SEVERAL = {
             "heads",
             "heads_backward",
             "linear",
-            "product",
+            "matmul",
             "rms_norm",
             "rotate",
             "swiglu",

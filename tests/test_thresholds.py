@@ -153,8 +153,8 @@ def test_every_threshold_is_read_somewhere():
 NO_SIZES = {"products.cpp: TILE", "vectors.h: LANES", "rows.cpp: PARTS"}
 """The width of FP8's tiles is part of the format, lanes are the processor's, and of PARTS no more are made: they become longer."""
 ELSEWHERE = {
-    "products.cpp: HEIGHT": "tests/kernels/cpu/test_compiled_products.py: draw(530, 700)",
-    "products.cpp: WIDTH": "tests/kernels/fp8/test_scaled_products.py: normal(580, 600, seed=1)",
+    "products.cpp: HEIGHT": "tests/kernels/cpu/test_compiled_matmuls.py: draw(530, 700)",
+    "products.cpp: WIDTH": "tests/kernels/fp8/test_scaled_matmuls.py: normal(580, 600, seed=1)",
     "attention.cpp: DEPTH": "tests/kernels/cpu/test_compiled_attention.py: draw(1, 4, 600, 96, 64)",
 }
 """What goes beyond a size, as FILE: TEXT that stands in it."""

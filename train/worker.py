@@ -29,7 +29,7 @@ from train.checkpoint.commit import next_attempt
 from train.checkpoint.memory_copies import MemoryCopies
 from train.checkpoint.run_folder import held_by_rank_0
 from train.data.prepare import prepare
-from train.kernels.choice import choose_kernels, choose_products
+from train.kernels.choice import choose_kernels, choose_matmuls
 from train.kernels.cpu.processor import cpu_name
 from train.kernels.device import idle_gpu
 from train.kernels.gpu_check import probe_in_turn
@@ -124,8 +124,8 @@ def _run(config: Config, place: Place, stop: StopRequest, record: RankRecorder) 
             *given, rank=place.rank, world_size=place.world, attempt=attempt, timeout=config.cluster.timeout
         )
     start = find_start(config, copies)
-    products = from_rank_0(lambda: choose_products(config, device, start.compiled_products()))
-    kernels, kernel_notes = choose_kernels(config, device, products)
+    matmuls = from_rank_0(lambda: choose_matmuls(config, device, start.compiled_matmuls()))
+    kernels, kernel_notes = choose_kernels(config, device, matmuls)
     data = in_turn(place, lambda progress: prepare(config, progress))
     is_filled = start.has_weights or config.init_from is not None
     parts = parallelize(config, mesh, device, kernels, restored=is_filled)
@@ -133,7 +133,7 @@ def _run(config: Config, place: Place, stop: StopRequest, record: RankRecorder) 
     in_memory = CopiesInMemory(copies)
     hooks = build_hooks(config, rank, parts, flops, in_memory, record.ring)
     state = RunState(config, mesh, parts, hooks)
-    state.compiled_products = products
+    state.compiled_matmuls = matmuls
     restored = restore(config, data, state, checkpointer, copies, start)
     notes = [*link_notes, *data.notes, *restored.notes]
     if state.step < config.steps:

@@ -45,7 +45,7 @@ from train.optim.adamw import AdamW
 
 TILES, BLOCKS = OperandRule(E4M3, "1x128", False, 1e-4), OperandRule(E4M3, "128x128", False, 1e-4)
 PRODUCT = 5e-3
-PRODUCT_BOUND = (
+MATMUL_BOUND = (
     f"relative distance {PRODUCT:g} from the same operands multiplied in fp32: rounding to bf16 makes 2e-3, and Hopper's tensor "
     "cores drop bits inside 128 products, about 1e-3; a scale in the wrong place makes 1e-1"
 )
@@ -158,7 +158,7 @@ def bits(pairs: list[tuple[str, Tensor, Tensor]]) -> Finding:
 
 def tiles(machine: Machine) -> Finding:
     kernels, pairs = triton_kernels(machine), []
-    for x, cast in itertools.product(wide(machine), casts(machine, (1, TILE))):
+    for x, cast in itertools.matmul(wide(machine), casts(machine, (1, TILE))):
         expected = quantize(x, cast)
         q, scale = kernels.quantize_tiles(x.to(machine.device), cast)
         pairs += [
@@ -171,7 +171,7 @@ def tiles(machine: Machine) -> Finding:
 def tiles_of_32(machine: Machine) -> Finding:
     """As it is and transposed; scales are bytes, which lie as the tensor cores read them."""
     kernels, pairs, cast = triton_kernels(machine), [], Cast(E4M3, (1, MX_TILE), True, 1e-4)
-    for x, turned in itertools.product(wide(machine), (False, True)):
+    for x, turned in itertools.matmul(wide(machine), (False, True)):
         on_device, values = x.to(machine.device), x.mT if turned else x
         q, scale = kernels.quantize_mx(on_device.mT if turned else on_device, cast)
         expected, (rows, columns) = quantize(values, cast), values.shape
@@ -185,7 +185,7 @@ def tiles_of_32(machine: Machine) -> Finding:
 def columns(machine: Machine) -> Finding:
     kernels, pairs = triton_kernels(machine), []
     kept = Cast(E4M3, (1, TILE), False, 1e-4)
-    for x, cast in itertools.product(wide(machine), casts(machine, (TILE, 1))):
+    for x, cast in itertools.matmul(wide(machine), casts(machine, (TILE, 1))):
         held, on_device = quantize(x, kept), x.to(machine.device)
         q_8, scale_8 = kernels.quantize_tiles(on_device, kept)
         for what, given, values in (
@@ -204,7 +204,7 @@ def columns(machine: Machine) -> Finding:
 def columns_by_expert(machine: Machine) -> Finding:
     """q lies flat, one transposed matrix per expert after the other."""
     kernels, pairs = triton_kernels(machine), []
-    for x, cast in itertools.product(wide(machine), casts(machine, (TILE, 1))):
+    for x, cast in itertools.matmul(wide(machine), casts(machine, (TILE, 1))):
         rows = [len(x) - 128, 0, 128]
         q, scale = kernels.quantize_columns(x.to(machine.device), cast, None, rows)
         expected = quantize(x, cast)
@@ -219,7 +219,7 @@ def columns_by_expert(machine: Machine) -> Finding:
 def both(machine: Machine) -> Finding:
     """Of rows as they are, and of experts' rows, each expert's columns in whole tiles."""
     kernels, pairs = triton_kernels(machine), []
-    for x, cast in itertools.product(wide(machine), casts(machine, (1, TILE))):
+    for x, cast in itertools.matmul(wide(machine), casts(machine, (1, TILE))):
         counts, turned = torch.tensor([len(x) - 130, 0, 130]), replace(cast, block=(TILE, 1))
         ends, padded = counts.cumsum(0, dtype=torch.int32).to(machine.device), PaddedGroups(counts).pad(x)
         for name, given, columns_of in (("", (), x), (" by expert", (ends,), padded)):
@@ -237,7 +237,7 @@ def both(machine: Machine) -> Finding:
 
 def blocks(machine: Machine) -> Finding:
     kernels, pairs = triton_kernels(machine), []
-    for x, cast in itertools.product(wide(machine), casts(machine, (TILE, TILE))):
+    for x, cast in itertools.matmul(wide(machine), casts(machine, (TILE, TILE))):
         stack = torch.stack([x, 3 * x])
         expected = quantize(stack, cast)
         for transposed in (False, True):
@@ -354,14 +354,14 @@ def dense(machine: Machine, transposed: bool, backend: str = "triton", added: bo
             [side.operand(t.to(device), rule, transposed=transposed) for t, rule in ((x, TILES), (w, right))]
             for side, device in ((engine, machine.device), (cpu, torch.device("cpu")))
         ]
-        expected = cpu.product(*operands[1], torch.float32)
+        expected = cpu.matmul(*operands[1], torch.float32)
         into = expected.to(machine.device) if added else None  # what is added to is as large
         for dtype in (
             (torch.float32,) if added else (torch.bfloat16, torch.float32) if transposed else (torch.bfloat16,)
         ):
-            ours = engine.product(*operands[0], dtype, into)
+            ours = engine.matmul(*operands[0], dtype, into)
             pairs[f"{M} x {N} x {K}, {dtype}"] = relative(ours, 2 * expected if added else expected), PRODUCT
-    return within(pairs, PRODUCT_BOUND)
+    return within(pairs, MATMUL_BOUND)
 
 
 def grouped(machine: Machine, backend: str) -> Finding:
@@ -370,19 +370,19 @@ def grouped(machine: Machine, backend: str) -> Finding:
         draw = seeded(5, torch.device("cpu"), torch.bfloat16)
         rows, weight = draw(sum(RAGGED), K, grad=False), draw(len(RAGGED), N, K, grad=False)
 
-        def product(side, device, dtype, rows=rows, weight=weight):
+        def matmul(side, device, dtype, rows=rows, weight=weight):
             groups = side.groups(torch.tensor(RAGGED).to(device), len(rows))
             left = side.operand(groups.pad(rows.to(device)), TILES)
             return groups.unpad(side.grouped(left, side.operand(weight.to(device), BLOCKS), groups, dtype))
 
-        expected = product(cpu, torch.device("cpu"), torch.float32)
+        expected = matmul(cpu, torch.device("cpu"), torch.float32)
         for tiles, sizes in {"": nullcontext(), ", large tiles": lowered()}.items():
             with sizes:
                 pairs[f"{N} x {K}{tiles}"] = (
-                    relative(product(engine, machine.device, torch.bfloat16), expected),
+                    relative(matmul(engine, machine.device, torch.bfloat16), expected),
                     PRODUCT,
                 )
-    return within(pairs, PRODUCT_BOUND)
+    return within(pairs, MATMUL_BOUND)
 
 
 def grouped_wgrad(machine: Machine, backend: str, added: bool = False) -> Finding:
@@ -391,19 +391,19 @@ def grouped_wgrad(machine: Machine, backend: str, added: bool = False) -> Findin
         draw = seeded(6, torch.device("cpu"), torch.bfloat16)
         grads, rows = draw(sum(RAGGED), O, grad=False), draw(sum(RAGGED), N, grad=False)
 
-        def product(side, device, into=None, grads=grads, rows=rows):
+        def matmul(side, device, into=None, grads=grads, rows=rows):
             groups = side.groups(torch.tensor(RAGGED).to(device), len(rows))
             left, right = (
                 side.operand(groups.pad(t.to(device)), TILES, transposed=True, groups=groups) for t in (grads, rows)
             )
             return side.grouped_wgrad(left, right, groups, torch.float32, into)
 
-        expected = product(cpu, torch.device("cpu"))
-        ours = product(engine, machine.device, expected.to(machine.device) if added else None)
+        expected = matmul(cpu, torch.device("cpu"))
+        ours = matmul(engine, machine.device, expected.to(machine.device) if added else None)
         expected *= 2 if added else 1
         pairs[f"{O} x {N}"] = relative(ours, expected), PRODUCT
         pairs[f"{O} x {N}, the idle expert"] = ours[RAGGED.index(0)].abs().max().item(), 0.0
-    return within(pairs, PRODUCT_BOUND + "; an expert without rows has a gradient of zero")
+    return within(pairs, MATMUL_BOUND + "; an expert without rows has a gradient of zero")
 
 
 def layers(machine: Machine, overrides: tuple[str, ...]) -> Finding:

@@ -30,7 +30,7 @@ from parallel.pipeline.stage import GRADIENT_STD, HIDDEN_STD, backward_of_weight
 from train.dry_run.assumed_rows import group_of
 from train.dry_run.piece import for_device, shrunk
 from train.kernels.precision import activation_dtype, build_precision
-from train.model.count import attention_products, layer_flops
+from train.model.count import attention_matmul_weights, layer_flops
 from train.model.deepseek import DeepSeekV3
 from train.model.operations import Kernels
 from train.plan.memory.ledger import PeakMeter
@@ -126,7 +126,7 @@ class Layer:
         model, seq_len = self.config.model, self.config.seq_len
         forward = layer_flops(model, seq_len, self.dense) / 3
         ffn = model.dense_width if self.dense else (model.top_k + model.shared_experts) * model.expert_width
-        products = 2 * (attention_products(model) + 3 * model.hidden * ffn)
+        products = 2 * (attention_matmul_weights(model) + 3 * model.hidden * ffn)
         core = forward - products  # twice as much in backward, all of it for the inputs
         parts = forward, 2 * forward, products + 2 * core, products
         return {name: seq_len * one for name, one in zip((*PARTS, STEP), (*parts, 3 * forward), strict=True)}

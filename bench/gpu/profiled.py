@@ -20,7 +20,7 @@ T = TypeVar("T")
 CLASSES = (
     ("attention", r"flash|fmha|sdpa"),
     ("grouped products", r"GroupProblemShape|grouped|deep_gemm"),
-    ("dense products", r"gemm|nvjet|cutlass|xmma|cublas|splitK|_(product|wgrad)_kernel|aten::(mm|addmm|bmm|baddbmm)"),
+    ("dense products", r"gemm|nvjet|cutlass|xmma|cublas|splitK|_(matmul|wgrad)_kernel|aten::(mm|addmm|bmm|baddbmm)"),
     ("SwiGLU", r"swiglu|silu"),
     ("casts", r"_(tiles|columns|both|blocks|e5m6|decode)_kernel|float8"),
     ("norms", r"norm(?!al)|GammaBeta"),

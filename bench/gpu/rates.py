@@ -96,14 +96,14 @@ def dense_fp8(machine: Machine) -> Finding:
         sums = torch.zeros(N, K, device=machine.device)
         one, all_rows = one_expert(right), engine.groups(torch.tensor([M], device=machine.device), M)
         works = {
-            "forward": lambda a=left, b=right: engine.product(a, b, torch.bfloat16),
+            "forward": lambda a=left, b=right: engine.matmul(a, b, torch.bfloat16),
             "Triton": lambda a=left, b=one, groups=all_rows: engine.grouped(a, b, groups, torch.bfloat16),
-            "casts": lambda x=x, w=w: engine.product(
+            "casts": lambda x=x, w=w: engine.matmul(
                 engine.operand(x, TILES), engine.operand(w, BLOCKS), torch.bfloat16
             ),
-            "inputs": lambda a=g_left, b=w_right: engine.product(a, b, torch.bfloat16),
-            "weights": lambda a=g_t, b=x_t: engine.product(a, b, torch.float32),
-            "added": lambda a=g_t, b=x_t, sums=sums: engine.product(a, b, torch.float32, sums),
+            "inputs": lambda a=g_left, b=w_right: engine.matmul(a, b, torch.bfloat16),
+            "weights": lambda a=g_t, b=x_t: engine.matmul(a, b, torch.float32),
+            "added": lambda a=g_t, b=x_t, sums=sums: engine.matmul(a, b, torch.float32, sums),
         }
         table.append([f"{M} x {N} x {K}", *rates(machine, works, 2 * M * N * K), published, name])
     return Finding({}, table=table)

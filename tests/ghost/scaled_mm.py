@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from train.kernels.fp8.blackwell import BlackwellEngine, ScaledGroupedProducts
+from train.kernels.fp8.blackwell import BlackwellEngine, ScaledGroupedMatmuls
 from train.kernels.fp8.cast_rules import OperandRule
 from train.kernels.fp8.formats import E4M3 as FORMAT
 from train.plan.memory.meta_device import _KERNELS
@@ -105,12 +105,12 @@ def _grouped(recipe: F.ScalingType) -> Tensor:
 
 def _mx(grouped: bool) -> None:
     """Ragged sizes, an expert without rows."""
-    engine = BlackwellEngine(_KERNELS, ScaledGroupedProducts(F.scaled_grouped_mm), F.scaled_mm)
+    engine = BlackwellEngine(_KERNELS, ScaledGroupedMatmuls(F.scaled_grouped_mm), F.scaled_mm)
     rule, counts = OperandRule(FORMAT, "1x32", True), torch.tensor([3, 0, 127], device="cuda")
     x, dy = (torch.empty(130, width, device="cuda", dtype=torch.bfloat16) for width in (256, 512))
     if not grouped:
         for dtype in (torch.bfloat16, torch.float32):
-            engine.product(engine.operand(x[:, :200], rule), engine.operand(dy[:70, :200], rule), dtype)
+            engine.matmul(engine.operand(x[:, :200], rule), engine.operand(dy[:70, :200], rule), dtype)
         return
     weights, groups = torch.empty(3, 512, 256, device="cuda", dtype=torch.bfloat16), engine.groups(counts, len(x))
     engine.grouped(engine.operand(x, rule), engine.operand(weights, rule), groups, torch.bfloat16)

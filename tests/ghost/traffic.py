@@ -22,8 +22,8 @@ from parallel.expert.wire import QuantizedRows
 PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "_grouped_mm", "_scaled_mm", "_scaled_mm_v2", "_scaled_grouped_mm_v2")
 WRITTEN_OVER = {"_heads_kernel": 0}
 """The tensor, by its place, that a kernel of Triton reads and writes."""
-TRITON_PRODUCTS = (
-    "_product_kernel",
+TRITON_MATMULS = (
+    "_matmul_kernel",
     "_wgrad_kernel",
     "_gradient_kernel",
 )
@@ -107,7 +107,7 @@ def traffic() -> Iterator[Traffic]:
 
     def counted(kernel, grid, *args, **options):
         name = kernel.kernel.fn.__name__
-        if name not in TRITON_PRODUCTS:
+        if name not in TRITON_MATMULS:
             mode.add(*sides_of(name, args), name=f"Triton kernel {name.strip('_').removesuffix('_kernel')}")
         return launch(kernel, grid, *args, **options)
 

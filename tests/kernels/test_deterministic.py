@@ -78,11 +78,11 @@ def test_packages_that_promise_nothing_are_refused(overrides, field):
 def test_products_on_a_cpu_are_not_chosen_by_a_measurement(monkeypatch):
     monkeypatch.delenv("SLUICE_PRODUCTS", raising=False)
     monkeypatch.setattr(native, "_bf16_rate", lambda: pytest.fail("it was measured"))
-    native.products_pay.cache_clear()
+    native.compiled_matmuls_pay.cache_clear()
     for features, pays in (("avx2 fma avx512f", True), ("avx512f avx512_bf16", False), ("amx_bf16", False)):
         monkeypatch.setattr(native, "cpu_features", lambda features=features: features)
-        assert native.products_pay(measured=False) is pays
-        native.products_pay.cache_clear()
+        assert native.compiled_matmuls_pay(measured=False) is pays
+        native.compiled_matmuls_pay.cache_clear()
 
 
 def test_no_kernel_of_ours_adds_atomically():

@@ -102,7 +102,7 @@ def test_each_number_of_threads_format_and_code_has_its_own(tmp_path, measure):
     measure(tmp_path, 1e12)
     assert measure(tmp_path, 4e11, threads=2).flops == 4e11
     assert measure(tmp_path, 5e11, dtype=torch.bfloat16).flops == 5e11
-    compiled = CompiledKernels(products=True)
+    compiled = CompiledKernels(matmuls=True)
     assert measure(tmp_path, 6e11, dtype=torch.bfloat16, kernels=compiled).flops == 6e11
     assert measure(tmp_path, 7e11, kernels=compiled).flops == 1e12  # products in fp32 are torch's
     assert len(list(tmp_path.glob("peaks/*.json"))) == 4

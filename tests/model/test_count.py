@@ -5,7 +5,7 @@ import pytest
 from conf.load import compose
 from train.kernels.plain.plain_kernels import PlainKernels
 from train.model.count import (
-    attention_products,
+    attention_matmul_weights,
     checkpoint_bytes,
     count_parameters,
     flops_per_token,
@@ -46,7 +46,7 @@ def test_a_checkpoint_has_masters_what_the_optimizer_keeps_and_the_average():
 
 def test_frozen_weights_have_no_third_product():
     model = recipe("deepseek_v3")
-    attention, head, up = attention_products(model), model.vocab_size * model.hidden, 3 * model.hidden
+    attention, head, up = attention_matmul_weights(model), model.vocab_size * model.hidden, 3 * model.hidden
     for dense, width in ((True, model.dense_width), (False, (8 + 1) * model.expert_width)):
         whole, frozen = (layer_flops(model, 4096, dense, frozen=one) for one in (False, True))
         assert whole - frozen == 2 * (attention + up * width)

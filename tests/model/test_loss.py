@@ -32,17 +32,17 @@ def test_only_the_gradients_that_are_asked_for():
     assert not cross_entropy(hidden, head.detach(), targets, 5, 2, build_kernels("cpu")).requires_grad
 
 
-class CountedProducts(PlainKernels):
+class CountedMatmuls(PlainKernels):
     number = 0
 
-    def product(self, *args):
+    def matmul(self, *args):
         self.number += 1
-        return super().product(*args)
+        return super().matmul(*args)
 
 
 def test_a_pass_that_nothing_goes_back_through_computes_no_gradient():
     """Not of a weight that trains either: that gradient is as large as the weight, and a product that an evaluation would wait for."""
-    kernels, head, targets = CountedProducts(), torch.nn.Parameter(torch.randn(50, 8)), torch.randint(50, (4,))
+    kernels, head, targets = CountedMatmuls(), torch.nn.Parameter(torch.randn(50, 8)), torch.randint(50, (4,))
     hidden = torch.randn(4, 8, requires_grad=True)
     with torch.no_grad():
         without = cross_entropy(hidden, head, targets, 4, 4, kernels)

@@ -19,7 +19,7 @@ torch.set_num_threads(1)
 TESTS = Path(__file__).parent.parent
 
 
-class GpuProducts(FusedKernels):
+class GpuMatmuls(FusedKernels):
     """A GPU's, whose products have a CPU form, the reference of what CUDA has; the rest is torch's."""
 
     swiglu, swiglu_backward = PlainKernels.swiglu, PlainKernels.swiglu_backward
@@ -27,15 +27,15 @@ class GpuProducts(FusedKernels):
 
 KERNELS = {
     "torch": PlainKernels,
-    "compiled": lambda: CompiledKernels(products=True),
-    "gpu": GpuProducts,
+    "compiled": lambda: CompiledKernels(matmuls=True),
+    "gpu": GpuMatmuls,
 }
 
 
 @pytest.mark.slow
 @needs_triton
 def test_kernels_of_a_gpu_in_the_interpreter():
-    run_interpreted(TESTS / "kernels" / "gpu", ["interpreted_products", "interpreted_adamw"])
+    run_interpreted(TESTS / "kernels" / "gpu", ["interpreted_weight_gradient", "interpreted_adamw"])
 
 
 @pytest.fixture(params=KERNELS)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from train.optim.matrices import ITERATIONS, PUBLISHED_POLAR, SAFETY, orthogonalise, products
+from train.optim.matrices import ITERATIONS, PUBLISHED_POLAR, SAFETY, newton_schulz_flops, orthogonalise
 
 BANDS = {"quintic": (0.002, 0.68, 1.21), "polar_express": (0.001, 0.84, 1.13), "deepseek_v4": (0.0005, 0.999, 1.001)}
 """Where singular values end that begin, beside the norm of all, at the first number or above: of the polynomials, to two digits."""
@@ -87,4 +87,8 @@ def test_a_batch_is_its_matrices():
 
 
 def test_products_are_those_of_the_smaller_side():
-    assert products(8, 32, "quintic") == products(32, 8, "quintic") == 5 * (4 * 8 * 8 * 32 + 2 * 8**3)
+    assert (
+        newton_schulz_flops(8, 32, "quintic")
+        == newton_schulz_flops(32, 8, "quintic")
+        == 5 * (4 * 8 * 8 * 32 + 2 * 8**3)
+    )

@@ -161,33 +161,33 @@ def _both_ways(core: AttentionCore, numbers: list[Tensor], scale: float, seen: S
 
 
 def build_kernels(
-    kind: str, compiled: bool = True, core: AttentionCore | None = None, products: bool | None = None
+    kind: str, compiled: bool = True, core: AttentionCore | None = None, matmuls: bool | None = None
 ) -> Kernels:
     """The kernels for a kind of device.
 
-    kind: cpu or cuda. compiled: whether a CPU uses compiled code if it can. core: attention core of a GPU. products:
+    kind: cpu or cuda. compiled: whether a CPU uses compiled code if it can. core: attention core of a GPU. matmuls:
     whether a CPU also uses compiled matmuls; None selects the faster choice
-    (`train.kernels.cpu.libraries.products_pay`).
+    (`train.kernels.cpu.libraries.compiled_matmuls_pay`).
     """
     if kind == "cuda":
         return FusedKernels(core)
     if not compiled or native.why_absent() is not None:
         return PlainKernels()
-    return CompiledKernels(native.products_pay() if products is None else products)
+    return CompiledKernels(native.compiled_matmuls_pay() if matmuls is None else matmuls)
 
 
-def choose_products(config: Config, device: torch.device, kept: bool | None) -> bool | None:
+def choose_matmuls(config: Config, device: torch.device, kept: bool | None) -> bool | None:
     """Whether a run on this CPU uses compiled matmuls; None if there is no choice.
 
     kept: the choice at the start of the run, so a busy machine cannot change the arithmetic at a resume.
     """
     if kept is not None or device.type == "cuda" or not config.cluster.compiled or native.why_absent() is not None:
         return kept
-    return native.products_pay(measured=not config.cluster.deterministic)
+    return native.compiled_matmuls_pay(measured=not config.cluster.deterministic)
 
 
-def choose_kernels(config: Config, device: torch.device, products: bool | None = None) -> tuple[Kernels, list[str]]:
-    """The kernels of a run, and notes on slow choices. products: see `choose_products`; None to choose here.
+def choose_kernels(config: Config, device: torch.device, matmuls: bool | None = None) -> tuple[Kernels, list[str]]:
+    """The kernels of a run, and notes on slow choices. matmuls: see `choose_matmuls`; None to choose here.
 
     Raises UserError if no attention core of a GPU gives correct values.
     """
@@ -197,4 +197,4 @@ def choose_kernels(config: Config, device: torch.device, products: bool | None =
     compiled, notes = config.cluster.compiled, []
     if compiled and activation_dtype(config.precision) == torch.bfloat16 and (why := native.why_absent()):
         notes.append(f"the model trains in torch's operations, slower than compiled code: {why}")
-    return build_kernels("cpu", compiled, products=choose_products(config, device, products)), notes
+    return build_kernels("cpu", compiled, matmuls=choose_matmuls(config, device, matmuls)), notes

@@ -52,7 +52,7 @@ class StartingPoint(NamedTuple):
         """Whether `restore` will fill all weights from it, or raise."""
         return bool(self.copy or self.checkpoint or self.notes)
 
-    def compiled_products(self) -> bool | None:
+    def compiled_matmuls(self) -> bool | None:
         """Whether the resumed run uses compiled matmuls; None if unknown: a new run, or an older checkpoint."""
         if self.copy is not None:
             return self.copy["meta"].get("compiled_products")

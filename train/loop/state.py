@@ -37,7 +37,7 @@ class RunState:
     def __init__(self, config: Config, mesh: Mesh, parts: ParallelModel, hooks: Sequence[Any] = ()):
         """hooks: those with `shards` are part of the state."""
         self.mesh, self.zero, self.routers = mesh, parts.zero, parts.routers()
-        self.compiled_products: bool | None = None
+        self.compiled_matmuls: bool | None = None
         """Whether a CPU's matmuls are compiled, as measured at the run's start; None if there is no choice."""
         self.step = 0
         self.samples = 0
@@ -152,7 +152,7 @@ class RunState:
             "family": str(self.family),
             **({} if self.best is None else {"best": list(self.best)}),
             **({} if self.base is None else {"base": self.base}),
-            **({} if self.compiled_products is None else {"compiled_products": self.compiled_products}),
+            **({} if self.compiled_matmuls is None else {"compiled_products": self.compiled_matmuls}),
         } | kept
 
     def _biases(self) -> dict[str, Shard]:

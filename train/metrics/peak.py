@@ -29,8 +29,8 @@ NAMED_PEAKS = (
     (r"\bA100\b", 312e12),
 )
 """Patterns of the names that CUDA reports. PCIe and NVL cards of the H series are slower, so they are measured."""
-PRODUCT_SIZES = (256, 512, 1024, 2048, 4096, 8192)
-PRODUCT_TRIES = 3
+MATMUL_SIZES = (256, 512, 1024, 2048, 4096, 8192)
+MATMUL_TRIES = 3
 PEAK_SECONDS = 0.25
 IMPOSSIBLE = 1e17
 """FLOP/s that no device reaches. Such a figure in the cache is damage, and would otherwise stay for ever."""
@@ -136,12 +136,12 @@ def measured_peak(device: torch.device, dtype: torch.dtype, kernels: Kernels, bu
 def _best_rate(device: torch.device, dtype: torch.dtype, kernels: Kernels, budget: float) -> float:
     rate, used, deadline = 0.0, 0.0, time.perf_counter() + budget
     size, pair = 0, []
-    for size in PRODUCT_SIZES:
+    for size in MATMUL_SIZES:
         pair = [torch.randn(size, size, device=device).to(dtype) for _ in range(2)]
-        best = min(_seconds(*pair, kernels=kernels) for _ in range(PRODUCT_TRIES))
+        best = min(_seconds(*pair, kernels=kernels) for _ in range(MATMUL_TRIES))
         rate = max(rate, 2 * size**3 / best)
-        used += PRODUCT_TRIES * best  # not clock time, because the first GEMM of a size may load a kernel
-        if used + PRODUCT_TRIES * 8 * best > budget:  # twice the size takes eight times as long
+        used += MATMUL_TRIES * best  # not clock time, because the first GEMM of a size may load a kernel
+        if used + MATMUL_TRIES * 8 * best > budget:  # twice the size takes eight times as long
             break
     while time.perf_counter() < deadline:  # the fastest of many tries had the fewest interruptions
         rate = max(rate, 2 * size**3 / _seconds(*pair, kernels=kernels))
@@ -150,7 +150,7 @@ def _best_rate(device: torch.device, dtype: torch.dtype, kernels: Kernels, budge
 
 def _seconds(a: torch.Tensor, b: torch.Tensor, kernels: Kernels) -> float:
     started = time.perf_counter()
-    kernels.product(a, b.t(), a.dtype)
+    kernels.matmul(a, b.t(), a.dtype)
     if a.is_cuda:
         torch.cuda.synchronize(a.device)
     return time.perf_counter() - started

@@ -28,7 +28,7 @@ from train.model.moe import Experts
 from train.model.needed import Function
 from train.model.operations import ExpertGroups, Kernels
 from train.model.recompute import RecomputedOutputs
-from train.model.weight_gradient import GroupedProduct
+from train.model.weight_gradient import GroupedMatmul
 
 MIX = (-0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)
 """Multipliers of splitmix64, as signed numbers."""
@@ -61,8 +61,8 @@ class LowRankPairs:
         parts = []
         for name_a, name_b in self._names:
             with keep:
-                inner = self._product(dropped, getattr(self._module, name_a), groups) * self._scale
-            parts.append(self._product(inner, getattr(self._module, name_b), groups))
+                inner = self._matmul(dropped, getattr(self._module, name_a), groups) * self._scale
+            parts.append(self._matmul(inner, getattr(self._module, name_b), groups))
         return y + (parts[0] if len(parts) == 1 else torch.cat(parts, -1))
 
     def widen(self, x: Tensor, weight_OI: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,10 +73,10 @@ class LowRankPairs:
             inner = self._kernels.linear(dropped, getattr(self._module, name_a)) * self._scale
         return torch.cat([x, inner], -1), torch.cat([weight_OI, getattr(self._module, name_b)], -1)
 
-    def _product(self, x: Tensor, weight: Tensor, groups: ExpertGroups | None) -> Tensor:
+    def _matmul(self, x: Tensor, weight: Tensor, groups: ExpertGroups | None) -> Tensor:
         if groups is None:
             return self._kernels.linear(x, weight)
-        return GroupedProduct.apply(x, weight, groups, self._kernels)
+        return GroupedMatmul.apply(x, weight, groups, self._kernels)
 
     def _drop(self, x: Tensor) -> tuple[Tensor, AbstractContextManager]:
         """Return x as the LoRA matrices take it, and the context in which saving it keeps nothing."""

@@ -46,7 +46,7 @@ class Counts:
     mtp_active: int
 
 
-def attention_products(config: Model) -> int:
+def attention_matmul_weights(config: Model) -> int:
     """Return the weights of one MLA layer's matmuls."""
     qk_width = config.nope_head_dim + config.rope_head_dim
     if config.q_rank is None:
@@ -58,7 +58,7 @@ def attention_products(config: Model) -> int:
     return queries + keys_values + config.hidden * config.rope_head_dim + out
 
 
-def indexer_products(config: Model) -> int:
+def indexer_matmul_weights(config: Model) -> int:
     """Weights of the products of one indexer; 0 without sparse attention."""
     sparse = config.sparse
     return sparse.heads * (sparse.head_dim * (config.q_rank or 0) + config.hidden) + sparse.head_dim * config.hidden * (
@@ -78,7 +78,7 @@ def expert_params(config: Model) -> int:
 
 def count_parameters(config: Model) -> Counts:
     """Count the parameters of every part."""
-    attention = attention_products(config) + (config.q_rank or 0) + config.kv_rank
+    attention = attention_matmul_weights(config) + (config.q_rank or 0) + config.kv_rank
     outside_ffn = attention + 2 * config.hidden
     expert = expert_params(config)
     always = outside_ffn + config.shared_experts * expert + config.hidden * config.experts
@@ -88,7 +88,7 @@ def count_parameters(config: Model) -> Counts:
     outside_blocks = 2 * embedding + config.hidden
     dense, moe = config.dense_layers, config.layers - config.dense_layers
     active = outside_blocks + dense * dense_block + moe * moe_active
-    indexer = indexer_products(config) + 2 * config.sparse.head_dim * (config.sparse.heads > 0)
+    indexer = indexer_matmul_weights(config) + 2 * config.sparse.head_dim * (config.sparse.heads > 0)
     indexers = indexer_layers(config) * indexer
     active += indexers
     mtp_extra = 2 * config.hidden**2 + 3 * config.hidden + indexer
@@ -123,9 +123,9 @@ def layer_flops(config: Model, seq_len: int, dense: bool, causal: bool = True, f
     indexer = (
         indexer_layers(config)
         / config.layers
-        * (indexer_products(config) + pairs * config.sparse.heads * config.sparse.head_dim)
+        * (indexer_matmul_weights(config) + pairs * config.sparse.heads * config.sparse.head_dim)
     )
-    return 6 * core + (4 if frozen else 6) * (attention_products(config) + ffn) + (2 if frozen else 6) * indexer
+    return 6 * core + (4 if frozen else 6) * (attention_matmul_weights(config) + ffn) + (2 if frozen else 6) * indexer
 
 
 def _attended(config: Model, seq_len: int, pairs: float) -> float:

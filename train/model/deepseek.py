@@ -24,7 +24,7 @@ from conf.own_code import subclass
 from conf.schema import Model, Recompute
 from train.model.block import Block
 from train.model.indexer import Indexer, LearnAlone
-from train.model.layers import AddedProduct, Embedding, LayerPrecision, RMSNorm
+from train.model.layers import AddedMatmul, Embedding, LayerPrecision, RMSNorm
 from train.model.loss import cross_entropy, token_logprobs
 from train.model.moe import Dispatcher, LocalDispatcher
 from train.model.mtp import MTP
@@ -107,7 +107,7 @@ class Head(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, width, **factory))
         self._chunk, self._kernels = chunk, kernels
-        self.added: AddedProduct | None = None
+        self.added: AddedMatmul | None = None
         """The adapter of the weight, set by the code that trains one."""
         self.extra_loss: Callable[[ModelOutputs], Tensor] | None = None
         """The user's own loss term, set by the code that builds the model for a training."""

@@ -26,7 +26,7 @@ from conf.schema import Model
 from train.model.layers import LayerPrecision, Linear
 from train.model.needed import Function, is_recorded, once_differentiable
 from train.model.rope import rotate
-from train.model.router import exact_product
+from train.model.router import exact_matmul
 from train.model.sequence import Positions, SeenKeys
 
 LAYER_NORM_EPS = 1e-6
@@ -82,7 +82,7 @@ class Indexer(nn.Module):
             q = self.q(q_latent_BTC).unflatten(-1, (self._config.heads, -1))
         with remake_x or nullcontext():
             k = self.k(x_BTD)
-            w_BTH = exact_product(x_BTD, self.weight, self._kernels)
+            w_BTH = exact_matmul(x_BTD, self.weight, self._kernels)
         k = self._turn(self.k_norm(k).unsqueeze(2), table).squeeze(2)
         return IndexVectors(self._turn(q, table), k, w_BTH * (self._config.heads * self._config.head_dim) ** -0.5)
 

@@ -29,7 +29,7 @@ class HeldInput(NamedTuple):
     """Maps the tensors to their values, in the shape and dtype of the input."""
 
 
-class AddedProduct(Protocol):
+class AddedMatmul(Protocol):
     """A second matmul whose result is added to a layer's output."""
 
     def add(self, y: Tensor, x: Tensor, groups: ExpertGroups | None = None) -> Tensor:
@@ -86,7 +86,7 @@ class LayerPrecision(Protocol):
         w13_E2FD: Tensor,
         w2_EDF: Tensor,
         counts_E: Tensor,
-        added: "tuple[AddedProduct | None, AddedProduct | None]" = (None, None),
+        added: "tuple[AddedMatmul | None, AddedMatmul | None]" = (None, None),
     ) -> Tensor:
         """Return the SwiGLU FFN of every expert on its own rows: (R, D).
 
@@ -105,7 +105,7 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs, **factory))
         self._precision, self._kind = precision, kind
-        self.added: AddedProduct | None = None
+        self.added: AddedMatmul | None = None
         """The adapter of the weight, set by the code that trains one."""
         self.packed: PackedWeight | None = None
         """The stored form of the weight next to an adapter, if it is not a plain tensor."""

@@ -37,13 +37,13 @@ class _CrossEntropy(Function):
         loss = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
         dhidden, dhead_VD = [], None
         for hidden_CD, targets_C in zip(hidden_ND.split(chunk), targets_N.split(chunk), strict=True):
-            logits_CV = kernels.product(hidden_CD, head, head.dtype)
+            logits_CV = kernels.matmul(hidden_CD, head, head.dtype)
             loss += kernels.cross_entropy(logits_CV, targets_C, scale)
             dlogits_CV = logits_CV  # the gradient has replaced the logits
             if want_hidden:
-                dhidden.append(kernels.product(dlogits_CV, head.t(), head.dtype))
+                dhidden.append(kernels.matmul(dlogits_CV, head.t(), head.dtype))
             if want_head:
-                dhead_VD = kernels.product(dlogits_CV.t(), hidden_CD.t(), torch.float32, dhead_VD)
+                dhead_VD = kernels.matmul(dlogits_CV.t(), hidden_CD.t(), torch.float32, dhead_VD)
         ctx.save_for_backward(torch.cat(dhidden) if want_hidden else None, dhead_VD)
         return loss / divisor
 
@@ -95,9 +95,9 @@ class _TokenLogprobs(Function):
             dlogits_CV.scatter_add_(1, targets_N[rows].unsqueeze(1), grad_N1[rows])
             dlogits_CV = dlogits_CV.to(head.dtype)
             if hidden_needed:
-                dhidden.append(kernels.product(dlogits_CV, head.t(), head.dtype))
+                dhidden.append(kernels.matmul(dlogits_CV, head.t(), head.dtype))
             if head_needed:
-                dhead_VD = kernels.product(dlogits_CV.t(), hidden_ND[rows].t(), torch.float32, dhead_VD)
+                dhead_VD = kernels.matmul(dlogits_CV.t(), hidden_ND[rows].t(), torch.float32, dhead_VD)
         dweight_VD, kept_VD = None, dhead_VD
         if kept_VD is not None:
 
@@ -115,7 +115,7 @@ def _log_softmax_of_chunks(
     head = head_VD.to(hidden_ND.dtype)
     for first in range(0, len(hidden_ND), chunk):
         rows = slice(first, first + chunk)
-        logits_CV = kernels.product(hidden_ND[rows], head, torch.float32)
+        logits_CV = kernels.matmul(hidden_ND[rows], head, torch.float32)
         if temperature_N is not None:
             logits_CV = logits_CV / temperature_N[rows].unsqueeze(1)
         yield rows, logits_CV.log_softmax(-1)

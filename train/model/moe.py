@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from conf.own_code import subclass
 from conf.schema import Model, Recompute
-from train.model.layers import FFN, AddedProduct, LayerPrecision, PackedWeight, open_weight
+from train.model.layers import FFN, AddedMatmul, LayerPrecision, PackedWeight, open_weight
 from train.model.needed import Function, once_differentiable
 from train.model.operations import Kernels
 from train.model.recompute import recall, remember
@@ -146,8 +146,8 @@ class Experts(nn.Module):
         self.local = local
         self.w13 = nn.Parameter(torch.empty(len(local), 2 * inner, width, **factory))
         self.w2 = nn.Parameter(torch.empty(len(local), width, inner, **factory))
-        self.added_up: AddedProduct | None = None
-        self.added_down: AddedProduct | None = None
+        self.added_up: AddedMatmul | None = None
+        self.added_down: AddedMatmul | None = None
         """The adapters of w13 and of w2, set by the code that trains them."""
         self.packed_up: PackedWeight | None = None
         self.packed_down: PackedWeight | None = None

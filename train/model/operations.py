@@ -139,16 +139,16 @@ class Kernels(Protocol):
     def linear(self, x: Tensor, weight_OI: Tensor) -> Tensor:
         """Return x W^T. Differentiable."""
 
-    def product(self, left_OC: Tensor, right_NC: Tensor, dtype: torch.dtype, into_ON: Tensor | None = None) -> Tensor:
+    def matmul(self, left_OC: Tensor, right_NC: Tensor, dtype: torch.dtype, into_ON: Tensor | None = None) -> Tensor:
         """Return left right^T: (O, N). into: of dtype; the result is added to it, and it is returned."""
 
     def groups(self, counts_E: Tensor, dtype: torch.dtype) -> ExpertGroups:
         """Return the groups for the two grouped GEMMs below, for operands in dtype. counts_E: rows per expert."""
 
-    def grouped_product(self, x_RI: Tensor, weight_EIO: Tensor, groups: ExpertGroups) -> Tensor:
+    def grouped_matmul(self, x_RI: Tensor, weight_EIO: Tensor, groups: ExpertGroups) -> Tensor:
         """Return x W with the weight of each row's expert: (R, O)."""
 
     def grouped_weight_gradient(
         self, grad_RO: Tensor, x_RI: Tensor, groups: ExpertGroups, dtype: torch.dtype, into_EOI: Tensor | None = None
     ) -> Tensor:
-        """Return grad^T x over the rows of each expert: (E, O, I). into: as in `product`."""
+        """Return grad^T x over the rows of each expert: (E, O, I). into: as in `matmul`."""

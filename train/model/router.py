@@ -84,7 +84,7 @@ class Router(nn.Module):
         """Return the logits, fp32 (B, T, E). A user's own router may override this method."""
         with remake:
             weight_ED = self.weight.detach() if self.frozen else self.weight
-            return exact_product(x_BTD, weight_ED, self._kernels)
+            return exact_matmul(x_BTD, weight_ED, self._kernels)
 
     def _apply(self, fn, recurse=True):
         """Move the buffers with the module but never round them: engines call module.bfloat16() to convert the
@@ -111,7 +111,7 @@ class Router(nn.Module):
         return torch.special.entr(self.score_E / self.score_E.sum()).sum()
 
 
-def exact_product(x_BTD: Tensor, weight_ED: Tensor, kernels: Kernels) -> Tensor:
+def exact_matmul(x_BTD: Tensor, weight_ED: Tensor, kernels: Kernels) -> Tensor:
     """x W^T in fp32, of operands in any format: (B, T, E). Differentiable."""
     return _Logits.apply(x_BTD, weight_ED, kernels)
 

@@ -22,11 +22,11 @@ from torch import Tensor
 from train.model.needed import Function, gradients_needed, node_of, once_differentiable, will_accumulate
 from train.model.operations import ExpertGroups, Kernels
 
-WeightProduct = Callable[[torch.dtype, Tensor | None], Tensor]
+WeightMatmul = Callable[[torch.dtype, Tensor | None], Tensor]
 """The matmul: takes the dtype of the gradient, and either the fp32 sum to add to and return, or None."""
 
 
-def weight_gradient(ctx: Any, argument: int, weight: Tensor, product: WeightProduct) -> Tensor | None:
+def weight_gradient(ctx: Any, argument: int, weight: Tensor, matmul: WeightMatmul) -> Tensor | None:
     """Return the value that a Function's backward returns for the weight at this argument: None if the matmul added
     to `.grad`.
 
@@ -36,25 +36,25 @@ def weight_gradient(ctx: Any, argument: int, weight: Tensor, product: WeightProd
     node = node_of(ctx, argument)
     leaf = getattr(node, "variable", None)
     if leaf is None:
-        return product(weight.dtype, None)
+        return matmul(weight.dtype, None)
     dtype = leaf.grad_dtype or weight.dtype
     if dtype != torch.float32 or not will_accumulate(node):
-        return product(dtype, None)
+        return matmul(dtype, None)
     if leaf.grad is None:
-        leaf.grad = product(dtype, None)
+        leaf.grad = matmul(dtype, None)
     else:
-        product(dtype, leaf.grad)
+        matmul(dtype, leaf.grad)
     return None
 
 
-class LinearProduct(Function):
+class LinearMatmul(Function):
     """`F.linear` without bias by the matmuls of these kernels."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight_OI: Tensor, kernels: Kernels) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight_OI)  # a frozen weight needs no x
         ctx.kernels = kernels
-        return kernels.product(_rows(x), weight_OI, x.dtype).view(*x.shape[:-1], -1)
+        return kernels.matmul(_rows(x), weight_OI, x.dtype).view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
@@ -63,13 +63,13 @@ class LinearProduct(Function):
         x_needed, weight_needed, *_ = gradients_needed(ctx)
         dy_NO, dx, dweight_OI = _rows(dy), None, None
         if x_needed:
-            dx = kernels.product(dy_NO, weight_OI.t(), dy.dtype).view(*dy.shape[:-1], -1)
+            dx = kernels.matmul(dy_NO, weight_OI.t(), dy.dtype).view(*dy.shape[:-1], -1)
         if weight_needed:
-            dweight_OI = weight_gradient(ctx, 1, weight_OI, partial(kernels.product, dy_NO.t(), _rows(x).t()))
+            dweight_OI = weight_gradient(ctx, 1, weight_OI, partial(kernels.matmul, dy_NO.t(), _rows(x).t()))
         return dx, dweight_OI, None
 
 
-class GroupedProduct(Function):
+class GroupedMatmul(Function):
     """x W^T with the weight of each row's expert.
 
     It saves the weight itself. F.grouped_mm's own backward would keep a view, which holds the memory even when the
@@ -80,18 +80,18 @@ class GroupedProduct(Function):
     def forward(ctx, x_RI: Tensor, weight_EOI: Tensor, groups: ExpertGroups, kernels: Kernels):
         ctx.save_for_backward(x_RI if ctx.needs_input_grad[1] else None, weight_EOI)
         ctx.groups, ctx.kernels = groups, kernels
-        return kernels.grouped_product(x_RI, weight_EOI.transpose(1, 2), groups)
+        return kernels.grouped_matmul(x_RI, weight_EOI.transpose(1, 2), groups)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_RO):
         x_RI, weight_EOI = ctx.saved_tensors
         x_needed, weight_needed, *_ = gradients_needed(ctx)
-        dx_RI = ctx.kernels.grouped_product(grad_RO, weight_EOI, ctx.groups) if x_needed else None
+        dx_RI = ctx.kernels.grouped_matmul(grad_RO, weight_EOI, ctx.groups) if x_needed else None
         dweight_EOI = None
         if weight_needed:
-            product = partial(ctx.kernels.grouped_weight_gradient, grad_RO, x_RI, ctx.groups)
-            dweight_EOI = weight_gradient(ctx, 1, weight_EOI, product)
+            matmul = partial(ctx.kernels.grouped_weight_gradient, grad_RO, x_RI, ctx.groups)
+            dweight_EOI = weight_gradient(ctx, 1, weight_EOI, matmul)
         return dx_RI, dweight_EOI, None, None
 
 

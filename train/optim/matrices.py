@@ -128,7 +128,7 @@ def _or_one(sizes: Tensor) -> Tensor:
     return sizes.where(sizes > 0, 1.0)
 
 
-def products(rows: int, columns: int, iteration: str) -> float:
+def newton_schulz_flops(rows: int, columns: int, iteration: str) -> float:
     """Operations for one matrix: three matmuls a step, one of them with the small Gram matrix only."""
     short, long = sorted((rows, columns))
     return len(ITERATIONS[iteration]) * (4.0 * short * short * long + 2.0 * short**3)

@@ -24,7 +24,7 @@ from conf.thresholds import THRESHOLDS
 from parallel.owners import MatrixOwners, SharedMatrix
 from parallel.shard import FlatShard, WeightPiece
 from train.optim.adamw import AdamW, moments_dtype
-from train.optim.matrices import logical_matrices, orthogonalise, products
+from train.optim.matrices import logical_matrices, newton_schulz_flops, orthogonalise
 
 UPDATE_SIZE = 0.2
 """Root mean square of AdamW's updates, as Moonlight measured it."""
@@ -120,7 +120,11 @@ class Muon(AdamW):
         if param not in self._placed:
             matrices = [
                 SharedMatrix(
-                    number, weight.shape[-1], weight.held, WeightPiece(*one), products(*one.shape, self._muon.iteration)
+                    number,
+                    weight.shape[-1],
+                    weight.held,
+                    WeightPiece(*one),
+                    newton_schulz_flops(*one.shape, self._muon.iteration),
                 )
                 for number, (name, weight) in enumerate(zip(shard.names, shard.weights, strict=True))
                 for one in logical_matrices(name, weight.shape, self._model, self._muon.by_head)

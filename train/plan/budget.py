@@ -9,7 +9,7 @@ from train.loop.layout_check import check_layout
 from train.model.count import checkpoint_bytes, count_parameters
 from train.optim.schedules import Schedules
 from train.plan.failures import HOUR, Failures, plan_failures
-from train.plan.job import device_memory, layout_of, require_hardware, require_host, require_products, with_nodes
+from train.plan.job import device_memory, layout_of, require_hardware, require_host, require_matmuls, with_nodes
 from train.plan.memory.rank_memory import RankMemory, host_bytes, host_lacking, plan_memory
 from train.plan.reserve import reserve_of
 from train.plan.time.step_time import StepTime, plan_time
@@ -155,7 +155,7 @@ def make_plan(config: Config) -> RunPlan:
     support."""
     require_hardware(config.hardware)
     require_host(config)
-    require_products(config)
+    require_matmuls(config)
     config = with_nodes(config)
     check_layout(config)
     step = plan_time(config)

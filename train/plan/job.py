@@ -76,7 +76,7 @@ def host_ranks(config: Config) -> int:
     return min(config.hardware.devices_per_host or ranks, ranks)
 
 
-def require_products(config: Config) -> None:
+def require_matmuls(config: Config) -> None:
     """Raise UserError for FP8 GEMMs that these devices refuse (train/kernels/fp8/installed.py)."""
     fp8, hardware = config.precision.fp8, config.hardware
     if fp8 is None or has_mx_tiles(fp8) or "fprop_mxfp8" not in hardware.rates:

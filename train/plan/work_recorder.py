@@ -31,9 +31,9 @@ from parallel.expert.dispatcher import ChainDispatcher, ExchangeDispatcher
 from parallel.expert.link import Link
 from parallel.expert.stand_in import DeepEPStandIn, NodeLimitedStandIn
 from parallel.expert.wire import Fp8RowsWire, Fp8Wire
-from train.kernels.fp8.blackwell import ScaledGroupedProducts
+from train.kernels.fp8.blackwell import ScaledGroupedMatmuls
 from train.kernels.fp8.groups import PaddedGroups
-from train.kernels.fp8.hopper import HopperEngine, PaddedOperand, TritonProducts
+from train.kernels.fp8.hopper import HopperEngine, PaddedOperand, TritonMatmuls
 from train.model.operations import Kernels
 from train.model.sequence import Rectangle
 
@@ -155,7 +155,7 @@ class WorkRecorder:
         """Record the model's calls of these kernels."""
         for name, kind in _ROWWISE.items():
             self.listen(kernels, name, _moving(kind))
-        for name, count in _PRODUCTS.items():
+        for name, count in _MATMULS.items():
             self.listen(kernels, name, count)
         for name, kind in _DIFFERENTIABLE.items():
             self._listen_both_ways(kernels, name, kind)
@@ -193,9 +193,9 @@ class WorkRecorder:
         for name, kind in FP8_CASTS.items():
             self.listen(casts, name, _moving(kind))
         self.listen(engine, "_scaled_mm", _count_scaled)
-        products = engine._products
-        form = "mxfp8" if isinstance(products, ScaledGroupedProducts) else "fp8"
-        prefix = "triton_" if isinstance(products, TritonProducts) else ""
+        products = engine._matmuls
+        form = "mxfp8" if isinstance(products, ScaledGroupedMatmuls) else "fp8"
+        prefix = "triton_" if isinstance(products, TritonMatmuls) else ""
         self.listen(products, "grouped", partial(_count_fp8_grouped, f"{prefix}grouped_fprop_{form}"))
         self.listen(products, "wgrad", partial(_count_fp8_wgrad, prefix, form))
 
@@ -308,7 +308,7 @@ _DIFFERENTIABLE = {"to_heads": "heads", "route": "route"}
 """Kinds of methods that are Functions themselves."""
 
 
-def product_kind(left_OC: Tensor, right_NC: Tensor) -> str:
+def matmul_kind(left_OC: Tensor, right_NC: Tensor) -> str:
     """The kind of left right^T, by memory order: Fprop has both operands row by row, Dgrad only the left, Wgrad
     neither."""
     name = "wgrad" if left_OC.stride(-1) != 1 else "fprop" if right_NC.stride(-1) == 1 else "dgrad"
@@ -319,9 +319,9 @@ def _form(operand: Tensor) -> str:
     return "bf16" if operand.dtype == torch.bfloat16 else "fp32"
 
 
-def _count_product(out: Tensor, left_OC: Tensor, right_NC: Tensor, *rest: Any) -> Work:
+def _count_matmul(out: Tensor, left_OC: Tensor, right_NC: Tensor, *rest: Any) -> Work:
     flops = 2 * left_OC.numel() * right_NC.shape[0]
-    return Work(product_kind(left_OC, right_NC), flops, _size((out, left_OC, right_NC, rest)))
+    return Work(matmul_kind(left_OC, right_NC), flops, _size((out, left_OC, right_NC, rest)))
 
 
 def _count_grouped(out: Tensor, x_RI: Tensor, weight_EIO: Tensor, groups: Any) -> Work:
@@ -338,9 +338,9 @@ def _count_loss(out: Tensor, logits_NV: Tensor, targets_N: Tensor, scale: float 
     return Work("loss", bytes=(1 if scale is None else 2) * _size(logits_NV))
 
 
-_PRODUCTS = {
-    "product": _count_product,
-    "grouped_product": _count_grouped,
+_MATMULS = {
+    "matmul": _count_matmul,
+    "grouped_matmul": _count_grouped,
     "grouped_weight_gradient": _count_grouped_wgrad,
     "cross_entropy": _count_loss,
 }
@@ -443,7 +443,7 @@ def _count_operation(func: Any, args: tuple, out: Any) -> Work:
     name = _name(func)
     if name in _MULTIPLIES:
         left, right = args[-2:]
-        return Work(product_kind(left, right.mT), 2 * left.numel() * right.shape[-1], _size((out, args)))
+        return Work(matmul_kind(left, right.mT), 2 * left.numel() * right.shape[-1], _size((out, args)))
     if name in _GATHERS:
         return Work(_GATHERS[name], bytes=2 * _size(out))
     kind = _KINDS.get(name, "elementwise")

@@ -69,7 +69,7 @@ def test_experts_get_the_rows_of_a_balanced_group_and_gradients_add_up(dispatch)
         ("fmha_cutlassB_bf16_aligned_64x64_k128_sm80(PyTorchMemEffAttention::AttentionBackwardKernel)", "attention"),
         ("void cutlass::device_kernel<cutlass::gemm::kernel::GemmUniversal<cutlass::gemm::GroupProblemShape<", "grouped products"),
         ("void deep_gemm::sm90_fp8_gemm_1d2d_impl<(cute::UMMA::Major)0, 0u, 4096u, 7168u>", "grouped products"),
-        ("_grouped_product_kernel", "grouped products"),
+        ("_grouped_matmul_kernel", "grouped products"),
         ("_wgrad_kernel", "dense products"),
         ("nvjet_qqtst_128x256_128x4_1x2_h_bz_coopA_TNT", "dense products"),
         ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64", "dense products"),

@@ -21,7 +21,7 @@ from train.model.layers import FFN, RMSNorm, _RMSNorm, swiglu
 from train.model.rope import Rope, rotate
 
 pytestmark = pytest.mark.skipif(native.why_absent() is not None, reason=native.why_absent() or "")
-KERNELS = CompiledKernels(products=True)
+KERNELS = CompiledKernels(matmuls=True)
 EPS = 1e-6
 ROUNDING = 2**-7
 """Of a value: two bf16 numbers are neighbours, so that they may be roundings of two fp32 numbers that differ in the last bit."""

@@ -16,11 +16,11 @@ from train.kernels.cpu import cpp_build as build
 
 RESULTS = """
 import sys, torch
-from train.kernels.cpu.compiled_products import product
+from train.kernels.cpu.compiled_matmuls import matmul
 from train.kernels.cpu.compiled_rows import rms_norm, swiglu_backward
 x = torch.load(sys.argv[1])
 special = torch.tensor([[float("nan"), float("inf"), -float("inf"), 3.0e38, -3.0e38, 0.0, 1.0, -1.0]]).bfloat16()
-made = {"product": product(x, x[:9], torch.bfloat16), "swiglu": swiglu_backward(x[:, :20], x[:, :40], None)[0]}
+made = {"matmul": matmul(x, x[:9], torch.bfloat16), "swiglu": swiglu_backward(x[:, :20], x[:, :40], None)[0]}
 made["norm"], made["rstd of norm"] = rms_norm(x, x[0], 1e-6)
 torch.save(made | {"special": product(special.t(), torch.ones(1, 1).bfloat16(), torch.bfloat16)}, sys.argv[2])
 """
@@ -40,7 +40,7 @@ def test_with_fewer_instructions_the_results_are_the_same(tmp_path):
             continue
         made = results(f"{compiler} {flag}", tmp_path, {"SLUICE_CACHE": str(tmp_path)})
         assert any((tmp_path / "kernels").iterdir())
-        for name in full if feature == "avx512_bf16" else ("product", "swiglu", "special"):
+        for name in full if feature == "avx512_bf16" else ("matmul", "swiglu", "special"):
             assert torch.equal(full[name].nan_to_num(nan=7.0), made[name].nan_to_num(nan=7.0)), (flag, name)
         torch.testing.assert_close(made["norm"], full["norm"], rtol=2**-7, atol=0)  # a rounding to bf16
         torch.testing.assert_close(made["rstd of norm"], full["rstd of norm"], rtol=1e-6, atol=0)

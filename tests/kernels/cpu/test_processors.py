@@ -1,7 +1,7 @@
 """Every path that a processor chooses, forced by switches: each in processes of its own, as torch and its libraries read them once.
 
 The rows are what common servers have: AVX2 alone, AVX-512, AVX-512 with products of bf16, AMX; MKL takes AVX2 on every AMD. What is
-measured (`products_pay`) is said both ways. A row runs the tests that depend on it, and the whole list takes turns from commit to commit.
+measured (`compiled_matmuls_pay`) is said both ways. A row runs the tests that depend on it, and the whole list takes turns from commit to commit.
 """
 
 import os
@@ -36,7 +36,7 @@ PROCESSORS = {
 MEMORY = "tests/dry_run/test_run.py::test_memory_is_as_planned_and_every_action_runs"
 PROOF = "tests/prove/test_packed_proof.py::test_a_layout_is_proven"
 DEPENDENT = [
-    *(f"tests/kernels/cpu/test_compiled_{part}.py" for part in ("attention", "products", "rows")),
+    *(f"tests/kernels/cpu/test_compiled_{part}.py" for part in ("attention", "matmuls", "rows")),
     "tests/hf/test_tuning_parity.py",
     *(f"{MEMORY}[{name}]" for name in ("zero 2", "zero 3", "zero 3, offload")),
     *(f"{PROOF}[{name}]" for name in ("dp3_uneven_bf16", "cp2_bf16")),
@@ -71,7 +71,7 @@ def test_a_switch_that_names_nothing_is_an_error(monkeypatch):
         cpp_build.cpu_features.__wrapped__()
     monkeypatch.setenv("SLUICE_PRODUCTS", "fast")
     with pytest.raises(UserError, match=r"(?s)SLUICE_PRODUCTS.*must be compiled or torch"):
-        native.products_pay.__wrapped__()
+        native.compiled_matmuls_pay.__wrapped__()
 
 
 @pytest.mark.slow

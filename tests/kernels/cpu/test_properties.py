@@ -19,7 +19,7 @@ from torch.nn import functional as F
 import train.kernels.cpu.libraries as native
 from conf.errors import UserError
 from conf.schema import ROOT, Model, Optim
-from train.kernels.cpu import compiled_products, compiled_rows
+from train.kernels.cpu import compiled_matmuls, compiled_rows
 from train.kernels.cpu.compiled_attention import CompiledAttention, _attention_kept, _most_kept
 from train.kernels.cpu.compiled_rows import CompiledHeads
 from train.kernels.cpu.cpp_function import Array, Kernel, Number, Parameter, Struct, Table, rows_of_table
@@ -381,12 +381,12 @@ def attention_kept(draw: Draw) -> None:
 
 
 def products(draw: Draw) -> None:
-    {"plain": plain_product, "experts": product_of_experts, "scaled": scaled_product}[
+    {"plain": plain_matmul, "experts": matmul_of_experts, "scaled": scaled_matmul}[
         draw(st.sampled_from(["plain", "experts", "scaled"]))
     ](draw)
 
 
-def check_product(got: Tensor, left: Tensor, right: Tensor) -> None:
+def check_matmul(got: Tensor, left: Tensor, right: Tensor) -> None:
     left, right = left.double(), right.double()
     close(got, left @ right.mT, left.abs() @ right.mT.abs())
 
@@ -394,29 +394,29 @@ def check_product(got: Tensor, left: Tensor, right: Tensor) -> None:
 contractions = st.sampled_from([1, 2, 31, 127, 128, 129, 257, 300])
 
 
-def plain_product(draw: Draw) -> None:
+def plain_matmul(draw: Draw) -> None:
     contraction, dtype = draw(st.just(0) | contractions), draw(st.sampled_from([BF16, FP32]))
     left, right = (placed(draw, normal(draw(counts), contraction)) for _ in range(2))
-    got = compiled_products.product(left, right, dtype)
+    got = compiled_matmuls.matmul(left, right, dtype)
     assert got.dtype == dtype
-    check_product(got, left, right)
+    check_matmul(got, left, right)
 
 
 def rows_of_experts(draw: Draw) -> list[int]:
     return draw(st.lists(st.sampled_from([0, 0, 1, 2, 13, 40]), min_size=1, max_size=5))
 
 
-def product_of_experts(draw: Draw) -> None:
+def matmul_of_experts(draw: Draw) -> None:
     rows, inputs, outputs = rows_of_experts(draw), draw(widths), draw(widths)
     x, dy = (placed(draw, normal(sum(rows), width)) for width in (inputs, outputs))
     weight = placed(draw, normal(len(rows), outputs, inputs))
-    y, dx = compiled_products.grouped(x, weight, rows), compiled_products.grouped(dy, weight.mT, rows)
-    dweight = compiled_products.grouped_weight_gradient(dy.t(), x.t(), rows, torch.float32)
+    y, dx = compiled_matmuls.grouped(x, weight, rows), compiled_matmuls.grouped(dy, weight.mT, rows)
+    dweight = compiled_matmuls.grouped_weight_gradient(dy.t(), x.t(), rows, torch.float32)
     assert dweight.dtype == FP32
     for expert, mine in enumerate(torch.arange(sum(rows)).split(rows)):
-        check_product(y[mine], x[mine], weight[expert])
-        check_product(dx[mine], dy[mine], weight[expert].t())
-        check_product(dweight[expert], dy[mine].t(), x[mine].t())
+        check_matmul(y[mine], x[mine], weight[expert])
+        check_matmul(dx[mine], dy[mine], weight[expert].t())
+        check_matmul(dweight[expert], dy[mine].t(), x[mine].t())
 
 
 BLOCKS = [(1, TILE), (TILE, TILE), (1, WHOLE_SIDE), (WHOLE_SIDE, WHOLE_SIDE)]
@@ -445,20 +445,20 @@ def spread(x: QuantizedTensor) -> Tensor:
     return wide.repeat_interleave(columns, -1)[..., : x.shape[-1]] if x.scale.numel() else wide
 
 
-def scaled_product(draw: Draw) -> None:
+def scaled_matmul(draw: Draw) -> None:
     contraction, dtype = draw(contractions), draw(st.sampled_from([BF16, FP32]))
     if draw(st.booleans()):
         (left, left_values), (right, right_values) = (
             scaled(draw, placed(draw, normal(1 + draw(counts), contraction))) for _ in range(2)
         )
-        got = compiled_engine.scaled_product(left, right, dtype)
-        return check_product(got, left_values, right_values)
+        got = compiled_engine.scaled_matmul(left, right, dtype)
+        return check_matmul(got, left_values, right_values)
     groups = PaddedGroups(torch.tensor(rows_of_experts(draw)))
     left, left_values = scaled(draw, normal(groups.rows, contraction))
     right, right_values = scaled(draw, normal(len(groups.counts), draw(widths), contraction))
     got = compiled_engine.scaled_grouped(left, right, groups, dtype)
     for expert, real in enumerate(groups.real()):
-        check_product(got[real], left_values[real], right_values[expert])
+        check_matmul(got[real], left_values[real], right_values[expert])
     return None
 
 

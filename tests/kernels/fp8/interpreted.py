@@ -15,13 +15,13 @@ from conf.load import compose
 from parallel.expert.wire import Fp8RowsWire, Fp8Wire
 from tests.kernels.fp8 import fakes
 from train.kernels.choice import build_kernels
-from train.kernels.fp8 import hopper, hopper_probe, swiglu, triton_products, triton_quantize
+from train.kernels.fp8 import hopper, hopper_probe, swiglu, triton_matmuls, triton_quantize
 from train.kernels.fp8.cast_rules import OperandRule
 from train.kernels.fp8.cpu_engine import CpuEngine
 from train.kernels.fp8.formats import E4M3, E5M2, E5M6, Cast
 from train.kernels.fp8.fp8 import Fp8Precision
 from train.kernels.fp8.groups import PaddedGroups
-from train.kernels.fp8.hopper import DeepGemmProducts, TritonProducts, load_deep_gemm
+from train.kernels.fp8.hopper import DeepGemmMatmuls, TritonMatmuls, load_deep_gemm
 from train.kernels.fp8.quantize import dequantize, quantize
 
 torch.set_num_threads(1)
@@ -36,7 +36,7 @@ def rounding(monkeypatch) -> None:
 def engine(request) -> hopper.HopperEngine:
     """Our products in the interpreter, or where a test asks for it what DeepGEMM would be given."""
     given = getattr(request, "param", "triton")
-    products = DeepGemmProducts(fakes.deep_gemm) if given == "deepgemm" else TritonProducts(triton_products)
+    products = DeepGemmMatmuls(fakes.deep_gemm) if given == "deepgemm" else TritonMatmuls(triton_matmuls)
     return hopper.HopperEngine(triton_quantize, products, fakes.scaled_mm)
 
 
@@ -58,7 +58,7 @@ def wide(*shape: int) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_kernels_give_the_bits_of_the_reference(dtype):
     x = wide(256, 128).to(dtype)
-    for format, pow2 in itertools.product((E4M3, E5M2), (False, True)):
+    for format, pow2 in itertools.matmul((E4M3, E5M2), (False, True)):
         tiles = Cast(format, (1, 128), pow2)
         q, scale = triton_quantize.quantize_tiles(x, tiles)
         reference = quantize(x, tiles)
@@ -121,7 +121,7 @@ def test_twelve_bits_are_packed_and_read_as_the_reference_says(engine):
     """Of values down to the steps below the smallest normal one, up to the largest, in whole tiles and ragged."""
     x = torch.cat([wide(128, 256), 2.0 ** torch.linspace(-30, 20, 128 * 256).view(128, 256)])
     x[5, 7], x[130, 3] = float("inf"), 3e38
-    for dtype, pow2 in itertools.product((torch.bfloat16, torch.float32), (True, False)):
+    for dtype, pow2 in itertools.matmul((torch.bfloat16, torch.float32), (True, False)):
         cast, columns = Cast(E5M6, (1, 128), pow2), Cast(E4M3, (128, 1), False, 1e-12)
         q, scale = triton_quantize.quantize_e5m6(x.to(dtype), cast)
         reference = quantize(x.to(dtype), cast)
@@ -166,16 +166,16 @@ def test_products_agree_with_the_emulation(engine):
     rule, weight = OperandRule(E4M3, "1x128", False, 1e-4), OperandRule(E4M3, "128x128", True, 1e-4)
     cpu = CpuEngine()
     for right in (weight, rule):
-        y = engine.product(engine.operand(x, rule), engine.operand(w, right), torch.float32)
-        expected = cpu.product(cpu.operand(x, rule), cpu.operand(w, right), torch.float32)
+        y = engine.matmul(engine.operand(x, rule), engine.operand(w, right), torch.float32)
+        expected = cpu.matmul(cpu.operand(x, rule), cpu.operand(w, right), torch.float32)
         torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
     g = torch.randn(130, 70, generator=torch.Generator().manual_seed(2))
     kept = engine.keep(x, Cast(E4M3, (1, 128), False, 1e-4))
-    dw = engine.product(
+    dw = engine.matmul(
         engine.operand(g, rule, transposed=True), engine.operand(kept, rule, transposed=True), torch.float32
     )
     kept = cpu.keep(x, Cast(E4M3, (1, 128), False, 1e-4))
-    expected = cpu.product(
+    expected = cpu.matmul(
         cpu.operand(g, rule, transposed=True), cpu.operand(kept, rule, transposed=True), torch.float32
     )
     torch.testing.assert_close(dw, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
@@ -256,7 +256,7 @@ def test_grouped_operands_of_deep_gemm_are_flat_per_expert(engine):
 
 @either_backend
 def test_the_probe_finds_these_products_right(engine):
-    assert hopper_probe.wrong_products(engine, torch.device("cpu"), compose("precision=fp8").precision.fp8) == []
+    assert hopper_probe.wrong_matmuls(engine, torch.device("cpu"), compose("precision=fp8").precision.fp8) == []
 
 
 def test_what_is_missing_is_named():

@@ -12,7 +12,7 @@ from parallel.expert.wire import Fp8RowsWire, Fp8Wire
 from tests.kernels.fp8 import fakes
 from train.kernels.choice import build_kernels
 from train.kernels.fp8 import hopper, hopper_probe, swiglu, triton_quantize
-from train.kernels.fp8.blackwell import BlackwellEngine, ScaledGroupedProducts
+from train.kernels.fp8.blackwell import BlackwellEngine, ScaledGroupedMatmuls
 from train.kernels.fp8.cast_rules import OperandRule
 from train.kernels.fp8.cpu_engine import CpuEngine
 from train.kernels.fp8.formats import E4M3, E5M6, Cast
@@ -33,7 +33,7 @@ def rounding(monkeypatch) -> None:
 
 @pytest.fixture
 def engine() -> BlackwellEngine:
-    products = ScaledGroupedProducts(fakes.scaled_grouped_mm)
+    products = ScaledGroupedMatmuls(fakes.scaled_grouped_mm)
     return BlackwellEngine(triton_quantize, products, fakes.scaled_mm)
 
 
@@ -131,13 +131,13 @@ def test_dense_products_agree_with_the_emulation(engine, rows):
     x, w, g = wide(rows + 3, 200)[3:], wide(70, 200), wide(rows + 3, 70)[3:]
     cpu, start = CpuEngine(), wide(70, 200)
     for dtype in (torch.float32, torch.bfloat16):
-        y, expected = (one.product(one.operand(x, RULE), one.operand(w, RULE), dtype) for one in (engine, cpu))
+        y, expected = (one.matmul(one.operand(x, RULE), one.operand(w, RULE), dtype) for one in (engine, cpu))
         tolerance = 1e-5 if dtype == torch.float32 else 2**-7
         assert y.dtype == dtype and y.is_contiguous()
         torch.testing.assert_close(y, expected, rtol=tolerance, atol=1e-5 * float(expected.abs().sum()))
     for into in (None, start):
         dw, expected = (
-            one.product(
+            one.matmul(
                 one.operand(g, RULE, transposed=True),
                 one.operand(one.keep(x, CAST), RULE, transposed=True),
                 torch.float32,
@@ -226,7 +226,7 @@ def test_rows_from_an_fp8_wire_are_cast_again(engine):
 
 def test_the_probe_finds_these_products_right_and_scales_in_another_order_wrong(engine, monkeypatch):
     fp8 = compose("precision=mxfp8").precision.fp8
-    assert hopper_probe.wrong_products(engine, torch.device("cpu"), fp8) == []
+    assert hopper_probe.wrong_matmuls(engine, torch.device("cpu"), fp8) == []
     quantize_mx = triton_quantize.quantize_mx
 
     def plain(*given, **named) -> tuple[Tensor, Tensor]:
@@ -234,7 +234,7 @@ def test_the_probe_finds_these_products_right_and_scales_in_another_order_wrong(
         return q, scale.view(torch.uint8).flip(-1).view(scale.dtype)
 
     monkeypatch.setattr(triton_quantize, "quantize_mx", plain)
-    wrong = hopper_probe.wrong_products(engine, torch.device("cpu"), fp8)
+    wrong = hopper_probe.wrong_matmuls(engine, torch.device("cpu"), fp8)
     assert len(wrong) == 6 and "scaled_mm, 1x32 by 1x32 is off by" in wrong[0][0]
 
 

@@ -1,4 +1,4 @@
-"""Runs interpreted.py, interpreted_products.py and interpreted_mx.py in a process whose triton interprets kernels on the CPU."""
+"""Runs interpreted.py, interpreted_matmuls.py and interpreted_mx.py in a process whose triton interprets kernels on the CPU."""
 
 from pathlib import Path
 
@@ -12,4 +12,4 @@ from tests.interpret import needs_triton, run_interpreted
 @needs_triton
 def test_cuda_path_in_the_interpreter():
     """In one process: of each kernel the largest launch of all three files is held to the bytes that are counted."""
-    run_interpreted(Path(__file__).parent, ["interpreted", "interpreted_products", "interpreted_mx"])
+    run_interpreted(Path(__file__).parent, ["interpreted", "interpreted_matmuls", "interpreted_mx"])

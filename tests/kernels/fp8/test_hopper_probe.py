@@ -107,11 +107,11 @@ def test_wrong_values_are_named():
             return super().grouped(left.roll(1, 0), right, groups, dtype)
 
     stages: list[str] = []
-    assert hopper_probe.wrong_products(CpuEngine(), "cpu", FP8, stages.append) == []
+    assert hopper_probe.wrong_matmuls(CpuEngine(), "cpu", FP8, stages.append) == []
     assert len(stages) == 6
-    [(problem, cure)] = hopper_probe.wrong_products(Wrong(), "cpu", FP8)
+    [(problem, cure)] = hopper_probe.wrong_matmuls(Wrong(), "cpu", FP8)
     assert "Triton's product with each row's expert is off by" in problem and "precision=bf16" in cure
-    [(problem, cure)] = hopper_probe.wrong_products(Wrong(), "cpu", DEEPGEMM)
+    [(problem, cure)] = hopper_probe.wrong_matmuls(Wrong(), "cpu", DEEPGEMM)
     assert "DeepGEMM's product with each row's expert is off by" in problem and "backend=triton" in cure
 
 
@@ -119,13 +119,13 @@ def test_a_sum_that_is_lost_is_wrong():
     """One that returns the product alone, where it should have been added to a gradient."""
 
     class Forgetful(CpuEngine):
-        def product(self, left, right, dtype, into=None):
-            return super().product(left, right, dtype)
+        def matmul(self, left, right, dtype, into=None):
+            return super().matmul(left, right, dtype)
 
         def grouped_wgrad(self, left, right, groups, dtype, into=None):
             return super().grouped_wgrad(left, right, groups, dtype)
 
-    problems = [problem for problem, _ in hopper_probe.wrong_products(Forgetful(), "cpu", FP8)]
+    problems = [problem for problem, _ in hopper_probe.wrong_matmuls(Forgetful(), "cpu", FP8)]
     assert len(problems) == 2 and all("added" in problem for problem in problems)
 
 
@@ -134,16 +134,16 @@ def test_an_error_of_a_library_is_named_and_ends_the_trials():
         def grouped(self, left, right, groups, dtype):
             raise RuntimeError("INTERNAL ASSERT FAILED\nException raised from PyObjectSlot\nframe #0\nframe #1")
 
-    [(problem, _)] = hopper_probe.wrong_products(Broken(), "cpu", DEEPGEMM)
+    [(problem, _)] = hopper_probe.wrong_matmuls(Broken(), "cpu", DEEPGEMM)
     assert "each row's expert fails: RuntimeError: INTERNAL ASSERT FAILED" in problem and "frame #1" not in problem
 
 
 def test_a_value_that_is_no_number_is_wrong():
     class Nan(CpuEngine):
-        def product(self, left, right, dtype, into=None):
-            return super().product(left, right, dtype, into) * torch.nan
+        def matmul(self, left, right, dtype, into=None):
+            return super().matmul(left, right, dtype, into) * torch.nan
 
-    assert len(hopper_probe.wrong_products(Nan(), "cpu", FP8)) == 3
+    assert len(hopper_probe.wrong_matmuls(Nan(), "cpu", FP8)) == 3
 
 
 def test_deep_gemm_is_needed_where_it_is_asked_for():

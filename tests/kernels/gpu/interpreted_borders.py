@@ -18,7 +18,7 @@ from triton.runtime import interpreter
 
 from bench.gpu import interpreter as repaired
 from parallel.expert import triton_dispatch
-from train.kernels.fp8 import triton_products, triton_quantize
+from train.kernels.fp8 import triton_matmuls, triton_quantize
 from train.kernels.fp8.formats import E4M3, E5M6, Cast
 from train.kernels.gpu import triton_grouped, triton_route, triton_rows
 from train.model.operations import RoutingRule
@@ -132,16 +132,16 @@ def calls() -> dict[str, Callable[[], object]]:
         ),
         "mx": lambda: triton_quantize.quantize_mx(x, Cast(E4M3, (1, 32), True)),
         "mx, transposed": lambda: triton_quantize.quantize_mx(x.mT, Cast(E4M3, (1, 32), True)),
-        "product": lambda: triton_products.product(
+        "product": lambda: triton_matmuls.matmul(
             large(ROWS, WIDE, dtype=FP8), scales(ROWS, 56), weight_8[:1], weight_scale[:1], large(ROWS, 4096)
         ),
-        "product of experts": lambda: triton_products.product(
+        "product of experts": lambda: triton_matmuls.matmul(
             large(EXPERTS, WIDE, dtype=FP8), scales(EXPERTS, 56), weight_8, weight_scale, large(EXPERTS, 4096), one_row
         ),
-        "wgrad": lambda: triton_products.wgrad(
+        "wgrad": lambda: triton_matmuls.wgrad(
             long, scales(4096, 5000), long, scales(4096, 5000), large(2, 4096, 4096, dtype=torch.float32), True, last_tile
         ),
-        "wgrad of experts": lambda: triton_products.wgrad(
+        "wgrad of experts": lambda: triton_matmuls.wgrad(
             left, scales(4096, EXPERTS), right, scales(WIDE, EXPERTS), large(EXPERTS, 4096, WIDE, dtype=torch.float32), True,
             one_row,
         ),

@@ -33,8 +33,8 @@ def test_products_are_those_of_each_expert_alone(name):
     dx = torch.cat([grad.float() @ weight.float() for _, weight, grad in pairs])
     dw = torch.stack([grad.float().t() @ one.float() for one, _, grad in pairs])
     close = {"rtol": 2**-7, "atol": 1e-2}
-    torch.testing.assert_close(grouped.product(x, w.transpose(1, 2), rows).float(), y, **close)
-    torch.testing.assert_close(grouped.product(dy, w, rows).float(), dx, **close)
+    torch.testing.assert_close(grouped.matmul(x, w.transpose(1, 2), rows).float(), y, **close)
+    torch.testing.assert_close(grouped.matmul(dy, w, rows).float(), dx, **close)
     torch.testing.assert_close(grouped.weight_gradient(dy, x, rows).float(), dw, **close)
 
 
@@ -55,7 +55,7 @@ def test_shapes_are_few():
     rows = [100 + 7 * e for e in range(16)]
     x, w, dy = _operands(rows)
     with _Sizes() as sizes:
-        grouped.product(x, w.transpose(1, 2), rows)
+        grouped.matmul(x, w.transpose(1, 2), rows)
         grouped.weight_gradient(dy, x, rows)
     assert {size for size in sizes.found if size > 80} <= set(
         range(THRESHOLDS.expert_rows, 256, THRESHOLDS.expert_rows)
@@ -66,5 +66,5 @@ def test_without_rows_no_kernel_of_a_gpu_is_asked(monkeypatch):
     monkeypatch.delattr(grouped.F, "grouped_mm")
     x, w, dy = _operands([0, 0, 0])
     ends = torch.zeros(3, dtype=torch.int32)
-    assert grouped.product_to_ends(x, w.transpose(1, 2), ends).shape == (0, 80)
+    assert grouped.matmul_to_ends(x, w.transpose(1, 2), ends).shape == (0, 80)
     assert torch.equal(grouped.weight_gradient_to_ends(dy, x, ends), torch.zeros(3, 80, 48, dtype=torch.bfloat16))

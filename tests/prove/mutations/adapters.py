@@ -38,11 +38,11 @@ def scale_by_the_root(bug: Seams) -> None:
 
 @mutation(OURS + ": experts take the A of their neighbour", "adapters", FORWARD, "output|layers|experts|moe|loss")
 def first_factor_of_another_expert(bug: Seams) -> None:
-    def product(original, self, x, weight, groups):
+    def matmul(original, self, x, weight, groups):
         is_first = groups is not None and any(weight is getattr(self._module, pair.a) for pair in self._names)
         return original(self, x, weight.roll(1, 0) if is_first else weight, groups)
 
-    bug.around(LowRankPairs, "_product", product)
+    bug.around(LowRankPairs, "_matmul", matmul)
 
 
 @mutation(OURS + ": gate and up projection change pairs", "adapters", FORWARD, "output|layers|w13|loss")
@@ -226,12 +226,12 @@ def a_rank_keeps_its_pairs(bug: Seams) -> None:
     OURS + ": gradients of experts' pairs are 0.8 times as large", "adapters bf16", BACKWARD, "gradients of single", LOW
 )
 def gradients_of_experts_pairs_times_08(bug: Seams) -> None:
-    def product(original, self, x, weight, groups):
+    def matmul(original, self, x, weight, groups):
         return original(
             self, x, weight if groups is None else weight.detach() + 0.8 * (weight - weight.detach()), groups
         )
 
-    bug.around(LowRankPairs, "_product", product)
+    bug.around(LowRankPairs, "_matmul", matmul)
 
 
 @mutation(OURS + ": what pairs add is rounded through FP8", "adapters bf16", FORWARD, MATMULS, LOW)

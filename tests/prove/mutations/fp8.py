@@ -75,9 +75,9 @@ def wgrad_of_experts_halved(bug: Seams) -> None:
 def with_wgrad(bug: Seams, module: object, change: Callable[[Tensor, Tensor | None], Tensor]) -> None:
     """change(made, into) in the place of their sum, of the gradients of weights that a module of products makes."""
 
-    def weight_gradient(original, ctx, argument, weight, product):
+    def weight_gradient(original, ctx, argument, weight, matmul):
         def changed(dtype: torch.dtype, into: Tensor | None) -> Tensor:
-            return change(product(dtype, None), into)
+            return change(matmul(dtype, None), into)
 
         return original(ctx, argument, weight, changed)
 
@@ -159,11 +159,11 @@ def copies_of_weights_never_refreshed_on_two_ranks(bug: Seams) -> None:
 def wgrad_with_the_cache_of_the_micro_batch_before(bug: Seams) -> None:
     held: dict[int, object] = {}
 
-    def weight_gradient(original, ctx, argument, weight, product):
-        left, right = product.args
+    def weight_gradient(original, ctx, argument, weight, matmul):
+        left, right = matmul.args
         before = held.get(weight.data_ptr(), right)
         held[weight.data_ptr()] = right
-        return original(ctx, argument, weight, partial(product.func, left, before))
+        return original(ctx, argument, weight, partial(matmul.func, left, before))
 
     bug.around(linear, "weight_gradient", weight_gradient)
 

@@ -7,22 +7,22 @@ Shapes as in train/model/operations.py. Meta tensors cause the same allocations 
 import torch
 from torch import Tensor
 
-from train.kernels.cpu import compiled_products, compiled_rows
+from train.kernels.cpu import compiled_matmuls, compiled_rows
 from train.kernels.cpu.compiled_attention import CompiledAttention
 from train.kernels.cpu.libraries import LIBRARY_NAMES
 from train.kernels.plain.plain_kernels import PlainKernels
 from train.model.operations import ExpertGroups
-from train.model.weight_gradient import LinearProduct
+from train.model.weight_gradient import LinearMatmul
 
 
 class CompiledKernels(PlainKernels):
-    """`Kernels` in compiled code. products: whether matmuls are compiled too, see
-    `train.kernels.cpu.libraries.products_pay`."""
+    """`Kernels` in compiled code. matmuls: whether GEMMs are compiled too, see
+    `train.kernels.cpu.libraries.compiled_matmuls_pay`."""
 
-    def __init__(self, products: bool):
-        self._products = products
+    def __init__(self, matmuls: bool):
+        self._matmuls = matmuls
         self.core = CompiledAttention()
-        self.parts = tuple(name for name in LIBRARY_NAMES if products or name != "products")
+        self.parts = tuple(name for name in LIBRARY_NAMES if matmuls or name != "products")
 
     def rms_norm(self, x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         kernel = compiled_rows.rms_norm if _in_bf16(x, weight_D) else super().rms_norm
@@ -59,17 +59,17 @@ class CompiledKernels(PlainKernels):
     def linear(self, x: Tensor, weight_OI: Tensor) -> Tensor:
         if not self.compiles_matmul(x, weight_OI):
             return super().linear(x, weight_OI)
-        return LinearProduct.apply(x, weight_OI, self)
+        return LinearMatmul.apply(x, weight_OI, self)
 
-    def product(self, left_OC: Tensor, right_NC: Tensor, dtype: torch.dtype, into_ON: Tensor | None = None) -> Tensor:
-        kernel = compiled_products.product if self.compiles_matmul(left_OC, right_NC) else super().product
+    def matmul(self, left_OC: Tensor, right_NC: Tensor, dtype: torch.dtype, into_ON: Tensor | None = None) -> Tensor:
+        kernel = compiled_matmuls.matmul if self.compiles_matmul(left_OC, right_NC) else super().matmul
         return kernel(left_OC, right_NC, dtype, into_ON)
 
-    def grouped_product(self, x_RI: Tensor, weight_EIO: Tensor, groups: ExpertGroups) -> Tensor:
+    def grouped_matmul(self, x_RI: Tensor, weight_EIO: Tensor, groups: ExpertGroups) -> Tensor:
         if not self.compiles_matmul(x_RI, weight_EIO):
-            return super().grouped_product(x_RI, weight_EIO, groups)
+            return super().grouped_matmul(x_RI, weight_EIO, groups)
         assert isinstance(groups, list)
-        return compiled_products.grouped(x_RI, weight_EIO.mT, groups)
+        return compiled_matmuls.grouped(x_RI, weight_EIO.mT, groups)
 
     def grouped_weight_gradient(
         self, grad_RO: Tensor, x_RI: Tensor, groups: ExpertGroups, dtype: torch.dtype, into_EOI: Tensor | None = None
@@ -77,10 +77,10 @@ class CompiledKernels(PlainKernels):
         if not self.compiles_matmul(grad_RO, x_RI):
             return super().grouped_weight_gradient(grad_RO, x_RI, groups, dtype, into_EOI)
         assert isinstance(groups, list)
-        return compiled_products.grouped_weight_gradient(grad_RO.t(), x_RI.t(), groups, dtype, into_EOI)
+        return compiled_matmuls.grouped_weight_gradient(grad_RO.t(), x_RI.t(), groups, dtype, into_EOI)
 
     def compiles_matmul(self, *tensors: Tensor) -> bool:
-        return self._products and _in_bf16(*tensors)
+        return self._matmuls and _in_bf16(*tensors)
 
 
 def _in_bf16(*tensors: Tensor) -> bool:

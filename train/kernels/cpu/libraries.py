@@ -1,7 +1,7 @@
 """The compiled libraries of a CPU, and whether this machine can use them.
 
 They are for bf16, on CPUs with AVX-512 or AVX2. Without these features or a C++ compiler, torch operations do the same
-work; the compiled code is tested against them. Matmuls also use torch if it is faster (`products_pay`).
+work; the compiled code is tested against them. Matmuls also use torch if it is faster (`compiled_matmuls_pay`).
 train/kernels/choice.py decides which kernels a run uses.
 """
 
@@ -37,7 +37,7 @@ def why_absent() -> str | None:
 
 
 @cache
-def products_pay(measured: bool = True) -> bool:
+def compiled_matmuls_pay(measured: bool = True) -> bool:
     """Whether compiled matmuls, with fp32's FMA, are faster on this CPU than torch's, with the CPU's bf16 instructions.
 
     A dot product of bf16 pairs does the work of two FMAs. On some CPUs it takes the time of two FMAs, on others of

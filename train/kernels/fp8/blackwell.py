@@ -35,8 +35,8 @@ _RECIPE = {
 }
 
 
-class ScaledGroupedProducts:
-    """`train.kernels.fp8.hopper.GroupedProducts` by torch's scaled_grouped_mm."""
+class ScaledGroupedMatmuls:
+    """`train.kernels.fp8.hopper.GroupedMatmuls` by torch's scaled_grouped_mm."""
 
     flat = counted = False
 
@@ -45,16 +45,16 @@ class ScaledGroupedProducts:
 
     def grouped(self, left: PaddedOperand, right: PaddedOperand, groups: PaddedGroups) -> Tensor:
         scale = _scales_by_expert(left.scale, groups)
-        return self._product(left.q[: groups.rows], right, scale, groups.ends_E)
+        return self._matmul(left.q[: groups.rows], right, scale, groups.ends_E)
 
     def wgrad(
         self, left: PaddedOperand, right: PaddedOperand, groups: PaddedGroups | None, out_EON: Tensor, added: bool
     ) -> None:
         assert groups is not None, "dense ones are scaled_mm's"
-        made_EON = self._product(left.q, right, left.scale, groups.sum_ends_E)
+        made_EON = self._matmul(left.q, right, left.scale, groups.sum_ends_E)
         out_EON.add_(made_EON) if added else out_EON.copy_(made_EON)
 
-    def _product(self, left: Tensor, right: PaddedOperand, scale: Tensor, ends_E: Tensor) -> Tensor:
+    def _matmul(self, left: Tensor, right: PaddedOperand, scale: Tensor, ends_E: Tensor) -> Tensor:
         return self._scaled_grouped_mm(
             left, right.q.mT, scale_a=scale, scale_b=right.scale, **_RECIPE, offs=ends_E, output_dtype=torch.bfloat16
         )
@@ -97,7 +97,7 @@ class BlackwellEngine(HopperEngine):
         q, scale = self._casts.quantize_mx(x_OC, rule.cast(), scale, ends_E)
         return PaddedOperand(q, scale, True, x_OC.shape[-2])
 
-    def product(
+    def matmul(
         self, left: PaddedOperand, right: PaddedOperand, dtype: torch.dtype, into: Tensor | None = None
     ) -> Tensor:
         scales = {"scale_a": left.scale, "scale_b": right.scale}

@@ -46,7 +46,7 @@ class OperandRule:
         return plain, transposed
 
 
-class Product(NamedTuple):
+class MatmulRules(NamedTuple):
     """The rules of a matmul's operands."""
 
     left: OperandRule
@@ -57,9 +57,9 @@ class Product(NamedTuple):
 class LayerCasts:
     """The three matmuls of a linear layer, and the cast of its saved input for Wgrad."""
 
-    fprop: Product
-    dgrad: Product
-    wgrad: Product
+    fprop: MatmulRules
+    dgrad: MatmulRules
+    wgrad: MatmulRules
     cache: Cast
 
 
@@ -88,8 +88,8 @@ def _linear(fp8: Fp8, family: str) -> LayerCasts:
     activation, weight = (parse_rule(text, ACTIVATION_FLOOR) for text in (operands.activation, operands.weight))
     gradient = parse_rule(operands.gradient, GRADIENT_FLOOR)
     cache = Cast(E5M6, (1, TILE), True, ACTIVATION_FLOOR) if family == "output" else activation.cast()
-    products = Product(activation, weight), Product(gradient, weight), Product(gradient, activation)
-    return LayerCasts(*products, cache)
+    matmuls = MatmulRules(activation, weight), MatmulRules(gradient, weight), MatmulRules(gradient, activation)
+    return LayerCasts(*matmuls, cache)
 
 
 def parse_rule(text: str, floor: float) -> OperandRule:

@@ -2,7 +2,7 @@
 
 The values are numbers of the FP8 format, exact in bf16, so a matmul costs as much as in bf16
 (train/kernels/cpu/products.cpp). Operands with power-of-two scales include their scales, in bf16 as in `CpuEngine`. Two
-such operands use the plain matmuls of train/kernels/cpu/compiled_products.py, or torch's if these are faster.
+such operands use the plain matmuls of train/kernels/cpu/compiled_matmuls.py, or torch's if these are faster.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from train.kernels.cpu.compiled_products import NO_SCALES, Part, parts_by_rows, parts_by_sums, run_products
+from train.kernels.cpu.compiled_matmuls import NO_SCALES, Part, parts_by_rows, parts_by_sums, run_matmuls
 from train.kernels.cpu.cpp_build import load_library
 from train.kernels.cpu.libraries import source
 from train.kernels.fp8 import swiglu
@@ -55,12 +55,12 @@ class CompiledEngine(CpuEngine):
             return self._compiled.decoded(source)
         return self._compiled.split(source.values if isinstance(source, RoundedTensor) else source, cast)
 
-    def product(
+    def matmul(
         self, left: ScaledOperand, right: ScaledOperand, dtype: torch.dtype, into: Tensor | None = None
     ) -> Tensor:
         if self._is_torchs(left, right):
-            return super().product(left, right, dtype, into)
-        return scaled_product(left, right, dtype, into)
+            return super().matmul(left, right, dtype, into)
+        return scaled_matmul(left, right, dtype, into)
 
     def grouped(self, left: ScaledOperand, right: ScaledOperand, groups: PaddedGroups, dtype: torch.dtype) -> Tensor:
         if self._is_torchs(left, right):
@@ -100,7 +100,7 @@ def _transposed(x: QuantizedTensor) -> QuantizedTensor:
     return QuantizedTensor(x.q.mT, x.scale.mT, cast, torch.Size((*lead, columns, rows)))
 
 
-def scaled_product(
+def scaled_matmul(
     left_OC: ScaledOperand, right_NC: ScaledOperand, dtype: torch.dtype, into_ON: Tensor | None = None
 ) -> Tensor:
     """left right^T: (O, N). into: fp32 tensor to which the result is added."""
@@ -128,7 +128,7 @@ def scaled_grouped_wgrad(
     dtype: torch.dtype,
     into_EON: Tensor | None = None,
 ) -> Tensor:
-    """For each expert the sum over its rows: (E, O, N). into: as in `scaled_product`."""
+    """For each expert the sum over its rows: (E, O, N). into: as in `scaled_matmul`."""
     rows, columns = left_OP.shape[0], right_NP.shape[0]
     shape = len(groups.counts), rows, columns
     out_EON = _values(left_OP).new_empty(shape, dtype=dtype) if into_EON is None else into_EON
@@ -147,7 +147,7 @@ def need_compiled() -> None:
 def _run(
     name: str, left: ScaledOperand, right: ScaledOperand, out: Tensor, parts: Sequence[Part], into: bool = False
 ) -> None:
-    run_products(name, _values(left), _values(right), out, parts, _scales(left), _scales(right), into)
+    run_matmuls(name, _values(left), _values(right), out, parts, _scales(left), _scales(right), into)
 
 
 def _values(x: ScaledOperand) -> Tensor:
@@ -156,7 +156,7 @@ def _values(x: ScaledOperand) -> Tensor:
 
 def _scales(x: ScaledOperand) -> tuple[Tensor | None, int]:
     """The scales, one per block of the outer axis and tile of C, and log2 of the block's side. See
-    `compiled_products._operand`."""
+    `compiled_matmuls._operand`."""
     if isinstance(x, Tensor):
         return NO_SCALES
     (side, along), (*lead, outer, contraction) = x.cast.block, x.shape

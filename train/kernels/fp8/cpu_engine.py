@@ -79,7 +79,7 @@ class CpuEngine:
     def groups(self, counts_E: Tensor, rows: int) -> PaddedGroups:
         return PaddedGroups(counts_E)
 
-    def product(self, left: CpuOperand, right: CpuOperand, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
+    def matmul(self, left: CpuOperand, right: CpuOperand, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
         left, right = _common(left, right, dtype)
         return added((left @ right.mT).to(dtype), into)
 

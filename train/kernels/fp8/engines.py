@@ -6,7 +6,7 @@ matmul is left @ right^T. The engines:
     engine            where            casts                 GEMMs of layers        grouped GEMMs, and GEMMs added to a sum
     CpuEngine         any device       torch                 torch                  torch (cpu_engine.py)
     CompiledEngine    CPU with AVX2    compiled_casts.py     compiled_engine.py     compiled_engine.py
-    HopperEngine      sm_90            triton_quantize.py    cuBLASLt               triton_products.py, or DeepGEMM if the recipe asks for it
+    HopperEngine      sm_90            triton_quantize.py    cuBLASLt               triton_matmuls.py, or DeepGEMM if the recipe asks for it
     BlackwellEngine   sm_100, MXFP8    triton_quantize.py    cuBLASLt               torch (CUTLASS), with separate additions
 
 With parallel.wire=fp8, rows of other ranks arrive quantised and are not cast again (`Fp8Engine.take_arrived`).
@@ -113,7 +113,7 @@ class Fp8Engine(Protocol):
     def groups(self, counts_E: Tensor, rows: int) -> PaddedGroups:
         """The layout of `rows` rows, of experts with these row counts, for the `groups` arguments of this engine."""
 
-    def product(self, left: Any, right: Any, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
+    def matmul(self, left: Any, right: Any, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
         """left @ right^T. into: the result is added to this tensor of dtype, which is returned."""
 
     def grouped(self, left: Any, right: Any, groups: PaddedGroups, dtype: torch.dtype) -> Tensor:
@@ -122,7 +122,7 @@ class Fp8Engine(Protocol):
     def grouped_wgrad(
         self, left: Any, right: Any, groups: PaddedGroups, dtype: torch.dtype, into: Tensor | None = None
     ) -> Tensor:
-        """left (O, P), right (N, P): for each expert the sum over its rows, (E, O, N). into: as in `product`."""
+        """left (O, P), right (N, P): for each expert the sum over its rows, (E, O, N). into: as in `matmul`."""
 
     def swiglu(self, h_P2F: Tensor, gates_P: Tensor, rule: OperandRule, cache: Cast) -> tuple[Any, Source]:
         """Operand of SwiGLU's output (train/kernels/fp8/swiglu.py), and h in the form that is saved for backward."""

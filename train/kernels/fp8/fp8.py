@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from conf.schema import Fp8
 from train.kernels.cpu.cpp_build import has_avx2
-from train.kernels.fp8.blackwell import BlackwellEngine, ScaledGroupedProducts
+from train.kernels.fp8.blackwell import BlackwellEngine, ScaledGroupedMatmuls
 from train.kernels.fp8.cast_rules import build_rules
 from train.kernels.fp8.compiled_casts import CompiledCasts, load_casts
 from train.kernels.fp8.compiled_engine import CompiledEngine, need_compiled
@@ -26,9 +26,9 @@ from train.kernels.fp8.cpu_engine import CpuEngine
 from train.kernels.fp8.engines import Fp8Engine, HeldWeights, pack_sources, unpack_sources
 from train.kernels.fp8.health import HealthWatch, Report
 from train.kernels.fp8.hopper import (
-    DeepGemmProducts,
+    DeepGemmMatmuls,
     HopperEngine,
-    TritonProducts,
+    TritonMatmuls,
     check_gpu_operands,
     has_mx_tiles,
     load_deep_gemm,
@@ -36,7 +36,7 @@ from train.kernels.fp8.hopper import (
 )
 from train.kernels.fp8.installed import require_fit
 from train.kernels.fp8.linear import expert_ffn, keep, linear
-from train.model.layers import AddedProduct, HeldInput
+from train.model.layers import AddedMatmul, HeldInput
 from train.model.operations import Kernels
 
 
@@ -90,7 +90,7 @@ class Fp8Precision:
         w13_E2FD: Tensor,
         w2_EDF: Tensor,
         counts_E: Tensor,
-        added: tuple[AddedProduct | None, AddedProduct | None] = (None, None),
+        added: tuple[AddedMatmul | None, AddedMatmul | None] = (None, None),
     ) -> Tensor:
         """SwiGLU FFN of every expert on its own rows: (R, D)."""
         up, down = self._health.probe(w13_E2FD), self._health.probe(w2_EDF)
@@ -147,10 +147,10 @@ def load_gpu_engine(fp8: Fp8) -> HopperEngine:
     casts = _triton_module("quantize")
     if mx:
         grouped = F.scaled_grouped_mm  # pyrefly: ignore[missing-attribute]  torch's own stubs have only scaled_mm
-        return BlackwellEngine(casts, ScaledGroupedProducts(grouped))
+        return BlackwellEngine(casts, ScaledGroupedMatmuls(grouped))
     if needs_deep_gemm(fp8):
-        return HopperEngine(casts, DeepGemmProducts(load_deep_gemm()))
-    return HopperEngine(casts, TritonProducts(_triton_module("products")))
+        return HopperEngine(casts, DeepGemmMatmuls(load_deep_gemm()))
+    return HopperEngine(casts, TritonMatmuls(_triton_module("matmuls")))
 
 
 def _triton_module(name: str) -> ModuleType:

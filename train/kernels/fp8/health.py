@@ -70,7 +70,7 @@ class LayerProbe:
         self._take(subject, "scale_range", torch.log2(largest / smallest).where(used.any(), 0.0))
 
     @torch.no_grad()
-    def product(self, subject: str, out: Tensor, left: Tensor, right: Tensor) -> None:
+    def matmul(self, subject: str, out: Tensor, left: Tensor, right: Tensor) -> None:
         """Take the relative error of out (M, N), the FP8 result of left (M, K) right (N, K)^T."""
         if out.numel() == 0:
             return

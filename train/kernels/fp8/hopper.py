@@ -3,8 +3,8 @@
     quantise            Sluice's Triton kernels (train/kernels/fp8/triton_quantize.py)
     dense GEMMs         torch's blockwise scaled_mm (cuBLASLt): 1x128 by 128x128 and 1x128 by 1x128
     grouped GEMMs, and GEMMs added to a sum, which scaled_mm lacks: one of two libraries (`precision.fp8.backend`)
-      TritonProducts    Sluice's kernels (train/kernels/fp8/triton_products.py), which need only torch and triton
-      DeepGemmProducts  DeepGEMM's: M-grouped 1x128 by 128x128 (Fprop, Dgrad), K-grouped 1x128 by 1x128 (Wgrad, fp32)
+      TritonMatmuls    Sluice's kernels (train/kernels/fp8/triton_matmuls.py), which need only torch and triton
+      DeepGemmMatmuls  DeepGEMM's: M-grouped 1x128 by 128x128 (Fprop, Dgrad), K-grouped 1x128 by 1x128 (Wgrad, fp32)
 
 A missing or old library is an error that names it; there is no fallback. The quantisation kernels pad operands with
 zero rows to multiples of 128.
@@ -64,7 +64,7 @@ class PaddedOperand:
         return self.q.t(), (F.pad(self.scale, (0, right), value=1.0) if right else self.scale).t()
 
 
-class GroupedProducts(Protocol):
+class GroupedMatmuls(Protocol):
     """Both kinds of grouped GEMMs, for at least one row. `PaddedGroups` gives the rows."""
 
     flat: bool
@@ -82,7 +82,7 @@ class GroupedProducts(Protocol):
         all rows are summed into one matrix."""
 
 
-class TritonProducts:
+class TritonMatmuls:
     """Grouped GEMMs by Sluice's Triton kernels."""
 
     flat = counted = False
@@ -93,7 +93,7 @@ class TritonProducts:
 
     def grouped(self, left: PaddedOperand, right: PaddedOperand, groups: PaddedGroups) -> Tensor:
         out_PN = left.q.new_empty(groups.rows, right.outer, dtype=torch.bfloat16)
-        return self._kernels.product(left.q, left.scale, right.q, right.scale, out_PN, groups.ends_E)
+        return self._kernels.matmul(left.q, left.scale, right.q, right.scale, out_PN, groups.ends_E)
 
     def wgrad(
         self, left: PaddedOperand, right: PaddedOperand, groups: PaddedGroups | None, out_EON: Tensor, added: bool
@@ -102,7 +102,7 @@ class TritonProducts:
         self._kernels.wgrad(left.q, left.scale, right.q, right.scale, out_EON, added, ends_E)
 
 
-class DeepGemmProducts:
+class DeepGemmMatmuls:
     """Grouped GEMMs by the module deep_gemm."""
 
     flat = counted = True
@@ -157,9 +157,9 @@ def load_deep_gemm() -> ModuleType:
 class HopperEngine:
     """`train.kernels.fp8.engines.Fp8Engine` on a Hopper GPU."""
 
-    def __init__(self, kernels: Any, products: GroupedProducts, scaled_mm: Callable[..., Tensor] = F.scaled_mm):
-        """kernels: train.kernels.fp8.triton_quantize. products: the grouped GEMMs of one of the libraries."""
-        self._casts, self._products, self._scaled_mm = kernels, products, scaled_mm
+    def __init__(self, kernels: Any, matmuls: GroupedMatmuls, scaled_mm: Callable[..., Tensor] = F.scaled_mm):
+        """kernels: train.kernels.fp8.triton_quantize. matmuls: the grouped GEMMs of one of the libraries."""
+        self._casts, self._matmuls, self._scaled_mm = kernels, matmuls, scaled_mm
 
     def keep(self, x_MK: Tensor, cast: Cast) -> QuantizedTensor:
         cast_rows = self._casts.quantize_e5m6 if cast.format.dtype is None else self._casts.quantize_tiles
@@ -200,7 +200,7 @@ class HopperEngine:
         if not transposed:
             assert scale is None, "what is kept in another cast is for Wgrad"
             return _operand(self._casts.quantize_tiles(x, cast), True, outer)
-        flat = groups.padded if groups is not None and self._products.flat else None
+        flat = groups.padded if groups is not None and self._matmuls.flat else None
         ends_E = None if groups is None else groups.unpadded_ends_E
         return _operand(self._casts.quantize_columns(x, cast, scale, flat, ends_E), True, inner)
 
@@ -213,7 +213,7 @@ class HopperEngine:
     def gradient(
         self, dy: Source, for_inputs: OperandRule, for_weights: OperandRule, groups: PaddedGroups | None = None
     ) -> tuple[PaddedOperand, PaddedOperand]:
-        apart = for_inputs.granularity != "1x128" or (groups is not None and self._products.flat)
+        apart = for_inputs.granularity != "1x128" or (groups is not None and self._matmuls.flat)
         if apart or not isinstance(dy, Tensor):
             return self.operand(dy, for_inputs), self.operand(dy, for_weights, transposed=True, groups=groups)
         casts = for_inputs.cast(), for_weights.cast(transposed=True)
@@ -222,13 +222,13 @@ class HopperEngine:
         return _operand(rows, True, dy.shape[0]), _operand(columns, True, dy.shape[1])
 
     def groups(self, counts_E: Tensor, rows: int) -> PaddedGroups:
-        return PaddedGroups(counts_E) if self._products.counted else PaddedGroups(counts_E, rows, padded=False)
+        return PaddedGroups(counts_E) if self._matmuls.counted else PaddedGroups(counts_E, rows, padded=False)
 
-    def product(
+    def matmul(
         self, left: PaddedOperand, right: PaddedOperand, dtype: torch.dtype, into: Tensor | None = None
     ) -> Tensor:
         if into is not None:
-            self._products.wgrad(left, right, None, into.unsqueeze(0), added=True)
+            self._matmuls.wgrad(left, right, None, into.unsqueeze(0), added=True)
             return into
         columns, scale = (right.q.t(), right.scale) if right.tiles else right.columns
         out = self._scaled_mm(
@@ -245,7 +245,7 @@ class HopperEngine:
     def grouped(self, left: PaddedOperand, right: PaddedOperand, groups: PaddedGroups, dtype: torch.dtype) -> Tensor:
         if groups.rows == 0:
             return left.q.new_empty(0, right.outer, dtype=dtype)
-        return self._products.grouped(left, right, groups).to(dtype)
+        return self._matmuls.grouped(left, right, groups).to(dtype)
 
     def grouped_wgrad(
         self,
@@ -258,7 +258,7 @@ class HopperEngine:
         made = left.q.new_empty if groups.rows else left.q.new_zeros
         out_EON = made(len(groups.ends_E), left.outer, right.outer, dtype=dtype) if into is None else into
         if groups.rows:
-            self._products.wgrad(left, right, groups, out_EON, added=into is not None)
+            self._matmuls.wgrad(left, right, groups, out_EON, added=into is not None)
         return out_EON
 
     def swiglu(self, h_P2F: Tensor, gates_P: Tensor, rule: OperandRule, cache: Cast) -> tuple[PaddedOperand, Source]:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 PROBE_SECONDS = 300.0
 """Longest duration of the probe. Imports take about 5 s, and each of two DeepGEMM kernels takes about 10 s to compile
 the first time."""
-PRODUCT_BOUND = 1e-2
+MATMUL_BOUND = 1e-2
 """Largest allowed relative error of a row of a GEMM, in the norm, against the emulation with the same operands.
 Rounding to bf16 gives 1e-3, and Hopper's tensor cores keep fewer bits than fp32 within 128 elements of the contraction.
 A misplaced scale or row gives at least 0.1."""
@@ -108,7 +108,7 @@ def main() -> int:
     try:
         say(stage="loading Triton and DeepGEMM" if deep_gemm else "loading Triton")
         engine = load_gpu_engine(fp8)
-        bad = wrong_products(engine, torch.device("cuda", device), fp8, lambda stage: say(stage=stage))
+        bad = wrong_matmuls(engine, torch.device("cuda", device), fp8, lambda stage: say(stage=stage))
     except UserError as error:
         bad = [(f"{error.field} = {error.value}: {error.rule}", error.cure)]
     say(bad=bad, done=True)
@@ -124,7 +124,7 @@ class Trial:
     """The tested call. Its arguments are an engine, and a function that moves a tensor to the engine's device."""
 
 
-def wrong_products(
+def wrong_matmuls(
     engine: "Fp8Engine", device: "torch.device", fp8: Fp8, say: Callable[[str], None] = lambda stage: None
 ) -> list[tuple[str, str]]:
     """Each small GEMM that fails or differs from the reference, with the cure.
@@ -144,8 +144,8 @@ def wrong_products(
             return [*bad, (f"{trial.name} fails: {type(error).__name__}: {said}", _cures(fp8))]
         size = expected.norm(dim=-1)
         error = ((ours - expected).norm(dim=-1) / size.clamp_min(1e-4 * size.max())).max().item()
-        if not error < PRODUCT_BOUND:  # NaN is an error too
-            rule = f"{trial.name} is off by {error:.2g} of a row's norm, and {PRODUCT_BOUND} is allowed"
+        if not error < MATMUL_BOUND:  # NaN is an error too
+            rule = f"{trial.name} is off by {error:.2g} of a row's norm, and {MATMUL_BOUND} is allowed"
             bad.append((rule, _cures(fp8)))
     return bad
 
@@ -171,11 +171,11 @@ def _trials(fp8: Fp8) -> "Iterator[Trial]":
     x, w, g = draw(256, 640), draw(384, 640), draw(256, 384)
 
     def dense(engine, there):
-        return engine.product(engine.operand(there(x), tiles), engine.operand(there(w), blocks), torch.bfloat16)
+        return engine.matmul(engine.operand(there(x), tiles), engine.operand(there(w), blocks), torch.bfloat16)
 
     def wgrad(engine, there, start=None):
         left, right = (engine.operand(there(t), tiles, transposed=True) for t in (g, x))
-        return engine.product(left, right, torch.float32, None if start is None else there(start.clone()))
+        return engine.matmul(left, right, torch.float32, None if start is None else there(start.clone()))
 
     yield Trial(f"torch.nn.functional.scaled_mm, {widths[0]} by {widths[1]}", dense)
     yield Trial(f"torch.nn.functional.scaled_mm, {widths[0]} by {widths[0]}", wgrad)

@@ -34,13 +34,13 @@ from torch import Tensor
 
 from parallel.expert.wire import QuantizedRows
 from train.kernels.fp8 import swiglu
-from train.kernels.fp8.cast_rules import CastRules, LayerCasts, OperandRule, Product
+from train.kernels.fp8.cast_rules import CastRules, LayerCasts, MatmulRules, OperandRule
 from train.kernels.fp8.engines import Fp8Engine, HeldWeights, Source, pack_sources, unpack_sources
 from train.kernels.fp8.formats import E4M3, TILE, Cast
 from train.kernels.fp8.groups import PaddedGroups
 from train.kernels.fp8.health import LayerProbe
 from train.kernels.fp8.quantize import fitted
-from train.model.layers import AddedProduct, HeldInput, recomputed_swiglu
+from train.model.layers import AddedMatmul, HeldInput, recomputed_swiglu
 from train.model.layers import swiglu as swiglu_of
 from train.model.needed import Function, gradients_needed, once_differentiable
 from train.model.operations import Kernels
@@ -98,14 +98,14 @@ class _Linear(Function):
         engine, ctx.name = weights.engine, weights.name(weight_NK)
         kept = x_TK if only_forward or free else keep(x_TK, engine, rules) if held is None else held.source
         left = engine.operand(left_source(kept, x_TK, rules), rules.fprop.left)
-        y_TN = engine.product(left, weights.operand(weight_NK, ctx.name, rules.fprop.right), x_TK.dtype)
+        y_TN = engine.matmul(left, weights.operand(weight_NK, ctx.name, rules.fprop.right), x_TK.dtype)
         tensors, ctx.forms = pack_sources(*[kept] * ctx.needs_input_grad[1])  # a frozen weight needs nothing of x
         ctx.save_for_backward(weight_NK, *tensors)
         ctx.weights, ctx.rules, ctx.probe, ctx.dtype, ctx.shape = weights, rules, probe, x.dtype, x.shape
         if probe is not None:
             probe.operand("activation", x_TK, rules.fprop.left)
             probe.operand("weight", weight_NK, rules.fprop.right)
-            probe.product("fprop", y_TN, x_TK, weight_NK)
+            probe.matmul("fprop", y_TN, x_TK, weight_NK)
         return y_TN.view(*x.shape[:-1], weight_NK.shape[0])
 
     @staticmethod
@@ -118,17 +118,17 @@ class _Linear(Function):
         left, left_t = gradient_operands(dy_TN, engine, rules, x_needed, weight_needed)
         if x_needed:
             right = ctx.weights.operand(weight_NK, ctx.name, rules.dgrad.right, transposed=True)
-            dx_TK = engine.product(left, right, ctx.dtype)
+            dx_TK = engine.matmul(left, right, ctx.dtype)
         if weight_needed:
             (kept,) = unpack_sources(tensors, ctx.forms)
             if isinstance(kept, Tensor):
                 right = engine.cast_again(kept, rules.cache, rules.wgrad.right)
             else:
                 right = engine.operand(kept, rules.wgrad.right, transposed=True)
-            dw_NK = weight_gradient(ctx, 1, weight_NK, partial(engine.product, left_t, right))
+            dw_NK = weight_gradient(ctx, 1, weight_NK, partial(engine.matmul, left_t, right))
         if probe is not None and dx_TK is not None:
             probe.operand("gradient", dy_TN, rules.dgrad.left)
-            probe.product("dgrad", dx_TK, dy_TN, weight_NK.t())
+            probe.matmul("dgrad", dx_TK, dy_TN, weight_NK.t())
         return None if dx_TK is None else dx_TK.view(ctx.shape), dw_NK, None, None, None, None, None, None
 
 
@@ -140,7 +140,7 @@ def expert_ffn(
     held: HeldWeights,
     casts: CastRules,
     probes: Probes | None,
-    added: tuple[AddedProduct | None, AddedProduct | None],
+    added: tuple[AddedMatmul | None, AddedMatmul | None],
     kernels: Kernels,
 ) -> Tensor:
     """SwiGLU FFN of every expert on its own rows: (R, D) in the rows' dtype. weights, probes, added: of w13 and of w2.
@@ -276,11 +276,11 @@ def _arrived(rows_RD: Tensor, groups: PaddedGroups, engine: Fp8Engine, rule: Ope
 
 
 def _probe_forward(
-    probe: LayerProbe, rules: Product, groups: PaddedGroups, x_PK: Tensor, weight_ENK: Tensor, y_PN: Tensor
+    probe: LayerProbe, rules: MatmulRules, groups: PaddedGroups, x_PK: Tensor, weight_ENK: Tensor, y_PN: Tensor
 ) -> None:
     """Take readings of a projection's operands, and recompute the GEMM of the busiest expert."""
     probe.operand("activation", x_PK, rules.left)
     probe.operand("weight", weight_ENK, rules.right)
     busiest = max(range(len(groups.counts)), key=groups.counts.__getitem__)
     rows = groups.real()[busiest]
-    probe.product("fprop", y_PN[rows], x_PK[rows], weight_ENK[busiest])
+    probe.matmul("fprop", y_PN[rows], x_PK[rows], weight_ENK[busiest])

@@ -17,7 +17,7 @@ from train.kernels.plain.routing import Route
 from train.model.attention import AttentionCore
 from train.model.operations import ExpertGroups, RouterCounters, RoutingRule
 from train.model.sequence import Positions
-from train.model.weight_gradient import LinearProduct
+from train.model.weight_gradient import LinearMatmul
 
 
 class FusedKernels(PlainKernels):
@@ -52,15 +52,15 @@ class FusedKernels(PlainKernels):
         return fused_rows.FusedHeads.apply(q_BTHQ, kv_BTHX, k_rope_BTR, table, nope)
 
     def linear(self, x: Tensor, weight_OI: Tensor) -> Tensor:
-        return LinearProduct.apply(x, weight_OI, self)
+        return LinearMatmul.apply(x, weight_OI, self)
 
-    def product(self, left_OC: Tensor, right_NC: Tensor, dtype: torch.dtype, into_ON: Tensor | None = None) -> Tensor:
+    def matmul(self, left_OC: Tensor, right_NC: Tensor, dtype: torch.dtype, into_ON: Tensor | None = None) -> Tensor:
         if dtype != torch.float32 or left_OC.dtype != torch.bfloat16:
-            return super().product(left_OC, right_NC, dtype, into_ON)
+            return super().matmul(left_OC, right_NC, dtype, into_ON)
         if left_OC.is_meta:
             return left_OC.new_empty(len(left_OC), len(right_NC), dtype=dtype) if into_ON is None else into_ON
         if not left_OC.is_cuda:  # torch has neither operation there; the same except for the order of sums
-            return super().product(left_OC.float(), right_NC.float(), dtype, into_ON)
+            return super().matmul(left_OC.float(), right_NC.float(), dtype, into_ON)
         if into_ON is None:
             return torch.mm(left_OC, right_NC.t(), out_dtype=dtype)
         return torch.addmm(into_ON, left_OC, right_NC.t(), out_dtype=dtype, out=into_ON)
@@ -83,7 +83,7 @@ class FusedKernels(PlainKernels):
     def logits(self, x_ND: Tensor, weight_ED: Tensor) -> Tensor:
         if x_ND.dtype != torch.bfloat16 or weight_ED.dtype != torch.bfloat16:
             return super().logits(x_ND, weight_ED)
-        return self.product(x_ND, weight_ED, torch.float32)  # tensor cores multiply bf16 without rounding
+        return self.matmul(x_ND, weight_ED, torch.float32)  # tensor cores multiply bf16 without rounding
 
     def logits_backward(
         self, grad_NE: Tensor, x_ND: Tensor, weight_ED: Tensor, x_needed: bool, weight_needed: bool
@@ -96,9 +96,9 @@ class FusedKernels(PlainKernels):
         torch.sub(grad_NE, large_NE.copy_(grad_NE), out=rest_NE)
         parts_NX = parts_N2E.flatten(1)
         if x_needed:
-            dx_ND = self.product(parts_NX, torch.cat((weight_ED, weight_ED)).t(), x_ND.dtype)
+            dx_ND = self.matmul(parts_NX, torch.cat((weight_ED, weight_ED)).t(), x_ND.dtype)
         if weight_needed:
-            dweight_ED = self.product(parts_NX.t(), x_ND.t(), torch.float32).view(2, E, -1).sum(0)
+            dweight_ED = self.matmul(parts_NX.t(), x_ND.t(), torch.float32).view(2, E, -1).sum(0)
         return dx_ND, dweight_ED
 
     def route(

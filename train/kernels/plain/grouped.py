@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from conf.thresholds import THRESHOLDS
 
 
-def product(x_RI: Tensor, weight_EIO: Tensor, rows: Sequence[int]) -> Tensor:
+def matmul(x_RI: Tensor, weight_EIO: Tensor, rows: Sequence[int]) -> Tensor:
     """Each row times its expert's weight: (R, O). rows: of every expert."""
     R = len(x_RI)
     out_RO = x_RI.new_empty(R, weight_EIO.size(2))
@@ -52,7 +52,7 @@ def ends_of(counts_E: Tensor) -> Tensor:
     return counts_E.cumsum(0).to(torch.int32)
 
 
-def product_to_ends(x_RI: Tensor, weight_EIO: Tensor, ends_E: Tensor) -> Tensor:
+def matmul_to_ends(x_RI: Tensor, weight_EIO: Tensor, ends_E: Tensor) -> Tensor:
     """Each row times its expert's weight: (R, O)."""
     if (
         len(x_RI) == 0 or x_RI.is_meta

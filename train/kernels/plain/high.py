@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from train.kernels.fp8.health import Report
-from train.model.layers import AddedProduct, HeldInput, recomputed_swiglu, swiglu
+from train.model.layers import AddedMatmul, HeldInput, recomputed_swiglu, swiglu
 from train.model.operations import Kernels
-from train.model.weight_gradient import GroupedProduct
+from train.model.weight_gradient import GroupedMatmul
 
 
 class HighPrecision:
@@ -39,15 +39,15 @@ class HighPrecision:
         w13_E2FD: Tensor,
         w2_EDF: Tensor,
         counts_E: Tensor,
-        added: tuple[AddedProduct | None, AddedProduct | None] = (None, None),
+        added: tuple[AddedMatmul | None, AddedMatmul | None] = (None, None),
     ) -> Tensor:
         (up, down), kernels, groups = added, self.kernels, self.kernels.groups(counts_E, self.dtype)
-        h_R2F = GroupedProduct.apply(rows_RD, w13_E2FD.to(self.dtype), groups, kernels)
+        h_R2F = GroupedMatmul.apply(rows_RD, w13_E2FD.to(self.dtype), groups, kernels)
         if up is not None:
             h_R2F = up.add(h_R2F, rows_RD, groups)
         a_RF = swiglu(h_R2F, gates_R, kernels)
         with recomputed_swiglu(a_RF, h_R2F, gates_R, kernels) if self._recompute_swiglu else nullcontext():
-            y_RD = GroupedProduct.apply(a_RF, w2_EDF.to(self.dtype), groups, kernels)
+            y_RD = GroupedMatmul.apply(a_RF, w2_EDF.to(self.dtype), groups, kernels)
             return y_RD if down is None else down.add(y_RD, a_RF, groups)
 
     def watch(self, model: nn.Module) -> None:

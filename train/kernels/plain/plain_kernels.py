@@ -58,8 +58,8 @@ class PlainKernels(Kernels):
         out_NF = h_N2F.new_empty(h_N2F.size(0), h_N2F.size(1) // 2)
         for h, gates, out in self._pieces(h_N2F, gates_N, out_NF):
             gate, up = h.float().chunk(2, -1)
-            product = F.silu(gate).mul_(up)
-            out.copy_(product if gates is None else product.mul_(gates.unsqueeze(-1)))
+            activated = F.silu(gate).mul_(up)
+            out.copy_(activated if gates is None else activated.mul_(gates.unsqueeze(-1)))
         return out_NF
 
     def swiglu_backward(self, grad_NF: Tensor, h_N2F: Tensor, gates_N: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -147,16 +147,16 @@ class PlainKernels(Kernels):
     def linear(self, x: Tensor, weight_OI: Tensor) -> Tensor:
         return F.linear(x, weight_OI)
 
-    def product(self, left_OC: Tensor, right_NC: Tensor, dtype: torch.dtype, into_ON: Tensor | None = None) -> Tensor:
+    def matmul(self, left_OC: Tensor, right_NC: Tensor, dtype: torch.dtype, into_ON: Tensor | None = None) -> Tensor:
         return added((left_OC @ right_NC.t()).to(dtype), into_ON)
 
     def groups(self, counts_E: Tensor, dtype: torch.dtype) -> ExpertGroups:
         return counts_E.tolist() if dtype == torch.bfloat16 else grouped.ends_of(counts_E)
 
-    def grouped_product(self, x_RI: Tensor, weight_EIO: Tensor, groups: ExpertGroups) -> Tensor:
+    def grouped_matmul(self, x_RI: Tensor, weight_EIO: Tensor, groups: ExpertGroups) -> Tensor:
         if isinstance(groups, list):
-            return grouped.product(x_RI, weight_EIO, groups)
-        return grouped.product_to_ends(x_RI, weight_EIO, groups)
+            return grouped.matmul(x_RI, weight_EIO, groups)
+        return grouped.matmul_to_ends(x_RI, weight_EIO, groups)
 
     def grouped_weight_gradient(
         self, grad_RO: Tensor, x_RI: Tensor, groups: ExpertGroups, dtype: torch.dtype, into_EOI: Tensor | None = None

@@ -20,14 +20,14 @@ from conf.schema import Precision
 from parallel.expert.build import build_wire
 from parallel.expert.wire import Fp8Wire, Wire
 from train.kernels.choice import build_kernels
-from train.kernels.fp8.blackwell import BlackwellEngine, ScaledGroupedProducts
+from train.kernels.fp8.blackwell import BlackwellEngine, ScaledGroupedMatmuls
 from train.kernels.fp8.formats import MX_TILE, TILE, Cast
 from train.kernels.fp8.fp8 import Fp8Precision, cpu_engine
 from train.kernels.fp8.groups import most_tiles
 from train.kernels.fp8.hopper import (
-    DeepGemmProducts,
+    DeepGemmMatmuls,
     HopperEngine,
-    TritonProducts,
+    TritonMatmuls,
     check_gpu_operands,
     has_mx_tiles,
     needs_deep_gemm,
@@ -73,10 +73,10 @@ def meta_precision(
         engine = cpu_engine(precision.fp8, kernels, meta=True)
     else:
         check_gpu_operands(precision.fp8)
-        products = DeepGemmProducts(_DEEP_GEMM) if needs_deep_gemm(precision.fp8) else TritonProducts(_PRODUCTS)
+        products = DeepGemmMatmuls(_DEEP_GEMM) if needs_deep_gemm(precision.fp8) else TritonMatmuls(_MATMULS)
         engine = HopperEngine(_KERNELS, products, _scaled_mm)
         if has_mx_tiles(precision.fp8):
-            engine = BlackwellEngine(_KERNELS, ScaledGroupedProducts(_scaled_grouped_mm), _scaled_mm)
+            engine = BlackwellEngine(_KERNELS, ScaledGroupedMatmuls(_scaled_grouped_mm), _scaled_mm)
     return Fp8Precision(precision.fp8, torch.device("meta"), kernels, engine, making)
 
 
@@ -169,11 +169,11 @@ _KERNELS = SimpleNamespace(
 )
 """Replaces train/kernels/fp8/triton_quantize.py."""
 
-_PRODUCTS = SimpleNamespace(
-    product=lambda left, left_scale, right, right_scale, out, ends=None: out,
+_MATMULS = SimpleNamespace(
+    matmul=lambda left, left_scale, right, right_scale, out, ends=None: out,
     wgrad=lambda left, left_scale, right, right_scale, out, added, ends=None: out,
 )
-"""Replaces train/kernels/fp8/triton_products.py, whose kernels write into tensors that the engine allocates."""
+"""Replaces train/kernels/fp8/triton_matmuls.py, whose kernels write into tensors that the engine allocates."""
 
 _DEEP_GEMM = SimpleNamespace(
     m_grouped_fp8_gemm_nt_contiguous=lambda *args, **kwargs: None,

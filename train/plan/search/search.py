@@ -30,7 +30,7 @@ from conf.schema import Config, WireFormat
 from train.metrics.quantities import gib
 from train.plan.budget import budget_of, make_plan
 from train.plan.failures import plan_failures
-from train.plan.job import layout_of, require_hardware, require_host, require_products
+from train.plan.job import layout_of, require_hardware, require_host, require_matmuls
 from train.plan.memory.rank_memory import RankMemory, host_lacking, plan_memory, rank_memory, scene_of
 from train.plan.memory.schedule_memory import WalkDepth
 from train.plan.reserve import tensor_memory
@@ -120,7 +120,7 @@ def search(config: Config, tell: Callable[[FoundLayout], None] = lambda found: N
     """
     require_hardware(config.hardware)
     require_host(config)
-    require_products(config)
+    require_matmuls(config)
     check(config)
     require_rule(config)
     devices = config.plan.devices or config.parallel.world

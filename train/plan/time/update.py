@@ -19,7 +19,7 @@ from conf.schema import Config
 from parallel.layout import Layout
 from parallel.owners import KEEPS
 from train.model.count import count_parameters
-from train.optim.matrices import logical_matrices, products
+from train.optim.matrices import logical_matrices, newton_schulz_flops
 from train.plan.job import device_kind
 from train.plan.memory.part import FrozenSection
 from train.plan.memory.rank_memory import chunk_parts
@@ -128,7 +128,7 @@ def _orthogonal(config: Config, layers: list[range], stage_ids: list[int], last:
         for weight in part_weights(model, part, share):
             if config.optim.facts.choose_rule(weight.name, len(weight.shape)).is_whole:
                 matrices = logical_matrices(weight.name, weight.shape, config.model, config.optim.muon.by_head)
-                costs = [products(*one.shape, config.optim.muon.iteration) for one in matrices]
+                costs = [newton_schulz_flops(*one.shape, config.optim.muon.iteration) for one in matrices]
                 found[weight.is_expert].append((weight.elements, costs))
     return tuple(
         Orthogonal(
@@ -146,9 +146,9 @@ def _orthogonal_time(config: Config, rates: Rates, held: WeightCounts, groups: l
     seconds = 0.0
     form = "bf16" if device_kind(config) == "cuda" else "fp32"
     for one, (_, group, per_node) in zip(held.orthogonal, groups, strict=False):
-        products_time = rates.of(Work(f"fprop_{form}", one.busiest(group)))
+        matmul_time = rates.of(Work(f"fprop_{form}", one.busiest(group)))
         moved = one.moved(group)
-        seconds += max(products_time, _collective("all_to_all", rates, moved, group, per_node) if group > 1 else 0.0)
+        seconds += max(matmul_time, _collective("all_to_all", rates, moved, group, per_node) if group > 1 else 0.0)
     return seconds
 
 

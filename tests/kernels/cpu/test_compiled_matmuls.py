@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import train.kernels.cpu.libraries as native
-from train.kernels.cpu import compiled_products
+from train.kernels.cpu import compiled_matmuls
 from train.kernels.cpu.compiled_kernels import CompiledKernels
-from train.kernels.cpu.compiled_products import grouped, grouped_weight_gradient, product
+from train.kernels.cpu.compiled_matmuls import grouped, grouped_weight_gradient, matmul
 from train.kernels.plain.high import HighPrecision
 from train.kernels.plain.plain_kernels import PlainKernels
 from train.model.operations import Kernels
@@ -57,20 +57,20 @@ def test_products_of_all_layouts_in_memory(shape, dtype):
     outer, contraction, columns = shape
     left, right = draw(outer, contraction), draw(columns, contraction, seed=1)
     strided = torch.stack([left, left], -1)[..., 0]  # neither axis side by side
-    first = product(left, right, dtype)
+    first = matmul(left, right, dtype)
     assert first.dtype == dtype and first.shape == (outer, columns)
     check(first, left, right)
     for a, b in ((turned(left), right), (left, turned(right)), (turned(left), turned(right)), (strided, right)):
-        assert torch.equal(product(a, b, dtype), first)  # the order of sums is that of the contraction alone
+        assert torch.equal(matmul(a, b, dtype), first)  # the order of sums is that of the contraction alone
 
 
 def test_threads_change_no_bit():
     left, right = draw(530, 700), draw(96, 700, seed=1)
-    alone = product(left, right, torch.float32)
+    alone = matmul(left, right, torch.float32)
     try:
         for threads in (2, 3):
             torch.set_num_threads(threads)
-            assert torch.equal(product(left, right, torch.float32), alone)
+            assert torch.equal(matmul(left, right, torch.float32), alone)
     finally:
         torch.set_num_threads(1)
 
@@ -79,7 +79,7 @@ def test_memory_beside_a_product_is_not_touched():
     whole = torch.full((40, 100), torch.nan).bfloat16()
     left, right = whole[3:16, 20:71], draw(33, 51, seed=1)
     left.copy_(draw(13, 51))
-    check(product(left, right, torch.float32), left, right)
+    check(matmul(left, right, torch.float32), left, right)
     assert whole.isnan().sum() == whole.numel() - left.numel()
 
 
@@ -87,7 +87,7 @@ def test_memory_beside_a_product_is_not_touched():
 def test_what_is_not_finite_shows_in_its_row_alone(bad):
     left, right = draw(30, 300), draw(40, 300, seed=1)
     left[7, 211] = bad
-    finite = product(left, right, torch.bfloat16).isfinite()
+    finite = matmul(left, right, torch.bfloat16).isfinite()
     assert not finite[7].any() and finite[:7].all() and finite[8:].all()
 
 
@@ -108,7 +108,7 @@ def test_experts_get_their_own_rows(rows):
 def linear(x: Tensor, weight: Tensor, dy: Tensor) -> list[Tensor]:
     x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
     weight.grad_dtype = torch.float32
-    y = CompiledKernels(products=True).linear(x, weight)
+    y = CompiledKernels(matmuls=True).linear(x, weight)
     return [y.detach(), *torch.autograd.grad(y, (x, weight), dy)]
 
 
@@ -126,11 +126,11 @@ def test_a_linear_layer_and_its_gradients(batch):
 
 def test_only_wanted_gradients_are_made(monkeypatch):
     made = []
-    real = compiled_products.product
-    monkeypatch.setattr(compiled_products, "product", lambda *args: made.append(args[2]) or real(*args))
+    real = compiled_matmuls.matmul
+    monkeypatch.setattr(compiled_matmuls, "matmul", lambda *args: made.append(args[2]) or real(*args))
     x, weight = draw(6, 48).requires_grad_(), draw(64, 48).requires_grad_()
     weight.grad_dtype = torch.float32
-    y = CompiledKernels(products=True).linear(x, weight)
+    y = CompiledKernels(matmuls=True).linear(x, weight)
     torch.autograd.grad(y, x, torch.ones_like(y), retain_graph=True)
     assert made == [torch.bfloat16] * 2  # forward, and the input's
     torch.autograd.grad(y, weight, torch.ones_like(y))
@@ -149,9 +149,9 @@ def test_meta_tensors_take_what_real_ones_take():
 
 def test_they_are_taken_where_they_pay_and_may_be(monkeypatch):
     calls = []
-    real = compiled_products.run_products
+    real = compiled_matmuls.run_matmuls
     monkeypatch.setattr(
-        compiled_products, "run_products", lambda name, *args, **more: calls.append(name) or real(name, *args, **more)
+        compiled_matmuls, "run_matmuls", lambda name, *args, **more: calls.append(name) or real(name, *args, **more)
     )
     x, weight, experts = draw(30, 48), draw(64, 48), (draw(2, 32, 48), draw(2, 48, 16))
     gates, counts = torch.ones(30), torch.tensor([10, 20])
@@ -160,14 +160,14 @@ def test_they_are_taken_where_they_pay_and_may_be(monkeypatch):
         calls.clear()
         high = HighPrecision(torch.bfloat16, kernels)
         high.linear(x, weight)
-        kernels.product(x, weight, torch.float32)
+        kernels.matmul(x, weight, torch.float32)
         high.expert_ffn(x, gates, *experts, counts)
         return list(calls)
 
-    assert use(CompiledKernels(products=True)) == ["gemm", "gemm", "grouped_gemm", "grouped_gemm"]
-    HighPrecision(torch.float32, CompiledKernels(products=True)).linear(x.float(), weight.float())
+    assert use(CompiledKernels(matmuls=True)) == ["gemm", "gemm", "grouped_gemm", "grouped_gemm"]
+    HighPrecision(torch.float32, CompiledKernels(matmuls=True)).linear(x.float(), weight.float())
     assert len(calls) == 4  # fp32 is torch's
-    plain = CompiledKernels(products=False)
+    plain = CompiledKernels(matmuls=False)
     assert use(plain) == [] and "products" not in plain.parts
     assert torch.equal(HighPrecision(torch.bfloat16, plain).linear(x, weight), F.linear(x, weight))
     assert use(PlainKernels()) == []
@@ -176,13 +176,13 @@ def test_they_are_taken_where_they_pay_and_may_be(monkeypatch):
 def test_amx_is_left_to_torch_and_the_rate_of_bf16_is_one_of_a_cpu(monkeypatch):
     monkeypatch.delenv("SLUICE_PRODUCTS", raising=False)
     rate = native._bf16_rate
-    native.products_pay.cache_clear()
+    native.compiled_matmuls_pay.cache_clear()
     try:
-        pays = native.products_pay()
+        pays = native.compiled_matmuls_pay()
         assert pays == (rate() < native.SLOW_SHARE and "amx_bf16" not in native.cpu_features().split())
         assert 0 <= rate() < 20
-        native.products_pay.cache_clear()
+        native.compiled_matmuls_pay.cache_clear()
         monkeypatch.setattr(native, "cpu_features", lambda: "flags : amx_bf16 avx512_bf16")
-        assert not native.products_pay()
+        assert not native.compiled_matmuls_pay()
     finally:
-        native.products_pay.cache_clear()
+        native.compiled_matmuls_pay.cache_clear()

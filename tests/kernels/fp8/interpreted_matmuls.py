@@ -7,11 +7,11 @@ from torch import Tensor
 from bench.gpu import interpreter
 from conf.thresholds import lowered
 from tests.kernels.fp8 import fakes
-from train.kernels.fp8 import hopper, triton_products, triton_quantize
+from train.kernels.fp8 import hopper, triton_matmuls, triton_quantize
 from train.kernels.fp8.cast_rules import OperandRule
 from train.kernels.fp8.cpu_engine import CpuEngine
 from train.kernels.fp8.formats import E4M3, TILE
-from train.kernels.fp8.hopper import TritonProducts
+from train.kernels.fp8.hopper import TritonMatmuls
 
 torch.set_num_threads(1)
 COUNTS = {"ragged": [3, 0, 130, 1], "none": [0, 0, 0, 0], "whole": [128, 0, 0, 128], "last": [0, 0, 0, 5]}
@@ -25,7 +25,7 @@ def rounding(monkeypatch) -> None:
 
 @pytest.fixture
 def engine() -> hopper.HopperEngine:
-    return hopper.HopperEngine(triton_quantize, TritonProducts(triton_products), fakes.scaled_mm)
+    return hopper.HopperEngine(triton_quantize, TritonMatmuls(triton_matmuls), fakes.scaled_mm)
 
 
 def whole_numbers(*shape: int) -> Tensor:
@@ -74,7 +74,7 @@ def test_a_dense_gradient_has_the_bits_of_the_emulation_where_sums_are_exact(eng
     grad, x, start, made = whole_numbers(tokens, 70), whole_numbers(tokens, 200), whole_numbers(70, 200), []
     for side in (engine, CpuEngine()):
         a, b = (side.operand(t, rules(True)[0], transposed=True) for t in (grad, x))
-        made.append(side.product(a, b, torch.float32, start.float()))
+        made.append(side.matmul(a, b, torch.float32, start.float()))
     assert torch.equal(*made)
 
 
@@ -101,12 +101,12 @@ def test_sums_are_scaled_and_added_in_fp32_every_128():
     of_blocks, of_tiles = torch.zeros(128, 128), torch.zeros(128, 128)
     for tile in range(3):
         part = slice(tile * TILE, (tile + 1) * TILE)
-        product = left[:, part].float() @ right[:, part].float().t()
-        of_blocks += product * (scales[0][:, tile, None] * blocks[0, 0, tile])
-        of_tiles += product * (scales[0][:, tile, None] * scales[1][None, :, tile])
+        matmul = left[:, part].float() @ right[:, part].float().t()
+        of_blocks += matmul * (scales[0][:, tile, None] * blocks[0, 0, tile])
+        of_tiles += matmul * (scales[0][:, tile, None] * scales[1][None, :, tile])
     out = torch.empty(128, 128)
-    assert torch.equal(triton_products.product(left, scales[0], right[None], blocks, out), of_blocks)
-    ours = triton_products.wgrad(left, scales[0], right, scales[1], added.clone(), added=True)
+    assert torch.equal(triton_matmuls.matmul(left, scales[0], right[None], blocks, out), of_blocks)
+    ours = triton_matmuls.wgrad(left, scales[0], right, scales[1], added.clone(), added=True)
     assert torch.equal(ours[0], of_tiles + added[0])
 
 

@@ -61,26 +61,26 @@ def test_product_is_that_of_the_dequantised_operands(shape, transposed):
     sources = [
         (t.mT.contiguous(), True) if turned else (t, False) for t, turned in zip((x, w), transposed, strict=True)
     ]
-    for kinds in itertools.product(GRANULARITIES, GRANULARITIES):
+    for kinds in itertools.matmul(GRANULARITIES, GRANULARITIES):
         rules = [OperandRule(E4M3, kinds[0], False, 1e-4), OperandRule(E5M2, kinds[1], False, 1e-4)]
         for left, right in (rules, rules[::-1], (rules[0], OperandRule(E4M3, kinds[1], True, 1e-4))):
             pairs = list(zip(sources, (left, right), strict=True))
             exact = [values(source, rule, turned) for (source, turned), rule in pairs]
-            got = engine.product(*(engine.operand(t, rule, turned) for (t, turned), rule in pairs), torch.float32)
+            got = engine.matmul(*(engine.operand(t, rule, turned) for (t, turned), rule in pairs), torch.float32)
             check(got, *exact)
-            reference = plain.product(*(plain.operand(t, rule, turned) for (t, turned), rule in pairs), torch.float32)
+            reference = plain.matmul(*(plain.operand(t, rule, turned) for (t, turned), rule in pairs), torch.float32)
             assert ((got - reference).abs() <= 2 * SUM * (exact[0].abs() @ exact[1].mT.abs())).all()
 
 
 def test_a_bf16_operand_counts_with_scale_one():
     engine, rule = ours(), OperandRule(E4M3, "1x128", False, 1e-4)
     x, w = normal(70, 300), normal(40, 300, seed=1)
-    check(engine.product(engine.operand(x, rule), w, torch.float32), values(x, rule), w.double())
+    check(engine.matmul(engine.operand(x, rule), w, torch.float32), values(x, rule), w.double())
     operands = x, engine.operand(w, rule)
-    check(engine.product(*operands, torch.float32), x.double(), values(w, rule))
+    check(engine.matmul(*operands, torch.float32), x.double(), values(w, rule))
     strided = torch.stack([w, w], -1)[..., 0]  # neither axis side by side
-    assert torch.equal(engine.product(operands[0], engine.operand(strided, rule), torch.float32),
-                       engine.product(*operands, torch.float32))  # fmt: skip
+    assert torch.equal(engine.matmul(operands[0], engine.operand(strided, rule), torch.float32),
+                       engine.matmul(*operands, torch.float32))  # fmt: skip
 
 
 @pytest.mark.parametrize("kinds", [("1x128", "128x128"), ("row", "tensor"), ("128x128", "1x128"), ("tensor", "row")])
@@ -124,7 +124,7 @@ def test_dgrad_takes_the_weights_of_experts_transposed():
 def test_output_in_bf16_is_the_sum_rounded_once():
     engine, rule = ours(), OperandRule(E4M3, "1x128", False, 1e-4)
     operands = engine.operand(normal(70, 300), rule), engine.operand(normal(45, 300, seed=1), rule)
-    assert torch.equal(engine.product(*operands, torch.bfloat16), engine.product(*operands, torch.float32).bfloat16())
+    assert torch.equal(engine.matmul(*operands, torch.bfloat16), engine.matmul(*operands, torch.float32).bfloat16())
 
 
 def test_neither_threads_nor_other_rows_change_a_bit():
@@ -132,15 +132,15 @@ def test_neither_threads_nor_other_rows_change_a_bit():
     engine, rule, threads = ours(), OperandRule(E4M3, "1x128", False, 1e-4), torch.get_num_threads()
     x, w = normal(700, 600), normal(580, 600, seed=1)
 
-    def product(x: Tensor, w: Tensor) -> Tensor:
-        return engine.product(engine.operand(x, rule), engine.operand(w, rule), torch.float32)
+    def matmul(x: Tensor, w: Tensor) -> Tensor:
+        return engine.matmul(engine.operand(x, rule), engine.operand(w, rule), torch.float32)
 
-    alone = product(x, w)
+    alone = matmul(x, w)
     try:
         for torch_threads in (1, 3):
             torch.set_num_threads(torch_threads)
-            assert torch.equal(product(x, w), alone)
-            assert torch.equal(product(x[7:20], w[300:]), alone[7:20, 300:])
+            assert torch.equal(matmul(x, w), alone)
+            assert torch.equal(matmul(x[7:20], w[300:]), alone[7:20, 300:])
     finally:
         torch.set_num_threads(threads)
 
@@ -150,7 +150,7 @@ def test_what_is_not_finite_stays_in_its_row(bad):
     engine, plain, rule = ours(), CpuEngine(), OperandRule(E4M3, "1x128", False, 1e-4)
     x, w = normal(20, 300), normal(10, 300, seed=1)
     x[3, 200] = bad
-    results = [e.product(e.operand(x, rule), e.operand(w, rule), torch.float32) for e in (engine, plain)]
+    results = [e.matmul(e.operand(x, rule), e.operand(w, rule), torch.float32) for e in (engine, plain)]
     assert not results[0][3].isfinite().any() and not results[1][3].isfinite().any()
     rest = torch.arange(20) != 3
     torch.testing.assert_close(results[0][rest], results[1][rest], rtol=1e-5, atol=2 * SUM * 300)
@@ -158,7 +158,7 @@ def test_what_is_not_finite_stays_in_its_row(bad):
 
 def test_values_apart_from_their_scales_are_those_of_the_codes():
     casts = load_casts()
-    for format, block in itertools.product(
+    for format, block in itertools.matmul(
         (E4M3, E5M2), ((1, TILE), (TILE, 1), (TILE, TILE), (1, WHOLE_SIDE), (WHOLE_SIDE, WHOLE_SIDE))
     ):
         cast = Cast(format, block, False)
@@ -239,7 +239,7 @@ def test_plans_allocate_what_runs_do():
         left, right = engine.operand(kept, rule), engine.operand(x[:70], OperandRule(E4M3, "128x128", False, 1e-4))
         made = [kept, left, right, turned, engine.cast(x, rule.cast()), engine.swiglu(x, gates, rule, rule.cast())[0]]
         made += [
-            engine.product(left, right, torch.bfloat16),
+            engine.matmul(left, right, torch.bfloat16),
             engine.grouped_wgrad(turned, turned, groups, torch.float32),
         ]
         return [(t.shape, t.stride(), t.dtype) for one in made for t in _parts(one)]

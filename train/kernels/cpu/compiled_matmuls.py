@@ -48,7 +48,7 @@ def _operand(side: str, matrices: str, outer: str) -> dict[str, Parameter]:
     }
 
 
-_products = Kernel(
+_matmuls = Kernel(
     partial(library, "products"), "products",
     problem=Struct(
         **_operand("left", "1", "O"), **_operand("right", "E", "N"),
@@ -63,11 +63,11 @@ Part = tuple[int, int, int, int, int, int]
 output."""
 
 
-def product(left_OC: Tensor, right_NC: Tensor, dtype: torch.dtype, into_ON: Tensor | None = None) -> Tensor:
+def matmul(left_OC: Tensor, right_NC: Tensor, dtype: torch.dtype, into_ON: Tensor | None = None) -> Tensor:
     """left right^T: (O, N). into: fp32 tensor to which the result is added."""
     (rows, contraction), columns = left_OC.shape, right_NC.shape[0]
     out_ON = left_OC.new_empty(rows, columns, dtype=dtype) if into_ON is None else into_ON
-    run_products("gemm", left_OC, right_NC, out_ON, [(0, rows, 0, 0, contraction, 0)], into=into_ON is not None)
+    run_matmuls("gemm", left_OC, right_NC, out_ON, [(0, rows, 0, 0, contraction, 0)], into=into_ON is not None)
     return out_ON
 
 
@@ -75,18 +75,18 @@ def grouped(left_RC: Tensor, right_ENC: Tensor, rows: Sequence[int]) -> Tensor:
     """Each expert's rows times its own transposed matrix: (R, N). rows: of every expert."""
     _, columns, contraction = right_ENC.shape
     out_RN = left_RC.new_empty(left_RC.shape[0], columns)
-    run_products("grouped_gemm", left_RC, right_ENC, out_RN, parts_by_rows(_starts(rows), rows, columns, contraction))
+    run_matmuls("grouped_gemm", left_RC, right_ENC, out_RN, parts_by_rows(_starts(rows), rows, columns, contraction))
     return out_RN
 
 
 def grouped_weight_gradient(
     left_OR: Tensor, right_NR: Tensor, rows: Sequence[int], dtype: torch.dtype, into_EON: Tensor | None = None
 ) -> Tensor:
-    """For each expert the sum over its rows: (E, O, N). into: as in `product`."""
+    """For each expert the sum over its rows: (E, O, N). into: as in `matmul`."""
     outer, columns = left_OR.shape[0], right_NR.shape[0]
     out_EON = left_OR.new_empty(len(rows), outer, columns, dtype=dtype) if into_EON is None else into_EON
     parts = parts_by_sums(_starts(rows), rows, outer, columns)
-    run_products("grouped_gemm", left_OR, right_NR, out_EON, parts, into=into_EON is not None)
+    run_matmuls("grouped_gemm", left_OR, right_NR, out_EON, parts, into=into_EON is not None)
     return out_EON
 
 
@@ -105,7 +105,7 @@ def _starts(rows: Sequence[int]) -> list[int]:
     return list(accumulate(rows, initial=0))[:-1]
 
 
-def run_products(
+def run_matmuls(
     name: str, left: Tensor, right: Tensor, out: Tensor, parts: Sequence[Part], left_scales=NO_SCALES, right_scales=NO_SCALES,
     into: bool = False,
 ) -> None:  # fmt: skip
@@ -124,7 +124,7 @@ def run_products(
     ), (parts, left.shape, right.shape, out.shape)  # fmt: skip
     # The profiler's name costs one percent of a step of a small model, even if nothing records it.
     with record_function(name) if torch.autograd._profiler_enabled() else nullcontext():
-        _products(left, *left_scales, right, *right_scales, out, int(into), rows_of_table(parts))
+        _matmuls(left, *left_scales, right, *right_scales, out, int(into), rows_of_table(parts))
 
 
 def readable(x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """GEMMs of FP8 operands as Triton kernels: grouped by expert, and summed into a gradient.
 
-    product     left (R, C) in 1x128 by right (E, N, C) in 128x128 -> (R, N)       Fprop and Dgrad, each row times its expert's matrix
+    matmul      left (R, C) in 1x128 by right (E, N, C) in 128x128 -> (R, N)       Fprop and Dgrad, each row times its expert's matrix
     wgrad       left (O, P) by right (N, P), both in 1x128 -> (E, O, N) in fp32    Wgrad, summed over each expert's own columns
 
 Tensor cores sum 128 elements of the contraction from zero. This sum is scaled and added to an fp32 sum in registers, so
@@ -64,8 +64,8 @@ def tile_of_program(program, tiles_m, tiles_n, band: constexpr):
 
 
 @quick
-@triton.jit(repr=partial(_named, "product"), do_not_specialize=["tiles_m", "scale_rows", "height_out"])
-def _product_kernel(
+@triton.jit(repr=partial(_named, "matmul"), do_not_specialize=["tiles_m", "scale_rows", "height_out"])
+def _matmul_kernel(
     left_ptr, left_scale_ptr, right_ptr, right_scale_ptr, out_ptr, ends_ptr,
     tiles_m, width, steps, scale_rows, height_out, width_out,
     experts: constexpr, slots: constexpr, band: constexpr, tiles: constexpr,
@@ -157,7 +157,7 @@ def _wgrad_kernel(
     store_sums(acc, out_ptr, expert, m, n, height_out, width_out, added)
 
 
-def product(
+def matmul(
     left_RC: Tensor,
     left_scale: Tensor,
     right_ENC: Tensor,
@@ -172,12 +172,12 @@ def product(
     single matrix.
     """
     (rows, contraction), (experts, width, _), (height_out, width_out) = left_RC.shape, right_ENC.shape, out_RN.shape
-    check_product(left_RC, left_scale, right_ENC, right_scale, out_RN)
+    check_matmul(left_RC, left_scale, right_ENC, right_scale, out_RN)
     assert experts == 1 or ends_E is not None, "several experts have ends"
     tiles_m = most_tiles(height_out, experts)
     tiles = tiles_at_once(tiles_m, right_ENC, out_RN)
     if out_RN.numel():
-        with_options(_product_kernel[(tiles_m * (width // (tiles * TILE)),)], num_warps=WARPS, num_stages=STAGES)(
+        with_options(_matmul_kernel[(tiles_m * (width // (tiles * TILE)),)], num_warps=WARPS, num_stages=STAGES)(
             left_RC, left_scale, right_ENC, right_scale, out_RN, left_RC if ends_E is None else ends_E,
             tiles_m, width, contraction // TILE, rows, height_out, width_out,
             experts, power_of_2_from(experts), BAND, tiles,
@@ -185,8 +185,8 @@ def product(
     return out_RN
 
 
-def check_product(left_RC: Tensor, left_scale: Tensor, right_ENC: Tensor, right_scale: Tensor, out_RN: Tensor) -> None:
-    """Assert that the operands of `product` have the layout that its kernels read."""
+def check_matmul(left_RC: Tensor, left_scale: Tensor, right_ENC: Tensor, right_scale: Tensor, out_RN: Tensor) -> None:
+    """Assert that the operands of `matmul` have the layout that its kernels read."""
     rows, contraction = left_RC.shape
     _whole(right_ENC)
     assert left_RC.is_contiguous() and _by_column(left_scale) and left_scale.shape == (rows, contraction // TILE)
@@ -209,7 +209,7 @@ def tiles_at_once(tiles_m: int, right_ENC: Tensor, out_RN: Tensor) -> int:
     experts, width, contraction = right_ENC.shape
     in_pairs = width == out_RN.shape[1] and width % (2 * TILE) == 0
     in_pairs &= experts > 1 and contraction > TILE  # only there the loop is compiled
-    return 2 if in_pairs and tiles_m * (width // TILE) >= THRESHOLDS.product_tiles else 1
+    return 2 if in_pairs and tiles_m * (width // TILE) >= THRESHOLDS.matmul_tiles else 1
 
 
 def wgrad(
@@ -220,7 +220,7 @@ def wgrad(
     columns.
 
     added: add to the existing values, in fp32. Scales (O or N, P / 128), stored column by column. out_EON may omit the
-    last rows and columns. ends_E: as in `product`, for rows that are whole tiles of columns here; None if all columns
+    last rows and columns. ends_E: as in `matmul`, for rows that are whole tiles of columns here; None if all columns
     belong to one expert.
     """
     height, width, columns = check_wgrad(left_OP, left_scale, right_NP, right_scale, out_EON, added)
