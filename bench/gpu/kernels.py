@@ -158,7 +158,7 @@ def bits(pairs: list[tuple[str, Tensor, Tensor]]) -> Finding:
 
 def tiles(machine: Machine) -> Finding:
     kernels, pairs = triton_kernels(machine), []
-    for x, cast in itertools.matmul(wide(machine), casts(machine, (1, TILE))):
+    for x, cast in itertools.product(wide(machine), casts(machine, (1, TILE))):
         expected = quantize(x, cast)
         q, scale = kernels.quantize_tiles(x.to(machine.device), cast)
         pairs += [
@@ -171,7 +171,7 @@ def tiles(machine: Machine) -> Finding:
 def tiles_of_32(machine: Machine) -> Finding:
     """As it is and transposed; scales are bytes, which lie as the tensor cores read them."""
     kernels, pairs, cast = triton_kernels(machine), [], Cast(E4M3, (1, MX_TILE), True, 1e-4)
-    for x, turned in itertools.matmul(wide(machine), (False, True)):
+    for x, turned in itertools.product(wide(machine), (False, True)):
         on_device, values = x.to(machine.device), x.mT if turned else x
         q, scale = kernels.quantize_mx(on_device.mT if turned else on_device, cast)
         expected, (rows, columns) = quantize(values, cast), values.shape
@@ -185,7 +185,7 @@ def tiles_of_32(machine: Machine) -> Finding:
 def columns(machine: Machine) -> Finding:
     kernels, pairs = triton_kernels(machine), []
     kept = Cast(E4M3, (1, TILE), False, 1e-4)
-    for x, cast in itertools.matmul(wide(machine), casts(machine, (TILE, 1))):
+    for x, cast in itertools.product(wide(machine), casts(machine, (TILE, 1))):
         held, on_device = quantize(x, kept), x.to(machine.device)
         q_8, scale_8 = kernels.quantize_tiles(on_device, kept)
         for what, given, values in (
@@ -204,7 +204,7 @@ def columns(machine: Machine) -> Finding:
 def columns_by_expert(machine: Machine) -> Finding:
     """q lies flat, one transposed matrix per expert after the other."""
     kernels, pairs = triton_kernels(machine), []
-    for x, cast in itertools.matmul(wide(machine), casts(machine, (TILE, 1))):
+    for x, cast in itertools.product(wide(machine), casts(machine, (TILE, 1))):
         rows = [len(x) - 128, 0, 128]
         q, scale = kernels.quantize_columns(x.to(machine.device), cast, None, rows)
         expected = quantize(x, cast)
@@ -219,7 +219,7 @@ def columns_by_expert(machine: Machine) -> Finding:
 def both(machine: Machine) -> Finding:
     """Of rows as they are, and of experts' rows, each expert's columns in whole tiles."""
     kernels, pairs = triton_kernels(machine), []
-    for x, cast in itertools.matmul(wide(machine), casts(machine, (1, TILE))):
+    for x, cast in itertools.product(wide(machine), casts(machine, (1, TILE))):
         counts, turned = torch.tensor([len(x) - 130, 0, 130]), replace(cast, block=(TILE, 1))
         ends, padded = counts.cumsum(0, dtype=torch.int32).to(machine.device), PaddedGroups(counts).pad(x)
         for name, given, columns_of in (("", (), x), (" by expert", (ends,), padded)):
@@ -237,7 +237,7 @@ def both(machine: Machine) -> Finding:
 
 def blocks(machine: Machine) -> Finding:
     kernels, pairs = triton_kernels(machine), []
-    for x, cast in itertools.matmul(wide(machine), casts(machine, (TILE, TILE))):
+    for x, cast in itertools.product(wide(machine), casts(machine, (TILE, TILE))):
         stack = torch.stack([x, 3 * x])
         expected = quantize(stack, cast)
         for transposed in (False, True):

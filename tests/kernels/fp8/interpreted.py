@@ -58,7 +58,7 @@ def wide(*shape: int) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_kernels_give_the_bits_of_the_reference(dtype):
     x = wide(256, 128).to(dtype)
-    for format, pow2 in itertools.matmul((E4M3, E5M2), (False, True)):
+    for format, pow2 in itertools.product((E4M3, E5M2), (False, True)):
         tiles = Cast(format, (1, 128), pow2)
         q, scale = triton_quantize.quantize_tiles(x, tiles)
         reference = quantize(x, tiles)
@@ -121,7 +121,7 @@ def test_twelve_bits_are_packed_and_read_as_the_reference_says(engine):
     """Of values down to the steps below the smallest normal one, up to the largest, in whole tiles and ragged."""
     x = torch.cat([wide(128, 256), 2.0 ** torch.linspace(-30, 20, 128 * 256).view(128, 256)])
     x[5, 7], x[130, 3] = float("inf"), 3e38
-    for dtype, pow2 in itertools.matmul((torch.bfloat16, torch.float32), (True, False)):
+    for dtype, pow2 in itertools.product((torch.bfloat16, torch.float32), (True, False)):
         cast, columns = Cast(E5M6, (1, 128), pow2), Cast(E4M3, (128, 1), False, 1e-12)
         q, scale = triton_quantize.quantize_e5m6(x.to(dtype), cast)
         reference = quantize(x.to(dtype), cast)

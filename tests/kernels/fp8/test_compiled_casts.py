@@ -35,7 +35,7 @@ DTYPES = (torch.bfloat16, torch.float32)
 
 def casts_of(format: Format) -> list[Cast]:
     """Every block, both kinds of scales, both floors in use."""
-    options = itertools.matmul(BLOCKS, (True, False), (1e-4, 1e-12))
+    options = itertools.product(BLOCKS, (True, False), (1e-4, 1e-12))
     return [Cast(format, block, pow2, floor) for block, pow2, floor in options]
 
 
@@ -69,7 +69,7 @@ def test_bits_are_those_of_the_reference(format, shape, dtype):
 @FORMATS
 def test_a_cast_of_codes_is_one_of_their_values(format):
     """What Wgrad does with what was kept: other blocks, and another format."""
-    for first, second in itertools.matmul(casts_of(format)[::2], (E4M3, E5M2, E5M6)):
+    for first, second in itertools.product(casts_of(format)[::2], (E4M3, E5M2, E5M6)):
         x = quantize(wide(130, 300), first)
         for cast in (Cast(second, (128, 1), True), Cast(second, (128, 128), False)):
             for dtype in DTYPES:
@@ -92,7 +92,7 @@ def test_transposed_strided_and_half_precision_inputs(format):
 @pytest.mark.parametrize("size", [0.0, 1e-44, 1e-38, 1e-30, 1e-12, 1e-4, 1.0, 1e30, 3e38])
 def test_zeros_tiny_and_huge_values(format, size):
     x = wide(3, 256).clamp(-1, 1) * size
-    for cast, dtype in itertools.matmul(casts_of(format), DTYPES):
+    for cast, dtype in itertools.product(casts_of(format), DTYPES):
         check(x.to(dtype), cast)
 
 
@@ -110,7 +110,7 @@ def test_ties_and_the_edges_of_the_format(format):
 @FORMATS
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_is_what_the_reference_makes_of_it(format, bad):
-    for cast, dtype in itertools.matmul(casts_of(format), DTYPES):
+    for cast, dtype in itertools.product(casts_of(format), DTYPES):
         x = wide(5, 260, dtype=dtype)
         x[2, 7] = bad
         reference = quantize(x, cast)

@@ -61,7 +61,7 @@ def test_product_is_that_of_the_dequantised_operands(shape, transposed):
     sources = [
         (t.mT.contiguous(), True) if turned else (t, False) for t, turned in zip((x, w), transposed, strict=True)
     ]
-    for kinds in itertools.matmul(GRANULARITIES, GRANULARITIES):
+    for kinds in itertools.product(GRANULARITIES, GRANULARITIES):
         rules = [OperandRule(E4M3, kinds[0], False, 1e-4), OperandRule(E5M2, kinds[1], False, 1e-4)]
         for left, right in (rules, rules[::-1], (rules[0], OperandRule(E4M3, kinds[1], True, 1e-4))):
             pairs = list(zip(sources, (left, right), strict=True))
@@ -158,7 +158,7 @@ def test_what_is_not_finite_stays_in_its_row(bad):
 
 def test_values_apart_from_their_scales_are_those_of_the_codes():
     casts = load_casts()
-    for format, block in itertools.matmul(
+    for format, block in itertools.product(
         (E4M3, E5M2), ((1, TILE), (TILE, 1), (TILE, TILE), (1, WHOLE_SIDE), (WHOLE_SIDE, WHOLE_SIDE))
     ):
         cast = Cast(format, block, False)
