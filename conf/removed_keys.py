@@ -72,6 +72,11 @@ REMOVED_KEYS: dict[str, RemovedKey] = {
                 0.0,
                 "leave it out; log.state_every and log.replicas_every find flipped bits in memory",
             ),
+            (
+                "log.prometheus",
+                0,
+                "leave it out; metrics.jsonl, W&B and `sluice top NAME --json` have the numbers",
+            ),
             ("cluster.stop_timeout", "${cluster.timeout}", "leave it out, and set cluster.timeout"),
             ("micro_batch_tokens", 4096, "set micro_batch_size"),
             ("cluster.straggler_factor", 1.2, "leave it out"),

@@ -798,8 +798,6 @@ class Log:
     checkpoint. If they change, the run ends and names the rank and the tensor; 0 for none (train/docs/why.md)."""
     wandb: WandbMode = WandbMode.auto
     """auto: online with a key, else offline."""
-    prometheus: int = expert(0, least=0, most=65535)
-    """Port of a Prometheus endpoint of rank 0, http://HOST:PORT/metrics, with the numbers of the newest step; 0 for none."""
     progress: bool = True
     """Show a progress bar (in a terminal) or progress lines (elsewhere)."""
     sample_tokens: int = number(160, least=0)

@@ -60,7 +60,7 @@ def test_help_names_every_word_that_may_follow_the_command():
 
 def test_help_and_the_page_keep_what_hardly_anyone_sets_apart():
     rare = {key.path for key in KEYS if key.expert}
-    assert len(rare) > 40 and {"cluster.standby", "precision.fp8.hold_weights", "log.prometheus"} <= rare
+    assert len(rare) > 40 and {"cluster.standby", "precision.fp8.hold_weights"} <= rare
     more = sum(path.startswith("cluster.") for path in rare)
     assert f"{more} more, which hardly anyone sets: sluice --help expert cluster" in screen("--help", "cluster")[1]
     everything = screen("--help", "expert")[1]

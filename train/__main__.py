@@ -143,7 +143,6 @@ def check_before_start(config: Config) -> None:
     from train.kernels.deterministic import check_settings
     from train.kernels.device import check_memory
     from train.kernels.gpu_check import check_gpu
-    from train.show.prometheus import require_port
 
     check_layout(config)
     if given_place() is not None:
@@ -151,7 +150,6 @@ def check_before_start(config: Config) -> None:
     check_space(config, checkpoint_bytes(config))
     check_memory(config, checkpoint_bytes(config))
     check_gpu(config)
-    require_port(config)
     if config.cluster.deterministic:
         check_settings()
     if targets_of(config):

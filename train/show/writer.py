@@ -23,7 +23,6 @@ from train.metrics.names import Record
 from train.metrics.origin import read_starts
 from train.metrics.wall_time import GoodputRecord, last_failure
 from train.show.planned import planned
-from train.show.prometheus import PrometheusSink
 from train.show.screens import Progress
 from train.show.wandb_sink import Item, WandbSink, alert, wants_wandb
 
@@ -195,8 +194,6 @@ def open_writer(
     resumed = _with_steps_again(run_folder / METRICS_FILE, resumed_step, resumed)
     sinks: list[Sink] = [JsonlSink(run_folder / METRICS_FILE, resumed_step, disk_note)]
     sinks.append(ReportSink(run_folder))
-    if config.log.prometheus:
-        sinks.append(PrometheusSink(config.log.prometheus, name))
     if wants_wandb(config.log.wandb):
         code = {name: start[name] for start in read_starts(run_folder)[-1:] for name in ("commit", "modified")}
         sinks.append(open_wandb(config, run_folder, progress.note, settings_of(config) | {"code": code}))
