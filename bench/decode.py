@@ -1,19 +1,13 @@
-"""Tokens per second of generation beside transformers' generate on the same weights, and the gain from MTP drafts.
-
-Two questions, one command each:
+"""Tokens per second of generation beside transformers' generate on the same weights.
 
     python -m bench.decode [--shape debug|tiny] [--dtype bf16|fp32] [--batch 1] [--prompt 32] [--tokens 128] [--threads
     1]
-    python -m bench.decode --run RUN_FOLDER
 
-The first command gives our model the random weights of transformers' DeepseekV3ForCausalLM. Both models continue the
+Gives our model the random weights of transformers' DeepseekV3ForCausalLM. Both models continue the
 same prompts greedily by the same number of tokens, in one process, in turns, so that machine noise affects both;
 prefill counts. transformers runs with generate's defaults; version 5.24 caches the latents too, and recomputes keys and
 values of all earlier tokens at every step. Prints medians, the ratio with its range over the rounds, and the real bytes
 per token of each cache.
-
-The second command takes a trained run with MTP modules and compares generation with and without drafts, in turns, at
-three temperatures: share of accepted drafts, tokens per step, and the speed-up per token (without prefill).
 
 Takes about 2 minutes.
 """
@@ -22,7 +16,6 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import train.kernels.cpu.tuned  # noqa: F401  before torch allocates anything
 
@@ -30,20 +23,16 @@ import train.kernels.cpu.tuned  # noqa: F401  before torch allocates anything
 import torch
 
 from bench.train_step import SHAPES
-from conf.load import compose, read_config
-from train.checkpoint.manifest import newest_intact
-from train.data.tokenizer import load_tokenizer
+from conf.load import compose
 from train.generate.cache import bytes_per_token, multi_head_bytes_per_token
 from train.generate.decoder import Decoder
-from train.generate.generation import Generation, Limits, start
+from train.generate.generation import Generation, Limits
 from train.generate.sampling import Sampler
-from train.generate.source import from_checkpoint
 from train.kernels.choice import build_kernels
 from train.kernels.plain.high import HighPrecision
 from train.model.deepseek import DeepSeekV3
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-PROMPTS = ["", "import ", "class Reader:\n    def __init__(self", "def main():\n", '"""Support for ']
 
 
 def main() -> None:
@@ -55,13 +44,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128, help="new tokens")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--run", type=Path, help="folder of a trained run: measure its drafts instead")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    if options.run:
-        measure_drafts(options)
-    else:
-        measure_beside_transformers(options)
+    measure_beside_transformers(options)
 
 
 def measure_beside_transformers(options: argparse.Namespace) -> None:
@@ -112,39 +97,6 @@ def measure_beside_transformers(options: argparse.Namespace) -> None:
         f"{held / options.batch / columns:,.0f}, equal multi-head attention "
         f"{multi_head_bytes_per_token(config, dtype.itemsize):,}"
     )
-
-
-def measure_drafts(options: argparse.Namespace) -> None:
-    config = read_config(str(options.run / "config.yaml"))
-    checkpoint = newest_intact(options.run / "checkpoints").path
-    source = from_checkpoint(config, checkpoint, load_tokenizer(str(options.run)), torch.device("cpu"))
-    print(f"{source.title}, {config.precision.name}, {options.threads} thread(s), {len(PROMPTS)} prompts one by one")
-    for temperature in (0.0, 0.8, 1.0):
-        seconds = {False: [], True: []}
-        accepted = drafted = decoded = steps = 0
-        for number in range(options.rounds):
-            for speculative, taken in seconds.items():
-                total = tokens = 0.0
-                for prompt in PROMPTS:
-                    generation = start(
-                        source, [prompt], tokens=options.tokens, temperature=temperature, seed=number,
-                        speculative=speculative,
-                    )  # fmt: skip
-                    for _ in generation.steps():
-                        pass
-                    counts = generation.counts
-                    total, tokens = total + counts.decode_seconds, tokens + counts.decoded
-                    accepted, drafted = accepted + counts.accepted, drafted + counts.drafted
-                    if speculative:
-                        decoded, steps = decoded + counts.decoded, steps + counts.row_steps
-                taken.append(total / tokens)
-        ratios = [plain / fast for plain, fast in zip(seconds[False], seconds[True], strict=True)]
-        print(
-            f"  temperature {temperature}: {accepted / drafted:.1%} of drafts accepted, {decoded / steps:.2f} tokens a step, "
-            f"{statistics.median(seconds[False]) * 1e3:.2f} ms a token without and "
-            f"{statistics.median(seconds[True]) * 1e3:.2f} with, {statistics.median(ratios):.2f} times as fast "
-            f"({min(ratios):.2f} to {max(ratios):.2f})"
-        )
 
 
 def take_turns(sides: dict[str, Callable], rounds: int, tokens: int) -> dict[str, list[float]]:

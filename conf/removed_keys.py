@@ -73,6 +73,11 @@ REMOVED_KEYS: dict[str, RemovedKey] = {
                 "leave it out; log.state_every and log.replicas_every find flipped bits in memory",
             ),
             (
+                "generate.speculative",
+                False,
+                "leave it out; `mode=evaluate` measures how often the drafts of MTP modules agree",
+            ),
+            (
                 "log.prometheus",
                 0,
                 "leave it out; metrics.jsonl, W&B and `sluice top NAME --json` have the numbers",

@@ -862,8 +862,6 @@ class Generate:
     """Sampling seed: equal seeds, prompts and settings give the same text."""
     chat: bool = False
     """Hold a conversation: lines are questions, in the chat template of the weights or in data.template."""
-    speculative: bool = False
-    """Speculative decoding: MTP modules draft tokens, and the model verifies them. Same distribution, fewer steps."""
 
 
 @dataclass

@@ -170,7 +170,7 @@ def load(path: Path | str, *overrides: str) -> "LoadedModel":
 def complete(model: "LoadedModel", prompt: str, *, tokens: int = 200, **how: Any) -> str:
     """The continuation of a prompt. tokens: maximum number of new tokens.
 
-    how: temperature, top_p, seed and speculative, as in the section `generate`.
+    how: temperature, top_p and seed, as in the section `generate`.
     """
     from train.generate.generation import complete as continuation
 

@@ -60,9 +60,6 @@ def test_text_goes_to_stdout_and_the_rest_to_stderr(trained, capfd):
         assert re.search(r"the expert\[\d tokens, .*(the number of tokens is reached|the document ended)\]", err)
     assert outputs[0] == outputs[1] != outputs[2]
     assert contents(trained) == before
-    assert say(trained, "generate.prompt=the expert", "generate.temperature=0", "generate.speculative=true") == 0
-    out, err = capfd.readouterr()
-    assert out == outputs[3] and "drafts accepted" in err and "times the speed without drafts" in err
 
 
 @pytest.mark.slow
@@ -120,13 +117,6 @@ def test_command_line_are_named(trained, overrides, field, words):
     with pytest.raises(UserError) as caught:
         say(trained, *(override.format(trained) for override in overrides))
     assert caught.value.field == field and words in caught.value.rule
-
-
-def test_a_checkpoint_without_drafters(trained, tmp_path):
-    folder = hugging_face_folder(tmp_path)[0]
-    with pytest.raises(UserError) as caught:
-        say(trained, f"generate.checkpoint={folder}", "generate.speculative=true")
-    assert caught.value.field == "generate.speculative"
 
 
 def hugging_face_folder(tmp_path: Path):

@@ -2,11 +2,9 @@
 
 All heads share both. With sparse attention an indexer keeps its key, too.
 
-Rows of a batch are padded on the left, so that all prompts end in the same column. A row has a start (its first real
-column) and a length (number of valid columns). New entries are written after the length, and `commit` says how many of
-them are valid. Entries that are not committed are overwritten next time, so rejected drafts need no other removal. Rows
-may commit different numbers. Memory is allocated in advance and doubled when full, so each token causes a constant
-amount of copying on average.
+Rows of a batch are padded on the left, so that all prompts end in the same column. A row has a start: its first real
+column. New entries are written after the valid columns, and `commit` makes them valid. Memory is allocated in advance
+and doubled when full, so each token causes a constant amount of copying on average.
 
 Shapes: B rows, T new tokens, S columns, N = B*T, W = kv_rank + rope width of an entry, R rope width.
 """
@@ -26,15 +24,10 @@ FIRST_COLUMNS = 256
 """Columns allocated at the start."""
 
 
-def bytes_per_token(config: Model, item_bytes: int, mtp_depth: int = 0) -> int:
-    """Return the cache bytes of one token over all layers, and over this many MTP modules.
-
-    70,272 bytes for DeepSeek-V3 in bf16.
-    """
-    indexers = sum(config.sparse.chooses(layer) for layer in range(config.layers)) + mtp_depth * config.sparse.chooses(
-        None
-    )
-    latents = (config.layers + mtp_depth) * (config.kv_rank + config.rope_head_dim)
+def bytes_per_token(config: Model, item_bytes: int) -> int:
+    """Return the cache bytes of one token over all layers: 70,272 for DeepSeek-V3 in bf16."""
+    indexers = sum(config.sparse.chooses(layer) for layer in range(config.layers))
+    latents = config.layers * (config.kv_rank + config.rope_head_dim)
     return (latents + indexers * config.sparse.head_dim) * item_bytes
 
 
@@ -48,25 +41,23 @@ def multi_head_bytes_per_token(config: Model, item_bytes: int) -> int:
 
 @dataclass(frozen=True)
 class Slots:
-    """The columns for the next T tokens of every row, and the columns that they attend to."""
+    """The columns `first` to `end` for the next T tokens of every row, and the columns that they attend to."""
 
-    columns_BT: Tensor
+    first: int
+    end: int
     starts_B1: Tensor
-    first: int | None
-    """The first column, if it is the same in all rows."""
-    ends: list[int]
-    """For each of the T tokens, the number of columns that the longest row then has."""
     padded: bool
     choices: KeyChoices = field(default_factory=KeyChoices)
     """Columns that sparse attention chooses."""
 
     def positions_N(self) -> Tensor:
         """Return the position of every token in its text; 0 for padding."""
-        return (self.columns_BT - self.starts_B1).clamp_(min=0).flatten()
+        columns_T = torch.arange(self.first, self.end, device=self.starts_B1.device)
+        return (columns_T - self.starts_B1).clamp_(min=0).flatten()
 
     def chosen_BCS(self, queries: slice) -> Tensor | None:
         """Which columns these C tokens attend to, None for all: those that are chosen for them, or that they see."""
-        chosen_BTK, end = self.choices.chosen_BTK, self.ends[queries.stop - 1]
+        chosen_BTK, end = self.choices.chosen_BTK, self.first + queries.stop
         if chosen_BTK is None:
             return self.mask_BCS(queries)
         numbers_BCK = chosen_BTK[:, queries].long()
@@ -78,24 +69,23 @@ class Slots:
 
         Padding sees itself, so its mask is never empty.
         """
-        end = self.ends[queries.stop - 1]
-        if self.first is not None and not self.padded and queries.stop - queries.start == 1:
+        if not self.padded and queries.stop - queries.start == 1:
             return None
-        columns_S = torch.arange(end, device=self.columns_BT.device)
-        own_BC1 = self.columns_BT[:, queries].unsqueeze(-1)
-        mask_BCS = columns_S <= own_BC1
+        columns_S = torch.arange(self.first + queries.stop, device=self.starts_B1.device)
+        own_C1 = columns_S[self.first + queries.start :].unsqueeze(-1)
+        mask_BCS = (columns_S <= own_C1).expand(len(self.starts_B1), -1, -1)
         if self.padded:
-            mask_BCS &= (columns_S >= self.starts_B1.unsqueeze(-1)) | (columns_S == own_BC1)
+            mask_BCS = mask_BCS & ((columns_S >= self.starts_B1.unsqueeze(-1)) | (columns_S == own_C1))
         return mask_BCS
 
 
 class LatentCache:
-    """The entries of some layers for a batch. starts: padding columns before each row's first token."""
+    """The entries of all layers for a batch. starts: padding columns before each row's first token."""
 
-    def __init__(self, config: Model, layers: int, starts: list[int], dtype: torch.dtype, device: torch.device):
-        self.starts, self.lengths = list(starts), [0] * len(starts)
+    def __init__(self, config: Model, starts: list[int], dtype: torch.dtype, device: torch.device):
+        self.starts, self.length, layers = list(starts), 0, config.layers
+        """length: of the valid columns."""
         width = config.kv_rank + config.rope_head_dim
-        # Zeros: columns that a shorter row has not written yet count as 0, and 0 times what memory held may be NaN.
         widths = [width] * layers + [config.sparse.head_dim * config.sparse.chooses(layer) for layer in range(layers)]
         self._layers = [torch.zeros(len(starts), FIRST_COLUMNS, width, dtype=dtype, device=device) for width in widths]
         self._index = layers
@@ -107,40 +97,28 @@ class LatentCache:
 
     def slots(self, count: int) -> Slots:
         """Make room for the next `count` tokens of every row."""
-        longest = max(self.lengths)
-        self._reserve(longest + count)
-        device = self._layers[0].device
-        lengths_B1 = torch.tensor(self.lengths, device=device).unsqueeze(1)
-        return Slots(
-            columns_BT=lengths_B1 + torch.arange(count, device=device),
-            starts_B1=torch.tensor(self.starts, device=device).unsqueeze(1),
-            first=longest if min(self.lengths) == longest else None,
-            ends=list(range(longest + 1, longest + count + 1)),
-            padded=max(self.starts) > 0,
-        )
+        first, end = self.length, self.length + count
+        self._reserve(end)
+        starts_B1 = torch.tensor(self.starts, device=self._layers[0].device).unsqueeze(1)
+        return Slots(first, end, starts_B1, padded=max(self.starts) > 0)
 
     def write(self, layer: int, slots: Slots, new_BTW: Tensor) -> Tensor:
         """Write the new entries of a layer into their slots; returns all entries up to their end, (B, S, W), a view."""
         entries_BSW = self._layers[layer]
-        end = slots.ends[-1]
-        if slots.first is not None:
-            entries_BSW[:, slots.first : end] = new_BTW
-        else:
-            rows_B1 = torch.arange(new_BTW.size(0), device=new_BTW.device).unsqueeze(1)
-            entries_BSW[rows_B1, slots.columns_BT] = new_BTW
-        return entries_BSW[:, :end]
+        entries_BSW[:, slots.first : slots.end] = new_BTW
+        return entries_BSW[:, : slots.end]
 
     def write_index(self, layer: int, slots: Slots, new_BTI: Tensor) -> Tensor:
         """Put the new keys of a layer's indexer into their slots; all keys up to there, (B, S, I)."""
         return self.write(self._index + layer, slots, new_BTI)
 
-    def commit(self, counts: list[int]) -> None:
-        """Mark the first `counts` of the last written tokens as valid, row by row; the rest is discarded."""
-        self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
+    def commit(self, count: int) -> None:
+        """Mark the first `count` of the last written tokens as valid; later tokens overwrite the rest."""
+        self.length += count
 
     def keep(self, rows: list[int]) -> None:
         """Drop all other rows."""
-        self.starts, self.lengths = [self.starts[row] for row in rows], [self.lengths[row] for row in rows]
+        self.starts = [self.starts[row] for row in rows]
         self._layers = [entries_BSW[rows] for entries_BSW in self._layers]
 
     def _reserve(self, columns: int) -> None:
@@ -176,7 +154,7 @@ def latent_attention(q_BTHW: Tensor, entries_BSW: Tensor, kv_rank: int, scale: f
     parts = []
     for first in range(0, length, step):
         queries = slice(first, min(first + step, length))
-        parts.append(_block(q_BTHW[:, queries], entries_BSW[:, : slots.ends[queries.stop - 1]], scale, slots, queries))
+        parts.append(_block(q_BTHW[:, queries], entries_BSW[:, : slots.first + queries.stop], scale, slots, queries))
     out_BTHW = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
     return out_BTHW[..., :kv_rank]
 
@@ -188,7 +166,7 @@ def choose_columns(index: IndexVectors, top_k: int, slots: Slots) -> Tensor:
     step, parts = max(1, ABSORBED_ROWS // heads), []
     for first in range(0, length, step):
         queries = slice(first, min(first + step, length))
-        keys_BSI, mask_BCS = k_BSI[:, : slots.ends[queries.stop - 1]], slots.mask_BCS(queries)
+        keys_BSI, mask_BCS = k_BSI[:, : slots.first + queries.stop], slots.mask_BCS(queries)
         rows = zip(q_BTHI[:, queries], keys_BSI, w_BTH[:, queries], strict=True)
         scores_BCS = torch.stack([index_scores(*row, THRESHOLDS.attention_scores) for row in rows])
         if mask_BCS is not None:

@@ -26,8 +26,6 @@ from train.rank import choose_device
 
 LINES_AT_ONCE = 16
 """Number of lines of standard input that are continued together."""
-PLAIN_TOKENS = 32
-"""Tokens of each text that are generated again without drafts, to measure the speed-up."""
 
 
 def generate(config: Config) -> int:
@@ -76,46 +74,25 @@ class Writer:
     """Continues prompts with the settings of the section `generate`."""
 
     def __init__(self, config: Config, source: LoadedModel):
-        """Raises UserError if a drafter is requested and the model has none."""
         self._settings, self._source = config.generate, source
-        model = source.decoder.config
-        if config.generate.speculative and model.mtp_depth == 0:
-            raise UserError(
-                "generate.speculative",
-                True,
-                f"needs MTP modules, which draft the tokens, and {source.title} has none",
-                "leave generate.speculative out, or train with model.mtp_depth=1",
-            )
 
     def headline(self) -> str:
         """Return one line about the model, and its cache size per token."""
         decoder = self._source.decoder
-        depth = decoder.config.mtp_depth if self._settings.speculative else 0
-        latent = bytes_per_token(decoder.config, decoder.dtype.itemsize, depth)
+        latent = bytes_per_token(decoder.config, decoder.dtype.itemsize)
         heads = multi_head_bytes_per_token(decoder.config, decoder.dtype.itemsize)
-        kept = f"{latent:,} bytes of cache per token" + (f" with {depth} MTP module(s)" if depth else "")
         dtype = str(decoder.dtype).removeprefix("torch.")
         return (
-            f"{self._source.title}: {dtype} on {decoder.device}, up to {self._source.context:,} tokens; {kept}, "
-            f"{heads:,} for equal multi-head attention ({heads / latent:.1f} times)"
-        )
-
-    def _start(self, prompts: list[str], *, speculative: bool, tokens: int) -> Generation:
-        """Create a generation without starting it. Raises UserError for a prompt that exceeds the context."""
-        how = self._settings
-        return start(
-            self._source,
-            prompts,
-            tokens=tokens,
-            temperature=how.temperature,
-            top_p=how.top_p,
-            seed=how.seed,
-            speculative=speculative,
+            f"{self._source.title}: {dtype} on {decoder.device}, up to {self._source.context:,} tokens; "
+            f"{latent:,} bytes of cache per token, {heads:,} for equal multi-head attention ({heads / latent:.1f} times)"
         )
 
     def show(self, prompts: list[str], titles: bool = False) -> None:
         """Continue prompts together. A single text is printed as it grows. titles: print each prompt above its text."""
-        generation = self._start(prompts, speculative=self._settings.speculative, tokens=self._settings.tokens)
+        how = self._settings
+        generation = start(
+            self._source, prompts, tokens=how.tokens, temperature=how.temperature, top_p=how.top_p, seed=how.seed
+        )
         streams = [TextStream(self._source.tokenizer) for _ in prompts]
         texts = ["" for _ in prompts]
         alone = len(prompts) == 1
@@ -133,7 +110,7 @@ class Writer:
                 self._title(prompt, titles)
                 write(text)
             write("\n\n" if titles else "\n")
-        _say(self._statistics(generation, prompts))
+        _say(_statistics(generation))
 
     def _title(self, prompt: str, titles: bool) -> None:
         if titles:
@@ -141,25 +118,15 @@ class Writer:
         else:
             write(prompt, sys.stderr)
 
-    def _statistics(self, generation: Generation, prompts: list[str]) -> str:
-        """Return one line about speed, drafts and end reasons."""
-        counts = generation.counts
-        ends = " and ".join(dict.fromkeys(end.value for end in generation.ends if end is not None))
-        said = f"[{sum(map(len, generation.tokens))} tokens"
-        if counts.decoded:
-            said += f", {counts.decoded / counts.decode_seconds:.1f} tokens/s"
-        if counts.drafted:
-            plain = self._start(prompts, speculative=False, tokens=min(PLAIN_TOKENS, self._settings.tokens))
-            for _ in plain.steps():
-                pass
-            said += (
-                f"; {counts.accepted / counts.drafted:.1%} of {counts.drafted} drafts accepted, "
-                f"{counts.decoded / counts.row_steps:.2f} tokens a step"
-            )
-            if counts.decoded and plain.counts.decoded:  # texts of one token are never decoded
-                speed_up = plain.counts.decode_seconds / plain.counts.decoded * counts.decoded / counts.decode_seconds
-                said += f", {speed_up:.2f} times the speed without drafts"
-        return f"{said}; {ends}]"
+
+def _statistics(generation: Generation) -> str:
+    """Return one line about speed and end reasons."""
+    counts = generation.counts
+    ends = " and ".join(dict.fromkeys(end.value for end in generation.ends if end is not None))
+    said = f"[{sum(map(len, generation.tokens))} tokens"
+    if counts.decoded:
+        said += f", {counts.decoded / counts.decode_seconds:.1f} tokens/s"
+    return f"{said}; {ends}]"
 
 
 def _converse(writer: Writer) -> None:

@@ -61,7 +61,6 @@ class Conversation:
             Sampler(self._source.tokenizer.vocab_size, how.temperature, how.top_p),
             Limits(how.tokens, self._source.context, self._stops),
             seed=how.seed + self._asked,
-            speculative=how.speculative,
         )
         stream, text = TextStream(self._source.tokenizer), ""
         self._asked += 1

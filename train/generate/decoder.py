@@ -45,8 +45,7 @@ class Decoder:
         self.model, self.config = model, model.config
         self.dtype, self.device = model.norm.weight.dtype, model.norm.weight.device
         self._rope = Rope(model.config, seq_len)
-        layers = [*model.layers.values(), *(module.block for module in model.mtp)]
-        self._absorbed = {block.attention: self._split_up(block.attention) for block in layers}
+        self._absorbed = {block.attention: self._split_up(block.attention) for block in model.layers.values()}
 
     def _split_up(self, mla: MLA) -> tuple[Tensor, Tensor]:
         """Return W_UK (H, P, C) and W_UV (H, C, U).
@@ -59,42 +58,22 @@ class Decoder:
         w_uv_HCU = w_uv_HUC.transpose(1, 2)
         return w_uk_HPC, w_uv_HCU.contiguous() if self.dtype == torch.bfloat16 else w_uv_HCU
 
-    def new_cache(self, starts: list[int], layers: int | None = None) -> LatentCache:
-        """Return an empty cache for rows with this much padding; layers: of the main model by default."""
-        layers = self.config.layers if layers is None else layers
-        return LatentCache(self.config, layers, starts, self.dtype, self.device)
+    def new_cache(self, starts: list[int]) -> LatentCache:
+        """Return an empty cache for rows with this much padding."""
+        return LatentCache(self.config, starts, self.dtype, self.device)
 
     def hidden(self, tokens_BT: Tensor, cache: LatentCache) -> Tensor:
         """Return the states after the final norm (B, T, D). The cache entries are written, not committed."""
-        slots, table = self._slots(cache, tokens_BT.size(1))
-        x_BTD = self._embed(tokens_BT)
+        slots = cache.slots(tokens_BT.size(1))
+        table = self._rope.table(slots.end, self.device)[slots.positions_N()]  # complex (N, R/2)
+        x_BTD = F.embedding(tokens_BT, self.model.embedding.weight)
         for layer, block in enumerate(self.model.layers.values()):
             x_BTD = self._block(block, x_BTD, cache, layer, slots, table)
         return self.model.norm(x_BTD)
 
-    def mtp_hidden(self, depth: int, hidden_BTD: Tensor, tokens_BT: Tensor, cache: LatentCache) -> Tensor:
-        """Return the states of MTP module `depth` (from 0), after its norm, (B, T, D), as `train.model.mtp` defines
-        them.
-
-        hidden_BTD: of the previous depth at the same positions; tokens_BT: the tokens depth + 1 further on. cache: its
-        own.
-        """
-        module = self.model.mtp[depth]
-        joined = torch.cat([module.embedding_norm(self._embed(tokens_BT)), module.hidden_norm(hidden_BTD)], -1)
-        slots, table = self._slots(cache, tokens_BT.size(1))
-        return module.norm(self._block(module.block, module.projection(joined), cache, 0, slots, table))
-
     def logits(self, hidden: Tensor) -> Tensor:
         """Return fp32 (..., V) of states (..., D)."""
         return F.linear(hidden, self.model.head.weight).float()
-
-    def _embed(self, tokens_BT: Tensor) -> Tensor:
-        return F.embedding(tokens_BT, self.model.embedding.weight)
-
-    def _slots(self, cache: LatentCache, count: int) -> tuple[Slots, Tensor]:
-        """Return the slots, and the rotations of their positions, complex (N, R/2)."""
-        slots = cache.slots(count)
-        return slots, self._rope.table(slots.ends[-1], self.device)[slots.positions_N()]
 
     def _block(
         self, block: Block, x_BTD: Tensor, cache: LatentCache, layer: int, slots: Slots, table: Tensor
@@ -119,7 +98,7 @@ class Decoder:
         x_1ND, latent_1NC = (t.flatten(0, 1).unsqueeze(0) for t in (x_BTD, q_latent))
         q, k, w = (t.view(*x_BTD.shape[:2], *t.shape[2:]) for t in indexer(x_1ND, latent_1NC, table))
         keys_BSI, top_k = cache.write_index(layer, slots, k), self.config.sparse.top_k
-        if slots.ends[-1] > top_k:
+        if slots.end > top_k:
             slots.choices.chosen_BTK = choose_columns(IndexVectors(q, keys_BSI, w), top_k, slots)
 
     def _attend(self, mla: MLA, x_BTD: Tensor, cache: LatentCache, layer: int, slots: Slots, table: Tensor) -> Tensor:

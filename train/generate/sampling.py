@@ -1,13 +1,8 @@
-"""From logits to tokens: temperature, top-p, and the exact test of drafted tokens.
-
-A draft d from the drafter's distribution q is accepted with probability min(1, p(d) / q(d)), where p is the model's own
-distribution at that position. A draw from max(p - q, 0), normalised, replaces the first rejected draft. If none is
-rejected, one more token is drawn from the p after the last draft. The result has distribution p (Leviathan et al.,
-arXiv 2211.17192). At temperature 0, p and q are one-hot: a draft is accepted if it is the model's own choice.
+"""From logits to tokens: temperature and top-p.
 
 Every row draws from its own generator, so its tokens do not depend on the rest of the batch.
 
-Shapes: B rows, K drafts, V vocabulary.
+Shapes: B rows, V vocabulary.
 """
 
 from dataclasses import dataclass
@@ -46,9 +41,9 @@ class Sampler:
         return p.div_(p.sum(-1, keepdim=True))
 
 
-def uniforms(generators: list[torch.Generator], count: int, device: torch.device) -> Tensor:
-    """Return numbers in [0, 1), (B, count), each row from its own generator."""
-    return torch.stack([torch.rand(count, generator=generator) for generator in generators]).to(device)
+def uniforms(generators: list[torch.Generator], device: torch.device) -> Tensor:
+    """Return numbers in [0, 1), (B,), each from its own generator."""
+    return torch.cat([torch.rand(1, generator=generator) for generator in generators]).to(device)
 
 
 def draw(p_BV: Tensor, u_B: Tensor) -> Tensor:
@@ -56,21 +51,3 @@ def draw(p_BV: Tensor, u_B: Tensor) -> Tensor:
     cumulated_BV = p_BV.double().cumsum(-1)  # fp32 would lose rare tokens of a large vocabulary
     targets_B1 = u_B.double().unsqueeze(-1) * cumulated_BV[:, -1:]
     return torch.searchsorted(cumulated_BV, targets_B1, right=True).squeeze(-1)
-
-
-def accept_drafts(drafts_BK: Tensor, q_BKV: Tensor, p_BLV: Tensor, u_BL: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the number of accepted drafts in each row (B,), and the token that follows them (B,).
-
-    p_BLV: the model's distributions at the positions of the K drafts and after them, L = K + 1. u_BL: K numbers for the
-    tests, one for the last token.
-    """
-    drafts_BK1 = drafts_BK.unsqueeze(-1)
-    p_BK, q_BK = (x.gather(-1, drafts_BK1).squeeze(-1) for x in (p_BLV[:, :-1], q_BKV))
-    accepted_BK = u_BL[:, :-1] * q_BK < p_BK
-    counts_B = accepted_BK.long().cumprod(-1).sum(-1)
-    places_B11 = counts_B.view(-1, 1, 1).expand(-1, 1, p_BLV.size(-1))
-    p_BV = p_BLV.gather(1, places_B11).squeeze(1)
-    q_BLV = torch.cat([q_BKV, torch.zeros_like(q_BKV[:, :1])], 1)  # nothing is subtracted after the last draft
-    rest_BV = (p_BV - q_BLV.gather(1, places_B11).squeeze(1)).clamp_(min=0)
-    rest_BV = torch.where(rest_BV.any(-1, keepdim=True), rest_BV, p_BV)  # if p = q up to rounding
-    return counts_B, draw(rest_BV, u_BL[:, -1])
