@@ -1,7 +1,7 @@
 """The same scenarios in fp64, where two ways to one sum differ by 1e-15 of its terms: gradients of every rank, added up."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -25,13 +25,11 @@ from train.prove.proof_rank import LocalGradients
 from train.rank_parts import ParallelModel, RankSetup
 
 LOSSES = ("cross_entropy", "importance_sampling", "ppo", "cispo", "gspo", "kl")
-Change = Callable[[], None] | None
-"""A bug to put into a rank before it begins."""
 
 
-def exact(folder: Path, name: str, *more: str, world: int = 1, change: Change = None) -> dict[str, Tensor]:
+def exact(folder: Path, name: str, *more: str, world: int = 1) -> dict[str, Tensor]:
     """Log-probabilities, losses, gradients and biases of one step by every loss, with replayed experts in the last."""
-    run_ranks(_run, str(folder), name, more, change, world_size=world, timeout=150)
+    run_ranks(_run, str(folder), name, more, world_size=world, timeout=150)
     found: dict[str, Tensor] = {}
     for rank in range(world):
         for key, tensor in load_file(folder / f"{name}_{rank}.safetensors").items():
@@ -39,9 +37,7 @@ def exact(folder: Path, name: str, *more: str, world: int = 1, change: Change = 
     return found
 
 
-def _run(rank: int, folder: str, name: str, more: tuple[str, ...], change: Change) -> None:
-    if change is not None:
-        change()
+def _run(rank: int, folder: str, name: str, more: tuple[str, ...]) -> None:
     config = config_of(*more)
     mesh = build_mesh(read_layout(config, config.parallel.world), timedelta(seconds=60))
     setup, found = RankSetup(torch.device("cpu"), mesh), {}

@@ -11,7 +11,6 @@ from tests.engine.scenario import LAYOUTS, SMALL, Played, play, policy_batch, sh
 from train.data.prepare_progress import silent
 from train.data.tokenizer import Tokenizer, train_bpe
 from train.export.run import write_export
-from train.loop import live_weights
 
 
 def two_updates(played: Played) -> None:
@@ -118,33 +117,3 @@ def test_an_adapter_is_handed_out_alone_or_added_once(tmp_path, name):
     plain, bare = one[f"merged.{stem}.weight"], one[f"before.{stem}.weight"]
     assert b.abs().max() > 0 and torch.allclose(plain - bare, 4 * b @ a, atol=1e-6)
     assert [key for key in one if key.startswith("merged.") and key.endswith("e_score_correction_bias")]
-
-
-def without_biases(played: Played) -> None:
-    """A bug that others had: biases are no parameters, and nobody hands them out."""
-    original = live_weights._wanted
-    live_weights._wanted = lambda *given: (one for one in original(*given) if not one.placed.ours.startswith("bias."))
-    save(played)
-
-
-@pytest.mark.slow
-def test_bugs_of_weights_show(saved, tmp_path):
-    _, one = saved
-    found = play(tmp_path, "bug", without_biases, f"runs={tmp_path}")
-    assert {key.rpartition(".")[2] for key in one.keys() - found.keys()} == {"e_score_correction_bias"}
-
-
-def added_twice(played: Played) -> None:
-    """Another one: what is handed out as the base has the adapter in it already."""
-    original = torch.Tensor.add_
-    torch.Tensor.add_ = lambda self, other, *, alpha=1: original(self, other, alpha=2 * alpha if alpha == 4 else alpha)
-    adapted(played)
-
-
-@pytest.mark.slow
-def test_an_adapter_that_is_added_twice_shows(tmp_path):
-    one, found = play(tmp_path, "one", adapted, *ADAPTER), play(tmp_path, "twice", added_twice, *ADAPTER)
-    stem = "model.layers.1.self_attn.o_proj"
-    a, b = (one[f"alone.base_model.model.{stem}.lora_{letter}.weight"] for letter in "AB")
-    difference = found[f"merged.{stem}.weight"] - one[f"merged.{stem}.weight"]
-    assert torch.allclose(difference, 4 * b @ a, atol=1e-5) and difference.abs().max() > 1e-4

@@ -244,8 +244,8 @@ def test_the_command_leaves_a_certificate_and_the_report_has_it(tmp_path):
     record = json.loads((tmp_path / "here" / "prove.json").read_text())
     assert record["holds"] and record["first_difference"] is None and record["ranks"] == 1
     assert "| pretraining | yes, on 1 ranks on cpu" in (tmp_path / "here" / "card.md").read_text()
-    assert [each["proof"] for each in record["precisions"]] == ["exact", "fp32", "recipe"]
-    assert {each["proof"] for each in record["quantities"]} == {"exact", "fp32", "recipe"}
+    assert [each["proof"] for each in record["precisions"]] == ["exact", "loop", "fp32", "recipe"]
+    assert {each["proof"] for each in record["quantities"]} == {"exact", "loop", "fp32", "recipe"}
     assert all(each["reason"] for each in record["quantities"])
     assert not (RunPaths(config).path / "prove" / "evidence").exists()
     page = write_report(tmp_path / "here").read_text()
@@ -328,6 +328,8 @@ def test_a_choice_is_right_as_far_as_scores_may_be_off():
 REFERENCES = [
     "reference.py",
     "reference_adapter.py",
+    "reference_losses.py",
+    "reference_names.py",
     "reference_step.py",
     "reference_muon.py",
     "reference_first_weights.py",

@@ -52,7 +52,7 @@ def test_deepep_has_two_tiles_that_are_full(monkeypatch):
 
 def test_recipes_without_scales_have_no_such_pass():
     assert "tiles" not in passes_of(recipe("deepseek_v3", "parallel=single", "precision=bf16"))
-    assert [*passes_of(paper())] == ["exact", "fp32", "recipe", "tiles"]
+    assert [*passes_of(paper())] == ["exact", "loop", "fp32", "recipe", "tiles"]
 
 
 def test_numbers_differ_in_size_from_tile_to_tile_and_experts_in_rows():

@@ -19,12 +19,14 @@ from train.show.screens import GOOD, WARN, show_rows
 
 PROOFS_SAY = {
     "exact": "in fp64, without an optimizer: the model, its pipeline and its dispatchers are the reference's function",
+    "loop": "in fp64: steps of a custom loop with policy losses, values per token and replayed experts are the reference's",
     "fp32": "in fp32 through DeepSpeed: reduction, norm, update, balance, and a checkpoint read in another layout",
     "recipe": "in the recipe's own precision, within what its formats round",
     "tiles": "in that precision with two tiles and two blocks of FP8 in every width: single parts, and rows on their way",
 }
 BLIND = {
     "exact": "how anything is rounded; optimizer, reduction over ranks and checkpoint, which the next pass has",
+    "loop": "how anything is rounded; generation, and losses of your own",
     "fp32": "what only lower formats have: FP8 products, their scales, the wire",
     "recipe": "in whole outputs and gradients, what is below the loosest bound",
     "tiles": "whole outputs, updates and checkpoints, which the passes before have; pipelines, in which no scale is another",

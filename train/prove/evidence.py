@@ -9,6 +9,8 @@ Keys of tensors are KIND/NAME, or KIND/NAME/NUMBER for tensors of a micro-batch:
     drawn                  master weights as initialised at the start of a run
     reduced                gradient of a weight as the update takes it: this rank's shard
     exact_gradient, exact  for a matrix that is updated as a whole, in fp64: its clipped gradient; masters and state after the update
+    logprobs               log-probabilities that the engine gives for the rank's rows, in check loop
+    weights                weights that the engine hands out, under the names of a folder, on rank 0
     after                  masters, moments, averages and biases after the step, or as loaded before the first step of a part
 """
 

@@ -39,6 +39,7 @@ from train.prove.comparison import Comparisons
 from train.prove.evidence import EVIDENCE, Evidence, State, read_evidence
 from train.prove.findings import ProofFindings, together
 from train.prove.judge_gradients import judge_reduction, judge_totals
+from train.prove.judge_loop import judge_loop
 from train.prove.judge_model import WholeModel, chosen_experts, judge_batch, judge_validation
 from train.prove.judge_parts import judge_parts
 from train.prove.judge_rows import judge_rows
@@ -49,6 +50,7 @@ from train.prove.judge_state import (
     judge_drawn,
     judge_same,
     judge_tally,
+    judge_weights,
     state_after,
     state_from_checkpoint,
 )
@@ -93,6 +95,9 @@ class Judge:
     def judge(self) -> None:
         """Judge all steps, up to a step after which no comparison is possible."""
         at, before, saved = self.at, None, None
+        if at.proof == "loop":
+            judge_loop(at, self._folder)
+            return
         for part, step, ranks in read_evidence(self._folder, at.proof):
             self._enter(part, step, ranks)
             if at.proof == "tiles":
@@ -192,6 +197,8 @@ class Judge:
             return before
         self._count(ranks, plan.batch_size, True, "every step counts")
         after = judge_update(at, ranks, before, want.seen.loads, plan, self.tally.updates)
+        if self.run is not None and at.step == self.run.last:
+            judge_weights(at, ranks, after)
         self._judge_validation(ranks, after)
         return after
 

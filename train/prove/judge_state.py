@@ -20,11 +20,13 @@ from train.model.init import initialise
 from train.optim.schedules import Schedules
 from train.prove import reference, reference_step
 from train.prove import reference_first_weights as first_weights
-from train.prove.bounds import Bound
+from train.prove.bounds import UNIT, Bound
 from train.prove.comparison import BITS, WHOLE_NUMBERS, Comparisons, in_each
 from train.prove.evidence import Evidence, State, assemble
 from train.prove.findings import ProofFindings
 from train.prove.recipe_values import read_values
+from train.prove.reference_adapter import adapted
+from train.prove.reference_names import folder_weights
 from train.prove.samples import initial_biases, initial_weights
 from train.prove.updates import update_of
 
@@ -133,6 +135,25 @@ def judge_drawn(at: Comparisons, ranks: list[Evidence]) -> None:
     at.same_names("initial weights", drawn, want)
     for name in want:
         at.compare("initial weights", name, drawn[name], want[name], BITS)
+
+
+def judge_weights(at: Comparisons, ranks: list[Evidence], state: State) -> None:
+    """Judge the weights that the engine handed out in this state, with balance biases and an adapter's contribution."""
+    if at.proof != "fp32" or at.values.adapter.base == "fp8":
+        return
+    got = {name: weight for rank in ranks for name, weight in rank.of_kind("weights")}
+    kinds = {kind: {name.removeprefix(f"{kind}."): value for name, value in state.items() if name.startswith(f"{kind}.")}
+             for kind in ("master", "bias")}  # fmt: skip
+    base = initial_weights(at.config) if at.config.adapter.on else {}
+    weights, bound = {name: weight.double() for name, weight in base.items()} | kinds["master"], BITS
+    if at.config.adapter.on:
+        weights = adapted(at.values, weights)
+        weights = {name: weight for name, weight in weights.items() if "lora_" not in name}
+        bound = Bound((at.config.adapter.rank + 4) * UNIT["fp32"], "a sum over the rank of the adapter in fp32")
+    want = folder_weights(at.values.model, weights, kinds["bias"])
+    at.same_names("weights handed out", got, want)
+    for name in [name for name in want if name in got]:
+        at.compare("weights handed out", name, got[name], want[name], bound)
 
 
 def judge_checkpoint(at: Comparisons, path: Path, state: State) -> None:

@@ -5,6 +5,7 @@ It trains with Sluice's own code and writes evidence. It judges nothing.
 
     exact      one step in fp64 with the gradients of this rank alone, before any reduction; the sizes at which code takes
                another path (conf/thresholds.py) are lowered
+    loop       steps of a custom loop in fp64, in train/prove/loop_rank.py
     fp32       steps of the Trainer through DeepSpeed, a checkpoint that is written during a later step, and steps from there in
                another layout, with another batch and lowered sizes; one step has a gradient that is not finite
     recipe     the same in the recipe's own precision
@@ -34,7 +35,7 @@ from conf.disk import disk_errors
 from conf.errors import EXIT_OK
 from conf.micro_batches import share_of
 from conf.run_paths import RunPaths
-from conf.schema import Config
+from conf.schema import BaseFormat, Config
 from conf.thresholds import lowered
 from parallel.exchange import from_rank_0
 from parallel.layout import read_layout
@@ -52,6 +53,7 @@ from train.kernels.plain.plain_attention import PlainAttention
 from train.loop.hooks.copies_in_memory import CopiesInMemory
 from train.loop.hooks.hook_list import build_hooks
 from train.loop.hooks.step_metrics import Flops
+from train.loop.live_model import LiveModel
 from train.loop.live_run import LiveRun
 from train.loop.resume import find_start, restore
 from train.loop.saver import Saver
@@ -69,7 +71,7 @@ from train.prove.bounds import is_rounded
 from train.prove.double import in_double
 from train.prove.evidence import EVIDENCE, Evidence, EvidenceWatch, StepInfo
 from train.prove.exact_update import ExactUpdates
-from train.prove.layouts import PROOFS, RunPart, layout_name, passes_of, run_parts, save_step, watched_steps
+from train.prove.layouts import IN_FP64, PROOFS, RunPart, layout_name, passes_of, run_parts, save_step, watched_steps
 from train.prove.parts import PartsWatch
 from train.prove.samples import ProofData, initial_biases, initial_weights
 from train.rank import choose_device, guarded, start_process_group
@@ -106,10 +108,13 @@ def run_pass(proof: str, config: Config, place: Place, device: torch.device, par
     parts: of a run: 0 up to the checkpoint, 1 from there in another layout of all ranks.
     """
     as_run = PROOFS[proof](config)
-    if proof != "exact":
+    if proof not in IN_FP64:
         prove_trained(proof, as_run, place, device, parts)
     elif 0 in parts:
-        prove_exact(as_run, place, device)
+        from train.prove.loop_rank import prove_loop  # which drives the engine of this file
+
+        prove = prove_exact if proof == "exact" else prove_loop
+        prove(as_run, place, device)
 
 
 def in_groups(config: Config, place: Place, device: torch.device) -> RankSetup:
@@ -125,8 +130,25 @@ def prove_exact(config: Config, place: Place, device: torch.device) -> None:
     """One step of the engine, without an optimizer."""
     rank, plan = in_groups(config, place, device), Schedules(config).plan(1)
     first, count = share_of(config, plan.batch_size, rank.mesh.dp_rank)
-    # Drawn outside, because fp64 would draw other numbers.
     batch = ProofData.of(config).train.batch(plan.first_sample + first, count)
+    with exact_engine(config, rank, device) as (step, model, local):
+        watch = EvidenceWatch(model.chunks)
+        outcome = step.run(plan, batch)
+    evidence = Evidence(info_of("exact", 0, config, rank, plan, outcome))
+    add_scores(evidence, step, outcome)
+    evidence.add_seen(watch.seen)
+    local.give(evidence)
+    for name, router in model.routers().items():
+        evidence.add("after", f"bias.{name}", router.bias_E)
+    evidence.write(RunPaths(config).path / EVIDENCE)
+
+
+@contextmanager
+def exact_engine(
+    config: Config, rank: RankSetup, device: torch.device
+) -> Iterator[tuple[Engine, RankModel, "LocalGradients"]]:
+    """An engine in fp64 with the weights and biases of a proof, its model and its gradients."""
+    # Drawn outside, because fp64 would draw other numbers.
     weights, biases = initial_weights(config), initial_biases(config)
     with in_double(), lowered():
         kernels = build_kernels(
@@ -137,16 +159,7 @@ def prove_exact(config: Config, place: Place, device: torch.device) -> None:
         fill_biases(model, biases)
         local = LocalGradients(model.chunks)
         parts = ParallelModel(model.chunks, model.pipeline, model.dispatcher, model.precision, model.share, local)
-        watch = EvidenceWatch(parts.chunks)
-        step = Engine(config, parts, rank)
-        outcome = step.run(plan, batch)
-    evidence = Evidence(_info("exact", 0, config, rank, plan, outcome))
-    add_scores(evidence, step, outcome)
-    evidence.add_seen(watch.seen)
-    local.give(evidence)
-    for name, router in model.routers().items():
-        evidence.add("after", f"bias.{name}", router.bias_E)
-    evidence.write(RunPaths(config).path / EVIDENCE)
+        yield Engine(config, parts, rank), model, local
 
 
 def add_scores(evidence: Evidence, step: Engine, outcome: StepOutcome) -> None:
@@ -174,6 +187,11 @@ class LocalGradients(Zero):
 
     def step(self, valid: bool | Tensor = True) -> Update:
         return Update(0.0, bool(valid), [])
+
+    def clear(self) -> None:
+        """Delete the gradients, before another step."""
+        for chunk in self._chunks:
+            chunk.zero_grad(set_to_none=True)
 
     def give(self, evidence: Evidence) -> None:
         """Add the local gradients to the evidence; for experts, the offset identifies them."""
@@ -257,7 +275,8 @@ def _train(proof: str, part: RunPart, place: Place, device: torch.device) -> Non
         fill_state(config, state, parts)
     else:
         restore(config, data, state, checkpointer, None, find_start(config, None))
-    saver, engine = Saver(config, checkpointer), Engine(config, parts, rank)
+    live = LiveModel(config, rank, parts.chunks, state)
+    saver, engine = Saver(config, checkpointer), Engine(config, parts, rank, live)
     run = LiveRun(config, rank, parts, state, data, engine, saver, None, hooks)
     trainer = _ProvenTrainer(run, _Stop(), in_memory)
     trainer.prove(rank, part, start)
@@ -376,12 +395,14 @@ class _ProvenTrainer(Trainer):
         self._watch.spoils = plan.step == self._part.spoilt and self._rank.mesh.rank == self._rank.mesh.layout.world - 1
         stop = super()._step(plan, batches)
         outcome, gradients = self._outcome
-        info = _info(self._proof, self._part.number, self.run.config, self._rank, plan, outcome)
+        info = info_of(self._proof, self._part.number, self.run.config, self._rank, plan, outcome)
         info.validation_loss = self._validation_loss
         compiles = getattr(self.run.parts.precision.kernels, "compiles_matmul", None)  # torch operations round
         info.sums_in_fp32 = compiles is not None and compiles(torch.empty(0, dtype=torch.bfloat16))
         evidence = Evidence(info)
         add_scores(evidence, self.run.engine, outcome)
+        if self._proof == "fp32" and plan.step == self._part.last:
+            self._add_weights(evidence)
         if is_watched or self._proof != "tiles":
             evidence.add_seen(self._watch.seen)
             if self._parts_watch is not None:
@@ -391,6 +412,14 @@ class _ProvenTrainer(Trainer):
             self._exact.give(evidence)
         self.leave_state(evidence)
         return stop
+
+    def _add_weights(self, evidence: Evidence) -> None:
+        """Add the weights that the engine hands out, on rank 0; all ranks take part."""
+        if self.run.config.adapter.base is BaseFormat.fp8:
+            return  # which are not handed out as a whole
+        for name, weight in self.run.engine.weights():
+            if self._rank.mesh.rank == 0:
+                evidence.add("weights", name, weight)
 
     def _saw(self, outcome: StepOutcome, gradients: "_Gradients") -> None:
         self._outcome, self._watch.is_open = (outcome, gradients), False
@@ -440,7 +469,7 @@ class _WatchedStep(Engine):
         return outcome
 
 
-def _info(proof: str, part: int, config: Config, rank: RankSetup, plan: StepPlan, outcome: StepOutcome) -> StepInfo:
+def info_of(proof: str, part: int, config: Config, rank: RankSetup, plan: StepPlan, outcome: StepOutcome) -> StepInfo:
     measured, mesh = outcome.measured, rank.mesh
     return StepInfo(
         proof=proof,

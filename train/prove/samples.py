@@ -56,7 +56,7 @@ class Samples:
 
         For chats, some rows are padded, and every third row has nothing to learn, so micro-batches differ.
         """
-        draw, length = _generator(f"{self._config.seed}/sample/{number}"), self._config.seq_len + 1
+        draw, length = drawing(f"{self._config.seed}/sample/{number}"), self._config.seq_len + 1
         share_S = torch.rand(length, generator=draw, dtype=torch.float64)
         tokens_S = (share_S**2 * self._config.model.vocab_size).long()
         ends_S = torch.rand(length, generator=draw) < 3 / length
@@ -114,7 +114,7 @@ def initial_weights(config: Config) -> dict[str, Tensor]:
     """
     weights, values = {}, read_values(config)
     for name, shape in (weight_shapes(values.model) | trained_shapes(values)).items():
-        drawn = torch.randn(shape, generator=_generator(f"{config.seed}/{name}"))
+        drawn = torch.randn(shape, generator=drawing(f"{config.seed}/{name}"))
         if len(shape) == 1:
             weights[name] = 1 + 0.2 * drawn
         elif name == "embedding.weight":
@@ -141,14 +141,14 @@ def initial_biases(config: Config) -> dict[str, Tensor]:
     """Biases of every router, fp32 (E,)."""
     biases = {}
     for name in layers_with_experts(read_values(config).model):
-        biases[name] = BIAS * torch.randn(config.model.experts, generator=_generator(f"{config.seed}/bias/{name}"))
+        biases[name] = BIAS * torch.randn(config.model.experts, generator=drawing(f"{config.seed}/bias/{name}"))
         if config.model.expert_width > TILE:
             biases[name][0] += CROWDED
             biases[name][-1] -= CROWDED
     return biases
 
 
-def _generator(key: str) -> torch.Generator:
+def drawing(key: str) -> torch.Generator:
     seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little", signed=True)
     return torch.Generator().manual_seed(seed)
 

@@ -1,0 +1,56 @@
+"""A rank in check `loop`: drives the engine as a custom loop does, in fp64, and writes its evidence.
+
+Between two calls of a step it asks for log-probabilities with replayed experts.
+"""
+
+from dataclasses import replace
+
+import torch
+
+from cluster.place import Place
+from conf.micro_batches import share_of
+from conf.run_paths import RunPaths
+from conf.schema import Config
+from train.data.batch import Batch
+from train.optim.schedules import Schedules
+from train.prove.evidence import EVIDENCE, Evidence
+from train.prove.loop_steps import LOOP_STEPS, loop_batches, loop_experts
+from train.prove.proof_rank import exact_engine, in_groups, info_of
+
+
+def prove_loop(config: Config, place: Place, device: torch.device) -> None:
+    """The steps of LOOP_STEPS, whose updates change nothing but biases."""
+    rank, schedules = in_groups(config, place, device), Schedules(config)
+    first, count = share_of(config, config.batch_size, rank.mesh.dp_rank)
+    # Drawn outside, because fp64 would draw other numbers.
+    whole = loop_batches(config)
+    mine = [_rows(batch, first, count) for batch in whole]
+    replayed = replace(mine[0], experts_BTLK=loop_experts(config, whole[0])[first : first + count])
+    seen: dict[str, torch.Tensor] = {}
+    with exact_engine(config, rank, device) as (engine, model, local):
+        for number, step in enumerate(LOOP_STEPS, 1):
+            batches = [replayed if call.replayed else mine[place] for place, call in enumerate(step.calls)]
+            total = engine.count(batches)
+            for call, batch in zip(step.calls, batches, strict=True):
+                is_last = call is step.calls[-1]
+                engine.forward_backward(batch, call.loss, last=is_last, total=total, terms=step.terms, **call.settings)
+                if not is_last:
+                    seen["logprobs/replayed"] = engine.logprobs(replayed)
+            outcome = engine.update(min(number, config.steps))
+            plan = replace(schedules.plan(engine.step), step=number, batch_size=config.batch_size)
+            evidence = Evidence(info_of("loop", 0, config, rank, plan, outcome))
+            evidence.add_seen(seen)
+            local.give(evidence)
+            for name, router in model.routers().items():
+                evidence.add("after", f"bias.{name}", router.bias_E)
+            evidence.write(RunPaths(config).path / EVIDENCE)
+            local.clear()
+            seen = {}
+
+
+def _rows(batch: Batch, first: int, count: int) -> Batch:
+    """A data-parallel rank's rows."""
+    assert batch.documents_BS is not None and batch.supervised_BS is not None
+    rows = slice(first, first + count)
+    tensors = {name: tensor_BS[rows] for name, tensor_BS in batch.tensors.items()}
+    return Batch(batch.tokens_BS[rows], batch.documents_BS[rows], batch.supervised_BS[rows], tensors)

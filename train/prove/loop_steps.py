@@ -1,0 +1,101 @@
+"""The steps of check `loop`: what a custom loop asks of the engine, with values that ranks and judge draw alike.
+
+Rows are chats of one or two samples, with padding and rows without a learnt token. Every token has its own temperature and
+weight. Old and reference log-probabilities are about those of an even choice, so that some ratios are clipped and
+others are not.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from conf.schema import Config, DataFormat
+from train.data.batch import Batch
+from train.prove.samples import Samples, drawing
+
+LOGPROB_SPREAD = 0.3
+"""Standard deviation of old and reference log-probabilities."""
+
+
+@dataclass(frozen=True)
+class LoopCall:
+    """A call of forward_backward on `Engine`."""
+
+    loss: str
+    settings: Mapping[str, float] = field(default_factory=dict)
+    replayed: bool = False
+    """Whether the batch has experts to replay."""
+
+
+@dataclass(frozen=True)
+class LoopStep:
+    """The calls before one update."""
+
+    calls: tuple[LoopCall, ...]
+    terms: tuple[str, ...] | None = None
+    """Terms that the caller names; None for all that fit."""
+
+    @property
+    def name(self) -> str:
+        return " and ".join(call.loss for call in self.calls)
+
+    @property
+    def replayed(self) -> bool:
+        return any(call.replayed for call in self.calls)
+
+    def has(self, term: str) -> bool:
+        """Whether the step has this term; replayed experts move no biases."""
+        return not (self.replayed and term == "biases") if self.terms is None else term in self.terms
+
+
+LOOP_STEPS = (
+    LoopStep((LoopCall("ppo", {"clip": 0.2, "clip_high": 0.3}), LoopCall("importance_sampling"))),
+    LoopStep((LoopCall("cispo", {"clip": 0.3, "clip_high": 0.2}, replayed=True),)),
+    LoopStep((LoopCall("gspo", {"clip": 0.1, "clip_high": 0.15}), LoopCall("kl")), ("biases",)),
+)
+"""Every policy loss, steps of one call and of two, replayed experts, and each term on and off."""
+
+
+def loop_batches(config: Config) -> tuple[Batch, Batch]:
+    """The rows of the first and of the second call of a step, for all ranks together."""
+    return _batch(config, 0), _batch(config, config.batch_size)
+
+
+def _batch(config: Config, first: int) -> Batch:
+    chats = replace(config, data=replace(config.data, format=DataFormat.chat))
+    batch = Samples(chats).batch(first, config.batch_size)
+    assert batch.documents_BS is not None
+    advantages_BN = _draw(config, "advantages", first, batch.tokens_BS.shape)
+    tensors = {
+        "advantages": advantages_BN.gather(1, batch.documents_BS.clamp_min(0).long()),  # one for each sample
+        "temperatures": 0.7 + 0.6 * _draw(config, "temperatures", first, batch.tokens_BS.shape).sigmoid(),
+        "weights": 0.5 + _draw(config, "weights", first, batch.tokens_BS.shape).sigmoid(),
+        **{
+            name: LOGPROB_SPREAD * _draw(config, name, first, batch.tokens_BS.shape) - math.log(config.model.vocab_size)
+            for name in ("old_logprobs", "ref_logprobs")
+        },
+    }
+    return replace(batch, documents_BS=batch.documents_BS.clamp_max(1), tensors=tensors)
+
+
+def loop_experts(config: Config, batch: Batch) -> Tensor:
+    """Experts to replay, (B, T, L, K), within the limit of groups; -1 at positions that do not count."""
+    model, documents_BS = config.model, batch.documents_BS
+    assert documents_BS is not None
+    shape = *batch.tokens_BS[:, 1:].shape, model.layers - model.dense_layers
+    size = model.experts // model.groups
+    order = _draw(config, "groups", 0, (*shape, model.groups)).argsort(-1)[..., : model.top_groups]
+    allowed = (order.unsqueeze(-1) * size + torch.arange(size)).flatten(-2)
+    places = _draw(config, "experts", 0, allowed.shape).argsort(-1)[..., : model.top_k]
+    counts_BT = (documents_BS[:, :-1] >= 0) & (documents_BS[:, :-1] == documents_BS[:, 1:])
+    return allowed.gather(-1, places).masked_fill(~counts_BT[..., None, None], -1)
+
+
+def _draw(config: Config, name: str, first: int, shape: torch.Size | tuple[int, ...]) -> Tensor:
+    """Normal numbers, fp32, in each row by its number alone."""
+    rows = [torch.randn(shape[1:], generator=drawing(f"{config.seed}/loop/{name}/{first + row}"), dtype=torch.float32)
+            for row in range(shape[0])]  # fmt: skip
+    return torch.stack(rows)
