@@ -20,7 +20,6 @@ __all__ = [
     "open_run",
     "run",
     "session",
-    "train_step",
 ]
 FOR_LOOPS = {
     "Batch": "train.data.batch",
@@ -36,6 +35,9 @@ FOR_LOOPS = {
 
 def __getattr__(name: str) -> Any:
     """The functions of train/api.py, and the parts of custom loops; each is imported on first access."""
+    if name == "train_step":
+        cure = "engine = train.open_engine(config); engine.forward_backward(train.Batch(tokens)); engine.update()"
+        raise AttributeError(f"train.train_step is now the engine (train/docs/loops.md): {cure}")
     if name not in __all__:
         raise AttributeError(f"module 'train' has no attribute {name!r}")
     from train.program import other_system

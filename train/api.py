@@ -29,13 +29,11 @@ from train.program import environment_of_children
 
 if TYPE_CHECKING:
     import pandas
-    from torch import Tensor
-    from torch.optim import Optimizer
 
     from train.generate.source import LoadedModel
     from train.model.deepseek import DeepSeekV3
 
-__all__ = ["RunFailed", "RunResult", "build_model", "complete", "compose", "load", "open_run", "run", "train_step"]
+__all__ = ["RunFailed", "RunResult", "build_model", "complete", "compose", "load", "open_run", "run"]
 
 
 class RunFailed(RuntimeError):
@@ -110,8 +108,8 @@ def build_model(config: Config, device: str = "cpu") -> "DeepSeekV3":
 
     `model(tokens)` takes token ids (B, T + 1) and returns the loss (1,), nats per token; `model.logits(tokens)`
     takes (B, T) and returns (B, T, vocabulary). The model is in train mode, and the loss is of the next token; MTP's
-    loss is added with `model.mtp_weight`. `train_step` makes whole steps. Raises UserError if the memory is too
-    small.
+    loss is added with `model.mtp_weight`. An engine makes whole steps (`open_engine`). Raises UserError if the memory
+    is too small.
     """
     import torch
 
@@ -132,25 +130,6 @@ def build_model(config: Config, device: str = "cpu") -> "DeepSeekV3":
     if config.optim.extra_loss:
         model.add_loss(make_loss(config.optim.extra_loss))
     return model
-
-
-def train_step(
-    model: "DeepSeekV3", optimizer: "Optimizer", tokens_BS: "Tensor", config: Config, step: int
-) -> dict[str, float]:
-    """One step of a custom loop over a model from `build_model`, as in a run of one process.
-
-    tokens_BS: token ids (B, seq_len + 1) of the whole step, processed in parts of config.micro_batch_size sequences.
-    step: its number, 1 to config.steps, which sets the learning rate, MTP's weight and the speed of the balance
-    bias. The step clips by config.optim.clip, calls the optimizer, and adjusts router biases by the step's tokens
-    per expert (paper 2.1.2). If loss or gradient is not finite, nothing changes. Returns main_loss, mtp_loss,
-    extra_loss and balance_loss (the last weighted), grad_norm and lr. Raises UserError for a step outside of the
-    recipe.
-    """
-    from train.loop.own_loop import run_step
-
-    if not 1 <= step <= config.steps:
-        raise UserError("step", step, f"must be a step of the recipe, 1 to {config.steps}", "set steps= to more")
-    return run_step(model, optimizer, tokens_BS, config, step)
 
 
 def load(path: Path | str, *overrides: str) -> "LoadedModel":
