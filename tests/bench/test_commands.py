@@ -49,6 +49,7 @@ SMALLEST = {
     "prove": "--rows ROW",
     "ring_cost": "--calls 100",
     "train_step": "--shape tiny --length 8 --threads 1 --rounds 1",
+    "weights_cost": "--shape tiny --rounds 1",
 }
 """Arguments. SMALL and DATA stand for the settings of a small run and those of its data, RUN for its folder, RATES for rates,
 ROW for the number of a row of one rank."""
