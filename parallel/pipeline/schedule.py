@@ -115,7 +115,11 @@ class Pipeline(Generic[Chunk]):
             self._host.start(*self._actions(micro_batches))
         with self.timeline.step():
             # The target only has to exist: the last chunk already knows its targets from tokens_BS.
-            schedule.step(tokens_BS, target=tokens_BS, losses=losses, return_outputs=False, **keywords)
+            try:
+                schedule.step(tokens_BS, target=tokens_BS, losses=losses, return_outputs=False, **keywords)
+            except BaseException:
+                self._schedules.clear()  # this one keeps the losses and graphs of the passes that it has begun
+                raise
         return torch.stack(losses).sum().detach() if self.has_last else None
 
     @torch.no_grad()

@@ -1,16 +1,33 @@
 """What a caller gives that cannot work is refused with field, value, rule and cure, and leaves the engine as it was."""
 
+import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from conf.errors import UserError
-from tests.engine.scenario import Played, any_experts, play, policy_batch
+from tests.engine.scenario import Played, any_experts, config_of, play, policy_batch, share, worst_difference
+from tests.ranks import run_ranks
+from train.data.batch import GivenSample, batch_of_samples
+from train.loop.open_engine import open_engine
 
 
 def tripled(logprobs_BT, tokens):
     return logprobs_BT.sum()
+
+
+class _Failing:
+    """A loss that fails at the third micro-batch, when gradients of two are there."""
+
+    calls = 0
+
+    def __call__(self, logprobs_BT, tokens):
+        self.calls += 1
+        if self.calls == 3:
+            raise ValueError("not this one")
+        return -logprobs_BT
 
 
 def refused(played: Played) -> None:
@@ -41,6 +58,18 @@ def refused(played: Played) -> None:
             lambda: engine.forward_backward(replace(good, experts_BTLK=experts), "ppo", terms=["biases"]),
             "follow loads that the routers chose",
         ),
+        (lambda: engine.forward_backward(good, "ppo", clipp=1), "unexpected keyword argument 'clipp'"),
+        (lambda: engine.forward_backward(good, "math.pi"), "must be a function of"),
+        (lambda: engine.logprobs(replace(good, tokens_BS=good.tokens_BS[0])), r"tensor \(sequences, tokens\)"),
+        (lambda: engine.logprobs(replace(good, supervised_BS=good.supervised_BS.float())), "of torch.bool"),
+        (lambda: engine.logprobs(replace(good, documents_BS=good.documents_BS * 2)), "0, 1, 2, ..., each in one piece"),
+        (lambda: engine.logprobs(replace(good, documents_BS=1 - good.documents_BS)), "0, 1, 2, ..., each in one piece"),
+        (lambda: engine.logprobs(replace(good, tensors={"mean": torch.ones(8, 25)})), "name of something else"),
+        (lambda: engine.logprobs(replace(good, tensors={"advantages": [1.0]})), "one value a token"),
+        (
+            lambda: engine.logprobs(replace(good, tensors={"temperatures": torch.zeros(8, 25)})),
+            "above 0 at every learnt",
+        ),
         (engine.update, "no forward_backward with last=True"),
         (lambda: engine.update(21), "must be a step of the recipe, 1 to 20"),
     ]
@@ -49,7 +78,11 @@ def refused(played: Played) -> None:
             call()
     with pytest.raises(UserError, match="must be the loss of every token"):
         engine.forward_backward(good, tripled)
+    with pytest.raises(RuntimeError, match="failed to run forward"):
+        engine.forward_backward(good, _Failing())
     engine.forward_backward(good, "ppo")
+    with pytest.raises(UserError, match="must be a number of 0 or more"):
+        engine.update(lr=math.nan)
     with pytest.raises(UserError, match="update or discard did not"):
         engine.forward_backward(good, "ppo")
     with pytest.raises(UserError, match="comes between steps"):
@@ -98,3 +131,68 @@ def no_number(played: Played) -> None:
 
 def test_a_loss_that_is_no_number_changes_nothing(tmp_path):
     play(tmp_path, "nan", no_number)
+
+
+def summed_too(logprobs_BT, tokens):
+    """A loss that also looks at tokens that are not learnt."""
+    return -logprobs_BT * (1 + logprobs_BT.sum(1, keepdim=True)) * tokens["ref_logprobs"]
+
+
+def unlearnt(played: Played, odd: bool = True) -> None:
+    """Rows without learnt tokens, with values at tokens that are not learnt which give no number in any loss."""
+    batch = policy_batch(played.config)
+    batch.supervised_BS[:2] = False
+    batch.supervised_BS[2, 13:] = False  # of ranks that share the row, one learns nothing
+    if odd:
+        for name, value in {
+            "old_logprobs": -math.inf,
+            "advantages": math.nan,
+            "temperatures": 0.0,
+            "ref_logprobs": 50.0,
+        }.items():
+            batch.tensors[name].masked_fill_(~batch.supervised_BS, value)
+    mine = share(played.config, batch, played.rank.mesh.dp_rank)
+    for loss in ("ppo", "gspo", summed_too):
+        played.engine.forward_backward(mine, loss)
+        played.update()
+
+
+def unlearnt_plainly(played: Played) -> None:
+    unlearnt(played, odd=False)
+
+
+@pytest.mark.parametrize("more", [[], ["parallel.cp=2", "micro_batch_size=2"]], ids=["one", "cp2"])
+def test_what_stands_at_tokens_that_are_not_learnt_counts_nowhere(tmp_path, more):
+    want = play(tmp_path, "plain", unlearnt_plainly)
+    found = play(tmp_path, "odd", unlearnt, *more, world=1 + bool(more))
+    assert worst_difference(found, want) < 2e-5
+
+
+def test_samples_that_do_not_fit_are_refused():
+    sample, experts = GivenSample([1, 2, 3], 2, {"temperatures": 0.8}), torch.zeros(2, 3, 4, dtype=torch.int64)
+    assert batch_of_samples([sample], 5).tensors["temperatures"].tolist() == [[1, 1, pytest.approx(0.8), 1, 1]]
+    for samples, words in (
+        ([], "must be one or more"),
+        ([replace(sample, experts_TLK=experts), sample], "give experts as the first one does"),
+        ([replace(sample, experts_TLK=experts[:1])], "tokens but the last, MoE layers, experts"),
+    ):
+        with pytest.raises(UserError, match=words):
+            batch_of_samples(samples, 5)
+
+
+def two_engines(rank: int, folder: str) -> None:
+    config = config_of(f"runs={folder}", "resume=never")
+    first, second = open_engine(config), open_engine(config)
+    batch = policy_batch(config)
+    assert torch.equal(first.logprobs(batch), second.logprobs(batch))
+    first.forward_backward(batch, "ppo")
+    first.update()
+    before = second.logprobs(batch)
+    path = first.save(Path(folder) / "checkpoints")
+    assert first.save(Path(folder) / "checkpoints") == path, "the same step again"
+    second.load(path)
+    assert torch.equal(first.logprobs(batch), second.logprobs(batch)) and not torch.equal(before, first.logprobs(batch))
+
+
+def test_a_process_opens_two_engines_that_resume_nothing(tmp_path):
+    run_ranks(two_engines, str(tmp_path), world_size=1)

@@ -60,7 +60,13 @@ def test_a_session_is_the_engine_of_one_process_and_is_reopened_in_another_layou
     config, before = config_of(*PIPELINE, f"runs={tmp_path}", "name=four"), children()
     batch = policy_batch(config)
     with train.session(config) as engine:
-        assert (engine.logprobs(batch) - one["logprobs"]).abs().max() < 1e-5
+        shared = replace(batch, tensors=batch.tensors | {"ref_logprobs": batch.tensors["old_logprobs"]})
+        assert (engine.logprobs(shared) - one["logprobs"]).abs().max() < 1e-5
+        weights = engine.weights()
+        next(weights)
+        with pytest.raises(UserError, match=r"while weights\(\) still has tensors"):
+            engine.discard()
+        weights.close()
         with pytest.raises(UserError, match="must be one of cross_entropy"):
             engine.forward_backward(batch, "rlhf")
         with pytest.raises(UserError, match="must be a multiple of 2"):

@@ -54,6 +54,64 @@ class Batch:
         return int((self.documents_BS.amax(1) + 1).sum())
 
 
+BATCH_KINDS = {
+    "tokens_BS": (torch.int64, torch.int32),
+    "documents_BS": (torch.int32, torch.int64),
+    "supervised_BS": (torch.bool,),
+}
+"""Accepted dtypes of a batch's fields."""
+RESERVED_NAMES = ("x", "mean", "micro_batches", "experts_BTLK", *BATCH_KINDS)
+"""Names that `tensors` of a batch cannot have, because chunks and pipelines have arguments of these names."""
+
+
+def check_given_batch(batch: Batch, vocabulary: int) -> None:
+    """Raise UserError for a batch that contradicts itself, or has tokens outside of the vocabulary."""
+    tokens_BS = batch.tokens_BS
+    for name, kinds in BATCH_KINDS.items():
+        tensor = getattr(batch, name)
+        if tensor is not None and (not isinstance(tensor, Tensor) or tensor.dtype not in kinds or tensor.dim() != 2):
+            given = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
+            rule = f"must be a tensor (sequences, tokens) of {kinds[0]}"
+            raise UserError(f"batch.{name}", given, rule, "convert it")
+    if wrong := tokens_BS[(tokens_BS < 0) | (tokens_BS >= vocabulary)].tolist():
+        rule = f"must be token ids, 0 to {vocabulary - 1}"
+        raise UserError("batch.tokens_BS", wrong[0], rule, "use this model's tokenizer")
+    for name, tensor in {
+        "documents_BS": batch.documents_BS,
+        "supervised_BS": batch.supervised_BS,
+        **batch.tensors,
+    }.items():
+        if name in RESERVED_NAMES and name in batch.tensors:
+            raise UserError("batch.tensors", name, "is the name of something else in a batch", "give it another name")
+        if tensor is not None and (not isinstance(tensor, Tensor) or tensor.shape != tokens_BS.shape):
+            given = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            rule = f"must have one value a token: {tuple(tokens_BS.shape)}"
+            raise UserError(f"batch.{name}", given, rule, "fill it up as the tokens are")
+    _check_documents(batch)
+    if (temperatures_BS := batch.tensors.get("temperatures")) is not None:
+        learnt_BT = torch.ones_like(tokens_BS[:, 1:], dtype=torch.bool) if batch.learnt_BT is None else batch.learnt_BT
+        taken = temperatures_BS[:, 1:][learnt_BT]
+        if wrong := taken[~(taken.isfinite() & (taken > 0))].tolist():
+            raise UserError(
+                "batch.temperatures", wrong[0], "must be above 0 at every learnt token", "leave greedy tokens out"
+            )
+
+
+def _check_documents(batch: Batch) -> None:
+    """Raise UserError if samples are not numbered from 0 in each sequence, each in one piece."""
+    documents_BS = batch.documents_BS
+    if documents_BS is None or batch.supervised_BS is None:
+        return
+    starts_BS = documents_BS.diff(dim=1, prepend=torch.full_like(documents_BS[:, :1], -1)) != 0
+    numbers_BS = (starts_BS & (documents_BS >= 0)).cumsum(1) - 1
+    wrong_BS = (documents_BS != numbers_BS) & (documents_BS != -1)
+    if wrong_BS.any():
+        row, token = wrong_BS.nonzero()[0].tolist()
+        given = f"{int(documents_BS[row, token])} (sequence {row}, token {token})"
+        rule = "must number the samples of a sequence 0, 1, 2, ..., each in one piece, with -1 for padding"
+        raise UserError("batch.documents_BS", given, rule, "number them anew")
+
+
 @dataclass(frozen=True)
 class GivenSample:
     """One sample for `batch_of_samples`."""
@@ -73,10 +131,12 @@ def batch_of_samples(samples: Sequence[GivenSample], length: int, filling: int =
     All samples must name the same tensors. Raises UserError for a sample that is too long, or whose values do not match
     its tokens.
     """
+    if not samples:
+        raise UserError("samples", 0, "must be one or more", "leave the step out")
     shape = len(samples), length
     tokens_BS = torch.full(shape, filling)
     documents_BS, supervised_BS = torch.full(shape, -1, dtype=torch.int32), torch.zeros(shape, dtype=torch.bool)
-    tensors = {name: torch.zeros(shape) for name in samples[0].values}
+    tensors = {name: torch.full(shape, float(name == "temperatures")) for name in samples[0].values}
     experts = samples[0].experts_TLK
     experts_BTLK = None if experts is None else experts.new_zeros(len(samples), length - 1, *experts.shape[1:])
     for row, sample in enumerate(samples):
@@ -94,7 +154,13 @@ def batch_of_samples(samples: Sequence[GivenSample], length: int, filling: int =
                 rule = f"must give {name} for each of its {end - sample.first} learnt tokens, and has {len(given)}"
                 raise UserError("samples", place, rule, "give one for each, or one number for all")
             tensors[name][row, sample.first : end] = given
-        if experts_BTLK is not None:
-            assert sample.experts_TLK is not None, "all samples have experts, or none"
+        if (sample.experts_TLK is None) != (experts is None):
+            raise UserError("samples", place, "must give experts as the first one does, or none", "add or remove")
+        if experts_BTLK is not None and sample.experts_TLK is not None:
+            if sample.experts_TLK.shape != (end - 1, *experts_BTLK.shape[2:]):
+                rule = (
+                    f"must give experts {(end - 1, *experts_BTLK.shape[2:])}: tokens but the last, MoE layers, experts"
+                )
+                raise UserError("samples", place, rule, f"correct it: they are {tuple(sample.experts_TLK.shape)}")
             experts_BTLK[row, : end - 1] = sample.experts_TLK
     return Batch(tokens_BS, documents_BS, supervised_BS, tensors, experts_BTLK)

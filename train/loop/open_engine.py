@@ -37,7 +37,7 @@ def open_engine(config: Config, place: Place | None = None) -> Engine:
     check_layout(config)
     rank = set_up_rank(config, place)
     kernels, _ = choose_kernels(config, rank.device)
-    resumes, source = config.resume != "auto", config.init_from
+    resumes, source = config.resume not in ("auto", "never"), config.init_from
     parts = parallelize(config, rank.mesh, rank.device, kernels, restored=resumes or source is not None)
     state = RunState(config, rank.mesh, parts)
     engine = Engine(config, parts, rank, LiveModel(config, rank, parts.chunks, state))

@@ -93,6 +93,8 @@ class Session:
         """Number of completed steps."""
         self._link: Connection | None = None
         self._driver: subprocess.Popen | None = None
+        self._is_reading = False
+        """Whether answers of `weights` are unread."""
 
     def forward_backward(
         self,
@@ -144,14 +146,17 @@ class Session:
         named = None if dtype is None else str(dtype).removeprefix("torch.")
         self._send("weights", {"merged": merged, "stacked": stacked, "dtype": named})
         said: dict[str, Any] = {"done": False}
+        self._is_reading = True
         try:
             while not said["done"]:
                 said, tensors = self._answer()
                 yield from tensors.items()
         except GeneratorExit:  # the caller stops early and leaves answers unread
-            while not said["done"]:
+            while not said["done"] and self._link is not None:
                 said, _ = self._answer()
             raise
+        finally:
+            self._is_reading = False
 
     # The ranks
 
@@ -200,6 +205,9 @@ class Session:
     def _send(self, method: str, said: dict[str, Any], tensors: dict[str, Tensor] | None = None) -> None:
         if self._link is None:
             raise UserError("session", method, "the session has ended", "open another one: with train.session(config)")
+        if self._is_reading:
+            rule = "comes while weights() still has tensors"
+            raise UserError("session", method, rule, "read all of them first, as dict(engine.weights())")
         with suppress(ConnectionError):  # the answer gives the reason
             self._link.send_bytes(json.dumps({"method": method, **said}).encode())
             self._link.send_bytes(save(tensors or {}))
@@ -263,7 +271,7 @@ def _plain(batch: Batch) -> dict[str, Tensor]:
     named = {field.name: getattr(batch, field.name) for field in fields(batch) if field.name != "tensors"}
     named |= {f"tensors.{name}": tensor for name, tensor in batch.tensors.items()}
     return {
-        name: tensor.clone(memory_format=torch.contiguous_format)
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in named.items()
         if tensor is not None
     }

@@ -21,6 +21,8 @@ sequences) give the same. A step, in order:
     balance     router biases are adjusted
 """
 
+import inspect
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -38,7 +40,7 @@ from conf.pipeline_schedules import check_schedule
 from conf.schema import Config
 from parallel.mesh import Mesh
 from parallel.update_result import Update
-from train.data.batch import Batch
+from train.data.batch import Batch, check_given_batch
 from train.loop.measure import Measure, MeasuredStep, to_device
 from train.loop.stop import StopKind
 from train.model.count import moe_layers
@@ -145,9 +147,9 @@ class Engine:
         needs it; None: this call is the whole step. terms: of `TERMS`. None: all, but without `biases` for replayed
         experts, because the routers did not choose them. Raises UserError.
         """
+        batch = self._checked(batch)
         token_loss = self._find_loss(loss, batch, settings)
         chosen = self._terms(terms, batch)
-        batch = self._checked(batch)
         if self.clip is not None and batch.supervised_BS is not None:
             rule = "counts the scores of all positions, also of filling, and this batch has some"
             raise UserError("optim.qk_clip", self._config.optim.qk_clip, rule, "leave it out")
@@ -177,6 +179,8 @@ class Engine:
         if not self._is_reduced:
             rule = "needs gradients, and no forward_backward with last=True came before"
             raise UserError("update", number, rule, "call forward_backward with last=True first")
+        if lr is not None and not 0 <= lr < math.inf:
+            raise UserError("lr", lr, "must be a number of 0 or more", "correct it")
         plan = self._schedules.plan(number)
         return self._update(plan if lr is None else replace(plan, lr=lr))
 
@@ -428,6 +432,13 @@ class Engine:
                 known = ", ".join(TOKEN_LOSSES)
                 raise UserError("loss", loss, f"must be one of {known}, or the import path of a function", "correct it")
             loss = import_target("loss", {TARGET: loss}) if "." in loss else TOKEN_LOSSES[loss]
+        try:
+            inspect.signature(loss).bind(None, None, **settings)
+        except (TypeError, ValueError) as error:
+            rule = f"must be a function of (logprobs, tokens) and the settings given: {error}"
+            raise UserError(
+                "loss", getattr(loss, "__name__", loss), rule, "correct the function or its settings"
+            ) from None
         if missing := [name for name in NEEDED_TENSORS.get(loss, ()) if name not in batch.tensors]:
             rule = f"must be among the batch's tensors for {loss.__name__}: {', '.join(NEEDED_TENSORS[loss])}"
             raise UserError("batch.tensors", missing[0], rule, "add it to the batch")
@@ -447,8 +458,9 @@ class Engine:
 
     def check(self, batch: Batch, micro_batches: int) -> None:
         """Raise UserError if this layout cannot process a batch, of one rank or of all. micro_batches: per rank."""
-        tokens_BS, config = batch.tokens_BS, self._config
-        (rows, length), cp = tokens_BS.shape, self._layout.cp
+        config = self._config
+        check_given_batch(batch, config.model.vocab_size)
+        (rows, length), cp = batch.tokens_BS.shape, self._layout.cp
         if (length - 1) % (2 * cp if cp > 1 else 1) or length < 2:
             rule = f"must have one token more than a multiple of {2 * cp if cp > 1 else 1} positions, which {cp} ranks share"
             raise UserError("batch.tokens_BS", f"{length} tokens", rule, "fill the sequences up, with document -1")
@@ -457,16 +469,6 @@ class Engine:
             raise UserError("batch.tokens_BS", f"{rows} sequences", rule, "fill up with sequences of document -1")
         parallel = config.parallel
         check_schedule(parallel.schedule, parallel.pp, micro_batches, config.model.layers, parallel.virtual_stages)
-        vocabulary = config.model.vocab_size
-        if wrong := tokens_BS[(tokens_BS < 0) | (tokens_BS >= vocabulary)].tolist():
-            raise UserError(
-                "batch.tokens_BS", wrong[0], f"must be token ids, 0 to {vocabulary - 1}", "use this model's tokenizer"
-            )
-        given = {"documents_BS": batch.documents_BS, "supervised_BS": batch.supervised_BS, **batch.tensors}
-        for name, tensor in given.items():
-            if tensor is not None and tensor.shape != tokens_BS.shape:
-                rule = f"must have one value a token: {tuple(tokens_BS.shape)}"
-                raise UserError(f"batch.{name}", tuple(tensor.shape), rule, "fill it up as the tokens are")
         if batch.experts_BTLK is not None:
             self._experts(batch)
 

@@ -175,6 +175,10 @@ class Head(nn.Module):
         if "temperatures" in tensors_BS:
             temperature_N = positions.take(tensors_BS["temperatures"], 1).flatten()
         if rows_N is not None:
+            if not len(rows_N):
+                # The graph must be complete, because other ranks wait in its backward: use one row, which counts
+                # nowhere and has no temperature of its own.
+                rows_N, temperature_N = rows_N.new_zeros(1), None
             hidden_ND, targets_N = hidden_ND.index_select(0, rows_N), targets_N.index_select(0, rows_N)
             temperature_N = None if temperature_N is None else temperature_N.index_select(0, rows_N)
         hidden_ND, weight_VD = self.adapted(hidden_ND, self.weight)
@@ -203,15 +207,16 @@ class Head(nn.Module):
         if supervised_BS is None:
             learnt_BT = learnt_BT == 0
         else:
-            learnt_BT, rows_N = positions.learnt_BT(supervised_BS), positions.learnt(supervised_BS)
-            # The graph must be complete, because other ranks wait in its backward: use one row, which no sum below
-            # counts.
-            rows_N = (rows_N if len(rows_N) else rows_N.new_zeros(1)).to(device)
+            learnt_BT, rows_N = positions.learnt_BT(supervised_BS), positions.learnt(supervised_BS).to(device)
         if positions.documents_BT is not None:
             samples_BT = positions.documents_BT.long()
-        logprobs_BT = self.logprobs(hidden_BTD, tokens_BS, positions, tensors_BS, rows_N)
-        tensors_BT = {name: tensor_BS[:, 1:] for name, tensor_BS in tensors_BS.items()}
-        tokens = LossTokens(learnt_BT.to(device), samples_BT.to(device), tensors_BT)
+        given_BT = self.logprobs(hidden_BTD, tokens_BS, positions, tensors_BS, rows_N)
+        learnt_BT = learnt_BT.to(device)
+        # A token that is not learnt gets no gradient, and spoils no other token's, also if its values are not finite.
+        logprobs_BT = given_BT.where(learnt_BT, 0)
+        cut_BT = {name: tensor_BS[:, 1:] for name, tensor_BS in tensors_BS.items()}
+        tensors_BT = {name: tensor.where(learnt_BT | tensor.isfinite(), 0) for name, tensor in cut_BT.items()}
+        tokens = LossTokens(learnt_BT, samples_BT.to(device), tensors_BT)
         found_BT = self.token_loss(logprobs_BT, tokens)
         if not isinstance(found_BT, Tensor) or found_BT.shape != logprobs_BT.shape or not found_BT.is_floating_point():
             given = f"a tensor {tuple(found_BT.shape)}" if isinstance(found_BT, Tensor) else type(found_BT).__name__
@@ -220,8 +225,8 @@ class Head(nn.Module):
         if "weights" in tensors_BT:
             found_BT = found_BT * tensors_BT["weights"]
         parts = 1 if positions.share is None else positions.share.parts
-        # Log-probabilities of tokens that are not learnt stay in the graph.
-        return found_BT.where(tokens.learnt_BT, 0 * logprobs_BT).sum() / (divisor * parts)
+        # All log-probabilities stay in the graph.
+        return (found_BT.where(learnt_BT, 0) + 0 * given_BT).sum() / (divisor * parts)
 
     def adapted(self, hidden: Tensor, weight_VD: Tensor) -> tuple[Tensor, Tensor]:
         """Return the operands of the matmul that gives the logits of hidden states (..., D)."""
