@@ -61,7 +61,7 @@ def test_losses_of_tokens_in_a_layout_are_those_of_one_process(folder, one, name
 
 
 def in_calls(played: Played, *parts: tuple[int, int]) -> None:
-    """A step of the policy loss and one of the recipe's own, each in these parts of this rank's share; a discarded call before and
+    """A step of the policy loss and one of the recipe's own, each in these parts of this rank's share; discarded calls before and
     log-probabilities in between change nothing.
     """
     config, engine = played.config, played.engine
@@ -75,6 +75,8 @@ def in_calls(played: Played, *parts: tuple[int, int]) -> None:
         engine.forward_backward(
             rows_of(batch, 0, 2), "kl" if batch.tensors else loss, last=False, total=engine.count([batch])
         )
+        engine.discard()
+        engine.forward_backward(batch, "cispo" if batch.tensors else loss)  # of a whole step too
         engine.discard()
         batches = [rows_of(batch, first, end) for first, end in parts]
         total = engine.count(batches)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from train.data.batch import Batch
 from train.prove import reference, reference_step
-from train.prove.bounds import UNIT, Bound
+from train.prove.bounds import EXACT, UNIT, Bound
 from train.prove.comparison import WHOLE_NUMBERS, Comparisons
 from train.prove.evidence import Evidence, read_evidence
 from train.prove.judge_gradients import sum_over_ranks
@@ -23,6 +23,7 @@ from train.prove.reference_losses import PlainCall, PolicyModel
 from train.prove.samples import initial_biases, initial_weights
 
 FP64 = Bound(1e-11, "fp64 rounds by 1e-16, and sums of any order stay far below")
+WITH_LORA = Bound(EXACT, "fp64 rounds by 1e-16, and A and B of unit size enlarge it")
 
 
 def judge_loop(at: Comparisons, folder: Path) -> None:
@@ -120,7 +121,8 @@ class LoopJudge:
         want: Tensor,
         rank: Evidence | None = None,
     ) -> None:
-        self._at.compare(quantity, f"{name} by {step.name}", got, want, FP64, rank=rank)
+        bound = WITH_LORA if self._at.config.adapter.on else FP64
+        self._at.compare(quantity, f"{name} by {step.name}", got, want, bound, rank=rank)
 
     def _plain(self, batches: list[Batch], replayed: bool, with_balance: bool) -> PolicyModel:
         """The reference of a step."""

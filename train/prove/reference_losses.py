@@ -87,7 +87,7 @@ class PolicyModel(PlainModel):
     def logprobs(self, batch: PlainBatch) -> Tensor:
         """log p(target | tokens before it), (B, T)."""
         self.made = []
-        self.losses(batch, with_mtp=False)
+        self.losses(batch, False)
         return self.made[0]
 
     def cross_entropy(
