@@ -48,10 +48,7 @@ class DoctorLine(NamedTuple):
 @reported
 def main(words: list[str]) -> int:
     """Check this machine and print the result; returns the exit code. words: overrides of a recipe."""
-    config, console = compose(*words), Terminal()
-    with console.status("looking at this machine"):
-        findings = list(find_all(config))
-    return doctor_screen(findings, console)
+    return doctor_screen(list(find_all(compose(*words))), Terminal())
 
 
 def version_line() -> str:
@@ -66,9 +63,8 @@ def doctor_screen(findings: list[DoctorLine], console: Console) -> int:
         (one.label, one.state + (f"\n{'error' if one.stops else 'to do'}: {one.cure}" if one.cure else ""))
         for one in findings
     ]
-    title = "ready to train" if not bad else f"not ready to train: {', '.join(one.label for one in bad)}"
-    if lacks and not bad:
-        title += f"; could be better: {', '.join(one.label for one in lacks)}"
+    named = ", ".join(one.label for one in bad or lacks)
+    title = f"not ready to train: {named}" if bad else f"ready to train{'; could be better: ' * bool(lacks)}{named}"
     show_rows(console, title, WARN if lacks else GOOD, rows)
     return EXIT_USER if bad else EXIT_OK
 
@@ -165,9 +161,8 @@ def _cpu() -> Iterator[DoctorLine]:
 
 
 def _disk(label: str, folder: Path, setting: str, needed: int) -> DoctorLine:
-    place = folder.expanduser().absolute()
-    while not place.exists():
-        place = place.parent
+    path = folder.expanduser().absolute()
+    place = next(one for one in (path, *path.parents) if one.exists())
     state = f"{folder}: {describe_room(place)}" + (
         f"; checkpoints of this recipe take {size_in_words(needed)}" if needed else ""
     )
