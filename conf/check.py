@@ -87,11 +87,16 @@ class JoinedRule:
 
     def __call__(self, config: Config) -> None:
         """Raise UserError if the configuration breaks the rule."""
+        for error in self.errors(config):
+            raise error
+
+    def errors(self, config: Config) -> Iterator[UserError]:
+        """An error for every value that breaks the rule."""
         found = attrgetter(self.key)(config)
         for value in found if self.each else (found,):
             if not self.holds(config, value):
                 rule, cure = (_written(text, config, value) for text in (self.rule, self.cure))
-                raise UserError(self.named or self.key, self.shown(config, value), rule, cure)
+                yield UserError(self.named or self.key, self.shown(config, value), rule, cure)
 
 
 def _written(text: Text, config: Config, value: Any) -> str:
@@ -125,12 +130,8 @@ def check(config: Config) -> None:
 
 def notes_of_typed_keys(config: Config, keys: Collection[str]) -> Iterator[str]:
     """A sentence for every key that was typed and does nothing in this configuration."""
-    for rule in WHERE_READ:
-        if rule.key in keys:
-            try:
-                rule(config)
-            except UserError as error:
-                yield f"{error.field} does nothing here: it {error.rule}; {error.cure}"
+    for error in (error for rule in WHERE_READ if rule.key in keys for error in rule.errors(config)):
+        yield f"{error.field} does nothing here: it {error.rule}; {error.cure}"
 
 
 def check_spread(config: Config) -> None:
