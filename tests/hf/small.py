@@ -141,6 +141,24 @@ def released_config(model: Model) -> dict:
     }
 
 
+SMALL = {
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "first_k_dense_replace": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 16,
+}
+"""Fields of a small config.json that all families share."""
+
+
 FP8 = {
     "quantization_config": {
         "activation_scheme": "dynamic",

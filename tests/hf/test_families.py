@@ -15,7 +15,7 @@ from conf.errors import UserError
 from conf.load import compose
 from conf.schema import ModelFamily
 from tests.hf.published import GLM_4_7_FLASH, INT4, KIMI_K2, KIMI_K25, MISTRAL_LARGE_3, MOONLIGHT, PUBLISHED
-from tests.hf.small import export_model, read_folder, tokens
+from tests.hf.small import SMALL, export_model, read_folder, tokens
 from tests.model.parity import as_in_files, randomise
 from tests.small import train
 from train.checkpoint.stored_weights import load_hf_model
@@ -28,21 +28,6 @@ from train.model.count import count_parameters
 
 torch.set_num_threads(1)
 
-SMALL = {
-    "vocab_size": 320,
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "first_k_dense_replace": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 16,
-    "intermediate_size": 64,
-    "moe_intermediate_size": 16,
-    "n_routed_experts": 16,
-}
 VISION = {
     "hidden_size": 32,
     "num_hidden_layers": 1,

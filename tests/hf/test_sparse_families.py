@@ -17,6 +17,7 @@ from conf.schema import Model, SparseAttention
 from tests.hf.small import (
     MODEL,
     SEQ_LEN,
+    SMALL,
     export_model,
     random_tensors,
     read_folder,
@@ -71,20 +72,11 @@ FAMILIES = {
 def theirs_of(family: str):
     kind, changes, *_ = FAMILIES[family]
     config = kind(
-        **{
+        **SMALL
+        | {
             "vocab_size": 64,
-            "hidden_size": 32,
             "num_hidden_layers": 4,
-            "first_k_dense_replace": 1,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 2,
             "q_lora_rank": 16,
-            "kv_lora_rank": 16,
-            "qk_nope_head_dim": 16,
-            "qk_rope_head_dim": 8,
-            "v_head_dim": 16,
-            "intermediate_size": 64,
-            "moe_intermediate_size": 16,
             "n_routed_experts": 8,
             "n_shared_experts": 1,
             "num_experts_per_tok": 4,
