@@ -4,10 +4,11 @@ A name is private if DeepSpeed's documentation promises nothing about it. `requi
 installed version when a rank starts; tests/zero/test_private_names.py compares it with the real use in this folder.
 
 The second list holds DeepSpeed behaviour that is copied here: the plan counts buffers as DeepSpeed allocates them. A
-plan is computed before anything starts, for machines that do not exist yet, so it cannot run DeepSpeed. Each row names
-the functions that were read, with the hash of their source. tests/zero/test_copied_behaviour.py compares the hashes
-with the installed DeepSpeed. If a hash differs, read the function again, correct the copy if the behaviour has changed,
-and write the new hash here.
+plan cannot run DeepSpeed on tensors without memory instead: with offload, DeepSpeed reads values, which such tensors do
+not have; at stage 3, one rank of DeepSeek-V3 takes 8 s of a core to build. At stages 1 and 2 without offload it can run,
+and tests/plan/memory/test_step_end.py compares the copy with it. Each row names the functions that were read, with the
+hash of their source. tests/zero/test_copied_behaviour.py compares the hashes with the installed DeepSpeed. If a hash
+differs, read the function again, correct the copy if the behaviour has changed, and write the new hash here.
 """
 
 import inspect
