@@ -72,7 +72,7 @@ def _check_choices(config: Config) -> None:
         rule = "has no layer in its first stage, in which optim.index_warmup has nothing to train"
         raise UserError("parallel.split", config.parallel.split, rule, "give the first stage a layer")
     for number, layers in enumerate(stages):
-        if layers and not sparse.chooses(layers.start):
+        if layers and sparse.heads and not sparse.chooses(layers.start):
             rule = (
                 f"puts layer {layers.start} first in stage {number}, and by model.sparse.pattern it takes the keys that layer "
                 f"{sparse.pattern.rindex('F', 0, layers.start)} chooses, in the stage before"
