@@ -126,14 +126,14 @@ def _prove_as_rank(rank: int, configs: list[Config], tiles: bool, world: int, st
         device = choose_device(config, place)
         if config is configs[0]:
             start_process_group(config, place, device)
-        for proof in _passes(config, tiles):
+        for proof in _passes(tiles):
             run_pass(proof, config, place, device)
 
 
-def _passes(config: Config, tiles: bool) -> list[str]:
-    from train.prove.layouts import passes_of
+def _passes(tiles: bool) -> list[str]:
+    from train.prove.layouts import PROOFS
 
-    return [proof for proof in passes_of(config) if tiles or proof != "tiles"]
+    return [proof for proof in PROOFS if tiles or proof != "tiles"]
 
 
 def _judge(config: Config, tiles: bool) -> tuple[list, str]:
@@ -141,7 +141,7 @@ def _judge(config: Config, tiles: bool) -> tuple[list, str]:
     from train.prove.judge import judge_all
 
     try:
-        findings = judge_all(config, _passes(config, tiles))
+        findings = judge_all(config, _passes(tiles))
     except Exception:
         return [], traceback.format_exc()
     first = first_of(findings.differences)

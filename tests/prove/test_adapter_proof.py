@@ -22,7 +22,7 @@ UNSURE = ("recipe", "gradients of weights")
 WHOLE = {
     "ep2_zero1": ["parallel.dp=2", "parallel.ep=2"],
     "dp2_zero2_bf16": ["parallel.dp=2", "parallel.zero=2", "precision=bf16"],
-    "dp2_zero3_fp32": ["parallel.dp=2", "parallel.ep=2", "parallel.zero=3"],
+    "dp2_zero3_fp32_dropout": ["parallel.dp=2", "parallel.ep=2", "parallel.zero=3", "adapter.dropout=0.25"],
     "dp2_zero3_blocks": ["parallel.dp=2", "parallel.zero=3", "adapter.base=fp8", "precision=bf16"],
     "ep2_bf16_fp8_wire": ["parallel.dp=2", "parallel.ep=2", "precision=bf16", "parallel.wire=fp8"],
     "ep2_fp8_blocks_dropout": [
@@ -55,10 +55,9 @@ def test_a_layout_is_proven(tmp_path, name):
     # Whole gradients of a model that rounds are unsure; single ones are judged, as below.
     for key in [key for key, verdict in findings.verdicts.items() if key == UNSURE and not verdict.compared]:
         assert findings.verdicts.pop(key).untold > 0
-    if config.precision.name != "fp32":
-        judged = {quantity for (proof, quantity), one in findings.verdicts.items() if proof == "tiles" and one.compared}
-        assert {"matmuls", "matmuls of experts", "gradients of single weights"} <= judged
-        assert ("dropout" in judged) == (config.adapter.dropout > 0)
+    judged = {quantity for (proof, quantity), one in findings.verdicts.items() if proof == "tiles" and one.compared}
+    assert {"matmuls", "matmuls of experts", "gradients of single weights"} <= judged
+    assert ("dropout" in judged) == (config.adapter.dropout > 0)
     assert_holds(findings, config)
 
 

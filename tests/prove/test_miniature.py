@@ -1,9 +1,12 @@
 """The miniature of every recipe keeps its structure and passes the same checks. Pure configuration, nothing runs."""
 
 import re
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import fields, is_dataclass
-from functools import cache
+from enum import StrEnum
+from functools import cache, reduce
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import yaml
@@ -13,7 +16,8 @@ from conf.errors import UserError
 from conf.help import options
 from conf.load import compose
 from conf.micro_batches import batch_sizes
-from conf.schema import Config
+from conf.own_code import targets_of
+from conf.schema import AdapterKind, AdapterTarget, Config, MixSource, OptimizerName, Phase, PrecisionName, Rate
 from train.kernels import device as gpu
 from train.loop.layout_check import check_layout
 from train.model.count import count_parameters
@@ -127,6 +131,7 @@ def test_the_papers_own_layout_becomes_eight_ranks_and_says_what_was_cut():
         assert name in told
     assert "parallel.dp is 4 instead of 128." in mini.cuts
     assert "several ranks of an expert group on one node" in told
+    assert "No layout has three ranks along pp:" in told, "the second has eight along dp and ep"
 
 
 def test_more_ranks_keep_more_of_the_structure():
@@ -180,37 +185,98 @@ def test_deepep_is_flat_where_there_is_no_gpu_and_says_so(monkeypatch):
 
 
 def leaves(section, prefix: str = ""):
+    """Every key of the schema, as (key, its type, its value)."""
+    hints = get_type_hints(type(section))
     for entry in fields(section):
         value = getattr(section, entry.name)
         if is_dataclass(value):
             yield from leaves(value, f"{prefix}{entry.name}.")
-        elif isinstance(value, bool | int | float):
-            yield f"{prefix}{entry.name}", value
+        else:
+            yield f"{prefix}{entry.name}", hints[entry.name], value
 
 
-OF_NO_RUN = {"seed", "text_only", "trust", "prove.ranks", "mode"}
+OF_NO_RUN = {"seed", "text_only", "trust", "prove.ranks", "prove.first_optimizer", "mode", "name", "runs", "resume"}
 """Keys that change no training, or that a proof itself reads."""
+TWO_PHASES = [Phase(until=0.5), Phase(value=0.5)]
+OWN_CODE = {"_target_": "my_mod.my_name"}
+NO_OTHER = {
+    "adapter.name", "adapter.path", "cluster.address", "data.template_function", "evaluate.shots", "evaluate.task_path", "optim.index_warmup",
+    "plan.write", "precision.fp8",
+}  # fmt: skip
+"""Keys whose other values need another key beside them, and are of other modes, of Ray or of chats."""
+OTHERS = {
+    "optim.lr_schedule": TWO_PHASES, "optim.mtp_weight": TWO_PHASES, "optim.bias_speed": TWO_PHASES, "optim.betas": [0.8, 0.9],
+    "model.recompute": ["layer"], "model.offload": ["layer"], "model.block": OWN_CODE, "model.router": OWN_CODE,
+    "model.sparse.pattern": "FSFS", "data.mix": [MixSource(path="a"), MixSource(path="b")], "data.source": OWN_CODE,
+    "data.template_function": OWN_CODE, "data.template_keys": {"thinking": True}, "optim.extra_loss": OWN_CODE, "callbacks": [OWN_CODE],
+    "adapter.targets": [AdapterTarget.out], "parallel.split": [1, 3], "hardware.rates": {"host": Rate(bandwidth=1e9)},
+    "hardware.currency": "EUR", "plan.phases": ["tiny"], "profile.steps": [1, 2], "profile.ranks": [0, 1], "evaluate.tasks": ["piqa"],
+    "evaluate.needle": [128], "average.of": ["a"], "dry_run.rank": "1", "dry_run.routing": "skewed", "parallel.dispatch": "node_limited",
+    "precision.name": PrecisionName.fp32, "precision.fp8.activation": "e4m3/1x128/pow2", "precision.fp8.weight": "e4m3/128x128/pow2",
+    "precision.fp8.gradient": "e4m3/1x128/pow2", "precision.fp8.attention_output": "e4m3/1x128/fp32",
+    "precision.fp8.dispatched": "e4m3/1x128/fp32", "model.yarn.original_seq_len": 128, "checkpoint.memory_folder": "/tmp", "parallel.virtual_stages": 2, "optim.batch_ramp_start": 8,
+}  # fmt: skip
+"""Other values of keys that are no plain number, switch, word or choice, or whose rules allow few."""
+
+
+def other_values(key: str, hint: Any, value: Any) -> Iterator[Any]:
+    """Values that a user may give instead, the likeliest first."""
+    if key in OTHERS:
+        yield from [OTHERS[key]] if OTHERS[key] != value else ()
+    elif isinstance(value, StrEnum) or (value is None and any(is_enum(one) for one in get_args(hint))):
+        kind = type(value) if value is not None else next(one for one in get_args(hint) if is_enum(one))
+        yield from (one for one in kind if one != value)
+    elif isinstance(value, bool):
+        yield not value
+    elif isinstance(value, int | float):
+        yield from (value * 2 or 1, value / 2 if isinstance(value, float) else value // 2)
+    else:
+        assert value is None or isinstance(value, str), f"OTHERS lacks another value of {key}"
+        yield from ([8, 2, 0.5, "other"] if value is None else ["other"])
+
+
+def is_enum(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, StrEnum)
+
+
+def changed(plain: Config, key: str, value: Any) -> Config:
+    cfg = deepcopy(plain)
+    *sections, last = key.split(".")
+    setattr(reduce(getattr, sections, cfg), last, deepcopy(value))
+    return cfg
+
+
+def says(plain: Config, key: str, hint: Any, value: Any) -> bool | None:
+    """Whether the miniature has another value of the key or says that it has not; None if the rules allow no other value."""
+    for other in other_values(key, hint, value):
+        cfg = changed(plain, key, other)
+        try:
+            check(cfg)
+            check_layout(cfg)
+        except UserError:
+            continue
+        small, sections = shrink(cfg), key.split(".")
+        there, here = (reduce(getattr, sections, one) for one in (cfg, small.cfg))
+        told = any(key in cut for cut in small.cuts) or any(one.startswith(key) for one in targets_of(cfg))
+        return there == here or key in OF_NO_RUN or told
+    return None
 
 
 def test_whatever_key_is_changed_the_miniature_has_it_or_says_what_it_leaves_out():
-    """Each number and switch of the schema, one after another, as far as the rules allow another value."""
-    plain, silent = recipe("tiny"), []
-    for key, value in leaves(plain):
-        changed = deepcopy(plain)
-        *sections, last = key.split(".")
-        section = changed
-        for name in sections:
-            section = getattr(section, name)
-        setattr(section, last, not value if isinstance(value, bool) else value * 2 or 1)
-        try:
-            check(changed)
-            check_layout(changed)
-        except UserError:
-            continue
-        small = shrink(changed)
-        there, here = changed, small.cfg
-        for name in key.split("."):
-            there, here = getattr(there, name), getattr(here, name)
-        if there != here and key not in OF_NO_RUN and not any(key in cut for cut in small.cuts):
-            silent.append(key)
-    assert silent == []
+    """Every key of the schema, one after another, in the first of several recipes whose rules allow another value."""
+    plain, found = recipe("tiny"), dict[str, bool | None]()
+    lora = changed(changed(plain, "init_from", "weights"), "adapter.targets", [AdapterTarget.q_up])
+    lora = changed(changed(lora, "adapter.name", AdapterKind.lora), "optim.bias_speed", [Phase(value=0.0)])
+    ramp = changed(changed(plain, "optim.batch_ramp_start", 16), "optim.batch_ramp_steps", 8)
+    more = (
+        recipe("tiny", "precision=fp8"),
+        recipe("tiny", *LAYOUTS["fits"]),
+        recipe("tiny", *LAYOUTS["interleaved_3"]),
+    )
+    muon = changed(plain, "optim.name", OptimizerName("muon"))
+    for cfg in (plain, *more, lora, ramp, muon, recipe("tiny_chat")):
+        for key, hint, value in leaves(cfg):
+            if found.get(key) is None:
+                found[key] = says(cfg, key, hint, value)
+    assert [key for key, said in found.items() if said is False] == []
+    assert sorted(key for key, said in found.items() if said is None) == sorted(NO_OTHER)

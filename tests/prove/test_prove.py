@@ -18,14 +18,13 @@ from conf.schema import ROOT, Config
 from tests.prove.proofs import gather_evidence, small_proof
 from tests.small import SMALL, environment
 from train.prove import judge_state as judging
-from train.prove.card import write_card
-from train.prove.certificate import Certificate, sharpness_of
+from train.prove.certificate import Certificate, write_card
 from train.prove.double import grouped_matmul, in_double
-from train.prove.findings import Difference, ProofFindings, ProofVerdict, first_of
+from train.prove.findings import Difference, ProofFindings, first_of
 from train.prove.high_precision import choice_excess
 from train.prove.judge import judge_all, judge_pass
 from train.prove.judge_model import backward_order
-from train.prove.layouts import in_layout, layout_name, passes_of, second_layout
+from train.prove.layouts import PROOFS, in_layout, layout_name, second_layout
 from train.prove.miniature import shrink
 from train.prove.recipe_values import read_values
 from train.prove.reference import choose, weight_shapes
@@ -83,7 +82,7 @@ def assert_exact(config: Config) -> None:
 
 def assert_holds(findings: ProofFindings, config: Config) -> None:
     assert [difference.text() for difference in findings.differences[:3]] == []
-    assert {verdict.proof for verdict in findings.verdicts.values()} == set(passes_of(config))
+    assert {verdict.proof for verdict in findings.verdicts.values()} == set(PROOFS)
     assert all(verdict.compared and verdict.worst <= verdict.bound for verdict in findings.verdicts.values())
     assert {("fp32", "reduced gradients"), ("recipe", "reduced gradients")} <= findings.verdicts.keys()
 
@@ -213,25 +212,6 @@ def test_a_report_speaks_of_the_run_that_was_proven_alone(tmp_path):
     assert "of an older version" in report_rows(tmp_path, SETTINGS)[0]
 
 
-def test_a_pass_says_of_single_parts_what_ran():
-    """Beside an adapter they are not judged."""
-
-    def seen(*quantities: str) -> str:
-        (found,) = sharpness_of([ProofVerdict("recipe", one, compared=1, bound=0.1, loosest=0.1) for one in quantities])
-        return found.does_not_see
-
-    assert seen("outputs").endswith("the loosest bound")
-    assert seen("outputs", "reduced gradients").endswith("bound. Sums over ranks are held to far sharper ones")
-    every = (
-        "matmuls",
-        "gradients of single weights",
-        "rows at the experts",
-        "sums of expert outputs",
-        "reduced gradients",
-    )
-    assert "Single parts, rows on their way and sums over ranks are held" in seen("outputs", *every)
-
-
 @pytest.mark.slow
 def test_the_command_leaves_a_certificate_and_the_report_has_it(tmp_path):
     config = compose(*SMALL, "mode=prove", "name=here", f"runs={tmp_path}", "data.path=none", "batch_size=2")
@@ -244,8 +224,8 @@ def test_the_command_leaves_a_certificate_and_the_report_has_it(tmp_path):
     record = json.loads((tmp_path / "here" / "prove.json").read_text())
     assert record["holds"] and record["first_difference"] is None and record["ranks"] == 1
     assert "| pretraining | yes, on 1 ranks on cpu" in (tmp_path / "here" / "card.md").read_text()
-    assert [each["proof"] for each in record["precisions"]] == ["exact", "loop", "fp32", "recipe"]
-    assert {each["proof"] for each in record["quantities"]} == {"exact", "loop", "fp32", "recipe"}
+    assert [each["proof"] for each in record["precisions"]] == [*PROOFS]
+    assert {each["proof"] for each in record["quantities"]} == set(PROOFS)
     assert all(each["reason"] for each in record["quantities"])
     assert not (RunPaths(config).path / "prove" / "evidence").exists()
     page = write_report(tmp_path / "here").read_text()

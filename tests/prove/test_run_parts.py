@@ -17,6 +17,7 @@ RECIPES = {
     "tiny": ["conf=tiny"],
     "tiny_dp3": ["conf=tiny", "parallel.dp=3", "batch_size=18", "micro_batch_size=1"],
     "tiny_pp2_dp2": ["conf=tiny", "parallel.pp=2", "parallel.dp=2", "micro_batch_size=2"],
+    "tiny_of_3_steps": ["conf=tiny", "steps=3", "checkpoint.staging_bytes=1e6"],
     "deepseek_v3": ["conf=deepseek_v3"],
     "deepseek_v3_32k": ["conf=deepseek_v3_32k"],
 }

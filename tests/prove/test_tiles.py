@@ -1,4 +1,4 @@
-"""Pass `tiles`: everything that has a scale has two tiles or blocks, and a certificate of it sees a neighbour's scale."""
+"""Pass `tiles`: everything that has a scale has two tiles or blocks, positions go beyond 128, and limits act."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from tests.prove.mutations import MUTATIONS
 from tests.prove.test_miniature import paper, recipe
 from train.kernels import device as gpu
 from train.loop.layout_check import check_layout
-from train.prove.layouts import passes_of, watched_steps, with_two_tiles
+from train.prove.layouts import WARP, watched_steps, with_two_tiles
 from train.prove.miniature import shrink
 from train.prove.samples import STEP, TILE, initial_biases, initial_weights
 
@@ -50,9 +50,16 @@ def test_deepep_has_two_tiles_that_are_full(monkeypatch):
     assert with_two_tiles(shrink(cfg).cfg).model.hidden == 2 * TILE
 
 
-def test_recipes_without_scales_have_no_such_pass():
-    assert "tiles" not in passes_of(recipe("deepseek_v3", "parallel=single", "precision=bf16"))
-    assert [*passes_of(paper())] == ["exact", "loop", "fp32", "recipe", "tiles"]
+def test_a_rank_has_more_experts_than_a_warp_has_threads_and_shared_sequences_stay_shared():
+    model = tiled("paper").model
+    assert model.experts // paper().parallel.ep < WARP < model.experts // tiled("paper").parallel.ep
+    assert tiled("tiny").model.experts == recipe(*TILED["tiny"]).model.experts
+    cfg = with_two_tiles(
+        shrink(recipe("tiny", "parallel.cp=2", "parallel.dp=2", "seq_len=256", "micro_batch_size=2")).cfg
+    )
+    check(cfg)
+    check_layout(cfg)
+    assert cfg.parallel.cp == 2 and cfg.seq_len // cfg.parallel.cp > TILE
 
 
 def test_numbers_differ_in_size_from_tile_to_tile_and_experts_in_rows():

@@ -1,4 +1,4 @@
-"""The result of a proof: prove.json and a screen."""
+"""The result of a proof: prove.json, a screen and card.md."""
 
 import json
 import math
@@ -22,25 +22,35 @@ PROOFS_SAY = {
     "loop": "in fp64: steps of a custom loop with policy losses, values per token and replayed experts are the reference's",
     "fp32": "in fp32 through DeepSpeed: reduction, norm, update, balance, and a checkpoint read in another layout",
     "recipe": "in the recipe's own precision, within what its formats round",
-    "tiles": "in that precision with two tiles and two blocks of FP8 in every width: single parts, and rows on their way",
+    "tiles": "in that precision with widths and positions beyond 128, values at limits: single parts, and rows on their way",
 }
 BLIND = {
     "exact": "how anything is rounded; optimizer, reduction over ranks and checkpoint, which the next pass has",
     "loop": "how anything is rounded; generation, and losses of your own",
     "fp32": "what only lower formats have: FP8 products, their scales, the wire",
-    "recipe": "in whole outputs and gradients, what is below the loosest bound",
+    "recipe": "in whole outputs and gradients, what is below the loosest bound; single parts of a recipe that rounds have far sharper ones",
     "tiles": "whole outputs, updates and checkpoints, which the passes before have; pipelines, in which no scale is another",
 }
 """What a check cannot detect."""
-SHARPER = {
-    "single parts": ("matmuls", "gradients of single weights"),
-    "rows on their way": ("rows at the experts", "sums of expert outputs"),
-    "sums over ranks": ("reduced gradients",),
-}
-"""Parts of check recipe with much tighter bounds than whole outputs, if they ran, with the names of their
-quantities."""
 WIDTH = 100
 """Columns of wrapped text."""
+VERIFIED = {
+    "forward": (
+        ("start", "settings", "forward", "validation"),
+        "outputs of all parts, chosen experts and losses equal the reference's",
+    ),
+    "pretraining": (
+        ("settings", "backward", "reduction", "update"),
+        "gradients, their sums over micro-batches and ranks, updates and balance biases equal the reference's",
+    ),
+    "resume": (("checkpoint",), "a checkpoint, read in another layout, is the saved state bit for bit, and trains on"),
+}
+"""Fields that a proof can verify, with the phases of a comparison that belong to each, and the verified statement."""
+NOT_HERE = {
+    "conversion": "a proof converts nothing; `mode=export` writes a Hugging Face folder, and `init_from` reads one",
+    "speed": "a proof measures none; `python -m bench` and the metrics of a run do",
+}
+"""Fields that a proof does not verify, with other sources."""
 NEVER_PROVEN = [
     "kernels of GPUs, and NCCL, unless the ranks ran on GPUs",
     "sizes beyond the miniature: memory, overflow of counters, speed",
@@ -192,34 +202,17 @@ def sharpness_of(verdicts: Sequence[ProofVerdict]) -> list[Sharpness]:
                     sharpest_quantity=least.quantity if least else "",
                     loosest=most.loosest if most else None,
                     loosest_quantity=most.quantity if most else "",
-                    does_not_see=BLIND[proof] + (_sharper(of_pass) if proof == "recipe" else ""),
+                    does_not_see=BLIND[proof],
                 )
             )
     return found
-
-
-def _sharper(verdicts: Sequence[ProofVerdict]) -> str:
-    """A sentence on the parts of check recipe with tighter bounds, as far as they ran."""
-    compared = {one.quantity for one in verdicts if one.compared}
-    ran = [name for name, quantities in SHARPER.items() if compared.issuperset(quantities)]
-    if not ran:
-        return ""
-    left = (
-        ", so what is left is what no single part shows and pass fp32 does not run" if len(ran) == len(SHARPER) else ""
-    )
-    *first, last = ran
-    return f". {' and '.join([', '.join(first), last] if first else [last]).capitalize()} are held to far sharper ones{left}"
 
 
 def _lines(proof: str, verdicts: list[ProofVerdict]) -> list[str]:
     """Failures of a check; without failures the amount and tightness of its comparisons, the largest error, and its
     blind spots."""
     if not verdicts:
-        return [
-            "did not run: nothing has a scale for every 128 of it, and no adapter stands beside products that round"
-            if proof == "tiles"
-            else "did not run"
-        ]
+        return ["did not run"]
     if failed := [verdict for verdict in verdicts if verdict.failed]:
         return [
             f"FAILED: {one.quantity}, error {one.worst:.2g}, allowed {one.bound:.2g} ({one.where})" for one in failed
@@ -239,3 +232,52 @@ def _finite(record: dict[str, Any]) -> dict[str, Any]:
     return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
     }
+
+
+# card.md: what a proof has verified and what not, for readers who get the run folder but do not see the screen
+
+
+def write_card(certificate: Certificate, folder: Path) -> Path:
+    """Write card.md next to prove.json."""
+    atomic_write_text(folder / PROOF_CARD_FILE, "\n".join(_card_lines(certificate)) + "\n")
+    return folder / PROOF_CARD_FILE
+
+
+def _card_lines(certificate: Certificate) -> Sequence[str]:
+    device = f"on {certificate.ranks} ranks on {certificate.device}"
+    fields = {name: f"not verified here: {where}" for name, where in NOT_HERE.items()}
+    fields |= {name: _field(certificate, name, device) for name in VERIFIED}
+    order = ("conversion", "forward", "pretraining", "resume", "speed")
+    return [
+        f"# {certificate.name}",
+        "",
+        f"Layout: {certificate.layout}. In miniature, {certificate.steps} steps: {' '.join(certificate.cuts)}",
+        "",
+        f"What acts on some steps or heads alone acted so often: {certificate.acted_text or 'nothing of it is in the recipe'}.",
+        "",
+        f"What mode=prove has verified; every figure is in `{PROOF_FILE}`.",
+        "",
+        "| what | verified |",
+        "|---|---|",
+        *(f"| {name} | {fields[name]} |" for name in order),
+        "",
+        "| check | compared | not detected |",
+        "|---|---|---|",
+        *(
+            f"| {one.proof}: {PROOFS_SAY[one.proof]} | {one.text().removeprefix('compared ')} | {one.does_not_see} |"
+            for one in sharpness_of(certificate.verdicts)
+        ),
+    ]
+
+
+def _field(certificate: Certificate, name: str, device: str) -> str:
+    phases, held = VERIFIED[name]
+    for difference in certificate.differences:
+        if difference.phase in phases or (name == "resume" and difference.part > 0):
+            return f"FAILED {device}: {difference.text()}"
+    if name == "resume" and not certificate.second_layout:
+        return "not verified here: no part of the proof went on from a checkpoint"
+    if not certificate.verdicts:
+        return "not verified here: nothing was compared"
+    more = f" ({certificate.second_layout})" if name == "resume" else ""
+    return f"yes, {device}: {held}{more}"

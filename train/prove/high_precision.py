@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from train.prove.low_precision import CURVED, NearNumbers, PlainFormat, Total, matmul, rounded, transposed
+from train.prove.low_precision import CURVED, FP32, NearNumbers, PlainFormat, Total, matmul, rounded, transposed
 from train.prove.recipe_values import Values
 from train.prove.reference import best, group_scores, rotate, stretched, turns
 
@@ -69,21 +69,29 @@ class AttentionSlopes(NamedTuple):
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, unseen: Tensor) -> Total:
     """softmax(scale q k^T) v, (B, H, T, ...)."""
+    p, off = _shares(q, k, scale, unseen)
+    return Total(p @ v, p @ v.abs(), off @ v.abs())
+
+
+def _shares(q: Tensor, k: Tensor, scale: float, unseen: Tensor) -> tuple[Tensor, Tensor]:
+    """The softmax of the scores, and its possible error from rounding of their sums in fp32."""
     p = (q @ k.mT * scale).masked_fill(unseen, -math.inf).softmax(-1)
-    return Total(p @ v, p @ v.abs(), None)
+    off = 8 * FP32 * q.size(-1) ** 0.5 * scale * (q.abs() @ k.abs().mT)
+    return p, p * (off + (p * off).sum(-1, keepdim=True))
 
 
 def attend_back(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float, unseen: Tensor
 ) -> AttentionSlopes:
     """Gradients of attention. out: the rank's actual output."""
-    p = (q @ k.mT * scale).masked_fill(unseen, -math.inf).softmax(-1)
+    p, off = _shares(q, k, scale, unseen)
     ds = scale * p * (dout @ v.mT - (dout * out).sum(-1, keepdim=True))
-    size = scale * p * (dout.abs() @ v.abs().mT + (dout * out).abs().sum(-1, keepdim=True))
+    sizes = scale * (dout.abs() @ v.abs().mT + (dout * out).abs().sum(-1, keepdim=True))
+    size, ds_off = p * sizes, off * sizes
     return AttentionSlopes(
-        Total(ds @ k, size @ k.abs(), None),
-        Total(ds.mT @ q, size.mT @ q.abs(), None),
-        Total(p.mT @ dout, p.mT @ dout.abs(), None),
+        Total(ds @ k, size @ k.abs(), ds_off @ k.abs()),
+        Total(ds.mT @ q, size.mT @ q.abs(), ds_off.mT @ q.abs()),
+        Total(p.mT @ dout, p.mT @ dout.abs(), off.mT @ dout.abs()),
     )
 
 
@@ -124,7 +132,7 @@ def head(
     """
     summed = matmul(x_ND, NearNumbers(weight_VD))
     logits = rounded(summed, high, order * summed.size)
-    off = torch.zeros_like(logits.x) if logits.off is None else logits.off
+    off = torch.zeros_like(logits.x) if logits.off is None else logits.off.expm1()
     p, targets_N1 = logits.x.softmax(-1), targets_N[:, None]
     each = -logits.x.log_softmax(-1).gather(-1, targets_N1)
     mean_off = (p * off).sum(-1, keepdim=True)
@@ -132,7 +140,9 @@ def head(
         each.sum() / positions, each.abs().sum() / positions, (off.gather(-1, targets_N1) + mean_off).sum() / positions
     )
     slopes = (p - F.one_hot(targets_N, p.size(-1))) / positions
-    made = rounded(NearNumbers(slopes, p * (off + mean_off) / positions), high, CURVED * (p + (slopes < 0)) / positions)
+    # A share moves by its own logit and, the other way, by the mean of all: one of almost 1 by neither.
+    p_off = p * ((1 - p) * off + (mean_off - p * off))
+    made = rounded(NearNumbers(slopes, p_off / positions), high, CURVED * (p + (slopes < 0)) / positions)
     return HeadSlopes(loss, matmul(made, NearNumbers(weight_VD.mT)), matmul(transposed(made), transposed(x_ND)))
 
 

@@ -21,6 +21,7 @@ whole outputs. All comparisons use `Comparisons.compare` (comparison.py).
 Shapes as in train/prove/reference.py.
 """
 
+import math
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -33,9 +34,10 @@ import torch
 from cluster.run_files import step_name
 from conf.run_paths import RunPaths
 from conf.schema import Config
+from train.checkpoint.manifest import read_manifest
 from train.prove import reference_step
 from train.prove.bounds import UNIT, Bound, chosen, coarsest
-from train.prove.comparison import Comparisons
+from train.prove.comparison import WHOLE_NUMBERS, Comparisons
 from train.prove.evidence import EVIDENCE, Evidence, State, read_evidence
 from train.prove.findings import ProofFindings, together
 from train.prove.judge_gradients import judge_reduction, judge_totals
@@ -55,7 +57,7 @@ from train.prove.judge_state import (
     state_from_checkpoint,
 )
 from train.prove.judge_update import judge_biases, judge_update
-from train.prove.layouts import PROOFS, RunPart, passes_of, run_part, save_step, watched_steps
+from train.prove.layouts import PROOFS, RunPart, run_part, save_step, watched_steps
 from train.prove.perturbed import PerturbedRuns, run_reference_step
 from train.prove.reference import PlainModel
 from train.prove.samples import Samples, initial_weights
@@ -67,7 +69,7 @@ def judge_all(config: Config, proofs: Sequence[str] | None = None, at_a_time: in
 
     at_a_time: values above 1 use forks of this process, which must not have computed with torch before.
     """
-    given = passes_of(config) if proofs is None else proofs
+    given = [*PROOFS] if proofs is None else proofs
     if at_a_time == 1:
         return together([judge_pass(config, proof) for proof in given])
     with ProcessPoolExecutor(at_a_time, get_context("fork"), torch.set_num_threads, (1,)) as judges:
@@ -89,6 +91,8 @@ class Judge:
         self.at, self.job, self._folder = Comparisons(proof, config, findings), config, folder
         self.checkpoints = RunPaths(replace(config, name=f"{config.name}/{proof}")).checkpoints
         self.tally = Tally()
+        self.losses: dict[int, float] = {}
+        """Held-out losses of the first part, by step."""
         self.run: RunPart | None = None
         """The part of the run to which the step belongs."""
 
@@ -113,13 +117,16 @@ class Judge:
                 return
             if self.run is None:
                 continue
-            if part == 0 and step == save_step(at.config):
-                saved = before, self.tally
-                judge_checkpoint(at, self.checkpoints / step_name(step), before)
-            elif step == self.run.last and (
-                part or step < self.job.steps
-            ):  # otherwise the second part has overwritten it
-                judge_checkpoint(at, self.checkpoints / step_name(step), before)
+            is_saved = part == 0 and step == save_step(at.config)
+            saved = (before, self.tally) if is_saved else saved
+            is_best, path = self._is_best(), self.checkpoints / step_name(step)
+            if step == self.run.last:
+                is_saved = part > 0 or step < self.job.steps  # otherwise the second part has overwritten it
+            if is_saved or (is_best and step < self.run.last):
+                judge_checkpoint(at, path, before)
+                if is_best is not None:
+                    best = min(self.losses, key=self.losses.__getitem__)
+                    at.compare("step of the best", path.name, read_manifest(path).meta["best"][0], best, WHOLE_NUMBERS)
         assert before is not None, f"no rank left evidence of pass {at.proof}"
 
     def _enter(self, part: int, step: int, ranks: list[Evidence]) -> None:
@@ -219,10 +226,19 @@ class Judge:
         self.tally = self.tally.after(batch_size, applied)
         judge_tally(self.at, ranks, self.tally)
 
+    def _is_best(self) -> bool | None:
+        """Whether checkpoint.keep_best keeps the state after this step; None if it does not act here."""
+        if not self.at.config.checkpoint.keep_best or self.at.part or not self.losses:
+            return None
+        is_best = min(self.losses, key=self.losses.__getitem__) == self.at.step
+        self.at.acted("checkpoint.keep_best, steps", is_best)
+        return is_best
+
     def _judge_validation(self, ranks: list[Evidence], after: State) -> None:
-        """Judge the validation loss after the last step of each part."""
-        if self.run is not None and self.at.step == self.run.last:
+        """Judge the validation loss of every step that has one: the last of each part, or all of the first."""
+        if self.run is not None and (self.at.step == self.run.last or self.run.config.log.validate_every == 1):
             judge_validation(self.at, ranks, self._plain(after))
+            self.losses[self.at.step] = ranks[0].info.validation_loss or math.inf
 
     def _plain(self, state: State) -> PlainModel:
         """The reference with these weights, and with the frozen base weights of an adapter, which no step changes."""

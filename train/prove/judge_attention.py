@@ -7,6 +7,7 @@ values are computed from the recorded outputs of the linear layers around attent
 Shapes as in train/prove/reference.py; L positions of whole sequences, T of them on a rank.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,10 @@ from train.prove.step_parts import ELEMENTS, PartCall, StepParts
 SCORES = 4 * 2.0**-9
 """Attention cores may store probabilities and then their gradients in bf16, each rounded by 2^-9 relative. If ranks
 share sequences, each block of keys is rounded separately, and the sum once more."""
+
+
+OVERFLOW = 88.8
+"""An exponential of more is infinite in fp32."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,10 @@ def judge_attention(step: StepParts, name: str) -> None:
     for one in _shared_calls(step, name) if shared else _whole_calls(step, name):
         total, got = high.attend(one.q, one.k, one.v, scale, one.unseen), one.heads(one.call.get(one.what))
         step.compare("attention", one.call, one.what, total, _in_scores(step), got=got)
+        most_BHT = (one.q @ one.k.mT * scale).masked_fill(one.unseen, -math.inf).amax(-1)
+        step.at.acted(
+            "scores beyond an exponential in fp32, queries", int((most_BHT > OVERFLOW).sum()), most_BHT.numel()
+        )
         if not shared:
             _judge_heads(step, name, one)
 

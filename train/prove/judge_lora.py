@@ -125,6 +125,7 @@ class WeightLora:
             DEVIATIONS * (share * (1 - share) / count) ** 0.5, f"{DEVIATIONS:g} standard deviations of a share"
         )
         at.compare("dropout", name, lost, share, bound, rank=given.call.rank, scale=1.0)
+        at.acted("adapter.dropout, inputs", int(lost * count), count)
         x, off = (one * (got != 0) / (1 - share) for one in (given_x, low.slack(given.x)))
         rounded = Bound(4 * FP32, "a multiplication in fp32 and one rounding")
         self._step.compare("dropout", given.call, "x", Total(x, x.abs(), off), rounded, got=got, name=name)

@@ -10,13 +10,13 @@ terms. The gradient of a weight is the sum over all micro-batches and the mean o
 Numbers that rounding ties may change by more than INCONCLUSIVE of that sum are inconclusive. More than a fraction MOST_INCONCLUSIVE of
 them in a tensor fails, because the comparison would prove nothing.
 
-PART_JUDGES assigns a judge to each part: judge_matmuls.py, judge_attention.py, judge_layers.py, judge_router.py.
+PART_JUDGES assigns a judge to each part: judge_matmuls.py, judge_attention.py, judge_layers.py.
 """
 
 import re
 from collections.abc import Callable, Iterable
 
-from train.prove import judge_attention, judge_layers, judge_matmuls, judge_router, reference
+from train.prove import judge_attention, judge_layers, judge_matmuls, reference
 from train.prove.reference_adapter import is_adapted
 from train.prove.step_parts import StepParts
 
@@ -27,7 +27,7 @@ PART_JUDGES: tuple[tuple[str, PartJudge, PartJudge], ...] = (
     (r"(head)", judge_layers.judge_head, judge_layers.judge_head_back),
     (r"(.*norm)", judge_layers.judge_norm, judge_layers.judge_norm_back),
     (r"(.*)\.ffn_norm", judge_layers.judge_sums, judge_layers.judge_sums_back),
-    (r"(.*\.router)", judge_router.judge_router, judge_router.judge_router_back),
+    (r"(.*\.router)", judge_layers.judge_router, judge_layers.judge_router_back),
     (r"(.*)\.experts\.w13", judge_matmuls.judge_experts, judge_matmuls.judge_experts_back),
     (r"(?!.*norm|.*\.router|.*\.experts\.)(.+\..+)", judge_matmuls.judge_linear, judge_matmuls.judge_linear_back),
     (r"(.*\.(?:ffn|shared))\.w13", judge_matmuls.judge_swiglu, judge_matmuls.judge_swiglu_back),

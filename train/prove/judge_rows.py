@@ -15,11 +15,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from conf.dispatches import DISPATCHES
 from train.prove.bounds import Bound
 from train.prove.comparison import WHOLE_NUMBERS, Comparisons, in_each
 from train.prove.evidence import Evidence
+from train.prove.low_precision import TILE
 from train.prove.reference import layers_with_experts
 from train.prove.sent_rows import ACTIVATION_FLOOR, GRADIENT_FLOOR, sent_in_fp8, summed_rows
 
@@ -90,6 +92,8 @@ def _judge_sent(at: Comparisons, sent: SentRows, quantity: str, names: tuple[str
     given, arrived = (sent.seen[name] for name in names)
     rows_TD, top_k = given.double(), sent.seen["ids"].size(1)
     if at.config.parallel.wire == "fp8" and sent.ranks[0].info.ep > 1:
+        tiles = F.pad(rows_TD, (0, -rows_TD.size(1) % TILE)).unflatten(1, (-1, TILE)).abs().amax(-1)
+        at.acted(f"floor of the wire, tiles of {names[0]}", int((tiles < floor).sum()), tiles.numel())
         rows_TD = sent_in_fp8(rows_TD, floor)
     want = rows_TD[sent.order_at_tokens() // top_k]
     at.compare(quantity, sent.name, arrived[sent.order_at_experts()], want, ROWS, scale=1.0)

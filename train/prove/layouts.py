@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from math import gcd
+from math import gcd, lcm
 
 from conf.check import check
 from conf.dispatches import FLAT_DISPATCH
@@ -14,6 +14,7 @@ from conf.schema import (
     DispatchKind,
     HighFormat,
     Parallel,
+    Phase,
     PipelineSchedule,
     Precision,
     PrecisionName,
@@ -48,16 +49,25 @@ TILED = 136
 """Every width, and the tokens of a micro-batch, in check `tiles`: two tiles of 128, the second not full. With a single
 tile no value could get the scale of a neighbouring tile."""
 TILED_HEADS = 4
+WARP, WIDE_RANKS = 32, 2
+"""Threads of a warp: a rank has more experts if the model has as many. With more ranks in an expert group, all experts
+together would take a gigabyte."""
+FAINT = 1e-13
+"""Weight of the MTP loss in check `tiles` if something is in FP8: tiles of its gradients are below the floor of a
+scale."""
 
 
 def with_two_tiles(config: Config) -> Config:
     """The recipe with few wide layers, for two steps.
 
-    A pipeline changes no scale, so all ranks have all layers; dispatch and combine stay.
+    A pipeline changes no scale, so all ranks have all layers; shared sequences, dispatch and combine stay.
     """
     model, parallel, ranks = config.model, config.parallel, config.parallel.world
     dense, depth, multiple = min(model.dense_layers, 1), min(model.mtp_depth, 1), parallel.dispatch_facts.width
-    length = TILED + 1 + depth
+    length, experts = (TILED + 2) * parallel.cp, model.experts
+    if experts >= WARP and parallel.ep <= WIDE_RANKS:
+        step = lcm(model.groups, parallel.ep)
+        experts = max(experts, (WARP * parallel.ep // step + 1) * step)
     wide = replace(
         model,
         hidden=-(-TILED // multiple) * multiple,
@@ -71,12 +81,16 @@ def with_two_tiles(config: Config) -> Config:
         v_head_dim=TILED // TILED_HEADS,
         dense_width=TILED,
         expert_width=TILED,
+        experts=experts,
         max_seq_len=max(model.max_seq_len, length),
     )
-    plain = Parallel(dp=ranks, ep=parallel.ep, dispatch=parallel.dispatch, wire=parallel.wire, overlap=parallel.overlap)
-    optim = replace(config.optim, batch_ramp_start=None, batch_ramp_steps=0)
+    dp, kept = ranks // parallel.cp, ("cp", "ep", "dispatch", "wire", "overlap")
+    plain = Parallel(dp=dp, **{name: getattr(parallel, name) for name in kept})
+    optim = replace(config.optim, batch_ramp_start=None, batch_ramp_steps=0, qk_clip=None)
+    if is_tiled(config):
+        optim = replace(optim, mtp_weight=[Phase(value=FAINT)])
     small = replace(config, model=wide, parallel=plain, optim=optim, seq_len=length, steps=2)
-    return replace(small, batch_size=max(2, ranks), micro_batch_size=1)
+    return replace(small, batch_size=max(2, dp), micro_batch_size=1)
 
 
 PROOFS: dict[str, Callable[[Config], Config]] = {
@@ -89,19 +103,6 @@ PROOFS: dict[str, Callable[[Config], Config]] = {
 """The checks, and the function that converts a recipe for each."""
 IN_FP64 = ("exact", "loop")
 """Checks without an optimizer."""
-
-
-def passes_of(config: Config) -> list[str]:
-    """The checks of a recipe.
-
-    `tiles`, which judges single parts, is included if something has a scale per 128 values, or for an adapter in a
-    precision with rounding.
-    """
-    return [
-        proof
-        for proof in PROOFS
-        if proof != "tiles" or is_tiled(config) or (config.adapter.on and config.precision.name != "fp32")
-    ]
 
 
 LOOSE_CLIP = 1e4
@@ -152,7 +153,7 @@ def run_part(config: Config, number: int, ranks: int) -> RunPart:
         config,
         optim=replace(own, name=config.prove.first_optimizer or own.name),
         steps=max(stop, config.steps ^ 1),  # a different number with the same first half
-        log=replace(held_out, validate_every=stop),
+        log=replace(held_out, validate_every=1 if config.checkpoint.keep_best else stop),
         checkpoint=replace(config.checkpoint, every=saved),
     )
     return RunPart(number, first, stop, saved if saved > 1 else None)

@@ -48,6 +48,7 @@ from conf.schema import (
 from parallel.layout import Layout
 from train.plan.job import layout_of
 from train.prove.bounds import is_tiled
+from train.prove.layouts import second_layout
 
 STEPS = 4
 SEQUENCE = 24
@@ -70,12 +71,15 @@ CLIP = 0.1
 RATE = 1e-3
 """Lower bound of the learning rate. With a smaller rate, the change of the weights or of their average could be below
 their rounding. No code path depends on the rate."""
+BUFFER = 4096.0
+"""Bytes of the host buffer of a checkpoint if the recipe limits it: a checkpoint is written in several pieces."""
 SHOWN = (
     "model.",
     "adapter.",
     "optim.",
     "parallel.",
     "cluster.ranks_per_node",
+    "checkpoint.staging_bytes",
     "steps",
     "seq_len",
     "batch_size",
@@ -159,7 +163,9 @@ def shrink(cfg: Config) -> Miniature:
             compiled=cfg.cluster.compiled,
             ranks_per_node=layout.ranks_per_node,
         ),
-        checkpoint=Checkpoint(),
+        checkpoint=Checkpoint(
+            staging_bytes=min(cfg.checkpoint.staging_bytes, BUFFER), keep_best=cfg.checkpoint.keep_best
+        ),
         log=Log(progress=cfg.log.progress),
         hardware=Hardware(),
         plan=Plan(),
@@ -176,9 +182,16 @@ def shrink(cfg: Config) -> Miniature:
         ) as other:  # ranks are forks of this process, which must not have computed with torch
             limit = other.submit(middle_score, small).result()
         small = replace(small, optim=replace(small.optim, qk_clip=limit))
+    axes, parallels = ("pp", "dp", "cp", "ep"), (small.parallel, second_layout(small, max(2, layout.world)))
+    if few := [
+        axis for axis in axes if getattr(cfg.parallel, axis) > 2 >= max(getattr(one, axis) for one in parallels)
+    ]:
+        structure = [
+            *structure,
+            f"No layout has three ranks along {', '.join(few)}: what only a third gets wrong is not seen.",
+        ]
     if small.adapter.dropout:
-        where = "acts in no pass" if small.precision.weight_bytes == 4 else "acts in pass tiles alone"
-        structure = [*structure, f"Dropout {where}: single parts are judged with it, and where products round."]
+        structure = [*structure, "Dropout acts in pass tiles alone, where single parts are judged with it."]
     return Miniature(small, [*structure, *_differences(whole, small)])
 
 

@@ -109,8 +109,7 @@ def _run_rank(config: Config, place: Place, parts: Sequence[int]) -> int:
 
 
 def _judge(config: Config, small: Config, cuts: list[str], started: float) -> int:
-    from train.prove.card import write_card
-    from train.prove.certificate import Certificate
+    from train.prove.certificate import Certificate, write_card
     from train.prove.findings import ProofFindings, together
     from train.prove.judge import judge_all
     from train.prove.judge_state import judge_schedules

@@ -10,6 +10,7 @@ Shapes: B sequences, S = seq_len + 1.
 """
 
 import hashlib
+import re
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from conf.schema import Config
 from train.data.batch import Batch
+from train.prove.bounds import is_tiled
 from train.prove.recipe_values import read_values
 from train.prove.reference import PlainModel, layers_with_experts, trained_shapes, weight_shapes
 from train.prove.reference_adapter import in_blocks, is_stored_in_blocks
@@ -29,6 +31,11 @@ CROWDED = 1.0
 """Bias of the first expert, which all tokens choose; the negative bias of the last expert, which no token chooses."""
 TILE, STEP = 128, 2.0**-6
 """Channels of a tile, and the factor of every second tile."""
+LOUD = 64.0
+"""Factor of the first head's queries and of a row of the output head, in wide models: without its maximum a softmax of
+these scores overflows."""
+BELOW_FLOOR = 2.0**-26
+"""Factor of the second tile of what the last experts take, if something is in FP8: it is below the floor of a scale."""
 
 
 class Samples:
@@ -58,7 +65,8 @@ class Samples:
         """
         draw, length = drawing(f"{self._config.seed}/sample/{number}"), self._config.seq_len + 1
         share_S = torch.rand(length, generator=draw, dtype=torch.float64)
-        tokens_S = (share_S**2 * self._config.model.vocab_size).long()
+        is_wide = self._config.model.expert_width > TILE
+        tokens_S = (share_S**2 * (self._config.model.vocab_size - is_wide)).long()  # never the loud token
         ends_S = torch.rand(length, generator=draw) < 3 / length
         documents_S = ends_S.cumsum(0).int()
         if not self._config.data.chats:
@@ -125,9 +133,27 @@ def initial_weights(config: Config) -> dict[str, Tensor]:
             )
             inputs = _by_tile(shape[-1], name.endswith("projection.weight"))
             weights[name] = drawn / shape[-1] ** 0.5 * outputs / inputs
+    if config.model.expert_width > TILE:
+        _stretch(config, weights)
     if config.adapter.base == "fp8":
         weights |= {name: in_blocks(weights[name]) for name in weights if is_stored_in_blocks(name)}
     return weights
+
+
+def _stretch(config: Config, weights: dict[str, Tensor]) -> None:
+    """Give the weights of a wide model values at which limits act: softmaxes that overflow, and tiles below a floor."""
+    queries = config.model.nope_head_dim + config.model.rope_head_dim
+    for name in weights:
+        if re.search(r"attention\.q(_up)?\.weight$", name):
+            weights[name][:queries] *= LOUD
+    weights["head.weight"][-1] *= LOUD  # of a token that never occurs: as a target its gradient would be rounding
+    *_, last = layers_with_experts(read_values(config).model)
+    prefix = f"{last}.block" if last.startswith("mtp.") else last
+    if is_tiled(config):
+        weights[f"{prefix}.ffn_norm.weight"][TILE:] *= BELOW_FLOOR
+        for name in ("moe.experts.w13", "moe.shared.w13.weight"):
+            if f"{prefix}.{name}" in weights:
+                weights[f"{prefix}.{name}"][..., TILE:] /= BELOW_FLOOR
 
 
 def _by_tile(width: int, halves: bool = False) -> Tensor:

@@ -16,6 +16,7 @@ from tests.prove.mutations import (
     formats,
     fp8,
     high,
+    limits,
     loops,
     losses,
     muon,
@@ -55,6 +56,7 @@ _FILES = (
     high,
     wire,
     shared,
+    limits,
 )
 AREAS = [area.__name__.rsplit(".", 1)[-1] for area in _FILES]
 """In the order of a step."""
