@@ -43,6 +43,11 @@ def test_everything_that_has_a_scale_has_two_tiles_of_which_the_last_is_not_full
     assert watched_steps(cfg) == {cfg.steps}, "behind an update, which copies of weights must follow"
 
 
+def test_a_model_without_experts_has_weights_at_limits_too():
+    cfg = with_two_tiles(shrink(recipe("tiny", "precision=fp8", "model.dense_layers=4", "model.mtp_depth=0")).cfg)
+    assert initial_weights(cfg)["layers.0.ffn_norm.weight"][TILE:].min() > 0.1
+
+
 def test_deepep_has_two_tiles_that_are_full(monkeypatch):
     cfg = recipe("deepseek_v3", "parallel=deepseek_v3", "precision=fp8", "parallel.dispatch=deepep")
     monkeypatch.setattr(gpu, "usable_gpu", lambda wanted: True)

@@ -147,13 +147,11 @@ def _stretch(config: Config, weights: dict[str, Tensor]) -> None:
         if re.search(r"attention\.q(_up)?\.weight$", name):
             weights[name][:queries] *= LOUD
     weights["head.weight"][-1] *= LOUD  # of a token that never occurs: as a target its gradient would be rounding
-    *_, last = layers_with_experts(read_values(config).model)
-    prefix = f"{last}.block" if last.startswith("mtp.") else last
-    if is_tiled(config):
+    for last in layers_with_experts(read_values(config).model)[-1:] if is_tiled(config) else ():
+        prefix = f"{last}.block" if last.startswith("mtp.") else last
         weights[f"{prefix}.ffn_norm.weight"][TILE:] *= BELOW_FLOOR
-        for name in ("moe.experts.w13", "moe.shared.w13.weight"):
-            if f"{prefix}.{name}" in weights:
-                weights[f"{prefix}.{name}"][..., TILE:] /= BELOW_FLOOR
+        for name in {f"{prefix}.moe.experts.w13", f"{prefix}.moe.shared.w13.weight"} & weights.keys():
+            weights[name][..., TILE:] /= BELOW_FLOOR
 
 
 def _by_tile(width: int, halves: bool = False) -> Tensor:
