@@ -99,7 +99,7 @@ def read_chat(record: Any, place: str, field: str) -> Chat:
 
     if not isinstance(record, dict):
         raise refuse(f"is a {type(record).__name__}, and a chat is an object", "write one object per line")
-    record = _without_nulls(record)
+    record = without_nulls(record)
     written = "".join(_texts(record))
     if SURROGATE.search(written) or any(mark in written for mark in PLACE_MARKS):
         raise refuse("is not Unicode text: it holds half a pair, or U+FDD0 or U+FDD1", "correct or remove it")
@@ -128,11 +128,11 @@ def read_chat(record: Any, place: str, field: str) -> Chat:
     return Chat([message for message, _ in found], tools, learnt)
 
 
-def _without_nulls(value: Any) -> Any:
+def without_nulls(value: Any) -> Any:
     """The value without the keys whose value is null, at every depth."""
     if isinstance(value, dict):
-        return {key: _without_nulls(one) for key, one in value.items() if one is not None}
-    return [_without_nulls(one) for one in value] if isinstance(value, list) else value
+        return {key: without_nulls(one) for key, one in value.items() if one is not None}
+    return [without_nulls(one) for one in value] if isinstance(value, list) else value
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -27,7 +27,7 @@ from typing import Any, Protocol
 from conf.disk import cure_of_reading
 from conf.errors import UserError
 from conf.schema import CHATS, Config, DataFormat, MixSource
-from train.data.chats import CHAT_KEYS, Chat, read_chat, read_docstring_chats
+from train.data.chats import CHAT_KEYS, Chat, read_chat, read_docstring_chats, without_nulls
 from train.data.prepare_progress import ReportProgress
 from train.data.reach import hub, offline_reason
 from train.data.readers import (
@@ -199,14 +199,8 @@ def open_chats(source: MixSource, key: str, way: str, by_content: bool = False) 
 def _canonical(record: Any) -> str:
     """A record's chat as one canonical text: independent of key order, and the same for JSONL and Parquet, which
     writes absent keys as null."""
-
-    def without_null(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: without_null(one) for key, one in value.items() if one is not None}
-        return [without_null(one) for one in value] if isinstance(value, list) else value
-
     return json.dumps(
-        without_null({key: record[key] for key in CHAT_KEYS if key in record}), sort_keys=True, default=str
+        without_nulls({key: record[key] for key in CHAT_KEYS if key in record}), sort_keys=True, default=str
     )
 
 
