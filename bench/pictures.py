@@ -23,7 +23,7 @@ from train.plan.report.plan_record import plan_record
 from train.show.report import write_report
 
 DOCS = ROOT / "train" / "docs"
-PLANNED = ("conf=deepseek_v3", "mode=plan", "parallel.schedule=1f1b")
+PLANNED = ("conf=deepseek_v3", "mode=plan")
 """The words of the command that the README has beside the picture."""
 WIDTH = 1500
 MOST = 150_000

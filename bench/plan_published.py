@@ -4,11 +4,10 @@
 
 For all jobs of bench/published_jobs.py, which names their sources, prints the planned speed over the published speed.
 Rates come from published timings of kernels and links (conf/hardware), none from these jobs, so the planned times are
-not fitted. Their error gives the interval that a plan shows. The mean square of log(published / planned) is taken per
-source, and each source counts once. Its root times the quantile of Student's t for the number of sources covers four of
-five jobs. Coverage and width belong to intervals made without the source that they are tested on, and once more without
-all software of the same laboratory. Another row shows the mean error with a factor for every generation and dtype,
-fitted to the other sources and shrunk: it improves so little that plans have no such factor.
+not fitted. Their errors give the intervals that a plan shows: of tuned programs, and of all kinds for this program, which
+no GPU has timed. An interval has the mean error of its jobs in its middle, where every source counts once, and is as wide
+as four of five jobs of a further source need (Student's t). "Held" is the share of jobs in intervals made without their
+source. A job that the host binds is in no interval.
 
 Then DeepSeek's own job, part by part (2048 H800, 14.8T tokens; ISCA paper 2505.09343, table 4, MPFT column; V3 report,
 table 1), with its software: DeepGEMM and DeepEP as first released (February 2025, closest to the job and in the month
@@ -58,7 +57,7 @@ from train.plan.report.plan_record import reserve_words, verdict
 from train.plan.search.changes import with_changes
 from train.plan.search.cures import find_split
 from train.plan.time.passes import Segment, overlapped
-from train.plan.time.rates import PUBLISHED_SPREAD, load_rates
+from train.plan.time.rates import OURS_UNTIMED, TUNED, load_rates
 from train.plan.time.stages import Stages
 from train.plan.time.step_time import StepTime, plan_time
 
@@ -232,8 +231,6 @@ class PlannedJob:
     """A published job and its plan."""
 
     job: PublishedJob
-    group: tuple[str, str]
-    """Generation of the device, and format."""
     speed: float
     """Planned tokens per second of a device."""
 
@@ -249,77 +246,52 @@ FOUR_OF_FIVE = 0.9
 
 def plan_jobs(only: str = "") -> list[PlannedJob]:
     """Those whose source or name has the words."""
-    found = []
-    for job in published_jobs():
-        if only in f"{job.source}: {job.name}":
-            config = compose(*job.overrides)
-            device, form = config.hardware.device, "bf16" if config.precision.fp8 is None else "FP8"
-            generation = (
-                "Hopper" if device in ("H800", "H100") else "Blackwell Ultra" if "300" in device else "Blackwell"
-            )
-            found.append(PlannedJob(job, (generation, form), plan_time(config).tokens_per_second_per_gpu))
-    return found
+    jobs = (job for job in published_jobs() if only in f"{job.source}: {job.name}")
+    return [PlannedJob(job, plan_time(compose(*job.overrides)).tokens_per_second_per_gpu) for job in jobs]
 
 
-def spread_of(jobs: Sequence[PlannedJob]) -> float:
-    """Half the width, in logarithms, of an interval that holds four of five jobs."""
+def interval_of(jobs: Sequence[PlannedJob]) -> tuple[float, float]:
+    """The interval of log(time / planned time) that four of five jobs of a further source need."""
     from scipy.stats import t  # takes a second to import
 
-    squares: dict[str, list[float]] = defaultdict(list)
+    sources: dict[str, list[float]] = defaultdict(list)
     for one in jobs:
-        squares[one.job.source].append(one.error**2)
-    return float(t.ppf(FOUR_OF_FIVE, len(squares))) * math.sqrt(np.mean([np.mean(each) for each in squares.values()]))
+        sources[one.job.source].append(one.error)
+    count, middle = len(sources), float(np.mean([np.mean(each) for each in sources.values()]))
+    squares = sum(float(np.mean((np.array(each) - middle) ** 2)) for each in sources.values())
+    half = float(t.ppf(FOUR_OF_FIVE, count - 1)) * math.sqrt(squares / (count - 1) * (1 + 1 / count))
+    return middle - half, middle + half
 
 
-@dataclass(frozen=True)
-class LeftOut:
-    """Intervals around jobs, each made without the jobs of its kind: shares of 1."""
-
-    coverage: float
-    half_width: float
-    """Median over jobs, of the planned time."""
-
-
-def leave_out(jobs: Sequence[PlannedJob], kind: Callable[[PublishedJob], str]) -> LeftOut:
-    """kind: what is left out together."""
-    spreads = {
-        each: spread_of([one for one in jobs if kind(one.job) != each]) for each in {kind(one.job) for one in jobs}
-    }
-    held = [abs(one.error) <= spreads[kind(one.job)] for one in jobs]
-    return LeftOut(float(np.mean(held)), float(np.median([math.sinh(spreads[kind(one.job)]) for one in jobs])))
+def held_share(jobs: Sequence[PlannedJob]) -> float:
+    """Share of the jobs in intervals that were made without their source."""
+    held = []
+    for source in {one.job.source for one in jobs}:
+        low, high = interval_of([one for one in jobs if one.job.source != source])
+        held += [low <= one.error <= high for one in jobs if one.job.source == source]
+    return float(np.mean(held))
 
 
-def fitted_error(jobs: Sequence[PlannedJob], kind: Callable[[PublishedJob], str]) -> float:
-    """Mean error of times with a factor for every generation and format, the mean of the other kinds' jobs there, shrunk towards 1 as
-    by one more source that the plan is right for."""
-    found = []
-    for one in jobs:
-        sources: dict[str, list[float]] = defaultdict(list)
-        for other in jobs:
-            if kind(other.job) != kind(one.job) and other.group == one.group:
-                sources[other.job.source].append(other.error)
-        factor = sum(float(np.mean(each)) for each in sources.values()) / (len(sources) + 1)
-        found.append(abs(math.expm1(factor - one.error)))
-    return float(np.mean(found))
+def by_interval(jobs: Sequence[PlannedJob]) -> dict[str, list[PlannedJob]]:
+    """The jobs of each interval of a plan, and of the other kinds."""
+    kinds = {kind: [one for one in jobs if one.job.kind == kind] for kind in ("tuned", "untuned", "native")}
+    return {OURS_UNTIMED: [one for one in jobs if one.job.kind != "host-bound"], TUNED: kinds.pop("tuned"), **kinds}
 
 
 def show_jobs(jobs: Sequence[PlannedJob]) -> None:
-    print(f"  {'tokens/s a device':67}{'published':>10}{'plan':>9}{'error of the time':>19}")
+    print(f"  {'tokens/s a device':67}{'kind':>11}{'published':>10}{'plan':>9}{'error of the time':>19}")
     for one in jobs:
-        away = 100 * math.expm1(-one.error)
-        print(f"  {one.job.source:29}{one.job.name:38}{one.job.tokens_per_second:10.0f}{one.speed:9.0f}{away:+17.1f} %")
-    errors = [math.expm1(-one.error) for one in jobs]
-    print(f"  {len(jobs)} jobs: mean error {100 * np.mean(np.abs(errors)):.1f} %, bias {100 * np.mean(errors):+.1f} %")
-    if len({one.job.laboratory for one in jobs}) < 2:
-        return
-    print(
-        f"  four of five within exp(-x) to exp(x) of a plan: x = {spread_of(jobs):.3f}, and plans have {PUBLISHED_SPREAD}"
-    )
-    for name, kind in (("source", lambda job: job.source), ("laboratory", lambda job: job.laboratory)):
-        left = leave_out(jobs, kind)
+        job, away = one.job, 100 * math.expm1(-one.error)
         print(
-            f"  without the job's own {name}: intervals hold {100 * left.coverage:.0f} %, half their width is "
-            f"{100 * left.half_width:.1f} %; with fitted factors the mean error is {100 * fitted_error(jobs, kind):.1f} %"
+            f"  {job.source:29}{job.name:38}{job.kind:>11}{job.tokens_per_second:10.0f}{one.speed:9.0f}{away:+17.1f} %"
+        )
+    for name, some in by_interval(jobs).items():
+        if len({one.job.source for one in some}) < 3:
+            continue
+        errors, (low, high) = [math.expm1(-one.error) for one in some], interval_of(some)
+        print(
+            f"  {name}: {len(some)} jobs, mean error {100 * np.mean(np.abs(errors)):.1f} %, bias {100 * np.mean(errors):+.1f} %; "
+            f"JobInterval({low:.3f}, {high:.3f}, {len(some)}, {held_share(some):.2f})"
         )
 
 

@@ -5,8 +5,8 @@
 A layout by hand is one that an expert of this trainer would write for the job: pipelines of several lengths, their
 schedules, one or more sequences at a time, recomputed or offloaded blocks, DeepEP, the optimizer on the host, ZeRO 3.
 Each is planned as by `mode=plan`. If a layout by hand fits and is faster than the best result of the search, or if one
-fits and the search finds none, the bench ends with an error. The seconds of a search are core-seconds. Jobs have no
-ramp of batch sizes, because layouts would have to divide all of them. 48 B200 are the fewest that hold 671B: the
+fits and the search finds none, the bench ends with an error. The seconds of a search, and of its first and last
+answer, are core-seconds. Jobs have no ramp of batch sizes, because layouts would have to divide all of them. 48 B200 are the fewest that hold 671B: the
 optimizer does not fit on the devices of 32, and on their hosts a node would need 2.6 TB of its 2 TB.
 
 Takes about ten minutes.
@@ -19,11 +19,11 @@ import time
 from conf.errors import UserError
 from conf.load import compose
 from train.plan.budget import make_plan
-from train.plan.search.search import search
+from train.plan.search.search import FoundLayout, search
 
 RAMPLESS = "data.path=none mode=plan optim.batch_ramp_start=null optim.batch_ramp_steps=0"
 CHEAP = "norm,mla_up,swiglu"
-V3 = f"conf=deepseek_v3 checkpoint.staging_bytes=4e9 {RAMPLESS}"
+V3 = f"conf=deepseek_v3 parallel.offload_optimizer=false checkpoint.staging_bytes=4e9 {RAMPLESS}"
 JOBS = {
     "8 H100 (16B)": (8, f"conf=deepseek_v3_16b hardware=h100 {RAMPLESS}"),
     "256 H100": (256, f"{V3} hardware=h100"),
@@ -31,6 +31,7 @@ JOBS = {
     "48 B200": (48, f"{V3} hardware=b200 precision=mxfp8"),
     "32K": (2048, f"conf=deepseek_v3_32k {RAMPLESS}"),
     "128K": (2048, f"conf=deepseek_v3_128k {RAMPLESS}"),
+    "512 H100 (Kimi K2)": (512, f"conf=kimi_k2 hardware=h100 {RAMPLESS}"),
     "4 H800 (tiny)": (4, f"conf=tiny hardware=h800 {RAMPLESS}"),
 }
 """Devices, and the recipe. The last is there to try the bench."""
@@ -126,6 +127,13 @@ BY_HAND = {
         _layout(8, 8, 64, "1f1b", 1, "away", "deepep", cp=32),
         _layout(16, 4, 64, "1f1b", 1, "again", "deepep", cp=32),
     ],
+    "512 H100 (Kimi K2)": [
+        "parallel.dp=32",
+        "parallel.dp=32 parallel.schedule=1f1b",
+        "parallel.dp=32 parallel.dispatch=deepep",
+        "parallel.dp=32 parallel.dispatch=deepep parallel.offload_optimizer=true",
+        "parallel.pp=8 parallel.dp=64 parallel.ep=32 parallel.dispatch=deepep parallel.offload_optimizer=true",
+    ],
     "4 H800 (tiny)": [_layout(1, 4, 4, "1f1b", 4), _layout(2, 2, 2, "zbv", 4)],
 }
 
@@ -150,14 +158,22 @@ def main() -> None:
     for job in options.jobs or JOBS:
         devices, recipe = JOBS[job]
         began, best = time.process_time(), None
+        answers: list[tuple[float, float]] = []
+
+        def tell(found: FoundLayout, began: float = began, answers: list[tuple[float, float]] = answers) -> None:
+            answers.append((time.process_time() - began, found.step_seconds))
+
         try:
-            found = search(compose(*recipe.split(), "plan.search=true", f"plan.devices={devices}"))
+            found = search(compose(*recipe.split(), "plan.search=true", f"plan.devices={devices}"), tell)
         except UserError as error:
             words = error.rule.partition(" (")[0]
         else:
             best = found.best[0]
             words = f"{best.step_seconds:.4g} s a step among {found.tried} layouts\n    {' '.join(best.overrides)}"
         print(f"{job}, {time.process_time() - began:.0f} s: {words}", flush=True)
+        if answers:
+            (first, step), (last, _) = answers[0], answers[-1]
+            print(f"    first answer after {first:.0f} s ({step:.4g} s a step), best after {last:.0f} s", flush=True)
         for layout in BY_HAND[job][: options.layouts]:
             seconds, why = plan_by_hand(recipe, layout)
             away = "" if seconds is None or best is None else f", {100 * (seconds / best.step_seconds - 1):+.1f} %"

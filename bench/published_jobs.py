@@ -2,7 +2,7 @@
 
 A source is a laboratory with one release of its software, because rows of one source have correlated errors. All jobs
 except the marked ones force balanced experts. Left out: jobs with tensor parallelism (Megatron-Bridge's 1024 H100,
-torchtitan's 256 B200), and jobs that drop tokens (Megatron-Bridge 25.09 on Blackwell).
+torchtitan's 256 B200).
 
 Megatron-Bridge: docs/performance-summary.md and -archive.md (all releases; DeepSeek-V3 and Kimi K2 on 256 devices; the
 optimizer time is assumed to be ours), layouts of src/megatron/bridge/perf_recipes, reruns and Moonlight of
@@ -15,7 +15,11 @@ MTP, according to its operations per token; FSDP is ZeRO 1 here; gradients accum
 count as separate steps.
 SimuMax: docs/b200/b200_release_v1.2_summary.md, eight B200, four layers (one of them dense) without MTP, by
 micro-batches of a rank.
-DeepSeek: ISCA paper 2505.09343, table 4, on 2048 H800.
+DeepSeek: ISCA paper 2505.09343, table 4, on 2048 H800; the V2 report (172.8K hours a trillion tokens; its number of
+devices is not published, 512 is assumed).
+Found later: Megatron-Bridge 25.09 drops tokens; the layout of its GB200 row is assumed. dgxc-benchmarking 25.11.
+Megatron-LM's guide for GB200: its row with an all-to-all and without CUDA graphs is bound by the host. torchtitan: issues
+1789 and 1993 (from its MFU), batches assumed.
 """
 
 from collections.abc import Iterator
@@ -52,6 +56,16 @@ class PublishedJob:
         """The source without the release."""
         return self.source.rpartition(" ")[0]
 
+    @property
+    def kind(self) -> str:
+        """The kind of program: tuned, untuned (releases of 2025, or nothing overlapped), native (PyTorch's own parallelism) or
+        host-bound."""
+        if "all-to-all" in self.name:
+            return "host-bound"
+        if "Automodel" in self.source or "torchtitan" in self.source:
+            return "native"
+        return "tuned" if "Megatron-Bridge 26" in self.source or self.source.endswith("2024-12") else "untuned"
+
 
 def published_jobs() -> Iterator[PublishedJob]:
     """All of them, by source."""
@@ -59,6 +73,7 @@ def published_jobs() -> Iterator[PublishedJob]:
     yield from _megatron_bridge()
     yield from _automodel()
     yield from _simumax()
+    yield from _later()
 
 
 def laid_out(
@@ -75,7 +90,7 @@ def laid_out(
 OURS = ("conf=deepseek_v3", "data.path=none", "mode=plan", "hardware=h800")
 """DeepSeek's job as its recipe here has it, by the means of this trainer: what `python -m train conf=deepseek_v3 mode=plan` plans."""
 DEEPSEEK = (
-    *OURS, *FP8, "parallel.dispatch=deepep", "plan.imbalance=1", "hardware.rates.across.bandwidth=40.2e9", "hardware.rates.fprop_fp8.seconds=8.3e-6",
+    *OURS, *FP8, "parallel.offload_optimizer=false", "parallel.dispatch=deepep", "plan.imbalance=1", "hardware.rates.across.bandwidth=40.2e9", "hardware.rates.fprop_fp8.seconds=8.3e-6",
     "hardware.rates.fprop_fp8.flops=1700e12", "hardware.rates.fprop_fp8.bandwidth=2.02e12",
 )  # fmt: skip
 """The same by DeepSeek's: balanced experts, and DeepGEMM and DeepEP as first released (February 2025), the nearest to the job: the fit of ten
@@ -155,3 +170,30 @@ def _simumax() -> Iterator[PublishedJob]:
             overrides = (*BASE, "hardware=b200", *words, *small, *model)
             speed = batch * 4096 / (taken / 1e3) / 8
             yield PublishedJob("Moore Threads SimuMax 1.2", f"{name}, 8 B200, bf16, pp {pp}, {count}", overrides, speed)
+
+
+def _later() -> Iterator[PublishedJob]:
+    """Jobs that were found after the rates were chosen."""
+    deepseek_v2 = (*V2, "model.layers=60", "model.dense_layers=1", *NO_MTP, *BF16)
+    words = laid_out(512, 16, 8, 9216, "zbv", dispatch="flat")
+    yield PublishedJob(
+        "DeepSeek HAI-LLM 2024-05", "V2, H800, bf16", 1608, (*BASE, "hardware=h800", *deepseek_v2, *words)
+    )
+
+    def row(source: str, name: str, device: str, speed: float, *words: str) -> PublishedJob:
+        form = () if "precision=bf16" in words else FP8
+        return PublishedJob(f"NVIDIA {source}", name, (*BASE, *form, f"hardware={device}", *words), speed)
+
+    flat = laid_out(256, 16, 8, 2048, split=SIXTEEN)
+    yield row("Megatron-Bridge 25.09", "671B, 256 B200, tokens dropped", "b200", 2159, *flat)
+    eight = laid_out(256, 8, 32, 2048, "interleaved", 4, split=THIRTY_TWO)
+    yield row("Megatron-Bridge 25.09", "671B, 256 GB200, tokens dropped", "gb200_nvl72", 2835, *eight)
+    four = laid_out(256, 4, 64, 2048, "interleaved", 4, split=SIXTEEN)
+    yield row("dgxc-benchmarking 25.11", "671B, 256 GB200, bf16", "gb200_nvl72", 2960, *four, *BF16)
+    alone = laid_out(256, 8, 32, 2048, "interleaved", 4, split=THIRTY_TWO, dispatch="flat")
+    yield row("Megatron-LM guide", "671B, 256 GB200, all-to-all", "gb200_nvl72", 1981, *alone, *NO_MTP)
+    yield row("Megatron-LM guide", "671B, 256 GB200, DeepEP and graphs", "gb200_nvl72", 3325, *eight, *NO_MTP)
+    small = ("conf=deepseek_v3_16b", *BASE[1:], *NO_MTP, *BF16)
+    for number, device, speed, ep in ((1789, "h100", 11545, 8), (1993, "b200", 22600, 8), (1993, "b200", 25800, 1)):
+        words = (*small, f"hardware={device}", *laid_out(8, 1, ep, 512, size=4, dispatch="flat"))
+        yield PublishedJob(f"Meta torchtitan {number}", f"16B, 8 {device.upper()}, natural, ep {ep}", words, speed)

@@ -9,7 +9,7 @@ EXIT_OK, EXIT_CRASH, EXIT_USER, EXIT_DIVERGED, EXIT_STOPPED, EXIT_INTERRUPTED = 
 EXIT_CODES = {
     EXIT_OK: "all was done",
     EXIT_CRASH: "it failed: a crash, a rank that was killed or hangs, a disk that refused the last checkpoint, a proof that does not hold",
-    EXIT_USER: "the input is wrong: the error names field, rule and cure, and nothing was started or written",
+    EXIT_USER: "the input is wrong: the error names field, rule and cure, and nothing was started or written; or `mode=plan` says on its screen that a layout does not fit",
     EXIT_DIVERGED: "the loss or a gradient was not finite, `optim.max_bad_steps` times in a row",
     EXIT_STOPPED: "a signal stopped a training, with a checkpoint if a step was done; the same command, without `resume=`, goes on",
     EXIT_INTERRUPTED: "Ctrl-C ended it at once: any other mode, a command that was still starting, or a second Ctrl-C in a training",

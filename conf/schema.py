@@ -707,6 +707,9 @@ class Hardware:
     """What /dev/shm of a host holds, in bytes, for copies in memory (checkpoint.memory_folder); 0 for half of host_memory_bytes, as Linux has it."""
     disk_bytes: float = expert(0.0, least=0)
     """Room for checkpoints and exports of the run on the file system of all nodes, in bytes; 0 for not known."""
+    storage_bandwidth: float = expert(0.0, least=0)
+    """Bytes per second that this file system writes or reads for all nodes together. Llama 3's sustained 2e12. 0 for not known: a
+    plan then leaves the time to write and load checkpoints out, and advises no interval of checkpoints."""
     bf16_flops: float = expert(0.0, least=0)
     """Dense peak of one device, FLOP/s: what MFU is counted against."""
     fp8_flops: float = expert(0.0, least=0)

@@ -100,7 +100,7 @@ def test_no_argument_in_brackets_is_bare():
 def test_the_plan_beside_the_picture_is_that_of_the_picture():
     command = f"sluice {' '.join(PLANNED)}"
     assert f"by\n`{command}`" in (ROOT / "README.md").read_text()
-    assert make_plan(compose(*PLANNED)).verdict == "fits"
+    assert make_plan(compose(*PLANNED)).fits
 
 
 def test_the_system_that_it_runs_on_is_said_where_one_installs():

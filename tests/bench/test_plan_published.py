@@ -1,6 +1,7 @@
 """The interval that plans show is the one of the published jobs, and its rules."""
 
 import math
+from collections import Counter
 
 import pytest
 
@@ -8,41 +9,34 @@ from bench import plan_published as bench
 from bench.published_jobs import DEEPSEEK, PublishedJob, published_jobs
 from conf.load import compose
 from parallel.pipeline.orders import Action
+from train.plan.time.rates import INTERVALS, OURS_UNTIMED, TUNED
 from train.plan.time.step_time import plan_time
 
 
-def _planned(source: str, error: float, group=("Hopper", "FP8")) -> bench.PlannedJob:
-    return bench.PlannedJob(PublishedJob(source, "made up", (), 1.0), group, math.exp(error))
+def _planned(source: str, error: float) -> bench.PlannedJob:
+    return bench.PlannedJob(PublishedJob(source, "made up", (), 1.0), math.exp(error))
 
 
-def test_rows_are_of_many_sources_and_no_layout_stands_twice_under_one_speed():
+def test_rows_are_of_many_sources_and_kinds_and_no_layout_stands_twice_under_one_speed():
     jobs = list(published_jobs())
-    assert len(jobs) == 53 and len({job.source for job in jobs}) == 8
-    assert {job.laboratory for job in jobs} == {
-        "DeepSeek HAI-LLM", "NVIDIA Megatron-Bridge", "NVIDIA Automodel", "Moore Threads SimuMax",
-    }  # fmt: skip
+    assert len(jobs) == 62 and len({job.source for job in jobs}) == 14
+    assert Counter(job.kind for job in jobs) == {"tuned": 32, "untuned": 23, "native": 6, "host-bound": 1}
     assert len({(job.source, job.overrides, job.tokens_per_second) for job in jobs}) == len(jobs)
     assert not any("tensor" in word for job in jobs for word in job.overrides)
 
 
-def test_every_source_counts_once():
-    few = [_planned("a 1", 0.1), _planned("b 1", -0.1)]
-    many = [*few, *[_planned("b 1", -0.1)] * 20]
-    assert bench.spread_of(many) == pytest.approx(bench.spread_of(few))
-    assert bench.spread_of(few) == pytest.approx(1.8856 * 0.1, rel=1e-3)  # Student's t of two: 1.886
+def test_every_source_counts_once_and_the_middle_is_the_mean_error():
+    few = [_planned("a 1", 0.3), _planned("b 1", 0.1)]
+    many = [*few, *[_planned("b 1", 0.1)] * 20]
+    assert bench.interval_of(many) == pytest.approx(bench.interval_of(few))
+    half = 3.0777 * 0.1 * math.sqrt(2) * math.sqrt(1.5)  # Student's t of one degree of freedom
+    assert bench.interval_of(few) == pytest.approx((0.2 - half, 0.2 + half), rel=1e-3)
 
 
 def test_a_job_is_held_against_an_interval_that_does_not_know_its_source():
-    jobs = [_planned("a 1", 0.5), _planned("b 1", 0.01), _planned("b 2", -0.01)]
-    left = bench.leave_out(jobs, lambda job: job.source)
-    assert left.coverage == pytest.approx(2 / 3) and left.half_width > 0.3
-    assert bench.leave_out(jobs, lambda job: job.laboratory).coverage == pytest.approx(2 / 3)
-
-
-def test_a_factor_is_fitted_to_other_sources_of_the_same_kind():
-    jobs = [_planned("a 1", 0.2), _planned("b 1", 0.2), _planned("c 1", 0.0, ("Blackwell", "FP8"))]
-    each = abs(math.expm1(0.2 / 2 - 0.2))
-    assert bench.fitted_error(jobs, lambda job: job.source) == pytest.approx(2 / 3 * each)
+    jobs = [_planned("a 1", 0.9), _planned("b 1", 0.01), _planned("c 2", -0.01), _planned("d 2", 0.0)]
+    low, high = bench.interval_of(jobs)
+    assert low < 0.9 < high and bench.held_share(jobs) == pytest.approx(3 / 4)
 
 
 def test_a_whole_backward_counts_as_inputs_and_weights():
@@ -60,16 +54,15 @@ def test_deepseeks_job_is_near_in_all_parts_in_its_own_order():
         assert found[part] == pytest.approx(published, rel=0.35 if part == "bubble (s)" else 0.3), part
 
 
-@pytest.mark.slow  # all 53 plans
-def test_plans_show_the_interval_of_the_jobs(published_plans):
-    jobs = published_plans
-    errors = [math.expm1(-one.error) for one in jobs]
-    assert sum(map(abs, errors)) / len(errors) < 0.14 and abs(sum(errors) / len(errors)) < 0.04
-    assert bench.spread_of(jobs) == pytest.approx(bench.PUBLISHED_SPREAD, abs=0.003)
-    left = bench.leave_out(jobs, lambda job: job.source)
-    assert 0.715 < left.coverage < 0.88 and left.half_width <= 0.20
-
-
-@pytest.fixture(scope="module")
-def published_plans():
-    return bench.plan_jobs()
+@pytest.mark.slow  # all 62 plans
+def test_plans_show_the_intervals_of_the_jobs():
+    kinds = bench.by_interval(bench.plan_jobs())
+    assert {"untuned", "native"} <= kinds.keys()
+    for kind, shown in INTERVALS.items():
+        jobs = kinds[kind]
+        assert bench.interval_of(jobs) == pytest.approx((shown.low, shown.high), abs=0.003)
+        assert (len(jobs), bench.held_share(jobs)) == (shown.jobs, pytest.approx(shown.held, abs=0.01))
+        assert shown.held > 0.7
+    tuned = [math.expm1(-one.error) for one in kinds[TUNED]]
+    assert sum(map(abs, tuned)) / len(tuned) < 0.1
+    assert INTERVALS[TUNED].high - INTERVALS[TUNED].low < INTERVALS[OURS_UNTIMED].high - INTERVALS[OURS_UNTIMED].low

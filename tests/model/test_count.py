@@ -14,6 +14,8 @@ from train.model.count import (
 )
 from train.model.deepseek import DeepSeekV3
 from train.model.moe import Experts
+from train.plan.memory.rank_memory import chunk_parts
+from train.plan.memory.rank_weights import rank_weights, shards, state_bytes
 
 
 def recipe(name: str):
@@ -42,6 +44,22 @@ def test_a_checkpoint_has_masters_what_the_optimizer_keeps_and_the_average():
     assert checkpoint_bytes(compose("conf=tiny", "precision=bf16", "optim.ema_decay=0.9")) == (
         (counts.total + counts.mtp) * (4 + moments + 4)
     )
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["optim=muon"], ["optim=muon", "model.mtp_depth=2", "precision=bf16"], ["conf=tiny_dsa", "optim=muon"], []],
+)
+def test_a_checkpoint_has_the_state_that_the_rule_of_each_weight_keeps(words):
+    """Counted weight by weight, as one rank holds them."""
+    config = compose("conf=tiny", *words)
+    groups = shards(config, rank_weights(config, [chunk for rank in chunk_parts(config) for chunk in rank.values()]))
+    elements = sum(group.elements for group in groups)
+    assert checkpoint_bytes(config) == 4 * elements + state_bytes(config, groups, lambda group: group.elements)
+
+
+def test_muon_keeps_one_moment_of_matrices():
+    assert round(checkpoint_bytes(compose("conf=kimi_k2", "data.path=somewhere")) / 1e12, 2) == 6.17
 
 
 def test_frozen_weights_have_no_third_product():

@@ -1,15 +1,18 @@
 """A plan knows the machine: what its GPUs multiply, what its hosts have for tensors and for copies, and its disk."""
 
+import json
 from dataclasses import replace
 
 import pytest
 
-from conf.errors import UserError
+from conf.errors import EXIT_OK, EXIT_USER, UserError
 from conf.load import compose
-from train.plan.budget import RunPlan, disk_of, make_plan
+from train.model.count import count_parameters
+from train.plan.budget import RunPlan, disk_of, make_plan, room_words
 from train.plan.memory.rank_memory import copies_bytes, node_bytes
 from train.plan.report.plan_record import disk_words, verdict
 from train.plan.reserve import HOST_PROCESS, HOST_SYSTEM, host_memory
+from train.plan.run import run_plan
 from train.plan.search.search import search
 
 TINY = ("conf=tiny", "mode=plan", "steps=1000", "micro_batch_size=2", "batch_size=32", "precision=bf16")
@@ -74,3 +77,25 @@ def test_a_plan_says_what_lies_on_disk_and_which_checkpoints_fit(averaged):
     assert replace(small, config=kept).fits
     exporting = replace(kept.checkpoint, weights_every=kept.checkpoint.every)
     assert disk_of(replace(kept, checkpoint=exporting)).lacking > 0
+
+
+def test_an_export_has_the_tables_of_its_mtp_modules_and_the_biases_of_its_routers():
+    config = compose(*TINY, "hardware=h800", "checkpoint.weights_every=10", "checkpoint.every=10")
+    counts, model = count_parameters(config.model), config.model
+    moe = model.layers - model.dense_layers + model.mtp_depth
+    more = 2 * 2 * counts.embedding * model.mtp_depth + 4 * model.experts * moe
+    assert disk_of(config).export == 2 * (counts.total + counts.mtp) + more
+
+
+def test_only_what_fits_well_has_room_to_spare(averaged):
+    memory = averaged.memory_bytes
+    assert room_words(memory // 2, memory).endswith("to spare")
+    assert [room_words(room, memory) for room in (2**29, -(2**29))] == ["only 0.5 GiB free", "0.5 GiB too little"]
+
+
+def test_a_plan_that_does_not_fit_shows_its_screen_and_ends_with_code_2(tmp_path, capsys):
+    words = (*TINY, "hardware=h800", f"runs={tmp_path}", "name=planned")
+    assert run_plan(compose(*words)) == EXIT_OK
+    assert run_plan(compose(*words, "hardware.memory_bytes=2e9")) == EXIT_USER
+    assert "does not fit" in capsys.readouterr().out
+    assert not json.loads((tmp_path / "planned" / "plan.json").read_text())["fits"]

@@ -176,13 +176,39 @@ def count_adapter(config: Config) -> int:
     return config.adapter.rank * sum(sizes[one] * blocks.get(one, everywhere) for one in config.adapter.targets or ())
 
 
+def count_tables(config: Config) -> int:
+    """Return the trained parameters of embedding, head, routers and indexers, which may have an update rule of their
+    own (conf/optimizers.py)."""
+    model = config.model
+    if config.adapter.on:
+        return config.adapter.rank * (model.hidden + model.vocab_size) * ("head" in (config.adapter.targets or ()))
+    routers = model.hidden * model.experts * len(moe_layers(model))
+    return 2 * model.vocab_size * model.hidden + routers + indexer_layers(model) * indexer_products(model)
+
+
+def count_vectors(config: Config) -> int:
+    """Return the trained parameters with one dimension: norm weights. An adapter has none."""
+    model = config.model
+    if config.adapter.on:
+        return 0
+    block = (model.q_rank or 0) + model.kv_rank + 2 * model.hidden
+    indexers = indexer_layers(model) * 2 * model.sparse.head_dim * (model.sparse.heads > 0)
+    return len(attention_layers(model)) * block + (1 + 3 * model.mtp_depth) * model.hidden + indexers
+
+
 def checkpoint_bytes(config: Config) -> int:
     """Return the size of one checkpoint.
 
-    It holds fp32 master weights (only the adapter's if one is trained), the optimizer state, and the average of the
-    weights if one is kept.
+    It holds fp32 master weights (only the adapter's if one is trained), the optimizer state by the rule of each weight,
+    and the average of the weights if one is kept.
     """
-    counts = count_parameters(config.model)
+    counts, facts = count_parameters(config.model), config.optim.facts
     stored = count_adapter(config) if config.adapter.on else counts.total + counts.mtp
-    kept = config.optim.facts.count_state_bytes(config.precision.moment_bytes)
-    return stored * (4 + kept + (4 if config.optim.ema_decay else 0))
+    tables, vectors = count_tables(config), count_vectors(config)
+    rules = (
+        (facts.matrices, stored - tables - vectors),
+        (facts.tables or facts.matrices, tables),
+        (facts.vectors, vectors),
+    )
+    state = sum(rule.count_state_bytes(config.precision.moment_bytes) * number for rule, number in rules)
+    return stored * (4 + (4 if config.optim.ema_decay else 0)) + state

@@ -2,11 +2,16 @@
 
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import cached_property
 
 from conf.load import compose
 from conf.schema import Config
+from train.export.run import SHARD_BYTES
+from train.export.written_tensors import plan_files
+from train.hf.tensor_names import tensors
 from train.loop.layout_check import check_layout
-from train.model.count import checkpoint_bytes, count_parameters
+from train.metrics.quantities import gib
+from train.model.count import checkpoint_bytes
 from train.optim.schedules import Schedules
 from train.plan.failures import HOUR, Failures, plan_failures
 from train.plan.job import device_memory, layout_of, require_hardware, require_host, require_matmuls, with_nodes
@@ -35,6 +40,13 @@ Planned tensors were within 1 % of measured tensors; the reserve is an estimate 
 def verdict_of(room: int, memory: int) -> Verdict:
     """The verdict for a peak that leaves `room` bytes of a device's memory, after its reserve."""
     return Verdict.lacks if room < 0 else Verdict.barely if room < BARELY * memory else Verdict.fits
+
+
+def room_words(room: int, memory: int) -> str:
+    """Words for the room that a plan leaves on a device: only what is more than a bare fit is to spare."""
+    if room < 0:
+        return f"{gib(-room)} too little"
+    return f"{gib(room)} to spare" if room >= BARELY * memory else f"only {gib(room)} free"
 
 
 @dataclass
@@ -98,9 +110,11 @@ def disk_of(config: Config) -> DiskBytes:
     every = -(-steps // saves.every) if saves.every else 1
     stay = min(saves.keep + 1 if saves.keep else every, every)
     stay += (steps // saves.keep_every if saves.keep and saves.keep_every else 0) + saves.keep_best
-    exported = 2 * (count_parameters(config.model).total + count_parameters(config.model).mtp)
-    wanted = bool(saves.weights_every) and not config.adapter.on
-    return DiskBytes(checkpoint_bytes(config), stay, exported * wanted, int(config.hardware.disk_bytes))
+    exported = 0
+    if saves.weights_every and not config.adapter.on:
+        files = plan_files(list(tensors(config.model)), config.export.dtype, SHARD_BYTES)
+        exported = sum(written.nbytes for file in files for written in file.written)
+    return DiskBytes(checkpoint_bytes(config), stay, exported, int(config.hardware.disk_bytes))
 
 
 @dataclass
@@ -132,11 +146,17 @@ class RunPlan:
         return self.memory_bytes - sum(self.reserve.values()) - self.fullest.peak_bytes
 
     @property
+    def lasting(self) -> Budget:
+        """The budget with failures, if they are planned and some of the time lasts."""
+        share = self.failures.effective_share if self.failures is not None else 1.0
+        return self.budget.lasting(share) if share > 0.01 else self.budget
+
+    @property
     def host_bytes(self) -> int:
         """Host memory used by the ranks of the fullest node."""
         return host_bytes(self.config, self.ranks)
 
-    @property
+    @cached_property
     def disk(self) -> DiskBytes:
         """The run's disk usage."""
         return disk_of(self.config)

@@ -1,4 +1,4 @@
-"""The cost of failures: time for checkpoints, lost work and restarts, and the best checkpoint interval.
+"""The cost of failures: time for checkpoints, lost work and restarts, and the advised checkpoint interval.
 
 Failures come at random, on average every M seconds. A checkpoint stalls training for s seconds and is complete w
 seconds later; an incomplete checkpoint does not count. A failure loses the work since the newest complete checkpoint: on
@@ -7,7 +7,13 @@ of training take, on average (Daly 2006, equation 20, where the write during tra
 
     M exp((R + w) / M) (exp((T + s) / M) - 1)
 
-The best T has the lowest cost per second of training, but is at least w, because each save waits for the last.
+The best T has the lowest cost per second of training, but is at least w, because each save waits for the last. Around
+it the cost is flat, so the advised T is the longest with an effective share of at most FLAT less.
+
+A restart has four parts: detection, rescheduling, loading (bytes over hardware.storage_bandwidth) and warm-up. The sum
+holds beside published runs: Llama 3 (16,384 GPUs) and MegaScale (more than 10,000) were effective for over 90 % of the
+time, ByteRobust's run of 9,600 GPUs for 97 % (arXiv 2509.16293). A synchronous run of Meta on some 100,000 GPUs stood
+still for 10 minutes at each failure (arXiv 2602.00277).
 """
 
 import itertools
@@ -19,20 +25,28 @@ from train.model.count import checkpoint_bytes
 from train.plan.job import layout_of
 
 HOUR = 3600.0
-NOTICED_AND_STARTED, START_OF_A_NODE = 16.0, 0.003
-"""Restart times, in seconds: from a lost node to the next step of a toy model, and the addition per node.
+DETECTION = 600.0
+"""Seconds until a failure is noticed, its node is found by tests, and the node is replaced.
+
+MegaScale (NSDI 2024, 6.3): less than 10 minutes on average. The driver here names most faults of toy runs in 5 to 33 s
+(bench/RESULTS.md, faults that are named), but tests no nodes.
+"""
+RESCHEDULING, OF_A_NODE = 11.1, 0.003
+"""Seconds from the diagnosis to the first step of a toy run, and the addition per node.
 
 Source: bench/RESULTS.md, a link that is cut, and starts of 64 to 4096 nodes.
 """
+WARM_UP = 2.0
+"""Steps by whose time a start is longer: kernels are compiled, connections and allocators' blocks are made.
+
+The first two steps of toy runs on a CPU take two to three times as long as later ones. No figure of GPUs is published.
+"""
+FLAT = 0.005
+"""Share of the time by which an advised interval may be worse than the best."""
 REPAIR = 5.5 * 24 * HOUR
 """Mean repair time of a node, in seconds (InfiniteHBD's trace of 400 servers, SIGCOMM 2025; median 0.85 days)."""
 COVERED = 0.99
 """Share of the time in which the spare nodes must suffice."""
-DISK_BANDWIDTH = 1e9
-"""Bytes per second that each node writes or reads of a checkpoint, with all nodes active at once.
-
-Source: Meta's storage for Llama 3 sustained 2 TB/s for 2048 nodes.
-"""
 
 
 @dataclass(frozen=True)
@@ -65,6 +79,15 @@ class SaveCosts:
             x += (x - stall + math.expm1(-x)) / math.expm1(-x)
         return max(self.write, self.between_failures * x - self.stall)
 
+    def longest_interval(self, loss: float) -> float:
+        """The longest interval whose effective share is at most `loss` below the best."""
+        best = self.best_interval
+        low, high, least = best, best + 10 * self.between_failures, self.effective(best) - loss
+        for _ in range(50):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self.effective(middle) >= least else (low, middle)
+        return low
+
 
 @dataclass(frozen=True)
 class Failures:
@@ -72,14 +95,17 @@ class Failures:
 
     between_seconds: float
     restart_seconds: float
+    restart_parts_seconds: dict[str, float]
+    """The parts of restart_seconds; without `loading` if hardware.storage_bandwidth is unknown."""
     stall_seconds: float
     write_seconds: float
     interval_seconds: float
     """From one checkpoint, or copy in memory, to the next."""
     effective_share: float
-    best_steps: int
-    """Steps between checkpoints with the largest effective share."""
-    best_share: float
+    best_steps: int | None
+    """Advised steps between checkpoints; None if hardware.storage_bandwidth is unknown."""
+    best_share: float | None
+    """Effective share with best_steps."""
     spare_nodes: int
     """Spare nodes that suffice in a share COVERED of the time, if every failure removes a node until its repair."""
 
@@ -90,30 +116,37 @@ def plan_failures(config: Config, step_seconds: float) -> Failures | None:
     if host is None or not config.plan.failures:
         return None
     between = HOUR / (config.plan.failures * layout.world)
-    nodes = layout.world / layout.ranks_per_node
-    each = checkpoint_bytes(config) / layout.world
-    moved = each * layout.ranks_per_node / DISK_BANDWIDTH
-    started = NOTICED_AND_STARTED + START_OF_A_NODE * nodes
-    on_disk = SaveCosts(between, started + moved, each / host.bandwidth, moved)
-    if 0 < checkpoint.staging_bytes < each:  # training waits for the disk
-        on_disk = SaveCosts(between, started + moved, moved, 0.0)
-    best = math.ceil(on_disk.best_interval / step_seconds)
-    steps, saving = checkpoint.every or math.inf, on_disk
+    size, storage = checkpoint_bytes(config), config.hardware.storage_bandwidth
+    moved, stall = size / storage if storage else 0.0, size / layout.world / host.bandwidth
+    parts = {
+        "detection": DETECTION,
+        "rescheduling": RESCHEDULING + OF_A_NODE * layout.world / layout.ranks_per_node,
+        "warm_up": WARM_UP * step_seconds,
+    } | ({"loading": moved} if storage else {})
+    write = moved
+    if 0 < checkpoint.staging_bytes < size / layout.world:  # training waits for the disk
+        stall, write = max(stall, moved), 0.0
+    on_disk = SaveCosts(between, sum(parts.values()), stall, write)
+    steps, saving, best = checkpoint.every or math.inf, on_disk, None
+    if storage:
+        best = max(1, math.ceil(write / step_seconds), math.floor(on_disk.longest_interval(FLAT) / step_seconds))
     if checkpoint.every_memory:  # after the failure of a node; checkpoints on disk add their stalls
         steps = checkpoint.every_memory
         shared = on_disk.stall * steps / checkpoint.every if checkpoint.every else 0.0
-        sent = each / config.hardware.rates["across"].bandwidth
-        saving = SaveCosts(between, started, on_disk.stall + shared, sent)
+        parts.pop("loading", None)
+        sent = size / layout.world / config.hardware.rates["across"].bandwidth
+        saving = SaveCosts(between, sum(parts.values()), on_disk.stall + shared, sent)
     interval = min(steps * step_seconds, 1e3 * between)
     return Failures(
         between_seconds=between,
         restart_seconds=saving.restart,
+        restart_parts_seconds=parts,
         stall_seconds=saving.stall,
         write_seconds=saving.write,
         interval_seconds=interval,
         effective_share=saving.effective(interval),
         best_steps=best,
-        best_share=on_disk.effective(best * step_seconds),
+        best_share=None if best is None else on_disk.effective(best * step_seconds),
         spare_nodes=spares(REPAIR / between),
     )
 

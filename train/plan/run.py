@@ -6,7 +6,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from conf.errors import EXIT_INTERRUPTED, EXIT_OK
+from conf.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_USER
 from conf.files import atomic_write_text
 from conf.schema import Config
 from conf.words import say
@@ -51,4 +51,6 @@ def run_plan(config: Config) -> int:
     atomic_write_text(folder / PLAN_FILE, json.dumps(record, indent=1))
     write_page(folder / PLAN_PAGE, plan, split, record)
     plan_screen(plan, cures, split, stages, phases, folder)
-    return EXIT_OK if found is None or found.complete else EXIT_INTERRUPTED
+    if found is not None:
+        return EXIT_OK if found.complete else EXIT_INTERRUPTED
+    return EXIT_OK if plan.fits else EXIT_USER

@@ -9,6 +9,10 @@ from parallel.layout import Layout
 from tests.ranks import run_ranks
 from train.kernels.plain.routing import choose_experts
 from train.model.operations import RoutingRule
+from train.plan.job import layout_of
+from train.plan.time.link_traffic import count_traffic
+from train.plan.time.rates import load_rates
+from train.plan.time.stages import Stages
 from train.plan.time.traffic import reached, spread_of
 
 MODEL = ["model.experts=16", "model.top_k=4", "model.groups=4", "model.top_groups=2", "model.hidden=64"]
@@ -72,3 +76,18 @@ def _compare_bytes(rank: int, dispatch: str, wire: str) -> None:
     dist.all_reduce(counted)
     planned = spread_of(config, Layout(1, 4, 4, 2)).step_bytes(tokens * 4)
     assert counted.tolist() == pytest.approx(list(planned), rel=0.03)
+
+
+def test_one_rank_of_a_node_sends_a_ring_of_gradients_to_the_next_node():
+    words = "conf=tiny", "hardware=h800", "mode=plan", "micro_batch_size=1", "batch_size=64"
+
+    def sent(ranks: int) -> dict[str, dict[str, float]]:
+        config = compose(*words, f"parallel.dp={ranks}")
+        layout = layout_of(config)
+        return count_traffic(Stages(config, layout, load_rates(config, alone=False)))
+
+    one_node, two_nodes = sent(8), sent(16)
+    assert one_node["across"] == {} and two_nodes["across"].keys() == {"gradients", "weights"}
+    for what, moved in two_nodes["across"].items():
+        assert two_nodes["inside"][what] == pytest.approx(7 * moved)
+        assert 8 * moved == pytest.approx(one_node["inside"][what] * (15 / 16) / (7 / 8))

@@ -1,6 +1,5 @@
 """The end of a step by hand, at rates of round numbers: collectives, stage 3's gathers, the host's part, matrices on their owners."""
 
-import math
 from dataclasses import replace
 
 import pytest
@@ -108,13 +107,6 @@ def test_a_reduction_beside_passes_hides_less_where_it_takes_their_cores():
         assert update.reduce + update.hidden <= whole * (1 + 1e-9)
         hidden[share] = update.hidden
     assert hidden[0.25] == pytest.approx(0.75 * hidden[0.0]) and hidden[0.0] > 0
-
-
-def test_four_of_five_jobs_take_a_step_by_the_spread_of_published_rates():
-    step = plan_time(compose(*SMALL))
-    low, high = step.interval_seconds
-    assert (low, high) == pytest.approx((step.step_seconds * math.exp(-0.16), step.step_seconds * math.exp(0.16)))
-    assert replace(step, spread=None).interval_seconds is None
 
 
 def test_a_long_step_is_as_long_as_the_simulated_one():

@@ -81,7 +81,7 @@ def _parts(plan: RunPlan, split: FasterSplit | None, record: dict[str, Any]) -> 
 
 
 def _cards(plan: RunPlan) -> list[Card]:
-    step, budget = plan.step, plan.budget
+    step, budget = plan.step, plan.lasting
     cards = [
         Card(
             "Memory",
@@ -110,13 +110,10 @@ def _cards(plan: RunPlan) -> list[Card]:
     if budget.energy_kwh is not None:
         cards.append(Card("Energy", f"{amount(budget.energy_kwh)} kWh", "of the devices at their power limit"))
     if plan.failures is not None:
-        cards.append(
-            Card(
-                "Effective time",
-                share(plan.failures.effective_share),
-                f"beside failures and saves; {share(plan.failures.best_share)} with a checkpoint every {plan.failures.best_steps} steps",
-            )
-        )
+        best, steps = plan.failures.best_share, plan.failures.best_steps
+        advised = "" if best is None else f"; {share(best)} with a checkpoint every {steps} steps"
+        words = f"beside failures and saves; run, hours, cost and energy include them{advised}"
+        cards.append(Card("Effective time", share(plan.failures.effective_share), words))
     return cards
 
 
@@ -264,8 +261,8 @@ def _bars(
 
 def interval_figure(plan: RunPlan, record: dict[str, Any]) -> Figure | None:
     """Step times of the plan and its later phases, or of a search's layouts, with their intervals; None if unknown."""
-    spread = plan.step.spread
-    if spread is None:
+    intervals = plan.step.intervals
+    if not intervals:
         return None
     rows = [
         (plan.config.name, plan.step.step_seconds),
@@ -274,18 +271,18 @@ def interval_figure(plan: RunPlan, record: dict[str, Any]) -> Figure | None:
     if "search" in record:
         rows = [(f"layout {place}", one["step_seconds"]) for place, one in enumerate(record["search"]["best"], 1)]
     labels, steps = [name for name, _ in rows], [value for _, value in rows]
-    over, under = ([value * abs(math.expm1(way * spread)) for value in steps] for way in (1, -1))
-    bars = {"type": "data", "symmetric": False, "array": over, "arrayminus": under, "thickness": 3, "width": 8}
-    hover = "%{y}: %{x:.4g} s, +%{error_x.array:.3g} and -%{error_x.arrayminus:.3g}<extra></extra>"
     plot = go.Figure()
-    plot.add_scatter(
-        x=steps, y=labels, mode="markers", error_x=bars, marker={"color": BLUE, "size": 11}, hovertemplate=hover
-    )
+    hover = "%{y}: %{x:.4g} s, +%{error_x.array:.3g} and -%{error_x.arrayminus:.3g}<extra></extra>"
+    for (kind, one), colour in zip(intervals.items(), (SKY, BLUE), strict=True):
+        under, over = ([abs(value * math.expm1(end)) for value in steps] for end in (one.low, one.high))
+        bars = {"type": "data", "symmetric": False, "array": over, "arrayminus": under, "thickness": 3, "width": 8}
+        plot.add_scatter(
+            name=kind, x=steps, y=labels, mode="markers", error_x=bars, marker={"color": colour, "size": 11}, hovertemplate=hover
+        )  # fmt: skip
     set_look(plot, max(320, 180 + 24 * len(rows)))
-    plot.update_layout(showlegend=False)
     plot.update_yaxes(autorange="reversed", automargin=True, type="category")
     plot.update_xaxes(title="seconds of a step", rangemode="tozero")
-    caption = "The planned step, and between what and what four of five published jobs took beside plans of them that knew nothing of them."
+    caption = "The planned step, and the step times of four of five published jobs beside plans of them that knew nothing of them: of tuned Megatron, and of all kinds of programs, for this one, which no GPU has timed."
     return figure("interval", "How long a step may take", caption, plot)
 
 
@@ -307,7 +304,7 @@ def traffic_figure(record: dict[str, Any]) -> Figure | None:
     plot.update_layout(barmode="stack", hovermode="closest")
     plot.update_yaxes(autorange="reversed", automargin=True)
     plot.update_xaxes(title="GiB in a step")
-    caption = "What leaves a device in a step, mean over the ranks of a pipeline; rings of more than a node count as between nodes."
+    caption = "What leaves a device in a step, mean over the ranks of a pipeline. Of a ring over several nodes, one rank of each sends to the next."
     return figure("traffic", "Traffic by kind of link", caption, plot)
 
 

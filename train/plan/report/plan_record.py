@@ -14,14 +14,14 @@ from parallel.pipeline.orders import Action
 from train.kernels.cpu.processor import cpu_name
 from train.metrics.quantities import amount, gib, length_of_run, seconds, share
 from train.parallelize import stage_layers
-from train.plan.budget import Budget, RunPlan
+from train.plan.budget import Budget, RunPlan, room_words
 from train.plan.job import layout_of, micro_batches_of
 from train.plan.memory.rank_memory import copies_lacking
 from train.plan.reserve import copies_memory, host_memory
 from train.plan.search.changes import words as as_typed
 from train.plan.search.cures import Cure, FasterSplit
 from train.plan.time.link_traffic import count_traffic
-from train.plan.time.rates import load_rates
+from train.plan.time.rates import OURS_UNTIMED, TUNED, load_rates
 from train.plan.time.stages import Stages
 from train.plan.time.step_time import StepTime
 from train.plan.time.traffic import latent_bytes
@@ -86,7 +86,9 @@ def plan_record(
         "faster_split": None if split is None else vars(split),
         "faster_stages": None if faster_stages is None else vars(faster_stages),
         "step_seconds": step.step_seconds,
-        "step_interval_seconds": step.interval_seconds,
+        "step_interval_seconds": step.interval_seconds.get(OURS_UNTIMED),
+        "tuned_interval_seconds": step.interval_seconds.get(TUNED),
+        "host_binds": step.host_binds,
         "pipeline_seconds": step.pipeline_seconds,
         "bubble_seconds": step.bubble_seconds,
         "bubble_share": step.bubble_share,
@@ -106,7 +108,7 @@ def plan_record(
         "mfu_causal": step.mfu_causal,
         "mfu_full": step.mfu_full,
         **vars(budget),
-        "failures": None if plan.failures is None else asdict(plan.failures),
+        "failures": None if plan.failures is None else asdict(plan.failures) | {"budget": vars(plan.lasting)},
         "phases": [
             {"name": name, "verdict": phase.verdict, "step_seconds": phase.step.step_seconds, **vars(phase.budget)}
             for name, phase in phases
@@ -147,7 +149,7 @@ def verdict(plan: RunPlan) -> str:
     """Whether the plan fits, the margin, and the rank."""
     rank, memory = f"pipeline rank {plan.fullest.pp_rank}", gib(plan.memory_bytes)
     if plan.fits:
-        return f"{plan.verdict}, with {gib(plan.room_bytes)} of {memory} to spare on {rank}"
+        return f"{plan.verdict}, with {room_words(plan.room_bytes, plan.memory_bytes)} of {memory} on {rank}"
     if plan.room_bytes >= 0:
         return f"{plan.verdict}, {_lacking_beside(plan)}"
     return f"{plan.verdict}, {gib(-plan.room_bytes)} over the {memory} of a device on {rank}"
@@ -213,7 +215,7 @@ def budget_words(budget: Budget, hardware: Hardware) -> str:
 
 
 def failure_words(plan: RunPlan) -> str | None:
-    """The budget with failures; None if they are not planned."""
+    """The budget with failures, the parts of a restart, and the advised interval; None if they are not planned."""
     found, checkpoint, hardware = plan.failures, plan.config.checkpoint, plan.config.hardware
     if found is None:
         return None
@@ -221,24 +223,28 @@ def failure_words(plan: RunPlan) -> str | None:
         kept = f"copies in memory every {checkpoint.every_memory} steps"
     else:
         kept = f"a checkpoint every {checkpoint.every} steps" if checkpoint.every else "no checkpoint before the end"
-    words = f"one in {length_of_run(found.between_seconds / 86400)}: with {kept} {share(found.effective_share)} of the time lasts"
-    if found.effective_share > 0.01:
-        lasting = plan.budget.lasting(found.effective_share)
-        cost = "" if lasting.cost is None else f", {amount(lasting.cost)} {hardware.currency}"
-        words += f", {length_of_run(lasting.days)}, {amount(lasting.gpu_hours)} device hours{cost}"
+    parts = ", ".join(f"{name.replace('_', '-')} {seconds(part)}" for name, part in found.restart_parts_seconds.items())
+    words = f"one in {length_of_run(found.between_seconds / 86400)}, then {seconds(found.restart_seconds)} to the next step ({parts})"
+    words += f"; with {kept} {share(found.effective_share)} of the time lasts"
+    if plan.lasting is not plan.budget:
+        words += f": {budget_words(plan.lasting, hardware)}"
+    if found.best_steps is None or found.best_share is None:
+        words += "; the time to write and load checkpoints is not counted, and no interval is advised: set hardware.storage_bandwidth"
+    else:
+        words += f"; advised is a checkpoint every {found.best_steps} steps, {share(found.best_share)}"
     spare = "1 spare node is" if found.spare_nodes == 1 else f"{found.spare_nodes} spare nodes are"
-    return (
-        f"{words}; with a checkpoint every {found.best_steps} steps, the best, {share(found.best_share)}; {spare} "
-        "enough in 99 % of the time"
-    )
+    return f"{words}; {spare} enough in 99 % of the time"
 
 
 def interval_words(step: StepTime) -> str:
-    """The interval of jobs' step times around the plan; empty if unknown."""
-    if step.interval_seconds is None:
-        return ""
-    least, most = map(seconds, step.interval_seconds)
-    return f" (four of five such jobs within {least} to {most})"
+    """The intervals of jobs' step times around the plan, by kind of program; empty if unknown."""
+    words = []
+    for kind, (least, most) in step.interval_seconds.items():
+        one = step.intervals[kind]
+        untimed = ", which no GPU has timed" if kind == OURS_UNTIMED else ""
+        held = f"{100 * one.held:.0f} of 100 such jobs{' of all kinds' if untimed else ''}"
+        words.append(f"{seconds(least)} to {seconds(most)} by {kind}{untimed}: {held}")
+    return f" ({'; '.join(words)})" if words else ""
 
 
 def split_words(plan: RunPlan, split: FasterSplit | None) -> str | None:
@@ -261,6 +267,6 @@ def split_words(plan: RunPlan, split: FasterSplit | None) -> str | None:
         )
     if split is not None:
         faster = 100 * (1 - split.step_seconds / plan.step.step_seconds)
-        room = f"{gib(abs(split.room_bytes))} {'to spare' if split.room_bytes >= 0 else 'too little'}"
+        room = room_words(split.room_bytes, plan.memory_bytes)
         words += f"; {faster:.1f} % faster, with {room}: parallel.split={as_typed(split.layers)}"
     return words

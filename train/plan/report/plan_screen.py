@@ -13,7 +13,8 @@ from conf.screen import Terminal
 from train.metrics.quantities import amount, gib, seconds, share
 from train.model.count import count_adapter, count_parameters
 from train.optim.matrices import logical_matrices
-from train.plan.budget import RunPlan, Verdict
+from train.plan.budget import RunPlan, Verdict, room_words
+from train.plan.job import device_memory
 from train.plan.memory.part import FrozenSection
 from train.plan.memory.rank_weights import part_weights
 from train.plan.report.plan_page import PLAN_PAGE
@@ -127,7 +128,7 @@ def _phases(plan: RunPlan) -> str:
 def cure_words(cure: Cure, plan: RunPlan) -> str:
     slower = cure.step_seconds / plan.step.step_seconds - 1
     more = f" on {cure.devices} devices" if cure.devices != plan.config.parallel.world else ""
-    return f"{shlex.join(cure.overrides)}{more}: {gib(cure.room_bytes)} to spare, {100 * slower:+.1f} % time a step"
+    return f"{shlex.join(cure.overrides)}{more}: {room_words(cure.room_bytes, plan.memory_bytes)}, {100 * slower:+.1f} % time a step"
 
 
 def _matrices(config: Config) -> str:
@@ -161,7 +162,7 @@ def _launches(plan: RunPlan) -> str:
     said = f"{seconds(step.host_seconds)} of a core of each rank's host for {seconds(sum(step.work_seconds.values()))} of computing"
     if not step.host_binds:
         return said
-    return f"{said}: the host binds, and the step takes longer than planned. Larger micro-batches give a launch more to compute"
+    return f"{said}: the host may bind, and the step then takes longer than planned, up to twice. Larger micro-batches give a launch more to compute"
 
 
 def _exchange(plan: RunPlan) -> str:
@@ -182,7 +183,8 @@ def _speed(plan: RunPlan) -> str:
 
 def _run(plan: RunPlan, phases: Sequence[tuple[str, RunPlan]]) -> list[tuple[str, str]]:
     hardware, budget = plan.config.hardware, plan.budget
-    rows = [("Run", budget_words(budget, hardware))]
+    alone = "" if plan.failures is None else "without failures, "
+    rows = [("Run", alone + budget_words(budget, hardware))]
     for name, phase in phases:
         rows.append(
             (
@@ -210,7 +212,7 @@ def search_screen(found: Search, written: Path | None, console: Console | None =
 
 def _found(one: FoundLayout, search: Search) -> str:
     words = shlex.join(one.overrides) or "the recipe as it is"
-    return f"{seconds(one.step_seconds)} a step, {gib(one.room_bytes)} to spare: {words}"
+    return f"{seconds(one.step_seconds)} a step, {room_words(one.room_bytes, device_memory(one.config))}: {words}"
 
 
 def calibration_screen(path: Path, console: Console | None = None) -> None:

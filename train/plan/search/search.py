@@ -1,9 +1,10 @@
 """plan.search=true: finds the fastest layouts on these devices, and the reasons against the others.
 
-    1. Every combination of pipeline, contexts, experts, schedule, micro-batch, recomputation, activations on the host,
+    1. The recipe's own layout on these devices, then the layouts nearest to it: an early answer.
+    2. Every combination of pipeline, contexts, experts, schedule, micro-batch, recomputation, activations on the host,
        dispatch, wire and place of the optimizer that the rules allow (candidates.py).
-    2. Bounds on its memory and, if that may fit, on its step time (lower_bounds.py).
-    3. Layouts are simulated from the smallest time bound upwards, and their memory is planned from the shortest step
+    3. Bounds on its memory and, if that may fit, on its step time (lower_bounds.py).
+    4. Layouts are simulated from the smallest time bound upwards, and their memory is planned from the shortest step
        upwards. The search ends when ten layouts fit and no other bound is below their times. If ranks of a pipeline
        have uneven work, a layout that fits is also tried with the stage split that the planned times suggest.
 
@@ -15,7 +16,9 @@ the rule that all of it breaks, the memory that its lightest layout lacks, or ho
 """
 
 import gc
+import math
 import shlex
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -26,15 +29,15 @@ from conf.check import check
 from conf.dispatches import FLAT_DISPATCH
 from conf.errors import UserError
 from conf.micro_batches import divisors
-from conf.schema import Config, WireFormat
+from conf.schema import Config, Recompute, WireFormat
 from train.metrics.quantities import gib
-from train.plan.budget import budget_of, make_plan
+from train.plan.budget import budget_of, make_plan, room_words
 from train.plan.failures import plan_failures
-from train.plan.job import layout_of, require_hardware, require_host, require_matmuls
+from train.plan.job import host_ranks, layout_of, require_hardware, require_host, require_matmuls
 from train.plan.memory.rank_memory import RankMemory, host_lacking, plan_memory, rank_memory, scene_of
 from train.plan.memory.schedule_memory import WalkDepth
 from train.plan.reserve import tensor_memory
-from train.plan.search.candidates import Candidate, Frame, frames
+from train.plan.search.candidates import ActivationSaving, Candidate, Frame, frames
 from train.plan.search.changes import broken_layout, overrides, with_changes
 from train.plan.search.cures import WORTH, find_beyond
 from train.plan.search.lower_bounds import OF_A_HOST, FrameBounds, traced_bound
@@ -47,6 +50,8 @@ REASONS = 3
 """Maximum number of families whose rule is shown if no layout runs."""
 _UNSEEN = -1
 """Replaces the number of blocks of a candidate with bounds only."""
+NEARER = (1.0, 2.0, 3.0)
+"""Distances from the nearest layouts, in factors of two, after which a search looks for a better answer."""
 UNEVEN = 1.03
 """Ratio of the busiest rank's work to the mean from which another stage split is tried."""
 
@@ -133,7 +138,7 @@ def search(config: Config, tell: Callable[[FoundLayout], None] = lambda found: N
     found = Search(config, devices, finder.tried)
     found.complete = finder.complete
     found.best = [finder.found(fit) for fit in fits]
-    found.rejected = list(finder.rejected(fits))
+    found.rejected = list(finder.rejected(fits)) if found.complete else []
     if not fits:
         raise _nothing_fits(config, found, finder.nearest) if finder.runs else _nothing_runs(config, found, devices)
     return found
@@ -147,11 +152,15 @@ class _Fit:
     step_seconds: float
 
 
+def _step_seconds(fit: _Fit) -> float:
+    return fit.step_seconds
+
+
 class _Miss(NamedTuple):
     """A layout that does not fit."""
 
     lacking: int
-    """Bytes, or a bound on them."""
+    """Bytes per device, or a bound on them: of the device's memory and of its share of the host's."""
     what: str
     config: Config
 
@@ -159,8 +168,10 @@ class _Miss(NamedTuple):
     def of(cls, config: Config) -> "_Miss":
         """The memory that a layout really lacks (negative: free)."""
         ranks = plan_memory(config)
-        lacking, host = max(rank.peak_bytes for rank in ranks) - tensor_memory(config), host_lacking(config, ranks)
-        return cls(host, OF_A_HOST, config) if host and lacking <= 0 else cls(lacking, "", config)
+        lacking = max(rank.peak_bytes for rank in ranks) - tensor_memory(config)
+        if host := host_lacking(config, ranks) // host_ranks(config):
+            return cls(max(lacking, 0) + host, OF_A_HOST if host > lacking else "", config)
+        return cls(lacking, "", config)
 
 
 @dataclass
@@ -194,6 +205,11 @@ class _Finder:
         self._families: defaultdict[str, _Looked] = defaultdict(_Looked)
         self._looked: dict[tuple[str, ...], tuple[int, str]] = {}
         """Lacking bytes of tried layouts, by their overrides."""
+        self._blocks: dict[int, int | None] = {}
+        self._estimated: dict[tuple[int, int], float] = {}
+        """`_fewest` and `_seconds` by the ids of candidates, which live as long as the search."""
+        self._fitting: dict[tuple[str, ...], _Fit] = {}
+        """Layouts that fit, by their overrides."""
         self._on_devices: set[tuple[str, ...]] = set()
         """Layouts that fit with the optimizer on the devices."""
 
@@ -204,34 +220,76 @@ class _Finder:
 
     def run(self) -> list[_Fit]:
         """Up to ten layouts that fit, the fastest first."""
-        for frame in frames(self._base, self._devices):
-            self.tried += frame.layouts
-            family = self._families[frame.family]
-            if ways := self._ways(frame, family):
-                bounds = FrameBounds(replace(frame, ways=ways), self._rates, self._memo)
-                family.possible += bounds.candidates()
-                family.lacking += sorted(bounds.lacking, key=_bytes_lacking)[:1]
-        fits = []
         try:
-            for fit in self._fits():
-                fits.append(fit)
-                if min(fits, key=lambda one: one.step_seconds) is fit:
-                    self._tell(self.found(fit))
+            self._find()
         except KeyboardInterrupt:
-            if not fits:
+            if not self._fitting:
                 raise
             self.complete = False
-        fits = sorted(fits, key=lambda fit: fit.step_seconds)[:SHOWN_LAYOUTS]
+        fits = sorted(self._fitting.values(), key=_step_seconds)[:SHOWN_LAYOUTS]
         for fit in fits:
             fit.step_seconds = simulate_step(self._stages(fit.config)).seconds
-        return sorted(fits, key=lambda fit: fit.step_seconds)
+        return sorted(fits, key=_step_seconds)
 
-    def _ways(self, frame: Frame, family: _Looked) -> list[tuple[str, WireFormat]]:
+    def _find(self) -> None:
+        """Try the recipe's own layout on these devices, then the layouts nearest to it, then all."""
+        every = list(frames(self._base, self._devices))
+        self.tried = sum(frame.layouts for frame in every)
+        every.sort(key=self._distance)
+        nearest = next((self._distance(frame) for frame in every if self._ways(frame)), 0.0)
+        near = [frame for frame in every if self._distance(frame) <= nearest]
+        given = filter(None, map(self._as_given, near))
+        own = [one for frame in given for one in FrameBounds(frame, self._rates, self._memo).candidates()]
+        self._try(own, 1)
+        bounded = 0
+        for further in (0.0, *NEARER, math.inf):
+            until = bisect_right(every, nearest + further, key=self._distance)
+            for frame in every[bounded:until]:
+                self._bound(frame)
+            bounded = until
+            possible = [one for family in self._families.values() for one in family.possible]
+            self._try(possible, SHOWN_LAYOUTS if bounded == len(every) else 1)
+            if bounded == len(every):
+                break
+
+    def _distance(self, frame: Frame) -> float:
+        """How far a layout's groups and micro-batch are from the recipe's, in factors of two."""
+        one, base = frame.config, self._base
+        pairs = [(getattr(one.parallel, name), getattr(base.parallel, name)) for name in ("pp", "cp", "ep", "zero")]
+        return sum(abs(math.log2(a / b)) for a, b in (*pairs, (one.micro_batch_size, base.micro_batch_size)))
+
+    def _as_given(self, frame: Frame) -> Frame | None:
+        """The frame with the recipe's schedule and dispatch, and its activation saving or whole layers; or None."""
+        base, model = self._base.parallel, self._base.model
+        if (frame.config.parallel.schedule != base.schedule and base.pp > 1) or not (ways := self._ways(frame)):
+            return None
+        given = [way for way in ways if way == (base.dispatch, base.wire)] or ways[:1]
+        own = ActivationSaving(model.recompute, model.offload)
+        savings = [one for one in frame.savings if one == own or (Recompute.layer in one.recompute and not one.blocks)]
+        return replace(frame, savings=savings, ways=given)
+
+    def _bound(self, frame: Frame) -> None:
+        """Sort the layouts of a frame into those that may fit and those that a bound rules out."""
+        family = self._families[frame.family]
+        if ways := self._ways(frame):
+            bounds = FrameBounds(replace(frame, ways=ways), self._rates, self._memo)
+            family.possible += bounds.candidates()
+            family.lacking += sorted(bounds.lacking, key=_bytes_lacking)[:1]
+
+    def _try(self, possible: list[Candidate], wanted: int) -> None:
+        """Keep the layouts that fit, and tell each that is faster than all before."""
+        for fit in self._fits(possible, wanted):
+            before = min(self._fitting.values(), key=_step_seconds, default=None)
+            self._fitting[self._name(fit.config)] = fit
+            if before is None or fit.step_seconds < before.step_seconds:
+                self._tell(self.found(fit))
+
+    def _ways(self, frame: Frame) -> list[tuple[str, WireFormat]]:
         """The pairs of dispatch and wire that the rules allow.
 
         Flat dispatch has no rule of its own, so a rule that a layout breaks with it is broken with all.
         """
-        flat = broken_layout(frame.config)
+        flat, family = broken_layout(frame.config), self._families[frame.family]
         errors = {FLAT_DISPATCH: flat}
         if flat is None:
             others = {dispatch for dispatch, _ in frame.ways} - {FLAT_DISPATCH}
@@ -241,13 +299,12 @@ class _Finder:
         family.runs |= bool(ways)
         return ways
 
-    def _fits(self) -> Iterator[_Fit]:
-        """Layouts that fit, until none of the rest can be among the ten fastest."""
-        possible = [one for family in self._families.values() for one in family.possible]
+    def _fits(self, possible: list[Candidate], wanted: int) -> Iterator[_Fit]:
+        """Layouts that fit, until none of the rest can be among as many of the fastest."""
         queue = [(one.seconds, number, _UNSEEN) for number, one in enumerate(possible)]
         heapify(queue)
         best: list[float] = []
-        while queue and not (len(best) == SHOWN_LAYOUTS and queue[0][0] > best[-1]):
+        while queue and not (len(best) == wanted and queue[0][0] > best[-1]):
             seconds, number, blocks = heappop(queue)
             one = possible[number]
             if blocks == _UNSEEN:
@@ -260,27 +317,28 @@ class _Finder:
             lacking, what = self._look(one, config)
             if lacking <= 0 and (blocks or not one.blocks):  # without a block it equals a layout of another saving
                 fit = self._fit(one.family, config, -lacking, seconds)
-                best = sorted([*best, fit.step_seconds])[:SHOWN_LAYOUTS]
+                best = sorted([*best, fit.step_seconds])[:wanted]
                 yield fit
             elif lacking > 0 and blocks < one.blocks and not what:  # more blocks use even more of a node's own memory
                 heappush(queue, (self._seconds(one, blocks + 1), number, blocks + 1))
 
     def _fewest(self, one: Candidate) -> int | None:
         """The fewest blocks with which a candidate fits by a memory bound; None if it does not fit with all blocks."""
-        low, high = 0, one.blocks
-        if self._lacking(one, high) > 0:
-            return None
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (low, middle) if self._lacking(one, middle) <= 0 else (middle + 1, high)
-        return low
+        if id(one) not in self._blocks:
+            able = self._lacking(one, one.blocks) <= 0
+            fewest = bisect_left(range(one.blocks * able), True, key=lambda blocks: self._lacking(one, blocks) <= 0)
+            self._blocks[id(one)] = fewest if able else None
+        return self._blocks[id(one)]
 
     def _lacking(self, one: Candidate, blocks: int) -> int:
         config = one.saving.applied(one.config, blocks)
         return traced_bound(one, config, scene_of(config)) - tensor_memory(config)
 
     def _seconds(self, one: Candidate, blocks: int) -> float:
-        return estimate_step(self._stages(one.saving.applied(one.config, blocks)))[0]
+        key = id(one), blocks
+        if key not in self._estimated:
+            self._estimated[key] = estimate_step(self._stages(one.saving.applied(one.config, blocks)))[0]
+        return self._estimated[key]
 
     def _stages(self, config: Config) -> Stages:
         return Stages(config, layout_of(config), self._rates, self._memo)
@@ -413,18 +471,20 @@ def _near(config: Config, devices: int) -> str:
 
 def _nothing_fits(config: Config, found: Search, nearest: _Miss | None) -> UserError:
     """The error for devices on which no layout fits. nearest: the layout that lacks least, if there is one."""
-    reasons = "; ".join(f"{family.name}: {family.reason}" for family in found.rejected)
     rule = f"{found.devices} x {config.hardware.name} cannot hold this recipe under any of {found.tried} layouts"
     cures = []
     if nearest is not None:
         plan = make_plan(nearest.config)
-        where = nearest.what or f" at the {plan.fullest.peak_event}"
-        rule += f": the nearest that was looked at, {' '.join(overrides(plan.config, config))}, lacks {gib(nearest.lacking)}{where}"
+        host = host_lacking(plan.config, plan.ranks)
+        lacks = [f"{gib(-plan.room_bytes)} of a device at the {plan.fullest.peak_event}"] * (plan.room_bytes < 0)
+        lacks += [f"{gib(host)}{OF_A_HOST}"] * (host > 0)
+        layout = " ".join(overrides(plan.config, config))
+        rule += f": the nearest that was looked at, {layout}, lacks {' and '.join(lacks)}"
         cures = [
             f"with that layout and {shlex.join(cure.overrides)} it fits"
             + (f" on plan.devices={cure.devices}" if cure.devices != found.devices else "")
-            + f", {gib(cure.room_bytes)} to spare"
+            + f", {room_words(cure.room_bytes, plan.memory_bytes)}"
             for cure in find_beyond(plan)
         ]
     general = "take more devices or devices with more memory, or a smaller model, batch or sequence length"
-    return UserError("plan.devices", found.devices, f"{rule} ({reasons})", "; ".join([*cures, general]))
+    return UserError("plan.devices", found.devices, rule, "; ".join([*cures, general]))

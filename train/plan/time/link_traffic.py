@@ -5,7 +5,7 @@ from itertools import pairwise
 
 from train.plan.time.stages import Stages
 from train.plan.time.traffic import latent_bytes
-from train.plan.time.update import count_weights, ring_bandwidth_share, sharers
+from train.plan.time.update import count_weights, sharers
 
 
 def count_traffic(stages: Stages) -> dict[str, dict[str, float]]:
@@ -33,10 +33,11 @@ def count_traffic(stages: Stages) -> dict[str, dict[str, float]]:
             (1, 2, stages.micro_batches) if parallel.zero == 3 else (2, 1, 1)
         )  # reductions and gathers per step, and micro-batches that repeat them
         for weights, group, per_node in sharers(layout, held):
-            link, _ = ring_bandwidth_share(group, per_node)
             moved = weights * (group - 1) / group * times[2]
-            found[link]["gradients"] += 4 * moved * times[0]
-            found[link]["weights"] += element * moved * times[1]
+            across = 1 / per_node if group > per_node else 0.0  # of a ring, one rank of a node sends to the next node
+            for link, share in (("inside", 1 - across), ("across", across)):
+                found[link]["gradients"] += 4 * moved * times[0] * share
+                found[link]["weights"] += element * moved * times[1] * share
             found["host"]["optimizer"] += weights / group * (4 + element) * parallel.offload_optimizer
         if model.offload:
             found["host"]["activations"] += 2 * stages.micro_batches * sum(map(stages.count_sent, ids))

@@ -4,6 +4,7 @@ Shipped descriptions have a few kinds (GEMMs, attention, memory); a calibration 
 A missing kind uses the rate of its more general kind, along WORK_KINDS. A kind without any rate is an error.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,11 +52,29 @@ LINKS = {
     "gather_across": "across",
 }
 """Kinds of transfers and their fallbacks: inside and across, bytes of one device in one direction."""
-PUBLISHED_SPREAD = 0.16
-"""Four of five published jobs have step times between exp(-0.16) and exp(0.16) times a plan's.
+TUNED, OURS_UNTIMED = "tuned Megatron", "this program"
 
-Measured by `python -m bench.plan_published`.
-"""
+
+@dataclass(frozen=True)
+class JobInterval:
+    """Step times of published jobs: from exp(low) to exp(high) times a plan's, as `python -m bench.plan_published`
+    measures."""
+
+    low: float
+    high: float
+    jobs: int
+    held: float
+    """Share of the jobs in intervals that were made without their source."""
+
+    def around(self, seconds: float) -> tuple[float, float]:
+        return seconds * math.exp(self.low), seconds * math.exp(self.high)
+
+
+INTERVALS = {
+    OURS_UNTIMED: JobInterval(-0.3, 0.6, 61, 0.8),
+    TUNED: JobInterval(-0.25, 0.12, 32, 0.8),
+}
+"""Intervals by kind of program. No GPU has timed this program, so jobs of all kinds count for it."""
 CALIBRATION_FILE = "calibration.json"
 REQUIRED = {
     "device",
@@ -79,8 +98,8 @@ class Rates:
     """Factors of passes and of update, for time that kernels do not explain; 1 if not measured."""
     threads: int | None = None
     """Threads of a rank on the CPU that was calibrated."""
-    spread: float | None = None
-    """Spread of jobs around a plan, as PUBLISHED_SPREAD; None if such plans were not compared with jobs."""
+    intervals: Mapping[str, JobInterval] = field(default_factory=dict)
+    """INTERVALS, or nothing if such plans were not compared with jobs."""
     _found: dict[str, Rate] = field(default_factory=dict, init=False, compare=False, repr=False)
     """Rates by kind, cached on first use."""
 
@@ -150,7 +169,7 @@ def load_rates(config: Config, alone: bool) -> Rates:
                 f"hardware={hardware.name} has no rates of its own: they differ from machine to machine",
                 "run mode=plan plan.calibrate=true on it, then give plan.calibration=runs/<name>/calibration.json",
             )
-        return Rates(hardware.rates, f"hardware={hardware.name}: {hardware.rates_from}", spread=PUBLISHED_SPREAD)
+        return Rates(hardware.rates, f"hardware={hardware.name}: {hardware.rates_from}", intervals=INTERVALS)
     found = read_calibration(config.plan.calibration)
     check_device(config, found)
     together = "alone" if alone else "together"

@@ -4,9 +4,8 @@ The actions and their order are torch's own (parallel/pipeline/simulate.py); sta
 follows DeepSeek's definition: without MTP, relative to the bf16 peak.
 """
 
-import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,10 +14,17 @@ from parallel.pipeline.orders import Action
 from parallel.pipeline.simulate import Program, Simulation, stages_ahead
 from train.model.count import flops_per_token
 from train.plan.job import layout_of, program_of, require_hardware
-from train.plan.time.rates import HOST_LAUNCH, Rates, load_rates
+from train.plan.time.rates import HOST_LAUNCH, JobInterval, Rates, load_rates
 from train.plan.time.stages import Stages, require_rule
 from train.plan.time.update import UpdateTime, WeightCounts, count_weights, stage3_seconds, update_time
 from train.plan.work_recorder import Work
+
+HOST_BINDS = 0.5
+"""Share of launching from which the host may bind.
+
+Launch times are an estimate. A published job with a share of 0.52 and without CUDA graphs took twice as long as planned
+(Megatron-LM's guide for GB200).
+"""
 
 
 @dataclass
@@ -41,7 +47,7 @@ class StepTime:
     host_seconds: float
     """Seconds of a host core for launching that computing, ahead of the device; mean over the ranks of a pipeline.
 
-    0 if launch times are unknown. No other figure includes it: if it exceeds the computing time, the host limits the
+    0 if launch times are unknown. No other figure includes it: if it comes near the computing time, the host limits the
     step, which then takes longer.
     """
     exchange_seconds: float
@@ -64,20 +70,23 @@ class StepTime:
     """Source of the rates."""
     threads: int | None
     """Threads of a rank, if the rates were measured on a CPU."""
-    spread: float | None
-    """See Rates.spread."""
+    intervals: Mapping[str, JobInterval]
+    """See Rates.intervals."""
+
+    @property
+    def host_share(self) -> float:
+        """Time to launch the passes over the time to compute them."""
+        return self.host_seconds / sum(self.work_seconds.values())
 
     @property
     def host_binds(self) -> bool:
-        """Whether launching the passes takes longer than computing them."""
-        return self.host_seconds > sum(self.work_seconds.values())
+        """Whether launching the passes may take longer than computing them."""
+        return self.host_share > HOST_BINDS
 
     @property
-    def interval_seconds(self) -> tuple[float, float] | None:
-        """The interval of step times of four in five such jobs; None for rates that were not compared with jobs."""
-        if self.spread is None:
-            return None
-        return self.step_seconds * math.exp(-self.spread), self.step_seconds * math.exp(self.spread)
+    def interval_seconds(self) -> dict[str, tuple[float, float]]:
+        """Step times of four in five such jobs by kind of program; empty for rates that were not compared with jobs."""
+        return {kind: one.around(self.step_seconds) for kind, one in self.intervals.items()}
 
 
 @dataclass(frozen=True)
@@ -154,7 +163,7 @@ def plan_time(config: Config, rates: Rates | None = None) -> StepTime:
         simulation=result,
         rates=rates.source,
         threads=rates.threads,
-        spread=rates.spread,
+        intervals=rates.intervals,
     )
 
 
