@@ -183,7 +183,8 @@ def count_tables(config: Config) -> int:
     if config.adapter.on:
         return config.adapter.rank * (model.hidden + model.vocab_size) * ("head" in (config.adapter.targets or ()))
     routers = model.hidden * model.experts * len(moe_layers(model))
-    return 2 * model.vocab_size * model.hidden + routers + indexer_layers(model) * indexer_products(model)
+    indexers = (indexer_layers(model) + model.mtp_depth) * indexer_matmul_weights(model)
+    return 2 * model.vocab_size * model.hidden + routers + indexers
 
 
 def count_vectors(config: Config) -> int:
@@ -192,7 +193,7 @@ def count_vectors(config: Config) -> int:
     if config.adapter.on:
         return 0
     block = (model.q_rank or 0) + model.kv_rank + 2 * model.hidden
-    indexers = indexer_layers(model) * 2 * model.sparse.head_dim * (model.sparse.heads > 0)
+    indexers = (indexer_layers(model) + model.mtp_depth) * 2 * model.sparse.head_dim * (model.sparse.heads > 0)
     return len(attention_layers(model)) * block + (1 + 3 * model.mtp_depth) * model.hidden + indexers
 
 
