@@ -177,7 +177,7 @@ def _later() -> Iterator[PublishedJob]:
     deepseek_v2 = (*V2, "model.layers=60", "model.dense_layers=1", *NO_MTP, *BF16)
     words = laid_out(512, 16, 8, 9216, "zbv", dispatch="flat")
     yield PublishedJob(
-        "DeepSeek HAI-LLM 2024-05", "V2, H800, bf16", 1608, (*BASE, "hardware=h800", *deepseek_v2, *words)
+        "DeepSeek HAI-LLM 2024-05", "V2, H800, bf16", (*BASE, "hardware=h800", *deepseek_v2, *words), 1608
     )
 
     def row(source: str, name: str, device: str, speed: float, *words: str) -> PublishedJob:

@@ -71,8 +71,8 @@ class JobInterval:
 
 
 INTERVALS = {
-    OURS_UNTIMED: JobInterval(-0.3, 0.6, 61, 0.8),
-    TUNED: JobInterval(-0.25, 0.12, 32, 0.8),
+    OURS_UNTIMED: JobInterval(-0.195, 0.495, 61, 0.90),
+    TUNED: JobInterval(-0.204, 0.111, 33, 0.88),
 }
 """Intervals by kind of program. No GPU has timed this program, so jobs of all kinds count for it."""
 CALIBRATION_FILE = "calibration.json"
