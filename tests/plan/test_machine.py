@@ -96,6 +96,6 @@ def test_only_what_fits_well_has_room_to_spare(averaged):
 def test_a_plan_that_does_not_fit_shows_its_screen_and_ends_with_code_2(tmp_path, capsys):
     words = (*TINY, "hardware=h800", f"runs={tmp_path}", "name=planned")
     assert run_plan(compose(*words)) == EXIT_OK
-    assert run_plan(compose(*words, "hardware.memory_bytes=2e9")) == EXIT_USER
+    assert run_plan(compose(*words, "hardware.memory_bytes=1.2e9")) == EXIT_USER
     assert "does not fit" in capsys.readouterr().out
     assert not json.loads((tmp_path / "planned" / "plan.json").read_text())["fits"]

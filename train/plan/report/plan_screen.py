@@ -162,7 +162,10 @@ def _launches(plan: RunPlan) -> str:
     said = f"{seconds(step.host_seconds)} of a core of each rank's host for {seconds(sum(step.work_seconds.values()))} of computing"
     if not step.host_binds:
         return said
-    return f"{said}: the host may bind, and the step then takes longer than planned, up to twice. Larger micro-batches give a launch more to compute"
+    binds = "the host binds, and the step takes longer than planned"
+    if step.host_share < 1:
+        binds = "the host may bind, and the step then takes up to twice as long as planned"
+    return f"{said}: {binds}. Larger micro-batches give a launch more to compute"
 
 
 def _exchange(plan: RunPlan) -> str:
