@@ -13,9 +13,12 @@ limited by the memory bandwidth of the host's processors.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
-from conf.schema import Config
+from conf.optimizers import OptimizerFacts
+from conf.schema import Config, Model
 from parallel.layout import Layout
 from parallel.owners import KEEPS
 from train.model.count import count_parameters
@@ -119,25 +122,38 @@ def count_weights(config: Config, layers: list[range], stage_ids: list[int], las
 
 def _orthogonal(config: Config, layers: list[range], stage_ids: list[int], last: int) -> tuple[Orthogonal, ...]:
     """The orthogonalised weights that all ranks of a stage share, and those of one rank's experts."""
-    if not config.optim.facts.matrices.is_whole:
+    facts, muon = config.optim.facts, config.optim.muon
+    if not facts.matrices.is_whole:
         return ()
     model, share = FrozenSection(config.model), config.model.experts // config.parallel.ep
     blocks = ["dense" if i < config.model.dense_layers else "moe" for stage in stage_ids for i in layers[stage]]
-    found: dict[bool, list[tuple[int, list[float]]]] = {False: [], True: []}
-    for part in [*blocks, *["end"] * (last in stage_ids)]:
-        for weight in part_weights(model, part, share):
-            if config.optim.facts.choose_rule(weight.name, len(weight.shape)).is_whole:
-                matrices = logical_matrices(weight.name, weight.shape, config.model, config.optim.muon.by_head)
-                costs = [newton_schulz_flops(*one.shape, config.optim.muon.iteration) for one in matrices]
-                found[weight.is_expert].append((weight.elements, costs))
-    return tuple(
-        Orthogonal(
-            sum(elements for elements, _ in weights),
-            sum(sum(costs) for _, costs in weights),
-            largest := max((max(costs) for _, costs in weights), default=0.0),
-            sum(costs.count(largest) for _, costs in weights),
-        )
-        for weights in found.values()
+    parts = [*blocks, *["end"] * (last in stage_ids)]
+    found = [_part_orthogonal(model, facts, part, share, muon.by_head, muon.iteration) for part in parts]
+    return tuple(_joined([each[kind] for each in found]) for kind in range(2))
+
+
+@lru_cache(maxsize=256)
+def _part_orthogonal(
+    model: FrozenSection[Model], facts: OptimizerFacts, part: str, share: int, by_head: bool, iteration: str
+) -> tuple[Orthogonal, Orthogonal]:
+    """As `_orthogonal`, of one part."""
+    found: tuple[list[Orthogonal], list[Orthogonal]] = [], []
+    for weight in part_weights(model, part, share):
+        if facts.choose_rule(weight.name, len(weight.shape)).is_whole:
+            matrices = logical_matrices(weight.name, weight.shape, model.section, by_head)
+            costs = [newton_schulz_flops(*one.shape, iteration) for one in matrices]
+            one = Orthogonal(weight.elements, sum(costs), max(costs), costs.count(max(costs)))
+            found[weight.is_expert].append(one)
+    return _joined(found[0]), _joined(found[1])
+
+
+def _joined(parts: Sequence[Orthogonal]) -> Orthogonal:
+    largest = max((one.largest for one in parts), default=0.0)
+    return Orthogonal(
+        sum(one.elements for one in parts),
+        sum(one.flops for one in parts),
+        largest,
+        sum(one.dearest for one in parts if one.largest == largest),
     )
 
 
