@@ -36,7 +36,7 @@ RESCHEDULING, OF_A_NODE = 11.1, 0.003
 
 Source: bench/RESULTS.md, a link that is cut, and starts of 64 to 4096 nodes.
 """
-WARM_UP = 2.0
+WARM_UP_STEPS = 2.0
 """Steps by whose time a start is longer: kernels are compiled, connections and allocators' blocks are made.
 
 The first two steps of toy runs on a CPU take two to three times as long as later ones. No figure of GPUs is published.
@@ -121,7 +121,7 @@ def plan_failures(config: Config, step_seconds: float) -> Failures | None:
     parts = {
         "detection": DETECTION,
         "rescheduling": RESCHEDULING + OF_A_NODE * layout.world / layout.ranks_per_node,
-        "warm_up": WARM_UP * step_seconds,
+        "warm_up": WARM_UP_STEPS * step_seconds,
     } | ({"loading": moved} if storage else {})
     write = moved
     if 0 < checkpoint.staging_bytes < size / layout.world:  # training waits for the disk
