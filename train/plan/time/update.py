@@ -136,7 +136,7 @@ def _orthogonal(config: Config, layers: list[range], stage_ids: list[int], last:
 def _part_orthogonal(
     model: FrozenSection[Model], facts: OptimizerFacts, part: str, share: int, by_head: bool, iteration: str
 ) -> tuple[Orthogonal, Orthogonal]:
-    """As `_orthogonal`, of one part."""
+    """Count the orthogonalised weights of one part, as `_orthogonal` does of a rank."""
     found: tuple[list[Orthogonal], list[Orthogonal]] = [], []
     for weight in part_weights(model, part, share):
         if facts.choose_rule(weight.name, len(weight.shape)).is_whole:
