@@ -80,8 +80,7 @@ class LoopJudge:
         plain = self._plain(batches, step.replayed, step.has("balance"))
         rows = at.config.batch_size
         plain.calls = [
-            PlainCall(call.loss, slice(place * rows, (place + 1) * rows), call.settings)
-            for place, call in enumerate(step.calls)
+            PlainCall(call.losses, slice(place * rows, (place + 1) * rows)) for place, call in enumerate(step.calls)
         ]
         seen = reference.gradients(plain, _joined(batches), plan.mtp_weight if step.has("mtp") else 0.0)
         at.phase = "forward"

@@ -3,6 +3,7 @@
 Between two calls of a step it asks for log-probabilities with replayed experts.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -12,9 +13,10 @@ from conf.micro_batches import share_of
 from conf.run_paths import RunPaths
 from conf.schema import Config
 from train.data.batch import Batch
+from train.model.token_losses import TOKEN_LOSSES, LossTokens, TokenLoss
 from train.optim.schedules import Schedules
 from train.prove.evidence import EVIDENCE, Evidence
-from train.prove.loop_steps import LOOP_STEPS, loop_batches, loop_experts
+from train.prove.loop_steps import LOOP_STEPS, LoopCall, loop_batches, loop_experts
 from train.prove.proof_rank import exact_engine, in_groups, info_of
 
 
@@ -33,7 +35,8 @@ def prove_loop(config: Config, place: Place, device: torch.device) -> None:
             total = engine.count(batches)
             for call, batch in zip(step.calls, batches, strict=True):
                 is_last = call is step.calls[-1]
-                engine.forward_backward(batch, call.loss, last=is_last, total=total, terms=step.terms, **call.settings)
+                loss, settings = _loss_of(call)
+                engine.forward_backward(batch, loss, last=is_last, total=total, terms=step.terms, **settings)
                 if not is_last:
                     seen["logprobs/replayed"] = engine.logprobs(replayed)
             outcome = engine.update(min(number, config.steps))
@@ -46,6 +49,18 @@ def prove_loop(config: Config, place: Place, device: torch.device) -> None:
             evidence.write(RunPaths(config).path / EVIDENCE)
             local.clear()
             seen = {}
+
+
+def _loss_of(call: LoopCall) -> tuple[str | TokenLoss, Mapping[str, float]]:
+    """The loss and its settings, as a caller gives them."""
+    if len(call.losses) == 1:
+        return next(iter(call.losses.items()))
+
+    def added(logprobs_BT: torch.Tensor, tokens: LossTokens) -> torch.Tensor:
+        each = [TOKEN_LOSSES[name](logprobs_BT, tokens, **settings) for name, settings in call.losses.items()]
+        return torch.stack(each).sum(0)
+
+    return added, {}
 
 
 def _rows(batch: Batch, first: int, count: int) -> Batch:

@@ -7,7 +7,7 @@ others are not.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,8 +24,8 @@ LOGPROB_SPREAD = 0.3
 class LoopCall:
     """A call of forward_backward on `Engine`."""
 
-    loss: str
-    settings: Mapping[str, float] = field(default_factory=dict)
+    losses: Mapping[str, Mapping[str, float]]
+    """Names of losses, with their settings; several are added up, as a loss of the caller's own."""
     replayed: bool = False
     """Whether the batch has experts to replay."""
 
@@ -40,7 +40,7 @@ class LoopStep:
 
     @property
     def name(self) -> str:
-        return " and ".join(call.loss for call in self.calls)
+        return " and ".join(name for call in self.calls for name in call.losses)
 
     @property
     def replayed(self) -> bool:
@@ -52,11 +52,15 @@ class LoopStep:
 
 
 LOOP_STEPS = (
-    LoopStep((LoopCall("ppo", {"clip": 0.2, "clip_high": 0.3}), LoopCall("importance_sampling"))),
-    LoopStep((LoopCall("cispo", {"clip": 0.3, "clip_high": 0.2}, replayed=True),)),
-    LoopStep((LoopCall("gspo", {"clip": 0.1, "clip_high": 0.15}), LoopCall("kl")), ("biases",)),
+    LoopStep(
+        (
+            LoopCall({"ppo": {"clip": 0.2, "clip_high": 0.3}}),
+            LoopCall({"importance_sampling": {}, "gspo": {"clip": 0.1, "clip_high": 0.15}, "kl": {}}),
+        )
+    ),
+    LoopStep((LoopCall({"cispo": {"clip": 0.3, "clip_high": 0.2}}, replayed=True),), ("mtp",)),
 )
-"""Every policy loss, steps of one call and of two, replayed experts, and each term on and off."""
+"""Every policy loss, by name and in a loss of the caller's own; a step of two calls, and one with replayed experts."""
 
 
 def loop_batches(config: Config) -> tuple[Batch, Batch]:

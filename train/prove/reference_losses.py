@@ -14,7 +14,7 @@ token times its weight, over the number of learnt tokens of the step. Shares no 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -66,9 +66,9 @@ PLAIN_LOSSES: dict[str, Callable[..., Tensor]] = {
 class PlainCall:
     """A loss over some rows of a step's batch."""
 
-    loss: str
+    losses: Mapping[str, Mapping[str, float]]
+    """Losses that are added up, with their settings."""
     rows: slice
-    settings: Mapping[str, float] = field(default_factory=dict)
 
 
 class PolicyModel(PlainModel):
@@ -106,6 +106,7 @@ class PolicyModel(PlainModel):
                 for sample in seats.samples_BT[row].unique():
                     here_T = seats.learnt_BT[row] & (seats.samples_BT[row] == sample)
                     values = {name: tensor_BT[row][here_T] for name, tensor_BT in self.tensors_BT.items()}
-                    loss_N = PLAIN_LOSSES[call.loss](values | {"logprobs": logprobs_BT[row][here_T]}, **call.settings)
-                    total = total + (loss_N * values["weights"]).sum()
+                    values["logprobs"] = logprobs_BT[row][here_T]
+                    for name, settings in call.losses.items():
+                        total = total + (PLAIN_LOSSES[name](values, **settings) * values["weights"]).sum()
         return total / learnt
