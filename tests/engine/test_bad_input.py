@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from conf.errors import UserError
-from tests.engine.scenario import Played, any_experts, config_of, play, policy_batch, share, worst_difference
+from tests.engine.scenario import Played, any_experts, config_of, play, policy_batch, rows_of, share, worst_difference
 from tests.ranks import run_ranks
 from train.data.batch import GivenSample, batch_of_samples
 from train.loop.open_engine import open_engine
@@ -113,6 +113,18 @@ def odd_batches(played: Played) -> None:
         played.engine.logprobs(
             replace(batch, tokens_BS=batch.tokens_BS[:, :-1], documents_BS=None, supervised_BS=None, tensors={})
         )
+
+
+def unequal_shares(played: Played) -> None:
+    batch = share(played.config, policy_batch(played.config), played.rank.mesh.dp_rank)
+    with pytest.raises(UserError, match="as many on every data-parallel rank"):
+        played.engine.forward_backward(rows_of(batch, 0, 2 + played.rank.mesh.dp_rank), "ppo")
+    played.engine.forward_backward(batch, "ppo")
+    played.update()
+
+
+def test_shares_of_unequal_size_are_refused_on_all_ranks(tmp_path):
+    play(tmp_path, "unequal", unequal_shares, "parallel.dp=2", world=2)
 
 
 def test_a_batch_that_the_layout_cannot_split_is_refused(tmp_path):

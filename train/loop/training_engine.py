@@ -219,15 +219,22 @@ class Engine:
     def count(self, batches: Sequence[Batch], rows: int | None = None) -> StepTotal:
         """Learnt tokens, sequences and samples in the batches of all ranks.
 
-        Collective over all ranks, except if rows (sequences over all ranks) is given and every token is learnt.
+        Collective over all ranks, except if rows (sequences over all ranks) is given and every token is learnt. Raises
+        UserError on all ranks if one has more sequences than another, because it would wait for the others.
         """
         if rows is not None and all(batch.supervised_BS is None for batch in batches):
             return StepTotal(rows, None, rows)
-        totals = torch.tensor(_counts(batches), dtype=torch.int64, device=self._device)
-        if self._layout.world > 1:
+        counts, world = _counts(batches), self._layout.world
+        totals = torch.tensor([*counts, counts[0] ** 2], dtype=torch.int64, device=self._device)
+        if world > 1:
             dist.all_reduce(totals)
+        *totals, squares = totals.tolist()
+        if world * squares != totals[0] ** 2 and not self._config.parallel.uneven:
+            rule = "must be as many on every data-parallel rank, and some rank has others"
+            cure = "fill up with sequences of document -1, or set parallel.uneven=true"
+            raise UserError("batch.tokens_BS", f"{counts[0]} sequences on this rank", rule, cure)
         alike = self._layout.pp * self._layout.cp  # number of ranks that have the same share
-        found = _total((totals // alike).tolist())
+        found = _total([count // alike for count in totals])
         return found if rows is None else found._replace(rows=rows)
 
     def save(self, folder: Path) -> Path:
