@@ -17,8 +17,8 @@ QUANTITIES = {
     "bias": "biases",
     "exp_avg": "first moments",
     "exp_avg_sq": "second moments",
-    "momentum": "momentum",
 }
+"""Names of compared tensors in findings. The state of another optimizer has its own name."""
 ROUNDINGS = {"master": 4, "ema": 2, "bias": 2}
 """Maximum number of fp32 roundings per kind of state; train/prove/updates.py has the numbers for the optimizer's
 state."""
@@ -136,7 +136,7 @@ def _judge_moved(
     allowed, why = count * rounded + SMALLEST, f"{count} roundings of fp32, of each element by itself"
     if kind in STATE_ROUNDINGS and moments == "bf16":
         allowed, why = allowed + UNIT["bf16"] * want.abs() + SMALLEST_BF16, f"{why}, and one of bf16"
-    quantity = QUANTITIES[kind]
+    quantity = QUANTITIES.get(kind, kind)
     at.compare(quantity, name, got[name], want, Bound(1.0, why), rank=rank, measure=in_each(allowed, before[name]))
 
 
