@@ -109,7 +109,7 @@ class TimedParts:
         return step
 
     def _mla(self) -> TimedPart:
-        ours = _small(MLA(self.model, self._precision, Rope(self.model, self.config.seq_len), **self._factory))
+        ours = small(MLA(self.model, self._precision, Rope(self.model, self.config.seq_len), **self._factory))
         peer = self._peer.model.layers[-1].self_attn
         positions = torch.arange(self._shape[1])[None]
         turns = self._peer.model.rotary_emb(self._states(), positions)
@@ -124,7 +124,7 @@ class TimedParts:
     def _moe(self) -> TimedPart:
         experts = self.model.experts
         dispatcher = LocalDispatcher(experts, self._kernels)
-        ours = _small(MoE(self.model, self._precision, dispatcher, range(experts), **self._factory))
+        ours = small(MoE(self.model, self._precision, dispatcher, range(experts), **self._factory))
         peer = self._peer.model.layers[-1].mlp
         active = (self.model.top_k + self.model.shared_experts) * expert_params(self.model)
         return TimedPart(
@@ -163,7 +163,7 @@ class TimedParts:
 
     def _loss(self) -> TimedPart:
         model = self.model
-        ours = _small(Head(model.hidden, model.vocab_size, model.loss_chunk, self._kernels, **self._factory))
+        ours = small(Head(model.hidden, model.vocab_size, model.loss_chunk, self._kernels, **self._factory))
         peer, labels, whole = self._peer, self._tokens[:, :-1], Positions(self._shape[1])
         return TimedPart(
             self._step(lambda x_BTD: ours([x_BTD], self._tokens, whole)[0]),
@@ -181,7 +181,7 @@ class TimedParts:
         return TimedPart(mine.step, torchs.step, 0.0)
 
 
-def _small(module: torch.nn.Module) -> torch.nn.Module:
+def small(module: torch.nn.Module) -> torch.nn.Module:
     """Random weights: the modules leave them to the trainer."""
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.02)

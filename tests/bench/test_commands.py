@@ -48,6 +48,7 @@ SMALLEST = {
     "plan_time": "--calibration RATES --only 'one rank' --steps 4",
     "prove": "--rows ROW",
     "ring_cost": "--calls 100",
+    "sparse_layer": "--shapes tiny --lengths 300 --parts",
     "train_step": "--shape tiny --length 8 --threads 1 --rounds 1",
     "weights_cost": "--shape tiny --rounds 1",
 }

@@ -29,9 +29,6 @@ class AttentionInput(NamedTuple):
     seen: SeenKeys
     watch: "LargestScores | None" = None
     """Receives the scores of training calls."""
-    chosen_BTK: Tensor | None = None
-    """Rows of keys that each query sees of those in `seen`, int32, in any order; numbers that are no row here are passed over. None for
-    all of them."""
     lse: "KeptLse | None" = None
     """Takes the log-sum-exp of the scores of a call that is trained."""
 
@@ -57,9 +54,9 @@ class LargestScores:
     def clear(self) -> None:
         self.most_H.fill_(-torch.inf)
 
-    def add(self, made: "AttentionOutput") -> None:
-        assert made.largest_BHT is not None, "was asked for"
-        torch.maximum(self.most_H, made.largest_BHT.amax((0, 2)), out=self.most_H)
+    def add(self, largest_BHT: Tensor | None) -> None:
+        assert largest_BHT is not None, "was asked for"
+        torch.maximum(self.most_H, largest_BHT.amax((0, 2)), out=self.most_H)
 
 
 class AttentionOutput(NamedTuple):
@@ -113,7 +110,7 @@ class Attend(Function):
         watch = given.watch if trained else None
         made = core.forward(given, keep=trained, largest=watch is not None)
         if watch is not None:
-            watch.add(made)
+            watch.add(made.largest_BHT)
         if given.lse is not None:
             given.lse.lse_BHT = made.lse_BHT
         ctx.save_for_backward(*given[:3], made.out_BHTV, made.lse_BHT, made.kept)

@@ -116,6 +116,17 @@ class Linear(nn.Module):
             y = self._precision.linear(x, weight, self._kind, held)
         return y if self.added is None else self.added.add(y, x)
 
+    def values(self) -> tuple[Tensor, AbstractContextManager]:
+        """Return the weight with what the adapter adds, (O, I), and the context for who saves it. Differentiable.
+
+        An adapter's dropout then drops inputs of all rows together.
+        """
+        weight, keep = open_weight(self.packed, self.weight, self._precision.dtype)
+        if self.added is None:
+            return weight, keep
+        identity = torch.eye(weight.size(1), dtype=self._precision.dtype, device=weight.device)
+        return self.added.add(weight.t(), identity).t(), nullcontext()
+
     def hold(self, x: Tensor) -> HeldInput | None:
         """See `LayerPrecision.hold`."""
         return self._precision.hold(x, self._kind)

@@ -8,19 +8,22 @@
 q_down, q_up, kv_down, kv_up and out hold the W's, packed as in the released weights: kv_down gives [c_KV | rope key],
 q_up per head [nope | rope], kv_up per head [nope key | value]. Without q_rank, `q` projects x directly.
 
-With sparse attention a query attends to the keys that the indexer of its layer chooses, or that of an earlier one (indexer.py).
+With sparse attention a query attends to the keys that the indexer of its layer chooses, or that of an earlier one (indexer.py), and keys
+and values are not computed (chosen_attention.py).
 
 Shapes: B sequences, T positions, D width, H heads, Q qk width = nope + rope, R rope width, V value width.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from conf.schema import Model, Recompute
 from train.model.attention import AttentionInput, KeptLse, LargestScores
+from train.model.chosen_attention import ChosenAttention, KeptShares
 from train.model.indexer import AttentionTarget, Indexer, IndexLoss, IndexVectors, Learn, query_weights, whole_keys
 from train.model.layers import LayerPrecision, Linear, RMSNorm
 from train.model.recompute import RecomputedOutputs, ReplaceableTensors, is_repeated, recall, remember
@@ -67,9 +70,10 @@ class MLA(nn.Module):
         saved = ReplaceableTensors()
         index, chosen_BTK = self._choose(x_BTD, q_latent, remake, positions)
         lse = KeptLse() if index is not None else None
-        if positions.share is not None:
-            out_BHTV, q_BHTQ, blocks = self._attend_shared(
-                positions, q_latent, kv_latent, k_rope_BTR, saved, chosen_BTK, lse
+        shares = KeptShares() if index is not None and chosen_BTK is not None else None
+        if positions.share is not None or chosen_BTK is not None:
+            out_BHTV, q_BHTQ, blocks = self._attend_latents(
+                positions, q_latent, kv_latent, k_rope_BTR, saved, chosen_BTK, lse, shares
             )
         else:
             q_BHTQ, k_BHTQ, v_BHTV = heads = self._up(q_latent, kv_latent, k_rope_BTR)
@@ -78,7 +82,7 @@ class MLA(nn.Module):
                 keep = RecomputedOutputs(self._up, (q_latent, kv_latent, k_rope_BTR), *heads)
             scale, seen = self._rope.softmax_scale, positions.seen[0]
             with saved, keep:
-                out_BHTV = self.attend(AttentionInput(q_BHTQ, k_BHTQ, v_BHTV, scale, seen, self.watch, chosen_BTK, lse))
+                out_BHTV = self.attend(AttentionInput(q_BHTQ, k_BHTQ, v_BHTV, scale, seen, self.watch, lse))
 
             def blocks() -> Iterator[tuple[Tensor, SeenKeys, int]]:
                 yield k_BHTQ.detach(), seen, 0
@@ -86,8 +90,12 @@ class MLA(nn.Module):
         y_BTD = self._project(out_BHTV, saved)
         if index is None or lse is None:
             return y_BTD
+        if chosen_BTK is not None and shares is not None:
+            given = {"chosen_BTK": chosen_BTK, "shares_BTK": shares.shares_BTK}
+            return self._learn(y_BTD, index, positions, partial(self._kernels.chosen_index_loss, **given))
         target = AttentionTarget(q_BHTQ.detach(), lse.lse_BHT, self._rope.softmax_scale, blocks)
-        return self._learn(y_BTD, index, positions, chosen_BTK, target)
+        loss_of = partial(self._kernels.index_loss, seen=positions.seen_whole, target=target)
+        return self._learn(y_BTD, index, positions, loss_of)
 
     def _choose(
         self, x_BTD: Tensor, q_latent: Tensor, remake: AbstractContextManager, positions: Positions
@@ -128,16 +136,14 @@ class MLA(nn.Module):
         y_BTD: Tensor,
         index: IndexVectors,
         positions: Positions,
-        chosen_BTK: Tensor | None,
-        target: AttentionTarget,
+        loss_of: Callable[..., IndexLoss],
     ) -> Tensor:
-        """y, by which the loss of the indexer reaches it in backward."""
+        """y, by which the loss of the indexer reaches it in backward. loss_of: of vectors with all keys, and of weight_BT."""
         indexer, alone = self.indexer, positions.choices.alone
         assert indexer is not None, "who learns"
 
         def compute(vectors: IndexVectors) -> IndexLoss:
-            weight_BT = query_weights(positions, len(y_BTD), y_BTD.device)
-            return self._kernels.index_loss(vectors, positions.seen_whole, chosen_BTK, target, weight_BT)
+            return loss_of(vectors, weight_BT=query_weights(positions, len(y_BTD), y_BTD.device))
 
         def count(loss: Tensor) -> None:
             if not is_repeated():
@@ -195,7 +201,7 @@ class MLA(nn.Module):
             q, torch.cat([torch.arange(piece.start, piece.stop, device=q.device) for piece in pieces])
         )
 
-    def _attend_shared(
+    def _attend_latents(
         self,
         positions: Positions,
         q_latent: Tensor,
@@ -204,9 +210,10 @@ class MLA(nn.Module):
         saved: ReplaceableTensors,
         chosen_BTK: Tensor | None,
         lse: KeptLse | None,
+        shares: KeptShares | None,
     ) -> tuple[Tensor, Tensor, Callable[[], Iterator[tuple[Tensor, SeenKeys, int]]]]:
-        """(B, H, T, V) where other ranks have the rest of the sequences: normed latents and turned rope keys travel, once. And the queries,
-        and what gathers the latents again for the keys of all positions, as `AttentionTarget` takes them.
+        """(B, H, T, V) from normed latents and turned rope keys, which travel once where other ranks have the rest of the sequences. And the
+        queries, and what gathers the latents again for the keys of all positions, as `AttentionTarget` takes them.
         """
         config, table = self._config, self._rope.table(positions.whole_length, q_latent.device)
         table = torch.cat([table[piece.start : piece.stop] for piece in positions.here])
@@ -223,32 +230,40 @@ class MLA(nn.Module):
             )
 
         latents_BTX = to_travel(kv_latent, k_rope_BTR)
-        share = positions.share
-        assert share is not None
-        gathering = share.gather_begin(latents_BTX.detach(), [len(piece) for piece in positions.pieces])
+        share, rows = positions.share, [len(piece) for piece in positions.pieces]
+        gathering = None if share is None else share.gather_begin(latents_BTX.detach(), rows)
         q_BHTQ = queries(q_latent)
         keep = nullcontext()
         if self._recompute_up and torch.is_grad_enabled():
             sources = q_latent, kv_latent, k_rope_BTR
             keep = RecomputedOutputs(lambda q, *others: (queries(q), to_travel(*others)), sources, q_BHTQ, latents_BTX)
         keys = KeysOfLatents(self.kv_up, config.heads, config.kv_rank, config.nope_head_dim)
-        with saved, keep:
-            out_BHTV = SharedAttention.apply(
-                q_BHTQ,
-                latents_BTX,
-                keys,
-                self._kernels.core,
-                self._rope.softmax_scale,
-                positions,
-                gathering,
-                self.watch,
-                chosen_BTK,
-                lse,
-                *(weight for weight in self.kv_up.parameters() if weight.requires_grad),
-            )
+        scale, kernels = self._rope.softmax_scale, self._kernels
+        if chosen_BTK is not None:
+            weight_YC, keep_weight = self.kv_up.values()
+            with saved, keep, keep_weight:
+                out_BHTV = ChosenAttention.apply(
+                    q_BHTQ.transpose(1, 2),
+                    latents_BTX,
+                    weight_YC,
+                    chosen_BTK,
+                    config.nope_head_dim,
+                    scale,
+                    kernels,
+                    positions,
+                    gathering,
+                    self.watch,
+                    shares,
+                )
+        else:
+            weights = (weight for weight in self.kv_up.parameters() if weight.requires_grad)
+            with saved, keep:
+                out_BHTV = SharedAttention.apply(
+                    q_BHTQ, latents_BTX, keys, kernels.core, scale, positions, gathering, self.watch, lse, *weights
+                )
 
         def blocks() -> Iterator[tuple[Tensor, SeenKeys, int]]:
-            rows = [len(piece) for piece in positions.pieces]
+            assert share is not None
             again = share.gather_begin(latents_BTX.detach(), rows).wait()
             for piece, seen, latents_BLX in zip(positions.pieces, positions.seen, again, strict=True):
                 if seen.rectangles:

@@ -17,6 +17,7 @@ from train.model.attention import AttentionCore, AttentionInput
 from train.model.sequence import Positions, SeenKeys
 
 if TYPE_CHECKING:
+    from train.model.chosen_attention import ChosenInput, ChosenOutput
     from train.model.indexer import AttentionTarget, IndexLoss, IndexVectors
 
 ExpertGroups = Tensor | list[int]
@@ -87,13 +88,25 @@ class Kernels(Protocol):
         self,
         index: "IndexVectors",
         seen: SeenKeys,
-        chosen_BTK: Tensor | None,
         target: "AttentionTarget",
         weight_BT: Tensor,
     ) -> "IndexLoss":
-        """The sum of weight * KL(p || softmax(I)) over the queries here (train/model/indexer.py), and its gradients. chosen: keys that a query
-        attends to; None for all that it sees.
+        """The sum of weight * KL(p || softmax(I)) over the queries here (train/model/indexer.py), and its gradients. Over all keys that a query
+        sees.
         """
+
+    def attend_chosen(self, given: "ChosenInput") -> "ChosenOutput":
+        """Attention over chosen keys (train/model/chosen_attention.py)."""
+
+    def attend_chosen_backward(
+        self, dout_BTHV: Tensor, given: "ChosenInput", out_BTHV: Tensor, lse_BTH: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients of queries and latents, in their dtypes, and of the weight, in fp32. out, lse: results of `attend_chosen`."""
+
+    def chosen_index_loss(
+        self, index: "IndexVectors", chosen_BTK: Tensor, shares_BTK: Tensor, weight_BT: Tensor
+    ) -> "IndexLoss":
+        """As `index_loss`, over the chosen keys. shares: the attention of each, averaged over heads."""
 
     def logits(self, x_ND: Tensor, weight_ED: Tensor) -> Tensor:
         """Return x W^T of the router in fp32, from operands in any dtype: (N, E)."""

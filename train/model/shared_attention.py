@@ -80,7 +80,6 @@ class SharedAttention(Function):
 
     latents_BTX: [latent | rotated rope key] of this process's positions. weights: the trained weights of keys.up.
     gathering: a gather of all latents. watch, lse: as in `AttentionInput`.
-    chosen: numbers of positions that each query attends to; None for all that it sees.
     """
 
     @staticmethod
@@ -94,26 +93,23 @@ class SharedAttention(Function):
         positions: Positions,
         gathering: PendingGather,
         watch: LargestScores | None,
-        chosen_BTK: Tensor | None,
         lse: KeptLse | None,
         *weights: Tensor,
     ) -> Tensor:
         B, H, T, _ = q_BHTQ.shape
         watch = watch if is_recorded(ctx) else None
         out_BHTV, lse_BHT = None, None
-        blocks = zip(positions.pieces, positions.seen, gathering.wait(), strict=True)
-        for piece, seen, latents_BLX in blocks:
+        for seen, latents_BLX in zip(positions.seen, gathering.wait(), strict=True):
             k_BHLQ, v_BHLV = keys.of(latents_BLX)
             if out_BHTV is None or lse_BHT is None:
                 out_BHTV = torch.zeros(B, H, T, v_BHLV.size(-1), dtype=torch.float32, device=q_BHTQ.device)
                 lse_BHT = torch.full((B, H, T), -torch.inf, dtype=torch.float32, device=q_BHTQ.device)
             if not seen.rectangles:
                 continue
-            chosen = _rows_of(chosen_BTK, piece)
-            given = AttentionInput(q_BHTQ, k_BHLQ, v_BHLV, scale, seen, watch, chosen)
+            given = AttentionInput(q_BHTQ, k_BHLQ, v_BHLV, scale, seen, watch)
             made = core.forward(given, largest=watch is not None)
             if watch is not None:
-                watch.add(made)
+                watch.add(made.largest_BHT)
             part_BHTV, part_BHT, *_ = made
             new_BHT = torch.logaddexp(lse_BHT, part_BHT)
             for sum_BHTV, value, of in ((out_BHTV, None, lse_BHT), (out_BHTV, part_BHTV, part_BHT)):
@@ -129,7 +125,6 @@ class SharedAttention(Function):
         if lse is not None:
             lse.lse_BHT = lse_BHT
         ctx.weights, ctx.keys, ctx.core, ctx.scale, ctx.positions = weights, keys, core, scale, positions
-        ctx.chosen_BTK = chosen_BTK
         ctx.put_aside = None
         return out_BHTV
 
@@ -137,7 +132,7 @@ class SharedAttention(Function):
     @once_differentiable
     def backward(ctx, dout_BHTV: Tensor):
         q_needed, latents_needed, *needed = gradients_needed(ctx)
-        rest = (None,) * 8
+        rest = (None,) * 7
         weights_needed = any(needed[len(rest) :])
         if ctx.put_aside is not None and not (q_needed or latents_needed):
             dweights, ctx.put_aside = ctx.put_aside, None
@@ -149,15 +144,13 @@ class SharedAttention(Function):
         dq_BHTQ = torch.zeros(q_BHTQ.shape, dtype=torch.float32, device=q_BHTQ.device)
         dweights = [torch.zeros(one.shape, dtype=torch.float32, device=q_BHTQ.device) for one in ctx.weights]
         dlatents = []
-        for piece, seen, latents_BLX in zip(positions.pieces, positions.seen, gathering.wait(), strict=True):
+        for seen, latents_BLX in zip(positions.seen, gathering.wait(), strict=True):
             if not seen.rectangles:
                 dlatents.append(torch.zeros_like(latents_BLX))
                 continue
 
-            chosen = _rows_of(ctx.chosen_BTK, piece)
-
-            def attend(k, v, seen=seen, chosen=chosen):
-                given = AttentionInput(q_BHTQ, k, v, ctx.scale, seen, chosen_BTK=chosen)
+            def attend(k, v, seen=seen):
+                given = AttentionInput(q_BHTQ, k, v, ctx.scale, seen)
                 return ctx.core.backward(dout_BHTV, given, whole)
 
             dq, dlatents_BLX, parts = ctx.keys.gradients(latents_BLX, ctx.weights, attend)
@@ -169,8 +162,3 @@ class SharedAttention(Function):
         if not weights_needed:
             ctx.put_aside = dweights
         return dq_BHTQ.to(q_BHTQ.dtype), dlatents_BTX, *rest, *(dweights if weights_needed else [None] * len(dweights))
-
-
-def _rows_of(chosen_BTK: Tensor | None, piece: range) -> Tensor | None:
-    """Numbers of positions as rows of this piece."""
-    return None if chosen_BTK is None else chosen_BTK - piece.start

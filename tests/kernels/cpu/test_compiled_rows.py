@@ -275,3 +275,14 @@ def test_the_loss_of_what_is_not_finite_is_torchs(broken):
 def test_a_target_that_is_no_column_is_an_error(target):
     with pytest.raises(AssertionError, match=r"targets must be in \[0, 21\)"):
         compiled_rows.cross_entropy_of_logits(draw(2, 21), torch.tensor([0, target]), None)
+
+
+@pytest.mark.parametrize("rows, width, k", [(3, 1, 4), (5, 40, 7), (64, 3000, 256), (2, 70, 70)])
+def test_the_best_keys_are_those_of_torch(rows, width, k):
+    """Equal scores among them, 0 and -0, and keys that are not seen; also of rows that are a part of wider ones."""
+    scores = torch.randn(rows, width + 3)
+    scores[:, ::3] = (scores[:, ::3] * 4).round() / 4
+    scores[:, 1::4] *= 0
+    scores[: rows // 2, width // 2 :] = -torch.inf
+    scores = scores[:, :width]
+    assert torch.equal(KERNELS.best_keys(scores, k), PlainKernels().best_keys(scores, k))

@@ -107,7 +107,7 @@ class CompiledAttention(PlainAttention):
 
 def _spans(given: AttentionInput) -> Spans | None:
     """The spans of the input, if compiled code supports it; else None."""
-    if given.q_BHTQ.dtype != torch.bfloat16 or given.chosen_BTK is not None:
+    if given.q_BHTQ.dtype != torch.bfloat16:
         return None
     B, _, T, _ = given.q_BHTQ.shape
     spans: Spans = []

@@ -44,6 +44,11 @@ _sort_by_expert = Kernel(
     tokens=Array(_INT64, "T*K", out=True), counts=Array(_INT64, "E", out=True),
     rows=Size("T*K"), k=Size("K"), experts=Size("E"),
 )  # fmt: skip
+_best_keys = Kernel(
+    _load, "best_keys",
+    scores=Array(_FP32, "T S", apart=1), best=Array(torch.int32, "T K", out=True),
+    rows=Size("T"), width=Size("S"), k=Size("K"), threads=Threads(),
+)  # fmt: skip
 _cross_entropy = Kernel(
     _load, "cross_entropy", c_bool,
     logits=Array(_BF16, "N V", out=True), targets=Array(_INT64, "N"), losses=Array(_FP32, "N", out=True),
@@ -110,6 +115,13 @@ def sort_by_expert(expert_ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor,
     sorted_all = _sort_by_expert(ids_TK, order_R, inverse_R, tokens_R, counts_E)
     assert sorted_all is not False, f"expert ids must be in [0, {experts}), and there are others"
     return order_R, inverse_R, tokens_R, counts_E
+
+
+def best_keys(scores_TS: Tensor, top_k: int) -> Tensor:
+    """Implements `train.model.indexer.best_keys`."""
+    best_TK = scores_TS.new_empty(len(scores_TS), top_k, dtype=torch.int32)
+    _best_keys(scores_TS, best_TK)
+    return best_TK
 
 
 def cross_entropy_of_logits(logits_NV: Tensor, targets_N: Tensor, scale: float | None) -> Tensor:

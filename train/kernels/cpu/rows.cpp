@@ -5,8 +5,11 @@
 // Each direction is one pass over memory. Values are widened to fp32 when they are read and rounded once when they are
 // written. No result depends on the number of threads.
 
+#include <algorithm>
 #include <cfloat>
 #include <cmath>
+#include <cstdint>
+#include <cstring>
 #include <vector>
 
 #include "tiles.h"
@@ -107,6 +110,40 @@ float cross_entropy_row(u16* x, i64 target, float scale, bool gradient, float* p
   along(width, [&](i64 j, auto which) { store(x + j, load(powers + j, which) * factor, which); });
   store(x + target, all((powers[target] / total - 1) * scale), Some{first_of(1)});
   return loss;
+}
+
+// ---- the largest scores
+
+// Bits of x as a number of the same order; 0 and -0 are equal.
+inline std::uint32_t order_of(float x) {
+  x += 0.0f;
+  std::uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits >> 31 ? ~bits : bits | 1u << 31;
+}
+
+// The k numbers of the largest scores, ascending; of equal scores the lower number. -1 after them if fewer are above
+// -inf. orders: buffer of width values.
+void best_keys_row(const float* scores, int* best, i64 width, i64 k, std::uint32_t* orders) {
+  constexpr int BITS[] = {11, 11, 10};
+  const std::uint32_t nothing = order_of(-INFINITY);
+  for (i64 j = 0; j < width; ++j) orders[j] = order_of(scores[j]);
+  std::uint32_t least = 0, known = 0;  // the k-th largest order, and which of its bits are final
+  i64 left = std::min(k, width);       // how many are to be taken of those equal to it in these bits
+  for (int shift = 32, pass = 0; pass < 3; ++pass) {
+    shift -= BITS[pass];
+    std::vector<i64> counts(std::size_t(1) << BITS[pass]);
+    const std::uint32_t mask = std::uint32_t(counts.size() - 1);
+    for (i64 j = 0; j < width; ++j) counts[(orders[j] >> shift) & mask] += (orders[j] & known) == least;
+    std::uint32_t bin = mask;
+    while (counts[bin] < left) left -= counts[bin--];
+    least |= bin << shift;
+    known |= mask << shift;
+  }
+  i64 found = 0;
+  for (i64 j = 0; j < width && found < k; ++j)
+    if (orders[j] > nothing && (orders[j] > least || (orders[j] == least && left-- > 0))) best[found++] = int(j);
+  std::fill(best + found, best + k, -1);
 }
 
 // ---- heads
@@ -273,6 +310,16 @@ bool sort_by_expert(const i64* expert, i64* order, i64* inverse, i64* tokens, i6
     tokens[to] = n / k;
   }
   return true;
+}
+
+void best_keys(const float* scores, i64 row, int* best, i64 rows, i64 width, i64 k, i64 threads) {
+  threads = threads_for(8 * rows * width, threads);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    std::vector<std::uint32_t> orders(width);
+#pragma omp for
+    for (i64 n = 0; n < rows; ++n) best_keys_row(scores + n * row, best + n * k, width, k, orders.data());
+  }
 }
 
 void heads_forward(const Split* split, i64 threads) {

@@ -106,8 +106,6 @@ class EfficientAttention(PlainAttention):
     waste: float = WASTE
 
     def forward(self, given: AttentionInput, keep: bool = False, largest: bool = False) -> AttentionOutput:
-        if given.chosen_BTK is not None:
-            return super().forward(given, keep, largest)
         q, k, v, scale, seen, *_ = given
         found = seen.once(calls, q.device, self.waste)
         parts = [(call, *self._forward(call, *call.take(q, k, v), scale=scale)) for call in found]
@@ -124,8 +122,6 @@ class EfficientAttention(PlainAttention):
     def backward(
         self, dout_BHTV: Tensor, given: AttentionInput, made: AttentionOutput
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if given.chosen_BTK is not None:
-            return super().backward(dout_BHTV, given, made)
         inputs, scale, seen = given[:3], given.scale, given.seen
         # The kernel assumes an output with contiguous heads and ignores its strides.
         assert made.out_BHTV.stride(1) == made.out_BHTV.size(3), "the output has its positions first"

@@ -31,9 +31,7 @@ class PlainAttention(AttentionCore):
             scores_XCS = torch.baddbmm(bias_CS, q32[rows, queries], k32[rows, keys].mT, alpha=given.scale)
             most[rows, queries] = largest_XC = scores_XCS.amax(-1)
             p_XCS = scores_XCS.softmax(-1)
-            if given.chosen_BTK is not None:  # a query may have chosen none of these keys
-                p_XCS.masked_fill_((largest_XC == -torch.inf).unsqueeze(-1), 0)
-            lse[rows, queries] = torch.where(largest_XC == -torch.inf, largest_XC, largest_XC - p_XCS.amax(-1).log_())
+            lse[rows, queries] = largest_XC - p_XCS.amax(-1).log_()
             out[rows, queries] = torch.bmm(p_XCS, v32[rows, keys])
         shape = given.q_BHTQ.shape[:3]
         out_BHTV = positions_first(out.view(*shape, -1), given.v_BHSV.dtype)
@@ -65,14 +63,10 @@ def _blocks(given: AttentionInput) -> Iterator[tuple[slice, slice, slice, Tensor
     """
     batch, heads = given.q_BHTQ.shape[:2]
     for sequences, queries, keys, bias_CS in query_blocks(given.seen, given.k_BHSQ.size(2), batch, given.q_BHTQ.device):
-        parts = [(sequences, bias_CS)]
-        if given.chosen_BTK is not None:
-            parts = [(range(b, b + 1), only_chosen(bias_CS, given.chosen_BTK[b, queries], keys)) for b in sequences]
-        for several, bias_CS in parts:
-            rows = range(several.start * heads, several.stop * heads)
-            count = max(1, THRESHOLDS.attention_scores // bias_CS.numel()) if given.q_BHTQ.is_cpu else len(rows)
-            for row in range(rows.start, rows.stop, count):
-                yield slice(row, min(row + count, rows.stop)), queries, keys, bias_CS
+        rows = range(sequences.start * heads, sequences.stop * heads)
+        count = max(1, THRESHOLDS.attention_scores // bias_CS.numel()) if given.q_BHTQ.is_cpu else len(rows)
+        for row in range(rows.start, rows.stop, count):
+            yield slice(row, min(row + count, rows.stop)), queries, keys, bias_CS
 
 
 def query_blocks(
@@ -96,15 +90,3 @@ def query_blocks(
             start = max(length - diagonal, 0)
             bias_CS = bias[: last - first, start : start + keys.stop - first_key]
             yield sequences, slice(first, last), keys, bias_CS
-
-
-def only_chosen(bias_CS: Tensor, chosen_CK: Tensor, keys: slice) -> Tensor:
-    """The mask for scores if each query sees only its chosen keys.
-
-    chosen: indices of keys; indices outside `keys` are ignored.
-    """
-    size = keys.stop - keys.start
-    place_CK = chosen_CK.long() - keys.start
-    place_CK = place_CK.masked_fill((place_CK < 0) | (place_CK >= size), size)
-    sees_CS = torch.zeros(len(chosen_CK), size + 1, dtype=torch.bool, device=bias_CS.device).scatter_(1, place_CK, True)
-    return bias_CS.masked_fill(~sees_CS[:, :size], -torch.inf)

@@ -6,16 +6,20 @@ results, is the memory of one block.
 Shapes as in train/model/indexer.py; C queries of a block.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from conf.thresholds import THRESHOLDS
-from train.kernels.plain.plain_attention import only_chosen, query_blocks
+from train.kernels.plain.plain_attention import query_blocks
 from train.model.indexer import AttentionTarget, IndexLoss, IndexVectors, best_keys, head_slices, index_scores
 from train.model.sequence import SeenKeys
 
 
-def choose_keys(index: IndexVectors, seen: SeenKeys, top_k: int) -> Tensor:
+def choose_keys(
+    index: IndexVectors, seen: SeenKeys, top_k: int, best_keys: Callable[[Tensor, int], Tensor] = best_keys
+) -> Tensor:
     """Implements `train.model.operations.Kernels.choose_keys`."""
     q_BTHI, k_BSI, _ = index
     batch, length = q_BTHI.shape[:2]
@@ -28,9 +32,7 @@ def choose_keys(index: IndexVectors, seen: SeenKeys, top_k: int) -> Tensor:
     return chosen_BTK
 
 
-def index_loss(
-    index: IndexVectors, seen: SeenKeys, chosen_BTK: Tensor | None, target: AttentionTarget, weight_BT: Tensor
-) -> IndexLoss:
+def index_loss(index: IndexVectors, seen: SeenKeys, target: AttentionTarget, weight_BT: Tensor) -> IndexLoss:
     """Implements `train.model.operations.Kernels.index_loss`."""
     q_BTHI, k_BSI, _ = index
     batch, device = len(q_BTHI), q_BTHI.device
@@ -38,21 +40,15 @@ def index_loss(
     loss = torch.zeros((), device=device)
     lse_BT = torch.full(q_BTHI.shape[:2], -torch.inf, device=device)
 
-    def open_scores(b: int, queries: slice, keys: slice, bias_CS: Tensor) -> Tensor:
-        """The mask that is added to the scores of one sequence."""
-        return bias_CS if chosen_BTK is None else only_chosen(bias_CS, chosen_BTK[b, queries], keys)
-
     for sequences, queries, keys, bias_CS in query_blocks(seen, k_BSI.size(1), batch, device):
         for b in sequences:
-            scores_CS = _scores(index, b, queries, keys) + open_scores(b, queries, keys, bias_CS)
-            lse_BT[b, queries] = scores_CS.logsumexp(-1)
+            lse_BT[b, queries] = (_scores(index, b, queries, keys) + bias_CS).logsumexp(-1)
     for k_BHLQ, seen_here, first in target.blocks():
         for sequences, queries, own, bias_CS in query_blocks(seen_here, k_BHLQ.size(2), batch, device):
             keys = slice(first + own.start, first + own.stop)
             for b in sequences:
-                open_CS = open_scores(b, queries, keys, bias_CS)
-                p_CS = _mean_attention(target, b, queries, k_BHLQ[b, :, own], open_CS)
-                log_CS = _scores(index, b, queries, keys).add_(open_CS).sub_(lse_BT[b, queries].unsqueeze(-1))
+                p_CS = _mean_attention(target, b, queries, k_BHLQ[b, :, own], bias_CS)
+                log_CS = _scores(index, b, queries, keys).add_(bias_CS).sub_(lse_BT[b, queries].unsqueeze(-1))
                 weight_C1 = weight_BT[b, queries].unsqueeze(-1)
                 apart_CS = torch.xlogy(p_CS, p_CS) - (p_CS * log_CS).masked_fill_(p_CS == 0, 0)
                 loss += (apart_CS * weight_C1).sum()
@@ -66,13 +62,13 @@ def _scores(index: IndexVectors, b: int, queries: slice, keys: slice) -> Tensor:
     )
 
 
-def _mean_attention(target: AttentionTarget, b: int, queries: slice, k_HSQ: Tensor, open_CS: Tensor) -> Tensor:
+def _mean_attention(target: AttentionTarget, b: int, queries: slice, k_HSQ: Tensor, bias_CS: Tensor) -> Tensor:
     """Attention probabilities, averaged over the heads: (C, S)."""
     heads = len(k_HSQ)
-    p_CS = torch.zeros_like(open_CS)
-    for some in head_slices(heads, open_CS.numel(), THRESHOLDS.attention_scores):
+    p_CS = torch.zeros_like(bias_CS)
+    for some in head_slices(heads, bias_CS.numel(), THRESHOLDS.attention_scores):
         scores_HCS = torch.baddbmm(
-            open_CS - target.lse_BHT[b, some, queries].unsqueeze(-1),
+            bias_CS - target.lse_BHT[b, some, queries].unsqueeze(-1),
             target.q_BHTQ[b, some, queries].float(),
             k_HSQ[some].float().mT,
             alpha=target.scale,

@@ -17,10 +17,12 @@ from conf.thresholds import THRESHOLDS
 from train.kernels.plain import grouped
 from train.kernels.plain.heads import PlainHeads
 from train.kernels.plain.plain_attention import PlainAttention
+from train.kernels.plain.plain_chosen import PlainChosen, chosen_index_loss
 from train.kernels.plain.plain_indexer import choose_keys, index_loss
 from train.kernels.plain.routing import Route
 from train.model.attention import Attend, AttentionCore, AttentionInput
-from train.model.indexer import AttentionTarget, IndexLoss, IndexVectors
+from train.model.chosen_attention import ChosenInput, ChosenOutput
+from train.model.indexer import AttentionTarget, IndexLoss, IndexVectors, best_keys
 from train.model.operations import ExpertGroups, Kernels, RouterCounters, RoutingRule
 from train.model.sequence import Positions, SeenKeys
 
@@ -30,6 +32,7 @@ class PlainKernels(Kernels):
 
     parts: tuple[str, ...] = ()
     core: AttentionCore = PlainAttention()
+    chosen = PlainChosen()
 
     def rows_at_once(self, x_ND: Tensor, elements: int) -> int:
         """Number of rows to process at a time, if `elements` elements fit a cache."""
@@ -87,17 +90,33 @@ class PlainKernels(Kernels):
         return Attend.apply(self.core, *given)
 
     def choose_keys(self, index: IndexVectors, seen: SeenKeys, top_k: int) -> Tensor:
-        return choose_keys(index, seen, top_k)
+        return choose_keys(index, seen, top_k, self.best_keys)
+
+    def best_keys(self, scores_TS: Tensor, top_k: int) -> Tensor:
+        """See `train.model.indexer.best_keys`."""
+        return best_keys(scores_TS, top_k)
 
     def index_loss(
         self,
         index: IndexVectors,
         seen: SeenKeys,
-        chosen_BTK: Tensor | None,
         target: AttentionTarget,
         weight_BT: Tensor,
     ) -> IndexLoss:
-        return index_loss(index, seen, chosen_BTK, target, weight_BT)
+        return index_loss(index, seen, target, weight_BT)
+
+    def attend_chosen(self, given: ChosenInput) -> ChosenOutput:
+        return self.chosen.forward(given)
+
+    def attend_chosen_backward(
+        self, dout_BTHV: Tensor, given: ChosenInput, out_BTHV: Tensor, lse_BTH: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return self.chosen.backward(dout_BTHV, given, out_BTHV, lse_BTH)
+
+    def chosen_index_loss(
+        self, index: IndexVectors, chosen_BTK: Tensor, shares_BTK: Tensor, weight_BT: Tensor
+    ) -> IndexLoss:
+        return chosen_index_loss(index, chosen_BTK, shares_BTK, weight_BT)
 
     def logits(self, x_ND: Tensor, weight_ED: Tensor) -> Tensor:
         return F.linear(x_ND.float(), weight_ED.float())

@@ -1,0 +1,121 @@
+"""Attention over the keys that an indexer chose, in MLA's absorbed form (DeepSeek-V2, 2.1.2): work linear in the sequence.
+
+    q_i . k_s = [W_UK_i^T q_nope_i ; q_rope_i] . [c_s ; k_rope_s]             head i, normed latent c and rotated rope key of position s
+    out_i     = W_UV_i sum_s p_is c_s,   p_i = softmax over the chosen s of scale q_i . k_s
+
+All heads of a query share its K keys, so the latents are gathered once for all of them: kv_rank + rope numbers a key instead of
+heads x (qk width + value width). With o_i = sum_s p_is c_s and the gradient u_i = W_UV_i^T do_i, backward computes
+
+    ds = scale p (u . c - do . out),  dq = ds [c ; k_rope],  d[c ; k_rope]_s = sum over queries and heads of ds q, and p u for c
+    dW_UV_i = do_i o_i^T,  dW_UK_i = q_nope_i dq_i^T
+
+Ranks that share sequences gather the latents of all positions, and send the gradients of latents to the ranks that have the positions.
+
+Shapes: B sequences, T queries here, S positions of the sequence, H heads, Q qk width = nope + rope, X = C + rope of a latent, C kv_rank,
+V value width, K chosen keys, Y = H * (nope + V) rows of the weight.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from train.model.attention import LargestScores
+from train.model.needed import Function, gradients_needed, is_recorded, once_differentiable
+from train.model.operations import Kernels
+from train.model.sequence import PendingGather, Positions
+from train.model.weight_gradient import weight_gradient
+
+
+class ChosenInput(NamedTuple):
+    """Arguments of attention over chosen keys."""
+
+    q_BTHQ: Tensor
+    """Rotated."""
+    latents_BSX: Tensor
+    """[normed latent | rotated rope key]."""
+    weight_YC: Tensor
+    """Per head W_UK, then W_UV."""
+    nope: int
+    scale: float
+    chosen_BTK: Tensor
+    """Numbers of the positions that each query attends to, int32; -1 where there are fewer."""
+
+    def split_weight(self) -> tuple[Tensor, Tensor]:
+        """W_UK (H, nope, C) and W_UV (H, V, C), fp32."""
+        weight_HYC = self.weight_YC.float().unflatten(0, (self.q_BTHQ.size(2), -1))
+        return weight_HYC[:, : self.nope], weight_HYC[:, self.nope :]
+
+
+class ChosenOutput(NamedTuple):
+    """Results of attention over chosen keys."""
+
+    out_BTHV: Tensor
+    """In q's dtype; 0 for a query without keys."""
+    lse_BTH: Tensor
+    """Log-sum-exp of the scaled scores, fp32; -inf for a query without keys."""
+    largest_BTH: Tensor
+    """The largest scaled score, fp32."""
+    shares_BTK: Tensor
+    """The attention of each chosen key, averaged over heads, fp32."""
+
+
+class KeptShares:
+    """The attention of each chosen key of one call, for the loss of the indexer."""
+
+    shares_BTK: Tensor
+
+
+class ChosenAttention(Function):
+    """Attention of the queries here over their chosen keys: (B, H, T, V).
+
+    latents_BTX: of the positions here; gathering: those of all positions, if ranks share sequences. watch: as in `AttentionInput`. shares:
+    takes the attention of the chosen keys.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        q_BTHQ: Tensor,
+        latents_BTX: Tensor,
+        weight_YC: Tensor,
+        chosen_BTK: Tensor,
+        nope: int,
+        scale: float,
+        kernels: Kernels,
+        positions: Positions,
+        gathering: PendingGather | None,
+        watch: LargestScores | None,
+        shares: KeptShares | None,
+    ) -> Tensor:
+        latents_BSX = latents_BTX if gathering is None else torch.cat(gathering.wait(), 1)
+        made = kernels.attend_chosen(ChosenInput(q_BTHQ, latents_BSX, weight_YC, nope, scale, chosen_BTK))
+        if watch is not None and is_recorded(ctx):
+            watch.add(made.largest_BTH.transpose(1, 2))
+        if shares is not None:
+            shares.shares_BTK = made.shares_BTK
+        out_BHTV = made.out_BTHV.transpose(1, 2)
+        ctx.save_for_backward(q_BTHQ, latents_BTX, weight_YC, chosen_BTK, out_BHTV, made.lse_BTH)
+        ctx.rest = nope, scale, kernels, positions
+        return out_BHTV
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout_BHTV: Tensor):
+        q_BTHQ, latents_BSX, weight_YC, chosen_BTK, out_BHTV, lse_BTH = ctx.saved_tensors
+        nope, scale, kernels, positions = ctx.rest
+        rows = [len(piece) for piece in positions.pieces]
+        if positions.share is not None:
+            latents_BSX = torch.cat(positions.share.gather_begin(latents_BSX, rows).wait(), 1)
+        given = ChosenInput(q_BTHQ, latents_BSX, weight_YC, nope, scale, chosen_BTK)
+        dq_BTHQ, dlatents_BSX, dweight_YC = kernels.attend_chosen_backward(
+            dout_BHTV.transpose(1, 2), given, out_BHTV.transpose(1, 2), lse_BTH
+        )
+        if positions.share is not None:
+            dlatents_BSX = positions.share.scatter_sum(list(dlatents_BSX.split(rows, 1)))
+        dweight = None
+        if gradients_needed(ctx)[2]:
+            dweight = weight_gradient(
+                ctx, 2, weight_YC, lambda dtype, into: dweight_YC.to(dtype) if into is None else into.add_(dweight_YC)
+            )
+        return dq_BTHQ, dlatents_BSX, dweight, *(None for _ in range(8))
