@@ -32,7 +32,11 @@ from tests.test_layouts import everything
 from train.checkpoint.stored_weights import load_hf_model
 from train.data.tokenizer import load_tokenizer
 from train.hf.config import read_model
+from train.kernels.choice import build_kernels
+from train.kernels.plain.high import HighPrecision
 from train.loop.start import check_start
+from train.model.count import count_parameters
+from train.model.deepseek import DeepSeekV3
 
 torch.set_num_threads(1)
 SHAPE = MODEL | {"layers": 4, "max_seq_len": 64}
@@ -124,6 +128,30 @@ def test_logits_are_those_of_transformers_both_ways(tmp_path, family):
     assert read_model(tmp_path / "out") == model
     before, after = read_folder(tmp_path / "in"), read_folder(tmp_path / "out")
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_the_published_file_of_glm_5_is_the_model_of_its_recipe(tmp_path):
+    """744B parameters by its report, without MTP; the modules on the meta device have as many as are counted."""
+    published = GlmMoeDsaConfig(
+        rope_parameters={"rope_type": "default", "rope_theta": 1000000}, indexer_rope_interleave=True
+    )
+    published.save_pretrained(tmp_path)
+    body = json.loads((tmp_path / "config.json").read_text())
+    more = {"architectures": ["GlmMoeDsaForCausalLM"], "num_nextn_predict_layers": 1}
+    (tmp_path / "config.json").write_text(json.dumps(body | more))
+    config = compose("conf=glm_5_tune", "init_from=GLM", "data.path=CHATS", "data.tokenizer=GLM")
+    model = config.model
+    assert replace(read_model(tmp_path), recompute=model.recompute, init_std=model.init_std) == model
+    whole = DeepSeekV3.whole(
+        model, HighPrecision(torch.bfloat16, build_kernels("cpu")), seq_len=config.seq_len, device="meta"
+    )
+    counts = count_parameters(model)
+    assert sum(p.numel() for p in whole.parameters()) == counts.total + counts.mtp
+    assert counts.total == 743_911_199_232
+    assert sum(p.numel() for name, p in whole.named_parameters() if name.startswith("mtp.")) == counts.mtp
+    assert counts.active / 1e9 == pytest.approx(40, abs=2)
+    layer = list(whole.layers.values())[3].attention.indexer
+    assert sum(p.numel() for p in layer.parameters()) == 32 * 128 * 2048 + 128 * 6144 + 2 * 128 + 32 * 6144
 
 
 WRONG = {
