@@ -878,6 +878,9 @@ class Score:
     routing: ScoredRouting = ScoredRouting.own
     """Experts of every token: own (chosen by the routers), write (the same, also written to the column `experts`) or replay (read from `experts` of each
     sample, as an inference engine chose them)."""
+    keys: ScoredRouting = ScoredRouting.own
+    """Keys that every token attends to with sparse attention: own (chosen by the indexers), write (the same, also written to the column `keys`) or replay
+    (read from `keys` of each sample)."""
     checkpoint: str | None = None
     """A checkpoint or run folder, or a Hugging Face folder; null takes the newest intact checkpoint of this run."""
 

@@ -103,7 +103,8 @@ def rows_of(batch: Batch, first: int, end: int) -> Batch:
 
     tensors = {name: tensor[first:end] for name, tensor in batch.tensors.items()}
     tokens = batch.tokens_BS[first:end]
-    return Batch(tokens, cut(batch.documents_BS), cut(batch.supervised_BS), tensors, cut(batch.experts_BTLK))
+    documents, supervised = cut(batch.documents_BS), cut(batch.supervised_BS)
+    return Batch(tokens, documents, supervised, tensors, cut(batch.experts_BTLK), cut(batch.keys_BTLK))
 
 
 class Played:

@@ -28,6 +28,9 @@ class Batch:
     experts_BTLK: Tensor | None = None
     """int64: given experts for every token except the last, in every MoE layer of the main model. Another engine chose
     them (mode=score writes them). None: the routers choose."""
+    keys_BTLK: Tensor | None = None
+    """int32: given keys for every token except the last, in every layer of the main model that chooses its keys: positions in the
+    sequence, -1 where there are fewer than top_k. None: the indexers choose."""
 
     @property
     def targets(self) -> int:
@@ -123,6 +126,8 @@ class GivenSample:
     """Per name of a tensor in `Batch`: one number for all learnt tokens, or a number for each."""
     experts_TLK: Tensor | None = None
     """Given experts of all tokens except the last."""
+    keys_TLK: Tensor | None = None
+    """Given keys of all tokens except the last."""
 
 
 def batch_of_samples(samples: Sequence[GivenSample], length: int, filling: int = 0) -> Batch:
@@ -139,6 +144,8 @@ def batch_of_samples(samples: Sequence[GivenSample], length: int, filling: int =
     tensors = {name: torch.full(shape, float(name == "temperatures")) for name in samples[0].values}
     experts = samples[0].experts_TLK
     experts_BTLK = None if experts is None else experts.new_zeros(len(samples), length - 1, *experts.shape[1:])
+    keys = samples[0].keys_TLK
+    keys_BTLK = None if keys is None else keys.new_full((len(samples), length - 1, *keys.shape[1:]), -1)
     for row, sample in enumerate(samples):
         end, place = len(sample.tokens), f"sample {row}"
         if not 1 <= sample.first < end <= length:
@@ -163,4 +170,7 @@ def batch_of_samples(samples: Sequence[GivenSample], length: int, filling: int =
                 )
                 raise UserError("samples", place, rule, f"correct it: they are {tuple(sample.experts_TLK.shape)}")
             experts_BTLK[row, : end - 1] = sample.experts_TLK
-    return Batch(tokens_BS, documents_BS, supervised_BS, tensors, experts_BTLK)
+        if keys_BTLK is not None:
+            assert sample.keys_TLK is not None, "all samples have keys, or none"
+            keys_BTLK[row, : end - 1] = sample.keys_TLK
+    return Batch(tokens_BS, documents_BS, supervised_BS, tensors, experts_BTLK, keys_BTLK)

@@ -19,6 +19,7 @@ from conf.own_code import TARGET
 from conf.schema import Model
 from train.generate.cache import LatentCache, Slots, choose_columns, latent_attention
 from train.model.block import Block
+from train.model.count import indexer_layers
 from train.model.deepseek import DeepSeekV3
 from train.model.indexer import Indexer, IndexVectors
 from train.model.mla import MLA
@@ -45,6 +46,7 @@ class Decoder:
         self.model, self.config = model, model.config
         self.dtype, self.device = model.norm.weight.dtype, model.norm.weight.device
         self._rope = Rope(model.config, seq_len)
+        self.key_tap: KeyTap | None = None
         self._absorbed = {block.attention: self._split_up(block.attention) for block in model.layers.values()}
 
     def _split_up(self, mla: MLA) -> tuple[Tensor, Tensor]:
@@ -98,8 +100,14 @@ class Decoder:
         x_1ND, latent_1NC = (t.flatten(0, 1).unsqueeze(0) for t in (x_BTD, q_latent))
         q, k, w = (t.view(*x_BTD.shape[:2], *t.shape[2:]) for t in indexer(x_1ND, latent_1NC, table))
         keys_BSI, top_k = cache.write_index(layer, slots, k), self.config.sparse.top_k
-        if slots.end > top_k:
+        if slots.end <= top_k:
+            return
+        if self.key_tap is not None and self.key_tap.given_TLK is not None:
+            slots.choices.chosen_BTK = self.key_tap.given_TLK[None, :, indexer.layer].to(self.device)
+        else:
             slots.choices.chosen_BTK = choose_columns(IndexVectors(q, keys_BSI, w), top_k, slots)
+        if self.key_tap is not None:
+            self.key_tap.chosen.append(slots.choices.chosen_BTK[0].cpu())
 
     def _attend(self, mla: MLA, x_BTD: Tensor, cache: LatentCache, layer: int, slots: Slots, table: Tensor) -> Tensor:
         config = self.config
@@ -128,6 +136,25 @@ class Decoder:
         sums_BTHC = latent_attention(q_BTHW, entries_BSW, config.kv_rank, self._rope.softmax_scale, slots)
         values_HNU = torch.bmm(sums_BTHC.flatten(0, 1).transpose(0, 1), w_uv_HCU)
         return mla.out(values_HNU.transpose(0, 1).reshape(batch, length, -1))
+
+
+class KeyTap:
+    """Records the keys that each layer of sparse attention chooses in a pass over one sample, or replaces them."""
+
+    def __init__(self, decoder: Decoder):
+        self.given_TLK: Tensor | None = None
+        """Keys for the next pass, int32, -1 where there are fewer; None: the indexers choose."""
+        self.chosen: list[Tensor] = []
+        self.shape = indexer_layers(decoder.config), decoder.config.sparse.top_k
+        """Layers that choose, and keys of a token."""
+        decoder.key_tap = self
+
+    def take(self) -> list | None:
+        """Return the keys of the last pass by token and layer; None if the sample has no more tokens than a token may attend to."""
+        chosen, self.chosen = self.chosen, []
+        if not chosen:
+            return None
+        return [[[key for key in keys if key >= 0] for keys in layers] for layers in torch.stack(chosen, 1).tolist()]
 
 
 # Routing: which experts each token goes to, recorded, or replayed from the record of an inference engine.

@@ -138,6 +138,7 @@ class SessionRank:
             documents_BS=cut(batch.documents_BS),
             supervised_BS=cut(batch.supervised_BS),
             experts_BTLK=cut(batch.experts_BTLK),
+            keys_BTLK=cut(batch.keys_BTLK),
             tensors={name: tensor[mine] for name, tensor in batch.tensors.items()},
         )
 

@@ -43,7 +43,7 @@ from parallel.update_result import Update
 from train.data.batch import Batch, check_given_batch
 from train.loop.measure import Measure, MeasuredStep, to_device
 from train.loop.stop import StopKind
-from train.model.count import moe_layers
+from train.model.count import indexer_layers, moe_layers
 from train.model.deepseek import DeepSeekV3
 from train.model.router import update_bias
 from train.model.token_losses import NEEDED_TENSORS, TOKEN_LOSSES, TokenLoss, negative_logprob
@@ -403,6 +403,7 @@ class Engine:
             "documents_BS": batch.documents_BS,
             "supervised_BS": batch.supervised_BS,
             "micro_batches": self._micro_batches(batch),
+            **({} if batch.keys_BTLK is None else {"keys_BTLK": batch.keys_BTLK}),
             **{name: to_device(tensor, self._device) for name, tensor in more.items()},
         }
 
@@ -478,12 +479,49 @@ class Engine:
         check_schedule(parallel.schedule, parallel.pp, micro_batches, config.model.layers, parallel.virtual_stages)
         if batch.experts_BTLK is not None:
             self._experts(batch)
+        if batch.keys_BTLK is not None:
+            self._keys(batch)
 
     def _checked(self, batch: Batch) -> Batch:
         """The checked batch with all its fields. Raises UserError."""
         self.check(batch, self._micro_batches(batch))
         batch = _completed(batch)
-        return batch if batch.experts_BTLK is None else replace(batch, experts_BTLK=self._experts(batch))
+        experts = None if batch.experts_BTLK is None else self._experts(batch)
+        return replace(batch, experts_BTLK=experts, keys_BTLK=None if batch.keys_BTLK is None else self._keys(batch))
+
+    def _keys(self, batch: Batch) -> Tensor:
+        """Replayed keys (B, T, L, K), where positions that do not count (see `_experts`) attend to themselves alone. Raises UserError."""
+        keys, model = batch.keys_BTLK, self._config.model
+        assert keys is not None
+        rows, length = batch.tokens_BS.shape
+        wanted = (rows, length - 1, indexer_layers(model), model.sparse.top_k)
+        if keys.shape != wanted or not wanted[2]:
+            rule = f"must be {wanted}: sequences, tokens but the last, layers of the main model that choose, keys of a token"
+            raise UserError("batch.keys_BTLK", tuple(keys.shape), rule, "give them as mode=score writes them")
+        own_T11 = torch.arange(length - 1)[:, None, None]
+        first = torch.zeros(rows, length - 1, 1, 1, dtype=torch.long)
+        keys = keys.long()
+        if batch.documents_BS is not None:
+            here, following = batch.documents_BS[:, :-1], batch.documents_BS[:, 1:]
+            counts = (here >= 0) & ((here == following) | (batch.supervised_BS is None))
+            alone = torch.full_like(keys, -1)
+            alone[..., 0] = own_T11[..., 0]
+            begins = torch.nn.functional.pad(here[:, 1:] != here[:, :-1], (1, 0), value=True)
+            first = (begins * torch.arange(length - 1)).cummax(1).values[..., None, None]
+            keys = keys.where(counts[..., None, None], alone)
+            first = first.where(counts[..., None, None], own_T11)
+        ordered = keys.sort(-1, descending=True).values
+        wanted_keys = (own_T11 - first + 1).clamp(max=model.sparse.top_k)
+        real = torch.arange(model.sparse.top_k) < wanted_keys
+        good = ((ordered >= first) & (ordered <= own_T11)) == real
+        good[..., 1:] &= (ordered.diff(dim=-1) < 0) | ~real[..., 1:]
+        good &= real | (ordered == -1)
+        if not good.all():
+            row, token, layer = (~good.all(-1)).nonzero()[0].tolist()
+            value = f"{keys[row, token, layer].tolist()} (sequence {row}, token {token}, layer {layer} of those that choose)"
+            rule = f"must be {model.sparse.top_k} different positions of the token's document up to its own, or all of them and then -1"
+            raise UserError("batch.keys_BTLK", value, rule, "replay what an engine of this model chose")
+        return keys.int()
 
     def _experts(self, batch: Batch) -> Tensor:
         """Replayed experts (B, T, L, K), with arbitrary valid experts at positions that do not count. Raises UserError.

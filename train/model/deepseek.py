@@ -330,6 +330,8 @@ class DeepSeekV3(nn.Module):
             made = block(config, precision, rope, here, local_experts, repeat, host, away, **more, **factory)
             if hasattr(made, "moe"):
                 made.moe.router.layer = index - config.dense_layers
+            if config.sparse.chooses(index):
+                made.attention.indexer.layer = sum(map(config.sparse.chooses, range(index)))
             self.layers[str(index)] = made
         if has_head:
             recompute, kernels = Recompute.norm in config.recompute, precision.kernels
@@ -359,6 +361,7 @@ class DeepSeekV3(nn.Module):
         documents_BS: Tensor | None = None,
         supervised_BS: Tensor | None = None,
         experts_BTLK: Tensor | None = None,
+        keys_BTLK: Tensor | None = None,
         **tensors_BS: Tensor,
     ) -> Tensor:
         """Return hidden states (B, T, D), or for the last chunk the loss, fp32 (1,).
@@ -366,8 +369,8 @@ class DeepSeekV3(nn.Module):
         x: tokens (B, S) for the first chunk, else hidden states of the local positions. tokens_BS: of whole sequences;
         needed by the last chunk (unless it is the first too) and if ranks share sequences. documents_BS: document of
         every token; attention stays inside documents. supervised_BS: learnt tokens; documents are then separate samples
-        (`Positions.samples_BS`). Both on the host. experts_BTLK: see `Positions`. tensors_BS: tensors per token for
-        `Head.token_loss`.
+        (`Positions.samples_BS`). Both on the host. experts_BTLK, keys_BTLK: see `Positions`. tensors_BS: tensors
+        per token for `Head.token_loss`.
 
         The training loss is main + mtp_weight / depths * sum of MTP losses, of the local positions; in eval mode it is
         the main loss.
@@ -376,7 +379,8 @@ class DeepSeekV3(nn.Module):
         documents_BT = None if documents_BS is None else documents_BS[:, :-1]
         length = x.size(1) if tokens_BS is None else tokens_BS.size(1) - 1
         samples_BS = None if supervised_BS is None else documents_BS
-        positions = Positions(length, documents_BT, self._share, samples_BS=samples_BS, experts_BTLK=experts_BTLK)
+        replayed = {"experts_BTLK": experts_BTLK, "keys_BTLK": keys_BTLK}
+        positions = Positions(length, documents_BT, self._share, samples_BS=samples_BS, **replayed)
         if self.training and self.index_weight and self.config.sparse.heads:
             divisor = len(x) * positions.count if self.loss_divisor is None else self.loss_divisor or math.inf
             positions.choices.weight, positions.choices.supervised_BS = self.index_weight / divisor, supervised_BS

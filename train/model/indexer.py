@@ -68,6 +68,8 @@ class Indexer(nn.Module):
         self.weight = nn.Parameter(torch.empty(heads, config.hidden, **factory))
         self._config, self._rope_width, self._kernels = config.sparse, config.rope_head_dim, precision.kernels
         self.loss: Tensor | float = 0.0
+        self.layer: int | None = None
+        """Index of the indexer among those of the main model, set by the model; None in an MTP module."""
 
     def forward(
         self,

@@ -111,7 +111,9 @@ class MLA(nn.Module):
                 index = self._index(self.indexer, x_BTD.detach(), q_latent.detach(), remake, positions)
         if is_dense or chosen_BTK is not None:
             return index if learns else None, chosen_BTK
-        if index is not None:
+        if self.indexer is not None and self.indexer.layer is not None and positions.keys_BTLK is not None:
+            choices.chosen_BTK = positions.take(positions.keys_BTLK[:, :, self.indexer.layer]).to(x_BTD.device)
+        elif index is not None:
             whole = index._replace(k_BSI=whole_keys(positions, index.k_BSI.detach()))
             with torch.no_grad():
                 choices.chosen_BTK = self._kernels.choose_keys(whole, positions.seen_whole, sparse.top_k)

@@ -106,7 +106,7 @@ class Kernels(Protocol):
     def chosen_index_loss(
         self, index: "IndexVectors", chosen_BTK: Tensor, shares_BTK: Tensor, weight_BT: Tensor
     ) -> "IndexLoss":
-        """As `index_loss`, over the chosen keys. shares: the attention of each, averaged over heads."""
+        """The result of `index_loss` over the chosen keys. shares: the attention of each, averaged over heads."""
 
     def logits(self, x_ND: Tensor, weight_ED: Tensor) -> Tensor:
         """Return x W^T of the router in fp32, from operands in any dtype: (N, E)."""

@@ -138,6 +138,10 @@ class Positions:
     """Expert ids that routers use instead of their own choice; None: routers choose.
     They cover every position in each MoE layer of the main model.
     """
+    keys_BTLK: Tensor | None = None
+    """Positions that queries attend to instead of those that the indexers choose, int32 on the host, -1 where there are fewer.
+    They cover every position in each layer of the main model that chooses.
+    """
     choices: KeyChoices = field(default_factory=KeyChoices)
     """What layers of sparse attention share."""
 
@@ -219,11 +223,12 @@ class Positions:
     def shorter(self, by: int) -> "Positions":
         """Return the positions without the last ones of each sequence; of the local ones, the first `count` remain.
 
-        No experts are replayed there: no inference engine records the routers of MTP modules.
+        No experts or keys are replayed there: no inference engine records the choices of MTP modules.
         """
         documents_BT = None if self.documents_BT is None else self.documents_BT[:, :-by]
         whole = self.whole_length
-        return replace(self, length=self.length - by, documents_BT=documents_BT, whole=whole, experts_BTLK=None)
+        changes = {"documents_BT": documents_BT, "experts_BTLK": None, "keys_BTLK": None}
+        return replace(self, length=self.length - by, whole=whole, **changes)
 
     def take(self, x: Tensor, shift: int = 0) -> Tensor:
         """From (B, S, ...) over whole sequences, return the entries of the local positions, shifted by `shift`."""

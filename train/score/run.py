@@ -9,6 +9,7 @@ One row per sample, in the order of the file. Its columns are:
     logprob    the sum of logprobs from `first` on
     count      the number of tokens in that sum
     experts    the chosen experts (RoutingTap), with score.routing=write
+    keys       the keys that sparse attention chose (KeyTap), with score.keys=write; null for a sample that is attended to whole
 
 Samples are computed one at a time, without padding, so no sample affects another's numbers.
 """
@@ -26,7 +27,7 @@ from cluster.place import Place
 from conf.errors import EXIT_OK, UserError
 from conf.schema import Config, ScoredRouting
 from conf.words import one_line, say, say_note
-from train.generate.decoder import Decoder, RoutingTap
+from train.generate.decoder import Decoder, KeyTap, RoutingTap
 from train.generate.source import open_weights
 from train.rank import choose_device
 from train.score.scored_samples import ScoredSample, read_scored_samples
@@ -43,6 +44,8 @@ SCORE_COLUMNS = pyarrow.schema(
 )
 EXPERTS_COLUMN = pyarrow.field("experts", pyarrow.list_(pyarrow.list_(pyarrow.list_(pyarrow.int16()))))
 """By token except the last, and by MoE layer."""
+KEYS_COLUMN = pyarrow.field("keys", pyarrow.list_(pyarrow.list_(pyarrow.list_(pyarrow.int32()))))
+"""By token except the last, and by layer that chooses; ascending positions."""
 ROWS_AT_ONCE = 256
 """Number of samples that are written together."""
 
@@ -62,10 +65,19 @@ def score(config: Config) -> int:
     if tap is not None and not tap.shape[0]:
         rule = "is of experts, and no layer of this model has any"
         raise UserError("score.routing", how.name, rule, "set score.routing=own")
+    key_how = config.score.keys
+    keys = None if key_how is ScoredRouting.own else KeyTap(source.decoder)
+    if keys is not None and not keys.shape[0]:
+        rule = "is of sparse attention, and no layer of this model has an indexer"
+        raise UserError("score.keys", key_how.name, rule, "set score.keys=own")
+    replayed_keys = keys.shape if keys is not None and key_how is ScoredRouting.replay else None
     replayed = tap.shape if tap is not None and how is ScoredRouting.replay else None
-    samples = read_scored_samples(path, source.tokenizer.encode, source.start_id, size, source.context, replayed)
+    samples = read_scored_samples(
+        path, source.tokenizer.encode, source.start_id, size, source.context, replayed, replayed_keys
+    )
     columns = SCORE_COLUMNS.append(EXPERTS_COLUMN) if how is ScoredRouting.write else SCORE_COLUMNS
-    _write(target, _rows(source.decoder, samples, config.model.loss_chunk, tap), columns)
+    columns = columns.append(KEYS_COLUMN) if key_how is ScoredRouting.write else columns
+    _write(target, _rows(source.decoder, samples, config.model.loss_chunk, tap, keys), columns)
     counted = sum(len(sample.tokens) - sample.first for sample in samples)
     say(one_line(f"Scored {len(samples)} samples, {counted} tokens, with {source.title}: {target}"))
     return EXIT_OK
@@ -87,11 +99,16 @@ def logprobs(decoder: Decoder, tokens: list[int], chunk: int) -> Tensor:
     return torch.cat(parts)[:, 0].double().cpu()
 
 
-def _rows(decoder: Decoder, samples: list[ScoredSample], chunk: int, tap: RoutingTap | None) -> Iterator[dict]:
+def _rows(
+    decoder: Decoder, samples: list[ScoredSample], chunk: int, tap: RoutingTap | None, keys: KeyTap | None
+) -> Iterator[dict]:
     """Yield all possible columns; the schema selects from them."""
     for number, sample in enumerate(samples):
         if tap is not None and sample.experts is not None:
             tap.given_TLK = torch.tensor(sample.experts, device=decoder.device)
+        if keys is not None and sample.keys is not None:
+            rows = [[[*layer, *[-1] * (keys.shape[1] - len(layer))] for layer in of_token] for of_token in sample.keys]
+            keys.given_TLK = torch.tensor(rows, dtype=torch.int32)
         found_T = logprobs(decoder, sample.tokens, chunk)
         if not torch.isfinite(found_T).all():
             raise UserError(
@@ -108,6 +125,7 @@ def _rows(decoder: Decoder, samples: list[ScoredSample], chunk: int, tap: Routin
             "logprob": found_T[sample.first - 1 :].sum().item(),
             "count": len(sample.tokens) - sample.first,
             "experts": None if tap is None else tap.take().tolist(),
+            "keys": None if keys is None else keys.take(),
         }
 
 

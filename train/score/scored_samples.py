@@ -26,6 +26,8 @@ class ScoredSample:
     """
     experts: list | None = None
     """Expert ids by token (except the last), MoE layer and rank of choice, if they are replayed."""
+    keys: list | None = None
+    """Positions that each token (except the last) attends to, by layer that chooses, if they are replayed."""
 
 
 def read_scored_samples(
@@ -35,12 +37,14 @@ def read_scored_samples(
     vocab_size: int,
     longest: int,
     replayed: tuple[int, int, int] | None = None,
+    replayed_keys: tuple[int, int] | None = None,
 ) -> list[ScoredSample]:
     """Read all samples of a file (.jsonl, .jsonl.gz, .jsonl.zst, .parquet), in order.
 
     encode: text to ids; start_id: the token before every text; longest: maximum tokens of a sample. replayed: MoE
-    layers, experts per token and experts per layer, if samples name their experts. Raises UserError for a file that
-    cannot be read, and for the first invalid sample.
+    layers, experts per token and experts per layer, if samples name their experts. replayed_keys: layers that choose
+    and keys per token, if samples name their keys. Raises UserError for a file that cannot be read, and for the first
+    invalid sample.
     """
     if not path.is_file():
         raise UserError(SCORE_DATA, path, "no such file", "give a .jsonl or .parquet of samples")
@@ -59,7 +63,9 @@ def read_scored_samples(
             )
         if sample.first == len(sample.tokens):
             raise UserError(SCORE_DATA, place, "has a completion without a token", "leave it out")
-        found.append(sample if replayed is None else _with_experts(sample, place, record, *replayed))
+        if replayed is not None:
+            sample = _with_experts(sample, place, record, *replayed)
+        found.append(sample if replayed_keys is None else _with_keys(sample, place, record, *replayed_keys))
     if not found:
         raise UserError(SCORE_DATA, path, "holds no sample", "give a file with one a line or row")
     return found
@@ -101,6 +107,31 @@ def _with_experts(
         )
         raise UserError(SCORE_DATA, place, rule, "write them as score.routing=write does, or set score.routing=own")
     return replace(sample, experts=given[:positions])
+
+
+def _with_keys(sample: ScoredSample, place: str, record: dict[str, Any], layers: int, top_k: int) -> ScoredSample:
+    """Return the sample with its keys, which a sample of at most top_k positions may leave out. Raises UserError."""
+    given, positions = record.get("keys"), len(sample.tokens) - 1
+    if given is None and positions <= top_k:
+        return sample
+    good = isinstance(given, list) and len(given) in (positions, positions + 1)
+    if not (good and all(_are_keys(of_token, layers, top_k, place) for place, of_token in enumerate(given))):
+        rule = (
+            f"must have under keys, for each of its {positions} tokens but the last, {layers} lists (one a layer that chooses) of {top_k} "
+            "different positions, from 0 to the token's own, or all of these"
+        )
+        raise UserError(SCORE_DATA, place, rule, "write them as score.keys=write does, or set score.keys=own")
+    return replace(sample, keys=given[:positions])
+
+
+def _are_keys(of_token: Any, layers: int, top_k: int, own: int) -> bool:
+    count = min(own + 1, top_k)
+    return (
+        isinstance(of_token, list)
+        and len(of_token) == layers
+        and all(isinstance(keys, list) and len(keys) == len({*keys}) == count for keys in of_token)
+        and all(type(one) is int and 0 <= one <= own for keys in of_token for one in keys)
+    )
 
 
 def _is_choice(of_token: Any, layers: int, top_k: int, experts: int) -> bool:

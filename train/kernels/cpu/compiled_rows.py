@@ -117,7 +117,7 @@ def sort_by_expert(expert_ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor,
     return order_R, inverse_R, tokens_R, counts_E
 
 
-def best_keys(scores_TS: Tensor, top_k: int) -> Tensor:
+def largest_keys(scores_TS: Tensor, top_k: int) -> Tensor:
     """Implements `train.model.indexer.best_keys`."""
     best_TK = scores_TS.new_empty(len(scores_TS), top_k, dtype=torch.int32)
     _best_keys(scores_TS, best_TK)

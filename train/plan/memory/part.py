@@ -511,6 +511,7 @@ class _End(DeepSeekV3):
         documents_BS: Tensor | None = None,
         supervised_BS: Tensor | None = None,
         experts_BTLK: Tensor | None = None,
+        keys_BTLK: Tensor | None = None,
         **tensors_BS: Tensor,
     ) -> Tensor:
         assert tokens_BS is not None and documents_BS is None and supervised_BS is None
