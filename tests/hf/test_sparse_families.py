@@ -32,6 +32,7 @@ from tests.test_layouts import everything
 from train.checkpoint.stored_weights import load_hf_model
 from train.data.tokenizer import load_tokenizer
 from train.hf.config import read_model
+from train.hf.families import HARMLESS
 from train.kernels.choice import build_kernels
 from train.kernels.plain.high import HighPrecision
 from train.loop.start import check_start
@@ -181,6 +182,38 @@ def test_a_wrong_field_is_refused(tmp_path, key, value):
     path.write_text(json.dumps(body | {key: value}))
     with pytest.raises(UserError):
         read_model(tmp_path)
+
+
+def other(value):
+    """Another value of a field of config.json."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return 2 * value + 1
+    if isinstance(value, str):
+        return f"{value}x"
+    if isinstance(value, list):
+        return value + value
+    return {**value, "rope_type": "linear"} if isinstance(value, dict) else 3
+
+
+@pytest.mark.parametrize("family", ["V3.2 with YaRN", "GLM-5", "GLM-5.2, types"])
+def test_no_field_of_transformers_is_passed_over(tmp_path, family):
+    """Each field of its config.json with another value makes another model, or is refused; else families.py says why it is harmless."""
+    theirs = theirs_of(family)
+    theirs.config.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    body = json.loads(path.read_text()) | {"architectures": [type(theirs).__name__]}
+    path.write_text(json.dumps(body))
+    before = read_model(tmp_path)
+    for name, value in body.items():
+        path.write_text(json.dumps(body | {name: other(value)}))
+        try:
+            same = read_model(tmp_path) == before
+        except UserError as error:
+            same = False
+            assert error.value == path and error.cure, name
+        assert not same or name in HARMLESS or name == "head_dim", name  # transformers sets head_dim aside, too
 
 
 def test_fields_that_are_honoured_and_that_mislead(tmp_path):
