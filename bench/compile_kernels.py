@@ -41,6 +41,7 @@ from train.kernels.fp8 import triton_quantize as kernels
 from train.kernels.fp8.formats import E4M3, E5M6, MX_TILE, TILE, Cast
 from train.kernels.gpu import fused_rows, triton_adamw, triton_route
 from train.kernels.gpu.triton_grouped import grouped_weight_gradient
+from train.kernels.gpu.triton_index import fused_index_scores
 from train.model.operations import RoutingRule
 
 ARCHITECTURES = (90, 100)
@@ -213,6 +214,9 @@ def of_the_model() -> dict[str, Callable]:
             sums, (loads, bias, count), bias, rule, ROWS, 1e-4, True
         ),
         "model: route_bwd": lambda: triton_route.route_backward(eight, (*made, bias), logits, rule, 1e-4),
+        "model: index scores": lambda: fused_index_scores(
+            q[0, :128, :64, :128], latent[0, :, :128], gates.expand(128, -1)[:, :64]
+        ),
         "model: swiglu": lambda: fused_rows.swiglu(h, None),
         "model: swiglu, gated": lambda: fused_rows.swiglu(h, gates),
         "model: swiglu_bwd": lambda: fused_rows.swiglu_backward(rows, h, None),

@@ -8,11 +8,12 @@ import torch
 
 from bench.gpu import interpreter
 from tests.ghost import interpreted_traffic
-from train.kernels.gpu import triton_scores
+from train.kernels.gpu import triton_index, triton_scores
 from train.kernels.gpu.fused_kernels import FusedKernels
 from train.kernels.plain.plain_attention import PlainAttention
 from train.kernels.plain.plain_kernels import PlainKernels
 from train.model.attention import AttentionInput
+from train.model.indexer import index_scores
 from train.model.operations import RoutingRule
 from train.model.sequence import Positions, Rectangle, SeenKeys
 
@@ -164,3 +165,14 @@ def test_largest_scores_where_places_take_more_than_32_bits(monkeypatch):
     scores = drawn[0].float() @ drawn[1].float().mT * 0.3
     exact = scores.masked_fill(~torch.ones(seen, seen).tril().bool(), -float("inf")).amax(-1)
     torch.testing.assert_close(made, exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "queries, keys, heads, width", [(1, 1, 1, 8), (70, 140, 3, 128), (65, 300, 4, 12), (5, 0, 2, 16)]
+)
+def test_scores_of_an_indexer(queries, keys, heads, width):
+    """fp32 sums of exact products in another order; also from a part of wider rows."""
+    q, k = draw(queries, heads, width + 3)[..., :width], draw(keys, width + 3, seed=1)[:, :width]
+    w = torch.randn(queries, heads, generator=torch.Generator().manual_seed(2))
+    made, expected = triton_index.fused_index_scores(q, k, w), index_scores(q, k, w, 1 << 20)
+    torch.testing.assert_close(made, expected, rtol=1e-5, atol=2e-5)

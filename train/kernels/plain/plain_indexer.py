@@ -18,15 +18,19 @@ from train.model.sequence import SeenKeys
 
 
 def choose_keys(
-    index: IndexVectors, seen: SeenKeys, top_k: int, best_keys: Callable[[Tensor, int], Tensor] = best_keys
+    index: IndexVectors,
+    seen: SeenKeys,
+    top_k: int,
+    best_keys: Callable[[Tensor, int], Tensor] = best_keys,
+    scores_of: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Implements `train.model.operations.Kernels.choose_keys`."""
+    """Implements `train.model.operations.Kernels.choose_keys`. scores_of: what computes `index_scores` instead of torch's operations."""
     q_BTHI, k_BSI, _ = index
     batch, length = q_BTHI.shape[:2]
     chosen_BTK = torch.full((batch, length, top_k), -1, dtype=torch.int32, device=q_BTHI.device)
     for sequences, queries, keys, bias_CS in query_blocks(seen, k_BSI.size(1), batch, q_BTHI.device):
         for b in sequences:
-            scores_CS = _scores(index, b, queries, keys).add_(bias_CS)
+            scores_CS = _scores(index, b, queries, keys, scores_of).add_(bias_CS)
             found_CK = best_keys(scores_CS, top_k)
             chosen_BTK[b, queries] = found_CK.add_(keys.start).masked_fill_(found_CK < keys.start, -1)
     return chosen_BTK
@@ -56,10 +60,15 @@ def index_loss(index: IndexVectors, seen: SeenKeys, target: AttentionTarget, wei
     return IndexLoss(loss, IndexVectors(*(grad.to(of.dtype) for grad, of in zip(grads, index, strict=True))))
 
 
-def _scores(index: IndexVectors, b: int, queries: slice, keys: slice) -> Tensor:
-    return index_scores(
-        index.q_BTHI[b, queries], index.k_BSI[b, keys], index.w_BTH[b, queries], THRESHOLDS.attention_scores
-    )
+def _scores(
+    index: IndexVectors,
+    b: int,
+    queries: slice,
+    keys: slice,
+    scores_of: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+) -> Tensor:
+    given = index.q_BTHI[b, queries], index.k_BSI[b, keys], index.w_BTH[b, queries]
+    return index_scores(*given, THRESHOLDS.attention_scores) if scores_of is None else scores_of(*given)
 
 
 def _mean_attention(target: AttentionTarget, b: int, queries: slice, k_HSQ: Tensor, bias_CS: Tensor) -> Tensor:

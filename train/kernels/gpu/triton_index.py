@@ -1,0 +1,51 @@
+"""The scores of an indexer on a GPU, by a Triton kernel (train/model/indexer.py has the formula).
+
+Each program computes one tile of queries and keys for all heads, so the products of single heads stay in registers; torch's operations
+would write and read heads times as many numbers as there are scores.
+
+The module needs triton and is imported only where its kernel runs.
+
+Shapes as in train/model/indexer.py; C queries of a block.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from parallel.triton_types import constexpr
+
+M, N = 64, 128
+"""Queries and keys of a tile."""
+
+
+@triton.jit
+def _index_scores_kernel(
+    q_ptr, k_ptr, w_ptr, out_ptr, queries, keys, q_c, q_h, k_s, w_c, heads, width,
+    I: constexpr, M: constexpr, N: constexpr,
+):  # fmt: skip
+    query = tl.program_id(0) * M + tl.arange(0, M)
+    key = tl.program_id(1).to(tl.int64) * N + tl.arange(0, N)
+    column = tl.arange(0, I)
+    real, seen, inside = query < queries, key < keys, column < width
+    k = tl.load(k_ptr + key[None, :] * k_s + column[:, None], seen[None, :] & inside[:, None], 0.0)
+    total = tl.zeros((M, N), tl.float32)
+    for head in range(heads):
+        q = tl.load(q_ptr + query[:, None] * q_c + head * q_h + column[None, :], real[:, None] & inside[None, :], 0.0)
+        w = tl.load(w_ptr + query * w_c + head, real, 0.0)
+        total += tl.maximum(tl.dot(q, k, input_precision="ieee"), 0.0) * w[:, None]
+    tl.store(out_ptr + query[:, None].to(tl.int64) * keys + key[None, :], total, real[:, None] & seen[None, :])
+
+
+def fused_index_scores(q_CHI: Tensor, k_SI: Tensor, w_CH: Tensor) -> Tensor:
+    """I of one sequence, fp32 (C, S)."""
+    q_CHI, k_SI, w_CH = (t if t.stride(-1) == 1 else t.contiguous() for t in (q_CHI, k_SI, w_CH))
+    (queries, heads, width), keys = q_CHI.shape, len(k_SI)
+    out_CS = torch.empty(queries, keys, dtype=torch.float32, device=q_CHI.device)
+    if not out_CS.numel():
+        return out_CS
+    _index_scores_kernel[triton.cdiv(queries, M), triton.cdiv(keys, N)](
+        q_CHI, k_SI, w_CH, out_CS, queries, keys, q_CHI.stride(0), q_CHI.stride(1), k_SI.stride(0), w_CH.stride(0),
+        heads, width, max(16, triton.next_power_of_2(width)), M, N,
+    )  # fmt: skip
+    return out_CS
