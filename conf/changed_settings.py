@@ -29,46 +29,46 @@ class Effect(Enum):
     """The possible effect of a setting; the value is the heading of its group on the screen."""
 
     training = "change the training"
-    rounding = "change rounding and speed alone"
-    measured = "change what is measured alone"
-    none = "change nothing of the training"
+    rounding = "change only rounding and speed"
+    measured = "change only measurements"
+    none = "do not change the training"
 
 
 EFFECTS: dict[str, tuple[Effect, str]] = {
-    "mode": (Effect.none, "says what to do with a recipe; training alone resumes"),
-    "name": (Effect.none, "where the run lies"),
-    "runs": (Effect.none, "where the run lies"),
-    "trust": (Effect.none, "what config.yaml of another run may do"),
-    "callbacks": (Effect.none, "they look on"),
-    "resume": (Effect.none, "where it starts, which its own line says"),
+    "mode": (Effect.none, "selects the task; only mode=train resumes"),
+    "name": (Effect.none, "the place of the run folder"),
+    "runs": (Effect.none, "the place of the run folder"),
+    "trust": (Effect.none, "the rights of another run's config.yaml"),
+    "callbacks": (Effect.none, "hooks only watch the training"),
+    "resume": (Effect.none, "the start, which has its own line"),
     "init_from": (Effect.none, "a run that has a checkpoint does not read it"),
-    "text_only": (Effect.none, "what is read of init_from"),
-    "micro_batch_size": (Effect.rounding, "the same sum in other parts"),
+    "text_only": (Effect.none, "the part of init_from that is read"),
+    "micro_batch_size": (Effect.rounding, "the same sum, divided differently"),
     "model.recompute": (Effect.rounding, "the same values, kept or recomputed"),
-    "model.offload": (Effect.none, "the same values, on the device or on its host"),
-    "model.loss_chunk": (Effect.rounding, "the same sum in other parts"),
-    "data.cache": (Effect.none, "where tokens are kept"),
-    "data.workers": (Effect.none, "how many threads make the same tokens"),
-    "optim.max_bad_steps": (Effect.none, "when the run gives up"),
-    "parallel": (Effect.rounding, "every layout does the same sums in another order"),
-    "parallel.wire": (Effect.training, "the format of rows on their way to experts"),
-    "precision.fp8.compiled": (Effect.rounding, "the same products with another order of sums"),
-    "precision.fp8.hold_weights": (Effect.none, "the same casts, made once or again"),
-    "precision.fp8.health": (Effect.measured, "readings and their limits"),
-    "cluster": (Effect.none, "where processes run, and how patient they are"),
-    "cluster.device": (Effect.rounding, "another device adds in another order"),
-    "cluster.threads": (Effect.rounding, "more threads add in another order"),
+    "model.offload": (Effect.none, "the same values, on the device or on the host"),
+    "model.loss_chunk": (Effect.rounding, "the same sum, divided differently"),
+    "data.cache": (Effect.none, "the place of cached tokens"),
+    "data.workers": (Effect.none, "the number of threads that compute the same tokens"),
+    "optim.max_bad_steps": (Effect.none, "the limit of bad steps"),
+    "parallel": (Effect.rounding, "layouts compute the same sums in different orders"),
+    "parallel.wire": (Effect.training, "the format of rows sent to experts"),
+    "precision.fp8.compiled": (Effect.rounding, "the same GEMMs with another order of sums"),
+    "precision.fp8.hold_weights": (Effect.none, "the same casts, stored or repeated"),
+    "precision.fp8.health": (Effect.measured, "measurements and their limits"),
+    "cluster": (Effect.none, "the place of processes, and their timeouts"),
+    "cluster.device": (Effect.rounding, "another device sums in another order"),
+    "cluster.threads": (Effect.rounding, "other numbers of threads sum in another order"),
     "cluster.compiled": (Effect.rounding, "other code for the same operations"),
     "cluster.deterministic": (Effect.rounding, "other kernels for the same operations"),
     "hardware": (Effect.none, "mode=plan and mode=dry_run read it"),
     "plan": (Effect.none, "mode=plan reads it"),
     "dry_run": (Effect.none, "mode=dry_run reads it"),
     "prove": (Effect.none, "mode=prove reads it"),
-    "log": (Effect.none, "what is shown and kept, and when"),
-    "log.validation_sequences": (Effect.measured, "the held-out loss is that of other text"),
-    "log.peak_flops": (Effect.measured, "what MFU is counted against"),
-    "profile": (Effect.none, "what is watched"),
-    "checkpoint": (Effect.none, "when and where the state is saved"),
+    "log": (Effect.none, "the shown and stored records"),
+    "log.validation_sequences": (Effect.measured, "the validation loss is of other text"),
+    "log.peak_flops": (Effect.measured, "the peak for MFU"),
+    "profile": (Effect.none, "the profiled steps"),
+    "checkpoint": (Effect.none, "time and place of saves"),
     "evaluate": (Effect.none, "mode=evaluate reads it"),
     "generate": (Effect.none, "mode=generate reads it"),
     "score": (Effect.none, "mode=score reads it"),
@@ -78,10 +78,10 @@ EFFECTS: dict[str, tuple[Effect, str]] = {
 """Effect and reason by key or group of keys; the longest matching entry applies."""
 
 REMARKS = {
-    "steps": "schedules stretch over the new length",
-    "seq_len": "tokens are counted as if all samples had that length",
-    "batch_size": "the data go on where the checkpoint ended",
-    "seed": "the order of the samples is another one from here on",
+    "steps": "the schedules are scaled to the new length",
+    "seq_len": "tokens are counted as if all samples had the new length",
+    "batch_size": "the data continue after the checkpoint's last sample",
+    "seed": "the samples have another order from here on",
 }
 
 
@@ -104,11 +104,9 @@ class Changes:
             if keys:
                 lines.append(f"  {effect.value}:")
                 lines += [f"    {_line(key, *self.settings[key])}" for key in keys]
-        found = ["\n".join(["settings that differ from those of the checkpoint:", *lines])] if lines else []
+        found = ["\n".join(["settings that differ from the checkpoint:", *lines])] if lines else []
         if not self.known:
-            found.append(
-                "the checkpoint does not hold the settings it was written with: what else differs is not known"
-            )
+            found.append("the checkpoint does not contain its settings, so other differences are unknown")
         return [*found, *self.facts]
 
     def plain(self) -> dict[str, Any]:
@@ -195,21 +193,21 @@ def _count(leaves: dict[str, Any], group: str) -> int:
 def _facts(config: Config, fingerprint: str, meta: dict[str, Any], found: dict[str, Any]) -> Iterator[str]:
     if meta["data"] != fingerprint:
         yield (
-            f"the data are not those that step {meta['step']} was trained on: samples from here on are those that the new "
-            "data would have at this step"
+            f"the data differ from the training data of step {meta['step']}: the training continues with the samples that the new "
+            "data have at this step"
         )
     elif "data.path" in found:
-        yield "the data have moved: they are those that the checkpoint was trained on"
+        yield "the data have a new path, with the same content as for the checkpoint"
     if (other := written_by(meta)) != config.optim.facts.name:
         yield (
-            f"the optimizer starts anew: the checkpoint was written by optim.name={other}, and this run has {config.optim.facts.name}. Weights, "
-            "schedules and the place in the data go on; what the optimizer keeps of weights starts at zero"
+            f"the optimizer state starts at zero: the checkpoint was written by optim.name={other}, and this run has {config.optim.facts.name}. Weights, "
+            "schedules and the position in the data continue"
         )
     averaged = config.optim.ema_decay > 0
     if averaged and not meta["has_ema"]:
-        yield "the checkpoint has no average of the weights: the average starts with the weights as they are now"
+        yield "the checkpoint has no average of the weights: the average starts with the current weights"
     if meta["has_ema"] and not averaged:
-        yield "optim.ema_decay is 0: the average of the weights that the checkpoint has ends here"
+        yield "optim.ema_decay is 0: the checkpoint's average of the weights is dropped"
 
 
 def flat(node: Any, prefix: str = "") -> dict[str, Any]:

@@ -43,8 +43,8 @@ FLAGS = {
 """Hydra's flags, and whether the next word is the flag's value."""
 COMPLETION = {"--shell-completion", "-sc", "--hydra-help"}
 """Flags that turn off the reading of the other words as settings."""
-LISTS = "`sluice --help`, or `python -m train --help`, lists recipes, groups and keys"
-OF_YOUR_OWN = "for one of your own write MINE/{group}/NAME.yaml, and add --config-dir MINE"
+LISTS = "`sluice --help` tells how to list recipes, groups and keys"
+OF_YOUR_OWN = "for a custom one, write MINE/{group}/NAME.yaml and add --config-dir MINE"
 NAMES_A_WORD = re.compile(
     r"(?:merging override |config use \+|for argument '|parameters '|prefix: ')(.*?)(?:'?$|' requires)", re.M
 )
@@ -63,7 +63,7 @@ def check_words(words: Sequence[str]) -> None:
             key = name[1:].partition("@")[0]
             known = type_of(key) or key in _groups()
             cure = f"write {key}=VALUE, or leave the word out" if known else "leave the word out"
-            raise UserError(word, "", "deletes a key, and every key has a value here", cure)
+            raise UserError(word, "", "deletes a key, and every key needs a value", cure)
         if not name.startswith("-"):
             continue
         following = words[place + 1] if place + 1 < len(words) else ""
@@ -72,7 +72,7 @@ def check_words(words: Sequence[str]) -> None:
             raise _names_a_file(name, value)
         if name in ("--config-dir", "-cd") and not Path(value).is_dir():
             raise UserError(
-                name, value, "must be an existing folder with recipes of your own", OF_YOUR_OWN.format(group="conf")
+                name, value, "must be an existing folder with custom recipes", OF_YOUR_OWN.format(group="conf")
             )
         if name not in FLAGS:
             raise _unknown_flag(name, "" if not equals and "=" in following else value)
@@ -143,11 +143,11 @@ def _wrong_setting(
         return _unknown_key(key, typed.get(key, text), groups)
     if said.startswith(("Ambiguous", "Sweep")):
         if typing.get_origin(kind) is list or kind is Any:
-            return UserError(key, text, "a list stands in brackets", f"write '{key}=[{text}]'")
-        rule = "is several values, and one run has one"
-        return UserError(key, text, rule, f"add -m, which runs one after another: -m {key}={text}")
+            return UserError(key, text, "a list needs brackets", f"write '{key}=[{text}]'")
+        rule = "has several values, and one run needs one value"
+        return UserError(key, text, rule, f"add -m for one run per value: -m {key}={text}")
     if "already at" in said:
-        return UserError(key, text, "is a key already: + is for keys that there are not", f"write {key}={text}")
+        return UserError(key, text, "exists already, and + only adds new keys", f"write {key}={text}")
     value: Any = OverridesParser.create().parse_override(f"{key}={text}").value()
     if inside.startswith(f"{key}."):
         for name in inside.removeprefix(f"{key}.").split("."):
@@ -187,9 +187,9 @@ def _wrong_value(key: str, value: Any, problem: Exception) -> UserError:
     kind, default = type_of(key), _default(key)
     example = f"for example {_written(key, default)}" if default not in (None, [], "", 0) else LISTS
     if value == "" and kind is not str:
-        return UserError(key, "", "is empty, as a shell leaves it where a variable is not set", example)
+        return UserError(key, "", "is empty, perhaps from a shell variable that is not set", example)
     if str(value).lower() in ("none", "null", "~") and is_nullable(key):
-        return UserError(key, value, "is a word here, not nothing", f"write {key}=null")
+        return UserError(key, value, "is text here, not the empty value", f"write {key}=null")
     if isinstance(problem, (ConfigKeyError, ConfigAttributeError)):
         return _unknown_part(key, value, kind)
     shown = _plain(value)
@@ -199,10 +199,10 @@ def _wrong_value(key: str, value: Any, problem: Exception) -> UserError:
         inside = ", ".join(f"{key}.{field.name}" for field in fields(kind))
         return UserError(key, shown, "is a section, not a value", f"set one of its keys: {inside}")
     if (meant := VALUES.get((key, str(shown).lower()))) is not None:
-        return UserError(key, shown, f"is no value of it; {meant[0]} {meant[1]}", f"write {key}={meant[0]}")
+        return UserError(key, shown, f"is not accepted; {meant[0]} {meant[1]}", f"write {key}={meant[0]}")
     if choices := choices_of(kind):
         section, _, name = key.rpartition(".")
-        usual = f"use {default.value}, the default, or another. " if default else ""
+        usual = f"use {default.value}, the default, or another value. " if default else ""
         return wrong_choice(
             key, shown, choices, usual + attribute_meanings(type_of(section) if section else Config).get(name, "")
         )
@@ -225,19 +225,19 @@ def _number_meant(key: str, value: Any, kind: type) -> str | None:
     if found := re.fullmatch(r"([\d.]+)\s*%", str(value)):
         return f"write a fraction: {key}={float(found[1]) / 100:g}"
     if re.fullmatch(r"[\d.]+(?:e[+-]?\d+)?\s*[A-Za-z]+", str(value)):
-        return "write the number alone, in the unit that the key has"
+        return "write the number without a unit; the key has a fixed unit"
     return None
 
 
 def _wrong_list(key: str, value: Any, kind: Any, default: Any) -> UserError:
     item = typing.get_args(kind)[0]
     words = ", ".join(choices_of(item)) or f"{'word' if item is str else WORDS.get(item, 'mapping')}s"
-    rule = f"must be a list of {words}{', each with keys of its own' if is_dataclass(item) else ''}"
+    rule = f"must be a list of {words}{', each with its keys' if is_dataclass(item) else ''}"
     if not default and isinstance(value, item):
         return UserError(key, _plain(value), rule, f"write '{key}=[{_plain(value)}]'")
     if is_dataclass(item):
         inside = ", ".join(f"{field.name}: ..." for field in fields(item))
-        return UserError(key, _plain(value), rule, f"write '{key}=[{{{inside}}}]', leaving out what stays as it is")
+        return UserError(key, _plain(value), rule, f"write '{key}=[{{{inside}}}]'; omitted keys keep their defaults")
     return UserError(key, _plain(value), rule, f"for example {_written(key, default)}")
 
 
@@ -255,14 +255,12 @@ def _unknown_part(key: str, value: Any, kind: Any) -> UserError:
 def _wrong_option(group: str, value: str, groups: dict[str, list[str]]) -> UserError:
     """The error for a word that is not an option of the group."""
     if (meant := VALUES.get((group, value.lower()))) is not None:
-        return UserError(group, value, f"is none of them; {meant[0]} {meant[1]}", f"write {group}={meant[0]}")
+        return UserError(group, value, f"is not accepted; {meant[0]} {meant[1]}", f"write {group}={meant[0]}")
     if value == "":
-        rule = (
-            f"is empty, as a shell leaves it where a variable is not set; it must be one of {', '.join(groups[group])}"
-        )
-        return UserError(group, "", rule, "take one of them, or leave it out")
+        rule = f"is empty, perhaps from a shell variable that is not set; it must be one of {', '.join(groups[group])}"
+        return UserError(group, "", rule, "use one of these, or leave it out")
     if (name := Path(value).stem) in groups[group]:
-        rule = "is the name of a file, without its folders and its ending"
+        rule = "must be the name of a file, without folders and suffix"
         return UserError(group, value, rule, f"write {group}={name}")
     section = type_of(group)
     first = fields(section)[0] if section else None
@@ -272,7 +270,7 @@ def _wrong_option(group: str, value: str, groups: dict[str, list[str]]) -> UserE
         else ""
     )
     choices = [*groups[group], *(OPTIMIZERS if group == "optim" else ())]  # optim=muon is short for optim.name=muon
-    return wrong_choice(group, value, choices, f"take one of them{single}; {OF_YOUR_OWN.format(group=group)}")
+    return wrong_choice(group, value, choices, f"use one of these{single}; {OF_YOUR_OWN.format(group=group)}")
 
 
 def _unknown_key(key: str, text: str, groups: dict[str, list[str]]) -> UserError:
@@ -339,7 +337,7 @@ def _unread(word: str, before: Sequence[str], after: Sequence[str], groups: dict
     if before and before[-1].startswith("name="):
         return UserError("name", f"{before[-1][5:]} {word}", "must be one word", f"write {before[-1]}_{word}")
     if before and "=" in before[-1]:
-        return UserError(word, "", f"{rule}; a value with spaces is quoted", f'write "{before[-1]} {word}"')
+        return UserError(word, "", f"{rule}; a value with spaces needs quotes", f'write "{before[-1]} {word}"')
     close = [meant[each] for each in difflib.get_close_matches(word, meant, n=1, cutoff=0.75)]
     close = close or [f"{each}=VALUE" for each in _close_keys(word)]
     return UserError(word, "", rule, f"did you mean {' or '.join(close)}? {LISTS}" if close else LISTS)
@@ -350,20 +348,20 @@ def _unreadable(key: str, text: str, after: Sequence[str]) -> UserError:
     if text.count("[") + text.count("{") > text.count("]") + text.count("}"):
         whole = " ".join([text, *after])
         end = max(whole.rfind("]"), whole.rfind("}")) + 1
-        rule = "a list or a mapping is one word: closed, and quoted where it holds spaces"
+        rule = "a list or a mapping must be closed, and quoted if it has spaces"
         return UserError(
             key, whole, rule, f"write '{key}={whole[:end]}'" if end else f"close it: '{key}={whole}{_closing(whole)}'"
         )
     if text.startswith("="):
-        return UserError(key, text, "one = stands between key and value", f"write {key}={text.lstrip('=')}")
+        return UserError(key, text, "key and value must be separated by one =", f"write {key}={text.lstrip('=')}")
     if type_of(key) in (int, float, bool):
         return _wrong_value(key, text, ValueError())
     if text.endswith(","):
         return UserError(
-            key, text, "a value must follow the comma", f"write {key}={text.rstrip(',')}, or -m and several"
+            key, text, "a value must follow the comma", f"write {key}={text.rstrip(',')}, or add -m and more values"
         )
     word = f'{key}="{text}"' if '"' not in text else f"{key}='{text}'"
-    rule = "has characters that mean something here: quotes, brackets, =, or commas"
+    rule = "has characters with a special meaning: quotes, brackets, = or commas"
     return UserError(key, text, rule, f"if they belong to the value, quote it twice: {shlex.quote(word)}")
 
 
@@ -375,7 +373,7 @@ def _closing(text: str) -> str:
 
 
 def _names_a_file(flag: str, value: str) -> UserError:
-    rule = "says where Hydra finds the schema, and that does not change; a recipe is named by conf="
+    rule = "names the folder of the schema, which is fixed; conf= names a recipe"
     name = Path(value).stem
     cure = (
         f"write conf={name}" if name in _groups()["conf"] else "write conf=NAME, with --config-dir FOLDER for your own"
@@ -384,7 +382,7 @@ def _names_a_file(flag: str, value: str) -> UserError:
 
 
 def _unknown_flag(flag: str, value: str) -> UserError:
-    rule = "is no flag; settings are written KEY=VALUE, without dashes"
+    rule = "is no flag; write settings as KEY=VALUE, without dashes"
     name, groups = flag.strip("-").replace("-", "_"), _groups()
     if type_of(name) is not None or name in groups:
         return UserError(flag, value, rule, f"write {name}={value or 'VALUE'}")
@@ -403,7 +401,7 @@ def refuse_keys_of_other_modes(mode: Mode, overrides: Sequence[str]) -> None:
         key = key.lstrip("+")
         for own, modes in OWN_KEYS.items():
             if (key == own or key.startswith(f"{own}.")) and mode not in modes:
-                rule = f"mode={mode.value} does not read it: {own} belongs to mode={modes[0].value}"
+                rule = f"mode={mode.value} does not read it; it belongs to mode={modes[0].value}"
                 raise UserError(key, value, rule, f"write mode={modes[0].value}, or leave {key} out")
 
 
@@ -416,7 +414,7 @@ def _in_null_section(typed: dict[str, str]) -> UserError | None:
             group, _, inside = section.partition(".")
             files = {file.stem: read_yaml(file) for file in sorted((ROOT / "conf" / group).glob("*.yaml"))}
             having = [f"{group}={name}" for name, found in files.items() if found.get(inside)]
-            rule = f"is a key of {section}, which is null with what is chosen for {group}"
+            rule = f"is a key of {section}, which is null with this choice of {group}"
             return UserError(key, value, rule, f"choose {' or '.join(having)}, or leave it out")
     return None
 

@@ -85,18 +85,18 @@ def cure_of_reading(error: OSError) -> str:
     if _number(error) in RIGHTS:
         return f"let user {os.geteuid()} read it (`ls -l`, and `ls -ld` of the folders above it)"
     if _number(error) in {errno.ENOENT, errno.ENOTDIR}:
-        return "check the path: nothing is there, or something has removed it meanwhile"
-    return _cure(error) or "check that it is a plain file that can be read"
+        return "check the path: the file does not exist, or was removed meanwhile"
+    return _cure(error) or "check that it is a readable plain file"
 
 
 def cure_of_writing(error: OSError) -> str:
     """The cure for a file or folder that cannot be written."""
     if error.errno in FULL:
-        return "free space there"
+        return "free space on this disk"
     if error.errno == errno.EISDIR:
-        return "remove or rename this folder: it stands where a file belongs"
+        return "remove or rename this folder: its name is needed for a file"
     if error.errno == errno.EFBIG:
-        return "raise the limit on the size of a file (`ulimit -f`), or take a file system that holds larger ones"
+        return "raise the limit of file sizes (`ulimit -f`), or use a file system for larger files"
     if error.errno in {errno.ENOENT, errno.ENOTDIR, errno.EEXIST}:
         return "check the path: a part of it is a file, or was removed"
     return _cure(error) or f"make it writable for user {os.geteuid()} (is the disk mounted read-only?)"
@@ -105,11 +105,11 @@ def cure_of_writing(error: OSError) -> str:
 def _cure(error: OSError) -> str | None:
     """The cure if it is the same for reading and writing; None otherwise."""
     if _number(error) in DISK_FAILED:
-        return "the disk, or the network to it, has failed: see `dmesg` on this machine, and start again once it works"
+        return "the disk, or the network to it, has failed: see `dmesg` on this machine, repair it, and start again"
     if error.errno == errno.ELOOP:
         return "remove it: files of a run and of the cache are plain files, never links (a folder may be a link)"
     if _number(error) in HANDLES:
-        return "raise the limit on open files (`ulimit -n`)"
+        return "raise the limit of open files (`ulimit -n`)"
     return None
 
 
@@ -138,7 +138,7 @@ def explain_disk_error(error: OSError) -> str:
     if error.errno not in FULL or not isinstance(error.filename, str):
         return str(error)
     needed = getattr(error, "needed", None)
-    return f"{error}; {describe_room(error.filename)}" + (f", {size_in_words(needed)} are needed" if needed else "")
+    return f"{error}; {describe_room(error.filename)}" + (f"; {size_in_words(needed)} are needed" if needed else "")
 
 
 class Backlog:
@@ -187,7 +187,7 @@ def disk_errors(*configs: Config, kind: type[UserError] = UserError) -> Iterator
         cure = cure_of_writing(error)
         if error.errno in FULL:
             needed = getattr(error, "needed", None)
-            rule += f"; {describe_room(path)}" + (f", {size_in_words(needed)} are needed" if needed else "")
+            rule += f"; {describe_room(path)}" + (f"; {size_in_words(needed)} are needed" if needed else "")
             cure += f", or set {field} to a folder on a larger disk"
         elif field != "file" and error.errno not in HANDLES:
             cure += f", or set {field} to another folder"

@@ -11,8 +11,8 @@ EXIT_CODES = {
     EXIT_CRASH: "it failed: a crash, a rank that was killed or hangs, a disk that refused the last checkpoint, a proof that does not hold",
     EXIT_USER: "the input is wrong: the error names field, rule and cure, and nothing was started or written; or `mode=plan` says on its screen that a layout does not fit",
     EXIT_DIVERGED: "the loss or a gradient was not finite, `optim.max_bad_steps` times in a row",
-    EXIT_STOPPED: "a signal stopped a training, with a checkpoint if a step was done; the same command, without `resume=`, goes on",
-    EXIT_INTERRUPTED: "Ctrl-C ended it at once: any other mode, a command that was still starting, or a second Ctrl-C in a training",
+    EXIT_STOPPED: "a signal stopped a training, with a checkpoint if a step was completed; the same command without `resume=` continues it",
+    EXIT_INTERRUPTED: "Ctrl-C ended the process at once: in a mode other than training, during the start, or by a second Ctrl-C in a training",
 }
 """Meanings of a command's exit codes; scripts may rely on them. train/docs/troubleshooting.md has the same table."""
 

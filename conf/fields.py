@@ -65,7 +65,7 @@ LEFT_OUT: Any = None
 """The value of a `FilledKey` key before it is filled."""
 
 if TYPE_CHECKING:
-    FilledKey = Annotated[T, "null in a recipe at most"]
+    FilledKey = Annotated[T, "null only in a recipe"]
 else:
 
     class FilledKey:

@@ -21,7 +21,7 @@ from typing import Any
 from conf.disk import cure_of_reading, naming
 from conf.errors import UserError
 
-NO_PLAIN_FILE = "it is no plain file, but a link, a pipe or a device"
+NO_PLAIN_FILE = "it is a link, a pipe or a device, not a plain file"
 RUN_FILE_BYTES = 256 << 20
 """Maximum bytes of a run folder's file that is read whole into memory."""
 
@@ -54,7 +54,7 @@ def read_plain(path: Path, most: int = RUN_FILE_BYTES) -> bytes:
     """The content of a file in a run folder. Raises OSError; ValueError if it has more than `most` bytes."""
     with open(path, "rb", opener=open_plain) as file:
         if (size := os.fstat(file.fileno()).st_size) > most:
-            raise ValueError(f"{path} has {size} bytes, and {most} are the most that it may have")
+            raise ValueError(f"{path} has {size} bytes; the limit is {most}")
         return file.read(most)
 
 
@@ -63,7 +63,7 @@ def read_plain_json(path: Path, most: int = RUN_FILE_BYTES) -> Any:
     try:
         return json.loads(read_plain(path, most))
     except RecursionError:
-        raise ValueError(f"{path} has brackets that are nested too deep") from None
+        raise ValueError(f"{path} has too many nested brackets") from None
 
 
 def fsync_folder(path: Path) -> None:
@@ -161,7 +161,7 @@ def new_folder(given: str | None, field: str) -> Path:
     assert given is not None, "conf/check.py asks for it"
     target = Path(given).expanduser().absolute()
     if target.is_dir() and any(target.iterdir()):
-        raise UserError(field, target, "must be empty or not exist yet", "give a new folder, or empty this one")
+        raise UserError(field, target, "must be empty or must not exist", "give a new folder, or empty this folder")
     if target.exists() and not target.is_dir():
         raise UserError(field, target, "is a file", "give a folder")
     return target
@@ -183,7 +183,9 @@ def written_whole(target: Path, field: str) -> Iterator[Path]:
         temporary.rename(target)  # replaces an empty folder too
         fsync_folder(target.parent)
     except OSError as error:
-        raise UserError(field, target, f"cannot be written: {error}", "correct that, or give another folder") from error
+        raise UserError(
+            field, target, f"cannot be written: {error}", "remove the cause, or give another folder"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -213,14 +215,14 @@ def read_plain_text(path: Path) -> str:
     """The text of a plain file. Raises ValueError with a message for the user."""
     try:
         if not path.is_file():
-            raise ValueError("it is no plain file" if path.exists() else "no such file")
+            raise ValueError("it is not a plain file" if path.exists() else "no such file")
         if (size := path.stat().st_size) > LARGEST_FILE:
-            raise ValueError(f"it has {size} bytes, and {LARGEST_FILE} are the most that such a file needs")
+            raise ValueError(f"it has {size} bytes; the limit is {LARGEST_FILE}")
         return path.read_text(encoding="utf-8")
     except OSError as error:
         raise ValueError(error.strerror or str(error)) from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"it is no UTF-8 text: {error.reason} at byte {error.start}") from error
+        raise ValueError(f"it is not UTF-8 text: {error.reason} at byte {error.start}") from error
 
 
 def parse_json(text: str, kind: type = dict) -> Any:
@@ -228,9 +230,9 @@ def parse_json(text: str, kind: type = dict) -> Any:
     try:
         body = json.loads(text)
     except RecursionError:
-        raise ValueError("its brackets are nested too deep") from None
+        raise ValueError("it has too many nested brackets") from None
     except ValueError as error:  # broken JSON, or a number of thousands of digits
-        raise ValueError(f"it is no JSON: {error}") from error
+        raise ValueError(f"it is not JSON: {error}") from error
     if not isinstance(body, kind):
-        raise ValueError(f"it must hold {TYPE_NAMES[kind]}, and holds {TYPE_NAMES.get(type(body), 'a number')}")
+        raise ValueError(f"it must contain {TYPE_NAMES[kind]}, and contains {TYPE_NAMES.get(type(body), 'a number')}")
     return body

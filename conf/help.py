@@ -1,6 +1,7 @@
 """`sluice --help`: the possible words of a command line, read from the schema and the folders of conf/.
 
-sluice --help                      modes, recipes, groups, the keys at the top
+sluice --help                      one screen: examples, commands, and the following words
+sluice --help recipes              recipes; also modes, groups (with their options) and keys (sections)
 sluice --help parallel             the keys of a section; optim.lr is one key
 sluice --help expert [parallel]    expert keys, of all sections or of the named sections
 sluice --help optim conf=NAME      with the values of that recipe
@@ -11,8 +12,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from omegaconf import DictConfig
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
 
 from conf.errors import EXIT_OK, UserError
@@ -22,19 +24,34 @@ from conf.schema import ROOT, Mode
 
 EXPERT = "expert"
 """The word that asks for expert keys, which hardly anyone sets."""
-EXAMPLES = (
-    ("sluice", "train the recipe tiny, a small DeepSeek-V3, here and now"),
-    ("sluice conf=tiny data.path=FOLDER name=mine", "on text of your own"),
-    ("sluice steps=2000 optim.lr=1e-3 name=long", "with other values"),
-    ("sluice -m optim.lr=1e-3,2e-3", "every combination of values, one run after another"),
-    ("sluice mode=generate name=mine", "generate text from the trained model"),
-    ("sluice --cfg job", "show every value and start nothing"),
-    ("sluice top NAME", "a run at a glance, while it trains or after its end"),
-    ("sluice why NAME", "which rank broke a run or holds it up, and where"),
-    ("sluice runs", "the runs that are there; sluice runs clean frees their disk"),
-    ("sluice launch --print slurm hardware=h100", "the file that starts a recipe on a cluster"),
-    ("sluice doctor", "what this machine has and lacks; --version for versions"),
-)
+FIRST_SCREEN = {
+    "Examples": (
+        ("sluice", "train the recipe tiny, a small DeepSeek-V3"),
+        ("sluice data.path=FOLDER name=mine", "train it on your text"),
+        ("sluice steps=2000 optim.lr=1e-3", "change settings"),
+        ("sluice -m optim.lr=1e-3,2e-3", "train once for each value"),
+        ("sluice mode=generate name=mine", "generate text from a trained model"),
+        ("sluice mode=plan conf=deepseek_v3", "predict memory, speed and cost"),
+        ("sluice --cfg job", "print all settings, and start nothing"),
+    ),
+    "Commands": (
+        ("sluice top NAME", "watch a run"),
+        ("sluice why NAME", "name the rank that failed or blocks others"),
+        ("sluice runs", "list runs; sluice runs clean frees disk"),
+        ("sluice launch --print slurm", "print a job file for a cluster"),
+        ("sluice doctor", "check this machine; --version: versions"),
+    ),
+    "More help": (
+        ("sluice --help modes", "tasks: train, plan, prove, export, ..."),
+        ("sluice --help recipes", "models and trainings: tiny, ..."),
+        ("sluice --help groups", "options of model, data, optim, ..."),
+        ("sluice --help keys", "sections of keys, and keys at the top"),
+        ("sluice --help optim", "keys of a section; optim.lr: one key"),
+        ("sluice --help expert", "rarely used keys, in all sections"),
+    ),
+}
+TABLE_WIDTH = 120
+"""Columns of a terminal from which the keys are a table. Narrower terminals show a list."""
 
 
 @reported
@@ -45,10 +62,15 @@ def show_help(words: list[str], console: Console | None = None) -> int:
     with explained(overrides):
         values = compose_node(*overrides)
     if not names:
-        _overview(console, values)
+        console.print("[bold]sluice[/] \\[conf=RECIPE] \\[GROUP=OPTION] \\[KEY=VALUE ...] \\[-m]")
+        for title, rows in FIRST_SCREEN.items():
+            _two_columns(console, title, rows)
     expert = EXPERT in names
     for name in [name for name in names if name != EXPERT] or ([group.name for group in groups()] if expert else []):
-        console.print(*_section(name, values, expert), sep="\n")
+        if name in WORD_LISTS:
+            _two_columns(console, *WORD_LISTS[name]())
+        if name not in WORD_LISTS or name == KEYS:
+            console.print(*_section(name.removeprefix(KEYS), values, expert, console.width), sep="\n")
     return EXIT_OK
 
 
@@ -86,22 +108,25 @@ def option_line(path: Path) -> str:
     return next((line for line in comments if not line.startswith(("@package", "yaml-language-server"))), "")
 
 
-def _overview(console: Console, values: DictConfig) -> None:
-    console.print(
-        "[bold]sluice[/] \\[conf=RECIPE] \\[GROUP=OPTION] \\[KEY=VALUE ...] \\[-m]   trains a DeepSeek-V3-class model"
-    )
+def _modes() -> tuple[str, Iterable[tuple[str, str]]]:
     meanings = attribute_meanings(Mode)
-    _two_columns(console, "Examples", EXAMPLES)
-    _two_columns(console, "Modes (mode=)", [(mode.name, meanings[mode.name]) for mode in Mode])
-    _two_columns(console, "Recipes (conf=)", recipe_lines().items())
-    _two_columns(console, "Groups (GROUP=OPTION)", [(group, ", ".join(options(group))) for group in option_groups()])
-    top, *sections = groups()
-    _two_columns(
-        console,
-        "Sections of keys (sluice --help SECTION shows them; sluice --help expert those that hardly anyone sets)",
-        [(section.name, f"{len(section.part(False).keys)} keys. {section.meaning}") for section in sections],
-    )
-    console.print(*_screen(top.part(False), values), sep="\n")
+    return "Modes (mode=)", [(mode.name, meanings[mode.name]) for mode in Mode]
+
+
+def _sections() -> tuple[str, Iterable[tuple[str, str]]]:
+    rows = [(section.name, f"{len(section.part(False).keys)} keys. {section.meaning}") for section in groups()[1:]]
+    return "Sections of keys (sluice --help SECTION shows their keys)", rows
+
+
+KEYS = "keys"
+"""The word that asks for the list of sections and for the keys at the top."""
+WORD_LISTS = {
+    "modes": _modes,
+    "recipes": lambda: ("Recipes (conf=)", recipe_lines().items()),
+    "groups": lambda: ("Groups (GROUP=OPTION)", [(group, ", ".join(options(group))) for group in option_groups()]),
+    KEYS: _sections,
+}
+"""Functions for the title and the rows of a list, by the word that asks for it."""
 
 
 def _two_columns(console: Console, title: str, rows: Iterable[tuple[str, str]]) -> None:
@@ -114,14 +139,14 @@ def _two_columns(console: Console, title: str, rows: Iterable[tuple[str, str]]) 
     console.print(table)
 
 
-def _section(name: str, values: DictConfig, expert: bool) -> Iterator[object]:
+def _section(name: str, values: DictConfig, expert: bool, width: int) -> Iterator[RenderableType]:
     """The help screen of a section, a part of a section, or a key. expert: show the expert keys of a section."""
     everything = groups()
     for group in everything:
         if name == group.name:
             part, other = group.part(expert), group.part(not expert)
             more = "" if expert or not other.keys else f"sluice --help {EXPERT} {name}"
-            return _screen(part, values, f"{len(other.keys)} more, which hardly anyone sets: {more}" if more else "")
+            return _screen(part, values, width, f"{len(other.keys)} more, rarely used: {more}" if more else "")
     keys = tuple(
         key
         for group in everything
@@ -134,30 +159,40 @@ def _section(name: str, values: DictConfig, expert: bool) -> Iterator[object]:
         ]
         close = difflib.get_close_matches(name, known, n=3)
         cure = f"did you mean {' or '.join(close)}? " if close else ""
-        raise UserError("--help", name, "is neither a section nor a key", f"{cure}`sluice --help` lists the sections")
-    return _screen(KeyGroup(name, "", keys, ()), values)
+        raise UserError(
+            "--help", name, "is neither a section nor a key", f"{cure}`sluice --help keys` lists the sections"
+        )
+    return _screen(KeyGroup(name, "", keys, ()), values, width)
 
 
-def _screen(group: KeyGroup, values: DictConfig, more: str = "") -> Iterator[object]:
-    """A title, the notes of the subsections, a table of keys, and how to see more; nothing for a group without keys."""
+def _screen(group: KeyGroup, values: DictConfig, width: int, more: str = "") -> Iterator[RenderableType]:
+    """A title, the notes of the subsections, the keys, and how to see more; nothing for a group without keys."""
     if not group.keys and not more:
         return
     yield f"\n[bold]{escape(group.name or 'Keys at the top')}[/]  {escape(group.meaning)}"
     for path, note in group.notes:
-        yield f"  [cyan]{escape(path)}[/]  [dim]{escape(note)}[/]"
+        yield Padding(f"[cyan]{escape(path)}[/]  [dim]{escape(note)}[/]", (0, 0, 0, 2))
+    yield from _table(group, values) if width >= TABLE_WIDTH else _list(group, values)
+    if more:
+        yield f"  [dim]{escape(more)}[/]"
+
+
+def _table(group: KeyGroup, values: DictConfig) -> Iterator[RenderableType]:
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     table.add_column("  key", style="cyan", no_wrap=True)
     table.add_column("value", style="green", overflow="fold", max_width=28)
-    table.add_column("meaning, and what it takes", overflow="fold")
+    table.add_column("meaning (accepted values)", overflow="fold")
     for key in group.keys:
-        table.add_row(
-            f"  {escape(key.path)}",
-            escape(value_words(key.path, values)),
-            f"{escape(key.meaning)} [dim]{escape(takes(key))}[/]",
-        )
+        value, meaning = value_words(key.path, values), f"{escape(key.meaning)} [dim]{escape(takes(key))}[/]"
+        table.add_row(f"  {escape(key.path)}", escape(value), meaning)
     yield table
-    if more:
-        yield f"  [dim]{escape(more)}[/]"
+
+
+def _list(group: KeyGroup, values: DictConfig) -> Iterator[RenderableType]:
+    for key in group.keys:
+        value = escape(value_words(key.path, values))
+        yield Padding(f"[cyan]{escape(key.path)}[/] = [green]{value}[/]", (0, 0, 0, 2))
+        yield Padding(f"{escape(key.meaning)} [dim]{escape(takes(key))}[/]", (0, 0, 0, 6))
 
 
 def takes(key: Key) -> str:

@@ -123,7 +123,7 @@ def _choose(config: Config) -> Iterator[str]:
     if config.optim.name is None:
         config.optim.name, why = _choose_optimizer(config)
         if why:
-            yield f"optim.name={config.optim.name} is chosen: {why}"
+            yield f"optim.name={config.optim.name} was chosen: {why}"
     if config.adapter.on and config.adapter.targets is None:
         config.adapter.targets = [target for target in adapted_targets(config.model) if target not in ON_REQUEST]
     if config.data.hold_out_by is None:
@@ -145,7 +145,7 @@ def _choose(config: Config) -> Iterator[str]:
         hardware = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Hardware), described, given))
         assert isinstance(hardware, Hardware)
         config.hardware = hardware
-        yield f"no hardware= is given: the plan is for {PLANNED}, the GPUs of the paper"
+        yield f"hardware= is not set: the plan is for {PLANNED}, the GPUs of the paper"
 
 
 def _choose_optimizer(config: Config) -> tuple[OptimizerName, str]:
@@ -164,7 +164,7 @@ def _choose_optimizer(config: Config) -> tuple[OptimizerName, str]:
         known = pretrained_with(read_json(Path(config.init_from).expanduser() / "config.json", "init_from", ""))
     if known is None:
         return OptimizerName[ADAMW], ""
-    return OptimizerName[known[1]], f"{known[0]}, whose shape {config.init_from} has, was pretrained with it"
+    return OptimizerName[known[1]], f"{known[0]} has the shape of {config.init_from}, and was pretrained with it"
 
 
 def _choose_hold_out(config: Config) -> HoldOutBy:

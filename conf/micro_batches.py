@@ -84,32 +84,34 @@ def check_batch(config: Config) -> None:
     if batch % dp == 0:
         fitting = max(each for each in divisors(batch // dp) if each <= size)
         rule = f"must divide each rank's share of the batch: batch_size / parallel.dp = {batch} / {dp} = {batch // dp}"
-        raise UserError("micro_batch_size", size, rule, f"take micro_batch_size={fitting}, or leave it out")
+        raise UserError("micro_batch_size", size, rule, f"use micro_batch_size={fitting}, or leave it out")
     unit = size * dp if size * dp <= batch else dp
     lower = batch // unit * unit
     near = sorted((each for each in (lower, lower + unit) if each), key=lambda each: abs(each - batch))
     with_size = "" if unit == size * dp else " with micro_batch_size left out"
     ranks = [each for each in divisors(batch) if each % config.parallel.ep == 0]
     around = [*[each for each in ranks if each < dp][-1:], *[each for each in ranks if each > dp][:1]]
-    cure = f"take batch_size={' or '.join(map(str, near))}{with_size}"
+    cure = f"use batch_size={' or '.join(map(str, near))}{with_size}"
     if around:
-        cure += f", or parallel.dp={' or '.join(map(str, around))}, which {batch} sequences divide among"
+        cure += f", or parallel.dp={' or '.join(map(str, around))}, which divides {batch} sequences"
     raise UserError("batch_size", batch, f"must be a multiple of micro_batch_size x parallel.dp = {size} x {dp}", cure)
 
 
 def _check_uneven(config: Config) -> None:
     batch, size, parallel = config.batch_size, config.micro_batch_size, config.parallel
     if parallel.zero == 3:
-        rule = "needs equal shares with parallel.zero=3, where all ranks gather weights for every micro-batch together"
+        rule = "needs equal shares with parallel.zero=3: all ranks gather weights for every micro-batch together"
         raise UserError("parallel.uneven", True, rule, "use parallel.zero=1 or 2, or a dp that divides the batch")
     if batch % batch_unit(config):
         together = in_lockstep(parallel)
-        rule = f"must be a multiple of {size} x {together}: micro_batch_size, and ranks that work in lockstep (parallel.ep)"
+        rule = (
+            f"must be a multiple of {size} x {together}: micro_batch_size x the ranks of an expert group (parallel.ep)"
+        )
         raise UserError(
-            "batch_size", batch, rule, f"take batch_size={-(-batch // batch_unit(config)) * batch_unit(config)}"
+            "batch_size", batch, rule, f"use batch_size={-(-batch // batch_unit(config)) * batch_unit(config)}"
         )
     if min(batch_sizes(config)) < size * parallel.dp:
-        rule = f"must leave every rank a micro-batch: at least micro_batch_size x parallel.dp = {size} x {parallel.dp} sequences"
+        rule = f"must give every rank a micro-batch: at least micro_batch_size x parallel.dp = {size} x {parallel.dp} sequences"
         raise UserError("batch_size", min(batch_sizes(config)), rule, "lower parallel.dp or micro_batch_size")
 
 

@@ -81,14 +81,14 @@ def import_target(key: str, section: CodeSection) -> Any:
         except ModuleNotFoundError as error:
             if not f"{module_name}.".startswith(f"{error.name}."):
                 raise  # a package that the user's module imports
-            rule = f"there is no module {error.name}: it was looked for in {_searched(folder)}"
-            cure = "type the command in the folder that holds it, put that folder into PYTHONPATH, or install it; on every node, if there are several"
+            rule = f"there is no module {error.name}: searched in {_searched(folder)}"
+            cure = "run the command in the module's folder, add that folder to PYTHONPATH, or install the module, on every node"
             raise UserError(f"{key}.{TARGET}", target, rule, cure) from error
     if module.__file__ is not None:
         _FILES[module.__file__] = key
     if not hasattr(module, name):
         near = difflib.get_close_matches(name, vars(module), n=1)
-        cure = f"did you mean {module_name}.{near[0]}?" if near else f"name what {module_name} defines"
+        cure = f"did you mean {module_name}.{near[0]}?" if near else f"choose a name that {module_name} defines"
         raise UserError(f"{key}.{TARGET}", target, f"{module.__file__} defines no {name}", cure)
     return getattr(module, name)
 
@@ -103,7 +103,9 @@ def make(key: str, section: CodeSection) -> Any:
     found = import_target(key, section)
     keys = {name: value for name, value in section.items() if name != TARGET}
     if not callable(found):
-        raise UserError(f"{key}.{TARGET}", section[TARGET], "must be a class or a function", "name one of them")
+        raise UserError(
+            f"{key}.{TARGET}", section[TARGET], "must be a class or a function", "choose a class or a function"
+        )
     if not inspect.isclass(found):
         return functools.partial(found, **keys)
     with refused(key, section[TARGET], "making it"):

@@ -65,9 +65,7 @@ class ScheduleFacts:
         if micro_batches < least:
             return f"{self.name} needs at least {least} micro-batches to fill {pp} pipeline ranks"
         if self.rounds and micro_batches % rounds:
-            return (
-                f"{self.name} needs micro-batches that {rounds} rounds of about {pp} divide (a multiple of pp is safe)"
-            )
+            return f"{self.name} needs a number of micro-batches that is a multiple of its {rounds} rounds of about {pp} (a multiple of pp is safe)"
         return None
 
     def count_idle_seconds(self, pp: int, seconds: ActionSeconds) -> float:
@@ -129,7 +127,7 @@ def check_schedule(name: str, pp: int, micro_batches: int, layers: int, virtual:
         raise UserError(
             "parallel.pp",
             f"{pp} with {_given(name, virtual)}",
-            f"{name} makes {stages} stages, of which all but the first and the last need a layer, and model.layers={layers}",
+            f"{name} has {stages} stages, each of which needs a layer except the first and the last, and model.layers={layers}",
             f"use {' or '.join([*able, f'model.layers >= {stages - 2}'])}",
         )
     if rule := schedule.find_broken_rule(pp, micro_batches):
@@ -155,20 +153,20 @@ def check_split(lengths: Sequence[int], name: str, pp: int, layers: int, virtual
         raise UserError(
             "parallel.split",
             given,
-            f"has {len(lengths)} stages, and parallel.pp={pp} with {_given(name, virtual)} makes {stages}",
-            f"give {stages} numbers, or take parallel.split=cost",
+            f"has {len(lengths)} stages, and parallel.pp={pp} with {_given(name, virtual)} has {stages}",
+            f"give {stages} numbers, or use parallel.split=cost",
         )
     if sum(lengths) != layers:
         raise UserError(
             "parallel.split",
             given,
             f"has {sum(lengths)} layers in all, and model.layers={layers}",
-            f"{'add' if sum(lengths) < layers else 'take away'} {abs(layers - sum(lengths))}, or take parallel.split=cost",
+            f"{'add' if sum(lengths) < layers else 'remove'} {abs(layers - sum(lengths))}, or use parallel.split=cost",
         )
     if empty := [stage for stage in range(1, stages - 1) if lengths[stage] == 0]:
         raise UserError(
             "parallel.split",
             given,
-            f"leaves stage {empty[0]} without a layer, which only the first and the last may be",
-            "give it a layer of another stage, or take parallel.split=cost",
+            f"leaves stage {empty[0]} without a layer; only the first and the last stage may have none",
+            "give this stage a layer of another stage, or use parallel.split=cost",
         )

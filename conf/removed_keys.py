@@ -27,11 +27,11 @@ class RemovedKey:
 
     def error(self, key: str, value: Any, place: str = "") -> UserError:
         """The error for the key with this value. place: the file that holds it, empty for the command line."""
-        rule = f"was removed in {self.version}, where it is always {self.default}"
+        rule = f"was removed in {self.version}; its value is now always {self.default}"
         return UserError(key, value, f"in {place}: it {rule}" if place else rule, self.cure)
 
 
-LEAVE_OUT = "leave it out; a run that was trained with another value goes on with version 0.1.0"
+LEAVE_OUT = "leave it out; continue a run that was trained with another value with version 0.1.0"
 OPERANDS = {
     f"{family}.{product}.{operand}": value
     for family, (activation, gradient) in {
@@ -54,7 +54,7 @@ REMOVED_KEYS: dict[str, RemovedKey] = {
         f"precision.fp8.{key}": RemovedKey(
             f"${{precision.fp8.{value}}}",
             "0.2.0",
-            f"leave it out, and set precision.fp8.{value}; a run that was trained with another value goes on with version 0.1.0",
+            f"leave it out, and set precision.fp8.{value}; continue a run that was trained with another value with version 0.1.0",
         )
         for key, value in OPERANDS.items()
     },
@@ -93,10 +93,10 @@ REMOVED_KEYS: dict[str, RemovedKey] = {
             ("log.report_every", 300.0, "leave it out; `mode=report name=NAME` writes the report at any time"),
             ("log.wandb_project", "sluice", "set WANDB_PROJECT in the environment"),
             ("log.wandb_entity", None, "set WANDB_ENTITY in the environment"),
-            ("log.wandb_tags", [], "set WANDB_TAGS in the environment, with commas in between"),
+            ("log.wandb_tags", [], "set WANDB_TAGS in the environment, separated by commas"),
             ("log.wandb_notes", None, "set WANDB_NOTES in the environment"),
             ("log.wandb_group", None, "set WANDB_RUN_GROUP in the environment"),
-            ("log.wandb_alerts", True, "leave it out; your account at W&B says which alerts reach you"),
+            ("log.wandb_alerts", True, "leave it out; choose alerts in your W&B account"),
             ("precision.fp8.cache.packed", True, "leave it out"),
             ("precision.fp8.health.flushed", 0.05, "leave it out"),
             ("precision.fp8.health.saturated", 0.0, "leave it out"),

@@ -40,7 +40,7 @@ def over_run_settings(node: DictConfig, overrides: Sequence[str], groups: Sequen
     try:
         settings = OmegaConf.merge(OmegaConf.structured(Config), read_yaml(file, trust=node.trust))
     except OmegaConfBaseException as error:
-        rule = f"holds what this version does not know: {str(error).splitlines()[0]}"
+        rule = f"has settings that this version does not support: {str(error).splitlines()[0]}"
         cure = "use the version that trained the run, or correct the file"
         raise UserError(file.name, file, rule, cure) from error
     if settings.data.hold_out_by is None:  # an earlier version without this key
@@ -53,8 +53,8 @@ def over_run_settings(node: DictConfig, overrides: Sequence[str], groups: Sequen
         OmegaConf.update(settings, key, escaped(OmegaConf.select(node, key)), merge=False)
     tasks = settings.evaluate.task_path
     if node.mode == Mode.evaluate and tasks is not None and not node.trust and "evaluate.task_path" not in keys:
-        rule = f"stands in {file}, and definitions of tasks can hold code, which would run"
-        cure = "type evaluate.task_path=FOLDER (null for none), or set trust=true, if you trust who wrote the file"
+        rule = f"is set in {file}; task definitions can contain code, which would run"
+        cure = "type evaluate.task_path=FOLDER (null for none), or set trust=true, if you trust the author of the file"
         raise UserError("evaluate.task_path", tasks, rule, cure)
     for key, modes in READ_FROM_RUNS.items():
         typed = {key, f"{key}._target_", key.partition(".")[0]} & {*keys}
@@ -62,8 +62,8 @@ def over_run_settings(node: DictConfig, overrides: Sequence[str], groups: Sequen
         if key == "data.template_function" and node.mode == Mode.generate and not node.generate.chat:
             continue  # plain text needs no template
         if node.mode in modes and section and not node.trust and not typed:
-            rule = f"stands in {file}, and would be imported: code that runs as you"
-            cure = f"set trust=true, if you trust who wrote the file, or give your own recipe: conf=NAME, or {key}=null for none"
+            rule = f"is set in {file}, and its import would run code with your rights"
+            cure = f"set trust=true, if you trust the author of the file, or use your own recipe (conf=NAME), or set {key}=null"
             raise UserError(f"{key}._target_", section.get("_target_"), rule, cure)
     if "micro_batch_size" not in keys and settings.micro_batch_size:
         share, rest = divmod(settings.batch_size, settings.parallel.dp)

@@ -518,7 +518,7 @@ class Parallel(RankCounts):
     @property
     def schedule_words(self) -> str:
         """The schedule for a person."""
-        more = f" with {self.virtual_stages} stages a rank" if self.virtual_stages != 2 else ""
+        more = f" with {self.virtual_stages} stages per rank" if self.virtual_stages != 2 else ""
         return f"{self.schedule}{more}"
 
 

@@ -83,30 +83,28 @@ KEYS = {
 """A typed word, alone or as the last part of a key, and the intended key."""
 
 VALUES = {
-    ("log.wandb", "online"): ("auto", "is online where there is a key"),
-    ("log.wandb", "true"): ("auto", "is online where there is a key"),
-    ("log.wandb", "on"): ("auto", "is online where there is a key"),
-    ("log.wandb", "false"): ("disabled", "writes nothing for W&B"),
-    ("log.wandb", "off"): ("disabled", "writes nothing for W&B"),
-    ("log.wandb", "none"): ("disabled", "writes nothing for W&B"),
+    ("log.wandb", "online"): ("auto", "is online if W&B has an API key"),
+    ("log.wandb", "true"): ("auto", "is online if W&B has an API key"),
+    ("log.wandb", "on"): ("auto", "is online if W&B has an API key"),
+    ("log.wandb", "false"): ("disabled", "turns W&B off"),
+    ("log.wandb", "off"): ("disabled", "turns W&B off"),
+    ("log.wandb", "none"): ("disabled", "turns W&B off"),
     ("precision.name", "bfloat16"): ("bf16", "is bfloat16"),
     ("precision.name", "float32"): ("fp32", "is float32"),
     ("precision", "bfloat16"): ("bf16", "is bfloat16"),
     ("precision", "float32"): ("fp32", "is float32"),
-    ("cluster.device", "gpu"): ("cuda", "takes GPUs"),
+    ("cluster.device", "gpu"): ("cuda", "uses GPUs"),
 }
 """A key and a typed value, in lower case; the intended value, and its effect."""
 
-NO_TENSOR_PARALLELISM = "there is no tensor parallelism: parallel.pp spreads layers, parallel.ep experts, parallel.cp positions, parallel.zero=3 weights"
-ACCUMULATION = (
-    "a rank adds up batch_size / (micro_batch_size x parallel.dp) micro-batches: set batch_size and micro_batch_size"
-)
+NO_TENSOR_PARALLELISM = "there is no tensor parallelism: parallel.pp distributes layers, parallel.ep experts, parallel.cp positions, and parallel.zero=3 weights"
+ACCUMULATION = "each rank accumulates gradients over batch_size / (micro_batch_size x parallel.dp) micro-batches: set batch_size and micro_batch_size"
 CURES = {
     "accumulation_steps": ACCUMULATION,
     "gradient_accumulation_steps": ACCUMULATION,
     "cosine": "write 'optim.lr_schedule=[{until: 1.0, value: 0.1, shape: cosine}]'",
     "lr_scheduler_type": "set optim.lr_schedule, such as 'optim.lr_schedule=[{until: 1.0, value: 0.1, shape: cosine}]'",
-    "dpo": "there is no training on preferences; tune on chats (conf=tiny_chat), and mode=score writes log-probabilities for a loop of your own",
+    "dpo": "there is no preference training; tune on chats (conf=tiny_chat), or write a custom loop with log-probabilities from mode=score",
     "fsdp": "write parallel.zero=3",
     "qlora": "write adapter=lora adapter.base=fp8",
     "tensor_model_parallel_size": NO_TENSOR_PARALLELISM,

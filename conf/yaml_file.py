@@ -39,8 +39,10 @@ def read_yaml(path: Path, trust: bool = False) -> DictConfig:
     if not (isinstance(found, DictConfig) and isinstance(plain, dict)):
         raise UserError(path.name, path, "must be a mapping of settings (key: value)", CURE)
     for key, text in calls:
-        rule = f"in {path} calls a function that can read this machine, and the file may be somebody else's"
-        raise UserError(key, text, rule, "write the value there, or set trust=true, if you trust who wrote the file")
+        rule = f"in {path} calls a function that can read from this machine, and the file may have another author"
+        raise UserError(
+            key, text, rule, "write the value there, or set trust=true, if you trust the author of the file"
+        )
     return OmegaConf.create(plain) if drop_removed_keys(plain, str(path)) else found
 
 
@@ -81,7 +83,7 @@ def yaml_error(error: Exception, path: Path | None = None) -> UserError:
     place = mark.name if mark else getattr(error, "name", None) or getattr(error, "filename", None) or path
     line = f", line {mark.line + 1}" if mark else ""
     if isinstance(error, RecursionError):
-        problem = "it is nested too deep"
+        problem = "it has too many nested levels"
     else:
         problem = getattr(error, "problem", None) or " ".join(str(error).split())
     if place is None:
@@ -90,4 +92,4 @@ def yaml_error(error: Exception, path: Path | None = None) -> UserError:
     return UserError(Path(place).name, f"{place}{line}", f"cannot be read: {problem}", cure)
 
 
-CURE = "correct it; settings are plain YAML in UTF-8: numbers, words, lists and mappings without tags (!name)"
+CURE = "correct it; settings must be plain YAML in UTF-8: numbers, words, lists and mappings, without tags (!name)"

@@ -37,7 +37,7 @@ def test_a_key_without_a_rule_is_told():
     ("new", "old", "meta", "facts"),
     [
         ((), (), {}, []),
-        ((), (), {"data": "other"}, ["the data are not those that step 6"]),
+        ((), (), {"data": "other"}, ["the data differ from the training data of step 6"]),
         (("data.path=a",), (), {}, ["the data have moved"]),
         (("optim=muon",), (), {}, ["optim.name=adamw, and this run has muon"]),
         (("optim.ema_decay=0.9",), (), {}, ["the average starts with the weights as they are now"]),
@@ -66,10 +66,13 @@ def test_old_and_new_are_told_by_group():
     )
     (text,) = found.notes()
     lines = text.splitlines()
-    training, rounding = lines.index("  change the training:"), lines.index("  change rounding and speed alone:")
+    training, rounding = lines.index("  change the training:"), lines.index("  change only rounding and speed:")
     assert "    optim.lr was 0.2 and is 0.1" in lines[training:rounding]
-    assert "    steps was 300 and is 400: schedules stretch over the new length" in lines[training:rounding]
-    assert "    batch_size was 16 and is 32: the data go on where the checkpoint ended" in lines[training:rounding]
+    assert "    steps was 300 and is 400: the schedules are scaled to the new length" in lines[training:rounding]
+    assert (
+        "    batch_size was 16 and is 32: the data continue after the checkpoint's last sample"
+        in lines[training:rounding]
+    )
     assert {"    parallel.dp was 1 and is 2", "    micro_batch_size was 16 and is 8"} <= set(lines[rounding:])
     assert found.plain()["changed"]["optim.lr"] == [0.2, 0.1] and found.known
 
@@ -133,7 +136,10 @@ def test_a_longer_run_with_another_rate_says_so_everywhere(first):
         first, "name=first", "steps=6", "optim.lr=0.5", "log.wandb=offline", "log.sample_tokens=0", "log.every=100"
     )
     assert done.returncode == 0, done.stderr
-    assert "steps was 4 and is 6: schedules stretch over the new length" in done.stdout and "and is 0.5" in done.stdout
+    assert (
+        "steps was 4 and is 6: the schedules are scaled to the new length" in done.stdout
+        and "and is 0.5" in done.stdout
+    )
     event = metrics(first, "first")[5]["resumed"]
     assert event["step"] == 4 and event["known"] and event["changed"]["steps"] == [4, 6]
     assert event["changed"]["optim.lr"][1] == 0.5 and event["changed"].keys() == {"steps", "optim.lr"}

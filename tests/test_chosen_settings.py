@@ -31,7 +31,7 @@ def test_the_sentence_on_micro_batches_counts_those_of_a_rank(words, sentence):
 
 def test_a_plan_alone_is_for_a_device_that_nobody_named():
     assert said_of("mode=plan", "micro_batch_size=1") == [
-        "no hardware= is given: the plan is for h800, the GPUs of the paper"
+        "hardware= is not set: the plan is for h800, the GPUs of the paper"
     ]
     assert compose("mode=plan").hardware.name == "h800" and compose().hardware.name is None
 

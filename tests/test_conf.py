@@ -194,7 +194,9 @@ def test_no_folder_beside_the_program_hides_a_key():
 
 @pytest.mark.slow
 def test_help_lists_recipes():
-    done = subprocess.run([sys.executable, "-m", "train", "--help"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "train", "--help", "recipes"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0
     assert all(recipe in done.stdout for recipe in options("conf"))
 

@@ -78,13 +78,13 @@ def test_a_mode_that_looks_at_a_run_keeps_its_size_where_its_own_layout_takes_it
 @pytest.mark.parametrize(
     ("overrides", "field", "cure"),
     [
-        (("parallel.dp=3",), "batch_size", "take batch_size=15 or 18, or parallel.dp=2 or 4"),
-        (("parallel.dp=32",), "batch_size", "take batch_size=32, or parallel.dp=16"),
+        (("parallel.dp=3",), "batch_size", "use batch_size=15 or 18, or parallel.dp=2 or 4"),
+        (("parallel.dp=32",), "batch_size", "use batch_size=32, or parallel.dp=16"),
         (("parallel.dp=3", "micro_batch_size=16"), "batch_size", "batch_size=15 or 18 with micro_batch_size left out"),
-        (("parallel.dp=3", "micro_batch_size=2"), "batch_size", "take batch_size=18 or 12, or parallel.dp=2 or 4"),
-        (("parallel.dp=6", "parallel.ep=2"), "batch_size", "take batch_size=18 or 12, or parallel.dp=4 or 8"),
-        (("parallel.dp=2", "micro_batch_size=16"), "micro_batch_size", "take micro_batch_size=8, or leave it out"),
-        (("micro_batch_size=7",), "micro_batch_size", "take micro_batch_size=4, or leave it out"),
+        (("parallel.dp=3", "micro_batch_size=2"), "batch_size", "use batch_size=18 or 12, or parallel.dp=2 or 4"),
+        (("parallel.dp=6", "parallel.ep=2"), "batch_size", "use batch_size=18 or 12, or parallel.dp=4 or 8"),
+        (("parallel.dp=2", "micro_batch_size=16"), "micro_batch_size", "use micro_batch_size=8, or leave it out"),
+        (("micro_batch_size=7",), "micro_batch_size", "use micro_batch_size=4, or leave it out"),
     ],
 )
 def test_what_is_offered_is_near_to_what_was_asked_and_works(overrides, field, cure):
@@ -122,7 +122,7 @@ def test_a_ramp_may_begin_with_a_micro_batch_a_rank_and_the_nearest_batch_is_off
     for batch, near in ((23, "24 or 12"), (13, "12 or 24"), (5, "6 or 3"), (4, "3 or 6")):
         with pytest.raises(UserError) as caught:
             compose("parallel.dp=3", "micro_batch_size=4", f"batch_size={batch}")
-        assert caught.value.cure.startswith(f"take batch_size={near}")
+        assert caught.value.cure.startswith(f"use batch_size={near}")
     with pytest.raises(UserError) as caught:
         compose("parallel.dp=5", "micro_batch_size=1", "batch_size=12")
-    assert caught.value.cure.endswith("parallel.dp=4 or 6, which 12 sequences divide among")
+    assert caught.value.cure.endswith("parallel.dp=4 or 6, which 12 sequences")

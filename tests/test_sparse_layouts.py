@@ -109,7 +109,7 @@ def test_a_warmup_with_sharded_weights_is_refused(tmp_path):
 
 @pytest.mark.parametrize("mode", ["plan", "prove", "dry_run"])
 def test_modes_that_know_dense_attention_alone_say_so(tmp_path, mode):
-    with pytest.raises(UserError, match=f"mode={mode} knows dense attention alone"):
+    with pytest.raises(UserError, match=f"mode={mode} supports only dense attention"):
         compose(*arguments(tmp_path, *BASE, f"mode={mode}"))
 
 

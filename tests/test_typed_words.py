@@ -210,7 +210,7 @@ def test_what_excludes_each_other_are_keys():
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("conf=tiny", "cluster.restarts=5"), "cluster.restarts does nothing here: it is read by cluster=ray alone"),
+        (("conf=tiny", "cluster.restarts=5"), "cluster.restarts does nothing here: it is read only with cluster=ray"),
         (("conf=tiny", "cluster=ray", "cluster.restarts=5"), ""),
         (("conf=tiny", "model.mtp_depth=0", "optim.detach_mtp=true"), "optim.detach_mtp does nothing here"),
         (("conf=tiny", "parallel.split=even"), "parallel.split does nothing here"),

@@ -47,7 +47,7 @@ def test_where_no_rank_is_to_blame_none_is_named():
 
 def test_a_rank_has_room_on_a_full_disk_to_say_why_it_failed(tmp_path):
     """Also more than fits there: then the end of it."""
-    message = "checkpoint = there\n  rule: \N{SNOWMAN} is not written\n  cure: free space there"
+    message = "checkpoint = there\n  rule: \N{SNOWMAN} is not written\n  cure: free space on this disk"
     with small_disk(tmp_path / "disk", "1m") as logs:
         for rank in range(2):
             begin_work(logs, rank)
