@@ -5,7 +5,7 @@ sooner. The rules apply in this order:
 
     1. A rank whose input was wrong (exit code 2): the user must act.
     2. A node that no longer answers: all other failures follow from it.
-    3. A rank that vanished without a report: killed, crashed in native code, or gone in the middle of its work with any
+    3. A rank that vanished without a report: killed, crashed in native code, or gone before the end of its work with any
        exit code, even 0. A victim has time to write its reason.
     4. Ranks that are silent while the others timed out in a collective: they hang.
     5. The earliest error by its host's clock, which nobody sets, or the ranks that this error blames. Such an error
@@ -44,16 +44,18 @@ SAID = 4 << 10
 """Characters of headline and message that always fit into the reserved space."""
 CURES_OF_SIGNALS: dict[int, str] = {
     signal.SIGKILL: "look at dmesg for the kernel's out-of-memory kills (lower micro_batch_size or model.loss_chunk if memory is short); "
-    "else a person, a job scheduler or a container sent SIGKILL",
-    signal.SIGSEGV: "native code read or wrote memory that is not its own: dmesg names the library; look at what was installed or built last",
-    signal.SIGBUS: "a file that is mapped into memory could not be read or has no room: look at `df` of /dev/shm and of the disks, and at "
-    "dmesg for errors of disk and memory",
-    signal.SIGILL: "a library has instructions that this processor lacks: compare `lscpu` with the machine for which the library was built",
-    signal.SIGFPE: "native code divided a whole number by zero: dmesg names the library",
-    signal.SIGABRT: "a library ended the process: the last lines of the rank's log say why",
+    "otherwise a person, a job scheduler or a container runtime sent SIGKILL",
+    signal.SIGSEGV: "native code accessed invalid memory: dmesg names the library; check recently installed or built packages",
+    signal.SIGBUS: "a memory-mapped file could not be read, or its disk is full: see `df` for /dev/shm and the disks, and  "
+    "dmesg for disk and memory errors",
+    signal.SIGILL: "a library uses instructions that this processor lacks: compare `lscpu` with the machine for which the library was built",
+    signal.SIGFPE: "native code divided an integer by zero: dmesg names the library",
+    signal.SIGABRT: "a library aborted the process: see the last lines of the rank's log",
 }
-CURE_OF_OTHER_SIGNALS = "find out who sent the signal to this rank alone: a person or a job scheduler; to stop a run, signal the command that started it"
-CURE_OF_EXITS = "find the code that ends the process with this exit code: the user's own code, or a library that calls `exit` or `os._exit`"
+CURE_OF_OTHER_SIGNALS = "find the sender of the signal, a person or a job scheduler; to stop a run, send the signal to the command that started the run"
+CURE_OF_EXITS = (
+    "find the code that ends the process with this exit code: custom code, or a library that calls `exit` or `os._exit`"
+)
 
 
 class Kind(Enum):
@@ -152,7 +154,7 @@ class RankReport:
     log_tail: str | None = ""
     """Last lines of its output, filled in after a failure. None if its output went to the driver's terminal."""
     deserted: bool = False
-    """The rank ended in the middle of its work, so its exit code is none of ours."""
+    """The rank ended before the end of its work, so its exit code is none of ours."""
 
     @property
     def ended(self) -> bool:
@@ -251,7 +253,7 @@ def name_cause(reports: list[RankReport], names: dict[int, str]) -> Cause | None
     first = failed[0] if failed else None
     user = next((report for report in reports if report.said == EXIT_USER), None)
     if user is not None:
-        text = user.failure.message if user.failure else f"rank {user.rank} says so:\n{_tail(user)}"
+        text = user.failure.message if user.failure else f"rank {user.rank} reported:\n{_tail(user)}"
         return _cause(Kind.user, text, [user], names, EXIT_USER)
     vanished = [report for report in reports if report.bad and report.failure is None]
     late = [report for report in vanished if report.code == -signal.SIGABRT]
@@ -317,9 +319,9 @@ def _how(report: RankReport) -> str:
         memory = " (out of memory?)" if -report.code == signal.SIGKILL else ""
         return f"signal {signal_name(-report.code)}{memory}"
     if report.deserted:
-        return f"exit code {report.code} in the middle of its work"
+        return f"exit code {report.code} before the end of its work"
     return f"exit code {report.code}" + (
-        "; what it said is above" if report.log_tail is None else " without an error message"
+        "; its output is above" if report.log_tail is None else " without an error message"
     )
 
 
@@ -352,7 +354,7 @@ def name_hang(reports: list[RankReport], stacks: dict[int, str], names: dict[int
     stopped = [report for report in reports if report.state == "T"]
     silent = [report for report in reports if report.rank not in stacks and not report.ended]
     working = [report for report in reports if report.rank in stacks and not waits_for_ranks(stacks[report.rank])]
-    groups = ((stopped, "is stopped"), (silent, "gives no stack"), (working, "is not in a collective"))
+    groups = ((stopped, "is stopped"), (silent, "does not return a stack"), (working, "is not in a collective"))
     everyone = (reports, "wait for each other")
     found, what = next((group for group in groups if 0 < len(group[0]) < len(reports)), everyone)
     ranks = ", ".join(_who(report, names) for report in found)

@@ -10,7 +10,7 @@ The rules apply in this order; the first rule that matches decides:
     3. absent     Ranks that others wait for, directly or indirectly, and that wait for no rank themselves.
     4. link       Among the hosts with unacknowledged traffic, the one host that is part of every bad connection.
     5. crossed    Ranks that wait for each other: the rank among them that differs from its own last step.
-    6. stuck      All ranks are in the collective and none gets out: a fault of a network or a device.
+    6. stuck      All ranks are in the collective and none of them returns: a fault of a network or a device.
     7. unknown
 
 Nothing is guessed: if the rank is unknown, none is named. All of this is a pure function.
@@ -78,7 +78,7 @@ def compare_ranks(
         return _crossed(traces, waits)
     if waits:
         record = waits[0].record
-        text = f"all {len(blocked)} ranks are in {name_record(record)} and none gets out"
+        text = f"all {len(blocked)} ranks are in {name_record(record)} and none of them returns"
         return Judgement(Fault.stuck, (), text, record.place, waits, tuple(sorted(blocked)))
     alone = [rank for rank in traces if rank not in gone]
     if len(alone) == 1 and len(traces) == 1:
@@ -90,7 +90,7 @@ def compare_ranks(
         fault, text = _say_absent(traces, stacks, waits, late[0])
         return Judgement(fault, tuple(late), text, _where(traces, stacks, late[0]), waits)
     return Judgement(
-        Fault.unknown, (), "no rank waits for another, and none is behind the others", "", waits, tuple(alone)
+        Fault.unknown, (), "no rank waits for another rank, and no rank is behind the others", "", waits, tuple(alone)
     )
 
 
@@ -166,9 +166,7 @@ def _where(traces: Mapping[int, RankTrace], stacks: Mapping[int, str], rank: int
     if found := _FRAME.match(frame):
         return f"{found[1].removeprefix(f'{ROOT}/')}:{found[2]} in {found[3]}"
     trace = traces.get(rank)
-    return (
-        f"behind {trace.records[-1].place}" if trace is not None and trace.records and trace.records[-1].place else ""
-    )
+    return f"after {trace.records[-1].place}" if trace is not None and trace.records and trace.records[-1].place else ""
 
 
 def _find_bad_link(stacks: Mapping[int, str]) -> Judgement | None:
@@ -180,10 +178,10 @@ def _find_bad_link(stacks: Mapping[int, str]) -> Judgement | None:
     bad = frozenset.intersection(*pairs) or frozenset.union(*pairs)
     ranks = tuple(sorted(rank for rank, found in said.items() if found[1] in bad))
     each = "; ".join(" and ".join(sorted(pair)) for pair in sorted(pairs, key=sorted)[:4])
-    text = f"what was sent is not acknowledged between {each}"
+    text = f"sent data is not acknowledged between {each}"
     if len(bad) == 1 and ranks:
         return Judgement(Fault.link, ranks, f"{ranks_in_words(ranks)} {Fault.link.value} ({', '.join(bad)}): {text}")
-    return Judgement(Fault.link, (), f"{text}, and whose link it is is not known", among=ranks)
+    return Judgement(Fault.link, (), f"{text}; the host with the bad link is unknown", among=ranks)
 
 
 _UNANSWERED = re.compile(r"^Sent from (\S+) and not acknowledged by: (.*)$", re.MULTILINE)
@@ -215,7 +213,7 @@ def _crossed(traces: Mapping[int, RankTrace], waits: Sequence[RankWait]) -> Judg
         if wait.missing
     )
     if not 0 < len(changed) < len(ring):
-        text = f"ranks {list_ranks(ring)} wait for each other, and who of them is wrong is not known: {each}"
+        text = f"ranks {list_ranks(ring)} wait for each other; which of them is wrong is unknown: {each}"
         return Judgement(Fault.unknown, (), text, waits[0].record.place, list(waits), tuple(ring))
     rank, (fault, at) = next(iter(changed.items()))
     text = f"{ranks_in_words(changed)} {fault.value}: {name_record(at)}{place_in_words(at.place)}, in step {traces[rank].step}; so ranks {list_ranks(ring)} wait for each other: {each}"

@@ -38,15 +38,17 @@ from conf.files import atomic_write_text, read_plain_json
 from conf.words import one_line, say
 
 INCIDENT = re.compile(r"incident_(\d{1,9})\.json")
+_CONSEQUENCE = re.compile(r"\n  (?:consequence|what failed of it): ")
+"""Separates the fault from its consequence in an incident's text; earlier versions wrote the second form."""
 SHOWN_RECORDS = 40
 """Last records of each rank that the file keeps."""
 SHOWN_WAITS, LINE = 6, 400
 """Maximum waiting ranks, and maximum characters of a sentence, on the screen."""
 ADVICE_OF_CAUSE = {
-    Kind.killed: "look at the log of this rank, at dmesg and at its device",
-    Kind.crash: "the lines above come from the rank that failed first",
-    Kind.diverged: "look at the data and weights that are named",
-    Kind.node: "look at the node: power, network, its own logs",
+    Kind.killed: "check the log of this rank, dmesg and its device",
+    Kind.crash: "see the lines above, from the first rank that failed",
+    Kind.diverged: "check the named data and weights",
+    Kind.node: "check the node: power, network, system logs",
 }
 
 
@@ -101,7 +103,7 @@ def judge_failure(
     if finding is None or not finding.ranks:
         return cause, finding or Judgement(Fault.failed, cause.ranks, cause.text)
     nodes = tuple(sorted({names[rank] for rank in finding.ranks if rank in names}))
-    text = f"{_on_nodes(finding, names)}\n  what failed of it: {cause.text.splitlines()[0]}"
+    text = f"{_on_nodes(finding, names)}\n  consequence: {cause.text.splitlines()[0]}"
     return replace(cause, text=text, ranks=finding.ranks, nodes=nodes), finding
 
 
@@ -140,7 +142,9 @@ def describe_incident(
     if finding.fault is Fault.failed:
         advice = cause.advice or ADVICE_OF_CAUSE.get(cause.kind, advice)
     elif finding.fault is Fault.stopped and live:
-        advice += f"; `kill -CONT {' '.join(str(traces[rank].pid) for rank in finding.ranks if rank in traces)}` lets it go on"
+        advice += (
+            f"; `kill -CONT {' '.join(str(traces[rank].pid) for rank in finding.ranks if rank in traces)}` resumes it"
+        )
     return {
         "time": now,
         "kind": cause.kind.name,
@@ -217,13 +221,13 @@ def incident_files(logs: Path) -> list[Path]:
 def read_incident(path: Path) -> dict[str, Any]:
     """Read an incident.
 
-    Raises OSError; ValueError if the file holds no incident, because it may be an untrusted file.
+    Raises OSError; ValueError if the file is not an incident file, because it may be an untrusted file.
     """
     found = read_plain_json(path)
     if not isinstance(found, dict) or not all(
         name in found and fits(found[name]) for name, fits in INCIDENT_FIELDS.items()
     ):
-        raise ValueError(f"{path} holds no incident")
+        raise ValueError(f"{path} is not an incident file")
     return found
 
 
@@ -260,17 +264,15 @@ def incident_screen(incident: Mapping[str, Any], path: Path | None = None, told:
     """
     ranks, among = incident["ranks"], incident["among"]
     who = ", ".join(map(str, ranks)) or (f"one of {', '.join(map(str, among[:8]))}" if among else "not known")
-    head = [
-        one_line(part.strip().partition("\n")[0])[:LINE] for part in incident["text"].split("\n  what failed of it: ")
-    ]
+    head = [one_line(part.strip().partition("\n")[0])[:LINE] for part in _CONSEQUENCE.split(incident["text"])]
     lines = [f"culprit: {'ranks' if len(ranks) > 1 else 'rank'} {who}" if ranks else f"culprit: {who}"]
     if not (told and incident["fault"] == Fault.failed.name):
         lines.append(f"  what:    {head[0]}")
-    lines += [f"  then:    {rest}" for rest in head[1:]]
+    lines += [f"  result:  {rest}" for rest in head[1:]]
     if incident["where"]:
         lines.append(f"  where:   {one_line(incident['where'])}")
     for number, wait in enumerate(incident["waits"][:SHOWN_WAITS]):
-        missing = f"for {', '.join(map(str, wait['for'][:8]))}" if wait["for"] else "though all are in"
+        missing = f"for {', '.join(map(str, wait['for'][:8]))}" if wait["for"] else "though all ranks have entered"
         what, place = one_line(wait["what"]), one_line(f" ({wait['place']})" if wait["place"] else "")
         lines.append(
             f"  {'waits:  ' if number == 0 else '        '} rank {wait['rank']} {missing}, {wait['seconds']:.0f} s, in {what}{place}"
@@ -317,6 +319,6 @@ def pass_incident(logs: Path, seconds: float) -> None:
 
 def tell_went_on(logs: Path, seconds: float) -> None:
     """Report that a late run goes on."""
-    say(f"the run goes on after {seconds:.0f} s without news", file=sys.stderr)
+    say(f"the run makes progress again after {seconds:.0f} s", file=sys.stderr)
     with suppress(OSError):  # the disk is full: the message above is enough
         pass_incident(logs, seconds)

@@ -15,38 +15,38 @@ class Fault(Enum):
     """Kinds of fault; the value is the text for one rank."""
 
     stopped = "is stopped"
-    failed = "failed, as it says itself or its process shows"
-    skipped = "left out a collective, or puts it off"
-    repeated = "did a collective once more"
+    failed = "failed, according to its own report or its process"
+    skipped = "skipped or delayed a collective"
+    repeated = "repeated a collective"
     reordered = "changed the order of two collectives"
-    resized = "takes part with another size"
-    retyped = "takes part with another type of elements"
-    other = "takes part in another collective"
+    resized = "joined with another size"
+    retyped = "joined with another dtype"
+    other = "joined another collective"
     loader = "waits for its data"
-    lock = "waits for a lock, a thread or a queue of its own process"
-    absent = "does not come"
-    unsent = "has not sent what another rank waits for"
-    link = "is not reached over the network, or very slowly"
-    stuck = "is in, as all others, and does not get out"
-    unknown = "is not known"
+    lock = "waits for a lock, a thread or a queue in its own process"
+    absent = "has not joined"
+    unsent = "has not sent the data that another rank waits for"
+    link = "is unreachable over the network, or very slow"
+    stuck = "has joined, like all others, and does not return"
+    unknown = "is unknown"
 
 
 FAULT_ADVICE = {
-    Fault.stopped: "find out who stopped it: a debugger, a job scheduler, or SIGSTOP of a person",
+    Fault.stopped: "find out what stopped it: a debugger, a job scheduler, or a SIGSTOP signal",
     Fault.failed: "the lines above come from the rank that failed first",
-    Fault.skipped: "a condition around the collective holds on this rank alone; make it the same on all",
-    Fault.repeated: "a loop around the collective runs once more on this rank alone; make it the same on all",
-    Fault.reordered: "call both in the same order on all ranks",
-    Fault.resized: "the tensor has another shape on this rank: look at what it is made from",
-    Fault.retyped: "the tensor has another type on this rank: look at what it is made from",
-    Fault.other: "the ranks went different ways in the code: look at the condition before this line",
-    Fault.loader: "look at the file system of the data, and at the loader's thread in the stacks",
-    Fault.lock: "look at who holds it: the other threads of this rank in the stacks",
-    Fault.absent: "look at this line: what does it wait for, or compute?",
-    Fault.unsent: "look at the stage before: its actions should send what is waited for",
-    Fault.link: "look at the link of this host: `ip -s link`, cable, switch, dmesg",
-    Fault.stuck: "look at the network and the devices of these ranks: dmesg, links, switches",
-    Fault.unknown: "the stacks and the last records of all ranks are in the file of the incident",
+    Fault.skipped: "a condition around the collective is true only on this rank; make it equal on all ranks",
+    Fault.repeated: "a loop around the collective runs once more on this rank; make the count equal on all ranks",
+    Fault.reordered: "call both collectives in the same order on all ranks",
+    Fault.resized: "the tensor has another shape on this rank: check how it is computed",
+    Fault.retyped: "the tensor has another dtype on this rank: check how it is computed",
+    Fault.other: "the ranks took different branches: check the condition before this line",
+    Fault.loader: "check the file system of the data, and the loader's thread in the stacks",
+    Fault.lock: "check which thread of this rank holds it, in the stacks",
+    Fault.absent: "check this line: it computes, or waits for something other than ranks",
+    Fault.unsent: "check the previous stage, which should have sent the data",
+    Fault.link: "check the link of this host: `ip -s link`, cable, switch, dmesg",
+    Fault.stuck: "check the network and the devices of these ranks: dmesg, links, switches",
+    Fault.unknown: "see the incident file for the stacks and the last records of all ranks",
 }
 
 

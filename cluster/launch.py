@@ -26,7 +26,7 @@ def given_run() -> tuple[Config, Place]:
     absolute paths.
     """
     place = given_place()
-    assert place is not None, "ranks are started by the driver, which sets RANK and WORLD_SIZE"
+    assert place is not None, "the driver starts the ranks, with RANK and WORLD_SIZE"
     config, folder = read_config(sys.argv[1]), os.environ.get("SLUICE_FOLDER")
     if folder is not None and os.path.isdir(folder):
         os.chdir(folder)

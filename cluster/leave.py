@@ -51,7 +51,7 @@ def shares_network(process: psutil.Process) -> bool:
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m cluster.leave", description=__doc__.splitlines()[0])
-    parser.add_argument("--within", type=int, default=300, help="seconds until the node really goes")
+    parser.add_argument("--within", type=int, default=300, help="seconds until the node is shut down")
     within = parser.parse_args(arguments).within
     deadline = time.monotonic() + within
     here = raylets()
@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> int:
         words = [f"--address={head}", f"--node-id={node}", f"--deadline-remaining-seconds={within}", *reason]
         told = subprocess.run([ray, "drain-node", *words], capture_output=True, text=True)
         if told.returncode:
-            say(f"error: Ray at {head} does not let node {node} go: {told.stderr.strip()}", file=sys.stderr)
+            say(f"error: Ray at {head} does not drain node {node}: {told.stderr.strip()}", file=sys.stderr)
             return EXIT_CRASH
     while time.monotonic() < deadline and any(lives(process.pid) for process, *_ in here):
         time.sleep(0.2)

@@ -188,7 +188,7 @@ def _tell_difference(logs: Path) -> bool:
     if (finding := find_difference(traces)) is None:
         return False
     step = min(trace.step for trace in traces.values())
-    text = f"the numbers of this run are wrong from step {step} or before on: {finding.text}"
+    text = f"the numbers of this run are wrong since step {step} or earlier: {finding.text}"
     cause = Cause(Kind.crash, text, finding.ranks)
     say(_keep(logs, cause, finding, traces, {}).log, file=sys.stderr)
     return True
@@ -227,11 +227,13 @@ def _explain(ranks: list[Child], logs: Path, asked: list[int]) -> int:
     _wait(ranks, SETTLE)
     reports = _reports(ranks, logs)
     cause = name_cause(reports, {})
-    assert cause is not None, "a rank was seen to fail"
+    assert cause is not None, "a rank has failed"
     if asked and cause.kind is Kind.killed and all(reports[rank].code == -signal.SIGTERM for rank in cause.ranks):
         # Between their imports and their end, ranks treat the signal as a request to stop; outside, it ends them. Their
         # peers have not failed either.
-        say(f"stopped: ranks {list(cause.ranks)} were not in the training and ended at once", file=sys.stderr)
+        say(
+            f"stopped: ranks {list(cause.ranks)} were outside the training loop and were ended at once", file=sys.stderr
+        )
         return EXIT_STOPPED
     if asked and any(report.code == EXIT_STOPPED for report in reports):
         return _stopped_early()
@@ -239,7 +241,7 @@ def _explain(ranks: list[Child], logs: Path, asked: list[int]) -> int:
 
 
 def _stopped_early() -> int:
-    say("stopped: some ranks had not done a step and ended at once", file=sys.stderr)
+    say("stopped: some ranks had not completed a step and were ended at once", file=sys.stderr)
     return EXIT_STOPPED
 
 
@@ -250,11 +252,11 @@ def _show(cause: Cause, ranks: list[Child], logs: Path) -> int:
         if cause.log.strip() not in cause.text:
             say(cause.log.strip(), file=sys.stderr)
         if others := sorted(set(range(len(ranks))) - set(cause.ranks)):
-            say(f"  ended with it: ranks {others}", file=sys.stderr)
+            say(f"  also ended: ranks {others}", file=sys.stderr)
         say(f"  logs: {logs}", file=sys.stderr)
         running = [rank for rank, child in enumerate(ranks) if child.poll() is None]
         if running and cause.kind is not Kind.hang:
-            say(f"  ranks {running} get {CLOSE:.0f} s to close what they write to", file=sys.stderr)
+            say(f"  ranks {running} get {CLOSE:.0f} s to close their files", file=sys.stderr)
             _wait(ranks, CLOSE)
     return cause.code
 

@@ -84,7 +84,7 @@ def _blame(
     title = f"{example.group.label} {list_ranks(example.group.ranks)}"
     if not odd:
         did = "; ".join(f"rank {rank}: {record_in_words(record)}" for rank, record in sorted(members.items())[:4])
-        text = f"ranks {list_ranks(members)} did different things as collective {example.seq} of {title}, and who of them is wrong is not known: {did}"
+        text = f"ranks {list_ranks(members)} differ in collective {example.seq} of {title}, and which of them is wrong is unknown: {did}"
         return Judgement(Fault.unknown, (), text, example.place, among=tuple(sorted(members)))
     rank, other = odd[0], next(one for one in sorted(members) if one not in odd)
     mine, theirs = members[rank], members[other]
@@ -93,9 +93,9 @@ def _blame(
     )
     text = f"{ranks_in_words(odd)} {fault.value} in {title}: "
     if fault in (Fault.skipped, Fault.repeated, Fault.reordered):
-        text += f"{name_record(at)}{place_in_words(at.place)} in step {mine.step}; so it did {record_in_words(mine)} where the others did {record_in_words(theirs)}"
+        text += f"{name_record(at)}{place_in_words(at.place)} in step {mine.step}; so it called {record_in_words(mine)} where the others called {record_in_words(theirs)}"
     else:
-        text += f"as number {mine.seq} it did {record_in_words(mine)}, the others {record_in_words(theirs)}"
+        text += f"call {mine.seq} was {record_in_words(mine)}, and {record_in_words(theirs)} on the others"
     return Judgement(fault, tuple(odd), text, (at.place if fault is Fault.skipped else mine.place) or mine.place)
 
 
@@ -264,7 +264,7 @@ def _blame_message(
     text = f"rank {sender} did {record_in_words(sent)}{_action_in_words(sent)}, and rank {receiver} {record_in_words(received)}{_action_in_words(received)}"
     if len(changed) != 1:
         return Judgement(
-            Fault.unknown, (), f"{text}; who of them is wrong is not known", received.place, among=(sender, receiver)
+            Fault.unknown, (), f"{text}; which of them is wrong is unknown", received.place, among=(sender, receiver)
         )
     (rank, (fault, at)), *_ = changed.items()
     return Judgement(fault, (rank,), f"rank {rank} {fault.value}: {text}", at.place)

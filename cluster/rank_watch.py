@@ -169,4 +169,4 @@ class RankWatch:
         who = ", ".join(f"{rank} on {self.names[rank]}" if self.names else f"{rank}" for rank in behind[:NAMED_RANKS])
         ranks = f"rank {who} is" if len(behind) == 1 else f"ranks {who}{more} are"
         left = self.seconds_left(now)
-        return f"no news for {silent:.1f} s, where a step takes {usual:.1f} s: {ranks} in step {last}; ended in {left:.0f} s without progress"
+        return f"no progress for {silent:.1f} s, and a step takes {usual:.1f} s: {ranks} in step {last}; the run is ended in {left:.0f} s without progress"

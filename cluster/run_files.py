@@ -139,7 +139,7 @@ def read_fence(checkpoints: Path) -> int:
     if re.fullmatch(rb"\s*\d{1,15}\s*", text) is None:
         cure = "write the highest number of the files in attempts/ into it, or remove it if no attempt of this run is alive"
         raise UserError(
-            "checkpoint", path, f"is damaged: it must hold the number of an attempt, not {text!r:.60}", cure
+            "checkpoint", path, f"is damaged: it must contain the number of an attempt, not {text!r:.60}", cure
         )
     return int(text)
 
@@ -154,7 +154,7 @@ def hold_lock(checkpoints: Path, timeout: float) -> Iterator[None]:
         try:
             stack.enter_context(exclusive(checkpoints / LOCK, timeout))
         except TimeoutError as error:
-            cure = f"end the process that holds it (`fuser {checkpoints / LOCK}` names it), which may be of another host, and start again"
+            cure = f"end the process that holds it (`fuser {checkpoints / LOCK}` names the process; it may be on another host), and start again"
             raise UserError("checkpoint", checkpoints / LOCK, f"cannot be locked: {error}", cure) from error
         yield
 

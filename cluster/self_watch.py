@@ -128,8 +128,8 @@ class SelfWatch:
         words = next((line for line in str(first).splitlines() if line.strip()), "")
         cause = Cause(kind, f"rank {self._rank} failed: {type(first).__name__}: {words}", ranks, code=code)
         if gone := [rank for rank, trace in traces.items() if trace.is_here and not lives(trace.pid)]:
-            text = f"{', '.join(f'rank {rank}' for rank in gone)} ended in the middle of the work"
-            cause = Cause(Kind.killed, f"{text}, which rank {self._rank} failed of", tuple(gone))
+            text = f"{', '.join(f'rank {rank}' for rank in gone)} ended before the end of the work"
+            cause = Cause(Kind.killed, f"{text}, which made rank {self._rank} fail", tuple(gone))
         cause, finding = judge_failure(cause, traces, stacks, {})
         self._tell(f"error: {cause.text}", describe_incident(cause, finding, traces, stacks))
 
@@ -142,7 +142,7 @@ class SelfWatch:
                 same = told is not None and told[1].get("late", False) == late
                 if same and told[1]["time"] > max(self._began, time.time() - SAME_INCIDENT_SECONDS):
                     if not late:
-                        text = f"rank {self._rank} ends with an incident that another rank told: {told[0]}"
+                        text = f"rank {self._rank} ends because of an incident that another rank reported: {told[0]}"
                         say(text, file=sys.stderr)
                     return
                 path = write_incident(self._logs, incident)

@@ -30,7 +30,7 @@ STACKS_BYTES = 256 << 10
 STACKS_LOOK_SECONDS = 0.05
 """Seconds between two checks for requested stacks."""
 PYSTACK = Path(sys.executable).with_name("pystack")
-NO_PYSTACK = ["echo", "it is not installed, and `pip install pystack` does that"]
+NO_PYSTACK = ["echo", "it is not installed; run `pip install pystack`"]
 """A command that prints that pystack is missing."""
 NATIVE_SECONDS = 1.5
 """Seconds that pystack gets."""

@@ -143,12 +143,12 @@ def require(nodes: list[Node], pp: int, dp: int, ep: int) -> Placement:
     fits = (
         f"parallel.dp={found.dp} fits"
         if found
-        else f"one block needs {pp} x {ep} devices, each expert group on nodes that hold equal parts of it"
+        else f"one block needs {pp} x {ep} devices, with each expert group divided equally among its nodes"
     )
     raise UserError(
         "parallel.pp x parallel.dp",
         f"{pp} x {dp}",
-        f"needs {pp * dp} devices in whole expert groups of {ep}; {len(nodes)} nodes with {devices} devices are there",
+        f"needs {pp * dp} devices in whole expert groups of {ep}; {len(nodes)} nodes with {devices} devices are available",
         f"add nodes, or change the layout: {fits}",
     )
 

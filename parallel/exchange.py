@@ -111,12 +111,12 @@ class RankNotes:
 def refuse_pickles() -> None:
     """Make torch's object collectives raise in this process from now on, also when torch or DeepSpeed call them."""
     for name in ("_object_to_tensor", "_tensor_to_object", "_pickler", "_unpickler"):
-        assert hasattr(distributed_c10d, name), f"torch.distributed.distributed_c10d has no {name} any more"
+        assert hasattr(distributed_c10d, name), f"torch.distributed.distributed_c10d has no {name}"
         setattr(distributed_c10d, name, _refuse)
 
 
 def _refuse(*_: Any, **__: Any) -> None:
-    raise RuntimeError("ranks exchange no pickles, which can run any code: use parallel.exchange")
+    raise RuntimeError("ranks must not exchange pickles, which can run any code: use parallel.exchange")
 
 
 def _encode(value: Any) -> Tensor:

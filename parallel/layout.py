@@ -82,8 +82,8 @@ class Layout(RankCounts):
             raise UserError(
                 "parallel.ep",
                 self.ep,
-                f"an expert group must fill whole nodes or fit {self.ranks_per_node} ranks a node evenly",
-                f"take a multiple or a divisor of {self.ranks_per_node}",
+                f"an expert group must fill whole nodes, or divide a node of {self.ranks_per_node} ranks evenly",
+                f"use a multiple or a divisor of {self.ranks_per_node}",
             )
         return inside
 

@@ -96,7 +96,7 @@ def try_links(
             other = sum(mine) - rank
             rate = size / _seconds(lambda other=other: exchange(other))
             if is_other(came, other & 0xFF):
-                raise RuntimeError(f"a wrong link: {names[rank]} gets other bytes than {names[other]} sends")
+                raise RuntimeError(f"a corrupt link: {names[rank]} receives other bytes than {names[other]} sends")
             found += [LinkRate(kind, mine, rate)] * (rank == mine[0])
         gather(None)  # ranks without a partner wait, so that no other round uses the links
     hops = [mesh.intra_group, mesh.inter_group] if facts.by_nodes else [] if facts.needs_gpu else [mesh.ep_group]
@@ -133,7 +133,7 @@ def notes_on_links(names: list[str], found: list[LinkRate], expected: dict[str, 
     for kind in dict.fromkeys(one.kind for one in found):
         rates = sorted(one.bytes_per_second for one in found if one.kind == kind)
         median, planned = rates[len(rates) // 2], expected[kind].bandwidth if kind in expected else 0.0
-        beside = f"; the hardware file says {planned / 1e9:.3g}" if planned else ""
+        beside = f"; the hardware file has {planned / 1e9:.3g}" if planned else ""
         said.append(f"{kind} {rates[0] / 1e9:.3g} to {rates[-1] / 1e9:.3g} GB/s ({len(rates)}{beside})")
         floor = SLOW_LINK * max(median, planned)
         slow += [one for one in found if one.kind == kind and one.bytes_per_second < floor]
@@ -169,7 +169,7 @@ def _wait(works: list[dist.Work], device: torch.device, patience: float, who: st
             return
         while not all(work.is_completed() for work in works):
             if time.monotonic() > deadline:
-                raise TimeoutError(f"no end in {patience:g} s")
+                raise TimeoutError(f"no end within {patience:g} s")
         for work in works:
             work.wait()
     except (RuntimeError, TimeoutError) as error:

@@ -46,8 +46,7 @@ class SealedStore(dist.Store):
         text = self._cipher(nonce, sealed[NONCE:-SIGNATURE])
         if len(sealed) < NONCE + SIGNATURE or not hmac.compare_digest(signature, self._sign(key, nonce, text)):
             raise PermissionError(
-                f"{key} in the store where the ranks meet was not written by a rank of this attempt: another program "
-                "writes there"
+                f"{key} in the rendezvous store was not written by a rank of this attempt: another program writes there"
             )
         return text
 

@@ -94,7 +94,7 @@ def cause_of(tmp_path: Path, fault: str, code: int) -> Cause:
 def test_a_rank_that_leaves_in_a_step_as_if_all_were_well_is_named(tmp_path, code):
     cause = cause_of(tmp_path, "leave", code)
     assert (cause.ranks, cause.code) == ((1,), EXIT_CRASH)
-    assert cause.text == f"rank 1 ended by exit code {code} in the middle of its work"
+    assert cause.text == f"rank 1 ended by exit code {code} before the end of its work"
 
 
 @pytest.mark.slow

@@ -120,7 +120,7 @@ def test_ranks_say_why_they_failed_where_their_disk_is_too_full_for_the_words(tm
     fill(disk)
     assert run.end() == EXIT_CRASH
     assert is_one_screen(run.said(), "checkpoint", "No space left on device", f"the disk at {disk} has")
-    assert "without an error message" not in run.said() and "what it said is above" not in run.said()
+    assert "without an error message" not in run.said() and "its output is above" not in run.said()
     assert json.loads((run.folder / "logs" / "rank_0.error.json").read_text())["rank"] == 0
 
 

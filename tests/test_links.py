@@ -66,7 +66,9 @@ def _wrong(rank: int) -> None:
         with suppress(RuntimeError):  # whichever rank ends first
             try_links(mesh, DISPATCHES["flat"], 1, CPU, size=1 << 14)
     else:
-        with pytest.raises(RuntimeError, match=r"a wrong link: .*\(rank 0\) gets other bytes than .*\(rank 1\) sends"):
+        with pytest.raises(
+            RuntimeError, match=r"a corrupt link: .*\(rank 0\) receives other bytes than .*\(rank 1\) sends"
+        ):
             try_links(mesh, DISPATCHES["flat"], 1, CPU, size=1 << 14)
 
 

@@ -62,7 +62,7 @@ def _marked(place: Place, failures: Path | None) -> Iterator[None]:
         begin_work(failures, place.rank)
     except OSError as error:
         say(
-            f"the mark of a rank at work could not be written ({explain_disk_error(error)}); the run goes on",
+            f"the mark of a rank at work could not be written ({explain_disk_error(error)}); the run continues",
             file=sys.stderr,
         )
     yield

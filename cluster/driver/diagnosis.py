@@ -7,13 +7,13 @@ from conf.errors import UserError
 
 ADVICE = {
     Kind.user: "correct the input and start the same command again",
-    Kind.node: "look at the machine and its network; the same command resumes with the nodes that are there",
-    Kind.killed: "look at the output and the device of this rank; the same command resumes",
-    Kind.crash: "the lines above come from the rank that failed first; the same command resumes once the cause is removed",
-    Kind.hang: "the stacks above show where each rank waits; if they are simply that slow, raise "
-    "cluster.kill_after; cluster.hang_after too in steps, and cluster.start_timeout before the first step and in checkpoints",
-    Kind.diverged: "what the first line says; the step was tried again, and the same command would try it once more",
-    Kind.start: "the lines above come from the node that could not start its ranks",
+    Kind.node: "check the machine and its network; the same command resumes with the available nodes",
+    Kind.killed: "check the output and the device of this rank; the same command resumes",
+    Kind.crash: "see the lines above, from the first rank that failed; after the cause is removed, the same command resumes",
+    Kind.hang: "see the stacks above for the place where each rank waits; if the ranks are only slow, raise "
+    "cluster.kill_after, and also cluster.hang_after (in steps) or cluster.start_timeout (before the first step and in checkpoints)",
+    Kind.diverged: "see the first line; the step was repeated without success, and the same command would repeat it once more",
+    Kind.start: "see the lines above, from the node that could not start its ranks",
 }
 LOG_LINES = 30
 
@@ -26,7 +26,7 @@ def give_up(cause: Cause, times: int, allowed: int, failures: list[tuple[int, Ca
     lines = [cause.text]
     if times > 1:
         lines.append(
-            f"  this was failure {times} of the kind '{cause.kind.value}' without a new checkpoint in between; "
+            f"  this was failure {times} of kind '{cause.kind.value}' since the last new checkpoint; "
             f"{allowed} restarts are allowed"
         )
     if cause.log:
@@ -46,20 +46,20 @@ def too_few(policy: Policy, free: list[Node], found: Placement | None, last: Cau
         "parallel.pp x parallel.dp",
         f"{shapes.pp} x {shapes.own.dp}",
         f"needs {policy.world} devices in whole expert groups of {shapes.own.ep}; "
-        f"after {policy.wait:.0f} s (cluster.wait) {len(free)} nodes with {devices} devices are there",
+        f"after {policy.wait:.0f} s (cluster.wait) {len(free)} nodes with {devices} devices are available",
         cure,
     )
-    before = f"\n  before it: {last.text}\n  newest checkpoint: {_step(saved)}" if last else ""
+    before = f"\n  earlier: {last.text}\n  newest checkpoint: {_step(saved)}" if last else ""
     return f"{error}{before}"
 
 
 def no_node_comes(last: Cause | None, saved: int) -> str:
     """Explain why a run ends after the Ray that it started on this machine has ended."""
-    before = f"\n  before it: {last.text}" if last else ""
+    before = f"\n  earlier: {last.text}" if last else ""
     return (
-        f"the Ray that this run started on this machine has ended, and no other node can come{before}\n  newest checkpoint: {_step(saved)}\n"
-        "  what to do: see who ended its raylet (dmesg shows the kernel's out-of-memory kills); the same command starts another Ray and goes on, "
-        "and cluster=local needs none"
+        f"the Ray that this run started on this machine has ended, and it cannot be replaced by another node{before}\n  newest checkpoint: {_step(saved)}\n"
+        "  what to do: find out what ended its raylet (dmesg shows the kernel's out-of-memory kills); the same command starts a new Ray and resumes; "
+        "cluster=local needs no Ray"
     )
 
 

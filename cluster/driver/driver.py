@@ -323,7 +323,7 @@ class Driver:
             self._admit(node)
             return
         self._refuse(
-            node, f"cannot hold copies of the state: {opened.problem}", HELD_BACK if opened.passes else REFUSED_SECONDS
+            node, f"cannot store copies of the state: {opened.problem}", HELD_BACK if opened.passes else REFUSED_SECONDS
         )
         if opened.absent:
             self._without_folder.add(node.id)
@@ -369,7 +369,7 @@ class Driver:
         if attempt is not None and attempt.stepping and self._first_step is None:
             self._first_step = attempt.step
             seconds = self.clock() - self._started_at
-            self._note("first_step", f"step {attempt.step} {seconds:.1f} s after the order to start", seconds=seconds)
+            self._note("first_step", f"step {attempt.step} {seconds:.1f} s after the start order", seconds=seconds)
             self._tell_of_pulse()
             self._warm(self.supervisor.answering.values())
             self._plan_layouts()
@@ -387,8 +387,8 @@ class Driver:
         without = [node.name for id, node in nodes.items() if not self.pulse.hears(id, now)]
         if without and len(nodes) / ANSWERS > self.config.cluster.heartbeat / 2:
             text = (
-                f"{len(without)} of {len(nodes)} nodes do not answer by UDP, {without[0]} for one: they are asked through Ray whether "
-                "they live, which takes the driver longer; let UDP pass between this machine and them"
+                f"{len(without)} of {len(nodes)} nodes do not answer by UDP, for example {without[0]}: the driver checks them through Ray instead, "
+                "which is slower; allow UDP between this machine and these nodes"
             )
             self._note("no_pulse", text, nodes=without)
 
@@ -400,7 +400,7 @@ class Driver:
             name, niceness = next(iter(low.items()))
             where = name + (f" and {len(low) - 1} more" if len(low) > 1 else "")
             text = (
-                f"ranks run at nice {niceness} on {where}: other work there goes first, and ranks that wait for it look slow or lost; "
+                f"ranks run at nice {niceness} on {where}: other processes there have priority, so ranks may look slow or lost; "
                 "start Ray there with RAY_worker_niceness=0"
             )
             self._note("priority", text, nodes=list(low))
@@ -471,7 +471,7 @@ class Driver:
             self._forget(id)
             self._released.add(id)
             self.fleet.release(id)
-            self._tell(m.NodeLost(id, "let go, as it is about to go"))
+            self._tell(m.NodeLost(id, "released, because it will be shut down"))
 
     def _send_orders(self, reply: Reply) -> None:
         if (
@@ -492,7 +492,7 @@ class Driver:
         except OSError as error:  # for example, the disk of the run folder is full
             self._tell(
                 m.StartFailed(
-                    number, reply.node, f"the driver cannot tell the ranks what to do: {explain_disk_error(error)}"
+                    number, reply.node, f"the driver cannot send orders to the ranks: {explain_disk_error(error)}"
                 )
             )
             return

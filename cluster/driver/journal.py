@@ -34,34 +34,34 @@ EVENTS_FILE = "events.jsonl"
 
 EVENT_KINDS = {
     "launch": "the driver started. world: ranks wanted",
-    "node_joined": "a node is there and passed the checks. node: its name",
-    "node_refused": "a node is there and failed a check. node",
-    "call_failed": "an agent could not do what it was asked for beside a start; the attempt goes on. node, method",
-    "node_lost": "a node does not answer or is known to be dead. node",
-    "node_back": "a node that was lost answers again, or its agent was started again. node",
-    "network": "what the network test found. pairs, median_gbit, slow: [[from, to, gbit, ms], ...]",
-    "no_pulse": "nodes of a large cluster that must be asked through Ray whether they live. nodes: names",
-    "priority": "nodes whose agents, and so ranks, give way to other work. nodes: names",
-    "attempt": "ranks are started. pp, dp, ep, nodes: names, spares: names",
-    "idle": "a smaller layout leaves nodes without ranks, and why. nodes: names",
-    "limits": "what the layout can lose, where that is no node at all",
+    "node_joined": "a node is available and passed the checks. node: its name",
+    "node_refused": "a node is available and failed a check. node",
+    "call_failed": "an agent failed in a request other than a start; the attempt continues. node, method",
+    "node_lost": "a node does not answer, or is known to be dead. node",
+    "node_back": "a lost node answers again, or its agent was restarted. node",
+    "network": "result of the network test. pairs, median_gbit, slow: [[from, to, gbit, ms], ...]",
+    "no_pulse": "nodes of a large cluster that the driver must check through Ray. nodes: names",
+    "priority": "nodes whose agents and ranks have a low process priority. nodes: names",
+    "attempt": "the ranks are started. pp, dp, ep, nodes: names, spares: names",
+    "idle": "a smaller layout leaves nodes without ranks; the reason. nodes: names",
+    "limits": "the layout cannot lose any node",
     "first_step": "the attempt has finished its first step. step, seconds: since the order to start",
-    "quiet": "steps take much longer than usual, and which ranks are behind; said once for each silence",
-    "late": "no news for longer than this run is used to: who holds it up, before it is ended. ranks, nodes",
-    "went_on": "the run was late and goes on. seconds: without news",
+    "quiet": "steps take much longer than usual; the ranks that are behind; once for each silence",
+    "late": "no progress for longer than usual; the blocking ranks, before the attempt is ended. ranks, nodes",
+    "went_on": "the run was late and makes progress again. seconds: without progress",
     "straggler": "a rank is slower than the others. rank, node, seconds and median per step",
     "clock": "the clock of a node jumped. node",
-    "disk": "a node has little room left for temporary files. node",
-    "checkpoint": "a checkpoint is whole. step",
-    "failure": "an attempt failed. cause: user, node, killed, crash, hang, diverged, start; ranks and nodes: first to "
-    "fail; log: output or stacks that show it; seconds: since its ranks last got on",
-    "waiting": "the next attempt cannot begin at once",
-    "incident": "who broke the attempt or held it up, by what all ranks did. ranks; fault: see cluster/compare_ranks.py",
+    "disk": "a node has little space left for temporary files. node",
+    "checkpoint": "a checkpoint is complete. step",
+    "failure": "an attempt failed. cause: user, node, killed, crash, hang, diverged, start; ranks and nodes: the first that "
+    "failed; log: output or stacks of the failure; seconds: since the last progress",
+    "waiting": "the next attempt cannot start at once",
+    "incident": "the ranks that broke or blocked the attempt, from the records of all ranks. ranks; fault: see cluster/compare_ranks.py",
     "recovered": "the first step after a failure. seconds: from the failure, or from the last step before a hang; "
-    "steps_again: steps done twice",
-    "caught_up": "the steps that were done twice are over. step",
-    "grow": "the run stops to go on with nodes that came back",
-    "drain": "a node is about to go. node, stops: whether the run stops to go on without it",
+    "steps_again: repeated steps",
+    "caught_up": "the repeated steps are complete. step",
+    "grow": "the run stops and restarts with nodes that came back",
+    "drain": "a node will be shut down. node, stops: whether the run stops and restarts without it",
     "stop": "a request to stop",
     "finish": "the run ended. code: exit code",
 }
@@ -110,7 +110,7 @@ class Journal:
             if not self._refused:
                 self._refused = True
                 self._note(
-                    f"events or output of ranks could not be written ({explain_disk_error(error)}); the run goes on"
+                    f"events or output of ranks could not be written ({explain_disk_error(error)}); the run continues"
                 )
 
 

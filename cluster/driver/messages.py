@@ -23,7 +23,7 @@ class NodeHealth(Enum):
     ok = "ok"
     silent = "does not answer"
     gone = "lost"
-    returning = "its agent starts again"
+    returning = "its agent restarts"
 
 
 @dataclass

@@ -71,7 +71,7 @@ class NetworkTest:
                 turns[here.id].append((there.address, port))
                 turns[there.id].append(None)
             else:
-                self._links[here.id, there.id] = NodeLink(there.address, error="it opened no port for the test")
+                self._links[here.id, there.id] = NodeLink(there.address, error="the node opened no port for the test")
         for id in self._partners:
             call_agent(fleet, id, Agent.network, turns[id])
 
@@ -87,7 +87,7 @@ class NetworkTest:
             return None
         for id, partners in self._partners.items():
             for partner in partners:
-                self._links[id, partner.id] = NodeLink(partner.address, error="no result in time")
+                self._links[id, partner.id] = NodeLink(partner.address, error="no result before the time limit")
         return self._verdict()
 
     def _verdict(self) -> LinkVerdict:

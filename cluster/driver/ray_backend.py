@@ -97,9 +97,9 @@ class RayAbsent(UserError):
         super().__init__(
             "cluster",
             "ray",
-            f"a Ray of its own must come up on this machine, and twice did not: {why}",
-            "give the same command again once this machine is less busy (`uptime`, `free -h`, and `df -h /tmp` for its folder); "
-            "cluster=local trains here without Ray",
+            f"Ray could not be started on this machine, in two attempts: {why}",
+            "repeat the command when this machine is less busy (`uptime`, `free -h`, and `df -h /tmp` for Ray's folder), or use "
+            "cluster=local, which needs no Ray",
         )
 
 
@@ -158,7 +158,7 @@ class RayFleet:
             self._try_embedded()
         except Exception as error:  # Ray raises many kinds of exception
             say(
-                f"note: Ray did not come up on this machine ({first_line(error)}): it is started once more",
+                f"note: Ray could not be started on this machine ({first_line(error)}); trying once more",
                 file=sys.stderr,
             )
             try:
@@ -222,7 +222,7 @@ class RayFleet:
             except TimeoutError as error:
                 self._headless = True
                 if is_last:
-                    text = f"Ray's head at {self._head} has not answered for {silent:.0f} s: it does not list the nodes"
+                    text = f"Ray's head at {self._head} has not answered for {silent:.0f} s, so the nodes are unknown"
                     raise FleetLost(text) from error
         return self._listed
 
@@ -262,9 +262,7 @@ class RayFleet:
         labels = [f"train/rack={node.rack}"] * bool(node.rack) + [f"train/node={node.name}"] * (node.id in self._named)
         given = f" --labels={','.join(labels)}" * bool(labels)
         command = f"ray start --address={self._head}{given}"
-        return (
-            f"Ray takes no node back that it took for dead: once it is there, `{command}` brings it back, given on it"
-        )
+        return f"Ray does not take a dead node back; run `{command}` on the node to join again"
 
     def release(self, node: str) -> None:
         if actor := self._actors.pop(node, None):
@@ -278,8 +276,8 @@ class RayFleet:
 
         found: dict[str, str] = {}
         for node, deadline in state.get_draining_nodes().items():
-            left = f", {deadline / 1000 - time.time():.0f} s are left" if deadline else ""
-            found[node] = f"Ray is about to take it away{left}"
+            left = f", {deadline / 1000 - time.time():.0f} s left" if deadline else ""
+            found[node] = f"Ray will shut it down{left}"
         return found
 
     def _devices(self, resources: dict[str, float]) -> int:
@@ -389,9 +387,9 @@ def _settings(embedded: bool) -> None:
         raise UserError(
             "RAY_AUTH_TOKEN",
             "not set",
-            "a cluster that other machines reach must ask for a token, as whoever reaches it can run code",
+            "a cluster that other machines can reach must require a token, because every client can run code",
             "start Ray on every node, and this command, with the same RAY_AUTH_MODE=token and RAY_AUTH_TOKEN; "
-            "RAY_AUTH_MODE=disabled if the cluster really has none",
+            "set RAY_AUTH_MODE=disabled if the cluster has no token",
         )
 
 
@@ -422,7 +420,7 @@ def _require_answer(address: str) -> None:
             "cluster.address",
             address,
             f"must be HOST:PORT of a running Ray (`ray start --head` prints it): {error}",
-            "start Ray there, open the port, or leave cluster.address out to start Ray on this machine",
+            "start Ray there, open the port, or omit cluster.address to start Ray on this machine",
         ) from error
 
 
@@ -473,7 +471,7 @@ def _explain(address: str, text: str) -> UserError:
             "RAY_AUTH_TOKEN",
             "(not shown)",
             f"Ray at {address} does not accept it",
-            "give this command the token that the cluster was started with (RAY_AUTH_MODE=token, RAY_AUTH_TOKEN)",
+            "start this command with the cluster's token (RAY_AUTH_MODE=token, RAY_AUTH_TOKEN)",
         )
     return UserError("cluster.address", address, text.splitlines()[0], "see `ray status`")
 

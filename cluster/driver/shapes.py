@@ -114,14 +114,14 @@ class Shapes:
         own = self._bytes_of(self.own) if self.is_planned else None
         if not there or own is None or own > there:
             why = self.problem or (
-                "no plan says yet" if own is None else "what the plan says of the run itself is not true"
+                "no plan is available yet" if own is None else "the plan is wrong for the current layout"
             )
-            return None if shape.ep == self.own.ep else f"what it needs of a device is not known, as {why}"
+            return None if shape.ep == self.own.ep else f"its memory per device is unknown: {why}"
         needed = self._bytes_of(shape)
         if needed is None:
-            return "the plan has no such layout"
+            return "the plan does not contain this layout"
         if needed > there:
-            return f"it needs {needed / 1e9:.1f} GB of every device, which has {there / 1e9:.1f} GB"
+            return f"it needs {needed / 1e9:.1f} GB per device, and a device has {there / 1e9:.1f} GB"
         return None
 
     def _bytes_of(self, shape: StageShape) -> int | None:
@@ -163,12 +163,12 @@ class Shapes:
         refused = [other for other in faster if rooms[other.ep] >= other.dp]
         if refused:
             best = refused[0]
-            return f"{self.name(best)} would use more of them, but {self.why_not(best, nodes)}"
+            return f"{self.name(best)} would use more nodes, but {self.why_not(best, nodes)}"
         larger = next((other for other in reversed(faster) if self.allows(other, nodes)), self.own)
         devices = sum(node.devices for node in nodes)
         return (
             f"the next larger layout that may run, {self.name(larger)}, takes {self.pp * larger.dp} devices in blocks of "
-            f"{self.pp * larger.ep}, and {devices} are there"
+            f"{self.pp * larger.ep}, and {devices} are available"
         )
 
     def why_nothing(self, nodes: Sequence[Node]) -> str:
@@ -178,4 +178,4 @@ class Shapes:
         text = f"add nodes: the smallest layout that may run, {self.name(least)}, takes {self.pp * least.dp} devices"
         rooms = {ep: count_group_places(nodes, ep) // self.pp * ep for ep in {shape.ep for shape in every}}
         refused = next((shape for shape in every if rooms[shape.ep] >= shape.dp), None)
-        return text if refused is None else f"{text}; {self.name(refused)} has room, but {self.why_not(refused, nodes)}"
+        return text if refused is None else f"{text}; {self.name(refused)} fits, but {self.why_not(refused, nodes)}"

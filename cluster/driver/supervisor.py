@@ -193,11 +193,11 @@ class Supervisor:
             return
         if attempt.stepping and self._failed_at is not None:
             down, again = now - self._failed_at, attempt.count_repeated(self._reached)
-            text = f"step {attempt.step} after {down:.1f} s; {again} steps done again"
+            text = f"step {attempt.step} after {down:.1f} s; {again} steps were repeated"
             self._note("recovered", text, seconds=round(down, 2), steps_again=again)
             self._failed_at, self._again_until = None, self._reached if again else None
         if self._again_until is not None and attempt.step > self._again_until:
-            self._note("caught_up", f"step {attempt.step}: what follows was not done before", step=attempt.step)
+            self._note("caught_up", f"step {attempt.step}: the following steps are new", step=attempt.step)
             self._again_until = None
         self._reached = max(self._reached, attempt.step)
 
@@ -241,14 +241,14 @@ class Supervisor:
         state.draining, stops = True, self.phase is DriverPhase.running and id in self.current.ranks_of
         self._note("drain", f"{state.node.name}: {why}", node=state.node.name, stops=stops)
         if stops:
-            going = f"{state.node.name} is about to go, and the run goes on without it: {why}"
+            going = f"{state.node.name} will be shut down; the run continues without it: {why}"
             self._stop_ranks(now, going) if self.current.step >= 0 else self._end_ranks(now)
 
     def _ask_stop(self, now: float, why: str) -> None:
         if self._stop_why is None:
             self._stop_why = why
             asked = self.phase is DriverPhase.running and self.current.step >= 0
-            self._note("stop", why + ": the ranks that answer are asked for a checkpoint" * asked)
+            self._note("stop", why + ": the driver asks the answering ranks for a checkpoint" * asked)
             if self.phase is DriverPhase.running:
                 self._stop_ranks(now, why) if asked else self._end_ranks(now)
 
@@ -257,9 +257,7 @@ class Supervisor:
         placement, shapes = self.current.placement, self.policy.shapes
         usable = [node for node in self._usable() if node.id != placement.nodes[0].id]
         if place(usable, shapes.pp, [shapes.own, *shapes.smaller], partial(shapes.allows, nodes=usable)) is None:
-            text = (
-                "no layout may run without one of these nodes, so that a lost one stops the run until another is there"
-            )
+            text = "no layout can run without one of these nodes: after the loss of a node, the run waits for a replacement"
             self._note("limits", f"{text}; {shapes.why_nothing(usable)}")
 
     def _tick(self, now: float) -> None:
@@ -293,7 +291,7 @@ class Supervisor:
         for slow in self.current.stragglers.new(self.policy.straggler_factor):
             name = self.current.names[slow.rank]
             text = (
-                f"rank {slow.rank} on {name} works {slow.seconds:.3g} s a step, the median rank {slow.median:.3g} s "
+                f"rank {slow.rank} on {name} works {slow.seconds:.3g} s per step, the median rank {slow.median:.3g} s "
                 f"({slow.seconds / slow.median:.1f} times)"
             )
             self._note("straggler", text, rank=slow.rank, node=name, seconds=slow.seconds, median=slow.median)
@@ -405,7 +403,7 @@ class Supervisor:
         return True
 
     def _tell_went_on(self, seconds: float) -> None:
-        self._note("went_on", f"the run goes on after {seconds:.0f} s without news", seconds=round(seconds, 2))
+        self._note("went_on", f"the run makes progress again after {seconds:.0f} s", seconds=round(seconds, 2))
         self._out.append(m.PassIncident(seconds))
 
     def _hang(self, now: float) -> None:
@@ -422,14 +420,14 @@ class Supervisor:
         if self._named_by is None and (seconds := self.current.over(now)) is not None:
             self._tell_went_on(seconds)
         if all(report.code == EXIT_OK for report in self.current.reports.values()):
-            self._finish(EXIT_OK, "all steps done")
+            self._finish(EXIT_OK, "all steps are complete")
         elif self.phase is DriverPhase.stopping and self._stop_why is None:
             self._regroup(now)
         else:
-            self._finish(EXIT_STOPPED, self._stop_why or "the ranks were told to stop from outside")
+            self._finish(EXIT_STOPPED, self._stop_why or "the ranks received a stop signal")
 
     def _newest(self) -> str:
-        return f"step {self.saved.step} is saved" if self.saved > NONE else "no checkpoint is there"
+        return f"step {self.saved.step} is saved" if self.saved > NONE else "there is no checkpoint"
 
     def _left_alone(self) -> str:
         """Describe what becomes of ranks that this driver cannot reach."""
@@ -440,7 +438,7 @@ class Supervisor:
         if not names:
             return ""
         lease = LEASE * self.policy.heartbeat
-        return f"; ranks on {some_of(names, SHOWN_NODES)} are not reached: their agents end them {lease:.0f} s after this driver's last question, without a checkpoint"
+        return f"; ranks on {some_of(names, SHOWN_NODES)} cannot be reached: their agents end them {lease:.0f} s after this driver's last request, without a checkpoint"
 
     def _judge(self, now: float, settle: float) -> None:
         """React to a failure: ask every node whether it is alive, and give the ranks time to report."""
@@ -481,13 +479,13 @@ class Supervisor:
         if stuck and now < self._deadline:
             return
         for id in stuck:  # SIGKILL does not end a process that waits in the kernel for a dead disk or device
-            self._lose(id, NodeHealth.silent, f"its ranks survive SIGKILL for {self.policy.kill:.0f} s")
+            self._lose(id, NodeHealth.silent, f"its ranks are still alive after SIGKILL and {self.policy.kill:.0f} s")
         cause = self.current.cause
         if cause is None and self._stop_why is None:  # a node was draining before the first step
             self._regroup(now)
             return
         if cause is None:
-            self._finish(EXIT_STOPPED, f"{self._stop_why}{self._left_alone()}; no step was done yet")
+            self._finish(EXIT_STOPPED, f"{self._stop_why}{self._left_alone()}; no step was completed")
             return
         spent = max(self._spent[budget] for budget in _budgets(cause))
         allowed = min(1, self.policy.restarts) if cause.kind is Kind.diverged else self.policy.restarts
@@ -509,7 +507,7 @@ class Supervisor:
         self._deadline = now + (self.policy.return_wait if enough else self.policy.wait)
         self._gather(now)
         if self.phase is DriverPhase.gathering:
-            what = "a node whose agent starts again" if enough else "nodes"
+            what = "a node whose agent restarts" if enough else "nodes"
             self._note("waiting", f"for {what}, {self._deadline - now:.0f} s at most")
 
     def _stop_ranks(self, now: float, why: str, in_memory: bool = False) -> None:
@@ -541,8 +539,8 @@ class Supervisor:
 
     def _grow(self, now: float) -> None:
         what = "copy in memory" if self.policy.copies else "checkpoint"
-        self._note("grow", f"nodes came back: the run stops after this {what} and goes on with more ranks")
-        self._stop_ranks(now, "nodes came back, and the run goes on with them", in_memory=self.policy.copies)
+        self._note("grow", f"nodes came back: the run stops after this {what} and restarts with more ranks")
+        self._stop_ranks(now, "nodes came back, and the run restarts with them", in_memory=self.policy.copies)
 
     def _place(self, nodes: list[Node]) -> Placement | None:
         shapes, near = self.policy.shapes, self.attempt.placement if self.attempt else None

@@ -66,7 +66,9 @@ def _watch_clock(node: _Vitals, clock_set: float) -> list[tuple[str, str]]:
         return []
     node.told = clock_set
     ahead = f"{abs(jump):.1f} s {'forward' if jump > 0 else 'back'}"
-    return [("clock", f"{node.name}: its clock jumped {ahead}; the run goes on, times in logs of this node are off")]
+    return [
+        ("clock", f"{node.name}: its clock jumped {ahead}; the run continues, and times in this node's logs are wrong")
+    ]
 
 
 def _watch_disk(node: _Vitals, free: float) -> list[tuple[str, str]]:
@@ -74,4 +76,4 @@ def _watch_disk(node: _Vitals, free: float) -> list[tuple[str, str]]:
     if not node.full or was_full:
         return []
     text = f"{free / 2**20:.0f} MiB free for temporary files, {SCRATCH_LIMIT >> 20} are needed"
-    return [("disk", f"{node.name}: {text}; output of its ranks is lost once it is full, free some")]
+    return [("disk", f"{node.name}: {text}; free some space: the output of its ranks is lost when the disk is full")]

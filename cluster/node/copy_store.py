@@ -119,12 +119,12 @@ def why_not_opened(folder: Path, error: OSError) -> OpenedCopy:
     """Describe the error of a Store. An agent whose Ray died may live on for a moment and hold the folder."""
     if isinstance(error, BlockingIOError):
         return OpenedCopy(
-            problem=f"another agent of this run holds {folder}; the node is asked again until that one has ended",
+            problem=f"another agent of this run holds {folder}; the driver repeats the request until that agent has ended",
             passes=True,
         )
     if isinstance(error, FileNotFoundError | NotADirectoryError):
-        cure = "create it on every node, or set checkpoint.memory_folder to a folder that every node has"
-        return OpenedCopy(problem=f"there is no folder {folder.parent}; {cure}", absent=True)
+        cure = "create it on every node, or set checkpoint.memory_folder to an existing folder of every node"
+        return OpenedCopy(problem=f"the folder {folder.parent} does not exist; {cure}", absent=True)
     cure = cure_of_writing(error)
     return OpenedCopy(
         problem=f"{folder} cannot be used: {error}; {cure}, or set checkpoint.memory_folder to another folder"
@@ -170,7 +170,7 @@ def _own(folder: Path) -> None:
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode):
         raise PermissionError(
-            f"{folder} is no folder but a {'link' if stat.S_ISLNK(found.st_mode) else 'file'}, which is not ours"
+            f"{folder} is a {'link' if stat.S_ISLNK(found.st_mode) else 'file'} that Sluice did not create, and not a folder"
         )
     if found.st_uid != os.geteuid():
         raise PermissionError(f"{folder} belongs to user {found.st_uid}")
@@ -227,7 +227,7 @@ def _open_lock(folder: Path) -> int:
     """Open the lock file of a real folder of this user; OSError if it is not one."""
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
-        raise PermissionError(f"{folder} is not ours")
+        raise PermissionError(f"{folder} was not created by Sluice")
     return os.open(folder / ".lock", os.O_RDWR | os.O_NOFOLLOW)
 
 
@@ -351,7 +351,7 @@ class _Handler(BaseHTTPRequestHandler):
                     self.connection.settimeout(self.timeout)
                     self.connection.sendfile(file, start, count)
         except FileNotFoundError:
-            self._refuse(404, "not held here")
+            self._refuse(404, "not stored here")
 
     def _range(self, whole: int) -> tuple[int, int]:
         """Return the first byte and the number of bytes requested."""

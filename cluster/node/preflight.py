@@ -131,7 +131,7 @@ def _try_storage(question: Question) -> tuple[str, str]:
     except OSError as error:
         return f"cannot read {folder}: {error.strerror}", ""
     if word != question.word:
-        return f"{folder} holds other files than the driver's", ""
+        return f"{folder} has other files than the same folder of the driver", ""
     try:
         (folder / PROBES / question.node).write_text(question.word)
     except OSError as error:
@@ -181,22 +181,20 @@ class Preflight:
         if facts.storage:
             return f"{facts.storage}; set runs= to a folder that every node mounts"
         if not (self._folder / PROBES / node.id).exists():
-            return (
-                f"what it writes to {self._folder} does not arrive here; set runs= to a folder that every node mounts"
-            )
+            return f"files that it writes to {self._folder} are not visible to the driver; set runs= to a folder that every node mounts"
         if facts.recipe != self._mine.recipe:
-            return f"reads another config.yaml ({facts.recipe}, here {self._mine.recipe}); set runs= to shared storage"
+            return f"reads another config.yaml ({facts.recipe}, the driver {self._mine.recipe}); set runs= to shared storage"
         if (off := abs(self.ahead(node, facts))) > CLOCK_LIMIT:
             return f"its clock is {off:.1f} s off; start a time service such as chrony"
         if facts.free_bytes < SCRATCH_LIMIT:
-            return f"{facts.free_bytes >> 20} MiB free for temporary files, {SCRATCH_LIMIT >> 20} are needed; free some"
+            return f"{facts.free_bytes >> 20} MiB free for temporary files, {SCRATCH_LIMIT >> 20} are needed; free some space"
         if facts.lacking:
             return (
-                f"there is no {' and no '.join(facts.lacking)} in {os.getcwd()}, in PYTHONPATH and among the packages there: put that "
+                f"there is no {' and no '.join(facts.lacking)} in {os.getcwd()}, in PYTHONPATH or in the node's packages: put that "
                 "folder on shared storage, or install the code on every node"
             )
         if self._gpus and facts.gpus < node.devices:
-            return f"{facts.gpus} of {node.devices} GPUs answer nvidia-smi; look at dmesg for Xid errors"
+            return f"{facts.gpus} of {node.devices} GPUs answer nvidia-smi; check dmesg for Xid errors"
         return None
 
     def ahead(self, node: Node, facts: Facts) -> float:

@@ -63,7 +63,7 @@ class DeepEPDispatcher(ExchangeDispatcher):
     def __init__(self, group: dist.ProcessGroup | None, experts: int, width: int, wire: Wire):
         if width % 128:
             raise UserError(
-                "model.hidden", width, "DeepEP needs a multiple of 128", "change it or set parallel.dispatch=flat"
+                "model.hidden", width, "DeepEP needs a multiple of 128", "change it, or set parallel.dispatch=flat"
             )
         super().__init__(wire)
         self._deep_ep = _import_deep_ep()

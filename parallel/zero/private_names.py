@@ -105,7 +105,7 @@ def require_names(**owners: object) -> None:
             "deepspeed",
             version("deepspeed"),
             f"lacks {', '.join(one.name for one in missing)}: {missing[0].why}",
-            "install a version within the range that pyproject.toml names",
+            "install a version within the range in pyproject.toml",
         )
 
 

@@ -75,9 +75,9 @@ def test_a_rank_whose_part_of_a_checkpoint_does_not_come_is_named_and_not_rank_0
         (-signal.SIGSEGV, "signal SIGSEGV", "native code"),
         (-signal.SIGTERM, "signal SIGTERM", "who sent the signal"),
         (-40, "signal 40", "who sent the signal"),
-        (0, "exit code 0 in the middle of its work", "os._exit"),
-        (7, "exit code 7 in the middle of its work", "os._exit"),
-        (EXIT_STOPPED, "exit code 75 in the middle of its work", "os._exit"),
+        (0, "exit code 0 before the end of its work", "os._exit"),
+        (7, "exit code 7 before the end of its work", "os._exit"),
+        (EXIT_STOPPED, "exit code 75 before the end of its work", "os._exit"),
     ],
 )
 def test_each_end_without_a_word_has_its_own_cure(code, how, cure):
@@ -158,7 +158,7 @@ def test_of_ranks_that_hang_those_are_named_that_differ_from_the_others():
     found = name_hang(reports, everyone | {1: busy}, NAMES, 60.0)
     assert found.ranks == (1,) and "is not in a collective" in found.text
     found = name_hang(reports, {0: waiting, 1: busy}, NAMES, 60.0)
-    assert found.ranks == (2,) and "gives no stack" in found.text
+    assert found.ranks == (2,) and "does not return a stack" in found.text
     reports[0].state = "T"
     found = name_hang(reports, {0: waiting, 1: busy}, NAMES, 60.0)
     assert found.ranks == (0,) and "no step finished for 60 s (steps 7 to 7): rank 0 on n0 is stopped" in found.text

@@ -287,10 +287,10 @@ def test_a_crash_in_a_collective_is_blamed_on_who_did_another_one():
     traces = pair([*RIGHT[:1]], [(0, "all_reduce", 200)])
     died = Cause(Kind.crash, "rank 0 failed: RuntimeError: gloo", (0,))
     cause, finding = judge_failure(died, traces, {}, {0: "a", 1: "b"})
-    assert cause.ranks == (1,) and cause.nodes == ("b",) and "what failed of it: rank 0 failed" in cause.text
+    assert cause.ranks == (1,) and cause.nodes == ("b",) and "consequence: rank 0 failed" in cause.text
     screen = incident_screen(describe_incident(cause, finding, traces, {}))
     assert (
-        screen.startswith("culprit: rank 1\n") and "then:    rank 0 failed" in screen and len(screen.splitlines()) < 24
+        screen.startswith("culprit: rank 1\n") and "result:  rank 0 failed" in screen and len(screen.splitlines()) < 24
     )
     own = Cause(Kind.crash, "rank 0 failed: ValueError", (0,))
     assert judge_failure(own, pair(RIGHT[:1], RIGHT[:1]), {}, {})[0] is own, (

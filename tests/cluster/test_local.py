@@ -75,13 +75,13 @@ def test_contract_and_success(tmp_path):
         # torch aborts a rank that waited too long for others on GPUs
         ("wait() if rank == 1 else abort_by_nccl()", EXIT_CRASH, "rank 1 hangs"),
         ("abort_by_nccl()", EXIT_CRASH, "rank 0, rank 1, rank 2 waited longer than cluster.timeout in a collective"),
-        # who left in the middle of its work broke the run, whatever its exit code means elsewhere
+        # who left before the end of its work broke the run, whatever its exit code means elsewhere
         *((f"begin_work(logs, rank); os._exit({code}) if rank == 1 else fail('crash', 'connection closed')", EXIT_CRASH,
-           f"rank 1 ended by exit code {code} in the middle of its work") for code in (0, 2, 3, 75)),
+           f"rank 1 ended by exit code {code} before the end of its work") for code in (0, 2, 3, 75)),
         # it said so before it left
         ("begin_work(logs, rank); end_work(logs, rank); sys.exit(75)", EXIT_STOPPED, ""),
         # the disk was full when it wanted to say why, and the terminal has it
-        ("sys.exit('no room') if rank == 0 else time.sleep(1)", EXIT_CRASH, "rank 0 ended by exit code 1; what it said is above"),
+        ("sys.exit('no room') if rank == 0 else time.sleep(1)", EXIT_CRASH, "rank 0 ended by exit code 1; its output is above"),
         # what a rank without an error file printed last
         ("(print('no such device'), sys.exit(7)) if rank == 1 else time.sleep(1)", EXIT_CRASH, "no such device"),
     ],

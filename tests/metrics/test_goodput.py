@@ -42,7 +42,7 @@ def test_a_full_disk_costs_no_event_and_is_told_once(tmp_path):
         for _ in range(200):
             journal.write("node_lost", 1, "x" * 100, node="n0")
             journal.output(0, b"y" * 100)
-        assert len(notes) == 1 and f"the disk at {disk} has" in notes[0] and "the run goes on" in notes[0]
+        assert len(notes) == 1 and f"the disk at {disk} has" in notes[0] and "the run continues" in notes[0]
         ballast.unlink()
         journal.write("finish", 1, "last", code=0)
         events = read_events(disk)

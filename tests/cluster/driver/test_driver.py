@@ -333,7 +333,7 @@ def test_a_memory_folder_that_no_node_has_ends_the_launch_at_once(tmp_path):
     assert run.run() == EXIT_USER
     assert time.monotonic() - began < run.config.cluster.wait / 2
     assert f"no node has checkpoint.memory_folder = {absent}" in run.finish.text
-    assert f"there is no folder {absent}; create it on every node" in run.finish.text
+    assert f"the folder {absent} does not exist; create it on every node" in run.finish.text
 
 
 def test_a_node_whose_agent_starts_at_the_second_try_is_not_refused(tmp_path):
@@ -388,7 +388,7 @@ def test_however_many_nodes_are_there_each_is_asked_within_its_heartbeat(tmp_pat
 
 
 def test_nodes_that_answer_the_pulse_are_asked_seldom_and_told_apart_from_one_that_does_not(tmp_path, monkeypatch):
-    """Agents without news answer after 30 s here, and a node counts as lost after 2."""
+    """Agents answer after 30 s here, and a node counts as lost after 2."""
     monkeypatch.setattr(driver_module, "ANSWERS", 0.05)
     run = Run(tmp_path, "steps=100000", nodes=4, dp=3)
     run.fleet.pulse, call, patience, take = True, run.fleet.call, [], run.driver._take_answer

@@ -47,7 +47,7 @@ def test_a_lost_node_of_256_idles_as_few_as_memory_allows(paper):
     assert (found.dp, found.ep, len(found.spares)) == (120, 8, 15)
     assert found.shape.micro_batches == 128 and paper.own.micro_batches == 120
     why = paper.why_idle(found.shape, nodes[1:])
-    assert why == "pp 16 x dp 127 (ep 1) would use more of them, but the plan has no such layout"
+    assert why == "pp 16 x dp 127 (ep 1) would use more nodes, but the plan does not contain this layout"
     assert "pp 16 x dp 8 (ep 8), takes 128 devices" in paper.why_nothing([]), "also while no node is left"
     smaller = nodes_of(255, gigabytes=102)
     found = choose(paper, smaller)
@@ -69,12 +69,10 @@ def test_a_layout_may_take_all_of_a_device_and_the_plan_of_the_next_smaller_one_
         return paper.why_not(shape, nodes_of(255, gigabytes))
 
     assert why(StageShape(96, 32), 95) is None, "what it needs is there, to the byte"
-    assert why(StageShape(96, 32), 94) == "it needs 95.0 GB of every device, which has 94.0 GB"
+    assert why(StageShape(96, 32), 94) == "it needs 95.0 GB per device, and a device has 94.0 GB"
     assert "101.0 GB" in why(StageShape(64, 32), 95)
     assert why(StageShape(64, 64), 87) is None, "the run itself is planned to need 88 GB, and runs: the plan is wrong"
-    assert why(StageShape(96, 32), 87) == (
-        "what it needs of a device is not known, as what the plan says of the run itself is not true"
-    )
+    assert why(StageShape(96, 32), 87) == ("its memory per device is unknown: the plan is wrong for the current layout")
 
 
 @pytest.mark.slow
@@ -83,7 +81,7 @@ def test_what_is_not_planned_keeps_its_ep(paper, tmp_path):
     fresh = Shapes(compose("conf=deepseek_v3", "data.path=none", "cluster=ray"), tmp_path)
     found = choose(fresh, nodes_of(255, gigabytes=141))
     assert (found.dp, found.ep, len(found.spares)) == (64, 64, 127)
-    assert "no plan says yet" in fresh.why_idle(found.shape, nodes_of(255, gigabytes=141))
+    assert "no plan is available yet" in fresh.why_idle(found.shape, nodes_of(255, gigabytes=141))
     stale = {"config": "of another recipe", "layouts": [], "problem": None}
     (tmp_path / LAYOUTS_FILE).write_text(json.dumps(stale))
     assert not fresh.is_planned

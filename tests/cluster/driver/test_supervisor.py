@@ -1,4 +1,4 @@
-"""The restart policy against simulated clusters: the cause is named, the run goes on, and it always ends."""
+"""The restart policy against simulated clusters: the cause is named, the run continues, and it always ends."""
 
 import re
 import time
@@ -97,7 +97,7 @@ def test_a_hang_is_found_within_its_limit_and_named():
     while not world.notes("failure"):
         world.run(0.5)
     assert world.now - began <= 6 + 5 + 2 * STEP  # the time of a step, and that of a stack
-    assert "rank 2 on n2 gives no stack" in last_failure(world).text
+    assert "rank 2 on n2 does not return a stack" in last_failure(world).text
     assert "ranks 0 on n0, 1 on n1, 2 on n2 are in step" in world.notes("quiet")[0].text
     world.run(60)
     assert world.finish.code == EXIT_OK
@@ -122,7 +122,7 @@ def test_a_run_that_is_late_is_named_and_goes_on():
     while not world.notes("failure"):
         world.run(STEP)
     assert len(world.notes("late")) == 2 and 60 <= world.now - began <= 130
-    assert "rank 1 on n1 gives no stack" in last_failure(world).text
+    assert "rank 1 on n1 does not return a stack" in last_failure(world).text
 
 
 def test_a_rank_that_fails_while_a_late_run_is_looked_at_is_the_cause():
@@ -163,7 +163,7 @@ def test_nobody_waits_for_the_stack_of_a_rank_that_is_stopped():
 
 @pytest.mark.parametrize("code", [-9, -6])
 def test_what_ranks_communicated_is_waited_for_but_not_for_long(tmp_path, code):
-    """A rank that takes part with another size makes its peer abort, which is then not to blame."""
+    """A rank that joined with another size makes its peer abort, which is then not to blame."""
     world = World()
     world.run(4)
     world.sends_rings = False
@@ -362,7 +362,7 @@ def test_an_agent_that_starts_again_is_waited_for_a_few_seconds_alone():
     while not world.notes("waiting"):
         world.run(STEP)
     began = world.now
-    assert world.notes("waiting")[0].text == "for a node whose agent starts again, 6 s at most"
+    assert world.notes("waiting")[0].text == "for a node whose agent restarts, 6 s at most"
     while len(world.starts) < 2:
         world.run(STEP)
     assert world.starts[-1].placement.dp == 2 and 6 <= world.now - began <= 6 + 2 * STEP
@@ -440,7 +440,7 @@ def test_before_the_first_step_there_is_nothing_to_save_at_a_stop():
     world.tell(m.StopAsked("SIGTERM"))
     world.run(5)
     assert not any(isinstance(action, m.StopRanks) for action in world.actions)
-    assert world.finish.code == EXIT_STOPPED and world.finish.text == "SIGTERM; no step was done yet"
+    assert world.finish.code == EXIT_STOPPED and world.finish.text == "SIGTERM; no step was completed"
 
 
 def test_before_the_first_step_a_node_that_is_about_to_go_is_left_at_once():
@@ -474,7 +474,7 @@ def test_ranks_that_survive_their_end_are_waited_for_but_not_for_ever():
         world.run(STEP)
     began = world.now
     world.run(60)
-    assert world.notes("node_lost")[-1].text == "n1: its ranks survive SIGKILL for 10 s"
+    assert world.notes("node_lost")[-1].text == "n1: its ranks are still alive after SIGKILL and 10 s"
     assert world.finish.code == EXIT_CRASH and 10 <= world.now - began <= 11
 
 
@@ -493,7 +493,7 @@ def test_a_driver_that_is_cut_off_says_what_becomes_of_the_ranks_that_it_does_no
     )
     assert f"step {world.supervisor.saved.step} is saved" in world.finish.text
     (stop,) = world.notes("stop")
-    assert stop.text.endswith("the ranks that answer are asked for a checkpoint")
+    assert stop.text.endswith("the driver asks the answering ranks for a checkpoint")
 
 
 def test_too_few_nodes_is_the_users_to_mend():
@@ -520,7 +520,7 @@ def test_a_slow_rank_is_named_with_numbers():
         for rank in range(3):
             world.report_of(rank).busy = 0.9 if rank == 1 else 0.3
     assert [note.text for note in world.notes("straggler")] == [
-        "rank 1 on n1 works 0.9 s a step, the median rank 0.3 s (3.0 times)"
+        "rank 1 on n1 works 0.9 s per step, the median rank 0.3 s (3.0 times)"
     ]
 
 

@@ -52,7 +52,7 @@ def test_events_are_whole_lines_with_known_kinds(tmp_path):
         file.write('{"torn')
     events = read_events(tmp_path)
     assert [event["kind"] for event in events] == ["attempt", "recovered"] and events[0]["dp"] == 2
-    Journal(tmp_path).write("finish", 2, "all steps done", code=0)
+    Journal(tmp_path).write("finish", 2, "all steps are complete", code=0)
     assert [event["kind"] for event in read_events(tmp_path)] == ["attempt", "recovered", "finish"]
     with pytest.raises(AssertionError):
         journal.write("nonsense", 1, "")

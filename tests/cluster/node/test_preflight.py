@@ -139,7 +139,10 @@ def test_nobody_waits_longer_for_a_network_test_than_its_rounds_take(monkeypatch
     end = 100.0 + 5.0 * (2 + 3)  # three rounds of four nodes
     assert test.advance(end - 0.1) is None
     verdict = test.advance(end)
-    assert len(verdict.unreachable) == 6 and "n0 cannot reach n3 (127.0.0.1): no result in time" in verdict.unreachable
+    assert (
+        len(verdict.unreachable) == 6
+        and "n0 cannot reach n3 (127.0.0.1): no result before the time limit" in verdict.unreachable
+    )
 
 
 @pytest.mark.parametrize("count", [3, 6])
@@ -164,4 +167,4 @@ def test_a_whole_network_test_between_agents(count, tmp_path):
 def test_a_node_without_a_port_is_named_at_once():
     fleet = LocalFleet(2, devices=1)
     verdict = NetworkTest(fleet.nodes(), {"id0": 1, "id1": 0}, fleet, 0.0).advance(0.0)
-    assert verdict.unreachable == ["n0 cannot reach n1 (127.0.0.1): it opened no port for the test"]
+    assert verdict.unreachable == ["n0 cannot reach n1 (127.0.0.1): the node opened no port for the test"]
