@@ -96,7 +96,7 @@ def test_why_neither_signals_a_process_that_a_forged_ring_names_nor_follows_a_li
     forge_ring(logs, process.pid)
     stacks_path(logs, 0).symlink_to(mine)
     assert why(["one", f"runs={tmp_path / 'runs'}"]) == EXIT_OK
-    assert "nothing has happened to one" in capsys.readouterr().out
+    assert "one has had no failure" in capsys.readouterr().out
     time.sleep(0.3)
     assert not signalled.exists() and mine.read_text() == KEPT
     assert ask_stacks(logs, 0, process.pid) and mine.read_text() == KEPT, "not even of a rank that can answer"

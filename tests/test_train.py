@@ -54,7 +54,7 @@ def test_a_run_shows_and_leaves_what_it_promises(unbroken):
     assert start["command"].startswith("python -m train model.vocab_size=320") and start["ranks"] == 1
     page = (folder / "report.html").read_text()
     assert "The run trains" not in page
-    assert "What the model writes after step 6" in page and start["machine"]["host"] in page
+    assert "Samples of the model after step 6" in page and start["machine"]["host"] in page
     saved = [set(record.artifact.aliases) for record in run_records(folder) if record.artifact.type == "model"]
     assert saved == [{"latest", f"step_{step:08}"} for step in (2, 4, 6)]
     assert list(folder.glob("wandb/offline-run-*/files/media/table/samples_*"))
@@ -95,7 +95,7 @@ def test_fp8_trains_and_reads_its_health(tmp_path):
     assert 0.001 < records[2]["fp8_fprop_error"] < 0.2 and 0 <= records[4]["fp8_gradient_flushed"] < 0.5
     layers = records[2]["layer_fp8_fprop_error"]
     assert "layers.0.attention.out" in layers and "mtp.0.block.moe.experts.w2" in layers
-    assert "FP8: error of the products" in (tmp_path / "runs" / "tiny" / "report.html").read_text()
+    assert "FP8: error of the GEMMs" in (tmp_path / "runs" / "tiny" / "report.html").read_text()
 
 
 def test_resume_is_bit_equal(unbroken):

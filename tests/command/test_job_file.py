@@ -141,7 +141,7 @@ def test_the_plan_of_a_recipe_stands_in_its_file(printed):
         (["--print", "slurm", "--que=team", *RECIPE], "--que"),
         (["--print", "slurm", *RECIPE, "parallel.dp=12", "parallel.ep=4"], "do not fill nodes of 8"),
         (["--print", "kuberay", *RECIPE, "runs=runs"], "/shared/runs"),
-        (["--print", "skypilot", *RECIPE, "mode=plan"], "leave mode= out"),
+        (["--print", "skypilot", *RECIPE, "mode=plan"], "omit mode="),
         (["--print", "slurm", *RECIPE, "parallel.dpp=4"], "parallel.dp"),
     ],
 )

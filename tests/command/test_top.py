@@ -183,7 +183,7 @@ def test_a_pipe_gets_one_picture_and_scripts_get_json(run, capsys):
     ("words", "said"),
     [
         (["nope"], "is no run in"),
-        ([], "takes the name of one run"),
+        ([], "needs the name of one run"),
         (["a", "b"], "takes the name"),
         (["mine", "--jsn"], "is no flag"),
     ],

@@ -27,8 +27,8 @@ def ask(capsys, folder: Path, *words: str) -> str:
 @pytest.mark.parametrize(
     ("words", "error"),
     [
-        ((), "takes the name of one run"),
-        (("a", "b"), "takes the name of one run"),
+        ((), "needs the name of one run"),
+        (("a", "b"), "needs the name of one run"),
         (("a", "--fast"), "is no flag"),
         (("a",), "there is no run in"),
     ],
@@ -42,7 +42,7 @@ def test_wrong_words_have_a_cure(tmp_path, capsys, words, error):
 def test_a_run_that_is_over_is_told_by_its_newest_incident(tmp_path, capsys):
     logs = tmp_path / "one" / "logs"
     logs.mkdir(parents=True)
-    assert ask(capsys, tmp_path, "one") == "nothing has happened to one so far\n"
+    assert ask(capsys, tmp_path, "one") == "one has had no failure so far\n"
     (tmp_path / "one" / "events.jsonl").write_text(
         json.dumps({"time": 1, "kind": "failure", "attempt": 1, "text": "node lost"}) + "\n"
     )
@@ -67,7 +67,7 @@ def test_a_ring_whose_process_is_another_one_by_now_is_no_run_that_lives(tmp_pat
     values[5] = other.pid  # it has the number of the rank by now
     HEADER.pack_into(raw, 0, *values)
     path.write_bytes(raw)
-    assert ask(capsys, tmp_path, "one") == "nothing has happened to one so far\n"
+    assert ask(capsys, tmp_path, "one") == "one has had no failure so far\n"
     other.kill()
     other.wait()
 

@@ -105,7 +105,7 @@ def test_lines_that_a_full_disk_refuses_wait_for_room(tmp_path):
     metrics._file = good
     metrics.write(record(4))
     assert steps(path) == [1, 2, 3, 4] and path.read_bytes().count(b"\n") == 4
-    assert len(notes) == 2 and "the 2 lines that waited are written" in notes[1]
+    assert len(notes) == 2 and "the 2 waiting lines are written" in notes[1]
     metrics._file = _Full(good)
     metrics.write(record(5))
     metrics._file = good

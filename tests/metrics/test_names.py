@@ -8,7 +8,7 @@ from train.metrics.names import EVENTS, LAYERS, SCALARS, WANDB, table_name
 
 ELSEWHERE = {
     "after mode=plan of the same name and recipe",
-    "after mode=plan of the same name and recipe, for this very device",
+    "after mode=plan of the same name and recipe, for this device",
     "parallel.pp > 1",
     "parallel.ep > 1",
     "parallel.schedule=dualpipev",

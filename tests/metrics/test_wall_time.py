@@ -56,7 +56,7 @@ def test_a_run_with_a_driver_has_the_parts_of_its_events_and_what_its_steps_wait
     assert found.seconds_in["training"] == pytest.approx(45 + 30 - 1.5 - 3 - 3.5)
     assert found.effective == pytest.approx((45 + 15) / 75 * found.seconds_in["training"] / 100)
     page = write_report(tmp_path).read_text()
-    assert "Where the wall time went" in page and "waiting for checkpoints" in page and "1:40 in 2 starts" in page
+    assert "Wall time by cause" in page and "waiting for checkpoints" in page and "1:40 in 2 starts" in page
 
 
 def test_a_run_without_one_has_its_starts_and_the_steps_that_it_did_again(tmp_path):

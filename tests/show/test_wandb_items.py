@@ -94,10 +94,10 @@ def test_checkpoints_are_references_and_samples_and_evaluations_tables(tmp_path)
     ("error", "title"),
     [
         (RunDiverged("10 steps in a row"), "diverged"),
-        (DiskFailed("runs", "r", "is full", "free space"), "a disk refused the run"),
+        (DiskFailed("runs", "r", "is full", "free space"), "a file of the run could not be written"),
         (
             RuntimeError("[/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1800000ms for recv"),
-            "a rank stalled",
+            "a rank made no progress",
         ),
         (ValueError("what"), "crashed"),
     ],
@@ -135,7 +135,7 @@ def test_whoever_watches_is_told_of_divergence_restarts_slow_ranks_and_the_end(t
 def test_a_full_disk_is_told(tmp_path):
     with open_writer(compose("log.wandb=offline", "name=told"), tmp_path) as writer:
         writer._sinks[0]._note("metrics.jsonl: a line could not be written")
-    assert alerts(tmp_path) == [("told: a disk refused metrics", "metrics.jsonl: a line could not be written")]
+    assert alerts(tmp_path) == [("told: metrics could not be written", "metrics.jsonl: a line could not be written")]
 
 
 def test_an_item_that_fails_is_a_note_and_the_records_go_on(tmp_path):

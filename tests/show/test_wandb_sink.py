@@ -172,7 +172,7 @@ def test_a_failure_is_one_note_and_never_an_exception(tmp_path, monkeypatch):
         sink.write({"step": step})
     sink.close()
     sink.write({"step": 4})
-    assert notes == ["W&B is off for the rest of this run: RuntimeError: the server. metrics.jsonl goes on."]
+    assert notes == ["W&B is off for the rest of this run: RuntimeError: the server. metrics.jsonl is still written."]
 
 
 def test_a_stuck_thread_is_given_up(tmp_path, monkeypatch):

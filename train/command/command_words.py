@@ -20,14 +20,14 @@ class CommandWords(NamedTuple):
     def require_flags(self, known: Collection[str], cure: str) -> None:
         """Raise UserError for an unknown flag."""
         if unknown := sorted(set(self.flags) - set(known)):
-            raise UserError(self.command, unknown[0], "is no flag of it", cure)
+            raise UserError(self.command, unknown[0], "is not a flag of this command", cure)
 
     def one_run(self) -> str:
         """The name of the single run that the command takes; --json is also allowed. UserError for anything else."""
         cure = f"`{self.command} NAME [runs=FOLDER] [--json]`; `sluice runs` lists the names"
         self.require_flags({"--json"}, cure)
         if len(self.names) != 1:
-            raise UserError(self.command, " ".join(self.names) or "nothing", "takes the name of one run", cure)
+            raise UserError(self.command, " ".join(self.names) or "nothing", "needs the name of one run", cure)
         return self.names[0]
 
 

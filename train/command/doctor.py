@@ -64,7 +64,7 @@ def doctor_screen(findings: list[DoctorLine], console: Console) -> int:
         for one in findings
     ]
     named = ", ".join(one.label for one in bad or lacks)
-    title = f"not ready to train: {named}" if bad else f"ready to train{'; could be better: ' * bool(lacks)}{named}"
+    title = f"not ready to train: {named}" if bad else f"ready to train{'; could be improved: ' * bool(lacks)}{named}"
     show_rows(console, title, WARN if lacks else GOOD, rows)
     return EXIT_USER if bad else EXIT_OK
 
@@ -92,7 +92,7 @@ def _packages() -> DoctorLine:
         if (found := version(one.name)) is None or not one.specifier.contains(found, prereleases=True)
     }
     if not bad:
-        return DoctorLine("Packages", f"all {len(wanted)} fit")
+        return DoctorLine("Packages", f"all {len(wanted)} have suitable versions")
     return DoctorLine("Packages", "; ".join(bad.values()), f"pip install {shlex.join(bad)}", stops=True)
 
 
@@ -127,14 +127,20 @@ def _device(config: Config) -> Iterator[DoctorLine]:
     yield DoctorLine("Device", f"{len(devices)} of CUDA {torch.version.cuda}: {names}")
     lacks, cure = missing_for_triton() or (None, None)
     yield DoctorLine(
-        "Triton", lacks or f"starts kernels by {compiler_command()} and {PYTHON}'s headers", cure, bool(lacks)
+        "Triton",
+        lacks or f"compiles kernel launchers with {compiler_command()} and {PYTHON}'s headers",
+        cure,
+        bool(lacks),
     )
     found = look_up_versions()
     fp8, wanted = config.precision.fp8, config.precision.fp8 is not None
     bad = misfits(found, fp8 is not None and needs_deep_gemm(fp8), fp8 is not None and has_mx_tiles(fp8))
     problems, cures = "; ".join(problem for problem, _ in bad), "; ".join(dict.fromkeys(cure for _, cure in bad))
     yield DoctorLine(
-        "FP8", f"not here: {problems}" if bad else str(found), cures if bad and wanted else None, bool(bad) and wanted
+        "FP8",
+        f"not available: {problems}" if bad else str(found),
+        cures if bad and wanted else None,
+        bool(bad) and wanted,
     )
 
 
@@ -146,7 +152,7 @@ def _cpu() -> Iterator[DoctorLine]:
     cores, memory = len(os.sched_getaffinity(0)), psutil.virtual_memory()
     features = ", ".join(name for name in FEATURES if name in cpu_features().split())
     free = f"memory {size_in_words(memory.available)} of {size_in_words(memory.total)} free"
-    yield DoctorLine("CPU", f"{cpu_name()}, {cores} cores, {features or 'no features that help'}; {free}")
+    yield DoctorLine("CPU", f"{cpu_name()}, {cores} cores, {features or 'no supported vector extensions'}; {free}")
     try:
         compiler = compiler_name(
             source(LIBRARY_NAMES[0], "cluster.compiled", "cluster.compiled=false: torch's operations, slower")
@@ -156,7 +162,7 @@ def _cpu() -> Iterator[DoctorLine]:
     except UserError as error:
         yield DoctorLine("Compiled", error.rule, error.cure)
         return
-    built = ", ".join(LIBRARY_NAMES) if has_avx2() else "nothing, as this CPU has no AVX2"
+    built = ", ".join(LIBRARY_NAMES) if has_avx2() else "none: this CPU has no AVX2"
     yield DoctorLine("Compiled", f"{built}; by {compiler}")
 
 
@@ -168,9 +174,9 @@ def _disk(label: str, folder: Path, setting: str, needed: int) -> DoctorLine:
     )
     if not os.access(place, os.W_OK | os.X_OK):
         return DoctorLine(
-            label, f"{state}; {place} cannot be written", f"set {setting} to a folder of yours", stops=True
+            label, f"{state}; {place} cannot be written", f"set {setting} to a folder of your own", stops=True
         )
     short = shutil.disk_usage(place).free < needed
     return DoctorLine(
-        label, state, f"free space there, or set {setting} on a larger disk" if short else None, stops=short
+        label, state, f"free space on it, or set {setting} to a folder on a larger disk" if short else None, stops=short
     )

@@ -90,7 +90,7 @@ class Job:
     def memory_reason(self) -> str:
         return (
             f"of each node: {self.devices} ranks with {PROCESS_BYTES / 1e9:.0f} GB (an estimate) and {SAVES} parts of a checkpoint "
-            f"each, and what is offloaded"
+            f"each, and offloaded tensors"
         )
 
     @property
@@ -128,12 +128,14 @@ def _split(words: Sequence[str]) -> tuple[str, dict[str, str], list[str]]:
     for word in [word for word in rest if word.startswith("-")]:
         flag, _, value = word.partition("=")
         if flag not in LAUNCH_FLAGS or not value:
-            raise UserError("sluice launch", word, "is no flag of it with a value", f"it has {', '.join(LAUNCH_FLAGS)}")
+            raise UserError(
+                "sluice launch", word, "is not a flag with a value", f"flags with values: {', '.join(LAUNCH_FLAGS)}"
+            )
         options[flag] = value
         rest.remove(word)
     kind = options.pop("--print", "")
     if kind not in FILE_KINDS:
-        raise UserError("--print", kind, "must name a kind of file", f"take {', '.join(FILE_KINDS)}")
+        raise UserError("--print", kind, "must be a kind of job file", f"take {', '.join(FILE_KINDS)}")
     return kind, options, rest
 
 
@@ -144,13 +146,13 @@ def _job(
         recipe = [word for word in recipe if not word.startswith(("cluster=", "cluster.address="))]
     config = compose(*recipe, *["cluster=ray"] * (kind in ON_RAY))
     if config.mode is not Mode.train:
-        raise UserError("mode", config.mode.value, "the file starts a training", "leave mode= out")
+        raise UserError("mode", config.mode.value, "a job file starts a training", "omit mode=")
     hardware = config.hardware
     if hardware.name is None:
         raise UserError(
             "hardware",
             "none",
-            "the file must say which devices a node has",
+            "the job file needs the kind of device",
             "choose hardware=h100, h800, h200, b200 or cpu",
         )
     world, gpu = config.parallel.world, None if hardware.device == "cpu" else hardware.device
@@ -160,7 +162,7 @@ def _job(
         cure = f"choose parallel.pp and parallel.dp so that their product is a multiple of {devices}, or set cluster.ranks_per_node"
         raise UserError("parallel", world, rule, cure)
     if kind in ("kuberay", "skypilot") and not Path(config.runs).is_absolute():
-        rule = "would lie on a disk that goes with the job"
+        rule = "would be on a disk that is deleted with the job"
         raise UserError("runs", config.runs, rule, "set runs=/shared/runs, and mount /shared")
     line, hours, offloaded = plan(config)
     share = SAVES * checkpoint_bytes(config) / world

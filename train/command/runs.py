@@ -34,7 +34,7 @@ from train.command.command_words import sort_words
 from train.metrics.jsonl import METRICS_FILE, read_last
 from train.metrics.quantities import duration
 
-LIST_RUNS = "`sluice runs` lists them; `sluice runs runs=FOLDER` those of another folder"
+LIST_RUNS = "`sluice runs` lists them; `sluice runs runs=FOLDER` lists the runs of another folder"
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def main(words: Sequence[str]) -> int:
     if cleans:
         return _clean(folder, found, names[1:], "--yes" in flags)
     if names:
-        raise UserError(given.command, names[0], "is followed by runs=FOLDER, --json or clean alone", LIST_RUNS)
+        raise UserError(given.command, names[0], "accepts only runs=FOLDER, --json and clean", LIST_RUNS)
     if "--json" in flags:
         say(json.dumps([asdict(run) for run in found.values()], indent=1))
         return EXIT_OK
@@ -133,7 +133,7 @@ def _clean(folder: Path, found: dict[str, RunSummary], names: Sequence[str], doe
         if name not in found:
             raise UserError("sluice runs clean", name, f"is no run in {folder.absolute()}", LIST_RUNS)
         if is_held(folder / name):
-            raise UserError("sluice runs clean", name, "trains now", "stop it first, with Ctrl-C or SIGTERM")
+            raise UserError("sluice runs clean", name, "trains now", "stop the run first, with Ctrl-C or SIGTERM")
     going = [folder / name for name in names] if names else list(_superfluous(folder, found.values()))
     freed = 0
     for path in going:
@@ -143,7 +143,7 @@ def _clean(folder: Path, found: dict[str, RunSummary], names: Sequence[str], doe
             _remove(path)
     say(f"{size_in_words(freed)} {'freed' if does else 'would be freed'}")
     if going and not does:
-        say("nothing was removed; --yes does it", file=sys.stderr)
+        say("nothing was removed; add --yes to remove it", file=sys.stderr)
     return EXIT_OK
 
 

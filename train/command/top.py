@@ -55,8 +55,8 @@ def _seconds(value: float) -> str:
 
 
 MAPS = {
-    "busy": ("a rank's own work in its newest step", _seconds),
-    "waiting": ("for other ranks or data in its newest step", _seconds),
+    "busy": ("a rank's computing time in its newest step", _seconds),
+    "waiting": ("waiting time for other ranks or data in its newest step", _seconds),
     "memory": ("its peak", gib),
 }
 """Values of ranks that have a heat map: description and formatter."""
@@ -65,7 +65,7 @@ HEAD = {
     "validation_loss": "held-out {:.4g}",
     "tokens_per_second": "{} tokens/s",
     "mfu": "MFU {:.1%}",
-    "step_seconds": "{:.3g} s a step",
+    "step_seconds": "{:.3g} s per step",
     "max_vio": "balance (MaxVio) {:.2f}",
     "grad_norm": "gradient {:.3g}",
     "skipped_steps": "{} skipped",
@@ -108,7 +108,7 @@ def run_screen(picture: dict[str, Any], width: int, height: int | None = None) -
     if picture["ranks"]:
         lines += _table(picture, width, max(1, min(LISTED_RANKS, room)))
     else:
-        lines.append(Text("no rank has said yet how it is", style="dim"))
+        lines.append(Text("no rank has reported yet", style="dim"))
     if news:
         lines += [Text("newest events", style="bold"), *news]
     return Group(*lines[:height])
@@ -143,7 +143,7 @@ def heat_map(picture: dict[str, Any], name: str, width: int, rows: int) -> list[
     values = {rank["rank"]: rank[name] for rank in picture["ranks"] if rank[name] is not None}
     lines = [Text(f"{name}: {title}"[:width], style="bold")]
     if not values:
-        return [*lines, Text("  not known yet"[:width], style="dim")]
+        return [*lines, Text("  unknown so far"[:width], style="dim")]
     middle, least, most = statistics.median(values.values()), min(values.values()), max(values.values())
     span = max(most - least, LEAST_RANGE * middle, 1e-12)
     low = least if most - least >= LEAST_RANGE * middle else middle - span / 2

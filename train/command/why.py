@@ -58,19 +58,19 @@ def _tell(folder: Path) -> None:
         silent = time.time() - last_news(traces)
         if silent < GETS_ON_SECONDS:
             steps = sorted({trace.step for trace in traces.values()})
-            say(f"{folder.name} gets on: {len(traces)} ranks, step {steps[-1]}, the last news {silent:.1f} s ago")
+            say(
+                f"{folder.name} makes progress: {len(traces)} ranks, step {steps[-1]}, last progress {silent:.1f} s ago"
+            )
         else:
-            say(f"{folder.name} has no news for {silent:.1f} s\n{incident_screen(look_at(logs, traces))}")
+            say(f"{folder.name} has made no progress for {silent:.1f} s\n{incident_screen(look_at(logs, traces))}")
         return
     found = newest_incident(logs)
     held = is_held(folder)
     if held:
-        say(
-            f"{folder.name} runs, and its ranks are not on this machine: its driver compares them when they hang or fail"
-        )
+        say(f"{folder.name} runs on other machines: its driver compares the ranks when they hang or fail")
     if found is None:
         last = next((event for event in reversed(read_events(folder)) if event["kind"] == "failure"), None)
-        say(f"the last failure: {last['text']}" if last else f"nothing has happened to {folder.name} so far")
+        say(f"the last failure: {last['text']}" if last else f"{folder.name} has had no failure so far")
         return
     path, incident = found
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(incident["time"]))

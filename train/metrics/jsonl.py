@@ -71,7 +71,7 @@ class JsonlSink:
             self._refused += 1
             if self._refused == 1:
                 text = f"metrics.jsonl: a line could not be written ({explain_disk_error(error)})"
-                self._note(f"{text}; training goes on, and lines wait in memory until there is room")
+                self._note(f"{text}; training continues, and the lines stay in memory until there is space")
         else:
             self._tell_of_room()
 
@@ -89,10 +89,8 @@ class JsonlSink:
 
     def _tell_of_room(self) -> None:
         if self._refused:
-            lost = f"; the first {self._lines.dropped} are lost" if self._lines.dropped else ""
-            self._note(
-                f"metrics.jsonl: there is room again, and the {self._refused} lines that waited are written{lost}"
-            )
+            lost = f"; the first {self._lines.dropped} lines are lost" if self._lines.dropped else ""
+            self._note(f"metrics.jsonl: there is space again, and the {self._refused} waiting lines are written{lost}")
         self._refused = self._lines.dropped = 0
 
     def close(self) -> None:
@@ -101,7 +99,7 @@ class JsonlSink:
             self._tell_of_room()
         except OSError:
             self._note(
-                f"metrics.jsonl lacks its last {len(self._lines) + self._lines.dropped} lines, which the disk refused"
+                f"metrics.jsonl lacks its last {len(self._lines) + self._lines.dropped} lines, because the disk was full or failed"
             )
         self._file.close()
 

@@ -49,39 +49,39 @@ class Metric:
 
 
 FP8_READINGS = (
-    ("flushed", "share", "values that the cast made zero"),
+    ("flushed", "share", "values that the cast rounded to zero"),
     ("saturated", "share", "values that the cast clamped"),
-    ("scale_range", "log2", "largest over smallest scale of a tensor"),
+    ("scale_range", "log2", "ratio of the largest to the smallest scale of a tensor"),
 )
 CLUSTER_WHEN = "cluster=ray"
 NORMS_WHEN = "every log.norms_every steps"
 QK_WHEN = "optim.qk_clip"
 PLAN_WHEN = "after mode=plan of the same name and recipe"
-PLAN_HERE = "after mode=plan of the same name and recipe, for this very device"
+PLAN_HERE = "after mode=plan of the same name and recipe, for this device"
 FP8_WHEN = "precision=fp8, fp8_ue8m0 or mxfp8, every precision.fp8.health.every steps"
 SCALARS = (
-    Metric("step", int, "steps", "optimizer steps done, this one included"),
+    Metric("step", int, "steps", "completed optimizer steps, including this one"),
     Metric("tokens", int, "tokens", "tokens consumed since the start of the run"),
     Metric("samples", int, "sequences", "sequences consumed since the start of the run"),
     Metric(
         "epochs",
         float,
         "1",
-        "how often the training text has been read; of a mix, the source that was read most often",
+        "passes over the training text so far; for a mix, of the source with the most passes",
         panel="epochs",
     ),
     Metric(
         "loss",
         float,
         "nats per token",
-        "what is minimised: main_loss + mtp_weight x mtp_loss + extra_loss + balance_loss + index_loss; no measure of quality, as the weights change",
+        "the minimised sum: main_loss + mtp_weight x mtp_loss + extra_loss + balance_loss + index_loss; no measure of quality, because the weights of the terms change",
         panel="minimised",
     ),
     Metric(
         "main_loss",
         float,
         "nats per token",
-        "cross-entropy of the next token: the loss that is shown, to be set beside validation_loss",
+        "cross-entropy of the next token: the displayed loss, comparable with validation_loss",
         panel="loss",
         curve=Curve("loss", "training: next token", BLUE, smooth=True),
     ),
@@ -95,13 +95,13 @@ SCALARS = (
         curve=Curve("loss", "training: token after next (MTP)", PURPLE, dash="dot", smooth=True),
     ),
     Metric(
-        "mtp_loss_K", float, "nats per token", "the same of depth K, from 1", "model.mtp_depth > 1", panel="mtp_depths"
+        "mtp_loss_K", float, "nats per token", "mtp_loss of depth K, from 1", "model.mtp_depth > 1", panel="mtp_depths"
     ),
     Metric(
         "extra_loss",
         float,
         "1",
-        "the term of your own, as it was added to the loss",
+        "the custom loss term, as added to the loss",
         "optim.extra_loss",
         panel="weights",
     ),
@@ -135,7 +135,7 @@ SCALARS = (
         "update_norm",
         float,
         "1",
-        "the same of what the step changed of them",
+        "root of the sum of squares of the step's changes of all master weights",
         NORMS_WHEN,
         panel="update_norm",
         log=True,
@@ -164,16 +164,18 @@ SCALARS = (
         "mfu_full",
         float,
         "share",
-        "the same with attention counted as if it were not causal",
+        "mfu, with attention counted as not causal",
         panel="mfu",
         curve=Curve("mfu", "full attention counted", GREY, 100.0, dash="dot", smooth=True),
     ),
-    Metric("peak_flops", float, "FLOP/s", "peak of one rank's device that the two are counted against", panel="peak"),
+    Metric(
+        "peak_flops", float, "FLOP/s", "peak of one rank's device, on which the two MFU figures are based", panel="peak"
+    ),
     Metric(
         "step_seconds",
         float,
         "s",
-        "wall time of the step; validation and saving come on top",
+        "wall time of the step, without validation and saving",
         panel="step",
         curve=Curve("times", "whole step", BLUE, smooth=True),
     ),
@@ -181,7 +183,7 @@ SCALARS = (
         "step_predicted_seconds",
         float,
         "s",
-        "the same as mode=plan said, of a step with the full batch",
+        "step_seconds as predicted by mode=plan, for a step with the full batch",
         PLAN_HERE,
         panel="step",
     ),
@@ -192,7 +194,7 @@ SCALARS = (
         "1 - busy / span of a rank's own forward and backward, mean over ranks",
         "parallel.pp > 1",
         panel="bubble",
-        curve=Curve("bubble", "waiting for neighbours", ORANGE, 100.0, smooth=True),
+        curve=Curve("bubble", "waiting for other ranks", ORANGE, 100.0, smooth=True),
     ),
     Metric(
         "forward_seconds",
@@ -214,7 +216,7 @@ SCALARS = (
         "overlapped_seconds",
         float,
         "s",
-        "forwards that ran together with a backward (dualpipev), mean over ranks",
+        "overlapped forward and backward passes (dualpipev), mean over ranks",
         "parallel.schedule=dualpipev",
         panel="passes",
         curve=Curve("times", "both passes at once", GREY, smooth=True),
@@ -223,7 +225,7 @@ SCALARS = (
         "dispatch_bytes_inside",
         int,
         "bytes",
-        "sent to experts and back between ranks of one node, over all ranks",
+        "bytes sent to experts and back inside nodes, over all ranks",
         "parallel.ep > 1",
         panel="dispatch",
         curve=Curve("dispatch", "inside nodes", SKY, 1 / 2**20),
@@ -232,7 +234,7 @@ SCALARS = (
         "dispatch_bytes_across",
         int,
         "bytes",
-        "sent to experts and back between nodes, over all ranks",
+        "bytes sent to experts and back between nodes, over all ranks",
         "parallel.ep > 1",
         panel="dispatch",
         curve=Curve("dispatch", "between nodes", ORANGE, 1 / 2**20),
@@ -249,7 +251,7 @@ SCALARS = (
         "data_wait_seconds",
         float,
         "s",
-        "part of step_seconds that waited for data",
+        "part of step_seconds spent waiting for data",
         panel="waits",
         curve=Curve("times", "waiting for data", ORANGE, smooth=True),
     ),
@@ -257,7 +259,7 @@ SCALARS = (
         "checkpoint_stall_seconds",
         float,
         "s",
-        "time after the step in which training waited for a checkpoint",
+        "time after the step spent waiting for a checkpoint",
         panel="waits",
         curve=Curve("times", "waiting for a checkpoint", PURPLE),
     ),
@@ -265,7 +267,7 @@ SCALARS = (
         "memory_bytes",
         int,
         "bytes",
-        "peak CUDA memory of the logging rank; on CPU its peak resident memory",
+        "peak CUDA memory of the logging rank; on a CPU its peak resident memory",
         panel="memory",
         curve=Curve("memory", "peak memory", SKY, 1 / 2**30),
     ),
@@ -273,7 +275,7 @@ SCALARS = (
         "kernels_compiled",
         int,
         "kernels",
-        "Triton kernels that the logging rank compiled since the second step of this start; each holds its step up",
+        "Triton kernels that the logging rank compiled since the second step of this start; each compilation delays its step",
         "on GPUs",
         panel="compiled",
     ),
@@ -281,7 +283,7 @@ SCALARS = (
         "memory_predicted_bytes",
         int,
         "bytes",
-        "peak device memory of that rank as mode=plan said",
+        "peak device memory of that rank as predicted by mode=plan",
         PLAN_WHEN,
         panel="memory",
         curve=Curve("memory", "predicted by mode=plan", GREY, 1 / 2**30),
@@ -290,7 +292,7 @@ SCALARS = (
         "skipped_steps",
         int,
         "steps",
-        "updates skipped so far because loss or gradient was not finite",
+        "updates skipped so far because the loss or a gradient was not finite",
         panel="skipped",
         curve=Curve("skipped", "skipped so far", ORANGE),
     ),
@@ -306,7 +308,7 @@ SCALARS = (
         "max_vio_running",
         float,
         "1",
-        "MaxVio of the mean load of about the last 100 steps; at most the mean of max_vio over them, as chance evens out in the load",
+        "MaxVio of the mean load of about the last 100 steps; lower than the mean of max_vio, because random differences average out",
         panel="max_vio",
         curve=Curve("imbalance", "of the mean load of about 100 steps", BLUE),
     ),
@@ -345,7 +347,7 @@ SCALARS = (
         "attention_score_max",
         float,
         "1",
-        "largest attention score of the step; of a kernel that tells none, where it is below the limit, its log-sum-exp, which is never less",
+        "largest attention score of the step; for a kernel without this value and below the limit, the log-sum-exp, an upper bound",
         QK_WHEN,
         panel="scores",
     ),
@@ -398,16 +400,16 @@ SCALARS = (
         "cluster/attempt",
         int,
         "attempts",
-        "starts of the ranks so far, this one included",
+        "starts of the ranks so far, including this one",
         CLUSTER_WHEN,
         panel="attempt",
     ),
-    Metric("cluster/nodes", int, "nodes", "nodes with ranks", CLUSTER_WHEN, panel="nodes"),
+    Metric("cluster/nodes", int, "nodes", "number of nodes with ranks", CLUSTER_WHEN, panel="nodes"),
     Metric(
         "cluster/goodput",
         float,
         "share",
-        "of the time since the start, the part with training",
+        "fraction of the time since the start spent in training",
         CLUSTER_WHEN,
         panel="goodput",
     ),
@@ -415,7 +417,7 @@ SCALARS = (
         "cluster/effective",
         float,
         "share",
-        "of that time, the part with steps that last, on as many ranks as the run wants",
+        "fraction of that time spent in steps that were not repeated, scaled by the fraction of the wanted ranks",
         CLUSTER_WHEN,
         panel="goodput",
     ),
@@ -423,7 +425,7 @@ SCALARS = (
         "cluster/effective_held",
         float,
         "share",
-        "the same, of the time of all nodes that the run held, spares among them",
+        "effective_time, relative to the time of all nodes of the run, with spares",
         CLUSTER_WHEN,
         panel="goodput",
     ),
@@ -431,17 +433,17 @@ SCALARS = (
         "cluster/downtime_seconds",
         float,
         "s",
-        "time so far without training, starts included",
+        "time so far without training, including starts",
         CLUSTER_WHEN,
         panel="downtime",
     ),
     *(
         Metric(f"cluster/{part}_seconds", float, "s", f"time so far: {meaning}", CLUSTER_WHEN, panel="lost")
         for part, meaning in (
-            ("again", "steps that had been done before"),
-            ("start", "launches until their first step"),
-            ("detection", "from the last news of the ranks to the cause of a failure"),
-            ("restart", "from there to the next step"),
+            ("again", "repeated steps"),
+            ("start", "starts, until the first step"),
+            ("detection", "from the last progress to the named cause of a failure"),
+            ("restart", "from the named cause to the next step"),
             ("waiting", "waiting for nodes"),
         )
     ),
@@ -453,9 +455,9 @@ EVENTS = (
         "resumed",
         dict,
         "event",
-        "step and checkpoint that this attempt goes on from; settings that differ from the run that wrote it, old and new; whether "
-        "all are known; facts; again, until: steps that were done before and are done again, and the Unix time of the last of them",
-        "the first step after a resume, or after a start that does steps again",
+        "step and checkpoint from which this attempt resumed; changed settings, old and new; whether "
+        "all changes are known; facts; again, until: steps that are repeated, and the Unix time of the last of them",
+        "the first step after a resume, or after a start that repeats steps",
     ),
 )
 """Entries of a line that are objects instead of numbers."""
@@ -466,10 +468,22 @@ LAYERS = (
     Metric("layer_dead_experts", int, "experts", "dead_experts of each MoE layer"),
     Metric("layer_bias", list, "1", "smallest and largest balance bias of each MoE layer"),
     Metric("load", list, "tokens", "tokens routed to each expert of each MoE layer in this batch"),
-    Metric("layer_weight_norm", float, "1", "weight_norm of each layer, embedding, head and last norm", NORMS_WHEN),
-    Metric("layer_update_norm", float, "1", "update_norm of each of them", NORMS_WHEN),
+    Metric(
+        "layer_weight_norm",
+        float,
+        "1",
+        "weight_norm of each layer, the embedding, the head and the last norm",
+        NORMS_WHEN,
+    ),
+    Metric(
+        "layer_update_norm",
+        float,
+        "1",
+        "update_norm of each layer, the embedding, the head and the last norm",
+        NORMS_WHEN,
+    ),
     *(
-        Metric(f"layer_{metric.name}", dict, metric.unit, f"{metric.name} of each layer with FP8 products", FP8_WHEN)
+        Metric(f"layer_{metric.name}", dict, metric.unit, f"{metric.name} of each layer with FP8 GEMMs", FP8_WHEN)
         for metric in SCALARS
         if metric.name.startswith("fp8_")
     ),
@@ -478,8 +492,8 @@ LAYERS = (
 WANDB = (
     Metric("layer_max_vio/LAYER", float, "1", "max_vio of a MoE layer", panel="layer_max_vio"),
     Metric("layer_entropy/LAYER", float, "1", "load_entropy of a MoE layer", panel="layer_entropy"),
-    Metric("load", list, "experts", "experts of all MoE layers by load in fair shares, a histogram", panel="load"),
-    Metric("layer_load/LAYER", list, "experts", "the same of one MoE layer", "every LAYER_LOAD_EVERY steps"),
+    Metric("load", list, "experts", "histogram of all experts by load, in units of the mean load", panel="load"),
+    Metric("layer_load/LAYER", list, "experts", "layer_load of one MoE layer", "every LAYER_LOAD_EVERY steps"),
 )
 """Values per layer that W&B gets."""
 LAYER_LOAD_EVERY = 10

@@ -76,7 +76,7 @@ def read_starts(folder: Path) -> list[StartRecord]:
     try:
         starts = read_plain_json(path) if path.exists() else []
         if not isinstance(starts, list):
-            raise TypeError("it is no list")
+            raise TypeError("it is not a list")
         for start in starts:
             _require(start, TYPES)
             if "machine" in start:
@@ -84,7 +84,7 @@ def read_starts(folder: Path) -> list[StartRecord]:
                 _require(start["machine"], MACHINE)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(
-            STARTS_FILE, path, f"is damaged: {error}", "remove it; the next start writes another one"
+            STARTS_FILE, path, f"is damaged: {error}", "remove it; the next start writes a new file"
         ) from error
     return starts
 

@@ -58,8 +58,8 @@ def peak_flops(
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         name = torch.cuda.get_device_name(device)
         if (known := named_peak(name)) is not None:
-            return Peak(known, f"{name}, bf16 figure of its maker")
-    now = Peak(measured_peak(device, dtype, kernels), f"measured {_format(dtype)} matrix product")
+            return Peak(known, f"{name}, bf16 figure of the manufacturer")
+    now = Peak(measured_peak(device, dtype, kernels), f"measured {_format(dtype)} GEMM")
     return now if cache is None else _best_seen(cache / "peaks", _kind(device, dtype, kernels), now)
 
 
@@ -92,14 +92,12 @@ def _best_seen(folder: Path, kind: dict[str, Any], now: Peak) -> Peak:
     path = folder / (re.sub(r"[^A-Za-z0-9.]+", "_", " ".join(map(str, kind.values()))).strip("_")[:200] + ".json")
     kept, problem = _read_kept(path, kind)
     if kept >= now.flops:
-        return Peak(
-            kept, f"best {kind['dtype']} matrix product so far, kept in {path}; {now.flops / 1e12:.3g} TFLOP/s now"
-        )
+        return Peak(kept, f"best {kind['dtype']} GEMM so far, stored in {path}; {now.flops / 1e12:.3g} TFLOP/s now")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         atomic_write_json(path, kind | {"flops": now.flops})
     except OSError as error:
-        problem = f"; it cannot be kept for later runs in {path}: {error.strerror}"
+        problem = f"; it cannot be stored for later runs in {path}: {error.strerror}"
     return Peak(now.flops, f"{now.label}{f', {kept / 1e12:.3g} TFLOP/s before' if kept else ''}{problem}")
 
 
@@ -114,7 +112,7 @@ def _read_kept(path: Path, kind: dict[str, Any]) -> tuple[float, str]:
         return 0.0, ""
     except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError):
         pass  # training does not depend on this file
-    return 0.0, f"; the figure kept in {path} could not be read and is replaced"
+    return 0.0, f"; the figure stored in {path} could not be read and is replaced"
 
 
 def measured_peak(device: torch.device, dtype: torch.dtype, kernels: Kernels, budget: float = PEAK_SECONDS) -> float:

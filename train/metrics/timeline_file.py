@@ -64,4 +64,4 @@ def read_timeline(folder: Path) -> SampledStep | None:
     try:
         return SampledStep(**read_plain_json(path)) if path.exists() else None
     except (ValueError, TypeError, RecursionError) as error:
-        raise UserError(TIMELINE_FILE, path, f"is damaged: {error}", "remove it; the run writes another one") from error
+        raise UserError(TIMELINE_FILE, path, f"is damaged: {error}", "remove it; the run writes a new file") from error

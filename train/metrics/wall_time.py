@@ -26,14 +26,14 @@ from train.metrics.origin import read_starts
 from train.metrics.quantities import duration
 
 PART_WORDS = {
-    "training": "steps that last",
-    "again": "steps done again",
+    "training": "steps that were not repeated",
+    "again": "repeated steps",
     "start": "starts, until the first step",
     "data": "waiting for data",
     "stall": "waiting for checkpoints",
-    "beside": "validation and else between steps",
-    "detection": "until a failure was named",
-    "restart": "restarts after it",
+    "beside": "validation and other time between steps",
+    "detection": "until the cause of a failure was named",
+    "restart": "restarts after a failure",
     "waiting": "waiting for nodes",
 }
 """The parts, in display order."""
@@ -223,5 +223,5 @@ def _sentence(found: TimeSplit, events: int) -> str:
     newest = f" The newest {EVENT_ROWS} of {events} events:" if events > EVENT_ROWS else ""
     return (
         f"{found.attempts} attempts, the newest on {found.nodes} nodes. The run trained for {found.share:.1%} of the "
-        f"{duration(found.seconds)} that it was up; {duration(found.downtime_seconds)} went into starts and failures.{newest}"
+        f"{duration(found.seconds)} since its start; {duration(found.downtime_seconds)} were starts and failures.{newest}"
     )

@@ -41,12 +41,16 @@ WHERE_IT_LIES = ("name", "runs", "resume")
 DASHES = ("solid", "dash", "dot", "dashdot")
 UNITS = {metric.name: metric.unit for metric in SCALARS}
 DRAWN = (
-    ("validation_loss", "Held-out loss", "On text never trained on; lower is better."),
-    ("main_loss", "Training loss, next token", "Read it beside the held-out loss: far below it is memorising."),
-    ("tokens_per_second", "Speed", "All processes of a run together; higher is better."),
-    ("grad_norm", "Gradient norm before clipping", "Spikes show unstable steps."),
+    ("validation_loss", "Held-out loss", "On text that was not trained on; lower is better."),
+    (
+        "main_loss",
+        "Training loss, next token",
+        "Compare it with the held-out loss: a much lower value means memorising.",
+    ),
+    ("tokens_per_second", "Speed", "Sum over all processes of a run; higher is better."),
+    ("grad_norm", "Gradient norm before clipping", "Spikes are unstable steps."),
     ("max_vio_running", "Imbalance of the mean load", "MaxVio of the mean load of about 100 steps; 0 is even."),
-    ("lr", "Learning rate", "What the schedules say."),
+    ("lr", "Learning rate", "From the schedules."),
 )
 """Metric, title, and advice on reading the figure."""
 
@@ -111,14 +115,16 @@ def _read(runs: Path, name: str) -> RunToCompare:
 
 
 def _no_run(name: str, folder: Path) -> UserError:
-    return UserError("name", name, f"needs metrics of an earlier run in {folder}", "train first, or give name=")
+    return UserError("name", name, f"needs the metrics of an existing run in {folder}", "train first, or give name=")
 
 
 def _write(path: Path, title: str, runs: list[RunToCompare]) -> Path:
     differing = varied([run.settings for run in runs])
     figures = list(_figures(runs))
     rows = [(key, *(clipped(run.settings.get(key, "")) for run in runs)) for key in differing]
-    parts = opening(title, "Curves lie over the tokens trained, so that runs with different batches can be compared.")
+    parts = opening(
+        title, "The x axis is the number of trained tokens, so runs with different batch sizes are comparable."
+    )
     parts += ["<h2>What differs</h2>"]
     parts += [table_html(("setting", *(run.name for run in runs)), rows)] if rows else ["<p>No setting differs.</p>"]
     parts += [
@@ -214,7 +220,7 @@ def sweep_screen(configs: Sequence[Config], codes: Sequence[int], console: Conso
     console.print(table, width=None if console.is_terminal else WIDE)
     sweep, runs = configs[0].name.rpartition("/")[0], configs[0].runs
     where = "" if runs == "runs" else f" runs={runs}"
-    console.print(f"curves over each other: python -m train mode=report name={sweep}{where}", soft_wrap=True)
+    console.print(f"all curves in one figure: python -m train mode=report name={sweep}{where}", soft_wrap=True)
 
 
 def _word(value: object) -> str:

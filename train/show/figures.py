@@ -47,79 +47,74 @@ CURVE_FIGURES = {
         "Imbalance between experts",
         "MaxVio",
         "MaxVio = (busiest expert's tokens - mean) / mean, averaged over layers. 0 is even; 1 means that the busiest expert "
-        "gets twice its share. Each batch has busiest experts of its own, so its curve is noisy and does not reach 0: it is what an "
-        "exchange of tokens has to carry. In the mean load, which follows later, these chances even out: what is left is lasting, and "
-        "should fall towards 0.",
+        "gets twice its share. The busiest experts differ from batch to batch, so the curve of single batches is noisy and does not reach 0; it shows the load of the token exchange. In the mean load these random differences average out; the rest is persistent, and should fall towards 0.",
     ),
     "bias": CurveFigure(
         "Balance bias: its range over all experts",
         "bias",
-        "The bias that steers tokens away from busy experts (it only picks experts; it does not weigh them). A range that "
-        "settles is healthy; one that widens for ever means that balancing fights the router.",
+        "The bias that steers tokens away from busy experts (it only picks experts; it does not weigh them). A range that settles is healthy; a range that keeps growing means that the bias works against the router.",
         zero=False,
     ),
     "dead": CurveFigure(
-        "Experts that nobody uses",
+        "Unused experts",
         "experts",
-        "Experts, over all layers, that got no token in the last 20 steps: wasted parameters. 0 is good.",
+        "Number of experts in all layers without a token in the last 20 steps: wasted parameters. 0 is good.",
         quiet=True,
     ),
     "throughput": CurveFigure(
         "Speed",
         "tokens/s",
-        "Tokens trained per second, all processes together; level is good. Validation and saving are not counted.",
+        "Trained tokens per second, summed over all processes; a constant rate is good. Without validation and saving.",
     ),
     "mfu": CurveFigure(
         "Use of the hardware (MFU)",
         "% of peak",
-        "Model FLOP/s utilisation: the share of the device's peak arithmetic that went into the model, higher is better. ",
+        "Model FLOP/s utilisation: the FLOP/s of the model as a fraction of the device's peak; higher is better. ",
     ),
     "times": CurveFigure(
-        "Where the time goes",
+        "Time per step",
         "seconds",
-        "Wall time of each step, and parts of it: computing (the mean of all processes), and waits in which training stood still, which "
-        "should lie near 0.",
+        "Wall time of each step, and its parts: computing (mean over all processes), and waiting, which should be near 0.",
     ),
     "bubble": CurveFigure(
         "Bubble: idle time of the pipeline",
         "% of time",
-        "Share of forward and backward in which a process of the pipeline had nothing to do, mean over all processes, each until "
-        "its own last piece of work; lower is better. More micro-batches per step make it smaller. Waiting for experts counts as work here.",
+        "Fraction of forward and backward in which a pipeline process was idle, mean over all processes, each until its last action; lower is better. More micro-batches per step make it smaller. Waiting for experts does not count as idle.",
     ),
     "dispatch": CurveFigure(
         "Traffic to experts",
         "MiB per step",
-        "What all processes together sent to experts on other processes and back, forward and backward, in each step. The network "
-        "between machines (nodes) is the slow one, so that its curve matters most; parallel.dispatch=node_limited keeps it low.",
+        "Data per step that all processes sent to experts on other processes and back, in forward and backward. The network between nodes is the slowest, so its curve matters most; parallel.dispatch=node_limited keeps it low.",
     ),
     "memory": CurveFigure(
         "Memory",
         "GiB",
-        "Peak memory of the process that reports (GPU memory on a GPU, else main memory). It should level off early, on a GPU "
-        "near what mode=plan predicted, if it was asked.",
+        "Peak memory of the logging process (GPU memory on a GPU, otherwise main memory). It should become constant early, on a GPU near the prediction of mode=plan.",
     ),
     "fp8-flushed": CurveFigure(
         "FP8: values lost to zero",
         "%",
-        "Non-zero values that became zero in the cast to FP8, in the worst layer. Small and level is good.",
+        "Fraction of non-zero values that became zero in the cast to FP8, in the worst layer. A small, constant value is good.",
     ),
     "fp8-error": CurveFigure(
-        "FP8: error of the products",
+        "FP8: error of the GEMMs",
         "%",
-        "Difference of a sampled product from the same in bf16, in the worst layer. E4M3 alone makes about 4 %.",
+        "Difference of a sampled GEMM from the same GEMM in bf16, in the worst layer. The rounding of E4M3 alone gives about 4 %.",
     ),
     "skipped": CurveFigure(
         "Skipped steps",
         "steps",
-        "Steps whose update was left out because loss or gradient was not a finite number. A few are harmless; a stair is not.",
+        "Skipped updates so far, because the loss or a gradient was not finite. A few are harmless; a steady increase is not.",
         quiet=True,
     ),
 }
 """Figures by the key that metrics name in train/metrics/names.py."""
 
 
-MFU_OF_GPUS = "DeepSeek-V3 reports 38.9 % (causal) and 43.7 % (full) on its H800s, MTP left out as here."
-MFU_OF_PROCESSORS = "Of a processor the peak is the fastest product that was measured on one, which says nothing beside the figure of a GPU."
+MFU_OF_GPUS = "DeepSeek-V3 reports 38.9 % (causal) and 43.7 % (full) on its H800s, also without MTP."
+MFU_OF_PROCESSORS = (
+    "For a CPU the peak is the fastest GEMM measured on such a CPU, so the value is not comparable with that of a GPU."
+)
 
 
 def curves_of(key: str) -> dict[str, Curve]:
@@ -180,11 +175,7 @@ def _loss(series: Series, settings: Mapping[str, Any]) -> Figure | None:
             for name, (colour, dash) in zip(depths, cycle(looks), strict=False)
         }
         wanted = {"main_loss": wanted["main_loss"]} | further | {"validation_loss": wanted["validation_loss"]}
-    caption = (
-        "How badly the model predicts text, in nats per token; it should fall, steeply at first. Held-out text was never "
-        "trained on: a held-out curve that rises while the training curve falls means memorising. MTP modules (multi-token prediction) "
-        "look further ahead, which is harder, so their curve lies higher."
-    )
+    caption = "The error of the model's predictions, in nats per token; it should fall, steeply at first. The model is not trained on held-out text: a held-out curve that rises while the training curve falls means memorising. MTP modules (multi-token prediction) predict later tokens, which is harder, so their curves are higher."
     plot = curves(series, wanted, "loss (nats per token)", height=440)
     if plot is not None:
         add_tokens_axis(plot, series)
@@ -209,10 +200,7 @@ def _layer_heat(series: Series, settings: Mapping[str, Any]) -> Figure | None:
     plot = style(go.Figure(heat), series.layer_step_S, height=int(min(620, 180 + 16 * len(series.layers))))
     plot.update_layout(showlegend=False, hovermode="closest")
     plot.update_yaxes(title="layer with experts", type="category", autorange="reversed", automargin=True)
-    caption = (
-        "Each row is one layer with experts, each column a step: dark is even, yellow means that one expert of that layer got far "
-        "more than its share in that batch. A row that stays yellow is a layer that does not balance. Rows named mtp are MTP modules."
-    )
+    caption = "Each row is a layer with experts, each column a step: dark is even; yellow means that one expert of the layer got far more tokens than the mean in that batch. A row that stays yellow is a layer without balance. Rows named mtp are MTP modules."
     return figure("layers", "Imbalance layer by layer", caption, plot)
 
 
@@ -246,10 +234,7 @@ def _layer_norms(series: Series, settings: Mapping[str, Any]) -> Figure | None:
     style(plot, np.array(steps), height=int(min(620, 180 + 16 * len(layers))))
     plot.update_layout(showlegend=False, hovermode="closest")
     plot.update_yaxes(title="layer", type="category", autorange="reversed", automargin=True)
-    caption = (
-        "What a step changed of a layer, over the layer's norm: a thousandth is usual, less as the rate falls. A row that differs from "
-        "its neighbours, or rises while the rate does not, is a layer to look at. Choose the two norms above the picture."
-    )
+    caption = "Norm of a step's change of a layer, relative to the layer's norm: 0.001 is usual, and less as the learning rate falls. Check a layer whose row differs from its neighbours, or rises at a constant learning rate. Select the two norms above the figure."
     return figure("norms", "Weights and updates, layer by layer", caption, plot, False, list(shown))
 
 
@@ -279,10 +264,7 @@ def _load_heat(series: Series, settings: Mapping[str, Any]) -> Figure | None:
     style(plot, series.layer_step_S, height=460)
     plot.update_layout(showlegend=False, hovermode="closest")
     plot.update_yaxes(title="expert")
-    caption = (
-        "Choose a layer above the picture. Each row is one expert, each column a step: white is a fair share of the tokens, red "
-        "is too many, blue too few. The balance bias should make the picture paler as training goes on."
-    )
+    caption = "Select a layer above the figure. Each row is an expert, each column a step: white is the mean number of tokens, red is more, blue is less. The balance bias should make the figure paler during the training."
     return figure("load", "Tokens per expert", caption, plot, True, series.layers)
 
 
@@ -296,7 +278,7 @@ def _grad_norm(series: Series, settings: Mapping[str, Any]) -> Figure | None:
             x=ends, y=[clip, clip], name="clipping limit", line={"color": GREY, "dash": "dash"}, mode="lines"
         )
         limit = f" Larger gradients are scaled down to {clip:g}."
-    caption = f"Length of the gradient, on a logarithmic axis; spikes show unstable steps.{limit}"
+    caption = f"Norm of the gradient, on a logarithmic axis; spikes are unstable steps.{limit}"
     return figure("grad_norm", "Gradient norm", caption, plot)
 
 
@@ -304,5 +286,5 @@ def _schedules(series: Series, settings: Mapping[str, Any]) -> Figure | None:
     plot = curves(series, curves_of("lr"), "learning rate", zero=True)
     if plot is not None:
         plot.update_yaxes(exponentformat="power")
-    caption = "How large the steps are: a warm-up from 0, then what the schedule says."
+    caption = "Learning rate: a warm-up from 0, then the schedule."
     return figure("lr", "Learning rate", caption, plot)

@@ -19,7 +19,7 @@ SETTING = 60
 
 
 PAPER_MFU = "; DeepSeek-V3 reports 38.9 % on its H800s"
-OWN_MFU = ", of the fastest product that was measured on such a processor"
+OWN_MFU = ", relative to the fastest GEMM measured on such a CPU"
 
 
 class Card(NamedTuple):
@@ -46,25 +46,25 @@ def _quality(series: Series, settings: Mapping[str, Any]) -> list[CardRow]:
     vocabulary = (settings.get("model") or {}).get("vocab_size")
     chance = ""
     if isinstance(vocabulary, int) and vocabulary > 1:
-        chance = f" Guessing among {vocabulary:,} tokens at random gives {math.log(vocabulary):.2f}."
+        chance = f" Uniform guessing among {vocabulary:,} tokens gives {math.log(vocabulary):.2f}."
     return [
         (
             "Held-out loss",
             held_out,
             f"{held_out:.3f}",
-            f"nats per token on text never trained on; lower is better.{chance}",
+            f"nats per token on text that was not trained on; lower is better.{chance}",
         ),
         (
             "Held-out bits per byte",
             bits,
             f"{bits:.3f}",
-            "the same per byte of text, comparable across tokenizers; lower is better, random bytes give 8.",
+            "held-out loss per byte of text, comparable across tokenizers; lower is better, and random bytes give 8.",
         ),
         (
             "Training loss at the end",
             train,
             f"{train:.3f}",
-            "nats per token, mean of the last steps; close to the held-out loss is good, far below it is memorising.",
+            "nats per token, mean of the last steps; a value close to the held-out loss is good, and a much lower value means memorising.",
         ),
     ]
 
@@ -75,12 +75,12 @@ def _amount(series: Series, gpu: bool) -> list[CardRow]:
     done = f"{steps:,} step" if steps == 1 else f"{steps:,} steps"
     return [
         ("Tokens trained", tokens, short(tokens), f"in {done}, {duration(_seconds(series))} of training time."),
-        ("Tokens per second", speed, short(speed), "median over the run, all processes together."),
+        ("Tokens per second", speed, short(speed), "median over the run, summed over all processes."),
         (
             "Use of the hardware (MFU)",
             mfu,
             f"{mfu:.1f} %",
-            f"share of peak arithmetic that went into the model{PAPER_MFU if gpu else OWN_MFU}.",
+            f"FLOP/s of the model as a fraction of the peak{PAPER_MFU if gpu else OWN_MFU}.",
         ),
     ]
 
@@ -93,13 +93,13 @@ def _experts(series: Series) -> list[CardRow]:
             "Imbalance of the mean load",
             lasting,
             f"{lasting:.2f}",
-            f"MaxVio of the mean load of about {HORIZON} steps: 0 is even, 1 means the busiest expert got twice its share.",
+            f"MaxVio of the mean load of about {HORIZON} steps: 0 is even; 1 means that the busiest expert got twice the mean.",
         ),
         (
             "Imbalance of a batch",
             batch,
             f"{batch:.2f}",
-            "MaxVio of single batches, mean of the last steps: what an exchange of tokens has to carry.",
+            "MaxVio of single batches, mean of the last steps: the load of the token exchange.",
         ),
         ("Dead experts", dead, f"{dead:.0f}", "experts without a token in the last 20 steps; 0 is good."),
     ]
@@ -122,9 +122,9 @@ def _health(series: Series) -> list[CardRow]:
             "Peak memory",
             memory,
             f"{memory:.2f} GiB",
-            "of the process that reports: GPU memory on a GPU, else main memory.",
+            "of the logging process: GPU memory on a GPU, otherwise main memory.",
         ),
-        ("Skipped steps", skipped, f"{skipped:.0f}", "updates left out for a non-finite loss or gradient; 0 is good."),
+        ("Skipped steps", skipped, f"{skipped:.0f}", "updates skipped for a non-finite loss or gradient; 0 is good."),
     ]
 
 
@@ -136,12 +136,12 @@ def findings(series: Series, settings: Mapping[str, Any]) -> list[str]:
     planned = settings.get("steps")
     if isinstance(planned, int) and series.step_N[-1] < planned:
         found.append(
-            f"The run has done {series.step_N[-1]:,} of {planned:,} steps: it still trains, or it was stopped."
+            f"The run has completed {series.step_N[-1]:,} of {planned:,} steps: it is still training, or it was stopped."
         )
     found += [_changes(resumed) for resumed in series.resumes if resumed.get("changed")][-RESUMES:]
     if "loss" in series.columns and (lost := len(series.step_N) - len(series.finite("loss"))):
         found.append(
-            f"A loss was not a finite number in {lost:,} of {len(series.step_N):,} recorded steps: gaps in the curves."
+            f"The loss was not finite in {lost:,} of {len(series.step_N):,} recorded steps, which are gaps in the curves."
         )
     held_out = series.finite("validation_loss")
     if len(held_out) > 2 and held_out[-1] > held_out.min() + 0.02:
@@ -150,16 +150,15 @@ def findings(series: Series, settings: Mapping[str, Any]) -> list[str]:
         )
     if max(series.finite("mfu"), default=0.0) > 1:
         found.append(
-            "MFU above 100 % means that the peak it is measured against is too low: the machine was busy when the peak was "
-            "measured. Set log.peak_flops to the true figure."
+            "MFU above 100 % means that the measured peak is too low, because the machine was busy during that measurement. Set log.peak_flops to the true peak."
         )
     if len(peaks := _stretches(series, "peak_flops")) > 1:
         shown = ", ".join(f"{flops / 1e12:.3g} TFLOP/s from step {step:,}" for step, flops in peaks[-8:])
         found.append(
-            f"MFU was counted against different peaks of a device: {shown}. Compare it within a stretch, or tokens per second."
+            f"MFU is relative to different device peaks: {shown}. Compare MFU only within one interval, or compare tokens per second."
         )
     if not series.layers:
-        found.append("No expert loads were recorded, so the figures on experts are left out.")
+        found.append("No expert loads were recorded, so there are no figures of experts.")
     return found
 
 

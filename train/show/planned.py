@@ -60,8 +60,8 @@ def _read(run_folder: Path) -> dict[str, Any] | None:
         plan = read_plain_json(path)
         return plan | {"peak": next(rank["peak_bytes"] for rank in plan["ranks"] if rank["pp_rank"] == 0)}
     except (ValueError, TypeError, KeyError, StopIteration, RecursionError) as error:
-        rule = f"is no plan that mode=plan wrote: {type(error).__name__}: {error}"
-        raise UserError(PLAN_FILE, path, rule, "remove it, or write it again with mode=plan") from error
+        rule = f"is not a plan of mode=plan: {type(error).__name__}: {error}"
+        raise UserError(PLAN_FILE, path, rule, "remove it, or write a new plan with mode=plan") from error
 
 
 def _is_here(plan: dict[str, Any], config: Config) -> bool:

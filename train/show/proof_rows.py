@@ -71,15 +71,15 @@ def report_rows(run_folder: Path, settings: Mapping[str, Any]) -> tuple[str, lis
         verb, proven = "trains" if record["holds"] else "does not train", record.get("proven")
         sentence = f"mode=prove: {record['layout']} {verb} this model, in miniature on {record['ranks']} ranks."
         if proven is None:
-            sentence = "mode=prove: this certificate is of an older version, and does not say of which recipe: prove this run again."
-        elif not settings:
-            sentence = f"mode=prove: {record['layout']} {verb} the model of recipe {proven['recipe']}; no settings of a run lie beside it."
-        elif other := _other(proven, settings):
             sentence = (
-                f"mode=prove: this certificate is not of this run, but of {', '.join(other)}: prove this run again."
+                "mode=prove: this certificate of an older version does not name its recipe: prove this run again."
             )
+        elif not settings:
+            sentence = f"mode=prove: {record['layout']} {verb} the model of recipe {proven['recipe']}; the folder has no settings of a run."
+        elif other := _other(proven, settings):
+            sentence = f"mode=prove: this certificate belongs to another run: {', '.join(other)}: prove this run again."
         elif proven["modified"]:
-            sentence += " Files of the commit had been changed when it was proven."
+            sentence += " Files of the commit were modified at the time of the proof."
         if first := record["first_difference"]:
             place = f"{first['quantity']} of {first['name']} in pass {first['proof']}, step {first['step']}"
             sentence += f" The first difference: {first['phase']}, {place}."

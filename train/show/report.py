@@ -56,8 +56,8 @@ def write_report(run_folder: Path, ended: bool = False) -> Path:
     except (UserError, OSError):
         raise
     except Exception as error:
-        rule = f"a file in it is damaged: {type(error).__name__}: {first_line(error)}"
-        raise UserError("report", run_folder, rule, "remove that file, which the report does without") from error
+        rule = f"a file in the folder is damaged: {type(error).__name__}: {first_line(error)}"
+        raise UserError("report", run_folder, rule, "remove that file; the report does not need it") from error
     path = run_folder / REPORT
     atomic_write_text(path, page)
     return path
@@ -131,7 +131,9 @@ def _profile_parts(run_folder: Path) -> list[str]:
             ]
         except (OSError, ValueError, KeyError, TypeError):
             continue  # the rest of the page does not need this file
-        head = f"<h2>Where the time went</h2><p>Rank {html.escape(str(body.get('rank')))}, a step of {first} to {last}.</p>"
+        head = (
+            f"<h2>Time by operation</h2><p>Rank {html.escape(str(body.get('rank')))}, a step of {first} to {last}.</p>"
+        )
         found += [head, table_html(("part", "operation", "calls", "ms", "share"), rows)]
     return found
 
@@ -152,7 +154,7 @@ def _answer_parts(run_folder: Path) -> list[str]:
         return []  # no evaluation, or one by an earlier version
     words = (
         f"Answers to {found['questions']} held-out questions, compared with the true ones by ROUGE-L (the longest common subsequence of words, "
-        "0 to 1). A form that all answers have raises it, so answers to other questions and the commonest answer stand beside it. Loss: nats "
+        "0 to 1). A common form of all answers raises it, so the table also has answers to other questions and the most common answer. Loss: nats "
         "per learnt token of the held-out chats."
     )
     head = f"<h2>Answers</h2><p>{html.escape(words)}</p>"
@@ -196,7 +198,7 @@ def _page(
 ) -> str:
     """The whole page. sections: parts below the figures. gpu: whether the run used GPUs. until: see `_until`."""
     written = datetime.datetime.now().strftime("%Y-%m-%d %H:%M:%S")
-    trains = "" if until is None else " The run trains: this page loads itself again every minute."
+    trains = "" if until is None else " The run trains: this page reloads every minute."
     parts = opening(f"Training report: {name}", f"{_description(settings)} Written {written}.{trains}")
     parts += [] if until is None else [reloading(RELOADED, until)]
     figures = build(series, settings, sampled, gpu) if len(series.step_N) else []
@@ -206,9 +208,9 @@ def _page(
         parts.append("<p>No step has been recorded yet.</p>")
     parts += [
         *sections,
-        "<h2>Configuration</h2><details><summary>Every setting of this run (config.yaml)</summary>",
+        "<h2>Configuration</h2><details><summary>All settings of this run (config.yaml)</summary>",
         f"<pre>{html.escape(settings_text) or 'This folder has no config.yaml.'}</pre></details>",
-        "<details><summary>What the names in metrics.jsonl mean</summary>",
+        "<details><summary>Names in metrics.jsonl and their meanings</summary>",
         table_html(
             ("name", "unit", "meaning", "when"),
             [(m.name, m.unit, m.meaning, m.when or "always") for m in (*SCALARS, *EVENTS)],
@@ -223,9 +225,9 @@ def _run_parts(series: Series, settings: Mapping[str, Any], figures: list[Figure
     notes = "".join(f"<li>{html.escape(text)}</li>" for text in findings(series, settings))
     band = ""
     if len(series.step_N) > POINTS:
-        band = " A pale band runs from the lowest to the highest step of a stretch, the line is its mean."
+        band = " The pale band covers the lowest to the highest step of an interval; the line is the mean."
     elif len(series.step_N) > DOTTED_STEPS:
-        band = " A pale line is each step, the strong line over it the mean of the steps around it."
+        band = " The pale line shows each step; the dark line is a moving average."
     return [
         f'<h2>At a glance</h2><div class="cards">{cards_html(headline(series, settings, gpu))}</div>',
         f"<h2>Worth knowing</h2><ul>{notes}</ul>" if notes else "",
@@ -257,7 +259,7 @@ def read_written_texts(run_folder: Path) -> list[dict[str, Any]]:
         if not all(
             isinstance(one["step"], int) and float(one["temperature"]) >= 0 and one["text"] + "" for one in found
         ):
-            raise TypeError("it holds no texts")
+            raise TypeError("it contains no texts")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(SAMPLE, path, f"is damaged: {error}", "remove it; the run writes another one") from error
     return found
@@ -268,14 +270,14 @@ def _sample_parts(run_folder: Path) -> list[str]:
     if not (samples := read_written_texts(run_folder)):
         return []
     *earlier, newest = samples
-    how = f"Drawn at temperature {newest['temperature']:g} from nothing but the start of a document."
+    how = f"Sampled at temperature {newest['temperature']:g}, from the start of a document without a prompt."
     parts = [
-        f"<h2>What the model writes after step {newest['step']:,}</h2>",
+        f"<h2>Samples of the model after step {newest['step']:,}</h2>",
         f'<p class="sub">{how}</p>',
         _text(newest),
     ]
     if earlier:
-        parts.append("<details><summary>What it wrote before, from the same draws</summary>")
+        parts.append("<details><summary>Earlier samples with the same random numbers</summary>")
         parts += [f"<h3>Step {one['step']:,}</h3>{_text(one)}" for one in reversed(earlier)]
         parts.append("</details>")
     return parts
@@ -292,7 +294,7 @@ def _origin_parts(run_folder: Path) -> list[str]:
         return []
     newest, earlier = starts[-1], starts[:-1]
     parts = [
-        "<h2>How it was started</h2>",
+        "<h2>Starts</h2>",
         f'<pre class="text">{html.escape(newest["command"])}</pre>',
         table_html(("fact", "value"), _origin_rows(newest)),
     ]
@@ -329,7 +331,7 @@ def _plan_parts(rows: list[PlanRow]) -> list[str]:
     """Table of planned and measured quantities."""
     if not rows:
         return []
-    text = "Medians over the run, times as means over its ranks; the error is that of the plan."
+    text = "Medians over the run, with times as means over ranks; the error is the plan's error."
     return [
         f'<h2>Planned and measured</h2><p class="sub">{text}</p>',
         table_html(("", "planned", "measured", "error"), rows),
@@ -342,10 +344,10 @@ def _wall_time_parts(found: WallTime | None) -> list[str]:
         return []
     rows = [(words, duration(found.seconds_in[part]), f"{share:.2%}") for part, words, share in found.rows()]
     text = (
-        f"{duration(found.seconds)} in {found.starts} starts. Effective time {found.effective:.1%}: steps that last, by the share of the "
-        "wanted ranks that made them."
+        f"{duration(found.seconds)} in {found.starts} starts. Effective time {found.effective:.1%}: steps that were not repeated, scaled by the fraction of "
+        "the wanted ranks."
     )
-    return [f'<h2>Where the wall time went</h2><p class="sub">{text}</p>', table_html(("part", "time", "share"), rows)]
+    return [f'<h2>Wall time by cause</h2><p class="sub">{text}</p>', table_html(("part", "time", "share"), rows)]
 
 
 def _cluster_parts(cluster: tuple[str, list] | None) -> list[str]:
@@ -355,7 +357,7 @@ def _cluster_parts(cluster: tuple[str, list] | None) -> list[str]:
     sentence, rows = cluster
     return [
         f'<h2>On the cluster</h2><p class="sub">{html.escape(sentence)}</p>',
-        f"<details><summary>Events</summary>{table_html(('time', 'attempt', 'event', 'what happened'), rows)}</details>",
+        f"<details><summary>Events</summary>{table_html(('time', 'attempt', 'event', 'description'), rows)}</details>",
     ]
 
 

@@ -19,7 +19,7 @@ from plotly.offline import get_plotlyjs
 from train.show.headline import Card
 from train.show.plot import DARK, Figure
 
-HOW_TO_READ = "Drag over a figure to zoom, double-click to zoom out; click on a name to hide its curve."
+HOW_TO_READ = "Drag over a figure to zoom in, double-click to zoom out, and click on a name to hide its curve."
 NO_NETWORK = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 
 STYLE = """

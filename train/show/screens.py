@@ -61,7 +61,7 @@ def final_screen(
         rows.append(("Report", f"{report}  (open it in a browser)" if isinstance(report, Path) else report))
     if wandb:
         rows.append(("W&B", wandb if wandb.startswith("http") else f"offline; upload with: wandb sync {wandb}"))
-    show_rows(console or Terminal(), f"{name}: {steps} steps done{took}", GOOD, rows)
+    show_rows(console or Terminal(), f"{name}: {steps} steps complete{took}", GOOD, rows)
 
 
 def stopped_screen(
@@ -77,8 +77,8 @@ def stopped_screen(
     """Prints on stdout that a signal or a limit stopped the run. command: resumes the run."""
     rows = [
         ("Why", reason),
-        ("Checkpoint", str(checkpoint) if checkpoint else "none yet: the run would start again"),
-        ("Go on with", command),
+        ("Checkpoint", str(checkpoint) if checkpoint else "none yet: the run would start from step 0"),
+        ("Continue with", command),
     ]
     show_rows(console or Terminal(), f"{name}: stopped at step {step} of {steps}", WARN, rows)
 

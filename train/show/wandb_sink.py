@@ -173,7 +173,7 @@ class WandbSink:
         try:
             self._queue.put_nowait(record)
         except queue.Full:
-            self._switch_off(f"{WAITING_RECORDS} records wait and W&B takes none")
+            self._switch_off(f"{WAITING_RECORDS} records are waiting, and W&B accepts none")
 
     def close(self) -> None:
         """Wait until all records are on disk and, if online, on the server."""
@@ -181,15 +181,15 @@ class WandbSink:
         try:
             self._queue.put(None, timeout=0 if self._off else limit)
         except queue.Full:
-            self._switch_off("it takes no more records")
+            self._switch_off("W&B accepts no more records")
         self._thread.join(limit)
         if self._thread.is_alive():
-            self._switch_off("it did not finish in time")
+            self._switch_off("W&B did not finish before the time limit")
 
     def _switch_off(self, reason: str) -> None:
         if not self._off:
             self._off = True
-            self._note(f"W&B is off for the rest of this run: {reason}. metrics.jsonl goes on.")
+            self._note(f"W&B is off for the rest of this run: {reason}. metrics.jsonl is still written.")
 
     def _work(self) -> None:
         try:
@@ -224,7 +224,7 @@ class WandbSink:
         try:
             item(wandb, run, logged)
         except Exception as error:  # for example a checkpoint removed meanwhile; the records continue
-            self._note(f"W&B does without {item.__qualname__.partition('.')[0]}: {first_line(error)}")
+            self._note(f"W&B gets no {item.__qualname__.partition('.')[0]}: {first_line(error)}")
 
     def _start(self, wandb: ModuleType) -> Any:
         settings = {
@@ -245,7 +245,7 @@ class WandbSink:
             try:
                 run = wandb.init(**arguments, mode="online", settings=wandb.Settings(**settings))
             except Exception as error:
-                self._note(f"W&B goes offline, the server gave no run: {first_line(error)}")
+                self._note(f"W&B is offline, because the server did not create a run: {first_line(error)}")
                 wandb.teardown()  # otherwise the id counts as in use
                 wandb.setup(wandb.Settings(silent=True))
             else:

@@ -170,9 +170,9 @@ def what_ended(error: BaseException) -> str:
     if getattr(error, "code", None) == EXIT_DIVERGED:
         return "diverged"
     if isinstance(error, DiskFailed):
-        return "a disk refused the run"
+        return "a file of the run could not be written"
     if is_timeout(error):
-        return "a rank stalled"
+        return "a rank made no progress"
     return "crashed"
 
 
@@ -189,7 +189,7 @@ def open_writer(
 
     def disk_note(text: str) -> None:
         progress.note(text)
-        writer.alert("a disk refused metrics", text)
+        writer.alert("metrics could not be written", text)
 
     resumed = _with_steps_again(run_folder / METRICS_FILE, resumed_step, resumed)
     sinks: list[Sink] = [JsonlSink(run_folder / METRICS_FILE, resumed_step, disk_note)]

@@ -43,7 +43,7 @@ def test_a_run_is_watched_and_does_not_notice(tmp_path):
     seen = names(run / "profile" / "rank_0.trace.json.gz")
     assert seen >= PART_NAMES and any("stage 0, micro-batch 0" in name for name in seen)
     assert "rank 0, steps 2 to 3" in said and "Perfetto" not in said and "ui.perfetto.dev" in said
-    assert "Where the time went" in write_report(run).read_text()
+    assert "Time by operation" in write_report(run).read_text()
     watched(tmp_path, "alone", "steps=4")
     assert losses(tmp_path, "watched") == losses(tmp_path, "alone")
 
