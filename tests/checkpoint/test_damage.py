@@ -163,17 +163,17 @@ def test_a_forged_number_in_the_meta_is_damage(tmp_path, step):
     two_checkpoints(tmp_path)
     path = tmp_path / "step_00000020" / "manifest.json"
     rewrite(path, lambda body: body["meta"].update(step=step))
-    with pytest.raises(CheckpointDamaged, match="its meta holds step = "):
+    with pytest.raises(CheckpointDamaged, match="its meta has step = "):
         _ = read_manifest(path.parent).meta["step"]
 
 
 def test_a_manifest_names_what_its_meta_lacks(tmp_path):
     two_checkpoints(tmp_path)
     path = tmp_path / "step_00000020" / "manifest.json"
-    with pytest.raises(CheckpointDamaged, match="its meta holds no 'tokenizer'"):
+    with pytest.raises(CheckpointDamaged, match="its meta lacks 'tokenizer'"):
         _ = read_manifest(path.parent).meta["tokenizer"]
     rewrite(path, lambda body: body["meta"].update(step="20"))
-    with pytest.raises(CheckpointDamaged, match="its meta holds step = '20'"):
+    with pytest.raises(CheckpointDamaged, match="its meta has step = '20'"):
         _ = read_manifest(path.parent).meta["step"]
 
 

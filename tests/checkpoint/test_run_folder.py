@@ -81,7 +81,7 @@ def test_a_start_waits_for_a_rank_0_that_outlives_its_driver(tmp_path, monkeypat
         patch.setattr(run_folder, "longest_afterlife", lambda _: 0.1)
         with pytest.raises(UserError, match="rank 0 of an earlier start still writes"):
             RunFolder(config(tmp_path))
-    assert "this start waits for it" in capsys.readouterr().err
+    assert "waiting for its end" in capsys.readouterr().err
     killing = threading.Timer(0.3, process.kill)
     killing.start()
     with RunFolder(config(tmp_path)):

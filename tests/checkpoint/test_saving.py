@@ -153,7 +153,7 @@ def test_while_two_saves_are_stuck_the_next_ones_are_skipped(tmp_path, monkeypat
         checkpointer.save(step, state(0, step, 1), {})
         assert gate.entered.acquire(timeout=20)
     checkpointer.save(3, state(0, 3, 1), {})
-    with pytest.raises(SaveFailed, match="step 3 skipped: rank 0 still writes those of steps 1 and 2") as raised:
+    with pytest.raises(SaveFailed, match="step 3 skipped: rank 0 is still writing those of steps 1 and 2") as raised:
         checkpointer.finish(required=True)
     assert raised.value.ranks == (0,) and "free space" not in str(raised.value)
     gate.set()

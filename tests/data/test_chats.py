@@ -197,7 +197,7 @@ def test_what_is_no_chat_is_refused_with_its_place(record, words):
 
 def test_a_broken_template_is_refused_with_its_line(tokenizer, tmp_path):
     (tmp_path / "broken.jinja").write_text("one\n{% for message in %}\n")
-    with pytest.raises(UserError, match="line 2 of the template is no Jinja"):
+    with pytest.raises(UserError, match="line 2 of the template is not valid Jinja"):
         load_template(str(tmp_path / "broken.jinja"), None, tokenizer)
     with pytest.raises(CannotRender, match=r"line 2 of the template ends with: .*divi"):
         template("one\n{{ 1 / 0 }}").render(chat(*QUESTION), Supervise.assistant)

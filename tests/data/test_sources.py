@@ -134,7 +134,7 @@ def test_damaged_archives_are_refused(tmp_path, name, pack):
         assert "is damaged" in error_of(path).rule
     middle = len(whole) // 2
     path.write_bytes(whole[:middle] + b"????????" + whole[middle + 8 :])
-    error_of(path)  # noticed by a line that is no JSON, or at the latest by the checksum at the end
+    error_of(path)  # noticed by a line that is not JSON, or at the latest by the checksum at the end
 
 
 @pytest.mark.parametrize("pack", [gzip.compress, zstandard.compress, bytes])

@@ -243,8 +243,8 @@ def test_what_does_not_fit_is_refused(tmp_path):
         load_file(sound / "adapter_model.safetensors"),
     )
     cases = [
-        (other, lambda: None, "is an adapter of other weights than these: it was made for"),
-        (tmp_path / "wider", lambda: stored(), r"another shape than rank 8 on this base gives: base_model\S*q_b_proj"),
+        (other, lambda: None, "is an adapter of other base weights: it was trained on"),
+        (tmp_path / "wider", lambda: stored(), r"do not have the shape for rank 8 and this base: base_model\S*q_b_proj"),
         (base, lambda: changed(r=4), "another shape than rank 4"),
         (base, lambda: changed(r="four"), "r must be a rank"),
         (base, lambda: changed(lora_alpha=-1), "lora_alpha must be a number above 0"),
@@ -256,7 +256,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
             lambda: stored(**{"base_model.model.model.layers.0.mlp.gate.lora_A.weight": torch.ones(1)}),
             "nothing here adapts",
         ),
-        (base, lambda: stored(**{q_b.format("B"): None}), "lacks the other half of 1 pairs"),
+        (base, lambda: stored(**{q_b.format("B"): None}), "has only A or only B for 1 weights"),
         (base, lambda: stored(**{q_b.format("A"): torch.ones(8, 16, dtype=torch.int32)}), "is I32"),
         (base, lambda: stored(**{q_b.format("A"): torch.full((8, 16), torch.nan)}), "not finite"),
         (
@@ -289,7 +289,7 @@ def test_what_cannot_be_exported_is_refused(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             exported(config, tmp_path / "out", **changed)
-    with pytest.raises(UserError, match="holds an adapter already"):
+    with pytest.raises(UserError, match="already has an adapter"):
         exported(replace(config, adapter=replace(config.adapter, path=str(tmp_path))), tmp_path / "out", merge=True)
     base.rename(tmp_path / "moved")
     with pytest.raises(UserError, match="must be where the weights are"):

@@ -72,11 +72,11 @@ def test_missing_truncated_and_garbled_files(sound):
     data = second.read_bytes()
     for damaged in (data[: len(data) // 2], data[:5], b"", b"x" * 100):
         second.write_bytes(damaged)
-        refused(sound, r"model-00002-of-00003\.safetensors is damaged or cut short")
+        refused(sound, r"model-00002-of-00003\.safetensors is damaged or truncated")
     second.unlink()
     refused(sound, r"lacks 1 of 3 files: model-00002-of-00003\.safetensors")
     shutil.copy(sound / "model-00001-of-00003.safetensors", second)
-    refused(sound, r"must hold what model\.safetensors\.index\.json says, and lacks")
+    refused(sound, r"lacks tensors that model\.safetensors\.index\.json assigns to it")
 
 
 def test_a_broken_index(sound):
@@ -120,7 +120,7 @@ def test_no_json_of_a_folder_ends_in_a_traceback(sound, name):
         path.write_bytes(before)
     header = len(content).to_bytes(8, "little") + content
     (sound / "model-00002-of-00003.safetensors").write_bytes(header)
-    refused(sound, r"model-00002-of-00003\.safetensors is damaged or cut short")
+    refused(sound, r"model-00002-of-00003\.safetensors is damaged or truncated")
 
 
 def test_values_of_a_wrong_type_in_the_other_files(sound):
@@ -128,7 +128,7 @@ def test_values_of_a_wrong_type_in_the_other_files(sound):
     index, settings = sound / "model.safetensors.index.json", sound / "tokenizer_config.json"
     for weight_map in ({"a": 3}, {"a": ["b"]}, None, [], "a"):
         index.write_text(json.dumps({"weight_map": weight_map}))
-        refused(sound, "its weight_map must give tensors their files")
+        refused(sound, "its weight_map must map tensors to files")
     index.write_text(json.dumps({"weight_map": {"a": "b" * 300, "b": "a\0"}}))
     refused(sound, "lacks 2 of 2 files")
     for token in (5, ["a"], {"content": {}}):
@@ -187,7 +187,7 @@ def test_wrong_shapes_missing_and_extra_tensors(tmp_path):
 
 def test_values_that_mean_nothing(tmp_path):
     bad = changed(tmp_path / "a", "bf16", lambda t: t["lm_head.weight"].view(-1)[5:6].fill_(float("nan")))
-    with pytest.raises(UserError, match=r"lm_head\.weight holds values that are not finite"):
+    with pytest.raises(UserError, match=r"lm_head\.weight has values that are not finite"):
         load_hf_model(bad)
     copy = "model.layers.3.embed_tokens.weight"
     other = changed(tmp_path / "b", "bf16", lambda t: t[copy].view(-1)[-1:].add_(1))
@@ -200,7 +200,7 @@ def test_another_tokenizer(tmp_path):
     theirs = Tokenizer(train_bpe(["quite other words were here"], 300))
     assert "holds no tokenizer.json" in check_tokenizer(tmp_path, ours, None)[0]
     write_tokenizer(tmp_path, theirs, 100)
-    with pytest.raises(UserError, match="must be the tokenizer that the weights were trained with") as caught:
+    with pytest.raises(UserError, match="must be the tokenizer of the weights") as caught:
         check_tokenizer(tmp_path, ours, None)
     assert caught.value.field == "data.tokenizer" and caught.value.cure == f"set data.tokenizer={tmp_path}"
     body = json.loads(ours.json_text)

@@ -163,7 +163,10 @@ def test_a_module_that_config_json_does_not_name_is_said(tmp_path):
     model = Model(**(MODEL | {"mtp_depth": 1}))
     folder = write_folder(tmp_path / "a", model, random_tensors(model, "bf16"), num_nextn_predict_layers=0)
     _, found, notes = open_model(folder)
-    assert found.mtp_depth == 0 and "names 0 MTP modules and its weights hold 1: the rest is left out" in notes[0]
+    assert (
+        found.mtp_depth == 0
+        and "names 0 MTP modules and its weights have 1: the other modules are left out" in notes[0]
+    )
     whole = random_tensors(model, "bf16")
     del whole["model.layers.3.enorm.weight"]
     with pytest.raises(UserError, match=r"lacks 1 of .*: model\.layers\.3\.enorm\.weight"):
@@ -181,7 +184,7 @@ def test_weights_beside_those_of_the_index_are_refused(tmp_path):
             load_hf_model(folder)
         (folder / name).unlink()
     (folder / "adapter_config.json").write_text("{}")
-    with pytest.raises(UserError, match=r"holds an adapter \(adapter_config\.json\)"):
+    with pytest.raises(UserError, match=r"has an adapter \(adapter_config\.json\)"):
         load_hf_model(folder)
     (folder / "adapter_config.json").unlink()
     single = write_folder(tmp_path / "b", model, random_tensors(model, "bf16"), files=1)
@@ -201,7 +204,7 @@ def test_an_index_that_names_what_is_not_there(tmp_path):
     for changes, rule in (
         ({"model.norm.weight": "model-00009-of-00009.safetensors"}, "lacks 1 of 4 files"),
         ({"model.layers.9.input_layernorm.weight": "model-00001-of-00003.safetensors"}, "lacks model.layers.9.input"),
-        ({"lm_head.weight": other(body, "lm_head.weight")}, "must hold what .* says, and lacks lm_head.weight"),
+        ({"lm_head.weight": other(body, "lm_head.weight")}, "lacks tensors that .* assigns to it: lm_head.weight"),
     ):
         index.write_text(json.dumps({"weight_map": body["weight_map"] | changes}))
         with pytest.raises(UserError, match=rule):
@@ -222,5 +225,5 @@ def test_a_tensor_twice_in_two_files_is_refused(tmp_path):
     here = {name: found[name] for name in found if index[name] == second}
     again = next(name for name in found if index[name] != second)
     save_file(here | {again: torch.zeros_like(found[again])}, folder / second)
-    with pytest.raises(UserError, match=f"holds what another file holds too: {again}"):
+    with pytest.raises(UserError, match=f"has tensors that another file has, too: {again}"):
         load_hf_model(folder)

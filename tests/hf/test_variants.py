@@ -107,12 +107,12 @@ def test_mtp_modules_that_are_named_and_not_there_are_a_note(tmp_path):
     plain = Model(**MODEL)
     folder = write_folder(tmp_path / "a", plain, random_tensors(plain, "bf16"), num_nextn_predict_layers=1)
     headers, model, (note,) = open_model(folder)
-    assert model.mtp_depth == 0 and "names 1 MTP modules and its weights hold 0" in note
+    assert model.mtp_depth == 0 and "names 1 MTP modules and its weights have 0" in note
     assert match(headers, model)
     one = replace(plain, mtp_depth=1)
     folder = write_folder(tmp_path / "b", one, random_tensors(one, "bf16"), num_nextn_predict_layers=3)
     _, model, (note,) = open_model(folder)
-    assert model.mtp_depth == 1 and "names 3 MTP modules and its weights hold 1" in note
+    assert model.mtp_depth == 1 and "names 3 MTP modules and its weights have 1" in note
 
 
 def test_no_shared_experts_in_the_released_form(tmp_path):
@@ -161,7 +161,7 @@ def test_every_way_in_passes_the_same_gate(tmp_path):
     }
     for way in ways.values():
         (note,) = way()
-        assert "names 1 MTP modules and its weights hold 0" in note
+        assert "names 1 MTP modules and its weights have 0" in note
     body = json.loads((folder / "config.json").read_text())
     for key, value in (
         ("is_causal", False),

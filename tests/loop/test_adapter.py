@@ -102,9 +102,9 @@ def test_an_adapter_knows_every_weight_of_its_base(tmp_path, capsys):
         if describe_base(open_folder(base)) == quick:
             break
     check_before_start(compose(*arguments(tmp_path, *given, "steps=2")))
-    with pytest.raises(AssertionError, match="holds other weights than those that the adapter in"):
+    with pytest.raises(AssertionError, match="has other weights than the base of the adapter in"):
         run_layout(tmp_path, "one", 1, *start, "steps=2")
-    with pytest.raises(UserError, match="holds other weights than those that the adapter in"):
+    with pytest.raises(UserError, match="has other weights than the base of the adapter in"):
         load_model(compose(*arguments(tmp_path, *given)), folders[0], torch.device("cpu"))
 
 

@@ -61,7 +61,10 @@ def write_average(config: Config) -> int:
     settings = run / "config.yaml"
     if not settings.is_file():
         raise UserError(
-            SOURCES_FIELD, first.folder, f"lies in no run: {run} has no config.yaml", "give checkpoints in runs/NAME"
+            SOURCES_FIELD,
+            first.folder,
+            f"does not belong to a run: {run} has no config.yaml",
+            "give checkpoints in runs/NAME",
         )
     own = replace(
         read_config(str(settings)), name=target.name, runs=str(target.parent), mode=Mode.train, average=Average()
@@ -77,7 +80,7 @@ def write_average(config: Config) -> int:
         _write(folder / "checkpoints", sources, meta, progress)
     if len({source.meta.get("seed") for source in sources}) > 1:
         say_note(
-            "these runs began from other seeds: a mean of weights that have no start in common is seldom of use; evaluate it first"
+            "these runs have different seeds: a mean of weights with different initial values is rarely useful; evaluate it first"
         )
     say(one_line(f"The mean of {', '.join(names)} is in {target}"))
     return EXIT_OK
@@ -93,8 +96,8 @@ def _sources(config: Config) -> list[Manifest]:
         else:
             found.append(read_manifest(find_checkpoint(config, str(folder), SOURCES_FIELD)))
     if len({source.folder for source in found}) < 2:
-        rule = f"must name two checkpoints or more; these are {len({source.folder for source in found})}"
-        cure = "average.last=3 takes the last three of a run, 'average.of=[A,B]' any"
+        rule = f"must name at least two checkpoints; these are {len({source.folder for source in found})}"
+        cure = "average.last=3 averages the last three checkpoints of a run, 'average.of=[A,B]' any checkpoints"
         raise UserError(SOURCES_FIELD, ", ".join(config.average.of) or RunPaths(config).path, rule, cure)
     return sorted({source.folder: source for source in found}.values(), key=lambda source: source.step)
 
@@ -113,9 +116,9 @@ def _require_equal(one: Manifest, other: Manifest) -> None:
         told = ", ".join(f"model.{key} = {theirs[key]} and not {mine[key]}" for key in sorted(differ))
         raise refuse(f"another model ({told})")
     if holds_adapter(one.meta):
-        rule = f"{one.folder} holds an adapter: the mean of the factors of two products is not that of the products"
+        rule = f"{one.folder} holds an adapter: the mean of A and B of two adapters is not the mean of their products"
         raise UserError(
-            SOURCES_FIELD, other.folder, rule, "average checkpoints of whole weights, or exports of merged ones"
+            SOURCES_FIELD, other.folder, rule, "average checkpoints of whole weights, or exports with merged adapters"
         )
     if _shapes(one) != _shapes(other):
         raise refuse(f"other tensors ({min(map(str, _shapes(one).items() ^ _shapes(other).items()))})")
@@ -140,7 +143,7 @@ def _check_room(target: Path, source: Manifest) -> None:
     free = shutil.disk_usage(next(folder for folder in target.parents if folder.is_dir())).free
     if free < needed:
         rule = f"no disk space: the weights take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
-        raise UserError("average.to", target, rule, "free some, or give a folder on a larger disk")
+        raise UserError("average.to", target, rule, "free space, or give a folder on a larger disk")
 
 
 def _write(root: Path, sources: Sequence[Manifest], meta: dict, progress: ReportProgress) -> None:
@@ -188,8 +191,6 @@ def _means(sources: Sequence[Manifest], part: WeightsPart, shapes: StoredShapes)
         fill_shards(source, FolderFiles(source.folder), {n: Shard(read[n], part[n][0], shapes[n][1]) for n in part})
         for name, values in read.items():
             if not torch.isfinite(values).all():
-                raise UserError(
-                    SOURCES_FIELD, source.folder, f"{name} holds values that are not finite", "leave it out"
-                )
+                raise UserError(SOURCES_FIELD, source.folder, f"{name} has values that are not finite", "leave it out")
             sums[name] += values
     return {name: read[name].copy_(total.div_(len(sources))) for name, total in sums.items()}

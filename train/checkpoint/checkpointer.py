@@ -47,13 +47,11 @@ class SaveFailed(DiskFailed):
     time."""
 
     def __init__(self, root: Path, why: str, ranks: Sequence[int] = (), late: bool = False):
-        cure = "free space there, make it writable, or bring the disk back that has failed (see `dmesg`)"
+        cure = "free space on the disk, make it writable, or repair the failed disk (see `dmesg`)"
         if late:
-            cure = (
-                "see why the disk does not answer there (its mount, dmesg), or raise cluster.timeout if it is that slow"
-            )
+            cure = "find out why the disk does not answer (its mount, dmesg), or raise cluster.timeout if the disk is only slow"
         super().__init__(
-            "checkpoint", root, why, f"{cure}, and start the same command again: it goes on from the newest checkpoint"
+            "checkpoint", root, why, f"{cure}, and start the same command again: it resumes from the newest checkpoint"
         )
         self.ranks = tuple(ranks)
 
@@ -245,7 +243,7 @@ class Checkpointer:
     def _skip(self, save: Save, began: float) -> None:
         """Skip this save, because too many saves are stuck, and inform rank 0."""
         steps = " and ".join(str(flight.save.step) for flight in self._stuck)
-        why = f"rank {self.rank} still writes those of steps {steps}; a disk that does not answer?"
+        why = f"rank {self.rank} is still writing those of steps {steps}; a disk that does not answer?"
         text = f"checkpoint of step {save.step} skipped: {why}"
         self._results.append(
             SaveResult(save.step, None, text, False, time.perf_counter() - began, 0, (self.rank,), True)

@@ -148,7 +148,7 @@ class Committer:
         self._check_fence()
         self._check_wanted(save)
         if not self._temporary(save).is_dir():
-            raise SaveAbandoned("rank 0 gave up; its log says why")
+            raise SaveAbandoned("rank 0 gave up; see its log")
 
     def is_overtaken(self) -> bool:
         """Whether a newer attempt has started, which may explain a failed operation. Never raises OSError."""
@@ -259,7 +259,7 @@ class Committer:
 
     def _check_wanted(self, save: Save) -> None:
         if save in self._abandoned:
-            raise SaveAbandoned("this rank went on without it, as it took too long", late=True)
+            raise SaveAbandoned("this rank continued without the checkpoint, because it took too long", late=True)
 
     def _wait(self, ready: Callable[[], bool], vain: Callable[[], bool]) -> bool:
         """Call `ready` at growing intervals until it is true; False if the time is up or `vain` is true."""

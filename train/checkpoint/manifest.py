@@ -60,9 +60,9 @@ class CheckpointDamaged(UserError):
     def __init__(self, file: Path, problem: str | OSError):
         if isinstance(problem, OSError):
             rule = f"cannot be read: {problem.strerror or problem}"
-            cure = f"{cure_of_reading(problem)}; or take another one, as a run with resume=auto does"
+            cure = f"{cure_of_reading(problem)}; or use another checkpoint, as resume=auto does"
         else:
-            rule, cure = f"is damaged: {problem}", "take another one; a run with resume=auto passes over it"
+            rule, cure = f"is damaged: {problem}", "use another checkpoint; resume=auto skips damaged checkpoints"
         super().__init__("checkpoint", file, rule, cure)
 
     @property
@@ -84,11 +84,11 @@ class Meta(dict[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         if name not in self:
-            raise CheckpointDamaged(self._path, f"its meta holds no {name!r}")
+            raise CheckpointDamaged(self._path, f"its meta lacks {name!r}")
         value = super().__getitem__(name)
         kind = META.get(name, object)
         if not isinstance(value, kind) or (isinstance(value, int) and kind is int and not 0 <= value <= LARGEST_NUMBER):
-            raise CheckpointDamaged(self._path, f"its meta holds {name} = {value!r:.100}")
+            raise CheckpointDamaged(self._path, f"its meta has {name} = {value!r:.100}")
         return value
 
 
@@ -145,7 +145,7 @@ def read_manifest(folder: Path) -> Manifest:
     if not folder.is_dir():
         raise _foreign(folder, "does not exist")
     if not path.is_file():
-        raise CheckpointDamaged(path, "the file is missing") if ours else _foreign(folder, f"holds no {MANIFEST}")
+        raise CheckpointDamaged(path, "the file is missing") if ours else _foreign(folder, f"has no {MANIFEST}")
     try:
         body = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -155,15 +155,15 @@ def read_manifest(folder: Path) -> Manifest:
     if not isinstance(body, dict) and ours:
         raise CheckpointDamaged(path, "not a JSON object")
     if not (isinstance(body, dict) and (ours or body.get("format") == FORMAT)):
-        raise _foreign(folder, f"has a {MANIFEST} that does not say format = {FORMAT}")
+        raise _foreign(folder, f"has a {MANIFEST} without format = {FORMAT}")
     if body.pop("crc32", None) != zlib.crc32(json.dumps(body).encode()):
         raise CheckpointDamaged(path, "its checksum does not match")
     if _field(path, body, "version", int) > CHECKPOINT_VERSION:
         raise UserError(
             "resume",
             folder,
-            f"has format version {body['version']}, newer than {CHECKPOINT_VERSION}, the newest that this code reads",
-            "resume with the version of the code that wrote it, or a later one",
+            f"has format version {body['version']}, newer than {CHECKPOINT_VERSION}, the newest version that this code reads",
+            "resume with the code version that wrote it, or with a later version",
         )
     return manifest_of(folder, body)
 
@@ -179,7 +179,7 @@ def manifest_of(folder: Path, body: dict[str, Any]) -> Manifest:
         )
     for name in (name for rank in range(ranks) for name in (data_name(rank), index_name(rank))):
         if not _are_counts(files.get(name), 2 if name.endswith(".json") else 1):
-            raise CheckpointDamaged(path, f"does not tell the size of {name}")
+            raise CheckpointDamaged(path, f"does not contain the size of {name}")
     return Manifest(folder, step, attempt, ranks, Meta(path, meta), files, _entries(path, tensors, ranks))
 
 
@@ -190,7 +190,7 @@ def _entries(path: Path, tensors: dict[str, Any], ranks: int) -> dict[str, Entry
             case [str(dtype), shape, [*intervals]] if _are_counts(shape) and all(_are_counts(i, 3) for i in intervals):
                 found[name] = Entry(dtype, tuple(shape), [tuple(interval) for interval in intervals])
             case _:
-                raise CheckpointDamaged(path, f"does not tell where {name} lies")
+                raise CheckpointDamaged(path, f"does not contain the position of {name}")
         size = math.prod(shape)
         for rank, start, count in intervals:
             if rank >= ranks or start + count > size:
@@ -246,7 +246,7 @@ def check_index(manifest: Manifest, rank: int, text: bytes) -> dict[str, Any]:
             "tensors": {**tensors},
         } if len(blocks) == -(-size // CRC_BLOCK) and all(map(_is_place, tensors.values())):
             return body
-    raise CheckpointDamaged(path, "does not tell what its data file holds")
+    raise CheckpointDamaged(path, "does not describe its data file")
 
 
 def _is_place(found: Any) -> bool:
@@ -360,13 +360,13 @@ def _wrong_size(manifest: Manifest, name: str) -> CheckpointDamaged | None:
         return CheckpointDamaged(path, "the file is missing")
     except OSError as error:
         return CheckpointDamaged(path, error)
-    return None if found == size else CheckpointDamaged(path, f"{found} bytes, but {size} were written")
+    return None if found == size else CheckpointDamaged(path, f"{found} bytes, but {size} bytes were written")
 
 
 def _foreign(folder: Path, why: str) -> UserError:
     return UserError(
         "resume",
         folder,
-        f"must be a checkpoint folder written by this program; it {why}",
+        f"must be a checkpoint folder of Sluice; it {why}",
         "give the path of a folder runs/NAME/checkpoints/step_N, or of the run folder runs/NAME",
     )

@@ -66,7 +66,7 @@ class MemoryCopies:
         ready = self._join()
         kept = self._agree_on_kept()
         if not ready:
-            self._warnings.append(f"copy of step {step} in memory skipped: the one before is still on its way")
+            self._warnings.append(f"copy of step {step} in memory skipped: the previous copy is not complete yet")
             return time.perf_counter() - began
         self._asked = step
         if self._stage is None:
@@ -104,7 +104,9 @@ class MemoryCopies:
         """Name of the set to keep until the next one is whole; empty if there is none."""
         step = self._oldest_stored()
         if step < self._asked == self._stored:
-            self._warnings.append(f"copy of step {self._asked} in memory is not whole; logs of the other ranks say why")
+            self._warnings.append(
+                f"copy of step {self._asked} in memory is incomplete; see the logs of the other ranks"
+            )
         return SetId(self.attempt, step, self.world_size).name if step >= 0 else self._resumed
 
     def _oldest_stored(self) -> int:
@@ -157,10 +159,10 @@ class MemoryCopies:
             raise UserError(
                 "checkpoint.every_memory",
                 "on",
-                f"two copies of the state and two of the node before need {text}",
-                "free some, set checkpoint.memory_folder to a larger disk of the node, use more nodes, or set it to 0",
+                f"two copies of the state and two copies of the previous node's state need {text}",
+                "free space, set checkpoint.memory_folder to a larger disk of the node, use more nodes, or set checkpoint.every_memory=0",
             )
-        return f"no copies in memory as long as the run is on fewer nodes: they need {text}"
+        return f"no copies in memory while the run has fewer nodes: they need {text}"
 
     # Resuming -------------------------------------------------------------------------------------------------------
 
@@ -177,7 +179,7 @@ class MemoryCopies:
             indexes = [files.index(rank) for rank in range(len(self.shelves.holders))]
             return manifest_of(folder, merge_indexes(indexes, json.loads(indexes[0])["meta"]))
         except (OSError, ValueError) as error:
-            raise CheckpointDamaged(folder, f"its parts in memory cannot be put together ({error})") from error
+            raise CheckpointDamaged(folder, f"its parts in memory cannot be combined ({error})") from error
 
     def files(self) -> "ShelfFiles":
         return ShelfFiles(self.shelves, self.token, self.rank, self.timeout)

@@ -174,7 +174,7 @@ def _pieces(manifest: Manifest, name: str, shard: Shard, rounded: bool) -> list[
             f"checkpoint: {name}",
             manifest.folder,
             f"must hold elements {shard.offset} to {stop} of {name}; element {hole} is in no file",
-            "take another checkpoint",
+            "use another checkpoint",
         )
     found, reached = [], shard.offset
     for rank, start, count in entry.intervals:
@@ -193,15 +193,15 @@ def _compatible(manifest: Manifest, name: str, shard: Shard, rounded: bool) -> E
         raise UserError(
             f"checkpoint: {name}",
             manifest.folder,
-            f"must hold the tensor {name}; it holds {len(manifest.tensors)} others",
-            "use the model and optimizer settings that the checkpoint was written with: those in config.yaml of its run",
+            f"must hold the tensor {name}; it has {len(manifest.tensors)} other tensors",
+            "use the model and optimizer settings in config.yaml of the checkpoint's run",
         )
     if entry.shape != shape:
         raise UserError(
             f"checkpoint: {name}",
             manifest.folder,
             f"the tensor has shape {entry.shape} in the checkpoint, but {shape} in this model",
-            "use the model settings that the checkpoint was written with: those in config.yaml of its run",
+            "use the model settings in config.yaml of the checkpoint's run",
         )
     if entry.dtype not in TORCH:
         raise CheckpointDamaged(
@@ -212,8 +212,8 @@ def _compatible(manifest: Manifest, name: str, shard: Shard, rounded: bool) -> E
         raise UserError(
             f"checkpoint: {name}",
             manifest.folder,
-            f"the tensor is {stored} in the checkpoint and {dtype} in this run, which cannot hold every value",
-            "use the precision settings that the checkpoint was written with: those in config.yaml of its run",
+            f"the tensor is {stored} in the checkpoint and {dtype} in this run, which cannot represent every value",
+            "use the precision settings in config.yaml of the checkpoint's run",
         )
     return entry
 
@@ -230,7 +230,7 @@ def _read_rank(manifest: Manifest, files: Files, rank: int, pieces: list[FilePie
         known = (dtype, tuple(shape)) == (entry.dtype, entry.shape)
         if not (known and start <= piece.start <= start + count - piece.target.numel()):
             raise CheckpointDamaged(
-                manifest.folder / index_name(rank), f"does not tell where {piece.name} lies, as the manifest does"
+                manifest.folder / index_name(rank), f"does not have the manifest's position of {piece.name}"
             )
 
     def first_byte(piece: FilePiece) -> int:

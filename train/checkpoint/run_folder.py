@@ -97,7 +97,10 @@ class RunFolder(RunPaths):
             else:
                 atomic_write_text(self.config_path, self._before)
         except OSError as error:  # the ranks' reason is reported in any case
-            say(f"{self.config_path} keeps the settings of this start: {explain_disk_error(error)}", file=sys.stderr)
+            say(
+                f"{self.config_path} could not be restored after the refused start: {explain_disk_error(error)}",
+                file=sys.stderr,
+            )
 
     def close(self) -> None:
         """Release the lock. When the process dies, the kernel releases it."""
@@ -143,10 +146,10 @@ def _await_end_of_rank_0(path: Path, config: Config) -> None:
                     "name",
                     config.name,
                     f"rank 0 of an earlier start still writes to {path.parent} after {limit:.0f} s: {who}",
-                    "end that process, or take another name=",
+                    "end that process, or use another name=",
                 )
             if not told:
-                say(f"rank 0 of an earlier start has not ended yet: {who}; this start waits for it", file=sys.stderr)
+                say(f"rank 0 of an earlier start is still running: {who}; waiting for its end", file=sys.stderr)
                 told = True
             time.sleep(0.02)
     finally:
@@ -163,7 +166,7 @@ def _holder(handle: int, path: Path) -> str:
     told = re.fullmatch(r"process (\d{1,9}) on host (.+)", text)
     if told is None or (told[2] == socket.gethostname() and not lives(int(told[1]))):
         return f"another process (`fuser {path}` names it)" + (
-            f"; {text}, which held it before, has ended" if told else ""
+            f"; {text}, its previous holder, has ended" if told else ""
         )
     return text
 
@@ -202,7 +205,7 @@ def resume_point(config: Config, skip: Collection[Path] = ()) -> FoundCheckpoint
             "resume",
             config.resume,
             "no checkpoint of this run is intact: " + "; ".join([*found.warnings, *map(str, skip)]),
-            f"correct or remove them in {own}, or start from the beginning under another name=",
+            f"repair or remove them in {own}, or start a new run with another name=",
         )
     return found
 
@@ -230,7 +233,7 @@ def _named(path: Path) -> FoundCheckpoint:
     if root.name == "checkpoints":
         found = newest_intact(root)
         if found.path is None:
-            why = "; ".join(found.warnings) or "it holds none"
+            why = "; ".join(found.warnings) or "it has none"
             raise UserError("resume", path, f"must hold an intact checkpoint: {why}", "give another run or checkpoint")
         return found
     if problems := verify(path):
@@ -238,7 +241,7 @@ def _named(path: Path) -> FoundCheckpoint:
             "resume",
             path,
             "must be intact: " + "; ".join(problems),
-            "give another checkpoint, or use resume=auto, which takes the newest intact one of the run",
+            "give another checkpoint, or use resume=auto, which selects the newest intact checkpoint of the run",
         )
     return FoundCheckpoint(read_manifest(path), [])
 
@@ -271,7 +274,7 @@ def _make(config: Config, root: Path) -> None:
             "name",
             config.name,
             f"the run folder {root} belongs to user {owner}, and this is user {os.geteuid()}",
-            "take another name= or runs=, or start as its owner",
+            "use another name= or runs=, or start as the owner",
         )
 
 
@@ -290,7 +293,7 @@ def _lock(path: Path, name: str) -> int:
             "name",
             name,
             f"the run folder {path.parent} is in use by {holder}",
-            "wait, stop that run, or take another name=",
+            "wait, stop that run, or use another name=",
         ) from None
     except OSError as error:
         os.close(handle)
@@ -317,7 +320,7 @@ def _refuse_existing(config: Config, folder: Path) -> None:
             "resume",
             config.resume,
             f"the run {config.name} already has checkpoints, the last one {existing[-1]}",
-            "continue it with resume=auto, take another name=, or remove its folder",
+            "continue it with resume=auto, use another name=, or remove its folder",
         )
 
 
@@ -353,5 +356,5 @@ def check_space(config: Config, checkpoint_bytes: int) -> None:
             config.runs,
             f"no disk space: {copies} checkpoints of about {checkpoint_bytes / 1e9:.1f} GB need {needed / 1e9:.1f} GB, "
             f"and {free / 1e9:.1f} GB are free: {describe_room(place)}",
-            "free some, set runs= to a larger disk, or lower checkpoint.keep",
+            "free space, set runs= to a folder on a larger disk, or lower checkpoint.keep",
         )

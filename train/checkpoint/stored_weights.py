@@ -129,7 +129,7 @@ class StoredWeights:
                 self._own = self.pairs.as_trained(self._own)
             return
         if adapter.path is not None:
-            raise UserError(ADAPTER_FIELD, adapter.path, f"{checkpoint} holds an adapter already", "leave it out")
+            raise UserError(ADAPTER_FIELD, adapter.path, f"{checkpoint} already has an adapter", "leave it out")
         require_adapter(config, checkpoint, self.manifest.meta)
         adapted = adapted_tensors(config.model, family, adapter.targets, adapter.rank)
         meta = self.manifest.meta
@@ -176,8 +176,8 @@ def open_base(config: Config, manifest: Manifest) -> FillShards:
     if not path.exists():
         path = Path(config.init_from or path).expanduser()
     if not path.exists():
-        rule = f"must be where the weights are that the adapter in {manifest.folder} belongs to: they lay in {path}"
-        raise UserError("init_from", config.init_from, rule, "set init_from to where they are now")
+        rule = f"must name the base weights of the adapter in {manifest.folder}; their path was {path}"
+        raise UserError("init_from", config.init_from, rule, "set init_from to their current path")
     if is_hf_folder(path):
         folder, _, _ = open_model(path, text_only=config.text_only)
         require_base(config, manifest.folder, meta, describe_base(folder))
@@ -210,15 +210,14 @@ def open_pairs(path: str | None, model: Model, family: ModelFamily, fill_base: F
     said = opened.metadata() or {}
     mark, weights = said.get(BASE_MARK), said.get(BASE_WEIGHTS)
     other = found.folder.refuse(
-        f"is an adapter of other weights than these: it was made for {found.base}",
-        "give the base that it was trained on, to which it was not added yet",
+        f"is an adapter of other base weights: it was trained on {found.base}",
+        "give the base that it was trained on, without the adapter merged",
     )
     if mark is not None and mark != mark_of(fill_base, model):
         raise other
     if mark is not None and weights is None:
         say_note(
-            f"{found.folder.path}: this adapter knows its base by two of its rows, as an earlier version wrote it: whether it was added to "
-            f"these weights already cannot be told. It was made for {found.base}"
+            f"{found.folder.path}: this adapter of an earlier version identifies its base by only two rows, so it is unknown whether it is already merged into these weights. It was trained on {found.base}"
         )
 
     def read(placed: PlacedTensor) -> Tensor:
@@ -230,7 +229,8 @@ def open_pairs(path: str | None, model: Model, family: ModelFamily, fill_base: F
     base = said.get(BASE_FORMAT, BaseFormat.plain)
     if base not in list(BaseFormat):
         raise found.folder.refuse(
-            f"was trained beside a base in {base!r:.80}, which is unknown here", "use the version that wrote it"
+            f"was trained with a base in format {base!r:.80}, which this version does not know",
+            "use the version that wrote it",
         )
     return StoredPairs(found.adapted, found.scale, read, BaseFormat(base), weights, other)
 
@@ -257,7 +257,7 @@ def require_memory(model: Model, item_bytes: int, field: str, what: Path) -> Non
             field,
             what,
             f"needs {needed / 1e9:.1f} GB of memory in one process, and {free / 1e9:.1f} GB are free",
-            "take a machine with more memory, or a smaller model",
+            "use a machine with more memory, or a smaller model",
         )
 
 

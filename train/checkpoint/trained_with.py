@@ -49,7 +49,7 @@ def require_model(config: Config, checkpoint: Path, meta: dict[str, Any]) -> Non
         raise UserError(
             ", ".join(f"model.{name}" for name in differ),
             ", ".join(str(attrgetter(name)(config.model)) for name in differ),
-            f"the model must have the shape of the one in {checkpoint}, which has "
+            f"the model must have the shape of the model in {checkpoint}, which has "
             + ", ".join(f"model.{name} = {value}" for name, value in differ.items()),
             f"set {' '.join(f'model.{name}={json.dumps(value)}' for name, value in differ.items())}, or take another name= "
             "for a new run",
@@ -59,7 +59,7 @@ def require_model(config: Config, checkpoint: Path, meta: dict[str, Any]) -> Non
 def refuse_mean(config: Config, checkpoint: Path, meta: dict[str, Any]) -> None:
     """Raise UserError for a checkpoint of mode=average, which has no optimizer state."""
     if meta.get("averaged"):
-        rule = f"cannot go on from {checkpoint}, which mode=average wrote: a mean of weights has no optimizer's state"
+        rule = f"cannot resume from {checkpoint}: mode=average wrote it, without optimizer state"
         raise UserError("resume", config.resume, rule, f"set init_from={checkpoint} under another name=")
 
 
@@ -71,7 +71,7 @@ def tokenizer_of(config: Config, checkpoint: Manifest) -> Tokenizer:
         raise UserError(
             "data.tokenizer",
             None,
-            f"{run} holds no tokenizer.json, without which the tokens of {checkpoint.folder.name} are only numbers",
+            f"{run} has no tokenizer.json, which is needed for the tokens of {checkpoint.folder.name}",
             "set data.tokenizer to the tokenizer.json of that training",
         )
     choice = config.data.tokenizer or str(run)
@@ -87,8 +87,8 @@ def require_tokenizer(fingerprint: str, choice: str | None, checkpoint: Path, me
         raise UserError(
             "data.tokenizer",
             choice or "trained on the data",
-            f"must be the tokenizer that {checkpoint} was trained with; its fingerprint differs",
-            "set data.tokenizer to that tokenizer.json, or take another name= for a new run",
+            f"must be the tokenizer of {checkpoint}; its fingerprint differs",
+            "set data.tokenizer to that tokenizer.json, or use another name= for a new run",
         )
 
 
@@ -132,18 +132,18 @@ def require_adapter(config: Config, checkpoint: Path, meta: dict[str, Any]) -> N
     """Raise UserError unless checkpoint and run both hold whole weights, or adapters of the same shape."""
     if config.adapter.on != holds_adapter(meta):
         here, there = "trains an adapter", "whole weights"
-        cure = f"set init_from={checkpoint} and another name=, or leave adapter=lora out"
+        cure = f"set init_from={checkpoint} and another name=, or omit adapter=lora"
         if not config.adapter.on:
-            here, there, cure = "trains whole weights", "an adapter alone", "add adapter=lora, or take another name="
+            here, there, cure = "trains whole weights", "an adapter alone", "add adapter=lora, or use another name="
         raise UserError("adapter", config.adapter.name, f"{checkpoint} holds {there}, and this run {here}", cure)
     stored = {"base": "plain"} | meta.get("config", {}).get("adapter", {})  # older checkpoints lack this key
     now: dict[str, Any] = {"rank": config.adapter.rank, "base": str(config.adapter.base)}
     now["targets"] = [str(target) for target in config.adapter.targets or ()]
     for key in SHAPING if config.adapter.on else ():
         if key in stored and stored[key] != now[key]:
-            rule = f"must be {json.dumps(stored[key])}, with which {checkpoint} was trained"
+            rule = f"must be {json.dumps(stored[key])}, as in the training of {checkpoint}"
             listed = json.dumps(stored[key], separators=(",", ":")).replace('"', "")
-            cure = f"set adapter.{key}={listed}, or take another name= for a new run"
+            cure = f"set adapter.{key}={listed}, or use another name= for a new run"
             raise UserError(f"adapter.{key}", now[key], rule, cure)
 
 
@@ -157,13 +157,13 @@ def require_base(config: Config, checkpoint: Path, meta: dict[str, Any], base: d
 def other_base(init_from: str | None, checkpoint: Path, meta: dict[str, Any]) -> UserError:
     """The UserError for a base that a checkpoint's adapter was not trained with."""
     path = meta["base"]["path"]
-    rule = f"holds other weights than those that the adapter in {checkpoint} was trained beside: {path}"
+    rule = f"has other weights than the base of the adapter in {checkpoint}: {path}"
     return UserError("init_from", init_from, rule, f"set init_from={path}, or its copy")
 
 
 def refuse_adapter(checkpoint: Path, meta: dict[str, Any]) -> None:
     """Raise UserError if a run would start from a checkpoint that holds only an adapter."""
     if holds_adapter(meta):
-        rule = f"{checkpoint} holds an adapter alone, beside the weights of {meta['base']['path']}"
-        cure = "merge it into them first, by mode=export of its run with export.merge=true, and start from that folder"
+        rule = f"{checkpoint} has only an adapter for the weights of {meta['base']['path']}"
+        cure = "merge the adapter first (mode=export of its run with export.merge=true), and start from the exported folder"
         raise UserError("init_from", checkpoint, rule, cure)

@@ -36,7 +36,7 @@ def _checkpoints(folder: Path) -> list[Path]:
         return [folder]
     found = sorted(inner.glob(STEP_FOLDERS))
     if not found:
-        raise UserError("FOLDER", folder, "is a run without a checkpoint", "give a run that has one")
+        raise UserError("FOLDER", folder, "is a run without a checkpoint", "give a run with a checkpoint")
     return found
 
 

@@ -67,7 +67,7 @@ class WeightsMark:
         sums: dict[str, int] = {}
         reached: dict[str, int] = {}
         for name, start, stop, value in sorted({tuple(part) for rank in gather(self.parts) for part in rank}):
-            assert start >= reached.get(name, 0), f"two ranks have other parts of {name}"
+            assert start >= reached.get(name, 0), f"two ranks have different parts of {name}"
             reached[name] = stop
             plain = name.split(".")[1:]
             section = plain[1] if plain[0] == "mtp" else ""

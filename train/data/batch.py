@@ -150,16 +150,16 @@ def batch_of_samples(samples: Sequence[GivenSample], length: int, filling: int =
         end, place = len(sample.tokens), f"sample {row}"
         if not 1 <= sample.first < end <= length:
             rule = f"must have 1 <= first < tokens <= {length}, and has first={sample.first} and {end} tokens"
-            raise UserError("samples", place, rule, "shorten it, or give longer sequences")
+            raise UserError("samples", place, rule, "shorten the sample, or use longer sequences")
         tokens_BS[row, :end], documents_BS[row, :end] = torch.tensor(sample.tokens), 0
         supervised_BS[row, sample.first : end] = True
         if sample.values.keys() != tensors.keys():
-            raise UserError("samples", place, f"must give {', '.join(tensors)} as the first one does", "add or remove")
+            raise UserError("samples", place, f"must have {', '.join(tensors)}, like the first sample", "add or remove")
         for name, values in sample.values.items():
             given = torch.tensor(values, dtype=torch.float32)
             if given.dim() and len(given) != end - sample.first:
-                rule = f"must give {name} for each of its {end - sample.first} learnt tokens, and has {len(given)}"
-                raise UserError("samples", place, rule, "give one for each, or one number for all")
+                rule = f"must have {name} for each of its {end - sample.first} learnt tokens, and has {len(given)}"
+                raise UserError("samples", place, rule, "give one value per token, or one number for all")
             tensors[name][row, sample.first : end] = given
         if (sample.experts_TLK is None) != (experts is None):
             raise UserError("samples", place, "must give experts as the first one does, or none", "add or remove")

@@ -137,11 +137,11 @@ class ChatTemplate:
             try:
                 self._templates[kind] = environment.from_string(source)
             except jinja2.TemplateSyntaxError as error:
-                rule = f"line {error.lineno} of the template is no Jinja: {error.message}"
+                rule = f"line {error.lineno} of the template is not valid Jinja: {error.message}"
                 raise UserError(field, name, rule, "correct this line") from error
             except (RecursionError, MemoryError, SyntaxError, ValueError, OverflowError) as error:
-                rule = f"the template cannot be compiled, as brackets or blocks are nested too deep or a number is too long: {type(error).__name__}"
-                raise UserError(field, name, rule, "give the template of the model's publisher") from error
+                rule = f"the template cannot be compiled: too many nested brackets or blocks, or a number is too long: {type(error).__name__}"
+                raise UserError(field, name, rule, "use the template of the model's publisher") from error
 
     @cached_property
     def fingerprint(self) -> str:
@@ -175,7 +175,7 @@ class ChatTemplate:
             if message["role"] != "assistant" and content and not self._has(text, content.strip(), chat):
                 raise CannotRender(
                     f"the template leaves out a message of role {message['role']!r}",
-                    "take a template that knows such messages (data.template=FILE)",
+                    "use a template that supports such messages (data.template=FILE)",
                 )
         wanted = [number for number, learnt in enumerate(chat.learnt) if learnt]
         if supervise is Supervise.last:
@@ -286,7 +286,7 @@ class ChatTemplate:
         if choice is None and (gone := [n for n in wanted if n in lost]):
             raise CannotRender(
                 f"the template leaves out the reasoning of message {gone[0] + 1}: {thoughts[gone[0]]:.60}",
-                "set data.reasoning=insert (it is put in), template (it stays out) or drop (no turn keeps any)",
+                "set data.reasoning=insert (add it), template (leave it out) or drop (remove all reasoning)",
             )
         grown, found = 0, {}
         for number, turn in turns.items():
@@ -295,8 +295,8 @@ class ChatTemplate:
                 given = self._run(chat.messages[:number], chat.tools, add_generation_prompt=True)
                 if number in wanted and CLOSED.search(given):
                     raise CannotRender(
-                        f"message {number + 1} has reasoning, and the prompt of the template says that none follows",
-                        "set the template's switch, such as data.template_keys={thinking: true}, or data.reasoning=drop",
+                        f"message {number + 1} has reasoning, but the template's prompt declares that no reasoning follows",
+                        "set the template's option, such as data.template_keys={thinking: true}, or data.reasoning=drop",
                     )
                 if number in lost:
                     before = len(text)
@@ -337,8 +337,8 @@ class ChatTemplate:
         numbers = [number for number, message in enumerate(chat.messages) if message["role"] == "assistant"]
         if len(spans) != len(numbers):
             raise CannotRender(
-                f"the template marks {len(spans)} turns, and the assistant has {len(numbers)}",
-                "mark each turn of the assistant once ({% generation %})",
+                f"the template marks {len(spans)} turns, but the assistant has {len(numbers)} turns",
+                "mark each assistant turn once ({% generation %})",
             )
         turns = {}
         for number, (begin, end) in zip(numbers, spans, strict=True):
@@ -348,7 +348,7 @@ class ChatTemplate:
             if (place := text.find(form, begin, end)) < 0:
                 raise CannotRender(
                     f"the template leaves out text of the assistant, in message {number + 1}: {content:.60}",
-                    "take a template that keeps it (data.template=FILE)",
+                    "use a template that keeps it (data.template=FILE)",
                 )
             turns[number] = PlacedTurn(begin, place, end, cut)
         return text, turns
@@ -409,8 +409,8 @@ class ChatTemplate:
         place = plain.find(rest, at) if rest else -1
         if place < 0:
             raise CannotRender(
-                f"where message {number + 1}, of the assistant, is in the text of the template cannot be told",
-                "mark the assistant's turns in the template ({% generation %}), or take data.template=FILE",
+                f"the position of assistant message {number + 1} in the template's text is ambiguous",
+                "mark the assistant's turns in the template ({% generation %}), or use data.template=FILE",
             )
         header = given[_shared(given, self._run(list(before), chat.tools)) :]
         first = plain.rfind(header, at, place) if header else -1
@@ -487,9 +487,9 @@ def _inserted(text: str, turn: PlacedTurn, thought: str) -> tuple[str, PlacedTur
 def refuse_unknown_token(token: str, tokenizer: Tokenizer, field: str, name: str) -> None:
     """Raise UserError if the tokenizer does not know a special token. field, name: of the template, for the error."""
     if tokenizer.id_of(token) is None:
-        rule = f"writes {token}, which the tokenizer has not: it would be cut into letters"
+        rule = f"writes {token}, which is not a token of the tokenizer and would be split into characters"
         raise UserError(
-            field, name, rule, "take the tokenizer and the template of one checkpoint, or data.template=plain"
+            field, name, rule, "use the tokenizer and the template of the same checkpoint, or data.template=plain"
         )
 
 
@@ -503,16 +503,16 @@ def load_template(
     keys = keys or {}
     if wrong := [key for key in keys if key in GIVEN]:
         cure = "leave it out"
-        raise UserError(f"data.template_keys.{wrong[0]}", keys[wrong[0]], "is a variable that every chat sets", cure)
+        raise UserError(
+            f"data.template_keys.{wrong[0]}", keys[wrong[0]], "is a variable that is set for every chat", cure
+        )
     tokens = tokenizer.special_tokens() | dict(keys)
     if choice == PLAIN:
         sources, name = {"default": Path(__file__).with_name("plain_chat.jinja").read_text()}, PLAIN
     elif choice is not None:
         path = Path(choice).expanduser()
         if not path.is_file():
-            cure = (
-                "give the path of a Jinja file, or plain; or leave it out, which takes that of the tokenizer's folder"
-            )
+            cure = "give the path of a Jinja file, or plain, or omit it to use the template in the tokenizer's folder"
             raise UserError("data.template", choice, "there is no such file", cure)
         sources, name = {"default": _text(path)}, choice
     else:
@@ -545,7 +545,7 @@ def _of_folder(folder: Path | None) -> tuple[dict[str, str], str]:
         "data.template",
         None,
         "the tokenizer's folder has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json)",
-        "set data.template=plain for ours, in plain words, or data.template=FILE for a Jinja file",
+        "set data.template=plain for a built-in template, or data.template=FILE for a Jinja file",
     )
 
 

@@ -55,7 +55,7 @@ def chat_tokenizer(config: Config) -> tuple[Tokenizer, ChatTemplate]:
     """The tokenizer of the weights to fine-tune, and the chat template. Raises UserError."""
     choice = config.data.tokenizer or config.init_from
     if choice is None:
-        rule = "chats need the tokenizer of the model that is tuned; none can be made of chats"
+        rule = "chats need the tokenizer of the tuned model; no tokenizer can be trained on chats"
         raise UserError("data.tokenizer", None, rule, "set init_from=FOLDER, or data.tokenizer to the model's folder")
     path = Path(choice).expanduser()
     if config.data.tokenizer is None and (path / MANIFEST).is_file():

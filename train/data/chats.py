@@ -102,7 +102,7 @@ def read_chat(record: Any, place: str, field: str) -> Chat:
     record = without_nulls(record)
     written = "".join(_texts(record))
     if SURROGATE.search(written) or any(mark in written for mark in PLACE_MARKS):
-        raise refuse("is not Unicode text: it holds half a pair, or U+FDD0 or U+FDD1", "correct or remove it")
+        raise refuse("is not Unicode text: it has a lone surrogate, or U+FDD0 or U+FDD1", "correct or remove it")
     skip = 0
     if "messages" in record:
         messages = _list(record["messages"], "messages", refuse)
@@ -152,7 +152,7 @@ def _list(value: Any, key: str, refuse: Any) -> list:
         try:
             value = json.loads(value)
         except ValueError as error:
-            raise refuse(f"has a text under {key!r} that is no JSON: {error}", "write a list") from error
+            raise refuse(f"has a text under {key!r} that is not JSON: {error}", "write a list") from error
     if not isinstance(value, list) or not value:
         raise refuse(f"has no list under {key!r}, or an empty one", f"write {key} as a list of objects")
     return value
@@ -169,7 +169,7 @@ def _from_sharegpt(turn: Any, refuse: Any) -> Message:
     role = SHAREGPT.get(str(turn["from"]))
     if role is None:
         known = ", ".join(SHAREGPT)
-        raise refuse(f"has a turn from {turn['from']!r}, and known are: {known}", "rename it, or remove the chat")
+        raise refuse(f"has a turn from {turn['from']!r}; known senders are {known}", "rename it, or remove the chat")
     return {"role": role, "content": turn["value"]} | ({"weight": turn["weight"]} if "weight" in turn else {})
 
 
@@ -184,25 +184,25 @@ def _message(given: Any, number: int, refuse: Any) -> tuple[Message, bool]:
         cure = f"use one of {', '.join(ROLES)}"
         raise refuse(f"{where} has {'no role' if role is None else f'the role {role!r}, which is unknown'}", cure)
     if weight not in (0, 1):
-        raise refuse(f"{where} has weight {weight!r}", "a weight is 0 (not learnt) or 1 (learnt)")
+        raise refuse(f"{where} has weight {weight!r}", "a weight must be 0 (not learnt) or 1 (learnt)")
     content = message.get("content", "")
     if isinstance(content, list):
         parts = [part.get("text") if isinstance(part, dict) else part for part in content]
         if not all(isinstance(part, str) for part in parts):
-            raise refuse(f"{where} has parts that are no text", "leave out what is no text")
+            raise refuse(f"{where} has parts that are not text", "remove parts that are not text")
         content = "".join(map(str, parts))
     if not isinstance(content, str):
-        raise refuse(f"{where} has a {type(content).__name__} as content", "content is a text")
+        raise refuse(f"{where} has a {type(content).__name__} as content", "content must be text")
     thoughts = {key: thought for key in REASONING_NAMES if (thought := message.pop(key, None))}
     for key, thought in thoughts.items():
         if role != "assistant" or not isinstance(thought, str):
-            raise refuse(f"{where} has {key} that is no text of the assistant", "correct this message")
+            raise refuse(f"{where} has {key} that is not text of the assistant", "correct this message")
         if message.setdefault(REASONING, thought) != thought:
             raise refuse(
-                f"{where} has other reasoning under {key} than under {next(iter(thoughts))}", "keep one of them"
+                f"{where} has different reasoning under {key} and {next(iter(thoughts))}", "keep one of the two"
             )
     if not content and not message.get("tool_calls") and role == "user":
-        raise refuse(f"{where}, of the user, is empty", "remove the chat, or write what was asked")
+        raise refuse(f"{where}, of the user, is empty", "remove the chat, or write the question")
     if content or "content" in given or not message.get("tool_calls"):
         message["content"] = content
     if message.get("tool_calls") and given.get("content") is None and not content:

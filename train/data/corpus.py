@@ -142,11 +142,10 @@ class _Builder:
             store = self._store(path, lambda path, source=source: self._write_chats(path, source, tokenizer, template))
             name = _name(part)
             if dropped := store.meta.get("unlearnt", 0):
-                self._note(f"{name}: {dropped} chats have nothing to learn and are left out")
+                self._note(f"{name}: {dropped} chats have no learnt tokens and are left out")
             if unthought := store.meta.get("unthought", 0):
                 self._note(
-                    f"{name}: {unthought} learnt turns have no reasoning, and the prompt of the template begins some, so that the model is "
-                    "asked in another way than it learnt: give them reasoning, or see data.template_keys"
+                    f"{name}: {unthought} learnt turns have no reasoning, but the template's prompt opens a reasoning block, so generation differs from the training: add reasoning, or see data.template_keys"
                 )
             if len(store.hashes_D) < 2:
                 rule = f"has {len(store.hashes_D)} chats to learn from, and one at least is held out"

@@ -136,7 +136,7 @@ def open_adapter(path: Path, model: Model, family: ModelFamily) -> AdapterFolder
     lacking = [name for name in (ADAPTER_CONFIG, ADAPTER_FILE) if not (path / name).is_file()]
     if lacking:
         raise folder.refuse(
-            f"lacks {' and '.join(lacking)}", "give a folder that PEFT or export.to wrote, in safetensors"
+            f"lacks {' and '.join(lacking)}", "give an adapter folder of PEFT or export.to, in safetensors"
         )
     body = read_json(path / ADAPTER_CONFIG, ADAPTER_FIELD, "export it again")
     rank, scale = _read_settings(folder, body)
@@ -166,25 +166,26 @@ def _match_pairs(folder: Folder, model: Model, family: ModelFamily, rank: int) -
     if stacked := [name for name in stored if ".experts.lora_" in name or ".experts.base_layer." in name]:
         raise folder.refuse(
             f"holds experts stacked as PEFT saves them from transformers 5: {some(stacked)}",
-            f"name them one by one, as in {PREFIX}model.layers.1.mlp.experts.0.gate_proj.lora_A.weight",
+            f"store each expert under its own name, as in {PREFIX}model.layers.1.mlp.experts.0.gate_proj.lora_A.weight",
         )
     if unknown := [name for name in stored if name not in known]:
         raise folder.refuse(
-            f"adapts what the model has not, or nothing here adapts: {some(unknown)}", "give an adapter of this base"
+            f"adapts weights that the model does not have, or that cannot be adapted: {some(unknown)}",
+            "give an adapter of this base",
         )
     found = [one for one in possible if one.a.theirs in stored or one.b.theirs in stored]
     parts = [part for one in found for part in (one.a, one.b)]
     if missing := [part.theirs for part in parts if part.theirs not in stored]:
-        raise folder.refuse(f"lacks the other half of {len(missing)} pairs: {some(missing)}", "export it again")
+        raise folder.refuse(f"has only A or only B for {len(missing)} weights: {some(missing)}", "export it again")
     if wrong := [
         f"{p.theirs} {stored[p.theirs].shape}, not {p.shape}" for p in parts if stored[p.theirs].shape != p.shape
     ]:
         raise folder.refuse(
-            f"{len(wrong)} tensors have another shape than rank {rank} on this base gives: {some(wrong)}",
+            f"{len(wrong)} tensors do not have the shape for rank {rank} and this base: {some(wrong)}",
             "give an adapter of this base",
         )
     if odd := [f"{name} is {one.dtype}" for name, one in stored.items() if one.dtype not in PLAIN_TYPES]:
-        raise folder.refuse(f"has types that are not read here: {some(odd)}", f"give it in {', '.join(PLAIN_TYPES)}")
+        raise folder.refuse(f"has unsupported dtypes: {some(odd)}", f"give it in {', '.join(PLAIN_TYPES)}")
     if not found:
-        raise folder.refuse("holds no tensors", "export it again")
+        raise folder.refuse("has no tensors", "export it again")
     return found

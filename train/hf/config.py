@@ -66,7 +66,7 @@ def read_model(folder: Path, field: str = "init_from") -> Model:
     _check_kind(field, path, body, family)
     missing = [theirs for theirs in FIELDS.values() if theirs not in body]
     if missing:
-        raise _refuse(field, path, f"lacks {', '.join(missing)}", "take the config.json that belongs to the weights")
+        raise _refuse(field, path, f"lacks {', '.join(missing)}", "use the config.json of these weights")
     sparse = _sparse(field, path, body, family)
     values = {ours: body[theirs] for ours, theirs in FIELDS.items()}
     values["shared_experts"] = values["shared_experts"] or 0
@@ -90,7 +90,7 @@ def read_model(folder: Path, field: str = "init_from") -> Model:
         raise _refuse(field, path, f"{error.field} = {error.value} {error.rule}", "give other weights") from error
     except TypeError as error:
         wrong = f"has a value of a wrong type: {error}"
-        raise _refuse(field, path, wrong, "take the config.json that belongs to the weights") from error
+        raise _refuse(field, path, wrong, "use the config.json of these weights") from error
     _check_derived(field, path, body, model)
     _check_layers(field, path, body, model, family)
     return model
@@ -135,8 +135,8 @@ def _check_kind(field: str, path: Path, body: Any, family: FamilyFacts) -> None:
         raise _refuse(
             field,
             path,
-            f"has fields that are not known here, and may change the model: {some(unknown)}",
-            "give other weights; where you know that a field changes nothing, remove it from the file",
+            f"has unknown fields, which may change the model: {some(unknown)}",
+            "give other weights; if you know that a field changes nothing, remove it from the file",
         )
     quantised = _section(field, path, body, "quantization_config")
     if quantised is not None:
@@ -147,12 +147,14 @@ def _check_quantised(field: str, path: Path, quantised: dict[str, Any]) -> None:
     """Raise UserError for weights in another form than DeepSeek's FP8."""
     cure = "give weights in bf16, fp32, or DeepSeek's FP8"
     if quantised.get("quant_method") == "compressed-tensors":
-        rule = "quantization_config packs weights as compressed-tensors, such as experts in INT4, which nothing here unpacks"
+        rule = (
+            "quantization_config packs weights as compressed-tensors, such as experts in INT4, which is not supported"
+        )
         raise _refuse(
             field,
             path,
             rule,
-            f"{cure}: unpack them with the program that packed them, or take the model's release in bf16 or FP8",
+            f"{cure}: unpack them with the program that packed them, or use the model's release in bf16 or FP8",
         )
     found = quantised.get("quant_method"), quantised.get("fmt", "e4m3"), quantised.get("weight_block_size")
     if found != ("fp8", "e4m3", [SCALE_BLOCK, SCALE_BLOCK]):
@@ -162,17 +164,15 @@ def _check_quantised(field: str, path: Path, quantised: dict[str, Any]) -> None:
         rule = f"quantization_config: activation_scheme must be dynamic, and is {scheme!s:.80}"
         raise _refuse(field, path, rule, cure)
     if unknown := [key for key, value in quantised.items() if key not in QUANTISED and value is not None]:
-        rule = f"quantization_config has fields that are not known here, and may change the weights: {some(unknown)}"
-        raise _refuse(
-            field, path, rule, f"{cure}; where you know that a field changes nothing, remove it from the file"
-        )
+        rule = f"quantization_config has unknown fields, which may change the weights: {some(unknown)}"
+        raise _refuse(field, path, rule, f"{cure}; if you know that a field changes nothing, remove it from the file")
 
 
 def _sparse(field: str, path: Path, body: dict[str, Any], family: FamilyFacts) -> SparseAttention:
     """The indexers that the file describes. Raises UserError where it does not describe them, or contradicts itself."""
     if not family.is_sparse:
         return SparseAttention()
-    cure = "take the config.json that belongs to the weights"
+    cure = "use the config.json of these weights"
     if missing := [
         theirs for theirs in SPARSE_FIELDS.values() if type(body.get(theirs)) is not int or body[theirs] < 1
     ]:
@@ -200,7 +200,7 @@ def _sparse(field: str, path: Path, body: dict[str, Any], family: FamilyFacts) -
         said["index_topk_freq"] = ["FS"[max(layer - offset + 1, 0) % max(every, 1) > 0] for layer in range(layers)]
     found = next(iter(said.values()), list("F" * layers))
     if any(other != found for other in said.values()):
-        raise _refuse(field, path, f"{' and '.join(said)} must say the same of every layer", cure)
+        raise _refuse(field, path, f"{' and '.join(said)} must be the same for every layer", cure)
     if len(found) != layers or not {*found} <= {"F", "S"} or found[:1] != ["F"]:
         what = next(iter(said), INDEX_TYPES)
         raise _refuse(
@@ -224,8 +224,8 @@ def _check_derived(field: str, path: Path, body: dict[str, Any], model: Model) -
     }
     for key, value in said.items():
         if body.get(key, value) not in (value, None):
-            rule = f"{key} must be {value}, as the other fields say, and is {body[key]!r:.80}"
-            raise _refuse(field, path, rule, "take the config.json that belongs to the weights")
+            rule = f"{key} must be {value}, according to the other fields, and is {body[key]!r:.80}"
+            raise _refuse(field, path, rule, "use the config.json of these weights")
 
 
 def _check_layers(field: str, path: Path, body: dict[str, Any], model: Model, family: FamilyFacts) -> None:
@@ -236,9 +236,9 @@ def _check_layers(field: str, path: Path, body: dict[str, Any], model: Model, fa
     if types is None and family.dense_unsaid in (None, dense):
         return
     if not isinstance(types, list) or len(types) != model.layers or types != _layer_types(model):
-        found = f"is {types!r:.80}" if types is not None else f"without it {family.dense_unsaid} layer is dense"
-        rule = f"mlp_layer_types must be {dense} x dense, then sparse, as the other fields say, and {found}"
-        raise _refuse(field, path, rule, "take the config.json that belongs to the weights")
+        found = f"is {types!r:.80}" if types is not None else f"without it, {family.dense_unsaid} layer is dense"
+        rule = f"mlp_layer_types must be {dense} x dense, then sparse, according to the other fields, and {found}"
+        raise _refuse(field, path, rule, "use the config.json of these weights")
 
 
 def _layer_types(model: Model) -> list[str]:
@@ -258,11 +258,11 @@ def _rope(field: str, path: Path, body: dict[str, Any]) -> dict[str, Any]:
     if rope.get("type", kind) != kind:
         problem = f"its rope_type is {kind!r:.80} and its type {rope['type']!r:.80}"
     elif older and newer and (differing := _differing(older, newer, body.get("rope_theta", Model.rope_theta))):
-        problem = f"it must say what rope_parameters says, and differs in {some(differing)}"
+        problem = f"it must agree with rope_parameters, and differs in {some(differing)}"
     elif kind not in ("default", "yarn"):
         problem = f"its type must be default or yarn, and is {kind!r:.80}"
     elif unknown := [key for key, value in rope.items() if key not in ROPE_FIELDS and value is not None]:
-        problem = f"has parameters that are not known here: {some(unknown)}"
+        problem = f"has unknown parameters: {some(unknown)}"
     elif rope.get("partial_rotary_factor") not in (None, 1):
         problem = f"partial_rotary_factor must be 1, and is {rope['partial_rotary_factor']!r:.80}"
     elif kind == "yarn":
@@ -333,7 +333,9 @@ def check_recipe(config: Config, theirs: Model, folder: Path) -> list[str]:
     if ours.mtp_depth > theirs.mtp_depth:
         names.append("mtp_depth")
     elif ours.mtp_depth < theirs.mtp_depth:
-        notes.append(f"{folder} has {theirs.mtp_depth} MTP modules, the recipe {ours.mtp_depth}: the rest is left out")
+        notes.append(
+            f"{folder} has {theirs.mtp_depth} MTP modules, the recipe {ours.mtp_depth}: the other modules are left out"
+        )
     wrong = [name for name in names if getattr(ours, name) != getattr(theirs, name)]
     values = {f"model.{name}": (getattr(ours, name), getattr(theirs, name)) for name in wrong}
     # a null value would be derived from fields that may be wrong
@@ -343,7 +345,9 @@ def check_recipe(config: Config, theirs: Model, folder: Path) -> list[str]:
     ranked = cured.resolved_group_top_k, theirs.resolved_group_top_k
     values |= {"model.group_top_k": ranked} if theirs.top_groups < theirs.groups and ranked[0] != ranked[1] else {}
     if ours.sparse.heads and not theirs.sparse.heads:
-        notes.append(f"{folder} has dense attention: the run draws the indexers (optim.index_warmup trains them alone)")
+        notes.append(
+            f"{folder} has dense attention: the run initialises the indexers at random (optim.index_warmup trains only them)"
+        )
     else:
         pairs = {
             f"model.sparse.{name}": (value, getattr(theirs.sparse, name)) for name, value in vars(ours.sparse).items()
@@ -361,7 +365,7 @@ def check_recipe(config: Config, theirs: Model, folder: Path) -> list[str]:
         listed = ", ".join(f"{name} {mine}, there {other}" for name, (mine, other) in values.items())
         cure = " ".join(f"{name}={'null' if other is None else other}" for name, (_, other) in values.items())
         raise _refuse(
-            "init_from", folder, f"its config.json is another model than the recipe's: {listed}", f"set {cure}"
+            "init_from", folder, f"its config.json describes another model than the recipe: {listed}", f"set {cure}"
         )
     return notes
 

@@ -96,51 +96,51 @@ OTHER_MODELS = """
     sep_token_id task_specific_params tf_legacy_loss tie_encoder_decoder torchscript use_bfloat16
 """
 HARMLESS = {
-    "auto_map": "names Python files of the folder, of which none is ever run",
-    "_name_or_path": "where the folder came from",
-    "name_or_path": "where the folder came from",
-    "_commit_hash": "where the folder came from",
-    "transformers_version": "what wrote the folder",
-    "dtype": "every tensor says its own type",
-    "torch_dtype": "every tensor says its own type",
-    "initializer_range": "of weights before the training",
-    "attention_dropout": "acts in training alone, and ours has none",
-    "aux_loss_alpha": "a loss of the training; optim.balance_loss is ours",
-    "seq_aux": "a loss of the training; optim.balance_loss is ours",
-    "output_router_logits": "asks for results beside the logits",
-    "output_hidden_states": "asks for results beside the logits",
-    "output_attentions": "asks for results beside the logits",
-    "return_dict": "the form of results in Python",
-    "ep_size": "how one program spreads experts over devices",
-    "pretraining_tp": "cuts products into parts that add up to the same",
-    "chunk_size_feed_forward": "cuts products into parts, in other models",
+    "auto_map": "names Python files of the folder; they are never run",
+    "_name_or_path": "the origin of the folder",
+    "name_or_path": "the origin of the folder",
+    "_commit_hash": "the origin of the folder",
+    "transformers_version": "the program that wrote the folder",
+    "dtype": "every tensor has its own dtype",
+    "torch_dtype": "every tensor has its own dtype",
+    "initializer_range": "applies to weights before the training",
+    "attention_dropout": "acts only in training, and Sluice does not use it",
+    "aux_loss_alpha": "a training loss; Sluice uses optim.balance_loss",
+    "seq_aux": "a training loss; Sluice uses optim.balance_loss",
+    "output_router_logits": "requests outputs besides the logits",
+    "output_hidden_states": "requests outputs besides the logits",
+    "output_attentions": "requests outputs besides the logits",
+    "return_dict": "the format of outputs in Python",
+    "ep_size": "the distribution of experts over devices in one program",
+    "pretraining_tp": "divides matmuls into parts with the same sum",
+    "chunk_size_feed_forward": "divides matmuls into parts, in other models",
     "use_cache": "whether generation keeps a cache",
-    "attn_implementation": "which kernel computes the same attention",
-    "_attn_implementation": "which kernel computes the same attention",
-    "_attn_implementation_autoset": "which kernel computes the same attention",
-    "experts_implementation": "which kernel computes the same experts",
-    "bos_token_id": "the tokenizer's files say it",
-    "eos_token_id": "the tokenizer's files say it",
-    "pad_token_id": "its row of the embedding is a weight like any other",
+    "attn_implementation": "the kernel of the same attention",
+    "_attn_implementation": "the kernel of the same attention",
+    "_attn_implementation_autoset": "the kernel of the same attention",
+    "experts_implementation": "the kernel of the same experts",
+    "bos_token_id": "set by the tokenizer's files",
+    "eos_token_id": "set by the tokenizer's files",
+    "pad_token_id": "its embedding row is an ordinary weight",
     "tokenizer_class": "tokenizer.json is read instead",
-    "id2label": "of classifiers, which this architecture is not",
-    "label2id": "of classifiers, which this architecture is not",
-    "num_labels": "of classifiers, which this architecture is not",
-    "problem_type": "of classifiers, which this architecture is not",
-    **dict.fromkeys(GENERATION.split(), "how text is drawn; the section generate is ours"),
-    **dict.fromkeys(OTHER_MODELS.split(), "older transformers wrote it into every file, and other models read it"),
+    "id2label": "applies to classifiers",
+    "label2id": "applies to classifiers",
+    "num_labels": "applies to classifiers",
+    "problem_type": "applies to classifiers",
+    **dict.fromkeys(GENERATION.split(), "sampling of text; Sluice uses the section generate"),
+    **dict.fromkeys(OTHER_MODELS.split(), "written into every file by older transformers, for other models"),
 }
 """Fields that do not change the model's results here, with the reason. All others are rejected unless they are null."""
 QUANTISED = {
     "quant_method": "fp8",
     "fmt": "e4m3",
     "weight_block_size": "blocks of 128 x 128",
-    "activation_scheme": "dynamic: activations are rounded by their own values, if at all",
-    "scale_fmt": "of the scales of activations; those of weights are tensors",
-    "modules_to_not_convert": "every tensor says its own type",
-    "modules_to_convert": "every tensor says its own type",
-    "expert_dtype": "every tensor says its own type",
-    "dequantize": "weights are always dequantised here",
+    "activation_scheme": "dynamic: activations are scaled by their own values, or not quantised",
+    "scale_fmt": "applies to scales of activations; the scales of weights are tensors",
+    "modules_to_not_convert": "every tensor has its own dtype",
+    "modules_to_convert": "every tensor has its own dtype",
+    "expert_dtype": "every tensor has its own dtype",
+    "dequantize": "Sluice always dequantises weights",
 }
 """Fields of quantization_config, with the required value or the reason why they change nothing.
 All others are rejected unless they are null.
@@ -283,11 +283,11 @@ FAMILIES = {
 """By name. An architecture that no row names is rejected."""
 
 REFUSED_MODELS = {
-    "MistralLarge4ForConditionalGeneration": "its attention is sparse in a way of its own, which is not here",
-    "DeepseekV4ForCausalLM": "its attention is compressed (CSA, HCA), its residual stream manifold (mHC), and tokens are routed by hash",
-    "LongcatFlashForCausalLM": "its layers have two attentions, and some of its experts compute nothing",
-    "DeepseekV2ForCausalLM": "its routers take a softmax whose gates are not made to add up to 1",
-    "KimiLinearForCausalLM": "most of its layers have linear attention",
+    "MistralLarge4ForConditionalGeneration": "its own sparse attention is not supported",
+    "DeepseekV4ForCausalLM": "compressed attention (CSA, HCA), manifold residual streams (mHC) and routing by hash are not supported",
+    "LongcatFlashForCausalLM": "layers with two attentions, and experts without computation, are not supported",
+    "DeepseekV2ForCausalLM": "softmax routers without normalised gates are not supported",
+    "KimiLinearForCausalLM": "layers with linear attention are not supported",
 }
 """Similar models that ours cannot express, with the reason."""
 
@@ -308,7 +308,7 @@ def read_fields(folder: Path, field: str) -> tuple[FamilyFacts, Path, Fields]:
         path = folder / PARAMS_FILE
         return FAMILIES[ModelFamily.mistral_large_3], path, from_params(field, path)
     if not path.exists():
-        raise UserError(field, folder, f"must hold a {CONFIG_FILE}", "give a folder as from_pretrained takes")
+        raise UserError(field, folder, f"must contain a {CONFIG_FILE}", "give a folder for from_pretrained")
     body = read_json(path, field, "download it again")
     facts = _named(field, path, body)
     if facts.section:
@@ -328,7 +328,7 @@ def _named(field: str, path: Path, body: Fields) -> FamilyFacts:
             return facts
     named = ", ".join(map(str, found)) if isinstance(found, list) else found or "none"
     first, *others = (facts.architectures[0] for facts in FAMILIES.values() if facts.config_file == CONFIG_FILE)
-    rule = f"must name the architecture {first}, it names {named!s:.80}"
+    rule = f"must name the architecture {first}, and names {named!s:.80}"
     if reason := REFUSED_MODELS.get(str(named)):
         rule += f": {reason}"
     elif "kv_lora_rank" not in body and not isinstance(body.get("text_config"), dict):
@@ -347,7 +347,7 @@ def _require_type(field: str, path: Path, body: Fields, facts: FamilyFacts) -> N
     """
     if body.get("model_type") not in (None, *facts.model_types):
         rule = f"model_type must be {' or '.join(facts.model_types)}, as {facts.architectures[0]} has it, and is {body['model_type']!r:.80}"
-        raise UserError(field, path, rule, "correct the field that is wrong, or download the file again")
+        raise UserError(field, path, rule, "correct the wrong field, or download the file again")
 
 
 def _section(field: str, path: Path, body: Fields, facts: FamilyFacts) -> Fields:
@@ -360,7 +360,7 @@ def _section(field: str, path: Path, body: Fields, facts: FamilyFacts) -> Fields
         raise UserError(field, path, f"{facts.section} must be an object, and is {text!r:.80}", "download it again")
     _require_type(field, path, text, FAMILIES[ModelFamily.deepseek_v3])
     if body.get("tie_word_embeddings", True):
-        rule = "tie_word_embeddings must be False: left out it is True here, and embedding and head are two tensors"
+        rule = "tie_word_embeddings must be False: the default is True, and here embedding and head are two tensors"
         raise UserError(field, path, rule, "download it again")
     known = {
         *HARMLESS,

@@ -76,10 +76,10 @@ def open_folder(path: Path, field: str = "init_from") -> Folder:
         here = read_header(folder, file)
         if absent := [name for name in names if name not in here]:
             raise folder.refuse(
-                f"{file} must hold what {_listing(folder)} says, and lacks {some(absent)}", "download it again"
+                f"{file} lacks tensors that {_listing(folder)} assigns to it: {some(absent)}", "download it again"
             )
         if twice := [name for name in here if name in folder.stored]:
-            raise folder.refuse(f"{file} holds what another file holds too: {some(twice)}", "download it again")
+            raise folder.refuse(f"{file} has tensors that another file has, too: {some(twice)}", "download it again")
         folder.stored.update(here)
     return folder
 
@@ -102,7 +102,7 @@ def open_model(path: Path, field: str = "init_from", text_only: bool = False) ->
     found = _count_mtp(folder, model.layers)
     if found == model.mtp_depth:
         return folder, model, notes
-    note = f"{path}: its config.json names {model.mtp_depth} MTP modules and its weights hold {found}: the rest is left out"
+    note = f"{path}: its config.json names {model.mtp_depth} MTP modules and its weights have {found}: the other modules are left out"
     return folder, replace(model, mtp_depth=min(found, model.mtp_depth)), [*notes, note]
 
 
@@ -118,11 +118,11 @@ def _language_model(folder: Folder, text_only: bool) -> tuple[Folder, list[str]]
         return folder, []
     if not text_only:
         raise folder.refuse(
-            f"holds more than a language model: {named}, which are not trained here",
-            "set text_only=true to take the language model and leave them out",
+            f"has more than a language model: {named}, which Sluice does not train",
+            "set text_only=true to read only the language model",
         )
     stored = {name: tensor for name, tensor in folder.stored.items() if not name.startswith(parts)}
-    return replace(folder, stored=stored), [f"{folder.path}: left out, as text_only asks: {named}"]
+    return replace(folder, stored=stored), [f"{folder.path}: left out because of text_only: {named}"]
 
 
 def _count_mtp(folder: Folder, layers: int) -> int:
@@ -142,13 +142,13 @@ def _refuse_others(folder: Folder, files: dict[str, list[str]]) -> None:
     names = sorted(file.name for file in folder.path.iterdir() if not file.name.startswith("."))
     if others := [name for name in names if name.endswith(".safetensors") and name not in files]:
         raise folder.refuse(
-            f"holds weights beside those of {_listing(folder)}, which nothing would read: {some(others)}",
-            "move them out of the folder, or, where they belong to the model, download the index that names them",
+            f"has weight files that {_listing(folder)} does not list: {some(others)}",
+            "move them out of the folder; if they belong to the model, download the index that lists them",
         )
     if ADAPTER_CONFIG in names:
         raise folder.refuse(
-            f"holds an adapter ({ADAPTER_CONFIG}), which would not be added to the weights",
-            "give it as adapter.path, from a folder of its own, or merge it into the weights with the program that made it",
+            f"has an adapter ({ADAPTER_CONFIG}), which would be ignored",
+            "move the adapter to another folder and give it as adapter.path, or merge it into the weights",
         )
 
 
@@ -175,17 +175,15 @@ def _index(folder: Folder) -> dict[str, list[str]]:
         pickles = [file.name for kind in PICKLES for file in sorted(folder.path.glob(kind))]
         if pickles:
             raise folder.refuse(
-                f"holds no safetensors but {some(pickles)}: pickle files can run any code and are never opened",
+                f"has no safetensors, only {some(pickles)}: pickle files can run any code and are never opened",
                 "convert them to safetensors with a program that you trust",
             )
         raise folder.refuse(
-            f"must hold {index_of(STEMS[0])} or {STEMS[0]}.safetensors", "give a downloaded Hugging Face folder"
+            f"must contain {index_of(STEMS[0])} or {STEMS[0]}.safetensors", "give a downloaded Hugging Face folder"
         )
     weight_map = read_json(path, folder.field, "download it again", value=folder.path).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise folder.refuse(
-            f"{listing} cannot be read: its weight_map must give tensors their files", "download it again"
-        )
+        raise folder.refuse(f"{listing} cannot be read: its weight_map must map tensors to files", "download it again")
     files: dict[str, list[str]] = {}
     for name, file in weight_map.items():
         files.setdefault(file, []).append(name)
@@ -208,7 +206,7 @@ def read_header(folder: Folder, file: str) -> dict[str, StoredTensor]:
     except (SafetensorError, OSError) as error:
         if is_refusal(error):
             raise folder.refuse(f"{file} cannot be read: {error}", cure_of_reading(error)) from error
-        raise folder.refuse(f"{file} is damaged or cut short: {error}", "download it again") from error
+        raise folder.refuse(f"{file} is damaged or truncated: {error}", "download it again") from error
 
 
 def match(folder: Folder, model: Model) -> list[PlacedTensor]:
@@ -236,8 +234,8 @@ def match(folder: Folder, model: Model) -> list[PlacedTensor]:
     extra = [name for name in stored if not name.endswith(SCALE) and name not in known and 0 not in stored[name].shape]
     if extra:
         raise folder.refuse(
-            f"holds {len(extra)} tensors that the model of its config.json has no place for: {some(extra)}",
-            f"give weights of a plain {FAMILIES[folder.family].title}, and the config.json that belongs to them",
+            f"has {len(extra)} tensors that do not belong to the model of its config.json: {some(extra)}",
+            f"give weights of a plain {FAMILIES[folder.family].title}, with their config.json",
         )
     wrong = [
         f"{each.theirs} {stored[each.theirs].shape}, not {each.shape}"
@@ -246,7 +244,7 @@ def match(folder: Folder, model: Model) -> list[PlacedTensor]:
     ]
     if wrong:
         raise folder.refuse(
-            f"{len(wrong)} tensors have another shape than its config.json says: {some(wrong)}", "download it again"
+            f"{len(wrong)} tensors do not have the shape of its config.json: {some(wrong)}", "download it again"
         )
     wanted = {each.theirs for each in tensors(model, folder.family)}
     return [each for each in expected if each.theirs in stored and each.theirs in wanted]
@@ -268,7 +266,7 @@ def _check_scales(folder: Folder) -> None:
         blocks = scale_shape(tensor.shape)
         if scale.shape != blocks or len(blocks) != 2 or scale.dtype not in SCALE_TYPES:
             raise folder.refuse(
-                f"{name + SCALE} must hold one number for each {SCALE_BLOCK}x{SCALE_BLOCK} block of {tensor.shape}, and is "
+                f"{name + SCALE} must have one number for each {SCALE_BLOCK}x{SCALE_BLOCK} block of {tensor.shape}, and is "
                 f"{scale.dtype} {scale.shape}",
                 "give weights with DeepSeek's blocks",
             )
@@ -276,4 +274,4 @@ def _check_scales(folder: Folder) -> None:
         name for name in stored if name.endswith(SCALE) and getattr(stored.get(name[: -len(SCALE)]), "dtype", "") != FP8
     ]
     if alone:
-        raise folder.refuse(f"holds scales without an FP8 weight: {some(alone)}", "give the whole folder")
+        raise folder.refuse(f"has scales without an FP8 weight: {some(alone)}", "give the whole folder")

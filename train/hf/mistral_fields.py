@@ -55,14 +55,14 @@ PARAMS_FIXED = {
 }
 """Fields with one allowed value, which a file may leave out."""
 PARAMS_HARMLESS = {
-    "max_seq_len": "how long sequences a server takes",
-    "model_type": "names a kind of file",
-    "dtype": "every tensor says its own type",
-    "model_parallel": "how the weights are cut for a server",
-    "moe.expert_parallel": "how experts are spread over devices",
-    "moe.expert_model_parallel": "how experts are spread over devices",
-    "vision_encoder": "of images, which are not read here",
-    "multimodal": "of images, which are not read here",
+    "max_seq_len": "the maximum sequence length of a server",
+    "model_type": "the kind of the file",
+    "dtype": "every tensor has its own dtype",
+    "model_parallel": "the sharding of weights for a server",
+    "moe.expert_parallel": "the distribution of experts over devices",
+    "moe.expert_model_parallel": "the distribution of experts over devices",
+    "vision_encoder": "applies to images, which Sluice does not read",
+    "multimodal": "applies to images, which Sluice does not read",
 }
 READ_BELOW = ("head_dim", "quantization", "yarn.apply_scale", "llama_4_scaling.original_max_position_embeddings")
 MISTRAL_NAMES = {
@@ -107,19 +107,19 @@ def from_params(field: str, path: Path) -> dict[str, Any]:
     width = sum(part for part in parts if type(part) is int)
     wrong, cure = None, "give other weights"
     if found.get("quantization") is not None or any(name.startswith("quantization.") for name in found):
-        wrong = "its weights are FP8 with one scale a tensor, or NVFP4, which nothing here unpacks"
-        cure = "give the release in bf16"
+        wrong = "its weights are FP8 with one scale per tensor, or NVFP4, which are not supported"
+        cure = "use the release in bf16"
     elif unknown := [name for name in unknown if found[name] is not None]:
-        wrong = f"has fields that are not known here, and may change the model: {', '.join(unknown)[:200]}"
-        cure = "give other weights; where you know that a field changes nothing, remove it from the file"
+        wrong = f"has unknown fields, which may change the model: {', '.join(unknown)[:200]}"
+        cure = "give other weights; if you know that a field changes nothing, remove it from the file"
     elif broken := [name for name in objects if name in found and found[name] is not None]:
         wrong, cure = f"{broken[0]} must be an object, and is {found[broken[0]]!r:.80}", "download it again"
     elif differing := [name for name, value in PARAMS_FIXED.items() if found.get(name, value) != value]:
         wrong = f"{differing[0]} must be {PARAMS_FIXED[differing[0]]}, as in Mistral Large 3, and is {found[differing[0]]!r:.80}"
     elif "yarn.factor" not in found or growth not in (None, original):
-        wrong = "yarn must state a factor, and llama_4_scaling the same original_max_position_embeddings as yarn"
+        wrong = "yarn must have a factor, and llama_4_scaling the same original_max_position_embeddings as yarn"
     elif all(type(part) is int for part in parts) and found.get("head_dim") not in (None, width):
-        wrong = f"head_dim must be {width}, as the other fields say, and is {found['head_dim']!r:.80}"
+        wrong = f"head_dim must be {width}, according to the other fields, and is {found['head_dim']!r:.80}"
     if wrong:
         raise UserError(field, path, wrong, cure)
     body = _nested({theirs: found[name] for name, theirs in PARAMS_FIELDS.items() if name in found})

@@ -48,16 +48,15 @@ def fill_from_folder(folder: Folder, placed: list[PlacedTensor], wanted: dict[st
     assert filled == sum(shard.local.numel() for shard in wanted.values()), "match() leaves no holes"
     for part, start, values in reader.values(originals):
         if not torch.isfinite(values).all():
-            raise folder.refuse(f"{part.placed.theirs} holds values that are not finite", "give other weights")
+            raise folder.refuse(f"{part.placed.theirs} has values that are not finite", "give other weights")
         part.target[start : start + values.numel()].copy_(values)
         got_on()
     for part, start, values in reader.values(parts_of([each for each in placed if each.copy], wanted)):
         original = part.target[start : start + values.numel()]
         if not torch.equal(original, values.to(original.dtype)):
             raise folder.refuse(
-                f"{part.placed.theirs} must be a copy of {part.placed.ours.removeprefix('master.')}: here the main model "
-                "and its MTP modules have one",
-                "set model.mtp_depth=0 to do without the MTP modules",
+                f"{part.placed.theirs} must be a copy of {part.placed.ours.removeprefix('master.')}: the main model and its MTP modules share this tensor",
+                "set model.mtp_depth=0 to leave out the MTP modules",
             )
     return reader.bytes
 
@@ -144,5 +143,5 @@ class _Reader:
                 scale = other.get_tensor(name)
         self.bytes += scale.nbytes
         if not (scale.float() > 0).all():
-            raise self.folder.refuse(f"{name} must hold scales above 0, and holds others", "download it again")
+            raise self.folder.refuse(f"{name} must have only scales above 0", "download it again")
         return scale.float()

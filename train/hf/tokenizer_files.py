@@ -28,9 +28,7 @@ def check_tokenizer(folder: Path, tokenizer: Tokenizer, choice: str | None) -> l
     """
     path = folder / TOKENIZER_FILE
     if not path.is_file():
-        return [
-            f"{folder} holds no {TOKENIZER_FILE}, so nobody can tell whether its weights know the tokens of this run"
-        ]
+        return [f"{folder} has no {TOKENIZER_FILE}, so it is unknown whether its weights fit the tokens of this run"]
     try:
         text = read_plain_text(path)
         same = text == tokenizer.json_text or _meaning(text) == _meaning(tokenizer.json_text)
@@ -42,7 +40,7 @@ def check_tokenizer(folder: Path, tokenizer: Tokenizer, choice: str | None) -> l
         raise UserError(
             "data.tokenizer",
             choice or "null (trained on the data)",
-            f"must be the tokenizer that the weights were trained with, {path}: to another one's ids they mean nothing",
+            f"must be the tokenizer of the weights, {path}: they do not know the ids of another tokenizer",
             f"set data.tokenizer={folder}",
         )
     return []
