@@ -29,7 +29,7 @@ ON_REQUEST = ("head",)
 """Targets that are adapted only if a recipe names them."""
 
 
-class LowRankNames(NamedTuple):
+class LoraNames(NamedTuple):
     """Names of one pair of parameters, LoRA A and B."""
 
     a: str
@@ -52,14 +52,14 @@ def is_held_in_blocks(base: str) -> bool:
     return target_of(base) not in (None, *ON_REQUEST)
 
 
-def name_pairs(base: str) -> list[LowRankNames]:
+def name_lora(base: str) -> list[LoraNames]:
     """Names of A and B for an adapted base parameter: one pair, or for w13 two pairs (w1, w3), each for half of the
     outputs."""
     stem, _, last = base.rpartition(".")
     is_weight = last == "weight"
     matrix = stem.rpartition(".")[2] if is_weight else last
     words = ["w1_", "w3_"] if matrix == "w13" else [""] if is_weight else [f"{last}_"]
-    return [LowRankNames(f"{stem}.{word}lora_A", f"{stem}.{word}lora_B") for word in words]
+    return [LoraNames(f"{stem}.{word}lora_A", f"{stem}.{word}lora_B") for word in words]
 
 
 def is_adapter(name: str) -> bool:

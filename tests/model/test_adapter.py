@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from conf.adapters import name_pairs, target_of
+from conf.adapters import name_lora, target_of
 from conf.load import compose
 from tests.small import SMALL
 from train.kernels.choice import build_kernels
 from train.kernels.fp8.frozen_blocks import BLOCKS, draw_blocks, frozen_blocks, hold_in_blocks
 from train.kernels.fp8.quantize import dequantize, quantize
 from train.kernels.precision import activation_dtype, build_precision
-from train.model.adapter import LowRankPairs, add_adapters
+from train.model.adapter import LoraWeights, add_adapters
 from train.model.deepseek import DeepSeekV3
 from train.model.init import draw_normal, initialise
 
@@ -97,7 +97,7 @@ def test_pairs_are_what_their_product_added_to_the_weight_is():
         for name, weight in params.items():
             if target_of(name):
                 scale = 32 / 8
-                weight += scale * torch.cat([params[b] @ params[a] for a, b in name_pairs(name)], -2)
+                weight += scale * torch.cat([params[b] @ params[a] for a, b in name_lora(name)], -2)
         for name, param in params.items():
             if name.endswith("lora_B"):
                 param.zero_()
@@ -150,7 +150,7 @@ def test_every_pair_step_and_seed_drops_other_inputs():
 
 def test_the_share_that_is_dropped():
     pairs, x = build("adapter.dropout=0.3").layers["0"].attention.q_up.added, torch.randn(512, 640)
-    assert isinstance(pairs, LowRankPairs)
+    assert isinstance(pairs, LoraWeights)
     dropped, _ = pairs._drop(x)
     kept = dropped != 0
     torch.testing.assert_close(dropped[kept], x[kept] / 0.7)

@@ -62,7 +62,7 @@ CACHED_TENSORS = 8
 """Number of adapter tensors kept for the next matrices: those of one layer's experts."""
 
 
-class StoredPairs:
+class StoredLora:
     """The LoRA matrices A and B that are added to a base."""
 
     def __init__(
@@ -124,9 +124,9 @@ class StoredWeights:
         family = ModelFamily(self.manifest.meta.get("family", ModelFamily.deepseek_v3))
         adapter, self._whole = config.adapter, lru_cache(CACHED_TENSORS)(self._read_whole)
         if not holds_adapter(self.manifest.meta):
-            self.pairs = open_pairs(adapter.path, config.model, family, self._own)
-            if self.pairs is not None:
-                self._own = self.pairs.as_trained(self._own)
+            self.lora = open_lora(adapter.path, config.model, family, self._own)
+            if self.lora is not None:
+                self._own = self.lora.as_trained(self._own)
             return
         if adapter.path is not None:
             raise UserError(ADAPTER_FIELD, adapter.path, f"{checkpoint} already has an adapter", "leave it out")
@@ -134,8 +134,8 @@ class StoredWeights:
         adapted = adapted_tensors(config.model, family, adapter.targets, adapter.rank)
         meta = self.manifest.meta
         other, mark = other_base(config.init_from, checkpoint, meta), meta["base"].get("weights")
-        self.pairs = StoredPairs(adapted, adapter.scale, self.read, adapter.base, mark, other)
-        self._base = self.pairs.as_trained(open_base(config, self.manifest))
+        self.lora = StoredLora(adapted, adapter.scale, self.read, adapter.base, mark, other)
+        self._base = self.lora.as_trained(open_base(config, self.manifest))
 
     def fill(self, wanted: dict[str, Shard]) -> None:
         """Fill shards with weights in fp32; has the type `FillShards`."""
@@ -143,8 +143,8 @@ class StoredWeights:
         self._own(here)
         if self._base is not None:
             self._base({plain_name(name): shard for name, shard in wanted.items() if name not in here})
-        if self.pairs is not None:
-            self.pairs.add_to({plain_name(name): shard for name, shard in wanted.items()})
+        if self.lora is not None:
+            self.lora.add_to({plain_name(name): shard for name, shard in wanted.items()})
 
     def base_mark(self, model: Model) -> str:
         """The base's mark (`mark_of`); only for a checkpoint that holds an adapter."""
@@ -201,7 +201,7 @@ def mark_of(fill_base: FillShards, model: Model) -> str:
     return hashlib.sha256(bits).hexdigest()[:16]
 
 
-def open_pairs(path: str | None, model: Model, family: ModelFamily, fill_base: FillShards) -> StoredPairs | None:
+def open_lora(path: str | None, model: Model, family: ModelFamily, fill_base: FillShards) -> StoredLora | None:
     """The LoRA matrices in a PEFT folder; None without a path. Raises UserError if they do not belong to the base."""
     if path is None:
         return None
@@ -232,7 +232,7 @@ def open_pairs(path: str | None, model: Model, family: ModelFamily, fill_base: F
             f"was trained with a base in format {base!r:.80}, which this version does not know",
             "use the version that wrote it",
         )
-    return StoredPairs(found.adapted, found.scale, read, BaseFormat(base), weights, other)
+    return StoredLora(found.adapted, found.scale, read, BaseFormat(base), weights, other)
 
 
 def weight_bytes(config: Model, item_bytes: int) -> int:
@@ -269,8 +269,8 @@ def load_model(config: Config, checkpoint: Path, device: torch.device) -> DeepSe
     materialise(model, "cpu")
     stored = StoredWeights(config, checkpoint)
     read_into_chunks([model], stored)
-    if stored.pairs is not None:
-        stored.pairs.require_base()
+    if stored.lora is not None:
+        stored.lora.require_base()
     for param in model.parameters():
         param.data = param.data.to(dtype)
     return model.to(device).eval()
@@ -287,8 +287,8 @@ def load_pipeline(config: Config, mesh: Mesh, device: torch.device, checkpoint: 
     kind = "ema" if config.evaluate.ema else "master"
     stored = StoredWeights(config, checkpoint, kind)
     read_into_chunks(chunks, stored, kind, mesh.ep_rank, mesh.layout.ep)
-    if stored.pairs is not None:
-        stored.pairs.require_base(gather)
+    if stored.lora is not None:
+        stored.lora.require_base(gather)
     return build_pipeline(config, mesh, device, chunks, stage_ids, num_stages, overlap=False)
 
 
@@ -342,11 +342,11 @@ def load_hf_model(
     if FAMILIES[headers.family].has_biases:
         wanted |= {f"bias.{name}": whole(router.bias_E) for name, router in model.routers().items()}
     read = folder_reader(headers, placed)
-    pairs = open_pairs(adapter, config, headers.family, read)
-    if pairs is None:
+    lora = open_lora(adapter, config, headers.family, read)
+    if lora is None:
         read(wanted)
     else:
-        pairs.fill_added(read, wanted)
-        pairs.require_base()
+        lora.fill_added(read, wanted)
+        lora.require_base()
     tokenizer = path / "tokenizer.json"
     return config, model.eval(), tokenizer if tokenizer.is_file() else None

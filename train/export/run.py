@@ -92,10 +92,10 @@ def write_export(config: Config, progress: ReportProgress) -> list[str]:
     tokenizer = tokenizer_of(config, manifest)
     family = config.export.family or _own_family(config, manifest)
     stored = StoredWeights(config, checkpoint, "ema" if ema else "master")
-    if config.export.merge and stored.pairs is None:
+    if config.export.merge and stored.lora is None:
         rule = f"adds an adapter to its base, and {checkpoint} holds whole weights"
         raise UserError("export.merge", True, rule, "leave it out, or name an adapter: adapter.path=FOLDER")
-    adapted = stored.pairs.adapted if stored.pairs is not None and not config.export.merge else []
+    adapted = stored.lora.adapted if stored.lora is not None and not config.export.merge else []
     alone = bool(adapted)
     _check_family(config, family, alone)
     placed = [part for one in adapted for part in (one.a, one.b)] or list(tensors(config.model, family))
@@ -125,8 +125,8 @@ def write_export(config: Config, progress: ReportProgress) -> list[str]:
             mark = {BASE_MARK: stored.base_mark(config.model), BASE_FORMAT: config.adapter.base}
             mark |= {BASE_WEIGHTS: weights} if weights else {}
         _write_weights(folder, files, stored, ema, progress, mark)
-        if stored.pairs is not None and not alone:
-            stored.pairs.require_base()
+        if stored.lora is not None and not alone:
+            stored.lora.require_base()
         if alone:
             write_json(folder / ADAPTER_CONFIG, peft_config(config.adapter, adapted, str(config.init_from)))
         else:

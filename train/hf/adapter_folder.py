@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from conf.adapters import ADAPTER_TARGETS, name_pairs, target_of
+from conf.adapters import ADAPTER_TARGETS, name_lora, target_of
 from conf.files import read_json
 from conf.schema import Adapter, Model, ModelFamily
 from train.hf.config import some
@@ -52,9 +52,9 @@ def adapted_tensors(model: Model, family: ModelFamily, targets: Collection[str],
         if base.copy or target_of(name) not in targets:
             continue
         *stack, _, width = base.whole
-        pairs, rows = name_pairs(name), base.shape[0]
-        number, half = divmod(base.start // (rows * width), len(pairs))
-        stem, ours = PREFIX + base.theirs.removesuffix(".weight"), pairs[half]
+        names, rows = name_lora(name), base.shape[0]
+        number, half = divmod(base.start // (rows * width), len(names))
+        stem, ours = PREFIX + base.theirs.removesuffix(".weight"), names[half]
         a, b = (rank, width), (rows, rank)
         yield AdaptedTensor(
             base,
@@ -142,7 +142,7 @@ def open_adapter(path: Path, model: Model, family: ModelFamily) -> AdapterFolder
     rank, scale = _read_settings(folder, body)
     folder.stored.update(read_header(folder, ADAPTER_FILE))
     return AdapterFolder(
-        folder, _match_pairs(folder, model, family, rank), scale, str(body.get("base_model_name_or_path"))
+        folder, _match_lora(folder, model, family, rank), scale, str(body.get("base_model_name_or_path"))
     )
 
 
@@ -159,7 +159,7 @@ def _read_settings(folder: Folder, body: dict[str, Any]) -> tuple[int, float]:
     return rank, alpha / (math.sqrt(rank) if body.get("use_rslora") else rank)
 
 
-def _match_pairs(folder: Folder, model: Model, family: ModelFamily, rank: int) -> list[AdaptedTensor]:
+def _match_lora(folder: Folder, model: Model, family: ModelFamily, rank: int) -> list[AdaptedTensor]:
     stored = folder.stored
     possible = list(adapted_tensors(model, family, ADAPTER_TARGETS, rank))
     known = {part.theirs: part for one in possible for part in (one.a, one.b)}

@@ -32,11 +32,11 @@ class _Wanted(NamedTuple):
     """One Hugging Face tensor, and the LoRA A and B that are added to it."""
 
     placed: PlacedTensor
-    pair: AdaptedTensor | None = None
+    lora: AdaptedTensor | None = None
 
     @property
     def parts(self) -> list[PlacedTensor]:
-        return [self.placed] if self.pair is None else [self.placed, self.pair.a, self.pair.b]
+        return [self.placed] if self.lora is None else [self.placed, self.lora.a, self.lora.b]
 
 
 @torch.no_grad()
@@ -74,7 +74,7 @@ def live_weights(
         found = iter(piece.view(part.shape) for piece, part in zip(pieces, parts, strict=True))
         for one in wanted:
             value = next(found)
-            if one.pair is not None:
+            if one.lora is not None:
                 a, b = next(found), next(found)
                 value = value.add_(b @ a, alpha=config.adapter.scale)
             # bf16 would change which experts are chosen
@@ -109,11 +109,11 @@ def _wanted(config: Config, state: RunState, merged: bool, stacked: bool) -> Ite
     if adapted and not merged:
         yield from (_Wanted(part) for one in adapted for part in (one.a, one.b))
         return
-    pairs = {(one.base.ours, one.base.start): one for one in adapted}
+    lora = {(one.base.ours, one.base.start): one for one in adapted}
     for placed in tensors(model, state.family):
         _, is_expert, matrix = placed.ours.partition(".moe.experts.")
         if not (stacked and is_expert):
-            yield _Wanted(placed, pairs.get((placed.ours, placed.start)))
+            yield _Wanted(placed, lora.get((placed.ours, placed.start)))
         elif placed.start == 0:
             stem = placed.theirs.partition(".experts.")[0]
             yield _Wanted(replace(placed, theirs=f"{stem}.experts.{STACKED_NAMES[matrix]}", shape=placed.whole))

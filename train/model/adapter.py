@@ -19,7 +19,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from conf.adapters import LowRankNames, name_pairs, target_of
+from conf.adapters import LoraNames, name_lora, target_of
 from conf.schema import Adapter
 from train.model.deepseek import DeepSeekV3
 from train.model.init import draw_uniform, key_number
@@ -34,8 +34,8 @@ MIX = (-0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)
 """Multipliers of splitmix64, as signed numbers."""
 
 
-class LowRankPairs:
-    """The LoRA A and B of one weight, which add to its matmul.
+class LoraWeights:
+    """The LoRA A and B of one weight, whose result is added to the output of its matmul.
 
     The parameters belong to the module that has the weight.
     """
@@ -43,7 +43,7 @@ class LowRankPairs:
     def __init__(
         self,
         module: nn.Module,
-        names: Sequence[LowRankNames],
+        names: Sequence[LoraNames],
         adapter: Adapter,
         kernels: Kernels,
         chunk: DeepSeekV3,
@@ -129,7 +129,7 @@ def add_adapters(chunk: DeepSeekV3, adapter: Adapter, kernels: Kernels, seed: in
     for base, weight in bases:
         prefix, _, own = base.rpartition(".")
         module = chunk.get_submodule(prefix)
-        names = [LowRankNames(*(name.rpartition(".")[2] for name in pair)) for pair in name_pairs(base)]
+        names = [LoraNames(*(name.rpartition(".")[2] for name in pair)) for pair in name_lora(base)]
         packed = getattr(module, PACKED[own], None)
         *experts, outputs, inputs = weight.shape if packed is None else packed.shape
         for name_a, name_b in names:
@@ -139,7 +139,7 @@ def add_adapters(chunk: DeepSeekV3, adapter: Adapter, kernels: Kernels, seed: in
                 draw_uniform(a, f"{seed}/{prefix}.{name_a}", inputs**-0.5, local)
             setattr(module, name_a, nn.Parameter(a))
             setattr(module, name_b, nn.Parameter(a.new_zeros(*experts, outputs // len(names), adapter.rank)))
-        setattr(module, ADDED[own], LowRankPairs(module, names, adapter, kernels, chunk, f"{seed}/{base}"))
+        setattr(module, ADDED[own], LoraWeights(module, names, adapter, kernels, chunk, f"{seed}/{base}"))
     if bases and hasattr(chunk, "embedding"):
         # The first tensor on the path must require a gradient, or a block that runs again would record another graph
         # than in its first run.

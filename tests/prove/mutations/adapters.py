@@ -15,7 +15,7 @@ from train.kernels.fp8 import linear
 from train.kernels.fp8.compiled_engine import CompiledEngine
 from train.kernels.fp8.frozen_blocks import FrozenBlocks
 from train.model import adapter
-from train.model.adapter import LowRankPairs
+from train.model.adapter import LoraWeights
 from train.model.recompute import RecomputedOutputs
 
 PAIRS = "lora"
@@ -42,12 +42,12 @@ def first_factor_of_another_expert(bug: Seams) -> None:
         is_first = groups is not None and any(weight is getattr(self._module, pair.a) for pair in self._names)
         return original(self, x, weight.roll(1, 0) if is_first else weight, groups)
 
-    bug.around(LowRankPairs, "_matmul", matmul)
+    bug.around(LoraWeights, "_matmul", matmul)
 
 
 @mutation(OURS + ": gate and up projection change pairs", "adapters", FORWARD, "output|layers|w13|loss")
 def pairs_of_gate_and_up_change_places(bug: Seams) -> None:
-    bug.around(adapter, "name_pairs", lambda original, base: original(base)[::-1])
+    bug.around(adapter, "name_lora", lambda original, base: original(base)[::-1])
 
 
 @mutation(OURS + ": MTP modules compute without their pairs", "adapters", FORWARD, "mtp|loss")
@@ -55,7 +55,7 @@ def pairs_of_mtp_left_out(bug: Seams) -> None:
     def add(original, self, y, x, groups=None):
         return y if "mtp" in self._salt else original(self, y, x, groups)
 
-    bug.around(LowRankPairs, "add", add)
+    bug.around(LoraWeights, "add", add)
 
 
 @mutation(
@@ -95,7 +95,7 @@ def base_trained(bug: Seams) -> None:
 
 @mutation(OURS + ": what is in front learns nothing through the pairs", "adapters", BACKWARD, PAIRS)
 def inputs_learn_nothing(bug: Seams) -> None:
-    bug.around(LowRankPairs, "add", lambda original, self, y, x, groups=None: original(self, y, x.detach(), groups))
+    bug.around(LoraWeights, "add", lambda original, self, y, x, groups=None: original(self, y, x.detach(), groups))
 
 
 @mutation(
@@ -109,7 +109,7 @@ def pairs_of_experts_detached(bug: Seams) -> None:
         added = original(self, y, x, groups) - y
         return y + (added if groups is None else added.detach() + 0 * added)
 
-    bug.around(LowRankPairs, "add", add)
+    bug.around(LoraWeights, "add", add)
 
 
 @mutation(
@@ -179,7 +179,7 @@ def of_second(bug: Seams, change) -> None:
         is_down = groups is not None and "w2" in self._salt
         return change(self, y, x, groups, original) if is_down else original(self, y, x, groups)
 
-    bug.around(LowRankPairs, "add", add)
+    bug.around(LoraWeights, "add", add)
 
 
 @mutation(OURS + ": experts have no pairs of their second product", "adapters fp8", FORWARD, MATMULS, LOW)
@@ -192,7 +192,7 @@ def no_pairs_of_up(bug: Seams) -> None:
     def add(original, self, y, x, groups=None):
         return y if groups is not None and "w13" in self._salt else original(self, y, x, groups)
 
-    bug.around(LowRankPairs, "add", add)
+    bug.around(LoraWeights, "add", add)
 
 
 @mutation(OURS + ": pairs of experts' second product take SwiGLU without gates", "adapters fp8", FORWARD, MATMULS, LOW)
@@ -231,7 +231,7 @@ def gradients_of_experts_pairs_times_08(bug: Seams) -> None:
             self, x, weight if groups is None else weight.detach() + 0.8 * (weight - weight.detach()), groups
         )
 
-    bug.around(LowRankPairs, "_matmul", matmul)
+    bug.around(LoraWeights, "_matmul", matmul)
 
 
 @mutation(OURS + ": what pairs add is rounded through FP8", "adapters bf16", FORWARD, MATMULS, LOW)
@@ -239,7 +239,7 @@ def pairs_in_fp8(bug: Seams) -> None:
     def add(original, self, y, x, groups=None):
         return original(self, y, x + (x.to(torch.float8_e4m3fn).to(x.dtype) - x).detach(), groups)
 
-    bug.around(LowRankPairs, "add", add)
+    bug.around(LoraWeights, "add", add)
 
 
 def dropped(bug: Seams, change) -> None:

@@ -12,7 +12,7 @@ from conf.schema import Fp8, Model, Optim
 from tests.prove.mutations.registry import FORWARD, OURS, SETTINGS, UPDATE, mutation
 from tests.prove.mutations.seams import Seams
 from train.model import adapter, init
-from train.model.adapter import LowRankPairs
+from train.model.adapter import LoraWeights
 from train.model.init import draw_uniform
 from train.model.layers import RMSNorm
 from train.optim import schedules
@@ -150,7 +150,7 @@ def second_factor_of_002(bug: Seams) -> None:
         for name in names:
             getattr(module, name.b).data.fill_(0.02)
 
-    bug.around(LowRankPairs, "__init__", start)
+    bug.around(LoraWeights, "__init__", start)
 
 
 @mutation(OURS + ": A begins within 1 / inputs", "adapters", START, f"{DRAWN} .*lora_A")
