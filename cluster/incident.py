@@ -188,17 +188,17 @@ def write_incident(logs: Path, incident: dict[str, Any]) -> Path:
     return path
 
 
-def keep_incident(logs: Path, incident: dict[str, Any], note: Callable[[str], None], told: bool = False) -> str:
+def keep_incident(logs: Path, incident: dict[str, Any], note: Callable[[str], None], reported: bool = False) -> str:
     """Write an incident and return its screen; if the disk refuses it, call `note` with the reason.
 
-    told: see `incident_screen`.
+    reported: see `incident_screen`.
     """
     path = None
     try:
         path = write_incident(logs, incident)
     except OSError as error:
         note(f"the incident could not be written ({explain_disk_error(error)})")
-    return incident_screen(incident, path, told)
+    return incident_screen(incident, path, reported)
 
 
 def newest_incident(logs: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -257,16 +257,16 @@ INCIDENT_FIELDS: dict[str, Callable[[Any], bool]] = {
 """Fields that readers rely on, each with its check."""
 
 
-def incident_screen(incident: Mapping[str, Any], path: Path | None = None, told: bool = False) -> str:
+def incident_screen(incident: Mapping[str, Any], path: Path | None = None, reported: bool = False) -> str:
     """Return one screen of the incident.
 
-    told: the failure text is printed above it, so the screen omits text that a rank reported itself.
+    reported: the failure text is printed above the incident, so the screen omits text that a rank reported itself.
     """
     ranks, among = incident["ranks"], incident["among"]
     who = ", ".join(map(str, ranks)) or (f"one of {', '.join(map(str, among[:8]))}" if among else "not known")
     head = [one_line(part.strip().partition("\n")[0])[:LINE] for part in _CONSEQUENCE.split(incident["text"])]
     lines = [f"culprit: {'ranks' if len(ranks) > 1 else 'rank'} {who}" if ranks else f"culprit: {who}"]
-    if not (told and incident["fault"] == Fault.failed.name):
+    if not (reported and incident["fault"] == Fault.failed.name):
         lines.append(f"  what:    {head[0]}")
     lines += [f"  result:  {rest}" for rest in head[1:]]
     if incident["where"]:

@@ -59,9 +59,9 @@ def main(arguments: list[str]) -> int:
         ray = str(Path(sys.executable).with_name("ray"))
         reason = ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=the node was told to leave"]
         words = [f"--address={head}", f"--node-id={node}", f"--deadline-remaining-seconds={within}", *reason]
-        told = subprocess.run([ray, "drain-node", *words], capture_output=True, text=True)
-        if told.returncode:
-            say(f"error: Ray at {head} does not drain node {node}: {told.stderr.strip()}", file=sys.stderr)
+        drain = subprocess.run([ray, "drain-node", *words], capture_output=True, text=True)
+        if drain.returncode:
+            say(f"error: Ray at {head} does not drain node {node}: {drain.stderr.strip()}", file=sys.stderr)
             return EXIT_CRASH
     while time.monotonic() < deadline and any(lives(process.pid) for process, *_ in here):
         time.sleep(0.2)

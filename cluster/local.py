@@ -117,7 +117,7 @@ def _watch(ranks: list[Child], logs: Path, asked: list[int], patience: Patience 
     now = time.monotonic()
     held_up = HeldUp(2 * RANKS_LOOK_SECONDS, now)
     watch = RankWatch(range(len(ranks)), {}, patience, now) if patience is not None else None
-    look_at, told = now + DIFFERENCE_SECONDS, False
+    look_at, reported = now + DIFFERENCE_SECONDS, False
     while True:
         reports, now = _reports(ranks, logs), time.monotonic()
         if any(report.bad for report in reports):
@@ -126,7 +126,7 @@ def _watch(ranks: list[Child], logs: Path, asked: list[int], patience: Patience 
         if len(codes) == len(reports):
             if watch is not None and (seconds := watch.over(now)) is not None:
                 tell_went_on(logs, seconds)
-            if watch is not None and not told:
+            if watch is not None and not reported:
                 _tell_difference(logs)
             return max(codes)
         if asked and EXIT_STOPPED in codes and all(report.step < 0 for report in reports):
@@ -147,8 +147,8 @@ def _watch(ranks: list[Child], logs: Path, asked: list[int], patience: Patience 
                 tell_went_on(logs, seconds)
             elif text := watch.tell_quiet(now):
                 say(text, file=sys.stderr)
-            if now >= look_at and not told:
-                told, look_at = _tell_difference(logs), now + DIFFERENCE_SECONDS
+            if now >= look_at and not reported:
+                reported, look_at = _tell_difference(logs), now + DIFFERENCE_SECONDS
         time.sleep(RANKS_LOOK_SECONDS)
 
 
@@ -160,7 +160,7 @@ def _warn(ranks: list[Child], logs: Path, watch: RankWatch, now: float) -> None:
     say(f"warning: {warning_of(cause.text, watch.seconds_left(time.monotonic()))}", file=sys.stderr)
     if traces:
         incident = describe_incident(cause, finding, traces, stacks, seconds, live=True)
-        say(keep_incident(logs, incident, partial(say, file=sys.stderr), told=True), file=sys.stderr)
+        say(keep_incident(logs, incident, partial(say, file=sys.stderr), reported=True), file=sys.stderr)
 
 
 def _name_hang(ranks: list[Child], logs: Path, seconds: float) -> Cause:
@@ -206,7 +206,7 @@ def _keep(
     if not traces or cause.kind is Kind.user:
         return cause
     incident = describe_incident(cause, finding, traces, stacks, seconds)
-    screen = keep_incident(logs, incident, partial(say, file=sys.stderr), told=True)
+    screen = keep_incident(logs, incident, partial(say, file=sys.stderr), reported=True)
     return replace(cause, log=f"{cause.log.rstrip()}\n{screen}".strip())
 
 

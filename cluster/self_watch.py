@@ -138,17 +138,17 @@ class SelfWatch:
         path, late = None, incident.get("late", False)
         try:
             with exclusive(self._logs / ".incident.lock", STACKS_WITHIN_SECONDS):
-                told = newest_incident(self._logs)
-                same = told is not None and told[1].get("late", False) == late
-                if same and told[1]["time"] > max(self._began, time.time() - SAME_INCIDENT_SECONDS):
+                incident_found = newest_incident(self._logs)
+                same = incident_found is not None and incident_found[1].get("late", False) == late
+                if same and incident_found[1]["time"] > max(self._began, time.time() - SAME_INCIDENT_SECONDS):
                     if not late:
-                        text = f"rank {self._rank} ends because of an incident that another rank reported: {told[0]}"
+                        text = f"rank {self._rank} ends because of an incident that another rank reported: {incident_found[0]}"
                         say(text, file=sys.stderr)
                     return
                 path = write_incident(self._logs, incident)
         except OSError as error:  # includes TimeoutError
             say(f"the incident could not be written ({explain_disk_error(error)})", file=sys.stderr)
-        say(f"{text}\n{incident_screen(incident, path, told=True)}", file=sys.stderr)
+        say(f"{text}\n{incident_screen(incident, path, reported=True)}", file=sys.stderr)
 
     def _reports(self, traces: dict[int, RankTrace]) -> list[RankReport]:
         """Return reports of all ranks that left a ring, as far as this rank sees them."""

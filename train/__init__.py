@@ -42,8 +42,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'train' has no attribute {name!r}")
     from train.program import other_system
 
-    if told := other_system():
-        raise ImportError(told)
+    if problem := other_system():
+        raise ImportError(problem)
     if name in FOR_LOOPS:
         return getattr(import_module(FOR_LOOPS[name]), name)
     from train import api

@@ -21,8 +21,8 @@ DISTRIBUTION = "sluice-train"
 
 def require_linux() -> None:
     """On a system other than Linux, end with a one-line error."""
-    if told := other_system():
-        print(f"error: {told}", file=sys.stderr)
+    if problem := other_system():
+        print(f"error: {problem}", file=sys.stderr)
         sys.exit(2)
 
 

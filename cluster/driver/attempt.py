@@ -111,8 +111,8 @@ class Attempt(RankWatch):
 
     def _lost_nodes(self) -> Cause:
         nodes = {seat.node.id: seat.node for seat in self.placement.seats if seat.node.id in self.lost}
-        told = [f"{nodes[id].name} ({nodes[id].address}): {why}" for id, why in self.lost.items()]
-        more = f"; and {len(told) - NAMED_NODES} more nodes" if len(told) > NAMED_NODES else ""
-        text = "; ".join(told[:NAMED_NODES]) + more
+        causes = [f"{nodes[id].name} ({nodes[id].address}): {why}" for id, why in self.lost.items()]
+        more = f"; and {len(causes) - NAMED_NODES} more nodes" if len(causes) > NAMED_NODES else ""
+        text = "; ".join(causes[:NAMED_NODES]) + more
         ranks = tuple(rank for id in self.lost for rank in self.ranks_of[id])
         return Cause(Kind.node, text, ranks, tuple(nodes[id].name for id in self.lost))

@@ -26,11 +26,11 @@ def claim_attempt(folder: Path, timeout: float) -> int:
     """
     started = [int(path.stem) for path in (folder / "attempts").glob("*.yaml") if re.fullmatch(r"\d{1,15}", path.stem)]
     # Includes an attempt that ended before its ranks started
-    told = [event["attempt"] for event in read_events(folder)]
+    recorded = [event["attempt"] for event in read_events(folder)]
     checkpoints = folder / "checkpoints"
     checkpoints.mkdir(exist_ok=True)
     with hold_lock(checkpoints, timeout):
-        number = max([0, read_fence(checkpoints), *started, *told]) + 1
+        number = max([0, read_fence(checkpoints), *started, *recorded]) + 1
         write_fence(checkpoints, number)
     return number
 

@@ -105,11 +105,11 @@ class Pulse:
                     datagram = way.recv(LONGEST_DATAGRAM)
                 except OSError:  # there is no datagram, or the link is down
                     break
-                told = unseal(self.key, ANSWER, datagram)
-                if told is not None and self._asked.get(told[1]) == told[0]:
-                    del self._asked[told[1]]
-                    self._heard[told[1]] = now
-                    yield told[1], told[0]
+                answer = unseal(self.key, ANSWER, datagram)
+                if answer is not None and self._asked.get(answer[1]) == answer[0]:
+                    del self._asked[answer[1]]
+                    self._heard[answer[1]] = now
+                    yield answer[1], answer[0]
 
     def close(self) -> None:
         for way in self._sockets.values():

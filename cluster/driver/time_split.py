@@ -125,13 +125,13 @@ class _Clockwork:
         self._asked_at, self._failed = None, (now, "seconds" in event)
 
     def recover(self, now: float, event: dict[str, Any]) -> None:
-        failed, told = self._failed or (now, True)
+        failed, reported = self._failed or (now, True)
         # Earlier versions reported the time of hangs this way
-        if not told and (late := max(0.0, event["seconds"] - (now - failed))):
+        if not reported and (late := max(0.0, event["seconds"] - (now - failed))):
             self.split.seconds_in[TimePart.training] -= late
             self.split.effective_seconds -= late
             self.split.seconds_in[TimePart.detection] += late
-        self.switch(now, TimePart.again if told and event.get("steps_again") else TimePart.training)
+        self.switch(now, TimePart.again if reported and event.get("steps_again") else TimePart.training)
 
 
 def split_time(events: Iterable[dict[str, Any]], now: float | None = None) -> TimeSplit:

@@ -23,7 +23,7 @@ class _Vitals:
     name: str
     ahead: float = 0.0
     """Seconds by which the node's clock was ahead at the check."""
-    told: float = 0.0
+    reported: float = 0.0
     """Seconds by which the clock has been set since then, as last reported."""
     full: bool = False
     niceness: int = 0
@@ -61,10 +61,10 @@ class Vitals:
 
 
 def _watch_clock(node: _Vitals, clock_set: float) -> list[tuple[str, str]]:
-    jump = clock_set - node.told
+    jump = clock_set - node.reported
     if abs(jump) <= CLOCK_LIMIT:
         return []
-    node.told = clock_set
+    node.reported = clock_set
     ahead = f"{abs(jump):.1f} s {'forward' if jump > 0 else 'back'}"
     return [
         ("clock", f"{node.name}: its clock jumped {ahead}; the run continues, and times in this node's logs are wrong")

@@ -113,8 +113,8 @@ def _require_equal(one: Manifest, other: Manifest) -> None:
     mine, theirs = (flat(source.meta.get("config", {}).get("model", {})) for source in (one, other))
     computes = [key for key in mine.keys() & theirs.keys() if effect_of(f"model.{key}") is Effect.training]
     if differ := [key for key in computes if key not in NOT_COMPUTED and mine[key] != theirs[key]]:
-        told = ", ".join(f"model.{key} = {theirs[key]} and not {mine[key]}" for key in sorted(differ))
-        raise refuse(f"another model ({told})")
+        differences = ", ".join(f"model.{key} = {theirs[key]} and not {mine[key]}" for key in sorted(differ))
+        raise refuse(f"another model ({differences})")
     if holds_adapter(one.meta):
         rule = f"{one.folder} holds an adapter: the mean of A and B of two adapters is not the mean of their products"
         raise UserError(

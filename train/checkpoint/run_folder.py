@@ -138,7 +138,7 @@ def _await_end_of_rank_0(path: Path, config: Config) -> None:
     handle = open_lock(path)
     try:
         limit = longest_afterlife(config)
-        deadline, told = time.monotonic() + limit, False
+        deadline, reported = time.monotonic() + limit, False
         while not try_lock(handle):
             who = _holder(handle, path)
             if time.monotonic() > deadline:
@@ -148,9 +148,9 @@ def _await_end_of_rank_0(path: Path, config: Config) -> None:
                     f"rank 0 of an earlier start still writes to {path.parent} after {limit:.0f} s: {who}",
                     "end that process, or use another name=",
                 )
-            if not told:
+            if not reported:
                 say(f"rank 0 of an earlier start is still running: {who}; waiting for its end", file=sys.stderr)
-                told = True
+                reported = True
             time.sleep(0.02)
     finally:
         os.close(handle)
@@ -163,10 +163,10 @@ def _me() -> str:
 def _holder(handle: int, path: Path) -> str:
     """The process that a lock file names, and whether that process can still hold the lock."""
     text = os.pread(handle, 200, 0).decode(errors="replace").strip()
-    told = re.fullmatch(r"process (\d{1,9}) on host (.+)", text)
-    if told is None or (told[2] == socket.gethostname() and not lives(int(told[1]))):
+    holder = re.fullmatch(r"process (\d{1,9}) on host (.+)", text)
+    if holder is None or (holder[2] == socket.gethostname() and not lives(int(holder[1]))):
         return f"another process (`fuser {path}` names it)" + (
-            f"; {text}, its previous holder, has ended" if told else ""
+            f"; {text}, its previous holder, has ended" if holder else ""
         )
     return text
 

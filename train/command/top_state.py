@@ -112,9 +112,9 @@ def _whole(value: Any, otherwise: int) -> int:
 def _pace(records: Sequence[Record]) -> float | None:
     """Mean seconds per step in the newest records, stalls included."""
     begun = max((place for place, one in enumerate(records) if "resumed" in one), default=0)
-    told = [one for one in records[begun:][-PACE_STEPS:] if isinstance(one.get("time"), int | float)]
-    steps = told[-1]["step"] - told[0]["step"] if told else 0
-    return (told[-1]["time"] - told[0]["time"]) / steps if steps > 0 else None
+    timed = [one for one in records[begun:][-PACE_STEPS:] if isinstance(one.get("time"), int | float)]
+    steps = timed[-1]["step"] - timed[0]["step"] if timed else 0
+    return (timed[-1]["time"] - timed[0]["time"]) / steps if steps > 0 else None
 
 
 def _read_table(folder: Path) -> dict[str, Any]:

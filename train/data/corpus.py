@@ -176,9 +176,9 @@ class _Builder:
         for name, one in fitted:
             if one.long:
                 words = [f"{one.cut} cut" * bool(one.cut), f"{one.dropped} dropped" * bool(one.dropped)]
-                words.append(f"{one.emptied} dropped as nothing to learn is left of them" * bool(one.emptied))
-                told = ", ".join(word for word in words if word)
-                self._note(f"{name}: of chats longer than {self.config.seq_len + 1} tokens {told}")
+                words.append(f"{one.emptied} dropped without learnt tokens" * bool(one.emptied))
+                counts = ", ".join(word for word in words if word)
+                self._note(f"{name}: of chats longer than {self.config.seq_len + 1} tokens {counts}")
         for part in parts:
             if not len(part.train) or not len(part.validation):
                 side = "training" if not len(part.train) else "held-out"
