@@ -192,7 +192,7 @@ def test_a_report_that_cannot_be_made_does_not_fail_the_run(tmp_path, logs, caps
         "1 steps done" in said
         and "not written" in said
         and "sample.json is damaged" in said
-        and "the plan of this run cannot be told" in said
+        and "the plan of this run could not be computed" in said
     )
 
 

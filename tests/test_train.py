@@ -39,7 +39,7 @@ def test_a_run_shows_and_leaves_what_it_promises(unbroken):
     tmp_path, done = unbroken
     folder = tmp_path / "runs" / "whole"
     for words in (
-        "after step 4 the model writes\n  | ",
+        "text sampled after step 4\n  | ",
         "step 6/6",
         "bits per byte",
         "Sample",

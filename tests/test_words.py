@@ -149,14 +149,14 @@ def manifest_tensor(tmp_path):
     folder = a_checkpoint(tmp_path)
     rewrite(folder / "manifest.json", lambda body: body["tensors"].update({EVIL: ["F32", [1], [[0, 0, 2]]]}))
     for warning in newest_intact(tmp_path).warnings:
-        Progress("run", 1, enabled=False).note(f"passed over a damaged checkpoint: {warning}")
+        Progress("run", 1, enabled=False).note(f"skipped a damaged checkpoint: {warning}")
 
 
 def manifest_file(tmp_path):
     folder = a_checkpoint(tmp_path)
     rewrite(folder / "manifest.json", lambda body: body["files"].update({f"{NAME}.x": [7]}))
     for warning in newest_intact(tmp_path).warnings:
-        Progress("run", 1, enabled=False).note(f"passed over a damaged checkpoint: {warning}")
+        Progress("run", 1, enabled=False).note(f"skipped a damaged checkpoint: {warning}")
 
 
 def manifest_field(tmp_path):

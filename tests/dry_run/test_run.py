@@ -86,7 +86,7 @@ def test_its_steps_are_watched_by_the_profiler_where_that_is_asked(tmp_path):
     overrides = ["mode=dry_run", "name=alone", "parallel.dp=2", "parallel.ep=2", "dry_run.steps=1", "dry_run.rank=1"]
     done = train(tmp_path, *overrides, "profile.steps=[1,2]")
     assert done.returncode == EXIT_OK, done.stderr
-    assert "rank 1, steps 1 to 2: the largest of a step" in done.stdout
+    assert "rank 1, steps 1 to 2: the operations of a step with the most time" in done.stdout
     folder = tmp_path / "runs" / "alone" / "profile"
     assert len(json.loads((folder / "rank_1.json").read_text())["rows"]) == 10
     trace = gzip.decompress((folder / "rank_1.trace.json.gz").read_bytes()).decode()

@@ -85,7 +85,7 @@ def refused(played: Played) -> None:
         engine.update(lr=math.nan)
     with pytest.raises(UserError, match="update or discard did not"):
         engine.forward_backward(good, "ppo")
-    with pytest.raises(UserError, match="comes between steps"):
+    with pytest.raises(UserError, match="must be called between steps"):
         engine.weights()
     played.update()
 

@@ -74,7 +74,7 @@ def test_a_session_is_the_engine_of_one_process_and_is_reopened_in_another_layou
         shared = batch.tensors["old_logprobs"]
         assert engine.logprobs(replace(batch, tensors={**batch.tensors, "same": shared})).shape == shared.shape
         engine.forward_backward(batch, halved, by=2.0)
-        with pytest.raises(UserError, match="comes between steps"):
+        with pytest.raises(UserError, match="must be called between steps"):
             list(engine.weights())
         assert engine.update().measured.main_loss == pytest.approx(one["first"].item(), rel=1e-5)
         path = engine.save(tmp_path / "saved")

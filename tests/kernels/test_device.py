@@ -42,7 +42,7 @@ def test_a_gpu_that_torch_cannot_use_is_no_silent_cpu(card, monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
 def test_a_device_that_was_asked_for_must_be_there():
-    said = "torch .* is built for the CPU alone" if torch.version.cuda is None else "Found no NVIDIA driver"
+    said = "torch .* is built only for CPUs" if torch.version.cuda is None else "Found no NVIDIA driver"
     with pytest.raises(UserError, match=rf"cluster\.device = cuda\n.*torch can use: {said}"):
         gpu_check.check_gpu(compose("cluster.device=cuda"))
 

@@ -76,7 +76,7 @@ def test_epochs_become_steps(tmp_path):
     config = compose(*overrides(tmp_path, "epochs=2", "optim.warmup_steps=0"))
     once = with_steps(compose(*overrides(tmp_path, "epochs=1", "optim.warmup_steps=0")))
     assert once.steps < with_steps(config).steps <= 2 * once.steps
-    with pytest.raises(UserError, match=r"batch_size = \d+: the learning rate would only rise"):
+    with pytest.raises(UserError, match=r"batch_size = \d+: the warm-up would not end"):
         with_steps(compose(*overrides(tmp_path, "epochs=2", "optim.warmup_steps=50")))
 
 

@@ -420,7 +420,7 @@ def test_an_unknown_or_small_host_is_named():
         make_plan(compose(*OFFLOAD[:-1], "model.offload=[layer]", "hardware.host_memory_bytes=0"))
     with pytest.raises(UserError, match=r"model\.offload = \['layer'\]\n  rule: has nothing to bring"):
         compose("model.offload=[layer]", "model.recompute=[layer]")
-    with pytest.raises(UserError, match=r"first 20 blocks of every stage again, and none has more than"):
+    with pytest.raises(UserError, match=r"first 20 blocks of every stage, and no stage has more than"):
         make_plan(compose(*OFFLOAD, "model.offload=[layer]", "model.recompute=[norm,layer:20]"))
 
 

@@ -216,8 +216,8 @@ class ChatTemplate:
 
     @cache  # noqa: B019
     def _written_stop(self) -> str:
-        behind = self._run(PROBED_TURNS, None).rpartition(PROBED_ANSWER)[2]
-        return behind.partition(TURN_END)[0] if TURN_END in behind else behind.strip()
+        after = self._run(PROBED_TURNS, None).rpartition(PROBED_ANSWER)[2]
+        return after.partition(TURN_END)[0] if TURN_END in after else after.strip()
 
     def _with_stops(self, chat: Chat, text: str, turns: dict[int, PlacedTurn]) -> tuple[str, dict[int, PlacedTurn]]:
         """Extends each turn to its stop token, also where the template writes no stop token."""
@@ -367,9 +367,9 @@ class ChatTemplate:
         pieces = self._run(probed, chat.tools).split(PROBE)
         turns: dict[int, PlacedTurn] = {}
         if (places := _aligned(plain, pieces, contents)) is not None:
-            for number, (begin, end, cut), piece, behind in zip(numbers, places, pieces, pieces[1:], strict=False):
+            for number, (begin, end, cut), piece, after in zip(numbers, places, pieces, pieces[1:], strict=False):
                 lead, tail = self._around(probed, number, chat.tools, piece)
-                turns[number] = PlacedTurn(begin - lead, begin, end + _shared(tail, behind), cut)
+                turns[number] = PlacedTurn(begin - lead, begin, end + _shared(tail, after), cut)
             return plain, turns
         at = 0
         for number in numbers:
@@ -381,15 +381,15 @@ class ChatTemplate:
         """Lengths of the template's own text around a turn's content. Returns the number of characters between the
         generation prompt and the content in this piece, and the text after the content in the turn."""
         turn, given = self._run(probed[: number + 1], tools), self._run(probed[:number], tools, True)
-        before, _, behind = turn.rpartition(PROBE)
+        before, _, after = turn.rpartition(PROBE)
         lead = before[_shared(before, given) :]
         if piece.endswith(lead):
-            return len(lead), behind.rstrip()
+            return len(lead), after.rstrip()
         header = given[
             _shared(given, self._run(probed[:number], tools)) :
         ]  # the template writes an older turn differently
         place = piece.rfind(header) if header else -1
-        return len(piece) - place - len(header) if place >= 0 else 0, behind.rstrip()
+        return len(piece) - place - len(header) if place >= 0 else 0, after.rstrip()
 
     def _by_prefix(self, plain: str, chat: Chat, number: int, at: int) -> PlacedTurn:
         """Finds a turn in a template that renders a turn without content differently.
@@ -454,12 +454,12 @@ def _aligned(plain: str, pieces: Sequence[str], contents: Sequence[str]) -> list
     if len(pieces) != len(contents) + 1 or not plain.startswith(pieces[0]):
         return None
     at, found = len(pieces[0]), []
-    for content, behind in zip(contents, pieces[1:], strict=True):
-        fits = (each for each in _forms(content) if plain.startswith(each[0] + behind, at))
+    for content, after in zip(contents, pieces[1:], strict=True):
+        fits = (each for each in _forms(content) if plain.startswith(each[0] + after, at))
         if (fit := next(fits, None)) is None:
             return None
         found.append((at, at + len(fit[0]), fit[1]))
-        at += len(fit[0]) + len(behind)
+        at += len(fit[0]) + len(after)
     return found if at == len(plain) else None
 
 
@@ -468,18 +468,18 @@ def _inserted(text: str, turn: PlacedTurn, thought: str) -> tuple[str, PlacedTur
     else in a new block."""
     closed = CLOSED.search(text[: turn.content])
     if closed is None:
-        place = behind = turn.content
+        place = after = turn.content
         new = f"{THINK}\n{thought}\n{THOUGHT}\n\n"
     elif closed["open"]:
         half = len(closed["gap"]) // 2
-        place, behind = closed.start("gap"), closed.start("gap") + len(closed["gap"])
+        place, after = closed.start("gap"), closed.start("gap") + len(closed["gap"])
         new = closed["gap"][:half] + thought + closed["gap"][half:]
     else:
-        place = behind = closed.start()
+        place = after = closed.start()
         new = THINK + thought
-    grown = len(new) - (behind - place)
+    grown = len(new) - (after - place)
     begin = min(turn.begin, place)
-    return text[:place] + new + text[behind:], replace(
+    return text[:place] + new + text[after:], replace(
         turn, begin=begin, content=turn.content + grown, end=turn.end + grown
     )
 

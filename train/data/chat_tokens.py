@@ -114,8 +114,8 @@ def learnt_tokens(encoding: Encoding, chat: RenderedChat) -> tuple[np.ndarray, n
     mask_N = np.zeros(len(encoding.ids), dtype=np.uint8)
     begins_N, ends_N = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2).T
     for begin, end in chat.learnt:  # a character may be several tokens, and both columns increase
-        first, behind = np.searchsorted(ends_N, begin, side="right"), np.searchsorted(begins_N, end)
-        mask_N[first:behind] = 1
+        first, after = np.searchsorted(ends_N, begin, side="right"), np.searchsorted(begins_N, end)
+        mask_N[first:after] = 1
     return np.array(encoding.ids, dtype=np.uint32), mask_N
 
 

@@ -148,7 +148,7 @@ class _Builder:
                     f"{name}: {unthought} learnt turns have no reasoning, but the template's prompt opens a reasoning block, so generation differs from the training: add reasoning, or see data.template_keys"
                 )
             if len(store.hashes_D) < 2:
-                rule = f"has {len(store.hashes_D)} chats to learn from, and one at least is held out"
+                rule = f"has {len(store.hashes_D)} chats with learnt tokens; at least one is held out, and at least one is needed for training"
                 raise UserError(key, part.path, rule, "give more chats")
             sides = split_documents(store, tokenizer, self.data.validation_fraction)
             fitted = [
@@ -170,8 +170,8 @@ class _Builder:
             raise UserError(
                 "seq_len",
                 self.config.seq_len,
-                f"{long} of {count} chats are longer, the longest has {longest} tokens",
-                f"set seq_len={longest - 1} or more, or data.too_long=cut (their end) or data.too_long=drop",
+                f"{long} of {count} chats are longer; the longest has {longest} tokens",
+                f"set seq_len={longest - 1} or more, or data.too_long=cut (remove the end) or data.too_long=drop",
             )
         for name, one in fitted:
             if one.long:
@@ -199,10 +199,8 @@ class _Builder:
                 unthought += task.unthought
                 self.progress("tokenising chats", done, max(source.size, done))
             if writer.tokens == 0:
-                rule = f"holds no chat with something to learn ({unlearnt} have nothing)"
-                raise UserError(
-                    source.field, source.name, rule, "look at the weights of messages, and at data.supervise"
-                )
+                rule = f"has no chat with learnt tokens ({unlearnt} chats have none)"
+                raise UserError(source.field, source.name, rule, "check the weights of messages, and data.supervise")
             writer.more = {"unlearnt": unlearnt} | ({"unthought": unthought} if unthought else {})
 
     def _without_short(self, name: str, *sides: Documents) -> tuple[Documents, ...]:
@@ -213,8 +211,8 @@ class _Builder:
             return sides
         longest = min(int(side.lengths_D.max()) for side in sides)
         if longest < least:
-            rule = f"leaves none of the training documents of {name} or none of those held out: the longest has {longest} tokens"
-            raise UserError("data.min_tokens", least, rule, f"take {longest} or less, or give longer documents")
+            rule = f"leaves no training document or no held-out document of {name}: the longest has {longest} tokens"
+            raise UserError("data.min_tokens", least, rule, f"use {longest} or less, or give longer documents")
         kept = tuple(long_documents(side, least) for side in sides)
         share = kept[-1].lengths_D.sum() / sides[-1].lengths_D.sum()
         documents = f"{len(kept[-1])} of {len(sides[-1])} documents"
@@ -238,8 +236,7 @@ class _Builder:
         tokenizer = Tokenizer(self._trained(sources, digests))
         if tokenizer.vocab_size < self.config.model.vocab_size:
             self._note(
-                f"the data has pairs for {tokenizer.vocab_size} token ids only, "
-                f"the other rows of model.vocab_size = {self.config.model.vocab_size} stay unused"
+                f"the data has merges for only {tokenizer.vocab_size} token ids; the other rows of model.vocab_size = {self.config.model.vocab_size} stay unused"
             )
         return tokenizer, "null (trained on this data)"
 
@@ -264,7 +261,7 @@ class _Builder:
                 kept = json.loads(path.read_bytes())
                 if zlib.crc32(kept["json"].encode()) == kept["crc32"]:
                     return kept["json"]
-            self._note(f"the cached tokenizer {path} was damaged and is trained again")
+            self._note(f"the cached tokenizer {path} was damaged; training it again")
             return None
 
         def make() -> str:
@@ -292,7 +289,7 @@ class _Builder:
             try:
                 return open_store(path, self.cache / "marks")
             except DamagedStore as damage:
-                self._note(f"the cached tokens {path} were damaged ({damage}) and are made again")
+                self._note(f"the cached tokens {path} were damaged ({damage}); tokenising again")
                 return None
 
         def make() -> TokenStore:
@@ -316,7 +313,7 @@ class _Builder:
         """The cached result, or the result of `make`, which one process runs while the others wait."""
         if (found := ready()) is not None:
             return found
-        with locked(path, lambda: self.progress("waiting for another process that makes the same", 0, 0)):
+        with locked(path, lambda: self.progress("waiting for another process with the same work", 0, 0)):
             return found if (found := ready()) is not None else make()
 
     def _open_memmap(self, path: Path, key: str, tokenizer: Tokenizer) -> TokenStore:
@@ -324,14 +321,14 @@ class _Builder:
         try:
             store = open_store(path, self.cache / "marks")
         except DamagedStore as damage:
-            raise UserError(key, path, f"is damaged: {damage}", "make or copy it again") from damage
+            raise UserError(key, path, f"is damaged: {damage}", "create or copy it again") from damage
         except OSError as error:
             raise unreadable(error, key, path) from error
         if store.largest_id >= tokenizer.vocab_size:
             raise UserError(
                 key,
                 path,
-                f"holds token {store.largest_id}, and the tokenizer has only ids below {tokenizer.vocab_size}",
+                f"has token {store.largest_id}, and the tokenizer has only ids below {tokenizer.vocab_size}",
                 "set data.tokenizer to the file that made these tokens",
             )
         if store.meta.get("tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint:
@@ -344,7 +341,7 @@ class _Builder:
 def _folder(path: str, key: str) -> Path:
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        raise UserError(key, path, "no such folder", "give the folder that holds tokens.bin and meta.json")
+        raise UserError(key, path, "no such folder", "give the folder with tokens.bin and meta.json")
     return folder
 
 

@@ -91,10 +91,7 @@ class TrainingData:
         often = [f"{name} {times:.3g} times" for name, times in self.epochs(samples).items() if times > 1]
         if not often:
             return None
-        return (
-            f"the run reads its training text more than once ({', '.join(often)}): repeated text teaches less than new text, and "
-            "the held-out loss tells when it no longer helps"
-        )
+        return f"the run reads its training text more than once ({', '.join(often)}): repeated text is less useful than new text; stop when the held-out loss no longer falls"
 
     def read_once(self, before: int, after: int) -> list[str]:
         """Sources whose second epoch begins between the samples `before` and `after`."""

@@ -104,9 +104,11 @@ class OwnDocuments:
             ids = np.asarray(document.content)
             what = f"document {document.number} of {KEY}"
             if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
-                raise TypeError(f"{what} is {type(document.content).__name__} and no text or row of token ids")
+                raise TypeError(f"{what} is {type(document.content).__name__} and not text or a sequence of token ids")
             if ids.size and not 0 <= ids.min() <= ids.max() < self._rows:
-                raise ValueError(f"{what} has token ids from {ids.min()} to {ids.max()}: not in 0 to {self._rows - 1}")
+                raise ValueError(
+                    f"{what} has token ids from {ids.min()} to {ids.max()}; the valid range is 0 to {self._rows - 1}"
+                )
         return np.append(ids, self._tokenizer.eos_id).astype(np.int64) if len(ids) else np.empty(0, np.int64)
 
     def held_out(self, wanted: int) -> Documents:
@@ -122,7 +124,7 @@ class OwnDocuments:
             if size > wanted and trains:
                 break
         if not found or not trains:
-            rule = f"gives too few documents to hold {self._fraction:g} of them out, by their numbers, and to train on others"
+            rule = f"gives too few documents to use a fraction of {self._fraction:g} for validation and the others for training"
             raise UserError(KEY, self.name, rule, "give more and shorter documents, or raise data.validation_fraction")
         ends_D = np.cumsum([len(ids) for ids in found])
         return Documents(np.concatenate(found).astype(np.uint32), np.append(0, ends_D[:-1]), np.diff(ends_D, prepend=0))
@@ -142,8 +144,8 @@ class OwnDocuments:
         """Texts of the first pass, for training a tokenizer."""
         for document in takewhile(lambda one: not one.passes, self.walk()):
             if not isinstance(document.content, str):
-                rule = f"is not known, and {self.name} gives token ids, not texts, on which one could be trained"
-                raise UserError("data.tokenizer", None, rule, "set data.tokenizer to the file that made these ids")
+                rule = f"is unknown, and {self.name} gives token ids, not text for training a tokenizer"
+                raise UserError("data.tokenizer", None, rule, "set data.tokenizer to the tokenizer.json of these ids")
             yield str(document.number), document.content
 
     def sample(self, limit: int) -> Iterator[tuple[str, str]]:

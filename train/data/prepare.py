@@ -80,7 +80,7 @@ def with_steps(config: Config) -> Config:
     while Schedules(replace(config, steps=steps)).samples[-1] < wanted:  # a batch-size ramp begins with smaller batches
         steps += 1
     if config.optim.warmup_steps >= steps:
-        rule = f"is not less than the {steps} steps of epochs = {config.epochs:g} and batch_size = {config.batch_size}: the learning rate would only rise"
+        rule = f"is not less than the {steps} steps of epochs = {config.epochs:g} and batch_size = {config.batch_size}: the warm-up would not end"
         cure = f"set a smaller batch_size, for more steps, or optim.warmup_steps={steps // 10}"
         raise UserError("optim.warmup_steps", config.optim.warmup_steps, rule, cure)
     with_steps = replace(config, steps=steps)

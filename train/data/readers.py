@@ -106,7 +106,7 @@ def _parse(line: str, place: str, field: str) -> object:
     try:
         return json.loads(line)
     except RecursionError as error:
-        raise UserError(field, place, "is JSON nested too deep to read", "remove this line") from error
+        raise UserError(field, place, "is JSON with too many nested levels", "remove this line") from error
     except ValueError as error:
         raise UserError(field, place, f"is not JSON: {error}", "correct or remove this line") from error
 
@@ -136,7 +136,7 @@ def check_text(value: object, place: str, text_key: str, field: str) -> str:
         rule = f"has a {type(value).__name__}, not a string, under {text_key!r}"
         raise UserError(field, place, rule, f"set {text_key_of(field)} to the key of the text")
     if found := SURROGATE.search(value):
-        rule = f"is not Unicode text: character {found.start()} is half of a pair, U+{ord(found[0]):04X}"
+        rule = f"is not Unicode text: character {found.start()} is a lone surrogate, U+{ord(found[0]):04X}"
         raise UserError(field, place, rule, "correct or remove this line")
     return value
 
@@ -151,7 +151,7 @@ def read_lines(file: SourceFile, field: str) -> Iterator[bytes]:
         try:
             yield from _bounded(stream.readline, file, field)
         except (EOFError, zlib.error, gzip.BadGzipFile, _BrokenError) as error:
-            raise UserError(field, file.path, f"is damaged: {error}", "fetch or compress it again") from error
+            raise UserError(field, file.path, f"is damaged: {error}", "download or compress it again") from error
 
 
 def _bounded(readline: Callable[[int], bytes], file: SourceFile, field: str) -> Iterator[bytes]:
@@ -161,11 +161,13 @@ def _bounded(readline: Callable[[int], bytes], file: SourceFile, field: str) -> 
     while line := readline(LONGEST_LINE + 1):
         number, size = number + 1, size + len(line)
         if len(line) > LONGEST_LINE:
-            rule = f"is longer than {LONGEST_LINE >> 20} MiB, the most that a line may have"
+            rule = f"is longer than {LONGEST_LINE >> 20} MiB, the limit of a line"
             raise UserError(field, f"{file.path}:{number}", rule, "split this document into several lines")
         if size > largest:
-            rule = f"has {file.size} bytes, and unpacks to more than {LARGEST_RATIO} times as many: no text does"
-            raise UserError(field, file.path, rule, "remove it, or unpack it yourself")
+            rule = (
+                f"has {file.size} bytes, and unpacks to more than {LARGEST_RATIO} times as much, so it cannot be text"
+            )
+            raise UserError(field, file.path, rule, "remove it, or unpack it before the training")
         yield line
 
 
@@ -193,7 +195,7 @@ class _Zstandard(io.RawIOBase):
             self._input = self._input or self._raw.read(ZSTD_INPUT)
             if not self._input:
                 if self._open:
-                    raise _BrokenError("it ends in the middle")
+                    raise _BrokenError("it is incomplete")
                 return 0
             self._open = self._open or self._frame()
             try:
@@ -236,4 +238,6 @@ def read_parquet_records(
                     yield f"{file.name}:{row}", f"{file.path}, row {row}", record
                     row += 1
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(field, file.path, f"is damaged or no Parquet: {error}", "fetch or write it again") from error
+        raise UserError(
+            field, file.path, f"is damaged or not Parquet: {error}", "download or write it again"
+        ) from error

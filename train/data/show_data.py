@@ -24,7 +24,7 @@ def show_data(config: Config) -> int:
     with show_progress() as progress:
         corpus = build_corpus(config, progress)
     terminal = Terminal()
-    terminal.print("What is learnt is green and underlined.")
+    terminal.print("Learnt tokens are green and underlined.")
     for part in corpus.parts:
         terminal.rule(Text(harmless(part.name)))
         for number in _spread(len(part.train)):

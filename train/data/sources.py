@@ -137,7 +137,7 @@ def open_source(source: MixSource, key: str, by_content: bool = False) -> Docume
     kind = format_of(source, key)
     assert kind not in CHATS, "open_chats has those"
     if kind in (DataFormat.text, DataFormat.stdlib) and source.text_key != "text":
-        rule = f"names a field, and {source.path or STDLIB} is read as plain text, each file a document"
+        rule = f"names a field, and {source.path or STDLIB} is read as plain text, one document per file"
         cure = f"leave it out, or set {key.removesuffix('path')}format to jsonl or parquet"
         raise UserError(text_key_of(key), source.text_key, rule, cure)
     if kind == DataFormat.stdlib:
@@ -154,7 +154,7 @@ def open_source(source: MixSource, key: str, by_content: bool = False) -> Docume
     if suffixes and root.is_dir():
         files = [file for file in files if file.name.endswith(suffixes)]
     if not files:
-        raise UserError(key, source.path, f"holds no {kind} files", "check the path")
+        raise UserError(key, source.path, f"has no {kind} files", "check the path")
     way = kind if kind == DataFormat.text else f"{kind}:{text_key}"
 
     def read(file: SourceFile) -> Iterator[tuple[str, str]]:
@@ -172,8 +172,8 @@ def open_chats(source: MixSource, key: str, way: str, by_content: bool = False) 
     """
     if source.path.startswith("hf://"):
         rule, cure = (
-            "is on the Hugging Face Hub, and chats are read of files",
-            "fetch its Parquet files, and give their folder",
+            "is on the Hugging Face Hub, and chats must be files",
+            "download its Parquet files, and give their folder",
         )
         raise UserError(key, source.path, rule, cure)
     if not source.path:
@@ -181,7 +181,7 @@ def open_chats(source: MixSource, key: str, way: str, by_content: bool = False) 
     root = Path(source.path).expanduser()
     files = [file for file in find_files(root, key) if file.name.endswith((*JSONL, ".json", *PARQUET))]
     if not files:
-        raise UserError(key, source.path, "holds no .jsonl or .parquet files", "check the path")
+        raise UserError(key, source.path, "has no .jsonl or .parquet files", "check the path")
 
     def read(file: SourceFile) -> Iterator[tuple[str, Chat]]:
         records = (
@@ -205,7 +205,7 @@ def _canonical(record: Any) -> str:
 
 
 def no_text(source: DocumentSource) -> UserError:
-    return UserError(source.field, source.name, "; ".join(["holds no text", *source.notes()]), "check the path")
+    return UserError(source.field, source.name, "; ".join(["has no text", *source.notes()]), "check the path")
 
 
 def format_of(source: MixSource, key: str) -> DataFormat:
@@ -220,7 +220,7 @@ def _stdlib(key: str) -> FileSource:
     files = [file for file in find_files(root, key, NOT_STDLIB) if file.name.endswith(".py")]
     if not files:
         raise UserError(
-            key, root, "this Python comes without the source of its library", "set data.path=FOLDER_OR_FILE"
+            key, root, "this Python has no source files of its standard library", "set data.path=FOLDER_OR_FILE"
         )
     return FileSource(key, STDLIB, root, files, lambda file: read_text(file, key, None), "text")
 
@@ -242,7 +242,7 @@ def _guess(source: MixSource, key: str) -> DataFormat:
         raise UserError(
             key,
             source.path,
-            f"holds {names} files: which to read is unclear",
+            f"has {names} files, and the choice is ambiguous",
             f"set {key.removesuffix('path')}format to one of {names}; the other files are then left out (text reads all)",
         )
     return kinds.pop() if kinds else DataFormat.text
@@ -308,7 +308,7 @@ def open_hub(path: str, text_key: str, key: str, by_content: bool = False) -> Hu
     """Load the split. Raises UserError if the package, network, dataset, split or column is missing."""
     match = re.fullmatch(r"(?:hf://)?(.+?)(?:@([^@:/]+))?(?::([^:/]+))?", path)
     if match is None:
-        raise UserError(key, path, "must be hf://NAME[@CONFIG][:SPLIT]", "write it so")
+        raise UserError(key, path, "must be hf://NAME[@CONFIG][:SPLIT]", "write it in this form")
     name, config, split = match[1], match[2], match[3] or "train"
     folder = Path(name).expanduser()
     offline = None if folder.is_dir() else offline_reason()
@@ -316,7 +316,7 @@ def open_hub(path: str, text_key: str, key: str, by_content: bool = False) -> Hu
         import datasets
     except ImportError as error:
         rule = "needs the Python package datasets, which is not installed"
-        raise UserError(key, path, rule, f"{install_words('datasets')}; or give files") from error
+        raise UserError(key, path, rule, f"{install_words('datasets')}; or use files") from error
     try:
         if any((folder / mark).is_file() for mark in ("dataset_info.json", "dataset_dict.json")):
             table = datasets.load_from_disk(folder)
@@ -325,7 +325,7 @@ def open_hub(path: str, text_key: str, key: str, by_content: bool = False) -> Hu
             table = datasets.load_dataset(str(folder) if folder.is_dir() else name, config, split=split)
     except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        cure = "check name, @CONFIG and :SPLIT; without a network give files, or a folder made by save_to_disk"
+        cure = "check name, @CONFIG and :SPLIT; without a network use files, or a folder of save_to_disk"
         if offline is not None:
             reason = f"{hub()} cannot be reached ({offline}), and the dataset is not in the cache of this machine"
         raise UserError(key, path, f"cannot be loaded: {reason}", cure) from error
@@ -355,7 +355,7 @@ def find_files(root: Path, field: str, skip_folders: frozenset[str] = frozenset(
                 field,
                 root,
                 "no such file or folder",
-                f"check the path; where the text lies elsewhere, give {field}=PATH",
+                f"check the path, or set {field}=PATH to the place of the text",
             )
         found = []
         for folder, folders, names in os.walk(root, onerror=_raise):

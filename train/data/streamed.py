@@ -80,15 +80,15 @@ class StreamedData:
             held.append((document, skip, len(ids)))
             tokens, skip = np.concatenate([tokens, ids]), 0
             while len(tokens) > length:
-                at, behind, _ = held[0]
+                at, after, _ = held[0]
                 numbers = np.repeat(np.arange(len(held)), [here for _, _, here in held])
-                begins = StreamMark(sample, at.passes, at.number, behind, state=at.state)
+                begins = StreamMark(sample, at.passes, at.number, after, state=at.state)
                 yield begins, tokens[: length + 1], numbers[: length + 1]
                 tokens, sample, left = tokens[length:], sample + 1, length
                 while left >= held[0][2]:
                     left -= held.popleft()[2]
-                at, behind, here = held[0]
-                held[0] = at, behind + left, here - left
+                at, after, here = held[0]
+                held[0] = at, after + left, here - left
 
     def epochs(self, samples: int) -> dict[str, float]:
         """Number of passes in these samples; 0 until the first pass has ended."""

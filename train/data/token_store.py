@@ -74,7 +74,7 @@ def space_errors(path: Path, needed: int | None = None) -> Iterator[None]:
             rule = f"cannot be written: {error.strerror}"
         else:
             raise
-        cure = f"{cure_of_writing(error)}, or set data.cache (or SLUICE_CACHE) to a folder of yours on another disk"
+        cure = f"{cure_of_writing(error)}, or set data.cache (or SLUICE_CACHE) to a folder of your own on another disk"
         raise UserError("data.cache", path, rule, cure) from error
 
 
@@ -251,9 +251,9 @@ def _open(path: Path, marks: Path) -> TokenStore:
     if stored != count * dtype.itemsize or count == 0:
         raise DamagedStore(f"tokens.bin has {stored} bytes, not {count * dtype.itemsize}")
     if not (isinstance(offsets_D1, np.ndarray) and isinstance(hashes_D, np.ndarray)):
-        raise DamagedStore("documents.npy or hashes.npy is no array of numpy")
+        raise DamagedStore("documents.npy or hashes.npy is not a numpy array")
     if not isinstance(meta.get("crc32", {}), dict):
-        raise DamagedStore("meta.json has crc32 that is no object")
+        raise DamagedStore("meta.json has crc32 that is not an object")
     whole = hashes_D.shape == (documents,) and offsets_D1.shape == (documents + 1,) and offsets_D1[0] == 0
     if not whole or offsets_D1[-1] != count or np.any(np.diff(offsets_D1) <= 0):
         raise DamagedStore("documents.npy and hashes.npy do not divide tokens.bin into documents")

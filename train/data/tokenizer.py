@@ -92,16 +92,16 @@ class Tokenizer:
         if "ByteLevel" not in str(self._backend.decoder):
             raise _refuse(
                 name,
-                "is not byte-level: only byte-level BPE turns every text back into the same bytes",
-                "choose a byte-level BPE, or leave data.tokenizer null to train one",
+                "is not byte-level: only byte-level BPE reproduces all bytes of a text",
+                "choose a byte-level BPE, or leave data.tokenizer null to train a tokenizer",
             )
         names = self._backend.get_vocab()
         found = next((each for each in ((eos,) if eos else EOS_NAMES) if each in names), None)
         if found is None:
             raise _refuse(
                 name,
-                "has no end-of-document token under a usual name",
-                'put a tokenizer_config.json with "eos_token" beside it',
+                "has no end-of-document token with a known name",
+                'add a tokenizer_config.json with "eos_token" to its folder',
             )
         markers = next((each for each in FIM_NAMES if all(part in names for part in each)), None)
         self.eos, self.eos_id = found, names[found]
@@ -163,7 +163,7 @@ class Tokenizer:
         given = self.settings(GENERATION_FILE).get("eos_token_id")
         found = [given] if isinstance(given, int) else given or []
         if not isinstance(found, list) or not all(isinstance(id, int) and 0 <= id < self.vocab_size for id in found):
-            rule = f"eos_token_id of {GENERATION_FILE} beside it must be ids of tokens, and is {given!r:.80}"
+            rule = f"eos_token_id of {GENERATION_FILE} in its folder must be token ids, and is {given!r:.80}"
             raise _refuse(self._name, rule, "correct or remove it")
         return list(dict.fromkeys([*found, self.eos_id]))
 
@@ -233,10 +233,9 @@ def load_tokenizer(choice: str) -> Tokenizer:
         if _is_absent(path):
             raise _refuse(
                 choice,
-                "must be deepseek_v3, or a tokenizer.json or a folder that holds one on this machine; there is none at this "
-                "path, and names on the Hugging Face Hub are not fetched",
+                "must be deepseek_v3, or the path of a tokenizer.json or its folder; this path does not exist, and names on the Hugging Face Hub are not downloaded",
                 f"`hf download {choice} tokenizer.json tokenizer_config.json --local-dir {Path(choice).name}`, then set "
-                f"data.tokenizer={Path(choice).name}; or leave data.tokenizer out, which trains one on the data",
+                f"data.tokenizer={Path(choice).name}; or omit data.tokenizer to train a tokenizer on the data",
             )
     try:
         text = read_plain_text(path)
@@ -261,8 +260,8 @@ def refuse_tiktoken(folder: Path, field: str) -> None:
     """Raise UserError if a folder has only a tiktoken.model, as Moonshot's folders do: the file lacks the pattern
     that splits text into words."""
     if _is_absent(folder / TOKENIZER_FILE) and not _is_absent(folder / TIKTOKEN_FILE):
-        rule = f"has its tokenizer as {TIKTOKEN_FILE}, which is not read: the pattern that cuts text into words stands in code of the folder"
-        cure = f"make a {TOKENIZER_FILE} of it, as train/docs/models.md shows"
+        rule = f"has its tokenizer as {TIKTOKEN_FILE}, which cannot be used: the pattern that divides text into words is in Python code of the folder"
+        cure = f"convert it to a {TOKENIZER_FILE}, as shown in train/docs/models.md"
         raise UserError(field, folder, rule, cure)
 
 
@@ -334,8 +333,8 @@ def _is_between_words(text: str, at: int) -> bool:
     Digits, kanji and kana do not qualify: some patterns cut them out first, and then all spaces before them stay
     together.
     """
-    before, behind = text[at - 1], text[at + 1]
-    return behind.isalnum() if before.isalnum() else before.isspace() and behind.isalpha() and ord(behind) < 0x3040
+    before, after = text[at - 1], text[at + 1]
+    return after.isalnum() if before.isalnum() else before.isspace() and after.isalpha() and ord(after) < 0x3040
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> str:
@@ -365,10 +364,7 @@ def warn_of_spare_rows(tokenizer: Tokenizer, vocab_size: int) -> str | None:
     little."""
     if vocab_size <= max(MANY_ROWS, 2 * tokenizer.vocab_size):
         return None
-    return (
-        f"model.vocab_size = {vocab_size} is far too large: the tokenizer of this text has {tokenizer.vocab_size} ids, and every step computes "
-        f"the other rows for nothing; set model.vocab_size={tokenizer.vocab_size}"
-    )
+    return f"model.vocab_size = {vocab_size} is far too large: the tokenizer of this text has {tokenizer.vocab_size} ids, and every step computes the unused rows; set model.vocab_size={tokenizer.vocab_size}"
 
 
 def check_fit(tokenizer: Tokenizer, name: str, vocab_size: int, fim_rate: float) -> None:
@@ -385,5 +381,5 @@ def check_fit(tokenizer: Tokenizer, name: str, vocab_size: int, fim_rate: float)
             "data.fim_rate",
             fim_rate,
             f"needs a tokenizer with FIM tokens, and data.tokenizer = {name} has none",
-            "set data.fim_rate=0 or take another tokenizer",
+            "set data.fim_rate=0, or use another tokenizer",
         )

@@ -221,11 +221,11 @@ def match(folder: Folder, model: Model) -> list[PlacedTensor]:
     needed = [each.theirs for each in expected if each.theirs not in stored and not each.copy]
     if needed:
         name_of = FAMILIES[folder.family].name_of
-        behind = tuple(name_of(f"model.layers.{model.layers + depth}.") for depth in range(held, model.mtp_depth))
+        after = tuple(name_of(f"model.layers.{model.layers + depth}.") for depth in range(held, model.mtp_depth))
         raise folder.refuse(
             f"lacks {len(needed)} of the model's {len(expected)} tensors: {some(needed)}",
             f"set model.mtp_depth={held}: the folder has {held or 'no'} MTP module{'s' * (held > 1)}"
-            if all(name.startswith(behind) for name in needed)
+            if all(name.startswith(after) for name in needed)
             else "give the whole folder",
         )
     known = {each.theirs for each in expected}

@@ -81,7 +81,7 @@ def _first_right(
     raise UserError(
         "cluster.device",
         config.cluster.device,
-        f"no attention of torch {torch.__version__} is right on {torch.cuda.get_device_name(device)}: {'; '.join(failed)}",
+        f"no attention of torch {torch.__version__} gives correct values on {torch.cuda.get_device_name(device)}: {'; '.join(failed)}",
         "install another torch or driver, or use cluster.device=cpu",
     )
 
@@ -89,7 +89,7 @@ def _first_right(
 def _refusal(core: AttentionCore, config: Config, device: torch.device, part: str) -> str | None:
     """The reason why a run cannot use this core; None if it can."""
     if isinstance(core, CudnnAttention) and config.cluster.deterministic:
-        return "need not repeat its bits, which cluster.deterministic asks for"
+        return "may give other bits in each run, which cluster.deterministic=true excludes"
     return problem_of(core, config, device, part)
 
 

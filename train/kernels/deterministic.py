@@ -30,7 +30,7 @@ def check_settings() -> None:
                 name,
                 os.environ[name],
                 f"must be {' or '.join(values)} with cluster.deterministic=true",
-                "unset it, or leave cluster.deterministic at false",
+                "unset it, or set cluster.deterministic=false",
             )
 
 

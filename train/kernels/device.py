@@ -32,9 +32,9 @@ def check_memory(config: Config, state_bytes: int) -> None:
         raise UserError(
             "cluster.device",
             config.cluster.device,
-            f"ranks run on this machine's CPU, and its {total / 1e9:.0f} GB of memory do not hold weights and optimizer state, "
+            f"the ranks run on this machine's CPU, and its {total / 1e9:.0f} GB of memory do not hold weights and optimizer state, "
             f"{state_bytes / 1e9:.0f} GB",
-            "mode=plan says which machines the job needs; conf=tiny fits here",
+            "mode=plan predicts the machines that the job needs; conf=tiny fits this machine",
         )
 
 
@@ -57,10 +57,10 @@ def sees_gpu(wanted: str) -> bool:
         return True
     if wanted == "cuda":
         rule = f"needs a CUDA device that torch can use: {_why_not()}"
-        raise UserError("cluster.device", wanted, rule, "install what that names, or use cluster.device=cpu")
+        raise UserError("cluster.device", wanted, rule, "install the named part, or use cluster.device=cpu")
     if gpu_files() and torch.version.cuda is not None and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
         rule = f"finds {', '.join(gpu_files())}, which torch cannot use: {_why_not()}"
-        cure = "update the driver or install the build of torch that fits it, or say cluster.device=cpu"
+        cure = "update the driver, install a suitable build of torch, or set cluster.device=cpu"
         raise UserError("cluster.device", wanted, rule, cure)
     return False
 
@@ -127,9 +127,9 @@ def _why_not() -> str:
     import torch
 
     if torch.version.cuda is None and torch.version.hip is None:
-        return f"torch {torch.__version__} is built for the CPU alone"
+        return f"torch {torch.__version__} is built only for CPUs"
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:
         return str(error).strip().splitlines()[0]
-    return "it counts no device"
+    return "it finds no device"

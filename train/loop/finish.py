@@ -50,7 +50,7 @@ def finish_run(config: Config, code: int, seconds: float, wandb: str | None, tex
 
 def _why_stopped(logs: Path) -> str:
     why = stop_path(logs)
-    return (read_plain(why).decode() if why.exists() else "") or "a signal asked for it"
+    return (read_plain(why).decode() if why.exists() else "") or "a signal requested it"
 
 
 def _plan_line(folder: Path, series: Series) -> str | None:
@@ -58,7 +58,7 @@ def _plan_line(folder: Path, series: Series) -> str | None:
     try:
         return plan_words(plan_rows(folder, series))
     except Exception as error:
-        say(f"the plan of this run cannot be told: {type(error).__name__}: {first_line(error)}", file=sys.stderr)
+        say(f"the plan of this run could not be computed: {type(error).__name__}: {first_line(error)}", file=sys.stderr)
         return None
 
 

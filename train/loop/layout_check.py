@@ -42,9 +42,8 @@ def _check_offload(config: Config) -> None:
         raise UserError(
             "model.offload",
             config.model.offload,
-            f"has nothing to bring to the host: model.recompute runs the first {again} blocks of every stage again, and none has more "
-            f"than {longest}",
-            "lower N of layer:N in model.recompute, or leave out one of the two",
+            f"has nothing to offload: model.recompute recomputes the first {again} blocks of every stage, and no stage has more than {longest}",
+            "lower N of layer:N in model.recompute, or omit one of the two keys",
         )
 
 
@@ -58,7 +57,7 @@ def _check_adapter(config: Config) -> None:
             raise UserError(
                 "parallel.pp",
                 config.parallel.pp,
-                f"leaves rank {rank} of the pipeline without a block, where an adapter has nothing to train",
+                f"leaves rank {rank} of the pipeline without a block, so an adapter has nothing to train there",
                 "lower parallel.pp, or give parallel.split",
             )
 
@@ -69,7 +68,7 @@ def _check_choices(config: Config) -> None:
 
     stages, sparse = stage_layers(config), config.model.sparse
     if config.optim.index_warmup and not stages[0]:
-        rule = "has no layer in its first stage, in which optim.index_warmup has nothing to train"
+        rule = "has no layer in its first stage, so optim.index_warmup has nothing to train there"
         raise UserError("parallel.split", config.parallel.split, rule, "give the first stage a layer")
     for number, layers in enumerate(stages):
         if layers and sparse.heads and not sparse.chooses(layers.start):
@@ -78,5 +77,5 @@ def _check_choices(config: Config) -> None:
                 f"{sparse.pattern.rindex('F', 0, layers.start)} chooses, in the stage before"
             )
             starts = [at for at, letter in enumerate(sparse.pattern) if letter == "F"]
-            cure = f"give parallel.split so that stages begin with one of the layers {starts}"
+            cure = f"give parallel.split so that each stage begins with one of the layers {starts}"
             raise UserError("parallel.split", config.parallel.split, rule, cure)

@@ -90,11 +90,14 @@ class LiveModel:
         """See `Engine.generate`."""
         parallel, context = self._config.parallel, self._config.seq_len
         if parallel.world > 1 or parallel.zero == 3:
-            given, rule = f"{parallel.world} ranks, zero={parallel.zero}", "one process writes, with whole weights"
-            raise UserError("generate", given, rule, "fill an engine of one process with these weights")
+            given, rule = (
+                f"{parallel.world} ranks, zero={parallel.zero}",
+                "must be one process with whole weights, for this file",
+            )
+            raise UserError("generate", given, rule, "load these weights into an engine of one process")
         if not prompts or not all(prompts):
             raise UserError(
-                "prompts", len(prompts), "must be lists of one token or more", "begin them with a start token"
+                "prompts", len(prompts), "must be lists of one token or more", "begin prompts with a start token"
             )
         (model,), limits = self._chunks, Limits(tokens, context, frozenset(end_ids))
         sampler = Sampler(self._config.model.vocab_size, temperature, top_p)

@@ -55,12 +55,12 @@ def live_weights(
     held = {name: shard for name, shard in state.shards().items() if name.startswith(("master.", "bias."))}
     if config.adapter.on and (stacked or (merged and config.adapter.base is BaseFormat.fp8)):
         given, rule = (
-            ("stacked", "has a pair for every expert")
+            ("stacked", "has A and B for every expert")
             if stacked
             else ("fp8", "is added to plain weights, and its base is FP8")
         )
         raise UserError(
-            "adapter", given, f"an adapter {rule}", "take weights(merged=False), or export with export.merge=true"
+            "adapter", given, f"an adapter {rule}", "use weights(merged=False), or export with export.merge=true"
         )
     if config.adapter.on and merged:
         held |= state.owned_base()
@@ -85,14 +85,17 @@ def live_weights(
 def fill_live(config: Config, state: RunState, weights: Iterable[tuple[str, Tensor]]) -> None:
     """See `Engine.fill`. Each rank copies the elements that it holds."""
     if config.adapter.on:
-        raise UserError("adapter", "lora", "takes no whole weights", "fill an engine without an adapter")
+        raise UserError("adapter", "lora", "does not accept whole weights", "use an engine without an adapter")
     places, held = {placed.theirs: placed for placed in tensors(config.model, state.family)}, state.wanted_of_start()
     for name, tensor in weights:
         placed = places.get(name)
         if placed is None or tensor.shape != placed.shape:
-            wanted = "is no tensor of this model" if placed is None else f"must be {placed.shape}"
+            wanted = "is not a tensor of this model" if placed is None else f"must be {placed.shape}"
             raise UserError(
-                f"weights: {name}", tuple(tensor.shape), wanted, "give those of `weights` of the same model"
+                f"weights: {name}",
+                tuple(tensor.shape),
+                wanted,
+                "use the names and shapes of `weights` of the same model",
             )
         if (shard := held.get(placed.ours)) is not None:
             first, end = _overlap(placed, shard)

@@ -32,8 +32,8 @@ def open_engine(config: Config, place: Place | None = None) -> Engine:
     """
     place = place or given_place() or Place()
     if place.world != config.parallel.world:
-        rule = f"is the number of processes, and the layout has {config.parallel.world} ranks"
-        raise UserError("WORLD_SIZE", place.world, rule, "start as many, or change parallel.*")
+        rule = f"must equal the number of ranks of the layout, {config.parallel.world}"
+        raise UserError("WORLD_SIZE", place.world, rule, "start as many processes, or change parallel.*")
     check_layout(config)
     rank = set_up_rank(config, place)
     kernels, _ = choose_kernels(config, rank.device)

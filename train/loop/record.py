@@ -64,8 +64,8 @@ def recorded(logs: Path, place: Place) -> Iterator[RankRecorder]:
     try:
         ring = CommRing(ring_path(logs, place.rank), place.rank, place.world)
     except OSError as error:
-        said = "what this rank communicates could not be recorded, so that a hang is only told by stacks"
-        say(f"{said} ({explain_disk_error(error)}); training goes on", file=sys.stderr)
+        said = "this rank's communication could not be recorded, so a hang is judged only by stacks"
+        say(f"{said} ({explain_disk_error(error)}); training continues", file=sys.stderr)
         yield RankRecorder()
         return
     recorder = CommRecorder(ring)

@@ -73,7 +73,7 @@ def _find_start(config: Config, copies: MemoryCopies | None) -> StartingPoint:
 def _search_disk(config: Config, skip: Collection[Path], notes: Sequence[str] = ()) -> StartingPoint:
     """On rank 0. skip: checkpoints found damaged while reading, which notes already name."""
     found = resume_point(config, skip=skip)
-    passed = [] if skip else [f"passed over a damaged checkpoint: {warning}" for warning in found.warnings]
+    passed = [] if skip else [f"skipped a damaged checkpoint: {warning}" for warning in found.warnings]
     return StartingPoint(None, None if found.path is None else str(found.path), [*notes, *passed])
 
 
@@ -104,7 +104,7 @@ def restore(
         if problem is None:
             copies.mark_resumed()
             return _resumed(config, data, manifest.meta, notes, f"copies in memory, {manifest.folder}")
-        notes.append(f"passed over copies in memory: {problem}")
+        notes.append(f"skipped copies in memory: {problem}")
         start = StartingPoint(*from_rank_0(lambda: _search_disk(config, skip)))
         notes += start.notes
     while start.checkpoint is not None:
@@ -116,15 +116,15 @@ def restore(
             return _resumed(config, data, meta, notes, str(path))
         if config.resume != "auto":
             raise UserError("resume", config.resume, problem, "give another checkpoint, or use resume=auto")
-        notes.append(f"passed over a damaged checkpoint: {problem}")
+        notes.append(f"skipped a damaged checkpoint: {problem}")
         skip.add(path)
         start = StartingPoint(*from_rank_0(lambda: _search_disk(config, skip)))
     if notes:  # the weights may be partly loaded, and the user did not ask for a fresh start
         raise UserError(
             "resume",
             config.resume,
-            f"there is no checkpoint on disk, and copies in memory are of no use: {'; '.join(notes)}",
-            "start once with checkpoint.every_memory=0 to begin from the start, or take another name=",
+            f"there is no checkpoint on disk, and the copies in memory cannot be used: {'; '.join(notes)}",
+            "start once with checkpoint.every_memory=0 to begin at step 0, or use another name=",
         )
     if config.init_from is not None and not config.adapter.on:
         begun = _start(config, data.tokenizer, state)
@@ -138,7 +138,7 @@ def _resumed(config: Config, data: PreparedData, meta: dict[str, Any], notes: li
     resumed = {"step": meta["step"], "from": where} | changes.plain()
     if config.adapter.on and "weights" not in meta["base"]:
         notes.append(
-            "the checkpoint knows the base of its adapter by samples of its bytes, as an earlier version wrote it: from now on by all of them"
+            "the checkpoint of an earlier version identifies the base of its adapter by some of its bytes; later checkpoints use all bytes"
         )
     return RestoredState([*notes, f"resumed from step {meta['step']}: {where}", *changes.notes()], resumed)
 
@@ -151,7 +151,7 @@ def _newest_copy(config: Config, copies: MemoryCopies) -> tuple[dict[str, Any] |
     try:
         manifest = copies.manifest()
     except CheckpointDamaged as error:
-        return None, [f"passed over copies in memory: {error.line}"]
+        return None, [f"skipped copies in memory: {error.line}"]
     if manifest is not None and config.resume == "auto":
         disk = newest_intact(RunPaths(config).checkpoints).manifest
         if disk is not None and disk.age > manifest.age:
@@ -213,6 +213,6 @@ def _fits(config: Config, tokenizer: Tokenizer, path: Path, meta: dict[str, Any]
         raise UserError(
             "steps",
             config.steps,
-            f"must not be less than the {meta['step']} steps that {path} has behind it",
-            f"set steps={meta['step']} or more, or take another name= for a new run",
+            f"must not be less than the {meta['step']} completed steps of {path}",
+            f"set steps={meta['step']} or more, or use another name= for a new run",
         )

@@ -71,7 +71,7 @@ def session(config: Config) -> "Iterator[Session]":
     lock = open_lock(folder / "lock")
     try:
         if not try_lock(lock):
-            raise UserError("name", config.name, f"has a session already: {folder} is in use", "give another name=")
+            raise UserError("name", config.name, f"already has a session: {folder} is in use", "give another name=")
         # The ranks form a run in this folder that is not restarted: a restart would lose all updates.
         cluster = replace(config.cluster, restarts=0)
         with Session(replace(config, runs=str(folder.parent), name=folder.name, cluster=cluster), folder) as opened:
@@ -287,5 +287,5 @@ def _import_path(loss: Callable[..., Tensor]) -> str:
     path = f"{loss.__module__}.{getattr(loss, '__qualname__', '<locals>')}"
     if loss.__module__ == "__main__" or "<" in path:
         rule = "must be a function of a module that the ranks can import"
-        raise UserError("loss", path, rule, "put it into a file of its own, and give its import path")
+        raise UserError("loss", path, rule, "move it into a module, and give its import path")
     return path

@@ -124,7 +124,7 @@ class SessionRank:
         rows, least = len(batch.tokens_BS), self._sharing * self._config.micro_batch_size
         if rows % least or not rows:
             rule = f"must be a multiple of {least}: micro_batch_size={self._config.micro_batch_size} on each of {self._sharing} data-parallel ranks"
-            raise UserError("batch.tokens_BS", f"{rows} sequences", rule, "fill up with sequences of document -1")
+            raise UserError("batch.tokens_BS", f"{rows} sequences", rule, "add padding sequences with document -1")
         self._engine.check(batch, rows // least)
         size = rows // self._sharing
         mine = slice(self._engine.mesh.dp_rank * size, (self._engine.mesh.dp_rank + 1) * size)

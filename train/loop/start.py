@@ -76,7 +76,7 @@ def other_optimizer(config: Config, folder: Path) -> list[str]:
     if known is None or known[1] == own:
         return []
     return [
-        f"{known[0]} was pretrained with {known[1]}, and this run has optim.name={own}: tuning did best with the optimizer of the pretraining (train/docs/muon.md)"
+        f"{known[0]} was pretrained with {known[1]}, and this run has optim.name={own}; the optimizer of the pretraining usually gives the best results (train/docs/muon.md)"
     ]
 
 

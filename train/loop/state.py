@@ -170,6 +170,6 @@ def _has(meta: Mapping[str, Any], hook: Any) -> bool:
 def _apart(shards: Mapping[str, Shard], more: dict[str, Shard]) -> dict[str, Shard]:
     """The state of a hook. Raises UserError if its names are in use."""
     if taken := sorted(shards.keys() & more.keys()):
-        rule = "names tensors that the state of the run has already"
-        raise UserError("callbacks", ", ".join(taken), rule, "give those of the hook's `shards` names of their own")
+        rule = "names tensors that the state of the run already has"
+        raise UserError("callbacks", ", ".join(taken), rule, "give the hook's `shards` other names")
     return more

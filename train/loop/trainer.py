@@ -48,7 +48,7 @@ class Trainer:
         run, config = self.run, self.run.config
         steps = range(run.state.step + 1, config.steps + 1)
         if not steps:
-            run.note(f"this run has all its {config.steps} steps behind it; raise steps= to train on")
+            run.note(f"all {config.steps} steps of this run are complete; raise steps= to continue the training")
             if not (run.folder / "checkpoints" / step_name(run.state.step)).exists():
                 self._save(final=True)  # the state came from another run's folder, perhaps in another layout
             return EXIT_OK
@@ -94,7 +94,9 @@ class Trainer:
         run.tell("on_update" if outcome.update.applied else "on_skip", plan.step)
         state.step, state.samples = plan.step, plan.first_sample + plan.batch_size
         for source in run.data.train.read_once(plan.first_sample, state.samples):
-            run.note(f"step {plan.step}: all training text of {source} has been read once; from here on it repeats")
+            run.note(
+                f"step {plan.step}: all training text of {source} has been read once; from this step on it is repeated"
+            )
         record = {"step": plan.step, "data_wait_seconds": batches.waited - waited}
         run.tell("on_step", plan.step, record)
         # After its record is written: a run that resumes here continues with the next step. The end of the run saves

@@ -151,11 +151,11 @@ class Engine:
         token_loss = self._find_loss(loss, batch, settings)
         chosen = self._terms(terms, batch)
         if self.clip is not None and batch.supervised_BS is not None:
-            rule = "counts the scores of all positions, also of filling, and this batch has some"
+            rule = "uses the scores of all positions, including padding, and this batch has padding"
             raise UserError("optim.qk_clip", self._config.optim.qk_clip, rule, "leave it out")
         if total is None and not (last and self._open is None):
-            rule = "must be given where a step has several calls: what their sums are divided by"
-            raise UserError("total", None, rule, "give `engine.count(batches)` of all batches of the step to each call")
+            rule = "must be given in a step with several calls: it is the divisor of their sums"
+            raise UserError("total", None, rule, "pass `engine.count(batches)` of all batches of the step to each call")
         total = total or self.count([batch])
         if total.targets == 0:
             rule = "must mark a learnt token on some rank"
@@ -177,7 +177,7 @@ class Engine:
             rule = f"must be a step of the recipe, 1 to {self._config.steps}"
             raise UserError("step", number, rule, "set steps= to more")
         if not self._is_reduced:
-            rule = "needs gradients, and no forward_backward with last=True came before"
+            rule = "needs gradients from a forward_backward with last=True"
             raise UserError("update", number, rule, "call forward_backward with last=True first")
         if lr is not None and not 0 <= lr < math.inf:
             raise UserError("lr", lr, "must be a number of 0 or more", "correct it")
@@ -347,8 +347,10 @@ class Engine:
     def _accumulating(self, plan: StepPlan) -> Iterator[None]:
         """A context for one call of the current step, or of a new one. An error inside ends the step."""
         if self._is_reduced:
-            rule = "came after the last call of a step, and update or discard did not"
-            raise UserError("forward_backward", "another call", rule, "call update, or give last=False before it")
+            rule = "was called after the last call of a step, without update or discard"
+            raise UserError(
+                "forward_backward", "another call", rule, "call update, or pass last=False in the previous call"
+            )
         opened, self._open = self._open, None
         with opened or ExitStack() as step:
             if opened is None:
@@ -426,9 +428,9 @@ class Engine:
 
     def _between_steps(self, method: str) -> "LiveModel":
         """The live model. Raises UserError inside a step, because gradients are not saved or handed out."""
-        assert self._live is not None, "this engine was made for steps alone"
+        assert self._live is not None, "this engine only supports whole steps"
         if self._open is not None or self._is_reduced:
-            raise UserError(method, "in a step", "comes between steps", "call update or discard before it")
+            raise UserError(method, "in a step", "must be called between steps", "call update or discard before it")
         return self._live
 
     # Checks of a caller's arguments
@@ -458,10 +460,10 @@ class Engine:
         if terms is None:
             return TERMS if batch.experts_BTLK is None else TERMS[:-1]
         if unknown := [term for term in terms if term not in TERMS]:
-            raise UserError("terms", unknown[0], f"must be of {', '.join(TERMS)}", "correct it")
+            raise UserError("terms", unknown[0], f"must be some of {', '.join(TERMS)}", "correct it")
         if "biases" in terms and batch.experts_BTLK is not None:
-            rule = "follow loads that the routers chose, and the experts of this batch are replayed"
-            raise UserError("terms", "biases", rule, "leave out one of the two")
+            rule = "need loads that the routers chose, and the experts of this batch are replayed"
+            raise UserError("terms", "biases", rule, "omit one of the two")
         return terms
 
     def check(self, batch: Batch, micro_batches: int) -> None:
@@ -471,7 +473,7 @@ class Engine:
         (rows, length), cp = batch.tokens_BS.shape, self._layout.cp
         if (length - 1) % (2 * cp if cp > 1 else 1) or length < 2:
             rule = f"must have one token more than a multiple of {2 * cp if cp > 1 else 1} positions, which {cp} ranks share"
-            raise UserError("batch.tokens_BS", f"{length} tokens", rule, "fill the sequences up, with document -1")
+            raise UserError("batch.tokens_BS", f"{length} tokens", rule, "pad the sequences, with document -1")
         if rows % config.micro_batch_size or not rows:
             rule = f"must be a multiple of micro_batch_size={config.micro_batch_size} on every data-parallel rank"
             raise UserError("batch.tokens_BS", f"{rows} sequences", rule, "fill up with sequences of document -1")
@@ -533,8 +535,10 @@ class Engine:
         rows, length = batch.tokens_BS.shape
         wanted = (rows, length - 1, self._moe_layers, model.top_k)
         if ids.shape != wanted:
-            rule = f"must be {wanted}: sequences, tokens but the last, MoE layers of the main model, experts of a token"
-            raise UserError("batch.experts_BTLK", tuple(ids.shape), rule, "give them as mode=score writes them")
+            rule = (
+                f"must be {wanted}: sequences, tokens without the last, MoE layers of the main model, experts per token"
+            )
+            raise UserError("batch.experts_BTLK", tuple(ids.shape), rule, "use the format of mode=score")
         ids = ids.long()
         if batch.documents_BS is not None:
             here, following = batch.documents_BS[:, :-1], batch.documents_BS[:, 1:]
@@ -551,7 +555,7 @@ class Engine:
         if not good.all():
             row, token, layer = (~good).nonzero()[0].tolist()
             value = f"{ids[row, token, layer].tolist()} (sequence {row}, token {token}, MoE layer {layer})"
-            raise UserError("batch.experts_BTLK", value, rule, "replay what an engine of this model chose")
+            raise UserError("batch.experts_BTLK", value, rule, "replay the experts that an engine of this model chose")
         return ids
 
 

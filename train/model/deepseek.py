@@ -221,7 +221,7 @@ class Head(nn.Module):
         if not isinstance(found_BT, Tensor) or found_BT.shape != logprobs_BT.shape or not found_BT.is_floating_point():
             given = f"a tensor {tuple(found_BT.shape)}" if isinstance(found_BT, Tensor) else type(found_BT).__name__
             rule = f"must be the loss of every token, a tensor {tuple(logprobs_BT.shape)} of floats"
-            raise UserError("loss", given, rule, "return it for all tokens: the engine takes those that are learnt")
+            raise UserError("loss", given, rule, "return it for all tokens: the engine selects the learnt tokens")
         if "weights" in tensors_BT:
             found_BT = found_BT * tensors_BT["weights"]
         parts = 1 if positions.share is None else positions.share.parts
@@ -253,7 +253,9 @@ def _scalar(loss: Tensor) -> Tensor:
     """Return the user's own term as a scalar. Raises TypeError if it is not one number."""
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
         what = f"a tensor {tuple(loss.shape)} of {loss.dtype}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise TypeError(f"optim.extra_loss gave {what}; it must give one number as a tensor: a mean over the positions")
+        raise TypeError(
+            f"optim.extra_loss gave {what}; it must return a tensor with one number: a mean over the positions"
+        )
     return loss.float().reshape(())
 
 

@@ -238,20 +238,20 @@ class Positions:
         """From (B, S, ...) over whole sequences, return the entries of the local positions, followed by the next
         `more` entries after each piece, as far as positions exist.
         """
-        behind = [x[:, piece.stop : min(piece.stop + more, self.length)] for piece in self.here]
-        return _joined([x[:, piece.start : piece.stop] for piece in self.here] + [y for y in behind if y.size(1)])
+        after = [x[:, piece.stop : min(piece.stop + more, self.length)] for piece in self.here]
+        return _joined([x[:, piece.start : piece.stop] for piece in self.here] + [y for y in after if y.size(1)])
 
     def shifted(self, x: Tensor, more: int, depth: int) -> Tensor:
         """From the result of `take_with_next`, return the entries `depth` positions after the local ones of this
         depth.
         """
-        parts, first, behind = [], 0, self.count
+        parts, first, after = [], 0, self.count
         for piece in self.here:
             next_ones = min(more, self.length - piece.stop)
             parts.append(x[:, first + depth : first + len(piece)])
             if next_ones and depth:
-                parts.append(x[:, behind : behind + depth])
-            first, behind = first + len(piece), behind + next_ones
+                parts.append(x[:, after : after + depth])
+            first, after = first + len(piece), after + next_ones
         return _joined(parts)
 
     @cached_property

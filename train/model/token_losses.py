@@ -38,9 +38,7 @@ class LossTokens:
         """Return a tensor of the batch. Raises UserError if the batch has no tensor of this name."""
         if name not in self.tensors:
             given = ", ".join(self.tensors) or "none"
-            raise UserError(
-                "batch.tensors", given, f"must have `{name}`, which the loss asks for", "add it to the batch"
-            )
+            raise UserError("batch.tensors", given, f"must have `{name}`, which the loss needs", "add it to the batch")
         return self.tensors[name]
 
     def mean_of_samples(self, x_BT: Tensor) -> Tensor:

@@ -177,10 +177,10 @@ def _go_on(config: Config, ranks: int) -> Config:
     )
     other = replace(other, optim=optim)
     batch, saved = config.batch_size, save_step(config)
-    behind = Schedules(config).samples[saved]
+    after = Schedules(config).samples[saved]
     for size in (*range(batch - 1, 0, -1), *range(batch + 1, 4 * batch)):
         changed = replace(other, batch_size=size)
-        if saved * size != behind and _is_allowed(changed):
+        if saved * size != after and _is_allowed(changed):
             return changed
     return other
 

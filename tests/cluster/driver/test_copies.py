@@ -178,5 +178,5 @@ def test_damaged_copies_are_passed_over_for_the_disk(tmp_path):
     run.at_step(7, break_off)
     assert run.run() == EXIT_OK, run.finish.text
     log = run.log()
-    assert "passed over copies in memory" in log and "the checksum of block" in log
+    assert "skipped copies in memory" in log and "the checksum of block" in log
     assert re.search(r"resumed from step [48]: .*/checkpoints/step_0000000[48]", log)

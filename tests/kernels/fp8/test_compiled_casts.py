@@ -204,7 +204,7 @@ def test_a_cache_that_cannot_be_written_or_loaded_from_is_named(monkeypatch, tmp
     broken = tmp_path / "casts.so"
     broken.write_text("no library")
     monkeypatch.setattr(build, "_built", lambda source: broken)
-    with pytest.raises(UserError, match="must hold libraries that can be loaded"):
+    with pytest.raises(UserError, match="must contain loadable libraries"):
         load_casts.__wrapped__()
 
 

@@ -110,9 +110,9 @@ def test_wrong_values_are_named():
     assert hopper_probe.wrong_matmuls(CpuEngine(), "cpu", FP8, stages.append) == []
     assert len(stages) == 6
     [(problem, cure)] = hopper_probe.wrong_matmuls(Wrong(), "cpu", FP8)
-    assert "Triton's product with each row's expert is off by" in problem and "precision=bf16" in cure
+    assert "Triton's grouped GEMM is off by" in problem and "precision=bf16" in cure
     [(problem, cure)] = hopper_probe.wrong_matmuls(Wrong(), "cpu", DEEPGEMM)
-    assert "DeepGEMM's product with each row's expert is off by" in problem and "backend=triton" in cure
+    assert "DeepGEMM's grouped GEMM is off by" in problem and "backend=triton" in cure
 
 
 def test_a_sum_that_is_lost_is_wrong():

@@ -55,7 +55,7 @@ def test_broken_weights_come_before_what_they_cause():
 def test_what_does_not_come_again_is_a_matter_of_the_device():
     found = find_origin(False, [saw(0, 0, loss=True), saw(1, 1, loss=False)])
     assert found.phase is None and found.ranks == (1,)
-    assert "the loss on rank 1 was not finite, and was finite when the same step was done again" in found.text
+    assert "the loss on rank 1 was not finite, and was finite when the step was repeated" in found.text
     assert "test the device and its memory of rank 1" in found.advice(3, "0 to 7")
     found = find_origin(True, [saw(0, 0, gradients=["head.weight"]), saw(1, 1)])
     assert "the gradient of head.weight was not finite" in found.text and not found.ranks

@@ -113,7 +113,7 @@ def sort_by_expert(expert_ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor,
     order_R, inverse_R, tokens_R = (ids_TK.new_empty(ids_TK.numel()) for _ in range(3))
     counts_E = ids_TK.new_empty(experts)
     sorted_all = _sort_by_expert(ids_TK, order_R, inverse_R, tokens_R, counts_E)
-    assert sorted_all is not False, f"expert ids must be in [0, {experts}), and there are others"
+    assert sorted_all is not False, f"expert ids must be in [0, {experts}), and some are not"
     return order_R, inverse_R, tokens_R, counts_E
 
 
@@ -128,7 +128,7 @@ def cross_entropy_of_logits(logits_NV: Tensor, targets_N: Tensor, scale: float |
     """Implements `train.model.operations.Kernels.cross_entropy`."""
     losses_N = logits_NV.new_empty(len(logits_NV), dtype=torch.float32)
     known = _cross_entropy(logits_NV, targets_N.contiguous(), losses_N, scale or 0.0, scale is not None)
-    assert known is not False, f"targets must be in [0, {logits_NV.size(1)}), and there are others"
+    assert known is not False, f"targets must be in [0, {logits_NV.size(1)}), and some are not"
     return losses_N.sum()
 
 

@@ -64,7 +64,7 @@ def load_library(source: CppSource) -> ctypes.CDLL:
         )  # the same file that was checked
         return ctypes.CDLL(name)
     except OSError as error:
-        rule = f"must hold libraries that can be loaded: {path}: {error}"
+        rule = f"must contain loadable libraries: {path}: {error}"
         raise UserError("SLUICE_CACHE", path.parent, rule, _move(source)) from error
 
 
@@ -159,12 +159,12 @@ def _require_own(found: os.stat_result, path: Path, source: CppSource) -> None:
     if found.st_uid not in (os.geteuid(), 0):
         problem, cure = f"belongs to user {found.st_uid}", "remove it"
     elif found.st_mode & 0o002:
-        problem, cure = "can be written by every user", f"`chmod go-w {path}`, if you trust what is there"
+        problem, cure = "can be written by every user", f"`chmod go-w {path}`, if you trust its content"
     elif found.st_mode & 0o020 and not _is_private(found.st_gid):
-        problem, cure = f"can be written by group {found.st_gid}", f"`chmod g-w {path}`, if you trust what is there"
+        problem, cure = f"can be written by group {found.st_gid}", f"`chmod g-w {path}`, if you trust its content"
     else:
         return
-    rule = f"must hold nothing that others can change, as code is loaded from there: {path} {problem}"
+    rule = f"must not be writable by other users, because code is loaded from it: {path} {problem}"
     move = f"{_move(source)} (data.cache may be shared)"
     raise UserError("SLUICE_CACHE", path.parent, rule, f"{cure}, or {move}")
 
@@ -183,4 +183,4 @@ def _cure(source: CppSource) -> str:
 
 
 def _move(source: CppSource) -> str:
-    return f"set SLUICE_CACHE to a folder of yours whose files may run, or {source.without}"
+    return f"set SLUICE_CACHE to a folder of your own on a file system that allows execution, or {source.without}"

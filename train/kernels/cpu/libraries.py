@@ -49,7 +49,12 @@ def compiled_matmuls_pay(measured: bool = True) -> bool:
     """
     if answer := os.environ.get("SLUICE_PRODUCTS"):
         if answer not in ("compiled", "torch"):
-            raise UserError("SLUICE_PRODUCTS", answer, "must be compiled or torch", "unset it to have it measured")
+            raise UserError(
+                "SLUICE_PRODUCTS",
+                answer,
+                "must be compiled or torch",
+                "unset it to let Sluice measure the faster choice",
+            )
         return answer == "compiled"
     features = cpu_features().split()
     return "amx_bf16" not in features and (_bf16_rate() < SLOW_SHARE if measured else "avx512_bf16" not in features)

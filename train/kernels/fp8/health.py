@@ -171,6 +171,6 @@ def merge_reports(reports: Sequence[Report]) -> Report:
     together.warnings.extend(warnings[:WARNINGS])
     if len(warnings) > WARNINGS:
         together.warnings.append(
-            f"FP8: {len(warnings) - WARNINGS} more limits were passed; metrics.jsonl has all readings"
+            f"FP8: {len(warnings) - WARNINGS} more limits were exceeded; metrics.jsonl has all values"
         )
     return together

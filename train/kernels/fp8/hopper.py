@@ -293,9 +293,7 @@ def check_gpu_operands(fp8: Fp8) -> None:
         operand = getattr(fp8, name)
         wanted = "1x32" if mx else "128x128" if name == "weight" else "1x128"
         if not operand.startswith(f"e4m3/{wanted}/"):
-            rule = (
-                f"must be e4m3/{wanted} on CUDA, whose kernels read no other operand here; a CPU emulates all of them"
-            )
+            rule = f"must be e4m3/{wanted} on CUDA, whose kernels support no other operand here; a CPU emulates all operands"
             raise UserError(
                 f"precision.fp8.{name}",
                 operand,
@@ -303,8 +301,8 @@ def check_gpu_operands(fp8: Fp8) -> None:
                 f"use e4m3/{wanted}/{'pow2' if mx else 'fp32'}, or cluster.device=cpu",
             )
     if mx and fp8.backend != Fp8Backend.triton:
-        rule = "has no products of tiles of 1x32: those are torch's"
-        raise UserError("precision.fp8.backend", fp8.backend, rule, "leave precision.fp8.backend at triton")
+        rule = "has no GEMMs for tiles of 1x32; torch has them"
+        raise UserError("precision.fp8.backend", fp8.backend, rule, "set precision.fp8.backend=triton")
 
 
 def check_expert_sizes(weight_ENK: Source) -> None:

@@ -68,14 +68,14 @@ def probe(config: Config, device: int = 0) -> str:
             )
             how, output = _how(done.returncode), done.stdout + done.stderr
         except subprocess.TimeoutExpired as error:
-            how, output = f"had no end after {PROBE_SECONDS:.0f} s", _text(error.stdout) + _text(error.stderr)
+            how, output = f"did not end within {PROBE_SECONDS:.0f} s", _text(error.stdout) + _text(error.stderr)
         said = json.loads(answer.read_text()) if answer.exists() else {"stage": "importing torch", "found": "?"}
     if said.get("bad"):
         raise refusal([tuple(one) for one in said["bad"]], said["found"], name)
     if not said.get("done"):
         last = "".join(f"\n          {line}" for line in output.strip()[-PROBE_TAIL:].splitlines())
         raise refusal(
-            [(f"a process that tried them {how} in {said['stage']}:{last}", _cures(fp8))],
+            [(f"a process that tested them {how} in {said['stage']}:{last}", _cures(fp8))],
             said["found"],
             name,
         )
@@ -180,7 +180,7 @@ def _trials(fp8: Fp8) -> "Iterator[Trial]":
     yield Trial(f"torch.nn.functional.scaled_mm, {widths[0]} by {widths[1]}", dense)
     yield Trial(f"torch.nn.functional.scaled_mm, {widths[0]} by {widths[0]}", wgrad)
     library = "torch" if mx else "DeepGEMM" if needs_deep_gemm(fp8) else "Triton"
-    yield Trial(f"{library}'s product added to a gradient", partial(wgrad, start=30 * draw(384, 640).float()))
+    yield Trial(f"{library}'s GEMM added to a gradient", partial(wgrad, start=30 * draw(384, 640).float()))
     counts, weight_ENK = torch.tensor([130, 0, 3]), draw(3, 256, 640)
     rows_RK, grad_RN = draw(133, 640), draw(133, 256)
 
@@ -198,14 +198,14 @@ def _trials(fp8: Fp8) -> "Iterator[Trial]":
         )
         return engine.grouped_wgrad(left, right, groups, torch.float32, None if start is None else there(start.clone()))
 
-    yield Trial(f"{library}'s product with each row's expert", grouped)
-    yield Trial(f"{library}'s product over the rows of each expert", grouped_wgrad)
+    yield Trial(f"{library}'s grouped GEMM", grouped)
+    yield Trial(f"{library}'s grouped GEMM for weight gradients", grouped_wgrad)
     start = 30 * draw(3, 256, 640).float()
-    yield Trial(f"{library}'s product over the rows of each expert, added", partial(grouped_wgrad, start=start))
+    yield Trial(f"{library}'s grouped GEMM for weight gradients, added", partial(grouped_wgrad, start=start))
 
 
 def _cures(fp8: Fp8) -> str:
-    torch = "install a CUDA build of a torch that is tried, 'torch>=2.11,<2.14', with the triton that it brings"
+    torch = "install a CUDA build of a tested torch, 'torch>=2.11,<2.14', with its triton"
     return f"{WITHOUT_PACKAGES if fp8.backend == 'deepgemm' else torch}; or {CHOOSE_BF16}"
 
 

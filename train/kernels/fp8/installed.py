@@ -30,10 +30,7 @@ CAPABILITY = (9, 0)
 MX_CAPABILITIES = (10, 0), (10, 3)
 """Compute capabilities of Blackwell server GPUs, the targets of torch's grouped GEMMs with tiles of 32."""
 
-WITHOUT_PACKAGES = (
-    "use precision.fp8.backend=triton, which needs no such package, or "
-    "pip install 'torch>=2.11,<2.12' sgl-deep-gemm==0.1.5, which the extra [fp8] asks for"
-)
+WITHOUT_PACKAGES = "use precision.fp8.backend=triton, which needs no extra package, or pip install 'torch>=2.11,<2.12' sgl-deep-gemm==0.1.5 (the extra [fp8])"
 TOOLKIT = (
     "use precision.fp8.backend=triton, which needs no nvcc, or "
     "install a CUDA 13 toolkit and set CUDA_HOME to its folder, the one that holds bin/nvcc"
@@ -109,16 +106,18 @@ def misfits(found: InstalledVersions, deep_gemm: bool, mx: bool = False) -> list
         bad.append(("torch sees no GPU", "use cluster.device=cpu"))
     elif mx and found.capability not in MX_CAPABILITIES:
         other = "choose precision=fp8" if found.capability == CAPABILITY else CHOOSE_BF16
-        bad.append((f"{found.gpu} has no MXFP8 products, which B200, B300, GB200 and GB300 have", other))
+        bad.append((f"{found.gpu} has no MXFP8 GEMMs; B200, B300, GB200 and GB300 have them", other))
     elif not mx and found.capability != CAPABILITY:
         other = "choose precision=mxfp8 or bf16" if found.capability in MX_CAPABILITIES else CHOOSE_BF16
-        bad.append((f"{found.gpu} has no blockwise FP8 products, which H100, H800 and H200 have", other))
+        bad.append((f"{found.gpu} has no blockwise FP8 GEMMs; H100, H800 and H200 have them", other))
     if not found.scaled_mm:
         bad.append((f"torch {found.torch} has no torch.nn.functional.scaled_mm", "pip install 'torch>=2.11'"))
     if _numbers(found.cuda) < OLDEST_CUDA:
-        bad.append((f"torch is built with CUDA {found.cuda}, and it takes 12.9", "install a build with CUDA 13"))
+        bad.append(
+            (f"torch is built with CUDA {found.cuda}, and 12.9 or later is needed", "install a build with CUDA 13")
+        )
     if found.triton is None:
-        bad.append(("triton is not installed", "install the CUDA build of torch, which brings triton"))
+        bad.append(("triton is not installed", "install the CUDA build of torch, which includes triton"))
     return bad + (_of_deep_gemm(found) if deep_gemm else [])
 
 
@@ -135,9 +134,9 @@ def _of_deep_gemm(found: InstalledVersions) -> list[tuple[str, str]]:
         return bad  # the probe tests whether its GEMM compiles
     if found.nvcc is None:
         where = f"there is none in {found.toolkit}" if found.toolkit else "no CUDA_HOME, PATH or /usr/local/cuda has it"
-        bad.append((f"DeepGEMM compiles its kernels with nvcc when they are first called, and {where}", TOOLKIT))
+        bad.append((f"DeepGEMM compiles its kernels with nvcc at the first call, and {where}", TOOLKIT))
     elif _numbers(found.nvcc) < OLDEST_NVCC:
-        bad.append((f"nvcc in {found.toolkit} is {found.nvcc}, and DeepGEMM takes 12.3", TOOLKIT))
+        bad.append((f"nvcc in {found.toolkit} is {found.nvcc}, and DeepGEMM needs 12.3 or later", TOOLKIT))
     return bad
 
 
@@ -147,7 +146,7 @@ def _of_package(found: InstalledVersions) -> list[tuple[str, str]]:
     if found.deep_gemm is None:
         bad.append((f"{DEEP_GEMM} is not installed", WITHOUT_PACKAGES))
     elif not DEEP_GEMM_OLDEST <= _numbers(found.deep_gemm) <= DEEP_GEMM_NEWEST or "post" in found.deep_gemm:
-        bad.append((f"{DEEP_GEMM} is {found.deep_gemm}, and {oldest} to {newest} fit", WITHOUT_PACKAGES))
+        bad.append((f"{DEEP_GEMM} is {found.deep_gemm}, and {oldest} to {newest} are supported", WITHOUT_PACKAGES))
     if _numbers(found.torch)[:2] != TORCH_OF_DEEP_GEMM:
         bad.append(
             (
@@ -165,7 +164,7 @@ def _of_package(found: InstalledVersions) -> list[tuple[str, str]]:
 def refusal(bad: list[tuple[str, str]], found: str, value: str = "fp8") -> UserError:
     """One error for all problems. found: the installed versions. value: the precision's name."""
     problems = "".join(f"\n        - {problem}" for problem, _ in bad)
-    rule = f"needs parts that fit each other:{problems}\n        found: {found}"
+    rule = f"needs compatible packages:{problems}\n        found: {found}"
     return UserError("precision", value, rule, ";\n        ".join(dict.fromkeys(cure for _, cure in bad)))
 
 

@@ -39,7 +39,7 @@ def missing_for_triton() -> tuple[str, str] | None:
         return "there is no C compiler: CC is not set, and gcc and clang are not on the PATH", INSTALL_COMPILER
     if shutil.which(compiler) is None:
         return (
-            f"CC={compiler} is no program, and Triton takes CC as a program's name without arguments",
+            f"CC={compiler} is not a program, and Triton needs the name of a program without arguments in CC",
             INSTALL_COMPILER,
         )
     with tempfile.TemporaryDirectory() as folder:
@@ -60,7 +60,7 @@ def missing_for_triton() -> tuple[str, str] | None:
 def require_for_triton(device: object) -> None:
     """Raises UserError if `missing_for_triton` finds a problem. device: the value of cluster.device."""
     if (missing := missing_for_triton()) is not None:
-        rule = f"needs a C compiler and Python's headers, by which Triton starts its kernels: {missing[0]}"
+        rule = f"needs a C compiler and Python's headers, with which Triton compiles its kernel launchers: {missing[0]}"
         raise UserError("cluster.device", device, rule, f"{missing[1]}; or use cluster.device=cpu")
 
 

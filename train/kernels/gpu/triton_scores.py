@@ -79,7 +79,7 @@ def _seen_by_query(rectangles: list[Rectangle], batch: int, queries: int, device
     seen = torch.zeros(batch, queries, 2, dtype=torch.int32)
     for sequence, first_query, last_query, first_key, last_key, before in rectangles:
         rows = slice(None) if sequence is None else slice(sequence, sequence + 1)
-        behind = first_key + before + 1 + torch.arange(last_query - first_query)
+        after = first_key + before + 1 + torch.arange(last_query - first_query)
         seen[rows, first_query:last_query, 0] = first_key
-        seen[rows, first_query:last_query, 1] = behind.clamp(max=last_key).int()
+        seen[rows, first_query:last_query, 1] = after.clamp(max=last_key).int()
     return (seen.pin_memory() if device.type == "cuda" else seen).to(device, non_blocking=True)

@@ -61,11 +61,11 @@ def make_callbacks(config: Config, progress: RankProgress | None = None) -> list
         methods = {name: getattr(made, name) for name in HOOK_METHODS if hasattr(made, name)}
         if not methods:
             rule = f"has none of the methods {', '.join(HOOK_METHODS)}"
-            raise UserError(f"{key}.{TARGET}", section[TARGET], rule, "define one of them")
+            raise UserError(f"{key}.{TARGET}", section[TARGET], rule, "define at least one of these methods")
         if hasattr(made, "shards") and (lacking := [name for name in ("meta", "restore") if not hasattr(made, name)]):
             rule = f"has `shards` and lacks {', '.join(lacking)}"
             raise UserError(
-                f"{key}.{TARGET}", section[TARGET], rule, "define them: train/loop/live_run.py says what they do"
+                f"{key}.{TARGET}", section[TARGET], rule, "define them as described in train/loop/live_run.py"
             )
         for name, method in methods.items():
             words = HOOK_METHODS[name]

@@ -28,10 +28,7 @@ CPU_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 NCCL = "NCCL error"
 NO_MEMORY = re.compile(r"Cuda failure[^\n]*out of memory|Failed to CUDA (c|m)alloc")
 """NCCL's messages when it finds no memory for its own buffers."""
-LESS_ON_HOST = (
-    "model.offload with less in it (layer:N, attention, ffn), a smaller micro_batch_size, or more ranks of a pipeline (parallel.pp); mode=plan "
-    "tells what a node's memory needs"
-)
+LESS_ON_HOST = "a smaller model.offload (layer:N, attention, ffn), a smaller micro_batch_size, or more ranks of a pipeline (parallel.pp); mode=plan predicts the memory of a node"
 PHASES = {
     "forward_one_chunk": "forward",
     "run_forward": "forward",
@@ -80,7 +77,7 @@ def _explain(config: Config, error: Exception) -> str | None:
             return "\n".join([f"out of memory{_place(chain)}", *_memory(said), f"  cure: {_lighter(config)}"])
         if isinstance(one, RuntimeError) and NCCL in said and NO_MEMORY.search(said):
             head = f"NCCL found no memory for a communicator{_place(chain)}"
-            return "\n".join([head, *_memory(said), f"  cure: leave it room: {_lighter(config)}"])
+            return "\n".join([head, *_memory(said), f"  cure: leave memory for it: {_lighter(config)}"])
         if isinstance(one, dist.DistBackendError) and NCCL in said:
             return "\n".join([f"NCCL failed{_place(chain)}", f"  NCCL: {_words(said)}", f"  cure: {_network(said)}"])
     return None
@@ -139,13 +136,12 @@ def _phase(frames: list[FrameType]) -> tuple[str, str]:
 
 def _memory(said: str) -> list[str]:
     """The requested memory, and how the device's memory is used."""
-    lines = [f"  asked: {_words(said)}"]
+    lines = [f"  requested: {_words(said)}"]
     if torch.cuda.is_initialized():
         free, total = torch.cuda.mem_get_info()
         used, kept = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
         lines.append(
-            f"  memory: {gib(used)} in tensors (most {gib(torch.cuda.max_memory_allocated())}), {gib(kept - used)} kept by "
-            f"torch's allocator, {gib(total - free - kept)} others (CUDA, NCCL), {gib(free)} free of {gib(total)}"
+            f"  memory: {gib(used)} in tensors (most {gib(torch.cuda.max_memory_allocated())}), {gib(kept - used)} cached by torch's allocator, {gib(total - free - kept)} other (CUDA, NCCL), {gib(free)} free of {gib(total)}"
         )
     return lines
 
@@ -166,27 +162,26 @@ def _lighter(config: Config) -> str:
     if missing:
         changes.append(f"'model.recompute=[{','.join(SELECTIVE)}]' ({', '.join(missing)} missing)")
     elif model.repeated_layers < model.layers:
-        changes.append(f"'model.recompute=[{','.join(Recompute)}]' (layer missing: whole layers run again)")
+        changes.append(f"'model.recompute=[{','.join(Recompute)}]' (layer is missing: recomputes whole layers)")
     if torch.cuda.is_initialized() and not model.offload and model.repeated_layers < model.layers:
-        changes.append("'model.offload=[layer]' (activations wait in the host's memory)")
+        changes.append("'model.offload=[layer]' (stores activations in the host's memory)")
     changes.append(f"a smaller model.loss_chunk (now {model.loss_chunk})")
     if parallel.pp == 1 and parallel.dp > 1 and parallel.zero < 3:
         changes.append(f"parallel.zero={parallel.zero + 1} (now {parallel.zero})")
     changes.append(f"more ranks (parallel.pp={parallel.pp}, dp={parallel.dp}, ep={parallel.ep})")
-    return "one of these, and mode=plan tells which fits:" + "".join(f"\n        - {change}" for change in changes)
+    return "one of these changes; mode=plan predicts which one fits:" + "".join(
+        f"\n        - {change}" for change in changes
+    )
 
 
 def _network(said: str) -> str:
     if "Duplicate GPU" in said or "ncclInvalidUsage" in said:
-        return "each rank takes a GPU of its own: no more ranks on a machine than it has GPUs"
+        return "each rank needs its own GPU: start at most one rank per GPU"
     if "ncclUnhandledCudaError" in said:
-        return "a rank's GPU failed: dmesg shows its Xid, and CUDA_LAUNCH_BLOCKING=1 the call"
+        return "a rank's GPU failed: dmesg shows its Xid, and CUDA_LAUNCH_BLOCKING=1 shows the call"
     if "timed out" in said.lower() or "timeout" in said.lower():
-        return f"a rank did not come within cluster.timeout: torchfrtrace reads logs/{FLIGHTS}N"
-    return (
-        "a rank that ended first is the cause where there is one; else the network: NCCL_DEBUG=INFO tells more, and "
-        "NCCL_SOCKET_IFNAME names the interface"
-    )
+        return f"a rank did not join within cluster.timeout; torchfrtrace reads logs/{FLIGHTS}N"
+    return "if a rank ended first, it is the cause; otherwise check the network: NCCL_DEBUG=INFO shows more, and NCCL_SOCKET_IFNAME selects the interface"
 
 
 def _write(file: Path, error: Exception) -> bool:

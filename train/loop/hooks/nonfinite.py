@@ -187,9 +187,9 @@ class Origin:
             return f"{self.what}: weights are not finite{whom}: {', '.join(self.weights)}"
         if self.phase is None:
             seen = f"{self.where}{whom}" if self.where else f"the loss{whom}" if whom else "it"
-            return f"{self.what}: {seen} was not finite, and was finite when the same step was done again"
+            return f"{self.what}: {seen} was not finite, and was finite when the step was repeated"
         place = self.where if self.phase == "forward" else f"the gradient of {self.where}"
-        return f"{self.what}: it began in the {self.phase} pass{whom or ' on all ranks that hold it'}, at {place}"
+        return f"{self.what}: it began in the {self.phase} pass{whom or ' on all ranks that have it'}, at {place}"
 
     def advice(self, updates: int, samples: str) -> str:
         """Advice that fits this origin. updates: number of updates so far. samples: the samples of the step, as
@@ -197,17 +197,14 @@ class Origin:
         older = "resume from an older checkpoint with resume=PATH"
         if self.weights:
             if updates:
-                return f"The weights themselves are broken, by a file, a memory or an update: {older}"
-            return "The weights that it starts from are broken: look at init_from, and at the memory of the device"
+                return f"The weights are corrupt, because of a file, memory or an update: {older}"
+            return "The initial weights are corrupt: check init_from, and the memory of the device"
         if self.phase is None:
-            return f"Neither weights nor data do that: test the device and its memory{_of(self.ranks)}, and start the same command"
+            return f"Neither weights nor data are the cause: test the device and its memory{_of(self.ranks)}, and repeat the command"
         if self.alone:
-            return (
-                f"Other ranks were finite with the same weights, so that the rate is not to blame: look at samples {samples} "
-                f"of the data, and at the device{_of(self.ranks)}"
-            )
+            return f"Other ranks were finite with the same weights, so the learning rate is not the cause: check samples {samples} of the data, and the device{_of(self.ranks)}"
         if not updates:
-            return f"No update was made yet, so that the rate is not to blame: look at the weights that it starts from and at samples {samples}"
+            return f"There was no update yet, so the learning rate is not the cause: check the initial weights and samples {samples}"
         return f"Lower optim.lr, or {older}"
 
 

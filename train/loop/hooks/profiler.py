@@ -108,8 +108,10 @@ class StepProfiler:
         except OSError as error:
             note(f"the profile could not be written ({explain_disk_error(error)})")
             return
-        title = f"rank {self._rank}, steps {self._first} to {self._last}: the largest of a step"
-        note("\n".join([title, *table_lines(rows), f"  every operation: {trace}, which https://ui.perfetto.dev opens"]))
+        title = f"rank {self._rank}, steps {self._first} to {self._last}: the operations of a step with the most time"
+        note(
+            "\n".join([title, *table_lines(rows), f"  all operations: {trace} (open it with https://ui.perfetto.dev)"])
+        )
 
 
 @contextmanager

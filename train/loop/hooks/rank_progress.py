@@ -73,7 +73,7 @@ class RankProgress:
             self._write_over(text)
             if not self._refused:
                 self._refused = True
-                self._note(f"progress could not be written ({explain_disk_error(error)}); training goes on")
+                self._note(f"progress could not be written ({explain_disk_error(error)}); training continues")
 
     def _write_over(self, text: str) -> None:
         """Overwrite the old text in place, which needs no more disk space; a rank whose file never changes looks hung.

@@ -28,9 +28,7 @@ from train.loop.live_run import LiveRun
 
 SHOWN_WEIGHTS = 4
 """Maximum number of names in a sentence."""
-TAKE_OUT = (
-    "a run that goes on from its last checkpoint has them right. Where it comes again on the same device, take that out"
-)
+TAKE_OUT = "a resume from the last checkpoint restores the correct weights. If this happens again on the same device, replace the device"
 """The cure for a flipped bit, as the end of a sentence."""
 
 
@@ -92,12 +90,12 @@ class ReplicaCheck:
                 )
                 odd |= {rank for rank, is_wrong in zip(ranks, wrong, strict=True) if is_wrong and not all(wrong)}
         who = (
-            f"rank {', '.join(map(str, sorted(odd)))} holds"
+            f"rank {', '.join(map(str, sorted(odd)))} has"
             if odd
-            else f"ranks {ranks} hold, and which of them is wrong cannot be told,"
+            else f"ranks {ranks} (it is unknown which of them is wrong) have"
         )
         raise ReplicasDiffer(
-            f"step {step}: {who} other weights than the copies elsewhere: {some_of(weights, SHOWN_WEIGHTS)}. No update was made of it; {TAKE_OUT}",
+            f"step {step}: {who} other weights than the other copies: {some_of(weights, SHOWN_WEIGHTS)}. They were not used for an update; {TAKE_OUT}",
             sorted(odd) or ranks,
         )
 
@@ -156,8 +154,7 @@ class StateCheck:
         names = [name for name, same in zip(now, equal, strict=True) if not same]
         if names:
             raise StateChanged(
-                f"rank {self._rank}: {some_of(names, SHOWN_WEIGHTS)} changed behind the update of step {step}, where nothing writes them: a bit "
-                f"flipped in memory. Neither update nor checkpoint was made of it; {TAKE_OUT}",
+                f"rank {self._rank}: {some_of(names, SHOWN_WEIGHTS)} changed after the update of step {step}, when no code writes them: a bit flip in memory. They were used for neither an update nor a checkpoint; {TAKE_OUT}",
                 (self._rank,),
             )
 

@@ -50,8 +50,7 @@ class SkippedSteps:
             samples = samples_of(run, origin.ranks if origin.alone else ())
             advice = origin.advice(run.parts.zero.client.updates, samples)
             raise RunDiverged(
-                f"{self._bad_in_a_row} steps in a row (optim.max_bad_steps, or at the end of the run) had a non-finite loss or gradient, "
-                f"the last was step {step}, {origin.text}. {advice}",
+                f"{self._bad_in_a_row} steps in a row (optim.max_bad_steps, or at the end of the run) had a non-finite loss or gradient. The last was step {step}: {origin.text}. {advice}",
                 origin.ranks,
             )
 

@@ -38,7 +38,7 @@ class SampleTexts:
             text = sample(run.config, run.data.tokenizer, run.device)
             if text is not None:
                 run.writer.show(sample_table(step, text))
-                run.note("\n".join([f"after step {step} the model writes", *quoted_lines(text, "  ")]))
+                run.note("\n".join([f"text sampled after step {step}", *quoted_lines(text, "  ")]))
 
 
 def sample(config: Config, tokenizer: Tokenizer, device: torch.device) -> str | None:
@@ -51,9 +51,9 @@ def sample(config: Config, tokenizer: Tokenizer, device: torch.device) -> str | 
     if not config.log.sample_tokens or checkpoint is None:
         return None
     if config.model.block:
-        return "(none: text is not written through blocks of your own)"
+        return "(none: custom blocks do not support text generation)"
     if not fits_here(config, device):
-        return "(none: the model does not fit beside the run)"
+        return "(none: there is not enough memory for a second copy of the model)"
     source = from_checkpoint(config, checkpoint, tokenizer, device)
     text = complete(source, "", tokens=config.log.sample_tokens, temperature=SAMPLE_TEMPERATURE, seed=config.seed)
     step = read_manifest(checkpoint).step
