@@ -20,7 +20,7 @@ def told(code: str) -> tuple[int, str]:
 def test_a_command_ends_with_one_line():
     code, said = told("runpy.run_module('train', run_name='__main__', alter_sys=True)")
     assert code == EXIT_USER and len(said.splitlines()) == 1
-    assert said.startswith("error: Sluice runs on Linux alone, and this system is darwin")
+    assert said.startswith("error: Sluice runs only on Linux, and this system is darwin")
 
 
 def test_the_module_raises():

@@ -155,4 +155,4 @@ def test_ranks_wait_for_data_longer_than_for_each_other(tmp_path):
 def test_ranks_that_are_asked_to_stop_before_their_first_step_say_so_once(tmp_path, capsys, rank, lines):
     place = Place(rank=rank, world=2, local_rank=rank, local_world=2)
     assert guarded(place, tmp_path, fails(StopInterrupt())) == EXIT_STOPPED
-    assert capsys.readouterr().err.count("stopped before the first step; the same command goes on") == lines
+    assert capsys.readouterr().err.count("stopped before the first step; the same command resumes") == lines

@@ -99,7 +99,7 @@ def do(config: Config, alone: bool) -> int:
         return work(config, alone) if config.mode in STARTS_RANKS else work(config)
     except KeyboardInterrupt:
         goes_on = config.mode is Mode.train
-        say(f"stopped by Ctrl-C{'; the same command goes on' if goes_on else ''}", file=sys.stderr)
+        say(f"stopped by Ctrl-C{'; the same command resumes' if goes_on else ''}", file=sys.stderr)
         return EXIT_STOPPED if goes_on else EXIT_INTERRUPTED
 
 

@@ -40,7 +40,7 @@ class RunFailed(RuntimeError):
     """A run ended with a nonzero exit code; its output gives the cause. code: of conf/errors.py."""
 
     def __init__(self, folder: Path, code: int):
-        super().__init__(f"the run in {folder} ended with exit code {code}; its last output says why")
+        super().__init__(f"the run in {folder} ended with exit code {code}; see its last output")
         self.folder, self.code = folder, code
 
 
@@ -67,8 +67,8 @@ class RunResult:
         try:
             import pandas
         except ImportError as error:
-            rule = "a data frame is one of pandas, which is not installed"
-            raise UserError("frame", self.folder, rule, "pip install pandas, or take records()") from error
+            rule = "needs pandas for a data frame, which is not installed"
+            raise UserError("frame", self.folder, rule, "pip install pandas, or use records()") from error
         records = self.records()
         return pandas.DataFrame(records).set_index("step") if records else pandas.DataFrame()
 
@@ -99,7 +99,7 @@ def open_run(folder: Path | str) -> RunResult:
     """An existing run, which may still train. Raises UserError if the folder is not a run."""
     folder = Path(folder).expanduser().absolute()
     if not (folder / "config.yaml").is_file():
-        raise UserError("folder", folder, "is no run: it holds no config.yaml", "give runs/NAME of a run")
+        raise UserError("folder", folder, "is not a run: it has no config.yaml", "give runs/NAME of a run")
     return RunResult(folder)
 
 

@@ -30,9 +30,7 @@ def other_system() -> str | None:
     """The error text on a system other than Linux; None on Linux."""
     if sys.platform == "linux":
         return None
-    return (
-        f"Sluice runs on Linux alone, and this system is {sys.platform}; use a machine, a container or WSL 2 with Linux"
-    )
+    return f"Sluice runs only on Linux, and this system is {sys.platform}; use Linux, a container, or WSL 2"
 
 
 def guard_names() -> None:

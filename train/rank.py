@@ -62,7 +62,7 @@ def _marked(place: Place, failures: Path | None) -> Iterator[None]:
         begin_work(failures, place.rank)
     except OSError as error:
         say(
-            f"the mark of a rank at work could not be written ({explain_disk_error(error)}); the run continues",
+            f"the marker file of this rank could not be written ({explain_disk_error(error)}); the run continues",
             file=sys.stderr,
         )
     yield
@@ -82,9 +82,9 @@ def _guarded(place: Place, failures: Path | None, work: Callable[[], int]) -> in
         if not isinstance(error, StopInterrupt):
             return _report(error, place, failures)
         if place.rank == 0:  # if all ranks end like this, no other message says so
-            say("stopped before the first step; the same command goes on", file=sys.stderr)
+            say("stopped before the first step; the same command resumes", file=sys.stderr)
         with suppress(OSError):  # if only this rank was asked, the others fail
-            words = "a signal asked this rank alone to stop, before it had done a step"
+            words = "this rank alone received a stop signal, before it completed a step"
             Failure(place.rank, uptime(), "stopped", words, EXIT_STOPPED).write(failures)
         return EXIT_STOPPED
     except (Exception, SystemExit) as error:
@@ -174,7 +174,7 @@ def _report(error: BaseException, place: Place, failures: Path | None) -> int:
             failure.write(failures)
             return code
     except OSError as refused:
-        text = f"{text}\n(the driver cannot read this, as {refused})"
+        text = f"{text}\n(the driver cannot read this: {refused})"
     who = "" if place.world == 1 else f"rank {place.rank}: "
     say("" if expected else failure.message, f"error: {who}{text}", sep="", file=sys.stderr)
     return code

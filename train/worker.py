@@ -156,7 +156,7 @@ def _run(config: Config, place: Place, stop: StopRequest, record: RankRecorder) 
     text = None
     with writer or nullcontext():
         if writer is not None:
-            for note in (*notes, *kernel_notes, f"MFU is counted against {flops.label}"):
+            for note in (*notes, *kernel_notes, f"the base of MFU is {flops.label}"):
                 writer.note(note)
         saver, engine = Saver(config, checkpointer), Engine(config, parts, rank)
         run = LiveRun(config, rank, parts, state, data, engine, saver, writer, hooks)

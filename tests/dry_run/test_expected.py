@@ -72,7 +72,7 @@ def test_times_of_another_device_are_not_put_into_the_plan():
     piece = piece_of(*JOB)
     times = expect(piece, CPU)
     assert times.job is not None and times.piece is None and times.whole is None
-    assert "measured on this CPU, which is not hardware=h100" in screen_of(piece)
+    assert "measured on this CPU, and hardware=h100" in screen_of(piece)
 
 
 @pytest.mark.parametrize(

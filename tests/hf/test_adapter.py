@@ -288,7 +288,7 @@ def test_what_cannot_be_exported_is_refused(tmp_path):
     base = write_folder(tmp_path / "base", WHOLE, random_tensors(WHOLE, "fp32"))
     config, _ = adapter_run(tmp_path, WHOLE, base, ["q_up"])
     for changed, message in (
-        ({"dtype": "fp8"}, "is no format of an adapter"),
+        ({"dtype": "fp8"}, "is not a format for adapters"),
         ({"family": ModelFamily.mistral_large_3}, "take a softmax|no program reads adapters"),
     ):
         with pytest.raises(UserError, match=message):

@@ -198,7 +198,7 @@ def test_values_that_mean_nothing(tmp_path):
 def test_another_tokenizer(tmp_path):
     ours = Tokenizer(train_bpe(["some text of ours, some text"], 300))
     theirs = Tokenizer(train_bpe(["quite other words were here"], 300))
-    assert "holds no tokenizer.json" in check_tokenizer(tmp_path, ours, None)[0]
+    assert "has no tokenizer.json" in check_tokenizer(tmp_path, ours, None)[0]
     write_tokenizer(tmp_path, theirs, 100)
     with pytest.raises(UserError, match="must be the tokenizer of the weights") as caught:
         check_tokenizer(tmp_path, ours, None)
@@ -268,7 +268,7 @@ def test_checkpoints_that_cannot_be_exported(tmp_path):
     with pytest.raises(UserError, match="its fingerprint differs"):
         export(compose(*base, to))
     (tmp_path / "runs" / "a" / "tokenizer.json").unlink()
-    with pytest.raises(UserError, match=r"holds no tokenizer\.json"):
+    with pytest.raises(UserError, match=r"has no tokenizer\.json"):
         export(compose(*base, to))
     data = next(step.glob("*.safetensors"))
     data.write_bytes(data.read_bytes()[:-9])

@@ -417,6 +417,6 @@ def test_an_export_under_names_that_cannot_hold_the_model_is_refused(tmp_path):
     model, ours, _ = load_hf_model(tmp_path / "in")
     with pytest.raises(UserError, match="routers that take a sigmoid") as caught:
         export_model(tmp_path, model, ours)
-    assert caught.value.cure == "take export.family=mistral_large_3" and not (tmp_path / "out").exists()
-    with pytest.raises(UserError, match="is not the FP8 of Mistral Large 3"):
+    assert caught.value.cure == "use export.family=mistral_large_3" and not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="is not the FP8 format of Mistral Large 3"):
         export_model(tmp_path, model, ours, "export.dtype=fp8", family="mistral_large_3")

@@ -98,7 +98,7 @@ def start_and_save(rank: int, config: Config, kind: str, tokenizer_json: str) ->
     state = RunState(config, mesh, parts, averages)
     tokenizer = Tokenizer(tokenizer_json)
     folder, notes = check_start(config, tokenizer)
-    assert len(notes) == 1 and "holds no tokenizer.json" in notes[0]
+    assert len(notes) == 1 and "has no tokenizer.json" in notes[0]
     start_from(config, folder, state)
     expected = expected_masters(config.model, random_tensors(config.model, kind))
     held = state.wanted({"has_ema": False})

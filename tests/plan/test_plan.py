@@ -332,7 +332,7 @@ def test_a_file_of_ones_own_is_not_written_over(found):
 def test_a_cluster_that_cannot_hold_the_model_is_an_error():
     config = compose("conf=deepseek_v3", "data.path=none", "hardware=h800", "plan.search=true", "plan.devices=8", "parallel=single",
                      "batch_size=3072", "optim.batch_ramp_start=null", "optim.batch_ramp_steps=0")  # fmt: skip
-    with pytest.raises(UserError, match="cannot hold this recipe under any of") as caught:
+    with pytest.raises(UserError, match="cannot fit this recipe with any of") as caught:
         search(config)
     assert caught.value.field == "plan.devices" and "GiB of a device at the" in caught.value.rule
     assert len(str(caught.value)) < 1200

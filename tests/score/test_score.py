@@ -100,7 +100,7 @@ BAD = {
     "another tokenizer": ({"tokens": [3, 10**6]}, ":2.*token 1000000, and the model has rows"),
     "negative": ({"tokens": [3, -1]}, ":2.*token -1"),
     "one token": ({"tokens": [3]}, ":2.*two tokens or more"),
-    "too long": ({"tokens": [3] * 10**4}, ":2.*10000 tokens, and the model reads"),
+    "too long": ({"tokens": [3] * 10**4}, ":2.*10000 tokens, and the model reads at most"),
     "no completion": ({"prompt": "a", "completion": ""}, ":2.*completion without a token"),
     "text of numbers": ({"text": 3}, ":2.*not a string"),
 }

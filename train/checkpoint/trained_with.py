@@ -135,7 +135,7 @@ def require_adapter(config: Config, checkpoint: Path, meta: dict[str, Any]) -> N
         cure = f"set init_from={checkpoint} and another name=, or omit adapter=lora"
         if not config.adapter.on:
             here, there, cure = "trains whole weights", "an adapter alone", "add adapter=lora, or use another name="
-        raise UserError("adapter", config.adapter.name, f"{checkpoint} holds {there}, and this run {here}", cure)
+        raise UserError("adapter", config.adapter.name, f"{checkpoint} has {there}, and this run {here}", cure)
     stored = {"base": "plain"} | meta.get("config", {}).get("adapter", {})  # older checkpoints lack this key
     now: dict[str, Any] = {"rank": config.adapter.rank, "base": str(config.adapter.base)}
     now["targets"] = [str(target) for target in config.adapter.targets or ()]

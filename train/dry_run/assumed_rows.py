@@ -40,7 +40,7 @@ def load_of(config: Config, rank: int) -> Load:
         raise UserError(
             "dry_run.routing",
             routing,
-            "other ranks send nothing with parallel.ep = 1: a rank with all experts routes its own tokens",
+            "needs parallel.ep above 1: with parallel.ep = 1 other ranks send no rows",
             "use dry_run.routing=balanced, or parallel.ep of 2 or more",
         )
     if routing != "skewed":
@@ -69,7 +69,7 @@ def _recorded(config: Config, ep_rank: int, group: Group) -> Load:
             "dry_run.routing",
             config.dry_run.routing,
             f"was recorded with {len(next(iter(loads.values())))} experts, and model.experts = {group.experts}",
-            "take a run of this model, or dry_run.routing=balanced",
+            "use a run of this model, or dry_run.routing=balanced",
         )
     local = group.experts // group.ranks
     mine = range(ep_rank * local, (ep_rank + 1) * local)

@@ -30,7 +30,7 @@ ACTION_NAMES = {
     "W": "backward, weights",
     "FB": "overlapped pair",
 }
-REST = "all else at the peak"
+REST = "other tensors at the peak"
 """Existing gradients, activations and workspace."""
 
 
@@ -186,16 +186,16 @@ def dry_run_screen(found: Findings, folder: Path, console: Console | None = None
         needs = f"all layers need {gib(piece.needed)}, and {gib(piece.room)} are free here"
         rows.append(("CUT", f"{_count(piece.left_out, 'layer')} of this rank left out: {needs}"))
     if piece.shrink > 1:
-        rows.append(("SHRUNKEN", f"{_shrunken(piece)}: neither these bytes nor these seconds are those of the job"))
+        rows.append(("SHRUNKEN", f"{_shrunken(piece)}: these bytes and seconds are not those of the job"))
     if found.skipped:
         rows.append(
             (
                 "SKIPPED",
-                f"{_count(found.skipped, 'update')}, as gradients were not finite: the update's figures are too low",
+                f"{_count(found.skipped, 'update')}, because gradients were not finite: the figures of the update are too low",
             )
         )
     if found.unsaved:
-        rows.append(("NOT SAVED", f"{found.unsaved}: phases without a measured figure were not done"))
+        rows.append(("NOT SAVED", f"{found.unsaved}: phases without a measured figure did not run"))
     if own := targets_of(piece.job):
         idle = [key for key in own if key.startswith(("data.", "callbacks"))]
         words = ", ".join(f"{key} ({target})" for key, target in own.items() if key not in idle) or "none"
@@ -277,5 +277,5 @@ def _job(found: Findings) -> str:
     if found.job_step is not None:
         words += f"; a step {seconds(found.job_step)} planned"
     if found.job_step_again is not None:
-        return f"{words}, {seconds(found.job_step_again)} with the times measured here put in"
+        return f"{words}, {seconds(found.job_step_again)} with the times measured here"
     return f"{words} ({found.reason})"

@@ -70,11 +70,11 @@ def expect(piece: DryRunPiece, device: torch.device) -> Times:
     step = plan_time(job)
     if not _is_here(job, device):
         where = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
-        return Times(step, None, None, f"measured on {where}, which is not hardware={job.hardware.name}")
+        return Times(step, None, None, f"measured on {where}, and hardware={job.hardware.name} is another device")
     config = replace(_with_load(piece.config, piece), hardware=job.hardware)
     part = _expected(config, piece, piece.layers, step.actions[piece.pp_rank])
     if piece.shrink > 1:
-        return Times(step, part, None, "only times at full width say something about the job")
+        return Times(step, part, None, "only times at full width are comparable with the job")
     whole = _expected(_with_load(job, piece), piece, stage_layers(job), step.actions[piece.pp_rank])
     return Times(step, part, whole, "")
 

@@ -94,7 +94,7 @@ def run_alone(piece: DryRunPiece, device: torch.device, folder: Path | None = No
         raise UserError(
             "dry_run.shrink",
             config.dry_run.shrink,
-            f"the memory of this device ran out: {str(error).splitlines()[0]}",
+            f"this device is out of memory: {str(error).splitlines()[0]}",
             "end other processes on the device, or set dry_run.shrink=2",
         ) from error
     finally:

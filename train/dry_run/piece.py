@@ -88,8 +88,8 @@ def choose_piece(config: Config, rank: int, load: Load, device: torch.device) ->
     raise UserError(
         "dry_run.shrink",
         wanted,
-        f"rank {rank} does not fit the {room / 2**30:.1f} GiB of this device, even with one layer of it",
-        "raise dry_run.shrink, or leave it at 0" if wanted else "spread the model further: parallel.ep or parallel.pp",
+        f"rank {rank} does not fit the {room / 2**30:.1f} GiB of this device, even with only one layer",
+        "raise dry_run.shrink, or set dry_run.shrink=0" if wanted else "raise parallel.ep or parallel.pp",
     )
 
 

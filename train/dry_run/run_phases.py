@@ -131,7 +131,7 @@ class RunPhases(ExitStack):
         saves = config.checkpoint
         needed = size * (1 + (saves.weights_every > 0) + HELD_COPIES * (saves.every_memory > 0))
         if (free := disk_usage(self._folder).free) < needed:
-            self.unsaved = f"saves take {gib(needed)} for a moment in {self._folder.parent}, where {gib(free)} are free"
+            self.unsaved = f"saves take {gib(needed)} temporarily in {self._folder.parent}, where {gib(free)} are free"
             return
         self._paths.path.mkdir(parents=True, exist_ok=True)
         if self._number == 0:

@@ -259,8 +259,10 @@ def _answers(
         for (whose, answers), loss in zip(by_model.items(), of_losses, strict=True)
     ]
     own, common = next(iter(by_model.values())), commonest_answer(part.train, tokenizer)
-    scores.append(AnswerScore("these answers, each to another question", mean_rouge_l(to_other_questions(own), truth)))
-    scores.append(AnswerScore(f"the commonest answer: {common:.60}", mean_rouge_l([common] * len(truth), truth)))
+    scores.append(
+        AnswerScore("these answers, each compared with another question", mean_rouge_l(to_other_questions(own), truth))
+    )
+    scores.append(AnswerScore(f"the most common answer: {common:.60}", mean_rouge_l([common] * len(truth), truth)))
     examples = [
         {"question": tokenizer.decode(questions[n].prompt), "true answer": truth[n]}
         | {whose: answers[n] for whose, answers in by_model.items()}
@@ -300,7 +302,7 @@ def _report(
     try:
         path = evaluation.write(RunPaths(config).path)
     except OSError:
-        show_result(evaluation, "no file: its disk refused it", console)
+        show_result(evaluation, "no file: the disk is full or failed", console)
         raise
     show_result(evaluation, str(path), console)
     if answers is not None and RunPaths(config).metrics.exists():

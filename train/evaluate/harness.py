@@ -71,8 +71,8 @@ def load_tasks(config: Config) -> TaskManager:
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         cure = "check evaluate.task_path and the task's data"
         if offline is not None:
-            why = f"{why}; {hub()} cannot be reached ({offline}), and what the tasks need from it is not in the cache of this machine"
-            cure = "run it once with a network, or take tasks whose data are here: evaluate.task_path"
+            why = f"{why}; {hub()} cannot be reached ({offline}), and the tasks' data are not in the cache of this machine"
+            cure = "run it once with network access, or use tasks with local data: evaluate.task_path"
         raise UserError("evaluate.tasks", wanted.tasks, f"cannot be loaded: {why}", cure) from error
     return manager
 
@@ -141,9 +141,7 @@ class Harness(TemplateLM):
         """Scores a batch of (context, continuation). Rows are padded at the end, which causal attention ignores."""
         for _, continuation in pairs:
             if len(continuation) > self._seq_len:
-                raise UserError(
-                    "seq_len", self._seq_len, f"an answer has {len(continuation)} tokens", "leave this task out"
-                )
+                raise UserError("seq_len", self._seq_len, f"an answer has {len(continuation)} tokens", "omit this task")
         rows = [(context + continuation)[-self._seq_len - 1 :] for context, continuation in pairs]
         longest = max(map(len, rows)) - 1
         inputs = [row[:-1] + [self._ids.eos_id] * (longest - len(row) + 1) for row in rows]

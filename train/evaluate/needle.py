@@ -83,8 +83,8 @@ def make_needles(config: Config, tokenizer: Tokenizer) -> list[Needle]:
     least = max(needle.size for needle in needles)
     for length in config.evaluate.needle:
         if length < least:
-            rule = f"must be {least} or more with this tokenizer: so many tokens have needle, question and key"
-            raise UserError("evaluate.needle", length, rule, f"take {least} or more")
+            rule = f"must be at least {least} with this tokenizer, the number of tokens of needle, question and key"
+            raise UserError("evaluate.needle", length, rule, f"use {least} or more")
     return needles
 
 

@@ -181,7 +181,7 @@ def _same_side(config: Config, held_out: dict[str, Any]) -> None:
         ("hold_out_by", held_out.get("by", HoldOutBy.name)),
     ):
         if getattr(config.data, key) != was:
-            rule = f"must be {was}, with which the run held out documents of the same data"
+            rule = f"must be {was}, as in the run, which held out documents of the same data"
             raise UserError(f"data.{key}", getattr(config.data, key), rule, f"set data.{key}={was}")
 
 

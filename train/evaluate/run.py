@@ -45,6 +45,6 @@ def _require_harness(config: Config) -> None:
         raise UserError(
             "evaluate.tasks",
             config.evaluate.tasks,
-            "tasks run in lm-evaluation-harness, the package lm-eval, which is not installed",
+            "tasks need lm-evaluation-harness, the package lm-eval, which is not installed",
             install_words("eval"),
         )

@@ -36,7 +36,7 @@ def find_target(config: Config) -> Target:
     manifest = read_manifest(checkpoint)
     if config.evaluate.ema and not manifest.meta["has_ema"]:
         raise UserError(
-            "evaluate.ema", True, f"{checkpoint} holds no average of the weights", "train with optim.ema_decay=0.999"
+            "evaluate.ema", True, f"{checkpoint} has no average of the weights", "train with optim.ema_decay=0.999"
         )
     config = _with_tokenizer(config, checkpoint.parents[1])
     return Target(config, checkpoint, manifest.meta, manifest.step)
@@ -45,9 +45,15 @@ def find_target(config: Config) -> Target:
 def _of_hf_folder(config: Config, folder: Path) -> Target:
     ranks = config.parallel.world
     for wrong, field, value, rule, cure in (
-        (ranks > 1, "parallel", ranks, "one process holds all of the folder's weights", "leave parallel out"),
-        (config.evaluate.ema, "evaluate.ema", True, "a Hugging Face folder holds no average", "leave it out"),
-        (config.precision.fp8 is not None, "precision", config.precision.name, "is for our checkpoints", "take bf16"),
+        (ranks > 1, "parallel", ranks, "one process reads all weights of the folder", "omit parallel"),
+        (config.evaluate.ema, "evaluate.ema", True, "a Hugging Face folder has no average", "leave it out"),
+        (
+            config.precision.fp8 is not None,
+            "precision",
+            config.precision.name,
+            "applies only to Sluice's checkpoints",
+            "take bf16",
+        ),
     ):
         if wrong:
             raise UserError(field, value, f"{rule}: {folder}", cure)
@@ -59,7 +65,10 @@ def _of_hf_folder(config: Config, folder: Path) -> Target:
     if config.data.tokenizer is None:
         refuse_tiktoken(folder, "evaluate.checkpoint")
         raise UserError(
-            "data.tokenizer", None, f"{folder} brings no tokenizer.json", "set data.tokenizer to the weights' own"
+            "data.tokenizer",
+            None,
+            f"{folder} has no tokenizer.json",
+            "set data.tokenizer to the tokenizer of the weights",
         )
     return Target(config, folder, None, None, tuple(notes))
 

@@ -54,22 +54,21 @@ def model_card(config: Config, checkpoint: Manifest, family: ModelFamily, notes:
     parts = [
         f"---\n{yaml.safe_dump(_head(family), sort_keys=False)}---\n",
         f"# {config.name}\n",
-        f"A language model of the DeepSeek-V3 architecture with {_short(counts.total)} parameters, of which a token uses "
-        f"{_short(counts.active)}, and {_count(config.model.mtp_depth, 'module')} for multi-token prediction. Trained with Sluice; step {step:,}, {weights}, as "
+        f"A language model of the DeepSeek-V3 architecture with {_short(counts.total)} parameters ({_short(counts.active)} per token), and {_count(config.model.mtp_depth, 'module')} for multi-token prediction. Trained with Sluice; step {step:,}, {weights}, as "
         f"{config.export.dtype}. Sequences have up to {length:,} tokens.\n",
         "## Use\n",
         *_use(FAMILIES[family].loader),
-        "It is a base model: it goes on with a text, and was not taught to follow instructions.\n",
+        "It is a base model: it continues a text, and was not trained to follow instructions.\n",
         *(f"On transformers: {note.removeprefix('note: ')}.\n" for note in notes),
         "## Figures\n",
         *_table(("", "", ""), _figures(folder, step, config)),
         "## Training\n",
         *_table(("", ""), _recipe(config, settings, checkpoint.meta)),
-        "<details><summary>Model, optimizer and precision, every value</summary>\n",
+        "<details><summary>All values of model, optimizer and precision</summary>\n",
         f"```yaml\n{yaml.safe_dump(_sections(settings), sort_keys=False)}```\n\n</details>\n",
         "## Before you publish\n",
         f"- License: {UNFINISHED} (`license:` in the head of this file). It must agree with that of the training text.",
-        f"- Training text: {UNFINISHED}. What it is, in which languages, from when, and what was left out.",
+        f"- Training text: {UNFINISHED}. Sources, languages, dates, and removed parts.",
         f"- Limits and risks: {UNFINISHED}. The model was not examined for bias, harm or private data in its text.\n",
     ]
     return "\n".join(parts)
@@ -82,8 +81,8 @@ def _figures(checkpoint: Path, step: int, config: Config) -> Iterator[tuple[str,
     heads = [head for head in read_heads(file) if head.get("step") == step] if file.is_file() else []
     head = heads[-1] if heads else {}
     for name, meaning in (
-        ("main_loss", "loss of the next token on the batch of this step, nats per token"),
-        ("validation_loss", "the same on held-out text"),
+        ("main_loss", "training loss of the next token in this step, nats per token"),
+        ("validation_loss", "loss of the next token on held-out text, nats per token"),
         ("validation_bits_per_byte", "bits per byte of held-out text, comparable between tokenizers"),
     ):
         if math.isfinite(value := head.get(name, math.nan)) and not config.export.ema:  # the average was not measured
@@ -93,7 +92,7 @@ def _figures(checkpoint: Path, step: int, config: Config) -> Iterator[tuple[str,
 
 def _evaluated(file: Path, checkpoint: Path, weights: str) -> Iterator[tuple[str, str, str]]:
     """Results of mode=evaluate for these weights."""
-    found = read_json(file, "name", "remove it; mode=evaluate makes it again") if file.is_file() else {}
+    found = read_json(file, "name", "remove it; mode=evaluate writes it again") if file.is_file() else {}
     if (found.get("checkpoint"), found.get("weights")) != (str(checkpoint), weights):
         return
     for source in found["sources"]:
@@ -134,7 +133,7 @@ def _name(path: str) -> str:
 def _table(head: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> list[str]:
     found = list(rows)
     if not found:
-        return ["Nothing was measured at this step; `mode=evaluate` measures a checkpoint.\n"]
+        return ["No measurements at this step; `mode=evaluate` measures a checkpoint.\n"]
     lines = [head, ("---",) * len(head), *found]
     return [*(f"| {' | '.join(line)} |" for line in lines), ""]
 

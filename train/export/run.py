@@ -80,21 +80,19 @@ def write_export(config: Config, progress: ReportProgress) -> list[str]:
     target = new_folder(config.export.to, "export.to")
     for key, own in (("model.block", config.model.block), ("model.router", config.model.router)):
         if own:
-            rule = "is code of your own, and whoever loads a Hugging Face folder computes DeepSeek-V3 alone"
-            raise UserError(
-                f"{key}.{TARGET}", own[TARGET], rule, "keep the checkpoint: there is no such folder of this model"
-            )
+            rule = "is custom code, and programs that load a Hugging Face folder only compute DeepSeek-V3"
+            raise UserError(f"{key}.{TARGET}", own[TARGET], rule, "keep the checkpoint; this model cannot be exported")
     checkpoint = find_checkpoint(config, config.export.checkpoint, "export.checkpoint")
     manifest = read_manifest(checkpoint)
     ema = config.export.ema
     if ema and not manifest.meta["has_ema"]:
-        raise UserError("export.ema", ema, f"{checkpoint} holds no average of the weights", "leave export.ema out")
+        raise UserError("export.ema", ema, f"{checkpoint} holds no average of the weights", "omit export.ema")
     tokenizer = tokenizer_of(config, manifest)
     family = config.export.family or _own_family(config, manifest)
     stored = StoredWeights(config, checkpoint, "ema" if ema else "master")
     if config.export.merge and stored.lora is None:
-        rule = f"adds an adapter to its base, and {checkpoint} holds whole weights"
-        raise UserError("export.merge", True, rule, "leave it out, or name an adapter: adapter.path=FOLDER")
+        rule = f"merges an adapter into its base, and {checkpoint} has whole weights"
+        raise UserError("export.merge", True, rule, "omit it, or name an adapter: adapter.path=FOLDER")
     adapted = stored.lora.adapted if stored.lora is not None and not config.export.merge else []
     alone = bool(adapted)
     _check_family(config, family, alone)
@@ -107,11 +105,10 @@ def write_export(config: Config, progress: ReportProgress) -> list[str]:
     rows, notes = fates(files, rest, ema), list(_notes(config.model, FAMILIES[family]))
     if config.data.chats and config.data.template_keys:
         given = ", ".join(f"{key}={value}" for key, value in config.data.template_keys.items())
-        notes.append(f"note: this model was tuned on prompts with {given}: give apply_chat_template the same")
+        notes.append(f"note: this model was tuned on prompts with {given}; pass the same to apply_chat_template")
     if alone and config.adapter.base is BaseFormat.fp8:
         notes.append(
-            "note: this adapter was trained beside block FP8: other programs add it to weights of another format, which are others. "
-            "Serve it on a folder in FP8, or merge it (export.merge=true)"
+            "note: this adapter was trained with a base in block FP8; a base in another format has other weights. Serve it with a folder in FP8, or merge it (export.merge=true)"
         )
     run = manifest.folder.absolute().parents[1]
     tokenizer = with_words_of(tokenizer, run, _tokenizer_folder(config, tokenizer))
@@ -179,56 +176,56 @@ def _check_family(config: Config, family: ModelFamily, alone: bool) -> None:
             alone and not facts.loader,
             "export.family",
             family,
-            f"has names that no program reads adapters by: PEFT takes those of transformers' classes, which has none for {facts.title}",
-            "add export.merge=true, which writes a whole folder",
+            f"has tensor names that PEFT cannot read: transformers has no class for {facts.title}",
+            "add export.merge=true, which writes whole weights",
         ),
         (
             alone and config.export.dtype == ExportType.fp8,
             "export.dtype",
             config.export.dtype,
-            "is no format of an adapter",
-            "take bf16 or fp32, or add export.merge=true",
+            "is not a format for adapters",
+            "use bf16 or fp32, or add export.merge=true",
         ),
         (
             facts.scores != model.scores,
             "export.family",
             family,
-            f"means routers that take a {facts.scores}, and the model's take a {model.scores}",
-            f"take export.family={next(row.name for row in FAMILIES.values() if row.scores == model.scores)}",
+            f"needs routers with {facts.scores}, and the model has {model.scores}",
+            f"use export.family={next(row.name for row in FAMILIES.values() if row.scores == model.scores)}",
         ),
         (
             facts.is_sparse != (model.sparse.heads > 0),
             "export.family",
             family,
             f"has {'sparse' if facts.is_sparse else 'dense'} attention, and the model has model.sparse.heads = {model.sparse.heads}",
-            f"take export.family={next(row.name for row in FAMILIES.values() if row.is_sparse == (model.sparse.heads > 0))}",
+            f"use export.family={next(row.name for row in FAMILIES.values() if row.is_sparse == (model.sparse.heads > 0))}",
         ),
         (
             "S" in model.sparse.pattern and not facts.shares,
             "export.family",
             family,
-            "has an indexer in every layer, and by model.sparse.pattern some of the model's take the keys of another",
-            f"take export.family={ModelFamily.glm_moe_dsa}",
+            "needs an indexer in every layer, and model.sparse.pattern lets some layers use the keys of another layer",
+            f"use export.family={ModelFamily.glm_moe_dsa}",
         ),
         (
             model.yarn.query_growth > 0 and facts.config_file != PARAMS_FILE,
             "export.family",
             family,
-            f"cannot say that queries grow: model.yarn.query_growth is {model.yarn.query_growth}",
-            f"take export.family={ModelFamily.mistral_large_3}",
+            f"does not support query growth, and model.yarn.query_growth is {model.yarn.query_growth}",
+            f"use export.family={ModelFamily.mistral_large_3}",
         ),
         (
             not facts.has_mtp and model.mtp_depth > 0,
             "export.family",
             family,
-            f"has no place for MTP modules, of which the model has {model.mtp_depth}",
-            "take another family",
+            f"does not support MTP modules, and the model has {model.mtp_depth}",
+            "use another family",
         ),
         (
             not facts.has_fp8 and config.export.dtype == ExportType.fp8,
             "export.dtype",
             config.export.dtype,
-            f"is not the FP8 of {facts.title}",
+            f"is not the FP8 format of {facts.title}",
             "take bf16",
         ),
     ):
@@ -246,7 +243,7 @@ def _check_room(target: Path, files: list[PlannedFile]) -> None:
             "export.to",
             target,
             f"no disk space: the folder takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free",
-            "free some, or give a folder on a larger disk",
+            "free space, or give a folder on a larger disk",
         )
 
 
@@ -331,8 +328,8 @@ def _read(stored: StoredWeights, batch: list[ExportSlice], ema: bool) -> dict[st
             raise UserError(
                 "export.checkpoint",
                 stored.manifest.folder,
-                f"{name} holds values that are not finite",
-                "give an earlier one",
+                f"{name} has values that are not finite",
+                "give an earlier checkpoint",
             )
     return spans
 
@@ -353,16 +350,14 @@ def _notes(model: Model, family: FamilyFacts) -> Iterator[str]:
     folder."""
     if family.others:
         yield (
-            f"note: this is the language model of a {family.title} alone: {' and '.join(f'{part}*' for part in family.others)} and their "
-            f"part of {family.config_file} are those of the folder that it came from"
+            f"note: this is only the language model of {family.title}: {' and '.join(f'{part}*' for part in family.others)} and their "
+            f"part of {family.config_file} must come from the original folder"
         )
     if model.top_groups < model.groups and model.resolved_group_top_k != GROUP_TOP_K:
         yield (
-            f"note: this model ranks groups of experts by their best {model.resolved_group_top_k}, transformers by "
-            f"their best {GROUP_TOP_K} whatever the model, as DeepSeek-V3 has it: it will choose other experts"
+            f"note: this model ranks groups of experts by their best {model.resolved_group_top_k}, but transformers always by their best {GROUP_TOP_K}, as for DeepSeek-V3, so it will choose other experts"
         )
     if model.resolved_latent_norm_eps != LATENT_NORM_EPS:
         yield (
-            f"note: this model takes {model.resolved_latent_norm_eps} in the norms of its latents, transformers "
-            f"{LATENT_NORM_EPS} whatever the model: its logits will differ"
+            f"note: this model has eps {model.resolved_latent_norm_eps} in the norms of its latents, but transformers always uses {LATENT_NORM_EPS}, so its logits will differ"
         )

@@ -77,7 +77,7 @@ class PieceWriter:
 
 OPTIMIZER_TENSORS = {
     **{f"{name}.": f"{what} of the optimizer" for one in OPTIMIZERS.values() for name, what in one.meanings},
-    "running.": "loads of the experts in the past",
+    "running.": "past loads of the experts",
     HOOK_STATE: "state of a callback",
 }
 PLAIN_EXPORT_TYPES = {ExportType.bf16: "BF16", ExportType.fp8: "BF16", ExportType.fp32: "F32"}
@@ -149,12 +149,12 @@ def left_out(manifest: Manifest, placed: list[PlacedTensor], ema: bool) -> dict[
             name: shape for name, shape in needed.items() if name in manifest.tensors
         }  # the other tensors are in the base
     reasons = OPTIMIZER_TENSORS | (
-        {"master.": "the weights themselves, as their average is exported"}
+        {"master.": "the weights themselves, because their average is exported"}
         if ema
         else {"ema.": "average of the weights"}
     )
     if not any(each.ours.startswith("bias.") for each in placed):
-        reasons = reasons | {"bias.": "balance biases, which are 0 in this family, or those of the base"}
+        reasons = reasons | {"bias.": "balance biases, which are 0 in this family, or belong to the base"}
     if is_merged and not ema:
         reasons = reasons | {"master.": "an adapter, added to the weights"}
     rest = {name: _reason(name, reasons) for name in manifest.tensors if name not in needed}
@@ -166,8 +166,8 @@ def left_out(manifest: Manifest, placed: list[PlacedTensor], ema: bool) -> dict[
         raise UserError(
             "export.checkpoint",
             manifest.folder,
-            f"must hold the model of this configuration and no other; {len(unfit)} tensors do not fit, such as {unfit[0]}",
-            "give the conf= and model.* that the run was started with",
+            f"must contain exactly the model of this configuration; {len(unfit)} tensors do not fit, such as {unfit[0]}",
+            "give the run's conf= and model.*",
         )
     return {name: reason for name, reason in rest.items() if reason is not None}
 
@@ -205,7 +205,7 @@ def _fate(written: WrittenTensor, out: ExportTensor) -> str:
         return "copy for the MTP module"
     if out.name.endswith(SCALE):
         return "scales of the blocks"
-    return {"F8_E4M3": "FP8 blocks", "BF16": "rounded to bf16", "F32": "as it is"}[out.dtype]
+    return {"F8_E4M3": "FP8 blocks", "BF16": "rounded to bf16", "F32": "unchanged"}[out.dtype]
 
 
 def lines(rows: list[dict[str, Any]]) -> list[str]:

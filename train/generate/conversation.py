@@ -25,7 +25,7 @@ from train.generate.source import LoadedModel
 from train.generate.text import TextStream, require_utf8, write
 
 RESET, QUIT = "/reset", "/quit"
-HELP = f"Ask, and press Enter. Ctrl-C ends an answer, {RESET} forgets what was said, {QUIT} or Ctrl-D leaves."
+HELP = f"Type a question and press Enter. Ctrl-C ends an answer, {RESET} clears the conversation, {QUIT} or Ctrl-D ends the program."
 
 
 class Conversation:
@@ -85,7 +85,7 @@ class Conversation:
             turns = turns[2:]
             if not self._told:
                 self.tell(
-                    f"[more turns than the {self._source.context} tokens of the model's context: the oldest are left out]"
+                    f"[more turns than the {self._source.context} tokens of the model's context: the oldest turns are left out]"
                 )
                 self._told = True
         if len(ids) >= self._source.context:
@@ -110,9 +110,7 @@ def _template(config: Config, source: LoadedModel) -> ChatTemplate:
     except UserError as error:
         if config.data.template is not None or config.data.template_function:
             raise
-        rule = (
-            f"needs a chat template, and {source.title} has none: it was not tuned on chats, or it keeps it elsewhere"
-        )
+        rule = f"needs a chat template, and {source.title} has none: the model was not tuned on chats, or its template is elsewhere"
         cure = "tune it on chats (train/docs/fine_tuning.md), or name a template: data.template=FILE, or data.template=plain"
         raise UserError("generate.chat", True, rule, cure) from error
 

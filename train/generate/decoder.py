@@ -30,8 +30,10 @@ from train.model.router import Router
 def require_plain_blocks(config: Model) -> None:
     """Raise UserError for the user's own blocks. Does not import them."""
     if config.block:
-        rule = "computes whole sequences, and text is written token by token, by the parts of DeepSeek-V3's own block"
-        raise UserError(f"model.block.{TARGET}", config.block[TARGET], rule, "look at held-out losses: mode=evaluate")
+        rule = "does not support generation, which needs the parts of DeepSeek-V3's own block"
+        raise UserError(
+            f"model.block.{TARGET}", config.block[TARGET], rule, "measure held-out losses instead: mode=evaluate"
+        )
 
 
 class Decoder:

@@ -28,7 +28,7 @@ class EndReason(Enum):
     """Why a text ended."""
 
     document = "the document ended"
-    tokens = "the number of tokens is reached"
+    tokens = "the maximum number of tokens is reached"
     context = "the context is full"
 
 
@@ -199,7 +199,7 @@ def _row(index: int, prompt: list[int], limits: Limits, seed: int) -> _Row:
             "generate.prompt",
             f"{len(prompt)} tokens",
             f"must be shorter than the model's context of {limits.context} tokens",
-            "shorten the prompt, or take a model that was trained on longer sequences (seq_len)",
+            "shorten the prompt, or use a model that was trained on longer sequences (seq_len)",
         )
     full = EndReason.context if room < limits.tokens else EndReason.tokens
     return _Row(index, min(room, limits.tokens), full, torch.Generator().manual_seed(seed))

@@ -86,7 +86,7 @@ def _from_hugging_face(config: Config, folder: Path, device: torch.device, field
     if config.data.tokenizer is None:
         refuse_tiktoken(folder, field)
     if config.data.tokenizer is None and not (folder / "tokenizer.json").is_file():
-        raise UserError(field, folder, "holds no tokenizer.json", "set data.tokenizer to the one of these weights")
+        raise UserError(field, folder, "has no tokenizer.json", "set data.tokenizer to the tokenizer of these weights")
     choice = config.data.tokenizer or str(folder)
     tokenizer = load_tokenizer(choice)
     kernels = build_kernels(device.type, config.cluster.compiled)

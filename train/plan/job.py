@@ -18,7 +18,7 @@ def require_hardware(hardware: Hardware) -> None:
         raise UserError(
             "hardware",
             "none",
-            "a plan needs to know the devices",
+            "a plan needs the devices",
             "choose hardware=h800, h100, h200, b200, gb200_nvl72, b300, gb300_nvl72 or cpu (conf/hardware)",
         )
 
@@ -34,7 +34,7 @@ def require_host(config: Config) -> None:
     raise UserError(
         "hardware.host_memory_bytes",
         0,
-        f"{' and '.join(asked)} would have the host's memory, which hardware={hardware.name} does not describe",
+        f"{' and '.join(asked)} use the host's memory, which hardware={hardware.name} does not describe",
         "set hardware.host_memory_bytes (of a node), hardware.rates.host.bandwidth and hardware.rates.host_memory.bandwidth, or "
         f"leave out {' and '.join(asked)}",
     )
@@ -81,7 +81,7 @@ def require_matmuls(config: Config) -> None:
     fp8, hardware = config.precision.fp8, config.hardware
     if fp8 is None or has_mx_tiles(fp8) or "fprop_mxfp8" not in hardware.rates:
         return
-    rule = f"has tiles of 128, which Hopper multiplies: {hardware.device} multiplies tiles of 32, and a run ends at its start"
+    rule = f"has tiles of 128, which only Hopper supports: {hardware.device} supports tiles of 32, so a run would end at its start"
     raise UserError("precision.name", config.precision.name, rule, "choose precision=mxfp8 (or bf16)")
 
 

@@ -44,7 +44,7 @@ def terms(config: Config) -> int:
 def computed(proof: str, config: Config) -> Bound:
     """Bound of outputs, losses and gradients in a check: the rounding errors of the chain of matmuls."""
     if proof == "exact":
-        return Bound(EXACT, "fp64 rounds by 1e-16, and sums of any order stay far below")
+        return Bound(EXACT, "fp64 rounds by 1e-16, and sums in any order differ by much less than this bound")
     n, K = chain(config.model), terms(config)
     if proof == "fp32":
         value = ROOM * UNIT["fp32"] * (n * K) ** 0.5
@@ -89,7 +89,7 @@ def chosen(proof: str, config: Config) -> Bound:
     slope = 2 if config.model.scores == "softmax" else 4
     return Bound(
         computed(proof, config).value / slope,
-        f"what outputs may be off by, times a {config.model.scores}'s slope of 1/{slope}",
+        f"the bound of outputs, times the slope 1/{slope} of a {config.model.scores}",
     )
 
 

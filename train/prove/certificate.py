@@ -55,7 +55,7 @@ NEVER_PROVEN = [
     "kernels of GPUs, and NCCL, unless the ranks ran on GPUs",
     "sizes beyond the miniature: memory, overflow of counters, speed",
     "the data pipeline: a proof draws its own tokens",
-    "whether the recipe learns well: only that the layout trains what the recipe says",
+    "the quality of the recipe: a proof only shows that the layout trains the recipe",
 ]
 
 
@@ -90,7 +90,7 @@ class Certificate:
     @property
     def not_proven(self) -> list[str]:
         own = ", ".join(f"{key} ({target})" for key, target in self.own_code.items())
-        rule = f"code of your own, without which the ranks ran, as a proof has no formulas for it: {own}"
+        rule = f"custom code, which the ranks did not run, because a proof has no formulas for it: {own}"
         return [*NEVER_PROVEN, *([rule] if own else [])]
 
     @property
@@ -133,7 +133,7 @@ class Certificate:
         said = "this layout trains this model" if self.holds else "this layout does NOT train this model"
         rows = [("Layout", f"{self.layout}, {self.ranks} ranks on {self.device}, {self.steps} steps")]
         same = self.second_layout.startswith(f"{self.layout}, {self.ranks} ")
-        read = "read in the same layout, as the rules allow no other" if same else "read in another layout"
+        read = "read in the same layout, because no other layout is allowed" if same else "read in another layout"
         rows.append(("Checkpoint", f"{read}: {self.second_layout}"))
         rows += [("Smaller", "\n".join(textwrap.wrap(" ".join(self.cuts), WIDTH)))] if self.cuts else []
         rows += [("Acted", self.acted_text)] if self.acted else []
@@ -223,7 +223,7 @@ def _lines(proof: str, verdicts: list[ProofVerdict]) -> list[str]:
         "holds",
         *textwrap.wrap(sharpness.text(), WIDTH),
         f"nearest to its bound: {nearest.quantity}, {nearest.worst:.2g} of {nearest.bound:.2g} ({nearest.where})",
-        *textwrap.wrap(f"not seen: {sharpness.does_not_see}", WIDTH),
+        *textwrap.wrap(f"not detected: {sharpness.does_not_see}", WIDTH),
     ]
 
 

@@ -109,7 +109,7 @@ class Comparisons:
         flat = (torch.as_tensor(one, dtype=torch.float64).detach().flatten() for one in (got, want))
         got_N, want_N = flat
         if len(got_N) != len(want_N):
-            self.fail(quantity, name, "another number of elements", len(got_N), len(want_N), rank)
+            self.fail(quantity, name, "a different number of elements", len(got_N), len(want_N), rank)
             return
         if not len(got_N):
             return
@@ -133,7 +133,7 @@ class Comparisons:
 
     def acted(self, name: str, times: int, of: int = 1) -> None:
         """Count how often a mechanism acted that does not always act."""
-        name = f"{name} (pass {self.proof})"
+        name = f"{name} (check {self.proof})"
         before = self.findings.acted.get(name, (0, 0))
         self.findings.acted[name] = before[0] + times, before[1] + of
 

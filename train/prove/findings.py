@@ -30,7 +30,7 @@ class Difference:
         """The difference as one sentence."""
         who = "" if self.rank is None else f", rank {self.rank}"
         return (
-            f"pass {self.proof}, step {self.step}{who}, {self.phase}: {self.quantity} of {self.name} is {self.got:.9g} and "
+            f"check {self.proof}, step {self.step}{who}, {self.phase}: {self.quantity} of {self.name} is {self.got:.9g} and "
             f"should be {self.want:.9g}, an error of {self.error:.2g} where {self.bound:.2g} is allowed"
         )
 

@@ -141,7 +141,7 @@ class Judge:
     def _is_finite(self, state: State) -> bool:
         if all(tensor.isfinite().all() for tensor in state.values()):
             return True
-        self.at.fail("state", "all weights", "what is not finite says nothing of later steps", want=0.0)
+        self.at.fail("state", "all weights", "values are not finite, so later steps cannot be compared", want=0.0)
         return False
 
     def _judge_tiles(self, ranks: list[Evidence], before: State | None) -> State:

@@ -88,7 +88,7 @@ def judge_attention_back(step: StepParts, name: str) -> None:
 def _in_scores(step: StepParts) -> Bound:
     if step.rounding.high == FORMATS["fp32"]:
         return step.in_rows(step.config.seq_len)
-    return Bound(SCORES, "4 x 2^-9: probabilities and their slopes may be rounded to bf16, each by 2^-9 of itself")
+    return Bound(SCORES, "4 x 2^-9: probabilities and their gradients may be rounded to bf16, each by 2^-9 relative")
 
 
 def _queries(step: StepParts, name: str) -> str:
@@ -127,7 +127,7 @@ def _judge_heads(step: StepParts, name: str, one: AttentionCall) -> None:
     q_BHTQ, kv_BHTX = (_heads_of(each, model.heads) for each in (q_BTX, kv_BTX))
     q_BHTQ, nope = _grown(step, q_BHTQ, one.places), model.nope_head_dim
     rope = down_BTX[..., model.kv_rank :].unsqueeze(1).expand(-1, model.heads, -1, -1)
-    bound = Bound(8 * ELEMENTS, "angles and turns in fp32, and one rounding of the result")
+    bound = Bound(8 * ELEMENTS, "angles and rotations in fp32, and one rounding of the result")
     rotated_q, rotated_k = (high.rotated(part, step.config, one.places) for part in (q_BHTQ[..., nope:], rope))
     for what, got, want in (
         ("q", one.q[..., nope:], rotated_q),

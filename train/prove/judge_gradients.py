@@ -29,7 +29,7 @@ test."""
 
 def judge_totals(at: Comparisons, ranks: list[Evidence]) -> None:
     """Judge sums over the micro-batches of a rank, for weights that process every token."""
-    why = "share of numbers that bf16 holds: of sums of several terms in fp32 far fewer, in bf16 all"
+    why = "fraction of numbers that are exact in bf16: few for sums in fp32, all for sums in bf16"
     for rank in ranks:
         came: Counter[str] = Counter()
         for part, _, gradient in rank.calls_of_kind("backward"):
@@ -51,7 +51,7 @@ def judge_reduction(at: Comparisons, ranks: list[Evidence]) -> None:
     terms = info.dp * info.cp
     if _is_by_micro_batch(ranks[0]):
         terms += -(-int(info.plan["batch_size"]) // (info.dp * info.micro_batch_size))
-    why = f"{terms} terms added in fp32, as a share of their sum without signs"
+    why = f"{terms} terms added in fp32, as a fraction of the sum of magnitudes"
     for name in reversed(shapes):
         if name in reduced and name in want:
             bound = Bound((terms + MORE) * UNIT["fp32"], why)

@@ -101,7 +101,7 @@ def judge_sums_back(step: StepParts, name: str) -> None:
     """Judge the gradients of both sums."""
     for call in step.calls[f"{name}.ffn_norm"]:
         got, out = (_seen(call, "backward", one) for one in (f"{name}.attention", name))
-        _judge_sum(step, call, f"gradients behind {name}.attention", got, out, call.get("dx"))
+        _judge_sum(step, call, f"gradients after {name}.attention", got, out, call.get("dx"))
 
 
 def _judge_sum(step: StepParts, call: PartCall, name: str, got: Tensor, one: Tensor, other: Tensor) -> None:
@@ -130,7 +130,7 @@ def judge_head_back(step: StepParts, name: str) -> None:
     whole, lora, order = SumOverCalls(), WeightLora(step, "head.weight"), step.in_rows(step.config.model.vocab_size)
     for call, made, learnt_N in _head_calls(step):
         if not call.has("dx", "dy"):
-            step.at.fail("parts", call.name, "not every micro-batch came back", 0, 1, call.rank)
+            step.at.fail("parts", call.name, "some micro-batches have no backward pass", 0, 1, call.rank)
             continue
         slope, dx_ND, x_ND = call.get("dy"), call.rows("dx"), call.rows("x")
         x, weight = _times(made.x, low.nearest(slope, step.rounding.high)), _times(made.weight, slope)
@@ -140,7 +140,7 @@ def judge_head_back(step: StepParts, name: str) -> None:
         pieces = 2 * HALF * weight.size if step.rounds_gradients else torch.zeros_like(weight.x)
         weight = weight._replace(off=pieces if weight.off is None else pieces + weight.off)
         if learnt_N is not None:
-            rest, quantity = dx_ND[~learnt_N], "gradients of what is not learnt"
+            rest, quantity = dx_ND[~learnt_N], "gradients of positions that are not learnt"
             step.at.compare(quantity, call.name, rest, torch.zeros_like(rest), NO_GRADIENT, rank=call.rank)
             dx_ND, x_ND = dx_ND[learnt_N], x_ND[learnt_N]
         x = lora.narrow(x, weight, LoraCall(call, "dropped", NearNumbers(x_ND), low.matmul))

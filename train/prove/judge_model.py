@@ -40,7 +40,7 @@ class WholeModel:
             if name.endswith(".biased") or (name == "embedding" and name not in made):
                 continue  # if one rank holds the table for two stages, the next layer shows the same
             if name not in made:
-                at.fail("outputs", name, "no rank has made it")
+                at.fail("outputs", name, "no rank computed it")
             for rank, number, got in made.get(name, ()):
                 if name.endswith(".ids"):
                     self._judge_choice(name.removesuffix(".ids"), rank, number, got)
@@ -153,7 +153,7 @@ def judge_batch(at: Comparisons, ranks: list[Evidence], batch_size: int) -> bool
     starts, ends = (sorted(side) for side in zip(*shares, strict=True))
     if [*starts, batch_size] == [0, *ends]:
         return True
-    reason = "the ranks trained on other samples than those of the batch, each once"
+    reason = "the ranks did not train on each sample of the batch exactly once"
     at.fail("samples of the step", "batch", reason, ends[-1] - starts[0], batch_size)
     return False
 

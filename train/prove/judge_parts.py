@@ -47,7 +47,7 @@ def judge_parts(step: StepParts) -> None:
     at.phase = "forward"
     for name, *_ in parts:
         if not any(step.calls.get(f"{name}{part}") for part in WITHIN):
-            at.fail("parts", name, "no rank left what it took and gave")
+            at.fail("parts", name, "no rank recorded its inputs and outputs")
     at.phase = "backward"
     for name, *_ in reversed(parts):
         _judge_returns(step, name)
@@ -79,4 +79,4 @@ def _judge_returns(step: StepParts, name: str) -> None:
             continue  # on another rank; a table shared with MTP modules; keys computed block by block
         back, due = sum(call.has("dx" if name.endswith(".router") else "dy") for call in those), rank.micro_batches()
         if back != due:
-            step.at.fail("parts", name, "not every micro-batch came back, or one came twice", back, due, rank)
+            step.at.fail("parts", name, "a micro-batch has no backward pass, or two", back, due, rank)

@@ -27,7 +27,7 @@ from train.prove.sent_rows import ACTIVATION_FLOOR, GRADIENT_FLOOR, sent_in_fp8,
 
 AT_TOKENS = ("x", "ids", "gates", "y", "d_x", "d_gates", "d_y")
 AT_EXPERTS = ("rows", "row_gates", "counts", "out", "d_rows", "d_row_gates", "d_out")
-ROWS = Bound(0.0, "bit for bit: rows are rounded once, where they are sent")
+ROWS = Bound(0.0, "bit for bit: rows are rounded once, by the sender")
 SeenTensors = dict[str, Tensor]
 """Tensors of one layer and micro-batch, concatenated over the ranks of a group, by the names of
 watched_dispatcher.py."""
@@ -110,7 +110,7 @@ def _judge_sums(at: Comparisons, sent: SentRows, rows: str, sums: str, quantity:
     rows_TKD = rows_PD.unflatten(0, seen["ids"].shape)
     want_TD, off_TD = summed_rows(rows_TKD, seen["ids"], sent.hops(), in_bf16, by_addition)
     least = 2.0**-16 if in_bf16 else 2.0**-23
-    reason = "added in fp32 and rounded once, at every place that hands a sum on; beyond that a tie, or fp32"
+    reason = "summed in fp32 and rounded once before every exchange; other differences are rounding ties"
     allowed, bound = off_TD / least + want_TD.abs(), Bound(least, f"{reason}: {least:g} of the sum")
     at.compare(quantity, sent.name, seen[sums], want_TD, bound, measure=in_each(allowed))
 

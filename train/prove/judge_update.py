@@ -90,9 +90,9 @@ def _judge_exact(
     """Judge the ranks' fp64 updates from the same gradients. clipped: the gradients as the reference clips them."""
     found, gradients = assemble(ranks, "exact"), assemble(ranks, "exact_gradient")
     fp64 = Bound(
-        EXACT, "fp64 rounds by 1e-16, and Newton-Schulz multiplies that by some 1e5 at most; of the largest change"
+        EXACT, "fp64 rounds by 1e-16, and Newton-Schulz amplifies this by at most about 1e5; relative to the largest change"
     )
-    fp32 = Bound(32 * UNIT["fp32"], "the factor of clipping in fp32, and one rounding of the product")
+    fp32 = Bound(32 * UNIT["fp32"], "the factor of clipping in fp32, and one rounding of the result")
     for name, gradient in gradients.items():
         formula, state = update_of(at.values, name, gradient.dim())
         at.compare("clipped gradients", name, gradient, clipped[name], fp32)
@@ -133,7 +133,7 @@ def _judge_moved(
         return
     kind, moments = name.split(".", 1)[0], at.config.precision.moments
     count = (ROUNDINGS | STATE_ROUNDINGS)[kind]
-    allowed, why = count * rounded + SMALLEST, f"{count} roundings of fp32, of each element by itself"
+    allowed, why = count * rounded + SMALLEST, f"{count} roundings of fp32, relative to each element"
     if kind in STATE_ROUNDINGS and moments == "bf16":
         allowed, why = allowed + UNIT["bf16"] * want.abs() + SMALLEST_BF16, f"{why}, and one of bf16"
     quantity = QUANTITIES.get(kind, kind)
@@ -150,7 +150,7 @@ def _judge_decay(at: Comparisons, name: str, before: Tensor, got: Tensor, want: 
     error = float(((got - want) * before).sum() / square)
     own = float(rounded.square().sum().div(square).sqrt())
     why = (
-        "the factor of the decay is rounded once to fp32, which moves all weights alike, and each weight once by itself"
+        "the factor of the decay is rounded once to fp32, for all weights, and each weight is rounded once"
     )
     bound = Bound(1.25 * UNIT["fp32"] + 4 * own / before.numel() ** 0.5, why)
     at.compare("decay of weights", name, error, 0.0, bound, scale=1.0)

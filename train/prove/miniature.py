@@ -214,7 +214,7 @@ def _shrink_layout(cfg: Config) -> tuple[Layout, list[str]]:
     for name, what in LOST.items():
         if degrees.ranks > most and getattr(degrees, name) > 1:
             degrees = replace(degrees, **{name: 1})
-            lost.append(f"prove.ranks = {most} leaves no room for {what}: that is not part of the proof.")
+            lost.append(f"prove.ranks = {most} is too small for {what}, which this proof does not cover.")
     if given.pp >= 3 and degrees.pp == 2 and degrees.ranks // 2 * 3 <= most:
         degrees = replace(degrees, pp=3)  # a rank with neither end of the pipeline
     ep = degrees.nodes * degrees.inside
@@ -228,7 +228,7 @@ def _shrink_layout(cfg: Config) -> tuple[Layout, list[str]]:
         cp = 2 - ranks % 2
         if cp == 1:
             lost.append(
-                f"prove.ranks = {most} leaves no room for ranks that share sequences: that is not part of the proof."
+                f"prove.ranks = {most} is too small for ranks that share sequences, which this proof does not cover."
             )
     return Layout(degrees.pp, ranks // cp, ep, degrees.inside, cp), lost
 
@@ -352,7 +352,7 @@ def _differences(cfg: Config, small: Config) -> list[str]:
     is_read = {name: name.startswith(SHOWN) for name, *_ in changed}
     found = [f"{name} is {_text(here)} instead of {_text(there)}." for name, there, here in changed if is_read[name]]
     if left_out := [name for name, *_ in changed if not is_read[name]]:
-        found.append(f"Not in the proof, as nothing that it runs reads them: {', '.join(left_out)}.")
+        found.append(f"Not in the proof, because nothing in it reads them: {', '.join(left_out)}.")
     return [*found, "The tokens are drawn at random, in documents of random length."]
 
 

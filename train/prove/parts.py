@@ -244,7 +244,7 @@ def first_node(y: Tensor, x: Tensor) -> Any:
         if before is None or before is x.grad_fn:
             return node
         node = before
-    raise AssertionError(f"no way leads from {y.grad_fn} to {x.grad_fn}")
+    raise AssertionError(f"no path leads from {y.grad_fn} to {x.grad_fn}")
 
 
 def own_rows(rows_PX: Tensor, counts: Sequence[int]) -> Tensor:

@@ -129,7 +129,7 @@ class StepParts:
         if name not in self.trained:
             return  # base of an adapter
         if made.total is None:
-            self.at.fail(quantity, name, "no rank left what it took and gave")
+            self.at.fail(quantity, name, "no rank recorded its inputs and outputs")
             return
         got, measure = self.reduced[name] * self.shared, beyond_rounding(made.total, FORMATS["fp32"], most)
         self.at.compare(quantity, name, got, made.total.x, bound or self.order(made.terms), measure=measure)

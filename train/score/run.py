@@ -63,7 +63,7 @@ def score(config: Config) -> int:
     how = config.score.routing
     tap = None if how is ScoredRouting.own else RoutingTap(source.decoder.model)
     if tap is not None and not tap.shape[0]:
-        rule = "is of experts, and no layer of this model has any"
+        rule = "applies to experts, and this model has none"
         raise UserError("score.routing", how.name, rule, "set score.routing=own")
     key_how = config.score.keys
     keys = None if key_how is ScoredRouting.own else KeyTap(source.decoder)
@@ -114,7 +114,7 @@ def _rows(
             raise UserError(
                 "score.checkpoint",
                 number,
-                "gives this sample a log-probability that is not finite",
+                "gives a log-probability that is not finite for this sample",
                 "give other weights",
             )
         yield {

@@ -52,14 +52,17 @@ def read_scored_samples(
     for place, record in _read(path):
         sample = _sample(place, record, encode, start_id)
         if len(sample.tokens) > longest:
-            rule = f"has {len(sample.tokens)} tokens, and the model reads {longest} at most"
+            rule = f"has {len(sample.tokens)} tokens, and the model reads at most {longest}"
             raise UserError(SCORE_DATA, place, rule, "shorten it, or leave it out")
         if wrong := [token for token in sample.tokens if not 0 <= token < vocab_size]:
-            rule = f"holds token {wrong[0]}, and the model has rows for 0 to {vocab_size - 1}"
+            rule = f"has token {wrong[0]}, and the model's tokens are 0 to {vocab_size - 1}"
             raise UserError(SCORE_DATA, place, rule, "give the ids of this model's tokenizer")
         if len(sample.tokens) < 2:
             raise UserError(
-                SCORE_DATA, place, "must have two tokens or more: the first has nothing before it", "leave it out"
+                SCORE_DATA,
+                place,
+                "must have at least two tokens: the first token has no log-probability",
+                "leave it out",
             )
         if sample.first == len(sample.tokens):
             raise UserError(SCORE_DATA, place, "has a completion without a token", "leave it out")
@@ -67,7 +70,7 @@ def read_scored_samples(
             sample = _with_experts(sample, place, record, *replayed)
         found.append(sample if replayed_keys is None else _with_keys(sample, place, record, *replayed_keys))
     if not found:
-        raise UserError(SCORE_DATA, path, "holds no sample", "give a file with one a line or row")
+        raise UserError(SCORE_DATA, path, "has no sample", "give a file with one sample per line or row")
     return found
 
 

@@ -81,7 +81,7 @@ def report_rows(run_folder: Path, settings: Mapping[str, Any]) -> tuple[str, lis
         elif proven["modified"]:
             sentence += " Files of the commit were modified at the time of the proof."
         if first := record["first_difference"]:
-            place = f"{first['quantity']} of {first['name']} in pass {first['proof']}, step {first['step']}"
+            place = f"{first['quantity']} of {first['name']} in check {first['proof']}, step {first['step']}"
             sentence += f" The first difference: {first['phase']}, {place}."
         rows: list[tuple[str, ...]] = [
             (

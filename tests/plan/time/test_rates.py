@@ -119,7 +119,7 @@ def test_a_calibration_of_other_code_is_refused(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(rates, "build_kernels", lambda *_: SimpleNamespace(parts=("adamw", "products")))
     with pytest.raises(
-        UserError, match=r"code for adamw, and here there is some for adamw, products(.|\n)*cluster\.compiled"
+        UserError, match=r"code for adamw, and this run has it for adamw, products(.|\n)*cluster\.compiled"
     ):
         load_rates(compose(*words), alone=True)
     monkeypatch.setattr(rates, "build_kernels", lambda *_: SimpleNamespace(parts=("adamw",)))

@@ -56,7 +56,7 @@ def plan_screen(
         rows += [("Cure", cure_words(cure, plan)) for cure in cures] or [
             (
                 "Cure",
-                "none of the changes tried is enough: more devices or a smaller model (plan.search=true looks further)",
+                "no tested change is sufficient: use more devices or a smaller model (plan.search=true tests more)",
             )
         ]
     update = step.update
@@ -113,7 +113,7 @@ def _host(plan: RunPlan) -> str:
     has = host_memory(plan.config)
     fullest = max(plan.ranks, key=lambda rank: rank.host_bytes)
     parts = ", ".join(f"{name} {gib(size)}" for name, size in fullest.host_items.items())
-    whole = f"the {gib(has)} that a host has for tensors" if has else "a host's memory, of unknown size"
+    whole = f"the {gib(has)} that a host has for tensors" if has else "the host's memory, of unknown size"
     return f"{gib(plan.host_bytes)} of {whole}; of a rank: {parts}"
 
 
@@ -172,16 +172,13 @@ def _exchange(plan: RunPlan) -> str:
     step = plan.step
     if plan.config.parallel.ep == 1:
         return "every rank holds all of them"
-    return (
-        f"{seconds(step.exchange_seconds)} of exchanges a step and rank, of which {seconds(step.exposed_communication_seconds)} "
-        "are waited for"
-    )
+    return f"{seconds(step.exchange_seconds)} of exchanges per step and rank, {seconds(step.exposed_communication_seconds)} of them exposed"
 
 
 def _speed(plan: RunPlan) -> str:
     step = plan.step
     mfu = f", MFU {share(step.mfu_causal)} causal, {share(step.mfu_full)} not" if step.mfu_causal is not None else ""
-    return f"{step.tokens_per_second_per_gpu:.0f} tokens/s per device, {amount(step.tokens_per_second)}/s in all{mfu}"
+    return f"{step.tokens_per_second_per_gpu:.0f} tokens/s per device, {amount(step.tokens_per_second)}/s in total{mfu}"
 
 
 def _run(plan: RunPlan, phases: Sequence[tuple[str, RunPlan]]) -> list[tuple[str, str]]:

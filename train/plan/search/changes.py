@@ -162,6 +162,6 @@ def write_parallel(config: Config, name: str, base: Config, folder: Path | None 
     for field, value in vars(config.parallel).items():
         lines.append(f"{field}: {words(value)}")
     if path.exists() and not path.read_text().startswith("# Found by plan.search"):
-        raise UserError("plan.write", name, f"{path} is there and was not written by a search", "choose another name")
+        raise UserError("plan.write", name, f"{path} exists and was not written by a search", "choose another name")
     path.write_text("\n".join(lines) + "\n")
     return path

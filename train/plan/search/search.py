@@ -401,17 +401,17 @@ class _Finder:
             return f"{100 * (min(family.steps) / fits[0].step_seconds - 1):.1f} % slower than the best"
         if not family.possible:
             lacking, what, _ = min(family.lacking, key=_bytes_lacking)
-            return f"does not fit: even its lightest layout needs {gib(lacking)} a device more{what}"
+            return f"does not fit: even its smallest layout needs {gib(lacking)} more per device{what}"
         quickest = min(one.seconds for one in family.possible)
         if fits and quickest > fits[0].step_seconds:
             slower = 100 * (quickest / fits[0].step_seconds - 1)
-            return f"at least {slower:.1f} % slower than the best, were it to fit"
+            return f"at least {slower:.1f} % slower than the best, even if it fitted"
         lightest = min(family.possible, key=lambda one: one.least_bytes).config
         family.nearest = _Miss.of(
             min(family.missed, key=lambda miss: miss.lacking).config if family.missed else lightest
         )
         lacking, what, _ = family.nearest
-        return f"does not fit: the nearest that was looked at lacks {gib(lacking)}{what}" if lacking > 0 else "slower"
+        return f"does not fit: the nearest tested layout lacks {gib(lacking)}{what}" if lacking > 0 else "slower"
 
     @property
     def nearest(self) -> _Miss | None:
@@ -447,11 +447,11 @@ def _missed(config: Config, fullest: int) -> tuple[int, str]:
 def _nothing_runs(config: Config, found: Search, devices: int) -> UserError:
     """The error if no layout is possible on this number of devices."""
     reasons = "; ".join(f"{family.name}: {family.reason}" for family in found.rejected[:REASONS])
-    more = f"; and so for {len(found.rejected) - REASONS} more" if len(found.rejected) > REASONS else ""
+    more = f"; and {len(found.rejected) - REASONS} more" if len(found.rejected) > REASONS else ""
     return UserError(
         "plan.devices",
         devices,
-        f"no layout of {devices} devices divides this recipe, whatever their memory ({reasons}{more})",
+        f"no layout of {devices} devices is valid for this recipe, for any memory size ({reasons}{more})",
         _near(config, devices),
     )
 
@@ -466,7 +466,7 @@ def _near(config: Config, devices: int) -> str:
         min((n for n in able if n > devices), default=None),
     )
     near = " or ".join(f"plan.devices={each}" for each in (below, above) if each is not None)
-    return f"take {near}, or another batch_size"
+    return f"use {near}, or another batch_size"
 
 
 def _nothing_fits(config: Config, found: Search, nearest: _Miss | None) -> UserError:

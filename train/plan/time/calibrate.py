@@ -57,7 +57,7 @@ def calibrate(config: Config) -> Path:
         raise UserError(
             "precision.name",
             config.precision.name,
-            "the planner has no rule for FP8 as CPUs emulate it",
+            "the planner has no rule for the FP8 emulation of CPUs",
             "calibrate with precision=bf16",
         )
     threads = threads_of(config.cluster.threads, config.parallel.world)

@@ -117,7 +117,7 @@ class Rates:
             raise UserError(
                 "hardware.rates",
                 kind,
-                f"{self.source} has no rate for this kind of work, nor for one that could stand in",
+                f"{self.source} has no rate for this kind of work, and no substitute rate",
                 "calibrate on the device: mode=plan plan.calibrate=true",
             )
         return self.rates[name]
@@ -166,7 +166,7 @@ def load_rates(config: Config, alone: bool) -> Rates:
             raise UserError(
                 "plan.calibration",
                 None,
-                f"hardware={hardware.name} has no rates of its own: they differ from machine to machine",
+                f"hardware={hardware.name} has no rates, because they differ from machine to machine",
                 "run mode=plan plan.calibrate=true on it, then give plan.calibration=runs/<name>/calibration.json",
             )
         return Rates(hardware.rates, f"hardware={hardware.name}: {hardware.rates_from}", intervals=INTERVALS)
@@ -184,10 +184,10 @@ def read_calibration(path: str) -> dict[str, Any]:
         found = parse_json(read_plain_text(Path(path)))
     except ValueError as error:
         raise UserError(
-            "plan.calibration", path, f"must be a file that plan.calibrate=true wrote ({error})", "calibrate again"
+            "plan.calibration", path, f"must be a file of plan.calibrate=true ({error})", "calibrate again"
         ) from error
     if not found.keys() >= REQUIRED:
-        raise UserError("plan.calibration", path, "must be a file that plan.calibrate=true wrote", "calibrate again")
+        raise UserError("plan.calibration", path, "must be a file of plan.calibrate=true", "calibrate again")
     return found
 
 
@@ -216,6 +216,6 @@ def check_device(config: Config, calibration: Mapping[str, Any]) -> None:
         raise UserError(
             "plan.calibration",
             config.plan.calibration,
-            f"was measured with compiled code for {theirs}, and here there is some for {ours}",
-            "calibrate again, or set cluster.compiled as it was then",
+            f"was measured with compiled code for {theirs}, and this run has it for {ours}",
+            "calibrate again, or set cluster.compiled as in the calibration",
         )

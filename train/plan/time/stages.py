@@ -309,14 +309,14 @@ def require_rule(config: Config) -> None:
         raise UserError(
             "precision.name",
             config.precision.name,
-            "the planner has no rule for the step time of FP8 as CPUs emulate it",
+            "the planner has no rule for the step time of the FP8 emulation of CPUs",
             "plan with precision=bf16, or for a GPU: hardware=h100",
         )
     if config.precision.fp8 is not None and not config.hardware.fp8_flops:
         raise UserError(
-            "hardware.fp8_flops", 0, f"hardware={config.hardware.name} has no FP8 products", "choose precision=bf16"
+            "hardware.fp8_flops", 0, f"hardware={config.hardware.name} has no FP8 GEMMs", "choose precision=bf16"
         )
     mx = config.precision.fp8 is not None and has_mx_tiles(config.precision.fp8)
     if mx and config.plan.calibration is None and "fprop_mxfp8" not in config.hardware.rates:
-        rule = f"takes products of tiles of 32, and hardware={config.hardware.name} has none: B200, B300, GB200 and GB300 do"
+        rule = f"needs GEMMs for tiles of 32, which hardware={config.hardware.name} does not have; B200, B300, GB200 and GB300 have them"
         raise UserError("precision.name", config.precision.name, rule, "choose precision=fp8, or hardware=b200")
