@@ -41,7 +41,7 @@ LOADER_THREAD = re.compile(r"/train/data/")
 WAITS_HERE = re.compile(r"\b(acquire|join|wait|get|result)\(|\bwith \S*lock|_lock\b", re.IGNORECASE)
 """Source line that waits for something in its own process."""
 OF_THREADS = re.compile(r"/(threading|queue|selectors|subprocess|multiprocessing/\w+|concurrent/\w+)\.py")
-GETS_ON_SECONDS = 2.0
+PROGRESS_SECONDS = 2.0
 """A run has made progress recently if something happened within this time."""
 
 

@@ -80,13 +80,13 @@ OPTIMIZERS: dict[str, OptimizerFacts] = {
         OptimizerFacts(
             ADAMW,
             UpdateRule("dense", _MOMENTS),
-            UpdateRule("gains", _MOMENTS, decays=False),
+            UpdateRule("norms", _MOMENTS, decays=False),
             _MEANINGS,
         ),
         OptimizerFacts(
             MUON,
             UpdateRule("matrices", ("momentum",), formula=MUON, is_whole=True),
-            UpdateRule("gains", _MOMENTS, decays=False),
+            UpdateRule("norms", _MOMENTS, decays=False),
             (("momentum", "momentum"), *_MEANINGS),
             tables=UpdateRule("dense", _MOMENTS),
         ),

@@ -587,8 +587,8 @@ class Precision:
     """Number formats of GEMMs. Master weights are always fp32."""
 
     name: PrecisionName = PrecisionName.fp32
-    """fp32, bf16, or a recipe with FP8 products: fp8 (the paper's), fp8_ue8m0 (every scale a power of two) or mxfp8 (so, and a
-    scale for 32 values, as Blackwell's tensor cores take them)."""
+    """fp32, bf16, or a recipe with FP8 GEMMs: fp8 (the paper's), fp8_ue8m0 (all scales are powers of two) or mxfp8 (as fp8_ue8m0,
+    with one scale per 32 values, as Blackwell's tensor cores need)."""
     moments: HighFormat = HighFormat.bf16
     """Format of the two Adam moments: bf16 (paper 3.3.3) or fp32."""
     fp8: Fp8 | None = None
@@ -713,7 +713,7 @@ class Hardware:
     bf16_flops: float = expert(0.0, least=0)
     """Dense peak of one device, FLOP/s: what MFU is counted against."""
     fp8_flops: float = expert(0.0, least=0)
-    """Dense peak, FLOP/s; 0 for a device without FP8 products."""
+    """Dense peak, FLOP/s; 0 for a device without FP8 GEMMs."""
     communication_share: float = expert(0.0, least=0, most=1, what="a share")
     """Share of a device's compute that a running transfer takes, 0 to 1."""
     price_per_hour: float | None = number(None, least=0)

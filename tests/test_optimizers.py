@@ -25,7 +25,7 @@ def test_bytes_follow_from_the_state():
     """AdamW with bf16 moments: 4 bytes of state; an update passes 16 bytes, both moments twice, and the bf16 weight."""
     facts = OPTIMIZERS[ADAMW]
     assert facts.count_state_bytes(2) == 4 and facts.count_update_bytes(2, 2) == 16 + 8 + 2
-    momentum, moments = UpdateRule("matrices", ("momentum",)), UpdateRule("gains", ("mean", "square"), decays=False)
+    momentum, moments = UpdateRule("matrices", ("momentum",)), UpdateRule("norms", ("mean", "square"), decays=False)
     mixed = OptimizerFacts("mixed", momentum, moments, ())
     assert (
         mixed.choose_rule("layers.0.attention.q.weight", 2) is momentum

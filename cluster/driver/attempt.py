@@ -67,7 +67,7 @@ class Attempt(RankWatch):
         super().take(now, reports)
 
     def look_again(self, hang_since: float | None) -> None:
-        """Clear stacks and rings before they are collected anew.
+        """Clear stacks and rings before they are collected again.
 
         hang_since: time of the last news; None if ranks are judged for a failure.
         """

@@ -243,14 +243,14 @@ class _Server(socketserver.ThreadingTCPServer):
 
     def __init__(self, *arguments: Any):
         self._slots = threading.Semaphore(CONNECTIONS)
-        self._strangers: dict[socket.socket, float] = {}
+        self._unadmitted: dict[socket.socket, float] = {}
         """Connections that have not shown the token yet, and their deadlines."""
         self._closing = False
         super().__init__(*arguments)
 
     def admit(self, connection: socket.socket) -> None:
         """Mark a connection that has shown the token."""
-        self._strangers.pop(connection, None)
+        self._unadmitted.pop(connection, None)
 
     def process_request(self, request: socket.socket | tuple[bytes, socket.socket], client_address: Any) -> None:
         assert isinstance(request, socket.socket), "a server of TCP"
@@ -259,12 +259,12 @@ class _Server(socketserver.ThreadingTCPServer):
             if self._closing:
                 super().shutdown_request(request)
                 return
-        self._strangers[request] = time.monotonic() + ADMISSION
+        self._unadmitted[request] = time.monotonic() + ADMISSION
         super().process_request(request, client_address)
 
     def service_actions(self) -> None:
         """Cut late connections. The server's own thread calls it ten times a second."""
-        for connection, deadline in list(self._strangers.items()):
+        for connection, deadline in list(self._unadmitted.items()):
             if time.monotonic() > deadline:
                 self.admit(connection)
                 with contextlib.suppress(OSError):  # the connection has ended

@@ -190,14 +190,14 @@ def open_base(config: Config, manifest: Manifest) -> FillShards:
 def mark_of(fill_base: FillShards, model: Model) -> str:
     """A mark that identifies a base in any storage format: a hash of its last norm weight and its first token's
     vector."""
-    gain, vector = torch.empty(model.hidden), torch.empty(model.hidden)
+    norm, vector = torch.empty(model.hidden), torch.empty(model.hidden)
     fill_base(
         {
-            "master.norm.weight": Shard(gain, 0, (model.hidden,)),
+            "master.norm.weight": Shard(norm, 0, (model.hidden,)),
             "master.embedding.weight": Shard(vector, 0, (model.vocab_size, model.hidden)),
         }
     )
-    bits = torch.cat([gain, vector]).bfloat16().view(torch.int16).numpy().tobytes()
+    bits = torch.cat([norm, vector]).bfloat16().view(torch.int16).numpy().tobytes()
     return hashlib.sha256(bits).hexdigest()[:16]
 
 

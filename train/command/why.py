@@ -15,7 +15,7 @@ from typing import Any
 
 from cluster.cause import Cause, Kind, RankReport, read_report
 from cluster.comm_ring import RankTrace, living_ranks, read_traces
-from cluster.compare_ranks import GETS_ON_SECONDS
+from cluster.compare_ranks import PROGRESS_SECONDS
 from cluster.driver.journal import read_events
 from cluster.incident import describe_incident, incident_screen, judge_hang, newest_incident
 from cluster.spawn import is_stopped
@@ -56,7 +56,7 @@ def _tell(folder: Path) -> None:
     logs = folder / "logs"
     if traces := alive_traces(logs):
         silent = time.time() - last_news(traces)
-        if silent < GETS_ON_SECONDS:
+        if silent < PROGRESS_SECONDS:
             steps = sorted({trace.step for trace in traces.values()})
             say(
                 f"{folder.name} makes progress: {len(traces)} ranks, step {steps[-1]}, last progress {silent:.1f} s ago"

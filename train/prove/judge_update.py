@@ -90,7 +90,8 @@ def _judge_exact(
     """Judge the ranks' fp64 updates from the same gradients. clipped: the gradients as the reference clips them."""
     found, gradients = assemble(ranks, "exact"), assemble(ranks, "exact_gradient")
     fp64 = Bound(
-        EXACT, "fp64 rounds by 1e-16, and Newton-Schulz amplifies this by at most about 1e5; relative to the largest change"
+        EXACT,
+        "fp64 rounds by 1e-16, and Newton-Schulz amplifies this by at most about 1e5; relative to the largest change",
     )
     fp32 = Bound(32 * UNIT["fp32"], "the factor of clipping in fp32, and one rounding of the result")
     for name, gradient in gradients.items():
@@ -149,8 +150,6 @@ def _judge_decay(at: Comparisons, name: str, before: Tensor, got: Tensor, want: 
     square = before.square().sum().clamp_min(SMALLEST)
     error = float(((got - want) * before).sum() / square)
     own = float(rounded.square().sum().div(square).sqrt())
-    why = (
-        "the factor of the decay is rounded once to fp32, for all weights, and each weight is rounded once"
-    )
+    why = "the factor of the decay is rounded once to fp32, for all weights, and each weight is rounded once"
     bound = Bound(1.25 * UNIT["fp32"] + 4 * own / before.numel() ** 0.5, why)
     at.compare("decay of weights", name, error, 0.0, bound, scale=1.0)

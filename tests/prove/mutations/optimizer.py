@@ -43,7 +43,7 @@ def gains_decay(bug: Seams) -> None:
 @mutation(OURS + ": norm weights that are to decay do not", "norms decay", UPDATE, "norm")
 def gains_do_not_decay(bug: Seams) -> None:
     def groups(original, *given):
-        return [group | ({"weight_decay": 0.0} if group["name"] == "gains" else {}) for group in original(*given)]
+        return [group | ({"weight_decay": 0.0} if group["name"] == "norms" else {}) for group in original(*given)]
 
     bug.around(engine, "_parameter_groups", groups)
 

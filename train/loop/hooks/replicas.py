@@ -1,7 +1,7 @@
 """Checks for flipped bits: weights with copies on several ranks, and optimizer state between its uses.
 
 Copies of weights are compared bit by bit at the end of the backward passes, before the update. The update rounds the
-weights anew from the master weights, which only one rank has; a flip would then be gone, but not its effect on
+weights again from the master weights, which only one rank has; a flip would then be gone, but not its effect on
 gradients. Each rank sums the bits of each weight as integers, so that one flipped bit changes the sum. One reduction of
 two numbers per weight gives the smallest and largest sum of all copies. Not detected: a flip that is already gone,
 flips in master weights or moments, experts that only one rank holds, and stage 3 of ZeRO, where no weight has a copy.
