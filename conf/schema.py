@@ -132,24 +132,24 @@ class Yarn:
 
 @dataclass
 class SparseAttention:
-    """DeepSeek Sparse Attention (DeepSeek-V3.2, GLM-5): an indexer scores all keys for each query, which attends to the best
+    """DeepSeek Sparse Attention (DeepSeek-V3.2, GLM-5): an indexer scores all keys of a query, and the query attends to the best keys
     (train/docs/sparse_attention.md)."""
 
     heads: int = number(0, least=0, slip=WIDEST)
-    """Heads of the indexer; 0 for dense attention, without one."""
+    """Heads of the indexer; 0 for dense attention without an indexer."""
     head_dim: int = number(128, least=1, slip=WIDEST)
-    """Width of a head of the indexer, and of its one key for each token. At least rope_head_dim."""
+    """Width of the indexer's heads, and of its single key per token. At least rope_head_dim."""
     top_k: int = number(2048, least=1)
-    """Keys that a query attends to; in sequences of no more tokens attention is dense."""
+    """Number of keys that a query attends to. In sequences of at most this length attention is dense."""
     interleaved: bool = False
-    """Whether the indexer's RoPE turns adjacent elements, as GLM-5 has it; false: each with the one half the width further, as in
-    DeepSeek-V3.2."""
+    """Pairs of the indexer's RoPE: adjacent elements (true, as in GLM-5), or elements at a distance of half the width (false, as in
+    DeepSeek-V3.2)."""
     pattern: str = ""
-    """A letter for every layer of the main model: F chooses its keys, S takes those of the last F before it, and has no indexer; empty: all
-    choose. MTP modules always choose."""
+    """One letter per layer of the main model. F: the layer has an indexer that selects keys. S: the layer has no indexer, and uses the keys
+    of the last F layer before it. Empty: F for all layers. MTP modules always have an indexer."""
 
     def chooses(self, layer: int | None) -> bool:
-        """Whether a layer of the main model has an indexer; None for that of an MTP module."""
+        """Whether a layer of the main model, or the layer of an MTP module (None), has an indexer."""
         return self.heads > 0 and (layer is None or not self.pattern or self.pattern[layer] == "F")
 
 
@@ -227,11 +227,11 @@ class Model:
 
     @property
     def repeated_layers(self) -> int:
-        """How many of the first blocks of every stage backward runs again as a whole; layers for all."""
+        """Number of first blocks of every stage that backward recomputes as a whole; `layers` if all."""
         return self._share(self.recompute)
 
     def offloaded_part(self, place: int) -> str:
-        """What of the block at this place of a stage goes to the host: attention, ffn, layer for both, or nothing."""
+        """The offloaded part of the block at this place of a stage: attention, ffn, layer for both, or an empty string."""
         repeated = self.repeated_layers
         if place < repeated or not self.offload:
             return ""
@@ -240,7 +240,7 @@ class Model:
         return Offload.layer if whole else parts[0] if parts else ""
 
     def _share(self, words: list[str]) -> int:
-        """Blocks of every stage that `layer` and `layer:N` mean; layers for all."""
+        """Number of blocks of every stage that `layer` or `layer:N` selects; `layers` if all."""
         if "layer" in words:
             return self.layers
         shares = [what.partition(":")[2] for what in words if what.startswith("layer:")]
@@ -248,12 +248,12 @@ class Model:
 
     @property
     def resolved_group_top_k(self) -> int:
-        """group_top_k in force."""
+        """The effective group_top_k."""
         return self.top_k // self.top_groups if self.group_top_k is None else self.group_top_k
 
     @property
     def resolved_latent_norm_eps(self) -> float:
-        """latent_norm_eps in force."""
+        """The effective latent_norm_eps."""
         return self.norm_eps if self.latent_norm_eps is None else self.latent_norm_eps
 
 
@@ -276,7 +276,7 @@ class Data:
     """Where tokens come from."""
 
     path: str | None = None
-    """Text folder or file, .jsonl[.gz|.zst], .parquet, a folder of those, hf://NAME[@CONFIG][:SPLIT], a folder of tokens
+    """Text folder or file, .jsonl[.gz|.zst], .parquet, a folder of such files, hf://NAME[@CONFIG][:SPLIT], a folder of tokens
     (train/data/token_store.py)."""
     format: DataFormat = DataFormat.auto
     """Format of path; auto decides by file names. stdlib: Python's standard library if there is no path, else auto. chat: chats
@@ -289,7 +289,7 @@ class Data:
     """Stream of documents instead of path: `_target_: my_mod.MyData` with its arguments, an iterable of texts or of arrays of token ids
     (train/docs/change_model.md)."""
     tokenizer: str | None = None
-    """A tokenizer.json, a folder that holds one, or `deepseek_v3`; null trains a byte-level BPE with model.vocab_size tokens on the data, once."""
+    """A tokenizer.json, a folder with a tokenizer.json, or `deepseek_v3`; null trains a byte-level BPE with model.vocab_size tokens on the data, once."""
     mask_documents: bool = False
     """Restrict attention to the document of a token (the paper does not, 4.1)."""
     fim_rate: float = number(0.0, least=0, most=1, what="a share")
@@ -324,7 +324,7 @@ class Data:
 
     @property
     def chats(self) -> bool:
-        """Whether samples are chats, which are packed and apart, and of which some tokens are learnt."""
+        """Whether samples are chats: packed, with separate attention, and with only some tokens learnt."""
         return any(source.format in CHATS for source in self.mix or [self])
 
 
@@ -383,10 +383,10 @@ class Optim:
     freeze_routers: bool = False
     """Freeze the weights of all routers. With bias_speed 0 tokens keep their experts."""
     index_loss: float = number(1.0, least=0)
-    """Sparse attention: weight of the indexers' losses, each the mean over queries of the KL divergence of its choice from the attention; 0 leaves
-    indexers as they are."""
+    """Sparse attention: weight of the indexers' losses. Each loss is the KL divergence between the indexer's scores and the attention, a mean over
+    queries; 0 freezes the indexers."""
     index_warmup: bool = False
-    """Sparse attention: train the indexers alone, beside dense attention, before a run that trains all weights with sparse attention."""
+    """Sparse attention: train only the indexers, with dense attention, before a run that trains all weights with sparse attention."""
     detach_mtp: bool = False
     """Stop the gradient of MTP losses at the MTP modules: main model, embedding and head do not learn from them."""
     qk_clip: float | None = number(None, above=0)
@@ -400,7 +400,7 @@ class Optim:
 
     @property
     def facts(self) -> OptimizerFacts:
-        """What is known of the optimizer."""
+        """The facts of the optimizer from conf/optimizers.py."""
         facts = OPTIMIZERS[self.name or ADAMW]
         return replace(facts, vectors=replace(facts.vectors, decays=facts.vectors.decays or self.decay_norms))
 
@@ -476,7 +476,7 @@ class Parallel(RankCounts):
     """Ranks that share the experts of one layer; divides dp x cp."""
     uneven: bool = False
     """Allow shares of the batch that differ by one micro-batch per rank between expert groups, if dp does not divide the batch. Losses
-    are weighted by tokens. A run on Ray sets it when it goes on with fewer ranks. Needs zero 1 or 2."""
+    are weighted by tokens. A run on Ray sets it when it restarts with fewer ranks. Needs zero 1 or 2."""
     zero: int = number(1, least=1, most=3)
     """ZeRO stage, 1 to 3; 1 with pipelines. DeepSpeed's stage 0 would clip with a wrong norm."""
     offload_optimizer: bool = False
@@ -502,12 +502,12 @@ class Parallel(RankCounts):
 
     @property
     def schedule_facts(self) -> ScheduleFacts:
-        """What is known of the schedule."""
+        """The facts of the schedule from conf/pipeline_schedules.py."""
         return SCHEDULES[self.schedule]
 
     @property
     def dispatch_facts(self) -> DispatchFacts:
-        """What is known of the dispatch."""
+        """The facts of the dispatch from conf/dispatches.py."""
         return DISPATCHES[self.dispatch]
 
     @property
@@ -517,13 +517,13 @@ class Parallel(RankCounts):
 
     @property
     def schedule_words(self) -> str:
-        """The schedule for a person."""
+        """The schedule as text for a screen."""
         more = f" with {self.virtual_stages} stages per rank" if self.virtual_stages != 2 else ""
         return f"{self.schedule}{more}"
 
 
 class Operands(NamedTuple):
-    """The operands of the three products of a linear layer: y = x w^T, dx = dy w and dw = dy^T x."""
+    """The operands of the three matmuls of a linear layer: y = x w^T, dx = dy w and dw = dy^T x."""
 
     activation: str
     """x"""
@@ -549,9 +549,9 @@ FP8_OPERANDS = "activation", "weight", "gradient", "attention_output", "dispatch
 class Fp8:
     """The FP8 recipe (paper 3.3). An operand is FORMAT/GRANULARITY/SCALE.
 
-    FORMAT: e4m3 or e5m2. GRANULARITY, what shares a scale: 1x128 (128 values along the contraction: 1x128 in Fprop and
-    Dgrad, 128x1 in Wgrad), 1x32 (32 values so, with pow2; on a GPU Blackwell alone), 128x128, row (all of the contraction) or
-    tensor. SCALE: fp32, or pow2 (a power of two).
+    FORMAT: e4m3 or e5m2. GRANULARITY, the values with a common scale: 1x128 (128 values along the contraction: 1x128 in Fprop
+    and Dgrad, 128x1 in Wgrad), 1x32 (32 values along the contraction, with pow2; on GPUs only Blackwell), 128x128, row (the whole
+    contraction) or tensor. SCALE: fp32, or pow2 (a power of two).
     """
 
     activation: str = "e4m3/1x128/fp32"
@@ -565,19 +565,18 @@ class Fp8:
     dispatched: str = "e4m3/1x128/pow2"
     """Rows sent to experts: input of the up-projection, gradient of the expert output."""
     compiled: bool = expert(True)
-    """On CPU, use code that is compiled at the first use, which takes seconds and a C++ compiler: for casts, and with
-    AVX2 for products; false: torch's own operations, slower. Casts are the same bits, products the same but for the
-    order of sums."""
+    """On a CPU, use compiled code for casts, and with AVX2 for matmuls. The first use needs a C++ compiler and some seconds. false:
+    torch's operations, which are slower. Casts have the same bits; matmuls differ only in the order of sums."""
     backend: Fp8Backend = Fp8Backend.triton
     """Kernels on a GPU for grouped GEMMs of experts and for GEMMs that add to a gradient. triton: kernels of Sluice; deepgemm:
     the DeepGEMM package, which needs torch 2.11 and nvcc (the extra [fp8])."""
     hold_weights: bool = expert(False)
-    """Cast weights once a step and hold the casts to the end of its last backward, which takes two bytes a weight more on a GPU; false: cast them again in
-    every product, for the same bits."""
+    """Cast weights once per step and keep the casts until the last backward, which needs two more bytes per weight on a GPU; false: cast them
+    again for every matmul. The bits are the same."""
     health: Health = field(default_factory=Health)
 
     def operands(self, family: str) -> Operands:
-        """The operands of a family of layers: `output`, the attention's output projection; `experts_up` and `experts_down`; `dense`, all others."""
+        """The operands of a family of layers: `output`, the attention's output projection; `experts_up` and `experts_down`; `dense`, all other layers."""
         activation = {"output": self.attention_output, "experts_up": self.dispatched}.get(family, self.activation)
         return Operands(activation, self.weight, self.dispatched if family == "experts_down" else self.gradient)
 
@@ -642,20 +641,19 @@ class Cluster:
     threads: int = number(0, least=0)
     """CPU threads per rank; 0 divides the cores among the ranks of a machine."""
     compiled: bool = True
-    """On a CPU with AVX-512 or AVX2, parts of a step in bf16 as compiled code, built at its first use by the machine's C++
-    compiler; matrix products where that is faster than torch's, which is measured when a run begins and kept in its checkpoints.
-    Where it cannot be, a run says so and uses torch's operations. false: those everywhere."""
+    """On a CPU with AVX-512 or AVX2, use compiled code for parts of a bf16 step. The machine's C++ compiler builds it at the first use. Matmuls use
+    the faster of compiled code and torch, measured at the start of a run and stored in its checkpoints. If the code cannot be built, the run
+    prints a note and uses torch's operations. false: always torch's operations."""
     deterministic: bool = False
-    """Only what gives the same bits in every run on the same machines, so that a resumed run gives those of one that was never
-    stopped: torch's deterministic kernels, attention without cuDNN, no sums in NVLink's switches, nothing chosen by a measurement.
-    Costs speed on a GPU; how much has not been measured."""
+    """Use only code that gives the same bits in every run on the same machines, also after a resume: torch's deterministic kernels, attention without
+    cuDNN, no sums in NVLink switches, and no choices by measurement. Slower on a GPU; the cost has not been measured."""
     timeout: float = number(600.0, above=0)
     """Longest wait in a collective, in seconds; before the first step at least cluster.start_timeout. Ray: also the longest wait
     for the last checkpoint after a stop request."""
     address: str | None = None
-    """Ray: HOST:PORT of a running cluster, or auto for the one on this machine; null starts Ray here for this run."""
+    """Ray: HOST:PORT of a running cluster, or auto for a cluster on this machine; null starts Ray here for this run."""
     ranks_per_node: int = number(0, least=0)
-    """Ranks of one node. 0 means all ranks that a machine was given; with Ray one per GPU, or per CPU where there is none."""
+    """Ranks of one node. 0: all ranks that a machine was given; with Ray one per GPU, or per CPU if there is no GPU."""
     wait: float = expert(60.0, above=0)
     """Ray: longest wait for nodes, in seconds."""
     heartbeat: float = expert(5.0, above=0)
@@ -668,8 +666,8 @@ class Cluster:
     start_timeout: float = expert(900.0, above=0)
     """Upper limit, in seconds, of the time without progress before the end of the first step, in checkpoints and in validations."""
     restarts: int = number(3, least=0)
-    """Ray: restarts after failures of one kind without a new checkpoint in between. Losses of different nodes count separately. Then the run
-    ends with a diagnosis."""
+    """Ray: restarts after failures of one kind without a new checkpoint in between. Losses of different nodes count separately. After the last restart the
+    run ends with a diagnosis."""
     standby: bool = expert(True)
     """Ray: keep a standby process per rank with all imports done, for quick restarts (0.5 GB each)."""
 
@@ -699,33 +697,33 @@ class Hardware:
     memory_bytes: float = expert(0.0, least=0)
     """Memory of one device, in bytes; 0 for its share of this machine's memory."""
     host_memory_bytes: float = expert(0.0, least=0)
-    """Memory of the processors of devices_per_host devices, in bytes, for what is offloaded; 0 for not known. The rates `host`
-    (bytes of one device to or from it) and `host_memory` (bytes that its processors read or write for one device) go with it."""
+    """Host memory of devices_per_host devices, in bytes, for offloaded tensors; 0 if unknown. It also needs the rates `host` (transfers
+    between one device and the host) and `host_memory` (reads and writes of the host's processors for one device)."""
     devices_per_host: int = expert(0, least=0)
-    """Devices that share host_memory_bytes, where they are fewer than a node's, as the four of a tray of an NVL72; 0 for all of a node."""
+    """Devices that share host_memory_bytes, if fewer than a node's devices, such as the four devices of an NVL72 tray; 0 for all devices of a node."""
     shared_memory_bytes: float = expert(0.0, least=0)
-    """What /dev/shm of a host holds, in bytes, for copies in memory (checkpoint.memory_folder); 0 for half of host_memory_bytes, as Linux has it."""
+    """Size of a host's /dev/shm, in bytes, for copies in memory (checkpoint.memory_folder); 0 for half of host_memory_bytes, Linux's default."""
     disk_bytes: float = expert(0.0, least=0)
     """Room for checkpoints and exports of the run on the file system of all nodes, in bytes; 0 for not known."""
     storage_bandwidth: float = expert(0.0, least=0)
     """Bytes per second that this file system writes or reads for all nodes together. Llama 3's sustained 2e12. 0 for not known: a
     plan then leaves the time to write and load checkpoints out, and advises no interval of checkpoints."""
     bf16_flops: float = expert(0.0, least=0)
-    """Dense peak of one device, FLOP/s: what MFU is counted against."""
+    """Dense peak of one device, FLOP/s: the base of MFU."""
     fp8_flops: float = expert(0.0, least=0)
     """Dense peak, FLOP/s; 0 for a device without FP8 GEMMs."""
     communication_share: float = expert(0.0, least=0, most=1, what="a share")
-    """Share of a device's compute that a running transfer takes, 0 to 1."""
+    """Share of a device's compute that a running transfer uses, 0 to 1."""
     price_per_hour: float | None = number(None, least=0)
     """Price of one device per hour, in `currency`; null if unknown."""
     currency: str = "USD"
-    """Currency of price_per_hour: three capital letters, as ISO 4217 has them."""
+    """Currency of price_per_hour: three capital letters (ISO 4217)."""
     watts: float | None = number(None, least=0)
     """Power of one device at full load, in watts; null if unknown."""
     rates_from: str = expert("rates of its own")
     """Source of the rates, which a plan prints."""
     rates: dict[str, Rate] = expert(make=dict)
-    """Rates of kernels and links by kind of work (train/plan/time/rates.py), from which all times follow; if empty, plan.calibration is needed."""
+    """Rates of kernels and links by kind of work (train/plan/time/rates.py), the basis of all times; if empty, plan.calibration is needed."""
 
 
 @dataclass
@@ -735,7 +733,7 @@ class Plan:
     calibrate: bool = False
     """Measure the present device with the shapes of the recipe, write runs/<name>/calibration.json, and stop."""
     calibration: str | None = None
-    """A file of plan.calibrate=true from such a device; it replaces the rates of the description."""
+    """A file of plan.calibrate=true from the same kind of device; it replaces the rates of the description."""
     search: bool = False
     """Search layouts for plan.devices devices, and show the best ten."""
     devices: int = number(0, least=0)
@@ -749,7 +747,7 @@ class Plan:
     phases: list[str] = expert(make=list)
     """Recipes that follow on the same devices, whose time and cost are added: [deepseek_v3_32k, deepseek_v3_128k]."""
     failures: float = number(2e-5, least=0)
-    """Failures per device and hour that end the run. Meta counted 419 in 54 days of 16,384 H100 (Llama 3): 2.0e-5; InfiniteHBD's trace of
+    """Failures that end the run, per device and hour. Meta counted 419 in 54 days of 16,384 H100 (Llama 3): 2.0e-5; InfiniteHBD's trace of
     servers has 2.2e-5. 0 for none."""
     reserve: float | None = expert(None, least=0)
     """Reserved bytes of a device; null estimates them: CUDA's context, communicators, buffers of exchanges, fragmentation."""
@@ -800,7 +798,7 @@ class Log:
     """Interval, in steps, of checks that master weights and optimizer state do not change between an update and the next update or
     checkpoint. If they change, the run ends and names the rank and the tensor; 0 for none (train/docs/why.md)."""
     wandb: WandbMode = WandbMode.auto
-    """auto: online with a key, else offline."""
+    """auto: online with an API key, otherwise offline."""
     progress: bool = True
     """Show a progress bar (in a terminal) or progress lines (elsewhere)."""
     sample_tokens: int = number(160, least=0)
@@ -808,8 +806,8 @@ class Log:
     sample_every: int = expert(0, least=0)
     """Interval, in steps, of generated samples; each uses the next checkpoint, and all ranks wait. 0: only at the end."""
     peak_flops: float = expert(0.0, least=0)
-    """Peak FLOP/s of the device for MFU, in the precision of the GEMMs. 0 takes the vendor's figure of a known GPU,
-    else the fastest GEMM measured so far on such a device, kept in data.cache."""
+    """Peak FLOP/s of the device for MFU, in the precision of the GEMMs. 0: the vendor's figure of a known GPU,
+    otherwise the fastest GEMM measured so far on such a device, stored in data.cache."""
 
 
 @dataclass
@@ -817,7 +815,7 @@ class Profile:
     """Profile of steps by torch's profiler: a trace for Perfetto, and a table of the ten most expensive operations (train/docs/troubleshooting.md)."""
 
     steps: list[int] = field(default_factory=list)
-    """First and last profiled step, such as [10,12]; empty for no profile. mode=dry_run profiles as many steps after its timed steps."""
+    """First and last profiled step, such as [10,12]; empty for no profile. mode=dry_run profiles the same number of steps after its timed steps."""
     ranks: list[int] = field(default_factory=lambda: [0])
     """Profiled ranks; in mode=dry_run its only rank."""
 
@@ -842,7 +840,7 @@ class Evaluate:
     """Solved examples in front of each question; null: the task decides."""
     answers: int = number(0, least=0)
     """Chats: number of held-out questions that the model answers (train/evaluate/answers.py). The table compares the answers with those of
-    the weights before the tune, with shuffled answers and with the commonest answer. 0 for none."""
+    the weights before the tune, with shuffled answers and with the most common answer. 0 for none."""
     needle: list[int] = field(default_factory=list)
     """Text lengths, in tokens, of the pass-key test (train/evaluate/needle.py); empty for no test."""
 
@@ -858,9 +856,9 @@ class Generate:
     tokens: int = number(200, least=1)
     """Largest number of new tokens; a text also ends with its document or at the end of the context."""
     temperature: float = number(0.8, least=0)
-    """Sampling temperature; 0 always takes the likeliest token."""
+    """Sampling temperature; 0 always selects the most likely token."""
     top_p: float = number(1.0, above=0, most=1, what="a probability")
-    """Sample only from the likeliest tokens with this total probability."""
+    """Sample only from the most likely tokens with this total probability."""
     seed: int = number(1, least=0, most=LARGEST_SEED)
     """Sampling seed: equal seeds, prompts and settings give the same text."""
     chat: bool = False
@@ -876,7 +874,7 @@ class Score:
     to: str | None = None
     """The Parquet file to write; it must not exist yet."""
     routing: ScoredRouting = ScoredRouting.own
-    """Experts of every token: own (chosen by the routers), write (the same, also written to the column `experts`) or replay (read from `experts` of each
+    """Experts of every token: own (chosen by the routers), write (chosen by the routers, and written to the column `experts`) or replay (read from `experts` of each
     sample, as an inference engine chose them)."""
     keys: ScoredRouting = ScoredRouting.own
     """Keys that every token attends to with sparse attention: own (chosen by the indexers), write (the same, also written to the column `keys`) or replay
@@ -940,7 +938,7 @@ class Config:
     """auto (newest intact checkpoint of this run, if any), never (start new; an existing run is an error), or a checkpoint folder."""
     init_from: str | None = None
     """Weights of a new run: a run, a checkpoint, or a Hugging Face folder of DeepSeek-V3's architecture (safetensors in bf16, fp32 or FP8 blocks; families as in
-    export.family). null: random weights. A run with a checkpoint goes on from its checkpoint."""
+    export.family). null: random weights. A run with a checkpoint resumes from it instead."""
     text_only: bool = False
     """Read only the language model of a folder that also holds other parts, such as an image encoder."""
     runs: str = "runs"
@@ -949,7 +947,7 @@ class Config:
     """Trust the config.yaml of an existing run: it may call resolvers such as ${oc.env:HOME}, set evaluate.task_path (tasks can
     hold code) and name code by `_target_`. A config.yaml cannot set this key."""
     callbacks: list[dict[str, Any]] = field(default_factory=list)
-    """Hooks, objects that watch a run or add to it: each `_target_: my_mod.MyCallback` with its arguments
+    """Hooks, which are objects that watch a run or add to it: each `_target_: my_mod.MyCallback` with its arguments
     (train/docs/change_model.md)."""
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)

@@ -1,6 +1,5 @@
 """Words that mean nothing to readers from other projects: none in names, comments, docstrings or texts of the program."""
 
-import io
 import re
 import tokenize
 from collections.abc import Iterator
