@@ -138,7 +138,7 @@ class ShardSlice(NamedTuple):
 
     param: nn.Parameter
     offset: int
-    """First element, in the flattened parameter."""
+    """Index of the first element, in the flattened parameter."""
     place: slice
     """Place in the shard."""
 

@@ -1,4 +1,4 @@
-"""What the driver needs to know of a run's checkpoints: ages and attempt numbers."""
+"""Reads from a run's checkpoints, for the driver: ages and attempt numbers."""
 
 import functools
 import json

@@ -1,4 +1,4 @@
-"""What a run requires of its nodes, and how long the driver waits for each event."""
+"""Requirements of a run for its nodes, and the driver's time limits."""
 
 from dataclasses import dataclass
 

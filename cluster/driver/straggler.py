@@ -29,7 +29,7 @@ NOISE = 2.0
 SPREAD = 1.4826
 """Standard deviation of normal noise over its median absolute value."""
 MEDIAN_ERROR = 1.2533
-"""Standard error of a median over that of a mean."""
+"""Ratio of the standard error of a median to the standard error of a mean."""
 LEAST_SECONDS = 0.01
 """Minimum excess per step for which a rank is named."""
 COUNTED_SECONDS = 1e-9
@@ -42,7 +42,7 @@ Its rank is compared with all ranks, whose work may differ by design, so it must
 
 @dataclass(frozen=True)
 class SlowRank:
-    """A rank whose own work takes longer than that of its peers; both times in seconds per step."""
+    """A rank that computes longer than its peers; both times in seconds per step."""
 
     rank: int
     seconds: float

@@ -77,7 +77,7 @@ class DispatchPlan:
 
 
 class CombinableRows(Protocol):
-    """What a combine needs of rows."""
+    """Data of the rows that a combine needs."""
 
     state: Any
 

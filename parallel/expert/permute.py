@@ -29,7 +29,7 @@ from torch import Tensor
 
 
 class FanOut(NamedTuple):
-    """Which copies are made of which sources. Copies are ordered by target, then by source."""
+    """The source row of every copy. Copies are ordered by target, then by source."""
 
     source_C: Tensor
     """Source of every copy, int64."""

@@ -76,7 +76,7 @@ class Load:
 
     @classmethod
     def even(cls, group: Group, factor: float = 1.0) -> "Load":
-        """Build an even load. factor: rows of this rank over those of the mean rank."""
+        """Build an even load. factor: rows of this rank divided by the mean over all ranks."""
         return cls((group.ranks * group.top_k / group.experts * factor,) * (group.experts // group.ranks))
 
     def rows_L(self, tokens: int) -> list[int]:

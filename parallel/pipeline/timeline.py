@@ -22,9 +22,9 @@ class ActionRecord:
     kind: str
     """F forward, B backward, I its input part, W its weight part, FB an overlapped pair."""
     stage: int
-    """Stage number; for FB that of the forward half."""
+    """Stage number; for FB the stage of the forward half."""
     micro_batch: int
-    """Micro-batch number; for FB that of the forward half."""
+    """Micro-batch number; for FB the micro-batch of the forward half."""
     start: float
     """Seconds since the step began on this rank."""
     seconds: float

@@ -164,7 +164,7 @@ class StoredWeights:
 
 
 def plain_name(name: str) -> str:
-    """The name of the weights; for the name of an average, that of the averaged weights."""
+    """The name of a weight tensor, also for the name of its average."""
     return f"master.{name.removeprefix('ema.')}" if name.startswith("ema.") else name
 
 

@@ -84,7 +84,7 @@ class Stream:
         return epoch * self.plain_tokens + FIM_TOKENS * self._fim_before(epoch * len(self.documents))
 
     def samples_before(self, epoch: int) -> int:
-        """Samples before this epoch, which are the windows that begin earlier."""
+        """Number of samples before this epoch: of windows that begin before its first token."""
         return -(-self.tokens_before(epoch) // self.seq_len)
 
     def windows_N(self, samples_N: np.ndarray) -> np.ndarray:

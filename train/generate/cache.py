@@ -56,7 +56,7 @@ class Slots:
         return (columns_T - self.starts_B1).clamp_(min=0).flatten()
 
     def chosen_BCS(self, queries: slice) -> Tensor | None:
-        """Which columns these C tokens attend to, None for all: those that are chosen for them, or that they see."""
+        """Columns that these C tokens attend to: the selected or visible columns; None for all."""
         chosen_BTK, end = self.choices.chosen_BTK, self.first + queries.stop
         if chosen_BTK is None:
             return self.mask_BCS(queries)

@@ -55,7 +55,7 @@ SPARSE_FIELDS = {"heads": "index_n_heads", "head_dim": "index_head_dim", "top_k"
 INDEX_ROPE = "indexer_rope_interleave"
 """Field that says how the indexer's RoPE turns. transformers reads it nowhere, and takes what the family has."""
 INDEX_TYPES, INDEX_LETTERS = "indexer_types", {"full": "F", "shared": "S"}
-"""Field that lists which layers choose their keys and which take those of one before, and the letters of both."""
+"""The field that lists the kind of each layer (with its own indexer, or with the keys of an earlier layer), and the letters of both kinds."""
 INDEX_SHARING = (
     INDEX_TYPES,
     "index_topk_pattern",
@@ -196,11 +196,11 @@ class FamilyFacts:
     fixed: Fields = field(default_factory=lambda: FIXED)
     """Fields with one allowed value, which a file may leave out."""
     is_sparse: bool = False
-    """Whether its attention is sparse: an indexer chooses keys."""
+    """Whether the attention is sparse: an indexer selects keys."""
     interleaved: bool = False
-    """Whether the indexer's RoPE turns adjacent elements where the file does not say."""
+    """Default for files without this field: whether the indexer's RoPE rotates adjacent elements."""
     shares: bool = False
-    """Whether layers may take the keys that an earlier one chooses."""
+    """Whether layers may use the keys that an earlier layer selected."""
     scores: ScoreFunction = ScoreFunction.sigmoid
     has_mtp: bool = True
     has_fp8: bool = True

@@ -32,7 +32,7 @@ MTP_NAMES = (
 
 @dataclass(frozen=True)
 class PlacedTensor:
-    """One of their tensors and its place in one of ours."""
+    """A tensor of a Hugging Face folder, and its place in a tensor of Sluice."""
 
     theirs: str
     shape: tuple[int, ...]
@@ -79,7 +79,7 @@ def _as_deepseek(model: Model) -> Iterator[PlacedTensor]:
 
 
 def _same(theirs: str, ours: str, shape: tuple[int, ...], fp8: bool = False) -> PlacedTensor:
-    """Return a tensor that equals one of ours."""
+    """Return a tensor that equals a whole tensor of Sluice."""
     return PlacedTensor(theirs, shape, ours, 0, shape, fp8)
 
 

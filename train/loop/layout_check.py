@@ -48,7 +48,7 @@ def _check_offload(config: Config) -> None:
 
 
 def _check_adapter(config: Config) -> None:
-    """Require on every pipeline rank a block, in which the adapter trains."""
+    """Require a block on every pipeline rank, so that the adapter trains there."""
     from train.parallelize import stage_layers
 
     layers = stage_layers(config)

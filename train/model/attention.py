@@ -30,11 +30,11 @@ class AttentionInput(NamedTuple):
     watch: "LargestScores | None" = None
     """Receives the scores of training calls."""
     lse: "KeptLse | None" = None
-    """Takes the log-sum-exp of the scores of a call that is trained."""
+    """Receives the log-sum-exp of the scores of a training call."""
 
 
 class KeptLse:
-    """The log-sum-exp of the scores of one call, for who wants it beside the output."""
+    """The log-sum-exp of the scores of one call, for callers that need it besides the output."""
 
     lse_BHT: Tensor
 

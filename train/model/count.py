@@ -59,7 +59,7 @@ def attention_matmul_weights(config: Model) -> int:
 
 
 def indexer_matmul_weights(config: Model) -> int:
-    """Weights of the products of one indexer; 0 without sparse attention."""
+    """Return the weights of one indexer's matmuls; 0 without sparse attention."""
     sparse = config.sparse
     return sparse.heads * (sparse.head_dim * (config.q_rank or 0) + config.hidden) + sparse.head_dim * config.hidden * (
         sparse.heads > 0

@@ -1,14 +1,14 @@
-"""The indexer of sparse attention (DSA; DeepSeek-V3.2, 2.1), which chooses the keys that a query attends to.
+"""The indexer of sparse attention (DSA; DeepSeek-V3.2, 2.1), which selects the keys that a query attends to.
 
     I_ts = sum_j w_tj ReLU(q_tj . k_s)          score of query t and key s over the heads j of the indexer, fp32
     q = W_Q c_Q,  k = LayerNorm(W_K x),  w = W_W x * heads^-0.5 * head_dim^-0.5          RoPE on the first part of q and k
 
-c_Q is the query latent after its norm and x the input of the block; all heads share one key. A query attends to the top_k keys of the
-largest scores among those that it sees; of equal scores the earlier key wins, so that all layouts choose the same.
+c_Q is the query latent after its norm, and x is the input of the block. All heads share one key. A query attends to the top_k visible
+keys with the largest scores. Of equal scores the earlier key wins, so all layouts select the same keys.
 
 The loss of an indexer is the mean over learnt queries of KL(p || softmax(I)), where p is the attention summed over heads and divided
-by its sum, both over the keys that the query attends to. Its gradient ends at the indexer: x, c_Q and p are taken as they are. As it
-enters beside the output of attention, no loss value travels to the last pipeline stage.
+by its sum, both over the keys that the query attends to. Its gradient ends at the indexer: x, c_Q and p are constants for it. The
+gradient is added in the backward of the attention's output, so no loss value is sent to the last pipeline stage.
 
 Shapes: B sequences, T queries, S keys, D width, H heads of the indexer, I their width, K chosen keys, Q qk width.
 """
@@ -34,7 +34,7 @@ LAYER_NORM_EPS = 1e-6
 
 
 class IndexVectors(NamedTuple):
-    """What scores are made of."""
+    """The vectors from which an indexer computes its scores."""
 
     q_BTHI: Tensor
     k_BSI: Tensor
@@ -56,7 +56,7 @@ class LayerNorm(nn.Module):
 
 
 class Indexer(nn.Module):
-    """The indexer of one layer. `loss` is the sum of its losses since `clear`, of training alone."""
+    """The indexer of one layer. `loss` is the sum of its training losses since `clear`."""
 
     def __init__(self, config: Model, precision: LayerPrecision, **factory):
         super().__init__()
@@ -101,25 +101,25 @@ class Indexer(nn.Module):
 
 @dataclass(frozen=True)
 class AttentionTarget:
-    """The attention that an indexer learns from."""
+    """The attention whose probabilities an indexer learns."""
 
     q_BHTQ: Tensor
     lse_BHT: Tensor
     """Log-sum-exp of the scaled scores over all keys that a query attends to."""
     scale: float
     blocks: Callable[[], Iterator[tuple[Tensor, SeenKeys, int]]]
-    """Keys (B, H, L, Q) of one block after another, which queries see which of them, and the position of the first."""
+    """Iterates over the blocks of keys: keys (B, H, L, Q), the visible keys of each query, and the position of the first key."""
 
 
 class IndexLoss(NamedTuple):
-    """The loss of an indexer over the queries here, and the gradients of its vectors, in their formats."""
+    """The loss of an indexer over the local queries, and the gradients of its vectors, in the vectors' dtypes."""
 
     loss: Tensor
     gradients: IndexVectors
 
 
 def query_weights(positions: Positions, batch: int, device: torch.device) -> Tensor:
-    """What the loss of every query here counts, fp32 (B, T)."""
+    """The weight of each local query's loss, fp32 (B, T)."""
     choices = positions.choices
     if choices.supervised_BS is None:
         return torch.full((batch, positions.count), choices.weight, device=device)
@@ -129,14 +129,17 @@ def query_weights(positions: Positions, batch: int, device: torch.device) -> Ten
 
 
 def whole_keys(positions: Positions, k_BTI: Tensor) -> Tensor:
-    """Keys of all positions, in order, from those here."""
+    """Gather the keys of all positions, in order, from the local keys of all ranks."""
     if positions.share is None:
         return k_BTI
     return torch.cat(positions.share.gather_begin(k_BTI, [len(piece) for piece in positions.pieces]).wait(), 1)
 
 
 class Learn(Function):
-    """y, in whose backward the indexer's vectors get the gradients of its loss. compute: gives both, of the vectors with all keys."""
+    """Returns y unchanged; its backward gives the indexer's vectors the gradients of the indexer's loss.
+
+    compute: returns the loss and the gradients, for vectors with all keys.
+    """
 
     @staticmethod
     def forward(
@@ -164,7 +167,8 @@ class Learn(Function):
 
 
 class LearnAlone(Function):
-    """What a chunk gives where its indexers learn alone: in backward each of their losses gets 1, and what the chunk was given nothing."""
+    """Returns a chunk's output if only the indexers learn: in backward each of their losses gets the gradient 1, and the chunk's input
+    gets zeros."""
 
     @staticmethod
     def forward(ctx, out: Tensor, x: Tensor, *terms: Tensor) -> Tensor:
@@ -180,7 +184,7 @@ class LearnAlone(Function):
 
 
 def index_scores(q_CHI: Tensor, k_SI: Tensor, w_CH: Tensor, elements: int) -> Tensor:
-    """I of one sequence, fp32 (C, S); as many heads at a time as have so many products. elements: of those, at most."""
+    """Scores I of one sequence, fp32 (C, S). elements: maximum number of elements of the heads that are computed at a time."""
     scores_CS = torch.zeros(len(q_CHI), len(k_SI), device=q_CHI.device)
     for heads in head_slices(w_CH.size(1), scores_CS.numel(), elements):
         products_HCS = (q_CHI[:, heads].float().transpose(0, 1) @ k_SI.float().mT).relu_()
@@ -189,15 +193,15 @@ def index_scores(q_CHI: Tensor, k_SI: Tensor, w_CH: Tensor, elements: int) -> Te
 
 
 def head_slices(heads: int, each: int, elements: int) -> Iterator[slice]:
-    """Heads to work on at a time. each: elements of a head."""
+    """Slices of the heads with at most `elements` elements, or one head. each: elements of a head."""
     count = max(1, elements // max(1, each))
     for first in range(0, heads, count):
         yield slice(first, min(first + count, heads))
 
 
 def best_keys(scores_TS: Tensor, top_k: int) -> Tensor:
-    """Numbers of the top_k largest of the last axis, ascending, int32 (..., top_k); of equal ones the lower number wins. -1 behind them
-    where fewer are above -inf.
+    """Indices of the top_k largest scores of the last axis, ascending, int32 (..., top_k). Of equal scores the lower index wins. The
+    row ends with -1 if fewer scores are above -inf.
     """
     size = scores_TS.size(-1)
     count = min(top_k, size)

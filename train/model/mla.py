@@ -100,7 +100,8 @@ class MLA(nn.Module):
     def _choose(
         self, x_BTD: Tensor, q_latent: Tensor, remake: AbstractContextManager, positions: Positions
     ) -> tuple[IndexVectors | None, Tensor | None]:
-        """What the indexer learns of, where it learns, and the keys that every query here attends to; None for all that it sees."""
+        """The indexer's vectors (None if it does not learn), and the keys that each local query attends to (None for all visible
+        keys)."""
         sparse, choices = self._config.sparse, positions.choices
         learns = self.indexer is not None and self.training and choices.weight > 0
         is_dense = not sparse.heads or positions.length <= sparse.top_k or (self.training and choices.alone is not None)

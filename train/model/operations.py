@@ -80,8 +80,8 @@ class Kernels(Protocol):
         """Return softmax(scale q k^T) v by `core`: (B, H, T, V). Differentiable."""
 
     def choose_keys(self, index: "IndexVectors", seen: SeenKeys, top_k: int) -> Tensor:
-        """The top_k keys of the largest scores of every query here, of those that it sees: their numbers ascending, int32 (B, T, top_k), and
-        -1 behind them where it sees fewer. Of equal scores the earlier key wins. seen: keys of all positions as one block.
+        """Return the top_k visible keys with the largest scores of each local query: positions, ascending, int32 (B, T, top_k), followed
+        by -1 if fewer keys are visible. Of equal scores the earlier key wins. seen: keys of all positions as one block.
         """
 
     def index_loss(

@@ -104,16 +104,16 @@ class SeenKeys:
 
 @dataclass
 class KeyChoices:
-    """What layers of sparse attention share in one micro-batch. Training sets the first three (train/model/indexer.py)."""
+    """State that the layers of sparse attention share in one micro-batch. Training sets the first three (train/model/indexer.py)."""
 
     weight: float = 0.0
-    """Weight of the indexers' loss at every learnt query; 0 where none learns."""
+    """Weight of the indexers' loss at every learnt query; 0 if they do not learn."""
     supervised_BS: Tensor | None = None
-    """Tokens that are learnt, on the host; None for all."""
+    """Mask of learnt tokens, on the host; None for all tokens."""
     alone: list[Tensor] | None = None
-    """Takes the losses where indexers learn alone, and attention is dense meanwhile; None where they learn beside the model."""
+    """Collects the losses if only the indexers learn, with dense attention; None if the whole model learns."""
     chosen_BTK: Tensor | None = None
-    """What the newest layer with an indexer has chosen: numbers of positions in their sequence, int32, -1 where there are fewer."""
+    """Keys selected by the latest layer with an indexer: positions in their sequence, int32, followed by -1 if there are fewer."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class Positions:
     share: SequenceShare | None = None
     """None if whole sequences are local."""
     whole: int = field(default=-1)
-    """T of the main model, if this is an MTP depth with fewer; -1 for `length`."""
+    """T of the main model, for an MTP depth, which has fewer positions; -1 if equal to `length`."""
     samples_BS: Tensor | None = None
     """Sample number of every token, on the host, if separate samples share sequences.
     Numbers start from 0 in each sequence; -1 is padding. None if every next token may be a target.
@@ -143,7 +143,7 @@ class Positions:
     They cover every position in each layer of the main model that chooses.
     """
     choices: KeyChoices = field(default_factory=KeyChoices)
-    """What layers of sparse attention share."""
+    """State that the layers of sparse attention share."""
 
     @property
     def whole_length(self) -> int:

@@ -21,7 +21,7 @@ ADAPTED_ENDS = {
     "dense": ("ffn.w13.weight", "ffn.w2.weight"),
     "head": ("head.weight",),
 }
-"""Per target the name endings of its weights."""
+"""Name endings of the weights of each target."""
 
 
 def is_adapted(config: Values) -> bool:

@@ -53,9 +53,10 @@ class WalkDepth(IntEnum):
     """The passes that a walk traces. If it leaves some out, its peak is only a bound."""
 
     forwards = 0
-    """Only forward passes: between the halves of a backward, all tensors are assumed to stay, as its graph does."""
+    """Only forward passes. Between the two halves of a backward all tensors are assumed to stay, like its graph."""
+
     settled = 1
-    """All passes except those that allocate gradients: half as many traces."""
+    """All passes except passes that allocate gradients, so only half of them are traced."""
     whole = 2
 
 

@@ -69,7 +69,7 @@ class Visit(NamedTuple):
     peak: int
 
     def lifted(self, below: int) -> "Visit":
-        """The visit with other live bytes added."""
+        """A copy of the visit with `below` bytes added to its live bytes."""
         return Visit(self.unit, self.start + below, self.peak + below)
 
 
