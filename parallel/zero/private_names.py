@@ -34,60 +34,90 @@ class PrivateName(NamedTuple):
 
 PRIVATE_NAMES = (
     # deepspeed.utils.groups, and the attributes that mark experts' weights
-    PrivateName(
-        "module", "_EXPERT_PARALLEL_GROUP", "our expert groups, over which stage 3 takes the mean of gradients"
-    ),
+    PrivateName("module", "_EXPERT_PARALLEL_GROUP", "the expert groups, over which stage 3 averages gradients"),
     PrivateName("module", "_EXPERT_DATA_PARALLEL_GROUP", "the ranks over which experts' gradients are summed"),
-    PrivateName("module", "_EXPERT_DATA_PARALLEL_GROUP_RANKS", "the same as numbers of ranks, for broadcasts"),
-    PrivateName("param", "ds_zero_placement_family", "stage 3 knows experts' weights by this"),
-    PrivateName("param", "ds_zero_partition_group_name", "and their group by this"),
     PrivateName(
-        "param", "ds_zero_partition_process_group", "the same where a weight is sharded before the engine is made"
+        "module",
+        "_EXPERT_DATA_PARALLEL_GROUP_RANKS",
+        "the ranks over which experts' gradients are summed, as numbers, for broadcasts",
+    ),
+    PrivateName("param", "ds_zero_placement_family", "marks experts' weights for stage 3"),
+    PrivateName("param", "ds_zero_partition_group_name", "names the group of experts' weights for stage 3"),
+    PrivateName(
+        "param", "ds_zero_partition_process_group", "the group of a weight that is sharded before the engine exists"
     ),
     # DeepSpeedEngine
-    PrivateName("engine", "has_moe_layers", "experts are known by their marked weights, not by deepspeed.moe.MoE"),
     PrivateName(
-        "engine", "_do_optimizer_sanity_check", "else bf16 with fp32 gradients takes BF16_Optimizer at stage 1"
+        "engine", "has_moe_layers", "set by hand, because experts are marked weights and not deepspeed.moe.MoE"
     ),
-    PrivateName("constant", "ZERO_OPTIMIZATION", "its answer: ZeRO's own optimizer"),
-    PrivateName("engine", "_validate_zero3_moe_compatibility", "would refuse experts that are not deepspeed.moe.MoE"),
-    PrivateName("import", "__compatible_ops__", "without its own CPU collectives, which have been seen to abort"),
+    PrivateName(
+        "engine",
+        "_do_optimizer_sanity_check",
+        "overridden; otherwise bf16 with fp32 gradients selects BF16_Optimizer at stage 1",
+    ),
+    PrivateName("constant", "ZERO_OPTIMIZATION", "the overridden result: ZeRO's own optimizer"),
+    PrivateName(
+        "engine", "_validate_zero3_moe_compatibility", "overridden; it refuses experts that are not deepspeed.moe.MoE"
+    ),
+    PrivateName("import", "__compatible_ops__", "turns off DeepSpeed's own CPU collectives, which sometimes abort"),
     # stages 1 and 2: DeepSpeedZeroOptimizer
     PrivateName(
-        "optimizer12", "scaled_global_norm", "one norm over all ranks; its own waits for ranks without experts"
+        "optimizer12",
+        "scaled_global_norm",
+        "computes one norm over all ranks; DeepSpeed's version waits for ranks without experts",
     ),
-    PrivateName("optimizer12", "check_overflow", "the same; the norm tells what is not finite"),
-    PrivateName("optimizer12", "averaged_gradients", "what the norm is taken over"),
-    PrivateName("optimizer12", "use_grad_accum_attribute", "gradients stay in `.grad`, which is fp32 already"),
+    PrivateName("optimizer12", "check_overflow", "turned off, because the norm shows non-finite gradients"),
+    PrivateName("optimizer12", "averaged_gradients", "the gradients for the norm"),
+    PrivateName("optimizer12", "use_grad_accum_attribute", "keeps gradients in `.grad`, which is already fp32"),
     PrivateName(
-        "optimizer12", "_gradient_reduction_buffer_dtype", "else fp32 gradients are rounded to bf16 in the bucket"
+        "optimizer12", "_gradient_reduction_buffer_dtype", "set to fp32; otherwise the bucket rounds gradients to bf16"
     ),
-    PrivateName("optimizer12", "unscale_and_clip_grads", "the optimizer clips as it reads the gradients", True),
-    PrivateName("import", "GradPartitionBufferGroup", "gradients that need no reduction are not copied", True),
-    PrivateName("optimizer12", "update_lp_params", "makes the weights the rounded masters after loading"),
     PrivateName(
-        "offload12", "temp_grad_buffer_for_gpu_offload", "as large as the largest weight, and never used", True
+        "optimizer12",
+        "unscale_and_clip_grads",
+        "turned off, because the optimizer clips while it reads the gradients",
+        True,
+    ),
+    PrivateName("import", "GradPartitionBufferGroup", "avoids copies of gradients that need no reduction", True),
+    PrivateName("optimizer12", "update_lp_params", "rounds the master weights to the weights after loading"),
+    PrivateName(
+        "offload12",
+        "temp_grad_buffer_for_gpu_offload",
+        "freed: a buffer of the size of the largest weight that is never used",
+        True,
     ),
     # stage 3: DeepSpeedZeroOptimizer_Stage3 and its coordinator of gathers
-    PrivateName("optimizer3", "_grad_acc_hooks", "take gradients as they come, which mixes up weights between ranks"),
-    PrivateName("optimizer3", "_leaf_module_hooks", "the same"),
     PrivateName(
-        "optimizer3", "reduce_independent_p_g_buckets_and_remove_grads", "hands one gradient over, in our order"
+        "optimizer3",
+        "_grad_acc_hooks",
+        "removed: these hooks reduce gradients in the order of arrival, which differs between ranks",
     ),
-    PrivateName("optimizer3", "independent_gradient_partition_epilogue", "reduces what is left of a micro-batch"),
+    PrivateName("optimizer3", "_leaf_module_hooks", "removed for the same reason"),
+    PrivateName(
+        "optimizer3",
+        "reduce_independent_p_g_buckets_and_remove_grads",
+        "adds one gradient to the bucket, in Sluice's order",
+    ),
+    PrivateName(
+        "optimizer3", "independent_gradient_partition_epilogue", "reduces the remaining gradients of a micro-batch"
+    ),
     PrivateName("optimizer3", "micro_step_id", "0 overwrites the sum over micro-batches, 1 adds to it"),
     PrivateName("optimizer3", "_get_norm_groups", "one norm over all ranks"),
     PrivateName(
-        "optimizer3", "fp32_partitioned_groups_flat", "the masters, whose moments are made before the first step"
+        "optimizer3",
+        "fp32_partitioned_groups_flat",
+        "the master weights, whose moments are allocated before the first step",
     ),
-    PrivateName("optimizer3", "fp16_groups", "whose weights lie in which of these"),
+    PrivateName("optimizer3", "fp16_groups", "the weights of each flat master"),
     PrivateName("param3", "ds_tensor", "this rank's shard of a weight"),
-    PrivateName("optimizer3", "parameter_offload", "has the coordinator"),
+    PrivateName("optimizer3", "parameter_offload", "the object that has the coordinator"),
     PrivateName("offload", "get_param_coordinator", "the coordinator of gathers"),
-    PrivateName("coordinator", "reset_step", "the chunk is called itself: a pass begins"),
-    PrivateName("coordinator", "release_backward_leftovers", "weights of modules whose input has no gradient"),
+    PrivateName("coordinator", "reset_step", "called at the start of a pass, because a chunk is called directly"),
+    PrivateName("coordinator", "release_backward_leftovers", "releases weights of modules whose input has no gradient"),
     PrivateName(
-        "coordinator", "_clean_inflight_param_registry", "weights fetched ahead for a backward that does not come"
+        "coordinator",
+        "_clean_inflight_param_registry",
+        "releases weights that were prefetched for a backward that does not happen",
     ),
 )
 
@@ -127,10 +157,10 @@ READ_FROM = "0.19.8"
 
 
 class CopiedBehaviour(NamedTuple):
-    """One behaviour of DeepSpeed that our code copies."""
+    """A behaviour of DeepSpeed that Sluice's code copies."""
 
     copy: str
-    """Our file that does the same."""
+    """Sluice's file with the same behaviour."""
     what: str
     file: str
     """DeepSpeed's file, in the package folder."""
@@ -143,7 +173,7 @@ class CopiedBehaviour(NamedTuple):
 COPIED = (
     CopiedBehaviour(
         "train/plan/memory/step_end.py",
-        "gradients go through a bucket to this rank's shard, and the update group by group",
+        "gradients pass through a bucket to this rank's shard; the update runs group by group",
         "runtime/zero/stage_1_and_2.py",
         "DeepSpeedZeroOptimizer",
         {
@@ -165,7 +195,7 @@ COPIED = (
     ),
     CopiedBehaviour(
         "train/plan/memory/step_end.py",
-        "with offload they go on to the host as they are reduced",
+        "with offload, reduced gradients are copied to the host at once",
         "runtime/zero/stage_1_and_2.py",
         "DeepSpeedZeroOptimizer",
         {
@@ -175,21 +205,21 @@ COPIED = (
     ),
     CopiedBehaviour(
         "train/plan/memory/rank_weights.py",
-        "a group is flattened and cut into equal parts of an even size",
+        "a group is flattened and divided into equal parts of an even size",
         "runtime/zero/stage_1_and_2.py",
         "DeepSpeedZeroOptimizer",
         {"flatten_dense_tensors_aligned": "c94d061159d00587", "get_data_parallel_partitions": "2eb8690e0562a378"},
     ),
     CopiedBehaviour(
         "train/plan/memory/rank_weights.py",
-        "at stage 3 every weight is cut for itself",
+        "at stage 3 every weight is divided separately",
         "runtime/zero/partition_parameters.py",
         "Init",
         {"_partition_param": "ab56e8cdd24934a0", "_aligned_size": "0bb7465ed0701f59"},
     ),
     CopiedBehaviour(
         "train/plan/memory/zero3_gather.py",
-        "what is gathered before a unit, how far ahead, and what goes after it",
+        "the weights gathered before a unit, the prefetch, and the weights released after it",
         "runtime/zero/partitioned_param_coordinator.py",
         "PartitionedParameterCoordinator",
         {
@@ -204,21 +234,21 @@ COPIED = (
     ),
     CopiedBehaviour(
         "train/plan/memory/zero3_gather.py",
-        "what is gathered before a unit, how far ahead, and what goes after it",
+        "the weights gathered before a unit, the prefetch, and the weights released after it",
         "runtime/zero/partition_parameters.py",
         "AllGatherHandle",
         {"wait": "267e0a19a4a68dab"},
     ),
     CopiedBehaviour(
         "train/plan/memory/zero3_gather.py",
-        "what is gathered before a unit, how far ahead, and what goes after it",
+        "the weights gathered before a unit, the prefetch, and the weights released after it",
         "runtime/zero/partition_parameters.py",
         "AllGatherCoalescedHandle",
         {"wait": "29caef31ebd83df6"},
     ),
     CopiedBehaviour(
         "train/plan/memory/zero3_scatter.py",
-        "gradients wait in a bucket, and are reduced when the next has no room",
+        "gradients collect in a bucket, which is reduced when the next gradient does not fit",
         "runtime/zero/stage3.py",
         "DeepSpeedZeroOptimizer_Stage3",
         {
@@ -232,7 +262,7 @@ COPIED = (
     ),
     CopiedBehaviour(
         "train/plan/memory/zero3_scatter.py",
-        "gradients wait in a bucket, and are reduced when the next has no room",
+        "gradients collect in a bucket, which is reduced when the next gradient does not fit",
         "runtime/comm/coalesced_collectives.py",
         "",
         {"reduce_scatter_coalesced": "55b44f8e51c88034"},
