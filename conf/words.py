@@ -50,8 +50,25 @@ def say(*words: object, sep: str = " ", file: TextIO | None = None, flush: bool 
 
 def say_note(text: str) -> None:
     """Print a note for the user who started the program; in a terminal, lines break between words."""
-    line = f"note: {text}"
-    if sys.stdout.isatty():
-        width = shutil.get_terminal_size().columns
-        line = textwrap.fill(line, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
-    say(line, flush=True)
+    say(folded(f"note: {text}", columns_of(sys.stdout), 2), flush=True)
+
+
+def columns_of(file: TextIO) -> int | None:
+    """Columns of the terminal that a file is; None for other files."""
+    return shutil.get_terminal_size().columns if file.isatty() else None
+
+
+def folded(text: str, columns: int | None, indent: int) -> str:
+    """The text with line ends between words, but not inside `commands` and 'words'; unchanged without a terminal.
+
+    indent: spaces before continuation lines.
+    """
+    if columns is None:
+        return text
+    style = {"subsequent_indent": " " * indent, "break_long_words": False, "break_on_hyphens": False}
+    wrapper = textwrap.TextWrapper(max(columns, 2 * indent), **style)
+    lines = (_QUOTED.sub(lambda found: found[0].replace(" ", "\0"), line) for line in text.split("\n"))
+    return "\n".join(wrapper.fill(line) for line in lines).replace("\0", " ")
+
+
+_QUOTED = re.compile(r"`[^`]*`|(?<!\w)'[^']*'")

@@ -166,7 +166,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, number):
     os.kill(run.pid, number)
     code, output = run.end()
     assert code == EXIT_STOPPED, output
-    assert "stopped at step" in output and "Go on with" in output
+    assert "stopped at step" in output and "Resume with" in output
     found = newest_intact(tmp_path / "runs" / "tiny" / "checkpoints", full=True)
     step = int(found.path.name.removeprefix("step_"))
     assert step == max(metrics(tmp_path, "tiny"))

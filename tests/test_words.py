@@ -291,3 +291,17 @@ def test_a_note_breaks_at_words_in_a_terminal_and_nowhere_else(monkeypatch, caps
     assert (
         len(lines) == 3 and max(map(len, lines)) <= 40 and " ".join(line.strip() for line in lines) == f"note: {text}"
     )
+
+
+def test_an_error_breaks_at_words_and_not_inside_a_command(monkeypatch, capsys):
+    error = UserError(
+        "optim.lr", 3, "must not be " + "very " * 20 + "large", "run `sluice optim.lr=1e-3` or 'steps=2 name=a'"
+    )
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "40")
+    report(error)
+    lines = capsys.readouterr().err.splitlines()
+    assert max(map(len, lines)) <= 40 and all(
+        line.startswith(("error:", "  rule:", "  cure:", " " * 8)) for line in lines
+    )
+    assert any("`sluice optim.lr=1e-3`" in line for line in lines) and any("'steps=2 name=a'" in line for line in lines)

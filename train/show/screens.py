@@ -16,7 +16,7 @@ from rich.segment import Segment
 from rich.text import Text
 
 from conf.screen import Terminal
-from conf.words import sentence
+from conf.words import folded, sentence
 from train.metrics.names import Record
 from train.metrics.quantities import duration, short
 
@@ -78,7 +78,7 @@ def stopped_screen(
     rows = [
         ("Why", reason),
         ("Checkpoint", str(checkpoint) if checkpoint else "none yet: the run would start from step 0"),
-        ("Continue with", command),
+        ("Resume with", command),
     ]
     show_rows(console or Terminal(), f"{name}: stopped at step {step} of {steps}", WARN, rows)
 
@@ -100,11 +100,12 @@ def show_rows(console: Console, title: str, style: str, rows: list[tuple[str, st
     """Prints a title in a style (GOOD, WARN), then labelled lines."""
     console.print()
     console.print(Text(printable(title, console.encoding), style=style), soft_wrap=True)
+    margin, columns = LABEL + 2, console.width if console.is_terminal else None
     for label, value in rows:
-        first, *rest = printable(value, console.encoding).split("\n")
-        console.print(Text.assemble((f"  {label:<{LABEL}}", "dim"), first), soft_wrap=True)
-        for line in rest:
-            console.print(Text(" " * (LABEL + 2) + line), soft_wrap=True)
+        lines = (" " * margin + line for line in printable(value, console.encoding).split("\n"))
+        width = None if label.endswith("with") else columns  # a command to copy stays on one line
+        text = "\n".join(folded(line, width, margin) for line in lines)
+        console.print(Text.assemble((f"  {label:<{LABEL}}", "dim"), text[margin:]), soft_wrap=True)
 
 
 def printable(text: str, encoding: str) -> str:
