@@ -69,8 +69,8 @@ def show_help(words: list[str], console: Console | None = None) -> int:
     for name in [name for name in names if name != EXPERT] or ([group.name for group in groups()] if expert else []):
         if name in WORD_LISTS:
             _two_columns(console, *WORD_LISTS[name]())
-        if name not in WORD_LISTS or name == KEYS:
-            console.print(*_section(name.removeprefix(KEYS), values, expert, console.width), sep="\n")
+        if name not in WORD_LISTS or name == TOP_KEYS:
+            console.print(*_section(name.removeprefix(TOP_KEYS), values, expert, console.width), sep="\n")
     return EXIT_OK
 
 
@@ -118,13 +118,13 @@ def _sections() -> tuple[str, Iterable[tuple[str, str]]]:
     return "Sections of keys (sluice --help SECTION shows their keys)", rows
 
 
-KEYS = "keys"
+TOP_KEYS = "keys"
 """The word that asks for the list of sections and for the keys at the top."""
 WORD_LISTS = {
     "modes": _modes,
     "recipes": lambda: ("Recipes (conf=)", recipe_lines().items()),
     "groups": lambda: ("Groups (GROUP=OPTION)", [(group, ", ".join(options(group))) for group in option_groups()]),
-    KEYS: _sections,
+    TOP_KEYS: _sections,
 }
 """Functions for the title and the rows of a list, by the word that asks for it."""
 

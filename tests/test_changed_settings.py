@@ -38,11 +38,11 @@ def test_a_key_without_a_rule_is_told():
     [
         ((), (), {}, []),
         ((), (), {"data": "other"}, ["the data differ from the training data of step 6"]),
-        (("data.path=a",), (), {}, ["the data have moved"]),
+        (("data.path=a",), (), {}, ["the data have a new path"]),
         (("optim=muon",), (), {}, ["optim.name=adamw, and this run has muon"]),
-        (("optim.ema_decay=0.9",), (), {}, ["the average starts with the weights as they are now"]),
+        (("optim.ema_decay=0.9",), (), {}, ["the average starts with the current weights"]),
         (("optim.ema_decay=0.9",), ("optim.ema_decay=0.9",), {"has_ema": True}, []),
-        ((), ("optim.ema_decay=0.9",), {"has_ema": True}, ["the average of the weights that the checkpoint has ends here"]),
+        ((), ("optim.ema_decay=0.9",), {"has_ema": True}, ["average of the weights is dropped"]),
     ],
 )  # fmt: skip
 def test_what_a_checkpoint_has_that_the_run_has_not_and_the_other_way_round_is_told(new, old, meta, facts):
@@ -116,8 +116,8 @@ def test_a_setting_that_the_older_program_did_not_have_counts_as_its_default():
 def test_an_older_checkpoint_says_what_it_knows():
     found = changed(compose("conf=tiny", "optim.lr=0.5", "seed=3"), "xyz", META)
     assert found.settings == {"seed": (1, 3)} and not found.known
-    assert any("is not known" in note for note in found.notes()) and any(
-        "the data are not" in note for note in found.notes()
+    assert any("are unknown" in note for note in found.notes()) and any(
+        "the data differ" in note for note in found.notes()
     )
 
 
@@ -166,5 +166,5 @@ def test_a_branch_from_another_run_and_a_checkpoint_without_settings(first):
     (checkpoint / "manifest.json").write_text(seal(body))
     assert "config" not in read_manifest(checkpoint).meta
     done = train(first, "name=older", *more)
-    assert done.returncode == 0 and "what else differs is not known" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "other differences are unknown" in done.stdout, done.stdout + done.stderr
     assert metrics(first, "older")[5]["resumed"]["known"] is False

@@ -117,7 +117,7 @@ MISTAKES = {
     "dp=2": "did you mean parallel.dp=2?",
     "device=cuda": "did you mean cluster.device=cuda",
     "batch=4": "did you mean batch_size=4?",
-    "colour=3": "`python -m train --help`, lists recipes, groups and keys",
+    "colour=3": "tells how to list recipes, groups and keys",
     "-m stesp=1,2": "did you mean steps=1,2",
     "precision=bf16 precision.fp8.health.every=5": "choose precision=fp8 or precision=fp8_ue8m0 or precision=mxfp8, or leave it out",
     # way of writing
@@ -148,7 +148,7 @@ MISTAKES = {
     "model=tiny,": "write model=tiny",
     "data.path=my folder": 'write "data.path=my folder"',
     "name=my run": "write name=my_run",
-    "name=a/b": "choose a simpler name",
+    "name=a/b": "choose a plain name",
     "name=a=b": "quote it twice: 'name=\"a=b\"'",
     # what other programs call it, and words that would do nothing
     "wandb=online": "did you mean log.wandb=auto?",
@@ -170,7 +170,7 @@ MISTAKES = {
     "mode=dry_run plan.search=true": "write mode=plan, or leave plan.search out",
     "prove.ranks=2": "write mode=prove",
     "gradient_accumulation_steps=4": "set batch_size and micro_batch_size",
-    "tensor_parallel_size=2": "there is no tensor parallelism: parallel.pp spreads layers",
+    "tensor_parallel_size=2": "there is no tensor parallelism: parallel.pp distributes layers",
     "parallel.tp=2": "there is no tensor parallelism",
     "fsdp=true": "write parallel.zero=3",
     "--fsdp": "write parallel.zero=3",
@@ -178,15 +178,15 @@ MISTAKES = {
     "lora_alpha=16": "did you mean adapter.alpha=16?",
     "qlora=true": "write adapter=lora adapter.base=fp8",
     "adapter=qlora": "write adapter=lora adapter.base=fp8",
-    "mode=dpo": "there is no training on preferences; tune on chats",
-    "dpo": "there is no training on preferences",
+    "mode=dpo": "there is no preference training; tune on chats",
+    "dpo": "there is no preference training",
     "cosine": "write 'optim.lr_schedule=[{until: 1.0, value: 0.1, shape: cosine}]'",
     "optim.lr_schedule=cosine": "write 'optim.lr_schedule=[{until: 1.0, value: 0.1, shape: cosine}]'",
     "doctr": "did you mean `sluice doctor`?",
     "trian": "did you mean mode=train?",
     "conf=tiny -m seed=1,x": "for example seed=1",
     "parallel=8": "use one of these",
-    "=3": "lists recipes, groups and keys",
+    "=3": "list recipes, groups and keys",
     "model={layers: x}": "write 'model={layers: x}'",
     "'model={layers: x}'": "for example model.layers=4",
     "precision.fp8.gradient_floor=1": "leave it out",
@@ -241,9 +241,9 @@ def test_a_checkpoint_of_another_model_names_the_fields_that_differ(tmp_path, mo
 def test_a_disk_and_a_memory_that_are_too_small_are_told_before_data_are_read(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("train.data.corpus.build_corpus", lambda *_: pytest.fail("data were read"))
     line = f"conf=deepseek_v3 data=stdlib cluster.device=cpu runs={tmp_path}"
-    assert "set runs= to a larger disk" in said_of(line, monkeypatch, capsys)
+    assert "set runs= to a folder on a larger disk" in said_of(line, monkeypatch, capsys)
     monkeypatch.setattr("train.checkpoint.run_folder.check_space", lambda *_: None)
-    assert "mode=plan says which machines the job needs" in said_of(line, monkeypatch, capsys)
+    assert "mode=plan predicts the machines that the job needs" in said_of(line, monkeypatch, capsys)
     assert not list(tmp_path.iterdir())
 
 

@@ -285,5 +285,5 @@ def test_a_folder_in_the_place_of_a_file_is_named(tmp_path, composed):
         with pytest.raises(UserError) as caught, disk_errors(config):
             way()
         assert caught.value.field == "runs" and f"{place} cannot be" in str(caught.value)
-        assert "stands where a file belongs" in caught.value.cure
+        assert "is needed for a file" in caught.value.cure
     assert [path.name for path in place.parent.iterdir()] == ["starts.json"]

@@ -117,7 +117,7 @@ def test_a_ramp_may_begin_with_a_micro_batch_a_rank_and_the_nearest_batch_is_off
     words = "parallel.dp=4", "parallel.ep=2", "parallel.uneven=true", "micro_batch_size=2", "batch_size=20"
     ramp = "optim.batch_ramp_steps=2", "optim.batch_ramp_increment=4"
     assert batch_sizes(compose(*words, *ramp, "optim.batch_ramp_start=8")) == [8, 12, 16, 20]
-    with pytest.raises(UserError, match="leave every rank a micro-batch"):
+    with pytest.raises(UserError, match="give every rank a micro-batch"):
         compose(*words, *ramp, "optim.batch_ramp_start=4")
     for batch, near in ((23, "24 or 12"), (13, "12 or 24"), (5, "6 or 3"), (4, "3 or 6")):
         with pytest.raises(UserError) as caught:

@@ -101,7 +101,7 @@ def test_an_exit_in_the_middle_of_the_work_is_an_error_and_a_mark_tells_of_one_t
     ("error", "code", "words"),
     [
         (KeyboardInterrupt(), EXIT_CRASH, "KeyboardInterrupt (tests/test_rank.py:"),
-        (StopInterrupt(), EXIT_STOPPED, "a signal asked this rank alone to stop"),
+        (StopInterrupt(), EXIT_STOPPED, "this rank alone received a stop signal"),
     ],
 )
 def test_an_interrupt_of_one_rank_is_named_and_not_the_neighbour_that_loses_it(tmp_path, error, code, words):

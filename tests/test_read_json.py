@@ -9,8 +9,8 @@ from conf.errors import UserError
 from conf.files import parse_json, read_json
 
 BAD = {
-    "nested": (b"[" * 200_000, "nested too deep"),
-    "nested_objects": (b'{"a":' * 200_000, "nested too deep"),
+    "nested": (b"[" * 200_000, "too many nested"),
+    "nested_objects": (b'{"a":' * 200_000, "too many nested"),
     "not_utf8": (b'{"a": "\xff"}', "no UTF-8 text: invalid start byte at byte 7"),
     "cut": (b'{"a": 1', "no JSON: Expecting ',' delimiter"),
     "empty": (b"", "no JSON: Expecting value"),
@@ -37,15 +37,15 @@ def test_files_that_are_none(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe")  # opening it would wait for ever
     for path, rule in (
         (tmp_path / "none.json", "no such file"),
-        (tmp_path, "no plain file"),
-        (tmp_path / "pipe", "no plain file"),
+        (tmp_path, "not a plain file"),
+        (tmp_path / "pipe", "not a plain file"),
         (tmp_path / ("a" * 300), "File name too long"),
     ):
         with pytest.raises(UserError, match=rule):
             read_json(path, "init_from", "download it again")
     monkeypatch.setattr(module, "LARGEST_FILE", 10)
     (tmp_path / "large.json").write_text('{"a": 12345}')
-    with pytest.raises(UserError, match="has 12 bytes, and 10 are the most"):
+    with pytest.raises(UserError, match="has 12 bytes; the limit is 10"):
         read_json(tmp_path / "large.json", "init_from", "download it again")
 
 

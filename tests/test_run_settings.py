@@ -165,7 +165,7 @@ def test_nothing_that_a_run_names_is_imported_or_called(runs, body):
 @pytest.mark.slow
 def test_definitions_of_tasks_which_are_code_are_named_by_the_user_alone(runs):
     rewrite(runs, evaluate__task_path=str(runs / "tasks"), evaluate__tasks=["mine"])
-    with pytest.raises(UserError, match="can hold code"):
+    with pytest.raises(UserError, match="can contain code"):
         compose("mode=evaluate", "name=old", f"runs={runs}")
     for words in (["trust=true"], [f"evaluate.task_path={runs / 'tasks'}"]):
         assert compose("mode=evaluate", "name=old", f"runs={runs}", *words).evaluate.task_path == str(runs / "tasks")

@@ -58,7 +58,7 @@ def test_cleaning_shows_first_and_then_frees_what_a_run_can_do_without(runs, cap
         assert main(["clean", f"runs={runs}", *does]) == EXIT_OK
         said = capsys.readouterr()
         assert all(str(runs / path) in said.out for path in going) and "step_00000004" not in said.out
-        assert ("--yes does it" in said.err) == (not does)
+        assert ("add --yes to remove it" in said.err) == (not does)
     assert not any((runs / path).exists() for path in going)
     assert sorted(listed(runs, capsys)) == ["done", "sweep/0"]
     assert main(["clean", "done", f"runs={runs}", "--yes"]) == EXIT_OK

@@ -68,7 +68,7 @@ def test_it_is_the_mean_of_every_weight_and_bias(folder, monkeypatch, elements, 
         exact = sum(one[name].double() for one in before) / 3
         assert torch.equal(values, exact.float()), name
         assert name.startswith("bias.") or not torch.equal(values, before[1][name])
-    assert "began from other seeds" in capsys.readouterr().out
+    assert "have different seeds" in capsys.readouterr().out
 
 
 def test_the_mean_of_equal_weights_is_those_weights(folder):

@@ -184,7 +184,7 @@ def test_a_pipe_gets_one_picture_and_scripts_get_json(run, capsys):
     [
         (["nope"], "is no run in"),
         ([], "needs the name of one run"),
-        (["a", "b"], "takes the name"),
+        (["a", "b"], "needs the name"),
         (["mine", "--jsn"], "is no flag"),
     ],
 )

@@ -107,4 +107,4 @@ def test_a_run_that_hangs_now_is_looked_at_from_outside(tmp_path, capsys):
     assert code == EXIT_CRASH and "rank 1 is stopped" in output
     said = ask(capsys, tmp_path / "runs", "asked")
     assert "culprit: rank 1\n" in said and "incident_2.json" in said, "the first was the warning"
-    assert "find out who stopped it" in said and "CONT" not in said, "nobody is there any more who could go on"
+    assert "find out what stopped it" in said and "CONT" not in said, "nobody is there any more who could go on"

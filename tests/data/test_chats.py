@@ -181,10 +181,13 @@ def test_three_forms_are_one_chat():
         ({"text": "one"}, "none of messages, prompt with completion"),
         ({"messages": [{"role": "assistant", "content": 3}]}, "int as content"),
         ({"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]}, "weight 0.5"),
-        ([], "a chat is an object"),
+        ([], "must be an object"),
         ({"conversations": [{"from": ["human"], "value": "one?"}]}, r"from \['human'\]"),
         ({"messages": [{"role": "assistant", "content": "a", "reasoning": "\ud800"}]}, "no.* Unicode text"),
-        ({"messages": [{"role": "assistant", "content": "a", "reasoning": "b", "thinking": "c"}]}, "other reasoning"),
+        (
+            {"messages": [{"role": "assistant", "content": "a", "reasoning": "b", "thinking": "c"}]},
+            "different reasoning",
+        ),
         ({"messages": [{"role": "assistant", "content": "a", "tool_calls": [{"x": "\ufdd0"}]}]}, "no.* Unicode text"),
         ({"prompt": 3, "completion": "a"}, "no list under 'prompt'"),
     ],
@@ -409,7 +412,7 @@ def test_chats_that_are_too_long_are_refused_cut_or_dropped_and_counted(tokenize
         assert any(words in note for note in corpus.notes)
     assert show_data(compose(*overrides, "data.too_long=cut", "mode=show_data")) == 0
     told = " ".join(capsys.readouterr().out.split())
-    assert "What is learnt is green" in told and "1 cut, 1 dropped" in told and "<|im_end|>" in told
+    assert "Learnt tokens are green" in told and "1 cut, 1 dropped" in told and "<|im_end|>" in told
 
 
 def test_best_fit_leaves_little_room_and_is_seeded():
@@ -440,10 +443,10 @@ def test_a_tokenizer_without_a_template_says_what_to_do(tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("data.fim_rate=0.1", "chats stay as they are"),
-        ("data.mask_documents=true", "chats are apart in any case"),
+        ("data.fim_rate=0.1", "does not apply to chats"),
+        ("data.mask_documents=true", "always separate"),
         ("optim.qk_clip=100", "positions"),
-        ("evaluate.needle=[32]", "hides keys in text"),
+        ("evaluate.needle=[32]", "hides keys in plain text"),
         ("data.mix=[{path: a, format: chat}, {path: b}]", "chats and other text"),
     ],
 )

@@ -234,7 +234,7 @@ def test_a_damaged_trained_tokenizer_is_trained_again(folder, cache, tmp_path):
     for content in (b"", path.read_bytes()[:-9], path.read_bytes().replace(b"merges", b"murges")):
         path.write_bytes(content)
         second = prepare(config_of(folder, cache))
-        assert second.fingerprint == first.fingerprint and any("trained again" in note for note in second.notes)
+        assert second.fingerprint == first.fingerprint and any("training it again" in note for note in second.notes)
 
 
 def test_threads_give_the_same_tokens_as_one(folder, tmp_path, monkeypatch):
@@ -340,7 +340,7 @@ def test_data_without_text(tmp_path, cache, content):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "a").write_bytes(content)
     for overrides in ([], [f"data.tokenizer={tmp_path / 'tokenizer.json'}"]):
-        with pytest.raises(UserError, match="holds no text") as caught:
+        with pytest.raises(UserError, match="has no text") as caught:
             prepare(config_of(tmp_path / "empty", cache, *overrides))
         assert ("binary" in caught.value.rule) == bool(content)
         (tmp_path / "tokenizer.json").write_text(train_bpe(["ab"], 300), encoding="utf-8")

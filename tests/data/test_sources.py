@@ -187,7 +187,7 @@ def test_json_that_is_nested_too_deep_is_refused_by_line(tmp_path):
     for opening in (b"[", b'{"text":'):
         path.write_bytes(lines(["fine"]) + opening * 100_000 + b"\n")
         error = error_of(path)
-        assert str(error.value) == f"{path}:2" and "nested too deep" in error.rule
+        assert str(error.value) == f"{path}:2" and "too many nested levels" in error.rule
 
 
 def test_damaged_parquet_and_wrong_columns_are_refused(tmp_path):

@@ -97,7 +97,7 @@ def test_a_function_that_does_not_fit_is_named_before_a_start(code, tokenizer, t
 @pytest.mark.parametrize(
     ("words", "rule"),
     [
-        (["data.format=text"], "the data of this recipe are none"),
+        (["data.format=text"], "data are not chats"),
         (["data.format=chat", "data.template=plain"], "exclude each other"),
         (["data.format=chat", "data.template_function._target_=nowhere"], "import path"),
     ],
@@ -115,7 +115,7 @@ def test_the_function_of_somebody_elses_run_needs_trust(tmp_path):
     (tmp_path / "runs" / "theirs" / "config.yaml").write_text(settings)
     look = ["name=theirs", f"runs={tmp_path}/runs"]
     for words in (["mode=generate", "generate.chat=true"], ["mode=evaluate"]):
-        with pytest.raises(UserError, match="code that runs as you"):
+        with pytest.raises(UserError, match="run code with your rights"):
             compose(*words, *look)
         assert compose(*words, *look, "trust=true").data.template_function == {"_target_": "their.code"}
     compose("mode=generate", *look)

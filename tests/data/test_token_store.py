@@ -56,7 +56,7 @@ def test_what_fails_leaves_nothing(tmp_path):
         ({"dtype": "int32"}, "dtype int32"),
         ({"tokens": 9}, "not 18"),
         ({"documents": 3}, "do not divide"),
-        ({"crc32": []}, "no object"),
+        ({"crc32": []}, "not an object"),
         ({"crc32": {"tokens.bin": 1}}, r"tokens\.bin does not have the checksum"),
         ({"crc32": {"hashes.npy": 1}}, r"hashes\.npy does not have the checksum"),
         ({"crc32": {"absent": 1}}, "absent does not have"),

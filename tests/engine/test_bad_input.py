@@ -56,7 +56,7 @@ def refused(played: Played) -> None:
         (lambda: engine.logprobs(replace(good, experts_BTLK=far)), "of at most 2 of 4 groups"),
         (
             lambda: engine.forward_backward(replace(good, experts_BTLK=experts), "ppo", terms=["biases"]),
-            "follow loads that the routers chose",
+            "need loads that the routers chose",
         ),
         (lambda: engine.forward_backward(good, "ppo", clipp=1), "unexpected keyword argument 'clipp'"),
         (lambda: engine.forward_backward(good, "math.pi"), "must be a function of"),

@@ -50,7 +50,7 @@ def test_training_takes_the_log_probabilities_of_generation(tmp_path):
 
 
 def refused(played: Played) -> None:
-    with pytest.raises(UserError, match="one process writes"):
+    with pytest.raises(UserError, match="must be one process"):
         played.engine.generate([[1]], tokens=1)
 
 

@@ -74,7 +74,7 @@ def test_a_tuned_run_is_set_beside_its_start_and_what_a_format_alone_gets(tmp_pa
     assert found["total"]["loss"] == pytest.approx(json.loads(last)["validation_loss"], rel=1e-6)
     assert all(0 <= row["rouge_l"] <= 1 for row in (own, start, shuffled, common))
     said, page = capsys.readouterr().out, (tmp_path / "runs/tuned/report.html").read_text()
-    for words in ("before the tune", "each to another question", "the commonest answer"):
+    for words in ("before the tune", "each compared with another question", "the most common answer"):
         assert words in said and words in page
     text = commonest_answer(build_corpus(compose(*again)).parts[0].train, build_corpus(compose(*again)).tokenizer)
     assert text[:20] in common["of"]
@@ -83,7 +83,7 @@ def test_a_tuned_run_is_set_beside_its_start_and_what_a_format_alone_gets(tmp_pa
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("data.format=text", "are to questions of chats"),
+        ("data.format=text", "are generated for questions of chats"),
         ("parallel.dp=2", "one process"),
     ],
 )

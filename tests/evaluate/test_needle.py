@@ -168,7 +168,7 @@ def test_what_cannot_be_asked_is_refused_by_name(trained, overrides, field, word
 
 @pytest.mark.slow
 def test_a_text_without_room_for_the_key_is_refused_before_anything_starts(trained):
-    with pytest.raises(UserError, match=r"must be \d+ or more with this tokenizer") as caught:
+    with pytest.raises(UserError, match=r"must be at least \d+ with this tokenizer") as caught:
         evaluate(trained.compose("evaluate.needle=[24]"), alone=True)
     assert caught.value.field == "evaluate.needle"
     least = int(caught.value.cure.split()[1])

@@ -51,4 +51,4 @@ def test_what_was_not_measured_is_not_claimed(run):
     other = {"checkpoint": "elsewhere", "weights": "master", "sources": [], "tasks": {"cloze": {"acc": 0.5}}}
     (checkpoint.folder.parents[1] / "evaluate.json").write_text(json.dumps(other))
     card = model_card(config, checkpoint, ModelFamily.deepseek_v3, [], 4096)
-    assert "Nothing was measured at this step" in card and "cloze" not in card
+    assert "No measurements at this step" in card and "cloze" not in card

@@ -116,7 +116,7 @@ def test_the_oldest_turns_are_left_out_where_all_are_too_many(folder):
     ours = begin(folder, said=said)
     for _ in range(8):
         "".join(ours.answer("the expert routes every token to a few experts"))
-    assert len([line for line in said if "the oldest are left out" in line]) == 1
+    assert len([line for line in said if "the oldest turns are left out" in line]) == 1
     with pytest.raises(UserError, match="shorter than the model's context of 192 tokens"):
         list(ours.answer("routes every " * 100))
     assert len(ours.turns) == 16

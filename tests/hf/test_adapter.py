@@ -258,7 +258,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
         (
             base,
             lambda: stored(**{"base_model.model.model.layers.0.mlp.gate.lora_A.weight": torch.ones(1)}),
-            "nothing here adapts",
+            "cannot be adapted",
         ),
         (base, lambda: stored(**{q_b.format("B"): None}), "has only A or only B for 1 weights"),
         (base, lambda: stored(**{q_b.format("A"): torch.ones(8, 16, dtype=torch.int32)}), "is I32"),
@@ -268,7 +268,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
             lambda: stored(**{"base_model.model.model.layers.1.mlp.experts.lora_A.weight": torch.ones(1)}),
             "stacked as PEFT",
         ),
-        (base, lambda: (bad / "adapter_model.safetensors").write_bytes(b"cut"), "damaged or cut short"),
+        (base, lambda: (bad / "adapter_model.safetensors").write_bytes(b"cut"), "damaged or truncated"),
         (base, lambda: (bad / "adapter_model.safetensors").unlink(), "lacks adapter_model.safetensors"),
     ]
     for number, (folder, spoil, message) in enumerate(cases):
@@ -289,24 +289,24 @@ def test_what_cannot_be_exported_is_refused(tmp_path):
     config, _ = adapter_run(tmp_path, WHOLE, base, ["q_up"])
     for changed, message in (
         ({"dtype": "fp8"}, "is not a format for adapters"),
-        ({"family": ModelFamily.mistral_large_3}, "take a softmax|no program reads adapters"),
+        ({"family": ModelFamily.mistral_large_3}, "needs routers with|PEFT cannot read"),
     ):
         with pytest.raises(UserError, match=message):
             exported(config, tmp_path / "out", **changed)
     with pytest.raises(UserError, match="already has an adapter"):
         exported(replace(config, adapter=replace(config.adapter, path=str(tmp_path))), tmp_path / "out", merge=True)
     base.rename(tmp_path / "moved")
-    with pytest.raises(UserError, match="must be where the weights are"):
+    with pytest.raises(UserError, match="must name the base weights"):
         exported(config, tmp_path / "out")
     exported(replace(config, init_from=str(tmp_path / "moved")), tmp_path / "there")
     other = write_folder(tmp_path / "other", WHOLE, random_tensors(WHOLE, "fp32", seed=1))
-    with pytest.raises(UserError, match="holds other weights than those that the adapter"):
+    with pytest.raises(UserError, match="has other weights than the base of the adapter"):
         exported(replace(config, init_from=str(other)), tmp_path / "out")
     with pytest.raises(UserError, match="must be 8, with which"):
         changed = replace(config.adapter, rank=16)
         exported(replace(config, init_from=str(tmp_path / "moved"), adapter=changed), tmp_path / "out")
-    with pytest.raises(UserError, match="nothing to write but what it holds"):
+    with pytest.raises(UserError, match="the export would equal this adapter"):
         compose(*arguments(tmp_path, "mode=export", "export.to=out", f"adapter.path={base}"))
-    with pytest.raises(UserError, match="this mode adds none"):
+    with pytest.raises(UserError, match="this mode does not support adapters"):
         compose(*arguments(tmp_path, f"adapter.path={base}"))
     assert not (tmp_path / "out").exists()

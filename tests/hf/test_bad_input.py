@@ -298,5 +298,5 @@ def test_exit_code_2_before_anything_is_started(tmp_path):
     (tmp_path / "config.json").write_text("[" * 200_000)
     done = train(tmp_path, "name=a", f"init_from={tmp_path}")
     assert done.returncode == EXIT_USER and "Traceback" not in done.stderr
-    assert f"error: init_from = {tmp_path / 'config.json'}" in done.stderr and "nested too deep" in done.stderr
+    assert f"error: init_from = {tmp_path / 'config.json'}" in done.stderr and "too many nested" in done.stderr
     assert "cure: download it again" in done.stderr and not (tmp_path / "runs").exists()

@@ -224,7 +224,7 @@ def test_positions_that_are_said_twice_must_agree(tmp_path):
     assert read(tmp_path, rope_scaling=YARN, rope_parameters=newer) == before
     assert read(tmp_path, rope_scaling=YARN | {"rope_type": "yarn"}) == before
     for name, value in {"factor": 8.0, "rope_theta": 5000.0, "mscale": 1.0, "rope_type": "default"}.items():
-        with pytest.raises(UserError, match=f"must say what rope_parameters says, and differs in {name}"):
+        with pytest.raises(UserError, match=f"must agree with rope_parameters, and differs in {name}"):
             read(tmp_path, rope_scaling=YARN, rope_parameters=newer | {name: value})
     with pytest.raises(UserError, match="its rope_type is 'default' and its type 'yarn'"):
         read(tmp_path, rope_scaling=YARN | {"rope_type": "default"})

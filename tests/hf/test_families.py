@@ -302,7 +302,7 @@ def test_a_model_type_of_another_family_is_refused(tmp_path, name):
 def test_int4_experts_and_models_without_latent_attention_are_refused_with_the_reason(tmp_path):
     packed = KIMI_K25 | {"text_config": KIMI_K25["text_config"] | {"quantization_config": INT4}}
     for body in (KIMI_K2 | {"quantization_config": INT4}, packed, KIMI_K25 | {"quantization_config": INT4}):
-        with pytest.raises(UserError, match="experts in INT4, which nothing here unpacks") as caught:
+        with pytest.raises(UserError, match="experts in INT4, which is not supported") as caught:
             read(tmp_path, body)
         assert "bf16" in caught.value.cure
     plain = {key: value for key, value in MOONLIGHT.items() if key != "kv_lora_rank"}
@@ -365,13 +365,13 @@ def test_the_mtp_module_of_glm_is_read(tmp_path):
 
 
 WRONG_PARAMS = {
-    "quantization": ({"qformat_weight": "fp8_e4m3", "qscheme_act": "TENSOR"}, "FP8 with one scale a tensor"),
+    "quantization": ({"qformat_weight": "fp8_e4m3", "qscheme_act": "TENSOR"}, "FP8 with one scale per tensor"),
     "moe.use_load_balancing_bias": (True, "use_load_balancing_bias must be False"),
     "moe.renorm_strategy": ("NONE", "renorm_strategy must be WEIGHTS"),
     "moe.capacity": (2, "may change the model: moe.capacity"),
     "moe.route_every_n": (2, "moe_layer_freq must be 1"),
     "moe": (None, "lacks"),
-    "yarn": (None, "yarn must state a factor"),
+    "yarn": (None, "yarn must have a factor"),
     "yarn.factor": ("36", "factor must be a number"),
     "llama_4_scaling.original_max_position_embeddings": (4096, "the same original_max_position_embeddings"),
     "llama_4_scaling.beta": ("0.1", "a wrong type"),

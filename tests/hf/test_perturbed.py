@@ -121,27 +121,37 @@ class Case:
 
 
 CASES = [
-    Case(Model(**(MODEL | {"layers": 4})), Model(**MODEL), r"no place for: model\.layers\.3\."),
     Case(
         Model(**(MODEL | {"layers": 4})),
-        Model(**(MODEL | {"mtp_depth": 1})),
-        r"no place for: model\.layers\.3\.",
+        Model(**MODEL),
+        r"do not belong to the model of its config.json: model\.layers\.3\.",
     ),
-    Case(Model(**(MODEL | {"layers": 5})), Model(**MODEL), r"no place for: model\.layers\.3\."),
+    Case(
+        Model(**(MODEL | {"layers": 4})),
+        Model(**(MODEL | {"mtp_depth": 1})),
+        r"do not belong to the model of its config.json: model\.layers\.3\.",
+    ),
+    Case(
+        Model(**(MODEL | {"layers": 5})),
+        Model(**MODEL),
+        r"do not belong to the model of its config.json: model\.layers\.3\.",
+    ),
     Case(
         Model(**(MODEL | {"mtp_depth": 1})),
         Model(**(MODEL | {"layers": 4})),
-        r"no place for: .*model\.layers\.3\.enorm",
+        r"do not belong to the model of its config.json: .*model\.layers\.3\.enorm",
     ),
     Case(
         Model(**(MODEL | {"layers": 4, "mtp_depth": 1})),
         Model(**(MODEL | {"mtp_depth": 1})),
-        r"no place for: model\.layers\.3\.",
+        r"do not belong to the model of its config.json: model\.layers\.3\.",
     ),
     Case(Model(**(MODEL | {"dense_layers": 2})), Model(**MODEL), r"lacks .*model\.layers\.1\.mlp\.gate\.weight"),
     Case(Model(**MODEL), Model(**(MODEL | {"dense_layers": 0})), r"lacks .*model\.layers\.0\.mlp\.gate\.weight"),
     Case(
-        Model(**MODEL), Model(**(MODEL | {"shared_experts": 0})), r"no place for: model\.layers\.1\.mlp\.shared_experts"
+        Model(**MODEL),
+        Model(**(MODEL | {"shared_experts": 0})),
+        r"do not belong to the model of its config.json: model\.layers\.1\.mlp\.shared_experts",
     ),
 ]
 

@@ -230,7 +230,7 @@ def test_fields_that_are_honoured_and_that_mislead(tmp_path):
     assert read(index_topk=9).sparse.top_k == 9 and read(index_n_heads=5).sparse.heads == 5
     assert read(head_dim=192) == plain  # GLM-5.2 has such a one, and transformers sets it aside
     assert read(indexer_types=None, index_topk_pattern="FSSF").sparse.pattern == "FSSF"
-    with pytest.raises(UserError, match="must say the same"):
+    with pytest.raises(UserError, match="must be the same"):
         read(index_topk_pattern="FSSF")
 
 
@@ -274,7 +274,7 @@ def test_dense_weights_start_a_warmup_with_fresh_indexers(tmp_path, dense_folder
     tokenizer = load_tokenizer(str(dense_folder))
     source = f"init_from={dense_folder}"
     notes = check_start(compose(*arguments(tmp_path, *words, source, f"data.tokenizer={dense_folder}")), tokenizer)[1]
-    assert any("draws the indexers" in note for note in notes)
+    assert any("initialises the indexers" in note for note in notes)
     for name, where in (("folder", source), ("run", f"init_from={tmp_path / 'runs' / 'dense'}")):
         run_layout(tmp_path, name, 1, *words, where, f"data.tokenizer={dense_folder}")
         before, after = everything(tmp_path, "dense", 2), everything(tmp_path, name, 2)

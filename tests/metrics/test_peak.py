@@ -136,7 +136,7 @@ def test_a_damaged_figure_is_said_and_replaced(tmp_path, measure, damage):
 def test_a_cache_that_takes_nothing_refuses_nothing(tmp_path, measure):
     (tmp_path / "peaks").write_text("no folder")
     found = measure(tmp_path, 4e11)
-    assert found.flops == 4e11 and "cannot be kept" in found.label
+    assert found.flops == 4e11 and "cannot be stored" in found.label
 
 
 def test_writers_at_the_same_time_leave_a_whole_file(tmp_path):

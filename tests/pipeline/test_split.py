@@ -91,7 +91,7 @@ def test_an_even_split_and_one_by_hand():
 
 @pytest.mark.parametrize(
     ("lengths", "rule"),
-    [([2, 2, 2], "makes 4"), ([2, 2, 2, 1], "has 7 layers in all"), ([4, 0, 3, 1], "leaves stage 1 without")],
+    [([2, 2, 2], "has 4"), ([2, 2, 2, 1], "has 7 layers in all"), ([4, 0, 3, 1], "leaves stage 1 without")],
 )
 def test_a_split_that_does_not_fit_is_named(lengths, rule):
     with pytest.raises(UserError, match=rule) as caught:

@@ -22,7 +22,7 @@ TINY = ("conf=tiny", "mode=plan", "steps=1000", "micro_batch_size=2", "batch_siz
 def test_fp8_that_blackwell_refuses_at_the_start_is_refused_by_the_plan(device):
     words = (*TINY, f"hardware={device}")
     for look in (make_plan, search):
-        with pytest.raises(UserError, match="multiplies tiles of 32") as caught:
+        with pytest.raises(UserError, match="supports tiles of 32") as caught:
             look(compose(*words, "precision=fp8"))
         assert caught.value.field == "precision.name" and "precision=mxfp8" in caught.value.cure
     assert make_plan(compose(*words, "precision=mxfp8")).fits

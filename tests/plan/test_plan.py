@@ -341,7 +341,7 @@ def test_a_cluster_that_cannot_hold_the_model_is_an_error():
 @pytest.mark.parametrize(("devices", "near"), [(7, "plan.devices=6 or plan.devices=8"), (100_000, "plan.devices=96, ")])
 def test_devices_that_no_layout_divides_are_no_matter_of_memory(devices, near):
     config = compose("conf=tiny", "hardware=h800", "plan.search=true", f"plan.devices={devices}")
-    with pytest.raises(UserError, match="whatever their memory") as caught:
+    with pytest.raises(UserError, match="for any memory size") as caught:
         search(config)
     assert near in caught.value.cure and "GiB" not in caught.value.rule
 
@@ -377,7 +377,7 @@ def test_faster_links_and_kernels_make_faster_plans():
 @pytest.mark.slow
 def test_a_plan_without_hardware_is_for_h800():
     assert compose("conf=tiny", "mode=plan").hardware == compose("conf=tiny", "mode=plan", "hardware=h800").hardware
-    with pytest.raises(UserError, match="needs to know the devices"):
+    with pytest.raises(UserError, match="a plan needs the devices"):
         make_plan(compose("conf=tiny"))
 
 

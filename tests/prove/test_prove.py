@@ -205,7 +205,7 @@ def test_a_report_speaks_of_the_run_that_was_proven_alone(tmp_path):
         assert trains not in said(other) and "not of this run, but of recipe" in said(other)
     assert "not of this run, but of layout" in said(SETTINGS | {"parallel": SETTINGS["parallel"] | {"zero": 2}})
     assert "but of version 0.0, commit abc: prove this run again" in said(SETTINGS, version="0.0", commit="abc")
-    assert trains in (changed := said(SETTINGS, modified=True)) and "had been changed" in changed
+    assert trains in (changed := said(SETTINGS, modified=True)) and "were modified" in changed
     old = json.loads((tmp_path / "prove.json").read_text())
     del old["proven"]
     (tmp_path / "prove.json").write_text(json.dumps(old))

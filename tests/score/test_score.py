@@ -99,7 +99,7 @@ BAD = {
     "truth is no id": ({"tokens": [True, 2]}, ":2.*whole numbers"),
     "another tokenizer": ({"tokens": [3, 10**6]}, ":2.*token 1000000, and the model has rows"),
     "negative": ({"tokens": [3, -1]}, ":2.*token -1"),
-    "one token": ({"tokens": [3]}, ":2.*two tokens or more"),
+    "one token": ({"tokens": [3]}, ":2.*at least two tokens"),
     "too long": ({"tokens": [3] * 10**4}, ":2.*10000 tokens, and the model reads at most"),
     "no completion": ({"prompt": "a", "completion": ""}, ":2.*completion without a token"),
     "text of numbers": ({"text": 3}, ":2.*not a string"),
@@ -125,7 +125,7 @@ def test_files_that_cannot_be(tmp_path, folder):
     for file, rule in (
         ("none.jsonl", "no such file"),
         ("empty.jsonl", "no sample"),
-        ("broken.parquet", "no Parquet"),
+        ("broken.parquet", "not Parquet"),
         ("broken.jsonl", "not JSON"),
     ):
         with pytest.raises(UserError, match=rule):
@@ -134,6 +134,9 @@ def test_files_that_cannot_be(tmp_path, folder):
     (tmp_path / "scores.parquet").write_text("")
     with pytest.raises(UserError, match="exists already"):
         scored(tmp_path, folder, f"score.data={data}")
-    for missing, rule in ((["score.data=x"], "needs a file to write"), (["score.to=x"], "needs samples")):
+    for missing, rule in (
+        (["score.data=x"], "needs the name of the file"),
+        (["score.to=x"], "needs a file of samples"),
+    ):
         with pytest.raises(UserError, match=rule):
             compose("mode=score", *missing)

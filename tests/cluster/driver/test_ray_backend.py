@@ -149,7 +149,7 @@ def listening_addresses(pid: int) -> set[str]:
     [
         (["cluster.address=127.0.0.1:1"], {"RAY_AUTH_TOKEN": "x" * 64}, "must be HOST:PORT of a running Ray"),
         (["cluster.address=nowhere"], {"RAY_AUTH_TOKEN": "x" * 64}, "must be HOST:PORT of a running Ray"),
-        (["cluster.address=127.0.0.1:1"], {"HOME": "/nonexistent"}, "must ask for a token"),
+        (["cluster.address=127.0.0.1:1"], {"HOME": "/nonexistent"}, "must require a token"),
     ],
 )
 def test_no_ray_and_no_token_are_refused_soon(tmp_path, overrides, environment, words):
@@ -197,7 +197,7 @@ def test_a_ray_that_does_not_come_up_is_started_once_more(capfd):
     first, second = ray.folders
     assert not first.exists() and second.exists() and second == fleet._folder.path
     assert ray.left[0].wait(60) == -signal.SIGKILL
-    assert "did not come up on this machine (The current node timed out" in capfd.readouterr().err
+    assert "could not be started on this machine (The current node timed out" in capfd.readouterr().err
     fleet._folder.remove()
 
 
@@ -228,7 +228,7 @@ def silent_head(monkeypatch):
 
 def test_a_head_that_hangs_once_it_has_answered_is_named_and_holds_nobody_up(silent_head):
     fleet, goes_on = silent_head
-    with pytest.raises(FleetLost, match="does not list the nodes"):
+    with pytest.raises(FleetLost, match="so the nodes are unknown"):
         while True:
             fleet.nodes()
     goes_on.set()

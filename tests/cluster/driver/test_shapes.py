@@ -103,7 +103,7 @@ def test_a_layout_that_no_shrinking_can_save_is_named_before_a_node_is_lost():
     world.run(2)
     world.tell(m.LayoutsPlanned())
     (note,) = world.notes("limits")
-    assert "a lost one stops the run until another is there" in note.text
+    assert "the run waits for a replacement" in note.text
     assert "the smallest layout that may run, pp 1 x dp 2 (ep 2), takes 2 devices" in note.text
     roomy = World(nodes=3)
     roomy.run(2)

@@ -488,7 +488,7 @@ def test_a_driver_that_is_cut_off_says_what_becomes_of_the_ranks_that_it_does_no
     assert world.finish.code == EXIT_STOPPED
     assert world.finish.text.startswith("Ray's head has not answered for 6 s; ")
     assert re.search(
-        r"ranks on n0, n1.* are not reached: their agents end them \d+ s after .* without a checkpoint",
+        r"ranks on n0, n1.* cannot be reached: their agents end them \d+ s after .* without a checkpoint",
         world.finish.text,
     )
     assert f"step {world.supervisor.saved.step} is saved" in world.finish.text

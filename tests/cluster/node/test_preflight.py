@@ -62,7 +62,7 @@ def test_a_folder_of_the_same_name_is_not_shared_storage(preflight, tmp_path):
     question = preflight.question(NODE)
     facts = gather_facts(question)
     (tmp_path / ".preflight" / NODE.id).unlink()  # the node wrote to a disk of its own
-    assert "does not arrive here" in preflight.problem(NODE, facts)
+    assert "are not visible to the driver" in preflight.problem(NODE, facts)
     other = dataclasses.replace(question, folder=str(tmp_path / "elsewhere"))
     assert "cannot read" in gather_facts(other).storage
 

@@ -47,7 +47,7 @@ def test_a_cc_that_is_no_program_is_named(given, monkeypatch):
     """Triton does not take it apart, nor look elsewhere."""
     monkeypatch.setenv("CC", given)
     lacks, _ = missing_for_triton()
-    assert f"CC={given} is no program" in lacks
+    assert f"CC={given} is not a program" in lacks
 
 
 def test_a_python_without_headers(tmp_path, monkeypatch):

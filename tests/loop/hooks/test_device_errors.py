@@ -88,7 +88,7 @@ NCCL = "NCCL error in: ProcessGroupNCCL.cpp:3690, {0}, NCCL version 2.28.9\n{1}"
 @pytest.mark.parametrize(
     ("kind", "more", "cure"),
     [
-        ("invalid usage (run with NCCL_DEBUG=WARN), ncclInvalidUsage", "Duplicate GPU detected", "no more ranks"),
+        ("invalid usage (run with NCCL_DEBUG=WARN), ncclInvalidUsage", "Duplicate GPU detected", "one rank per GPU"),
         ("unhandled cuda error, ncclUnhandledCudaError", "Cuda failure 719 'unspecified launch failure'", "dmesg"),
         ("remote process exited or there was a network error, ncclRemoteError", "socket closed", "NCCL_SOCKET_IFNAME"),
     ],

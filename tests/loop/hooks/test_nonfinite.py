@@ -23,7 +23,7 @@ def test_the_first_in_the_forward_pass_is_the_origin_and_later_ones_caught_it():
     found = find_origin(False, [saw(0, 0), saw(1, 1, END), saw(2, 0), saw(3, 1, LATER, LATER)])
     assert found == Origin("non-finite loss", "forward", END.name, (1,), True, ())
     assert found.text == "non-finite loss: it began in the forward pass on rank 1, at the output of layers.2.attention"
-    assert "rate is not to blame" in found.advice(9, "8 to 15") and "samples 8 to 15" in found.advice(9, "8 to 15")
+    assert "rate is not the cause" in found.advice(9, "8 to 15") and "samples 8 to 15" in found.advice(9, "8 to 15")
     assert "device of rank 1" in found.advice(9, "8 to 15") and "Lower" not in found.advice(9, "8 to 15")
 
 
@@ -38,7 +38,7 @@ def test_what_all_ranks_see_is_blamed_on_none_of_them():
     assert not found.ranks and not found.alone and "on all ranks that hold it" in found.text
     assert found.advice(5, "0 to 7").startswith("Lower optim.lr, or resume from an older checkpoint")
     before = found.advice(0, "0 to 7")
-    assert "No update was made yet" in before and "Lower" not in before
+    assert "There was no update yet" in before and "Lower" not in before
 
 
 def test_one_rank_alone_in_the_run_is_named_without_being_told_from_others():
@@ -136,7 +136,7 @@ def test_the_rank_and_layer_are_named(tmp_path, monkeypatch, phase):
         "the output of layers.2.attention" if phase == "forward" else "the gradient of the output of layers.2.attention"
     )
     assert f"began in the {phase} pass on rank 1, at {place}" in said, said
-    assert "rate is not to blame" in said and "Lower optim.lr" not in said and "samples 12 to 15" in said
+    assert "rate is not the cause" in said and "Lower optim.lr" not in said and "samples 12 to 15" in said
     assert '"ranks": [1]' in said
 
 
@@ -202,6 +202,6 @@ def test_what_does_not_come_again_is_said(tmp_path, monkeypatch, phase):
     monkeypatch.setattr("tests.layouts.train_rank", train_with_nan)
     (tmp_path / "nan.json").write_text(json.dumps(where))
     once = ["checkpoint.every=0", "log.validate_every=0", "log.validation_sequences=2", "optim.max_bad_steps=1"]
-    with pytest.raises(AssertionError, match="was finite when the same step was done again") as caught:
+    with pytest.raises(AssertionError, match="was finite when the step was repeated") as caught:
         run_layout(tmp_path, "nan", 2, "steps=4", *once, *EP)
     assert ("the loss on rank 1" in str(caught.value)) == (phase == "forward")

@@ -38,7 +38,7 @@ def test_the_newest_folder_is_what_an_export_gives(tmp_path, ranks):
     ("words", "rule"),
     [
         (["checkpoint.every=4", "checkpoint.weights_every=6"], "a multiple of checkpoint.every = 4"),
-        (["checkpoint.weights_every=100", "model.router={_target_: a.B}"], "code of your own"),
+        (["checkpoint.weights_every=100", "model.router={_target_: a.B}"], "custom code"),
     ],
 )
 def test_what_cannot_be_published_is_refused(words, rule):

@@ -67,7 +67,7 @@ def test_a_flipped_bit_is_named_by_rank_and_weight_and_of_two_copies_none_is_gue
 
 
 def test_weights_without_copies_are_refused():
-    with pytest.raises(UserError, match="no weight has one"):
+    with pytest.raises(UserError, match="each weight exists only once"):
         compose("parallel.zero=3", "parallel.dp=2", "log.replicas_every=5")
 
 

@@ -129,7 +129,7 @@ def test_a_calibration_of_other_code_is_refused(tmp_path, monkeypatch):
 @pytest.mark.parametrize("text", ["", "[]", '{"device": "x"}'])
 def test_what_is_no_calibration_is_refused(tmp_path, text):
     (tmp_path / "c.json").write_text(text)
-    with pytest.raises(UserError, match="must be a file that"):
+    with pytest.raises(UserError, match="must be a file of"):
         load_rates(compose("hardware=cpu", f"plan.calibration={tmp_path / 'c.json'}"), alone=True)
 
 
