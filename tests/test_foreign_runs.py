@@ -182,14 +182,14 @@ def test_a_report_that_cannot_be_made_does_not_fail_the_run(tmp_path, logs, caps
     events = [{"time": 5.0, "kind": kind, "attempt": 1, "text": "x"} for kind in EVENT_KINDS]
     (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     finish_run(config, EXIT_OK, 1.0, None, None)
-    assert "1 steps done" in "".join(capsys.readouterr())
+    assert "1 steps complete" in "".join(capsys.readouterr())
     assert "Left out: cluster" in (run / "report.html").read_text(), "the rest of the page is there"
     (run / "sample.json").write_text('{"step": 1, "earlier": 5}')
     (run / "plan.json").write_text("[]")
     finish_run(config, EXIT_OK, 1.0, None, None)
     said = " ".join("".join(capsys.readouterr()).split())
     assert (
-        "1 steps done" in said
+        "1 steps complete" in said
         and "not written" in said
         and "sample.json is damaged" in said
         and "the plan of this run could not be computed" in said

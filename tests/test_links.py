@@ -98,7 +98,7 @@ def test_a_slow_link_is_named_beside_the_others_and_the_hardware_file():
     rates = {"inside": Rate(bandwidth=301e9), "across": Rate(bandwidth=44.6e9), "memory": Rate(bandwidth=3e12)}
     said, slow = notes_on_links(names, found, rates)
     assert said == (
-        "links between ranks: inside 20 to 300 GB/s (2; the hardware file says 301); across 45 to 45 GB/s (1; the hardware file says 44.6)"
+        "links between ranks: inside 20 to 300 GB/s (2; the hardware file has 301); across 45 to 45 GB/s (1; the hardware file has 44.6)"
     )
     assert slow == "a slow link: inside of host-1 cuda:0 (rank 2) and host-1 cuda:1 (rank 3) reaches 20 GB/s"
     assert len(notes_on_links(names, found, {})) == 2  # by the median of its kind

@@ -11,7 +11,7 @@ from conf.files import parse_json, read_json
 BAD = {
     "nested": (b"[" * 200_000, "too many nested"),
     "nested_objects": (b'{"a":' * 200_000, "too many nested"),
-    "not_utf8": (b'{"a": "\xff"}', "no UTF-8 text: invalid start byte at byte 7"),
+    "not_utf8": (b'{"a": "\xff"}', "not UTF-8 text: invalid start byte at byte 7"),
     "cut": (b'{"a": 1', "no JSON: Expecting ',' delimiter"),
     "empty": (b"", "no JSON: Expecting value"),
     "a_number_of_5000_digits": (b'{"a": ' + b"9" * 5000 + b"}", "no JSON: Exceeds the limit"),

@@ -171,7 +171,7 @@ def test_a_stranger_gets_no_place_in_the_run(toy):
     saw = toy.strange()
     assert saw["keys"] and not saw["read"], "he learns no address"
     ((code, said),) = toy.end()
-    assert code != 0 and "/1 in the store where the ranks meet was not written by a rank of this attempt" in said, said
+    assert code != 0 and "/1 in the rendezvous store was not written by a rank of this attempt" in said, said
     assert not (toy.folder / "mark").exists()
 
 

@@ -146,7 +146,7 @@ def test_a_run_that_goes_on_with_another_seed_other_data_and_no_average_says_so(
 def test_a_finished_run_says_so(unbroken):
     tmp_path, _ = unbroken
     done = train(tmp_path, "name=whole", "optim.ema_decay=0.9")
-    assert done.returncode == 0 and "all its 6 steps behind it" in done.stdout
+    assert done.returncode == 0 and "all 6 steps of this run are complete" in done.stdout
 
 
 def wait_for_step(tmp_path: Path, name: str, step: int) -> None:

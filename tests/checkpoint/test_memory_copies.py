@@ -77,7 +77,7 @@ def save_while_a_neighbour_is_gone(rank: int, shelves: Shelves, folder: Path) ->
     copies.save(15, shards, {})
     copies._join()
     warnings = copies.poll()
-    assert ("Connection refused" in warnings[0]) if rank == 0 else ("step 10 in memory is not whole" in warnings[0])
+    assert ("Connection refused" in warnings[0]) if rank == 0 else ("step 10 in memory is incomplete" in warnings[0])
     if rank == 0:
         copies._next = Shelf("n1", "", good, [1])
     copies.save(20, shards, {})

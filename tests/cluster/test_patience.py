@@ -97,12 +97,12 @@ def test_a_quiet_run_says_once_who_is_behind():
     run.wait(5.0)
     assert run.watch.tell_quiet(run.now) is None
     run.wait(1.5)
-    assert (text := run.watch.tell_quiet(run.now)) and "no news for 6.5 s" in text and "rank 2 is in step 20" in text
-    assert "where a step takes 2.0 s" in text and f"ended in {run.patience.kill_limit('step') - 6.5:.0f} s" in text
+    assert (text := run.watch.tell_quiet(run.now)) and "no progress for 6.5 s" in text and "rank 2 is in step 20" in text
+    assert "and a step takes 2.0 s" in text and f"ended in {run.patience.kill_limit('step') - 6.5:.0f} s" in text
     assert run.watch.tell_quiet(run.now) is None
     run.step(22)
     run.wait(6.5)
-    assert "no news for 6.5 s" in run.watch.tell_quiet(run.now), "another silence"
+    assert "no progress for 6.5 s" in run.watch.tell_quiet(run.now), "another silence"
 
 
 def test_the_first_step_is_a_start_until_it_is_done():
@@ -294,7 +294,7 @@ def test_a_word_on_silence_waits_for_five_steps_and_is_of_whole_steps():
         run.now += 7.0 if number % 2 else 20.0
         assert run.watch.tell_quiet(run.now) is None
     run.now += 60.0
-    assert "where a step takes 20.4 s" in run.watch.tell_quiet(run.now)
+    assert "and a step takes 20.4 s" in run.watch.tell_quiet(run.now)
 
 
 PAUSE_AT_10 = STEPS.replace("    time.sleep(0.1)\n", "    time.sleep(9 if step == 10 else 0.1)\n").replace(

@@ -60,7 +60,7 @@ def test_a_run_that_is_over_is_told_by_its_newest_incident(tmp_path, capsys):
 def test_a_ring_whose_process_is_another_one_by_now_is_no_run_that_lives(tmp_path, capsys):
     ring = CommRing(ring_path(tmp_path / "one" / "logs", 0), 0, 1)
     ring.enter("data", 3)
-    assert "one gets on: 1 ranks, step 3" in ask(capsys, tmp_path, "one")
+    assert "one makes progress: 1 ranks, step 3" in ask(capsys, tmp_path, "one")
     path = ring_path(tmp_path / "one" / "logs", 0)
     values = list(HEADER.unpack_from(raw := bytearray(path.read_bytes())))
     other = subprocess.Popen(["sleep", "600"])

@@ -232,7 +232,7 @@ def test_chats_with_tools_have_a_template_of_their_own(tokenizer, tmp_path, form
 
 def test_a_token_that_the_tokenizer_lacks_is_refused(tokenizer, tmp_path):
     (tmp_path / "other.jinja").write_text("<|im_start|> <|unknown_turn|>")
-    with pytest.raises(UserError, match=r"writes <\|unknown_turn\|>, which the tokenizer has not"):
+    with pytest.raises(UserError, match=r"writes <\|unknown_turn\|>, which is not a token"):
         load_template(str(tmp_path / "other.jinja"), None, tokenizer)
 
 
@@ -360,7 +360,7 @@ def test_a_run_is_told_of_turns_that_the_prompt_asks_for_in_another_way(tokenize
         {"messages": [{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": "a"}]} for n in range(9)
     ]
     (note,) = build_corpus(compose(*write(tmp_path, tokenizer, records, R1))).notes
-    assert "9 learnt turns have no reasoning, and the prompt of the template begins some" in note
+    assert "9 learnt turns have no reasoning, but the template's prompt opens a reasoning block" in note
 
 
 def test_a_row_is_the_same_chat_in_parquet_and_in_jsonl(tmp_path):
@@ -406,7 +406,7 @@ def test_chats_that_are_too_long_are_refused_cut_or_dropped_and_counted(tokenize
     overrides = write(tmp_path, tokenizer, records)
     with pytest.raises(UserError, match="2 of 30 chats are longer"):
         build_corpus(compose(*overrides))
-    for choice, words, left in (("cut", "1 cut, 1 dropped as nothing to learn", 29), ("drop", "2 dropped", 28)):
+    for choice, words, left in (("cut", "1 cut, 1 dropped without learnt tokens", 29), ("drop", "2 dropped", 28)):
         corpus = build_corpus(compose(*overrides, f"data.too_long={choice}"))
         assert len(corpus.parts[0].whole) == left and corpus.parts[0].whole.lengths_D.max() <= 512
         assert any(words in note for note in corpus.notes)

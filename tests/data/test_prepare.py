@@ -370,7 +370,7 @@ def test_a_token_folder_is_data_by_itself(folder, cache, tmp_path):
         prepare(config_of(moved, cache))
     del meta["crc32"]
     (moved / "meta.json").write_text(json.dumps(meta))
-    with pytest.raises(UserError, match="holds token 60000"):
+    with pytest.raises(UserError, match="has token 60000"):
         prepare(config_of(moved, cache))
     (moved / "tokens.bin").write_bytes(raw)
     plain = prepare(config_of(moved, cache))  # checksums are for those who want them

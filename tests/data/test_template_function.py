@@ -83,7 +83,7 @@ def test_a_corpus_of_it_is_made_anew_when_its_file_or_keys_change(code, tokenize
         ("fails", "raised KeyError: 'missing'"),
         ("gives_bytes", "gave a bytes"),
         ("takes_one", "must take messages, tools, add_generation_prompt"),
-        ("writes_another_token", r"writes <\|nobody\|>, which the tokenizer has not"),
+        ("writes_another_token", r"writes <\|nobody\|>, which is not a token"),
         ("nothing", "defines no nothing"),
     ],
 )

@@ -135,7 +135,7 @@ def test_reasoning_behind_a_prompt_that_denies_it_is_refused():
     """DeepSeek-V3.1's prompt without `thinking`, and GLM's with enable_thinking=false."""
     given = chat(QUESTION, thought(1))
     for name, keys, reasoning in (("deepseek", {}, LostReasoning.insert), ("glm", {"enable_thinking": False}, None)):
-        with pytest.raises(CannotRender, match="message 2 has reasoning, and the prompt") as error:
+        with pytest.raises(CannotRender, match="message 2 has reasoning, but the template's prompt") as error:
             learnt(name, given, reasoning, **keys)
         assert "data.template_keys" in error.value.cure
 

@@ -172,7 +172,7 @@ def test_wrong_shapes_missing_and_extra_tensors(tmp_path):
     name = "model.layers.2.mlp.experts.3.up_proj.weight"
     error = refused(
         changed(tmp_path / "a", "bf16", lambda t: t.update({name: t[name][:8]})),
-        rf"1 tensors have another shape.*{name}",
+        rf"1 tensors do not have the shape.*{name}",
     )
     assert "(8, 32), not (16, 32)" in error.rule
     refused(changed(tmp_path / "b", "bf16", lambda t: t.pop(name)), rf"lacks 1 of the model's \d+ tensors: {name}")

@@ -97,7 +97,7 @@ BAD = {
     "completion after the end": ({"tokens": [3, 4], "first": 2}, ":2.*under first .* 1 to 1"),
     "no ids": ({"tokens": [1.5, 2]}, ":2.*whole numbers"),
     "truth is no id": ({"tokens": [True, 2]}, ":2.*whole numbers"),
-    "another tokenizer": ({"tokens": [3, 10**6]}, ":2.*token 1000000, and the model has rows"),
+    "another tokenizer": ({"tokens": [3, 10**6]}, ":2.*token 1000000, and the model's tokens are"),
     "negative": ({"tokens": [3, -1]}, ":2.*token -1"),
     "one token": ({"tokens": [3]}, ":2.*at least two tokens"),
     "too long": ({"tokens": [3] * 10**4}, ":2.*10000 tokens, and the model reads at most"),

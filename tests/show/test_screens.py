@@ -50,7 +50,7 @@ def test_an_ascii_terminal_shows_question_marks():
 def test_final_screen_leaves_out_what_there_is_not():
     screen = console()
     final_screen("tiny", 1, console=screen)
-    assert screen.file.getvalue().strip() == "tiny: 1 steps done"
+    assert screen.file.getvalue().strip() == "tiny: 1 steps complete"
 
 
 def test_stopped_screen_says_how_to_go_on():

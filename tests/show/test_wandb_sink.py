@@ -184,7 +184,7 @@ def test_a_stuck_thread_is_given_up(tmp_path, monkeypatch):
     for step in range(1, 20):
         sink.write({"step": step})
     sink.close()
-    assert len(notes) == 1 and "10 records wait" in notes[0]
+    assert len(notes) == 1 and "10 records are waiting" in notes[0]
 
 
 def test_mode_of_the_environment_counts_for_auto(monkeypatch):

@@ -205,7 +205,7 @@ def test_a_ray_that_does_not_come_up_twice_is_one_screen_with_the_cure():
     ray = BusyRay(failures=2)
     with pytest.raises(UserError, match="cluster = ray") as caught:
         start_on(ray)
-    assert caught.value.code == EXIT_CRASH and "twice did not: The current node timed out" in caught.value.rule
+    assert caught.value.code == EXIT_CRASH and "in two attempts: The current node timed out" in caught.value.rule
     assert "cluster=local" in caught.value.cure and "\nthe GCS" not in caught.value.rule
     assert not any(folder.exists() for folder in ray.folders)
     assert [process.wait(60) for process in ray.left] == [-signal.SIGKILL] * 2

@@ -61,7 +61,7 @@ def test_spares_come_first_and_a_smaller_layout_has_no_more_ranks_than_make_it_f
     world.run(10)  # 8 sequences over 7 ranks take as long as over 4
     assert world.starts[-1].placement.dp == 4 and len(world.starts[-1].placement.spares) == 3
     assert world.notes("idle")[0].fields["nodes"] == ["n6", "n7", "n8"]
-    assert "pp 1 x dp 8, takes 8 devices in blocks of 1, and 7 are there" in world.notes("idle")[0].text
+    assert "pp 1 x dp 8, takes 8 devices in blocks of 1, and 7 are available" in world.notes("idle")[0].text
 
 
 def test_it_grows_back_at_a_checkpoint_when_a_node_returns():
@@ -509,7 +509,7 @@ def test_too_few_nodes_after_a_failure_names_no_checkpoint_where_there_is_none()
     world.run(60)
     assert world.finish.code == EXIT_CRASH and "newest checkpoint: none" in world.finish.text
     assert "the smallest layout that may run, pp 1 x dp 2 (ep 2), takes 2 devices" in world.finish.text
-    assert "pp 1 x dp 1 (ep 1) has room, but what it needs of a device is not known" in world.finish.text
+    assert "pp 1 x dp 1 (ep 1) fits, but its memory per device is unknown" in world.finish.text
 
 
 def test_a_slow_rank_is_named_with_numbers():

@@ -54,7 +54,7 @@ def test_what_is_put_can_be_read_in_parts(store, tmp_path):
         ("", FIRST, DATA, "401"),
         ("secret", "..", DATA, "404"),
         ("secret", FIRST, "../../secret.json", "404"),
-        ("secret", FIRST, DATA, "404 not held here"),
+        ("secret", FIRST, DATA, "404 not stored here"),
     ],
 )
 def test_strangers_and_strange_paths_are_refused(store, tmp_path, token, name, file, words):

@@ -95,7 +95,7 @@ def test_a_process_that_never_ends_is_named(tmp_path, monkeypatch):
     (tmp_path / "torch.py").write_text("import time\ntime.sleep(60)\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(hopper_probe, "PROBE_SECONDS", 2.0)
-    with pytest.raises(UserError, match="had no end after 2 s"):
+    with pytest.raises(UserError, match="did not end within 2 s"):
         hopper_probe.probe(compose("precision=fp8"))
 
 

@@ -57,7 +57,7 @@ def be_rank(rank: int, wrong: int, world: int) -> None:
     assert error.value.ranks == (2, 3)
     with torch.no_grad():
         expert[0, 0] = float("nan") if rank == 3 else 0
-    with pytest.raises(ReplicasDiffer, match="rank 3 holds other weights") as error:
+    with pytest.raises(ReplicasDiffer, match="rank 3 has other weights") as error:
         check.require_equal(20)
     assert error.value.ranks == (3,), "a number does not turn into none by itself"
 
