@@ -231,7 +231,7 @@ def test_a_cause_that_stays_ends_the_run_with_a_diagnosis(tmp_path):
     run = Run(tmp_path, "cluster.restarts=1", "checkpoint.every=100", nodes=2, dp=2)
     run.driver.view.note = lambda kind, text: run.fault(1, "crash") if kind == "attempt" else None
     assert run.run() == EXIT_CRASH
-    for words in ("rank 1 on n1 failed", "failure 2 of the kind", "newest checkpoint: none", "what to do"):
+    for words in ("rank 1 on n1 failed", "failure 2 of kind", "newest checkpoint: none", "what to do"):
         assert words in run.finish.text
 
 

@@ -660,4 +660,4 @@ def test_losses_of_other_nodes_say_nothing_of_the_run_and_those_of_the_same_end_
     for _ in range(2):
         world.kill_agent(again)
         world.run(15)
-    assert world.finish is not None and "failure 2 of the kind 'node lost'" in world.finish.text
+    assert world.finish is not None and "failure 2 of kind 'node lost'" in world.finish.text
