@@ -97,7 +97,9 @@ def test_a_quiet_run_says_once_who_is_behind():
     run.wait(5.0)
     assert run.watch.tell_quiet(run.now) is None
     run.wait(1.5)
-    assert (text := run.watch.tell_quiet(run.now)) and "no progress for 6.5 s" in text and "rank 2 is in step 20" in text
+    assert (
+        (text := run.watch.tell_quiet(run.now)) and "no progress for 6.5 s" in text and "rank 2 is in step 20" in text
+    )
     assert "and a step takes 2.0 s" in text and f"ended in {run.patience.kill_limit('step') - 6.5:.0f} s" in text
     assert run.watch.tell_quiet(run.now) is None
     run.step(22)
