@@ -1,7 +1,7 @@
-"""Every undocumented name of torch that the product uses: read this file before an upgrade.
+"""Every undocumented name of torch that Sluice uses: read this file before an upgrade.
 
 These are names with a leading underscore, and names of the pipeline runtime that torch's documentation lacks.
-tests/test_torch_private.py compares the list with the product's real use and with the installed torch.
+tests/test_torch_private.py compares the list with the names in the code and with the installed torch.
 parallel/zero/private_names.py does the same for DeepSpeed.
 """
 
@@ -15,7 +15,7 @@ class BorrowedName(NamedTuple):
     name: str
     why: str
     since: str = ""
-    """First torch version with the name, if the product also supports older versions, which do without it."""
+    """First torch version with the name, if Sluice also supports older versions, which work without it."""
 
 
 _STAGE = "torch.distributed.pipelining.stage.PipelineStage"

@@ -386,15 +386,15 @@ SCALARS = (
     ),
     *(
         Metric(
-            f"fp8_{product}_error",
+            f"fp8_{matmul}_error",
             float,
             "share",
-            f"error of {product} against bf16 operands, worst layer",
+            f"error of {matmul} against bf16 operands, worst layer",
             FP8_WHEN,
             panel="fp8_error",
             curve=Curve("fp8-error", label, colour, 100, True),
         )
-        for product, label, colour in (("fprop", "forward", BLUE), ("dgrad", "input gradient", ORANGE))
+        for matmul, label, colour in (("fprop", "forward", BLUE), ("dgrad", "input gradient", ORANGE))
     ),
     Metric(
         "cluster/attempt",

@@ -66,7 +66,7 @@ class LoraWeights:
         return y + (parts[0] if len(parts) == 1 else torch.cat(parts, -1))
 
     def widen(self, x: Tensor, weight_OI: Tensor) -> tuple[Tensor, Tensor]:
-        """Return operands whose product is the adapted one: the low-rank inputs next to x, and B next to the weight."""
+        """Return operands of one matmul with the adapted result: the low-rank inputs next to x, and B next to the weight."""
         ((name_a, name_b),) = self._names
         dropped, keep = self._drop(x)
         with keep:

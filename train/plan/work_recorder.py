@@ -193,11 +193,11 @@ class WorkRecorder:
         for name, kind in FP8_CASTS.items():
             self.listen(casts, name, _moving(kind))
         self.listen(engine, "_scaled_mm", _count_scaled)
-        products = engine._matmuls
-        form = "mxfp8" if isinstance(products, ScaledGroupedMatmuls) else "fp8"
-        prefix = "triton_" if isinstance(products, TritonMatmuls) else ""
-        self.listen(products, "grouped", partial(_count_fp8_grouped, f"{prefix}grouped_fprop_{form}"))
-        self.listen(products, "wgrad", partial(_count_fp8_wgrad, prefix, form))
+        matmuls = engine._matmuls
+        form = "mxfp8" if isinstance(matmuls, ScaledGroupedMatmuls) else "fp8"
+        prefix = "triton_" if isinstance(matmuls, TritonMatmuls) else ""
+        self.listen(matmuls, "grouped", partial(_count_fp8_grouped, f"{prefix}grouped_fprop_{form}"))
+        self.listen(matmuls, "wgrad", partial(_count_fp8_wgrad, prefix, form))
 
     def listen_to_dispatcher(self, dispatcher: ExchangeDispatcher) -> None:
         """Record a rank's transfers over its links, casts of rows that travel in FP8, and sorts of rows."""

@@ -73,8 +73,8 @@ def meta_precision(
         engine = cpu_engine(precision.fp8, kernels, meta=True)
     else:
         check_gpu_operands(precision.fp8)
-        products = DeepGemmMatmuls(_DEEP_GEMM) if needs_deep_gemm(precision.fp8) else TritonMatmuls(_MATMULS)
-        engine = HopperEngine(_KERNELS, products, _scaled_mm)
+        matmuls = DeepGemmMatmuls(_DEEP_GEMM) if needs_deep_gemm(precision.fp8) else TritonMatmuls(_MATMULS)
+        engine = HopperEngine(_KERNELS, matmuls, _scaled_mm)
         if has_mx_tiles(precision.fp8):
             engine = BlackwellEngine(_KERNELS, ScaledGroupedMatmuls(_scaled_grouped_mm), _scaled_mm)
     return Fp8Precision(precision.fp8, torch.device("meta"), kernels, engine, making)

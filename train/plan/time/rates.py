@@ -147,9 +147,9 @@ class Rates:
 def _nearest_kind(kind: str) -> str | None:
     if kind in LINKS:
         return LINKS[kind]
-    product, _, form = kind.rpartition("_")
-    if product in WORK_KINDS:
-        other = WORK_KINDS[product]
+    matmul, _, form = kind.rpartition("_")
+    if matmul in WORK_KINDS:
+        other = WORK_KINDS[matmul]
         return f"{other}_{form}" if other else None
     return None if kind in (*NOT_MEMORY, *LINKS.values(), *HOST, HOST_LAUNCH) else "memory"
 
