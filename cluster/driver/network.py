@@ -43,7 +43,7 @@ def rounds(count: int) -> list[list[tuple[int, int]]]:
 class LinkVerdict:
     text: str
     slow: list[tuple[str, str, float, float]]
-    """(from, to, gbit, ms) of the pairs far from the median."""
+    """Pairs of nodes that are much slower than the median: (from, to, Gbit/s, ms)."""
     unreachable: list[str]
     """One sentence for every pair without a connection."""
     pairs: int

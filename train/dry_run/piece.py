@@ -61,7 +61,7 @@ class DryRunPiece:
 
     @property
     def scene(self) -> Scene:
-        """The plan's scene of this piece; nothing is really sent."""
+        """The scene of this piece for the planner, with dispatchers that send nothing."""
         return _alone(self.config, self.load)
 
 

@@ -56,7 +56,7 @@ Section = TypeVar("Section")
 
 
 class FrozenSection(Generic[Section]):
-    """A configuration section as a key of caches, equal by value."""
+    """Wraps a configuration section as a cache key, which compares by value."""
 
     def __init__(self, section: Section):
         self.section, self._text = section, repr(section)

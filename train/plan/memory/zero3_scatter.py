@@ -91,7 +91,7 @@ def trace_unit_evaluation(scene: Scene, part: str) -> tuple[Visit, ...]:
 def trace_unit_backward(
     scene: Scene, part: str, held: bool, bucket: Bucket, waiting: WaitingGradients
 ) -> tuple[PassMemory, tuple[Visit, ...], WaitingGradients]:
-    """Whole backward, its visits, and the gradients that wait at its end.
+    """The memory of a whole backward pass, its visits, and the gradients that are not yet reduced at its end.
 
     held: as in trace_backward. waiting: gradients at the start.
     """
@@ -169,7 +169,7 @@ class _UnitRun(Run):
 
 
 def unit_of(name: str) -> str:
-    """The unit of a module or weight of the end; empty if it is in no unit, like the embedding."""
+    """The unit of a module or weight after the blocks (norm, head, mtp.N); empty for others, such as the embedding."""
     first, *rest = name.split(".")
     if first == "mtp":
         return f"mtp.{rest[0]}" if rest else ""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Segment:
-    """Seconds of computing, then of a transfer (0 for none) and of computing that may overlap it."""
+    """Durations in seconds: computing, then a transfer (0 for none), and computing that may overlap the transfer."""
 
     compute: float
     transfer: float = 0.0
