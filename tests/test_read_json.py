@@ -15,9 +15,9 @@ BAD = {
     "cut": (b'{"a": 1', "no JSON: Expecting ',' delimiter"),
     "empty": (b"", "no JSON: Expecting value"),
     "a_number_of_5000_digits": (b'{"a": ' + b"9" * 5000 + b"}", "no JSON: Exceeds the limit"),
-    "a_list": (b"[]", "it must hold an object, and holds a list"),
-    "a_number": (b"3", "it must hold an object, and holds a number"),
-    "null": (b"null", "it must hold an object, and holds null"),
+    "a_list": (b"[]", "it must contain an object, and contains a list"),
+    "a_number": (b"3", "it must contain an object, and contains a number"),
+    "null": (b"null", "it must contain an object, and contains null"),
 }
 """Contents of a file that should hold an object, and what is said of them."""
 

@@ -136,7 +136,7 @@ def test_folders_that_are_not_ours(tmp_path):
     wanted = {"w": whole(torch.zeros(2))}
     with pytest.raises(UserError, match="does not exist"):
         load_shards(tmp_path / "nowhere", wanted)
-    with pytest.raises(UserError, match=r"holds no manifest\.json"):
+    with pytest.raises(UserError, match=r"has no manifest\.json"):
         load_shards(tmp_path, wanted)
     (tmp_path / "manifest.json").write_text('{"name": "some web app"}')
     with pytest.raises(UserError, match="without format"):

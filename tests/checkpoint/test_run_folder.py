@@ -203,7 +203,7 @@ def test_a_path_names_a_checkpoint_or_a_run(tmp_path):
     (run / "checkpoints" / "step_00000004" / "rank_00000.json").unlink()
     for path, rule in (
         (run / "checkpoints" / "step_00000004", "is missing"),
-        (tmp_path, "holds no manifest"),
+        (tmp_path, "has no manifest"),
         ("/nowhere", "does not exist"),
     ):
         with pytest.raises(UserError, match=rule):

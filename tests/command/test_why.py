@@ -93,7 +93,9 @@ def test_a_run_that_hangs_now_is_looked_at_from_outside(tmp_path, capsys):
         os.kill(traces[1].pid, signal.SIGSTOP)
         time.sleep(3.0)
         said = ask(capsys, tmp_path / "runs", "asked")
-        assert "asked has no news for" in said and "culprit: rank 1\n" in said and "rank 1 is stopped" in said, said
+        assert (
+            "asked has made no progress for" in said and "culprit: rank 1\n" in said and "rank 1 is stopped" in said
+        ), said
         assert "waits:   rank 0 for 1, " in said and f"kill -CONT {traces[1].pid}" in said
         code, output = run.end(100)  # the run itself sees it too
     finally:

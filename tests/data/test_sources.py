@@ -157,7 +157,7 @@ def test_a_file_that_unpacks_without_end_is_refused(tmp_path, monkeypatch, pack)
     path = tmp_path / f"a.jsonl{SUFFIXES[pack]}"
     path.write_bytes(pack(lines(["fine"]) + (b" " * 1000 + b"\n") * 10_000))
     monkeypatch.setattr(readers, "LARGEST_RATIO", 100)
-    assert "unpacks to more than 100 times as many" in error_of(path).rule
+    assert "unpacks to more than 100 times as much" in error_of(path).rule
     monkeypatch.setattr(readers, "FREE", 1 << 30)
     assert [text for _, text in documents(path)] == ["fine"], "small files may"
 
@@ -201,13 +201,13 @@ def test_damaged_parquet_and_wrong_columns_are_refused(tmp_path):
 
 def test_missing_empty_and_unclear_paths(tmp_path):
     assert "no such file" in error_of(tmp_path / "absent").rule
-    assert "holds no text files" in error_of(tmp_path).rule
+    assert "has no text files" in error_of(tmp_path).rule
     (tmp_path / "a.txt").write_bytes(b"x")
     (tmp_path / "a.jsonl").write_bytes(lines(["x"]))
     error = error_of(tmp_path)
     assert "jsonl and text" in error.rule and "data.format" in error.cure
     assert documents(tmp_path, format=DataFormat.jsonl) == [("a.jsonl:1", "x")]
-    assert "holds no parquet files" in error_of(tmp_path, format=DataFormat.parquet).rule
+    assert "has no parquet files" in error_of(tmp_path, format=DataFormat.parquet).rule
 
 
 def test_a_sample_comes_from_many_files(tmp_path, monkeypatch):

@@ -184,11 +184,11 @@ def test_a_tiktoken_file_is_refused_with_the_way_out(tmp_path):
     """Wherever a folder is read for its tokenizer; another file beside it is taken."""
     (tmp_path / "tiktoken.model").write_text("AA== 0\n")
     for choice in (tmp_path, tmp_path / "tiktoken.model", tmp_path / "tokenizer.json"):
-        with pytest.raises(UserError, match=r"as tiktoken\.model, which is not read") as error:
+        with pytest.raises(UserError, match=r"as tiktoken\.model, which cannot be used") as error:
             load_tokenizer(str(choice))
         assert "models.md" in error.value.cure
     tune = compose("conf=tiny_chat", f"init_from={tmp_path}", "data.template=plain")
-    with pytest.raises(UserError, match=r"as tiktoken\.model, which is not read"):
+    with pytest.raises(UserError, match=r"as tiktoken\.model, which cannot be used"):
         chat_tokenizer(tune)
     (tmp_path / "own.json").write_text(foreign(["</s>"]))
     assert load_tokenizer(str(tmp_path / "own.json")).eos_id == 0

@@ -93,6 +93,6 @@ def test_a_calibration_that_cannot_be_used_is_an_error(tmp_path):
 
 def test_the_screen_names_a_skipped_update():
     piece = piece_of()
-    assert "SKIPPED     1 update, as gradients were not finite" in screen_of(
+    assert "SKIPPED     1 update, because gradients were not finite" in screen_of(
         piece, dataclasses.replace(invented(piece), skipped=1)
     )

@@ -302,7 +302,7 @@ def test_what_cannot_be_exported_is_refused(tmp_path):
     other = write_folder(tmp_path / "other", WHOLE, random_tensors(WHOLE, "fp32", seed=1))
     with pytest.raises(UserError, match="has other weights than the base of the adapter"):
         exported(replace(config, init_from=str(other)), tmp_path / "out")
-    with pytest.raises(UserError, match="must be 8, with which"):
+    with pytest.raises(UserError, match="must be 8, as in the training"):
         changed = replace(config.adapter, rank=16)
         exported(replace(config, init_from=str(tmp_path / "moved"), adapter=changed), tmp_path / "out")
     with pytest.raises(UserError, match="the export would equal this adapter"):

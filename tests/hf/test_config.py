@@ -167,7 +167,7 @@ def test_less_mtp_and_longer_sequences_are_said(tmp_path):
 WRONG = {
     "architectures": (
         ["LlamaForCausalLM"],
-        "must name the architecture DeepseekV3ForCausalLM, it names LlamaForCausalLM",
+        "must name the architecture DeepseekV3ForCausalLM, and names LlamaForCausalLM",
     ),
     "moe_intermediate_size": (20, "model.expert_width = 20 must be a multiple of 8"),
     "scoring_func": ("softmax", "scoring_func must be sigmoid"),
@@ -214,7 +214,7 @@ def test_values_of_a_wrong_type_are_refused(tmp_path, key, value):
 
 
 def test_a_broken_or_incomplete_file_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"must hold a config\.json"):
+    with pytest.raises(UserError, match=r"must contain a config\.json"):
         read_model(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read"):

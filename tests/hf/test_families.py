@@ -415,7 +415,7 @@ def test_what_mistral_says_and_deepseek_cannot(tmp_path):
 def test_an_export_under_names_that_cannot_hold_the_model_is_refused(tmp_path):
     write_miniature(tmp_path / "in", "mistral_large_3")
     model, ours, _ = load_hf_model(tmp_path / "in")
-    with pytest.raises(UserError, match="routers that take a sigmoid") as caught:
+    with pytest.raises(UserError, match="needs routers with sigmoid") as caught:
         export_model(tmp_path, model, ours)
     assert caught.value.cure == "use export.family=mistral_large_3" and not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="is not the FP8 format of Mistral Large 3"):

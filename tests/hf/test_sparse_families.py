@@ -237,7 +237,7 @@ def test_fields_that_are_honoured_and_that_mislead(tmp_path):
 def test_the_other_families_have_no_such_field(tmp_path):
     model = Model(**MODEL)
     write_folder(tmp_path / "a", model, random_tensors(model, "fp32"), index_topk=2048)
-    with pytest.raises(UserError, match="not known here, and may change the model: index_topk"):
+    with pytest.raises(UserError, match="unknown fields, which may change the model: index_topk"):
         read_model(tmp_path / "a")
 
 

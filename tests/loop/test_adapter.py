@@ -190,7 +190,7 @@ def test_what_an_adapter_cannot_go_on_from(tmp_path):
         return str(error.value)
 
     tuned = [*LORA, "name=tuned"]
-    assert "holds an adapter alone, and this run trains whole weights" in refused("name=tuned", *given)
+    assert "has an adapter alone, and this run trains whole weights" in refused("name=tuned", *given)
     assert "has whole weights, and this run trains an adapter" in refused(*LORA, "name=base", *base)
     assert "adapter.rank=8" in refused(*tuned, *base, "adapter.rank=16")
     assert "adapter.targets=[q_up,kv_up,down,out,routed,shared,dense]" in refused(

@@ -416,7 +416,7 @@ def test_an_unknown_or_small_host_is_named():
         make_plan(compose(*OFFLOAD, "hardware.host_memory_bytes=0"))
     with pytest.raises(UserError, match=r"parallel\.offload_optimizer = True"):
         compose("parallel.dp=2", "parallel.zero=3", "parallel.offload_optimizer=true")
-    with pytest.raises(UserError, match=r"model\.offload would have the host's memory"):
+    with pytest.raises(UserError, match=r"model\.offload use the host's memory"):
         make_plan(compose(*OFFLOAD[:-1], "model.offload=[layer]", "hardware.host_memory_bytes=0"))
     with pytest.raises(UserError, match=r"model\.offload = \['layer'\]\n  rule: has nothing to bring"):
         compose("model.offload=[layer]", "model.recompute=[layer]")
