@@ -43,7 +43,7 @@ from conf.removed_keys import drop_removed_keys
 from conf.run_settings import LOOKS_AT_A_RUN, over_run_settings
 from conf.schema import ROOT, Config, Hardware, HoldOutBy, Mode, OptimizerName
 from conf.synonyms import INSTEAD_OF
-from conf.words import columns_of, folded, say, say_note
+from conf.words import say_folded, say_note
 from conf.yaml_file import UNREADABLE, escaped, read_yaml, yaml_error
 
 SPREADS = (Mode.train, Mode.plan, Mode.dry_run)
@@ -402,5 +402,5 @@ def reported(main: Callable[..., int]) -> Callable[..., int]:
 
 def report(error: UserError) -> int:
     """Print the error on one screen; returns its exit code."""
-    say(folded(f"error: {error}", columns_of(sys.stderr), 8), file=sys.stderr)
+    say_folded(f"error: {error}", 8, sys.stderr)
     return error.code

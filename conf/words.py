@@ -49,13 +49,14 @@ def say(*words: object, sep: str = " ", file: TextIO | None = None, flush: bool 
 
 
 def say_note(text: str) -> None:
-    """Print a note for the user who started the program; in a terminal, lines break between words."""
-    say(folded(f"note: {text}", columns_of(sys.stdout), 2), flush=True)
+    """Print a note for the user who started the program."""
+    say_folded(f"note: {text}", 2)
 
 
-def columns_of(file: TextIO) -> int | None:
-    """Columns of the terminal that a file is; None for other files."""
-    return shutil.get_terminal_size().columns if file.isatty() else None
+def say_folded(text: str, indent: int, file: TextIO | None = None) -> None:
+    """Print text, in a terminal with lines that break between words (`folded`)."""
+    columns = shutil.get_terminal_size().columns if (file or sys.stdout).isatty() else None
+    say(folded(text, columns, indent), file=file, flush=True)
 
 
 def folded(text: str, columns: int | None, indent: int) -> str:

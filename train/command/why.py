@@ -22,7 +22,7 @@ from cluster.spawn import is_stopped
 from cluster.stacks import gather_stacks
 from conf.errors import EXIT_OK, UserError
 from conf.load import reported
-from conf.words import say
+from conf.words import say, say_folded
 from train.checkpoint.run_folder import is_held
 from train.command.command_words import sort_words
 
@@ -52,29 +52,33 @@ def _tell_as_json(folder: Path) -> None:
         say(json.dumps(found[1] if found else None, indent=1))
 
 
+def _show(text: str) -> None:
+    say_folded(text, 11)  # the values of an incident screen are indented by 11
+
+
 def _tell(folder: Path) -> None:
     logs = folder / "logs"
     if traces := alive_traces(logs):
         silent = time.time() - last_news(traces)
         if silent < PROGRESS_SECONDS:
             steps = sorted({trace.step for trace in traces.values()})
-            say(
+            _show(
                 f"{folder.name} makes progress: {len(traces)} ranks, step {steps[-1]}, last progress {silent:.1f} s ago"
             )
         else:
-            say(f"{folder.name} has made no progress for {silent:.1f} s\n{incident_screen(look_at(logs, traces))}")
+            _show(f"{folder.name} has made no progress for {silent:.1f} s\n{incident_screen(look_at(logs, traces))}")
         return
     found = newest_incident(logs)
     held = is_held(folder)
     if held:
-        say(f"{folder.name} runs on other machines: its driver compares the ranks when they hang or fail")
+        _show(f"{folder.name} runs on other machines: its driver compares the ranks when they hang or fail")
     if found is None:
         last = next((event for event in reversed(read_events(folder)) if event["kind"] == "failure"), None)
-        say(f"the last failure: {last['text']}" if last else f"{folder.name} has had no failure so far")
+        _show(f"the last failure: {last['text']}" if last else f"{folder.name} has had no failure so far")
         return
     path, incident = found
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(incident["time"]))
-    say(f"{folder.name}, {when}\n{incident_screen(incident, path)}")
+    _show(f"{folder.name}, {when}\n{incident_screen(incident, path)}")
 
 
 def alive_traces(logs: Path) -> dict[int, RankTrace]:
