@@ -23,7 +23,7 @@ from conf.load import compose_node, explained, reported
 from conf.schema import ROOT, Mode
 
 EXPERT = "expert"
-"""The word that asks for expert keys, which hardly anyone sets."""
+"""The word that asks for expert keys, which are rarely used."""
 FIRST_SCREEN = {
     "Examples": (
         ("sluice", "train the recipe tiny, a small DeepSeek-V3"),

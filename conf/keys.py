@@ -39,7 +39,7 @@ class Key:
     meaning: str
     """One line, with the unit."""
     expert: bool = False
-    """Whether it is an expert key, which hardly anyone sets."""
+    """Whether it is an expert key, which is rarely used."""
 
 
 @dataclass(frozen=True)

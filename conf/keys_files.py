@@ -22,21 +22,21 @@ KEYS_PAGE = ROOT / "train" / "docs" / "keys.md"
 EDITORS = ROOT / "conf" / "recipe.schema.json"
 PAGE_HEAD = """# Every key
 
-All settings of a run, with the value that `sluice` takes without arguments, what they take, and what they mean. Those that hardly anyone
-sets stand in the [second part](#expert). The same in a terminal, with the values of any arguments:
+All settings of a run, with the value of `sluice` without arguments, the accepted values, and the meaning. Rarely used keys are in the
+[second part](#expert). The same in a terminal, with the values for any arguments:
 
-    sluice --help
+    sluice --help keys
     sluice --help parallel
     sluice --help optim optim=deepseek_v3_16b
     sluice --help expert
     sluice --help expert cluster
 
-`KEY[]` is an entry of a list, `NAME` any name. This page is made of [conf/schema.py](../../conf/schema.py) by `python -m conf.keys_files`.
+`KEY[]` is an entry of a list, `NAME` any name. `python -m conf.keys_files` writes this page from [conf/schema.py](../../conf/schema.py).
 """
 EXPERT_HEAD = """
 ## Expert
 
-Keys that hardly anyone sets: fine points of number formats, margins, limits of patience, descriptions of devices.
+Rarely used keys: details of number formats, margins, time limits, and descriptions of devices.
 """
 JSON_TYPES = {
     int: ["integer"],
