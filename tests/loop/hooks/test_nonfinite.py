@@ -35,7 +35,7 @@ def test_the_last_layer_is_the_origin_in_the_backward_pass_and_experts_catch_wha
 
 def test_what_all_ranks_see_is_blamed_on_none_of_them():
     found = find_origin(False, [saw(0, 0, END), saw(1, 1, END)])
-    assert not found.ranks and not found.alone and "on all ranks that hold it" in found.text
+    assert not found.ranks and not found.alone and "on all ranks that have it" in found.text
     assert found.advice(5, "0 to 7").startswith("Lower optim.lr, or resume from an older checkpoint")
     before = found.advice(0, "0 to 7")
     assert "There was no update yet" in before and "Lower" not in before
