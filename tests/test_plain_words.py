@@ -8,7 +8,7 @@ from pathlib import Path
 from conf.schema import ROOT
 
 INSTEAD = {
-    "shaken?|shook": "perturbed",
+    "shaken": "perturbed",
     "untold": "inconclusive",
     "ways? (?:back|out)": "combine, dispatch",
     "whoever|of whom": "the caller, the rank",

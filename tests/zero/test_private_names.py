@@ -103,5 +103,7 @@ def test_they_are_few_and_fewer_still_are_there_for_speed():
 
 
 def test_a_deepspeed_without_a_name_is_refused_by_version_and_reason():
-    with pytest.raises(UserError, match=r"deepspeed = \d+\.\d+\.\d+\n.*lacks reset_step, .*a pass begins"):
+    with pytest.raises(
+        UserError, match=r"deepspeed = \d+\.\d+\.\d+\n.*lacks reset_step, .*called at the start of a pass"
+    ):
         require_names(coordinator=object())
