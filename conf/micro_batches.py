@@ -93,7 +93,7 @@ def check_batch(config: Config) -> None:
     around = [*[each for each in ranks if each < dp][-1:], *[each for each in ranks if each > dp][:1]]
     cure = f"use batch_size={' or '.join(map(str, near))}{with_size}"
     if around:
-        cure += f", or parallel.dp={' or '.join(map(str, around))}, which divides {batch} sequences"
+        cure += f", or parallel.dp={' or '.join(map(str, around))}, for equal shares of {batch} sequences"
     raise UserError("batch_size", batch, f"must be a multiple of micro_batch_size x parallel.dp = {size} x {dp}", cure)
 
 

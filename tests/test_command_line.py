@@ -81,7 +81,7 @@ MISTAKES = {
     "optim=[1]": "use one of these, or set single keys, such as optim.lr=VALUE",
     # choice
     "precision=fp16": "use one of these",
-    "precision.name=fp16": "use fp32, the default, or another value. fp32, bf16, or a recipe with FP8 products",
+    "precision.name=fp16": "use fp32, the default, or another value. fp32, bf16, or a recipe with FP8 GEMMs",
     "model=big": "use one of these, or set single keys, such as model.vocab_size=VALUE",
     "hardware=a100": "use one of these; for a custom one, write MINE/hardware/NAME.yaml and add --config-dir MINE",
     "data=openwebtext": "use one of these, or set single keys, such as data.path=VALUE",

@@ -125,4 +125,4 @@ def test_a_ramp_may_begin_with_a_micro_batch_a_rank_and_the_nearest_batch_is_off
         assert caught.value.cure.startswith(f"use batch_size={near}")
     with pytest.raises(UserError) as caught:
         compose("parallel.dp=5", "micro_batch_size=1", "batch_size=12")
-    assert caught.value.cure.endswith("parallel.dp=4 or 6, which 12 sequences")
+    assert caught.value.cure.endswith("parallel.dp=4 or 6, for equal shares of 12 sequences")

@@ -62,7 +62,7 @@ def test_no_folder_no_weights_or_only_pickles(tmp_path):
         load_tokenizer("a" * 300)
     refused(tmp_path, r"must contain model\.safetensors\.index\.json or model\.safetensors")
     (tmp_path / "pytorch_model-00001-of-00002.bin").write_bytes(b"")
-    refused(tmp_path, r"no safetensors but pytorch_model-00001-of-00002\.bin: pickle files can run any code")
+    refused(tmp_path, r"no safetensors, only pytorch_model-00001-of-00002\.bin: pickle files can run any code")
     (tmp_path / "pytorch_model-00001-of-00002.bin").rename(tmp_path / "weights.pt")
     refused(tmp_path, r"weights\.pt")
 

@@ -204,7 +204,7 @@ def test_a_report_speaks_of_the_run_that_was_proven_alone(tmp_path):
     for other in (SETTINGS | {"seq_len": 999}, SETTINGS | {"optim": SETTINGS["optim"] | {"lr": 0.5}}):
         assert trains not in said(other) and "belongs to another run: recipe" in said(other)
     assert "belongs to another run: layout" in said(SETTINGS | {"parallel": SETTINGS["parallel"] | {"zero": 2}})
-    assert "but of version 0.0, commit abc: prove this run again" in said(SETTINGS, version="0.0", commit="abc")
+    assert "another run: version 0.0, commit abc: prove this run again" in said(SETTINGS, version="0.0", commit="abc")
     assert trains in (changed := said(SETTINGS, modified=True)) and "were modified" in changed
     old = json.loads((tmp_path / "prove.json").read_text())
     del old["proven"]
