@@ -70,7 +70,7 @@ def refused(played: Played) -> None:
             lambda: engine.logprobs(replace(good, tensors={"temperatures": torch.zeros(8, 25)})),
             "above 0 at every learnt",
         ),
-        (engine.update, "no forward_backward with last=True"),
+        (engine.update, "a forward_backward with last=True"),
         (lambda: engine.update(21), "must be a step of the recipe, 1 to 20"),
     ]
     for call, words in cases:
@@ -83,7 +83,7 @@ def refused(played: Played) -> None:
     engine.forward_backward(good, "ppo")
     with pytest.raises(UserError, match="must be a number of 0 or more"):
         engine.update(lr=math.nan)
-    with pytest.raises(UserError, match="update or discard did not"):
+    with pytest.raises(UserError, match="without update or discard"):
         engine.forward_backward(good, "ppo")
     with pytest.raises(UserError, match="must be called between steps"):
         engine.weights()

@@ -112,7 +112,7 @@ def _check_documents(batch: Batch) -> None:
         row, token = wrong_BS.nonzero()[0].tolist()
         given = f"{int(documents_BS[row, token])} (sequence {row}, token {token})"
         rule = "must number the samples of a sequence 0, 1, 2, ..., each in one piece, with -1 for padding"
-        raise UserError("batch.documents_BS", given, rule, "number them anew")
+        raise UserError("batch.documents_BS", given, rule, "number them from 0")
 
 
 @dataclass(frozen=True)

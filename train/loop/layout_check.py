@@ -72,10 +72,7 @@ def _check_choices(config: Config) -> None:
         raise UserError("parallel.split", config.parallel.split, rule, "give the first stage a layer")
     for number, layers in enumerate(stages):
         if layers and sparse.heads and not sparse.chooses(layers.start):
-            rule = (
-                f"puts layer {layers.start} first in stage {number}, and by model.sparse.pattern it takes the keys that layer "
-                f"{sparse.pattern.rindex('F', 0, layers.start)} chooses, in the stage before"
-            )
+            rule = f"puts layer {layers.start} first in stage {number}, and by model.sparse.pattern it uses the keys selected by layer {sparse.pattern.rindex('F', 0, layers.start)}, which is in an earlier stage"
             starts = [at for at, letter in enumerate(sparse.pattern) if letter == "F"]
             cure = f"give parallel.split so that each stage begins with one of the layers {starts}"
             raise UserError("parallel.split", config.parallel.split, rule, cure)

@@ -204,7 +204,9 @@ class Session:
 
     def _send(self, method: str, said: dict[str, Any], tensors: dict[str, Tensor] | None = None) -> None:
         if self._link is None:
-            raise UserError("session", method, "the session has ended", "open another one: with train.session(config)")
+            raise UserError(
+                "session", method, "the session has ended", "open a new session: with train.session(config)"
+            )
         if self._is_reading:
             rule = "comes while weights() still has tensors"
             raise UserError("session", method, rule, "read all of them first, as dict(engine.weights())")

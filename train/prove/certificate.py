@@ -18,18 +18,18 @@ from train.show.proof_rows import PROOF_CARD_FILE, PROOF_FILE
 from train.show.screens import GOOD, WARN, show_rows
 
 PROOFS_SAY = {
-    "exact": "in fp64, without an optimizer: the model, its pipeline and its dispatchers are the reference's function",
-    "loop": "in fp64: steps of a custom loop with policy losses, values per token and replayed experts are the reference's",
+    "exact": "in fp64, without an optimizer: model, pipeline and dispatchers compute the same function as the reference",
+    "loop": "in fp64: steps of a custom loop, with policy losses, values per token and replayed experts, equal the steps of the reference",
     "fp32": "in fp32 through DeepSpeed: reduction, norm, update, balance, and a checkpoint read in another layout",
-    "recipe": "in the recipe's own precision, within what its formats round",
-    "tiles": "in that precision with widths and positions beyond 128, values at limits: single parts, and rows on their way",
+    "recipe": "in the recipe's precision, within the rounding errors of its formats",
+    "tiles": "in the recipe's precision, with widths and positions beyond 128 and values at limits: single parts and dispatched rows",
 }
 BLIND = {
-    "exact": "how anything is rounded; optimizer, reduction over ranks and checkpoint, which the next pass has",
-    "loop": "how anything is rounded; generation, and losses of your own",
-    "fp32": "what only lower formats have: FP8 products, their scales, the wire",
-    "recipe": "in whole outputs and gradients, what is below the loosest bound; single parts of a recipe that rounds have far sharper ones",
-    "tiles": "whole outputs, updates and checkpoints, which the passes before have; pipelines, in which no scale is another",
+    "exact": "rounding; optimizer, reduction over ranks and checkpoint, which check fp32 covers",
+    "loop": "rounding; generation, and custom losses",
+    "fp32": "features of lower formats: FP8 GEMMs, their scales, the wire format",
+    "recipe": "errors of whole outputs and gradients below the loosest bound; single parts of a recipe with rounding have much tighter bounds",
+    "tiles": "whole outputs, updates and checkpoints, which other checks cover; pipelines, which change no scale",
 }
 """What a check cannot detect."""
 WIDTH = 100
@@ -43,12 +43,15 @@ VERIFIED = {
         ("settings", "backward", "reduction", "update"),
         "gradients, their sums over micro-batches and ranks, updates and balance biases equal the reference's",
     ),
-    "resume": (("checkpoint",), "a checkpoint, read in another layout, is the saved state bit for bit, and trains on"),
+    "resume": (
+        ("checkpoint",),
+        "a checkpoint, read in another layout, is the saved state bit for bit, and training resumes from it",
+    ),
 }
 """Fields that a proof can verify, with the phases of a comparison that belong to each, and the verified statement."""
 NOT_HERE = {
-    "conversion": "a proof converts nothing; `mode=export` writes a Hugging Face folder, and `init_from` reads one",
-    "speed": "a proof measures none; `python -m bench` and the metrics of a run do",
+    "conversion": "a proof does not convert weights; `mode=export` writes a Hugging Face folder, and `init_from` reads one",
+    "speed": "a proof does not measure speed; `python -m bench` and the metrics of a run do",
 }
 """Fields that a proof does not verify, with other sources."""
 NEVER_PROVEN = [

@@ -23,7 +23,7 @@ MOST_INCONCLUSIVE_ADAPTED = 0.2
 inconclusive, and rounded low-rank inputs increase the number of such rows."""
 SPLIT = 2.0**-15
 """Relative error of a router's gradient on a GPU, which multiplies it as two bf16 numbers."""
-NO_GRADIENT = Bound(0.0, "what is not learnt gives no gradient")
+NO_GRADIENT = Bound(0.0, "positions that are not learnt have no gradient")
 
 
 # Norms

@@ -191,7 +191,7 @@ def shrink(cfg: Config) -> Miniature:
             f"No layout has three ranks along {', '.join(few)}: what only a third gets wrong is not seen.",
         ]
     if small.adapter.dropout:
-        structure = [*structure, "Dropout acts in pass tiles alone, where single parts are judged with it."]
+        structure = [*structure, "Dropout acts only in check tiles, where single parts are judged with it."]
     return Miniature(small, [*structure, *_differences(whole, small)])
 
 
