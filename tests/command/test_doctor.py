@@ -114,6 +114,6 @@ def test_the_title_tells_what_stops_and_what_could_be_better():
     bad = DoctorLine("Disk", "full", "free space", stops=True)
     assert screen(fine) == (EXIT_OK, "\nready to train\n  CPU         fast\n")
     code, said = screen(fine, better)
-    assert code == EXIT_OK and "ready to train; could be better: Compiler" in said and "to do: install g++" in said
+    assert code == EXIT_OK and "ready to train; could be improved: Compiler" in said and "to do: install g++" in said
     code, said = screen(fine, better, bad)
     assert code == EXIT_USER and said.startswith("\nnot ready to train: Disk\n") and "error: free space" in said

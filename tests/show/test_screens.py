@@ -30,7 +30,7 @@ def test_final_screen_names_everything_and_breaks_no_path():
     )
     shown = screen.file.getvalue()
     assert (
-        "tiny: 300 steps done in 2:05" in shown
+        "tiny: 300 steps complete in 2:05" in shown
         and "loss 5.1250" in shown
         and "5.2500" in shown
         and "2.5000 bits per byte" in shown
