@@ -8,8 +8,8 @@ from conf.words import one_line, sentence
 EXIT_OK, EXIT_CRASH, EXIT_USER, EXIT_DIVERGED, EXIT_STOPPED, EXIT_INTERRUPTED = 0, 1, 2, 3, 75, 130
 EXIT_CODES = {
     EXIT_OK: "all was done",
-    EXIT_CRASH: "it failed: a crash, a rank that was killed or hangs, a disk that refused the last checkpoint, a proof that does not hold",
-    EXIT_USER: "the input is wrong: the error names field, rule and cure, and nothing was started or written; or `mode=plan` says on its screen that a layout does not fit",
+    EXIT_CRASH: "failure: a crash, a killed or hung rank, a last checkpoint that could not be written, or a failed proof",
+    EXIT_USER: "wrong input: the error names field, rule and cure, and nothing was started or written; or, with `mode=plan`, a layout that does not fit",
     EXIT_DIVERGED: "the loss or a gradient was not finite, `optim.max_bad_steps` times in a row",
     EXIT_STOPPED: "a signal stopped a training, with a checkpoint if a step was completed; the same command without `resume=` continues it",
     EXIT_INTERRUPTED: "Ctrl-C ended the process at once: in a mode other than training, during the start, or by a second Ctrl-C in a training",

@@ -704,7 +704,7 @@ class Hardware:
     shared_memory_bytes: float = expert(0.0, least=0)
     """Size of a host's /dev/shm, in bytes, for copies in memory (checkpoint.memory_folder); 0 for half of host_memory_bytes, Linux's default."""
     disk_bytes: float = expert(0.0, least=0)
-    """Room for checkpoints and exports of the run on the file system of all nodes, in bytes; 0 for not known."""
+    """Space for checkpoints and exports of the run on the shared file system, in bytes; 0 if unknown."""
     storage_bandwidth: float = expert(0.0, least=0)
     """Bytes per second that this file system writes or reads for all nodes together. Llama 3's sustained 2e12. 0 for not known: a
     plan then leaves the time to write and load checkpoints out, and advises no interval of checkpoints."""

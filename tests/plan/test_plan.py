@@ -275,10 +275,10 @@ def test_a_search_that_finds_nothing_names_the_nearest_and_the_fewest_devices_th
     monkeypatch.setattr(candidates, "SAVINGS", (ActivationSaving(["layer"]),))
     recipe = [*FEW, "plan.devices=2", "model.recompute=[layer]", "hardware.memory_bytes=38e6"]
     with pytest.raises(
-        UserError, match=r"nearest that was looked at, (.*), lacks 4 MiB of a device at the forward of"
+        UserError, match=r"nearest tested layout, (.*), lacks 4 MiB of a device at the forward of"
     ) as caught:
         search(compose(*recipe))
-    nearest = re.search("looked at, (.*), lacks", caught.value.rule).group(1).split()
+    nearest = re.search("tested layout, (.*), lacks", caught.value.rule).group(1).split()
     more, devices = re.search(
         r"and (.*) it fits on plan.devices=(\d+), (?:only )?2 MiB (?:to spare|free)", caught.value.cure
     ).groups()

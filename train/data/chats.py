@@ -98,7 +98,7 @@ def read_chat(record: Any, place: str, field: str) -> Chat:
         return UserError(field, place, rule, cure)
 
     if not isinstance(record, dict):
-        raise refuse(f"is a {type(record).__name__}, and a chat is an object", "write one object per line")
+        raise refuse(f"is a {type(record).__name__}, and must be an object", "write one object per line")
     record = without_nulls(record)
     written = "".join(_texts(record))
     if SURROGATE.search(written) or any(mark in written for mark in PLACE_MARKS):

@@ -471,7 +471,7 @@ def _near(config: Config, devices: int) -> str:
 
 def _nothing_fits(config: Config, found: Search, nearest: _Miss | None) -> UserError:
     """The error for devices on which no layout fits. nearest: the layout that lacks least, if there is one."""
-    rule = f"{found.devices} x {config.hardware.name} cannot hold this recipe under any of {found.tried} layouts"
+    rule = f"{found.devices} x {config.hardware.name} cannot fit this recipe with any of {found.tried} layouts"
     cures = []
     if nearest is not None:
         plan = make_plan(nearest.config)
@@ -479,12 +479,12 @@ def _nothing_fits(config: Config, found: Search, nearest: _Miss | None) -> UserE
         lacks = [f"{gib(-plan.room_bytes)} of a device at the {plan.fullest.peak_event}"] * (plan.room_bytes < 0)
         lacks += [f"{gib(host)}{OF_A_HOST}"] * (host > 0)
         layout = " ".join(overrides(plan.config, config))
-        rule += f": the nearest that was looked at, {layout}, lacks {' and '.join(lacks)}"
+        rule += f": the nearest tested layout, {layout}, lacks {' and '.join(lacks)}"
         cures = [
             f"with that layout and {shlex.join(cure.overrides)} it fits"
             + (f" on plan.devices={cure.devices}" if cure.devices != found.devices else "")
             + f", {room_words(cure.room_bytes, plan.memory_bytes)}"
             for cure in find_beyond(plan)
         ]
-    general = "take more devices or devices with more memory, or a smaller model, batch or sequence length"
+    general = "use more devices, devices with more memory, or a smaller model, batch or sequence length"
     return UserError("plan.devices", found.devices, rule, "; ".join([*cures, general]))
