@@ -7,7 +7,7 @@ from conf.words import one_line, sentence
 
 EXIT_OK, EXIT_CRASH, EXIT_USER, EXIT_DIVERGED, EXIT_STOPPED, EXIT_INTERRUPTED = 0, 1, 2, 3, 75, 130
 EXIT_CODES = {
-    EXIT_OK: "all was done",
+    EXIT_OK: "success",
     EXIT_CRASH: "failure: a crash, a killed or hung rank, a last checkpoint that could not be written, or a failed proof",
     EXIT_USER: "wrong input: the error names field, rule and cure, and nothing was started or written; or, with `mode=plan`, a layout that does not fit",
     EXIT_DIVERGED: "the loss or a gradient was not finite, `optim.max_bad_steps` times in a row",
