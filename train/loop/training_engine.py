@@ -499,7 +499,7 @@ class Engine:
         wanted = (rows, length - 1, indexer_layers(model), model.sparse.top_k)
         if keys.shape != wanted or not wanted[2]:
             rule = f"must be {wanted}: sequences, tokens but the last, layers of the main model that choose, keys of a token"
-            raise UserError("batch.keys_BTLK", tuple(keys.shape), rule, "give them as mode=score writes them")
+            raise UserError("batch.keys_BTLK", tuple(keys.shape), rule, "use the format of mode=score")
         own_T11 = torch.arange(length - 1)[:, None, None]
         first = torch.zeros(rows, length - 1, 1, 1, dtype=torch.long)
         keys = keys.long()
@@ -522,7 +522,7 @@ class Engine:
             row, token, layer = (~good.all(-1)).nonzero()[0].tolist()
             value = f"{keys[row, token, layer].tolist()} (sequence {row}, token {token}, layer {layer} of those that choose)"
             rule = f"must be {model.sparse.top_k} different positions of the token's document up to its own, or all of them and then -1"
-            raise UserError("batch.keys_BTLK", value, rule, "replay what an engine of this model chose")
+            raise UserError("batch.keys_BTLK", value, rule, "replay the experts that an engine of this model chose")
         return keys.int()
 
     def _experts(self, batch: Batch) -> Tensor:

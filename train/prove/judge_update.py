@@ -136,7 +136,7 @@ def _judge_moved(
     count = (ROUNDINGS | STATE_ROUNDINGS)[kind]
     allowed, why = count * rounded + SMALLEST, f"{count} roundings of fp32, relative to each element"
     if kind in STATE_ROUNDINGS and moments == "bf16":
-        allowed, why = allowed + UNIT["bf16"] * want.abs() + SMALLEST_BF16, f"{why}, and one of bf16"
+        allowed, why = allowed + UNIT["bf16"] * want.abs() + SMALLEST_BF16, f"{why}, and one rounding of bf16"
     quantity = QUANTITIES.get(kind, kind)
     at.compare(quantity, name, got[name], want, Bound(1.0, why), rank=rank, measure=in_each(allowed, before[name]))
 
