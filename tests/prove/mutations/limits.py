@@ -99,7 +99,9 @@ def attention_without_its_maximum(bug: Seams) -> None:
     bug.around(PlainAttention, "forward", forward)
 
 
-@mutation(OURS + ": the loss's softmax does not subtract its maximum", "bf16 plain", FORWARD, "head|loss", WIDE)
+@mutation(
+    OURS + ": the loss's softmax does not subtract its maximum", "bf16 plain", (FORWARD, BACKWARD), "head|loss", WIDE
+)
 def loss_without_its_maximum(bug: Seams) -> None:
     def cross_entropy(original, self, logits_NV, *rest):
         overflows_N1 = (logits_NV > OVERFLOW).any(-1, keepdim=True)
