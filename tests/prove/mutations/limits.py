@@ -63,20 +63,20 @@ def positions_in_eight_bits(bug: Seams) -> None:
     OURS + ": a thread of a warp has one expert, and those behind have none", "many local", FORWARD, EXPERTS, WIDE
 )
 def experts_beyond_a_warp_left_out(bug: Seams) -> None:
-    def product(original, x_RI, weight_EIO, rows):
+    def matmul(original, x_RI, weight_EIO, rows):
         out_RO = original(x_RI, weight_EIO, rows)
         out_RO[sum(rows[:WARP]) :] = 0
         return out_RO
 
-    bug.around(grouped, "product", product)
+    bug.around(grouped, "matmul", matmul)
 
 
 @mutation(OURS + ": experts from 32 on take the weights of the first", "many local", FORWARD, EXPERTS, WIDE)
 def experts_beyond_a_warp_are_the_first(bug: Seams) -> None:
-    def product(original, x_RI, weight_EIO, rows):
+    def matmul(original, x_RI, weight_EIO, rows):
         return original(x_RI, weight_EIO[torch.arange(len(weight_EIO)) % WARP], rows)
 
-    bug.around(grouped, "product", product)
+    bug.around(grouped, "matmul", matmul)
 
 
 @mutation(OURS + ": experts from 32 on do not learn", "many local", BACKWARD, "gradients of single", WIDE)
