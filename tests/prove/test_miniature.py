@@ -103,7 +103,7 @@ def assert_same_structure(cfg: Config, mini: Miniature) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", [name for name in options("conf") if not re.search("dsa|v32", name)]
+    "name", [name for name in options("conf") if not re.search("dsa|v32|glm_5", name)]
 )  # no proof knows sparse attention
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_recipe_in_every_layout_shrinks_to_one_that_passes_the_checks(name, layout):
