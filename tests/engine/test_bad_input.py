@@ -64,8 +64,8 @@ def refused(played: Played) -> None:
         (lambda: engine.logprobs(replace(good, supervised_BS=good.supervised_BS.float())), "of torch.bool"),
         (lambda: engine.logprobs(replace(good, documents_BS=good.documents_BS * 2)), "0, 1, 2, ..., each in one piece"),
         (lambda: engine.logprobs(replace(good, documents_BS=1 - good.documents_BS)), "0, 1, 2, ..., each in one piece"),
-        (lambda: engine.logprobs(replace(good, tensors={"mean": torch.ones(8, 25)})), "name of something else"),
-        (lambda: engine.logprobs(replace(good, tensors={"advantages": [1.0]})), "one value a token"),
+        (lambda: engine.logprobs(replace(good, tensors={"mean": torch.ones(8, 25)})), "reserved name"),
+        (lambda: engine.logprobs(replace(good, tensors={"advantages": [1.0]})), "one value per token"),
         (
             lambda: engine.logprobs(replace(good, tensors={"temperatures": torch.zeros(8, 25)})),
             "above 0 at every learnt",

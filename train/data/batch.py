@@ -85,18 +85,21 @@ def check_given_batch(batch: Batch, vocabulary: int) -> None:
         **batch.tensors,
     }.items():
         if name in RESERVED_NAMES and name in batch.tensors:
-            raise UserError("batch.tensors", name, "is the name of something else in a batch", "give it another name")
+            raise UserError("batch.tensors", name, "is a reserved name of a batch", "give it another name")
         if tensor is not None and (not isinstance(tensor, Tensor) or tensor.shape != tokens_BS.shape):
             given = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-            rule = f"must have one value a token: {tuple(tokens_BS.shape)}"
-            raise UserError(f"batch.{name}", given, rule, "fill it up as the tokens are")
+            rule = f"must have one value per token: {tuple(tokens_BS.shape)}"
+            raise UserError(f"batch.{name}", given, rule, "pad it like the tokens")
     _check_documents(batch)
     if (temperatures_BS := batch.tensors.get("temperatures")) is not None:
         learnt_BT = torch.ones_like(tokens_BS[:, 1:], dtype=torch.bool) if batch.learnt_BT is None else batch.learnt_BT
         taken = temperatures_BS[:, 1:][learnt_BT]
         if wrong := taken[~(taken.isfinite() & (taken > 0))].tolist():
             raise UserError(
-                "batch.temperatures", wrong[0], "must be above 0 at every learnt token", "leave greedy tokens out"
+                "batch.temperatures",
+                wrong[0],
+                "must be above 0 at every learnt token",
+                "leave out tokens of greedy sampling",
             )
 
 
