@@ -194,13 +194,16 @@ def _judge_shared_slopes(step: StepParts, name: str, one: AttentionCall, slopes:
     values."""
     nope, heads, rank, bound = step.config.model.nope_head_dim, one.q.size(1), one.call.rank, _in_scores(step)
     grown = high.query_sizes(step.config, one.places)
-    dq, size = slopes.q.x * grown, slopes.q.size * grown
+    dq, size, off = slopes.q.x * grown, slopes.q.size * grown, low.slack(slopes.q) * grown
     number = step.through(f"{name}.out", rank).index(one.call)
     queries = step.through(_queries(step, name), rank)[number]
     got = _heads_of(queries.get("dy"), heads)
-    step.compare("attention", queries, "dy", Total(dq[..., :nope], size[..., :nope], None), bound, got=got[..., :nope])
+    step.compare(
+        "attention", queries, "dy", Total(*(each[..., :nope] for each in (dq, size, off))), bound, got=got[..., :nope]
+    )
     rotated = high.rotated(dq[..., nope:], step.config, one.places, back=True)
-    rotated = rotated._replace(size=high.rotated(size[..., nope:], step.config, one.places).size)
+    size, off = (high.rotated(each[..., nope:], step.config, one.places).size for each in (size, off))
+    rotated = rotated._replace(size=size, off=off)
     step.compare("attention", queries, "dy", rotated, bound, got=got[..., nope:])
     first = 0
     for block in _blocks(step, name, rank, number):
@@ -213,5 +216,5 @@ def _judge_shared_slopes(step: StepParts, name: str, one: AttentionCall, slopes:
                     (got[..., :nope], slopes.k, slice(nope)),
                     (got[..., nope:], slopes.v, slice(None)),
                 ):
-                    want = Total(total.x[:, :, rows, part], total.size[:, :, rows, part], None)
+                    want = Total(*(each[:, :, rows, part] for each in (total.x, total.size, low.slack(total))))
                     step.compare("attention", again, "dy", want, bound, got=have)

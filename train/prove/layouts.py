@@ -52,6 +52,8 @@ TILED_HEADS = 4
 WARP, WIDE_RANKS = 32, 2
 """Threads of a warp: a rank has more experts if the model has as many. With more ranks in an expert group, all experts
 together would take a gigabyte."""
+SLOW = 1e-9
+"""Learning rate of that check then: an update must not lift a norm weight over the floor of a scale."""
 FAINT = 1e-13
 """Weight of the MTP loss in check `tiles` if something is in FP8: tiles of its gradients are below the floor of a
 scale."""
@@ -88,7 +90,7 @@ def with_two_tiles(config: Config) -> Config:
     plain = Parallel(dp=dp, **{name: getattr(parallel, name) for name in kept})
     optim = replace(config.optim, batch_ramp_start=None, batch_ramp_steps=0, qk_clip=None)
     if is_tiled(config):
-        optim = replace(optim, mtp_weight=[Phase(value=FAINT)])
+        optim = replace(optim, mtp_weight=[Phase(value=FAINT)], lr=SLOW)
     small = replace(config, model=wide, parallel=plain, optim=optim, seq_len=length, steps=2)
     return replace(small, batch_size=max(2, dp), micro_batch_size=1)
 
