@@ -37,8 +37,6 @@ from conf.schema import (
 OF_STDLIB = (DataFormat.stdlib, DataFormat.docstrings)
 """Formats that need no path."""
 NEEDS_NO_DATA = (Mode.generate, Mode.score, Mode.plan, Mode.dry_run, Mode.prove)
-DENSE_ALONE = (Mode.plan, Mode.dry_run, Mode.prove)
-"""Modes that do not support sparse attention."""
 NOT_CHATS, FOR_CHATS = (
     "applies to chats, and this recipe's data are not chats",
     "set data.format=chat, or leave it out",
@@ -327,8 +325,6 @@ TOP: tuple[ConfigCheck, ...] = (
 )
 
 MODEL: tuple[ConfigCheck, ...] = (
-    JoinedRule("model.sparse.heads", lambda c, v: v == 0 or c.mode not in DENSE_ALONE,
-               "selects sparse attention, and mode={mode} supports only dense attention", "choose another mode, or set model.sparse.heads=0"),
     _parts("model.recompute", list(Recompute)),
     _parts("model.offload", list(Offload)),
     JoinedRule("model.offload", lambda c, v: not v or Recompute.layer not in c.model.recompute,

@@ -107,12 +107,6 @@ def test_a_warmup_with_sharded_weights_is_refused(tmp_path):
         compose(*arguments(tmp_path, *BASE, *WARMUP, "parallel.zero=3", "parallel.dp=2"))
 
 
-@pytest.mark.parametrize("mode", ["plan", "prove", "dry_run"])
-def test_modes_that_know_dense_attention_alone_say_so(tmp_path, mode):
-    with pytest.raises(UserError, match=f"mode={mode} supports only dense attention"):
-        compose(*arguments(tmp_path, *BASE, f"mode={mode}"))
-
-
 BESIDE = {
     "documents": ["data.mask_documents=true", "parallel.cp=2", "micro_batch_size=4"],
     "muon": ["optim=muon", "parallel.dp=2", "parallel.zero=2"],

@@ -6,7 +6,7 @@ Each rank executes its list in order; an action starts when the rank is free and
     W(stage, m) needs I(stage, m);        FB(F, B), an overlapped pair, needs the inputs of both halves.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from parallel.pipeline.orders import Action
@@ -45,18 +45,18 @@ def what_runs(action: Action, one_piece: bool) -> str:
     return "B" if action.kind == ("I" if one_piece else "W") else ""
 
 
-def stages_ahead(actions: Sequence[Action], one_piece: int | None = None) -> dict[int, int]:
+def stages_ahead(actions: Sequence[Action], one_piece: Collection[int] = ()) -> dict[int, int]:
     """Return the stages of a rank that finish their last backward before another of its stages.
 
     They are in order, each with the index of that action.
 
-    one_piece: a stage as in `what_runs`.
+    one_piece: stages as in `what_runs`.
     """
     ends = {
         part.stage: place
         for place, action in enumerate(actions)
         for part in _parts(action)
-        if what_runs(part, part.stage == one_piece) in ("B", "W")
+        if what_runs(part, part.stage in one_piece) in ("B", "W")
     }
     return dict(sorted(ends.items(), key=lambda end: end[1])[:-1])
 

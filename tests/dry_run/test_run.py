@@ -23,6 +23,14 @@ TOLERANCE = 0.01
 """Of a peak: on a model this small, numbers and views of a few bytes that the plan leaves out come to some 0.3 %."""
 PP2 = ["parallel.pp=2", "parallel.dp=2", "batch_size=8", "model.layers=4"]
 EP4 = ["parallel.dp=4", "parallel.ep=4", "cluster.ranks_per_node=2", "batch_size=8"]
+SPARSE = [
+    "model.sparse.heads=2",
+    "model.sparse.head_dim=32",
+    "model.sparse.top_k=16",
+    "model.sparse.pattern=FSFS",
+    "model.layers=4",
+]
+WARM = ["optim.index_warmup=true", "optim.bias_speed=[{value: 0}]"]
 LAYOUTS = {
     "1f1b": [*PP2, "parallel.schedule=1f1b", "dry_run.rank=1"],
     "interleaved fp32": [*PP2, "parallel.schedule=interleaved", "parallel.virtual_stages=3", "precision=fp32", "dry_run.rank=0"],
@@ -48,6 +56,12 @@ LAYOUTS = {
     "cp2 zbv": ["parallel.pp=2", "parallel.cp=2", "parallel.schedule=zbv", "model.layers=4", "dry_run.rank=1"],
     "cp2 ep2, split, offload": ["parallel.pp=2", "parallel.cp=2", "parallel.ep=2", "model.layers=4", "parallel.split=[3,1]", "dry_run.rank=0",
                                 "model.offload=[layer:2]"],
+    "sparse, shared keys": [*SPARSE, "precision=bf16"],
+    "sparse, layers again fp8": [*SPARSE, "precision=fp8", "model.recompute=[norm,layer]"],
+    "sparse zbv": [*SPARSE, *PP2, "parallel.schedule=zbv", "model.layers=8", "model.sparse.pattern=FSFSFSFS", "parallel.split=[2,2,2,2]"],
+    "sparse cp2": [*SPARSE, "parallel.cp=2", "precision=bf16"],
+    "sparse warm-up": [*SPARSE, *WARM, "precision=bf16"],
+    "sparse warm-up cp2 zero 2": [*SPARSE, *WARM, "parallel.cp=2", "parallel.zero=2", "precision=bf16"],
     "MTP 2, all recomputed": ["model.mtp_depth=2", "model.recompute=[norm,mla_up,swiglu]"],
 }  # fmt: skip
 
@@ -76,9 +90,9 @@ def check(_: int, overrides: list[str]) -> None:
 
 
 def idle(action, piece) -> bool:
-    """A backward in one piece (two MTP modules) leaves nothing for its W."""
-    last = action.stage == len(piece.layers) - 1
-    return action.kind == "W" and last and piece.config.model.mtp_depth > 1
+    """A backward in one piece (two MTP modules, indexers) leaves nothing for its W."""
+    last, model = action.stage == len(piece.layers) - 1, piece.config.model
+    return action.kind == "W" and ((last and model.mtp_depth > 1) or model.sparse.heads > 0)
 
 
 @pytest.mark.slow

@@ -32,7 +32,7 @@ def test_a_reduction_goes_ahead_behind_the_last_backward_of_a_stage():
     """Of the stages 0 and 3 of a rank the one that ends first, and with which action."""
     order = [("F", 0), ("F", 3), ("I", 3), ("I", 0), ("W", 3), ("W", 0)]
     actions = [Action(kind, stage, 0) for kind, stage in order]
-    assert stages_ahead(actions) == {3: 4} and stages_ahead(actions, one_piece=3) == {3: 2}
+    assert stages_ahead(actions) == {3: 4} and stages_ahead(actions, one_piece={3}) == {3: 2}
     assert stages_ahead(actions[::2]) == {}
 
 

@@ -310,6 +310,7 @@ REFERENCES = [
     "reference_adapter.py",
     "reference_losses.py",
     "reference_names.py",
+    "reference_sparse.py",
     "reference_step.py",
     "reference_muon.py",
     "reference_first_weights.py",

@@ -126,6 +126,9 @@ def shrunk(config: Config, factor: int) -> Config:
         dense_width=part(model.dense_width, 64),
         expert_width=part(model.expert_width, 16),
         loss_chunk=part(model.loss_chunk, 64),
+        sparse=replace(
+            model.sparse, heads=-(-model.sparse.heads // factor), top_k=max(1, model.sparse.top_k // factor)
+        ),
     )
     return replace(config, model=small, seq_len=part(config.seq_len, 64))
 

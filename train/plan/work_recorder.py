@@ -34,8 +34,11 @@ from parallel.expert.wire import Fp8RowsWire, Fp8Wire
 from train.kernels.fp8.blackwell import ScaledGroupedMatmuls
 from train.kernels.fp8.groups import PaddedGroups
 from train.kernels.fp8.hopper import HopperEngine, PaddedOperand, TritonMatmuls
+from train.kernels.gpu.fused_kernels import FusedKernels
+from train.model.chosen_attention import ChosenInput, ChosenOutput
+from train.model.indexer import IndexLoss, IndexVectors
 from train.model.operations import Kernels
-from train.model.sequence import Rectangle
+from train.model.sequence import Rectangle, SeenKeys
 
 
 class Work(NamedTuple):
@@ -155,7 +158,7 @@ class WorkRecorder:
         """Record the model's calls of these kernels."""
         for name, kind in _ROWWISE.items():
             self.listen(kernels, name, _moving(kind))
-        for name, count in _MATMULS.items():
+        for name, count in (_MATMULS | (_FUSED if isinstance(kernels, FusedKernels) else {})).items():
             self.listen(kernels, name, count)
         for name, kind in _DIFFERENTIABLE.items():
             self._listen_both_ways(kernels, name, kind)
@@ -334,6 +337,75 @@ def _count_grouped_wgrad(out: Tensor, grad_RO: Tensor, x_RI: Tensor, groups: Any
     return Work(f"grouped_wgrad_{_form(x_RI)}", flops, _size((out, grad_RO, x_RI, rest)))
 
 
+SCORE_BYTES = 24
+"""Memory passes over a score of one head of an indexer: a product that is written, ReLU and its weight in place, and a sum."""
+
+
+CHOICE_BYTES = 50
+"""Memory passes over a score of all heads, of which the best are chosen."""
+
+
+def _count_choice(out: Tensor, index: IndexVectors, seen: SeenKeys, top_k: int) -> Work:
+    work = _count_index(1, index, seen, out)
+    return work._replace(bytes=work.bytes + CHOICE_BYTES * _all_pairs(index, seen))
+
+
+def _count_fused_choice(out: Tensor, index: IndexVectors, seen: SeenKeys, top_k: int) -> Work:
+    """The scores of all heads in one kernel."""
+    (*_, H, I), pairs = index.q_BTHI.shape, _all_pairs(index, seen)
+    return Work(f"index_{_form(index.q_BTHI)}", 2 * pairs * H * I, CHOICE_BYTES * pairs + _size((out, index)))
+
+
+def _all_pairs(index: IndexVectors, seen: SeenKeys) -> int:
+    """Pairs of query and key of a micro-batch."""
+    batch = len(index.q_BTHI)
+    return sum((batch if one.sequence is None else 1) * _pairs(one) for one in seen.rectangles)
+
+
+def _count_index_loss(out: IndexLoss, index: IndexVectors, seen: SeenKeys, **rest: Any) -> Work:
+    """The scores twice, once for their sum and once for their values; then the three products of the gradients."""
+    return _count_index(5, index, seen, out)
+
+
+def _count_index(products: int, index: IndexVectors, seen: SeenKeys, out: Any) -> Work:
+    """Work of so many products of all heads of an indexer over all pairs of query and key, in torch's operations in fp32."""
+    (*_, H, I), made = index.q_BTHI.shape, _size((out, index))
+    pairs = H * _all_pairs(index, seen)
+    return Work("index_fp32", 2 * products * pairs * I, SCORE_BYTES * products * pairs + made)
+
+
+def _count_chosen(out: ChosenOutput, given: ChosenInput) -> Work:
+    """Scores and sums of latents, and the queries and outputs that W_UK and W_UV turn."""
+    X, R, up = _widths(given)
+    return _over_chosen(given.chosen_BTK, given.q_BTHQ.shape[2], X, X + R, up, _size((out, given)))
+
+
+def _count_chosen_backward(out: Any, dout_BTHV: Tensor, given: ChosenInput, *rest: Any) -> Work:
+    """Scores and sums again, the gradient of the scores, and those of queries and latents; the weights' too."""
+    X, R, up = _widths(given)
+    return _over_chosen(given.chosen_BTK, given.q_BTHQ.shape[2], 2 * X, 3 * X + 3 * R, 3 * up, _size((out, given)))
+
+
+def _count_chosen_loss(out: IndexLoss, index: IndexVectors, chosen_BTK: Tensor, **rest: Any) -> Work:
+    """Scores, and the gradients of queries and keys."""
+    *_, H, I = index.q_BTHI.shape
+    return _over_chosen(chosen_BTK, H, 2 * I, 3 * I, 0, _size((out, index)))
+
+
+def _widths(given: ChosenInput) -> tuple[int, int, int]:
+    """Widths of a latent with its rope key and without, and elements of the weight of a head."""
+    heads, rank = given.q_BTHQ.shape[2], given.weight_YC.shape[1]
+    return given.latents_BSX.shape[2], rank, given.weight_YC.numel() // heads
+
+
+def _over_chosen(chosen_BTK: Tensor, heads: int, gathered: int, products: int, up: int, made: float) -> Work:
+    """Work of attention over chosen keys in torch's operations in fp32. gathered: width of the rows that are gathered for a key, each
+    written and read twice. products, up: multiplications of a head and key, and of a head."""
+    B, T, K = chosen_BTK.shape
+    moved = 4 * B * T * K * 3 * gathered + SCORE_BYTES * B * T * K * heads
+    return Work("chosen_fp32", 2 * B * T * heads * (K * products + up), moved + made)
+
+
 def _count_loss(out: Tensor, logits_NV: Tensor, targets_N: Tensor, scale: float | None) -> Work:
     return Work("loss", bytes=(1 if scale is None else 2) * _size(logits_NV))
 
@@ -343,7 +415,13 @@ _MATMULS = {
     "grouped_matmul": _count_grouped,
     "grouped_weight_gradient": _count_grouped_wgrad,
     "cross_entropy": _count_loss,
+    "choose_keys": _count_choice,
+    "index_loss": _count_index_loss,
+    "attend_chosen": _count_chosen,
+    "attend_chosen_backward": _count_chosen_backward,
+    "chosen_index_loss": _count_chosen_loss,
 }
+_FUSED = {"choose_keys": _count_fused_choice}
 
 
 FP8_CASTS = {

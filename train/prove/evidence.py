@@ -2,7 +2,8 @@
 
 Keys of tensors are KIND/NAME, or KIND/NAME/NUMBER for tensors of a micro-batch:
 
-    forward, backward      output of a part of the model, and the gradient that returned to it, by micro-batch
+    forward, backward      output of a part of the model, and the gradient that returned to it, by micro-batch; NAME.ids and NAME.keys:
+                           chosen experts, and the numbers of chosen keys
     sent                   inputs and outputs of a dispatcher: NAME/WHAT/NUMBER, see watched_dispatcher.py
     local                  gradient of a weight on this rank alone, before any reduction
     sizes                  for gradients reduced by micro-batch: the sum of their absolute values over the micro-batches
@@ -16,7 +17,7 @@ Keys of tensors are KIND/NAME, or KIND/NAME/NUMBER for tensors of a micro-batch:
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -74,6 +75,7 @@ class StepInfo:
     main_loss: float = 0.0
     mtp_losses: list[float] = field(default_factory=list)
     balance_loss: float = 0.0
+    index_loss: float = 0.0
     loads: list[list[float]] = field(default_factory=list)
     """Tokens per expert, by layer with experts."""
     grad_norm: float = 0.0
@@ -173,6 +175,12 @@ def calls_by_name(ranks: list[Evidence], kind: str) -> dict[str, list[tuple[Evid
     return found
 
 
+def count_keys(keys_BTK: Tensor, length: int) -> Tensor:
+    """How often each key of a sequence is among the numbers of a query, fp64 (B, T, length); -1 is none."""
+    counts = torch.zeros(*keys_BTK.shape[:2], length, dtype=torch.float64)
+    return counts.scatter_add_(-1, keys_BTK.long().clamp(min=0), (keys_BTK >= 0).double())
+
+
 def depth_of(name: str) -> int:
     """MTP depth of an output: the number of positions that it lacks compared with the main model."""
     return int(name.split(".")[1]) + 1 if name.startswith("mtp.") else 0
@@ -210,6 +218,8 @@ class EvidenceWatch:
                 shared = name == "embedding" and len(tables) > 1  # calls of two chunks could not be distinguished
                 if (isinstance(module, WATCHED) or name == "norm") and not shared:
                     module.register_forward_hook(partial(self._take, name))
+                if isinstance(module, MLA):
+                    module._choose = partial(self._choose, name, module, module._choose)
                 if isinstance(module, MoE) and sent:
                     module.dispatcher = WatchedDispatcher(module, module.dispatcher, partial(self._keep_sent, name))
                     self._dispatchers.append(module.dispatcher)
@@ -218,6 +228,16 @@ class EvidenceWatch:
         self.seen, self._calls, self.is_open = {}, {}, True
         for dispatcher in self._dispatchers:
             dispatcher.start_step()
+
+    def _choose(self, name: str, module: MLA, choose: Callable[..., Any], *given: Any) -> Any:
+        """Replaces a layer's choice of keys."""
+        index, keys_BTK = choose(*given)
+        if keys_BTK is not None and module.training and not is_repeated() and self.is_open:
+            number = self._calls[f"{name}.keys"] = self._calls.get(f"{name}.keys", -1) + 1
+            self.seen[f"forward/{name}.keys/{number}"] = keys_BTK.clone()
+        if index is not None and index.q_BTHI.requires_grad:  # in a warm-up no other gradient comes back
+            index.q_BTHI.register_hook(self._spoil)
+        return index, keys_BTK
 
     def _keep_sent(self, layer: str, what: str, number: int, tensor: Tensor) -> None:
         if self.keeps_sent:
@@ -237,6 +257,9 @@ class EvidenceWatch:
 
     def _take_gradient(self, key: str, gradient: Tensor) -> Tensor | None:
         self.seen[key] = gradient.detach().clone()
+        return self._spoil(gradient)
+
+    def _spoil(self, gradient: Tensor) -> Tensor | None:
         if not self.spoils:
             return None
         self.spoils, spoilt = False, gradient.clone()

@@ -111,6 +111,14 @@ def rotated(x: Tensor, config: Values, places: Sequence[int], back: bool = False
     return Total(rotate(x, -angle if back else angle, size), pairs.repeat_interleave(2, -1), None)
 
 
+def key_excess(index_BTS: Tensor, chosen_BTS: Tensor, top_k: int) -> float:
+    """Smallest error of the index scores that explains the choice: 0 if every chosen key is among the best. -inf: not seen."""
+    kth_BT1 = index_BTS.sort(dim=-1, descending=True).values[..., top_k - 1 : top_k]
+    worst_BT1 = index_BTS.masked_fill(~chosen_BTS, math.inf).amin(-1, keepdim=True)
+    behind = (kth_BT1 - worst_BT1).nan_to_num(0.0, 0.0, 0.0)  # a query sees fewer keys
+    return behind.clamp_min(0).max().item() / 2
+
+
 # --- Output head (2.2) ----------------------------------------------------------------------------------------------
 
 

@@ -42,7 +42,7 @@ from train.prove.evidence import EVIDENCE, Evidence, State, read_evidence
 from train.prove.findings import ProofFindings, together
 from train.prove.judge_gradients import judge_reduction, judge_totals
 from train.prove.judge_loop import judge_loop
-from train.prove.judge_model import WholeModel, chosen_experts, judge_batch, judge_validation
+from train.prove.judge_model import WholeModel, chosen_by_ranks, judge_batch, judge_validation
 from train.prove.judge_parts import judge_parts
 from train.prove.judge_rows import judge_rows
 from train.prove.judge_state import (
@@ -152,7 +152,8 @@ class Judge:
         return state_after(at.config, ranks)
 
     def _judge_parts(self, ranks: list[Evidence], before: State, plan: reference_step.PlainPlan) -> None:
-        judge_rows(self.at, ranks)
+        if not self.at.values.optim.index_warmup:  # rows of experts have no gradients there
+            judge_rows(self.at, ranks)
         batch = Samples(self.at.config).batch(plan.first_sample, plan.batch_size)
         judge_parts(StepParts(self.at, ranks, before, batch))
 
@@ -177,8 +178,8 @@ class Judge:
         if not judge_batch(at, ranks, plan.batch_size):
             return None
         plain, samples = self._plain(before), Samples(at.config)
-        if not exact:  # rounding may change the choice: use the ranks' experts, which are judged later
-            plain.choices = chosen_experts(ranks, at.config.seq_len)
+        if not exact:  # rounding may change a choice: use the ranks' experts and keys, which are judged later
+            plain.choices = chosen_by_ranks(ranks, at.config.seq_len)
         want = run_reference_step(plain, samples, plan)
         unit = UNIT[coarsest(at.config) if at.is_rounded else "fp32"]
         near = None if at.is_rounded else 2 * chosen(at.proof, at.config).value

@@ -36,6 +36,9 @@ def judge_totals(at: Comparisons, ranks: list[Evidence]) -> None:
             came[part] += bool(gradient.any())
         for name, total in () if _is_by_micro_batch(rank) else rank.of_kind("local"):
             held, everyone = total[total != 0].float(), name != "embedding.weight" and ".experts." not in name
+            everyone &= not (
+                at.config.data.chats and ".indexer." in name
+            )  # learns from micro-batches with learnt tokens
             if everyone and len(held) >= ENOUGH and _terms_of(name, came) > 1:
                 share = (held == held.bfloat16().float()).double().mean().item()
                 bound = Bound(MOST_IN_BF16, why)
@@ -64,7 +67,8 @@ def _is_by_micro_batch(rank: Evidence) -> bool:
 
 
 def _terms_of(weight: str, came: Counter[str]) -> int:
-    """Number of micro-batches in the gradient of a weight: of the smallest part around it; for the head, of its inputs.
+    """Number of micro-batches in the gradient of a weight: of the smallest part around it; for the head, of its inputs; 1 in a
+    warm-up of indexers, in which no gradient comes back to a part.
 
     came: number of micro-batches with a non-zero gradient, by part.
     """
@@ -73,7 +77,7 @@ def _terms_of(weight: str, came: Counter[str]) -> int:
         return sum(came[part] for part in ["norm", *depths[-1:]])
     names = weight.split(".")
     around = (".".join(names[:length]) for length in range(len(names), 0, -1))
-    return next(came[part] for part in around if part in came)
+    return next((came[part] for part in around if part in came), 1)
 
 
 def sum_over_ranks(ranks: list[Evidence], shapes: dict[str, tuple[int, ...]], signs: bool = True) -> State:

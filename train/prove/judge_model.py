@@ -11,8 +11,8 @@ from torch import Tensor
 from train.prove import reference
 from train.prove.bounds import Bound, averaged, chosen, computed
 from train.prove.comparison import WHOLE_NUMBERS, Comparisons, size_of
-from train.prove.evidence import Evidence, assemble, calls_by_name, depth_of, places_of
-from train.prove.high_precision import choice_excess
+from train.prove.evidence import Evidence, assemble, calls_by_name, count_keys, depth_of, places_of
+from train.prove.high_precision import choice_excess, key_excess
 from train.prove.judge_gradients import sum_over_ranks
 from train.prove.perturbed import PerturbedRuns, ReferenceStep
 from train.prove.reference import PlainModel
@@ -37,13 +37,15 @@ class WholeModel:
         """Judge outputs from the first part to the last; then losses, tokens per expert and attention scores."""
         at, seen, made = self.at, self.want.seen, calls_by_name(self.ranks, "forward")
         for name, value in seen.values.items():
-            if name.endswith(".biased") or (name == "embedding" and name not in made):
+            if name.endswith((".biased", ".index")) or (name == "embedding" and name not in made):
                 continue  # if one rank holds the table for two stages, the next layer shows the same
             if name not in made:
                 at.fail("outputs", name, "no rank computed it")
             for rank, number, got in made.get(name, ()):
                 if name.endswith(".ids"):
                     self._judge_choice(name.removesuffix(".ids"), rank, number, got)
+                elif name.endswith(".keys"):
+                    self._judge_keys(name.removesuffix(".keys"), rank, number, got)
                 else:
                     part = partial(self._output, name, rank, number, got.size(1) if name == "embedding" else None)
                     self._compare("outputs", name, rank, got, part, size_of(value, at.is_rounded))
@@ -134,10 +136,43 @@ class WholeModel:
         excess = choice_excess(at.values.model, scores(self.want).flatten(0, -2), ids)
         at.compare("chosen experts", name, excess, 0.0, bound, rank=rank, scale=1.0, widen=widen)
 
+    def _judge_keys(self, name: str, rank: Evidence, number: int, keys_BTK: Tensor) -> None:
+        """Judge the chosen keys; if rounding may change the choice, that each is one that the query sees and that they are
+        as many as they should be, and the distance between their scores."""
+        at, chooser = self.at, self._chooser(name)
+        index_of = partial(self._output, f"{chooser}.index", rank, number, None)
+        index_BTS, want_BTS = index_of(self.want).detach(), self._output(f"{name}.keys", rank, number, None, self.want)
+        got_BTS, top_k = count_keys(keys_BTK, index_BTS.size(-1)), at.config.model.sparse.top_k
+        seen_BTS = index_BTS > -math.inf
+        if at.proof != "exact":
+            at.compare(
+                "chosen keys", f"{name}, one by one", got_BTS, (got_BTS > 0) & seen_BTS, WHOLE_NUMBERS, rank=rank
+            )
+            counts = got_BTS.sum(-1), seen_BTS.sum(-1).clamp(max=top_k)
+            at.compare("chosen keys", f"{name}, their number", *counts, WHOLE_NUMBERS, rank=rank)
+        if at.proof == "exact" or chooser != name:
+            at.compare("chosen keys", name, got_BTS, want_BTS, WHOLE_NUMBERS, rank=rank)
+            return
+        bound, scale = computed(at.proof, at.config), size_of(index_BTS[seen_BTS], False)
+
+        def widen(bound: Bound, _: float) -> Bound:
+            """The bound for a comparison of two scores, each with its own error."""
+            return self._widen(lambda step: index_of(step).nan_to_num(neginf=0.0), False, bound, scale)
+
+        excess = key_excess(index_BTS, got_BTS > 0, top_k)
+        at.compare("chosen keys", f"{name}, their scores", excess, 0.0, bound, rank=rank, scale=scale, widen=widen)
+
+    def _chooser(self, name: str) -> str:
+        """The attention whose choice this one takes: itself, or the newest before it with an indexer."""
+        names = [key.removesuffix(".keys") for key in self.want.seen.values if key.endswith(".keys")]
+        before = names[: names.index(name) + 1]
+        return next(one for one in reversed(before) if f"{one}.index" in self.want.seen.values)
+
     def _judge_losses(self, rank: Evidence) -> None:
         at, info, seen = self.at, rank.info, self.want.seen
         bound = averaged(at.proof, at.config, int(info.plan["batch_size"]))
-        for name, got in {"main_loss": info.main_loss, "balance_loss": info.balance_loss}.items():
+        for name in ("main_loss", "balance_loss", "index_loss"):
+            got = getattr(info, name)
             part = name.removesuffix("_loss")
             self._compare("losses", name, rank, got, lambda step, part=part: getattr(step.seen, part), bound=bound)
         for depth, (got, _) in enumerate(zip(info.mtp_losses, seen.mtp, strict=True)):
@@ -162,24 +197,29 @@ def judge_validation(at: Comparisons, ranks: list[Evidence], plain: PlainModel) 
     """Judge the loss on held-out sequences. plain: with the weights after the step."""
     at.phase, count = "validation", at.config.log.validation_sequences
     with torch.no_grad():
-        want = plain.losses(Samples(at.config).batch(-count, count), with_mtp=False).main
+        want = plain.losses(Samples(at.config).batch(-count, count), trains=False).main
     for rank in ranks:
         got = math.nan if rank.info.validation_loss is None else rank.info.validation_loss
         at.compare("held-out loss", "main_loss", got, want, averaged(at.proof, at.config, count), rank=rank)
 
 
-def chosen_experts(ranks: list[Evidence], seq_len: int) -> dict[str, Tensor]:
-    """The experts that the ranks chose for all tokens of the batch (N, K), by router."""
+def chosen_by_ranks(ranks: list[Evidence], seq_len: int) -> dict[str, Tensor]:
+    """The ranks' choices for all tokens of the batch: experts (N, K) by router, and whether a query attends to a key (B, T, T), by the
+    name of the attention and `.keys`."""
     found: dict[str, Tensor] = {}
     for name, calls in calls_by_name(ranks, "forward").items():
-        if name.endswith(".ids"):
+        if name.endswith((".ids", ".keys")):
             wholes: dict[int, Tensor] = {}
             for rank, number, ids in calls:
                 rows, depth = rank.rows(number), depth_of(name)
                 ids_BTK = ids.view(rows.stop - rows.start, -1, ids.size(-1))
                 empty = ids.new_empty(len(ids_BTK), seq_len - depth, ids.size(-1))
                 wholes.setdefault(rows.start, empty)[:, places_of(rank.info, seq_len, depth)] = ids_BTK
-            found[name.removesuffix(".ids")] = torch.cat([wholes[first] for first in sorted(wholes)]).flatten(0, 1)
+            ids_BTK = torch.cat([wholes[first] for first in sorted(wholes)])
+            is_key = name.endswith(".keys")
+            found[name.removesuffix(".ids")] = (
+                count_keys(ids_BTK, ids_BTK.size(1)) > 0 if is_key else ids_BTK.flatten(0, 1)
+            )
     return found
 
 

@@ -25,11 +25,15 @@ PartJudge = Callable[[StepParts, str], None]
 PART_JUDGES: tuple[tuple[str, PartJudge, PartJudge], ...] = (
     (r"(embedding)", judge_layers.judge_embedding, judge_layers.judge_embedding_back),
     (r"(head)", judge_layers.judge_head, judge_layers.judge_head_back),
-    (r"(.*norm)", judge_layers.judge_norm, judge_layers.judge_norm_back),
+    (r"((?!.*\.indexer\.).*norm)", judge_layers.judge_norm, judge_layers.judge_norm_back),
     (r"(.*)\.ffn_norm", judge_layers.judge_sums, judge_layers.judge_sums_back),
     (r"(.*\.router)", judge_layers.judge_router, judge_layers.judge_router_back),
     (r"(.*)\.experts\.w13", judge_matmuls.judge_experts, judge_matmuls.judge_experts_back),
-    (r"(?!.*norm|.*\.router|.*\.experts\.)(.+\..+)", judge_matmuls.judge_linear, judge_matmuls.judge_linear_back),
+    (
+        r"(?!.*norm|.*\.router|.*\.experts\.|.*\.indexer$)(.+\..+)",
+        judge_matmuls.judge_linear,
+        judge_matmuls.judge_linear_back,
+    ),
     (r"(.*\.(?:ffn|shared))\.w13", judge_matmuls.judge_swiglu, judge_matmuls.judge_swiglu_back),
     (r"(.*)\.kv_up", judge_attention.judge_attention, judge_attention.judge_attention_back),
 )
@@ -43,6 +47,11 @@ def judge_parts(step: StepParts) -> None:
     """Judge forward from the first part to the last, backward from the last to the first; neither if evidence is
     missing."""
     at, parts = step.at, list(_parts_of(reference.weight_shapes(step.config.model)))
+    if step.config.optim.index_warmup:  # the others run without gradients, and as in the sparse stage
+        parts = [part for part in parts if ".indexer." in part[0]]
+    elif step.config.model.sparse.heads and step.config.seq_len > step.config.model.sparse.top_k:
+        # attention over chosen keys takes the weight itself, and computes no keys
+        parts = [part for part in parts if not part[0].endswith((".attention", ".kv_up"))]
     failed = len(at.findings.differences)
     at.phase = "forward"
     for name, *_ in parts:
@@ -73,6 +82,8 @@ def _judge_returns(step: StepParts, name: str) -> None:
     """Check that every micro-batch gives the part a gradient."""
     if is_adapted(step.config) and name.endswith("embedding_norm"):
         return  # no layer before it learns
+    if ".indexer." in name and (is_adapted(step.config) or step.at.config.data.chats):
+        return  # it learns nothing, or only where targets are learnt
     for rank in step.ranks:
         those = [call for call in step.calls.get(name, []) if call.rank is rank]
         if not those or name == "embedding" or (rank.info.cp > 1 and name.endswith(".kv_up")):

@@ -99,7 +99,12 @@ def _judge_exact(
         at.compare("clipped gradients", name, gradient, clipped[name], fp32)
         names = [f"{kind}.{name}" for kind in ("master", *state)]
         held = [before[each] for each in names]
-        made = formula.make(WeightUpdate(at.values, name, plan.lr, number), held[0], gradient, *held[1:])
+        made = formula.make(
+            WeightUpdate(at.values, name, reference_step.rate_of(at.values.optim, name, plan.lr), number),
+            held[0],
+            gradient,
+            *held[1:],
+        )
         for each, new, old in zip(names, made, held, strict=True):
             at.compare("updates in fp64", each, found[each], new, fp64, scale=float((new - old).abs().max()) or 1.0)
     if at.proof == "fp32":

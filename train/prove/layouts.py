@@ -18,6 +18,7 @@ from conf.schema import (
     PipelineSchedule,
     Precision,
     PrecisionName,
+    SparseAttention,
     WireFormat,
 )
 from train.loop.layout_check import check_layout
@@ -70,10 +71,11 @@ def with_two_tiles(config: Config) -> Config:
     if experts >= WARP and parallel.ep <= WIDE_RANKS:
         step = lcm(model.groups, parallel.ep)
         experts = max(experts, (WARP * parallel.ep // step + 1) * step)
+    layers = max(1, dense + min(model.layers - model.dense_layers, 1))
     wide = replace(
         model,
         hidden=-(-TILED // multiple) * multiple,
-        layers=max(1, dense + min(model.layers - model.dense_layers, 1)),
+        layers=layers,
         dense_layers=dense,
         mtp_depth=depth,
         heads=TILED_HEADS,
@@ -85,6 +87,7 @@ def with_two_tiles(config: Config) -> Config:
         expert_width=TILED,
         experts=experts,
         max_seq_len=max(model.max_seq_len, length),
+        sparse=with_pattern(model.sparse, [layers]),
     )
     dp, kept = ranks // parallel.cp, ("cp", "ep", "dispatch", "wire", "overlap")
     plain = Parallel(dp=dp, **{name: getattr(parallel, name) for name in kept})
@@ -93,6 +96,15 @@ def with_two_tiles(config: Config) -> Config:
         optim = replace(optim, mtp_weight=[Phase(value=FAINT)], lr=SLOW)
     small = replace(config, model=wide, parallel=plain, optim=optim, seq_len=length, steps=2)
     return replace(small, batch_size=max(2, dp), micro_batch_size=1)
+
+
+def with_pattern(sparse: SparseAttention, stages: Sequence[int]) -> SparseAttention:
+    """With as many layers, by stage, that share choices as fit: every stage begins with a choice, and keys of the second choice are
+    shared where there is one."""
+    if "S" not in sparse.pattern:
+        return sparse
+    letters = {0: "", 1: "F", 2: "FS"}
+    return replace(sparse, pattern="".join(letters.get(count, "FF" + "S" * (count - 2)) for count in stages))
 
 
 PROOFS: dict[str, Callable[[Config], Config]] = {

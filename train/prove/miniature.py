@@ -44,11 +44,12 @@ from conf.schema import (
     Model,
     Optim,
     Plan,
+    SparseAttention,
 )
 from parallel.layout import Layout
 from train.plan.job import layout_of
 from train.prove.bounds import is_tiled
-from train.prove.layouts import second_layout
+from train.prove.layouts import second_layout, with_pattern
 
 STEPS = 4
 SEQUENCE = 24
@@ -131,7 +132,8 @@ def shrink(cfg: Config) -> Miniature:
     model = _shrink_model(cfg, layout, layers)
     micro_batch_size = min(cfg.micro_batch_size, 2)
     seq_len = _sequence(cfg, layout)
-    model = replace(model, loss_chunk=_chunk(cfg, micro_batch_size * seq_len))
+    sparse = _shrink_sparse(cfg, seq_len, model, split if isinstance(split, list) else [layers])
+    model = replace(model, sparse=sparse, loss_chunk=_chunk(cfg, micro_batch_size * seq_len))
     start, full = _micro_batches(cfg, layout, model.layers)
     share, less = micro_batch_size * layout.dp, 0
     together = in_lockstep(replace(cfg.parallel, cp=layout.cp, ep=layout.ep))
@@ -256,8 +258,11 @@ def _shrink_layers(cfg: Config, layout: Layout) -> tuple[int, str | list[int]]:
     stages = layout.pp * cfg.parallel.schedule_facts.rank_stages(cfg.parallel.virtual_stages)
     dense, moe = min(model.dense_layers, 1), min(model.layers - model.dense_layers, 2)
     # with an adapter every rank needs a block, also a rank with the embedding or the head
-    layers = min(model.layers, max(dense + moe, stages * (1 + cfg.adapter.on)))
+    shares = "S" in model.sparse.pattern
+    layers = min(model.layers, max(dense + moe, stages * (1 + (cfg.adapter.on or shares))))
     if not isinstance(given, list):
+        if (shares or cfg.optim.index_warmup) and stages > 1:  # a stage begins with a layer that chooses, and learns
+            return layers, [layers // stages + (stage < layers % stages) for stage in range(stages)]
         return layers, given
     split = [1] * stages
     split[0], split[-1] = min(given[0], 1), min(given[-1], 1)
@@ -295,6 +300,16 @@ def _shrink_model(cfg: Config, layout: Layout, layers: int) -> Model:
         max_seq_len=min(model.max_seq_len, 2 * max(SEQUENCE, seq_len)),
         yarn=yarn,
     )
+
+
+def _shrink_sparse(cfg: Config, seq_len: int, model: Model, stages: list[int]) -> SparseAttention:
+    """A small indexer. Queries choose a quarter to a half of the keys if they choose in the recipe. stages: layers of each."""
+    sparse = cfg.model.sparse
+    if cfg.seq_len > sparse.top_k:
+        share = sparse.top_k * seq_len // cfg.seq_len
+        sparse = replace(sparse, top_k=max(1, seq_len // 4, min(seq_len // 2, share)))
+    small = replace(sparse, heads=min(sparse.heads, HEADS), head_dim=min(sparse.head_dim, 2 * model.rope_head_dim))
+    return with_pattern(small, stages)
 
 
 def _experts(model: Model, ep: int) -> int:

@@ -497,6 +497,7 @@ def info_of(proof: str, part: int, config: Config, rank: RankSetup, plan: StepPl
         main_loss=measured.main_loss,
         mtp_losses=measured.mtp_losses,
         balance_loss=measured.balance_loss,
+        index_loss=measured.index_loss,
         loads=measured.loads_LE.tolist(),
         grad_norm=outcome.update.grad_norm,
         applied=outcome.update.applied,

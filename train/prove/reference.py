@@ -7,7 +7,7 @@ values of the recipe and names of weights.
     forward                embedding -> blocks -> head and MTP modules -> losses             PlainModel
     backward               autograd                                                          gradients
 
-reference_step.py has the settings of a step and the update.
+reference_sparse.py has sparse attention, reference_step.py the settings of a step and the update.
 
 Equations and sections are those of the DeepSeek-V3 report (arXiv 2412.19437).
 
@@ -27,10 +27,10 @@ from torch.nn import functional as F
 
 from train.prove.recipe_values import Values
 from train.prove.reference_adapter import adapted, adapter_shapes, is_adapted
+from train.prove.reference_sparse import indexer_shapes, over_chosen
 
 Weights = dict[str, Tensor]
-"""Every weight by its name; expert weights are stacked: w13 (E, 2F, D) with the rows of w1, then of w3, w2 (E, D,
-F)."""
+"""Every weight by its name; experts are stacked: w13 (E, 2F, D) has the rows of w1, then of w3; w2 (E, D, F)."""
 
 
 def weight_shapes(model: Values) -> dict[str, tuple[int, ...]]:
@@ -57,17 +57,18 @@ def weight_shapes(model: Values) -> dict[str, tuple[int, ...]]:
     shared = under("shared", ffn(model.shared_experts * F_)) if model.shared_experts else {}
     moe = {"router.weight": (E, D), "experts.w13": (E, 2 * F_, D), "experts.w2": (E, D, F_)} | shared
     parts = {True: under("ffn", ffn(model.dense_width)), False: under("moe", moe)}
-    block = {
-        dense: {"attention_norm.weight": (D,)} | under("attention", attention) | {"ffn_norm.weight": (D,)} | part
-        for dense, part in parts.items()
-    }
+
+    def block(layer: int | None, dense: bool) -> dict[str, tuple[int, ...]]:
+        own = under("attention", attention) | indexer_shapes(model, layer)
+        return {"attention_norm.weight": (D,)} | own | {"ffn_norm.weight": (D,)} | parts[dense]
+
     shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (model.vocab_size, D)}
     for layer in range(model.layers):
-        shapes |= under(f"layers.{layer}", block[layer < model.dense_layers])
+        shapes |= under(f"layers.{layer}", block(layer, layer < model.dense_layers))
     shapes |= {"norm.weight": (D,), "head.weight": (model.vocab_size, D)}
     joined = {"embedding_norm.weight": (D,), "hidden_norm.weight": (D,), "projection.weight": (D, 2 * D)}
     for depth in range(model.mtp_depth):
-        shapes |= under(f"mtp.{depth}", joined | under("block", block[False]) | {"norm.weight": (D,)})
+        shapes |= under(f"mtp.{depth}", joined | under("block", block(None, False)) | {"norm.weight": (D,)})
     return shapes
 
 
@@ -147,10 +148,18 @@ class WatchedPass:
     """Loss of every MTP depth, unweighted."""
     balance: Tensor = field(default_factory=lambda: torch.zeros(()))
     """Sequence-wise balance losses of all layers, weighted."""
+    index: Tensor = field(default_factory=lambda: torch.zeros(()))
+    """Losses of all indexers, weighted."""
     loads: dict[str, Tensor] = field(default_factory=dict)
     """Tokens per expert, by the name of the layer."""
     scores: dict[str, Tensor] = field(default_factory=dict)
     """The largest score of every head (H,), by the name of the attention."""
+    trains: bool = True
+    """Whether it is a pass of training: with MTP modules and losses of indexers."""
+    learnt: int = 1
+    """Number of the main model's learnt targets, at least 1."""
+    open_BTT: Tensor | None = None
+    """The keys of every query that the newest layer with an indexer chose."""
 
     def keep(self, name: str, value: Tensor) -> Tensor:
         if value.requires_grad:
@@ -178,13 +187,11 @@ class PlainBatch(Protocol):
 
 @dataclass(frozen=True)
 class Seats:
-    """Documents, samples and learnt targets of a batch's positions at MTP depth k: position i has token i and predicts
-    token i + k + 1."""
+    """Documents, samples and learnt targets at MTP depth k: position i has token i, and predicts token i + k + 1."""
 
     documents_BT: Tensor | None
     samples_BT: Tensor | None = None
-    """Index of a position's sample, -1 if its target is padding or in another sample; None if samples are not
-    independent."""
+    """Sample of a position, -1 if its target is padding or in another sample; None: samples are not independent."""
     learnt_BT: Tensor | None = None
     """Whether the target is learnt; None for all."""
     samples: int = 0
@@ -207,7 +214,7 @@ class Seats:
 class PlainModel:
     """The model with given weights and routers' biases.
 
-    choices: experts (N, K) for the tokens of a layer, by name, instead of the router's own choice.
+    choices: experts (N, K) for the tokens of a layer, and chosen keys (B, T, T), by name, instead of its own choice.
     """
 
     def __init__(
@@ -220,24 +227,23 @@ class PlainModel:
         self.watched: type[WatchedPass] = WatchedPass
         self.best_without_bias: Callable[[Tensor, int], Tensor] = best
 
-    def losses(self, batch: PlainBatch, with_mtp: bool = True) -> WatchedPass:
-        """Main loss, MTP losses (eq. 21-25) and balance losses of a batch, as means over all learnt targets; 0 without
-        targets."""
+    def losses(self, batch: PlainBatch, trains: bool = True) -> WatchedPass:
+        """Main, MTP (eq. 21-25) and balance losses of a batch, means over all learnt targets; 0 without targets."""
         if is_adapted(self.config) and not self.is_whole:
             whole = copy(self)
             whole.is_whole, whole.weights = True, adapted(self.config, self.weights)
-            return whole.losses(batch, with_mtp)
-        model, seen = self.model, self.watched()
+            return whole.losses(batch, trains)
+        model, seen = self.model, self.watched(trains=trains)
         tokens_BS, seats = batch.tokens_BS, Seats.of(batch, 0)
         inputs_BT = tokens_BS[:, :-1]
         embedded_BTD = seen.keep("embedding", self.weights["embedding.weight"][inputs_BT])
-        x_BTD = embedded_BTD
+        seen.learnt = inputs_BT.numel() if seats.learnt_BT is None else max(1, int(seats.learnt_BT.sum()))
+        x_BTD, learnt = embedded_BTD, seen.learnt
         for layer in range(model.layers):
             x_BTD = self.block(f"layers.{layer}", layer < model.dense_layers, x_BTD, seats, seen)
         state_BTD = seen.keep("norm", rms_norm(x_BTD, self.weights["norm.weight"], model.norm_eps))
-        learnt = inputs_BT.numel() if seats.learnt_BT is None else max(1, int(seats.learnt_BT.sum()))
         seen.main = self.cross_entropy(state_BTD, tokens_BS[:, 1:], seats, learnt)
-        for depth in range(1, model.mtp_depth + 1) if with_mtp else ():
+        for depth in range(1, model.mtp_depth + 1) if trains else ():
             # Position i of depth k knows tokens up to i + k and predicts token i + k + 1.
             seats = Seats.of(batch, depth)
             if self.optim.detach_mtp and depth == 1:
@@ -274,23 +280,23 @@ class PlainModel:
         """x += attention(norm(x)); x += ffn(norm(x)), with a dense FFN or a mixture of experts."""
         w, eps = self.weights, self.model.norm_eps
         normed_BTD = rms_norm(x_BTD, w[f"{name}.attention_norm.weight"], eps)
-        x_BTD = x_BTD + self.attention(f"{name}.attention", normed_BTD, seats.documents_BT, seen)
+        x_BTD = x_BTD + self.attention(f"{name}.attention", normed_BTD, seats, seen)
         normed_BTD = rms_norm(x_BTD, w[f"{name}.ffn_norm.weight"], eps)
         if dense:
             ffn_BTD = swiglu(normed_BTD, w[f"{name}.ffn.w13.weight"], w[f"{name}.ffn.w2.weight"])
             return seen.keep(name, x_BTD + seen.keep(f"{name}.ffn", ffn_BTD))
         return seen.keep(name, x_BTD + self.experts(f"{name}.moe", normed_BTD, seats, seen))
 
-    def attention(self, name: str, x_BTD: Tensor, documents_BT: Tensor | None, seen: WatchedPass) -> Tensor:
+    def attention(self, name: str, x_BTD: Tensor, seats: "Seats", seen: WatchedPass) -> Tensor:
         """Multi-head latent attention (eq. 1-11): queries, keys and values are computed from two small latents."""
         model, w = self.model, self.weights
         (B, T, _), H, nope, R = x_BTD.shape, model.heads, model.nope_head_dim, model.rope_head_dim
         eps = model.norm_eps if model.latent_norm_eps is None else model.latent_norm_eps
-        if model.q_rank is None:
-            q = x_BTD @ w[f"{name}.q.weight"].T
-        else:
-            latent = rms_norm(x_BTD @ w[f"{name}.q_down.weight"].T, w[f"{name}.q_norm.weight"], eps)
-            q = latent @ w[f"{name}.q_up.weight"].T
+        q_latent, up = x_BTD, "q"
+        if model.q_rank is not None:
+            q_latent = rms_norm(x_BTD @ w[f"{name}.q_down.weight"].T, w[f"{name}.q_norm.weight"], eps)
+            up = "q_up"
+        q = q_latent @ w[f"{name}.{up}.weight"].T
         latent, k_rope_BTR = (x_BTD @ w[f"{name}.kv_down.weight"].T).split([model.kv_rank, R], -1)
         kv = rms_norm(latent, w[f"{name}.kv_norm.weight"], eps) @ w[f"{name}.kv_up.weight"].T
         q_BHTQ = q.view(B, T, H, -1).transpose(1, 2)
@@ -303,21 +309,21 @@ class PlainModel:
         scale = (nope + R) ** -0.5
         if yarn and model.yarn.factor > 1:
             scale *= (0.1 * model.yarn.mscale * math.log(model.yarn.factor) + 1) ** 2
-        steps_T1 = (
-            torch.arange(T, device=x_BTD.device)[:, None] // model.yarn.original_seq_len
-        )  # Llama 4's growth of queries
+        # Llama 4's growth of queries
+        steps_T1 = torch.arange(T, device=x_BTD.device)[:, None] // model.yarn.original_seq_len
         scale *= 1 + model.yarn.query_growth * steps_T1.to(x_BTD.dtype).log1p()
         unseen_TT = torch.ones(T, T, dtype=torch.bool, device=x_BTD.device).triu(1)
-        if documents_BT is not None:
+        if (documents_BT := seats.documents_BT) is not None:
             unseen_TT = unseen_TT | (documents_BT[:, None, :, None] != documents_BT[:, None, None, :])
         scores_BHTT = (q_BHTQ @ k_BHTQ.transpose(2, 3) * scale).masked_fill(unseen_TT, -math.inf)
+        if model.sparse.heads:
+            scores_BHTT = over_chosen(self, name, x_BTD, q_latent, (angle, size), scores_BHTT, seats.learnt_BT, seen)
         seen.scores[name] = scores_BHTT.detach().amax((0, 2, 3))
         out_BHTV = scores_BHTT.softmax(-1) @ v_BHTV
         return seen.keep(name, out_BHTV.transpose(1, 2).flatten(2) @ w[f"{name}.out.weight"].T)
 
     def experts(self, name: str, x_BTD: Tensor, seats: "Seats", seen: WatchedPass) -> Tensor:
-        """Shared experts, which process every token, plus the gated sum of the chosen experts (eq. 12). No token is
-        dropped."""
+        """Shared experts, for every token, plus the gated sum of the chosen experts (eq. 12). No token is dropped."""
         w, x_ND = self.weights, x_BTD.flatten(0, 1)
         gates_NK, ids_NK = self.route(f"{name}.router", x_BTD, seats, seen)
         y_ND = torch.zeros_like(x_ND)
@@ -390,8 +396,7 @@ def choose(model: Values, biased_NE: Tensor) -> Tensor:
 
 
 def group_scores(model: Values, biased_NE: Tensor) -> Tensor:
-    """Scores of the groups, (N, G): the sum of a group's best scores, as many as a token takes from a group on
-    average."""
+    """Scores of the groups (N, G): the sum of a group's best, as many as a token takes from a group on average."""
     count = model.top_k // model.top_groups if model.group_top_k is None else model.group_top_k
     return biased_NE.unflatten(1, (model.groups, -1)).sort(dim=-1, descending=True).values[..., :count].sum(-1)
 
@@ -405,10 +410,11 @@ def gradients(plain: PlainModel, batch: PlainBatch, mtp_weight: float) -> Watche
     The minimised loss is
 
         main + mtp_weight / depths * sum of MTP losses + balance_loss * sum over layers of sequence-wise losses
+        + index_loss * sum of the indexers' losses, in a warm-up of indexers the last term alone
     """
     seen = plain.losses(batch)
-    loss = seen.main + seen.balance
-    if seen.mtp:
+    loss = seen.index if plain.optim.index_warmup else seen.main + seen.balance + seen.index
+    if seen.mtp and not plain.optim.index_warmup:
         loss = loss + mtp_weight / len(seen.mtp) * sum(seen.mtp)
     loss.backward()
     return seen

@@ -1,6 +1,6 @@
 """Initial weights of a run by the papers: tests drawn weights against their distribution.
 
-weights     normal with standard deviation init_std, norm weights 1          DeepSeek-V3 (arXiv 2412.19437), 4.2
+weights     normal with standard deviation init_std, norm weights 1, biases 0          DeepSeek-V3 (arXiv 2412.19437), 4.2
 adapters    A uniform in +-1 / sqrt(inputs), B 0                             LoRA (arXiv 2106.09685), 4.1, as PEFT draws A
 """
 
@@ -17,7 +17,7 @@ DISTANCE = 3.0
 
 def constant_of(name: str, dims: int) -> float | None:
     """The initial value of all elements of a weight; None for random weights."""
-    if name.endswith("lora_B"):
+    if name.endswith(("lora_B", ".bias")):
         return 0.0
     return 1.0 if dims == 1 else None
 

@@ -37,11 +37,12 @@ def newton_schulz(matrix: Tensor, name: str) -> Tensor:
 
 
 def is_matrix(name: str, dims: int) -> bool:
-    """Whether Muon updates a weight: every matrix except embedding, head and routers (arXiv 2502.16982, 2.2).
+    """Whether Muon updates a weight: every matrix except embedding, head and routers (arXiv 2502.16982, 2.2), and
+    indexers, for which no paper gives a rule.
 
     Rows of those represent tokens or experts; AdamW updates them and all vectors.
     """
-    return dims > 1 and not name.startswith(("embedding.", "head.")) and ".router." not in name
+    return dims > 1 and not name.startswith(("embedding.", "head.")) and not {"router", "indexer"} & {*name.split(".")}
 
 
 def split_matrices(config: Values, name: str, weight: Tensor) -> list[Tensor]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from train.prove.recipe_values import Values
+from train.prove.reference_sparse import is_frozen
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,8 @@ def decays(optim: Values, weight: Tensor) -> bool:
 
 def rate_of(optim: Values, name: str, lr: float) -> float:
     """Learning rate of a weight; 0 for frozen weights."""
-    return 0.0 if optim.freeze_routers and name.endswith(".router.weight") else lr
+    frozen = is_frozen(optim, name) or (optim.freeze_routers and name.endswith(".router.weight"))
+    return 0.0 if frozen else lr
 
 
 def moving_average(before: Tensor, weight: Tensor, decay: float) -> Tensor:

@@ -124,7 +124,7 @@ def initial_weights(config: Config) -> dict[str, Tensor]:
     for name, shape in (weight_shapes(values.model) | trained_shapes(values)).items():
         drawn = torch.randn(shape, generator=drawing(f"{config.seed}/{name}"))
         if len(shape) == 1:
-            weights[name] = 1 + 0.2 * drawn
+            weights[name] = (not name.endswith(".bias")) + 0.2 * drawn
         elif name == "embedding.weight":
             weights[name] = drawn * _by_tile(shape[-1])
         else:

@@ -28,6 +28,7 @@ from tests.prove.mutations import (
     shared,
     sizes,
     skips,
+    sparse,
     wire,
 )
 from tests.prove.mutations.registry import MUTATIONS, Mutation
@@ -42,6 +43,7 @@ _FILES = (
     chats,
     adapters,
     attention,
+    sparse,
     context,
     dispatch,
     pipelines,

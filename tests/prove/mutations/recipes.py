@@ -30,6 +30,10 @@ LOW = [*BASE, *FEW, "precision=fp8", "model.hidden=136", "cluster.compiled=true"
 SMALL = ["optim.mtp_weight=[{until: 1.0, value: 1e-4}]"]
 """Gradients of MTP that are smaller than the smallest activations a scale is made for."""
 STAGES = [*BASE, "parallel.pp=2", "model.layers=4"]
+SPARSE = [
+    *BASE, "model.sparse.heads=3", "model.sparse.head_dim=6", "model.sparse.top_k=4", "model.sparse.pattern=FFS",
+    "data.mask_documents=false",
+]  # fmt: skip
 RECIPES = {
     "copies": COPIES,
     "experts": EXPERTS,
@@ -67,6 +71,12 @@ RECIPES = {
     "three stages": [*BASE, "parallel.pp=3", "model.layers=4"],
     "many local": [*BASE, *FEW, "precision=bf16", "model.experts=32"],
     "adapters in fp32": [*BASE, *FEW, *LORA, "adapter.dropout=0.25"],
+    "sparse": SPARSE,
+    "sparse documents": [*SPARSE, "data.mask_documents=true", "model.sparse.top_k=2"],
+    "sparse again": [*SPARSE, "model.recompute=[layer]", "model.mtp_depth=0"],
+    "sparse chats": [*SPARSE, *CHATS],
+    "sparse shared": [*SPARSE, "parallel.cp=2"],
+    "sparse warm-up": [*SPARSE, "optim.index_warmup=true", "optim.bias_speed=[{until: 1.0, value: 0.0}]"],
     "pipeline": [*BASE, "parallel.pp=2"],
     "zbv": [*STAGES, "parallel.schedule=zbv"],
     "dualpipev": [*STAGES, "parallel.schedule=dualpipev"],

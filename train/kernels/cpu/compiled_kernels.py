@@ -53,7 +53,10 @@ class CompiledKernels(PlainKernels):
         return compiled_rows.sort_by_expert(expert_ids_TK, experts)
 
     def best_keys(self, scores_TS: Tensor, top_k: int) -> Tensor:
-        return compiled_rows.largest_keys(scores_TS, top_k)
+        kernel = (
+            compiled_rows.largest_keys if scores_TS.dtype == torch.float32 else super().best_keys
+        )  # a proof has fp64
+        return kernel(scores_TS, top_k)
 
     def cross_entropy(self, logits_NV: Tensor, targets_N: Tensor, scale: float | None) -> Tensor:
         kernel = compiled_rows.cross_entropy_of_logits if _in_bf16(logits_NV) else super().cross_entropy

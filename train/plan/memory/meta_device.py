@@ -8,8 +8,10 @@ torch's FakeTensorMode is not used: a GPU's fake tensors abort autograd if torch
 twice the time. It reports them by module, without a plan's items and without peaks between two points.
 """
 
+from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor
 
 from conf.schema import Precision
+from conf.thresholds import THRESHOLDS
 from parallel.expert.build import build_wire
 from parallel.expert.wire import Fp8Wire, Wire
 from train.kernels.choice import build_kernels
@@ -34,7 +37,10 @@ from train.kernels.fp8.hopper import (
 )
 from train.kernels.plain.high import HighPrecision
 from train.kernels.precision import activation_dtype
+from train.model.chosen_attention import ChosenInput, ChosenOutput
+from train.model.indexer import AttentionTarget, IndexLoss, IndexVectors
 from train.model.operations import Kernels
+from train.model.sequence import SeenKeys
 
 
 def _scaled_mm(a: Tensor, b: Tensor, *, output_dtype: torch.dtype, **scales: Any) -> Tensor:
@@ -47,8 +53,58 @@ def _scaled_grouped_mm(a: Tensor, b: Tensor, *, offs: Tensor, output_dtype: torc
 
 
 def meta_kernels(kind: str, compiled: bool) -> Kernels:
-    """`build_kernels` for this kind of device."""
-    return build_kernels(kind, compiled)
+    """`build_kernels` for this kind of device. Sparse attention runs for its last blocks of queries alone: these see the most keys, so
+    they need the most memory."""
+    kernels = build_kernels(kind, compiled)
+    choose, learn = kernels.choose_keys, kernels.index_loss
+    attend, back, learn_chosen = kernels.attend_chosen, kernels.attend_chosen_backward, kernels.chosen_index_loss
+
+    def learn_last(index: IndexVectors, seen: SeenKeys, target: AttentionTarget, weight_BT: Tensor) -> IndexLoss:
+        keys, own, first = deque(target.blocks(), 1).pop()
+        target = replace(target, blocks=lambda: iter([(keys, last_blocks(own), first)]))
+        return learn(index, last_blocks(seen), target, weight_BT)
+
+    def attend_last(given: ChosenInput) -> ChosenOutput:
+        q, K = given.q_BTHQ, given.chosen_BTK.size(2)
+        width = given.weight_YC.size(0) // q.size(2) - given.nope
+        sizes = q.size(2), q.size(2), K
+        out = q.new_empty(*q.shape[:3], width)
+        made = ChosenOutput(out, *(q.new_empty(*q.shape[:2], size, dtype=torch.float32) for size in sizes))
+        attend(given._replace(q_BTHQ=_last(q), chosen_BTK=_last(given.chosen_BTK)))
+        return made
+
+    def attend_last_backward(
+        dout_BTHV: Tensor, given: ChosenInput, out_BTHV: Tensor, lse_BTH: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dq, last = torch.empty_like(given.q_BTHQ), given._replace(q_BTHQ=_last(given.q_BTHQ))
+        last = last._replace(chosen_BTK=_last(given.chosen_BTK))
+        _, dlatents, dweight = back(_last(dout_BTHV), last, _last(out_BTHV), _last(lse_BTH))
+        return dq, dlatents, dweight
+
+    def learn_last_chosen(index: IndexVectors, chosen_BTK: Tensor, shares_BTK: Tensor, weight_BT: Tensor) -> IndexLoss:
+        q, k, w = index
+        grads = [torch.empty(one.shape, device=one.device) for one in (q, w)]
+        given = _last(chosen_BTK), _last(shares_BTK), _last(weight_BT)
+        loss, (_, dk, _) = learn_chosen(IndexVectors(_last(q), k, _last(w)), *given)
+        dq, dw = (grad.to(of.dtype) for grad, of in zip(grads, (q, w), strict=True))
+        return IndexLoss(loss, IndexVectors(dq, dk, dw))
+
+    kernels.choose_keys = lambda index, seen, top_k: choose(index, last_blocks(seen), top_k)
+    kernels.index_loss, kernels.chosen_index_loss = learn_last, learn_last_chosen
+    kernels.attend_chosen, kernels.attend_chosen_backward = attend_last, attend_last_backward
+    return kernels
+
+
+def _last(rows_BTX: Tensor) -> Tensor:
+    """The rows of a block of queries."""
+    return rows_BTX[:, -THRESHOLDS.attention_queries :]
+
+
+def last_blocks(seen: SeenKeys) -> SeenKeys:
+    """The newest queries of the last rectangle, as many as make whole blocks."""
+    last = seen.rectangles[-1]
+    first = max(last.first_query, last.last_query - 4 * THRESHOLDS.attention_queries)
+    return SeenKeys([last._replace(first_query=first, before=last.before + first - last.first_query)])
 
 
 def meta_wire(name: str, quantized: bool, kind: str) -> Wire:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed.pipelining._backward import stage_backward_input
 
 from conf.dispatches import DISPATCHES, FLAT_DISPATCH
-from conf.schema import Adapter, BaseFormat, Model, Precision, Recompute
+from conf.schema import Adapter, BaseFormat, Model, Precision, Recompute, SparseAttention
 from parallel.context import LoneContext
 from parallel.expert.build import build_stand_in
 from parallel.expert.dispatcher import ChainDispatcher
@@ -50,6 +50,8 @@ AGAIN = "_again"
 """Suffix of a block that backward recomputes."""
 AWAY = "_away_"
 """Separates a block's name from the part of it that waits for backward on the host."""
+SHARED_KEYS = "_shared"
+"""Follows the kind of a block of sparse attention that takes the keys of an earlier one."""
 
 
 Section = TypeVar("Section")
@@ -99,6 +101,10 @@ class Scene:
     adapter: FrozenSection[Adapter] = NO_ADAPTER
     holds_weights: bool = False
     """Whether FP8 weights are cast once per step; only `trace_casts` counts these casts."""
+    learns_index: bool = False
+    """Whether indexers of sparse attention learn."""
+    warms_index: bool = False
+    """Whether they learn alone (optim.index_warmup)."""
 
 
 @dataclass(frozen=True)
@@ -198,7 +204,7 @@ def trace_evaluation(scene: Scene, part: str) -> int:
     """Peak bytes of a forward without gradients, in eval mode, including its input. Weight casts are held only in
     steps."""
     plain = replace(scene.model.section, recompute=[], offload=[])
-    return _trace_evaluation(replace(scene, model=FrozenSection(plain), holds_weights=False), kind_of(part))
+    return _trace_evaluation(replace(scene, model=FrozenSection(plain), holds_weights=False), bare(part))
 
 
 @traced_once
@@ -214,7 +220,7 @@ def trace_casts(scene: Scene, part: str) -> int:
     plain = replace(
         scene, seq_len=TILE, sequences=1, dispatch=FLAT_DISPATCH if scene.ep > 1 else "local", wire="bf16", cp=1
     )
-    return _trace_casts(plain, kind_of(part))
+    return _trace_casts(plain, bare(part))
 
 
 @traced_once
@@ -240,7 +246,8 @@ def seen_by(part: str, scene: Scene) -> Scene:
         recompute += [Recompute.layer] * part.endswith(AGAIN)
     elif kind == "embedding":
         recompute = []
-    scene = replace(scene, model=FrozenSection(replace(model, recompute=recompute, offload=[away] if away else [])))
+    model = replace(model, recompute=recompute, offload=[away] if away else [], sparse=sparse_of(part, model))
+    scene = replace(scene, model=FrozenSection(model))
     if kind == "moe" or (kind == "end" and model.mtp_depth):
         by_nodes = scene.dispatch in DISPATCHES and DISPATCHES[scene.dispatch].by_nodes
         return scene if by_nodes else replace(scene, ranks_per_node=1)
@@ -274,6 +281,10 @@ class Run:
             self._ledger.enter(tensor)
             if tensor.grad is not None:
                 self._ledger.enter(tensor.grad)
+        scene, model = self._scene, self._scene.model.section
+        shape = scene.sequences, scene.seq_len // scene.cp, model.sparse.top_k
+        self._chosen = torch.empty(shape, dtype=torch.int32, device=self.device)
+        """The keys that an earlier block has chosen."""
         tokens = self._scene.sequences, self._scene.seq_len + 1
         self._tokens_BS = self._tokens(*tokens)
         self._anchor = torch.empty(0, device=self.device, requires_grad=True)
@@ -440,6 +451,13 @@ class Run:
             dtype=activation_dtype(scene.precision.section),
             device="meta",
         )
+        chunk.index_weight, chunk.warms_indexers = float(scene.learns_index), scene.warms_index
+        if SHARED_KEYS in part and scene.seq_len > model.sparse.top_k:
+            for block in chunk.layers.values():
+                vars(block.attention)["_choose"] = lambda *_: (
+                    None,
+                    None if chunk.training and scene.warms_index else self._chosen,
+                )
         if scene.adapter.section.base is BaseFormat.fp8:
             hold_in_blocks(chunk)
         if scene.adapter.section.on:
@@ -502,20 +520,15 @@ class _Exit(Function):
 class _End(DeepSeekV3):
     """Everything after the blocks of the last chunk."""
 
-    def forward(
-        self,
-        x: Tensor,
-        embedding_BTD: Tensor | None = None,
-        *,
-        tokens_BS: Tensor | None = None,
-        documents_BS: Tensor | None = None,
-        supervised_BS: Tensor | None = None,
-        experts_BTLK: Tensor | None = None,
-        keys_BTLK: Tensor | None = None,
-        **tensors_BS: Tensor,
+    def forward(self, x: Tensor, embedding_BTD: Tensor | None = None, **given: Any) -> Tensor:
+        self._embedding_BTD = embedding_BTD
+        return super().forward(x, **given)
+
+    def _run(
+        self, x: Tensor, positions: Positions, tokens_BS: Tensor | None, supervised_BS: Any, tensors_BS: Any
     ) -> Tensor:
-        assert tokens_BS is not None and documents_BS is None and supervised_BS is None
-        positions = Positions(tokens_BS.size(1) - 1, None, self._share)
+        assert tokens_BS is not None
+        embedding_BTD = self.__dict__.pop("_embedding_BTD")
         if embedding_BTD is None and self._depths:
             embedding_BTD = self._embed(positions.take_with_next(tokens_BS, self._depths))
         return torch.stack([self._loss(self.norm(x), embedding_BTD, tokens_BS, positions)])
@@ -576,3 +589,13 @@ class _Here:
 def kind_of(part: str) -> str:
     """embedding, dense, moe or end: the part's name without suffix."""
     return part.partition("_")[0]
+
+
+def bare(part: str) -> str:
+    """The part's name with the suffix that changes its weights alone."""
+    return kind_of(part) + SHARED_KEYS * (SHARED_KEYS in part)
+
+
+def sparse_of(part: str, model: Model) -> SparseAttention:
+    """Sparse attention of a model whose blocks are all like this part."""
+    return replace(model.sparse, pattern="S" * model.layers if SHARED_KEYS in part else "")

@@ -11,7 +11,7 @@ experts receive: `plan.imbalance` gives the ratio of the busiest rank to the mea
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -30,7 +30,7 @@ from train.parallelize import stage_layers
 from train.plan.job import actions_of, device_kind, host_ranks, layout_of
 from train.plan.memory.chunk import Parts, chunk_of
 from train.plan.memory.ledger import PhaseBytes
-from train.plan.memory.part import AGAIN, AWAY, FrozenSection, Scene, kind_of, trace_casts
+from train.plan.memory.part import AGAIN, AWAY, SHARED_KEYS, FrozenSection, Scene, kind_of, trace_casts
 from train.plan.memory.rank_weights import (
     FP32_BYTES,
     Shards,
@@ -269,8 +269,7 @@ def _moments(
         )
         state, evaluated = Counter(stage3.state()), stage3.evaluation
     else:
-        end = max(max(stages) for stages in config.parallel.placement) if config.model.mtp_depth > 1 else None
-        ended = [*stages_ahead(actions_of(config, shortest=True)[pp_rank], end)]
+        ended = [*stages_ahead(actions_of(config, shortest=True)[pp_rank], one_piece_stages(config))]
         ahead, reduced, updated = StepEnd(config, groups, stage_rank, scene).peaks([*map([*chunks].index, ended)])
         (schedule, waiting), state, evaluated = (
             _walk(config, pp_rank, chunks, scene, shortest, depth, dict(zip(ended, ahead, strict=False))),
@@ -348,6 +347,8 @@ def scene_of(config: Config, load: Load | None = None) -> Scene:
         cp=parallel.cp,
         adapter=FrozenSection(config.adapter),
         holds_weights=config.holds_weights,
+        learns_index=model.sparse.heads > 0 and config.optim.index_loss > 0 and not config.adapter.on,
+        warms_index=config.optim.index_warmup,
     )
 
 
@@ -364,12 +365,14 @@ def chunk_parts(config: Config, layers: list[range] | None = None) -> list[dict[
 
 def parts_of_stage(config: Config, layers: list[range], stage: int) -> Parts:
     """The parts of one stage. layers: of every stage."""
-    dense = config.model.dense_layers
-    blocks = [
-        ("dense" if index < dense else "moe") + _behind(config.model, place)
-        for place, index in enumerate(layers[stage])
-    ]
+    blocks = [block_of(config.model, index) + _behind(config.model, place) for place, index in enumerate(layers[stage])]
     return (*["embedding"] * (stage == 0), *blocks, *["end"] * (stage == len(layers) - 1))
+
+
+def block_of(model: Model, layer: int) -> str:
+    """The name of a layer's block, without what backward does with it."""
+    shares = model.sparse.heads > 0 and not model.sparse.chooses(layer)
+    return ("dense" if layer < model.dense_layers else "moe") + SHARED_KEYS * shares
 
 
 def _behind(model: Model, place: int) -> str:
@@ -384,6 +387,14 @@ def _layers(config: Config, layers: list[range] | None = None) -> list[list[rang
     placement = config.parallel.placement
     layers = layers or stage_layers(config)
     return [[layers[stage] for stage in stages] for stages in placement]
+
+
+def one_piece_stages(config: Config) -> Collection[int]:
+    """Stages whose backward cannot be split (`DeepSeekV3.backward_in_one_piece`)."""
+    model, stages = config.model, range(sum(map(len, config.parallel.placement)))
+    if model.sparse.heads or model.block or model.router:
+        return stages
+    return stages[-1:] if model.mtp_depth > 1 or config.optim.extra_loss else ()
 
 
 def state_items(config: Config, groups: list[Shards]) -> Counter:
@@ -431,15 +442,17 @@ def _walk(
     last = max(max(stages) for stages in parallel.placement)
 
     def gradients(*names: str) -> int:
-        found = (w for name in names for w in part_weights(scene.model, name, share, scene.adapter))
-        return FP32_BYTES * sum(w.elements for w in found if w.is_trained)
+        """Bytes of the gradients that backward allocates; the reduction fills in the others of a warm-up."""
+        found = (w for name in names for w in part_weights(scene.model, name, share, scene.adapter) if w.is_trained)
+        return FP32_BYTES * sum(w.elements for w in found if ".indexer." in w.name or not scene.warms_index)
 
+    whole = one_piece_stages(config)
     stages = {
         stage: StagePlan(
             chunk_of(scene, parts),
             gradients(*(part for part in parts if part != "embedding")),
             gradients("embedding") * needs_table(model, parts),
-            one_piece=stage == last and model.mtp_depth > 1,
+            one_piece=stage in whole,
         )
         for stage, parts in chunks.items()
     }

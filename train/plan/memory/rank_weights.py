@@ -19,7 +19,7 @@ from train.kernels.plain.plain_kernels import PlainKernels
 from train.model.adapter import add_adapters
 from train.model.deepseek import DeepSeekV3
 from train.plan.memory.chunk import Parts
-from train.plan.memory.part import NO_ADAPTER, FrozenSection, kind_of
+from train.plan.memory.part import NO_ADAPTER, FrozenSection, kind_of, sparse_of
 
 FP32_BYTES = 4
 """Bytes of an fp32 element."""
@@ -50,7 +50,7 @@ def part_weights(
     model: FrozenSection[Model], part: str, local_experts: int, adapter: FrozenSection[Adapter] = NO_ADAPTER
 ) -> tuple[Weight, ...]:
     """The weights of a part (train/plan/memory/part.py). The end's exclude the embedding, which is its own part."""
-    config = model.section
+    config = replace(model.section, sparse=sparse_of(part, model.section))
     layers = {"dense": range(1), "moe": range(config.dense_layers, config.dense_layers + 1)}.get(
         kind_of(part), range(0)
     )

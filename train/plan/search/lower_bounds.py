@@ -240,6 +240,8 @@ def _kept_bytes(config: Config, stages: Stages, light: int, ids: list[int], flig
     their SwiGLU. The first `light` layers, which are recomputed or offloaded, keep only their input.
     """
     model, element = config.model, stages.element
+    if config.optim.index_warmup:  # only indexers have a backward
+        return 0
     quantised = 1 if config.precision.fp8 is not None else element
     row = 2 * model.hidden * element + model.heads * model.v_head_dim * quantised
     routed = model.top_k * (model.hidden + 2 * model.expert_width) * quantised

@@ -22,6 +22,8 @@ WORK_KINDS = {
     "fprop": "",
     "dgrad": "fprop",
     "wgrad": "fprop",
+    "index": "fprop",
+    "chosen": "fprop",
     "grouped_fprop": "fprop",
     "grouped_dgrad": "grouped_fprop",
     "grouped_wgrad": "wgrad",

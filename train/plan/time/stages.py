@@ -21,7 +21,7 @@ from train.parallelize import stage_layers
 from train.plan.job import device_kind, micro_batches_of
 from train.plan.memory.chunk import Parts, chunk_of
 from train.plan.memory.part import AGAIN, PassMemory, Scene, trace_backward, trace_forward, trace_split_backward
-from train.plan.memory.rank_memory import parts_of_stage, scene_of
+from train.plan.memory.rank_memory import block_of, parts_of_stage, scene_of
 from train.plan.time.passes import ElapsedTime, Segment, alone, overlapped
 from train.plan.time.rates import LINKS, Rates
 from train.plan.time.traffic import Spread, spread_of
@@ -148,8 +148,7 @@ class Stages:
         model = self.config.model
         again = model.repeated_layers >= model.layers  # a share of every stage depends on the stage, not on the layer
         end = AGAIN if again and Recompute.layer in model.recompute else ""
-        dense, moe = (self._pair((kind + end,)) for kind in ("dense", "moe"))
-        costs = [dense if index < model.dense_layers else moe for index in range(model.layers)]
+        costs = [self._pair((block_of(model, index) + end,)) for index in range(model.layers)]
         first, last = self._pair(("embedding",)), self._pair(("end",))
         return [len(one) for one in split_layers(costs, first, last, self.placement)]
 
@@ -164,7 +163,9 @@ class Stages:
     def _stage(self, parts: Parts, way: str) -> PassTime:
         """A pass of these parts in sequence; backward starts with the last."""
         first, depth = parts[0] == "embedding", self.config.model.mtp_depth if parts[-1] == "end" else 0
-        whole = self.config.parallel.zero == 3 or depth > 1  # backward_in_one_piece
+        whole = (
+            self.config.parallel.zero == 3 or depth > 1 or self.config.model.sparse.heads > 0
+        )  # backward_in_one_piece
         if way in "IW" and (whole or first):
             # the first stage has no gradient to send: torch's split does nothing in I and everything in W
             return self._stage(parts, "B") if (way == "I") == whole else PassTime()
