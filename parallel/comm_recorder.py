@@ -46,12 +46,12 @@ GROUP_METHODS = {
     "send": "send",
     "recv": "receive",
 }
-"""The kind of operation of each method; each torch version has some of these methods."""
+"""The kind of operation of each method. No torch version has all of these methods."""
 IN_PLACE = ("all_reduce", "broadcast", "reduce")
 """Kinds whose one tensor is both sent and received."""
 _BETWEEN = ("-packages" + os.sep, sysconfig.get_path("stdlib") + os.sep, __file__)
-"""Parts of file names to skip in the search for a caller.
-These are packages (torch and DeepSpeed among them), Python's library and this file.
+"""Parts of file names that the search for a caller skips: installed packages (torch and DeepSpeed among them), Python's
+library and this file.
 """
 
 
@@ -76,8 +76,8 @@ class CommLog(Protocol):
 
 
 class RecordedWork:
-    """Wraps the work that a group's method returned, and tells the log when it is waited for and when it is
-    complete.
+    """Wraps the work that a group's method returned. Tells the log when a caller waits for the work and when the work
+    is complete.
     """
 
     __slots__ = ("_at", "_ends", "_log", "_work")
@@ -98,7 +98,7 @@ class RecordedWork:
 
 
 class CommRecorder:
-    """Records this process's communication in the log. labels: the layout's names for groups, where known."""
+    """Records this process's communication in the log. labels: the layout's names for those groups that have one."""
 
     def __init__(self, log: CommLog):
         self.labels: dict[ProcessGroup, str] = {}
@@ -111,8 +111,8 @@ class CommRecorder:
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Record everything that begins inside the block."""
-        # A C++ method from getattr does not bind to an instance after it is set again; the entry in the class's dict
-        # does.
+        # A C++ method that getattr returned no longer binds to an instance after it is assigned to the class again. The
+        # entry of the class's dict still does.
         kept = {name: vars(ProcessGroup)[name] for name in GROUP_METHODS if name in vars(ProcessGroup)}
         for name in kept:
             setattr(ProcessGroup, name, self._seen(getattr(ProcessGroup, name), GROUP_METHODS[name]))
@@ -164,7 +164,7 @@ class CommRecorder:
         return known
 
     def _place(self) -> int:
-        """Return the innermost caller outside packages, so neither torch nor DeepSpeed."""
+        """Return the innermost caller that is not in a package, which excludes torch and DeepSpeed."""
         frame: FrameType | None = sys._getframe(3)
         while frame is not None:
             code = frame.f_code

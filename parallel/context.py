@@ -1,18 +1,18 @@
 """Context parallelism: the ranks of a group share each sequence and exchange the latents that attention needs.
 
-Rank r of N works on pieces r and 2 N - 1 - r of the 2 N pieces of a sequence (train/model/sequence.py). The ranks
-exchange MLA's latent and its rope key, kv_rank + rope_head_dim values per token and layer. They gather these before
-attention, and gather them again in its backward instead of keeping them. The gradients of the latents return by an
-all-to-all in the activation dtype and are summed in fp32 on arrival. A sum during the transfer would round after every
-rank and transfer as many bytes.
+A sequence has 2 N pieces; rank r of N works on pieces r and 2 N - 1 - r (train/model/sequence.py). The ranks exchange
+MLA's latent and its rope key, which are kv_rank + rope_head_dim values per token and layer. They gather these values
+before attention. They do not store the gathered values; the backward gathers them again. The gradients of the latents
+return by an all-to-all in the activation dtype, and the receiver sums them in fp32. A reduce-scatter would round after
+every rank and would transfer as many bytes.
 
 A rank sends (N - 1) times its own latents in each gather, and (N - 1) / N of all latents' gradients in the scatter,
 which is the same amount. For T positions and B sequences, with C values of b bytes each:
 
     3 (N - 1) / N * B * T * C * b      per layer, forward and backward
 
-All collectives are within the group, whose ranks hold the same stage and run the same actions. They are waited for
-inside the lane that issued them (parallel/pipeline/overlap.py).
+All collectives are within the group, whose ranks hold the same stage and run the same actions. The lane that issues a
+collective also waits for it (parallel/pipeline/overlap.py).
 
 Shapes: B sequences, T own positions, L positions of a piece, X any width, N ranks.
 """
@@ -28,7 +28,7 @@ from parallel.expert.link import TrafficCounters
 
 
 class ContextParallel:
-    """The exchange of a rank with the ranks that share its sequences: `train.model.sequence.SequenceShare`.
+    """Exchanges data with the ranks that share this rank's sequences. Implements `train.model.sequence.SequenceShare`.
 
     group: the ranks that share sequences, in the order of their pieces. across: whether the ranks span several nodes.
     """
@@ -81,8 +81,8 @@ class ContextParallel:
 
 
 class LoneContext(ContextParallel):
-    """Context parallelism without the other ranks, for a plan or a dry run: arrivals are copies of this rank's own
-    values.
+    """Context parallelism without the other ranks, for a plan or a dry run. Instead of received values it returns
+    copies of this rank's own values.
     """
 
     def __init__(self, ranks: int, rank: int = 0):

@@ -1,8 +1,8 @@
-"""Plain values between ranks: JSON in tensors, and nothing else.
+"""Exchanges plain values between ranks, as JSON text in tensors.
 
 torch's object collectives (`all_gather_object`, `broadcast_object_list` and similar) use pickle, and a process that can
-make a rank read a pickle can run code in it. So no rank sends or reads a pickle. Values travel as the bytes of their
-JSON text, and `refuse_pickles` makes torch's own functions raise for every caller.
+make a rank read a pickle can run code in that rank. So no rank sends or reads a pickle. Values travel as the bytes of
+their JSON text, and `refuse_pickles` makes torch's own functions raise for every caller.
 """
 
 import json
@@ -23,15 +23,15 @@ GLOO_TIMEOUT = re.compile(
     r"^\[\S*gloo\S*:\d+\] (Timed out waiting|Application timeout|(Connect|Read|Wait|Write) timeout)|\AWait timeout\Z",
     re.MULTILINE,
 )
-"""gloo's timeout messages; gloo raises plain errors.
-The text follows a place in gloo's source, or, at the store, is just "Wait timeout".
+"""Matches gloo's timeout messages; gloo raises errors without a type of their own. The message starts with a place in
+gloo's source. A timeout of the store has only the text "Wait timeout".
 """
 TIMEOUT = re.compile("timed out|timeout", re.IGNORECASE)
-"""Timeout text of NCCL and of the store, whose errors have a type."""
+"""Matches the timeout messages of NCCL and of the store. Errors of both have a type of their own."""
 
 
 def is_timeout(error: BaseException | None) -> bool:
-    """Whether gloo, NCCL or the store gave up waiting for another rank, also as a cause of a later error.
+    """Whether the error, or a cause of it, says that gloo, NCCL or the store gave up waiting for another rank.
 
     Other errors with similar words do not count.
     """
@@ -45,8 +45,9 @@ def is_timeout(error: BaseException | None) -> bool:
 def gather(value: Any, group: ProcessGroup | None = None) -> list[Any]:
     """Return every rank's value, in the rank order of the group (None: all ranks). Collective over the group.
 
-    value: anything that JSON can express; a tuple returns as a list, a number as itself, also if not finite. Every rank
-    holds the longest text once per rank, so values should be small. Raises TypeError for other values.
+    value: any value that JSON can express. A tuple returns as a list; a number returns unchanged, even if it is not
+    finite. Every rank allocates the length of the longest text once per rank, so values should be small. Raises
+    TypeError for other values.
     """
     text = _encode(value)
     length = torch.tensor([text.numel()])
@@ -60,7 +61,8 @@ def gather(value: Any, group: ProcessGroup | None = None) -> list[Any]:
 
 
 def from_rank_0(make: Callable[[], Any]) -> Any:
-    """Return on every rank the result of `make` on rank 0; JSON as in `gather`, of any size.
+    """Run `make` on rank 0 and return its result on every rank. The result must be JSON as in `gather`; it may have any
+    size.
 
     Collective over all ranks.
     """
@@ -87,9 +89,9 @@ def patient_group(timeout: timedelta) -> Iterator[ProcessGroup]:
 
 
 class RankNotes:
-    """Notes that a rank leaves for other ranks in their store.
+    """Short texts that a rank leaves in the ranks' store for other ranks.
 
-    Threads use them, because threads may use no collective, when no disk can be written.
+    They are for threads, which may use no collective, in case no disk can be written.
     """
 
     def __init__(self, store: dist.Store | None = None):
@@ -120,7 +122,7 @@ def _refuse(*_: Any, **__: Any) -> None:
 
 
 def _encode(value: Any) -> Tensor:
-    """Return the JSON text as bytes (uint8) on the CPU, for which all our groups have a backend."""
+    """Return the JSON text as bytes (uint8) on the CPU: every group of ours has a backend for the CPU."""
     return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
 
 

@@ -1,9 +1,9 @@
-"""Tests the links between GPU ranks before data preparation, with the transfers of a step; names slow or dead links.
+"""Tests the links between GPU ranks before data preparation, and names slow or dead links.
 
 Each rank exchanges rows with one other rank at a time: with every neighbour on its node, then with the rank of the same
-index on the neighbouring nodes. So a time belongs to one link, and all links of a kind are tested at once, as a step
-uses them. Then the run's own groups run an all-reduce and an all-to-all. Received bytes are checked. A transfer that
-does not end within LINK_PATIENCE raises an error that names both ends.
+index on the neighbouring nodes. So each time belongs to one link. All links of a kind are tested at the same time, as
+in a training step. Then the run's groups run an all-reduce and an all-to-all. The received bytes of the pairs are
+checked. A transfer that does not end within LINK_PATIENCE raises an error that names both ends.
 """
 
 import socket
@@ -24,13 +24,15 @@ from parallel.mesh import Mesh
 TRIED_BYTES = 64 << 20
 """Size of a message: large enough that a GPU's link reaches its full rate."""
 LINK_ROUNDS = 5
-"""Timed exchanges per link or group, after one that opens the connection."""
+"""Timed exchanges per link or group. One untimed exchange before them opens the connection."""
 LINK_PATIENCE = 60.0
-"""Seconds allowed for one exchange; opening connections takes some of them."""
+"""Seconds allowed for one exchange, which may include opening a connection."""
 SLOW_LINK = 0.5
-"""Share of the expected rate, or of the median of all links of its kind, below which a link is slow."""
+"""A link is slow if its rate is below this share of the expected rate, or of the median rate of all links of its
+kind.
+"""
 NAMED_LINKS = 5
-"""Slow links that are named; the rest are counted."""
+"""Maximum number of slow links that are named; the rest are counted."""
 
 Pair = tuple[int, int]
 
@@ -40,14 +42,16 @@ class LinkRate:
     """Measured rate of one link or one group."""
 
     kind: str
-    """inside (a node), across (nodes), all-reduce or all-to-all."""
+    """One of: inside (a node), across (nodes), all-reduce, all-to-all."""
     ranks: tuple[int, ...]
     bytes_per_second: float
-    """In one direction, for each rank."""
+    """Rate in one direction, for each rank."""
 
 
 def rounds_of_pairs(world: int, local: int) -> Iterator[tuple[str, list[Pair]]]:
-    """Yield rounds in which every rank has at most one partner. local: ranks per node, with consecutive numbers."""
+    """Yield rounds of pairs. A rank has at most one partner per round. local: ranks per node, with consecutive
+    numbers.
+    """
     nodes = world // local
     for matching in _matchings(local):
         yield "inside", [(node * local + a, node * local + b) for node in range(nodes) for a, b in matching]
@@ -71,18 +75,18 @@ def try_links(
     size: int = TRIED_BYTES,
     patience: float = LINK_PATIENCE,
 ) -> tuple[list[str], list[LinkRate]]:
-    """Return the names of all ranks by host and device, and the rates of each link and of this layout's groups.
-    Collective over all ranks.
+    """Measure all links; return the names of all ranks by host and device, and the rates of each link and of the
+    groups.
 
-    facts: of the run's dispatch. local: ranks per node. Raises RuntimeError for a link on which nothing or wrong data
-    arrives.
+    Collective over all ranks. facts: facts about the run's dispatch. local: ranks per node. Raises RuntimeError for a
+    link that delivers no data or wrong data.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     everyone = gather([f"{socket.gethostname()} {device} (rank {rank})", local])
     names, sizes = ([one[part] for one in everyone] for part in range(2))
     local = (
         local if len(set(sizes)) == 1 and world % local == 0 else 1
-    )  # nodes of several sizes: every link counts as one between nodes
+    )  # if nodes differ in size, every link counts as one between nodes
     sent = torch.full((size,), rank & 0xFF, dtype=torch.uint8, device=device)
     came, found = torch.empty_like(sent), []
 
@@ -126,7 +130,7 @@ def is_other(came: Tensor, expected: int) -> bool:
 
 
 def notes_on_links(names: list[str], found: list[LinkRate], expected: dict[str, Rate]) -> list[str]:
-    """Return notes for the user: the rates by kind beside those of the hardware file, and the ends of every slow
+    """Return notes for the user. They compare the rates by kind with the hardware file and name the ends of every slow
     link.
     """
     said, slow = [], []
@@ -147,7 +151,9 @@ def notes_on_links(names: list[str], found: list[LinkRate], expected: dict[str, 
 
 
 def _seconds(exchange: Callable[[], None]) -> float:
-    """Return the minimum time of several exchanges, each waited for."""
+    """Run `exchange` LINK_ROUNDS times after a warm-up, and return the seconds of the fastest one. `exchange` must wait
+    for its transfers.
+    """
     exchange()
     best = float("inf")
     for _ in range(LINK_ROUNDS):
@@ -158,8 +164,8 @@ def _seconds(exchange: Callable[[], None]) -> float:
 
 
 def _wait(works: list[dist.Work], device: torch.device, patience: float, who: str) -> None:
-    """Wait until all works are complete, at most `patience` seconds: NCCL's own wait blocks the device, not the
-    host.
+    """Wait until all works are complete, at most `patience` seconds. (NCCL's own wait blocks the device, not the
+    host.)
     """
     deadline = time.monotonic() + patience
     try:

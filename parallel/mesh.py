@@ -1,15 +1,15 @@
 """The process groups of every rank; parallel/layout.py lists their members.
 
-On GPUs, a group's communicator takes hundreds of megabytes of each rank. So groups with the same members are one group,
-and a communicator is created at the first collective of its group. Groups of one rank and groups that a layout does not
-use never have one.
+On GPUs, a group's communicator takes hundreds of megabytes on each rank. So one group serves all purposes that have the
+same members, and a communicator is created at the first collective of its group. Groups of one rank and groups that a
+layout does not use never get a communicator.
 
 A pipeline's group is the exception. It carries only the sends and receives of the schedule, and shares its communicator
 with no collective. If a communicator is created together with its group, torch runs all transfers of a rank one after
-another on one stream (pytorch pull request 172668 measured 7,300 tokens/s so, and 9,700 otherwise), and a broadcast
-beside them can hang. In a separate group torch opens one communicator per pair of neighbours, so that transfers to both
-sides overlap. torch 2.13 does so for all transfers that a schedule sends at once. An older torch that batches these
-transfers (pytorch issue 175225) works too, but the transfers do not overlap.
+another on one stream, and a concurrent broadcast can hang. pytorch pull request 172668 measured 7,300 tokens/s in this
+case and 9,700 tokens/s otherwise. In a separate group, torch opens one communicator per pair of neighbours, so that
+transfers to both neighbours overlap. torch 2.13 does this even if a schedule sends several transfers at once. Older
+versions that batch these transfers (pytorch issue 175225) work too, but the transfers do not overlap.
 """
 
 from dataclasses import dataclass, fields
@@ -22,7 +22,7 @@ from conf.check import check_world
 from parallel.layout import Layout
 
 Partition = tuple[tuple[int, ...], ...]
-"""Ranks in groups, as a comparable value."""
+"""A split of the ranks into groups, as a comparable value."""
 
 
 def partition(groups: list[list[int]]) -> Partition:
@@ -50,7 +50,7 @@ class Mesh:
     ends_group: ProcessGroup | None
     """First and last rank of my pipeline; None on the ranks between them."""
     inter_group: ProcessGroup
-    """Ranks of my expert group with the same index on their nodes as mine."""
+    """Ranks of my expert group that have my index on their nodes."""
 
     def wait_at_most(self, seconds: float) -> None:
         """Set the timeout of collectives in all groups of this rank, from now on."""
@@ -91,9 +91,9 @@ def _all_ranks() -> ProcessGroup:
 def form_later() -> None:
     """Make new groups create their communicators at their first collective.
 
-    Call it once the default group, bound to a device, has created its own. Otherwise torch splits the communicator of
-    all ranks for each new group at once, also for groups of other ranks: at 2048 ranks some 1800 times, including
-    groups of one rank.
+    Call it after the default group, which is bound to a device, has created its communicator. Otherwise torch splits
+    the communicator of all ranks once for each new group, even for groups of other ranks and groups of one rank. With
+    2048 ranks these are some 1800 splits.
     """
     _all_ranks().bound_device_id = None
 
@@ -101,8 +101,8 @@ def form_later() -> None:
 def build_mesh(layout: Layout, timeout: timedelta | None = None) -> Mesh:
     """Create the groups of this rank in the default process group; every rank must call it.
 
-    timeout: longest wait in a collective. Groups do not inherit the timeout of the default group; the group of all
-    ranks is the default group itself.
+    timeout: longest wait in a collective. Groups do not inherit the default group's timeout. The group of all ranks is
+    the default group.
     """
     world = dist.get_world_size()
     check_world(layout.pp, layout.dp, layout.cp, world, f"the number of ranks, {world}")

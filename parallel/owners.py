@@ -1,11 +1,12 @@
 """Gives each matrix that is sharded over several ranks an owner rank, which computes the whole matrix.
 
-ZeRO cuts weights at any element. An update that needs whole matrices gives each matrix an owner. Every rank sends its
-elements to the owner, the owner computes, and the results return the same way. Owners are chosen by cost, the most
-expensive matrix first: the rank that holds most of the matrix, or, if that rank already has its share of the work, the
-rank with the least work. A matrix that is already whole on its owner does not travel.
+ZeRO cuts weights at any element. An update that needs complete matrices gives each matrix an owner. Every rank sends
+its elements to the owner. The owner computes the update and sends each rank its elements of the result. Owners are
+chosen matrix by matrix, in the order of falling cost. The owner is the rank that holds most of the matrix. If that rank
+already has its share of the work, the owner is the rank with the least work. A matrix whose owner holds all of its
+elements is not sent.
 
-Matrices travel in packs. One pack travels while the previous pack is computed, so memory stays bounded:
+Matrices are sent in packs. One pack is sent while the previous pack is computed, so memory stays bounded:
 
     gather pack 0 | gather pack 1, compute 0 | gather pack 2, compute 1, return 0 | ...
 
@@ -24,22 +25,24 @@ from torch.distributed import ProcessGroup
 from parallel.shard import WeightPiece, cut_pieces
 
 KEEPS = 1.05
-"""A rank owns matrices that it mostly holds up to this factor of the mean cost per rank."""
+"""The rank that holds most of a matrix becomes its owner if the rank's total cost then stays within this factor of the
+mean.
+"""
 
 
 class SharedMatrix(NamedTuple):
-    """A matrix within a weight of `width` columns; every rank holds an interval of the weight's elements."""
+    """A matrix, which is part of a weight of `width` columns. Every rank holds an interval of the weight's elements."""
 
     weight: int
     """Index of the weight in its flat shard."""
     width: int
     held: Sequence[range]
-    """By rank: the elements of the flattened weight that the rank holds."""
+    """For each rank: the elements of the flattened weight that this rank holds."""
     place: WeightPiece
     cost: float
 
     def pieces(self, rank: int) -> list[WeightPiece]:
-        """Return a rank's part as at most three rectangles: a part of a row, whole rows, a part of a row."""
+        """Return a rank's part as at most three rectangles: part of a row, complete rows, part of a row."""
         cut = [
             WeightPiece(_common(rows, self.place.rows), _common(columns, self.place.columns))
             for rows, columns in cut_pieces(self.held[rank], self.width)
@@ -67,19 +70,19 @@ def choose_owners(matrices: Sequence[SharedMatrix], ranks: int) -> list[int]:
 
 @dataclass
 class MatrixPack:
-    """Matrices that travel together."""
+    """Matrices that are sent together."""
 
     numbers: list[int]
     sent: list[int]
-    """Elements that this rank sends to every other rank for their owners."""
+    """Number of elements that this rank sends to each other rank as the owner."""
     received: list[int]
 
 
 class MatrixOwners:
     """The matrices of one flat shard and their owners.
 
-    group: the ranks that share the shard; None if this rank holds it alone. elements: maximum elements of a pack per
-    owner.
+    group: the ranks that share the flat shard; None if this rank holds it alone. elements: maximum number of elements
+    per owner in a pack.
     """
 
     def __init__(
@@ -102,9 +105,9 @@ class MatrixOwners:
     ) -> None:
         """Compute every matrix on its owner. Collective over the group.
 
-        read: returns a view of the local part of a weight. compute: takes matrix numbers and matrices, returns results
-        of the same shapes. write: takes a matrix number, its weight, a rectangle of the local part and the result for
-        it. like: a tensor with the dtype and device in which elements travel.
+        read: returns a view of the local part of a weight. compute: takes matrix numbers and matrices; returns results
+        of the same shapes. write: takes a matrix number, the number of its weight, a rectangle of the local part, and
+        the result for that rectangle. like: a tensor; elements are sent with its dtype on its device.
         """
         gathered: tuple[MatrixPack, Callable[[], dict[int, Tensor]]] | None = None
         returned: Callable[[], None] | None = None
@@ -127,7 +130,7 @@ class MatrixOwners:
     def _cut(self, most: int) -> Iterator[list[int]]:
         """Yield the matrix numbers of each pack.
 
-        Matrices of one shape stay together, so that their matmuls can be batched.
+        Matrices of the same shape are in the same pack where possible, so that their matmuls can be batched.
         """
         shapes = {number: (len(m.place.rows), len(m.place.columns)) for number, m in enumerate(self._matrices)}
         by_owner = [
@@ -157,7 +160,7 @@ class MatrixOwners:
     def _gather(self, pack: MatrixPack, read: Callable[[int, WeightPiece], Tensor], like: Tensor) -> Callable[[], dict]:
         """Start to send the matrices of a pack to their owners.
 
-        Returns a function that waits for this rank's matrices, by number.
+        Returns a function. It waits for the matrices that this rank owns, and returns them by number.
         """
         outgoing = [
             read(self._matrices[number].weight, piece).reshape(-1)
@@ -194,7 +197,7 @@ class MatrixOwners:
     ) -> Callable[[], None]:
         """Start to send the results of a pack back.
 
-        Returns a function that waits for the results of this rank's elements.
+        Returns a function that waits until the results of this rank's elements have arrived.
         """
         for number, result in done.items():
             matrix = self._matrices[number]
@@ -221,7 +224,7 @@ class MatrixOwners:
         return finish
 
     def _travelling(self, pack: MatrixPack, owner: int, rank: int) -> Iterator[tuple[int, WeightPiece]]:
-        """Yield a rank's parts of the matrices of a pack that another rank owns, in the order of the message."""
+        """Yield those parts of a pack's matrices that `rank` holds and `owner` owns, in the order of the message."""
         if owner != rank:
             for number in pack.numbers:
                 if self.owners[number] == owner:
@@ -245,7 +248,7 @@ class MatrixOwners:
 
 
 def _at(whole: Tensor, matrix: SharedMatrix, piece: WeightPiece) -> Tensor:
-    """Return the view of a matrix that a rectangle of its weight covers."""
+    """Return a view of the elements of a matrix that a rectangle of its weight covers."""
     first, left = matrix.place.rows.start, matrix.place.columns.start
     return whole[
         piece.rows.start - first : piece.rows.stop - first, piece.columns.start - left : piece.columns.stop - left

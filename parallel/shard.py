@@ -1,6 +1,6 @@
-"""The one form in which state enters and leaves a rank: an interval of a flattened logical tensor.
+"""Defines `Shard`, an interval of a flattened logical tensor. All state enters and leaves a rank in this form.
 
-Parts of a weight have these names, from the whole run to a row:
+These classes describe parts of a weight, from the complete run down to a row:
 
     Shard        elements of the logical tensor of all ranks: the unit of checkpoints and exports
     Fragment     elements of a rank's own parameter that the rank updates, with master and state
@@ -25,8 +25,8 @@ from conf.optimizers import UpdateRule
 class Shard:
     """Elements [offset, offset + local.numel()) of the flattened logical tensor of `shape`.
 
-    ZeRO fragments, a rank's experts and whole tensors are all shards. So a checkpoint of one layout is read under any
-    other layout by intersecting intervals.
+    ZeRO fragments, a rank's experts and complete tensors are all shards. So a run with any layout can read a checkpoint
+    of another layout: it intersects intervals.
     """
 
     local: Tensor
@@ -45,7 +45,7 @@ class Shard:
 class Fragment:
     """The elements [offset, offset + master.numel()) of a flattened parameter that this rank updates.
 
-    The parameter is the rank's own, so experts count from the rank's first expert.
+    The parameter is local to the rank, so expert 0 is the rank's first expert.
     """
 
     param: nn.Parameter
@@ -75,8 +75,8 @@ class WeightPiece(NamedTuple):
 
 
 def cut_pieces(elements: range, width: int) -> list[WeightPiece]:
-    """Split an interval of a flattened weight with `width` columns into rectangles: a part of a row, whole rows, a
-    part of a row.
+    """Split an interval of a flattened weight with `width` columns into at most three rectangles: part of a row,
+    complete rows, part of a row.
     """
     if not elements:
         return []
@@ -93,19 +93,23 @@ def cut_pieces(elements: range, width: int) -> list[WeightPiece]:
 
 @dataclass
 class FlatWeight:
-    """A parameter in the flat shards of the ranks that share it."""
+    """A parameter, and its place in the flat shards of the ranks that share it."""
 
     param: nn.Parameter
     shape: tuple[int, ...]
-    """Shape of the whole parameter; for experts, only this rank's experts."""
+    """Shape of the complete parameter; for experts, of this rank's experts only."""
     held: list[range]
-    """By sharing rank: the elements of the flattened parameter in that rank's shard."""
+    """For each sharing rank: the elements of the flattened parameter that its shard holds."""
     place: int
-    """Offset of the parameter's first element in this rank's shard; negative if another rank holds that element."""
+    """Offset of the parameter's first element in this rank's shard. It is negative if an earlier rank holds that
+    element.
+    """
 
     def view(self, flat: Tensor, rows: range, columns: range, place: int | None = None) -> Tensor:
-        """Return some rows and columns that this rank holds, in its shard or in a tensor that holds the parameter
-        from `place` on.
+        """Return a view of some rows and columns.
+
+        flat: this rank's shard, which must hold these elements; or, with `place`, a tensor that holds the parameter
+        from element `place` on.
         """
         width = self.shape[-1]
         first = (self.place if place is None else place) + rows.start * width + columns.start
@@ -122,7 +126,7 @@ class FlatShard:
     group: ProcessGroup
     """The ranks that share the weights."""
     names: list[str]
-    """Global names."""
+    """Global names of the weights."""
 
     def scale_rows(self, flat: Tensor, factors: Mapping[str, Tensor]) -> None:
         """Multiply each row of the named weights by its factor."""
@@ -140,31 +144,31 @@ class ShardSlice(NamedTuple):
     offset: int
     """Index of the first element, in the flattened parameter."""
     place: slice
-    """Place in the shard."""
+    """Position in the shard."""
 
 
 @dataclass
 class GradientHandover:
     """Data that ZeRO hands to the optimizer for the next update, besides the `.grad` of the flat parameters.
 
-    It is the only object that both know; ZeRO fills it and the optimizer reads it.
+    ZeRO fills this object and the optimizer reads it. They share no other object.
     """
 
     shards: dict[Tensor, FlatShard] = field(default_factory=dict)
-    """Contents of each flat parameter."""
+    """For each flat parameter: the weights that it holds."""
     factor: Tensor | None = None
-    """Factor on all gradients, applied during the update for clipping; a scalar on the host."""
+    """Factor on all gradients, which the update applies for clipping; a scalar on the host."""
     unreduced: dict[Tensor, list[Tensor]] = field(default_factory=dict)
-    """Gradients of flat parameters that no other rank shares, in their original buffers: 1-D, fp32, in order from
-    the first element, without the padding at the end. The `.grad` of such a flat parameter is a placeholder.
+    """Gradients of flat parameters that this rank shares with no other rank, in their original buffers: 1-D, fp32, in
+    order from the first element, without the padding at the end. The `.grad` of such a flat parameter is a placeholder.
     """
     row_factors: Mapping[str, Tensor] = field(default_factory=dict)
-    """By weight: factors on its rows, applied after the update."""
+    """For each weight: factors on its rows, applied after the update."""
     divisor: int = 1
-    """Unreduced gradients are sums over the data of this number of ranks; division gives their mean."""
+    """Unreduced gradients are sums over the data of this number of ranks. Division by it gives the mean."""
 
     def of(self, param: Tensor) -> tuple[list[Tensor], Tensor | float | None]:
-        """Return the gradient of a flat parameter in pieces, and the factor to apply to them."""
+        """Return the gradient of a flat parameter as a list of parts, and the factor to apply to each."""
         if param not in self.unreduced:
             return [gradient_of(param).view(-1)], self.factor
         if self.divisor == 1:
@@ -179,29 +183,30 @@ def gradient_of(param: Tensor) -> Tensor:
 
 
 def whole(tensor: Tensor) -> Shard:
-    """Return the shard of a rank that holds a whole tensor."""
+    """Return the shard of a rank that holds the complete tensor."""
     return Shard(tensor.detach().view(-1), 0, tuple(tensor.shape))
 
 
 class ShardedOptimizer(Protocol):
     """The optimizer interface that parallel/zero needs: it updates the flat fp32 parameters that ZeRO hands over.
 
-    It is a torch.optim.Optimizer; every group has the rule of its weights as `rule` (conf/optimizers.py).
+    Implementations are torch.optim.Optimizer objects. Every parameter group has the update rule of its weights as
+    `rule` (conf/optimizers.py).
     """
 
     param_groups: list[dict[str, Any]]
     handover: GradientHandover
     updates: int
-    """Updates before this step; the owner advances it once per step."""
+    """Number of updates before this step. The object that owns the optimizer adds 1 per step."""
 
     def allocate(self, param: Tensor) -> dict[str, Tensor]:
         """Return the state of a flat parameter by name, created on first use.
 
-        Each tensor has the parameter's shape, so that state and parameter are cut alike.
+        Each tensor has the parameter's shape, so that the same intervals cut state and parameter.
         """
 
     def sums_of_squares(self, pieces: Sequence[Tensor]) -> Tensor:
-        """Return the sum of squares of every flat fp32 tensor, in fp64: (pieces,)."""
+        """Return the sum of squares of each flat fp32 tensor, in fp64: (pieces,)."""
 
     def step(self, closure: None = None) -> None:
         """Update every group that has gradients."""

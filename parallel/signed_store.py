@@ -1,10 +1,10 @@
 """A store where ranks of several nodes meet, safe in a network with untrusted hosts.
 
-torch's process groups find each other through a key-value store. It holds addresses, and the number that NCCL's
-connections require. TCPStore accepts and returns values without authentication. So its socket listens only on the
-node's own address, and every value is encrypted and signed, under its own key, with a secret that only ranks of the
-same attempt have. An attacker who finds the port can neither read nor insert an address, and can only make the attempt
-fail. Counters and the existence of keys are not signed: no content is read from them.
+The ranks of torch's process groups find each other through a key-value store. It holds addresses, and the id that
+NCCL's connections require. TCPStore accepts and returns values without authentication. So its socket listens only on
+the node's own address. Every value is encrypted and signed with a secret that only the ranks of the same attempt have;
+the signature covers the value's key. An attacker who finds the port can neither read nor insert an address; he can only
+make the attempt fail. Counters and the existence of keys are not signed, because the ranks read no content from them.
 """
 
 import hashlib
@@ -16,14 +16,14 @@ from datetime import timedelta
 import torch.distributed as dist
 
 NONCE, SIGNATURE = 16, 32
-"""Bytes before and after every value."""
+"""Number of bytes before and after every value."""
 
 _clones: list["SealedStore"] = []
-"""Keeps stores alive: C++ reaches a Python store only while Python holds a reference."""
+"""Keeps stores alive. C++ can call a Python store only while Python holds a reference to it."""
 
 
 class SealedStore(dist.Store):
-    """Wraps another store; only holders of the secret can write and read its values."""
+    """Wraps another store, so that only holders of the secret can write and read its values."""
 
     def __init__(self, store: dist.Store, secret: bytes):
         super().__init__()
@@ -40,7 +40,9 @@ class SealedStore(dist.Store):
         self._store.set(key, sealed)  # pyrefly: ignore[bad-argument-type]  it takes bytes, too
 
     def get(self, key: str) -> bytes:
-        """Raises PermissionError for a value that was not written with the secret under this key."""
+        """Return the value of a key. Raises PermissionError for a value that was not written under this key with the
+        secret.
+        """
         sealed = self._store.get(key)
         nonce, signature = sealed[:NONCE], sealed[-SIGNATURE:]
         text = self._cipher(nonce, sealed[NONCE:-SIGNATURE])
@@ -57,7 +59,7 @@ class SealedStore(dist.Store):
     def _cipher(self, nonce: bytes, text: bytes) -> bytes:
         """Encrypt or decrypt: XOR of the text with a stream derived from secret and nonce.
 
-        Python's library has no cipher.
+        Python's standard library has no cipher.
         """
         stream = hashlib.shake_256(b"stream" + self._secret + nonce).digest(len(text))
         return (int.from_bytes(text) ^ int.from_bytes(stream)).to_bytes(len(text))

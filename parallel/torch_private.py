@@ -9,13 +9,15 @@ from typing import NamedTuple
 
 
 class BorrowedName(NamedTuple):
-    """owner: full path of the module or class that has the name."""
+    """owner: full path of the module or class that defines the name."""
 
     owner: str
     name: str
     why: str
     since: str = ""
-    """First torch version with the name, if Sluice also supports older versions, which work without it."""
+    """First torch version that has the name. It is set if Sluice also supports older versions, which work without the
+    name.
+    """
 
 
 _STAGE = "torch.distributed.pipelining.stage.PipelineStage"

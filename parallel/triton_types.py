@@ -1,9 +1,9 @@
 """Types of Triton's kernels for a type checker, and a launch that takes less host time. The module needs triton.
 
-Parameters of a kernel have no Python types: Triton derives them from the arguments of a launch. Triton recognises
-compile-time parameters by the annotation `constexpr`, which its interpreter compares as a word of the source. Triton's
-own annotation would demand a constexpr argument, while a launch passes a plain number. The options of a launch are in
-no signature.
+Parameters of a kernel have no Python types: Triton derives types from the arguments of a launch. Triton recognises a
+compile-time parameter by the annotation `constexpr`; its interpreter compares the annotation's source text. For a type
+checker, Triton's own `constexpr` would require a constexpr argument, while a launch passes a plain number. The options
+of a launch are in no signature.
 """
 
 from collections.abc import Callable
@@ -20,8 +20,8 @@ Parameters = ParamSpec("Parameters")
 _Launched = TypeVar("_Launched")
 constexpr = Any if TYPE_CHECKING else tl.constexpr
 COMPILED: list[str] = []
-"""Kernels that this process has compiled or read from Triton's cache, with their specialisation; a kernel that
-appears during a run delayed its step.
+"""Kernels that this process has compiled or read from Triton's cache, with their specialisation. A kernel that is added
+during a run has delayed a step.
 """
 
 
@@ -36,14 +36,14 @@ if knobs.runtime.jit_post_compile_hook is None:  # a hook set by other code stay
 class QuickKernel:
     """A kernel that is launched like Triton's own, `kernel[grid](...)`, in half the host time.
 
-    Triton specialises a kernel on properties of the arguments: for a tensor its dtype and whether 16 divides its
-    address; for a number its type, whether 16 divides it and whether it is 1; for constants and options all. For a
-    number in `do_not_specialize` only the type counts. So row counts, which differ in every step, compile nothing
-    during a run.
+    Triton specialises a kernel on properties of the arguments. For a tensor, these are its dtype and whether 16 divides
+    its address. For a number, these are its type, whether 16 divides it and whether it is 1; for a number in
+    `do_not_specialize`, only the type. Constants and options count with their values. Row counts, which differ in every
+    step, are in `do_not_specialize`, so they cause no compilation during a run.
 
-    This class computes the same key in fewer steps and reuses the kernel that Triton returned for the first such
-    launch. Launches with unaligned tensors, and launches that hooks watch, go through Triton. Parameters are tensors
-    (named _ptr) first, then numbers, then constants.
+    This class computes an equivalent key in fewer steps and reuses the kernel that Triton returned for the first launch
+    with this key. Launches with unaligned tensors and launches with hooks go through Triton. The parameters of a kernel
+    must be tensors (named _ptr) first, then numbers, then constants.
     """
 
     def __init__(self, kernel: JITFunction):
@@ -76,7 +76,7 @@ class QuickKernel:
 
 
 def quick(kernel: _Launched) -> _Launched:
-    """Return a `QuickKernel` if Triton compiles for GPUs whose specialisation rules it knows, else the kernel
+    """Return a `QuickKernel` if Triton compiles for a GPU whose specialisation rules this file knows; else the kernel
     itself.
     """
     known = isinstance(kernel, JITFunction) and torch.version.hip is None
@@ -84,20 +84,20 @@ def quick(kernel: _Launched) -> _Launched:
 
 
 def _watched(hook: Any) -> bool:
-    """Whether a hook is set: a chain of functions, one function, or None."""
+    """Whether a hook is set. A hook is a chain of functions, one function, or None."""
     return bool(getattr(hook, "calls", hook))
 
 
 @lru_cache(1 << 14, typed=True)
 def _kind_of(number: float) -> tuple:
-    """Return the properties of a number on which a kernel is specialised."""
+    """Return the properties of a number that specialise a kernel."""
     if not isinstance(number, int):
         return (type(number),)
     return type(number), number == 1, number % 16 == 0, -(2**31) <= number < 2**31, number < 2**63
 
 
 def _width_of(number: int) -> bool:
-    """Return the property of an unspecialised integer that changes the kernel: whether it fits into 32 bits."""
+    """Return whether an unspecialised integer fits into 32 bits: only this property of it changes the kernel."""
     return number < 2**31
 
 
@@ -107,7 +107,7 @@ def with_options(launch: Callable[Parameters, None], **options: int) -> Callable
 
 
 def power_of_2_from(count: int) -> int:
-    """Return the smallest power of 2 not below `count` (at least 1).
+    """Return the smallest power of 2 that is at least `count` (and at least 1).
 
     Triton's own function takes as much host time as a launch.
     """

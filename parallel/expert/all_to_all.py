@@ -1,7 +1,8 @@
 """Flat dispatch: one all-to-all over the whole expert-parallel group, dropless, with variable splits.
 
-Every (token, expert) pair is a separate message, as in common all-to-all dispatchers, even if two experts of a token
-share a rank: this is the reference for node-limited dispatch. A message is an encoded row and one gate.
+Every (token, expert) pair is a separate message, even if two experts of a token are on one rank. Common all-to-all
+dispatchers do the same. This dispatch is the reference for node-limited dispatch. A message is an encoded row and one
+gate.
 
     1. Sort the pairs by expert. Experts are numbered rank by rank, so the pairs are also sorted by rank.
     2. Exchange the number of pairs per expert; copy the split sizes to the host, the only such copy.
@@ -24,8 +25,8 @@ from parallel.expert.wire import Wire
 class AllToAllDispatcher(ChainDispatcher):
     """Experts over the ranks of one group, rank r holding experts [r*E/P, (r+1)*E/P).
 
-    group: the expert-parallel group, or None if this rank holds all experts. experts: E. ranks_per_node: consecutive
-    ranks that share a node, for the counters.
+    group: the expert-parallel group, or None if this rank holds all experts. experts: E. ranks_per_node: number of
+    consecutive ranks on one node; only the traffic counters use it.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, experts: int, ranks_per_node: int, wire: Wire):
@@ -52,7 +53,8 @@ class AllToAllDispatcher(ChainDispatcher):
         gates_CX = gates_TK.reshape(-1, 1).view(torch.int32)
         message_CX = words_TW.new_empty(pairs.source_C.numel(), width + gates_CX.shape[1])
         torch.index_select(words_TW, 0, pairs.source_C, out=message_CX[:, :width])
-        # copy_C maps (token, entry) to its place among the copies, so writing through it sorts the gates.
+        # copy_C maps each (token, entry) to the position of its copy. Writing the gates through copy_C therefore sorts
+        # them.
         message_CX[:, width:].index_copy_(0, pairs.copy_C, gates_CX)
         return message_CX
 

@@ -1,4 +1,4 @@
-"""The table of dispatchers: the class that moves the rows of each dispatch, and its stand-in for a rank alone.
+"""The table of dispatchers. Each row has the dispatcher's class and its stand-in for a rank that runs alone.
 
 conf/dispatches.py lists what a dispatch requires of a layout.
 """
@@ -40,7 +40,7 @@ def _node_limited(at: ExpertPlaces) -> NodeLimitedDispatcher:
 class DispatcherKind:
     """build: creates the dispatcher over the ranks of a run.
 
-    stand_in: creates one for a rank alone, from group, wire and load (stand_in.py).
+    stand_in: creates the dispatcher of a rank that runs alone, from group, wire and load (stand_in.py).
     """
 
     build: Callable[[ExpertPlaces], ExchangeDispatcher]
@@ -57,9 +57,9 @@ DISPATCHERS: dict[str, DispatcherKind] = {
 
 
 def build_wire(name: str, quantized: bool = False) -> Wire:
-    """Return the wire bf16 (the activation dtype, whichever it is) or fp8.
+    """Return the wire bf16 (the activation dtype, even if that is not bf16) or fp8.
 
-    quantized: experts take FP8 rows as they arrive.
+    quantized: whether experts take the received FP8 rows without decoding.
     """
     return HighWire() if name == "bf16" else Fp8RowsWire() if quantized else Fp8Wire()
 
@@ -77,12 +77,12 @@ def build_dispatcher(
     groups: int = 1,
     width: int = 0,
 ) -> ExchangeDispatcher:
-    """Build a dispatcher for one layer or, because it keeps no state between uses, for all layers of a rank.
+    """Build a dispatcher. All layers of a rank may share it, because it keeps no state between uses.
 
     name: parallel.dispatch. experts: routed experts of a layer. wire, quantized: see `build_wire`. ep_group: the
-    expert-parallel group (None: this rank alone). inter_group, intra_group: the ranks with this rank's index on each
-    node, and the ranks of this node (None: just this rank). ranks_per_node: consecutive ranks of the group on one node.
-    groups: the router's expert groups. width: hidden width. Raises UserError if the sizes do not fit.
+    expert-parallel group (None: this rank alone). inter_group: the ranks that have this rank's index on their node;
+    intra_group: the ranks of this node (None: only this rank). ranks_per_node: number of consecutive ranks of the group
+    on one node. groups: the router's expert groups. width: hidden width. Raises UserError if the sizes do not fit.
     """
     coded = build_wire(wire, quantized)
     places = ExpertPlaces(experts, coded, ep_group, inter_group, intra_group, ranks_per_node, groups, width)

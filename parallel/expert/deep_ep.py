@@ -1,11 +1,10 @@
 """DeepEP's kernels with the dispatcher interface, for GPUs with NVLink and RDMA.
 
-Written for the public interface of `deep_ep.Buffer` (get_dispatch_layout, dispatch, combine) as documented. It has
-never run with the package itself, for lack of GPUs; the tests use a stand-in that returns what the documentation
-promises.
+This file follows the documentation of `deep_ep.Buffer` (get_dispatch_layout, dispatch, combine). It has never run with
+the package itself, for lack of GPUs. The tests use a stand-in that returns what the documentation promises.
 
-DeepEP moves a token once per rank that holds one of its experts, through one rank per node. For every arrival it
-returns the local expert ids (-1 for experts elsewhere) and gates. This file expands arrivals to rows by expert, and
+DeepEP sends a token once to every rank that holds one of its experts; one rank per node forwards it. For every arrival
+it returns the local expert ids (-1 for experts elsewhere) and gates. This file expands arrivals to rows by expert, and
 sums the rows again.
 
 Shapes: T tokens, D channels, K experts per token, M arrivals, R rows, E local experts.
@@ -26,12 +25,12 @@ from parallel.expert.wire import Fp8Wire, Wire
 
 @dataclass
 class _Plan(DispatchPlan):
-    """A single hop, which DeepEP records itself: `fans` holds only the fan-out from arrivals to rows."""
+    """The routes of one hop. DeepEP records the hop itself; `fans` holds only the fan-out from arrivals to rows."""
 
     handle: Any = None
     """DeepEP's record of the routing; None before the first dispatch."""
     gates_MK: Tensor | None = None
-    """The arrivals' gates: a repeated dispatch on the same routes does not bring them again."""
+    """The arrivals' gates. A repeated dispatch on the same routes does not send the gates again."""
 
 
 class _Landing:
@@ -50,14 +49,14 @@ class _Landing:
 
 
 class DeepEPDispatcher(ExchangeDispatcher):
-    """Experts over the ranks of one group through DeepEP; bf16 activations, width a multiple of 128.
+    """DeepEP dispatcher for experts over the ranks of one group. Activations are bf16; the width is a multiple of 128.
 
-    group: NCCL group. experts: experts in all. width: D, which sizes the buffers. Bytes are not counted here, so it has
-    no counters.
+    group: NCCL group. experts: number of experts in all. width: D, which sizes the buffers. The class has no traffic
+    counters, because it does not count bytes.
 
-    DeepEP waits on the current stream of its caller, which here is not the compute stream. So its work overlaps with
-    computing until the second half of a use waits for it. The host waits in the first dispatch of tokens, because
-    DeepEP sizes its output from counts.
+    DeepEP waits on the current stream of its caller, which is not the compute stream in this class. So DeepEP's work
+    overlaps with compute until `wait`, the second half of a use. The host waits in the first dispatch of tokens,
+    because DeepEP sizes its output from counts.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, experts: int, width: int, wire: Wire):
@@ -108,7 +107,7 @@ class DeepEPDispatcher(ExchangeDispatcher):
         plan.rows = sum(counts)
         fan, plan.entry_of_row = fan_out_with_entries(ids_MK, ExpertTargets(0, 1, self.local), plan.rows)
         plan.fans.append(fan)
-        # From pinned memory: otherwise the host would wait for the copy.
+        # A copy from pageable memory would make the host wait.
         plan.counts_E = torch.tensor(counts, pin_memory=ids_MK.is_cuda).to(ids_MK.device, non_blocking=True)
         return received
 

@@ -1,26 +1,27 @@
 """The common part of all dispatchers over ranks: four uses by autograd, each in two halves, and our chain of hops.
 
-Dispatch sends a token through a chain of fan-outs (parallel/expert/permute.py), with an exchange after each fan-out but
-the last, which sorts the arrivals by local expert. Combine is the same chain reversed. Training uses each twice:
+Dispatch sends a token through a chain of fan-outs (parallel/expert/permute.py). After each fan-out except the last, the
+ranks exchange rows; the last fan-out sorts the arrivals by local expert. Combine is the same chain reversed. Training
+uses dispatch and combine twice each:
 
     dispatch forward     out,  in the wire format   x and gates -> rows and their gates
     dispatch backward    back, activation dtype     gradients of rows and gates -> gradients of x and gates
     combine forward      back, activation dtype     expert outputs -> y
     combine backward     out,  in the wire format   gradient of y -> gradient of expert outputs (cached routing)
 
-as in paper 3.3.3 (FP8 dispatch, BF16 combine). Every use is cut in two: `begin` runs up to the start of the exchange at
-the source's end of the chain (the slow network, if there are two hops), and `wait` is the rest. In the backward pass
-the halves change roles: the gradient of wait starts the exchange, and the gradient of begin waits for it. Autograd runs
-the latest ready node first. So between the two halves it runs what was computed between begin and wait, such as the
-shared expert.
+This follows paper 3.3.3 (FP8 dispatch, BF16 combine). Every use has two halves, `begin` and `wait`. `begin` ends when
+the exchange nearest to the source has started (with two hops: the slow network). `wait` does the rest. In the backward
+pass the halves change roles: the gradient of `wait` starts the exchange, and the gradient of `begin` waits for the
+exchange. Autograd runs the latest ready node first. So the backward of operations between `begin` and `wait`, such as
+the shared expert, also runs between the two halves.
 
-On a GPU, the hops after the first also start at once, on a separate stream (`beside`). The host knows all sizes by
-then, so each hop sorts and forwards its arrivals whatever the compute stream does, and wait is only for the last hop.
-The same holds for DeepEP (parallel/expert/deep_ep.py). A CPU has no such streams: there the hop inside the node, the
-fast network, is waited for where it starts.
+On a GPU, the hops after the first also start in `begin`, on a separate stream (`beside`). The host already knows all
+sizes, so each hop sorts and forwards its arrivals independently of the compute stream, and `wait` only waits for the
+last hop. DeepEP works in the same way (parallel/expert/deep_ep.py). A CPU has no such streams, so the host starts the
+hop inside the node (the fast network) and waits for it at once.
 
-The token is quantized once, before any copy is made. So all copies hold equal bytes, and the numbers of a run do not
-depend on how experts are spread over ranks.
+The token is quantized once, before it is copied. So all copies hold equal bytes, and the values that a run computes do
+not depend on the placement of experts on ranks.
 
 Shapes: T tokens of this rank, D channels, K experts per token, R rows of this rank's experts, E local experts, M
 messages that arrived at this rank, C copies, B bytes of an encoded row, W = B/4 words, P peers of a hop.
@@ -44,7 +45,7 @@ from parallel.pipeline.overlap import yield_point
 if TYPE_CHECKING:
 
     class ExchangeFunction(torch.autograd.Function):
-        """torch's class; its own annotations do not allow a backward with named arguments."""
+        """torch's autograd Function. torch's annotations do not allow a backward with named arguments."""
 
         backward: Callable[..., Any]
 
@@ -67,8 +68,8 @@ class DispatchPlan:
     ids_TK: Tensor
     """The experts of this rank's own tokens."""
     fans: list[FanOut] = field(default_factory=list)
-    """One fan-out per hop, then the one from arrivals to rows sorted by expert.
-    Later ones may need arrivals of earlier hops.
+    """One fan-out per hop, then the fan-out from arrivals to rows sorted by expert. A later fan-out may be unknown
+    until the arrivals of an earlier hop are known.
     """
     entry_of_row: Tensor | None = None
     """For node-limited dispatch: each row's index in the arrivals' gates, (M, K) flattened."""
@@ -77,14 +78,14 @@ class DispatchPlan:
 
 
 class CombinableRows(Protocol):
-    """Data of the rows that a combine needs."""
+    """Fields of dispatched rows that combine reads."""
 
     state: Any
 
 
 @dataclass
 class DispatchedRows:
-    """Tokens at their experts."""
+    """Result of a dispatch: the tokens on the ranks of their experts."""
 
     rows_RD: Tensor
     """Rows for this rank's experts, sorted by local expert, in the activation dtype."""
@@ -121,7 +122,7 @@ class PendingCombine:
 
 
 class ExchangeDispatcher(ABC):
-    """A dispatcher whose uses are cut in two halves; subclasses move rows to experts and back.
+    """Base class of dispatchers, whose uses have two halves. Subclasses move rows to experts and back.
 
     wire: wire format of dispatch.
     """
@@ -132,16 +133,16 @@ class ExchangeDispatcher(ABC):
     def __init__(self, wire: Wire):
         self.wire = wire
         self.on_wait: Callable[[], None] = yield_point
-        """Called before each wait for an exchange: in an overlapped pair the other lane computes first."""
+        """Called before each wait for an exchange. In an overlapped pair, it lets the other lane compute first."""
 
     def dispatch_begin(
         self, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor, again: DispatchPlan | None = None
     ) -> PendingDispatch:
-        """Start to send every token to its experts. Needs one copy of split sizes to the host.
+        """Start to send every token to its experts. Copies the split sizes to the host once.
 
-        x_TD: fp32 or bf16. expert_ids_TK: int64 ids over the whole group, distinct for each token. gates_TK: fp32. All
-        may be fp64, as in a check of `mode=prove`. again: the state of an earlier dispatch of these tokens; its routes
-        are reused without an exchange of counts.
+        x_TD: fp32 or bf16. expert_ids_TK: int64 ids over the whole group, distinct for each token. gates_TK: fp32.
+        Gates and x may be fp64, as in a check of `mode=prove`. again: the state of an earlier dispatch of these tokens.
+        The new dispatch reuses the earlier routes and exchanges no counts.
         """
         assert gates_TK.dtype in (torch.float32, torch.float64) and expert_ids_TK.shape == gates_TK.shape
         plan = self._plan(expert_ids_TK) if again is None else again
@@ -165,7 +166,7 @@ class ExchangeDispatcher(ABC):
 
     @abstractmethod
     def _plan(self, expert_ids_TK: Tensor) -> DispatchPlan:
-        """Return what is known before anything arrives."""
+        """Return the part of the plan that is known before any arrival."""
 
     @abstractmethod
     def _start_out(self, flight: "ExchangeFlight", rows_TD: Tensor, gates_TK: Tensor | None) -> Any:
@@ -173,11 +174,13 @@ class ExchangeDispatcher(ABC):
 
     @abstractmethod
     def _finish_out(self, flight: "ExchangeFlight", transfer: Any, gradient: bool = False) -> tuple[Tensor, Tensor]:
-        """Return rows sorted by expert, and the side data for `_row_gates`; gradients have no side data."""
+        """Return rows sorted by expert, and the side data for `_row_gates`; for gradients there is no side data."""
 
     @abstractmethod
     def _start_back(self, flight: "ExchangeFlight", rows_RD: Tensor, side_MX: Tensor | None) -> Any:
-        """Start to send results back, or gradients of rows with gradients of the arrivals' gates."""
+        """Start to send rows back: expert outputs, or gradients of rows together with gradients of the arrivals'
+        gates.
+        """
 
     @abstractmethod
     def _finish_back(self, flight: "ExchangeFlight", transfer: Any) -> tuple[Tensor, Tensor]:
@@ -192,18 +195,18 @@ class ExchangeDispatcher(ABC):
         """Return gradients of gates_TK from the side data that came back to the source."""
 
     def _gate_grads_by_message(self, plan: DispatchPlan, grads_R: Tensor) -> Tensor:
-        """Transpose of _row_gates: gradients of the gates of every arrival, (M, X)."""
+        """Transpose of `_row_gates`: return the gradients of the gates of every arrival, (M, X)."""
         shape_MK = (plan.fans[-1].start_S.numel(), plan.ids_TK.shape[1])
         assert plan.entry_of_row is not None
-        # Entries of experts elsewhere stay 0, so the sum of copies only collects the entries.
+        # Entries of experts on other ranks stay 0, so the sum over copies fills each entry from exactly one rank.
         return grads_R.new_zeros(shape_MK).view(-1).index_copy_(0, plan.entry_of_row, grads_R).view(shape_MK)
 
 
 class ChainDispatcher(ExchangeDispatcher):
     """A dispatcher over one or two hops; subclasses define the layout of a token's copies and gates.
 
-    links: one per hop, source first. `_plan` exchanges counts and fills the fan-outs that are known before anything
-    arrives, at least the first. Gates and their gradients travel as fp32 side words of the rows.
+    links: one per hop, in the order of dispatch. `_plan` exchanges counts. It fills the fan-outs that are known before
+    any arrival; the first is always known. Gates and their gradients travel as fp32 side words of the rows.
     """
 
     def __init__(self, links: list[Link], wire: Wire):
@@ -211,7 +214,7 @@ class ChainDispatcher(ExchangeDispatcher):
         self.links = links
         self.counters = TrafficCounters()
         self.as_on_gpu = False
-        """Whether rows on the meta device are forwarded as on a GPU."""
+        """Whether rows on the meta device take the path of a GPU."""
         self._back_wire = HighWire()
 
     @abstractmethod
@@ -223,7 +226,7 @@ class ChainDispatcher(ExchangeDispatcher):
         """Add the next fan-out to the plan, from the side words of the arrivals."""
 
     def _sends_ahead(self, rows: Tensor) -> bool:
-        """Whether all hops start together with the first."""
+        """Whether all hops start together with the first hop."""
         return len(self.links) > 1 and (rows.is_cuda or self.as_on_gpu)
 
     def _start_out(self, flight: "ExchangeFlight", rows_TD: Tensor, gates_TK: Tensor | None) -> Transfer:
@@ -284,7 +287,7 @@ class ChainDispatcher(ExchangeDispatcher):
         return collect(rows_CD, flight.plan.fans[0]), side_CX
 
     def _back_message(self, rows_CD: Tensor, fan: FanOut, side_MX: Tensor | None) -> Tensor:
-        """Return summed rows as words, followed by their side words; the sums are written there directly."""
+        """Return summed rows as words, followed by their side words. The sums are written directly into the message."""
         wire, width, dtype = self._back_wire, rows_CD.shape[1], rows_CD.dtype
         if side_MX is None:
             return wire.encode(collect(rows_CD, fan)).view(torch.int32)
@@ -302,11 +305,10 @@ class ChainDispatcher(ExchangeDispatcher):
 
 
 def from_words(words_MX: Tensor, dtype: torch.dtype) -> Tensor:
-    """Reinterpret words as values of one or two words each: a view for one word, a copy for two, which may be
-    misaligned.
+    """Reinterpret words as values that take one or two words each.
 
-    Two-word values are read from a flat copy: torch treats one row, or rows of no words, as contiguous whatever their
-    strides are.
+    One-word values are returned as a view. Two-word values are returned as a copy, because they may be misaligned. The
+    copy is flat: torch treats a single row, or rows of no words, as contiguous whatever their strides are.
     """
     if dtype.itemsize == 4:
         return words_MX.view(dtype)
@@ -323,10 +325,10 @@ class ExchangeFlight:
     width: int
     dtype: torch.dtype
     transfer: Any = None
-    """Result of the dispatcher's own start, for its own finish."""
+    """The state that `_start_out` or `_start_back` of a subclass returns for the matching finish method."""
 
     def land(self) -> Any:
-        """Return the started transfer, to be waited for.
+        """Return the started transfer; the caller waits for it.
 
         All ranks call this equally often, even without a row to send.
         """
@@ -342,10 +344,11 @@ def _sending_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def beside(rows: Tensor) -> AbstractContextManager:
-    """Run a GPU's work in the block beside the compute stream, after the work computed so far.
+    """Run a GPU's work in the block on a second stream, after all work that the compute stream has so far.
 
-    Memory allocated in the block is only reused in the block, after all work given to the compute stream until then.
-    Buffers allocated outside must be kept alive until the compute stream waits for the last work of the block.
+    Memory that is allocated in the block is reused only by a later block, after the work that the compute stream had
+    when that block began. The caller must keep buffers from outside the block alive until the compute stream waits for
+    the last work of the block.
     """
     if not rows.is_cuda:
         return nullcontext()

@@ -1,4 +1,4 @@
-"""One process group as a dispatcher sees it: an asynchronous all-to-all with variable sizes.
+"""Wraps a process group for dispatchers: an asynchronous all-to-all with variable sizes.
 
 Shapes: P peers, C rows sent, R rows received, X any width.
 """
@@ -10,15 +10,16 @@ from dataclasses import dataclass, field
 import torch.distributed as dist
 from torch import Tensor
 
-# Bytes that the expert all-to-all moved, and the time spent waiting for it.
+# Counts bytes that the expert all-to-all moved, and the time spent waiting for arrivals.
 #
-# A dispatcher owns one TrafficCounters object. It counts the bytes of messages handed to the communication library for
-# other ranks, split counts included, without the library's own headers. Rows that a rank keeps for itself do not count.
+# A dispatcher owns one TrafficCounters object. It counts the bytes of messages, split counts included, that are handed
+# to the communication library for other ranks. It counts neither the library's headers nor rows that a rank sends to
+# itself.
 
 
 @dataclass
 class Traffic:
-    """Sums since the last take."""
+    """Sums since the last `take`."""
 
     inside_bytes: int = 0
     """Bytes sent to other ranks of the same node."""
@@ -67,8 +68,8 @@ class Transfer:
 class Link:
     """All-to-all inside one group.
 
-    group: the process group, or None for a rank alone, which then exchanges nothing. nodes_P: the node of every rank of
-    the group, to separate bytes inside the node from bytes across nodes.
+    group: the process group, or None for a rank that runs alone and exchanges nothing. nodes_P: the node of every rank
+    of the group. The counters use it to separate bytes inside the node from bytes across nodes.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, nodes_P: Sequence[int]):

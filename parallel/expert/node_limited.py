@@ -1,4 +1,4 @@
-"""Node-limited dispatch: every token crosses the slow network once per target node (paper 3.2.2).
+"""Node-limited dispatch: every token crosses the network between nodes once per target node (paper 3.2.2).
 
 With the router's limit of M nodes per token, a token costs M messages between nodes instead of up to K:
 
@@ -6,15 +6,17 @@ With the router's limit of M nodes per token, a token costs M messages between n
     2. inside the node: from there to each rank that holds one of its experts, the bytes forwarded unread,
     3. on the expert's rank: expanded to one row per expert.
 
-In combine, outputs are summed on the expert's rank, then on the forwarding rank, so that one sum per node crosses, then
-at the source. Sums are rounded to the activation dtype at each of the three places, while flat dispatch rounds once: in
-fp32 the two differ in the last bits, in bf16 by up to two more roundings.
+In combine, the expert's rank sums outputs, then the forwarding rank, then the source. So only one sum per node crosses
+the network. Each of the three ranks rounds its sum to the activation dtype, while flat dispatch rounds once. In fp32
+the results of the two dispatches differ in the last bits; in bf16 they differ by up to two more roundings.
 
 A message is an encoded row, the token's K gates and its K expert ids (int16). Each rank on the route reads the ids to
-find the next targets. With one node only the inside hop remains, with one rank per node only the outside hop.
+find the next targets. With one node there is only the hop inside the node. With one rank per node there is only the hop
+between nodes.
 
-Counts need two small exchanges, one per hop, and one copy to the host. The first tells a rank's peers how many of its
-tokens reach their node, each rank of the node and each of its experts; the second forwards the sums inside the node.
+Counts need two small exchanges, one per hop, and one copy to the host. In the first exchange, a rank tells each peer
+how many of its tokens go to the peer's node, to each rank of that node and to each expert there. The second exchange
+forwards the sums inside the node.
 
 Shapes besides those of dispatcher.py: N nodes, L ranks per node, F experts per rank, E = N*L*F.
 """
@@ -65,8 +67,8 @@ class NodeLimitedDispatcher(ChainDispatcher):
         return DispatchPlan(sent, received, counts[4][0], counts_F, expert_ids_TK, fans)
 
     def _exchange_counts(self, outer_NX: Tensor) -> tuple[list[list[int]], Tensor]:
-        """Return sent and received messages of both hops and the number of rows, on the host; and rows per local
-        expert.
+        """Return the numbers of sent and received messages of both hops and the number of rows, on the host; also
+        return the rows per local expert, on the device.
         """
         ranks = self.intra.size
         arriving_NX = self.inter.start_counts(outer_NX, self.counters.forward).wait()

@@ -1,22 +1,22 @@
 """Moves rows between two orders by gathers only.
 
-A FanOut says which source row every copy holds. Its two uses are transposes of each other, so each is the other's
-backward pass, and neither scatters or adds in place:
+A FanOut maps every copy to its source row. It has two uses, `spread` and `collect`. They are transposes of each other,
+so each is the backward pass of the other. Neither scatters or adds in place:
 
     spread:  copies_C = sources_S[source_C]                        a gather
     collect: sources_S[s] = sum of copies_C[c] over c in the list of s    a gather with a sum
 
-`collect` reads the copies once and keeps the sum in fp32 (embedding_bag does both); a gather followed by a sum would
-first write all copies again. Dispatch is a chain of spreads with an exchange between two of them; combine is the
-reverse chain with collects.
+`collect` reads the copies once and accumulates in fp32 (embedding_bag does both). A gather followed by a sum would
+first write all copies again. Dispatch is a chain of spreads, with an exchange between two spreads. Combine is the
+reverse chain, with collects.
 
-On a GPU, a fan-out of experts is two kernels and `collect` is one (parallel/expert/triton_dispatch.py); this file has
-the same in torch operations.
+On a GPU, building a fan-out of experts takes two kernels and `collect` takes one (parallel/expert/triton_dispatch.py).
+This file computes the same with torch operations.
 
-Two savings were counted and left out (`python -m bench.traffic`: an FP8 layer of DeepSeek-V3's experts, one of 64
-ranks, 4096 tokens, forward and backward). GEMMs that read rows at their arrival place would save the last gather, 0.31
-ms at 3 TB/s of the roughly 39 ms of a pair of layers. The gates act inside SwiGLU, so combines are plain sums. These
-take 1.21 ms; GEMMs could absorb the 0.61 ms after the experts.
+Two possible savings were estimated and not implemented (`python -m bench.traffic`: an FP8 layer of DeepSeek-V3's
+experts, one of 64 ranks, 4096 tokens, forward and backward, 3 TB/s). First, GEMMs could read rows where they arrive and
+save the last gather: 0.31 ms of the roughly 39 ms of a pair of layers. Second, the gates are applied inside SwiGLU, so
+combines are plain sums, which take 1.21 ms. GEMMs could absorb 0.61 ms of this, the sums after the experts.
 
 Shapes: S sources, C copies, N targets, K entries per source, X any width.
 """
@@ -29,20 +29,20 @@ from torch import Tensor
 
 
 class FanOut(NamedTuple):
-    """The source row of every copy. Copies are ordered by target, then by source."""
+    """Maps every copy to its source row. Copies are ordered by target, then by source."""
 
     source_C: Tensor
     """Source of every copy, int64."""
     copy_C: Tensor
-    """The copies again, listed source by source, int64."""
+    """Indices of the copies, listed source by source, int64."""
     start_S: Tensor
     """Start of each source's list in copy_C, int64."""
 
 
 def fan_out(hits_SN: Tensor, copies: int) -> FanOut:
-    """Make one copy of source s for every target n with hits_SN[s, n].
+    """Make one copy of source s for every target n where hits_SN[s, n] is true.
 
-    copies: the number of hits, known to the host and passed in, so that a GPU is not asked for it again.
+    copies: the number of hits. The caller knows it on the host, so this function needs no copy from a GPU.
     """
     hits_NS = hits_SN.t().contiguous()
     source_C = torch.nonzero_static(hits_NS, size=copies)[:, 1]
@@ -54,7 +54,7 @@ def fan_out(hits_SN: Tensor, copies: int) -> FanOut:
 
 
 class ExpertTargets(NamedTuple):
-    """Targets that hold experts, per_target each, starting at expert `first`."""
+    """Targets that hold `per_target` experts each; the first target's first expert is `first`."""
 
     first: int
     per_target: int
@@ -62,8 +62,9 @@ class ExpertTargets(NamedTuple):
 
 
 def fan_out_of(ids_SK: Tensor, wanted: ExpertTargets, copies: int) -> FanOut:
-    """Make one copy of source s for every target that holds one of its experts ids_SK[s]; experts outside the
-    targets are skipped.
+    """Make one copy of source s for every target that holds one of the source's experts, ids_SK[s].
+
+    Experts that no target holds are skipped.
     """
     if ids_SK.is_cuda:
         return FanOut(*triton_dispatch().place_hits(ids_SK, *wanted, copies)[:3])
@@ -71,8 +72,8 @@ def fan_out_of(ids_SK: Tensor, wanted: ExpertTargets, copies: int) -> FanOut:
 
 
 def fan_out_with_entries(ids_SK: Tensor, wanted: ExpertTargets, copies: int) -> tuple[FanOut, Tensor]:
-    """Run `fan_out_of` for targets of one expert each; also returns each copy's index in the flattened ids_SK: int64
-    (C,).
+    """Run `fan_out_of` for targets of one expert each. Also returns the index of each copy in the flattened ids_SK,
+    int64 (C,).
     """
     assert wanted.per_target == 1
     if ids_SK.is_cuda:
@@ -103,7 +104,9 @@ def hits(ids_SK: Tensor, wanted: ExpertTargets) -> Tensor:
 
 
 def sort_entries(target_SK: Tensor) -> FanOut:
-    """Make one copy for every entry of target_SK (values below 32768), so a source may go K times to one target."""
+    """Make one copy for every entry of target_SK, so one target may get K copies of a source. Targets must be below
+    32768.
+    """
     sources, entries = target_SK.shape
     order_C = target_SK.flatten().to(torch.int16).argsort(stable=True)
     copy_C = torch.empty_like(order_C)
@@ -118,8 +121,8 @@ def spread(rows_SX: Tensor, fan: FanOut) -> Tensor:
 
 
 def collect(rows_CX: Tensor, fan: FanOut, out_SX: Tensor | None = None) -> Tensor:
-    """Return the sum of every source's copies, (S, X), added in the order of their targets and rounded once. out_SX:
-    output buffer.
+    """Return the sum of every source's copies, (S, X). Copies are added in the order of their targets, and the sum is
+    rounded once. out_SX: output buffer.
     """
     if not rows_CX.is_cuda:
         sum_SX = F.embedding_bag(fan.copy_C, rows_CX, fan.start_S, mode="sum")
@@ -131,7 +134,7 @@ def collect(rows_CX: Tensor, fan: FanOut, out_SX: Tensor | None = None) -> Tenso
 
 
 def triton_dispatch():
-    """Return the module of GPU kernels; the import gives the type checker their names."""
+    """Return the module of GPU kernels. The local import lets the type checker see the kernels' names."""
     from parallel.expert import triton_dispatch as kernels
 
     return kernels

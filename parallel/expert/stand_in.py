@@ -1,8 +1,9 @@
-"""Dispatchers without peers: the real classes, with an all-to-all that returns what the peers would have sent.
+"""Dispatchers without peers: the real classes with a replaced all-to-all, which makes up the rows that peers would
+send.
 
-One rank of a large job runs alone, for a plan (on the meta device) or for a dry run. The real router routes its own
-tokens. A `Load` prescribes how many messages and rows arrive; their values are copies of this rank's own. Encoding,
-copies, gathers, sums and everything that autograd keeps are those of the real dispatcher.
+One rank of a large job runs alone, for a plan (on the meta device) or for a dry run. The real router routes this rank's
+tokens. A `Load` sets how many rows arrive; their values are copies of this rank's own rows. The real dispatcher's code
+does the encoding, copies, gathers and sums, and autograd saves the same tensors.
 
 Shapes: T tokens of this rank, K experts per token, P peers, M messages that arrive, R rows, L experts of this rank.
 """
@@ -41,17 +42,17 @@ class Group:
     top_groups: int
 
     def reached(self, units: int) -> float:
-        """Return the expected number of units (equal runs of experts) in which a token has an expert, with all
-        experts equally likely.
+        """Return how many units hold at least one expert of a token: the expected number, with all experts equally
+        likely.
 
-        A token's K experts are any K experts of its top_groups groups.
+        Units are equal ranges of experts. A token's K experts are any K experts of its top_groups groups.
         """
         experts_per_unit, experts_per_group = self.experts // units, self.experts // self.groups
         open_experts = experts_per_group * self.top_groups
         if experts_per_unit <= experts_per_group:
             chance = self.top_groups / self.groups
             return units * chance * _some(open_experts, experts_per_unit, self.top_k)
-        inside = experts_per_unit // experts_per_group  # groups per unit; the number of open groups among them varies
+        inside = experts_per_unit // experts_per_group  # groups per unit; the number of chosen groups among them varies
         ways = math.comb(self.groups, self.top_groups)
         return units * sum(
             math.comb(inside, opened)
@@ -63,16 +64,18 @@ class Group:
 
 
 def _some(experts: int, here: int, top_k: int) -> float:
-    """Return the chance that at least one of top_k different experts out of `experts` is among `here` of them."""
+    """Return the chance that `top_k` different experts, drawn from `experts`, include at least one of `here` given
+    experts.
+    """
     return 1 - math.comb(experts - here, top_k) / math.comb(experts, top_k)
 
 
 @dataclass(frozen=True)
 class Load:
-    """Tokens per expert that the routers of all peers send to this rank in a dispatch."""
+    """Number of tokens that all peers together send to each expert of this rank in one dispatch."""
 
     per_token_L: tuple[float, ...]
-    """Rows of every expert of this rank, per token of this rank (peers have as many tokens)."""
+    """Rows of each expert of this rank, divided by the tokens of this rank. Peers have as many tokens."""
 
     @classmethod
     def even(cls, group: Group, factor: float = 1.0) -> "Load":
@@ -80,18 +83,18 @@ class Load:
         return cls((group.ranks * group.top_k / group.experts * factor,) * (group.experts // group.ranks))
 
     def rows_L(self, tokens: int) -> list[int]:
-        """Return whole rows of every expert; their sum is the rounded sum of the exact values."""
+        """Return the integer number of rows of every expert. Their sum is the rounded sum of the exact values."""
         ends = [round(tokens * end) for end in itertools.accumulate(self.per_token_L)]
         return [end - start for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def split_evenly(total: int, parts: int) -> list[int]:
-    """Return whole numbers that differ by at most 1 and sum to total."""
+    """Return integers that differ by at most 1 and sum to total."""
     return [total * (i + 1) // parts - total * i // parts for i in range(parts)]
 
 
 class StandInLink(Link):
-    """A link whose arrivals are the sent rows, repeated as often as needed."""
+    """A link that returns the sent rows as its arrivals, repeated as often as needed."""
 
     def __init__(self, nodes_P: Sequence[int]):
         self.group: ProcessGroup | None = None
@@ -109,7 +112,7 @@ class StandInLink(Link):
 
 
 class FlatStandIn(AllToAllDispatcher):
-    """`AllToAllDispatcher` of a rank alone."""
+    """`AllToAllDispatcher` of a rank that runs alone."""
 
     def __init__(self, group: Group, wire: Wire, load: Load):
         link: Link = StandInLink([rank // group.ranks_per_node for rank in range(group.ranks)])
@@ -128,7 +131,9 @@ class FlatStandIn(AllToAllDispatcher):
 
 
 class NodeLimitedStandIn(NodeLimitedDispatcher):
-    """`NodeLimitedDispatcher` of a rank alone: as many messages arrive as leave, except for the rows of `load`."""
+    """`NodeLimitedDispatcher` of a rank that runs alone: as many messages arrive as leave, except in the last hop,
+    where `load` sets the number.
+    """
 
     def __init__(self, group: Group, wire: Wire, load: Load):
         nodes = group.ranks // group.ranks_per_node
@@ -145,7 +150,8 @@ class NodeLimitedStandIn(NodeLimitedDispatcher):
         tokens, device = len(expert_ids_TK), expert_ids_TK.device
         totals = [max(1, round(tokens * per_token)) for per_token in self._per_token]
         sent = [split_evenly(total, link.size) for total, link in zip(totals, self.links, strict=True)]
-        # As many arrive as leave, but the last hop brings more if this rank's experts are chosen more often.
+        # As many messages arrive as leave. Only the last hop brings more, if this rank's experts are chosen more often
+        # than the mean.
         rows_L = self.load.rows_L(tokens)
         arriving = max(1, round(totals[-1] * sum(rows_L) / expert_ids_TK.numel()), *rows_L)
         received = [*sent[:-1], split_evenly(arriving, self.links[-1].size)]
@@ -163,7 +169,7 @@ class NodeLimitedStandIn(NodeLimitedDispatcher):
 
 
 def _fan(copies_N: Sequence[int], sources: int, device: torch.device) -> FanOut:
-    """Build a FanOut with this number of copies for every target, taken from the sources in turn."""
+    """Build a FanOut that takes sources in turn. copies_N: number of copies for every target."""
     targets = len(copies_N)
     return fan_out_of(_ids(tuple(copies_N), sources, device), ExpertTargets(0, 1, targets), sum(copies_N))
 
@@ -172,8 +178,8 @@ def _fan(copies_N: Sequence[int], sources: int, device: torch.device) -> FanOut:
 def _ids(copies_N: tuple[int, ...], sources: int, device: torch.device) -> Tensor:
     """Return the targets of every source, -1 for none: (S, N).
 
-    A real rank has no such tensor. So it is made and cached outside the dispatch modes, where a memory count does not
-    see it.
+    A real rank has no such tensor. So this one is built and cached outside the dispatch modes, and a memory count does
+    not include it.
     """
     with _disable_current_modes():
         ids_SN = torch.full((sources, len(copies_N)), -1, dtype=torch.int16, device=device)
@@ -187,7 +193,7 @@ def _ids(copies_N: tuple[int, ...], sources: int, device: torch.device) -> Tenso
 
 
 class DeepEPStandIn(DeepEPDispatcher):
-    """`DeepEPDispatcher` over a Buffer of our own."""
+    """`DeepEPDispatcher` over `_Buffer`."""
 
     def __init__(self, group: Group, wire: Wire, load: Load):
         ExchangeDispatcher.__init__(self, wire)
@@ -197,7 +203,7 @@ class DeepEPStandIn(DeepEPDispatcher):
 
 
 class _Buffer:
-    """`deep_ep.Buffer` as documented, with copies of this rank's own rows as arrivals."""
+    """Behaves as the documentation of `deep_ep.Buffer` says; arrivals are copies of this rank's own rows."""
 
     def __init__(self, load: Load, per_token: float, top_k: int):
         self._load, self._per_token, self._top_k = load, per_token, top_k

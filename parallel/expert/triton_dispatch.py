@@ -5,8 +5,9 @@
     collect, sum_entries        the sum of every source's copies, in fp32, rounded once
     encode_rows                 rows to the bytes of the FP8 wire
 
-All decisions by value stay on the device: no kernel waits for the host. The module needs triton and is imported only
-where its kernels run. Shapes as in permute.py and wire.py; `row` is the stride between message rows, in elements.
+Decisions that depend on values stay on the device: no kernel waits for the host. The module needs triton and is
+imported only where its kernels run. Shapes as in permute.py and wire.py; `row` is the stride between message rows, in
+elements.
 """
 
 import torch
@@ -17,18 +18,18 @@ from torch import Tensor
 from parallel.triton_types import constexpr, power_of_2_from, quick, with_options
 
 HITS = 4096
-"""Sources times targets of one program that counts or places; a program takes at most 128 sources."""
+"""Sources times targets that one program counts or places. A program takes at most 128 sources."""
 COUNT_BLOCKS = 64
-"""Blocks of sources whose counts are summed at a time."""
+"""Number of blocks of sources whose counts are summed at a time."""
 COLLECT_COLUMNS = 1024
-"""Columns of one program of `collect`: eight values per thread."""
+"""Columns that one program of `collect` handles: eight values per thread."""
 ENCODE_ROWS, ENCODE_TILES = 8, 4
-"""Rows and tiles of one program of `encode_rows`: the exponents of four tiles form one word."""
+"""Rows and tiles that one program of `encode_rows` handles. The exponents of four tiles form one word."""
 
 
 @triton.jit
 def _hits(ids_ptr, sources, number, first, per_target, K: constexpr, TARGETS: constexpr):
-    """Return, for every source and target, the source's last entry for that target: int32 (sources, TARGETS), -1 for
+    """Return the last entry of each source that names an expert of each target: int32 (sources, TARGETS), -1 for
     none.
     """
     target = tl.arange(0, TARGETS)[None, :]
@@ -96,7 +97,7 @@ def _place_kernel(
 def _collect_kernel(
     rows_ptr, copy_ptr, start_ptr, out_ptr, sources, copies, width, row, out_row, each: constexpr, COLLECT_COLUMNS: constexpr
 ):  # fmt: skip
-    """Sum the copies of every source. each: copies per source; 0 if start_ptr says where each list begins."""
+    """Sum the copies of every source. each: number of copies per source; 0 if start_ptr has the start of each list."""
     source = tl.program_id(0)
     columns = tl.program_id(1) * COLLECT_COLUMNS + tl.arange(0, COLLECT_COLUMNS)
     first, last = source * each, source * each + each
@@ -141,8 +142,9 @@ def _encode_kernel(
 
 
 def count_hits(ids_SK: Tensor, first: int, per_target: int, targets: int) -> Tensor:
-    """Return how many sources have one of the per_target experts of a target, by blocks of sources: int32 (blocks,
-    targets).
+    """Return, by blocks of sources, how many sources have an expert of each target: int32 (blocks, targets).
+
+    A target has per_target experts.
     """
     (sources, entries), size = ids_SK.shape, _sources(targets)
     blocks = -(-sources // size)
@@ -158,7 +160,7 @@ def count_hits(ids_SK: Tensor, first: int, per_target: int, targets: int) -> Ten
 def place_hits(
     ids_SK: Tensor, first: int, per_target: int, targets: int, copies: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the three parts of a FanOut, and each copy's index in the flattened ids_SK; all int64."""
+    """Return the three fields of a FanOut, and the index of each copy in the flattened ids_SK; all int64."""
     start_S = ids_SK.new_empty(len(ids_SK), dtype=torch.int64)
     source_C, copy_C, entry_C = _place(ids_SK, first, per_target, targets, copies, start_S, by_entry=False)
     return source_C, copy_C, start_S, entry_C
@@ -174,7 +176,7 @@ def place_entries(ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor,
 def _place(
     ids_SK: Tensor, first: int, per_target: int, targets: int, copies: int, start: Tensor, by_entry: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return sources, lists and entries of copies; see `_place_kernel`."""
+    """Return the sources, lists and entries of the copies; see `_place_kernel`."""
     ids_SK = ids_SK.contiguous()
     counts_BN = count_hits(ids_SK, first, per_target, targets)
     source_C, copy_C, entry_C = (ids_SK.new_empty(copies, dtype=torch.int64) for _ in range(3))
@@ -188,7 +190,7 @@ def _place(
 
 
 def collect(rows_CX: Tensor, copy_C: Tensor, start_S: Tensor, out_SX: Tensor) -> None:
-    """Compute the sum of every source's copies. Rows of both may be strided."""
+    """Compute the sum of every source's copies. Rows of the input and of the output may be strided."""
     _collect(rows_CX, copy_C, start_S, out_SX, 0)
 
 
@@ -207,7 +209,7 @@ def _collect(rows_CX: Tensor, copy_C: Tensor, start_S: Tensor, out_SX: Tensor, e
 
 
 def encode_rows(x_RD: Tensor, bytes_RB: Tensor, floor: float) -> None:
-    """Encode rows, whose width is a whole number of tiles, to the bytes of the FP8 wire."""
+    """Encode rows to the bytes of the FP8 wire. The width must be a multiple of the tile."""
     (rows, width), row = x_RD.shape, bytes_RB.shape[1]
     tiles, words = width // 128, bytes_RB.view(torch.int32)
     align = row & -row

@@ -1,8 +1,8 @@
 """The format in which rows travel.
 
-A wire encodes rows as bytes, one message row per row, and decodes them. `bf16` sends the activation dtype as it is, so
-an fp32 run stays fp32 and loses nothing; here the name means "no separate wire format". `fp8` sends E4M3 values with
-one power-of-two scale per 128 channels (paper 3.3.3), half the bytes of bf16.
+A wire encodes each row as one message row of bytes, and decodes message rows. The wire named `bf16` sends rows in the
+activation dtype, so an fp32 run sends fp32 and loses nothing; the name only means "no separate wire format". `fp8`
+sends E4M3 values with one power-of-two scale per 128 channels (paper 3.3.3). It needs half the bytes of bf16.
 
 FP8 row, in bytes:  D values | ceil(D/128) scale exponents (UE8M0: exponent + 127) | zeros to a multiple of 4.
 Values are sent as bytes, because gloo has no FP8. With amax the largest magnitude of a tile:
@@ -10,9 +10,10 @@ Values are sent as bytes, because gloo has no FP8. With amax the largest magnitu
     scale = 2^ceil(log2(max(amax, floor) / 448)),    q = e4m3(x / scale)
 
 448 = 1.75 * 2^8 is the largest E4M3 number. So the exponent of the scale is the exponent of amax minus 8, plus 1 if the
-mantissa of amax exceeds 1.75. That is one integer addition to the bits of amax, exact and without a logarithm. Division
-by a power of two is exact as well, so q * scale is exact in bf16 and a second quantization changes nothing: if rounding
-reduced a tile's amax to 224 * scale, the second quantization halves the scale and doubles q, exactly.
+mantissa of amax exceeds 1.75. The code gets it by one integer addition to the bits of amax, exactly and without a
+logarithm. Division by a power of two is exact as well, so bf16 holds q * scale exactly, and a second quantization
+changes no value. If rounding reduced a tile's amax to 224 * scale, the second quantization halves the scale and doubles
+q, both exactly.
 
 Shapes: R rows, D channels, B bytes per message row (a multiple of 4), S tiles of 128 channels.
 """
@@ -27,30 +28,30 @@ from torch.utils._pytree import tree_map_only
 
 from parallel.expert.permute import triton_dispatch
 
-# Rows as they arrive from an FP8 wire: quantized for GEMMs that take FP8, plain values for all other operations.
+# Rows as they arrive from an FP8 wire. GEMMs that take FP8 read them quantized; all other operations get plain values.
 #
-# A `QuantizedRows` is a tensor of the activation dtype that holds E4M3 values and their scales. Autograd passes it on
-# like any tensor, forward as rows and backward as their gradient. The experts of an FP8 recipe read its parts; any
-# other operation gets its values, so no other code needs to know that it exists. Gathering rows gives rows in the same
-# form.
+# A `QuantizedRows` is a tensor of the activation dtype that holds E4M3 values and their scales. Autograd treats it like
+# any tensor, both as rows in the forward and as their gradient in the backward. The experts of an FP8 recipe read the
+# values and the scales; any other operation gets the product, so no other code handles the class. A gather of such rows
+# returns a `QuantizedRows`.
 #
 # Shapes: R rows, D channels, S tiles of 128 channels.
 
 TILE = 128
-"""Values of a row that share a scale, on the wire and along the contraction of a GEMM.
-Also the side of a weight's block (paper 3.3.2).
+"""Number of values of a row that share a scale, on the wire and along the contraction of a GEMM. It is also the side of
+a weight's block (paper 3.3.2).
 """
 _E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-"""The value of every byte."""
+"""The fp32 value of every byte."""
 Widen = Callable[[Tensor], Tensor]
 """Converts FP8 values to fp32."""
 
 
 def widen(q_RD: Tensor) -> Tensor:
-    """Convert FP8 values to fp32, by the method that is fast on the device.
+    """Convert FP8 values to fp32 by the fastest method of the device.
 
     torch converts FP8 on a CPU one value at a time; a lookup in a table of 256 values takes a fifth of that time. The
-    table follows the rows to the meta device, where plans see the operations of a CPU.
+    meta device also uses the table, because plans count the operations of a CPU there.
     """
     if q_RD.is_cuda:
         return q_RD.float()
@@ -58,10 +59,10 @@ def widen(q_RD: Tensor) -> Tensor:
 
 
 class QuantizedRows(Tensor):
-    """Rows (R, D): q_RD times the scale of its tile, which bf16 holds exactly.
+    """Rows (R, D): each value is q_RD times the scale of its tile. bf16 holds this product exactly.
 
-    q_RD: float8_e4m3fn, its rows may be strided. scale_RS: fp32 powers of two. floor: smallest max-abs of a tile for
-    which a scale was made. dtype: of the values. widen: converts q_RD to fp32.
+    q_RD: float8_e4m3fn; its rows may be strided. scale_RS: fp32 powers of two. floor: lower bound of a tile's amax in
+    the computation of its scale. dtype: dtype of the values. widen: function that converts q_RD to fp32.
     """
 
     @staticmethod
@@ -113,9 +114,8 @@ def in_tiles(x_RD: Tensor) -> Tensor:
 
 E4M3_MAX = 448.0
 ACTIVATION_FLOOR, GRADIENT_FLOOR = 1e-4, 1e-12
-"""The smallest amax for activations and for gradients.
-All gradients can be far below 1e-4 and would lose their range to the clamp of activations, so theirs is torchao's
-value, which only guards the division.
+"""Lower bounds of amax for activations and for gradients. All values of a gradient can be far below 1e-4, and the bound
+of activations would then cost them their range. So gradients have torchao's value, which only guards the division.
 """
 
 
@@ -123,17 +123,17 @@ class Wire(Protocol):
     """The interface of a wire for dispatchers."""
 
     def row_bytes(self, width: int, dtype: torch.dtype) -> int:
-        """Return the bytes of one message row for rows of width channels, a multiple of 4."""
+        """Return the bytes of one message row, a multiple of 4. width: channels of a row."""
 
     def encode(self, x_RD: Tensor, *, gradient: bool = False) -> Tensor:
         """Encode rows as bytes, uint8 (R, B)."""
 
     def decode(self, bytes_RB: Tensor, width: int, dtype: torch.dtype, *, gradient: bool = False) -> Tensor:
-        """Decode bytes to rows, (R, width) of dtype. gradient: as they were encoded."""
+        """Decode bytes to rows, (R, width) of dtype. gradient: the value that `encode` got."""
 
 
 class HighWire:
-    """The activation dtype itself: encode and decode are views if the width allows it."""
+    """The wire that sends the activation dtype. Encode and decode return views if the width allows it."""
 
     def row_bytes(self, width: int, dtype: torch.dtype) -> int:
         return _round_up(width * dtype.itemsize, 4)
@@ -141,11 +141,11 @@ class HighWire:
     def encode(self, x_RD: Tensor, *, gradient: bool = False) -> Tensor:
         bytes_RB = x_RD.contiguous().view(torch.uint8)
         missing = -bytes_RB.shape[1] % 4
-        return F.pad(bytes_RB, (0, missing)) if missing else bytes_RB  # padding by nothing would copy
+        return F.pad(bytes_RB, (0, missing)) if missing else bytes_RB  # F.pad copies even if it adds nothing
 
     def decode(self, bytes_RB: Tensor, width: int, dtype: torch.dtype, *, gradient: bool = False) -> Tensor:
         rows_RB = bytes_RB[:, : width * dtype.itemsize]
-        if bytes_RB.stride(0) % dtype.itemsize:  # fp64 beside an odd number of 4-byte words
+        if bytes_RB.stride(0) % dtype.itemsize:  # fp64 rows next to an odd number of 4-byte words
             rows_RB = rows_RB.clone(memory_format=torch.contiguous_format)
         return rows_RB.view(dtype)
 
@@ -153,8 +153,8 @@ class HighWire:
 class Fp8Wire:
     """E4M3 with power-of-two scales per 1x128 tile (paper 3.3.2, 3.3.3).
 
-    activation_floor: smallest amax used for a scale. DeepSeek clamps activations at 1e-4. gradient_floor: the same for
-    gradients.
+    activation_floor: lower bound of amax when the scale of activations is computed; DeepSeek uses 1e-4. gradient_floor:
+    the same bound for gradients.
     """
 
     def __init__(self, activation_floor: float = ACTIVATION_FLOOR, gradient_floor: float = GRADIENT_FLOOR):
@@ -177,7 +177,8 @@ class Fp8Wire:
         amax_RS = tiles_RST.abs().amax(2).clamp_min(floor)
         exponent_RS = ((amax_RS.view(torch.int32) + 0x1FFFFF) >> 23) - 8
         inverse_RS = ((254 - exponent_RS) << 23).view(torch.float32)
-        # The clamp changes infinities only: they stay infinite through the scale, which a cast would not guarantee.
+        # The clamp only changes infinities. They become infinite again through the scale; a cast would not guarantee
+        # that.
         q_RD = (tiles_RST * inverse_RS[..., None]).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).flatten(1)
         bytes_RB = torch.zeros(rows, self.row_bytes(width, x_RD.dtype), dtype=torch.uint8, device=x_RD.device)
         bytes_RB[:, :width] = q_RD[:, :width].view(torch.uint8)
@@ -194,12 +195,12 @@ class Fp8Wire:
         return self.unpack(*self.decode_parts(bytes_RB, width), dtype, gradient=gradient)
 
     def unpack(self, q_RD: Tensor, scale_RS: Tensor, dtype: torch.dtype, *, gradient: bool) -> Tensor:
-        """Return the rows of these parts."""
+        """Decode rows from their FP8 values and scales."""
         return dequantize(q_RD, scale_RS, dtype, self.widen)
 
 
 class Fp8RowsWire(Fp8Wire):
-    """The FP8 wire for experts that compute in FP8: arrivals stay quantized."""
+    """The FP8 wire for experts that compute in FP8. Received rows stay quantized."""
 
     def unpack(self, q_RD: Tensor, scale_RS: Tensor, dtype: torch.dtype, *, gradient: bool) -> Tensor:
         floor = self.gradient_floor if gradient else self.activation_floor

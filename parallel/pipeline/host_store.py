@@ -1,7 +1,7 @@
 """Stores activations in host memory between the forward that makes them and the backward that reads them.
 
-The activations that a part of the model keeps go to the host as one batch when the part ends, and return as one batch,
-in reverse order. The order of the pipeline's actions sets the times:
+The activations that a part of the model saves for backward are copied to the host as one batch when that part's forward
+ends. Batches return in reverse order. The order of the pipeline's actions sets the times of the copies:
 
     out     A copy starts when the batch is sent. The device memory is freed when the action sends its next batch, or
             when the next action ends. Until then computing hides the copy, and a backward that follows at once reuses
@@ -40,7 +40,7 @@ class HostMemoryFull(RuntimeError):
 
 
 def page_bytes(sizes: Iterable[int], kind: str) -> int:
-    """Return the bytes of the pages for a batch of tensors with these sizes in bytes. kind: of the device."""
+    """Return the bytes of the pages that a batch needs. sizes: bytes of its tensors. kind: type of the device."""
     page = _size_of_page(kind)
     return -(-sum(map(_aligned, sizes)) // page) * page
 
@@ -50,7 +50,7 @@ def _size_of_page(kind: str) -> int:
 
 
 def reads(action: Action, one_piece: Collection[int] = ()) -> list[tuple[int, int]]:
-    """Return the stages and micro-batches whose activations an action is the first to read.
+    """Return the stages and micro-batches whose activations this action reads first, before any other action.
 
     one_piece: stages whose backward cannot be split.
     """
@@ -62,9 +62,9 @@ def reads(action: Action, one_piece: Collection[int] = ()) -> list[tuple[int, in
 
 
 class HostStore:
-    """The store of one rank. It copies between its device and pages of its host; see above.
+    """The store of one rank. It copies activations between the rank's device and pages of host memory; see the module.
 
-    Outside of actions, a batch returns when it is read.
+    Outside of actions, a batch returns only when backward reads it.
     """
 
     def __init__(self, device: torch.device):
@@ -72,15 +72,15 @@ class HostStore:
         self._pages = _Pages(device.type)
         self._out, self._back = _Copies(device), _Copies(device)
         self._reads: dict[tuple[str, int, int], tuple[list[tuple[int, int]], list[tuple[int, int]]]] = {}
-        """By action: what it reads, and what the next action reads."""
+        """For each action: the activations that it reads, and the activations that the next action reads."""
         self._batches: dict[tuple[int, int], list[_Batch]] = {}
-        """By stage and micro-batch, until the batches are read."""
+        """Batches by stage and micro-batch, until they are read."""
         self._current: tuple[int, int] | None = None
         """Stage and micro-batch of the running forward."""
         self._leaving: list[_Batch] = []
-        """Batches that this action sends out; at most one."""
+        """Batches that the current action copies out; at most one."""
         self._left_over: list[_Batch] = []
-        """Batches that the previous action left."""
+        """Batches that the previous action copied out and whose device memory is not yet freed."""
         self.sent_bytes = 0
         """Bytes sent to the host since construction."""
 
@@ -97,8 +97,8 @@ class HostStore:
 
     @contextmanager
     def acting(self, kind: str, stage: int, micro_batch: int) -> Iterator[None]:
-        """Wrap one action of the step; for a pair, pass its forward half."""
-        if (kind, stage, micro_batch) not in self._reads:  # nothing runs
+        """Wrap one action of the step; for a pair, pass the forward half."""
+        if (kind, stage, micro_batch) not in self._reads:  # for an action that computes nothing
             yield
             return
         now, then = self._reads[kind, stage, micro_batch]
@@ -113,10 +113,12 @@ class HostStore:
         self._left_over, self._leaving, self._current = self._leaving, [], None
         for key in now:
             for batch in self._batches.pop(key):
-                batch.wait()  # also batches that nothing was read from, before their memory is reused
+                batch.wait()  # also for batches that were never read: their memory is reused
 
     def send(self, storages: Sequence[Tensor]) -> list["_Piece"]:
-        """Start to copy storages (flat, in bytes) to the host. Returns one object per storage, which gives it back."""
+        """Start to copy storages (flat, in bytes) to the host. Returns one object per storage; its `fetched` returns
+        the storage.
+        """
         self._let_go(self._leaving)
         sizes = list(map(len, storages))
         before = [] if self._current is None else self._batches[self._current]
@@ -134,7 +136,7 @@ class HostStore:
         return batch.held
 
     def read(self, batch: "_Batch") -> None:
-        """Make this batch available to the computing that follows, and start to fetch the previous batch."""
+        """Make this batch available to later compute, and start to fetch the previous batch."""
         self._fetch(batch)
         batch.wait()
         before, batch.before = batch.before, None
@@ -145,7 +147,7 @@ class HostStore:
         if batch.is_back:
             return
         batch.is_back = True
-        if not batch.held:  # else it has not left the device
+        if not batch.held:  # otherwise the batch is still on the device
             pieces = [
                 (piece, places)
                 for one, places in zip(batch.pieces, batch.places, strict=True)
@@ -164,7 +166,7 @@ class HostStore:
     def _let_go(self, batches: list["_Batch"]) -> None:
         for batch in batches:
             if batch.is_back:
-                continue  # a backward followed at once
+                continue  # the backward followed at once and reads the batch on the device
             pieces = batch.held
             batch.wait()
             for piece in pieces:
@@ -172,7 +174,7 @@ class HostStore:
 
 
 class _Place(NamedTuple):
-    """Bytes begin to end of a storage, and their place on the host."""
+    """Bytes `begin` to `end` of a storage, and their location on the host."""
 
     begin: int
     end: int
@@ -187,7 +189,7 @@ class _Piece:
         self.batch: _Batch
 
     def fetched(self) -> Tensor:
-        """Return the storage, flat and in bytes, for the computing that follows."""
+        """Return the storage, flat and in bytes, for later compute."""
         self._store.read(self.batch)
         assert self.tensor is not None
         return self.tensor
@@ -198,11 +200,13 @@ class _Batch:
 
     def __init__(self, pieces: list[_Piece], before: "_Batch | None", pages: "_Pages"):
         self.held = pieces
-        """Pieces during a copy, out or back: their device memory must not be freed before the copy ends."""
+        """Storages of a copy in progress, in either direction. Their device memory must not be freed before the copy
+        ends.
+        """
         self.pieces = [ref(piece) for piece in pieces]
-        """Pieces that backward still needs."""
+        """Storages that backward still needs."""
         self.before = before
-        """The previous batch of the same forward, until this batch is read."""
+        """The previous batch of the same forward; None once this batch is read."""
         self.is_back = False
         self.places: list[list[_Place]] = []
         self.pages: list[_Page] = []
@@ -213,7 +217,7 @@ class _Batch:
             piece.batch = self
 
     def wait(self) -> None:
-        """Let computing wait for the last copy; later work may reuse the memory."""
+        """Make compute wait for the last copy; later work may reuse the memory."""
         if self.copied is not None:
             torch.cuda.current_stream().wait_event(self.copied)
         self.held = []
@@ -231,7 +235,7 @@ class _Batch:
 
 
 class _Page:
-    """host: its bytes. read: event after the last copy that read the page."""
+    """host: the page's bytes. read: event after the last copy that read the page."""
 
     def __init__(self, host: Tensor):
         self.host = host
@@ -249,7 +253,7 @@ class _Pages:
     def take(self, size: int) -> list[_Page]:
         """Return pages for `size` bytes.
 
-        Copies to them on the current stream wait until earlier reads have finished.
+        Copies to these pages on the current stream wait until earlier reads have finished.
         """
         pages = [self.free.popleft() if self.free else self._make() for _ in range(-(-size // self._size))]
         for event in {page.read for page in pages if page.read is not None}:
@@ -275,7 +279,7 @@ class _Copies:
 
     @contextmanager
     def after_computing(self) -> Iterator[None]:
-        """Make copies inside the block wait for all computing so far."""
+        """Make copies inside the block wait for all compute so far."""
         if self._stream is None:
             yield
             return
@@ -284,7 +288,7 @@ class _Copies:
             yield
 
     def mark(self) -> torch.cuda.Event | None:
-        """Return an event after all copies so far."""
+        """Return an event that completes after all copies so far; None on a CPU."""
         if self._stream is None:
             return None
         event = torch.cuda.Event()

@@ -1,6 +1,6 @@
 """The torch class that drives each schedule, and the order of its actions on every rank.
 
-The order comes from the class that drives a run, built with placeholder stages, so that a plan simulates the schedule
+The order comes from the torch class that a run uses, built with placeholder stages. So a plan simulates the schedule
 that will run. conf/pipeline_schedules.py lists what a schedule requires of a layout.
 """
 
@@ -21,7 +21,7 @@ TorchClass = type[Any]
 
 
 class Action(NamedTuple):
-    """One unit of a rank's work: F, B, I or W of one stage and micro-batch, or FB with its two halves."""
+    """One unit of a rank's work: F, B, I or W of one stage and micro-batch, or FB, which has two halves."""
 
     kind: str
     stage: int
@@ -36,21 +36,21 @@ class TorchOrder:
 
     drives: TorchClass
     of_rank: Callable[[int, int, int], list[Action]] | None = None
-    """Function of rank, pp and micro_batches that returns the order, if torch's class has no correct list; for one
-    stage per rank.
+    """A function of rank, pp and micro_batches that returns the order. It is set if the torch class reports no correct
+    list, and serves one stage per rank.
     """
 
     @property
     def is_multi(self) -> bool:
-        """Whether it takes all stages of a rank, and waits for their sends at the end of a step."""
+        """Whether the class takes all stages of a rank, and waits for their sends at the end of a step."""
         return issubclass(self.drives, PipelineScheduleMulti)
 
 
 def _one_f_one_b(rank: int, pp: int, micro_batches: int) -> list[Action]:
     """Return the order that Schedule1F1B executes.
 
-    The list that it reports, pipeline_order, is wrong in torch 2.13: its last stage starts at micro-batch 1; the class
-    never runs that list.
+    The class also has a list, `pipeline_order`, which it never runs. In torch 2.13 this list is wrong: the last stage
+    starts at micro-batch 1.
     """
     warm_up = min(micro_batches, pp - rank)
     forwards = [Action("F", rank, m) for m in range(micro_batches)]
@@ -73,8 +73,8 @@ def schedule_actions(
 ) -> list[list[Action]]:
     """Return every rank's actions, in order, under torch's schedule of this name.
 
-    Do not change the result. Needs no process group. virtual: parallel.virtual_stages; overlap: whether pairs run
-    together; otherwise torch runs the forward and then the backward.
+    The caller must not change the result, which is cached. Needs no process group. virtual: parallel.virtual_stages.
+    overlap: whether the forward and backward of a pair run together; otherwise torch runs one after the other.
     """
     order = ORDERS[name]
     if order.of_rank is not None:
@@ -95,8 +95,8 @@ def schedule_actions(
 
 
 def without_transfers(drives: type[PipelineScheduleMulti]) -> type[PipelineScheduleMulti]:
-    """Return a class without the lists with communication, which are not needed here and take torch most of the
-    time.
+    """Return a subclass that does not build the action lists with communication. They are not needed here, and building
+    them takes most of torch's time.
     """
 
     class ComputeOnly(drives):  # pyrefly: ignore[invalid-inheritance]  the class is known at run time

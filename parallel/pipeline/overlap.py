@@ -1,10 +1,9 @@
-"""The forward of one micro-batch and the backward of another, interleaved so that compute hides communication.
+"""Interleaves the forward of one micro-batch and the backward of another, so that compute hides communication.
 
-Inside an expert layer neither pass can hide its own all-to-all, because its next GEMM needs the data in flight. The
-other pass can (paper 3.2.1). So the two run as lanes that take turns, and turns change when communication starts: a
-lane that has launched an asynchronous all-to-all calls `yield_point()` before it waits, and the other lane computes
-until it has launched its own. Backward goes first, which gives the paper's order per pair of layers (deepseek_v3.md
-5.3):
+Inside an expert layer, a pass cannot hide its own all-to-all, because its next GEMM needs the data in flight. The
+compute of the other pass can hide it (paper 3.2.1). So the two passes run as lanes that take turns. A lane that has
+launched an asynchronous all-to-all calls `yield_point()` before it waits. Then the other lane computes until it has
+launched its own all-to-all. Backward goes first, which gives the paper's order per pair of layers (deepseek_v3.md 5.3):
 
     backward lane                          forward lane
     begin combine(B)           ->
@@ -16,10 +15,10 @@ until it has launched its own. Backward goes first, which gives the paper's orde
                                <-
     wait, attn(B), attn(W)     ->          wait                              combine(F) is hidden by attn(B), attn(W)
 
-It departs from the paper in one place. Autograd computes both gradients of a GEMM in one node, so mlp(W) runs with
-mlp(B) and helps to hide dispatch(F) rather than dispatch(B).
+The order departs from the paper in one place. Autograd computes both gradients of a GEMM in one node, so mlp(W) runs
+with mlp(B). So mlp(W) helps to hide dispatch(F) instead of dispatch(B).
 
-The backward lane is a second thread, because autograd cannot be paused in another way; a baton lets exactly one lane
+The backward lane is a second thread, because autograd cannot be paused in another way. A baton lets exactly one lane
 run at a time. So there is no data race, and both lanes together behave like one thread.
 
 No deadlock between ranks. Collectives on a group match if all its ranks issue them in the same order. The ranks of an
@@ -30,10 +29,10 @@ sequence of yield points follows from the layers of the stage, which are the sam
 on data: a dispatcher yields even if it has no row to send. By induction over turns every rank issues the same
 collectives in the same order.
 
-Collectives of shared sequences (the gather of latents before attention and in its backward, the scatter of their
-gradients, the count of chosen experts in the router; parallel/context.py) have no yield point. A lane issues them and
-waits for them inside one turn, as often as there are layers, whatever the data. So each has a fixed place between two
-yield points. Pipeline sends and receives happen before and after the pair, never inside it.
+Collectives of shared sequences have no yield point (parallel/context.py: the gather of latents before attention and in
+its backward, the scatter of their gradients, the sum of expert counts in the router). A lane issues such a collective
+and waits for it inside one turn. Their number depends on the layers, not on the data. So each has a fixed place between
+two yield points. Pipeline sends and receives happen before and after the pair, never inside it.
 """
 
 import queue
@@ -54,8 +53,8 @@ _NAMES = ("forward", "backward")
 
 _current: "_Pair | None" = None
 # The pair that runs in this process, if any. A dispatcher's backward runs in a thread of autograd (one thread per CUDA
-# device), which inherits neither thread-locals nor context variables from the lane. Only one lane ever runs, so the
-# caller of yield_point() is the lane with the baton.
+# device). That thread inherits neither thread-locals nor context variables from the lane. Only one lane ever runs, so
+# the caller of yield_point() is the lane with the baton.
 
 
 def yield_point() -> None:
@@ -72,9 +71,9 @@ class LaneStopped(RuntimeError):
 
 
 class Lanes:
-    """Runs pairs of a forward and a backward. Keeps one thread for the backward lanes; close() ends it.
+    """Runs pairs of a forward and a backward. One thread runs all backward lanes; close() ends it.
 
-    timeout: maximum seconds that one lane waits for its turn; must exceed the longest collective.
+    timeout: maximum number of seconds that one lane waits for its turn. It must exceed the longest collective.
     """
 
     def __init__(self, device: torch.device, timeout: float = 600.0):
@@ -83,9 +82,9 @@ class Lanes:
         threading.Thread(target=_work_off, args=(self._work,), name="backward-lane", daemon=True).start()
 
     def run(self, forward: Callable[[], Any], backward: Callable[[], Any]) -> tuple[Any, Any]:
-        """Run both and return their results; forward runs in the calling thread.
+        """Run both functions and return their results; forward runs in the calling thread.
 
-        The first error of either lane is raised here.
+        Raises the first error of either lane.
         """
         global _current
         assert _current is None, "one pair at a time"
@@ -114,7 +113,7 @@ def _work_off(work: "queue.SimpleQueue[Callable[[], None] | None]") -> None:
 
 
 def _on_current_stream(work: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
-    """Run the work on the caller's stream: another thread would start on the default stream."""
+    """Make the work run on the caller's current stream. Otherwise another thread would use the default stream."""
     if device.type != "cuda":
         return work
     stream = torch.cuda.current_stream(device)
@@ -127,8 +126,8 @@ def _on_current_stream(work: Callable[[], Any], device: torch.device) -> Callabl
 
 
 def _in_same_modes(work: Callable[[], Any]) -> Callable[[], Any]:
-    """Run the work under the caller's dispatch modes, which torch keeps per thread, so that a memory count sees both
-    lanes.
+    """Make the work run under the caller's dispatch modes. torch keeps modes per thread, and a memory count must see
+    both lanes.
     """
     modes = _get_current_dispatch_mode_stack()
     if not modes:
@@ -156,11 +155,11 @@ class _Pair:
         self._baton[_BACKWARD].release()
 
     def run(self, lane: int, work: Callable[[], Any]) -> None:
-        """Body of one lane, from its first turn to its end; it always passes the baton on."""
+        """Run one lane, from its first turn to its end. It passes the baton on even after an error."""
         try:
             self._await_turn(lane)
             self.results[lane] = work()
-        except BaseException as error:  # kept, and raised by Lanes.run once both lanes have ended
+        except BaseException as error:  # the error is stored; Lanes.run raises it once both lanes have ended
             if self.error is None:
                 self.error = error
         self._turn = 1 - lane
@@ -194,8 +193,8 @@ def overlapped_pair(lanes: Lanes, acting: Callable[..., AbstractContextManager])
     """Return the function that torch's runtime runs at an OVERLAP_F_B action of DualPipeV (for
     register_custom_function).
 
-    Both receives are waited for before the pair starts and both sends come after it, as in the runtime's own version,
-    which runs the two halves one after the other; only the middle differs.
+    As in torch's own function, both receives complete before the pair starts, and both sends follow the pair. torch's
+    function runs the two halves one after the other; this one runs them as lanes.
     """
 
     def run_pair(action: Any, context: Any) -> None:
@@ -225,7 +224,7 @@ def overlapped_pair(lanes: Lanes, acting: Callable[..., AbstractContextManager])
 
 
 def _receive(posted: dict, stage: int, micro_batch: int, local: bool) -> None:
-    """Wait for a neighbour's message; a neighbour on this rank has handed its tensor over already."""
+    """Wait for a neighbour's message. If the neighbour is on this rank, it has already handed over its tensor."""
     if not local:
         for work in posted.pop((stage, micro_batch)):
             work.wait()

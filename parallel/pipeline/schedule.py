@@ -2,12 +2,13 @@
 
 torch.distributed.pipelining owns the order of the actions and the transfers between stages. Every rank of a pipeline
 reads the same batch. tokens_BS and the caller's other tensors (documents_BS, supervised_BS, tensors per token) are cut
-into micro-batches along B and reach every local chunk as keywords, so only hidden states cross stages. The last chunk
-turns them into its loss, of shape (1,): no logits enter the schedule.
+into micro-batches along B. Every local chunk gets them as keyword arguments, so only hidden states are sent between
+stages. The last chunk computes its loss from the hidden states, of shape (1,): no logits enter the schedule.
 
-The schedule weights each loss by 1 / micro-batches and sums gradients, so gradients are those of the mean over
-micro-batches. If pipelines side by side have different shares of a batch, the divisor is the mean pipeline's number. A
-single stage is a pipeline of one and runs through the same object, in the 1F1B order F0 B0 F1 B1 ...
+The schedule divides each loss by the number of micro-batches and sums gradients. So the gradients are those of the mean
+loss over micro-batches. If data-parallel pipelines have different numbers of micro-batches, the divisor is the mean of
+these numbers. A single stage is a pipeline of one stage and runs through the same class, in the 1F1B order F0 B0 F1 B1
+...
 
 Shapes: B sequences, S = T + 1 tokens of a batch row (T inputs and T targets), T positions, D hidden width.
 """
@@ -58,7 +59,7 @@ class Pipeline(Generic[Chunk]):
         pipeline in order (None: the world). hidden: D. dtype: of the hidden states between stages. cp: ranks that share
         the positions of each sequence; T = (S - 1) / cp positions cross stages. overlap: whether the forward and
         backward of a pair take turns (overlap.py) or run one after the other. timeout: longest wait of one half for the
-        other, in seconds. host: holds activations for the chunks, and is told of every action.
+        other, in seconds. host: stores activations of the chunks; the pipeline reports every action to it.
         """
         each = len(modules)
         self.facts = SCHEDULES[name]
@@ -72,22 +73,24 @@ class Pipeline(Generic[Chunk]):
         self.on_action: Callable[[str, int, int], None] = lambda kind, stage, micro_batch: None
         """Called at the start of every action."""
         self.on_chunk_end: Callable[[int], None] = lambda chunk: None
-        """Called with a chunk as soon as its gradients are complete, if other chunks of the rank still have work."""
+        """Called with a chunk as soon as its gradients are complete, but only while other chunks of the rank still have
+        work.
+        """
         self._left: dict[int, int] = {}
-        """Backward passes left in this step, by stage."""
+        """Number of backward passes left in this step, by stage."""
         self._host = host
         self._lanes = Lanes(device, timeout) if overlap and self.facts.pairs else None
         placement = self.facts.place_stages(num_stages // each, each)
         self._rank_of = {stage: rank for rank, stages in enumerate(placement) for stage in stages}
         self._schedules: dict[tuple, Any] = {}
         if dist.get_world_size(group) > 1:
-            # torch opens the group's communicator at the first mixed send and receive, which only two ranks enter; NCCL
-            # needs all ranks there, so open it here.
+            # torch opens the group's communicator at the first mixed send and receive. Only two ranks run that, but
+            # NCCL needs all ranks to open a communicator. So this all-reduce opens it.
             dist.all_reduce(torch.zeros(1, device=device), group=group)
 
     @property
     def has_last(self) -> bool:
-        """Whether this rank holds the last stage, and so sees the loss."""
+        """Whether this rank holds the last stage, which computes the loss."""
         return self.stage_ids[-1] == self.num_stages - 1
 
     def step(
@@ -102,10 +105,10 @@ class Pipeline(Generic[Chunk]):
     ) -> Tensor | None:
         """Run all micro-batches forward and backward; gradients are added to the parameters' .grad.
 
-        tokens_BS int64, documents_BS int32 and supervised_BS bool (or None; both on the host) are equal on every rank
-        of the pipeline, with B a multiple of micro_batches. more: tensors (B, ...) that every chunk gets under these
-        names. mean: divisor of the losses, by default micro_batches. Returns the sum of the divided losses, a detached
-        scalar, on the rank with the last stage, and None elsewhere.
+        tokens_BS (int64), documents_BS (int32 or None, on the host) and supervised_BS (bool or None, on the host) are
+        equal on every rank of the pipeline; B is a multiple of micro_batches. more: tensors (B, ...) that every chunk
+        gets as keyword arguments with these names. mean: divisor of the losses, by default micro_batches. Returns the
+        sum of the divided losses, a detached scalar, on the rank with the last stage, and None elsewhere.
         """
         schedule = self._schedule(tokens_BS, micro_batches, float(micro_batches) if mean is None else mean)
         keywords = {"tokens_BS": tokens_BS} | _given(documents_BS, supervised_BS) | more
@@ -114,11 +117,11 @@ class Pipeline(Generic[Chunk]):
         if self._host is not None:
             self._host.start(*self._actions(micro_batches))
         with self.timeline.step():
-            # The target only has to exist: the last chunk already knows its targets from tokens_BS.
+            # torch requires a target, but its values are not used: the last chunk reads its targets from tokens_BS.
             try:
                 schedule.step(tokens_BS, target=tokens_BS, losses=losses, return_outputs=False, **keywords)
             except BaseException:
-                self._schedules.clear()  # this one keeps the losses and graphs of the passes that it has begun
+                self._schedules.clear()  # this schedule still holds the losses and graphs of its passes
                 raise
         return torch.stack(losses).sum().detach() if self.has_last else None
 
@@ -154,11 +157,11 @@ class Pipeline(Generic[Chunk]):
         """Return the last stage's output for every micro-batch, without gradients, on the rank with that stage; an
         empty list elsewhere.
 
-        Arguments as in step; any number of micro-batches that divides B works. The modules are in eval mode meanwhile.
-        The stages advance in slots: in slot t, stage s runs micro-batch t - s, so that each micro-batch moves one stage
-        per slot. Between two slots all ranks exchange their outputs. One batch of sends and receives per slot, in the
-        same order everywhere, cannot deadlock, also if a rank has several stages (torch's own schedules cannot run
-        these forward only).
+        Arguments as in `step`; micro_batches may be any divisor of B. The modules are in eval mode during the call. The
+        stages advance in slots: in slot t, stage s runs micro-batch t - s, so that each micro-batch moves one stage per
+        slot. Between two slots all ranks exchange their outputs. Each slot has one batch of sends and receives, in the
+        same order on all ranks, so the ranks cannot deadlock, even if a rank has several stages. torch's own schedules
+        cannot run only the forward of such stages.
         """
         was_training = [module.training for module in self.modules]
         try:
@@ -190,7 +193,7 @@ class Pipeline(Generic[Chunk]):
         return found
 
     def _exchange(self, slot: int, outputs: dict, tokens: Sequence[Tensor]) -> dict[tuple[int, int], Tensor]:
-        """Send this rank's outputs of the slot to the next stages, and receive the inputs of its stages for the next
+        """Send this rank's outputs of the slot to the next stages. Return the inputs of this rank's stages for the next
         slot.
         """
         inputs, transfers = {}, []
@@ -212,7 +215,9 @@ class Pipeline(Generic[Chunk]):
         return dist.P2POp(operation, tensor, group=self.group, group_peer=self._rank_of[stage])
 
     def _schedule(self, tokens_BS: Tensor, micro_batches: int, mean: float):
-        """Return the torch schedule for this number and shape of micro-batches; a batch ramp changes the number."""
+        """Return the torch schedule for this number and shape of micro-batches; a batch-size ramp changes the
+        number.
+        """
         B, S = tokens_BS.shape
         assert B % micro_batches == 0, (B, micro_batches)
         key = (micro_batches, B // micro_batches, S, mean)
@@ -244,7 +249,7 @@ class Pipeline(Generic[Chunk]):
         schedule = drives([*stages], micro_batches, loss_fn=loss_fn, scale_grads=False)
         if self._lanes is not None:
             pair = overlapped_pair(self._lanes, self._acting)
-            schedule.register_custom_function(OVERLAP_F_B, pair)  # pyrefly: ignore[missing-attribute]  a schedule with pairs has it
+            schedule.register_custom_function(OVERLAP_F_B, pair)  # schedules with pairs have this method
         return schedule
 
     def _actions(self, micro_batches: int) -> tuple[list[Action], list[int]]:
@@ -275,7 +280,9 @@ class Pipeline(Generic[Chunk]):
             self.on_chunk_end(chunk)
 
     def _example(self, boundary: int, B: int, S: int) -> Tensor:
-        """Return an example of the data before stage `boundary`: tokens, hidden states, or (at the end) the loss."""
+        """Return an example tensor for the input of stage `boundary`: tokens, hidden states or, after the last stage,
+        the loss.
+        """
         if boundary == 0:
             return torch.empty(B, S, dtype=torch.int64, device="meta")
         if boundary == self.num_stages:
@@ -284,6 +291,6 @@ class Pipeline(Generic[Chunk]):
 
 
 def _given(documents_BS: Tensor | None, supervised_BS: Tensor | None) -> dict[str, Tensor]:
-    """Return the keywords of a chunk besides its tokens."""
+    """Return the keyword arguments of a chunk other than its tokens."""
     named = {"documents_BS": documents_BS, "supervised_BS": supervised_BS}
     return {name: value for name, value in named.items() if value is not None}

@@ -1,4 +1,4 @@
-"""Computes how long a schedule takes if its actions (orders.py) have given lengths, without ranks.
+"""Computes how long a schedule takes if its actions (orders.py) have given durations; needs no ranks.
 
 Each rank executes its list in order; an action starts when the rank is free and its inputs have arrived:
 
@@ -14,12 +14,12 @@ from parallel.pipeline.orders import Action
 
 @dataclass(frozen=True)
 class Simulation:
-    """The outcome for all ranks."""
+    """The result of a simulation, for all ranks."""
 
     makespan: float
-    """Seconds from the first action of any rank to the last."""
+    """Seconds from the start of the first action of any rank to the end of the last action."""
     busy: list[float]
-    """Seconds of computing, per rank."""
+    """Seconds of compute, per rank."""
     starts: list[list[float]]
     """Start of every action, per rank, in the order of the rank's list."""
 
@@ -30,15 +30,15 @@ class Simulation:
 
     @property
     def imbalance(self) -> float:
-        """The busiest rank's time over the mean."""
+        """The busiest rank's compute time divided by the mean over ranks."""
         return max(self.busy) * len(self.busy) / sum(self.busy)
 
 
 def what_runs(action: Action, one_piece: bool) -> str:
-    """Return the kind that an action really runs as: F, B, I, W, FB, or "" for nothing.
+    """Return the kind of work that torch runs for an action: F, B, I, W, FB, or "" for nothing.
 
-    one_piece: the stage's backward cannot be split, so its I does all of it. In any other first stage, torch does the
-    whole backward in W.
+    one_piece: whether the stage's backward cannot be split; then its I does the complete backward. In the first stage,
+    if its backward can be split, torch does the complete backward in W.
     """
     if action.kind not in ("I", "W") or not (one_piece or action.stage == 0):
         return action.kind
@@ -46,11 +46,10 @@ def what_runs(action: Action, one_piece: bool) -> str:
 
 
 def stages_ahead(actions: Sequence[Action], one_piece: Collection[int] = ()) -> dict[int, int]:
-    """Return the stages of a rank that finish their last backward before another of its stages.
+    """Return all stages of a rank except the one whose last backward comes last in the rank's list.
 
-    They are in order, each with the index of that action.
-
-    one_piece: stages as in `what_runs`.
+    The keys are these stages, in the order in which they end; each value is the index of the stage's last backward
+    action. one_piece: stages as in `what_runs`.
     """
     ends = {
         part.stage: place
@@ -62,23 +61,27 @@ def stages_ahead(actions: Sequence[Action], one_piece: Collection[int] = ()) -> 
 
 
 def simulate(actions: list[list[Action]], duration: Callable[[Action], float], transfer: float = 0.0) -> Simulation:
-    """Run the lists of all ranks against each other; see Program."""
+    """Simulate the lists of all ranks; see `Program`."""
     return Program(actions).run(duration, transfer)
 
 
 class Program:
-    """The lists of all ranks in an order where every action follows its inputs.
+    """All actions of all ranks, in an order in which every action follows its inputs.
 
-    The order does not depend on how long actions take, so many lengths can be tried on one Program.
+    The order does not depend on how long actions take, so one Program can be run with many durations.
     """
 
     def __init__(self, actions: list[list[Action]]):
-        """Raises AssertionError if the lists wait for each other in a circle."""
+        """Raises AssertionError if the ranks wait for each other in a circle."""
         self.actions = actions
         self._kinds: dict[tuple, tuple[int, Action]] = {}
-        """Numbers of the actions that differ in more than their micro-batches, and the first action of each."""
+        """Actions that differ only in their micro-batches are one kind. Maps each kind to its number and its first
+        action.
+        """
         self._steps: list[tuple[int, int, list[int]]] = []
-        """Rank, number of the kind, and the steps of other ranks that it needs."""
+        """For each action: the rank, the number of its kind, and the indices in this list of inputs from other
+        ranks.
+        """
         last = max(part.stage for line in actions for action in line for part in _parts(action))
         position = [0] * len(actions)
         made: dict[tuple[str, int, int], int] = {}
@@ -105,15 +108,15 @@ class Program:
     def run(self, duration: Callable[[Action], float], transfer: float = 0.0) -> Simulation:
         """Simulate.
 
-        duration: seconds of an action in any micro-batch (an FB is one action); transfer: seconds until a result
-        reaches a stage on another rank.
+        duration: returns the seconds of an action, whatever its micro-batch (an FB is one action). transfer: seconds
+        until a result reaches a stage on another rank.
         """
         lengths = [duration(action) for _, action in self._kinds.values()]
         ranks = len(self.actions)
         free, busy, ends = [0.0] * ranks, [0.0] * ranks, []
         starts: list[list[float]] = [[] for _ in range(ranks)]
         for rank, kind, needs in self._steps:
-            start = free[rank]  # results of the rank itself exist by then
+            start = free[rank]  # results of the same rank exist by this time
             for step in needs:
                 start = max(start, ends[step] + transfer)
             free[rank] = start + lengths[kind]
@@ -136,8 +139,8 @@ def _needs(part: Action, last: int) -> Iterator[tuple[str, int, int]]:
 
 
 def _result(part: Action) -> tuple[str, int, int]:
-    """Return the name under which other actions wait for a result: an input gradient has the same name from B and
-    from I.
+    """Return the name of an action's result, by which other actions wait for it. An input gradient has the same name
+    from B and from I.
     """
     return ("B" if part.kind == "I" else part.kind), part.stage, part.micro_batch
 

@@ -1,10 +1,11 @@
-"""Assigns layers to pipeline stages, and so to ranks. Pure: no torch.
+"""Assigns layers to pipeline stages, and thereby to ranks. Does not import torch.
 
-The rank with the most work sets the pace of the whole pipeline, whether it has one stage or two. The split starts from
-equal numbers of layers. As long as it helps, it moves one layer from one stage to another; the stages between pass a
-layer on. The goals, in order, are a smaller maximum cost of a rank, more even costs of ranks, more even costs of
-stages, and fewer layers in early stages, which hold the activations of more micro-batches in flight. With layers of
-equal cost no better split exists; with a few cheaper layers the result is at most one cheap layer off.
+The rank with the most work sets the pace of the pipeline, whether it has one stage or two. The split starts from equal
+numbers of layers. As long as this improves the split, it moves one layer from one stage to another, and each stage
+between the two passes a layer on. The goals, in order, are a smaller maximum cost of a rank, more even costs of ranks,
+more even costs of stages, and fewer layers in early stages, because early stages hold the activations of more
+micro-batches in flight. If all layers have the same cost, the result is optimal. With a few cheaper layers, the maximum
+cost exceeds the optimum by at most one cheap layer.
 
 The first stage has the embedding, and the last has the head and the MTP modules, so these two may have no layers.
 """
@@ -14,8 +15,8 @@ from itertools import accumulate, pairwise, permutations
 
 
 def split_layers_evenly(layers: int, stages: int) -> list[range]:
-    """Return contiguous layers per stage, as even as possible; with too few layers, the first and the last stage
-    have none.
+    """Return contiguous layers per stage, as even as possible. With too few layers, the first and the last stage have
+    none.
     """
     bounds = [layers * stage // stages for stage in range(stages + 1)]
     if stages > 2 and layers < stages:
@@ -24,7 +25,7 @@ def split_layers_evenly(layers: int, stages: int) -> list[range]:
 
 
 def split_as_given(lengths: Sequence[int]) -> list[range]:
-    """Return contiguous layers per stage with these lengths."""
+    """Return contiguous layers per stage. lengths: number of layers of every stage."""
     return [range(begin, end) for begin, end in pairwise(accumulate(lengths, initial=0))]
 
 
@@ -46,7 +47,7 @@ def split_layers(
         work[-1] += last_cost
         ranks = [sum(work[stage] for stage in own) for own in placement]
         squares = (sum(cost * cost for cost in part) for part in (ranks, work))
-        # Sums of the same costs in another order differ by rounding, and count as ties.
+        # Sums of the same costs in another order differ by rounding. This rounding makes them ties.
         return *(float(f"{figure:.9e}") for figure in (max(ranks), *squares)), sum(bounds)
 
     def allowed(bounds: list[int]) -> bool:

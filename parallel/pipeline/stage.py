@@ -1,9 +1,10 @@
 """One chunk of the model as a stage of torch's pipeline runtime: timed, and with less memory.
 
 torch's stage allocates the receive buffers of all micro-batches when it starts. So a step's memory would grow with the
-number of micro-batches (120 of them, 4096 x 7168 in bf16: 7 GB per direction and stage), which a 1F1B-like order is
-meant to avoid. Here the buffers start on the meta device; a real buffer is created when its receive is posted and
-dropped when its action is complete. For the same reason a loss releases its graph right after its backward.
+number of micro-batches, which a 1F1B-like order is meant to avoid: 120 micro-batches of 4096 x 7168 values in bf16 take
+7 GB per direction and stage. In this file the buffers start on the meta device. A real buffer is created when its
+receive is posted, and freed when its action is complete. For the same reason, the graph of a loss is freed right after
+its backward.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,16 +16,16 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 from torch.distributed.pipelining import PipelineStage
 
-# Additions to torch for a backward in two parts, first of inputs and then of weights.
+# Changes to torch for a backward in two parts, first of inputs and then of weights.
 
 
 def kept_graph(output: Tensor) -> Node | None:
-    """Keep the graph of an output alive from before its backward of inputs, which releases it, until the backward of
-    weights.
+    """Keep the graph of an output alive for its backward of weights. Call it before the backward of inputs, which
+    releases the graph.
 
-    Before torch 2.13 a Python reference does not keep a node of a Python function alive, and the second part starts
-    from such nodes. Returns None for torch 2.13 and later, where the reference is enough and the rest of the graph is
-    freed in between.
+    The backward of weights starts from nodes of the graph. Before torch 2.13, a Python reference does not keep a node
+    of a Python function alive. Returns None for torch 2.13 and later, where the reference is enough and torch frees the
+    rest of the graph between the two parts.
     """
     if torch.__version__ >= "2.13":
         return None
@@ -33,10 +34,10 @@ def kept_graph(output: Tensor) -> Node | None:
 
 
 def backward_of_weights(groups: Sequence[dict[str, Any]]) -> None:
-    """Run the second part: adds to every weight's `.grad`. groups: as torch's stage_backward_input returns them.
+    """Run the backward of weights: add to every weight's `.grad`. groups: as torch's stage_backward_input returns them.
 
-    torch's own version calls autograd.grad() and adds the gradients itself, so no GEMM could add to its own sum
-    (train/model/weight_gradient.py). Otherwise both are the same.
+    torch's own version calls autograd.grad() and adds the gradients itself. Then a GEMM could not add to its weight
+    gradient directly (train/model/weight_gradient.py). The results are the same.
     """
     for group in groups:
         pairs = list(zip(group.pop("intermediates"), group.pop("grads"), strict=True))
@@ -47,7 +48,7 @@ def backward_of_weights(groups: Sequence[dict[str, Any]]) -> None:
             continue
         edges, gradients = zip(*arrived, strict=True)
         with ExitStack() as hooks:
-            # A node that another node leads to would count the other node's gradient a second time.
+            # If another node leads to this node, its gradient would be counted a second time.
             for node, ones in pairs if len(pairs) > 1 else ():
                 hooks.callback(node.register_prehook(lambda _, ones=ones: ones).remove)
             torch.autograd.backward(edges, gradients, inputs=[node.variable for node in group["params"]])
@@ -56,9 +57,9 @@ def backward_of_weights(groups: Sequence[dict[str, Any]]) -> None:
 class Stage(PipelineStage):
     """A PipelineStage with static metadata.
 
-    inputs, outputs: example tensors of one micro-batch with the right shape, dtype and requires_grad (their values are
-    not used). With both given, torch does not run the module once more to infer them. acting: creates the context of an
-    action, called as `Timeline.action`.
+    inputs, outputs: example tensors of one micro-batch with the right shape, dtype and requires_grad; their values are
+    not used. With these examples, torch does not run the module to infer them. acting: returns the context manager of
+    an action; called as `Timeline.action`.
     """
 
     def __init__(
@@ -77,13 +78,13 @@ class Stage(PipelineStage):
         )
         self._acting = acting
         self._one_piece = getattr(module, "backward_in_one_piece", False)
-        """Whether the module's backward cannot be split: then the inputs' part does all of it."""
+        """Whether the module's backward cannot be split. In that case the backward of inputs does all of it."""
         self._graphs: dict[int, Node | None] = {}
-        """The graph of every micro-batch between the two parts, see `kept_graph`."""
+        """The graph of every micro-batch between the two parts of its backward; see `kept_graph`."""
 
     def _get_init_p2p_neighbors_ops(self):
-        # torch 2.11 greets the neighbours of every stage, including the rank itself if it holds both; gloo cannot send
-        # to itself.
+        # torch 2.11 sends a first message to the neighbours of every stage. A rank that holds two neighbouring stages
+        # would send to itself, which gloo cannot do.
         return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
 
     # Receive buffers
@@ -139,7 +140,7 @@ class Stage(PipelineStage):
     def run_forward(self, micro_batch: int, *args, **kwargs):
         """forward_one_chunk without its record, for a caller that times a pair as one action."""
         output = super().forward_one_chunk(micro_batch, *args, **kwargs)
-        # The stage keeps the activations for backward; the buffer slot need not.
+        # The graph holds the activations for backward; the buffer slot must not hold them as well.
         _move(self.args_recv_info[micro_batch], torch.device("meta"))
         return output
 
@@ -154,7 +155,7 @@ class Stage(PipelineStage):
         if not self.is_last:
             _move(self.grad_recv_info[micro_batch], torch.device("meta"))
         elif full_backward:
-            # The schedule keeps every loss until the step ends, and with the loss its graph.
+            # The schedule stores every loss until the step ends, and a loss holds its graph.
             assert loss is not None
             loss.detach_()
 
@@ -167,18 +168,18 @@ def _move(infos: tuple, device: torch.device) -> None:
             info.buffer = torch.empty_like(buffer, device=device, requires_grad=buffer.requires_grad)
 
 
-# A stage without neighbours: it computes on random hidden states and gradients, and sends to nobody.
+# A stage without neighbours. It computes on random hidden states and gradients, and sends nothing.
 #
-# For a dry run, where one rank of a pipeline runs alone under torch's fake process group, which moves no data.
+# It serves a dry run: one rank of a pipeline runs alone under torch's fake process group, which moves no data.
 
 HIDDEN_STD, GRADIENT_STD = 0.02, 1e-5
-"""Standard deviations of the random values: a block normalises its input, and gradients of a mean over many tokens
-are small.
+"""Standard deviations of the random hidden states and gradients. A block normalises its input, and gradients of a mean
+over many tokens are small.
 """
 
 
 class LoneStage(Stage):
-    """A stage without neighbours, see above; only the values of arrivals differ from a run."""
+    """A stage without neighbours; see the comment above. Only the values of received tensors differ from a real run."""
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int):
         ops = super().get_fwd_recv_ops(fwd_chunk_id)
@@ -191,7 +192,7 @@ class LoneStage(Stage):
             _fill(self.grad_recv_info[bwd_chunk_id], GRADIENT_STD)
         return ops
 
-    # All stages would vote for static shapes by messages, which do not arrive here.
+    # In a real run, all stages vote for static shapes by messages. A lone stage would wait for them forever.
 
     def _warmup_forward_vote(self, has_backward: bool, received_acc: Tensor | None = None) -> Tensor:
         return torch.tensor([1], dtype=torch.int32, device=self.device)

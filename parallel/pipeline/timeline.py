@@ -1,9 +1,9 @@
 """Times of each action of a step on this rank: the pipeline's bubble, measured in the run itself.
 
-Every action (F, B, I, W, or FB for an overlapped pair) is recorded with its start and its length. On CUDA both are
-events on the current stream, read long after they passed, so nothing waits for the device; on CPU they are clock
-readings. Time between two actions is waiting: for a neighbour's activations or gradients, or for a send to complete.
-bubble = 1 - busy / span.
+Every action (F, B, I, W, or FB for an overlapped pair) is recorded with its start and its length. On CUDA, events on
+the current stream mark the times. The host reads them long after they completed, so it never waits for the device. On
+CPU, the times are clock readings. In the time between two actions, the rank waits for a neighbour's activations or
+gradients, or for a send to complete. bubble = 1 - busy / span.
 """
 
 import time
@@ -59,7 +59,7 @@ Moment = TypeVar("Moment")
 
 
 class _Clock(Protocol[Moment]):
-    """Time marks, and the time between two marks."""
+    """Takes time marks, and measures the time between two marks."""
 
     def now(self) -> Moment: ...
 
@@ -85,7 +85,7 @@ class Timeline(Generic[Moment]):
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Wrap one whole step of the schedule."""
+        """Wrap one complete step of the schedule."""
         self._open, begin = [], self._clock.now()
         yield
         self._pending.append((begin, self._clock.now(), self._open))
@@ -101,7 +101,7 @@ class Timeline(Generic[Moment]):
         self._open.append((kind, stage, micro_batch, backward, start, self._clock.now()))
 
     def newest(self) -> StepRecord:
-        """Return the newest step with known times; on CUDA that may be the step before the last."""
+        """Return the newest step whose times are known. On CUDA that may be the step before the last one."""
         self._settle()
         return self._newest
 
@@ -154,5 +154,5 @@ class _EventClock:
 
 
 def timeline_of(device: torch.device) -> Timeline[float] | Timeline[torch.cuda.Event]:
-    """Return a timeline with the clock that measures the device's work."""
+    """Return a timeline whose clock suits the device."""
     return Timeline(_EventClock()) if device.type == "cuda" else Timeline(_WallClock())

@@ -1,6 +1,6 @@
-"""Changes to DeepSpeed before our engine is built on it, each with its reason.
+"""Changes DeepSpeed before our engine is built on it. The table gives each change and its reason.
 
-Read with DeepSpeed 0.19.8 and 0.19.9.
+The changes were checked against DeepSpeed 0.19.8 and 0.19.9.
 
     sys.modules            Two Muon modules are replaced by empty ones. DeepSpeed imports them even if nothing uses
                            them, and they compile when imported: a rank would load torch's whole compiler (0.9 s of a
@@ -16,8 +16,8 @@ Read with DeepSpeed 0.19.8 and 0.19.9.
                            its own class. The check of optimizers accepts ours, and so does the check of experts at
                            stage 3, because ours have their placement on the parameters.
 
-whole_weights.py and sharded_weights.py describe what they replace in one DeepSpeed optimizer. Every private name, also
-of this file, is a row of private_names.py, which is compared with the installed version when a rank starts.
+whole_weights.py and sharded_weights.py describe their changes to one DeepSpeed optimizer each. private_names.py lists
+every private name that the three files use. A rank compares this list with the installed version when it starts.
 """
 
 import logging
@@ -38,7 +38,7 @@ DEEPSPEED_MUON = ("muon_optimizer", "original_muon")
 
 
 def import_deepspeed(on_cuda: bool) -> types.ModuleType:
-    """Import DeepSpeed quietly, and on CPU without three slow paths."""
+    """Import DeepSpeed without its log messages; on CPU, also skip three slow steps of the import."""
     if not on_cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         os.environ["LOCAL_SIZE"] = "1"
@@ -46,7 +46,7 @@ def import_deepspeed(on_cuda: bool) -> types.ModuleType:
     import deepspeed
     import deepspeed.ops
 
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # its warnings concern deliberate choices here
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # its warnings concern deliberate settings of Sluice
     if not on_cuda:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     for name in DEEPSPEED_MUON:
@@ -57,7 +57,7 @@ def import_deepspeed(on_cuda: bool) -> types.ModuleType:
 
 
 def _unused_class(name: str) -> type:
-    """Return a placeholder class for any import from an unused module."""
+    """Return a placeholder class for any name that is imported from an unused module."""
     if name.startswith("__"):
         raise AttributeError(name)
     return type(name, (), {})
@@ -100,7 +100,7 @@ def own_engine(deepspeed: Any, has_experts: bool) -> Iterator[None]:
 
 
 class MeshAsMpu:
-    """The groups as DeepSpeed asks for them; pipeline ranks are its "model parallel" group."""
+    """The methods by which DeepSpeed asks for groups. DeepSpeed sees pipeline ranks as its "model parallel" group."""
 
     def __init__(self, mesh: Mesh):
         self.mesh = mesh

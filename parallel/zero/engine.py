@@ -1,12 +1,12 @@
-"""DeepSpeed ZeRO around the chunks of one rank. Within this project, only the files of this folder know deepspeed.
+"""DeepSpeed ZeRO around the chunks of one rank. In this project, only the files of this folder import deepspeed.
 
-One engine per rank holds a ModuleList of the rank's chunks; the raw modules go to the pipeline. Master weights are fp32
-shards. Gradients are fp32 even if weights are bf16. The optimizer state belongs to our optimizer. The stage decides how
-weights and gradients are held: whole_weights.py (stages 1 and 2) or sharded_weights.py (stage 3). At stage 3, weights
-may arrive without memory; each gets its memory when it is drawn and sharded, one after another.
+One engine per rank holds a ModuleList of the rank's chunks; the pipeline gets the raw modules. Master weights are fp32
+shards. Gradients are fp32 even if weights are bf16. Our optimizer holds the optimizer state. The ZeRO stage decides how
+weights and gradients are stored: whole_weights.py (stages 1 and 2) or sharded_weights.py (stage 3). At stage 3, weights
+may have no memory at first. The engine then allocates, initialises and shards them one after another.
 
-The end of a step at stages 1 and 2, in order. Stage 3 reduces in every backward pass, and continues from `Zero.step` in
-the same way.
+At stages 1 and 2, a step ends with the following calls, in this order. Stage 3 reduces in every backward pass; its step
+ends in the same way from `Zero.step` on.
 
     accumulate        At its end, WholeWeights fills missing gradients with zeros, `Zero._close` sums the gradient of a
                       tied weight, and DeepSpeed reduces all gradients that other ranks share, each rank to its shard.
@@ -18,7 +18,7 @@ the same way.
                       gathers them.
     forget_gradients  The next step starts without gradients.
 
-private_names.py lists, with reasons, everything that these files use of DeepSpeed beyond its public functions.
+private_names.py lists, with reasons, all private names of DeepSpeed that these files use.
 """
 
 import math
@@ -44,7 +44,7 @@ from parallel.zero.whole_weights import WholeWeights
 
 @dataclass(frozen=True)
 class ZeroSettings:
-    """How a rank's state is sharded, and how its optimizer updates it."""
+    """Settings of ZeRO: how a rank's state is sharded, and how the optimizer updates it."""
 
     stage: int
     offload: bool
@@ -67,8 +67,8 @@ class WeightFacts:
     units: tuple[type[nn.Module], ...] = ()
     """Modules whose weights are gathered together at stage 3."""
     draws: Mapping[nn.Parameter, Callable[[], None]] = field(default_factory=dict)
-    """Per weight, a function that allocates and initialises it, called at stage 3 when the weight is sharded;
-    without them all weights already exist.
+    """For each weight: a function that allocates and initialises it. The engine calls it at stage 3 when it shards the
+    weight. If the mapping is empty, all weights already exist.
     """
 
 
@@ -87,17 +87,18 @@ class Zero:
         names = _unique_names(chunks)
         self.names = {param: name for param, name in names.items() if param.requires_grad}
         self.untrained = {param: name for param, name in names.items() if not param.requires_grad}
-        """Weights without gradient, master and state, which are in no checkpoint.
-        They are whole on every rank of a stage, or sharded at stage 3.
+        """Names of weights that have no gradient, master or state; no checkpoint contains them. At stages 1 and 2 every
+        rank of a pipeline stage holds them completely; at ZeRO stage 3 they are sharded.
         """
         self.shapes = {param: tuple(param.shape) for param in names}
-        # Of the two copies, the last rank's copy is left out of the norm and of checkpoints.
+        # The first and the last pipeline rank both hold the tied parameter. The last rank's copy is left out of the
+        # norm and of checkpoints.
         self.copy = about.tied if about.tied is not None and mesh.pp_rank > 0 else None
         self.observer: Callable[[dict[str, Shard]], None] | None = None
         """Called before every update with copies of the reduced gradients of this rank's shard, by logical name."""
         self.local_observer: Callable[[str, Shard], None] | None = None
-        """Called with every gradient of this rank before it is reduced.
-        It gets the whole gradient of a parameter, once per step, or once per micro-batch at stage 3.
+        """Called with every gradient of this rank before it is reduced. It gets the complete gradient of a parameter:
+        once per step at stages 1 and 2, once per micro-batch at stage 3.
         """
         self._valid: bool | Tensor = True
         self._bad: list[str] = []
@@ -122,7 +123,7 @@ class Zero:
     def _hold_weights(
         self, settings: ZeroSettings, rules: dict[nn.Parameter, UpdateRule], members: list[list[nn.Parameter]]
     ) -> ShardedWeights | WholeWeights:
-        """Build the weights' and gradients' holder of this stage.
+        """Build the object that holds weights and gradients at this ZeRO stage.
 
         members: the parameters of each group of the optimizer.
         """
@@ -149,9 +150,9 @@ class Zero:
             group["lr"] = 0.0 if group["frozen"] else lr
 
     def scale_rows(self, factors: Mapping[str, Tensor]) -> None:
-        """Make the next update multiply rows of master weights after the optimizer's change.
+        """Make the next update multiply rows of master weights, after the optimizer has changed them.
 
-        factors: by weight name, one per row.
+        factors: for each weight name, one factor per row.
         """
         self.client.handover.row_factors = factors
 
@@ -160,8 +161,8 @@ class Zero:
         return self._weights.accumulate()
 
     def reduce_ahead(self, chunk: int) -> None:
-        """Report that a chunk's gradients are complete while other chunks of the rank still work: stages 1 and 2
-        reduce them now.
+        """Report that a chunk's gradients are complete while other chunks of the rank still work. Stages 1 and 2 then
+        reduce these gradients at once.
         """
         if isinstance(self._weights, WholeWeights):
             others = [set(one.parameters()) for one in self.engine.module]
@@ -183,18 +184,22 @@ class Zero:
         return Update(float(self._norm), applied, self._bad)
 
     def _reduced_elements(self, everything: bool) -> int:
-        """Return the elements of the weights whose gradients pass through DeepSpeed's bucket, see whole_weights.py."""
+        """Return the number of elements of the weights whose gradients pass through DeepSpeed's bucket; see
+        whole_weights.py.
+        """
         return sum(param.numel() for param in self.names if everything or self._shares(param).ranks > 1)
 
     def _shares(self, param: nn.Parameter) -> Sharing:
-        """Return which ranks hold the same weights of a parameter as this rank."""
+        """Return how many ranks hold the same weights of a parameter, and this rank's index among them."""
         mesh = self.mesh
         if getattr(param, "allreduce", True):
             return Sharing(mesh.layout.stage_ranks, mesh.stage_rank)
         return Sharing(mesh.layout.edp, mesh.edp_rank)
 
     def _global_norm(self) -> Tensor:
-        """Return the norm over all parameters of all ranks: shards are disjoint over the world, experts included."""
+        """Return the norm of all gradients of all ranks. Every element, experts included, is in exactly one rank's
+        shard.
+        """
         pieces: dict[int, dict[str, Tensor]] = {}
         for param, gradient, divisor in self._weights.gradients():
             if param is not self.copy:
@@ -214,19 +219,20 @@ class Zero:
         dist.all_reduce(total)
         *finite, total = torch.cat([squares.isfinite(), total.view(1)]).tolist()  # waits for the device
         self._bad = [name for name, good in zip(names, finite, strict=True) if not good]
-        # DeepSpeed checks several times whether the norm is finite, and would wait for the device each time.
+        # DeepSpeed checks several times whether the norm is finite. With a norm on the device, each check would wait
+        # for it.
         self._norm = torch.tensor(total, dtype=torch.float64).sqrt().float()
         return self._norm
 
     def weights(self) -> Iterator[Tensor]:
-        """Return what this rank holds of the weights between steps; at stage 3 its shards."""
+        """Yield this rank's part of all weights as they are stored between steps; at stage 3, its shards."""
         return (self._weights.held(param) for param in (*self.names, *self.untrained))
 
     def untrained_shards(self, owned: bool = False) -> dict[str, Shard]:
-        """Return this rank's part of the untrained weights, live, by name.
+        """Return this rank's part of the untrained weights by name. The tensors share memory with the live weights.
 
-        A weight stored as bytes is placed within the rank's own parameter. owned: for a weight that several ranks hold
-        whole, only the first of them returns it.
+        The offset of a weight stored as bytes counts within the rank's local parameter. owned: if several ranks hold a
+        complete copy of a weight, only the first of them returns it.
         """
         found: dict[str, Shard] = {}
         for param, name in self.untrained.items():
@@ -242,7 +248,7 @@ class Zero:
     def shards(self, copies: bool = False) -> dict[str, Shard]:
         """Return the live fp32 master weights and optimizer state of this rank's partition, by logical name.
 
-        copies: include a tied parameter that another rank holds too; for loading.
+        copies: also include a tied parameter whose master another rank returns; for loading.
         """
         found: dict[str, Shard] = {}
         for part in self._weights.fragments():
@@ -256,7 +262,9 @@ class Zero:
         return found
 
     def place(self, param: nn.Parameter, offset: int) -> tuple[int, tuple[int, ...]]:
-        """Return the position of a local parameter's element in the logical tensor, and the logical tensor's shape."""
+        """Return the position in the logical tensor of an element of a local parameter, and the shape of the logical
+        tensor.
+        """
         shape = self.shapes[param]
         if not getattr(param, "allreduce", True):  # experts are split over ep along their first dimension
             return offset + self.mesh.ep_rank * math.prod(shape), (shape[0] * self.mesh.layout.ep, *shape[1:])
@@ -271,12 +279,14 @@ class Zero:
         }
 
     def finish_load(self, updates: int) -> None:
-        """Refresh the weights from the masters. Call it after the shards were filled from a checkpoint."""
+        """Set the weights from the masters. Call it after a checkpoint has filled the shards."""
         self.client.updates = updates
         self._weights.refresh()
 
     def _close(self) -> None:
-        """End a step at stages 1 and 2: all gradients of this rank exist or are already reduced."""
+        """End the backward passes of a step at stages 1 and 2: all gradients of this rank exist or are already
+        reduced.
+        """
         for param in self.names:
             if param.grad is not None:
                 self._show_local(param)
@@ -324,15 +334,17 @@ def _parameter_groups(
 
 
 def mark_experts(names: Mapping[nn.Parameter, str], is_expert: Callable[[str], bool], mesh: Mesh) -> str:
-    """Mark weights of experts in the way that DeepSpeed recognises, also frozen ones, and make gradients fp32.
-    Returns the name of their group.
+    """Mark weights of experts, also frozen ones, with the attributes by which DeepSpeed recognises experts. Make
+    gradients fp32.
+
+    Returns the name of the experts' group.
     """
     expert_name = f"ep_size_{mesh.layout.ep}"
     for param, name in names.items():  # DeepSpeed broadcasts rank 0's values, including frozen ones
         if param.requires_grad:
             param.grad_dtype = torch.float32
         if is_expert(name):
-            # DeepSpeed recognises experts by these attributes, stage 3 by the last two.
+            # DeepSpeed recognises experts by these attributes; stage 3 reads the last two.
             param.allreduce = False  # pyrefly: ignore[missing-attribute]  see above
             param.group_name = expert_name  # pyrefly: ignore[missing-attribute]  see above
             param.ds_zero_placement_family = "autoep_expert"  # pyrefly: ignore[missing-attribute]  see above
@@ -348,7 +360,8 @@ def make_config(
 ) -> dict[str, Any]:
     """Return DeepSpeed's configuration.
 
-    reduced_elements: returns the elements of weights whose gradients pass through its bucket; True: of all weights.
+    reduced_elements: returns the number of elements of those weights whose gradients pass through DeepSpeed's bucket;
+    with True, of all weights.
     """
     first = next(param for param in module.parameters() if param.requires_grad)
     elements = reduced_elements(settings.stage == 3 or first.dtype == torch.float32)
@@ -378,7 +391,7 @@ def make_config(
 
 
 class _DrawnInTurn(nn.Module):
-    """Draws each weight when DeepSpeed asks for it, after DeepSpeed has finished the previous weights."""
+    """Initialises each weight when DeepSpeed asks for it, after DeepSpeed has sharded the previous weights."""
 
     def __init__(self, weights: Iterable[nn.Parameter], draws: Mapping[nn.Parameter, Callable[[], None]]):
         super().__init__()
@@ -401,8 +414,8 @@ def build_engine(
 ) -> Any:
     """Build DeepSpeed's engine.
 
-    With `about.draws` it shards weights for stage 3 one after another, so that a rank holds only one whole weight at a
-    time.
+    With `about.draws`, it initialises and shards the weights of stage 3 one after another, so that a rank holds only
+    one complete weight at a time.
     """
     trained = [param for param in module.parameters() if param.requires_grad]
     deepspeed, stage = import_deepspeed(trained[0].is_cuda), config["zero_optimization"]["stage"]
@@ -420,8 +433,8 @@ def build_engine(
             dtype=next(iter(weights)).dtype,
             mpu=MeshAsMpu(mesh),
         )
-    # Stages 1 and 2 require a group of experts' weights in the optimizer; frozen experts have none. Stage 3 shards
-    # these too.
+    # Stages 1 and 2 require that the optimizer has a group with experts' weights; frozen experts have none. Stage 3
+    # shards frozen experts too.
     sharded = module.parameters() if stage == 3 else trained
     with own_engine(deepspeed, any(not getattr(param, "allreduce", True) for param in sharded)):
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, mpu=MeshAsMpu(mesh))

@@ -3,12 +3,13 @@
 A name is private if DeepSpeed's documentation promises nothing about it. `require_names` compares the list with the
 installed version when a rank starts; tests/zero/test_private_names.py compares it with the real use in this folder.
 
-The second list holds DeepSpeed behaviour that is copied here: the plan counts buffers as DeepSpeed allocates them. A
-plan cannot run DeepSpeed on tensors without memory instead: with offload, DeepSpeed reads values, which such tensors do
-not have; at stage 3, one rank of DeepSeek-V3 takes 8 s of a core to build. At stages 1 and 2 without offload it can run,
-and tests/plan/memory/test_step_end.py compares the copy with it. Each row names the functions that were read, with the
-hash of their source. tests/zero/test_copied_behaviour.py compares the hashes with the installed DeepSpeed. If a hash
-differs, read the function again, correct the copy if the behaviour has changed, and write the new hash here.
+The second list holds behaviour of DeepSpeed that Sluice copies: a plan counts buffers as DeepSpeed allocates them. A
+plan cannot run DeepSpeed itself on tensors without memory. With offload, DeepSpeed reads values, which such tensors do
+not have. At stage 3, building one rank of DeepSeek-V3 takes 8 s of a core. At stages 1 and 2 without offload, DeepSpeed
+can run on such tensors, and tests/plan/memory/test_step_end.py compares the copied behaviour with it. Each row names
+the DeepSpeed functions that were read, with the hash of their source. tests/zero/test_copied_behaviour.py compares the
+hashes with the installed DeepSpeed. If a hash differs, read the function again, correct the copy if the behaviour has
+changed, and write the new hash here.
 """
 
 import inspect
@@ -21,9 +22,9 @@ from conf.errors import UserError
 
 
 class PrivateName(NamedTuple):
-    """owner: object that has the name, see `require_names`.
+    """owner: object that has the name; see `require_names`.
 
-    is_fast: the name only saves time; the result is the same without it.
+    is_fast: the name only saves time. Without the name, Sluice computes the same result.
     """
 
     owner: str
@@ -126,8 +127,8 @@ def require_names(**owners: object) -> None:
     """Raise UserError if the installed DeepSpeed lacks a listed name of these owners.
 
     Owners: module (deepspeed.utils.groups), engine (DeepSpeedEngine), optimizer12 and optimizer3 (the two optimizers,
-    built), offload12 (optimizer12 with offload), param3 (a weight at stage 3) and coordinator. Names of the list's
-    other owners fail when they are imported or called.
+    built), offload12 (optimizer12 with offload), param3 (a weight at stage 3) and coordinator. The list has names of
+    other owners too; if one is missing, its import or call fails.
     """
     missing = [one for one in PRIVATE_NAMES if one.owner in owners and not _has(owners[one.owner], one.name)]
     if missing:
@@ -142,7 +143,7 @@ def require_names(**owners: object) -> None:
 def _has(owner: object, name: str) -> bool:
     """Whether an object has the name, or its class's module assigns the name to instances.
 
-    A search within the class alone would take 0.2 s.
+    The function searches the source of the module, because a search of only the class's source would take 0.2 s.
     """
     return hasattr(owner, name) or (isinstance(owner, type) and f"self.{name} =" in _source(owner.__module__))
 
@@ -165,9 +166,9 @@ class CopiedBehaviour(NamedTuple):
     file: str
     """DeepSpeed's file, in the package folder."""
     owner: str
-    """The class of the functions; empty for functions of the module."""
+    """The class that has the functions; empty for functions of the module."""
     functions: dict[str, str]
-    """By function: the first 16 digits of the SHA-256 of its source, from `def` to the end."""
+    """For each function: the first 16 digits of the SHA-256 of its source, from `def` to the end."""
 
 
 COPIED = (

@@ -1,18 +1,19 @@
-"""ZeRO stage 3: weights and gradients are sharded too. For one pipeline stage (pp = 1).
+"""ZeRO stage 3: weights and gradients are sharded too. It works with one pipeline stage (pp = 1).
 
 A rank holds 1/dp of every weight (experts: 1/edp). DeepSpeed's module hooks gather the weights of a unit (a block of
 the model) before its forward and again before its backward, and free them afterwards. A unit is a module that DeepSpeed
 calls a leaf: all its parameters are gathered and freed together, so code inside may use them anywhere. Parameters
-outside of units follow the module that owns them. Every parameter must be used inside a call of its unit or module, and
-nothing may keep views of it from forward to backward: they would hold the gathered copy in memory.
+outside of units follow the module that owns them. Every parameter must be used inside a call of its unit or module. No
+code may keep a view of a parameter from forward to backward, because the view would hold the gathered copy in memory.
 
 DeepSpeed records the order of gathers in one micro-batch and then prefetches one unit ahead. A validation has another
-order and makes DeepSpeed record again. DeepSpeed expects one call of its engine per micro-batch for this. Here the
-chunk is called directly, so hooks on the chunk report when a pass begins.
+order and makes DeepSpeed record again. To see micro-batches, DeepSpeed expects one call of its engine per micro-batch.
+Sluice calls the chunk directly, so hooks on the chunk tell DeepSpeed when a pass begins.
 
-Gradients are reduced during backward into fp32 shards that accumulate over micro-batches. They are handed over in one
-fixed order on all ranks, the reverse of the module order. A parameter without gradient gets zeros when the pass ends.
-DeepSpeed's own hooks take gradients as they come, which would mix up parameters or hang.
+Gradients are reduced during backward into fp32 shards, which accumulate over micro-batches. All ranks hand the
+gradients to DeepSpeed in the same order, the reverse of the module order. A parameter without gradient gets zeros when
+the pass ends. DeepSpeed's own hooks take gradients in the order in which they are computed. This order may differ
+between ranks; then DeepSpeed would mix up parameters or hang.
 """
 
 import contextlib
@@ -36,10 +37,10 @@ def stage3_config(module: nn.Module, units: tuple[type[nn.Module], ...]) -> dict
     return {
         "stage3_prefetch_bucket_size": largest,
         "stage3_max_live_parameters": 2 * largest,  # the current unit and one prefetched unit
-        # In a small model, weights kept for an early reuse would never be freed.
+        # In a small model, DeepSpeed would keep all weights for an early reuse and never free them.
         "stage3_max_reuse_distance": 0,
         "stage3_param_persistence_threshold": 0,  # small weights travel with their unit anyway
-        # F.linear would keep a view of the weight for backward; DeepSpeed's version keeps the weight itself.
+        # F.linear would store a view of the weight for backward; DeepSpeed's version stores the parameter itself.
         "memory_efficient_linear": True,
     }
 
@@ -54,10 +55,10 @@ def find_units(module: nn.Module, units: tuple[type[nn.Module], ...]) -> list[nn
 class ShardedWeights:
     """The sharded weights and gradients of stage 3.
 
-    client: our optimizer under DeepSpeed's. shapes: of the whole trained parameters, in module order; other parameters
-    are only gathered. rules: the update rule of each, which names its state. shares: which other ranks hold a
-    parameter. norm: computes the global gradient norm, called once per step. handing: called before a gradient is
-    reduced.
+    client: our optimizer, which DeepSpeed's optimizer wraps. shapes: full shapes of the trained parameters, in module
+    order; other parameters are only gathered. rules: the update rule of each parameter, which names its state. shares:
+    returns which ranks share a parameter. norm: computes the global gradient norm; called once per step. handing:
+    called before a gradient is reduced.
     """
 
     def __init__(
@@ -76,12 +77,12 @@ class ShardedWeights:
         self._order = list(shapes)[::-1]
         chunks = Counter(param for chunk in engine.module for param in {*chunk.parameters()})
         self._shared = {param for param, count in chunks.items() if count > 1}
-        """Weights of two chunks on this rank.
-        A pass adds to their gradient twice, and DeepSpeed may have reduced it after the first time.
+        """Weights that two chunks of this rank share. A pass adds to their gradient twice, and DeepSpeed may have
+        reduced the gradient after the first addition.
         """
         self._ready: set[nn.Parameter] = set()
         self._handed = 0
-        """Number of parameters in the order that were handed to DeepSpeed in this pass."""
+        """How many parameters of the fixed order have been handed to DeepSpeed in this pass."""
         self._in_pass = False
         self._backward: set[nn.Module] = set()
         """Chunks whose backward has begun in this pass."""
@@ -106,7 +107,9 @@ class ShardedWeights:
         self._coordinator.release_backward_leftovers()
 
     def gradients(self) -> Iterator[tuple[nn.Parameter, Tensor, int]]:
-        """Yield gradients of this rank's shard without padding, and the divisor still to apply."""
+        """Yield each gradient of this rank's shard without padding, and the divisor that the caller must still
+        apply.
+        """
         from deepspeed.utils import safe_get_local_grad
 
         for param in self._shapes:
@@ -126,7 +129,9 @@ class ShardedWeights:
                 yield Fragment(param, offset, safe_get_local_fp32_param(param).detach()[:length], state)
 
     def flats(self) -> Iterator[tuple[Tensor, list[FlatWeight]]]:
-        """Yield every flat parameter of the optimizer with its weights: their shards, each with its padding."""
+        """Yield every flat parameter of the optimizer with its weights. A flat parameter holds the shards of its
+        weights; each shard includes its padding.
+        """
         groups = zip(self._optimizer.fp32_partitioned_groups_flat, self._optimizer.fp16_groups, strict=True)
         for flat, params in groups:
             found, place = [], 0
@@ -142,22 +147,22 @@ class ShardedWeights:
             yield flat, found
 
     def held(self, param: nn.Parameter) -> Tensor:
-        """Return this rank's part of a weight between steps: a shard with its padding."""
+        """Return this rank's part of a weight between steps: its shard, which includes padding."""
         return shard_of(param)
 
     def refresh(self) -> None:
-        """Set the weights to the rounded masters."""
+        """Set the weights to the masters, rounded to the weights' dtype."""
         from deepspeed.utils import safe_get_local_fp32_param
 
         for param in self._shapes:
             shard_of(param).data.copy_(safe_get_local_fp32_param(param).detach())
 
     def _begin_pass(self, *_: object) -> None:
-        """Begin the forward of a chunk; the backward of the previous micro-batch is complete."""
+        """Prepare for the forward of a chunk. The backward of the previous micro-batch is complete."""
         if self._in_pass:
             self._end_pass()
         self._in_pass = torch.is_grad_enabled()
-        self._coordinator.release_backward_leftovers()  # modules whose input has no gradient, such as the embedding
+        self._coordinator.release_backward_leftovers()  # for modules whose input has no gradient, such as the embedding
         self._coordinator.reset_step()
 
     def _end_forward(self, chunk: nn.Module, _: object, output: Tensor) -> None:
@@ -167,10 +172,10 @@ class ShardedWeights:
             self._coordinator._clean_inflight_param_registry()  # prefetched for a backward that does not follow
 
     def _begin_backward(self, chunk: nn.Module) -> None:
-        """Begin the backward of a chunk.
+        """Prepare for the backward of a chunk.
 
-        A schedule may run two backwards of a chunk without a forward between them. The second one starts a new pass,
-        because gradients of the first may already be handed over.
+        A schedule may run two backwards of a chunk without a forward between them. The second backward starts a new
+        pass, because gradients of the first one may already be handed over.
         """
         if chunk in self._backward:
             self._end_pass()
@@ -178,9 +183,9 @@ class ShardedWeights:
         self._backward.add(chunk)
 
     def _arrived(self, param: nn.Parameter) -> None:
-        """Handle a complete gradient: the weight's node has run.
+        """Record that a parameter's gradient is complete: autograd has run the parameter's node.
 
-        Hand over all gradients that are complete in the fixed order.
+        Hand over all gradients that are complete up to the first missing one of the fixed order.
         """
         if param.grad is None or param in self._shared:
             return
@@ -189,7 +194,7 @@ class ShardedWeights:
             self._hand_over(self._order[self._handed])
 
     def _end_pass(self) -> None:
-        """Reduce the rest of this micro-batch, with zeros for missing gradients."""
+        """Hand over the remaining gradients of this micro-batch, with zeros for missing ones."""
         for param in self._order[self._handed :]:
             if param.grad is None:
                 _set_zero_gradient(param, self._shapes[param])
@@ -207,7 +212,7 @@ class ShardedWeights:
         self._optimizer.reduce_independent_p_g_buckets_and_remove_grads(param)
 
     def _interval(self, param: nn.Parameter) -> tuple[int, int]:
-        """Return first element and length of this rank's shard of a parameter; the last shards may be short or
+        """Return the first element and the length of this rank's shard of a parameter. The last shards may be short or
         empty.
         """
         size = shard_of(param).numel()
@@ -219,7 +224,7 @@ class ShardedWeights:
 def _in_shape(param: nn.Parameter, shape: tuple[int, ...]) -> Iterator[None]:
     """Give the parameter its full shape, with arbitrary values.
 
-    It is empty while the weights are freed, and torch checks shapes against it.
+    The parameter is empty while its memory is freed, and torch compares gradient shapes with the parameter's shape.
     """
     data = param.data
     param.data = data.new_empty(()).expand(shape)
@@ -235,10 +240,10 @@ def _set_zero_gradient(param: nn.Parameter, shape: tuple[int, ...]) -> None:
 
 
 def _node_of(param: nn.Parameter, shape: tuple[int, ...]) -> Node:
-    """Return the node where autograd accumulates the parameter's gradient, or would if GEMMs did not add to it
+    """Return the node where autograd accumulates the parameter's gradient. It exists even if GEMMs add to the gradient
     themselves.
 
-    All graphs share this node while something holds a reference to it.
+    All graphs use the same node as long as some code holds a reference to it.
     """
     with _in_shape(param, shape):
         return get_gradient_edge(param).node

@@ -1,15 +1,16 @@
 """ZeRO stages 1 and 2: every rank holds all weights and its shard of the optimizer state.
 
 Gradients stay local during the schedule, as fp32 `.grad`. DeepSpeed's public coalesce_grad_reduction reduces them once,
-after the step's last micro-batch. This works under pipelines too, where a schedule with split backward runs no gradient
+after the step's last micro-batch. This also works for pipeline schedules with split backward, which run no gradient
 hooks.
 
-With bf16 weights, a chunk that finishes before another chunk of the rank is reduced at once, in its own block; on a GPU
-this overlaps with the remaining passes. Gradients that no other rank shares (dp = 1; experts with ep = dp) need no
-reduction. The optimizer reads them in place; DeepSpeed would copy them five times through its bucket.
+With bf16 weights, if a chunk finishes before another chunk of the rank, its gradients are reduced at once, in a
+separate block; on a GPU this overlaps with the remaining passes. Gradients that no other rank shares (dp = 1; experts
+with ep = dp) need no reduction. The optimizer reads these gradients in place; DeepSpeed would copy them five times
+through its bucket.
 
-With offload, masters and moments are in host memory, and DeepSpeed moves the shard's gradients there as it reduces
-them. The update fetches gradients that need no reduction one by one.
+With offload, masters and moments are in host memory. DeepSpeed copies the shard's gradients to the host as it reduces
+them. The update copies gradients that need no reduction one by one.
 
 DeepSpeed calls back for the norm, which is computed over all ranks (engine.py), and for clipping, which the optimizer
 does while it reads the gradients.
@@ -28,10 +29,11 @@ from parallel.zero.private_names import require_names
 class WholeWeights:
     """The weights and gradients of stages 1 and 2.
 
-    client: our optimizer under DeepSpeed's. groups: the parameters of each of its groups. shares: which other ranks
-    hold a parameter. ranks: number of ranks over which gradients are averaged. norm: computes the global gradient norm,
-    called once per step. close: called before the last gradients are reduced. show: called with each parameter whose
-    gradient is reduced ahead. clip: the norm to clip to, 0 for none. offload: whether DeepSpeed offloads.
+    client: our optimizer, which DeepSpeed's optimizer wraps. groups: the parameters of each of its groups. shares:
+    returns which ranks share a parameter. ranks: number of ranks over which gradients are averaged. norm: computes the
+    global gradient norm; called once per step. close: called before the last gradients are reduced. show: called with
+    each parameter whose gradient is reduced ahead. clip: the norm to clip to; 0 for no clipping. offload: whether
+    masters and optimizer state are in host memory.
     """
 
     def __init__(
@@ -53,7 +55,7 @@ class WholeWeights:
         self._handover = client.handover
         self._handover.divisor = ranks
         self._optimizer = optimizer = engine.optimizer
-        # DeepSpeed replaces each group's parameters by one flat master, and keeps the order of the groups.
+        # DeepSpeed replaces each group's parameters by one flat master, and does not change the order of the groups.
         self._masters: list[Tensor] = [group["params"][0] for group in client.param_groups]
         self._groups, self._shares = groups, shares
         self._slices: dict[Tensor, list[ShardSlice]] = {}
@@ -63,9 +65,11 @@ class WholeWeights:
         self._unshared = [
             number for number, params in enumerate(self._groups) if is_bf16 and shares(params[0]).ranks == 1
         ]
-        """Groups whose gradients need no reduction; with fp32 weights DeepSpeed assembles the shard in the step."""
+        """Groups whose gradients need no reduction. With fp32 weights the list is empty, because DeepSpeed assembles
+        the shard in its step.
+        """
         self._adds = is_bf16 and not offload and len(self._unshared) < len(groups)
-        """Whether DeepSpeed adds reduced gradients to shards, so that it may reduce in several blocks."""
+        """Whether DeepSpeed adds reduced gradients to shards. Only then it may reduce in several blocks."""
         self._ahead: set[nn.Parameter] = set()
         """Parameters whose gradients are already reduced in this step."""
         self._blocks = contextlib.ExitStack()
@@ -74,7 +78,7 @@ class WholeWeights:
         require_names(optimizer12=optimizer, **({"offload12": optimizer} if offload else {}))
         if offload:
             optimizer.temp_grad_buffer_for_gpu_offload = (
-                None  # for sums of several backward passes, but DeepSpeed sees only one
+                None  # this serves sums over several backward passes, but DeepSpeed sees only one pass
             )
         optimizer.scaled_global_norm = lambda norm_type=2: self._take_norm(norm())
         optimizer.check_overflow = lambda partition_gradients=True: None  # a norm that is not finite skips the step
@@ -97,8 +101,8 @@ class WholeWeights:
             try:
                 yield
             except BaseException:
-                # Leaving the block reduces all existing gradients, also after an error, and would wait for a rank that
-                # no longer answers.
+                # Leaving DeepSpeed's block reduces all existing gradients, even after an error. It would then wait for
+                # a rank that no longer answers. So the gradients are removed.
                 for param in params:
                     param.grad = None
                 raise
@@ -111,9 +115,9 @@ class WholeWeights:
             self._keep_unshared()
 
     def reduce_ahead(self, params: Collection[nn.Parameter]) -> None:
-        """Reduce complete gradients while others still grow.
+        """Reduce complete gradients while others still accumulate.
 
-        All ranks that share them call this at the same point of the schedule.
+        All ranks that share these gradients call this at the same point of the schedule.
         """
         if not self._adds:
             return
@@ -138,7 +142,7 @@ class WholeWeights:
         self._blocks.enter_context(self._engine.coalesce_grad_reduction())
 
     def _keep_unshared(self) -> None:
-        """Hand gradients of groups that only this rank holds to the optimizer unchanged."""
+        """Hand gradients of groups that no other rank shares to the optimizer, without a copy."""
         for number in self._unshared:
             params, master = self._groups[number], self._masters[number]
             self._handover.unreduced[master] = [gradient_of(param).view(-1) for param in params]
@@ -147,19 +151,19 @@ class WholeWeights:
         self._hold_places()
 
     def _hold_places(self) -> None:
-        """Put placeholders where DeepSpeed would look for gradients that need no reduction."""
+        """Set placeholders where DeepSpeed would look for gradients that need no reduction."""
         from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup
 
         for number in self._unshared:
             master = self._masters[number]
-            # DeepSpeed only reads its shape.
+            # DeepSpeed only reads the placeholder's shape.
             placeholder = torch.zeros(1, device=master.device).expand(master.shape)
             self._optimizer.averaged_gradients[number] = GradPartitionBufferGroup([], placeholder)
 
     def forget_gradients(self) -> None:
-        """Drop the gradients. Call it after a step, whether applied or skipped."""
+        """Drop the gradients. Call it after every step, also after a skipped one."""
         self._handover.unreduced.clear()
-        if self._offload:  # after a skipped step DeepSpeed would add the next gradients to the old ones
+        if self._offload:  # otherwise, after a skipped step, DeepSpeed would add the next gradients to the old ones
             for number in range(len(self._groups)):
                 self._optimizer.averaged_gradients[number] = None
 
@@ -168,14 +172,16 @@ class WholeWeights:
         return param
 
     def gradients(self) -> Iterator[tuple[nn.Parameter, Tensor, int]]:
-        """Yield gradients of this rank's shard without padding, and the divisor still to apply."""
+        """Yield each gradient of this rank's shard without padding, and the divisor that the caller must still
+        apply.
+        """
         for number, (master, slices) in enumerate(self._slices.items()):
             gradients, divisor = self._handover.unreduced.get(master), self._handover.divisor
             if gradients is None and self._offload:
                 gradients, divisor = [gradient_of(master)[part.place] for part in slices], 1
             elif gradients is None:
                 gradients, divisor = self._optimizer.averaged_gradients[number], 1
-            # DeepSpeed's extra entries are the padding at the end.
+            # DeepSpeed's list has more entries than there are slices: the extra ones are padding.
             yield from ((part.param, gradient, divisor) for part, gradient in zip(slices, gradients, strict=False))
 
     def fragments(self) -> Iterator[Fragment]:
@@ -206,22 +212,23 @@ class WholeWeights:
             )
 
     def refresh(self) -> None:
-        """Set the weights to the rounded masters."""
+        """Set the weights to the masters, rounded to the weights' dtype."""
         self._optimizer.update_lp_params()
 
 
 def _complete(param: nn.Parameter) -> None:
-    """Fill a missing gradient with zeros: a gradient missing on one rank alone would shift the buckets of the
-    others.
+    """Fill a missing gradient with zeros. If only one rank lacked a gradient, the buckets of the other ranks would not
+    match.
     """
     if param.grad is None:
         param.grad = torch.zeros_like(param, dtype=torch.float32)
 
 
 def slices_of(params: Sequence[nn.Parameter], size: int, rank: int) -> list[ShardSlice]:
-    """Return the slices in a rank's shard, which is `size` elements of the group's concatenated parameters.
+    """Return the parameters' slices in a rank's shard. A shard is `size` elements of the group's concatenated
+    parameters.
 
-    DeepSpeed has made all parameters views of one tensor, so each parameter's storage offset is its place there.
+    DeepSpeed has made all parameters views of one tensor, so a parameter's storage offset is its offset in that tensor.
     """
     found = []
     for param in params:
