@@ -19,18 +19,19 @@ class Batch:
     """int32, same shape: the document or sample that each token belongs to, numbered from 0 in each sequence.
     Padding has -1. None unless data.mask_documents is set or samples are packed."""
     supervised_BS: Tensor | None = None
-    """bool, same shape: tokens that are supervised, which means that they have a loss as targets. If set, the
-    samples in `documents_BS` are independent: no loss, count or module crosses their borders. None: every token is
-    supervised, and documents follow one another as one text."""
+    """bool, same shape: whether a token is supervised. A supervised token has a loss where it is the target. If this
+    field is set, the samples in `documents_BS` are independent: no loss, count or module crosses a sample's border.
+    None: every token is supervised, and the documents form one continuous text."""
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
-    """fp32, same shape: inputs of a token loss (train/model/token_losses.py), with a value for every token as a target.
-    `weights` multiply the loss, and `temperatures` divide the logits."""
+    """fp32, same shape: inputs of a token loss (train/model/token_losses.py). Each value belongs to its token as a
+    target. `weights` multiply the loss, and `temperatures` divide the logits."""
     experts_BTLK: Tensor | None = None
-    """int64: given experts for every token except the last, in every MoE layer of the main model. Another engine chose
-    them (mode=score writes them). None: the routers choose."""
+    """int64: the experts that another engine chose for every token except the last, in every MoE layer of the main
+    model (mode=score writes them). The model uses these experts. None: the routers choose."""
     keys_BTLK: Tensor | None = None
-    """int32: given keys for every token except the last, in every layer of the main model that chooses its keys: positions in the
-    sequence, -1 where there are fewer than top_k. None: the indexers choose."""
+    """int32: the keys that another engine chose for every token except the last, in every layer of the main model with
+    an indexer. A key is a position in the sequence; -1 fills the row if there are fewer than top_k keys. None: the
+    indexers choose."""
 
     @property
     def targets(self) -> int:
@@ -51,7 +52,7 @@ class Batch:
 
     @property
     def sequences(self) -> int:
-        """Number of samples; number of sequences where samples are not separated."""
+        """Number of samples, or number of sequences if the batch does not separate samples."""
         if self.supervised_BS is None or self.documents_BS is None:
             return len(self.tokens_BS)
         return int((self.documents_BS.amax(1) + 1).sum())
@@ -64,11 +65,11 @@ BATCH_KINDS = {
 }
 """Accepted dtypes of a batch's fields."""
 RESERVED_NAMES = ("x", "mean", "micro_batches", "experts_BTLK", *BATCH_KINDS)
-"""Names that `tensors` of a batch cannot have, because chunks and pipelines have arguments of these names."""
+"""Names that are not allowed in `tensors`, because chunks and pipelines have arguments with these names."""
 
 
 def check_given_batch(batch: Batch, vocabulary: int) -> None:
-    """Raise UserError for a batch that contradicts itself, or has tokens outside of the vocabulary."""
+    """Raise UserError if the fields of a batch contradict each other, or if a token is outside the vocabulary."""
     tokens_BS = batch.tokens_BS
     for name, kinds in BATCH_KINDS.items():
         tensor = getattr(batch, name)
@@ -104,7 +105,7 @@ def check_given_batch(batch: Batch, vocabulary: int) -> None:
 
 
 def _check_documents(batch: Batch) -> None:
-    """Raise UserError if samples are not numbered from 0 in each sequence, each in one piece."""
+    """Raise UserError unless the samples of each sequence are numbered from 0 and each sample is contiguous."""
     documents_BS = batch.documents_BS
     if documents_BS is None or batch.supervised_BS is None:
         return
@@ -126,15 +127,16 @@ class GivenSample:
     first: int
     """Position of the first learnt token, at least 1; all later tokens are learnt too."""
     values: Mapping[str, float | Sequence[float]] = field(default_factory=dict)
-    """Per name of a tensor in `Batch`: one number for all learnt tokens, or a number for each."""
+    """Values by the name of a tensor in `Batch.tensors`: one number for all learnt tokens, or one number for each
+    token."""
     experts_TLK: Tensor | None = None
-    """Given experts of all tokens except the last."""
+    """Experts that another engine chose for all tokens except the last."""
     keys_TLK: Tensor | None = None
-    """Given keys of all tokens except the last."""
+    """Keys that another engine chose for all tokens except the last."""
 
 
 def batch_of_samples(samples: Sequence[GivenSample], length: int, filling: int = 0) -> Batch:
-    """A batch with one sample per sequence of `length` tokens, padded with the token `filling`, which is not learnt.
+    """Build a batch with one sample per sequence of `length` tokens. The token `filling` pads it and is not learnt.
 
     All samples must name the same tensors. Raises UserError for a sample that is too long, or whose values do not match
     its tokens.

@@ -1,18 +1,18 @@
-"""Renders a chat as text and finds the characters that the model learns: its own words and the stop token.
+"""Renders a chat as text and finds the characters that the model learns: the assistant's text and the stop token.
 
 A Jinja template (the checkpoint's own, or our `plain`) runs in Jinja's sandbox with the settings that transformers
 uses. If the template marks the assistant's turns ({% generation %}), the marked text is learnt. If it does not, this
-file finds the turns by probing: it replaces a content by a character that no text contains. The text around this
-character shows where the turn begins and ends. The learnt part begins after the generation prompt and ends with the
-stop token; a line end after it belongs to the template.
+file finds the turns by probing: it replaces the content of a message by a character that no text contains. The text
+around this character shows where the turn begins and ends. The learnt part begins after the generation prompt and ends
+with the stop token. A line end after the stop token belongs to the template.
 
 The template gets reasoning in the field `reasoning_content`, as in transformers. If a template does not know the field,
-the reasoning stays in front of the content, where the record has it. A template may drop reasoning or a message, and
-training would not show the loss. So a missing message is an error, and data.reasoning decides about missing reasoning.
-On request, old reasoning is cut before rendering.
+the reasoning stays at the start of the content, as in the record. A template may drop reasoning or a whole message, and
+training would not show that this text is missing. So a missing message is an error, and data.reasoning decides what
+happens to missing reasoning. data.reasoning can also cut old reasoning before rendering.
 
-A template may write no stop token after a turn: in GLM-4.6 the first token of the next message is the stop. Then this
-token is learnt, and it is appended to the last turn.
+A template may write no stop token after a turn. In GLM-4.6, for example, the first token of the next message ends the
+turn. Then the model learns this token as the stop token, and it is appended to the last turn.
 """
 
 import contextlib
@@ -64,7 +64,7 @@ class PlacedTurn:
     content: int
     """First character of the content, after the template's own text."""
     end: int
-    """Position after the last character, the stop token included."""
+    """Position after the last character of the turn; the stop token belongs to the turn."""
     cut: bool = False
     """Whether the template cut reasoning from the content."""
 
@@ -79,7 +79,7 @@ class RenderedChat:
 
     text: str
     learnt: list[Span]
-    """Learnt spans in order: the first character, and the position after the last."""
+    """Learnt spans in order, as (position of the first character, position after the last character)."""
     unthought: int = 0
     """Number of learnt turns without reasoning, although the generation prompt opens a reasoning block."""
 
@@ -145,7 +145,7 @@ class ChatTemplate:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of everything that decides a chat's text."""
+        """Hash of everything that a chat's text depends on."""
         known = json.dumps([sorted(self._sources.items()), sorted(self._tokens.items())])
         return hashlib.blake2b(known.encode(), digest_size=16).hexdigest()
 
@@ -189,7 +189,7 @@ class ChatTemplate:
         return RenderedChat(text, [(turns[n].begin, turns[n].end) for n in wanted], len(unthought))
 
     def prompt(self, chat_messages: Sequence[Message], tools: list[Any] | None = None) -> str:
-        """The text after which the model writes its answer."""
+        """Returns the prompt: the text after which the model writes its answer."""
         text = self._run(self._fitting(chat_messages), tools, add_generation_prompt=True)
         return text.replace(TURN_BEGIN, "").replace(TURN_END, "")
 
@@ -197,8 +197,8 @@ class ChatTemplate:
     def stop(self, called: bool = False) -> str:
         """The text that ends an assistant turn. Raises CannotRender.
 
-        It is the text that the template writes after the content. If there is none, it is the first token of the next
-        message, or else the end-of-document token. called: for a turn that calls tools.
+        The stop is the text that the template writes after the content. If the template writes none, the stop is the
+        first token of the next message, or else the end-of-document token. called: whether the turn calls tools.
         """
         if written := self._written_stop():
             return written
@@ -235,8 +235,8 @@ class ChatTemplate:
     # Reasoning
 
     def _fitting(self, messages: Sequence[Message]) -> list[Message]:
-        """The messages with reasoning in the field `reasoning_content`; unchanged if the template expects reasoning
-        only at the start of the content."""
+        """Returns the messages with their reasoning in the field `reasoning_content`. If the template expects reasoning
+        only at the start of the content, the messages are unchanged."""
         thoughts = [
             message for message in messages if message["role"] == "assistant" and with_field(message) != message
         ]
@@ -277,8 +277,8 @@ class ChatTemplate:
         wanted: list[int],
         choice: LostReasoning | None,
     ) -> tuple[str, dict[int, PlacedTurn]]:
-        """Inserts dropped reasoning if requested, and moves the start of a turn after the reasoning tag that the
-        prompt opens."""
+        """Inserts dropped reasoning if `choice` asks for it. If the prompt opens a reasoning tag, the turn starts after
+        this tag."""
         thoughts = {n: with_field(chat.messages[n]).get(REASONING) for n in turns}
         if not any(thoughts.values()):
             return text, turns
@@ -378,8 +378,8 @@ class ChatTemplate:
         return plain, turns
 
     def _around(self, probed: list[Message], number: int, tools: list[Any] | None, piece: str) -> tuple[int, str]:
-        """Lengths of the template's own text around a turn's content. Returns the number of characters between the
-        generation prompt and the content in this piece, and the text after the content in the turn."""
+        """Returns the template's own text around a turn's content: the number of characters between the generation
+        prompt and the content in `piece`, and the text after the content."""
         turn, given = self._run(probed[: number + 1], tools), self._run(probed[:number], tools, True)
         before, _, after = turn.rpartition(PROBE)
         lead = before[_shared(before, given) :]
@@ -392,10 +392,10 @@ class ChatTemplate:
         return len(piece) - place - len(header) if place >= 0 else 0, after.rstrip()
 
     def _by_prefix(self, plain: str, chat: Chat, number: int, at: int) -> PlacedTurn:
-        """Finds a turn in a template that renders a turn without content differently.
+        """Finds a turn if the template renders turns with and without content differently.
 
-        Either the text up to this turn is the start of the whole text; or, if older turns lose their reasoning, the
-        turn's text after the reasoning comes next. at: end of the previous turn.
+        Either the text up to this turn is a prefix of the whole text. Or older turns lose their reasoning; then the
+        rest of this turn's text, without the reasoning, follows position `at`. at: end of the previous turn.
         """
         before, message = chat.messages[:number], chat.messages[number]
         turn = self._run([*before, message], chat.tools).rstrip()
@@ -418,7 +418,7 @@ class ChatTemplate:
 
 
 def _unmarked(text: str) -> tuple[str, list[Span]]:
-    """The text without marks, and the spans that the marks enclosed."""
+    """Returns the text without its marks, and the spans that the marks enclosed."""
     parts = re.split(f"([{TURN_BEGIN}{TURN_END}])", text)
     plain, begins, spans = "", [], []
     for part in parts:
@@ -440,7 +440,7 @@ def _shared(one: str, other: str) -> int:
 
 
 def _forms(content: str) -> Iterator[tuple[str, bool]]:
-    """Ways in which templates write a content, each with whether leading reasoning is cut."""
+    """Yields the forms in which a template may write a content, and for each form whether leading reasoning is cut."""
     whole = [(content, False)]
     if THOUGHT in content:
         whole += [(content.rpartition(THOUGHT)[2], True), (content.partition(THOUGHT)[2], True)]
@@ -449,8 +449,8 @@ def _forms(content: str) -> Iterator[tuple[str, bool]]:
 
 
 def _aligned(plain: str, pieces: Sequence[str], contents: Sequence[str]) -> list[tuple[int, int, bool]] | None:
-    """Begin and end of each content between the pieces of a text, and whether its reasoning is cut; None if contents
-    and pieces do not add up to the text."""
+    """Finds each content between the pieces of a text. Returns its begin, its end, and whether its reasoning is cut;
+    None if contents and pieces together do not make up the text."""
     if len(pieces) != len(contents) + 1 or not plain.startswith(pieces[0]):
         return None
     at, found = len(pieces[0]), []
@@ -464,8 +464,8 @@ def _aligned(plain: str, pieces: Sequence[str], contents: Sequence[str]) -> list
 
 
 def _inserted(text: str, turn: PlacedTurn, thought: str) -> tuple[str, PlacedTurn]:
-    """The text with reasoning before a turn's content: in the reasoning block that the template closes there, or
-    else in a new block."""
+    """Inserts reasoning before a turn's content. It goes into the reasoning block that the template closes before the
+    content, or else into a new block. Returns the new text and the moved turn."""
     closed = CLOSED.search(text[: turn.content])
     if closed is None:
         place = after = turn.content
@@ -485,7 +485,8 @@ def _inserted(text: str, turn: PlacedTurn, thought: str) -> tuple[str, PlacedTur
 
 
 def refuse_unknown_token(token: str, tokenizer: Tokenizer, field: str, name: str) -> None:
-    """Raise UserError if the tokenizer does not know a special token. field, name: of the template, for the error."""
+    """Raise UserError if the tokenizer does not know a special token. The error names `field` and the template's
+    `name`."""
     if tokenizer.id_of(token) is None:
         rule = f"writes {token}, which is not a token of the tokenizer and would be split into characters"
         raise UserError(
@@ -555,6 +556,6 @@ def stop_ids(template: ChatTemplate, tokenizer: Tokenizer) -> list[int]:
         ends = [encoding.ids for encoding in tokenizer.encode_rendered(template.stops())]
     except CannotRender as error:
         raise UserError("data.template", template.name, error.rule, error.cure) from error
-    # a stop of several ordinary tokens is not used: its first token may occur anywhere
+    # a stop of several ordinary tokens is not used, because its first token may occur inside an answer
     own = [ids[0] for ids in ends if ids and (len(ids) == 1 or tokenizer.bytes_V[ids[0]] == 0)]
     return list(dict.fromkeys([*tokenizer.stop_ids, *own]))

@@ -1,7 +1,7 @@
 """Tokenises chats, marks the learnt tokens and fits chats to the sequence length.
 
-The chat's text is encoded as a whole, as an inference engine does it, and special tokens spelled in it become special
-tokens. A token is learnt if a learnt span overlaps it.
+The chat's text is encoded as one string, as in an inference engine. The name of a special token in the text
+becomes this special token. A token is learnt if a learnt span overlaps it.
 
 D = chats, N = their tokens.
 """
@@ -28,9 +28,9 @@ from train.data.template_function import template_of
 from train.data.tokenizer import Tokenizer, load_tokenizer
 
 MASK_VERSION = 3
-"""Version of the method that finds learnt tokens; a new version rebuilds the cached token files. Version 1 missed
-turns that begin with a space. Version 2 wrote reasoning into contents, and learnt no stop token if the template
-writes none."""
+"""Version of the method that finds learnt tokens. A new version rebuilds the cached token files. Version 1 missed turns
+that begin with a space. Version 2 wrote reasoning into the contents. If the template writes no stop token, version 2
+learnt none."""
 AT_ONCE = 256
 """Number of chats that are encoded in one call."""
 
@@ -73,7 +73,8 @@ def tokenise_chats(
     source: str,
     settings: Data,
 ) -> Iterator[TokenisedChats]:
-    """Tokens of the chats in groups. field, source: for errors. Raises UserError if a chat cannot be rendered."""
+    """Yields the tokens of the chats, in groups. Errors name `field` and `source`. Raises UserError if a chat cannot be
+    rendered."""
     names: list[str] = []
     rendered: list[RenderedChat] = []
     for name, chat in chats:
@@ -113,7 +114,7 @@ def learnt_tokens(encoding: Encoding, chat: RenderedChat) -> tuple[np.ndarray, n
     """Token ids of a chat (uint32), and a mask (uint8) with 1 for learnt tokens."""
     mask_N = np.zeros(len(encoding.ids), dtype=np.uint8)
     begins_N, ends_N = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2).T
-    for begin, end in chat.learnt:  # a character may be several tokens, and both columns increase
+    for begin, end in chat.learnt:  # a character may be several tokens; begins and ends of tokens increase
         first, after = np.searchsorted(ends_N, begin, side="right"), np.searchsorted(begins_N, end)
         mask_N[first:after] = 1
     return np.array(encoding.ids, dtype=np.uint32), mask_N
@@ -138,7 +139,7 @@ class FittedChats:
 
 
 def fit_chats(documents: Documents, room: int, too_long: TooLong) -> FittedChats:
-    """Keep chats of at most `room` tokens; longer chats lose their end or are dropped."""
+    """Keep chats of at most `room` tokens. `too_long` decides whether a longer chat is cut at its end or dropped."""
     long_D = documents.lengths_D > room
     longest = int(documents.lengths_D.max(initial=0))
     if not long_D.any():

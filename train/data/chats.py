@@ -1,6 +1,6 @@
 """Reads a chat from a JSONL or Parquet record: messages with roles, the available tools, and the turns to learn.
 
-The keys decide between three forms:
+The record's keys show which of three forms it has:
   messages        [{role, content, ...}], and `tools` at the same level; the form of OpenAI and Hugging Face. `weight: 0` excludes an
                   assistant message from the loss.
   prompt, completion  texts or messages; only the completion is learnt
@@ -9,8 +9,8 @@ The keys decide between three forms:
 Reasoning is under `reasoning_content` (also read: reasoning, thinking), or is <think>...</think> before the content.
 
 A null under a key means that the key is absent, at every depth. Parquet needs this rule: each row has the keys of all
-rows, with null for the missing ones. So a row gives the same chat in both formats. Nulls in lists stay, and so do nulls
-inside a JSON text (tools, messages, arguments).
+rows, and the keys that the row does not use have the value null. So a record gives the same chat in JSONL and in
+Parquet. Nulls in lists stay. Nulls inside a JSON text (tools, messages, arguments) stay too.
 """
 
 import ast

@@ -50,7 +50,7 @@ class CorpusPart:
     name: str
     """Path of the source, absolute if it is on this machine; `stdlib` for Python's library."""
     content: str
-    """Hash of its tokens."""
+    """Hash of the source's tokens."""
     weight: float
     train: Documents
     validation: Documents
@@ -91,7 +91,7 @@ class _Builder:
         choice = self.data.tokenizer
         given = (
             None if choice is None else (load_tokenizer(choice), choice)
-        )  # an error must come before a long read of data
+        )  # this check comes before the long read of the data
         if self.data.source:
             with refused(KEY, self.data.source[TARGET], "reading it"):
                 return self._read_own(given)

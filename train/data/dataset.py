@@ -1,4 +1,4 @@
-"""Batches for training and validation, by number.
+"""Batches for training and validation. A batch is addressed by the number of its first sample.
 
 S1 = seq_len + 1, B = sequences.
 """
@@ -15,12 +15,13 @@ from train.data.packing import Documents, PackedChats, Stream
 from train.data.shuffle import key
 from train.data.tokenizer import Tokenizer
 
-# Schedule decides which source of a mix each sample comes from. Shares follow the weights exactly, without state.
+# Schedule decides which source of a mix each sample comes from. The shares follow the weights exactly, and the schedule
+# needs no state.
 #
 # Source 0 takes its share of all samples: after n samples it has had floor(n * w0 / (w0 + w1 + ...)). The remaining
-# samples are numbered again; source 1 takes its share of these, and so on. Every count is a closed form in n, never
-# falls and stays within a few samples of its share (one per earlier source). Weights become fractions with a
-# denominator of at most 10^6.
+# samples are numbered again; source 1 takes its share of these, and so on. Every source's count is a closed form in n
+# and never falls. It differs from the source's exact share by a few samples at most (one per earlier source). Weights
+# become fractions with a denominator of at most 10^6.
 #
 # N = samples.
 
@@ -67,7 +68,7 @@ class TrainingData:
 
     @property
     def sequences(self) -> float:
-        """Samples in one epoch of all sources."""
+        """Number of samples in one epoch of all sources."""
         return sum(stream.sequences for stream in self._streams)
 
     def batch(self, first_sample: int, count: int) -> Batch:
@@ -94,21 +95,22 @@ class TrainingData:
         return f"the run reads its training text more than once ({', '.join(often)}): repeated text is less useful than new text; stop when the held-out loss no longer falls"
 
     def read_once(self, before: int, after: int) -> list[str]:
-        """Sources whose second epoch begins between the samples `before` and `after`."""
+        """Names of the sources whose second epoch begins between the samples `before` and `after`."""
         then = self.epochs(before)
         return [name for name, times in self.epochs(after).items() if then[name] <= 1 < times]
 
 
 class ValidationData:
-    """Fixed sequences spread evenly over the held-out documents: the same for every seed, without FIM.
+    """Fixed sequences that are spread evenly over the held-out documents. They are the same for every seed and contain
+    no FIM.
 
-    Bits per byte = nats of all targets / ln 2 / text_bytes of the same sequences. The bytes are exactly the text that
-    the targets decode to. eos is a target and costs nats, since the model must predict where a document ends, but eos
-    counts as 0 bytes.
+    Bits per byte = nats of all targets / ln 2 / text_bytes of the same sequences. text_bytes is the length of the text
+    that the targets decode to. eos is a target: its loss counts in the nats, because the model must predict where a
+    document ends. But eos counts as 0 bytes.
     """
 
     def __init__(self, corpus: Corpus, config: Config, sequences: int | None = None):
-        """sequences: their total number, shared among the sources by weight; None: log.validation_sequences."""
+        """sequences: total number of sequences, split among the sources by weight; None: log.validation_sequences."""
         self.seq_len, self.mask, self.chats = config.seq_len, config.data.mask_documents, config.data.chats
         self.notes: list[str] = []
         self._tokenizer = corpus.tokenizer

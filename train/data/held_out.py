@@ -1,8 +1,8 @@
 """Chooses the documents that are held out for validation.
 
-A document is held out if the hash of its stable id is below validation_fraction of the range. So adding documents never
-moves another document to the other side. Each side gets at least one document. A single document is cut in two: the
-last part of its bytes is held out.
+A document is held out if the hash of its stable id is below validation_fraction of the hash range. So a new document
+never changes the side of another document. Each side gets at least one document. If there is only one document, it is
+cut in two, and the last part of its bytes is held out.
 
 D = documents.
 """
@@ -19,7 +19,7 @@ from train.data.tokenizer import Tokenizer
 TOKENS_AT_ONCE = 1 << 20
 """Number of tokens that one step of the search reads."""
 LONGEST_DOCUMENT = 16 << 20
-"""Maximum characters of one document for training a tokenizer."""
+"""Maximum number of characters that one document contributes to the training of a tokenizer."""
 
 
 def held_out_D(hashes_D: np.ndarray, fraction: float) -> np.ndarray:
@@ -59,8 +59,8 @@ def long_documents(documents: Documents, least: int) -> Documents:
 
 
 def _cut(tokens_N: np.ndarray, bytes_V: np.ndarray, fraction: float) -> int:
-    """Number of tokens for training: those that lie entirely in the first part of the bytes; each side keeps at
-    least one token."""
+    """Number of training tokens of a document that is cut in two. These tokens lie entirely in the first part of its
+    bytes. Each side gets at least one token."""
     chunks = [slice(first, first + TOKENS_AT_ONCE) for first in range(0, len(tokens_N), TOKENS_AT_ONCE)]
     ends = np.cumsum([bytes_V[tokens_N[chunk]].sum() for chunk in chunks])
     goal = (1 - fraction) * ends[-1]
@@ -71,7 +71,7 @@ def _cut(tokens_N: np.ndarray, bytes_V: np.ndarray, fraction: float) -> int:
 
 
 def training_texts(sources: list[DocumentSource], limit: int, fraction: float) -> Iterator[str]:
-    """Texts of training documents from all sources, about `limit` bytes in total, for training a tokenizer."""
+    """Yields texts to train a tokenizer on: training documents from all sources, about `limit` bytes in total."""
     for source in sources:
         documents = _enough(source.sample(limit // len(sources)), limit // len(sources), fraction)
         if not documents:
@@ -85,7 +85,7 @@ def training_texts(sources: list[DocumentSource], limit: int, fraction: float) -
 
 
 def _enough(documents: Iterator[tuple[str, str]], limit: int, fraction: float) -> list[tuple[str, str]]:
-    """The first documents, until the training documents among them have `limit` characters."""
+    """The first documents of the iterator: as many as needed for `limit` characters of training documents."""
     taken, size = [], 0
     for name, text in documents:
         text = text[:LONGEST_DOCUMENT]

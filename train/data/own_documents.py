@@ -1,5 +1,5 @@
-"""Reads documents from user code (data.source), pass after pass; a document's number in the pass decides whether it is
-held out.
+"""Reads documents from user code (data.source), pass after pass. A document's number within its pass decides whether
+the document is held out.
 
 D = documents.
 """
@@ -25,7 +25,7 @@ from train.data.tokenizer import Tokenizer, in_parts
 
 KEY = "data.source"
 LOOKED_AT = 16
-"""Number of first documents that identify the data."""
+"""Number of documents, from the first on, whose hash identifies the data."""
 END = object()
 
 
@@ -38,7 +38,7 @@ class StreamMark:
     passes: int = 0
     """Completed passes."""
     document: int = 0
-    """Number, within the pass, of the document that holds the sample's first token."""
+    """Number of the document with the sample's first token, counted within the pass."""
     skip: int = 0
     """Tokens of that document before the sample."""
     pass_samples: int = 0
@@ -61,8 +61,8 @@ class OwnDocuments:
 
     field = KEY
     size = 1 << 21
-    """Characters from the beginning for training a tokenizer. It is a fixed number, because the total is unknown and
-    a source may be endless."""
+    """Number of characters, from the beginning of the source, that train a tokenizer. It is fixed, because a source may
+    be endless."""
 
     def __init__(self, config: Config, tokenizer: Tokenizer | None = None):
         """tokenizer: None if it is not trained yet."""
@@ -112,8 +112,8 @@ class OwnDocuments:
         return np.append(ids, self._tokenizer.eos_id).astype(np.int64) if len(ids) else np.empty(0, np.int64)
 
     def held_out(self, wanted: int) -> Documents:
-        """Held-out documents from the start of a pass: `wanted` tokens, or all there are. Raises UserError if there
-        is none."""
+        """Held-out documents from the start of a pass, with `wanted` tokens in total, or all of them if there are
+        fewer. Raises UserError if there is no held-out document."""
         found, size, trains = [], 0, False
         for document in takewhile(lambda one: not one.passes, self.walk()):
             if not self.is_held_out(document):

@@ -1,17 +1,18 @@
 """Packed training sequences, each a pure function of (seed, index) (paper 4.1).
 
-The algorithm. In epoch e the documents are in an order shuffled by (seed, e), and eos ends each document. The epochs
-follow one another as one endless stream of tokens. Window w covers tokens [w*S, w*S + S], S = seq_len. Neighbours
-overlap by one token, so every token is a target once. The windows that begin inside epoch e are the samples of that
-epoch. A second shuffle orders them, so that the pieces of a long document do not meet in one batch.
+The algorithm. In epoch e, (seed, e) shuffles the documents, and eos ends each document. The epochs follow one another
+as one endless stream of tokens. Window w covers tokens [w*S, w*S + S], S = seq_len. Neighbours overlap by one token, so
+every token is a target once. The windows that begin inside epoch e are the samples of that epoch. A second shuffle
+orders these windows, so that the parts of a long document are rarely in one batch.
 
 FIM (paper 4.1, PSM order) turns a document into begin, prefix, hole, suffix, end, middle, eos. The two cuts are between
-tokens, not characters. So the text is not tokenised again, and the length is known in advance (three more tokens). Slot
-g, counted over all epochs, is a FIM document if floor((g+1)*rate) > floor(g*rate). The slots are shuffled, so the
-choice is as good as random, and the number of FIM documents before any slot is a closed form. The start of every epoch
-and the position of every sample are closed forms too. Nothing is replayed on resume, at any rank count.
+tokens, not characters. So the text is not tokenised again, and the length of the FIM document is known in advance:
+three tokens more. Slot g, counted over all epochs, is a FIM document if floor((g+1)*rate) > floor(g*rate). The
+documents in the slots are shuffled, so this choice is as good as random. The number of FIM documents before any slot is
+a closed form. The start of every epoch and the position of every sample are closed forms too. So a resumed run replays
+nothing, at any rank count.
 
-The index of an epoch (document order and ends) is O(documents) and kept for the two newest epochs.
+The index of an epoch (document order and ends) takes O(documents) memory. Only the two newest epochs are in memory.
 
 D = documents, S1 = seq_len + 1, N = any number of samples.
 """
@@ -36,11 +37,11 @@ class Documents:
     tokens: np.ndarray
     """The whole file (uint16 or uint32), usually memory-mapped."""
     starts_D: np.ndarray
-    """First token of each document (int64)."""
+    """Position of the first token of each document (int64)."""
     lengths_D: np.ndarray
-    """Tokens of each document, without eos (int64)."""
+    """Number of tokens of each document, without eos (int64)."""
     supervised: np.ndarray | None = None
-    """uint8, for the whole file: 1 where a token is supervised. None: all are."""
+    """uint8 for each token of the file: 1 if the token is supervised. None: all tokens are supervised."""
 
     def __len__(self) -> int:
         return len(self.starts_D)
@@ -80,11 +81,11 @@ class Stream:
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
 
     def tokens_before(self, epoch: int) -> int:
-        """Tokens of the stream before this epoch."""
+        """Number of tokens in the stream before this epoch."""
         return epoch * self.plain_tokens + FIM_TOKENS * self._fim_before(epoch * len(self.documents))
 
     def samples_before(self, epoch: int) -> int:
-        """Number of samples before this epoch: of windows that begin before its first token."""
+        """Number of samples before this epoch: these are the windows that begin before the epoch's first token."""
         return -(-self.tokens_before(epoch) // self.seq_len)
 
     def windows_N(self, samples_N: np.ndarray) -> np.ndarray:
@@ -136,8 +137,8 @@ class Stream:
                 return
 
     def _documents_from(self, token: int) -> Iterator[tuple[list[np.ndarray], int]]:
-        """Documents as lists of pieces, starting with the document that holds this token, and the tokens to skip in
-        each."""
+        """Yields the documents from the one with this token on. Each comes as a list of token arrays, with the number
+        of tokens to skip at its start."""
         number = self._epoch_of(token, self.tokens_before, 1)
         local = token - self.tokens_before(number)
         epoch = self._epoch(number)
@@ -162,7 +163,7 @@ class Stream:
         return [begin, text[:low], hole, text[high:], end, text[low:high], self.eos]
 
     def _fim_before(self, place):
-        """FIM documents among the first `place` slots of all epochs; an int or an int64 array."""
+        """Number of FIM documents among the first `place` slots of all epochs; an int or an int64 array."""
         return place * self.rate.numerator // self.rate.denominator
 
     def _epoch(self, number: int) -> _Epoch:
@@ -191,10 +192,10 @@ class Stream:
 
 # PackedChats fills sequences with whole, independent chats, as a pure function of (seed, index).
 #
-# The algorithm. The seed shuffles the chats, and a stable sort puts the longest first. Each chat goes into the sequence
-# with the least free space that is enough (best fit, decreasing). Padding fills the rest of a sequence and is never
-# counted. The same chats share a sequence in all epochs; the order of the sequences changes from epoch to epoch.
-# Nothing is replayed on resume: the position is the sample number.
+# The algorithm. The seed shuffles the chats, and a stable sort puts the longest chat first. Each chat goes into the
+# sequence with the least free space that is enough (best fit, decreasing). Padding fills the rest of a sequence and has
+# no loss. The same chats share a sequence in all epochs; the order of the sequences changes from epoch to epoch.
+# A resumed run replays nothing: its position is the sample number.
 #
 # To find the best fit, the distinct free spaces are in a sorted list of at most seq_len + 1 entries.
 #

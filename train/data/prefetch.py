@@ -12,8 +12,8 @@ from train.data.batch import Batch
 class Prefetch:
     """Iterates over make(*request) for each request of a plan; one thread runs `ahead` requests early.
 
-    An exception in make or in the plan is raised in the consumer when the consumer reaches that batch. Close it (or use
-    it as a context manager) to stop the thread; after that it yields nothing.
+    An exception in `make` or in the plan is raised in the consumer when the consumer reaches that batch. `close` (or
+    leaving the context manager) stops the thread; then the iteration ends.
     """
 
     def __init__(self, make: Callable[..., Batch], plan: Iterable[tuple[int, int]], ahead: int = 2):

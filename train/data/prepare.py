@@ -1,4 +1,4 @@
-"""Prepares the data of a rank in one call, and computes the steps of a run that sets `epochs`."""
+"""Prepares the data of a rank in one call, and computes the number of steps of a run that sets `epochs`."""
 
 import math
 from dataclasses import dataclass, field, replace
@@ -26,7 +26,7 @@ class PreparedData:
     fingerprint: str
     """Hash of everything that decides the samples, except seed and seq_len; stored in each checkpoint."""
     held_out: dict[str, Any]
-    """Record in each checkpoint that identifies its held-out documents: the fraction, the rule (data.hold_out_by),
+    """Identifies the held-out documents; stored in each checkpoint. It has the fraction, the rule (data.hold_out_by),
     and each source's name and content."""
     notes: list[str] = field(default_factory=list)
     """Notes for the user, one sentence each."""
@@ -43,10 +43,10 @@ class PreparedData:
 
 
 def prepare(config: Config, progress: ReportProgress = silent) -> PreparedData:
-    """Find or make tokenizer and tokens, and open them. Raises UserError.
+    """Find or build the tokenizer and the tokens, and open them. Raises UserError.
 
-    Idempotent and safe in several processes: the driver calls it before it starts the ranks, which then find the cache.
-    A second process waits for the first.
+    Idempotent and safe in several processes. The driver calls it before it starts the ranks, so the ranks find
+    everything in the cache. If another process builds the same data, this process waits for it.
     """
 
     def tell(stage: str, done: int, total: int) -> None:
@@ -68,9 +68,10 @@ def prepare(config: Config, progress: ReportProgress = silent) -> PreparedData:
 
 
 def with_steps(config: Config) -> Config:
-    """The recipe with enough steps for `epochs` epochs over all sources; the last step may read some sequences again.
+    """Returns the recipe with enough steps for `epochs` epochs over all sources. The last step may read some sequences
+    again.
 
-    Makes the tokens if they are missing. Raises UserError.
+    Builds the tokens if they are missing. Raises UserError.
     """
     assert config.epochs is not None
     with show_progress() as progress:

@@ -1,5 +1,5 @@
-"""Shows the progress of `prepare` on stderr: a bar in a terminal, otherwise a line per stage, nothing if all is
-cached."""
+"""Shows the progress of `prepare` on stderr: a bar in a terminal, otherwise a line per stage. It shows nothing if all
+data are cached."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -50,7 +50,7 @@ class _Bar:
 
     @cached_property
     def _progress(self) -> "ProgressBar":
-        """Created on first use: a start with a full cache should not wait for the import of rich."""
+        """Created on first use, so that a start with a full cache does not wait for the import of rich."""
         from rich import progress
 
         from conf.screen import Terminal

@@ -1,5 +1,5 @@
-"""Checks whether the Hugging Face Hub is reachable: once, and with a time limit, because its libraries retry for
-minutes."""
+"""Checks once whether the Hugging Face Hub is reachable. The check has a time limit; the Hub's libraries would retry
+for minutes."""
 
 import os
 import sys
@@ -13,14 +13,14 @@ REACH_SECONDS = 10.0
 
 
 def hub() -> str:
-    """Address of the hub, from the same environment variable as its libraries use."""
+    """Address of the hub. The environment variable is the one that the hub's libraries read."""
     return os.environ.get("HF_ENDPOINT", "https://huggingface.co")
 
 
 @cache
 def offline_reason() -> str | None:
-    """Why the hub is unreachable; None if it is reachable. If it is not, its libraries use only their caches from
-    now on."""
+    """Why the hub is unreachable; None if it is reachable. If the hub is unreachable, its libraries use only their
+    caches from now on."""
     wanted = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")  # as huggingface_hub reads it
     reason = "HF_HUB_OFFLINE is set" if wanted else _unreachable(hub())
     if reason is not None:

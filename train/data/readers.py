@@ -1,5 +1,5 @@
-"""Reads documents (stable id, text) from one file, in pieces that fit in memory. Raises UserError if the file is
-unreadable."""
+"""Reads documents (stable id, text) from one file, and holds only a part of the file in memory. Raises UserError if the
+file is unreadable."""
 
 import gzip
 import io
@@ -20,7 +20,7 @@ TEXT_PIECE_BYTES = 16 << 20
 """Size in bytes above which a text file is cut, at the previous line end."""
 READ_BYTES = 1 << 20
 LONGEST_LINE = 128 << 20
-"""Maximum bytes of a JSONL line; memory holds the line, for a moment twice."""
+"""Maximum bytes of a JSONL line. The line is in memory as a whole, for a moment twice."""
 LARGEST_RATIO, FREE = 1000, 1 << 30
 """Limit against decompression bombs: once the output exceeds FREE bytes, it may be at most LARGEST_RATIO times the
 file size. Text compresses to about a tenth."""

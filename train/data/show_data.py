@@ -37,7 +37,7 @@ def show_data(config: Config) -> int:
 
 
 def _spread(count: int) -> list[int]:
-    """Numbers of examples, spread evenly over the chats."""
+    """Numbers of the chats to show as examples, spread evenly over all chats."""
     return sorted({count * place // SHOWN_CHATS for place in range(SHOWN_CHATS)}) if count else []
 
 
@@ -75,7 +75,7 @@ def _totals(parts: list[CorpusPart], data: TrainingData, config: Config) -> Tabl
 
 
 def learnt_share(documents: Documents) -> float:
-    """Share of learnt tokens."""
+    """Share of the tokens that are learnt."""
     assert documents.supervised is not None
     spans = zip(documents.starts_D.tolist(), documents.lengths_D.tolist(), strict=True)
     learnt = sum(int(documents.supervised[start + 1 : start + length].sum()) for start, length in spans)

@@ -1,6 +1,6 @@
 """Random orders as pure functions of numbers: no state, and no library generator whose stream may change.
 
-Everything random about the data order comes from `key` (a seed for a purpose), `noise_N` (64 random bits per index) and
+The data order gets all its randomness from `key` (a seed for a purpose), `noise_N` (64 random bits per index) and
 `permute_N`. `permute_N` evaluates a permutation of [0, size) point by point, so sample 10^9 costs the same as sample 0.
 """
 

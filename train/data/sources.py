@@ -9,8 +9,8 @@ A document is:
   docstrings  chats made of those files (train/data/chats.py)
 
 Documents without text are left out. The stable id alone decides whether a document is held out. The id is a hash of the
-content. With data.hold_out_by=name, and for stdlib and docstrings, it is the path relative to the source's root, with
-the line or row.
+content. With data.hold_out_by=name, and for stdlib and docstrings, the id is the path relative to the source's root,
+with the line or row.
 """
 
 import hashlib
@@ -50,7 +50,7 @@ NOT_STDLIB = frozenset({"site-packages", "dist-packages", "__pycache__", "test",
 
 
 SHARE = 1 << 20
-"""Minimum bytes that a sample takes from each file, even if there are many files."""
+"""Minimum number of bytes that a tokenizer's sample takes from each file, even if there are many files."""
 
 
 class DocumentSource(Protocol):
@@ -74,7 +74,8 @@ class DocumentSource(Protocol):
         """Stable id and text of every document that has text."""
 
     def sample(self, limit: int) -> Iterator[tuple[str, str]]:
-        """Documents from all parts of the source, so that the first `limit` bytes of them are representative."""
+        """Yields documents from all parts of the source. The first `limit` bytes of this stream represent the
+        source."""
 
 
 @dataclass
@@ -87,7 +88,7 @@ class FileSource:
     files: list[SourceFile]
     reader: Callable[[SourceFile], Iterator[tuple[str, Any]]]
     way: str
-    """Format and text key, part of the digest."""
+    """Format and text key, which are part of the digest."""
     binary: set[str] = field(default_factory=set)
     """Binary files that were left out; complete once all files were read."""
 
@@ -124,7 +125,7 @@ class FileSource:
 
 
 def sources_of(config: Config) -> list[tuple[MixSource, str]]:
-    """The parts of the data, each with its configuration key; one part unless data.mix is set."""
+    """Returns the sources of the data, each with its configuration key. Without data.mix there is one source."""
     data = config.data
     if data.mix:
         return [(source, f"data.mix[{number}].path") for number, source in enumerate(data.mix)]
@@ -368,7 +369,8 @@ def find_files(root: Path, field: str, skip_folders: frozenset[str] = frozenset(
 
 
 def unreadable(error: OSError, field: str, path: Path | str) -> UserError:
-    """The UserError for a data file that cannot be read. Errors from other libraries have a text and no errno."""
+    """Builds the UserError for a data file that cannot be read. Some libraries raise errors with a text and without an
+    errno."""
     return UserError(field, path, f"cannot be read: {error.strerror or error}", cure_of_reading(error))
 
 
@@ -382,12 +384,13 @@ def _raise(error: OSError) -> None:
 
 
 def content_id(place: str, content: str) -> str:
-    """Stable id of a document whose content decides if it is held out; the place before it is for error messages."""
+    """Stable id of a document whose content decides whether it is held out. The id begins with the document's place,
+    for error messages."""
     return f"{place}\0{hashlib.blake2b(content.encode('utf-8', 'surrogatepass'), digest_size=16).hexdigest()}"
 
 
 def place_of(name: str) -> str:
-    """Place of the document with this stable id: its file's path in the source, with the line or row."""
+    """Place of the document with this stable id: the path of its file in the source, with the line or row."""
     return name.partition("\0")[0]
 
 
@@ -433,7 +436,7 @@ def _read_manifest(path: Path) -> dict[str, list]:
 
 
 def _digest(file: SourceFile, field: str, progress: Callable[[int], None], done: int) -> str:
-    """Hash of the content; calls progress with the bytes read, counted from done."""
+    """Hash of the content. Calls `progress` with the number of bytes read so far, which starts at `done`."""
     whole = hashlib.blake2b(digest_size=16)
     try:
         with file.path.open("rb") as stream:

@@ -1,17 +1,17 @@
 """Training samples from the user's own documents (data.source).
 
-The documents of a pass stay in their order, eos ends each document, and pass follows pass: one endless stream of
-tokens. Sample i covers tokens [i S, i S + S] of the stream, S = seq_len. Every rank reads the whole stream and keeps
-its own samples, so a sample is the same in every layout.
+The documents of a pass stay in their order, and eos ends each document. The passes follow one another as one endless
+stream of tokens. Sample i covers tokens [i S, i S + S] of the stream, S = seq_len. Every rank reads the whole stream
+and keeps its own samples, so a sample is the same in every layout.
 
-The position is a number of samples, as with other data. A checkpoint also holds a nearby mark: the pass, the document,
-and how many of its tokens were read. A resumed run asks the source again for the documents before the mark, but does
-not look at their content. If the source has `state_dict` and `load_state_dict`, it does not even produce these
-documents.
+The position is a number of samples, as with other data. A checkpoint also holds a mark, which is a position shortly
+before: the pass, the document, and the number of its tokens before the sample. A resumed run reads the documents before
+the mark from the source again and ignores their content. If the source has `state_dict` and `load_state_dict`, it does
+not produce these documents again.
 
 S1 = seq_len + 1, B = sequences.
 
-This file is apart from own_documents.py because processes that only tokenise do not import torch.
+own_documents.py is a separate file, because processes that only tokenise do not import torch.
 """
 
 from collections import deque
@@ -53,8 +53,8 @@ class StreamedData:
         return asdict(replace(known[-1], pass_samples=self._pass_samples))
 
     def batch(self, first_sample: int, count: int) -> Batch:
-        """Samples first_sample .. first_sample + count - 1, as tokens (count, seq_len + 1). Going backwards is
-        slower."""
+        """Samples first_sample .. first_sample + count - 1, as tokens (count, seq_len + 1). A step backwards in the
+        stream is slower."""
         if self._walk is None or first_sample < self._next:
             start = self._start if self._start.sample <= first_sample else StreamMark()
             self._walk, self._next = self._samples(start), start.sample
@@ -70,7 +70,7 @@ class StreamedData:
         tokens = np.empty(0, np.int64)
         held: deque[tuple[OwnDocument, int, int]] = (
             deque()
-        )  # per document: tokens already used, and tokens in the buffer
+        )  # for each document: number of used tokens, number of tokens in the buffer
         for document in self._documents.walk(mark):
             if document.passes and not self._pass_samples:
                 self._pass_samples = sample

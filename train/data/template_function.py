@@ -43,8 +43,8 @@ class FunctionTemplate(ChatTemplate):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the function's file and keys. A change of either renders the chats again; a change of a file that
-        it imports does not."""
+        """Hash of the function's file and keys. If the file or a key changes, the chats are rendered again. A change in
+        a file that the function imports has no such effect."""
         function = getattr(self._function, "func", type(self._function))
         file = inspect.getsourcefile(function)
         code = Path(file).read_bytes() if file else b""
@@ -80,8 +80,8 @@ class FunctionTemplate(ChatTemplate):
 
 
 def template_of(data: Data, folder: Path | None, tokenizer: Tokenizer) -> ChatTemplate:
-    """The function or template that the data section names, or else the template in the tokenizer's folder. Raises
-    UserError."""
+    """Returns the function or template that the data section names, or else the template in the tokenizer's folder.
+    Raises UserError."""
     if not data.template_function:
         return load_template(data.template, folder, tokenizer, data.template_keys)
     made = FunctionTemplate(data.template_function, tokenizer.eos)

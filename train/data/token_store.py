@@ -58,7 +58,7 @@ class TokenStore:
     meta: dict[str, Any]
     largest_id: int
     supervised_N: np.ndarray | None = None
-    """uint8, memory-mapped: whether a token is learnt. None: all are."""
+    """uint8, memory-mapped: whether a token is learnt. None: all tokens are learnt."""
 
 
 @contextmanager
@@ -171,7 +171,7 @@ class StoreWriter:
             self._masks.append(supervised_N)
 
     def _needed(self, more: int = 0) -> int:
-        """Estimated bytes of all tokens, from the tokens written so far and `more` bytes."""
+        """Estimated size in bytes of all tokens: the tokens written so far and `more` bytes."""
         there = self.tokens * self.dtype.itemsize + more
         return round(there * max(1.0, self.expected / self.text_bytes)) if self.text_bytes else there
 
@@ -291,7 +291,7 @@ def _check_content(path: Path, tokens_N: np.ndarray, checksums: dict[str, int], 
 
 
 def _read_mark(path: Path) -> list | None:
-    """Result of the last check of the folder; None if there is no readable mark, and then it is checked again."""
+    """Result of the last check of the folder. None if there is no readable mark; then the folder is checked again."""
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError):

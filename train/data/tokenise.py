@@ -1,8 +1,8 @@
 """Tokenises documents in parallel, in order and in bounded memory.
 
-One thread reads the documents and passes about a MiB of text at a time to worker threads. They encode it in the
-library's own code, which releases Python's lock. The tokens come back in the order of the documents. A long document is
-cut into parts, which may be in several tasks, so that memory does not grow with document length. At most two tasks per
+One thread reads the documents and passes about a MiB of text at a time to worker threads. The threads encode it in the
+library's native code, which releases Python's lock. The tokens come back in the order of the documents. A long document
+is cut into parts, which may be in several tasks. So memory does not grow with document length. At most two tasks per
 thread wait at any time.
 
 D = documents of a task, N = their tokens.
@@ -36,7 +36,7 @@ class TokenisedSource:
 
 
 def tokenise(documents: Iterator[tuple[str, str]], tokenizer: Tokenizer, workers: int) -> Iterator[TokenisedSource]:
-    """Tokens of the documents, task by task. workers: number of threads; 0: one per core."""
+    """Yields the tokens of the documents, task by task. workers: number of threads; 0: one thread per core."""
     workers = workers or len(os.sched_getaffinity(0))
     waiting: deque[Future[TokenisedSource]] = deque()
     with ThreadPoolExecutor(workers) as pool:
@@ -74,7 +74,7 @@ def _tasks(documents: Iterator[tuple[str, str]], in_parts_: bool) -> Iterator[_T
 
 
 def _assemble(task: _Task, tokenizer: Tokenizer) -> TokenisedSource:
-    # One part at a time: an encoding takes 150 times the memory of its text.
+    # Parts are encoded one at a time, because an encoding takes 150 times the memory of its text.
     ids = [np.array(tokenizer.encode_batch([part])[0], dtype=np.uint32) for part in task.parts]
     lengths_D, hashes_D, before = [], [], None
     for name, part_ids in zip(task.names, ids, strict=True):

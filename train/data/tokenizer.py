@@ -64,7 +64,7 @@ BESIDE = (
 """Files beside tokenizer.json that belong to it."""
 TIKTOKEN_FILE = "tiktoken.model"
 PART = 1 << 16
-"""Characters that are split into words and encoded at a time."""
+"""Number of characters that are split into words and encoded at a time."""
 
 
 class Tokenizer:
@@ -115,7 +115,8 @@ class Tokenizer:
         self._backend.no_truncation()
         self._backend.no_padding()
         self.takes_parts = self.decode(self.encode("a")) == "a"
-        """Whether a text may be encoded in parts (`in_parts`); no if the tokenizer puts a space before every text."""
+        """Whether a text may be encoded in parts (`in_parts`). False if the tokenizer puts a space before every
+        text."""
 
     def save(self, folder: Path) -> None:
         """Write tokenizer.json and the files beside it unchanged, so that load_tokenizer(folder) gives the same
@@ -183,8 +184,8 @@ class Tokenizer:
     def _of_templates(self) -> Backend:
         """Encoder that turns names of special tokens in a text into these tokens, as chat templates need it.
 
-        It has no post-processor. A post-processor adds special tokens, or excludes a token's leading space from its
-        offsets.
+        It has no post-processor, because a post-processor adds special tokens, or excludes a token's leading space from
+        the token's offsets.
         """
         made = Backend.from_str(json.dumps(json.loads(self.json_text) | {"post_processor": None}))
         made.no_truncation()
@@ -196,7 +197,8 @@ class Tokenizer:
         return self._of_templates.encode_batch(texts, add_special_tokens=False)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of these ids; special tokens appear by name, broken UTF-8 as U+FFFD, unused rows as nothing."""
+        """Text of these ids. A special token gives its name, broken UTF-8 gives U+FFFD, and an unused row gives
+        nothing."""
         return self._backend.decode(list(ids), skip_special_tokens=False)
 
     @cached_property
@@ -283,8 +285,8 @@ def _configured_eos(folder: Path) -> str | None:
 
 
 def named_token(path: Path, key: str, field: str, cure: str) -> str | None:
-    """The token under this key of a tokenizer_config.json; None if absent. Raises UserError with field, path, rule
-    and cure."""
+    """The token under this key of a tokenizer_config.json; None if the key is absent. Raises UserError with field,
+    path, rule and cure."""
     token = read_json(path, field, cure).get(key)
     token = token.get("content") if isinstance(token, dict) else token
     if token is not None and not isinstance(token, str):
@@ -293,12 +295,13 @@ def named_token(path: Path, key: str, field: str, cure: str) -> str | None:
 
 
 def in_parts(text: str, limit: int = PART) -> Iterator[str]:
-    """Splits a text into parts of at most `limit` characters, so that encoding takes bounded memory: 150 bytes a
-    character.
+    """Splits a text into parts of at most `limit` characters. This bounds the memory of the encoder, which takes 150
+    bytes per character.
 
-    A part ends where every usual word pattern cuts too: after a line end before a word, before the last space between
-    words, or before punctuation after a word. So the parts have the same tokens as the whole text. If the second half
-    of a part has no such place, the part ends at the limit, and tokens near that place may differ.
+    A part ends at a place where every usual word pattern cuts too. Such a place is after a line end before a word,
+    before the last space between words, or before punctuation after a word. So the parts have the same tokens as the
+    whole text. If the second half of a part has no such place, the part ends at the limit, and the tokens near its end
+    may differ.
     """
     start = 0
     while len(text) - start > limit:
@@ -309,7 +312,7 @@ def in_parts(text: str, limit: int = PART) -> Iterator[str]:
 
 
 def _end_of_part(text: str, first: int, last: int) -> int:
-    """The last good position to cut from `first` to `last`, or else `last`."""
+    """Returns the last good position for a cut between `first` and `last`. If there is none, returns `last`."""
     at = text.rfind("\n", first, last)
     while at > 0 and text[at + 1].isspace():
         at = text.rfind("\n", first, at)
@@ -330,7 +333,7 @@ def _is_between_words(text: str, at: int) -> bool:
     """Whether a cut before this space is safe: it is the only space between two words, or the last space before a word
     of letters.
 
-    Digits, kanji and kana do not qualify: some patterns cut them out first, and then all spaces before them stay
+    A cut before digits, kanji or kana is not safe. Some patterns cut these out first and leave all spaces before them
     together.
     """
     before, after = text[at - 1], text[at + 1]
@@ -341,7 +344,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> str:
     """The tokenizer.json of a byte-level BPE with vocab_size ids in total: eos, the three FIM tokens, 256 bytes,
     merges.
 
-    There are fewer ids if the texts do not have enough pairs. The same texts give the same file.
+    If the texts do not have enough pairs for the merges, there are fewer ids. The same texts give the same file.
     """
     backend = Backend(models.BPE())
     cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in WORD_PATTERNS]
@@ -360,8 +363,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> str:
 
 
 def warn_of_spare_rows(tokenizer: Tokenizer, vocab_size: int) -> str | None:
-    """A warning if the model has far more rows than the tokenizer has ids; None if it does not, or if the rows cost
-    little."""
+    """Returns a warning if the model has far more embedding rows than the tokenizer has ids. None if there are few
+    unused rows, or if they cost little."""
     if vocab_size <= max(MANY_ROWS, 2 * tokenizer.vocab_size):
         return None
     return f"model.vocab_size = {vocab_size} is far too large: the tokenizer of this text has {tokenizer.vocab_size} ids, and every step computes the unused rows; set model.vocab_size={tokenizer.vocab_size}"
