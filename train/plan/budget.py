@@ -31,9 +31,10 @@ class Verdict(StrEnum):
 
 
 BARELY = 0.03
-"""Minimum free share of a device besides reserve and imbalance.
+"""Minimum free share of a device's memory for the verdict `fits`, after the reserve and the planned imbalance.
 
-Planned tensors were within 1 % of measured tensors; the reserve is an estimate with an error of up to a third.
+In measurements, the planned tensors were within 1 % of the real ones. The reserve is an estimate with an error of up to
+a third.
 """
 
 
@@ -43,7 +44,8 @@ def verdict_of(room: int, memory: int) -> Verdict:
 
 
 def room_words(room: int, memory: int) -> str:
-    """Words for the room that a plan leaves on a device: only what is more than a bare fit is to spare."""
+    """Describes the memory that a plan leaves free on a device. It says "to spare" only from a share BARELY of free
+    memory on."""
     if room < 0:
         return f"{gib(-room)} too little"
     return f"{gib(room)} to spare" if room >= BARELY * memory else f"only {gib(room)} free"
@@ -51,14 +53,14 @@ def room_words(room: int, memory: int) -> str:
 
 @dataclass
 class Budget:
-    """Cost of all tokens of the run, over its steps with the ramp of batch sizes, without failures."""
+    """Time and cost to train all tokens of the run. Counts the batch-size ramp, but no failures."""
 
     tokens: float
     days: float
     gpu_hours: float
     gpu_hours_per_trillion_tokens: float
     cost: float | None
-    """In hardware.currency; None without hardware.price_per_hour."""
+    """Cost in the currency `hardware.currency`; None without hardware.price_per_hour."""
     energy_kwh: float | None
     """Energy of the devices at their power limit; None if the limit is not given."""
 
@@ -83,15 +85,16 @@ class DiskBytes:
     checkpoint: int
     """Bytes of one checkpoint."""
     checkpoints: int
-    """Maximum number of checkpoints at a time: kept ones, and the one that is being written."""
+    """Maximum number of checkpoints on disk at a time: those that the run keeps, and one that it is writing."""
     export: int
     """Bytes of an exported folder of weights; 0 if the run exports none."""
     has: int
-    """Bytes of the disk; 0 for unknown."""
+    """Size of the disk in bytes; 0 if unknown."""
 
     @property
     def whole(self) -> int:
-        """Bytes of the run, with three folders of weights: this many exist while the newest is written."""
+        """Total disk usage of the run in bytes. It counts three exported folders, because three exist while the run
+        writes the newest."""
         return self.checkpoints * self.checkpoint + 3 * self.export
 
     @property
@@ -100,12 +103,13 @@ class DiskBytes:
 
     @property
     def most_kept(self) -> int:
-        """The largest checkpoint.keep that the disk has room for, or 0."""
+        """The largest checkpoint.keep for which the disk has room; 0 if it has no room for any checkpoint."""
         return max(0, (self.has - 3 * self.export) // self.checkpoint - 1)
 
 
 def disk_of(config: Config) -> DiskBytes:
-    """A run's files on disk (train/checkpoint/commit.py), if each save may have to wait until the next is complete."""
+    """Disk usage of a run (train/checkpoint/commit.py). Assumes the worst case, in which each save waits until the
+    previous save is complete."""
     saves, steps = config.checkpoint, config.steps
     every = -(-steps // saves.every) if saves.every else 1
     stay = min(saves.keep + 1 if saves.keep else every, every)
@@ -126,7 +130,7 @@ class RunPlan:
     step: StepTime
     budget: Budget
     failures: Failures | None
-    """None if the time of a checkpoint is unknown: on CPUs."""
+    """Failure costs. None on CPUs, where the time of a checkpoint is unknown."""
     memory_bytes: int
     """Memory of one device."""
 
@@ -147,7 +151,8 @@ class RunPlan:
 
     @property
     def lasting(self) -> Budget:
-        """The budget with failures, if they are planned and some of the time lasts."""
+        """The budget including failures. Without planned failures, or if at most 1 % of the time lasts, it is the
+        budget without failures."""
         share = self.failures.effective_share if self.failures is not None else 1.0
         return self.budget.lasting(share) if share > 0.01 else self.budget
 
@@ -199,10 +204,10 @@ def budget_of(config: Config, step: StepTime) -> Budget:
 
 
 def _whole_run(config: Config, step: StepTime) -> tuple[float, float]:
-    """Tokens of the run, and seconds of its steps.
+    """Number of tokens of the run, and the total seconds of its steps.
 
-    Only the smallest and the full batch of the ramp are planned. Times between them are interpolated linearly, because
-    every micro-batch takes the same time.
+    Only steps with the smallest and with the full batch are planned. Step times between them are interpolated linearly,
+    because every micro-batch takes the same time.
     """
     sizes = Schedules(config).batch_sizes
     wanted = config.plan.tokens and config.plan.tokens / config.seq_len  # sequences
@@ -216,7 +221,7 @@ def _whole_run(config: Config, step: StepTime) -> tuple[float, float]:
             break
         share = (config.batch_size - size) / max(1, config.batch_size - least)
         samples, seconds = samples + size, seconds + share * first + (1 - share) * step.step_seconds
-    if wanted:  # exact to the token, not to whole steps
+    if wanted:  # end at the exact token, not at the end of a step
         seconds += (wanted - samples) / config.batch_size * step.step_seconds
         samples = wanted
     return samples * config.seq_len, seconds
@@ -228,7 +233,7 @@ def with_batch(config: Config, batch: int) -> Config:
 
 
 def later_phases(config: Config) -> list[tuple[str, RunPlan]]:
-    """plan.phases, each planned with this plan's devices; only their times are used."""
+    """The plans of all phases in plan.phases, on the devices of this plan. Only their times are used."""
     planned = []
     for name in config.plan.phases:
         phase = compose(f"conf={name}", "data.path=none", "mode=plan")

@@ -1,19 +1,21 @@
 """The cost of failures: time for checkpoints, lost work and restarts, and the advised checkpoint interval.
 
-Failures come at random, on average every M seconds. A checkpoint stalls training for s seconds and is complete w
-seconds later; an incomplete checkpoint does not count. A failure loses the work since the newest complete checkpoint: on
-average T / 2 + w seconds if a checkpoint starts every T seconds. Then R seconds pass until the next step. So T seconds
-of training take, on average (Daly 2006, equation 20, where the write during training counts as time lost by a failure):
+Failures happen at random, on average every M seconds. A checkpoint stalls training for s seconds and is complete w
+seconds later; an incomplete checkpoint does not count. A failure loses the work since the newest complete checkpoint.
+If a checkpoint starts every T seconds, this is T / 2 + w seconds on average. After the failure, R seconds pass until
+the next step. On average, T seconds of training therefore take the following time (Daly 2006, equation 20; a failure
+during a write also loses the time of that write):
 
     M exp((R + w) / M) (exp((T + s) / M) - 1)
 
-The best T has the lowest cost per second of training, but is at least w, because each save waits for the last. Around
-it the cost is flat, so the advised T is the longest with an effective share of at most FLAT less.
+The best T has the lowest cost per second of training. T is at least w, because each save waits for the previous save.
+The cost hardly changes near the best T. So the plan advises a longer T: the largest T whose effective share is at most
+FLAT below the best effective share.
 
-A restart has four parts: detection, rescheduling, loading (bytes over hardware.storage_bandwidth) and warm-up. The sum
-holds beside published runs: Llama 3 (16,384 GPUs) and MegaScale (more than 10,000) were effective for over 90 % of the
-time, ByteRobust's run of 9,600 GPUs for 97 % (arXiv 2509.16293). A synchronous run of Meta on some 100,000 GPUs stood
-still for 10 minutes at each failure (arXiv 2602.00277).
+A restart has four parts: detection, rescheduling, loading (bytes over hardware.storage_bandwidth) and warm-up. The
+resulting effective shares agree with published runs: Llama 3 (16,384 GPUs) and MegaScale (more than 10,000) were
+effective for over 90 % of the time, ByteRobust's run of 9,600 GPUs for 97 % (arXiv 2509.16293). A synchronous run of
+Meta on some 100,000 GPUs paused for 10 minutes at each failure (arXiv 2602.00277).
 """
 
 import itertools
@@ -26,23 +28,25 @@ from train.plan.job import layout_of
 
 HOUR = 3600.0
 DETECTION = 600.0
-"""Seconds until a failure is noticed, its node is found by tests, and the node is replaced.
+"""Seconds until a failure is noticed, tests have found the faulty node, and that node is replaced.
 
-MegaScale (NSDI 2024, 6.3): less than 10 minutes on average. The driver here names most faults of toy runs in 5 to 33 s
-(bench/RESULTS.md, faults that are named), but tests no nodes.
+MegaScale (NSDI 2024, 6.3) needs less than 10 minutes on average. Sluice's own driver names most faults of toy runs in 5
+to 33 s (bench/RESULTS.md, faults that are named), but it does not test nodes.
 """
 RESCHEDULING, OF_A_NODE = 11.1, 0.003
-"""Seconds from the diagnosis to the first step of a toy run, and the addition per node.
+"""Seconds from the diagnosis to the first step of a toy run, and the seconds that each node adds.
 
 Source: bench/RESULTS.md, a link that is cut, and starts of 64 to 4096 nodes.
 """
 WARM_UP_STEPS = 2.0
-"""Steps by whose time a start is longer: kernels are compiled, connections and allocators' blocks are made.
+"""Extra time of the first steps after a start, in units of a normal step. These steps compile kernels, open connections
+and allocate memory blocks.
 
-The first two steps of toy runs on a CPU take two to three times as long as later ones. No figure of GPUs is published.
+On a CPU, the first two steps of toy runs take two to three times as long as later steps. No figure for GPUs is
+published.
 """
 FLAT = 0.005
-"""Share of the time by which an advised interval may be worse than the best."""
+"""Maximum loss of effective share that the advised interval may have against the best interval."""
 REPAIR = 5.5 * 24 * HOUR
 """Mean repair time of a node, in seconds (InfiniteHBD's trace of 400 servers, SIGCOMM 2025; median 0.85 days)."""
 COVERED = 0.99
@@ -62,7 +66,8 @@ class SaveCosts:
     """From the end of the stall until the checkpoint is complete."""
 
     def effective(self, interval: float) -> float:
-        """Share of the time spent on lasting steps, with a checkpoint every `interval` seconds of training."""
+        """Share of the time spent on steps that no failure undoes, if a checkpoint starts every `interval` seconds of
+        training."""
         mean = self.between_failures
         lost, segment = (self.restart + self.write) / mean, (interval + self.stall) / mean
         return interval / mean * math.exp(-lost) / math.expm1(segment) if lost + segment < 500 else 0.0
@@ -71,16 +76,16 @@ class SaveCosts:
     def best_interval(self) -> float:
         """The interval with the largest effective share.
 
-        There, x = (T + s) / M solves x = 1 + s / M - exp(-x); Newton's steps approach x from above.
+        At this interval, x = (T + s) / M solves x = 1 + s / M - exp(-x). Newton's iteration approaches x from above.
         """
         stall = max(self.stall / self.between_failures, 1e-12)
-        x = stall + math.sqrt(2 * stall)  # Young's root is never below it
+        x = stall + math.sqrt(2 * stall)  # Young's formula never gives less than the solution
         for _ in range(20):
             x += (x - stall + math.expm1(-x)) / math.expm1(-x)
         return max(self.write, self.between_failures * x - self.stall)
 
     def longest_interval(self, loss: float) -> float:
-        """The longest interval whose effective share is at most `loss` below the best."""
+        """The longest interval whose effective share is at most `loss` below the largest effective share."""
         best = self.best_interval
         low, high, least = best, best + 10 * self.between_failures, self.effective(best) - loss
         for _ in range(50):
@@ -91,7 +96,7 @@ class SaveCosts:
 
 @dataclass(frozen=True)
 class Failures:
-    """Failures and checkpoint intervals in a plan; seconds, and shares of 1."""
+    """Failure costs and checkpoint intervals of a plan, in seconds and in shares from 0 to 1."""
 
     between_seconds: float
     restart_seconds: float
@@ -100,18 +105,19 @@ class Failures:
     stall_seconds: float
     write_seconds: float
     interval_seconds: float
-    """From one checkpoint, or copy in memory, to the next."""
+    """Seconds from one checkpoint or in-memory copy to the next."""
     effective_share: float
     best_steps: int | None
-    """Advised steps between checkpoints; None if hardware.storage_bandwidth is unknown."""
+    """Advised number of steps between checkpoints; None if hardware.storage_bandwidth is unknown."""
     best_share: float | None
-    """Effective share with best_steps."""
+    """Effective share if the run saves every best_steps steps."""
     spare_nodes: int
-    """Spare nodes that suffice in a share COVERED of the time, if every failure removes a node until its repair."""
+    """Number of spare nodes that suffices in a share COVERED of the time. Assumes that every failure removes a node
+    until it is repaired."""
 
 
 def plan_failures(config: Config, step_seconds: float) -> Failures | None:
-    """The costs of failures; None on CPUs, and if the bandwidth to the host is unknown."""
+    """The costs of failures. None on CPUs, and if the bandwidth between device and host is unknown."""
     host, layout, checkpoint = config.hardware.rates.get("host"), layout_of(config), config.checkpoint
     if host is None or not config.plan.failures:
         return None
@@ -130,7 +136,7 @@ def plan_failures(config: Config, step_seconds: float) -> Failures | None:
     steps, saving, best = checkpoint.every or math.inf, on_disk, None
     if storage:
         best = max(1, math.ceil(write / step_seconds), math.floor(on_disk.longest_interval(FLAT) / step_seconds))
-    if checkpoint.every_memory:  # after the failure of a node; checkpoints on disk add their stalls
+    if checkpoint.every_memory:  # a node failure loses its copies in memory; checkpoints on disk add their stalls
         steps = checkpoint.every_memory
         shared = on_disk.stall * steps / checkpoint.every if checkpoint.every else 0.0
         parts.pop("loading", None)
@@ -154,7 +160,7 @@ def plan_failures(config: Config, step_seconds: float) -> Failures | None:
 def spares(mean: float) -> int:
     """The smallest number of spare nodes that suffices in a share COVERED of the time.
 
-    mean: nodes under repair on average; their number has a Poisson distribution.
+    mean: average number of nodes under repair. The number at any time has a Poisson distribution.
     """
     shares = (math.exp(count * math.log(mean) - mean - math.lgamma(count + 1)) for count in itertools.count())
     return next(count for count, share in enumerate(itertools.accumulate(shares)) if share >= COVERED)

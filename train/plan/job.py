@@ -24,7 +24,7 @@ def require_hardware(hardware: Hardware) -> None:
 
 
 def require_host(config: Config) -> None:
-    """Raise UserError if the recipe offloads state and the hardware description lacks the host."""
+    """Raise UserError if the recipe offloads state but the hardware description gives no host memory."""
     hardware = config.hardware
     asked = ["parallel.offload_optimizer"] * config.parallel.offload_optimizer + ["model.offload"] * bool(
         config.model.offload
@@ -41,7 +41,7 @@ def require_host(config: Config) -> None:
 
 
 def can_offload(config: Config) -> bool:
-    """Whether offloading frees device memory, and the description has the host's memory."""
+    """Whether offloading would free device memory, and the hardware description gives the host's memory."""
     return device_kind(config) == "cuda" and config.hardware.host_memory_bytes > 0
 
 
@@ -57,7 +57,7 @@ def device_kind(config: Config) -> str:
 
 
 def device_memory(config: Config) -> int:
-    """Memory of one device in bytes; for a CPU, the share of each of this machine's ranks."""
+    """Memory of one device in bytes. On a CPU, each of this machine's ranks has an equal share."""
     if config.hardware.memory_bytes:
         return int(config.hardware.memory_bytes)
     import psutil
@@ -86,35 +86,38 @@ def require_matmuls(config: Config) -> None:
 
 
 def with_nodes(config: Config) -> Config:
-    """The recipe with the hardware's ranks per node, which rules about nodes need."""
+    """The recipe with the hardware's number of ranks per node. Rules about nodes need this number."""
     nodes = replace(config.cluster, ranks_per_node=layout_of(config).ranks_per_node)
     return replace(config, cluster=nodes)
 
 
 def micro_batches_of(config: Config) -> int:
-    """Micro-batches of the rank with the most, in a step at the full batch size."""
+    """Number of micro-batches in a step at the full batch size, on the rank with the most micro-batches."""
     return most_micro_batches(config)
 
 
 STEADY = 4
-"""Rounds after which a schedule repeats until its end; a round has at least one micro-batch per pipeline rank."""
+"""Number of rounds after which a schedule repeats itself. A round has at least one micro-batch per pipeline rank."""
 
 
 def actions_of(config: Config, shortest: bool = False) -> list[list[Action]]:
     """The actions of every pipeline rank in a step, in order.
 
-    shortest: with only as many micro-batches as the peak of memory needs.
+    shortest: plan only as many micro-batches as the memory peak needs.
     """
     count, pp = micro_batches_of(config), config.parallel.pp
     if shortest:
-        count = min(count, STEADY * (count // max(1, count // pp)))  # if the schedule has rounds of equal size
+        count = min(
+            count, STEADY * (count // max(1, count // pp))
+        )  # only if all rounds of the schedule have the same size
     return schedule_actions(
         config.parallel.schedule, pp, count, config.parallel.virtual_stages, config.parallel.overlap
     )
 
 
 def program_of(config: Config, micro_batches: int | None = None) -> Program:
-    """The actions of all ranks of a pipeline, ready to be timed. micro_batches: replaces the step's number."""
+    """The actions of all ranks of a pipeline, in a form that can be timed. micro_batches: replaces the number of a
+    step."""
     parallel = config.parallel
     count = micro_batches or micro_batches_of(config)
     return _program(parallel.schedule, parallel.pp, count, parallel.virtual_stages, parallel.overlap)

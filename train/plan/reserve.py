@@ -1,4 +1,4 @@
-"""Device memory that tensors cannot use, by name; plans and dry runs share this estimate.
+"""Estimates the device memory that tensors cannot use, by name. Plans and dry runs both use this estimate.
 
     context          the CUDA context, loaded kernels, workspaces of libraries
     communicators    NCCL's buffers for the collectives of every group, and for sends between pipeline stages
@@ -7,9 +7,9 @@
 
 NCCL (2.30; the files are in github.com/NVIDIA/nccl) allocates a communicator's buffers at the first collective that
 needs them. Inside a node, a connection receives into 10 MiB and sends from 2 MiB (src/transport/p2p.cc: three protocols
-of 0.5, 4.7 and 4 MiB, rounded up); over a network, it sends from 10 MiB. A ring has one connection of each kind on
-every channel, a tree up to three. So a group's buffers depend on its channels, and beyond two nodes not on its ranks
-(issue 864):
+of 0.5, 4.7 and 4 MiB, rounded up); over a network, it sends from 10 MiB. On every channel, a ring has one connection of
+each kind, and a tree has up to three. So the size of a group's buffers depends on the number of its channels. Beyond
+two nodes, it does not depend on the number of ranks (issue 864):
 
     several ranks a node     16 channels over nodes (issue 1538: two nodes of eight H100), ring and tree: some 0.6 GB;
                              measured on A100 with NVLink: 0.69 GB, and 0.54 GB for two ranks (issue 964)
@@ -31,34 +31,34 @@ from train.plan.job import device_kind, device_memory, host_ranks, layout_of
 
 MIB = 2**20
 CONTEXT = 1_060_000_000
-"""Bytes besides tensors on an H100 with torch and NCCL loaded, before its first exchange (nccl issue 1685).
+"""Bytes used besides tensors on an H100 that has loaded torch and NCCL, before its first exchange (nccl issue 1685).
 
-The context alone uses some 0.4 GB if kernels are loaded lazily (pytorch issue 109888).
+If kernels are loaded lazily, the CUDA context alone uses some 0.4 GB (pytorch issue 109888).
 """
 COMMUNICATOR, PAIR_COMMUNICATOR = 688_000_000, 544_000_000
-"""Bytes of a communicator for collectives: in a group with several ranks per node, and in a group of two (nccl issue
-964)."""
+"""Bytes of a communicator for collectives. The first number is for a group with several ranks per node, the second for
+a group of two ranks (nccl issue 964)."""
 INSIDE, ACROSS = 12 * MIB, 20 * MIB
-"""Bytes of a connection in both directions."""
+"""Bytes of a connection in both directions: inside a node, and across nodes."""
 CHANNELS_ACROSS = 4
-"""Channels of a group with one rank per node; each rank has one network adapter."""
+"""Number of channels of a group with one rank per node, if each rank has one network adapter."""
 MOST_CHANNELS = 32
 LINK_RATE = 16.7e9
-"""Bytes per second of an all-to-all over one NVLink in one direction: an H100's rate in conf/hardware, divided by
-18."""
+"""Bytes per second of an all-to-all over one NVLink in one direction: the rate of an H100 in conf/hardware, divided by
+its 18 links."""
 SHARED = 4 * MIB
-"""Bytes that sends and receives share over a network, on every channel."""
+"""Bytes on every channel that all sends and receives over a network share."""
 PEERS_AT_ONCE = 8
-"""Peers that NCCL sends to at a time."""
+"""Number of peers that NCCL sends to at a time."""
 FRAGMENTATION = 0.02
-"""Share of the device. Not measured yet.
+"""Share of a device's memory that is lost in gaps between tensors. It is not measured yet.
 
-With expandable segments, which runs enable, gaps are pages of 2 MiB and remainders of tensors of other sizes.
+Runs enable expandable segments. With them, the gaps are pages of 2 MiB, and remainders of blocks that had other sizes.
 """
 
 
 def reserve_of(config: Config) -> dict[str, int]:
-    """Bytes of each device by name; a CPU has none. plan.reserve replaces the estimate."""
+    """Reserved bytes of each device, by name. A CPU reserves none. plan.reserve replaces the estimate."""
     if device_kind(config) == "cpu":
         return {}
     if config.plan.reserve is not None:
@@ -75,20 +75,20 @@ def reserve_of(config: Config) -> dict[str, int]:
 HOST_SYSTEM = 0.05
 """Share of a host's memory for the operating system, agents, and the page cache for checkpoints. An estimate."""
 HOST_PROCESS = 3_000_000_000
-"""Bytes of a rank's process besides tensors: 0.5 GB for Python with the imported program (cluster.prefork).
+"""Bytes of a rank's process besides tensors. Python with the imported program (cluster.prefork) uses 0.5 GB of them.
 
-The rest is an estimate of the memory that CUDA and NCCL map and lock.
+The rest is an estimate for memory that CUDA and NCCL map and lock.
 """
 
 
 def host_memory(config: Config) -> int:
-    """Bytes of a host that tensors of its ranks can use; 0 if the host's memory is unknown."""
+    """Bytes of a host's memory that the tensors of its ranks can use; 0 if the host's memory is unknown."""
     has = int(config.hardware.host_memory_bytes)
     return max(1, int(has * (1 - HOST_SYSTEM)) - host_ranks(config) * HOST_PROCESS) if has else 0
 
 
 def copies_memory(config: Config) -> int | None:
-    """Bytes of a host for copies in memory; None if they are on a disk, or the memory is unknown."""
+    """Bytes that a host has for copies in memory. None if the copies are on a disk, or if the memory is unknown."""
     hardware, folder = config.hardware, config.checkpoint.memory_folder
     if not hardware.host_memory_bytes or not f"{folder}/".startswith("/dev/shm/"):
         return None
@@ -101,17 +101,17 @@ def tensor_memory(config: Config) -> int:
 
 
 def fragmentation(memory: int) -> int:
-    """Estimated bytes of gaps between tensors, for a memory of this size."""
+    """Estimated bytes of gaps between tensors, for a device with this much memory."""
     return int(FRAGMENTATION * memory)
 
 
 @lru_cache(maxsize=4096)
 def _collectives(layout: Layout) -> int:
-    """Bytes of communicators for the collectives of all groups of ranks.
+    """Bytes of the communicators that serve the collectives of all groups of ranks.
 
-    Groups: all ranks, a pipeline, a stage, a context, and the copies of experts. Groups with the same ranks share a
-    communicator, and groups of one rank have none (parallel/mesh.py). Only the first group of each kind counts,
-    because its others are equal.
+    The groups are: all ranks, a pipeline, a stage, a context, and the copies of experts. Groups with the same ranks
+    share a communicator, and groups of one rank have none (parallel/mesh.py). All groups of one kind are equal, so only
+    the first of each kind is computed.
     """
     stage = layout.stage_ranks
     pipeline = range(0, layout.world, stage)
@@ -127,7 +127,7 @@ def _communicator(layout: Layout, ranks: range) -> int:
 
 
 def _sends(config: Config, layout: Layout) -> int:
-    """Between stages: a rank has up to two neighbours."""
+    """Bytes for sends between stages. A rank has up to two neighbours."""
     return _peers(config, layout, range(0, layout.world, layout.stage_ranks), 2)
 
 
@@ -143,8 +143,8 @@ def _exchange(config: Config, layout: Layout) -> int:
 
 
 def _peers(config: Config, layout: Layout, ranks: range, most: int) -> int:
-    """Bytes for sends and receives of a group's first rank with at most `most` other ranks; those of its node count
-    first."""
+    """Bytes for the sends and receives of a group's first rank, with at most `most` other ranks. Ranks of its own node
+    count first."""
     others = [layout.node(rank) == layout.node(ranks[0]) for rank in ranks[1:]]
     near, far = min(most, sum(others)), not all(others)
     link = config.hardware.rates.get("inside")

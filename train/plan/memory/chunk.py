@@ -1,17 +1,18 @@
-"""Memory of a pipeline chunk's passes, which are the passes of its parts in sequence (train/plan/memory/part.py).
+"""Computes the memory of a pipeline chunk's passes from the passes of its parts (train/plan/memory/part.py).
 
-With h the bytes of hidden states (B, T, D), n parts (blocks, then the end if this chunk has it) and x_0 ... x_n their
-inputs and outputs, live memory is a sum of
+A chunk runs its n parts in sequence: the blocks, and the end if this chunk has it. x_0 ... x_n are the inputs and
+outputs of the parts. All are hidden states (B, T, D) of h bytes. The live memory is a sum of
 
     own_i       tensors that part i keeps for its backward, besides its input
-    x_i         inputs of parts, which every part keeps; the stage holds x_0 and x_n; h bytes each
-    sent_i      part of own_i that waits on the host, from the end of the next part that sends to the backward of part i
-    E           the embedding's output, if MTP modules need it; in the first chunk it is x_0
+    x_i         inputs, which every part keeps; the pipeline stage itself holds x_0 and x_n
+    sent_i      portion of own_i that waits on the host; it leaves the device at the end of the next part that sends,
+                and is back for the backward of part i
+    E           the embedding's output, if MTP modules need it; in the first chunk E is x_0
     dx_i, dE    gradients in use
 
-For a pass of part i, the sum over all other parts is a constant that is added to its own numbers. Its own numbers
-include x_i and, while they are alive, x_i+1 and the gradients of both. The end has an output of negligible size, and E
-as a second input.
+While part i runs, the memory of all other parts is constant. This constant is added to the measured memory of part i.
+That measurement includes x_i and, while they are alive, x_i+1 and the gradients of both. The output of the end is too
+small to count. Its second input is E.
 """
 
 from collections import Counter
@@ -33,8 +34,8 @@ from train.plan.memory.part import (
 Parts = tuple[str, ...]
 """Names of a chunk's parts in order: embedding, dense, moe, end.
 
-Suffixes: moe_again if backward recomputes the block, moe_away_ffn if its FFN's activations wait on the host, and so
-on.
+A suffix tells how a block saves memory. In moe_again, backward recomputes the block. In moe_away_ffn, the FFN's
+activations wait on the host.
 """
 
 
@@ -46,7 +47,8 @@ def chunk_of(scene: Scene, parts: Parts) -> "ChunkMemory":
 
 @dataclass(frozen=True)
 class ChunkMemory:
-    """The passes of one chunk, in bytes. x_0, x_n and their gradients count in every pass while they are alive."""
+    """Memory of the passes of one chunk, in bytes. Every pass counts x_0, x_n and their gradients while they are
+    alive."""
 
     scene: Scene
     parts: Parts
@@ -84,7 +86,8 @@ class ChunkMemory:
 
     @cached_property
     def sent_last(self) -> int:
-        """sent_i of the last part that sends: on the device when a forward ends, and before a backward begins."""
+        """sent_i of the last part that sends. These bytes are on the device when a forward ends, and when a backward
+        begins."""
         return self._newest(len(self._names))
 
     @cached_property
@@ -94,12 +97,12 @@ class ChunkMemory:
 
     @cached_property
     def host_bytes(self) -> tuple[int, int]:
-        """Host memory of all sent_i, and of the last part that sends."""
+        """Host memory in bytes: the sum of all sent_i, and sent_i of the last part that sends."""
         taken = [trace_forward(self.scene, name).host_bytes for name in self._names if AWAY in name]
         return sum(taken), next((size for size in reversed(taken) if size), 0)
 
     def _newest(self, i: int) -> int:
-        """sent_j of the nearest earlier part that sends."""
+        """sent_j of the nearest part j before part i that sends."""
         return next((size for size in reversed(self._sent[:i]) if size), 0)
 
     def _resident(self, i: int) -> int:
@@ -107,14 +110,15 @@ class ChunkMemory:
         return sum(self._own[:i]) - sum(self._sent[:i]) + self._newest(i)
 
     def _kept(self, name: str) -> Counter:
-        """Bytes that a part keeps for its backward besides its input (own_i), by item."""
+        """Bytes that a part keeps for its backward (own_i), by item. Its input does not count."""
         kept = Counter(trace_forward(self.scene, name).kept)
         kept["activations"] -= self.hidden * (1 + (name == "end" and self._joins))
         return kept
 
     @cached_property
     def kept(self) -> Counter:
-        """Device bytes kept for backward, by item, without x_n, and without x_0 if it was received."""
+        """Device bytes that the chunk keeps for backward, by item. Excludes x_n, and also x_0 if another rank sent
+        it."""
         kept: Counter = Counter()
         for name, count in Counter(self._names).items():
             for item, size in (self._kept(name) - trace_forward(self.scene, name).sent).items():
@@ -135,17 +139,17 @@ class ChunkMemory:
         return PassMemory(self._input, _joined([run.pieces for run in lifted]))
 
     def ascent(self) -> Iterator[tuple[str, int]]:
-        """Parts in the order of forward, and the live bytes outside each part's own numbers."""
+        """The parts in forward order, each with the live bytes that its own measurement does not include."""
         if self._has_embedding or self._joins:
             yield "embedding", self._input
-        early = self.hidden * (self._joins and not self._has_embedding)  # E, computed before the blocks run
+        early = self.hidden * (self._joins and not self._has_embedding)  # E exists before the blocks run
         for i, name in enumerate(self._names):
-            own = self.hidden * (name == "end" and self._joins)  # E, which is in the end's own numbers
+            own = self.hidden * (name == "end" and self._joins)  # the end's own measurement includes E
             yield name, self._resident(i) + i * self.hidden + early - own
 
     @property
     def _input(self) -> int:
-        """Bytes of x_0 if it was received."""
+        """Bytes of x_0 if another rank sent it, else 0."""
         return 0 if self._has_embedding else self.hidden
 
     @cached_property
@@ -156,10 +160,10 @@ class ChunkMemory:
         return max(first + [run + self.hidden for run in runs[len(first) :]])
 
     def backward(self, first: bool, table_first: bool) -> PassMemory:
-        """A whole backward.
+        """The complete backward pass.
 
-        first: it allocates the gradients of the weights, which then count. table_first: also the embedding's gradient,
-        which two chunks of a rank may share.
+        first: this pass allocates the gradients of the weights, so they count. table_first: it also allocates the
+        embedding's gradient, which two chunks of a rank may share.
         """
         start = self._resident(len(self._names)) + self._held + (0 if self.has_end else self.hidden)
 
@@ -169,33 +173,36 @@ class ChunkMemory:
         return PassMemory(start, _joined([_lifted(run, below).pieces for _, run, below in self.descent(run_of)]))
 
     def descent(self, run_of: Callable[[str, bool], PassMemory]) -> Iterator[tuple[str, PassMemory, int]]:
-        """Parts in the order of backward, their passes, and the live bytes outside each part's own numbers.
+        """The parts in backward order, each with its pass and the live bytes that this pass does not include.
 
-        run_of: the pass of a part; held as in trace_backward. Memory that a pass leaves counts from its end on.
+        run_of: returns the pass of a part; its second argument is `held` of trace_backward. Memory that a pass leaves
+        behind counts in all later passes.
         """
         h, names = self.hidden, self._names
         output = 0 if self.has_end else h
-        rest = 0  # live bytes of finished parts, except for the gradient of their input
+        rest = 0  # live bytes of finished parts, without the gradient of their input
         for i in reversed(range(len(names))):
             run = run_of(names[i], i == len(names) - 1)
             below = self._resident(i) + i * h + output + rest
             if names[i] == "end":
                 below -= h * (self._joins and self._has_embedding)  # E is x_0
             yield names[i], run, below
-            rest += run.end - h  # dE of the end goes to the embedding, and stays in `rest` until then
+            rest += run.end - h  # the end's dE is for the embedding; `rest` counts it until the embedding runs
         if self._has_embedding or self._joins:
             arrived = h * self._joins  # dE
             yield "embedding", run_of("embedding", False), output + rest - arrived + self._input
 
     def split(self, first: bool) -> tuple[PassMemory, PassMemory]:
-        """The two passes of a split backward, for inputs and for weights; not for the first chunk.
+        """The two passes of a split backward: first for inputs, then for weights. The first chunk is not supported.
 
-        The graph, all hidden states, the gradients of block outputs and tensors fetched from the host stay until the
-        second pass ends.
+        Until the second pass ends, these tensors stay: the graph, all hidden states, the gradients of block outputs,
+        and tensors fetched from the host.
         """
         h, names = self.hidden, self._names
         runs = [trace_split_backward(self.scene, name, first) for name in names]
-        outer = [h if name == "end" else 3 * h for name in names]  # x_i, x_i+1, dx_i+1: counted by each run
+        outer = [
+            h if name == "end" else 3 * h for name in names
+        ]  # the bytes of x_i, x_i+1 and dx_i+1, which each run counts
         after = [run.end - h - out for (run, _), out in zip(runs, outer, strict=True)]
         left = [run.end - out for (_, run), out in zip(runs, outer, strict=True)]
         states = (len(names) + (not self.has_end)) * h
@@ -211,12 +218,12 @@ class ChunkMemory:
 
 
 def _lifted(run: PassMemory, below: int) -> PassMemory:
-    """A pass with the other live bytes added."""
+    """The pass with `below` added to its live bytes."""
     return PassMemory(run.start + below, tuple(Stretch(piece.peak + below, piece.end + below) for piece in run.pieces))
 
 
 def _joined(runs: Sequence[Sequence[Stretch]]) -> tuple[Stretch, ...]:
-    """Passes in sequence: the last piece of each pass is merged with the first piece of the next."""
+    """Joins passes in sequence. Merges the last stretch of each pass with the first stretch of the next pass."""
     joined: list[Stretch] = []
     for pieces in runs:
         first, *others = pieces

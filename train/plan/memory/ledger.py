@@ -1,11 +1,11 @@
-"""Counts every byte of tensor memory that code allocates and frees, without the allocator.
+"""Counts every byte of tensor memory that code allocates and frees, without help from the allocator.
 
-A Ledger is a dispatch mode: it sees every operation and records each new storage with its size and the current tag. A
-storage is removed when its last tensor dies. On the CPU it measures real memory; on the meta device it shows the
-memory that code would use. Memory that a kernel uses inside one operation is not seen.
+A Ledger is a torch dispatch mode. It sees every operation, and records each new storage with its size and the current
+tag. It removes a storage when the last tensor on it dies. On the CPU, a ledger measures real memory. On the meta
+device, it computes the memory that the code would use. It does not see memory that a kernel uses inside one operation.
 
-Operations of other threads are not seen either, unless the mode is entered there too. Autograd's passes on the CPU and
-on meta run in the thread that starts them.
+It does not see operations of other threads, unless these threads enter the mode too. On the CPU and on meta, autograd
+runs backward in the thread that starts it.
 """
 
 import gc
@@ -37,18 +37,18 @@ class Snapshot:
 
 
 def _undisturbed(mode: "type[Ledger]") -> "type[Ledger]":
-    """Set the class's dispatch method after its creation: torch wraps a method in the class body for torch.compile,
-    which slows every operation."""
+    """Set the class's dispatch method after the class exists. If the method were in the class body, torch would wrap it
+    for torch.compile, which slows every operation."""
     mode.__torch_dispatch__ = mode._count
     return mode
 
 
 @_undisturbed
 class Ledger(TorchDispatchMode):
-    """Live bytes, now and at the peak since `mark`.
+    """Counts live bytes, and their peak since `mark`.
 
-    device: only storages of this kind count. tag: recorded with every new storage. event: label of the current work,
-    stored with the peak.
+    device: the ledger counts only storages of this device type. tag: recorded with every new storage. event: label of
+    the current work, stored with the peak.
     """
 
     def __init__(self, device: torch.device | str):
@@ -62,11 +62,11 @@ class Ledger(TorchDispatchMode):
         self.event = ""
         self._is_told_apart = False
         self.recorder: WorkRecorder | None = None
-        """Records the work of operations, if a caller sets it."""
+        """Records the work of operations, if a caller sets this attribute."""
 
     def _count(self, func, types, args=(), kwargs=None):
         if not _PLAIN.issuperset(types):
-            return NotImplemented  # a tensor subclass runs operations on its inner tensors, and these are counted
+            return NotImplemented  # a tensor subclass runs operations on its inner tensors, and the ledger counts these operations
         if self.recorder is None:
             out = self._run(func, args, kwargs or {})
         else:
@@ -114,14 +114,14 @@ class Ledger(TorchDispatchMode):
         return self._live[tensor.untyped_storage()._cdata][1]
 
     def mark(self) -> Snapshot:
-        """The peak since the last mark; a new peak starts at the current live bytes."""
+        """Returns the peak since the last mark. A new peak starts at the current live bytes."""
         peak, now = self.peak, self.now
         self.peak = Snapshot(now.total, Counter(now.by_tag), self.event)
         return peak
 
     @contextmanager
     def told_apart(self) -> Iterator[None]:
-        """New storages inside the context count zero bytes, because the caller counts them."""
+        """Inside the context, new storages count zero bytes. The caller counts them."""
         self._is_told_apart = True
         try:
             yield
@@ -139,7 +139,7 @@ class Ledger(TorchDispatchMode):
 
 
 class PhaseBytes(NamedTuple):
-    """Peaks of a phase of a rank's run, in bytes."""
+    """Memory peaks of one phase of a rank's run, in bytes."""
 
     device: int
     host: int
@@ -147,11 +147,11 @@ class PhaseBytes(NamedTuple):
 
 
 class PeakMeter:
-    """A context in which `mark` returns the peak since the last mark. On the CPU, operations inside are slightly
-    slower."""
+    """A context whose method `mark` returns the peak since the last mark. On the CPU, it slows the operations inside
+    slightly."""
 
     def __init__(self, device: torch.device, counts_host: bool = False):
-        """counts_host: with a GPU, also count tensors on its host."""
+        """counts_host: if the device is a GPU, also count tensors in host memory."""
         self._device, self._on_gpu = device, device.type == "cuda"
         self._ledger = Ledger("cpu") if counts_host or not self._on_gpu else None
 
@@ -184,10 +184,10 @@ class PeakMeter:
 
 
 class MetaLedger(Ledger):
-    """A ledger of the meta device, which computes each kind of call only once.
+    """A ledger for the meta device that runs each kind of call only once.
 
-    On meta, a call's result follows from its arguments' shapes. Much of torch's shape arithmetic is Python, and ten
-    times slower than a lookup.
+    On meta, the shapes of the arguments determine a call's result. Torch computes many of these results in Python,
+    which takes ten times as long as a lookup.
     """
 
     def __init__(self):
@@ -214,19 +214,19 @@ class MetaLedger(Ledger):
 
 
 _MADE: dict[tuple, tuple[type, list[tuple | None]]] = {}
-"""Results by call: whether it returns one tensor or several, with shape, stride and dtype (None for a missing
-result)."""
+"""Results by call: whether the call returns one tensor or several, and each tensor's shape, stride and dtype. None
+stands for a missing result."""
 
 
 @cache
 def _makes_new(func: Any) -> bool:
-    """Whether all results of an operation are new tensors, and it changes no argument."""
+    """Whether an operation returns only new tensors and changes no argument."""
     return not any(one.alias_info for one in (*func._schema.arguments, *func._schema.returns))
 
 
 @cache
 def _writes_alone(func: Any) -> bool:
-    """Whether an operation only writes values elementwise into its first argument, and returns that argument."""
+    """Whether all that an operation does is to write elementwise into its first argument and return this argument."""
     first = func._schema.arguments[:1]
     written = [one.alias_info is not None and one.alias_info.is_write for one in first]
     return torch.Tag.pointwise in func.tags and func._schema.name.endswith("_") and written == [True]

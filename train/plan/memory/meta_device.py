@@ -1,11 +1,12 @@
-"""Builds the model on the meta device as if on a GPU or a CPU: the same operations, without memory and values.
+"""Builds the model on the meta device as if on a GPU or a CPU: with the same operations, but without memory and values.
 
-The model gets that device's kernels and GEMMs. Stand-ins replace those that exist only on GPUs, and return tensors of
-the same shapes. Nothing in torch is replaced; all other shapes come from torch's own shape arithmetic.
+The model gets the kernels and GEMMs of that device. Some of them exist only on GPUs. Stand-ins replace these kernels
+and return tensors of the same shapes. Nothing in torch is replaced: torch itself computes all other shapes.
 
-torch's FakeTensorMode is not used: a GPU's fake tensors abort autograd if torch is built without CUDA, and a CPU's take
-20 times as long as meta tensors. torch's MemTracker is not used: it finds the same bytes as a Ledger (ledger.py) in
-twice the time. It reports them by module, without a plan's items and without peaks between two points.
+torch's FakeTensorMode is not used. If torch is built without CUDA, fake GPU tensors abort autograd. Fake CPU tensors
+take 20 times as long as meta tensors. torch's MemTracker is not used either. It finds the same bytes as a Ledger
+(ledger.py), but takes twice the time. It reports bytes by module, without the items of a plan and without peaks between
+two points.
 """
 
 from collections import deque

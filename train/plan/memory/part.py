@@ -1,13 +1,13 @@
 """Measures memory and work of a model part by running its real code on the meta device under a Ledger.
 
 A chunk is a chain of parts: embedding, blocks, and the end (final norm, MTP modules, head and loss). Each part runs
-alone, forward and backward, between a border that creates its input and a border that creates its incoming gradient.
-So both live as long as they would in the chain. Passes of a chunk are the passes of its parts in sequence
-(train/plan/memory/chunk.py). This file needs no knowledge of the tensors that a layer saves in a recipe.
+alone, forward and backward. Before the part, a border creates its input. After the part, a border creates its incoming
+gradient. So input and gradient live as long as in the chain. train/plan/memory/chunk.py joins the passes of parts to
+passes of a chunk. The code here does not need to know which tensors a layer saves.
 
-All sizes in bytes. Weights do not count, and their gradients count only if a first backward allocates them.
+All sizes are in bytes. Weights do not count. Their gradients count only in a first backward, which allocates them.
 
-Shapes: B sequences, S = T + 1 tokens of a sample, T positions, D width.
+Shapes: B sequences, S = T + 1 tokens of a sample, T positions, D model width.
 """
 
 from collections import Counter
@@ -47,18 +47,18 @@ from train.plan.memory.meta_device import meta_kernels, meta_precision, meta_wir
 from train.plan.work_recorder import WorkRecorder, WorkSegment
 
 AGAIN = "_again"
-"""Suffix of a block that backward recomputes."""
+"""Name suffix of a block that backward recomputes."""
 AWAY = "_away_"
-"""Separates a block's name from the part of it that waits for backward on the host."""
+"""Separates a block's name from the name of its offloaded section, whose activations wait on the host."""
 SHARED_KEYS = "_shared"
-"""Follows the kind of a block of sparse attention that takes the keys of an earlier one."""
+"""Name suffix of a block whose sparse attention uses the keys that an earlier block chose."""
 
 
 Section = TypeVar("Section")
 
 
 class FrozenSection(Generic[Section]):
-    """Wraps a configuration section as a cache key, which compares by value."""
+    """Wraps a configuration section as a hashable cache key. Two wrappers are equal if their sections are."""
 
     def __init__(self, section: Section):
         self.section, self._text = section, repr(section)
@@ -75,15 +75,15 @@ NO_ADAPTER = FrozenSection(Adapter())
 
 @dataclass(frozen=True)
 class Scene:
-    """All settings that determine the memory of a micro-batch's passes through a part."""
+    """All settings that determine the memory of one micro-batch's passes through a part."""
 
     model: FrozenSection[Model]
     precision: FrozenSection[Precision]
     kind: str
-    """Device: cuda or cpu."""
+    """Kind of device: cuda or cpu."""
     seq_len: int
     sequences: int
-    """B, of a micro-batch."""
+    """B: sequences of a micro-batch."""
     dispatch: str
     """parallel.dispatch; local if a rank has all experts."""
     wire: str
@@ -91,39 +91,40 @@ class Scene:
     ranks_per_node: int
     """Ranks of an expert-parallel group on one node."""
     load: Load
-    """Rows of this rank's experts."""
+    """Number of rows that this rank's experts receive."""
     gloo: bool
-    """Whether the ranks use gloo, which keeps sent tensors until the step ends and has no reduce-scatter."""
+    """Whether the ranks use gloo. gloo keeps sent tensors until the step ends, and has no reduce-scatter."""
     compiled: bool
-    """Whether a CPU uses compiled code where possible (train/kernels/choice.py), which needs less memory."""
+    """Whether a CPU uses compiled code where possible (train/kernels/choice.py). Compiled code needs less memory."""
     cp: int = 1
-    """Ranks that share every sequence. The plan is of the rank with the first and the last piece; no rank has more positions."""
+    """Number of ranks that share every sequence. The plan is for the rank with the first and the last piece of a
+    sequence. No rank has more positions."""
     adapter: FrozenSection[Adapter] = NO_ADAPTER
     holds_weights: bool = False
-    """Whether FP8 weights are cast once per step; only `trace_casts` counts these casts."""
+    """Whether the FP8 casts of weights are computed once per step and stay. Only `trace_casts` counts these casts."""
     learns_index: bool = False
-    """Whether indexers of sparse attention learn."""
+    """Whether the indexers of sparse attention are trained."""
     warms_index: bool = False
-    """Whether they learn alone (optim.index_warmup)."""
+    """Whether only the indexers are trained (optim.index_warmup)."""
 
 
 @dataclass(frozen=True)
 class Stretch:
-    """A stretch of a pass, up to a point where an overlapped pair of passes may alternate."""
+    """One stretch of a pass. Where it ends, an overlapped pair of passes may switch to the other pass."""
 
     peak: int
     end: int
-    """Live bytes at its end."""
+    """Live bytes at the end of the stretch."""
 
 
 @dataclass(frozen=True)
 class PassMemory:
-    """One pass through a part. Input and output, or their gradients, count while they are alive."""
+    """Memory of one pass through a part. Its input and output, or their gradients, count while they are alive."""
 
     start: int
     pieces: tuple[Stretch, ...]
     work: tuple[WorkSegment, ...] = ()
-    """Computation and communication of the pass; only for a pass through a single part."""
+    """Computation and communication of the pass. Only a pass through a single part has them."""
 
     @property
     def end(self) -> int:
@@ -140,10 +141,10 @@ class Forward:
 
     run: PassMemory
     kept: Counter
-    """By item; includes the input if backward needs it, excludes the output."""
+    """Bytes kept for backward, by item. Includes the input if backward needs it; excludes the output."""
     output: int
     sent: Counter
-    """The share of `kept` that goes to the host, by item."""
+    """Bytes of `kept` that go to the host, by item."""
     host_bytes: int
     """Host memory of the sent tensors."""
 
@@ -152,21 +153,20 @@ Result = TypeVar("Result")
 
 
 def traced_once(trace: Callable[..., Result]) -> Callable[..., Result]:
-    """Caches a trace for all scenes that are equal in the settings that the part sees."""
+    """Decorator that caches a trace. Scenes that differ only in settings that the part does not see share the trace."""
     made = lru_cache(maxsize=4096)(trace)
     return lru_cache(maxsize=4096)(wraps(trace)(lambda scene, part, *rest: made(seen_by(part, scene), part, *rest)))
 
 
 _FORWARDS: dict[tuple[Scene, str], Forward] = {}
-"""Forwards that were traced for their backward, by part and the scene that it sees."""
+"""Forwards that were traced for a backward, by the scene that the part sees and by part."""
 
 
 @traced_once
 def trace_forward(scene: Scene, part: str) -> Forward:
-    """The forward of a part. A caller that also needs the backward asks for it first, so that the forward is traced
-    once.
+    """The forward of a part. If a caller also needs the backward, this function traces the forward for both.
 
-    part: a name of a chunk's part (train/plan/memory/chunk.py).
+    part: name of a part, as in `Parts` (train/plan/memory/chunk.py).
     """
     if (scene, part) in _FORWARDS:
         return _FORWARDS[scene, part]
@@ -176,10 +176,10 @@ def trace_forward(scene: Scene, part: str) -> Forward:
 
 @traced_once
 def trace_backward(scene: Scene, part: str, first: bool, held: bool) -> PassMemory:
-    """Whole backward.
+    """The complete backward of a part.
 
-    first: it allocates the gradients of the weights, which count. held: the incoming gradient is kept to the end, as
-    torch's stage does for a chunk's last part.
+    first: this pass allocates the gradients of the weights, so they count. held: the caller keeps the incoming gradient
+    to the end, as torch's stage does for the last part of a chunk.
     """
     with Run(scene, part, first) as run:
         forward = run.forward()
@@ -190,10 +190,10 @@ def trace_backward(scene: Scene, part: str, first: bool, held: bool) -> PassMemo
 
 @traced_once
 def trace_split_backward(scene: Scene, part: str, first: bool) -> tuple[PassMemory, PassMemory]:
-    """The input half and the weight half of a backward, by torch's own functions.
+    """The two halves of a split backward, for inputs and for weights. Torch's own functions run them.
 
-    Output and incoming gradient count, since the stage holds them through both halves. At the end of the second half,
-    only memory remains that the graph holds until it is freed.
+    Output and incoming gradient count, because the stage holds them through both halves. When the second half ends, the
+    only remaining memory is what the graph holds until it is freed.
     """
     with Run(scene, part, first) as run:
         run.forward(leaves=True)
@@ -201,8 +201,8 @@ def trace_split_backward(scene: Scene, part: str, first: bool) -> tuple[PassMemo
 
 
 def trace_evaluation(scene: Scene, part: str) -> int:
-    """Peak bytes of a forward without gradients, in eval mode, including its input. Weight casts are held only in
-    steps."""
+    """Peak bytes of a forward in eval mode without gradients, including its input. Weight casts stay only in training
+    steps, so they do not count."""
     plain = replace(scene.model.section, recompute=[], offload=[])
     return _trace_evaluation(replace(scene, model=FrozenSection(plain), holds_weights=False), bare(part))
 
@@ -214,7 +214,7 @@ def _trace_evaluation(scene: Scene, part: str) -> int:
 
 
 def trace_casts(scene: Scene, part: str) -> int:
-    """Bytes of the casts of a part's weights that are held during a step."""
+    """Bytes of the weight casts that a part holds during a step."""
     if not scene.holds_weights:
         return 0
     plain = replace(
@@ -233,10 +233,9 @@ def _trace_casts(scene: Scene, part: str) -> int:
 
 @lru_cache(maxsize=4096)
 def seen_by(part: str, scene: Scene) -> Scene:
-    """The scene without settings that this part does not see.
+    """A copy of the scene with the same fixed values for all settings that this part does not see.
 
-    The part's name tells whether its block is recomputed or offloaded; a part without experts sees no expert
-    settings.
+    The part's name tells whether its block is recomputed or offloaded. A part without experts sees no expert settings.
     """
     model: Model = scene.model.section
     kind, away = kind_of(part), part.partition(AWAY)[2]
@@ -255,7 +254,8 @@ def seen_by(part: str, scene: Scene) -> Scene:
 
 
 class Run:
-    """Runs one part between its borders, under a ledger. Call forward, then backward, or inputs and weights."""
+    """Runs one part between its borders under a ledger. Call `forward`, then either `backward`, or `inputs` and
+    `weights`."""
 
     def __init__(self, scene: Scene, part: str, first: bool = False):
         self.device = torch.device("meta")
@@ -297,11 +297,11 @@ class Run:
 
     @property
     def casts(self) -> int:
-        """Bytes of the weight casts that were computed so far and are held."""
+        """Bytes of the weight casts that exist so far and stay."""
         return self._precision.weights.count_bytes() if isinstance(self._precision, Fp8Precision) else 0
 
     def forward(self, leaves: bool = False) -> Forward:
-        """Run the part forward. leaves: inputs are leaves of the graph, as torch's split backward needs them."""
+        """Run the part forward. leaves: make the inputs leaves of the graph, as torch's split backward needs them."""
         self._ledger.tag = "activations"
         joins = self._scene.model.section.mtp_depth > 0 and not leaves
         borders = {"embedding": 0, "end": 1 + joins}.get(self._part, 1)
@@ -316,7 +316,7 @@ class Run:
             self._y = self._module(*self._inputs, tokens_BS=self._tokens_BS)
         else:
             self._y = self._module(self._inputs[0], tokens_BS=self._tokens_BS)
-        self._y.requires_grad_()  # also if only frozen weights made it
+        self._y.requires_grad_()  # also if only frozen weights were used to compute it
         run = self._finish()
         output = self._y.untyped_storage().nbytes()
         kept = Counter(self._ledger.now.by_tag)
@@ -368,7 +368,7 @@ class Run:
         return self._states(self._scene.seq_len // self._scene.cp)
 
     def _embedded(self) -> Tensor:
-        """The embedding's output for the end, including the tokens after a rank's pieces."""
+        """The embedding's output that the end reads, including the tokens after a rank's pieces."""
         positions = Positions(self._scene.seq_len, None, self._module._share)
         return self._states(positions.take_with_next(self._tokens_BS, self._module._depths).size(1))
 
@@ -382,7 +382,7 @@ class Run:
         return torch.empty(shape, dtype=torch.int64, device=self.device)
 
     def _fill(self) -> None:
-        """Give memory and values to the weights, in subclasses that need them."""
+        """Hook for subclasses whose weights need memory and values."""
 
     def _kernels_of_device(self) -> Kernels:
         return meta_kernels(self._scene.kind, self._scene.compiled)
@@ -392,7 +392,7 @@ class Run:
         return meta_precision(self._scene.precision.section, self._scene.kind, kernels, recompute, self._making)
 
     def _make_tables(self) -> None:
-        """Let the parts build the tables that they build once and keep."""
+        """Build the RoPE tables now, so that no measured pass allocates them."""
         for part in self._module.modules():
             if isinstance(part, MLA):
                 part._rope.table(self._scene.seq_len, self.device)
@@ -408,7 +408,7 @@ class Run:
         self._cut()
 
     def _cut(self) -> None:
-        """End a piece."""
+        """End a stretch."""
         if self._pieces is not None:
             peak = self._ledger.mark().total
             self._pieces.append(Stretch(peak - self._base, self._ledger.now.total - self._base))
@@ -483,7 +483,7 @@ class Run:
 
     @contextmanager
     def _making(self) -> Iterator[None]:
-        """Context in which weight casts are computed that stay for the whole step."""
+        """A context for weight casts that stay for the whole step."""
         with self._ledger.told_apart(), self._recorder.once():
             yield
 
@@ -518,7 +518,7 @@ class _Exit(Function):
 
 
 class _End(DeepSeekV3):
-    """Everything after the blocks of the last chunk."""
+    """Everything after the blocks of the last chunk, as a model of its own."""
 
     def forward(self, x: Tensor, embedding_BTD: Tensor | None = None, **given: Any) -> Tensor:
         self._embedding_BTD = embedding_BTD
@@ -535,7 +535,8 @@ class _End(DeepSeekV3):
 
 
 class _Tagged:
-    """Tags a dispatcher's memory, and makes its row counts readable, which calling code waits for."""
+    """Tags a dispatcher's memory. Also makes the row counts readable, because the calling code waits for their
+    values."""
 
     def __init__(self, dispatcher: Dispatcher, ledger: Ledger, load: Load):
         self._dispatcher, self._ledger, self._load = dispatcher, ledger, load
@@ -551,7 +552,7 @@ class _Tagged:
             routed = self.__dict__.pop("_pending").wait()
         rows_L = self._rows_L
         if routed.counts_E.is_meta:
-            routed.counts_E.tolist = lambda: list(rows_L)  # replaced only on this tensor, which has no values
+            routed.counts_E.tolist = lambda: list(rows_L)  # replaced only on this tensor, which has no values on meta
         return routed
 
     def combine(self, out_RD: Tensor, routed: RoutedRows) -> Tensor:
@@ -560,12 +561,12 @@ class _Tagged:
 
 
 class _StandInHost:
-    """Records tensors that would go to the host, but leaves them in place, so that backward finds them."""
+    """Records the tensors that would go to the host. They stay on the device, so that backward finds them."""
 
     def __init__(self, ledger: Ledger):
         self._ledger = ledger
         self.sent: Counter = Counter()
-        """Bytes by item."""
+        """Sent bytes by item."""
         self.sizes: list[int] = []
         """Bytes of every storage."""
 
@@ -578,7 +579,7 @@ class _StandInHost:
 
 @dataclass(frozen=True, eq=False)
 class _Here:
-    """A storage that would be on the host."""
+    """A storage that would be on the host in a real run."""
 
     storage: Tensor
 
@@ -587,15 +588,15 @@ class _Here:
 
 
 def kind_of(part: str) -> str:
-    """embedding, dense, moe or end: the part's name without suffix."""
+    """The part's name without suffix: embedding, dense, moe or end."""
     return part.partition("_")[0]
 
 
 def bare(part: str) -> str:
-    """The part's name with the suffix that changes its weights alone."""
+    """The part's name with only the suffix that changes its weights, if it has that suffix."""
     return kind_of(part) + SHARED_KEYS * (SHARED_KEYS in part)
 
 
 def sparse_of(part: str, model: Model) -> SparseAttention:
-    """Sparse attention of a model whose blocks are all like this part."""
+    """Sparse attention settings under which all blocks of a model are like this part."""
     return replace(model.sparse, pattern="S" * model.layers if SHARED_KEYS in part else "")

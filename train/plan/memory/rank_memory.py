@@ -6,8 +6,8 @@
     reduction   gradients reduced, sharded and applied at the end of the step (step_end.py)
     life        a run's work outside of its steps, and its starts (`RunPhases`)
 
-The plan lists the live items at the peak. Ranks at the same pipeline position are equal, except for the rows that their
-experts receive: `plan.imbalance` gives the ratio of the busiest rank to the mean.
+The plan lists the live items at the peak. Ranks at the same pipeline position differ only in the number of rows that
+their experts receive. `plan.imbalance` is the ratio of the busiest rank's rows to the mean.
 """
 
 from collections import Counter
@@ -47,44 +47,47 @@ from train.plan.memory.zero3 import Zero3Memory
 from train.plan.reserve import copies_memory, host_memory
 
 HELD_COPIES = 5
-"""Copies of a rank's state in its node's memory with checkpoint.every_memory.
+"""Number of copies of a rank's state in the memory of its node with checkpoint.every_memory.
 
-Two are its own, two its neighbour's, and one is being copied (train/checkpoint/memory_copies.py).
+The node holds two copies of the rank's own state, two of its neighbour's state, and one copy that is being written
+(train/checkpoint/memory_copies.py).
 """
 
 
 LATER = ("activations", "checkpoint", "copies")
-"""Host memory items that do not exist at the start but then stay: pages and buffers are reused."""
+"""Items of host memory that do not exist at the start. Once allocated, they stay, because the run reuses their pages
+and buffers."""
 IS_FINITE_BYTES = 7
-"""Bytes per element that torch.isfinite uses in fp32: the absolute values, and three boolean results."""
+"""Bytes per fp32 element that torch.isfinite needs: 4 for the absolute values, and 3 for boolean results."""
 STARTS = ("start", "resume", "init_from")
 
 
 @dataclass(frozen=True)
 class RankMemory:
-    """The peak of the ranks at one pipeline position, in bytes."""
+    """Peak memory of the ranks at one pipeline position, in bytes."""
 
     pp_rank: int
     layers: list[range]
-    """Layers of its stages, in order of stages."""
+    """Layers of each of the rank's stages, in order of stages."""
     items: dict[str, int]
-    """Live items at the peak; items of 0 bytes are left out.
+    """Live items at the peak. Items of 0 bytes are left out.
 
-    weights, casts (of weights, in FP8), master, moments, gradients, activations (with hidden states inside stages),
-    dispatch, logits, in_flight (hidden states and gradients between stages), reduction, workspace, buffers.
+    Names: weights, casts (FP8 casts of weights), master, moments, gradients, activations (including hidden states
+    inside stages), dispatch, logits, in_flight (hidden states and gradients between stages), reduction, workspace,
+    buffers.
     """
     peak_bytes: int
     """Sum of the items."""
     peak_event: str
     """The action or phase at the peak."""
     in_flight: int
-    """Micro-batches that wait for their backward at the schedule's peak, over all stages of the rank."""
+    """Number of micro-batches that wait for their backward at the schedule's peak, summed over the rank's stages."""
     phases: dict[str, PhaseBytes]
-    """Peaks of all phases of the run (`phases`)."""
+    """Peak of each phase of the run, as returned by `phases`."""
     host_items: dict[str, int]
-    """The rank's host memory by item; on a CPU these items are in device memory.
+    """The rank's host memory by item. On a CPU, these items are in device memory.
 
-    master, moments, buffers, activations, average, checkpoint (until it is written), copies (in memory).
+    Names: master, moments, buffers, activations, average, checkpoint (until it is written), copies (in memory).
     """
 
     @property
@@ -94,37 +97,40 @@ class RankMemory:
 
 
 def plan_memory(config: Config) -> list[RankMemory]:
-    """One entry per pipeline rank. Runs on the meta device, so it does not need the model's memory."""
+    """Plans the memory of each pipeline rank. Runs on the meta device, so the planning machine does not need the
+    model's memory."""
     scene = scene_of(config)
     return [rank_memory(config, pp_rank, scene) for pp_rank in range(config.parallel.pp)]
 
 
 def host_bytes(config: Config, ranks: Sequence[RankMemory]) -> int:
-    """Host memory of the ranks of the fullest node. ranks: one entry per pipeline rank, in any order."""
+    """Host memory used by the ranks of the fullest node. ranks: one entry per pipeline rank, in any order."""
     return node_bytes(config, [rank.host_bytes for rank in ranks])
 
 
 def node_bytes(config: Config, sizes: Sequence[int]) -> int:
-    """Sum over the ranks of the fullest host. sizes: of each pipeline rank, in any order."""
+    """Sum of `sizes` over the ranks of the fullest host. sizes: bytes of one rank at each pipeline position, in any
+    order."""
     layout, together = layout_of(config), host_ranks(config)
-    copies = min(layout.world // layout.pp, together)  # ranks at one pipeline position on a node
+    copies = min(layout.world // layout.pp, together)  # number of ranks at one pipeline position on a node
     most = sorted(sizes, reverse=True)[: max(1, together // copies)]
     return copies * sum(most)
 
 
 def host_lacking(config: Config, ranks: Sequence[RankMemory]) -> int:
-    """Lacking bytes of a host's memory or of the folder of copies in memory; 0 if sizes are unknown."""
+    """Bytes that a host lacks in its memory, or in the folder of copies in memory, whichever is more; 0 if the sizes
+    are unknown."""
     has = host_memory(config)
     return max(host_bytes(config, ranks) - has if has else 0, copies_lacking(config, ranks), 0)
 
 
 def copies_bytes(config: Config, ranks: Sequence[RankMemory]) -> int:
-    """Bytes of the folder of copies in memory on the fullest host."""
+    """Size in bytes of the folder of copies in memory, on the fullest host."""
     return node_bytes(config, [rank.host_items.get("copies", 0) * (HELD_COPIES - 1) // HELD_COPIES for rank in ranks])
 
 
 def copies_lacking(config: Config, ranks: Sequence[RankMemory]) -> int:
-    """Lacking bytes of the folder of copies in memory."""
+    """Bytes that the folder of copies in memory lacks."""
     room = copies_memory(config)
     return 0 if room is None else max(0, copies_bytes(config, ranks) - room)
 
@@ -137,10 +143,11 @@ def rank_memory(
     shortest: bool = False,
     depth: WalkDepth = WalkDepth.whole,
 ) -> RankMemory:
-    """The entry of one pipeline rank in a scene.
+    """Plans the memory of one pipeline rank in a scene.
 
-    layers: of every stage, instead of the layout's split. shortest: plan a step with only as many micro-batches as its
-    peak needs; the peak may then be reported at another micro-batch. depth: the exact peak, or a bound on it.
+    layers: layers of every stage; None: the layout's split. shortest: plan a step with only as many micro-batches as
+    its peak needs. The peak may then be reported at another micro-batch. depth: whether to compute the exact peak, or
+    only a bound on it.
     """
     state, host, moments = _moments(config, pp_rank, 0, scene, layers, shortest, depth)
     peak = max(moments.values(), key=lambda moment: moment.total)
@@ -190,7 +197,7 @@ def _phases(
     host: Counter,
     moments: dict[str, MemoryPeak],
 ) -> dict[str, PhaseBytes]:
-    """Peaks of one rank in each phase, from the state, host and moments of `_moments`."""
+    """The peaks of one rank in each phase. Starts from the state, host memory and moments that `_moments` returns."""
     held, kept = sum(state.values()), sum(host.values())
 
     def on_host(device: int, host: int, more: int) -> PhaseBytes:
@@ -202,11 +209,15 @@ def _phases(
     found |= {name: PhaseBytes(held + moment.total, kept) for name, moment in moments.items()}
     if "export" in found and scene.kind != "cpu":
         found["export"] = PhaseBytes(held, kept + export_bytes(config))
-    in_files = (state + host)["copies"] * (HELD_COPIES - 1) // HELD_COPIES  # the files outlive the ranks
+    in_files = (
+        (state + host)["copies"] * (HELD_COPIES - 1) // HELD_COPIES
+    )  # the files still exist after the ranks have ended
     found["resume"] = on_host(built, early, CRC_BLOCK + in_files)
     if config.init_from is not None and not config.adapter.on:
         groups = shards(config, rank_weights(config, list(chunk_parts(config, layers)[pp_rank].values())))
-        experts = config.model.experts // config.parallel.ep  # a folder stores experts separately, and gate and up too
+        experts = (
+            config.model.experts // config.parallel.ep
+        )  # a folder stores each expert separately, and the gate and up matrices too
         largest = max(
             min(size, one.elements // (experts if one.is_expert else 1) // (2 if "w13" in one.name else 1))
             for one, size in kept_elements(config, groups, stage_rank)
@@ -217,20 +228,22 @@ def _phases(
 
 
 def export_bytes(config: Config) -> int:
-    """Peak bytes of an export: parts of the weights in fp32, and the check that all values are finite
-    (train/export/run.py)."""
+    """Peak bytes of an export (train/export/run.py). It holds part of the weights in fp32, and checks that all values
+    are finite."""
     counts, model = count_parameters(config.model), FrozenSection(config.model)
     kinds = ("embedding", "dense", "moe")
     largest = max(weight.elements for kind in kinds for weight in part_weights(model, kind, config.model.experts))
-    read = min(counts.total + counts.mtp, 2 * EXPORTED_ELEMENTS)  # earlier weights are freed after the next are read
+    read = min(
+        counts.total + counts.mtp, 2 * EXPORTED_ELEMENTS
+    )  # the export frees weights only after it has read the next ones
     return FP32_BYTES * read + IS_FINITE_BYTES * min(largest, EXPORTED_ELEMENTS)
 
 
 def _built_bytes(config: Config, pp_rank: int, held: int, layers: list[range] | None) -> int:
-    """Peak bytes of a rank at its start, of which `held` bytes stay.
+    """Peak bytes while a rank starts. `held` bytes of them stay.
 
-    ZeRO 3 first draws weights in fp32, one expert at a time, and shards them one by one. With an adapter, all weights
-    exist before sharding.
+    ZeRO 3 draws weights in fp32, one expert at a time, and shards each weight before it draws the next. With an
+    adapter, all weights exist before they are sharded.
     """
     if config.parallel.zero < 3:
         return held
@@ -254,7 +267,8 @@ def _moments(
     shortest: bool = False,
     depth: WalkDepth = WalkDepth.whole,
 ) -> tuple[Counter, Counter, dict[str, MemoryPeak]]:
-    """A rank's permanent state, its share on the host, and the peak of each phase on top of the state."""
+    """The rank's permanent state, the part of it on the host, and the peak of each phase of a step. A peak does not
+    include the state."""
     chunks = chunk_parts(config, layers)[pp_rank]
     weights = rank_weights(config, list(chunks.values()))
     groups = shards(config, weights)
@@ -289,7 +303,7 @@ def _moments(
     averaged, copied = config.optim.ema_decay > 0, config.checkpoint.every_memory > 0
     host["average"] = (
         averaged * 2 * FP32_BYTES * owned
-    )  # and the weights during their copy to the average (train/loop/hooks/averaged_weights.py)
+    )  # and the weights while they are copied to the average (train/loop/hooks/averaged_weights.py)
     copy = {
         weight: size
         for weight, size in kept_elements(config, groups, stage_rank)
@@ -297,8 +311,8 @@ def _moments(
     }
 
     def saves(group: Shards) -> int:
-        """Elements of this rank's part that a checkpoint stores: of two copies of the embedding, only the first
-        rank's."""
+        """Elements of this rank's part that a checkpoint stores. If two ranks hold a copy of the embedding, only the
+        first rank saves it."""
         whole = group.scattered if config.parallel.zero == 3 else group.partition
         return whole - sum(copy.get(weight, 0) for weight in group.weights)
 
@@ -315,7 +329,7 @@ def _moments(
         "update": MemoryPeak(updated, Counter(reduction=updated), "update of weights"),
     }
     moments |= {"average": MemoryPeak()} if averaged else {}
-    if not shortest:  # validation takes less than a forward of the schedule
+    if not shortest:  # validation needs less memory than a forward of the schedule
         moments["validation"] = MemoryPeak(size := evaluated(), Counter(workspace=size), "validation")
     moments |= {"checkpoint": MemoryPeak()} | ({"copies": MemoryPeak()} if copied else {})
     if config.checkpoint.weights_every and pp_rank == stage_rank == 0 and not config.adapter.on:
@@ -325,7 +339,7 @@ def _moments(
 
 
 def scene_of(config: Config, load: Load | None = None) -> Scene:
-    """Settings that all passes of a run share. load: replaces an even load times plan.imbalance."""
+    """The settings that all passes of a run share. load: used instead of an even load times plan.imbalance."""
     model, parallel = config.model, config.parallel
     layout = layout_of(config)
     if load is None:
@@ -358,25 +372,25 @@ def _is_compiled(kind: str, wanted: bool) -> bool:
 
 
 def chunk_parts(config: Config, layers: list[range] | None = None) -> list[dict[int, Parts]]:
-    """The parts of every pipeline rank's stages. layers: of every stage, instead of the layout's split."""
+    """The parts of every stage, by pipeline rank. layers: layers of every stage; None: the layout's split."""
     layers = layers or stage_layers(config)
     return [{stage: parts_of_stage(config, layers, stage) for stage in stages} for stages in config.parallel.placement]
 
 
 def parts_of_stage(config: Config, layers: list[range], stage: int) -> Parts:
-    """The parts of one stage. layers: of every stage."""
+    """The parts of one stage. layers: layers of every stage."""
     blocks = [block_of(config.model, index) + _behind(config.model, place) for place, index in enumerate(layers[stage])]
     return (*["embedding"] * (stage == 0), *blocks, *["end"] * (stage == len(layers) - 1))
 
 
 def block_of(model: Model, layer: int) -> str:
-    """The name of a layer's block, without what backward does with it."""
+    """The name of a layer's block, without the suffix for recomputation or offloading."""
     shares = model.sparse.heads > 0 and not model.sparse.chooses(layer)
     return ("dense" if layer < model.dense_layers else "moe") + SHARED_KEYS * shares
 
 
 def _behind(model: Model, place: int) -> str:
-    """The suffix of the block at this position in a stage."""
+    """The name suffix of the block at this position in a stage."""
     if place < model.repeated_layers:
         return AGAIN
     part = model.offloaded_part(place)
@@ -409,7 +423,8 @@ def state_items(config: Config, groups: list[Shards]) -> Counter:
 
 
 def _offload_buffers(config: Config, groups: list[Shards]) -> int:
-    """Host buffers of DeepSpeed's ZeRO-Offload: the shard's gradients, its updated weights, and the largest weight."""
+    """Bytes of the host buffers of DeepSpeed's ZeRO-Offload: gradients of the shard, its updated weights, and the
+    largest weight."""
     owned, element = sum(group.partition for group in groups), config.precision.weight_bytes
     largest = max(weight.elements for group in groups for weight in group.weights)
     return (FP32_BYTES + element) * owned + element * largest
@@ -436,7 +451,7 @@ def _walk(
     depth: WalkDepth,
     ahead: dict[int, tuple[int, int]],
 ) -> tuple[MemoryPeak, int]:
-    """The peak of the schedule, and its peak of activations on the host in bytes."""
+    """The peak of device memory in the schedule, and the peak bytes of activations on the host."""
     model, parallel = config.model, config.parallel
     share = model.experts // parallel.ep
     last = max(max(stages) for stages in parallel.placement)

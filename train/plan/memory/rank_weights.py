@@ -1,6 +1,6 @@
-"""The weights of a rank in DeepSpeed's order, and their shards under ZeRO (parallel/zero).
+"""Lists the weights of a rank in DeepSpeed's order, and their shards under ZeRO (parallel/zero).
 
-All sizes in bytes unless a name says elements.
+All sizes are in bytes, unless a name says elements.
 """
 
 import math
@@ -30,11 +30,12 @@ class Weight:
     name: str
     shape: tuple[int, ...]
     is_trained: bool = True
-    """False for a base weight of an adapter's run, which has no master, moments or gradient."""
+    """False for a frozen base weight in an adapter's run. Such a weight has no master weights, moments or gradient."""
     item_bytes: int | None = None
     """Bytes per element; None for the recipe's weight format."""
     chunk: int | None = None
-    """The rank's only chunk with this weight. None for an embedding that the end of the model may use too."""
+    """The only chunk of this rank that has the weight. None for an embedding, which the end of the model may use
+    too."""
 
     @property
     def elements(self) -> int:
@@ -49,7 +50,8 @@ class Weight:
 def part_weights(
     model: FrozenSection[Model], part: str, local_experts: int, adapter: FrozenSection[Adapter] = NO_ADAPTER
 ) -> tuple[Weight, ...]:
-    """The weights of a part (train/plan/memory/part.py). The end's exclude the embedding, which is its own part."""
+    """The weights of a part (train/plan/memory/part.py). The embedding is a part of its own, so the end does not list
+    it."""
     config = replace(model.section, sparse=sparse_of(part, model.section))
     layers = {"dense": range(1), "moe": range(config.dense_layers, config.dense_layers + 1)}.get(
         kind_of(part), range(0)
@@ -76,13 +78,13 @@ def part_weights(
 
 
 def held_bytes(config: Config, weights: Sequence[Weight]) -> int:
-    """Bytes of whole weights, in the formats in which a rank stores them."""
+    """Bytes of complete weights, in the formats in which a rank stores them."""
     usual = config.precision.weight_bytes
     return sum(weight.elements * (weight.item_bytes or usual) for weight in weights)
 
 
 def rank_weights(config: Config, chunks: Sequence[Parts]) -> list[Weight]:
-    """The weights of all chunks of a rank. An embedding that two chunks share, or that MTP needs at the end, appears
+    """The weights of all chunks of a rank. An embedding that two chunks share, or that MTP modules also need, appears
     once."""
     model, share = FrozenSection(config.model), config.model.experts // config.parallel.ep
     has_table = any(needs_table(config.model, parts) for parts in chunks)
@@ -98,13 +100,14 @@ def _chunk_weights(chunk: int | None, *part: Any) -> list[Weight]:
 
 
 def needs_table(model: Model, parts: Parts) -> bool:
-    """Whether a chunk has the embedding: the first chunk, and the last if there are MTP modules."""
+    """Whether a chunk has the embedding. The first chunk has it. The last chunk has it if there are MTP modules."""
     return "embedding" in parts or ("end" in parts and model.mtp_depth > 0)
 
 
 @dataclass(frozen=True)
 class Shards:
-    """One parameter group under ZeRO: flattened, padded, and cut into equal parts, one of them this rank's."""
+    """One parameter group under ZeRO. DeepSpeed flattens it, pads it and cuts it into equal parts. Each rank owns one
+    part."""
 
     weights: list[Weight]
     ranks: int
@@ -116,12 +119,12 @@ class Shards:
 
     @property
     def partition(self) -> int:
-        """Elements of this rank's part; DeepSpeed aligns parts to two elements."""
+        """Number of elements in this rank's part. DeepSpeed aligns parts to two elements."""
         return math.ceil(self.elements / (2 * self.ranks)) * 2
 
     @property
     def scattered(self) -> int:
-        """Elements of this rank's part if every weight is cut separately, as at stage 3."""
+        """Number of elements in this rank's part if every weight is sharded separately, as at stage 3."""
         return sum(math.ceil(weight.elements / self.ranks) for weight in self.weights)
 
 
@@ -136,6 +139,7 @@ def shards(config: Config, weights: Sequence[Weight]) -> list[Shards]:
 
 
 def state_bytes(config: Config, groups: Sequence[Shards], owned: Callable[[Shards], int]) -> int:
-    """Bytes of optimizer state for this rank's parts. owned: returns the elements of a group's part."""
+    """Bytes of optimizer state for the parts that this rank owns. owned: returns the number of elements of a group's
+    part."""
     moment = config.precision.moment_bytes
     return sum(group.rule.count_state_bytes(moment) * owned(group) for group in groups)

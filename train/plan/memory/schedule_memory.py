@@ -1,6 +1,6 @@
 """Walks through a rank's action list and computes the memory of every action.
 
-Live between actions, besides the rank's state:
+Between actions, these items are live besides the rank's state:
 
     kept        tensors that a forward keeps for its backward, by item (chunk.py)
     hidden      hidden states at a border between two stages: computed or received, until this rank's stages are done
@@ -9,8 +9,8 @@ Live between actions, besides the rank's state:
     leaving     the last part that a forward sent to the host, until the next action is done
     away        the same part, from the action before its backward on (parallel/pipeline/host_store.py)
 
-torch's stage holds input and output of a chunk to the end of its backward. If the first and the last stage share a
-rank, the embedding is one table with one gradient. gloo holds sent tensors until the step ends.
+torch's stage holds a chunk's input and output until the chunk's backward ends. If the first and the last stage are on
+one rank, they share one embedding table and its gradient. gloo holds sent tensors until the step ends.
 """
 
 from collections import Counter, defaultdict
@@ -33,7 +33,7 @@ class MemoryPeak:
     items: Counter = field(default_factory=Counter)
     event: str = ""
     in_flight: int = 0
-    """Micro-batches that wait for their backward, over all stages of the rank."""
+    """Number of micro-batches that wait for their backward, summed over the rank's stages."""
 
 
 @dataclass(frozen=True)
@@ -42,26 +42,27 @@ class StagePlan:
 
     chunk: ChunkMemory
     gradients: int
-    """Bytes of the gradients of its weights, without the embedding's."""
+    """Bytes of the gradients of the stage's weights, without the embedding's gradient."""
     table: int
-    """Bytes of the embedding's gradient if the stage uses it, else 0."""
+    """Bytes of the embedding's gradient if the stage uses the embedding, else 0."""
     one_piece: bool = False
-    """Whether the whole backward runs in place of its input part."""
+    """Whether the stage runs its complete backward as I, and nothing as W."""
 
 
 class WalkDepth(IntEnum):
-    """The passes that a walk traces. If it leaves some out, its peak is only a bound."""
+    """Which passes a walk traces. If it leaves some out, the result is only a bound on the peak."""
 
     forwards = 0
-    """Only forward passes. Between the two halves of a backward all tensors are assumed to stay, like its graph."""
+    """Only forward passes. Between the two halves of a backward, all tensors are assumed to stay, because the graph
+    stays."""
 
     settled = 1
-    """All passes except passes that allocate gradients, so only half of them are traced."""
+    """All passes except those that allocate gradients. This halves the number of traced backward passes."""
     whole = 2
 
 
 SENT = -1
-"""Holder of a tensor that is not a stage: the transport."""
+"""Marks the transport as the holder of a tensor; other holders are stages."""
 
 
 class ScheduleWalk:
@@ -75,35 +76,37 @@ class ScheduleWalk:
         depth: WalkDepth,
         ahead: Mapping[int, tuple[int, int]],
     ):
-        """stages: the rank's stages. holds_sent: tensors sent to other ranks stay until the step ends.
+        """stages: the rank's stages. holds_sent: whether tensors that were sent to other ranks stay until the step
+        ends.
 
-        ahead: by stage, the peak bytes of the reduction after its last backward, and the bytes that remain
-        (step_end.py).
+        ahead: for each stage, two numbers about the reduction after its last backward: its peak bytes, and the bytes
+        that remain after it (step_end.py).
         """
         self._ahead, self._left = ahead, Counter()
         self._stages, self._last, self._holds_sent, self._depth = stages, num_stages - 1, holds_sent, depth
         self._alive: dict[tuple[str, int, int], Counter] = {}
-        """By kind, stage (the upper stage of a border) and micro-batch. Counters are added and removed, never
-        changed."""
+        """Live items by kind, stage and micro-batch. Hidden states between two stages belong to the later stage. A
+        Counter is added or removed as a whole, never changed."""
         self._bytes: dict[tuple[str, int, int], int] = {}
         self._total = 0
         self._holders: defaultdict[tuple[str, int, int], set[int]] = defaultdict(set)
         self._made: set[int] = set()
-        """Stages whose weights have gradients."""
+        """Stages whose gradients exist."""
         self._table_made = False
         self._gradients = 0
         self._peak: tuple = 0, 0, 0, {}, None, 0
-        """The peak: its bytes, bytes outside of passes, gradients, other live items, the action, and its forwards."""
+        """Facts about the peak: total bytes, bytes outside of passes, gradients, other live items, the action, and its
+        number of forwards."""
         self._leaving: list[tuple[str, int, int]] = []
-        """Keys that the last action added to the live items, and the next action removes."""
+        """Live items that the last action added and the next action removes."""
         self._host = 0
         self.host_peak = 0
-        """Bytes of the host's memory."""
+        """Peak bytes of host memory."""
 
     def run(self, actions: Sequence[Action]) -> MemoryPeak:
-        """Walk through the whole list."""
+        """Walk through all actions."""
         lines = [
-            [part for part in action.halves[::-1] or (action,) if self._kind(part)]  # backward goes first
+            [part for part in action.halves[::-1] or (action,) if self._kind(part)]  # the backward of a pair runs first
             for action in actions
         ]
         self._left.update(part.stage for parts in lines for part in parts if self._kind(part) in "BW")
@@ -124,7 +127,7 @@ class ScheduleWalk:
         return self._described()
 
     def _reduce_ahead(self, action: Action) -> None:
-        """Reduce gradients after the last backward of a stage."""
+        """If this was the last backward of the stage, reduce the stage's gradients."""
         self._left[action.stage] -= self._kind(action) in "BW"
         if self._left[action.stage] or action.stage not in self._ahead:
             return
@@ -135,7 +138,7 @@ class ScheduleWalk:
         self._gradients += stays
 
     def _fetch(self, action: Action) -> None:
-        """Bring the first tensors that a backward reads back to the device, unless they are still there."""
+        """Bring the tensors that a backward reads first back to the device, unless they are still on the device."""
         stage, m = action.stage, action.micro_batch
         chunk = self._stages[stage].chunk
         if self._kind(action) not in ("B", "I") or ("kept", stage, m) not in self._alive or not chunk.sent_last:
@@ -158,7 +161,7 @@ class ScheduleWalk:
             self._hold("gradient", stage + 1, m, chunk.hidden, stage)
 
     def _play(self, action: Action, parts: Sequence[Action]) -> None:
-        """Run the passes of an action on top of the other live bytes."""
+        """Run the passes of an action, on top of the other live bytes."""
         if self._depth < WalkDepth.whole and any(self._is_first(part) for part in parts):
             return
         peak = total = self._gradients + self._total
@@ -192,7 +195,7 @@ class ScheduleWalk:
             del self._alive[key]
 
     def _counted(self, action: Action) -> Iterator[tuple[str, int, int]]:
-        """Keys of live items that a pass includes in its own numbers."""
+        """Keys of the live items that the action's pass already counts."""
         stage, m = action.stage, action.micro_batch
         keys = [("hidden", stage, m)]
         if self._kind(action) != "F":
@@ -277,7 +280,7 @@ def _pass(chunk: ChunkMemory, kind: str, first: bool, table_first: bool) -> Pass
 
 
 def _highest(lanes: Sequence[PassMemory]) -> int:
-    """The largest sum of alternating passes; the first begins, and one continues alone when the other has ended."""
+    """Peak of alternating passes. The first pass begins. When one pass ends, the other continues alone."""
     now = [lane.start for lane in lanes]
     left = [list(lane.pieces) for lane in lanes]
     highest, turn = sum(now), 0
@@ -291,7 +294,7 @@ def _highest(lanes: Sequence[PassMemory]) -> int:
 
 
 def _name(action: Action) -> str:
-    """An action in words: forward of stage 3, micro-batch 12."""
+    """Describes an action, for example: forward of stage 3, micro-batch 12."""
     kinds = {"F": "forward", "B": "backward", "I": "backward of inputs", "W": "backward of weights"}
     if action.halves:
         return " beside ".join(map(_name, action.halves))

@@ -1,25 +1,28 @@
-"""Memory at the end of a step: gradients go into DeepSpeed's bucket, are reduced and sharded; then the update.
+"""Memory at the end of a step: DeepSpeed copies gradients into its bucket, reduces and shards them, and updates the
+weights.
 
-This follows DeepSpeed buffer by buffer (parallel/zero/private_names.py names the code it follows). On small models with
-few micro-batches, the peak of the whole step is here. At its start, gradients are fp32 and whole
+The simulation follows DeepSpeed buffer by buffer (parallel/zero/private_names.py names DeepSpeed's code). On small
+models with few micro-batches, the peak of the step is here. At the start, all gradients are in fp32 and not yet sharded
 (parallel/zero/whole_weights.py):
 
     own        gradients of a group with only this rank stay unchanged to the end (with bf16 weights)
     fill       a gradient is copied into the bucket, and its own memory freed; one larger than the bucket stays
     reduce     when the bucket is full, the slices of every group are joined in a copy and summed over its ranks
-    keep       with bf16 weights, sums go to a flat shard per group, allocated on first use; with fp32 weights, whole
-               gradients of which this rank keeps a slice are copied into one buffer
-    update     group by group; with fp32 weights the shard is first copied together; then the optimizer's scratch
+    keep       with bf16 weights, sums go to a flat shard per group, allocated on first use; with fp32 weights, complete
+               gradients are copied into one buffer if this rank keeps a slice of them
+    update     group by group; with fp32 weights the shard is first copied into one tensor; the optimizer needs scratch
 
-With offload (ZeRO 1 and 2), a shard's gradients go to the host as they are reduced. Whole gradients are freed as soon
-as this rank's slices are copied. With fp32 weights there is no joined copy on the device. The scratch is on the host.
+With offload (ZeRO 1 and 2), the shard's gradients go to the host during the reduction. A complete gradient is freed as
+soon as this rank's slices are copied. With fp32 weights, the shard is not joined in a copy on the device. The scratch
+memory is on the host.
 
-With bf16 weights, a chunk that ends before another chunk of the rank has its gradients reduced first, in a separate
-block. This leaves a shard of every group (parallel/zero/whole_weights.py).
+With bf16 weights, a chunk may end before another chunk of the rank. The gradients of this chunk are then reduced first,
+as a separate block. Afterwards, a shard of every group remains (parallel/zero/whole_weights.py).
 
-At stage 2, gradients that other ranks keep are released after their reduction; at stage 1, after all reductions.
+Some gradients are kept only by other ranks. Stage 2 frees them after their own reduction, and stage 1 after all
+reductions.
 
-All sizes in bytes unless a name says elements.
+All sizes are in bytes, unless a name says elements.
 """
 
 from collections.abc import Iterator, Sequence
@@ -73,7 +76,7 @@ class Gradient:
 
 
 def _gradients(groups: Sequence[Shards], ranks: Sequence[int]) -> Iterator[Gradient]:
-    """All gradients in DeepSpeed's order. ranks: this rank's number in every group."""
+    """All gradients in DeepSpeed's order. ranks: this rank's index in every group."""
     for number, (group, rank) in enumerate(zip(groups, ranks, strict=True)):
         begin, part = 0, group.partition
         for weight in group.weights:
@@ -86,7 +89,7 @@ def _gradients(groups: Sequence[Shards], ranks: Sequence[int]) -> Iterator[Gradi
 
 
 def kept_elements(config: Config, groups: Sequence[Shards], stage_rank: int) -> list[tuple[Weight, int]]:
-    """The weights of which this rank keeps slices, with the number of kept elements."""
+    """The weights that this rank keeps slices of, each with the number of kept elements."""
     if config.parallel.zero == 3:
         return [(weight, -(-weight.elements // group.ranks)) for group in groups for weight in group.weights]
     ranks = [stage_rank * group.ranks // config.parallel.stage_ranks for group in groups]
@@ -99,7 +102,7 @@ def kept_elements(config: Config, groups: Sequence[Shards], stage_rank: int) -> 
 
 
 class StepEnd:
-    """Gradients of one rank from the end of the schedule to the next step."""
+    """Gradients of one rank, from the end of the schedule to the next step."""
 
     def __init__(self, config: Config, groups: Sequence[Shards], stage_rank: int, scene: Scene):
         self._groups, self._scene = groups, scene
@@ -107,17 +110,19 @@ class StepEnd:
         self._offload = config.parallel.offload_optimizer
         self._config = config
         self._has_expert_groups = config.parallel.ep > 1
-        """Else experts are summed over the same group as all other weights."""
+        """If False, experts are summed over the same ranks as all other weights."""
         self._ranks = [stage_rank * group.ranks // config.parallel.stage_ranks for group in groups]
         self._own = [group for group in groups if self._is_own(group)]
         self._gradients = [one for one in _gradients(groups, self._ranks) if not self._is_own(groups[one.group])]
         self._bucket = min(max(1, sum(one.weight.elements for one in self._gradients)), THRESHOLDS.bucket_elements)
 
     def peaks(self, ended: Sequence[int]) -> tuple[list[tuple[int, int]], int, int]:
-        """Peak bytes of gradients, buffers and scratch: of every early reduction, of the reduction, and of the update.
+        """Peak bytes of gradients, buffers and scratch in each early reduction, in the final reduction and in the
+        update.
 
-        ended: chunks whose gradients are reduced ahead, in order. For each, the first list has the peak above the
-        bytes before it, and the change of bytes that remains, mostly negative.
+        ended: chunks whose gradients are reduced early, in order. The first result has two numbers for each of these
+        chunks. The first number is the peak, counted from the bytes before the reduction. The second number is the
+        change in bytes that remains, which is mostly negative.
         """
         meter = self._meter = _Bytes()
         meter.take(sum(one.size for one in self._gradients))
@@ -135,7 +140,8 @@ class StepEnd:
         return ahead, meter.mark(), self._update()
 
     def _reduce_all(self, gradients: Sequence[Gradient], ahead: bool = False) -> None:
-        """Reduce one of DeepSpeed's blocks. ahead: all of these gradients are freed with it."""
+        """Reduce one of DeepSpeed's blocks. ahead: the block is an early one, and all its gradients are freed
+        afterwards."""
         self._meter.take(FP32_BYTES * self._bucket)
         waiting: list[Gradient] = []
         for one in gradients:
@@ -162,7 +168,7 @@ class StepEnd:
                 if one.mine and one.group not in self._shards:
                     self._shards.add(one.group)
                     meter.take(FP32_BYTES * self._groups[one.group].partition)
-        for experts in (False, True):  # each over its own ranks
+        for experts in (False, True):  # dense weights and experts have different ranks
             slices = [one for one in waiting if (self._has_expert_groups and one.weight.is_expert) == experts]
             for copied in self._copies(slices):
                 meter.take(FP32_BYTES * copied)
@@ -183,11 +189,11 @@ class StepEnd:
 
     @property
     def _whole_size(self) -> int:
-        """Bytes of the buffer for whole gradients, with fp32 weights."""
+        """Bytes of the buffer for complete gradients, with fp32 weights."""
         return sum(one.size for one in self._gradients if one.mine)
 
     def _copies(self, gradients: Sequence[Gradient]) -> Iterator[int]:
-        """Elements of each copy that joins slices; a single slice is not copied."""
+        """Number of elements of each copy that joins slices. A single slice needs no copy."""
         slices: list[int] = []
         for mine, run in groupby(
             ((one, piece) for one in gradients for piece in one.slices),
@@ -208,7 +214,7 @@ class StepEnd:
         return self._bf16 and piece.owner == self._ranks[one.group]
 
     def _end(self, gradients: Sequence[Gradient], ahead: bool) -> None:
-        """Free the bucket, and large gradients that are still there, after all of these gradients are reduced."""
+        """All of these gradients are reduced: free the bucket, and large gradients that still exist."""
         stays = (
             one
             for one in gradients

@@ -1,8 +1,9 @@
-"""Memory of ZeRO stage 3 besides this rank's shards (parallel/zero/sharded_weights.py), for the active unit.
+"""Memory that ZeRO stage 3 needs for the active unit, besides this rank's shards (parallel/zero/sharded_weights.py).
 
-The model's units run in sequence: embedding, blocks, final norm, MTP modules, head, and back. While a unit runs, its
-weights are gathered, and some of the next units' weights (zero3_gather.py). Gradients go to a bucket, which stays
-for the whole run, and are reduced during backward (zero3_scatter.py). All sizes in bytes.
+The model's units run in sequence: embedding, blocks, final norm, MTP modules and head. Backward runs them in reverse
+order. While a unit runs, DeepSpeed has gathered the unit's weights and already gathers weights of the next units
+(zero3_gather.py). Gradients are copied into a bucket, which exists for the whole run. They are reduced during backward
+(zero3_scatter.py). All sizes are in bytes.
 """
 
 from collections.abc import Sequence
@@ -29,10 +30,10 @@ from train.plan.memory.zero3_scatter import (
 
 
 class Zero3Memory:
-    """One rank, which has the whole model in one chunk."""
+    """Memory of one rank that has all layers of the model in one chunk."""
 
     def __init__(self, config: Config, weights: Sequence[Weight], groups: Sequence[Shards], chunk: ChunkMemory):
-        """weights: all weights of the rank; groups contain the trained ones."""
+        """weights: all weights of the rank. groups: only its trained weights."""
         self._config, self._groups, self._chunk = config, groups, chunk
         self._frozen = [weight for weight in weights if not weight.is_trained]
         self._element = config.precision.weight_bytes
@@ -49,22 +50,24 @@ class Zero3Memory:
         }
 
     def schedule(self) -> tuple[int, str]:
-        """Peak bytes in forward and backward passes and between them, and the unit at the peak."""
+        """Peak bytes in the forward and backward passes and between them, and the name of the unit at the peak."""
         forward, (backward, _) = self._forward, self._backward
         held = self._held
         moments = []
         for number, (visit, gathered) in enumerate(zip((*forward, *backward), held, strict=True)):
             most = max(visit.peak + gathered.working, visit.start + gathered.fetching)
             moments.append((most, f"{'forward' if number < len(forward) else 'backward'}: {visit.unit}"))
-        if micro_batches_of(self._config) > 1:  # the rest of a micro-batch's gradients is reduced as the next begins
+        if (
+            micro_batches_of(self._config) > 1
+        ):  # gradients that remain from a micro-batch are reduced when the next micro-batch begins
             moments.append((self.reduction(), "reduction between micro-batches"))
         return max(moments)
 
     def evaluation(self) -> int:
         """Peak bytes in a forward without gradients.
 
-        MTP modules do not run in it, but DeepSpeed has learnt their turn: it gathers their weights while the head
-        runs.
+        This forward does not run the MTP modules. DeepSpeed has learnt the order of units in training, so it still
+        gathers the modules' weights while the head runs.
         """
         visits = [visit for part in self._chunk.parts for visit in trace_unit_evaluation(self._chunk.scene, part)]
         held = self._held[: len(visits)]
@@ -77,10 +80,10 @@ class Zero3Memory:
         )
 
     def reduction(self) -> int:
-        """Peak bytes when the last micro-batch's remaining gradients are reduced.
+        """Peak bytes when the remaining gradients of the last micro-batch are reduced.
 
-        The embedding's input has no gradient, so DeepSpeed does not see the end of its backward and keeps its
-        weights.
+        The embedding's input has no gradient. So DeepSpeed does not notice that the embedding's backward has ended, and
+        keeps its weights.
         """
         _, left = self._backward
         outside = 0 if self._bucket.takes(left.elements) else FP32_BYTES * left.elements
@@ -103,7 +106,7 @@ class Zero3Memory:
 
     @cached_property
     def _backward(self) -> tuple[list[Visit], WaitingGradients]:
-        """Units in the order of backward, and the gradients that wait at its end."""
+        """The visits of units in backward order, and the gradients that are not yet reduced at the end."""
         scene, waiting = self._chunk.scene, NOTHING
         visits: tuple[Visit, ...] = ()
 
@@ -117,30 +120,30 @@ class Zero3Memory:
 
     @cached_property
     def _held(self) -> list[GatheredBytes]:
-        """Gathered bytes at the visits of forward, then of backward."""
+        """Bytes of gathered weights at each visit: first the visits of forward, then those of backward."""
         last = len(self._learnt[0]) - 1
         held = follow_gathers(*self._learnt)
         return held[1 : last + 1] + held[-last:]
 
     @cached_property
     def _learnt(self) -> tuple[list[list[SharedWeight]], list[tuple[int, bool]], int]:
-        """Units, the sequence of visits that DeepSpeed learns, and its limit of elements."""
+        """The weights of each unit, the sequence of visits that DeepSpeed learns, and DeepSpeed's limit in elements."""
         units = self._units()
         last, depths = len(units) - 1, self._config.model.mtp_depth
         down = range(last, 0, -1)  # each pass starts with the model itself, a unit without weights
-        visits = [*range(last + 1), 0, *[last] * depths, *down]  # the head once for every output
+        visits = [*range(last + 1), 0, *[last] * depths, *down]  # the head runs once for every output
         done = [True] * (last + 2) + [False] * depths + [True] * last
         limit = max(sum(weight.elements for weight in unit) for unit in units)
         return units, list(zip(visits, done, strict=True)), limit
 
     def _units(self) -> list[list[SharedWeight]]:
-        """Weights by unit; the first unit is the model itself, without weights of its own."""
+        """Weights of each unit. The first unit is the model itself, which has no weights of its own."""
         found: list[list[SharedWeight]] = [[]]
         for part in self._chunk.parts:
             by_unit: dict[str, list[SharedWeight]] = {}
             for weight in self._weights(part):
                 by_unit.setdefault(unit_of(weight.name) if part == "end" else part, []).append(self._shared(weight))
-            head = by_unit.pop("head", None)  # runs last
+            head = by_unit.pop("head", None)  # the head runs last
             found += [*by_unit.values(), *([head] if head else [])]
         return found
 
@@ -159,7 +162,8 @@ class Zero3Memory:
         return part_weights(FrozenSection(self._config.model), part, share, FrozenSection(self._config.adapter))
 
     def update(self) -> int:
-        """Peak bytes while the weights are updated, group by group: a copy of the gradients and scratch."""
+        """Peak bytes during the update, which runs group by group and needs a copy of the gradients and scratch
+        memory."""
         scene, precision = self._chunk.scene, self._config.precision
         scratch = OPTIMIZER_CLASSES[self._config.optim.facts.name].count_scratch_bytes
         sizes = [group.scattered for group in self._groups]

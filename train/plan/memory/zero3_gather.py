@@ -1,18 +1,18 @@
-"""Simulates which weights ZeRO stage 3 has gathered while each unit of the model runs, by DeepSpeed's rules.
+"""Simulates, by DeepSpeed's rules, which weights ZeRO stage 3 has gathered while each unit of the model runs.
 
-DeepSpeed (parallel/zero/private_names.py names the code it follows) learns the order of units. Before each unit, it
+DeepSpeed learns the order of units (parallel/zero/private_names.py names DeepSpeed's code). Before each unit, it
 gathers
 
     1. the missing weights of the unit, and waits for them
     2. weights of the next units, one by one, until `limit` elements are in transfer, or 2 limit are gathered in total
 
-Weights of one gather share a buffer. When the first unit that needs one of them waits, each weight is copied out. The
-buffer stays until the wait for its last weight. A weight that is gathered alone, or has no other rank, is not copied.
-After a unit's work its weights are freed, unless later gathers already rely on them. DeepSpeed waits for a unit's
-weights in the order of a set of objects, which differs between processes: the peak is for the worst order. If another
-unit runs than the learnt one, DeepSpeed frees all weights in transfer.
+All weights of one gather share a buffer. When a unit first waits for one of these weights, DeepSpeed copies all of them
+out of the buffer. The buffer stays until units have waited for all of them. A weight is not copied if it was gathered
+alone, or if only one rank has it. After a unit has run, its weights are freed, unless later gathers already rely on
+them. DeepSpeed waits for a unit's weights in the order of a Python set of objects, which differs between processes. So
+the simulation takes the worst order. If another unit runs than the learnt one, DeepSpeed frees all weights in transfer.
 
-Limits count elements; results are bytes.
+Limits are numbers of elements; results are bytes.
 """
 
 from collections import Counter, deque
@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 
 class SharedWeight(NamedTuple):
-    """A weight, the process group that shares it, and the number of ranks in that group."""
+    """A weight, the process group whose ranks shard it, and the number of these ranks."""
 
     elements: int
     group: str
@@ -42,12 +42,12 @@ class SharedWeight(NamedTuple):
 
 
 class GatheredBytes(NamedTuple):
-    """Gathered weights around one visit of a unit, in bytes."""
+    """Bytes of gathered weights before and during one visit of a unit."""
 
     fetching: int
-    """Peak while its weights arrive."""
+    """Peak bytes while the unit's weights arrive."""
     working: int
-    """While the unit runs."""
+    """Bytes while the unit runs."""
 
 
 class _Status(Enum):
@@ -58,18 +58,19 @@ class _Status(Enum):
 
 @dataclass(eq=False)
 class _Weight:
-    """A weight in a simulation. next_use: number of the visit that the latest gather or wait was for."""
+    """A weight in a simulation. next_use: number of the visit that caused the latest gather or wait."""
 
     shared: SharedWeight
     status: _Status = _Status.away
     next_use: int = -1
     size: int = 0
-    """Bytes of its own memory."""
+    """Bytes of the weight's own memory."""
 
 
 @dataclass(eq=False)
 class _Gather:
-    """Weights in one transfer. buffers: bytes, without those that become a weight's own memory."""
+    """Weights that are in one transfer. buffers: bytes of the transfer's buffers, except memory that becomes a weight's
+    own."""
 
     waited: list[_Weight]
     copied: list[_Weight] = field(default_factory=list)
@@ -86,14 +87,15 @@ class _Gather:
 def follow_gathers(
     units: Sequence[Sequence[SharedWeight]], visits: Sequence[tuple[int, bool]], limit: int
 ) -> list[GatheredBytes]:
-    """Gathered bytes at every visit. visits: a unit's number, and whether the unit is finished when the visit ends."""
+    """Bytes of gathered weights at every visit. visits: pairs of a unit's number, and whether the unit is finished
+    after the visit."""
     return _Coordinator(units, visits, limit).run(len(visits))
 
 
 def follow_change(
     units: Sequence[Sequence[SharedWeight]], visits: Sequence[tuple[int, bool]], limit: int, number: int, unit: int
 ) -> GatheredBytes:
-    """Gathered bytes if this unit runs instead of the unit that was learnt for visit `number`."""
+    """Bytes of gathered weights if this unit runs at visit `number` instead of the learnt unit."""
     coordinator = _Coordinator(units, visits, limit)
     coordinator.run(number)
     return coordinator.visit_unlearnt(unit)
@@ -106,10 +108,10 @@ class _Coordinator:
         self._queue = deque((weight, number) for number, (unit, _) in enumerate(visits) for weight in self._units[unit])
         self._coming: dict[_Weight, _Gather] = {}
         self._counted = 0
-        """Elements that DeepSpeed counts as gathered: without padding and buffers."""
+        """Number of elements that DeepSpeed counts as gathered. Padding and buffers do not count."""
 
     def run(self, end: int) -> list[GatheredBytes]:
-        """Gathered bytes of the visits before number `end`."""
+        """Bytes of gathered weights at the visits before visit `end`."""
         found = []
         for number, (unit, done) in enumerate(self._visits[:end]):
             weights = self._units[unit]
@@ -122,7 +124,8 @@ class _Coordinator:
         return found
 
     def visit_unlearnt(self, unit: int) -> GatheredBytes:
-        """The visit of a unit out of turn. Buffers stay until all weights in transfer have arrived and are freed."""
+        """Simulates the visit of a unit that is not the learnt one. Buffers stay until all weights in transfer have
+        arrived and are freed."""
         highest = self._size()
         for weight, gather in self._coming.items():
             gather.arrive()
@@ -150,12 +153,12 @@ class _Coordinator:
             self._counted += weight.shared.elements
 
     def _wait(self, weights: list[_Weight]) -> int:
-        """Let a unit's weights arrive. Returns the peak bytes meanwhile."""
+        """Simulate the wait for a unit's weights. Returns the peak bytes during the wait."""
         highest = self._size()
         coming = [weight for weight in weights if weight in self._coming]
-        left = Counter(self._coming.values())  # weights left in each gather; its buffers are freed with the last one
+        left = Counter(self._coming.values())  # weights left in each gather; its buffers are freed with the last
         early = list({gather: weight for weight in coming if left[gather := self._coming[weight]] > 1}.values())
-        for weight in [*early, *(weight for weight in coming if weight not in early)]:  # the worst order
+        for weight in [*early, *(weight for weight in coming if weight not in early)]:  # the worst possible order
             self._coming[weight].arrive()
             highest = max(highest, self._size())
             del self._coming[weight]

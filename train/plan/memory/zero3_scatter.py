@@ -1,9 +1,10 @@
-"""Passes of a part under ZeRO stage 3, unit by unit, with gradients reduced during backward.
+"""Runs the passes of a part under ZeRO stage 3, unit by unit, and reduces gradients during backward.
 
-See parallel/zero/sharded_weights.py. Whole fp32 gradients of weights are handed over in reverse module order and
-copied into a bucket. Waiting gradients are reduced when the next belongs to another group of ranks (dense or
-experts), or has no room: joined in the order of shards, summed, and added to the shards' sums. A gradient larger
-than the bucket keeps its own memory until then.
+See parallel/zero/sharded_weights.py. Backward computes complete fp32 gradients of the weights in reverse module order,
+and DeepSpeed copies them into a bucket. The waiting gradients are reduced when the next gradient belongs to another
+group of ranks (dense or experts), or does not fit into the bucket. They are joined in the order of shards, summed over
+the ranks, and added to the sums of the shards. A gradient larger than the bucket stays in its own memory until it is
+reduced.
 """
 
 from dataclasses import dataclass
@@ -17,11 +18,11 @@ from train.plan.memory.rank_weights import FP32_BYTES
 
 
 class WaitingGradients(NamedTuple):
-    """Gradients handed over and not yet reduced."""
+    """Gradients that backward has computed and that are not yet reduced."""
 
     elements: int = 0
     padded: int = 0
-    """Elements with the padding that makes all shards equally long."""
+    """Number of elements, including the padding that makes all shards equally long."""
     tensors: int = 0
     experts: bool = False
 
@@ -31,16 +32,16 @@ NOTHING = WaitingGradients()
 
 @dataclass(frozen=True)
 class Bucket:
-    """The rules of the reduction."""
+    """The rules for gradients in the bucket."""
 
     limit: int
-    """Elements."""
+    """Size of the bucket in elements."""
     dense_ranks: int
     expert_ranks: int
     gloo: bool
 
     def is_full(self, waiting: WaitingGradients, elements: int, experts: bool) -> bool:
-        """Whether waiting gradients must be reduced before a gradient of this kind is added."""
+        """Whether the waiting gradients must be reduced before a gradient of this size and kind is added."""
         return waiting.tensors > 0 and (experts != waiting.experts or waiting.elements + elements > self.limit)
 
     def add(self, waiting: WaitingGradients, elements: int, experts: bool) -> WaitingGradients:
@@ -49,11 +50,11 @@ class Bucket:
         return WaitingGradients(waiting.elements + elements, waiting.padded + padded, waiting.tensors + 1, experts)
 
     def takes(self, elements: int) -> bool:
-        """Whether a gradient is copied into the bucket."""
+        """Whether a gradient of this size is copied into the bucket."""
         return elements <= self.limit
 
     def reduction(self, waiting: WaitingGradients) -> int:
-        """Peak bytes of a reduction. gloo sums in a copy; experts' shards are scaled after the sum."""
+        """Peak bytes of a reduction. gloo sums in a copy. The shards of experts are scaled after the sum."""
         ranks = self.expert_ranks if waiting.experts else self.dense_ranks
         in_order = 0 if waiting.tensors == 1 and waiting.elements == waiting.padded else waiting.padded
         summed = waiting.padded if self.gloo else 0
@@ -62,7 +63,7 @@ class Bucket:
 
 
 class Visit(NamedTuple):
-    """A unit's work in a pass: live bytes at its start, and its peak."""
+    """One visit of a unit in a pass: live bytes when it starts, and its peak."""
 
     unit: str
     start: int
@@ -75,14 +76,14 @@ class Visit(NamedTuple):
 
 @traced_once
 def trace_unit_forward(scene: Scene, part: str) -> tuple[Visit, ...]:
-    """Forward. unit: the part's own name; for the end: norm, mtp.0 ... and head."""
+    """The visits of a forward pass. Their unit is the part's own name; in the end: norm, mtp.0 ... and head."""
     with _UnitRun(scene, part) as run:
         return run.visits(run.forward().run)
 
 
 @traced_once
 def trace_unit_evaluation(scene: Scene, part: str) -> tuple[Visit, ...]:
-    """Forward without gradients."""
+    """The visits of a forward pass without gradients."""
     with _UnitRun(scene, part) as run:
         return run.visits(run.evaluate())
 
@@ -91,9 +92,9 @@ def trace_unit_evaluation(scene: Scene, part: str) -> tuple[Visit, ...]:
 def trace_unit_backward(
     scene: Scene, part: str, held: bool, bucket: Bucket, waiting: WaitingGradients
 ) -> tuple[PassMemory, tuple[Visit, ...], WaitingGradients]:
-    """The memory of a whole backward pass, its visits, and the gradients that are not yet reduced at its end.
+    """The memory of a complete backward pass, its visits, and the gradients that are not yet reduced at its end.
 
-    held: as in trace_backward. waiting: gradients at the start.
+    held: as in trace_backward. waiting: gradients that are not yet reduced at the start.
     """
     with _UnitRun(scene, part, bucket, waiting) as run:
         run.forward()
@@ -102,7 +103,7 @@ def trace_unit_backward(
 
 
 class _UnitRun(Run):
-    """A run that records when units begin, and hands gradients over."""
+    """A run that records when each unit begins, and adds the unit's gradients to the bucket."""
 
     def __init__(self, scene: Scene, part: str, bucket: Bucket | None = None, waiting: WaitingGradients = NOTHING):
         super().__init__(scene, part, first=bucket is not None)
@@ -116,11 +117,11 @@ class _UnitRun(Run):
                 unit.register_forward_hook(lambda _, __, out, name=name: self._watch(out, name))
         trained = ((name, param) for name, param in self._module.named_parameters() if param.requires_grad)
         own = [(name, param) for name, param in trained if unit_of(name) or self._part != "end"]
-        apart = self._scene.ep > 1  # else experts are summed over the same group as all other weights
+        apart = self._scene.ep > 1  # without expert groups, experts are summed over the same ranks as all other weights
         self._order = [(param, apart and ".experts." in name) for name, param in reversed(own)]
         self._ready: set[nn.Parameter] = set()
         self._large: list[Tensor] = []
-        """Gradients that wait outside of the bucket."""
+        """Gradients that wait in their own memory, because they are larger than the bucket."""
         if self._bucket is not None:
             if not self._bucket.takes(self.waiting.elements):
                 self._large.append(torch.empty(self.waiting.elements, device="meta"))
@@ -129,7 +130,7 @@ class _UnitRun(Run):
         return self
 
     def visits(self, whole: PassMemory) -> tuple[Visit, ...]:
-        """The visits of the pass that has just run."""
+        """The visits of the pass that has just ended."""
         found, firsts = [], [0, *(first for _, first in self._begun[1:]), len(whole.pieces)]
         for (unit, _), first, end in zip(self._begun, firsts, firsts[1:], strict=False):
             start = whole.pieces[first - 1].end if first else whole.start
@@ -146,7 +147,7 @@ class _UnitRun(Run):
             self._begun.append((unit, len(self._pieces)))
 
     def _watch(self, out: Tensor | list[Tensor], unit: str) -> None:
-        """Record the begin of a unit's backward, which is the gradient of an output."""
+        """Record when a unit's backward begins. It begins with the gradient of the unit's output."""
         for tensor in (out if isinstance(out, list) else [out]) if torch.is_grad_enabled() else ():
             tensor.register_hook(lambda _: self._visit(unit))
 
@@ -169,7 +170,8 @@ class _UnitRun(Run):
 
 
 def unit_of(name: str) -> str:
-    """The unit of a module or weight after the blocks (norm, head, mtp.N); empty for others, such as the embedding."""
+    """The unit of a module or weight after the blocks: norm, head or mtp.N. Empty for all other names, such as the
+    embedding."""
     first, *rest = name.split(".")
     if first == "mtp":
         return f"mtp.{rest[0]}" if rest else ""

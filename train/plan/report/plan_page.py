@@ -1,4 +1,5 @@
-"""plan.html: the plan as one page without network access: memory of every rank, time by work, the pipeline's step."""
+"""Writes plan.html: the plan on one page that needs no network. Shows every rank's memory, the time by kind of work,
+and the pipeline's step."""
 
 import html
 import json
@@ -169,7 +170,7 @@ PLANNED_PHASES = {
     "resume": "start from a checkpoint",
     "init_from": "start from a folder of weights",
 }
-"""Descriptions of the phases (`phases` in train/plan/memory/rank_memory.py)."""
+"""Descriptions of the phases, as named in `phases` (train/plan/memory/rank_memory.py)."""
 
 
 def _phases(plan: RunPlan) -> str:
@@ -180,7 +181,7 @@ def _phases(plan: RunPlan) -> str:
 
 
 def _stages(record: dict[str, Any]) -> str:
-    """A table of the stages; equal neighbours share a row."""
+    """A table of the stages. Equal stages next to each other share a row."""
     rows = []
     for (layers, *times), group in groupby(record["stages"], key=_shown):
         alike = list(group)
@@ -209,7 +210,7 @@ def _span(first: int, last: int) -> str:
 
 
 def memory_figure(plan: RunPlan) -> Figure | None:
-    """A bar per pipeline rank, by item, and a line for the device's memory."""
+    """A bar of memory items for each pipeline rank, and a line for the device's memory."""
     caption = (
         "What each rank of a pipeline holds at its own peak; ranks with the same place in other pipelines are alike. "
         "The line is what a device has for tensors, the reserve taken off. "
@@ -233,7 +234,7 @@ def host_figure(plan: RunPlan) -> Figure | None:
 def _bars(
     key: str, title: str, caption: str, ranks: Sequence[Mapping[str, int]], limit: float, what: str
 ) -> Figure | None:
-    """A bar of items per pipeline rank, and a line at `limit` bytes (none for 0). what: label of the line."""
+    """A bar of items for each pipeline rank, and a line at `limit` bytes (no line for 0). what: label of the line."""
     plot = go.Figure()
     totals = {name: sum(rank.get(name, 0) for rank in ranks) for rank in ranks for name in rank}
     for colour, name in zip(BAR_COLOURS, sorted(totals, key=lambda name: -totals[name]), strict=False):
@@ -260,7 +261,8 @@ def _bars(
 
 
 def interval_figure(plan: RunPlan, record: dict[str, Any]) -> Figure | None:
-    """Step times of the plan and its later phases, or of a search's layouts, with their intervals; None if unknown."""
+    """Step times with their intervals: of the plan and its later phases, or of a search's layouts. None if the
+    intervals are unknown."""
     intervals = plan.step.intervals
     if not intervals:
         return None
@@ -309,7 +311,7 @@ def traffic_figure(record: dict[str, Any]) -> Figure | None:
 
 
 def time_figure(plan: RunPlan) -> Figure | None:
-    """Seconds of a mean rank's step: by action, and inside actions by kind of work."""
+    """Seconds of a step on an average rank: by action, and inside actions by kind of work."""
     step = plan.step
     names = {"F": "forward", "B": "backward", "I": "backward of inputs", "W": "backward of weights", "FB": "pairs"}
     actions = [(names[kind], value) for kind, value in step.action_seconds.items()]
@@ -335,7 +337,7 @@ def time_figure(plan: RunPlan) -> Figure | None:
 
 
 def step_figure(plan: RunPlan) -> Figure | None:
-    """The pipeline's planned step, drawn like a measured one in the report."""
+    """The planned step of the pipeline. The drawing is the same as for a measured step in the report."""
     step = plan.step
     actions = []
     for pp_rank, (line, starts) in enumerate(zip(step.actions, step.simulation.starts, strict=True)):

@@ -1,6 +1,6 @@
-"""Contents of a plan: plan.json for programs, and sentences that the terminal and the page share.
+"""Contents of a plan: plan.json for programs, and the sentences that both the terminal and the page show.
 
-Units are in the names of plan.json's fields; train/docs/plan.md describes each.
+The names of plan.json's fields contain their units. train/docs/plan.md describes each field.
 """
 
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ def plan_record(
     faster_stages: Cure | None = None,
     phases: Sequence[tuple[str, RunPlan]] = (),
 ) -> dict[str, Any]:
-    """The content of plan.json, except for a search."""
+    """The content of plan.json, without the results of a search."""
     config, step, budget = plan.config, plan.step, plan.budget
     layout, parallel = layout_of(config), config.parallel
     stages = Stages(config, layout, load_rates(config, alone=layout.world == 1))
@@ -128,7 +128,7 @@ OWN_CODE_PLANNED = {
 
 
 def own_code_words(config: Config) -> dict[str, str]:
-    """How the plan covers each piece of the user's own code, by key."""
+    """How the plan covers each part of the user's own code, by configuration key."""
     return {f"{key} ({target})": OWN_CODE_PLANNED[key.partition("[")[0]] for key, target in targets_of(config).items()}
 
 
@@ -146,7 +146,7 @@ def _stage(stages: Stages, stage: int) -> dict[str, Any]:
 
 
 def verdict(plan: RunPlan) -> str:
-    """Whether the plan fits, the margin, and the rank."""
+    """Whether the plan fits, by how much, and which rank decides."""
     rank, memory = f"pipeline rank {plan.fullest.pp_rank}", gib(plan.memory_bytes)
     if plan.fits:
         return f"{plan.verdict}, with {room_words(plan.room_bytes, plan.memory_bytes)} of {memory} on {rank}"
@@ -156,7 +156,7 @@ def verdict(plan: RunPlan) -> str:
 
 
 def _lacking_beside(plan: RunPlan) -> str:
-    """The lack of a plan that fits on its devices: host memory, the folder of copies, or disk."""
+    """What is lacking although the plan fits on its devices: host memory, space for in-memory copies, or disk space."""
     config = plan.config
     if over := copies_lacking(config, plan.ranks):
         folder, room = config.checkpoint.memory_folder, copies_memory(config) or 0
@@ -183,7 +183,7 @@ def disk_words(plan: RunPlan) -> str:
 
 
 def reserve_words(reserve: dict[str, int]) -> str:
-    """Device memory that is reserved."""
+    """The reserved device memory."""
     if len(reserve) < 2:
         return f"{gib(sum(reserve.values()))} reserved"
     parts = ", ".join(f"{name} {gib(size)}" for name, size in reserve.items() if size)
@@ -203,7 +203,7 @@ def layout_words(plan: RunPlan) -> str:
 
 
 def budget_words(budget: Budget, hardware: Hardware) -> str:
-    """Time and cost of the tokens."""
+    """The time and cost to train on all tokens."""
     words = f"{amount(budget.tokens)} tokens in {length_of_run(budget.days)}: {amount(budget.gpu_hours)} device hours"
     if budget.cost is not None:
         words += (
@@ -215,7 +215,7 @@ def budget_words(budget: Budget, hardware: Hardware) -> str:
 
 
 def failure_words(plan: RunPlan) -> str | None:
-    """The budget with failures, the parts of a restart, and the advised interval; None if they are not planned."""
+    """The budget with failures, the parts of a restart, and the advised interval. None if failures are not planned."""
     found, checkpoint, hardware = plan.failures, plan.config.checkpoint, plan.config.hardware
     if found is None:
         return None
@@ -237,7 +237,7 @@ def failure_words(plan: RunPlan) -> str | None:
 
 
 def interval_words(step: StepTime) -> str:
-    """The intervals of jobs' step times around the plan, by kind of program; empty if unknown."""
+    """The range of step times that real jobs may have around the planned time, by kind of program. Empty if unknown."""
     words = []
     for kind, (least, most) in step.interval_seconds.items():
         one = step.intervals[kind]
@@ -248,8 +248,8 @@ def interval_words(step: StepTime) -> str:
 
 
 def split_words(plan: RunPlan, split: FasterSplit | None) -> str | None:
-    """Layers of every stage, the imbalance between ranks, and a better split if there is one; None without a
-    pipeline."""
+    """The number of layers in every stage, the imbalance between ranks, and a better split if there is one. None
+    without a pipeline."""
     simulation, parallel = plan.step.simulation, plan.config.parallel
     if parallel.pp == 1:
         return None

@@ -45,7 +45,7 @@ def plan_screen(
     folder: Path,
     console: Console | None = None,
 ) -> None:
-    """The plan on one screen."""
+    """Prints the plan on one screen."""
     config, step = plan.config, plan.step
     parallel = config.parallel
     devices = parallel.world
@@ -99,7 +99,7 @@ def _fullest(plan: RunPlan) -> str:
 
 
 def _beside(plan: RunPlan) -> str:
-    """The reserve, and the imbalance that the peak includes."""
+    """The reserve, and the imbalance that the peak takes into account."""
     imbalance = plan.config.plan.imbalance
     more = (
         f"; the busiest experts get {imbalance:g} times the mean (plan.imbalance)"
@@ -132,7 +132,7 @@ def cure_words(cure: Cure, plan: RunPlan) -> str:
 
 
 def _matrices(config: Config) -> str:
-    """The matrices that the optimizer orthogonalises, per kind of weight: their number, rows and columns."""
+    """The matrices that the optimizer orthogonalises. For each kind of weight: their number, rows and columns."""
     found: dict[str, Counter[tuple[int, int]]] = {}
     for part in ("dense", "moe", *["end"] * (config.model.mtp_depth > 0)):
         for weight in part_weights(FrozenSection(config.model), part, config.model.experts):
@@ -200,7 +200,7 @@ def _run(plan: RunPlan, phases: Sequence[tuple[str, RunPlan]]) -> list[tuple[str
 
 
 def search_screen(found: Search, written: Path | None, console: Console | None = None) -> None:
-    """The best layouts, and why the others are not among them."""
+    """Prints the best layouts, and the reason why the other layouts are not among them."""
     rows = [(str(place), _found(one, found)) for place, one in enumerate(found.best, 1)]
     rows += [("Not", f"{family.name}: {family.reason}") for family in found.rejected]
     if written is not None:
