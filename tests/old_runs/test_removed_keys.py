@@ -14,7 +14,7 @@ from conf.removed_keys import REMOVED_KEYS, REMOVED_VALUES, drop_removed_keys
 from conf.schema import ROOT
 
 KEY = "precision.fp8.gradient_floor"
-BEFORE = "goes on with version 0.1.0"
+BEFORE = "with another value with version 0.1.0"
 
 
 def with_floor(settings: dict, floor: float) -> dict:
