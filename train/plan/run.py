@@ -21,14 +21,14 @@ from train.show.planned import PLAN_FILE
 
 
 def tell_best(found: FoundLayout) -> None:
-    """Print a line on standard error during a search."""
+    """Print a newly found best layout on standard error, while a search runs."""
     say(f"search: {found.step_seconds:.3g} s a step: {shlex.join(found.overrides)}", file=sys.stderr, flush=True)
 
 
 def run_plan(config: Config) -> int:
-    """Run the operations of the plan section; returns the exit code."""
+    """Run the operations that the plan section asks for. Returns the exit code."""
     if config.plan.calibrate:
-        from train.plan.time.calibrate import calibrate  # the only part that runs kernels
+        from train.plan.time.calibrate import calibrate  # only a calibration runs kernels
 
         calibration_screen(calibrate(config))
         return EXIT_OK

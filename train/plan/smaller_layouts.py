@@ -1,10 +1,11 @@
-"""Plans the device memory of a run's smaller layouts, for a driver that must choose one after losing nodes:
+"""Plans the device memory of a run's smaller layouts. After losing nodes, the driver must choose one of them.
 
     python -m train.plan.smaller_layouts CONFIG [cpu|cuda]
 
-Writes layouts.json beside CONFIG; cluster/driver/shapes.py describes its format. It runs the memory plan of
-mode=plan in the background of a run, at the lowest priority: for every ep with half the expert groups, a quarter,
-and so on. The second argument gives the devices if the recipe names no hardware.
+Writes layouts.json beside CONFIG; cluster/driver/shapes.py describes its format. It makes the memory plan of mode=plan,
+in the background of a run and at the lowest priority. Every ep is planned with its largest number of expert groups,
+with half of them, with a quarter, and so on. The second argument gives the kind of devices if the recipe names no
+hardware.
 """
 
 import math
@@ -29,7 +30,7 @@ from train.plan.reserve import reserve_of
 
 
 def planned_shapes(config: Config) -> list[StageShape]:
-    """The planned shapes: of every ep the largest possible number of expert groups, half of them, and so on."""
+    """The layouts to plan: every ep with its largest possible number of expert groups, with half of them, and so on."""
     found, cp = [StageShape(config.parallel.stage_ranks, config.parallel.ep)], config.parallel.cp
     for ep in sorted({shape.ep for shape in smaller_shapes(config)}, reverse=True):
         groups = config.parallel.stage_ranks // math.lcm(ep, cp)
@@ -40,7 +41,7 @@ def planned_shapes(config: Config) -> list[StageShape]:
 
 
 def plan_layouts(config: Config) -> list[dict[str, int]]:
-    """dp, ep and bytes per device of every layout that may run."""
+    """Returns dp, ep and the bytes per device of every layout that may run."""
     found = []
     for shape in planned_shapes(config):
         smaller = with_nodes(with_shape(config, shape))
@@ -48,19 +49,19 @@ def plan_layouts(config: Config) -> list[dict[str, int]]:
             check(smaller)
             check_layout(smaller)
         except UserError:
-            continue  # the driver checks the same rules, and reports them
+            continue  # the driver checks the same rules and reports broken ones
         size = max(rank.peak_bytes for rank in plan_memory(smaller)) + sum(reserve_of(smaller).values())
         found.append({"dp": shape.dp, "ep": shape.ep, "bytes": size})
     return found
 
 
 def write_layouts(path: Path, device: str) -> None:
-    """Plan the layouts of the recipe in this file."""
+    """Plan the smaller layouts of the recipe in the file `path`, and write layouts.json."""
     config = read_config(str(path))
     record: dict[str, Any] = {"config": digest_of(path.parent), "layouts": [], "problem": None}
     try:
         record["layouts"] = plan_layouts(replace(config, cluster=replace(config.cluster, device=DeviceKind(device))))
-    except Exception as error:  # the driver reports it if it needs the plan
+    except Exception as error:  # the driver reports the problem if it needs the plan
         record["problem"] = f"the plan failed: {type(error).__name__}: {error}"
     atomic_write_json(path.parent / LAYOUTS_FILE, record)
 

@@ -1,15 +1,15 @@
-"""Records the work of a pass, computing and communication, while a rank's own code runs.
+"""Records the computation and communication of a pass, while a rank's own code runs.
 
-A recorder observes three places, without changes to the observed code:
+A recorder observes three kinds of calls. The observed code does not change.
 
     methods     of the kernels, the FP8 engine, the wire and the dispatcher: a call counts as one kernel, including all
-                work inside
-    nodes       of autograd, for differentiable methods: the backward of the call counts as one kernel too
-    operations  of torch outside such calls, seen by the ledger (train/plan/memory/ledger.py)
+                work inside it
+    nodes       of autograd, for differentiable methods: the backward of such a call counts as one kernel too
+    operations  of torch outside these calls; the ledger (train/plan/memory/ledger.py) sees them
 
-The bytes of a call are those of its arguments and results. The extra memory passes of a CPU are in the measured rate of
-its kind. A kind names a rate (train/plan/time/rates.py). An unlisted kind uses the rate of memory, so a new kernel is
-planned without changes here.
+The bytes of a call are the bytes of its arguments and results. On a CPU, a kernel may pass over memory more often; the
+measured rate of its kind includes this. Each kind of work has a rate of the same name (train/plan/time/rates.py). A
+kind without its own rate uses the rate of memory. So a new kernel is planned without changes to this file.
 
 Shapes: as in train/model/operations.py.
 """
@@ -42,7 +42,7 @@ from train.model.sequence import Rectangle, SeenKeys
 
 
 class Work(NamedTuple):
-    """One kernel, or several of one kind together."""
+    """One kernel, or several kernels of one kind added up."""
 
     kind: str
     flops: float = 0.0
@@ -54,16 +54,16 @@ class Exchange(NamedTuple):
     """One hop of a micro-batch's rows between the ranks of an expert group."""
 
     link: str
-    """inside or across; empty for one hop over both."""
+    """inside or across; empty if the hop uses both kinds of links."""
     row_bytes: int
     """Bytes of a message, including a row's side data."""
 
 
 @dataclass(frozen=True)
 class WorkSegment:
-    """Computing, exchanges that start after it, and computing before the wait for them.
+    """Computation, then exchanges, then computation that runs before the wait for these exchanges.
 
-    yields: a pair of passes alternates at the wait.
+    yields: whether a pair of passes switches to the other pass at this wait.
     """
 
     compute: tuple[Work, ...]
@@ -81,11 +81,11 @@ class TimedWork(NamedTuple):
 
 YIELD, WAIT = "yield", "wait"
 ONCE = "once_"
-"""Prefix for the kind of work that is done once per step, not in every micro-batch."""
+"""Prefix for kinds of work that a rank does once per step, not in every micro-batch."""
 
 
 class WorkRecorder:
-    """Records one pass at a time. waits_for_each: whether each hop blocks where it starts, as on a CPU."""
+    """Records one pass at a time. waits_for_each: whether every hop blocks at its start, as on a CPU."""
 
     def __init__(self, waits_for_each: bool, clock: Callable[[], float] | None = None):
         self._waits_for_each, self._clock = waits_for_each, clock or (lambda: 0.0)
@@ -101,7 +101,7 @@ class WorkRecorder:
         return [event for event in self._events if isinstance(event, TimedWork)]
 
     def segments(self) -> tuple[WorkSegment, ...]:
-        """The pass as segments. Kernels of one kind in a stretch are added up."""
+        """The pass as segments. Within a segment, kernels of one kind are added up."""
         found: list[WorkSegment] = []
         compute, beside, exchanges = _Sums(), _Sums(), []
         for event in self._events:
@@ -115,12 +115,12 @@ class WorkRecorder:
         return (*found, WorkSegment(compute.works()))
 
     def yielded(self) -> None:
-        """Record a wait for exchanges at which a pair of passes alternates."""
+        """Record that the pass now waits for exchanges, and that a pair of passes switches here."""
         self._events.append(YIELD)
 
     @contextmanager
     def once(self) -> Iterator[None]:
-        """Work inside the context is done once per step."""
+        """Marks work inside the context as done once per step."""
         self._once = True
         try:
             yield
@@ -128,7 +128,7 @@ class WorkRecorder:
             self._once = False
 
     def run(self, call: Callable[..., Any], count: Callable[..., Work], *args: Any, **kwargs: Any) -> Any:
-        """Call, and record the call as one kernel. count: returns its work, from its result and arguments."""
+        """Run a call and record it as one kernel. count: computes the work from the call's result and arguments."""
         if self._inside:
             return call(*args, **kwargs)
         started = self._clock()
@@ -137,7 +137,7 @@ class WorkRecorder:
         return out
 
     def listen(self, owner: Any, name: str, count: Callable[..., Work]) -> None:
-        """Record all calls of a method of this one object. count: as in `run`."""
+        """Record all calls of one method of this object. count: as in `run`."""
         call = getattr(owner, name)
         setattr(owner, name, lambda *args, **kwargs: self.run(call, count, *args, **kwargs))
 
@@ -167,7 +167,7 @@ class WorkRecorder:
             self.listen(kernels.core, name, _attention_counter(name))
 
     def _listen_both_ways(self, owner: Any, name: str, kind: str) -> None:
-        """Record the calls of a differentiable method, and their backwards."""
+        """Record the calls of a differentiable method and the backward of each call."""
         call, backward = getattr(owner, name), _moving(f"{kind}_backward")
 
         def both(*args: Any) -> Any:
@@ -191,7 +191,7 @@ class WorkRecorder:
         setattr(owner, name, both)
 
     def listen_to_engine(self, engine: HopperEngine) -> None:
-        """Record casts to FP8 and back, work fused with them, and GEMMs in FP8."""
+        """Record casts to FP8 and from FP8, operations that are fused with casts, and FP8 GEMMs."""
         engine._casts = casts = SimpleNamespace(**{name: getattr(engine._casts, name) for name in FP8_CASTS})
         for name, kind in FP8_CASTS.items():
             self.listen(casts, name, _moving(kind))
@@ -203,7 +203,7 @@ class WorkRecorder:
         self.listen(matmuls, "wgrad", partial(_count_fp8_wgrad, prefix, form))
 
     def listen_to_dispatcher(self, dispatcher: ExchangeDispatcher) -> None:
-        """Record a rank's transfers over its links, casts of rows that travel in FP8, and sorts of rows."""
+        """Record a rank's transfers over its links, its casts of rows that travel in FP8, and its sorts of rows."""
         wire = dispatcher.wire
         for name in ("encode", "unpack"):
             if isinstance(wire, Fp8Wire) and not (name == "unpack" and isinstance(wire, Fp8RowsWire)):
@@ -239,7 +239,7 @@ class WorkRecorder:
         vars(link)["start"] = begin
 
     def _listen_to_buffer(self, buffer: Any, name: str) -> None:
-        """Record the exchanges of DeepEP's buffer, which sends rows and all other inputs with a row per token."""
+        """Record the exchanges of DeepEP's buffer. It sends rows, and all other inputs that have one row per token."""
         call = getattr(buffer, name)
 
         def send(rows: Any, *rest: Any, **more: Any) -> Any:
@@ -251,7 +251,7 @@ class WorkRecorder:
         setattr(buffer, name, send)
 
     def listen_to_share(self, share: Any) -> None:
-        """Record transfers between ranks that share sequences; each blocks at its start."""
+        """Record the transfers between ranks that share sequences. Each transfer blocks at its start."""
         others = share.parts - 1
         self.listen(share, "_all_gather", lambda out, there, own: Work("gather", bytes=others * _size(own)))
         self.listen(share, "_all_to_all", lambda out, there, own: Work("all_to_all", bytes=others * _size(own[0])))
@@ -279,14 +279,15 @@ class _Sums(defaultdict):
 
 
 def _size(value: object) -> float:
-    """Bytes of all tensors in a value; for an expanded tensor, the bytes of its storage."""
+    """Bytes of all tensors in a value. An expanded tensor counts only the bytes of its storage."""
     if isinstance(value, Tensor):
         return min(value.numel() * value.element_size(), value.untyped_storage().nbytes())
     return sum(map(_size, value)) if isinstance(value, list | tuple) else 0.0
 
 
 def _moving(kind: str) -> Callable[..., Work]:
-    """The work of a call that is limited by memory. A returned argument counts once."""
+    """Returns a function that counts the work of a memory-bound call. If the call returns one of its arguments, this
+    tensor counts once."""
 
     def count(out: Any, *args: Any, **kwargs: Any) -> Work:
         given = (*args, *kwargs.values())
@@ -306,14 +307,14 @@ _ROWWISE = {
     "sort_by_expert": "sort",
     "sum_entries": "collect",
 }
-"""Kinds of `Kernels` methods that are called inside Functions, except GEMMs."""
+"""Kinds of work of `Kernels` methods that autograd Functions call. GEMMs are not included."""
 _DIFFERENTIABLE = {"to_heads": "heads", "route": "route"}
-"""Kinds of methods that are Functions themselves."""
+"""Kinds of work of methods that are autograd Functions themselves."""
 
 
 def matmul_kind(left_OC: Tensor, right_NC: Tensor) -> str:
-    """The kind of left right^T, by memory order: Fprop has both operands row by row, Dgrad only the left, Wgrad
-    neither."""
+    """The kind of the GEMM left right^T, from the memory order of its operands. Fprop: both are row-major. Dgrad: only
+    the left one is. Wgrad: the left one is not."""
     name = "wgrad" if left_OC.stride(-1) != 1 else "fprop" if right_NC.stride(-1) == 1 else "dgrad"
     return f"{name}_{_form(left_OC)}"
 
@@ -338,11 +339,12 @@ def _count_grouped_wgrad(out: Tensor, grad_RO: Tensor, x_RI: Tensor, groups: Any
 
 
 SCORE_BYTES = 24
-"""Memory passes over a score of one head of an indexer: a product that is written, ReLU and its weight in place, and a sum."""
+"""Bytes that an indexer moves for each score of one head: it writes the product, applies ReLU and the weight in place,
+and adds the heads."""
 
 
 CHOICE_BYTES = 50
-"""Memory passes over a score of all heads, of which the best are chosen."""
+"""Bytes that an indexer moves for each score summed over heads, to choose the best scores."""
 
 
 def _count_choice(out: Tensor, index: IndexVectors, seen: SeenKeys, top_k: int) -> Work:
@@ -351,56 +353,62 @@ def _count_choice(out: Tensor, index: IndexVectors, seen: SeenKeys, top_k: int) 
 
 
 def _count_fused_choice(out: Tensor, index: IndexVectors, seen: SeenKeys, top_k: int) -> Work:
-    """The scores of all heads in one kernel."""
+    """Work if one kernel computes the scores of all heads."""
     (*_, H, I), pairs = index.q_BTHI.shape, _all_pairs(index, seen)
     return Work(f"index_{_form(index.q_BTHI)}", 2 * pairs * H * I, CHOICE_BYTES * pairs + _size((out, index)))
 
 
 def _all_pairs(index: IndexVectors, seen: SeenKeys) -> int:
-    """Pairs of query and key of a micro-batch."""
+    """Number of pairs of query and key in a micro-batch."""
     batch = len(index.q_BTHI)
     return sum((batch if one.sequence is None else 1) * _pairs(one) for one in seen.rectangles)
 
 
 def _count_index_loss(out: IndexLoss, index: IndexVectors, seen: SeenKeys, **rest: Any) -> Work:
-    """The scores twice, once for their sum and once for their values; then the three products of the gradients."""
+    """The scores are computed twice: once for their sum and once for their values. The gradients need three more
+    GEMMs."""
     return _count_index(5, index, seen, out)
 
 
 def _count_index(products: int, index: IndexVectors, seen: SeenKeys, out: Any) -> Work:
-    """Work of so many products of all heads of an indexer over all pairs of query and key, in torch's operations in fp32."""
+    """Work of an indexer's GEMMs in torch operations in fp32. products: number of GEMMs over all heads and all pairs of
+    query and key."""
     (*_, H, I), made = index.q_BTHI.shape, _size((out, index))
     pairs = H * _all_pairs(index, seen)
     return Work("index_fp32", 2 * products * pairs * I, SCORE_BYTES * products * pairs + made)
 
 
 def _count_chosen(out: ChosenOutput, given: ChosenInput) -> Work:
-    """Scores and sums of latents, and the queries and outputs that W_UK and W_UV turn."""
+    """Computes scores and sums of latents, and multiplies queries by W_UK and outputs by W_UV."""
     X, R, up = _widths(given)
     return _over_chosen(given.chosen_BTK, given.q_BTHQ.shape[2], X, X + R, up, _size((out, given)))
 
 
 def _count_chosen_backward(out: Any, dout_BTHV: Tensor, given: ChosenInput, *rest: Any) -> Work:
-    """Scores and sums again, the gradient of the scores, and those of queries and latents; the weights' too."""
+    """Recomputes scores and sums. Then computes the gradients of scores, queries, latents and weights."""
     X, R, up = _widths(given)
     return _over_chosen(given.chosen_BTK, given.q_BTHQ.shape[2], 2 * X, 3 * X + 3 * R, 3 * up, _size((out, given)))
 
 
 def _count_chosen_loss(out: IndexLoss, index: IndexVectors, chosen_BTK: Tensor, **rest: Any) -> Work:
-    """Scores, and the gradients of queries and keys."""
+    """Computes scores, and the gradients of queries and keys."""
     *_, H, I = index.q_BTHI.shape
     return _over_chosen(chosen_BTK, H, 2 * I, 3 * I, 0, _size((out, index)))
 
 
 def _widths(given: ChosenInput) -> tuple[int, int, int]:
-    """Widths of a latent with its rope key and without, and elements of the weight of a head."""
+    """Returns the width of a latent with its rope key, its width without the rope key, and the elements of one head's
+    weight."""
     heads, rank = given.q_BTHQ.shape[2], given.weight_YC.shape[1]
     return given.latents_BSX.shape[2], rank, given.weight_YC.numel() // heads
 
 
 def _over_chosen(chosen_BTK: Tensor, heads: int, gathered: int, products: int, up: int, made: float) -> Work:
-    """Work of attention over chosen keys in torch's operations in fp32. gathered: width of the rows that are gathered for a key, each
-    written and read twice. products, up: multiplications of a head and key, and of a head."""
+    """Work of attention over chosen keys in torch operations in fp32.
+
+    gathered: width of the rows that are gathered for a key; each row is written once and read twice. products:
+    multiplications for each pair of head and key. up: multiplications for each head.
+    """
     B, T, K = chosen_BTK.shape
     moved = 4 * B * T * K * 3 * gathered + SCORE_BYTES * B * T * K * heads
     return Work("chosen_fp32", 2 * B * T * heads * (K * products + up), moved + made)
@@ -467,7 +475,7 @@ def _count_fp8_wgrad(
 
 
 def _attention_counter(name: str) -> Callable[..., Work]:
-    """The work of a core's forward, which has two GEMMs, or backward, which has five."""
+    """Returns a function that counts the work of attention. Forward has two GEMMs, and backward has five."""
 
     def count(out: Any, *args: Any, **kwargs: Any) -> Work:
         given = args[0] if name == "forward" else args[1]
@@ -481,14 +489,14 @@ def _attention_counter(name: str) -> Callable[..., Work]:
 
 @cache
 def _pairs(seen: Rectangle) -> int:
-    """Number of pairs of query and visible key."""
+    """Number of pairs of a query and a key that it sees."""
     keys = seen.last_key - seen.first_key
     return sum(min(max(query + seen.before + 1, 0), keys) for query in range(seen.last_query - seen.first_query))
 
 
 _MAKES_NOTHING = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"}
 _GATHERS = {"index_select": "permute", "embedding": "embed_forward", "index": "permute", "gather": "permute"}
-"""Operations that read as much as they return."""
+"""Operations that read as many bytes as they return."""
 _MULTIPLIES = {"mm", "addmm", "bmm"}
 _WRITES = {"copy_", "fill_", "zero_"}
 """Operations that do not read their first argument."""
@@ -506,7 +514,7 @@ _ADDS = {"add_", "addcmul_"}
 
 @cache
 def _is_kernel(func: Any) -> bool:
-    """Whether an operation computes; operations that only return views or allocate do not."""
+    """Whether an operation computes. Operations that only return views or allocate memory do not."""
     schema = func._schema
     views = any(one.alias_info is not None and not one.alias_info.is_write for one in schema.returns)
     return not views and _name(func) not in _MAKES_NOTHING and schema.name.partition("::")[0] != "prim"

@@ -1,4 +1,4 @@
-"""The layouts of a search: every combination of its choices for a number of devices."""
+"""Lists the layouts of a search: all combinations of the searched settings on a given number of devices."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,9 +15,9 @@ from train.plan.search.changes import LIGHTEST, fitted_ramp, with_changes
 MICRO_BATCHES = (1, 2, 4, 8)
 VIRTUAL_STAGES = (2, 3, 4)
 CONTEXT_TOKENS = 4096
-"""Minimum tokens per rank of a sequence that several ranks share."""
+"""If several ranks share a sequence, each rank must have at least this many of its tokens."""
 WAYS = [*product(DISPATCHES, WireFormat)]
-"""Pairs of dispatch and wire."""
+"""All pairs of a dispatch and a wire format."""
 
 
 @dataclass(frozen=True)
@@ -27,18 +27,18 @@ class ActivationSaving:
     recompute: list[str]
     offload: list[str] = field(default_factory=list)
     blocks: str = ""
-    """recompute or offload, if the first blocks of every stage are also recomputed or wait on the host. Their number
-    is as small as memory allows."""
+    """How the first blocks of every stage save more memory: `recompute`, `offload`, or empty for neither. The search
+    uses as few such blocks as memory allows."""
 
     def applied(self, config: Config, blocks: int) -> Config:
-        """The recipe with this number of such blocks per stage."""
+        """The recipe with this saving, applied to this number of blocks per stage."""
         more = [f"layer:{blocks}"] if self.blocks and blocks else []
         recompute = self.recompute + more * (self.blocks == "recompute")
         return with_changes(config, recompute=recompute, offload=self.offload + more * (self.blocks == "offload"))
 
 
 SOME = [str(Recompute.norm), str(Recompute.swiglu)]
-"""Recomputed items that take little time."""
+"""Recomputed items that cost little time."""
 SAVINGS = (
     ActivationSaving([]), ActivationSaving(SOME), ActivationSaving(LIGHTEST), ActivationSaving(LIGHTEST, blocks="recompute"), ActivationSaving([str(Recompute.layer)]),
     ActivationSaving(SOME, blocks="offload"), ActivationSaving(LIGHTEST, blocks="offload"),
@@ -47,52 +47,53 @@ SAVINGS = (
 
 @dataclass(frozen=True)
 class Frame:
-    """Layouts that differ only in activation saving, dispatch and wire, and place of the optimizer."""
+    """Layouts that differ only in activation saving, dispatch, wire format, and place of the optimizer."""
 
     config: Config
-    """With flat dispatch in bf16, and the optimizer on the device."""
+    """The recipe with flat dispatch in bf16, and with the optimizer on the device."""
     family: str
-    """Name for all layouts of one pipeline length and schedule."""
+    """The name that all layouts of one pipeline length and schedule share."""
     savings: Sequence[ActivationSaving]
     ways: Sequence[tuple[str, WireFormat]]
     hosts: list[bool]
-    """Choices for the optimizer on the host: True or False."""
+    """Tried values of parallel.offload_optimizer."""
 
     @property
     def layouts(self) -> int:
-        """Number of layouts; layouts that differ only in a number of blocks count as one."""
+        """Number of layouts. Layouts that differ only in the number of saving blocks count as one."""
         return len(self.savings) * len(self.ways) * len(self.hosts)
 
 
 @dataclass
 class Candidate:
-    """A layout that bounds do not rule out (train/plan/search/lower_bounds.py)."""
+    """A layout that the bounds do not rule out (train/plan/search/lower_bounds.py)."""
 
     placed: Config
-    """Without its saving, with flat dispatch in bf16."""
+    """The recipe without the activation saving, with flat dispatch in bf16."""
     way: tuple[str, WireFormat]
     family: str
     saving: ActivationSaving
     blocks: int
-    """Maximum number of the saving's blocks in a stage."""
+    """Maximum number of saving blocks in a stage."""
     seconds: float
-    """Lower bound on the step's time."""
+    """Lower bound on the step time."""
     least_bytes: int
     """Lower bound on the memory of the fullest rank."""
     fullest: int
-    """The pipeline rank of that bound."""
+    """The pipeline rank with this bound on memory."""
     kept_bytes: int
-    """The bytes of that bound that wait for backward."""
+    """The part of `least_bytes` for activations that wait for backward."""
 
     @cached_property
     def config(self) -> Config:
-        """With all blocks that its saving may have. Built on access, because a search needs one in ten."""
+        """The recipe with the maximum number of saving blocks. It is built on access, because a search needs only one
+        in ten."""
         dispatch, wire = self.way
         return with_changes(self.saving.applied(self.placed, self.blocks), dispatch=dispatch, wire=wire)
 
 
 def frames(config: Config, devices: int) -> Iterator[Frame]:
-    """Every combination for these devices, before any rule is checked."""
+    """All combinations for this number of devices. No rule is checked yet."""
     model, able = config.model, can_offload(config)
     savings = [one for one in SAVINGS if able or one.blocks != "offload"]
     own = ActivationSaving(model.recompute, model.offload)
@@ -119,7 +120,8 @@ def frames(config: Config, devices: int) -> Iterator[Frame]:
 
 
 def _orders(config: Config, pp: int) -> Iterator[tuple[str, int]]:
-    """Schedules, each with its virtual stages. If there is a choice, every inner stage must keep a layer."""
+    """Schedules, each with its possible numbers of virtual stages. If a schedule has several, every inner stage must
+    have a layer."""
     if pp == 1:
         yield PLAIN_SCHEDULE, 2
         return
@@ -129,7 +131,8 @@ def _orders(config: Config, pp: int) -> Iterator[tuple[str, int]]:
 
 
 def _contexts(config: Config, ranks: int) -> list[int]:
-    """Numbers of ranks that may share sequences: 1, and more if each rank still has CONTEXT_TOKENS of a sequence."""
+    """Numbers of ranks that may share a sequence: 1, and all numbers that give each rank at least CONTEXT_TOKENS tokens
+    of it."""
     most = max(config.seq_len // CONTEXT_TOKENS, config.parallel.cp)
     return [cp for cp in divisors(ranks) if cp <= most and (cp == 1 or config.seq_len % (2 * cp) == 0)]
 
@@ -137,7 +140,8 @@ def _contexts(config: Config, ranks: int) -> list[int]:
 def _ramp(config: Config, share: int, pp: int, schedule: str) -> Config:
     """The recipe with a batch ramp that fits this pipeline.
 
-    For a schedule with rounds of pp micro-batches, the ramp's steps have whole rounds too, if the full batch has.
+    Some schedules have rounds of pp micro-batches. If the full batch consists of complete rounds, the batches of the
+    ramp do too.
     """
     if SCHEDULES[schedule].rounds:
         whole = fitted_ramp(config, share * pp, 2)

@@ -1,4 +1,4 @@
-"""Variants of a recipe with another layout, and checks whether they may run."""
+"""Changes the layout of a recipe, and checks whether the new recipe may run."""
 
 import math
 import shlex
@@ -16,14 +16,14 @@ from train.plan.job import can_offload, with_nodes
 from train.plan.time.stages import require_rule
 
 LIGHTEST: list[str] = [str(what) for what in SELECTIVE]
-"""All items that may be recomputed."""
+"""All items that `recompute` accepts besides whole layers."""
 
 
 def with_changes(config: Config, **values: Any) -> Config:
-    """The recipe with other values of parallel's fields, micro_batch_size, recompute, offload, loss_chunk, moments.
+    """The recipe with other values of parallel's fields, micro_batch_size, recompute, offload, loss_chunk or moments.
 
-    A list of layers that does not match the new number of stages becomes a split by cost. Virtual stages are reset
-    if the new schedule does not have them.
+    If `split` lists layers for another number of stages, it becomes a split by cost. If the new schedule has no virtual
+    stages, their number is reset.
     """
     parallel = {name: value for name, value in values.items() if hasattr(config.parallel, name)}
     model = {name: value for name, value in values.items() if name in ("recompute", "offload", "loss_chunk")}
@@ -44,9 +44,11 @@ def with_changes(config: Config, **values: Any) -> Config:
 
 
 def fitted_ramp(config: Config, share: int, least: int) -> Config:
-    """The recipe with a batch ramp whose batches are multiples of `share` sequences, from `least` shares on.
+    """The recipe with a batch ramp whose batches are multiples of `share` sequences. The smallest batch is `least`
+    shares.
 
-    Another layout may need such a ramp. Unchanged without a ramp, and if no such step divides the full batch.
+    Another layout may need such a ramp. The recipe stays unchanged if it has no ramp, or if no such multiple divides
+    the full batch.
     """
     optim = config.optim
     if optim.batch_ramp_start is None:
@@ -59,7 +61,7 @@ def fitted_ramp(config: Config, share: int, least: int) -> Config:
 
 
 def broken_rule(config: Config) -> UserError | None:
-    """The first rule that forbids running or planning a recipe; None if there is none."""
+    """The first rule that forbids running or planning the recipe. None if no rule does."""
     try:
         check(config)
         require_rule(config)
@@ -69,7 +71,7 @@ def broken_rule(config: Config) -> UserError | None:
 
 
 def broken_layout(config: Config) -> UserError | None:
-    """The rule that a layout breaks, for a recipe whose other settings are valid."""
+    """The rule that the layout breaks. All other settings of the recipe must be valid. None if no rule is broken."""
     try:
         check_spread(config)
         check_layout(with_nodes(config))
@@ -79,7 +81,7 @@ def broken_layout(config: Config) -> UserError | None:
 
 
 def words(value: Any) -> str:
-    """A value of the section parallel, as written on a command line."""
+    """A value of the section parallel, in command-line syntax."""
     return str(value).replace(" ", "").lower() if isinstance(value, bool | list) else str(value)
 
 
@@ -95,7 +97,7 @@ def overrides(config: Config, base: Config) -> list[str]:
     size = config.micro_batch_size
     if size != base.micro_batch_size or (
         found and size != choose_micro_batch_size(config)
-    ):  # the value that null would select with this layout
+    ):  # with this layout, null would select the same value
         found.append(f"micro_batch_size={size}")
     if config.model.recompute != base.model.recompute:
         found.append(f"model.recompute=[{','.join(config.model.recompute)}]")
@@ -109,7 +111,7 @@ def overrides(config: Config, base: Config) -> list[str]:
 
 
 def lighter(config: Config) -> Iterator[Config]:
-    """Single changes that may save memory; they may turn out not to save any, or not to run."""
+    """Recipes with one change that may save memory. Some of them may not save any, or may not run."""
     parallel, model = config.parallel, config.model
     for again in (LIGHTEST, [*LIGHTEST, f"{Recompute.layer}:1"], [Recompute.layer]):
         if set(model.recompute) != set(again):
@@ -143,7 +145,7 @@ def lighter(config: Config) -> Iterator[Config]:
 
 
 def unsearched(config: Config) -> Iterator[Config]:
-    """Single changes that may save memory, in settings that no search varies."""
+    """Recipes with one change that may save memory, in settings that a search does not vary."""
     if config.precision.moments == "fp32":
         yield with_changes(config, moments="bf16")
     if config.model.loss_chunk > 512:
@@ -151,9 +153,10 @@ def unsearched(config: Config) -> Iterator[Config]:
 
 
 def write_parallel(config: Config, name: str, base: Config, folder: Path | None = None) -> Path:
-    """Write conf/parallel/<name>.yaml; returns its path. Raises UserError if another file has the name.
+    """Write conf/parallel/<name>.yaml, and return its path. Raises UserError if another file already has this name.
 
-    Settings outside of the group (micro-batch, recomputation) are in a comment, as arguments to give with it.
+    Settings of other groups (micro-batch, recomputation) do not belong in this file. A comment in it lists them as
+    command-line arguments.
     """
     path = (folder or ROOT / "conf" / "parallel") / f"{name}.yaml"
     rest = [part for part in overrides(config, base) if not part.startswith("parallel.")]

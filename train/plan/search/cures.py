@@ -1,4 +1,5 @@
-"""Changes that make a plan fit, or faster. All shown changes were fully planned; the cheapest comes first."""
+"""Finds changes that make a plan fit, and changes that make it faster. Each shown change has a complete plan of its
+own. The cheapest change comes first."""
 
 from dataclasses import dataclass
 from itertools import combinations
@@ -16,26 +17,28 @@ from train.plan.time.step_time import plan_time
 
 SHOWN_CURES = 3
 PAIRED = 5
-"""Number of single changes with the largest savings, which are tried in pairs if no single change suffices."""
+"""Number of changes that are combined in pairs if no single change makes the plan fit. The changes that save most are
+used."""
 
 WORTH = 0.01
-"""Minimum share of a step that another split, or more stages, must save to be shown."""
+"""Minimum share of the step time that a change must save to be shown. Applies to layer splits and numbers of stages."""
 
 
 @dataclass(frozen=True)
 class Cure:
-    """A change with which the recipe fits."""
+    """A change that makes the recipe fit."""
 
     overrides: list[str]
     room_bytes: int
     step_seconds: float
     gpu_seconds: float
-    """step_seconds of all devices: the cost of a step."""
+    """Device-seconds of one step: step_seconds times the number of devices."""
     devices: int
 
 
 def find_cures(plan: RunPlan) -> list[Cure]:
-    """Up to three cures, the cheapest step first: single changes, else pairs of the changes that save most."""
+    """Up to three changes that make the plan fit, with the cheapest step first. If no single change does, pairs of the
+    changes that save most are tried."""
     saved: list[tuple[int, Config]] = []
     found = []
     for config in lighter(plan.config):
@@ -53,9 +56,10 @@ def find_cures(plan: RunPlan) -> list[Cure]:
 
 
 def find_beyond(plan: RunPlan) -> list[Cure]:
-    """Changes that make a layout fit beyond the choices of a search on its devices.
+    """Changes that make a layout fit and that a search on its devices does not try.
 
-    First come single changes of other settings, then the smallest sufficient number of devices, up to twice as many.
+    It first tries single changes of other settings. Then it looks for the smallest sufficient number of devices, up to
+    twice as many as now.
     """
     parallel = plan.config.parallel
     more = [with_changes(plan.config, pp=pp) for pp in range(parallel.pp + 1, 2 * parallel.pp + 1)]
@@ -72,7 +76,8 @@ def find_beyond(plan: RunPlan) -> list[Cure]:
 
 @dataclass(frozen=True)
 class FasterSplit:
-    """Layers of every stage that shorten the plan's step, and the memory left on a device (negative: lacking)."""
+    """A split of layers into stages that shortens the plan's step. room_bytes: free memory of the fullest device
+    (negative: lacking)."""
 
     layers: list[int]
     step_seconds: float
@@ -80,7 +85,7 @@ class FasterSplit:
 
 
 def find_split(plan: RunPlan) -> FasterSplit | None:
-    """The best split by planned times, if it shortens the step by at least WORTH."""
+    """The split that balances the planned times best. None if it shortens the step by less than WORTH."""
     layout = layout_of(plan.config)
     if layout.pp == 1:
         return None
@@ -93,7 +98,7 @@ def find_split(plan: RunPlan) -> FasterSplit | None:
 
 
 def find_stages(plan: RunPlan) -> Cure | None:
-    """The number of stages per rank that shortens the plan's step most, by at least WORTH, and still fits.
+    """The number of stages per rank with the shortest step. None if no number both fits and saves at least WORTH.
 
     The order of actions stays the same.
     """
@@ -111,7 +116,7 @@ def find_stages(plan: RunPlan) -> Cure | None:
 
 
 def _peak_of_fullest(config: Config, plan: RunPlan) -> int:
-    """Peak of the pipeline rank that was fullest, as a first check before all ranks are planned."""
+    """Peak memory of the pipeline rank that was the fullest. This is a quick check before all ranks are planned."""
     rank = min(plan.fullest.pp_rank, config.parallel.pp - 1)
     return rank_memory(config, rank, scene_of(config)).peak_bytes
 

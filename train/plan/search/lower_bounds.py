@@ -1,11 +1,13 @@
-"""Lower bounds on the memory and the time of layouts, without their memory model and their simulation.
+"""Computes lower bounds on the memory and the step time of layouts, without tracing their memory or simulating their
+steps.
 
-    memory   weights, gradients and optimizer of each rank, and the minimum that its micro-batches in flight keep
-    time     the busiest rank's work, the schedule's idle time in closed form, the update
+    memory   each rank's weights, gradients and optimizer state, and the least that its micro-batches in flight keep
+    time     work of the busiest rank, idle time of the schedule in closed form, and the update
 
-Layouts of a frame share their weights, their update and the micro-batches in flight. For a saving by blocks, the
-memory bound assumes all blocks and the time bound none. Memory comes first; a layout that it rules out gets no time
-bound. Times of equal layers under equal conditions are computed once in a search.
+All layouts of a frame have the same weights, update and micro-batches in flight. If an activation saving applies to
+some blocks, the memory bound assumes that it applies to all blocks, and the time bound assumes none. Memory is checked
+first. A layout that lacks memory gets no time bound. A search computes the times of equal layers under equal conditions
+only once.
 """
 
 from bisect import bisect_left
@@ -36,16 +38,16 @@ HELD_AND_WAITING = " for weights, optimizer and what waits"
 
 
 class FrameBounds:
-    """Bounds of the layouts of one frame."""
+    """Bounds on the layouts of one frame."""
 
     def __init__(self, frame: Frame, rates: Rates, memo: dict):
-        """memo: cached results, as in `Stages`, for the whole search."""
+        """memo: results that the whole search shares, as in `Stages`."""
         self._frame, self._rates, self._memo = frame, rates, memo
         self.lacking: list[tuple[int, str, Candidate]] = []
-        """Layouts that memory rules out: the bytes that each lacks per device, and of which memory."""
+        """Layouts that lack memory: the bytes that each lacks per device, the kind of memory, and the layout."""
 
     def candidates(self) -> Iterator[Candidate]:
-        """The layouts that memory does not rule out."""
+        """The layouts that the memory bound does not rule out."""
         frame = self._frame
         stages = self._stages(frame.config)
         last = len(stages.layers) - 1
@@ -62,7 +64,7 @@ class FrameBounds:
         for saving in frame.savings:
             kept = cache(partial(self._kept, saving, stages, flight))
             blocks = longest if saving.blocks else 0
-            least = [list(map(add, each, kept(blocks))) for each in state]  # by place of the optimizer and rank
+            least = [list(map(add, each, kept(blocks))) for each in state]  # by place of the optimizer, then by rank
             for dispatch, wire in frame.ways:
                 way = dispatch, wire
                 for number, each in enumerate(least):
@@ -76,7 +78,7 @@ class FrameBounds:
                         self.lacking.append((max(lacking, 0) + max(hosts[number], 0), what, one))
                         continue
                     host, fewest = frame.hosts[number], 0
-                    if saving.blocks == "recompute":  # offload need not cost time
+                    if saving.blocks == "recompute":  # offload may cost no time
                         holds = partial(_holds, kept, state[number], memory[dispatch])
                         fewest = bisect_left(range(blocks), True, key=holds)
                     key = (*saving.recompute, "", *saving.offload, dispatch, wire, fewest)
@@ -89,7 +91,7 @@ class FrameBounds:
                     yield one
 
     def _kept(self, saving: ActivationSaving, stages: Stages, flight: list[int], blocks: int) -> list[int]:
-        """`_kept_bytes` of every rank with this number of a saving's blocks."""
+        """`_kept_bytes` of every rank, if the saving applies to this number of blocks."""
         config = saving.applied(self._frame.config, blocks)
         model, longest = config.model, max(map(len, stages.layers))
         light = sum(place < model.repeated_layers or bool(model.offloaded_part(place)) for place in range(longest))
@@ -100,15 +102,15 @@ class FrameBounds:
 
 
 SPREAD_WORK = 0.97
-"""Minimum ratio of a stage's work to its work with the experts on the most ranks.
+"""Ratio of a stage's work with any number of expert ranks to its work with the most expert ranks. This is its minimum.
 
-The number of ranks affects only the permutation of tokens, by a few percent.
+The number of ranks affects only the permutation of tokens, which is a few percent of the work.
 """
 
 
 class QuickStages(Stages):
-    """Lower bounds on the times of a frame's stages, with the fewest traces: each rank has as few experts as
-    possible."""
+    """Lower bounds on the times of a frame's stages. All layouts use one trace, in which each rank has as few experts
+    as possible."""
 
     def __init__(self, config: Config, rates: Rates, memo: dict):
         super().__init__(config, layout_of(config), rates, memo)
@@ -126,14 +128,15 @@ class QuickStages(Stages):
 
 
 def _holds(kept: Callable[[int], list[int]], held: list[int], room: int, blocks: int) -> bool:
-    """Whether the fullest rank has room for its state and its kept activations with this number of blocks."""
+    """Whether the fullest rank has room for its state and its kept activations, if this number of blocks saves
+    memory."""
     return max(map(add, held, kept(blocks))) <= room
 
 
 def traced_bound(candidate: Candidate, config: Config, scene: Scene) -> int:
-    """The bound on memory with the activations that a forward pass of the model's own code really keeps.
+    """The memory bound with traced activations: a forward pass of the model's own code measures them.
 
-    config: the candidate's, with any number of its saving's blocks.
+    config: the candidate's recipe, with any number of saving blocks.
     """
     rank = candidate.fullest
     chunks = [chunk_of(scene, parts) for parts in chunk_parts(config)[rank].values()]
@@ -144,9 +147,10 @@ def traced_bound(candidate: Candidate, config: Config, scene: Scene) -> int:
 
 
 def _waiting(parallel: Parallel, count: int) -> tuple[list[int], list[int]]:
-    """Lower bounds, per rank, on micro-batches with complete activations: at any time, and while another runs forward.
+    """Two lower bounds for each rank: on micro-batches with complete activations at any time, and on those while
+    another micro-batch runs forward.
 
-    -1: no forward runs then. In a pair of micro-batches, the activations of one are not complete.
+    -1: no forward runs at that time. In a pair of micro-batches, only one of the two has complete activations.
     """
     most = in_flight(parallel.schedule, parallel.pp, min(count, STEADY * parallel.pp), parallel.virtual_stages)
     paired = parallel.schedule_facts.pairs
@@ -154,11 +158,11 @@ def _waiting(parallel: Parallel, count: int) -> tuple[list[int], list[int]]:
 
 
 def _pipeline_seconds(stages: Stages) -> float:
-    """Seconds of all micro-batches on the busiest rank, and its idle time.
+    """Seconds of the busiest rank for all micro-batches, plus its idle time.
 
-    If backward is not split, a rank starts after the forwards of the stages before its first stage, and ends before
-    their backwards. On the last of equal ranks this equals the closed form. Other schedules use their closed forms
-    at the shortest lengths.
+    If backward is not split, a rank starts after the forwards of all stages before its first stage. It ends before the
+    backwards of these stages. If all ranks are equal, the last rank gives the closed form. For other schedules, this is
+    the closed form with the shortest times of actions.
     """
     parallel, ids = stages.config.parallel, range(len(stages.layers))
     busy = [_busy(stages, own) * stages.micro_batches for own in stages.placement]
@@ -176,14 +180,14 @@ def _pipeline_seconds(stages: Stages) -> float:
 
 
 def _busy(stages: Stages, ids: list[int]) -> float:
-    """Seconds of one micro-batch on the stages of a rank, in pairs if the schedule has them."""
+    """Seconds of one micro-batch on the stages of a rank. If the schedule has pairs, the passes run in pairs."""
     if stages.config.parallel.schedule_facts.pairs:
         return 2 * _pair(stages, ids)
     return sum(stages.elapsed(Action(kind, stage, 0)).seconds for stage in ids for kind in "FB")
 
 
 def _pair(stages: Stages, ids: list[int]) -> float:
-    """Mean of the two pairs that a rank runs."""
+    """Mean time of the two kinds of pairs that a rank runs."""
     pairs = [(ids[0], ids[1]), (ids[1], ids[0])]
     return sum(_overlapped(stages, *pair) for pair in pairs) / 2
 
@@ -199,7 +203,7 @@ def _lengths(stages: Stages, stage: int) -> tuple[float, float, float]:
 
 
 def _state_bytes(config: Config, held: WeightCounts) -> int:
-    """Bytes of a rank's weights, fp32 gradients, master weights and moments, with ZeRO's sharding."""
+    """Bytes of a rank's weights, fp32 gradients, master weights and moments, as ZeRO shards them."""
     parallel = config.parallel
     element = config.precision.weight_bytes
     copies = parallel.stage_ranks, parallel.stage_ranks // parallel.ep
@@ -214,7 +218,7 @@ def _state_bytes(config: Config, held: WeightCounts) -> int:
 
 
 def _host_lacking(config: Config, held: list[WeightCounts]) -> int:
-    """Bytes per device that a node's own memory lacks for the optimizer; 0 or less if it fits."""
+    """Bytes per device that the node's memory lacks for the optimizer state. 0 or less if the state fits."""
     has = host_memory(config)
     if not config.parallel.offload_optimizer or not has:
         return 0
@@ -224,7 +228,7 @@ def _host_lacking(config: Config, held: list[WeightCounts]) -> int:
 
 
 def _shard(config: Config, held: WeightCounts) -> float:
-    """Number of trained weights for which a rank has the optimizer's state."""
+    """Number of trained weights whose optimizer state is on this rank."""
     parallel = config.parallel
     return held.dense / parallel.stage_ranks + held.experts / (parallel.stage_ranks // parallel.ep)
 
@@ -236,11 +240,11 @@ def _moment_bytes(config: Config) -> int:
 def _kept_bytes(config: Config, stages: Stages, light: int, ids: list[int], flight: int) -> int:
     """Lower bound on the bytes that `flight` micro-batches of one stage keep.
 
-    Per layer: the inputs of both norms and the attention's output; with experts, their inputs and the inputs of
-    their SwiGLU. The first `light` layers, which are recomputed or offloaded, keep only their input.
+    A layer keeps the inputs of both norms and the output of attention. Experts keep their inputs and the inputs of
+    their SwiGLU. The first `light` layers are recomputed or offloaded, and keep only their own input.
     """
     model, element = config.model, stages.element
-    if config.optim.index_warmup:  # only indexers have a backward
+    if config.optim.index_warmup:  # then only indexers have a backward
         return 0
     quantised = 1 if config.precision.fp8 is not None else element
     row = 2 * model.hidden * element + model.heads * model.v_head_dim * quantised
@@ -257,10 +261,10 @@ def _kept_bytes(config: Config, stages: Stages, light: int, ids: list[int], flig
 
 @cache
 def in_flight(schedule: str, pp: int, micro_batches: int, virtual: int = 2) -> list[tuple[int, int]]:
-    """Maximum micro-batches in flight per rank, once all its weights have gradients.
+    """Maximum number of micro-batches in flight for each rank, after all its weights have gradients.
 
-    In flight: after forward, before backward. Two numbers per rank: the maximum at any time, and the maximum while a
-    forward runs (0 if none runs then).
+    A micro-batch is in flight between its forward and its backward. There are two numbers per rank: the maximum at any
+    time, and the maximum while a forward runs (0 if no forward runs at that time).
     """
     most = []
     for line in schedule_actions(schedule, pp, micro_batches, virtual):

@@ -1,18 +1,21 @@
-"""plan.search=true: finds the fastest layouts on these devices, and the reasons against the others.
+"""plan.search=true: finds the fastest layouts on these devices, and the reason why each other kind of layout is slower
+or does not fit.
 
-    1. The recipe's own layout on these devices, then the layouts nearest to it: an early answer.
-    2. Every combination of pipeline, contexts, experts, schedule, micro-batch, recomputation, activations on the host,
-       dispatch, wire and place of the optimizer that the rules allow (candidates.py).
-    3. Bounds on its memory and, if that may fit, on its step time (lower_bounds.py).
-    4. Layouts are simulated from the smallest time bound upwards, and their memory is planned from the shortest step
-       upwards. The search ends when ten layouts fit and no other bound is below their times. If ranks of a pipeline
-       have uneven work, a layout that fits is also tried with the stage split that the planned times suggest.
+1. To give an early answer, the search first tries the recipe's own layout on these devices, then the layouts nearest to it.
+2. The search lists all combinations that the rules allow: pipeline, contexts, experts, schedule, micro-batch,
+   recomputation, activations on the host, dispatch, wire format and place of the optimizer (candidates.py).
+3. Every combination gets a lower bound on its memory. If it may fit, it also gets a lower bound on its step time
+   (lower_bounds.py).
+4. The search simulates layouts in the order of their time bounds, and plans their memory in the order of their step
+   times. It ends when ten layouts fit and no other layout has a lower time bound. If the ranks of a pipeline have
+   uneven work, a layout that fits is also tried with the stage split that its planned times suggest.
 
 The optimizer is on the host only if a layout does not fit otherwise. As few blocks as possible are recomputed or
-offloaded. Both only cost time. An interrupted search returns the best layouts so far.
+offloaded. Both only cost time. An interrupted search returns the best layouts that it has found.
 
-A family is all layouts of one pipeline length and schedule. Every family without a place among the best gets a reason:
-the rule that all of it breaks, the memory that its lightest layout lacks, or how much slower its best layout is.
+A family is all layouts of one pipeline length and schedule. If a family has no layout among the best, the search gives
+a reason: the rule that all its layouts break, the memory that its lightest layout lacks, or how much slower its best
+layout is.
 """
 
 import gc
@@ -47,13 +50,13 @@ from train.plan.time.step_time import estimate_step, mfu, plan_time, simulate_st
 
 SHOWN_LAYOUTS = 10
 REASONS = 3
-"""Maximum number of families whose rule is shown if no layout runs."""
+"""Maximum number of families whose broken rule is shown if no layout can run."""
 _UNSEEN = -1
-"""Replaces the number of blocks of a candidate with bounds only."""
+"""Used instead of a number of saving blocks for candidates that have only bounds so far."""
 NEARER = (1.0, 2.0, 3.0)
-"""Distances from the nearest layouts, in factors of two, after which a search looks for a better answer."""
+"""Distances beyond the nearest layouts, in factors of two. At each distance, the search looks for a better answer."""
 UNEVEN = 1.03
-"""Ratio of the busiest rank's work to the mean from which another stage split is tried."""
+"""Minimum ratio of the busiest rank's work to the mean for which another stage split is tried."""
 
 
 @dataclass(frozen=True)
@@ -69,21 +72,21 @@ class FoundLayout:
 
 @dataclass(frozen=True)
 class Family:
-    """Layouts of one kind without a place among the best, and the reason."""
+    """A family of layouts without a place among the best, and the reason for it."""
 
     name: str
     reason: str
 
 
 def _choice(found: FoundLayout) -> dict[str, Any]:
-    """One of the best layouts, as in plan.json."""
+    """One of the best layouts, as plan.json contains it."""
     budget, failures = budget_of(found.config, plan_time(found.config)), plan_failures(found.config, found.step_seconds)
     return {
         "overrides": found.overrides,
         "step_seconds": found.step_seconds,
         "room_bytes": found.room_bytes,
         "mfu_causal": found.mfu_causal,
-        "gpu_hours": budget.gpu_hours,  # for the whole token budget, without failures
+        "gpu_hours": budget.gpu_hours,  # for all tokens, without failures
         "cost": budget.cost,
         "effective_share": None if failures is None else failures.effective_share,
     }
@@ -112,16 +115,16 @@ class Search:
         }
 
     def command(self, name: str) -> list[str]:
-        """The arguments that use the best layout after it is written under this name."""
+        """The command-line arguments that select the best layout. name: the name under which it was written."""
         rest = [part for part in self.best[0].overrides if not part.startswith("parallel.")]
         return [f"parallel={name}", *rest]
 
 
 def search(config: Config, tell: Callable[[FoundLayout], None] = lambda found: None) -> Search:
-    """The ten fastest layouts that fit; after an interrupt (SIGINT), of the layouts tried so far.
+    """Finds the ten fastest layouts that fit. After an interrupt (SIGINT), only the layouts tried so far count.
 
-    tell: called with every layout that is the best so far. Raises UserError if none fits, KeyboardInterrupt if none
-    was found yet.
+    tell: called with each layout that is faster than all earlier ones. Raises UserError if no layout fits, and
+    KeyboardInterrupt if the interrupt comes before the first layout that fits.
     """
     require_hardware(config.hardware)
     require_host(config)
@@ -130,7 +133,7 @@ def search(config: Config, tell: Callable[[FoundLayout], None] = lambda found: N
     require_rule(config)
     devices = config.plan.devices or config.parallel.world
     finder = _Finder(config, devices, tell)
-    gc.freeze()  # torch's objects stay alive; garbage collection after every trace need not scan them
+    gc.freeze()  # torch's objects stay alive, so garbage collections after each trace need not scan them
     try:
         fits = finder.run()
     finally:
@@ -160,13 +163,14 @@ class _Miss(NamedTuple):
     """A layout that does not fit."""
 
     lacking: int
-    """Bytes per device, or a bound on them: of the device's memory and of its share of the host's."""
+    """Bytes per device that are lacking, or a lower bound on them. They are lacking in the device's memory or in its
+    share of the host's memory."""
     what: str
     config: Config
 
     @classmethod
     def of(cls, config: Config) -> "_Miss":
-        """The memory that a layout really lacks (negative: free)."""
+        """The memory that a layout lacks according to a full plan (negative: free)."""
         ranks = plan_memory(config)
         lacking = max(rank.peak_bytes for rank in ranks) - tensor_memory(config)
         if host := host_lacking(config, ranks) // host_ranks(config):
@@ -176,23 +180,23 @@ class _Miss(NamedTuple):
 
 @dataclass
 class _Looked:
-    """The findings of a search about a family."""
+    """What a search has found about a family."""
 
     rule: UserError | None = None
     """The first rule that one of its layouts breaks."""
     runs: bool = False
-    """Whether some of its layouts break no rule."""
+    """Whether at least one of its layouts breaks no rule."""
     lacking: list[tuple[int, str, Candidate]] = field(default_factory=list)
-    """Layouts that a bound rules out: bytes that each lacks per device, and of which memory; only the nearest of
-    each frame."""
+    """Layouts that a bound rules out: the bytes that each lacks per device, the kind of memory, and the layout. Only
+    the layout of each frame that lacks least is listed."""
     possible: list[Candidate] = field(default_factory=list)
     """Layouts that no bound rules out."""
     missed: list["_Miss"] = field(default_factory=list)
-    """Tried layouts that do not fit."""
+    """Layouts that were tried and do not fit."""
     nearest: "_Miss | None" = None
-    """The layout that lacks least, if none of the family fits."""
+    """The layout that lacks the least memory, if no layout of the family fits."""
     steps: list[float] = field(default_factory=list)
-    """Step seconds of the layouts that fit."""
+    """Step times, in seconds, of the layouts that fit."""
 
 
 class _Finder:
@@ -204,18 +208,19 @@ class _Finder:
         self._rates, self._memo = load_rates(config, alone=devices == 1), {}
         self._families: defaultdict[str, _Looked] = defaultdict(_Looked)
         self._looked: dict[tuple[str, ...], tuple[int, str]] = {}
-        """Lacking bytes of tried layouts, by their overrides."""
+        """Lacking bytes of layouts that were tried, by the layout's overrides."""
         self._blocks: dict[int, int | None] = {}
         self._estimated: dict[tuple[int, int], float] = {}
-        """`_fewest` and `_seconds` by the ids of candidates, which live as long as the search."""
+        """Caches `_seconds` by the id of a candidate and a number of blocks; `_blocks` caches `_fewest` by id. Candidates
+        live as long as the search, so the ids stay valid."""
         self._fitting: dict[tuple[str, ...], _Fit] = {}
-        """Layouts that fit, by their overrides."""
+        """Layouts that fit, by the layout's overrides."""
         self._on_devices: set[tuple[str, ...]] = set()
-        """Layouts that fit with the optimizer on the devices."""
+        """Overrides of layouts that fit with the optimizer on the devices."""
 
     @property
     def runs(self) -> bool:
-        """Whether any layout keeps the rules."""
+        """Whether at least one layout breaks no rule."""
         return any(family.runs for family in self._families.values())
 
     def run(self) -> list[_Fit]:
@@ -232,7 +237,7 @@ class _Finder:
         return sorted(fits, key=_step_seconds)
 
     def _find(self) -> None:
-        """Try the recipe's own layout on these devices, then the layouts nearest to it, then all."""
+        """Try the recipe's own layout on these devices, then the layouts nearest to it, then all layouts."""
         every = list(frames(self._base, self._devices))
         self.tried = sum(frame.layouts for frame in every)
         every.sort(key=self._distance)
@@ -253,13 +258,14 @@ class _Finder:
                 break
 
     def _distance(self, frame: Frame) -> float:
-        """How far a layout's groups and micro-batch are from the recipe's, in factors of two."""
+        """How much a layout's group sizes and micro-batch differ from the recipe's, in factors of two."""
         one, base = frame.config, self._base
         pairs = [(getattr(one.parallel, name), getattr(base.parallel, name)) for name in ("pp", "cp", "ep", "zero")]
         return sum(abs(math.log2(a / b)) for a, b in (*pairs, (one.micro_batch_size, base.micro_batch_size)))
 
     def _as_given(self, frame: Frame) -> Frame | None:
-        """The frame with the recipe's schedule and dispatch, and its activation saving or whole layers; or None."""
+        """The frame restricted to the recipe's schedule and dispatch, and to its activation saving or whole layers.
+        None if nothing is left."""
         base, model = self._base.parallel, self._base.model
         if (frame.config.parallel.schedule != base.schedule and base.pp > 1) or not (ways := self._ways(frame)):
             return None
@@ -269,7 +275,7 @@ class _Finder:
         return replace(frame, savings=savings, ways=given)
 
     def _bound(self, frame: Frame) -> None:
-        """Sort the layouts of a frame into those that may fit and those that a bound rules out."""
+        """Sort the layouts of a frame into layouts that may fit and layouts that a bound rules out."""
         family = self._families[frame.family]
         if ways := self._ways(frame):
             bounds = FrameBounds(replace(frame, ways=ways), self._rates, self._memo)
@@ -277,7 +283,7 @@ class _Finder:
             family.lacking += sorted(bounds.lacking, key=_bytes_lacking)[:1]
 
     def _try(self, possible: list[Candidate], wanted: int) -> None:
-        """Keep the layouts that fit, and tell each that is faster than all before."""
+        """Keep the layouts that fit, and report each one that is faster than all earlier ones."""
         for fit in self._fits(possible, wanted):
             before = min(self._fitting.values(), key=_step_seconds, default=None)
             self._fitting[self._name(fit.config)] = fit
@@ -285,9 +291,10 @@ class _Finder:
                 self._tell(self.found(fit))
 
     def _ways(self, frame: Frame) -> list[tuple[str, WireFormat]]:
-        """The pairs of dispatch and wire that the rules allow.
+        """The pairs of dispatch and wire format that the rules allow.
 
-        Flat dispatch has no rule of its own, so a rule that a layout breaks with it is broken with all.
+        Flat dispatch has no rules of its own. So if a layout breaks a rule with flat dispatch, it breaks this rule with
+        every dispatch.
         """
         flat, family = broken_layout(frame.config), self._families[frame.family]
         errors = {FLAT_DISPATCH: flat}
@@ -300,7 +307,7 @@ class _Finder:
         return ways
 
     def _fits(self, possible: list[Candidate], wanted: int) -> Iterator[_Fit]:
-        """Layouts that fit, until none of the rest can be among as many of the fastest."""
+        """Yields layouts that fit. Ends when no remaining layout can be among the `wanted` fastest."""
         queue = [(one.seconds, number, _UNSEEN) for number, one in enumerate(possible)]
         heapify(queue)
         best: list[float] = []
@@ -315,15 +322,16 @@ class _Finder:
             if self._needs_no_host(config):
                 continue
             lacking, what = self._look(one, config)
-            if lacking <= 0 and (blocks or not one.blocks):  # without a block it equals a layout of another saving
+            if lacking <= 0 and (blocks or not one.blocks):  # without such blocks, it equals a layout of another saving
                 fit = self._fit(one.family, config, -lacking, seconds)
                 best = sorted([*best, fit.step_seconds])[:wanted]
                 yield fit
-            elif lacking > 0 and blocks < one.blocks and not what:  # more blocks use even more of a node's own memory
+            elif lacking > 0 and blocks < one.blocks and not what:  # more blocks need even more of a node's own memory
                 heappush(queue, (self._seconds(one, blocks + 1), number, blocks + 1))
 
     def _fewest(self, one: Candidate) -> int | None:
-        """The fewest blocks with which a candidate fits by a memory bound; None if it does not fit with all blocks."""
+        """The smallest number of saving blocks with which a candidate fits by its memory bound. None if all blocks are
+        not enough."""
         if id(one) not in self._blocks:
             able = self._lacking(one, one.blocks) <= 0
             fewest = bisect_left(range(one.blocks * able), True, key=lambda blocks: self._lacking(one, blocks) <= 0)
@@ -344,7 +352,7 @@ class _Finder:
         return Stages(config, layout_of(config), self._rates, self._memo)
 
     def _needs_no_host(self, config: Config) -> bool:
-        """Whether a layout with the optimizer on the host also fits without, which is faster."""
+        """For a layout with the optimizer on the host: whether it also fits without that. It is then faster without."""
         host = config.parallel.offload_optimizer
         return host and self._name(with_changes(config, offload_optimizer=False)) in self._on_devices
 
@@ -352,7 +360,8 @@ class _Finder:
         return tuple(overrides(config, self._base))
 
     def _look(self, one: Candidate, config: Config) -> tuple[int, str]:
-        """`_missed` of a candidate with some blocks, cached for savings that share a layout."""
+        """`_missed` of a candidate with a certain number of saving blocks. Results are cached, because different
+        savings can give the same layout."""
         name = self._name(config)
         if name not in self._looked:
             self._looked[name] = _missed(config, one.fullest)
@@ -361,7 +370,7 @@ class _Finder:
         return self._looked[name]
 
     def _fit(self, family: str, config: Config, room: int, seconds: float) -> _Fit:
-        """A layout that fits, with the faster of two stage splits."""
+        """Record a layout that fits. Returns it with the faster of two stage splits."""
         if not config.parallel.offload_optimizer:
             self._on_devices.add(self._name(config))
         fit = self._faster(_Fit(config, family, room, seconds))
@@ -369,7 +378,8 @@ class _Finder:
         return fit
 
     def _faster(self, fit: _Fit) -> _Fit:
-        """The layout with the split that the planned times suggest, if it is faster and fits; else unchanged."""
+        """The layout with the stage split that the planned times suggest, if that split fits and is faster. Else the
+        layout itself."""
         stages = self._stages(fit.config)
         if estimate_step(stages)[1] < UNEVEN:
             return fit
@@ -381,13 +391,13 @@ class _Finder:
         return fit if lacking > 0 else _Fit(config, fit.family, -lacking, seconds)
 
     def found(self, fit: _Fit) -> FoundLayout:
-        """A layout as the search returns it."""
+        """Convert a layout to the form that the search returns."""
         config = replace(fit.config, plan=self._base.plan)
         causal = mfu(config, fit.step_seconds, causal=True)
         return FoundLayout(config, overrides(config, self._base), fit.step_seconds, fit.room_bytes, causal)
 
     def rejected(self, fits: list[_Fit]) -> Iterator[Family]:
-        """A reason for every family without a place among the best."""
+        """A reason for every family that has no layout among the best."""
         shown = {fit.family for fit in fits}
         names = (name for name in self._families if name not in shown)
         for name in sorted(names, key=lambda name: (int("".join(filter(str.isdigit, name.split()[0]))), name)):
@@ -415,7 +425,8 @@ class _Finder:
 
     @property
     def nearest(self) -> _Miss | None:
-        """If nothing fits, the tried layout that lacks least; valid after `rejected` has handled every family."""
+        """If no layout fits: the tried layout that lacks the least memory. Valid only after `rejected` has handled
+        every family."""
         families = self._families.values()
         if nearest := [family.nearest for family in families if family.nearest is not None]:
             return min(nearest, key=lambda miss: miss.lacking)
@@ -424,15 +435,16 @@ class _Finder:
 
 
 def _bytes_lacking(one: tuple[int, str, Candidate]) -> tuple[int, int]:
-    """Sort key for the nearest layout; among equals, the lightest."""
+    """Sort key: the layout that lacks least comes first. Among equal layouts, the one that needs least memory comes
+    first."""
     return one[0], one[2].least_bytes
 
 
 def _missed(config: Config, fullest: int) -> tuple[int, str]:
-    """Lacking bytes of the fullest rank (negative: free), and of which memory; likely ranks are checked first."""
+    """Bytes that the fullest rank lacks (negative: free), and the kind of memory. Checks the likely ranks first."""
     scene, memory, last = scene_of(config), tensor_memory(config), config.parallel.pp - 1
     ranks: list[RankMemory] = []
-    for depth in WalkDepth:  # bounds first, which rule out most layouts
+    for depth in WalkDepth:  # bounds come first, because they rule out most layouts
         ranks = []
         likely = (last, fullest) if depth == WalkDepth.forwards else (fullest, 0, last, *range(last))
         for rank in dict.fromkeys(likely):
@@ -445,7 +457,7 @@ def _missed(config: Config, fullest: int) -> tuple[int, str]:
 
 
 def _nothing_runs(config: Config, found: Search, devices: int) -> UserError:
-    """The error if no layout is possible on this number of devices."""
+    """The error if no layout can run on this number of devices."""
     reasons = "; ".join(f"{family.name}: {family.reason}" for family in found.rejected[:REASONS])
     more = f"; and {len(found.rejected) - REASONS} more" if len(found.rejected) > REASONS else ""
     return UserError(
@@ -457,7 +469,8 @@ def _nothing_runs(config: Config, found: Search, devices: int) -> UserError:
 
 
 def _near(config: Config, devices: int) -> str:
-    """The nearest device numbers that fit the batch size and a pipeline of at most the model's length."""
+    """Suggests the nearest numbers of devices on which a layout can run. They must match the batch size, and the
+    pipeline must not be longer than the model."""
     longest = config.model.layers + 2
     shares = divisors(config.batch_size)
     able = {pp * dp for pp in range(1, longest + 1) for dp in shares}
@@ -470,7 +483,7 @@ def _near(config: Config, devices: int) -> str:
 
 
 def _nothing_fits(config: Config, found: Search, nearest: _Miss | None) -> UserError:
-    """The error for devices on which no layout fits. nearest: the layout that lacks least, if there is one."""
+    """The error if no layout fits on the devices. nearest: the layout that lacks the least memory, if there is one."""
     rule = f"{found.devices} x {config.hardware.name} cannot fit this recipe with any of {found.tried} layouts"
     cures = []
     if nearest is not None:

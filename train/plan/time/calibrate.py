@@ -1,15 +1,16 @@
-"""plan.calibrate=true: times the recipe's kernels on the present device and writes the rates for plans.
+"""plan.calibrate=true: times the recipe's kernels on the present device, and writes the rates that plans use.
 
-    1. Every kind of kernel is timed at several sizes (timed_run.py), and a rate is fitted: seconds per call, operations,
-       bytes.
-    2. With several devices, or a CPU with cores for several ranks, the same is done with all of them active, as they
-       share memory and caches. The links between them are timed too: all-to-all, send, reduction, gather.
-    3. One rank's whole step is timed, passes and update, at two micro-batch sizes. The remainder of the passes' time
-       becomes a cost per launch (Python, autograd) and a factor on the kernels (cold caches); the update's, a factor.
+1. Every kind of kernel is timed at several sizes (timed_run.py). A rate is fitted to the times: seconds per call, operations
+   per second and bytes per second.
+2. With several devices, or on a CPU with cores for several ranks, the kernels are also timed while all ranks run them,
+   because the ranks share memory and caches. The links between the ranks are timed too: all-to-all, send, reduction, gather.
+3. One rank runs complete steps, with passes and update, at two micro-batch sizes. The kernels' rates do not explain all of
+   the time of the passes. The remainder becomes a cost per launch (Python, autograd) and a factor on the kernels' time
+   (cold caches). For the update, it becomes only a factor.
 
-A single-threaded CPU is timed by the processor's own clock, which stops while other processes have the core.
+A single-threaded CPU rank is timed by its processor time, which excludes the time when other processes have the core.
 
-The file records the device, the number of threads and the date. A plan refuses it for another device.
+The file records the device, the number of threads and the date. A plan refuses rates of another device.
 """
 
 import json
@@ -43,15 +44,15 @@ from train.plan.time.timed_step import TimedStep, undisturbed_clock, wall_clock
 from train.rank_parts import RankSetup
 
 SHORTER = 4
-"""Divisor of the first number of tokens that gives the second."""
+"""The second number of tokens is the first divided by this number."""
 LINK_RUNS = 20
-"""Runs of each collective. The shortest counts: other work on a machine only ever adds time."""
+"""Number of runs of each collective. The shortest time counts, because other work on the machine can only add time."""
 LINK_BYTES = (2**14, 2**18, 2**22)
 CALIBRATION_STEPS = 8
 
 
 def calibrate(config: Config) -> Path:
-    """Measure and write runs/<name>/calibration.json; returns its path."""
+    """Measure the rates and write runs/<name>/calibration.json. Returns its path."""
     device = torch.device("cuda" if config.cluster.device != "cpu" and torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and config.precision.fp8 is not None:
         raise UserError(
@@ -90,7 +91,7 @@ def _measure_on(ranks: int, config: Config, kind: str, threads: int) -> dict[str
 
 
 def _rank(rank: int, ranks: int, config: Config, kind: str, threads: int, folder: str, barrier) -> None:
-    """Body of one measuring process."""
+    """The body of one measuring process."""
     tune_cpu()
     if kind == "cpu":
         torch.set_num_threads(threads)
@@ -118,7 +119,7 @@ def _rank(rank: int, ranks: int, config: Config, kind: str, threads: int, folder
 
 
 def _all_rates(config: Config, device: torch.device) -> tuple[dict[str, dict], dict[str, float]]:
-    """Fitted rates of all kinds, and the worst relative residual of each fit."""
+    """The fitted rates of all kinds, and the largest relative residual of each fit."""
     samples: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
     timed = [timed_passes(_alone(config, *batch), device) for batch in batches(config)]
     for (kind, *amounts, calls), seconds in chain(*timed, timed_rows_and_weights(config, device)):
@@ -129,9 +130,9 @@ def _all_rates(config: Config, device: torch.device) -> tuple[dict[str, dict], d
 
 
 def batches(config: Config) -> list[tuple[int, int]]:
-    """Sequences and length of the recipe's micro-batch, and of a smaller one.
+    """The number and the length of sequences in two micro-batches: the recipe's micro-batch and a smaller one.
 
-    With two sizes, a fit separates the cost of a call from the cost of an element.
+    The fit needs two sizes to separate the cost of a call from the cost of an element.
     """
     if config.micro_batch_size < SHORTER:
         return [(config.micro_batch_size, config.seq_len), (1, -(-config.seq_len // SHORTER))]
@@ -139,7 +140,7 @@ def batches(config: Config) -> list[tuple[int, int]]:
 
 
 def _alone(config: Config, sequences: int, length: int) -> Config:
-    """One rank without parallelism, with two micro-batches of this many sequences per step."""
+    """The recipe for one rank without parallelism. Its step has two micro-batches of this many sequences."""
     return replace(
         config,
         parallel=Parallel(),
@@ -153,10 +154,11 @@ def _alone(config: Config, sequences: int, length: int) -> Config:
 
 
 def fit_rate(samples: Sequence[tuple[float, float, float]]) -> tuple[Rate, float]:
-    """The rate of samples (operations, bytes, seconds) of one call each, and the largest relative error of the fit.
+    """Fits a rate to samples (operations, bytes, seconds) of one call each. Also returns the largest relative error of
+    the fit.
 
     A rate has three terms: seconds = calls a + operations / flops + bytes / bandwidth. The fit minimises the squared
-    relative errors, with no negative term: for three unknowns, all seven subsets of non-zero terms are tried.
+    relative errors, and no term may be negative. With three unknowns, it can try all seven subsets of non-zero terms.
     """
     rows_N3 = np.array([[1.0, flops, moved] for flops, moved, _ in samples])
     seconds_N = np.array([seconds for *_, seconds in samples])
@@ -165,7 +167,8 @@ def fit_rate(samples: Sequence[tuple[float, float, float]]) -> tuple[Rate, float
     usable = [column for column in range(3) if relative_N3[:, column].any()]
     for size in range(1, len(usable) + 1):
         for columns in combinations(usable, size):
-            scale = relative_N3[:, columns].max(0)  # operations are 1e9 times a call: keep the matrix well conditioned
+            # Operations are 1e9 times a call. Without scaling, the matrix would be ill-conditioned.
+            scale = relative_N3[:, columns].max(0)
             part, *_ = np.linalg.lstsq(relative_N3[:, columns] / scale, np.ones(len(samples)), rcond=None)
             error = np.square(relative_N3[:, columns] / scale @ part - 1).sum()
             if (part >= 0).all() and error < least * (1 - 1e-9):
@@ -177,15 +180,16 @@ def fit_rate(samples: Sequence[tuple[float, float, float]]) -> tuple[Rate, float
 
 
 def _around_alone(config: Config, device: torch.device, rates: dict[str, dict]) -> tuple[Rate, dict[str, float]]:
-    """The time of one rank's step beyond its kernels: the rate of a launch, and factors on passes and update.
+    """The time of one rank's step that its kernels do not explain: the rate of a launch, and factors on passes and
+    update.
 
-    Steps at two micro-batch sizes separate launches, equal in both, from kernels.
+    The number of launches is the same at both micro-batch sizes. This separates the launches from the kernels.
     """
     steps = [_Step(config, *batch, rates, device) for batch in batches(config)]
     first, second = steps
     factor = (first.passes - second.passes) / (first.kernels - second.kernels)
     launch = (first.passes - factor * first.kernels) / first.launches
-    if factor <= 0 or launch < 0:  # a device that hides launches, or noise
+    if factor <= 0 or launch < 0:  # the device hides launches, or the times are noisy
         factor, launch = first.passes / first.kernels, 0.0
     return Rate(seconds=launch), {"passes": factor, "update": first.update}
 
@@ -193,13 +197,14 @@ def _around_alone(config: Config, device: torch.device, rates: dict[str, dict]) 
 def _factors_together(
     config: Config, device: torch.device, rates: dict[str, dict], launch: Rate, barrier
 ) -> dict[str, float]:
-    """The factors with all ranks active. launch: from a rank alone, because each rank has its own core for launches."""
+    """The factors while all ranks are active. launch: the rate from one rank alone, because each rank launches on its
+    own core."""
     step = _Step(config, *batches(config)[0], rates, device, barrier)
     return {"passes": (step.passes - launch.seconds * step.launches) / step.kernels, "update": step.update}
 
 
 class _Step:
-    """A step of two micro-batches on one rank: measured times, and the plan of its kernels."""
+    """A step of two micro-batches on one rank: its measured times, and the planned time of its kernels."""
 
     def __init__(self, config: Config, sequences: int, length: int, rates: dict[str, dict], device, barrier=None):
         alone = _alone(config, sequences, length)
@@ -210,13 +215,14 @@ class _Step:
         """Number of launches."""
         self.passes, updated = _step(alone, device, barrier)
         self.update = updated / plan.update.seconds
-        """Measured over planned."""
+        """Measured time of the update divided by its planned time."""
 
 
 def _step(config: Config, device: torch.device, barrier) -> tuple[float, float]:
-    """Shortest seconds of the passes over two micro-batches, and of the following reduction and update.
+    """Seconds of the passes over two micro-batches, and of the reduction and update after them. The shortest of several
+    runs counts.
 
-    A single rank runs them.
+    A single rank runs these steps.
     """
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -258,7 +264,7 @@ def _links(rank: int, ranks: int, device: torch.device, folder: str) -> dict[str
 
 
 def _shift(tensor: torch.Tensor, rank: int, ranks: int) -> None:
-    """Send to the next rank and receive from the previous rank."""
+    """Send to the next rank, and receive from the previous rank."""
     received = torch.empty_like(tensor)
     works = dist.batch_isend_irecv(
         [
@@ -271,7 +277,7 @@ def _shift(tensor: torch.Tensor, rank: int, ranks: int) -> None:
 
 
 def _seconds_in_step(run: Callable[[], object], device: torch.device) -> float:
-    """Shortest time of a collective with an aligned start; every rank runs it equally often."""
+    """Shortest time of a collective that all ranks start together. Every rank runs it equally often."""
     times = []
     for _ in range(LINK_RUNS):
         dist.barrier()

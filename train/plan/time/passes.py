@@ -1,11 +1,12 @@
-"""Seconds of a pass over the layers of a stage, alone or overlapped with another pass.
+"""Computes the time of a pass over the layers of a stage, alone or overlapped with another pass.
 
-A pass is a list of segments. A segment computes, starts a transfer, computes independent work (the shared experts), and
-then waits. Alone, a pass hides a transfer only behind that last part. In a pair, the two passes alternate when one has
-started a transfer, exactly as parallel/pipeline/overlap.py runs them, backward first.
+A pass is a list of segments. A segment first computes and then starts a transfer. During the transfer, it computes
+independent work (the shared experts). Then it waits for the transfer. A pass that runs alone hides a transfer only
+behind this independent work. In a pair, a pass that has started a transfer lets the other pass run, exactly as in
+parallel/pipeline/overlap.py. Backward runs first.
 
-Transfers of a device run one after another. A transfer in flight slows computing: it takes the share `taken` of the
-device (some SMs, or on a CPU the cores themselves).
+A device runs its transfers one after another. A transfer in flight slows computing, because it takes the share `taken`
+of the device (some SMs; on a CPU, the cores themselves).
 """
 
 from dataclasses import dataclass
@@ -13,13 +14,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Segment:
-    """Durations in seconds: computing, then a transfer (0 for none), and computing that may overlap the transfer."""
+    """Durations in seconds. compute: computing first. transfer: the transfer after it (0 for none). beside: computing
+    that may overlap the transfer."""
 
     compute: float
     transfer: float = 0.0
     beside: float = 0.0
     yields: bool = True
-    """Whether a pair switches to the other pass before the wait for the transfer."""
+    """Whether a pair of passes switches to the other pass before the wait for the transfer."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +30,11 @@ class ElapsedTime:
 
     seconds: float
     exposed: float
-    """Seconds of waiting for transfers, included in `seconds`."""
+    """Seconds of waiting for transfers. They are included in `seconds`."""
 
 
 def alone(segments: list[Segment], taken: float) -> ElapsedTime:
-    """The time of one pass, without other work during its waits."""
+    """The time of one pass that has no other work during its waits."""
     seconds = exposed = 0.0
     for segment in segments:
         beside = _compute(0.0, segment.beside, segment.transfer, taken)
@@ -77,6 +79,6 @@ def overlapped(forward: list[Segment], backward: list[Segment], taken: float) ->
 
 
 def _compute(now: float, seconds: float, link: float, taken: float) -> float:
-    """The end time of computing that starts now, slowed while the link is busy."""
+    """The time at which computing ends that starts now. Computing is slower while the link is busy."""
     lost = taken * max(0.0, link - now)
     return now + min(seconds + lost, seconds / max(1 - taken, 1e-9))

@@ -1,7 +1,9 @@
-"""Seconds of work, from the rates of a hardware description or a calibration, with fallbacks between kinds.
+"""Computes the seconds of work, from the rates of a hardware description or a calibration. Kinds of work without a rate
+have fallbacks.
 
-Shipped descriptions have a few kinds (GEMMs, attention, memory); a calibration measures all kinds in Sluice's code.
-A missing kind uses the rate of its more general kind, along WORK_KINDS. A kind without any rate is an error.
+Shipped hardware descriptions have rates of a few kinds (GEMMs, attention, memory). A calibration measures all kinds in
+Sluice's code. A kind without a rate uses the rate of a more general kind (WORK_KINDS lists these fallbacks). If that
+has no rate either, an error is raised.
 """
 
 import math
@@ -32,16 +34,17 @@ WORK_KINDS = {
     "triton_grouped_wgrad": "grouped_wgrad",
     "triton_wgrad": "wgrad",
 }
-"""Kinds of GEMMs, each with a format (fprop_bf16), and their fallbacks. Kinds with triton are Sluice's FP8 kernels."""
+"""Kinds of GEMMs and their fallbacks. Each name ends in a number format (fprop_bf16). Kinds with triton in their name
+are Sluice's FP8 kernels."""
 NOT_MEMORY = ("memory", "attention_forward", "attention_backward", "launch")
-"""Kinds without the fallback `memory`, besides GEMMs, links and the host. All others have it."""
+"""Kinds that do not fall back to `memory`. GEMMs, links and the host do not either; all other kinds do."""
 HOST = ("host", "host_memory")
-"""Kinds of offload, without fallback: bytes between a device and its host, and bytes that the host's processors read
-and write for it."""
+"""Kinds of offload work, without a fallback: bytes copied between a device and its host, and bytes that the host's
+processors read and write in host memory."""
 HOST_LAUNCH = "host_launch"
-"""Kind for the host time of launching a kernel in the passes, in seconds of a core per call.
+"""Kind for the time that a host core needs to launch a kernel in the passes, in seconds per call.
 
-It has no fallback: if a description lacks it, launches cost nothing.
+It has no fallback. If a description lacks it, launches cost nothing.
 """
 LINKS = {
     "all_to_all_inside": "inside",
@@ -53,20 +56,22 @@ LINKS = {
     "gather_inside": "inside",
     "gather_across": "across",
 }
-"""Kinds of transfers and their fallbacks: inside and across, bytes of one device in one direction."""
+"""Kinds of transfers and their fallbacks, inside a node and across nodes. Their rates count bytes of one device in one
+direction."""
 TUNED, OURS_UNTIMED = "tuned Megatron", "this program"
 
 
 @dataclass(frozen=True)
 class JobInterval:
-    """Step times of published jobs: from exp(low) to exp(high) times a plan's, as `python -m bench.plan_published`
-    measures."""
+    """The range of published jobs' step times: from exp(low) to exp(high) times the planned step time. `python -m
+    bench.plan_published` measures it."""
 
     low: float
     high: float
     jobs: int
     held: float
-    """Share of the jobs in intervals that were made without their source."""
+    """Share of the published jobs that lie in their interval, when the interval is computed without the job's own
+    source."""
 
     def around(self, seconds: float) -> tuple[float, float]:
         return seconds * math.exp(self.low), seconds * math.exp(self.high)
@@ -76,7 +81,7 @@ INTERVALS = {
     OURS_UNTIMED: JobInterval(-0.195, 0.495, 61, 0.90),
     TUNED: JobInterval(-0.204, 0.111, 33, 0.88),
 }
-"""Intervals by kind of program. No GPU has timed this program, so jobs of all kinds count for it."""
+"""Intervals by kind of program. No GPU has timed Sluice itself, so its interval counts jobs of all kinds."""
 CALIBRATION_FILE = "calibration.json"
 REQUIRED = {
     "device",
@@ -92,21 +97,21 @@ REQUIRED = {
 
 @dataclass(frozen=True)
 class Rates:
-    """Rates of one device. source: for the user."""
+    """Rates of one device. source: text that tells the user where the rates are from."""
 
     rates: Mapping[str, Rate]
     source: str
     factors: Mapping[str, float] = field(default_factory=dict)
-    """Factors of passes and of update, for time that kernels do not explain; 1 if not measured."""
+    """Factors for the time of passes and update that kernels do not explain. A factor is 1 if it was not measured."""
     threads: int | None = None
-    """Threads of a rank on the CPU that was calibrated."""
+    """Number of threads per rank on the calibrated CPU."""
     intervals: Mapping[str, JobInterval] = field(default_factory=dict)
-    """INTERVALS, or nothing if such plans were not compared with jobs."""
+    """INTERVALS, or empty if plans with these rates were not compared with jobs."""
     _found: dict[str, Rate] = field(default_factory=dict, init=False, compare=False, repr=False)
-    """Rates by kind, cached on first use."""
+    """Cache of rates by kind."""
 
     def rate(self, kind: str) -> Rate:
-        """The rate of a kind, or of its fallback. Raises UserError if there is none."""
+        """The rate of a kind, or of its fallback. Raises UserError if neither has a rate."""
         if kind not in self._found:
             self._found[kind] = self._find(kind)
         return self._found[kind]
@@ -125,13 +130,13 @@ class Rates:
         return self.rates[name]
 
     def seconds(self, work: Iterable[Work]) -> float:
-        """Time of kernels in sequence."""
+        """Seconds of kernels that run in sequence."""
         return sum(self.of(one) for one in work)
 
     def passes(self, work: Sequence[Work]) -> float:
         """Seconds of work inside the passes of a step, including launches.
 
-        Launches by Python and autograd are known only from calibrations.
+        Only calibrations know how long Python and autograd take to launch.
         """
         launch = self.rates.get("launch", Rate()).seconds
         return self.factor("passes") * self.seconds(work) + launch * sum(one.calls for one in work)
@@ -157,9 +162,11 @@ def _nearest_kind(kind: str) -> str | None:
 
 
 def load_rates(config: Config, alone: bool) -> Rates:
-    """The rates that a plan of this recipe uses. alone: only one rank of a machine is active (CPUs share their memory).
+    """The rates that a plan of this recipe uses. alone: only one rank of a machine is active. (On a CPU, active ranks
+    share memory.)
 
-    Raises UserError without a description, without rates, and for a calibration of another device.
+    Raises UserError if there is no hardware description, if it has no rates, or if the calibration is of another
+    device.
     """
     hardware = config.hardware
     require_hardware(hardware)
@@ -181,7 +188,7 @@ def load_rates(config: Config, alone: bool) -> Rates:
 
 
 def read_calibration(path: str) -> dict[str, Any]:
-    """Content of a calibration file."""
+    """The content of a calibration file."""
     try:
         found = parse_json(read_plain_text(Path(path)))
     except ValueError as error:
@@ -194,7 +201,7 @@ def read_calibration(path: str) -> dict[str, Any]:
 
 
 def check_device(config: Config, calibration: Mapping[str, Any]) -> None:
-    """Raise UserError if a calibration is of another device than the planned one, or of another number format."""
+    """Raise UserError if a calibration does not match the planned device or its number format."""
     hardware, device = config.hardware, calibration["device"]
     wanted = cpu_name() if hardware.device == "cpu" else hardware.device
     same = device == wanted if hardware.device == "cpu" else wanted in device

@@ -1,7 +1,8 @@
-"""Seconds of every action of a pipeline: recorded work of the stages (train/plan/work_recorder.py) at a device's rates.
+"""Computes the seconds of every action of a pipeline, from the recorded work of its stages
+(train/plan/work_recorder.py) and the rates of a device.
 
-The parts of a stage come from the memory plan (train/plan/memory/part.py), which runs each of them once. A stage
-joins them as segments (passes.py), so that the schedule can overlap them.
+The memory plan runs each part of a stage once (train/plan/memory/part.py) and records its work. This work becomes the
+segments of a stage (passes.py), which the schedule can overlap.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,13 +30,13 @@ from train.plan.time.update import to_host
 from train.plan.work_recorder import ONCE, Exchange, Work
 
 FEW_MICRO_BATCHES = 16
-"""Up to this many micro-batches, the first is distinguished: it does not read the sums of gradients, but creates
-them."""
+"""With at most this many micro-batches, the first one is timed separately. It creates the sums of gradients, and the
+others read them and add to them."""
 
 
 @dataclass
 class PassTime:
-    """One pass over some layers: segments for time, and their work."""
+    """One pass over some layers: its segments for the time, and its work by kernel."""
 
     segments: list[Segment] = field(default_factory=list)
     pieces: list[Sequence[Work]] = field(default_factory=list)
@@ -46,7 +47,7 @@ class PassTime:
 
     @classmethod
     def joined(cls, passes: Sequence["PassTime"]) -> "PassTime":
-        """One pass that consists of these passes in sequence."""
+        """Joins passes that run in sequence into one pass."""
         return cls([one for each in passes for one in each.segments], [one for each in passes for one in each.pieces])
 
 
@@ -55,11 +56,11 @@ def _computing(one: PassTime) -> float:
 
 
 class Directions:
-    """The passes of some layers, each built on first access."""
+    """The passes of some layers, one for each kind of action. Each is built on first access."""
 
     def __init__(self, make: Callable[[str], PassTime]):
         self.of = cache(make)
-        """Passes by kind of action: F, B, I or W."""
+        """Returns the pass for a kind of action: F, B, I or W."""
 
     @property
     def forward(self) -> PassTime:
@@ -67,7 +68,7 @@ class Directions:
 
     @property
     def backward(self) -> PassTime:
-        """The whole backward."""
+        """The complete backward pass."""
         return self.of("B")
 
     @property
@@ -80,10 +81,10 @@ class Directions:
 
 
 class Stages:
-    """Durations of the actions of a recipe's pipeline."""
+    """Computes the durations of all actions in a recipe's pipeline."""
 
     def __init__(self, config: Config, layout: Layout, rates: Rates, memo: dict | None = None):
-        """memo: cached results for other layouts of this recipe at the same rates; new results are added."""
+        """memo: cached results that layouts of one recipe share at the same rates. New results are added to it."""
         self.config, self.layout, self.rates = config, layout, rates
         self.placement = config.parallel.placement
         self.layers = stage_layers(config)
@@ -93,7 +94,7 @@ class Stages:
         """Tokens of a micro-batch on one rank."""
         self.micro_batches = micro_batches_of(config)
         self.element = config.precision.weight_bytes
-        """Bytes of an activation and of a weight."""
+        """Bytes of one element of an activation or a weight."""
         self.on_gpu = device_kind(config) == "cuda"
         self._memo = {} if memo is None else memo
         words = tuple(sorted(word for word in config.model.recompute if not word.startswith(f"{Recompute.layer}:")))
@@ -101,7 +102,7 @@ class Stages:
             self.tokens, self.micro_batches, parallel.cp, layout.ranks_per_node, words, parallel.ep, parallel.dispatch, parallel.wire,
             config.holds_weights,
         )  # fmt: skip
-        """All settings that differ between layouts and affect the time of a part."""
+        """Settings that affect the time of a part and may differ between layouts. They are part of each cache key."""
         self._sent: dict[int, float] = {}
         self._elapsed: dict[tuple, ElapsedTime] = {}
         self._kinds: dict[int, Parts] = {}
@@ -113,16 +114,16 @@ class Stages:
 
     @property
     def reduces_ahead(self) -> bool:
-        """Whether gradients of a chunk are reduced during the passes of other chunks (parallel/zero/whole_weights.py).
+        """Whether a chunk's gradients are reduced while other chunks still run passes (parallel/zero/whole_weights.py).
 
-        A CPU waits for the reduction.
+        A CPU waits for the reduction instead.
         """
         parallel = self.config.parallel
         return self.on_gpu and self.element == 2 and parallel.zero < 3 and not parallel.offload_optimizer
 
     @cached_property
     def spread(self) -> Spread:
-        """Expected destinations of the tokens in a layer of experts."""
+        """Expected destinations of a token in a layer of experts."""
         return spread_of(self.config, self.layout)
 
     @cached_property
@@ -130,11 +131,11 @@ class Stages:
         return scene_of(self.config)
 
     def directions(self, stage: int) -> Directions:
-        """The passes of a stage. Stages with equal parts share them."""
+        """The passes of a stage. Stages with equal parts share these passes."""
         return self._passes(self.kind(stage))
 
     def kind(self, stage: int) -> Parts:
-        """The parts of a stage: equal for stages with equal layers and ends."""
+        """The parts of a stage. Stages with equal layers and ends have equal parts."""
         if stage not in self._kinds:
             self._kinds[stage] = parts_of_stage(self.config, self.layers, stage)
         return self._kinds[stage]
@@ -144,16 +145,19 @@ class Stages:
         return self._remembered(key, lambda: Directions(lambda way: self._stage(parts, way)))
 
     def balanced(self) -> list[int]:
-        """Layers of every stage that balance the ranks best by these times, as for parallel.split."""
+        """Returns the number of layers of every stage, as for parallel.split. This split balances the planned times of
+        the ranks."""
         model = self.config.model
-        again = model.repeated_layers >= model.layers  # a share of every stage depends on the stage, not on the layer
+        # If only some layers of every stage are recomputed, the stage decides which layers these are.
+        again = model.repeated_layers >= model.layers
         end = AGAIN if again and Recompute.layer in model.recompute else ""
         costs = [self._pair((block_of(model, index) + end,)) for index in range(model.layers)]
         first, last = self._pair(("embedding",)), self._pair(("end",))
         return [len(one) for one in split_layers(costs, first, last, self.placement)]
 
     def _pair(self, parts: Parts) -> float:
-        """Seconds of a forward and a backward of these parts, overlapped if the schedule overlaps them."""
+        """Seconds of a forward and a backward pass of these parts. The two passes overlap if the schedule overlaps
+        them."""
         made = self._passes(parts)
         forward, backward = made.forward.segments, made.backward.segments
         if self.config.parallel.schedule_facts.pairs and self.config.parallel.overlap:
@@ -161,13 +165,13 @@ class Stages:
         return alone(forward, self.taken).seconds + alone(backward, self.taken).seconds
 
     def _stage(self, parts: Parts, way: str) -> PassTime:
-        """A pass of these parts in sequence; backward starts with the last."""
+        """One pass over these parts in sequence. Backward starts with the last part."""
         first, depth = parts[0] == "embedding", self.config.model.mtp_depth if parts[-1] == "end" else 0
         whole = (
             self.config.parallel.zero == 3 or depth > 1 or self.config.model.sparse.heads > 0
         )  # backward_in_one_piece
         if way in "IW" and (whole or first):
-            # the first stage has no gradient to send: torch's split does nothing in I and everything in W
+            # The first stage has no gradient to send. So torch's split does nothing in I and everything in W.
             return self._stage(parts, "B") if (way == "I") == whole else PassTime()
         if depth and not first:
             parts = ("embedding", *parts)
@@ -177,22 +181,22 @@ class Stages:
         )
 
     def _part(self, part: str, way: str) -> PassTime:
-        """A pass through a part, mean over the micro-batches: the first creates the gradients, the others add to
-        them."""
+        """One pass through a part, as a mean over the micro-batches. In the first micro-batch, backward creates the
+        gradients; in the others, it adds to them."""
         if part == "end" and self._scene.ep > 1 and self.config.model.mtp_depth:
             return self._end(way)
         if way == "F":
-            trace_backward(self._scene, part, False, False)  # this traces the forward too
+            trace_backward(self._scene, part, False, False)  # traces the forward too
             return self._timed([(1.0, trace_forward(self._scene, part).run)])
         share = 1 / self.micro_batches if self.micro_batches <= FEW_MICRO_BATCHES else 0.0
         shares = {True: share, False: 1 - share}
         return self._timed([(share, self._backward(part, way, first)) for first, share in shares.items() if share])
 
     def _end(self, way: str) -> PassTime:
-        """A pass of the end, whose MTP modules have experts on several ranks.
+        """One pass through the end, if its MTP modules have experts on several ranks.
 
-        It is computed as the end with all experts on this rank, plus the difference of the MTP blocks. So the end is
-        not traced for every expert layout, which would take most of a search.
+        The time is that of the end with all experts on this rank, plus the difference for the MTP blocks. So the end
+        need not be traced for every expert layout, which would take most of a search's time.
         """
         model, parallel = self.config.model, replace(self.config.parallel, ep=1)
         block = "moe" + AGAIN * (Recompute.layer in model.recompute)
@@ -202,17 +206,18 @@ class Stages:
         compute = _computing(end) - model.mtp_depth * _computing(less)
         gone = [Work(kind, *(-model.mtp_depth * amount for amount in amounts)) for kind, *amounts in less.work]
         rest = PassTime([Segment(compute)], [end.work, gone])
-        return PassTime.joined([*more, rest] if way == "F" else [rest, *more])  # head and loss run after the blocks
+        # In forward, the head and the loss run after the MTP blocks.
+        return PassTime.joined([*more, rest] if way == "F" else [rest, *more])
 
     def _backward(self, part: str, way: str, first: bool) -> PassMemory:
         if way == "B":
             return trace_backward(self._scene, part, first, False)
-        if part == "embedding":  # with MTP modules: its gradient comes in the weights pass
+        if part == "embedding":  # with MTP modules, its gradient is computed in W
             return trace_backward(self._scene, part, first, False) if way == "W" else PassMemory(0, ())
         return trace_split_backward(self._scene, part, first)[way == "W"]
 
     def _timed(self, passes: list[tuple[float, PassMemory]]) -> PassTime:
-        """Passes that differ only in their work, each weighted with its share of the micro-batches."""
+        """Averages passes that differ only in their work. Each pass has a weight: its share of the micro-batches."""
         made = PassTime()
         for segments in zip(*(run.work for _, run in passes), strict=True):
             weighed = list(zip([share for share, _ in passes], segments, strict=True))
@@ -227,7 +232,8 @@ class Stages:
         return made
 
     def _scaled(self, work: Work, share: float) -> Work:
-        """Work of a share of the micro-batches. Work done once per step is in the trace of each."""
+        """The work for a share of the micro-batches. The trace of each micro-batch includes the work that is done once
+        per step, so this is divided further."""
         kind = work.kind.removeprefix(ONCE)
         if kind != work.kind:
             share /= self.micro_batches
@@ -236,12 +242,12 @@ class Stages:
         return Work(kind, work.flops * share, work.bytes * share, work.calls * share)
 
     def seconds(self, works: Sequence[Work]) -> float:
-        """Time of computing in a pass, and of transfers that block it."""
+        """Seconds of computing in a pass, and of the transfers that block it."""
         sent = [one for one in works if one.kind in LINKS]
         return self.rates.passes([one for one in works if one.kind not in LINKS]) + self.rates.seconds(sent)
 
     def _exchange_seconds(self, hop: Exchange) -> float:
-        """Seconds of one hop of a micro-batch's rows, for the rank with the most rows."""
+        """Seconds of one hop of a micro-batch's rows, on the rank with the most rows."""
         tokens = self.tokens * self.config.plan.imbalance * hop.row_bytes
         return max(
             (
@@ -253,7 +259,7 @@ class Stages:
         )
 
     def elapsed(self, action: Action) -> ElapsedTime:
-        """Time of an action."""
+        """The time of an action."""
         halves = action.halves
         key = (action.kind, halves[0].stage, halves[1].stage) if halves else (action.kind, action.stage)
         if key not in self._elapsed:
@@ -261,7 +267,7 @@ class Stages:
         return self._elapsed[key]
 
     def _long_key(self, action: Action) -> tuple:
-        """A key that is equal for all layouts whose stages do the same work."""
+        """A cache key. It is equal for all layouts in which the stages of this action do the same work."""
         kinds = [self.kind(half.stage) for half in action.halves or (action,)]
         return (*self._alike, action.kind, *kinds, self.config.parallel.zero == 3)
 
@@ -269,8 +275,8 @@ class Stages:
         return self._beside_copies(action, self._computing(action))
 
     def _beside_copies(self, action: Action, computed: ElapsedTime) -> ElapsedTime:
-        """The time including copies to or from the host: a link copies both ways at once, and a CPU copies in its
-        own time."""
+        """The time of an action, including copies to the host or from it. A link copies in both directions at once. On
+        a CPU, copies take computing time."""
         halves = action.halves or (action,)
         there = [self._copies(half.stage) for half in halves if half.kind == "F"]
         back = [self._copies(stage) for half in halves for stage, _ in reads(half)]
@@ -279,7 +285,7 @@ class Stages:
         return ElapsedTime(max(computed.seconds, *there, *back, 0.0), computed.exposed)
 
     def _copies(self, stage: int) -> float:
-        """Seconds of sending a micro-batch's offloaded activations of a stage to the host."""
+        """Seconds to copy one micro-batch's offloaded activations of a stage to the host."""
         if not self.config.model.offload:
             return 0.0
         if stage not in self._sent:
@@ -287,7 +293,7 @@ class Stages:
         return self._sent[stage]
 
     def count_sent(self, stage: int) -> int:
-        """Bytes of a stage's activations on the host, per micro-batch."""
+        """Bytes of a stage's activations that wait on the host, per micro-batch."""
         return chunk_of(self._scene, self.kind(stage)).sent_bytes
 
     def _computing(self, action: Action) -> ElapsedTime:

@@ -1,7 +1,8 @@
-"""Seconds of a training step: the pipeline simulated action by action, then reduction, optimizer and gather.
+"""Plans the seconds of a training step. Simulates the pipeline action by action, then adds reduction, optimizer and
+gather.
 
-The actions and their order are torch's own (parallel/pipeline/simulate.py); stages.py gives their durations. MFU
-follows DeepSeek's definition: without MTP, relative to the bf16 peak.
+torch itself gives the actions and their order (parallel/pipeline/simulate.py), and stages.py gives their durations. MFU
+follows DeepSeek's definition: it excludes MTP, and is relative to the bf16 peak.
 """
 
 from collections import defaultdict
@@ -20,78 +21,80 @@ from train.plan.time.update import UpdateTime, WeightCounts, count_weights, stag
 from train.plan.work_recorder import Work
 
 HOST_BINDS = 0.5
-"""Share of launching from which the host may bind.
+"""If launching takes at least this share of the computing time, the host may limit the step.
 
-Launch times are an estimate. A published job with a share of 0.52 and without CUDA graphs took twice as long as planned
+Launch times are estimates. A published job without CUDA graphs had a share of 0.52, and took twice as long as planned
 (Megatron-LM's guide for GB200).
 """
 
 
 @dataclass
 class StepTime:
-    """The speed in a plan. Seconds are of one optimizer step."""
+    """The planned speed. All seconds are for one optimizer step."""
 
     step_seconds: float
     pipeline_seconds: float
-    """From the first action of any rank to the last."""
+    """Seconds from the first action of any rank to the end of the last action."""
     bubble_seconds: float
-    """Idle time of a rank, mean over the ranks of a pipeline."""
+    """Idle time of a rank. This is the mean over the ranks of a pipeline."""
     bubble_share: float
-    """Idle time as a share of pipeline_seconds."""
+    """bubble_seconds divided by pipeline_seconds."""
     action_seconds: dict[str, float]
-    """Seconds by kind of action (F, B, I, W, FB), mean over the ranks of a pipeline."""
+    """Seconds by kind of action (F, B, I, W, FB). This is the mean over the ranks of a pipeline."""
     exposed_communication_seconds: float
-    """Time of waiting for experts' tokens inside actions, mean over the ranks of a pipeline."""
+    """Seconds that actions wait for experts' tokens. This is the mean over the ranks of a pipeline."""
     work_seconds: dict[str, float]
-    """Seconds of computing by kind of work, mean over the ranks of a pipeline."""
+    """Seconds of computing by kind of work. This is the mean over the ranks of a pipeline."""
     host_seconds: float
-    """Seconds of a host core for launching that computing, ahead of the device; mean over the ranks of a pipeline.
+    """Seconds that a host core needs to launch this computing. The host runs ahead of the device. This is the mean over
+    the ranks of a pipeline.
 
-    0 if launch times are unknown. No other figure includes it: if it comes near the computing time, the host limits the
-    step, which then takes longer.
+    0 if launch times are unknown. No other figure includes this time. If it is close to the computing time, the host
+    limits the step, and the step takes longer than planned.
     """
     exchange_seconds: float
-    """Seconds of experts' exchanges, hidden or not, mean over the ranks of a pipeline."""
+    """Seconds of the experts' exchanges, whether hidden or not. This is the mean over the ranks of a pipeline."""
     update: UpdateTime
     tokens_per_second: float
     tokens_per_second_per_gpu: float
     mfu_causal: float | None
-    """Relative to the description's bf16 peak; None if it has none."""
+    """MFU relative to the bf16 peak of the hardware description; None if the description has no peak."""
     mfu_full: float | None
-    """MFU with attention counted without its mask."""
+    """MFU if attention is counted without its causal mask."""
     actions: list[list[Action]]
     """The actions of every rank of a pipeline, in order."""
     length: Callable[[Action], float]
-    """Seconds of an action."""
+    """Returns the seconds of an action."""
     transfer_seconds: float
-    """From the end of a stage to its output on the next rank."""
+    """Seconds from the end of a stage until its output is on the next rank."""
     simulation: Simulation
     rates: str
-    """Source of the rates."""
+    """Describes the source of the rates."""
     threads: int | None
-    """Threads of a rank, if the rates were measured on a CPU."""
+    """Number of threads per rank, if the rates were measured on a CPU."""
     intervals: Mapping[str, JobInterval]
-    """See Rates.intervals."""
+    """As in `Rates.intervals`."""
 
     @property
     def host_share(self) -> float:
-        """Time to launch the passes over the time to compute them."""
+        """Time to launch the passes, divided by the time to compute them."""
         return self.host_seconds / sum(self.work_seconds.values())
 
     @property
     def host_binds(self) -> bool:
-        """Whether launching the passes may take longer than computing them."""
+        """Whether launching the passes may take longer than computing them, so that the host limits the step."""
         return self.host_share > HOST_BINDS
 
     @property
     def interval_seconds(self) -> dict[str, tuple[float, float]]:
-        """Step times of four in five such jobs by kind of program; empty for rates that were not compared with jobs."""
+        """Range of step times that four in five such jobs have, by kind of program. Empty if the rates were not
+        compared with jobs."""
         return {kind: one.around(self.step_seconds) for kind, one in self.intervals.items()}
 
 
 @dataclass(frozen=True)
 class SimulatedStep:
-    """The parts of a step's time that a search needs; a plan adds their breakdown."""
+    """The parts of a step's time that a search needs. A plan also divides them further."""
 
     simulation: Simulation
     update: UpdateTime
@@ -104,7 +107,8 @@ class SimulatedStep:
 
 
 def simulate_step(stages: Stages, micro_batches: int | None = None) -> SimulatedStep:
-    """The pipeline, action by action, and the update of the slowest rank. micro_batches: replaces the step's number."""
+    """Simulates the pipeline action by action, and adds the update of the slowest rank. micro_batches: replaces the
+    number of a step."""
     extra = _stage3(stages) if stages.config.parallel.zero == 3 else {}
 
     def duration(action: Action) -> float:
@@ -117,11 +121,13 @@ def simulate_step(stages: Stages, micro_batches: int | None = None) -> Simulated
 
 
 LONG = 12
-"""Micro-batches per pipeline rank from which on more are extrapolated: each takes the same time."""
+"""Up to this many micro-batches per pipeline rank, a step is simulated. Longer steps are extrapolated from shorter ones,
+because each further micro-batch takes the same time."""
 
 
 def estimate_step(stages: Stages) -> tuple[float, float]:
-    """Seconds of a step, and the ratio of the busiest rank's time to the mean, extrapolated from shorter steps."""
+    """Seconds of a step, and the ratio of the busiest rank's time to the mean. Both are extrapolated from shorter
+    steps."""
     pp, count = stages.layout.pp, stages.micro_batches
     if count <= (LONG + 1) * pp or count % pp:
         step = simulate_step(stages)
@@ -133,7 +139,8 @@ def estimate_step(stages: Stages) -> tuple[float, float]:
 
 
 def plan_time(config: Config, rates: Rates | None = None) -> StepTime:
-    """Plan the time of a step. Raises UserError for a recipe that cannot run, is not supported, or has no rates."""
+    """Plan the time of a step. Raises UserError for a recipe that cannot run, that the planner does not support, or
+    that has no rates."""
     require_hardware(config.hardware)
     require_rule(config)
     layout = layout_of(config)
@@ -168,7 +175,7 @@ def plan_time(config: Config, rates: Rates | None = None) -> StepTime:
 
 
 def _transfer(stages: Stages) -> float:
-    """Seconds from the end of a stage to its output on the next rank."""
+    """Seconds from the end of a stage until its output is on the next rank."""
     layout = stages.layout
     if layout.pp == 1:
         return 0.0
@@ -178,10 +185,10 @@ def _transfer(stages: Stages) -> float:
 
 
 def slowest_update(stages: Stages, *simulated: Any) -> UpdateTime:
-    """Time of the slowest rank's update, with the part of the reduction that remains after its passes.
+    """The update time of the slowest rank. Includes the part of the reduction that is left after its passes.
 
-    simulated: arguments for `_hidden`; without them, all reduction that can be hidden is hidden, which gives the
-    minimum.
+    simulated: arguments for `_hidden`. Without them, all reduction that can be hidden is assumed to be hidden. This
+    gives the minimum time.
     """
     updates: dict[WeightCounts, UpdateTime] = {}
     for rank, ids in enumerate(stages.placement):
@@ -197,10 +204,11 @@ def slowest_update(stages: Stages, *simulated: Any) -> UpdateTime:
 def _hidden(
     stages: Stages, rank: int, whole: float, program: Program, simulation: Simulation, length: Callable[[Action], float]
 ) -> float:
-    """Seconds of a rank's reduction (`whole` in total) that its passes hide, minus their own slowdown.
+    """Seconds of a rank's reduction that its passes hide, minus the time by which the reduction slows them. whole:
+    seconds of the complete reduction.
 
-    Hidden are the reductions of all stages except the last to end, from the end of the first
-    (parallel/zero/whole_weights.py).
+    When the first stage of the rank has ended, its reduction starts behind the passes of the others. Only the reduction
+    of the last stage to end cannot be hidden (parallel/zero/whole_weights.py).
     """
     actions = program.actions[rank]
     ahead = stages_ahead(actions)
@@ -212,8 +220,8 @@ def _hidden(
 
 
 def _stage3(stages: Stages) -> dict[str, float]:
-    """Seconds that stage 3's gathers add to F and B: the part that the pass cannot hide, and the slowdown of its
-    computing."""
+    """Seconds that the gathers of stage 3 add to F and to B: the part that the pass cannot hide, and the time by which
+    gathers slow the pass."""
     held = count_weights(stages.config, stages.layers, stages.placement[0], len(stages.layers) - 1)
     forward, backward = stage3_seconds(stages.config, stages.layout, stages.rates, held)
     added = {}
@@ -232,7 +240,7 @@ def _by_kind(actions: list[list[Action]], duration: Callable[[Action], float]) -
 
 
 def _work(stages: Stages, measure: Callable[[Work], float]) -> dict[str, float]:
-    """Sum of this measure over the computing of all micro-batches, by kind of work, mean over ranks."""
+    """Sum of `measure` over the computing of all micro-batches, by kind of work. This is the mean over the ranks."""
     total: defaultdict[str, float] = defaultdict(float)
     for stage in range(len(stages.layers)):
         made = stages.directions(stage)
@@ -249,7 +257,7 @@ def _exchanges(stages: Stages) -> float:
 
 
 def mfu(config: Config, step_seconds: float, causal: bool) -> float | None:
-    """MFU relative to the bf16 peak of all devices; None if the description has none."""
+    """MFU relative to the bf16 peak of all devices; None if the hardware description has no peak."""
     if not config.hardware.bf16_flops:
         return None
     rate = config.batch_size * config.seq_len / step_seconds / config.parallel.world

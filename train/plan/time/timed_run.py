@@ -1,12 +1,13 @@
-"""Times the kernels of a recipe: runs each part of the model as a memory plan does, on a real device.
+"""Times the kernels of a recipe. Runs each part of the model as a memory plan does (train/plan/memory/part.py), but on
+a real device.
 
-See train/plan/memory/part.py. The recorder (train/plan/work_recorder.py) is the plan's own, so a new kernel is
-calibrated as it is planned. A part runs several times, and the shortest time of each kernel counts: other work on a
-machine only ever adds time. Kernels outside of the parts are timed separately: parts of the update that work only on
-weights, and casts of rows that travel in FP8.
+The recorder is the same as in a plan (train/plan/work_recorder.py), so a new kernel is calibrated as it is planned.
+Each part runs several times. The shortest time of each kernel counts, because other work on the machine can only add
+time. Some kernels are outside of the parts and are timed separately: parts of the update that work only on weights, and
+casts of rows that travel in FP8.
 
-A GPU's autograd runs in its own thread, where the recorder does not see single torch operations. It sees the model's
-calls of its kernels.
+On a GPU, autograd runs in a thread of its own. The recorder does not see single torch operations of that thread, but it
+sees the model's calls of its kernels.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -31,18 +32,19 @@ from train.plan.work_recorder import TimedWork, Work, WorkRecorder
 
 TIMED_PARTS = ("embedding", "dense", "moe", "end")
 TIMED_PASSES = 6
-"""Passes through a part; the first does not count."""
+"""Number of passes through a part. The first pass does not count."""
 COUNT = 2**25
-"""Number of weights in cases that do not depend on tokens: larger than a cache, as between two steps."""
+"""Number of weights in cases that do not depend on tokens. They are larger than a cache, as the weights of a real
+update."""
 PIECES = (2**14, 2**20)
-"""Weights of one tensor in these cases."""
+"""Numbers of weights per tensor in these cases."""
 
 
 class TimedRun(Run):
-    """A part of a recipe on a device."""
+    """One part of a recipe on a real device."""
 
     def __init__(self, config: Config, part: str, device: torch.device):
-        """config: of a single rank."""
+        """config: a recipe for a single rank."""
         super().__init__(scene_of(config), part)
         self._config, self.device = config, device
         self._ledger = Ledger(device)
@@ -50,7 +52,7 @@ class TimedRun(Run):
         self._recorder = self._ledger.recorder = WorkRecorder(waits_for_each=True, clock=clock)
 
     def timed(self) -> list[TimedWork]:
-        """All kernels of a forward and a backward, each with its shortest time."""
+        """All kernels of a forward and a backward pass, each with its shortest time."""
         passes = []
         for _ in range(TIMED_PASSES):
             self.forward()
@@ -77,7 +79,7 @@ class TimedRun(Run):
 
 
 def timed_passes(config: Config, device: torch.device) -> Iterator[TimedWork]:
-    """Every kernel of the passes of a recipe without parallelism."""
+    """Times every kernel in the passes of a recipe without parallelism."""
     for part in TIMED_PARTS:
         if part == "moe" and config.model.layers == config.model.dense_layers:
             continue
@@ -88,7 +90,7 @@ def timed_passes(config: Config, device: torch.device) -> Iterator[TimedWork]:
 
 
 def timed_rows_and_weights(config: Config, device: torch.device) -> Iterator[TimedWork]:
-    """Casts of rows that travel in FP8, sums of gradients, copies, and the optimizer."""
+    """Times casts of rows that travel in FP8, sums of gradients, copies, and the optimizer."""
     clock = WorkRecorder(False, lambda: undisturbed_clock(device))
     dtype, element = activation_dtype(config.precision), config.precision.weight_bytes
     rows = torch.randn(config.micro_batch_size * config.seq_len, config.model.hidden, device=device).to(dtype)
@@ -123,7 +125,7 @@ def timed_rows_and_weights(config: Config, device: torch.device) -> Iterator[Tim
 
 
 def _accumulate(sums: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
-    """Add gradients in the weights' format to fp32 sums."""
+    """Add gradients in the weights' format to their fp32 sums."""
     for total, part in zip(sums, parts, strict=True):
         total.add_(part.float())
 

@@ -1,6 +1,6 @@
-"""Measures this device: a clock that waits for it, and steps of one rank, phase by phase.
+"""Measures this device, with a clock that waits for the device and with steps of one rank, phase by phase.
 
-A calibration and a dry run use both.
+Calibrations and dry runs use it.
 """
 
 import time
@@ -17,21 +17,21 @@ from train.rank_parts import ParallelModel, RankSetup
 
 
 def wall_clock(device: torch.device) -> float:
-    """Seconds after all pending work of the device is done."""
+    """Waits for all pending work of the device, and returns the time in seconds."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def undisturbed_clock(device: torch.device) -> float:
-    """Seconds of `wall_clock`; for a CPU with one thread, processor time, which excludes other processes."""
+    """As `wall_clock`. On a CPU with one thread, it returns processor time, which excludes other processes."""
     if device.type == "cpu" and torch.get_num_threads() == 1:
         return time.process_time()
     return wall_clock(device)
 
 
 class TimedStep:
-    """Steps of one rank over one batch of random tokens, as in training."""
+    """Runs steps of one rank over one batch of random tokens, as in training."""
 
     def __init__(
         self, config: Config, parts: ParallelModel, rank: RankSetup, clock: Callable[[torch.device], float] = wall_clock
@@ -45,10 +45,10 @@ class TimedStep:
     def run(
         self, number: int, on_phase: Callable[[str], None] = lambda _: None
     ) -> tuple[StepOutcome, dict[str, float]]:
-        """Run step `number`; returns its outcome and the seconds of `schedule`, `reduction` and `update`.
+        """Run step `number`. Returns its outcome, and the seconds of `schedule`, `reduction` and `update`.
 
-        on_phase: called at their ends. The learning rate is 0: the same work, and weights stay valid without the
-        other ranks' shards.
+        on_phase: called at the end of each of them. The learning rate is 0. The work is the same as in training, and
+        the weights stay valid although the shards of other ranks are missing.
         """
         plan = StepPlan(number, 0, self._config.batch_size, 0.0, self._config.optim.mtp_weight[0].value, 0.0)
         marks, seconds = [self._clock(self._device)], {}

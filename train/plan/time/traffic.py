@@ -1,9 +1,9 @@
 """Estimates the copies of a token at every hop, and the bytes of exchanges between ranks.
 
-With balanced routing all experts are equally likely, so the expected number of nodes, ranks and experts that a token
-reaches follows from the router's rule. It is counted on random scores by the same rule (paper 2.1.2): groups by
-their best group_top_k scores, then the top_k experts in them. Messages are as in parallel/expert: a row on the wire
-and its side data.
+With balanced routing, all experts are equally likely. So the router's rule determines the expected number of nodes,
+ranks and experts that a token reaches. To count them, the code applies the same rule (paper 2.1.2) to random scores: it
+chooses groups by their best group_top_k scores, and then the top_k experts in these groups. As in parallel/expert, a
+message is a row in the wire format and its side data.
 """
 
 from dataclasses import dataclass
@@ -17,34 +17,36 @@ from parallel.expert.wire import TILE
 from parallel.layout import Layout
 
 SAMPLES = 4096
-"""Number of random tokens: the standard error of a mean copy count is below 0.5 %."""
+"""Number of random tokens. With this number, the standard error of a mean copy count is below 0.5 %."""
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Expected copies of one token in one layer of experts, and the bytes of its messages. Means over tokens."""
+    """Expected copies of one token in one layer of experts, and the bytes of its messages. All counts are means over
+    tokens."""
 
     ranks: int
-    """Ranks of the expert group."""
+    """Number of ranks in the expert group."""
     copies: tuple[float, ...]
-    """Messages per token of each hop: see `Messages` in conf/dispatches.py."""
+    """Messages per token in each hop; see `Messages` in conf/dispatches.py."""
     arrivals: float
-    """Messages that reach the expert's ranks, per token of a rank."""
+    """Messages that reach the experts' ranks, for each token of a rank."""
     row_bytes: int
-    """Bytes of a dispatch message in forward: a row on the wire and its side data."""
+    """Bytes of a dispatch message in forward: a row in the wire format and its side data."""
     gradient_bytes: int
-    """Bytes of a dispatch message in backward: only a row on the wire."""
+    """Bytes of a dispatch message in backward: only a row in the wire format."""
     high_bytes: int
     """Bytes of a combine message in forward: a row in the activation dtype."""
     high_gradient_bytes: int
-    """Bytes of a combine message in backward: such a row and the gradients of its gates."""
+    """Bytes of a combine message in backward: a row in the activation dtype, and the gradients of its gates."""
     inside: float
-    """Messages of a token to other ranks of the same node."""
+    """Messages of one token to other ranks of the same node."""
     across: float
-    """Messages of a token to other nodes."""
+    """Messages of one token to other nodes."""
 
     def step_bytes(self, tokens: float) -> tuple[float, float]:
-        """Bytes of exchanges for a layer's tokens, forward and backward together: inside nodes and across."""
+        """Bytes that the exchanges for a layer's tokens send inside nodes and across nodes, in forward and backward
+        together."""
         row = self.row_bytes + self.gradient_bytes + self.high_bytes + self.high_gradient_bytes
         return tokens * self.inside * row, tokens * self.across * row
 
@@ -64,10 +66,10 @@ def spread_of(config: Config, layout: Layout) -> Spread:
 
 
 def latent_bytes(config: Config) -> int:
-    """Bytes that a rank sends in one gather of a layer's latents, per micro-batch; a scatter of their gradients sends
-    the same.
+    """Bytes that a rank sends in one gather of a layer's latents, per micro-batch. A scatter of their gradients sends
+    as many.
 
-    A layer needs two gathers and one scatter (parallel/context.py).
+    Each layer needs two gathers and one scatter (parallel/context.py).
     """
     model, cp = config.model, config.parallel.cp
     own = config.micro_batch_size * config.seq_len // cp
@@ -76,7 +78,7 @@ def latent_bytes(config: Config) -> int:
 
 @cache
 def _chosen(experts: int, top_k: int, groups: int, top_groups: int, group_top_k: int) -> np.ndarray:
-    """Expert ids (SAMPLES, top_k) of random scores under the router's rule."""
+    """Applies the router's rule to random scores. Returns expert ids (SAMPLES, top_k)."""
     scores_SE = np.random.default_rng(0).random((SAMPLES, experts), dtype=np.float32)
     if top_groups < groups:
         grouped_SGX = scores_SE.reshape(SAMPLES, groups, -1)
@@ -87,15 +89,16 @@ def _chosen(experts: int, top_k: int, groups: int, top_groups: int, group_top_k:
 
 
 def reached(model: Model, nodes: int, per_node: int) -> tuple[float, float, int]:
-    """Expected nodes and ranks that hold an expert of a token, and its number of experts; ranks hold experts in
-    order."""
+    """For a token: the expected number of nodes and of ranks that hold at least one of its experts, and the number of
+    its experts. Each rank holds consecutive experts."""
     rule = model.experts, model.top_k, model.groups, model.top_groups, model.resolved_group_top_k
     return _distinct(nodes, *rule), _distinct(nodes * per_node, *rule), model.top_k
 
 
 @cache
 def _distinct(holders: int, experts: int, *rule: int) -> float:
-    """Expected number of holders with at least one of a token's experts, if all hold equally many in order."""
+    """Expected number of holders with at least one of a token's experts. All holders have equally many consecutive
+    experts."""
     hit_SH = np.zeros((SAMPLES, holders), dtype=bool)
     np.put_along_axis(hit_SH, _chosen(experts, *rule) // (experts // holders), True, 1)
     return float(hit_SH.sum(1).mean())

@@ -1,15 +1,16 @@
-"""Seconds between the last micro-batch and the next step: gradient reduction, weight update and gather.
+"""Computes the seconds between the last micro-batch and the next step: gradient reduction, weight update and gather.
 
-This follows parallel/zero/whole_weights.py with DeepSpeed. Gradients are summed in fp32 over all ranks that hold the
-same weights (an all-reduce, of which each rank keeps its shard). Then every rank updates its shard, and the weights are
-gathered in their own format. All ranks of a stage share dense weights; the ranks with the same experts share experts.
-Only gradients of a chunk that ends before another chunk of its rank are reduced during the pipeline's work
-(step_time.py). At stage 3, gathers and reduction run in every micro-batch, and only the update remains.
+The steps are those of parallel/zero/whole_weights.py with DeepSpeed. Gradients are summed in fp32 over all ranks that
+hold the same weights. This is an all-reduce, after which each rank keeps its shard. Then every rank updates its shard,
+and the ranks gather the weights in the weights' format. All ranks of a stage share the dense weights, and ranks with
+the same experts share these experts. If a chunk ends before another chunk of its rank, its gradients are reduced during
+the work of the pipeline (step_time.py). At stage 3, gathers and reductions run in every micro-batch, so only the update
+is counted here.
 
-An optimizer that orthogonalises matrices does so after its pass over the shard. Matrices travel to their owners and
-back while others are computed (parallel/owners.py), so the longer of the two counts. With the optimizer on the host,
-the shard's gradients go there over the device's link, and its rounded weights come back. The update itself is
-limited by the memory bandwidth of the host's processors.
+If the optimizer orthogonalises matrices, it does so after it has updated the shard. Matrices travel to their owners and
+back while other matrices are computed (parallel/owners.py), so only the longer of the two times counts. With the
+optimizer on the host, the shard's gradients go to the host over the device's link, and the rounded weights come back.
+The update is then limited by the host's memory bandwidth.
 """
 
 import math
@@ -31,13 +32,14 @@ from train.plan.time.rates import Rates
 from train.plan.work_recorder import Work
 
 DEVICE_PASSES = 20
-"""Bytes per gradient element that DeepSpeed moves for the reduction: into its bucket, out of it, divided.
+"""Bytes per gradient element that DeepSpeed moves in device memory for the reduction. It copies the element into its
+bucket, copies it out, and divides it.
 
-With bf16 weights, gradients without another rank stay in place.
+With bf16 weights, gradients that no other rank shares stay in place.
 """
 NORM_BYTES, CLIP_BYTES = 4, 8
-"""Bytes per element of the shard: read for the norm; read and written for clipping at stage 3 (else the update
-clips)."""
+"""Bytes per element of the shard: the norm reads it, and clipping at stage 3 reads and writes it. At other stages, the
+update itself clips."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,11 @@ class UpdateTime:
     """Seconds of reduction, optimizer and gather."""
 
     reduce: float
-    """The part of the reduction that no pass hides."""
+    """The part of the reduction that no pass hides, and the copies for it."""
     optimizer: float
     gather: float
     hidden: float = 0.0
-    """The part of the reduction that passes hide, minus their slowdown; not in `seconds`."""
+    """The part of the reduction that passes hide, minus the time by which it slows them. Not included in `seconds`."""
 
     @property
     def seconds(self) -> float:
@@ -58,43 +60,45 @@ class UpdateTime:
 
 @dataclass(frozen=True)
 class WeightCounts:
-    """Weights of one rank, by the ranks that share them."""
+    """Numbers of weights of one rank. Dense weights and experts are counted separately, because different ranks share
+    them."""
 
     dense: float
     experts: float
     orthogonal: tuple["Orthogonal", ...] = ()
-    """The orthogonalised weights of dense and experts, if the optimizer orthogonalises."""
+    """The orthogonalised matrices of the dense weights and of the experts, if the optimizer orthogonalises."""
     frozen_dense: int = 0
-    """Bytes of an adapter's frozen base weights, without experts; the counts above are then of the adapter."""
+    """Bytes of an adapter's frozen base weights, without experts. The counts above are then counts of the adapter's
+    weights."""
     frozen_experts: int = 0
-    """Bytes of the base's experts."""
+    """Bytes of the frozen base's experts."""
 
 
 @dataclass(frozen=True)
 class Orthogonal:
-    """Matrices that an optimizer orthogonalises, each on one of the ranks that share it."""
+    """Matrices that the optimizer orthogonalises. Several ranks share them, and each matrix has one owner."""
 
     elements: float
     flops: float
     largest: float
-    """Operations of the most expensive matrix."""
+    """Operations for the most expensive matrix."""
     dearest: int
-    """Number of matrices with as many operations."""
+    """Number of matrices that need this many operations."""
 
     def busiest(self, ranks: int) -> float:
-        """Upper bound on the operations of the busiest rank, if this many ranks share the matrices."""
+        """Upper bound on the operations of the busiest of `ranks` ranks that share the matrices."""
         return max(KEEPS * max(self.flops / ranks, self.largest), math.ceil(self.dearest / ranks) * self.largest)
 
     def moved(self, ranks: int) -> float:
         """Bytes that a rank sends to owners and back, in fp32.
 
-        Every rank holds an equal part of a matrix; the owner's part does not travel.
+        Every rank holds an equal part of each matrix. The owner's part does not travel.
         """
         return 2 * 4 * self.elements * (ranks - 1) / ranks**2
 
 
 def count_weights(config: Config, layers: list[range], stage_ids: list[int], last: int) -> WeightCounts:
-    """Weights of the stages of one pipeline rank; experts are of one rank of the expert group."""
+    """Weights in the stages of one pipeline rank. Experts are counted for one rank of the expert group."""
     model, parallel = config.model, config.parallel
     if config.adapter.on:
         chunks = [parts for rank in chunk_parts(config, layers) for stage, parts in rank.items() if stage in stage_ids]
@@ -115,13 +119,13 @@ def count_weights(config: Config, layers: list[range], stage_ids: list[int], las
     if last in stage_ids:
         dense += counts.embedding + model.hidden + counts.mtp - modules * per_layer
         experts += modules * per_layer
-    if 0 in stage_ids or modules:  # one table if first and last stage share a rank
+    if 0 in stage_ids or modules:  # if the first and the last stage are on one rank, they share a table
         dense += counts.embedding
     return WeightCounts(dense, experts / parallel.ep, _orthogonal(config, layers, stage_ids, last))
 
 
 def _orthogonal(config: Config, layers: list[range], stage_ids: list[int], last: int) -> tuple[Orthogonal, ...]:
-    """The orthogonalised weights that all ranks of a stage share, and those of one rank's experts."""
+    """The orthogonalised matrices that all ranks of a stage share, and those in one rank's experts."""
     facts, muon = config.optim.facts, config.optim.muon
     if not facts.matrices.is_whole:
         return ()
@@ -136,7 +140,7 @@ def _orthogonal(config: Config, layers: list[range], stage_ids: list[int], last:
 def _part_orthogonal(
     model: FrozenSection[Model], facts: OptimizerFacts, part: str, share: int, by_head: bool, iteration: str
 ) -> tuple[Orthogonal, Orthogonal]:
-    """Count the orthogonalised weights of one part, as `_orthogonal` does of a rank."""
+    """Counts the orthogonalised matrices of one part, divided as in `_orthogonal`."""
     found: tuple[list[Orthogonal], list[Orthogonal]] = [], []
     for weight in part_weights(model, part, share):
         if facts.choose_rule(weight.name, len(weight.shape)).is_whole:
@@ -158,7 +162,8 @@ def _joined(parts: Sequence[Orthogonal]) -> Orthogonal:
 
 
 def _orthogonal_time(config: Config, rates: Rates, held: WeightCounts, groups: list[tuple[float, int, int]]) -> float:
-    """Seconds to orthogonalise matrices on their owners, while other matrices travel there and back in fp32."""
+    """Seconds to orthogonalise the matrices on their owners. Other matrices travel to owners and back in fp32 at the
+    same time."""
     seconds = 0.0
     form = "bf16" if device_kind(config) == "cuda" else "fp32"
     for one, (_, group, per_node) in zip(held.orthogonal, groups, strict=False):
@@ -169,12 +174,13 @@ def _orthogonal_time(config: Config, rates: Rates, held: WeightCounts, groups: l
 
 
 def ring_bandwidth_share(group: int, per_node: int) -> tuple[str, float]:
-    """The link that limits a ring of `group` ranks (`per_node` per node), and how many of these links it has."""
+    """Which link limits a ring of `group` ranks (`per_node` per node), and how many such links the ring can use."""
     return ("inside", 1.0) if group <= per_node else ("across", float(per_node))
 
 
 def sharers(layout: Layout, held: WeightCounts) -> list[tuple[float, int, int]]:
-    """A rank's dense weights and its experts, each with the number of ranks that share them, in total and per node."""
+    """Numbers of a rank's dense weights and of its experts. Each has two more numbers: how many ranks share the
+    weights, and how many of these are on one node."""
     inside_node = min(layout.stage_ranks, layout.ranks_per_node)
     return [
         (held.dense, layout.stage_ranks, inside_node),
@@ -183,7 +189,7 @@ def sharers(layout: Layout, held: WeightCounts) -> list[tuple[float, int, int]]:
 
 
 def update_time(config: Config, layout: Layout, rates: Rates, held: WeightCounts) -> UpdateTime:
-    """Seconds of the update of a rank with these weights."""
+    """Seconds of the update on a rank with these weights."""
     element = config.precision.weight_bytes
     groups = sharers(layout, held)
     reduce = gather = shard = copied = 0.0
@@ -216,23 +222,24 @@ def update_time(config: Config, layout: Layout, rates: Rates, held: WeightCounts
 
 
 def to_host(config: Config, rates: Rates, moved: float) -> float:
-    """Seconds to copy this many bytes of one device to the host, or back; on a CPU they are copied in place."""
+    """Seconds to copy this many bytes of one device to the host, or back. On a CPU, this is a copy within its
+    memory."""
     if config.hardware.device == "cpu":
         return rates.of(Work("copy", bytes=2 * moved))
     return rates.of(Work("host", bytes=moved))
 
 
 def _collective(name: str, rates: Rates, moved: float, group: int, per_node: int) -> float:
-    """Seconds of a ring over the group. Across nodes, every rank of a node adds its own adapter, up to the inside
-    speed."""
+    """Seconds of a ring over the group. Across nodes, each rank of a node adds its own network adapter, but the ring is
+    not faster than inside a node."""
     where, links = ring_bandwidth_share(group, per_node)
     seconds = rates.of(Work(f"{name}_{where}", bytes=moved / links))
     return seconds if where == "inside" else max(seconds, rates.of(Work(f"{name}_inside", bytes=moved)))
 
 
 def stage3_seconds(config: Config, layout: Layout, rates: Rates, held: WeightCounts) -> tuple[float, float]:
-    """Communication seconds that stage 3 adds to a micro-batch: a gather in forward; a gather and a reduction in
-    backward."""
+    """Seconds of communication that stage 3 adds to a micro-batch, for forward and for backward. Forward has a gather;
+    backward has a gather and a reduction."""
     element = config.precision.weight_bytes
     gather = reduce = 0.0
     frozen_weights = held.frozen_dense, held.frozen_experts
