@@ -1,4 +1,5 @@
-"""A PEFT adapter folder, read by its headers: checks whether it fits our model and our formula. No torch."""
+"""Reads the headers of a PEFT adapter folder and checks whether the adapter fits our model and our formula. No
+torch."""
 
 import math
 import os
@@ -14,23 +15,22 @@ from train.hf.folder import ADAPTER_CONFIG, PLAIN_TYPES, Folder, read_header
 from train.hf.tensor_names import PlacedTensor, tensors
 
 # Names of LoRA A and B in a PEFT folder, and their place in our parameters. No torch.
-#
-# A matrix in their folder is one of our matrices, or one of several that are stacked in one of our parameters, each
-# with its own A and B (conf/adapters.py). So each A and B is one interval of one of our parameters, and nothing is
-# permuted. The names are those of the base's folder after `base_model.model.`, and experts are named one by one, as
-# vLLM and PEFT read them.
+# A matrix in a PEFT folder is one of our matrices, or one of several matrices that we stack in one parameter. Each
+# matrix has its own A and B (conf/adapters.py). So each A and B is one interval of one of our parameters, and no row is
+# permuted. The tensor names are `base_model.model.` and then the names of the base's folder. Each expert has its own
+# tensors, as vLLM and PEFT read them.
 
 ADAPTER_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-"""Prefix of the base's names."""
+"""Prefix before the base's tensor names."""
 BASE_MARK = "base_mark"
-"""Key in the file's metadata: an identification of the base by two of its rows, which avoids reading the whole base."""
+"""Key in the file's metadata: identifies the base by two of its rows, so that a check need not read the whole base."""
 BASE_WEIGHTS = "base_weights"
-"""Key in the file's metadata: the mark of all weights of the base (train/checkpoint/weights_mark.py).
-Earlier versions wrote none.
+"""Key in the file's metadata: the mark of all weights of the base (train/checkpoint/weights_mark.py). Earlier versions
+did not write this key.
 """
 BASE_FORMAT = "base_format"
-"""Key in the file's metadata: storage format of the base during the adapter's training, as adapter.base has it."""
+"""Key in the file's metadata: storage format of the base while the adapter trained, as in adapter.base."""
 
 
 class AdaptedTensor(NamedTuple):
@@ -44,8 +44,8 @@ class AdaptedTensor(NamedTuple):
 
 
 def adapted_tensors(model: Model, family: ModelFamily, targets: Collection[str], rank: int) -> Iterator[AdaptedTensor]:
-    """Yield every matrix of the targets in a folder of this family, in folder order, without the MTP modules' copies
-    of the head.
+    """Yield every matrix that the targets select, with its A and B, in the order of a folder of this family. The copies
+    of the head in MTP modules are left out.
     """
     for base in tensors(model, family):
         name = base.ours.removeprefix("master.")
@@ -110,7 +110,8 @@ PEFT_FIXED: dict[str, Any] = {
     "alpha_pattern": {},
     "alora_invocation_tokens": None,
 }
-"""Fields whose only allowed value means y = W x + scale B A x with one rank; a file may leave them out."""
+"""Fields with one allowed value. With these values the adapter computes y = W x + scale B A x, with one rank. A file
+may leave them out."""
 
 
 class AdapterFolder(NamedTuple):
@@ -118,7 +119,7 @@ class AdapterFolder(NamedTuple):
 
     folder: Folder
     adapted: list[AdaptedTensor]
-    """Matrices for which the adapter has A and B."""
+    """The matrices that the adapter has A and B for."""
     scale: float
     """Factor on B A."""
     base: str

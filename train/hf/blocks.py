@@ -1,21 +1,22 @@
 """FP8 weights in blocks of 128x128 with one fp32 scale each (paper 3.3.2): lossless conversion to fp32 and back.
 
-A block holds fp32(q * s). Recomputing the scale from the block's max-abs, s = amax / 448, returns q and s bit for bit
-if s was computed that way, as in DeepSeek's weights: then the largest |q| is 448, and the two roundings, of 448 s and
-of the division, cannot add up to one unit in the last place of s. Blocks scaled by another rule would get another s and
-so other values. So `requantize` tries candidates and keeps the first that reproduces every value of the block:
+A block holds fp32(q * s). If s was computed as amax / 448, as in DeepSeek's weights, the same formula on the block's
+max-abs returns q and s bit for bit. The largest |q| is then 448, and the two roundings, of 448 s and of the division,
+are together smaller than one unit in the last place of s. If s was computed by another rule, this formula would give
+another s, and so other values. So `requantize` tries several scales and takes the first one that reproduces every value
+of the block:
 
     1. amax / 448, with the floor of 1e-4 on amax: the scale for a block of new values
     2. amax / m for m = 448, 416, ..., 240 (the E4M3 values of one binade), and the two neighbouring fp32 values of each
 
-If no candidate reproduces a block, the block was trained since, and is rounded with candidate 1. So unchanged FP8
-weights keep their values whatever their scales. They keep q and s bit for bit if the largest |q| of a block exceeds 224
-and the values determine s. They do unless all values are zero, or no |q| is a power of two; then two neighbouring s can
-give the same values, but blocks of weights always contain a power of two.
+If no candidate reproduces a block, training has changed the block, and candidate 1 rounds it. So unchanged FP8 weights
+keep their values, whatever rule computed their scales. They also keep q and s bit for bit if the largest |q| of the
+block exceeds 224 and the values determine s. The values determine s if some |q| is a power of two, which is so in any
+real block of weights. Without such a q, two neighbouring s can give the same values.
 
-Power-of-two scales (UE8M0) put the largest weight into (224 s, 448 s], so their largest |q| exceeds 224 too, unless
-that weight was below 232 s and was rounded to 224 s. Such a block equals a block with 2 q and s / 2, which is also the
-form of a block whose largest weight was 224 s. Values cannot distinguish the two, and both get 2 q and s / 2.
+A power-of-two scale (UE8M0) puts the largest weight into (224 s, 448 s], so the largest |q| usually exceeds 224 too.
+The exception is a largest weight below 232 s, which is rounded to 224 s. A block with q and s has the same values as a
+block with 2 q and s / 2, so `requantize` cannot distinguish the two. In this exception it returns 2 q and s / 2.
 
 Shapes: M rows, K columns, m and k blocks of rows and columns, N blocks, X values of a block.
 """
@@ -29,7 +30,7 @@ from train.kernels.fp8.quantize import blocked, quantize, unblocked
 
 CAST = Cast(E4M3, (SCALE_BLOCK, SCALE_BLOCK), pow2=False)
 TOP_BINADE = (448.0, 416.0, 384.0, 352.0, 320.0, 288.0, 256.0, 240.0)
-"""Largest |q| of a block after its q were doubled as often as E4M3 allows."""
+"""Possible values of a block's largest |q|, after its q were doubled as often as E4M3 allows."""
 
 
 def dequantize(q_MK: Tensor, scale_mk: Tensor) -> Tensor:
@@ -39,7 +40,8 @@ def dequantize(q_MK: Tensor, scale_mk: Tensor) -> Tensor:
 
 
 def requantize(x_MK: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (q, scale) of fp32 (M, K); exact if the values come from FP8 blocks, else rounded as by `quantize`."""
+    """Return (q, scale) of fp32 (M, K). The result is exact if the values come from FP8 blocks; else it is rounded as
+    in `quantize`."""
     default = quantize(x_MK, CAST)
     blocks_NX, q_NX, scale_N = _per_block(x_MK), _per_block(default.q), default.scale.flatten()
     wrong = (~_equal(q_NX, scale_N, blocks_NX)).nonzero().squeeze(1)
@@ -72,7 +74,8 @@ def _equal(q_NX: Tensor, scale_N: Tensor, blocks_NX: Tensor) -> Tensor:
 
 
 def _search(blocks_NX: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the indices of the blocks that a candidate reproduces, and the first such scale of each."""
+    """Return the indices of the blocks that some candidate scale reproduces, and for each block the first such
+    scale."""
     amax_N = blocks_NX.abs().amax(1)
     scale_N, open_N = torch.zeros_like(amax_N), torch.arange(len(blocks_NX))
     for top in TOP_BINADE:
@@ -93,5 +96,5 @@ def _reproduces(blocks_NX: Tensor, scale_N: Tensor) -> Tensor:
 
 
 def _beside(scale_N: Tensor, places: int) -> Tensor:
-    """Return the fp32 value that many units away; scales are positive."""
+    """Return the fp32 value that is `places` units in the last place away. Scales must be positive."""
     return (scale_N.view(torch.int32) + places).view(torch.float32)

@@ -34,13 +34,13 @@ from train.hf.mistral_fields import GROWTH, to_params
 SHOWN_NAMES = 6
 """Number of names in an error message."""
 SCALE_BLOCK = 128
-"""Side of the blocks that share a scale in FP8 weights."""
+"""Side length of a block in FP8 weights; a block has one scale."""
 MEANINGLESS_NUMBER = 2.0**63
 """Larger numbers have no meaning in any field."""
 GROUP_TOP_K = 2
-"""transformers ranks groups of experts by the sum of their best two scores, whatever config.json says."""
+"""transformers ranks a group of experts by the sum of its two best scores, and ignores config.json in this."""
 LATENT_NORM_EPS = 1e-6
-"""transformers uses this eps in the norms of latents, whatever config.json says."""
+"""transformers uses this eps in the norms of latents, and ignores config.json in this."""
 YARN = tuple(field.name for field in fields(Yarn) if field.name != "always")
 
 
@@ -50,16 +50,16 @@ def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def some(names: Iterable[str]) -> str:
-    """Return the first of some names, for an error message that fits on one screen."""
+    """Return the first names as text, so that an error message fits on one screen."""
     return some_of([f"{name:.200}" for name in names], SHOWN_NAMES)
 
 
 def read_model(folder: Path, field: str = "init_from") -> Model:
     """Read the model that config.json describes, as transformers reads it.
 
-    Raises UserError for a model that ours cannot express. field: key that errors name. If the file asks for YaRN, YaRN
-    applies at any length (`yarn.always`), otherwise never. To load weights call `folder.open_model`, which also checks
-    which MTP modules exist.
+    Raises UserError for a model that Sluice cannot express. Errors name the key `field`. If the file asks for YaRN,
+    YaRN applies at any length (`yarn.always`), otherwise never. To load weights call `folder.open_model`, which also
+    checks which MTP modules exist.
     """
     family, path, body = read_fields(folder, field)
     growth = body["rope_scaling"].pop(GROWTH, 0.0) if family.config_file == PARAMS_FILE else 0.0
@@ -97,7 +97,7 @@ def read_model(folder: Path, field: str = "init_from") -> Model:
 
 
 def _section(field: str, path: Path, body: dict[str, Any], key: str) -> dict[str, Any] | None:
-    """Return an object of the file, or None."""
+    """Return the JSON object under this key of the file; None if there is none."""
     value = body.get(key)
     if value is not None and not isinstance(value, dict):
         raise _refuse(field, path, f"{key} must be an object, and is {value!r:.80}", "download it again")
@@ -144,7 +144,7 @@ def _check_kind(field: str, path: Path, body: Any, family: FamilyFacts) -> None:
 
 
 def _check_quantised(field: str, path: Path, quantised: dict[str, Any]) -> None:
-    """Raise UserError for weights in another form than DeepSeek's FP8."""
+    """Raise UserError if the weights are quantised in another form than DeepSeek's FP8."""
     cure = "give weights in bf16, fp32, or DeepSeek's FP8"
     if quantised.get("quant_method") == "compressed-tensors":
         rule = (
@@ -169,7 +169,8 @@ def _check_quantised(field: str, path: Path, quantised: dict[str, Any]) -> None:
 
 
 def _sparse(field: str, path: Path, body: dict[str, Any], family: FamilyFacts) -> SparseAttention:
-    """The indexers that the file describes. Raises UserError where it does not describe them, or contradicts itself."""
+    """Return the indexers that the file describes. Raises UserError if their description is missing or contradicts
+    itself."""
     if not family.is_sparse:
         return SparseAttention()
     cure = "use the config.json of these weights"
@@ -213,10 +214,10 @@ def _sparse(field: str, path: Path, body: dict[str, Any], family: FamilyFacts) -
 
 
 def _check_derived(field: str, path: Path, body: dict[str, Any], model: Model) -> None:
-    """Check that redundant fields agree with the fields that they repeat; null is always allowed."""
+    """Check every field whose value follows from other fields. A null is always allowed. Raises UserError."""
     said = {
         "num_key_value_heads": model.heads,
-        # GLM-5.2 states another, and transformers takes this one whatever the file says
+        # GLM-5.2 has another head_dim in its file; transformers ignores it and uses rope_head_dim
         "head_dim": body.get("head_dim") if model.sparse.heads else model.rope_head_dim,
         "qk_head_dim": model.nope_head_dim + model.rope_head_dim,
         "num_local_experts": model.experts,
@@ -229,8 +230,8 @@ def _check_derived(field: str, path: Path, body: dict[str, Any], model: Model) -
 
 
 def _check_layers(field: str, path: Path, body: dict[str, Any], model: Model, family: FamilyFacts) -> None:
-    """Raise UserError unless mlp_layer_types, or its class's default, is dense_layers dense layers followed by
-    sparse ones.
+    """Raise UserError unless the first `dense_layers` layers are dense and all later layers are sparse. mlp_layer_types
+    says so, or else the default of the transformers class.
     """
     types, dense = body.get("mlp_layer_types"), model.dense_layers
     if types is None and family.dense_unsaid in (None, dense):
@@ -278,7 +279,8 @@ def _rope(field: str, path: Path, body: dict[str, Any]) -> dict[str, Any]:
 def _differing(older: dict[str, Any], newer: dict[str, Any], theta: Any) -> list[str]:
     """Return the rotary parameters on which two sections disagree.
 
-    A newer section of type default only states no parameters. theta: value of the file, for sections without one.
+    If the newer section has the type `default` and only rope_theta, then only rope_theta is compared. theta:
+    rope_theta of the file, for sections without their own.
     """
     if newer.keys() <= {"rope_type", "type", "rope_theta"} and newer.get("rope_type", newer.get("type")) in (
         None,
@@ -316,7 +318,7 @@ def _yarn(rope: dict[str, Any], length: int) -> Yarn:
 
 
 def _inferred_factor(factor: float, mscale: float | None, all_dim: float | None) -> float:
-    """Return the attention_factor for a file that states none."""
+    """Return the attention_factor that transformers computes for a file without this field."""
     growth = 0.1 * math.log(factor) if factor > 1 else 0.0
     return (mscale * growth + 1) / (all_dim * growth + 1) if mscale and all_dim else growth + 1
 
@@ -327,7 +329,7 @@ def yarn_in_force(model: Model, seq_len: int) -> bool:
 
 
 def check_recipe(config: Config, theirs: Model, folder: Path) -> list[str]:
-    """Raise UserError if the recipe's model is not the folder's; returns notes on possible differences."""
+    """Raise UserError if the recipe's model differs from the folder's model. Returns notes on possible differences."""
     ours, notes = config.model, []
     names = [*FIELDS, "rope_theta", "scores"]
     if ours.mtp_depth > theirs.mtp_depth:
@@ -338,7 +340,7 @@ def check_recipe(config: Config, theirs: Model, folder: Path) -> list[str]:
         )
     wrong = [name for name in names if getattr(ours, name) != getattr(theirs, name)]
     values = {f"model.{name}": (getattr(ours, name), getattr(theirs, name)) for name in wrong}
-    # a null value would be derived from fields that may be wrong
+    # without this, a null in the recipe would take its value from a field that may itself be wrong
     cured = replace(ours, top_k=theirs.top_k, top_groups=theirs.top_groups, norm_eps=theirs.norm_eps)
     eps = cured.resolved_latent_norm_eps, theirs.resolved_latent_norm_eps
     values |= {"model.latent_norm_eps": eps} if eps[0] != eps[1] else {}

@@ -1,8 +1,8 @@
 """Model families whose folders hold the same architecture: one row of FAMILIES each, with their names. No torch.
 
-train/model computes all of them in the same way. A row says how a folder is recognised, where its language model is in
-the configuration file and among the tensors, and which tensors have other names than in DeepSeek-V3. Everything else,
-such as the fields that change the model, is defined once, in FIELDS, under DeepSeek's names.
+train/model computes all families in the same way. A row says how a folder is recognised, where the configuration file
+and the tensors have the language model, and which tensors have other names than in DeepSeek-V3. Everything else, such
+as the fields that change the model, is defined once, in FIELDS, under DeepSeek's names.
 """
 
 from dataclasses import dataclass, field
@@ -14,8 +14,8 @@ from conf.files import read_json
 from conf.schema import ModelFamily, ScoreFunction
 from train.hf.mistral_fields import MISTRAL_NAMES, from_params
 
-# Every field of config.json, and its treatment: used, fixed, read separately or harmless. A field in no table is
-# rejected.
+# The tables list every known field of config.json: used, fixed, read separately or harmless. A field that is in no
+# table is rejected.
 
 FIELDS = {
     "vocab_size": "vocab_size",
@@ -38,7 +38,7 @@ FIELDS = {
     "route_scale": "routed_scaling_factor",
     "norm_eps": "rms_norm_eps",
 }
-"""Fields of conf.schema.Model and the names of config.json, for fields with the same values."""
+"""Fields of conf.schema.Model, and their names in config.json. The values are the same in both."""
 FIXED = {
     "hidden_act": "silu",
     "attention_bias": False,
@@ -49,13 +49,15 @@ FIXED = {
     "moe_layer_freq": 1,
     "rope_interleave": True,
 }
-"""Values that every DeepSeek-V3 has and that this program requires. A file may leave them out."""
+"""Fields whose value is the same in every DeepSeek-V3. Sluice requires this value; a file may leave the field out."""
 SPARSE_FIELDS = {"heads": "index_n_heads", "head_dim": "index_head_dim", "top_k": "index_topk"}
-"""Fields of conf.schema.SparseAttention and theirs, where the values are the same."""
+"""Fields of conf.schema.SparseAttention, and their names in config.json. The values are the same in both."""
 INDEX_ROPE = "indexer_rope_interleave"
-"""Field that says how the indexer's RoPE turns. transformers reads it nowhere, and takes what the family has."""
+"""Field that says whether the indexer's RoPE rotates adjacent elements. transformers ignores it and uses the family's
+default."""
 INDEX_TYPES, INDEX_LETTERS = "indexer_types", {"full": "F", "shared": "S"}
-"""The field that lists the kind of each layer (with its own indexer, or with the keys of an earlier layer), and the letters of both kinds."""
+"""The field that lists the kind of each layer, and the letter of each kind. A layer of kind `full` has its own indexer;
+a layer of kind `shared` uses the keys of an earlier layer."""
 INDEX_SHARING = (
     INDEX_TYPES,
     "index_topk_pattern",
@@ -63,10 +65,11 @@ INDEX_SHARING = (
     "index_skip_topk_offset",
     "index_share_for_mtp_iteration",
 )
-"""Fields that say so: a list, letters, or a rule. The last one is of drafts that run one MTP module several times, which no training does."""
+"""Fields about shared keys: the kinds as a list, as letters, or as a rule. The last field is for drafts that run one
+MTP module several times; training never does this."""
 FIXED_ELSEWHERE = {"partial_rotary_factor": 1.0, "is_causal": True, "is_encoder_decoder": False}
-"""Fields of other models with one allowed value; transformers applies them to this model too.
-Files of DeepSeek-V3 have none of them.
+"""Fields of other models, with the one allowed value. transformers applies them to this model too. Files of DeepSeek-V3
+do not have them.
 """
 READ_APART = (
     "architectures",
@@ -84,7 +87,7 @@ READ_APART = (
     "num_local_experts",
     "mlp_layer_types",
 )
-"""Fields with their own rule, here or in `read_model`."""
+"""Fields with their own rule, in this file or in `read_model`."""
 GENERATION = """
     bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
     exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty max_length min_length
@@ -171,20 +174,21 @@ class FamilyFacts:
     title: str
     """Name for messages."""
     architectures: tuple[str, ...]
-    """Architectures that its folders name; an export names the first."""
+    """Architectures that the family's folders name. An export writes the first one."""
     model_types: tuple[str, ...]
-    """Allowed values of `model_type`; an export writes the first."""
+    """Allowed values of `model_type`. An export writes the first one."""
     section: str = ""
-    """Object of the configuration file that holds the language model; empty if it is the file itself."""
+    """Key of the object in the configuration file that describes the language model; empty if the whole file describes
+    it."""
     beside: tuple[str, ...] = ()
-    """Fields beside that object that do not change the language model."""
+    """Fields outside that object that do not change the language model."""
     prefix: str = ""
     """Prefix of the language model's tensor names."""
     others: tuple[str, ...] = ()
     """Prefixes of tensors that belong to no language model."""
     dense_unsaid: int | None = None
-    """Number of dense layers that its transformers class assumes without mlp_layer_types; None if the class does not
-    read this field.
+    """Number of dense layers that the transformers class assumes if mlp_layer_types is missing; None if the class does
+    not read mlp_layer_types.
     """
     loader: str = "AutoModelForCausalLM"
     """The transformers class that loads an export; empty if there is none."""
@@ -192,19 +196,19 @@ class FamilyFacts:
     stem: str = "model"
     """Prefix of the names of weight files and of their index."""
     names: dict[str, str] = field(default_factory=dict)
-    """Parts of tensor names to replace, with their replacement in this family, in order."""
+    """Parts of DeepSeek-V3's tensor names and what this family has instead, in the order of replacement."""
     fixed: Fields = field(default_factory=lambda: FIXED)
     """Fields with one allowed value, which a file may leave out."""
     is_sparse: bool = False
     """Whether the attention is sparse: an indexer selects keys."""
     interleaved: bool = False
-    """Default for files without this field: whether the indexer's RoPE rotates adjacent elements."""
+    """Whether the indexer's RoPE rotates adjacent elements, if the file has no field INDEX_ROPE."""
     shares: bool = False
     """Whether layers may use the keys that an earlier layer selected."""
     scores: ScoreFunction = ScoreFunction.sigmoid
     has_mtp: bool = True
     has_fp8: bool = True
-    """Whether its FP8 weights are DeepSeek's blocks."""
+    """Whether its FP8 weights have the blocks of DeepSeek."""
 
     @property
     def has_biases(self) -> bool:
@@ -280,7 +284,7 @@ FAMILIES = {
         ),
     )
 }
-"""By name. An architecture that no row names is rejected."""
+"""Families by name. An architecture that is in no row is rejected."""
 
 REFUSED_MODELS = {
     "MistralLarge4ForConditionalGeneration": "its own sparse attention is not supported",
@@ -289,11 +293,11 @@ REFUSED_MODELS = {
     "DeepseekV2ForCausalLM": "softmax routers without normalised gates are not supported",
     "KimiLinearForCausalLM": "layers with linear attention are not supported",
 }
-"""Similar models that ours cannot express, with the reason."""
+"""Architectures of similar models that Sluice cannot express, with the reason."""
 
 
 def find_family(folder: Path, field: str) -> FamilyFacts:
-    """Return the family of a folder. Raises UserError if it names none of them."""
+    """Return the family of a folder. Raises UserError if the folder names no known family."""
     return read_fields(folder, field)[0]
 
 
@@ -320,7 +324,7 @@ def read_fields(folder: Path, field: str) -> tuple[FamilyFacts, Path, Fields]:
 
 
 def _named(field: str, path: Path, body: Fields) -> FamilyFacts:
-    """Return the row that the architecture of a file names."""
+    """Return the row for the architecture that the file names."""
     found = body.get("architectures")
     for facts in FAMILIES.values():
         if isinstance(found, list) and len(found) == 1 and found[0] in facts.architectures:
@@ -342,8 +346,8 @@ def _named(field: str, path: Path, body: Fields) -> FamilyFacts:
 
 
 def _require_type(field: str, path: Path, body: Fields, facts: FamilyFacts) -> None:
-    """Raise UserError if `model_type`, by which transformers chooses its class, belongs to another model than the
-    architecture.
+    """Raise UserError if `model_type` and the architecture belong to different models. transformers chooses its class
+    by `model_type`.
     """
     if body.get("model_type") not in (None, *facts.model_types):
         rule = f"model_type must be {' or '.join(facts.model_types)}, as {facts.architectures[0]} has it, and is {body['model_type']!r:.80}"
@@ -351,9 +355,9 @@ def _require_type(field: str, path: Path, body: Fields, facts: FamilyFacts) -> N
 
 
 def _section(field: str, path: Path, body: Fields, facts: FamilyFacts) -> Fields:
-    """Return the language model's fields of a file that describes more.
+    """Return the language model's fields of a file that also describes other parts.
 
-    Fields beside them must not change the language model.
+    The other fields must not change the language model.
     """
     text = body.get(facts.section)
     if not isinstance(text, dict):

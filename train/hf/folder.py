@@ -1,7 +1,7 @@
-"""A folder of safetensors, read by its headers, and the check whether its tensors match our model.
+"""Reads the headers of a folder of safetensors and checks whether its tensors match our model.
 
-It reads no weights and imports no torch: the driver checks a folder before anything starts. Nothing in the folder is
-executed; files that only pickle can open are rejected.
+This file reads no weights and imports no torch, because the driver checks a folder before it starts the ranks. Nothing
+in the folder is executed; files that only pickle can open are rejected.
 """
 
 import os
@@ -45,7 +45,7 @@ class Folder:
     path: Path
     stored: dict[str, StoredTensor]
     field: str = "init_from"
-    """Key that errors name."""
+    """The key that errors name."""
     family: ModelFamily = ModelFamily.deepseek_v3
 
     def refuse(self, rule: str, cure: str) -> UserError:
@@ -55,8 +55,8 @@ class Folder:
 def open_folder(path: Path, field: str = "init_from") -> Folder:
     """Read all headers.
 
-    Raises UserError for a folder without safetensors, for a missing or truncated file, and for weight files that the
-    index does not list.
+    Raises UserError if the folder has no safetensors, if a file is missing or truncated, or if the index does not list
+    a weight file.
     """
     folder = Folder(path, {}, field)
     if not os.path.isdir(path):  # Path.is_dir raises for a name that is too long
@@ -91,11 +91,12 @@ def is_hf_folder(folder: Path) -> bool:
 
 
 def open_model(path: Path, field: str = "init_from", text_only: bool = False) -> tuple[Folder, Model, list[str]]:
-    """Return the headers of a folder, its model, and notes for the user. All external weights are opened here.
+    """Return the headers of a folder, its model, and notes for the user. All external weights are opened by this
+    function.
 
-    text_only: leave out tensors that belong to no language model, which are otherwise an error. MTP modules that only
-    config.json or only the weights have are left out of the model; folders written by transformers lack their weights.
-    Raises UserError for a damaged folder and for a model that ours cannot express.
+    text_only: leave out tensors that belong to no language model; without it such tensors are an error. An MTP module
+    must be in both config.json and the weights, else it is left out of the model: transformers writes folders without
+    its weights. Raises UserError for a damaged folder and for a model that Sluice cannot express.
     """
     folder, model = open_folder(path, field), read_model(path, field)
     folder, notes = _language_model(replace(folder, family=find_family(path, field).name), text_only)
@@ -107,7 +108,8 @@ def open_model(path: Path, field: str = "init_from", text_only: bool = False) ->
 
 
 def _language_model(folder: Folder, text_only: bool) -> tuple[Folder, list[str]]:
-    """Return the folder without tensors of other models than the language model, and a note that names them.
+    """Return the folder without the tensors that do not belong to the language model, and a note that names these
+    tensors.
 
     Raises UserError if there are such tensors and text_only is false.
     """
@@ -126,8 +128,8 @@ def _language_model(folder: Folder, text_only: bool) -> tuple[Folder, list[str]]
 
 
 def _count_mtp(folder: Folder, layers: int) -> int:
-    """Return the number of MTP modules in the weights after `layers` layers; tensors that no main-model layer has
-    identify them.
+    """Return the number of MTP modules that follow the `layers` layers in the weights. An MTP module has tensors that a
+    layer of the main model never has.
     """
     found, name_of = 0, FAMILIES[folder.family].name_of
     while any(name_of(f"model.layers.{layers + found}.{name}") in folder.stored for name in MTP_NAMES):
@@ -136,8 +138,8 @@ def _count_mtp(folder: Folder, layers: int) -> int:
 
 
 def _refuse_others(folder: Folder, files: dict[str, list[str]]) -> None:
-    """Raise UserError for weights in the folder that would not be read: other programs read them instead, or in
-    addition.
+    """Raise UserError if the folder has weights that Sluice would not read. Another program may read these instead of
+    our files, or in addition.
     """
     names = sorted(file.name for file in folder.path.iterdir() if not file.name.startswith("."))
     if others := [name for name in names if name.endswith(".safetensors") and name not in files]:
@@ -212,9 +214,9 @@ def read_header(folder: Folder, file: str) -> dict[str, StoredTensor]:
 def match(folder: Folder, model: Model) -> list[PlacedTensor]:
     """Return the model's tensors that the folder holds, in folder order.
 
-    Raises UserError if they do not form the model, or if the folder has tensors that would not be read. MTP modules'
-    copies of embedding and head may be absent. Modules beyond model.mtp_depth are checked like the others, and left
-    out.
+    Raises UserError if they do not form the model, or if the folder has tensors that Sluice would not read. The copies
+    of embedding and head in MTP modules may be absent. MTP modules beyond model.mtp_depth are checked like the others,
+    and left out of the result.
     """
     held, stored = _count_mtp(folder, model.layers), folder.stored
     expected = list(tensors(replace(model, mtp_depth=max(model.mtp_depth, held)), folder.family))
@@ -230,7 +232,7 @@ def match(folder: Folder, model: Model) -> list[PlacedTensor]:
         )
     known = {each.theirs for each in expected}
     _check_scales(folder)
-    # an empty tensor, which transformers writes if there are no shared experts, has no content
+    # transformers writes an empty tensor if there are no shared experts
     extra = [name for name in stored if not name.endswith(SCALE) and name not in known and 0 not in stored[name].shape]
     if extra:
         raise folder.refuse(

@@ -1,8 +1,9 @@
 """Mistral Large 3's own format: params.json and its tensor names, mapped to DeepSeek's. No torch.
 
-The file states three things that DeepSeek's cannot: routers use a softmax and have no balance bias; queries are scaled
-with their position (llama_4_scaling); and YaRN with `apply_scale: false` does not sharpen the softmax. vLLM and SGLang
-read the release in this way; transformers has the class Mistral4 for a smaller model of this kind.
+params.json states three things that DeepSeek's config.json cannot express. Routers use a softmax and have no balance
+bias. Queries are scaled by a factor that grows with their position (llama_4_scaling). YaRN with `apply_scale: false`
+does not sharpen the softmax. vLLM and SGLang read the release in this way; transformers has the class Mistral4 for a
+smaller model of this kind.
 """
 
 from pathlib import Path
@@ -12,7 +13,7 @@ from conf.errors import UserError
 from conf.files import read_json
 
 GROWTH = "llama_4_scaling_beta"
-"""transformers' name for the scaling of queries, among the rotary parameters."""
+"""transformers' name of the factor for the scaling of queries. It is one of the rotary parameters."""
 PARAMS_FIELDS = {
     "dim": "hidden_size",
     "n_layers": "num_hidden_layers",
@@ -45,7 +46,7 @@ PARAMS_FIELDS = {
     "yarn.original_max_position_embeddings": "rope_scaling.original_max_position_embeddings",
     "llama_4_scaling.beta": f"rope_scaling.{GROWTH}",
 }
-"""Fields, with a dot for those of an inner object, and DeepSeek's names."""
+"""Fields of params.json, and their names at DeepSeek. A dot separates the name of an inner object from its field."""
 PARAMS_FIXED = {
     "moe.renorm_strategy": "WEIGHTS",
     "moe.use_load_balancing_bias": False,
@@ -87,7 +88,7 @@ MISTRAL_NAMES = {
     "down_proj.": "w2.",
     "up_proj.": "w3.",
 }
-"""Parts of tensor names, DeepSeek's and its own, in order of replacement."""
+"""Parts of tensor names: DeepSeek's form and Mistral's form, in the order of replacement."""
 
 
 def from_params(field: str, path: Path) -> dict[str, Any]:
@@ -130,7 +131,7 @@ def from_params(field: str, path: Path) -> dict[str, Any]:
 
 
 def to_params(body: dict[str, Any]) -> dict[str, Any]:
-    """Return the params.json of a model in DeepSeek's fields."""
+    """Return the params.json for a model that is given in DeepSeek's fields."""
     flat = _flat(body)
     found = {name: flat[theirs] for name, theirs in PARAMS_FIELDS.items() if theirs in flat}
     if "yarn.factor" in found:

@@ -1,8 +1,9 @@
 """Reads a folder of safetensors into live shards: each rank reads only the rows that contain its own elements.
 
-Their tensors are intervals of ours (see tensor_names.py), and so is a rank's part of ours, whatever the ZeRO, expert
-and pipeline layout. The intersections say which rows to read. A few rows at a time pass through memory; they are read,
-not mapped, because mapped pages of a file would count to this process.
+Each Hugging Face tensor is an interval of one of our tensors (see tensor_names.py). A rank's shard is an interval of
+our tensor too, in any ZeRO, expert and pipeline layout. The intersections of these intervals say which rows to read.
+Only a few rows at a time are in memory. The file is not memory-mapped, because its mapped pages would count as memory
+of this process.
 """
 
 from bisect import bisect_right
@@ -22,22 +23,23 @@ from train.hf.folder import FP8, Folder
 from train.hf.tensor_names import SCALE, PlacedTensor
 
 READ_ELEMENTS = 1 << 23
-"""Approximate number of elements converted at a time: 32 MB in fp32."""
+"""Approximate number of elements that are converted at a time: 32 MB in fp32."""
 
 
 @dataclass
 class ShardPart:
-    """The part of one of their tensors that one wanted shard needs."""
+    """The part of one Hugging Face tensor that one wanted shard needs."""
 
     placed: PlacedTensor
     start: int
-    """First element, in their flattened tensor."""
+    """Index of the first element in the flattened Hugging Face tensor."""
     target: Tensor
-    """The memory to fill; for a copy, the memory to compare with."""
+    """The memory to fill. If the tensor is a copy, its values are compared with this memory."""
 
 
 def fill_from_folder(folder: Folder, placed: list[PlacedTensor], wanted: dict[str, Shard]) -> int:
-    """Fill every wanted shard with the folder's values, dequantised and, for shards of another dtype, rounded to it.
+    """Fill every wanted shard with the folder's values. FP8 values are dequantised; values are rounded to the shard's
+    dtype.
 
     placed: from `match`. Returns the bytes read. Raises UserError if a value is not finite, a scale is not above 0, or
     an MTP module's copy of embedding or head differs from the original.
@@ -62,7 +64,7 @@ def fill_from_folder(folder: Folder, placed: list[PlacedTensor], wanted: dict[st
 
 
 def folder_reader(folder: Folder, placed: list[PlacedTensor]) -> Callable[[dict[str, Shard]], int]:
-    """`fill_from_folder` for many calls, each of a few of their many tensors."""
+    """Return a function like `fill_from_folder` that is called many times, each time for a few of many tensors."""
     by_name: dict[str, list[PlacedTensor]] = {}
     for each in placed:
         by_name.setdefault(each.ours, []).append(each)
@@ -70,7 +72,7 @@ def folder_reader(folder: Folder, placed: list[PlacedTensor]) -> Callable[[dict[
 
 
 def parts_of(placed: list[PlacedTensor], wanted: dict[str, Shard]) -> list[ShardPart]:
-    """Return the intersections of their tensors with the wanted shards, by file."""
+    """Return the intersections of the Hugging Face tensors with the wanted shards, by file."""
     by_name: dict[str, list[PlacedTensor]] = {}
     for each in placed:
         by_name.setdefault(each.ours, []).append(each)
@@ -126,12 +128,12 @@ class _Reader:
             return tensor.float()
         first = row // SCALE_BLOCK
         scale = self._scale(opened, name)[first : -(-end // SCALE_BLOCK)]
-        above = row - first * SCALE_BLOCK  # rows of the first block that are not read
+        above = row - first * SCALE_BLOCK  # rows of the first block above `row`, which are not read
         padded = torch.nn.functional.pad(tensor.view(torch.uint8), (0, 0, above, 0)).view(tensor.dtype)
         return dequantize(padded, scale)[above:]
 
     def _scale(self, opened, name: str) -> Tensor:
-        """Return all scales of a weight, which may be in another file.
+        """Return all scales of a weight. The scales may be in another file than the weight.
 
         Raises UserError for a scale that no quantiser writes.
         """

@@ -1,9 +1,9 @@
-"""Maps every tensor of a folder to its place in our model. Pure arithmetic on a configuration.
+"""Maps every tensor of a folder to its place in our model. It computes this from the configuration alone.
 
-The layouts differ in names and in stacking, not in values. RoPE rotates adjacent pairs in both, so no row is permuted;
-the gate and up projections, which we stack, follow each other. So each of their tensors is one interval of one of our
-flattened tensors. MTP module k is their layer `layers + k`, with copies of the embedding and the head, which our MTP
-modules share with the main model.
+The Hugging Face layout and ours differ in names and in stacking, not in values. RoPE rotates adjacent pairs in both, so
+no row is permuted. We stack the gate and up projections one after the other. So each Hugging Face tensor is one
+interval of one of our flattened tensors. MTP module k is the Hugging Face layer `layers + k`. That layer has copies of
+the embedding and the head; our MTP modules share these two with the main model.
 
 Our names are those of a checkpoint: `master.PARAMETER` for weights, `bias.BLOCK` for balance biases.
 
@@ -27,7 +27,7 @@ MTP_NAMES = (
     "shared_head.norm.weight",
     "shared_head.head.weight",
 )
-"""Tensors of an MTP module besides those of a layer, after the layer's prefix."""
+"""Names, after the layer's prefix, of the tensors that an MTP module has in addition to those of a layer."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ class PlacedTensor:
     shape: tuple[int, ...]
     ours: str
     start: int = 0
-    """First element, in our flattened tensor."""
+    """Index of the first element in our flattened tensor."""
     whole: tuple[int, ...] = ()
     """Shape of our tensor."""
     fp8: bool = False
-    """Whether DeepSeek's FP8 weights hold this matrix in E4M3 blocks."""
+    """Whether DeepSeek's FP8 release stores this matrix in E4M3 blocks."""
     copy: bool = False
     """Whether this is an MTP module's copy of a tensor that our model has once."""
 
@@ -79,12 +79,13 @@ def _as_deepseek(model: Model) -> Iterator[PlacedTensor]:
 
 
 def _same(theirs: str, ours: str, shape: tuple[int, ...], fp8: bool = False) -> PlacedTensor:
-    """Return a tensor that equals a whole tensor of Sluice."""
+    """Return the entry of a tensor that equals one whole tensor of Sluice."""
     return PlacedTensor(theirs, shape, ours, 0, shape, fp8)
 
 
 def _block(model: Model, theirs: str, ours: str, inner: str, dense: bool, chooses: bool) -> Iterator[PlacedTensor]:
-    """Yield one transformer block. ours: the name of its balance bias; inner: the rest of its parameters' prefix."""
+    """Yield the tensors of one transformer block. ours: the name of its balance bias. inner: its parameters' names
+    begin with `ours` and then `inner`."""
     here = f"master.{ours}.{inner}"
     yield _same(f"{theirs}input_layernorm.weight", f"{here}attention_norm.weight", (model.hidden,))
     yield from _attention(model, f"{theirs}self_attn.", f"{here}attention.")
@@ -126,7 +127,7 @@ def _attention(model: Model, theirs: str, ours: str) -> Iterator[PlacedTensor]:
 
 
 def _indexer(model: Model, theirs: str, ours: str) -> Iterator[PlacedTensor]:
-    """The indexer of a layer. In FP8 folders its gates are no blocks."""
+    """Yield the tensors of a layer's indexer. FP8 folders do not store `weights_proj` in FP8 blocks."""
     heads, width = model.sparse.heads, model.sparse.head_dim
     yield _same(f"{theirs}wq_b.weight", f"{ours}q.weight", (heads * width, model.q_rank or 0), fp8=True)
     yield _same(f"{theirs}wk.weight", f"{ours}k.weight", (width, model.hidden), fp8=True)
@@ -138,9 +139,9 @@ def _indexer(model: Model, theirs: str, ours: str) -> Iterator[PlacedTensor]:
 def _ffn(
     width: int, inner: int, theirs: str, ours: str, index: int = 0, experts: int | None = None
 ) -> Iterator[PlacedTensor]:
-    """Yield a dense or shared FFN, or one of the experts that our model stacks.
+    """Yield the tensors of a dense or shared FFN, or of one of the experts that our model stacks.
 
-    w13 (2F, D) or (E, 2F, D) holds the rows of gate, then those of up; w2 is (D, F) or (E, D, F).
+    w13 (2F, D) or (E, 2F, D) has the rows of gate and then the rows of up; w2 is (D, F) or (E, D, F).
     """
     stack, end = ((), ".weight") if experts is None else ((experts,), "")
     for number, name in enumerate(("gate_proj", "up_proj")):

@@ -1,4 +1,4 @@
-"""Tokenizer files of a Hugging Face folder: checks whether they match a run, and writes those of an export.
+"""Checks whether the tokenizer files of a Hugging Face folder match a run, and writes the tokenizer files of an export.
 
 No torch.
 """
@@ -23,7 +23,7 @@ TOKENIZER_CLASS = "PreTrainedTokenizerFast"
 
 
 def check_tokenizer(folder: Path, tokenizer: Tokenizer, choice: str | None) -> list[str]:
-    """Raise UserError if the run's tokenizer gives other ids than the folder's; returns notes. choice:
+    """Raise UserError if the run's tokenizer and the folder's tokenizer give different ids. Returns notes. choice:
     data.tokenizer.
     """
     path = folder / TOKENIZER_FILE
@@ -47,9 +47,9 @@ def check_tokenizer(folder: Path, tokenizer: Tokenizer, choice: str | None) -> l
 
 
 def _meaning(text: str) -> tuple[Any, ...]:
-    """Return the parts that decide on ids: words, merges, added tokens.
+    """Return the parts of a tokenizer.json that the ids depend on: vocabulary, merges, added tokens.
 
-    Two files with equal parts can differ in spelling.
+    Two files with equal parts can still differ as text.
     """
     body = parse_json(text)
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in body["model"].get("merges", ())]
@@ -61,8 +61,8 @@ def _meaning(text: str) -> tuple[Any, ...]:
 def with_words_of(tokenizer: Tokenizer, run: Path, source: Path | None) -> Tokenizer:
     """Return the tokenizer of a run with all its side files.
 
-    source: the tokenizer's original folder, which has files that runs of earlier versions did not keep. The run's own
-    chat template, which its chats were tuned with, takes precedence.
+    source: the tokenizer's original folder. It may have files that earlier versions did not copy into a run. If the run
+    trained on chats, the run's own chat template takes precedence.
     """
     kept = files_beside(run)
     if kept.keys() & {SPECIAL_TOKENS_FILE, GENERATION_FILE} or source is None:
@@ -82,13 +82,13 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, length: int) -> None:
     """
     settings: dict[str, Any] = {
         "tokenizer_class": TOKENIZER_CLASS,
-        "add_bos_token": False,  # training puts none before documents
+        "add_bos_token": False,  # training puts no begin token before documents
         "clean_up_tokenization_spaces": False,
         **tokenizer.settings(TOKENIZER_SETTINGS_FILE),
         "eos_token": tokenizer.eos,
         "model_max_length": length,
     }
-    if settings.pop("auto_map", None):  # names code in the tokenizer's original folder, which an export does not have
+    if settings.pop("auto_map", None):  # names code in the tokenizer's original folder; an export has no code
         settings["tokenizer_class"] = TOKENIZER_CLASS
     tokenizer.with_files(tokenizer.files | {TOKENIZER_SETTINGS_FILE: json.dumps(settings, indent=2) + "\n"}).save(
         folder
