@@ -1,8 +1,8 @@
 """Writes README.md of an exported folder: the model card, with the model, its training and its figures.
 
 The card states only known facts. Shape and recipe come from the settings in the checkpoint. Figures come from
-metrics.jsonl and evaluate.json of the run, if they belong to the exported step. Unknown facts are listed under "Before
-you publish". The card contains no local paths: of the data it has only the last part of the path.
+metrics.jsonl and evaluate.json of the run, if these figures belong to the exported step. Unknown facts are listed under
+"Before you publish". The card contains no local paths; it names a data source by the last part of its path.
 """
 
 import math
@@ -31,7 +31,8 @@ UNFINISHED = "TO BE FILLED IN"
 
 
 def _use(loader: str) -> list[str]:
-    """Section on loading the model. loader: class of transformers; empty if it has none for the family."""
+    """Section on loading the model. loader: class of transformers; empty if transformers has no class for the
+    family."""
     if not loader:
         return ["transformers has no class for these names; serving engines that know the released model read them.\n"]
     return [
@@ -47,7 +48,7 @@ def _head(family: ModelFamily) -> dict[str, Any]:
 
 
 def model_card(config: Config, checkpoint: Manifest, family: ModelFamily, notes: list[str], length: int) -> str:
-    """Text of the card. notes: differences in transformers' computation. length: maximum tokens of a sequence."""
+    """Text of the card. notes: what transformers computes differently. length: maximum tokens of a sequence."""
     counts, step = count_parameters(config.model), checkpoint.step
     folder, settings = checkpoint.folder.absolute(), checkpoint.meta.get("config", {})
     weights = "the moving average of the weights" if config.export.ema else "the weights themselves"
@@ -75,7 +76,7 @@ def model_card(config: Config, checkpoint: Manifest, family: ModelFamily, notes:
 
 
 def _figures(checkpoint: Path, step: int, config: Config) -> Iterator[tuple[str, str, str]]:
-    """Name, value and meaning of the figures measured at this step."""
+    """Name, value and meaning of each figure that was measured at this step."""
     run = checkpoint.parents[1]
     file = run / "metrics.jsonl"
     heads = [head for head in read_heads(file) if head.get("step") == step] if file.is_file() else []
@@ -85,7 +86,7 @@ def _figures(checkpoint: Path, step: int, config: Config) -> Iterator[tuple[str,
         ("validation_loss", "loss of the next token on held-out text, nats per token"),
         ("validation_bits_per_byte", "bits per byte of held-out text, comparable between tokenizers"),
     ):
-        if math.isfinite(value := head.get(name, math.nan)) and not config.export.ema:  # the average was not measured
+        if math.isfinite(value := head.get(name, math.nan)) and not config.export.ema:  # no losses of the average exist
             yield name, f"{value:.4f}", meaning
     yield from _evaluated(run / "evaluate.json", checkpoint, "ema" if config.export.ema else "master")
 

@@ -1,13 +1,13 @@
 """mode=export: writes a checkpoint of any layout as a folder for Hugging Face's classes (train/hf/families.py).
 
-An adapter's checkpoint becomes a folder for PEFT (train/hf/adapter_folder.py). With export.merge=true the adapter is
-added to its base, and a whole folder is written.
+An adapter's checkpoint becomes a folder for PEFT (train/hf/adapter_folder.py). With export.merge=true the export adds
+the adapter to its base and writes a folder with all weights.
 
 Every Hugging Face tensor is an interval of a Sluice tensor (train/hf/tensor_names.py). The export goes through the
-Hugging Face tensors in order. It reads the elements for the next few of them, from whichever shards hold them, converts
-and writes them, and frees them. So it needs memory for a few million elements, however large the model is. All files
-are written to a hidden folder beside the target, which is renamed at the end. So the target name never holds an
-incomplete folder.
+Hugging Face tensors in order. It reads the elements of the next few tensors from the shards that hold them, converts
+these elements, writes them and frees their memory. So it needs memory for a few million elements, however large the
+model is. All files are written to a hidden folder beside the target, which is renamed at the end. So the target name
+never holds an incomplete folder.
 """
 
 import math
@@ -60,9 +60,9 @@ from train.hf.tokenizer_files import with_words_of, write_tokenizer
 SHARD_BYTES = 5e9
 """Maximum bytes of one weights file."""
 EXPORTED_ELEMENTS = 1 << 24
-"""Maximum number of elements converted at a time: 64 MB in fp32."""
+"""Maximum number of elements that are converted at a time: 64 MB in fp32."""
 SMALL_FILES = 64 << 20
-"""Ample disk space for tokenizer, configuration and the table, in bytes."""
+"""Disk space in bytes that is enough for tokenizer, configuration and the table of tensors."""
 
 
 def export(config: Config) -> int:
@@ -162,14 +162,15 @@ def _ends(config: Config, run: Path, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _own_family(config: Config, manifest: Manifest) -> ModelFamily:
-    """The family of the folder that the run started from; of a dense one whose run added indexers, DeepSeek-V3.2."""
+    """The family of the folder that the run started from. If this family has dense attention and the run added
+    indexers, the family is DeepSeek-V3.2."""
     family = ModelFamily(manifest.meta.get("family", ModelFamily.deepseek_v3))
     return ModelFamily.deepseek_v32 if config.model.sparse.heads and not FAMILIES[family].is_sparse else family
 
 
 def _check_family(config: Config, family: ModelFamily, alone: bool) -> None:
-    """Raise UserError if this family's folder cannot describe the model's computation or hold its weights. alone:
-    the export is an adapter."""
+    """Raise UserError if a folder of this family cannot describe the model's computation or cannot hold its weights.
+    alone: whether the export is an adapter."""
     facts, model = FAMILIES[family], config.model
     for wrong, field, value, rule, cure in (
         (
@@ -255,7 +256,7 @@ def _write_weights(
     progress: ReportProgress,
     metadata: dict[str, str] | None = None,
 ) -> None:
-    """Write every file, a few rows at a time. metadata: of each file."""
+    """Write every file, a few rows at a time. metadata: the metadata of each file."""
     total, done = sum(written.placed.count for file in files for written in file.written), 0
     for file in files:
         outs = [out for written in file.written for out in written.outs]
@@ -275,7 +276,7 @@ class ExportSlice:
 
     written: WrittenTensor
     first: int
-    """First element, in the flattened Hugging Face tensor."""
+    """Index of the first element in the flattened Hugging Face tensor."""
     shape: tuple[int, ...]
 
     @property
@@ -284,16 +285,16 @@ class ExportSlice:
 
     @property
     def start(self) -> int:
-        """First element, in the flattened Sluice tensor."""
+        """Index of the first element in the flattened Sluice tensor."""
         return self.written.placed.start + self.first
 
     def of(self, span: Shard) -> Tensor:
-        """Values of the slice, from a span of the Sluice tensor that contains it."""
+        """Values of the slice. span: an interval of the Sluice tensor that contains the slice."""
         return span.local[self.start - span.offset :][: self.count].view(self.shape)
 
 
 def _batches(written: list[WrittenTensor]) -> Iterator[list[ExportSlice]]:
-    """Slices in order, grouped to at most EXPORTED_ELEMENTS elements."""
+    """Yields the slices in order, in groups of at most EXPORTED_ELEMENTS elements."""
     batch, room = [], EXPORTED_ELEMENTS
     for cut in (cut for each in written for cut in _cuts(each)):
         if batch and cut.count > room:
@@ -305,7 +306,8 @@ def _batches(written: list[WrittenTensor]) -> Iterator[list[ExportSlice]]:
 
 
 def _cuts(written: WrittenTensor) -> Iterator[ExportSlice]:
-    """Slices of whole block rows, so that each scale is computed from its entire block."""
+    """Yields slices of a tensor. A slice never cuts a block of 128 x 128, because a scale is computed from all values
+    of its block."""
     rows, *rest = written.placed.shape
     width = math.prod(rest)
     step = max(1, EXPORTED_ELEMENTS // width // SCALE_BLOCK) * SCALE_BLOCK
@@ -314,7 +316,8 @@ def _cuts(written: WrittenTensor) -> Iterator[ExportSlice]:
 
 
 def _read(stored: StoredWeights, batch: list[ExportSlice], ema: bool) -> dict[str, Shard]:
-    """The elements of each Sluice tensor that the batch needs. They are contiguous, because both orders agree."""
+    """The elements of each Sluice tensor that the batch needs. These elements are contiguous, because Sluice and
+    Hugging Face have them in the same order."""
     spans: dict[str, Shard] = {}
     needed = defaultdict(list)
     for cut in batch:
@@ -346,8 +349,8 @@ def _write(writer: PieceWriter, cut: ExportSlice, values: Tensor) -> None:
 
 
 def _notes(model: Model, family: FamilyFacts) -> Iterator[str]:
-    """Notes on differences between transformers' computation and this model's training, and on missing parts of the
-    folder."""
+    """Notes for the user: what transformers computes differently from this model's training, and what the folder
+    lacks."""
     if family.others:
         yield (
             f"note: this is only the language model of {family.title}: {' and '.join(f'{part}*' for part in family.others)} and their "

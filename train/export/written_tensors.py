@@ -22,8 +22,7 @@ from train.hf.config import scale_shape
 from train.hf.tensor_names import SCALE, PlacedTensor
 
 # Safetensors files are written in pieces: first the header with all positions, then the values as they are computed.
-#
-# The library's own writer needs all tensors of a file in memory; this writer needs only the current piece.
+# The writer of safetensors needs all tensors of a file in memory; this writer needs only the current piece.
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class ExportTensor:
 
     name: str
     dtype: str
-    """Name of the format in safetensors."""
+    """Name of the dtype in safetensors."""
     shape: tuple[int, ...]
 
     @property
@@ -41,7 +40,7 @@ class ExportTensor:
 
 
 class PieceWriter:
-    """Writes one safetensors file. Use it in `with`; leaving without an error means that every byte was written."""
+    """Writes one safetensors file. Use it in `with`: if the block ends without an error, every byte was written."""
 
     def __init__(self, path: Path, outs: list[ExportTensor], metadata: dict[str, str] | None = None):
         self._outs = {out.name: out for out in outs}
@@ -52,7 +51,8 @@ class PieceWriter:
         self._write(header, 0)
 
     def write(self, name: str, start: int, values: Tensor) -> None:
-        """Write values of the declared type from element `start` on. OSError if the disk refuses them."""
+        """Write values of the tensor's declared dtype from element `start` on. Raises OSError if the disk cannot take
+        them."""
         out = self._outs[name]
         assert DTYPES[values.dtype] == out.dtype, f"{name} was announced as {out.dtype}"
         raw = values.detach().contiguous().view(-1).view(torch.uint8).numpy()
@@ -85,11 +85,11 @@ PLAIN_EXPORT_TYPES = {ExportType.bf16: "BF16", ExportType.fp8: "BF16", ExportTyp
 
 @dataclass(frozen=True)
 class WrittenTensor:
-    """A Hugging Face tensor and the way it is written."""
+    """A Hugging Face tensor and the tensors that the export writes for it."""
 
     placed: PlacedTensor
     outs: tuple[ExportTensor, ...]
-    """The tensor; for FP8 also its scales."""
+    """The tensor itself, and in FP8 also its scales."""
 
     @property
     def nbytes(self) -> int:
@@ -122,7 +122,7 @@ def plan_files(
 
 
 def _outs(placed: PlacedTensor, dtype: ExportType) -> Iterator[ExportTensor]:
-    if placed.ours.startswith("bias."):  # bf16 rounding could change which experts are chosen
+    if placed.ours.startswith("bias."):  # fp32, because bf16 rounding could change which experts are chosen
         yield ExportTensor(placed.theirs, "F32", placed.shape)
     elif placed.fp8 and dtype == ExportType.fp8:
         yield ExportTensor(placed.theirs, "F8_E4M3", placed.shape)
@@ -147,7 +147,7 @@ def left_out(manifest: Manifest, placed: list[PlacedTensor], ema: bool) -> dict[
     if is_merged := holds_adapter(manifest.meta) and not any(is_adapter(name) for name in needed):
         needed = {
             name: shape for name, shape in needed.items() if name in manifest.tensors
-        }  # the other tensors are in the base
+        }  # the base has the other tensors
     reasons = OPTIMIZER_TENSORS | (
         {"master.": "the weights themselves, because their average is exported"}
         if ema
@@ -182,7 +182,7 @@ def _reason(name: str, reasons: dict[str, str]) -> str | None:
 
 
 def fates(files: list[PlannedFile], rest: dict[str, str], ema: bool) -> list[dict[str, Any]]:
-    """One row for every written tensor, and one for every checkpoint tensor that is left out."""
+    """One row for every written tensor, and one row for every checkpoint tensor that is left out."""
     rows = [
         {
             "tensor": out.name,

@@ -1,10 +1,10 @@
-"""MLA's cache of past tokens (paper 2.1.1): per token and layer one normed latent and one RoPE key.
+"""MLA's cache of past tokens (paper 2.1.1). It has one normed latent and one RoPE key for every token and layer.
 
-All heads share both. With sparse attention an indexer keeps its key, too.
+All heads share the latent and the RoPE key. With sparse attention the cache also has the indexer's key of every token.
 
-Rows of a batch are padded on the left, so that all prompts end in the same column. A row has a start: its first real
-column. New entries are written after the valid columns, and `commit` makes them valid. Memory is allocated in advance
-and doubled when full, so each token causes a constant amount of copying on average.
+Rows of a batch are padded on the left, so that all prompts end in the same column. The start of a row is its first
+column that is not padding. New entries are written after the valid columns, and `commit` makes these entries valid.
+Memory is allocated in advance and doubled when full, so each token causes a constant amount of copying on average.
 
 Shapes: B rows, T new tokens, S columns, N = B*T, W = kv_rank + rope width of an entry, R rope width.
 """
@@ -25,15 +25,15 @@ FIRST_COLUMNS = 256
 
 
 def bytes_per_token(config: Model, item_bytes: int) -> int:
-    """Return the cache bytes of one token over all layers: 70,272 for DeepSeek-V3 in bf16."""
+    """Return the bytes that one token takes in the cache, over all layers: 70,272 for DeepSeek-V3 in bf16."""
     indexers = sum(config.sparse.chooses(layer) for layer in range(config.layers))
     latents = config.layers * (config.kv_rank + config.rope_head_dim)
     return (latents + indexers * config.sparse.head_dim) * item_bytes
 
 
 def multi_head_bytes_per_token(config: Model, item_bytes: int) -> int:
-    """Return the cache bytes per token of multi-head attention with the same heads and widths: a key and a value per
-    head.
+    """Return the bytes that one token would take with multi-head attention of the same heads and widths: a key and a
+    value for every head.
     """
     per_head = config.nope_head_dim + config.rope_head_dim + config.v_head_dim
     return config.layers * config.heads * per_head * item_bytes
@@ -41,14 +41,14 @@ def multi_head_bytes_per_token(config: Model, item_bytes: int) -> int:
 
 @dataclass(frozen=True)
 class Slots:
-    """The columns `first` to `end` for the next T tokens of every row, and the columns that they attend to."""
+    """The columns `first` to `end` for the next T tokens of every row, and the columns that these tokens attend to."""
 
     first: int
     end: int
     starts_B1: Tensor
     padded: bool
     choices: KeyChoices = field(default_factory=KeyChoices)
-    """Columns that sparse attention chooses."""
+    """The columns that sparse attention chooses."""
 
     def positions_N(self) -> Tensor:
         """Return the position of every token in its text; 0 for padding."""
@@ -56,7 +56,8 @@ class Slots:
         return (columns_T - self.starts_B1).clamp_(min=0).flatten()
 
     def chosen_BCS(self, queries: slice) -> Tensor | None:
-        """Columns that these C tokens attend to: the selected or visible columns; None for all."""
+        """Return the columns that these C tokens attend to. These are the columns that sparse attention chose, or else
+        all visible columns; None: all columns."""
         chosen_BTK, end = self.choices.chosen_BTK, self.first + queries.stop
         if chosen_BTK is None:
             return self.mask_BCS(queries)
@@ -65,7 +66,8 @@ class Slots:
         return mask_BCS.scatter_(-1, numbers_BCK.masked_fill(numbers_BCK < 0, end), True)[..., :end]
 
     def mask_BCS(self, queries: slice) -> Tensor | None:
-        """Return which columns these C tokens see: from the row's start to the token itself; None for all.
+        """Return which columns are visible to these C tokens: from the row's start to the token itself; None: all
+        columns.
 
         Padding sees itself, so its mask is never empty.
         """
@@ -84,7 +86,7 @@ class LatentCache:
 
     def __init__(self, config: Model, starts: list[int], dtype: torch.dtype, device: torch.device):
         self.starts, self.length, layers = list(starts), 0, config.layers
-        """length: of the valid columns."""
+        """length: the number of valid columns."""
         width = config.kv_rank + config.rope_head_dim
         widths = [width] * layers + [config.sparse.head_dim * config.sparse.chooses(layer) for layer in range(layers)]
         self._layers = [torch.zeros(len(starts), FIRST_COLUMNS, width, dtype=dtype, device=device) for width in widths]
@@ -103,21 +105,23 @@ class LatentCache:
         return Slots(first, end, starts_B1, padded=max(self.starts) > 0)
 
     def write(self, layer: int, slots: Slots, new_BTW: Tensor) -> Tensor:
-        """Write the new entries of a layer into their slots; returns all entries up to their end, (B, S, W), a view."""
+        """Write the new entries of a layer into their slots. Returns a view of all entries up to the end of these
+        slots, (B, S, W)."""
         entries_BSW = self._layers[layer]
         entries_BSW[:, slots.first : slots.end] = new_BTW
         return entries_BSW[:, : slots.end]
 
     def write_index(self, layer: int, slots: Slots, new_BTI: Tensor) -> Tensor:
-        """Put the new keys of a layer's indexer into their slots; all keys up to there, (B, S, I)."""
+        """Write the new keys of a layer's indexer into their slots. Returns all keys up to the end of these slots, (B,
+        S, I)."""
         return self.write(self._index + layer, slots, new_BTI)
 
     def commit(self, count: int) -> None:
-        """Mark the first `count` of the last written tokens as valid; later tokens overwrite the rest."""
+        """Mark the first `count` of the newly written tokens as valid. Later tokens overwrite the other new tokens."""
         self.length += count
 
     def keep(self, rows: list[int]) -> None:
-        """Drop all other rows."""
+        """Drop all rows except these."""
         self.starts = [self.starts[row] for row in rows]
         self._layers = [entries_BSW[rows] for entries_BSW in self._layers]
 
@@ -125,7 +129,7 @@ class LatentCache:
         held = self._layers[0].size(1)
         if columns <= held:
             return
-        for layer, old in enumerate(self._layers):  # one after another, so that only one layer is in memory twice
+        for layer, old in enumerate(self._layers):  # one layer at a time, so that only one layer is in memory twice
             new = old.new_zeros(old.size(0), max(columns, 2 * held), old.size(2))
             new[:, :held] = old
             self._layers[layer] = new
@@ -136,19 +140,19 @@ class LatentCache:
 # q_i . k = q_nope_i . (W_UK_i c) + q_rope_i . k_rope = [W_UK_i^T q_nope_i ; q_rope_i] . [c ; k_rope]
 # sum_s p_s v_s = sum_s p_s W_UV_i c_s = W_UV_i (sum_s p_s c_s)
 #
-# So keys and values are never computed: all heads share one key, the cache entry, and one value, its latent part.
-# Torch's attention takes the entry for both; the rope part of its result is dropped. Heads are rows of one matmul,
-# which reads the cache once for all of them.
+# So keys and values are never computed. All heads share one key, the cache entry, and one value, the latent part of
+# this entry. Torch's attention gets the entry as key and as value; the rope part of its result is dropped. The heads
+# are rows of one matmul, so this matmul reads the cache once for all heads.
 #
 # Shapes: B rows, T tokens, H heads, S columns of the cache, W = C + R entry, C kv_rank, R rope width; X = queries *
 # heads.
 
 ABSORBED_ROWS = 2048
-"""Queries times heads that are processed at a time, which bounds the mask of a long prompt."""
+"""Number of queries times heads that are processed at a time. It bounds the size of the mask for a long prompt."""
 
 
 def latent_attention(q_BTHW: Tensor, entries_BSW: Tensor, kv_rank: int, scale: float, slots: Slots) -> Tensor:
-    """Return weighted sums of latents (B, T, H, C) for queries that W_UK has already been applied to."""
+    """Return the weighted sums of latents (B, T, H, C). W_UK has already been applied to the queries."""
     length, heads = q_BTHW.shape[1:3]
     step = max(1, ABSORBED_ROWS // heads)
     parts = []
@@ -160,7 +164,8 @@ def latent_attention(q_BTHW: Tensor, entries_BSW: Tensor, kv_rank: int, scale: f
 
 
 def choose_columns(index: IndexVectors, top_k: int, slots: Slots) -> Tensor:
-    """Columns of the top_k largest scores of every query, as `train.model.indexer.best_keys` numbers them: (B, T, top_k)."""
+    """Return the columns with the top_k largest scores of every query, (B, T, top_k), in the form of
+    `train.model.indexer.best_keys`."""
     q_BTHI, k_BSI, w_BTH = index
     length, heads = q_BTHI.shape[1:3]
     step, parts = max(1, ABSORBED_ROWS // heads), []

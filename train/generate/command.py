@@ -25,7 +25,7 @@ from train.generate.text import TextStream, write
 from train.rank import choose_device
 
 LINES_AT_ONCE = 16
-"""Number of lines of standard input that are continued together."""
+"""Number of lines of standard input that form one batch."""
 
 
 def generate(config: Config) -> int:
@@ -64,9 +64,7 @@ def _answer(config: Config, conversation: Conversation) -> None:
 
 def _lines_of_stdin() -> Iterator[str]:
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(
-            errors="surrogateescape"
-        )  # bytes that are not UTF-8 are rejected later, whatever the locale
+        sys.stdin.reconfigure(errors="surrogateescape")  # in any locale, bytes that are not UTF-8 are rejected later
     return (line.rstrip("\r\n") for line in sys.stdin)
 
 
@@ -88,7 +86,8 @@ class Writer:
         )
 
     def show(self, prompts: list[str], titles: bool = False) -> None:
-        """Continue prompts together. A single text is printed as it grows. titles: print each prompt above its text."""
+        """Continue prompts in one batch. A single text is printed as it grows. titles: whether each prompt is printed
+        above its text."""
         how = self._settings
         generation = start(
             self._source, prompts, tokens=how.tokens, temperature=how.temperature, top_p=how.top_p, seed=how.seed
@@ -130,7 +129,8 @@ def _statistics(generation: Generation) -> str:
 
 
 def _converse(writer: Writer) -> None:
-    """Read prompts from a person until end of file; an interrupt stops the text, not the conversation."""
+    """Read prompts from a person until end of file. An interrupt stops the current text, and the conversation goes
+    on."""
     _say("Type the beginning of a text and press Enter. Ctrl-C stops a text, Ctrl-D ends.")
     with every_interrupt():
         while True:

@@ -2,10 +2,10 @@
 
 The template renders the turns so far into a prompt, as in training. An answer ends with a stop token of the template or
 of generation_config.json, or with the end of a document. If the turns no longer fit into the model's context, the
-oldest are left out, and the user is told once.
+oldest turns are left out, and the user is told once.
 
-In a terminal, a person asks until Ctrl-D or /quit; /reset forgets the turns; Ctrl-C ends an answer, and the part so far
-stays a turn. Otherwise each line of standard input is a question.
+In a terminal, a person asks until Ctrl-D or /quit. /reset forgets the turns. Ctrl-C ends an answer, and the text so far
+becomes a turn. Without a terminal, each line of standard input is a question.
 """
 
 import shutil
@@ -34,7 +34,7 @@ class Conversation:
     def __init__(self, config: Config, source: LoadedModel, say: Callable[[str], None]):
         """say: prints a sentence for the user.
 
-        Raises UserError if the weights have no template, or if it cannot be used.
+        Raises UserError if the weights have no template, or if the template cannot be used.
         """
         self._settings, self._source, self.tell = config.generate, source, say
         self._template = _template(config, source)
@@ -51,7 +51,7 @@ class Conversation:
         """Yield the text of an answer as it grows, in whole characters.
 
         Question and answer become turns, even if the caller stops early. Raises UserError for a question that alone
-        exceeds the context; it becomes no turn.
+        exceeds the context; this question does not become a turn.
         """
         prompt = self._prompt([*self.turns, {"role": "user", "content": question}])
         how, decoder = self._settings, self._source.decoder
@@ -78,7 +78,7 @@ class Conversation:
     def _prompt(self, turns: list[Message]) -> list[int]:
         """Return the tokens of the turns.
 
-        If there are too many, drop the oldest turns, so that half the context stays for an answer.
+        If there are too many tokens, drop the oldest turns, so that half the context stays free for an answer.
         """
         most = self._source.context - min(self._settings.tokens, self._source.context // 2)
         while len(ids := self._encode(self._rendered(turns))) > most and len(turns) > 2:
@@ -134,7 +134,7 @@ def converse(conversation: Conversation) -> None:
                 if question:
                     _one_turn(conversation, question)
             except KeyboardInterrupt:
-                continue  # the part of the answer so far is a turn
+                continue  # the text of the answer so far has become a turn
             except UserError as error:
                 report(error)
 
@@ -186,7 +186,7 @@ class _WordWrap:
         return shown
 
     def finish(self) -> str:
-        """Return the word that is not complete yet."""
+        """Return the last word, which `feed` held back."""
         word, self._word = self._word, ""
         breaks = self._at > 0 and self._at + len(word) >= self._columns
         self._at = len(word) if breaks else self._at + len(word)

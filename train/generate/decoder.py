@@ -1,7 +1,7 @@
-"""The model as generation runs it: the modules of train/model, with attention on a cache of latents.
+"""The model for generation: the modules of train/model, with attention on a cache of latents.
 
-Norms, projections, experts and head are the training model's own. Only the attention core differs, and only it uses the
-cache. Prompts and single tokens take the same path.
+Norms, projections, experts and head are the modules of the training model. Only the attention core differs, and only
+the core uses the cache. Prompts and single tokens run through the same code.
 
 Shapes: B rows, T new tokens, N = B*T, D width, V vocabulary, H heads, C kv_rank, R rope width, W = C + R, P nope width,
 U width of a value.
@@ -28,7 +28,7 @@ from train.model.router import Router
 
 
 def require_plain_blocks(config: Model) -> None:
-    """Raise UserError for the user's own blocks. Does not import them."""
+    """Raise UserError if the model has the user's own blocks. Does not import these blocks."""
     if config.block:
         rule = "does not support generation, which needs the parts of DeepSeek-V3's own block"
         raise UserError(
@@ -39,7 +39,8 @@ def require_plain_blocks(config: Model) -> None:
 class Decoder:
     """A whole model in eval mode.
 
-    Its weights do not change (some are copied). seq_len: of its training, which decides on YaRN.
+    Its weights must not change, because some of them are copied. seq_len: sequence length of its training; it decides
+    whether YaRN applies.
     """
 
     def __init__(self, model: DeepSeekV3, seq_len: int):
@@ -54,8 +55,8 @@ class Decoder:
     def _split_up(self, mla: MLA) -> tuple[Tensor, Tensor]:
         """Return W_UK (H, P, C) and W_UV (H, C, U).
 
-        They are views of the weight, except that W_UV is copied in bf16: there, the matmul with a transposed matrix
-        takes about ten times as long on a CPU for few tokens. fp32 shows no such difference.
+        Both are views of the weight in fp32. In bf16 W_UV is a copy: on a CPU a bf16 matmul of few tokens with a
+        transposed matrix takes about ten times as long. In fp32 there is no such difference.
         """
         up_HXC = mla.kv_up.weight.detach().view(self.config.heads, -1, self.config.kv_rank)
         w_uk_HPC, w_uv_HUC = up_HXC.split([self.config.nope_head_dim, self.config.v_head_dim], 1)
@@ -67,7 +68,8 @@ class Decoder:
         return LatentCache(self.config, starts, self.dtype, self.device)
 
     def hidden(self, tokens_BT: Tensor, cache: LatentCache) -> Tensor:
-        """Return the states after the final norm (B, T, D). The cache entries are written, not committed."""
+        """Return the hidden states after the final norm (B, T, D). Writes the cache entries and does not commit
+        them."""
         slots = cache.slots(tokens_BT.size(1))
         table = self._rope.table(slots.end, self.device)[slots.positions_N()]  # complex (N, R/2)
         x_BTD = F.embedding(tokens_BT, self.model.embedding.weight)
@@ -76,7 +78,7 @@ class Decoder:
         return self.model.norm(x_BTD)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return fp32 (..., V) of states (..., D)."""
+        """Return the logits, fp32 (..., V), of hidden states (..., D)."""
         return F.linear(hidden, self.model.head.weight).float()
 
     def _block(
@@ -98,7 +100,8 @@ class Decoder:
         slots: Slots,
         table: Tensor,
     ) -> None:
-        """Write the keys of a layer's indexer, and choose the columns that queries attend to, here and in layers that have none."""
+        """Write the keys of a layer's indexer, and choose the columns that the queries attend to. The choice holds for
+        this layer and for the following layers without an indexer."""
         x_1ND, latent_1NC = (t.flatten(0, 1).unsqueeze(0) for t in (x_BTD, q_latent))
         q, k, w = (t.view(*x_BTD.shape[:2], *t.shape[2:]) for t in indexer(x_1ND, latent_1NC, table))
         keys_BSI, top_k = cache.write_index(layer, slots, k), self.config.sparse.top_k
@@ -141,42 +144,43 @@ class Decoder:
 
 
 class KeyTap:
-    """Records the keys that each layer of sparse attention chooses in a pass over one sample, or replaces them."""
+    """Records the keys that each indexer chooses in a forward pass over one sample, or replaces these keys."""
 
     def __init__(self, decoder: Decoder):
         self.given_TLK: Tensor | None = None
-        """Keys for the next pass, int32, -1 where there are fewer; None: the indexers choose."""
+        """Keys for the next forward pass, int32; -1 fills the row if a token has fewer keys. None: the indexers
+        choose."""
         self.chosen: list[Tensor] = []
         self.shape = indexer_layers(decoder.config), decoder.config.sparse.top_k
-        """Layers that choose, and keys of a token."""
+        """Number of layers with an indexer, and number of keys of a token."""
         decoder.key_tap = self
 
     def take(self) -> list | None:
-        """Return the keys of the last pass by token and layer; None if the sample has no more tokens than a token may attend to."""
+        """Return the keys of the last forward pass by token and layer. None if the sample has at most top_k tokens,
+        because then every token attends to all earlier ones."""
         chosen, self.chosen = self.chosen, []
         if not chosen:
             return None
         return [[[key for key in keys if key >= 0] for keys in layers] for layers in torch.stack(chosen, 1).tolist()]
 
 
-# Routing: which experts each token goes to, recorded, or replayed from the record of an inference engine.
-#
-# An inference engine and a training round differently, so tokens with nearly equal scores go to other experts, and the
-# log-probabilities that a reinforcement-learning loop compares differ by more than rounding. Replay uses the engine's
-# experts; the gates come from this model's own scores of them. Hooks on the routers do both, and the model knows
-# nothing of it.
+# Routing: RoutingTap records which experts each token goes to, or replays the record of an inference engine.
+# An inference engine and a training round differently. So a token whose scores are nearly equal can go to other
+# experts, and the log-probabilities that a reinforcement-learning loop compares differ by more than rounding. Replay
+# uses the engine's experts and computes their gate values from this model's own scores. Hooks on the routers record and
+# replay; the model's code does not change.
 #
 # Shapes: B = 1 sample, T positions (all tokens but the last), L MoE layers of the main model in order, K = top_k, D
 # width.
 
 
 class RoutingTap:
-    """Records the choices of all MoE layers, or replaces them."""
+    """Records the experts that all MoE layers choose, or replaces these experts."""
 
     def __init__(self, model: DeepSeekV3):
-        """model: of a decoder, whole, in eval mode."""
+        """model: the whole model of a decoder, in eval mode."""
         self.given_TLK: Tensor | None = None
-        """Experts for the next pass, int64 on the model's device; None: the routers choose."""
+        """Experts for the next forward pass, int64 on the model's device; None: the routers choose."""
         self._chosen: list[Tensor] = []
         routers = [block.moe.router for block in model.layers.values() if hasattr(block, "moe")]
         self.shape = (len(routers), model.config.top_k, model.config.experts)
@@ -189,7 +193,8 @@ class RoutingTap:
             hook.remove()
 
     def take(self) -> Tensor:
-        """Return the experts of the last pass, (T, L, K); several rows follow one another, padding included."""
+        """Return the experts of the last forward pass, (T, L, K). The tokens of several rows follow one another,
+        padding included."""
         chosen, self._chosen = self._chosen, []
         return torch.stack(chosen, 1)
 
@@ -205,7 +210,7 @@ class RoutingTap:
 
 
 def gates_of(router: Router, x_BTD: Tensor, ids_TK: Tensor) -> Tensor:
-    """Return gate values fp32 (B*T, K) of these experts, by the formula of train/model/router.py."""
+    """Return the gate values, fp32 (B*T, K), of these experts, with the formula of train/model/router.py."""
     logits_TE = router.score(x_BTD, nullcontext()).flatten(0, 1)
     scores_TE = logits_TE.softmax(-1) if router.rule.softmax else logits_TE.sigmoid()
     chosen_TK = scores_TE.gather(-1, ids_TK)

@@ -1,7 +1,7 @@
 """Generates tokens for a batch of prompts: prefill, then one token of every text per step.
 
 Prompts are padded on the left. A row ends at an end token, at its maximum number of tokens, or at the end of the
-context, and then leaves the batch. The first token of a row follows its whole prompt. Each later step feeds the last
+context. A row that has ended leaves the batch. The first step feeds the whole prompt. Each later step feeds the newest
 token, so the cache is always one token shorter than the text.
 
 Shapes: B rows, T tokens, V vocabulary.
@@ -46,11 +46,11 @@ class Limits:
 
 @dataclass
 class GenerationCounts:
-    """Counts and times of a generation."""
+    """Token counts and times of a generation."""
 
     decode_seconds: float = 0.0
     decoded: int = 0
-    """Tokens after the first of every row."""
+    """Number of generated tokens, without the first token of every row."""
 
 
 @dataclass
@@ -60,7 +60,7 @@ class _Row:
     room: int
     """Number of tokens that may still follow."""
     full: EndReason
-    """The end reason if no room is left."""
+    """The reason for the end if no token may follow."""
     generator: torch.Generator
     tokens: list[int] = field(default_factory=list)
     end: EndReason | None = None
@@ -75,17 +75,17 @@ class DrawnText:
     tokens: list[int]
     """Token ids, including the end token, if there is one."""
     logprobs: list[float]
-    """Log-probability of each token under the softmax of logits / temperature, which training compares with its own;
-    0 at temperature 0.
+    """Log-probability of each token under the softmax of logits / temperature; 0 at temperature 0. Training compares
+    this value with its own log-probability.
     """
     cut_logprobs: list[float]
-    """Log-probability of each token in the distribution it was drawn from, after the top_p cut."""
+    """Log-probability of each token in the distribution after the top_p cut, from which the token was drawn."""
     experts_TLK: Tensor | None
-    """Experts of every token of prompt and text except the last, int64; None for a model without experts."""
+    """Experts of every token of prompt and text except the last token, int64; None if the model has no experts."""
 
 
 class Generation:
-    """One batch. Iterate over `steps` once; `tokens`, `ends` and `counts` grow meanwhile."""
+    """The generation of one batch. Iterate over `steps` once; each step updates `tokens`, `ends` and `counts`."""
 
     def __init__(
         self,
@@ -100,7 +100,8 @@ class Generation:
     ):
         """Raises UserError for a prompt that leaves no room in the context.
 
-        All rows have the same seed; with own_seeds, row i has seed + i. tap: of the decoder's model, for `drawn`.
+        All rows have the same seed; with own_seeds, row i has seed + i. tap: a RoutingTap on the decoder's model;
+        `drawn` needs it.
         """
         assert prompts and all(prompts), "a prompt has at least the token that starts a document"
         self._decoder, self._sampler, self._limits = decoder, sampler, limits
@@ -124,7 +125,7 @@ class Generation:
 
     @property
     def drawn(self) -> list[DrawnText]:
-        """The recorded text of each prompt, available after all texts have ended, if there is a tap."""
+        """The text of each prompt with its records. It is available after all texts have ended, and only with a tap."""
         found = []
         for row in self._rows:
             tokens, before, after = (list(part) for part in zip(*row.drawn, strict=True))
@@ -150,7 +151,7 @@ class Generation:
             self.counts.decode_seconds += time.perf_counter() - began
 
     def _step(self, inputs_BT: Tensor) -> Tensor:
-        """Feed tokens that are not in the cache; returns the next token of every live row, (B,)."""
+        """Feed tokens that are not yet in the cache. Returns the next token of every row that has not ended, (B,)."""
         logits_BV = self._decoder.logits(self._decoder.hidden(inputs_BT, self._cache)[:, -1])
         self._cache.commit(inputs_BT.size(1))
         p_BV = self._sampler.probabilities(logits_BV)
@@ -159,7 +160,7 @@ class Generation:
         return next_B
 
     def _record(self, tokens_B: Tensor, logits_BV: Tensor, p_BV: Tensor, length: int) -> None:
-        """Record the drawn tokens for `drawn`. length: positions of this step, including left padding."""
+        """Record the drawn tokens for `drawn`. length: number of positions in this step, left padding included."""
         if self._tap is None:
             return
         tokens_B1 = tokens_B.unsqueeze(1)
@@ -173,7 +174,7 @@ class Generation:
             row.drawn.append((drawn[0], drawn[1], drawn[2]))
 
     def _emit(self, tokens: list[int]) -> dict[int, list[int]]:
-        """Add a token to each live row, or end the row."""
+        """Add a token to each row that has not ended, or end the row."""
         found = {}
         for row, token in zip(self._live, tokens, strict=True):
             found[row.index] = [token]
@@ -205,7 +206,7 @@ def _row(index: int, prompt: list[int], limits: Limits, seed: int) -> _Row:
     return _Row(index, min(room, limits.tokens), full, torch.Generator().manual_seed(seed))
 
 
-# One call from a prompt to its continuation.
+# Functions that continue a prompt in one call.
 
 
 class GenerationOptions(TypedDict, total=False):
@@ -242,7 +243,7 @@ def start(
 
 
 def complete(source: LoadedModel, prompt: str, **how: Unpack[GenerationOptions]) -> str:
-    """Return the continuation of a prompt, of at most `tokens` tokens. how: keyword arguments of `start`."""
+    """Return the continuation of a prompt, at most `tokens` tokens long. how: keyword arguments of `start`."""
     generation = start(source, [prompt], **how)
     for _ in generation.steps():
         got_on()

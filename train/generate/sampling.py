@@ -1,6 +1,6 @@
-"""From logits to tokens: temperature and top-p.
+"""Chooses tokens from logits, with temperature and top-p.
 
-Every row draws from its own generator, so its tokens do not depend on the rest of the batch.
+Every row draws from its own generator, so a row's tokens do not depend on the other rows of the batch.
 
 Shapes: B rows, V vocabulary.
 """
@@ -16,14 +16,14 @@ class Sampler:
     """How a token is chosen from logits."""
 
     vocab_size: int
-    """Number of valid ids; rows of the head beyond them are never chosen."""
+    """Number of valid ids. The head may have more rows; these are never chosen."""
     temperature: float = 0.8
     """0 takes the most likely token."""
     top_p: float = 1.0
-    """Keep only the most likely tokens that together have this probability, the last one included."""
+    """Only the most likely tokens can be drawn: as many as are needed to reach this total probability."""
 
     def log_probabilities(self, logits: Tensor) -> Tensor:
-        """Return the log-softmax at this temperature before any cut, fp32 (..., V); all 0 at temperature 0."""
+        """Return the log-softmax at this temperature before the top-p cut, fp32 (..., V); all 0 at temperature 0."""
         logits = logits[..., : self.vocab_size]
         return torch.zeros_like(logits) if self.temperature == 0 else (logits / self.temperature).log_softmax(-1)
 

@@ -1,4 +1,4 @@
-"""Loads whole weights into one process, from our checkpoint or from a Hugging Face folder."""
+"""Loads all weights of a model into one process, from our checkpoint or from a Hugging Face folder."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,9 +47,9 @@ class LoadedModel:
 
 
 def open_weights(config: Config, device: torch.device, checkpoint: str | None, field: str = FIELD) -> LoadedModel:
-    """Load the model of a checkpoint or folder; None is the newest intact checkpoint of the run.
+    """Load the model of a checkpoint or folder. checkpoint=None: the newest intact checkpoint of the run.
 
-    field: key that errors name. Raises UserError.
+    Errors name the key `field`. Raises UserError.
     """
     given = checkpoint and Path(checkpoint).expanduser()
     if given and is_hf_folder(given):
@@ -98,8 +98,8 @@ def _from_hugging_face(config: Config, folder: Path, device: torch.device, field
 
 
 def start_token(folder: Path, tokenizer: Tokenizer) -> int:
-    """Return the begin-of-text token if the folder's tokenizer puts it before every text, else eos, as in our
-    training.
+    """Return the token that every text starts with: the begin-of-text token if the folder's tokenizer adds it, else
+    eos, as in our training.
     """
     path = folder / TOKENIZER_SETTINGS_FILE
     if not path.exists() or not read_json(path, FIELD, "download it again").get("add_bos_token"):

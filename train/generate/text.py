@@ -11,10 +11,10 @@ BROKEN = "\N{REPLACEMENT CHARACTER}"
 
 
 class TextStream:
-    """Text of a growing list of tokens, in pieces that end at whole characters.
+    """Decodes a growing list of tokens into pieces of text that end at whole characters.
 
-    A token of a byte-level BPE may end inside a character. Then the decoded text ends with U+FFFD, which is held back
-    until the next token shows whether the character is completed. Every earlier U+FFFD is the tokens' real content.
+    A token of a byte-level BPE may end inside a character. Then the decoded text ends with U+FFFD. This U+FFFD is held
+    back until the next token shows whether the character is complete. Every earlier U+FFFD is real content.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -22,7 +22,7 @@ class TextStream:
         self._open: list[int] = []
         """Tokens since the last whole character."""
         self._shown = 0
-        """Number of their characters that were already returned."""
+        """Number of characters of these tokens that were already returned."""
 
     def feed(self, ids: list[int]) -> str:
         """Return the text that these tokens add."""
@@ -44,7 +44,7 @@ class TextStream:
 
 
 def write(text: str, stream: TextIO | None = None) -> None:
-    """Write text at once. A terminal gets no control characters; a file gets the model's exact text."""
+    """Write text and flush it. A terminal gets no control characters; a file gets the model's exact text."""
     stream = stream or sys.stdout
     encoding = stream.encoding or "utf-8"
     text = printable(text, encoding) if stream.isatty() else text.encode(encoding, "replace").decode(encoding)
@@ -53,8 +53,8 @@ def write(text: str, stream: TextIO | None = None) -> None:
 
 
 def require_utf8(text: str, field: str) -> None:
-    """Raise UserError for bytes that are not UTF-8; they appear as lone surrogates, which no tokenizer accepts.
-    field: the key of the input.
+    """Raise UserError if the text had bytes that are not UTF-8. Python decodes these bytes as lone surrogates, which no
+    tokenizer accepts. field: the key of the input.
     """
     try:
         text.encode()
