@@ -73,7 +73,7 @@ class StepTime:
     threads: int | None
     """Number of threads per rank, if the rates were measured on a CPU."""
     intervals: Mapping[str, JobInterval]
-    """As in `Rates.intervals`."""
+    """See `Rates.intervals`."""
 
     @property
     def host_share(self) -> float:
