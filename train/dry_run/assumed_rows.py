@@ -1,8 +1,8 @@
-"""The number of rows that absent ranks send to this rank's experts, by dry_run.routing.
+"""Computes how many rows the absent ranks would send to this rank's experts, from dry_run.routing.
 
-balanced      the same number as to any other rank, and to each of its experts
-skewed        1.5 times as many, falling linearly from the rank's first expert to its last
-a folder      of an earlier run: the rows that its last recorded load sent to these experts, mean over the layers
+balanced as many rows as every other rank gets, and as many for each of this rank's experts skewed 1.5 times as many;
+the number falls linearly from the rank's first expert to its last a folder the folder of an earlier run: the rows that
+these experts got in its last recorded load, as a mean over the layers
 """
 
 from dataclasses import replace
@@ -18,7 +18,7 @@ SKEW = 1.5
 
 
 def group_of(config: Config) -> Group:
-    """The expert-parallel group of the recipe."""
+    """The expert-parallel group of the recipe's layout."""
     model, parallel = config.model, config.parallel
     return Group(
         parallel.ep,
@@ -31,8 +31,8 @@ def group_of(config: Config) -> Group:
 
 
 def load_of(config: Config, rank: int) -> Load:
-    """The load of dry_run.routing. Raises UserError for a recorded load of another model, or if no other rank sends
-    rows."""
+    """The load that dry_run.routing describes. Raises UserError for a recorded load of another model, and if there is
+    no other rank that could send rows."""
     group, routing = group_of(config), config.dry_run.routing
     if routing == "balanced":
         return Load.even(group)

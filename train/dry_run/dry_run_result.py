@@ -1,4 +1,4 @@
-"""Results of a dry run beside the plan: dry_run.json, and a screen."""
+"""Compares the results of a dry run with its plan. Writes dry_run.json and shows a screen."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,12 +31,12 @@ ACTION_NAMES = {
     "FB": "overlapped pair",
 }
 REST = "other tensors at the peak"
-"""Existing gradients, activations and workspace."""
+"""Name of the rest of the peak: gradients that exist then, activations and workspace."""
 
 
 @dataclass(frozen=True)
 class ComparedFigure:
-    """A measured and a planned figure; None if not measured or not planned."""
+    """A measured figure and the planned one. A figure is None if it was not measured or not planned."""
 
     measured: float | None
     planned: float | None = None
@@ -51,38 +51,39 @@ class ComparedFigure:
 
 @dataclass(frozen=True)
 class Findings:
-    """The results of one dry run."""
+    """All results of one dry run."""
 
     piece: DryRunPiece
     device: str
     threads: int | None
-    """Threads of a CPU."""
+    """Number of threads, on a CPU."""
     peak: ComparedFigure
     phases: dict[str, ComparedFigure]
     host_phases: dict[str, ComparedFigure]
-    """Peaks of host memory; empty on a CPU."""
+    """Peaks of host memory by phase; empty on a CPU."""
     items: dict[str, ComparedFigure]
-    """Weights, master, moments; gradients at the end of the schedule; and `rest`, the peak without the first three."""
+    """Bytes of weights, master weights and moments; gradients at the end of the schedule; and `rest`: the peak without
+    weights, master weights and moments."""
     actions: dict[str, ComparedFigure]
-    """Seconds of an action by kind: mean over the actions of a step, in the median step."""
+    """Seconds of one action, by kind. This is the mean over the actions of the median step."""
     counts: dict[str, int]
-    """Actions of a step by kind."""
+    """Number of actions in a step, by kind."""
     steps: dict[str, ComparedFigure]
-    """Median seconds of a step and of its phases."""
+    """Median seconds of a step, and of each of its phases."""
     skipped: int
-    """Timed steps without an update."""
+    """Number of timed steps that did not update the weights."""
     unsaved: str
-    """The reason if nothing was saved."""
+    """The reason if the dry run saved nothing."""
     job_peak: int
-    """Planned peak of the whole rank on the job's hardware."""
+    """Planned peak of the complete rank on the job's hardware."""
     job_room: int | None
-    """Free memory after that peak and the reserve, as in a plan; None without a hardware description."""
+    """Planned free memory after that peak and the reserve; None without a hardware description."""
     job_step: float | None
-    """Planned seconds of the job's step; None without rates."""
+    """Planned seconds of the job's step; None if its hardware has no rates."""
     job_step_again: float | None
-    """Seconds of the job's step with the measured times inserted; None if they do not apply to the job."""
+    """Seconds of the job's step, corrected by the measured times. None if these times do not apply to the job."""
     reason: str
-    """The reason if `job_step` or `job_step_again` is missing."""
+    """Why `job_step` or `job_step_again` is missing."""
 
 
 def find(piece: DryRunPiece, measured: MeasuredRank, times: Times, device: torch.device) -> Findings:
@@ -126,11 +127,11 @@ def find(piece: DryRunPiece, measured: MeasuredRank, times: Times, device: torch
 
 
 def _items(piece: DryRunPiece, measured: MeasuredRank, planned_peak: int) -> dict[str, ComparedFigure]:
-    """The rank's permanent state, its gradients, and the rest of the peak."""
+    """Memory of the rank's permanent state, of its gradients, and of the rest of the peak."""
     plan = rank_memory(piece.config, piece.pp_rank, piece.scene, piece.layers).items
     state = ("weights", "master", "moments")
     items = {name: ComparedFigure(measured.items[name], plan.get(name, 0)) for name in state}
-    if piece.config.parallel.zero == 1:  # ZeRO 2 and 3 keep no gradients of whole weights
+    if piece.config.parallel.zero == 1:  # at ZeRO 2 and 3, no complete gradients are left
         chunks = list(chunk_parts(piece.config, piece.layers)[piece.pp_rank].values())
         gradients = FP32_BYTES * sum(w.elements for w in rank_weights(piece.config, chunks) if w.is_trained)
         items["gradients"] = ComparedFigure(measured.items["gradients"], gradients)
@@ -146,7 +147,7 @@ def _planned_phase(part: ExpectedTimes | None, name: str) -> float | None:
 
 
 def record(found: Findings) -> dict[str, Any]:
-    """The content of dry_run.json, in bytes and seconds."""
+    """The content of dry_run.json. Sizes are in bytes, and times in seconds."""
     piece = found.piece
     stages = {str(stage): [piece.layers[stage].start, piece.layers[stage].stop] for stage in piece.stages}
     return {
@@ -179,7 +180,7 @@ def record(found: Findings) -> dict[str, Any]:
 
 
 def dry_run_screen(found: Findings, folder: Path, console: Console | None = None) -> None:
-    """The results on one screen: the tested part, then memory, times, and the job."""
+    """Shows the results on one screen: the tested part of the job, memory, times, and the whole job."""
     piece = found.piece
     rows = [("Ran", _what_ran(found))]
     if piece.left_out:
@@ -253,7 +254,7 @@ def _times(found: Findings) -> dict[str, ComparedFigure]:
 
 
 def _size(value: float) -> str:
-    """Bytes in GiB, or in MiB with three digits below one GiB."""
+    """A size in GiB. Sizes below one GiB are in MiB with three digits."""
     return gib(value) if value >= 2**30 else f"{value / 2**20:.3g} MiB"
 
 

@@ -1,10 +1,10 @@
-"""Planned seconds of a rank that runs alone, and the job's step with the measured times inserted.
+"""Plans the seconds of a rank that runs alone, and corrects the planned step of the job by the measured times.
 
-A lone rank sends nothing: exchanges, sends, reductions and gathers between ranks take no time. So its times are planned
-with links of zero cost. The step of the whole job keeps the planner's own links:
+A lone rank sends nothing: its exchanges, sends, reductions and gathers between ranks take no time. So the planner
+computes its times with links that cost nothing. The corrected step of the job uses the real links:
 
-    every action    as planned with its transfers, plus the difference of measured and planned computing, by kind
-    the update      as planned, plus the same difference for reduction and update
+    every action    its planned time with transfers; its planned computing time is scaled by measured / planned, by kind
+    the update      its planned time; reduction and update on the rank are scaled by measured / planned
 """
 
 from collections import defaultdict
@@ -28,11 +28,11 @@ from train.plan.time.update import UpdateTime, count_weights, update_time
 
 @dataclass(frozen=True)
 class ExpectedTimes:
-    """Planned seconds of the lone rank's piece."""
+    """Planned seconds of the piece that the lone rank runs."""
 
     stages: Stages
     actions: Mapping[str, float]
-    """All of the rank's actions of a kind in a step."""
+    """Seconds of all actions of one kind in a step of this rank."""
     update: UpdateTime
 
     @property
@@ -43,21 +43,21 @@ class ExpectedTimes:
 
 @dataclass(frozen=True)
 class Times:
-    """The planned times that are available."""
+    """The planned times that could be computed."""
 
     job: StepTime | None
-    """The plan of the job on its own hardware; None without rates."""
+    """The planned time of the job on its own hardware; None without rates."""
     piece: ExpectedTimes | None
-    """The plan of the lone piece; None if the rates are of another device."""
+    """The planned times of the piece that runs; None if the rates are of another device."""
     whole: ExpectedTimes | None
-    """The plan of the job's rank, at full width with all its layers."""
+    """The planned times of this rank in the job, at full width and with all its layers."""
     reason: str
-    """The reason if one of them is missing."""
+    """Why one of these times is missing."""
 
 
 def expect(piece: DryRunPiece, device: torch.device) -> Times:
-    """Plan the times. Raises UserError for a calibration that cannot be used; times without rates or rules are left
-    out."""
+    """Plan the times. Raises UserError for a calibration that cannot be used. Leaves out times for which there are no
+    rates, or which the planner does not support."""
     job = piece.job
     if not job.hardware.rates and job.plan.calibration is None:
         return Times(
@@ -80,9 +80,9 @@ def expect(piece: DryRunPiece, device: torch.device) -> Times:
 
 
 def plan_again(times: Times, measured: Mapping[str, float], update: float) -> float:
-    """Seconds of the job's step with the measured times inserted.
+    """Seconds of the job's step, corrected by the measured times.
 
-    measured: seconds per step of the piece, by kind of action. update: seconds of its reduction and update together.
+    measured: seconds of the piece per step, by kind of action. update: seconds of its reduction and update together.
     """
     assert times.job is not None and times.piece is not None and times.whole is not None
     job, whole = times.job, times.whole
@@ -103,7 +103,7 @@ def _is_here(job: Config, device: torch.device) -> bool:
 
 
 def _with_load(config: Config, piece: DryRunPiece) -> Config:
-    """The recipe with plan.imbalance set to this rank's rows, relative to a mean rank's."""
+    """The recipe with plan.imbalance set to this rank's rows divided by the mean rank's rows."""
     imbalance = sum(piece.load.per_token_L) / piece.job.model.top_k
     return replace(config, plan=replace(config.plan, imbalance=imbalance))
 

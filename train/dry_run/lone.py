@@ -1,7 +1,8 @@
-"""Runs one rank without the others: the trainer's parts on torch's fake process group, which moves no data.
+"""Runs one rank without the other ranks. It uses the trainer's own parts, on torch's fake process group, which moves no
+data.
 
-Model, schedule, optimizer and DeepSpeed are those of a run. Stand-in stages create the tensors that would arrive
-from neighbours. A stand-in dispatcher replaces the all-to-all and returns as many rows as `Load` defines. Losses
+Model, schedule, optimizer and DeepSpeed are those of a run. Stand-in stages create the tensors that neighbours would
+send. A stand-in dispatcher replaces the all-to-all, and returns as many rows as `Load` defines. So the values of losses
 have no meaning.
 """
 
@@ -41,19 +42,19 @@ class MeasuredRank:
     """Measurements of a rank, in bytes and seconds."""
 
     phases: dict[str, PhaseBytes] = field(default_factory=dict)
-    """Memory peaks of the phases that were done (`train.plan.memory.rank_memory.phases`)."""
+    """Memory peaks of the measured phases (the names of `train.plan.memory.rank_memory.phases`)."""
     unsaved: str = ""
-    """The reason if nothing was saved."""
+    """The reason if the dry run saved nothing."""
     items: dict[str, int] = field(default_factory=dict)
-    """Weights, master, moments, and gradients at the end of the schedule."""
+    """Bytes of weights, master weights, moments, and of the gradients at the end of the schedule."""
     actions: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    """For every timed step, the seconds of all actions of a kind."""
+    """Seconds of all actions of one kind together, in every timed step."""
     counts: Counter[str] = field(default_factory=Counter)
-    """Actions of a step by kind."""
+    """Number of actions in a step, by kind."""
     seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    """Seconds of every timed step: the phases, and `step`."""
+    """Seconds in every timed step: of each phase, and of the whole `step`."""
     skipped: int = 0
-    """Timed steps without an update, because gradients were not finite."""
+    """Number of timed steps without an update, because gradients were not finite."""
 
     @property
     def peak(self) -> int:
@@ -61,9 +62,9 @@ class MeasuredRank:
 
 
 def run_alone(piece: DryRunPiece, device: torch.device, folder: Path | None = None) -> MeasuredRank:
-    """Run a warm-up step, a step for memory, the timed steps, and the other phases of a run once.
+    """Run a warm-up step, a step that measures memory, the timed steps, and once each other phase of a run.
 
-    folder: for temporary files; None for the system's folder. Raises UserError if the device's memory runs out.
+    folder: for temporary files; None: the system's folder. Raises UserError if the device's memory runs out.
     """
     config = piece.config
     warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
@@ -132,12 +133,12 @@ def _train(config: Config, life: RunPhases, rank: RankSetup, number: int) -> Mea
         run(step, measured)
     if config.profile.steps:
         _watch(config, parts, rank, number)
-    parts.zero.engine.destroy()  # its hooks would keep all objects alive for the rest of a sweep
+    parts.zero.engine.destroy()  # its hooks would keep all objects alive while a sweep goes on
     return measured
 
 
 def _watch(config: Config, parts: ParallelModel, rank: RankSetup, number: int) -> None:
-    """Run the profiler over the steps of profile.steps, after the timed steps."""
+    """After the timed steps, run the steps of profile.steps under the profiler."""
     watched = replace(config, profile=replace(config.profile, ranks=[number]))
     timed, (first, last) = TimedStep(config, parts, rank), config.profile.steps
     with closing(StepProfiler(watched, number, parts)) as profiler:
@@ -148,7 +149,7 @@ def _watch(config: Config, parts: ParallelModel, rank: RankSetup, number: int) -
 
 
 def _items(parts: ParallelModel) -> dict[str, int]:
-    """Bytes of the rank's state."""
+    """Bytes of the rank's state, by item."""
     shards = parts.zero.shards(copies=True)
     return {
         "weights": _bytes(parts.zero.weights()),
@@ -159,6 +160,6 @@ def _items(parts: ParallelModel) -> dict[str, int]:
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the tensors' storages, each counted once."""
+    """Bytes of the tensors' storages. Each storage counts once."""
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())

@@ -1,9 +1,9 @@
-"""Chooses the part of a job for a dry run: the rank, and the reduction that the device needs.
+"""Chooses the part of a job that a dry run runs: which rank, and how far the rank must be reduced to fit the device.
 
-Two things can be reduced. Layers: a chunk then has fewer blocks, at full width. Width: hidden width, heads, latents,
-FFNs, vocabulary and sequence are divided by one number; the number of experts, the layout and the schedule stay. A
-GPU first leaves out layers, because the rest is then the job's real work. A CPU would need hours at full width, so
-it uses the smallest divisor with which a step takes seconds.
+A rank can be reduced in two ways. With fewer layers, a chunk has fewer blocks, but each has its full width. With less
+width, one number divides the hidden width, heads, latents, FFNs, vocabulary and sequence. The number of experts, the
+layout and the schedule stay. On a GPU, layers are left out first, because the remaining layers do the same work as in
+the job. A CPU would need hours at full width, so it uses the smallest divisor with which a step takes seconds.
 """
 
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ from train.plan.memory.rank_memory import plan_memory, rank_memory, scene_of
 from train.plan.reserve import fragmentation
 
 CPU_WORK = 4e11
-"""Operations of a step that a CPU does in some ten seconds."""
+"""Operations that a CPU can do in some ten seconds. A step on a CPU should not need more."""
 MOST_SHRINK = 256
 
 
@@ -33,18 +33,18 @@ class DryRunPiece:
     job: Config
     """The recipe as given."""
     config: Config
-    """The recipe for this device, divided by `shrink`."""
+    """The recipe for this device, with widths divided by `shrink`."""
     rank: int
     layers: list[range]
-    """Layers of every stage of the job; layers of this rank may be cut."""
+    """Layers of every stage of the job. Layers of this rank may be left out."""
     load: Load
     shrink: int
     left_out: int
-    """Layers of this rank that do not run."""
+    """Number of this rank's layers that do not run."""
     needed: int
-    """Planned peak of all its layers, bytes."""
+    """Planned peak in bytes, if all layers of the rank ran."""
     room: int
-    """Available memory of the device, bytes."""
+    """Available memory of the device, in bytes."""
 
     @property
     def pp_rank(self) -> int:
@@ -56,17 +56,17 @@ class DryRunPiece:
 
     @property
     def whole(self) -> bool:
-        """Whether the rank runs as in the job."""
+        """Whether the rank runs exactly as in the job."""
         return self.shrink == 1 and self.left_out == 0
 
     @property
     def scene(self) -> Scene:
-        """The scene of this piece for the planner, with dispatchers that send nothing."""
+        """The planner's scene of this piece. Its dispatchers send nothing."""
         return _alone(self.config, self.load)
 
 
 def choose_rank(config: Config) -> int:
-    """The rank that the recipe selects; of ranks at the same pipeline position, the first."""
+    """The rank that the recipe selects. If it selects a pipeline position, this is the first rank at that position."""
     if config.dry_run.rank != "worst":
         return int(config.dry_run.rank)
     fullest = max(plan_memory(config), key=lambda rank: rank.peak_bytes)
@@ -74,7 +74,7 @@ def choose_rank(config: Config) -> int:
 
 
 def choose_piece(config: Config, rank: int, load: Load, device: torch.device) -> DryRunPiece:
-    """The largest piece of the rank that fits the device. Raises UserError if none fits."""
+    """The largest part of the rank that fits the device. Raises UserError if no part fits."""
     here, room, wanted = for_device(config, device), free_memory(device), config.dry_run.shrink
     factor = wanted or 1
     while factor <= MOST_SHRINK:
@@ -94,13 +94,13 @@ def choose_piece(config: Config, rank: int, load: Load, device: torch.device) ->
 
 
 def for_device(config: Config, device: torch.device) -> Config:
-    """The recipe for this device, with the nodes of the job."""
+    """The recipe for this device. It keeps the job's number of ranks per node."""
     cluster = replace(config.cluster, device=DeviceKind(device.type), ranks_per_node=layout_of(config).ranks_per_node)
     return replace(config, hardware=Hardware(), cluster=cluster)
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that a dry run may use: on a GPU, memory beyond the existing CUDA context and gaps between tensors."""
+    """Bytes that a dry run may use. On a GPU, this excludes the existing CUDA context, and gaps between tensors."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return free - fragmentation(total)
@@ -108,7 +108,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def shrunk(config: Config, factor: int) -> Config:
-    """The recipe with widths, vocabulary and sequence divided, but not below a model's minimum sizes."""
+    """The recipe with widths, vocabulary and sequence divided by `factor`, but not below a model's minimum sizes."""
     if factor == 1:
         return config
 
@@ -134,7 +134,7 @@ def shrunk(config: Config, factor: int) -> Config:
 
 
 def _cut(job: Config, config: Config, rank: int, load: Load, factor: int, room: int) -> DryRunPiece | None:
-    """A piece with as many of the rank's layers as fit; None if even the fewest do not fit."""
+    """The rank with as many of its layers as fit. None if even the smallest number of layers does not fit."""
     pp_rank, scene = rank // job.parallel.stage_ranks, _alone(config, load)
     placement = job.parallel.placement
     layers, stages = stage_layers(job), placement[pp_rank]
@@ -142,7 +142,7 @@ def _cut(job: Config, config: Config, rank: int, load: Load, factor: int, room: 
     needed = rank_memory(config, pp_rank, scene, layers).peak_bytes
     peak, left_out = needed, 0
     while peak > room:
-        # Remove a layer from the longest stage; only the first and the last stage may have none.
+        # Remove a layer from the longest stage. Only the first and the last stage may have no layer at all.
         lengths = {stage: len(layers[stage]) - (stage not in (0, last)) for stage in stages}
         longest = max(lengths, key=lengths.__getitem__)
         if lengths[longest] == 0:
@@ -158,7 +158,7 @@ def _alone(config: Config, load: Load) -> Scene:
 
 
 def _work(job: Config, config: Config, rank: int) -> float:
-    """Operations of one step of this rank with all its layers, by the recipe for this device."""
+    """Operations of one step of this rank with all its layers, at the widths of `config`."""
     model, seq_len, parallel = config.model, config.seq_len, config.parallel
     placement, layers = parallel.placement, stage_layers(job)
     stages = placement[rank // parallel.stage_ranks]

@@ -1,4 +1,5 @@
-"""mode=dry_run: chooses a rank and the part that fits, runs it alone, and shows it beside the plan."""
+"""mode=dry_run: chooses a rank and the part of it that fits the device, runs it alone, and compares it with the
+plan."""
 
 import json
 from pathlib import Path
@@ -21,7 +22,7 @@ from train.rank import choose_device
 
 
 def dry_run(config: Config) -> int:
-    """Run the mode; returns the exit code. Raises UserError for a layout that cannot run, and if no part of the rank
+    """Run this mode and return the exit code. Raises UserError for a layout that cannot run, and if no part of the rank
     fits."""
     config = with_nodes(config)
     check_layout(config)
@@ -38,7 +39,7 @@ def dry_run(config: Config) -> int:
 
 
 def _choose_device(config: Config) -> torch.device:
-    """The device as for a run of one rank; a CPU uses its calibration's number of threads."""
+    """The device that a run of one rank would use. A CPU gets the number of threads of its calibration."""
     device = choose_device(config, Place())
     if device.type == "cpu" and config.plan.calibration is not None and not config.cluster.threads:
         torch.set_num_threads(read_calibration(config.plan.calibration)["threads"])

@@ -1,8 +1,8 @@
-"""Measures the memory of a whole run of one rank: its start, a step, other work, and restarts from its files.
+"""Measures the memory of one rank in all phases of a run: its start, a step, other work, and restarts from its files.
 
-Other work is saves to disk, copies in memory, an export, an average of the weights and a validation. Each phase runs
-the code of a real run. A rank of a dry run is alone: its files then form a job of one rank, in which each of its
-shards is a whole tensor.
+Other work is saving to disk, copying to memory, exporting, averaging the weights, and validation. Each phase runs the
+code of a real run. In a dry run, the rank is alone. Its files are then those of a job with one rank, in which each of
+its shards is a complete tensor.
 """
 
 import gc
@@ -34,13 +34,13 @@ from train.plan.memory.rank_memory import HELD_COPIES
 from train.rank_parts import ParallelModel, RankSetup
 
 TOKEN = "of a dry run"
-"""The token that a rank sends to the stores of its copies."""
+"""The token that a rank sends to the stores that hold its copies."""
 NOTHING_BEFORE = PhaseBytes(0, 0)
 
 
 class RunPhases(ExitStack):
-    """One rank during a run, and the memory `peaks` that it measures. Leaving the context ends the servers of its
-    files."""
+    """Runs one rank through the phases of a run, and measures its memory `peaks`. When the context ends, the stores of
+    its files are closed."""
 
     def __init__(
         self,
@@ -51,9 +51,10 @@ class RunPhases(ExitStack):
         *,
         is_alone: bool,
     ):
-        """folder: for the files of all ranks. build: builds the rank's model; True: without drawing its weights.
+        """folder: for the files of all ranks. build: builds the rank's model; its argument is True if the weights need
+        not be drawn.
 
-        is_alone: other ranks or layers are absent.
+        is_alone: whether other ranks, or some layers, are absent.
         """
         super().__init__()
         self._config, self._rank, self._is_alone = replace(config, runs=str(folder)), rank, is_alone
@@ -65,17 +66,16 @@ class RunPhases(ExitStack):
         self._nodes: list[Path] = []
         self._averages: list[AveragedWeights] = []
         self._held: tuple[object, ...] = ()
-        """Keeps the buffers of saves alive."""
+        """Keeps the buffers of saves alive, as in a run."""
         self.peaks: dict[str, PhaseBytes] = {}
         self.unsaved = ""
         """The reason if nothing was saved."""
 
     def begin(self, phase: str, fill: Callable[[RunState], None] | None = None) -> tuple[ParallelModel, RunState]:
-        """Start the rank. fill: fills the weights from a source; None: they are drawn from the seed."""
+        """Start the rank. fill: fills the weights from a source. None: the weights are drawn from the seed."""
         with self.meter() as meter:
-            before = (
-                meter.mark_both()
-            )  # DeepSpeed's caches hold tensors of an earlier engine, which a run does not have
+            # DeepSpeed's caches hold tensors of an earlier engine, which a real run does not have.
+            before = meter.mark_both()
             parts = self._build(fill is not None)
             self._averages = weight_averages(self._config, parts.zero)
             state = RunState(self._config, self._rank.mesh, parts, self._averages)
@@ -88,19 +88,19 @@ class RunPhases(ExitStack):
         return PeakMeter(self._rank.device, counts_host=True)
 
     def mark(self, phase: str, meter: PeakMeter, before: PhaseBytes = NOTHING_BEFORE) -> None:
-        """Record the peaks at the end of a phase, minus `before`."""
+        """Record the peaks of the phase that ends now, minus `before`."""
         device, host = (most - there for most, there in zip(meter.mark_both(), before, strict=True))
-        copied = sum(map(folder_bytes, self._nodes))  # files in the memory of nodes
+        copied = sum(map(folder_bytes, self._nodes))  # these files are in the memory of nodes
         on_cpu = self._rank.device.type == "cpu"
         self.peaks[phase] = PhaseBytes(device + copied * on_cpu, host + copied * (not on_cpu))
 
     def go_on(self, parts: ParallelModel, state: RunState, tokens_BS: Tensor, meter: PeakMeter) -> None:
-        """Do all work of a run outside of its steps once. Its buffers stay until `begin_again`, as in a run."""
+        """Do all work of a run outside of its steps once. As in a run, its buffers stay. `begin_again` frees them."""
         for phase in self._do(parts, state, tokens_BS[: self._config.micro_batch_size]):
             self.mark(phase, meter)
 
     def begin_again(self) -> None:
-        """Measure further starts, when only the run's files are left."""
+        """Measure restarts, when only the run's files are left."""
         self._held = ()
         for phase, fill, source in (
             ("resume", self._resume, self._paths.checkpoints),
@@ -108,12 +108,12 @@ class RunPhases(ExitStack):
         ):
             if not source.exists():
                 continue
-            self._averages = []  # they hold the previous run
+            self._averages = []  # the averages hold tensors of the previous start
             gc.collect()
             parts = self.begin(phase, fill)[0]
             parts.zero.engine.destroy()
             del parts
-            self._nodes = []  # a new run finds no copies
+            self._nodes = []  # a new run finds no copies in memory
 
     def _do(self, parts: ParallelModel, state: RunState, tokens_BS: Tensor) -> Iterator[str]:
         """Run each phase, then yield its name."""
@@ -161,7 +161,7 @@ class RunPhases(ExitStack):
     def _resume(self, state: RunState) -> None:
         newest, saved = checkpoints(self._paths.checkpoints)[0], state.shards().keys()
         wanted = self._placed(state.wanted(newest.meta))
-        if self._is_alone:  # biases and loads are in the files of other ranks
+        if self._is_alone:  # other ranks would save the biases and loads
             wanted = {name: wanted[name] for name in saved}
         self._open_checkpoints(attempt=2).load(newest.folder, wanted)
         state.finish_load(newest.meta)
@@ -177,7 +177,7 @@ class RunPhases(ExitStack):
         )
 
     def _open_copies(self) -> MemoryCopies | None:
-        """Open stores of copies on this rank's node and on the next node."""
+        """Open two stores for copies in memory: one for this rank's node, and one for the next node."""
         if not self._config.checkpoint.every_memory:
             return None
         self._nodes = [self._folder / f"node_{self._number}_{place}" for place in range(2)]

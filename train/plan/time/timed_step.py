@@ -24,7 +24,8 @@ def wall_clock(device: torch.device) -> float:
 
 
 def undisturbed_clock(device: torch.device) -> float:
-    """Returns the seconds of `wall_clock`. On a CPU with one thread, it returns processor time, which excludes other processes."""
+    """Returns the seconds of `wall_clock`. On a CPU with one thread, it returns processor time, which excludes other
+    processes."""
     if device.type == "cpu" and torch.get_num_threads() == 1:
         return time.process_time()
     return wall_clock(device)
