@@ -1,1 +1,1 @@
-"""The run of a rank: start, steps, measurements and end."""
+"""Runs the training on one rank: start, steps, measurements and end."""

@@ -20,7 +20,7 @@ from train.show.series import Series, read_series, tail_mean
 
 
 def finish_run(config: Config, code: int, seconds: float, wandb: str | None, text: str | None) -> None:
-    """Called on rank 0 when the run has ended with this exit code.
+    """Shows the results of a run that has ended with exit code `code`. Rank 0 calls it.
 
     seconds: wall time of the training. text: the model's sample text.
     """
@@ -54,7 +54,10 @@ def _why_stopped(logs: Path) -> str:
 
 
 def _plan_line(folder: Path, series: Series) -> str | None:
-    """Planned and measured values. A damaged plan.json only prints a note: the training has succeeded."""
+    """Returns the planned and the measured values as one line.
+
+    A damaged plan.json only prints a note, because the training itself has succeeded.
+    """
     try:
         return plan_words(plan_rows(folder, series))
     except Exception as error:
@@ -63,7 +66,7 @@ def _plan_line(folder: Path, series: Series) -> str | None:
 
 
 def _report(config: Config, folder: Path) -> Path | str:
-    """Path of the written report, or the reason why it could not be written."""
+    """Writes the report. Returns its path, or the reason why it could not be written."""
     try:
         return write_report(folder, ended=True)
     except OSError as error:
@@ -74,7 +77,7 @@ def _report(config: Config, folder: Path) -> Path | str:
 
 
 def last_validation(metrics: Path) -> dict[str, float]:
-    """The newest record with a validation."""
+    """Returns the newest record that contains a validation."""
     found: dict[str, float] = {}
     for record in read_heads(metrics):
         if "validation_loss" in record:

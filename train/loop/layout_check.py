@@ -1,6 +1,6 @@
 """Checks whether a layout can run, before anything starts.
 
-Imports torch, which takes seconds, only if a rule needs it.
+It imports torch only if a rule needs torch, because that import takes seconds.
 """
 
 from conf.dispatches import check_groups
@@ -11,9 +11,9 @@ from conf.schema import Config
 
 
 def check_layout(config: Config) -> None:
-    """Raise UserError if the layout cannot run, by rules over several fields. Starts nothing.
+    """Raise UserError if the layout breaks a rule that involves several fields. Starts nothing.
 
-    One rank is checked too: a pipeline of one stage still follows its schedule.
+    A layout of one rank is checked too, because a pipeline of one stage still follows its schedule.
     """
     parallel = config.parallel
     for micro_batches in micro_batch_counts(config):
@@ -34,7 +34,7 @@ def check_layout(config: Config) -> None:
 
 
 def _check_offload(config: Config) -> None:
-    """Require a block that recomputation leaves out."""
+    """Raise UserError for offloading if every block is recomputed, because nothing is left to offload."""
     from train.parallelize import stage_layers
 
     again, longest = config.model.repeated_layers, max(map(len, stage_layers(config)))
@@ -48,7 +48,7 @@ def _check_offload(config: Config) -> None:
 
 
 def _check_adapter(config: Config) -> None:
-    """Require a block on every pipeline rank, so that the adapter trains there."""
+    """Raise UserError if a pipeline rank has no block, because the adapter has nothing to train on such a rank."""
     from train.parallelize import stage_layers
 
     layers = stage_layers(config)
@@ -63,7 +63,11 @@ def _check_adapter(config: Config) -> None:
 
 
 def _check_choices(config: Config) -> None:
-    """No stage begins with a layer that takes the keys of one before it; and indexers that learn alone have something to learn in the first."""
+    """Raise UserError if sparse attention does not fit the pipeline stages.
+
+    A stage must not begin with a layer that uses the keys selected by an earlier layer. With optim.index_warmup, the
+    first stage needs a layer, so that it has an indexer to train.
+    """
     from train.parallelize import stage_layers
 
     stages, sparse = stage_layers(config), config.model.sparse

@@ -53,7 +53,7 @@ class LiveModel:
         about = {"name": config.name, "seed": config.seed, "seq_len": config.seq_len, "config": settings_of(config)}
         checkpointer.save(step, state.shards(), state.meta() | self._meta | about)
         checkpointer.finish(required=True)
-        dist.barrier()  # rank 0 has renamed the folder to its final name
+        dist.barrier()  # until rank 0 has renamed the folder to its final name
         return checkpointer.committer.root / step_name(step)
 
     def load(self, path: Path) -> int:

@@ -1,20 +1,20 @@
-"""The view that the loop and its hooks have of a run, and the interface of a hook.
+"""Defines `LiveRun`, which the loop and its hooks use to access a run, and the interface of a hook.
 
 A hook is an object with any of these methods. Every rank has its own hooks and calls them in the order of one list
 (train/loop/hooks/hook_list.py), which includes the `callbacks` of a recipe:
 
-    on_start(run)                    the state is restored; this attempt has done no step
+    on_start(run)                    the state is restored, and this attempt has done no step yet
     on_phase(run, step, phase)       a phase begins. In a step: data, schedule (forward and backward), reduction, update,
                                      record. Outside of steps: validation, checkpoint, then record again at their end
     on_batch(run, step, batch)       this rank's share of the step's batch is loaded, and the passes begin
     on_update(run, step)             the optimizer has updated the weights
-    on_skip(run, step)               the step makes no update, because its loss or gradient is not finite
+    on_skip(run, step)               the step skips its update, because its loss or gradient is not finite
     on_step(run, step, record)       the step is done; record: metric name -> value (train/metrics/names.py) over all ranks
     on_save(run, step)               the state is copied for a checkpoint, whose files are written during training
-    on_checkpoint(run, step, path)   a checkpoint is complete; on ranks other than 0: this rank has written its part. Called
-                                     when the next checkpoint is due, or at the end
-    on_end(run, code)                the last checkpoint is written; code: of conf/errors.py
-    close(run)                       the run has ended, perhaps by an error: release resources that would outlive it
+    on_checkpoint(run, step, path)   a checkpoint is complete; on ranks other than 0, this rank has written its part. The
+                                     loop calls this method when the next checkpoint is due, or at the end
+    on_end(run, code)                the last checkpoint is written; code: an exit code of conf/errors.py
+    close(run)                       the run has ended, perhaps with an error: release resources that would outlive it
 
 A hook may communicate if all ranks of a group make the same calls in the same order. It may not communicate in
 `on_checkpoint`, which ranks call at different times, nor in `on_phase` of validation and checkpoint, which rank 0 may
@@ -22,10 +22,11 @@ enter alone.
 
 A hook may keep state, which checkpoints then include:
 
-    shards()         its tensors by name, as in parallel/shard.py: on each rank the intervals that this rank writes
-    wanted()         the shards that this rank reads; without this method, the shards of `shards`
-    meta()           other state, for JSON. A checkpoint has the hook's shards if it has all of these keys, none of them false
-    restore(meta)    the run resumes from a checkpoint with this meta, after its tensors are read; None: no such checkpoint
+    shards()         returns the hook's tensors by name (parallel/shard.py): the intervals that this rank writes
+    wanted()         returns the shards that this rank reads; without this method, the rank reads those of `shards`
+    meta()           returns other state as JSON values. A checkpoint contains the hook's shards if its meta has all of
+                     these keys and none of the values is false
+    restore(meta)    is called after the tensors are read. meta: of the checkpoint; None if it lacks the hook's state
 """
 
 import sys
@@ -65,8 +66,10 @@ HOOK_METHODS = {
 
 @dataclass
 class LiveRun:
-    """One rank of a run: its parts, its position, and its messages to the user. User code gets `rank`, `folder` and
-    `chunks`."""
+    """Gives access to one rank of a run: its parts, its position, and its messages to the user.
+
+    User code may use `rank`, `folder` and `chunks`.
+    """
 
     config: Config
     setup: RankSetup
@@ -82,11 +85,11 @@ class LiveRun:
     """Settings of the current step."""
     batch: "Batch" = field(init=False)
     outcome: "StepOutcome" = field(init=False)
-    """Results of the step's passes and update."""
+    """Results of the current step's passes and update."""
     started: float = 0.0
-    """Start of the step, by time.perf_counter."""
+    """Start time of the current step, from time.perf_counter."""
     seconds: float | None = None
-    """Seconds of the previous step, without validation and saving; None before the first step of an attempt."""
+    """Duration of the previous step in seconds, without validation and saving; None in an attempt's first step."""
     wants_save: bool = False
     """Set by a hook that requests a checkpoint of this step."""
 
@@ -98,7 +101,7 @@ class LiveRun:
         """The current step, or the last one."""
 
     def tell(self, method: str, *what: Any) -> None:
-        """Call this method of all hooks that have it. An exception from a hook ends the run."""
+        """Call the method with this name on every hook that has it. An exception from a hook ends the run."""
         for hook in self.hooks:
             if call := getattr(hook, method, None):
                 call(self, *what)
@@ -108,23 +111,23 @@ class LiveRun:
         self.tell("close")
 
     def enter(self, phase: str) -> None:
-        """Report the begin of a phase, see the top of the file."""
+        """Report the beginning of a phase. The top of this file lists the phases."""
         self.tell("on_phase", self.step, phase)
 
     @contextmanager
     def beside(self, phase: str) -> Iterator[None]:
-        """A context for work outside of steps: validation or checkpoint."""
+        """Returns a context for work outside of steps: validation or checkpoint."""
         self.enter(phase)
         yield
         self.enter("record")
 
     def note(self, text: str) -> None:
-        """Show a sentence to the user at the terminal, from rank 0."""
+        """Show a sentence at the user's terminal. Only rank 0 shows it."""
         if self.writer is not None:
             self.writer.note(text)
 
     def warn(self, text: str) -> None:
-        """Warn about this rank only: at the terminal on rank 0, else in the rank's log."""
+        """Warn about this rank only. Rank 0 warns at the terminal, other ranks in their logs."""
         self.note(text) if self.writer is not None else say(text, file=sys.stderr)
 
     def got_on(self) -> None:

@@ -1,9 +1,10 @@
-"""The weights of a live model under Hugging Face's names, for example for samplers.
+"""Reads and replaces the weights of a live model under Hugging Face's names, for example for samplers.
 
 Ranks hold intervals of Sluice's tensors (parallel/shard.py). Each tensor of a Hugging Face folder is an interval of one
-of Sluice's tensors (train/hf/tensor_names.py). So all ranks fill a bucket of Hugging Face tensors: each rank writes
-the elements that it holds, and an all-reduce adds them. Each element is nonzero on one rank only. No rank holds
-more than one bucket besides its own part. The values are the fp32 masters, rounded once.
+of Sluice's tensors (train/hf/tensor_names.py). To read the weights, all ranks fill one bucket of Hugging Face tensors
+after another. Each rank writes its own elements into the bucket, which is zero elsewhere, and an all-reduce adds the
+buckets of all ranks. Each element is nonzero on one rank only, so the sum is exact. A rank needs memory for one bucket
+besides its own part of the model. The values are the fp32 master weights, rounded once.
 """
 
 from collections.abc import Iterable, Iterator
@@ -23,13 +24,13 @@ from train.kernels.precision import activation_dtype
 from train.loop.state import RunState
 
 BUCKET_ELEMENTS = 1 << 26
-"""Elements that are gathered together, 256 MB in fp32; a larger tensor has its own bucket."""
+"""Maximum number of elements in a bucket, 256 MB in fp32. A larger tensor has a bucket of its own."""
 STACKED_NAMES = {"w13": "gate_up_proj", "w2": "down_proj"}
-"""Names of a layer's experts as one tensor, as transformers keeps them in memory."""
+"""Names for all experts of a layer in one tensor. The transformers library uses these names in memory."""
 
 
 class _Wanted(NamedTuple):
-    """One Hugging Face tensor, and the LoRA A and B that are added to it."""
+    """A requested Hugging Face tensor, and the LoRA A and B that are added to it."""
 
     placed: PlacedTensor
     lora: AdaptedTensor | None = None
@@ -50,7 +51,7 @@ def live_weights(
     dtype: torch.dtype | None = None,
     bucket: int = BUCKET_ELEMENTS,
 ) -> Iterator[tuple[str, Tensor]]:
-    """See `Engine.weights`. Collective over all ranks: each must read all tensors. bucket: elements."""
+    """See `Engine.weights`. Collective: every rank must read all tensors. bucket: maximum elements of a bucket."""
     dtype = dtype or activation_dtype(config.precision)
     held = {name: shard for name, shard in state.shards().items() if name.startswith(("master.", "bias."))}
     if config.adapter.on and (stacked or (merged and config.adapter.base is BaseFormat.fp8)):
@@ -106,7 +107,7 @@ def fill_live(config: Config, state: RunState, weights: Iterable[tuple[str, Tens
 
 
 def _wanted(config: Config, state: RunState, merged: bool, stacked: bool) -> Iterator[_Wanted]:
-    """The wanted tensors in the order of a folder."""
+    """Returns the requested tensors, in the order of a Hugging Face folder."""
     model, adapter = config.model, config.adapter
     adapted = list(adapted_tensors(model, state.family, adapter.targets, adapter.rank)) if adapter.on else []
     if adapted and not merged:
@@ -136,12 +137,12 @@ def _buckets(wanted: list[_Wanted], bucket: int) -> Iterator[list[_Wanted]]:
 
 
 def _overlap(part: PlacedTensor, shard: Shard) -> tuple[int, int]:
-    """First and last element, exclusive, of Sluice's tensor that both part and shard contain."""
+    """Returns the interval of Sluice's tensor that both part and shard contain: first element, and end (exclusive)."""
     return max(part.start, shard.offset), min(part.start + part.count, shard.offset + shard.local.numel())
 
 
 def _fill(target: Tensor, part: PlacedTensor, shard: Shard | None) -> None:
-    """Copy this rank's elements of a Hugging Face tensor."""
+    """Copy this rank's elements of one part into a Hugging Face tensor."""
     first, end = (0, 0) if shard is None else _overlap(part, shard)
     if shard is not None and first < end:
         target[first - part.start : end - part.start] = shard.local[first - shard.offset : end - shard.offset]

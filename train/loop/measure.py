@@ -1,10 +1,11 @@
 """Combines all ranks' measurements of a step by one all-reduce.
 
-Each rank holds some layers and some of the tokens. The vector below has a place for every number of every layer. A rank
-fills in its own numbers, and the sum over all ranks is complete. Losses come from the last pipeline stage, tokens per
-expert from every stage, balance biases from the first rank of a stage, times and traffic from every rank.
+Each rank holds some of the layers and some of the tokens. All ranks have a vector with a place for every measurement of
+every layer. A rank fills in its own measurements and leaves zeros elsewhere, so the sum over all ranks is complete.
+Losses come from the last pipeline stage. Tokens per expert come from every stage, and balance biases from the first
+rank of a stage. Times and traffic come from every rank.
 
-L MoE layers (MTP modules included), E experts.
+Dimensions: L MoE layers (including those of MTP modules), E experts.
 """
 
 from dataclasses import dataclass
@@ -29,29 +30,29 @@ class MeasuredStep:
     main_loss: float
     """Mean cross-entropy of the next token, nats."""
     mtp_losses: list[float]
-    """Loss of each MTP depth, unweighted."""
+    """Loss of each MTP depth, without its weight."""
     extra_loss: float
     """The user's own loss term (optim.extra_loss); 0 without one."""
     balance_loss: float
-    """Weighted, summed over layers."""
+    """Balance loss of the routers, weighted and summed over layers."""
     index_loss: float
-    """Loss of sparse attention's indexers, weighted, summed over layers."""
+    """Loss of sparse attention's indexers, weighted and summed over layers."""
     loads_LE: Tensor
-    """Tokens routed to each expert, over the whole batch (float64)."""
+    """Number of tokens of the whole batch that were routed to each expert (float64)."""
     biases_LE: Tensor
     """Balance biases used in the step (float64)."""
     stop: StopKind
-    """The stop that some rank was asked for; a stop with a checkpoint on disk wins over a copy in memory."""
+    """How the run must stop, if any rank was asked to stop. A checkpoint on disk overrides a copy in memory."""
     scores_L: list[float]
     """Largest attention score of each layer; empty without optim.qk_clip."""
     heads_clipped: int
-    """Heads of all layers with a score above optim.qk_clip."""
+    """Number of heads, over all layers, that had a score above optim.qk_clip."""
     work: dict[str, float]
-    """Measurements of pipeline and dispatchers, by metric name."""
+    """Measurements of the pipeline and the dispatchers, by metric name."""
 
 
 class Measure:
-    """Collects and clears the counters of this rank's chunks."""
+    """Reads and resets the counters of this rank's chunks."""
 
     def __init__(self, model: Model, parts: ParallelModel, rank: RankSetup, clip: QKClip | None = None):
         self.model, self.mesh, self.device = model, rank.mesh, rank.device
@@ -63,11 +64,11 @@ class Measure:
         self.indexers = [indexer for chunk in parts.chunks for indexer in chunk.indexers()]
         self.last = next((chunk for chunk in parts.chunks if chunk.has_head), None)
         self.micro_batches = 1.0
-        """Mean micro-batches of a data-parallel rank in the step, set by the engine: this rank's mean losses are
-        weighted by it."""
+        """Mean number of micro-batches of the data-parallel ranks in this step. The engine sets it, and this rank's
+        losses are divided by it."""
 
     def clear(self) -> None:
-        """Start a new step."""
+        """Reset the counters for a new step."""
         for counting in (*self.routers.values(), *self.indexers):
             counting.clear()
         if self.last is not None:
@@ -77,7 +78,7 @@ class Measure:
             self.clip.clear()
 
     def collect(self, stop: StopKind) -> "CollectedMeasures":
-        """Sum over all ranks; every rank gets the same. Does not wait for the device."""
+        """Sum the measurements over all ranks. Every rank gets the same sums. Does not wait for the device."""
         depth, shape = self.model.mtp_depth, (len(self.layers), self.model.experts)
         zeros = partial(torch.zeros, dtype=torch.float64, device=self.device)
         losses, loads_LE, biases_LE = zeros(4 + depth), zeros(shape), zeros(shape)
@@ -110,7 +111,7 @@ class Measure:
 
 
 class CollectedMeasures:
-    """The sums, during their copy to the host."""
+    """The sums over all ranks, while they are copied to the host."""
 
     def __init__(self, measure: Measure, vector: Tensor, sizes: list[int], scores_LH: Tensor):
         self._measure, self._sizes = measure, sizes
@@ -126,8 +127,10 @@ class CollectedMeasures:
             self._host = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True).copy_(vector, non_blocking=True)
 
     def read(self) -> MeasuredStep:
-        """The sums as `MeasuredStep`. Call after the host has waited for later work of the device, as every training
-        step does."""
+        """Returns the sums as a `MeasuredStep`.
+
+        Before this call, the host must have waited for later work of the device. Every training step does that.
+        """
         losses, loads, biases, scores, clipped, own = self._host.split(self._sizes)
         main_loss, *mtp_losses, extra_loss, balance_loss, index_loss = losses.tolist()
         on_disk, in_memory, *work = own.tolist()
@@ -148,5 +151,6 @@ class CollectedMeasures:
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """A host tensor on the device. A GPU copy comes from page-locked memory; the host would wait for any other copy."""
+    """Copies a host tensor to the device. For a GPU it uses page-locked memory, because the host would wait for a copy
+    from other memory."""
     return (x.pin_memory() if device.type == "cuda" and not x.is_cuda else x).to(device, non_blocking=True)

@@ -1,6 +1,6 @@
-"""Opens an engine in this process, for a custom loop under torchrun and for the ranks of a session.
+"""Opens an engine in this process, for a custom loop under torchrun or for a rank of a session.
 
-The process is one of several ranks, or the only one.
+The process is one of several ranks, or the only rank.
 """
 
 from pathlib import Path
@@ -22,13 +22,13 @@ from train.rank import set_up_rank
 
 
 def open_engine(config: Config, place: Place | None = None) -> Engine:
-    """The engine of this rank. Collective over all ranks.
+    """Returns the engine of this rank. Collective over all ranks.
 
-    RANK and WORLD_SIZE give the rank, as torchrun sets them; without them the process is the only rank. A process may
-    open several engines with the same number of ranks.
+    The environment variables RANK and WORLD_SIZE, which torchrun sets, give the rank. Without them, the process is the
+    only rank. A process may open several engines if all have the same number of ranks.
 
-    The weights come from `resume` if it names a checkpoint, else from `init_from`, else they are drawn from the seed.
-    The caller manages data and run folder. Raises UserError.
+    The weights come from `resume` if it names a checkpoint, else from `init_from`. Without either, they are drawn from
+    the seed. The caller manages the data and the run folder. Raises UserError.
     """
     place = place or given_place() or Place()
     if place.world != config.parallel.world:
@@ -49,7 +49,7 @@ def open_engine(config: Config, place: Place | None = None) -> Engine:
 
 
 def _weights_of(config: Config, source: str) -> Folder | Path:
-    """The folder or the checkpoint that init_from names."""
+    """Opens the Hugging Face folder or the checkpoint that init_from names."""
     path = Path(source).expanduser()
     if not is_hf_folder(path):
         return find_checkpoint(config, str(path), "init_from")

@@ -22,14 +22,14 @@ from train.rank_parts import ParallelModel
 
 @dataclass
 class RankRecorder:
-    """The records that a rank writes while it runs."""
+    """Writes the communication records of one rank."""
 
     ring: CommRing | None = None
     """None if the disk had no room for the ring."""
     recorder: CommRecorder | None = None
 
     def name_groups(self, mesh: Mesh) -> None:
-        """From now on, record groups by their names in the layout; a group with several roles has all their names."""
+        """Record groups by their names in the layout from now on. A group with several roles gets the names of all."""
         if self.recorder is None:
             return
         labels = defaultdict[ProcessGroup, list[str]](list)
@@ -40,7 +40,7 @@ class RankRecorder:
         self.recorder.labels = {group: "/".join(names) for group, names in labels.items()}
 
     def watch_parts(self, parts: ParallelModel) -> None:
-        """From now on, record this rank's current pipeline action and block."""
+        """Record the current pipeline action and block of this rank from now on."""
         if self.ring is None:
             return
         parts.pipeline.on_action = self.ring.act
@@ -60,7 +60,7 @@ class RankRecorder:
 
 @contextmanager
 def recorded(logs: Path, place: Place) -> Iterator[RankRecorder]:
-    """Record all communication inside the context in this rank's ring."""
+    """Returns a context that records all communication inside it in this rank's ring buffer."""
     try:
         ring = CommRing(ring_path(logs, place.rank), place.rank, place.world)
     except OSError as error:

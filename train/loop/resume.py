@@ -1,4 +1,4 @@
-"""Finds the start of a run: rank 0 searches for the checkpoint, every rank reads its part."""
+"""Finds the state that a run starts from. Rank 0 searches for the checkpoint, and every rank reads its part of it."""
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +28,7 @@ from train.loop.state import RunState
 
 @dataclass
 class RestoredState:
-    """The source of a run's restored state."""
+    """Describes the source of a run's restored state."""
 
     notes: list[str] = field(default_factory=list)
     """Notes for the user."""
@@ -37,41 +37,44 @@ class RestoredState:
 
 
 class StartingPoint(NamedTuple):
-    """The start of a run, as rank 0 found it."""
+    """The state that a run starts from, as rank 0 found it."""
 
     copy: dict[str, Any] | None = None
-    """Manifest body of a set of copies in memory that is newer than the disk's checkpoints; the disk was not
-    searched then."""
+    """Manifest body of a set of copies in memory, if that set is newer than all checkpoints on disk. In this case rank
+    0 did not search the disk."""
     checkpoint: str | None = None
     """Path of the checkpoint that config.resume selects."""
     notes: Sequence[str] = ()
-    """Skipped copies and checkpoints, with reasons."""
+    """Names the skipped copies and checkpoints, with the reasons."""
 
     @property
     def has_weights(self) -> bool:
-        """Whether `restore` will fill all weights from it, or raise."""
+        """Whether `restore` fills all weights from this starting point (or raises an error)."""
         return bool(self.copy or self.checkpoint or self.notes)
 
     def compiled_matmuls(self) -> bool | None:
-        """Whether the resumed run uses compiled matmuls; None if unknown: a new run, or an older checkpoint."""
+        """Whether the resumed run uses compiled matmuls. None: unknown, for a new run or an older checkpoint."""
         if self.copy is not None:
             return self.copy["meta"].get("compiled_products")
         return None if self.checkpoint is None else read_manifest(Path(self.checkpoint)).meta.get("compiled_products")
 
 
 def find_start(config: Config, copies: MemoryCopies | None) -> StartingPoint:
-    """Search for the starting point. Collective over all ranks; raises UserError if all checkpoints are damaged."""
+    """Search for the starting point. Collective over all ranks. Raises UserError if all checkpoints are damaged."""
     return StartingPoint(*from_rank_0(lambda: _find_start(config, copies)))
 
 
 def _find_start(config: Config, copies: MemoryCopies | None) -> StartingPoint:
-    """On rank 0."""
+    """Search for the starting point on rank 0."""
     body, notes = (None, []) if copies is None else _newest_copy(config, copies)
     return StartingPoint(body, notes=notes) if body is not None else _search_disk(config, (), notes)
 
 
 def _search_disk(config: Config, skip: Collection[Path], notes: Sequence[str] = ()) -> StartingPoint:
-    """On rank 0. skip: checkpoints found damaged while reading, which notes already name."""
+    """Search the disk for the starting point on rank 0.
+
+    skip: checkpoints that were found damaged during reading; `notes` already names them.
+    """
     found = resume_point(config, skip=skip)
     passed = [] if skip else [f"skipped a damaged checkpoint: {warning}" for warning in found.warnings]
     return StartingPoint(None, None if found.path is None else str(found.path), [*notes, *passed])
@@ -85,9 +88,9 @@ def restore(
     copies: MemoryCopies | None,
     start: StartingPoint,
 ) -> RestoredState:
-    """Load the newest copy in memory, the checkpoint of config.resume, or the weights of init_from, if there is any.
+    """Load the first available source: the newest copy in memory, the checkpoint of config.resume, or init_from.
 
-    Under resume=auto, a source that is damaged on any rank is skipped. Raises UserError if the checkpoint belongs to
+    With resume=auto, a source that is damaged on any rank is skipped. Raises UserError if the checkpoint belongs to
     another model, another tokenizer or a longer run.
     """
     skip: set[Path] = set()
@@ -119,7 +122,7 @@ def restore(
         notes.append(f"skipped a damaged checkpoint: {problem}")
         skip.add(path)
         start = StartingPoint(*from_rank_0(lambda: _search_disk(config, skip)))
-    if notes:  # the weights may be partly loaded, and the user did not ask for a fresh start
+    if notes:  # a fresh start is wrong: the user did not ask for it, and the weights may be partly loaded
         raise UserError(
             "resume",
             config.resume,
@@ -144,9 +147,9 @@ def _resumed(config: Config, data: PreparedData, meta: dict[str, Any], notes: li
 
 
 def _newest_copy(config: Config, copies: MemoryCopies) -> tuple[dict[str, Any] | None, list[str]]:
-    """On rank 0: manifest body of the copies in memory to resume from, and notes about their damage.
+    """Returns, on rank 0, the manifest body of the copies in memory to resume from, and notes about damaged copies.
 
-    The body is None if there are no copies, or if the disk has a newer state.
+    The body is None if there are no copies in memory, or if the disk has a newer state.
     """
     try:
         manifest = copies.manifest()
@@ -162,9 +165,9 @@ def _newest_copy(config: Config, copies: MemoryCopies) -> tuple[dict[str, Any] |
 def load_state(
     state: RunState, meta: dict[str, Any], optimizer: str, load: Callable[[dict[str, Shard]], Any]
 ) -> str | None:
-    """Fill the state by `load` on all ranks; returns the first problem of any rank.
+    """Fill the state by calling `load` on all ranks. Returns the first problem of any rank.
 
-    optimizer: of this run. Its state starts from zero if another optimizer wrote the checkpoint.
+    optimizer: the optimizer of this run. Its state starts from zero if another optimizer wrote the checkpoint.
     """
     problem = None
     own = written_by(meta) == optimizer
@@ -179,7 +182,7 @@ def load_state(
 
 
 def _start(config: Config, tokenizer: Tokenizer, state: RunState) -> list[str]:
-    """Start from the weights of init_from; only rank 0 reads all headers."""
+    """Start from the weights of init_from. Only rank 0 reads the headers of all files."""
     own = from_rank_0(lambda: None if (found := own_start(config, tokenizer)) is None else str(found))
     if own is not None:
         start_from(config, Path(own), state)
@@ -202,7 +205,7 @@ def _start(config: Config, tokenizer: Tokenizer, state: RunState) -> list[str]:
 
 
 def _fits(config: Config, tokenizer: Tokenizer, path: Path, meta: dict[str, Any], base: dict[str, str] | None) -> None:
-    """Raise UserError if the run cannot resume from a checkpoint. base: description of the adapter's base model."""
+    """Raise UserError if the run cannot resume from this checkpoint. base: description of the adapter's base model."""
     require_model(config, path, meta)
     require_adapter(config, path, meta)
     if base is not None:

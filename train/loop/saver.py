@@ -1,4 +1,4 @@
-"""Saves a run's checkpoints for its loop: tells hooks about complete checkpoints, and the user about failed ones."""
+"""Saves the checkpoints of a run. Tells hooks about complete checkpoints, and the user about failed ones."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from train.loop.live_run import LiveRun
 
 
 class RunOvertaken(RunEnded):
-    """A newer attempt of this run has started elsewhere; this one must stop."""
+    """A newer attempt of this run has started elsewhere, so this attempt must stop."""
 
 
 class Saver:
@@ -24,18 +24,18 @@ class Saver:
         """Seconds that training waited for a checkpoint since the last record."""
 
     def save(self, run: LiveRun, final: bool = False) -> None:
-        """Begin a checkpoint. final: wait until it is complete, or raise."""
+        """Begin a checkpoint. final: wait until the checkpoint is complete, and raise an error if it fails."""
         with run.beside("checkpoint"):
             self.stall += self.checkpointer.save(run.state.step, run.state.shards(), self.meta(run))
             self._tell(run, self.checkpointer.finish(required=True) if final else self.checkpointer.poll())
 
     def finish(self, run: LiveRun) -> None:
-        """Wait for a checkpoint that is being written."""
+        """Wait until the checkpoint that is being written is complete."""
         with run.beside("checkpoint"):
             self._tell(run, self.checkpointer.finish())
 
     def meta(self, run: LiveRun) -> dict[str, Any]:
-        """The checkpoint's entries besides tensors."""
+        """Returns everything that a checkpoint stores besides tensors."""
         config, data = run.config, run.data.train
         stream = {"stream": data.mark(run.state.samples)} if isinstance(data, StreamedData) else {}
         return (run.state.meta() | stream) | {

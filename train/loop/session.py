@@ -1,15 +1,15 @@
-"""A session: the engine of all ranks, controlled from one process.
+"""Controls the engines of all ranks from one process; this is called a session.
 
     with train.session(config) as engine:
         engine.forward_backward(batch, "ppo", clip=0.2)
         engine.update()
 
-A driver starts the ranks as processes, on this machine or on Ray, as for a run (train/loop/session_rank.py). Rank 0
-connects to this process and forwards every call to the other ranks. A key in the session's folder authenticates the
-connection. Calls and answers are JSON, and tensors in the safetensors format: nothing is unpickled.
+A driver starts the ranks as processes, on this machine or on Ray, like the ranks of a run (train/loop/session_rank.py).
+Rank 0 connects to the controlling process and forwards every call to the other ranks. A key in the session's folder
+authenticates the connection. Calls and answers are JSON, and tensors have the safetensors format. Nothing is unpickled.
 
-A refused call leaves the session unchanged. A call that fails on a rank ends the session: the driver's message and the
-error raised here name the rank and the cause.
+A refused call leaves the session unchanged. A call that fails on a rank ends the session. Then the driver's message and
+the error in the controlling process name the rank and the cause.
 """
 
 import json
@@ -47,23 +47,24 @@ from train.loop.training_engine import StepOutcome, StepTotal, total_of
 from train.program import environment_of_children
 
 SESSION_FOLDER, ADDRESS_FILE, OUTPUT = "session", "address.json", "output.log"
-"""Files in the run's folder: the session's folder, in it the address of this process, and the output of driver and
-rank 0."""
+"""Names inside the run's folder: the session's folder, a file with the address of the controlling process, and a file
+with the output of the driver and rank 0."""
 SESSION_LOOK_SECONDS = 0.2
-"""Interval, in seconds, between checks of the driver while this process waits for an answer."""
+"""Interval, in seconds, at which this process checks the driver while it waits for an answer."""
 SESSION_END_SECONDS = 20.0
-"""Seconds that ranks have to end by themselves."""
+"""Maximum seconds for the ranks to end by themselves."""
 
 
 class SessionFailed(RuntimeError):
-    """The ranks of a session have ended. The text names the rank that failed first, and the cause."""
+    """The ranks of a session have failed. The text names the rank that failed first, and the cause."""
 
 
 @contextmanager
 def session(config: Config) -> "Iterator[Session]":
-    """Start the ranks of a layout, each with an engine as from `open_engine`, and control them from this process.
+    """Start the ranks of a layout and control them from this process. Every rank opens an engine with `open_engine`.
 
-    No rank remains afterwards. Raises UserError for refused settings, and SessionFailed if a rank fails.
+    All ranks have ended when the context ends. Raises UserError for refused settings, and SessionFailed if a rank
+    fails.
     """
     check_layout(config)
     folder = RunPaths(config).path / SESSION_FOLDER
@@ -72,7 +73,7 @@ def session(config: Config) -> "Iterator[Session]":
     try:
         if not try_lock(lock):
             raise UserError("name", config.name, f"already has a session: {folder} is in use", "give another name=")
-        # The ranks form a run in this folder that is not restarted: a restart would lose all updates.
+        # The ranks form a run in this folder. The driver does not restart it, because a restart would lose all updates.
         cluster = replace(config.cluster, restarts=0)
         with Session(replace(config, runs=str(folder.parent), name=folder.name, cluster=cluster), folder) as opened:
             yield opened
@@ -81,10 +82,9 @@ def session(config: Config) -> "Iterator[Session]":
 
 
 class Session:
-    """The methods of `Engine` for all ranks together. A batch contains the shares of all data-parallel ranks, in their
-    order.
+    """Offers the methods of `Engine` for all ranks together.
 
-    Methods return numbers and tensors.
+    A batch contains the shares of all data-parallel ranks, in rank order. Methods return numbers and tensors.
     """
 
     def __init__(self, config: Config, folder: Path):
@@ -94,7 +94,7 @@ class Session:
         self._link: Connection | None = None
         self._driver: subprocess.Popen | None = None
         self._is_reading = False
-        """Whether answers of `weights` are unread."""
+        """Whether some answers of `weights` have not been read yet."""
 
     def forward_backward(
         self,
@@ -106,8 +106,8 @@ class Session:
         terms: Collection[str] | None = None,
         **settings: float,
     ) -> None:
-        """See `Engine.forward_backward`. loss: a name, the import path of a function, or a function that the ranks
-        can import."""
+        """See `Engine.forward_backward`. loss: the name of a loss, the import path of a function, or a function that
+        the ranks can import."""
         name = loss if isinstance(loss, str) else _import_path(loss)
         more = {"loss": name, "last": last, "total": total, "terms": None if terms is None else [*terms]}
         self._call("forward_backward", {**more, "settings": settings}, _plain(batch))
@@ -142,7 +142,7 @@ class Session:
     def weights(
         self, *, merged: bool = True, stacked: bool = False, dtype: torch.dtype | None = None
     ) -> Iterator[tuple[str, Tensor]]:
-        """See `Engine.weights`. Read all of them before the next call; a loop over them may end early."""
+        """See `Engine.weights`. Read all tensors before the next call, or leave the loop over them early."""
         named = None if dtype is None else str(dtype).removeprefix("torch.")
         self._send("weights", {"merged": merged, "stacked": stacked, "dtype": named})
         said: dict[str, Any] = {"done": False}
@@ -215,7 +215,7 @@ class Session:
             self._link.send_bytes(save(tensors or {}))
 
     def _answer(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """The answer of rank 0. Raises UserError for a refused call."""
+        """Returns the answer of rank 0. Raises UserError for a refused call."""
         assert self._link is not None
         try:
             while not self._link.poll(SESSION_LOOK_SECONDS):
@@ -233,7 +233,7 @@ class Session:
             self._fail()
 
     def _fail(self) -> NoReturn:
-        """Called when rank 0 is gone: raise the driver's output as an error."""
+        """Raise the driver's output as an error. Called when rank 0 has ended."""
         driver, self._driver = self._driver, None
         if self._link is not None:
             self._link.close()
@@ -246,9 +246,9 @@ class Session:
         raise SessionFailed(said[-8000:] or f"the ranks ended with exit code {driver.returncode}; logs: {self._folder}")
 
     def _end(self, at_once: bool) -> None:
-        """Wait for the ranks to end, or end them."""
+        """Wait until the ranks have ended. at_once: end them instead."""
         if self._link is not None:
-            self._link.close()  # which rank 0 takes as the end
+            self._link.close()  # rank 0 ends when the connection closes
             self._link = None
         driver, self._driver = self._driver, None
         if driver is None:
@@ -268,8 +268,10 @@ def _kill(driver: subprocess.Popen) -> None:
 
 
 def _plain(batch: Batch) -> dict[str, Tensor]:
-    """Copies of a batch's tensors by name, because safetensors refuses two tensors in the same memory. Names of
-    per-token tensors contain a dot."""
+    """Returns copies of a batch's tensors by name. Names of per-token tensors contain a dot.
+
+    They are copies, because safetensors refuses two tensors that share memory.
+    """
     named = {field.name: getattr(batch, field.name) for field in fields(batch) if field.name != "tensors"}
     named |= {f"tensors.{name}": tensor for name, tensor in batch.tensors.items()}
     return {
@@ -280,7 +282,7 @@ def _plain(batch: Batch) -> dict[str, Tensor]:
 
 
 def batch_of(tensors: dict[str, Tensor]) -> Batch:
-    """A batch from its received tensors."""
+    """Builds a batch from its received tensors."""
     per_token = {name.removeprefix("tensors."): tensor for name, tensor in tensors.items() if "." in name}
     return Batch(**{name: tensor for name, tensor in tensors.items() if "." not in name}, tensors=per_token)
 

@@ -1,9 +1,10 @@
-"""The ranks of a session (train/loop/session.py).
+"""Runs the ranks of a session (train/loop/session.py).
 
-`python -m train.loop.session_rank CONFIG` is their driver, and also the program of each rank that the driver starts.
+`python -m train.loop.session_rank CONFIG` is the driver of the ranks. The driver starts each rank with the same
+program.
 
-Rank 0 receives calls from the controlling process, and all ranks execute them. All ranks check the whole batch before
-any computation, so that all of them refuse the same calls; each rank then uses its share.
+Rank 0 receives calls from the controlling process, and all ranks execute them. Before any computation, every rank
+checks the batch of all ranks, so that all ranks refuse the same calls. Then each rank uses its own share of the batch.
 """
 
 import json
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import train.kernels.cpu.tuned  # noqa: F401  before torch allocates anything
-from cluster.interrupts import leave  # before libraries, see there
+from cluster.interrupts import leave  # before other libraries; cluster/interrupts.py gives the reason
 
 # isort: split
 import torch
@@ -40,17 +41,17 @@ from train.loop.training_engine import Engine, StepTotal
 from train.rank import PREPARATION, guarded
 
 IDLE_SECONDS = 5.0
-"""Interval, in seconds, between signs of life while the rank waits for a call."""
+"""Interval, in seconds, at which a rank reports progress while it waits for a call."""
 SessionAnswer = tuple[dict[str, Any], dict[str, Tensor]]
-"""An answer of rank 0: plain values, and tensors by name."""
+"""An answer of rank 0: JSON values, and tensors by name."""
 
 
 class SessionRank:
     """Executes the calls of a session on one rank."""
 
     def __init__(self, config: Config, engine: Engine, link: Connection | None, group: dist.ProcessGroup):
-        """link: to the controlling process, on rank 0. group: of all ranks, with a long timeout, because calls may
-        be hours apart."""
+        """link: connection to the controlling process, only on rank 0. group: process group of all ranks. It needs a
+        long timeout, because calls may be hours apart."""
         self._config, self._engine, self._link, self._group = config, engine, link, group
         self._sharing = config.parallel.dp
         self._calls: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], SessionAnswer]] = {
@@ -74,7 +75,7 @@ class SessionRank:
                 answer = self._calls[method](order, tensors)
             except UserError as error:
                 if self._engine.has_failed and self._engine.mesh.layout.world > 1:
-                    raise  # only this rank failed, and others wait for it
+                    raise  # only this rank failed, and other ranks wait for it
                 given = [error.field, str(error.value), error.rule, error.cure]
                 self._say({"refused": given})
             else:
@@ -119,8 +120,8 @@ class SessionRank:
         return {"done": True}, {}
 
     def _share(self, batch: Batch) -> Batch:
-        """This data-parallel rank's rows of a batch that every rank has checked. Raises UserError on all ranks
-        alike."""
+        """Returns this data-parallel rank's rows of a batch. Every rank checks the whole batch, so all ranks raise the
+        same UserError."""
         rows, least = len(batch.tokens_BS), self._sharing * self._config.micro_batch_size
         if rows % least or not rows:
             rule = f"must be a multiple of {least}: micro_batch_size={self._config.micro_batch_size} on each of {self._sharing} data-parallel ranks"
@@ -143,7 +144,7 @@ class SessionRank:
         )
 
     def _receive(self) -> bytes:
-        """The next message, on rank 0; empty once the session is over."""
+        """Returns the next message on rank 0; empty after the end of the session."""
         assert self._link is not None
         try:
             while not self._link.poll(IDLE_SECONDS):

@@ -1,8 +1,8 @@
 """init_from: starts a new run from the weights of a Hugging Face folder, or of a Sluice checkpoint.
 
-Imports no torch: the driver checks init_from too. Master weights get exactly the folder's values, dequantised from FP8
-if needed; balance biases get its correction biases. Moments start at 0, and an average of the weights starts from
-them.
+This file does not import torch, because the driver checks init_from too. Master weights get exactly the folder's
+values, dequantised from FP8 if needed. Balance biases get the folder's correction biases. Moments start at 0, and an
+average of the weights starts from the loaded weights.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ from train.hf.folder import Folder, match, open_model
 from train.hf.tokenizer_files import check_tokenizer
 
 INDEXER = ".indexer."
-"""Part of the names of an indexer's weights."""
+"""The names of an indexer's weights contain this text."""
 
 if TYPE_CHECKING:
     from parallel.shard import Shard
@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 
 
 def check_start(config: Config, tokenizer: Tokenizer) -> tuple[Folder, list[str]]:
-    """The headers of config.init_from, and notes for the user. Reads no weights.
+    """Reads the headers of config.init_from, but no weights. Returns the opened folder and notes for the user.
 
-    Raises UserError if the folder is damaged, or its model or tokenizer differs from the recipe's.
+    Raises UserError if the folder is damaged, or if its model or tokenizer differs from the recipe's.
     """
     assert config.init_from is not None
     path = Path(config.init_from).expanduser()
@@ -47,14 +47,14 @@ def check_start(config: Config, tokenizer: Tokenizer) -> tuple[Folder, list[str]
 
 
 def _model_of(config: Config, folder: Folder) -> Model:
-    """The recipe's model for this folder; without indexers if the folder has dense attention."""
+    """Returns the recipe's model, without indexers if the folder has dense attention."""
     return config.model if FAMILIES[folder.family].is_sparse else replace(config.model, sparse=SparseAttention())
 
 
 def _with_indexers(config: Config, fill: "FillShards", has: Callable[[str], bool]) -> "FillShards":
-    """Extends `fill` to a source that may lack the indexers: missing ones are drawn from config.seed.
+    """Returns a reader like `fill` for a source that may lack indexers. It draws missing indexers from config.seed.
 
-    has: whether the source has a name.
+    has: tells whether the source has a tensor of this name.
     """
     from train.model.init import draw_indexer  # torch
 
@@ -69,7 +69,7 @@ def _with_indexers(config: Config, fill: "FillShards", has: Callable[[str], bool
 
 
 def other_optimizer(config: Config, folder: Path) -> list[str]:
-    """A note if the weights are known to have been pretrained with another optimizer."""
+    """Returns a note if the folder's weights are known to have been pretrained with another optimizer."""
     path, own = folder / CONFIG_FILE, config.optim.facts.name
     body = read_json(path, "init_from", "download it again") if path.is_file() else {}
     known = pretrained_with(body.get("text_config") or body)
@@ -81,9 +81,10 @@ def other_optimizer(config: Config, folder: Path) -> list[str]:
 
 
 def own_start(config: Config, tokenizer: Tokenizer) -> Path | None:
-    """The checkpoint that config.init_from names, directly or as a run's newest; None for a Hugging Face folder.
+    """Returns the checkpoint that config.init_from names; None if it names a Hugging Face folder.
 
-    Raises UserError if it is damaged, or has another model or tokenizer.
+    For a run folder this is its newest checkpoint. Raises UserError if the checkpoint is damaged, or has another model
+    or tokenizer.
     """
     assert config.init_from is not None
     path = Path(config.init_from).expanduser()
@@ -98,9 +99,9 @@ def own_start(config: Config, tokenizer: Tokenizer) -> Path | None:
 
 
 def start_from(config: Config, source: Folder | Path, state: "RunState") -> None:
-    """Fill this rank's part of the state from a source; in an adapter's run, the part of its base.
+    """Fill this rank's part of the weights from a source. In an adapter's run, these are the weights of its base.
 
-    source: accepted by `check_start` or `own_start`.
+    source: a result of `check_start` or `own_start`.
     """
     from train.checkpoint.weights_mark import WeightsMark  # torch
 

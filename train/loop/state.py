@@ -1,15 +1,15 @@
-"""The state of a run: everything that a checkpoint contains, by logical name.
+"""Holds the state of a run: everything that a checkpoint contains, by logical name.
 
     master.*                            fp32 weights
     STATE.*                             state of the optimizer, by its names (conf/optimizers.py)
-    bias.LAYER                          balance bias of every MoE layer; not in an adapter's run, whose base has them
+    bias.LAYER                          balance biases of every MoE layer; in an adapter's run, they belong to the base
     running.load, running.idle          past tokens per expert, for MaxVio and dead experts
-    ema.*, and others                   state of hooks (train/loop/live_run.py): the average of the weights
+    ema.*, and others                   state of hooks (train/loop/live_run.py), such as the average of the weights
 
-The meta has the rest: step, samples (the data position), updates, and the family of the folder whose weights the run
-started from. An adapter's run adds its base (train/checkpoint/trained_with.py). A CPU run adds whether it uses compiled
-matmuls, as measured at its start. Schedules follow from the step. After the initial weights a run draws no random
-numbers, so no generator state is stored.
+The meta contains the rest: step, samples (the data position), updates, and the family of the Hugging Face folder that
+the run started from. An adapter's run adds its base (train/checkpoint/trained_with.py). A CPU run adds whether it uses
+compiled matmuls, which it measures at its start. Schedules need no state, because they depend only on the step. A run
+draws random numbers only for its initial weights, so no generator state is stored.
 """
 
 from collections import ChainMap
@@ -32,13 +32,13 @@ from train.rank_parts import ParallelModel
 
 
 class RunState:
-    """The live state of one rank, as shards."""
+    """Gives access to the live state of one rank as shards."""
 
     def __init__(self, config: Config, mesh: Mesh, parts: ParallelModel, hooks: Sequence[Any] = ()):
-        """hooks: those with `shards` are part of the state."""
+        """hooks: all hooks of the run. A hook that has the method `shards` is part of the state."""
         self.mesh, self.zero, self.routers = mesh, parts.zero, parts.routers()
         self.compiled_matmuls: bool | None = None
-        """Whether a CPU's matmuls are compiled, as measured at the run's start; None if there is no choice."""
+        """Whether a CPU run uses compiled matmuls, which it measures at its start; None if there is no choice."""
         self.step = 0
         self.samples = 0
         self.best: tuple[int, float] | None = None
@@ -60,14 +60,15 @@ class RunState:
         return RunningLoad(self.load_LE.numpy(), self.idle_LE.numpy(), self.step)
 
     def record_loads(self, loads_LE: torch.Tensor) -> RunningLoad:
-        """Add a step's tokens per expert to the running ones."""
+        """Add a step's tokens per expert to the running counts."""
         running = update_running(self.running, loads_LE)
         self.load_LE.copy_(torch.from_numpy(running.load_LE))
         self.idle_LE.copy_(torch.from_numpy(running.idle_LE))
         return running
 
     def shards(self) -> dict[str, Shard]:
-        """This rank's part of the state. Only the first rank of a group includes state that the group's ranks share."""
+        """Returns this rank's part of the state. State that several ranks share is included only by the first of
+        them."""
         shards = self.zero.shards()
         for hook in self.keepers:
             shards |= _apart(shards, hook.shards())
@@ -78,10 +79,10 @@ class RunState:
         return shards
 
     def wanted(self, meta: Mapping[str, Any], *, own_optimizer: bool = True) -> dict[str, Shard]:
-        """The shards that this rank reads from a checkpoint with this meta.
+        """Returns the shards that this rank reads from a checkpoint with this meta.
 
-        The checkpoint may lack a hook's state, or come from another optimizer: then this optimizer's state is set to
-        zero.
+        State of a hook is left out if the checkpoint lacks it. If the checkpoint comes from another optimizer, this
+        optimizer's state is set to zero instead.
         """
         shards = self.zero.shards(copies=True)
         if not own_optimizer:
@@ -96,9 +97,9 @@ class RunState:
         return shards | biases | self._loads()
 
     def wanted_of_start(self) -> dict[str, Shard]:
-        """The shards that this rank reads of the run's initial weights, with the balance biases.
+        """Returns the shards for the initial weights that this rank reads, and for the balance biases.
 
-        These are its masters, or its part of an adapter's base.
+        The weights are this rank's master weights, or its part of an adapter's base.
         """
         if not self._trains_adapter:
             return {
@@ -112,14 +113,14 @@ class RunState:
         return base | self._biases()
 
     def owned_base(self) -> dict[str, Shard]:
-        """An adapter's base and the balance biases, with each element on one rank only."""
+        """Returns the shards of an adapter's base and the balance biases. Exactly one rank includes each element."""
         shards = {f"master.{name}": shard for name, shard in self.zero.untrained_shards(owned=True).items()}
         if self.mesh.pp_rank > 0:
             shards.pop("master.embedding.weight", None)  # MTP's copy of the first rank's embedding
         return shards | (self._biases() if self.mesh.stage_rank == 0 else {})
 
     def fill_base(self, fill: FillShards, mark: WeightsMark | None = None) -> None:
-        """Fill this rank's part of the initial weights, or of the base in an adapter's run, and the balance biases.
+        """Fill this rank's part of the initial weights and the balance biases. In an adapter's run, fill the base.
 
         mark: receives the values of an adapter's base.
         """
@@ -132,7 +133,7 @@ class RunState:
                 )
 
     def finish_load(self, meta: dict[str, Any]) -> None:
-        """Finish loading after the wanted shards were filled, from a checkpoint with this meta."""
+        """Finish loading after the shards of `wanted` are filled. meta: of the checkpoint."""
         self.step, self.samples, self.skipped = meta["step"], meta["samples"], meta["skipped"]
         self.family = ModelFamily(meta.get("family", self.family))  # older checkpoints have only one family
         if best := meta.get("best"):
@@ -168,7 +169,7 @@ def _has(meta: Mapping[str, Any], hook: Any) -> bool:
 
 
 def _apart(shards: Mapping[str, Shard], more: dict[str, Shard]) -> dict[str, Shard]:
-    """The state of a hook. Raises UserError if its names are in use."""
+    """Returns `more`, the state of a hook. Raises UserError if `shards` already has one of its names."""
     if taken := sorted(shards.keys() & more.keys()):
         rule = "names tensors that the state of the run already has"
         raise UserError("callbacks", ", ".join(taken), rule, "give the hook's `shards` other names")

@@ -1,13 +1,14 @@
-"""Measures the work of this rank's pipeline and dispatcher in a step; sums over all ranks become metrics.
+"""Measures the work of this rank's pipeline and dispatcher in a step. Sums over all ranks become metrics.
 
-Each rank sends its share of a mean, divided by the world size, so that a sum gives the mean (train/loop/measure.py).
-A metric that a layout cannot have (a bubble without a pipeline, traffic without expert parallelism) is left out.
+Each rank divides its value by the world size, so that the sum over all ranks is the mean (train/loop/measure.py). A
+metric that a layout cannot have is left out: a bubble without a pipeline, or traffic without expert parallelism.
 
-A rank's busy time is the time of its actions. Inside an action it may also wait, for tokens from other experts' ranks
-(dispatch_wait_seconds) or for sharded weights. The bubble is only the time between actions.
+The bubble is the time between a rank's pipeline actions. A rank may also wait inside an action, for tokens from other
+ranks of its expert group (dispatch_wait_seconds) or for sharded weights. The bubble does not include this time.
 
-`busy` is this rank's own work without both kinds of waiting, so a slow rank stands out from ranks that wait for it.
-With NCCL the host does not wait for tokens: there a slow rank's whole expert group looks slow.
+`busy` is the time of this rank's own work, without waits inside or between actions. So a slow rank differs from the
+ranks that wait for it. With NCCL the host does not wait for tokens, so the whole expert group of a slow rank looks
+slow.
 """
 
 from collections.abc import Sequence
@@ -26,21 +27,23 @@ class StepWork:
         self._counters = None if parts.dispatcher is None else parts.dispatcher.counters
         self._has_pairs = parts.pipeline.facts.pairs
         self.busy = 0.0
-        """Seconds of this rank's own work in the last collected step."""
+        """Seconds that this rank worked in the last collected step, without waiting."""
         self._names = list(self._read())
 
     def clear(self) -> None:
-        """Start a new step: reset the counters, which may include a validation's traffic."""
+        """Reset the counters for a new step. They may still include the traffic of a validation."""
         if self._counters is not None:
             self._counters.take()
 
     def collect(self) -> list[float]:
-        """This rank's terms for the step that has just ended on the device; every rank returns the same number of
-        terms."""
+        """Returns this rank's terms of the sums, for the step that has just ended on the device.
+
+        Every rank returns the same number of terms.
+        """
         return list(self._read().values())
 
     def named(self, sums: Sequence[float]) -> dict[str, float]:
-        """Metrics from the sums of all ranks' terms."""
+        """Returns the metrics by name. sums: over the terms of all ranks."""
         values = dict(zip(self._names, sums, strict=True))
         return {name: int(value) if name in _BYTES else value for name, value in values.items()}
 

@@ -1,7 +1,7 @@
-"""Signals ask the run to stop after the current step, and save its state.
+"""Handles the signals that ask a run to save its state and stop after the current step.
 
-SIGTERM and Ctrl-C save a checkpoint; SIGUSR2 copies the state to memory if the run keeps such copies. A second Ctrl-C
-stops the run at once, and so does the first before a step is done.
+After SIGTERM or Ctrl-C the run saves a checkpoint. After SIGUSR2 it copies its state to memory, if it keeps such
+copies. A second Ctrl-C stops the run at once. Before the first step is done, the first Ctrl-C already does that.
 """
 
 import signal
@@ -22,18 +22,18 @@ class StopKind(Enum):
 
 
 class StopRequest:
-    """Remembers the first signal; a request to save on disk replaces a request to copy to memory.
+    """Remembers the first signal. A request to save on disk replaces a request to copy to memory.
 
-    The ranks read `pending` once per step and agree on it.
+    All ranks read `pending` once per step and agree on one value.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
         self.has_stepped = False
-        """Whether a step is done since the start, so that there is a state to save.
+        """Whether a step is done since the start. Without a step there is no new state to save.
 
-        Until then the first signal ends the run at once: the start, or a step of a far too large model, may take too
-        long.
+        Before the first step is done, a signal ends the run at once. Otherwise the user might wait very long for the
+        start, or for a step of a far too large model.
         """
         numbers = signal.SIGTERM, signal.SIGINT, signal.SIGUSR2
         self._previous = {number: signal.signal(number, self._take) for number in numbers}

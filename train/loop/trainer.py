@@ -1,7 +1,7 @@
 """The training loop: runs one optimizer step after another, the same on every rank.
 
-For each step it makes the plan, reads this rank's share of the batch, runs the step (training_engine.py), records it,
-and saves the state when due. All other work of a run is in hooks (live_run.py), which the loop calls.
+For each step it plans the step, reads this rank's share of the batch, runs the step (training_engine.py) and records
+its metrics. It saves the state when a checkpoint is due. Hooks (live_run.py), which the loop calls, do all other work.
 """
 
 import time
@@ -21,22 +21,22 @@ if TYPE_CHECKING:
     from train.loop.hooks.copies_in_memory import CopiesInMemory
 
 NEXT_PHASE = {"schedule": "reduction", "reduction": "update", "update": "record"}
-"""The phase that follows each phase of a step."""
+"""Maps each phase of a step to the next phase."""
 
 
 class Trainer:
     """Trains one rank of a run, until the last step or a request to stop."""
 
     def __init__(self, run: LiveRun, stop: StopRequest, copies: "CopiesInMemory"):
-        """copies: save the state if the next attempt resumes from memory."""
+        """copies: copy the state to memory, from which the next attempt may resume."""
         self.run, self.stop, self._copies = run, stop, copies
         self.goes_on = False
-        """The run stopped for another attempt, which resumes from memory."""
+        """Whether the run stopped only to let another attempt resume from memory."""
         self._saved: int | None = None
-        """The step of the newest checkpoint that hooks know."""
+        """Step of the newest checkpoint that hooks were told about."""
 
     def train(self) -> int:
-        """Train from the state's step to the last; returns the exit code. Raises RunDiverged, DiskFailed."""
+        """Train from the state's step to the last step. Returns the exit code. Raises RunDiverged and DiskFailed."""
         run = self.run
         with disk_errors(run.config, kind=DiskFailed), closing(run):
             run.tell("on_start")
@@ -50,7 +50,7 @@ class Trainer:
         if not steps:
             run.note(f"all {config.steps} steps of this run are complete; raise steps= to continue the training")
             if not (run.folder / "checkpoints" / step_name(run.state.step)).exists():
-                self._save(final=True)  # the state came from another run's folder, perhaps in another layout
+                self._save(final=True)  # the loaded state came from another run's folder, perhaps with another layout
             return EXIT_OK
         schedules = Schedules(config)
         # The data continue at the checkpoint's position, even if the batch size has changed since.
@@ -69,12 +69,12 @@ class Trainer:
         return EXIT_OK
 
     def _share(self, plan: StepPlan) -> tuple[int, int]:
-        """First sample and number of samples of this rank: a contiguous part of the step's batch."""
+        """Returns the first sample and the number of samples of this rank, a contiguous part of the step's batch."""
         first, count = share_of(self.run.config, plan.batch_size, self.run.mesh.dp_rank)
         return plan.first_sample + first, count
 
     def _step(self, plan: StepPlan, batches: Prefetch) -> StopKind:
-        """One step; returns how the run was asked to stop."""
+        """Run one step. Returns how the run was asked to stop."""
         run, state, waited = self.run, self.run.state, batches.waited
         run.plan, run.step = plan, plan.step
         run.enter("data")
@@ -99,8 +99,8 @@ class Trainer:
             )
         record = {"step": plan.step, "data_wait_seconds": batches.waited - waited}
         run.tell("on_step", plan.step, record)
-        # After its record is written: a run that resumes here continues with the next step. The end of the run saves
-        # the last state.
+        # Save only after the step's record is written, because a run that resumes here continues with the next step.
+        # The last state is saved at the end of the run.
         every = run.config.checkpoint.every
         if plan.step < run.config.steps and (run.wants_save or (every and plan.step % every == 0)):
             self._save()
@@ -108,7 +108,7 @@ class Trainer:
         return outcome.measured.stop
 
     def _save(self, final: bool = False) -> None:
-        """Save the state. final: also wait until it is saved."""
+        """Save the state. final: wait until it is saved."""
         self.run.saver.save(self.run, final)
         if self._saved != self.run.state.step:
             self._saved = self.run.state.step

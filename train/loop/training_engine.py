@@ -1,24 +1,23 @@
-"""The engine of one rank: the operations that a training loop needs, in any layout.
+"""Implements the engine of one rank: the operations that a training loop needs, in any layout.
 
-    forward_backward    gradients of a loss over a batch; several calls add up
-    update              gradients are clipped and applied if loss and gradients are finite; router biases are adjusted by
+    forward_backward    adds the gradients of a loss over a batch to those of earlier calls
+    update              clips and applies the gradients if loss and gradients are finite; adjusts the router biases by
                         the step's tokens per expert (paper 2.1.2)
     discard             deletes the gradients
-    logprobs            log-probabilities of given tokens; changes nothing
-    save, load          checkpoints, which any layout reads
-    generate            text of the live model, in one process
-    weights, fill       reads the weights under Hugging Face's names, one bucket at a time, and replaces them
+    logprobs            computes log-probabilities of given tokens; changes nothing
+    save, load          write and read checkpoints; any layout can read them
+    generate            generates text with the live model, in one process
+    weights, fill       read and replace the weights under Hugging Face's names, one bucket at a time
 
-Sluice's own trainer uses this engine. All ranks make the same calls in the same order. In every call each
-data-parallel rank gives its own share of the batch; ranks with the same share (stages of a pipeline, parts of
-sequences) give the same. A step, in order:
+Sluice's own trainer uses this engine. All ranks make the same calls in the same order. Each data-parallel rank passes
+its own share of the batch. All ranks of its pipeline stages and sequence parts pass the same share. A step, in order:
 
-    weights     weights of the loss terms and router losses
-    passes      forward and backward of all micro-batches
-    measures    losses, tokens per expert and times, summed over all ranks
-    reduction   gradients are reduced: at ZeRO 1 and 2 in the step's last call, at ZeRO 3 in every backward
-    update      the optimizer updates the weights
-    balance     router biases are adjusted
+    weights     sets the weights of the loss terms and router losses
+    passes      runs forward and backward of all micro-batches
+    measures    sums losses, tokens per expert and times over all ranks
+    reduction   reduces the gradients: for ZeRO 1 and 2 in the step's last call, for ZeRO 3 in every backward
+    update      updates the weights with the optimizer
+    balance     adjusts the router biases
 """
 
 import inspect
@@ -71,24 +70,24 @@ def set_weights(chunks: Sequence[DeepSeekV3], plan: StepPlan, balance_weight: fl
 
 
 class StepTotal(NamedTuple):
-    """Divisors of a step's sums, over all calls and ranks."""
+    """Counts over all calls and ranks of a step. The step's sums are divided by them."""
 
     rows: int
-    """Sequences of tokens."""
+    """Number of token sequences."""
     targets: int | None
-    """Learnt tokens; None if all tokens are learnt."""
+    """Number of learnt tokens; None if all tokens are learnt."""
     samples: int
-    """Samples, or sequences if samples are not distinguished."""
+    """Number of samples; number of sequences if samples are not distinguished."""
 
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """Results of a step. Without an applied update, weights and biases are unchanged."""
+    """Results of a step. If no update was applied, weights and biases are unchanged."""
 
     measured: MeasuredStep
     update: Update
     scores_LH: Tensor
-    """Largest attention score of every head of this rank's layers, as from `QKClip.largest`; empty without
+    """Largest attention score of every head in this rank's layers, from `QKClip.largest`; empty without
     optim.qk_clip."""
 
 
@@ -96,22 +95,22 @@ class Engine:
     """Runs the steps of one rank; every rank runs the same steps."""
 
     def __init__(self, config: Config, parts: ParallelModel, rank: RankSetup, live: "LiveModel | None" = None):
-        """live: implements saving, loading, weights and generation; None for a caller that uses none of them."""
+        """live: implements `save`, `load`, `weights`, `fill` and `generate`; None if the caller uses none of them."""
         self._live = live
         self._config, self._parts, self._device = config, parts, rank.device
         self.mesh = rank.mesh
-        """This rank's position: `dp_rank` tells its share of a batch."""
+        """This rank's position in the layout. Its `dp_rank` determines its share of a batch."""
         self._layout, self._schedules = rank.mesh.layout, Schedules(config)
         self.step = 0
-        """Number of completed steps, which selects the next step of the recipe's schedules; a caller that resumes
+        """Number of completed steps. It selects the next step of the recipe's schedules. A caller that resumes a run
         sets it."""
         self._sequences = config.micro_batch_size * rank.mesh.layout.dp
-        """Sequences of one micro-batch of every data-parallel rank."""
+        """Number of sequences in one micro-batch of all data-parallel ranks together."""
         self._mean_micro_batches = 0.0
-        """Mean micro-batches of a data-parallel rank in this step.
+        """Mean number of micro-batches of the data-parallel ranks in this step.
 
-        Losses are divided by it, so that all tokens of the batch have the same weight if shares differ
-        (parallel.uneven).
+        Losses are divided by this mean. So all tokens of the batch have the same weight, even if the ranks have
+        different numbers of micro-batches (parallel.uneven).
         """
         self._open: ExitStack | None = None
         """Contexts that end with the last call of the current step; None between steps."""
@@ -122,7 +121,8 @@ class Engine:
         """Whether a call failed during computation, so that other ranks may wait for this one."""
         self._reduce_ahead = parts.pipeline.on_chunk_end
         self.on_phase: Callable[[str], None] = lambda ended: None
-        """Called at the ends of `schedule` (forward and backward), `reduction` and `update`."""
+        """Called at the end of the phases `schedule` (forward and backward), `reduction` and `update`, with their
+        name."""
         self.clip = self._watch_scores(config.optim.qk_clip, parts, rank.mesh)
         self.measure = Measure(config.model, parts, rank, self.clip)
         self._moe_layers = sum(not name.startswith("mtp") for name in moe_layers(config.model))
@@ -141,11 +141,11 @@ class Engine:
     ) -> None:
         """Add the gradients of a loss over this rank's share of a batch to the step's gradients.
 
-        loss: a name of `TOKEN_LOSSES`, a function as in train/model/token_losses.py, or its import path. settings: its
-        further arguments. last: whether this is the step's last call, which reduces the gradients. total: learnt tokens
-        of all calls of the step, from `count`, because sums over tokens are divided by it. A step with several calls
-        needs it; None: this call is the whole step. terms: of `TERMS`. None: all, but without `biases` for replayed
-        experts, because the routers did not choose them. Raises UserError.
+        loss: a name of `TOKEN_LOSSES`, a function like those in train/model/token_losses.py, or its import path.
+        settings: further arguments of the loss. last: whether this is the step's last call, which reduces the
+        gradients. total: counts over all calls of the step, from `count`; sums over tokens are divided by them. A step
+        with several calls needs it. None: this call is the whole step. terms: a selection of `TERMS`. None: all of
+        them, but without `biases` if experts are replayed, because the routers did not choose these. Raises UserError.
         """
         batch = self._checked(batch)
         token_loss = self._find_loss(loss, batch, settings)
@@ -169,8 +169,8 @@ class Engine:
     def update(self, step: int | None = None, *, lr: float | None = None) -> StepOutcome:
         """Clip and apply the gradients of the step.
 
-        step: number in the recipe's schedules; None for the next. lr: replaces the schedule's rate. Nothing is applied
-        if loss or gradient is not finite. Raises UserError.
+        step: step number in the recipe's schedules; None for the next step. lr: replaces the schedule's learning rate.
+        Nothing is applied if the loss or a gradient is not finite. Raises UserError.
         """
         number = self.step + 1 if step is None else step
         if not 1 <= number <= self._config.steps:
@@ -194,11 +194,11 @@ class Engine:
 
     @torch.no_grad()
     def logprobs(self, batch: Batch) -> Tensor:
-        """log p(token | earlier tokens) of every token of this rank's share: fp32 (B, S) on the host.
+        """Returns log p(token | earlier tokens) for every token of this rank's share: fp32 (B, S) on the host.
 
-        All ranks with this share get the same values; the first token of a sequence gets 0. The logits are divided by
-        the tensor `temperatures`, if the batch has it; there is no top-p. Changes nothing: routers count nothing, and
-        adapters use no dropout. Raises UserError.
+        All ranks with the same share get the same values. The first token of a sequence gets 0. If the batch has a
+        tensor `temperatures`, the logits are divided by it. Top-p is not applied. The call changes nothing: routers do
+        not count tokens, and adapters do not use dropout. Raises UserError.
         """
         batch, head = self._checked(batch), self.measure.last
         wanted = {name: tensor for name, tensor in batch.tensors.items() if name == "temperatures"}
@@ -217,10 +217,11 @@ class Engine:
         return torch.nn.functional.pad(values_BT, (1, 0)).cpu()
 
     def count(self, batches: Sequence[Batch], rows: int | None = None) -> StepTotal:
-        """Learnt tokens, sequences and samples in the batches of all ranks.
+        """Counts learnt tokens, sequences and samples in the batches of all ranks.
 
-        Collective over all ranks, except if rows (sequences over all ranks) is given and every token is learnt. Raises
-        UserError on all ranks if one has more sequences than another, because it would wait for the others.
+        rows: number of sequences over all ranks, if known. The call is collective, unless rows is given and every token
+        is learnt. Raises UserError on all ranks if ranks have different numbers of sequences, because the rank with
+        more sequences would wait forever for the others.
         """
         if rows is not None and all(batch.supervised_BS is None for batch in batches):
             return StepTotal(rows, None, rows)
@@ -233,40 +234,40 @@ class Engine:
             rule = "must be as many on every data-parallel rank, and some rank has others"
             cure = "fill up with sequences of document -1, or set parallel.uneven=true"
             raise UserError("batch.tokens_BS", f"{counts[0]} sequences on this rank", rule, cure)
-        alike = self._layout.pp * self._layout.cp  # number of ranks that have the same share
+        alike = self._layout.pp * self._layout.cp  # number of ranks with the same share
         found = _total([count // alike for count in totals])
         return found if rows is None else found._replace(rows=rows)
 
     def save(self, folder: Path) -> Path:
-        """Write a checkpoint of the last step and wait until it is complete; returns its path, FOLDER/step_00000012.
+        """Write a checkpoint of the last step and wait until it is complete. Returns its path.
 
-        folder: of checkpoints. Training can resume from it in any layout, and every mode reads it. Raises
-        DiskFailed.
+        folder: of checkpoints. The path is, for example, FOLDER/step_00000012. Training can resume from the checkpoint
+        in any layout, and every mode reads it. Raises DiskFailed.
         """
         return self._between_steps("save").save(folder, self.step)
 
     def load(self, path: Path) -> None:
-        """Load a checkpoint of any layout: weights, optimizer state, balance biases and step number.
+        """Load weights, optimizer state, balance biases and step number from a checkpoint of any layout.
 
-        Raises UserError if it is damaged or has another model.
+        Raises UserError if the checkpoint is damaged or has another model.
         """
         self.step = self._between_steps("load").load(path)
 
     def weights(
         self, *, merged: bool = True, stacked: bool = False, dtype: torch.dtype | None = None
     ) -> Iterator[tuple[str, Tensor]]:
-        """Hugging Face's names and tensors in a folder's order, the same on all ranks.
+        """Yields tensors under Hugging Face's names, in the order of a folder, the same on all ranks.
 
-        Collective: every rank must read all of them, and a tensor is valid until the next. They include balance biases
-        in fp32. merged: the adapter is added to the base; else only the adapter, under PEFT's names. stacked: experts
-        of a layer as one tensor. dtype: None for the recipe's. Raises UserError.
+        Collective: every rank must read all tensors. A tensor is valid until the next one is read. Balance biases are
+        included, in fp32. merged: add the adapter to the base; otherwise yield only the adapter, under PEFT's names.
+        stacked: yield the experts of a layer as one tensor. dtype: None for the recipe's dtype. Raises UserError.
         """
         return self._between_steps("weights").weights(merged=merged, stacked=stacked, dtype=dtype)
 
     def fill(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Replace weights and balance biases by tensors under Hugging Face's names.
+        """Replace weights and balance biases with tensors under Hugging Face's names.
 
-        weights: as from `weights` of another engine, for example for a sampler in one process next to a session. The
+        weights: for example, from the method `weights` of a session, if this engine is a sampler in one process. The
         optimizer's state does not change. Raises UserError for an unknown name or a wrong shape.
         """
         self._between_steps("fill").fill(weights)
@@ -281,11 +282,10 @@ class Engine:
         end_ids: Collection[int] = (),
         seed: int = 1,
     ) -> "list[DrawnText]":
-        """Completions of prompts (token ids, any lengths) by the live model, in one batch; one process with whole
-        weights only.
+        """Returns completions of prompts by the live model. It works only in one process that has the whole model.
 
-        tokens: maximum of new tokens per prompt; generation stops at an end token. Row i uses the random seed `seed` +
-        i. Raises UserError.
+        prompts: token ids, of any lengths; all are completed in one batch. tokens: maximum number of new tokens for
+        each prompt. Generation stops at an end token. Row i uses the random seed `seed` + i. Raises UserError.
         """
         how = {"temperature": temperature, "top_p": top_p, "end_ids": end_ids, "seed": seed}
         return self._between_steps("generate").generate(prompts, tokens=tokens, **how)
@@ -302,8 +302,8 @@ class Engine:
     ) -> StepOutcome:
         """Run a whole step with the recipe's loss.
 
-        batch: this rank's share. stopping: the stop that this rank was asked for; all ranks get it with the
-        measurements. on_phase: see the field.
+        batch: this rank's share. stopping: how this rank was asked to stop; the measurements carry it to all ranks.
+        on_phase: see the field.
         """
         self.on_phase, self._moves_biases = on_phase, True
         self._pass(plan, batch, self.count([batch], plan.batch_size), stopping=stopping)
@@ -345,7 +345,7 @@ class Engine:
 
     @contextmanager
     def _accumulating(self, plan: StepPlan) -> Iterator[None]:
-        """A context for one call of the current step, or of a new one. An error inside ends the step."""
+        """Returns a context for one call of the current step, or of a new step. An error inside it ends the step."""
         if self._is_reduced:
             rule = "was called after the last call of a step, without update or discard"
             raise UserError(
@@ -368,7 +368,7 @@ class Engine:
             self._open = step.pop_all()
 
     def _close(self) -> None:
-        """Reduce the gradients."""
+        """Reduce the gradients and end the contexts of the step."""
         assert self._open is not None
         opened, self._open = self._open, None
         opened.close()
@@ -378,7 +378,7 @@ class Engine:
         self._is_reduced, collected, zero = False, self._collected, self._parts.zero
         zero.set_lr(plan.lr)
         update = zero.step(collected.finite)
-        measured = collected.read()  # the update has waited for the norm of the gradients
+        measured = collected.read()  # does not wait: the update has already waited for the gradient norm
         self.on_phase("update")
         if update.applied and self._moves_biases:
             self._update_biases(collected.loads_LE, plan)
@@ -396,7 +396,8 @@ class Engine:
         return QKClip(parts.chunks, self._config.model, limit, most)
 
     def _inputs(self, batch: Batch) -> dict:
-        """The pipeline's inputs from a batch; per-token tensors only on the rank of the head, experts on all ranks."""
+        """Returns the pipeline's inputs from a batch. Replayed experts go to all ranks, other per-token tensors only to
+        the rank of the head."""
         more = {} if self.measure.last is None else dict(batch.tensors)
         if batch.experts_BTLK is not None:
             more["experts_BTLK"] = batch.experts_BTLK
@@ -427,7 +428,8 @@ class Engine:
             update_bias(router.bias_E, loads_LE[self.measure.layers.index(name)], plan.bias_speed)
 
     def _between_steps(self, method: str) -> "LiveModel":
-        """The live model. Raises UserError inside a step, because gradients are not saved or handed out."""
+        """Returns the live model. Raises UserError inside a step, because gradients can be neither saved nor
+        returned."""
         assert self._live is not None, "this engine only supports whole steps"
         if self._open is not None or self._is_reduced:
             raise UserError(method, "in a step", "must be called between steps", "call update or discard before it")
@@ -436,7 +438,7 @@ class Engine:
     # Checks of a caller's arguments
 
     def _find_loss(self, loss: str | TokenLoss, batch: Batch, settings: Mapping[str, float]) -> TokenLoss | None:
-        """The loss function; None for the cross-entropy that the head computes in one piece. Raises UserError."""
+        """Returns the loss function; None for the cross-entropy, which the head computes itself. Raises UserError."""
         if isinstance(loss, str):
             if loss not in TOKEN_LOSSES and "." not in loss:
                 known = ", ".join(TOKEN_LOSSES)
@@ -467,7 +469,10 @@ class Engine:
         return terms
 
     def check(self, batch: Batch, micro_batches: int) -> None:
-        """Raise UserError if this layout cannot process a batch, of one rank or of all. micro_batches: per rank."""
+        """Raise UserError if this layout cannot process a batch.
+
+        batch: of one rank, or of all ranks together. micro_batches: number of micro-batches of each rank.
+        """
         config = self._config
         check_given_batch(batch, config.model.vocab_size)
         (rows, length), cp = batch.tokens_BS.shape, self._layout.cp
@@ -485,14 +490,17 @@ class Engine:
             self._keys(batch)
 
     def _checked(self, batch: Batch) -> Batch:
-        """The checked batch with all its fields. Raises UserError."""
+        """Checks a batch and returns it with all fields set. Raises UserError."""
         self.check(batch, self._micro_batches(batch))
         batch = _completed(batch)
         experts = None if batch.experts_BTLK is None else self._experts(batch)
         return replace(batch, experts_BTLK=experts, keys_BTLK=None if batch.keys_BTLK is None else self._keys(batch))
 
     def _keys(self, batch: Batch) -> Tensor:
-        """Replayed keys (B, T, L, K), where positions that do not count (see `_experts`) attend to themselves alone. Raises UserError."""
+        """Checks replayed keys (B, T, L, K) and returns them. Raises UserError.
+
+        Positions that do not count (see `_experts`) get only their own key.
+        """
         keys, model = batch.keys_BTLK, self._config.model
         assert keys is not None
         rows, length = batch.tokens_BS.shape
@@ -526,9 +534,10 @@ class Engine:
         return keys.int()
 
     def _experts(self, batch: Batch) -> Tensor:
-        """Replayed experts (B, T, L, K), with arbitrary valid experts at positions that do not count. Raises UserError.
+        """Checks replayed experts (B, T, L, K) and returns them. Raises UserError.
 
-        These positions are padding, and the last of each sample.
+        Positions that do not count get arbitrary valid experts. These positions are the padding and the last position
+        of each sample.
         """
         ids, model = batch.experts_BTLK, self._config.model
         assert ids is not None
@@ -560,12 +569,12 @@ class Engine:
 
 
 def total_of(batches: Sequence[Batch]) -> StepTotal:
-    """Learnt tokens, sequences and samples in these batches of all ranks."""
+    """Returns the learnt tokens, sequences and samples in these batches, which contain the shares of all ranks."""
     return _total(_counts(batches))
 
 
 def _counts(batches: Sequence[Batch]) -> list[int]:
-    """Rows, learnt tokens, samples, and the number of batches that mark learnt tokens."""
+    """Counts rows, learnt tokens, samples, and the batches that mark learnt tokens."""
     whole = [_completed(batch) for batch in batches]
     marked = sum(batch.supervised_BS is not None for batch in whole)
     return [
@@ -582,11 +591,11 @@ def _total(counts: list[int]) -> StepTotal:
 
 
 def _completed(batch: Batch) -> Batch:
-    """The batch with documents if it marks learnt tokens: one sample per sequence."""
+    """Returns the batch. If it marks learnt tokens but has no documents, each sequence becomes one sample."""
     if batch.supervised_BS is None or batch.documents_BS is not None:
         return batch
     return replace(batch, documents_BS=torch.zeros(batch.tokens_BS.shape, dtype=torch.int32))
 
 
 def _nothing(chunk: int) -> None:
-    """Does nothing: gradients are complete only after the step's last call."""
+    """Does nothing, because gradients are complete only after the step's last call."""

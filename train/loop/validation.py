@@ -1,4 +1,4 @@
-"""Loss on held-out sequences, in any layout, for a run's validation and for mode=evaluate."""
+"""Computes the loss on held-out sequences, in any layout. A run's validation and mode=evaluate use it."""
 
 import math
 from collections.abc import Callable
@@ -16,15 +16,15 @@ from train.data.dataset import ValidationData
 
 @dataclass(frozen=True)
 class Sums:
-    """Sums over sequences of all ranks."""
+    """Sums over the sequences of all ranks."""
 
     sequences: int = 0
     tokens: int = 0
-    """Learnt targets, eos included."""
+    """Number of learnt targets, including eos."""
     text_bytes: int = 0
-    """Bytes of text in the targets."""
+    """Number of text bytes in the targets."""
     nats: float = 0.0
-    """-log p of all targets, by the main model."""
+    """Sum of -log p over all targets, computed by the main model."""
     more: tuple[float, ...] = ()
     """Sums of additional measurements."""
 
@@ -40,12 +40,12 @@ class Sums:
 
     @property
     def loss(self) -> float:
-        """Nats per token."""
+        """Mean loss in nats per token."""
         return self.nats / self.tokens
 
     @property
     def bits_per_byte(self) -> float:
-        """NaN if the targets have no text."""
+        """Mean loss in bits per byte of text; NaN if the targets have no text."""
         return self.nats / math.log(2) / self.text_bytes if self.text_bytes else math.nan
 
 
@@ -57,15 +57,16 @@ def held_out_loss(
     device: torch.device,
     more: Callable[[], Tensor] | None = None,
 ) -> Sums:
-    """Main loss on all sequences of `data`, divided among the data-parallel ranks; every rank gets the same sums.
+    """Computes the main loss on all sequences of `data`. Every rank gets the same sums.
 
-    size: sequences per forward pass of one rank. more: called on every rank after each pass, returns further sums of that
-    pass (float64, the same number on all ranks; zeros if a rank has nothing to add).
+    The data-parallel ranks divide the sequences among them. size: sequences per forward pass of one rank. more: a
+    function that every rank calls after each pass. It returns additional sums of that pass as a float64 tensor, of the
+    same length on all ranks; zeros if the rank has nothing to add.
     """
     totals: Tensor | float = 0.0
     for first in range(0, len(data), size * mesh.layout.dp):
-        # Every rank makes the same number of passes, since experts are shared. A rank without a share repeats
-        # the first sequences and does not count them.
+        # Every rank runs the same number of passes, because its experts also serve the tokens of other ranks. A
+        # rank without a share repeats the first sequences and does not count them.
         mine = first + mesh.dp_rank * size
         batch = data.batch(mine if mine < len(data) else 0, size)
         loss = pipeline.evaluate(
@@ -73,9 +74,8 @@ def held_out_loss(
         )
         own = torch.zeros(4, dtype=torch.float64)
         if loss is not None:
-            # Each rank of a shared sequence has its own loss: a mean over equally many positions, or a sum over
-            # supervised
-            # ones. Only one rank counts the sequences' totals.
+            # Ranks that share a sequence have separate losses: means over equally many positions, or sums over
+            # supervised positions. Only one of these ranks counts the tokens and bytes of the sequence.
             counts, nats = mesh.cp_rank == 0, loss.item()
             if batch.supervised_BS is None:
                 nats *= batch.targets // mesh.layout.cp

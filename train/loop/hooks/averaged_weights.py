@@ -1,4 +1,4 @@
-"""optim.ema_decay: the moving average of the weights, updated after every step and saved in checkpoints as ema.*."""
+"""optim.ema_decay: updates a moving average of the weights after every step. Checkpoints store it as ema.*."""
 
 from typing import Any
 
@@ -10,14 +10,14 @@ from parallel.shard import Shard
 from parallel.zero.engine import Zero
 from train.loop.live_run import LiveRun
 
-# Exponential moving average of the weights in CPU memory (paper 3.2.3).
+# The exponential moving average of the weights is in CPU memory (paper 3.2.3).
 
 
 class Ema:
-    """Averages of this rank's fp32 master shards.
+    """Averages the fp32 master shards of this rank.
 
-    The copy from the device is asynchronous. The average of a step is computed when the next step's weights arrive, so
-    training never waits for it.
+    The copy from the device is asynchronous. The average of a step is computed when the weights of the next step
+    arrive. So training never waits for the average.
     """
 
     def __init__(self, masters: dict[str, Tensor], decay: float):
@@ -43,7 +43,7 @@ class Ema:
 
     @torch.no_grad()
     def flush(self) -> None:
-        """Finish the average of the last update; call before reading `average`."""
+        """Finish the average after the last update. Call this method before you read `average`."""
         if not self._pending:
             return
         if self._event is not None:
@@ -61,7 +61,7 @@ class Ema:
 
 
 class AveragedWeights:
-    """The average of this rank's master weights."""
+    """The hook that averages this rank's master weights."""
 
     def __init__(self, zero: Zero, decay: float):
         self._zero = zero
@@ -94,5 +94,5 @@ class AveragedWeights:
 
 
 def weight_averages(config: Config, zero: Zero) -> list[AveragedWeights]:
-    """An empty list, or a list of one if optim.ema_decay is set."""
+    """Returns a list with the hook if optim.ema_decay is set, else an empty list."""
     return [AveragedWeights(zero, config.optim.ema_decay)] if config.optim.ema_decay else []

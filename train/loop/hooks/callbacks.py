@@ -1,4 +1,4 @@
-"""Hooks of the user, from `callbacks` of a recipe; train/loop/live_run.py defines a hook.
+"""Builds the user's hooks from `callbacks` of a recipe. train/loop/live_run.py defines a hook.
 
 A hook that works for minutes must call `run.got_on()` at intervals: a run without progress for cluster.kill_after
 counts as hung.
@@ -19,10 +19,10 @@ from train.loop.live_run import HOOK_METHODS, LiveRun
 
 
 class Callback:
-    """A user's callback, with the hook methods that it defines."""
+    """Wraps a user's callback as a hook, with the methods that the callback defines."""
 
     def __init__(self, made: Any, progress: RankProgress | None):
-        """progress: is notified when the callback starts work outside of steps."""
+        """progress: receives a report when the callback starts work outside of steps."""
         self._progress = progress
         if hasattr(made, "close"):
             self.close = made.close
@@ -43,17 +43,20 @@ class Callback:
 
 
 def _as_kept(give: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """A callback's values, under the names with which checkpoints mark a callback's state."""
+    """Returns a callback's values under the names that a checkpoint uses for the state of callbacks."""
     return {HOOK_STATE + name: value for name, value in give().items()}
 
 
 def _own(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of a checkpoint's meta that callbacks wrote."""
+    """Returns the entries of a checkpoint's meta that callbacks wrote."""
     return {name.removeprefix(HOOK_STATE): value for name, value in meta.items() if name.startswith(HOOK_STATE)}
 
 
 def make_callbacks(config: Config, progress: RankProgress | None = None) -> list[Callback]:
-    """The callbacks of a recipe, in its order. progress: None if the callbacks are only validated. Raises UserError."""
+    """Builds the callbacks of a recipe, in the recipe's order.
+
+    progress: None if the callbacks are only validated. Raises UserError.
+    """
     found = []
     for place, section in enumerate(config.callbacks):
         key = f"callbacks[{place}]"

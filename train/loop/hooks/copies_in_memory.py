@@ -1,4 +1,4 @@
-"""checkpoint.every_memory: copies of the state in this node's and the next node's memory.
+"""checkpoint.every_memory: copies the state to the memory of this node and of the next node.
 
 See train/checkpoint/memory_copies.py.
 """
@@ -9,14 +9,14 @@ from train.metrics.names import Record
 
 
 class CopiesInMemory:
-    """Copies the state every few steps, and once more before an attempt ends so that the next attempt can resume."""
+    """Copies the state every few steps, and at the end of an attempt that another attempt continues."""
 
     def __init__(self, copies: MemoryCopies | None):
-        """copies: None for a run without copies in memory."""
+        """copies: writes the copies; None for a run without copies in memory."""
         self._copies = copies
 
     def give_up(self) -> None:
-        """Stop the copies: the memory is too small for them."""
+        """Stop making copies, because the memory is too small for them."""
         self._copies = None
 
     def on_step(self, run: LiveRun, step: int, record: Record) -> None:
@@ -24,8 +24,10 @@ class CopiesInMemory:
             self._copy(run, self._copies)
 
     def save_and_wait(self, run: LiveRun) -> bool:
-        """Copy the state to memory; returns whether the copy is complete. First waits for a running checkpoint to
-        reach the disk."""
+        """Copy the state to memory and return whether the copy is complete.
+
+        Before that, it waits until a checkpoint that is being written is on the disk.
+        """
         return self._copies is not None and self._copy(run, self._copies, waits=True)
 
     def _copy(self, run: LiveRun, copies: MemoryCopies, waits: bool = False) -> bool:

@@ -1,8 +1,8 @@
-"""Explains errors of the device and of NCCL on one screen: the operation and layer that failed, and the cure.
+"""Explains errors of the device and of NCCL on one screen: the failed operation, its layer, and the fix.
 
-The place is read from the frames of the error's own traceback, so a step without an error costs nothing. Modules are
-the `self` of a frame. In a backward pass no module runs: there, a weight among a function's variables gives the layer.
-torch's own backward operations have no Python frame, so the text names only the stage.
+The frames of the error's traceback give the place, so a step without an error costs nothing. In a forward pass, the
+variable `self` of a frame gives the module. In a backward pass no module runs, so a weight among the variables of a
+function gives the layer. torch's own backward operations have no Python frame. For them, the text names only the stage.
 """
 
 import re
@@ -27,7 +27,7 @@ from train.metrics.quantities import gib
 CPU_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 NCCL = "NCCL error"
 NO_MEMORY = re.compile(r"Cuda failure[^\n]*out of memory|Failed to CUDA (c|m)alloc")
-"""NCCL's messages when it finds no memory for its own buffers."""
+"""Matches NCCL's messages if it cannot allocate its own buffers."""
 LESS_ON_HOST = "a smaller model.offload (layer:N, attention, ffn), a smaller micro_batch_size, or more ranks of a pipeline (parallel.pp); mode=plan predicts the memory of a node"
 PHASES = {
     "forward_one_chunk": "forward",
@@ -41,21 +41,23 @@ PHASES = {
     "_save": "saving",
     "_copy": "copying of the state",
 }
-"""Phase by function name; the innermost matching frame counts."""
+"""Maps a function name to the phase of a step. The innermost frame with such a name counts."""
 UPDATE = ("step", "Zero"), ("accumulate", "WholeWeights"), ("accumulate", "ShardedWeights")
-"""Function and class of the work after the last backward."""
+"""Functions, with their classes, that run after the last backward."""
 SHOWN_CHARACTERS = 400
-"""Maximum characters quoted from the library's message."""
+"""Maximum number of characters that are quoted from a library's message."""
 
 
 class ExplainedError(RunEnded):
-    """An error of the device or the network; a file in the log folder has its traceback."""
+    """An error of the device or the network. A file in the log folder contains its traceback."""
 
 
 @contextmanager
 def raise_explained(config: Config, rank: int, logs: Path) -> Iterator[None]:
-    """Raise `ExplainedError` for out-of-memory and NCCL errors; logs gets a file with traceback and allocator
-    summary."""
+    """Raise `ExplainedError` for out-of-memory and NCCL errors.
+
+    Also write a file with the traceback and the allocator summary to the folder `logs`.
+    """
     try:
         yield
     except Exception as error:
@@ -67,7 +69,7 @@ def raise_explained(config: Config, rank: int, logs: Path) -> Iterator[None]:
 
 
 def _explain(config: Config, error: Exception) -> str | None:
-    """The screen, with its headline as first line; None for any other error."""
+    """Returns the text of the screen, with the headline as first line; None for any other error."""
     chain = list(causes(error, contexts=True))
     for one in chain:
         said = str(one)
@@ -84,7 +86,7 @@ def _explain(config: Config, error: Exception) -> str | None:
 
 
 def _place(chain: list[BaseException]) -> str:
-    """Layer, phase and stage, as far as the frames show them."""
+    """Finds the layer, the phase and the stage, as far as the frames show them."""
     frames = [frame for error in chain for frame, _ in traceback.walk_tb(error.__traceback__)][::-1]
     modules, weights = _names(frames)
     layer = next((name for frame in frames if (name := _layer(frame, modules, weights))), None)
@@ -95,7 +97,7 @@ def _place(chain: list[BaseException]) -> str:
 
 
 def _names(frames: list[FrameType]) -> tuple[dict[int, str], dict[int, str]]:
-    """Global names of the modules by id, and by the addresses of their weights."""
+    """Returns the global names of modules: by the id of the module, and by the addresses of its weights."""
     modules: dict[int, str] = {}
     weights: dict[int, str] = {}
     for frame in frames[::-1]:
@@ -106,16 +108,16 @@ def _names(frames: list[FrameType]) -> tuple[dict[int, str], dict[int, str]]:
         for name, module in root.named_modules():
             modules.setdefault(id(module), name)
             for param in module.parameters(recurse=False):
-                if param.numel():  # stage 3 of ZeRO leaves a parameter without memory
+                if param.numel():  # with ZeRO 3 a parameter may have no memory
                     weights.setdefault(param.data_ptr(), name)
     return modules, weights
 
 
 def _layer(frame: FrameType, modules: dict[int, str], weights: dict[int, str]) -> str | None:
-    """The layer that a frame belongs to."""
+    """Returns the layer that a frame belongs to."""
     own = frame.f_locals.get("self")
     if isinstance(own, nn.Module):
-        return modules.get(id(own)) or None  # the whole chunk has no name
+        return modules.get(id(own)) or None  # the chunk itself has no name
     tensors = (value for value in frame.f_locals.values() if isinstance(value, Tensor))
     with suppress(RuntimeError):  # a tensor without its own memory
         return next((weights[one.data_ptr()] for one in tensors if one.numel() and one.data_ptr() in weights), None)
@@ -123,7 +125,7 @@ def _layer(frame: FrameType, modules: dict[int, str], weights: dict[int, str]) -
 
 
 def _phase(frames: list[FrameType]) -> tuple[str, str]:
-    """The phase and its stage; the innermost frame comes first."""
+    """Returns the phase and its stage. frames: innermost frame first."""
     for frame in frames:
         function, own = frame.f_code.co_name, frame.f_locals.get("self")
         if function in PHASES:
@@ -135,7 +137,7 @@ def _phase(frames: list[FrameType]) -> tuple[str, str]:
 
 
 def _memory(said: str) -> list[str]:
-    """The requested memory, and how the device's memory is used."""
+    """Describes the requested memory, and the use of the device's memory."""
     lines = [f"  requested: {_words(said)}"]
     if torch.cuda.is_initialized():
         free, total = torch.cuda.mem_get_info()
@@ -147,13 +149,13 @@ def _memory(said: str) -> list[str]:
 
 
 def _words(said: str) -> str:
-    """A library's message as one line."""
+    """Returns a library's message as one line."""
     line = " ".join(said.split())
     return line if len(line) <= SHOWN_CHARACTERS else f"{line[:SHOWN_CHARACTERS]} ..."
 
 
 def _lighter(config: Config) -> str:
-    """Changes to the recipe that need less memory."""
+    """Suggests changes to the recipe that reduce its memory."""
     parallel, model = config.parallel, config.model
     changes = []
     if config.micro_batch_size > 1:
@@ -185,7 +187,7 @@ def _network(said: str) -> str:
 
 
 def _write(file: Path, error: Exception) -> bool:
-    """Write traceback and allocator summary to the file; returns whether the write succeeded."""
+    """Write the traceback and the allocator summary to the file. Returns whether the write succeeded."""
     parts = ["".join(traceback.format_exception(error))]
     if torch.cuda.is_initialized():
         parts.append(torch.cuda.memory_summary())

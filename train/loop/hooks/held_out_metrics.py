@@ -1,4 +1,5 @@
-"""log.validate_every: loss on held-out sequences. checkpoint.keep_best: keeps the state with the lowest such loss."""
+"""log.validate_every: measures the loss on held-out sequences. checkpoint.keep_best: saves the state of the step with
+the lowest held-out loss."""
 
 import math
 
@@ -9,7 +10,7 @@ from train.metrics.names import Record
 
 
 class Validation:
-    """Measures the held-out loss in the due steps and in the last step."""
+    """Measures the held-out loss every log.validate_every steps, and in the last step."""
 
     def on_step(self, run: LiveRun, step: int, record: Record) -> None:
         every = run.config.log.validate_every
@@ -21,7 +22,7 @@ class Validation:
 
 
 class BestKept:
-    """Requests a checkpoint when the held-out loss is the lowest so far; the state then stores this step."""
+    """Requests a checkpoint when the held-out loss is the lowest so far, and records the step in the state."""
 
     def on_start(self, run: LiveRun) -> None:
         if run.state.best is not None:

@@ -1,6 +1,6 @@
-"""The hooks of a run, in call order; train/loop/live_run.py defines a hook.
+"""Lists the hooks of a run in call order. train/loop/live_run.py defines a hook.
 
-device_errors.py is no hook: it explains errors of any part of a rank, even before the run exists (train/worker.py).
+device_errors.py is not a hook. It explains errors of any part of a rank, even before the run exists (train/worker.py).
 """
 
 from typing import Any
@@ -27,22 +27,26 @@ from train.rank_parts import ParallelModel, RankSetup
 def build_hooks(
     config: Config, rank: RankSetup, parts: ParallelModel, flops: Flops, copies: CopiesInMemory, ring: CommRing | None
 ) -> list[Any]:
-    """Every hook, including the recipe's callbacks. A hook that the recipe does not enable does nothing. Raises
-    UserError."""
+    """Builds all hooks, including the recipe's callbacks. Hooks that the recipe does not enable do nothing.
+
+    Raises UserError.
+    """
     zero, mesh = parts.zero, rank.mesh
     progress = RankProgress(RunPaths(config).logs, mesh.rank, rank.device, ring)
     return [
-        StepMetrics(flops),  # before all slow work that is not training
+        StepMetrics(flops),  # before hooks that do slow work besides training
         TimelineSampler(),  # aligns the pipeline's ranks: after hooks that wait for no rank, before the profiler starts
         StepProfiler(
             config, mesh.rank, parts
-        ),  # last before the passes and first after the update, so that the profile has no other work
-        ReplicaCheck(config.log.replicas_every, zero, mesh),  # before the phase changes: compares after the passes
+        ),  # the last hook before the passes and the first after the update, so that the profile has no other work
+        ReplicaCheck(
+            config.log.replicas_every, zero, mesh
+        ),  # before `progress` changes the phase: compares after the passes
         StateCheck(config.log.state_every, zero, mesh.rank),  # before anything reads the state
         progress,  # before slow work, so that the driver knows the rank's phase
-        Fp8Readings(config),  # any place before the recorder
+        Fp8Readings(config),  # anywhere before the recorder
         LayerNorms(config, zero, rank.device),  # keeps the weights before the update, and adds to the record
-        *weight_averages(config, zero),  # any place: no other hook copies the weights after the update
+        *weight_averages(config, zero),  # anywhere: no other hook copies the weights after the update
         SkippedSteps(),  # after the checks, so that they have run before this hook ends the run
         Validation(),  # after all measurements of the step, because it is slow; adds the held-out loss to the record
         BestKept(),  # after the validation, whose loss it reads
@@ -50,5 +54,5 @@ def build_hooks(
         *make_callbacks(config, progress),  # after the record is written, and before the state is saved
         copies,  # before checkpoints, which take longer
         SampleTexts(),  # after a checkpoint has begun; waits for it
-        PublishedWeights(),  # the same; after the samples, because it takes longer
+        PublishedWeights(),  # also after a checkpoint has begun; after the samples, because it takes longer
     ]

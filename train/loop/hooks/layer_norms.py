@@ -1,9 +1,9 @@
-"""Norms of every layer's weights, and of the change that a step's update made to them.
+"""Computes norms of every layer's weights, and norms of the change that a step's update made to them.
 
 A layer's norm is the root of the sum of squares of its fp32 master weights. Every weight counts once in any layout:
-each rank sums the intervals that it would write to a checkpoint, and an all-reduce follows. For the update's norm, a
-copy of the masters stays in host memory from the end of the backward passes until after the update. So the norm is
-correct for any optimizer. A run measures every log.norms_every steps; other steps cost nothing.
+each rank sums the intervals that it would write to a checkpoint, and an all-reduce adds these sums. For the norm of the
+update, a copy of the master weights is in host memory from the end of the backward passes until after the update. So
+this norm is correct for any optimizer. A run computes the norms every log.norms_every steps; other steps cost nothing.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from train.metrics.names import Record
 
 
 def layer_names(model: Model) -> list[str]:
-    """Parts of the model with separate norms, by the prefix of parameter names."""
+    """Returns the parts of the model that have separate norms, as prefixes of parameter names."""
     blocks = [f"layers.{i}" for i in range(model.layers)]
     return ["embedding", *blocks, "norm", "head", *(f"mtp.{i}" for i in range(model.mtp_depth))]
 
@@ -46,8 +46,10 @@ class LayerNorms:
             self._before = {name: master.to("cpu", copy=True) for name, master in self._masters()}
 
     def collect(self, step: int) -> Record:
-        """Norms by layer and of the whole model; empty for a step that is not measured. Call after the update, on
-        all ranks."""
+        """Returns the norms of each layer and of the whole model; empty for a step that is not measured.
+
+        Call this method after the update, on all ranks.
+        """
         if not self._measures(step):
             return {}
         squares_2L = torch.zeros(2, len(self._layers), dtype=torch.float64)
@@ -78,6 +80,6 @@ class LayerNorms:
 
 
 def _layer_of(name: str) -> str:
-    """The part of the model that a parameter belongs to."""
+    """Returns the part of the model that a parameter belongs to."""
     first, second, *_ = name.split(".")
     return f"{first}.{second}" if first in ("layers", "mtp") else first

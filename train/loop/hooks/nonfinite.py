@@ -1,14 +1,14 @@
 """Finds where non-finite values began: the rank, the layer, and the forward or backward pass.
 
-The loss and the gradients of a step are sums over ranks, in which one NaN hides its origin. So a skipped step runs
-once more, with the same weights and data, while every module is watched; its gradients are discarded. A normal step
-costs nothing. The sightings of all ranks are gathered; the earliest in the order of the pass is the origin:
+The loss and the gradients of a step are sums over ranks. A NaN in a sum does not show which rank it came from. So a
+skipped step runs once more, with the same weights and data, and a `Watch` checks every module. The gradients of this
+repetition are discarded. Other steps cost nothing. The sightings of all ranks are gathered. The origin is
 
-    forward     the smallest position in the order of the layers
-    backward    the largest position, if the forward pass was finite everywhere
+    forward     the first layer with a sighting in the forward pass
+    backward    the last layer with a sighting in the backward pass, if the forward pass was finite everywhere
 
-Later layers, earlier pipeline ranks and the ranks of experts only receive values that began at the origin. A value
-that does not appear again was not caused by weights or data, but most likely by a device.
+Other layers and ranks only receive values that began at the origin. If the value does not appear again, weights and
+data did not cause it. Then the most likely cause is a faulty device.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,7 +29,7 @@ SHOWN_TENSORS = 8
 
 @dataclass(frozen=True, order=True)
 class Sighting:
-    """A module boundary with a non-finite value; sorted in the order of the forward pass."""
+    """A module boundary at which a value was not finite. Sightings sort in the order of the forward pass."""
 
     layer: int
     boundary: int
@@ -37,8 +37,8 @@ class Sighting:
     name: str
     """The module's tensor that was not finite: its input, its output or a weight."""
     catching: bool = False
-    """True for a gradient that is a sum over tokens; with experts on several ranks, it includes tokens of other
-    ranks."""
+    """Whether the value is a gradient that is summed over tokens. If experts are on several ranks, the sum includes
+    tokens of other ranks."""
 
 
 PASSES = ("forward", "backward")
@@ -46,22 +46,22 @@ PASSES = ("forward", "backward")
 
 @dataclass(frozen=True)
 class RankSightings:
-    """Findings of one rank about a skipped step."""
+    """What one rank found when it repeated a skipped step."""
 
     rank: int
     replica: int
-    """The data-parallel rank: ranks with the same number work on the same samples."""
+    """The data-parallel rank. Ranks with the same number work on the same samples."""
     loss: bool | None
-    """Whether the rank's own loss was finite; None on a rank without a loss."""
+    """Whether this rank's own loss was finite; None on a rank without a loss."""
     gradients: list[str]
-    """Parameters of its shard with a non-finite gradient, summed over ranks; the first SHOWN_TENSORS."""
+    """Parameters of this rank's shard whose gradient, summed over ranks, is not finite; at most SHOWN_TENSORS names."""
     weights: list[str]
     """Parameters with non-finite values."""
     forward: Sighting | None
     backward: Sighting | None
 
     def plain(self) -> dict[str, Any]:
-        """The record in JSON types, for the other ranks."""
+        """Returns the findings as JSON values, for the other ranks."""
         seen = {name: None if (at := getattr(self, name)) is None else list(vars(at).values()) for name in PASSES}
         return vars(self) | seen
 
@@ -71,7 +71,7 @@ class RankSightings:
 
 
 class Watch:
-    """Looks for non-finite values in all modules of these chunks, while it is entered as a context."""
+    """A context that checks all modules of some chunks for non-finite values."""
 
     def __init__(self, chunks: Sequence[DeepSeekV3]):
         self._chunks = chunks
@@ -92,7 +92,7 @@ class Watch:
             handle.remove()
 
     def _visit(self, name: str, module: nn.Module, layer: int, boundary: int) -> int:
-        """Watch a module and its children; returns the number of its last boundary."""
+        """Watch a module and its children. Returns the number of the module's last boundary."""
         start = Sighting(layer, boundary, f"the input of {name}")
         for child_name, child in module.named_children():
             boundary = self._visit(f"{name}.{child_name}", child, layer, boundary + 1)
@@ -112,7 +112,7 @@ class Watch:
                 self._handles.append(param.register_hook(partial(self._see_weights_gradient, at, param)))
 
     def _see(self, values: Any, at: Sighting) -> None:
-        """Check the tensors among values, and their gradients once these are computed."""
+        """Check the tensors among `values`. Also check their gradients as soon as autograd has computed them."""
         for value in _tensors_in(values):
             if (self.forward is None or at < self.forward) and not is_finite(value):
                 self.forward = at
@@ -124,17 +124,19 @@ class Watch:
             self.backward = at
 
     def _see_weights_gradient(self, at: Sighting, param: nn.Parameter, gradient: Tensor | None) -> None:
-        """Check a weight's gradient. If autograd has none, the GEMM has added it to the sum, which stays non-finite
-        from then on."""
+        """Check a weight's gradient. Without a gradient from autograd, check the sum to which the GEMM has added it.
+
+        A sum with one non-finite term stays non-finite.
+        """
         gradient = param.grad if gradient is None else gradient
         if gradient is not None:
             self._see_gradient(at, gradient)
 
 
 def _layers_in_order(chunk: DeepSeekV3) -> Iterator[tuple[str, nn.Module, int]]:
-    """Name, module and position in the forward pass of each part.
+    """Yields the name, the module and the forward position of each part of a chunk.
 
-    Parts: the embedding, every block, the norm, MTP modules and the head.
+    The parts are the embedding, every block, the norm, the MTP modules and the head.
     """
     blocks, depths = chunk.config.layers, chunk.config.mtp_depth
     for name, module in chunk.named_children():
@@ -147,7 +149,7 @@ def _layers_in_order(chunk: DeepSeekV3) -> Iterator[tuple[str, nn.Module, int]]:
 
 
 def _tensors_in(values: Any) -> Iterator[Tensor]:
-    """Plain floating-point tensors among values; other kinds (quantised rows) store their values elsewhere."""
+    """Returns the plain floating-point tensors among `values`. Other kinds, such as quantised rows, are left out."""
     if isinstance(values, (tuple, list)):
         for value in values:
             yield from _tensors_in(value)
@@ -160,13 +162,13 @@ def is_finite(value: Tensor) -> bool:
 
 
 def bad_weights(named: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """Names of the parameters with a non-finite value."""
+    """Returns the names of the parameters that have a non-finite value."""
     return sorted({name for name, weight in named if not is_finite(weight)})[:SHOWN_TENSORS]
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a non-finite value began, as far as the ranks' findings show."""
+    """The place where a non-finite value began, as far as the ranks' findings show it."""
 
     what: str
     """`non-finite loss` or `non-finite gradient`."""
@@ -174,14 +176,14 @@ class Origin:
     """forward or backward; None if the value did not appear again."""
     where: str
     ranks: tuple[int, ...]
-    """Empty if the findings single out no rank."""
+    """Ranks on which the value began; empty if the findings do not show them."""
     alone: bool
-    """Whether other replicas with the same weights were finite."""
+    """Whether the values of other replicas with the same weights were finite."""
     weights: tuple[str, ...]
 
     @property
     def text(self) -> str:
-        """One sentence without a full stop."""
+        """Describes the origin in one sentence, without a full stop."""
         whom = f" on {shown_ranks(self.ranks)}" if self.ranks else ""
         if self.weights:
             return f"{self.what}: weights are not finite{whom}: {', '.join(self.weights)}"
@@ -192,8 +194,8 @@ class Origin:
         return f"{self.what}: it began in the {self.phase} pass{whom or ' on all ranks that have it'}, at {place}"
 
     def advice(self, updates: int, samples: str) -> str:
-        """Advice that fits this origin. updates: number of updates so far. samples: the samples of the step, as
-        text."""
+        """Returns advice that fits this origin. updates: number of updates so far. samples: describes the step's
+        samples."""
         older = "resume from an older checkpoint with resume=PATH"
         if self.weights:
             if updates:
@@ -213,7 +215,8 @@ def _of(ranks: Sequence[int]) -> str:
 
 
 def shown_ranks(ranks: Sequence[int]) -> str:
-    """`rank 1`, `ranks 1, 2 and 5`, or the first few and the number of others."""
+    """Returns text such as `rank 1` or `ranks 1, 2 and 5`. Of many ranks it gives the first few, and counts the
+    rest."""
     if len(ranks) == 1:
         return f"rank {ranks[0]}"
     if len(ranks) > SHOWN_TENSORS:
@@ -222,8 +225,10 @@ def shown_ranks(ranks: Sequence[int]) -> str:
 
 
 def find_origin(finite_loss: bool, saw: Sequence[RankSightings]) -> Origin:
-    """The origin, from the findings of all ranks in the repeated step. finite_loss: whether the step's loss was
-    finite."""
+    """Derives the origin from the findings of all ranks in the repeated step.
+
+    finite_loss: whether the loss of the original step was finite.
+    """
     what = "non-finite gradient" if finite_loss else "non-finite loss"
     broken = [each for each in saw if each.weights]
     if broken:

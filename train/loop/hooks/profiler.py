@@ -1,11 +1,11 @@
-"""Profiles the time of a step: torch's profiler over some steps of some ranks, with names of Sluice's parts.
+"""Profiles some steps on some ranks with torch's profiler, and adds the names of Sluice's parts to the trace.
 
 runs/NAME/profile/
     rank_0.trace.json.gz   every operation with its time; https://ui.perfetto.dev opens it
     rank_0.json            rows of the table: part, operation, calls and seconds per step
 
-A part is identified by its methods. Their calls are recorded only in profiled steps, so other steps cost nothing.
-Backward operations belong to the part of their forward.
+The trace shows a part by calls of its methods. These calls are recorded only in profiled steps, so other steps cost
+nothing. A backward operation belongs to the same part as its forward operation.
 """
 
 import json
@@ -44,12 +44,12 @@ METHODS: dict[type, dict[str, str]] = {
     MoE: {"run_experts": "experts"},
     Head: {"forward": "head and loss"},
 }
-"""Per module type: the traced methods and their names in the trace."""
+"""Maps a module type to its traced methods, with their names in the trace."""
 DISPATCH = {"dispatch_begin": "dispatch", "combine": "dispatch"}
 TRAVELS = "_Dispatch", "_Combine"
-"""Name prefixes of the autograd functions of parallel/expert/dispatcher.py.
+"""Name prefixes of the autograd functions in parallel/expert/dispatcher.py.
 
-They also wait for rows outside of the methods of `DISPATCH`.
+These functions also wait for rows outside of the methods of `DISPATCH`.
 """
 OPTIMIZER = "optimizer"
 PART_NAMES = {*(name for methods in METHODS.values() for name in methods.values()), *DISPATCH.values(), OPTIMIZER}
@@ -75,22 +75,25 @@ class StepProfiler:
     on_skip = on_update
 
     def begin(self, step: int) -> None:
-        """Call before each training step."""
+        """Start the profiler if this step is the first profiled step. Call this method before each training step."""
         if self._watches and self._first <= step <= self._last and self._profile is None:
             self._start()
 
     def end(self, step: int, note: Callable[[str], None]) -> None:
-        """Call after each step. note: receives the table for the user after the last profiled step."""
+        """End the profile after the last profiled step. Call this method after each step.
+
+        note: a function that receives the table for the user.
+        """
         if self._profile is not None and step == self._last:
             self._finish(self._last - self._first + 1, note)
 
     def close(self, run: LiveRun | None = None) -> None:
-        """Called at the end of the run. If the last profiled step has not run, the profile is discarded."""
+        """Discard the profile if the run ends before the last profiled step."""
         self._watches = False
         self._open.close()
 
     def _start(self) -> None:
-        os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # else Kineto prints its own lines to the terminal
+        os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # otherwise Kineto prints its own lines to the terminal
         self._open.enter_context(named(self._parts))
         on_gpu = [ProfilerActivity.CUDA] * torch.cuda.is_available()
         self._profile = self._open.enter_context(profile(activities=[ProfilerActivity.CPU, *on_gpu]))
@@ -116,7 +119,7 @@ class StepProfiler:
 
 @contextmanager
 def named(parts: ParallelModel) -> Iterator[None]:
-    """Give the methods of Sluice's parts and the pipeline's actions names in the trace."""
+    """Returns a context in which the trace names the methods of Sluice's parts and the pipeline's actions."""
     with ExitStack() as stack:
         dispatchers: dict[int, Any] = {}
         for module in (module for chunk in parts.pipeline.modules for module in chunk.modules()):
@@ -134,7 +137,7 @@ def named(parts: ParallelModel) -> Iterator[None]:
 
 @contextmanager
 def _wrapped(owner: Any, method: str, name: str) -> Iterator[None]:
-    """Record the calls of this object's method under a name."""
+    """A context in which this method of `owner` also records its calls under a name."""
     plain = getattr(owner, method)
 
     @wraps(plain)
@@ -167,9 +170,9 @@ def _wrapped_actions(timeline: Any) -> Iterator[None]:
 
 
 def largest(events: Sequence[FunctionEvent], steps: int) -> list[dict[str, Any]]:
-    """Rows of the table, the longest first: per part and operation, the device time without nested operations.
+    """Returns the rows of the table, longest time first. Each row has the time of one operation in one part.
 
-    The device is the GPU if any operation ran there, else the CPU thread.
+    The time does not include nested operations. It is GPU time if any operation ran on the GPU, else CPU thread time.
     """
     of_forward = {event.sequence_nr: part for event in events if event.sequence_nr >= 0 and (part := _part(event, {}))}
     seconds: dict[tuple[str, str], float] = defaultdict(float)
@@ -196,7 +199,7 @@ def largest(events: Sequence[FunctionEvent], steps: int) -> list[dict[str, Any]]
 
 
 def _part(event: FunctionEvent, of_forward: dict[int, str]) -> str | None:
-    """The innermost part that an operation ran in; for a backward operation, the part of its forward."""
+    """Returns the innermost part that an operation ran in. A backward operation gets the part of its forward."""
     above: FunctionEvent | None = event
     while above is not None:
         if above.name in PART_NAMES:
@@ -210,7 +213,7 @@ def _part(event: FunctionEvent, of_forward: dict[int, str]) -> str | None:
 
 
 def table_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The table as lines for a terminal."""
+    """Formats the table as lines for a terminal."""
     lines = [f"  {'part':18}{'operation':44}{'calls':>8}{'ms':>10}{'share':>8}"]
     for row in rows:
         lines.append(

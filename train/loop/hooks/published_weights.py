@@ -3,8 +3,8 @@
     runs/NAME/weights/step_00000100/   a complete folder, as mode=export writes it, with export.dtype and export.family
     runs/NAME/weights/newest           a link to the newest folder, replaced atomically
 
-A folder gets its final name when it is complete. The newest KEPT_FOLDERS stay, so that a reader of the link has time to
-open the folder.
+A folder gets its final name when it is complete. The hook keeps the newest KEPT_FOLDERS folders, so that a process that
+has read the link has time to open the folder.
 """
 
 import os
@@ -24,24 +24,28 @@ KEPT_FOLDERS = 2
 
 
 class PublishedWeights:
-    """Writes the folder of a due checkpoint on rank 0, once the checkpoint exists. Other ranks wait for rank 0 in
-    the next step."""
+    """Writes the folder of a due checkpoint on rank 0, as soon as the checkpoint is complete.
+
+    Other ranks wait for rank 0 in the next step.
+    """
 
     def on_save(self, run: LiveRun, step: int) -> None:
         every = run.config.checkpoint.weights_every
         if run.writer is None or not every or (step % every and step < run.config.steps):
             return
         run.saver.finish(run)
-        if (RunPaths(run.config).checkpoints / step_name(step)).exists():  # else the saver has reported the failure
+        if (
+            RunPaths(run.config).checkpoints / step_name(step)
+        ).exists():  # otherwise the saver has reported the failure
             with run.beside("checkpoint"):
                 publish_weights(run.config, step)
 
 
 def publish_weights(config: Config, step: int) -> Path:
-    """Write the folder of this step's checkpoint and point the link to it; returns the folder. Raises UserError."""
+    """Write the folder of this step's checkpoint and point the link to it. Returns the folder. Raises UserError."""
     folder = RunPaths(config).path / WEIGHTS_FOLDER
     target = folder / step_name(step)
-    if not target.exists():  # a run that was interrupted here does not write it again
+    if not target.exists():  # an interrupted attempt may have written it already
         checkpoint = str(RunPaths(config).checkpoints / step_name(step))
         section = replace(config.export, to=str(target), checkpoint=checkpoint, ema=False, merge=False)
         write_export(replace(config, export=section), silent)

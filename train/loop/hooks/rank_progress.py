@@ -23,15 +23,15 @@ SHOWN_PHASES = ("validation", "checkpoint")
 
 
 class RankProgress:
-    """Writes the file of cluster.run_files.progress_path: step, phase, Unix time and measurements of the rank.
+    """Writes the file `cluster.run_files.progress_path`: step, phase, Unix time and measurements of the rank.
 
-    phase: step, validation, checkpoint, or the hook of a callback. sequences: of the step, over all ranks. busy:
-    seconds of the previous step without waits for other ranks, and seconds: of that whole step; both null at the start.
-    memory: peak bytes of the rank's device, or of the process on a CPU.
+    phase: step, validation, checkpoint, or the hook method of a callback. sequences: number of sequences in the step,
+    over all ranks. seconds: duration of the previous step. busy: the same without waits for other ranks. Both are null
+    at the start. memory: peak bytes of the rank's device, or of the process on a CPU.
     """
 
     def __init__(self, logs: Path, rank: int, device: torch.device, ring: CommRing | None = None):
-        """ring: also receives the rank's phase."""
+        """ring: ring buffer that also receives the rank's phase."""
         self._path, self._device, self._ring = progress_path(logs, rank), device, ring
         self._refused, self._is_beside = False, False
         self._note: Callable[[str], None] = say_note
@@ -51,7 +51,7 @@ class RankProgress:
         self._is_beside = phase in SHOWN_PHASES
 
     def say(self, run: LiveRun, phase: str, sequences: int = 0) -> None:
-        """Report the rank's phase, which holds until the next report."""
+        """Report the rank's phase. It is valid until the next report."""
         busy = None if run.seconds is None else run.engine.measure.step_work.busy
         self.write(run.step, phase, sequences, busy, run.seconds)
 
@@ -76,9 +76,9 @@ class RankProgress:
                 self._note(f"progress could not be written ({explain_disk_error(error)}); training continues")
 
     def _write_over(self, text: str) -> None:
-        """Overwrite the old text in place, which needs no more disk space; a rank whose file never changes looks hung.
+        """Overwrite the old text in place, which works on a full disk. A rank with an unchanged file would look hung.
 
-        A reader may find a mix of both texts, which is not valid JSON, and treats it as no news.
+        A reader may find a mix of both texts. This is not valid JSON, so the reader ignores it.
         """
         with contextlib.suppress(OSError), open(self._path, "r+b", buffering=0, opener=open_plain) as file:
             size = os.fstat(file.fileno()).st_size
@@ -86,7 +86,7 @@ class RankProgress:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: peak allocated CUDA memory, or on CPU the largest resident set."""
+    """Returns the peak memory in bytes: allocated CUDA memory, or on a CPU the resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

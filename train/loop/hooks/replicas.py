@@ -1,15 +1,15 @@
-"""Checks for flipped bits: weights with copies on several ranks, and optimizer state between its uses.
+"""Detects flipped bits in weights that have copies on several ranks, and in optimizer state between its uses.
 
-Copies of weights are compared bit by bit at the end of the backward passes, before the update. The update rounds the
-weights again from the master weights, which only one rank has; a flip would then be gone, but not its effect on
-gradients. Each rank sums the bits of each weight as integers, so that one flipped bit changes the sum. One reduction of
-two numbers per weight gives the smallest and largest sum of all copies. Not detected: a flip that is already gone,
-flips in master weights or moments, experts that only one rank holds, and stage 3 of ZeRO, where no weight has a copy.
+Weights: ranks compare the copies of a weight bit by bit after the backward passes, before the update. The update rounds
+the weights again from the master weights. That would remove a flip, but not its effect on the gradients. Each rank sums
+the bits of each weight as integers, so one flipped bit changes the sum. A reduction of two numbers for each weight
+gives the smallest and the largest sum of all copies. This check does not detect a flip that is already gone, or flips
+in experts that only one rank holds. With ZeRO 3 it detects nothing, because no weight has a copy.
 
-Master weights and moments must not change between the end of an update and their next read, by an update or a
-checkpoint. Most of them have no copy on another rank. So each rank sums the bits of every tensor of its shard after the
-update of some steps, and again before that read. Not detected: a flip inside an update, a flip after a step that is not
-checked, and a flip in a gradient or an activation.
+State: master weights and moments must not change between an update and their next read, by an update or a checkpoint.
+Most of them have no copy on another rank. So each rank sums the bits of its shard's tensors after the update of some
+steps, and again before the next read. This check does not detect a flip inside an update, after a step that is not
+checked, or in a gradient or an activation.
 """
 
 from collections import Counter
@@ -29,17 +29,17 @@ from train.loop.live_run import LiveRun
 SHOWN_WEIGHTS = 4
 """Maximum number of names in a sentence."""
 TAKE_OUT = "a resume from the last checkpoint restores the correct weights. If this happens again on the same device, replace the device"
-"""The cure for a flipped bit, as the end of a sentence."""
+"""The fix for a flipped bit, as the end of a sentence."""
 
 
 class ReplicasDiffer(RunEnded):
-    """Copies of a weight are not equal; the gradients of this step are wrong, and the update did not run."""
+    """Copies of a weight differ, so the gradients of this step are wrong. The update did not run."""
 
     code = EXIT_CRASH
 
 
 class ReplicaCheck:
-    """Compares this rank's weights with all their copies. every: interval in steps; 0 means never."""
+    """Compares the weights of this rank with their copies on other ranks. every: interval in steps; 0 means never."""
 
     def __init__(self, every: int, zero: Zero, mesh: Mesh):
         self._every = every
@@ -56,22 +56,24 @@ class ReplicaCheck:
             self.require_equal(step)
 
     def require_equal(self, step: int) -> None:
-        """Call before the update of every step, on all ranks. Raises ReplicasDiffer on the ranks that hold such a
-        weight."""
+        """Compare the copies in a step that is due. Call this method before the update of every step, on all ranks.
+
+        Raises ReplicasDiffer on the ranks that hold a weight with different copies.
+        """
         if not self._every or step % self._every:
             return
         for group, params, names in self._sets:
             sums = torch.stack([sum_of_bits(param) for param in params])
-            ends = torch.stack([sums, ~sums])  # ~ reverses the order, as a minus does, and never overflows
+            ends = torch.stack([sums, ~sums])  # ~ reverses the order like a minus sign, but never overflows
             dist.all_reduce(ends, dist.ReduceOp.MAX, group=group)
             if bool((ends[0] != ~ends[1]).any()):
                 finite = torch.stack([param.detach().isfinite().all() for param in params])
                 self._tell(step, group, torch.stack([sums, finite.to(sums)]), names)
 
     def _tell(self, step: int, group: ProcessGroup, facts: Tensor, names: Sequence[str]) -> None:
-        """Name the copies that differ from most others; without a majority, the copies that are not finite.
+        """Name the copies that differ from the majority; without a majority, name the copies that are not finite.
 
-        facts: per weight of this rank, its sum and whether it is finite.
+        facts: for each weight of this rank, the sum of its bits and whether it is finite.
         """
         of_rank = [torch.empty_like(facts) for _ in range(dist.get_world_size(group))]
         dist.all_gather(of_rank, facts, group=group)
@@ -101,10 +103,10 @@ class ReplicaCheck:
 
 
 def sum_of_bits(tensor: Tensor) -> Tensor:
-    """Sum of a tensor's bits modulo 2^64: int64, a scalar on its device.
+    """Returns the sum of a tensor's bits modulo 2^64, as an int64 scalar on the tensor's device.
 
-    Adds 8-byte integers, then the remaining elements one by one. The sum depends only on the values, not on their
-    address; every single flipped bit changes it.
+    It adds the tensor's 8-byte integers, and then the remaining elements one by one. The sum depends only on the
+    values, not on their address. Every single flipped bit changes it.
     """
     flat = tensor.detach().contiguous().view(-1)
     size = flat.element_size()
@@ -118,19 +120,21 @@ def sum_of_bits(tensor: Tensor) -> Tensor:
 
 
 class StateChanged(RunEnded):
-    """Master weights or moments changed between update and read; neither an update nor a checkpoint used them."""
+    """Master weights or moments changed between an update and their next read. The changed values were not used."""
 
     code = EXIT_CRASH
 
 
 class StateCheck:
-    """Compares the state of one rank's shard with its state after an update. every: interval in steps; 0 means
-    never."""
+    """Checks that the state of one rank's shard has not changed since an update.
+
+    every: interval in steps; 0 means never.
+    """
 
     def __init__(self, every: int, zero: Zero, rank: int):
         self._every, self._zero, self._rank = every, zero, rank
         self._left: tuple[int, dict[str, Tensor]] | None = None
-        """The step of the last noted update, and the bit sums after it."""
+        """The step of the last noted update, and the sums of bits after this update."""
 
     def on_phase(self, run: LiveRun, step: int, phase: str) -> None:
         if phase in ("update", "checkpoint"):
@@ -142,11 +146,14 @@ class StateCheck:
     on_skip = on_update
 
     def note(self, step: int) -> None:
-        """Call after the update of every step."""
+        """Note the sums of bits if this step is due. Call this method after the update of every step."""
         self._left = (step, self._sums()) if self._every and step % self._every == 0 else None
 
     def require_unchanged(self) -> None:
-        """Call before the state is read. Raises StateChanged, only on the rank whose state changed."""
+        """Compare the state with the noted sums. Call this method before anything reads the state.
+
+        Raises StateChanged on the rank whose state changed.
+        """
         if self._left is None:
             return
         (step, before), now = self._left, self._sums()

@@ -1,4 +1,4 @@
-"""optim.max_bad_steps: counts and explains steps without an update; too many in a row end the run, with advice."""
+"""optim.max_bad_steps: counts and explains steps without an update. Too many of them in a row end the run."""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from train.loop.live_run import LiveRun
 
 
 class RunDiverged(RunEnded):
-    """Too many steps in a row had a non-finite loss or gradient."""
+    """Too many consecutive steps had a non-finite loss or gradient."""
 
     code = EXIT_DIVERGED
 
@@ -27,11 +27,11 @@ class SkippedSteps:
         self._bad_in_a_row, self._has_updated = 0, True
 
     def on_skip(self, run: LiveRun, step: int) -> None:
-        """Repeat the step on all ranks if it is the first or the last of a row, to find the origin.
+        """Repeat the step on all ranks to find the origin, if it is the first or the last bad step in a row.
 
-        Raises RunDiverged for too many bad steps in a row. At the end of the run, two bad steps in a row are too
-        many, and one is if the attempt made no update: a save would store an earlier state, which may already be
-        damaged.
+        Raises RunDiverged for too many bad steps in a row. At the end of the run, two in a row are too many. If the
+        attempt has made no update, one is too many. Otherwise the run would save the state of an earlier step, which
+        may already be damaged.
         """
         run.state.skipped += 1
         self._bad_in_a_row += 1
@@ -40,13 +40,13 @@ class SkippedSteps:
         last = at_end or self._bad_in_a_row >= run.config.optim.max_bad_steps
         if (
             self._bad_in_a_row > 1 and not last
-        ):  # the origin was found in the first step of the row, and is found again in the last
+        ):  # the origin is found in the first bad step of a row, and again in the last
             run.note(f"step {step} skipped: again a non-finite {'gradient' if finite else 'loss'}")
             return
         origin = self._find_origin(run, finite, run.outcome.update.bad_parameters)
         run.note(f"step {step} skipped: {origin.text}")
         if last:
-            run.saver.checkpointer.finish()  # a running save becomes a checkpoint to resume from
+            run.saver.checkpointer.finish()  # complete the save in progress, so that the user can resume from it
             samples = samples_of(run, origin.ranks if origin.alone else ())
             advice = origin.advice(run.parts.zero.client.updates, samples)
             raise RunDiverged(
@@ -55,7 +55,7 @@ class SkippedSteps:
             )
 
     def _find_origin(self, run: LiveRun, finite_loss: bool, bad: Sequence[str]) -> Origin:
-        """Repeat the step on all ranks with a `Watch`; weights and moments do not change."""
+        """Repeat the step on all ranks with a `Watch`. Weights and moments do not change."""
         zero, last = run.parts.zero, run.engine.measure.last
         loss = None if last is None else bool(last.losses.means().isfinite().all())
         masters = ((name, shard.local) for name, shard in zero.shards().items() if name.startswith("master."))
@@ -71,7 +71,7 @@ class SkippedSteps:
 
 
 def samples_of(run: LiveRun, ranks: Sequence[int]) -> str:
-    """The samples that these ranks read in the current step; for no ranks, the samples of all."""
+    """Describes the samples that these ranks read in the current step. ranks: empty for all ranks."""
     plan = run.plan
     if not ranks:
         return f"{plan.first_sample} to {plan.first_sample + plan.batch_size - 1}"

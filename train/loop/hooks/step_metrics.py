@@ -20,20 +20,20 @@ from train.show.wandb_sink import checkpoint
 
 @dataclass
 class Flops:
-    """FLOPs per token and peak rate, for MFU."""
+    """FLOPs per token and the device's peak rate, from which MFU is computed."""
 
     causal: float
-    """Per token."""
+    """FLOPs per token, with causal attention."""
     full: float
-    """Per token, with attention counted as if it were not causal."""
+    """FLOPs per token, with attention counted as if it were not causal."""
     peak: float
-    """FLOP/s of one rank's device."""
+    """Peak FLOP/s of one rank's device."""
     label: str
-    """Source of the peak, as text."""
+    """Describes the source of the peak."""
 
 
 class StepMetrics:
-    """Adds the step's losses and settings, tokens per expert, and training speed without validation and saving."""
+    """Adds the step's losses, settings, tokens per expert and speed. The speed excludes validation and saving."""
 
     def __init__(self, flops: Flops):
         self._flops = flops
@@ -89,7 +89,10 @@ class StepMetrics:
 
 
 class Fp8Readings:
-    """precision.fp8.health: readings of the FP8 GEMMs in watched steps, the worst of all ranks; warns beyond limits."""
+    """precision.fp8.health: records the worst readings of the FP8 GEMMs over all ranks, and warns beyond the limits.
+
+    It reads them only in watched steps.
+    """
 
     def __init__(self, config: Config):
         fp8 = config.precision.fp8
@@ -106,11 +109,12 @@ class Fp8Readings:
 
 
 SETTLED = 2
-"""Number of steps after which all sizes of a run have occurred, so that all its kernels are compiled."""
+"""Number of steps in which all tensor sizes of a run have occurred. After them, all its kernels are compiled."""
 
 
 class Recorder:
-    """Sends the record to metrics.jsonl, the terminal and W&B, and complete checkpoints to W&B; only on rank 0."""
+    """Sends the record to metrics.jsonl, the terminal and W&B. Also sends complete checkpoints to W&B. Only rank 0
+    sends."""
 
     def __init__(self) -> None:
         self._steps = self._compiled = 0
@@ -123,13 +127,13 @@ class Recorder:
             "memory_bytes": peak_memory(run.device),
             "time": time.time(),
         }
-        if (kernels := sys.modules.get("parallel.triton_types")) is not None:  # exists once a kernel was launched
+        if (kernels := sys.modules.get("parallel.triton_types")) is not None:  # imported only after a kernel launch
             self._steps += 1
             if self._steps <= SETTLED:
                 self._compiled = len(kernels.COMPILED)
             rest["kernels_compiled"] = len(kernels.COMPILED) - self._compiled
         if run.writer.write(record | rest):
-            run.saver.stall = 0.0  # else the next record includes the stall
+            run.saver.stall = 0.0  # otherwise the next record would include this stall
 
     def on_checkpoint(self, run: LiveRun, step: int, path: Path) -> None:
         if run.writer is not None:

@@ -1,4 +1,4 @@
-"""Samples the pipeline's timeline in a few steps of a run; see train/metrics/timeline_file.py for the file."""
+"""Samples the pipeline's timeline in a few steps of a run. train/metrics/timeline_file.py describes the file."""
 
 from itertools import chain
 from typing import Any
@@ -15,11 +15,11 @@ from train.metrics.names import Record
 from train.metrics.timeline_file import SampledStep, write_timeline
 
 WARM_UP = 3
-"""The early sample is this step of an attempt: one-time work of the first steps is then over."""
+"""Number of the attempt's step that is sampled early. One-time work of the first steps is over by this step."""
 
 
 class TimelineSampler:
-    """Samples the timeline of an early step and of the last step; without a pipeline, of none."""
+    """Samples the timeline of an early step and of the last step. Without a pipeline it samples nothing."""
 
     def __init__(self) -> None:
         self._steps = set[int]()
@@ -30,12 +30,12 @@ class TimelineSampler:
             self._steps = {run.state.step + WARM_UP, run.config.steps}
 
     def on_batch(self, run: LiveRun, step: int, batch: Batch) -> None:
-        """Align the start of the pipeline's ranks. Collective over the pipeline, right before its step."""
+        """Let the pipeline's ranks start a sampled step at the same time. Collective over the pipeline."""
         if step in self._steps:
             dist.all_reduce(torch.zeros(1, device=run.device), group=run.mesh.stages_group)
 
     def on_step(self, run: LiveRun, step: int, record: Record) -> None:
-        """Gather the first pipeline's records on rank 0, which writes them. Collective over that pipeline."""
+        """Gather the records of the first pipeline on rank 0, which writes them. Collective over this pipeline."""
         mesh = run.mesh
         if step not in self._steps or mesh.stage_rank:
             return
@@ -52,7 +52,7 @@ class TimelineSampler:
 
 
 def plain_actions(record: StepRecord, rank: int, pp_rank: int) -> list[dict[str, Any]]:
-    """One rank's entries of timeline.json."""
+    """Returns one rank's entries of timeline.json."""
     return [
         {
             "rank": rank,

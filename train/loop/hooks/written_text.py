@@ -1,6 +1,6 @@
-"""Generates sample text from checkpoints at the end of a run and every log.sample_every steps.
+"""Generates sample text from checkpoints, every log.sample_every steps and at the end of a run.
 
-sample.json has the newest KEPT_SAMPLES texts, by step.
+sample.json contains the newest KEPT_SAMPLES texts, by step.
 """
 
 import torch
@@ -20,12 +20,14 @@ from train.show.wandb_sink import sample_table
 
 SAMPLE_TEMPERATURE = 0.8
 KEPT_SAMPLES = 100
-"""Maximum number of texts in the file; the newest stay."""
+"""Maximum number of texts in the file. The newest texts are kept."""
 
 
 class SampleTexts:
-    """Shows a sample of a due checkpoint on rank 0, once the checkpoint exists. Other ranks wait for rank 0 in the
-    next step."""
+    """Shows a sample of a due checkpoint on rank 0, as soon as the checkpoint is complete.
+
+    Other ranks wait for rank 0 in the next step.
+    """
 
     def on_save(self, run: LiveRun, step: int) -> None:
         every, saving = run.config.log.sample_every, run.config.checkpoint.every
@@ -42,9 +44,10 @@ class SampleTexts:
 
 
 def sample(config: Config, tokenizer: Tokenizer, device: torch.device) -> str | None:
-    """Text from the newest checkpoint, also stored in sample.json; or the reason for no text; None if samples are off.
+    """Generates text with the newest checkpoint and stores it in sample.json. Returns the text.
 
-    All texts of a run use the same random draws, so two texts differ only by the model.
+    Without a text, returns the reason; None if samples are off. All texts of a run use the same random draws, so two
+    texts differ only because the model differs.
     """
     paths = RunPaths(config)
     checkpoint = newest_intact(paths.checkpoints).path
