@@ -1,10 +1,10 @@
 """mode=average: writes a run folder with the mean weights of several checkpoints, for evaluate, generate, export and
 init_from.
 
-The mean is computed in fp64 and written in the sources' type. So the mean of equal checkpoints equals each of them. The
-weights are read, averaged and written part by part, whatever layouts the sources have. So it needs memory for a few
-hundred million elements, however large the model is. Optimizer state is left out, because no training continues from a
-mean.
+The mean is computed in fp64 and written in the dtype of the sources. So the mean of equal checkpoints equals each of
+them. The sources may have different layouts. The weights are read, averaged and written part by part. So the mode needs
+memory for a few hundred million elements, even for a large model. The result has no optimizer state, because no
+training continues from a mean.
 """
 
 import math
@@ -37,19 +37,19 @@ AVERAGED_ELEMENTS = 1 << 27
 AVERAGED_KINDS = ("master.", "bias.")
 """Name prefixes of the averaged tensors: weights and balance biases."""
 NOT_COMPUTED = ("init_std", "max_seq_len")
-"""Fields of the model section that do not affect what trained weights compute."""
+"""Fields of the model section that have no effect on the output of a trained model."""
 SOURCES_FIELD = "average.of"
 
 WeightsPart = Mapping[str, tuple[int, int]]
-"""Per tensor: first element and number of elements."""
+"""Maps a tensor's name to an interval: first element and number of elements."""
 StoredShapes = Mapping[str, tuple[str, tuple[int, ...]]]
-"""Per tensor: type name and shape."""
+"""Maps a tensor's name to its dtype name and shape."""
 
 
 def write_average(config: Config) -> int:
-    """Write the run folder average.to; returns the exit code.
+    """Write the run folder average.to. Returns the exit code.
 
-    Raises UserError, and leaves nothing on disk, if sources are missing, damaged, or differ in model or tokenizer.
+    Raises UserError if sources are missing or damaged, or differ in model or tokenizer. Then it leaves nothing on disk.
     """
     target = new_folder(config.average.to, "average.to")
     sources = _sources(config)
@@ -87,7 +87,10 @@ def write_average(config: Config) -> int:
 
 
 def _sources(config: Config) -> list[Manifest]:
-    """The checkpoints that average.of names, oldest first. UserError unless there are at least two, all intact."""
+    """Returns the checkpoints that average.of names, oldest first.
+
+    Raises UserError if there are fewer than two, or if one is damaged.
+    """
     found: list[Manifest] = []
     for given in config.average.of or [str(RunPaths(config).path)]:
         folder = Path(given).expanduser().absolute()
@@ -127,7 +130,7 @@ def _require_equal(one: Manifest, other: Manifest) -> None:
 
 
 def _shapes(manifest: Manifest) -> StoredShapes:
-    """Type and shape of every averaged tensor."""
+    """Returns the dtype and shape of every averaged tensor."""
     return {
         name: (entry.dtype, entry.shape) for name, entry in manifest.tensors.items() if name.startswith(AVERAGED_KINDS)
     }
@@ -138,7 +141,7 @@ def _weight_bytes(shapes: StoredShapes) -> int:
 
 
 def _check_room(target: Path, source: Manifest) -> None:
-    """Raise UserError if the disk has no room for the weights."""
+    """Raise UserError if the disk does not have enough space for the weights."""
     needed = _weight_bytes(_shapes(source))
     free = shutil.disk_usage(next(folder for folder in target.parents if folder.is_dir())).free
     if free < needed:
@@ -147,7 +150,7 @@ def _check_room(target: Path, source: Manifest) -> None:
 
 
 def _write(root: Path, sources: Sequence[Manifest], meta: dict, progress: ReportProgress) -> None:
-    """Writes the checkpoint; each part becomes the file of a separate rank."""
+    """Write the checkpoint. Each part becomes one file, as if a separate rank had written it."""
     shapes = _shapes(sources[0])
     parts = list(_parts({name: math.prod(shape) for name, (_, shape) in shapes.items()}))
     committer = Committer(root, attempt=1, world_size=len(parts), timeout=60.0)
@@ -168,7 +171,7 @@ def _write(root: Path, sources: Sequence[Manifest], meta: dict, progress: Report
 
 
 def _parts(sizes: Mapping[str, int]) -> Iterator[WeightsPart]:
-    """All elements, split into parts of at most AVERAGED_ELEMENTS."""
+    """Splits all elements into parts of at most AVERAGED_ELEMENTS."""
     part: dict[str, tuple[int, int]] = {}
     room = AVERAGED_ELEMENTS
     for name, size in sorted(sizes.items()):
@@ -184,7 +187,7 @@ def _parts(sizes: Mapping[str, int]) -> Iterator[WeightsPart]:
 
 
 def _means(sources: Sequence[Manifest], part: WeightsPart, shapes: StoredShapes) -> dict[str, Tensor]:
-    """The mean over the sources for these elements of each tensor. UserError if a value is not finite."""
+    """Computes the mean over the sources for the elements in this part. Raises UserError if a value is not finite."""
     sums = {name: torch.zeros(count, dtype=torch.float64) for name, (_, count) in part.items()}
     read = {name: torch.empty(count, dtype=TORCH[shapes[name][0]]) for name, (_, count) in part.items()}
     for source in sources:

@@ -1,13 +1,13 @@
-"""Saves checkpoints without stopping the training, and never ends it with an error.
+"""Saves checkpoints while the training continues. A failed save does not end the training.
 
-`save` copies the shards to CPU buffers and returns. A thread writes them and takes part in the commit (see
-`train.checkpoint.commit`). A failed save (disk full, I/O error, a lost rank) is retried. If it fails again, its folder
-is removed, `poll` returns a warning to the training loop, and the next save starts fresh. Only the save at the end must
-succeed: `finish(required=True)` raises.
+`save` copies the shards to CPU buffers and returns. A thread writes the buffers to disk and takes part in the commit
+(see `train.checkpoint.commit`). If a save fails (full disk, I/O error, lost rank), the thread tries again. If the save
+fails again, its folder is removed and `poll` returns a warning to the training loop. The next save starts from the
+beginning. Only the save at the end of the run must succeed: if it fails, `finish(required=True)` raises SaveFailed.
 
-A stuck save, such as a write to a disk that does not answer, cannot be ended. When the next save is due, the stuck one
-is given up and its rank is named. The next save uses other buffers. No rank commits the stuck save, even if its write
-returns later.
+A save can get stuck, for example in a write to a disk that does not answer. A stuck save cannot be ended. When the next
+save is due, the training gives up the stuck save, and a warning names the rank. The next save uses other buffers. No
+rank commits the stuck save, even if its write returns later.
 """
 
 import json
@@ -32,19 +32,21 @@ from train.checkpoint.read_shards import NotCovered, load_shards, merge_indexes
 from train.checkpoint.staging import StagingBuffers
 
 SAVE_PATIENCE = 0.8
-"""Share of the timeout that a save gets before the next one may continue without it. All other ranks may already
-wait for this rank."""
+"""Fraction of the timeout that a save may take before the next save gives it up. The fraction is less than 1,
+because all other ranks may already wait for this rank."""
 GRACE = 0.1
-"""Share of the timeout in which a save that is given up must report the reason; otherwise it is stuck."""
+"""Fraction of the timeout in which a save that is given up must report the reason. Otherwise it counts as stuck."""
 LEAST_GRACE = 1.0
-"""Minimum grace, in seconds."""
+"""Minimum time for that report, in seconds."""
 MOST_STUCK = 2
-"""Maximum number of stuck saves at a time, because each keeps its buffers."""
+"""Maximum number of stuck saves at one time. It is limited because each stuck save occupies its buffers."""
 
 
 class SaveFailed(DiskFailed):
-    """The required save failed. ranks: ranks that did not write. late: no disk error, but the save did not end in
-    time."""
+    """The required save failed.
+
+    ranks: the ranks that did not write their files. late: the save did not end in time, without a disk error.
+    """
 
     def __init__(self, root: Path, why: str, ranks: Sequence[int] = (), late: bool = False):
         cure = "free space on the disk, make it writable, or repair the failed disk (see `dmesg`)"
@@ -58,23 +60,24 @@ class SaveFailed(DiskFailed):
 
 @dataclass(frozen=True)
 class SaveResult:
-    """Result of one save, from this rank's view."""
+    """Result of one save, as far as this rank knows it."""
 
     step: int
     path: Path | None
-    """The checkpoint; None if the save failed. Only rank 0 knows the commit; on other ranks it is the future path."""
+    """Path of the checkpoint; None if the save failed. On ranks other than 0, the checkpoint may not exist yet,
+    because only rank 0 commits."""
     warning: str | None
-    """Problems, also if the checkpoint was written (retries, old checkpoints not removed)."""
+    """Problems of this save. A successful save may have some too, such as retries or old checkpoints that remain."""
     fenced: bool
-    """Whether a newer attempt of the run has started, so that this one must stop."""
+    """Whether a newer attempt of the run has started, so that this attempt must stop."""
     seconds: float
-    """Seconds from the call of save to its end."""
+    """Seconds from the call of `save` to the end of the save."""
     bytes: int
     """Size of this rank's data."""
     ranks: tuple[int, ...] = ()
     """Failed ranks, as far as this rank knows."""
     late: bool = False
-    """Whether the save ended too late, instead of with a disk error."""
+    """Whether the save failed because it was too late, not because of a disk error."""
 
     @property
     def ok(self) -> bool:
@@ -90,14 +93,14 @@ class SaveInFlight:
     began: float
     """Start time by time.perf_counter."""
     writes: bool = True
-    """Whether this rank still writes; after that, rank 0's thread waits for the other ranks."""
+    """Whether this rank is still writing. After its own write, the thread of rank 0 waits for the other ranks."""
     over: bool = False
     """Whether the save has its result."""
     thread: threading.Thread = field(init=False)
 
 
 class Checkpointer:
-    """Writes the checkpoints of a run, as one rank of one attempt. Every rank calls save for the same steps."""
+    """Writes the checkpoints of a run for one rank of one attempt. All ranks call `save` for the same steps."""
 
     def __init__(
         self,
@@ -118,10 +121,11 @@ class Checkpointer:
         """Joins the checkpoint folder. Raises AttemptFenced if a newer attempt has started.
 
         `root`: the folder checkpoints/. `attempt`: from `commit.next_attempt`, the same on every rank. `timeout`:
-        maximum wait for other ranks, in seconds; for an unfinished save somewhat less. `retries`: further tries after a
-        failed write, the first after `retry_wait` seconds, each later one after twice the wait. `staging`: maximum
-        bytes of the buffers, 0 for all; if it is less than the saved state, the training waits for the disk. `notes`: a
-        channel for error notes if the disk refuses those too.
+        maximum wait for other ranks, in seconds; the wait for an unfinished save is somewhat shorter. `retries`: number
+        of retries after a failed write. The first retry follows after `retry_wait` seconds, and the wait doubles with
+        each retry. `staging`: maximum size of the buffers in bytes; 0: the size of the saved state. If the buffers are
+        smaller than the state, the training waits for the disk. `notes`: a channel for error notes that does not need
+        the disk.
         """
         self.rank, self.keep, self.keep_every = rank, keep, keep_every
         self.asynchronous, self.timeout = asynchronous, timeout
@@ -132,27 +136,29 @@ class Checkpointer:
         """Buffers for the next save."""
         self._flight: SaveInFlight | None = None
         self._stuck: list[SaveInFlight] = []
-        """Saves that were given up and still run."""
+        """Saves that were given up but are still running."""
         self._ending = threading.Lock()
-        """Held while a save gets its result."""
+        """A thread holds this lock while it sets the result of a save."""
         self._serial = 0
         self._results: deque[SaveResult] = deque()  # the thread appends while the loop polls
         self._unsaved: int | None = None
-        """Step of the last save, until that save is known to have succeeded."""
+        """Step of the last save, as long as it is not known to have succeeded; otherwise None."""
         self._protected: Path | None = None
         self._best: list[Path] = []
-        """Checkpoints with the lowest held-out loss so far; the last one may not be written yet."""
+        """Checkpoints that had the lowest held-out loss when they were saved. The last of them may not be complete
+        yet."""
 
     def save(self, step: int, shards: dict[str, Shard], meta: dict[str, Any]) -> float:
-        """Write the state as the checkpoint of `step`; returns the seconds that the caller was blocked.
+        """Write the state as the checkpoint of `step`. Returns the seconds that the caller was blocked.
 
-        Waits for the previous save, and for this one too unless asynchronous. `meta`: JSON values; rank 0's is stored.
+        The call waits for the previous save. If saves are not asynchronous, it waits for this save too. `meta`: JSON
+        values; the checkpoint contains those of rank 0.
         """
         began = time.perf_counter()
         save, self._unsaved = Save(step, self._serial), step
-        self._serial += 1  # also if this save is skipped, because all ranks must count alike
+        self._serial += 1  # skipped saves count too, because all ranks need the same number
         self._settle()
-        started = time.perf_counter()  # the wait for the previous save does not count for this one
+        started = time.perf_counter()  # after the wait for the previous save, which is not part of this save
         self._stuck = [flight for flight in self._stuck if flight.thread.is_alive()]
         if len(self._stuck) >= MOST_STUCK:
             self._skip(save, began)
@@ -169,15 +175,17 @@ class Checkpointer:
         return time.perf_counter() - began
 
     def poll(self) -> list[SaveResult]:
-        """Results of the saves that ended since the last call; never waits."""
+        """Returns the results of the saves that ended since the last call. Never waits."""
         results = [self._results.popleft() for _ in range(len(self._results))]
         if any(result.ok and result.step == self._unsaved for result in results):
             self._unsaved = None
         return results
 
     def finish(self, required: bool = False) -> list[SaveResult]:
-        """Wait for the save in flight, then return the results as `poll` does. `required`: SaveFailed if the last
-        save failed."""
+        """Wait for the save in progress, and return the results like `poll`.
+
+        `required`: raise SaveFailed if the last save failed.
+        """
         if not required:
             self._settle()
         elif not self._join(self._longest()):
@@ -192,22 +200,24 @@ class Checkpointer:
         return results
 
     def load(self, path: Path, wanted: dict[str, Shard]) -> dict[str, Any]:
-        """Fill shards as `train.checkpoint.read_shards.load_shards` does. The checkpoint is never pruned while this
-        object lives."""
+        """Fill shards like `train.checkpoint.read_shards.load_shards`.
+
+        This object never prunes the loaded checkpoint.
+        """
         meta = load_shards(path, wanted)
         self._protected = Path(path).resolve()
         return meta
 
     def keep_best(self, step: int) -> None:
-        """Protect the checkpoint of this step from pruning, until another one is the best."""
+        """Protect the checkpoint of this step from pruning, until another checkpoint is the best."""
         self._best.append(self.committer.root / step_name(step))
 
     def _longest(self) -> float:
-        """Maximum seconds of a save: `timeout` for each of writing, votes and the lock."""
+        """Returns the maximum duration of a save in seconds: one `timeout` each for writing, votes and the lock."""
         return 3 * self.timeout
 
     def _join(self, seconds: float) -> bool:
-        """Wait for the save in flight; False if it still runs."""
+        """Wait for the save in progress. Returns False if it is still running after `seconds`."""
         if self._flight is not None:
             self._flight.thread.join(max(0.0, seconds))
             if self._flight.thread.is_alive():
@@ -216,13 +226,15 @@ class Checkpointer:
         return True
 
     def _settle(self) -> None:
-        """Wait for the save in flight, but not so long that another rank considers this rank hung; then continue
-        without it."""
+        """Wait for the save in progress. If it takes too long, give it up and continue without it.
+
+        The wait must be short enough that other ranks do not consider this rank hung.
+        """
         flight = self._flight
         if flight is None or self._join(flight.began + SAVE_PATIENCE * self.timeout - time.perf_counter()):
             return
         self.committer.abandon(flight.save)
-        if self._join(max(GRACE * self.timeout, LEAST_GRACE)):  # the save reports which ranks it waited for
+        if self._join(max(GRACE * self.timeout, LEAST_GRACE)):  # the save ends and reports which ranks it waited for
             return
         self._flight = self._buffers = None
         self._stuck.append(flight)
@@ -234,14 +246,14 @@ class Checkpointer:
         self._end(flight, SaveResult(flight.save.step, None, warning, False, seconds, 0, ranks, late=True))
 
     def _end(self, flight: SaveInFlight, result: SaveResult) -> None:
-        """Record a save's result; only its first result counts."""
+        """Record the result of a save. Only the first result counts."""
         with self._ending:
             if not flight.over:
                 flight.over = True
                 self._results.append(result)
 
     def _skip(self, save: Save, began: float) -> None:
-        """Skip this save, because too many saves are stuck, and inform rank 0."""
+        """Skip this save and inform rank 0. Called when too many saves are stuck."""
         steps = " and ".join(str(flight.save.step) for flight in self._stuck)
         why = f"rank {self.rank} is still writing those of steps {steps}; a disk that does not answer?"
         text = f"checkpoint of step {save.step} skipped: {why}"
@@ -250,14 +262,14 @@ class Checkpointer:
         )
 
         def tell() -> None:
-            with suppress(OSError, AttemptFenced, UserError):  # the note only saves time, as in give_up
+            with suppress(OSError, AttemptFenced, UserError):  # the note is optional: it only saves rank 0 a wait
                 self.committer.begin(save, self.rank)
                 self.committer.give_up(save, self.rank, why)
 
         threading.Thread(target=tell, daemon=True).start()  # the disk may not answer this thread either
 
     def _run(self, flight: SaveInFlight, meta: dict[str, Any]) -> None:
-        """Runs in the thread; turns every failure into a result."""
+        """Execute a save in the thread. Every failure becomes a result."""
         save, path, warning, failure = flight.save, None, None, None
         ranks, late = (self.rank,), False
         try:
@@ -270,7 +282,7 @@ class Checkpointer:
             failure, ranks, late = str(error), error.ranks, error.late
         except (AttemptFenced, NotCovered) as error:
             failure, ranks = str(error), ()
-        except Exception:  # a bug in Sluice must reach the loop as text instead of being lost with the thread
+        except Exception:  # so that the loop reports a bug in Sluice, which would otherwise be lost with the thread
             failure = textwrap.indent(traceback.format_exc(), " " * 8).strip()
         if failure is not None:
             self.committer.give_up(save, self.rank, failure)
@@ -284,7 +296,7 @@ class Checkpointer:
         )
 
     def _write(self, flight: SaveInFlight) -> str | None:
-        """Write this rank's files, with retries; returns a warning if there were retries."""
+        """Write this rank's files. Retries after a failure, and then returns a warning."""
         save = flight.save
         folder = self.committer.begin(save, self.rank)
         warning = None
@@ -296,7 +308,7 @@ class Checkpointer:
                 self.committer.vote(save, self.rank, {**identity, **index})
                 return warning
             except OSError as error:
-                with suppress(OSError):  # a partial file takes space that others may need
+                with suppress(OSError):  # a partial file uses disk space that other ranks may need
                     (folder / data_name(self.rank)).unlink(missing_ok=True)
                 warning = (
                     f"try {attempt + 1} to write the checkpoint of step {save.step} failed: {explain_disk_error(error)}"
@@ -310,7 +322,7 @@ class Checkpointer:
         return self.committer.commit(save, merge_indexes(self.committer.await_votes(save), meta))
 
     def _prune(self, warning: str | None) -> str | None:
-        """Remove old checkpoints. Any failure is only a warning, because the new checkpoint is safe."""
+        """Remove old checkpoints. A failure only adds a warning, because the new checkpoint is complete."""
         try:
             best = next((path for path in reversed(self._best) if path.exists()), None)
             self.committer.prune(self.keep, self.keep_every, self._protected, best)

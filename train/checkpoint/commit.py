@@ -1,22 +1,23 @@
-"""Combines the files of all ranks into one checkpoint, without collectives, because threads must not issue any.
+"""Combines the files of all ranks into one checkpoint. It uses no collectives, because they are forbidden in threads.
 
-1. Every rank writes its data file, then its index by rename, into checkpoints/.step_N.attempt_A.save_K.tmp/.
+1. Every rank writes its data file into checkpoints/.step_N.attempt_A.save_K.tmp/. Then it adds its index by rename.
    The index is the rank's vote: its data are on disk. Ranks other than 0 are then done.
 2. Rank 0 waits for all votes, merges them into manifest.json, and renames the folder to step_N. That rename is
    the commit: before it no folder has the final name, after it everything is durable.
 
-A rank that cannot write leaves a note, rank_R.failed, so that rank 0 gives up at once instead of at its timeout. If the
-disk refuses the note too, the rank leaves it in the store of the rendezvous. When rank 0 gives up, it removes the
-folder. A late rank may create it again; the next save clears it. A rank whose loop continued without a save (`abandon`)
-neither votes for it nor commits it.
+A rank that cannot write leaves a note, rank_R.failed, so that rank 0 gives up at once and not after its timeout. If the
+disk refuses the note too, the rank writes the note to the store of the rendezvous. When rank 0 gives up, it removes the
+folder. A late rank may create the folder again, and the next save removes it. If the training loop of a rank continues
+without a save (`abandon`), the rank neither votes for this save nor commits it.
 
-Fencing. Ranks on a node that lost its network keep running while a new attempt runs elsewhere. They must not rename or
-prune over its checkpoints. `.fence` holds the highest attempt number. A new attempt, or the driver of a new launch,
-raises it. An attempt that reads a number higher than its own stops. Raising the number, and check plus rename, happen
-under one advisory lock. So no attempt can be overtaken between its check and its rename, if the file system shares
-flock between hosts (NFSv4, Lustre with -o flock, one machine). Otherwise a window of a few microseconds remains between
-check and rename. Then a whole, intact checkpoint of the old attempt may appear, and it sorts before all checkpoints of
-the new one (`Manifest.age`).
+Fencing. When a node loses its network, its ranks keep running while a new attempt runs elsewhere. These old ranks must
+not replace or prune checkpoints of the new attempt. The file `.fence` contains the highest attempt number. A new
+attempt, or the driver of a new launch, raises the number. An attempt stops when it reads a number higher than its own.
+A process holds one advisory lock while it raises the number, and also while it checks the number and renames a folder.
+So a new attempt cannot start between the check and the rename of an old one. This needs a file system that shares flock
+between hosts (NFSv4, Lustre with -o flock, or one machine). On other file systems a few microseconds remain between
+check and rename. In this time, an intact checkpoint of the old attempt may appear. It counts as older than all
+checkpoints of the new attempt (`Manifest.age`).
 """
 
 import os
@@ -42,12 +43,14 @@ HIDDEN = re.compile(
 
 
 class AttemptFenced(RuntimeError):
-    """A newer attempt of this run has started, so this one must stop writing."""
+    """A newer attempt of this run has started, so this attempt must stop writing."""
 
 
 class SaveAbandoned(RuntimeError):
-    """This save cannot be committed; the text names the failed rank and the reason. late: no rank failed, but some
-    were late."""
+    """This save cannot be committed. The text names the failed rank and the reason.
+
+    late: no rank failed, but some ranks were late.
+    """
 
     def __init__(self, text: str, ranks: Sequence[int] = (), late: bool = False):
         super().__init__(text)
@@ -55,22 +58,25 @@ class SaveAbandoned(RuntimeError):
 
 
 def next_attempt(root: Path) -> int:
-    """The number for a new attempt of the run whose checkpoints are in `root`: higher than every earlier one."""
+    """Returns the number of a new attempt, which is higher than the number of every earlier attempt.
+
+    root: folder of the run's checkpoints.
+    """
     return read_fence(root) + 1
 
 
 @dataclass(frozen=True)
 class Save:
-    """Identifies one save, equally on every rank."""
+    """Identifies one save. All ranks use the same identification."""
 
     step: int
     serial: int
-    """Number of the save within the attempt. It separates the files of a failed save from a later save of the same
-    step."""
+    """Number of the save within the attempt. It distinguishes the files of a failed save from those of a later save of
+    the same step."""
 
 
 class Committer:
-    """Changes the checkpoints/ folder of a run, as one rank of one attempt."""
+    """Changes the checkpoints/ folder of a run for one rank of one attempt."""
 
     def __init__(
         self,
@@ -81,27 +87,28 @@ class Committer:
         poll: float = 0.02,
         notes: RankNotes | None = None,
     ):
-        """`timeout`: maximum wait for other ranks or for the lock, in seconds; `poll`: first pause between checks;
-        `notes`: None for a single rank."""
+        """`timeout`: maximum wait for other ranks or for the lock, in seconds. `poll`: first pause between checks, in
+        seconds. `notes`: channel for error notes; None for a single rank."""
         self._notes = notes
         self.root, self.attempt, self.world_size = root, attempt, world_size
         self.timeout, self.poll = timeout, poll
         self._abandoned: set[Save] = set()
-        """Saves that this rank abandoned; the loop adds them, the save threads read them."""
+        """Saves that this rank abandoned. The training loop adds to this set, and the threads of saves read it."""
 
     def enter(self, rank: int) -> None:
-        """Start as this rank; AttemptFenced if a newer attempt has started.
+        """Start to use the folder as this rank. Raises AttemptFenced if a newer attempt has started.
 
-        Rank 0 also fences older attempts and sweeps, and raises UserError if another process keeps the lock.
+        Rank 0 also fences older attempts and removes their incomplete folders. It raises UserError if another process
+        does not release the lock.
         """
         self.root.mkdir(parents=True, exist_ok=True)
         self._check_fence()
-        if rank == 0:  # only rank 0, because thousands of ranks would queue for the lock
+        if rank == 0:  # only rank 0, because thousands of ranks would wait for the lock one after another
             self.raise_fence()
             self.sweep()
 
     def raise_fence(self) -> None:
-        """Fence all older attempts; AttemptFenced if a newer one has started."""
+        """Fence all older attempts. Raises AttemptFenced if a newer attempt has started."""
         with hold_lock(self.root, self.timeout):
             self._check_fence()
             if read_fence(self.root) < self.attempt:
@@ -114,16 +121,16 @@ class Committer:
             for folder in self.root.glob(".step_*"):
                 match = HIDDEN.fullmatch(folder.name)
                 if match is None or int(match["attempt"]) >= self.attempt:
-                    continue  # of this attempt: a rank faster than rank 0 already writes there
+                    continue  # a folder of this attempt: a rank that is faster than rank 0 already writes to it
                 if match["kind"] == "replaced" and not (self.root / match["name"]).exists():
-                    folder.rename(self.root / match["name"])  # its writer died between the two renames of a commit
+                    folder.rename(self.root / match["name"])  # the process that committed it died between two renames
                 else:
-                    shutil.rmtree(folder, ignore_errors=True)  # a live writer of the old attempt may still write here
+                    shutil.rmtree(folder, ignore_errors=True)  # a rank of the old attempt may still write here
 
     def begin(self, save: Save, rank: int) -> Path:
-        """Create the folder to which every rank writes this save. Raises AttemptFenced.
+        """Create the folder for this save, into which all ranks write. Raises AttemptFenced.
 
-        Rank 0 also removes the folders of earlier, failed saves.
+        Rank 0 also removes the folders of earlier saves that failed.
         """
         self._check_fence()
         folder = self._temporary(save)
@@ -133,18 +140,18 @@ class Committer:
             if (match := HIDDEN.fullmatch(other.name)) and int(match["serial"]) < save.serial
         ]
         if older:
-            with self._lock():  # so that no abandoned save is being renamed meanwhile
+            with self._lock():  # so that no abandoned save is renamed at the same time
                 for other in older:
                     shutil.rmtree(other, ignore_errors=True)  # a slow rank may still write there; its files are useless
         folder.mkdir(exist_ok=True)
         return folder
 
     def abandon(self, save: Save) -> None:
-        """Continue without this save, which must no longer be committed. Returns at once."""
+        """Forbid the commit of this save, because the training continues without it. Returns at once."""
         self._abandoned.add(save)
 
     def refuse_lost(self, save: Save) -> None:
-        """Check before a retry that the save is still wanted; raises AttemptFenced or SaveAbandoned if not."""
+        """Check before a retry that the save may still be committed. Otherwise raise AttemptFenced or SaveAbandoned."""
         self._check_fence()
         self._check_wanted(save)
         if not self._temporary(save).is_dir():
@@ -155,7 +162,7 @@ class Committer:
         try:
             return read_fence(self.root) > self.attempt
         except OSError:
-            return False  # the original failure is reported in any case
+            return False  # the caller reports the original failure in any case
 
     def vote(self, save: Save, rank: int, index: dict[str, Any]) -> None:
         """Declare that this rank's data file is on disk. Raises SaveAbandoned."""
@@ -163,7 +170,7 @@ class Committer:
         atomic_write_json(self._temporary(save) / index_name(rank), index)
 
     def give_up(self, save: Save, rank: int, why: str) -> None:
-        """Remove this rank's files and tell rank 0 that they will not come. Never raises OSError."""
+        """Remove this rank's files, and inform rank 0 that this rank has failed. Never raises OSError."""
         folder = self._temporary(save)
         try:
             if rank == 0:
@@ -180,7 +187,10 @@ class Committer:
         return f"attempt {self.attempt}, save {save.serial} failed"
 
     def await_votes(self, save: Save) -> list[bytes]:
-        """Rank 0: the index files of all ranks, once complete; SaveAbandoned if a rank failed or the time is up."""
+        """Wait on rank 0 for the index files of all ranks, and return them.
+
+        Raises SaveAbandoned if a rank has failed, or after the timeout.
+        """
         folder, began = self._temporary(save), time.monotonic()
         missing = {index_name(rank): rank for rank in range(self.world_size)}
 
@@ -202,9 +212,9 @@ class Committer:
         return [(folder / index_name(rank)).read_bytes() for rank in range(self.world_size)]
 
     def commit(self, save: Save, manifest: dict[str, Any]) -> Path:
-        """Rank 0, after all votes: make the temporary folder the checkpoint of its step, and return its path.
+        """Rename the temporary folder to the checkpoint of its step, and return the new path.
 
-        Raises AttemptFenced, SaveAbandoned.
+        Rank 0 calls this method after all ranks have voted. Raises AttemptFenced and SaveAbandoned.
         """
         folder = self._temporary(save)
         atomic_write_text(folder / MANIFEST, seal(manifest))
@@ -213,7 +223,7 @@ class Committer:
         with self._lock():
             self._check_fence()
             self._check_wanted(save)
-            if final.exists():  # damaged, or from training that was rolled back; a rename cannot replace a folder
+            if final.exists():  # it is damaged, or training was rolled back before it; a rename cannot replace a folder
                 final.rename(aside)
             folder.rename(final)
             fsync_folder(self.root)
@@ -221,10 +231,10 @@ class Committer:
         return final
 
     def prune(self, keep: int, keep_every: int, *protected: Path | None) -> None:
-        """Rank 0: remove old checkpoints.
+        """Remove old checkpoints on rank 0.
 
-        It keeps the `keep` newest intact ones (0: all), multiples of `keep_every` steps, and `protected`. Damaged
-        folders are neither counted nor touched.
+        It keeps the `keep` newest intact checkpoints (0: all), those at multiples of `keep_every` steps, and the
+        `protected` ones. Damaged folders are neither counted nor removed.
         """
         if keep == 0:
             return
@@ -235,13 +245,14 @@ class Committer:
                 held = keep_every > 0 and manifest.step % keep_every == 0
                 if held or manifest.folder in protected:
                     continue
-                # Renamed first, so that no reader sees a partly removed folder as a damaged checkpoint.
+                # Rename the folder first. Otherwise a reader might find a partly removed folder and report a damaged
+                # checkpoint.
                 doomed.append(manifest.folder.rename(self._hidden(manifest.folder.name, "pruned")))
         for folder in doomed:
             shutil.rmtree(folder)
 
     def path(self, save: Save) -> Path:
-        """Path of the committed checkpoint."""
+        """Returns the path of the checkpoint after the commit."""
         return self.root / step_name(save.step)
 
     def _temporary(self, save: Save) -> Path:
@@ -262,7 +273,8 @@ class Committer:
             raise SaveAbandoned("this rank continued without the checkpoint, because it took too long", late=True)
 
     def _wait(self, ready: Callable[[], bool], vain: Callable[[], bool]) -> bool:
-        """Call `ready` at growing intervals until it is true; False if the time is up or `vain` is true."""
+        """Call `ready` at growing intervals until it returns true. Returns False after the timeout, or if `vain` is
+        true."""
         deadline, pause = time.monotonic() + self.timeout, self.poll
         while not ready():
             if time.monotonic() > deadline or vain():

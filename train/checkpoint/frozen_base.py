@@ -1,7 +1,7 @@
-"""Reads an adapter's frozen base into block FP8, or with the values that block FP8 gives it.
+"""Reads an adapter's frozen base into block FP8, or reads it in fp32 and rounds it to values of block FP8.
 
-A base that already is block FP8 keeps its values (train/hf/blocks.py); other bases are rounded. Only a few matrices are
-in memory at a time.
+A base that is stored in block FP8 keeps its exact values (train/hf/blocks.py). Other bases are rounded. Only a few
+matrices are in memory at a time.
 """
 
 import math
@@ -22,10 +22,10 @@ from train.kernels.fp8.frozen_blocks import FrozenBlocks
 def fill_blocks(
     name: str, blocks: FrozenBlocks, ep: int, held: Tensor, first: int, fill: FillShards, mark: WeightsMark
 ) -> None:
-    """Fill bytes of one weight in block FP8.
+    """Fill this rank's bytes of one weight in block FP8.
 
-    name: in a checkpoint. ep: number of ranks that share the experts. held: this rank's bytes from position `first` on,
-    with padding at the end. mark: takes the values that the bytes represent.
+    name: of the weight in a checkpoint. ep: number of ranks that share the experts. held: the bytes of this rank, from
+    position `first` of the weight on, with padding at the end. mark: receives the values that the bytes represent.
     """
     size, (rows, columns) = blocks.matrix_bytes, blocks.shape[-2:]
     local = range(1) if blocks.experts is None else blocks.experts
@@ -45,8 +45,10 @@ def fill_blocks(
 
 
 def fill_rounded(fill: FillShards, wanted: dict[str, Shard]) -> None:
-    """Fill fp32 shards with the base values of an adapter's training, rounded by block FP8. wanted: by name in a
-    checkpoint."""
+    """Fill fp32 shards with the values that the base had in an adapter's training, rounded to block FP8.
+
+    wanted: shards by their names in a checkpoint.
+    """
     plain = {name: shard for name, shard in wanted.items() if not is_held_in_blocks(name)}
     fill(plain)
     for name in wanted.keys() - plain.keys():
@@ -54,7 +56,7 @@ def fill_rounded(fill: FillShards, wanted: dict[str, Shard]) -> None:
 
 
 def _fill_rounded(fill: FillShards, name: str, shard: Shard) -> None:
-    """Fill one weight: it reads whole block rows, matrix by matrix."""
+    """Fill a shard of one weight. It reads complete rows of blocks, matrix by matrix."""
     rows, columns = shard.shape[-2:]
     stop = shard.offset + shard.local.numel()
     for start, count in _block_rows(shard.offset, stop, rows, columns):
@@ -66,8 +68,10 @@ def _fill_rounded(fill: FillShards, name: str, shard: Shard) -> None:
 
 
 def _block_rows(first: int, stop: int, rows: int, columns: int) -> Iterator[tuple[int, int]]:
-    """First element and number of rows of each group of whole block rows, within one matrix, that overlaps elements
-    [first, stop)."""
+    """Yields the groups of block rows that overlap elements [first, stop), as first element and number of rows.
+
+    A group consists of complete rows of blocks, and all of them belong to one matrix.
+    """
     size = rows * columns
     for matrix in range(first // size, -(-stop // size)):
         low, high = max(first - matrix * size, 0), min(stop - matrix * size, size)

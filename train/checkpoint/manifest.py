@@ -1,5 +1,6 @@
-"""Defines the files of a checkpoint folder and verifies them. Imports no torch, because the driver searches checkpoints
-too.
+"""Defines the files of a checkpoint folder and verifies them.
+
+This file does not import torch, because the driver searches checkpoints too.
 
     checkpoints/step_00001234/
         rank_00000.safetensors    the intervals that rank 0 held: 1-D tensors in the safetensors format
@@ -8,16 +9,16 @@ too.
         manifest.json             written last: meta, the size of every file, the CRC-32 of every index, and for
                                   each logical tensor its dtype, shape and intervals [rank, start, count]
 
-The checksums form a chain. The manifest ends with its own CRC-32 and covers each index. An index covers the header and
-every block of its data file. So a reader that needs a small part of a file reads and checks only the blocks around it.
-No byte enters a run unchecked.
+The checksums form a chain. The manifest ends with its own CRC-32 and contains the CRC-32 of each index. An index
+contains checksums of the header and of every block of its data file. So a reader that needs a small part of a file
+reads and checks only the blocks with this part. A run uses no byte that was not checked.
 
-There are two verifications. The fast one (manifest intact, every file present with its size) costs one `stat` per file.
-It finds the results of crashes, full disks and partial copies. It chooses the checkpoint to resume from, because one
-process cannot read terabytes at a start. The full one reads everything, for tools and tests. `load` finds flipped bits:
-each rank checks the blocks that it reads, all ranks in parallel.
+There are two verifications. The fast verification checks the manifest, and calls `stat` once for every file to check
+its size. It detects the effects of crashes, full disks and partial copies. It selects the checkpoint to resume from,
+because one process cannot read terabytes at every start. The full verification reads all bytes; tools and tests use it.
+Flipped bits are detected during loading: each rank checks the blocks that it reads.
 
-Nothing is pickled: an untrusted checkpoint can hold wrong values but cannot run code.
+Nothing is pickled: an untrusted checkpoint may contain wrong values, but it cannot run code.
 """
 
 import json
@@ -37,13 +38,13 @@ from conf.words import one_line
 
 FORMAT = "sluice checkpoint"
 CHECKPOINT_VERSION = 1
-"""Format version; increased when older code cannot read newer files."""
+"""Version of the format. A change that older code cannot read increases it."""
 CRC_BLOCK = 4 << 20
-"""Bytes of data per CRC-32; a multiple of every item size, so that no element spans two blocks."""
+"""Bytes of data that one CRC-32 covers. It is a multiple of every item size, so that no element is in two blocks."""
 LARGEST_NUMBER = 2**63 - 1
-"""The largest number in a checkpoint."""
+"""Largest number that a checkpoint may contain."""
 HOOK_STATE = "hook."
-"""Name prefix of tensors and facts that a recipe's callback keeps in checkpoints."""
+"""Name prefix for the tensors and meta entries that a recipe's callbacks store in checkpoints."""
 META = {
     **dict.fromkeys(("step", "samples", "skipped", "updates", "seed", "seq_len"), int),
     **dict.fromkeys(("tokenizer", "data"), str),
@@ -51,11 +52,11 @@ META = {
     "held_out": dict,
     "config": dict,
 }
-"""Types of the meta fields that modes read; ints are counts."""
+"""Types of the meta fields that modes read. An int is a count, so it must not be negative."""
 
 
 class CheckpointDamaged(UserError):
-    """A damaged Sluice checkpoint; resume=auto uses the previous one instead."""
+    """A Sluice checkpoint is damaged. resume=auto uses the previous checkpoint instead."""
 
     def __init__(self, file: Path, problem: str | OSError):
         if isinstance(problem, OSError):
@@ -67,18 +68,18 @@ class CheckpointDamaged(UserError):
 
     @property
     def line(self) -> str:
-        """The file and its problem."""
+        """Describes the file and its problem on one line."""
         return f"{one_line(self.value)} {self.rule}"
 
 
 class Meta(dict[str, Any]):
-    """The run's data beside the tensors: samples, tokenizer, data, seed, ...
+    """Everything that a checkpoint stores besides tensors: samples, tokenizer, data, seed, ...
 
-    Reading a name that is missing or has the wrong type raises CheckpointDamaged.
+    Access to an entry that is missing or has the wrong type raises CheckpointDamaged.
     """
 
     def __init__(self, path: Path, stored: dict[str, Any]):
-        """path: of the file that contains it."""
+        """path: of the file that contains the meta."""
         super().__init__(stored)
         self._path = path
 
@@ -100,21 +101,22 @@ class Entry:
     """Name of the element type in the safetensors format, such as F32 or BF16."""
     shape: tuple[int, ...]
     intervals: list[tuple[int, int, int]]
-    """(rank, start, count) in elements of the flattened tensor, sorted by start."""
+    """Intervals of the flattened tensor, as (rank, start, count) in elements, sorted by start."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The intact manifest of one checkpoint."""
+    """The manifest of one checkpoint, which is known to be intact."""
 
     folder: Path
     step: int
     attempt: int
     world_size: int
     meta: Meta
-    """The run's data beside the tensors: samples, tokenizer, data, seed, config (its settings), ..."""
+    """Everything that the checkpoint stores besides tensors: samples, tokenizer, data, seed, config (settings), ..."""
     files: dict[str, list[int]]
-    """Size in bytes and, for an index, CRC-32; the checksums of a data file are in its index."""
+    """Maps a file name to its size in bytes and, for an index, its CRC-32. An index contains the checksums of its data
+    file."""
     tensors: dict[str, Entry] = field(repr=False)
 
     @property
@@ -122,24 +124,27 @@ class Manifest:
         return Age(self.attempt, self.step)
 
     def body(self) -> dict[str, Any]:
-        """The manifest as JSON for another rank; `manifest_of` reverses this."""
+        """The manifest as JSON values for another rank. `manifest_of` reverses this conversion."""
         tensors = {name: (entry.dtype, entry.shape, entry.intervals) for name, entry in self.tensors.items()}
         return {**vars(self), "folder": str(self.folder), "tensors": tensors}
 
 
 def holds_adapter(meta: dict[str, Any]) -> bool:
-    """Whether the checkpoint with this meta holds an adapter instead of the weights."""
+    """Whether the checkpoint with this meta contains an adapter instead of all weights."""
     return "base" in meta
 
 
 def seal(body: dict[str, Any]) -> str:
-    """JSON text of `body` with its own CRC-32 as the last key. No format version may change this rule."""
+    """Returns `body` as JSON text, with its CRC-32 as the last key. No format version may change this rule."""
     return json.dumps({**body, "crc32": zlib.crc32(json.dumps(body).encode())})
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a checkpoint. UserError if the folder is no Sluice checkpoint or too new, CheckpointDamaged if
-    it is damaged."""
+    """Reads the manifest of a checkpoint.
+
+    Raises UserError if the folder is not a Sluice checkpoint or its format is too new. Raises CheckpointDamaged if the
+    manifest is damaged.
+    """
     path = folder / MANIFEST
     ours = re.fullmatch(r"step_\d{8,}", folder.name) is not None
     if not folder.is_dir():
@@ -169,7 +174,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def manifest_of(folder: Path, body: dict[str, Any]) -> Manifest:
-    """The manifest with this body, which has the form of `train.checkpoint.read_shards.merge_indexes`."""
+    """Builds a manifest from a body with the format of `train.checkpoint.read_shards.merge_indexes`."""
     path = folder / MANIFEST
     step, attempt, ranks = (_field(path, body, name, int) for name in ("step", "attempt", "world_size"))
     meta, files, tensors = (_field(path, body, name, dict) for name in ("meta", "files", "tensors"))
@@ -206,7 +211,7 @@ def _are_counts(found: Any, length: int | None = None) -> bool:
 
 
 def _field(path: Path, body: dict[str, Any], name: str, kind: type) -> Any:
-    """A field of the body; CheckpointDamaged if it is missing or has another type."""
+    """Returns a field of the body. Raises CheckpointDamaged if it is missing or has another type."""
     if name not in body:
         raise CheckpointDamaged(path, f"holds no {name!r}")
     if not isinstance(body[name], kind) or isinstance(body[name], bool):
@@ -217,7 +222,7 @@ def _field(path: Path, body: dict[str, Any], name: str, kind: type) -> Any:
 
 
 def read_index(manifest: Manifest, rank: int) -> dict[str, Any]:
-    """The index of one rank's data file; CheckpointDamaged if it does not match the manifest."""
+    """Reads the index of one rank's data file. Raises CheckpointDamaged if it does not match the manifest."""
     path = manifest.folder / index_name(rank)
     try:
         text = path.read_bytes()
@@ -229,7 +234,7 @@ def read_index(manifest: Manifest, rank: int) -> dict[str, Any]:
 
 
 def check_index(manifest: Manifest, rank: int, text: bytes) -> dict[str, Any]:
-    """The index with this text; CheckpointDamaged if it does not match the manifest."""
+    """Parses the text of an index. Raises CheckpointDamaged if it does not match the manifest."""
     path = manifest.folder / index_name(rank)
     if [len(text), zlib.crc32(text)] != manifest.files[path.name]:
         raise CheckpointDamaged(path, "its checksum does not match the manifest's")
@@ -257,9 +262,10 @@ def _is_place(found: Any) -> bool:
 
 
 def verify(folder: Path, full: bool = False) -> list[str]:
-    """Problems of a checkpoint, file by file; an empty list if it is intact.
+    """Verifies a checkpoint. Returns the problems of its files; an empty list if it is intact.
 
-    Fast: sizes only. Full: every byte against its checksum. UserError if the folder is no checkpoint or too new.
+    full: compare every byte with the checksums; otherwise only sizes are checked. Raises UserError if the folder is not
+    a checkpoint, or its format is too new.
     """
     try:
         return _problems(read_manifest(folder), full)
@@ -279,7 +285,7 @@ def _problems(manifest: Manifest, full: bool) -> list[str]:
 
 
 def check_data(manifest: Manifest, rank: int) -> None:
-    """Read one rank's data file completely; CheckpointDamaged at the first block with a wrong checksum."""
+    """Read one rank's data file completely. Raises CheckpointDamaged at the first block with a wrong checksum."""
     index = read_index(manifest, rank)
     path = manifest.folder / data_name(rank)
     try:
@@ -299,8 +305,8 @@ class FoundCheckpoint:
 
     manifest: Manifest | None
     warnings: list[str]
-    """Problems of damaged checkpoints, file by file: those without an intact manifest, whose age is unknown, and
-    those newer than the result."""
+    """Problems of damaged checkpoints, file by file. They cover checkpoints that are newer than the result, and those
+    whose age is unknown because the manifest is damaged."""
 
     @property
     def path(self) -> Path | None:
@@ -308,10 +314,10 @@ class FoundCheckpoint:
 
 
 def newest_intact(root: Path, full: bool = False, skip: Collection[Path] = ()) -> FoundCheckpoint:
-    """The newest intact checkpoint in a run's checkpoints/ folder, by `verify`; None if there is none.
+    """Finds the newest intact checkpoint in a run's checkpoints/ folder. `verify` decides whether one is intact.
 
-    `skip`: checkpoints that `load` found damaged although the fast verification did not. Raises UserError if a
-    checkpoint has a newer format, because skipping it would lose training.
+    `skip`: checkpoints that passed the fast verification, but were found damaged during loading. Raises UserError if a
+    checkpoint has a newer format, because a run that skipped it would lose training.
     """
     while True:
         warnings: list[str] = []
@@ -321,7 +327,7 @@ def newest_intact(root: Path, full: bool = False, skip: Collection[Path] = ()) -
             problems = _problems(manifest, full)
             if not problems:
                 return FoundCheckpoint(manifest, warnings)
-            if not os.path.lexists(manifest.folder):  # a live run has pruned it, so there are newer ones
+            if not os.path.lexists(manifest.folder):  # a live run has pruned it, so newer checkpoints exist
                 break
             warnings += problems
         else:
@@ -329,12 +335,12 @@ def newest_intact(root: Path, full: bool = False, skip: Collection[Path] = ()) -
 
 
 def checkpoints(root: Path) -> list[Manifest]:
-    """Manifests of the checkpoints in `root` that pass the fast verification, newest first."""
+    """Returns the manifests of the checkpoints in `root` that pass the fast verification, newest first."""
     return [manifest for manifest in _newest_first(root, []) if not _problems(manifest, full=False)]
 
 
 def _newest_first(root: Path, warnings: list[str]) -> list[Manifest]:
-    """The intact manifests in `root`, newest first; problems of the others go to `warnings`."""
+    """Returns the intact manifests in `root`, newest first. Adds problems of the others to `warnings`."""
     while True:
         sound: list[Manifest] = []
         damaged: list[str] = []
@@ -342,7 +348,7 @@ def _newest_first(root: Path, warnings: list[str]) -> list[Manifest]:
             try:
                 sound.append(read_manifest(folder))
             except UserError as error:
-                if not os.path.lexists(folder):  # a live run has pruned it: search again, because there are newer ones
+                if not os.path.lexists(folder):  # a live run has pruned it, so newer checkpoints exist: search again
                     break
                 if not isinstance(error, CheckpointDamaged):
                     raise

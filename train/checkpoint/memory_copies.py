@@ -1,9 +1,9 @@
 """Writes and reads a rank's copies in memory (see cluster/node/copy_store.py).
 
-`save` copies the shards to buffers and returns. A thread writes them to the folder of the rank's own node, and sends
-the same file to the next node. Before a save, all ranks agree on the earlier set to keep: the newest that every rank
-has stored in both places. So a whole set exists at any moment, however a save ends. A failed save becomes a warning in
-`poll`, and the next save starts fresh.
+`save` copies the shards to buffers and returns. A thread writes the buffers to a file on the rank's own node, and sends
+the same file to the next node. The files of all ranks for one step are a set. Before a save, all ranks agree on the
+newest set that every rank has stored on both nodes, and keep it. So a complete set exists at any moment, even if a save
+fails. A failed save becomes a warning in `poll`, and the next save starts from the beginning.
 """
 
 import json
@@ -32,11 +32,11 @@ from train.checkpoint.read_shards import FolderFiles, ReadSpan, merge_indexes
 from train.checkpoint.staging import StagingBuffers, lay_out_shards
 
 SETS = 2
-"""Maximum number of sets on a node."""
+"""Maximum number of sets that a node stores at one time."""
 
 
 class MemoryCopies:
-    """The memory copies of one rank in one attempt. Every rank calls save for the same steps."""
+    """Makes the memory copies of one rank in one attempt. All ranks call `save` for the same steps."""
 
     def __init__(self, shelves: Shelves, token: str, *, rank: int, world_size: int, attempt: int, timeout: float):
         """timeout: maximum wait for another node, in seconds."""
@@ -47,9 +47,9 @@ class MemoryCopies:
         self._folder = Path(shelves.nodes[home].folder)
         self._next = None if following is None else shelves.nodes[following]
         self._resumed = ""
-        """The set that this attempt resumed from; it is kept until a newer one is whole."""
+        """The set that this attempt resumed from. It is kept until a newer set is complete."""
         self._stored = -1
-        """Step of this rank's newest part that is stored in both places."""
+        """Step of the newest part that this rank has stored on both nodes."""
         self._asked = -1
         """Step of the last requested save."""
         self._stage: StagingBuffers | None = None
@@ -58,9 +58,9 @@ class MemoryCopies:
         self._warnings: deque[str] = deque()  # the thread appends while the loop polls
 
     def save(self, step: int, shards: dict[str, Shard], meta: dict[str, Any]) -> float:
-        """Copy the state after `step`; returns the seconds that the caller was blocked. Collective.
+        """Copy the state after `step`. Returns the seconds that the caller was blocked. Collective.
 
-        Waits for the previous save. `meta`: JSON values, the same on every rank.
+        The call waits for the previous save. `meta`: JSON values, the same on every rank.
         """
         began = time.perf_counter()
         ready = self._join()
@@ -81,18 +81,24 @@ class MemoryCopies:
         return time.perf_counter() - began
 
     def save_and_wait(self, step: int, shards: dict[str, Shard], meta: dict[str, Any]) -> bool:
-        """Save at the end of a run: returns when the copy is complete, and whether all ranks have it. Collective."""
+        """Copy the state at the end of a run, and wait until the copy is complete. Collective.
+
+        Returns whether all ranks have completed their copies.
+        """
         if self._asked != step:
             self.save(step, shards, meta)
         self._join()
         return self._oldest_stored() == step
 
     def poll(self) -> list[str]:
-        """Warnings since the last call; never waits."""
+        """Returns the warnings since the last call. Never waits."""
         return [self._warnings.popleft() for _ in range(len(self._warnings))]
 
     def _join(self) -> bool:
-        """Wait for the thread, but not so long that another rank considers this rank hung; False if it still runs."""
+        """Wait for the thread. Returns False if it is still running.
+
+        The wait is short enough that other ranks do not consider this rank hung.
+        """
         if self._thread is not None:
             self._thread.join(max(0.0, self._began + SAVE_PATIENCE * self.timeout - time.perf_counter()))
             if self._thread.is_alive():
@@ -101,7 +107,7 @@ class MemoryCopies:
         return True
 
     def _agree_on_kept(self) -> str:
-        """Name of the set to keep until the next one is whole; empty if there is none."""
+        """Returns the name of the set to keep until the next set is complete; empty if there is none."""
         step = self._oldest_stored()
         if step < self._asked == self._stored:
             self._warnings.append(
@@ -110,13 +116,13 @@ class MemoryCopies:
         return SetId(self.attempt, step, self.world_size).name if step >= 0 else self._resumed
 
     def _oldest_stored(self) -> int:
-        """The newest step whose parts all ranks have in both places; -1 if there is none."""
+        """Returns the newest step whose parts all ranks have stored on both nodes; -1 if there is none."""
         stored = torch.tensor([self._stored])
         dist.all_reduce(stored, op=dist.ReduceOp.MIN)
         return int(stored)
 
     def _run(self, stage: StagingBuffers, id: SetId, kept: str, meta: dict[str, Any]) -> None:
-        """Runs in the thread; turns every failure into a warning."""
+        """Execute a save in the thread. Every failure becomes a warning."""
         try:
             self._write(stage, id, kept, meta)
             self._stored = id.step
@@ -124,7 +130,7 @@ class MemoryCopies:
             self._warnings.append(f"copy of step {id.step} in memory not made by rank {self.rank}: {error}")
 
     def _write(self, stage: StagingBuffers, id: SetId, kept: str, meta: dict[str, Any]) -> None:
-        """Writes to the own node first, then to the next; in both the index follows its data."""
+        """Write to this rank's node first, then to the next node. On both nodes, write the data before the index."""
         prune(self._folder, {id.name, kept}, self.attempt)
         folder = self._folder / id.name
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -137,10 +143,11 @@ class MemoryCopies:
                     peer.put(id.name, folder / name, kept)
 
     def require_room(self, shards: dict[str, Shard]) -> str | None:
-        """Check that the copies of all ranks fit into their nodes' memory; called by every rank before the first save.
+        """Check that the copies of all ranks fit into the memory of their nodes. All ranks call it before the first
+        save.
 
-        Returns None if they fit. If not, it raises UserError if the run has all its ranks. A run on fewer nodes has
-        larger parts and must continue, so it returns the reason for having no copies.
+        Returns None if the copies fit. If they do not fit, a run with all its ranks raises UserError. A run that
+        continues on fewer nodes has larger parts and must not end, so it returns the reason for having no copies.
         """
         home = self.shelves.home(self.rank)
         room = shutil.disk_usage(self._folder).free + folder_bytes(self._folder)
@@ -167,10 +174,9 @@ class MemoryCopies:
     # Resuming -------------------------------------------------------------------------------------------------------
 
     def manifest(self) -> Manifest | None:
-        """For one rank: the manifest of the set to resume from, built from the indexes of all parts; None without a
-        set.
+        """Builds the manifest of the set to resume from, from the indexes of all parts; None without a set.
 
-        Raises CheckpointDamaged if a part is missing or the parts do not cover the tensors.
+        One rank calls it. Raises CheckpointDamaged if a part is missing, or if the parts do not cover the tensors.
         """
         if self.shelves.resume is None:
             return None
@@ -185,12 +191,13 @@ class MemoryCopies:
         return ShelfFiles(self.shelves, self.token, self.rank, self.timeout)
 
     def mark_resumed(self) -> None:
-        """Keep the set that was loaded until there is a newer one."""
+        """Keep the loaded set until a newer set is complete."""
         self._resumed = self.shelves.resume or ""
 
 
 class ShelfFiles:
-    """The files of the set to resume from, on this node or others; see train.checkpoint.read_shards.Files."""
+    """Reads the files of the set to resume from, on this node or on others. See
+    `train.checkpoint.read_shards.Files`."""
 
     def __init__(self, shelves: Shelves, token: str, rank: int, timeout: float):
         assert shelves.resume is not None
@@ -214,6 +221,6 @@ class ShelfFiles:
             yield lambda view, position: peer.read(self._set, data_name(rank), view, position)
 
     def _peer(self, rank: int) -> Peer:
-        """One of the nodes that hold this part; different ranks use different holders."""
+        """Returns one of the nodes that hold this part. Different ranks read from different nodes."""
         holders = self._shelves.holders[rank]
         return Peer(self._shelves.nodes[holders[self._home % len(holders)]].address, self._token, self._timeout)

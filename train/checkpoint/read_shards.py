@@ -1,8 +1,8 @@
-"""Loads a checkpoint into live shards, whatever layout wrote it.
+"""Loads a checkpoint into live shards. The run that wrote the checkpoint may have had any layout.
 
-Each wanted shard is an interval of a flattened tensor. The manifest lists the intervals that the writing ranks held.
-Their intersections give the bytes to read. Only whole blocks around these bytes are read, and each block is checked
-against its CRC-32 before any of its elements is used.
+Each wanted shard is an interval of a flattened tensor. The manifest lists the intervals that each rank wrote. The
+overlap of a wanted interval and a written interval gives the bytes to read. A rank reads all blocks that contain such
+bytes, and compares each block with its CRC-32 before it uses any element of the block.
 """
 
 import json
@@ -34,16 +34,18 @@ from train.checkpoint.manifest import (
 )
 from train.checkpoint.staging import DTYPES
 
-# Intervals of flattened tensors: coverage checks, and the merged table of all ranks' intervals.
+# Intervals of flattened tensors: checks of coverage, and the merged table of the intervals of all ranks.
 
 
 class NotCovered(ValueError):
-    """The intervals of all ranks do not cover a tensor."""
+    """The intervals of all ranks together do not cover a tensor."""
 
 
 def first_hole(intervals: list[tuple[int, int]], start: int, stop: int) -> int | None:
-    """The first element of [start, stop) outside all (start, count) intervals, which are sorted by start; None if
-    all are covered."""
+    """Returns the first element of [start, stop) that no interval contains; None if all elements are covered.
+
+    intervals: (start, count), sorted by start.
+    """
     reached = start
     for begin, count in intervals:
         if begin > reached:
@@ -53,9 +55,9 @@ def first_hole(intervals: list[tuple[int, int]], start: int, stop: int) -> int |
 
 
 def merge_indexes(indexes: list[bytes], meta: dict[str, Any]) -> dict[str, Any]:
-    """Body of the manifest for the index files of ranks 0, 1, ...; NotCovered if a tensor has a gap.
+    """Builds the body of the manifest from the index files of ranks 0, 1, ... Raises NotCovered if a tensor has a gap.
 
-    Intervals may overlap: a replica is read from any rank that holds it.
+    Intervals of different ranks may overlap, because ranks may hold replicas. A replica is read from any of its ranks.
     """
     ranks = [json.loads(text) for text in indexes]
     tensors: dict[str, tuple[str, list[int], list[tuple[int, int, int]]]] = {}
@@ -92,36 +94,36 @@ LOSSLESS = {
     torch.float32: (torch.float64,),
     torch.int32: (torch.int64,),
 }
-"""Conversions that keep every value: from the stored type to the wanted types."""
+"""Conversions that do not change any value. Maps a stored dtype to the possible wanted dtypes."""
 
 
 @dataclass
 class FilePiece:
-    """A part of one wanted shard that is in one file."""
+    """The part of one wanted shard that one file contains."""
 
     name: str
     start: int
-    """First element, in the flattened logical tensor."""
+    """First element of the part, in the flattened logical tensor."""
     target: Tensor
     """The memory to fill."""
 
 
 ReadSpan = Callable[[memoryview, int], int]
-"""Fills the memory from this byte position of a file; returns the number of bytes read."""
+"""Reads from a file at this byte position into the memory. Returns the number of bytes read."""
 
 
 class Files(Protocol):
-    """Access to the files of a checkpoint, wherever they are. Both methods raise OSError."""
+    """Gives access to the files of a checkpoint in any place. Both methods raise OSError."""
 
     def index(self, rank: int) -> bytes:
-        """The index of a rank's data file."""
+        """Returns the index of a rank's data file."""
 
     def data(self, rank: int) -> AbstractContextManager[ReadSpan]:
-        """A rank's data file, opened for partial reads."""
+        """Opens a rank's data file for partial reads."""
 
 
 class FolderFiles:
-    """A checkpoint in one folder."""
+    """Gives access to a checkpoint in one folder."""
 
     def __init__(self, folder: Path):
         self._folder = folder
@@ -136,19 +138,21 @@ class FolderFiles:
 
 
 def load_shards(path: Path, wanted: dict[str, Shard], rounded: bool = False) -> dict[str, Any]:
-    """Fill the memory of every wanted shard from the checkpoint in `path`. rounded: values may be rounded to a smaller
-    type of the shard.
+    """Fill the memory of every wanted shard from the checkpoint in `path`.
 
-    Returns the stored meta, and `step`, `attempt` and `world_size` of the run that wrote it. UserError comes before any
-    write: the folder is no checkpoint, is too new, lacks a tensor or part of it, or differs in shape or type.
-    CheckpointDamaged (a UserError too) means a missing file or wrong checksum; shards may then be partly filled.
+    rounded: whether values may be rounded to a smaller dtype of the shard. Returns the stored meta, and `step`,
+    `attempt` and `world_size` of the run that wrote the checkpoint. Raises UserError before it fills any shard if the
+    folder is not a checkpoint, has a newer format, lacks (a part of) a tensor, or differs in shape or dtype. Raises
+    CheckpointDamaged (a UserError) for a missing file or a wrong checksum. In this case shards may be partly filled.
     """
     return fill_shards(read_manifest(path), FolderFiles(path), wanted, rounded)
 
 
 def fill_shards(manifest: Manifest, files: Files, wanted: dict[str, Shard], rounded: bool = False) -> dict[str, Any]:
-    """Fill shards from a checkpoint with a known manifest, whose files may be anywhere. rounded: as in
-    `load_shards`."""
+    """Fill shards from a checkpoint whose manifest is known and whose files may be anywhere.
+
+    rounded: as in `load_shards`.
+    """
     pieces: dict[int, list[FilePiece]] = {}
     for name, shard in wanted.items():
         for rank, piece in _pieces(manifest, name, shard, rounded):
@@ -158,14 +162,14 @@ def fill_shards(manifest: Manifest, files: Files, wanted: dict[str, Shard], roun
         try:
             _read_rank(manifest, files, rank, parts, buffer)
         except OSError as error:
-            file = error.filename or data_name(rank)  # a read error has no file name
+            file = error.filename or data_name(rank)  # an error of a read call has no file name
             raise CheckpointDamaged(manifest.folder / file, error) from error
     identity = {"step": manifest.step, "attempt": manifest.attempt, "world_size": manifest.world_size}
     return {**manifest.meta, **identity}
 
 
 def _pieces(manifest: Manifest, name: str, shard: Shard, rounded: bool) -> list[tuple[int, FilePiece]]:
-    """(rank, piece) pairs that together cover one wanted shard; overlapping intervals are read once."""
+    """Yields (rank, piece) pairs that together cover one wanted shard. Elements in several intervals are read once."""
     entry = _compatible(manifest, name, shard, rounded)
     stop = shard.offset + shard.local.numel()
     spans = [(start, count) for _, start, count in entry.intervals]
@@ -187,7 +191,7 @@ def _pieces(manifest: Manifest, name: str, shard: Shard, rounded: bool) -> list[
 
 
 def _compatible(manifest: Manifest, name: str, shard: Shard, rounded: bool) -> Entry:
-    """The entry of a wanted tensor; UserError if none fits."""
+    """Returns the manifest's entry for a wanted tensor. Raises UserError if it does not fit the shard."""
     entry, shape = manifest.tensors.get(name), tuple(shard.shape)
     if entry is None:
         raise UserError(
@@ -219,7 +223,7 @@ def _compatible(manifest: Manifest, name: str, shard: Shard, rounded: bool) -> E
 
 
 def _read_rank(manifest: Manifest, files: Files, rank: int, pieces: list[FilePiece], buffer: Tensor) -> None:
-    """Fill the pieces in one rank's file, in file order, so that a shared block is read once."""
+    """Fill all pieces that one rank's file contains. It reads in file order, so that a shared block is read once."""
     index = check_index(manifest, rank, files.index(rank))
     tensors, path = index["tensors"], manifest.folder / data_name(rank)
     for piece in pieces:
@@ -258,7 +262,7 @@ def _read_rank(manifest: Manifest, files: Files, rank: int, pieces: list[FilePie
 
 
 def _read_block(read: ReadSpan, path: Path, index: dict[str, Any], number: int, buffer: Tensor) -> None:
-    """Read one block of the data into `buffer`; CheckpointDamaged if it is short or its checksum is wrong."""
+    """Read one block of the data into `buffer`. Raises CheckpointDamaged if it is short or its checksum is wrong."""
     size = min(CRC_BLOCK, index["data_bytes"] - number * CRC_BLOCK)
     view, position = buffer.numpy().data[:size], index["header_bytes"] + number * CRC_BLOCK
     while view:

@@ -1,11 +1,12 @@
-"""The folder of a run: its files, its lock, and the checkpoint to resume from. Imports no torch, because the driver
-uses it.
+"""Manages the folder of a run: its files, its lock, and the checkpoint to resume from.
+
+This file does not import torch, because the driver uses it.
 
 runs/NAME/
     config.yaml        every setting, resolved; the ranks read it
     tokenizer.json     the run's tokenizer, with tokenizer_config.json
-    metrics.jsonl      one JSON object a step
-    timeline.json      a step of a pipeline, see train/metrics/timeline_file.py
+    metrics.jsonl      one JSON object for each step
+    timeline.json      timeline of sampled steps of a pipeline, see train/metrics/timeline_file.py
     checkpoints/       see train/checkpoint/manifest.py
     logs/rank_N.log
     starts.json        command, code and machine of each start, see train/metrics/origin.py
@@ -13,9 +14,9 @@ runs/NAME/
     best.json          step and held-out loss of the checkpoint that checkpoint.keep_best keeps
     report.html
     wandb/
-    .lock              locked, with process and host, while the driver of the run lives
-    .rank_0.lock       locked, shared, while a rank 0 of the run lives. Rank 0 may outlive its driver, and only rank 0 writes
-                       the files that a start reads. So a new start waits for it.
+    .lock              locked while the driver of the run lives; contains its process and host
+    .rank_0.lock       locked (shared) while a rank 0 of the run lives. Rank 0 may outlive its driver, and it writes the
+                       files that a new start reads. So a new start waits until rank 0 releases this lock.
 """
 
 import fcntl
@@ -54,19 +55,20 @@ from train.checkpoint.manifest import FoundCheckpoint, checkpoints, newest_intac
 
 BEST = "best.json"
 WANDB_PLACE = "place.json"
-"""File in `wandb/`: project, entity and group of this folder's W&B run."""
+"""Name of a file in `wandb/` that contains project, entity and group of this folder's W&B run."""
 WANDB_NAMES = ("project", "entity", "group")
 
 
 class RunFolder(RunPaths):
-    """A run folder that this process holds. Close it, or use it in `with`, to release it for another run."""
+    """A run folder that this process has locked. Call `close`, or use `with`, to release the lock for another run."""
 
     def __init__(self, config: Config, checkpoint_bytes: int = 0):
-        """Create and lock the folder and write config.yaml. `checkpoint_bytes`: estimated size of one checkpoint.
+        """Create and lock the folder, and write config.yaml. `checkpoint_bytes`: estimated size of one checkpoint.
 
-        Waits for a rank 0 that has lost its driver and is about to end. UserError leaves an existing folder unchanged.
-        Reasons: a live run holds it, another user owns it, that rank 0 does not end, the disk lacks room for the
-        checkpoints, or resume forbids to continue from them.
+        If an earlier rank 0 has lost its driver, the call waits until that rank 0 ends. Raises UserError if that rank 0
+        does not end, a live run holds the folder, another user owns it, the disk lacks space for the checkpoints, or
+        the setting `resume` forbids to continue from existing checkpoints. After an error an existing folder is
+        unchanged.
         """
         super().__init__(config)
         with disk_errors(config):
@@ -90,20 +92,20 @@ class RunFolder(RunPaths):
             raise
 
     def take_back(self) -> None:
-        """Restore config.yaml after the ranks refused to start, because the old one describes the checkpoints."""
+        """Restore the old config.yaml after the ranks refused to start, because it describes the checkpoints."""
         try:
             if self._before is None:
                 self.config_path.unlink()
             else:
                 atomic_write_text(self.config_path, self._before)
-        except OSError as error:  # the ranks' reason is reported in any case
+        except OSError as error:  # the caller reports the reason of the ranks in any case
             say(
                 f"{self.config_path} could not be restored after the refused start: {explain_disk_error(error)}",
                 file=sys.stderr,
             )
 
     def close(self) -> None:
-        """Release the lock. When the process dies, the kernel releases it."""
+        """Release the lock. If the process dies, the kernel releases it."""
         os.close(self._lock)
 
     def __enter__(self) -> "RunFolder":
@@ -117,9 +119,10 @@ class RunFolder(RunPaths):
 
 @contextmanager
 def held_by_rank_0(paths: RunPaths) -> Iterator[None]:
-    """Held by rank 0 while it may write to the run folder.
+    """Returns a lock that rank 0 holds while it may write to the run folder.
 
-    Ranks 0 of two attempts may hold it at once, if one is on a disconnected node. A new start may hold it for a moment.
+    Ranks 0 of two attempts may hold the lock at the same time, if one of them is on a disconnected node. A new start
+    may hold it for a moment.
     """
     paths.path.mkdir(parents=True, exist_ok=True)
     handle = open_lock(paths.rank_lock)
@@ -134,7 +137,10 @@ def held_by_rank_0(paths: RunPaths) -> Iterator[None]:
 
 
 def _await_end_of_rank_0(path: Path, config: Config) -> None:
-    """Wait for an earlier rank 0 to end; UserError if it holds the lock longer than a rank survives its driver."""
+    """Wait until an earlier rank 0 has ended.
+
+    Raises UserError if it holds the lock longer than a rank may survive its driver.
+    """
     handle = open_lock(path)
     try:
         limit = longest_afterlife(config)
@@ -161,7 +167,7 @@ def _me() -> str:
 
 
 def _holder(handle: int, path: Path) -> str:
-    """The process that a lock file names, and whether that process can still hold the lock."""
+    """Returns the process that a lock file names, and whether this process can still hold the lock."""
     text = os.pread(handle, 200, 0).decode(errors="replace").strip()
     holder = re.fullmatch(r"process (\d{1,9}) on host (.+)", text)
     if holder is None or (holder[2] == socket.gethostname() and not lives(int(holder[1]))):
@@ -188,11 +194,11 @@ def is_held(run: Path) -> bool:
 
 
 def resume_point(config: Config, skip: Collection[Path] = ()) -> FoundCheckpoint:
-    """The checkpoint to start from (None: start new), with a warning for each damaged one that was skipped.
+    """Finds the checkpoint to start from; its path is None for a new start. Warns about each damaged checkpoint.
 
-    `skip`: checkpoints that `load` found damaged. Raises UserError if a named checkpoint is damaged, or if all are,
-    because a new start beside them would silently lose training. Create rank 0's Checkpointer first: it repairs an
-    interrupted commit.
+    `skip`: checkpoints that were found damaged during loading. Raises UserError if a named checkpoint is damaged, or if
+    all checkpoints are damaged, because a new start would silently lose training. Before this call, create the
+    Checkpointer of rank 0, which repairs an interrupted commit.
     """
     own = RunPaths(config).checkpoints
     if config.resume == "never":
@@ -211,8 +217,10 @@ def resume_point(config: Config, skip: Collection[Path] = ()) -> FoundCheckpoint
 
 
 def find_checkpoint(config: Config, given: str | None, field: str) -> Path:
-    """The intact checkpoint that `given`, the value of `field`, names; null means the run's newest. UserError if
-    there is none."""
+    """Finds the intact checkpoint that `given` names. Raises UserError if there is none.
+
+    given: value of the key `field`; None means the newest checkpoint of the run.
+    """
     try:
         found = resume_point(replace(config, resume=given or "auto")).path
     except UserError as error:
@@ -228,7 +236,10 @@ def find_checkpoint(config: Config, given: str | None, field: str) -> Path:
 
 
 def _named(path: Path) -> FoundCheckpoint:
-    """The intact checkpoint at a path, or the newest one of a run at that path; UserError if there is none."""
+    """Finds the intact checkpoint at a path, or the newest checkpoint of a run at the path.
+
+    Raises UserError if there is none.
+    """
     root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     if root.name == "checkpoints":
         found = newest_intact(root)
@@ -247,9 +258,10 @@ def _named(path: Path) -> FoundCheckpoint:
 
 
 def wandb_place(run: Path) -> dict[str, str | None]:
-    """Project, entity and group of a folder's W&B run; empty if there is no run or its place is unknown.
+    """Returns project, entity and group of a folder's W&B run; empty if there is no run or its place is unknown.
 
-    An earlier version had keys for them, so its config.yaml holds them until another start replaces that file.
+    An earlier version of Sluice had keys for these values. Its config.yaml contains them until a new start replaces the
+    file.
     """
     with suppress(*UNREADABLE, KeyError, TypeError, AttributeError):
         if (run / "wandb" / WANDB_PLACE).is_file():
@@ -262,7 +274,7 @@ def wandb_place(run: Path) -> dict[str, str | None]:
 
 
 def _make(config: Config, root: Path) -> None:
-    """Create the folder if missing; UserError if that is not allowed or another user owns it."""
+    """Create the folder if it is missing. Raises UserError if this is not permitted, or if another user owns it."""
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -279,9 +291,9 @@ def _make(config: Config, root: Path) -> None:
 
 
 def _lock(path: Path, name: str) -> int:
-    """An open handle that holds the lock; UserError with the holder's name if another process has it.
+    """Returns an open file handle that holds the lock. If another process holds it, the UserError names the process.
 
-    The file is never removed, because a removal between open and lock would leave two processes with two files.
+    The file is never removed. If it were removed between open and lock, two processes could lock two different files.
     """
     handle = open_lock(path)
     try:
@@ -330,22 +342,22 @@ def write_best(folder: Path, step: int, loss: float) -> None:
 
 
 def best_step(folder: Path) -> int | None:
-    """Step of the checkpoint with the lowest held-out loss; None if the run keeps none."""
+    """Returns the step of the checkpoint with the lowest held-out loss; None if the run does not keep it."""
     with suppress(OSError, ValueError, KeyError, TypeError, OverflowError):
         return int(read_plain_json(folder / BEST)["step"])
     return None
 
 
 def check_space(config: Config, checkpoint_bytes: int) -> None:
-    """Raise UserError if the disk has no room for the checkpoints.
+    """Raise UserError if the disk does not have enough space for the checkpoints.
 
-    It counts those still missing from `keep`, the one being written, and the one that the run resumes from.
+    It counts the checkpoints that are still missing from `keep`, the one in progress, and the one to resume from.
     """
     paths = RunPaths(config)
     there = len(checkpoints(paths.checkpoints))
     most = (
         config.checkpoint.keep + 1 if config.checkpoint.every else 1
-    )  # without checkpoints during training: only the one at the end
+    )  # without checkpoints during training, only the one at the end
     most += config.checkpoint.keep_best
     copies = max(1, most + (there > 0) - there)
     place = next(folder for folder in (paths.path, *paths.path.parents) if folder.exists())

@@ -1,11 +1,11 @@
 """Copies live shards to a rank's data file, in two steps.
 
-`StagingBuffers.copy` packs the shards into CPU buffers in the layout of the file; training continues when it returns.
-`StagingBuffers.write` runs in a thread, writes the buffers, and computes a CRC-32 per block. The buffers are kept
-between saves, because page-locked memory is slow to allocate, and reused pages are fast to fill.
+`StagingBuffers.copy` copies the shards into CPU buffers that have the layout of the file. When it returns, the training
+continues. `StagingBuffers.write` runs in a thread, writes the buffers, and computes a CRC-32 for each block. Later
+saves reuse the buffers, because page-locked memory is slow to allocate, and reused pages are fast to fill.
 
-The file is in the safetensors format (8 bytes of header length, a JSON header, raw little-endian data), so any tool can
-open it. The library's writer is not used, because it neither computes checksums nor syncs.
+The file has the safetensors format, so any tool can open it: 8 bytes of header length, a JSON header, raw little-endian
+data. The writer of the safetensors library is not used, because it neither computes checksums nor calls fsync.
 """
 
 import json
@@ -42,25 +42,25 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-"""Element types and their names in the safetensors format."""
+"""Maps element types to their names in the safetensors format."""
 WRITE_BYTES = 16 << 20
-"""Bytes per write call, so that a slow disk still shows progress."""
+"""Bytes in one write call. The calls are small, so that even a slow disk shows progress."""
 DTYPE_BYTES = {name: dtype.itemsize for dtype, name in DTYPES.items()}
 """Bytes per element, by safetensors name."""
 
 
 @dataclass(frozen=True)
 class StagedLayout:
-    """Position of each shard in the data part of a rank's file."""
+    """The positions of shards in the data part of a rank's file."""
 
     places: dict[str, tuple[str, tuple[int, ...], int, int, int]]
-    """name -> (dtype, logical shape, start and count in elements, first byte in the data part)."""
+    """Maps a name to (dtype, logical shape, start and count in elements, first byte in the data part)."""
     header: bytes
     data_bytes: int
 
 
 def lay_out_shards(shards: dict[str, Shard]) -> StagedLayout:
-    """The file layout of these shards; each shard is stored as a one-dimensional interval."""
+    """Computes the file layout for these shards. The file stores each shard as a one-dimensional interval."""
     for name, shard in shards.items():
         assert shard.local.dtype in DTYPES, f"{name}: {shard.local.dtype} has no name in the safetensors format"
     header, offsets, size = safetensors_header(
@@ -76,10 +76,11 @@ def lay_out_shards(shards: dict[str, Shard]) -> StagedLayout:
 def safetensors_header(
     tensors: Iterable[tuple[str, str, Sequence[int]]], metadata: dict[str, str] | None = None
 ) -> tuple[bytes, dict[str, int], int]:
-    """Header of a file with these tensors (name, type and shape).
+    """Builds the header of a file with these tensors (name, type and shape).
 
-    Returns the header bytes, the first byte of each tensor in the data part, and the size of that part. Wide elements
-    come first, so that each is aligned without padding, which the format forbids. Otherwise the given order stays.
+    Returns the header bytes, the first byte of each tensor in the data part, and the size of the data part. Tensors
+    with wide elements come first. So all elements are aligned without padding, which the format forbids. Tensors with
+    elements of the same width stay in the given order.
     """
     header: dict[str, dict[str, Any]] = {} if metadata is None else {"__metadata__": metadata}
     offsets, at = {}, 0
@@ -93,19 +94,19 @@ def safetensors_header(
 
 
 class StagingBuffers:
-    """A rank's buffers, for one save at a time."""
+    """The buffers of a rank for one save at a time."""
 
     def __init__(self, pinned: bool, most: int = 0):
-        """`pinned`: page-lock the buffers, for fast copies from a GPU. `most`: maximum bytes of the buffers, at
-        least one segment; 0 for the whole state. A larger state is copied piece by piece while it is written."""
+        """`pinned`: page-lock the buffers, for fast copies from a GPU. `most`: maximum size of the buffers in bytes, at
+        least one segment; 0: the size of the state. A larger state is copied part by part while it is written."""
         self.pinned, self.most = pinned, most and max(most, THRESHOLDS.staging_bytes)
         self.segments: list[Tensor] = []
         self.layout = StagedLayout({}, b"", 0)
         self._live: dict[str, Shard] = {}
-        """Shards that are still to be copied."""
+        """Shards that are not completely copied yet."""
 
     def copy(self, shards: dict[str, Shard]) -> None:
-        """Take a snapshot. The shards may change when this returns, or if `in_pieces` is true, after `write`."""
+        """Copy the shards. They may change after this method; if `in_pieces` is true, only after `write`."""
         self.layout, self._live = lay_out_shards(shards), shards
         self._fit(self._room)
         if not self.in_pieces:
@@ -114,7 +115,7 @@ class StagingBuffers:
 
     @property
     def in_pieces(self) -> bool:
-        """Whether the current save is larger than the buffers."""
+        """Whether the state of the current save is larger than the buffers."""
         return self._room < self.layout.data_bytes
 
     @property
@@ -122,7 +123,7 @@ class StagingBuffers:
         return min(self.layout.data_bytes, self.most or self.layout.data_bytes)
 
     def _fill(self, start: int) -> None:
-        """Copy the bytes of the data part from `start` on, up to the buffers' size."""
+        """Copy bytes of the data part into the buffers, from position `start` on, until the buffers are full."""
         devices = set()
         for name, (*_, at) in self.layout.places.items():
             raw = self._live[name].local.detach().view(torch.uint8)
@@ -134,11 +135,11 @@ class StagingBuffers:
                 self.segments[segment][offset : offset + size].copy_(part, non_blocking=self.pinned)
                 done += size
             devices |= {raw.device} if raw.is_cuda else set()
-        for device in devices:  # wait here, so that no later writer of the shards needs an event
+        for device in devices:  # wait here: otherwise later code would need an event before it changes the shards
             torch.cuda.synchronize(device)
 
     def write(self, folder: Path, rank: int) -> dict[str, Any]:
-        """Write and fsync this rank's data file. Returns the content of its index; OSError if it fails."""
+        """Write and fsync this rank's data file. Returns the content of its index. Raises OSError."""
         header, blocks, left = self.layout.header, Checksums(), self.layout.data_bytes
         path = folder / data_name(rank)
         with naming(path, len(header) + left), open(path, "wb", buffering=0, opener=open_plain) as file:
@@ -162,8 +163,10 @@ class StagingBuffers:
         }
 
     def _fit(self, size: int) -> None:
-        """Resize the segments to `size` bytes; all but the last are full-sized, and large enough segments are
-        reused."""
+        """Resize the segments to `size` bytes in total. All segments but the last have full size.
+
+        Segments that are large enough are reused.
+        """
         most = THRESHOLDS.staging_bytes
         wanted = [min(most, size - start) for start in range(0, size, most)]
         kept = self.segments[: len(wanted)]
@@ -177,12 +180,12 @@ class StagingBuffers:
 
 
 class Checksums:
-    """CRC-32 of every block of data, which arrives in views of any size; the last block may be short."""
+    """Computes the CRC-32 of every block of data. The data arrive in views of any size. The last block may be short."""
 
     def __init__(self) -> None:
         self.all: list[int] = []
         self._room = 0
-        """Bytes still missing from the last block."""
+        """Number of bytes that are still missing from the last block."""
 
     def add(self, view: memoryview) -> None:
         while view:

@@ -1,12 +1,12 @@
-"""Reads a checkpoint's weights; for an adapter's run, the base with the adapter added.
+"""Reads the weights of a checkpoint. For an adapter's run, it reads the base and adds the adapter.
 
     W + scale B A       in fp32, before any rounding
 
-LoRA's A and B come from the checkpoint of the run, or from a PEFT folder (adapter.path) beside a whole model. They are
-added while the base is read, interval by interval, so only a few tensors are in memory at a time.
+LoRA's A and B come from the checkpoint of the run, or from a PEFT folder (adapter.path) for a complete model. They are
+added interval by interval while the base is read, so only a few tensors are in memory at a time.
 
-A Sluice checkpoint is read without optimizer and gradients: into the chunks of a layout, or whole in one process. A
-Hugging Face folder is read whole in one process.
+A Sluice checkpoint is read without optimizer state, either into the chunks of a layout, or completely into one process.
+A Hugging Face folder is read completely into one process.
 """
 
 import hashlib
@@ -59,11 +59,11 @@ from train.model.operations import Kernels
 from train.parallelize import build_chunks, build_pipeline, make_dispatcher, make_share
 
 CACHED_TENSORS = 8
-"""Number of adapter tensors kept for the next matrices: those of one layer's experts."""
+"""Number of adapter tensors that are cached for the next matrices, such as the tensors of one layer's experts."""
 
 
 class StoredLora:
-    """The LoRA matrices A and B that are added to a base."""
+    """Adds LoRA matrices A and B to a base."""
 
     def __init__(
         self,
@@ -74,26 +74,28 @@ class StoredLora:
         weights: str | None,
         other: UserError,
     ):
-        """read: returns an A or a B, in fp32. base: format of the base in training. weights: mark of the base in
-        training; None if unknown. other: the error for a different base."""
+        """read: a function that returns an A or a B in fp32. base: format of the base in training. weights: mark of the
+        base in training; None if unknown. other: the error to raise for a different base."""
         self.adapted = list(adapted)
         self._mark, self._weights, self._other = WeightsMark(), weights, other
         self._by_place = {(one.base.ours, one.base.start): one for one in self.adapted}
         self._scale, self._read, self._base = scale, read, base
 
     def as_trained(self, fill_base: FillShards) -> FillShards:
-        """The reader of the base in the format of the adapter's training; it also computes the mark of the base."""
+        """Returns a reader that gives the base the format it had in training. It also computes the base's mark."""
         fill = partial(fill_rounded, fill_base) if self._base is BaseFormat.fp8 else fill_base
         return fill if self._weights is None else self._mark.watching(fill)
 
     def require_base(self, gather: Callable[[list[MarkedPart]], Iterable[Iterable]] = lambda parts: [parts]) -> None:
-        """Raise UserError if the base, which must be read completely by now, differs from that of the training.
-        gather: as in `WeightsMark.text`."""
+        """Raise UserError if the base differs from the base in training. Call it after the base is read completely.
+
+        gather: as in `WeightsMark.text`.
+        """
         if self._weights is not None and not same_weights(self._mark.text(gather), self._weights):
             raise self._other
 
     def add_to(self, wanted: dict[str, Shard]) -> None:
-        """Add scale B A to all shards that overlap adapted matrices. wanted: weights in fp32, by Sluice's names."""
+        """Add scale * B A to all shards that overlap adapted matrices. wanted: weights in fp32, by Sluice's names."""
         for part in parts_of([one.base for one in self.adapted], wanted):
             found, width = self._by_place[part.placed.ours, part.placed.start], part.placed.shape[1]
             row, end = part.start // width, -(-(part.start + part.target.numel()) // width)
@@ -101,7 +103,7 @@ class StoredLora:
             part.target.add_(delta.flatten()[part.start - row * width :][: part.target.numel()], alpha=self._scale)
 
     def fill_added(self, fill_base: FillShards, wanted: dict[str, Shard]) -> None:
-        """Fill shards of any type with the base plus the adapter, one after another, each rounded from fp32."""
+        """Fill shards of any type with the base plus the adapter. Each shard is computed in fp32 and then rounded."""
         fill_base = self.as_trained(fill_base)
         for name, shard in wanted.items():
             values = {name: Shard(torch.empty(shard.local.numel()), shard.offset, shard.shape)}
@@ -111,12 +113,12 @@ class StoredLora:
 
 
 class StoredWeights:
-    """Reads the weights of a checkpoint, whole or in part."""
+    """Reads all weights of a checkpoint, or a part of them."""
 
     def __init__(self, config: Config, checkpoint: Path, kind: str = "master"):
-        """Opens the checkpoint; reads no weights. Raises UserError if the base is missing or is not the adapter's.
+        """Opens the checkpoint, but reads no weights yet. Raises UserError if the adapter's base is missing or differs.
 
-        kind: master, or ema (the moving average; in an adapter's run, the adapter's average).
+        kind: `master`, or `ema` for the moving average; in an adapter's run, this is the average of the adapter.
         """
         self.manifest, self._kind = read_manifest(checkpoint), kind
         self._own = partial(fill_shards, self.manifest, FolderFiles(checkpoint))
@@ -138,7 +140,7 @@ class StoredWeights:
         self._base = self.lora.as_trained(open_base(config, self.manifest))
 
     def fill(self, wanted: dict[str, Shard]) -> None:
-        """Fill shards with weights in fp32; has the type `FillShards`."""
+        """Fill shards with weights in fp32. This method has the type `FillShards`."""
         here = {name: shard for name, shard in wanted.items() if self._base is None or name in self.manifest.tensors}
         self._own(here)
         if self._base is not None:
@@ -147,12 +149,12 @@ class StoredWeights:
             self.lora.add_to({plain_name(name): shard for name, shard in wanted.items()})
 
     def base_mark(self, model: Model) -> str:
-        """The base's mark (`mark_of`); only for a checkpoint that holds an adapter."""
+        """Returns the mark of the base (see `mark_of`). The checkpoint must contain an adapter."""
         assert self._base is not None
         return mark_of(self._base, model)
 
     def read(self, placed: PlacedTensor) -> Tensor:
-        """A LoRA A or B of the checkpoint's adapter, in fp32."""
+        """Reads a LoRA A or B of the checkpoint's adapter, in fp32."""
         values = self._whole(placed.ours, placed.whole)
         return values[placed.start : placed.start + placed.count].view(placed.shape)
 
@@ -164,13 +166,15 @@ class StoredWeights:
 
 
 def plain_name(name: str) -> str:
-    """The name of a weight tensor, also for the name of its average."""
+    """Returns the name of a weight. name: of its tensor in a checkpoint, or of its average."""
     return f"master.{name.removeprefix('ema.')}" if name.startswith("ema.") else name
 
 
 def open_base(config: Config, manifest: Manifest) -> FillShards:
-    """Reader of the base that a checkpoint's adapter was trained with: its old path, else init_from. Raises
-    UserError."""
+    """Returns a reader of the base that a checkpoint's adapter was trained with. Raises UserError.
+
+    It looks for the base at the path of the training, and then at init_from.
+    """
     meta = manifest.meta
     path = Path(meta["base"]["path"])
     if not path.exists():
@@ -188,8 +192,10 @@ def open_base(config: Config, manifest: Manifest) -> FillShards:
 
 
 def mark_of(fill_base: FillShards, model: Model) -> str:
-    """A mark that identifies a base in any storage format: a hash of its last norm weight and its first token's
-    vector."""
+    """Returns a mark that identifies a base in any storage format.
+
+    The mark is a hash of the last norm weight and of the first token's embedding vector.
+    """
     norm, vector = torch.empty(model.hidden), torch.empty(model.hidden)
     fill_base(
         {
@@ -202,7 +208,7 @@ def mark_of(fill_base: FillShards, model: Model) -> str:
 
 
 def open_lora(path: str | None, model: Model, family: ModelFamily, fill_base: FillShards) -> StoredLora | None:
-    """The LoRA matrices in a PEFT folder; None without a path. Raises UserError if they do not belong to the base."""
+    """Opens the LoRA matrices in a PEFT folder; None without a path. Raises UserError if they have another base."""
     if path is None:
         return None
     found = open_adapter(Path(path).expanduser(), model, family)
@@ -236,13 +242,13 @@ def open_lora(path: str | None, model: Model, family: ModelFamily, fill_base: Fi
 
 
 def weight_bytes(config: Model, item_bytes: int) -> int:
-    """Memory of all weights in bytes, MTP modules included."""
+    """Returns the memory of all weights in bytes, including MTP modules."""
     counts = count_parameters(config)
     return item_bytes * (counts.total + counts.mtp)
 
 
 def fits_here(config: Config, device: torch.device) -> bool:
-    """Whether machine and device have memory for the whole model beside a run, in fp32 during loading."""
+    """Whether machine and device have memory for one process with all weights, beside a run. Loading needs fp32."""
     room = psutil.virtual_memory().available
     if device.type == "cuda":
         room = min(room, torch.cuda.mem_get_info(device)[0])
@@ -250,7 +256,10 @@ def fits_here(config: Config, device: torch.device) -> bool:
 
 
 def require_memory(model: Model, item_bytes: int, field: str, what: Path) -> None:
-    """Raise UserError if one process cannot hold the weights during loading. what: their source, the value of field."""
+    """Raise UserError if one process does not have enough memory to load the weights.
+
+    what: the source of the weights, which is the value of the key `field`.
+    """
     needed, free = weight_bytes(model, item_bytes), psutil.virtual_memory().available
     if needed > free:
         raise UserError(
@@ -262,7 +271,7 @@ def require_memory(model: Model, item_bytes: int, field: str, what: Path) -> Non
 
 
 def load_model(config: Config, checkpoint: Path, device: torch.device) -> DeepSeekV3:
-    """The whole model in eval mode, from a checkpoint of any layout."""
+    """Loads all weights of a checkpoint of any layout into one model in eval mode."""
     kernels = build_kernels(device.type, config.cluster.compiled)
     dtype, precision = activation_dtype(config.precision), build_precision(config.precision, device, kernels)
     model = DeepSeekV3.whole(config.model, precision, seq_len=config.seq_len, device="meta")
@@ -277,12 +286,12 @@ def load_model(config: Config, checkpoint: Path, device: torch.device) -> DeepSe
 
 
 def load_pipeline(config: Config, mesh: Mesh, device: torch.device, checkpoint: Path) -> Pipeline[DeepSeekV3]:
-    """This rank's part of the model for evaluation, whatever layout wrote the checkpoint."""
+    """Loads this rank's part of the model for evaluation. The checkpoint may come from any layout."""
     dispatcher = None if mesh.layout.ep == 1 else make_dispatcher(config, mesh)
     kernels, _ = choose_kernels(config, device)
     precision = build_precision(config.precision, device, kernels)
     share = None if mesh.layout.cp == 1 else make_share(mesh)
-    plain = replace(config, adapter=Adapter())  # the weights include the adapter
+    plain = replace(config, adapter=Adapter())  # the loaded weights already include the adapter
     chunks, stage_ids, num_stages = build_chunks(plain, mesh, device, dispatcher, precision, restored=True, share=share)
     kind = "ema" if config.evaluate.ema else "master"
     stored = StoredWeights(config, checkpoint, kind)
@@ -296,15 +305,15 @@ def load_pipeline(config: Config, mesh: Mesh, device: torch.device, checkpoint: 
 def read_into_chunks(
     chunks: list[DeepSeekV3], stored: StoredWeights, kind: str = "master", ep_rank: int = 0, ep: int = 1
 ) -> None:
-    """Read weights and balance biases into the chunks, which hold the experts of rank ep_rank of ep.
+    """Read weights and balance biases into chunks, which hold the experts of rank `ep_rank` of `ep` ranks.
 
-    kind: master, or ema (their moving average).
+    kind: `master`, or `ema` for their moving average.
     """
     weights, wanted = {}, {}
     for chunk in chunks:
         for name, param in chunk.named_parameters():
             offset, shape = 0, tuple(param.shape)
-            if ".experts." in name:  # split over ep along the first dimension
+            if ".experts." in name:  # the ep ranks split it along the first dimension
                 offset, shape = ep_rank * math.prod(shape), (shape[0] * ep, *shape[1:])
             in_place = param.dtype == torch.float32 and param.device.type == "cpu"
             weights[param] = param.view(-1) if in_place else torch.empty(param.numel(), dtype=torch.float32)
@@ -323,12 +332,13 @@ def load_hf_model(
     text_only: bool = False,
     adapter: str | None = None,
 ) -> tuple[Model, DeepSeekV3, Path | None]:
-    """The whole model of a folder on CPU in eval mode, its configuration, and the path of its tokenizer.json, if any.
+    """Loads all weights of a Hugging Face folder into one model on the CPU, in eval mode.
 
-    Weights are stored and multiplied in dtype, and read directly into it, so memory holds the model once. field: name
-    in errors. kernels: compute the model; torch's operations by default. text_only: leave out the tensors of other
-    modalities. adapter: a PEFT folder to add to the weights. Raises UserError unless the folder holds an intact
-    DeepSeek-V3 model.
+    Returns the model, its configuration, and the path of its tokenizer.json if it exists. dtype: of the weights and of
+    matmuls. Weights are read directly in this dtype, so memory contains the model only once. field: name of the key in
+    errors. kernels: for the operations of the model; torch's operations by default. text_only: leave out the tensors of
+    other modalities. adapter: a PEFT folder to add to the weights. Raises UserError if the folder does not contain an
+    intact DeepSeek-V3 model.
     """
     path = Path(folder).expanduser()
     headers, config, _ = open_model(path, field, text_only)

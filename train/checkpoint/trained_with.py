@@ -1,4 +1,4 @@
-"""Checks the conditions for continuing a checkpoint: its tokenizer, model shape, and an adapter's base."""
+"""Checks whether a run may continue from a checkpoint: same tokenizer, same model shape, same base of an adapter."""
 
 import hashlib
 import json
@@ -34,14 +34,14 @@ SHAPE = [
 
 
 def require_model(config: Config, checkpoint: Path, meta: dict[str, Any]) -> None:
-    """Raise UserError if the checkpoint's model has other tensors; names the fields that differ.
+    """Raise UserError if the checkpoint's model has other tensors. The error names the fields that differ.
 
-    A checkpoint without settings is compared tensor by tensor when it is loaded.
+    If the checkpoint contains no settings, loading compares tensor by tensor instead.
     """
     stored = meta.get("config", {}).get("model", {})
     differ = {name: stored[name] for name in SHAPE if stored.get(name, ...) not in (..., getattr(config.model, name))}
     sparse = stored.get("sparse") or {}
-    if sparse.get("heads"):  # a run that starts from dense attention may add indexers
+    if sparse.get("heads"):  # a run may start from dense attention and add indexers
         keys = ("heads", "head_dim", "interleaved", "pattern")
         now = config.model.sparse
         differ |= {f"sparse.{key}": sparse[key] for key in keys if sparse.get(key, ...) not in (..., getattr(now, key))}
@@ -64,8 +64,10 @@ def refuse_mean(config: Config, checkpoint: Path, meta: dict[str, Any]) -> None:
 
 
 def tokenizer_of(config: Config, checkpoint: Manifest) -> Tokenizer:
-    """The configured tokenizer, or the one in the run's folder. Raises UserError if it is not the training's
-    tokenizer."""
+    """Returns the configured tokenizer, or else the tokenizer in the run's folder.
+
+    Raises UserError if it is not the tokenizer of the training.
+    """
     run = checkpoint.folder.absolute().parents[1]
     if config.data.tokenizer is None and not (run / "tokenizer.json").is_file():
         raise UserError(
@@ -81,8 +83,10 @@ def tokenizer_of(config: Config, checkpoint: Manifest) -> Tokenizer:
 
 
 def require_tokenizer(fingerprint: str, choice: str | None, checkpoint: Path, meta: dict[str, Any]) -> None:
-    """Raise UserError if the tokenizer differs from the checkpoint's. choice: data.tokenizer, None for one trained
-    on the data."""
+    """Raise UserError if the tokenizer differs from the checkpoint's tokenizer.
+
+    choice: value of data.tokenizer; None for a tokenizer that was trained on the data.
+    """
     if meta["tokenizer"] and fingerprint != meta["tokenizer"]:
         raise UserError(
             "data.tokenizer",
@@ -94,22 +98,22 @@ def require_tokenizer(fingerprint: str, choice: str | None, checkpoint: Path, me
 
 # Identifies the base of an adapter, and checks the adapter's settings. No torch.
 #
-# Checkpoints of an adapter's run hold only the adapter. Their meta holds the path of the base and a fingerprint. For a
-# Sluice checkpoint the fingerprint covers the checksums of its files. For a Hugging Face folder it covers the headers
-# of its files and samples of their bytes. So most other bases are refused before anything starts. A mark of all weights
-# (train/checkpoint/weights_mark.py), computed while they are read, detects every changed value. Checkpoints of earlier
-# versions have no such mark. The folder may have moved.
+# Checkpoints of an adapter's run contain only the adapter. Their meta contains the path of the base and its
+# fingerprint. If the base is a Sluice checkpoint, the fingerprint covers the checksums of its files. For a Hugging Face
+# folder it covers the headers of the files and samples of their bytes. So most wrong bases are refused before anything
+# starts. While all weights are read, a mark of them is computed (train/checkpoint/weights_mark.py). It detects every
+# changed value. Checkpoints of earlier versions have no such mark. The folder of the base may have moved.
 
 PLACES, BYTES_OF_PLACE = 16, 4096
-"""Number of positions that a fingerprint samples in a file, from start to end, and bytes per sample."""
+"""Number of positions that a fingerprint samples in a file, from start to end, and number of bytes in a sample."""
 SHAPING = ("rank", "targets", "base")
 """Keys of the adapter section that determine its parameters' shapes and the base's format."""
 
 
 def describe_base(source: Folder | Path) -> dict[str, str]:
-    """The `base` entry of a checkpoint's meta. Raises UserError if a file is unreadable.
+    """Returns the entry `base` for a checkpoint's meta. Raises UserError if a file is unreadable.
 
-    source: a folder whose headers are read, or a Sluice checkpoint.
+    source: a Hugging Face folder whose headers are already read, or a Sluice checkpoint.
     """
     found = hashlib.sha256()
     if isinstance(source, Path):
@@ -129,7 +133,7 @@ def describe_base(source: Folder | Path) -> dict[str, str]:
 
 
 def require_adapter(config: Config, checkpoint: Path, meta: dict[str, Any]) -> None:
-    """Raise UserError unless checkpoint and run both hold whole weights, or adapters of the same shape."""
+    """Raise UserError unless checkpoint and run both train all weights, or both train adapters of the same shape."""
     if config.adapter.on != holds_adapter(meta):
         here, there = "trains an adapter", "whole weights"
         cure = f"set init_from={checkpoint} and another name=, or omit adapter=lora"
@@ -155,14 +159,14 @@ def require_base(config: Config, checkpoint: Path, meta: dict[str, Any], base: d
 
 
 def other_base(init_from: str | None, checkpoint: Path, meta: dict[str, Any]) -> UserError:
-    """The UserError for a base that a checkpoint's adapter was not trained with."""
+    """Returns the UserError for a base that differs from the base in an adapter's training."""
     path = meta["base"]["path"]
     rule = f"has other weights than the base of the adapter in {checkpoint}: {path}"
     return UserError("init_from", init_from, rule, f"set init_from={path}, or its copy")
 
 
 def refuse_adapter(checkpoint: Path, meta: dict[str, Any]) -> None:
-    """Raise UserError if a run would start from a checkpoint that holds only an adapter."""
+    """Raise UserError if a run would start from a checkpoint that contains only an adapter."""
     if holds_adapter(meta):
         rule = f"{checkpoint} has only an adapter for the weights of {meta['base']['path']}"
         cure = "merge the adapter first (mode=export of its run with export.merge=true), and start from the exported folder"

@@ -1,7 +1,7 @@
 """Reads checkpoints and checks every byte:  python -m train.checkpoint.verify FOLDER...
 
-FOLDER: a checkpoint, or a run; of a run, all checkpoints are read. Prints the
-problems of each checkpoint, or `intact`. The exit code is 1 if there are problems.
+FOLDER: a checkpoint, or a run folder, whose checkpoints are all read. The command prints the problems of each
+checkpoint, or `intact`. The exit code is 1 if there are problems.
 """
 
 import sys
@@ -29,8 +29,10 @@ def main(folders: list[str]) -> int:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints of a run, or the folder itself if it is a checkpoint. UserError for a run without checkpoints,
-    because then nothing would be checked."""
+    """Returns the checkpoints of a run, or the folder itself if it is a checkpoint.
+
+    Raises UserError for a run without checkpoints, because nothing would be checked.
+    """
     inner = folder / "checkpoints"
     if not inner.is_dir():
         return [folder]

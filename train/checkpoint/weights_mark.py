@@ -1,11 +1,11 @@
-"""Computes one mark of a base's weights while they are read, which identifies them in any file format and layout.
+"""Computes a mark of a base's weights while they are read. It identifies the weights in any file format and layout.
 
     mark = sum over all elements of  number(value) * factor(place in its block) * factor(tensor, block)    mod 2^64
 
-A block is BLOCK consecutive elements of a flattened tensor. A value counts by its size and sign in bf16, so the same
-weights in fp32, bf16 and block FP8 have the same mark. The mark is a sum, so each rank adds the intervals that it
-holds. All factors are odd, so any change of a single value changes the mark. The main model and each MTP module have
-separate sums, because a model may be read without its modules.
+A block is BLOCK consecutive elements of a flattened tensor. number(value) is computed from the value's magnitude and
+sign in bf16, so the same weights in fp32, bf16 and block FP8 have the same mark. The mark is a sum, so each rank adds
+the intervals that it holds. All factors are odd, so any change of a single value changes the mark. The main model and
+each MTP module have separate sums, because a model may be read without its MTP modules.
 """
 
 import hashlib
@@ -22,22 +22,23 @@ from parallel.shard import Shard
 FillShards = Callable[[dict[str, Shard]], Any]
 """Fills shards of weights and balance biases, by their names in a checkpoint."""
 BLOCK, BLOCKS_AT_ONCE = 1 << 14, {"cpu": 4, "cuda": 512}
-"""Blocks per sum: as many as fit in a core's caches, and enough to be worth a kernel launch."""
+"""Elements of a block, and number of blocks that are summed at once on each device. On a CPU they fit in the caches
+of a core. On a GPU they are enough for an efficient kernel launch."""
 MODULUS = 1 << 64
 """Sums wrap like 64-bit integers."""
 MarkedPart = tuple[str, int, int, int]
-"""Name of a tensor, first element, position after the last element, and the sum of the interval."""
+"""An interval of a tensor and its sum: name of the tensor, first element, end (exclusive), sum."""
 
 
 class WeightsMark:
-    """Sums of the weights read so far."""
+    """Adds up the sums of the weights that have been read."""
 
     def __init__(self) -> None:
         self.parts: list[MarkedPart] = []
         self._taken: dict[str, list[tuple[int, int]]] = {}
 
     def watching(self, fill: FillShards) -> FillShards:
-        """A reader like `fill` that also adds the values to the mark."""
+        """Returns a reader like `fill` that also adds the values to the mark."""
 
         def watched(wanted: dict[str, Shard]) -> Any:
             found = fill(wanted)
@@ -48,8 +49,10 @@ class WeightsMark:
         return watched
 
     def add(self, name: str, values: Tensor, offset: int) -> None:
-        """Add an interval of a tensor; elements that were already added do not count again. name: in a checkpoint,
-        also of an average."""
+        """Add an interval of a tensor. Elements that were already added do not count again.
+
+        name: of the tensor in a checkpoint, or of its average.
+        """
         name = f"master.{name.removeprefix('ema.')}" if name.startswith("ema.") else name
         taken, place, stop = self._taken.setdefault(name, []), offset, offset + values.numel()
         for first, last in [*(one for one in sorted(taken) if one[1] > offset), (stop, stop)]:
@@ -62,8 +65,10 @@ class WeightsMark:
         taken[:] = _joined(taken)
 
     def text(self, gather: Callable[[list[MarkedPart]], Iterable[Iterable[Any]]] = lambda parts: [parts]) -> str:
-        """The mark, from the parts of all ranks. gather: returns the parts of every rank; equal intervals of
-        replicas count once."""
+        """Returns the mark of the parts of all ranks.
+
+        gather: returns the parts of every rank. If replicas have equal intervals, only one of them counts.
+        """
         sums: dict[str, int] = {}
         reached: dict[str, int] = {}
         for name, start, stop, value in sorted({tuple(part) for rank in gather(self.parts) for part in rank}):
@@ -76,7 +81,7 @@ class WeightsMark:
 
 
 def same_weights(one: str | None, other: str | None) -> bool:
-    """Whether two marks describe the same weights, as far as both are known."""
+    """Whether two marks agree in all parts of the model that both contain. An unknown mark agrees with every mark."""
     return not one or not other or all(a == b for a, b in zip(one.split("-"), other.split("-"), strict=False))
 
 
@@ -91,7 +96,7 @@ def _joined(intervals: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def _sum(name: str, values: Tensor, offset: int) -> int:
-    """The sum over an interval that begins at element `offset`."""
+    """Returns the sum over an interval that begins at element `offset`."""
     start, total, done = _start(name), 0, 0
     factors = _odd(0, BLOCK).to(values.device)
     while done < values.numel():
@@ -101,7 +106,7 @@ def _sum(name: str, values: Tensor, offset: int) -> int:
             count *= min(BLOCKS_AT_ONCE[values.device.type], (values.numel() - done) // BLOCK)
         bits = values[done : done + count].bfloat16().view(torch.int16)
         negative = bits >> 15
-        numbers = ((bits & 0x7FFF) ^ negative).sub_(negative).long()  # size and sign: both zeros give 0
+        numbers = ((bits & 0x7FFF) ^ negative).sub_(negative).long()  # magnitude and sign: both zeros give 0
         if count < BLOCK:
             sums = numbers.mul_(factors[place : place + count]).sum().view(1)
         else:
@@ -122,12 +127,12 @@ def _block_factors() -> Tensor:
 
 
 def _odd(first: int, count: int) -> Tensor:
-    """Odd 64-bit factors, from number `first` on."""
+    """Returns `count` odd 64-bit factors, from number `first` on."""
     return _block_factors() if (first, count) == (0, BLOCK) else _mixed(first, count)
 
 
 def _mixed(first: int, count: int) -> Tensor:
-    """Odd factors from the finaliser of SplitMix64 (Steele et al., 2014)."""
+    """Computes odd factors with the finaliser of SplitMix64 (Steele et al., 2014)."""
     mixed = (np.arange(first, first + count, dtype=np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
